@@ -1,0 +1,363 @@
+"""How fast the hot loop of a compiled kernel can run: a static cycle model of one trip, read off the machine code.
+
+Per trip and per warpgroup (four warps, one on each of an SM's sub-partitions) every unit of the SM is charged the cycles it
+is busy:
+
+    tensor   matrix instructions, at the dense rate of the target. On sm_90 mma.sync reaches 62 % of the wgmma rate
+             (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499).
+    smem     operands that wgmma reads from shared memory, plain loads and stores of shared memory, at 128 B; SHFL, 32 lanes
+    mufu     exp2, reciprocal and conversions: 16 lanes per clock and SM
+    alu      min/max, compare, select, integer and packing: 64 lanes
+    fma      fp32 multiply and add: 128 lanes (64 on sm_80); integer multiply-add: 64 lanes
+    issue    one instruction per clock and sub-partition
+    stall    the sum of the static stall counts: the least time one warp alone needs to issue the trip
+
+(Instruction throughputs: CUDA C++ Programming Guide, "Arithmetic Instructions".) With G warpgroups resident on an SM, the
+cycles that a warpgroup's trip costs the SM lie between
+
+    bound    max(tensor, smem, mufu, alu, fma, issue)                        all units overlap
+    lock     max(tensor, smem) + max(stall / G, mufu, alu, fma, issue)       products and softmax never overlap
+
+and both are given as TFLOP/s of the products in the loop. This ranks configs and catches regressions. It does not predict
+time: memory, latency of asynchronous copies, barriers, power, prologue, epilogue and masked tiles are not in it.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from perf import amdgcn, sass
+
+WARPS_PER_WARPGROUP = 4
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one GPU does per clock and SM (dense fp16 or bf16 FLOP, fp32 lanes), its clock and its size."""
+
+    num_sms: int
+    clock_ghz: float
+    mma_flops: int
+    mma_sync_share: float
+    fp32_lanes: int
+
+
+# sm_80: A100, 312 TFLOP/s. sm_90: H100 and H200 SXM at 1.755 GHz, a clock they hold under load; figures scale with it.
+RATES = {
+    "sm_80": Rates(num_sms=108, clock_ghz=1.41, mma_flops=2048, mma_sync_share=1.0, fp32_lanes=64),
+    "sm_90": Rates(num_sms=132, clock_ghz=1.755, mma_flops=4096, mma_sync_share=0.62, fp32_lanes=128),
+}
+
+SMEM_BYTES_PER_CLOCK = 128
+SFU_LANES, ALU_LANES = 16, 64
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What one SM can hold (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
+
+    shared_bytes: int
+    warps: int
+    ctas: int
+    registers: int = 65536
+
+
+CAPACITY = {
+    "sm_80": Capacity(shared_bytes=167936, warps=64, ctas=32),
+    "sm_86": Capacity(shared_bytes=102400, warps=48, ctas=16),
+    "sm_89": Capacity(shared_bytes=102400, warps=48, ctas=24),
+    "sm_90": Capacity(shared_bytes=233472, warps=64, ctas=32),
+    "sm_100": Capacity(shared_bytes=233472, warps=64, ctas=32),
+    "sm_120": Capacity(shared_bytes=102400, warps=48, ctas=24),
+}
+SHARED_BYTES_RESERVED_PER_CTA = 1024
+REGISTER_ALLOCATION_UNIT = 256  # per warp
+
+_MUFU = frozenset({"MUFU", "F2I", "I2F", "I2FP", "F2F", "FRND", "F2IP"})
+_ALU = frozenset(
+    [
+        "FMNMX",
+        "FSEL",
+        "FSETP",
+        "FSET",
+        "FCHK",
+        "ISETP",
+        "LOP",
+        "LOP3",
+        "PLOP3",
+        "SHF",
+        "IADD3",
+        "SEL",
+        "PRMT",
+        "LEA",
+        "VIMNMX",
+        "IMNMX",
+        "VIADD",
+        "F2FP",
+        "SGXT",
+        "BMSK",
+        "IABS",
+        "POPC",
+        "FLO",
+        "P2R",
+        "R2P",
+        "CS2R",
+        "MOV",
+        "VOTE",
+        "HMNMX2",
+    ]
+)
+_FP32 = frozenset(["FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2", "FFMA32I", "FMUL32I", "FADD32I", "FSWZADD"])
+_INTEGER_MULTIPLY = frozenset({"IMAD", "IDP", "IMUL", "XMAD"})
+_SHARED_ACCESS = frozenset({"LDS", "STS", "LDSM", "STSM"})
+_ASYNC_COPY = frozenset({"UTMALDG", "UBLKCP", "LDGSTS"})
+
+_WGMMA = re.compile(r"[HQIB]GMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)")
+_MMA_SYNC = re.compile(r"[HQID]MMA\.(\d+)")
+_MMA_SYNC_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "884": (8, 8, 4)}
+_WGMMA_ELEMENT_BYTES = {8: 4, 16: 2, 32: 1}  # by K: tf32, fp16 and bf16, fp8
+
+
+@dataclass(frozen=True)
+class LoopModel:
+    """One loop with matrix instructions, and what a trip of it costs; conditional instructions are taken as not executed."""
+
+    loop: sass.Loop
+    rates: Rates | None
+
+    @property
+    def addresses(self):
+        return self.loop.always[0].address, self.loop.always[-1].address
+
+    @cached_property
+    def histogram(self):
+        """Instructions per trip, by opcode."""
+        return Counter(i.opcode for i in self.loop.always)
+
+    @cached_property
+    def mma_shapes(self):
+        """Matrix instructions per trip, by opcode and shape."""
+        return Counter(".".join(i.mnemonic.split(".")[:2]) for i in self.loop.always if i.opcode in sass.MMA_OPCODES)
+
+    @property
+    def instructions(self):
+        return len(self.loop.always)
+
+    @property
+    def mma_instructions(self):
+        return self.mma_shapes.total()
+
+    @property
+    def spills(self):
+        """Loads and stores of local memory per trip."""
+        return sum(self.histogram[opcode] for opcode in sass.SPILL_OPCODES)
+
+    @property
+    def async_copies(self):
+        """TMA and cp.async instructions per trip, conditional ones included: one warp may issue for all."""
+        return sum(i.opcode in _ASYNC_COPY for i in self.loop.always + self.loop.conditional)
+
+    @property
+    def flops(self):
+        """Per warpgroup and trip. 0 for tcgen05, whose shape lies in a descriptor and not in the instruction."""
+        return sum(_mma_flops(i) for i in self.loop.always)
+
+    @cached_property
+    def cycles(self):
+        """{unit: busy cycles per warpgroup and trip}, None for a target without `RATES` or with tcgen05."""
+        if self.rates is None or not self.flops:
+            return None
+        count = self.histogram
+        return {
+            "tensor": sum(_mma_cycles(i, self.rates) for i in self.loop.always),
+            "smem": sum(map(_shared_bytes, self.loop.always)) / SMEM_BYTES_PER_CLOCK
+            + WARPS_PER_WARPGROUP * count["SHFL"],
+            "mufu": _warp_cycles(SFU_LANES) * sum(count[opcode] for opcode in _MUFU),
+            "alu": _warp_cycles(ALU_LANES) * sum(count[opcode] for opcode in _ALU),
+            "fma": _warp_cycles(self.rates.fp32_lanes) * sum(count[opcode] for opcode in _FP32)
+            + _warp_cycles(ALU_LANES) * sum(count[opcode] for opcode in _INTEGER_MULTIPLY),
+            "issue": self.instructions,
+            "stall": sum(max(1, i.stall) for i in self.loop.always),
+        }
+
+    @property
+    def limiter(self):
+        """The unit that sets `bound`."""
+        busy = {unit: n for unit, n in self.cycles.items() if unit != "stall"}
+        return max(busy, key=busy.get)
+
+    def bound(self):
+        """TFLOP/s of the whole GPU when every unit overlaps with every other."""
+        return self._tflops(self.cycles[self.limiter])
+
+    def lock(self, warpgroups):
+        """TFLOP/s when products and softmax never overlap, with `warpgroups` of them resident on an SM."""
+        c = self.cycles
+        return self._tflops(
+            max(c["tensor"], c["smem"]) + max(c["stall"] / warpgroups, c["mufu"], c["alu"], c["fma"], c["issue"])
+        )
+
+    def _tflops(self, cycles):
+        return self.flops / cycles * self.rates.num_sms * self.rates.clock_ghz / 1e3
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiled kernel says about itself."""
+
+    kernel: str
+    arch: str
+    threads: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    static_spills: int
+    warp_specialized: bool
+    ctas_per_sm_by: dict[str, int]
+    loops: tuple[LoopModel, ...]
+
+    @property
+    def hot(self):
+        """The interior loop: the most FLOP per trip (a tcgen05 loop: the most matrix instructions) and, among equals, the
+        fewest instructions, since masks only add some. None if no loop multiplies matrices."""
+        return max(self.loops, key=lambda x: (x.flops, x.mma_instructions, -x.instructions), default=None)
+
+    @property
+    def ctas_per_sm(self):
+        return min(self.ctas_per_sm_by.values())
+
+    @property
+    def occupancy_limit(self):
+        """What keeps one more CTA off the SM."""
+        return min(self.ctas_per_sm_by, key=self.ctas_per_sm_by.get)
+
+    @property
+    def mma_warpgroups_per_sm(self):
+        """Resident warpgroups that run the loop: all of them, or the consumers of a warp-specialised kernel."""
+        per_cta = max(1, self.threads // (32 * WARPS_PER_WARPGROUP))
+        if self.warp_specialized and per_cta > 1:
+            per_cta = max(1, min(per_cta - 1, len(self.loops)))
+        return self.ctas_per_sm * per_cta
+
+    @property
+    def bound(self):
+        """TFLOP/s, see the module; None where the model does not apply."""
+        return self.hot.bound() if self._modelled else None
+
+    @property
+    def lock(self):
+        """TFLOP/s, see the module; None where the model does not apply."""
+        return self.hot.lock(self.mma_warpgroups_per_sm) if self._modelled else None
+
+    @property
+    def _modelled(self):
+        return self.hot is not None and self.hot.cycles is not None and self.ctas_per_sm > 0
+
+    def row(self):
+        """One row of a table."""
+        hot = self.hot
+        return {
+            "kernel": self.kernel,
+            "arch": self.arch,
+            "registers": self.registers,
+            "stack B": self.stack_bytes,
+            "shared B": self.shared_bytes,
+            "CTAs/SM": self.ctas_per_sm,
+            "limited by": self.occupancy_limit,
+            "spills": self.static_spills,
+            "spills in loop": hot and hot.spills,
+            "loop instructions": hot and hot.instructions,
+            "products": hot and " ".join(f"{n} {shape}" for shape, n in hot.mma_shapes.items()),
+            "async copies": hot and hot.async_copies,
+            "bound by": hot.limiter if self._modelled else None,
+            "bound TFLOP/s": self.bound,
+            "lock TFLOP/s": self.lock,
+        }
+
+
+def analyze(kernel, shared_bytes=None):
+    """Report on `kernel`: what a Triton or Gluon launch compiled (it has `.asm` and `.metadata`), or the bytes of a cubin.
+
+    `shared_bytes` is the dynamic shared memory of a launch. A compiled kernel knows it and a cubin does not: without it the
+    occupancy leaves shared memory out.
+    For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
+    """
+    if isinstance(kernel, bytes | bytearray):
+        cubin = kernel
+    elif "amdgcn" in kernel.asm:
+        return amdgcn.analyze(kernel.asm["amdgcn"], kernel.metadata.shared)
+    else:
+        cubin = kernel.asm["cubin"]
+        shared_bytes = kernel.metadata.shared if shared_bytes is None else shared_bytes
+    code = sass.disassemble(cubin)
+    shared_bytes = shared_bytes or 0
+    opcodes = Counter(i.opcode for i in code.instructions)
+    rates = RATES.get(code.arch)
+    return Report(
+        kernel=code.name,
+        arch=code.arch,
+        threads=code.threads,
+        registers=code.registers,
+        stack_bytes=code.stack_bytes,
+        shared_bytes=shared_bytes,
+        static_spills=sum(opcodes[opcode] for opcode in sass.SPILL_OPCODES),
+        warp_specialized=opcodes["USETMAXREG"] > 0,
+        ctas_per_sm_by=_ctas_per_sm(code, shared_bytes),
+        loops=tuple(LoopModel(loop, rates) for loop in code.mma_loops()),
+    )
+
+
+def _ctas_per_sm(code, shared_bytes):
+    capacity = CAPACITY[code.arch]
+    warps = code.threads // 32
+    registers_per_warp = -(-code.registers * 32 // REGISTER_ALLOCATION_UNIT) * REGISTER_ALLOCATION_UNIT
+    return {
+        "registers": capacity.registers // (registers_per_warp * warps),
+        "shared memory": capacity.shared_bytes // (shared_bytes + SHARED_BYTES_RESERVED_PER_CTA),
+        "warps": capacity.warps // warps,
+        "CTAs": capacity.ctas,
+    }
+
+
+def _warp_cycles(lanes_per_sm):
+    """Cycles that an instruction of one warp keeps its sub-partition's share of the lanes busy."""
+    return 32 * WARPS_PER_WARPGROUP // lanes_per_sm
+
+
+def _mma_flops(instruction):
+    """Of a warpgroup: one wgmma, or the mma.sync of its four warps."""
+    if found := _WGMMA.match(instruction.mnemonic):
+        m, n, k = map(int, found.groups())
+        return 2 * m * n * k
+    if found := _MMA_SYNC.match(instruction.mnemonic):
+        m, n, k = _MMA_SYNC_SHAPES[found.group(1)]
+        return WARPS_PER_WARPGROUP * 2 * m * n * k
+    return 0
+
+
+def _mma_cycles(instruction, rates):
+    rate = rates.mma_flops
+    if instruction.opcode in ("QGMMA", "IGMMA", "QMMA", "IMMA"):
+        rate *= 2
+    if ".TF32" in instruction.mnemonic:
+        rate /= 2
+    if not _WGMMA.match(instruction.mnemonic):
+        rate *= rates.mma_sync_share
+    return _mma_flops(instruction) / rate
+
+
+def _shared_bytes(instruction):
+    """Shared memory traffic of a warpgroup: the operands of one wgmma, or the accesses of its four warps."""
+    if found := _WGMMA.match(instruction.mnemonic):
+        m, n, k = map(int, found.groups())
+        a_in_registers = re.match(r"R\d+, R\d+", instruction.operands)
+        return (n * k + (0 if a_in_registers else m * k)) * _WGMMA_ELEMENT_BYTES[k]
+    if instruction.opcode not in _SHARED_ACCESS:
+        return 0
+    modifiers = instruction.mnemonic.split(".")
+    if instruction.opcode in ("LDSM", "STSM"):
+        per_warp = 128 * (4 if "4" in modifiers else 2 if "2" in modifiers else 1)  # 8x8 tiles of 2 bytes
+    else:
+        per_warp = 32 * (16 if "128" in modifiers else 8 if "64" in modifiers else 4)
+    return WARPS_PER_WARPGROUP * per_warp
