@@ -1,25 +1,25 @@
 """How fast the hot loop of a compiled kernel can run: a static cycle model of one trip, read off the machine code.
 
-Per trip and per warpgroup (four warps, one on each of an SM's sub-partitions) every unit of the SM is charged the cycles it
-is busy:
+Per trip and per warpgroup (four warps, one on each of an SM's sub-partitions) every unit of the SM is charged the cycles
+that it is busy:
 
     tensor   matrix instructions, at the dense rate of the target. On sm_90 mma.sync reaches 62 % of the wgmma rate
              (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499).
-    smem     operands that wgmma reads from shared memory, plain loads and stores of shared memory, at 128 B; SHFL, 32 lanes
+    smem     operands that wgmma reads from shared memory and plain accesses to it, at 128 B; SHFL at 32 lanes
     mufu     exp2, reciprocal and conversions: 16 lanes per clock and SM
     alu      min/max, compare, select, integer and packing: 64 lanes
     fma      fp32 multiply and add: 128 lanes (64 on sm_80); integer multiply-add: 64 lanes
     issue    one instruction per clock and sub-partition
     stall    the sum of the static stall counts: the least time one warp alone needs to issue the trip
 
-(Instruction throughputs: CUDA C++ Programming Guide, "Arithmetic Instructions".) With G warpgroups resident on an SM, the
-cycles that a warpgroup's trip costs the SM lie between
+(Instruction throughputs: CUDA C++ Programming Guide, "Arithmetic Instructions".) With G warpgroups resident on an SM,
+the cycles that a warpgroup's trip costs the SM lie between
 
     bound    max(tensor, smem, mufu, alu, fma, issue)                        all units overlap
     lock     max(tensor, smem) + max(stall / G, mufu, alu, fma, issue)       products and softmax never overlap
 
-and both are given as TFLOP/s of the products in the loop. This ranks configs and catches regressions. It does not predict
-time: memory, latency of asynchronous copies, barriers, power, prologue, epilogue and masked tiles are not in it.
+and both are given as TFLOP/s of the products in the loop. This ranks configs and catches regressions. It does not
+predict time: memory, latency of asynchronous copies, barriers, power, prologue, epilogue and masked tiles are not in it.
 """
 
 import re
@@ -82,31 +82,17 @@ _ALU = frozenset(
         "FSETP",
         "FSET",
         "FCHK",
-        "ISETP",
-        "LOP",
-        "LOP3",
-        "PLOP3",
-        "SHF",
-        "IADD3",
-        "SEL",
-        "PRMT",
-        "LEA",
-        "VIMNMX",
-        "IMNMX",
-        "VIADD",
-        "F2FP",
-        "SGXT",
-        "BMSK",
-        "IABS",
-        "POPC",
-        "FLO",
-        "P2R",
-        "R2P",
-        "CS2R",
-        "MOV",
-        "VOTE",
         "HMNMX2",
+        "F2FP",
+        "ISETP",
+        "IADD3",
+        "VIADD",
+        "IMNMX",
+        "VIMNMX",
+        "IABS",
+        "LEA",
     ]
+    + ["LOP", "LOP3", "PLOP3", "SHF", "SEL", "PRMT", "SGXT", "BMSK", "POPC", "FLO", "P2R", "R2P", "CS2R", "MOV", "VOTE"]
 )
 _FP32 = frozenset(["FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2", "FFMA32I", "FMUL32I", "FADD32I", "FSWZADD"])
 _INTEGER_MULTIPLY = frozenset({"IMAD", "IDP", "IMUL", "XMAD"})
@@ -121,7 +107,7 @@ _WGMMA_ELEMENT_BYTES = {8: 4, 16: 2, 32: 1}  # by K: tf32, fp16 and bf16, fp8
 
 @dataclass(frozen=True)
 class LoopModel:
-    """One loop with matrix instructions, and what a trip of it costs; conditional instructions are taken as not executed."""
+    """A loop with matrix instructions and what a trip of it costs; conditional instructions count as not executed."""
 
     loop: sass.Loop
     rates: Rates | None
@@ -219,8 +205,11 @@ class Report:
 
     @property
     def hot(self):
-        """The interior loop: the most FLOP per trip (a tcgen05 loop: the most matrix instructions) and, among equals, the
-        fewest instructions, since masks only add some. None if no loop multiplies matrices."""
+        """The interior loop, None if no loop multiplies matrices.
+
+        It has the most FLOP per trip (with tcgen05 the most products) and, among equals, the fewest instructions, since
+        masks only add some.
+        """
         return max(self.loops, key=lambda x: (x.flops, x.mma_instructions, -x.instructions), default=None)
 
     @property
@@ -277,11 +266,10 @@ class Report:
 
 
 def analyze(kernel, shared_bytes=None):
-    """Report on `kernel`: what a Triton or Gluon launch compiled (it has `.asm` and `.metadata`), or the bytes of a cubin.
+    """Report on `kernel`: a compiled Triton or Gluon kernel (it has `.asm` and `.metadata`), or the bytes of a cubin.
 
-    `shared_bytes` is the dynamic shared memory of a launch. A compiled kernel knows it and a cubin does not: without it the
-    occupancy leaves shared memory out.
-    For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
+    `shared_bytes` is the dynamic shared memory of a launch. A compiled kernel knows it and a cubin does not: without it
+    the occupancy leaves shared memory out. For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
     """
     if isinstance(kernel, bytes | bytearray):
         cubin = kernel

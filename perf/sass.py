@@ -1,7 +1,7 @@
 """NVIDIA machine code (SASS) as instructions and loops, read from a cubin with the tools inside the triton wheel.
 
-Works without a GPU and for any target nvdisasm knows. The control word of an instruction (sm_70 and later, 128 bits each)
-holds in bits 105 to 108 its stall count: the cycles the warp's next instruction has to wait.
+Works without a GPU and for any target nvdisasm knows. Bits 105 to 108 of an instruction (128 bits from sm_70 on) are its
+stall count: the cycles that the warp's next instruction has to wait.
 """
 
 import re
@@ -12,9 +12,8 @@ from functools import cached_property
 
 SPILL_OPCODES = frozenset({"LDL", "STL"})
 MMA_OPCODES = frozenset(
-    {"HGMMA", "QGMMA", "IGMMA", "BGMMA", "HMMA", "QMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA"}
+    ["HMMA", "QMMA", "IMMA", "DMMA", "HGMMA", "QGMMA", "IGMMA", "BGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA"]
 )
-TCGEN05_OPCODES = frozenset({"UTCHMMA", "UTCQMMA", "UTCIMMA"})
 
 _JUMPS = frozenset({"BRA", "JMP", "BRX", "BRXU"})
 _ENDS = frozenset({"EXIT", "RET"})
@@ -87,7 +86,7 @@ def disassemble(cubin):
 
 
 def parse(listing):
-    """{function: (instructions, {label: index of the instruction it stands before})} of an `nvdisasm -c -hex` listing."""
+    """{function: (instructions, {label: index of the next instruction})} of an `nvdisasm -c -hex` listing."""
     functions = {}
     instructions, labels = [], {}
     for line in listing.splitlines():
@@ -183,7 +182,7 @@ def _dominators(successors):
 
 
 def _entries(successors, predecessors):
-    """Block 0, and the blocks that only an indirect jump reaches (warp-specialised kernels dispatch through a table)."""
+    """Block 0, and the blocks that only an indirect jump reaches (how a warp-specialised kernel dispatches)."""
     entries, reached = set(), set()
     orphans = [b for b, before in enumerate(predecessors) if not before]
     for start in (0, *orphans, *range(len(successors))):
