@@ -1,7 +1,7 @@
 """How fast the hot loop of a compiled kernel can run: a static cycle model of one trip, read off the machine code.
 
-Per trip and per warpgroup (four warps, one on each of an SM's sub-partitions) every unit of the SM is charged the cycles
-that it is busy:
+Per trip and per warpgroup (four warps, one on each of an SM's sub-partitions) every unit of the SM is charged the
+cycles that it is busy:
 
     tensor   matrix instructions, at the dense rate of the target. On sm_90 mma.sync reaches 62 % of the wgmma rate
              (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499).
@@ -19,7 +19,7 @@ the cycles that a warpgroup's trip costs the SM lie between
     lock     max(tensor, smem) + max(stall / G, mufu, alu, fma, issue)       products and softmax never overlap
 
 and both are given as TFLOP/s of the products in the loop. This ranks configs and catches regressions. It does not
-predict time: memory, latency of asynchronous copies, barriers, power, prologue, epilogue and masked tiles are not in it.
+predict time: memory, latency of copies, barriers, power, prologue, epilogue and masked tiles are not in it.
 """
 
 import re
@@ -75,25 +75,10 @@ SHARED_BYTES_RESERVED_PER_CTA = 1024
 REGISTER_ALLOCATION_UNIT = 256  # per warp
 
 _MUFU = frozenset({"MUFU", "F2I", "I2F", "I2FP", "F2F", "FRND", "F2IP"})
-_ALU = frozenset(
-    [
-        "FMNMX",
-        "FSEL",
-        "FSETP",
-        "FSET",
-        "FCHK",
-        "HMNMX2",
-        "F2FP",
-        "ISETP",
-        "IADD3",
-        "VIADD",
-        "IMNMX",
-        "VIMNMX",
-        "IABS",
-        "LEA",
-    ]
-    + ["LOP", "LOP3", "PLOP3", "SHF", "SEL", "PRMT", "SGXT", "BMSK", "POPC", "FLO", "P2R", "R2P", "CS2R", "MOV", "VOTE"]
-)
+_COMPARE = frozenset({"FMNMX", "FSEL", "FSETP", "FSET", "FCHK", "HMNMX2", "ISETP", "IMNMX", "VIMNMX", "SEL", "PLOP3"})
+_INTEGER = frozenset({"IADD3", "VIADD", "IABS", "LEA", "LOP", "LOP3", "SHF", "SGXT", "BMSK", "POPC", "FLO"})
+_MOVE = frozenset({"MOV", "PRMT", "F2FP", "P2R", "R2P", "CS2R", "VOTE"})
+_ALU = _COMPARE | _INTEGER | _MOVE
 _FP32 = frozenset(["FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2", "FFMA32I", "FMUL32I", "FADD32I", "FSWZADD"])
 _INTEGER_MULTIPLY = frozenset({"IMAD", "IDP", "IMUL", "XMAD"})
 _SHARED_ACCESS = frozenset({"LDS", "STS", "LDSM", "STSM"})

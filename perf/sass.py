@@ -1,7 +1,7 @@
 """NVIDIA machine code (SASS) as instructions and loops, read from a cubin with the tools inside the triton wheel.
 
-Works without a GPU and for any target nvdisasm knows. Bits 105 to 108 of an instruction (128 bits from sm_70 on) are its
-stall count: the cycles that the warp's next instruction has to wait.
+Works without a GPU and for any target nvdisasm knows. Bits 105 to 108 of an instruction (128 bits, from sm_70 on) are
+its stall count: the cycles that the warp's next instruction has to wait.
 """
 
 import re
