@@ -66,8 +66,7 @@ class Kernel:
     labels: dict[str, int]
 
     def mma_loops(self):
-        """The innermost loops that hold matrix instructions, in program order."""
-        return _mma_loops(self.instructions, self.labels)
+        return find_mma_loops(self.instructions, self.labels)
 
 
 def disassemble(cubin):
@@ -102,16 +101,8 @@ def parse(listing):
     return functions
 
 
-def _run(tool, *args):
-    from triton import knobs  # not at the top: parsing a listing needs no triton
-
-    result = subprocess.run([getattr(knobs.nvidia, tool).path, *args], capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{tool} failed: {result.stderr.strip()}")
-    return result.stdout
-
-
-def _mma_loops(instructions, labels):
+def find_mma_loops(instructions, labels):
+    """The innermost loops that hold matrix instructions, in program order."""
     blocks, successors = _control_flow(instructions, labels)
     dominators = _dominators(successors)
     bodies = {
@@ -132,6 +123,15 @@ def _mma_loops(instructions, labels):
             always, conditional = tuple(sorted(always + conditional, key=lambda i: i.address)), ()
         loops.append(Loop(always, conditional))
     return loops
+
+
+def _run(tool, *args):
+    from triton import knobs  # not at the top: parsing a listing needs no triton
+
+    result = subprocess.run([getattr(knobs.nvidia, tool).path, *args], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{tool} failed: {result.stderr.strip()}")
+    return result.stdout
 
 
 def _control_flow(instructions, labels):

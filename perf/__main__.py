@@ -1,0 +1,124 @@
+"""What runs here, whether it is right, how fast it is, how large its caches are.
+
+Without a part: machine, verify, embed, bench and sizes, one after the other, in a few minutes. Figures go to
+perf/results/. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from compiled
+code and labelled so: nothing is called measured that was not.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from perf import results
+from perf.device import folder_name, has_gpu
+from perf.tables import print_table
+
+
+@dataclass(frozen=True)
+class Part:
+    """A subcommand: the module `perf.<name>`, with `run(out_dir, **options)` and, for options, `add_arguments(parser)`.
+
+    `folder` holds its results where no GPU gives them a name; options may stand in it in braces. Without a GPU,
+    Triton's interpreter runs the kernels of an `interpreted` part: a choice for the whole process. `machine_free`
+    results are the same everywhere.
+    """
+
+    help: str
+    folder: str
+    interpreted: bool = False
+    machine_free: bool = False
+
+
+PARTS = {
+    "machine": Part("what runs here, and the roofs of a GPU", "interpreter"),
+    "verify": Part("every public function against its reference at real model shapes", "interpreter", interpreted=True),
+    "embed": Part("sentences through a real encoder, with our attention and torch's", "interpreter", interpreted=True),
+    "bench": Part("throughput against sequence length, ours and the peers'", "predicted-{arch}"),
+    "sizes": Part("KV-cache bytes against context length", "sizes", machine_free=True),
+    "sweep": Part("the best config of a kernel", "predicted-{arch}"),
+    "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
+}
+MAIN_JOB = ("machine", "verify", "embed", "bench", "sizes")
+INTERRUPTED = 130
+
+
+def main(argv):
+    chosen = argv[0] if argv and argv[0] in PARTS else None
+    if chosen:
+        _set_mode(PARTS[chosen])
+    options = vars(_parser(chosen).parse_args(argv))
+    if options.pop("part") is None:
+        return run_all()
+    return run_part(chosen, options.pop("out"), options)
+
+
+def run_part(name, out_dir, options):
+    part = PARTS[name]
+    if out_dir is None:
+        named_by_gpu = has_gpu() and not part.machine_free
+        out_dir = results.ROOT / (folder_name() if named_by_gpu else part.folder.format(**options))
+    try:
+        for path in import_module(f"perf.{name}").run(out_dir, **options) or ():
+            print(f"wrote {os.path.relpath(path)}")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was finished is in {os.path.relpath(out_dir)}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_all():
+    """Each part in a process of its own, since they differ in Triton's mode; the exit code is 0 if all were done."""
+    outcomes = []
+    for name in MAIN_JOB:
+        print(f"\n== {name}: {PARTS[name].help}\n", flush=True)
+        start = time.monotonic()
+        code = _run_process([sys.executable, "-m", "perf", name])
+        outcome = {0: "done", INTERRUPTED: "interrupted"}.get(code, f"failed, exit code {code}")
+        outcomes.append({"part": name, "seconds": time.monotonic() - start, "outcome": outcome})
+        if code == INTERRUPTED:
+            break
+    print()
+    print_table(outcomes)
+    return 0 if all(row["outcome"] == "done" for row in outcomes) else 1
+
+
+def _run_process(command):
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal sends it to the part too, which then ends by itself
+            continue
+
+
+def _set_mode(part):
+    """Before anything imports triton."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    if part.interpreted and not has_gpu():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _parser(chosen):
+    """All parts, but the options only of the chosen one: no other module is imported."""
+    parser = argparse.ArgumentParser(
+        "python -m perf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", metavar="PART")
+    for name, part in PARTS.items():
+        sub = parts.add_parser(name, help=part.help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        where = part.folder if part.machine_free else f"{part.folder}, or the name of the GPU"
+        sub.add_argument("--out", type=Path, help=f"folder of the results (default: perf/results/ + {where})")
+        if name == chosen:
+            module = import_module(f"perf.{name}")
+            sub.description = module.__doc__
+            if hasattr(module, "add_arguments"):
+                module.add_arguments(sub)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

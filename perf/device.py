@@ -1,0 +1,56 @@
+"""Which device figures come from, and what else they depend on.
+
+Does not import triton: its mode (interpreter or compiler) may not be chosen yet.
+"""
+
+import re
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def has_gpu():
+    return torch.cuda.is_available()
+
+
+def gpu_name():
+    """None without a GPU."""
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
+def folder_name():
+    """The GPU's name as a folder is called: nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+
+
+@cache
+def driver_version():
+    """None without a GPU."""
+    if not has_gpu():
+        return None
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+
+
+@cache
+def commit():
+    """Of the checkout, with a plus when its code differs from it; None outside of git."""
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    revision = git("rev-parse", "--short", "HEAD")
+    if revision.returncode:
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py").stdout
+    return revision.stdout.strip() + ("+" if changed else "")
+
+
+def versions():
+    """The columns of a result that say what it depends on beside the GPU."""
+    return {"driver": driver_version(), "torch": torch.__version__, "triton": version("triton"), "commit": commit()}

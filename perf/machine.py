@@ -1,0 +1,71 @@
+"""What runs here: device and versions; on a GPU also the roofs, measured, that the other figures are compared with."""
+
+import csv
+import platform
+import time
+
+import torch
+import triton
+
+from perf.device import gpu_name, has_gpu, versions
+from perf.tables import print_table
+from perf.timing import time_one
+
+
+def copy_bandwidth():
+    """GB/s of a copy of 1 GiB, bytes read and bytes written both counted."""
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_one(lambda: target.copy_(source)).p50 / 1e6
+
+
+def matmul_rate(size=8192):
+    """TFLOP/s of a square bf16 product."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * size**3 / time_one(lambda: a @ b).p50 / 1e9
+
+
+@triton.jit
+def _empty_kernel():
+    pass
+
+
+def launch_time(calls=1000):
+    """Microseconds from one launch of an empty kernel to the next."""
+    _empty_kernel[(1,)]()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        _empty_kernel[(1,)]()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def describe():
+    """{what: value} of this machine; roofs only where there is a GPU to measure."""
+    about = {
+        "device": gpu_name() or f"{platform.machine()} CPU, no GPU",
+        "kernels run": "on the GPU"
+        if has_gpu()
+        else "in Triton's interpreter on the CPU; compiled for a GPU to predict",
+        "python": platform.python_version(),
+        **versions(),
+    }
+    if has_gpu():
+        about |= {
+            "copy, GB/s": round(copy_bandwidth()),
+            "bf16 product, TFLOP/s": round(matmul_rate()),
+            "launch, us": round(launch_time(), 1),
+        }
+    return {what: value for what, value in about.items() if value is not None}
+
+
+def run(out_dir):
+    """Print the table and keep it as `machine.csv`."""
+    about = describe()
+    print_table([{"what": what, "value": str(value)} for what, value in about.items()])
+    path = out_dir / "machine.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("what", "value"), *about.items()])
+    return [path]

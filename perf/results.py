@@ -1,0 +1,73 @@
+"""Where figures are kept, and the one table layout of everything that is a speed.
+
+A row says what ran (family, provider, pass, shape), how fast, on what, and whether it was measured or predicted. Rows
+are on the disk as soon as they are known: an interrupted run leaves what it had finished.
+"""
+
+import csv
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).parent / "results"
+MEASURED = "measured"
+PREDICTED = "predicted from compiled code, not measured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results CSV; None is an empty cell.
+
+    `gbps` is GB/s, `roof_share` the share of the roof measured on that machine; `note` says why a provider has no
+    figure, or which config ran.
+    """
+
+    family: str
+    provider: str
+    direction: str  # forward, backward; the column is called "pass"
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    window: int | None
+    dtype: str
+    p20_ms: float | None
+    p50_ms: float | None
+    p80_ms: float | None
+    tflops: float | None
+    gbps: float | None
+    roof_share: float | None
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    source: str  # MEASURED or PREDICTED
+    note: str = ""
+
+
+COLUMNS = ["pass" if field.name == "direction" else field.name for field in fields(Row)]
+
+
+class Table:
+    """A CSV that grows by a row at a time and replaces an older file of its name."""
+
+    def __init__(self, path, columns):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("w", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self.append(columns)
+
+    def append(self, row):
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()

@@ -1,0 +1,47 @@
+"""Time on a GPU: events around each call, a cold L2 cache, median with the spread around it."""
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+L2_FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Milliseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def time_interleaved(functions, rounds=30, warmup=3):
+    """{name: Percentiles} of {name: function}: every round calls each once, so that a drifting clock hits all alike."""
+    scratch = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        events = {}
+        for name, function in functions.items():
+            scratch.zero_()
+            start, end = events[name] = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize()
+        for name, (start, end) in events.items():
+            times[name].append(start.elapsed_time(end))
+    return {name: percentiles(values) for name, values in times.items()}
+
+
+def time_one(function, rounds=30):
+    return time_interleaved({"": function}, rounds)[""]
+
+
+def percentiles(values):
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return Percentiles(cuts[1], cuts[4], cuts[7])
