@@ -1,0 +1,7 @@
+"""Attention kernels in Triton: MHA, MQA, GQA; dense and varlen. See `help(triton_attn.flash_attention)`."""
+
+from . import reference
+from .flash import flash_attention, flash_attention_varlen
+
+__all__ = ["flash_attention", "flash_attention_varlen", "reference"]
+__version__ = "0.1.0"

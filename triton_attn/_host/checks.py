@@ -1,0 +1,105 @@
+"""Argument checks. Each raises TypeError or ValueError with the argument's name, what was expected and what came."""
+
+import math
+import numbers
+
+import torch
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 512
+
+
+def fail(name, expected, got, error=ValueError):
+    raise error(f"{name}: expected {expected}, got {got}")
+
+
+def check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        fail(name, "a number", type(value).__name__, TypeError)
+    if not math.isfinite(value):
+        fail(name, "a finite number", value)
+
+
+def check_length(name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(name, "an int", type(value).__name__, TypeError)
+    if not 0 <= value < 2**31:
+        fail(name, "0 to 2**31 - 1", value)
+
+
+def check_window(window_size):
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        fail("window_size", "a pair (left, right)", window_size, TypeError)
+    for side in window_size:
+        if isinstance(side, bool) or not isinstance(side, int):
+            fail("window_size", "a pair of ints", window_size, TypeError)
+        if side < -1:
+            fail("window_size", "-1 (unlimited) or more on each side", window_size)
+
+
+def check_qkv(q, k, v, ndim):
+    """q, k, v of one dtype and device, heads that divide, a contiguous last dimension; ndim 4 dense, 3 packed."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            fail(name, "a tensor", type(x).__name__, TypeError)
+        if x.ndim != ndim:
+            layout = "(batch, seqlen, heads, head_dim)" if ndim == 4 else "(total, heads, head_dim)"
+            fail(name, layout, f"shape {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            fail(name, f"q's dtype {q.dtype}", x.dtype, TypeError)
+        if x.device != q.device:
+            fail(name, f"q's device {q.device}", x.device)
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", x.shape[-1])
+    if k.shape[:-1] != v.shape[:-1]:
+        fail("v", f"k's shape but for the last dimension, {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
+    if k.shape[-1] != q.shape[-1]:
+        fail("k", f"q's head dimension {q.shape[-1]}", k.shape[-1])
+    if ndim == 4 and k.shape[0] != q.shape[0]:
+        fail("k", f"q's batch size {q.shape[0]}", k.shape[0])
+    num_heads_q, num_heads_kv = q.shape[-2], k.shape[-2]
+    if num_heads_kv == 0 or num_heads_q % num_heads_kv:
+        fail("k", f"a number of heads that divides q's {num_heads_q}", num_heads_kv)
+
+
+def check_kernel_dtype(q):
+    if q.dtype not in KERNEL_DTYPES:
+        fail("q", "float16, bfloat16 or float32", q.dtype, TypeError)
+
+
+def check_per_head(name, x, shapes, device, dtypes):
+    """A small tensor of one number per head, in one of the given shapes and dtypes."""
+    if not isinstance(x, torch.Tensor):
+        fail(name, "a tensor", type(x).__name__, TypeError)
+    if tuple(x.shape) not in shapes:
+        fail(name, " or ".join(f"shape {shape}" for shape in shapes), f"shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        fail(name, " or ".join(str(dtype) for dtype in dtypes), x.dtype, TypeError)
+    if x.device != device:
+        fail(name, f"q's device {device}", x.device)
+
+
+def check_cu_seqlens(name, cu_seqlens, device):
+    if not isinstance(cu_seqlens, torch.Tensor):
+        fail(name, "a tensor", type(cu_seqlens).__name__, TypeError)
+    if cu_seqlens.dtype != torch.int32:
+        fail(name, "dtype torch.int32", cu_seqlens.dtype, TypeError)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0 or not cu_seqlens.is_contiguous():
+        fail(name, "a contiguous tensor of shape (batch + 1,)", f"shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != device:
+        fail(name, f"q's device {device}", cu_seqlens.device)
+
+
+def check_cu_seqlens_values(name, cu_seqlens, total, max_seqlen):
+    """Reads the values back: from 0, never falling, within the rows there are, no sequence beyond max_seqlen."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        fail(f"{name}[0]", "0", bounds[0])
+    for i in range(len(bounds) - 1):
+        length = bounds[i + 1] - bounds[i]
+        if not 0 <= length <= max_seqlen:
+            fail(f"{name}, sequence {i}", f"a length of 0 to {max_seqlen}", length)
+        if bounds[i + 1] > total:
+            fail(f"{name}[{i + 1}]", f"at most the {total} rows there are", bounds[i + 1])

@@ -1,0 +1,48 @@
+"""What a launch must know of the device: its architecture, its arithmetic for fp32, the current device."""
+
+import functools
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+if INTERPRETED:
+    from ..testing import fix_interpreter
+
+    fix_interpreter()
+
+
+@functools.cache
+def _gpu_arch(index):
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def arch_of(tensor):
+    """ "sm_90", "gfx942", ..., or "interpreter"."""
+    if tensor.is_cuda:
+        return _gpu_arch(tensor.device.index)
+    if INTERPRETED:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "hip" else f"sm_{target.arch}"
+
+
+def input_precision(dtype, arch):
+    """How tl.dot multiplies this dtype: fp32 follows torch.get_float32_matmul_precision()."""
+    if dtype != torch.float32:
+        return "ieee"
+    wanted = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    return "ieee" if arch.startswith("gfx") and wanted == "tf32x3" else wanted
+
+
+def launch(kernel, grid, *args, **kwargs):
+    """kernel[grid](...) on the device of the first argument."""
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+    else:
+        kernel[grid](*args, enable_fp_fusion=True, **kwargs)

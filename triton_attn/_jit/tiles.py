@@ -1,0 +1,142 @@
+"""Tiles of rows: loads, stores and products.
+
+A head dimension that is not a power of two is served in two pieces, 96 = 64 + 32, where that saves work, so a tile is a
+tuple of one or two tensors (rows, piece).
+
+Offsets: a tile is placed with 64-bit arithmetic. Inside a tile 32 bits do, unless WIDE_ROWS says that its rows span
+more than 2^31 elements.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def piece_0(head_dim):
+    """First piece: the largest power of two in head_dim, or all of it padded where no two pieces cover it."""
+    padded = max(16, -(-head_dim // 16) * 16)
+    first = 1 << (padded.bit_length() - 1)
+    rest = padded - first
+    return first if rest & (rest - 1) == 0 else 2 * first
+
+
+@triton.constexpr_function
+def piece_1(head_dim):
+    """Second piece, a power of two, or 0."""
+    padded = max(16, -(-head_dim // 16) * 16)
+    rest = padded - (1 << (padded.bit_length() - 1))
+    return rest if rest & (rest - 1) == 0 else 0
+
+
+@triton.jit
+def _piece_pointers(ptr, rows, stride, START: tl.constexpr, BLOCK: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    row_offsets = rows.to(tl.int64) * stride if WIDE_ROWS else rows * stride
+    return ptr + row_offsets[:, None] + (START + tl.arange(0, BLOCK))[None, :]
+
+
+@triton.jit
+def _piece_mask(rows, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Which elements of the piece exist; folds to nothing where all do."""
+    mask = tl.full([rows.shape[0], BLOCK], True, tl.int1)
+    if rows_mask is not None:
+        mask &= rows_mask[:, None]
+    if START + BLOCK > HEAD_DIM:
+        mask &= (START + tl.arange(0, BLOCK) < HEAD_DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def _load_piece(
+    ptr,
+    rows,
+    stride,
+    rows_mask,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+):
+    ptrs = _piece_pointers(ptr, rows, stride, START, BLOCK, WIDE_ROWS)
+    return tl.load(ptrs, mask=_piece_mask(rows, rows_mask, START, BLOCK, HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def load_tile(ptr, rows, stride, rows_mask, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    """Rows ptr + rows * stride; zero where rows_mask (None: all) or the head dimension ends."""
+    FIRST: tl.constexpr = piece_0(HEAD_DIM)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM)
+    first = _load_piece(ptr, rows, stride, rows_mask, 0, FIRST, HEAD_DIM, WIDE_ROWS)
+    if SECOND > 0:
+        return first, _load_piece(ptr, rows, stride, rows_mask, FIRST, SECOND, HEAD_DIM, WIDE_ROWS)
+    else:
+        return (first,)
+
+
+@triton.jit
+def load_tile_tma(descs, batch, head, row, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rows [row, row + ROWS) through descriptors (batch, head, row, head_dim), one per piece; zero past the ends."""
+    FIRST: tl.constexpr = piece_0(HEAD_DIM)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM)
+    first = descs[0].load([batch, head, row, 0]).reshape(ROWS, FIRST)
+    if SECOND > 0:
+        return first, descs[1].load([batch, head, row, FIRST]).reshape(ROWS, SECOND)
+    else:
+        return (first,)
+
+
+@triton.jit
+def store_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    FIRST: tl.constexpr = piece_0(HEAD_DIM)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM)
+    ptrs = _piece_pointers(ptr, rows, stride, 0, FIRST, WIDE_ROWS)
+    tl.store(ptrs, tile[0].to(ptr.dtype.element_ty), mask=_piece_mask(rows, rows_mask, 0, FIRST, HEAD_DIM))
+    if SECOND > 0:
+        ptrs = _piece_pointers(ptr, rows, stride, FIRST, SECOND, WIDE_ROWS)
+        tl.store(ptrs, tile[1].to(ptr.dtype.element_ty), mask=_piece_mask(rows, rows_mask, FIRST, SECOND, HEAD_DIM))
+
+
+@triton.jit
+def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    first = tl.zeros([ROWS, piece_0(HEAD_DIM)], tl.float32)
+    if piece_1(HEAD_DIM) > 0:
+        return first, tl.zeros([ROWS, piece_1(HEAD_DIM)], tl.float32)
+    else:
+        return (first,)
+
+
+@triton.jit
+def keep_rows(tile, rows_mask):
+    """The tile with all other rows set to 0, whatever they held: in a product 0 * NaN would spread."""
+    first = tl.where(rows_mask[:, None], tile[0], 0.0)
+    if len(tile) > 1:
+        return first, tl.where(rows_mask[:, None], tile[1], 0.0)
+    else:
+        return (first,)
+
+
+@triton.jit
+def scale_rows(tile, factor):
+    first = tile[0] * factor[:, None]
+    if len(tile) > 1:
+        return first, tile[1] * factor[:, None]
+    else:
+        return (first,)
+
+
+@triton.jit
+def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr):
+    """a @ b.T, summed over the pieces of the head dimension."""
+    c = tl.dot(a[0], b[0].T, input_precision=INPUT_PRECISION)
+    if len(a) > 1:
+        c = tl.dot(a[1], b[1].T, c, input_precision=INPUT_PRECISION)
+    return c
+
+
+@triton.jit
+def dot_add(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + a @ b, piece by piece."""
+    first = tl.dot(a, b[0], acc[0], input_precision=INPUT_PRECISION)
+    if len(b) > 1:
+        return first, tl.dot(a, b[1], acc[1], input_precision=INPUT_PRECISION)
+    else:
+        return (first,)

@@ -1,0 +1,235 @@
+"""Forward kernel of dense and varlen attention, and its launcher."""
+
+import math
+
+import triton
+import triton.language as tl
+
+from .._host.device import arch_of, input_precision, launch
+from .._host.layout import batch_head_strides, l2_section, row_strides, rows_are_wide, tma_descriptors, tma_ready
+from .._jit.heads import assign_tile
+from .._jit.masks import key_range, mask_scores, modify_scores
+from .._jit.softmax import softmax_finish, softmax_init, softmax_step
+from .._jit.tiles import (
+    dot_add,
+    dot_transposed,
+    keep_rows,
+    load_tile,
+    load_tile_tma,
+    scale_rows,
+    store_tile,
+    zeros_tile,
+)
+from .configs import default_config
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _load_kv_tile(
+    x,
+    stride,
+    coords,
+    start_n,
+    seqlen_k,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+):
+    """Rows [start_n, start_n + BLOCK_N) of a sequence's keys or values.
+
+    x points to the sequence's first row, or holds TMA descriptors over all rows: those end with the tensor, so past the
+    end of a varlen sequence they give the rows of the next.
+    """
+    if USE_TMA:
+        batch, head, first_row = coords
+        return load_tile_tma(x, batch, head, first_row + start_n, BLOCK_N, HEAD_DIM)
+    else:
+        rows = tl.arange(0, BLOCK_N)
+        rows_mask = start_n + rows < seqlen_k if MASKED else None
+        return load_tile(x + tl.cast(start_n, tl.int64) * stride, rows, stride, rows_mask, HEAD_DIM, WIDE_ROWS)
+
+
+# Lengths and what follows from them: a new length must not mean a new compilation.
+LENGTHS = ["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _flash_fwd_kernel(
+    q_ptr,
+    k,
+    v,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    alibi_slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    alibi_strides,
+    seqlen_q,
+    seqlen_k,
+    lse_stride,
+    num_tiles,
+    num_heads,
+    group_size,
+    section_size,
+    scale_log2,
+    softcap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program computes BLOCK_M rows of out and lse for one query head of one sequence.
+
+    Grid: num_tiles * num_heads * batch. Strides are (batch, row, head) in elements; a varlen batch has batch stride 0
+    and its rows start at cu_seqlens. k and v are pointers, or tuples of descriptors with USE_TMA.
+    """
+    tile, batch_head = assign_tile(
+        tl.program_id(0), num_tiles, tl.num_programs(0) // num_tiles, section_size, window[1] is not None
+    )
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    head_kv = head // group_size
+
+    first_q = 0
+    first_k = 0
+    if cu_seqlens_q_ptr is not None:
+        first_q = tl.load(cu_seqlens_q_ptr + batch)
+        seqlen_q = tl.load(cu_seqlens_q_ptr + batch + 1) - first_q
+        first_k = tl.load(cu_seqlens_k_ptr + batch)
+        seqlen_k = tl.load(cu_seqlens_k_ptr + batch + 1) - first_k
+    start_m = tile * BLOCK_M
+    if start_m >= seqlen_q:
+        return
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    rows_mask = offs_m < seqlen_q
+    q_ptr += tl.cast(batch, tl.int64) * q_strides[0] + tl.cast(first_q + start_m, tl.int64) * q_strides[1]
+    q_ptr += tl.cast(head, tl.int64) * q_strides[2]
+    q = load_tile(q_ptr, tl.arange(0, BLOCK_M), q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
+
+    coords = (0 if cu_seqlens_q_ptr is not None else batch, head_kv, first_k)
+    if not USE_TMA:
+        k += tl.cast(batch, tl.int64) * k_strides[0] + tl.cast(first_k, tl.int64) * k_strides[1]
+        k += tl.cast(head_kv, tl.int64) * k_strides[2]
+        v += tl.cast(batch, tl.int64) * v_strides[0] + tl.cast(first_k, tl.int64) * v_strides[1]
+        v += tl.cast(head_kv, tl.int64) * v_strides[2]
+
+    slope = None
+    if alibi_slopes_ptr is not None:
+        slope = tl.load(alibi_slopes_ptr + batch * alibi_strides[0] + head * alibi_strides[1])
+
+    offset = seqlen_k - seqlen_q
+    end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
+    lo, full_lo, full_hi, hi = key_range(start_m, end_m, seqlen_k, offset, window, BLOCK_N)
+    left_tiles = tl.cdiv(full_lo - lo, BLOCK_N)
+    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
+    interior_tiles = (full_hi - full_lo) // BLOCK_N
+
+    m_i, l_i = softmax_init(sinks_ptr, head, BLOCK_M)
+    acc = zeros_tile(BLOCK_M, HEAD_DIM_V)
+    # One loop body, compiled twice: with a mask for tiles that a boundary crosses, without for those between.
+    for INTERIOR in tl.static_range(2):
+        num_steps = interior_tiles if INTERIOR else boundary_tiles
+        for i in tl.range(0, num_steps):
+            if INTERIOR:
+                start_n = full_lo + i * BLOCK_N
+            else:
+                start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k_tile = _load_kv_tile(
+                k, k_strides[1], coords, start_n, seqlen_k, HEAD_DIM, BLOCK_N, not INTERIOR, USE_TMA, WIDE_ROWS
+            )
+            s = dot_transposed(q, k_tile, INPUT_PRECISION)
+            if not FOLD_SCALE:
+                s = modify_scores(s, offs_m, offs_n, offset, scale_log2, softcap, slope)
+            if not INTERIOR:
+                s = mask_scores(s, offs_m, start_n, seqlen_k, offset, window)
+            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
+            v_tile = _load_kv_tile(
+                v, v_strides[1], coords, start_n, seqlen_k, HEAD_DIM_V, BLOCK_N, not INTERIOR, USE_TMA, WIDE_ROWS
+            )
+            if USE_TMA and not INTERIOR and cu_seqlens_q_ptr is not None:
+                v_tile = keep_rows(v_tile, offs_n < seqlen_k)
+            acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
+
+    norm, lse = softmax_finish(m_i, l_i)
+    lse_row = head if cu_seqlens_q_ptr is not None else batch_head
+    lse_ptr += tl.cast(lse_row, tl.int64) * lse_stride + first_q
+    tl.store(lse_ptr + offs_m, lse, mask=rows_mask)
+    out_ptr += tl.cast(batch, tl.int64) * out_strides[0] + tl.cast(first_q + start_m, tl.int64) * out_strides[1]
+    out_ptr += tl.cast(head, tl.int64) * out_strides[2]
+    acc = scale_rows(acc, norm)
+    store_tile(out_ptr, tl.arange(0, BLOCK_M), out_strides[1], rows_mask, acc, HEAD_DIM_V, WIDE_ROWS)
+
+
+def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options, config=None):
+    """Launch the forward kernel: one launch, nothing read back.
+
+    q, k, v and out are (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; seqlen_q and
+    seqlen_k are then the largest lengths. options is an AttentionOptions, config a FlashConfig (None: the default).
+    """
+    num_heads, head_dim = q.shape[-2:]
+    num_heads_kv, head_dim_v = v.shape[-2:]
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    causal = options.window[1] is not None
+    arch = arch_of(q)
+    if config is None:
+        config = default_config(arch, q.dtype, head_dim, head_dim_v, causal)
+    num_tiles = -(-seqlen_q // config.block_m)
+    num_programs = num_tiles * num_heads * batch
+    if num_programs == 0:
+        return
+    group_size = num_heads // num_heads_kv
+    use_tma = config.use_tma and tma_ready(k) and tma_ready(v)
+    softmax_scale, window, softcap, alibi_slopes, sinks = options
+    launch(
+        _flash_fwd_kernel,
+        (num_programs,),
+        q,
+        tma_descriptors(k, config.block_n) if use_tma else k,
+        tma_descriptors(v, config.block_n) if use_tma else v,
+        out,
+        lse,
+        sinks,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        row_strides(q),
+        row_strides(k),
+        row_strides(v),
+        row_strides(out),
+        None if alibi_slopes is None else batch_head_strides(alibi_slopes),
+        seqlen_q,
+        seqlen_k,
+        lse.shape[-1],
+        num_tiles,
+        num_heads,
+        group_size,
+        l2_section(k, v, seqlen_k, group_size) if causal else 1,
+        softmax_scale * LOG2_E,
+        softcap,
+        window,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        FOLD_SCALE=softcap is None and alibi_slopes is None and softmax_scale > 0,
+        USE_TMA=use_tma,
+        WIDE_ROWS=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out),
+        INPUT_PRECISION=input_precision(q.dtype, arch),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
