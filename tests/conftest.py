@@ -1,0 +1,44 @@
+"""Which tests run in this process, and how many examples hypothesis draws.
+
+Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 everything runs but the tests marked
+`compiled`; without it those alone run, and the others too where there is a GPU for their kernels.
+TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 20 times as many examples.
+"""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("fast", max_examples=25, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("full", max_examples=500, deadline=None)
+hypothesis.settings.load_profile("full" if FULL else "fast")
+
+
+def pytest_configure():
+    if INTERPRETED:
+        from triton_attn.testing import fix_interpreter
+
+        fix_interpreter()
+
+
+def pytest_collection_modifyitems(config, items):
+    def runs_here(item):
+        if item.get_closest_marker("full") and not FULL:
+            return False
+        compiled = item.get_closest_marker("compiled") is not None
+        return compiled != INTERPRETED or (not INTERPRETED and torch.cuda.is_available())
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = filter(runs_here, items)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where tensors live: the GPU when there is one and kernels are compiled, otherwise the CPU."""
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

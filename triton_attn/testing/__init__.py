@@ -1,0 +1,27 @@
+"""What makes Triton kernels testable without a GPU, for this package's tests and for anyone's own kernels.
+
+`fix_interpreter`            bf16 and fp8 arithmetic of TRITON_INTERPRET=1 as a GPU does it
+`guard`                      every memory access of interpreted launches checked, bytes counted
+`compile_only`               ordinary launches compile for a GPU that is not there; registers, spills, instructions
+`poisoned_empty`, `padded`   outputs nobody wrote, and writes beside a tensor, made visible
+`assert_close_to_reference`  error against fp64, judged by the error that torch makes in the same dtype
+
+Names that need Triton import it when they are first used.
+"""
+
+from importlib import import_module
+
+_MODULE_OF = {
+    "fix_interpreter": "interpreter",
+    "Launch": "compilation",
+    "compile_only": "compilation",
+    "shared_memory_limit": "compilation",
+}
+
+__all__ = ["Launch", "compile_only", "fix_interpreter", "shared_memory_limit"]
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
