@@ -36,6 +36,7 @@ WARPS_PER_WARPGROUP = 4
 class Rates:
     """What one GPU does per clock and SM (dense fp16 or bf16 FLOP, fp32 lanes), its clock and its size."""
 
+    name: str
     num_sms: int
     clock_ghz: float
     mma_flops: int
@@ -45,8 +46,10 @@ class Rates:
 
 # sm_80: A100, 312 TFLOP/s. sm_90: H100 and H200 SXM at 1.755 GHz, a clock they hold under load; figures scale with it.
 RATES = {
-    "sm_80": Rates(num_sms=108, clock_ghz=1.41, mma_flops=2048, mma_sync_share=1.0, fp32_lanes=64),
-    "sm_90": Rates(num_sms=132, clock_ghz=1.755, mma_flops=4096, mma_sync_share=0.62, fp32_lanes=128),
+    "sm_80": Rates("A100 SXM", num_sms=108, clock_ghz=1.41, mma_flops=2048, mma_sync_share=1.0, fp32_lanes=64),
+    "sm_90": Rates(
+        "H100 or H200 SXM", num_sms=132, clock_ghz=1.755, mma_flops=4096, mma_sync_share=0.62, fp32_lanes=128
+    ),
 }
 
 SMEM_BYTES_PER_CLOCK = 128

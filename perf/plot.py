@@ -64,6 +64,57 @@ def kv_cache(csv_path):
         return _save(figure, csv_path)
 
 
+BOUND, LOCK = "triton_attn, bound", "triton_attn, lock"
+PROVIDER_STYLES = {
+    "triton_attn": (VERMILION, "o", "triton_attn"),
+    "SDPA cuDNN": (BLUE, "s", "SDPA cuDNN"),
+    "SDPA flash": (GREEN, "^", "SDPA flash"),
+    "FlexAttention": (PURPLE, "D", "FlexAttention"),
+    "naive torch": (ORANGE, "v", "naive torch"),
+    BOUND: (SKY, "s", "bound: products and softmax overlap fully"),
+    LOCK: (VERMILION, "o", "lock: they never overlap"),
+}
+
+
+def throughput(csv_path):
+    """TFLOP/s against sequence length: a panel per mask and head dimension, a line per provider, the measured roof."""
+    data = pd.read_csv(csv_path)
+    head_dims, masks = sorted(data["head_dim"].unique()), sorted(data["causal"].unique())
+    with plt.rc_context(STYLE | {"figure.figsize": (8, 1.4 + 2.1 * len(masks))}):
+        figure, grid = plt.subplots(len(masks), len(head_dims), sharex=True, sharey=True, squeeze=False)
+        for line, mask in zip(grid, masks):
+            line[0].set_ylabel("TFLOP/s")
+            for axes, head_dim in zip(line, head_dims):
+                _throughput_panel(axes, data[(data["head_dim"] == head_dim) & (data["causal"] == mask)])
+                axes.set_title(f"{'causal' if mask else 'full'}, head_dim {head_dim}", fontsize=10)
+        for axes in grid[-1]:
+            axes.set_xlabel("sequence length")
+        grid[0][0].set_ylim(bottom=0)
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.suptitle(_throughput_title(data), x=0.01, ha="left", fontsize=11)
+        return _save(figure, csv_path)
+
+
+def _throughput_panel(axes, data):
+    lines = {provider: rows.set_index("seqlen_q")["tflops"] for provider, rows in data.groupby("provider", sort=False)}
+    for provider, line in lines.items():
+        colour, marker, label = PROVIDER_STYLES[provider]
+        axes.plot(line.index, line, color=colour, marker=marker, label=label)
+    if LOCK in lines:
+        axes.fill_between(lines[LOCK].index, lines[LOCK], lines[BOUND], color=SKY, alpha=0.15, linewidth=0)
+    roof = (data["tflops"] / data["roof_share"]).median()
+    if not pd.isna(roof):
+        axes.axhline(roof, color=BLACK, linewidth=1, linestyle="--", label="matrix product, measured")
+    axes.set_xscale("log", base=2)
+    _length_ticks(axes, data["seqlen_q"].unique())
+
+
+def _throughput_title(data):
+    first = data.iloc[0]
+    note = "" if first["source"] == "measured" else f"\n{first['source']}"
+    return f"Attention {first['pass']}, {first['dtype']}, {first['gpu']}{note}"
+
+
 def _label_ends(axes, x, ends):
     """Name each line at its end, moving labels apart where lines end close together; `ends` is (y, text, colour)."""
     lowest = 0

@@ -13,17 +13,17 @@ MEASURED = "measured"
 PREDICTED = "predicted from compiled code, not measured"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of a results CSV; None is an empty cell.
 
-    `gbps` is GB/s, `roof_share` the share of the roof measured on that machine; `note` says why a provider has no
-    figure, or which config ran.
+    `gbps` is GB/s, `roof_share` the share of the roof measured on that machine; `note` says which config ran, or why a
+    provider has no figure.
     """
 
     family: str
     provider: str
-    direction: str  # forward, backward; the column is called "pass"
+    direction: str  # forward or backward; a column cannot be called pass in Python, in the CSV it is
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -32,19 +32,19 @@ class Row:
     head_dim: int
     head_dim_v: int
     causal: bool
-    window: int | None
+    window: int | None = None
     dtype: str
-    p20_ms: float | None
-    p50_ms: float | None
-    p80_ms: float | None
-    tflops: float | None
-    gbps: float | None
-    roof_share: float | None
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    roof_share: float | None = None
     gpu: str
-    driver: str
+    driver: str | None
     torch: str
     triton: str
-    commit: str
+    commit: str | None
     source: str  # MEASURED or PREDICTED
     note: str = ""
 

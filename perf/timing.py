@@ -28,7 +28,7 @@ def time_interleaved(functions, rounds=30, warmup=3):
         events = {}
         for name, function in functions.items():
             scratch.zero_()
-            start, end = events[name] = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             start.record()
             function()
             end.record()

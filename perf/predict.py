@@ -1,0 +1,86 @@
+"""Throughput against sequence length, predicted from compiled code for a GPU that need not be there.
+
+The loop model (`perf/loop_model.py`) says at what rate an SM runs the hot loop. A whole forward is slower for two
+reasons that follow from the shape alone, and both are counted here:
+
+    masked tiles   A query tile of block_m rows walks ceil(visible keys / block_n) key tiles, and tiles that a boundary
+                   crosses cost a whole trip of the masked loop. Only visible pairs count as work.
+    waves          Programs are dealt, longest first, to num_sms * ctas_per_sm slots; the last slot to finish ends it.
+
+    TFLOP/s = visible FLOP / time of the last slot;   time of a trip = FLOP of a trip * slots / rate of its loop
+
+Left out: memory, latency of copies, barriers, power, prologue and epilogue. A measurement comes out lower.
+"""
+
+import heapq
+
+import torch
+from tqdm import tqdm
+
+from perf import compiled, loop_model
+from perf.device import versions
+from perf.inspect import config_name
+from perf.results import PREDICTED, Row
+
+
+def tile_trips(problem, block_m, block_n):
+    """(interior, masked) trips of each query tile of one head."""
+    trips = []
+    for start in range(0, problem.seqlen, block_m):
+        end = min(start + block_m, problem.seqlen)
+        seen_by_last = end if problem.causal else problem.seqlen
+        seen_by_all = start + 1 if problem.causal else problem.seqlen
+        interior = seen_by_all // block_n
+        trips.append((interior, -(-seen_by_last // block_n) - interior))
+    return trips
+
+
+def makespan(durations, slots):
+    """When the last slot is done, if durations are dealt longest first, each to the slot that is free first."""
+    free_at = [0.0] * min(slots, len(durations))
+    for duration in sorted(durations, reverse=True):
+        heapq.heapreplace(free_at, free_at[0] + duration)
+    return max(free_at)
+
+
+def tflops(problem, block_m, block_n, slots, interior_rate, masked_rate):
+    """TFLOP/s of the whole problem, from the rates (TFLOP/s) at which the two loops run with every slot busy."""
+    flops_per_trip = 4 * block_m * block_n * problem.head_dim
+    interior, masked = (flops_per_trip * slots / (rate * 1e12) for rate in (interior_rate, masked_rate))
+    durations = [a * interior + b * masked for a, b in tile_trips(problem, block_m, block_n)]
+    return problem.flops / makespan(durations * (problem.num_heads * problem.batch), slots) / 1e12
+
+
+def loop_rates(report):
+    """{"bound": (interior, masked), "lock": (interior, masked)} in TFLOP/s; a kernel with one loop has one rate."""
+    warpgroups = report.mma_warpgroups_per_sm
+    others = [loop for loop in report.loops if loop is not report.hot and loop.flops == report.hot.flops]
+    masked = max(others, key=lambda loop: loop.instructions, default=report.hot)
+    return {
+        "bound": (report.hot.bound(), masked.bound()),
+        "lock": (report.hot.lock(warpgroups), masked.lock(warpgroups)),
+    }
+
+
+def flash_forward(problems, dtype, arch):
+    """Rows of `bound` and `lock` for each problem, our default configs compiled for `arch`."""
+    kernels = {}
+    for problem in tqdm(problems, desc=f"predicting for {arch}", unit="shape"):
+        kind = problem.head_dim, problem.causal
+        if kind not in kernels:
+            launch = compiled.flash_forward(arch, getattr(torch, dtype), problem.head_dim, causal=problem.causal)
+            kernels[kind] = launch, loop_model.analyze(launch.kernel)
+        launch, report = kernels[kind]
+        tile = launch.constexprs["BLOCK_M"], launch.constexprs["BLOCK_N"]
+        slots = loop_model.RATES[arch].num_sms * report.ctas_per_sm
+        for model, rates in loop_rates(report).items():
+            yield Row(
+                **problem.columns(),
+                dtype=dtype,
+                provider=f"triton_attn, {model}",
+                tflops=tflops(problem, *tile, slots, *rates),
+                gpu=f"{loop_model.RATES[arch].name} at {loop_model.RATES[arch].clock_ghz} GHz",
+                **versions(),
+                source=PREDICTED,
+                note=config_name(launch),
+            )
