@@ -1,22 +1,40 @@
-"""Which head and which tile of queries a program takes."""
+"""Which sequence, head and tile a program takes, and where its rows lie."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def assign_tile(pid, num_tiles, num_heads, section_size, LONGEST_FIRST: tl.constexpr):
-    """Program -> (tile of queries, head), heads counted over the whole batch.
+def assign_tile(pid, num_tiles, num_heads, section_size, LAST_FIRST: tl.constexpr):
+    """Program -> (tile, head), heads counted over the whole batch.
 
-    Heads are taken in sections of section_size whose keys and values fit in the L2 cache together. Inside a section
-    the last tiles of all heads come first: under a causal mask they are the longest, and short ones fill the gaps at
-    the end.
+    Heads are taken in sections of section_size whose operands fit in the L2 cache together, inside a section tile by
+    tile over all heads. Where the last tiles are the longest, as those of queries under a causal mask, they come
+    first, so that short ones fill the gaps at the end.
     """
-    if LONGEST_FIRST:
-        section = pid // (section_size * num_tiles)
-        first_head = section * section_size
-        heads_here = tl.minimum(section_size, num_heads - first_head)
-        within = pid - first_head * num_tiles
-        return num_tiles - 1 - within // heads_here, first_head + within % heads_here
-    else:
-        return pid % num_tiles, pid // num_tiles
+    section = pid // (section_size * num_tiles)
+    first_head = section * section_size
+    heads_here = tl.minimum(section_size, num_heads - first_head)
+    within = pid - first_head * num_tiles
+    tile = within // heads_here
+    return num_tiles - 1 - tile if LAST_FIRST else tile, first_head + within % heads_here
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k):
+    """First row and length of a sequence's queries and keys: (first_q, first_k, seqlen_q, seqlen_k)."""
+    first_q = 0
+    first_k = 0
+    if cu_seqlens_q_ptr is not None:
+        first_q = tl.load(cu_seqlens_q_ptr + batch)
+        seqlen_q = tl.load(cu_seqlens_q_ptr + batch + 1) - first_q
+        first_k = tl.load(cu_seqlens_k_ptr + batch)
+        seqlen_k = tl.load(cu_seqlens_k_ptr + batch + 1) - first_k
+    return first_q, first_k, seqlen_q, seqlen_k
+
+
+@triton.jit
+def row_pointer(ptr, strides, batch, row, head):
+    """Pointer to the first element of a row; strides are (batch, row, head), the arithmetic is 64-bit."""
+    offset = tl.cast(batch, tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[1]
+    return ptr + offset + tl.cast(head, tl.int64) * strides[2]

@@ -73,15 +73,42 @@ def load_tile(ptr, rows, stride, rows_mask, HEAD_DIM: tl.constexpr, WIDE_ROWS: t
 
 
 @triton.jit
-def load_tile_tma(descs, batch, head, row, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows [row, row + ROWS) through descriptors (batch, head, row, head_dim), one per piece; zero past the ends."""
+def _load_tile_tma(descs, coords, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    first = descs[0].load([batch, head, row, 0]).reshape(ROWS, FIRST)
+    batch, head, row = coords
+    first = descs[0].load([batch, head, row + start, 0]).reshape(ROWS, FIRST)
     if SECOND > 0:
-        return first, descs[1].load([batch, head, row, FIRST]).reshape(ROWS, SECOND)
+        return first, descs[1].load([batch, head, row + start, FIRST]).reshape(ROWS, SECOND)
     else:
         return (first,)
+
+
+@triton.jit
+def load_rows(
+    x,
+    stride,
+    coords,
+    start,
+    seqlen,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+):
+    """Rows [start, start + ROWS) of a sequence, the tile of a loop; only a MASKED tile may reach past seqlen.
+
+    x points to the sequence's first row, or holds TMA descriptors over (batch, head, row, head_dim), one per piece, in
+    which coords = (batch, head, first row) places the sequence. Descriptors end with the tensor: past the end of a
+    packed sequence they give the rows of the next, whose values the caller must not let through.
+    """
+    if USE_TMA:
+        return _load_tile_tma(x, coords, start, ROWS, HEAD_DIM)
+    else:
+        rows = tl.arange(0, ROWS)
+        rows_mask = start + rows < seqlen if MASKED else None
+        return load_tile(x + tl.cast(start, tl.int64) * stride, rows, stride, rows_mask, HEAD_DIM, WIDE_ROWS)
 
 
 @triton.jit

@@ -7,15 +7,15 @@ import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch
 from .._host.layout import batch_head_strides, l2_section, row_strides, rows_are_wide, tma_descriptors, tma_ready
-from .._jit.heads import assign_tile
+from .._jit.heads import assign_tile, row_pointer, sequence_bounds
 from .._jit.masks import key_range, mask_scores, modify_scores
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     dot_add,
     dot_transposed,
     keep_rows,
+    load_rows,
     load_tile,
-    load_tile_tma,
     scale_rows,
     store_tile,
     zeros_tile,
@@ -23,33 +23,6 @@ from .._jit.tiles import (
 from .configs import default_config
 
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def _load_kv_tile(
-    x,
-    stride,
-    coords,
-    start_n,
-    seqlen_k,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-):
-    """Rows [start_n, start_n + BLOCK_N) of a sequence's keys or values.
-
-    x points to the sequence's first row, or holds TMA descriptors over all rows: those end with the tensor, so past the
-    end of a varlen sequence they give the rows of the next.
-    """
-    if USE_TMA:
-        batch, head, first_row = coords
-        return load_tile_tma(x, batch, head, first_row + start_n, BLOCK_N, HEAD_DIM)
-    else:
-        rows = tl.arange(0, BLOCK_N)
-        rows_mask = start_n + rows < seqlen_k if MASKED else None
-        return load_tile(x + tl.cast(start_n, tl.int64) * stride, rows, stride, rows_mask, HEAD_DIM, WIDE_ROWS)
 
 
 # Lengths and what follows from them: a new length must not mean a new compilation.
@@ -96,36 +69,28 @@ def _flash_fwd_kernel(
     Grid: num_tiles * num_heads * batch. Strides are (batch, row, head) in elements; a varlen batch has batch stride 0
     and its rows start at cu_seqlens. k and v are pointers, or tuples of descriptors with USE_TMA.
     """
-    tile, batch_head = assign_tile(
-        tl.program_id(0), num_tiles, tl.num_programs(0) // num_tiles, section_size, window[1] is not None
-    )
+    num_batch_heads = tl.num_programs(0) // num_tiles
+    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
     batch = batch_head // num_heads
     head = batch_head % num_heads
     head_kv = head // group_size
-
-    first_q = 0
-    first_k = 0
-    if cu_seqlens_q_ptr is not None:
-        first_q = tl.load(cu_seqlens_q_ptr + batch)
-        seqlen_q = tl.load(cu_seqlens_q_ptr + batch + 1) - first_q
-        first_k = tl.load(cu_seqlens_k_ptr + batch)
-        seqlen_k = tl.load(cu_seqlens_k_ptr + batch + 1) - first_k
+    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+    )
     start_m = tile * BLOCK_M
     if start_m >= seqlen_q:
         return
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    offs_m = start_m + rows
     rows_mask = offs_m < seqlen_q
-    q_ptr += tl.cast(batch, tl.int64) * q_strides[0] + tl.cast(first_q + start_m, tl.int64) * q_strides[1]
-    q_ptr += tl.cast(head, tl.int64) * q_strides[2]
-    q = load_tile(q_ptr, tl.arange(0, BLOCK_M), q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
-
-    coords = (0 if cu_seqlens_q_ptr is not None else batch, head_kv, first_k)
+    q_ptr = row_pointer(q_ptr, q_strides, batch, first_q + start_m, head)
+    q = load_tile(q_ptr, rows, q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
+    coords = (0 if VARLEN else batch, head_kv, first_k)
     if not USE_TMA:
-        k += tl.cast(batch, tl.int64) * k_strides[0] + tl.cast(first_k, tl.int64) * k_strides[1]
-        k += tl.cast(head_kv, tl.int64) * k_strides[2]
-        v += tl.cast(batch, tl.int64) * v_strides[0] + tl.cast(first_k, tl.int64) * v_strides[1]
-        v += tl.cast(head_kv, tl.int64) * v_strides[2]
+        k = row_pointer(k, k_strides, batch, first_k, head_kv)
+        v = row_pointer(v, v_strides, batch, first_k, head_kv)
 
     slope = None
     if alibi_slopes_ptr is not None:
@@ -149,8 +114,8 @@ def _flash_fwd_kernel(
             else:
                 start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            k_tile = _load_kv_tile(
-                k, k_strides[1], coords, start_n, seqlen_k, HEAD_DIM, BLOCK_N, not INTERIOR, USE_TMA, WIDE_ROWS
+            k_tile = load_rows(
+                k, k_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM, not INTERIOR, USE_TMA, WIDE_ROWS
             )
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             if not FOLD_SCALE:
@@ -158,21 +123,19 @@ def _flash_fwd_kernel(
             if not INTERIOR:
                 s = mask_scores(s, offs_m, start_n, seqlen_k, offset, window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
-            v_tile = _load_kv_tile(
-                v, v_strides[1], coords, start_n, seqlen_k, HEAD_DIM_V, BLOCK_N, not INTERIOR, USE_TMA, WIDE_ROWS
+            v_tile = load_rows(
+                v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
             )
-            if USE_TMA and not INTERIOR and cu_seqlens_q_ptr is not None:
+            if VARLEN and USE_TMA and not INTERIOR:
                 v_tile = keep_rows(v_tile, offs_n < seqlen_k)
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)
-    lse_row = head if cu_seqlens_q_ptr is not None else batch_head
+    lse_row = head if VARLEN else batch_head
     lse_ptr += tl.cast(lse_row, tl.int64) * lse_stride + first_q
     tl.store(lse_ptr + offs_m, lse, mask=rows_mask)
-    out_ptr += tl.cast(batch, tl.int64) * out_strides[0] + tl.cast(first_q + start_m, tl.int64) * out_strides[1]
-    out_ptr += tl.cast(head, tl.int64) * out_strides[2]
-    acc = scale_rows(acc, norm)
-    store_tile(out_ptr, tl.arange(0, BLOCK_M), out_strides[1], rows_mask, acc, HEAD_DIM_V, WIDE_ROWS)
+    out_ptr = row_pointer(out_ptr, out_strides, batch, first_q + start_m, head)
+    store_tile(out_ptr, rows, out_strides[1], rows_mask, scale_rows(acc, norm), HEAD_DIM_V, WIDE_ROWS)
 
 
 def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options, config=None):
