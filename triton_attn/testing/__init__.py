@@ -11,17 +11,22 @@ Names that need Triton import it when they are first used.
 
 from importlib import import_module
 
-_MODULE_OF = {
-    "fix_interpreter": "interpreter",
+from triton_attn.testing.tensors import Closeness, assert_close_to_reference, padded, poisoned_empty
+
+_NEEDS_TRITON = {
+    "Accesses": "memory",
     "Launch": "compilation",
+    "MemoryAccessError": "memory",
     "compile_only": "compilation",
+    "fix_interpreter": "interpreter",
+    "guard": "memory",
     "shared_memory_limit": "compilation",
 }
 
-__all__ = ["Launch", "compile_only", "fix_interpreter", "shared_memory_limit"]
+__all__ = ["Closeness", "assert_close_to_reference", "padded", "poisoned_empty", *_NEEDS_TRITON]
 
 
 def __getattr__(name):
-    if name not in _MODULE_OF:
+    if name not in _NEEDS_TRITON:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_NEEDS_TRITON[name]}"), name)

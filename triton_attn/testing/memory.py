@@ -1,0 +1,278 @@
+"""Every memory access of an interpreted kernel, checked against the tensors that the kernel was given."""
+
+import contextlib
+import math
+from collections import Counter
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import TensorWrapper
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class MemoryAccessError(AssertionError):
+    """A kernel touched memory that it must not touch.
+
+    Attributes:
+        program: (x, y, z) of the program at fault.
+        tensor: name of the kernel argument; of the nearest one when the address is in none.
+        shape: shape of that tensor.
+        offset: distance of the first bad address from that tensor's first element, in elements.
+    """
+
+    def __init__(self, program: tuple, what: str, tensor: str, shape: tuple, stride: tuple, offset: int):
+        super().__init__(f"program {program}: {what} at element offset {offset} of {tensor}, {shape=}, {stride=}")
+        self.program = program
+        self.tensor = tensor
+        self.shape = shape
+        self.offset = offset
+
+
+class Accesses:
+    """What the launches inside `guard` did.
+
+    Attributes:
+        launches: how many kernels were launched.
+        bytes_loaded, bytes_stored: bytes by the name of the kernel argument (`descs[0]` and `pair.key` inside tuples),
+            summed over active lanes, programs and launches: an element that is loaded twice counts twice. Atomics count
+            as stores. Of arguments that share memory the first one is charged.
+    """
+
+    def __init__(self):
+        self.launches = 0
+        self.bytes_loaded = Counter()
+        self.bytes_stored = Counter()
+
+
+@contextlib.contextmanager
+def guard(reachable=()):
+    """Check each load, store and atomic of the kernels launched inside; for TRITON_INTERPRET=1.
+
+    Every active lane must be aligned and inside an element of one of the launch's tensor arguments, those inside
+    tuples and tensor descriptors included. A view is its elements alone: what lies between them, or before and after
+    in the same storage, is out of bounds. No element may be stored to by two programs of a launch, except atomically.
+    What it cannot see is an access to a wrong element of a right tensor: put NaN where nothing may be read.
+
+    Args:
+        reachable: further tensors that kernels may touch, because their addresses are stored in an argument.
+
+    Yields:
+        `Accesses`: the bytes that went to and from each argument.
+
+    Raises:
+        MemoryAccessError: at the faulty access, out of the launch.
+        RuntimeError: the process does not interpret kernels, so nothing would be checked.
+    """
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("guard checks interpreted kernels: start the process with TRITON_INTERPRET=1")
+    checker = _Checker(list(reachable))
+    wraps = {
+        (GridExecutor, "__call__"): _unwrap_error,
+        (GridExecutor, "_init_args_hst"): checker.wrap_init_args,
+        (InterpreterBuilder, "create_masked_load"): checker.wrap_load,
+        (InterpreterBuilder, "create_masked_store"): checker.wrap_store,
+        (InterpreterBuilder, "create_atomic_store"): checker.wrap_atomic_store,
+        (InterpreterBuilder, "create_atomic_rmw"): checker.wrap_atomic_rmw,
+        (InterpreterBuilder, "create_atomic_cas"): checker.wrap_atomic_cas,
+    }
+    with contextlib.ExitStack() as patches:
+        for (owner, name), wrap in wraps.items():
+            if method := getattr(owner, name, None):  # Triton 3.6 has no atomic store
+                patches.enter_context(mock.patch.object(owner, name, wrap(method)))
+        yield checker.accesses
+
+
+def _unwrap_error(call):
+    def wrapper(self, *args, **kwargs):
+        try:
+            return call(self, *args, **kwargs)
+        except InterpreterError as error:
+            cause = error
+            while cause := cause.__cause__:
+                if isinstance(cause, MemoryAccessError):
+                    raise cause from None
+            raise
+
+    return wrapper
+
+
+class _Checker:
+    def __init__(self, reachable):
+        self.reachable = reachable
+        self.accesses = Accesses()
+        self.tensors = []
+
+    def wrap_init_args(self, init_args):
+        def wrapper(executor, args, kwargs):
+            # The interpreter works on copies in host memory if the arguments are elsewhere.
+            args, kwargs = init_args(executor, args, kwargs)
+            named = [*zip(executor.arg_names, args), *kwargs.items(), ("reachable", self.reachable)]
+            self.tensors = [_Elements(*item) for name, value in named for item in _tensors_in(name, value)]
+            self.accesses.launches += 1
+            return args, kwargs
+
+        return wrapper
+
+    def wrap_load(self, load):
+        def wrapper(builder, pointers, mask, *args, **kwargs):
+            self.check("load", pointers, mask, self.accesses.bytes_loaded)
+            return load(builder, pointers, mask, *args, **kwargs)
+
+        return wrapper
+
+    def wrap_store(self, store):
+        def wrapper(builder, pointers, value, mask, *args, **kwargs):
+            for tensor, elements, addresses in self.check("store", pointers, mask, self.accesses.bytes_stored):
+                tensor.claim(elements, addresses)
+            return store(builder, pointers, value, mask, *args, **kwargs)
+
+        return wrapper
+
+    def wrap_atomic_store(self, _):
+        def wrapper(builder, pointers, value, mask, *args):
+            self.check("atomic store", pointers, mask, self.accesses.bytes_stored)
+            return interpreter._interpreter.store(pointers.data, value.data, mask.data)
+
+        return wrapper
+
+    def wrap_atomic_rmw(self, atomic_rmw):
+        def wrapper(builder, op, pointers, value, mask, *args):
+            self.check("atomic", pointers, mask, self.accesses.bytes_stored)
+            return atomic_rmw(builder, op, pointers, value, mask, *args)
+
+        return wrapper
+
+    def wrap_atomic_cas(self, atomic_cas):
+        def wrapper(builder, pointers, *args):
+            self.check("atomic", pointers, True, self.accesses.bytes_stored)
+            return atomic_cas(builder, pointers, *args)
+
+        return wrapper
+
+    def check(self, kind, pointers, mask, bytes_by_name):
+        """Count the bytes; return (tensor, elements, addresses) for each tensor that active lanes point into."""
+        width = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
+        # Triton 3.6 passes the mask of a tensor descriptor as a bare array.
+        active = mask.data if isinstance(mask, TensorHandle) else mask
+        addresses, active = np.broadcast_arrays(pointers.data, np.asarray(active, dtype=bool))
+        addresses = addresses[active].view(np.int64)
+        num_active = addresses.size
+        touched = []
+        for tensor in self.tensors:
+            if not addresses.size:
+                break
+            elements, inside = tensor.locate(addresses, width)
+            if inside.any():
+                touched.append((tensor, elements[:, inside], addresses[inside]))
+                bytes_by_name[tensor.name] += width * np.count_nonzero(inside)
+                addresses = addresses[~inside]
+        if addresses.size:
+            what = f"{kind} out of bounds in {addresses.size} of {num_active} active lanes, the first"
+            nearest = min(self.tensors, key=lambda tensor: tensor.distance(addresses[0]))
+            raise nearest.error(what, addresses[0])
+        return touched
+
+
+def _tensors_in(name, value):
+    """(name, tensor) of every tensor in a kernel argument."""
+    if isinstance(value, (TensorDescriptor, TensorWrapper)):
+        value = value.base
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (tuple, list)):
+        fields = getattr(value, "_fields", None)
+        for i, item in enumerate(value):
+            yield from _tensors_in(f"{name}.{fields[i]}" if fields else f"{name}[{i}]", item)
+
+
+class _Elements:
+    """The elements of one tensor by address, and which program stored to each.
+
+    An element's number is its rank in the order of addresses, so that a view with large gaps costs what its elements
+    cost. Most views nest: each stride exceeds the extent of all smaller ones, and the offset of an element is a number
+    in mixed radix. Views that overlap or interleave keep a table of their offsets.
+    """
+
+    def __init__(self, name: str, tensor: torch.Tensor):
+        self.name = name
+        self.shape = tuple(tensor.shape)
+        self.stride = tensor.stride()
+        self.start = tensor.data_ptr()
+        self.itemsize = tensor.element_size()
+        self.dims = _nested_dims(self.shape, self.stride)
+        self.table = None if self.dims is not None else _element_offsets(self.shape, self.stride)
+        self.numel = math.prod(size for _, size in self.dims) if self.table is None else self.table.size
+        self.writer = None
+
+    def locate(self, addresses, width):
+        """Numbers of the elements that `width` bytes at each address cover, and whether all of them are elements."""
+        offsets = (addresses - self.start) // self.itemsize
+        elements = np.stack([self.number(offsets + i) for i in range(max(1, width // self.itemsize))])
+        return elements, (elements >= 0).all(0) & (addresses % width == 0)
+
+    def number(self, offsets):
+        """The number of the element at each offset, -1 where there is none."""
+        if self.table is not None:
+            numbers = np.searchsorted(self.table, offsets).clip(max=self.numel - 1)
+            return np.where(self.table[numbers] == offsets, numbers, -1)
+        numbers, inside = 0, offsets >= 0
+        for stride, size in self.dims:
+            index, offsets = (offsets, 0) if stride == 1 else np.divmod(offsets, stride)
+            inside = inside & (index < size)
+            numbers = numbers * size + index
+        return np.where(inside & (offsets == 0), numbers, -1)
+
+    def claim(self, elements, addresses):
+        """Note that this program stored to `elements`; no other program may have."""
+        grid_x, grid_y, grid_z = interpreter.interpreter_builder.grid_dim
+        x, y, z = interpreter.interpreter_builder.grid_idx
+        program = 1 + (x * grid_y + y) * grid_z + z
+        if self.writer is None:
+            self.writer = np.zeros(self.numel, np.int32)  # 0: nobody
+        writers = self.writer[elements]
+        others = ((writers != 0) & (writers != program)).any(0)
+        if others.any():
+            lane = np.argmax(others)
+            other = np.unravel_index(writers[:, lane].max() - 1, (grid_x, grid_y, grid_z))
+            what = f"store to what program {tuple(map(int, other))} has stored"
+            raise self.error(what, addresses[lane])
+        self.writer[elements] = program
+
+    def distance(self, address):
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride))
+        return max(self.start - address, address - (self.start + extent * self.itemsize), 0)
+
+    def error(self, what, address):
+        offset = int(address - self.start) // self.itemsize
+        return MemoryAccessError(
+            interpreter.interpreter_builder.grid_idx, what, self.name, self.shape, self.stride, offset
+        )
+
+
+def _nested_dims(shape, stride):
+    """(stride, size) from the outermost dimension in, contiguous neighbours merged; None if they do not nest."""
+    if 0 in shape:
+        return [(1, 0)]
+    dims = []
+    extent = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride) if size > 1 and step > 0):
+        if step < extent:
+            return None
+        if dims and step == dims[0][0] * dims[0][1]:
+            dims[0] = (dims[0][0], dims[0][1] * size)
+        else:
+            dims.insert(0, (step, size))
+        extent += (size - 1) * step
+    return dims
+
+
+def _element_offsets(shape, stride):
+    offsets = np.zeros(1, np.int64)
+    for size, step in zip(shape, stride):
+        offsets = np.unique(offsets[:, None] + step * np.arange(size))
+    return offsets
