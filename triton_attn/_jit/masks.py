@@ -2,6 +2,10 @@
 
 Query i stands at key position i + offset, offset = seqlen_k - seqlen_q (aligned to the bottom right), and sees keys j
 with i + offset - left <= j <= i + offset + right, where window = (left, right) and None is no limit and costs nothing.
+
+Everything here holds with the two sides exchanged: key j is seen by the queries i with j - offset - right <= i <=
+j - offset + left. So rows may be queries and columns keys, or, with -offset and (right, left), rows keys and columns
+queries.
 """
 
 import triton
@@ -11,54 +15,57 @@ from .softmax import LOG2_E
 
 
 @triton.jit
-def key_range(start_m, end_m, seqlen_k, offset, window, BLOCK_N: tl.constexpr):
-    """Keys that the queries [start_m, end_m) see, as (lo, full_lo, full_hi, hi).
+def visible_range(start_row, end_row, num_columns, offset, window, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """Columns that the rows [start_row, end_row) see, as (lo, full_lo, full_hi, hi).
 
-    [lo, hi) is seen by at least one row. [full_lo, full_hi), a whole number of tiles counted from lo, is seen by every
-    row. The rest, [lo, full_lo) and [full_hi, hi), is crossed by a boundary and needs a mask.
+    [lo, hi) is seen by at least one row; lo is rounded down to a multiple of ALIGN. [full_lo, full_hi), a whole number
+    of tiles of BLOCK columns counted from lo, is seen by every row. The rest, [lo, full_lo) and [full_hi, hi), is
+    crossed by a boundary and needs a mask.
     """
     left, right = window
     lo = 0
-    hi = seqlen_k
+    hi = num_columns
     full_lo = 0
-    full_hi = seqlen_k
+    full_hi = num_columns
     if left is not None:
-        lo = tl.maximum(start_m + offset - left, 0)
-        full_lo = tl.maximum(end_m - 1 + offset - left, 0)
+        lo = tl.maximum(start_row + offset - left, 0) // ALIGN * ALIGN
+        full_lo = tl.maximum(end_row - 1 + offset - left, 0)
     if right is not None:
-        hi = tl.minimum(end_m + offset + right, seqlen_k)
-        full_hi = tl.minimum(start_m + offset + right + 1, seqlen_k)
+        hi = tl.minimum(end_row + offset + right, num_columns)
+        full_hi = tl.minimum(start_row + offset + right + 1, num_columns)
     hi = tl.maximum(hi, lo)
-    full_lo = tl.minimum(lo + tl.cdiv(full_lo - lo, BLOCK_N) * BLOCK_N, hi)
-    full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK_N * BLOCK_N
+    full_lo = tl.minimum(lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK, hi)
+    full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK * BLOCK
     return lo, full_lo, full_hi, hi
 
 
 @triton.jit
-def mask_scores(s, offs_m, start_n, seqlen_k, offset, window):
-    """Scores s (BLOCK_M, BLOCK_N) of keys from start_n on, -inf where a query does not see a key.
+def mask_scores(s, rows, start_column, num_columns, offset, window):
+    """Scores s (rows, columns from start_column on), -inf where a row does not see a column.
 
     Columns counted from 0 are compared with a row's last and first visible column: constants against two registers.
     """
     left, right = window
     columns = tl.arange(0, s.shape[1])[None, :]
-    last = tl.zeros_like(offs_m) + (seqlen_k - 1 - start_n)
+    last = tl.zeros_like(rows) + (num_columns - 1 - start_column)
     if right is not None:
-        last = tl.minimum(offs_m + (offset + right - start_n), last)
+        last = tl.minimum(rows + (offset + right - start_column), last)
     visible = columns <= last[:, None]
     if left is not None:
-        visible &= columns >= (offs_m + (offset - left - start_n))[:, None]
+        visible &= columns >= (rows + (offset - left - start_column))[:, None]
     return tl.where(visible, s, float("-inf"))
 
 
 @triton.jit
-def modify_scores(s, offs_m, offs_n, offset, scale_log2, softcap, alibi_slope):
-    """Scores in log2 units after scale, softcap * tanh(s / softcap) and - slope * |distance|; None is none."""
-    s *= scale_log2
-    if softcap is not None:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates at both ends, and exp(2 x) is exp2(2 s / softcap).
-        s = softcap * LOG2_E * (1.0 - 2.0 / (tl.math.exp2(s * (2.0 / softcap)) + 1.0))
-    if alibi_slope is not None:
-        distance = tl.abs(offs_n[None, :] - (offs_m[:, None] + offset)).to(tl.float32)
-        s -= alibi_slope * LOG2_E * distance
-    return s
+def cap_scores(s, softcap):
+    """softcap * tanh(s / softcap) in log2 units, for s in log2 units and softcap in natural ones."""
+    # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates at both ends, and exp(2 x) is exp2(2 s / softcap).
+    return softcap * LOG2_E * (1.0 - 2.0 / (tl.math.exp2(s * (2.0 / softcap)) + 1.0))
+
+
+@triton.jit
+def add_alibi(s, rows, start_column, offset, slope):
+    """Scores in log2 units less slope * |distance of the column to the row's position|."""
+    columns = tl.arange(0, s.shape[1])[None, :]
+    distance = tl.abs(columns - (rows + (offset - start_column))[:, None])
+    return s - slope * LOG2_E * distance.to(tl.float32)

@@ -7,8 +7,9 @@ import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch
 from .._host.layout import batch_head_strides, l2_section, row_strides, rows_are_wide, tma_descriptors, tma_ready
+from .._jit.dropout import KEYS_PER_CALL, keep_mask
 from .._jit.heads import assign_tile, row_pointer, sequence_bounds
-from .._jit.masks import key_range, mask_scores, modify_scores
+from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     dot_add,
@@ -55,6 +56,7 @@ def _flash_fwd_kernel(
     scale_log2,
     softcap,
     window,
+    dropout,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -67,7 +69,8 @@ def _flash_fwd_kernel(
     """One program computes BLOCK_M rows of out and lse for one query head of one sequence.
 
     Grid: num_tiles * num_heads * batch. Strides are (batch, row, head) in elements; a varlen batch has batch stride 0
-    and its rows start at cu_seqlens. k and v are pointers, or tuples of descriptors with USE_TMA.
+    and its rows start at cu_seqlens. k and v are pointers, or tuples of descriptors with USE_TMA. window is (left,
+    right); dropout is (pointer to the seed, threshold, factor of kept weights). None is none.
     """
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
@@ -92,13 +95,14 @@ def _flash_fwd_kernel(
         k = row_pointer(k, k_strides, batch, first_k, head_kv)
         v = row_pointer(v, v_strides, batch, first_k, head_kv)
 
-    slope = None
     if alibi_slopes_ptr is not None:
         slope = tl.load(alibi_slopes_ptr + batch * alibi_strides[0] + head * alibi_strides[1])
 
     offset = seqlen_k - seqlen_q
     end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
-    lo, full_lo, full_hi, hi = key_range(start_m, end_m, seqlen_k, offset, window, BLOCK_N)
+    lo, full_lo, full_hi, hi = visible_range(
+        start_m, end_m, seqlen_k, offset, window, BLOCK_N, 1 if dropout is None else KEYS_PER_CALL
+    )
     left_tiles = tl.cdiv(full_lo - lo, BLOCK_N)
     boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
     interior_tiles = (full_hi - full_lo) // BLOCK_N
@@ -113,13 +117,16 @@ def _flash_fwd_kernel(
                 start_n = full_lo + i * BLOCK_N
             else:
                 start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
-            offs_n = start_n + tl.arange(0, BLOCK_N)
             k_tile = load_rows(
                 k, k_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM, not INTERIOR, USE_TMA, WIDE_ROWS
             )
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             if not FOLD_SCALE:
-                s = modify_scores(s, offs_m, offs_n, offset, scale_log2, softcap, slope)
+                s *= scale_log2
+                if softcap is not None:
+                    s = cap_scores(s, softcap)
+                if alibi_slopes_ptr is not None:
+                    s = add_alibi(s, offs_m, start_n, offset, slope)
             if not INTERIOR:
                 s = mask_scores(s, offs_m, start_n, seqlen_k, offset, window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
@@ -127,10 +134,14 @@ def _flash_fwd_kernel(
                 v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
             )
             if VARLEN and USE_TMA and not INTERIOR:
-                v_tile = keep_rows(v_tile, offs_n < seqlen_k)
+                v_tile = keep_rows(v_tile, start_n + tl.arange(0, BLOCK_N) < seqlen_k)
+            if dropout is not None:
+                p = tl.where(keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N), p, 0.0)
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)
+    if dropout is not None:
+        norm *= dropout[2]
     lse_row = head if VARLEN else batch_head
     lse_ptr += tl.cast(lse_row, tl.int64) * lse_stride + first_q
     tl.store(lse_ptr + offs_m, lse, mask=rows_mask)
@@ -157,7 +168,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         return
     group_size = num_heads // num_heads_kv
     use_tma = config.use_tma and tma_ready(k) and tma_ready(v)
-    softmax_scale, window, softcap, alibi_slopes, sinks = options
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
     launch(
         _flash_fwd_kernel,
         (num_programs,),
@@ -185,6 +196,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         softmax_scale * LOG2_E,
         softcap,
         window,
+        dropout,
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         BLOCK_M=config.block_m,

@@ -9,3 +9,4 @@ class AttentionOptions(NamedTuple):
     softcap: float | None
     alibi_slopes: object  # tensor (num_heads_q,) or (batch, num_heads_q), or None
     sinks: object  # tensor (num_heads_q,), or None
+    dropout: tuple | None = None  # (seed tensor, threshold, 1 / (1 - p)) as the kernels take it
