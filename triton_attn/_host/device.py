@@ -38,9 +38,8 @@ def input_precision(dtype, arch):
     return "ieee" if arch.startswith("gfx") and wanted == "tf32x3" else wanted
 
 
-def launch(kernel, grid, *args, **kwargs):
-    """kernel[grid](...) on the device of the first argument."""
-    device = args[0].device
+def launch(kernel, grid, device, *args, **kwargs):
+    """kernel[grid](...) on the given device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, enable_fp_fusion=True, **kwargs)

@@ -18,6 +18,11 @@ def batch_head_strides(x):
     return x.stride() if x.ndim == 2 else (0, x.stride(0))
 
 
+def lse_strides(lse):
+    """Strides of (batch, row, head) of a tensor (batch, heads, rows) or (heads, rows)."""
+    return (lse.stride(0), lse.stride(2), lse.stride(1)) if lse.ndim == 3 else (0, lse.stride(1), lse.stride(0))
+
+
 def rows_are_wide(num_rows, *tensors):
     """Whether num_rows rows span more elements than 32-bit offsets reach."""
     return num_rows * max(x.stride(-3) for x in tensors) >= 2**31

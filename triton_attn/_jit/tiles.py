@@ -123,6 +123,29 @@ def store_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_
 
 
 @triton.jit
+def add_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    """Atomic addition, in no order."""
+    FIRST: tl.constexpr = piece_0(HEAD_DIM)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM)
+    ptrs = _piece_pointers(ptr, rows, stride, 0, FIRST, WIDE_ROWS)
+    tl.atomic_add(ptrs, tile[0], mask=_piece_mask(rows, rows_mask, 0, FIRST, HEAD_DIM), sem="relaxed")
+    if SECOND > 0:
+        ptrs = _piece_pointers(ptr, rows, stride, FIRST, SECOND, WIDE_ROWS)
+        tl.atomic_add(ptrs, tile[1], mask=_piece_mask(rows, rows_mask, FIRST, SECOND, HEAD_DIM), sem="relaxed")
+
+
+@triton.jit
+def add_tile_tma(descs, coords, start, tile, HEAD_DIM: tl.constexpr):
+    """add_tile through descriptors; rows past the end of a packed sequence must be 0."""
+    FIRST: tl.constexpr = piece_0(HEAD_DIM)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM)
+    batch, head, row = coords
+    descs[0].atomic_add([batch, head, row + start, 0], tile[0].reshape(1, 1, tile[0].shape[0], FIRST))
+    if SECOND > 0:
+        descs[1].atomic_add([batch, head, row + start, FIRST], tile[1].reshape(1, 1, tile[0].shape[0], SECOND))
+
+
+@triton.jit
 def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     first = tl.zeros([ROWS, piece_0(HEAD_DIM)], tl.float32)
     if piece_1(HEAD_DIM) > 0:
@@ -148,6 +171,23 @@ def scale_rows(tile, factor):
         return first, tile[1] * factor[:, None]
     else:
         return (first,)
+
+
+@triton.jit
+def scale_tile(tile, factor):
+    if len(tile) > 1:
+        return tile[0] * factor, tile[1] * factor
+    else:
+        return (tile[0] * factor,)
+
+
+@triton.jit
+def row_dot(a, b):
+    """Scalar product of each row of a with that of b, fp32."""
+    c = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    if len(a) > 1:
+        c += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
+    return c
 
 
 @triton.jit

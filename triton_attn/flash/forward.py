@@ -172,6 +172,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
     launch(
         _flash_fwd_kernel,
         (num_programs,),
+        q.device,
         q,
         tma_descriptors(k, config.block_n) if use_tma else k,
         tma_descriptors(v, config.block_n) if use_tma else v,

@@ -39,8 +39,9 @@ def fix_interpreter() -> None:
       accumulates in fp32, where a GPU may round at each step of its tree.
     - bf16 constants (triton 3.6) and the NaN padding of bf16 tensor descriptors no longer fail.
     - Tensors as loop bounds work with triton 3.6 and numpy >= 2.4.
+    - `desc.atomic_add` of fp32 descriptors works.
 
-    Not repaired: bf16 atomics, inline assembly and (triton 3.6) AMD's own fp8 types, which raise; `tl.dot_scaled`;
+    Not repaired: bf16 atomics, inline assembly and (triton 3.6, 3.7) AMD's own fp8 types, which raise; `tl.dot_scaled`;
     fp8e4b15.
     """
     for name in ("binary_op", "unary_op", "create_fma", "create_clampf"):
@@ -50,6 +51,8 @@ def fix_interpreter() -> None:
     InterpreterBuilder.create_fp_to_fp = _cast(InterpreterBuilder.create_fp_to_fp)
     InterpreterBuilder.get_bf16 = lambda self, value: _narrow(np.array([value]), tl.bfloat16)
     InterpreterBuilder.create_descriptor_load = _descriptor_load(InterpreterBuilder.create_descriptor_load)
+    if not hasattr(InterpreterBuilder, "create_descriptor_reduce"):
+        InterpreterBuilder.create_descriptor_reduce = _descriptor_add
     ReduceScanOpInterface.apply = _apply_on_values(ReduceScanOpInterface.apply)
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
 
@@ -130,6 +133,14 @@ def _descriptor_load(method):
         return self.create_masked_load(pointers, mask, padding, *policy, is_volatile=False)
 
     return wrapper
+
+
+def _descriptor_add(self, kind, desc, value, indices):
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or desc.base.get_element_ty() != tl.float32:
+        raise NotImplementedError("the interpreter serves only fp32 atomic_add through a descriptor")
+    pointers, mask = desc.materialize_pointers(indices)
+    relaxed, gpu = ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+    return self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, relaxed, gpu)
 
 
 def _apply_on_values(apply):

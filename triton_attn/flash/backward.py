@@ -1,0 +1,636 @@
+"""Backward kernels of dense and varlen attention, and their launcher.
+
+The weights are recomputed tile by tile from q, k and the log-sum-exp that the forward kept:
+
+    P = exp(S - lse)                      dV = P^T dO
+    dP = dO V^T                           delta = rowsum(dO * O) - dlse
+    dS = P * (dP - delta)                 dQ = scale * dS K        dK = scale * dS^T Q
+
+Split schedule: one kernel owns a tile of keys and gives dK and dV, another owns a tile of queries and gives dQ. Neither
+uses atomics, so results repeat bitwise. Fused schedule: the first kernel also adds its share of dQ to an fp32 buffer,
+five products a tile in place of seven.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._host.device import arch_of, input_precision, launch
+from .._host.layout import (
+    batch_head_strides,
+    l2_section,
+    lse_strides,
+    row_strides,
+    rows_are_wide,
+    tma_descriptors,
+    tma_ready,
+)
+from .._jit.dropout import KEYS_PER_CALL, keep_mask
+from .._jit.heads import assign_tile, row_pointer, sequence_bounds
+from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
+from .._jit.softmax import LOG2_E
+from .._jit.tiles import (
+    add_tile,
+    add_tile_tma,
+    dot_add,
+    dot_transposed,
+    keep_rows,
+    load_rows,
+    load_tile,
+    row_dot,
+    scale_tile,
+    store_tile,
+    zeros_tile,
+)
+from .backward_configs import default_backward_config
+from .forward import LENGTHS
+
+MAX_HEAD_DIM_BACKWARD = 256
+
+
+@triton.jit
+def _load_row_statistics(lse_ptr, delta_ptr, start_m, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """log2 of the softmax's sum, and delta. A row that sees nothing or does not exist gets +inf: its weights are 0."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    if MASKED:
+        rows_mask = offs_m < seqlen_q
+        lse = tl.load(lse_ptr + offs_m, mask=rows_mask, other=float("-inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        delta = tl.load(delta_ptr + offs_m, mask=rows_mask, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + offs_m)
+        delta = tl.load(delta_ptr + offs_m)
+    return lse * LOG2_E, delta
+
+
+@triton.jit
+def _weights_and_gradients(
+    s,
+    dp,
+    lse_log2,
+    delta,
+    rows,
+    rows_mask,
+    start_column,
+    num_columns,
+    offset,
+    window,
+    scale_log2,
+    softcap,
+    slope,
+    keep,
+    keep_factor,
+    MASKED: tl.constexpr,
+):
+    """The weights P that met the values, and dS before softmax_scale, for one tile in either orientation.
+
+    s = q . k and dp = dO . v; lse_log2 and delta broadcast against them; keep is dropout's mask. None is none.
+    """
+    s *= scale_log2
+    if softcap is not None:
+        s = cap_scores(s, softcap)
+        capped = s / (softcap * LOG2_E)
+    if slope is not None:
+        s = add_alibi(s, rows, start_column, offset, slope)
+    if MASKED:
+        s = mask_scores(s, rows, start_column, num_columns, offset, window)
+        s = tl.where(rows_mask[:, None], s, float("-inf"))
+    p = tl.math.exp2(s - lse_log2)
+    if keep is not None:
+        dp = tl.where(keep, dp * keep_factor, 0.0)
+    ds = p * (dp - delta)
+    if softcap is not None:
+        ds *= 1.0 - capped * capped
+    if keep is not None:
+        p = tl.where(keep, p * keep_factor, 0.0)
+    return p, ds
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _flash_bwd_delta_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    delta_ptr,
+    sinks_ptr,
+    dsinks_ptr,
+    cu_seqlens_q_ptr,
+    out_strides,
+    dout_strides,
+    dlse_strides,
+    seqlen_q,
+    lse_stride,
+    num_tiles,
+    num_heads,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+):
+    """One program computes delta = rowsum(dout * out) - dlse for BLOCK_M rows of one head, and their share of dsinks.
+
+    Grid: (num_tiles * batch, num_heads). dsinks is (num_tiles * batch, num_heads), to be summed over its first axis.
+    """
+    tile = tl.program_id(0) % num_tiles
+    batch = tl.program_id(0) // num_tiles
+    head = tl.program_id(1)
+    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    first_q, _, seqlen_q, _ = sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_q_ptr, batch, seqlen_q, 0)
+    start_m = tile * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    offs_m = start_m + rows
+    rows_mask = offs_m < seqlen_q
+
+    out_ptr = row_pointer(out_ptr, out_strides, batch, first_q + start_m, head)
+    dout_ptr = row_pointer(dout_ptr, dout_strides, batch, first_q + start_m, head)
+    out = load_tile(out_ptr, rows, out_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
+    dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
+    delta = row_dot(out, dout)
+    if dlse_ptr is not None:
+        dlse_ptr = row_pointer(dlse_ptr, dlse_strides, batch, first_q + start_m, head)
+        delta -= tl.load(dlse_ptr + rows.to(tl.int64) * dlse_strides[1], mask=rows_mask, other=0.0)
+    lse_row = tl.cast(head if VARLEN else batch * num_heads + head, tl.int64) * lse_stride + first_q
+    tl.store(delta_ptr + lse_row + offs_m, delta, mask=rows_mask)
+
+    if dsinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        lse = tl.load(lse_ptr + lse_row + offs_m, mask=rows_mask, other=float("inf"))
+        weights = tl.math.exp2(tl.where(sink == float("-inf"), sink, sink - lse) * LOG2_E)
+        tl.store(dsinks_ptr + tl.program_id(0) * num_heads + head, tl.sum(-weights * delta))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _flash_bwd_dkdv_kernel(
+    q,
+    k_ptr,
+    v_ptr,
+    dout,
+    lse_ptr,
+    delta_ptr,
+    dq,
+    dk_ptr,
+    dv_ptr,
+    alibi_slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dq_strides,
+    dk_strides,
+    dv_strides,
+    alibi_strides,
+    seqlen_q,
+    seqlen_k,
+    lse_stride,
+    num_tiles,
+    num_heads_kv,
+    group_size,
+    section_size,
+    softmax_scale,
+    softcap,
+    window,
+    dropout,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program computes BLOCK_N rows of dk and dv for one KV head, over all query heads of its group.
+
+    Grid: num_tiles * num_heads_kv * batch. Tiles are transposed, keys by queries, so that P^T and dS^T are left
+    operands that stay in registers. q and dout are pointers, or tuples of descriptors with USE_TMA. dk_ptr or dv_ptr
+    None: not wanted. dq (fp32, zeros) None: not wanted here; else this is the fused schedule.
+    """
+    num_batch_heads = tl.num_programs(0) // num_tiles
+    tile, batch_head_kv = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, False)
+    batch = batch_head_kv // num_heads_kv
+    head_kv = batch_head_kv % num_heads_kv
+    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+    )
+    start_n = tile * BLOCK_N
+    if start_n >= seqlen_k:
+        return
+
+    rows = tl.arange(0, BLOCK_N)
+    offs_n = start_n + rows
+    rows_mask = offs_n < seqlen_k
+    k_ptr = row_pointer(k_ptr, k_strides, batch, first_k + start_n, head_kv)
+    v_ptr = row_pointer(v_ptr, v_strides, batch, first_k + start_n, head_kv)
+    k = load_tile(k_ptr, rows, k_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
+    v = load_tile(v_ptr, rows, v_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
+
+    offset = seqlen_q - seqlen_k
+    seen_by = (window[1], window[0])
+    end_n = tl.minimum(start_n + BLOCK_N, seqlen_k)
+    lo, full_lo, full_hi, hi = visible_range(start_n, end_n, seqlen_q, offset, seen_by, BLOCK_M, 1)
+    # Rows past the last key are masked too: their scores, 0 - lse, may overflow, and inf * 0 would reach dq.
+    full_lo = tl.where(end_n < start_n + BLOCK_N, hi, full_lo)
+    full_hi = tl.maximum(full_lo, full_hi)
+    left_tiles = tl.cdiv(full_lo - lo, BLOCK_M)
+    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_M)
+    interior_tiles = (full_hi - full_lo) // BLOCK_M
+
+    dk = zeros_tile(BLOCK_N, HEAD_DIM)
+    dv = zeros_tile(BLOCK_N, HEAD_DIM_V)
+    for member in tl.range(0, group_size):
+        head = head_kv * group_size + member
+        batch_head = batch * num_heads_kv * group_size + head
+        coords = (0 if VARLEN else batch, head, first_q)
+        q_head = q if USE_TMA else row_pointer(q, q_strides, batch, first_q, head)
+        dout_head = dout if USE_TMA else row_pointer(dout, dout_strides, batch, first_q, head)
+        lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
+        slope = None
+        if alibi_slopes_ptr is not None:
+            slope = tl.load(alibi_slopes_ptr + batch * alibi_strides[0] + head * alibi_strides[1])
+
+        for INTERIOR in tl.static_range(2):
+            num_steps = interior_tiles if INTERIOR else boundary_tiles
+            for i in tl.range(0, num_steps):
+                if INTERIOR:
+                    start_m = full_lo + i * BLOCK_M
+                else:
+                    start_m = tl.where(i < left_tiles, lo + i * BLOCK_M, full_hi + (i - left_tiles) * BLOCK_M)
+                q_tile = load_rows(
+                    q_head, q_strides[1], coords, start_m, seqlen_q, BLOCK_M, HEAD_DIM, not INTERIOR, USE_TMA, WIDE_ROWS
+                )
+                dout_tile = load_rows(
+                    dout_head,
+                    dout_strides[1],
+                    coords,
+                    start_m,
+                    seqlen_q,
+                    BLOCK_M,
+                    HEAD_DIM_V,
+                    not INTERIOR,
+                    USE_TMA,
+                    WIDE_ROWS,
+                )
+                if VARLEN and USE_TMA and not INTERIOR:
+                    exists = start_m + tl.arange(0, BLOCK_M) < seqlen_q
+                    q_tile = keep_rows(q_tile, exists)
+                    dout_tile = keep_rows(dout_tile, exists)
+                lse_log2, delta = _load_row_statistics(
+                    lse_ptr + lse_row, delta_ptr + lse_row, start_m, seqlen_q, BLOCK_M, not INTERIOR
+                )
+                keep = None
+                keep_factor = None
+                if dropout is not None:
+                    keep_factor = dropout[2]
+                    offs_m = start_m + tl.arange(0, BLOCK_M)
+                    keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N).T
+                s = dot_transposed(k, q_tile, INPUT_PRECISION)
+                dp = dot_transposed(v, dout_tile, INPUT_PRECISION)
+                p, ds = _weights_and_gradients(
+                    s,
+                    dp,
+                    lse_log2[None, :],
+                    delta[None, :],
+                    offs_n,
+                    rows_mask,
+                    start_m,
+                    seqlen_q,
+                    offset,
+                    seen_by,
+                    softmax_scale * LOG2_E,
+                    softcap,
+                    slope,
+                    keep,
+                    keep_factor,
+                    not INTERIOR,
+                )
+                if dv_ptr is not None:
+                    dv = dot_add(p.to(dout_tile[0].dtype), dout_tile, dv, INPUT_PRECISION)
+                ds = ds.to(q_tile[0].dtype)
+                if dk_ptr is not None:
+                    dk = dot_add(ds, q_tile, dk, INPUT_PRECISION)
+                if dq is not None:
+                    dq_tile = dot_add(ds.T, k, zeros_tile(BLOCK_M, HEAD_DIM), INPUT_PRECISION)
+                    if USE_TMA:
+                        add_tile_tma(dq, coords, start_m, dq_tile, HEAD_DIM)
+                    else:
+                        dq_rows_mask = start_m + tl.arange(0, BLOCK_M) < seqlen_q if not INTERIOR else None
+                        dq_ptr = row_pointer(dq, dq_strides, batch, first_q + start_m, head)
+                        add_tile(
+                            dq_ptr, tl.arange(0, BLOCK_M), dq_strides[1], dq_rows_mask, dq_tile, HEAD_DIM, WIDE_ROWS
+                        )
+
+    if dk_ptr is not None:
+        dk_ptr = row_pointer(dk_ptr, dk_strides, batch, first_k + start_n, head_kv)
+        store_tile(dk_ptr, rows, dk_strides[1], rows_mask, scale_tile(dk, softmax_scale), HEAD_DIM, WIDE_ROWS)
+    if dv_ptr is not None:
+        dv_ptr = row_pointer(dv_ptr, dv_strides, batch, first_k + start_n, head_kv)
+        store_tile(dv_ptr, rows, dv_strides[1], rows_mask, dv, HEAD_DIM_V, WIDE_ROWS)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _flash_bwd_dq_kernel(
+    q_ptr,
+    k,
+    v,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    alibi_slopes_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dq_strides,
+    alibi_strides,
+    seqlen_q,
+    seqlen_k,
+    lse_stride,
+    num_tiles,
+    num_heads,
+    group_size,
+    section_size,
+    softmax_scale,
+    softcap,
+    window,
+    dropout,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program computes BLOCK_M rows of dq for one query head. Grid and tiles as in the forward kernel."""
+    num_batch_heads = tl.num_programs(0) // num_tiles
+    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    head_kv = head // group_size
+    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+    )
+    start_m = tile * BLOCK_M
+    if start_m >= seqlen_q:
+        return
+
+    rows = tl.arange(0, BLOCK_M)
+    offs_m = start_m + rows
+    rows_mask = offs_m < seqlen_q
+    q_ptr = row_pointer(q_ptr, q_strides, batch, first_q + start_m, head)
+    dout_ptr = row_pointer(dout_ptr, dout_strides, batch, first_q + start_m, head)
+    q = load_tile(q_ptr, rows, q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
+    dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
+    lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
+    lse_log2, delta = _load_row_statistics(lse_ptr + lse_row, delta_ptr + lse_row, start_m, seqlen_q, BLOCK_M, True)
+    coords = (0 if VARLEN else batch, head_kv, first_k)
+    if not USE_TMA:
+        k = row_pointer(k, k_strides, batch, first_k, head_kv)
+        v = row_pointer(v, v_strides, batch, first_k, head_kv)
+    slope = None
+    if alibi_slopes_ptr is not None:
+        slope = tl.load(alibi_slopes_ptr + batch * alibi_strides[0] + head * alibi_strides[1])
+
+    offset = seqlen_k - seqlen_q
+    end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
+    lo, full_lo, full_hi, hi = visible_range(
+        start_m, end_m, seqlen_k, offset, window, BLOCK_N, 1 if dropout is None else KEYS_PER_CALL
+    )
+    left_tiles = tl.cdiv(full_lo - lo, BLOCK_N)
+    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
+    interior_tiles = (full_hi - full_lo) // BLOCK_N
+
+    dq = zeros_tile(BLOCK_M, HEAD_DIM)
+    for INTERIOR in tl.static_range(2):
+        num_steps = interior_tiles if INTERIOR else boundary_tiles
+        for i in tl.range(0, num_steps):
+            if INTERIOR:
+                start_n = full_lo + i * BLOCK_N
+            else:
+                start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
+            k_tile = load_rows(
+                k, k_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM, not INTERIOR, USE_TMA, WIDE_ROWS
+            )
+            v_tile = load_rows(
+                v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
+            )
+            if VARLEN and USE_TMA and not INTERIOR:
+                exists = start_n + tl.arange(0, BLOCK_N) < seqlen_k
+                k_tile = keep_rows(k_tile, exists)
+                v_tile = keep_rows(v_tile, exists)
+            keep = None
+            keep_factor = None
+            if dropout is not None:
+                keep_factor = dropout[2]
+                keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N)
+            s = dot_transposed(q, k_tile, INPUT_PRECISION)
+            dp = dot_transposed(dout, v_tile, INPUT_PRECISION)
+            _, ds = _weights_and_gradients(
+                s,
+                dp,
+                lse_log2[:, None],
+                delta[:, None],
+                offs_m,
+                rows_mask,
+                start_n,
+                seqlen_k,
+                offset,
+                window,
+                softmax_scale * LOG2_E,
+                softcap,
+                slope,
+                keep,
+                keep_factor,
+                not INTERIOR,
+            )
+            dq = dot_add(ds.to(k_tile[0].dtype), k_tile, dq, INPUT_PRECISION)
+
+    dq_ptr = row_pointer(dq_ptr, dq_strides, batch, first_q + start_m, head)
+    store_tile(dq_ptr, rows, dq_strides[1], rows_mask, scale_tile(dq, softmax_scale), HEAD_DIM, WIDE_ROWS)
+
+
+def launch_flash_bwd(
+    dout,
+    dlse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqlen_q,
+    seqlen_k,
+    options,
+    wanted=(True, True, True, True),
+    deterministic=False,
+    config=None,
+):
+    """Gradients of q, k, v and the sinks, None where not wanted. Nothing is read back.
+
+    dout is as out; dlse as lse, or None. The rest as in launch_flash_fwd. Memory: the gradients, delta (fp32, as lse),
+    and in the fused schedule dq in fp32.
+    """
+    num_heads, head_dim = q.shape[-2:]
+    num_heads_kv, head_dim_v = v.shape[-2:]
+    group_size = num_heads // num_heads_kv
+    varlen = cu_seqlens_q is not None
+    batch = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
+    causal = window[1] is not None
+    arch = arch_of(q)
+    if config is None:
+        config = default_backward_config(arch, q.dtype, head_dim, head_dim_v, causal)
+    want_dq, want_dk, want_dv, want_dsinks = wanted
+
+    delta, dsinks = _delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks if want_dsinks else None)
+    # Rows of a packed batch that belong to no sequence are written by no program and have gradient 0.
+    new = torch.zeros_like if varlen else torch.empty_like
+    contiguous = torch.contiguous_format
+    dk = new(k, memory_format=contiguous) if want_dk else None
+    dv = new(v, memory_format=contiguous) if want_dv else None
+    fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
+    dq_sum = torch.zeros_like(q, dtype=torch.float32, memory_format=contiguous) if fused else None
+    dq = None
+    if want_dq:
+        dq = dq_sum if fused and q.dtype == torch.float32 else new(q, memory_format=contiguous)
+
+    shared = dict(
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        window=window,
+        dropout=dropout,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        INPUT_PRECISION=input_precision(q.dtype, arch),
+    )
+    alibi_strides = None if alibi_slopes is None else batch_head_strides(alibi_slopes)
+    lengths = (seqlen_q, seqlen_k, lse.shape[-1])
+
+    if want_dk or want_dv:
+        tile = config.fused if fused else config.dkdv
+        num_tiles = -(-seqlen_k // tile.block_n)
+        num_programs = num_tiles * num_heads_kv * batch
+        use_tma = tile.use_tma and tma_ready(q) and tma_ready(dout) and (dq_sum is None or tma_ready(dq_sum))
+        if num_programs > 0:
+            launch(
+                _flash_bwd_dkdv_kernel,
+                (num_programs,),
+                q.device,
+                tma_descriptors(q, tile.block_m) if use_tma else q,
+                k,
+                v,
+                tma_descriptors(dout, tile.block_m) if use_tma else dout,
+                lse,
+                delta,
+                tma_descriptors(dq_sum, tile.block_m) if fused and use_tma else dq_sum,
+                dk,
+                dv,
+                alibi_slopes,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                row_strides(q),
+                row_strides(k),
+                row_strides(v),
+                row_strides(dout),
+                row_strides(dq_sum) if fused else None,
+                row_strides(dk) if want_dk else None,
+                row_strides(dv) if want_dv else None,
+                alibi_strides,
+                *lengths,
+                num_tiles,
+                num_heads_kv,
+                group_size,
+                l2_section(q, dout, seqlen_q, 1) if causal else 1,
+                BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n,
+                USE_TMA=use_tma,
+                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), q, k, v, dout),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                **shared,
+            )
+
+    if want_dq and not fused:
+        tile = config.dq
+        num_tiles = -(-seqlen_q // tile.block_m)
+        num_programs = num_tiles * num_heads * batch
+        use_tma = tile.use_tma and tma_ready(k) and tma_ready(v)
+        if num_programs > 0:
+            launch(
+                _flash_bwd_dq_kernel,
+                (num_programs,),
+                q.device,
+                q,
+                tma_descriptors(k, tile.block_n) if use_tma else k,
+                tma_descriptors(v, tile.block_n) if use_tma else v,
+                dout,
+                lse,
+                delta,
+                dq,
+                alibi_slopes,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                row_strides(q),
+                row_strides(k),
+                row_strides(v),
+                row_strides(dout),
+                row_strides(dq),
+                alibi_strides,
+                *lengths,
+                num_tiles,
+                num_heads,
+                group_size,
+                l2_section(k, v, seqlen_k, group_size) if causal else 1,
+                BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n,
+                USE_TMA=use_tma,
+                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), q, k, v, dout),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                **shared,
+            )
+    if fused:
+        torch.mul(dq_sum, softmax_scale, out=dq)
+    return dq, dk, dv, dsinks
+
+
+def _delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
+    """delta = rowsum(dout * out) - dlse, fp32 as lse, and the gradient of the sinks where they are given."""
+    num_heads, head_dim_v = out.shape[-2:]
+    delta = torch.empty_like(lse)
+    block_m = 64
+    num_tiles = -(-seqlen_q // block_m)
+    dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
+    if num_tiles * batch * num_heads > 0:
+        launch(
+            _flash_bwd_delta_kernel,
+            (num_tiles * batch, num_heads),
+            out.device,
+            out,
+            dout,
+            lse,
+            dlse,
+            delta,
+            sinks,
+            dsinks,
+            cu_seqlens_q,
+            row_strides(out),
+            row_strides(dout),
+            None if dlse is None else lse_strides(dlse),
+            seqlen_q,
+            lse.shape[-1],
+            num_tiles,
+            num_heads,
+            HEAD_DIM_V=head_dim_v,
+            BLOCK_M=block_m,
+            WIDE_ROWS=rows_are_wide(block_m, out, dout),
+            num_warps=4,
+        )
+    return delta, None if sinks is None else dsinks.sum(0).to(sinks.dtype)
