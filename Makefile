@@ -1,0 +1,59 @@
+# make perf: what the kernels do here.   make test: whether they are right.
+# Both need python3 (3.10+) with venv, and make what else they need in .venv.
+
+PYTHON ?= python3
+GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null)
+PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical
+
+.PHONY: perf test test-full test-oldest lint clean
+
+perf: .venv/installed
+	.venv/bin/python -m perf
+
+# Triton interprets or compiles for a whole process, so there are two runs. The second also runs the tests of the first
+# on the GPU, where there is one.
+test: .venv/installed
+	TRITON_INTERPRET=1 $(PYTEST) --nbmake tests notebooks
+	$(PYTEST) tests
+
+test-full: export TRITON_ATTN_TEST_FULL = 1
+test-full: test
+
+test-oldest: .venv-oldest/installed
+	TRITON_INTERPRET=1 $(PYTEST) -m oldest tests
+	$(PYTEST) -m oldest tests
+
+lint: .venv/installed
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+clean:
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/installed: pyproject.toml
+	$(install)
+	touch $@
+
+# The last step is one of its own, since torch may pin another triton.
+.venv-oldest/installed: pyproject.toml
+	$(install)
+	$(PIP) triton==3.6.0 'numpy<2.4'
+	touch $@
+
+PIP = $(@D)/bin/python -m pip install
+
+# The project, editable; nothing is downloaded if all it needs is there. PIP_EXTRA_INDEX_URL and the like are heeded.
+define install
+	$(PYTHON) -m venv $(@D)
+	$(if $(GPU),$(share_torch),$(PIP) torch==2.13.0)
+	$(PIP) --no-index --no-build-isolation -e '.[dev]' 2>/dev/null || $(PIP) -e '.[dev]'
+endef
+
+# On a GPU the torch that python3 has is the right one: the environment sees python3's packages, also where python3 lives
+# in an environment itself. Without a GPU torch comes first, pinned: the newest may be a GPU build of several GB.
+define share_torch
+	! $(PYTHON) -c 'import torch' 2>/dev/null || \
+	$(PYTHON) -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' > \
+	"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/python3.pth"
+endef
