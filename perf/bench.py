@@ -11,6 +11,8 @@ FLOP by the field's convention: 4 B H S^2 D, half of it with a causal mask.
 
 from dataclasses import astuple
 
+from tqdm import tqdm
+
 from perf import plot, results
 from perf.device import has_gpu
 from perf.problems import HEAD_DIMS, SEQLENS, grid
@@ -29,14 +31,7 @@ def add_arguments(parser):
 def run(out_dir, head_dims=HEAD_DIMS, seqlens=SEQLENS, dtype="bfloat16", arch="sm_90"):
     """Write `flash_forward.csv` row by row, then its picture."""
     problems = grid(head_dims, seqlens)
-    if has_gpu():
-        from perf import measure
-
-        rows = measure.flash_forward(problems, dtype)
-    else:
-        from perf import predict
-
-        rows = predict.flash_forward(problems, dtype, arch)
+    rows = _measured(problems, dtype) if has_gpu() else _predicted(problems, dtype, arch)
     path = out_dir / "flash_forward.csv"
     done = []
     with results.Table(path, results.COLUMNS) as table:
@@ -45,6 +40,22 @@ def run(out_dir, head_dims=HEAD_DIMS, seqlens=SEQLENS, dtype="bfloat16", arch="s
             done.append(row)
     print_table(_summary(done))
     return [path, plot.throughput(path)]
+
+
+def _predicted(problems, dtype, arch):
+    from perf.predict import flash_forward
+
+    return flash_forward(problems, dtype, arch)
+
+
+def _measured(problems, dtype):
+    from perf.machine import matmul_rate
+    from perf.measure import throughput
+    from perf.providers import PROVIDERS
+
+    roof = matmul_rate()
+    for problem in tqdm(problems, desc="measuring", unit="shape"):
+        yield from throughput(problem, dtype, PROVIDERS, roof)
 
 
 def _summary(rows):

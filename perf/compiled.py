@@ -1,8 +1,9 @@
-"""Compile our kernels for a GPU that need not be there, at any config."""
+"""Our kernels at an explicit config, compiled for a GPU that need not be there or launched on one that is."""
 
 import torch
 
 from triton_attn import flash_attention
+from triton_attn.flash.configs import FlashConfig
 from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.flash.options import AttentionOptions
 from triton_attn.testing import compile_only
@@ -18,8 +19,28 @@ def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=N
         if config is None:
             flash_attention(q, k, v, causal=causal)
         else:
-            out = torch.empty_like(v)
-            lse = torch.empty(1, 8, _SEQLEN)
-            options = AttentionOptions(head_dim**-0.5, (None, 0 if causal else None), None, None, None)
-            launch_flash_fwd(q, k, v, out, lse, None, None, _SEQLEN, _SEQLEN, options, config)
+            launch_config(q, k, v, causal, config)
     return launches[-1]
+
+
+def config_of(launch):
+    """The config that a launch of a flash kernel ran with."""
+    values = launch.constexprs
+    tile = values["BLOCK_M"], values["BLOCK_N"]
+    return FlashConfig(*tile, launch.num_warps, launch.num_stages, values["USE_TMA"])
+
+
+def config_name(config):
+    """128x128 w8 s2: query rows x keys of a tile, warps, stages; tma if descriptors load the tiles."""
+    tile = f"{config.block_m}x{config.block_n}"
+    return f"{tile} w{config.num_warps} s{config.num_stages}{' tma' if config.use_tma else ''}"
+
+
+def launch_config(q, k, v, causal, config):
+    """`flash_attention(q, k, v, causal=causal)` with a config of one's own."""
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    out = q.new_empty(batch, seqlen_q, num_heads, v.shape[3])
+    lse = q.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
+    options = AttentionOptions(head_dim**-0.5, (None, 0 if causal else None), None, None, None)
+    launch_flash_fwd(q, k, v, out, lse, None, None, seqlen_q, k.shape[1], options, config)
+    return out

@@ -21,6 +21,15 @@ def gpu_name():
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
+def gpu_arch():
+    """The GPU's architecture as `triton_attn.testing.compile_only` names it; None without a GPU."""
+    if not has_gpu():
+        return None
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 def folder_name():
     """The GPU's name as a folder is called: nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")

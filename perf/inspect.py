@@ -37,10 +37,8 @@ def run(out_dir, arch="sm_90", dtype="bfloat16", head_dims=HEAD_DIMS):
 def describe(launch, head_dim, causal):
     """One row: which kernel it is, and what the machine code says of it."""
     report = loop_model.analyze(launch.kernel)
-    return {"head_dim": head_dim, "causal": causal, "config": config_name(launch)} | report.row()
-
-
-def config_name(launch):
-    """128x128 w8 s2: query rows x keys of a tile, warps, stages; tma if descriptors load the tiles."""
-    tile = f"{launch.constexprs['BLOCK_M']}x{launch.constexprs['BLOCK_N']}"
-    return f"{tile} w{launch.num_warps} s{launch.num_stages}" + (" tma" if launch.uses_tma else "")
+    return {
+        "head_dim": head_dim,
+        "causal": causal,
+        "config": compiled.config_name(compiled.config_of(launch)),
+    } | report.row()

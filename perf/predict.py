@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from perf import compiled, loop_model
 from perf.device import versions
-from perf.inspect import config_name
 from perf.results import PREDICTED, Row
 
 
@@ -69,18 +68,17 @@ def flash_forward(problems, dtype, arch):
         kind = problem.head_dim, problem.causal
         if kind not in kernels:
             launch = compiled.flash_forward(arch, getattr(torch, dtype), problem.head_dim, causal=problem.causal)
-            kernels[kind] = launch, loop_model.analyze(launch.kernel)
-        launch, report = kernels[kind]
-        tile = launch.constexprs["BLOCK_M"], launch.constexprs["BLOCK_N"]
+            kernels[kind] = compiled.config_of(launch), loop_model.analyze(launch.kernel)
+        config, report = kernels[kind]
         slots = loop_model.RATES[arch].num_sms * report.ctas_per_sm
         for model, rates in loop_rates(report).items():
             yield Row(
                 **problem.columns(),
                 dtype=dtype,
                 provider=f"triton_attn, {model}",
-                tflops=tflops(problem, *tile, slots, *rates),
+                tflops=tflops(problem, config.block_m, config.block_n, slots, *rates),
                 gpu=f"{loop_model.RATES[arch].name} at {loop_model.RATES[arch].clock_ghz} GHz",
                 **versions(),
                 source=PREDICTED,
-                note=config_name(launch),
+                note=compiled.config_name(config),
             )

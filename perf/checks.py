@@ -1,0 +1,39 @@
+"""Is an attention output right? Judged by errors against fp64, beside the error that torch makes in the same dtype."""
+
+from triton_attn import reference
+from triton_attn.flash.reference import attend
+from triton_attn.testing import assert_close_to_reference
+
+SAMPLED_ROWS = 128
+_NO_OPTIONS = {
+    "causal": False,
+    "softmax_scale": None,
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "sinks": None,
+}
+
+
+def by_torch(q, k, v, **options):
+    """(out, lse) as torch computes them, every product in the dtype of q."""
+    return attend(q, k, v, compute_dtype=q.dtype, **_NO_OPTIONS | options)
+
+
+def check_sample(out, q, k, v, causal):
+    """Raise AssertionError if `out` is wrong in the first rows of its first head or the last rows of its last.
+
+    All tensors are (batch, seqlen, heads, head_dim), with as many keys as queries. The first rows of a causal output
+    see as many keys; the last rows see all, since masks are aligned to the bottom right.
+    """
+    first, last = slice(SAMPLED_ROWS), slice(-SAMPLED_ROWS, None)
+    for entry, queries, keys in (
+        (slice(1), first, first if causal else slice(None)),
+        (slice(-1, None), last, slice(None)),
+    ):
+        sample = q[entry, queries, entry], k[entry, keys, entry], v[entry, keys, entry]
+        assert_close_to_reference(
+            out[entry, queries, entry],
+            reference.flash_attention(*(x.double() for x in sample), causal=causal),
+            torch_out=by_torch(*sample, causal=causal)[0],
+        )

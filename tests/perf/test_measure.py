@@ -1,0 +1,52 @@
+from functools import partial
+
+import pytest
+
+from perf import measure
+from perf.problems import Problem
+from perf.providers import PROVIDERS
+from perf.results import MEASURED
+from perf.timing import Percentiles
+from triton_attn import reference
+
+PROBLEM = Problem(batch=1, seqlen=64, num_heads=2, head_dim=16, causal=True)
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    def fake_times(functions):
+        for function in functions.values():
+            function()
+        return {name: Percentiles(1.0, 2.0, 4.0) for name in functions}
+
+    def out_of_memory(problem, device):
+        raise MemoryError("no room for the scores\nand more")
+
+    monkeypatch.setattr(measure, "time_interleaved", fake_times)
+    providers = {
+        "triton_attn": PROVIDERS["triton_attn"],
+        "wrong": lambda problem, device: partial(reference.flash_attention, causal=False),
+        "large": out_of_memory,
+    }
+    rows = measure.throughput(PROBLEM, "float32", providers, roof=1e-3, device="cpu")
+    return {row.provider: row for row in rows}
+
+
+def test_a_right_provider_is_timed(rows):
+    row = rows["triton_attn"]
+    flops = 4 * 2 * 64 * 64 * 16 / 2
+    assert (row.p20_ms, row.p50_ms, row.p80_ms) == (1.0, 2.0, 4.0)
+    assert row.tflops == pytest.approx(flops / 2e-3 / 1e12)
+    assert row.roof_share == pytest.approx(row.tflops / 1e-3)
+    assert row.source == MEASURED
+    assert row.note == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "note"), [("wrong", "AssertionError: out"), ("large", "MemoryError: no room for the scores")]
+)
+def test_a_provider_that_fails_is_recorded_and_not_timed(rows, name, note):
+    assert rows[name].note.startswith(note)
+    assert "\n" not in rows[name].note
+    assert rows[name].p50_ms is None
+    assert rows[name].tflops is None

@@ -1,0 +1,59 @@
+import csv
+
+import pytest
+import torch
+
+import triton_attn
+from perf import verify
+from perf.models import Model
+
+SMALL = Model("small", 1, 2, 1, 32, head_dim_v=16, window=32, num_windowed_layers=1, sinks=True)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(verify, "map_in_processes", map)
+
+
+def test_the_table_holds_errors_and_bounds_of_both_functions(tmp_path, in_this_process, capsys):
+    (path,) = verify.run(tmp_path, dtype="float32", models=(SMALL,))
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["function"], row["output"]) for row in rows] == [
+        ("flash_attention", "out"),
+        ("flash_attention", "lse"),
+        ("flash_attention_varlen", "out"),
+        ("flash_attention_varlen", "lse"),
+    ]
+    for row in rows:
+        assert row["verdict"] == "ok"
+        assert (row["heads"], row["head_dim"]) == ("2/1", "32/16")
+        assert 0 < float(row["error"]) <= float(row["bound"]) < 1e-3
+    assert "flash_attention_varlen" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_recorded_and_ends_in_an_error(tmp_path, in_this_process, monkeypatch):
+    right = triton_attn.flash_attention
+
+    def wrong(*args, **options):
+        out, lse = right(*args, **options)
+        return out + 1, lse
+
+    monkeypatch.setattr(triton_attn, "flash_attention", wrong)
+    with pytest.raises(SystemExit, match="1 of 4 results") as failure:
+        verify.run(tmp_path, seqlen=24, dtype="float32", models=(SMALL,))
+    assert "small, flash_attention: out" in str(failure.value)
+    rows = list(csv.DictReader((tmp_path / "errors-float32.csv").open()))
+    assert [row["verdict"] for row in rows] == ["WRONG", "ok", "ok", "ok"]
+
+
+def test_a_window_that_does_not_fit_is_cut():
+    assert verify._options(SMALL, seqlen=100)["window_size"] == (31, -1)
+    assert verify._options(SMALL, seqlen=32)["window_size"] == (7, -1)
+
+
+def test_varlen_lengths_tile_the_tensors():
+    (q, k, _, cu_q, cu_k, max_q, max_k), *_ = verify._varlen(SMALL, 96, torch.float32)
+    assert cu_q.tolist() == [0, 48, 80, 81]
+    assert cu_k.tolist() == [0, 96, 128, 223]
+    assert (q.shape[0], k.shape[0]) == (81, 223)
+    assert (max_q, max_k) == (48, 96)
