@@ -1,0 +1,128 @@
+"""copy_kv_pages: one launch, the right pages and no others, on every layout of a cache."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_attn import copy_kv_pages
+from triton_attn.testing import compile_only, guard, padded
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
+
+
+def random_cache(shape, dtype, seed, pages_last=False):
+    """A cache inside poisoned memory, with the check of that memory; pages_last: pages are not the outer stride."""
+    if pages_last:
+        shape = (*shape[:-4], shape[-3], shape[-4], *shape[-2:])
+    cache, check = padded(shape, dtype)
+    bits = torch.randint(256, (cache.numel() * cache.element_size(),), generator=torch.Generator().manual_seed(seed))
+    cache.view(-1).view(torch.uint8).copy_(bits)
+    return cache.transpose(-3, -4) if pages_last else cache, check
+
+
+def bits(x):
+    return x.contiguous().view(torch.uint8)
+
+
+@st.composite
+def problems(draw):
+    """(caches with the checks of the memory around them, sources, destinations)."""
+    dtype = draw(st.sampled_from(DTYPES))
+    num_pages = draw(st.integers(2, 9))
+    layers = draw(st.sampled_from([(), (1,), (3,)]))
+    shape = (*layers, num_pages, draw(st.sampled_from([1, 5, 16])), draw(st.integers(1, 4)))
+    dims = draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
+    caches = [random_cache((*shape, dim), dtype, i, draw(st.booleans())) for i, dim in enumerate(dims)]
+    pages = draw(st.permutations(range(num_pages)))
+    num_copies = draw(st.integers(0, num_pages - 1))
+    sources = st.sampled_from(pages[num_copies:])
+    return caches, draw(st.lists(sources, min_size=num_copies, max_size=num_copies)), pages[:num_copies]
+
+
+@pytest.mark.oldest
+@given(problems(), st.sampled_from([torch.int32, torch.int64]))
+def test_pages_are_copied_in_one_launch(problem, index_dtype):
+    caches, sources, destinations = problem
+    tensors = [cache for cache, _ in caches]
+    expected = [cache.clone() for cache in tensors]
+    for cache in expected:
+        for source, destination in zip(sources, destinations):
+            cache[..., destination, :, :, :] = cache[..., source, :, :, :]
+    pages = [torch.tensor(x, dtype=index_dtype) for x in (sources, destinations)]
+    with guard() as accesses:
+        copy_kv_pages(tensors, *pages, check_values=True)
+    assert accesses.launches == (len(sources) > 0)
+    for ours, theirs in zip(tensors, expected):
+        assert torch.equal(bits(ours), bits(theirs))
+    for _, check in caches:
+        check()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_layouts(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
+    pages = torch.tensor([0]), torch.tensor([2])
+    one_layer = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 2, 8).clone()
+    copy_kv_pages(one_layer, *pages)
+    assert one_layer[:, 0, 0, 0].tolist() == [0, 1, 0]
+    latent = torch.arange(3.0).view(3, 1, 1).expand(3, 4, 576).clone()
+    copy_kv_pages(latent, *pages)
+    assert latent[:, 3, 575].tolist() == [0, 1, 0]
+    layered = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 4, 2, 8).clone()
+    copy_kv_pages(layered, *pages)
+    assert layered[:, :, 3, 1, 7].tolist() == [[0, 1, 0], [3, 4, 3]]
+    per_layer = [*layered.clone(), *layered.clone()]
+    copy_kv_pages(per_layer, torch.tensor([1]), torch.tensor([0]))
+    assert [cache[:, 3, 1, 7].tolist() for cache in per_layer] == [[1, 1, 0], [4, 4, 3]] * 2
+
+
+CACHE = torch.zeros(5, 4, 2, 8)
+ONE, TWO = torch.tensor([1]), torch.tensor([2])
+WRONG = [
+    (("cache", ONE, TWO), TypeError, "caches: expected a tensor, or a tuple or list"),
+    (((), ONE, TWO), TypeError, "caches: expected a tensor, or a tuple or list"),
+    (((CACHE, 1), ONE, TWO), TypeError, r"caches\[1\]: expected a tensor"),
+    ((torch.zeros(5, 4), ONE, TWO), ValueError, r"caches\[0\]: expected 3, 4 or 5 dimensions"),
+    (((CACHE, torch.zeros(4, 4, 2, 8)), ONE, TWO), ValueError, r"caches\[1\]: expected shape"),
+    (((CACHE, CACHE.half()), ONE, TWO), TypeError, r"caches\[1\]: expected torch.float32"),
+    ((torch.zeros(5, 4, 2, 8)[..., ::2], ONE, TWO), ValueError, r"caches\[0\]: expected a contiguous last"),
+    ((CACHE, 1, TWO), TypeError, "src_pages: expected a tensor"),
+    ((CACHE, ONE.float(), TWO), TypeError, "src_pages: expected torch.int32"),
+    ((CACHE, ONE, TWO[None]), ValueError, "dst_pages: expected shape"),
+    ((CACHE, ONE, torch.tensor([2, 3])), ValueError, "dst_pages: expected src_pages' shape"),
+    ((CACHE, ONE, torch.arange(2)[::2].expand(2)), ValueError, "dst_pages: expected a contiguous tensor"),
+]
+
+
+@pytest.mark.parametrize(("args", "error", "message"), WRONG)
+def test_wrong_arguments(args, error, message):
+    with pytest.raises(error, match=message):
+        copy_kv_pages(*args)
+
+
+@pytest.mark.parametrize(
+    ("sources", "destinations", "message"),
+    [
+        ([0, 5], [1, 2], r"src_pages\[1\]: expected a page of 0 to 4, got 5"),
+        ([0], [-1], r"dst_pages\[0\]: expected a page of 0 to 4, got -1"),
+        ([0, 1], [1, 2], r"dst_pages\[0\]: expected a page that is no source"),
+        ([0, 1], [2, 2], r"dst_pages\[1\]: expected a page that is no source and no other destination, got 2"),
+    ],
+)
+def test_values_are_checked_when_asked(sources, destinations, message):
+    with pytest.raises(ValueError, match=message):
+        copy_kv_pages(CACHE, torch.tensor(sources), torch.tensor(destinations), check_values=True)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_without_spills(arch):
+    caches = [torch.zeros(4, 8, 16, 8, dim, dtype=torch.bfloat16) for dim in (128, 64)]
+    with compile_only(arch) as launches:
+        copy_kv_pages(caches, ONE, TWO)
+        copy_kv_pages(caches[0], ONE, TWO)
+    assert [launch.spill_bytes for launch in launches] == [0, 0]
+    assert launches[0].grid == (1, 8, 1)
+    if not arch.startswith("gfx"):
+        assert all("ld.global.v4.b32" in launch.kernel.asm["ptx"] for launch in launches)

@@ -1,0 +1,236 @@
+"""Writing to a paged KV cache as users call it: argument checks, then the kernel or the reference."""
+
+import torch
+
+from .._host.backend import should_check_values, use_kernel
+from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_number, check_per_head, fail
+from . import reference
+
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def append_kv_cache(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slot_mapping,
+    *,
+    k_scale=None,
+    v_scale=None,
+    rope_cos=None,
+    rope_sin=None,
+    positions=None,
+    rope_interleaved=False,
+    check_values=None,
+):
+    """Write the keys and values of new tokens in their slots of a paged cache, in place.
+
+        k_cache[page, offset, h] = rope(k[t, h], positions[t]) / k_scale[h]
+        v_cache[page, offset, h] = v[t, h] / v_scale[h],  page, offset = divmod(slot_mapping[t], page_size)
+
+    computed in fp32 and rounded once, to nearest even; fp8 saturates at the largest finite value. With rope_cos and
+    rope_sin, the pair of dimensions (i, i + rotary_dim / 2) of k, or (2 i, 2 i + 1) with rope_interleaved, is rotated
+    by the angle in row positions[t], column i: (a, b) -> (a cos - b sin, b cos + a sin). Dimensions from rotary_dim on
+    stay as they are.
+
+    Args:
+        k: (num_tokens, num_heads_kv, head_dim), fp16, bf16 or fp32; the last dimension contiguous.
+        v: (num_tokens, num_heads_kv, head_dim_v), k's dtype.
+        k_cache: (num_pages, page_size, num_heads_kv, head_dim), of k's dtype, float8_e4m3fn or float8_e5m2.
+        v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), k_cache's dtype.
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token with a negative slot is
+            skipped, and what its other arguments hold is not read.
+        k_scale, v_scale: what cached numbers are multiplied with to give keys and values: a number above 0, or fp32
+            tensors (1,) or (num_heads_kv,); None is 1.
+        rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k's dtype; rotary_dim at most head_dim.
+        positions: (num_tokens,) int32 or int64; needed with rope_cos.
+        rope_interleaved: pairs are neighbours (GPT-J), not halves apart (GPT-NeoX, Llama).
+        check_values: read slots and positions back and check them; None follows TRITON_ATTN_CHECK=1.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a slot outside of
+            the cache or listed twice, a position without an angle.
+
+    Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
+    """
+    _check_append(k, v, k_cache, v_cache, slot_mapping)
+    _check_scale("k_scale", k_scale, k)
+    _check_scale("v_scale", v_scale, k)
+    _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved)
+    if should_check_values(check_values):
+        _check_slots(slot_mapping, k_cache.shape[0] * k_cache.shape[1])
+        if positions is not None:
+            _check_positions(positions, slot_mapping >= 0, rope_cos.shape[0])
+    if not use_kernel(k):
+        reference.append_kv_cache(
+            k,
+            v,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
+            positions=positions,
+            rope_interleaved=rope_interleaved,
+        )
+        return
+    # Kernels are loaded with the first call, so that the package imports where triton is not installed.
+    from .append import launch_append_kv_cache
+
+    launch_append_kv_cache(
+        k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, rope_interleaved
+    )
+
+
+def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
+    """Copy whole pages inside a paged cache, in place: page dst_pages[i] becomes page src_pages[i]. One launch.
+
+    Pages are copied in no defined order: a page may be the source of several copies, but not a destination twice, nor
+    both source and destination.
+
+    Args:
+        caches: a tensor, or a tuple or list of tensors: keys and values, one or all layers. Each is (num_pages,
+            page_size, num_heads_kv, head_dim), (num_layers, num_pages, page_size, num_heads_kv, head_dim), or, of a
+            latent cache, (num_pages, page_size, width). All have one dtype and equal shapes but for the last dimension,
+            which is contiguous.
+        src_pages, dst_pages: (num_pairs,) int32 or int64, on the caches' device.
+        check_values: read the pages back and check them; None follows TRITON_ATTN_CHECK=1.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a page outside of
+            the cache, or in a place that the rule above excludes.
+    """
+    caches = (caches,) if isinstance(caches, torch.Tensor) else caches
+    layered = _as_layered(caches)
+    for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
+        _check_index(name, pages, ("num_pairs",), (torch.int32, torch.int64), layered[0].device)
+    if src_pages.shape != dst_pages.shape:
+        fail("dst_pages", f"src_pages' shape {tuple(src_pages.shape)}", tuple(dst_pages.shape))
+    if should_check_values(check_values):
+        _check_page_pairs(src_pages.tolist(), dst_pages.tolist(), layered[0].shape[1])
+    if not use_kernel(layered[0]):
+        reference.copy_kv_pages(caches, src_pages, dst_pages)
+        return
+    from .copy import launch_copy_kv_pages
+
+    launch_copy_kv_pages(layered, src_pages, dst_pages)
+
+
+def _check_append(k, v, k_cache, v_cache, slot_mapping):
+    _check_tensor("k", k, ("num_tokens", "num_heads_kv", "head_dim"), KERNEL_DTYPES)
+    num_tokens, num_heads_kv, head_dim = k.shape
+    _check_tensor("v", v, (num_tokens, num_heads_kv, "head_dim_v"), (k.dtype,), k.device)
+    cache_dtypes = (k.dtype, *FLOAT8_DTYPES)
+    _check_tensor("k_cache", k_cache, ("num_pages", "page_size", num_heads_kv, head_dim), cache_dtypes, k.device)
+    _check_tensor("v_cache", v_cache, (*k_cache.shape[:3], v.shape[2]), (k_cache.dtype,), k.device)
+    for name, x in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_last_contiguous(name, x)
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", x.shape[-1])
+    _check_index("slot_mapping", slot_mapping, (num_tokens,), (torch.int64,), k.device)
+
+
+def _check_scale(name, scale, k):
+    if scale is None:
+        return
+    if isinstance(scale, torch.Tensor):
+        check_per_head(name, scale, ((1,), (k.shape[1],)), k.device, (torch.float32,))
+        _check_last_contiguous(name, scale)
+    else:
+        check_number(name, scale)
+        if scale <= 0:
+            fail(name, "a number above 0", scale)
+
+
+def _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved):
+    given = [x is not None for x in (rope_cos, rope_sin, positions)]
+    if not any(given):
+        return
+    if not all(given):
+        fail("rope_cos, rope_sin, positions", "all three or none", f"given: {given}", TypeError)
+    if not isinstance(rope_interleaved, bool):
+        fail("rope_interleaved", "a bool", type(rope_interleaved).__name__, TypeError)
+    _check_tensor("rope_cos", rope_cos, ("num_positions", "rotary_dim / 2"), (torch.float32, k.dtype), k.device)
+    _check_tensor("rope_sin", rope_sin, rope_cos.shape, (rope_cos.dtype,), k.device)
+    _check_last_contiguous("rope_cos", rope_cos)
+    _check_last_contiguous("rope_sin", rope_sin)
+    if not 2 <= 2 * rope_cos.shape[1] <= k.shape[2]:
+        fail("rope_cos", f"1 to {k.shape[2] // 2} columns, half of head_dim", rope_cos.shape[1])
+    _check_index("positions", positions, (k.shape[0],), (torch.int32, torch.int64), k.device)
+
+
+def _as_layered(caches):
+    """The caches as tensors (num_layers, num_pages, page_size, num_heads, head_dim)."""
+    if not isinstance(caches, (tuple, list)) or not caches:
+        fail("caches", "a tensor, or a tuple or list of them", type(caches).__name__, TypeError)
+    layered = tuple(_as_layered_one(f"caches[{i}]", cache) for i, cache in enumerate(caches))
+    first = layered[0]
+    for i, cache in enumerate(layered):
+        _check_tensor(f"caches[{i}]", cache, (*first.shape[:4], "head_dim"), (first.dtype,), first.device)
+        _check_last_contiguous(f"caches[{i}]", cache)
+    return layered
+
+
+def _as_layered_one(name, cache):
+    if not isinstance(cache, torch.Tensor):
+        fail(name, "a tensor", type(cache).__name__, TypeError)
+    if cache.ndim == 3:
+        return cache[None, :, :, None]
+    if cache.ndim == 4:
+        return cache[None]
+    if cache.ndim != 5:
+        fail(name, "3, 4 or 5 dimensions", f"shape {tuple(cache.shape)}")
+    return cache
+
+
+def _check_tensor(name, x, shape, dtypes, device=None):
+    """shape holds a name in place of each size that is free."""
+    if not isinstance(x, torch.Tensor):
+        fail(name, "a tensor", type(x).__name__, TypeError)
+    if len(shape) != x.ndim or any(size != n for size, n in zip(shape, x.shape) if not isinstance(size, str)):
+        fail(name, f"shape ({', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        fail(name, " or ".join(str(dtype) for dtype in dtypes), x.dtype, TypeError)
+    if device is not None and x.device != device:
+        fail(name, f"device {device}", x.device)
+
+
+def _check_index(name, x, shape, dtypes, device):
+    _check_tensor(name, x, shape, dtypes, device)
+    if not x.is_contiguous():
+        fail(name, "a contiguous tensor", f"stride {x.stride(0)}")
+
+
+def _check_last_contiguous(name, x):
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
+
+
+def _check_slots(slot_mapping, num_slots):
+    seen = {}
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= num_slots:
+            fail(f"slot_mapping[{token}]", f"a slot below {num_slots}", slot)
+        if slot >= 0 and seen.setdefault(slot, token) != token:
+            fail(f"slot_mapping[{token}]", "a slot of its own", f"slot {slot}, also that of token {seen[slot]}")
+
+
+def _check_positions(positions, written, num_positions):
+    for token, (position, is_written) in enumerate(zip(positions.tolist(), written.tolist())):
+        if is_written and not 0 <= position < num_positions:
+            fail(f"positions[{token}]", f"0 to {num_positions - 1}", position)
+
+
+def _check_page_pairs(src_pages, dst_pages, num_pages):
+    for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
+        for i, page in enumerate(pages):
+            if not 0 <= page < num_pages:
+                fail(f"{name}[{i}]", f"a page of 0 to {num_pages - 1}", page)
+    seen = set(src_pages)
+    for i, page in enumerate(dst_pages):
+        if page in seen:
+            fail(f"dst_pages[{i}]", "a page that is no source and no other destination", page)
+        seen.add(page)

@@ -1,0 +1,67 @@
+"""What the cache kernels compute, in plain torch."""
+
+import torch
+
+
+@torch.no_grad()
+def append_kv_cache(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slot_mapping,
+    *,
+    k_scale=None,
+    v_scale=None,
+    rope_cos=None,
+    rope_sin=None,
+    positions=None,
+    rope_interleaved=False,
+    check_values=None,
+):
+    """See `triton_attn.append_kv_cache`; arguments are taken as right."""
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    k, v = k[written].float(), v[written].float()
+    if rope_cos is not None:
+        cos, sin = (table[positions[written]].float().unsqueeze(1) for table in (rope_cos, rope_sin))
+        k = _rotate(k, cos, sin, rope_interleaved)
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if scale is not None:
+            x = x / torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(-1, 1)
+        page_size = cache.shape[1]
+        _bits(cache)[slots // page_size, slots % page_size] = _bits(_round(x, cache.dtype))
+
+
+@torch.no_grad()
+def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
+    """See `triton_attn.copy_kv_pages`; arguments are taken as right."""
+    for cache in (caches,) if isinstance(caches, torch.Tensor) else caches:
+        pages = _bits(cache).transpose(0, 1) if cache.ndim == 5 else _bits(cache)
+        pages[dst_pages.long()] = pages[src_pages.long()]
+
+
+def _rotate(x, cos, sin, interleaved):
+    """x (num_tokens, num_heads, head_dim) with its first 2 * cos.shape[-1] dimensions rotated in pairs."""
+    rotary_dim = 2 * cos.shape[-1]
+    rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    if interleaved:
+        first, second = rotary.unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        first, second = rotary.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    rotary = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([rotary, rest], dim=-1)
+
+
+def _round(x, dtype):
+    """fp32 to the dtype of a cache; fp8 saturates at its largest finite value, NaN stays NaN."""
+    if dtype.itemsize == 1:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
+
+
+def _bits(x):
+    """fp8 as uint8: torch moves fp8 values, but cannot index them on every device."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
