@@ -1,8 +1,16 @@
 """Attention kernels in Triton: MHA, MQA, GQA; dense and varlen. See `help(triton_attn.flash_attention)`."""
 
 from . import reference
-from .cache import append_kv_cache, copy_kv_pages
+from .cache import BlockPool, OutOfPages, append_kv_cache, copy_kv_pages
 from .flash import flash_attention, flash_attention_varlen
 
-__all__ = ["append_kv_cache", "copy_kv_pages", "flash_attention", "flash_attention_varlen", "reference"]
+__all__ = [
+    "BlockPool",
+    "OutOfPages",
+    "append_kv_cache",
+    "copy_kv_pages",
+    "flash_attention",
+    "flash_attention_varlen",
+    "reference",
+]
 __version__ = "0.1.0"
