@@ -116,7 +116,7 @@ def _throughput_title(data):
 
 
 def _label_ends(axes, x, ends):
-    """Name each line at its end, moving labels apart where lines end close together; `ends` is (y, text, colour)."""
+    """Name each line at its end, a label above the last where lines end close together; `ends` is (y, text, colour)."""
     lowest = 0
     for y, text, colour in sorted(ends):
         at = max(y, lowest)

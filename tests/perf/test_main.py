@@ -1,0 +1,73 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perf import __main__ as job
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def codes(monkeypatch):
+    """Exit codes that the parts will have, and the parts that were started."""
+    codes, started = [], []
+
+    def run(command):
+        started.append(command[-1])
+        return codes.pop(0)
+
+    monkeypatch.setattr(job, "_run_process", run)
+    return codes, started
+
+
+def test_every_part_of_the_main_job_runs_though_one_fails(codes, capsys):
+    left, started = codes
+    left += [0, 1, 0, 0, 0]
+    assert job.main([]) == 1
+    assert started == list(job.MAIN_JOB)
+    assert "failed, exit code 1" in capsys.readouterr().out
+
+
+def test_the_main_job_succeeds_if_every_part_does(codes):
+    codes[0].extend([0] * len(job.MAIN_JOB))
+    assert job.main([]) == 0
+
+
+def test_an_interrupted_part_ends_the_main_job(codes, capsys):
+    left, started = codes
+    left += [0, job.INTERRUPTED]
+    assert job.main([]) == 1
+    assert started == list(job.MAIN_JOB[:2])
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpu", "part", "mode"), [(False, "verify", "1"), (False, "bench", None), (True, "verify", None)]
+)
+def test_each_part_has_its_mode_of_triton(monkeypatch, gpu, part, mode):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(job, "has_gpu", lambda: gpu)
+    job._set_mode(job.PARTS[part])
+    assert os.environ.get("TRITON_INTERPRET") == mode
+
+
+def test_a_part_on_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "perf", "sizes", "--out", str(tmp_path), "--bytes-per-element", "1"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert "35,136" in done.stdout, "DeepSeek-V3, bytes per token in fp8"
+    assert {path.name for path in tmp_path.iterdir()} == {"kv_cache.csv", "kv_cache.png"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "said"),
+    [("--help", 0, [f"  {part} " for part in job.PARTS]), ("size", 2, ["invalid choice: 'size'"])],
+)
+def test_help_and_mistakes(argument, code, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        job.main([argument])
+    out, err = capsys.readouterr()
+    assert end.value.code == code
+    assert all(text in out + err for text in said)
