@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = filter(runs_here, items)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     """Where tensors live: the GPU when there is one and kernels are compiled, otherwise the CPU."""
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

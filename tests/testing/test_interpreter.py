@@ -11,10 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_attn.testing import fix_interpreter
 
-pytestmark = pytest.mark.oldest
+pytestmark = [
+    pytest.mark.oldest,
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="tests the interpreter, on a machine with a GPU too"),
+]
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
-if not triton.__version__.startswith("3.6."):  # whose interpreter knows no type of AMD's own
+if not triton.__version__.startswith(("3.6.", "3.7.")):  # whose interpreters know no type of AMD's own
     FLOAT8 += [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 ALL_16_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 # Every sign, exponent and leading 7 bits of mantissa, with the rest at, around and between the halfway points.
@@ -91,6 +94,19 @@ def test_casts_to_bf16_round_as_torch_does(x):
 @pytest.mark.parametrize("float8", FLOAT8)
 def test_casts_to_fp8_round_to_nearest_even_and_saturate(float8, x):
     assert_same_values(cast(x, float8), round_to_float8(x, float8))
+
+
+@triton.jit
+def _truncate_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs).to(tl.bfloat16, fp_downcast_rounding="rtz"))
+
+
+def test_a_cast_that_rounds_to_zero_still_does():
+    x = torch.tensor([1.0, 1.999, -1.999, 2**-20 * 1.999])
+    y = torch.empty(4, dtype=torch.bfloat16)
+    _truncate_kernel[(1,)](x, y, N=4)
+    assert torch.equal(y.view(torch.int16), (x.view(torch.int32) >> 16).to(torch.int16))
 
 
 def test_bf16_casts_to_integers_by_value():

@@ -16,7 +16,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_attn.testing import MemoryAccessError, guard
 
-pytestmark = pytest.mark.oldest
+pytestmark = [
+    pytest.mark.oldest,
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="tests the interpreter, on a machine with a GPU too"),
+]
 
 
 @triton.jit
@@ -151,6 +154,29 @@ def test_atomics_are_checked(cas):
         _atomic_kernel[(3,)](x, 4, cas)
 
 
+@triton.jit
+def _atomic_store_kernel(x_ptr, offset):
+    tl.atomic_store(x_ptr + offset, 1)
+
+
+@pytest.mark.skipif(not hasattr(tl, "atomic_store"), reason="this Triton has no atomic store")
+def test_atomic_stores_may_meet_but_not_leave_the_tensor():
+    x = torch.zeros(4, dtype=torch.int32)
+    with guard() as accesses:
+        _atomic_store_kernel[(3,)](x, 3)
+    assert x[3] == 1
+    assert accesses.bytes_stored == {"x_ptr": 12}
+    with guard(), pytest.raises(MemoryAccessError, match="atomic store out of bounds"):
+        _atomic_store_kernel[(3,)](x, 4)
+
+
+def test_reinterpreted_tensors_are_arguments():
+    x, y = torch.zeros(8, dtype=torch.uint8), torch.zeros(8)
+    with guard() as accesses:
+        copy(triton.reinterpret(x, tl.float8e5), y, 8, grid=(1,))
+    assert accesses.bytes_loaded == {"x_ptr": 8}
+
+
 class _Pair(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
@@ -246,7 +272,7 @@ def test_no_python_object_per_element():
     assert peak < 100 * 2**16 + 8 * 2**20
 
 
-@pytest.mark.compiled
-def test_a_compiling_process_is_refused():
+def test_a_compiling_process_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         guard().__enter__()

@@ -44,7 +44,7 @@ def fix_interpreter() -> None:
     Not repaired: bf16 atomics, inline assembly and (triton 3.6, 3.7) AMD's own fp8 types, which raise; `tl.dot_scaled`;
     fp8e4b15.
     """
-    for name in ("binary_op", "unary_op", "create_fma", "create_clampf"):
+    for name in ("binary_op", "unary_op", "create_fma"):
         setattr(InterpreterBuilder, name, _on_values(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.create_dot = _dot_on_values(InterpreterBuilder.create_dot)
     InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
@@ -58,8 +58,7 @@ def fix_interpreter() -> None:
 
 
 def _is_narrow(handle) -> bool:
-    # A comparison of two bf16 handles is bool data that stock code still labels with the operands' type.
-    return isinstance(handle, TensorHandle) and handle.dtype.scalar in _NARROW and handle.data.dtype != np.bool_
+    return isinstance(handle, TensorHandle) and handle.dtype.scalar in _NARROW
 
 
 def _widen(handle):
@@ -95,9 +94,8 @@ def _on_values(method):
         if dtype is None:
             return method(self, *operands)
         result = method(self, *map(_widen, operands))
-        if result.data.dtype == np.bool_:
-            return TensorHandle(result.data, tl.int1)
-        return _narrow(result.data, dtype)
+        is_comparison = result.data.dtype == np.bool_
+        return result if is_comparison else _narrow(result.data, dtype)
 
     return wrapper
 

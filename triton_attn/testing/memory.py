@@ -169,7 +169,7 @@ class _Checker:
             elements, inside = tensor.locate(addresses, width)
             if inside.any():
                 touched.append((tensor, elements[:, inside], addresses[inside]))
-                bytes_by_name[tensor.name] += width * np.count_nonzero(inside)
+                bytes_by_name[tensor.name] += width * int(inside.sum())
                 addresses = addresses[~inside]
         if addresses.size:
             what = f"{kind} out of bounds in {addresses.size} of {num_active} active lanes, the first"
@@ -216,11 +216,11 @@ class _Elements:
         return elements, (elements >= 0).all(0) & (addresses % width == 0)
 
     def number(self, offsets):
-        """The number of the element at each offset, -1 where there is none."""
+        """The number of the element at each offset, negative where there is none."""
         if self.table is not None:
             numbers = np.searchsorted(self.table, offsets).clip(max=self.numel - 1)
             return np.where(self.table[numbers] == offsets, numbers, -1)
-        numbers, inside = 0, offsets >= 0
+        numbers, inside = 0, True
         for stride, size in self.dims:
             index, offsets = (offsets, 0) if stride == 1 else np.divmod(offsets, stride)
             inside = inside & (index < size)
