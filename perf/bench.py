@@ -15,17 +15,16 @@ from tqdm import tqdm
 
 from perf import plot, results
 from perf.device import has_gpu
+from perf.gpus import RATES
 from perf.problems import HEAD_DIMS, SEQLENS, grid
 from perf.tables import print_table
-
-ARCHS = ("sm_80", "sm_90")  # that perf/loop_model.py has the rates of
 
 
 def add_arguments(parser):
     parser.add_argument("--head-dim", dest="head_dims", type=int, nargs="+", default=HEAD_DIMS, metavar="D")
     parser.add_argument("--seqlen", dest="seqlens", type=int, nargs="+", default=SEQLENS, metavar="S")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="what to predict for, without a GPU")
+    parser.add_argument("--arch", choices=RATES, default="sm_90", help="what to predict for, without a GPU")
 
 
 def run(out_dir, head_dims=HEAD_DIMS, seqlens=SEQLENS, dtype="bfloat16", arch="sm_90"):

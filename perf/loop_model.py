@@ -3,8 +3,7 @@
 Per trip and per warpgroup (four warps, one on each of an SM's sub-partitions) every unit of the SM is charged the
 cycles that it is busy:
 
-    tensor   matrix instructions, at the dense rate of the target. On sm_90 mma.sync reaches 62 % of the wgmma rate
-             (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499).
+    tensor   matrix instructions, at the dense rate of the target (perf/gpus.py)
     smem     operands that wgmma reads from shared memory and plain accesses to it, at 128 B; SHFL at 32 lanes
     mufu     exp2, reciprocal and conversions: 16 lanes per clock and SM
     alu      min/max, compare, select, integer and packing: 64 lanes
@@ -28,54 +27,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from perf import amdgcn, sass
+from perf.gpus import CAPACITY, RATES, REGISTER_ALLOCATION_UNIT, SHARED_BYTES_RESERVED_PER_CTA, Rates
 
 WARPS_PER_WARPGROUP = 4
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one GPU does per clock and SM (dense fp16 or bf16 FLOP, fp32 lanes), its clock and its size."""
-
-    name: str
-    num_sms: int
-    clock_ghz: float
-    mma_flops: int
-    mma_sync_share: float
-    fp32_lanes: int
-
-
-# sm_80: A100, 312 TFLOP/s. sm_90: H100 and H200 SXM at 1.755 GHz, a clock they hold under load; figures scale with it.
-RATES = {
-    "sm_80": Rates("A100 SXM", num_sms=108, clock_ghz=1.41, mma_flops=2048, mma_sync_share=1.0, fp32_lanes=64),
-    "sm_90": Rates(
-        "H100 or H200 SXM", num_sms=132, clock_ghz=1.755, mma_flops=4096, mma_sync_share=0.62, fp32_lanes=128
-    ),
-}
-
 SMEM_BYTES_PER_CLOCK = 128
 SFU_LANES, ALU_LANES = 16, 64
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What one SM can hold (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
-
-    shared_bytes: int
-    warps: int
-    ctas: int
-    registers: int = 65536
-
-
-CAPACITY = {
-    "sm_80": Capacity(shared_bytes=167936, warps=64, ctas=32),
-    "sm_86": Capacity(shared_bytes=102400, warps=48, ctas=16),
-    "sm_89": Capacity(shared_bytes=102400, warps=48, ctas=24),
-    "sm_90": Capacity(shared_bytes=233472, warps=64, ctas=32),
-    "sm_100": Capacity(shared_bytes=233472, warps=64, ctas=32),
-    "sm_120": Capacity(shared_bytes=102400, warps=48, ctas=24),
-}
-SHARED_BYTES_RESERVED_PER_CTA = 1024
-REGISTER_ALLOCATION_UNIT = 256  # per warp
 
 _MUFU = frozenset({"MUFU", "F2I", "I2F", "I2FP", "F2F", "FRND", "F2IP"})
 _COMPARE = frozenset({"FMNMX", "FSEL", "FSETP", "FSET", "FCHK", "HMNMX2", "ISETP", "IMNMX", "VIMNMX", "SEL", "PLOP3"})
@@ -88,8 +44,8 @@ _SHARED_ACCESS = frozenset({"LDS", "STS", "LDSM", "STSM"})
 _ASYNC_COPY = frozenset({"UTMALDG", "UBLKCP", "LDGSTS"})
 
 _WGMMA = re.compile(r"[HQIB]GMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)")
-_MMA_SYNC = re.compile(r"[HQID]MMA\.(\d+)")
-_MMA_SYNC_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "884": (8, 8, 4)}
+_MMA_SYNC = re.compile(r"[HQI]MMA\.(\d+)")
+_MMA_SYNC_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4), "16832": (16, 8, 32)}
 _WGMMA_ELEMENT_BYTES = {8: 4, 16: 2, 32: 1}  # by K: tf32, fp16 and bf16, fp8
 
 

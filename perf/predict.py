@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from perf import compiled, loop_model
 from perf.device import versions
+from perf.gpus import RATES
 from perf.results import PREDICTED, Row
 
 
@@ -70,14 +71,15 @@ def flash_forward(problems, dtype, arch):
             launch = compiled.flash_forward(arch, getattr(torch, dtype), problem.head_dim, causal=problem.causal)
             kernels[kind] = compiled.config_of(launch), loop_model.analyze(launch.kernel)
         config, report = kernels[kind]
-        slots = loop_model.RATES[arch].num_sms * report.ctas_per_sm
+        gpu = RATES[arch]
+        slots = gpu.num_sms * report.ctas_per_sm
         for model, rates in loop_rates(report).items():
             yield Row(
                 **problem.columns(),
                 dtype=dtype,
                 provider=f"triton_attn, {model}",
                 tflops=tflops(problem, config.block_m, config.block_n, slots, *rates),
-                gpu=f"{loop_model.RATES[arch].name} at {loop_model.RATES[arch].clock_ghz} GHz",
+                gpu=f"{gpu.name} at {gpu.clock_ghz} GHz",
                 **versions(),
                 source=PREDICTED,
                 note=compiled.config_name(config),

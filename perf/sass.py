@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 SPILL_OPCODES = frozenset({"LDL", "STL"})
-MMA_OPCODES = frozenset(
-    ["HMMA", "QMMA", "IMMA", "DMMA", "HGMMA", "QGMMA", "IGMMA", "BGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA"]
-)
+MMA_OPCODES = frozenset(["HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "IGMMA", "BGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA"])
 
 _JUMPS = frozenset({"BRA", "JMP", "BRX", "BRXU"})
 _ENDS = frozenset({"EXIT", "RET"})

@@ -13,7 +13,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from perf import compiled, loop_model, results
+from perf import amdgcn, compiled, loop_model, results
 from perf.device import gpu_arch, has_gpu
 from perf.inspect import ARCHS
 from perf.parallel import map_in_processes
@@ -94,15 +94,17 @@ def compile_candidate(candidate):
 
 
 def _why_dropped(launch, report):
-    if isinstance(report, loop_model.Report):
-        if report.hot.spills:
-            return f"{report.hot.spills} spills in the hot loop"
-        if not report.hot.async_copies:
-            return "no asynchronous copies in the hot loop"
-        if report.arch == "sm_90" and not launch.uses_wgmma:
-            return "no wgmma"
-    elif report.vgpr_spills:
-        return f"{report.vgpr_spills} registers spilled"
+    if isinstance(report, amdgcn.Report):
+        return f"{report.vgpr_spills} registers spilled" if report.vgpr_spills else ""
+    hot = report.hot
+    if hot is None:  # fp32 without tensor cores
+        return f"{report.static_spills} spills" if report.static_spills else ""
+    if hot.spills:
+        return f"{hot.spills} spills in the hot loop"
+    if not hot.async_copies:
+        return "no asynchronous copies in the hot loop"
+    if report.arch == "sm_90" and not launch.uses_wgmma:
+        return "no wgmma"
     return ""
 
 

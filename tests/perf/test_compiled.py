@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from perf import amdgcn, bench, compiled, inspect, loop_model, results
+from perf import amdgcn, bench, compiled, inspect, loop_model, results, sweep
 from triton_attn.flash.configs import FlashConfig
 
 pytestmark = pytest.mark.compiled
@@ -77,3 +77,14 @@ def test_inspect_tables_the_default_configs(tmp_path):
     rows = list(csv.DictReader(path.open()))
     assert [row["causal"] for row in rows] == ["False", "True"]
     assert all(int(row["loop instructions"]) > 100 for row in rows)
+
+
+def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(tmp_path, monkeypatch):
+    slow, fast, too_large = (FlashConfig(64, 64, 4, 2), FlashConfig(128, 128, 8, 2), FlashConfig(128, 256, 8, 4))
+    monkeypatch.setattr(sweep.configs, "search_space", lambda *shape: [slow, too_large, fast], raising=False)
+    monkeypatch.setattr(sweep, "map_in_processes", map)
+    survivors = sweep._compile_all(tmp_path / "sweep.csv", "sm_90", "bfloat16", [(128, False)])
+    assert [sweep._config(row) for row in survivors[128, False]] == [fast, slow]
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [row["dropped"].split(",")[0] for row in rows] == ["", "out of resource: shared memory", ""]
+    assert float(rows[2]["lock TFLOP/s"]) > float(rows[0]["lock TFLOP/s"])

@@ -2,7 +2,8 @@ import pytest
 from sass_listing import listing
 
 from perf import sass
-from perf.loop_model import RATES, LoopModel, Report
+from perf.gpus import RATES
+from perf.loop_model import LoopModel, Report
 
 PRODUCTS = {
     "register A": "HGMMA.64x128x16.F32 R24, R88, gdesc[UR8], R24",

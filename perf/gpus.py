@@ -1,0 +1,47 @@
+"""What the loop model knows of GPUs: rates of those it prices, sizes of an SM of those it counts for."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`mma_flops` (dense, fp16 or bf16) and `fp32_lanes` are per clock and SM."""
+
+    name: str
+    num_sms: int
+    clock_ghz: float
+    mma_flops: int
+    mma_sync_share: float  # of mma_flops, for products that are not wgmma
+    fp32_lanes: int
+
+
+# The clock of H100 and H200 is assumed, between base and boost; TFLOP/s scale with it. The share of mma.sync is from
+# Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", arXiv 2402.13499.
+RATES = {
+    "sm_80": Rates("A100 SXM", num_sms=108, clock_ghz=1.41, mma_flops=2048, mma_sync_share=1.0, fp32_lanes=64),
+    "sm_90": Rates(
+        "H100 or H200 SXM", num_sms=132, clock_ghz=1.755, mma_flops=4096, mma_sync_share=0.62, fp32_lanes=128
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What one SM can hold (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
+
+    shared_bytes: int
+    warps: int
+    ctas: int
+    registers: int = 65536
+
+
+CAPACITY = {
+    "sm_80": Capacity(shared_bytes=167936, warps=64, ctas=32),
+    "sm_86": Capacity(shared_bytes=102400, warps=48, ctas=16),
+    "sm_89": Capacity(shared_bytes=102400, warps=48, ctas=24),
+    "sm_90": Capacity(shared_bytes=233472, warps=64, ctas=32),
+    "sm_100": Capacity(shared_bytes=233472, warps=64, ctas=32),
+    "sm_120": Capacity(shared_bytes=102400, warps=48, ctas=24),
+}
+SHARED_BYTES_RESERVED_PER_CTA = 1024
+REGISTER_ALLOCATION_UNIT = 256  # per warp
