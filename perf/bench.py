@@ -9,14 +9,18 @@ prediction.
 FLOP by the field's convention: 4 B H S^2 D, half of it with a causal mask.
 """
 
+import sys
 from dataclasses import astuple
 
 from tqdm import tqdm
 
-from perf import plot, results
+from perf import plot, predict, results
 from perf.device import has_gpu
 from perf.gpus import RATES
+from perf.machine import matmul_rate
+from perf.measure import throughput
 from perf.problems import HEAD_DIMS, SEQLENS, grid
+from perf.providers import PROVIDERS
 from perf.tables import print_table
 
 
@@ -30,27 +34,25 @@ def add_arguments(parser):
 def run(out_dir, head_dims=HEAD_DIMS, seqlens=SEQLENS, dtype="bfloat16", arch="sm_90"):
     """Write `flash_forward.csv` row by row, then its picture."""
     problems = grid(head_dims, seqlens)
-    rows = _measured(problems, dtype) if has_gpu() else _predicted(problems, dtype, arch)
+    rows = _measured(problems, dtype) if has_gpu() else predict.flash_forward(problems, dtype, arch)
     path = out_dir / "flash_forward.csv"
     done = []
     with results.Table(path, results.COLUMNS) as table:
         for row in rows:
             table.append(astuple(row))
             done.append(row)
+    print(f"TFLOP/s on {done[0].gpu}, {done[0].source}")
     print_table(_summary(done))
-    return [path, plot.throughput(path)]
-
-
-def _predicted(problems, dtype, arch):
-    from perf.predict import flash_forward
-
-    return flash_forward(problems, dtype, arch)
+    for row in done:
+        if row.tflops is None:
+            print(f"{row.provider}, head_dim {row.head_dim}, seqlen {row.seqlen_q}: {row.note}")
+    picture = plot.throughput(path)
+    if any(row.provider == results.OURS and row.tflops is None for row in done):
+        sys.exit("our kernel failed, see above")
+    return [path, picture]
 
 
 def _measured(problems, dtype):
-    from perf.machine import matmul_rate
-    from perf.measure import throughput
-    from perf.providers import PROVIDERS
 
     roof = matmul_rate()
     for problem in tqdm(problems, desc="measuring", unit="shape"):

@@ -1,12 +1,12 @@
 """Which device figures come from, and what else they depend on.
 
-Does not import triton: its mode (interpreter or compiler) may not be chosen yet.
+Imports triton only where its mode (interpreter or compiler) is certainly chosen.
 """
 
 import re
+import shutil
 import subprocess
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -37,11 +37,13 @@ def folder_name():
 
 @cache
 def driver_version():
-    """None without a GPU."""
+    """None without a GPU, or without the tool that knows."""
     if not has_gpu():
         return None
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
+    if shutil.which("nvidia-smi") is None:
+        return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
 
@@ -62,4 +64,6 @@ def commit():
 
 def versions():
     """The columns of a result that say what it depends on beside the GPU."""
-    return {"driver": driver_version(), "torch": torch.__version__, "triton": version("triton"), "commit": commit()}
+    import triton
+
+    return {"driver": driver_version(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}

@@ -2,23 +2,15 @@
 
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from perf.results import MEASURED, OURS
+
 # Okabe and Ito's palette: told apart with any colour vision.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 STYLE = {
     "figure.figsize": (8, 4.5),
     "figure.dpi": 200,
@@ -64,9 +56,9 @@ def kv_cache(csv_path):
         return _save(figure, csv_path)
 
 
-BOUND, LOCK = "triton_attn, bound", "triton_attn, lock"
+BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"
 PROVIDER_STYLES = {
-    "triton_attn": (VERMILION, "o", "triton_attn"),
+    OURS: (VERMILION, "o", OURS),
     "SDPA cuDNN": (BLUE, "s", "SDPA cuDNN"),
     "SDPA flash": (GREEN, "^", "SDPA flash"),
     "FlexAttention": (PURPLE, "D", "FlexAttention"),
@@ -111,7 +103,7 @@ def _throughput_panel(axes, data):
 
 def _throughput_title(data):
     first = data.iloc[0]
-    note = "" if first["source"] == "measured" else f"\n{first['source']}"
+    note = "" if first["source"] == MEASURED else f"\n{first['source']}"
     return f"Attention {first['pass']}, {first['dtype']}, {first['gpu']}{note}"
 
 

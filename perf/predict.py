@@ -20,7 +20,7 @@ from tqdm import tqdm
 from perf import compiled, loop_model
 from perf.device import versions
 from perf.gpus import RATES
-from perf.results import PREDICTED, Row
+from perf.results import OURS, PREDICTED, Row
 
 
 def tile_trips(problem, block_m, block_n):
@@ -77,7 +77,7 @@ def flash_forward(problems, dtype, arch):
             yield Row(
                 **problem.columns(),
                 dtype=dtype,
-                provider=f"triton_attn, {model}",
+                provider=f"{OURS}, {model}",
                 tflops=tflops(problem, config.block_m, config.block_n, slots, *rates),
                 gpu=f"{gpu.name} at {gpu.clock_ghz} GHz",
                 **versions(),

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from perf.results import OURS
 from triton_attn import flash_attention
 
 
@@ -59,7 +60,6 @@ def _heads_first(*tensors):
     return [x.transpose(1, 2) for x in tensors]
 
 
-OURS = "triton_attn"
 PROVIDERS = {
     OURS: _ours,
     "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),

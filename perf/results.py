@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).parent / "results"
+OURS = "triton_attn"  # as a provider
 MEASURED = "measured"
 PREDICTED = "predicted from compiled code, not measured"
 

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from perf import amdgcn, compiled, loop_model, results
 from perf.device import gpu_arch, has_gpu
 from perf.inspect import ARCHS
+from perf.machine import matmul_rate
+from perf.measure import throughput
 from perf.parallel import map_in_processes
 from perf.problems import HEAD_DIMS, HIDDEN, Problem
-from perf.providers import OURS
 from perf.tables import print_table
 from triton_attn.flash import configs
 
@@ -110,16 +111,13 @@ def _why_dropped(launch, report):
 
 def _measure(path, dtype, finalists):
     """Time the finalists of each case; the rows say in the note which config they are."""
-    from perf.machine import matmul_rate
-    from perf.measure import throughput
-
     roof = matmul_rate()
     with results.Table(path, results.COLUMNS) as table:
         for (head_dim, causal), case in tqdm(finalists.items(), desc="measuring", unit="case"):
             problem = Problem(batch=4, seqlen=4096, num_heads=HIDDEN // head_dim, head_dim=head_dim, causal=causal)
             rows = throughput(problem, dtype, {compiled.config_name(c): _with_config(c) for c in case}, roof)
             for row in rows:
-                table.append(astuple(replace(row, provider=OURS, note=f"{row.provider} {row.note}".strip())))
+                table.append(astuple(replace(row, provider=results.OURS, note=f"{row.provider} {row.note}".strip())))
             print_table([{"config": row.provider, "ms": row.p50_ms, "TFLOP/s": row.tflops} for row in rows])
     return path
 
