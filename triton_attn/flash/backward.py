@@ -49,26 +49,27 @@ MAX_HEAD_DIM_BACKWARD = 256
 
 
 @triton.jit
-def _load_row_statistics(lse_ptr, delta_ptr, start_m, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """log2 of the softmax's sum, and delta. A row that sees nothing or does not exist gets +inf: its weights are 0."""
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+def _load_lse_log2(lse_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
+    """Log-sum-exp in log2 units; +inf, so that its weights are 0, for a row that sees nothing or does not exist."""
     if MASKED:
-        rows_mask = offs_m < seqlen_q
-        lse = tl.load(lse_ptr + offs_m, mask=rows_mask, other=float("-inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        delta = tl.load(delta_ptr + offs_m, mask=rows_mask, other=0.0)
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < seqlen_q, other=float("-inf"))
+        return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
     else:
-        lse = tl.load(lse_ptr + offs_m)
-        delta = tl.load(delta_ptr + offs_m)
-    return lse * LOG2_E, delta
+        return tl.load(lse_ptr + offs_m) * LOG2_E
 
 
 @triton.jit
-def _weights_and_gradients(
+def _load_delta(delta_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(delta_ptr + offs_m, mask=offs_m < seqlen_q, other=0.0)
+    else:
+        return tl.load(delta_ptr + offs_m)
+
+
+@triton.jit
+def _recompute_weights(
     s,
-    dp,
     lse_log2,
-    delta,
     rows,
     rows_mask,
     start_column,
@@ -78,32 +79,25 @@ def _weights_and_gradients(
     scale_log2,
     softcap,
     slope,
-    keep,
-    keep_factor,
     MASKED: tl.constexpr,
 ):
-    """The weights P that met the values, and dS before softmax_scale, for one tile in either orientation.
+    """P from the products s = q . k of a tile in either orientation, and the derivative of the softcap at s.
 
-    s = q . k and dp = dO . v; lse_log2 and delta broadcast against them; keep is dropout's mask. None is none.
+    lse_log2 broadcasts against s. Rows outside rows_mask get no weight: their scores, 0 - lse, may overflow, and
+    inf * 0 would reach the sums.
     """
     s *= scale_log2
+    derivative = 1.0
     if softcap is not None:
         s = cap_scores(s, softcap)
         capped = s / (softcap * LOG2_E)
+        derivative = 1.0 - capped * capped
     if slope is not None:
         s = add_alibi(s, rows, start_column, offset, slope)
     if MASKED:
         s = mask_scores(s, rows, start_column, num_columns, offset, window)
         s = tl.where(rows_mask[:, None], s, float("-inf"))
-    p = tl.math.exp2(s - lse_log2)
-    if keep is not None:
-        dp = tl.where(keep, dp * keep_factor, 0.0)
-    ds = p * (dp - delta)
-    if softcap is not None:
-        ds *= 1.0 - capped * capped
-    if keep is not None:
-        p = tl.where(keep, p * keep_factor, 0.0)
-    return p, ds
+    return tl.math.exp2(s - lse_log2), derivative
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -230,7 +224,7 @@ def _flash_bwd_dkdv_kernel(
     seen_by = (window[1], window[0])
     end_n = tl.minimum(start_n + BLOCK_N, seqlen_k)
     lo, full_lo, full_hi, hi = visible_range(start_n, end_n, seqlen_q, offset, seen_by, BLOCK_M, 1)
-    # Rows past the last key are masked too: their scores, 0 - lse, may overflow, and inf * 0 would reach dq.
+    # A tile that reaches past the last key has no interior: its rows need the mask.
     full_lo = tl.where(end_n < start_n + BLOCK_N, hi, full_lo)
     full_hi = tl.maximum(full_lo, full_hi)
     left_tiles = tl.cdiv(full_lo - lo, BLOCK_M)
@@ -276,22 +270,11 @@ def _flash_bwd_dkdv_kernel(
                     exists = start_m + tl.arange(0, BLOCK_M) < seqlen_q
                     q_tile = keep_rows(q_tile, exists)
                     dout_tile = keep_rows(dout_tile, exists)
-                lse_log2, delta = _load_row_statistics(
-                    lse_ptr + lse_row, delta_ptr + lse_row, start_m, seqlen_q, BLOCK_M, not INTERIOR
-                )
-                keep = None
-                keep_factor = None
-                if dropout is not None:
-                    keep_factor = dropout[2]
-                    offs_m = start_m + tl.arange(0, BLOCK_M)
-                    keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N).T
+                offs_m = start_m + tl.arange(0, BLOCK_M)
                 s = dot_transposed(k, q_tile, INPUT_PRECISION)
-                dp = dot_transposed(v, dout_tile, INPUT_PRECISION)
-                p, ds = _weights_and_gradients(
+                p, derivative = _recompute_weights(
                     s,
-                    dp,
-                    lse_log2[None, :],
-                    delta[None, :],
+                    _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, not INTERIOR)[None, :],
                     offs_n,
                     rows_mask,
                     start_m,
@@ -301,12 +284,18 @@ def _flash_bwd_dkdv_kernel(
                     softmax_scale * LOG2_E,
                     softcap,
                     slope,
-                    keep,
-                    keep_factor,
                     not INTERIOR,
                 )
+                dp = dot_transposed(v, dout_tile, INPUT_PRECISION)
+                dropped = p
+                if dropout is not None:
+                    keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N).T
+                    dropped = tl.where(keep, p * dropout[2], 0.0)
+                    dp = tl.where(keep, dp * dropout[2], 0.0)
                 if dv_ptr is not None:
-                    dv = dot_add(p.to(dout_tile[0].dtype), dout_tile, dv, INPUT_PRECISION)
+                    dv = dot_add(dropped.to(dout_tile[0].dtype), dout_tile, dv, INPUT_PRECISION)
+                delta = _load_delta(delta_ptr + lse_row, offs_m, seqlen_q, not INTERIOR)
+                ds = p * (dp - delta[None, :]) * derivative
                 ds = ds.to(q_tile[0].dtype)
                 if dk_ptr is not None:
                     dk = dot_add(ds, q_tile, dk, INPUT_PRECISION)
@@ -388,7 +377,8 @@ def _flash_bwd_dq_kernel(
     q = load_tile(q_ptr, rows, q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
     dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
     lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
-    lse_log2, delta = _load_row_statistics(lse_ptr + lse_row, delta_ptr + lse_row, start_m, seqlen_q, BLOCK_M, True)
+    lse_log2 = _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, True)
+    delta = _load_delta(delta_ptr + lse_row, offs_m, seqlen_q, True)
     coords = (0 if VARLEN else batch, head_kv, first_k)
     if not USE_TMA:
         k = row_pointer(k, k_strides, batch, first_k, head_kv)
@@ -424,18 +414,10 @@ def _flash_bwd_dq_kernel(
                 exists = start_n + tl.arange(0, BLOCK_N) < seqlen_k
                 k_tile = keep_rows(k_tile, exists)
                 v_tile = keep_rows(v_tile, exists)
-            keep = None
-            keep_factor = None
-            if dropout is not None:
-                keep_factor = dropout[2]
-                keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N)
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
-            dp = dot_transposed(dout, v_tile, INPUT_PRECISION)
-            _, ds = _weights_and_gradients(
+            p, derivative = _recompute_weights(
                 s,
-                dp,
                 lse_log2[:, None],
-                delta[:, None],
                 offs_m,
                 rows_mask,
                 start_n,
@@ -445,10 +427,13 @@ def _flash_bwd_dq_kernel(
                 softmax_scale * LOG2_E,
                 softcap,
                 slope,
-                keep,
-                keep_factor,
                 not INTERIOR,
             )
+            dp = dot_transposed(dout, v_tile, INPUT_PRECISION)
+            if dropout is not None:
+                keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N)
+                dp = tl.where(keep, dp * dropout[2], 0.0)
+            ds = p * (dp - delta[:, None]) * derivative
             dq = dot_add(ds.to(k_tile[0].dtype), k_tile, dq, INPUT_PRECISION)
 
     dq_ptr = row_pointer(dq_ptr, dq_strides, batch, first_q + start_m, head)
