@@ -25,10 +25,10 @@ class Report:
         return {
             "kernel": self.kernel,
             "arch": self.arch,
-            "VGPRs": self.vgprs,
+            "registers": self.vgprs,
             "AGPRs": self.accumulation_vgprs,
             "SGPRs": self.sgprs,
-            "VGPR spills": self.vgpr_spills,
+            "spills": self.vgpr_spills,
             "SGPR spills": self.sgpr_spills,
             "scratch B": self.scratch_bytes,
             "shared B": self.shared_bytes,
