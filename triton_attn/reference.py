@@ -1,6 +1,6 @@
 """The reference of every public function, under its public name: the same arguments, the same result, plain torch."""
 
 from .cache.reference import append_kv_cache, copy_kv_pages
-from .flash.reference import flash_attention, flash_attention_varlen
+from .flash.reference import dropout_mask, flash_attention, flash_attention_varlen
 
-__all__ = ["append_kv_cache", "copy_kv_pages", "flash_attention", "flash_attention_varlen"]
+__all__ = ["append_kv_cache", "copy_kv_pages", "dropout_mask", "flash_attention", "flash_attention_varlen"]

@@ -15,7 +15,9 @@ from .._host.checks import (
     fail,
 )
 from . import reference
-from .options import AttentionOptions
+from .options import AttentionOptions, dropout_arguments
+
+MAX_HEAD_DIM_BACKWARD = 256
 
 
 def flash_attention(
@@ -29,6 +31,9 @@ def flash_attention(
     softcap=0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    deterministic=False,
     return_lse=False,
 ):
     """Exact attention of queries over keys and values, without the matrix of scores in memory.
@@ -51,21 +56,32 @@ def flash_attention(
         softcap: bound of the scores, natural units; 0 is none.
         alibi_slopes: fp32 (num_heads_q,) or (batch, num_heads_q); None is none.
         sinks: (num_heads_q,), fp32 or q's dtype: one more logit per head in the softmax's sum, with no value.
+        dropout_p: each weight is dropped with this probability, 0 <= dropout_p < 1, and the others divided by
+            1 - dropout_p. lse is that of the undropped softmax.
+        dropout_seed: an int, or an int64 tensor of one element on q's device; None draws one from torch's generator.
+            `triton_attn.reference.dropout_mask` gives the mask of a seed.
+        deterministic: a backward pass that repeats bitwise (no atomics), at seven products a tile in place of five;
+            also under torch.use_deterministic_algorithms. The forward always repeats.
         return_lse: also return the log-sum-exp of the scores, natural log, the sink included.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse
         (batch, num_heads_q, seqlen_q) in fp32. A query that sees no key has out = 0 and lse = -inf, or the sink.
 
+    Differentiable in q, k, v and sinks, once, through out and lse; head dimensions to 256. Under torch.autocast q, k
+    and v are cast as for torch's own attention. Autograd, torch.compile and export see one operator.
+
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
-        NotImplementedError: an input of the kernel requires a gradient.
+        NotImplementedError: gradients of a head dimension above 256, of alibi_slopes, or second derivatives.
 
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
     """
     check_qkv(q, k, v, ndim=4)
+    q, k, v = _autocast(q, k, v)
     options = _check_options(q, q.shape[0], causal, softmax_scale, window_size, softcap, alibi_slopes, sinks)
+    dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
     if not use_kernel(q):
         return reference.flash_attention(
             q,
@@ -77,11 +93,12 @@ def flash_attention(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             return_lse=return_lse,
         )
-    batch, seqlen_q, num_heads_q, _ = q.shape
-    lse = q.new_empty((batch, num_heads_q, seqlen_q), dtype=torch.float32)
-    out = _forward(q, k, v, lse, None, None, seqlen_q, k.shape[1], options)
+    lengths = (None, None, q.shape[1], k.shape[1])
+    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic)
     return (out, lse) if return_lse else out
 
 
@@ -100,6 +117,9 @@ def flash_attention_varlen(
     softcap=0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    deterministic=False,
     return_lse=False,
     check_values=None,
 ):
@@ -123,6 +143,7 @@ def flash_attention_varlen(
     Raises: as `flash_attention`; ValueError for bad values in cu_seqlens where they are checked.
     """
     check_qkv(q, k, v, ndim=3)
+    q, k, v = _autocast(q, k, v)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -134,6 +155,7 @@ def flash_attention_varlen(
         check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     batch = cu_seqlens_q.shape[0] - 1
     options = _check_options(q, batch, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks)
+    dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
     if not use_kernel(q):
         return reference.flash_attention_varlen(
             q,
@@ -149,11 +171,21 @@ def flash_attention_varlen(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             return_lse=return_lse,
         )
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    out = _forward(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic)
     return (out, lse) if return_lse else out
+
+
+def _autocast(q, k, v):
+    """What torch.autocast does to torch's own attention: everything but fp64 in its dtype."""
+    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _check_options(q, batch, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks):
@@ -178,13 +210,74 @@ def _check_options(q, batch, causal, softmax_scale, window_size, softcap, alibi_
     return AttentionOptions(float(softmax_scale), window, float(softcap) or None, alibi_slopes, sinks)
 
 
-def _forward(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options):
+def _check_dropout(q, dropout_p, dropout_seed):
+    """The seed as a tensor of one int64 on q's device; None without dropout."""
+    check_number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        fail("dropout_p", "0 <= dropout_p < 1", dropout_p)
+    if isinstance(dropout_seed, torch.Tensor):
+        if dropout_seed.dtype != torch.int64:
+            fail("dropout_seed", "dtype torch.int64", dropout_seed.dtype, TypeError)
+        if dropout_seed.numel() != 1:
+            fail("dropout_seed", "one element", f"shape {tuple(dropout_seed.shape)}")
+        if dropout_seed.device != q.device:
+            fail("dropout_seed", f"q's device {q.device}", dropout_seed.device)
+    elif dropout_seed is not None:
+        if isinstance(dropout_seed, bool) or not isinstance(dropout_seed, int):
+            fail("dropout_seed", "an int or a tensor", type(dropout_seed).__name__, TypeError)
+        if not -(2**63) <= dropout_seed < 2**63:
+            fail("dropout_seed", "a 64-bit integer", dropout_seed)
+    if dropout_p == 0:
+        return None
+    if dropout_seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if isinstance(dropout_seed, int):
+        return torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)
+    return dropout_seed
+
+
+def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic):
+    """out and lse by the kernel: launched directly, or as an operator where somebody traces or differentiates."""
     check_kernel_dtype(q)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, options.sinks)):
-        raise NotImplementedError("gradients of the kernel: served by TRITON_ATTN_BACKEND=reference only")
     # Kernels are loaded with the first call, so that the package imports where triton is not installed.
+    from .autograd import flash_attention, needs_operator, new_outputs
     from .forward import launch_flash_fwd
 
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options)
-    return out
+    softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
+    if not needs_operator(q, k, v, sinks, alibi_slopes):
+        out, lse = new_outputs(q, v, lengths[0])
+        if dropout_p > 0:
+            options = options._replace(dropout=dropout_arguments(dropout_p, dropout_seed))
+        launch_flash_fwd(q, k, v, out, lse, *lengths, options)
+        return out, lse
+    if torch.is_grad_enabled():
+        _check_differentiable(q, k, v, sinks, alibi_slopes)
+    cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = lengths
+    return flash_attention(
+        q,
+        k,
+        v,
+        sinks,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        dropout_seed,
+        seqlen_q,
+        seqlen_k,
+        softmax_scale,
+        *window,
+        softcap,
+        float(dropout_p),
+        deterministic,
+    )
+
+
+def _check_differentiable(q, k, v, sinks, alibi_slopes):
+    """Raised at the call, not in the backward pass, where its cause would be far away."""
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise NotImplementedError("alibi_slopes: no gradient is served, got a tensor that requires one; detach it")
+    head_dim = max(q.shape[-1], v.shape[-1])
+    if head_dim > MAX_HEAD_DIM_BACKWARD and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        raise NotImplementedError(
+            f"gradients are served for head dimensions to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}"
+        )

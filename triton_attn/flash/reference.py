@@ -14,9 +14,15 @@ def flash_attention(
     softcap=0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    deterministic=False,
     return_lse=False,
 ):
     """The definition of `triton_attn.flash_attention`: the whole matrix of scores, in fp32 (fp64 for fp64 inputs)."""
+    keep = None
+    if dropout_p > 0:
+        keep = dropout_mask(_seed(dropout_seed), dropout_p, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     out, lse = attend(
         q,
         k,
@@ -27,6 +33,8 @@ def flash_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        keep=keep,
+        dropout_p=dropout_p,
         compute_dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
     )
     return (out, lse) if return_lse else out
@@ -41,27 +49,99 @@ def flash_attention_varlen(
     max_seqlen_q,
     max_seqlen_k,
     *,
+    causal=False,
+    softmax_scale=None,
+    window_size=(-1, -1),
+    softcap=0.0,
     alibi_slopes=None,
+    sinks=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    deterministic=False,
     return_lse=False,
     check_values=None,
-    **options,
 ):
     """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other; other rows are 0."""
+    seed = _seed(dropout_seed) if dropout_p > 0 else None
+    num_heads = q.shape[1]
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, lses = [], []
     for i in range(len(bounds_q) - 1):
         rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
-        slopes = alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
-        out, lse = flash_attention(
-            q[None, rows_q], k[None, rows_k], v[None, rows_k], alibi_slopes=slopes, return_lse=True, **options
+        keep = None
+        if dropout_p > 0:
+            batch_heads = i * num_heads + torch.arange(num_heads)[None]
+            keep = _keep_mask(seed, dropout_p, batch_heads, rows_q.stop - rows_q.start, rows_k.stop - rows_k.start)
+        out, lse = attend(
+            q[None, rows_q],
+            k[None, rows_k],
+            v[None, rows_k],
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
+            sinks=sinks,
+            keep=keep,
+            dropout_p=dropout_p,
+            compute_dtype=compute_dtype,
         )
         outs.append(out[0])
         lses.append(lse[0])
-    num_heads, padding = q.shape[1], q.shape[0] - bounds_q[-1]
+    padding = q.shape[0] - bounds_q[-1]
     outs.append(q.new_zeros(padding, num_heads, v.shape[2]))
-    lses.append(q.new_zeros(num_heads, padding, dtype=lses[0].dtype if lses else torch.float32))
+    lses.append(q.new_zeros(num_heads, padding, dtype=compute_dtype))
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
+
+
+def dropout_mask(dropout_seed, dropout_p, batch, num_heads_q, seqlen_q, seqlen_k):
+    """The kernels' own dropout mask, True where a weight stays: bool (batch, num_heads_q, seqlen_q, seqlen_k), on CPU.
+
+    Philox-4x32-10 with the seed as key and the counter (key // 4, query, batch * num_heads_q + head, 0); a weight stays
+    if the upper 31 bits of word key % 4 reach dropout_p * 2^31. Each sequence of a packed batch counts its own queries
+    and keys from 0. dropout_seed is an int or a tensor of one int64.
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
+    """
+    batch_heads = torch.arange(batch)[:, None] * num_heads_q + torch.arange(num_heads_q)
+    return _keep_mask(_seed(dropout_seed), dropout_p, batch_heads, seqlen_q, seqlen_k)
+
+
+def _seed(dropout_seed):
+    if dropout_seed is None:
+        return int(torch.randint(-(2**63), 2**63 - 1, ()))
+    return int(dropout_seed)
+
+
+def _keep_mask(seed, dropout_p, batch_heads, seqlen_q, seqlen_k):
+    batch_heads = batch_heads[:, :, None, None]
+    queries = torch.arange(seqlen_q)[:, None]
+    keys = torch.arange(seqlen_k)
+    counter = torch.broadcast_tensors(keys // 4, queries, batch_heads, torch.zeros((), dtype=torch.int64))
+    words = torch.stack(_philox(seed, *counter), dim=-1)
+    index = (keys % 4).expand(words.shape[:-1])
+    word = words.gather(-1, index[..., None])[..., 0]
+    return (word >> 1) >= int(dropout_p * 2**31)
+
+
+def _philox(seed, c0, c1, c2, c3):
+    """Philox-4x32-10 on int64 tensors that hold 32-bit words."""
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        high_0, low_0 = _multiply_words(c0, 0xD2511F53)
+        high_2, low_2 = _multiply_words(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _multiply_words(a, b):
+    """Upper and lower word of the 64-bit product, by halves: int64 has no room for it whole."""
+    lower = a * (b & 0xFFFF)
+    upper = a * (b >> 16) + (lower >> 16)
+    return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
 def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
@@ -79,7 +159,21 @@ def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
     return visible, distance
 
 
-def attend(q, k, v, *, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks, compute_dtype):
+def attend(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    softmax_scale,
+    window_size,
+    softcap,
+    alibi_slopes,
+    sinks,
+    compute_dtype,
+    keep=None,
+    dropout_p=0.0,
+):
     """Attention with every product in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
 
     With compute_dtype = q.dtype it makes the error that torch makes in that dtype, the yardstick of the tests.
@@ -106,5 +200,7 @@ def attend(q, k, v, *, causal, softmax_scale, window_size, softcap, alibi_slopes
     lse = torch.logsumexp(logits.to(torch.promote_types(compute_dtype, torch.float32)), dim=3)
     shift = torch.where(lse == float("-inf"), 0.0, lse)
     weights = torch.exp(scores - shift[..., None].to(compute_dtype))
+    if keep is not None:
+        weights = weights * keep.to(q.device) / (1 - dropout_p)
     out = (weights @ v_heads).transpose(1, 2).to(q.dtype)
     return out, lse
