@@ -130,6 +130,18 @@ def test_layer_without_a_mask_follows_its_own_window(device):
     assert torch.equal(out, expected)
 
 
+def test_dropout_drops_weights_and_scales_the_others(device):
+    """Values are the identity: outputs are weights."""
+    q, k, _ = (x.to(device) for x in layer_inputs({"q_length": 9, "kv_length": HEAD_DIM}))
+    v = torch.eye(HEAD_DIM, device=device).expand(BATCH, NUM_HEADS_KV, -1, -1)
+    layer = SimpleNamespace(is_causal=False)
+    weights, _ = attention(layer, q, k, v, None)
+    dropped, _ = attention(layer, q, k, v, None, dropout=0.5)
+    kept = dropped > 0
+    torch.testing.assert_close(dropped[kept], 2 * weights[kept])
+    assert 0.3 < kept.float().mean() < 0.7
+
+
 @pytest.mark.parametrize("max_length", [None, 6])
 def test_bounds_of_packed_sequences(max_length, device):
     """As a collator for training without padding gives them: all rows one after the other."""
@@ -170,7 +182,6 @@ def test_masks_that_are_not_served(mask_function, sizes, padding, message):
 @pytest.mark.parametrize(
     "argument",
     [
-        {"dropout": 0.1},
         {"output_attentions": True},
         {"position_bias": torch.zeros(1, NUM_HEADS_Q, 9, 9)},
         {"head_mask": torch.ones(NUM_HEADS_Q)},
@@ -179,7 +190,7 @@ def test_masks_that_are_not_served(mask_function, sizes, padding, message):
     ids=lambda argument: next(iter(argument)),
 )
 def test_arguments_that_are_not_served(argument):
-    arguments = {"attention_mask": None, "dropout": 0.0, "output_attentions": False, "position_bias": None} | argument
+    arguments = {"attention_mask": None, "output_attentions": False, "position_bias": None} | argument
     with pytest.raises(NotImplementedError, match=next(iter(argument))):
         attention(SimpleNamespace(is_causal=True), *layer_inputs(PROMPT), **arguments)
 
@@ -197,7 +208,7 @@ SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": NUM_HEADS_Q,
     "num_key_value_heads": NUM_HEADS_KV,
     "head_dim": HEAD_DIM,
@@ -206,7 +217,7 @@ SIZES = {
     "eos_token_id": None,
 }
 WINDOWED = {**SIZES, "sliding_window": 5}
-MIXED = {**WINDOWED, "layer_types": ["sliding_attention", "full_attention"]}
+MIXED = {**WINDOWED, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 CONFIGS = {
     "llama: grouped query heads": transformers.LlamaConfig(**SIZES),
@@ -221,13 +232,17 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
 def model(request, device):
+    return decoder(request.param).to(device)
+
+
+def decoder(config):
     """Weights larger than at the start of a training, so that logits differ from token to token."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(request.param).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, weight in model.named_parameters():
         if weight.ndim > 1 or name.endswith("sinks"):
             torch.nn.init.normal_(weight, std=0.2)
-    return model.to(device)
+    return model
 
 
 def prompts(side, device):
@@ -260,6 +275,21 @@ def test_generated_tokens(model, cache, device):
     options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
     expected, got = with_eager_and_with_ours(model, lambda model: model.generate(**prompts("left", device), **options))
     assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_a_training_step(side, device):
+    inputs = prompts(side, device)
+    inputs["labels"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
+
+    def gradients(implementation):
+        model = decoder(CONFIGS["gpt-oss: sinks"]).to(device).train()
+        model.set_attn_implementation(implementation)
+        model(**inputs).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters()}
+
+    expected, got = gradients("eager"), gradients("triton_attn")
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 # An encoder with real weights

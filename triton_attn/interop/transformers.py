@@ -5,9 +5,9 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="triton_attn")
 
-Served: causal, sliding window and bidirectional masks, grouped query heads, softcap, sinks, padding on either side,
-packed sequences, dynamic and static caches. Padding is cut out before the kernel, which spends no time on it. Arguments
-that are not served raise NotImplementedError.
+Served: causal, sliding window and bidirectional masks, grouped query heads, softcap, sinks, dropout, gradients, padding
+on either side, packed sequences, dynamic and static caches. Padding is cut out before the kernel, which spends no time
+on it. Arguments that are not served raise NotImplementedError.
 """
 
 import inspect
@@ -46,6 +46,7 @@ def attention(
     cu_seq_lens_k=None,
     max_length_q=None,
     max_length_k=None,
+    deterministic=None,
     **kwargs,
 ):
     """The attention of one layer, as transformers calls it.
@@ -55,20 +56,21 @@ def attention(
         query: (batch, num_heads_q, seqlen_q, head_dim). key, value: (batch, num_heads_kv, seqlen_k, head_dim and
             head_dim_v); of a static cache, slots after the last query's may hold anything.
         attention_mask: what `token_mask` made, or None: every key, or the causal ones, within sliding_window.
-        scaling, softcap: factor on q . k, and bound of the scores.
+        dropout, scaling, softcap: share of the weights dropped, factor on q . k, bound of the scores.
         sliding_window: keys that a query sees on each side, its own included; a mask knows its own window.
         s_aux: (num_heads_q,), one more logit per head in the softmax's sum.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds and longest lengths of sequences that are
             packed into the rows of the batch.
+        deterministic: gradients are the same to the bit from run to run.
 
     Returns:
         (batch, seqlen_q, num_heads_q, head_dim_v), 0 where a causal or windowed query is padding; and None for the
         weights, which are nowhere in memory.
 
     Raises:
-        NotImplementedError: dropout, attention weights, a 4-D mask, an additive bias.
+        NotImplementedError: attention weights are asked for, a 4-D mask, an additive bias, sparse indices.
     """
-    _refuse(dropout=dropout, **{name: kwargs.get(name) for name in NOT_SERVED})
+    _refuse({name: kwargs.get(name) for name in NOT_SERVED})
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     packing = None
     if attention_mask is None:
@@ -91,6 +93,8 @@ def attention(
         "window_size": window,
         "softcap": softcap or 0.0,
         "sinks": None if s_aux is None else s_aux.float(),
+        "dropout_p": dropout,
+        "deterministic": bool(deterministic),
     }
     if packing is None:
         return flash_attention(q, k, v, **options), None
@@ -101,9 +105,9 @@ def attention(
 NOT_SERVED = ("position_bias", "head_mask", "output_attentions", "indices", "block_indices", "block_table")
 
 
-def _refuse(**arguments):
+def _refuse(arguments):
     for name, value in arguments.items():
-        if value is not None and not (isinstance(value, (bool, int, float)) and not value):
+        if value is not None and value is not False:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
             raise NotImplementedError(f"{name}: not served by triton_attn's attention, got {got}")
 
