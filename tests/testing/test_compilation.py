@@ -1,6 +1,7 @@
 """compile_only: what it records on each target, and that nothing of it is left behind."""
 
 import os
+import re
 import tracemalloc
 
 import pytest
@@ -106,6 +107,14 @@ def test_spill_bytes_are_what_ptxas_reports(capfd, monkeypatch):
     with compile_only("sm_80") as launches:
         launch_matmul(M=128, N=128, BLOCK_K=16, num_warps=1, num_stages=1)
     assert f" {launches[0].spill_bytes} bytes spill stores" in capfd.readouterr().out
+
+
+@pytest.mark.oldest
+def test_spill_bytes_on_amd_are_those_of_the_stores():
+    with compile_only("gfx942") as launches:
+        launch_matmul(M=256, N=128, BLOCK_K=16, num_warps=1, num_stages=1)
+    dwords = re.findall(r"scratch_store_dword(?:x(\d))?\b", launches[0].kernel.asm["amdgcn"])
+    assert launches[0].spill_bytes == sum(4 * int(n or 1) for n in dwords)
 
 
 @pytest.mark.oldest

@@ -7,9 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_attn.testing import fix_interpreter
+from triton_attn.testing import fix_interpreter, guard
 
 pytestmark = [
     pytest.mark.oldest,
@@ -229,6 +230,22 @@ def test_bf16_tensor_descriptors(padding):
     assert torch.equal(out[:5], x)
     assert torch.equal(out[5:].isnan(), torch.full((3, 16), padding == "nan"))
     assert torch.equal(y, (x.float() * 1.01).to(torch.bfloat16))
+
+
+@triton.jit
+def _descriptor_add_kernel(desc, value, M: tl.constexpr, N: tl.constexpr):
+    desc.atomic_add([0, 0], tl.full((M, N), value, desc.dtype))
+
+
+def test_atomic_add_through_a_descriptor():
+    x = torch.zeros(5, 16)
+    desc = TensorDescriptor.from_tensor(x, [8, 16])
+    with guard() as accesses:
+        _descriptor_add_kernel[(3,)](desc, 0.5, M=8, N=16)
+    assert torch.equal(x, torch.full_like(x, 1.5))
+    assert accesses.bytes_stored == {"desc": 3 * x.nbytes}
+    with pytest.raises(InterpreterError, match="fp32"):
+        _descriptor_add_kernel[(1,)](TensorDescriptor.from_tensor(x.half(), [8, 16]), 0.5, M=8, N=16)
 
 
 @triton.jit

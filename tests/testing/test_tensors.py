@@ -112,16 +112,22 @@ def test_an_output_that_is_not_written_shows(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int32])
 def test_writes_beside_a_padded_tensor_show(dtype, device):
-    for offset, fault in ((0, None), (4, None), (-1, "1 bytes|.* before"), (5, " after"), (-40, "before")):
+    size = dtype.itemsize
+    faults = {
+        -1: f"{size} bytes written before the tensor, the nearest 0 bytes from it",
+        -40: f"{8 * size} bytes written before the tensor, the nearest {32 * size} bytes from it",
+        5: f"{size} bytes written after the tensor, the nearest 0 bytes from it",
+        20: f"{8 * size} bytes written after the tensor, the nearest {8 * size} bytes from it",
+    }
+    for offset in (0, 4, *faults):
         x, check = padded((3, 4), dtype, device)
         assert x.data_ptr() % 16 == 0
-        _store_kernel[(1,)](x, offset, 1.0 if dtype.is_floating_point else 1, N=8)
-        if fault is None:
-            check()
-            assert (x.flatten()[offset : offset + 8].float() == 1).all()
-        else:
-            with pytest.raises(AssertionError, match=fault):
+        _store_kernel[(1,)](x, offset, 1.5 if dtype.is_floating_point else 2**24 + 2**16 + 2**8 + 1, N=8)
+        if offset in faults:
+            with pytest.raises(AssertionError, match=faults[offset]):
                 check()
+        else:
+            check()
 
 
 @triton.jit
