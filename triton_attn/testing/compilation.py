@@ -214,7 +214,7 @@ def compile_only(arch: str, *, every_launch: bool = True):
     finally:
         config.set_active(active)
         if backend is None:
-            del os.environ["TRITON_ATTN_BACKEND"]
+            os.environ.pop("TRITON_ATTN_BACKEND", None)
         else:
             os.environ["TRITON_ATTN_BACKEND"] = backend
         driver.close()
