@@ -87,6 +87,25 @@ def throughput(csv_path):
         return _save(figure, csv_path)
 
 
+def training(csv_path):
+    """Loss against step: ours over torch's, which it hides where they agree, and the unigram entropy."""
+    data = pd.read_csv(csv_path)
+    (ours, losses), *others = sorted(data.groupby("provider"), key=lambda item: item[0] != OURS)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots()
+        for name, rows in others:
+            axes.plot(rows["step"], rows["loss"], color=SKY, linewidth=6, label=name)
+        axes.plot(losses["step"], losses["loss"], color=VERMILION, linewidth=1.5, label=ours)
+        entropy = data["unigram_entropy"].iloc[0]
+        axes.axhline(entropy, color=BLACK, linewidth=1, linestyle="--", label="unigram entropy of the text")
+        axes.legend()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats per character)")
+        axes.set_title("A small decoder learns six sonnets: our attention and torch's, from one seed")
+        return _save(figure, csv_path)
+
+
 def _throughput_panel(axes, data):
     lines = {provider: rows.set_index("seqlen_q")["tflops"] for provider, rows in data.groupby("provider", sort=False)}
     for provider, line in lines.items():

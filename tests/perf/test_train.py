@@ -1,0 +1,29 @@
+"""A real training run: our attention and torch's give the same curve."""
+
+import csv
+
+from perf import train
+from triton_attn.flash import forward
+
+
+def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(tmp_path, monkeypatch, capsys):
+    launches = []
+    launch = forward.launch
+    monkeypatch.setattr(forward, "launch", lambda *args, **kwargs: (launches.append(args), launch(*args, **kwargs)))
+    steps = 60
+    csv_path, picture = train.run(tmp_path, steps=steps)
+    assert len(launches) == 2 * steps  # two layers: the kernel ran, not the reference
+    assert picture.exists()
+
+    with csv_path.open() as file:
+        rows = list(csv.DictReader(file))
+    curves = {name: [float(row["loss"]) for row in rows if row["provider"] == name] for name in train.ATTENTIONS}
+    ours, theirs = curves.values()
+    apart = max(abs(a - b) for a, b in zip(ours, theirs))
+    entropy = float(rows[0]["unigram_entropy"])
+    last = sum(ours[-10:]) / 10
+    with capsys.disabled():
+        print(f"\ntraining: loss {ours[0]:.3f} -> {last:.3f}, unigram entropy {entropy:.3f}, curves {apart:.1e} apart")
+    assert len(ours) == len(theirs) == steps
+    assert apart < 1e-2
+    assert last < 0.85 * entropy
