@@ -2,7 +2,7 @@
 # Both need python3 (3.10+) with venv, and make what else they need in .venv.
 
 PYTHON ?= python3
-GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null)
+GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
 PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical
 
 .PHONY: perf test test-full test-oldest lint clean
