@@ -2,7 +2,6 @@
 
 import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -34,7 +33,7 @@ def test_too_many_pages_change_nothing():
         pool.allocate(3)
     assert pool.num_free == 2
     assert pool.allocate(2).tolist() == [1, 2]
-    assert pool.allocate(0).size == 0
+    assert pool.allocate(0).tolist() == []
 
 
 def test_reuse_is_least_recently_freed_first_and_tail_before_head():
@@ -52,7 +51,7 @@ def test_freed_pages_are_found_until_they_are_reused():
     pool.release(pages)
     assert pool.lookup("abc").tolist() == [0, 1, 2]
     assert pool.lookup("abx").tolist() == [0, 1]
-    assert pool.lookup("xbc").size == 0
+    assert pool.lookup("xbc").tolist() == []
     pool.allocate(2)  # page 3, which was never used, then the tail
     assert pool.lookup("abc").tolist() == [0, 1]
     pool.share(pool.lookup("ab"))
@@ -76,7 +75,7 @@ def test_of_two_pages_with_one_hash_the_first_is_found():
     assert pool.lookup("a").tolist() == [first]
     assert pool.hash_of(second) == "a"
     pool.forget([first])
-    assert pool.lookup("a").size == 0
+    assert pool.lookup("a").tolist() == []
     pool.register([second], "a")
     assert pool.lookup("a").tolist() == [second]
 
@@ -86,7 +85,7 @@ def test_a_page_is_found_under_its_last_hash_only():
     (page,) = pool.allocate(1)
     pool.register([page], "a")
     pool.register([page], "b")
-    assert pool.lookup("a").size == 0
+    assert pool.lookup("a").tolist() == []
     assert pool.lookup("b").tolist() == [page]
 
 
@@ -102,7 +101,7 @@ def test_hashes_do_not_pile_up():
 def test_without_prefix_caching_nothing_is_found():
     pool = BlockPool(2, prefix_caching=False)
     pool.register(pool.allocate(1), "a")
-    assert pool.lookup("a").size == 0
+    assert pool.lookup("a").tolist() == []
 
 
 def snapshot(pool):
@@ -116,7 +115,7 @@ def snapshot(pool):
         (lambda pool: pool.allocate(1.0), TypeError, "n: expected an int"),
         (lambda pool: pool.share([4]), ValueError, "pages: expected page numbers of 0 to 3, got 4 to 4"),
         (lambda pool: pool.share([-1]), ValueError, "pages: expected page numbers of 0 to 3"),
-        (lambda pool: pool.share([0.5]), TypeError, "pages: expected page numbers, got dtype float64"),
+        (lambda pool: pool.share([0.5]), TypeError, "pages: expected page numbers, got dtype torch.float32"),
         (lambda pool: pool.share([[0]]), ValueError, "pages: expected one dimension"),
         (lambda pool: pool.share([0, 3]), ValueError, "free and registered, got 3, which is free"),
         (lambda pool: pool.share([0, 1]), ValueError, "free and registered, got 1, which is free"),
@@ -137,7 +136,7 @@ def test_wrong_operations_change_nothing(operation, error, message):
     assert pool.allocate(3).tolist() == [2, 3, 1]
 
 
-@pytest.mark.parametrize("num_pages", [-1, 2**30 + 1])
+@pytest.mark.parametrize("num_pages", [-1, 2**31])
 def test_wrong_sizes(num_pages):
     with pytest.raises(ValueError, match="num_pages: expected"):
         BlockPool(num_pages)
@@ -202,7 +201,7 @@ def test_random_operations_as_in_lists_and_dicts(seed):
         elif kind == "release" and held:
             pages = held.pop(rng.randrange(len(held)))
             naive.release(pages)
-            pool.release(np.array(pages))
+            pool.release(torch.tensor(pages, dtype=torch.int32))
         elif kind == "register" and held:
             pages = rng.choice(held)
             digests = [rng.randrange(num_pages) for _ in pages]

@@ -1,4 +1,13 @@
 from .api import append_kv_cache, copy_kv_pages
+from .paged_kv_cache import PagedKVCache
 from .pool import BlockPool, OutOfPages
+from .sizes import kv_cache_bytes_per_token
 
-__all__ = ["BlockPool", "OutOfPages", "append_kv_cache", "copy_kv_pages"]
+__all__ = [
+    "BlockPool",
+    "OutOfPages",
+    "PagedKVCache",
+    "append_kv_cache",
+    "copy_kv_pages",
+    "kv_cache_bytes_per_token",
+]

@@ -1,0 +1,337 @@
+"""PagedKVCache under random operations, step by step against a model made of lists and dicts.
+
+What a token keeps in the cache stands for all tokens up to it and the salt: a page that is shared by mistake, reused
+too early, or not copied before it is written, is read back as somebody else's.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from triton_attn import OutOfPages, PagedKVCache, append_kv_cache
+
+FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
+MIN_STEPS = 10_000
+
+
+class NaiveSequence:
+    """Tokens, which are numbers below 0 where the cache was not told them, and the pages that hold them."""
+
+    def __init__(self, salt, tokens, pages, known, named):
+        self.salt, self.tokens, self.pages, self.known, self.named = salt, tokens, pages, known, named
+
+    def copy(self):
+        return NaiveSequence(self.salt, list(self.tokens), list(self.pages), self.known, self.named)
+
+    def prefix(self, length):
+        return self.salt, tuple(self.tokens[:length])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    steps = 0
+
+    @initialize(
+        num_pages=st.integers(1, 12),
+        page_size=st.sampled_from([1, 2, 3, 4]),
+        prefix_caching=st.integers(0, 7).map(bool),
+    )
+    def make(self, num_pages, page_size, prefix_caching):
+        self.page_size = page_size
+        self.prefix_caching = prefix_caching
+        self.cache = PagedKVCache(
+            num_pages,
+            page_size,
+            num_layers=2,
+            num_kv_heads=1,
+            head_dim=1,
+            head_dim_v=2,
+            dtype=torch.float32,
+            prefix_caching=prefix_caching,
+        )
+        self.cache.k_cache.fill_(float("nan"))
+        self.cache.v_cache.fill_(float("nan"))
+        self.free_pages = list(range(num_pages))  # the longest free first
+        self.findable = {}  # (salt, tokens) -> the page with the last of them
+        self.live = {}  # handle -> NaiveSequence
+        self.dead = []
+        self.contents = {}  # (salt, tokens) -> what the last of them keeps in the cache
+        self.unwritten = []
+        self.num_unknown = 0
+        self.history = []
+
+    # What the cache is asked to do, and what must come of it.
+
+    @rule(data=st.data(), salt=st.sampled_from([None, "a"]))
+    def create(self, data, salt):
+        tokens = self.draw_prompt(data)
+        expected = 0
+        while self.prefix_is_findable(salt, tokens, expected + self.page_size):
+            expected += self.page_size
+        expected = min(expected, max(0, len(tokens) - 1))
+        seq, cached = self.cache.create(tokens, salt)
+        assert cached == expected
+        ends = range(self.page_size, cached + self.page_size, self.page_size)
+        pages = [self.findable[salt, tuple(tokens[:end])] for end in ends]
+        self.free_pages = [page for page in self.free_pages if page not in pages]
+        self.live[seq] = NaiveSequence(salt, tokens[:cached], pages, cached, cached // self.page_size)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def extend(self, data):
+        self.write()
+        seqs = data.draw(st.lists(st.sampled_from(list(self.live)), unique=True, max_size=4), label="seqs")
+        new_ids = st.lists(st.integers(0, 1), max_size=2 * self.page_size)
+        new_tokens = [data.draw(st.integers(0, 3) | new_ids, label="new tokens") for _ in seqs]
+        counts = [tokens if isinstance(tokens, int) else len(tokens) for tokens in new_tokens]
+        grown = [self.pages_of(len(self.live[seq].tokens) + n) for seq, n in zip(seqs, counts)]
+        num_new = sum(pages - len(self.live[seq].pages) for seq, pages in zip(seqs, grown))
+        copied = self.tails_to_copy(seqs, counts)
+        if num_new + len(copied) > len(self.free_pages):
+            before = self.snapshot()
+            with pytest.raises(OutOfPages):
+                self.cache.extend(seqs, new_tokens)
+            assert self.snapshot() == before
+            return
+        self.name_full_pages(seqs)
+        slots = self.cache.extend(seqs, new_tokens).tolist()
+        taken = self.take_pages(num_new + len(copied))
+        for seq, n, num_pages in zip(seqs, counts, grown):
+            self.grow(seq, n, num_pages, copied, taken)
+        assert not taken
+        assert not copied
+        for seq, tokens, n in zip(seqs, new_tokens, counts):
+            slots = self.append(self.live[seq], tokens, n, slots)
+            self.history = [*self.history, [max(0, token) for token in self.live[seq].tokens]][-8:]
+        assert not slots
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def commit(self, data):
+        self.write()
+        seqs = data.draw(st.lists(st.sampled_from(list(self.live)), unique=True, max_size=4), label="seqs")
+        self.cache.commit(seqs)
+        self.name_full_pages(seqs)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fork(self, data):
+        seq = data.draw(st.sampled_from(list(self.live)), label="seq")
+        self.live[self.cache.fork(seq)] = self.live[seq].copy()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def truncate(self, data):
+        self.write()
+        seq = data.draw(st.sampled_from(list(self.live)), label="seq")
+        n = data.draw(st.integers(0, len(self.live[seq].tokens)), label="n")
+        self.cache.truncate(seq, n)
+        self.drop(self.live[seq], n)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def free(self, data):
+        self.write()
+        seq = data.draw(st.sampled_from(list(self.live)), label="seq")
+        self.cache.free(seq)
+        self.drop(self.live.pop(seq), 0)
+        self.dead.append(seq)
+
+    @precondition(lambda self: self.dead)
+    @rule(data=st.data())
+    def use_after_free(self, data):
+        seq = data.draw(st.sampled_from(self.dead), label="seq")
+        uses = [
+            lambda: self.cache.extend([*self.live, seq], 1),
+            lambda: self.cache.fork(seq),
+            lambda: self.cache.truncate(seq, 0),
+            lambda: self.cache.free(seq),
+            lambda: self.cache.commit([seq]),
+            lambda: self.cache.block_table([seq]),
+            lambda: self.cache.cache_seqlens([seq]),
+        ]
+        before = self.snapshot()
+        for use in uses:
+            with pytest.raises(ValueError, match="a freed one"):
+                use()
+        assert self.snapshot() == before
+
+    # After each step.
+
+    @invariant()
+    def tables_are_the_models(self):
+        CacheMachine.steps += 1
+        table = self.cache.block_table(self.live).tolist()
+        width = max((len(naive.pages) for naive in self.live.values()), default=0)
+        assert table == [naive.pages + [0] * (width - len(naive.pages)) for naive in self.live.values()]
+        assert self.cache.cache_seqlens(self.live).tolist() == [len(naive.tokens) for naive in self.live.values()]
+
+    @invariant()
+    def references_are_table_entries(self):
+        entries = [page for naive in self.live.values() for page in naive.pages]
+        pool = self.cache.pool
+        assert [pool.ref_count(page) for page in range(pool.num_pages)] == [
+            entries.count(page) for page in range(pool.num_pages)
+        ]
+        assert sorted(self.free_pages + list(set(entries))) == list(range(pool.num_pages))
+        stats = self.cache.stats()
+        assert stats.pages_free == len(self.free_pages)
+        assert stats.pages_held == len(set(entries))
+        assert stats.pages_shared == sum(entries.count(page) > 1 for page in set(entries))
+        assert stats.pages_cached == len(set(self.findable.values()) & set(self.free_pages))
+        assert stats.num_sequences == len(self.live)
+        assert stats.num_tokens == sum(len(naive.tokens) for naive in self.live.values())
+        fill = {}
+        for naive in self.live.values():
+            for i, page in enumerate(naive.pages):
+                fill[page] = max(fill.get(page, 0), min(self.page_size, len(naive.tokens) - i * self.page_size))
+        assert stats.slots_used == sum(fill.values())
+
+    @invariant()
+    def every_token_is_read_back(self):
+        unwritten = {slot for slot, _ in self.unwritten}
+        slots, contents = [], []
+        for naive in self.live.values():
+            for position in range(len(naive.tokens)):
+                slot = self.slot(naive, position)
+                if slot not in unwritten:
+                    slots.append(slot)
+                    contents.append(self.content(naive, position))
+        contents = torch.tensor(contents)
+        slots = torch.tensor(slots, dtype=torch.long)
+        k, v = self.cache.k_cache.flatten(1, 2)[:, slots, 0], self.cache.v_cache.flatten(1, 2)[:, slots, 0]
+        for layer in range(2):
+            assert torch.equal(k[layer, :, 0], contents + layer)
+            assert torch.equal(v[layer], -contents[:, None].expand(-1, 2) - layer)
+
+    # The model.
+
+    def draw_prompt(self, data):
+        """Mostly the beginning of what a sequence holds or once held, with zeros for unknown tokens."""
+        ids = st.lists(st.integers(0, 1), max_size=2 * self.page_size)
+        if not self.history or data.draw(st.integers(0, 3), label="new if 0") == 0:
+            return data.draw(ids, label="prompt")
+        tokens = data.draw(st.sampled_from(self.history), label="as before")
+        return tokens[: data.draw(st.integers(0, len(tokens)), label="cut")] + data.draw(ids, label="rest")
+
+    def prefix_is_findable(self, salt, tokens, length):
+        return length <= len(tokens) and (salt, tuple(tokens[:length])) in self.findable
+
+    def pages_of(self, num_tokens):
+        return -(-num_tokens // self.page_size)
+
+    def slot(self, naive, position):
+        return naive.pages[position // self.page_size] * self.page_size + position % self.page_size
+
+    def content(self, naive, position):
+        return float(self.contents.setdefault(naive.prefix(position + 1), 10 * len(self.contents)))
+
+    def holders(self, page):
+        return sum(page in naive.pages for naive in self.live.values())
+
+    def tails_to_copy(self, seqs, counts):
+        """{seq: its last page, which it must copy}; the first writer keeps a page that only writers of it hold."""
+        writers = {}
+        for seq, n in zip(seqs, counts):
+            naive = self.live[seq]
+            if n and len(naive.tokens) % self.page_size:
+                writers.setdefault(naive.pages[-1], []).append(seq)
+        copied = {}
+        for page, writing in writers.items():
+            kept = 1 if self.holders(page) == len(writing) else 0
+            copied |= dict.fromkeys(writing[kept:], page)
+        return copied
+
+    def take_pages(self, n):
+        taken, self.free_pages = self.free_pages[:n], self.free_pages[n:]
+        self.forget(taken)
+        return set(taken)
+
+    def forget(self, pages):
+        self.findable = {prefix: page for prefix, page in self.findable.items() if page not in pages}
+
+    def grow(self, seq, n, num_pages, copied, taken):
+        """Which of the taken pages a sequence got is read from its table; all else in it must be as it was."""
+        naive = self.live[seq]
+        table = self.cache.block_table([seq]).tolist()[0]
+        keeps = len(naive.pages) - (copied.pop(seq, None) is not None)
+        assert table[:keeps] == naive.pages[:keeps]
+        assert len(table) == num_pages
+        for page in table[keeps:]:
+            taken.remove(page)
+        if n and len(naive.tokens) % self.page_size and keeps == len(naive.pages):
+            self.forget([naive.pages[-1]])
+        naive.pages = table
+
+    def append(self, naive, tokens, n, slots):
+        """The new tokens, to be written in the first of the slots; returns the rest of the slots."""
+        if not isinstance(tokens, int) and naive.known == len(naive.tokens):
+            naive.known += n
+        elif isinstance(tokens, int):
+            tokens = [-1 - self.num_unknown - i for i in range(n)]
+            self.num_unknown += n
+        for token in tokens:
+            naive.tokens.append(token)
+            position = len(naive.tokens) - 1
+            assert slots[0] == self.slot(naive, position)
+            assert self.holders(slots[0] // self.page_size) == 1
+            self.unwritten.append((slots[0], self.content(naive, position)))
+            slots = slots[1:]
+        return slots
+
+    def write(self):
+        """What a model does between two calls of `extend`."""
+        if not self.unwritten:
+            return
+        slots, contents = zip(*self.unwritten)
+        k = torch.tensor(contents).view(-1, 1, 1)
+        for layer in range(2):
+            caches = self.cache.k_cache[layer], self.cache.v_cache[layer]
+            v = (-k - layer).repeat(1, 1, 2)
+            append_kv_cache(k + layer, v, *caches, torch.tensor(slots), check_values=True)
+        self.unwritten = []
+
+    def name_full_pages(self, seqs):
+        for seq in seqs if self.prefix_caching else ():
+            naive = self.live[seq]
+            for i in range(naive.named, naive.known // self.page_size):
+                self.forget([naive.pages[i]])
+                self.findable.setdefault(naive.prefix((i + 1) * self.page_size), naive.pages[i])
+                naive.named = i + 1
+
+    def drop(self, naive, n):
+        keep = self.pages_of(n)
+        dropped, naive.pages = naive.pages[keep:], naive.pages[:keep]
+        naive.tokens = naive.tokens[:n]
+        naive.known, naive.named = min(naive.known, n), min(naive.named, n // self.page_size)
+        self.free_pages += [page for page in reversed(dropped) if not self.holders(page)]
+
+    def snapshot(self):
+        cache = self.cache
+        return (
+            cache.stats(),
+            cache.block_table(self.live).tolist(),
+            cache.cache_seqlens(self.live).tolist(),
+            cache.k_cache.view(torch.int32).tolist(),
+            {prefix: cache.pool.lookup([digest]).tolist() for prefix, digest in enumerate(cache.pool._page_of)},
+        )
+
+
+def test_random_operations(monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    CacheMachine.steps = 0
+    run_state_machine_as_test(
+        CacheMachine, settings=settings(max_examples=3000 if FULL else 300, stateful_step_count=50)
+    )
+    print(f"{CacheMachine.steps} steps")
+    assert CacheMachine.steps >= MIN_STEPS

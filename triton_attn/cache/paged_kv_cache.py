@@ -1,0 +1,68 @@
+"""The KV cache of a model whose layers keep keys and values per head: MHA, GQA, MQA."""
+
+import torch
+
+from .._host.checks import check_length, fail
+from .api import copy_kv_pages
+from .sequences import PagedSequences
+
+
+class PagedKVCache(PagedSequences):
+    """Keys and values of many sequences, on pages that sequences share.
+
+        seq, cached = cache.create(prompt)                     # the first `cached` tokens need no computing
+        slots = cache.extend([seq], [prompt[cached:]])
+        for each layer:
+            append_kv_cache(k, v, cache.k_cache[layer], cache.v_cache[layer], slots)
+            paged_attention(q, cache.k_cache[layer], cache.v_cache[layer], cache.cache_seqlens([seq]),
+                            cache.block_table([seq]))
+
+    A page is written only by the one sequence that holds it alone: `extend` copies a shared page before it gives out
+    slots on it. A full page can be found by `create` once it is written: from its owner's next `extend` on, or its
+    `commit`. An operation happens whole, or raises OutOfPages with nothing changed. Sequences must be freed: one that
+    is merely dropped keeps its pages.
+
+    Args:
+        num_pages: pages in every layer.
+        page_size: tokens on a page.
+        num_layers, num_kv_heads, head_dim: of the model.
+        head_dim_v: of values; None is head_dim.
+        dtype: of what is stored; with torch.float8_e4m3fn or float8_e5m2 `append_kv_cache` quantises.
+        device: where; None is torch's default device.
+        prefix_caching: False: `create` finds nothing.
+
+    Attributes:
+        k_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim); k_cache[layer] is what kernels take.
+        v_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim_v). Slots that were never written hold
+            anything, NaN included.
+
+    Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention (2023),
+    arXiv:2309.06180.
+    """
+
+    def __init__(
+        self,
+        num_pages,
+        page_size=16,
+        *,
+        num_layers,
+        num_kv_heads,
+        head_dim,
+        head_dim_v=None,
+        dtype=torch.bfloat16,
+        device=None,
+        prefix_caching=True,
+    ):
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
+        for name, size in sizes.items():
+            check_length(name, size)
+            if size == 0:
+                fail(name, "1 or more", size)
+        super().__init__(num_pages, page_size, device, prefix_caching)
+        shape = (num_layers, num_pages, page_size, num_kv_heads)
+        self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
+        self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
+
+    def _copy_pages(self, src_pages, dst_pages):
+        copy_kv_pages((self.k_cache, self.v_cache), src_pages, dst_pages)

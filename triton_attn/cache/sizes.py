@@ -1,0 +1,49 @@
+"""Bytes of KV cache per token."""
+
+import torch
+
+from .._host.checks import check_length
+
+
+def kv_cache_bytes_per_token(
+    *,
+    num_layers,
+    num_kv_heads=None,
+    head_dim=None,
+    head_dim_v=None,
+    kv_lora_rank=None,
+    qk_rope_head_dim=None,
+    dtype=torch.bfloat16,
+):
+    """Bytes that one token keeps in the KV cache, all layers together.
+
+        MHA, GQA, MQA:  num_layers * num_kv_heads * (head_dim + head_dim_v) * bytes of dtype
+        MLA:            num_layers * (kv_lora_rank + qk_rope_head_dim) * bytes of dtype
+
+    MHA has as many KV heads as query heads, MQA has one, GQA a number between; MLA caches one latent vector and one
+    rotary key for all heads. A sequence holds whole pages of page_size tokens. The scales of an fp8 cache are a number
+    per tensor or head, not per token, and not counted.
+
+    Args:
+        num_layers: layers that keep all tokens.
+        num_kv_heads, head_dim: of keys and values.
+        head_dim_v: of values; None is head_dim.
+        kv_lora_rank, qk_rope_head_dim: of MLA, in place of num_kv_heads and head_dim.
+        dtype: of the cache: torch.bfloat16, torch.float8_e4m3fn, ...
+
+    Raises:
+        TypeError: neither form is given, or both.
+
+    Source: DeepSeek-V2 (2024), arXiv:2405.04434, table 1.
+    """
+    heads = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    latent = {"kv_lora_rank": kv_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
+    is_mla = any(size is not None for size in latent.values())
+    if is_mla and any(size is not None for size in heads.values()):
+        raise TypeError("expected num_kv_heads and head_dim, or kv_lora_rank and qk_rope_head_dim, got some of both")
+    if head_dim_v is None:
+        heads["head_dim_v"] = head_dim
+    for name, size in {"num_layers": num_layers, **(latent if is_mla else heads)}.items():
+        check_length(name, size)
+    elements = kv_lora_rank + qk_rope_head_dim if is_mla else num_kv_heads * (head_dim + heads["head_dim_v"])
+    return num_layers * elements * dtype.itemsize
