@@ -8,8 +8,8 @@ from triton_attn.flash import forward
 
 def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(tmp_path, monkeypatch, capsys):
     launches = []
-    launch = forward.launch
-    monkeypatch.setattr(forward, "launch", lambda *args, **kwargs: (launches.append(args), launch(*args, **kwargs)))
+    launch = forward.launch_packed
+    monkeypatch.setattr(forward, "launch_packed", lambda *args: (launches.append(args), launch(*args)))
     steps = 60
     csv_path, picture = train.run(tmp_path, steps=steps)
     assert len(launches) == 2 * steps  # two layers: the kernel ran, not the reference

@@ -14,7 +14,7 @@ def fail(name, expected, got, error=ValueError):
 
 
 def check_number(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) not in (float, int) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         fail(name, "a number", type(value).__name__, TypeError)
     if not math.isfinite(value):
         fail(name, "a finite number", value)
@@ -37,29 +37,35 @@ def check_window(window_size):
             fail("window_size", "-1 (unlimited) or more on each side", window_size)
 
 
-def check_qkv(q, k, v, ndim):
-    """q, k, v of one dtype and device, heads that divide, a contiguous last dimension; ndim 4 dense, 3 packed."""
+def check_same_kind(q, k, v):
+    """Three tensors of one dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             fail(name, "a tensor", type(x).__name__, TypeError)
-        if x.ndim != ndim:
-            layout = "(batch, seqlen, heads, head_dim)" if ndim == 4 else "(total, heads, head_dim)"
-            fail(name, layout, f"shape {tuple(x.shape)}")
         if x.dtype != q.dtype:
             fail(name, f"q's dtype {q.dtype}", x.dtype, TypeError)
         if x.device != q.device:
             fail(name, f"q's device {q.device}", x.device)
-        if x.stride(-1) != 1 and x.shape[-1] != 1:
-            fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", x.shape[-1])
-    if k.shape[:-1] != v.shape[:-1]:
-        fail("v", f"k's shape but for the last dimension, {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
-    if k.shape[-1] != q.shape[-1]:
-        fail("k", f"q's head dimension {q.shape[-1]}", k.shape[-1])
-    if ndim == 4 and k.shape[0] != q.shape[0]:
-        fail("k", f"q's batch size {q.shape[0]}", k.shape[0])
-    num_heads_q, num_heads_kv = q.shape[-2], k.shape[-2]
+
+
+def check_qkv_layout(ndim, q, k, v):
+    """q, k, v as (shape, strides): heads that divide, a contiguous last dimension; ndim 4 dense, 3 packed."""
+    for name, (shape, strides) in (("q", q), ("k", k), ("v", v)):
+        if len(shape) != ndim:
+            layout = "(batch, seqlen, heads, head_dim)" if ndim == 4 else "(total, heads, head_dim)"
+            fail(name, layout, f"shape {tuple(shape)}")
+        if strides[-1] != 1 and shape[-1] != 1:
+            fail(name, "a contiguous last dimension (stride 1)", f"stride {strides[-1]}")
+        if not 1 <= shape[-1] <= MAX_HEAD_DIM:
+            fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", shape[-1])
+    *rows_q, num_heads_q, head_dim = q[0]
+    *rows_k, num_heads_kv, head_dim_k = k[0]
+    if k[0][:-1] != v[0][:-1]:
+        fail("v", f"k's shape but for the last dimension, {tuple(k[0][:-1])}", tuple(v[0][:-1]))
+    if head_dim_k != head_dim:
+        fail("k", f"q's head dimension {head_dim}", head_dim_k)
+    if ndim == 4 and rows_k[0] != rows_q[0]:
+        fail("k", f"q's batch size {rows_q[0]}", rows_k[0])
     if num_heads_kv == 0 or num_heads_q % num_heads_kv:
         fail("k", f"a number of heads that divides q's {num_heads_q}", num_heads_kv)
 

@@ -38,10 +38,15 @@ def input_precision(dtype, arch):
     return "ieee" if arch.startswith("gfx") and wanted == "tf32x3" else wanted
 
 
-def launch(kernel, grid, device, *args, **kwargs):
-    """kernel[grid](...) on the given device."""
+def launch(kernel, grid, device, *args, **constants):
+    """kernel[grid](*args, **constants) on the given device."""
+    launch_packed(kernel, grid, device, args, constants)
+
+
+def launch_packed(kernel, grid, device, args, constants):
+    """launch for a hot path: nothing is unpacked on the way, and kernel[grid] makes no bound function."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+            kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
     else:
-        kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+        kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)

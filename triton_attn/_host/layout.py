@@ -10,7 +10,11 @@ L2_BUDGET_BYTES = 32 << 20
 
 def row_strides(x):
     """Strides in elements of (batch, row, head); a packed varlen batch has batch stride 0."""
-    return x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
+    return without_dim(x.stride())
+
+
+def without_dim(strides):
+    return strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
 
 
 def batch_head_strides(x):
@@ -25,28 +29,58 @@ def lse_strides(lse):
 
 def rows_are_wide(num_rows, *tensors):
     """Whether num_rows rows span more elements than 32-bit offsets reach."""
-    return num_rows * max(x.stride(-3) for x in tensors) >= 2**31
+    return strides_are_wide(num_rows, *(x.stride() for x in tensors))
+
+
+def strides_are_wide(num_rows, *strides):
+    return any(num_rows * s[-3] >= 2**31 for s in strides)
 
 
 def l2_section(k, v, seqlen_k, group_size):
     """Query heads whose keys and values fit in the L2 cache together, at least one KV head's."""
-    bytes_per_head_kv = max(1, seqlen_k * (k.shape[-1] + v.shape[-1]) * k.element_size())
-    return max(1, L2_BUDGET_BYTES // bytes_per_head_kv) * group_size
+    return heads_in_l2(seqlen_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), group_size)
+
+
+def heads_in_l2(bytes_per_head_kv, group_size):
+    return max(1, L2_BUDGET_BYTES // max(1, bytes_per_head_kv)) * group_size
+
+
+def layout_of(*tensors):
+    """Shape and strides of each tensor: what a launch follows from, and can be remembered by."""
+    return tuple((x.shape, x.stride()) for x in tensors)
 
 
 def tma_ready(x):
     """Whether TMA can address x: base and strides in 16-byte units, nothing empty or broadcast."""
-    unit = 16 // x.element_size()
-    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
+    return x.data_ptr() % 16 == 0 and strides_suit_tma(x.shape, x.stride(), x.element_size())
+
+
+def strides_suit_tma(shape, strides, element_size):
+    unit = 16 // element_size
+    return 0 not in shape and all(s > 0 and s % unit == 0 for s in strides[:-1])
 
 
 def tma_descriptors(x, block_rows):
-    """Descriptors over (batch, head, row, dim), one per piece of the head dimension."""
-    batch, row, head = row_strides(x)
-    rows, heads, dim = x.shape[-3:]
-    if x.ndim == 4:
-        shape, strides = [x.shape[0], heads, rows, dim], [batch, head, row, 1]
-    else:
-        shape, strides = [1, heads, rows, dim], [head * heads, head, row, 1]
+    """Descriptors over (batch, head, row, dim) of a tensor that is tma_ready, one per piece of the head dimension."""
+    return describe(x, tma_geometry(x.shape, x.stride(), block_rows))
+
+
+def tma_geometry(shape, strides, block_rows):
+    """(shape, strides, block shape) of each descriptor. A packed batch is one batch entry of all rows."""
+    *batch, rows, heads, dim = shape
+    *batch_stride, row, head, _ = strides
+    shape = [*(batch or [1]), heads, rows, dim]
+    strides = [*(batch_stride or [row]), head, row, 1]
     pieces = (piece_0(dim), piece_1(dim)) if piece_1(dim) else (piece_0(dim),)
-    return tuple(TensorDescriptor(x, shape, strides, [1, 1, block_rows, piece]) for piece in pieces)
+    return [(shape, strides, [1, 1, block_rows, piece]) for piece in pieces]
+
+
+def describe(base, geometry):
+    """TensorDescriptors without the checks of their constructor, a third of a call's cost: tma_ready has made them."""
+    descriptors = []
+    for shape, strides, block_shape in geometry:
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.base, descriptor.shape, descriptor.strides = base, shape, strides
+        descriptor.block_shape = block_shape
+        descriptors.append(descriptor)
+    return tuple(descriptors)

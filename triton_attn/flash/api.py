@@ -1,5 +1,7 @@
 """Flash attention as users call it: argument checks, then the kernel or the reference."""
 
+import functools
+
 import torch
 
 from .._host.backend import should_check_values, use_kernel
@@ -10,10 +12,12 @@ from .._host.checks import (
     check_length,
     check_number,
     check_per_head,
-    check_qkv,
+    check_qkv_layout,
+    check_same_kind,
     check_window,
     fail,
 )
+from .._host.layout import layout_of
 from . import reference
 from .options import AttentionOptions, dropout_arguments
 
@@ -78,9 +82,10 @@ def flash_attention(
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
     """
-    check_qkv(q, k, v, ndim=4)
+    check_same_kind(q, k, v)
     q, k, v = _autocast(q, k, v)
-    options = _check_options(q, q.shape[0], causal, softmax_scale, window_size, softcap, alibi_slopes, sinks)
+    options = _options(4, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
+    options = _with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
     dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
     if not use_kernel(q):
         return reference.flash_attention(
@@ -98,7 +103,7 @@ def flash_attention(
             return_lse=return_lse,
         )
     lengths = (None, None, q.shape[1], k.shape[1])
-    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic)
+    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -142,8 +147,9 @@ def flash_attention_varlen(
 
     Raises: as `flash_attention`; ValueError for bad values in cu_seqlens where they are checked.
     """
-    check_qkv(q, k, v, ndim=3)
+    check_same_kind(q, k, v)
     q, k, v = _autocast(q, k, v)
+    options = _options(3, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -153,8 +159,7 @@ def flash_attention_varlen(
     if should_check_values(check_values):
         check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    batch = cu_seqlens_q.shape[0] - 1
-    options = _check_options(q, batch, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks)
+    options = _with_tensors(options, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
     dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
     if not use_kernel(q):
         return reference.flash_attention_varlen(
@@ -176,19 +181,35 @@ def flash_attention_varlen(
             return_lse=return_lse,
         )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic)
+    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse)
     return (out, lse) if return_lse else out
 
 
 def _autocast(q, k, v):
     """What torch.autocast does to torch's own attention: everything but fp64 in its dtype."""
-    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    if q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _check_options(q, batch, causal, softmax_scale, window_size, softcap, alibi_slopes, sinks):
+def _options(ndim, layout, causal, softmax_scale, window_size, softcap):
+    """The checked options of a call but for its tensors; remembered, since most calls are like the one before."""
+    if isinstance(window_size, list):
+        window_size = tuple(window_size)
+    arguments = (ndim, layout, causal, softmax_scale, window_size, softcap)
+    if torch.compiler.is_compiling():
+        return _check_options(*arguments)
+    try:
+        return _remembered_options(*arguments)
+    except TypeError:  # an argument that cannot be hashed is wrong, and is to be named
+        return _check_options(*arguments)
+
+
+def _check_options(ndim, layout, causal, softmax_scale, window_size, softcap):
+    check_qkv_layout(ndim, *layout)
     if not isinstance(causal, bool):
         fail("causal", "a bool", type(causal).__name__, TypeError)
     check_window(window_size)
@@ -196,18 +217,28 @@ def _check_options(q, batch, causal, softmax_scale, window_size, softcap, alibi_
     if softcap < 0:
         fail("softcap", "0 (none) or more", softcap)
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+        softmax_scale = layout[0][0][-1] ** -0.5
     else:
         check_number("softmax_scale", softmax_scale)
+    # No position is that far away, and its sum with any fits 32 bits.
+    left, right = (min(side, 2**30) for side in window_size)
+    window = (left if left >= 0 else None, 0 if causal else right if right >= 0 else None)
+    return AttentionOptions(float(softmax_scale), window, float(softcap) or None, None, None)
+
+
+_remembered_options = functools.lru_cache(maxsize=1024, typed=True)(_check_options)
+
+
+def _with_tensors(options, q, batch, alibi_slopes, sinks):
+    if alibi_slopes is None and sinks is None:
+        return options
     num_heads_q = q.shape[-2]
     if alibi_slopes is not None:
         shapes = ((num_heads_q,), (batch, num_heads_q))
         check_per_head("alibi_slopes", alibi_slopes, shapes, q.device, (torch.float32,))
     if sinks is not None:
         check_per_head("sinks", sinks, ((num_heads_q,),), q.device, (torch.float32, q.dtype))
-    left, right = window_size
-    window = (left if left >= 0 else None, 0 if causal else right if right >= 0 else None)
-    return AttentionOptions(float(softmax_scale), window, float(softcap) or None, alibi_slopes, sinks)
+    return options._replace(alibi_slopes=alibi_slopes, sinks=sinks)
 
 
 def _check_dropout(q, dropout_p, dropout_seed):
@@ -236,24 +267,23 @@ def _check_dropout(q, dropout_p, dropout_seed):
     return dropout_seed
 
 
-def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic):
+def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse):
     """out and lse by the kernel: launched directly, or as an operator where somebody traces or differentiates."""
     check_kernel_dtype(q)
-    # Kernels are loaded with the first call, so that the package imports where triton is not installed.
-    from .autograd import flash_attention, needs_operator, new_outputs
-    from .forward import launch_flash_fwd
-
     softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
-    if not needs_operator(q, k, v, sinks, alibi_slopes):
-        out, lse = new_outputs(q, v, lengths[0])
+    if not _needs_operator(q, k, v, sinks, alibi_slopes):
+        new_outputs, launch_flash_fwd = _kernel()
+        out, lse = new_outputs(q, v, return_lse)
         if dropout_p > 0:
             options = options._replace(dropout=dropout_arguments(dropout_p, dropout_seed))
         launch_flash_fwd(q, k, v, out, lse, *lengths, options)
         return out, lse
+    from . import autograd
+
     if torch.is_grad_enabled():
         _check_differentiable(q, k, v, sinks, alibi_slopes)
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = lengths
-    return flash_attention(
+    return autograd.flash_attention(
         q,
         k,
         v,
@@ -269,6 +299,27 @@ def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic):
         softcap,
         float(dropout_p),
         deterministic,
+    )
+
+
+@functools.cache
+def _kernel():
+    """Loaded with the first call, so that the package imports where triton is not installed."""
+    from .forward import launch_flash_fwd, new_outputs
+
+    return new_outputs, launch_flash_fwd
+
+
+def _needs_operator(q, k, v, sinks, alibi_slopes):
+    """Whether a call with these tensors must go through the operator to be seen."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return True
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (sinks, alibi_slopes)):
+        return True
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

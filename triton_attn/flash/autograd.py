@@ -7,25 +7,8 @@ import torch
 from torch import Tensor
 
 from .backward import launch_flash_bwd
-from .forward import launch_flash_fwd
+from .forward import launch_flash_fwd, new_outputs
 from .options import AttentionOptions, dropout_arguments
-
-
-def needs_operator(*tensors):
-    """Whether a call with these tensors (None: absent) must go through the operator to be seen."""
-    return (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def new_outputs(q, v, cu_seqlens_q):
-    """Uninitialised out and lse."""
-    shape = q.shape[:-1]
-    lse_shape = (shape[0], shape[2], shape[1]) if cu_seqlens_q is None else (shape[1], shape[0])
-    return q.new_empty((*shape, v.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("triton_attn::flash_attention", mutates_args=())
@@ -47,7 +30,7 @@ def flash_attention(
     dropout_p: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = new_outputs(q, v, cu_seqlens_q)
+    out, lse = new_outputs(q, v)
     dropout = dropout_arguments(dropout_p, dropout_seed)
     options = AttentionOptions(softmax_scale, (window_left, window_right), softcap, alibi_slopes, sinks, dropout)
     launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options)
@@ -55,8 +38,8 @@ def flash_attention(
 
 
 @flash_attention.register_fake
-def _(q, k, v, sinks, alibi_slopes, cu_seqlens_q, *rest):
-    return new_outputs(q, v, cu_seqlens_q)
+def _(q, k, v, *rest):
+    return new_outputs(q, v)
 
 
 @torch.library.custom_op("triton_attn::flash_attention_backward", mutates_args=())

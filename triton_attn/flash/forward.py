@@ -1,12 +1,23 @@
 """Forward kernel of dense and varlen attention, and its launcher."""
 
+import functools
 import math
 
+import torch
 import triton
 import triton.language as tl
 
-from .._host.device import arch_of, input_precision, launch
-from .._host.layout import batch_head_strides, l2_section, row_strides, rows_are_wide, tma_descriptors, tma_ready
+from .._host.device import arch_of, input_precision, launch_packed
+from .._host.layout import (
+    batch_head_strides,
+    describe,
+    heads_in_l2,
+    layout_of,
+    strides_are_wide,
+    strides_suit_tma,
+    tma_geometry,
+    without_dim,
+)
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
 from .._jit.heads import assign_tile, row_pointer, sequence_bounds
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
@@ -142,70 +153,102 @@ def _flash_fwd_kernel(
     norm, lse = softmax_finish(m_i, l_i)
     if dropout is not None:
         norm *= dropout[2]
-    lse_row = head if VARLEN else batch_head
-    lse_ptr += tl.cast(lse_row, tl.int64) * lse_stride + first_q
-    tl.store(lse_ptr + offs_m, lse, mask=rows_mask)
+    if lse_ptr is not None:
+        lse_row = head if VARLEN else batch_head
+        lse_ptr += tl.cast(lse_row, tl.int64) * lse_stride + first_q
+        tl.store(lse_ptr + offs_m, lse, mask=rows_mask)
     out_ptr = row_pointer(out_ptr, out_strides, batch, first_q + start_m, head)
     store_tile(out_ptr, rows, out_strides[1], rows_mask, scale_rows(acc, norm), HEAD_DIM_V, WIDE_ROWS)
+
+
+def new_outputs(q, v, wants_lse=True):
+    """Uninitialised out, and lse (batch, heads, rows) or (heads, rows) or None."""
+    *batch, rows, heads, head_dim = q.shape
+    like_q = v.shape[-1] == head_dim and q.is_contiguous()
+    out = torch.empty_like(q) if like_q else q.new_empty((*batch, rows, heads, v.shape[-1]))
+    return out, q.new_empty((*batch, heads, rows), dtype=torch.float32) if wants_lse else None
 
 
 def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options, config=None):
     """Launch the forward kernel: one launch, nothing read back.
 
     q, k, v and out are (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; seqlen_q and
-    seqlen_k are then the largest lengths. options is an AttentionOptions, config a FlashConfig (None: the default).
+    seqlen_k are then the largest lengths. lse may be None: not wanted. options is an AttentionOptions, config a
+    FlashConfig (None: the default).
     """
-    num_heads, head_dim = q.shape[-2:]
-    num_heads_kv, head_dim_v = v.shape[-2:]
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    causal = options.window[1] is not None
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
     arch = arch_of(q)
-    if config is None:
-        config = default_config(arch, q.dtype, head_dim, head_dim_v, causal)
-    num_tiles = -(-seqlen_q // config.block_m)
-    num_programs = num_tiles * num_heads * batch
+    num_programs, strides, counts, geometry_k, geometry_v, constants = _plan(
+        layout_of(q, k, v, out),
+        q.dtype,
+        None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        seqlen_q,
+        seqlen_k,
+        window[1] is not None,
+        softcap is None and alibi_slopes is None and softmax_scale > 0,
+        (k.data_ptr() | v.data_ptr()) % 16 == 0,
+        arch,
+        input_precision(q.dtype, arch),
+        config,
+    )
     if num_programs == 0:
         return
-    group_size = num_heads // num_heads_kv
-    use_tma = config.use_tma and tma_ready(k) and tma_ready(v)
-    softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
-    launch(
-        _flash_fwd_kernel,
-        (num_programs,),
-        q.device,
+    args = (
         q,
-        tma_descriptors(k, config.block_n) if use_tma else k,
-        tma_descriptors(v, config.block_n) if use_tma else v,
+        k if geometry_k is None else describe(k, geometry_k),
+        v if geometry_v is None else describe(v, geometry_v),
         out,
         lse,
         sinks,
         alibi_slopes,
         cu_seqlens_q,
         cu_seqlens_k,
-        row_strides(q),
-        row_strides(k),
-        row_strides(v),
-        row_strides(out),
+        *strides,
         None if alibi_slopes is None else batch_head_strides(alibi_slopes),
         seqlen_q,
         seqlen_k,
-        lse.shape[-1],
-        num_tiles,
-        num_heads,
-        group_size,
-        l2_section(k, v, seqlen_k, group_size) if causal else 1,
+        0 if lse is None else lse.shape[-1],
+        *counts,
         softmax_scale * LOG2_E,
         softcap,
         window,
         dropout,
+    )
+    launch_packed(_flash_fwd_kernel, (num_programs,), q.device, args, constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, fold_scale, bases_aligned, arch, precision, config):
+    """What of a launch follows from layouts and options alone, remembered since most launches are like the last.
+
+    Returns (programs, strides, counts, TMA geometry of k and of v or None, constants).
+    """
+    (shape_q, _), (shape_k, strides_k), (shape_v, strides_v), _ = layout
+    *_, num_heads, head_dim = shape_q
+    *_, num_heads_kv, head_dim_v = shape_v
+    batch = shape_q[0] if varlen_batch is None else varlen_batch
+    group_size = num_heads // num_heads_kv
+    if config is None:
+        config = default_config(arch, dtype, head_dim, head_dim_v, causal)
+    num_tiles = -(-seqlen_q // config.block_m)
+    size = dtype.itemsize
+    use_tma = config.use_tma and bases_aligned
+    use_tma = use_tma and strides_suit_tma(shape_k, strides_k, size) and strides_suit_tma(shape_v, strides_v, size)
+    section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size) if causal else 1
+    constants = dict(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        FOLD_SCALE=softcap is None and alibi_slopes is None and softmax_scale > 0,
+        FOLD_SCALE=fold_scale,
         USE_TMA=use_tma,
-        WIDE_ROWS=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out),
-        INPUT_PRECISION=input_precision(q.dtype, arch),
+        WIDE_ROWS=strides_are_wide(max(config.block_m, config.block_n), *(strides for _, strides in layout)),
+        INPUT_PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    counts = num_tiles, num_heads, group_size, section_size
+    all_strides = [without_dim(strides) for _, strides in layout]
+    geometry_k = tma_geometry(shape_k, strides_k, config.block_n) if use_tma else None
+    geometry_v = tma_geometry(shape_v, strides_v, config.block_n) if use_tma else None
+    return num_tiles * num_heads * batch, all_strides, counts, geometry_k, geometry_v, constants
