@@ -6,7 +6,7 @@ Without a GPU it is predicted from the code of our default configs, compiled on 
 `bound`, where everything overlaps, and `lock`, where products and softmax never do. Picture and CSV say that it is a
 prediction.
 
-FLOP by the field's convention: 4 B H S^2 D, half of it with a causal mask.
+FLOP by the field's convention: 4 B H S^2 D forward, 2.5 times that backward, half of it with a causal mask.
 """
 
 import sys
@@ -19,23 +19,24 @@ from perf.device import has_gpu
 from perf.gpus import RATES
 from perf.machine import matmul_rate
 from perf.measure import throughput
-from perf.problems import HEAD_DIMS, SEQLENS, grid
+from perf.problems import FLOP_FACTORS, HEAD_DIMS, SEQLENS, grid
 from perf.providers import PROVIDERS
 from perf.tables import print_table
 
 
 def add_arguments(parser):
+    parser.add_argument("--pass", dest="direction", choices=FLOP_FACTORS, default="forward")
     parser.add_argument("--head-dim", dest="head_dims", type=int, nargs="+", default=HEAD_DIMS, metavar="D")
     parser.add_argument("--seqlen", dest="seqlens", type=int, nargs="+", default=SEQLENS, metavar="S")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--arch", choices=RATES, default="sm_90", help="what to predict for, without a GPU")
 
 
-def run(out_dir, head_dims=HEAD_DIMS, seqlens=SEQLENS, dtype="bfloat16", arch="sm_90"):
-    """Write `flash_forward.csv` row by row, then its picture."""
-    problems = grid(head_dims, seqlens)
-    rows = _measured(problems, dtype) if has_gpu() else predict.flash_forward(problems, dtype, arch)
-    path = out_dir / "flash_forward.csv"
+def run(out_dir, direction="forward", head_dims=HEAD_DIMS, seqlens=SEQLENS, dtype="bfloat16", arch="sm_90"):
+    """Write `flash_<pass>.csv` row by row, then its picture."""
+    problems = grid(head_dims, seqlens, direction=direction)
+    rows = _measured(problems, dtype) if has_gpu() else predict.flash(problems, dtype, arch)
+    path = out_dir / f"flash_{direction}.csv"
     done = []
     with results.Table(path, results.COLUMNS) as table:
         for row in rows:
@@ -53,7 +54,6 @@ def run(out_dir, head_dims=HEAD_DIMS, seqlens=SEQLENS, dtype="bfloat16", arch="s
 
 
 def _measured(problems, dtype):
-
     roof = matmul_rate()
     for problem in tqdm(problems, desc="measuring", unit="shape"):
         yield from throughput(problem, dtype, PROVIDERS, roof)

@@ -1,5 +1,7 @@
 """Is an attention output right? Judged by errors against fp64, beside the error that torch makes in the same dtype."""
 
+import torch
+
 from triton_attn import reference
 from triton_attn.flash.reference import attend
 from triton_attn.testing import assert_close_to_reference
@@ -37,3 +39,19 @@ def check_sample(out, q, k, v, causal):
             reference.flash_attention(*(x.double() for x in sample), causal=causal),
             torch_out=by_torch(*sample, causal=causal)[0],
         )
+
+
+def check_gradients(attention, problem, dtype, device):
+    """Raise AssertionError if the gradients of `attention`, a function of q, k and v, are wrong at that problem."""
+    shape = (problem.batch, problem.seqlen, problem.num_heads, problem.head_dim)
+    q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+
+    def gradients(function, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(function(*inputs), inputs, dout.to(dtype))
+
+    ours = gradients(attention, dtype)
+    exact = gradients(lambda *inputs: reference.flash_attention(*inputs, causal=problem.causal), torch.float64)
+    torchs = gradients(lambda *inputs: by_torch(*inputs, causal=problem.causal)[0], dtype)
+    for gradient, expected, torch_out in zip(ours, exact, torchs):
+        assert_close_to_reference(gradient, expected, torch_out=torch_out, factor=3.0)

@@ -23,6 +23,15 @@ def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=N
     return launches[-1]
 
 
+def flash_backward(arch, dtype, head_dim, causal=False):
+    """The compiled kernels of a backward pass that have products, as a user gets them: one fused, or dkdv and dq."""
+    q, k, v, dout = (torch.empty(1, _SEQLEN, 8, head_dim, dtype=dtype) for _ in range(4))
+    with compile_only(arch) as launches:
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        torch.autograd.grad(flash_attention(*inputs, causal=causal), inputs, dout)
+    return [launch for launch in launches if launch.name in ("_flash_bwd_dkdv_kernel", "_flash_bwd_dq_kernel")]
+
+
 def config_of(launch):
     """The config that a launch of a flash kernel ran with."""
     values = launch.constexprs

@@ -1,8 +1,10 @@
 """Throughput on the GPU of this machine. Nothing is timed before its result was found right."""
 
+from dataclasses import replace
+
 import torch
 
-from perf.checks import check_sample
+from perf.checks import check_gradients, check_sample
 from perf.device import gpu_name, versions
 from perf.results import MEASURED, Row
 from perf.timing import time_interleaved
@@ -21,11 +23,26 @@ def throughput(problem, dtype, providers, roof, device="cuda"):
         try:
             attention = provider(problem, device)
             check_sample(attention(q, k, v), q, k, v, problem.causal)
-            functions[name] = lambda attention=attention: attention(q, k, v)
+            if problem.direction != "forward":
+                short = replace(problem, batch=1, seqlen=min(problem.seqlen, 256), num_heads=2)
+                check_gradients(provider(short, device), short, q.dtype, device)
+            functions[name] = _pass(problem.direction, attention, q, k, v)
         except Exception as error:  # a peer may fail in any way of its own
             failures[name] = f"{type(error).__name__}: {error}".split("\n")[0]
     times = time_interleaved(functions)
     return [_row(name, problem, dtype, times.get(name), roof, failures.get(name, "")) for name in providers]
+
+
+def _pass(direction, attention, q, k, v):
+    """What is timed: the forward, the backward of one kept forward, or one of each."""
+    if direction == "forward":
+        return lambda: attention(q, k, v)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(v)
+    if direction == "both":
+        return lambda: torch.autograd.grad(attention(*inputs), inputs, dout)
+    out = attention(*inputs)
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
 def _row(provider, problem, dtype, time, roof, note):

@@ -1,6 +1,6 @@
 """Throughput against sequence length, predicted from compiled code for a GPU that need not be there.
 
-The loop model (`perf/loop_model.py`) says at what rate an SM runs the hot loop. A whole forward is slower for two
+The loop model (`perf/loop_model.py`) says at what rate an SM runs the hot loop. A whole pass is slower for two
 reasons that follow from the shape alone, and both are counted here:
 
     masked tiles   A query tile of block_m rows walks ceil(visible keys / block_n) key tiles, and tiles that a boundary
@@ -13,6 +13,7 @@ Left out: memory, latency of copies, barriers, power, prologue and epilogue. A m
 """
 
 import heapq
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -44,11 +45,17 @@ def makespan(durations, slots):
 
 
 def tflops(problem, block_m, block_n, slots, interior_rate, masked_rate):
-    """TFLOP/s of the whole problem, from the rates (TFLOP/s) at which the two loops run with every slot busy."""
-    flops_per_trip = 4 * block_m * block_n * problem.head_dim
+    """TFLOP/s of a whole forward, from the rates (TFLOP/s) at which the two loops run with every slot busy."""
+    return problem.flops / seconds(problem, block_m, block_n, 2, slots, interior_rate, masked_rate) / 1e12
+
+
+def seconds(problem, own_rows, other_rows, products, slots, interior_rate, masked_rate):
+    """Time of a kernel whose programs own tiles of own_rows and walk tiles of other_rows, some products at each."""
+    flops_per_trip = 2 * products * own_rows * other_rows * problem.head_dim
     interior, masked = (flops_per_trip * slots / (rate * 1e12) for rate in (interior_rate, masked_rate))
-    durations = [a * interior + b * masked for a, b in tile_trips(problem, block_m, block_n)]
-    return problem.flops / makespan(durations * (problem.num_heads * problem.batch), slots) / 1e12
+    # Keys see their queries as queries their keys, from the other end: the trips are the same.
+    durations = [a * interior + b * masked for a, b in tile_trips(problem, own_rows, other_rows)]
+    return makespan(durations * (problem.num_heads * problem.batch), slots)
 
 
 def loop_rates(report):
@@ -62,25 +69,55 @@ def loop_rates(report):
     }
 
 
-def flash_forward(problems, dtype, arch):
+def flash(problems, dtype, arch):
     """Rows of `bound` and `lock` for each problem, our default configs compiled for `arch`."""
     kernels = {}
+    gpu = RATES[arch]
     for problem in tqdm(problems, desc=f"predicting for {arch}", unit="shape"):
-        kind = problem.head_dim, problem.causal
+        kind = problem.head_dim, problem.causal, problem.direction
         if kind not in kernels:
-            launch = compiled.flash_forward(arch, getattr(torch, dtype), problem.head_dim, causal=problem.causal)
-            kernels[kind] = compiled.config_of(launch), loop_model.analyze(launch.kernel)
-        config, report = kernels[kind]
-        gpu = RATES[arch]
-        slots = gpu.num_sms * report.ctas_per_sm
-        for model, rates in loop_rates(report).items():
+            kernels[kind] = _kernels(arch, getattr(torch, dtype), *kind)
+        for model in ("bound", "lock"):
+            time = sum(
+                seconds(problem, *kernel.rows, kernel.products, gpu.num_sms * kernel.ctas_per_sm, *kernel.rates[model])
+                for kernel in kernels[kind]
+            )
             yield Row(
                 **problem.columns(),
                 dtype=dtype,
                 provider=f"{OURS}, {model}",
-                tflops=tflops(problem, config.block_m, config.block_n, slots, *rates),
+                tflops=problem.flops / time / 1e12,
                 gpu=f"{gpu.name} at {gpu.clock_ghz} GHz",
                 **versions(),
                 source=PREDICTED,
-                note=compiled.config_name(config),
+                note=", ".join(kernel.name for kernel in kernels[kind]),
             )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the prediction needs of one compiled kernel; `rows` are those of its own tile and of the one it walks."""
+
+    name: str
+    rows: tuple[int, int]
+    products: int
+    ctas_per_sm: int
+    rates: dict
+
+
+def _kernels(arch, dtype, head_dim, causal, direction):
+    forward = [compiled.flash_forward(arch, dtype, head_dim, causal=causal)] if direction != "backward" else []
+    backward = compiled.flash_backward(arch, dtype, head_dim, causal=causal) if direction != "forward" else []
+    dkdv_products = 5 if len(backward) == 1 else 4
+    return [_kernel(launch, dkdv_products) for launch in forward + backward]
+
+
+def _kernel(launch, dkdv_products):
+    config, report = compiled.config_of(launch), loop_model.analyze(launch.kernel)
+    rows, products = {
+        "_flash_fwd_kernel": ((config.block_m, config.block_n), 2),
+        "_flash_bwd_dq_kernel": ((config.block_m, config.block_n), 3),
+        "_flash_bwd_dkdv_kernel": ((config.block_n, config.block_m), dkdv_products),
+    }[launch.name]
+    name = f"{launch.name.removeprefix('_flash_').removesuffix('_kernel')} {compiled.config_name(config)}"
+    return Kernel(name, rows, products, report.ctas_per_sm, loop_rates(report))

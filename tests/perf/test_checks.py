@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from perf.checks import SAMPLED_ROWS, check_sample
+from perf.checks import SAMPLED_ROWS, check_gradients, check_sample
 from perf.problems import Problem
 from perf.providers import PROVIDERS
 from triton_attn import reference
@@ -42,3 +42,16 @@ def test_the_other_mask_is_found(problem, qkv):
     out = reference.flash_attention(*qkv, causal=not problem.causal)
     with pytest.raises(AssertionError, match="above"):
         check_sample(out, *qkv, problem.causal)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["triton_attn", "naive torch", "SDPA flash"])
+def test_gradients_pass_the_check(name):
+    problem = Problem(batch=1, seqlen=70, num_heads=2, head_dim=16, causal=True)
+    check_gradients(PROVIDERS[name](problem, "cpu"), problem, torch.bfloat16, "cpu")
+
+
+def test_a_gradient_that_misses_the_mask_is_found():
+    full, causal = (Problem(1, 70, 2, 16, mask) for mask in (False, True))
+    with pytest.raises(AssertionError, match="above"):
+        check_gradients(PROVIDERS["naive torch"](full, "cpu"), causal, torch.bfloat16, "cpu")

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -50,3 +51,21 @@ def test_a_provider_that_fails_is_recorded_and_not_timed(rows, name, note):
     assert "\n" not in rows[name].note
     assert rows[name].p50_ms is None
     assert rows[name].tflops is None
+
+
+@pytest.mark.parametrize(("direction", "factor"), [("backward", 2.5), ("both", 3.5)])
+def test_other_passes_run_and_count_their_flops(monkeypatch, direction, factor):
+    gradients = []
+
+    def fake_times(functions):
+        gradients.extend(function() for function in functions.values())
+        return dict.fromkeys(functions, Percentiles(1.0, 2.0, 4.0))
+
+    monkeypatch.setattr(measure, "time_interleaved", fake_times)
+    problem = replace(PROBLEM, direction=direction)
+    providers = {"triton_attn": PROVIDERS["triton_attn"]}
+    (row,) = measure.throughput(problem, "float32", providers, roof=1.0, device="cpu")
+    assert row.note == ""
+    assert row.direction == direction
+    assert row.tflops == pytest.approx(factor * PROBLEM.flops / 2e-3 / 1e12)
+    assert [x.shape for x in gradients[0]] == [(1, 64, 2, 16)] * 3

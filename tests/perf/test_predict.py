@@ -57,3 +57,12 @@ def test_flops_and_bytes_follow_the_convention():
     assert full.flops == 4 * 2 * 3 * 512 * 512 * 64 == 2 * causal.flops
     assert full.bytes(element_size=2) == 4 * (2 * 512 * 3 * 64) * 2
     assert {(p.batch * p.seqlen, p.num_heads * p.head_dim) for p in grid()} == {(16384, 2048), (32768, 2048)}
+
+
+def test_a_backward_pass_counts_two_and_a_half_forwards_and_its_kernels_add_up():
+    forward, backward = (Problem(1, 4096, 132, 128, False, direction) for direction in ("forward", "backward"))
+    assert backward.flops == 2.5 * forward.flops
+    fused = predict.seconds(backward, 128, 64, 5, 132, 600, 600)
+    assert backward.flops / fused / 1e12 == pytest.approx(600)
+    split = predict.seconds(backward, 128, 64, 4, 132, 600, 600) + predict.seconds(backward, 64, 128, 3, 132, 600, 600)
+    assert split == pytest.approx(fused * 7 / 5)
