@@ -10,6 +10,9 @@ more than 2^31 elements.
 import triton
 import triton.language as tl
 
+# Where every sequence of a packed tensor ends in its TMA descriptors; more rows than such a tensor may have.
+PACKED_END: tl.constexpr = tl.constexpr(2**30)
+
 
 @triton.constexpr_function
 def piece_0(head_dim):
@@ -73,13 +76,22 @@ def load_tile(ptr, rows, stride, rows_mask, HEAD_DIM: tl.constexpr, WIDE_ROWS: t
 
 
 @triton.jit
+def sequence_coords(batch, head, first_row, seqlen, VARLEN: tl.constexpr):
+    """Where a sequence starts in the descriptors of its tensor, see `tma_geometry`; the last coordinate is the row."""
+    if VARLEN:
+        return PACKED_END, first_row + seqlen, head, -seqlen + PACKED_END
+    else:
+        return 0, batch, head, 0
+
+
+@triton.jit
 def _load_tile_tma(descs, coords, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    batch, head, row = coords
-    first = descs[0].load([batch, head, row + start, 0]).reshape(ROWS, FIRST)
+    outer, batch, head, row = coords
+    first = descs[0].load([outer, batch, head, row + start, 0]).reshape(ROWS, FIRST)
     if SECOND > 0:
-        return first, descs[1].load([batch, head, row + start, FIRST]).reshape(ROWS, SECOND)
+        return first, descs[1].load([outer, batch, head, row + start, FIRST]).reshape(ROWS, SECOND)
     else:
         return (first,)
 
@@ -97,11 +109,9 @@ def load_rows(
     USE_TMA: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
 ):
-    """Rows [start, start + ROWS) of a sequence, the tile of a loop; only a MASKED tile may reach past seqlen.
+    """Rows [start, start + ROWS) of a sequence, the tile of a loop; zero past its end, where only a MASKED tile goes.
 
-    x points to the sequence's first row, or holds TMA descriptors over (batch, head, row, head_dim), one per piece, in
-    which coords = (batch, head, first row) places the sequence. Descriptors end with the tensor: past the end of a
-    packed sequence they give the rows of the next, whose values the caller must not let through.
+    x points to the sequence's first row, or holds TMA descriptors, one per piece, in which coords place the sequence.
     """
     if USE_TMA:
         return _load_tile_tma(x, coords, start, ROWS, HEAD_DIM)
@@ -136,13 +146,14 @@ def add_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_RO
 
 @triton.jit
 def add_tile_tma(descs, coords, start, tile, HEAD_DIM: tl.constexpr):
-    """add_tile through descriptors; rows past the end of a packed sequence must be 0."""
+    """add_tile through descriptors."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    batch, head, row = coords
-    descs[0].atomic_add([batch, head, row + start, 0], tile[0].reshape(1, 1, tile[0].shape[0], FIRST))
+    ROWS: tl.constexpr = tile[0].shape[0]
+    outer, batch, head, row = coords
+    descs[0].atomic_add([outer, batch, head, row + start, 0], tile[0].reshape(1, 1, 1, ROWS, FIRST))
     if SECOND > 0:
-        descs[1].atomic_add([batch, head, row + start, FIRST], tile[1].reshape(1, 1, tile[0].shape[0], SECOND))
+        descs[1].atomic_add([outer, batch, head, row + start, FIRST], tile[1].reshape(1, 1, 1, ROWS, SECOND))
 
 
 @triton.jit
@@ -150,16 +161,6 @@ def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     first = tl.zeros([ROWS, piece_0(HEAD_DIM)], tl.float32)
     if piece_1(HEAD_DIM) > 0:
         return first, tl.zeros([ROWS, piece_1(HEAD_DIM)], tl.float32)
-    else:
-        return (first,)
-
-
-@triton.jit
-def keep_rows(tile, rows_mask):
-    """The tile with all other rows set to 0, whatever they held: in a product 0 * NaN would spread."""
-    first = tl.where(rows_mask[:, None], tile[0], 0.0)
-    if len(tile) > 1:
-        return first, tl.where(rows_mask[:, None], tile[1], 0.0)
     else:
         return (first,)
 

@@ -34,11 +34,11 @@ from .._jit.tiles import (
     add_tile_tma,
     dot_add,
     dot_transposed,
-    keep_rows,
     load_rows,
     load_tile,
     row_dot,
     scale_tile,
+    sequence_coords,
     store_tile,
     zeros_tile,
 )
@@ -236,7 +236,7 @@ def _flash_bwd_dkdv_kernel(
     for member in tl.range(0, group_size):
         head = head_kv * group_size + member
         batch_head = batch * num_heads_kv * group_size + head
-        coords = (0 if VARLEN else batch, head, first_q)
+        coords = sequence_coords(batch, head, first_q, seqlen_q, VARLEN)
         q_head = q if USE_TMA else row_pointer(q, q_strides, batch, first_q, head)
         dout_head = dout if USE_TMA else row_pointer(dout, dout_strides, batch, first_q, head)
         lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
@@ -266,10 +266,6 @@ def _flash_bwd_dkdv_kernel(
                     USE_TMA,
                     WIDE_ROWS,
                 )
-                if VARLEN and USE_TMA and not INTERIOR:
-                    exists = start_m + tl.arange(0, BLOCK_M) < seqlen_q
-                    q_tile = keep_rows(q_tile, exists)
-                    dout_tile = keep_rows(dout_tile, exists)
                 offs_m = start_m + tl.arange(0, BLOCK_M)
                 s = dot_transposed(k, q_tile, INPUT_PRECISION)
                 p, derivative = _recompute_weights(
@@ -379,7 +375,7 @@ def _flash_bwd_dq_kernel(
     lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
     lse_log2 = _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, True)
     delta = _load_delta(delta_ptr + lse_row, offs_m, seqlen_q, True)
-    coords = (0 if VARLEN else batch, head_kv, first_k)
+    coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
     if not USE_TMA:
         k = row_pointer(k, k_strides, batch, first_k, head_kv)
         v = row_pointer(v, v_strides, batch, first_k, head_kv)
@@ -410,10 +406,6 @@ def _flash_bwd_dq_kernel(
             v_tile = load_rows(
                 v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
             )
-            if VARLEN and USE_TMA and not INTERIOR:
-                exists = start_n + tl.arange(0, BLOCK_N) < seqlen_k
-                k_tile = keep_rows(k_tile, exists)
-                v_tile = keep_rows(v_tile, exists)
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             p, derivative = _recompute_weights(
                 s,

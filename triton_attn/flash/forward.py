@@ -25,10 +25,10 @@ from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     dot_add,
     dot_transposed,
-    keep_rows,
     load_rows,
     load_tile,
     scale_rows,
+    sequence_coords,
     store_tile,
     zeros_tile,
 )
@@ -101,7 +101,7 @@ def _flash_fwd_kernel(
     rows_mask = offs_m < seqlen_q
     q_ptr = row_pointer(q_ptr, q_strides, batch, first_q + start_m, head)
     q = load_tile(q_ptr, rows, q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
-    coords = (0 if VARLEN else batch, head_kv, first_k)
+    coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
     if not USE_TMA:
         k = row_pointer(k, k_strides, batch, first_k, head_kv)
         v = row_pointer(v, v_strides, batch, first_k, head_kv)
@@ -144,8 +144,6 @@ def _flash_fwd_kernel(
             v_tile = load_rows(
                 v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
             )
-            if VARLEN and USE_TMA and not INTERIOR:
-                v_tile = keep_rows(v_tile, start_n + tl.arange(0, BLOCK_N) < seqlen_k)
             if dropout is not None:
                 p = tl.where(keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N), p, 0.0)
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
