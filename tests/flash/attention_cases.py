@@ -1,0 +1,285 @@
+"""Random calls of flash_attention and flash_attention_varlen, each checked against fp64."""
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import triton
+from hypothesis import strategies as st
+
+from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn.flash import backward, forward
+from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.flash.configs import FlashConfig
+from triton_attn.flash.reference import attend, dropout_mask, visible_keys
+from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (1, 3, 16, 24, 40, 64, 71, 80, 96, 112, 128, 160, 192, 256, 320, 512)
+GROUP_SIZES = (1, 2, 3, 5, 6, 7, 16)
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. A dense call is one whose sequences all have the same lengths."""
+
+    varlen: bool
+    dtype: torch.dtype
+    seqlens_q: tuple
+    seqlens_k: tuple
+    num_heads_kv: int
+    group_size: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    window_size: tuple
+    softmax_scale: float | None
+    softcap: float
+    alibi: str | None  # None, "per head" or "per sequence"
+    sinks: torch.dtype | None
+    layouts: tuple  # of q, k, v: keys of LAYOUTS
+    poison: float  # what fills the rows that may have no effect
+    poisoned_sequence: int | None
+    spare_rows: int  # after the last sequence
+    config: FlashConfig
+    seed: int
+    dropout_p: float = 0.0
+
+    @property
+    def num_heads_q(self):
+        return self.num_heads_kv * self.group_size
+
+    @property
+    def options(self):
+        return {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "softmax_scale": self.softmax_scale,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout_p,
+        }
+
+
+def _sliced(x, dim_padding):
+    """A view into the middle of a larger tensor of NaN."""
+    rows, heads, dim = x.shape[-3:]
+    larger = torch.nn.functional.pad(x, (0, dim_padding, 1, 2, 2, 1), value=NAN)
+    return larger[..., 2 : 2 + rows, 1 : 1 + heads, :dim]
+
+
+# Every way in which (..., rows, heads, dim) may lie in memory; "expanded" makes all heads alike.
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "heads first": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
+    "sliced": lambda x: _sliced(x, 3),
+    "sliced and aligned": lambda x: _sliced(x, 16 - x.shape[-1] % 16),
+    "expanded": lambda x: x[..., :1, :].expand_as(x),
+}
+
+
+def _lengths(block, limit):
+    return st.sampled_from([0, 1, block - 1, block, block + 1]) | st.integers(0, limit)
+
+
+@st.composite
+def cases(draw, dtype, varlen):
+    config = FlashConfig(
+        block_m=draw(st.sampled_from([16, 32, 64, 128])),
+        block_n=draw(st.sampled_from([16, 32, 64, 128])),
+        num_warps=4,
+        num_stages=1,
+        use_tma=draw(st.booleans()),
+    )
+    group_size = draw(st.sampled_from(GROUP_SIZES))
+    many_heads = group_size > 7
+    lengths_q = _lengths(config.block_m, config.block_m + 9 if many_heads else min(3 * config.block_m, 200))
+    lengths_k = _lengths(config.block_n, min(4 * config.block_n, 200))
+    batch = draw(st.sampled_from([1, 0] if many_heads else [1, 2, 3, 2, 0]))
+    if varlen:
+        seqlens_q = draw(st.tuples(*[lengths_q] * batch))
+        seqlens_k = draw(st.tuples(*[lengths_k] * batch))
+    else:
+        seqlens_q, seqlens_k = (draw(lengths_q),) * batch, (draw(lengths_k),) * batch
+    side = st.just(-1) | st.sampled_from([0, 1, 5, 17, 64, 10**6])
+    return Case(
+        varlen=varlen,
+        dtype=dtype,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        num_heads_kv=draw(st.integers(1, 1 if many_heads else 2)),
+        group_size=group_size,
+        head_dim=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
+        head_dim_v=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
+        causal=draw(st.booleans()),
+        window_size=draw(st.tuples(side, side)),
+        softmax_scale=draw(st.none() | st.sampled_from([0.0, 0.07, -0.2])),
+        softcap=draw(st.just(0.0) | st.sampled_from([0.7, 30.0])),
+        alibi=draw(st.sampled_from([None, None, "per head", "per sequence"])),
+        sinks=draw(st.sampled_from([None, None, torch.float32, dtype])),
+        layouts=draw(st.tuples(*[st.sampled_from(list(LAYOUTS))] * 3)),
+        poison=draw(st.sampled_from([NAN, float("inf")])),
+        poisoned_sequence=draw(st.integers(0, batch - 1)) if varlen and batch > 1 else None,
+        spare_rows=draw(st.sampled_from([0, 1, 40])) if varlen else 0,
+        config=config,
+        seed=draw(st.integers(0, 2**16)),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
+    )
+
+
+class Inputs:
+    """q, k, v of a case: `clean` per sequence (1, rows, heads, dim) for the reference, `given` to the kernel."""
+
+    def __init__(self, case):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.seed)
+        shapes = (
+            (case.seqlens_q, case.num_heads_q, case.head_dim),
+            (case.seqlens_k, case.num_heads_kv, case.head_dim),
+            (case.seqlens_k, case.num_heads_kv, case.head_dim_v),
+        )
+        tensors = (self._tensor(*shape, LAYOUTS[name]) for shape, name in zip(shapes, case.layouts))
+        self.clean, self.given = zip(*tensors)
+        per_head = (case.num_heads_q,)
+        batch = len(case.seqlens_q)
+        self.alibi_slopes = self.sinks = None
+        if case.alibi:
+            slopes_shape = (batch, *per_head) if case.alibi == "per sequence" else per_head
+            self.alibi_slopes = torch.rand(slopes_shape, generator=self.generator).to(DEVICE)
+        if case.sinks:
+            self.sinks = torch.randn(per_head, generator=self.generator).to(DEVICE, case.sinks)
+
+    def _tensor(self, seqlens, heads, dim, layout):
+        case = self.case
+        total = sum(seqlens) + case.spare_rows
+        packed = torch.randn(total, heads, dim, generator=self.generator).to(DEVICE, case.dtype)
+        clean = [x[None] for x in layout(packed)[: sum(seqlens)].split(seqlens)] if seqlens else []
+        if not case.varlen:
+            shape = (len(seqlens), seqlens[0] if seqlens else 5, heads, dim)
+            return clean, layout(packed.reshape(shape))
+        poisoned = packed.clone()
+        for i, rows in enumerate(poisoned.split((*seqlens, case.spare_rows))):
+            if i in (case.poisoned_sequence, len(seqlens)):
+                rows.fill_(case.poison)
+        return clean, layout(poisoned)
+
+    def expected(self, compute_dtype, upcast):
+        """out (rows, heads, dim) and lse (rows, heads) of the sequences that are not poisoned."""
+        outs, lses = [], []
+        for i, qkv in enumerate(zip(*self.clean)):
+            if i != self.case.poisoned_sequence:
+                out, lse = self.attend(i, *(x.to(upcast) for x in qkv), self.sinks, compute_dtype)
+                outs.append(out[0])
+                lses.append(lse[0].T)
+        return torch.cat(outs), torch.cat(lses)
+
+    def attend(self, i, q, k, v, sinks, compute_dtype):
+        """out (1, rows, heads, dim) and lse (1, heads, rows) of sequence i, by definition."""
+        case = self.case
+        keep = None
+        if case.dropout_p:
+            lengths = (q.shape[1], k.shape[1])
+            keep = dropout_mask(case.seed, case.dropout_p, i + 1, case.num_heads_q, *lengths)[i:]
+        slopes = self.alibi_slopes[i] if case.alibi == "per sequence" else self.alibi_slopes
+        return attend(q, k, v, alibi_slopes=slopes, sinks=sinks, compute_dtype=compute_dtype, keep=keep, **case.options)
+
+    def call(self):
+        """out (rows, heads, dim) and lse (rows, heads) of the public function, for sequences that are not poisoned."""
+        case = self.case
+        out, lse = self.call_with(*self.given, self.sinks)
+        if not case.varlen:
+            return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        kept = [i != case.poisoned_sequence for i, seqlen in enumerate(case.seqlens_q) for _ in range(seqlen)]
+        kept += [False] * case.spare_rows
+        return out[kept], lse.T[kept]
+
+    def call_with(self, q, k, v, sinks, **options):
+        """out and lse of the public function, with these tensors in place of the given ones."""
+        case = self.case
+        options |= {"alibi_slopes": self.alibi_slopes, "sinks": sinks, "return_lse": True, **case.options}
+        if case.dropout_p:
+            options["dropout_seed"] = case.seed
+        if not case.varlen:
+            return flash_attention(q, k, v, **options)
+        cu_seqlens = [
+            torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32, device=DEVICE)
+            for seqlens in (case.seqlens_q, case.seqlens_k)
+        ]
+        longest = (max(seqlens, default=0) for seqlens in (case.seqlens_q, case.seqlens_k))
+        return flash_attention_varlen(q, k, v, *cu_seqlens, *longest, **options)
+
+
+@contextlib.contextmanager
+def using(config, backward_config=None):
+    """Kernels run with these tiles, backward ones with config by default; on a GPU with their own, which fit."""
+    if not INTERPRETED:
+        yield
+        return
+    backward_config = backward_config or BackwardConfig(config, config, config)
+    with (
+        mock.patch.object(forward, "default_config", return_value=config),
+        mock.patch.object(backward, "default_backward_config", return_value=backward_config),
+    ):
+        forward._plan.cache_clear()
+        yield
+    forward._plan.cache_clear()
+
+
+def check(case):
+    """The call is right to the last row, writes each element once, and reads the tiles that somebody sees, no more."""
+    inputs = Inputs(case)
+    with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext() as accesses:
+        out, lse = inputs.call()
+    if out.numel():
+        check_values(case, inputs, out, lse)
+    if INTERPRETED:
+        check_accesses(case, accesses)
+
+
+def check_values(case, inputs, out, lse):
+    out64, lse64 = inputs.expected(torch.float64, torch.float64)
+    torch_out, _ = inputs.expected(case.dtype, case.dtype)
+    _, torch_lse = inputs.expected(torch.float32, case.dtype)
+    # Weights sum to 1 and each is rounded once: an output may be off by that much of the values, whatever cancels. In
+    # fp32 the scores' own rounding counts, and tanh by way of exp2 is exact to that of softcap.
+    score_error = torch.finfo(torch.float32).eps * (4 + case.softcap)
+    largest = max((v.abs().max().item() for v in inputs.clean[2] if v.numel()), default=0.0)
+    floor = max(torch.finfo(case.dtype).eps, score_error) * largest
+    assert_close_to_reference(out, out64, torch_out=torch_out, floor=floor)
+    floor = score_error * max(1.0, lse64[lse64.isfinite()].abs().amax().item() if lse64.isfinite().any() else 0.0)
+    assert_close_to_reference(lse, lse64, torch_out=torch_lse, floor=floor, name="lse")
+
+
+def check_accesses(case, accesses):
+    element_size = case.dtype.itemsize
+    num_rows = sum(case.seqlens_q) * case.num_heads_q
+    assert accesses.bytes_stored["out_ptr"] == num_rows * case.head_dim_v * element_size
+    assert accesses.bytes_stored["lse_ptr"] == num_rows * 4
+    loaded = accesses.bytes_loaded
+    num_keys = rows_loaded(case, case.config)
+    for name, head_dim in (("k", case.head_dim), ("v", case.head_dim_v)):
+        given = sum(loaded[key] for key in (name, f"{name}[0]", f"{name}[1]"))
+        assert given == num_keys * head_dim * element_size, name
+
+
+def rows_loaded(case, config, of_queries=False):
+    """Keys read by the programs that own tiles of queries, or queries by those that own tiles of keys.
+
+    Each reads whole tiles from the first row that one of its own sees, or is seen by, to the last, for every head.
+    """
+    block, block_read = (config.block_n, config.block_m) if of_queries else (config.block_m, config.block_n)
+    align = 4 if case.dropout_p and not of_queries else 1  # the mask of dropout is made for four keys at a time
+    num_rows = 0
+    for seqlen_q, seqlen_k in zip(case.seqlens_q, case.seqlens_k):
+        visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
+        visible = visible.T if of_queries else visible
+        for rows in visible.split(block) if len(visible) else ():
+            seen = rows.any(0).nonzero()
+            if len(seen):
+                lo, hi = int(seen[0]) // align * align, int(seen[-1]) + 1
+                num_rows += min(-(-(hi - lo) // block_read) * block_read, visible.shape[1] - lo)
+    return num_rows * case.num_heads_q

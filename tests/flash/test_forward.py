@@ -1,0 +1,309 @@
+"""The forward kernel against its definition: random calls, and each settled semantic in an example one can read."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import DEVICE, DTYPES, HEAD_DIMS, INTERPRETED, NAN, Case, cases, check, using
+from hypothesis import given, seed, settings
+
+from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn.flash.configs import FlashConfig
+from triton_attn.testing import guard
+
+# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
+
+
+@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_calls(dtype, varlen, shard):
+    @seed(shard + 2 * varlen + 4 * DTYPES.index(dtype))
+    @settings(settings(), print_blob=True)
+    @given(cases(dtype, varlen))
+    def run(case):
+        check(case)
+
+    run()
+
+
+PLAIN = Case(
+    varlen=False,
+    dtype=torch.float16,
+    seqlens_q=(33,),
+    seqlens_k=(47,),
+    num_heads_kv=1,
+    group_size=1,
+    head_dim=32,
+    head_dim_v=32,
+    causal=True,
+    window_size=(-1, -1),
+    softmax_scale=None,
+    softcap=0.0,
+    alibi=None,
+    sinks=None,
+    layouts=("contiguous",) * 3,
+    poison=NAN,
+    poisoned_sequence=None,
+    spare_rows=0,
+    config=FlashConfig(block_m=32, block_n=32, num_warps=4, num_stages=1),
+    seed=0,
+)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim(head_dim):
+    check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("use_tma", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bit_of_everything(dtype, use_tma):
+    check(
+        replace(
+            PLAIN,
+            varlen=True,
+            dtype=dtype,
+            seqlens_q=(70, 0, 5, 33),
+            seqlens_k=(100, 40, 0, 20),
+            num_heads_kv=2,
+            group_size=3,
+            head_dim=80,
+            head_dim_v=96,
+            window_size=(30, -1),
+            softcap=20.0,
+            alibi="per sequence",
+            sinks=dtype,
+            poisoned_sequence=1,
+            spare_rows=9,
+            config=replace(PLAIN.config, use_tma=use_tma),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_heads_kv", "group_size", "head_dim", "options"),
+    [
+        pytest.param(1, 71, 64, {}, id="Falcon-7B"),
+        pytest.param(2, 16, 128, {}, id="Qwen3-235B-A22B, two of four KV heads"),
+        pytest.param(1, 2, 256, {"window_size": (20, -1)}, id="Gemma-3, one of four KV heads"),
+        pytest.param(1, 8, 64, {"window_size": (20, -1), "sinks": torch.float16}, id="gpt-oss, one of eight KV heads"),
+        pytest.param(4, 1, 192, {"head_dim_v": 128}, id="DeepSeek-V3, four of 128 heads"),
+    ],
+)
+def test_heads_of_real_models(num_heads_kv, group_size, head_dim, options):
+    shape = {"num_heads_kv": num_heads_kv, "group_size": group_size, "head_dim": head_dim, "head_dim_v": head_dim}
+    check(replace(PLAIN, config=FlashConfig(64, 64, 4, 1), **shape | options))
+
+
+def weights(seqlen_q, seqlen_k, **options):
+    """The weight of each key (seqlen_q, seqlen_k) where all scores are equal: the values are one-hot."""
+    q = torch.zeros(1, seqlen_q, 1, 16, dtype=torch.float16, device=DEVICE)
+    k = torch.zeros(1, seqlen_k, 1, 16, dtype=torch.float16, device=DEVICE)
+    v = torch.eye(seqlen_k, dtype=torch.float16, device=DEVICE)[None, :, None]
+    return flash_attention(q, k, v, **options)[0, :, 0]
+
+
+def assert_sees(weights, pattern):
+    """Row by row, x where a query sees a key; those it sees share its weight."""
+    visible = torch.tensor([[mark == "x" for mark in row] for row in pattern.split()], device=weights.device)
+    expected = visible / visible.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(weights.float(), expected.float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    ("shape", "options", "pattern"),
+    [
+        ((3, 5), {}, "xxxxx xxxxx xxxxx"),
+        ((3, 5), {"causal": True}, "xxx.. xxxx. xxxxx"),
+        ((5, 3), {"causal": True}, "... ... x.. xx. xxx"),
+        ((3, 5), {"window_size": (1, 0)}, ".xx.. ..xx. ...xx"),
+        ((3, 5), {"window_size": (1, 1)}, ".xxx. ..xxx ...xx"),
+        ((3, 5), {"window_size": (-1, 0)}, "xxx.. xxxx. xxxxx"),
+        ((3, 5), {"window_size": (0, -1)}, "..xxx ...xx ....x"),
+        ((3, 5), {"window_size": (1, 1), "causal": True}, ".xx.. ..xx. ...xx"),
+        ((5, 3), {"window_size": (0, 1)}, "... x.. xx. .xx ..x"),
+        ((3, 3), {"window_size": (2**31 - 1, 2**31 - 1)}, "xxx xxx xxx"),
+        ((3, 3), {"window_size": (2**62, 0)}, "x.. xx. xxx"),
+    ],
+)
+def test_masks_are_aligned_to_the_bottom_right(shape, options, pattern):
+    assert_sees(weights(*shape, **options), pattern)
+
+
+@pytest.mark.oldest
+def test_a_query_that_sees_no_key():
+    q, k, v = (torch.randn(1, rows, 2, 16, device=DEVICE) for rows in (5, 2, 2))
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+    assert (out[:, :3] == 0).all()
+    assert (lse[:, :, :3] == -math.inf).all()
+    assert lse[:, :, 3:].isfinite().all()
+
+    sinks = torch.tensor([0.5, -2.0], device=DEVICE)
+    out, lse = flash_attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    assert (out[:, :3] == 0).all()
+    torch.testing.assert_close(lse[:, :, :3], sinks[None, :, None].expand(1, 2, 3))
+
+
+@pytest.mark.oldest
+def test_lse_is_the_natural_log_and_counts_the_sink():
+    q, k, v = (torch.zeros(1, rows, 1, 16, device=DEVICE) for rows in (1, 7, 7))
+    _, lse = flash_attention(q, k, v, return_lse=True)
+    assert lse.item() == pytest.approx(math.log(7))
+    _, lse = flash_attention(q, k, v, sinks=torch.zeros(1, device=DEVICE), return_lse=True)
+    assert lse.item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.oldest
+def test_a_sink_takes_weight_and_gives_no_value():
+    q, k = (torch.zeros(1, rows, 2, 16, device=DEVICE) for rows in (1, 3))
+    v = torch.ones(1, 3, 2, 16, device=DEVICE)
+    sinks = torch.tensor([0.0, math.log(6)], device=DEVICE)
+    out = flash_attention(q, k, v, sinks=sinks)
+    torch.testing.assert_close(out[0, 0, :, 0].cpu(), torch.tensor([3 / 4, 3 / 9]))
+
+
+@pytest.mark.oldest
+def test_scale_then_softcap_then_alibi_then_mask():
+    q = torch.full((1, 1, 1, 16), 1.0, device=DEVICE)
+    k = torch.tensor([3.0, 1.0, 2.0], device=DEVICE).view(1, 3, 1, 1).repeat(1, 1, 1, 16)
+    v = torch.eye(3, device=DEVICE).view(1, 3, 1, 3)
+    scale, softcap, slope = 0.25, 5.0, 0.3
+    out = flash_attention(
+        q,
+        k,
+        v,
+        softmax_scale=scale,
+        softcap=softcap,
+        alibi_slopes=torch.tensor([slope], device=DEVICE),
+        window_size=(1, 0),
+    )
+    scores = [softcap * math.tanh(scale * 16 * key / softcap) - slope * distance for key, distance in ((1, 1), (2, 0))]
+    expected = torch.tensor([-math.inf, *scores]).softmax(0)
+    torch.testing.assert_close(out.flatten().cpu(), expected)
+
+
+@pytest.mark.parametrize("softmax_scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive(softmax_scale):
+    check(replace(PLAIN, softmax_scale=softmax_scale))
+
+
+def test_query_heads_read_the_kv_head_of_their_group():
+    q = torch.randn(2, 3, 6, 16, device=DEVICE)
+    k = torch.randn(2, 5, 2, 16, device=DEVICE)
+    v = torch.tensor([0.0, 1.0], device=DEVICE).view(1, 1, 2, 1).repeat(2, 5, 1, 4)
+    out = flash_attention(q, k, v)
+    torch.testing.assert_close(out[0, 0, :, 0].cpu(), torch.tensor([0.0, 0, 0, 1, 1, 1]))
+
+
+def test_logits_far_apart_leave_no_nan():
+    k = torch.tensor([-1e4, 0, 1e4], device=DEVICE).view(1, 3, 1, 1).repeat(1, 1, 1, 16)
+    v = torch.eye(3, device=DEVICE).view(1, 3, 1, 3)
+    out, lse = flash_attention(torch.ones_like(k), k, v, softmax_scale=1.0, causal=True, return_lse=True)
+    torch.testing.assert_close(out[0, :, 0].cpu(), torch.eye(3))
+    torch.testing.assert_close(lse[0, 0].cpu(), torch.tensor([-16e4, 0, 16e4]))
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen_q", "seqlen_k"), [(0, 3, 3), (1, 0, 3), (1, 3, 0), (1, 0, 0), (1, 1, 1), (2, 1, 300)]
+)
+def test_sizes_at_the_edge(batch, seqlen_q, seqlen_k):
+    check(replace(PLAIN, seqlens_q=(seqlen_q,) * batch, seqlens_k=(seqlen_k,) * batch))
+    q, k, v = (torch.randn(batch, rows, 2, 16, device=DEVICE) for rows in (seqlen_q, seqlen_k, seqlen_k))
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    assert out.shape == q.shape
+    assert lse.shape == (batch, 2, seqlen_q)
+
+
+def test_without_return_lse_only_out_comes_back():
+    q = torch.randn(1, 3, 2, 16, device=DEVICE)
+    out, lse = flash_attention(q, q, q, return_lse=True)
+    assert torch.equal(flash_attention(q, q, q), out)
+    assert lse.dtype == torch.float32
+    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
+    packed, packed_lse = flash_attention_varlen(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3, return_lse=True)
+    assert torch.equal(flash_attention_varlen(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3), packed)
+    assert torch.equal(packed, out[0])
+    assert torch.equal(packed_lse, lse[0])
+
+
+def test_queries_past_max_seqlen_are_not_computed():
+    q = torch.randn(40, 1, 16, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)
+    with using(PLAIN.config):
+        whole = flash_attention_varlen(q, q, q, cu_seqlens, cu_seqlens, 40, 40)
+        part = flash_attention_varlen(q, q, q, cu_seqlens, cu_seqlens, 32, 40)
+    assert torch.equal(part[:32], whole[:32])
+
+
+@interpreted
+def test_causal_and_window_do_the_work_that_is_visible():
+    seqlen, head_dim, block = 256, 16, 32
+    q = torch.randn(1, seqlen, 1, head_dim, dtype=torch.float16)
+
+    def tiles(**options):
+        with using(FlashConfig(block, block, 4, 1)), guard() as accesses:
+            flash_attention(q, q, q.clone(), **options)
+        return accesses.bytes_loaded["v"] // (block * head_dim * 2)
+
+    assert tiles() == 8 * 8
+    assert tiles(causal=True) == 8 * 9 // 2
+    # 32 keys back span two tiles; the first rows have nothing before them.
+    assert tiles(causal=True, window_size=(32, -1)) == 1 + 7 * 2
+    assert tiles(window_size=(0, 0)) == 8
+
+
+LARGE = 2**31 + 64
+
+
+def lying_far_apart(x, dim, stride):
+    """x (any values) with `stride` elements from one index of `dim` to the next, on memory that is never touched."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = stride
+    memory = torch.empty((x.shape[dim] - 1) * stride + x.numel(), dtype=x.dtype, device=x.device)
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("dim", "size", "stride"),
+    [
+        pytest.param(0, 2, LARGE, id="batch"),
+        pytest.param(1, 2, LARGE, id="row"),
+        pytest.param(1, 33, 2**26 + 32, id="rows of one tile"),
+        pytest.param(2, 2, LARGE, id="head"),
+    ],
+)
+def test_offsets_past_32_bits(which, dim, size, stride):
+    shape = [1, 3, 1, 16]
+    shape[dim] = size
+    tensors = {name: torch.randn(shape, dtype=torch.float32).to(DEVICE, torch.float16) for name in "qkv"}
+    with using(FlashConfig(64, 64, 4, 1)):
+        expected = flash_attention(*tensors.values())
+        tensors[which] = lying_far_apart(tensors[which], dim, stride)
+        assert torch.equal(flash_attention(*tensors.values()), expected)
+
+
+def test_varlen_offsets_past_32_bits():
+    x = torch.randn(3, 1, 16, dtype=torch.float32).to(DEVICE, torch.float16)
+    far = lying_far_apart(x, 0, 2**30 + 64)
+    cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE)
+    expected = flash_attention_varlen(x, x, x, cu_seqlens, cu_seqlens, 2, 2)
+    assert torch.equal(flash_attention_varlen(far, far, far, cu_seqlens, cu_seqlens, 2, 2), expected)
+
+
+def test_configs_agree():
+    q, k, v = (torch.randn(1, rows, 2, 48, device=DEVICE) for rows in (100, 130, 130))
+    results = []
+    for block_m, block_n, use_tma in itertools.product((16, 128), (16, 128), (False, True)):
+        with using(FlashConfig(block_m, block_n, 4, 1, use_tma)):
+            results.append(flash_attention(q, k, v, causal=True))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
