@@ -40,6 +40,8 @@ PARTS = {
     "embed": Part("sentences through a real encoder, with our attention and torch's", "interpreter", interpreted=True),
     "bench": Part("throughput against sequence length, ours and the peers'", "predicted-{arch}"),
     "sizes": Part("KV-cache bytes against context length", "sizes", machine_free=True),
+    "cache": Part("what the bookkeeping of pages costs on the host", "host"),
+    "sharing": Part("what pages and their sharing save, against the paper's claims", "sharing", machine_free=True),
     "train": Part("a small decoder trained with our attention and with torch's", "interpreter", interpreted=True),
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),

@@ -106,6 +106,117 @@ def training(csv_path):
         return _save(figure, csv_path)
 
 
+OPERATION_STYLES = {
+    "allocate": (VERMILION, "o"),
+    "share": (BLUE, "s"),
+    "release": (GREEN, "^"),
+    "create, all cached": (PURPLE, "D"),
+}
+
+
+def bookkeeping(pool_csv, step_csv):
+    """Cost per page against the size of the pool, and of a decode step against the batch; bands are p20 to p80."""
+    pool, steps = pd.read_csv(pool_csv), pd.read_csv(step_csv)
+    with plt.rc_context(STYLE | {"figure.figsize": (9, 4)}):
+        figure, (left, right) = plt.subplots(1, 2)
+        for operation, rows in pool.groupby("operation"):
+            colour, marker = OPERATION_STYLES[operation]
+            left.fill_between(rows["num_pages"], rows["p20_ns"], rows["p80_ns"], color=colour, alpha=0.2, linewidth=0)
+            left.plot(rows["num_pages"], rows["p50_ns"], color=colour, marker=marker, label=operation)
+        left.set_xscale("log")
+        left.set_ylim(0, 1.5 * pool["p80_ns"].max())
+        left.set_xlabel("pages in the pool")
+        left.set_ylabel("ns per page")
+        left.set_title(f"Operations on {pool['pages_per_call'].iloc[0]} pages")
+        left.legend(ncols=2, loc="upper left")
+        right.fill_between(
+            steps["sequences"], steps["p20_ms"], steps["p80_ms"], color=VERMILION, alpha=0.2, linewidth=0
+        )
+        right.plot(steps["sequences"], steps["p50_ms"], color=VERMILION, marker="o")
+        right.axhline(1, color=BLACK, linewidth=1, linestyle="--")
+        right.set_xscale("log", base=2)
+        right.set_ylim(bottom=0)
+        _length_ticks(right, steps["sequences"])
+        right.set_xlabel("sequences")
+        right.set_ylabel("ms per decode step")
+        right.set_title(f"A decode step at {steps['context'].iloc[0]} tokens")
+        figure.suptitle(f"Page bookkeeping, CPU time on {pool['cpu'].iloc[0]}", x=0.01, ha="left", fontsize=11)
+        return _save(figure, pool_csv)
+
+
+WORKLOAD_STYLES = {
+    "Alpaca-like": (BLUE, "s"),
+    "ShareGPT-like": (VERMILION, "o"),
+    "translation-like": (GREEN, "^"),
+}
+
+
+def sharing(csv_path):
+    """Pages saved against samples or beams; hollow marks are the paper's figures of the workload of their colour."""
+    data = pd.read_csv(csv_path)
+    with plt.rc_context(STYLE | {"figure.figsize": (8, 4)}):
+        figure, panels = plt.subplots(1, 2, sharey=True)
+        for axes, (method, panel) in zip(panels, sorted(data.groupby("method"), reverse=True)):
+            for workload, rows in panel.groupby("workload"):
+                colour, marker = WORKLOAD_STYLES[workload]
+                axes.plot(rows["width"], rows["saving_percent"], color=colour, marker=marker, label=workload)
+                hollow = {"s": 50, "marker": marker, "color": "none", "edgecolors": colour, "zorder": 3}
+                axes.scatter(rows["width"], rows["paper_percent"], **hollow)
+            axes.scatter([], [], s=50, color="none", edgecolors=BLACK, label="the paper's")
+            axes.xaxis.set_major_locator(FixedLocator(sorted(panel["width"].unique())))
+            axes.set_title(method)
+        panels[0].set_ylim(0, 100)
+        panels[0].set_ylabel("pages saved by sharing (%)")
+        panels[0].set_xlabel("samples per request")
+        panels[1].set_xlabel("beams per request")
+        panels[0].legend()
+        return _save(figure, csv_path)
+
+
+def bytes_held(csv_path):
+    """GiB held against running requests, a panel per workload."""
+    data = pd.read_csv(csv_path)
+    lines = {
+        "reserved_2048_gib": ("2048 tokens reserved", BLACK, "v"),
+        "reserved_pow2_gib": ("power of two reserved", ORANGE, "s"),
+        "pages_gib": ("pages", BLUE, "^"),
+        "shared_pages_gib": ("pages, system prompt shared", VERMILION, "o"),
+    }
+    with plt.rc_context(STYLE | {"figure.figsize": (9, 4)}):
+        figure, panels = plt.subplots(1, 2, sharey=True)
+        for axes, (workload, rows) in zip(panels, data.groupby("workload")):
+            for column, (label, colour, marker) in lines.items():
+                axes.plot(rows["requests"], rows[column], color=colour, marker=marker, label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            _length_ticks(axes, rows["requests"])
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}" if y >= 1 else f"1/{1 / y:g}"))
+            axes.set_xlabel("running requests")
+            axes.set_title(f"{workload}, system prompt of {rows['system_prompt'].iloc[0]} tokens")
+        panels[0].set_ylabel("KV cache of OPT-13B held (GiB)")
+        panels[0].legend()
+        return _save(figure, csv_path)
+
+
+def page_waste(csv_path):
+    """Slots of held pages without a token against the page size."""
+    data = pd.read_csv(csv_path)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots()
+        for workload, rows in data.groupby("workload"):
+            colour, marker = WORKLOAD_STYLES[workload]
+            axes.plot(rows["page_size"], rows["waste_percent"], color=colour, marker=marker, label=workload)
+        axes.axhline(4, color=BLACK, linewidth=1, linestyle="--", label="4 %, the paper's bound")
+        axes.set_xscale("log", base=2)
+        _length_ticks(axes, data["page_size"].unique())
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("page size (tokens)")
+        axes.set_ylabel("slots without a token (%)")
+        axes.set_title("Internal waste of pages, one sequence per request")
+        axes.legend()
+        return _save(figure, csv_path)
+
+
 def _throughput_panel(axes, data):
     lines = {provider: rows.set_index("seqlen_q")["tflops"] for provider, rows in data.groupby("provider", sort=False)}
     for provider, line in lines.items():
