@@ -36,6 +36,12 @@ def strides_are_wide(num_rows, *strides):
     return any(num_rows * s[-3] >= 2**31 for s in strides)
 
 
+def vector_elements(element_size, *strides):
+    """Elements in the 16 bytes that a thread loads at once, if that divides all strides but the last; otherwise 1."""
+    vector = 16 // element_size
+    return vector if all(stride % vector == 0 for s in strides for stride in s[:-1]) else 1
+
+
 def l2_section(k, v, seqlen_k, group_size):
     """Query heads whose keys and values fit in the L2 cache together, at least one KV head's."""
     return heads_in_l2(seqlen_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), group_size)

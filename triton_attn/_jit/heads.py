@@ -38,3 +38,9 @@ def row_pointer(ptr, strides, batch, row, head):
     """Pointer to the first element of a row; strides are (batch, row, head), the arithmetic is 64-bit."""
     offset = tl.cast(batch, tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[1]
     return ptr + offset + tl.cast(head, tl.int64) * strides[2]
+
+
+@triton.jit
+def in_vectors(strides, VECTOR: tl.constexpr):
+    """The strides (batch, row, head), so that the compiler sees that VECTOR divides them; by itself it looks for 16."""
+    return strides[0] // VECTOR * VECTOR, strides[1] // VECTOR * VECTOR, strides[2] // VECTOR * VECTOR

@@ -1,11 +1,26 @@
-"""Configs of the flash attention kernels."""
+"""Tiles of the forward kernel: the default by look-up, the space that a sweep searches, and what cannot run.
+
+Defaults were chosen from compiled code, not from timings: of the tiles that fit and spill nothing on Triton 3.6.0 and
+3.9.0, in every variant of the kernel, those with the most `lock` in perf/loop_model.py. More stages were taken where
+they fit and `lock` is the same within its noise, as they hide a latency that the model does not see.
+
+On sm_90 the descriptor form (TMA) beats the pointer form. fp16, head dim 128, tiles of 128 x 128, 8 warps, 2 stages,
+Triton 3.6.0/3.9.0: 190/188 registers, no spill and `lock` 611/618 TFLOP/s against 254/254 registers, 80/188 bytes
+spilled and 588/603. At head dim 256, 128 x 64: `lock` 655/652 against 621/626. At 64 both are bound by exp2, 462/464
+against 467. On sm_100 the descriptor form of the same tiles spills nothing where the pointer form spills 20/112 bytes.
+"""
 
 import functools
+import itertools
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
 class FlashConfig:
+    """One program takes block_m queries and walks over keys block_n at a time, num_stages tiles ahead."""
+
     block_m: int
     block_n: int
     num_warps: int
@@ -13,8 +28,222 @@ class FlashConfig:
     use_tma: bool = False
 
 
+# Bytes of shared memory (AMD: LDS) that one program may use: CUDA C++ programming guide, table of compute capabilities.
+SHARED_BYTES = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "gfx942": 65536,
+}
+
+# (largest width, config) per architecture and access, see `default_config`; 16-bit inputs.
+_HALF = {
+    "sm_80": {
+        "vector": (
+            (48, FlashConfig(128, 64, 8, 3)),
+            (64, FlashConfig(128, 64, 4, 3)),
+            (96, FlashConfig(128, 64, 8, 3)),
+            (192, FlashConfig(128, 32, 8, 3)),
+            (256, FlashConfig(64, 64, 8, 2)),
+            (512, FlashConfig(64, 32, 8, 2)),
+        ),
+        "scalar": (
+            (128, FlashConfig(128, 32, 8, 1)),
+            (256, FlashConfig(32, 16, 4, 1)),
+            (512, FlashConfig(32, 16, 8, 1)),
+        ),
+    },
+    "sm_86": {
+        "vector": (
+            (64, FlashConfig(128, 64, 4, 2)),
+            (128, FlashConfig(64, 64, 4, 2)),
+            (256, FlashConfig(64, 32, 8, 2)),
+            (512, FlashConfig(64, 16, 8, 1)),
+        ),
+        "scalar": (
+            (128, FlashConfig(128, 32, 8, 1)),
+            (256, FlashConfig(32, 16, 4, 1)),
+            (512, FlashConfig(32, 16, 8, 1)),
+        ),
+    },
+    "sm_90": {
+        "tma": (
+            (96, FlashConfig(128, 128, 8, 3, use_tma=True)),
+            (160, FlashConfig(128, 128, 8, 2, use_tma=True)),
+            (192, FlashConfig(128, 64, 8, 3, use_tma=True)),
+            (256, FlashConfig(128, 64, 8, 2, use_tma=True)),
+            (320, FlashConfig(128, 32, 8, 2, use_tma=True)),
+            (512, FlashConfig(64, 32, 8, 2, use_tma=True)),
+        ),
+        "vector": (
+            (192, FlashConfig(128, 64, 8, 3)),
+            (256, FlashConfig(128, 32, 8, 2)),
+            (512, FlashConfig(64, 32, 8, 2)),
+        ),
+        "scalar": (
+            (128, FlashConfig(128, 16, 8, 1)),
+            (256, FlashConfig(32, 16, 4, 1)),
+            (512, FlashConfig(32, 16, 8, 1)),
+        ),
+    },
+    "sm_100": {
+        "tma": (
+            (96, FlashConfig(128, 128, 8, 3, use_tma=True)),
+            (160, FlashConfig(128, 128, 8, 2, use_tma=True)),
+            (192, FlashConfig(128, 64, 8, 2, use_tma=True)),
+            (256, FlashConfig(128, 32, 8, 2, use_tma=True)),
+            (512, FlashConfig(64, 32, 8, 2, use_tma=True)),
+        ),
+        "vector": (
+            (192, FlashConfig(128, 64, 8, 2)),
+            (256, FlashConfig(128, 32, 8, 2)),
+            (512, FlashConfig(64, 32, 8, 2)),
+        ),
+        "scalar": (
+            (128, FlashConfig(128, 32, 8, 1)),
+            (512, FlashConfig(64, 16, 8, 1)),
+        ),
+    },
+    "gfx942": {
+        "vector": (
+            (128, FlashConfig(128, 64, 4, 1)),
+            (192, FlashConfig(64, 64, 4, 1)),
+            (256, FlashConfig(64, 32, 4, 1)),
+            (512, FlashConfig(32, 32, 4, 1)),
+        ),
+        "scalar": (
+            (128, FlashConfig(64, 32, 4, 1)),
+            (512, FlashConfig(32, 32, 4, 1)),
+        ),
+    },
+}
+
+# fp32 products: fused multiply-adds on NVIDIA in full precision, otherwise matrix instructions.
+_FLOAT = {
+    "ieee": (
+        (64, FlashConfig(64, 32, 8, 1)),
+        (128, FlashConfig(32, 32, 8, 1)),
+        (512, FlashConfig(32, 16, 8, 1)),
+    ),
+    "tf32": (
+        (64, FlashConfig(64, 64, 4, 2)),
+        (128, FlashConfig(64, 32, 8, 2)),
+        (256, FlashConfig(64, 16, 8, 2)),
+        (512, FlashConfig(32, 16, 8, 1)),
+    ),
+}
+
+
 @functools.cache
-def default_config(arch, dtype, head_dim, head_dim_v, causal):
+def default_config(arch, dtype, head_dim, head_dim_v, causal, access="tma", precision="ieee"):
+    """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
+
+    The row is the first of the table that reaches the width max((head_dim + head_dim_v) / 2, head_dim_v), both padded
+    as the kernel pads them: shared memory holds tiles of both, registers the output alone.
+
+    Args:
+        arch: "sm_90", "gfx942", ...; "interpreter" gets tiles that it is fast with.
+        dtype: of q, k and v.
+        head_dim, head_dim_v: 1 to 512.
+        causal: chooses nothing so far. A mask adds boundary tiles and leaves the interior loop as it is.
+        access: how k and v can be loaded: "tma", 16 bytes at a time ("vector"), or element by element ("scalar").
+            Architectures without TMA take "tma" as "vector".
+        precision: of fp32 products: "ieee", "tf32" or "tf32x3".
+    """
     if arch == "interpreter":
         return FlashConfig(64, 64, 4, 1)
-    return FlashConfig(128, 128, 8, 2, arch == "sm_90")
+    if dtype == torch.float32:
+        table = _FLOAT["ieee" if precision == "ieee" else "tf32"]
+    else:
+        tables = _HALF[_known_arch(arch)]
+        table = tables.get(access, tables["vector"])
+    return next(config for width, config in table if _width(head_dim, head_dim_v) <= width)
+
+
+def _known_arch(arch):
+    """The architecture whose tables serve: its own, or those of one with the same instructions and no more memory."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int(arch.removeprefix("sm_"))
+    if number == 80:
+        return "sm_80"
+    if 90 <= number < 100:
+        return "sm_90"
+    if 100 <= number < 120:
+        return "sm_100"
+    return "sm_86"
+
+
+def padded_head_dim(head_dim):
+    """Columns that the kernel computes: a multiple of 16 that is a power of two or, in two pieces, the sum of two."""
+    padded = -(-head_dim // 16) * 16
+    rest = padded - (1 << (padded.bit_length() - 1))
+    return padded if rest & (rest - 1) == 0 else 1 << padded.bit_length()
+
+
+def _width(head_dim, head_dim_v):
+    head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
+    return max((head_dim + head_dim_v) / 2, head_dim_v)
+
+
+def search_space(arch, dtype, head_dim, head_dim_v, causal):
+    """Configs for a sweep to compare, the default first; those that `prune` has a reason against are left out."""
+    half = dtype != torch.float32
+    candidates = itertools.product(
+        (64, 128) if half else (16, 32, 64),
+        (32, 64, 128) if half else (16, 32, 64),
+        (4, 8),
+        (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4),
+        (True, False) if _has_tma(arch) and half else (False,),
+    )
+    default = default_config(arch, dtype, head_dim, head_dim_v, causal)
+    configs = dict.fromkeys([default, *(FlashConfig(*candidate) for candidate in candidates)])
+    return [config for config in configs if prune(config, arch, dtype, head_dim, head_dim_v) is None]
+
+
+def prune(config, arch, dtype, head_dim, head_dim_v):
+    """Why a config cannot run, or cannot run well; None if nothing is against it. By estimate: the compiler decides."""
+    arch = _known_arch(arch)
+    if config.use_tma and not _has_tma(arch):
+        return f"{arch} has no TMA"
+    if config.use_tma and (head_dim * dtype.itemsize % 16 or head_dim_v * dtype.itemsize % 16):
+        return "TMA needs rows in units of 16 bytes"
+    if arch in ("sm_90", "sm_100") and dtype != torch.float32 and config.block_m < 64:
+        return "the matrix instructions take 64 rows"
+    shared = _shared_bytes(config, arch, dtype, head_dim, head_dim_v)
+    if shared > SHARED_BYTES[arch]:
+        return f"{shared} bytes of shared memory, {arch} has {SHARED_BYTES[arch]}"
+    registers, limit = _registers(config, arch, dtype, head_dim_v), 448 if arch == "gfx942" else 224
+    if registers > limit:
+        return f"{registers} registers a thread for scores and output, {limit} leave room for the rest"
+    columns = (config.block_n + padded_head_dim(head_dim_v)) * config.block_m // 128
+    if arch == "sm_100" and columns > 512:
+        return f"{columns} columns of tensor memory, there are 512"
+    return None
+
+
+def _has_tma(arch):
+    return "tma" in _HALF[_known_arch(arch)]
+
+
+def _shared_bytes(config, arch, dtype, head_dim, head_dim_v):
+    """What the tiles of q, k and v take."""
+    size = dtype.itemsize
+    q = config.block_m * padded_head_dim(head_dim) * size
+    k, v = (config.block_n * padded_head_dim(dim) * size for dim in (head_dim, head_dim_v))
+    if arch == "gfx942":
+        return max(q, k, v)
+    if config.num_stages == 1:
+        return q + max(k, v)
+    # mma.sync reads its operands into registers, which frees a buffer.
+    buffers = config.num_stages if arch in ("sm_90", "sm_100") else config.num_stages - 1
+    return q + buffers * (k + v)
+
+
+def _registers(config, arch, dtype, head_dim_v):
+    """32-bit registers per thread that hold scores, weights and, where there is no tensor memory, the output."""
+    threads = config.num_warps * (64 if arch == "gfx942" else 32)
+    scores = config.block_m * config.block_n
+    output = 0 if arch == "sm_100" else config.block_m * padded_head_dim(head_dim_v)
+    return (scores + scores * dtype.itemsize // 4 + output) // threads

@@ -16,10 +16,11 @@ from .._host.layout import (
     strides_are_wide,
     strides_suit_tma,
     tma_geometry,
+    vector_elements,
     without_dim,
 )
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
-from .._jit.heads import assign_tile, row_pointer, sequence_bounds
+from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
@@ -75,6 +76,7 @@ def _flash_fwd_kernel(
     FOLD_SCALE: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of out and lse for one query head of one sequence.
@@ -83,6 +85,10 @@ def _flash_fwd_kernel(
     and its rows start at cu_seqlens. k and v are pointers, or tuples of descriptors with USE_TMA. window is (left,
     right); dropout is (pointer to the seed, threshold, factor of kept weights). None is none.
     """
+    q_strides = in_vectors(q_strides, VECTOR)
+    k_strides = in_vectors(k_strides, VECTOR)
+    v_strides = in_vectors(v_strides, VECTOR)
+    out_strides = in_vectors(out_strides, VECTOR)
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
     batch = batch_head // num_heads
@@ -226,12 +232,15 @@ def _plan(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, fold_scale, b
     *_, num_heads_kv, head_dim_v = shape_v
     batch = shape_q[0] if varlen_batch is None else varlen_batch
     group_size = num_heads // num_heads_kv
-    if config is None:
-        config = default_config(arch, dtype, head_dim, head_dim_v, causal)
-    num_tiles = -(-seqlen_q // config.block_m)
     size = dtype.itemsize
-    use_tma = config.use_tma and bases_aligned
-    use_tma = use_tma and strides_suit_tma(shape_k, strides_k, size) and strides_suit_tma(shape_v, strides_v, size)
+    all_strides = [strides for _, strides in layout]
+    vector = vector_elements(size, *all_strides)
+    suits_tma = strides_suit_tma(shape_k, strides_k, size) and strides_suit_tma(shape_v, strides_v, size)
+    if config is None:
+        access = "scalar" if vector == 1 or not bases_aligned else "tma" if suits_tma else "vector"
+        config = default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision)
+    use_tma = config.use_tma and suits_tma and bases_aligned
+    num_tiles = -(-seqlen_q // config.block_m)
     section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size) if causal else 1
     constants = dict(
         HEAD_DIM=head_dim,
@@ -240,13 +249,13 @@ def _plan(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, fold_scale, b
         BLOCK_N=config.block_n,
         FOLD_SCALE=fold_scale,
         USE_TMA=use_tma,
-        WIDE_ROWS=strides_are_wide(max(config.block_m, config.block_n), *(strides for _, strides in layout)),
+        WIDE_ROWS=strides_are_wide(max(config.block_m, config.block_n), *all_strides),
+        VECTOR=vector,
         INPUT_PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     counts = num_tiles, num_heads, group_size, section_size
-    all_strides = [without_dim(strides) for _, strides in layout]
     geometry_k = tma_geometry(shape_k, strides_k, config.block_n) if use_tma else None
     geometry_v = tma_geometry(shape_v, strides_v, config.block_n) if use_tma else None
-    return num_tiles * num_heads * batch, all_strides, counts, geometry_k, geometry_v, constants
+    return num_tiles * num_heads * batch, [*map(without_dim, all_strides)], counts, geometry_k, geometry_v, constants
