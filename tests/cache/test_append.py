@@ -1,6 +1,8 @@
 """append_kv_cache: the kernel against the reference, the reference against the formula written as loops."""
 
+import contextlib
 import math
+import os
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from triton_attn.testing import guard
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 def bits(x):
@@ -22,10 +26,10 @@ def bits(x):
 def strided(shape, dtype, layout, generator):
     """Random numbers: contiguous, in every other entry of the first dimension, or in a slice of longer rows."""
     if layout == "contiguous":
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
     if layout == "sparse":
-        return torch.randn(2 * shape[0], *shape[1:], generator=generator).to(dtype)[::2]
-    return torch.randn(*shape[:-1], shape[-1] + 3, generator=generator).to(dtype)[..., 1:-2]
+        return torch.randn(2 * shape[0], *shape[1:], generator=generator).to(DEVICE, dtype)[::2]
+    return torch.randn(*shape[:-1], shape[-1] + 3, generator=generator).to(DEVICE, dtype)[..., 1:-2]
 
 
 @st.composite
@@ -48,9 +52,10 @@ def problems(draw):
     slots = torch.randperm(num_pages * page_size, generator=generator)[:num_tokens]
     skipped = torch.rand(num_tokens, generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
     slots[skipped] = -1 - slots[skipped]
+    slots = slots.to(DEVICE)
     options = {}
     for name in ("k_scale", "v_scale"):
-        number = torch.rand(num_heads, generator=generator) + 0.01
+        number = (torch.rand(num_heads, generator=generator) + 0.01).to(DEVICE)
         options[name] = draw(st.sampled_from([None, 0.5, float(number[0]), number[:1], number]))
     if draw(st.booleans()):
         num_positions, half = draw(st.integers(1, 50)), draw(st.integers(1, head_dim // 2))
@@ -59,7 +64,7 @@ def problems(draw):
         options["rope_sin"] = tensor(num_positions, half, dtype=table_dtype)
         positions = torch.randint(num_positions, (num_tokens,), generator=generator)
         positions[skipped] = 2**31 - 1
-        options["positions"] = positions.to(draw(st.sampled_from([torch.int32, torch.int64])))
+        options["positions"] = positions.to(DEVICE, draw(st.sampled_from([torch.int32, torch.int64])))
         options["rope_interleaved"] = draw(st.booleans())
     return (k, v, k_cache, v_cache, slots), options
 
@@ -81,11 +86,16 @@ def written_by(function, args, options):
 def test_kernel_writes_what_the_reference_writes(problem):
     args, options = problem
     expected = written_by(reference.append_kv_cache, args, options)
-    with guard() as accesses:
+    with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
         actual = written_by(append_kv_cache, args, options | {"check_values": True})
-    assert accesses.launches == (len(args[0]) > 0)
     for ours, theirs in zip(actual, expected):
-        assert torch.equal(bits(ours), bits(theirs))
+        if INTERPRETED or "rope_cos" not in options:
+            assert torch.equal(bits(ours), bits(theirs))
+        else:  # a GPU fuses the multiplication and the addition of a rotation, which moves a rounding
+            eps = torch.finfo(ours.dtype).eps
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=eps, atol=1e-5 * eps, equal_nan=True)
+    if INTERPRETED:
+        assert accesses.launches == (len(args[0]) > 0)
 
 
 @given(problems())
@@ -134,9 +144,10 @@ def test_fp8_of_every_exponent_and_every_tie(cache_dtype):
     exact = torch.cat([values, ties, torch.tensor([math.inf, 1e30, values[-1] * 1.01])])
     numbers = torch.cat([exact, exact.nextafter(torch.tensor(math.inf)), exact.nextafter(torch.tensor(-math.inf))])
     numbers = torch.cat([numbers, -numbers, torch.tensor([math.nan, 1e-45, -1e-45])])
-    k = numbers.view(-1, 1, 1)
-    cache = torch.empty(len(k), 1, 1, 1).to(cache_dtype)
-    append_kv_cache(k, k, cache, cache.clone(), torch.arange(len(k)))
+    k = numbers.view(-1, 1, 1).to(DEVICE)
+    cache = torch.empty(len(k), 1, 1, 1, device=DEVICE).to(cache_dtype)
+    append_kv_cache(k, k, cache, cache.clone(), torch.arange(len(k), device=DEVICE))
+    cache = cache.cpu()
 
     values = torch.cat([-values.flip(0)[:-1], values])  # the nearest, found by search
     even = torch.arange(len(values)) % 2 == len(values) // 2 % 2

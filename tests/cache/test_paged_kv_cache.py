@@ -1,5 +1,6 @@
 """PagedKVCache rule by rule: prefix reuse, copy-on-write, whole or nothing, what is refused; sizes; a step's cost."""
 
+import os
 import statistics
 import time
 
@@ -10,18 +11,21 @@ import torch
 from triton_attn import OutOfPages, PagedKVCache, kv_cache_bytes_per_token
 
 pytestmark = pytest.mark.oldest
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 
-def make(num_pages=16, page_size=4, **options):
-    return PagedKVCache(num_pages, page_size, num_layers=2, num_kv_heads=1, head_dim=2, dtype=torch.float32, **options)
+def make(num_pages=16, page_size=4, device=DEVICE, **options):
+    shape = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2}
+    return PagedKVCache(num_pages, page_size, **shape, dtype=torch.float32, device=device, **options)
 
 
 def start(cache, tokens, salt=None):
     """A sequence whose tokens, written as their own ids, can be found by others."""
     seq, cached = cache.create(tokens, salt)
     slots = cache.extend([seq], [tokens[cached:]])
+    contents = torch.tensor(tokens[cached:], dtype=torch.float32, device=cache.device).view(1, -1, 1, 1)
     for caches in (cache.k_cache, cache.v_cache):
-        caches.flatten(1, 2)[:, slots] = torch.tensor(tokens[cached:]).view(1, -1, 1, 1).float()
+        caches.flatten(1, 2)[:, slots] = contents
     cache.commit([seq])
     return seq
 
@@ -260,7 +264,8 @@ def test_pages_come_back_in_full():
 
 def test_copies_read_as_much_as_the_tail():
     """Every layer, K and V of different widths, through one call."""
-    cache = PagedKVCache(4, 4, num_layers=3, num_kv_heads=2, head_dim=6, head_dim_v=3, dtype=torch.bfloat16)
+    shape = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 6, "head_dim_v": 3}
+    cache = PagedKVCache(4, 4, **shape, dtype=torch.bfloat16, device=DEVICE)
     cache.k_cache.normal_()
     cache.v_cache.normal_()
     seq, _ = cache.create([])
@@ -375,7 +380,7 @@ def test_without_prefix_caching():
 def test_bookkeeping_of_a_decode_step(equal_lengths, capsys):
     """256 sequences, one token each. In step, all fill their pages, get new ones and are named in the same call.
 
-    CPU time: other processes do not count. The bound is generous; the number is printed.
+    CPU time, so that other processes do not count; the bound is generous, and the time is printed.
     """
     cache = PagedKVCache(256 * 80, num_layers=1, num_kv_heads=1, head_dim=1, dtype=torch.float16)
     seqs = []
@@ -395,7 +400,7 @@ def test_bookkeeping_of_a_decode_step(equal_lengths, capsys):
     median = statistics.median(times)
     with capsys.disabled():
         print(f"\ndecode bookkeeping, 256 sequences: median {median:.2f} ms, slowest step {max(times):.2f} ms")
-    assert median < 2
+    assert median < 5
 
 
 def test_made_or_grown_in_inference_mode_and_used_outside():

@@ -12,6 +12,8 @@ from .arrays import empty, from_list, grown, ranges, zeros
 from .hashing import page_hashes, root_hash
 from .pool import BlockPool
 
+NO_LIMIT = 2**62
+
 
 class Sequence:
     """A sequence of a cache, made by its `create` or `fork`; `len` is its number of tokens. Free it with `free`."""
@@ -74,7 +76,7 @@ class PagedSequences:
         # Rows grow by doubling. Entries of _tables past a sequence's last page are 0.
         self._tables = zeros(0, 0, dtype=torch.int32)
         self._lengths = zeros(0)
-        self._known = zeros(0)  # leading tokens whose ids are known
+        self._known = zeros(0)  # tokens before the first one without an id, NO_LIMIT while all have one
         self._named = zeros(0)  # leading pages that are full, written and hashed
         self._roots = []
         self._unused_rows = []
@@ -101,7 +103,7 @@ class PagedSequences:
         cached = min(pages.numel() * self.page_size, max(len(ids) - 1, 0))
         pages = pages[: self._pages_of(cached)]
         self.pool.share(pages)
-        row = self._new_row(root, cached, known=cached, named=cached // self.page_size)
+        row = self._new_row(root, cached, known=NO_LIMIT, named=cached // self.page_size)
         self._widen(pages.numel())
         self._tables[row, : pages.numel()] = pages
         self._tokens_asked += len(ids)
@@ -131,42 +133,32 @@ class PagedSequences:
         rows = self._rows(seqs)
         if len(set(rows.tolist())) != rows.numel():
             fail("seqs", "each sequence once", "a sequence that is listed twice")
-        counts, ids, ids_given = _as_batch(token_ids, rows.numel())
+        counts, ids, unknown = _as_batch(token_ids, rows.numel())
         lengths = self._lengths[rows]
         new_lengths = lengths + counts
-        old_pages, new_pages = self._pages_of(lengths), self._pages_of(new_lengths)
-        growth = new_pages - old_pages
-        num_grown = int(growth.sum())
-
-        # Sequences that go on in a page they have.
-        reopened = ((old_pages * self.page_size > lengths) & (counts > 0)).nonzero().squeeze(1)
-        tails = self._tables[rows[reopened], old_pages[reopened] - 1]
+        num_pages = self._pages_of(lengths)
+        growth = self._pages_of(new_lengths) - num_pages
+        # Sequences that go on in their last page.
+        reopened = ((num_pages * self.page_size > lengths) & (counts > 0)).nonzero().squeeze(1)
+        tail_entries = rows[reopened], num_pages[reopened] - 1
+        tails = self._tables[tail_entries]
         must_copy = self._must_copy(tails)
-        originals = tails[must_copy]
-        pages = self.pool.allocate(num_grown + originals.numel())
+        num_copied, num_grown = int(must_copy.sum()), int(growth.sum())
+        copies, appended = self.pool.allocate(num_copied + num_grown).split([num_copied, num_grown])
 
+        # Nothing fails from here on.
         self._name_full_pages(rows)
         self.pool.forget(tails[~must_copy])
-        if originals.numel():
-            copied, copies = reopened[must_copy], pages[num_grown:]
-            self._copy_pages(self._to_device(originals), self._to_device(copies))
-            self._page_tokens[copies] = self._page_tokens[originals]
-            self._tables[rows[copied], old_pages[copied] - 1] = copies.to(torch.int32)
-            self.pool.release(originals)
+        if num_copied:
+            self._replace(tuple(index[must_copy] for index in tail_entries), copies)
         if num_grown:
-            self._widen(int(new_pages.max()))
-            table_rows = rows.repeat_interleave(growth, output_size=num_grown)
-            self._tables[table_rows, ranges(old_pages, growth)] = pages[:num_grown].to(torch.int32)
+            self._append(rows, num_pages, growth, appended)
         self._lengths[rows] = new_lengths
-
-        positions = ranges(lengths, counts)
-        columns = positions // self.page_size
-        pages = self._tables[rows.repeat_interleave(counts, output_size=positions.numel()), columns]
-        slots = (pages - columns) * self.page_size + positions
-        if ids is not None and self.pool.prefix_caching:
+        slots = self._slots(rows, lengths, counts)
+        if ids is not None:
             self._page_tokens.view(-1)[slots] = ids
-            known = self._known[rows]
-            self._known[rows] = torch.where(ids_given & (known == lengths), new_lengths, known)
+        if unknown is not None:
+            self._known[rows[unknown]] = torch.minimum(self._known[rows], lengths)[unknown]
         return self._to_device(slots)
 
     def commit(self, seqs):
@@ -195,7 +187,8 @@ class PagedSequences:
         self.pool.release(dropped)
         dropped.zero_()
         self._lengths[row] = n
-        self._known[row].clamp_(max=n)
+        if n <= self._known[row]:
+            self._known[row] = NO_LIMIT
         self._named[row].clamp_(max=n // self.page_size)
 
     def free(self, seq):
@@ -259,6 +252,27 @@ class PagedSequences:
                     must_copy[i] = False
         return must_copy
 
+    def _replace(self, entries, copies):
+        """Put copies of shared pages in their place in the tables."""
+        originals = self._tables[entries]
+        self._copy_pages(self._to_device(originals), self._to_device(copies))
+        self._page_tokens[copies] = self._page_tokens[originals]
+        self._tables[entries] = copies.to(torch.int32)
+        self.pool.release(originals)
+
+    def _append(self, rows, num_pages, counts, pages):
+        """Put `counts` of the pages after the `num_pages` that each row has."""
+        self._widen(int((num_pages + counts).max()))
+        table_rows = rows.repeat_interleave(counts, output_size=pages.numel())
+        self._tables[table_rows, ranges(num_pages, counts)] = pages.to(torch.int32)
+
+    def _slots(self, rows, starts, counts):
+        """Slots of the tokens at positions start to start + count of each row, one row after the other."""
+        positions = ranges(starts, counts)
+        columns = positions // self.page_size
+        pages = self._tables[rows.repeat_interleave(counts, output_size=positions.numel()), columns]
+        return (pages - columns) * self.page_size + positions
+
     def _name_full_pages(self, rows):
         """Register the pages that became full, and are written by now, under the hash of all tokens up to their end."""
         if not self.pool.prefix_caching:
@@ -321,24 +335,24 @@ class PagedSequences:
 
 
 def _as_batch(token_ids, batch):
-    """What `extend` takes, as (number of new tokens, all ids in a row or None, whose ids are given).
+    """What `extend` takes, as (number of new tokens, all ids in a row, mask of sequences without ids).
 
-    Tokens without an id have 0 in its place.
+    Tokens without an id have 0 in its place. ids are None if there are none; the mask is None if all have ids.
     """
     if isinstance(token_ids, int):
         check_length("token_ids", token_ids)
-        return zeros(batch) + token_ids, None, zeros(batch, dtype=torch.bool)
+        counts = zeros(batch) + token_ids
+        return counts, None, counts > 0
     if getattr(token_ids, "ndim", 2) != 2:
         fail("token_ids", f"shape ({batch}, n)", f"shape {tuple(token_ids.shape)}")
     token_ids = _to_list(token_ids)
     if len(token_ids) != batch:
         fail("token_ids", f"one entry for each of {batch} sequences", len(token_ids))
-    given = [True] * batch
+    unknown = None
     if set(map(type, token_ids)) != {list}:
-        given = [not isinstance(item, int) for item in token_ids]
+        unknown = from_list([isinstance(item, int) and item > 0 for item in token_ids]).bool()
         token_ids = list(map(_to_list, token_ids))
-    ids = from_list(_as_ids(chain.from_iterable(token_ids))) if any(given) else None
-    return from_list(list(map(len, token_ids))), ids, from_list(given).bool()
+    return from_list(list(map(len, token_ids))), from_list(_as_ids(chain.from_iterable(token_ids))), unknown
 
 
 def _as_ids(token_ids):
