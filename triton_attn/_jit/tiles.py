@@ -192,9 +192,11 @@ def row_dot(a, b):
 
 
 @triton.jit
-def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr):
-    """a @ b.T, summed over the pieces of the head dimension."""
-    c = tl.dot(a[0], b[0].T, input_precision=INPUT_PRECISION)
+def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr, start=None):
+    """a @ b.T, summed over the pieces of the head dimension; added to start, which broadcasts, where it is given."""
+    if start is not None:
+        start = tl.broadcast_to(start, [a[0].shape[0], b[0].shape[0]])
+    c = tl.dot(a[0], b[0].T, start, input_precision=INPUT_PRECISION)
     if len(a) > 1:
         c = tl.dot(a[1], b[1].T, c, input_precision=INPUT_PRECISION)
     return c

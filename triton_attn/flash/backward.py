@@ -59,11 +59,11 @@ def _load_lse_log2(lse_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load_delta(delta_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
+def _load_minus_delta(minus_delta_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(delta_ptr + offs_m, mask=offs_m < seqlen_q, other=0.0)
+        return tl.load(minus_delta_ptr + offs_m, mask=offs_m < seqlen_q, other=0.0)
     else:
-        return tl.load(delta_ptr + offs_m)
+        return tl.load(minus_delta_ptr + offs_m)
 
 
 @triton.jit
@@ -100,13 +100,25 @@ def _recompute_weights(
     return tl.math.exp2(s - lse_log2), derivative
 
 
+@triton.jit
+def _weight_gradients(a, b, minus_delta, keep, dropout, INPUT_PRECISION: tl.constexpr):
+    """dP - delta of a tile in either orientation, dP = a @ b.T; minus_delta broadcasts against it.
+
+    The product starts from -delta, which then holds no registers of its own and needs no subtraction.
+    """
+    if keep is None:
+        return dot_transposed(a, b, INPUT_PRECISION, start=minus_delta)
+    else:
+        return tl.where(keep, dot_transposed(a, b, INPUT_PRECISION) * dropout[2], 0.0) + minus_delta
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _flash_bwd_delta_kernel(
     out_ptr,
     dout_ptr,
     lse_ptr,
     dlse_ptr,
-    delta_ptr,
+    minus_delta_ptr,
     sinks_ptr,
     dsinks_ptr,
     cu_seqlens_q_ptr,
@@ -121,7 +133,7 @@ def _flash_bwd_delta_kernel(
     BLOCK_M: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
 ):
-    """One program computes delta = rowsum(dout * out) - dlse for BLOCK_M rows of one head, and their share of dsinks.
+    """One program computes -delta = dlse - rowsum(dout * out) for BLOCK_M rows of one head, and their share of dsinks.
 
     Grid: (num_tiles * batch, num_heads). dsinks is (num_tiles * batch, num_heads), to be summed over its first axis.
     """
@@ -139,18 +151,18 @@ def _flash_bwd_delta_kernel(
     dout_ptr = row_pointer(dout_ptr, dout_strides, batch, first_q + start_m, head)
     out = load_tile(out_ptr, rows, out_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
     dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
-    delta = row_dot(out, dout)
+    minus_delta = -row_dot(out, dout)
     if dlse_ptr is not None:
         dlse_ptr = row_pointer(dlse_ptr, dlse_strides, batch, first_q + start_m, head)
-        delta -= tl.load(dlse_ptr + rows.to(tl.int64) * dlse_strides[1], mask=rows_mask, other=0.0)
+        minus_delta += tl.load(dlse_ptr + rows.to(tl.int64) * dlse_strides[1], mask=rows_mask, other=0.0)
     lse_row = tl.cast(head if VARLEN else batch * num_heads + head, tl.int64) * lse_stride + first_q
-    tl.store(delta_ptr + lse_row + offs_m, delta, mask=rows_mask)
+    tl.store(minus_delta_ptr + lse_row + offs_m, minus_delta, mask=rows_mask)
 
     if dsinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         lse = tl.load(lse_ptr + lse_row + offs_m, mask=rows_mask, other=float("inf"))
         weights = tl.math.exp2(tl.where(sink == float("-inf"), sink, sink - lse) * LOG2_E)
-        tl.store(dsinks_ptr + tl.program_id(0) * num_heads + head, tl.sum(-weights * delta))
+        tl.store(dsinks_ptr + tl.program_id(0) * num_heads + head, tl.sum(weights * minus_delta))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -160,7 +172,7 @@ def _flash_bwd_dkdv_kernel(
     v_ptr,
     dout,
     lse_ptr,
-    delta_ptr,
+    minus_delta_ptr,
     dq,
     dk_ptr,
     dv_ptr,
@@ -246,7 +258,8 @@ def _flash_bwd_dkdv_kernel(
 
         for INTERIOR in tl.static_range(2):
             num_steps = interior_tiles if INTERIOR else boundary_tiles
-            for i in tl.range(0, num_steps):
+            # Five products leave no registers for what the compiler would compute once before the loop.
+            for i in tl.range(0, num_steps, disable_licm=dq is not None):
                 if INTERIOR:
                     start_m = full_lo + i * BLOCK_M
                 else:
@@ -266,11 +279,14 @@ def _flash_bwd_dkdv_kernel(
                     USE_TMA,
                     WIDE_ROWS,
                 )
-                offs_m = start_m + tl.arange(0, BLOCK_M)
+                # The scalar start_m moves the pointers: then all loads of a thread are at constant distances from one.
+                columns = tl.arange(0, BLOCK_M)
+                columns_left = seqlen_q - start_m
                 s = dot_transposed(k, q_tile, INPUT_PRECISION)
+                lse_log2 = _load_lse_log2(lse_ptr + lse_row + start_m, columns, columns_left, not INTERIOR)
                 p, derivative = _recompute_weights(
                     s,
-                    _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, not INTERIOR)[None, :],
+                    lse_log2[None, :],
                     offs_n,
                     rows_mask,
                     start_m,
@@ -282,17 +298,19 @@ def _flash_bwd_dkdv_kernel(
                     slope,
                     not INTERIOR,
                 )
-                dp = dot_transposed(v, dout_tile, INPUT_PRECISION)
+                keep = None
                 dropped = p
                 if dropout is not None:
-                    keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N).T
+                    keep = keep_mask(dropout[0], dropout[1], batch_head, start_m + columns, start_n, BLOCK_N).T
                     dropped = tl.where(keep, p * dropout[2], 0.0)
-                    dp = tl.where(keep, dp * dropout[2], 0.0)
+                # Before dP: its operand, P in the inputs' type, is then gone when dP needs its registers.
                 if dv_ptr is not None:
                     dv = dot_add(dropped.to(dout_tile[0].dtype), dout_tile, dv, INPUT_PRECISION)
-                delta = _load_delta(delta_ptr + lse_row, offs_m, seqlen_q, not INTERIOR)
-                ds = p * (dp - delta[None, :]) * derivative
-                ds = ds.to(q_tile[0].dtype)
+                minus_delta = _load_minus_delta(
+                    minus_delta_ptr + lse_row + start_m, columns, columns_left, not INTERIOR
+                )
+                dp = _weight_gradients(v, dout_tile, minus_delta[None, :], keep, dropout, INPUT_PRECISION)
+                ds = (p * dp * derivative).to(q_tile[0].dtype)
                 if dk_ptr is not None:
                     dk = dot_add(ds, q_tile, dk, INPUT_PRECISION)
                 if dq is not None:
@@ -300,11 +318,9 @@ def _flash_bwd_dkdv_kernel(
                     if USE_TMA:
                         add_tile_tma(dq, coords, start_m, dq_tile, HEAD_DIM)
                     else:
-                        dq_rows_mask = start_m + tl.arange(0, BLOCK_M) < seqlen_q if not INTERIOR else None
+                        dq_rows_mask = columns < columns_left if not INTERIOR else None
                         dq_ptr = row_pointer(dq, dq_strides, batch, first_q + start_m, head)
-                        add_tile(
-                            dq_ptr, tl.arange(0, BLOCK_M), dq_strides[1], dq_rows_mask, dq_tile, HEAD_DIM, WIDE_ROWS
-                        )
+                        add_tile(dq_ptr, columns, dq_strides[1], dq_rows_mask, dq_tile, HEAD_DIM, WIDE_ROWS)
 
     if dk_ptr is not None:
         dk_ptr = row_pointer(dk_ptr, dk_strides, batch, first_k + start_n, head_kv)
@@ -321,7 +337,7 @@ def _flash_bwd_dq_kernel(
     v,
     dout_ptr,
     lse_ptr,
-    delta_ptr,
+    minus_delta_ptr,
     dq_ptr,
     alibi_slopes_ptr,
     cu_seqlens_q_ptr,
@@ -374,7 +390,7 @@ def _flash_bwd_dq_kernel(
     dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
     lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
     lse_log2 = _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, True)
-    delta = _load_delta(delta_ptr + lse_row, offs_m, seqlen_q, True)
+    minus_delta = _load_minus_delta(minus_delta_ptr + lse_row, offs_m, seqlen_q, True)
     coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
     if not USE_TMA:
         k = row_pointer(k, k_strides, batch, first_k, head_kv)
@@ -406,6 +422,10 @@ def _flash_bwd_dq_kernel(
             v_tile = load_rows(
                 v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
             )
+            keep = None
+            if dropout is not None:
+                keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N)
+            dp = _weight_gradients(dout, v_tile, minus_delta[:, None], keep, dropout, INPUT_PRECISION)
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             p, derivative = _recompute_weights(
                 s,
@@ -421,11 +441,7 @@ def _flash_bwd_dq_kernel(
                 slope,
                 not INTERIOR,
             )
-            dp = dot_transposed(dout, v_tile, INPUT_PRECISION)
-            if dropout is not None:
-                keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N)
-                dp = tl.where(keep, dp * dropout[2], 0.0)
-            ds = p * (dp - delta[:, None]) * derivative
+            ds = p * dp * derivative
             dq = dot_add(ds.to(k_tile[0].dtype), k_tile, dq, INPUT_PRECISION)
 
     dq_ptr = row_pointer(dq_ptr, dq_strides, batch, first_q + start_m, head)
@@ -466,7 +482,9 @@ def launch_flash_bwd(
         config = default_backward_config(arch, q.dtype, head_dim, head_dim_v, causal)
     want_dq, want_dk, want_dv, want_dsinks = wanted
 
-    delta, dsinks = _delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks if want_dsinks else None)
+    minus_delta, dsinks = _minus_delta(
+        dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks if want_dsinks else None
+    )
     # Rows of a packed batch that belong to no sequence are written by no program and have gradient 0.
     new = torch.zeros_like if varlen else torch.empty_like
     contiguous = torch.contiguous_format
@@ -505,7 +523,7 @@ def launch_flash_bwd(
                 v,
                 tma_descriptors(dout, tile.block_m) if use_tma else dout,
                 lse,
-                delta,
+                minus_delta,
                 tma_descriptors(dq_sum, tile.block_m) if fused and use_tma else dq_sum,
                 dk,
                 dv,
@@ -549,7 +567,7 @@ def launch_flash_bwd(
                 tma_descriptors(v, tile.block_n) if use_tma else v,
                 dout,
                 lse,
-                delta,
+                minus_delta,
                 dq,
                 alibi_slopes,
                 cu_seqlens_q,
@@ -578,10 +596,10 @@ def launch_flash_bwd(
     return dq, dk, dv, dsinks
 
 
-def _delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
-    """delta = rowsum(dout * out) - dlse, fp32 as lse, and the gradient of the sinks where they are given."""
+def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
+    """-delta = dlse - rowsum(dout * out), fp32 as lse, and the gradient of the sinks where they are given."""
     num_heads, head_dim_v = out.shape[-2:]
-    delta = torch.empty_like(lse)
+    minus_delta = torch.empty_like(lse)
     block_m = 64
     num_tiles = -(-seqlen_q // block_m)
     dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
@@ -594,7 +612,7 @@ def _delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
             dout,
             lse,
             dlse,
-            delta,
+            minus_delta,
             sinks,
             dsinks,
             cu_seqlens_q,
@@ -610,4 +628,4 @@ def _delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
             WIDE_ROWS=rows_are_wide(block_m, out, dout),
             num_warps=4,
         )
-    return delta, None if sinks is None else dsinks.sum(0).to(sinks.dtype)
+    return minus_delta, None if sinks is None else dsinks.sum(0).to(sinks.dtype)
