@@ -5,6 +5,7 @@ Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 ever
 TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 20 times as many examples.
 """
 
+import itertools
 import os
 
 import hypothesis
@@ -36,6 +37,15 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
     items[:] = filter(runs_here, items)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The figures that tests recorded: what was measured, besides that it passed."""
+    reports = itertools.chain.from_iterable(terminalreporter.stats.get(kind, ()) for kind in ("passed", "failed"))
+    figures = [value for report in reports for name, value in report.user_properties if name == "figure"]
+    if figures:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(sorted(figures)))
 
 
 @pytest.fixture(scope="session")

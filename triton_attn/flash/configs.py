@@ -119,7 +119,7 @@ _HALF = {
     },
 }
 
-# fp32 products: fused multiply-adds on NVIDIA in full precision, otherwise matrix instructions.
+# fp32 inputs, by the precision of their products: fused multiply-adds on NVIDIA for ieee, matrix instructions otherwise.
 _FLOAT = {
     "ieee": (
         (64, FlashConfig(64, 32, 8, 1)),
@@ -127,10 +127,16 @@ _FLOAT = {
         (512, FlashConfig(32, 16, 8, 1)),
     ),
     "tf32": (
-        (64, FlashConfig(64, 64, 4, 2)),
+        (64, FlashConfig(64, 32, 4, 2)),
         (128, FlashConfig(64, 32, 8, 2)),
-        (256, FlashConfig(64, 16, 8, 2)),
+        (256, FlashConfig(64, 16, 8, 1)),
         (512, FlashConfig(32, 16, 8, 1)),
+    ),
+    "tf32x3": (
+        (64, FlashConfig(64, 32, 4, 2)),
+        (128, FlashConfig(32, 32, 8, 1)),
+        (256, FlashConfig(16, 16, 4, 1)),
+        (512, FlashConfig(16, 16, 8, 1)),
     ),
 }
 
@@ -154,7 +160,7 @@ def default_config(arch, dtype, head_dim, head_dim_v, causal, access="tma", prec
     if arch == "interpreter":
         return FlashConfig(64, 64, 4, 1)
     if dtype == torch.float32:
-        table = _FLOAT["ieee" if precision == "ieee" else "tf32"]
+        table = _FLOAT[precision]
     else:
         tables = _HALF[_known_arch(arch)]
         table = tables.get(access, tables["vector"])
@@ -189,16 +195,14 @@ def _width(head_dim, head_dim_v):
 
 def search_space(arch, dtype, head_dim, head_dim_v, causal):
     """Configs for a sweep to compare, the default first; those that `prune` has a reason against are left out."""
-    half = dtype != torch.float32
-    candidates = itertools.product(
-        (64, 128) if half else (16, 32, 64),
-        (32, 64, 128) if half else (16, 32, 64),
-        (4, 8),
-        (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4),
-        (True, False) if _has_tma(arch) and half else (False,),
-    )
+    rows, keys = (64, 128), (32, 64, 128)
+    if dtype == torch.float32 or max(head_dim, head_dim_v) > 256:
+        rows, keys = (16, 32, *rows), (16, *keys)
+    stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4)
+    use_tma = (True, False) if dtype != torch.float32 else (False,)
     default = default_config(arch, dtype, head_dim, head_dim_v, causal)
-    configs = dict.fromkeys([default, *(FlashConfig(*candidate) for candidate in candidates)])
+    candidates = itertools.starmap(FlashConfig, itertools.product(rows, keys, (4, 8), stages, use_tma))
+    configs = dict.fromkeys([default, *candidates])
     return [config for config in configs if prune(config, arch, dtype, head_dim, head_dim_v) is None]
 
 

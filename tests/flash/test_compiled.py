@@ -1,0 +1,286 @@
+"""What the forward kernel compiles to at its defaults: resources, instructions, the interior loop; when it compiles.
+
+`lock` and `bound` are TFLOP/s in the cycle model of perf/loop_model.py. They rank kernels and catch regressions; no
+kernel has run here. The summary of the test run prints them with registers and spills.
+"""
+
+import statistics
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+from perf import loop_model
+from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn.flash import forward
+from triton_attn.flash.configs import FlashConfig, prune
+from triton_attn.flash.forward import launch_flash_fwd
+from triton_attn.flash.options import AttentionOptions
+from triton_attn.testing import compile_only, shared_memory_limit
+
+pytestmark = pytest.mark.compiled
+
+SEQLEN, BATCH, NUM_HEADS = 2048, 2, 4
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+VARIANTS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (1000, 0)},
+    "gqa": {"num_heads_kv": 1},
+    "varlen": {"causal": True, "varlen": True},
+    "softcap": {"causal": True, "softcap": 30.0},
+    "alibi": {"causal": True, "alibi_slopes": torch.ones(NUM_HEADS)},
+    "sinks": {"causal": True, "sinks": torch.ones(NUM_HEADS)},
+    "lse": {"return_lse": True},
+}
+
+
+def compile_default(arch, dtype, head_dim, head_dim_v, variant):
+    """The launch that one public call makes."""
+    options = dict(VARIANTS[variant])
+    num_heads_kv = options.pop("num_heads_kv", NUM_HEADS)
+    q = torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=dtype)
+    k = torch.empty(BATCH, SEQLEN, num_heads_kv, head_dim, dtype=dtype)
+    v = torch.empty(BATCH, SEQLEN, num_heads_kv, head_dim_v, dtype=dtype)
+    with compile_only(arch) as launches:
+        if options.pop("varlen", False):
+            cu_seqlens = torch.arange(BATCH + 1, dtype=torch.int32) * SEQLEN
+            packed = (x.flatten(0, 1) for x in (q, k, v))
+            flash_attention_varlen(*packed, cu_seqlens, cu_seqlens, SEQLEN, SEQLEN, **options)
+        else:
+            flash_attention(q, k, v, **options)
+    (launch,) = launches
+    return launch
+
+
+def describe(launch, report, variant):
+    """One line for the summary of the test run."""
+    constants = launch.constexprs
+    head_dims = f"{constants['HEAD_DIM']}/{constants['HEAD_DIM_V']}"
+    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
+    line = f"{launch.arch:7} {head_dims:>7} {variant:8} {tile:13} {'tma' if constants['USE_TMA'] else '':4}"
+    line += f"{launch.registers:4} registers {launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
+    if getattr(report, "lock", None):
+        line += f"  bound {report.bound:4.0f}  lock {report.lock:4.0f}"
+    return line
+
+
+# Outside the loop, in the one variant: smaller tiles would cost all others a tenth of `lock`.
+KNOWN_SPILLS = {("sm_90", 160, "softcap"): 20}
+
+
+def check_resources(launch, report, dtype, variant):
+    """It fits; half precision spills nothing up to head dim 256, past it nothing in the loop on Hopper and Blackwell."""
+    assert launch.shared_bytes <= shared_memory_limit(launch.arch)
+    if dtype == torch.float32:
+        return
+    head_dim = max(launch.constexprs["HEAD_DIM"], launch.constexprs["HEAD_DIM_V"])
+    if head_dim <= 256:
+        assert launch.spill_bytes <= KNOWN_SPILLS.get((launch.arch, head_dim, variant), 0)
+    elif launch.arch in ("sm_90", "sm_100"):
+        assert report.hot.spills == 0
+
+
+def check_instructions(launch, report, dtype):
+    """Each architecture's own matrix instructions and asynchronous copies, in the interior loop where that is read."""
+    if dtype == torch.float32:
+        return
+    if launch.arch == "gfx942":
+        assert launch.uses_mfma
+        return
+    by_16_bytes = launch.constexprs["VECTOR"] > 1
+    assert (report.hot.async_copies > 0) == by_16_bytes
+    assert launch.uses_tcgen05 == (launch.arch == "sm_100")
+    if by_16_bytes:
+        assert launch.uses_tma == (launch.arch in ("sm_90", "sm_100"))
+        assert launch.uses_wgmma == (launch.arch == "sm_90")
+        assert (report.hot.histogram["HGMMA"] > 0) == launch.uses_wgmma
+
+
+def case(arch, dtype, head_dim, variant, *marks):
+    head_dim, head_dim_v = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    name = f"{arch}-{NAMES[dtype]}-{head_dim}-{head_dim_v}-{variant}"
+    return pytest.param(arch, dtype, head_dim, head_dim_v, variant, id=name, marks=marks)
+
+
+def full(param):
+    return pytest.param(*param.values, id=param.id, marks=pytest.mark.full)
+
+
+HEAD_DIMS = (16, 32, 40, 64, 71, 80, 96, 112, 128, 160, 192, (192, 128), 256, 320, 384, 512)
+HALF = (torch.float16, torch.bfloat16)
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SLICE = [
+    *(case(arch, torch.float16, d, "causal", pytest.mark.oldest) for arch in ARCHS for d in (64, 128, (192, 128), 256)),
+    *(case(arch, torch.float16, 71, "causal") for arch in ARCHS),
+    *(case(arch, torch.bfloat16, 128, "varlen") for arch in ARCHS),
+    *(case("sm_90", torch.float16, d, "varlen", pytest.mark.oldest) for d in (64, 256)),
+    *(case("sm_90", torch.float16, d, "causal") for d in (40, 160, 320, 512)),
+    *(case("sm_90", torch.float16, 128, variant) for variant in ("softcap", "alibi", "sinks")),
+    *(case("sm_80", torch.float16, d, "plain") for d in (40, 128)),
+    *(case("sm_100", torch.float16, d, "plain") for d in (128, 512)),
+    *(case(arch, torch.float32, 128, "causal") for arch in ARCHS),
+    *(case(arch, torch.float16, 128, "causal") for arch in ("sm_86", "sm_89", "sm_120")),
+]
+REST = [
+    *(case(arch, torch.float16, d, variant) for arch in ARCHS for d in HEAD_DIMS for variant in VARIANTS),
+    *(case(arch, torch.bfloat16, d, variant) for arch in ARCHS for d in HEAD_DIMS for variant in ("plain", "causal")),
+    *(case(arch, torch.float32, d, variant) for arch in ARCHS for d in HEAD_DIMS for variant in ("plain", "causal")),
+    *(case(arch, torch.float16, d, "causal") for arch in ("sm_86", "sm_120") for d in HEAD_DIMS),
+]
+SLICE_IDS = {param.id for param in SLICE}
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim", "head_dim_v", "variant"),
+    [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)],
+)
+def test_default(arch, dtype, head_dim, head_dim_v, variant, record_property):
+    launch = compile_default(arch, dtype, head_dim, head_dim_v, variant)
+    report = loop_model.analyze(launch.kernel)
+    record_property("figure", f"{NAMES[dtype]} {describe(launch, report, variant)}")
+    check_resources(launch, report, dtype, variant)
+    check_instructions(launch, report, dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100"])
+def test_fp32_on_tensor_cores_fits(arch, head_dim, precision, record_property):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        launch = compile_default(arch, torch.float32, head_dim, head_dim, "causal")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    report = loop_model.analyze(launch.kernel)
+    record_property("figure", f"fp32 {describe(launch, report, precision)}")
+    assert report.hot.mma_instructions > 0
+
+
+# fp16 on sm_90, TFLOP/s: the least that the interior loop must reach, and how many of the units' 949 at best.
+BARS = {64: (460, 900), 128: (600, 949), 256: (640, 949)}
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("head_dim", BARS)
+def test_interior_loop_on_hopper(head_dim, record_property):
+    lock, bound = BARS[head_dim]
+    loops = {}
+    for variant in ("plain", "causal", "gqa", "window"):
+        launch = compile_default("sm_90", torch.float16, head_dim, head_dim, variant)
+        report = loop_model.analyze(launch.kernel)
+        record_property("figure", f"fp16 {describe(launch, report, variant)}")
+        check_resources(launch, report, torch.float16, variant)
+        check_instructions(launch, report, torch.float16)
+        loops[variant] = report
+    plain = loops["plain"]
+    assert plain.lock >= lock
+    assert round(plain.bound) >= bound
+    # A mask, a group or a window is the business of other tiles.
+    for report in loops.values():
+        for opcode in ("HGMMA", "MUFU", "F2FP", "FMNMX", "UTMALDG"):
+            assert report.hot.histogram[opcode] == plain.hot.histogram[opcode], opcode
+        assert report.hot.instructions == pytest.approx(plain.hot.instructions, rel=0.05)
+        assert report.lock == pytest.approx(plain.lock, rel=0.03)
+
+
+LENGTHS = (1, 2, 15, 16, 17, 31, 64, 127, 128, 129, 1000, 1024, 2047, 4096, 4097)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window_size": (100, -1), "return_lse": True}])
+def test_a_call_compiles_one_kernel_and_its_length_no_other(options):
+    with compile_only("sm_90") as launches:
+        for seqlen in LENGTHS:
+            q = torch.empty(2, seqlen, 8, 128, dtype=torch.float16)
+            flash_attention(q, q[:, :, :2], q[:, :, :2], **options)
+            flash_attention(q[:, :1], q, q, **options)
+    assert len(launches) == 2 * len(LENGTHS)
+    # Grouped and ungrouped heads are two kernels: an argument of 1 is compiled in.
+    assert len({launch.kernel.hash for launch in launches}) == 2
+
+
+def test_varlen_lengths_compile_no_other_kernel():
+    with compile_only("sm_90") as launches:
+        for total in LENGTHS:
+            q = torch.empty(total, 8, 128, dtype=torch.float16)
+            cu_seqlens = torch.tensor([0, total // 3, total], dtype=torch.int32)
+            flash_attention_varlen(q, q, q, cu_seqlens, cu_seqlens, total, total, causal=True)
+    assert len(launches) == len(LENGTHS)
+    assert len({launch.kernel.hash for launch in launches}) == 1
+
+
+def test_an_odd_head_dim_compiles_two_kernels_over_all_lengths():
+    # The stride from one sequence to the next is a multiple of 16 only where the length is one.
+    with compile_only("sm_80") as launches:
+        for seqlen in LENGTHS:
+            q = torch.empty(2, seqlen, 3, 71, dtype=torch.float16)
+            flash_attention(q, q, q)
+    assert len({launch.kernel.hash for launch in launches}) == 2
+
+
+@pytest.mark.full
+def test_prune_agrees_with_the_compiler():
+    """What it refuses for shared memory does not fit, and what it lets pass does."""
+    for arch, tile in {
+        "sm_80": FlashConfig(128, 64, 8, 4),
+        "sm_86": FlashConfig(128, 64, 8, 2),
+        "sm_90": FlashConfig(128, 128, 8, 3, use_tma=True),
+        "gfx942": FlashConfig(128, 64, 8, 1),
+    }.items():
+        for head_dim in (128, 256):
+            reason = prune(tile, arch, torch.float16, head_dim, head_dim)
+            fits = compiles(arch, head_dim, tile)
+            assert fits == (reason is None or "shared memory" not in reason), (arch, head_dim, reason)
+
+
+def compiles(arch, head_dim, tile):
+    q = torch.empty(1, 256, 4, head_dim, dtype=torch.float16)
+    options = AttentionOptions(1.0, (None, None), None, None, None)
+    with compile_only(arch) as launches:
+        try:
+            launch_flash_fwd(q, q, q, torch.empty_like(q), None, None, None, 256, 256, options, tile)
+        except forward.triton.runtime.errors.OutOfResources:
+            return False
+    return len(launches) == 1
+
+
+def median_microseconds(calls, rounds=300):
+    """Median of each call, all of them timed in turn."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter_ns()
+            call()
+            times[name].append(time.perf_counter_ns() - start)
+    return {name: statistics.median(samples) / 1000 for name, samples in times.items()}
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_host_cost(varlen, record_property):
+    """A call costs at most twice the bare launch of the same kernel with the same arguments at hand."""
+    q, k, v = (torch.empty(4, 512, heads, 128, dtype=torch.float16) for heads in (32, 8, 8))
+    if varlen:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        cu_seqlens = torch.arange(5, dtype=torch.int32) * 512
+    with compile_only("sm_90", every_launch=False), torch.no_grad():
+
+        def call():
+            if varlen:
+                return flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 512, 512, causal=True)
+            return flash_attention(q, k, v, causal=True)
+
+        with mock.patch.object(forward, "launch_packed") as launch:
+            call()
+        kernel, grid, _, args, constants = launch.call_args.args
+        bare = kernel[grid]
+        calls = {"call": call, "bare launch": lambda: bare(*args, enable_fp_fusion=True, **constants)}
+        median_microseconds(calls, rounds=20)
+        cost = median_microseconds(calls)
+    figure = f"{cost['call']:.0f} us a call of {'flash_attention_varlen' if varlen else 'flash_attention'}, "
+    record_property("figure", f"{figure}{cost['bare launch']:.0f} us the bare launch of its kernel")
+    assert cost["call"] <= 2 * cost["bare launch"]
