@@ -72,7 +72,7 @@ KNOWN_SPILLS = {("sm_90", 160, "softcap"): 20}
 
 
 def check_resources(launch, report, dtype, variant):
-    """It fits; half precision spills nothing up to head dim 256, past it nothing in the loop on Hopper and Blackwell."""
+    """It fits; half precision spills nothing up to head dim 256, past it nothing in the loop on sm_90 and sm_100."""
     assert launch.shared_bytes <= shared_memory_limit(launch.arch)
     if dtype == torch.float32:
         return

@@ -119,7 +119,7 @@ _HALF = {
     },
 }
 
-# fp32 inputs, by the precision of their products: fused multiply-adds on NVIDIA for ieee, matrix instructions otherwise.
+# fp32 inputs, by the precision of their products. NVIDIA has fused multiply-adds alone for ieee.
 _FLOAT = {
     "ieee": (
         (64, FlashConfig(64, 32, 8, 1)),
