@@ -16,7 +16,7 @@ def fail(name, expected, got, error=ValueError):
 def check_number(name, value):
     if type(value) not in (float, int) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         fail(name, "a number", type(value).__name__, TypeError)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced for a symbolic value
         fail(name, "a finite number", value)
 
 

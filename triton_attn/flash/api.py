@@ -3,6 +3,8 @@
 import functools
 
 import torch
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
@@ -77,7 +79,8 @@ def flash_attention(
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
-        NotImplementedError: gradients of a head dimension above 256, of alibi_slopes, or second derivatives.
+        NotImplementedError: gradients of a head dimension above 256, of alibi_slopes, second derivatives, forward
+            mode, torch.func (but vmap, which loops).
 
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
@@ -280,6 +283,7 @@ def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, r
         return out, lse
     from . import autograd
 
+    _check_transforms(q, k, v, sinks, alibi_slopes)
     if torch.is_grad_enabled():
         _check_differentiable(q, k, v, sinks, alibi_slopes)
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = lengths
@@ -320,7 +324,20 @@ def _needs_operator(q, k, v, sinks, alibi_slopes):
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or q.is_meta
     )
+
+
+def _check_transforms(*tensors):
+    """What torch's operators do not serve: torch.func fails far from the call, forward mode gives no tangent."""
+    if torch.compiler.is_compiling():
+        return
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(transform.key() in (TransformType.Grad, TransformType.Jvp) for transform in transforms):
+        raise NotImplementedError("derivatives by torch.func are not served; those by torch.autograd are")
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("forward-mode derivatives are not served")
 
 
 def _check_differentiable(q, k, v, sinks, alibi_slopes):
