@@ -17,7 +17,7 @@ from triton_attn.flash.reference import attend, dropout_mask, visible_keys
 from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
 
 INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (1, 3, 16, 24, 40, 64, 71, 80, 96, 112, 128, 160, 192, 256, 320, 512)
 GROUP_SIZES = (1, 2, 3, 5, 6, 7, 16)
