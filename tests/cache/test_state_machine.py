@@ -42,7 +42,7 @@ class CacheMachine(RuleBasedStateMachine):
     steps = 0
 
     @initialize(
-        num_pages=st.integers(1, 12),
+        num_pages=st.integers(4, 24),
         page_size=st.sampled_from([1, 2, 3, 4]),
         prefix_caching=st.integers(0, 7).map(bool),
     )
@@ -72,8 +72,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     # What the cache is asked to do, and what must come of it.
 
-    @rule(data=st.data(), salt=st.sampled_from([None, "a"]))
-    def create(self, data, salt):
+    @rule(data=st.data(), salt=st.sampled_from([None, "a"]), prefill=st.booleans())
+    def create(self, data, salt, prefill):
         tokens = self.draw_prompt(data)
         expected = 0
         while self.prefix_is_findable(salt, tokens, expected + self.page_size):
@@ -85,14 +85,23 @@ class CacheMachine(RuleBasedStateMachine):
         pages = [self.findable[salt, tuple(tokens[:end])] for end in ends]
         self.free_pages = [page for page in self.free_pages if page not in pages]
         self.live[seq] = NaiveSequence(salt, tokens[:cached], pages, cached, cached // self.page_size)
+        if prefill:
+            self.extend_batch([seq], [tokens[cached:]])
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def extend(self, data):
-        self.write()
-        seqs = data.draw(st.lists(st.sampled_from(list(self.live)), unique=True, max_size=4), label="seqs")
+        seqs = self.draw_batch(data)
         new_ids = st.lists(st.integers(0, 1), max_size=2 * self.page_size)
-        new_tokens = [data.draw(st.integers(0, 3) | new_ids, label="new tokens") for _ in seqs]
+        self.extend_batch(seqs, [data.draw(st.integers(0, 3) | new_ids, label="new tokens") for _ in seqs])
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def decode(self, data):
+        self.extend_batch(list(self.live), [[data.draw(st.integers(0, 1), label="token")] for _ in self.live])
+
+    def extend_batch(self, seqs, new_tokens):
+        self.write()
         counts = [tokens if isinstance(tokens, int) else len(tokens) for tokens in new_tokens]
         grown = [self.pages_of(len(self.live[seq].tokens) + n) for seq, n in zip(seqs, counts)]
         num_new = sum(pages - len(self.live[seq].pages) for seq, pages in zip(seqs, grown))
@@ -119,7 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def commit(self, data):
         self.write()
-        seqs = data.draw(st.lists(st.sampled_from(list(self.live)), unique=True, max_size=4), label="seqs")
+        seqs = self.draw_batch(data)
         self.cache.commit(seqs)
         self.name_full_pages(seqs)
 
@@ -223,6 +232,11 @@ class CacheMachine(RuleBasedStateMachine):
             return data.draw(ids, label="prompt")
         tokens = data.draw(st.sampled_from(self.history), label="as before")
         return tokens[: data.draw(st.integers(0, len(tokens)), label="cut")] + data.draw(ids, label="rest")
+
+    def draw_batch(self, data):
+        """Some of the live sequences in any order, often all of them."""
+        seqs = data.draw(st.permutations(list(self.live)), label="seqs")
+        return seqs[: data.draw(st.integers(1, 2 * len(seqs)), label="number of seqs")]
 
     def prefix_is_findable(self, salt, tokens, length):
         return length <= len(tokens) and (salt, tuple(tokens[:length])) in self.findable
