@@ -120,11 +120,11 @@ class Usage:
 class Request:
     """A prompt, and `width` sequences that continue it."""
 
-    def __init__(self, cache, workload, method, width, system_prompt, rng):
+    def __init__(self, cache, lengths, method, width, system_prompt, rng):
         self.cache = cache
         self.method = method
         self.rng = rng
-        prompt_length, self.output_length = workload.draw(rng)
+        prompt_length, self.output_length = lengths
         self.prompt_length = min(system_prompt + prompt_length, MAX_LENGTH - self.output_length)
         own = self.prompt_length - system_prompt
         prompt = [*range(system_prompt), *(rng.randrange(VOCABULARY) for _ in range(own))]
@@ -164,10 +164,11 @@ class Request:
 
 
 def simulate(
-    workload, *, method="sampling", width=1, running=16, requests=64, system_prompt=0, page_size=PAGE_SIZE, seed=0
+    workload, *, method="sampling", width=1, running=16, requests=256, system_prompt=0, page_size=PAGE_SIZE, seed=0
 ):
     """`Usage` of `running` requests at a time while `requests` come to their end, after as many as run at a time."""
-    rng = random.Random(seed)
+    # Lengths have a generator of their own: the same requests whatever is done with them.
+    lengths, rng = random.Random(seed), random.Random(seed + 1)
     # More than enough: every sequence at its longest, and a copy in flight for each.
     num_pages = running * width * (MAX_LENGTH // page_size + 2)
     shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1}
@@ -175,7 +176,7 @@ def simulate(
     active, ended, steps = [], 0, []
     while ended < running + requests:
         while len(active) < running:
-            active.append(Request(cache, workload, method, width, system_prompt, rng))
+            active.append(Request(cache, workload.draw(lengths), method, width, system_prompt, rng))
         for request in active:
             request.choose()
         cache.extend([seq for request in active for seq in request.seqs], 1)
@@ -211,7 +212,7 @@ def _lognormal(rng, mean, sigma):
     return max(1, round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)))
 
 
-def run(out_dir, requests=64):
+def run(out_dir, requests=256):
     """Print the tables, write them as CSV files, and draw a picture of each."""
     cases = {
         "sharing": [(workload, method, width) for workload in WORKLOADS for method in METHODS for width in WIDTHS],
@@ -261,4 +262,4 @@ def _waste_row(workload, page_size, requests):
 
 
 def add_arguments(parser):
-    parser.add_argument("--requests", type=int, default=64, help="requests measured per case (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=256, help="requests measured per case (default: %(default)s)")
