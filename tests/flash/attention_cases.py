@@ -5,6 +5,7 @@ import itertools
 from dataclasses import dataclass
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from hypothesis import strategies as st
@@ -63,6 +64,30 @@ class Case:
             "softcap": self.softcap,
             "dropout_p": self.dropout_p,
         }
+
+
+PLAIN = Case(
+    varlen=False,
+    dtype=torch.float16,
+    seqlens_q=(33,),
+    seqlens_k=(47,),
+    num_heads_kv=1,
+    group_size=1,
+    head_dim=32,
+    head_dim_v=32,
+    causal=True,
+    window_size=(-1, -1),
+    softmax_scale=None,
+    softcap=0.0,
+    alibi=None,
+    sinks=None,
+    layouts=("contiguous",) * 3,
+    poison=NAN,
+    poisoned_sequence=None,
+    spare_rows=0,
+    config=FlashConfig(block_m=32, block_n=32, num_warps=4, num_stages=1),
+    seed=0,
+)
 
 
 def _sliced(x, dim_padding):
@@ -227,6 +252,26 @@ def using(config, backward_config=None):
         forward._plan.cache_clear()
         yield
     forward._plan.cache_clear()
+
+
+_LARGE = 2**31 + 64
+far_apart = pytest.mark.parametrize(
+    ("dim", "size", "stride"),
+    [
+        pytest.param(0, 2, _LARGE, id="batch"),
+        pytest.param(1, 2, _LARGE, id="row"),
+        pytest.param(1, 33, 2**26 + 32, id="rows of one tile"),
+        pytest.param(2, 2, _LARGE, id="head"),
+    ],
+)
+
+
+def lying_far_apart(x, dim, stride):
+    """x (any values) with `stride` elements from one index of `dim` to the next, on memory that is never touched."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = stride
+    memory = torch.empty((x.shape[dim] - 1) * stride + x.numel(), dtype=x.dtype, device=x.device)
+    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 def check(case):

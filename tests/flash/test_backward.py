@@ -1,7 +1,7 @@
 """The backward kernels against fp64 autograd through the definition: random calls, and each edge in an example."""
 
 import contextlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -12,13 +12,15 @@ from attention_cases import (
     HEAD_DIMS,
     INTERPRETED,
     LAYOUTS,
-    NAN,
     Case,
     Inputs,
     cases,
+    far_apart,
+    lying_far_apart,
     rows_loaded,
     using,
 )
+from attention_cases import PLAIN as PLAIN_FORWARD
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
@@ -62,8 +64,7 @@ def backward_cases(draw, dtype, varlen):
 
     tiles = (tile(use_tma) for use_tma in [draw(st.booleans())] * 3)
     return BackwardCase(
-        **{field.name: getattr(case, field.name) for field in fields(Case)}
-        | {"head_dim": draw(head_dims), "head_dim_v": draw(head_dims)},
+        **vars(case) | {"head_dim": draw(head_dims), "head_dim_v": draw(head_dims)},
         tiles=BackwardConfig(*tiles),
         deterministic=draw(st.booleans()),
         dout_layout=draw(st.sampled_from(list(DOUT_LAYOUTS))),
@@ -222,32 +223,9 @@ def alike(tile):
     return BackwardConfig(tile, tile, tile)
 
 
-TILE = FlashConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
+TILE = PLAIN_FORWARD.config
 PLAIN = BackwardCase(
-    varlen=False,
-    dtype=torch.float16,
-    seqlens_q=(33,),
-    seqlens_k=(47,),
-    num_heads_kv=1,
-    group_size=1,
-    head_dim=32,
-    head_dim_v=32,
-    causal=True,
-    window_size=(-1, -1),
-    softmax_scale=None,
-    softcap=0.0,
-    alibi=None,
-    sinks=None,
-    layouts=("contiguous",) * 3,
-    poison=NAN,
-    poisoned_sequence=None,
-    spare_rows=0,
-    config=TILE,
-    seed=0,
-    tiles=alike(TILE),
-    deterministic=True,
-    dout_layout="contiguous",
-    dlse_layout=None,
+    **vars(PLAIN_FORWARD), tiles=alike(TILE), deterministic=True, dout_layout="contiguous", dlse_layout=None
 )
 both_schedules = pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])
 
@@ -438,3 +416,22 @@ def test_gradients_are_contiguous_and_of_their_tensors_dtype(deterministic):
         assert gradient.dtype == leaf.dtype
         assert gradient.shape == leaf.shape
         assert gradient.is_contiguous()
+
+
+@both_schedules
+@pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
+@far_apart
+def test_offsets_past_32_bits(which, dim, size, stride, deterministic):
+    shape = [1, 3, 1, 16]
+    shape[dim] = size
+    names = ("q", "k", "v", "dout")
+    tensors = {name: torch.randn(shape, dtype=torch.float32).to(DEVICE, torch.float16) for name in names}
+
+    def gradients_of(q, k, v, dout):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(flash_attention(*leaves, deterministic=deterministic), leaves, dout)
+
+    with using(replace(TILE, block_m=64, block_n=64)):
+        expected = gradients_of(**tensors)
+        tensors[which] = lying_far_apart(tensors[which].detach(), dim, stride)
+        assert all(map(torch.equal, gradients_of(**tensors), expected))

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import DEVICE, DTYPES, HEAD_DIMS, INTERPRETED, NAN, Case, cases, check, using
+from attention_cases import (
+    DEVICE,
+    DTYPES,
+    HEAD_DIMS,
+    INTERPRETED,
+    PLAIN,
+    cases,
+    check,
+    far_apart,
+    lying_far_apart,
+    using,
+)
 from hypothesis import given, seed, settings
 
 from triton_attn import flash_attention, flash_attention_varlen
@@ -29,30 +40,6 @@ def test_random_calls(dtype, varlen, shard):
         check(case)
 
     run()
-
-
-PLAIN = Case(
-    varlen=False,
-    dtype=torch.float16,
-    seqlens_q=(33,),
-    seqlens_k=(47,),
-    num_heads_kv=1,
-    group_size=1,
-    head_dim=32,
-    head_dim_v=32,
-    causal=True,
-    window_size=(-1, -1),
-    softmax_scale=None,
-    softcap=0.0,
-    alibi=None,
-    sinks=None,
-    layouts=("contiguous",) * 3,
-    poison=NAN,
-    poisoned_sequence=None,
-    spare_rows=0,
-    config=FlashConfig(block_m=32, block_n=32, num_warps=4, num_stages=1),
-    seed=0,
-)
 
 
 @pytest.mark.oldest
@@ -260,27 +247,8 @@ def test_causal_and_window_do_the_work_that_is_visible():
     assert tiles(window_size=(0, 0)) == 8
 
 
-LARGE = 2**31 + 64
-
-
-def lying_far_apart(x, dim, stride):
-    """x (any values) with `stride` elements from one index of `dim` to the next, on memory that is never touched."""
-    strides = list(x.contiguous().stride())
-    strides[dim] = stride
-    memory = torch.empty((x.shape[dim] - 1) * stride + x.numel(), dtype=x.dtype, device=x.device)
-    return memory.as_strided(x.shape, strides).copy_(x)
-
-
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-@pytest.mark.parametrize(
-    ("dim", "size", "stride"),
-    [
-        pytest.param(0, 2, LARGE, id="batch"),
-        pytest.param(1, 2, LARGE, id="row"),
-        pytest.param(1, 33, 2**26 + 32, id="rows of one tile"),
-        pytest.param(2, 2, LARGE, id="head"),
-    ],
-)
+@far_apart
 def test_offsets_past_32_bits(which, dim, size, stride):
     shape = [1, 3, 1, 16]
     shape[dim] = size
