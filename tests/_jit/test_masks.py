@@ -1,0 +1,80 @@
+"""Which tiles a kernel visits, and which of them it masks, against the definition of what a row sees."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triton_attn._jit.masks import mask_scores, visible_range
+from triton_attn.flash.reference import visible_keys
+
+
+@triton.jit
+def _range_kernel(out_ptr, start, end, num_columns, offset, window, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    lo, full_lo, full_hi, hi = visible_range(start, end, num_columns, offset, window, BLOCK, ALIGN)
+    tl.store(out_ptr, lo)
+    tl.store(out_ptr + 1, full_lo)
+    tl.store(out_ptr + 2, full_hi)
+    tl.store(out_ptr + 3, hi)
+
+
+@triton.jit
+def _mask_kernel(out_ptr, start_row, start_column, num_columns, offset, window, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    s = mask_scores(tl.zeros([ROWS, COLS], tl.float32), start_row + rows, start_column, num_columns, offset, window)
+    tl.store(out_ptr + rows[:, None] * COLS + tl.arange(0, COLS)[None, :], s)
+
+
+lengths = st.integers(1, 70)
+sides = st.none() | st.integers(0, 40)
+
+
+@pytest.mark.oldest
+@settings(max_examples=10 * settings.default.max_examples)
+@given(lengths, lengths, st.tuples(sides, sides), st.sampled_from([1, 4, 16]), st.data())
+def test_visible_range(device, seqlen_q, seqlen_k, window, align, data):
+    start = data.draw(st.integers(0, seqlen_q - 1))
+    end = data.draw(st.integers(start + 1, seqlen_q))
+    bounds = torch.empty(4, dtype=torch.int32, device=device)
+    _range_kernel[(1,)](bounds, start, end, seqlen_k, seqlen_k - seqlen_q, window, BLOCK=16, ALIGN=align)
+    lo, full_lo, full_hi, hi = bounds.tolist()
+
+    left, right = (-1 if side is None else side for side in window)
+    visible, _ = visible_keys(seqlen_q, seqlen_k, False, (left, right), "cpu")
+    rows = visible[start:end]
+    seen = rows.any(0).nonzero().flatten().tolist()
+    assert lo % align == 0 if window[0] is not None else lo == 0
+    assert 0 <= lo <= full_lo <= full_hi <= max(hi, lo)
+    # The interior is whole tiles from lo, and every row sees all of it.
+    assert (full_lo - lo) % 16 == 0 or full_lo == hi
+    assert (full_hi - full_lo) % 16 == 0
+    assert rows[:, full_lo:full_hi].all()
+    if not seen:
+        assert hi == lo
+        return
+    # Nothing that a row sees is left out, and no more is visited than the alignment asks for.
+    assert lo <= seen[0] < lo + align
+    assert hi == seen[-1] + 1
+    # No tile is masked that every row sees.
+    tiles = range(lo, hi - 15, 16)
+    assert all(full_lo <= tile < full_hi for tile in tiles if rows[:, tile : tile + 16].all())
+
+
+@pytest.mark.oldest
+@settings(max_examples=10 * settings.default.max_examples)
+@given(lengths, lengths, st.tuples(sides, sides), st.data())
+def test_mask_scores(device, seqlen_q, seqlen_k, window, data):
+    start_row = data.draw(st.integers(0, seqlen_q - 1))
+    start_column = data.draw(st.integers(0, seqlen_k - 1))
+    out = torch.empty(16, 32, device=device)
+    _mask_kernel[(1,)](out, start_row, start_column, seqlen_k, seqlen_k - seqlen_q, window, ROWS=16, COLS=32)
+
+    left, right = (-1 if side is None else side for side in window)
+    visible, _ = visible_keys(seqlen_q, seqlen_k, False, (left, right), "cpu")
+    visible = visible[start_row : start_row + 16, start_column : start_column + 32]
+    masked = torch.full((16, 32), float("-inf"))
+    num_rows, num_columns = visible.shape
+    masked[:num_rows, :num_columns][visible] = 0
+    assert torch.equal(out.cpu()[:num_rows], masked[:num_rows])

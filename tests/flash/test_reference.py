@@ -1,0 +1,112 @@
+"""The reference against torch's own attention, and against its formulas written out for one query at a time."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from triton_attn import reference
+
+
+def random_qkv(seqlen_q=7, seqlen_k=9, num_heads_q=4, num_heads_kv=2, head_dim=8, head_dim_v=6):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (seqlen_q, num_heads_q, head_dim), (seqlen_k, num_heads_kv, head_dim), (seqlen_k, num_heads_kv, head_dim_v)
+    return [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_against_torch(dtype, causal):
+    q, k, v = (x.to(dtype) for x in random_qkv(seqlen_q=9))
+    expected = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True)
+    out = reference.flash_attention(q, k, v, causal=causal)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+OPTIONS = [
+    {},
+    {"causal": True},
+    {"window_size": (2, 1)},
+    {"window_size": (0, -1), "softmax_scale": -0.3},
+    {"softcap": 0.8},
+    {"alibi_slopes": torch.tensor([0.1, 0.2, 0.4, 0.8], dtype=torch.float64)},
+    {"alibi_slopes": torch.arange(8, dtype=torch.float64).view(2, 4) / 8, "causal": True},
+    {"sinks": torch.tensor([0.0, 1.0, -2.0, 5.0], dtype=torch.float64)},
+    {
+        "causal": True,
+        "window_size": (3, -1),
+        "softcap": 2.0,
+        "alibi_slopes": torch.full((4,), 0.3, dtype=torch.float64),
+        "sinks": torch.ones(4, dtype=torch.float64),
+    },
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options) or "plain")
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(7, 9), (9, 5), (1, 6)])
+def test_against_its_formulas(seqlen_q, seqlen_k, options):
+    q, k, v = random_qkv(seqlen_q, seqlen_k)
+    out, lse = reference.flash_attention(q, k, v, **options, return_lse=True)
+    for b in range(2):
+        for head in range(4):
+            for i in range(seqlen_q):
+                expected_out, expected_lse = one_query(q, k, v, b, head, i, **options)
+                torch.testing.assert_close(out[b, i, head], expected_out)
+                torch.testing.assert_close(lse[b, head, i].item(), expected_lse)
+
+
+def one_query(
+    q,
+    k,
+    v,
+    b,
+    head,
+    i,
+    causal=False,
+    window_size=(-1, -1),
+    softmax_scale=None,
+    softcap=0,
+    alibi_slopes=None,
+    sinks=None,
+):
+    """out and lse of one query by the sums of the docstring."""
+    left, right = (math.inf if side < 0 else side for side in window_size)
+    right = 0 if causal else right
+    position = i + k.shape[1] - q.shape[1]
+    scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    total = math.exp(sinks[head]) if sinks is not None else 0.0
+    out = torch.zeros(v.shape[3], dtype=torch.float64)
+    for j in range(k.shape[1]):
+        if not position - left <= j <= position + right:
+            continue
+        score = scale * sum(a * b for a, b in zip(q[b, i, head].tolist(), k[b, j, head // 2].tolist()))
+        if softcap:
+            score = softcap * math.tanh(score / softcap)
+        if alibi_slopes is not None:
+            slope = alibi_slopes[b, head] if alibi_slopes.ndim == 2 else alibi_slopes[head]
+            score -= slope.item() * abs(position - j)
+        total += math.exp(score)
+        out += math.exp(score) * v[b, j, head // 2]
+    return (out / total, math.log(total)) if total else (out, -math.inf)
+
+
+def test_varlen_is_each_sequence_by_itself():
+    q, k, v = (x[0] for x in random_qkv(12, 15))
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 4, 4, 10], [0, 0, 6, 14]))
+    slopes = torch.rand(3, 4, dtype=torch.float64)
+    options = {"causal": True, "sinks": torch.ones(4, dtype=torch.float64)}
+    out, lse = reference.flash_attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, 6, 8, alibi_slopes=slopes, return_lse=True, **options
+    )
+    for i, (rows_q, rows_k) in enumerate(
+        [(slice(0, 4), slice(0, 0)), (slice(4, 4), slice(0, 6)), (slice(4, 10), slice(6, 14))]
+    ):
+        expected_out, expected_lse = reference.flash_attention(
+            q[None, rows_q], k[None, rows_k], v[None, rows_k], alibi_slopes=slopes[i], return_lse=True, **options
+        )
+        assert torch.equal(out[rows_q], expected_out[0])
+        assert torch.equal(lse[:, rows_q], expected_lse[0])
+    assert (out[10:] == 0).all()
+    assert (lse[:, 10:] == 0).all()
