@@ -48,6 +48,11 @@ def check_same_kind(q, k, v):
             fail(name, f"q's device {q.device}", x.device)
 
 
+def layout_of(*tensors):
+    """Shape and strides of each tensor: what a launch follows from, and can be remembered by."""
+    return tuple((x.shape, x.stride()) for x in tensors)
+
+
 def check_qkv_layout(ndim, q, k, v):
     """q, k, v as (shape, strides): heads that divide, a contiguous last dimension; ndim 4 dense, 3 packed."""
     for name, (shape, strides) in (("q", q), ("k", k), ("v", v)):

@@ -51,11 +51,6 @@ def heads_in_l2(bytes_per_head_kv, group_size):
     return max(1, L2_BUDGET_BYTES // max(1, bytes_per_head_kv)) * group_size
 
 
-def layout_of(*tensors):
-    """Shape and strides of each tensor: what a launch follows from, and can be remembered by."""
-    return tuple((x.shape, x.stride()) for x in tensors)
-
-
 def tma_ready(x):
     """Whether TMA can address x: base and strides in 16-byte units, nothing empty, broadcast or out of range."""
     return x.data_ptr() % 16 == 0 and strides_suit_tma(x.shape, x.stride(), x.element_size())

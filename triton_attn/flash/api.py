@@ -18,8 +18,8 @@ from .._host.checks import (
     check_same_kind,
     check_window,
     fail,
+    layout_of,
 )
-from .._host.layout import layout_of
 from . import reference
 from .options import AttentionOptions, dropout_arguments
 

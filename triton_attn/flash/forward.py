@@ -7,12 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import (
     batch_head_strides,
     describe,
     heads_in_l2,
-    layout_of,
     strides_are_wide,
     strides_suit_tma,
     tma_geometry,
