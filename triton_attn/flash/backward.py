@@ -24,9 +24,10 @@ from .._host.layout import (
     rows_are_wide,
     tma_descriptors,
     tma_ready,
+    vector_elements,
 )
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
-from .._jit.heads import assign_tile, row_pointer, sequence_bounds
+from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.softmax import LOG2_E
 from .._jit.tiles import (
@@ -204,6 +205,7 @@ def _flash_bwd_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One program computes BLOCK_N rows of dk and dv for one KV head, over all query heads of its group.
@@ -212,6 +214,10 @@ def _flash_bwd_dkdv_kernel(
     operands that stay in registers. q and dout are pointers, or tuples of descriptors with USE_TMA. dk_ptr or dv_ptr
     None: not wanted. dq (fp32, zeros) None: not wanted here; else this is the fused schedule.
     """
+    q_strides = in_vectors(q_strides, VECTOR)
+    k_strides = in_vectors(k_strides, VECTOR)
+    v_strides = in_vectors(v_strides, VECTOR)
+    dout_strides = in_vectors(dout_strides, VECTOR)
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head_kv = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, False)
     batch = batch_head_kv // num_heads_kv
@@ -258,8 +264,8 @@ def _flash_bwd_dkdv_kernel(
 
         for INTERIOR in tl.static_range(2):
             num_steps = interior_tiles if INTERIOR else boundary_tiles
-            # Five products leave no registers for what the compiler would compute once before the loop.
-            for i in tl.range(0, num_steps, disable_licm=dq is not None):
+            # Five products, or wide ones, leave no registers for what the compiler would compute once before the loop.
+            for i in tl.range(0, num_steps, disable_licm=dq is not None or HEAD_DIM + HEAD_DIM_V > 256):
                 if INTERIOR:
                     start_m = full_lo + i * BLOCK_M
                 else:
@@ -365,9 +371,14 @@ def _flash_bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of dq for one query head. Grid and tiles as in the forward kernel."""
+    q_strides = in_vectors(q_strides, VECTOR)
+    k_strides = in_vectors(k_strides, VECTOR)
+    v_strides = in_vectors(v_strides, VECTOR)
+    dout_strides = in_vectors(dout_strides, VECTOR)
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
     batch = batch_head // num_heads
@@ -411,7 +422,7 @@ def _flash_bwd_dq_kernel(
     dq = zeros_tile(BLOCK_M, HEAD_DIM)
     for INTERIOR in tl.static_range(2):
         num_steps = interior_tiles if INTERIOR else boundary_tiles
-        for i in tl.range(0, num_steps):
+        for i in tl.range(0, num_steps, disable_licm=HEAD_DIM + HEAD_DIM_V > 256):
             if INTERIOR:
                 start_n = full_lo + i * BLOCK_N
             else:
@@ -478,8 +489,12 @@ def launch_flash_bwd(
     softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
     causal = window[1] is not None
     arch = arch_of(q)
+    inputs = q, k, v, dout
+    vector = vector_elements(q.element_size(), *(x.stride() for x in inputs))
     if config is None:
-        config = default_backward_config(arch, q.dtype, head_dim, head_dim_v, causal)
+        scalar = vector == 1 or any(x.data_ptr() % 16 for x in inputs)
+        access = "scalar" if scalar else "tma" if all(map(tma_ready, inputs)) else "vector"
+        config = default_backward_config(arch, q.dtype, head_dim, head_dim_v, causal, access)
     want_dq, want_dk, want_dv, want_dsinks = wanted
 
     minus_delta, dsinks = _minus_delta(
@@ -503,6 +518,7 @@ def launch_flash_bwd(
         dropout=dropout,
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
+        VECTOR=vector,
         INPUT_PRECISION=input_precision(q.dtype, arch),
     )
     alibi_strides = None if alibi_slopes is None else batch_head_strides(alibi_slopes)

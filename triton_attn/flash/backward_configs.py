@@ -1,24 +1,181 @@
-"""Configs of the backward kernels, by architecture, head dimension and dtype."""
+"""Tiles of the backward kernels: the default by look-up, the space that a sweep searches, and what cannot run.
+
+Defaults were chosen as the forward's, see configs.py: from compiled code, not from timings. Of the tiles that fit and
+spill nothing in the interior loop on Triton 3.6.0 and 3.9.0, those with the most `lock` in perf/loop_model.py.
+
+On sm_90, fp16, causal, in TFLOP/s on Triton 3.6.0/3.9.0; split is both kernels together, which do seven products where
+five are counted: 5 / (4 / dkdv + 3 / dq).
+
+    head dim    dkdv       dq         split      fused
+    64          580/605    569/569    411/420    565/588
+    96          569/580    628/624    424/427    462/466
+    128         665/672    702/712    486/490    625/639
+    192, 128    619/624    630/641    445/451    570/578
+    256         558/560    689/713    435/446    523/511
+
+So the fused schedule is the default. Not where its transposed dS does not fit in registers: there, on sm_80 at head dim
+64 and on sm_90 without TMA at 256, the split one is ahead. That one also serves deterministic=True, and calls that want
+only dq or only dk and dv. Under 128 the loop of dq is bound by exp2 and conversions, not by products.
+"""
 
 import functools
+import itertools
 from typing import NamedTuple
 
-from .configs import FlashConfig
+import torch
+
+from .configs import SHARED_BYTES, FlashConfig, has_tma, known_arch, padded_head_dim
 
 
 class BackwardConfig(NamedTuple):
-    """dkdv and dq are the split schedule; fused, where it is faster, computes all three in one kernel."""
+    """dkdv and dq are the split schedule; fused, where it is faster, computes all three in one kernel.
+
+    In dkdv and fused a program takes block_n keys and walks over queries block_m at a time, in dq the other way round.
+    """
 
     dkdv: FlashConfig
     dq: FlashConfig
     fused: FlashConfig | None
 
 
+def _tma(*tile):
+    return FlashConfig(*tile, use_tma=True)
+
+
+# (largest width, dkdv, dq, fused) per architecture and access, see `default_backward_config`; 16-bit inputs.
+_HALF = {
+    "sm_80": {
+        "vector": (
+            (64, FlashConfig(64, 64, 4, 2), FlashConfig(64, 64, 8, 2), None),
+            (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 4, 2), FlashConfig(64, 64, 8, 2)),
+            (160, FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1), FlashConfig(32, 64, 8, 1)),
+            (256, FlashConfig(64, 32, 8, 1), FlashConfig(64, 64, 8, 1), FlashConfig(32, 32, 8, 1)),
+        ),
+        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+    },
+    "sm_86": {
+        "vector": (
+            (64, FlashConfig(64, 64, 4, 2), FlashConfig(64, 64, 8, 2), None),
+            (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
+            (256, FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1)),
+        ),
+        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+    },
+    "sm_90": {
+        "tma": (
+            (64, _tma(128, 128, 8, 2), _tma(128, 128, 8, 2), _tma(128, 128, 8, 2)),
+            (128, _tma(64, 128, 8, 2), _tma(128, 128, 8, 2), _tma(64, 128, 8, 2)),
+            (160, _tma(64, 128, 8, 1), _tma(128, 64, 8, 1), _tma(128, 64, 8, 1)),
+            (256, _tma(64, 64, 8, 1), _tma(128, 64, 8, 1), _tma(64, 64, 8, 1)),
+        ),
+        "vector": (
+            (64, FlashConfig(64, 128, 8, 2), FlashConfig(128, 64, 8, 2), FlashConfig(64, 128, 8, 2)),
+            (128, FlashConfig(64, 64, 8, 2), FlashConfig(128, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
+            (256, FlashConfig(64, 64, 8, 1), FlashConfig(64, 64, 8, 1), None),
+        ),
+        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+    },
+    "sm_100": {
+        "tma": (
+            (64, _tma(64, 128, 8, 2), _tma(128, 128, 8, 2), _tma(64, 128, 8, 2)),
+            (128, _tma(64, 128, 8, 2), _tma(128, 128, 8, 2), _tma(64, 64, 4, 2)),
+            (256, _tma(64, 64, 8, 1), _tma(64, 64, 8, 1), _tma(64, 32, 8, 1)),
+        ),
+        "vector": (
+            (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
+            (256, FlashConfig(64, 64, 8, 1), FlashConfig(64, 64, 8, 1), FlashConfig(64, 32, 8, 1)),
+        ),
+        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+    },
+    "gfx942": {
+        "vector": (
+            (64, *3 * (FlashConfig(64, 64, 4, 1),)),
+            (128, FlashConfig(32, 64, 4, 1), FlashConfig(64, 64, 4, 1), FlashConfig(32, 64, 4, 1)),
+            (256, *3 * (FlashConfig(32, 32, 4, 1),)),
+        ),
+        "scalar": ((256, *3 * (FlashConfig(32, 32, 4, 1),)),),
+    },
+}
+
+_FLOAT = (
+    (64, *3 * (FlashConfig(32, 32, 8, 1),)),
+    (256, *3 * (FlashConfig(16, 16, 8, 1),)),
+)
+
+
 @functools.cache
-def default_backward_config(arch, dtype, head_dim, head_dim_v, causal):
+def default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access="tma"):
+    """The configs of a call, by look-up as in `default_config`; head dims to 256.
+
+    The row is the first of the table that reaches the mean of the two head dims, padded as the kernels pad them, and
+    nearly the wider.
+
+    access: how q, k, v and dout can all be loaded: "tma", 16 bytes at a time ("vector"), or element by element
+    ("scalar"). causal chooses nothing so far.
+    """
     if arch == "interpreter":
-        tile = FlashConfig(64, 64, 4, 1)
-        return BackwardConfig(tile, tile, tile)
-    return BackwardConfig(
-        FlashConfig(64, 128, 8, 2, True), FlashConfig(128, 128, 8, 2, True), FlashConfig(64, 128, 8, 1, True)
+        return BackwardConfig(*3 * (FlashConfig(64, 64, 4, 1),))
+    if dtype == torch.float32:
+        table = _FLOAT
+    else:
+        tables = _HALF[known_arch(arch)]
+        table = tables.get(access, tables["vector"])
+    narrow, wide = sorted((padded_head_dim(head_dim), padded_head_dim(head_dim_v)))
+    width = max((narrow + wide) / 2, wide - 32)
+    return next(BackwardConfig(*tiles) for limit, *tiles in table if width <= limit)
+
+
+def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):
+    """Configs of one kernel ("dkdv", "dq" or "fused") for a sweep to compare, the default first; without those that
+    `prune_backward` has a reason against."""
+    half = dtype != torch.float32
+    candidates = itertools.product(
+        (32, 64, 128) if half else (16, 32, 64),
+        (32, 64, 128) if half else (16, 32, 64),
+        (4, 8),
+        (1,) if arch.startswith("gfx") else (1, 2, 3),
+        (True, False) if has_tma(arch) and half else (False,),
     )
+    default = getattr(default_backward_config(arch, dtype, head_dim, head_dim_v, causal), kernel)
+    configs = dict.fromkeys([default, *(FlashConfig(*candidate) for candidate in candidates)])
+    return [config for config in configs if prune_backward(kernel, config, arch, dtype, head_dim, head_dim_v) is None]
+
+
+def prune_backward(kernel, config, arch, dtype, head_dim, head_dim_v):
+    """Why a config cannot run, or cannot run well; None if nothing is against it. By estimate: the compiler decides."""
+    arch = known_arch(arch)
+    if config.use_tma and not has_tma(arch):
+        return f"{arch} has no TMA"
+    if config.use_tma and (head_dim * dtype.itemsize % 16 or head_dim_v * dtype.itemsize % 16):
+        return "TMA needs rows in units of 16 bytes"
+    shared = _shared_bytes(kernel, config, arch, dtype, head_dim, head_dim_v)
+    if shared > SHARED_BYTES[arch]:
+        return f"{shared} bytes of shared memory, {arch} has {SHARED_BYTES[arch]}"
+    registers, limit = _registers(kernel, config, arch, head_dim, head_dim_v), 448 if arch == "gfx942" else 224
+    if arch != "sm_100" and registers > limit:
+        return f"{registers} registers a thread for products, {limit} leave room for the rest"
+    return None
+
+
+def _shared_bytes(kernel, config, arch, dtype, head_dim, head_dim_v):
+    """What the tiles of two inputs that stay and of two that pass by take, and dS where it is transposed."""
+    row = (padded_head_dim(head_dim) + padded_head_dim(head_dim_v)) * dtype.itemsize
+    stay, pass_by = (config.block_m, config.block_n) if kernel == "dq" else (config.block_n, config.block_m)
+    if arch == "gfx942":
+        return max(stay, pass_by) * row // 2
+    # mma.sync reads its operands into registers, which frees a buffer.
+    buffers = config.num_stages if arch in ("sm_90", "sm_100") else max(1, config.num_stages - 1)
+    scores = config.block_m * config.block_n * dtype.itemsize if kernel == "fused" else 0
+    return (stay + buffers * pass_by) * row + scores
+
+
+def _registers(kernel, config, arch, head_dim, head_dim_v):
+    """32-bit registers per thread that hold S and dP, or then the tile of dq, and what is summed over the loop."""
+    head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
+    threads = config.num_warps * (64 if arch == "gfx942" else 32)
+    tile = 2 * config.block_m * config.block_n
+    if kernel == "dq":
+        return (tile + config.block_m * head_dim) // threads
+    if kernel == "fused":
+        tile = max(tile, config.block_m * head_dim)
+    return (tile + config.block_n * (head_dim + head_dim_v)) // threads

@@ -162,12 +162,12 @@ def default_config(arch, dtype, head_dim, head_dim_v, causal, access="tma", prec
     if dtype == torch.float32:
         table = _FLOAT[precision]
     else:
-        tables = _HALF[_known_arch(arch)]
+        tables = _HALF[known_arch(arch)]
         table = tables.get(access, tables["vector"])
     return next(config for width, config in table if _width(head_dim, head_dim_v) <= width)
 
 
-def _known_arch(arch):
+def known_arch(arch):
     """The architecture whose tables serve: its own, or those of one with the same instructions and no more memory."""
     if arch.startswith("gfx"):
         return "gfx942"
@@ -208,8 +208,8 @@ def search_space(arch, dtype, head_dim, head_dim_v, causal):
 
 def prune(config, arch, dtype, head_dim, head_dim_v):
     """Why a config cannot run, or cannot run well; None if nothing is against it. By estimate: the compiler decides."""
-    arch = _known_arch(arch)
-    if config.use_tma and not _has_tma(arch):
+    arch = known_arch(arch)
+    if config.use_tma and not has_tma(arch):
         return f"{arch} has no TMA"
     if config.use_tma and (head_dim * dtype.itemsize % 16 or head_dim_v * dtype.itemsize % 16):
         return "TMA needs rows in units of 16 bytes"
@@ -227,8 +227,8 @@ def prune(config, arch, dtype, head_dim, head_dim_v):
     return None
 
 
-def _has_tma(arch):
-    return "tma" in _HALF[_known_arch(arch)]
+def has_tma(arch):
+    return "tma" in _HALF[known_arch(arch)]
 
 
 def _shared_bytes(config, arch, dtype, head_dim, head_dim_v):

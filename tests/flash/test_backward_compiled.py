@@ -1,0 +1,119 @@
+"""What the backward kernels compile to at their defaults: resources, and `lock` of the interior loops on sm_90.
+
+`lock` is TFLOP/s in the cycle model of perf/loop_model.py, which ranks kernels and catches regressions; no kernel has
+run here. A schedule's figure counts five products a tile. The summary of the test run prints it with registers and
+spills.
+"""
+
+import pytest
+import torch
+
+from perf import loop_model
+from triton_attn.flash.backward import launch_flash_bwd
+from triton_attn.flash.options import AttentionOptions
+from triton_attn.testing import compile_only, shared_memory_limit
+
+pytestmark = pytest.mark.compiled
+
+SEQLEN, BATCH, NUM_HEADS = 2048, 2, 4
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+WINDOWS = {"plain": (None, None), "causal": (None, 0), "window": (1000, 0)}
+
+# TFLOP/s on sm_90 by (schedule, head dim): floors under what Triton 3.6.0 and 3.9.0 give.
+LOCK = {("split", 64): 400, ("split", 128): 480, ("fused", 64): 560, ("fused", 128): 590}
+
+# Bytes spilled at head dims 64 and 128, outside the interior loop: by (arch, head dim, kernel).
+KNOWN_SPILLS = {("sm_80", 64, "dkdv"): 24, ("sm_86", 64, "dkdv"): 24, ("sm_90", 128, "dq"): 8}
+
+
+def compile_default(arch, dtype, head_dims, window, schedule):
+    """{"dkdv", "dq" or "fused": launch} of one backward pass, delta's kernel left out."""
+    head_dim, head_dim_v = head_dims
+    q, k = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=dtype) for _ in range(2))
+    v, out, dout = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim_v, dtype=dtype) for _ in range(3))
+    lse = torch.empty(BATCH, NUM_HEADS, SEQLEN)
+    options = AttentionOptions(head_dim**-0.5, WINDOWS[window], None, None, None, None)
+    with compile_only(arch) as launches:
+        lengths = (None, None, SEQLEN, SEQLEN)
+        launch_flash_bwd(dout, None, q, k, v, out, lse, *lengths, options, deterministic=schedule == "split")
+    _, first, *rest = launches
+    return {"fused": first} if not rest else {"dkdv": first, "dq": rest[0]}
+
+
+def describe(kernel, launch, report):
+    """One line for the summary of the test run."""
+    constants = launch.constexprs
+    head_dims = f"{constants['HEAD_DIM']}/{constants['HEAD_DIM_V']}"
+    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
+    line = f"{launch.arch:7} {head_dims:>7} {kernel:5} {tile:13} {'tma' if constants['USE_TMA'] else '':4}"
+    line += f"{launch.registers:4} registers {launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
+    if getattr(report, "lock", None):
+        line += f"  bound {report.bound:4.0f}  lock {report.lock:4.0f}"
+    return line
+
+
+def five_products(reports):
+    """`lock` of a schedule: seven products of the split one do the work of five."""
+    if "fused" in reports:
+        return reports["fused"].lock
+    return 5 / (4 / reports["dkdv"].lock + 3 / reports["dq"].lock)
+
+
+def case(arch, dtype, head_dims, window, schedule, *marks):
+    head_dims = head_dims if isinstance(head_dims, tuple) else (head_dims, head_dims)
+    name = f"{arch}-{NAMES[dtype]}-{head_dims[0]}-{head_dims[1]}-{window}-{schedule}"
+    return pytest.param(arch, dtype, head_dims, window, schedule, id=name, marks=marks)
+
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, (192, 128), (128, 64), (64, 256), 256)
+SCHEDULES = ("split", "fused")
+SLICE = [
+    *(case("sm_90", torch.float16, d, "causal", s, pytest.mark.oldest) for d in (64, 128) for s in SCHEDULES),
+    *(case("sm_90", torch.bfloat16, d, "plain", "fused") for d in (64, 128)),
+    case("sm_90", torch.float16, 256, "causal", "split"),
+    *(case(arch, torch.float16, 128, "causal", "fused") for arch in ("sm_80", "sm_100", "gfx942", "sm_120")),
+]
+REST = [
+    *(case(arch, torch.float16, d, "causal", s) for arch in ARCHS for d in HEAD_DIMS for s in SCHEDULES),
+    *(case(arch, torch.float16, d, "plain", s) for arch in ARCHS for d in (64, 128) for s in SCHEDULES),
+    *(case("sm_90", torch.float16, d, "window", s) for d in (64, 128) for s in SCHEDULES),
+    *(case("sm_90", torch.bfloat16, d, w, s) for d in (64, 128) for w in ("plain", "causal") for s in SCHEDULES),
+    *(case(arch, torch.float16, 71, "causal", s) for arch in ARCHS for s in SCHEDULES),
+    *(case(arch, torch.float32, d, "causal", "fused") for arch in ARCHS for d in (64, 128, 256)),
+    *(
+        case(arch, torch.float16, d, "causal", s)
+        for arch in ("sm_86", "sm_89")
+        for d in (64, 128, 256)
+        for s in SCHEDULES
+    ),
+]
+SLICE_IDS = {param.id for param in SLICE}
+
+
+def full(param):
+    return pytest.param(*param.values, id=param.id, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dims", "window", "schedule"),
+    [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)],
+)
+def test_default(arch, dtype, head_dims, window, schedule, record_property):
+    launches = compile_default(arch, dtype, head_dims, window, schedule)
+    reports = {kernel: loop_model.analyze(launch.kernel) for kernel, launch in launches.items()}
+    lines = [f"{NAMES[dtype]} {window} {describe(kernel, launches[kernel], reports[kernel])}" for kernel in launches]
+    figure = "\n".join(lines)
+    if arch == "sm_90" and dtype != torch.float32:
+        figure += f"\n  {'+'.join(launches)} in five products: {five_products(reports):.0f}"
+    record_property("figure", figure)
+
+    equal = head_dims[0] if head_dims[0] == head_dims[1] else None
+    for kernel, launch in launches.items():
+        assert launch.shared_bytes <= shared_memory_limit(arch)
+        if equal in (64, 128) and dtype != torch.float32:
+            assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, equal, kernel), 0)
+            assert arch == "gfx942" or reports[kernel].hot.spills == 0
+    floor = LOCK.get((schedule, equal)) if arch == "sm_90" else None
+    if floor is not None and dtype != torch.float32:
+        assert five_products(reports) >= floor
