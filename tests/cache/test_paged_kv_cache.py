@@ -216,6 +216,16 @@ def test_fork_copies_nothing_until_one_writes():
     assert table(cache, forks[1]) == [0, 1]  # the last one left needs no copy
 
 
+def test_a_copied_page_is_found_by_its_own_tokens():
+    cache = make()
+    seq = start(cache, [1, 2])
+    fork = cache.fork(seq)
+    cache.extend([seq, fork], [[3, 4], [5, 6]])
+    cache.commit([seq, fork])
+    for tokens in ([1, 2, 3, 4], [1, 2, 5, 6]):
+        assert cache.create([*tokens, 0])[1] == 4
+
+
 def test_of_forks_extended_together_one_keeps_the_page():
     cache = make()
     seq = start(cache, [1, 2, 3, 4, 5])
