@@ -89,8 +89,10 @@ _HALF = {
     },
     "sm_100": {
         "tma": (
+            (32, FlashConfig(128, 128, 8, 2, use_tma=True)),
             (96, FlashConfig(128, 128, 8, 3, use_tma=True)),
-            (192, FlashConfig(128, 64, 8, 3, use_tma=True)),
+            (128, FlashConfig(128, 64, 8, 3, use_tma=True)),
+            (192, FlashConfig(128, 64, 8, 2, use_tma=True)),
             (256, FlashConfig(128, 32, 8, 2, use_tma=True)),
             (512, FlashConfig(64, 32, 8, 2, use_tma=True)),
         ),
