@@ -112,9 +112,10 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.extend(seqs, new_tokens)
             assert self.snapshot() == before
             return
-        self.name_full_pages(seqs)
         slots = self.cache.extend(seqs, new_tokens).tolist()
+        # Pages are taken before others are named: a name whose page is taken goes to the next page that has it.
         taken = self.take_pages(num_new + len(copied))
+        self.name_full_pages(seqs)
         for seq, n, num_pages in zip(seqs, counts, grown):
             self.grow(seq, n, num_pages, copied, taken)
         assert not taken

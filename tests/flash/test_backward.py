@@ -169,9 +169,11 @@ def rounding(case, inputs, out, clean):
     products = torch.cat([out.new_zeros(0, *out.shape[-2:]).double(), *(products[i] for i in clean)])
     if not products.numel():
         return {"relative": eps}
-    # Each row of dS sums to 0; with a single key, nothing is left of its terms but what fp32 lost of dout * out.
+    # Each row of dS sums to 0: with a single key, nothing is left of its terms but what fp32 lost of dout * out, where
+    # out is that key's value. Dropout scales it and a sink takes of it, so that out is rounded to its dtype as well.
+    row_eps = eps if case.dropout_p or case.sinks else score_eps
     scale = abs(case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale)
-    row = torch.linalg.vector_norm(products, dim=2).max().item() * score_eps * scale
+    row = torch.linalg.vector_norm(products, dim=2).max().item() * row_eps * scale
     largest_q, largest_k = (
         max((x.abs().max().item() for x in inputs.clean[i] if x.numel()), default=0) for i in (0, 1)
     )
