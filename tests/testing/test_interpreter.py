@@ -264,6 +264,28 @@ def test_tensors_bound_loops_without_numpy_complaining():
     assert out.item() == 10
 
 
+@triton.jit
+def _max_kernel(x_ptr, out_ptr, N: tl.constexpr, FAIL: tl.constexpr):
+    largest = tl.max(tl.load(x_ptr + tl.arange(0, N)), 0)  # a function of a module that sees tl.core
+    tl.static_assert(not FAIL)
+    tl.store(out_ptr, largest)
+
+
+def test_a_launch_leaves_the_language_as_it_was():
+    def language():
+        return [dict(vars(x)) for x in (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)]
+
+    before = language()
+    x, out = torch.arange(8.0), torch.empty(1)
+    for _ in range(2):
+        _max_kernel[(2,)](x, out, N=8, FAIL=False)
+        assert out.item() == 7
+        assert language() == before
+        with pytest.raises(InterpreterError):
+            _max_kernel[(2,)](x, out, N=8, FAIL=True)
+        assert language() == before
+
+
 def test_fixing_again_changes_nothing():
     from triton.runtime.interpreter import InterpreterBuilder
 
