@@ -67,19 +67,21 @@ def describe(launch, report, variant):
     return line
 
 
-# Outside the loop, in the one variant: smaller tiles would cost all others a tenth of `lock`.
-KNOWN_SPILLS = {("sm_90", 160, "softcap"): 20}
+# Bytes spilled outside the loop. On sm_90, smaller tiles would cost all other variants a tenth of `lock`; on sm_80
+# it is one register that Triton 3.9.0 alone spills, and each tile tried spills as much somewhere.
+KNOWN_SPILLS = {("sm_90", 160, "softcap"): 20, ("sm_80", 40, "plain"): 4, ("sm_80", 40, "gqa"): 4}
 
 
 def check_resources(launch, report, dtype, variant):
-    """It fits; half precision spills nothing up to head dim 256, past it nothing in the loop on sm_90 and sm_100."""
+    """It fits; half precision spills nothing in the loop, past head dim 256 on sm_90 and sm_100 alone, and outside the
+    loop nothing up to head dim 256."""
     assert launch.shared_bytes <= shared_memory_limit(launch.arch)
     if dtype == torch.float32:
         return
     head_dim = max(launch.constexprs["HEAD_DIM"], launch.constexprs["HEAD_DIM_V"])
     if head_dim <= 256:
         assert launch.spill_bytes <= KNOWN_SPILLS.get((launch.arch, head_dim, variant), 0)
-    elif launch.arch in ("sm_90", "sm_100"):
+    if launch.arch in ("sm_90", "sm_100") or (head_dim <= 256 and launch.arch != "gfx942"):
         assert report.hot.spills == 0
 
 
