@@ -3,7 +3,7 @@
 import torch
 
 from triton_attn import reference
-from triton_attn.flash.reference import attend
+from triton_attn._host.definition import attend
 from triton_attn.testing import assert_close_to_reference
 
 SAMPLED_ROWS = 128

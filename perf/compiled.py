@@ -3,9 +3,9 @@
 import torch
 
 from triton_attn import flash_attention
+from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.flash.forward import launch_flash_fwd
-from triton_attn.flash.options import AttentionOptions
 from triton_attn.testing import compile_only
 
 _SEQLEN = 1024  # no length is compiled in

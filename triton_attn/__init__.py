@@ -1,8 +1,10 @@
-"""Attention kernels in Triton: MHA, MQA, GQA; dense and varlen. See `help(triton_attn.flash_attention)`."""
+"""Attention kernels in Triton: MHA, MQA, GQA; dense, varlen, paged. See `help(triton_attn.flash_attention)`."""
 
 from . import reference
 from .cache import BlockPool, OutOfPages, PagedKVCache, append_kv_cache, copy_kv_pages, kv_cache_bytes_per_token
+from .combine import merge_attention
 from .flash import flash_attention, flash_attention_varlen
+from .paged import paged_attention
 
 __all__ = [
     "BlockPool",
@@ -13,6 +15,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "kv_cache_bytes_per_token",
+    "merge_attention",
+    "paged_attention",
     "reference",
 ]
 __version__ = "0.1.0"

@@ -7,8 +7,8 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_attn._host.definition import visible_keys
 from triton_attn._jit.masks import mask_scores, visible_range
-from triton_attn.flash.reference import visible_keys
 
 
 @triton.jit

@@ -11,10 +11,11 @@ import triton
 from hypothesis import strategies as st
 
 from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn._host.definition import attend, visible_keys
 from triton_attn.flash import backward, forward
 from triton_attn.flash.backward_configs import BackwardConfig
 from triton_attn.flash.configs import FlashConfig
-from triton_attn.flash.reference import attend, dropout_mask, visible_keys
+from triton_attn.flash.reference import dropout_mask
 from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
 
 INTERPRETED = triton.knobs.runtime.interpret

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn._host.options import AttentionOptions
 from triton_attn.flash import autograd, backward
 from triton_attn.flash.backward import launch_flash_bwd
-from triton_attn.flash.options import AttentionOptions
 
 OPTIONS = {
     "plain": {},

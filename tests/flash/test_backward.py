@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from triton_attn import flash_attention, reference
+from triton_attn._host.definition import visible_keys
 from triton_attn.flash.backward_configs import BackwardConfig
 from triton_attn.flash.configs import FlashConfig
-from triton_attn.flash.reference import visible_keys
 from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.

@@ -13,10 +13,10 @@ import torch
 
 from perf import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn._host.options import AttentionOptions
 from triton_attn.flash import forward
 from triton_attn.flash.configs import FlashConfig, prune
 from triton_attn.flash.forward import launch_flash_fwd
-from triton_attn.flash.options import AttentionOptions
 from triton_attn.testing import compile_only, shared_memory_limit
 
 pytestmark = pytest.mark.compiled

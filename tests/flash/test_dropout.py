@@ -8,8 +8,9 @@ import torch
 from attention_cases import DEVICE, using
 
 from triton_attn import flash_attention, flash_attention_varlen, reference
+from triton_attn._host.definition import visible_keys
 from triton_attn.flash.configs import FlashConfig
-from triton_attn.flash.reference import _philox, visible_keys
+from triton_attn.flash.reference import _philox
 
 P = 0.3
 SEED = 12345

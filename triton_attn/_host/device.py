@@ -30,6 +30,12 @@ def arch_of(tensor):
     return target.arch if target.backend == "hip" else f"sm_{target.arch}"
 
 
+@functools.cache
+def num_processors(device):
+    """Streaming multiprocessors (AMD: compute units); those of an H100 where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def input_precision(dtype, arch):
     """How tl.dot multiplies this dtype: fp32 follows torch.get_float32_matmul_precision()."""
     if dtype != torch.float32:

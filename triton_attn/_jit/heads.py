@@ -44,3 +44,22 @@ def row_pointer(ptr, strides, batch, row, head):
 def in_vectors(strides, VECTOR: tl.constexpr):
     """The strides (batch, row, head), so that the compiler sees that VECTOR divides them; by itself it looks for 16."""
     return strides[0] // VECTOR * VECTOR, strides[1] // VECTOR * VECTOR, strides[2] // VECTOR * VECTOR
+
+
+@triton.jit
+def find_sequence(
+    cu_seqlens_ptr, batch, search_steps, target, MULTIPLY: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr
+):
+    """The last sequence i with cu_seqlens[i] * MULTIPLY // DIVIDE + i * ADD <= target, by bisection.
+
+    target is a scalar or a tensor; search_steps is batch.bit_length().
+    """
+    lo = target * 0
+    hi = lo + batch
+    for _ in range(search_steps):
+        middle = (lo + hi) // 2
+        first = tl.load(cu_seqlens_ptr + middle) * MULTIPLY // DIVIDE + middle * ADD
+        below = first <= target
+        lo = tl.where(below, middle, lo)
+        hi = tl.where(below, hi, middle)
+    return lo

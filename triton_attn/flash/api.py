@@ -13,15 +13,13 @@ from .._host.checks import (
     check_kernel_dtype,
     check_length,
     check_number,
-    check_per_head,
     check_qkv_layout,
     check_same_kind,
-    check_window,
     fail,
     layout_of,
 )
+from .._host.options import attention_options, dropout_arguments, with_tensors
 from . import reference
-from .options import AttentionOptions, dropout_arguments
 
 MAX_HEAD_DIM_BACKWARD = 256
 
@@ -88,7 +86,7 @@ def flash_attention(
     check_same_kind(q, k, v)
     q, k, v = _autocast(q, k, v)
     options = _options(4, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
-    options = _with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
+    options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
     dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
     if not use_kernel(q):
         return reference.flash_attention(
@@ -162,7 +160,7 @@ def flash_attention_varlen(
     if should_check_values(check_values):
         check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    options = _with_tensors(options, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
+    options = with_tensors(options, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
     dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
     if not use_kernel(q):
         return reference.flash_attention_varlen(
@@ -211,37 +209,12 @@ def _options(ndim, layout, causal, softmax_scale, window_size, softcap):
         return _check_options(*arguments)
 
 
-def _check_options(ndim, layout, causal, softmax_scale, window_size, softcap):
+def _check_options(ndim, layout, *options):
     check_qkv_layout(ndim, *layout)
-    if not isinstance(causal, bool):
-        fail("causal", "a bool", type(causal).__name__, TypeError)
-    check_window(window_size)
-    check_number("softcap", softcap)
-    if softcap < 0:
-        fail("softcap", "0 (none) or more", softcap)
-    if softmax_scale is None:
-        softmax_scale = layout[0][0][-1] ** -0.5
-    else:
-        check_number("softmax_scale", softmax_scale)
-    # No position is that far away, and its sum with any fits 32 bits.
-    left, right = (min(side, 2**30) for side in window_size)
-    window = (left if left >= 0 else None, 0 if causal else right if right >= 0 else None)
-    return AttentionOptions(float(softmax_scale), window, float(softcap) or None, None, None)
+    return attention_options(layout[0][0][-1], *options)
 
 
 _remembered_options = functools.lru_cache(maxsize=1024, typed=True)(_check_options)
-
-
-def _with_tensors(options, q, batch, alibi_slopes, sinks):
-    if alibi_slopes is None and sinks is None:
-        return options
-    num_heads_q = q.shape[-2]
-    if alibi_slopes is not None:
-        shapes = ((num_heads_q,), (batch, num_heads_q))
-        check_per_head("alibi_slopes", alibi_slopes, shapes, q.device, (torch.float32,))
-    if sinks is not None:
-        check_per_head("sinks", sinks, ((num_heads_q,),), q.device, (torch.float32, q.dtype))
-    return options._replace(alibi_slopes=alibi_slopes, sinks=sinks)
 
 
 def _check_dropout(q, dropout_p, dropout_seed):

@@ -6,9 +6,9 @@ A plain call launches the kernel directly; a torch operator costs 10 to 16 micro
 import torch
 from torch import Tensor
 
+from .._host.options import AttentionOptions, dropout_arguments
 from .backward import launch_flash_bwd
 from .forward import launch_flash_fwd, new_outputs
-from .options import AttentionOptions, dropout_arguments
 
 
 @torch.library.custom_op("triton_attn::flash_attention", mutates_args=())

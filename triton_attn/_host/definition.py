@@ -1,0 +1,65 @@
+"""What attention computes, in plain torch: the definition that the references of all families share."""
+
+import torch
+
+
+def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
+    """(seqlen_q, seqlen_k) bool, and the distance of each key to the query's own position, bottom right aligned."""
+    left, right = window_size
+    if causal:
+        right = 0
+    positions_q = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
+    distance = torch.arange(seqlen_k, device=device)[None, :] - positions_q
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        visible &= distance >= -left
+    if right >= 0:
+        visible &= distance <= right
+    return visible, distance
+
+
+def attend(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    softmax_scale,
+    window_size,
+    softcap,
+    alibi_slopes,
+    sinks,
+    compute_dtype,
+    keep=None,
+    dropout_p=0.0,
+):
+    """Attention with every product in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
+
+    With compute_dtype = q.dtype it makes the error that torch makes in that dtype, the yardstick of the tests.
+    """
+    group_size = q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    q_heads = q.transpose(1, 2).to(compute_dtype)
+    k_heads = k.transpose(1, 2).to(compute_dtype).repeat_interleave(group_size, dim=1)
+    v_heads = v.transpose(1, 2).to(compute_dtype).repeat_interleave(group_size, dim=1)
+
+    scores = q_heads @ k_heads.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(compute_dtype)[..., None, None] * distance.abs()
+    scores = scores.masked_fill(~visible, float("-inf"))
+    logits = scores
+    if sinks is not None:
+        sink_column = sinks.to(compute_dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        logits = torch.cat([scores, sink_column], dim=3)
+
+    # A row without a single logit has lse = -inf; the shift by 0 keeps its weights at exp(-inf) = 0.
+    lse = torch.logsumexp(logits.to(torch.promote_types(compute_dtype, torch.float32)), dim=3)
+    shift = torch.where(lse == float("-inf"), 0.0, lse)
+    weights = torch.exp(scores - shift[..., None].to(compute_dtype))
+    if keep is not None:
+        weights = weights * keep.to(q.device) / (1 - dropout_p)
+    out = (weights @ v_heads).transpose(1, 2).to(q.dtype)
+    return out, lse

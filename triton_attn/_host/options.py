@@ -1,0 +1,52 @@
+"""What all attention kernels need to know of a call, checked and in one shape."""
+
+from typing import NamedTuple
+
+import torch
+
+from .checks import check_number, check_per_head, check_window, fail
+
+
+class AttentionOptions(NamedTuple):
+    softmax_scale: float
+    window: tuple  # (left, right), None: unlimited; causal sets right to 0
+    softcap: float | None
+    alibi_slopes: object  # tensor (num_heads_q,) or (batch, num_heads_q), or None
+    sinks: object  # tensor (num_heads_q,), or None
+    dropout: tuple | None = None  # as dropout_arguments gives it
+
+
+def dropout_arguments(dropout_p, dropout_seed):
+    """Dropout as the kernels take it: (seed tensor, threshold of 31 random bits, factor of kept weights), or None."""
+    return (dropout_seed, int(dropout_p * 2**31), 1 / (1 - dropout_p)) if dropout_p > 0 else None
+
+
+def attention_options(head_dim, causal, softmax_scale, window_size, softcap):
+    """The options of a call but for its tensors; TypeError or ValueError names the argument that is wrong."""
+    if not isinstance(causal, bool):
+        fail("causal", "a bool", type(causal).__name__, TypeError)
+    check_window(window_size)
+    check_number("softcap", softcap)
+    if softcap < 0:
+        fail("softcap", "0 (none) or more", softcap)
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5
+    else:
+        check_number("softmax_scale", softmax_scale)
+    # No position is that far away, and its sum with any fits 32 bits.
+    left, right = (min(side, 2**30) for side in window_size)
+    window = (left if left >= 0 else None, 0 if causal else right if right >= 0 else None)
+    return AttentionOptions(float(softmax_scale), window, float(softcap) or None, None, None)
+
+
+def with_tensors(options, q, batch, alibi_slopes, sinks):
+    """The options with the tensors of one number per query head, checked."""
+    if alibi_slopes is None and sinks is None:
+        return options
+    num_heads_q = q.shape[-2]
+    if alibi_slopes is not None:
+        shapes = ((num_heads_q,), (batch, num_heads_q))
+        check_per_head("alibi_slopes", alibi_slopes, shapes, q.device, (torch.float32,))
+    if sinks is not None:
+        check_per_head("sinks", sinks, ((num_heads_q,),), q.device, (torch.float32, q.dtype))
+    return options._replace(alibi_slopes=alibi_slopes, sinks=sinks)

@@ -1,0 +1,48 @@
+"""Where the keys of a sequence lie in a cache: token -> page and slot through the block table."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def cache_rows(
+    table_ptr,
+    batch,
+    start,
+    end,
+    ROWS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(outer, row) in a cache of the keys start to start + ROWS, int64: a page and a slot in it.
+
+    table_ptr points to the sequence's pages; without a table the cache is contiguous, and outer is the sequence. With
+    ONE_PAGE the keys lie in a single page. No entry is read for keys from `end` on, where only a MASKED tile goes.
+    """
+    keys = start + tl.arange(0, ROWS)
+    if table_ptr is None:
+        return tl.cast(batch, tl.int64), keys.to(tl.int64)
+    elif ONE_PAGE:
+        return tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64), (keys % PAGE_SIZE).to(tl.int64)
+    else:
+        mask = keys < end if MASKED else None
+        pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=mask, other=0 if MASKED else None)
+        return pages.to(tl.int64), (keys % PAGE_SIZE).to(tl.int64)
+
+
+@triton.jit
+def decode_float8(bits, MANTISSA_BITS: tl.constexpr):
+    """fp16 values of e4m3 (3 bits of mantissa) or e5m2 (2) numbers, exact, NaN kept.
+
+    In integers, because not every GPU that serves fp8 caches converts them.
+    """
+    bits = bits.to(tl.int16)
+    if MANTISSA_BITS == 2:  # the upper half of an fp16 number
+        return (bits << 8).to(tl.float16, bitcast=True)
+    else:
+        magnitude = bits & 0x7F
+        shifted = ((bits & 0x80) << 8) | (magnitude << 7)
+        # fp16 has another bias of the exponent, 15 in place of 7.
+        values = shifted.to(tl.float16, bitcast=True) * 256.0
+        return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)

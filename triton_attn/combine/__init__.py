@@ -1,0 +1,3 @@
+from .api import merge_attention
+
+__all__ = ["merge_attention"]

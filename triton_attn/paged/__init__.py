@@ -1,0 +1,3 @@
+from .api import paged_attention
+
+__all__ = ["paged_attention"]

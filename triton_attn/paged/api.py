@@ -1,0 +1,311 @@
+"""Attention over a cache as users call it: argument checks, then the kernel or the reference."""
+
+import functools
+
+import torch
+
+from .._host.backend import should_check_values, use_kernel
+from .._host.checks import (
+    KERNEL_DTYPES,
+    MAX_HEAD_DIM,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_length,
+    check_number,
+    check_per_head,
+    fail,
+    layout_of,
+)
+from .._host.options import attention_options, with_tensors
+from . import reference
+
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+MAX_SPLITS = 256
+
+
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table=None,
+    *,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
+    causal=True,
+    softmax_scale=None,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+    num_splits=0,
+    shared_prefix_len=0,
+    out=None,
+    return_lse=False,
+    check_values=None,
+):
+    """Exact attention of new queries over a KV cache: decode, speculative drafts, prefill chunks, or a mix of them.
+
+        out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j],  s as in `flash_attention`
+        k[b, j] = k_scale[h // group_size] * k_cache[block_table[b, j // page_size], j % page_size, h // group_size]
+
+    and v alike, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence stand at its end:
+    query i at position cache_seqlens[b] - seqlen_q + i, so that their own keys must have been appended before.
+
+    Args:
+        q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q; fp16, bf16
+            or fp32; head_dim 1 to 512. Any strides, the last dimension contiguous.
+        k_cache: (num_pages, page_size, num_heads_kv, head_dim) with a block_table, (batch, seqlen_cache, num_heads_kv,
+            head_dim) without; q's dtype, float8_e4m3fn or float8_e5m2. num_heads_kv divides num_heads_q.
+        v_cache: k_cache's shape but for head_dim_v, 1 to 512, its own; k_cache's dtype.
+        cache_seqlens: (batch,) int32 on q's device, keys of each sequence, new ones included. May be 0.
+        block_table: (batch, max_pages) int32 on q's device: the pages of each sequence, in order. Entries past its last
+            page, and slots past its last key, are never read.
+        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
+        max_seqlen_q: the most queries of a sequence, an int, needed with cu_seqlens_q; those past it are not computed.
+        causal: new tokens do not see later ones. Aligned to the bottom right, as window_size is.
+        softmax_scale, window_size, softcap, alibi_slopes, sinks: as in `flash_attention`. Pages that lie outside of the
+            window are not touched.
+        k_scale, v_scale: what cached numbers are multiplied with: a number above 0, or fp32 tensors (1,) or
+            (num_heads_kv,); None is 1.
+        num_splits: parts that the keys of a sequence are cut in, computed side by side and merged; 0 chooses by the
+            shapes. With one number, the result for a sequence is bitwise the same whatever else is in the batch.
+        shared_prefix_len: the first keys of all sequences are the same, page by page, up to this number: they are read
+            once for all queries, and merged with the rest. A sequence that is shorter shares what it has.
+        out: where to write the result; q's dtype and shape but for head_dim_v, its last dimension contiguous.
+        return_lse: also return the log-sum-exp of the scores, natural log, the sink included.
+        check_values: read lengths and page numbers back and check them; None follows TRITON_ATTN_CHECK=1.
+
+    Returns:
+        out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse (batch, num_heads_q,
+        seqlen_q) in fp32; (total_q, num_heads_q, head_dim_v) and (num_heads_q, total_q) with cu_seqlens_q, whose rows
+        after the last sequence hold no defined value. A query that sees no key has out = 0 and lse = -inf, or the sink.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was launched or written. With values checked also: a length
+            beyond the cache, a page that is not in it, sequences whose shared prefix is not the same.
+        NotImplementedError: an argument requires a gradient.
+
+    Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
+    prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
+    """
+    batch, options = _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap)
+    _check_int32("cache_seqlens", cache_seqlens, (batch or "batch",), q.device)
+    batch = cache_seqlens.shape[0]
+    if block_table is not None:
+        _check_int32("block_table", block_table, (batch, "max_pages"), q.device)
+    max_seqlen_q = _check_queries(q, batch, cu_seqlens_q, max_seqlen_q)
+    options = with_tensors(options, q, batch, alibi_slopes, sinks)
+    _check_scale("k_scale", k_scale, k_cache)
+    _check_scale("v_scale", v_scale, k_cache)
+    check_length("num_splits", num_splits)
+    if num_splits > MAX_SPLITS:
+        fail("num_splits", f"0 (chosen) to {MAX_SPLITS}", num_splits)
+    check_length("shared_prefix_len", shared_prefix_len)
+    if shared_prefix_len and block_table is None:
+        fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
+    if shared_prefix_len and shared_prefix_len > block_table.shape[1] * k_cache.shape[1]:
+        fail("shared_prefix_len", f"at most the table's {block_table.shape[1] * k_cache.shape[1]}", shared_prefix_len)
+    if out is not None:
+        _check_out(out, q, v_cache)
+    _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    if should_check_values(check_values):
+        _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len)
+    if not use_kernel(q):
+        return reference.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            block_table,
+            cu_seqlens_q=cu_seqlens_q,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            out=out,
+            return_lse=return_lse,
+        )
+    launch_paged_fwd = _kernel()
+    if out is None:
+        out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
+    lse = None
+    if return_lse:
+        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+    launch_paged_fwd(
+        q,
+        k_cache,
+        v_cache,
+        out,
+        lse,
+        cache_seqlens,
+        block_table,
+        cu_seqlens_q,
+        max_seqlen_q,
+        options,
+        (k_scale, v_scale),
+        num_splits,
+        shared_prefix_len,
+    )
+    return (out, lse) if return_lse else out
+
+
+@functools.cache
+def _kernel():
+    """Loaded with the first call, so that the package imports where triton is not installed."""
+    from .forward import launch_paged_fwd
+
+    return launch_paged_fwd
+
+
+def _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap):
+    """(batch or None where cu_seqlens_q says it, options); what follows from layouts alone is remembered."""
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not isinstance(x, torch.Tensor):
+            fail(name, "a tensor", type(x).__name__, TypeError)
+        if x.device != q.device:
+            fail(name, f"q's device {q.device}", x.device)
+    if q.dtype not in KERNEL_DTYPES and (q.dtype != torch.float64 or use_kernel(q)):
+        fail("q", "float16, bfloat16 or float32", q.dtype, TypeError)
+    if k_cache.dtype not in (q.dtype, *FLOAT8_DTYPES):
+        fail("k_cache", f"q's dtype {q.dtype}, float8_e4m3fn or float8_e5m2", k_cache.dtype, TypeError)
+    if v_cache.dtype != k_cache.dtype:
+        fail("v_cache", f"k_cache's dtype {k_cache.dtype}", v_cache.dtype, TypeError)
+    if isinstance(window_size, list):
+        window_size = tuple(window_size)
+    layout = layout_of(q, k_cache, v_cache)
+    arguments = (layout, block_table is not None, causal, softmax_scale, window_size, softcap)
+    try:
+        return _remembered_options(*arguments)
+    except TypeError:  # an argument that cannot be hashed is wrong, and is to be named
+        return _check_options(*arguments)
+
+
+def _check_options(layout, is_paged, causal, softmax_scale, window_size, softcap):
+    (shape_q, _), (shape_k, _), (shape_v, _) = layout
+    if len(shape_q) not in (3, 4):
+        expected = "(batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q"
+        fail("q", expected, f"shape {tuple(shape_q)}")
+    outer = "(num_pages, page_size" if is_paged else "(batch, seqlen_cache"
+    for name, shape in (("k_cache", shape_k), ("v_cache", shape_v)):
+        if len(shape) != 4:
+            fail(name, f"{outer}, num_heads_kv, head_dim)", f"shape {tuple(shape)}")
+    for name, shape, strides in (("q", *layout[0]), ("k_cache", *layout[1]), ("v_cache", *layout[2])):
+        if strides[-1] != 1 and shape[-1] != 1:
+            fail(name, "a contiguous last dimension (stride 1)", f"stride {strides[-1]}")
+        if not 1 <= shape[-1] <= MAX_HEAD_DIM:
+            fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", shape[-1])
+    if shape_k[:-1] != shape_v[:-1]:
+        fail("v_cache", f"k_cache's shape but for the last dimension, {tuple(shape_k[:-1])}", tuple(shape_v[:-1]))
+    if shape_k[-1] != shape_q[-1]:
+        fail("k_cache", f"q's head dimension {shape_q[-1]}", shape_k[-1])
+    if shape_k[2] == 0 or shape_q[-2] % shape_k[2]:
+        fail("k_cache", f"a number of heads that divides q's {shape_q[-2]}", shape_k[2])
+    if is_paged and shape_k[1] == 0:
+        fail("k_cache", "a page size of 1 or more", 0)
+    batch = shape_q[0] if len(shape_q) == 4 else None
+    if not is_paged:
+        if batch is not None and shape_k[0] != batch:
+            fail("k_cache", f"q's batch size {batch}, without a block_table", shape_k[0])
+        batch = shape_k[0]
+    return batch, attention_options(shape_q[-1], causal, softmax_scale, window_size, softcap)
+
+
+_remembered_options = functools.lru_cache(maxsize=1024, typed=True)(_check_options)
+
+
+def _check_int32(name, x, shape, device):
+    """shape holds a name in place of each size that is free."""
+    if not isinstance(x, torch.Tensor):
+        fail(name, "a tensor", type(x).__name__, TypeError)
+    if len(shape) != x.ndim or any(size != n for size, n in zip(shape, x.shape) if not isinstance(size, str)):
+        fail(name, f"shape ({', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+    if x.dtype != torch.int32:
+        fail(name, "dtype torch.int32", x.dtype, TypeError)
+    if x.device != device:
+        fail(name, f"q's device {device}", x.device)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
+
+
+def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
+    """The most queries of a sequence."""
+    if cu_seqlens_q is None:
+        if q.ndim != 4:
+            fail("cu_seqlens_q", "a tensor, since q is (total_q, num_heads_q, head_dim)", None)
+        if max_seqlen_q not in (None, q.shape[1]):
+            fail("max_seqlen_q", f"q's {q.shape[1]} queries without cu_seqlens_q, or None", max_seqlen_q)
+        return q.shape[1]
+    if q.ndim != 3:
+        fail("q", "(total_q, num_heads_q, head_dim) with cu_seqlens_q", f"shape {tuple(q.shape)}")
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
+    if cu_seqlens_q.shape[0] != batch + 1:
+        fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
+    if max_seqlen_q is None:
+        fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
+    check_length("max_seqlen_q", max_seqlen_q)
+    return max_seqlen_q
+
+
+def _check_scale(name, scale, k_cache):
+    if isinstance(scale, torch.Tensor):
+        check_per_head(name, scale, ((1,), (k_cache.shape[2],)), k_cache.device, (torch.float32,))
+        if not scale.is_contiguous():
+            fail(name, "a contiguous tensor", f"stride {scale.stride(0)}")
+    elif scale is not None:
+        check_number(name, scale)
+        if scale <= 0:
+            fail(name, "a number above 0", scale)
+
+
+def _check_out(out, q, v_cache):
+    if not isinstance(out, torch.Tensor):
+        fail("out", "a tensor", type(out).__name__, TypeError)
+    expected = (*q.shape[:-1], v_cache.shape[-1])
+    if tuple(out.shape) != expected:
+        fail("out", f"shape {expected}", f"shape {tuple(out.shape)}")
+    if out.dtype != q.dtype:
+        fail("out", f"q's dtype {q.dtype}", out.dtype, TypeError)
+    if out.device != q.device:
+        fail("out", f"q's device {q.device}", out.device)
+    if out.stride(-1) != 1 and out.shape[-1] != 1:
+        fail("out", "a contiguous last dimension (stride 1)", f"stride {out.stride(-1)}")
+
+
+def _refuse_gradients(**tensors):
+    if not torch.is_grad_enabled():
+        return
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise NotImplementedError(
+                f"{name}: no gradient is served, got a tensor that requires one; use torch.no_grad"
+            )
+
+
+def _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len):
+    """Read back: every length within the cache, every page that is used in it, a prefix that is the same for all."""
+    num_pages, page_size = k_cache.shape[:2]
+    capacity = page_size * (1 if block_table is None else block_table.shape[1])
+    seqlens = cache_seqlens.tolist()
+    for i, seqlen in enumerate(seqlens):
+        if not 0 <= seqlen <= capacity:
+            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that there is room for", seqlen)
+    if cu_seqlens_q is not None:
+        check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    if block_table is None:
+        return
+    tables = [pages[: -(-seqlen // page_size)] for pages, seqlen in zip(block_table.tolist(), seqlens)]
+    shared_pages = tables[0][: -(-shared_prefix_len // page_size)] if tables else []
+    for i, pages in enumerate(tables):
+        for entry, page in enumerate(pages):
+            if not 0 <= page < num_pages:
+                fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)
+        for entry, (page, shared) in enumerate(zip(pages, shared_pages)):
+            if page != shared:
+                fail(f"block_table[{i}, {entry}]", f"page {shared} of the shared prefix", page)

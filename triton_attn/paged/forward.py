@@ -1,0 +1,413 @@
+"""Kernel of attention over a cache, paged or contiguous, and its launcher: decode, prefill chunks, mixed batches."""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .._host.checks import layout_of
+from .._host.device import arch_of, input_precision, launch_packed, num_processors
+from .._host.layout import batch_head_strides, vector_elements, without_dim
+from .._jit.heads import find_sequence, in_vectors
+from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
+from .._jit.paging import cache_rows, decode_float8
+from .._jit.softmax import softmax_finish, softmax_init, softmax_step
+from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
+from ..combine.merge import launch_merge
+from .configs import choose_num_splits, default_config
+
+LOG2_E = math.log2(math.e)
+FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+
+
+# Lengths and what follows from them: a new length must not mean a new compilation.
+LENGTHS = ["seqlen_q", "seqlen_k", "batch", "num_tiles", "search_steps", "first_key"]
+
+
+@triton.jit
+def _load_cached(ptr, strides, rows, mask, dtype, HEAD_DIM: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """A tile of keys or values in the dtype of q; fp8, kept as uint8, is decoded."""
+    tile = load_tile(ptr, rows[0] * strides[0] + rows[1] * strides[1], 1, mask, HEAD_DIM, True)
+    if MANTISSA_BITS == 0:
+        return tile
+    elif len(tile) > 1:
+        return decode_float8(tile[0], MANTISSA_BITS).to(dtype), decode_float8(tile[1], MANTISSA_BITS).to(dtype)
+    else:
+        return (decode_float8(tile[0], MANTISSA_BITS).to(dtype),)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _paged_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cache_seqlens_ptr,
+    block_table_ptr,
+    cu_seqlens_q_ptr,
+    sinks_ptr,
+    alibi_slopes_ptr,
+    scale_ptrs,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    lse_strides,
+    table_stride,
+    alibi_strides,
+    scale_strides,
+    seqlen_q,
+    seqlen_k,
+    batch,
+    num_tiles,
+    search_steps,
+    first_key,
+    num_heads_kv,
+    num_splits,
+    scale_log2,
+    out_factor,
+    softcap,
+    window,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    SHARED: tl.constexpr,
+    SEARCH: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    VECTOR_CACHE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program computes a tile of rows of out and lse for one KV head, over one split of the keys.
+
+    A row is one query head of one query: those of a KV head lie together, query by query, so that its keys and values
+    are loaded once for the group. Grid: num_tiles * num_splits * num_heads_kv; num_tiles counts those of all sequences,
+    an upper bound in a varlen batch, whose tiles are found by bisection unless there is one per sequence.
+
+    A SHARED program takes rows of any sequence, over the keys of sequence 0 before seqlen_k, which all begin with. The
+    keys before first_key are left out. Strides are (split, batch, row, head) of out and lse, (batch, row, head) of q,
+    (page or batch, slot, head) of the caches. None is none.
+    """
+    q_strides = in_vectors(q_strides, VECTOR)
+    k_strides = in_vectors(k_strides, VECTOR_CACHE)
+    v_strides = in_vectors(v_strides, VECTOR_CACHE)
+    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    tile = tl.program_id(0) % num_tiles
+    split = tl.program_id(0) // num_tiles % num_splits
+    head_kv = tl.program_id(0) // num_tiles // num_splits
+
+    # What the tile's queries are: rows in the tensor (batch and row), and positions among the keys.
+    sequence = 0
+    first_q = 0
+    if not SHARED:
+        if SEARCH:
+            sequence = find_sequence(cu_seqlens_q_ptr, batch, search_steps, tile, GROUP_SIZE, BLOCK_M, 1)
+        else:
+            tiles_each = num_tiles // batch
+            sequence = tile // tiles_each
+            tile = tile % tiles_each
+        if VARLEN:
+            first_q = tl.load(cu_seqlens_q_ptr + sequence)
+            seqlen_q = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_q
+        if SEARCH:
+            tile -= first_q * GROUP_SIZE // BLOCK_M + sequence
+        seqlen_k = tl.load(cache_seqlens_ptr + sequence)
+    num_queries = seqlen_q
+    if SHARED:
+        num_queries = tl.load(cu_seqlens_q_ptr + batch) if VARLEN else batch * seqlen_q
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tile * BLOCK_M >= num_queries * GROUP_SIZE:
+        return
+    rows_mask = rows < num_queries * GROUP_SIZE
+    queries = rows // GROUP_SIZE
+    heads = head_kv * GROUP_SIZE + rows % GROUP_SIZE
+    if SHARED:
+        # Of another sequence each; rows past the last query repeat it.
+        queries = tl.minimum(queries, num_queries - 1)
+        if VARLEN:
+            sequences = find_sequence(cu_seqlens_q_ptr, batch, search_steps, queries, 1, 1, 0)
+            first_queries = tl.load(cu_seqlens_q_ptr + sequences)
+            seqlens_q = tl.load(cu_seqlens_q_ptr + sequences + 1) - first_queries
+        else:
+            sequences = queries // seqlen_q
+            first_queries = sequences * seqlen_q
+            seqlens_q = seqlen_q
+        seqlens_k = tl.load(cache_seqlens_ptr + sequences)
+        positions = queries - first_queries + seqlens_k - seqlens_q
+        end_keys = tl.minimum(seqlens_k, seqlen_k)
+        start_position = tl.min(positions, 0)
+        end_position = tl.max(positions, 0) + 1
+        num_full_keys = tl.min(end_keys, 0)
+    else:
+        positions = queries + (seqlen_k - seqlen_q)
+        end_keys = seqlen_k
+        start_position = tile * BLOCK_M // GROUP_SIZE + (seqlen_k - seqlen_q)
+        end_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP_SIZE + 1, seqlen_q) + (seqlen_k - seqlen_q)
+        num_full_keys = seqlen_k
+
+    # The keys of this split: of those that the tile sees, an equal share of tiles, cut into the kinds of loop.
+    ALIGN: tl.constexpr = BLOCK_N if ONE_PAGE else 1
+    lo, full_lo, full_hi, hi = visible_range(
+        start_position, end_position, seqlen_k, 0, window, BLOCK_N, ALIGN, first_key
+    )
+    if SHARED:
+        full_hi = full_lo + tl.maximum(tl.minimum(full_hi, num_full_keys) - full_lo, 0) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), num_splits) * BLOCK_N
+    lo = tl.minimum(lo + split * share, hi)
+    hi = tl.minimum(lo + share, hi)
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+    full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
+    left_tiles = tl.cdiv(full_lo - lo, BLOCK_N)
+    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
+    interior_tiles = (full_hi - full_lo) // BLOCK_N
+
+    q_rows = queries + first_q
+    q_offsets = q_rows.to(tl.int64) * q_strides[1] + heads.to(tl.int64) * q_strides[2]
+    q = load_tile(q_ptr + tl.cast(sequence, tl.int64) * q_strides[0], q_offsets, 1, rows_mask, HEAD_DIM, True)
+    k_ptr += tl.cast(head_kv, tl.int64) * k_strides[2]
+    v_ptr += tl.cast(head_kv, tl.int64) * v_strides[2]
+    if block_table_ptr is not None:
+        block_table_ptr += tl.cast(sequence, tl.int64) * table_stride
+    if scale_ptrs[0] is not None:
+        scale_log2 *= tl.load(scale_ptrs[0] + head_kv * scale_strides[0])
+    if alibi_slopes_ptr is not None:
+        slope_rows = sequences if SHARED else sequence
+        slopes = tl.load(alibi_slopes_ptr + slope_rows * alibi_strides[0] + heads * alibi_strides[1])[:, None]
+
+    m_i, l_i = softmax_init(sinks_ptr, heads, BLOCK_M)
+    if sinks_ptr is not None:
+        # One split of the first keys counts the sink.
+        counts = (split == 0) & (first_key == 0)
+        m_i = tl.where(counts, m_i, float("-inf"))
+        l_i = tl.where(counts, l_i, 0.0)
+    acc = zeros_tile(BLOCK_M, HEAD_DIM_V)
+    for INTERIOR in tl.static_range(2):
+        num_steps = interior_tiles if INTERIOR else boundary_tiles
+        for i in tl.range(0, num_steps):
+            if INTERIOR:
+                start_n = full_lo + i * BLOCK_N
+                keys_mask = None
+            else:
+                start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
+                keys_mask = start_n + tl.arange(0, BLOCK_N) < hi
+            cached = cache_rows(block_table_ptr, sequence, start_n, hi, BLOCK_N, PAGE_SIZE, ONE_PAGE, not INTERIOR)
+            k_tile = _load_cached(k_ptr, k_strides, cached, keys_mask, q[0].dtype, HEAD_DIM, MANTISSA_BITS)
+            s = dot_transposed(q, k_tile, INPUT_PRECISION)
+            if not FOLD_SCALE:
+                s *= scale_log2
+                if softcap is not None:
+                    s = cap_scores(s, softcap)
+                if alibi_slopes_ptr is not None:
+                    s = add_alibi(s, positions, start_n, 0, slopes)
+            if not INTERIOR:
+                s = mask_scores(s, positions, start_n, end_keys, 0, window)
+            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
+            v_tile = _load_cached(v_ptr, v_strides, cached, keys_mask, q[0].dtype, HEAD_DIM_V, MANTISSA_BITS)
+            acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
+
+    norm, lse = softmax_finish(m_i, l_i)
+    norm *= out_factor
+    if scale_ptrs[1] is not None:
+        norm *= tl.load(scale_ptrs[1] + head_kv * scale_strides[1])
+    start = tl.cast(split, tl.int64) * out_strides[0] + tl.cast(sequence, tl.int64) * out_strides[1]
+    offsets = q_rows.to(tl.int64) * out_strides[2] + heads.to(tl.int64) * out_strides[3]
+    store_tile(out_ptr + start, offsets, 1, rows_mask, scale_rows(acc, norm), HEAD_DIM_V, True)
+    if lse_ptr is not None:
+        start = tl.cast(split, tl.int64) * lse_strides[0] + tl.cast(sequence, tl.int64) * lse_strides[1]
+        offsets = q_rows.to(tl.int64) * lse_strides[2] + heads.to(tl.int64) * lse_strides[3]
+        tl.store(lse_ptr + start + offsets, lse, mask=rows_mask)
+
+
+def launch_paged_fwd(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    lse,
+    cache_seqlens,
+    block_table,
+    cu_seqlens_q,
+    max_seqlen_q,
+    options,
+    scales=(None, None),
+    num_splits=0,
+    shared_prefix_len=0,
+    config=None,
+):
+    """Launch the kernels of one call: attention over the shared prefix if there is one, over the rest, and the merge if
+    there is more than one part. Nothing is read back.
+
+    q and out are (batch, seqlen_q, num_heads_q, dim), or (total_q, num_heads_q, dim) with cu_seqlens_q; lse as
+    `flash_attention` returns it, or None: not wanted. options is an AttentionOptions, scales those of keys and values,
+    config a PagedConfig (None: the default).
+    """
+    softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
+    arch = arch_of(q)
+    batch = cache_seqlens.shape[0]
+    passes, num_parts, constants = _plan(
+        layout_of(q, k_cache, v_cache),
+        q.dtype,
+        k_cache.dtype,
+        batch,
+        max_seqlen_q,
+        None if block_table is None else block_table.shape[1],
+        cu_seqlens_q is not None,
+        num_splits,
+        shared_prefix_len,
+        softcap is None and alibi_slopes is None and softmax_scale > 0,
+        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
+        arch,
+        input_precision(q.dtype, arch),
+        num_processors(q.device),
+        config,
+    )
+    if not passes:
+        return
+    out_rows = out if out.ndim == 4 else out[None]
+    lse_rows = None if lse is None else lse.transpose(-2, -1) if lse.ndim == 3 else lse.mT[None]
+    parts, lse_parts = out_rows[None], None if lse is None else lse_rows[None]
+    if num_parts > 1:
+        parts = out.new_empty((num_parts, *out_rows.shape), dtype=torch.float32)
+        lse_parts = out.new_empty((num_parts, *out_rows.shape[:-1]), dtype=torch.float32)
+    if k_cache.dtype in FLOAT8_MANTISSA_BITS:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    scale_log2, out_factor, scale_ptrs, scale_strides = _scales(softmax_scale * LOG2_E, *scales)
+    first_part = 0
+    for counts, first_key, seqlen_k, splits, shared, own in passes:
+        parts_here = parts[first_part : first_part + splits]
+        lse_here = None if lse_parts is None else lse_parts[first_part : first_part + splits]
+        q_here = q
+        if shared:
+            # The queries of all sequences as those of one. A view, but of a q whose batch lies apart from its rows.
+            q_here, parts_here = q.flatten(0, -3)[None], parts_here.flatten(1, 2)[:, None]
+            lse_here = lse_here.flatten(1, 2)[:, None]
+        args = (
+            q_here,
+            k_cache,
+            v_cache,
+            parts_here,
+            lse_here,
+            cache_seqlens,
+            block_table,
+            cu_seqlens_q,
+            sinks,
+            alibi_slopes,
+            scale_ptrs,
+            without_dim(q_here.stride()),
+            k_cache.stride()[:3],
+            v_cache.stride()[:3],
+            _packed_strides(parts_here, cu_seqlens_q),
+            None if lse_here is None else _packed_strides(lse_here, cu_seqlens_q),
+            None if block_table is None else block_table.stride(0),
+            None if alibi_slopes is None else batch_head_strides(alibi_slopes),
+            scale_strides,
+            max_seqlen_q,
+            seqlen_k,
+            batch,
+            *counts,
+            first_key,
+            k_cache.shape[2],
+            splits,
+            scale_log2,
+            out_factor,
+            softcap,
+            window,
+        )
+        num_programs = counts[0] * splits * k_cache.shape[2]
+        launch_packed(_paged_fwd_kernel, (num_programs,), q.device, args, constants | own)
+        first_part += splits
+    if num_parts > 1:
+        launch_merge(parts, lse_parts, out_rows, lse_rows)
+
+
+def _packed_strides(x, cu_seqlens_q):
+    """Strides of (part, batch, row, head); a varlen batch has batch stride 0."""
+    part, batch, row, head, *_ = x.stride()
+    return part, batch if cu_seqlens_q is None else 0, row, head
+
+
+def _scales(scale_log2, k_scale, v_scale):
+    """(factor on scores, factor on outputs, tensors of both, their strides): a number is a factor, a tensor is none."""
+    tensors = tuple(scale if isinstance(scale, torch.Tensor) else None for scale in (k_scale, v_scale))
+    k_factor, v_factor = (1.0 if x is None or isinstance(x, torch.Tensor) else float(x) for x in (k_scale, v_scale))
+    strides = tuple(None if x is None else min(1, x.numel() - 1) for x in tensors)
+    return scale_log2 * k_factor, v_factor, tensors, strides
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    layout,
+    dtype,
+    cache_dtype,
+    batch,
+    max_seqlen_q,
+    table_width,
+    varlen,
+    num_splits,
+    shared_prefix_len,
+    fold_scale,
+    bases_aligned,
+    arch,
+    precision,
+    num_sms,
+    config,
+):
+    """What of a call follows from layouts and options alone, remembered since most calls are like the last.
+
+    Returns (passes, number of parts, constants); a pass is ((num_tiles, search_steps), first_key, seqlen_k, num_splits,
+    whether it is that of the shared prefix, its own constants).
+    """
+    (shape_q, strides_q), (_, strides_k), (shape_v, strides_v) = layout
+    *rows_q, num_heads_q, head_dim = shape_q
+    _, slots, num_heads_kv, head_dim_v = shape_v
+    group_size = num_heads_q // num_heads_kv
+    num_queries = math.prod(rows_q)
+    if num_queries == 0 or num_heads_q == 0 or max_seqlen_q == 0 or batch == 0:
+        return (), 0, {}
+    page_size = 0 if table_width is None else slots
+    capacity = slots if table_width is None else table_width * slots
+    vector_cache = vector_elements(cache_dtype.itemsize, strides_k, strides_v) if bases_aligned else 1
+    common = dict(
+        GROUP_SIZE=group_size,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        PAGE_SIZE=page_size,
+        FOLD_SCALE=fold_scale,
+        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(cache_dtype, 0),
+        VECTOR=vector_elements(dtype.itemsize, strides_q),
+        VECTOR_CACHE=vector_cache,
+        INPUT_PRECISION=precision,
+    )
+    passes = []
+    rows = max_seqlen_q * group_size
+    for shared in (True, False) if shared_prefix_len else (False,):
+        rows_here = num_queries * group_size if shared else rows
+        tiles = config or default_config(arch, dtype, cache_dtype, head_dim, head_dim_v, rows_here, vector_cache > 1)
+        search = varlen and not shared and rows > tiles.block_m
+        if search:
+            num_tiles = num_queries * group_size // tiles.block_m + batch
+        else:
+            num_tiles = -(-rows_here // tiles.block_m) * (1 if shared else batch)
+        first_key = 0 if shared else shared_prefix_len
+        num_keys = shared_prefix_len if shared else max(capacity - shared_prefix_len, 0)
+        splits = num_splits or choose_num_splits(num_tiles * num_heads_kv, -(-num_keys // tiles.block_n), num_sms)
+        own = dict(
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            ONE_PAGE=page_size > 0 and page_size % tiles.block_n == 0 and first_key % tiles.block_n == 0,
+            SHARED=shared,
+            SEARCH=search,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+        counts = num_tiles, batch.bit_length()
+        passes.append((counts, first_key, shared_prefix_len if shared else capacity, splits, shared, own))
+    return tuple(passes), sum(splits for *_, splits, _, _ in passes), common

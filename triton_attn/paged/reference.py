@@ -1,0 +1,66 @@
+"""What attention over a cache computes, in plain torch: one sequence after the other, through its block table."""
+
+import torch
+
+from .._host.definition import attend
+
+
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table=None,
+    *,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
+    causal=True,
+    softmax_scale=None,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+    num_splits=0,
+    shared_prefix_len=0,
+    out=None,
+    return_lse=False,
+    check_values=None,
+):
+    """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0."""
+    compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out
+    lse = q.new_zeros(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=compute_dtype)
+    bounds = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    for i, seqlen in enumerate(cache_seqlens.tolist()):
+        rows = i if bounds is None else slice(*bounds[i : i + 2])
+        out_i, lse_i = attend(
+            q[rows][None],
+            _cached(k_cache, i, seqlen, block_table, k_scale, compute_dtype)[None],
+            _cached(v_cache, i, seqlen, block_table, v_scale, compute_dtype)[None],
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
+            sinks=sinks,
+            compute_dtype=compute_dtype,
+        )
+        result[rows] = out_i[0]
+        lse[rows if bounds is None else (slice(None), rows)] = lse_i[0]
+    return (result, lse) if return_lse else result
+
+
+def _cached(cache, i, seqlen, block_table, scale, dtype):
+    """(seqlen, heads, dim) of sequence i."""
+    if block_table is None:
+        rows = cache[i, :seqlen].to(dtype)
+    else:
+        page_size = cache.shape[1]
+        pages = block_table[i, : -(-seqlen // page_size)].long()
+        bits = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
+        rows = bits[pages].view(cache.dtype).flatten(0, 1)[:seqlen].to(dtype)
+    if scale is not None:
+        rows = rows * torch.as_tensor(scale, dtype=dtype, device=cache.device).reshape(-1, 1)
+    return rows
