@@ -32,17 +32,18 @@ def cache_rows(
 
 
 @triton.jit
-def decode_float8(bits, MANTISSA_BITS: tl.constexpr):
+def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
     """fp16 values of e4m3 (3 bits of mantissa) or e5m2 (2) numbers, exact, NaN kept.
 
-    In integers, because not every GPU that serves fp8 caches converts them.
+    By the GPU's own conversion where it is NATIVE, otherwise in integers.
     """
+    if NATIVE:
+        return bits.to(tl.float8e4nv if MANTISSA_BITS == 3 else tl.float8e5, bitcast=True).to(tl.float16)
     bits = bits.to(tl.int16)
     if MANTISSA_BITS == 2:  # the upper half of an fp16 number
         return (bits << 8).to(tl.float16, bitcast=True)
-    else:
-        magnitude = bits & 0x7F
-        shifted = ((bits & 0x80) << 8) | (magnitude << 7)
-        # fp16 has another bias of the exponent, 15 in place of 7.
-        values = shifted.to(tl.float16, bitcast=True) * 256.0
-        return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)
+    magnitude = bits & 0x7F
+    shifted = ((bits & 0x80) << 8) | (magnitude << 7)
+    # fp16 has another bias of the exponent, 15 in place of 7.
+    values = shifted.to(tl.float16, bitcast=True) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)

@@ -7,7 +7,7 @@ tiles ahead each.
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,39 +22,64 @@ class PagedConfig:
     num_stages: int
 
 
-# Rows of a tile: a whole tile is computed however few rows there are, and tensor cores take 16.
-ROWS = (16, 32, 64, 128)
+# (largest head dim, config of up to 16 rows, of more) per architecture; 16-bit inputs.
+_HALF = {
+    "sm_80": (
+        (64, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
+        (96, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
+        (128, PagedConfig(16, 64, 4, 3), PagedConfig(64, 32, 8, 3)),
+        (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
+        (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
+    ),
+    "sm_90": (
+        (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
+        (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
+        (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
+    ),
+    "gfx942": (
+        (128, PagedConfig(16, 64, 4, 2), PagedConfig(128, 64, 8, 2)),
+        (256, PagedConfig(16, 32, 4, 2), PagedConfig(64, 32, 8, 2)),
+        (512, PagedConfig(16, 16, 4, 2), PagedConfig(32, 16, 8, 2)),
+    ),
+}
+_FLOAT = (
+    (128, PagedConfig(16, 32, 4, 2), PagedConfig(32, 32, 8, 1)),
+    (512, PagedConfig(16, 16, 8, 1), PagedConfig(16, 16, 8, 1)),
+)
 
 
 @functools.cache
-def default_config(arch, dtype, cache_dtype, head_dim, head_dim_v, num_rows, by_16_bytes):
+def default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes):
     """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
 
     Args:
         arch: "sm_90", "gfx942", ...; "interpreter" gets tiles that it is fast with.
-        dtype, cache_dtype: of q and of the cache.
+        dtype: of q.
         head_dim, head_dim_v: 1 to 512.
-        num_rows: rows of a sequence for one KV head, seqlen_q * group_size at most: a tile has no more than it needs.
+        num_rows: rows of a sequence for one KV head, seqlen_q * group_size at most: a tile has no more than it needs,
+            but tensor cores take 16.
         by_16_bytes: whether keys and values can be loaded 16 bytes at a time.
     """
-    width = max(head_dim, head_dim_v)
-    most_rows = next(rows for limit, rows in _MOST_ROWS if width <= limit)
-    if dtype == torch.float32:
-        most_rows = min(most_rows, 32)
-    block_m = next((rows for rows in ROWS if rows >= min(num_rows, most_rows)), most_rows)
     if arch == "interpreter":
-        return PagedConfig(max(block_m, 32), 64, 4, 1)
-    stages = 2 if arch.startswith("gfx") else 3
-    block_n = next(keys for limit, keys in _KEYS if width <= limit)
-    if dtype == torch.float32:
-        block_n, stages = max(16, block_n // 4), 2
+        return PagedConfig(32 if num_rows <= 32 else 64, 64, 4, 1)
+    table = _FLOAT if dtype == torch.float32 else _HALF[_known_arch(arch)]
+    width = max(head_dim, head_dim_v)
+    few, many = next(configs for limit, *configs in table if width <= limit)
+    config = few
+    if num_rows > 32:
+        config = replace(many, block_m=min(many.block_m, max(64, 1 << (num_rows - 1).bit_length())))
+    elif num_rows > 16:
+        config = replace(few, block_m=32) if many.block_m > 32 else many
     if not by_16_bytes:
-        block_n, stages = max(16, block_n // 2), 1
-    return PagedConfig(block_m, block_n, 8 if block_m > 64 or width > 256 else 4, stages)
+        config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
+    return config
 
 
-_MOST_ROWS = ((128, 128), (256, 64), (512, 32))
-_KEYS = ((128, 64), (256, 32), (512, 16))
+def _known_arch(arch):
+    """The architecture whose table serves: on others with mma.sync that of sm_80, on those with more that of sm_90."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return "sm_90" if 90 <= int(arch.removeprefix("sm_")) < 120 else "sm_80"
 
 
 def choose_num_splits(num_programs, num_key_tiles, num_processors, max_splits=128):
@@ -75,10 +100,10 @@ def _efficiency(waves):
     return waves / -(-waves // 1)
 
 
-def search_space(arch, dtype, cache_dtype, head_dim, head_dim_v, num_rows):
+def search_space(arch, dtype, head_dim, head_dim_v, num_rows):
     """Configs for a sweep to compare, the default first."""
-    default = default_config(arch, dtype, cache_dtype, head_dim, head_dim_v, num_rows, True)
+    default = default_config(arch, dtype, head_dim, head_dim_v, num_rows, True)
     stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4)
-    rows = [rows for rows in ROWS if rows <= default.block_m]
+    rows = [rows for rows in (16, 32, 64, 128) if rows <= default.block_m]
     candidates = itertools.starmap(PagedConfig, itertools.product(rows, (16, 32, 64, 128), (2, 4, 8), stages))
     return list(dict.fromkeys([default, *candidates]))

@@ -27,15 +27,16 @@ LENGTHS = ["seqlen_q", "seqlen_k", "batch", "num_tiles", "search_steps", "first_
 
 
 @triton.jit
-def _load_cached(ptr, strides, rows, mask, dtype, HEAD_DIM: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+def _load_cached(ptr, strides, rows, mask, dtype, HEAD_DIM: tl.constexpr, FLOAT8: tl.constexpr):
     """A tile of keys or values in the dtype of q; fp8, kept as uint8, is decoded."""
     tile = load_tile(ptr, rows[0] * strides[0] + rows[1] * strides[1], 1, mask, HEAD_DIM, True)
-    if MANTISSA_BITS == 0:
+    if FLOAT8 is None:
         return tile
     elif len(tile) > 1:
-        return decode_float8(tile[0], MANTISSA_BITS).to(dtype), decode_float8(tile[1], MANTISSA_BITS).to(dtype)
+        first = decode_float8(tile[0], FLOAT8[0], FLOAT8[1]).to(dtype)
+        return first, decode_float8(tile[1], FLOAT8[0], FLOAT8[1]).to(dtype)
     else:
-        return (decode_float8(tile[0], MANTISSA_BITS).to(dtype),)
+        return (decode_float8(tile[0], FLOAT8[0], FLOAT8[1]).to(dtype),)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -81,7 +82,7 @@ def _paged_fwd_kernel(
     SHARED: tl.constexpr,
     SEARCH: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
+    FLOAT8: tl.constexpr,
     VECTOR: tl.constexpr,
     VECTOR_CACHE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -92,9 +93,10 @@ def _paged_fwd_kernel(
     are loaded once for the group. Grid: num_tiles * num_splits * num_heads_kv; num_tiles counts those of all sequences,
     an upper bound in a varlen batch, whose tiles are found by bisection unless there is one per sequence.
 
-    A SHARED program takes rows of any sequence, over the keys of sequence 0 before seqlen_k, which all begin with. The
+    A SHARED program takes rows of any sequence, over the keys before seqlen_k, which all sequences begin with. The
     keys before first_key are left out. Strides are (split, batch, row, head) of out and lse, (batch, row, head) of q,
-    (page or batch, slot, head) of the caches. None is none.
+    (page or batch, slot, head) of the caches. These hold fp8 as uint8 where FLOAT8 is (bits of mantissa, whether the
+    GPU converts it). None is none.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     k_strides = in_vectors(k_strides, VECTOR_CACHE)
@@ -143,10 +145,14 @@ def _paged_fwd_kernel(
         seqlens_k = tl.load(cache_seqlens_ptr + sequences)
         positions = queries - first_queries + seqlens_k - seqlens_q
         end_keys = tl.minimum(seqlens_k, seqlen_k)
+        # The pages are those of the tile's longest sequence: others may end before the prefix does.
+        seqlen_k = tl.max(end_keys, 0)
+        table_sequence = tl.max(tl.where(end_keys == seqlen_k, sequences, 0), 0)
         start_position = tl.min(positions, 0)
         end_position = tl.max(positions, 0) + 1
         num_full_keys = tl.min(end_keys, 0)
     else:
+        table_sequence = sequence
         positions = queries + (seqlen_k - seqlen_q)
         end_keys = seqlen_k
         start_position = tile * BLOCK_M // GROUP_SIZE + (seqlen_k - seqlen_q)
@@ -175,7 +181,7 @@ def _paged_fwd_kernel(
     k_ptr += tl.cast(head_kv, tl.int64) * k_strides[2]
     v_ptr += tl.cast(head_kv, tl.int64) * v_strides[2]
     if block_table_ptr is not None:
-        block_table_ptr += tl.cast(sequence, tl.int64) * table_stride
+        block_table_ptr += tl.cast(table_sequence, tl.int64) * table_stride
     if scale_ptrs[0] is not None:
         scale_log2 *= tl.load(scale_ptrs[0] + head_kv * scale_strides[0])
     if alibi_slopes_ptr is not None:
@@ -199,7 +205,7 @@ def _paged_fwd_kernel(
                 start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
                 keys_mask = start_n + tl.arange(0, BLOCK_N) < hi
             cached = cache_rows(block_table_ptr, sequence, start_n, hi, BLOCK_N, PAGE_SIZE, ONE_PAGE, not INTERIOR)
-            k_tile = _load_cached(k_ptr, k_strides, cached, keys_mask, q[0].dtype, HEAD_DIM, MANTISSA_BITS)
+            k_tile = _load_cached(k_ptr, k_strides, cached, keys_mask, q[0].dtype, HEAD_DIM, FLOAT8)
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             if not FOLD_SCALE:
                 s *= scale_log2
@@ -210,7 +216,7 @@ def _paged_fwd_kernel(
             if not INTERIOR:
                 s = mask_scores(s, positions, start_n, end_keys, 0, window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
-            v_tile = _load_cached(v_ptr, v_strides, cached, keys_mask, q[0].dtype, HEAD_DIM_V, MANTISSA_BITS)
+            v_tile = _load_cached(v_ptr, v_strides, cached, keys_mask, q[0].dtype, HEAD_DIM_V, FLOAT8)
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)
@@ -342,6 +348,13 @@ def _scales(scale_log2, k_scale, v_scale):
     return scale_log2 * k_factor, v_factor, tensors, strides
 
 
+def _float8(dtype, arch):
+    """How to decode a cache of this dtype: (bits of mantissa, whether by the GPU's own conversion), or None."""
+    if dtype not in FLOAT8_MANTISSA_BITS:
+        return None
+    return FLOAT8_MANTISSA_BITS[dtype], arch.startswith("sm_") and (dtype == torch.float8_e5m2 or int(arch[3:]) >= 89)
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan(
     layout,
@@ -381,7 +394,7 @@ def _plan(
         HEAD_DIM_V=head_dim_v,
         PAGE_SIZE=page_size,
         FOLD_SCALE=fold_scale,
-        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(cache_dtype, 0),
+        FLOAT8=_float8(cache_dtype, arch),
         VECTOR=vector_elements(dtype.itemsize, strides_q),
         VECTOR_CACHE=vector_cache,
         INPUT_PRECISION=precision,
@@ -390,7 +403,7 @@ def _plan(
     rows = max_seqlen_q * group_size
     for shared in (True, False) if shared_prefix_len else (False,):
         rows_here = num_queries * group_size if shared else rows
-        tiles = config or default_config(arch, dtype, cache_dtype, head_dim, head_dim_v, rows_here, vector_cache > 1)
+        tiles = config or default_config(arch, dtype, head_dim, head_dim_v, rows_here, vector_cache > 1)
         search = varlen and not shared and rows > tiles.block_m
         if search:
             num_tiles = num_queries * group_size // tiles.block_m + batch

@@ -1,0 +1,358 @@
+"""Random calls of paged_attention over hostile caches, each checked against fp64."""
+
+import contextlib
+import itertools
+import math
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import triton
+from hypothesis import strategies as st
+
+from triton_attn import paged_attention
+from triton_attn._host.definition import attend, visible_keys
+from triton_attn.paged import forward
+from triton_attn.paged.configs import PagedConfig
+from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+PAGE_SIZES = (1, 5, 8, 16, 32, 64, 128, 256)
+HEAD_DIMS = (1, 16, 40, 64, 71, 80, 96, 128, 192, 256, 512)
+DEAD_ENTRY = 2147480000
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. page_size None is a contiguous cache; without varlen all sequences have the same number of queries."""
+
+    varlen: bool
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    page_size: int | None
+    seqlens_q: tuple
+    seqlens_k: tuple
+    num_heads_kv: int
+    group_size: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    window_size: tuple
+    softmax_scale: float | None
+    softcap: float
+    alibi: str | None  # None, "per head" or "per sequence"
+    sinks: torch.dtype | None
+    scales: tuple  # of k and v: None, a number, "one" or "per head"
+    num_splits: int
+    shared_prefix_len: int
+    cache_layout: str  # a key of CACHE_LAYOUTS
+    spare_rows: int  # after the last sequence
+    spare_entries: int  # of the table
+    gives_out: bool
+    config: PagedConfig
+    seed: int
+
+    @property
+    def num_heads_q(self):
+        return self.num_heads_kv * self.group_size
+
+    @property
+    def options(self):
+        return {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "softmax_scale": self.softmax_scale,
+            "softcap": self.softcap,
+        }
+
+
+PLAIN = Case(
+    varlen=False,
+    dtype=torch.float16,
+    cache_dtype=torch.float16,
+    page_size=16,
+    seqlens_q=(1, 1, 1),
+    seqlens_k=(47, 100, 1),
+    num_heads_kv=2,
+    group_size=4,
+    head_dim=64,
+    head_dim_v=64,
+    causal=True,
+    window_size=(-1, -1),
+    softmax_scale=None,
+    softcap=0.0,
+    alibi=None,
+    sinks=None,
+    scales=(None, None),
+    num_splits=1,
+    shared_prefix_len=0,
+    cache_layout="contiguous",
+    spare_rows=0,
+    spare_entries=2,
+    gives_out=False,
+    config=PagedConfig(16, 32, 4, 1),
+    seed=0,
+)
+
+# Ways in which (pages, slots, heads, dim) may lie in memory.
+CACHE_LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "heads before slots": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "heads last, wide": lambda x: torch.nn.functional.pad(x, (0, 16 - x.shape[-1] % 16))[..., : x.shape[-1]],
+}
+
+
+@st.composite
+def cases(draw, dtype, varlen):
+    config = PagedConfig(
+        block_m=draw(st.sampled_from([16, 32, 64, 128])),
+        block_n=draw(st.sampled_from([16, 32, 64, 128])),
+        num_warps=4,
+        num_stages=1,
+    )
+    group_size = draw(st.sampled_from([1, 2, 3, 5, 8, 16]))
+    batch = draw(st.sampled_from([1, 2, 3, 5, 0]))
+    lengths_q = st.sampled_from([1, 1, 0, 2, 5]) | st.integers(0, 40)
+    lengths_k = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 200)
+    seqlens_q = draw(st.tuples(*[lengths_q] * batch)) if varlen else (draw(lengths_q),) * batch
+    page_size = draw(st.sampled_from([*PAGE_SIZES, None]))
+    seqlens_k = draw(st.tuples(*[lengths_k] * batch))
+    shared_prefix_len = 0
+    if page_size and draw(st.booleans()):
+        shared_prefix_len = draw(st.integers(0, 120)) // page_size * page_size
+    scale = st.sampled_from([None, 0.5, "one", "per head"])
+    side = st.just(-1) | st.sampled_from([0, 1, 5, 17, 64, 10**6])
+    return Case(
+        varlen=varlen,
+        dtype=dtype,
+        cache_dtype=draw(st.sampled_from([dtype, dtype, *FLOAT8])),
+        page_size=page_size,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        num_heads_kv=draw(st.integers(1, 2)),
+        group_size=group_size,
+        head_dim=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
+        head_dim_v=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
+        causal=draw(st.booleans()),
+        window_size=draw(st.tuples(side, side)),
+        softmax_scale=draw(st.none() | st.sampled_from([0.0, 0.07, -0.2])),
+        softcap=draw(st.just(0.0) | st.sampled_from([0.7, 30.0])),
+        alibi=draw(st.sampled_from([None, None, "per head", "per sequence"])),
+        sinks=draw(st.sampled_from([None, None, torch.float32, dtype])),
+        scales=draw(st.tuples(scale, scale)),
+        num_splits=draw(st.sampled_from([1, 1, 0, 2, 3, 7])),
+        shared_prefix_len=shared_prefix_len,
+        cache_layout=draw(st.sampled_from(list(CACHE_LAYOUTS))),
+        spare_rows=draw(st.sampled_from([0, 1, 40])) if varlen else 0,
+        spare_entries=draw(st.integers(0, 3)),
+        gives_out=draw(st.booleans()),
+        config=config,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+class Inputs:
+    """What a call is given, and `clean` keys and values (1, seqlen_k, heads, dim) of each sequence.
+
+    Slots that hold no key are NaN, entries of the table past a sequence's pages are absurd.
+    """
+
+    def __init__(self, case):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.seed)
+        batch = len(case.seqlens_q)
+        self.q = self._randn(sum(case.seqlens_q) + case.spare_rows, case.num_heads_q, case.head_dim).to(case.dtype)
+        shared = min(case.shared_prefix_len, max(case.seqlens_k, default=0))
+        self._lay_out_pages(case, batch, shared)
+        self.k_scale, self.v_scale = map(self._scale, case.scales)
+        self.k_cache, self.clean_k = self._cache(case.head_dim, self.k_scale)
+        self.v_cache, self.clean_v = self._cache(case.head_dim_v, self.v_scale)
+        slopes_shape = (batch, case.num_heads_q) if case.alibi == "per sequence" else (case.num_heads_q,)
+        self.alibi_slopes = torch.rand(slopes_shape, generator=self.generator).to(DEVICE) if case.alibi else None
+        self.sinks = self._randn(case.num_heads_q).to(case.sinks) if case.sinks else None
+
+    def _randn(self, *shape):
+        return torch.randn(shape, generator=self.generator).to(DEVICE)
+
+    def _scale(self, scale):
+        if isinstance(scale, str):
+            shape = (1 if scale == "one" else self.case.num_heads_kv,)
+            return (torch.rand(shape, generator=self.generator) + 0.5).to(DEVICE)
+        return scale
+
+    def _lay_out_pages(self, case, batch, shared):
+        """table, and which (page, slot) each sequence's keys lie in."""
+        if case.page_size is None:
+            self.cache_shape = (batch, max(case.seqlens_k, default=0) + 3)
+            self.block_table = None
+            self.places = [
+                (torch.full((n,), i, device=DEVICE), torch.arange(n, device=DEVICE))
+                for i, n in enumerate(case.seqlens_k)
+            ]
+            return
+        counts = [-(-n // case.page_size) for n in case.seqlens_k]
+        width = max(max(counts, default=0), -(-case.shared_prefix_len // case.page_size)) + case.spare_entries
+        num_pages = sum(counts) + 3
+        pages = torch.randperm(num_pages, generator=self.generator).tolist()
+        common = [pages.pop() for _ in range(min(max(counts, default=0), shared // case.page_size))]
+        self.cache_shape = (num_pages, case.page_size)
+        table = torch.full((batch, width), DEAD_ENTRY, dtype=torch.int32)
+        self.places = []
+        for i, (n, count) in enumerate(zip(case.seqlens_k, counts)):
+            own = common[:count] + [pages.pop() for _ in range(count - len(common))]
+            table[i, :count] = torch.tensor(own, dtype=torch.int32)
+            keys = torch.arange(n)
+            places = torch.tensor(own, dtype=torch.long)[keys // case.page_size], keys % case.page_size
+            self.places.append(tuple(x.to(DEVICE) for x in places))
+        self.block_table = table.to(DEVICE)
+
+    def _cache(self, dim, scale):
+        case = self.case
+        values = self._randn(*self.cache_shape, case.num_heads_kv, dim).to(case.cache_dtype)
+        exact = values.double()
+        if scale is not None:
+            exact *= torch.as_tensor(scale, dtype=torch.float64, device=DEVICE).reshape(-1, 1)
+        clean = [exact[place][None] for place in self.places]
+        unused = torch.ones(self.cache_shape, dtype=torch.bool, device=DEVICE)
+        for place in self.places:
+            unused[place] = False
+        if case.cache_dtype.itemsize == 1:
+            values.view(torch.uint8)[unused] = 0x7F  # NaN in both formats
+        else:
+            values[unused] = NAN
+        return lay_out(values, case.cache_layout), clean
+
+    def expected(self, dtype, upcast):
+        """out (rows, heads, dim) and lse (rows, heads) of all sequences, computed in dtype."""
+        outs = [self.q.new_zeros(0, self.case.num_heads_q, self.case.head_dim_v, dtype=upcast)]
+        lses = [self.q.new_zeros(0, self.case.num_heads_q, dtype=torch.promote_types(dtype, torch.float32))]
+        queries = self.q.split((*self.case.seqlens_q, self.case.spare_rows))
+        for i, (k, v) in enumerate(zip(self.clean_k, self.clean_v)):
+            slopes = self.alibi_slopes[i] if self.case.alibi == "per sequence" else self.alibi_slopes
+            out, lse = attend(
+                queries[i][None].to(upcast),
+                k.to(upcast),
+                v.to(upcast),
+                alibi_slopes=slopes,
+                sinks=self.sinks,
+                compute_dtype=dtype,
+                **self.case.options,
+            )
+            outs.append(out[0])
+            lses.append(lse[0].T)
+        return torch.cat(outs), torch.cat(lses)
+
+    def call(self, **options):
+        """out (rows, heads, dim) and lse (rows, heads) of the public function, without the spare rows."""
+        case = self.case
+        q = self.q if case.varlen else self.q.unflatten(0, (len(case.seqlens_q), -1) if case.seqlens_q else (0, 3))
+        if case.varlen:
+            cu_seqlens = [0, *itertools.accumulate(case.seqlens_q)]
+            options["cu_seqlens_q"] = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
+            options["max_seqlen_q"] = max(case.seqlens_q, default=0)
+        if case.gives_out:
+            larger = torch.full((*q.shape[:-1], case.head_dim_v + 3), NAN, dtype=case.dtype, device=DEVICE)
+            options["out"] = larger[..., : case.head_dim_v]
+        out, lse = paged_attention(
+            q,
+            self.k_cache,
+            self.v_cache,
+            torch.tensor(case.seqlens_k, dtype=torch.int32, device=DEVICE),
+            self.block_table,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+            num_splits=case.num_splits,
+            shared_prefix_len=case.shared_prefix_len,
+            return_lse=True,
+            **case.options,
+            **options,
+        )
+        if case.gives_out:
+            assert out is options["out"]
+        rows = sum(case.seqlens_q)
+        if not case.varlen:
+            return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        return out[:rows], lse.T[:rows]
+
+
+def lay_out(x, layout):
+    """fp8 moves as uint8: torch cannot pad it."""
+    if x.dtype.itemsize == 1:
+        return CACHE_LAYOUTS[layout](x.view(torch.uint8)).view(x.dtype)
+    return CACHE_LAYOUTS[layout](x)
+
+
+@contextlib.contextmanager
+def using(config):
+    """The kernel runs with these tiles; on a GPU with its own, which fit."""
+    if not INTERPRETED:
+        yield
+        return
+    with mock.patch.object(forward, "default_config", return_value=config):
+        forward._plan.cache_clear()
+        yield
+    forward._plan.cache_clear()
+
+
+def check(case):
+    """The call is right to the last row, writes each element once, and reads the keys that somebody sees, no more."""
+    inputs = Inputs(case)
+    with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext() as accesses:
+        out, lse = inputs.call()
+    if out.numel():
+        check_values(case, inputs, out, lse)
+    if INTERPRETED and out.numel():
+        check_accesses(case, accesses)
+
+
+def check_values(case, inputs, out, lse):
+    out64, lse64 = inputs.expected(torch.float64, torch.float64)
+    torch_out, _ = inputs.expected(case.dtype, case.dtype)
+    _, torch_lse = inputs.expected(torch.float32, torch.float32)
+    # Weights sum to 1 and each is rounded once: an output may be off by that much of the values, whatever cancels. In
+    # fp32 the scores' own rounding counts, and tanh by way of exp2 is exact to that of softcap.
+    finite = lse64[lse64.isfinite()]
+    score_error = torch.finfo(torch.float32).eps * (4 + case.softcap)
+    largest = max((v.abs().max().item() for v in inputs.clean_v if v.numel()), default=0.0)
+    floor = max(torch.finfo(case.dtype).eps, score_error) * largest
+    assert_close_to_reference(out, out64, torch_out=torch_out, floor=floor)
+    floor = score_error * max(1.0, finite.abs().amax().item() if finite.numel() else 0.0)
+    assert_close_to_reference(lse, lse64, torch_out=torch_lse, floor=floor, name="lse")
+
+
+def check_accesses(case, accesses):
+    """Where one tile holds all rows that a KV head has for a sequence, each key that they see is loaded once."""
+    size = case.cache_dtype.itemsize
+    most = keys_loaded(case) * case.num_heads_kv * size
+    exactly = not case.shared_prefix_len and max(case.seqlens_q) * case.group_size <= case.config.block_m
+    for name, head_dim in (("k_ptr", case.head_dim), ("v_ptr", case.head_dim_v)):
+        loaded = accesses.bytes_loaded[name]
+        assert loaded <= most * head_dim
+        if exactly:
+            assert loaded == most * head_dim
+
+
+def keys_loaded(case):
+    """Keys from the first to the last that the rows of a tile see, for all tiles; where tiles lie in one page each, the
+    first is rounded down to a tile."""
+    align = 1
+    if case.page_size and case.page_size % case.config.block_n == 0:
+        align = case.config.block_n
+    total = 0
+    for seqlen_q, seqlen_k in zip(case.seqlens_q, case.seqlens_k):
+        visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
+        rows = visible.repeat_interleave(case.group_size, dim=0)
+        for tile in rows.split(case.config.block_m) if len(rows) else ():
+            seen = tile.any(0).nonzero()
+            if len(seen):
+                total += int(seen[-1]) + 1 - int(seen[0]) // align * align
+    if case.shared_prefix_len:  # once more for each tile of all queries
+        num_tiles = math.ceil(sum(case.seqlens_q) * case.group_size / case.config.block_m)
+        total += num_tiles * min(case.shared_prefix_len, max(case.seqlens_k))
+    return total

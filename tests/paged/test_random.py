@@ -1,0 +1,21 @@
+"""Attention over a cache against its definition: random calls, and each settled semantic in an example."""
+
+import pytest
+from hypothesis import given, seed, settings
+from paged_cases import DTYPES, cases, check
+
+# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_calls(dtype, varlen, shard):
+    @seed(shard + 2 * varlen + 4 * DTYPES.index(dtype))
+    @settings(settings(), print_blob=True)
+    @given(cases(dtype, varlen))
+    def run(case):
+        check(case)
+
+    run()
