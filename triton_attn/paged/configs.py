@@ -90,6 +90,8 @@ def choose_num_splits(num_programs, num_key_tiles, num_processors, max_splits=12
     Everything is known on the host, the most keys that a cache holds in place of those it does, so that nothing is read
     back and a captured graph stays right as sequences grow.
     """
+    if num_programs == 0:
+        return 1
     counts = range(1, max(1, min(max_splits, num_key_tiles, num_processors)) + 1)
     efficiency = {n: _efficiency(num_programs * n / num_processors) for n in counts}
     best = max(efficiency.values())

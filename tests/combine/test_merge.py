@@ -1,0 +1,112 @@
+"""merge_attention against its definition, and against attention over all keys at once."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import triton
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_attn import flash_attention, merge_attention, reference
+from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+
+# NaN is fed on purpose, and numpy speaks up when it computes with it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="guards interpreted kernels")
+
+
+def parts_of(seed, num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread):
+    """outs and lses; those with lse = -inf hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    outs = torch.randn(num_parts, batch, seqlen_q, num_heads, head_dim_v, generator=generator)
+    lses = spread * torch.randn(num_parts, batch, num_heads, seqlen_q, generator=generator)
+    empty = torch.rand(lses.shape, generator=generator) < share_empty
+    lses[empty] = -math.inf
+    outs[empty.transpose(2, 3)] = math.nan
+    return outs.to(DEVICE, dtype), lses.to(DEVICE)
+
+
+def in_float64(outs, lses):
+    outs = torch.where((lses == -math.inf).transpose(2, 3)[..., None], 0.0, outs.double())
+    return reference.merge_attention(outs, lses.double())
+
+
+@interpreted
+@given(
+    num_parts=st.integers(0, 5) | st.sampled_from([31, 32, 33, 70]),
+    batch=st.integers(0, 3),
+    seqlen_q=st.integers(0, 5),
+    num_heads=st.integers(1, 4),
+    head_dim_v=st.sampled_from([1, 16, 71, 128, 512]) | st.integers(1, 512),
+    dtype=st.sampled_from(DTYPES),
+    share_empty=st.sampled_from([0.0, 0.5, 1.0]),
+    spread=st.sampled_from([1.0, 100.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_random_parts(num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread, seed):
+    outs, lses = parts_of(seed, num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread)
+    with guard(), poisoned_empty():
+        out, lse = merge_attention(outs, lses)
+    out64, lse64 = in_float64(outs, lses)
+    assert out.dtype == dtype
+    largest = outs[outs.isfinite()].abs().amax().item() if outs.isfinite().any() else 0.0
+    # A weight carries the rounding of its exponent, which exp2 takes at up to 4 * spread.
+    eps = max(torch.finfo(dtype).eps, 8 * spread * torch.finfo(torch.float32).eps)
+    assert_close_to_reference(out, out64, floor=eps * largest)
+    finite = lse64[lse64.isfinite()]
+    floor = 1e-6 * max(1.0, finite.abs().amax().item() if finite.numel() else 0.0)
+    assert_close_to_reference(lse, lse64, floor=floor, name="lse")
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("cuts", [(0, 0, 30), (10,), (1, 2, 3, 29)])
+def test_parts_of_the_keys_give_attention_over_all(cuts):
+    q, k, v = (torch.randn(2, rows, heads, 32, device=DEVICE) for rows, heads in ((5, 4), (30, 2), (30, 2)))
+    expected, expected_lse = flash_attention(q, k, v, return_lse=True)
+    bounds = [0, *cuts, 30]
+    parts = [flash_attention(q, k[:, lo:hi], v[:, lo:hi], return_lse=True) for lo, hi in itertools.pairwise(bounds)]
+    out, lse = merge_attention(*map(torch.stack, zip(*parts)))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@interpreted
+def test_strides_may_be_any():
+    outs, lses = parts_of(0, 3, 2, 5, 4, 24, torch.float32, 0.3, 1.0)
+    expected = merge_attention(outs, lses)
+    strided = outs.permute(3, 0, 2, 1, 4).contiguous().permute(1, 3, 2, 0, 4), lses.mT.contiguous().mT
+    with guard():
+        assert all(map(torch.equal, merge_attention(*strided), expected))
+
+
+def test_the_identity_changes_nothing():
+    outs, lses = parts_of(0, 1, 2, 5, 4, 24, torch.float16, 0.0, 1.0)
+    nothing = torch.full_like(outs, math.nan), torch.full_like(lses, -math.inf)
+    out, lse = merge_attention(torch.cat([nothing[0], outs]), torch.cat([nothing[1], lses]))
+    assert torch.equal(out, outs[0])
+    torch.testing.assert_close(lse, lses[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"outs": None}, TypeError, "outs: expected a tensor, got NoneType"),
+        ({"outs": torch.zeros(2, 1, 3, 4)}, ValueError, r"outs: expected \(num_parts, batch"),
+        ({"outs": torch.zeros(2, 1, 3, 4, 8, dtype=torch.int32)}, TypeError, "outs: expected float16"),
+        ({"outs": torch.zeros(2, 1, 3, 4, 513)}, ValueError, "outs: expected a head dimension of 1 to 512, got 513"),
+        ({"outs": torch.zeros(2, 1, 3, 4, 16)[..., ::2]}, ValueError, "outs: expected a contiguous last dimension"),
+        ({"outs": torch.zeros(2, 1, 3, 4, 8, requires_grad=True)}, NotImplementedError, "outs: no gradient"),
+        ({"lses": torch.zeros(2, 1, 3, 4)}, ValueError, "lses: expected outs' parts, batch, heads and rows"),
+        ({"lses": torch.zeros(2, 1, 4, 3).half()}, TypeError, "lses: expected dtype torch.float32"),
+        ({"lses": torch.zeros(2, 1, 4, 3, device="meta")}, ValueError, "lses: expected outs' device"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    arguments = {"outs": torch.zeros(2, 1, 3, 4, 8), "lses": torch.zeros(2, 1, 4, 3)} | changes
+    with pytest.raises(error, match=message):
+        merge_attention(**arguments)

@@ -1,0 +1,169 @@
+"""What attention over a cache compiles to at its defaults: resources and instructions; when it compiles; host cost."""
+
+import statistics
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+from triton_attn import paged_attention
+from triton_attn.combine import merge
+from triton_attn.paged import forward
+from triton_attn.testing import compile_only, shared_memory_limit
+
+pytestmark = pytest.mark.compiled
+
+BATCH, NUM_HEADS, NUM_HEADS_KV, MAX_PAGES = 4, 32, 8, 64
+ROWS = {"decode": 1, "draft": 8, "prefill": 128}  # new tokens
+VARIANTS = {
+    "plain": {},
+    "window": {"window_size": (1000, 0)},
+    "everything": {"alibi_slopes": torch.ones(NUM_HEADS), "softcap": 30.0, "sinks": torch.ones(NUM_HEADS)},
+    "fp8": {"cache_dtype": torch.float8_e4m3fn},
+    "splits": {"num_splits": 4},
+    "varlen": {"varlen": True},
+    "contiguous": {"contiguous": True},
+}
+# Bytes spilled outside of a decode step, where fp8 is decoded in integers, by (arch, head dim, rows, variant).
+KNOWN_SPILLS = {("sm_80", 256, "prefill", "fp8"): 12, ("gfx942", 128, "prefill", "fp8"): 64}
+
+
+def arguments(head_dim, seqlen_q, dtype=torch.float16, cache_dtype=None, page_size=16, varlen=False, contiguous=False):
+    q = torch.empty(BATCH, seqlen_q, NUM_HEADS, head_dim, dtype=dtype)
+    cache = torch.empty(BATCH * MAX_PAGES, page_size, NUM_HEADS_KV, head_dim, dtype=cache_dtype or dtype)
+    given = {"cache_seqlens": torch.empty(BATCH, dtype=torch.int32)}
+    if varlen:
+        q = q.flatten(0, 1)
+        given |= {"cu_seqlens_q": torch.empty(BATCH + 1, dtype=torch.int32), "max_seqlen_q": seqlen_q}
+    if contiguous:
+        cache = cache.view(BATCH, -1, NUM_HEADS_KV, head_dim)
+    else:
+        given["block_table"] = torch.empty(BATCH, MAX_PAGES, dtype=torch.int32)
+    return given | {"q": q, "k_cache": cache, "v_cache": cache}
+
+
+def compile_default(arch, head_dim, rows, variant, **changes):
+    options = {"num_splits": 1} | VARIANTS[variant] | changes
+    shape = {name: options.pop(name) for name in ("dtype", "cache_dtype", "varlen", "contiguous") if name in options}
+    with compile_only(arch) as launches:
+        paged_attention(**arguments(head_dim, ROWS[rows], **shape), **options)
+    return launches
+
+
+def case(arch, head_dim, rows, variant="plain", *marks):
+    return pytest.param(arch, head_dim, rows, variant, id=f"{arch}-{head_dim}-{rows}-{variant}", marks=marks)
+
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SLICE = [
+    *(case(arch, d, "decode", "plain", pytest.mark.oldest) for arch in ARCHS for d in (64, 128, 256)),
+    *(case(arch, 128, "decode", variant) for arch in ("sm_80", "sm_90") for variant in ("everything", "fp8", "varlen")),
+    *(case(arch, 512, "decode") for arch in ARCHS),
+    *(case(arch, 128, "prefill", "varlen", pytest.mark.oldest) for arch in ARCHS),
+    *(case(arch, 128, "decode") for arch in ("sm_86", "sm_89", "sm_120")),
+    case("sm_90", 128, "draft"),
+    case("sm_90", 128, "decode", "contiguous"),
+]
+SLICE_IDS = {param.id for param in SLICE}
+HEAD_DIMS = (16, 40, 64, 71, 80, 96, 128, 160, 192, 256, 512)
+REST = [case(arch, d, rows, v) for arch in ARCHS for d in HEAD_DIMS for rows in ROWS for v in VARIANTS]
+
+
+def full(param):
+    return pytest.param(*param.values, id=param.id, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "rows", "variant"), [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)]
+)
+def test_default(arch, head_dim, rows, variant, record_property):
+    launch, *_ = compile_default(arch, head_dim, rows, variant)
+    constants = launch.constexprs
+    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
+    figure = f"paged {arch:7} {head_dim:4} {rows:8} {variant:10} {tile:13} {launch.registers:4} registers "
+    figure += f"{launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
+    record_property("figure", figure)
+    assert launch.shared_bytes <= shared_memory_limit(arch)
+    if rows == "decode" or head_dim <= 256:
+        assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
+    if arch == "gfx942":
+        assert launch.uses_mfma
+    elif head_dim != 71:
+        assert launch.uses_cp_async
+        assert rows != "prefill" or arch != "sm_90" or head_dim == 512 or launch.uses_wgmma
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("arch", ARCHS)
+def test_merge(arch, record_property):
+    _, launch = compile_default(arch, 128, "decode", "splits")
+    assert launch.name == "_merge_kernel"
+    record_property("figure", f"merge {arch:7} {launch.registers} registers, {launch.spill_bytes} B spilled")
+    assert launch.spill_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", ROWS)
+def test_other_dtypes_fit(rows, dtype):
+    for head_dim in (128, 512) if rows == "decode" else (128,):
+        launch, *_ = compile_default("sm_80", head_dim, rows, "plain", dtype=dtype)
+        assert launch.shared_bytes <= shared_memory_limit("sm_80")
+
+
+@pytest.mark.oldest
+def test_lengths_and_batches_compile_no_other_kernel():
+    with compile_only("sm_90") as launches:
+        for batch in (1, 2, 3, 16, 100):
+            for max_pages in (1, 7, 64, 1000):
+                q = torch.empty(batch, 1, NUM_HEADS, 128, dtype=torch.float16)
+                cache = torch.empty(32, 16, NUM_HEADS_KV, 128, dtype=torch.float16)
+                tables = torch.empty(batch, max_pages, dtype=torch.int32)
+                seqlens = torch.empty(batch, dtype=torch.int32)
+                paged_attention(q, cache, cache, seqlens, tables, num_splits=3)
+    assert {launch.name for launch in launches} == {"_paged_fwd_kernel", "_merge_kernel"}
+    # The stride of the parts is a multiple of 16 whatever the batch, that of the table is not.
+    assert len({launch.kernel.hash for launch in launches if launch.name == "_merge_kernel"}) == 1
+    assert len({launch.kernel.hash for launch in launches if launch.name == "_paged_fwd_kernel"}) <= 3
+
+
+def median_microseconds(calls, rounds=300):
+    """Median of each call, all of them timed in turn."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter_ns()
+            call()
+            times[name].append(time.perf_counter_ns() - start)
+    return {name: statistics.median(samples) / 1000 for name, samples in times.items()}
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_host_cost(num_splits, record_property):
+    """A decode call costs at most 2.5 times the bare launches that it makes, with the same arguments at hand."""
+    given = arguments(128, 1)
+    with compile_only("sm_90", every_launch=False):
+
+        def call():
+            return paged_attention(**given, num_splits=num_splits)
+
+        bare = []
+        with mock.patch.object(forward, "launch_packed") as launch_packed, mock.patch.object(merge, "launch") as launch:
+            call()
+        kernel, grid, _, args, constants = launch_packed.call_args.args
+        bare.append((kernel[grid], args, constants))
+        if num_splits > 1:
+            kernel, grid, _, *args = launch.call_args.args
+            bare.append((kernel[grid], args, launch.call_args.kwargs))
+
+        def launches():
+            for kernel, args, constants in bare:
+                kernel(*args, enable_fp_fusion=True, **constants)
+
+        calls = {"call": call, "bare launches": launches}
+        median_microseconds(calls, rounds=20)
+        cost = median_microseconds(calls)
+    figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits, "
+    record_property("figure", f"{figure}{cost['bare launches']:.0f} us the bare launches that it makes")
+    assert cost["call"] <= 2.5 * cost["bare launches"]

@@ -1,0 +1,118 @@
+"""Bad arguments of paged_attention: an error that names the argument, before anything is launched or written."""
+
+import pytest
+import torch
+
+from triton_attn import paged_attention
+
+
+def arguments(**changes):
+    given = {
+        "q": torch.zeros(2, 3, 4, 16),
+        "k_cache": torch.zeros(5, 8, 2, 16),
+        "v_cache": torch.zeros(5, 8, 2, 24),
+        "cache_seqlens": torch.tensor([20, 3], dtype=torch.int32),
+        "block_table": torch.tensor([[0, 1, 2], [3, 99, 99]], dtype=torch.int32),
+    }
+    return given | changes
+
+
+def varlen(**changes):
+    return arguments(
+        q=torch.zeros(6, 4, 16), cu_seqlens_q=torch.tensor([0, 2, 6], dtype=torch.int32), max_seqlen_q=4, **changes
+    )
+
+
+CASES = [
+    (arguments(q=None), TypeError, "q: expected a tensor"),
+    (arguments(q=torch.zeros(2, 16)), ValueError, r"q: expected \(batch, seqlen_q"),
+    (arguments(q=torch.zeros(2, 3, 4, 16, dtype=torch.int64)), TypeError, "q: expected float16"),
+    (arguments(q=torch.zeros(2, 3, 3, 16)), ValueError, "k_cache: expected a number of heads that divides q's 3"),
+    (arguments(q=torch.zeros(2, 3, 4, 32)[..., ::2]), ValueError, "q: expected a contiguous last dimension"),
+    (arguments(q=torch.zeros(6, 4, 16)), ValueError, "cu_seqlens_q: expected a tensor"),
+    (arguments(k_cache=torch.zeros(5, 8, 2, 16).half()), TypeError, "k_cache: expected q's dtype"),
+    (arguments(k_cache=torch.zeros(5, 8, 2, 17)), ValueError, "k_cache: expected q's head dimension 16"),
+    (arguments(k_cache=torch.zeros(5, 8, 2)), ValueError, r"k_cache: expected \(num_pages, page_size"),
+    (arguments(v_cache=torch.zeros(4, 8, 2, 24)), ValueError, "v_cache: expected k_cache's shape"),
+    (arguments(v_cache=torch.zeros(5, 8, 2, 513)), ValueError, "v_cache: expected a head dimension of 1 to 512"),
+    (arguments(v_cache=torch.zeros(5, 8, 2, 24).to(torch.float8_e5m2)), TypeError, "v_cache: expected k_cache's dtype"),
+    (arguments(k_cache=torch.zeros(5, 0, 2, 16), v_cache=torch.zeros(5, 0, 2, 24)), ValueError, "page size of 1"),
+    (arguments(cache_seqlens=torch.tensor([20, 3])), TypeError, "cache_seqlens: expected dtype torch.int32"),
+    (arguments(cache_seqlens=torch.zeros(3, dtype=torch.int32)), ValueError, r"cache_seqlens: expected shape \(2\)"),
+    (
+        arguments(cache_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")),
+        ValueError,
+        "cache_seqlens: expected q's",
+    ),
+    (arguments(block_table=torch.zeros(3, 3, dtype=torch.int32)), ValueError, "block_table: expected shape"),
+    (arguments(block_table=torch.zeros(2, 3)), TypeError, "block_table: expected dtype torch.int32"),
+    (arguments(block_table=torch.zeros(3, 2, dtype=torch.int32).T), ValueError, "block_table: expected a contiguous"),
+    (arguments(block_table=None), ValueError, "k_cache: expected q's batch size 2"),
+    (arguments(max_seqlen_q=4), ValueError, "max_seqlen_q: expected q's 3 queries"),
+    (arguments(causal=1), TypeError, "causal: expected a bool"),
+    (arguments(softmax_scale=float("nan")), ValueError, "softmax_scale: expected a finite number"),
+    (arguments(window_size=5), TypeError, "window_size: expected a pair"),
+    (arguments(softcap=-1.0), ValueError, "softcap: expected 0"),
+    (arguments(alibi_slopes=torch.zeros(3)), ValueError, "alibi_slopes: expected shape"),
+    (arguments(sinks=torch.zeros(4, dtype=torch.float16)), TypeError, "sinks: expected torch.float32"),
+    (arguments(k_scale=0.0), ValueError, "k_scale: expected a number above 0"),
+    (arguments(v_scale=torch.ones(3)), ValueError, "v_scale: expected shape"),
+    (arguments(v_scale=torch.ones(2, dtype=torch.float16)), TypeError, "v_scale: expected torch.float32"),
+    (arguments(k_scale=torch.ones(4)[::2]), ValueError, "k_scale: expected a contiguous tensor"),
+    (arguments(num_splits=-1), ValueError, "num_splits: expected 0"),
+    (arguments(num_splits=257), ValueError, "num_splits: expected 0 .chosen. to 256"),
+    (arguments(num_splits=1.5), TypeError, "num_splits: expected an int"),
+    (arguments(shared_prefix_len=25), ValueError, "shared_prefix_len: expected at most the table's 24"),
+    (
+        arguments(
+            block_table=None, k_cache=torch.zeros(2, 8, 2, 16), v_cache=torch.zeros(2, 8, 2, 24), shared_prefix_len=8
+        ),
+        ValueError,
+        "shared_prefix_len: expected 0 without a block_table",
+    ),
+    (arguments(out=torch.zeros(2, 3, 4, 16)), ValueError, "out: expected shape"),
+    (arguments(out=torch.zeros(2, 3, 4, 24).half()), TypeError, "out: expected q's dtype"),
+    (arguments(out=torch.zeros(2, 3, 24, 4).mT), ValueError, "out: expected a contiguous last dimension"),
+    (arguments(q=torch.zeros(2, 3, 4, 16, requires_grad=True)), NotImplementedError, "q: no gradient is served"),
+    (varlen() | {"q": torch.zeros(2, 3, 4, 16)}, ValueError, r"q: expected \(total_q"),
+    (varlen() | {"max_seqlen_q": None}, TypeError, "max_seqlen_q: expected an int"),
+    (
+        varlen() | {"cu_seqlens_q": torch.tensor([0, 6], dtype=torch.int32)},
+        ValueError,
+        r"cu_seqlens_q: expected shape \(3,\)",
+    ),
+    (
+        arguments(check_values=True, cache_seqlens=torch.tensor([20, 9], dtype=torch.int32)),
+        ValueError,
+        r"block_table\[1, 1\]: expected a page of 0 to 4, got 99",
+    ),
+    (
+        arguments(check_values=True, cache_seqlens=torch.tensor([25, 3], dtype=torch.int32)),
+        ValueError,
+        r"cache_seqlens\[0\]",
+    ),
+    (
+        arguments(check_values=True, shared_prefix_len=8),
+        ValueError,
+        r"block_table\[1, 0\]: expected page 0 of the shared",
+    ),
+    (
+        varlen(check_values=True) | {"max_seqlen_q": 3},
+        ValueError,
+        "cu_seqlens_q, sequence 1: expected a length of 0 to 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), CASES, ids=range(len(CASES)))
+def test_bad_arguments_are_named(given, error, message):
+    out = given.get("out")
+    before = None if out is None else out.clone()
+    with pytest.raises(error, match=message):
+        paged_attention(**given)
+    assert out is None or torch.equal(out, before)
+
+
+def test_good_arguments_pass():
+    paged_attention(**arguments(check_values=True))
+    paged_attention(**varlen(check_values=True))

@@ -1,0 +1,227 @@
+"""Attention over a cache: each settled semantic in an example one can read."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from paged_cases import DEVICE, DTYPES, FLOAT8, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, Inputs, check, using
+
+from triton_attn import flash_attention, paged_attention
+from triton_attn.paged import forward
+from triton_attn.paged.configs import PagedConfig, choose_num_splits
+from triton_attn.testing import guard
+
+# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim(head_dim):
+    check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("page_size", [*PAGE_SIZES, None])
+def test_every_page_size(page_size, num_splits):
+    check(replace(PLAIN, page_size=page_size, num_splits=num_splits, window_size=(70, -1)))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("cache_dtype", [None, *FLOAT8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bit_of_everything(dtype, cache_dtype):
+    check(
+        replace(
+            PLAIN,
+            varlen=True,
+            dtype=dtype,
+            cache_dtype=cache_dtype or dtype,
+            seqlens_q=(17, 0, 1, 5),
+            seqlens_k=(130, 40, 100, 3),
+            group_size=3,
+            head_dim=80,
+            head_dim_v=96,
+            window_size=(90, -1),
+            softcap=20.0,
+            alibi="per sequence",
+            sinks=dtype,
+            scales=("per head", 0.5),
+            num_splits=2,
+            shared_prefix_len=32,
+            spare_rows=3,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(PLAIN, num_heads_kv=2, group_size=4, head_dim=128, head_dim_v=128),  # Llama-3-8B, two of eight KV heads
+        replace(PLAIN, num_heads_kv=1, group_size=71),  # Falcon-7B
+        replace(PLAIN, num_heads_kv=1, group_size=8, window_size=(30, -1), sinks=torch.float16),  # gpt-oss
+        replace(PLAIN, num_heads_kv=4, group_size=1, head_dim=192, head_dim_v=128),
+    ],
+)
+def test_heads_of_real_models(case):
+    check(replace(case, num_splits=2))
+
+
+@pytest.mark.parametrize("shared_prefix_len", [0, 32])
+def test_mixed_batch(shared_prefix_len):
+    """A prefill chunk, decodes, a draft, an idle slot, a sequence that is all new."""
+    check(
+        replace(
+            PLAIN,
+            varlen=True,
+            seqlens_q=(40, 1, 1, 4, 0, 33),
+            seqlens_k=(140, 100, 1, 77, 0, 33),
+            shared_prefix_len=shared_prefix_len,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("seqlens_q", "seqlens_k"), [((), ()), ((0, 0), (3, 0)), ((1,), (0,)), ((3,), (1,)), ((5, 1, 2), (0, 0, 0))]
+)
+def test_sizes_at_the_edge(seqlens_q, seqlens_k):
+    for num_splits in (0, 1, 4):
+        case = replace(PLAIN, varlen=True, seqlens_q=seqlens_q, seqlens_k=seqlens_k, num_splits=num_splits)
+        check(case)
+        check(replace(case, sinks=torch.float32))
+
+
+@pytest.mark.oldest
+def test_a_cache_in_pages_is_attention_over_keys_in_a_row():
+    q = torch.randn(2, 3, 4, 32, device=DEVICE)
+    k, v = (torch.randn(2, 64, 2, 32, device=DEVICE) for _ in range(2))
+    seqlens = torch.tensor([64, 64], dtype=torch.int32, device=DEVICE)
+    table = torch.arange(8, dtype=torch.int32, device=DEVICE).view(2, 4)
+    expected = flash_attention(q, k, v, causal=True)
+    for caches in ((k, v, seqlens), (k.view(8, 16, 2, 32), v.view(8, 16, 2, 32), seqlens, table)):
+        torch.testing.assert_close(paged_attention(q, *caches), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_sequence_is_the_same_in_any_batch(num_splits, varlen):
+    """Bitwise, where the number of splits is given."""
+    inputs = Inputs(replace(PLAIN, seqlens_q=(2, 2, 2), seqlens_k=(47, 100, 5)))
+    q, seqlens = inputs.q.view(3, 2, 8, 64), torch.tensor([47, 100, 5], dtype=torch.int32, device=DEVICE)
+
+    def attend(rows):
+        arguments = (inputs.k_cache, inputs.v_cache, seqlens[rows], inputs.block_table[rows])
+        with using(PLAIN.config):
+            if not varlen:
+                return paged_attention(q[rows], *arguments, num_splits=num_splits)
+            cu_seqlens = 2 * torch.arange(len(rows) + 1, dtype=torch.int32, device=DEVICE)
+            options = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": 2, "num_splits": num_splits}
+            return paged_attention(q[rows].flatten(0, 1), *arguments, **options).view(-1, 2, 8, 64)
+
+    together = attend([0, 1, 2])
+    for i in range(3):
+        assert torch.equal(attend([i])[0], together[i])
+    assert torch.equal(attend([2, 0]), together[[2, 0]])
+
+
+@interpreted
+def test_a_shared_prefix_is_read_once():
+    case = replace(PLAIN, seqlens_q=(1,) * 4, seqlens_k=(100, 101, 97, 120), num_heads_kv=1, group_size=2)
+    bytes_per_key = 64 * 2
+    loaded = {}
+    for shared_prefix_len in (0, 96):
+        inputs = Inputs(replace(case, shared_prefix_len=96))
+        inputs.case = replace(case, shared_prefix_len=shared_prefix_len)
+        with using(case.config), guard() as accesses:
+            inputs.call()
+        loaded[shared_prefix_len] = accesses.bytes_loaded["k_ptr"] / bytes_per_key
+    assert loaded == {0: sum(case.seqlens_k), 96: 96 + sum(case.seqlens_k) - 4 * 96}
+
+
+@interpreted
+def test_pages_outside_of_the_window_are_not_touched(record_property):
+    """A decode step reads what it sees, rounded up to a tile at most."""
+    case = replace(PLAIN, seqlens_k=(1000, 513, 64), page_size=64, config=PagedConfig(16, 64, 4, 1))
+    for window, seen in ((-1, 1000 + 513 + 64), (99, 100 + 100 + 64)):
+        inputs = Inputs(replace(case, window_size=(window, -1)))
+        with using(case.config), guard() as accesses:
+            inputs.call()
+        loaded = accesses.bytes_loaded["k_ptr"] / (2 * 64 * 2)
+        tiles = sum(-(-min(n, window + 1 if window >= 0 else n) // 64) * 64 for n in case.seqlens_k)
+        figure = f"decode, window {window}: {loaded:.0f} keys loaded, {seen} seen, {tiles} in whole tiles"
+        record_property("figure", figure)
+        assert loaded <= 1.05 * (tiles + (64 * 2 if window >= 0 else 0))
+        assert window >= 0 or loaded == seen
+
+
+@pytest.mark.parametrize("where", ["k_cache", "v_cache", "q", "block_table"])
+def test_offsets_past_32_bits(where):
+    """Pages, queries and rows of the table that lie far apart, on memory that is never touched."""
+    inputs = Inputs(replace(PLAIN, seqlens_q=(1, 1), seqlens_k=(20, 33), head_dim=16, head_dim_v=16))
+    tensors = {
+        "q": inputs.q.view(2, 1, 8, 16),
+        "k_cache": inputs.k_cache,
+        "v_cache": inputs.v_cache,
+        "block_table": inputs.block_table,
+    }
+    seqlens = torch.tensor([20, 33], dtype=torch.int32, device=DEVICE)
+    expected = paged_attention(cache_seqlens=seqlens, **tensors, num_splits=1)
+    x = tensors[where]
+    stride = (2**31 + 64) // (1 if len(x) == 2 else 4)
+    memory = torch.empty((len(x) - 1) * stride + x.numel(), dtype=x.dtype, device=DEVICE)
+    tensors[where] = memory.as_strided(x.shape, (stride, *x.stride()[1:])).copy_(x)
+    assert torch.equal(paged_attention(cache_seqlens=seqlens, **tensors, num_splits=1), expected)
+
+
+def test_result_goes_where_it_is_asked_to():
+    inputs = Inputs(PLAIN)
+    seqlens = torch.tensor(PLAIN.seqlens_k, dtype=torch.int32, device=DEVICE)
+    arguments = (inputs.q[:, None], inputs.k_cache, inputs.v_cache, seqlens, inputs.block_table)
+    for num_splits in (1, 3):
+        out = torch.zeros(3, 1, 8, 64, dtype=torch.float16, device=DEVICE)
+        assert paged_attention(*arguments, num_splits=num_splits, out=out) is out
+        assert torch.equal(out, paged_attention(*arguments, num_splits=num_splits))
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "num_key_tiles", "num_processors", "expected"),
+    [
+        (132, 100, 132, 1),  # one whole wave
+        (8, 1, 132, 1),  # nothing to split
+        (8, 1000, 132, 15),  # 120 of 132; 33 would fill two waves, 14 fill 84.8 % of one
+        (66, 100, 132, 2),
+        (100, 100, 132, 5),  # 500 in 4 waves of 528; 4 splits fill 400 of 528
+        (1, 10**6, 132, 109),  # 85 % of 128, the most
+        (1000, 100, 132, 1),
+        (0, 0, 132, 1),
+    ],
+)
+def test_number_of_splits(num_programs, num_key_tiles, num_processors, expected):
+    assert choose_num_splits(num_programs, num_key_tiles, num_processors) == expected
+
+
+def test_splits_follow_from_shapes_alone():
+    """A captured graph stays right as sequences grow: nothing is chosen by what tensors hold."""
+    inputs = Inputs(PLAIN)
+    chosen = []
+    for seqlens in ((47, 100, 1), (1, 1, 1)):
+        misses = forward._plan.cache_info().misses
+        cache_seqlens = torch.tensor(seqlens, dtype=torch.int32, device=DEVICE)
+        paged_attention(inputs.q[:, None], inputs.k_cache, inputs.v_cache, cache_seqlens, inputs.block_table)
+        chosen.append(forward._plan.cache_info().misses - misses)
+    assert chosen[1] == 0
+
+
+def test_no_read_back_without_checks(monkeypatch):
+    """Lengths beyond the table are the caller's fault, and are found only if asked for."""
+    inputs = Inputs(PLAIN)
+    seqlens = torch.tensor([47, 10**6, 1], dtype=torch.int32, device=DEVICE)
+    arguments = (inputs.q[:, None], inputs.k_cache, inputs.v_cache, seqlens, inputs.block_table)
+    with pytest.raises(ValueError, match=r"cache_seqlens\[1\]: expected 0 to the"):
+        paged_attention(*arguments, check_values=True)
+    monkeypatch.setitem(os.environ, "TRITON_ATTN_CHECK", "1")
+    with pytest.raises(ValueError, match=r"cache_seqlens\[1\]"):
+        paged_attention(*arguments)
