@@ -169,9 +169,9 @@ def launch_append_kv_cache(
     """Launch the append kernel: one launch, nothing read back. Arguments as `append_kv_cache`, checked."""
     num_tokens, num_heads, head_dim = k.shape
     head_dim_v = v.shape[-1]
-    block_d = triton.next_power_of_2(max(head_dim, head_dim_v))
+    block_d = 1 << (max(head_dim, head_dim_v) - 1).bit_length()
     block_rows = max(1, TILE_ELEMENTS // block_d)
-    num_programs = triton.cdiv(num_tokens * num_heads, block_rows)
+    num_programs = -(-num_tokens * num_heads // block_rows)
     if num_programs == 0:
         return
     dtype = k_cache.dtype

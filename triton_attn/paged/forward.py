@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
-from .._host.layout import batch_head_strides, vector_elements, without_dim
+from .._host.layout import batch_head_strides, lse_strides, vector_elements, without_dim
 from .._jit.heads import find_sequence, in_vectors
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.paging import cache_rows, decode_float8
@@ -37,6 +37,13 @@ def _load_cached(ptr, strides, rows, mask, dtype, HEAD_DIM: tl.constexpr, FLOAT8
         return first, decode_float8(tile[1], FLOAT8[0], FLOAT8[1]).to(dtype)
     else:
         return (decode_float8(tile[0], FLOAT8[0], FLOAT8[1]).to(dtype),)
+
+
+@triton.jit
+def _offsets(batch, rows, heads, strides):
+    """64-bit offsets of rows in a tensor with these strides of (batch, row, head)."""
+    offsets = tl.cast(batch, tl.int64) * strides[0] + rows.to(tl.int64) * strides[1]
+    return offsets + heads.to(tl.int64) * strides[2]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -175,9 +182,11 @@ def _paged_fwd_kernel(
     boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
     interior_tiles = (full_hi - full_lo) // BLOCK_N
 
-    q_rows = queries + first_q
-    q_offsets = q_rows.to(tl.int64) * q_strides[1] + heads.to(tl.int64) * q_strides[2]
-    q = load_tile(q_ptr + tl.cast(sequence, tl.int64) * q_strides[0], q_offsets, 1, rows_mask, HEAD_DIM, True)
+    if SHARED and not VARLEN:
+        batch_index, row_index = sequences, queries - first_queries
+    else:
+        batch_index, row_index = sequence, queries + first_q
+    q = load_tile(q_ptr, _offsets(batch_index, row_index, heads, q_strides), 1, rows_mask, HEAD_DIM, True)
     k_ptr += tl.cast(head_kv, tl.int64) * k_strides[2]
     v_ptr += tl.cast(head_kv, tl.int64) * v_strides[2]
     if block_table_ptr is not None:
@@ -223,13 +232,12 @@ def _paged_fwd_kernel(
     norm *= out_factor
     if scale_ptrs[1] is not None:
         norm *= tl.load(scale_ptrs[1] + head_kv * scale_strides[1])
-    start = tl.cast(split, tl.int64) * out_strides[0] + tl.cast(sequence, tl.int64) * out_strides[1]
-    offsets = q_rows.to(tl.int64) * out_strides[2] + heads.to(tl.int64) * out_strides[3]
-    store_tile(out_ptr + start, offsets, 1, rows_mask, scale_rows(acc, norm), HEAD_DIM_V, True)
+    out_ptr += tl.cast(split, tl.int64) * out_strides[0]
+    offsets = _offsets(batch_index, row_index, heads, out_strides[1:])
+    store_tile(out_ptr, offsets, 1, rows_mask, scale_rows(acc, norm), HEAD_DIM_V, True)
     if lse_ptr is not None:
-        start = tl.cast(split, tl.int64) * lse_strides[0] + tl.cast(sequence, tl.int64) * lse_strides[1]
-        offsets = q_rows.to(tl.int64) * lse_strides[2] + heads.to(tl.int64) * lse_strides[3]
-        tl.store(lse_ptr + start + offsets, lse, mask=rows_mask)
+        lse_ptr += tl.cast(split, tl.int64) * lse_strides[0]
+        tl.store(lse_ptr + _offsets(batch_index, row_index, heads, lse_strides[1:]), lse, mask=rows_mask)
 
 
 def launch_paged_fwd(
@@ -277,41 +285,36 @@ def launch_paged_fwd(
     )
     if not passes:
         return
-    out_rows = out if out.ndim == 4 else out[None]
-    lse_rows = None if lse is None else lse.transpose(-2, -1) if lse.ndim == 3 else lse.mT[None]
-    parts, lse_parts = out_rows[None], None if lse is None else lse_rows[None]
-    if num_parts > 1:
-        parts = out.new_empty((num_parts, *out_rows.shape), dtype=torch.float32)
-        lse_parts = out.new_empty((num_parts, *out_rows.shape[:-1]), dtype=torch.float32)
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    parts, part_strides = out, (0, *without_dim(out.stride()))
+    lse_parts, lse_part_strides = lse, None if lse is None else (0, *lse_strides(lse))
+    if num_parts > 1:
+        parts = out.new_empty((num_parts, *out.shape), dtype=torch.float32)
+        lse_parts = out.new_empty((num_parts, *out.shape[:-1]), dtype=torch.float32)
+        part_strides, lse_part_strides = (
+            (part, *without_dim((*rows, 1))) for part, *rows in (parts.stride()[:-1], lse_parts.stride())
+        )
     scale_log2, out_factor, scale_ptrs, scale_strides = _scales(softmax_scale * LOG2_E, *scales)
     first_part = 0
-    for counts, first_key, seqlen_k, splits, shared, own in passes:
-        parts_here = parts[first_part : first_part + splits]
-        lse_here = None if lse_parts is None else lse_parts[first_part : first_part + splits]
-        q_here = q
-        if shared:
-            # The queries of all sequences as those of one. A view, but of a q whose batch lies apart from its rows.
-            q_here, parts_here = q.flatten(0, -3)[None], parts_here.flatten(1, 2)[:, None]
-            lse_here = lse_here.flatten(1, 2)[:, None]
+    for counts, first_key, seqlen_k, splits, own in passes:
         args = (
-            q_here,
+            q,
             k_cache,
             v_cache,
-            parts_here,
-            lse_here,
+            parts[first_part:] if first_part else parts,
+            lse_parts[first_part:] if first_part else lse_parts,
             cache_seqlens,
             block_table,
             cu_seqlens_q,
             sinks,
             alibi_slopes,
             scale_ptrs,
-            without_dim(q_here.stride()),
+            without_dim(q.stride()),
             k_cache.stride()[:3],
             v_cache.stride()[:3],
-            _packed_strides(parts_here, cu_seqlens_q),
-            None if lse_here is None else _packed_strides(lse_here, cu_seqlens_q),
+            part_strides,
+            lse_part_strides,
             None if block_table is None else block_table.stride(0),
             None if alibi_slopes is None else batch_head_strides(alibi_slopes),
             scale_strides,
@@ -331,13 +334,14 @@ def launch_paged_fwd(
         launch_packed(_paged_fwd_kernel, (num_programs,), q.device, args, constants | own)
         first_part += splits
     if num_parts > 1:
-        launch_merge(parts, lse_parts, out_rows, lse_rows)
-
-
-def _packed_strides(x, cu_seqlens_q):
-    """Strides of (part, batch, row, head); a varlen batch has batch stride 0."""
-    part, batch, row, head, *_ = x.stride()
-    return part, batch if cu_seqlens_q is None else 0, row, head
+        dense = out.ndim == 4
+        lse = None if lse is None else lse.mT
+        launch_merge(
+            parts if dense else parts[:, None],
+            lse_parts if dense else lse_parts[:, None],
+            out if dense else out[None],
+            lse if dense or lse is None else lse[None],
+        )
 
 
 def _scales(scale_log2, k_scale, v_scale):
@@ -376,7 +380,7 @@ def _plan(
     """What of a call follows from layouts and options alone, remembered since most calls are like the last.
 
     Returns (passes, number of parts, constants); a pass is ((num_tiles, search_steps), first_key, seqlen_k, num_splits,
-    whether it is that of the shared prefix, its own constants).
+    its own constants).
     """
     (shape_q, strides_q), (_, strides_k), (shape_v, strides_v) = layout
     *rows_q, num_heads_q, head_dim = shape_q
@@ -422,5 +426,5 @@ def _plan(
             num_stages=tiles.num_stages,
         )
         counts = num_tiles, batch.bit_length()
-        passes.append((counts, first_key, shared_prefix_len if shared else capacity, splits, shared, own))
-    return tuple(passes), sum(splits for *_, splits, _, _ in passes), common
+        passes.append((counts, first_key, shared_prefix_len if shared else capacity, splits, own))
+    return tuple(passes), sum(splits for *_, splits, _ in passes), common
