@@ -202,7 +202,7 @@ class Inputs:
         width = max(max(counts, default=0), -(-case.shared_prefix_len // case.page_size)) + case.spare_entries
         num_pages = sum(counts) + 3
         pages = torch.randperm(num_pages, generator=self.generator).tolist()
-        common = [pages.pop() for _ in range(min(max(counts, default=0), shared // case.page_size))]
+        common = [pages.pop() for _ in range(-(-shared // case.page_size))]
         self.cache_shape = (num_pages, case.page_size)
         table = torch.full((batch, width), DEAD_ENTRY, dtype=torch.int32)
         self.places = []
