@@ -21,6 +21,8 @@ def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(tmp_path, mo
     ours, theirs = curves.values()
     apart = max(abs(a - b) for a, b in zip(ours, theirs))
     entropy = float(rows[0]["unigram_entropy"])
+    assert rows[0]["device"]
+    assert rows[0]["triton"]
     last = sum(ours[-10:]) / 10
     with capsys.disabled():
         print(f"\ntraining: loss {ours[0]:.3f} -> {last:.3f}, unigram entropy {entropy:.3f}, curves {apart:.1e} apart")
