@@ -30,7 +30,7 @@ PAGE_SIZE = 16
 
 
 def add_arguments(parser):
-    where = "2048 on a GPU, one and a half tiles in the interpreter, so that both of a kernel's loops run"
+    where = "1536 on a GPU, one and a half tiles in the interpreter, so that both of a kernel's loops run"
     parser.add_argument("--seqlen", type=int, help=f"longest sequence (default: {where})")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
 
@@ -193,7 +193,7 @@ PAGED = "append_kv_cache", "copy_kv_pages"
 
 def _default_seqlen(model, dtype):
     if has_gpu():
-        return 2048
+        return 1536
     head_dim_v = model.head_dim_v or model.head_dim
     return default_config("interpreter", dtype, model.head_dim, head_dim_v, causal=True).block_m * 3 // 2
 
