@@ -67,3 +67,8 @@ def versions():
     import triton
 
     return {"driver": driver_version(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+
+
+def provenance():
+    """The columns of a result that is no speed: what computed it, and which versions."""
+    return {"device": gpu_name() or "CPU, Triton's interpreter", **versions()}

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from perf import results
-from perf.device import has_gpu
+from perf.device import has_gpu, provenance
 from perf.tables import print_table
 from triton_attn.interop.transformers import register
 
@@ -44,14 +44,20 @@ def run(out_dir, paragraphs=6):
         for i, text in enumerate(texts)
     ]
     path = out_dir / "embeddings.csv"
-    with results.Table(path, rows[0].keys()) as table:
+    with results.Table(path, [*rows[0], *provenance()]) as table:
         for row in rows:
-            table.append(row.values())
-    print_table(rows)
+            table.append([*row.values(), *provenance().values()])
+    print_table([{name.replace("similarity ", ""): _short(value) for name, value in row.items()} for row in rows])
+    print("to N: similarity to paragraph N, the cosine of the two embeddings")
     print(f"largest difference between triton_attn and sdpa: {differences.max():.2g}, bound {BOUND:g}")
     if not differences.max() < BOUND:
         sys.exit("the embeddings are further apart than their bound")
     return [path]
+
+
+def _short(value):
+    """Similarities are of order one and differences are not: neither needs more than three digits."""
+    return f"{value:.2g}" if isinstance(value, float) else value
 
 
 def prose(markdown):

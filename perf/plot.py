@@ -80,7 +80,7 @@ def throughput(csv_path):
                 _throughput_panel(axes, data[(data["head_dim"] == head_dim) & (data["causal"] == mask)])
                 axes.set_title(f"{'causal' if mask else 'full'}, head_dim {head_dim}", fontsize=10)
         for axes in grid[-1]:
-            axes.set_xlabel("sequence length")
+            axes.set_xlabel("sequence length (tokens)")
         grid[0][0].set_ylim(bottom=0)
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(_throughput_title(data), x=0.01, ha="left", fontsize=11)
@@ -88,21 +88,28 @@ def throughput(csv_path):
 
 
 def training(csv_path):
-    """Loss against step: ours over torch's, which it hides where they agree, and the unigram entropy."""
+    """Loss against step, ours on top of torch's; below, how far they are apart where they differ."""
     data = pd.read_csv(csv_path)
-    (ours, losses), *others = sorted(data.groupby("provider"), key=lambda item: item[0] != OURS)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots()
-        for name, rows in others:
-            axes.plot(rows["step"], rows["loss"], color=SKY, linewidth=6, label=name)
-        axes.plot(losses["step"], losses["loss"], color=VERMILION, linewidth=1.5, label=ours)
-        entropy = data["unigram_entropy"].iloc[0]
-        axes.axhline(entropy, color=BLACK, linewidth=1, linestyle="--", label="unigram entropy of the text")
-        axes.legend()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per character)")
-        axes.set_title("A small decoder learns six sonnets: our attention and torch's, from one seed")
+    losses = {name: rows.set_index("step")["loss"] for name, rows in data.groupby("provider")}
+    ours = losses.pop(OURS)
+    ((name, theirs),) = losses.items()
+    first = data.iloc[0]
+    with plt.rc_context(STYLE | {"figure.figsize": (8, 5)}):
+        figure, (above, below) = plt.subplots(2, sharex=True, height_ratios=(3, 1))
+        above.plot(theirs, color=SKY, linewidth=6, label=name)
+        above.plot(ours, color=VERMILION, linewidth=1.5, label=OURS)
+        above.axhline(first["unigram_entropy"], color=BLACK, linewidth=1, linestyle="--", label="unigram entropy")
+        above.legend()
+        above.set_ylabel("loss (nats per character)")
+        below.plot((ours - theirs).abs(), color=PURPLE, marker=".", linestyle="")
+        below.axhline(first["bound"], color=BLACK, linewidth=1, linestyle="--", label="bound")
+        below.legend()
+        below.set_yscale("log")
+        below.set_ylabel("difference (nats)")
+        below.set_xlabel("step")
+        figure.align_ylabels()
+        title = "A small decoder learns six sonnets, with our attention and with torch's, from one seed"
+        figure.suptitle(f"{title}\n{first['device']}, fp32", x=0.01, ha="left", fontsize=11)
         return _save(figure, csv_path)
 
 

@@ -4,5 +4,5 @@ from tabulate import tabulate
 
 
 def print_table(rows):
-    """Print dicts with the same keys; floats to three significant digits, None as an empty cell."""
+    """Print dicts with the same keys; floats to four significant digits, None as an empty cell."""
     print(tabulate(rows, headers="keys", floatfmt=".4g", intfmt=",", missingval=""))

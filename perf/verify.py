@@ -1,8 +1,9 @@
 """Every public function against its reference at the shapes of real models: errors beside their bounds.
 
 The error is the largest absolute one against fp64; the bound is twice the error that torch makes in the same dtype,
-plus a floor of one rounding (`triton_attn.testing.assert_close_to_reference`). Without a GPU the kernels run in
-Triton's interpreter, sequences are short, and windows that would not fit them are cut to a quarter of the sequence.
+three times for gradients, plus a floor of one rounding (`triton_attn.testing.assert_close_to_reference`). What writes
+to a cache must be exact. Without a GPU the kernels run in Triton's interpreter, sequences are short, and windows that
+would not fit them are cut to a quarter of the sequence.
 """
 
 import sys
@@ -14,7 +15,7 @@ from tqdm import tqdm
 import triton_attn
 from perf import results
 from perf.checks import by_torch
-from perf.device import has_gpu
+from perf.device import has_gpu, provenance
 from perf.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B, QWEN3_32B
 from perf.parallel import map_in_processes
 from perf.tables import print_table
@@ -23,11 +24,13 @@ from triton_attn.testing import assert_close_to_reference
 
 MODELS = LLAMA_3_8B, QWEN3_32B, GEMMA_3_12B, FALCON_7B, GPT_OSS_120B, DEEPSEEK_V3
 COLUMNS = ["model", "function", "heads", "head_dim", "seqlens", "window", "sinks", "dtype", "output"]
-COLUMNS += ["error", "torch_error", "bound", "verdict"]
+COLUMNS += ["error", "torch_error", "bound", "verdict", "device", "driver", "torch", "triton", "commit"]
+ABOUT = "model", "heads", "head_dim", "window", "sinks"  # what is printed of a call
+PAGE_SIZE = 16
 
 
 def add_arguments(parser):
-    where = "2048 on a GPU, one and a half tiles in the interpreter, so that both of a kernel's loops run"
+    where = "1536 on a GPU, one and a half tiles in the interpreter, so that both of a kernel's loops run"
     parser.add_argument("--seqlen", type=int, help=f"longest sequence (default: {where})")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
 
@@ -36,7 +39,10 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
     """Write `errors-<dtype>.csv` row by row and print it; exits with an error if a bound is broken."""
     dtype = getattr(torch, dtype)
     calls = [
-        (model, function, seqlen or _default_seqlen(model, dtype), dtype) for model in models for function in CALLS
+        (model, function, seqlen or _default_seqlen(model, dtype), dtype)
+        for model in models
+        for function in CALLS
+        if model.attention != "MLA" or function not in PAGED
     ]
     path = out_dir / f"errors-{_name(dtype)}.csv"
     rows, failures = [], []
@@ -44,36 +50,35 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
         outcomes = map(verify, calls) if has_gpu() else map_in_processes(verify, calls)
         for outcome in tqdm(outcomes, total=len(calls), desc="verifying", unit="call"):
             for row, failure in outcome:
-                table.append(row.values())
+                table.append((row | provenance()).values())
                 rows.append(row)
                 failures += failure
-    print_table([{name: value for name, value in row.items() if name != "dtype"} for row in rows])
+    _print(rows)
     if failures:
         sys.exit("\n".join([*failures, f"{len(failures)} of {len(rows)} results are outside their bounds"]))
+    print(f"all {len(rows)} results are within their bounds")
     return [path]
 
 
 def verify(call):
     """[(row, [what is wrong])] of each output of one call (model, function, seqlen, dtype)."""
     model, function, seqlen, dtype = call
-    args, options, torch_results, seqlens = CALLS[function](model, seqlen, dtype)
-    ours = getattr(triton_attn, function)(*args, return_lse=True, **options)
-    exact = getattr(triton_attn.reference, function)(*map(_double, args), return_lse=True, **options)
-    left, _ = options["window_size"]
+    seqlens, outputs = CALLS[function](model, seqlen, dtype)
+    left, _ = _options(model, seqlen)["window_size"]
     about = {
         "model": model.name,
         "function": function,
         "heads": f"{model.num_heads_q}/{model.num_heads_kv}",
         "head_dim": f"{model.head_dim}/{model.head_dim_v}" if model.head_dim_v else str(model.head_dim),
         "seqlens": seqlens,
-        "window": left + 1 if left >= 0 else None,
-        "sinks": "yes" if model.sinks else None,
+        "window": left + 1 if left >= 0 and function not in PAGED else None,
+        "sinks": "yes" if model.sinks and function not in PAGED else None,
         "dtype": _name(dtype),
     }
     outcome = []
-    for output, out, ref64, torch_out in zip(("out", "lse"), ours, exact, torch_results):
+    for output, (ours, exact, rule) in outputs.items():
         try:
-            closeness = assert_close_to_reference(out, ref64, torch_out=torch_out, name=output)._asdict()
+            closeness = assert_close_to_reference(ours, exact, name=output, **rule)._asdict()
             verdict, wrong = "ok", []
         except AssertionError as error:
             closeness = dict.fromkeys(("error", "torch_error", "bound"))
@@ -82,33 +87,114 @@ def verify(call):
     return outcome
 
 
+def _print(rows):
+    """A table per function with a line per model: error/bound of each output."""
+    for function in dict.fromkeys(row["function"] for row in rows):
+        of_function = [row for row in rows if row["function"] == function]
+        about = [name for name in ABOUT if any(row[name] for row in of_function)]
+        lines = {}
+        for row in of_function:
+            cell = f"{row['error']:.2g}/{row['bound']:.2g}" if row["verdict"] == "ok" else row["verdict"]
+            lines.setdefault(row["model"], {name: row[name] for name in about})[row["output"]] = cell
+        lengths = "; ".join(dict.fromkeys(row["seqlens"] for row in of_function))
+        print(f"{function}, {of_function[0]['dtype']}, {lengths}: largest error/bound")
+        print_table(list(lines.values()))
+        print()
+
+
 def _dense(model, seqlen, dtype):
     """A prompt."""
-    q, k, v = (x[None] for x in _tensors(model, seqlen, seqlen, dtype))
+    q, k, v = (x[None].requires_grad_() for x in _tensors(model, seqlen, seqlen, dtype))
     options = _options(model, seqlen)
-    return (q, k, v), options, by_torch(q, k, v, **options), str(seqlen)
+    torch_results = by_torch(q, k, v, **options)
+    return f"{seqlen} tokens", _attention("flash_attention", (q, k, v), options, torch_results)
 
 
 def _varlen(model, seqlen, dtype):
     """The second half of a prompt, a shorter prompt, and one token after a long context."""
     lengths = ((seqlen // 2, seqlen), (seqlen // 3, seqlen // 3), (1, seqlen - 1))
     lengths_q, lengths_k = zip(*lengths)
-    q, k, v = _tensors(model, sum(lengths_q), sum(lengths_k), dtype)
+    q, k, v = (x.requires_grad_() for x in _tensors(model, sum(lengths_q), sum(lengths_k), dtype))
     options = _options(model, seqlen)
     sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
     outs, lses = zip(*(by_torch(*(x[None] for x in sequence), **options) for sequence in sequences))
     torch_results = torch.cat(outs, dim=1)[0], torch.cat(lses, dim=2)[0]
     cu_seqlens = (torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=q.device) for x in (lengths_q, lengths_k))
     args = q, k, v, *cu_seqlens, max(lengths_q), max(lengths_k)
-    return args, options, torch_results, ", ".join(f"{a}x{b}" for a, b in lengths)
+    about = f"queries x keys {', '.join(f'{a}x{b}' for a, b in lengths)}"
+    return about, _attention("flash_attention_varlen", args, options, torch_results)
 
 
-CALLS = {"flash_attention": _dense, "flash_attention_varlen": _varlen}
+def _attention(function, args, options, torch_results):
+    """{output: (ours, exact, the rule's options)} of a call and of its gradients."""
+    out = torch_results[0]
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    ours = _results(getattr(triton_attn, function), args, options, dout)
+    exact_args, exact_options = [_double(x) for x in args], {name: _double(x) for name, x in options.items()}
+    exact = _results(getattr(triton_attn.reference, function), exact_args, exact_options, dout.double())
+    torchs = [*torch_results, *torch.autograd.grad(torch_results[0], _inputs(args, options), dout)]
+    names = "out", "lse", "dq", "dk", "dv", "dsinks"
+    return {
+        name: (mine, right, {"torch_out": theirs, "factor": 3.0 if name.startswith("d") else 2.0})
+        for name, mine, right, theirs in zip(names, ours, exact, torchs)
+    }
+
+
+def _results(function, args, options, dout):
+    """[out, lse, dq, dk, dv], and the gradient of the sinks where there are some."""
+    out, lse = function(*args, return_lse=True, **options)
+    return [out, lse, *torch.autograd.grad(out, _inputs(args, options), dout)]
+
+
+def _inputs(args, options):
+    return [x for x in (*args, *options.values()) if torch.is_tensor(x) and x.requires_grad]
+
+
+def _append(model, seqlen, dtype):
+    """The tokens of a prompt in pages that lie anywhere, every seventh skipped."""
+    _, k, v = _tensors(model, 1, seqlen, dtype)
+    num_pages = 2 * -(-seqlen // PAGE_SIZE)
+    slots = torch.randperm(num_pages * PAGE_SIZE, generator=torch.Generator().manual_seed(0))[:seqlen]
+    slots[::7] = -1
+    caches = [torch.zeros(num_pages, PAGE_SIZE, *x.shape[1:], dtype=dtype, device=x.device) for x in (k, v)]
+    return f"{seqlen} tokens", _written(
+        "append_kv_cache", caches, lambda append, k_cache, v_cache: append(k, v, k_cache, v_cache, slots.to(k.device))
+    )
+
+
+def _copy(model, seqlen, dtype):
+    """Half of the pages that a prompt fills, to the other half."""
+    pages = -(-seqlen // PAGE_SIZE)
+    _, k, v = _tensors(model, 1, 2 * pages * PAGE_SIZE, dtype)
+    caches = [x.unflatten(0, (2 * pages, PAGE_SIZE)) for x in (k, v)]
+    src, dst = torch.randperm(2 * pages, generator=torch.Generator().manual_seed(0)).to(k.device).split(pages)
+    return f"{pages} pages of {PAGE_SIZE} tokens", _written(
+        "copy_kv_pages", caches, lambda copy, *caches: copy(caches, src, dst)
+    )
+
+
+def _written(function, caches, call):
+    """{cache: (ours, exact, the rule: no error)} after `call(function, *caches)`."""
+    ours, exact = ([x.clone() for x in caches] for _ in range(2))
+    call(getattr(triton_attn, function), *ours)
+    call(getattr(triton_attn.reference, function), *exact)
+    return {
+        name: (mine, right.double(), {"floor": 0.0}) for name, mine, right in zip(("k_cache", "v_cache"), ours, exact)
+    }
+
+
+CALLS = {
+    "flash_attention": _dense,
+    "flash_attention_varlen": _varlen,
+    "append_kv_cache": _append,
+    "copy_kv_pages": _copy,
+}
+PAGED = "append_kv_cache", "copy_kv_pages"
 
 
 def _default_seqlen(model, dtype):
     if has_gpu():
-        return 2048
+        return 1536
     head_dim_v = model.head_dim_v or model.head_dim
     return default_config("interpreter", dtype, model.head_dim, head_dim_v, causal=True).block_m * 3 // 2
 
@@ -134,8 +220,13 @@ def _options(model, seqlen):
     if model.window:
         left = (model.window if model.window < seqlen else seqlen // 4) - 1
     sinks = torch.linspace(-1, 1, model.num_heads_q, device="cuda" if has_gpu() else "cpu") if model.sinks else None
+    if sinks is not None:
+        sinks.requires_grad_()
     return {"causal": True, "window_size": (left, -1), "sinks": sinks}
 
 
 def _double(value):
-    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+    """Floating tensors in fp64, as leaves of their own."""
+    if torch.is_tensor(value) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value

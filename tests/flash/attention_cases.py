@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from triton_attn import flash_attention, flash_attention_varlen
@@ -276,14 +277,36 @@ def lying_far_apart(x, dim, stride):
 
 
 def check(case):
-    """The call is right to the last row, writes each element once, and reads the tiles that somebody sees, no more."""
+    """The call is right to the last row, writes each element once, and reads the tiles that somebody sees, no more.
+
+    Returns the largest error over its bound.
+    """
     inputs = Inputs(case)
     with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext() as accesses:
         out, lse = inputs.call()
-    if out.numel():
-        check_values(case, inputs, out, lse)
+    share = check_values(case, inputs, out, lse) if out.numel() else 0.0
     if INTERPRETED:
         check_accesses(case, accesses)
+    return share
+
+
+def share_of_bound(closeness):
+    """0 where nothing was allowed, and nothing was wrong."""
+    return closeness.error / closeness.bound if closeness.bound else 0.0
+
+
+def check_random(check, strategy, seed_of_draws, record_property, what):
+    """Check what hypothesis draws; the summary of the test run says how much that was and how close it came."""
+    shares = []
+
+    @seed(seed_of_draws)
+    @settings(settings(), print_blob=True)
+    @given(strategy)
+    def run(case):
+        shares.append(check(case))
+
+    run()
+    record_property("figure", f"{what}: {len(shares)} random calls, errors up to {max(shares):.2f} of their bounds")
 
 
 def check_values(case, inputs, out, lse):
@@ -295,9 +318,10 @@ def check_values(case, inputs, out, lse):
     score_error = torch.finfo(torch.float32).eps * (4 + case.softcap)
     largest = max((v.abs().max().item() for v in inputs.clean[2] if v.numel()), default=0.0)
     floor = max(torch.finfo(case.dtype).eps, score_error) * largest
-    assert_close_to_reference(out, out64, torch_out=torch_out, floor=floor)
+    of_out = assert_close_to_reference(out, out64, torch_out=torch_out, floor=floor)
     floor = score_error * max(1.0, lse64[lse64.isfinite()].abs().amax().item() if lse64.isfinite().any() else 0.0)
-    assert_close_to_reference(lse, lse64, torch_out=torch_lse, floor=floor, name="lse")
+    of_lse = assert_close_to_reference(lse, lse64, torch_out=torch_lse, floor=floor, name="lse")
+    return max(map(share_of_bound, (of_out, of_lse)))
 
 
 def check_accesses(case, accesses):

@@ -15,13 +15,14 @@ from attention_cases import (
     Case,
     Inputs,
     cases,
+    check_random,
     far_apart,
     lying_far_apart,
     rows_loaded,
+    share_of_bound,
     using,
 )
 from attention_cases import PLAIN as PLAIN_FORWARD
-from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
@@ -120,15 +121,19 @@ def by_sequence(case, x, seqlens):
 
 
 def check(case):
-    """The gradients are right to the last row, each element is written once, and only tiles that matter are read."""
+    """The gradients are right to the last row, each element is written once, and only tiles that matter are read.
+
+    Returns the largest error over its bound.
+    """
     inputs = BackwardInputs(case)
     with using(case.config, case.tiles), poisoned_empty():
         outputs, leaves = inputs.forward()
         with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
             results = gradients(outputs, leaves, (inputs.dout, inputs.dlse))
-    check_values(case, inputs, outputs[0].detach(), results)
+    share = check_values(case, inputs, outputs[0].detach(), results)
     if INTERPRETED:
         check_accesses(case, accesses)
+    return share
 
 
 def check_values(case, inputs, out, results):
@@ -136,6 +141,7 @@ def check_values(case, inputs, out, results):
     by_torch = list(inputs.expected_gradients(case.dtype))
     clean = [i for i in range(len(case.seqlens_q)) if i != case.poisoned_sequence]
     floors = rounding(case, inputs, out, clean)
+    shares = [0.0]
     for which, seqlens in enumerate((case.seqlens_q, case.seqlens_k, case.seqlens_k)):
         *sequences, spare = by_sequence(case, results[which], seqlens)
         assert (spare == 0).all()
@@ -143,21 +149,24 @@ def check_values(case, inputs, out, results):
             visible, _ = visible_keys(case.seqlens_q[i], case.seqlens_k[i], case.causal, case.window_size, DEVICE)
             assert (sequences[i][~visible.any(1 if which == 0 else 0)] == 0).all()
         if clean:
-            assert_close(
+            closeness = assert_close(
                 torch.cat([sequences[i] for i in clean]),
                 torch.cat([exact[i][which][0] for i in clean]),
                 torch.cat([by_torch[i][which][0] for i in clean]),
                 floors,
                 f"d{'qkv'[which]}",
             )
+            shares.append(share_of_bound(closeness))
     if case.sinks and clean and case.poisoned_sequence is None:
-        assert_close(results[3], *(sum(row[3] for row in by) for by in (exact, by_torch)), floors, "dsinks")
+        sums = (sum(row[3] for row in by) for by in (exact, by_torch))
+        shares.append(share_of_bound(assert_close(results[3], *sums, floors, "dsinks")))
+    return max(shares)
 
 
 def assert_close(result, exact, by_torch, floors, name):
     largest = exact.abs().max().item() if exact.numel() else 0.0
     floor = max(floors["relative"] * largest, floors.get(name, 0.0))
-    assert_close_to_reference(result, exact, torch_out=by_torch, factor=3.0, floor=floor, name=name)
+    return assert_close_to_reference(result, exact, torch_out=by_torch, factor=3.0, floor=floor, name=name)
 
 
 def rounding(case, inputs, out, clean):
@@ -211,14 +220,10 @@ def of_tile(bytes_by_name, name):
 @pytest.mark.parametrize("shard", range(2))
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_calls(dtype, varlen, shard):
-    @seed(shard + 2 * varlen + 4 * DTYPES.index(dtype))
-    @settings(settings(), print_blob=True)
-    @given(backward_cases(dtype, varlen))
-    def run(case):
-        check(case)
-
-    run()
+def test_random_calls(dtype, varlen, shard, record_property):
+    seed = shard + 2 * varlen + 4 * DTYPES.index(dtype)
+    what = f"backward, {str(dtype).removeprefix('torch.')}, {'varlen' if varlen else 'dense'}"
+    check_random(check, backward_cases(dtype, varlen), seed, record_property, what)
 
 
 def alike(tile):

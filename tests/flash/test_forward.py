@@ -14,11 +14,11 @@ from attention_cases import (
     PLAIN,
     cases,
     check,
+    check_random,
     far_apart,
     lying_far_apart,
     using,
 )
-from hypothesis import given, seed, settings
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn.flash.configs import FlashConfig
@@ -32,14 +32,10 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of
 @pytest.mark.parametrize("shard", range(2))
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_calls(dtype, varlen, shard):
-    @seed(shard + 2 * varlen + 4 * DTYPES.index(dtype))
-    @settings(settings(), print_blob=True)
-    @given(cases(dtype, varlen))
-    def run(case):
-        check(case)
-
-    run()
+def test_random_calls(dtype, varlen, shard, record_property):
+    seed = shard + 2 * varlen + 4 * DTYPES.index(dtype)
+    what = f"forward, {str(dtype).removeprefix('torch.')}, {'varlen' if varlen else 'dense'}"
+    check_random(check, cases(dtype, varlen), seed, record_property, what)
 
 
 @pytest.mark.oldest

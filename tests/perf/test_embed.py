@@ -31,5 +31,7 @@ def test_run_writes_differences_and_similarities(tmp_path, monkeypatch):
     (path,) = embed.run(tmp_path)
     first, second = csv.DictReader(path.open())
     assert 0 < float(first["difference"]) < embed.BOUND
+    assert first["device"]
+    assert first["triton"]
     assert first["similarity to 2"] == second["similarity to 1"]
     assert abs(float(second["similarity to 2"]) - 1) < 1e-5

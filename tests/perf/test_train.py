@@ -6,7 +6,7 @@ from perf import train
 from triton_attn.flash import forward
 
 
-def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(tmp_path, monkeypatch, capsys):
+def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(tmp_path, monkeypatch, record_property):
     launches = []
     launch = forward.launch_packed
     monkeypatch.setattr(forward, "launch_packed", lambda *args: (launches.append(args), launch(*args)))
@@ -21,9 +21,11 @@ def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(tmp_path, mo
     ours, theirs = curves.values()
     apart = max(abs(a - b) for a, b in zip(ours, theirs))
     entropy = float(rows[0]["unigram_entropy"])
+    assert rows[0]["device"]
+    assert rows[0]["triton"]
     last = sum(ours[-10:]) / 10
-    with capsys.disabled():
-        print(f"\ntraining: loss {ours[0]:.3f} -> {last:.3f}, unigram entropy {entropy:.3f}, curves {apart:.1e} apart")
+    figure = f"training: loss {ours[0]:.3f} -> {last:.3f}, unigram entropy {entropy:.3f}, "
+    record_property("figure", f"{figure}ours and torch's {apart:.1e} apart in {steps} steps")
     assert len(ours) == len(theirs) == steps
     assert apart < 1e-2
     assert last < 0.85 * entropy

@@ -2,6 +2,7 @@ import csv
 
 import pytest
 import torch
+import triton
 
 import triton_attn
 from perf import verify
@@ -15,20 +16,34 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(verify, "map_in_processes", map)
 
 
-def test_the_table_holds_errors_and_bounds_of_both_functions(tmp_path, in_this_process, capsys):
+def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_process, capsys):
     (path,) = verify.run(tmp_path, dtype="float32", models=(SMALL,))
     rows = list(csv.DictReader(path.open()))
-    assert [(row["function"], row["output"]) for row in rows] == [
-        ("flash_attention", "out"),
-        ("flash_attention", "lse"),
-        ("flash_attention_varlen", "out"),
-        ("flash_attention_varlen", "lse"),
-    ]
+    outputs = {function: [row["output"] for row in rows if row["function"] == function] for function in verify.CALLS}
+    attention, caches = ["out", "lse", "dq", "dk", "dv", "dsinks"], ["k_cache", "v_cache"]
+    assert outputs == {
+        "flash_attention": attention,
+        "flash_attention_varlen": attention,
+        "append_kv_cache": caches,
+        "copy_kv_pages": caches,
+    }
     for row in rows:
         assert row["verdict"] == "ok"
         assert (row["heads"], row["head_dim"]) == ("2/1", "32/16")
-        assert 0 < float(row["error"]) <= float(row["bound"]) < 1e-3
-    assert "flash_attention_varlen" in capsys.readouterr().out
+        if row["output"] in caches:
+            assert float(row["error"]) == float(row["bound"]) == 0
+        else:
+            assert 0 < float(row["error"]) <= float(row["bound"]) < 1e-3
+        assert row["device"]
+        assert (row["torch"], row["triton"]) == (torch.__version__, triton.__version__)
+    printed = capsys.readouterr().out
+    assert all(function in printed for function in verify.CALLS)
+    assert "all 16 results are within their bounds" in printed
+
+
+def test_every_public_kernel_is_verified():
+    """Those with a reference: a name in the package and in `reference`."""
+    assert set(verify.CALLS) == set(triton_attn.__all__) & set(triton_attn.reference.__all__)
 
 
 def test_a_wrong_result_is_recorded_and_ends_in_an_error(tmp_path, in_this_process, monkeypatch):
@@ -39,11 +54,11 @@ def test_a_wrong_result_is_recorded_and_ends_in_an_error(tmp_path, in_this_proce
         return out + 1, lse
 
     monkeypatch.setattr(triton_attn, "flash_attention", wrong)
-    with pytest.raises(SystemExit, match="1 of 4 results") as failure:
+    with pytest.raises(SystemExit, match="1 of 16 results") as failure:
         verify.run(tmp_path, seqlen=24, dtype="float32", models=(SMALL,))
     assert "small, flash_attention: out" in str(failure.value)
     rows = list(csv.DictReader((tmp_path / "errors-float32.csv").open()))
-    assert [row["verdict"] for row in rows] == ["WRONG", "ok", "ok", "ok"]
+    assert [row["verdict"] for row in rows] == ["WRONG"] + ["ok"] * 15
 
 
 def test_a_window_that_does_not_fit_is_cut():
@@ -51,8 +66,10 @@ def test_a_window_that_does_not_fit_is_cut():
     assert verify._options(SMALL, seqlen=32)["window_size"] == (7, -1)
 
 
-def test_varlen_lengths_tile_the_tensors():
-    (q, k, _, cu_q, cu_k, max_q, max_k), *_ = verify._varlen(SMALL, 96, torch.float32)
+def test_varlen_lengths_tile_the_tensors(monkeypatch):
+    monkeypatch.setattr(verify, "_attention", lambda function, args, *_: args)
+    about, (q, k, _, cu_q, cu_k, max_q, max_k) = verify._varlen(SMALL, 96, torch.float32)
+    assert about.endswith("48x96, 32x32, 1x95")
     assert cu_q.tolist() == [0, 48, 80, 81]
     assert cu_k.tolist() == [0, 96, 128, 223]
     assert (q.shape[0], k.shape[0]) == (81, 223)
