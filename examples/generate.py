@@ -160,8 +160,8 @@ class Generator:
     """A causal language model of transformers that serves many requests at once.
 
     Args:
-        model: LlamaForCausalLM, or one that hands `AttentionInterface` its keyword arguments in the same way. Its
-            attention implementation is set to this module's.
+        model: LlamaForCausalLM, or another decoder whose attention has no more to it (softcap, sinks). Its attention
+            implementation is set to the one of this module.
         num_pages, page_size: of the cache.
     """
 

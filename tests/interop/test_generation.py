@@ -158,19 +158,31 @@ def test_beam_search(plain):
 
 
 @pytest.mark.usefixtures("reference_on_cpu")
-def test_beams_that_end_early(plain):
-    """An end token that is likely, so that beams end at different lengths and the search before its limit."""
-    eager = copy.deepcopy(plain)
-    eager.lm_head.weight.data[EOS] *= 2.5
-    lengths = set()
-    for prompt in prompts(4, 9, 13, 21, 16, 2):
-        request = BeamSearch(prompt, 12, 4)
-        generator = generator_of(eager)
+def test_branches_that_end_early(plain):
+    """An end token that is likely, so that branches end one by one, and a search once it cannot become better."""
+    plain = copy.deepcopy(plain)
+    plain.lm_head.weight.data[EOS] *= 3
+    generator = generator_of(plain, num_pages=128)
+    starts = prompts(4, 9, 13, 21, 16, 2, 7, 11)
+    greedy = [Samples(prompt, 12) for prompt in starts[:4]]
+    sampling = Samples(starts[0], 12, 4, 2.0, seed=6)
+    for request in (*greedy, sampling):
         generator.add(request)
-        steps = len(run(generator))
-        assert request.outputs == generated(eager, prompt, 12, num_beams=4, num_return_sequences=4)
-        lengths |= {steps, *map(len, request.outputs)}
-    assert len(lengths) > 3
+    run(generator)
+    for request in greedy:
+        assert request.outputs == generated(plain, request.prompt, 12)
+    assert len({len(request.outputs[0]) for request in greedy}) > 2
+    for sample, tokens in enumerate(sampling.outputs):
+        assert tokens == sampled(plain, sampling.prompt, 12, sampling, sample)
+    assert len(set(map(len, sampling.outputs))) > 1
+
+    num_steps = []
+    for prompt in starts:
+        request = BeamSearch(prompt, 12, 4)
+        generator.add(request)
+        num_steps.append(len(run(generator)))
+        assert request.outputs == generated(plain, prompt, 12, num_beams=4, num_return_sequences=4)
+    assert min(num_steps) < max(num_steps)
 
 
 def test_the_kernels_serve_it(plain, monkeypatch):
