@@ -196,6 +196,8 @@ class Generator:
     def step(self):
         """One more token for every branch that is running. Returns (requests that are done, tokens computed)."""
         self._join()
+        if not self.running:
+            return [], 0
         branches = [branch for request in self.running for branch in request.branches]
         logits = self._forward([branch.seq for branch in branches], [branch.pending for branch in branches])
         num_tokens = sum(len(branch.pending) for branch in branches)
