@@ -13,6 +13,11 @@ DENSE_OPTIONS = (
     "deterministic=False, return_attn_probs=False"
 )
 LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+CACHE_OPTIONS = (
+    "k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, "
+    "block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, "
+    "alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +29,7 @@ LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
         ("flash_attn_varlen_func", f"(q, k, v, {LENGTHS}, {DENSE_OPTIONS}, block_table=None)"),
         ("flash_attn_varlen_kvpacked_func", f"(q, kv, {LENGTHS}, {DENSE_OPTIONS})"),
         ("flash_attn_varlen_qkvpacked_func", f"(qkv, cu_seqlens, max_seqlen, {DENSE_OPTIONS})"),
+        ("flash_attn_with_kvcache", f"(q, k_cache, v_cache, {CACHE_OPTIONS})"),
     ],
 )
 def test_signature_is_flash_attn_2s(name, signature):
@@ -106,3 +112,194 @@ def test_what_is_not_served_is_refused_by_name(qkv):
     table = torch.zeros(1, 1, dtype=torch.int32, device=qkv.device)
     with pytest.raises(NotImplementedError, match="block_table"):
         interop.flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 37, 37, block_table=table)
+
+
+# flash_attn_with_kvcache: ragged lengths, one of them 0, over a cache whose other slots hold NaN.
+SEQLENS, CAPACITY, PAGE_SIZE, ROOM_FOR_ANGLES = (0, 9, 21), 32, 4, 40
+
+
+class Cache:
+    """A contiguous or paged cache, and the keys and values (length, heads, head_dim) that its sequences hold."""
+
+    def __init__(self, device, dtype, layout, first_keys=(0, 0, 0)):
+        rows = 3 * (CAPACITY // PAGE_SIZE) + 2 if layout == "paged" else 5 if layout == "batch_idx" else 3
+        shape = (rows, PAGE_SIZE if layout == "paged" else CAPACITY, 2, 16)
+        self.k, self.v = (torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2))
+        self.arguments = {"cache_seqlens": torch.tensor(SEQLENS, dtype=torch.int32, device=device)}
+        where = torch.arange(3)[:, None]
+        if layout == "paged":
+            where = torch.randperm(rows)[: 3 * (CAPACITY // PAGE_SIZE)].view(3, -1)
+            self.arguments["block_table"] = where.to(device, torch.int32)
+        elif layout == "batch_idx":
+            where = torch.tensor([[4], [0], [2]])
+            self.arguments["cache_batch_idx"] = where[:, 0].to(device, torch.int32)
+        if any(first_keys):
+            self.arguments["cache_leftpad"] = torch.tensor(first_keys, dtype=torch.int32, device=device)
+        self.first_keys = first_keys
+        size = shape[1]
+        self.slots = (where[:, :, None] * size + torch.arange(size)).flatten(1).to(device)  # (3, CAPACITY)
+        for i, (first, seqlen) in enumerate(zip(first_keys, SEQLENS)):
+            for cache in (self.k, self.v):
+                cache.flatten(0, 1)[self.slots[i, first:seqlen]] = torch.randn(
+                    seqlen - first, 2, 16, dtype=dtype, device=device
+                )
+
+    def held(self, i, num_new):
+        slots = self.slots[i, self.first_keys[i] : SEQLENS[i] + num_new]
+        return self.k.flatten(0, 1)[slots], self.v.flatten(0, 1)[slots]
+
+
+def rotated(x, cos, sin, positions, interleaved):
+    """x (length, heads, head_dim) at positions, by complex numbers."""
+    half = cos.shape[1]
+    part, rest = x[..., : 2 * half].double(), x[..., 2 * half :]
+    pairs = part.unflatten(-1, (half, 2)) if interleaved else part.unflatten(-1, (2, half)).mT
+    angles = torch.complex(cos[positions].double(), sin[positions].double())[:, None]
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * angles)
+    turned = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def check_with_kvcache(
+    device, dtype, layout, *, seqlen_q=3, seqlen_new=3, rotary=None, first_keys=(0, 0, 0), **options
+):
+    torch.manual_seed(0)
+    cache = Cache(device, dtype, layout, first_keys)
+    q = torch.randn(3, seqlen_q, 4, 16, dtype=dtype, device=device)
+    arguments, expected_q = dict(cache.arguments), q
+    new = ()
+    if seqlen_new:
+        new = tuple(torch.randn(2, 3, seqlen_new, 2, 16, dtype=dtype, device=device))
+        expected_new = list(new)
+    if rotary is not None:
+        rotary_dim, interleaved = rotary
+        angles = torch.rand(ROOM_FOR_ANGLES, rotary_dim // 2, device=device) * 6.3
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        arguments |= dict(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved)
+        steps = torch.arange(seqlen_new, device=device)
+        q_steps = torch.arange(seqlen_q, device=device)
+        if not options.get("causal") and "window_size" not in options:
+            q_steps = torch.zeros_like(q_steps)
+        turn = [(seqlen, cos, sin, interleaved) for seqlen in SEQLENS]
+        expected_new[0] = torch.stack([rotated(x, c, s, n + steps, i) for x, (n, c, s, i) in zip(new[0], turn)])
+        expected_q = torch.stack([rotated(x, c, s, n + q_steps, i) for x, (n, c, s, i) in zip(q, turn)])
+    before = [x.clone() for x in (cache.k, cache.v)]
+    out, lse = interop.flash_attn_with_kvcache(
+        q, cache.k, cache.v, *new, **arguments, **options, return_softmax_lse=True
+    )
+
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    options.pop("num_splits", None)
+    for i in range(3):
+        if seqlen_new:
+            slots = cache.slots[i, SEQLENS[i] : SEQLENS[i] + seqlen_new]
+            for written, x, old in zip((cache.k, cache.v), expected_new, before):
+                torch.testing.assert_close(written.flatten(0, 1)[slots], x[i], atol=tolerance, rtol=tolerance)
+                old.flatten(0, 1)[slots] = written.flatten(0, 1)[slots]
+        k, v = cache.held(i, seqlen_new)
+        sequence_options = dict(options)
+        if options.get("alibi_slopes") is not None and options["alibi_slopes"].ndim == 2:
+            sequence_options["alibi_slopes"] = options["alibi_slopes"][i]
+        expected, expected_lse = reference.flash_attention(
+            *(x[None].float() for x in (expected_q[i], k, v)), return_lse=True, **sequence_options
+        )
+        torch.testing.assert_close(out[i].float(), expected[0], atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(lse[i], expected_lse[0], atol=tolerance, rtol=tolerance)
+    for written, old in zip((cache.k, cache.v), before):
+        assert torch.equal(written.nan_to_num(7.0), old.nan_to_num(7.0)), "a slot that is not of a new key was written"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "batch_idx", "paged"])
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_new", "causal", "dtype"),
+    [
+        (1, 1, True, torch.float16),
+        (5, 5, True, torch.float32),
+        (2, 7, False, torch.float32),
+        (3, 0, True, torch.float32),
+        (4, 4, False, torch.float16),
+    ],
+)
+def test_with_kvcache_appends_and_attends(device, layout, seqlen_q, seqlen_new, causal, dtype):
+    check_with_kvcache(device, dtype, layout, seqlen_q=seqlen_q, seqlen_new=seqlen_new, causal=causal)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (6, 1)}], ids=["all", "causal", "local"])
+def test_with_kvcache_rotates_keys_and_queries(device, layout, interleaved, options):
+    check_with_kvcache(device, torch.float32, layout, rotary=(12, interleaved), **options)
+    check_with_kvcache(device, torch.float16, layout, seqlen_q=2, rotary=(16, interleaved), **options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "batch_idx", "paged"])
+@pytest.mark.parametrize("seqlen_new", [0, 3])
+def test_with_kvcache_skips_the_left_padding(device, layout, seqlen_new):
+    first_keys = (0, 9, 6)
+    check_with_kvcache(device, torch.float32, layout, first_keys=first_keys, seqlen_new=seqlen_new, causal=True)
+    if seqlen_new:
+        check_with_kvcache(device, torch.float16, layout, first_keys=first_keys, rotary=(16, False), causal=True)
+
+
+def test_with_kvcache_passes_the_other_options_on(device, slopes):
+    options = dict(softmax_scale=0.4, causal=True, window_size=(8, -1), softcap=3.0, num_splits=3)
+    check_with_kvcache(device, torch.float32, "paged", alibi_slopes=slopes, **options)
+    check_with_kvcache(device, torch.float32, "contiguous", alibi_slopes=torch.stack([slopes] * 3) + 0.1, **options)
+
+
+def test_with_kvcache_takes_an_int_or_a_full_cache(device):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 2, 16, device=device) for n in (1, 12, 12))
+    k_cache, v_cache = (torch.cat([x, torch.full_like(x, torch.nan)]) for x in (k, v))  # more rows than q has
+    full = interop.flash_attn_with_kvcache(q, k_cache, v_cache)
+    torch.testing.assert_close(full, reference.flash_attention(q, k, v), atol=1e-5, rtol=1e-5)
+    k_cache[:2, 7:] = v_cache[:2, 7:] = torch.nan
+    some = interop.flash_attn_with_kvcache(q, k_cache, v_cache, k[:, 6:7], v[:, 6:7], cache_seqlens=6)
+    torch.testing.assert_close(some, reference.flash_attention(q, k[:, :7], v[:, :7]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+def test_with_kvcache_writes_no_key_that_has_no_room(device, layout):
+    cache = Cache(device, torch.float32, layout)
+    k = torch.ones(3, 2, 2, 16, device=device)
+    arguments = cache.arguments | {
+        "cache_seqlens": torch.tensor([CAPACITY - 1, 9, 21], dtype=torch.int32, device=device)
+    }
+    expected = cache.k.clone()
+    for row, position in ((0, CAPACITY - 1), (1, 9), (1, 10), (2, 21), (2, 22)):
+        expected.flatten(0, 1)[cache.slots[row, position]] = 1
+    no_query = torch.empty(3, 0, 4, 16, device=device)
+    interop.flash_attn_with_kvcache(no_query, cache.k, cache.v, k, k, **arguments)
+    assert torch.equal(cache.k.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_with_kvcache_names_what_is_wrong(device):
+    cache = Cache(device, torch.float32, "batch_idx")
+    q, k = torch.randn(3, 1, 4, 16, device=device), torch.randn(3, 1, 2, 16, device=device)
+    seqlens, rows = cache.arguments["cache_seqlens"], cache.arguments["cache_batch_idx"]
+    before = cache.k.clone()
+
+    def call(**arguments):
+        arguments = {"cache_seqlens": seqlens, "k": k, "v": k} | arguments
+        return interop.flash_attn_with_kvcache(q, cache.k, cache.v, **arguments)
+
+    for error, match, arguments in (
+        (NotImplementedError, "cache_batch_idx", dict(cache_batch_idx=rows, block_table=rows[:, None])),
+        (ValueError, "k, v", dict(v=None)),
+        (ValueError, "v: expected shape", dict(v=k[:2])),
+        (ValueError, "cache_seqlens: expected the number", dict(cache_seqlens=None)),
+        (ValueError, "cache_seqlens: expected shape", dict(cache_seqlens=seqlens[:2])),
+        (TypeError, "cache_seqlens", dict(cache_seqlens=seqlens.long())),
+        (TypeError, "cache_batch_idx", dict(cache_batch_idx=rows.long())),
+        (ValueError, "cache_leftpad", dict(cache_leftpad=rows[:1])),
+        (ValueError, "block_table", dict(block_table=rows)),
+        (ValueError, "rotary_cos", dict(rotary_cos=torch.ones(40, 8, device=device))),
+        (ValueError, "rotary_cos", dict(rotary_cos=torch.ones(40, 8), rotary_sin=torch.ones(40, 8), k=None, v=None)),
+    ):
+        with pytest.raises(error, match=match):
+            call(**arguments)
+        assert torch.equal(cache.k.nan_to_num(7.0), before.nan_to_num(7.0))
+    with pytest.raises(NotImplementedError, match="cache_leftpad"):
+        interop.flash_attn_with_kvcache(q, cache.k[:, :9], cache.v[:, :9], cache_seqlens=seqlens, cache_leftpad=rows)
+    with pytest.raises(NotImplementedError, match="gradient"):
+        interop.flash_attn_with_kvcache(q.requires_grad_(), cache.k, cache.v, cache_seqlens=seqlens)

@@ -5,7 +5,9 @@
 Nothing is ignored: what is not served raises NotImplementedError. Signatures: flash-attn 2.8.
 """
 
-from triton_attn import flash_attention, flash_attention_varlen
+import torch
+
+from triton_attn import append_kv_cache, flash_attention, flash_attention_varlen, paged_attention
 
 
 def flash_attn_func(
@@ -194,6 +196,180 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+):
+    """`triton_attn.append_kv_cache` of new keys, in place, then `triton_attn.paged_attention` over all of them.
+
+    Nothing is read back from the device. Every position below counts from the first slot of a sequence's cache, whether
+    cache_leftpad hides it or not.
+
+    Args:
+        q: (batch, seqlen_q, nheads, headdim), the last queries of each sequence: query i is at position
+            seqlen_k - seqlen_q + i among the seqlen_k keys, the new ones included.
+        k_cache, v_cache: (num_blocks, page_block_size, nheads_k, headdim) with a block_table, any page_block_size;
+            otherwise (batch_cache, seqlen_cache, nheads_k, headdim), of which row i is that of q's row i.
+        k, v: (batch, seqlen_new, nheads_k, headdim) or None, written to positions cache_seqlens + i. A key for which
+            there is no room is not written.
+        rotary_cos, rotary_sin: (num_positions, rotary_dim / 2), fp32 or q's dtype; needs k. Rotates key i, and query i
+            if causal or under a window, by the angles of row cache_seqlens + i; otherwise all queries by those of row
+            cache_seqlens.
+        cache_seqlens: (batch,) int32, or an int for all: keys in the cache before k. None, only without k: it is full.
+        cache_batch_idx: (batch,) int32, the row of the cache for each of q's; distinct if k is given.
+        cache_leftpad: (batch,) int32, where the keys of each sequence begin. Costs a table with an entry per key.
+        block_table: (batch, max_blocks) int32, the pages of each sequence.
+        rotary_interleaved: dimensions (2 i, 2 i + 1) are rotated together; False: (i, i + rotary_dim / 2).
+        softmax_scale, causal, window_size, softcap, alibi_slopes, num_splits: as in `paged_attention`.
+
+    Returns:
+        out (batch, seqlen_q, nheads, headdim), or with return_softmax_lse (out, softmax_lse): (batch, nheads, seqlen_q)
+        fp32, -inf where a query sees no key (flash-attn: inf).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong. Where `paged_attention` finds it, k and v were written; the call
+            may be repeated.
+        NotImplementedError: cache_batch_idx together with block_table, as in flash-attn; cache_leftpad with a cache
+            whose rows have gaps between them; an argument requires a gradient.
+    """
+    batch, seqlen_q = q.shape[:2]
+    cache_seqlens, table = _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
+        raise ValueError("rotary_cos, rotary_sin: expected both together with k, or neither")
+    window_size = _window(window_size)
+
+    if k is not None:
+        positions = cache_seqlens[:, None] + torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
+        rotary = {}
+        if rotary_cos is not None:
+            rotary = dict(rope_cos=rotary_cos, rope_sin=rotary_sin, rope_interleaved=bool(rotary_interleaved))
+            rotary["positions"] = positions.flatten()
+        k, v = (_with_contiguous_rows(x).flatten(0, 1) for x in (k, v))
+        append_kv_cache(k, v, k_cache, v_cache, _slots(table, positions, k_cache).flatten(), **rotary)
+        if rotary_cos is not None:
+            rows = cache_seqlens[:, None]
+            if causal or window_size != (-1, -1):
+                rows = rows + torch.arange(seqlen_q, device=q.device)
+            rows = rows.clamp(max=rotary_cos.shape[0] - 1)  # of a query that there is no room for
+            q = _rotate(q, rotary_cos[rows], rotary_sin[rows], rotary_interleaved)
+        cache_seqlens = cache_seqlens + positions.shape[1]
+
+    if cache_leftpad is not None:
+        # A table of pages with one key each can begin anywhere.
+        capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
+        positions = cache_leftpad[:, None] + torch.arange(capacity, dtype=torch.int32, device=q.device)
+        table = _slots(table, positions, k_cache).int()
+        cache_seqlens = (cache_seqlens - cache_leftpad).clamp(min=0)
+        k_cache, v_cache = _one_key_pages(k_cache), _one_key_pages(v_cache)
+    elif table is None:
+        k_cache, v_cache = k_cache[:batch], v_cache[:batch]
+    return paged_attention(
+        _with_contiguous_rows(q),
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        table,
+        causal=bool(causal),
+        softmax_scale=softmax_scale,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        num_splits=max(num_splits, 0),
+        return_lse=bool(return_softmax_lse),
+    )
+
+
+def _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table):
+    """Arguments that are computed with before a function of ours sees them, as (cache_seqlens, table of pages or None).
+
+    A contiguous cache is one of pages as long as its rows.
+    """
+    batch = q.shape[0]
+    if (k is None) != (v is None):
+        raise ValueError("k, v: expected both or neither")
+    for name, x in (("k", k), ("v", v)):
+        if x is not None and (x.ndim != 4 or x.shape[:2] != (batch, k.shape[1])):
+            raise ValueError(f"{name}: expected shape ({batch}, seqlen_new, nheads_k, headdim), got {tuple(x.shape)}")
+    if block_table is not None and cache_batch_idx is not None:
+        raise NotImplementedError("cache_batch_idx: not served together with block_table, which names the pages")
+    if k_cache.ndim != 4 or k_cache.shape[1] == 0:
+        raise ValueError(f"k_cache: expected 4 dimensions and room for keys, got shape {tuple(k_cache.shape)}")
+    if block_table is None and cache_batch_idx is None and k_cache.shape[0] < batch:
+        raise ValueError(f"k_cache: expected at least {batch} rows, as q has, got {k_cache.shape[0]}")
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[-1])
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError("cache_seqlens: expected the number of keys before k, got None")
+        cache_seqlens = capacity
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    indices = dict(cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
+    for name, x in (*indices.items(), ("block_table", block_table)):
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
+            got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected an int32 tensor, got {got}")
+        shape = (batch, x.shape[-1]) if name == "block_table" else (batch,)
+        if x.shape != shape or x.device != q.device:
+            raise ValueError(f"{name}: expected shape {shape} on {q.device}, got {tuple(x.shape)} on {x.device}")
+    if cache_batch_idx is not None:
+        return cache_seqlens, cache_batch_idx[:, None]
+    return cache_seqlens, None if block_table is None else _with_contiguous_rows(block_table)
+
+
+def _slots(table, positions, cache):
+    """Slot of each position (batch, n) in the cache, int64; -1 where its sequence has no such position."""
+    page_size = cache.shape[1]
+    num_pages = 1 if table is None else table.shape[1]
+    columns = positions // page_size
+    if table is None:
+        pages = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    else:
+        pages = table.gather(1, columns.clamp(0, num_pages - 1).long()).long()
+    slots = pages * page_size + positions % page_size
+    return torch.where((columns >= 0) & (columns < num_pages), slots, -1)
+
+
+def _one_key_pages(cache):
+    """The cache as pages (num_slots, 1, nheads_k, headdim), without a copy."""
+    try:
+        return cache.view(-1, 1, *cache.shape[2:])
+    except RuntimeError:
+        strides = f"strides {cache.stride()} for shape {tuple(cache.shape)}"
+        raise NotImplementedError(
+            f"cache_leftpad: served for a cache without gaps between rows, got {strides}"
+        ) from None
+
+
+def _rotate(x, cos, sin, interleaved):
+    """x (batch, seqlen, nheads, headdim) by the angles (batch, seqlen or 1, rotary_dim / 2), computed in fp32."""
+    rotary_dim = 2 * cos.shape[-1]
+    cos, sin = cos[:, :, None].float(), sin[:, :, None].float()
+    rotated = x[..., :rotary_dim].float()
+    a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)
+    pairs = (a * cos - b * sin, b * cos + a * sin)
+    rotated = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), -1)
+
+
 def _with_contiguous_rows(x):
     """flash-attn copies a tensor whose last dimension is not contiguous; ours asks the caller to."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -206,13 +382,18 @@ def _wants_lse(return_attn_probs, dropout_p):
 
 
 def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
-    """Their options in our terms: any negative side of the window is unlimited."""
+    """Their options in our terms."""
     return dict(
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=bool(causal),
-        window_size=tuple(max(int(side), -1) for side in window_size),
+        window_size=_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         deterministic=deterministic,
     )
+
+
+def _window(window_size):
+    """Any negative side is unlimited."""
+    return tuple(max(int(side), -1) for side in window_size)
