@@ -71,8 +71,8 @@ def verify(call):
         "heads": f"{model.num_heads_q}/{model.num_heads_kv}",
         "head_dim": f"{model.head_dim}/{model.head_dim_v}" if model.head_dim_v else str(model.head_dim),
         "seqlens": seqlens,
-        "window": left + 1 if left >= 0 and function not in PAGED else None,
-        "sinks": "yes" if model.sinks and function not in PAGED else None,
+        "window": left + 1 if left >= 0 and function not in NO_MASK else None,
+        "sinks": "yes" if model.sinks and function not in NO_MASK else None,
         "dtype": _name(dtype),
     }
     outcome = []
@@ -183,13 +183,60 @@ def _written(function, caches, call):
     }
 
 
+def _paged(model, seqlen, dtype):
+    """One new token each after a long, a short and an empty context, in pages that lie anywhere; keys in two splits."""
+    lengths = (seqlen, seqlen // 3, 1)
+    q, k, v = _tensors(model, len(lengths), sum(lengths), dtype)
+    options = {name: _detach(x) for name, x in _options(model, seqlen).items()}
+    sequences = zip(q.split(1), k.split(lengths), v.split(lengths))
+    outs, lses = zip(*(by_torch(*(x[None] for x in sequence), **options) for sequence in sequences))
+    counts = [-(-length // PAGE_SIZE) for length in lengths]
+    pages = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).to(q.device, torch.int32)
+    tables = torch.nn.utils.rnn.pad_sequence(pages.split(counts), batch_first=True)
+    caches = [x.new_zeros(sum(counts), PAGE_SIZE, *x.shape[1:]) for x in (k, v)]
+    for cache, x in zip(caches, (k, v)):
+        for i, rows in enumerate(x.split(lengths)):
+            keys = torch.arange(len(rows), device=x.device)
+            cache[tables[i, keys // PAGE_SIZE].long(), keys % PAGE_SIZE] = rows
+    args = q[:, None], *caches, torch.tensor(lengths, dtype=torch.int32, device=q.device), tables
+    ours = triton_attn.paged_attention(*args, num_splits=2, return_lse=True, **options)
+    exact_options = {name: _double(x) for name, x in options.items()}
+    exact = triton_attn.reference.paged_attention(*map(_double, args), return_lse=True, **exact_options)
+    torchs = torch.cat(outs), torch.cat(lses)
+    about = f"1 query x {', '.join(map(str, lengths))} keys"
+    return about, {
+        name: (mine, right, {"torch_out": theirs})
+        for name, mine, right, theirs in zip(("out", "lse"), ours, exact, torchs)
+    }
+
+
+def _merge(model, seqlen, dtype):
+    """Parts of a prompt's keys, merged: a part as large as the rest, and one that nobody sees."""
+    v = _tensors(model, seqlen, seqlen, dtype)[0]
+    generator = torch.Generator().manual_seed(1)
+    outs = torch.randn(3, 1, *v.shape, generator=generator).to(v)
+    lses = torch.randn(3, 1, *v.shape[1::-1], generator=generator).to(v.device)
+    lses[2] = float("-inf")
+    ours = triton_attn.merge_attention(outs, lses)
+    exact = triton_attn.reference.merge_attention(outs.double(), lses.double())
+    weights = torch.softmax(lses.to(dtype), 0).transpose(2, 3)[..., None]
+    torchs = (outs * weights).sum(0), torch.logsumexp(lses, 0)
+    return f"3 parts of {seqlen} tokens", {
+        name: (mine, right, {"torch_out": theirs})
+        for name, mine, right, theirs in zip(("out", "lse"), ours, exact, torchs)
+    }
+
+
 CALLS = {
     "flash_attention": _dense,
     "flash_attention_varlen": _varlen,
+    "paged_attention": _paged,
+    "merge_attention": _merge,
     "append_kv_cache": _append,
     "copy_kv_pages": _copy,
 }
 PAGED = "append_kv_cache", "copy_kv_pages"
+NO_MASK = *PAGED, "merge_attention"
 
 
 def _default_seqlen(model, dtype):
@@ -223,6 +270,10 @@ def _options(model, seqlen):
     if sinks is not None:
         sinks.requires_grad_()
     return {"causal": True, "window_size": (left, -1), "sinks": sinks}
+
+
+def _detach(value):
+    return value.detach() if torch.is_tensor(value) else value
 
 
 def _double(value):

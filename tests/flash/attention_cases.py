@@ -126,7 +126,7 @@ def cases(draw, dtype, varlen):
     many_heads = group_size > 7
     lengths_q = _lengths(config.block_m, config.block_m + 9 if many_heads else min(3 * config.block_m, 200))
     lengths_k = _lengths(config.block_n, min(4 * config.block_n, 200))
-    batch = draw(st.sampled_from([1, 0] if many_heads else [1, 2, 3, 2, 0]))
+    batch = draw(st.sampled_from([1, 1, 1, 0] if many_heads else [1, 2, 3, 2, 1, 2, 3, 0]))
     if varlen:
         seqlens_q = draw(st.tuples(*[lengths_q] * batch))
         seqlens_k = draw(st.tuples(*[lengths_k] * batch))
