@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
-PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical
+PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical --dist worksteal
 
 .PHONY: perf test test-full test-oldest lint clean
 

@@ -4,12 +4,11 @@
 kernel has run here. The summary of the test run prints them with registers and spills.
 """
 
-import statistics
-import time
 from unittest import mock
 
 import pytest
 import torch
+from host_cost import median_microseconds
 
 from perf import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
@@ -250,17 +249,6 @@ def compiles(arch, head_dim, tile):
     return len(launches) == 1
 
 
-def median_microseconds(calls, rounds=300):
-    """Median of each call, all of them timed in turn."""
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter_ns()
-            call()
-            times[name].append(time.perf_counter_ns() - start)
-    return {name: statistics.median(samples) / 1000 for name, samples in times.items()}
-
-
 @pytest.mark.oldest
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 def test_host_cost(varlen, record_property):
@@ -281,7 +269,6 @@ def test_host_cost(varlen, record_property):
         kernel, grid, _, args, constants = launch.call_args.args
         bare = kernel[grid]
         calls = {"call": call, "bare launch": lambda: bare(*args, enable_fp_fusion=True, **constants)}
-        median_microseconds(calls, rounds=20)
         cost = median_microseconds(calls)
     figure = f"{cost['call']:.0f} us a call of {'flash_attention_varlen' if varlen else 'flash_attention'}, "
     record_property("figure", f"{figure}{cost['bare launch']:.0f} us the bare launch of its kernel")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
 
 
-@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("shard", range(3))
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_calls(dtype, varlen, shard, record_property):

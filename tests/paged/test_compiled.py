@@ -1,11 +1,10 @@
 """What attention over a cache compiles to at its defaults: resources and instructions; when it compiles; host cost."""
 
-import statistics
-import time
 from unittest import mock
 
 import pytest
 import torch
+from host_cost import median_microseconds
 
 from triton_attn import paged_attention
 from triton_attn.combine import merge
@@ -127,17 +126,6 @@ def test_lengths_and_batches_compile_no_other_kernel():
     assert len({launch.kernel.hash for launch in launches if launch.name == "_paged_fwd_kernel"}) <= 3
 
 
-def median_microseconds(calls, rounds=300):
-    """Median of each call, all of them timed in turn."""
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter_ns()
-            call()
-            times[name].append(time.perf_counter_ns() - start)
-    return {name: statistics.median(samples) / 1000 for name, samples in times.items()}
-
-
 @pytest.mark.oldest
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_host_cost(num_splits, record_property):
@@ -162,7 +150,6 @@ def test_host_cost(num_splits, record_property):
                 kernel(*args, enable_fp_fusion=True, **constants)
 
         calls = {"call": call, "bare launches": launches}
-        median_microseconds(calls, rounds=20)
         cost = median_microseconds(calls)
     figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits, "
     record_property("figure", f"{figure}{cost['bare launches']:.0f} us the bare launches that it makes")
