@@ -97,6 +97,16 @@ CASES = [
         r"block_table\[1, 0\]: expected page 0 of the shared",
     ),
     (
+        arguments(
+            check_values=True,
+            shared_prefix_len=8,
+            cache_seqlens=torch.tensor([3, 20], dtype=torch.int32),
+            block_table=torch.tensor([[3, 99, 99], [0, 1, 2]], dtype=torch.int32),
+        ),
+        ValueError,
+        r"block_table\[0, 0\]: expected page 0 of the shared",
+    ),
+    (
         varlen(check_values=True) | {"max_seqlen_q": 3},
         ValueError,
         "cu_seqlens_q, sequence 1: expected a length of 0 to 3",

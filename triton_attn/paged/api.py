@@ -301,7 +301,7 @@ def _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seql
     if block_table is None:
         return
     tables = [pages[: -(-seqlen // page_size)] for pages, seqlen in zip(block_table.tolist(), seqlens)]
-    shared_pages = tables[0][: -(-shared_prefix_len // page_size)] if tables else []
+    shared_pages = max(tables, key=len, default=[])[: -(-shared_prefix_len // page_size)]
     for i, pages in enumerate(tables):
         for entry, page in enumerate(pages):
             if not 0 <= page < num_pages:
