@@ -1,4 +1,8 @@
-"""What attention over a cache compiles to at its defaults: resources and instructions; when it compiles; host cost."""
+"""What attention over a cache compiles to at its defaults: resources and instructions; when it compiles; host cost.
+
+`TB/s` are the bytes of keys and values that the interior loop takes in a second, in the cycle model of
+perf/loop_model.py, which knows no memory: where they exceed what memory gives, a decode step waits for memory alone.
+"""
 
 from unittest import mock
 
@@ -6,6 +10,7 @@ import pytest
 import torch
 from host_cost import median_microseconds
 
+from perf import loop_model
 from triton_attn import paged_attention
 from triton_attn.combine import merge
 from triton_attn.paged import forward
@@ -26,6 +31,17 @@ VARIANTS = {
 }
 # Bytes spilled outside of a decode step, where fp8 is decoded in integers, by (arch, head dim, rows, variant).
 KNOWN_SPILLS = {("sm_80", 256, "prefill", "fp8"): 12, ("gfx942", 128, "prefill", "fp8"): 64}
+
+
+# What memory gives at most, TB/s: data sheets of A100 80GB SXM and H100 SXM.
+MEMORY = {"sm_80": 2.04, "sm_90": 3.35}
+
+
+def loop_rate(launch):
+    """TB/s of keys and values in the interior loop: if everything overlaps, and if products and softmax never do."""
+    report, constants = loop_model.analyze(launch.kernel), launch.constexprs
+    bytes_per_flop = (1 if constants["FLOAT8"] else 2) / (2 * constants["BLOCK_M"])
+    return report.bound * bytes_per_flop, report.lock * bytes_per_flop
 
 
 def arguments(head_dim, seqlen_q, dtype=torch.float16, cache_dtype=None, page_size=16, varlen=False, contiguous=False):
@@ -82,6 +98,10 @@ def test_default(arch, head_dim, rows, variant, record_property):
     tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
     figure = f"paged {arch:7} {head_dim:4} {rows:8} {variant:10} {tile:13} {launch.registers:4} registers "
     figure += f"{launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
+    if rows == "decode" and arch in MEMORY:
+        bound, lock = loop_rate(launch)
+        figure += f"  {lock:.2f} to {bound:.2f} TB/s of {MEMORY[arch]}"
+        assert variant in ("fp8", "everything") or head_dim % 16 or lock >= MEMORY[arch]
     record_property("figure", figure)
     assert launch.shared_bytes <= shared_memory_limit(arch)
     if rows == "decode" or head_dim <= 256:
