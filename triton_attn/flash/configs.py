@@ -41,7 +41,8 @@ SHARED_BYTES = {
 _HALF = {
     "sm_80": {
         "vector": (
-            (48, FlashConfig(128, 64, 8, 3)),
+            (32, FlashConfig(128, 64, 8, 3)),
+            (48, FlashConfig(128, 32, 4, 4)),
             (64, FlashConfig(128, 64, 4, 3)),
             (96, FlashConfig(128, 64, 8, 3)),
             (192, FlashConfig(128, 32, 8, 3)),
