@@ -42,7 +42,7 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
         (model, function, seqlen or _default_seqlen(model, dtype), dtype)
         for model in models
         for function in CALLS
-        if model.attention != "MLA" or function not in PAGED
+        if model.attention != "MLA" or function not in CACHE_WRITES
     ]
     path = out_dir / f"errors-{_name(dtype)}.csv"
     rows, failures = [], []
@@ -235,8 +235,8 @@ CALLS = {
     "append_kv_cache": _append,
     "copy_kv_pages": _copy,
 }
-PAGED = "append_kv_cache", "copy_kv_pages"
-NO_MASK = *PAGED, "merge_attention"
+CACHE_WRITES = "append_kv_cache", "copy_kv_pages"
+NO_MASK = *CACHE_WRITES, "merge_attention"
 
 
 def _default_seqlen(model, dtype):

@@ -12,8 +12,8 @@ from triton_attn._jit.masks import mask_scores, visible_range
 
 
 @triton.jit
-def _range_kernel(out_ptr, start, end, num_columns, offset, window, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    lo, full_lo, full_hi, hi = visible_range(start, end, num_columns, offset, window, BLOCK, ALIGN)
+def _range_kernel(out_ptr, start, end, num_columns, offset, window, first, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    lo, full_lo, full_hi, hi = visible_range(start, end, num_columns, offset, window, BLOCK, ALIGN, first)
     tl.store(out_ptr, lo)
     tl.store(out_ptr + 1, full_lo)
     tl.store(out_ptr + 2, full_hi)
@@ -33,20 +33,22 @@ sides = st.none() | st.integers(0, 40)
 
 @pytest.mark.oldest
 @settings(max_examples=10 * settings.default.max_examples)
-@given(lengths, lengths, st.tuples(sides, sides), st.sampled_from([1, 4, 16]), st.data())
-def test_visible_range(device, seqlen_q, seqlen_k, window, align, data):
+@given(lengths, lengths, st.tuples(sides, sides), st.sampled_from([1, 4, 16]), st.integers(0, 40), st.data())
+def test_visible_range(device, seqlen_q, seqlen_k, window, align, first, data):
+    first = first // align * align
     start = data.draw(st.integers(0, seqlen_q - 1))
     end = data.draw(st.integers(start + 1, seqlen_q))
     bounds = torch.empty(4, dtype=torch.int32, device=device)
-    _range_kernel[(1,)](bounds, start, end, seqlen_k, seqlen_k - seqlen_q, window, BLOCK=16, ALIGN=align)
+    _range_kernel[(1,)](bounds, start, end, seqlen_k, seqlen_k - seqlen_q, window, first, BLOCK=16, ALIGN=align)
     lo, full_lo, full_hi, hi = bounds.tolist()
 
     left, right = (-1 if side is None else side for side in window)
     visible, _ = visible_keys(seqlen_q, seqlen_k, False, (left, right), "cpu")
     rows = visible[start:end]
+    rows[:, :first] = False
     seen = rows.any(0).nonzero().flatten().tolist()
-    assert lo % align == 0 if window[0] is not None else lo == 0
-    assert 0 <= lo <= full_lo <= full_hi <= max(hi, lo)
+    assert lo % align == 0 if window[0] is not None else lo == first
+    assert first <= lo <= full_lo <= full_hi <= max(hi, lo)
     # The interior is whole tiles from lo, and every row sees all of it.
     assert (full_lo - lo) % 16 == 0 or full_lo == hi
     assert (full_hi - full_lo) % 16 == 0

@@ -6,6 +6,7 @@ import numbers
 import torch
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # what caches may hold besides
 MAX_HEAD_DIM = 512
 
 
@@ -73,6 +74,34 @@ def check_qkv_layout(ndim, q, k, v):
         fail("k", f"q's batch size {rows_q[0]}", rows_k[0])
     if num_heads_kv == 0 or num_heads_q % num_heads_kv:
         fail("k", f"a number of heads that divides q's {num_heads_q}", num_heads_kv)
+
+
+def check_tensor(name, x, shape, dtypes, device):
+    """shape holds a name in place of each size that is free; device None is any."""
+    if not isinstance(x, torch.Tensor):
+        fail(name, "a tensor", type(x).__name__, TypeError)
+    if len(shape) != x.ndim or any(size != n for size, n in zip(shape, x.shape) if not isinstance(size, str)):
+        fail(name, f"shape ({', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        fail(name, " or ".join(str(dtype) for dtype in dtypes), x.dtype, TypeError)
+    if device is not None and x.device != device:
+        fail(name, f"device {device}", x.device)
+
+
+def check_last_contiguous(name, x):
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
+
+
+def check_cache_scale(name, scale, num_heads_kv, device):
+    """What cached numbers are multiplied with: None, a number above 0, or a tensor of one or of one per KV head."""
+    if isinstance(scale, torch.Tensor):
+        check_per_head(name, scale, ((1,), (num_heads_kv,)), device, (torch.float32,))
+        check_last_contiguous(name, scale)
+    elif scale is not None:
+        check_number(name, scale)
+        if scale <= 0:
+            fail(name, "a number above 0", scale)
 
 
 def check_kernel_dtype(q):

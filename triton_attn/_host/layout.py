@@ -22,6 +22,11 @@ def batch_head_strides(x):
     return x.stride() if x.ndim == 2 else (0, x.stride(0))
 
 
+def scale_stride(scale):
+    """Stride from one head to the next of a scale for all heads or one for each; None where it is no tensor."""
+    return None if scale is None or not hasattr(scale, "numel") else min(1, scale.numel() - 1)
+
+
 def lse_strides(lse):
     """Strides of (batch, row, head) of a tensor (batch, heads, rows) or (heads, rows)."""
     return (lse.stride(0), lse.stride(2), lse.stride(1)) if lse.ndim == 3 else (0, lse.stride(1), lse.stride(0))

@@ -3,10 +3,16 @@
 import torch
 
 from .._host.backend import should_check_values, use_kernel
-from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_number, check_per_head, fail
+from .._host.checks import (
+    FLOAT8_MANTISSA_BITS,
+    KERNEL_DTYPES,
+    MAX_HEAD_DIM,
+    check_cache_scale,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+)
 from . import reference
-
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def append_kv_cache(
@@ -55,8 +61,8 @@ def append_kv_cache(
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
     _check_append(k, v, k_cache, v_cache, slot_mapping)
-    _check_scale("k_scale", k_scale, k)
-    _check_scale("v_scale", v_scale, k)
+    check_cache_scale("k_scale", k_scale, k.shape[1], k.device)
+    check_cache_scale("v_scale", v_scale, k.shape[1], k.device)
     _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved)
     if should_check_values(check_values):
         _check_slots(slot_mapping, k_cache.shape[0] * k_cache.shape[1])
@@ -120,29 +126,17 @@ def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
 
 
 def _check_append(k, v, k_cache, v_cache, slot_mapping):
-    _check_tensor("k", k, ("num_tokens", "num_heads_kv", "head_dim"), KERNEL_DTYPES)
+    check_tensor("k", k, ("num_tokens", "num_heads_kv", "head_dim"), KERNEL_DTYPES, None)
     num_tokens, num_heads_kv, head_dim = k.shape
-    _check_tensor("v", v, (num_tokens, num_heads_kv, "head_dim_v"), (k.dtype,), k.device)
-    cache_dtypes = (k.dtype, *FLOAT8_DTYPES)
-    _check_tensor("k_cache", k_cache, ("num_pages", "page_size", num_heads_kv, head_dim), cache_dtypes, k.device)
-    _check_tensor("v_cache", v_cache, (*k_cache.shape[:3], v.shape[2]), (k_cache.dtype,), k.device)
+    check_tensor("v", v, (num_tokens, num_heads_kv, "head_dim_v"), (k.dtype,), k.device)
+    cache_dtypes = (k.dtype, *FLOAT8_MANTISSA_BITS)
+    check_tensor("k_cache", k_cache, ("num_pages", "page_size", num_heads_kv, head_dim), cache_dtypes, k.device)
+    check_tensor("v_cache", v_cache, (*k_cache.shape[:3], v.shape[2]), (k_cache.dtype,), k.device)
     for name, x in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_last_contiguous(name, x)
+        check_last_contiguous(name, x)
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
             fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", x.shape[-1])
     _check_index("slot_mapping", slot_mapping, (num_tokens,), (torch.int64,), k.device)
-
-
-def _check_scale(name, scale, k):
-    if scale is None:
-        return
-    if isinstance(scale, torch.Tensor):
-        check_per_head(name, scale, ((1,), (k.shape[1],)), k.device, (torch.float32,))
-        _check_last_contiguous(name, scale)
-    else:
-        check_number(name, scale)
-        if scale <= 0:
-            fail(name, "a number above 0", scale)
 
 
 def _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved):
@@ -153,10 +147,10 @@ def _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved):
         fail("rope_cos, rope_sin, positions", "all three or none", f"given: {given}", TypeError)
     if not isinstance(rope_interleaved, bool):
         fail("rope_interleaved", "a bool", type(rope_interleaved).__name__, TypeError)
-    _check_tensor("rope_cos", rope_cos, ("num_positions", "rotary_dim / 2"), (torch.float32, k.dtype), k.device)
-    _check_tensor("rope_sin", rope_sin, rope_cos.shape, (rope_cos.dtype,), k.device)
-    _check_last_contiguous("rope_cos", rope_cos)
-    _check_last_contiguous("rope_sin", rope_sin)
+    check_tensor("rope_cos", rope_cos, ("num_positions", "rotary_dim / 2"), (torch.float32, k.dtype), k.device)
+    check_tensor("rope_sin", rope_sin, rope_cos.shape, (rope_cos.dtype,), k.device)
+    check_last_contiguous("rope_cos", rope_cos)
+    check_last_contiguous("rope_sin", rope_sin)
     if not 2 <= 2 * rope_cos.shape[1] <= k.shape[2]:
         fail("rope_cos", f"1 to {k.shape[2] // 2} columns, half of head_dim", rope_cos.shape[1])
     _check_index("positions", positions, (k.shape[0],), (torch.int32, torch.int64), k.device)
@@ -169,8 +163,8 @@ def _as_layered(caches):
     layered = tuple(_as_layered_one(f"caches[{i}]", cache) for i, cache in enumerate(caches))
     first = layered[0]
     for i, cache in enumerate(layered):
-        _check_tensor(f"caches[{i}]", cache, (*first.shape[:4], "head_dim"), (first.dtype,), first.device)
-        _check_last_contiguous(f"caches[{i}]", cache)
+        check_tensor(f"caches[{i}]", cache, (*first.shape[:4], "head_dim"), (first.dtype,), first.device)
+        check_last_contiguous(f"caches[{i}]", cache)
     return layered
 
 
@@ -186,27 +180,10 @@ def _as_layered_one(name, cache):
     return cache
 
 
-def _check_tensor(name, x, shape, dtypes, device=None):
-    """shape holds a name in place of each size that is free."""
-    if not isinstance(x, torch.Tensor):
-        fail(name, "a tensor", type(x).__name__, TypeError)
-    if len(shape) != x.ndim or any(size != n for size, n in zip(shape, x.shape) if not isinstance(size, str)):
-        fail(name, f"shape ({', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
-    if x.dtype not in dtypes:
-        fail(name, " or ".join(str(dtype) for dtype in dtypes), x.dtype, TypeError)
-    if device is not None and x.device != device:
-        fail(name, f"device {device}", x.device)
-
-
 def _check_index(name, x, shape, dtypes, device):
-    _check_tensor(name, x, shape, dtypes, device)
+    check_tensor(name, x, shape, dtypes, device)
     if not x.is_contiguous():
         fail(name, "a contiguous tensor", f"stride {x.stride(0)}")
-
-
-def _check_last_contiguous(name, x):
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
 
 
 def _check_slots(slot_mapping, num_slots):

@@ -4,10 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .._host.checks import FLOAT8_MANTISSA_BITS
 from .._host.device import launch
+from .._host.layout import scale_stride
 
 TILE_ELEMENTS = 4096
-FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
 
 @triton.jit
@@ -159,10 +160,6 @@ def _append_kv_cache_kernel(
     )
 
 
-def _scale_stride(scale):
-    return min(1, scale.numel() - 1) if isinstance(scale, torch.Tensor) else None
-
-
 def launch_append_kv_cache(
     k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, rope_interleaved
 ):
@@ -195,7 +192,7 @@ def launch_append_kv_cache(
         v.stride()[:2],
         k_cache.stride()[:3],
         v_cache.stride()[:3],
-        (_scale_stride(k_scale), _scale_stride(v_scale)),
+        (scale_stride(k_scale), scale_stride(v_scale)),
         None if rope_cos is None else (rope_cos.stride(0), rope_sin.stride(0)),
         num_tokens,
         NUM_HEADS=num_heads,

@@ -3,7 +3,7 @@
 import torch
 
 from .._host.backend import use_kernel
-from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, fail
+from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_last_contiguous, check_tensor, fail
 from . import reference
 
 
@@ -41,27 +41,16 @@ def merge_attention(outs, lses):
 
 
 def _check(outs, lses):
-    for name, x, ndim, layout in (
-        ("outs", outs, 5, "(num_parts, batch, seqlen_q, num_heads_q, head_dim_v)"),
-        ("lses", lses, 4, "(num_parts, batch, num_heads_q, seqlen_q)"),
-    ):
-        if not isinstance(x, torch.Tensor):
-            fail(name, "a tensor", type(x).__name__, TypeError)
-        if x.ndim != ndim:
-            fail(name, layout, f"shape {tuple(x.shape)}")
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise NotImplementedError(f"{name}: no gradient is served, got a tensor that requires one; detach it")
+    dtypes = (
+        KERNEL_DTYPES if not isinstance(outs, torch.Tensor) or use_kernel(outs) else (*KERNEL_DTYPES, torch.float64)
+    )
+    check_tensor("outs", outs, ("num_parts", "batch", "seqlen_q", "num_heads_q", "head_dim_v"), dtypes, None)
+    check_last_contiguous("outs", outs)
     num_parts, batch, seqlen_q, num_heads_q, head_dim_v = outs.shape
-    if outs.dtype not in (*KERNEL_DTYPES, torch.float64) or (outs.dtype == torch.float64 and use_kernel(outs)):
-        fail("outs", "float16, bfloat16 or float32", outs.dtype, TypeError)
     if not 1 <= head_dim_v <= MAX_HEAD_DIM:
         fail("outs", f"a head dimension of 1 to {MAX_HEAD_DIM}", head_dim_v)
-    if outs.stride(-1) != 1 and head_dim_v != 1:
-        fail("outs", "a contiguous last dimension (stride 1)", f"stride {outs.stride(-1)}")
-    expected = (num_parts, batch, num_heads_q, seqlen_q)
-    if tuple(lses.shape) != expected:
-        fail("lses", f"outs' parts, batch, heads and rows {expected}", f"shape {tuple(lses.shape)}")
-    if lses.dtype != (torch.float64 if outs.dtype == torch.float64 else torch.float32):
-        fail("lses", "dtype torch.float32", lses.dtype, TypeError)
-    if lses.device != outs.device:
-        fail("lses", f"outs' device {outs.device}", lses.device)
+    lse_dtype = torch.promote_types(outs.dtype, torch.float32)
+    check_tensor("lses", lses, (num_parts, batch, num_heads_q, seqlen_q), (lse_dtype,), outs.device)
+    for name, x in (("outs", outs), ("lses", lses)):
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise NotImplementedError(f"{name}: no gradient is served, got a tensor that requires one; detach it")

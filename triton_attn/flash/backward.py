@@ -46,8 +46,6 @@ from .._jit.tiles import (
 from .backward_configs import default_backward_config
 from .forward import LENGTHS
 
-MAX_HEAD_DIM_BACKWARD = 256
-
 
 @triton.jit
 def _load_lse_log2(lse_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):

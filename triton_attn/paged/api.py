@@ -6,20 +6,21 @@ import torch
 
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
+    FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
+    check_cache_scale,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_last_contiguous,
     check_length,
-    check_number,
-    check_per_head,
+    check_tensor,
     fail,
     layout_of,
 )
 from .._host.options import attention_options, with_tensors
 from . import reference
 
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_SPLITS = 256
 
 
@@ -71,7 +72,8 @@ def paged_attention(
         k_scale, v_scale: what cached numbers are multiplied with: a number above 0, or fp32 tensors (1,) or
             (num_heads_kv,); None is 1.
         num_splits: parts that the keys of a sequence are cut in, computed side by side and merged; 0 chooses by the
-            shapes. With one number, the result for a sequence is bitwise the same whatever else is in the batch.
+            shapes. With one number and one max_seqlen_q, and without a shared prefix, the result for a sequence is
+            bitwise the same whatever else is in the batch.
         shared_prefix_len: the first keys of all sequences are the same, page by page, up to this number: they are read
             once for all queries, and merged with the rest. A sequence that is shorter shares what it has.
         out: where to write the result; q's dtype and shape but for head_dim_v, its last dimension contiguous.
@@ -92,14 +94,17 @@ def paged_attention(
     prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
     batch, options = _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap)
-    _check_int32("cache_seqlens", cache_seqlens, (batch or "batch",), q.device)
+    shape = ("batch" if batch is None else batch,)
+    check_tensor("cache_seqlens", cache_seqlens, shape, (torch.int32,), q.device)
+    check_last_contiguous("cache_seqlens", cache_seqlens)
     batch = cache_seqlens.shape[0]
     if block_table is not None:
-        _check_int32("block_table", block_table, (batch, "max_pages"), q.device)
+        check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q.device)
+        check_last_contiguous("block_table", block_table)
     max_seqlen_q = _check_queries(q, batch, cu_seqlens_q, max_seqlen_q)
     options = with_tensors(options, q, batch, alibi_slopes, sinks)
-    _check_scale("k_scale", k_scale, k_cache)
-    _check_scale("v_scale", v_scale, k_cache)
+    check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device)
+    check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device)
     check_length("num_splits", num_splits)
     if num_splits > MAX_SPLITS:
         fail("num_splits", f"0 (chosen) to {MAX_SPLITS}", num_splits)
@@ -109,7 +114,8 @@ def paged_attention(
     if shared_prefix_len and shared_prefix_len > block_table.shape[1] * k_cache.shape[1]:
         fail("shared_prefix_len", f"at most the table's {block_table.shape[1] * k_cache.shape[1]}", shared_prefix_len)
     if out is not None:
-        _check_out(out, q, v_cache)
+        check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
+        check_last_contiguous("out", out)
     _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
     if should_check_values(check_values):
         _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len)
@@ -173,7 +179,7 @@ def _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, wind
             fail(name, f"q's device {q.device}", x.device)
     if q.dtype not in KERNEL_DTYPES and (q.dtype != torch.float64 or use_kernel(q)):
         fail("q", "float16, bfloat16 or float32", q.dtype, TypeError)
-    if k_cache.dtype not in (q.dtype, *FLOAT8_DTYPES):
+    if k_cache.dtype not in (q.dtype, *FLOAT8_MANTISSA_BITS):
         fail("k_cache", f"q's dtype {q.dtype}, float8_e4m3fn or float8_e5m2", k_cache.dtype, TypeError)
     if v_cache.dtype != k_cache.dtype:
         fail("v_cache", f"k_cache's dtype {k_cache.dtype}", v_cache.dtype, TypeError)
@@ -220,20 +226,6 @@ def _check_options(layout, is_paged, causal, softmax_scale, window_size, softcap
 _remembered_options = functools.lru_cache(maxsize=1024, typed=True)(_check_options)
 
 
-def _check_int32(name, x, shape, device):
-    """shape holds a name in place of each size that is free."""
-    if not isinstance(x, torch.Tensor):
-        fail(name, "a tensor", type(x).__name__, TypeError)
-    if len(shape) != x.ndim or any(size != n for size, n in zip(shape, x.shape) if not isinstance(size, str)):
-        fail(name, f"shape ({', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
-    if x.dtype != torch.int32:
-        fail(name, "dtype torch.int32", x.dtype, TypeError)
-    if x.device != device:
-        fail(name, f"q's device {device}", x.device)
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
-
-
 def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
     """The most queries of a sequence."""
     if cu_seqlens_q is None:
@@ -251,31 +243,6 @@ def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
         fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
     check_length("max_seqlen_q", max_seqlen_q)
     return max_seqlen_q
-
-
-def _check_scale(name, scale, k_cache):
-    if isinstance(scale, torch.Tensor):
-        check_per_head(name, scale, ((1,), (k_cache.shape[2],)), k_cache.device, (torch.float32,))
-        if not scale.is_contiguous():
-            fail(name, "a contiguous tensor", f"stride {scale.stride(0)}")
-    elif scale is not None:
-        check_number(name, scale)
-        if scale <= 0:
-            fail(name, "a number above 0", scale)
-
-
-def _check_out(out, q, v_cache):
-    if not isinstance(out, torch.Tensor):
-        fail("out", "a tensor", type(out).__name__, TypeError)
-    expected = (*q.shape[:-1], v_cache.shape[-1])
-    if tuple(out.shape) != expected:
-        fail("out", f"shape {expected}", f"shape {tuple(out.shape)}")
-    if out.dtype != q.dtype:
-        fail("out", f"q's dtype {q.dtype}", out.dtype, TypeError)
-    if out.device != q.device:
-        fail("out", f"q's device {q.device}", out.device)
-    if out.stride(-1) != 1 and out.shape[-1] != 1:
-        fail("out", "a contiguous last dimension (stride 1)", f"stride {out.stride(-1)}")
 
 
 def _refuse_gradients(**tensors):

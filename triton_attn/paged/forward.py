@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
-from .._host.layout import batch_head_strides, lse_strides, vector_elements, without_dim
+from .._host.layout import batch_head_strides, lse_strides, scale_stride, vector_elements, without_dim
 from .._jit.heads import find_sequence, in_vectors
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.paging import cache_rows, decode_float8
@@ -19,7 +19,6 @@ from ..combine.merge import launch_merge
 from .configs import choose_num_splits, default_config
 
 LOG2_E = math.log2(math.e)
-FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
 
 # Lengths and what follows from them: a new length must not mean a new compilation.
@@ -348,8 +347,7 @@ def _scales(scale_log2, k_scale, v_scale):
     """(factor on scores, factor on outputs, tensors of both, their strides): a number is a factor, a tensor is none."""
     tensors = tuple(scale if isinstance(scale, torch.Tensor) else None for scale in (k_scale, v_scale))
     k_factor, v_factor = (1.0 if x is None or isinstance(x, torch.Tensor) else float(x) for x in (k_scale, v_scale))
-    strides = tuple(None if x is None else min(1, x.numel() - 1) for x in tensors)
-    return scale_log2 * k_factor, v_factor, tensors, strides
+    return scale_log2 * k_factor, v_factor, tensors, tuple(map(scale_stride, tensors))
 
 
 def _float8(dtype, arch):
