@@ -17,7 +17,8 @@ the cycles that a warpgroup's trip costs the SM lie between
     bound    max(tensor, smem, mufu, alu, fma, issue)                        all units overlap
     lock     max(tensor, smem) + max(stall / G, mufu, alu, fma, issue)       products and softmax never overlap
 
-and both are given as TFLOP/s of the products in the loop. This ranks configs and catches regressions. It does not
+and both are given as TFLOP/s of the products in the loop; where warps share rows and repeat each other's products (a
+tile of 64 rows has work for 4 warps of mma.sync, 8 that lie along its rows do all twice), those count once. This ranks configs and catches regressions. It does not
 predict time: memory, latency of copies, barriers, power, prologue, epilogue and masked tiles are not in it.
 """
 
@@ -46,6 +47,9 @@ _ASYNC_COPY = frozenset({"UTMALDG", "UBLKCP", "LDGSTS"})
 _WGMMA = re.compile(r"[HQIB]GMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)")
 _MMA_SYNC = re.compile(r"[HQI]MMA\.(\d+)")
 _MMA_SYNC_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4), "16832": (16, 8, 32)}
+# A product in TTGIR and the layout of its result: which warps lie along rows and columns, what an instruction computes.
+_PRODUCT = re.compile(r"(?:tt\.dot|warp_group_dot) .* \* \S+<(\d+)x\d+x.* -> tensor<(\d+)x(\d+)xf32, (#mma\d*)>")
+_LAYOUT = re.compile(r"(#mma\d*) = .*warpsPerCTA = \[(\d+, \d+)\].*instrShape = \[([\d, ]+)\]")
 _WGMMA_ELEMENT_BYTES = {8: 4, 16: 2, 32: 1}  # by K: tf32, fp16 and bf16, fp8
 
 
@@ -55,6 +59,7 @@ class LoopModel:
 
     loop: sass.Loop
     rates: Rates | None
+    useful: float = 1.0  # share of the products that no other warp repeats
 
     @property
     def addresses(self):
@@ -129,7 +134,7 @@ class LoopModel:
         )
 
     def _tflops(self, cycles):
-        return self.flops / cycles * self.rates.num_sms * self.rates.clock_ghz / 1e3
+        return self.useful * self.flops / cycles * self.rates.num_sms * self.rates.clock_ghz / 1e3
 
 
 @dataclass(frozen=True)
@@ -216,10 +221,11 @@ def analyze(kernel, shared_bytes=None):
     the occupancy leaves shared memory out. For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
     """
     if isinstance(kernel, bytes | bytearray):
-        cubin = kernel
+        cubin, useful = kernel, 1.0
     elif "amdgcn" in kernel.asm:
         return amdgcn.analyze(kernel.asm["amdgcn"], kernel.metadata.shared)
     else:
+        useful = useful_share(kernel.asm["ttgir"])
         cubin = kernel.asm["cubin"]
         shared_bytes = kernel.metadata.shared if shared_bytes is None else shared_bytes
     code = sass.disassemble(cubin)
@@ -236,8 +242,20 @@ def analyze(kernel, shared_bytes=None):
         static_spills=sum(opcodes[opcode] for opcode in sass.SPILL_OPCODES),
         warp_specialized=opcodes["USETMAXREG"] > 0,
         ctas_per_sm_by=_ctas_per_sm(code, shared_bytes),
-        loops=tuple(LoopModel(loop, rates) for loop in code.mma_loops()),
+        loops=tuple(LoopModel(loop, rates, useful) for loop in code.mma_loops()),
     )
+
+
+def useful_share(ttgir):
+    """The share of a kernel's products that no other warp repeats, from the layouts of their results."""
+    layouts = {name: [int(n) for n in f"{warps}, {shape}".split(",")] for name, warps, shape in _LAYOUT.findall(ttgir)}
+    useful = executed = 0
+    for k, m, n, name in _PRODUCT.findall(ttgir):
+        k, m, n = int(k), int(m), int(n)
+        warps_m, warps_n, rows, columns, *_ = layouts[name]
+        useful += m * n * k
+        executed += max(m, warps_m * rows) * max(n, warps_n * columns) * k
+    return useful / executed if executed else 1.0
 
 
 def _ctas_per_sm(code, shared_bytes):

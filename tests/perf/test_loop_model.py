@@ -3,7 +3,7 @@ from sass_listing import listing
 
 from perf import sass
 from perf.gpus import RATES
-from perf.loop_model import LoopModel, Report
+from perf.loop_model import LoopModel, Report, useful_share
 
 PRODUCTS = {
     "register A": "HGMMA.64x128x16.F32 R24, R88, gdesc[UR8], R24",
@@ -141,3 +141,43 @@ def test_warpgroups_that_run_the_loop(threads, warp_specialized, ctas, warpgroup
     kernel = report(loops, threads, warp_specialized, ctas)
     assert kernel.mma_warpgroups_per_sm == warpgroups
     assert kernel.occupancy_limit == "registers"
+
+
+# One product of 64 x 64 scores and one of 64 x 128 outputs over 64 keys, as Triton writes them for mma.sync and wgmma.
+TTGIR = """
+#blocked = #ttg.blocked<{{sizePerThread = [1, 8], threadsPerWarp = [2, 16], warpsPerCTA = [8, 1], order = [1, 0]}}>
+#mma = #ttg.nvidia_mma<{{versionMajor = {major}, versionMinor = 0, warpsPerCTA = {warps}, instrShape = {shape}}}>
+%s = {opcode} %q, %k, %z : {q}<64x128xf16, #a> * {k}<128x64xf16, #b> -> tensor<64x64xf32, #mma> loc(#loc1)
+%o = {opcode} %p, %v, %acc {{isAsync = true}} : {q}<64x64xf16, #a> * {k}<64x128xf16, #b> -> tensor<64x128xf32, #mma>
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "warps", "shape", "share"),
+    [
+        (2, [4, 1], [16, 8], 1.0),
+        (2, [8, 1], [16, 8], 0.5),
+        (2, [1, 8], [16, 8], 1.0),
+        (2, [1, 16], [16, 8], 2 / 3),  # twice the columns of the scores, those of the outputs
+        (3, [4, 1], [16, 64, 16], 1.0),
+        (3, [4, 2], [16, 64, 16], 2 / 3),
+        (3, [8, 1], [16, 128, 16], 0.5),
+    ],
+)
+def test_products_that_warps_repeat_count_once(version, warps, shape, share):
+    opcode, k = ("tt.dot", "tensor") if version == 2 else ("ttng.warp_group_dot", "!ttg.memdesc")
+    text = TTGIR.format(major=version, warps=warps, shape=shape, opcode=opcode, q="tensor", k=k)
+    if version == 3 and shape[1] == 128:  # an instruction is never wider than its result
+        text = text.replace("64x64xf32", "64x128xf32").replace("128x64xf16, #b", "128x128xf16, #b")
+    assert useful_share(text) == pytest.approx(share)
+
+
+def test_a_kernel_without_products_repeats_none():
+    assert useful_share("tt.store %x, %y : tensor<64x!tt.ptr<f32>>") == 1.0
+
+
+def test_a_loop_whose_warps_repeat_each_other_is_as_much_slower():
+    (loop,) = models(loop_text(PRODUCTS["mma.sync"], SOFTMAX), "sm_80")
+    half = LoopModel(loop.loop, loop.rates, useful=0.5)
+    assert half.bound() == pytest.approx(loop.bound() / 2)
+    assert half.lock(4) == pytest.approx(loop.lock(4) / 2)
