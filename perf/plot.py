@@ -283,7 +283,8 @@ def _throughput_title(data):
 def _decode_title(data):
     first = data.iloc[0]
     heads = f"{first['num_heads_q']} query and {first['num_heads_kv']} KV heads, head_dim {first['head_dim']}"
-    note = "peers over a contiguous cache" if first["source"] == MEASURED else first["source"]
+    predicted = f"{first['source']}; launches, latencies and DRAM efficiency left out"
+    note = "peers over a contiguous cache" if first["source"] == MEASURED else predicted
     return f"Decode step, {first['dtype']}, {heads}, page size {first['page_size']}\n{first['gpu']}\n{note}"
 
 

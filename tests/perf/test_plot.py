@@ -104,6 +104,7 @@ def test_a_predicted_decode_says_so(tmp_path, drawn):
     plot.decode(write(tmp_path / "decode.csv", steps_of([plot.BOUND, plot.LOCK])))
     text = text_of(drawn[0])
     assert results.PREDICTED in text
+    assert "launches" in text
     assert "memory, data sheet" in text
     assert "measured" not in text.replace(results.PREDICTED, "")
 
