@@ -1,8 +1,8 @@
 """What runs here, whether it is right, how fast it is, how large its caches are.
 
-Without a part: machine, verify, embed, bench and sizes, one after the other, in a few minutes. Figures go to
-perf/results/. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from compiled
-code and labelled so: nothing is called measured that was not.
+Without a part: machine, verify, embed, bench (both families) and sizes, one after the other, in a few minutes. Figures
+go to perf/results/. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from
+compiled code and labelled so: nothing is called measured that was not.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PARTS = {
     "machine": Part("what runs here, and the roofs of a GPU", "interpreter"),
     "verify": Part("every public function against its reference at real model shapes", "interpreter", interpreted=True),
     "embed": Part("sentences through a real encoder, with our attention and torch's", "interpreter", interpreted=True),
-    "bench": Part("throughput against sequence length, ours and the peers'", "predicted-{arch}"),
+    "bench": Part("throughput of attention, ours and the peers'", "predicted-{arch}"),
     "sizes": Part("KV-cache bytes against context length", "sizes", machine_free=True),
     "cache": Part("what the bookkeeping of pages costs on the host", "host"),
     "sharing": Part("what pages and their sharing save, against the paper's claims", "sharing", machine_free=True),
@@ -46,7 +46,7 @@ PARTS = {
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
 }
-MAIN_JOB = ("machine", "verify", "embed", "bench", "sizes")
+MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "sizes")
 INTERRUPTED = 130
 
 
@@ -76,12 +76,13 @@ def run_part(name, out_dir, options):
 def run_all():
     """Each part in a process of its own, since they differ in Triton's mode; the exit code is 0 if all were done."""
     outcomes = []
-    for name in MAIN_JOB:
-        print(f"\n== {name}: {PARTS[name].help}\n", flush=True)
+    for call in MAIN_JOB:
+        name, *options = call.split()
+        print(f"\n== {call}: {PARTS[name].help}\n", flush=True)
         start = time.monotonic()
-        code = _run_process([sys.executable, "-m", "perf", name])
+        code = _run_process([sys.executable, "-m", "perf", name, *options])
         outcome = {0: "done", INTERRUPTED: "interrupted"}.get(code, f"failed, exit code {code}")
-        outcomes.append({"part": name, "seconds": time.monotonic() - start, "outcome": outcome})
+        outcomes.append({"part": call, "seconds": time.monotonic() - start, "outcome": outcome})
         if code == INTERRUPTED:
             break
     print()

@@ -23,19 +23,21 @@ def by_torch(q, k, v, **options):
 
 
 def check_sample(out, q, k, v, causal):
-    """Raise AssertionError if `out` is wrong in the first rows of its first head or the last rows of its last.
+    """Raise AssertionError if `out` is wrong in the first rows of its first heads or the last rows of its last.
 
-    All tensors are (batch, seqlen, heads, head_dim), with as many keys as queries. The first rows of a causal output
-    see as many keys; the last rows see all, since masks are aligned to the bottom right.
+    All tensors are (batch, seqlen, heads, head_dim); the heads are those of the first and of the last KV head. Causal
+    needs as many keys as queries: the first rows see as many keys; the last rows see all, since masks are aligned to
+    the bottom right.
     """
+    group_size = q.shape[2] // k.shape[2]
     first, last = slice(SAMPLED_ROWS), slice(-SAMPLED_ROWS, None)
-    for entry, queries, keys in (
-        (slice(1), first, first if causal else slice(None)),
-        (slice(-1, None), last, slice(None)),
+    for entry, heads, queries, keys in (
+        (slice(1), slice(group_size), first, first if causal else slice(None)),
+        (slice(-1, None), slice(-group_size, None), last, slice(None)),
     ):
-        sample = q[entry, queries, entry], k[entry, keys, entry], v[entry, keys, entry]
+        sample = q[entry, queries, heads], k[entry, keys, entry], v[entry, keys, entry]
         assert_close_to_reference(
-            out[entry, queries, entry],
+            out[entry, queries, heads],
             reference.flash_attention(*(x.double() for x in sample), causal=causal),
             torch_out=by_torch(*sample, causal=causal)[0],
         )

@@ -2,10 +2,11 @@
 
 import torch
 
-from triton_attn import flash_attention
+from triton_attn import flash_attention, paged_attention
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.flash.forward import launch_flash_fwd
+from triton_attn.paged.configs import PagedConfig
 from triton_attn.testing import compile_only
 
 _SEQLEN = 1024  # no length is compiled in
@@ -32,17 +33,28 @@ def flash_backward(arch, dtype, head_dim, causal=False):
     return [launch for launch in launches if launch.name in ("_flash_bwd_dkdv_kernel", "_flash_bwd_dq_kernel")]
 
 
+def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size):
+    """The compiled kernel of a decode step at its default config, as a user gets it; no length is compiled in."""
+    q = torch.empty(1, 1, num_heads_q, head_dim, dtype=dtype)
+    block_table = torch.empty(1, _SEQLEN // page_size, dtype=torch.int32)
+    cache = torch.empty(block_table.shape[1], page_size, num_heads_kv, head_dim, dtype=dtype)
+    with compile_only(arch) as launches:
+        paged_attention(q, cache, cache, torch.empty(1, dtype=torch.int32), block_table)
+    return launches[0]
+
+
 def config_of(launch):
-    """The config that a launch of a flash kernel ran with."""
+    """The config that a launch of an attention kernel ran with."""
     values = launch.constexprs
-    tile = values["BLOCK_M"], values["BLOCK_N"]
-    return FlashConfig(*tile, launch.num_warps, launch.num_stages, values["USE_TMA"])
+    config = values["BLOCK_M"], values["BLOCK_N"], launch.num_warps, launch.num_stages
+    return FlashConfig(*config, values["USE_TMA"]) if "USE_TMA" in values else PagedConfig(*config)
 
 
 def config_name(config):
     """128x128 w8 s2: query rows x keys of a tile, warps, stages; tma if descriptors load the tiles."""
     tile = f"{config.block_m}x{config.block_n}"
-    return f"{tile} w{config.num_warps} s{config.num_stages}{' tma' if config.use_tma else ''}"
+    tma = isinstance(config, FlashConfig) and config.use_tma
+    return f"{tile} w{config.num_warps} s{config.num_stages}{' tma' if tma else ''}"
 
 
 def launch_config(q, k, v, causal, config):

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rates:
-    """`mma_flops` (dense, fp16 or bf16) and `fp32_lanes` are per clock and SM."""
+    """`mma_flops` (dense, fp16 or bf16) and `fp32_lanes` are per clock and SM.
+
+    `memory_gbps` is GB/s by the data sheet of `memory_gpu`: GPUs of one architecture differ in it.
+    """
 
     name: str
     num_sms: int
@@ -13,14 +16,33 @@ class Rates:
     mma_flops: int
     mma_sync_share: float  # of mma_flops, for products that are not wgmma
     fp32_lanes: int
+    memory_gpu: str
+    memory_gbps: int
 
 
-# The clock of H100 and H200 is assumed, between base and boost; TFLOP/s scale with it. The share of mma.sync is from
+# The clock of H100 and H200 is assumed, between base and boost; TFLOP/s scale with it. An H200 differs in its memory
+# alone, 4800 GB/s. The share of mma.sync is from
 # Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", arXiv 2402.13499.
 RATES = {
-    "sm_80": Rates("A100 SXM", num_sms=108, clock_ghz=1.41, mma_flops=2048, mma_sync_share=1.0, fp32_lanes=64),
+    "sm_80": Rates(
+        "A100 SXM",
+        num_sms=108,
+        clock_ghz=1.41,
+        mma_flops=2048,
+        mma_sync_share=1.0,
+        fp32_lanes=64,
+        memory_gpu="A100 80GB SXM",
+        memory_gbps=2039,
+    ),
     "sm_90": Rates(
-        "H100 or H200 SXM", num_sms=132, clock_ghz=1.755, mma_flops=4096, mma_sync_share=0.62, fp32_lanes=128
+        "H100 or H200 SXM",
+        num_sms=132,
+        clock_ghz=1.755,
+        mma_flops=4096,
+        mma_sync_share=0.62,
+        fp32_lanes=128,
+        memory_gpu="H100 SXM",
+        memory_gbps=3350,
     ),
 }
 

@@ -77,13 +77,43 @@ def throughput(csv_path):
         for line, mask in zip(grid, masks):
             line[0].set_ylabel("TFLOP/s")
             for axes, head_dim in zip(line, head_dims):
-                _throughput_panel(axes, data[(data["head_dim"] == head_dim) & (data["causal"] == mask)])
+                panel = data[(data["head_dim"] == head_dim) & (data["causal"] == mask)]
+                _speed_panel(axes, panel, "tflops", "matrix product, measured")
                 axes.set_title(f"{'causal' if mask else 'full'}, head_dim {head_dim}", fontsize=10)
         for axes in grid[-1]:
             axes.set_xlabel("sequence length (tokens)")
         grid[0][0].set_ylim(bottom=0)
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(_throughput_title(data), x=0.01, ha="left", fontsize=11)
+        return _save(figure, csv_path)
+
+
+def decode(csv_path):
+    """GB/s of decode steps against context: a panel per batch, a line per provider, the roof and the share of it."""
+    data = pd.read_csv(csv_path)
+    batches = sorted(data["batch"].unique())
+    measured = data["source"].iloc[0] == MEASURED
+    num_columns = 1 if len(batches) % 2 else 2
+    num_rows = len(batches) // num_columns
+    with plt.rc_context(STYLE | {"figure.figsize": (8, 1.6 + 2.1 * num_rows)}):
+        figure, grid = plt.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+        for axes, batch in zip(grid.flat, batches):
+            roof_label = "copy, measured" if measured else "memory, data sheet"
+            _speed_panel(axes, data[data["batch"] == batch], "gbps", roof_label)
+            axes.set_title(f"batch {batch}", fontsize=10)
+        _length_ticks(grid[0][0], data["seqlen_k"].unique())
+        roof = _roof(data, "gbps")
+        if not pd.isna(roof):
+            for axes in grid[:, -1]:
+                share = axes.secondary_yaxis("right", functions=(lambda y: 100 * y / roof, lambda y: y * roof / 100))
+                share.set_ylabel("share of roof (%)")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("GB/s")
+        for axes in grid[-1]:
+            axes.set_xlabel("context (tokens)")
+        grid[0][0].set_ylim(bottom=0)
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5 if measured else 3)
+        figure.suptitle(_decode_title(data), x=0.01, ha="left", fontsize=11)
         return _save(figure, csv_path)
 
 
@@ -224,24 +254,38 @@ def page_waste(csv_path):
         return _save(figure, csv_path)
 
 
-def _throughput_panel(axes, data):
-    lines = {provider: rows.set_index("seqlen_q")["tflops"] for provider, rows in data.groupby("provider", sort=False)}
+def _speed_panel(axes, data, figure, roof_label):
+    """A column of a results CSV against the number of keys, and its roof where there is one."""
+    lines = {provider: rows.set_index("seqlen_k")[figure] for provider, rows in data.groupby("provider", sort=False)}
     for provider, line in lines.items():
         colour, marker, label = PROVIDER_STYLES[provider]
         axes.plot(line.index, line, color=colour, marker=marker, label=label)
     if LOCK in lines:
         axes.fill_between(lines[LOCK].index, lines[LOCK], lines[BOUND], color=SKY, alpha=0.15, linewidth=0)
-    roof = (data["tflops"] / data["roof_share"]).median()
+    roof = _roof(data, figure)
     if not pd.isna(roof):
-        axes.axhline(roof, color=BLACK, linewidth=1, linestyle="--", label="matrix product, measured")
+        axes.axhline(roof, color=BLACK, linewidth=1, linestyle="--", label=roof_label)
     axes.set_xscale("log", base=2)
-    _length_ticks(axes, data["seqlen_q"].unique())
+    _length_ticks(axes, data["seqlen_k"].unique())
+
+
+def _roof(data, figure):
+    """What roof_share is the share of; NaN where nothing has one."""
+    return (data[figure] / data["roof_share"]).median()
 
 
 def _throughput_title(data):
     first = data.iloc[0]
     note = "" if first["source"] == MEASURED else f"\n{first['source']}"
     return f"Attention {first['pass']}, {first['dtype']}, {first['gpu']}{note}"
+
+
+def _decode_title(data):
+    first = data.iloc[0]
+    heads = f"{first['num_heads_q']} query and {first['num_heads_kv']} KV heads, head_dim {first['head_dim']}"
+    predicted = f"{first['source']}; launches, latencies and DRAM efficiency left out"
+    note = "peers over a contiguous cache" if first["source"] == MEASURED else predicted
+    return f"Decode step, {first['dtype']}, {heads}, page size {first['page_size']}\n{first['gpu']}\n{note}"
 
 
 def _label_ends(axes, x, ends):

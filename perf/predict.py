@@ -1,7 +1,7 @@
-"""Throughput against sequence length, predicted from compiled code for a GPU that need not be there.
+"""Throughput, predicted from compiled code for a GPU that need not be there.
 
-The loop model (`perf/loop_model.py`) says at what rate an SM runs the hot loop. A whole pass is slower for two
-reasons that follow from the shape alone, and both are counted here:
+The loop model (`perf/loop_model.py`) says at what rate an SM runs the hot loop. A whole pass of prefill or training is
+slower for two reasons that follow from the shape alone, and both are counted here:
 
     masked tiles   A query tile of block_m rows walks ceil(visible keys / block_n) key tiles, and tiles that a boundary
                    crosses cost a whole trip of the masked loop. Only visible pairs count as work.
@@ -10,6 +10,17 @@ reasons that follow from the shape alone, and both are counted here:
     TFLOP/s = visible FLOP / time of the last slot;   time of a trip = FLOP of a trip * slots / rate of its loop
 
 Left out: memory, latency of copies, barriers, power, prologue and epilogue. A measurement comes out lower.
+
+A decode step reads its cache once and ends when memory or the loop does, whichever is slower; parts of split keys are
+written, and read again to be merged:
+
+    time = max((bytes + parts) / bandwidth, time of the last slot) + parts / bandwidth
+
+with the number of splits that a user gets, and the bandwidth of the data sheet. A tile that is not full counts as one.
+A program that is alone on its SM has it for itself: as many are resident as share the SM.
+
+Left out: launches, which decide short contexts, every latency, what memory reaches of its data sheet, and the L2
+cache, where small parts stay. A measurement comes out lower.
 """
 
 import heapq
@@ -22,6 +33,7 @@ from perf import compiled, loop_model
 from perf.device import versions
 from perf.gpus import RATES
 from perf.results import OURS, PREDICTED, Row
+from triton_attn.paged.configs import choose_num_splits
 
 
 def tile_trips(problem, block_m, block_n):
@@ -121,3 +133,58 @@ def _kernel(launch, dkdv_products):
     }[launch.name]
     name = f"{launch.name.removeprefix('_flash_').removesuffix('_kernel')} {compiled.config_name(config)}"
     return Kernel(name, rows, products, report.ctas_per_sm, loop_rates(report))
+
+
+def paged(problems, dtype, arch):
+    """Rows of `bound` and `lock` for each decode step, our default config compiled for `arch`."""
+    kernels = {}
+    gpu = RATES[arch]
+    dtype_bytes = getattr(torch, dtype).itemsize
+    for problem in tqdm(problems, desc=f"predicting for {arch}", unit="shape"):
+        kind = problem.num_heads_q, problem.num_heads_kv, problem.head_dim, problem.page_size
+        if kind not in kernels:
+            launch = compiled.paged_decode(arch, getattr(torch, dtype), *kind)
+            kernels[kind] = compiled.config_of(launch), loop_model.analyze(launch.kernel)
+        config, report = kernels[kind]
+        num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms)
+        resident = min(report.ctas_per_sm, -(-len(trips) // gpu.num_sms))
+        warpgroups = resident * report.mma_warpgroups_per_sm // report.ctas_per_sm
+        slots = gpu.num_sms * resident
+        flops_per_trip = 4 * config.block_m * config.block_n * problem.head_dim
+        for model, rate in (("bound", report.hot.bound()), ("lock", report.hot.lock(warpgroups))):
+            loop = makespan(trips, slots) * flops_per_trip * slots / (rate * 1e12)
+            time, limit = decode_seconds(problem, dtype_bytes, num_splits, loop, gpu.memory_gbps * 1e9)
+            gbps = problem.bytes(dtype_bytes) / time / 1e9
+            yield Row(
+                **problem.columns(),
+                dtype=dtype,
+                provider=f"{OURS}, {model}",
+                gbps=gbps,
+                roof_share=gbps / gpu.memory_gbps,
+                gpu=f"{gpu.memory_gpu}, {gpu.memory_gbps} GB/s, at {gpu.clock_ghz} GHz",
+                **versions(),
+                source=PREDICTED,
+                note=f"fwd {compiled.config_name(config)}, num_splits {num_splits}, limited by {limit}",
+            )
+
+
+def split_trips(problem, block_m, block_n, num_sms):
+    """(num_splits, trips of each program) of a decode step: the default number of splits, each an equal share of tiles.
+
+    The last splits have what is left, which may be none.
+    """
+    key_tiles = -(-problem.seqlen_k // block_n)
+    row_tiles = -(-problem.num_heads_q // problem.num_heads_kv // block_m)
+    programs = problem.batch * problem.num_heads_kv * row_tiles
+    num_splits = choose_num_splits(programs, key_tiles, num_sms)
+    share = -(-key_tiles // num_splits)
+    return num_splits, [max(0, min(share, key_tiles - i * share)) for i in range(num_splits)] * programs
+
+
+def decode_seconds(problem, element_size, num_splits, loop_seconds, bytes_per_second):
+    """(time of a decode step, what limits it: memory or the loop); parts are outputs and log-sum-exps in fp32."""
+    rows = problem.batch * problem.num_heads_q
+    parts = num_splits * rows * (problem.head_dim + 1) * 4 if num_splits > 1 else 0
+    memory_seconds = (problem.bytes(element_size) + parts) / bytes_per_second
+    limit = "memory" if memory_seconds >= loop_seconds else "the loop"
+    return max(memory_seconds, loop_seconds) + parts / bytes_per_second, limit

@@ -18,13 +18,13 @@ PREDICTED = "predicted from compiled code, not measured"
 class Row:
     """One line of a results CSV; None is an empty cell.
 
-    `gbps` is GB/s, `roof_share` the share of the roof measured on that machine; `note` says which config ran, or why a
-    provider has no figure.
+    `gbps` is GB/s, `roof_share` the share of the roof measured on that machine, of a prediction the share of the data
+    sheet's memory bandwidth; `note` says which config ran, or why a provider has no figure.
     """
 
     family: str
     provider: str
-    direction: str  # forward or backward; a column cannot be called pass in Python, in the CSV it is
+    direction: str  # forward, backward, both or decode; a column cannot be called pass in Python, in the CSV it is
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -34,6 +34,7 @@ class Row:
     head_dim_v: int
     causal: bool
     window: int | None = None
+    page_size: int | None = None
     dtype: str
     p20_ms: float | None = None
     p50_ms: float | None = None

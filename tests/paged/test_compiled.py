@@ -12,6 +12,7 @@ from host_cost import median_microseconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf import loop_model
+from perf.gpus import RATES
 from triton_attn import paged_attention
 from triton_attn.combine import merge
 from triton_attn.paged import forward
@@ -37,10 +38,6 @@ KNOWN_SPILLS = {
     ("gfx942", 128, "prefill", "fp8"): 64,
     ("gfx942", 128, "prefill", "fp8_e5m2"): 112,
 }
-
-
-# What memory gives at most, TB/s: data sheets of A100 80GB SXM and H100 SXM.
-MEMORY = {"sm_80": 2.04, "sm_90": 3.35}
 
 
 def loop_rate(launch):
@@ -105,10 +102,11 @@ def test_default(arch, head_dim, rows, variant, record_property):
     tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
     figure = f"paged {arch:7} {head_dim:4} {rows:8} {variant:10} {tile:13} {launch.registers:4} registers "
     figure += f"{launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
-    if rows == "decode" and arch in MEMORY:
+    if rows == "decode" and arch in RATES:
         bound, lock = loop_rate(launch)
-        figure += f"  {lock:.2f} to {bound:.2f} TB/s of {MEMORY[arch]}"
-        assert variant in ("fp8", "fp8_e5m2", "everything") or head_dim % 16 or lock >= MEMORY[arch]
+        memory = RATES[arch].memory_gbps / 1000
+        figure += f"  {lock:.2f} to {bound:.2f} TB/s of {memory:.2f}"
+        assert variant in ("fp8", "fp8_e5m2", "everything") or head_dim % 16 or lock >= memory
     record_property("figure", figure)
     assert launch.shared_bytes <= shared_memory_limit(arch)
     if rows == "decode" or head_dim <= 256:

@@ -2,10 +2,11 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 from perf import measure
-from perf.problems import Problem
-from perf.providers import PROVIDERS
+from perf.problems import DecodeProblem, Problem
+from perf.providers import DECODE_PROVIDERS, PROVIDERS
 from perf.results import MEASURED
 from perf.timing import Percentiles
 from triton_attn import reference
@@ -69,3 +70,47 @@ def test_other_passes_run_and_count_their_flops(monkeypatch, direction, factor):
     assert row.direction == direction
     assert row.tflops == pytest.approx(factor * PROBLEM.flops / 2e-3 / 1e12)
     assert [x.shape for x in gradients[0]] == [(1, 64, 2, 16)] * 3
+
+
+DECODE = DecodeProblem(batch=3, seqlen_k=37, num_heads_q=4, num_heads_kv=2, head_dim=16, page_size=8)
+
+
+def fake_times(functions):
+    for function in functions.values():
+        function()
+    return {name: Percentiles(1.0, 2.0, 4.0) for name in functions}
+
+
+def misses_the_newest_token(problem, q, k_cache, v_cache):
+    return DECODE_PROVIDERS["SDPA flash"](problem, q, k_cache[:, :-1], v_cache[:, :-1])
+
+
+def swaps_sequences(problem, q, k_cache, v_cache):
+    return DECODE_PROVIDERS["SDPA flash"](problem, q, k_cache.flip(0), v_cache)
+
+
+def test_decode_steps_are_checked_and_count_the_bytes_of_the_cache(monkeypatch):
+    monkeypatch.setattr(measure, "time_interleaved", fake_times)
+    providers = DECODE_PROVIDERS | {"short": misses_the_newest_token, "swapped": swaps_sequences}
+    del providers["FlexAttention"], providers["SDPA cuDNN"]
+    rows = {row.provider: row for row in measure.throughput(DECODE, "bfloat16", providers, roof=0.01, device="cpu")}
+    num_bytes = 2 * (2 * 3 * 37 * 2 * 16 + 2 * 3 * 4 * 16)
+    for name in ("triton_attn", "SDPA flash"):
+        row = rows[name]
+        assert row.note == ""
+        assert (row.family, row.direction, row.seqlen_q, row.seqlen_k, row.page_size) == ("paged", "decode", 1, 37, 8)
+        assert row.gbps == pytest.approx(num_bytes / 2e-3 / 1e9)
+        assert row.roof_share == pytest.approx(row.gbps / 0.01)
+        assert row.tflops == pytest.approx(4 * 3 * 4 * 37 * 16 / 2e-3 / 1e12)
+    for name in ("short", "swapped"):
+        assert rows[name].note.startswith("AssertionError: out")
+        assert rows[name].gbps is None
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", DECODE_PROVIDERS.keys() - {"SDPA cuDNN"})
+def test_decode_providers_agree(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    q, k, v = (torch.randn(shape) for shape in DECODE.shapes)
+    out = DECODE_PROVIDERS[name](DECODE, q, k, v)()
+    torch.testing.assert_close(out, reference.flash_attention(q, k, v), rtol=1e-4, atol=1e-5)

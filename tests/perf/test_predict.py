@@ -1,7 +1,8 @@
 import pytest
 
 from perf import predict
-from perf.problems import Problem, grid
+from perf.gpus import RATES
+from perf.problems import BATCHES, DecodeProblem, Problem, decode_grid, grid
 
 
 def problem(seqlen, causal, batch=1, num_heads=1, head_dim=128):
@@ -66,3 +67,69 @@ def test_a_backward_pass_counts_two_and_a_half_forwards_and_its_kernels_add_up()
     assert backward.flops / fused / 1e12 == pytest.approx(600)
     split = predict.seconds(backward, 128, 64, 4, 132, 600, 600) + predict.seconds(backward, 64, 128, 3, 132, 600, 600)
     assert split == pytest.approx(fused * 7 / 5)
+
+
+def test_decode_counts_the_bytes_of_the_cache_and_leaves_out_what_is_too_large():
+    step = DecodeProblem(batch=3, seqlen_k=1024)
+    assert step.bytes(element_size=2) == 2 * (2 * 3 * 1024 * 8 * 128 + 2 * 3 * 32 * 128)
+    assert step.bytes(element_size=1) == step.bytes(element_size=2) // 2
+    contexts = {batch: max(p.seqlen_k for p in decode_grid() if p.batch == batch) // 1024 for batch in BATCHES}
+    assert contexts == {1: 128, 8: 128, 32: 64, 128: 16}, "up to 8 GiB of 4 KiB per token"
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen_k", "num_splits", "trips"),
+    [
+        (2, 640, 1, [10] * 16),  # 16 programs fill 16 processors
+        (1, 640, 2, [5] * 16),
+        (1, 600, 2, [5] * 16),  # the tenth tile is not full, and counts
+        (1, 576, 2, [5, 4] * 8),
+        (1, 64, 1, [1] * 8),  # one tile cannot be cut
+    ],
+)
+def test_splits_and_their_trips(batch, seqlen_k, num_splits, trips):
+    step = DecodeProblem(batch, seqlen_k)
+    assert predict.split_trips(step, block_m=16, block_n=64, num_sms=16) == (num_splits, trips)
+
+
+def test_splits_without_keys_have_no_trips():
+    # 14 splits of 16 tiles have 2 each until none is left
+    num_splits, trips = predict.split_trips(DecodeProblem(1, 1024), block_m=16, block_n=64, num_sms=132)
+    assert num_splits == 14
+    assert trips == ([2] * 8 + [0] * 6) * 8
+
+
+def test_more_rows_than_a_tile_make_more_programs():
+    _, trips = predict.split_trips(DecodeProblem(1, 64, num_heads_kv=1), block_m=16, block_n=64, num_sms=16)
+    assert trips == [1, 1]
+
+
+def test_a_decode_step_waits_for_memory_or_for_the_loop():
+    step = DecodeProblem(batch=1, seqlen_k=1024)
+    num_bytes = 2 * (2 * 1024 * 8 * 128 + 2 * 32 * 128)
+    assert predict.decode_seconds(step, 2, 1, loop_seconds=1e-6, bytes_per_second=1e12) == (num_bytes / 1e12, "memory")
+    assert predict.decode_seconds(step, 2, 1, loop_seconds=1e-3, bytes_per_second=1e12) == (1e-3, "the loop")
+
+
+def test_parts_are_written_and_read_again():
+    step = DecodeProblem(batch=1, seqlen_k=1024)
+    parts = 10 * 32 * (128 + 1) * 4 / 1e12
+    whole, _ = predict.decode_seconds(step, 2, 1, loop_seconds=0, bytes_per_second=1e12)
+    time, limit = predict.decode_seconds(step, 2, 10, loop_seconds=0, bytes_per_second=1e12)
+    assert (time, limit) == (pytest.approx(whole + 2 * parts), "memory")
+    time, limit = predict.decode_seconds(step, 2, 10, loop_seconds=1e-3, bytes_per_second=1e12)
+    assert (time, limit) == (pytest.approx(1e-3 + parts), "the loop")
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("arch", RATES)
+def test_long_contexts_are_predicted_to_wait_for_memory(arch):
+    rows = list(predict.paged([DecodeProblem(8, 1024), DecodeProblem(8, 131072)], "bfloat16", arch))
+    assert [row.provider for row in rows] == ["triton_attn, bound", "triton_attn, lock"] * 2
+    short, _, *long = rows
+    for row in long:
+        assert "limited by memory" in row.note
+        assert 0.99 < row.roof_share < 1
+        assert row.gbps == pytest.approx(row.roof_share * RATES[arch].memory_gbps)
+        assert RATES[arch].memory_gpu in row.gpu
+    assert short.roof_share < long[0].roof_share, "parts weigh more there"
