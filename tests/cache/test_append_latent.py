@@ -130,6 +130,19 @@ def rotated(t, k_pe, rope_cos=None, rope_sin=None, positions=None, rope_interlea
     return result
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts bytes")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16], ids=["fp8", "fp16"])
+@pytest.mark.parametrize("kv_lora_rank", [128, 384, 512])
+def test_each_byte_of_a_row_is_written_once(dtype, kv_lora_rank):
+    width = latent_row(kv_lora_rank, 6)[2] if dtype == torch.uint8 else kv_lora_rank + 6
+    cache = Cache("contiguous", dtype, 2, 16, width).cache
+    slots = torch.arange(20)
+    slots[3] = -1
+    with guard() as accesses:
+        append_latent_cache(torch.ones(20, kv_lora_rank).half(), torch.ones(20, 6).half(), cache, slots)
+    assert accesses.bytes_stored.total() == 19 * width * dtype.itemsize
+
+
 def test_the_rows_of_deepseek():
     assert latent_row(512, 64) == (512, 528, 656)
 
@@ -169,15 +182,16 @@ def test_fp8_keeps_numbers_to_half_a_step(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16], ids=["fp8", "bf16"])
 def test_offsets_past_32_bits(dtype):
-    """Pages and tokens that lie far apart, on memory that is never touched."""
+    """Pages and tokens that lie far apart, by strides of 32 bits, on memory that is never touched."""
     width = 656 if dtype == torch.uint8 else 576
-    stride = 2**31 + 64
-    cache = torch.empty(stride + 4 * width, dtype=dtype, device=DEVICE).as_strided((2, 4, width), (stride, width, 1))
-    tokens = torch.empty(stride + 576, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 576), (stride, 1))
-    tokens.copy_(torch.randn(2, 576, generator=torch.Generator().manual_seed(0)))
-    slots = torch.tensor([1, 6], device=DEVICE)
+    stride = 2**30 + 64
+    cache = torch.empty(2 * stride + 4 * width, dtype=dtype, device=DEVICE)
+    cache = cache.as_strided((3, 4, width), (stride, width, 1))
+    tokens = torch.empty(2 * stride + 576, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 576), (stride, 1))
+    tokens.copy_(torch.randn(3, 576, generator=torch.Generator().manual_seed(0)))
+    slots = torch.tensor([1, 6, 10], device=DEVICE)
     append_latent_cache(*tokens.split([512, 64], dim=1), cache, slots)
-    expected = torch.zeros(2, 4, width, dtype=dtype, device=DEVICE)
+    expected = torch.zeros(3, 4, width, dtype=dtype, device=DEVICE)
     reference.append_latent_cache(*tokens.clone().split([512, 64], dim=1), expected, slots)
     places = slots // 4, slots % 4
     assert torch.equal(bits(cache[places]), bits(expected[places]))
