@@ -19,6 +19,7 @@ from perf.device import has_gpu, provenance
 from perf.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B, QWEN3_32B
 from perf.parallel import map_in_processes
 from perf.tables import print_table
+from triton_attn._host.latent import latent_row
 from triton_attn.flash.configs import default_config
 from triton_attn.testing import assert_close_to_reference
 
@@ -42,7 +43,7 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
         (model, function, seqlen or _default_seqlen(model, dtype), dtype)
         for model in models
         for function in CALLS
-        if model.attention != "MLA" or function not in CACHE_WRITES
+        if function not in (PER_HEAD_CACHES if model.attention == "MLA" else LATENT_CACHES)
     ]
     path = out_dir / f"errors-{_name(dtype)}.csv"
     rows, failures = [], []
@@ -153,20 +154,44 @@ def _inputs(args, options):
 def _append(model, seqlen, dtype):
     """The tokens of a prompt in pages that lie anywhere, every seventh skipped."""
     _, k, v = _tensors(model, 1, seqlen, dtype)
+    num_pages, slots = _slots(seqlen, k.device)
+    caches = {name: x.new_zeros(num_pages, PAGE_SIZE, *x.shape[1:]) for name, x in (("k_cache", k), ("v_cache", v))}
+    return f"{seqlen} tokens", _written(
+        "append_kv_cache", caches, lambda append, k_cache, v_cache: append(k, v, k_cache, v_cache, slots)
+    )
+
+
+def _append_latent(model, seqlen, dtype):
+    """The same of an MLA model, in a cache of the dtype and in one of fp8, whose bytes are compared as numbers."""
+    widths = model.kv_lora_rank, model.qk_rope_head_dim
+    x = torch.randn(seqlen, sum(widths), generator=torch.Generator().manual_seed(0))
+    x = x.to("cuda" if has_gpu() else "cpu", dtype)
+    kv_latent, k_pe = x.split(widths, dim=1)
+    num_pages, slots = _slots(seqlen, x.device)
+    caches = {
+        "latent_cache": x.new_zeros(num_pages, PAGE_SIZE, sum(widths)),
+        "latent_cache_fp8": x.new_zeros(num_pages, PAGE_SIZE, latent_row(*widths)[-1], dtype=torch.uint8),
+    }
+
+    def append_to_both(append, *caches):
+        for cache in caches:
+            append(kv_latent, k_pe, cache, slots)
+
+    return f"{seqlen} tokens", _written("append_latent_cache", caches, append_to_both)
+
+
+def _slots(seqlen, device):
     num_pages = 2 * -(-seqlen // PAGE_SIZE)
     slots = torch.randperm(num_pages * PAGE_SIZE, generator=torch.Generator().manual_seed(0))[:seqlen]
     slots[::7] = -1
-    caches = [torch.zeros(num_pages, PAGE_SIZE, *x.shape[1:], dtype=dtype, device=x.device) for x in (k, v)]
-    return f"{seqlen} tokens", _written(
-        "append_kv_cache", caches, lambda append, k_cache, v_cache: append(k, v, k_cache, v_cache, slots.to(k.device))
-    )
+    return num_pages, slots.to(device)
 
 
 def _copy(model, seqlen, dtype):
     """Half of the pages that a prompt fills, to the other half."""
     pages = -(-seqlen // PAGE_SIZE)
     _, k, v = _tensors(model, 1, 2 * pages * PAGE_SIZE, dtype)
-    caches = [x.unflatten(0, (2 * pages, PAGE_SIZE)) for x in (k, v)]
+    caches = {name: x.unflatten(0, (2 * pages, PAGE_SIZE)) for name, x in (("k_cache", k), ("v_cache", v))}
     src, dst = torch.randperm(2 * pages, generator=torch.Generator().manual_seed(0)).to(k.device).split(pages)
     return f"{pages} pages of {PAGE_SIZE} tokens", _written(
         "copy_kv_pages", caches, lambda copy, *caches: copy(caches, src, dst)
@@ -175,12 +200,10 @@ def _copy(model, seqlen, dtype):
 
 def _written(function, caches, call):
     """{cache: (ours, exact, the rule: no error)} after `call(function, *caches)`."""
-    ours, exact = ([x.clone() for x in caches] for _ in range(2))
+    ours, exact = ([x.clone() for x in caches.values()] for _ in range(2))
     call(getattr(triton_attn, function), *ours)
     call(getattr(triton_attn.reference, function), *exact)
-    return {
-        name: (mine, right.double(), {"floor": 0.0}) for name, mine, right in zip(("k_cache", "v_cache"), ours, exact)
-    }
+    return {name: (mine, right.double(), {"floor": 0.0}) for name, mine, right in zip(caches, ours, exact)}
 
 
 def _paged(model, seqlen, dtype):
@@ -233,10 +256,12 @@ CALLS = {
     "paged_attention": _paged,
     "merge_attention": _merge,
     "append_kv_cache": _append,
+    "append_latent_cache": _append_latent,
     "copy_kv_pages": _copy,
 }
-CACHE_WRITES = "append_kv_cache", "copy_kv_pages"
-NO_MASK = *CACHE_WRITES, "merge_attention"
+PER_HEAD_CACHES = "append_kv_cache", "copy_kv_pages"
+LATENT_CACHES = ("append_latent_cache",)
+NO_MASK = *PER_HEAD_CACHES, *LATENT_CACHES, "merge_attention"
 
 
 def _default_seqlen(model, dtype):

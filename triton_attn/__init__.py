@@ -1,16 +1,27 @@
 """Attention kernels in Triton: MHA, MQA, GQA; dense, varlen, paged. See `help(triton_attn.flash_attention)`."""
 
 from . import reference
-from .cache import BlockPool, OutOfPages, PagedKVCache, append_kv_cache, copy_kv_pages, kv_cache_bytes_per_token
+from .cache import (
+    BlockPool,
+    LatentKVCache,
+    OutOfPages,
+    PagedKVCache,
+    append_kv_cache,
+    append_latent_cache,
+    copy_kv_pages,
+    kv_cache_bytes_per_token,
+)
 from .combine import merge_attention
 from .flash import flash_attention, flash_attention_varlen
 from .paged import paged_attention
 
 __all__ = [
     "BlockPool",
+    "LatentKVCache",
     "OutOfPages",
     "PagedKVCache",
     "append_kv_cache",
+    "append_latent_cache",
     "copy_kv_pages",
     "flash_attention",
     "flash_attention_varlen",

@@ -1,12 +1,13 @@
 """The reference of every public function, under its public name: the same arguments, the same result, plain torch."""
 
-from .cache.reference import append_kv_cache, copy_kv_pages
+from .cache.reference import append_kv_cache, append_latent_cache, copy_kv_pages
 from .combine.reference import merge_attention
 from .flash.reference import dropout_mask, flash_attention, flash_attention_varlen
 from .paged.reference import paged_attention
 
 __all__ = [
     "append_kv_cache",
+    "append_latent_cache",
     "copy_kv_pages",
     "dropout_mask",
     "flash_attention",

@@ -2,10 +2,10 @@
 
 import contextlib
 import math
-import os
 
 import pytest
 import torch
+from append_cases import DEVICE, DTYPES, INTERPRETED, LAYOUTS, bits, draw_rope, draw_slots, strided
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,23 +13,7 @@ import triton_attn
 from triton_attn import append_kv_cache, reference
 from triton_attn.testing import guard
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-
-def bits(x):
-    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
-
-
-def strided(shape, dtype, layout, generator):
-    """Random numbers: contiguous, in every other entry of the first dimension, or in a slice of longer rows."""
-    if layout == "contiguous":
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    if layout == "sparse":
-        return torch.randn(2 * shape[0], *shape[1:], generator=generator).to(DEVICE, dtype)[::2]
-    return torch.randn(*shape[:-1], shape[-1] + 3, generator=generator).to(DEVICE, dtype)[..., 1:-2]
 
 
 @st.composite
@@ -44,28 +28,18 @@ def problems(draw):
     num_pages = draw(st.integers(1, 4)) + num_tokens // page_size
 
     def tensor(*shape, dtype=dtype):
-        return strided(shape, dtype, draw(st.sampled_from(["contiguous", "sparse", "slice"])), generator)
+        return strided(shape, dtype, draw(st.sampled_from(LAYOUTS)), generator)
 
     k, v = tensor(num_tokens, num_heads, head_dim), tensor(num_tokens, num_heads, head_dim_v)
     k_cache = tensor(num_pages, page_size, num_heads, head_dim, dtype=cache_dtype)
     v_cache = tensor(num_pages, page_size, num_heads, head_dim_v, dtype=cache_dtype)
-    slots = torch.randperm(num_pages * page_size, generator=generator)[:num_tokens]
-    skipped = torch.rand(num_tokens, generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
-    slots[skipped] = -1 - slots[skipped]
-    slots = slots.to(DEVICE)
+    slots, skipped = draw_slots(draw, num_tokens, num_pages * page_size, generator)
     options = {}
     for name in ("k_scale", "v_scale"):
         number = (torch.rand(num_heads, generator=generator) + 0.01).to(DEVICE)
         options[name] = draw(st.sampled_from([None, 0.5, float(number[0]), number[:1], number]))
     if draw(st.booleans()):
-        num_positions, half = draw(st.integers(1, 50)), draw(st.integers(1, head_dim // 2))
-        table_dtype = draw(st.sampled_from([dtype, torch.float32]))
-        options["rope_cos"] = tensor(num_positions, half, dtype=table_dtype)
-        options["rope_sin"] = tensor(num_positions, half, dtype=table_dtype)
-        positions = torch.randint(num_positions, (num_tokens,), generator=generator)
-        positions[skipped] = 2**31 - 1
-        options["positions"] = positions.to(DEVICE, draw(st.sampled_from([torch.int32, torch.int64])))
-        options["rope_interleaved"] = draw(st.booleans())
+        options |= draw_rope(draw, skipped, head_dim, dtype, generator)
     return (k, v, k_cache, v_cache, slots), options
 
 

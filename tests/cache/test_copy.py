@@ -75,6 +75,9 @@ def test_layouts(backend, monkeypatch):
     latent = torch.arange(3.0, device=DEVICE).view(3, 1, 1).expand(3, 4, 576).clone()
     copy_kv_pages(latent, *pages)
     assert latent[:, 3, 575].tolist() == [0, 1, 0]
+    layered_latent = torch.arange(6.0, device=DEVICE).view(2, 3, 1, 1).expand(2, 3, 4, 576).clone()
+    copy_kv_pages(layered_latent.unsqueeze(3), *pages)
+    assert layered_latent[:, :, 3, 575].tolist() == [[0, 1, 0], [3, 4, 3]]
     layered = torch.arange(6.0, device=DEVICE).view(2, 3, 1, 1, 1).expand(2, 3, 4, 2, 8).clone()
     copy_kv_pages(layered, *pages)
     assert layered[:, :, 3, 1, 7].tolist() == [[0, 1, 0], [3, 4, 3]]
@@ -125,10 +128,12 @@ def test_values_are_checked_when_asked(sources, destinations, message):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_without_spills(arch):
     caches = [torch.zeros(4, 8, 16, 8, dim, dtype=torch.bfloat16) for dim in (128, 64)]
+    latent_cache = torch.zeros(4, 8, 64, 1, 656, dtype=torch.uint8)
     with compile_only(arch) as launches:
         copy_kv_pages(caches, ONE, TWO)
         copy_kv_pages(caches[0], ONE, TWO)
-    assert [launch.spill_bytes for launch in launches] == [0, 0]
+        copy_kv_pages(latent_cache, ONE, TWO)
+    assert [launch.spill_bytes for launch in launches] == [0, 0, 0]
     assert launches[0].grid == (1, 8, 1)
     if not arch.startswith("gfx"):
         assert all("ld.global.v4.b32" in launch.kernel.asm["ptx"] for launch in launches)

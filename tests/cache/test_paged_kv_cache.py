@@ -67,7 +67,8 @@ def test_tensors_have_the_documented_shapes_and_the_bytes_of_the_formula():
         ({"num_layers": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": torch.float8_e4m3fn}, 65536),
         ({"num_layers": 32, "num_kv_heads": 1, "head_dim": 64}, 8192),  # Falcon-7B
         ({"num_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 70272),  # DeepSeek-V3
-        ({"num_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "dtype": torch.float8_e5m2}, 35136),
+        ({"num_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "dtype": torch.float8_e4m3fn}, 40016),
+        ({"num_layers": 1, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "dtype": torch.float8_e4m3fn}, 656),
         ({"num_layers": 1, "num_kv_heads": 2, "head_dim": 192, "head_dim_v": 128}, 1280),
     ],
 )
@@ -83,6 +84,7 @@ def test_bytes_per_token_of_published_models(shape, expected):
         ({"kv_lora_rank": 512}, "qk_rope_head_dim: expected an int"),
         ({"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}, "got some of both"),
         ({"num_kv_heads": 8.0, "head_dim": 64}, "num_kv_heads: expected an int"),
+        ({"kv_lora_rank": 512, "qk_rope_head_dim": 64, "dtype": torch.float8_e5m2}, "dtype: expected float16, bf"),
     ],
 )
 def test_bytes_per_token_needs_one_whole_shape(shape, message):

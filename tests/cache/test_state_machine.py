@@ -1,4 +1,4 @@
-"""PagedKVCache under random operations, step by step against a model made of lists and dicts.
+"""PagedKVCache and LatentKVCache under random operations, step by step against a model made of lists and dicts.
 
 What a token keeps in the cache stands for all tokens up to it and the salt: a page that is shared by mistake, reused
 too early, or not copied before it is written, is read back as somebody else's.
@@ -19,10 +19,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from triton_attn import OutOfPages, PagedKVCache, append_kv_cache
+from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
+from triton_attn._host.latent import read_latent_cache
 
 FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
-MIN_STEPS = 10_000
+NUM_LAYERS = 2
 
 
 class NaiveSequence:
@@ -39,7 +40,22 @@ class NaiveSequence:
 
 
 class CacheMachine(RuleBasedStateMachine):
+    """What a token keeps is one number, plus that of the layer; subclasses say how a cache holds it."""
+
     steps = 0
+
+    def make_cache(self, *args, **options):
+        raise NotImplementedError
+
+    def tensors(self):
+        """All that the cache holds."""
+        raise NotImplementedError
+
+    def write_layer(self, layer, contents, slots):
+        raise NotImplementedError
+
+    def read_layer(self, layer, slots):
+        raise NotImplementedError
 
     @initialize(
         num_pages=st.integers(4, 24),
@@ -49,18 +65,9 @@ class CacheMachine(RuleBasedStateMachine):
     def make(self, num_pages, page_size, prefix_caching):
         self.page_size = page_size
         self.prefix_caching = prefix_caching
-        self.cache = PagedKVCache(
-            num_pages,
-            page_size,
-            num_layers=2,
-            num_kv_heads=1,
-            head_dim=1,
-            head_dim_v=2,
-            dtype=torch.float32,
-            prefix_caching=prefix_caching,
-        )
-        self.cache.k_cache.fill_(float("nan"))
-        self.cache.v_cache.fill_(float("nan"))
+        self.cache = self.make_cache(num_pages, page_size, num_layers=NUM_LAYERS, prefix_caching=prefix_caching)
+        for tensor in self.tensors():
+            tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
         self.free_pages = list(range(num_pages))  # the longest free first
         self.findable = {}  # (salt, tokens) -> the page with the last of them
         self.live = {}  # handle -> NaiveSequence
@@ -219,10 +226,8 @@ class CacheMachine(RuleBasedStateMachine):
                     contents.append(self.content(naive, position))
         contents = torch.tensor(contents)
         slots = torch.tensor(slots, dtype=torch.long)
-        k, v = self.cache.k_cache.flatten(1, 2)[:, slots, 0], self.cache.v_cache.flatten(1, 2)[:, slots, 0]
-        for layer in range(2):
-            assert torch.equal(k[layer, :, 0], contents + layer)
-            assert torch.equal(v[layer], -contents[:, None].expand(-1, 2) - layer)
+        for layer in range(NUM_LAYERS):
+            assert torch.equal(self.read_layer(layer, slots), contents + layer)
 
     # The model.
 
@@ -308,12 +313,9 @@ class CacheMachine(RuleBasedStateMachine):
         """What a model does between two calls of `extend`."""
         if not self.unwritten:
             return
-        slots, contents = zip(*self.unwritten)
-        k = torch.tensor(contents).view(-1, 1, 1)
-        for layer in range(2):
-            caches = self.cache.k_cache[layer], self.cache.v_cache[layer]
-            v = (-k - layer).repeat(1, 1, 2)
-            append_kv_cache(k + layer, v, *caches, torch.tensor(slots), check_values=True)
+        slots, contents = map(torch.tensor, zip(*self.unwritten))
+        for layer in range(NUM_LAYERS):
+            self.write_layer(layer, contents + layer, slots)
         self.unwritten = []
 
     def name_full_pages(self, seqs):
@@ -337,16 +339,66 @@ class CacheMachine(RuleBasedStateMachine):
             cache.stats(),
             cache.block_table(self.live).tolist(),
             cache.cache_seqlens(self.live).tolist(),
-            cache.k_cache.view(torch.int32).tolist(),
+            [tensor.view(torch.uint8).tolist() for tensor in self.tensors()],
             {prefix: cache.pool.lookup([digest]).tolist() for prefix, digest in enumerate(cache.pool._page_of)},
         )
 
 
-def test_random_operations(monkeypatch):
+class PagedKVMachine(CacheMachine):
+    def make_cache(self, *args, **options):
+        return PagedKVCache(*args, num_kv_heads=1, head_dim=1, head_dim_v=2, dtype=torch.float32, **options)
+
+    def tensors(self):
+        return self.cache.k_cache, self.cache.v_cache
+
+    def write_layer(self, layer, contents, slots):
+        k = contents.view(-1, 1, 1)
+        append_kv_cache(k, -k.repeat(1, 1, 2), *(cache[layer] for cache in self.tensors()), slots, check_values=True)
+
+    def read_layer(self, layer, slots):
+        k, v = (cache[layer].flatten(0, 1)[slots, 0] for cache in self.tensors())
+        assert torch.equal(v, -k.expand(-1, 2))
+        return k[:, 0]
+
+
+class LatentMachine(CacheMachine):
+    """The number is the whole latent vector, and the rotary key in two digits that are exact in bf16 too."""
+
+    dtype, kv_lora_rank = torch.float32, 3
+
+    def make_cache(self, *args, **options):
+        return LatentKVCache(*args, kv_lora_rank=self.kv_lora_rank, qk_rope_head_dim=2, dtype=self.dtype, **options)
+
+    def tensors(self):
+        return (self.cache.latent_cache,)
+
+    def write_layer(self, layer, contents, slots):
+        digits = torch.stack([contents // 256, contents % 256], dim=1)
+        kv_latent = contents[:, None].repeat(1, self.kv_lora_rank)
+        append_latent_cache(kv_latent, digits, self.cache.latent_cache[layer], slots, check_values=True)
+
+    def read_layer(self, layer, slots):
+        rows = read_latent_cache(self.cache.latent_cache[layer], self.kv_lora_rank, 2).flatten(0, 1)[slots]
+        latents, digits = rows.split([self.kv_lora_rank, 2], dim=1)
+        contents = digits @ torch.tensor([256.0, 1.0])
+        # A number that is the largest of its block is an fp8 448, times a scale that was rounded.
+        torch.testing.assert_close(latents, contents[:, None].expand_as(latents), rtol=1e-6, atol=0)
+        return contents
+
+
+class Float8LatentMachine(LatentMachine):
+    dtype, kv_lora_rank = torch.float8_e4m3fn, 128
+
+
+@pytest.mark.parametrize(
+    ("machine", "examples", "min_steps"),
+    [(PagedKVMachine, 300, 10_000), (LatentMachine, 60, 2000), (Float8LatentMachine, 60, 2000)],
+)
+def test_random_operations(machine, examples, min_steps, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     CacheMachine.steps = 0
     run_state_machine_as_test(
-        CacheMachine, settings=settings(max_examples=3000 if FULL else 300, stateful_step_count=50)
+        machine, settings=settings(max_examples=10 * examples if FULL else examples, stateful_step_count=50)
     )
     print(f"{CacheMachine.steps} steps")
-    assert CacheMachine.steps >= MIN_STEPS
+    assert CacheMachine.steps >= min_steps

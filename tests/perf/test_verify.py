@@ -9,6 +9,7 @@ from perf import verify
 from perf.models import Model
 
 SMALL = Model("small", 1, 2, 1, 32, head_dim_v=16, window=32, num_windowed_layers=1, sinks=True)
+SMALL_MLA = Model("small MLA", 1, 2, 2, 24, head_dim_v=16, kv_lora_rank=128, qk_rope_head_dim=8)
 
 
 @pytest.fixture
@@ -17,22 +18,35 @@ def in_this_process(monkeypatch):
 
 
 def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_process, capsys):
-    (path,) = verify.run(tmp_path, dtype="float32", models=(SMALL,))
+    (path,) = verify.run(tmp_path, dtype="float32", models=(SMALL, SMALL_MLA))
     rows = list(csv.DictReader(path.open()))
-    outputs = {function: [row["output"] for row in rows if row["function"] == function] for function in verify.CALLS}
-    attention, caches = ["out", "lse", "dq", "dk", "dv", "dsinks"], ["k_cache", "v_cache"]
+    outputs = {"small": {}, "small MLA": {}}
+    for row in rows:
+        outputs[row["model"]].setdefault(row["function"], []).append(row["output"])
+    results, gradients = ["out", "lse"], ["dq", "dk", "dv"]
+    per_head, latent = ["k_cache", "v_cache"], ["latent_cache", "latent_cache_fp8"]
     assert outputs == {
-        "flash_attention": attention,
-        "flash_attention_varlen": attention,
-        "paged_attention": ["out", "lse"],
-        "merge_attention": ["out", "lse"],
-        "append_kv_cache": caches,
-        "copy_kv_pages": caches,
+        "small": {
+            "flash_attention": [*results, *gradients, "dsinks"],
+            "flash_attention_varlen": [*results, *gradients, "dsinks"],
+            "paged_attention": results,
+            "merge_attention": results,
+            "append_kv_cache": per_head,
+            "copy_kv_pages": per_head,
+        },
+        "small MLA": {
+            "flash_attention": [*results, *gradients],
+            "flash_attention_varlen": [*results, *gradients],
+            "paged_attention": results,
+            "merge_attention": results,
+            "append_latent_cache": latent,
+        },
     }
     for row in rows:
         assert row["verdict"] == "ok"
-        assert (row["heads"], row["head_dim"]) == ("2/1", "32/16")
-        if row["output"] in caches:
+        shape = ("2/1", "32/16") if row["model"] == "small" else ("2/2", "24/16")
+        assert (row["heads"], row["head_dim"]) == shape
+        if row["output"] in per_head + latent:
             assert float(row["error"]) == float(row["bound"]) == 0
         else:
             assert 0 <= float(row["error"]) <= float(row["bound"]) < 1e-3
@@ -40,7 +54,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
         assert (row["torch"], row["triton"]) == (torch.__version__, triton.__version__)
     printed = capsys.readouterr().out
     assert all(function in printed for function in verify.CALLS)
-    assert "all 20 results are within their bounds" in printed
+    assert "all 36 results are within their bounds" in printed
 
 
 def test_every_public_kernel_is_verified():

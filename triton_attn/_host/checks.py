@@ -28,6 +28,12 @@ def check_length(name, value):
         fail(name, "0 to 2**31 - 1", value)
 
 
+def check_size(name, value):
+    check_length(name, value)
+    if value == 0:
+        fail(name, "1 or more", value)
+
+
 def check_window(window_size):
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         fail("window_size", "a pair (left, right)", window_size, TypeError)

@@ -1,13 +1,16 @@
-from .api import append_kv_cache, copy_kv_pages
+from .api import append_kv_cache, append_latent_cache, copy_kv_pages
+from .latent_kv_cache import LatentKVCache
 from .paged_kv_cache import PagedKVCache
 from .pool import BlockPool, OutOfPages
 from .sizes import kv_cache_bytes_per_token
 
 __all__ = [
     "BlockPool",
+    "LatentKVCache",
     "OutOfPages",
     "PagedKVCache",
     "append_kv_cache",
+    "append_latent_cache",
     "copy_kv_pages",
     "kv_cache_bytes_per_token",
 ]

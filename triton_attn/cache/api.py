@@ -12,6 +12,7 @@ from .._host.checks import (
     check_tensor,
     fail,
 )
+from .._host.latent import latent_storage
 from . import reference
 
 
@@ -63,11 +64,9 @@ def append_kv_cache(
     _check_append(k, v, k_cache, v_cache, slot_mapping)
     check_cache_scale("k_scale", k_scale, k.shape[1], k.device)
     check_cache_scale("v_scale", v_scale, k.shape[1], k.device)
-    _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved)
+    _check_rope("k", k, rope_cos, rope_sin, positions, rope_interleaved)
     if should_check_values(check_values):
-        _check_slots(slot_mapping, k_cache.shape[0] * k_cache.shape[1])
-        if positions is not None:
-            _check_positions(positions, slot_mapping >= 0, rope_cos.shape[0])
+        _check_append_values(slot_mapping, k_cache, rope_cos, positions)
     if not use_kernel(k):
         reference.append_kv_cache(
             k,
@@ -91,6 +90,74 @@ def append_kv_cache(
     )
 
 
+def append_latent_cache(
+    kv_latent,
+    k_pe,
+    latent_cache,
+    slot_mapping,
+    *,
+    rope_cos=None,
+    rope_sin=None,
+    positions=None,
+    rope_interleaved=False,
+    check_values=None,
+):
+    """Write the latent vectors and rotary keys of new tokens in their slots of an MLA cache, in place.
+
+        latent_cache[page, offset] = [kv_latent[t], rope(k_pe[t], positions[t])]
+        page, offset = divmod(slot_mapping[t], page_size)
+
+    with the rotation of `append_kv_cache`, of k_pe alone. A uint8 cache has the fp8 layout of FlashMLA and
+    DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 numbers x / scale, an fp32 scale for every 128 of them, and
+    qk_rope_head_dim bf16 numbers, not scaled; 656 bytes for 512 + 64. With amax the largest magnitude of the 128,
+
+        scale = amax / 448, or 1 where that is 0
+
+    so that no number saturates but by the rounding of the scale. All is computed in fp32 and rounded once, to nearest
+    even. NaN stays one number's and is not in amax; a block with an infinity reads as NaN.
+
+    Args:
+        kv_latent: (num_tokens, kv_lora_rank), fp16, bf16 or fp32; the last dimension contiguous; after its norm.
+        k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection.
+        latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of kv_latent's dtype, or uint8 (num_pages,
+            page_size, bytes), for which 128 must divide kv_lora_rank, 2 qk_rope_head_dim, and 4 the rows' addresses.
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token with a negative slot is
+            skipped, and what its other arguments hold is not read.
+        rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k_pe's dtype; rotary_dim at most
+            qk_rope_head_dim.
+        positions: (num_tokens,) int32 or int64; needed with rope_cos.
+        rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
+        check_values: read slots and positions back and check them; None follows TRITON_ATTN_CHECK=1.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a slot outside of
+            the cache or listed twice, a position without an angle.
+
+    Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
+    """
+    _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
+    _check_rope("k_pe", k_pe, rope_cos, rope_sin, positions, rope_interleaved)
+    if should_check_values(check_values):
+        _check_append_values(slot_mapping, latent_cache, rope_cos, positions)
+    if not use_kernel(kv_latent):
+        reference.append_latent_cache(
+            kv_latent,
+            k_pe,
+            latent_cache,
+            slot_mapping,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
+            positions=positions,
+            rope_interleaved=rope_interleaved,
+        )
+        return
+    from .append_latent import launch_append_latent_cache
+
+    launch_append_latent_cache(
+        kv_latent, k_pe, latent_cache, slot_mapping, rope_cos, rope_sin, positions, rope_interleaved
+    )
+
+
 def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
     """Copy whole pages inside a paged cache, in place: page dst_pages[i] becomes page src_pages[i]. One launch.
 
@@ -100,8 +167,8 @@ def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
     Args:
         caches: a tensor, or a tuple or list of tensors: keys and values, one or all layers. Each is (num_pages,
             page_size, num_heads_kv, head_dim), (num_layers, num_pages, page_size, num_heads_kv, head_dim), or, of a
-            latent cache, (num_pages, page_size, width). All have one dtype and equal shapes but for the last dimension,
-            which is contiguous.
+            latent cache, (num_pages, page_size, width); of all its layers, cache.unsqueeze(3). All have one dtype and
+            equal shapes but for the last dimension, which is contiguous.
         src_pages, dst_pages: (num_pairs,) int32 or int64, on the caches' device.
         check_values: read the pages back and check them; None follows TRITON_ATTN_CHECK=1.
 
@@ -139,7 +206,31 @@ def _check_append(k, v, k_cache, v_cache, slot_mapping):
     _check_index("slot_mapping", slot_mapping, (num_tokens,), (torch.int64,), k.device)
 
 
-def _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved):
+def _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping):
+    check_tensor("kv_latent", kv_latent, ("num_tokens", "kv_lora_rank"), KERNEL_DTYPES, None)
+    num_tokens, kv_lora_rank = kv_latent.shape
+    device = kv_latent.device
+    check_tensor("k_pe", k_pe, (num_tokens, "qk_rope_head_dim"), (kv_latent.dtype,), device)
+    qk_rope_head_dim = k_pe.shape[1]
+    for name, x in (("kv_latent", kv_latent), ("k_pe", k_pe)):
+        check_last_contiguous(name, x)
+        if not 1 <= x.shape[1] <= MAX_HEAD_DIM:
+            fail(name, f"a last dimension of 1 to {MAX_HEAD_DIM}", x.shape[1])
+    is_fp8 = isinstance(latent_cache, torch.Tensor) and latent_cache.dtype == torch.uint8
+    _, width = latent_storage(kv_lora_rank, qk_rope_head_dim, torch.float8_e4m3fn if is_fp8 else kv_latent.dtype)
+    dtypes = (kv_latent.dtype, torch.uint8)
+    check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), dtypes, device)
+    check_last_contiguous("latent_cache", latent_cache)
+    if is_fp8 and any(n % 4 for n in (latent_cache.data_ptr(), *latent_cache.stride()[:2])):
+        fail(
+            "latent_cache",
+            "rows that begin at multiples of 4 bytes",
+            f"address {latent_cache.data_ptr():#x}, strides {latent_cache.stride()}",
+        )
+    _check_index("slot_mapping", slot_mapping, (num_tokens,), (torch.int64,), device)
+
+
+def _check_rope(name, k, rope_cos, rope_sin, positions, rope_interleaved):
     given = [x is not None for x in (rope_cos, rope_sin, positions)]
     if not any(given):
         return
@@ -151,8 +242,8 @@ def _check_rope(k, rope_cos, rope_sin, positions, rope_interleaved):
     check_tensor("rope_sin", rope_sin, rope_cos.shape, (rope_cos.dtype,), k.device)
     check_last_contiguous("rope_cos", rope_cos)
     check_last_contiguous("rope_sin", rope_sin)
-    if not 2 <= 2 * rope_cos.shape[1] <= k.shape[2]:
-        fail("rope_cos", f"1 to {k.shape[2] // 2} columns, half of head_dim", rope_cos.shape[1])
+    if not 2 <= 2 * rope_cos.shape[1] <= k.shape[-1]:
+        fail("rope_cos", f"1 to {k.shape[-1] // 2} columns, half of {name}'s last dimension", rope_cos.shape[1])
     _check_index("positions", positions, (k.shape[0],), (torch.int32, torch.int64), k.device)
 
 
@@ -184,6 +275,12 @@ def _check_index(name, x, shape, dtypes, device):
     check_tensor(name, x, shape, dtypes, device)
     if not x.is_contiguous():
         fail(name, "a contiguous tensor", f"stride {x.stride(0)}")
+
+
+def _check_append_values(slot_mapping, cache, rope_cos, positions):
+    _check_slots(slot_mapping, cache.shape[0] * cache.shape[1])
+    if positions is not None:
+        _check_positions(positions, slot_mapping >= 0, rope_cos.shape[0])
 
 
 def _check_slots(slot_mapping, num_slots):

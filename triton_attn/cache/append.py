@@ -26,7 +26,37 @@ def _rope_partner(offs_d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _encode_fp8(x, MANTISSA_BITS: tl.constexpr):
+def load_rotated(
+    rows,
+    offs_d,
+    mask,
+    tokens,
+    written,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    rope_strides,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Keys in fp32, their first ROTARY_DIM dimensions rotated by the angles of their tokens' positions.
+
+    rows point to the first dimension of each key; mask says what is read of them, and only what is `written` is.
+    """
+    x = tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ROTARY_DIM > 0:
+        partner, angle, sign = _rope_partner(offs_d, ROTARY_DIM // 2, INTERLEAVED)
+        rotary = written[:, None] & (offs_d < ROTARY_DIM)[None, :]
+        position = tl.load(positions_ptr + tokens, mask=written, other=0).to(tl.int64)[:, None]
+        cos = tl.load(cos_ptr + position * rope_strides[0] + angle[None, :], mask=rotary, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + position * rope_strides[1] + angle[None, :], mask=rotary, other=0.0).to(tl.float32)
+        x_partner = tl.load(rows[:, None] + partner[None, :], mask=rotary, other=0.0).to(tl.float32)
+        x = x * cos + sign[None, :] * x_partner * sin
+    return x
+
+
+@triton.jit
+def encode_float8(x, MANTISSA_BITS: tl.constexpr):
     """Bits of fp32 x in e4m3 (3 bits of mantissa) or e5m2 (2): nearest even, at most the largest number, NaN kept.
 
     In integers, because GPUs and compilers differ in which fp8 conversions they have and how those round.
@@ -71,7 +101,7 @@ def _store_rows(
         if scale_stride is not None:
             scale = tl.load(scale + heads * scale_stride)[:, None]
         x = tl.math.div_rn(x, scale)
-    x = _encode_fp8(x, MANTISSA_BITS) if MANTISSA_BITS > 0 else x.to(cache_ptr.dtype.element_ty)
+    x = encode_float8(x, MANTISSA_BITS) if MANTISSA_BITS > 0 else x.to(cache_ptr.dtype.element_ty)
     offsets = slots // PAGE_SIZE * strides[0] + slots % PAGE_SIZE * strides[1] + heads * strides[2]
     tl.store(cache_ptr + offsets[:, None] + offs_d[None, :], x, mask=mask)
 
@@ -118,16 +148,10 @@ def _append_kv_cache_kernel(
     offs_d = tl.arange(0, BLOCK_D)
 
     mask = written[:, None] & (offs_d < HEAD_DIM)[None, :]
-    k_rows = k_ptr + (tokens * k_strides[0] + heads * k_strides[1])[:, None]
-    k = tl.load(k_rows + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ROTARY_DIM > 0:
-        partner, angle, sign = _rope_partner(offs_d, ROTARY_DIM // 2, INTERLEAVED)
-        rotary = written[:, None] & (offs_d < ROTARY_DIM)[None, :]
-        position = tl.load(positions_ptr + tokens, mask=written, other=0).to(tl.int64)[:, None]
-        cos = tl.load(cos_ptr + position * rope_strides[0] + angle[None, :], mask=rotary, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + position * rope_strides[1] + angle[None, :], mask=rotary, other=0.0).to(tl.float32)
-        k_partner = tl.load(k_rows + partner[None, :], mask=rotary, other=0.0).to(tl.float32)
-        k = k * cos + sign[None, :] * k_partner * sin
+    k_rows = k_ptr + (tokens * k_strides[0] + heads * k_strides[1])
+    k = load_rotated(
+        k_rows, offs_d, mask, tokens, written, positions_ptr, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED
+    )
     _store_rows(
         k,
         k_cache_ptr,

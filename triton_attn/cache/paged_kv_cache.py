@@ -2,7 +2,7 @@
 
 import torch
 
-from .._host.checks import check_length, fail
+from .._host.checks import check_size
 from .api import copy_kv_pages
 from .sequences import PagedSequences
 
@@ -56,9 +56,7 @@ class PagedKVCache(PagedSequences):
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
         for name, size in sizes.items():
-            check_length(name, size)
-            if size == 0:
-                fail(name, "1 or more", size)
+            check_size(name, size)
         super().__init__(num_pages, page_size, device, prefix_caching)
         shape = (num_layers, num_pages, page_size, num_kv_heads)
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)

@@ -2,6 +2,8 @@
 
 import torch
 
+from .._host.latent import SCALE_BLOCK, latent_parts
+
 
 @torch.no_grad()
 def append_kv_cache(
@@ -34,6 +36,40 @@ def append_kv_cache(
 
 
 @torch.no_grad()
+def append_latent_cache(
+    kv_latent,
+    k_pe,
+    latent_cache,
+    slot_mapping,
+    *,
+    rope_cos=None,
+    rope_sin=None,
+    positions=None,
+    rope_interleaved=False,
+    check_values=None,
+):
+    """See `triton_attn.append_latent_cache`; arguments are taken as right."""
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    page_size = latent_cache.shape[1]
+    places = slots // page_size, slots % page_size
+    latents, scales, rope_keys = latent_parts(latent_cache, kv_latent.shape[1], k_pe.shape[1])
+    kv_latent, k_pe = kv_latent[written], k_pe[written].float()
+    if scales is None:
+        latents[places] = kv_latent
+    else:
+        blocks = kv_latent.float().unflatten(1, (-1, SCALE_BLOCK))
+        scale = blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(dim=2) / torch.finfo(torch.float8_e4m3fn).max
+        scale = torch.where(scale == 0, 1.0, scale)
+        scales[places] = scale
+        latents[places] = _bits(_round((blocks / scale.unsqueeze(2)).flatten(1), torch.float8_e4m3fn))
+    if rope_cos is not None:
+        cos, sin = (table[positions[written]].float() for table in (rope_cos, rope_sin))
+        k_pe = _rotate(k_pe, cos, sin, rope_interleaved)
+    rope_keys[places] = k_pe.to(rope_keys.dtype)
+
+
+@torch.no_grad()
 def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
     """See `triton_attn.copy_kv_pages`; arguments are taken as right."""
     for cache in (caches,) if isinstance(caches, torch.Tensor) else caches:
@@ -42,7 +78,7 @@ def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
 
 
 def _rotate(x, cos, sin, interleaved):
-    """x (num_tokens, num_heads, head_dim) with its first 2 * cos.shape[-1] dimensions rotated in pairs."""
+    """x (..., head_dim) with its first 2 * cos.shape[-1] dimensions rotated in pairs."""
     rotary_dim = 2 * cos.shape[-1]
     rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     if interleaved:

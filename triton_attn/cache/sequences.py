@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from .._host.checks import check_length, fail
+from .._host.checks import check_length, check_size, fail
 from .arrays import empty, from_list, grown, ranges, zeros
 from .hashing import page_hashes, root_hash
 from .pool import BlockPool
@@ -67,9 +67,7 @@ class PagedSequences:
     """
 
     def __init__(self, num_pages, page_size, device, prefix_caching):
-        check_length("page_size", page_size)
-        if page_size == 0:
-            fail("page_size", "1 or more", page_size)
+        check_size("page_size", page_size)
         self.page_size = page_size
         self.device = torch.device(device) if device is not None else torch.get_default_device()
         self.pool = BlockPool(num_pages, prefix_caching)
@@ -124,7 +122,8 @@ class PagedSequences:
 
         Returns:
             slot_mapping: int64 on the cache's device, page * page_size + offset of each new token, sequence by
-            sequence. Write them, with `append_kv_cache`, before these sequences or forks of them are extended again.
+            sequence. Write them, with `append_kv_cache` or `append_latent_cache`, before these sequences or forks of
+            them are extended again.
 
         Raises:
             OutOfPages: with nothing changed.

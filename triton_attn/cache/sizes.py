@@ -3,6 +3,7 @@
 import torch
 
 from .._host.checks import check_length
+from .._host.latent import latent_storage
 
 
 def kv_cache_bytes_per_token(
@@ -19,20 +20,23 @@ def kv_cache_bytes_per_token(
 
         MHA, GQA, MQA:  num_layers * num_kv_heads * (head_dim + head_dim_v) * bytes of dtype
         MLA:            num_layers * (kv_lora_rank + qk_rope_head_dim) * bytes of dtype
+        MLA in fp8:     num_layers * (kv_lora_rank + kv_lora_rank / 128 * 4 + qk_rope_head_dim * 2)
 
     MHA has as many KV heads as query heads, MQA has one, GQA a number between; MLA caches one latent vector and one
-    rotary key for all heads. A sequence holds whole pages of page_size tokens. The scales of an fp8 cache are a number
-    per tensor or head, not per token, and not counted.
+    rotary key for all heads, in fp8 with a scale for every 128 numbers of the vector and the key in bf16. The scales of
+    other fp8 caches are a number per tensor or head, not per token, and not counted. A sequence holds whole pages of
+    page_size tokens.
 
     Args:
         num_layers: layers that keep all tokens.
         num_kv_heads, head_dim: of keys and values.
         head_dim_v: of values; None is head_dim.
         kv_lora_rank, qk_rope_head_dim: of MLA, in place of num_kv_heads and head_dim.
-        dtype: of the cache: torch.bfloat16, torch.float8_e4m3fn, ...
+        dtype: of the cache, as `PagedKVCache` and `LatentKVCache` take it.
 
     Raises:
-        TypeError: neither form is given, or both.
+        TypeError: neither form is given, or both; a dtype that no latent cache has.
+        ValueError: a latent cache in fp8 whose kv_lora_rank is no multiple of 128, or qk_rope_head_dim is odd.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, table 1.
     """
@@ -45,5 +49,8 @@ def kv_cache_bytes_per_token(
         heads["head_dim_v"] = head_dim
     for name, size in {"num_layers": num_layers, **(latent if is_mla else heads)}.items():
         check_length(name, size)
-    elements = kv_lora_rank + qk_rope_head_dim if is_mla else num_kv_heads * (head_dim + heads["head_dim_v"])
+    if is_mla:
+        dtype, elements = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
+    else:
+        elements = num_kv_heads * (head_dim + heads["head_dim_v"])
     return num_layers * elements * dtype.itemsize

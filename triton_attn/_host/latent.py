@@ -1,0 +1,55 @@
+"""How a row of a latent KV cache lies in memory: one token's latent vector, then its rotary key."""
+
+import torch
+
+from .checks import KERNEL_DTYPES, fail
+
+SCALE_BLOCK = 128  # numbers of a latent vector that share an fp8 scale
+
+
+def latent_row(kv_lora_rank, qk_rope_head_dim):
+    """Of an fp8 row the bytes before the scales, before the rotary key, and in all.
+
+    kv_lora_rank e4m3 numbers, one fp32 scale for every 128 of them, qk_rope_head_dim bf16 numbers: the layout of
+    FlashMLA and DeepSeek-V3.2, there 512, 528 and 656.
+    """
+    if kv_lora_rank % SCALE_BLOCK:
+        fail("kv_lora_rank", f"a multiple of {SCALE_BLOCK}, the numbers that share an fp8 scale", kv_lora_rank)
+    if qk_rope_head_dim % 2:
+        fail("qk_rope_head_dim", "an even number in the fp8 layout, whose rows are 4-byte aligned", qk_rope_head_dim)
+    rope_start = kv_lora_rank + kv_lora_rank // SCALE_BLOCK * torch.float32.itemsize
+    return kv_lora_rank, rope_start, rope_start + qk_rope_head_dim * torch.bfloat16.itemsize
+
+
+def latent_storage(kv_lora_rank, qk_rope_head_dim, dtype):
+    """(dtype, elements) of the rows of a cache of the given dtype, where float8_e4m3fn stands for the fp8 layout."""
+    if dtype == torch.float8_e4m3fn:
+        return torch.uint8, latent_row(kv_lora_rank, qk_rope_head_dim)[2]
+    if dtype not in KERNEL_DTYPES:
+        fail("dtype", "float16, bfloat16, float32 or float8_e4m3fn for a latent cache", dtype, TypeError)
+    return dtype, kv_lora_rank + qk_rope_head_dim
+
+
+def latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim):
+    """Views of the latent vectors, their scales and the rotary keys: (..., kv_lora_rank or kv_lora_rank / 128, ...).
+
+    Of an fp8 cache, which is uint8, the dtypes are uint8, float32 and bfloat16; of others there are no scales: None.
+    """
+    if latent_cache.dtype != torch.uint8:
+        latents, rope_keys = latent_cache.split([kv_lora_rank, qk_rope_head_dim], dim=-1)
+        return latents, None, rope_keys
+    scales_start, rope_start, end = latent_row(kv_lora_rank, qk_rope_head_dim)
+    return (
+        latent_cache[..., :scales_start],
+        latent_cache[..., scales_start:rope_start].view(torch.float32),
+        latent_cache[..., rope_start:end].view(torch.bfloat16),
+    )
+
+
+def read_latent_cache(latent_cache, kv_lora_rank, qk_rope_head_dim, dtype=torch.float32):
+    """What a cache (..., row) of either layout holds: (..., kv_lora_rank + qk_rope_head_dim), computed in dtype."""
+    latents, scales, rope_keys = latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim)
+    if scales is not None:
+        latents = latents.view(torch.float8_e4m3fn).to(dtype).unflatten(-1, (-1, SCALE_BLOCK))
+        latents = (latents * scales.to(dtype).unsqueeze(-1)).flatten(-2)
+    return torch.cat([latents.to(dtype), rope_keys.to(dtype)], dim=-1)

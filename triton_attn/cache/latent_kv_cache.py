@@ -1,0 +1,57 @@
+"""The KV cache of a model whose layers keep one latent vector per token for all heads: MLA."""
+
+import torch
+
+from .._host.checks import check_size
+from .._host.latent import latent_storage
+from .api import copy_kv_pages
+from .sequences import PagedSequences
+
+
+class LatentKVCache(PagedSequences):
+    """Latent vectors and rotary keys of many sequences, on pages that sequences share; used as `PagedKVCache` is.
+
+        for each layer:
+            append_latent_cache(kv_latent, k_pe, cache.latent_cache[layer], slots)
+
+    Args:
+        num_pages: pages in every layer.
+        page_size: tokens on a page.
+        num_layers, kv_lora_rank, qk_rope_head_dim: of the model.
+        dtype: fp16, bf16 or fp32, as the model computes, or torch.float8_e4m3fn for the fp8 layout of
+            `append_latent_cache`, stored as uint8.
+        device: where; None is torch's default device.
+        prefix_caching: False: `create` finds nothing.
+
+    Attributes:
+        latent_cache: (num_layers, num_pages, page_size, kv_lora_rank + qk_rope_head_dim), or the bytes of an fp8 row as
+            the last dimension; latent_cache[layer] is what kernels take. Slots that were never written hold anything,
+            NaN included.
+
+    Raises:
+        TypeError, ValueError: a size or the dtype is none that is served.
+
+    Source: DeepSeek-V2 (2024), arXiv:2405.04434; of the pages, see `PagedKVCache`.
+    """
+
+    def __init__(
+        self,
+        num_pages,
+        page_size=64,
+        *,
+        num_layers,
+        kv_lora_rank,
+        qk_rope_head_dim,
+        dtype=torch.bfloat16,
+        device=None,
+        prefix_caching=True,
+    ):
+        sizes = {"num_layers": num_layers, "kv_lora_rank": kv_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
+        for name, size in sizes.items():
+            check_size(name, size)
+        dtype, width = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
+        super().__init__(num_pages, page_size, device, prefix_caching)
+        self.latent_cache = torch.empty((num_layers, num_pages, page_size, width), dtype=dtype, device=self.device)
+
+    def _copy_pages(self, src_pages, dst_pages):
+        copy_kv_pages(self.latent_cache.unsqueeze(3), src_pages, dst_pages)
