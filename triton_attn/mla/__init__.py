@@ -1,0 +1,3 @@
+from .scale import mla_softmax_scale
+
+__all__ = ["mla_softmax_scale"]

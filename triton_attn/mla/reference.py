@@ -1,0 +1,134 @@
+"""What multi-head latent attention computes, in plain torch: keys and values of every head, then plain attention."""
+
+import torch
+
+from .._host.definition import attend
+from .._host.latent import read_latent_cache
+
+PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
+
+
+def mla_prefill(
+    q_nope,
+    q_pe,
+    kv_latent,
+    k_pe,
+    w_uk,
+    w_uv,
+    *,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    causal=True,
+    softmax_scale=None,
+    mode="auto",
+    return_lse=False,
+    **kernel_only,
+):
+    """The definition of `triton_attn.mla_prefill`; with mode="absorbed" the same in the absorbed form."""
+    if softmax_scale is None:
+        softmax_scale = (q_nope.shape[-1] + q_pe.shape[-1]) ** -0.5
+    options = dict(causal=causal, softmax_scale=softmax_scale, absorbed=mode == "absorbed")
+    if cu_seqlens_q is None:
+        out, lse = _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, **options)
+        return (out, lse) if return_lse else out
+    out = q_nope.new_zeros(*q_nope.shape[:2], w_uv.shape[1])
+    lse = q_nope.new_zeros(q_nope.shape[1], q_nope.shape[0], dtype=_compute_dtype(q_nope))
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(bounds_q) - 1):
+        rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
+        inputs = (x[rows][None] for x, rows in ((q_nope, rows_q), (q_pe, rows_q), (kv_latent, rows_k), (k_pe, rows_k)))
+        out_i, lse_i = _attend(*inputs, w_uk, w_uv, **options)
+        out[rows_q], lse[:, rows_q] = out_i[0], lse_i[0]
+    return (out, lse) if return_lse else out
+
+
+def mla_decode(
+    q_nope,
+    q_pe,
+    latent_cache,
+    cache_seqlens,
+    block_table,
+    w_uk=None,
+    w_uv=None,
+    *,
+    causal=True,
+    softmax_scale=None,
+    rope_cos=None,
+    rope_sin=None,
+    rope_interleaved=False,
+    num_splits=0,
+    return_lse=False,
+    check_values=None,
+):
+    """The definition of `triton_attn.mla_decode`."""
+    batch, seqlen_q, num_heads, rope_dim = q_pe.shape
+    kv_lora_rank = q_nope.shape[-1] if w_uk is None else w_uk.shape[-1]
+    if softmax_scale is None:
+        softmax_scale = (q_nope.shape[-1] + rope_dim) ** -0.5
+    dtype = _compute_dtype(q_nope)
+    out = q_nope.new_zeros(batch, seqlen_q, num_heads, kv_lora_rank if w_uv is None else w_uv.shape[1])
+    lse = q_nope.new_zeros(batch, num_heads, seqlen_q, dtype=dtype)
+    page_size = latent_cache.shape[1]
+    for i, seqlen in enumerate(cache_seqlens.tolist()):
+        pages = block_table[i, : -(-seqlen // page_size)].long()
+        rows = read_latent_cache(latent_cache[pages], kv_lora_rank, rope_dim, dtype).flatten(0, 1)[:seqlen]
+        q_pe_i = q_pe[i]
+        if rope_cos is not None:
+            positions = torch.arange(seqlen_q, device=q_pe.device) + seqlen - seqlen_q
+            q_pe_i = rotate(
+                q_pe_i.to(dtype), rope_cos[positions.clamp(min=0)], rope_sin[positions.clamp(min=0)], rope_interleaved
+            )
+        latents, k_pe = rows.split([kv_lora_rank, rope_dim], dim=-1)
+        out_i, lse_i = _attend(
+            q_nope[i][None],
+            q_pe_i[None],
+            latents[None],
+            k_pe[None],
+            w_uk,
+            w_uv,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            absorbed=False,
+        )
+        out[i], lse[i] = out_i[0], lse_i[0]
+    return (out, lse) if return_lse else out
+
+
+def rotate(x, cos, sin, interleaved):
+    """x (seqlen, num_heads, dim) with pairs of dimensions rotated by the angles of cos, sin (seqlen, dim / 2)."""
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+
+
+def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed):
+    """out and lse of dense inputs. Without w_uk queries, without w_uv outputs are latent vectors.
+
+    absorbed: the weights of keys and values are applied to queries and outputs, which changes nothing but the rounding.
+    """
+    dtype = _compute_dtype(q_nope)
+    out_dtype = q_nope.dtype
+    q_nope, q_pe, kv_latent, k_pe = (x.to(dtype) for x in (q_nope, q_pe, kv_latent, k_pe))
+    latents = kv_latent.unsqueeze(2).expand(-1, -1, q_nope.shape[2], -1)
+    k_nope, v, w_out = latents, latents, None
+    if w_uk is not None and absorbed:
+        q_nope = torch.einsum("bihn,hnc->bihc", q_nope, w_uk.to(dtype))
+    elif w_uk is not None:
+        k_nope = torch.einsum("bjc,hnc->bjhn", kv_latent, w_uk.to(dtype))
+    if w_uv is not None and absorbed:
+        w_out = w_uv.to(dtype)
+    elif w_uv is not None:
+        v = torch.einsum("bjc,hvc->bjhv", kv_latent, w_uv.to(dtype))
+    q = torch.cat([q_nope, q_pe], dim=-1)
+    k = torch.cat([k_nope, k_pe.unsqueeze(2).expand(-1, -1, q.shape[2], -1)], dim=-1)
+    out, lse = attend(q, k, v, causal=causal, softmax_scale=softmax_scale, compute_dtype=dtype, **PLAIN)
+    if w_out is not None:
+        out = torch.einsum("bihc,hvc->bihv", out, w_out)
+    return out.to(out_dtype), lse
+
+
+def _compute_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
