@@ -17,9 +17,10 @@ the cycles that a warpgroup's trip costs the SM lie between
     bound    max(tensor, smem, mufu, alu, fma, issue)                        all units overlap
     lock     max(tensor, smem) + max(stall / G, mufu, alu, fma, issue)       products and softmax never overlap
 
-and both are given as TFLOP/s of the products in the loop; where warps share rows and repeat each other's products (a
-tile of 64 rows has work for 4 warps of mma.sync, 8 that lie along its rows do all twice), those count once. This ranks configs and catches regressions. It does not
-predict time: memory, latency of copies, barriers, power, prologue, epilogue and masked tiles are not in it.
+and both are given as TFLOP/s of the products in the loop. A product that several warps repeat counts once: a tile of 64
+rows has work for 4 warps of mma.sync, and 8 that lie along its rows do it all twice. This ranks configs and catches
+regressions. It does not predict time: memory, latency of copies, barriers, power, prologue, epilogue and masked tiles
+are not in it.
 """
 
 import re
