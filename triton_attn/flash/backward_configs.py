@@ -13,9 +13,11 @@ five are counted: 5 / (4 / dkdv + 3 / dq).
     192, 128    619/624    630/641    445/451    570/578
     256         558/560    689/713    435/446    523/511
 
-So the fused schedule is the default. Not where its transposed dS does not fit in registers: there, on sm_80 at head dim
-64 and on sm_90 without TMA at 256, the split one is ahead. That one also serves deterministic=True, and calls that want
-only dq or only dk and dv. Under 128 the loop of dq is bound by exp2 and conversions, not by products.
+So the fused schedule is the default. Not where its transposed dS does not fit in registers: on sm_90 without TMA at
+256, and with mma.sync (sm_80, Triton 3.9.0: 108 where the split one has 111 at head dim 128, 59 and 74 at 256), the
+split one is ahead. There a warp takes 16 rows, and more warps than a tile has rows for repeat each other's products.
+The split one also serves deterministic=True, and calls that want only dq or only dk and dv. Under 128 the loop of dq is
+bound by exp2 and conversions, not by products.
 """
 
 import functools
@@ -46,18 +48,23 @@ def _tma(*tile):
 _HALF = {
     "sm_80": {
         "vector": (
-            (64, FlashConfig(64, 64, 4, 2), FlashConfig(64, 64, 8, 2), None),
-            (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 4, 2), FlashConfig(64, 64, 8, 2)),
-            (160, FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1), FlashConfig(32, 64, 8, 1)),
-            (256, FlashConfig(64, 32, 8, 1), FlashConfig(64, 64, 8, 1), FlashConfig(32, 32, 8, 1)),
+            (64, FlashConfig(32, 64, 4, 2), FlashConfig(64, 32, 4, 2), None),
+            (96, FlashConfig(32, 64, 4, 2), FlashConfig(128, 64, 8, 2), None),
+            (128, FlashConfig(32, 64, 4, 2), FlashConfig(64, 64, 4, 2), None),
+            (160, FlashConfig(16, 128, 8, 1), FlashConfig(128, 32, 8, 1), None),
+            (192, FlashConfig(64, 32, 8, 1), FlashConfig(128, 32, 8, 1), None),
+            (256, FlashConfig(64, 32, 8, 1), FlashConfig(64, 64, 8, 1), None),
         ),
         "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
     },
     "sm_86": {
         "vector": (
-            (64, FlashConfig(64, 64, 4, 2), FlashConfig(64, 64, 8, 2), None),
+            (64, FlashConfig(32, 64, 4, 2), FlashConfig(64, 32, 4, 2), None),
+            (96, FlashConfig(32, 64, 4, 2), FlashConfig(128, 32, 8, 2), None),
             (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
-            (256, FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1)),
+            (160, FlashConfig(16, 128, 8, 1), FlashConfig(64, 32, 4, 1), None),
+            (192, FlashConfig(64, 32, 8, 1), FlashConfig(64, 32, 4, 1), None),
+            (256, FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1), None),
         ),
         "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
     },
