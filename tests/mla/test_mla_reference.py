@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from triton_attn.mla import mla_softmax_scale, reference
+from triton_attn import mla_softmax_scale
+from triton_attn._host.definition import rotate
+from triton_attn.mla import reference
 
 HEADS, NOPE, ROPE, RANK, VALUE = 3, 8, 4, 16, 6
 
@@ -64,7 +66,7 @@ def test_decode_reads_the_pages_of_each_sequence(weights):
 def test_rotation_keeps_lengths_and_depends_on_distance_alone(interleaved):
     x = torch.randn(1, 1, ROPE, dtype=torch.float64).expand(6, 1, ROPE)
     angles = torch.arange(6, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.1], dtype=torch.float64)
-    rotated = reference.rotate(x, angles.cos(), angles.sin(), interleaved)[:, 0]
+    rotated = rotate(x, angles.cos()[:, None], angles.sin()[:, None], interleaved)[:, 0]
     products = rotated @ rotated.T
     torch.testing.assert_close(products.diagonal(), x.square().sum(-1)[:, 0], rtol=0, atol=1e-12)
     torch.testing.assert_close(products.diagonal(1), products[0, 1].expand(5), rtol=0, atol=1e-12)
@@ -91,3 +93,17 @@ def test_scale_names_what_is_wrong():
         mla_softmax_scale(128, 64, float("nan"))
     with pytest.raises(ValueError, match="qk_nope_head_dim"):
         mla_softmax_scale(0, 0)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_decode_rotates_queries_to_their_places_at_the_end(interleaved):
+    q_nope, q_pe, latent, k_pe, w_uk, w_uv = inputs(1, 2, 9)
+    angles = torch.randn(9, ROPE // 2, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    cache = torch.cat([latent, k_pe], dim=-1)  # one page of 9 tokens
+    seqlens, table = torch.tensor([9], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    arguments = cache, seqlens, table, w_uk, w_uv
+    angles_given = {"rope_cos": cos, "rope_sin": sin, "rope_interleaved": interleaved}
+    out = reference.mla_decode(q_nope, q_pe, *arguments, **angles_given)
+    rotated = rotate(q_pe[0], cos[7:, None], sin[7:, None], interleaved)[None]
+    torch.testing.assert_close(out, reference.mla_decode(q_nope, rotated, *arguments), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""What attention computes, in plain torch: the definition that the references of all families share."""
+"""What attention and its rotary positions compute, in plain torch: what the references of all families share."""
 
 import torch
 
@@ -63,3 +63,16 @@ def attend(
         weights = weights * keep.to(q.device) / (1 - dropout_p)
     out = (weights @ v_heads).transpose(1, 2).to(q.dtype)
     return out, lse
+
+
+def rotate(x, cos, sin, interleaved):
+    """x (..., dim) with its first 2 * cos.shape[-1] dimensions rotated in pairs; cos and sin broadcast to (..., pair).
+
+    A pair is two neighbours if interleaved, otherwise two dimensions half of the rotated ones apart.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = rotary.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotary.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    rotary = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([rotary, rest], dim=-1)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._host.definition import rotate
 from .._host.latent import SCALE_BLOCK, latent_parts
 
 
@@ -27,7 +28,7 @@ def append_kv_cache(
     k, v = k[written].float(), v[written].float()
     if rope_cos is not None:
         cos, sin = (table[positions[written]].float().unsqueeze(1) for table in (rope_cos, rope_sin))
-        k = _rotate(k, cos, sin, rope_interleaved)
+        k = rotate(k, cos, sin, rope_interleaved)
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if scale is not None:
             x = x / torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(-1, 1)
@@ -65,7 +66,7 @@ def append_latent_cache(
         latents[places] = _bits(_round((blocks / scale.unsqueeze(2)).flatten(1), torch.float8_e4m3fn))
     if rope_cos is not None:
         cos, sin = (table[positions[written]].float() for table in (rope_cos, rope_sin))
-        k_pe = _rotate(k_pe, cos, sin, rope_interleaved)
+        k_pe = rotate(k_pe, cos, sin, rope_interleaved)
     rope_keys[places] = k_pe.to(rope_keys.dtype)
 
 
@@ -75,19 +76,6 @@ def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
     for cache in (caches,) if isinstance(caches, torch.Tensor) else caches:
         pages = _bits(cache).transpose(0, 1) if cache.ndim == 5 else _bits(cache)
         pages[dst_pages.long()] = pages[src_pages.long()]
-
-
-def _rotate(x, cos, sin, interleaved):
-    """x (..., head_dim) with its first 2 * cos.shape[-1] dimensions rotated in pairs."""
-    rotary_dim = 2 * cos.shape[-1]
-    rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    if interleaved:
-        first, second = rotary.unflatten(-1, (-1, 2)).unbind(-1)
-    else:
-        first, second = rotary.chunk(2, dim=-1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    rotary = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([rotary, rest], dim=-1)
 
 
 def _round(x, dtype):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._host.definition import attend
+from .._host.definition import attend, rotate
 from .._host.latent import read_latent_cache
 
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
@@ -24,7 +24,6 @@ def mla_prefill(
     softmax_scale=None,
     mode="auto",
     return_lse=False,
-    **kernel_only,
 ):
     """The definition of `triton_attn.mla_prefill`; with mode="absorbed" the same in the absorbed form."""
     if softmax_scale is None:
@@ -76,10 +75,9 @@ def mla_decode(
         rows = read_latent_cache(latent_cache[pages], kv_lora_rank, rope_dim, dtype).flatten(0, 1)[:seqlen]
         q_pe_i = q_pe[i]
         if rope_cos is not None:
-            positions = torch.arange(seqlen_q, device=q_pe.device) + seqlen - seqlen_q
-            q_pe_i = rotate(
-                q_pe_i.to(dtype), rope_cos[positions.clamp(min=0)], rope_sin[positions.clamp(min=0)], rope_interleaved
-            )
+            positions = (torch.arange(seqlen_q, device=q_pe.device) + seqlen - seqlen_q).clamp(min=0)
+            cos, sin = (table[positions].to(dtype).unsqueeze(1) for table in (rope_cos, rope_sin))
+            q_pe_i = rotate(q_pe_i.to(dtype), cos, sin, rope_interleaved)
         latents, k_pe = rows.split([kv_lora_rank, rope_dim], dim=-1)
         out_i, lse_i = _attend(
             q_nope[i][None],
@@ -94,14 +92,6 @@ def mla_decode(
         )
         out[i], lse[i] = out_i[0], lse_i[0]
     return (out, lse) if return_lse else out
-
-
-def rotate(x, cos, sin, interleaved):
-    """x (seqlen, num_heads, dim) with pairs of dimensions rotated by the angles of cos, sin (seqlen, dim / 2)."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
 
 
 def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed):
