@@ -135,8 +135,8 @@ def default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access="t
 
 
 def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):
-    """Configs of one kernel ("dkdv", "dq" or "fused") for a sweep to compare, the default first; without those that
-    `prune_backward` has a reason against."""
+    """Configs of one kernel ("dkdv", "dq" or "fused") for a sweep to compare, the default, where there is one, first;
+    without those that `prune_backward` has a reason against."""
     half = dtype != torch.float32
     candidates = itertools.product(
         (32, 64, 128) if half else (16, 32, 64),
@@ -146,7 +146,8 @@ def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):
         (True, False) if has_tma(arch) and half else (False,),
     )
     default = getattr(default_backward_config(arch, dtype, head_dim, head_dim_v, causal), kernel)
-    configs = dict.fromkeys([default, *(FlashConfig(*candidate) for candidate in candidates)])
+    defaults = [] if default is None else [default]
+    configs = dict.fromkeys([*defaults, *(FlashConfig(*candidate) for candidate in candidates)])
     return [config for config in configs if prune_backward(kernel, config, arch, dtype, head_dim, head_dim_v) is None]
 
 
