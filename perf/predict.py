@@ -169,16 +169,14 @@ def paged(problems, dtype, arch):
 
 
 def split_trips(problem, block_m, block_n, num_sms):
-    """(num_splits, trips of each program) of a decode step: the default number of splits, each an equal share of tiles.
-
-    The last splits have what is left, which may be none.
-    """
+    """(num_splits, trips of each program) of a decode step: the default number of splits, each an equal share of tiles,
+    the last what is left."""
     key_tiles = -(-problem.seqlen_k // block_n)
     row_tiles = -(-problem.num_heads_q // problem.num_heads_kv // block_m)
     programs = problem.batch * problem.num_heads_kv * row_tiles
     num_splits = choose_num_splits(programs, key_tiles, num_sms)
     share = -(-key_tiles // num_splits)
-    return num_splits, [max(0, min(share, key_tiles - i * share)) for i in range(num_splits)] * programs
+    return num_splits, [min(share, key_tiles - i * share) for i in range(num_splits)] * programs
 
 
 def decode_seconds(problem, element_size, num_splits, loop_seconds, bytes_per_second):

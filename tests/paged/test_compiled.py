@@ -111,6 +111,8 @@ def test_default(arch, head_dim, rows, variant, record_property):
     assert launch.shared_bytes <= shared_memory_limit(arch)
     if rows == "decode" or head_dim <= 256:
         assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
+    if rows == "prefill" and head_dim <= 192 and arch in ("sm_80", "sm_90"):
+        assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's products
     if arch == "gfx942":
         assert launch.uses_mfma
     elif head_dim != 71:

@@ -20,6 +20,14 @@ def test_a_tile_holds_the_rows_and_no_more_than_it_must(arch, dtype):
             assert sizes[2] >= 17
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+def test_warps_have_16_rows_each_where_there_are_many(arch, head_dim):
+    for rows in (33, 64, 65, 128, 10**6):
+        config = default_config(arch, torch.float16, head_dim, head_dim, rows, True)
+        assert config.block_m == 16 * config.num_warps
+
+
 def test_elements_that_lie_apart_are_not_loaded_ahead():
     assert default_config("sm_90", torch.float16, 128, 128, 8, by_16_bytes=False).num_stages == 1
 

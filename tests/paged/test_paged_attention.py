@@ -225,9 +225,11 @@ def test_result_goes_where_it_is_asked_to():
     [
         (132, 100, 132, 1),  # one whole wave
         (8, 1, 132, 1),  # nothing to split
-        (8, 1000, 132, 15),  # 120 of 132; 33 would fill two waves, 14 fill 84.8 % of one
+        (8, 1000, 132, 14),  # 72 tiles after each other; the least is 62, in eight waves of 125 splits
+        (8, 16, 132, 16),  # a tile each, where 14 splits would have two and leave six without any
+        (8, 64, 132, 16),
         (66, 100, 132, 2),
-        (100, 100, 132, 5),  # 500 in 4 waves of 528; 4 splits fill 400 of 528
+        (100, 100, 132, 5),  # 4 waves of 20 tiles; 4 splits have 4 waves of 25
         (1, 10**6, 132, 109),  # 85 % of 128, the most
         (1000, 100, 132, 1),
         (0, 0, 132, 1),

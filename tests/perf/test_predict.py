@@ -92,11 +92,12 @@ def test_splits_and_their_trips(batch, seqlen_k, num_splits, trips):
     assert predict.split_trips(step, block_m=16, block_n=64, num_sms=16) == (num_splits, trips)
 
 
-def test_splits_without_keys_have_no_trips():
-    # 14 splits of 16 tiles have 2 each until none is left
-    num_splits, trips = predict.split_trips(DecodeProblem(1, 1024), block_m=16, block_n=64, num_sms=132)
-    assert num_splits == 14
-    assert trips == ([2] * 8 + [0] * 6) * 8
+@pytest.mark.parametrize("seqlen_k", [1, 64, 1000, 1024, 2048, 4096, 5000, 2**17])
+def test_no_split_is_without_keys(seqlen_k):
+    for batch in (1, 2, 5, 32):
+        _, trips = predict.split_trips(DecodeProblem(batch, seqlen_k), block_m=16, block_n=64, num_sms=132)
+        assert min(trips) >= 1
+        assert sum(trips) == batch * 8 * -(-seqlen_k // 64)
 
 
 def test_more_rows_than_a_tile_make_more_programs():

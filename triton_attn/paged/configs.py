@@ -2,7 +2,8 @@
 
 Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing on Triton 3.6.0 and 3.9.0.
 A decode step reads each key once, so that what counts is bytes in flight: several programs per processor with three
-tiles ahead each.
+tiles ahead each. Of tiles for many rows those with the most `lock` in perf/loop_model.py: 16 rows for each warp of
+mma.sync, 64 for four warps of wgmma, or warps repeat each other's products.
 """
 
 import functools
@@ -26,19 +27,21 @@ class PagedConfig:
 _HALF = {
     "sm_80": (
         (64, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
-        (96, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
-        (128, PagedConfig(16, 64, 4, 3), PagedConfig(64, 32, 8, 3)),
+        (96, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 3)),
+        (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 16, 8, 3)),
+        (160, PagedConfig(16, 32, 4, 3), PagedConfig(128, 16, 8, 3)),
+        (192, PagedConfig(16, 32, 4, 3), PagedConfig(128, 16, 8, 2)),
         (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
         (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
     ),
     "sm_90": (
         (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
-        (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
+        (256, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 2)),
         (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
     ),
     "gfx942": (
-        (128, PagedConfig(16, 64, 4, 2), PagedConfig(128, 64, 8, 2)),
-        (256, PagedConfig(16, 32, 4, 2), PagedConfig(64, 32, 8, 2)),
+        (128, PagedConfig(16, 64, 4, 2), PagedConfig(128, 64, 4, 2)),
+        (256, PagedConfig(16, 32, 4, 2), PagedConfig(64, 32, 4, 2)),
         (512, PagedConfig(16, 16, 4, 2), PagedConfig(32, 16, 8, 2)),
     ),
 }
@@ -67,7 +70,9 @@ def default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes):
     few, many = next(configs for limit, *configs in table if width <= limit)
     config = few
     if num_rows > 32:
-        config = replace(many, block_m=min(many.block_m, max(64, 1 << (num_rows - 1).bit_length())))
+        config = many
+        if num_rows <= 64 and many.block_m == 128:  # half the rows have work for half the warps
+            config = replace(many, block_m=64, num_warps=many.num_warps // 2)
     elif num_rows > 16:
         config = replace(few, block_m=32) if many.block_m > 32 else many
     if not by_16_bytes:
@@ -85,21 +90,24 @@ def _known_arch(arch):
 def choose_num_splits(num_programs, num_key_tiles, num_processors, max_splits=128):
     """Parts to cut the keys in, so that programs fill the processors: the fewest within 85 % of the best efficiency.
 
-    efficiency = waves / ceil(waves),  waves = num_programs * num_splits / num_processors
+    efficiency = tiles of all programs / (tiles of the longest split * processors * waves of splits that have keys)
 
     Everything is known on the host, the most keys that a cache holds in place of those it does, so that nothing is read
     back and a captured graph stays right as sequences grow.
     """
-    if num_programs == 0:
+    if num_programs == 0 or num_key_tiles == 0:
         return 1
-    counts = range(1, max(1, min(max_splits, num_key_tiles, num_processors)) + 1)
-    efficiency = {n: _efficiency(num_programs * n / num_processors) for n in counts}
-    best = max(efficiency.values())
-    return next(n for n in counts if efficiency[n] >= 0.85 * best)
+    counts = range(1, min(max_splits, num_key_tiles, num_processors) + 1)
+    costs = {n: _cost(num_programs, num_key_tiles, num_processors, n) for n in counts}
+    best = min(costs.values())
+    return next(n for n in counts if best >= 0.85 * costs[n])
 
 
-def _efficiency(waves):
-    return waves / -(-waves // 1)
+def _cost(num_programs, num_key_tiles, num_processors, num_splits):
+    """Tiles that a processor takes one after the other. A split has whole tiles: some may be left with none."""
+    longest = -(-num_key_tiles // num_splits)
+    num_splits = -(-num_key_tiles // longest)
+    return longest * -(-num_programs * num_splits // num_processors)
 
 
 def search_space(arch, dtype, head_dim, head_dim_v, num_rows):
