@@ -33,7 +33,7 @@ from perf import compiled, loop_model
 from perf.device import versions
 from perf.gpus import RATES
 from perf.results import OURS, PREDICTED, Row
-from triton_attn.paged.configs import choose_num_splits
+from triton_attn.combine.splits import choose_num_splits
 
 
 def tile_trips(problem, block_m, block_n):

@@ -3,6 +3,7 @@
 from .cache.reference import append_kv_cache, append_latent_cache, copy_kv_pages
 from .combine.reference import merge_attention
 from .flash.reference import dropout_mask, flash_attention, flash_attention_varlen
+from .mla.reference import mla_decode
 from .paged.reference import paged_attention
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "merge_attention",
+    "mla_decode",
     "paged_attention",
 ]

@@ -9,8 +9,9 @@ import torch
 from paged_cases import DEVICE, DTYPES, FLOAT8, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, Inputs, check, using
 
 from triton_attn import flash_attention, paged_attention
+from triton_attn.combine.splits import choose_num_splits
 from triton_attn.paged import forward
-from triton_attn.paged.configs import PagedConfig, choose_num_splits
+from triton_attn.paged.configs import PagedConfig
 from triton_attn.testing import guard
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.

@@ -149,3 +149,25 @@ def check_cu_seqlens_values(name, cu_seqlens, total, max_seqlen):
             fail(f"{name}, sequence {i}", f"a length of 0 to {max_seqlen}", length)
         if bounds[i + 1] > total:
             fail(f"{name}[{i + 1}]", f"at most the {total} rows there are", bounds[i + 1])
+
+
+def refuse_gradients(**tensors):
+    if not torch.is_grad_enabled():
+        return
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise NotImplementedError(
+                f"{name}: no gradient is served, got a tensor that requires one; use torch.no_grad"
+            )
+
+
+def check_rope_tables(name, x, rope_cos, rope_sin, rope_interleaved):
+    """Angles that the last dimension of x, the argument of that name, can be rotated by."""
+    if not isinstance(rope_interleaved, bool):
+        fail("rope_interleaved", "a bool", type(rope_interleaved).__name__, TypeError)
+    check_tensor("rope_cos", rope_cos, ("num_positions", "rotary_dim / 2"), (torch.float32, x.dtype), x.device)
+    check_tensor("rope_sin", rope_sin, rope_cos.shape, (rope_cos.dtype,), x.device)
+    check_last_contiguous("rope_cos", rope_cos)
+    check_last_contiguous("rope_sin", rope_sin)
+    if not 2 <= 2 * rope_cos.shape[1] <= x.shape[-1]:
+        fail("rope_cos", f"1 to {x.shape[-1] // 2} columns, half of {name}'s last dimension", rope_cos.shape[1])

@@ -49,7 +49,7 @@ def _piece_mask(rows, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_
 
 
 @triton.jit
-def _load_piece(
+def load_piece(
     ptr,
     rows,
     stride,
@@ -59,6 +59,7 @@ def _load_piece(
     HEAD_DIM: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
 ):
+    """Columns [START, START + BLOCK) of the rows of `load_tile`."""
     ptrs = _piece_pointers(ptr, rows, stride, START, BLOCK, WIDE_ROWS)
     return tl.load(ptrs, mask=_piece_mask(rows, rows_mask, START, BLOCK, HEAD_DIM), other=0.0)
 
@@ -68,9 +69,9 @@ def load_tile(ptr, rows, stride, rows_mask, HEAD_DIM: tl.constexpr, WIDE_ROWS: t
     """Rows ptr + rows * stride; zero where rows_mask (None: all) or the head dimension ends."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    first = _load_piece(ptr, rows, stride, rows_mask, 0, FIRST, HEAD_DIM, WIDE_ROWS)
+    first = load_piece(ptr, rows, stride, rows_mask, 0, FIRST, HEAD_DIM, WIDE_ROWS)
     if SECOND > 0:
-        return first, _load_piece(ptr, rows, stride, rows_mask, FIRST, SECOND, HEAD_DIM, WIDE_ROWS)
+        return first, load_piece(ptr, rows, stride, rows_mask, FIRST, SECOND, HEAD_DIM, WIDE_ROWS)
     else:
         return (first,)
 
@@ -122,14 +123,19 @@ def load_rows(
 
 
 @triton.jit
+def store_piece(
+    ptr, rows, stride, rows_mask, piece, START: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr
+):
+    BLOCK: tl.constexpr = piece.shape[1]
+    ptrs = _piece_pointers(ptr, rows, stride, START, BLOCK, WIDE_ROWS)
+    tl.store(ptrs, piece.to(ptr.dtype.element_ty), mask=_piece_mask(rows, rows_mask, START, BLOCK, HEAD_DIM))
+
+
+@triton.jit
 def store_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
-    FIRST: tl.constexpr = piece_0(HEAD_DIM)
-    SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    ptrs = _piece_pointers(ptr, rows, stride, 0, FIRST, WIDE_ROWS)
-    tl.store(ptrs, tile[0].to(ptr.dtype.element_ty), mask=_piece_mask(rows, rows_mask, 0, FIRST, HEAD_DIM))
-    if SECOND > 0:
-        ptrs = _piece_pointers(ptr, rows, stride, FIRST, SECOND, WIDE_ROWS)
-        tl.store(ptrs, tile[1].to(ptr.dtype.element_ty), mask=_piece_mask(rows, rows_mask, FIRST, SECOND, HEAD_DIM))
+    store_piece(ptr, rows, stride, rows_mask, tile[0], 0, HEAD_DIM, WIDE_ROWS)
+    if len(tile) > 1:
+        store_piece(ptr, rows, stride, rows_mask, tile[1], piece_0(HEAD_DIM), HEAD_DIM, WIDE_ROWS)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from .._host.checks import (
     MAX_HEAD_DIM,
     check_cache_scale,
     check_last_contiguous,
+    check_rope_tables,
     check_tensor,
     fail,
 )
@@ -236,14 +237,7 @@ def _check_rope(name, k, rope_cos, rope_sin, positions, rope_interleaved):
         return
     if not all(given):
         fail("rope_cos, rope_sin, positions", "all three or none", f"given: {given}", TypeError)
-    if not isinstance(rope_interleaved, bool):
-        fail("rope_interleaved", "a bool", type(rope_interleaved).__name__, TypeError)
-    check_tensor("rope_cos", rope_cos, ("num_positions", "rotary_dim / 2"), (torch.float32, k.dtype), k.device)
-    check_tensor("rope_sin", rope_sin, rope_cos.shape, (rope_cos.dtype,), k.device)
-    check_last_contiguous("rope_cos", rope_cos)
-    check_last_contiguous("rope_sin", rope_sin)
-    if not 2 <= 2 * rope_cos.shape[1] <= k.shape[-1]:
-        fail("rope_cos", f"1 to {k.shape[-1] // 2} columns, half of {name}'s last dimension", rope_cos.shape[1])
+    check_rope_tables(name, k, rope_cos, rope_sin, rope_interleaved)
     _check_index("positions", positions, (k.shape[0],), (torch.int32, torch.int64), k.device)
 
 

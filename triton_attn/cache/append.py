@@ -7,52 +7,9 @@ import triton.language as tl
 from .._host.checks import FLOAT8_MANTISSA_BITS
 from .._host.device import launch
 from .._host.layout import scale_stride
+from .._jit.rope import load_rotated
 
 TILE_ELEMENTS = 4096
-
-
-@triton.jit
-def _rope_partner(offs_d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Of each dimension the one it is rotated with, the index of their angle, and the sign of the partner's sine."""
-    if INTERLEAVED:
-        is_first = offs_d % 2 == 0
-        partner = offs_d ^ 1
-        angle = offs_d // 2
-    else:
-        is_first = offs_d < HALF
-        partner = tl.where(is_first, offs_d + HALF, offs_d - HALF)
-        angle = tl.where(is_first, offs_d, offs_d - HALF)
-    return partner, angle, tl.where(is_first, -1.0, 1.0)
-
-
-@triton.jit
-def load_rotated(
-    rows,
-    offs_d,
-    mask,
-    tokens,
-    written,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    rope_strides,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Keys in fp32, their first ROTARY_DIM dimensions rotated by the angles of their tokens' positions.
-
-    rows point to the first dimension of each key; mask says what is read of them, and only what is `written` is.
-    """
-    x = tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ROTARY_DIM > 0:
-        partner, angle, sign = _rope_partner(offs_d, ROTARY_DIM // 2, INTERLEAVED)
-        rotary = written[:, None] & (offs_d < ROTARY_DIM)[None, :]
-        position = tl.load(positions_ptr + tokens, mask=written, other=0).to(tl.int64)[:, None]
-        cos = tl.load(cos_ptr + position * rope_strides[0] + angle[None, :], mask=rotary, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + position * rope_strides[1] + angle[None, :], mask=rotary, other=0.0).to(tl.float32)
-        x_partner = tl.load(rows[:, None] + partner[None, :], mask=rotary, other=0.0).to(tl.float32)
-        x = x * cos + sign[None, :] * x_partner * sin
-    return x
 
 
 @triton.jit
@@ -149,9 +106,10 @@ def _append_kv_cache_kernel(
 
     mask = written[:, None] & (offs_d < HEAD_DIM)[None, :]
     k_rows = k_ptr + (tokens * k_strides[0] + heads * k_strides[1])
-    k = load_rotated(
-        k_rows, offs_d, mask, tokens, written, positions_ptr, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED
-    )
+    positions = None
+    if positions_ptr is not None:
+        positions = tl.load(positions_ptr + tokens, mask=written, other=0)
+    k = load_rotated(k_rows, offs_d, mask, positions, written, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED)
     _store_rows(
         k,
         k_cache_ptr,

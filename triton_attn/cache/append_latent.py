@@ -5,7 +5,8 @@ import triton.language as tl
 
 from .._host.device import launch
 from .._host.latent import SCALE_BLOCK, latent_parts
-from .append import TILE_ELEMENTS, encode_float8, load_rotated
+from .._jit.rope import load_rotated
+from .append import TILE_ELEMENTS, encode_float8
 
 
 @triton.jit
@@ -69,9 +70,10 @@ def _append_latent_cache_kernel(
     offs_r = tl.arange(0, BLOCK_ROPE)
     mask = written[:, None] & (offs_r < ROPE_HEAD_DIM)[None, :]
     rows = k_pe_ptr + tokens * token_strides[1]
-    k_pe = load_rotated(
-        rows, offs_r, mask, tokens, written, positions_ptr, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED
-    )
+    positions = None
+    if positions_ptr is not None:
+        positions = tl.load(positions_ptr + tokens, mask=written, other=0)
+    k_pe = load_rotated(rows, offs_r, mask, positions, written, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED)
     if scales_ptr is not None:  # from bytes to bf16
         row_offsets = row_offsets // 2
     k_pe = k_pe.to(rope_keys_ptr.dtype.element_ty)

@@ -17,11 +17,11 @@ from .._host.checks import (
     check_tensor,
     fail,
     layout_of,
+    refuse_gradients,
 )
 from .._host.options import attention_options, with_tensors
+from ..combine.splits import check_num_splits
 from . import reference
-
-MAX_SPLITS = 256
 
 
 def paged_attention(
@@ -105,9 +105,7 @@ def paged_attention(
     options = with_tensors(options, q, batch, alibi_slopes, sinks)
     check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device)
     check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device)
-    check_length("num_splits", num_splits)
-    if num_splits > MAX_SPLITS:
-        fail("num_splits", f"0 (chosen) to {MAX_SPLITS}", num_splits)
+    check_num_splits(num_splits)
     check_length("shared_prefix_len", shared_prefix_len)
     if shared_prefix_len and block_table is None:
         fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
@@ -116,7 +114,7 @@ def paged_attention(
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
-    _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
     if should_check_values(check_values):
         _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len)
     if not use_kernel(q):
@@ -243,16 +241,6 @@ def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
         fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
     check_length("max_seqlen_q", max_seqlen_q)
     return max_seqlen_q
-
-
-def _refuse_gradients(**tensors):
-    if not torch.is_grad_enabled():
-        return
-    for name, x in tensors.items():
-        if x is not None and x.requires_grad:
-            raise NotImplementedError(
-                f"{name}: no gradient is served, got a tensor that requires one; use torch.no_grad"
-            )
 
 
 def _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len):

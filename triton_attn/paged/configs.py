@@ -1,4 +1,4 @@
-"""Tiles of attention over a cache: the default by look-up, the space that a sweep searches; the number of splits.
+"""Tiles of attention over a cache: the default by look-up, the space that a sweep searches.
 
 Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing on Triton 3.6.0 and 3.9.0.
 A decode step reads each key once, so that what counts is bytes in flight: several programs per processor with three
@@ -85,29 +85,6 @@ def _known_arch(arch):
     if arch.startswith("gfx"):
         return "gfx942"
     return "sm_90" if 90 <= int(arch.removeprefix("sm_")) < 120 else "sm_80"
-
-
-def choose_num_splits(num_programs, num_key_tiles, num_processors, max_splits=128):
-    """Parts to cut the keys in, so that programs fill the processors: the fewest within 85 % of the best efficiency.
-
-    efficiency = tiles of all programs / (tiles of the longest split * processors * waves of splits that have keys)
-
-    Everything is known on the host, the most keys that a cache holds in place of those it does, so that nothing is read
-    back and a captured graph stays right as sequences grow.
-    """
-    if num_programs == 0 or num_key_tiles == 0:
-        return 1
-    counts = range(1, min(max_splits, num_key_tiles, num_processors) + 1)
-    costs = {n: _cost(num_programs, num_key_tiles, num_processors, n) for n in counts}
-    best = min(costs.values())
-    return next(n for n in counts if best >= 0.85 * costs[n])
-
-
-def _cost(num_programs, num_key_tiles, num_processors, num_splits):
-    """Tiles that a processor takes one after the other. A split has whole tiles: some may be left with none."""
-    longest = -(-num_key_tiles // num_splits)
-    num_splits = -(-num_key_tiles // longest)
-    return longest * -(-num_programs * num_splits // num_processors)
 
 
 def search_space(arch, dtype, head_dim, head_dim_v, num_rows):

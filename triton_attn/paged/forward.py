@@ -16,7 +16,8 @@ from .._jit.paging import cache_rows, decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
 from ..combine.merge import launch_merge
-from .configs import choose_num_splits, default_config
+from ..combine.splits import choose_num_splits
+from .configs import default_config
 
 LOG2_E = math.log2(math.e)
 

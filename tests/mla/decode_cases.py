@@ -1,0 +1,256 @@
+"""Random calls of mla_decode over hostile caches, each checked against fp64."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import triton
+from hypothesis import strategies as st
+
+from triton_attn import append_latent_cache, mla_decode
+from triton_attn._host.definition import attend, rotate
+from triton_attn._host.latent import latent_storage, read_latent_cache
+from triton_attn.mla import decode
+from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PAGE_SIZES = (1, 5, 16, 32, 64)
+DEAD_ENTRY = 2147480000
+TILES = MlaDecodeConfig(16, 32, 4, 1)
+PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
+
+# Ways in which (batch, rows, heads, dim) may lie in memory.
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "wide": lambda x: torch.nn.functional.pad(x, (3, 13))[..., 3:-13],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. With w_uk queries are absorbed, with w_uv outputs projected."""
+
+    dtype: torch.dtype = torch.float16
+    is_fp8: bool = False
+    page_size: int = 16
+    seqlen_q: int = 1
+    seqlens_k: tuple = (47, 100, 1)
+    num_heads: int = 4
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    kv_lora_rank: int = 64
+    v_head_dim: int = 24
+    with_uk: bool = True
+    with_uv: bool = True
+    causal: bool = True
+    softmax_scale: float | None = None
+    rotary_dim: int = 0
+    rope_interleaved: bool = False
+    num_splits: int = 1
+    q_layout: str = "contiguous"
+    one_layer: bool = False  # the cache is a slice of one for all layers, with gaps between rows
+    config: MlaDecodeConfig = TILES
+    seed: int = 0
+
+
+@st.composite
+def cases(draw, dtype):
+    config = MlaDecodeConfig(draw(st.sampled_from([16, 64, 32])), draw(st.sampled_from([32, 64, 16])), 4, 1)
+    is_fp8 = draw(st.booleans())
+    batch = draw(st.sampled_from([1, 2, 3, 0]))
+    # Few tiles: the interpreter takes its time for each.
+    lengths = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 3 * config.block_n)
+    with_uk = draw(st.sampled_from([True, True, False]))
+    rope_dim = draw(st.sampled_from([16, 64, 2, 24, 8]))
+    rank = draw(st.sampled_from([128, 384] if is_fp8 else [64, 16, 40, 100, 300]) | st.just(512))
+    return Case(
+        dtype=dtype,
+        is_fp8=is_fp8,
+        page_size=draw(st.sampled_from(PAGE_SIZES)),
+        seqlen_q=draw(st.sampled_from([1, 1, 2, 3, 8, 0])),
+        seqlens_k=draw(st.tuples(*[lengths] * batch)),
+        num_heads=draw(st.sampled_from([1, 3, 9, 16, 20])),
+        qk_nope_head_dim=draw(st.sampled_from([32, 16, 1, 71, 128])),
+        qk_rope_head_dim=rope_dim,
+        kv_lora_rank=rank,
+        v_head_dim=draw(st.sampled_from([32, 16, 1, 71, 128, 160])),
+        with_uk=with_uk,
+        with_uv=draw(st.sampled_from([True, True, False])),
+        causal=draw(st.booleans()),
+        softmax_scale=draw(st.sampled_from([0.0, 0.07, -0.2] + [None] * with_uk)),
+        rotary_dim=2 * draw(st.integers(0, rope_dim // 2)) if with_uk else 0,
+        rope_interleaved=draw(st.booleans()),
+        num_splits=draw(st.sampled_from([1, 1, 0, 2, 3, 7])),
+        q_layout=draw(st.sampled_from(list(LAYOUTS))),
+        one_layer=draw(st.booleans()),
+        config=config,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+class Inputs:
+    """What a call is given, and of each sequence the rows (seqlen_k, kv_lora_rank + qk_rope_head_dim) of its cache.
+
+    Slots that hold no key are NaN, entries of the table past a sequence's pages are absurd.
+    """
+
+    def __init__(self, case):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.seed)
+        nope, rank = case.qk_nope_head_dim, case.kv_lora_rank
+        rows = len(case.seqlens_k), case.seqlen_q, case.num_heads
+        self.q_nope = self._randn(*rows, nope if case.with_uk else rank)
+        self.q_pe = self._randn(*rows, case.qk_rope_head_dim)
+        # As in a model: views of one weight.
+        weight = self._randn(case.num_heads, nope + case.v_head_dim, rank) * rank**-0.5
+        w_uk, w_uv = weight.split([nope, case.v_head_dim], dim=1)
+        self.w_uk, self.w_uv = w_uk if case.with_uk else None, w_uv if case.with_uv else None
+        self.rope = {}
+        if case.rotary_dim:
+            shape = max(case.seqlens_k, default=0) + 8, case.rotary_dim // 2
+            angles = 6 * torch.rand(shape, generator=self.generator).to(DEVICE)
+            tables = {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
+            self.rope = tables | {"rope_interleaved": case.rope_interleaved}
+        self._fill_cache()
+
+    def _randn(self, *shape):
+        return torch.randn(shape, generator=self.generator).to(DEVICE, self.case.dtype)
+
+    def _fill_cache(self):
+        case = self.case
+        counts = [-(-n // case.page_size) for n in case.seqlens_k]
+        num_pages = sum(counts) + 2
+        pages = torch.randperm(num_pages, generator=self.generator).tolist()
+        self.block_table = torch.full((len(counts), max(counts, default=0) + 2), DEAD_ENTRY, dtype=torch.int32)
+        dtype, width = case.dtype, case.kv_lora_rank + case.qk_rope_head_dim
+        if case.is_fp8:
+            dtype, width = latent_storage(case.kv_lora_rank, case.qk_rope_head_dim, torch.float8_e4m3fn)
+        shape = (num_pages, 3, case.page_size, width + 16) if case.one_layer else (num_pages, case.page_size, width)
+        memory = torch.full((math.prod(shape) * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=DEVICE)
+        memory = memory.view(dtype).view(shape)
+        self.cache = memory[:, 1, :, 4 : 4 + width] if case.one_layer else memory
+        self.rows = []
+        for i, (n, count) in enumerate(zip(case.seqlens_k, counts)):
+            own = torch.tensor([pages.pop() for _ in range(count)], dtype=torch.long)
+            self.block_table[i, :count] = own
+            keys = torch.arange(n)
+            slots = own[keys // case.page_size] * case.page_size + keys % case.page_size
+            latents, k_pe = self._randn(n, case.kv_lora_rank), self._randn(n, case.qk_rope_head_dim)
+            with mock.patch.dict("os.environ", TRITON_ATTN_BACKEND="reference"):
+                append_latent_cache(latents, k_pe, self.cache, slots.to(DEVICE))
+            stored = self.cache[own[keys // case.page_size], keys % case.page_size]
+            self.rows.append(read_latent_cache(stored, case.kv_lora_rank, case.qk_rope_head_dim, torch.float64))
+        self.block_table = self.block_table.to(DEVICE)
+
+    @property
+    def softmax_scale(self):
+        width = self.case.qk_nope_head_dim + self.case.qk_rope_head_dim
+        return width**-0.5 if self.case.softmax_scale is None else self.case.softmax_scale
+
+    def call(self, **options):
+        case = self.case
+        seqlens = torch.tensor(case.seqlens_k, dtype=torch.int32, device=DEVICE)
+        options = {"return_lse": True, "num_splits": case.num_splits} | options
+        return mla_decode(
+            LAYOUTS[case.q_layout](self.q_nope),
+            LAYOUTS[case.q_layout](self.q_pe),
+            self.cache,
+            seqlens,
+            self.block_table,
+            self.w_uk,
+            self.w_uv,
+            causal=case.causal,
+            softmax_scale=case.softmax_scale,
+            **self.rope,
+            **options,
+        )
+
+    def expected(self, dtype):
+        """out and lse by the absorbed form, every step in dtype."""
+        case = self.case
+        weights = [x if x is None else x.to(dtype) for x in (self.w_uk, self.w_uv)]
+        dim = case.kv_lora_rank if weights[1] is None else case.v_head_dim
+        out = torch.zeros(*self.q_pe.shape[:3], dim, dtype=dtype, device=DEVICE)
+        lse = torch.zeros(len(case.seqlens_k), case.num_heads, case.seqlen_q, dtype=dtype, device=DEVICE)
+        for i, rows in enumerate(self.rows):
+            q_nope, q_pe, rows = self.q_nope[i].to(dtype), self.q_pe[i].to(dtype), rows.to(dtype)
+            if self.rope:
+                positions = (torch.arange(case.seqlen_q) + len(rows) - case.seqlen_q).clamp(min=0)
+                cos, sin = (self.rope[name][positions].to(dtype).unsqueeze(1) for name in ("rope_cos", "rope_sin"))
+                q_pe = rotate(q_pe, cos, sin, case.rope_interleaved)
+            if weights[0] is not None:
+                q_nope = torch.einsum("ihn,hnc->ihc", q_nope, weights[0])
+            q = torch.cat([q_nope, q_pe], dim=-1)
+            k = rows.unsqueeze(1).expand(-1, case.num_heads, -1)
+            out_i, lse_i = attend(
+                q[None],
+                k[None],
+                k[None, :, :, : case.kv_lora_rank],
+                causal=case.causal,
+                softmax_scale=self.softmax_scale,
+                compute_dtype=dtype,
+                **PLAIN,
+            )
+            if weights[1] is not None:
+                out_i = torch.einsum("bihc,hvc->bihv", out_i.to(dtype), weights[1])
+            out[i], lse[i] = out_i[0], lse_i[0]
+        return out, lse
+
+
+@contextlib.contextmanager
+def using(config):
+    """The kernel runs with these tiles; on a GPU with its own, which fit."""
+    if not INTERPRETED:
+        yield
+        return
+    with mock.patch.object(decode, "default_decode_config", return_value=config):
+        decode._plan.cache_clear()
+        yield
+    decode._plan.cache_clear()
+
+
+def check(case):
+    """The call is right, writes each element once, and reads whole tiles of keys that somebody sees, no others."""
+    inputs = Inputs(case)
+    with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext() as accesses:
+        out, lse = inputs.call()
+    if not out.numel():
+        return
+    out64, lse64 = inputs.expected(torch.float64)
+    torch_out, torch_lse = inputs.expected(case.dtype)
+    eps = max(torch.finfo(case.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    # Weights sum to 1 and each is rounded once, as are the scores' queries: what that may do, whatever cancels.
+    largest = max((rows.abs().max().item() for rows in inputs.rows if rows.numel()), default=0.0)
+    if case.with_uv:
+        largest *= inputs.w_uv.double().abs().sum(-1).max().item() / 2
+    assert_close_to_reference(out, out64, torch_out=torch_out, floor=eps * largest)
+    finite = lse64[lse64.isfinite()]
+    scale = max(1.0, finite.abs().amax().item() if finite.numel() else 0.0)
+    torch_error = (torch_lse.double() - lse64)[lse64.isfinite()].abs().max().item() if finite.numel() else 0.0
+    assert_close_to_reference(lse, lse64, torch_error=torch_error, floor=eps * scale, name="lse")
+    if INTERPRETED:
+        row_bytes = inputs.cache.shape[2] * inputs.cache.element_size()
+        assert cache_bytes(accesses) == keys_in_tiles(case) * row_bytes
+
+
+def cache_bytes(accesses):
+    """Loaded from the cache, whose parts are arguments of their own."""
+    return sum(n for name, n in accesses.bytes_loaded.items() if name.startswith("cache_ptrs"))
+
+
+def keys_in_tiles(case):
+    """Keys of the tiles of keys that the rows of a tile of rows see, for all of these."""
+    rows = case.seqlen_q * case.num_heads
+    total = 0
+    for seqlen_k in case.seqlens_k:
+        for start in range(0, rows, case.config.block_m):
+            last_query = (min(start + case.config.block_m, rows) - 1) // case.num_heads
+            end = seqlen_k - case.seqlen_q + last_query + 1 if case.causal else seqlen_k
+            total += -(-max(end, 0) // case.config.block_n) * case.config.block_n
+    return total

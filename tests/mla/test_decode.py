@@ -1,0 +1,126 @@
+"""mla_decode: random calls, and each settled semantic in an example one can read."""
+
+import pytest
+import torch
+from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, Case, Inputs, cache_bytes, cases, check, using
+from hypothesis import given, seed, settings
+
+from triton_attn import mla_decode, reference
+from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.testing import guard
+
+# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("shard", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_calls(dtype, shard):
+    @seed(shard + 3 * DTYPES.index(dtype))
+    @settings(settings(), print_blob=True)
+    @given(cases(dtype))
+    def run(case):
+        check(case)
+
+    run()
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("num_heads", [1, 3, 9, 63, 64, 126, 128])
+def test_every_number_of_heads(num_heads):
+    check(Case(num_heads=num_heads, seqlens_k=(40,), config=MlaDecodeConfig(64, 32, 4, 1)))
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_every_page_size(page_size, is_fp8):
+    check(Case(page_size=page_size, is_fp8=is_fp8, kv_lora_rank=128, num_splits=2))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_widths_of_deepseek(dtype, is_fp8):
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128, rotary_dim=64)
+    check(Case(dtype=dtype, is_fp8=is_fp8, seqlen_q=2, seqlens_k=(70, 33), num_heads=16, num_splits=2, **widths))
+
+
+@pytest.mark.parametrize("seqlen_q", range(9))
+@pytest.mark.parametrize("causal", [True, False])
+def test_several_new_tokens(seqlen_q, causal):
+    check(Case(seqlen_q=seqlen_q, causal=causal, seqlens_k=(40, seqlen_q, 3, 0), num_splits=2))
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 4])
+@pytest.mark.parametrize("with_uv", [True, False])
+@pytest.mark.parametrize("seqlens_k", [(), (0,), (0, 0, 5)])
+def test_sizes_at_the_edge(seqlens_k, with_uv, num_splits):
+    check(Case(seqlens_k=seqlens_k, with_uv=with_uv, num_splits=num_splits))
+
+
+def test_a_query_without_keys():
+    inputs = Inputs(Case(seqlen_q=3, seqlens_k=(1, 0)))
+    out, lse = inputs.call()
+    for empty, empty_lse in ((out[0, :2], lse[0, :, :2]), (out[1], lse[1])):
+        assert not empty.any()
+        assert (empty_lse == float("-inf")).all()
+    assert out[0, 2].any()
+    assert lse[0, :, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_sequence_is_the_same_in_any_batch(num_splits):
+    """Bitwise, where the number of splits is given."""
+    inputs = Inputs(Case(seqlen_q=2, num_heads=20))
+    seqlens = torch.tensor(inputs.case.seqlens_k, dtype=torch.int32, device=DEVICE)
+
+    def attend(rows):
+        queries, cache = (
+            (inputs.q_nope[rows], inputs.q_pe[rows]),
+            (inputs.cache, seqlens[rows], inputs.block_table[rows]),
+        )
+        return mla_decode(*queries, *cache, inputs.w_uk, inputs.w_uv, num_splits=num_splits)
+
+    together = attend([0, 1, 2])
+    for i in range(3):
+        assert torch.equal(attend([i])[0], together[i])
+
+
+def test_without_weights_it_is_the_middle_of_the_call_with_them():
+    inputs = Inputs(Case(dtype=torch.float32))
+    seqlens = torch.tensor(inputs.case.seqlens_k, dtype=torch.int32, device=DEVICE)
+    absorbed = torch.einsum("bihn,hnc->bihc", inputs.q_nope, inputs.w_uk)
+    arguments = inputs.q_pe, inputs.cache, seqlens, inputs.block_table
+    latents = mla_decode(absorbed, *arguments, softmax_scale=inputs.softmax_scale)
+    out = torch.einsum("bihc,hvc->bihv", latents, inputs.w_uv)
+    torch.testing.assert_close(mla_decode(inputs.q_nope, *arguments, inputs.w_uk, inputs.w_uv), out)
+
+
+@pytest.mark.oldest
+def test_the_reference_has_the_same_arguments_and_result():
+    inputs = Inputs(Case(dtype=torch.float32, rotary_dim=8))
+    seqlens = torch.tensor(inputs.case.seqlens_k, dtype=torch.int32, device=DEVICE)
+    arguments = inputs.q_nope, inputs.q_pe, inputs.cache, seqlens, inputs.block_table, inputs.w_uk, inputs.w_uv
+    expected = reference.mla_decode(*arguments, return_lse=True, **inputs.rope)
+    for result, ref in zip(inputs.call(), expected):
+        assert (result.shape, result.dtype) == (ref.shape, ref.dtype)
+        torch.testing.assert_close(result, ref, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
+@pytest.mark.parametrize("num_splits", [1, 5])
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
+def test_a_key_is_loaded_once_for_the_heads_of_a_tile(num_splits, is_fp8, record_property):
+    """As key and as value at once, for 64 heads; the last tile is filled up with the last key."""
+    seqlens_k = (1577, 900)
+    config = MlaDecodeConfig(64, 64, 4, 1)
+    case = Case(
+        num_heads=128, seqlens_k=seqlens_k, num_splits=num_splits, is_fp8=is_fp8, kv_lora_rank=128, page_size=64
+    )
+    inputs = Inputs(case)
+    with using(config), guard() as accesses:
+        inputs.call()
+    seen = sum(seqlens_k) * inputs.cache.shape[2] * inputs.cache.element_size() * 2  # blocks of heads
+    loaded = cache_bytes(accesses)
+    record_property("figure", f"MLA decode, {num_splits} splits: {loaded} bytes loaded, {seen} seen")
+    assert seen <= loaded <= 1.05 * seen

@@ -1,0 +1,198 @@
+"""Multi-head latent attention as users call it: argument checks, then the kernels or the reference."""
+
+import torch
+
+from .._host.backend import should_check_values, use_kernel
+from .._host.checks import (
+    KERNEL_DTYPES,
+    MAX_HEAD_DIM,
+    check_last_contiguous,
+    check_number,
+    check_rope_tables,
+    check_tensor,
+    fail,
+    refuse_gradients,
+)
+from .._host.latent import latent_storage
+from ..combine.splits import check_num_splits
+from . import reference
+
+
+def mla_decode(
+    q_nope,
+    q_pe,
+    latent_cache,
+    cache_seqlens,
+    block_table,
+    w_uk=None,
+    w_uv=None,
+    *,
+    causal=True,
+    softmax_scale=None,
+    rope_cos=None,
+    rope_sin=None,
+    rope_interleaved=False,
+    num_splits=0,
+    return_lse=False,
+    check_values=None,
+):
+    """Attention of new queries over a paged cache of latent vectors: the absorbed form of MLA.
+
+        s[b, h, i, j] = softmax_scale * ((q_nope[b, i, h] @ w_uk[h]) . c[b, j] + rope(q_pe[b, i, h]) . r[b, j])
+        out[b, i, h] = w_uv[h] @ sum_j softmax_j(s[b, h, i, j]) c[b, j]
+        [c[b, j], r[b, j]] = latent_cache[block_table[b, j // page_size], j % page_size]
+
+    over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence stand at its end: query i at
+    position cache_seqlens[b] - seqlen_q + i. A key is read once for all heads of a tile. With w_uk, one kernel absorbs,
+    scales and rotates the queries; with w_uv, one merges the splits and projects them. Without both it is the contract
+    of FlashMLA: queries (..., kv_lora_rank) in, latent vectors (..., kv_lora_rank) out.
+
+    Args:
+        q_nope: (batch, seqlen_q, num_heads, qk_nope_head_dim), or (..., kv_lora_rank) without w_uk: already absorbed;
+            fp16, bf16 or fp32. Any strides, the last dimension contiguous. Dimensions are 1 to 512.
+        q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), q_nope's dtype.
+        latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of q_nope's dtype, or uint8 (num_pages,
+            page_size, bytes), the fp8 layout of `append_latent_cache`. Any strides, the last dimension contiguous.
+        cache_seqlens: (batch,) int32 on q_nope's device, keys of each sequence, new ones included. May be 0.
+        block_table: (batch, max_pages) int32 on q_nope's device: the pages of each sequence, in order. Entries past its
+            last page, and slots past its last key, are never read.
+        w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank), q_nope's dtype, or None; a view of kv_b_proj's weight.
+        w_uv: (num_heads, v_head_dim, kv_lora_rank), q_nope's dtype, or None.
+        causal: new tokens do not see later ones. Aligned to the bottom right.
+        softmax_scale: None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5, which only w_uk tells: without it a number
+            must be given. See `mla_softmax_scale` for models with YaRN.
+        rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both q_nope's dtype: rotate the first
+            rotary_dim dimensions of q_pe by the angles of their positions, in fp32. Needs w_uk. None: already rotated.
+        rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
+        num_splits: parts that the keys of a sequence are cut in, computed side by side and merged; 0 chooses by the
+            shapes. With one number the result for a sequence is bitwise the same whatever else is in the batch.
+        return_lse: also return the log-sum-exp of the scores, natural log.
+        check_values: read lengths and page numbers back and check them; None follows TRITON_ATTN_CHECK=1.
+
+    Returns:
+        out (batch, seqlen_q, num_heads, v_head_dim), or (..., kv_lora_rank) without w_uv, in q_nope's dtype, and with
+        return_lse also lse (batch, num_heads, seqlen_q) in fp32. A query that sees no key has out = 0, lse = -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was launched. With values checked also: a length beyond the
+            table, a page that is not in the cache, a position without an angle.
+        NotImplementedError: an argument requires a gradient.
+
+    Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
+    """
+    softmax_scale = _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, causal, softmax_scale)
+    batch = q_nope.shape[0]
+    check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), q_nope.device)
+    check_last_contiguous("cache_seqlens", cache_seqlens)
+    check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q_nope.device)
+    check_last_contiguous("block_table", block_table)
+    _check_rope(q_pe, w_uk, rope_cos, rope_sin, rope_interleaved)
+    check_num_splits(num_splits)
+    refuse_gradients(q_nope=q_nope, q_pe=q_pe, latent_cache=latent_cache, w_uk=w_uk, w_uv=w_uv)
+    if should_check_values(check_values):
+        _check_values(latent_cache, cache_seqlens, block_table, rope_cos)
+    if not use_kernel(q_nope):
+        return reference.mla_decode(
+            q_nope,
+            q_pe,
+            latent_cache,
+            cache_seqlens,
+            block_table,
+            w_uk,
+            w_uv,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
+            rope_interleaved=rope_interleaved,
+            return_lse=return_lse,
+        )
+    from .decode import launch_mla_decode  # the package imports where triton is not installed
+
+    *rows, latent_dim = q_nope.shape
+    if w_uk is not None:
+        latent_dim = w_uk.shape[2]
+    out = q_nope.new_empty((*rows, latent_dim if w_uv is None else w_uv.shape[1]))
+    lse = q_nope.new_empty((batch, rows[2], rows[1]), dtype=torch.float32) if return_lse else None
+    rope = rope_cos, rope_sin, rope_interleaved
+    launch_mla_decode(
+        q_nope,
+        q_pe,
+        latent_cache,
+        out,
+        lse,
+        cache_seqlens,
+        block_table,
+        w_uk,
+        w_uv,
+        rope,
+        softmax_scale,
+        causal,
+        num_splits,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, causal, softmax_scale):
+    """The scale."""
+    dtypes = KERNEL_DTYPES
+    if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
+        dtypes = (*KERNEL_DTYPES, torch.float64)
+    check_tensor("q_nope", q_nope, ("batch", "seqlen_q", "num_heads", "dim"), dtypes, None)
+    dtype, device = (q_nope.dtype,), q_nope.device
+    check_tensor("q_pe", q_pe, (*q_nope.shape[:3], "qk_rope_head_dim"), dtype, device)
+    num_heads, kv_lora_rank = q_nope.shape[2:]
+    if w_uk is not None:
+        check_tensor("w_uk", w_uk, (num_heads, q_nope.shape[3], "kv_lora_rank"), dtype, device)
+        kv_lora_rank = w_uk.shape[2]
+    if w_uv is not None:
+        check_tensor("w_uv", w_uv, (num_heads, "v_head_dim", kv_lora_rank), dtype, device)
+    is_fp8 = isinstance(latent_cache, torch.Tensor) and latent_cache.dtype == torch.uint8
+    for name, x in (("q_nope", q_nope), ("q_pe", q_pe), ("w_uk", w_uk), ("w_uv", w_uv)):
+        if x is None:
+            continue
+        check_last_contiguous(name, x)
+        for dim in (-2, -1) if name.startswith("w") else (-1,):
+            if not 1 <= x.shape[dim] <= MAX_HEAD_DIM:
+                fail(name, f"dimensions of 1 to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
+    width = kv_lora_rank + q_pe.shape[3]
+    if is_fp8:
+        _, width = latent_storage(kv_lora_rank, q_pe.shape[3], torch.float8_e4m3fn)
+    check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), (*dtype, torch.uint8), device)
+    check_last_contiguous("latent_cache", latent_cache)
+    if latent_cache.shape[1] == 0:
+        fail("latent_cache", "a page size of 1 or more", 0)
+    if is_fp8 and (latent_cache.data_ptr() % 4 or any(stride % 4 for stride in latent_cache.stride()[:2])):
+        fail("latent_cache", "rows at multiples of 4 bytes", f"strides {latent_cache.stride()}")
+    if not isinstance(causal, bool):
+        fail("causal", "a bool", type(causal).__name__, TypeError)
+    if softmax_scale is None:
+        if w_uk is None:
+            fail("softmax_scale", "a number, since without w_uk the width of queries and keys is not known", None)
+        return (q_nope.shape[3] + q_pe.shape[3]) ** -0.5
+    check_number("softmax_scale", softmax_scale)
+    return float(softmax_scale)
+
+
+def _check_rope(q_pe, w_uk, rope_cos, rope_sin, rope_interleaved):
+    if rope_cos is None and rope_sin is None:
+        return
+    if rope_cos is None or rope_sin is None:
+        fail("rope_cos, rope_sin", "both or none", "one of them", TypeError)
+    if w_uk is None:
+        fail("rope_cos", "None without w_uk: q_pe is rotated where q_nope is absorbed", "a tensor")
+    check_rope_tables("q_pe", q_pe, rope_cos, rope_sin, rope_interleaved)
+
+
+def _check_values(latent_cache, cache_seqlens, block_table, rope_cos):
+    """Read back: every length within the table, every page that is used in the cache, an angle for every position."""
+    num_pages, page_size = latent_cache.shape[:2]
+    capacity = page_size * block_table.shape[1]
+    for i, (seqlen, pages) in enumerate(zip(cache_seqlens.tolist(), block_table.tolist())):
+        if not 0 <= seqlen <= capacity:
+            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that there is room for", seqlen)
+        if rope_cos is not None and seqlen > rope_cos.shape[0]:
+            fail(f"cache_seqlens[{i}]", f"at most the {rope_cos.shape[0]} positions of rope_cos", seqlen)
+        for entry, page in enumerate(pages[: -(-seqlen // page_size)]):
+            if not 0 <= page < num_pages:
+                fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)

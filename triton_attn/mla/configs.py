@@ -1,0 +1,80 @@
+"""Tiles of decode over a latent cache: the default by look-up, the space that a sweep searches.
+
+Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing at 512 + 64, the widths of
+DeepSeek's models, on Triton 3.6.0 and 3.9.0. A tile of up to 16 rows reads latent vectors faster than memory gives
+them; of those for more rows the one with the most `lock` in perf/loop_model.py. On sm_100 the output of 64 rows alone
+fills the tensor memory: mma.sync takes 32.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class MlaDecodeConfig:
+    """One program takes block_m rows, heads of the queries of a sequence, and walks over keys block_n at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Configs of up to 16 rows and of more, per architecture; 16-bit inputs.
+_HALF = {
+    "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
+    "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 32, 4, 3)),
+    "sm_90": (MlaDecodeConfig(16, 64, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
+    "sm_100": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
+    "gfx942": (MlaDecodeConfig(16, 32, 4, 1), MlaDecodeConfig(32, 32, 4, 1)),
+}
+# An fp8 cache is decoded in registers, which mma.sync needs itself.
+_FLOAT8 = {
+    "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
+    "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
+    "sm_90": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
+    "sm_100": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
+    "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
+}
+_FLOAT = MlaDecodeConfig(16, 16, 4, 1)
+
+
+def default_decode_config(arch, dtype, num_rows, is_fp8=False):
+    """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
+
+    num_rows is seqlen_q * num_heads, dtype that of the queries, is_fp8 whether the cache is. "interpreter" gets tiles
+    that it is fast with.
+    """
+    if arch == "interpreter":
+        return MlaDecodeConfig(16 if num_rows <= 16 else 64, 64, 4, 1)
+    if dtype == torch.float32:
+        return _FLOAT
+    table = _FLOAT8 if is_fp8 else _HALF
+    return table[_known_arch(arch)][num_rows > 16]
+
+
+@functools.cache
+def _known_arch(arch):
+    """The architecture whose configs serve: its own, or one with the same instructions and no more memory."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int(arch.removeprefix("sm_"))
+    if number == 80:
+        return "sm_80"
+    return "sm_90" if 90 <= number < 100 else "sm_100" if 100 <= number < 120 else "sm_86"
+
+
+def has_wgmma(arch):
+    return arch.startswith("sm_") and 90 <= int(arch.removeprefix("sm_")) < 100
+
+
+def search_space(arch, dtype, num_rows, is_fp8=False):
+    """Configs for a sweep to compare, the default first."""
+    default = default_decode_config(arch, dtype, num_rows, is_fp8)
+    rows = (16,) if num_rows <= 16 else (16, 32, 64)
+    stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4)
+    candidates = itertools.starmap(MlaDecodeConfig, itertools.product(rows, (16, 32, 64), (4, 8), stages))
+    return list(dict.fromkeys([default, *candidates]))

@@ -1,0 +1,572 @@
+"""Kernels of decode over a latent cache, and their launcher: absorb the queries, attend, merge and project."""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .._host.checks import layout_of
+from .._host.device import arch_of, input_precision, launch_packed, num_processors
+from .._host.latent import SCALE_BLOCK, latent_parts
+from .._host.layout import vector_elements, without_dim
+from .._jit.heads import in_vectors
+from .._jit.masks import mask_scores, visible_range
+from .._jit.paging import decode_float8
+from .._jit.rope import load_rotated
+from .._jit.softmax import LN_2, softmax_finish, softmax_init, softmax_step
+from .._jit.tiles import load_piece, piece_0, piece_1, store_piece
+from ..combine.merge import launch_merge
+from ..combine.splits import choose_num_splits
+from .configs import default_decode_config, has_wgmma
+
+LOG2_E = math.log2(math.e)
+LENGTHS = ["seqlen_q", "num_tiles", "num_splits", "num_tokens"]  # a new length must not mean a new compilation
+
+
+@triton.constexpr_function
+def latent_piece_0(kv_lora_rank):
+    """First piece of a latent vector: one of 512 numbers is taken in halves, which is what keeps registers free."""
+    return min(piece_0(kv_lora_rank), 256)
+
+
+@triton.constexpr_function
+def latent_piece_1(kv_lora_rank):
+    """Second piece, or 0."""
+    return 256 if piece_0(kv_lora_rank) > 256 else piece_1(kv_lora_rank)
+
+
+@triton.constexpr_function
+def padded(size):
+    """A power of two that a product can take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@triton.jit
+def _load_latents(
+    ptrs,
+    offsets,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+    dtype,
+    KV_LORA_RANK: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+):
+    """A piece of the latent vectors at offsets; those of an fp8 row times their scales, in the given dtype."""
+    tile = load_piece(ptrs[0], offsets[0], 1, None, START, BLOCK, KV_LORA_RANK, WIDE_ROWS)
+    if FLOAT8 is None:
+        return tile
+    else:
+        BLOCKS: tl.constexpr = BLOCK // SCALE_BLOCK
+        scales = tl.load(ptrs[1] + offsets[1][:, None] + (START // SCALE_BLOCK + tl.arange(0, BLOCKS))[None, :])
+        values = decode_float8(tile, FLOAT8[0], FLOAT8[1]).to(tl.float32)
+        values = tl.reshape(values, (tile.shape[0], BLOCKS, SCALE_BLOCK)) * scales[:, :, None]
+        return tl.reshape(values, tile.shape).to(dtype)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _mla_decode_kernel(
+    q_ptr,
+    q_pe_ptr,
+    cache_ptrs,
+    out_ptr,
+    lse_ptr,
+    cache_seqlens_ptr,
+    block_table_ptr,
+    q_strides,
+    q_pe_strides,
+    page_strides,
+    out_strides,
+    lse_strides,
+    table_stride,
+    seqlen_q,
+    num_tiles,
+    num_splits,
+    scale_log2,
+    window,
+    NUM_HEADS: tl.constexpr,
+    KV_LORA_RANK: tl.constexpr,
+    ROPE_HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROW_STRIDES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    WIDE_PAGE: tl.constexpr,
+    CUT_CHAIN: tl.constexpr,
+    SIGN: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    VECTOR_CACHE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program computes a tile of rows of out and lse, over one split of the keys of a sequence.
+
+    A row is one head of one query. All heads share the latent vectors: a tile of them is loaded once, multiplied with
+    the queries as keys and with the weights of the softmax as values. Grid: num_tiles * batch * num_splits, so that
+    the tiles of a sequence, which read the same keys, run side by side.
+
+    cache_ptrs are latent vectors, their scales (None but in an fp8 cache) and rotary keys, page_strides and ROW_STRIDES
+    the strides of each. Strides are (batch, row, head) of q and q_pe, (split, batch, row, head) of out and lse. Scores
+    are multiplied with SIGN * scale_log2.
+    """
+    q_strides = in_vectors(q_strides, VECTOR)
+    q_pe_strides = in_vectors(q_pe_strides, VECTOR)
+    FIRST: tl.constexpr = latent_piece_0(KV_LORA_RANK)
+    SECOND: tl.constexpr = latent_piece_1(KV_LORA_RANK)
+    tile = tl.program_id(0) % num_tiles
+    sequence = tl.program_id(0) // num_tiles // num_splits
+    split = tl.program_id(0) // num_tiles % num_splits
+
+    seqlen_k = tl.load(cache_seqlens_ptr + sequence)
+    first_position = seqlen_k - seqlen_q
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_mask = rows < seqlen_q * NUM_HEADS
+    queries = rows // NUM_HEADS
+    heads = rows % NUM_HEADS
+    positions = queries + first_position
+    start_position = tile * BLOCK_M // NUM_HEADS + first_position
+    end_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, seqlen_q) + first_position
+    lo, _, full_hi, hi = visible_range(start_position, end_position, seqlen_k, 0, window, BLOCK_N, BLOCK_N)
+    share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), num_splits) * BLOCK_N
+    lo = tl.minimum(lo + split * share, hi)
+    hi = tl.minimum(lo + share, hi)
+
+    sequence = sequence.to(tl.int64)
+    q_rows = sequence * q_strides[0] + queries.to(tl.int64) * q_strides[1] + heads.to(tl.int64) * q_strides[2]
+    q_0 = load_piece(q_ptr, q_rows, 1, rows_mask, 0, FIRST, KV_LORA_RANK, True)
+    if SECOND > 0:
+        q_1 = load_piece(q_ptr, q_rows, 1, rows_mask, FIRST, SECOND, KV_LORA_RANK, True)
+    q_rows = sequence * q_pe_strides[0] + queries.to(tl.int64) * q_pe_strides[1] + heads.to(tl.int64) * q_pe_strides[2]
+    q_pe = load_piece(q_pe_ptr, q_rows, 1, rows_mask, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
+    if SIGN < 1:  # the online softmax takes a factor above 0
+        q_0 *= SIGN
+        q_pe *= SIGN
+        if SECOND > 0:
+            q_1 *= SIGN
+    block_table_ptr += sequence * table_stride
+    latents_page, scales_page, rope_page = page_strides
+    latents_page = latents_page // VECTOR_CACHE * VECTOR_CACHE
+    if FLOAT8 is None:  # one tensor, seen twice
+        cache_ptrs = cache_ptrs[0], None, cache_ptrs[0] + KV_LORA_RANK
+        rope_page = latents_page
+    elif VECTOR_CACHE > 1:
+        rope_page = rope_page // 8 * 8
+
+    m_i, l_i = softmax_init(None, heads, BLOCK_M)
+    acc_0 = tl.zeros([BLOCK_M, FIRST], tl.float32)
+    if SECOND > 0:
+        acc_1 = tl.zeros([BLOCK_M, SECOND], tl.float32)
+    for start_n in tl.range(lo, hi, BLOCK_N):
+        # Past the last key it is repeated: loads need no mask, scores have one.
+        keys = tl.minimum(start_n + tl.arange(0, BLOCK_N), hi - 1)
+        slots = keys % PAGE_SIZE
+        if ONE_PAGE:
+            pages = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)
+            ptrs = cache_ptrs[0] + pages * latents_page, cache_ptrs[1], cache_ptrs[2] + pages * rope_page
+            offsets = slots * ROW_STRIDES[0], slots, slots * ROW_STRIDES[2]
+            if FLOAT8 is not None:
+                ptrs = ptrs[0], cache_ptrs[1] + pages * scales_page, ptrs[2]
+                offsets = offsets[0], slots * ROW_STRIDES[1], offsets[2]
+        else:
+            pages = tl.load(block_table_ptr + keys // PAGE_SIZE).to(tl.int64)
+            ptrs = cache_ptrs
+            offsets = pages * latents_page + slots * ROW_STRIDES[0], slots, pages * rope_page + slots * ROW_STRIDES[2]
+            if FLOAT8 is not None:
+                offsets = offsets[0], pages * scales_page + slots * ROW_STRIDES[1], offsets[2]
+        WIDE_ROWS: tl.constexpr = WIDE_PAGE or not ONE_PAGE
+        k_0 = _load_latents(ptrs, offsets, 0, FIRST, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8, WIDE_ROWS)
+        if SECOND > 0:
+            k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8, WIDE_ROWS)
+        k_pe = load_piece(ptrs[2], offsets[2], 1, None, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, WIDE_ROWS)
+        k_pe = k_pe.to(q_pe.dtype)
+
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if CUT_CHAIN:
+            # Where wgmma's results feed each other the compiler lays all warps along rows: here both warpgroups would
+            # compute the same scores. An `if` that always runs, each in other words, hides one product from the next.
+            if start_n < hi:
+                s = tl.dot(q_0, k_0.T, s, input_precision=INPUT_PRECISION)
+            if SECOND > 0 and start_n >= lo:
+                s = tl.dot(q_1, k_1.T, s, input_precision=INPUT_PRECISION)
+            if start_n < full_hi:
+                s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
+            else:
+                s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
+                s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
+        else:
+            s = tl.dot(q_0, k_0.T, s, input_precision=INPUT_PRECISION)
+            if SECOND > 0:
+                s = tl.dot(q_1, k_1.T, s, input_precision=INPUT_PRECISION)
+            s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
+            if start_n >= full_hi:
+                s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
+        p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
+        p = p.to(k_0.dtype)
+        acc_0 = tl.dot(p, k_0, acc_0 * alpha[:, None], input_precision=INPUT_PRECISION)
+        if SECOND > 0:
+            acc_1 = tl.dot(p, k_1, acc_1 * alpha[:, None], input_precision=INPUT_PRECISION)
+
+    norm, lse = softmax_finish(m_i, l_i)
+    out_ptr += tl.cast(split, tl.int64) * out_strides[0] + sequence * out_strides[1]
+    out_rows = queries.to(tl.int64) * out_strides[2] + heads.to(tl.int64) * out_strides[3]
+    store_piece(out_ptr, out_rows, 1, rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK, True)
+    if SECOND > 0:
+        store_piece(out_ptr, out_rows, 1, rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK, True)
+    if lse_ptr is not None:
+        lse_ptr += tl.cast(split, tl.int64) * lse_strides[0] + sequence * lse_strides[1]
+        lse_rows = queries.to(tl.int64) * lse_strides[2] + heads.to(tl.int64) * lse_strides[3]
+        tl.store(lse_ptr + lse_rows, lse, mask=rows_mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _absorb_kernel(
+    q_nope_ptr,
+    q_pe_ptr,
+    w_uk_ptr,
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    cache_seqlens_ptr,
+    q_nope_strides,
+    q_pe_strides,
+    w_strides,
+    rope_strides,
+    seqlen_q,
+    num_tokens,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    NOPE_HEAD_DIM: tl.constexpr,
+    ROPE_HEAD_DIM: tl.constexpr,
+    KV_LORA_RANK: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program computes BLOCK_C columns of scale * [q_nope @ w_uk, rope(q_pe)] for BLOCK_T tokens and one head.
+
+    Grid: (heads, tiles of tokens, blocks of columns and one for the rotary part); a token is one query. q is
+    (tokens, heads, kv_lora_rank + qk_rope_head_dim), contiguous. Strides are (batch, row, head) of q_nope and q_pe,
+    (head, row) of w_uk, a position's of cos and sin.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens_mask = tokens < num_tokens
+    batch = (tokens // seqlen_q).to(tl.int64)
+    query = (tokens % seqlen_q).to(tl.int64)
+    q_rows = q_ptr + (tokens.to(tl.int64) * NUM_HEADS + head)[:, None] * (KV_LORA_RANK + ROPE_HEAD_DIM)
+    if tl.program_id(2) < tl.num_programs(2) - 1:
+        columns = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+        columns_mask = columns < KV_LORA_RANK
+        x_ptrs = (
+            q_nope_ptr + (batch * q_nope_strides[0] + query * q_nope_strides[1] + head * q_nope_strides[2])[:, None]
+        )
+        w_ptrs = w_uk_ptr + head * w_strides[0] + columns[None, :]
+        acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        for start in tl.range(0, NOPE_HEAD_DIM, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            inside = offs_k < NOPE_HEAD_DIM
+            x = tl.load(x_ptrs + offs_k[None, :], mask=tokens_mask[:, None] & inside[None, :], other=0.0)
+            mask = inside[:, None] & columns_mask[None, :]
+            w = tl.load(w_ptrs + offs_k[:, None] * w_strides[1], mask=mask, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        q = (acc * scale).to(q_ptr.dtype.element_ty)
+        tl.store(q_rows + columns[None, :], q, mask=tokens_mask[:, None] & columns_mask[None, :])
+    else:
+        offs_r = tl.arange(0, padded(ROPE_HEAD_DIM))
+        rope_mask = tokens_mask[:, None] & (offs_r < ROPE_HEAD_DIM)[None, :]
+        positions = None
+        if ROTARY_DIM > 0:
+            seqlens_k = tl.load(cache_seqlens_ptr + batch, mask=tokens_mask, other=0)
+            positions = tl.maximum(seqlens_k - seqlen_q + query, 0)
+        rows = q_pe_ptr + batch * q_pe_strides[0] + query * q_pe_strides[1] + head * q_pe_strides[2]
+        q_pe = load_rotated(
+            rows, offs_r, rope_mask, positions, tokens_mask, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED
+        )
+        tl.store(q_rows + KV_LORA_RANK + offs_r[None, :], (q_pe * scale).to(q_ptr.dtype.element_ty), mask=rope_mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _merge_project_kernel(
+    parts_ptr,
+    lses_ptr,
+    w_uv_ptr,
+    out_ptr,
+    lse_ptr,
+    w_strides,
+    seqlen_q,
+    num_tokens,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    KV_LORA_RANK: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program merges the splits of BLOCK_T tokens of one head and multiplies them with BLOCK_V rows of w_uv.
+
+    Grid: (heads, tiles of tokens, blocks of rows). parts (splits, tokens, heads, kv_lora_rank), lses (splits, tokens,
+    heads), out (tokens, heads, v_head_dim) and lse (batch, heads, seqlen_q) are contiguous; w_strides (head, row).
+    """
+    ROWS: tl.constexpr = max(16, BLOCK_T)  # of a product; fewer tokens are repeated
+    head = tl.program_id(0).to(tl.int64)
+    tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    tokens_mask = tokens < num_tokens
+    splits = tl.arange(0, BLOCK_P).to(tl.int64)
+    split_stride = tl.cast(num_tokens, tl.int64) * NUM_HEADS
+    rows = tokens * NUM_HEADS + head
+
+    m_i = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_T], tl.float32)
+    for first in range(0, num_splits, BLOCK_P):
+        lses, _ = _load_lses(lses_ptr, rows, tokens_mask, first + splits, num_splits, split_stride)
+        m_new = tl.maximum(m_i, tl.max(lses, 1))
+        m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
+        l_i = l_i * tl.math.exp2(m_i - m_sub) + tl.sum(tl.math.exp2(lses - m_sub[:, None]), 1)
+        m_i = m_new
+    norm, lse = softmax_finish(m_i, l_i)
+    m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+
+    values = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    w_ptrs = w_uv_ptr + head * w_strides[0] + values[:, None].to(tl.int64) * w_strides[1]
+    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    for start in tl.range(0, KV_LORA_RANK, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        inside = columns < KV_LORA_RANK
+        latents = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        for first in range(0, num_splits, BLOCK_P):
+            lses, offsets = _load_lses(lses_ptr, rows, tokens_mask, first + splits, num_splits, split_stride)
+            weights = tl.math.exp2(lses - m_i[:, None])
+            # A split in which a query sees no key is not read.
+            mask = (lses > float("-inf"))[:, :, None] & inside[None, None, :]
+            parts = tl.load(
+                parts_ptr + offsets[:, :, None] * KV_LORA_RANK + columns[None, None, :], mask=mask, other=0.0
+            )
+            latents += tl.sum(parts.to(tl.float32) * weights[:, :, None], 1)
+        latents = (latents * norm[:, None]).to(w_uv_ptr.dtype.element_ty)
+        if ROWS > BLOCK_T:
+            latents = tl.reshape(tl.broadcast_to(latents[None], (ROWS // BLOCK_T, BLOCK_T, BLOCK_C)), (ROWS, BLOCK_C))
+        mask = (values < V_HEAD_DIM)[:, None] & inside[None, :]
+        w = tl.load(w_ptrs + columns[None, :], mask=mask, other=0.0)
+        acc = tl.dot(latents, w.T, acc, input_precision=INPUT_PRECISION)
+
+    # Rows that only repeat a token are not stored.
+    repeats = tl.arange(0, ROWS)
+    rows = tl.program_id(1) * BLOCK_T + repeats.to(tl.int64)
+    rows_mask = (repeats < BLOCK_T) & (rows < num_tokens)
+    offsets = (rows * NUM_HEADS + head)[:, None] * V_HEAD_DIM + values[None, :]
+    mask = rows_mask[:, None] & (values < V_HEAD_DIM)[None, :]
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if lse_ptr is not None and tl.program_id(2) == 0:
+        offsets = (tokens // seqlen_q * NUM_HEADS + head) * seqlen_q + tokens % seqlen_q
+        tl.store(lse_ptr + offsets, lse, mask=tokens_mask)
+
+
+@triton.jit
+def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
+    """(log-sum-exp in log2 units (rows, splits), -inf where there is none, offsets of these)."""
+    offsets = rows[:, None] + splits[None, :] * split_stride
+    mask = rows_mask[:, None] & (splits < num_splits)[None, :]
+    return tl.load(lses_ptr + offsets, mask=mask, other=float("-inf")) / LN_2, offsets
+
+
+def launch_mla_decode(
+    q_nope,
+    q_pe,
+    latent_cache,
+    out,
+    lse,
+    cache_seqlens,
+    block_table,
+    w_uk,
+    w_uv,
+    rope,
+    softmax_scale,
+    causal,
+    num_splits=0,
+    config=None,
+):
+    """Launch the kernels of one call: absorption with w_uk, attention, and with w_uv or several splits the merge.
+
+    out is contiguous, lse (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None
+    for none; config an MlaDecodeConfig (None: the default). Nothing is read back.
+    """
+    batch, seqlen_q, num_heads, rope_dim = q_pe.shape
+    kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
+    num_tokens = batch * seqlen_q
+    if num_tokens == 0 or num_heads == 0:
+        return
+    arch, precision = arch_of(q_nope), input_precision(q_nope.dtype, arch_of(q_nope))
+    scale_log2 = softmax_scale * LOG2_E
+    if w_uk is not None:
+        q = _absorb(q_nope, q_pe, w_uk, cache_seqlens, rope, scale_log2, precision)
+        q_nope, q_pe, scale_log2 = q[..., :kv_lora_rank], q[..., kv_lora_rank:], 1.0
+    parts_of_cache = latent_parts(latent_cache, kv_lora_rank, rope_dim)
+    num_programs, num_splits, constants = _plan(
+        layout_of(q_nope, q_pe, *(x for x in parts_of_cache if x is not None)),
+        q_nope.dtype,
+        latent_cache.dtype,
+        latent_cache.data_ptr() % 16 == 0,
+        block_table.shape[1],
+        num_splits,
+        (scale_log2 > 0) - (scale_log2 < 0),
+        arch,
+        precision,
+        num_processors(q_nope.device),
+        config,
+    )
+    parts, lse_parts = out[None], None if lse is None else lse.mT[None]
+    if num_splits > 1 or w_uv is not None:
+        # The sum of one split is rounded before the projection in any case.
+        dtype = torch.float32 if num_splits > 1 else out.dtype
+        parts = out.new_empty((num_splits, batch, seqlen_q, num_heads, kv_lora_rank), dtype=dtype)
+        lse_parts = out.new_empty(parts.shape[:-1], dtype=torch.float32)
+    args = (
+        q_nope,
+        q_pe,
+        parts_of_cache,
+        parts,
+        lse_parts,
+        cache_seqlens,
+        block_table,
+        q_nope.stride()[:3],
+        q_pe.stride()[:3],
+        tuple(None if x is None else x.stride(0) for x in parts_of_cache),
+        parts.stride()[:4],
+        None if lse_parts is None else lse_parts.stride(),
+        block_table.stride(0),
+        seqlen_q,
+        num_programs // batch,
+        num_splits,
+        abs(scale_log2) or 1.0,
+        (None, 0 if causal else None),
+    )
+    launch_packed(_mla_decode_kernel, (num_programs * num_splits,), q_nope.device, args, constants)
+    if w_uv is not None:
+        _merge_project(parts, lse_parts, w_uv, out, lse, precision)
+    elif num_splits > 1:
+        launch_merge(parts, lse_parts, out, None if lse is None else lse.mT)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(layout, dtype, cache_dtype, cache_aligned, table_width, num_splits, sign, arch, precision, num_sms, config):
+    """(programs of a split, splits, constants of the kernel): what follows from layouts and options alone."""
+    (shape_q, strides_q), (shape_pe, strides_pe), *cache = layout
+    batch, seqlen_q, num_heads, kv_lora_rank = shape_q
+    shape, row_strides = cache[0][0], [strides[1] for _, strides in cache]
+    page_size = shape[1]
+    is_fp8 = cache_dtype == torch.uint8
+    # Latent vectors and rotary keys in vectors of 16 bytes: rows and pages that are multiples of it.
+    row_bytes = [strides[dim] * (1 if is_fp8 else dtype.itemsize) for strides in (cache[0][1],) for dim in (0, 1)]
+    rope_start = kv_lora_rank + kv_lora_rank // SCALE_BLOCK * 4 if is_fp8 else kv_lora_rank * dtype.itemsize
+    aligned = cache_aligned and all(n % 16 == 0 for n in (*row_bytes, rope_start))
+    tiles = config or default_decode_config(arch, dtype, seqlen_q * num_heads, is_fp8)
+    num_programs = batch * -(-seqlen_q * num_heads // tiles.block_m)
+    num_key_tiles = -(-table_width * page_size // tiles.block_n)
+    native = arch.startswith("sm_") and int(arch[3:]) >= 89
+    constants = dict(
+        NUM_HEADS=num_heads,
+        KV_LORA_RANK=kv_lora_rank,
+        ROPE_HEAD_DIM=shape_pe[3],
+        PAGE_SIZE=page_size,
+        ROW_STRIDES=tuple(row_strides) if is_fp8 else (row_strides[0], 0, row_strides[1]),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        ONE_PAGE=page_size % tiles.block_n == 0,
+        WIDE_PAGE=page_size * max(row_strides) >= 2**31,
+        CUT_CHAIN=has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4,
+        SIGN=sign,
+        FLOAT8=(3, native) if is_fp8 else None,
+        SCALE_BLOCK=SCALE_BLOCK,
+        VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
+        VECTOR_CACHE=16 // cache_dtype.itemsize if aligned else 1,
+        INPUT_PRECISION=precision,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_sms), constants
+
+
+def _absorb(q_nope, q_pe, w_uk, cache_seqlens, rope, scale, precision):
+    """scale * [q_nope @ w_uk, rope(q_pe)]: (batch, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim)."""
+    batch, seqlen_q, num_heads, nope_dim = q_nope.shape
+    kv_lora_rank, rope_dim = w_uk.shape[2], q_pe.shape[3]
+    cos, sin, interleaved = rope
+    num_tokens = batch * seqlen_q
+    q = q_nope.new_empty((batch, seqlen_q, num_heads, kv_lora_rank + rope_dim))
+    block_t = _block_of_tokens(num_tokens, at_least=16)
+    block_c = min(128, padded(kv_lora_rank))
+    args = (
+        q_nope,
+        q_pe,
+        w_uk,
+        q,
+        cos,
+        sin,
+        cache_seqlens,
+        without_dim(q_nope.stride()),
+        without_dim(q_pe.stride()),
+        w_uk.stride()[:2],
+        None if cos is None else (cos.stride(0), sin.stride(0)),
+        seqlen_q,
+        num_tokens,
+        scale,
+    )
+    constants = dict(
+        NUM_HEADS=num_heads,
+        NOPE_HEAD_DIM=nope_dim,
+        ROPE_HEAD_DIM=rope_dim,
+        KV_LORA_RANK=kv_lora_rank,
+        ROTARY_DIM=0 if cos is None else 2 * cos.shape[1],
+        INTERLEAVED=interleaved,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        BLOCK_K=min(64, padded(nope_dim)),
+        INPUT_PRECISION=precision,
+        num_warps=4,
+        num_stages=2,
+    )
+    grid = num_heads, -(-num_tokens // block_t), -(-kv_lora_rank // block_c) + 1
+    launch_packed(_absorb_kernel, grid, q.device, args, constants)
+    return q
+
+
+def _merge_project(parts, lse_parts, w_uv, out, lse, precision):
+    """out[t, h] = w_uv[h] @ (sum of the splits of token t and head h)."""
+    num_splits, batch, seqlen_q, num_heads, kv_lora_rank = parts.shape
+    v_head_dim = w_uv.shape[1]
+    num_tokens = batch * seqlen_q
+    block_t = _block_of_tokens(num_tokens, at_least=1)
+    wide = w_uv.element_size() == 2  # products of fp32 take their operands to registers
+    block_v, block_c = min(128 if wide else 64, padded(v_head_dim)), min(64 if wide else 32, padded(kv_lora_rank))
+    # A tile of 8192 numbers that are on their way together.
+    block_p = min(1 << (num_splits - 1).bit_length(), max(1, 8192 // (block_t * block_c)))
+    args = parts, lse_parts, w_uv, out, lse, w_uv.stride()[:2], seqlen_q, num_tokens, num_splits
+    constants = dict(
+        NUM_HEADS=num_heads,
+        KV_LORA_RANK=kv_lora_rank,
+        V_HEAD_DIM=v_head_dim,
+        BLOCK_T=block_t,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        BLOCK_V=block_v,
+        INPUT_PRECISION=precision,
+        num_warps=4,
+        num_stages=2,
+    )
+    grid = num_heads, -(-num_tokens // block_t), -(-v_head_dim // block_v)
+    launch_packed(_merge_project_kernel, grid, out.device, args, constants)
+
+
+def _block_of_tokens(num_tokens, at_least):
+    return min(64, max(at_least, 1 << (num_tokens - 1).bit_length()))
