@@ -56,7 +56,7 @@ _WGMMA_ELEMENT_BYTES = {8: 4, 16: 2, 32: 1}  # by K: tf32, fp16 and bf16, fp8
 
 @dataclass(frozen=True)
 class LoopModel:
-    """A loop with matrix instructions and what a trip of it costs; conditional instructions count as not executed."""
+    """A loop with matrix instructions and what its main trip costs, see `sass.Loop`."""
 
     loop: sass.Loop
     rates: Rates | None

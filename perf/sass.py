@@ -45,7 +45,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost natural loop: the instructions every trip executes, and those only some trips do."""
+    """An innermost natural loop: the instructions of a trip with the most products, and those of other trips."""
 
     always: tuple[Instruction, ...]
     conditional: tuple[Instruction, ...]
@@ -103,24 +103,49 @@ def find_mma_loops(instructions, labels):
     """The innermost loops that hold matrix instructions, in program order."""
     blocks, successors = _control_flow(instructions, labels)
     dominators = _dominators(successors)
+    products = [sum(instructions[i].opcode in MMA_OPCODES for i in block) for block in blocks]
     bodies = {
         header: (body, latches)
         for header, (body, latches) in _natural_loops(successors, dominators).items()
-        if any(instructions[i].opcode in MMA_OPCODES for b in body for i in blocks[b])
+        if any(products[b] for b in body)
     }
     loops = []
     for header, (body, latches) in sorted(bodies.items()):
         if any(other != header and inner < body for other, (inner, _) in bodies.items()):
             continue  # not innermost
-        certain = set.intersection(*(dominators[latch] for latch in latches)) & body
+        forward = {b: (successors[b] & body) - dominators[b] for b in body}
+        path = _main_path(header, latches, forward, products, [len(block) for block in blocks])
         always, conditional = (
-            tuple(instructions[i] for b in sorted(part) for i in blocks[b]) for part in (certain, body - certain)
+            tuple(instructions[i] for b in sorted(part) for i in blocks[b]) for part in (path, body - path)
         )
-        if not any(i.opcode in MMA_OPCODES for i in always):
-            # tcgen05: one elected thread issues the products, behind a branch that every trip reaches.
-            always, conditional = tuple(sorted(always + conditional, key=lambda i: i.address)), ()
         loops.append(Loop(always, conditional))
     return loops
+
+
+def _main_path(header, latches, successors, products, sizes):
+    """The blocks of a trip with the most products and, of these, the fewest instructions, from header to a latch."""
+    best = {}  # block -> ((products, -instructions) from there on, next block)
+    stack, entered = [header], set()
+    while stack:
+        block = stack[-1]
+        entered.add(block)
+        if missing := successors[block] - entered:
+            stack += missing
+            continue
+        stack.pop()
+        ways = [(best[b][0], b) for b in successors[block] if best.get(b) is not None]
+        if block in latches:
+            ways.append(((0, 0), None))
+        if ways:
+            (more_products, fewer), following = max(ways, key=lambda way: way[0])
+            best[block] = (products[block] + more_products, fewer - sizes[block]), following
+        else:
+            best[block] = None  # leads out of the loop
+    path, block = set(), header
+    while block is not None:
+        path.add(block)
+        block = best[block][1]
+    return path
 
 
 def _run(tool, *args):

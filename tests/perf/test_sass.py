@@ -75,6 +75,28 @@ def test_products_that_one_elected_thread_issues_belong_to_the_loop():
     assert [i.opcode for i in loop.always] == ["FADD", "BRA", "UTCHMMA", "BRA"]
 
 
+def test_of_two_ways_a_trip_takes_the_one_with_more_products_then_the_shorter():
+    """As where each product lies in an `if`, and the last has a masked and a plain form."""
+    (loop,) = loops_of("""
+    .L_x_1:
+        FADD R1, R1, R2
+        @P1 BRA `(.L_x_2)
+        HGMMA.64x32x16.F32 R24, R88, gdesc[UR8], R24
+    .L_x_2:
+        @P2 BRA `(.L_x_3)
+        HGMMA.64x64x16.F32 R24, R88, gdesc[UR8], R24
+        FSEL R24, R24, R25, P3
+        BRA `(.L_x_4)
+    .L_x_3:
+        HGMMA.64x64x16.F32 R24, R88, gdesc[UR8], R24
+    .L_x_4:
+        @P0 BRA `(.L_x_1)
+        EXIT
+    """)
+    assert [i.mnemonic[:12] for i in loop.always] == ["FADD", "BRA", "HGMMA.64x32x", "BRA", "HGMMA.64x64x", "BRA"]
+    assert [i.opcode for i in loop.conditional] == ["HGMMA", "FSEL", "BRA"]
+
+
 def test_code_that_only_a_jump_table_reaches_is_searched_too():
     (loop,) = loops_of("""
         BRX R2 -0x100
