@@ -29,6 +29,7 @@ _HALF = {
     "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 32, 4, 3)),
     "sm_90": (MlaDecodeConfig(16, 64, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
     "sm_100": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
+    "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 32, 4, 1), MlaDecodeConfig(32, 32, 4, 1)),
 }
 # An fp8 cache is decoded in registers, which mma.sync needs itself.
@@ -37,6 +38,7 @@ _FLOAT8 = {
     "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "sm_90": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
     "sm_100": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
+    "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
@@ -62,9 +64,8 @@ def _known_arch(arch):
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm_"))
-    if number == 80:
-        return "sm_80"
-    return "sm_90" if 90 <= number < 100 else "sm_100" if 100 <= number < 120 else "sm_86"
+    lowest = max(n for n in (80, 81, 90, 100, 120) if n <= number)
+    return f"sm_{86 if lowest == 81 else lowest}"
 
 
 def has_wgmma(arch):

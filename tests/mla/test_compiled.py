@@ -1,0 +1,97 @@
+"""What MLA compiles to at its defaults: resources, instructions, and how fast the loop can run.
+
+`lock` and `bound` are TFLOP/s of perf/loop_model.py, useful products only. `TB/s` are the bytes of the cache that the
+loop takes in a second in that model, which knows no memory: above what memory gives, a decode step waits for memory.
+"""
+
+import pytest
+import torch
+
+from perf import loop_model
+from perf.gpus import RATES
+from triton_attn import mla_decode
+from triton_attn.testing import compile_only, shared_memory_limit
+
+pytestmark = pytest.mark.compiled
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+BATCH, MAX_PAGES, NOPE, ROPE, RANK, VALUE = 4, 16, 128, 64, 512, 128  # DeepSeek-V3
+VARIANTS = {
+    "bf16": {},
+    "fp16": {"dtype": torch.float16},
+    "fp8": {"is_fp8": True},
+    "pages of 16": {"page_size": 16},
+    "pages of 1": {"page_size": 1},
+    "fp8, pages of 1": {"page_size": 1, "is_fp8": True},
+    "draft": {"seqlen_q": 4},
+    "fp32": {"dtype": torch.float32},
+}
+
+
+def compile_decode(arch, num_heads, *, dtype=torch.bfloat16, is_fp8=False, page_size=64, seqlen_q=1, num_splits=4):
+    """The launches of a call with weights: absorption, attention, merge and projection."""
+    q_nope = torch.empty(BATCH, seqlen_q, num_heads, NOPE, dtype=dtype)
+    q_pe = torch.empty(BATCH, seqlen_q, num_heads, ROPE, dtype=dtype)
+    cache = torch.empty(BATCH * MAX_PAGES, page_size, 656 if is_fp8 else RANK + ROPE, dtype=dtype)
+    cache = cache.to(torch.uint8) if is_fp8 else cache
+    block_table = torch.empty(BATCH, MAX_PAGES, dtype=torch.int32)
+    weight = torch.empty(num_heads, NOPE + VALUE, RANK, dtype=dtype)
+    w_uk, w_uv = weight.split([NOPE, VALUE], dim=1)
+    with compile_only(arch) as launches:
+        mla_decode(q_nope, q_pe, cache, block_table[:, 0].contiguous(), block_table, w_uk, w_uv, num_splits=num_splits)
+    return launches
+
+
+SLICE = {(arch, num_heads, "bf16") for arch in ARCHS for num_heads in (16, 128)}
+SLICE |= {("sm_90", num_heads, variant) for num_heads in (16, 128) for variant in VARIANTS}
+SLICE |= {("sm_80", 128, "fp8"), ("sm_100", 128, "fp8"), ("gfx942", 128, "fp8"), ("gfx942", 16, "fp32")}
+
+
+def marks(*case):
+    return (() if case in SLICE else (pytest.mark.full,)) + ((pytest.mark.oldest,) if case in SLICE else ())
+
+
+@pytest.mark.parametrize(
+    ("arch", "num_heads", "variant"),
+    [pytest.param(a, h, v, marks=marks(a, h, v)) for a in ARCHS for h in (16, 128) for v in VARIANTS],
+)
+def test_decode(arch, num_heads, variant, record_property):
+    absorb, decode, project = compile_decode(arch, num_heads, **VARIANTS[variant])
+    assert [x.name for x in (absorb, decode, project)] == [
+        "_absorb_kernel",
+        "_mla_decode_kernel",
+        "_merge_project_kernel",
+    ]
+    for launch in (absorb, decode, project):
+        assert launch.shared_bytes <= shared_memory_limit(arch)
+        assert launch.spill_bytes == 0
+        if arch == "gfx942" and variant != "fp32":
+            assert launch.uses_mfma
+    constants, report = decode.constexprs, loop_model.analyze(decode.kernel)
+    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{decode.num_warps} s{decode.num_stages}"
+    figure = f"mla decode {arch:7} {num_heads:3} heads {variant:15} {tile:13} {decode.registers:4} registers "
+    figure += f"{decode.shared_bytes:7} B shared"
+    if arch in RATES and report.lock:
+        row_bytes = 656 if constants["FLOAT8"] else 2 * (RANK + ROPE)
+        bytes_per_flop = row_bytes / (2 * constants["BLOCK_M"] * (2 * RANK + ROPE))
+        figure += f"  lock {report.lock:.0f} bound {report.bound:.0f} TFLOP/s"
+        figure += f"  {report.lock * bytes_per_flop:.2f} TB/s of {RATES[arch].memory_gbps / 1000:.2f}"
+        assert report.hot.spills == 0
+        if num_heads == 16 and variant in ("bf16", "fp16") and arch in ("sm_80", "sm_90"):
+            assert report.lock * bytes_per_flop >= RATES[arch].memory_gbps / 1000
+    record_property("figure", figure)
+    if arch != "gfx942" and variant != "fp32":
+        assert decode.uses_cp_async
+    if (arch, variant) in (("sm_90", "bf16"), ("sm_90", "fp16"), ("sm_90", "fp8")) and num_heads == 128:
+        assert decode.uses_wgmma
+        assert report.hot.useful == 1  # no warpgroup repeats the other's scores
+        assert report.lock >= (350 if variant == "fp8" else 490)
+
+
+def test_a_new_length_is_no_new_compilation():
+    """But for powers of two between lengths: a tile of the last kernel holds that many tokens and splits."""
+    first, second = (
+        compile_decode("sm_90", 128, seqlen_q=seqlen_q, num_splits=num_splits)
+        for seqlen_q, num_splits in ((3, 3), (4, 4))
+    )
+    assert [x.kernel.hash for x in first] == [x.kernel.hash for x in second]
