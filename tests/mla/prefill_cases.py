@@ -60,10 +60,13 @@ def cases(draw, mode, dtype):
     else:
         seqlens_q, seqlens_k = ((draw(lengths),) * batch for lengths in (lengths_q, lengths_k))
     nope, v, num_heads = (draw(st.sampled_from(x)) for x in ([32, 16, 1, 71, 128], [32, 16, 1, 71, 128], [1, 2, 3, 5]))
-    # From no head to all of them in a chunk, and then parts of the keys of one.
-    per_head = sum(seqlens_k) * (nope + v) * dtype.itemsize
-    sums = sum(seqlens_q) * (v + num_heads) * 4 + 128 * (nope + v) * dtype.itemsize
+    spare_rows = draw(st.sampled_from([0, 5])) if packed else 0
+    # All heads in a chunk, or one or two, or parts of the keys of one.
+    rows_q, rows_k = sum(seqlens_q) + spare_rows, sum(seqlens_k) + spare_rows
+    per_head = rows_k * (nope + v) * dtype.itemsize
+    sums = rows_q * (v + num_heads) * 4 + 128 * (nope + v) * dtype.itemsize
     bounds = [2**28, per_head, 2 * per_head, sums, sums + per_head // 3]
+    bounds = [max(bound, min(per_head, sums)) for bound in bounds]
     return Case(
         mode=mode,
         dtype=dtype,
@@ -80,7 +83,7 @@ def cases(draw, mode, dtype):
         max_workspace_bytes=draw(st.sampled_from(bounds)) if mode == "materialized" else 2**28,
         q_layout=draw(st.sampled_from(list(LAYOUTS))),
         one_projection=draw(st.booleans()),
-        spare_rows=draw(st.sampled_from([0, 5])) if packed else 0,
+        spare_rows=spare_rows,
         config=config,
         seed=draw(st.integers(0, 2**16)),
     )

@@ -177,7 +177,9 @@ def _mla_absorbed_kernel(
     if JOINED:  # one tensor, seen twice
         cache_ptrs = cache_ptrs[0], None, cache_ptrs[0] + KV_LORA_RANK
         rope_page = latents_page
-    elif VECTOR_CACHE > 1:
+    elif FLOAT8 is None:
+        rope_page = rope_page // VECTOR_CACHE * VECTOR_CACHE
+    elif VECTOR_CACHE > 1:  # bytes, and bf16
         rope_page = rope_page // 8 * 8
     if block_table_ptr is None:
         latents_row = sequence * latents_page + tl.cast(first_k, tl.int64) * ROW_STRIDES[0]
