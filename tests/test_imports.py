@@ -25,6 +25,8 @@ ALLOWED = {
     "interop": {""},  # the public names alone
     "": {*FAMILIES, "reference"},
     **{family: {"_jit", "_host", "combine"} for family in FAMILIES},
+    # Where keys and values of the heads are made once more, the backward pass is that of flash attention.
+    "mla": {"_jit", "_host", "combine", "flash"},
 }
 
 

@@ -13,7 +13,7 @@ from .cache import (
 )
 from .combine import merge_attention
 from .flash import flash_attention, flash_attention_varlen
-from .mla import mla_decode, mla_softmax_scale
+from .mla import mla_decode, mla_prefill, mla_softmax_scale
 from .paged import paged_attention
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "kv_cache_bytes_per_token",
     "merge_attention",
     "mla_decode",
+    "mla_prefill",
     "mla_softmax_scale",
     "paged_attention",
     "reference",

@@ -3,7 +3,7 @@
 from .cache.reference import append_kv_cache, append_latent_cache, copy_kv_pages
 from .combine.reference import merge_attention
 from .flash.reference import dropout_mask, flash_attention, flash_attention_varlen
-from .mla.reference import mla_decode
+from .mla.reference import mla_decode, mla_prefill
 from .paged.reference import paged_attention
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "flash_attention_varlen",
     "merge_attention",
     "mla_decode",
+    "mla_prefill",
     "paged_attention",
 ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from triton_attn import append_latent_cache, mla_decode
 from triton_attn._host.definition import attend, rotate
 from triton_attn._host.latent import latent_storage, read_latent_cache
-from triton_attn.mla import decode
+from triton_attn.mla import absorbed
 from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
 
@@ -209,10 +209,10 @@ def using(config):
     if not INTERPRETED:
         yield
         return
-    with mock.patch.object(decode, "default_decode_config", return_value=config):
-        decode._plan.cache_clear()
+    with mock.patch.object(absorbed, "default_decode_config", return_value=config):
+        absorbed._plan.cache_clear()
         yield
-    decode._plan.cache_clear()
+    absorbed._plan.cache_clear()
 
 
 def check(case):

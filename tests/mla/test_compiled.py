@@ -59,7 +59,7 @@ def test_decode(arch, num_heads, variant, record_property):
     absorb, decode, project = compile_decode(arch, num_heads, **VARIANTS[variant])
     assert [x.name for x in (absorb, decode, project)] == [
         "_absorb_kernel",
-        "_mla_decode_kernel",
+        "_mla_absorbed_kernel",
         "_merge_project_kernel",
     ]
     for launch in (absorb, decode, project):

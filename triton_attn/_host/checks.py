@@ -8,6 +8,7 @@ import torch
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # what caches may hold besides
 MAX_HEAD_DIM = 512
+MAX_HEAD_DIM_BACKWARD = 256
 
 
 def fail(name, expected, got, error=ValueError):

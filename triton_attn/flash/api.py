@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
+    MAX_HEAD_DIM_BACKWARD,
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_kernel_dtype,
@@ -20,8 +21,6 @@ from .._host.checks import (
 )
 from .._host.options import attention_options, dropout_arguments, with_tensors
 from . import reference
-
-MAX_HEAD_DIM_BACKWARD = 256
 
 
 def flash_attention(

@@ -1,4 +1,4 @@
-from .api import mla_decode
+from .api import mla_decode, mla_prefill
 from .scale import mla_softmax_scale
 
-__all__ = ["mla_decode", "mla_softmax_scale"]
+__all__ = ["mla_decode", "mla_prefill", "mla_softmax_scale"]

@@ -6,7 +6,11 @@ from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
+    MAX_HEAD_DIM_BACKWARD,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
     check_last_contiguous,
+    check_length,
     check_number,
     check_rope_tables,
     check_tensor,
@@ -16,6 +20,7 @@ from .._host.checks import (
 from .._host.latent import latent_storage
 from ..combine.splits import check_num_splits
 from . import reference
+from .schedule import MODES, ProblemSizes, choose_schedule
 
 
 def mla_decode(
@@ -107,7 +112,7 @@ def mla_decode(
             rope_interleaved=rope_interleaved,
             return_lse=return_lse,
         )
-    from .decode import launch_mla_decode  # the package imports where triton is not installed
+    from .absorbed import launch_mla_decode  # the package imports where triton is not installed
 
     *rows, latent_dim = q_nope.shape
     if w_uk is not None:
@@ -131,6 +136,162 @@ def mla_decode(
         num_splits,
     )
     return (out, lse) if return_lse else out
+
+
+def mla_prefill(
+    q_nope,
+    q_pe,
+    kv_latent,
+    k_pe,
+    w_uk,
+    w_uv,
+    *,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    causal=True,
+    softmax_scale=None,
+    mode="auto",
+    max_workspace_bytes=2**28,
+    return_lse=False,
+    check_values=None,
+):
+    """Attention over latent vectors for many queries: prefill, chunks of it, and training, in three schedules.
+
+        k[b, j, h] = [w_uk[h] @ kv_latent[b, j], k_pe[b, j]]        v[b, j, h] = w_uv[h] @ kv_latent[b, j]
+        out[b, i, h] = sum_j softmax_j(softmax_scale * [q_nope, q_pe][b, i, h] . k[b, j, h]) v[b, j, h]
+
+    - "materialized": keys and values of a chunk of heads are made by a matrix product and then attended. Where those of
+      one head exceed max_workspace_bytes its keys are cut too, and parts merged by their log-sum-exp.
+    - "fused": tiles of keys and values are made of tiles of latent vectors inside of the attention kernel, once for
+      every 128 queries; no key or value is ever in memory.
+    - "absorbed": w_uk is applied to queries and w_uv to outputs, as in `mla_decode`; a chunk of heads at a time.
+    - "auto": the least cost, in FLOP per head, where moving a byte costs as much as 300 FLOP; rank is kv_lora_rank,
+      e the bytes of a number, nope, rope and v the dimensions, pairs those of a query and a key that it sees:
+
+        materialized  2 (nope + rope + v) pairs  + (2 rank (nope + v) + 2 (nope + v) 300 e) keys
+        fused         2 (nope + rope + v) pairs  + 2 rank (nope + v) pairs / 128
+        absorbed      2 (2 rank + rope) pairs    + (2 rank (nope + v) + (4 rank + 2 rope) 300 e) queries
+
+      For a batch of several lengths the mean number of keys stands for each. "absorbed" is out where a gradient is
+      wanted, and where a chunk of one head would not fit; so is "materialized".
+
+    Args:
+        q_nope: (batch, seqlen_q, num_heads, qk_nope_head_dim), or (total_q, ...) with cu_seqlens_q; fp16, bf16 or fp32.
+            Any strides, the last dimension contiguous, as of all tensors. Dimensions are 1 to 512.
+        q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), rotated; q_nope's dtype, as all tensors.
+        kv_latent: (batch, seqlen_k, kv_lora_rank), after its norm. k_pe: (batch, seqlen_k, qk_rope_head_dim), rotated.
+        w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank). w_uv: (num_heads, v_head_dim, kv_lora_rank). Views of
+            kv_b_proj's weight will do.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, of packed sequences: sequence b has the rows
+            [cu_seqlens[b], cu_seqlens[b + 1]).
+        max_seqlen_q, max_seqlen_k: the longest of them, ints, needed with cu_seqlens.
+        causal: aligned to the bottom right: query i sees key j if j <= i + seqlen_k - seqlen_q.
+        softmax_scale: None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. See `mla_softmax_scale`.
+        mode: one of the above.
+        max_workspace_bytes: the most memory that "materialized" and "absorbed" take besides inputs and outputs, and
+            the backward pass for keys, values and their gradients.
+        return_lse: also return the log-sum-exp of the scores, natural log; it has a gradient too.
+        check_values: read cu_seqlens back and check them; None follows TRITON_ATTN_CHECK=1.
+
+    Returns:
+        out (batch, seqlen_q, num_heads, v_head_dim) or (total_q, ...), and with return_lse also lse (batch, num_heads,
+        seqlen_q) or (num_heads, total_q) in fp32. A query that sees no key has out = 0, lse = -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or max_workspace_bytes too little; nothing was launched.
+        NotImplementedError: a gradient is wanted through "absorbed", or of a head dimension (nope + rope, v) above 256.
+
+    Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
+    """
+    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    lengths = _check_prefill(tensors, lengths, causal, mode, max_workspace_bytes, check_values)
+    if softmax_scale is None:
+        softmax_scale = (q_nope.shape[-1] + q_pe.shape[-1]) ** -0.5
+    check_number("softmax_scale", softmax_scale)
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if wants_grad:
+        _check_differentiable(q_nope, q_pe, w_uv)
+    sizes = ProblemSizes.of(*tensors, *lengths, causal)
+    schedule = choose_schedule(sizes, mode, max_workspace_bytes, wants_grad)
+    if not use_kernel(q_nope):
+        return reference.mla_prefill(
+            *tensors,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            mode=schedule.mode,
+            return_lse=return_lse,
+        )
+    from .autograd import prefill  # the package imports where triton is not installed
+
+    out, lse = prefill(*tensors, lengths, float(softmax_scale), causal, schedule, max_workspace_bytes, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _check_differentiable(q_nope, q_pe, w_uv):
+    """Raised at the call, not in the backward pass, where its cause would be far away."""
+    head_dim = max(q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1])
+    if head_dim > MAX_HEAD_DIM_BACKWARD:
+        raise NotImplementedError(
+            f"gradients are served for head dimensions to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}; use torch.no_grad"
+        )
+
+
+def _check_prefill(tensors, lengths, causal, mode, max_workspace_bytes, check_values):
+    """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the longest of a dense batch filled in."""
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+    dtypes = KERNEL_DTYPES
+    if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
+        dtypes = (*KERNEL_DTYPES, torch.float64)
+    packed = cu_seqlens_q is not None
+    if packed != (cu_seqlens_k is not None):
+        fail("cu_seqlens_q, cu_seqlens_k", "both or none", "one of them", TypeError)
+    outer_q, outer_k = (("total_q",), ("total_k",)) if packed else (("batch", "seqlen_q"), ("batch", "seqlen_k"))
+    check_tensor("q_nope", q_nope, (*outer_q, "num_heads", "qk_nope_head_dim"), dtypes, None)
+    dtype, device = (q_nope.dtype,), q_nope.device
+    if not packed:
+        outer_k = (q_nope.shape[0], "seqlen_k")
+    *rows_q, num_heads, nope_dim = q_nope.shape
+    check_tensor("q_pe", q_pe, (*rows_q, num_heads, "qk_rope_head_dim"), dtype, device)
+    check_tensor("kv_latent", kv_latent, (*outer_k, "kv_lora_rank"), dtype, device)
+    *rows_k, kv_lora_rank = kv_latent.shape
+    check_tensor("k_pe", k_pe, (*rows_k, q_pe.shape[-1]), dtype, device)
+    check_tensor("w_uk", w_uk, (num_heads, nope_dim, kv_lora_rank), dtype, device)
+    check_tensor("w_uv", w_uv, (num_heads, "v_head_dim", kv_lora_rank), dtype, device)
+    names = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv"
+    for name, x in zip(names, tensors):
+        check_last_contiguous(name, x)
+        if not all(1 <= size <= MAX_HEAD_DIM for size in x.shape[1 if name.startswith("w") else -1 :]):
+            fail(name, f"dimensions of 1 to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
+    if not isinstance(causal, bool):
+        fail("causal", "a bool", type(causal).__name__, TypeError)
+    if mode not in ("auto", *MODES):
+        fail("mode", f"auto, {', '.join(MODES)}", repr(mode))
+    if isinstance(max_workspace_bytes, bool) or not isinstance(max_workspace_bytes, int):
+        fail("max_workspace_bytes", "an int", type(max_workspace_bytes).__name__, TypeError)
+    if not packed:
+        for name, given, size in (("max_seqlen_q", max_seqlen_q, rows_q[1]), ("max_seqlen_k", max_seqlen_k, rows_k[1])):
+            if given not in (None, size):
+                fail(name, f"{size} without cu_seqlens, or None", given)
+        return None, None, rows_q[1], rows_k[1]
+    for name, cu_seqlens, longest, total in (
+        ("q", cu_seqlens_q, max_seqlen_q, rows_q[0]),
+        ("k", cu_seqlens_k, max_seqlen_k, rows_k[0]),
+    ):
+        check_cu_seqlens(f"cu_seqlens_{name}", cu_seqlens, device)
+        if longest is None:
+            fail(f"max_seqlen_{name}", "an int, needed with cu_seqlens", None, TypeError)
+        check_length(f"max_seqlen_{name}", longest)
+        if should_check_values(check_values):
+            check_cu_seqlens_values(f"cu_seqlens_{name}", cu_seqlens, total, longest)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", f"shape {tuple(cu_seqlens_k.shape)}")
+    return lengths
 
 
 def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, causal, softmax_scale):

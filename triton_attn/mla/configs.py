@@ -68,6 +68,27 @@ def _known_arch(arch):
     return f"sm_{86 if lowest == 81 else lowest}"
 
 
+@dataclass(frozen=True)
+class MlaPrefillConfig:
+    """One program takes block_m queries of a head and walks over keys block_n at a time; where it makes keys of latent
+    vectors, it takes block_c numbers of these at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_c: int = 64
+
+
+def default_prefill_config(arch, dtype, fused):
+    """The config of a prefill over keys and values, by look-up."""
+    if arch == "interpreter":
+        return MlaPrefillConfig(64, 64, 4, 1)
+    if dtype == torch.float32:
+        return MlaPrefillConfig(32, 16, 8, 1, 16)
+    return MlaPrefillConfig(128, 64, 8, 2)
+
+
 def has_wgmma(arch):
     return arch.startswith("sm_") and 90 <= int(arch.removeprefix("sm_")) < 100
 

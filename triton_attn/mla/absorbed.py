@@ -1,4 +1,7 @@
-"""Kernels of decode over a latent cache, and their launcher: absorb the queries, attend, merge and project."""
+"""Kernels of the absorbed form, and their launchers: absorb the queries, attend, merge and project.
+
+Decode reads latent vectors from pages, prefill from rows of a tensor; all else is the same.
+"""
 
 import functools
 import math
@@ -11,7 +14,7 @@ from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import vector_elements, without_dim
-from .._jit.heads import in_vectors
+from .._jit.heads import in_vectors, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
 from .._jit.paging import decode_float8
 from .._jit.rope import load_rotated
@@ -22,7 +25,13 @@ from ..combine.splits import choose_num_splits
 from .configs import default_decode_config, has_wgmma
 
 LOG2_E = math.log2(math.e)
-LENGTHS = ["seqlen_q", "num_tiles", "num_splits", "num_tokens"]  # a new length must not mean a new compilation
+LENGTHS = [
+    "seqlen_q",
+    "seqlen_k",
+    "num_tiles",
+    "num_splits",
+    "num_tokens",
+]  # a new length must not mean a new compilation
 
 
 @triton.constexpr_function
@@ -68,7 +77,7 @@ def _load_latents(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _mla_decode_kernel(
+def _mla_absorbed_kernel(
     q_ptr,
     q_pe_ptr,
     cache_ptrs,
@@ -76,6 +85,8 @@ def _mla_decode_kernel(
     lse_ptr,
     cache_seqlens_ptr,
     block_table_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     q_strides,
     q_pe_strides,
     page_strides,
@@ -83,6 +94,7 @@ def _mla_decode_kernel(
     lse_strides,
     table_stride,
     seqlen_q,
+    seqlen_k,
     num_tiles,
     num_splits,
     scale_log2,
@@ -98,6 +110,7 @@ def _mla_decode_kernel(
     WIDE_PAGE: tl.constexpr,
     CUT_CHAIN: tl.constexpr,
     SIGN: tl.constexpr,
+    JOINED: tl.constexpr,
     FLOAT8: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -107,12 +120,13 @@ def _mla_decode_kernel(
     """One program computes a tile of rows of out and lse, over one split of the keys of a sequence.
 
     A row is one head of one query. All heads share the latent vectors: a tile of them is loaded once, multiplied with
-    the queries as keys and with the weights of the softmax as values. Grid: num_tiles * batch * num_splits, so that
+    the queries as keys and with the weights of the softmax as values. Grid: num_tiles * num_splits * batch, so that
     the tiles of a sequence, which read the same keys, run side by side.
 
     cache_ptrs are latent vectors, their scales (None but in an fp8 cache) and rotary keys, page_strides and ROW_STRIDES
-    the strides of each. Strides are (batch, row, head) of q and q_pe, (split, batch, row, head) of out and lse. Scores
-    are multiplied with SIGN * scale_log2.
+    the strides of each; where latent vectors and rotary keys are JOINED the latter follow the former. Without a
+    block_table a page is the tensor's row of a sequence. Strides are (batch, row, head) of q and q_pe, (split, batch,
+    row, head) of out and lse. Scores are multiplied with SIGN * scale_log2.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     q_pe_strides = in_vectors(q_pe_strides, VECTOR)
@@ -122,7 +136,13 @@ def _mla_decode_kernel(
     sequence = tl.program_id(0) // num_tiles // num_splits
     split = tl.program_id(0) // num_tiles % num_splits
 
-    seqlen_k = tl.load(cache_seqlens_ptr + sequence)
+    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence, seqlen_q, seqlen_k
+    )
+    if cache_seqlens_ptr is not None:
+        seqlen_k = tl.load(cache_seqlens_ptr + sequence)
+    if tile * BLOCK_M >= seqlen_q * NUM_HEADS:
+        return
     first_position = seqlen_k - seqlen_q
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_mask = rows < seqlen_q * NUM_HEADS
@@ -136,26 +156,35 @@ def _mla_decode_kernel(
     lo = tl.minimum(lo + split * share, hi)
     hi = tl.minimum(lo + share, hi)
 
+    if cu_seqlens_q_ptr is not None:
+        sequence *= 0
     sequence = sequence.to(tl.int64)
-    q_rows = sequence * q_strides[0] + queries.to(tl.int64) * q_strides[1] + heads.to(tl.int64) * q_strides[2]
+    out_row = (queries + first_q).to(tl.int64)
+    heads = heads.to(tl.int64)
+    q_rows = sequence * q_strides[0] + out_row * q_strides[1] + heads * q_strides[2]
     q_0 = load_piece(q_ptr, q_rows, 1, rows_mask, 0, FIRST, KV_LORA_RANK, True)
     if SECOND > 0:
         q_1 = load_piece(q_ptr, q_rows, 1, rows_mask, FIRST, SECOND, KV_LORA_RANK, True)
-    q_rows = sequence * q_pe_strides[0] + queries.to(tl.int64) * q_pe_strides[1] + heads.to(tl.int64) * q_pe_strides[2]
+    q_rows = sequence * q_pe_strides[0] + out_row * q_pe_strides[1] + heads * q_pe_strides[2]
     q_pe = load_piece(q_pe_ptr, q_rows, 1, rows_mask, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
     if SIGN < 1:  # the online softmax takes a factor above 0
         q_0 *= SIGN
         q_pe *= SIGN
         if SECOND > 0:
             q_1 *= SIGN
-    block_table_ptr += sequence * table_stride
     latents_page, scales_page, rope_page = page_strides
     latents_page = latents_page // VECTOR_CACHE * VECTOR_CACHE
-    if FLOAT8 is None:  # one tensor, seen twice
+    if JOINED:  # one tensor, seen twice
         cache_ptrs = cache_ptrs[0], None, cache_ptrs[0] + KV_LORA_RANK
         rope_page = latents_page
     elif VECTOR_CACHE > 1:
         rope_page = rope_page // 8 * 8
+    if block_table_ptr is None:
+        latents_row = sequence * latents_page + tl.cast(first_k, tl.int64) * ROW_STRIDES[0]
+        rope_row = sequence * rope_page + tl.cast(first_k, tl.int64) * ROW_STRIDES[2]
+        cache_ptrs = cache_ptrs[0] + latents_row, None, cache_ptrs[2] + rope_row
+    else:
+        block_table_ptr += sequence * table_stride
 
     m_i, l_i = softmax_init(None, heads, BLOCK_M)
     acc_0 = tl.zeros([BLOCK_M, FIRST], tl.float32)
@@ -164,21 +193,22 @@ def _mla_decode_kernel(
     for start_n in tl.range(lo, hi, BLOCK_N):
         # Past the last key it is repeated: loads need no mask, scores have one.
         keys = tl.minimum(start_n + tl.arange(0, BLOCK_N), hi - 1)
-        slots = keys % PAGE_SIZE
+        slots = keys % PAGE_SIZE if block_table_ptr is not None else keys
+        if WIDE_PAGE:
+            slots = slots.to(tl.int64)
+        ptrs = cache_ptrs
+        offsets = slots * ROW_STRIDES[0], slots * ROW_STRIDES[1], slots * ROW_STRIDES[2]
         if ONE_PAGE:
-            pages = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)
-            ptrs = cache_ptrs[0] + pages * latents_page, cache_ptrs[1], cache_ptrs[2] + pages * rope_page
-            offsets = slots * ROW_STRIDES[0], slots, slots * ROW_STRIDES[2]
+            page = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)
+            ptrs = ptrs[0] + page * latents_page, ptrs[1], ptrs[2] + page * rope_page
             if FLOAT8 is not None:
-                ptrs = ptrs[0], cache_ptrs[1] + pages * scales_page, ptrs[2]
-                offsets = offsets[0], slots * ROW_STRIDES[1], offsets[2]
-        else:
+                ptrs = ptrs[0], ptrs[1] + page * scales_page, ptrs[2]
+        elif block_table_ptr is not None:
             pages = tl.load(block_table_ptr + keys // PAGE_SIZE).to(tl.int64)
-            ptrs = cache_ptrs
-            offsets = pages * latents_page + slots * ROW_STRIDES[0], slots, pages * rope_page + slots * ROW_STRIDES[2]
+            offsets = pages * latents_page + offsets[0], offsets[1], pages * rope_page + offsets[2]
             if FLOAT8 is not None:
-                offsets = offsets[0], pages * scales_page + slots * ROW_STRIDES[1], offsets[2]
-        WIDE_ROWS: tl.constexpr = WIDE_PAGE or not ONE_PAGE
+                offsets = offsets[0], pages * scales_page + offsets[1], offsets[2]
+        WIDE_ROWS: tl.constexpr = WIDE_PAGE or (block_table_ptr is not None and not ONE_PAGE)
         k_0 = _load_latents(ptrs, offsets, 0, FIRST, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8, WIDE_ROWS)
         if SECOND > 0:
             k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8, WIDE_ROWS)
@@ -213,14 +243,13 @@ def _mla_decode_kernel(
 
     norm, lse = softmax_finish(m_i, l_i)
     out_ptr += tl.cast(split, tl.int64) * out_strides[0] + sequence * out_strides[1]
-    out_rows = queries.to(tl.int64) * out_strides[2] + heads.to(tl.int64) * out_strides[3]
+    out_rows = out_row * out_strides[2] + heads * out_strides[3]
     store_piece(out_ptr, out_rows, 1, rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK, True)
     if SECOND > 0:
         store_piece(out_ptr, out_rows, 1, rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK, True)
     if lse_ptr is not None:
         lse_ptr += tl.cast(split, tl.int64) * lse_strides[0] + sequence * lse_strides[1]
-        lse_rows = queries.to(tl.int64) * lse_strides[2] + heads.to(tl.int64) * lse_strides[3]
-        tl.store(lse_ptr + lse_rows, lse, mask=rows_mask)
+        tl.store(lse_ptr + out_row * lse_strides[2] + heads * lse_strides[3], lse, mask=rows_mask)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -301,6 +330,8 @@ def _merge_project_kernel(
     out_ptr,
     lse_ptr,
     w_strides,
+    out_strides,
+    lse_strides,
     seqlen_q,
     num_tokens,
     num_splits,
@@ -315,8 +346,8 @@ def _merge_project_kernel(
 ):
     """One program merges the splits of BLOCK_T tokens of one head and multiplies them with BLOCK_V rows of w_uv.
 
-    Grid: (heads, tiles of tokens, blocks of rows). parts (splits, tokens, heads, kv_lora_rank), lses (splits, tokens,
-    heads), out (tokens, heads, v_head_dim) and lse (batch, heads, seqlen_q) are contiguous; w_strides (head, row).
+    Grid: (heads, tiles of tokens, blocks of rows). parts (splits, tokens, heads, kv_lora_rank) and lses (splits,
+    tokens, heads) are contiguous; strides are (head, row) of w_uv, (token, head) of out, (batch, head, query) of lse.
     """
     ROWS: tl.constexpr = max(16, BLOCK_T)  # of a product; fewer tokens are repeated
     head = tl.program_id(0).to(tl.int64)
@@ -364,11 +395,11 @@ def _merge_project_kernel(
     repeats = tl.arange(0, ROWS)
     rows = tl.program_id(1) * BLOCK_T + repeats.to(tl.int64)
     rows_mask = (repeats < BLOCK_T) & (rows < num_tokens)
-    offsets = (rows * NUM_HEADS + head)[:, None] * V_HEAD_DIM + values[None, :]
+    offsets = (rows * out_strides[0] + head * out_strides[1])[:, None] + values[None, :]
     mask = rows_mask[:, None] & (values < V_HEAD_DIM)[None, :]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None and tl.program_id(2) == 0:
-        offsets = (tokens // seqlen_q * NUM_HEADS + head) * seqlen_q + tokens % seqlen_q
+        offsets = tokens // seqlen_q * lse_strides[0] + head * lse_strides[1] + tokens % seqlen_q * lse_strides[2]
         tl.store(lse_ptr + offsets, lse, mask=tokens_mask)
 
 
@@ -398,94 +429,158 @@ def launch_mla_decode(
 ):
     """Launch the kernels of one call: absorption with w_uk, attention, and with w_uv or several splits the merge.
 
-    out is contiguous, lse (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None
-    for none; config an MlaDecodeConfig (None: the default). Nothing is read back.
+    lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
+    an MlaDecodeConfig (None: the default). Nothing is read back.
     """
-    batch, seqlen_q, num_heads, rope_dim = q_pe.shape
-    kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
-    num_tokens = batch * seqlen_q
-    if num_tokens == 0 or num_heads == 0:
+    if q_pe.numel() == 0:
         return
-    arch, precision = arch_of(q_nope), input_precision(q_nope.dtype, arch_of(q_nope))
-    scale_log2 = softmax_scale * LOG2_E
-    if w_uk is not None:
-        q = _absorb(q_nope, q_pe, w_uk, cache_seqlens, rope, scale_log2, precision)
-        q_nope, q_pe, scale_log2 = q[..., :kv_lora_rank], q[..., kv_lora_rank:], 1.0
-    parts_of_cache = latent_parts(latent_cache, kv_lora_rank, rope_dim)
+    kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
+    cache = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
+    if w_uk is None:
+        scale_log2 = softmax_scale * LOG2_E
+    else:
+        q_nope, q_pe = _absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E, cache_seqlens, rope)
+        scale_log2 = 1.0
+    lengths = None, None, cache_seqlens, block_table, q_pe.shape[0], q_pe.shape[1], 0
+    _attend(q_nope, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config)
+
+
+def launch_mla_absorbed(
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, heads_each
+):
+    """Launch the kernels of a prefill, heads_each heads at a time: what is absorbed takes memory for those alone.
+
+    Tensors are (batch, seqlen, ...) or packed (total, ...), lse (batch, num_heads, seqlen_q) or (num_heads, total_q);
+    lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a dense batch.
+    """
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+    batch = q_pe.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if q_pe.numel() == 0 or batch == 0:
+        return
+    if cu_seqlens_q is not None:
+        q_nope, q_pe, kv_latent, k_pe, out, lse = (
+            None if x is None else x[None] for x in (q_nope, q_pe, kv_latent, k_pe, out, lse)
+        )
+    lengths = cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q, max_seqlen_k
+    for first in range(0, q_pe.shape[2], heads_each):
+        heads = slice(first, first + heads_each)
+        q, q_rope = _absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E)
+        cache = kv_latent, None, k_pe
+        _attend(q, q_rope, cache, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], _of(lse, heads))
+
+
+def _of(lse, heads):
+    return None if lse is None else lse[:, heads]
+
+
+def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None):
+    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim), and what follows it.
+
+    cache is (latent vectors, scales, rotary keys); lengths is (cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table,
+    batch, max_seqlen_q, max_seqlen_k), None for what there is not.
+    """
+    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k = lengths
+    latents, _, rope_keys = cache
+    arch = arch_of(q)
     num_programs, num_splits, constants = _plan(
-        layout_of(q_nope, q_pe, *(x for x in parts_of_cache if x is not None)),
-        q_nope.dtype,
-        latent_cache.dtype,
-        latent_cache.data_ptr() % 16 == 0,
-        block_table.shape[1],
+        layout_of(q, q_pe, *(x for x in cache if x is not None)),
+        q.dtype,
+        latents.dtype,
+        latents.data_ptr() % 16 == 0 and rope_keys.data_ptr() % 16 == 0,
+        None if block_table is None else block_table.shape[1],
+        batch,
+        max_seqlen_q,
+        max_seqlen_k,
         num_splits,
         (scale_log2 > 0) - (scale_log2 < 0),
         arch,
-        precision,
-        num_processors(q_nope.device),
+        input_precision(q.dtype, arch),
+        num_processors(q.device),
         config,
     )
     parts, lse_parts = out[None], None if lse is None else lse.mT[None]
     if num_splits > 1 or w_uv is not None:
         # The sum of one split is rounded before the projection in any case.
         dtype = torch.float32 if num_splits > 1 else out.dtype
-        parts = out.new_empty((num_splits, batch, seqlen_q, num_heads, kv_lora_rank), dtype=dtype)
+        parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
         lse_parts = out.new_empty(parts.shape[:-1], dtype=torch.float32)
     args = (
-        q_nope,
+        q,
         q_pe,
-        parts_of_cache,
+        cache,
         parts,
         lse_parts,
         cache_seqlens,
         block_table,
-        q_nope.stride()[:3],
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q.stride()[:3],
         q_pe.stride()[:3],
-        tuple(None if x is None else x.stride(0) for x in parts_of_cache),
+        tuple(None if x is None else x.stride(0) for x in cache),
         parts.stride()[:4],
         None if lse_parts is None else lse_parts.stride(),
-        block_table.stride(0),
-        seqlen_q,
+        None if block_table is None else block_table.stride(0),
+        max_seqlen_q,
+        max_seqlen_k,
         num_programs // batch,
         num_splits,
         abs(scale_log2) or 1.0,
         (None, 0 if causal else None),
     )
-    launch_packed(_mla_decode_kernel, (num_programs * num_splits,), q_nope.device, args, constants)
+    launch_packed(_mla_absorbed_kernel, (num_programs * num_splits,), q.device, args, constants)
     if w_uv is not None:
-        _merge_project(parts, lse_parts, w_uv, out, lse, precision)
+        _merge_project(parts, lse_parts, w_uv, out, lse)
     elif num_splits > 1:
         launch_merge(parts, lse_parts, out, None if lse is None else lse.mT)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(layout, dtype, cache_dtype, cache_aligned, table_width, num_splits, sign, arch, precision, num_sms, config):
+def _plan(
+    layout,
+    dtype,
+    cache_dtype,
+    bases_aligned,
+    table_width,
+    batch,
+    max_seqlen_q,
+    max_seqlen_k,
+    num_splits,
+    sign,
+    arch,
+    precision,
+    num_sms,
+    config,
+):
     """(programs of a split, splits, constants of the kernel): what follows from layouts and options alone."""
     (shape_q, strides_q), (shape_pe, strides_pe), *cache = layout
-    batch, seqlen_q, num_heads, kv_lora_rank = shape_q
-    shape, row_strides = cache[0][0], [strides[1] for _, strides in cache]
-    page_size = shape[1]
+    num_heads, kv_lora_rank = shape_q[2:]
     is_fp8 = cache_dtype == torch.uint8
-    # Latent vectors and rotary keys in vectors of 16 bytes: rows and pages that are multiples of it.
-    row_bytes = [strides[dim] * (1 if is_fp8 else dtype.itemsize) for strides in (cache[0][1],) for dim in (0, 1)]
-    rope_start = kv_lora_rank + kv_lora_rank // SCALE_BLOCK * 4 if is_fp8 else kv_lora_rank * dtype.itemsize
-    aligned = cache_aligned and all(n % 16 == 0 for n in (*row_bytes, rope_start))
-    tiles = config or default_decode_config(arch, dtype, seqlen_q * num_heads, is_fp8)
-    num_programs = batch * -(-seqlen_q * num_heads // tiles.block_m)
-    num_key_tiles = -(-table_width * page_size // tiles.block_n)
+    paged = table_width is not None
+    page_size = cache[0][0][1]
+    rows = [strides[1] for _, strides in cache]
+    row_strides = tuple(rows) if is_fp8 else (rows[0], 0, rows[1])
+    # Latent vectors and rotary keys in vectors of 16 bytes: rows and pages of both are multiples of it.
+    sizes = (cache_dtype.itemsize, torch.float32.itemsize, torch.bfloat16.itemsize) if is_fp8 else (dtype.itemsize,) * 2
+    aligned = bases_aligned and all(
+        stride * size % 16 == 0 for (_, strides), size in zip(cache, sizes) for stride in strides[:2]
+    )
+    tiles = config or default_decode_config(arch, dtype, max_seqlen_q * num_heads, is_fp8)
+    num_programs = batch * -(-max_seqlen_q * num_heads // tiles.block_m)
+    num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
     native = arch.startswith("sm_") and int(arch[3:]) >= 89
     constants = dict(
         NUM_HEADS=num_heads,
         KV_LORA_RANK=kv_lora_rank,
         ROPE_HEAD_DIM=shape_pe[3],
-        PAGE_SIZE=page_size,
-        ROW_STRIDES=tuple(row_strides) if is_fp8 else (row_strides[0], 0, row_strides[1]),
+        PAGE_SIZE=page_size if paged else 1,
+        ROW_STRIDES=row_strides,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        ONE_PAGE=page_size % tiles.block_n == 0,
+        ONE_PAGE=paged and page_size % tiles.block_n == 0,
         WIDE_PAGE=page_size * max(row_strides) >= 2**31,
         CUT_CHAIN=has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4,
         SIGN=sign,
+        JOINED=paged and not is_fp8,
         FLOAT8=(3, native) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK,
         VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
@@ -497,8 +592,8 @@ def _plan(layout, dtype, cache_dtype, cache_aligned, table_width, num_splits, si
     return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_sms), constants
 
 
-def _absorb(q_nope, q_pe, w_uk, cache_seqlens, rope, scale, precision):
-    """scale * [q_nope @ w_uk, rope(q_pe)]: (batch, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim)."""
+def _absorb(q_nope, q_pe, w_uk, scale, cache_seqlens=None, rope=(None, None, False)):
+    """scale * q_nope @ w_uk and scale * rope(q_pe): views of one tensor (batch, seqlen_q, num_heads, dim)."""
     batch, seqlen_q, num_heads, nope_dim = q_nope.shape
     kv_lora_rank, rope_dim = w_uk.shape[2], q_pe.shape[3]
     cos, sin, interleaved = rope
@@ -532,16 +627,16 @@ def _absorb(q_nope, q_pe, w_uk, cache_seqlens, rope, scale, precision):
         BLOCK_T=block_t,
         BLOCK_C=block_c,
         BLOCK_K=min(64, padded(nope_dim)),
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=input_precision(q.dtype, arch_of(q)),
         num_warps=4,
         num_stages=2,
     )
     grid = num_heads, -(-num_tokens // block_t), -(-kv_lora_rank // block_c) + 1
     launch_packed(_absorb_kernel, grid, q.device, args, constants)
-    return q
+    return q[..., :kv_lora_rank], q[..., kv_lora_rank:]
 
 
-def _merge_project(parts, lse_parts, w_uv, out, lse, precision):
+def _merge_project(parts, lse_parts, w_uv, out, lse):
     """out[t, h] = w_uv[h] @ (sum of the splits of token t and head h)."""
     num_splits, batch, seqlen_q, num_heads, kv_lora_rank = parts.shape
     v_head_dim = w_uv.shape[1]
@@ -551,7 +646,19 @@ def _merge_project(parts, lse_parts, w_uv, out, lse, precision):
     block_v, block_c = min(128 if wide else 64, padded(v_head_dim)), min(64 if wide else 32, padded(kv_lora_rank))
     # A tile of 8192 numbers that are on their way together.
     block_p = min(1 << (num_splits - 1).bit_length(), max(1, 8192 // (block_t * block_c)))
-    args = parts, lse_parts, w_uv, out, lse, w_uv.stride()[:2], seqlen_q, num_tokens, num_splits
+    args = (
+        parts,
+        lse_parts,
+        w_uv,
+        out,
+        lse,
+        w_uv.stride()[:2],
+        out.stride()[1:3],
+        None if lse is None else lse.stride(),
+        seqlen_q,
+        num_tokens,
+        num_splits,
+    )
     constants = dict(
         NUM_HEADS=num_heads,
         KV_LORA_RANK=kv_lora_rank,
@@ -560,7 +667,7 @@ def _merge_project(parts, lse_parts, w_uv, out, lse, precision):
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         BLOCK_V=block_v,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=input_precision(out.dtype, arch_of(out)),
         num_warps=4,
         num_stages=2,
     )

@@ -1,0 +1,200 @@
+"""mla_prefill as a torch operator, for whoever traces or differentiates; the backward pass by recomputation.
+
+Keys and values of a chunk of heads are made once more, the backward kernels of flash attention give their gradients,
+and matrix products take these to latent vectors and weights. Memory holds one chunk at a time.
+"""
+
+import torch
+from torch import Tensor
+
+from .._host.options import AttentionOptions
+from ..flash.backward import launch_flash_bwd
+from .absorbed import launch_mla_absorbed
+from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
+
+
+def prefill(
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal, schedule, max_workspace_bytes, wants_lse
+):
+    """(out, lse): by the operator where somebody traces or differentiates, otherwise by the kernels alone."""
+    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return mla_prefill(*tensors, *lengths, softmax_scale, causal, *schedule, max_workspace_bytes)
+    out, lse = _new_outputs(q_nope, w_uv, wants_lse)
+    _launch(*tensors, out, lse, lengths, softmax_scale, causal, schedule)
+    return out, lse
+
+
+def _new_outputs(q_nope, w_uv, wants_lse=True):
+    *batch, rows, num_heads, _ = q_nope.shape
+    out = q_nope.new_empty((*batch, rows, num_heads, w_uv.shape[1]))
+    return out, q_nope.new_empty((*batch, num_heads, rows), dtype=torch.float32) if wants_lse else None
+
+
+def _launch(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, schedule):
+    mode, heads_each, rows_each = schedule
+    args = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal
+    if mode == "fused":
+        launch_mla_fused(*args)
+    elif mode == "absorbed":
+        launch_mla_absorbed(*args, heads_each)
+    else:
+        launch_mla_materialized(*args, (heads_each, rows_each))
+
+
+@torch.library.custom_op("triton_attn::mla_prefill", mutates_args=())
+def mla_prefill(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    mode: str,
+    heads_each: int,
+    rows_each: int,
+    max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _new_outputs(q_nope, w_uv)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    _launch(*tensors, out, lse, lengths, softmax_scale, causal, (mode, heads_each, rows_each))
+    return out, lse
+
+
+@mla_prefill.register_fake
+def _(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *rest):
+    return _new_outputs(q_nope, w_uv)
+
+
+@torch.library.custom_op("triton_attn::mla_prefill_backward", mutates_args=())
+def mla_prefill_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    max_workspace_bytes: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the six inputs; an empty tensor for one that is not wanted."""
+    inputs = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    num_heads, nope, _ = w_uk.shape
+    options = AttentionOptions(softmax_scale, (None, 0 if causal else None), None, None, None)
+    wants_q, wants_k, wants_v = wanted[0] or wanted[1], wanted[2] or wanted[3] or wanted[4], wanted[2] or wanted[5]
+    # Heads add up in fp32.
+    dtypes = [torch.float32 if x is kv_latent or x is k_pe else x.dtype for x in inputs]
+    dq_nope, dq_pe, dlatent, dk_pe, dw_uk, dw_uv = gradients = [
+        torch.zeros(x.shape if is_wanted else 0, dtype=dtype, device=x.device)
+        for x, dtype, is_wanted in zip(inputs, dtypes, wanted)
+    ]
+    heads_each = _heads_of_backward(q_nope, q_pe, kv_latent, w_uv, max_workspace_bytes)
+    latents = kv_latent.flatten(0, -2)
+    for first in range(0, num_heads, heads_each):
+        heads = slice(first, first + heads_each)
+        q = torch.cat([q_nope[..., heads, :], q_pe[..., heads, :]], dim=-1)
+        k, v = _keys_and_values(kv_latent, k_pe, w_uk[heads], w_uv[heads])
+        dq, dk, dv, _ = launch_flash_bwd(
+            dout[..., heads, :],
+            None if dlse is None else dlse[..., heads, :].contiguous(),
+            q,
+            k,
+            v,
+            out[..., heads, :],
+            lse[..., heads, :].contiguous(),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            options,
+            (wants_q, wants_k, wants_v, False),
+        )
+        if wanted[0]:
+            dq_nope[..., heads, :] = dq[..., :nope]
+        if wanted[1]:
+            dq_pe[..., heads, :] = dq[..., nope:]
+        if wanted[3]:
+            dk_pe += dk[..., nope:].sum(-2, dtype=torch.float32)
+        for x, w, dw, wants_w in ((dk, w_uk, dw_uk, wanted[4]), (dv, w_uv, dw_uv, wanted[5])):
+            if not (wanted[2] or wants_w):
+                continue
+            x = x[..., : w.shape[1]].flatten(0, -3)  # (rows, heads, dim)
+            if wanted[2]:
+                dlatent += torch.einsum("rhd,hdc->rc", x, w[heads]).view_as(kv_latent)
+            if wants_w:
+                dw[heads] = torch.einsum("rhd,rc->hdc", x, latents)
+    return tuple(
+        gradient.to(x.dtype) if is_wanted else x.new_empty(0)
+        for gradient, x, is_wanted in zip(gradients, inputs, wanted)
+    )
+
+
+@mla_prefill_backward.register_fake
+def _(dout, dlse, out, lse, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *rest):
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if is_wanted else x.new_empty(0)
+        for x, is_wanted in zip((q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv), rest[-1])
+    )
+
+
+def _heads_of_backward(q_nope, q_pe, kv_latent, w_uv, max_workspace_bytes):
+    """Heads whose queries, keys, values and gradients of these fit at once, at least one; dq is in fp32 as well."""
+    dim, v_dim, size = q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1], q_nope.element_size()
+    per_query = dim * (2 * size + torch.float32.itemsize)
+    per_key = 2 * (dim + v_dim) * size
+    rows_q, rows_k = q_nope[..., 0, 0].numel(), kv_latent[..., 0].numel()
+    return max(1, max_workspace_bytes // max(1, rows_q * per_query + rows_k * per_key))
+
+
+def _keys_and_values(kv_latent, k_pe, w_uk, w_uv):
+    """Keys (..., heads, nope + rope) and values (..., heads, v) of these heads; heads outermost in memory."""
+    *rows, _ = kv_latent.shape
+    num_rows, nope = kv_latent[..., 0].numel(), w_uk.shape[1]
+    k = kv_latent.new_empty((len(w_uk), num_rows, nope + k_pe.shape[-1]))
+    v = kv_latent.new_empty((len(w_uv), num_rows, w_uv.shape[1]))
+    project_rows(kv_latent, 0, num_rows, w_uk, k[..., :nope])
+    project_rows(kv_latent, 0, num_rows, w_uv, v)
+    k[..., nope:] = k_pe.flatten(0, -2)
+    return tuple(x.unflatten(1, rows).movedim(0, -2) for x in (k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs[:8])
+    ctx.scalars = *inputs[8:12], inputs[15]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    out, lse, *tensors = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
+    wanted = list(ctx.needs_input_grad[:6])
+    gradients = mla_prefill_backward(dout, dlse, out, lse, *tensors, *ctx.scalars, wanted)
+    gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)]
+    return (*gradients, *[None] * 10)
+
+
+mla_prefill.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _second_backward(ctx, *gradients):
+    raise NotImplementedError("second derivatives of mla_prefill are not served")
+
+
+mla_prefill_backward.register_autograd(_second_backward)

@@ -1,0 +1,120 @@
+"""Which schedule a prefill takes, by a cost model that knows shapes alone, and how large its chunks are."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from .._host.checks import fail
+
+MODES = ("fused", "absorbed", "materialized")
+FLOP_PER_BYTE = 300  # of an H100 in bf16: 989 TFLOP/s over 3.35 TB/s
+QUERIES_PER_TILE = 128
+FEWEST_ROWS = 128  # of a chunk whose keys are cut
+
+
+@dataclass(frozen=True)
+class ProblemSizes:
+    """Sizes of a call of `mla_prefill`; element_size in bytes, pairs of a query and a key that it sees over all heads'
+    one."""
+
+    num_queries: int
+    num_keys: int
+    pairs: float
+    num_heads: int
+    nope: int
+    rope: int
+    v: int
+    rank: int
+    element_size: int
+
+    @classmethod
+    def of(
+        cls, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal
+    ):
+        num_queries, num_keys = prod(q_nope.shape[:-2]), prod(kv_latent.shape[:-1])
+        batch = q_nope.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        num_heads, nope, rank = w_uk.shape
+        pairs = causal_pairs(num_queries / max(batch, 1), num_keys / max(batch, 1), causal) * batch
+        sizes = num_heads, nope, q_pe.shape[-1], w_uv.shape[1], rank, q_nope.element_size()
+        return cls(num_queries, num_keys, pairs, *sizes)
+
+
+class Schedule(NamedTuple):
+    """A mode, and how many heads and rows of latent vectors a chunk has."""
+
+    mode: str
+    heads_each: int
+    rows_each: int
+
+
+def causal_pairs(seqlen_q, seqlen_k, causal):
+    """Pairs of a query and a key that it sees."""
+    if not causal:
+        return seqlen_q * seqlen_k
+    seen = min(seqlen_q, seqlen_k)  # queries that see a key
+    return seen * (seqlen_k - seen) + seen * (seen + 1) / 2
+
+
+def cost(sizes, mode):
+    """FLOP of one head, bytes counted as FLOP_PER_BYTE: the formulas of `mla_prefill`."""
+    s = sizes
+    up_projection = 2 * s.rank * (s.nope + s.v)
+    byte_cost = FLOP_PER_BYTE * s.element_size
+    if mode == "absorbed":
+        per_query = up_projection + (4 * s.rank + 2 * s.rope) * byte_cost
+        return 2 * (2 * s.rank + s.rope) * s.pairs + per_query * s.num_queries
+    attention = 2 * (s.nope + s.rope + s.v) * s.pairs
+    if mode == "fused":
+        return attention + up_projection * s.pairs / QUERIES_PER_TILE
+    return attention + (up_projection + 2 * (s.nope + s.v) * byte_cost) * s.num_keys
+
+
+def workspace_bytes(sizes, mode):
+    """Memory for one head; "fused" takes none."""
+    s = sizes
+    if mode == "materialized":
+        return s.num_keys * (s.nope + s.v) * s.element_size
+    if mode == "absorbed":
+        return s.num_queries * ((2 * s.rank + s.rope) * s.element_size + torch.float32.itemsize)
+    return 0
+
+
+def choose_schedule(sizes, mode, max_workspace_bytes, wants_grad):
+    """The schedule of a call; ValueError or NotImplementedError where the given mode cannot be."""
+    if mode == "absorbed" and wants_grad:
+        raise NotImplementedError("mode: no gradient is served through 'absorbed'; 'fused' and 'materialized' have one")
+    if mode != "auto":
+        chunk = _chunk(sizes, mode, max_workspace_bytes)
+        if chunk is None:
+            fail("max_workspace_bytes", f"room for a chunk of {_fewest_bytes(sizes, mode)} bytes", max_workspace_bytes)
+        return Schedule(mode, *chunk)
+    modes = [m for m in MODES if m != "absorbed" or not wants_grad]
+    chunks = {m: _chunk(sizes, m, max_workspace_bytes) for m in modes}
+    best = min((m for m in modes if chunks[m]), key=lambda m: cost(sizes, m))
+    return Schedule(best, *chunks[best])
+
+
+def _chunk(sizes, mode, max_workspace_bytes):
+    """(heads, rows) of a chunk within the bound, None where there is none."""
+    per_head = workspace_bytes(sizes, mode)
+    heads = sizes.num_heads if per_head == 0 else min(sizes.num_heads, max_workspace_bytes // per_head)
+    if heads > 0 or sizes.num_heads == 0:
+        return max(heads, 1), max(sizes.num_keys, 1)
+    if mode == "absorbed" or max_workspace_bytes < _fewest_bytes(sizes, mode):
+        return None
+    per_row = (sizes.nope + sizes.v) * sizes.element_size
+    return 1, (max_workspace_bytes - _sums_bytes(sizes)) // per_row
+
+
+def _sums_bytes(sizes):
+    """Of the sums so far of one head, where its keys are cut: outputs in fp32, and log-sum-exps of all heads."""
+    return sizes.num_queries * (sizes.v + sizes.num_heads) * torch.float32.itemsize
+
+
+def _fewest_bytes(sizes, mode):
+    if mode == "absorbed":
+        return workspace_bytes(sizes, mode)
+    row_bytes = FEWEST_ROWS * (sizes.nope + sizes.v) * sizes.element_size
+    return min(workspace_bytes(sizes, mode), _sums_bytes(sizes) + row_bytes)
