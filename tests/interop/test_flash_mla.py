@@ -113,6 +113,7 @@ def test_heads(device, dtype, is_fp8, num_heads):
     check(Inputs(device, dtype, num_heads=num_heads, is_fp8=is_fp8))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q", [1, 2, 3])
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["bf16", "fp8"])

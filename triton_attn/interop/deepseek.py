@@ -49,7 +49,7 @@ class PagedDeepseek:
         rope_type = config.rope_parameters.get("rope_type", "default")
         if rope_type not in SERVED_ROPE:
             raise NotImplementedError(f"model: rope_type of {', '.join(SERVED_ROPE)} is served, got {rope_type}")
-        self.model = model.eval()
+        self.model = model
         self.cache = LatentKVCache(
             num_pages,
             page_size,
@@ -69,8 +69,8 @@ class PagedDeepseek:
         """Compute the new tokens of each sequence, the keys of which go to the cache.
 
         Args:
-            seqs: sequences of `cache`. Together they go through `mla_prefill` if all are empty, otherwise through
-                `mla_decode`, where each costs as much as the one with the most new tokens.
+            seqs: 1 or more sequences of `cache`. Together they go through `mla_prefill` if all are empty, otherwise
+                through `mla_decode`, where each costs as much as the one with the most new tokens.
             new_tokens: for each sequence a list of 1 or more token ids.
 
         Returns:
@@ -122,6 +122,8 @@ class PagedDeepseek:
     def _begin(self, seqs, new_tokens):
         """Room for the new tokens, and where everything is."""
         starts, counts = [len(seq) for seq in seqs], [len(tokens) for tokens in new_tokens]
+        if not starts:
+            raise ValueError("seqs: expected 1 or more sequences, got none")
         if len(starts) != len(counts):
             raise ValueError(f"new_tokens: expected one list for each of {len(starts)} sequences, got {len(counts)}")
         for i, (start, count) in enumerate(zip(starts, counts)):
@@ -129,7 +131,7 @@ class PagedDeepseek:
                 expected = f"1 to {self.max_seqlen - start} tokens"
                 raise ValueError(f"new_tokens[{i}]: expected {expected}, for {self.max_seqlen} positions, got {count}")
         slots = self.cache.extend(seqs, new_tokens)
-        device, longest = self.model.device, max(counts, default=0)
+        device, longest = self.model.device, max(counts)
         positions = [start + i for start, count in zip(starts, counts) for i in range(count)]
         padded_rows = None
         if any(starts) and min(counts) < longest:
@@ -248,5 +250,5 @@ def rope_tables(model, num_positions):
         interleaved = True
     else:
         cos, sin = (table[..., : table.shape[-1] // 2] for table in angles)
-        interleaved = model.config.rope_interleave
+        interleaved = bool(model.config.rope_interleave)
     return {"rope_cos": cos[0].contiguous(), "rope_sin": sin[0].contiguous(), "rope_interleaved": interleaved}
