@@ -1,7 +1,7 @@
-"""Tiles of decode over a latent cache: the default by look-up, the space that a sweep searches.
+"""Tiles of the MLA kernels: the default by look-up, the space that a sweep searches.
 
 Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing at 512 + 64, the widths of
-DeepSeek's models, on Triton 3.6.0 and 3.9.0. A tile of up to 16 rows reads latent vectors faster than memory gives
+DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode a tile of up to 16 rows reads latent vectors faster than memory gives
 them; of those for more rows the one with the most `lock` in perf/loop_model.py. On sm_100 the output of 64 rows alone
 fills the tensor memory: mma.sync takes 32.
 """
@@ -80,13 +80,29 @@ class MlaPrefillConfig:
     block_c: int = 64
 
 
-def default_prefill_config(arch, dtype, fused):
-    """The config of a prefill over keys and values, by look-up."""
+# (keys and values loaded, made of latent vectors) of heads to 128 wide, as of DeepSeek's models; 16-bit inputs. The
+# loop over latent numbers spills nothing; around it, once for a tile of keys, sm_90 spills up to 140 bytes.
+_PREFILL = {
+    "sm_80": (MlaPrefillConfig(128, 32, 8, 3), MlaPrefillConfig(128, 32, 8, 3)),
+    "sm_86": (MlaPrefillConfig(128, 32, 8, 2), MlaPrefillConfig(64, 32, 8, 2, 32)),
+    "sm_90": (MlaPrefillConfig(128, 64, 8, 3), MlaPrefillConfig(128, 64, 8, 2)),
+    "sm_100": (MlaPrefillConfig(128, 64, 8, 2), MlaPrefillConfig(128, 32, 8, 2)),
+    "sm_120": (MlaPrefillConfig(128, 32, 8, 2), MlaPrefillConfig(64, 32, 8, 2, 32)),
+    "gfx942": (MlaPrefillConfig(128, 64, 4, 1), MlaPrefillConfig(128, 32, 4, 1, 32)),
+}
+# Of wider heads, by (largest padded dimension, ...) on every architecture: they fit.
+_PREFILL_WIDE = ((256, MlaPrefillConfig(64, 32, 8, 1, 32)), (512, MlaPrefillConfig(32, 16, 8, 1, 32)))
+
+
+def default_prefill_config(arch, dtype, fused, head_dim):
+    """The config of a prefill over keys and values, by look-up; head_dim is the largest of a head's three, padded."""
     if arch == "interpreter":
         return MlaPrefillConfig(64, 64, 4, 1)
     if dtype == torch.float32:
-        return MlaPrefillConfig(32, 16, 8, 1, 16)
-    return MlaPrefillConfig(128, 64, 8, 2)
+        return MlaPrefillConfig(32 if head_dim <= 256 else 16, 16, 8, 1, 16)
+    if head_dim <= 128:
+        return _PREFILL[_known_arch(arch)][fused]
+    return next(config for width, config in _PREFILL_WIDE if head_dim <= width)
 
 
 def has_wgmma(arch):

@@ -298,7 +298,8 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         return
     arch = arch_of(q_nope)
     fused = w_uk is not None
-    tiles = config or default_prefill_config(arch, q_nope.dtype, fused)
+    dims = dict(BLOCK_K=_padded(nope_dim), BLOCK_R=_padded(q_pe.shape[-1]), BLOCK_V=_padded(v_dim))
+    tiles = config or default_prefill_config(arch, q_nope.dtype, fused, max(dims.values()))
     num_tiles = -(-max_seqlen_q // tiles.block_m)
     scale_log2 = softmax_scale * LOG2_E.value
     # (batch, row) of latent vectors and rotary keys; (head, row) of keys and values.
@@ -343,9 +344,6 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         KV_LORA_RANK=k.shape[-1] if fused else None,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_K=_padded(nope_dim),
-        BLOCK_R=_padded(q_pe.shape[-1]),
-        BLOCK_V=_padded(v_dim),
         BLOCK_C=min(tiles.block_c, _padded(k.shape[-1])) if fused else None,
         SIGN=(scale_log2 > 0) - (scale_log2 < 0),
         WIDE_ROWS=strides_are_wide(max(tiles.block_m, tiles.block_n), *(x.stride() for x in (q_nope, q_pe, out))),
@@ -353,7 +351,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    launch_packed(_mla_prefill_kernel, (num_tiles * batch * num_heads,), out.device, args, constants)
+    launch_packed(_mla_prefill_kernel, (num_tiles * batch * num_heads,), out.device, args, constants | dims)
 
 
 def _padded(size):
