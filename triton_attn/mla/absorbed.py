@@ -62,10 +62,9 @@ def _load_latents(
     KV_LORA_RANK: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     FLOAT8: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
 ):
     """A piece of the latent vectors at offsets; those of an fp8 row times their scales, in the given dtype."""
-    tile = load_piece(ptrs[0], offsets[0], 1, None, START, BLOCK, KV_LORA_RANK, WIDE_ROWS)
+    tile = load_piece(ptrs[0], offsets[0], 1, None, START, BLOCK, KV_LORA_RANK, True)
     if FLOAT8 is None:
         return tile
     else:
@@ -114,7 +113,6 @@ def _mla_absorbed_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ONE_PAGE: tl.constexpr,
-    WIDE_PAGE: tl.constexpr,
     CUT_CHAIN: tl.constexpr,
     SIGN: tl.constexpr,
     JOINED: tl.constexpr,
@@ -199,27 +197,32 @@ def _mla_absorbed_kernel(
         acc_1 = tl.zeros([BLOCK_M, SECOND], tl.float32)
     for start_n in tl.range(lo, hi, BLOCK_N):
         # Past the last key it is repeated: loads need no mask, scores have one.
-        keys = tl.minimum(start_n + tl.arange(0, BLOCK_N), hi - 1)
-        slots = keys % PAGE_SIZE if block_table_ptr is not None else keys
-        if WIDE_PAGE:
-            slots = slots.to(tl.int64)
         ptrs = cache_ptrs
-        offsets = slots * ROW_STRIDES[0], slots * ROW_STRIDES[1], slots * ROW_STRIDES[2]
         if ONE_PAGE:
+            slots = tl.minimum(tl.arange(0, BLOCK_N), hi - 1 - start_n).to(tl.int64)
             page = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)
-            ptrs = ptrs[0] + page * latents_page, ptrs[1], ptrs[2] + page * rope_page
+            slot = start_n % PAGE_SIZE
+            ptrs = (
+                ptrs[0] + (page * latents_page + slot * ROW_STRIDES[0]),
+                ptrs[1],
+                ptrs[2] + (page * rope_page + slot * ROW_STRIDES[2]),
+            )
             if FLOAT8 is not None:
-                ptrs = ptrs[0], ptrs[1] + page * scales_page, ptrs[2]
-        elif block_table_ptr is not None:
-            pages = tl.load(block_table_ptr + keys // PAGE_SIZE).to(tl.int64)
-            offsets = pages * latents_page + offsets[0], offsets[1], pages * rope_page + offsets[2]
-            if FLOAT8 is not None:
-                offsets = offsets[0], pages * scales_page + offsets[1], offsets[2]
-        WIDE_ROWS: tl.constexpr = WIDE_PAGE or (block_table_ptr is not None and not ONE_PAGE)
-        k_0 = _load_latents(ptrs, offsets, 0, FIRST, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8, WIDE_ROWS)
+                ptrs = ptrs[0], ptrs[1] + (page * scales_page + slot * ROW_STRIDES[1]), ptrs[2]
+            offsets = slots * ROW_STRIDES[0], slots * ROW_STRIDES[1], slots * ROW_STRIDES[2]
+        else:
+            keys = tl.minimum(start_n + tl.arange(0, BLOCK_N), hi - 1)
+            slots = (keys % PAGE_SIZE if block_table_ptr is not None else keys).to(tl.int64)
+            offsets = slots * ROW_STRIDES[0], slots * ROW_STRIDES[1], slots * ROW_STRIDES[2]
+            if block_table_ptr is not None:
+                pages = tl.load(block_table_ptr + keys // PAGE_SIZE).to(tl.int64)
+                offsets = pages * latents_page + offsets[0], offsets[1], pages * rope_page + offsets[2]
+                if FLOAT8 is not None:
+                    offsets = offsets[0], pages * scales_page + offsets[1], offsets[2]
+        k_0 = _load_latents(ptrs, offsets, 0, FIRST, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
         if SECOND > 0:
-            k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8, WIDE_ROWS)
-        k_pe = load_piece(ptrs[2], offsets[2], 1, None, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, WIDE_ROWS)
+            k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
+        k_pe = load_piece(ptrs[2], offsets[2], 1, None, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
         k_pe = k_pe.to(q_pe.dtype)
 
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -583,7 +586,6 @@ def _plan(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         ONE_PAGE=paged and page_size % tiles.block_n == 0,
-        WIDE_PAGE=page_size * max(row_strides) >= 2**31,
         CUT_CHAIN=has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4,
         SIGN=sign,
         JOINED=paged and not is_fp8,
