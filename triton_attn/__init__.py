@@ -1,4 +1,4 @@
-"""Attention kernels in Triton: MHA, MQA, GQA; dense, varlen, paged. See `help(triton_attn.flash_attention)`."""
+"""Attention kernels in Triton: MHA, MQA, GQA, MLA; dense, varlen, paged. See `help(triton_attn.flash_attention)`."""
 
 from . import reference
 from .cache import (

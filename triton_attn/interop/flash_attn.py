@@ -9,6 +9,8 @@ import torch
 
 from triton_attn import append_kv_cache, flash_attention, flash_attention_varlen, paged_attention
 
+from .rope import rotate
+
 
 def flash_attn_func(
     q,
@@ -268,7 +270,7 @@ def flash_attn_with_kvcache(
             if causal or window_size != (-1, -1):
                 rows = rows + torch.arange(seqlen_q, device=q.device)
             rows = rows.clamp(max=rotary_cos.shape[0] - 1)  # of a query that there is no room for
-            q = _rotate(q, rotary_cos[rows], rotary_sin[rows], rotary_interleaved)
+            q = rotate(q, rotary_cos[rows], rotary_sin[rows], rotary_interleaved)
         cache_seqlens = cache_seqlens + positions.shape[1]
 
     if cache_leftpad is not None:
@@ -357,17 +359,6 @@ def _one_key_pages(cache):
         raise NotImplementedError(
             f"cache_leftpad: served for a cache without gaps between rows, got {strides}"
         ) from None
-
-
-def _rotate(x, cos, sin, interleaved):
-    """x (batch, seqlen, nheads, headdim) by the angles (batch, seqlen or 1, rotary_dim / 2), computed in fp32."""
-    rotary_dim = 2 * cos.shape[-1]
-    cos, sin = cos[:, :, None].float(), sin[:, :, None].float()
-    rotated = x[..., :rotary_dim].float()
-    a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)
-    pairs = (a * cos - b * sin, b * cos + a * sin)
-    rotated = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
-    return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), -1)
 
 
 def _with_contiguous_rows(x):

@@ -177,7 +177,9 @@ def _mla_absorbed_kernel(
     if JOINED:  # one tensor, seen twice
         cache_ptrs = cache_ptrs[0], None, cache_ptrs[0] + KV_LORA_RANK
         rope_page = latents_page
-    elif VECTOR_CACHE > 1:
+    elif FLOAT8 is None:
+        rope_page = rope_page // VECTOR_CACHE * VECTOR_CACHE
+    elif VECTOR_CACHE > 1:  # bytes, and bf16
         rope_page = rope_page // 8 * 8
     if block_table_ptr is None:
         latents_row = sequence * latents_page + tl.cast(first_k, tl.int64) * ROW_STRIDES[0]
@@ -465,12 +467,8 @@ def launch_mla_absorbed(
     for first in range(0, q_pe.shape[2], heads_each):
         heads = slice(first, first + heads_each)
         q, q_rope = _absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E)
-        cache = kv_latent, None, k_pe
-        _attend(q, q_rope, cache, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], _of(lse, heads))
-
-
-def _of(lse, heads):
-    return None if lse is None else lse[:, heads]
+        cache, lse_here = (kv_latent, None, k_pe), None if lse is None else lse[:, heads]
+        _attend(q, q_rope, cache, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], lse_here, num_splits=1)
 
 
 def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None):

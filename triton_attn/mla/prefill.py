@@ -276,6 +276,8 @@ def launch_mla_materialized(
 
 def project_rows(kv_latent, start, end, w, out):
     """out[h, :end - start] = x @ w[h].T for the rows start to end of kv_latent, counted over its outer dimensions."""
+    if start == end:
+        return
     rank = kv_latent.shape[-1]
     if kv_latent.ndim == 2 or kv_latent.stride(0) == kv_latent.shape[1] * kv_latent.stride(1):
         pieces = [(kv_latent.view(-1, rank)[start:end], 0)]

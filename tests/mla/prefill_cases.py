@@ -1,0 +1,214 @@
+"""Random calls of mla_prefill, each checked against fp64."""
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from decode_cases import DEVICE, INTERPRETED, PLAIN
+from hypothesis import strategies as st
+
+from triton_attn import mla_prefill
+from triton_attn._host.definition import attend
+from triton_attn.mla import absorbed, prefill
+from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
+from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+
+NAN = float("nan")
+TILES = MlaPrefillConfig(32, 32, 4, 1, 32)
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "heads first": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
+    "wide": lambda x: torch.nn.functional.pad(x, (3, 13))[..., 3:-13],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: packed sequences, or a dense batch, all of whose sequences are then as long."""
+
+    mode: str
+    dtype: torch.dtype = torch.float16
+    packed: bool = False
+    seqlens_q: tuple = (40, 40)
+    seqlens_k: tuple = (70, 70)
+    num_heads: int = 3
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    kv_lora_rank: int = 48
+    v_head_dim: int = 24
+    causal: bool = True
+    softmax_scale: float | None = None
+    max_workspace_bytes: int = 2**28
+    q_layout: str = "contiguous"
+    one_projection: bool = False  # latent vectors and rotary keys are slices of one tensor, as a model makes them
+    spare_rows: int = 0  # after the last sequence
+    config: MlaPrefillConfig = TILES
+    seed: int = 0
+
+
+@st.composite
+def cases(draw, mode, dtype):
+    config = MlaPrefillConfig(draw(st.sampled_from([16, 64, 32])), draw(st.sampled_from([32, 64, 16])), 4, 1, 32)
+    packed = draw(st.booleans())
+    batch = draw(st.sampled_from([1, 2, 3, 0]))
+    lengths_q = st.sampled_from([1, 0, config.block_m, config.block_m + 1]) | st.integers(0, 2 * config.block_m)
+    lengths_k = st.sampled_from([1, 0, config.block_n, config.block_n + 1]) | st.integers(0, 2 * config.block_n)
+    if packed:
+        seqlens_q, seqlens_k = (draw(st.tuples(*[lengths] * batch)) for lengths in (lengths_q, lengths_k))
+    else:
+        seqlens_q, seqlens_k = ((draw(lengths),) * batch for lengths in (lengths_q, lengths_k))
+    nope, v, num_heads = (draw(st.sampled_from(x)) for x in ([32, 16, 1, 71, 128], [32, 16, 1, 71, 128], [1, 2, 3, 5]))
+    spare_rows = draw(st.sampled_from([0, 5])) if packed else 0
+    # All heads in a chunk, or one or two, or parts of the keys of one.
+    rows_q, rows_k = sum(seqlens_q) + spare_rows, sum(seqlens_k) + spare_rows
+    per_head = rows_k * (nope + v) * dtype.itemsize
+    sums = rows_q * (v + num_heads) * 4 + 128 * (nope + v) * dtype.itemsize
+    bounds = [2**28, per_head, 2 * per_head, sums, sums + per_head // 3]
+    bounds = [max(bound, min(per_head, sums)) for bound in bounds]
+    return Case(
+        mode=mode,
+        dtype=dtype,
+        packed=packed,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        num_heads=num_heads,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=draw(st.sampled_from([16, 64, 1, 24, 8])),
+        kv_lora_rank=draw(st.sampled_from([64, 16, 40, 100, 300])),
+        v_head_dim=v,
+        causal=draw(st.booleans()),
+        softmax_scale=draw(st.sampled_from([None, None, 0.0, 0.07, -0.2])),
+        max_workspace_bytes=draw(st.sampled_from(bounds)) if mode == "materialized" else 2**28,
+        q_layout=draw(st.sampled_from(list(LAYOUTS))),
+        one_projection=draw(st.booleans()),
+        spare_rows=spare_rows,
+        config=config,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+class Inputs:
+    """What a call is given; rows after the last sequence are NaN."""
+
+    def __init__(self, case):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.seed)
+        nope, rank = case.qk_nope_head_dim, case.kv_lora_rank
+        rows_q, rows_k = sum(case.seqlens_q), sum(case.seqlens_k)
+        self.q_nope, self.q_pe = (self._rows(rows_q, case.num_heads, dim) for dim in (nope, case.qk_rope_head_dim))
+        if case.one_projection:
+            self.kv_latent, self.k_pe = self._rows(rows_k, rank + case.qk_rope_head_dim).split_with_sizes(
+                [rank, case.qk_rope_head_dim], dim=-1
+            )
+        else:
+            self.kv_latent, self.k_pe = (self._rows(rows_k, dim) for dim in (rank, case.qk_rope_head_dim))
+        weight = self._randn(case.num_heads, nope + case.v_head_dim, rank) * rank**-0.5
+        self.w_uk, self.w_uv = weight.split([nope, case.v_head_dim], dim=1)
+
+    def _randn(self, *shape):
+        return torch.randn(shape, generator=self.generator).to(DEVICE, self.case.dtype)
+
+    def _rows(self, rows, *shape):
+        x = self._randn(rows + self.case.spare_rows, *shape)
+        x[rows:] = NAN
+        return x
+
+    @property
+    def tensors(self):
+        """As the call takes them."""
+        case = self.case
+        q_nope, q_pe, latent, k_pe = self.q_nope, self.q_pe, self.kv_latent, self.k_pe
+        if not case.packed:
+            batch = len(case.seqlens_q)
+            shapes = [(batch, case.seqlens_q[0] if batch else 3)] * 2 + [(batch, case.seqlens_k[0] if batch else 3)] * 2
+            q_nope, q_pe, latent, k_pe = (
+                x.unflatten(0, shape) for x, shape in zip((q_nope, q_pe, latent, k_pe), shapes)
+            )
+        return [LAYOUTS[case.q_layout](q_nope), LAYOUTS[case.q_layout](q_pe), latent, k_pe, self.w_uk, self.w_uv]
+
+    @property
+    def options(self):
+        case = self.case
+        options = dict(causal=case.causal, softmax_scale=case.softmax_scale, mode=case.mode)
+        options["max_workspace_bytes"] = case.max_workspace_bytes
+        if case.packed:
+            for name, seqlens in (("q", case.seqlens_q), ("k", case.seqlens_k)):
+                bounds = [0, *itertools.accumulate(seqlens)]
+                options[f"cu_seqlens_{name}"] = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+                options[f"max_seqlen_{name}"] = max(seqlens, default=0)
+        return options
+
+    def rows_of(self, out, lse):
+        """out (rows, heads, dim) and lse (rows, heads) of a call's results, without the spare rows."""
+        if not self.case.packed:
+            return out.flatten(0, 1), lse.mT.flatten(0, 1)
+        rows = sum(self.case.seqlens_q)
+        return out[:rows], lse.mT[:rows]
+
+    def expected(self, dtype, tensors=None):
+        """out (rows, heads, dim) and lse (rows, heads) by keys and values of every head, every step in dtype."""
+        case = self.case
+        rows_q, rows_k = sum(case.seqlens_q), sum(case.seqlens_k)
+        q_nope, q_pe, latent, k_pe, w_uk, w_uv = tensors or (
+            x.to(dtype) for x in (self.q_nope, self.q_pe, self.kv_latent, self.k_pe, self.w_uk, self.w_uv)
+        )
+        width = case.qk_nope_head_dim + case.qk_rope_head_dim
+        scale = width**-0.5 if case.softmax_scale is None else case.softmax_scale
+        outs = [q_nope.new_zeros(0, case.num_heads, case.v_head_dim)]
+        lses = [q_nope.new_zeros(0, case.num_heads)]
+        queries = torch.cat([q_nope, q_pe], dim=-1)[:rows_q].split(case.seqlens_q)
+        sequences = (x[:rows_k].split(case.seqlens_k) for x in (latent, k_pe))
+        for q, latent_i, k_pe_i in zip(queries, *sequences):
+            k_nope = torch.einsum("jc,hnc->jhn", latent_i, w_uk)
+            k = torch.cat([k_nope, k_pe_i.unsqueeze(1).expand(-1, case.num_heads, -1)], dim=-1)
+            v = torch.einsum("jc,hvc->jhv", latent_i, w_uv)
+            options = dict(causal=case.causal, softmax_scale=scale, compute_dtype=dtype)
+            out, lse = attend(q[None], k[None], v[None], **options, **PLAIN)
+            outs.append(out[0])
+            lses.append(lse[0].mT)
+        return torch.cat(outs), torch.cat(lses)
+
+
+@contextlib.contextmanager
+def using(config):
+    """The kernels run with these tiles; on a GPU with their own, which fit."""
+    if not INTERPRETED:
+        yield
+        return
+    rows = MlaDecodeConfig(config.block_m, config.block_n, 4, 1)
+    with (
+        mock.patch.object(prefill, "default_prefill_config", return_value=config),
+        mock.patch.object(absorbed, "default_decode_config", return_value=rows),
+    ):
+        absorbed._plan.cache_clear()
+        yield
+    absorbed._plan.cache_clear()
+
+
+def floor_of(case, inputs):
+    """Weights sum to 1 and each is rounded once, as are the values: what that may do, whatever cancels."""
+    eps = max(torch.finfo(case.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    rows = inputs.kv_latent[: sum(case.seqlens_k)].double()
+    largest = rows.abs().max().item() if rows.numel() else 0.0
+    return eps * largest * inputs.w_uv.double().abs().sum(-1).max().item() / 2
+
+
+def check(case):
+    """The call is right to the last row, and writes each element once."""
+    inputs = Inputs(case)
+    with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext():
+        out, lse = mla_prefill(*inputs.tensors, **inputs.options, return_lse=True)
+    out, lse = inputs.rows_of(out, lse)
+    if not out.numel():
+        return
+    out64, lse64 = inputs.expected(torch.float64)
+    torch_out, torch_lse = inputs.expected(case.dtype)
+    closeness = assert_close_to_reference(out, out64, torch_out=torch_out, floor=floor_of(case, inputs))
+    finite = lse64.isfinite()
+    scale = max(1.0, lse64[finite].abs().amax().item() if finite.any() else 0.0)
+    torch_error = (torch_lse.double() - lse64)[finite].abs().amax().item() if finite.any() else 0.0
+    eps = max(torch.finfo(case.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    assert_close_to_reference(lse, lse64, torch_error=torch_error, floor=eps * scale, name="lse")
+    return closeness

@@ -1,0 +1,221 @@
+"""mla_prefill: random calls in each schedule, gradients, memory, and each settled semantic in an example."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from decode_cases import DEVICE, DTYPES
+from hypothesis import given, seed, settings
+from prefill_cases import Case, Inputs, cases, check, floor_of, using
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from triton_attn import mla_prefill, reference
+from triton_attn.mla.schedule import MODES
+from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+
+# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+NAMES = ("q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv")
+
+
+@pytest.mark.parametrize("shard", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_random_calls(mode, dtype, shard):
+    @seed(shard + 3 * DTYPES.index(dtype) + 9 * MODES.index(mode))
+    @settings(settings(), print_blob=True)
+    @given(cases(mode, dtype))
+    def run(case):
+        check(case)
+
+    run()
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_widths_of_deepseek(mode, dtype):
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
+    check(Case(mode, dtype, seqlens_q=(33,), seqlens_k=(50,), num_heads=2, **widths))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seqlens", [((5, 0, 40), (70, 3, 40)), ((3, 9), (1, 0)), ((), ()), ((0,), (5,))])
+def test_packed_sequences(mode, seqlens):
+    check(Case(mode, packed=True, seqlens_q=seqlens[0], seqlens_k=seqlens[1], spare_rows=4))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_head_whose_keys_exceed_the_workspace_is_taken_in_parts(packed):
+    case = Case("materialized", packed=packed, seqlens_q=(20, 20), seqlens_k=(300, 300), max_workspace_bytes=20_000)
+    check(case)
+    assert case.max_workspace_bytes < 600 * (32 + 24) * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_query_without_keys(mode):
+    inputs = Inputs(Case(mode, seqlens_q=(5,), seqlens_k=(3,)))
+    out, lse = mla_prefill(*inputs.tensors, **inputs.options, return_lse=True)
+    assert not out[0, :2].any()
+    assert (lse[0, :, :2] == float("-inf")).all()
+    assert out[0, 2:].any(-1).all()
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_reference_has_the_same_arguments_and_result(packed):
+    inputs = Inputs(Case("fused", torch.float32, packed=packed))
+    results = mla_prefill(*inputs.tensors, **inputs.options, return_lse=True)
+    options = {name: x for name, x in inputs.options.items() if name != "max_workspace_bytes"}
+    for result, ref in zip(results, reference.mla_prefill(*inputs.tensors, **options, return_lse=True)):
+        assert (result.shape, result.dtype) == (ref.shape, ref.dtype)
+        torch.testing.assert_close(result, ref, atol=1e-5, rtol=1e-5)
+
+
+GRADIENT_CASES = [
+    Case(
+        mode,
+        dtype,
+        packed=packed,
+        seqlens_q=(33, 20) if packed else (33, 33),
+        seqlens_k=(40, 17) if packed else (40, 40),
+    )
+    for mode, dtype, packed in itertools.product(("fused", "materialized"), DTYPES, (False, True))
+]
+GRADIENT_CASES += [
+    Case("fused", torch.float16, causal=False, one_projection=True),
+    Case("fused", torch.bfloat16, seqlens_q=(20,), seqlens_k=(9,), q_layout="wide"),  # queries without keys
+    Case("materialized", torch.float16, max_workspace_bytes=50_000, q_layout="heads first"),
+    Case("materialized", torch.float32, packed=True, seqlens_q=(7, 0, 5), seqlens_k=(9, 4, 0), spare_rows=0),
+    Case(
+        "fused",
+        torch.bfloat16,
+        num_heads=2,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        kv_lora_rank=512,
+        v_head_dim=128,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "case", GRADIENT_CASES, ids=lambda case: f"{case.mode}-{case.dtype}-{case.packed}-{case.causal}"
+)
+def test_gradients(case, record_property):
+    """Against fp64 autograd through the definition, error at most 3 times that of torch in the same dtype."""
+    inputs = Inputs(case)
+    tensors = [x.detach().requires_grad_() for x in inputs.tensors]
+    with using(case.config), poisoned_empty(), guard():
+        results = mla_prefill(*tensors, **inputs.options, return_lse=True)
+        dout, dlse = (torch.randn(x.shape, generator=inputs.generator).to(DEVICE, x.dtype) for x in results)
+        seen = results[1].isfinite()
+        dlse = torch.where(seen, dlse, 0)
+        gradients = torch.autograd.grad([results[0], torch.where(seen, results[1], 0)], tensors, [dout, dlse])
+
+    def expected(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        flat = [x.flatten(0, 1) if i < 4 and not case.packed else x for i, x in enumerate(leaves)]
+        out, lse = inputs.expected(dtype, flat)
+        dout_rows, dlse_rows = inputs.rows_of(dout, dlse)
+        lse = torch.where(lse.isfinite(), lse, 0)
+        return torch.autograd.grad([out, lse], leaves, [dout_rows.to(dtype), dlse_rows.to(dtype)])
+
+    for name, x, ref, torch_x in zip(NAMES, gradients, expected(torch.float64), expected(case.dtype)):
+        close = assert_close_to_reference(x, ref, torch_out=torch_x, factor=3.0, name=name)
+        if case.kv_lora_rank == 512:
+            record_property("figure", f"mla gradient {name:9} error {close.error:.1e}, torch's {close.torch_error:.1e}")
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_only_the_gradients_that_are_wanted(wanted):
+    inputs = Inputs(Case("fused", torch.float32))
+    tensors = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs.tensors)]
+    mla_prefill(*tensors, **inputs.options).sum().backward()
+    leaves = [x.detach().double().requires_grad_(i == wanted) for i, x in enumerate(inputs.tensors)]
+    reference.mla_prefill(*leaves).sum().backward()
+    assert [x.grad is not None for x in tensors] == [i == wanted for i in range(6)]
+    torch.testing.assert_close(tensors[wanted].grad, leaves[wanted].grad.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_what_has_no_gradient_says_so():
+    inputs = Inputs(Case("absorbed", torch.float32))
+    tensors = [x.detach().requires_grad_() for x in inputs.tensors]
+    with pytest.raises(NotImplementedError, match="absorbed"):
+        mla_prefill(*tensors, **inputs.options)
+    with torch.no_grad():
+        mla_prefill(*tensors, **inputs.options)
+    wide = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32, qk_nope_head_dim=250)).tensors]
+    with pytest.raises(NotImplementedError, match="256, got 266"):
+        mla_prefill(*wide)
+    tensors = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32)).tensors]
+    (gradient,) = torch.autograd.grad(mla_prefill(*tensors).sum(), tensors[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+def test_a_saved_tensor_that_changes_is_caught():
+    tensors = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32)).tensors]
+    latent = tensors[2] * 1.0
+    out = mla_prefill(*tensors[:2], latent, *tensors[3:])
+    latent += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_opcheck_and_compile():
+    inputs = Inputs(Case("materialized", torch.float32, num_heads=2))
+    tensors = [x.detach().requires_grad_() for x in inputs.tensors]
+    args = (*tensors, None, None, 40, 70, 0.1, True, "materialized", 2, 140, 2**28)
+    torch.library.opcheck(torch.ops.triton_attn.mla_prefill.default, args)
+
+    def loss(*tensors):
+        return mla_prefill(*tensors, mode="fused").square().sum()
+
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for x, ref in zip(torch.autograd.grad(compiled(*tensors), tensors), expected):
+        torch.testing.assert_close(x, ref)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of each tensor that comes to life."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "empty" in func.name() or "zeros" in func.name():
+            self.sizes.append(out.numel() * out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_besides_outputs(packed, record_property):
+    """Of fused none; of the others no more than the bound, whatever the context."""
+    case = Case("fused", packed=packed, seqlens_q=(20, 20), seqlens_k=(400, 400), num_heads=4)
+    for mode, bound in (("fused", 0), ("materialized", 2**28), ("materialized", 100_000), ("materialized", 21_000)):
+        inputs = Inputs(replace(case, mode=mode, max_workspace_bytes=bound or 2**28))
+        tensors, options = inputs.tensors, inputs.options
+        with Allocations() as allocations:
+            out = mla_prefill(*tensors, **options)
+        taken = sum(allocations.sizes) - out.numel() * out.element_size()
+        record_property("figure", f"mla_prefill {mode}: {taken} bytes besides the output, bound {bound}")
+        assert taken <= bound
+        assert (taken > 0) == (mode != "fused")
+    inputs = Inputs(replace(case, mode="absorbed", max_workspace_bytes=40_000))
+    with Allocations() as allocations:
+        mla_prefill(*inputs.tensors, **inputs.options)
+    assert max(allocations.sizes) <= 40_000
+
+
+def test_floor_counts_what_rounding_may_do():
+    """The floor of these tests is far below the values: a kernel that is wrong does not pass by it."""
+    case = Case("fused", torch.bfloat16)
+    inputs = Inputs(case)
+    out64, _ = inputs.expected(torch.float64)
+    assert floor_of(case, inputs) < 0.1 * out64.abs().max()

@@ -1,0 +1,254 @@
+"""DeepSeek-V2 and -V3 of Hugging Face transformers, version 5, over a paged cache of latent vectors:
+
+    from triton_attn.interop.deepseek import PagedDeepseek
+
+    paged = PagedDeepseek(DeepseekV3ForCausalLM.from_pretrained(...), num_pages=4096)
+    paged.generate(prompts, max_new_tokens=100)
+
+A token costs kv_lora_rank + qk_rope_head_dim numbers per layer, whatever the number of heads. The model stays as it is:
+all of it but the attention is called, and it goes on to work by itself.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+
+from triton_attn import LatentKVCache, append_latent_cache, mla_decode, mla_prefill, mla_softmax_scale
+
+from .rope import rotate
+
+# Their angles do not depend on the length of the text.
+SERVED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class PagedDeepseek:
+    """A model whose prompts run through `mla_prefill` and whose new tokens through `mla_decode`.
+
+    Args:
+        model: DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, in fp16, bf16 or fp32, on one device.
+        num_pages, page_size: of the cache.
+        dtype: of the cache, the model's if None; torch.float8_e4m3fn for the fp8 layout of `append_latent_cache`.
+        prefix_caching: prompts that begin like earlier ones share their pages.
+
+    Attributes:
+        cache: `LatentKVCache`, to create, fork, truncate and free sequences in.
+
+    Raises:
+        TypeError: the model is another.
+        NotImplementedError: angles that change with the length of the text ("dynamic", "longrope").
+    """
+
+    def __init__(self, model, num_pages, page_size=64, *, dtype=None, prefix_caching=True):
+        if not isinstance(model, (DeepseekV2ForCausalLM, DeepseekV3ForCausalLM)):
+            raise TypeError(
+                f"model: expected DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, got {type(model).__name__}"
+            )
+        config = model.config
+        rope_type = config.rope_parameters.get("rope_type", "default")
+        if rope_type not in SERVED_ROPE:
+            raise NotImplementedError(f"model: rope_type of {', '.join(SERVED_ROPE)} is served, got {rope_type}")
+        self.model = model
+        self.cache = LatentKVCache(
+            num_pages,
+            page_size,
+            num_layers=config.num_hidden_layers,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            dtype=model.dtype if dtype is None else dtype,
+            device=model.device,
+            prefix_caching=prefix_caching,
+        )
+        self.max_seqlen = min(num_pages * page_size, config.max_position_embeddings)
+        self.softmax_scale = softmax_scale(config)
+        self.rope = rope_tables(model, self.max_seqlen)
+
+    @torch.no_grad()
+    def forward(self, seqs, new_tokens):
+        """Compute the new tokens of each sequence, the keys of which go to the cache.
+
+        Args:
+            seqs: 1 or more sequences of `cache`. Together they go through `mla_prefill` if all are empty, otherwise
+                through `mla_decode`, where each costs as much as the one with the most new tokens.
+            new_tokens: for each sequence a list of 1 or more token ids.
+
+        Returns:
+            logits (len(seqs), vocab_size) in fp32, of the token after each sequence's last.
+
+        Raises:
+            OutOfPages, ValueError: with nothing changed; a sequence without new tokens, or with more tokens than the
+                model has positions for.
+        """
+        step = self._begin(seqs, new_tokens)
+        inner, device = self.model.model, self.model.device
+        tokens = torch.tensor(list(itertools.chain(*new_tokens)), device=device)
+        hidden = inner.embed_tokens(tokens[None])
+        for index, layer in enumerate(inner.layers[: self.model.config.num_hidden_layers]):
+            hidden = hidden + self._attend(index, layer.self_attn, layer.input_layernorm(hidden)[0], step)[None]
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        self.cache.commit(seqs)
+        last = step.cu_seqlens_q[1:].long() - 1
+        return self.model.lm_head(inner.norm(hidden[:, last]))[0].float()
+
+    def generate(self, prompts, max_new_tokens):
+        """The likeliest token again and again: a list of new tokens for each prompt, up to its end token included.
+
+        Args:
+            prompts: lists of 1 or more token ids, of any lengths.
+            max_new_tokens: most that each gets. End tokens are those of the model's generation_config.
+        """
+        eos = self.model.generation_config.eos_token_id
+        eos = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        seqs, outputs = [], [[] for _ in prompts]
+        try:
+            pending = []
+            for prompt in prompts:
+                seq, cached = self.cache.create(prompt)
+                seqs.append(seq)
+                pending.append(prompt[cached:])
+            running = list(range(len(prompts))) if max_new_tokens > 0 else []
+            while running:
+                logits = self.forward([seqs[i] for i in running], pending)
+                for i, token in zip(running, logits.argmax(-1).tolist()):
+                    outputs[i].append(token)
+                running = [i for i in running if outputs[i][-1] not in eos and len(outputs[i]) < max_new_tokens]
+                pending = [outputs[i][-1:] for i in running]
+        finally:
+            for seq in seqs:
+                self.cache.free(seq)
+        return outputs
+
+    def _begin(self, seqs, new_tokens):
+        """Room for the new tokens, and where everything is."""
+        starts, counts = [len(seq) for seq in seqs], [len(tokens) for tokens in new_tokens]
+        if not starts:
+            raise ValueError("seqs: expected 1 or more sequences, got none")
+        if len(starts) != len(counts):
+            raise ValueError(f"new_tokens: expected one list for each of {len(starts)} sequences, got {len(counts)}")
+        for i, (start, count) in enumerate(zip(starts, counts)):
+            if not count or start + count > self.max_seqlen:
+                expected = f"1 to {self.max_seqlen - start} tokens"
+                raise ValueError(f"new_tokens[{i}]: expected {expected}, for {self.max_seqlen} positions, got {count}")
+        slots = self.cache.extend(seqs, new_tokens)
+        device, longest = self.model.device, max(counts)
+        positions = [start + i for start, count in zip(starts, counts) for i in range(count)]
+        padded_rows = None
+        if any(starts) and min(counts) < longest:
+            rows = [i * longest + longest - n + j for i, n in enumerate(counts) for j in range(n)]
+            padded_rows = torch.tensor(rows, device=device)
+        return Step(
+            is_prompt=not any(starts),
+            slots=slots,
+            positions=torch.tensor(positions, device=device),
+            cache_seqlens=self.cache.cache_seqlens(seqs),
+            block_table=self.cache.block_table(seqs),
+            cu_seqlens_q=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
+            max_seqlen_q=longest,
+            padded_rows=padded_rows,
+        )
+
+    def _attend(self, index, attention, hidden, step):
+        """The attention of a layer: hidden (num_tokens, hidden_size), tokens of one sequence after those of another."""
+        config, latent_cache = self.model.config, self.cache.latent_cache[index]
+        nope, rope, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+        q_nope, q_pe = queries(attention, hidden).unflatten(-1, (-1, nope + rope)).split([nope, rope], dim=-1)
+        kv_latent, k_pe = attention.kv_a_proj_with_mqa(hidden).split([rank, rope], dim=-1)
+        kv_latent = attention.kv_a_layernorm(kv_latent)
+        weights = attention.kv_b_proj.weight.unflatten(0, (-1, nope + config.v_head_dim))
+        w_uk, w_uv = weights.split([nope, config.v_head_dim], dim=1)
+        append_latent_cache(kv_latent, k_pe, latent_cache, step.slots, positions=step.positions, **self.rope)
+        if step.is_prompt:
+            cos, sin = (self.rope[name][step.positions] for name in ("rope_cos", "rope_sin"))
+            q_pe, k_pe = (rotate(x, cos, sin, self.rope["rope_interleaved"]) for x in (q_pe, k_pe.unsqueeze(1)))
+            out = mla_prefill(
+                q_nope,
+                q_pe,
+                kv_latent,
+                k_pe.squeeze(1),
+                w_uk,
+                w_uv,
+                cu_seqlens_q=step.cu_seqlens_q,
+                cu_seqlens_k=step.cu_seqlens_q,
+                max_seqlen_q=step.max_seqlen_q,
+                max_seqlen_k=step.max_seqlen_q,
+                softmax_scale=self.softmax_scale,
+            )
+        else:
+            out = mla_decode(
+                step.by_sequence(q_nope),
+                step.by_sequence(q_pe),
+                latent_cache,
+                step.cache_seqlens,
+                step.block_table,
+                w_uk,
+                w_uv,
+                softmax_scale=self.softmax_scale,
+                **self.rope,
+            )
+            out = step.in_a_row(out)
+        return attention.o_proj(out.flatten(1))
+
+
+class Step(NamedTuple):
+    """What the layers need to know of the new tokens of a batch, all of them in a row.
+
+    Tokens go to `slots` and stand at `positions`; the sequences have `cache_seqlens` keys on the pages of
+    `block_table`. `is_prompt`: no key was there before. `padded_rows`: where the numbers of new tokens differ, the row
+    of each of them among (batch, max_seqlen_q), of which each sequence has the last ones.
+    """
+
+    is_prompt: bool
+    slots: torch.Tensor
+    positions: torch.Tensor
+    cache_seqlens: torch.Tensor
+    block_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    max_seqlen_q: int
+    padded_rows: torch.Tensor | None
+
+    def by_sequence(self, x):
+        """(num_tokens, ...) as (batch, max_seqlen_q, ...)."""
+        if self.padded_rows is not None:
+            padded = x.new_zeros(len(self.cache_seqlens) * self.max_seqlen_q, *x.shape[1:])
+            padded[self.padded_rows] = x
+            x = padded
+        return x.unflatten(0, (-1, self.max_seqlen_q))
+
+    def in_a_row(self, x):
+        """(batch, max_seqlen_q, ...) as (num_tokens, ...)."""
+        x = x.flatten(0, 1)
+        return x if self.padded_rows is None else x[self.padded_rows]
+
+
+def queries(attention, hidden):
+    """(num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)), through the low-rank projections if there."""
+    if attention.q_lora_rank is None:
+        return attention.q_proj(hidden)
+    return attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(hidden)))
+
+
+def softmax_scale(config):
+    """`mla_softmax_scale` of a config of transformers."""
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") == "default":
+        rope = {}
+    return mla_softmax_scale(
+        config.qk_nope_head_dim, config.qk_rope_head_dim, rope.get("factor", 1.0), rope.get("mscale_all_dim") or 0.0
+    )
+
+
+def rope_tables(model, num_positions):
+    """rope_cos, rope_sin (num_positions, qk_rope_head_dim / 2) in fp32, YaRN's factor included, and the convention.
+
+    V2 multiplies neighbours as complex numbers, V3 rotates neighbours or halves, as its config says.
+    """
+    positions = torch.arange(num_positions, device=model.device)[None]
+    angles = model.model.rotary_emb(torch.empty(0, dtype=torch.float32, device=model.device), positions)
+    if isinstance(model, DeepseekV2ForCausalLM):
+        cos, sin = angles.real, angles.imag
+        interleaved = True
+    else:
+        cos, sin = (table[..., : table.shape[-1] // 2] for table in angles)
+        interleaved = bool(model.config.rope_interleave)
+    return {"rope_cos": cos[0].contiguous(), "rope_sin": sin[0].contiguous(), "rope_interleaved": interleaved}
