@@ -155,7 +155,7 @@ def latent_decode(csv_path):
 
 
 def _latent_lines(axes, data, speed, colour, marker, cache):
-    for provider, rows in data.groupby("provider", sort=False):
+    for provider, rows in data.dropna(subset=speed).groupby("provider", sort=False):
         colour_here = colour if provider == OURS else GREEN
         axes.plot(rows["seqlen_k"], rows[speed], color=colour_here, marker=marker, label=f"{provider}, {cache} cache")
 
@@ -203,10 +203,11 @@ def latent_prefill(csv_path):
         workspace.set_ylim(bottom=-0.5)
         workspace.set_ylabel("workspace (MiB)")
         figure.align_ylabels()
-        figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        measured = first["source"] == MEASURED
+        figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3 if measured else 5)
         title = f"MLA prefill, causal, {first['dtype']}, {first['num_heads_q']} heads of {first['head_dim']}, "
         title += f"values of {first['head_dim_v']}\n{first['gpu']}, Triton {first['triton']}"
-        note = "" if first["source"] == MEASURED else f", {first['note']}\n{first['source']}"
+        note = "" if measured else f", {first['note']}\n{first['source']}"
         figure.suptitle(f"{title}{note}", x=0.01, ha="left", fontsize=11)
         return _save(figure, csv_path)
 
