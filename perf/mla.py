@@ -44,8 +44,8 @@ def add_arguments(parser):
     shape = {"nargs": "+", "type": int}
     parser.add_argument("--heads", metavar="H", default=LATENT_HEADS, **shape, help="of decode; default: 16 64 128")
     parser.add_argument("--batch", type=int, default=LATENT_BATCH, help=f"of decode; default: {LATENT_BATCH}")
-    contexts = f"longest context; default: {CONTEXTS[-1]}"
-    parser.add_argument("--seqlen", type=int, default=CONTEXTS[-1], metavar="S", help=contexts)
+    contexts = f"longest context, a power of two from {CONTEXTS[0]}; default: {CONTEXTS[-1]}"
+    parser.add_argument("--seqlen", type=int, default=CONTEXTS[-1], metavar="S", choices=CONTEXTS, help=contexts)
     parser.add_argument("--arch", choices=RATES, default="sm_90", help="what to predict for, without a GPU")
 
 
@@ -140,7 +140,12 @@ def _print(title, rows, line, cell):
         columns[row.seqlen_k] = None if row.tflops is None else cell(row)
     print(f"MLA {title}, {DTYPE}, {rows[0].gpu}, {rows[0].source}")
     print_table(list(lines.values()))
-    print(f"{rows[0].note}\n" if rows[0].source == results.MODELLED else "")
+    notes = {
+        results.PREDICTED: "bound: matrix products and softmax overlap fully. lock: they never do. Launches, latency, and "
+        "what memory reaches of its data sheet are left out.\n",
+        results.MODELLED: f"{rows[0].note}\n",
+    }
+    print(notes.get(rows[0].source, ""))
 
 
 def kinds():
