@@ -9,7 +9,7 @@ import torch
 
 from perf import loop_model
 from perf.gpus import RATES
-from triton_attn import mla_decode
+from triton_attn import mla_decode, mla_prefill
 from triton_attn.testing import compile_only, shared_memory_limit
 
 pytestmark = pytest.mark.compiled
@@ -86,6 +86,65 @@ def test_decode(arch, num_heads, variant, record_property):
         assert decode.uses_wgmma
         assert report.hot.useful == 1  # no warpgroup repeats the other's scores
         assert report.lock >= (350 if variant == "fp8" else 490)
+
+
+def compile_prefill(arch, mode, dtype=torch.bfloat16, dim=NOPE, packed=False):
+    """The launches of a call; those of a backward pass too, where there is one."""
+    outer = (1024,) if packed else (1, 1024)
+    shapes = [(*outer, 4, dim), (*outer, 4, ROPE), (*outer, RANK), (*outer, ROPE), (4, dim, RANK), (4, dim, RANK)]
+    options = {}
+    if packed:
+        cu_seqlens = torch.empty(3, dtype=torch.int32)
+        options = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=512, max_seqlen_k=512)
+    with compile_only(arch) as launches:
+        mla_prefill(*(torch.empty(shape, dtype=dtype) for shape in shapes), mode=mode, **options)
+    return launches
+
+
+PREFILL_ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+WIDE = {"256": {"dim": 256}, "512": {"dim": 512}}
+PREFILL_VARIANTS = {"bf16": {}, "packed": {"packed": True}, "fp32": {"dtype": torch.float32}, **WIDE}
+# Bytes spilled around the loop over latent numbers, once for a tile of keys, at the widths of DeepSeek.
+FUSED_SPILLS = {"sm_80": 52, "sm_86": 16, "sm_90": 140, "sm_100": 16, "sm_120": 56, "gfx942": 0}
+PREFILL_SLICE = {(arch, mode, "bf16") for arch in PREFILL_ARCHS for mode in ("fused", "materialized")}
+PREFILL_SLICE |= {("sm_90", mode, "packed") for mode in ("fused", "absorbed", "materialized")}
+
+
+@pytest.mark.parametrize(
+    ("arch", "mode", "variant"),
+    [
+        pytest.param(a, m, v, marks=[pytest.mark.oldest] if (a, m, v) in PREFILL_SLICE else [pytest.mark.full])
+        for a in PREFILL_ARCHS
+        for m in ("fused", "absorbed", "materialized")
+        for v in PREFILL_VARIANTS
+    ],
+)
+def test_prefill(arch, mode, variant, record_property):
+    launches = compile_prefill(arch, mode, **PREFILL_VARIANTS[variant])
+    for launch in launches:
+        assert launch.shared_bytes <= shared_memory_limit(arch)
+    if mode == "absorbed":
+        assert [x.name for x in launches] == ["_absorb_kernel", "_mla_absorbed_kernel", "_merge_project_kernel"]
+        assert variant in WIDE or sum(x.spill_bytes for x in launches) <= (44 if variant == "packed" else 0)
+        if arch in RATES and variant != "fp32":
+            assert loop_model.analyze(launches[1].kernel).hot.spills == 0
+        return
+    (launch,) = launches
+    assert launch.name == "_mla_prefill_kernel"
+    constants, report = launch.constexprs, loop_model.analyze(launch.kernel)
+    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
+    figure = f"mla prefill {mode:12} {arch:7} {variant:6} {tile:13} {launch.registers:4} registers "
+    figure += f"{launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
+    if arch in RATES and report.lock:
+        figure += f"  lock {report.lock:.0f} bound {report.bound:.0f} TFLOP/s"
+    record_property("figure", figure)
+    if variant in ("bf16", "packed"):
+        assert launch.spill_bytes <= (FUSED_SPILLS[arch] if mode == "fused" else 0)
+        if arch != "gfx942" and report.hot:
+            assert report.hot.spills == 0
+        if arch == "sm_90":
+            assert launch.uses_wgmma
+            assert report.lock >= 550
 
 
 def test_a_new_length_is_no_new_compilation():

@@ -85,7 +85,7 @@ class MlaPrefillConfig:
 _PREFILL = {
     "sm_80": (MlaPrefillConfig(128, 32, 8, 3), MlaPrefillConfig(128, 32, 8, 3)),
     "sm_86": (MlaPrefillConfig(128, 32, 8, 2), MlaPrefillConfig(64, 32, 8, 2, 32)),
-    "sm_90": (MlaPrefillConfig(128, 64, 8, 3), MlaPrefillConfig(128, 64, 8, 2)),
+    "sm_90": (MlaPrefillConfig(128, 64, 8, 2), MlaPrefillConfig(128, 64, 8, 2)),
     "sm_100": (MlaPrefillConfig(128, 64, 8, 2), MlaPrefillConfig(128, 32, 8, 2)),
     "sm_120": (MlaPrefillConfig(128, 32, 8, 2), MlaPrefillConfig(64, 32, 8, 2, 32)),
     "gfx942": (MlaPrefillConfig(128, 64, 4, 1), MlaPrefillConfig(128, 32, 4, 1, 32)),
