@@ -141,8 +141,8 @@ def _print(title, rows, line, cell):
     print(f"MLA {title}, {DTYPE}, {rows[0].gpu}, {rows[0].source}")
     print_table(list(lines.values()))
     notes = {
-        results.PREDICTED: "bound: matrix products and softmax overlap fully. lock: they never do. Launches, latency, and "
-        "what memory reaches of its data sheet are left out.\n",
+        results.PREDICTED: "bound: matrix products and softmax overlap fully. lock: they never do. "
+        "Left out are launches, latency, and what memory reaches of its data sheet.\n",
         results.MODELLED: f"{rows[0].note}\n",
     }
     print(notes.get(rows[0].source, ""))
