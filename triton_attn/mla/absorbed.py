@@ -76,6 +76,13 @@ def _load_latents(
         return tl.reshape(values, tile.shape).to(dtype)
 
 
+@triton.jit
+def _offsets(batch, rows, heads, strides):
+    """64-bit offsets of rows in a tensor with these strides of (batch, row, head)."""
+    offsets = tl.cast(batch, tl.int64) * strides[0] + rows.to(tl.int64) * strides[1]
+    return offsets + heads.to(tl.int64) * strides[2]
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _mla_absorbed_kernel(
     q_ptr,
@@ -141,7 +148,7 @@ def _mla_absorbed_kernel(
     )
     if cache_seqlens_ptr is not None:
         seqlen_k = tl.load(cache_seqlens_ptr + sequence)
-    if tile * BLOCK_M >= seqlen_q * NUM_HEADS:
+    if cu_seqlens_q_ptr is not None and tile * BLOCK_M >= seqlen_q * NUM_HEADS:
         return
     first_position = seqlen_k - seqlen_q
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,13 +166,11 @@ def _mla_absorbed_kernel(
     if cu_seqlens_q_ptr is not None:
         sequence *= 0
     sequence = sequence.to(tl.int64)
-    out_row = (queries + first_q).to(tl.int64)
-    heads = heads.to(tl.int64)
-    q_rows = sequence * q_strides[0] + out_row * q_strides[1] + heads * q_strides[2]
+    q_rows = _offsets(sequence, first_q + queries, heads, q_strides)
     q_0 = load_piece(q_ptr, q_rows, 1, rows_mask, 0, FIRST, KV_LORA_RANK, True)
     if SECOND > 0:
         q_1 = load_piece(q_ptr, q_rows, 1, rows_mask, FIRST, SECOND, KV_LORA_RANK, True)
-    q_rows = sequence * q_pe_strides[0] + out_row * q_pe_strides[1] + heads * q_pe_strides[2]
+    q_rows = _offsets(sequence, first_q + queries, heads, q_pe_strides)
     q_pe = load_piece(q_pe_ptr, q_rows, 1, rows_mask, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
     if SIGN < 1:  # the online softmax takes a factor above 0
         q_0 *= SIGN
@@ -244,14 +249,13 @@ def _mla_absorbed_kernel(
             acc_1 = tl.dot(p, k_1, acc_1 * alpha[:, None], input_precision=INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)
-    out_ptr += tl.cast(split, tl.int64) * out_strides[0] + sequence * out_strides[1]
-    out_rows = out_row * out_strides[2] + heads * out_strides[3]
+    out_ptr += tl.cast(split, tl.int64) * out_strides[0]
+    out_rows = _offsets(sequence, first_q + queries, heads, out_strides[1:])
     store_piece(out_ptr, out_rows, 1, rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK, True)
     if SECOND > 0:
         store_piece(out_ptr, out_rows, 1, rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK, True)
-    if lse_ptr is not None:
-        lse_ptr += tl.cast(split, tl.int64) * lse_strides[0] + sequence * lse_strides[1]
-        tl.store(lse_ptr + out_row * lse_strides[2] + heads * lse_strides[3], lse, mask=rows_mask)
+    lse_ptr += tl.cast(split, tl.int64) * lse_strides[0]
+    tl.store(lse_ptr + _offsets(sequence, first_q + queries, heads, lse_strides[1:]), lse, mask=rows_mask)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -496,12 +500,16 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         num_processors(q.device),
         config,
     )
-    parts, lse_parts = out[None], None if lse is None else lse.mT[None]
-    if num_splits > 1 or w_uv is not None:
+    merges = num_splits > 1 or w_uv is not None
+    if merges:
         # The sum of one split is rounded before the projection in any case.
         dtype = torch.float32 if num_splits > 1 else out.dtype
         parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
         lse_parts = out.new_empty(parts.shape[:-1], dtype=torch.float32)
+    else:
+        # Without a place for the log-sum-exp the compiler makes wgmma wait for each other.
+        parts = out[None]
+        lse_parts = out.new_empty(parts.shape[:-1], dtype=torch.float32) if lse is None else lse.mT[None]
     args = (
         q,
         q_pe,
@@ -516,7 +524,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         q_pe.stride()[:3],
         tuple(None if x is None else x.stride(0) for x in cache),
         parts.stride()[:4],
-        None if lse_parts is None else lse_parts.stride(),
+        lse_parts.stride(),
         None if block_table is None else block_table.stride(0),
         max_seqlen_q,
         max_seqlen_k,
