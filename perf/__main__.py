@@ -1,8 +1,8 @@
 """What runs here, whether it is right, how fast it is, how large its caches are.
 
-Without a part: machine, verify, embed, bench (both families) and sizes, one after the other, in a few minutes. Figures
-go to perf/results/. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from
-compiled code and labelled so: nothing is called measured that was not.
+Without a part: machine, verify, embed, bench (both families), mla and sizes, one after the other, in a few minutes.
+Figures go to perf/results/. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted
+from compiled code and labelled so: nothing is called measured that was not.
 """
 
 import argparse
@@ -39,6 +39,7 @@ PARTS = {
     "verify": Part("every public function against its reference at real model shapes", "interpreter", interpreted=True),
     "embed": Part("sentences through a real encoder, with our attention and torch's", "interpreter", interpreted=True),
     "bench": Part("throughput of attention, ours and the peers'", "predicted-{arch}"),
+    "mla": Part("multi-head latent attention: decode, schedules of prefill, bytes of cache", "predicted-{arch}"),
     "sizes": Part("KV-cache bytes against context length", "sizes", machine_free=True),
     "cache": Part("what the bookkeeping of pages costs on the host", "host"),
     "sharing": Part("what pages and their sharing save, against the paper's claims", "sharing", machine_free=True),
@@ -46,7 +47,7 @@ PARTS = {
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
 }
-MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "sizes")
+MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "mla", "sizes")
 INTERRUPTED = 130
 
 

@@ -7,6 +7,7 @@ from triton_attn._host.definition import attend
 from triton_attn.testing import assert_close_to_reference
 
 SAMPLED_ROWS = 128
+SAMPLED_HEADS = 4
 _NO_OPTIONS = {
     "causal": False,
     "softmax_scale": None,
@@ -57,3 +58,49 @@ def check_gradients(attention, problem, dtype, device):
     torchs = gradients(lambda *inputs: by_torch(*inputs, causal=problem.causal)[0], dtype)
     for gradient, expected, torch_out in zip(ours, exact, torchs):
         assert_close_to_reference(gradient, expected, torch_out=torch_out, factor=3.0)
+
+
+def latent_by_torch(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, absorbed=False):
+    """(out, lse) of `mla_prefill`, causal, as torch computes them, every product in the dtype of q_nope."""
+    num_heads = q_nope.shape[2]
+    k_nope = v = kv_latent.unsqueeze(2).expand(-1, -1, num_heads, -1)
+    scale = (q_nope.shape[3] + q_pe.shape[3]) ** -0.5
+    if absorbed:
+        q_nope = torch.einsum("bihn,hnc->bihc", q_nope, w_uk)
+    else:
+        k_nope = torch.einsum("bjc,hnc->bjhn", kv_latent, w_uk)
+        v = torch.einsum("bjc,hvc->bjhv", kv_latent, w_uv)
+    q = torch.cat([q_nope, q_pe], dim=3)
+    k = torch.cat([k_nope, k_pe.unsqueeze(2).expand(-1, -1, num_heads, -1)], dim=3)
+    out, lse = by_torch(q, k, v, causal=True, softmax_scale=scale)
+    return (torch.einsum("bihc,hvc->bihv", out, w_uv) if absorbed else out), lse
+
+
+def check_latent_decode(out, q, rows):
+    """Raise AssertionError if `out` is wrong in a few heads of the first and of the last sequence.
+
+    q is (batch, 1, heads, dim), rows (batch, seqlen, dim) the latent vectors and rotary keys of the cache, out (batch,
+    1, heads, kv_lora_rank).
+    """
+    k = rows.unsqueeze(2)
+    for heads in (slice(SAMPLED_HEADS), slice(-SAMPLED_HEADS, None)):
+        check_sample(out[:, :, heads], q[:, :, heads], k, k[..., : out.shape[3]], causal=False)
+
+
+def check_latent_prefill(out, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv):
+    """Raise AssertionError if `out` is wrong in the first rows of the first head or the last rows of the last.
+
+    Its error is compared with that of torch in the plain or in the absorbed form, whichever is larger.
+    """
+    rows = min(SAMPLED_ROWS, q_nope.shape[1])
+    keys_of_first = kv_latent.shape[1] - q_nope.shape[1] + rows
+    for heads, queries, keys in (
+        (slice(1), slice(rows), slice(keys_of_first)),
+        (slice(-1, None), slice(-rows, None), slice(None)),
+    ):
+        sample = q_nope[:, queries, heads], q_pe[:, queries, heads], kv_latent[:, keys], k_pe[:, keys]
+        sample = *sample, w_uk[heads], w_uv[heads]
+        exact = reference.mla_prefill(*(x.double() for x in sample))
+        by_forms = [latent_by_torch(*sample, absorbed=absorbed)[0] for absorbed in (False, True)]
+        torch_error = max((form.double() - exact).abs().max().item() for form in by_forms)
+        assert_close_to_reference(out[:, queries, heads], exact, torch_error=torch_error)

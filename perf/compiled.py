@@ -2,10 +2,12 @@
 
 import torch
 
-from triton_attn import flash_attention, paged_attention
+from triton_attn import flash_attention, mla_decode, paged_attention
+from triton_attn._host.latent import latent_storage
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.flash.forward import launch_flash_fwd
+from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.testing import compile_only
 
@@ -43,11 +45,25 @@ def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size):
     return launches[0]
 
 
+def latent_decode(arch, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=512, qk_rope_head_dim=64):
+    """The compiled kernel of a decode step over a latent cache, absorbed queries in and latent vectors out."""
+    q_nope, q_pe = (torch.empty(1, 1, num_heads, dim, dtype=dtype) for dim in (kv_lora_rank, qk_rope_head_dim))
+    block_table = torch.empty(1, _SEQLEN // page_size, dtype=torch.int32)
+    is_fp8 = cache_dtype == "float8_e4m3fn"
+    held, width = latent_storage(kv_lora_rank, qk_rope_head_dim, torch.float8_e4m3fn if is_fp8 else dtype)
+    cache = torch.empty(block_table.shape[1], page_size, width, dtype=held)
+    with compile_only(arch) as launches:
+        mla_decode(q_nope, q_pe, cache, torch.empty(1, dtype=torch.int32), block_table, softmax_scale=1.0)
+    return launches[0]
+
+
 def config_of(launch):
     """The config that a launch of an attention kernel ran with."""
     values = launch.constexprs
     config = values["BLOCK_M"], values["BLOCK_N"], launch.num_warps, launch.num_stages
-    return FlashConfig(*config, values["USE_TMA"]) if "USE_TMA" in values else PagedConfig(*config)
+    if "USE_TMA" in values:
+        return FlashConfig(*config, values["USE_TMA"])
+    return MlaDecodeConfig(*config) if "KV_LORA_RANK" in values else PagedConfig(*config)
 
 
 def config_name(config):

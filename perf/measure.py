@@ -1,13 +1,17 @@
 """Throughput on the GPU of this machine. Nothing is timed before its result was found right."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from perf.checks import check_gradients, check_sample
+from perf.checks import check_gradients, check_latent_decode, check_latent_prefill, check_sample
 from perf.device import gpu_name, versions
+from perf.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
+from perf.providers import latent_pages
 from perf.results import MEASURED, Row
 from perf.timing import time_interleaved
+from triton_attn._host.latent import read_latent_cache
 
 
 def throughput(problem, dtype, providers, roof, device="cuda"):
@@ -17,7 +21,7 @@ def throughput(problem, dtype, providers, roof, device="cuda"):
     """
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=getattr(torch, dtype), device=device) for shape in problem.shapes]
-    prepare = {"flash": _checked_pass, "paged": _checked_step}[problem.family]
+    prepare = PREPARE[type(problem)]
     functions, failures = {}, {}
     for name, provider in providers.items():
         try:
@@ -41,6 +45,30 @@ def _checked_step(problem, provider, q, k_cache, v_cache):
     step = provider(problem, q, k_cache, v_cache)
     check_sample(step(), q, k_cache, v_cache, causal=False)  # the newest token sees all
     return step
+
+
+def _checked_latent_step(problem, provider, q, rows):
+    step = provider(problem, q, rows)
+    ends = rows[[0, -1]]  # as the cache holds them
+    cache, _, block_table = latent_pages(replace(problem, batch=2), ends)
+    held = read_latent_cache(cache[block_table.long()], problem.kv_lora_rank, problem.qk_rope_head_dim)
+    check_latent_decode(step()[[0, -1]], q[[0, -1]], held.flatten(1, 2)[:, : problem.seqlen_k].to(q.dtype))
+    return step
+
+
+def _checked_prefill(problem, provider, *tensors):
+    *inputs, w_uk, w_uv = tensors
+    tensors = *inputs, *(w * problem.kv_lora_rank**-0.5 for w in (w_uk, w_uv))  # keys and values of size 1
+    check_latent_prefill(provider(*tensors), *tensors)
+    return partial(provider, *tensors)
+
+
+PREPARE = {
+    Problem: _checked_pass,
+    DecodeProblem: _checked_step,
+    LatentDecodeProblem: _checked_latent_step,
+    LatentPrefillProblem: _checked_prefill,
+}
 
 
 def _pass(direction, attention, q, k, v):

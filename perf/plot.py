@@ -117,6 +117,122 @@ def decode(csv_path):
         return _save(figure, csv_path)
 
 
+CACHE_STYLES = {"bfloat16": (VERMILION, "o", "bf16"), "float8_e4m3fn": (BLUE, "s", "fp8")}
+FLASH_MLA_PUBLISHED = {"tflops": 660, "gbps": 3000}  # H800, bf16, at best; github.com/deepseek-ai/FlashMLA, README
+
+
+def latent_decode(csv_path):
+    """TFLOP/s above GB/s of MLA's decode steps against context, a column per number of heads; with what FlashMLA says
+    of itself."""
+    data = pd.read_csv(csv_path)
+    first = data.iloc[0]
+    heads = sorted(data["num_heads_q"].unique())
+    measured = first["source"] == MEASURED
+    with plt.rc_context(STYLE | {"figure.figsize": (8, 5.6)}):
+        figure, grid = plt.subplots(2, len(heads), sharex=True, sharey="row", squeeze=False)
+        for line, (speed, published), unit in zip(grid, FLASH_MLA_PUBLISHED.items(), ("TFLOP/s", "GB/s")):
+            for axes, num_heads in zip(line, heads):
+                for cache, panel in data[data["num_heads_q"] == num_heads].groupby("cache_dtype", sort=False):
+                    (_latent_lines if measured else _latent_band)(axes, panel, speed, *CACHE_STYLES[cache])
+                axes.axhline(published, color=BLACK, linewidth=1, linestyle=":", label="FlashMLA on H800, published")
+                if speed == "gbps" and not pd.isna(roof := _roof(data, "gbps")):
+                    label = "copy, measured" if measured else "memory, data sheet"
+                    axes.axhline(roof, color=BLACK, linewidth=1, linestyle="--", label=label)
+            line[0].set_ylabel(unit)
+            line[0].set_ylim(bottom=0)
+        for axes, num_heads in zip(grid[0], heads):
+            axes.set_title(f"{num_heads} heads", fontsize=10)
+        for axes in grid[1]:
+            axes.set_xlabel("context (tokens)")
+        grid[0][0].set_xscale("log", base=2)
+        _length_ticks(grid[0][0], sorted(data["seqlen_k"].unique())[::2])
+        figure.legend(*grid[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        widths = f"{first['head_dim_v']} + {first['head_dim'] - first['head_dim_v']} wide"
+        title = f"MLA decode step, batch {first['batch']}, latent cache {widths}, page size {first['page_size']:.0f}"
+        note = "" if measured else f"\n{first['source']}; launches, latencies and DRAM efficiency left out"
+        figure.suptitle(f"{title}\n{first['gpu']}, Triton {first['triton']}{note}", x=0.01, ha="left", fontsize=11)
+        return _save(figure, csv_path)
+
+
+def _latent_lines(axes, data, speed, colour, marker, cache):
+    for provider, rows in data.dropna(subset=speed).groupby("provider", sort=False):
+        colour_here = colour if provider == OURS else GREEN
+        axes.plot(rows["seqlen_k"], rows[speed], color=colour_here, marker=marker, label=f"{provider}, {cache} cache")
+
+
+def _latent_band(axes, data, speed, colour, marker, cache):
+    bound, lock = (data[data["provider"] == provider].set_index("seqlen_k")[speed] for provider in (BOUND, LOCK))
+    axes.plot(lock, color=colour, marker=marker, label=f"{cache} cache, lock: no overlap")
+    axes.fill_between(lock.index, lock, bound, color=colour, alpha=0.2, linewidth=0, label="to bound: full overlap")
+
+
+SCHEDULE_STYLES = {"fused": (VERMILION, "o"), "absorbed": (GREEN, "^"), "materialized": (BLUE, "s")}
+
+
+def latent_prefill(csv_path):
+    """Schedules of MLA's prefill against context: time, time over the least of them, workspace; a column per kind of
+    call."""
+    data = pd.read_csv(csv_path)
+    first = data.iloc[0]
+    ours = data[data["schedule"].notna()]
+    data["relative"] = data["ms"] / data[["seqlen_q", "seqlen_k"]].apply(tuple, axis=1).map(
+        ours.groupby(["seqlen_q", "seqlen_k"])["ms"].min()
+    )
+    whole = data["seqlen_q"] == data["seqlen_k"]
+    panels = {"whole prompts": data[whole]}
+    for queries, rows in data[~whole].groupby("seqlen_q", sort=False):
+        panels[f"chunks of {queries} queries"] = rows
+    with plt.rc_context(STYLE | {"figure.figsize": (8, 7.5)}):
+        figure, grid = plt.subplots(3, len(panels), sharex="col", sharey="row", squeeze=False)
+        for column, (title, panel) in zip(grid.T, panels.items()):
+            _schedule_panels(column, panel)
+            column[0].set_title(title, fontsize=10)
+            column[-1].set_xlabel("context (tokens)")
+        time, relative, workspace = grid[:, 0]
+        time.plot([], [], color=BLACK, linestyle=":", label="all heads at once")
+        time.set_yscale("log")
+        time.set_ylabel("ms")
+        time.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        relative.set_yscale("log", base=2)
+        relative.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        relative.set_ylabel("time / least of ours")
+        workspace.set_yscale("symlog", base=2, linthresh=1)
+        workspace.yaxis.set_major_locator(FixedLocator([0, *(4**i for i in range(8))]))
+        workspace.yaxis.set_minor_locator(NullLocator())
+        workspace.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}" if y < 1024 else f"{y / 1024:g}k"))
+        workspace.set_ylim(bottom=-0.5)
+        workspace.set_ylabel("workspace (MiB)")
+        figure.align_ylabels()
+        measured = first["source"] == MEASURED
+        figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3 if measured else 5)
+        title = f"MLA prefill, causal, {first['dtype']}, {first['num_heads_q']} heads of {first['head_dim']}, "
+        title += f"values of {first['head_dim_v']}\n{first['gpu']}, Triton {first['triton']}"
+        note = "" if measured else f", {first['note']}\n{first['source']}"
+        figure.suptitle(f"{title}{note}", x=0.01, ha="left", fontsize=11)
+        return _save(figure, csv_path)
+
+
+def _schedule_panels(column, data):
+    """Time, relative time and workspace of one kind of call."""
+    time, relative, workspace = column
+    for provider, rows in data.groupby("provider", sort=False):
+        rows = rows.set_index("seqlen_k")
+        schedule = rows["schedule"].iloc[0]
+        colour, marker = SCHEDULE_STYLES.get(schedule, (PURPLE, "D"))
+        style = {"color": colour, "marker": marker}
+        time.plot(rows["ms"], **style, label=provider.removeprefix(f"{OURS}, "))
+        relative.plot(rows["relative"], **style)
+        if schedule in SCHEDULE_STYLES:
+            workspace.plot(rows["workspace_bytes"] / 2**20, **style)
+            workspace.plot(rows["all_heads_bytes"] / 2**20, color=colour, linestyle=":")
+    chosen = data[data["is_auto"]]
+    ring = {"s": 90, "color": "none", "edgecolors": BLACK, "zorder": 3}
+    time.scatter(chosen["seqlen_k"], chosen["ms"], **ring, label="chosen by auto")
+    relative.scatter(chosen["seqlen_k"], chosen["relative"], **ring)
+    time.set_xscale("log", base=2)
+    _length_ticks(time, sorted(data["seqlen_k"].unique())[::-2])
+
+
 def training(csv_path):
     """Loss against step, ours on top of torch's; below, how far they are apart where they differ."""
     data = pd.read_csv(csv_path)

@@ -21,10 +21,14 @@ A program that is alone on its SM has it for itself: as many are resident as sha
 
 Left out: launches, which decide short contexts, every latency, what memory reaches of its data sheet, and the L2
 cache, where small parts stay. A measurement comes out lower.
+
+The schedules of MLA's prefill are not compiled: their time is the cost that `triton_attn.mla_prefill` chooses by, at
+the dense rate of the GPU.
 """
 
 import heapq
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from tqdm import tqdm
@@ -32,8 +36,10 @@ from tqdm import tqdm
 from perf import compiled, loop_model
 from perf.device import versions
 from perf.gpus import RATES
-from perf.results import OURS, PREDICTED, Row
+from perf.providers import SCHEDULES
+from perf.results import MODELLED, OURS, PREDICTED, Row
 from triton_attn.combine.splits import choose_num_splits
+from triton_attn.mla.schedule import FLOP_PER_BYTE, cost
 
 
 def tile_trips(problem, block_m, block_n):
@@ -137,35 +143,48 @@ def _kernel(launch, dkdv_products):
 
 def paged(problems, dtype, arch):
     """Rows of `bound` and `lock` for each decode step, our default config compiled for `arch`."""
-    kernels = {}
-    gpu = RATES[arch]
-    dtype_bytes = getattr(torch, dtype).itemsize
     for problem in tqdm(problems, desc=f"predicting for {arch}", unit="shape"):
         kind = problem.num_heads_q, problem.num_heads_kv, problem.head_dim, problem.page_size
-        if kind not in kernels:
-            launch = compiled.paged_decode(arch, getattr(torch, dtype), *kind)
-            kernels[kind] = compiled.config_of(launch), loop_model.analyze(launch.kernel)
-        config, report = kernels[kind]
-        num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms)
-        resident = min(report.ctas_per_sm, -(-len(trips) // gpu.num_sms))
-        warpgroups = resident * report.mma_warpgroups_per_sm // report.ctas_per_sm
-        slots = gpu.num_sms * resident
-        flops_per_trip = 4 * config.block_m * config.block_n * problem.head_dim
-        for model, rate in (("bound", report.hot.bound()), ("lock", report.hot.lock(warpgroups))):
-            loop = makespan(trips, slots) * flops_per_trip * slots / (rate * 1e12)
-            time, limit = decode_seconds(problem, dtype_bytes, num_splits, loop, gpu.memory_gbps * 1e9)
-            gbps = problem.bytes(dtype_bytes) / time / 1e9
-            yield Row(
-                **problem.columns(),
-                dtype=dtype,
-                provider=f"{OURS}, {model}",
-                gbps=gbps,
-                roof_share=gbps / gpu.memory_gbps,
-                gpu=f"{gpu.memory_gpu}, {gpu.memory_gbps} GB/s, at {gpu.clock_ghz} GHz",
-                **versions(),
-                source=PREDICTED,
-                note=f"fwd {compiled.config_name(config)}, num_splits {num_splits}, limited by {limit}",
-            )
+        yield from _decode_step(problem, dtype, arch, *_analyzed(compiled.paged_decode, arch, dtype, *kind))
+
+
+def latent_decode(problem, dtype, arch):
+    """The same of one step over a latent cache, whose bytes count once for all tiles of heads: these run side by side,
+    so that all but the first find them in the L2 cache."""
+    kind = problem.num_heads_q, problem.cache_dtype, problem.page_size
+    return _decode_step(problem, dtype, arch, *_analyzed(compiled.latent_decode, arch, dtype, *kind))
+
+
+@cache
+def _analyzed(compile_kernel, arch, dtype, *kind):
+    launch = compile_kernel(arch, getattr(torch, dtype), *kind)
+    return compiled.config_of(launch), loop_model.analyze(launch.kernel)
+
+
+def _decode_step(problem, dtype, arch, config, report):
+    gpu = RATES[arch]
+    dtype_bytes = getattr(torch, dtype).itemsize
+    num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms)
+    resident = min(report.ctas_per_sm, -(-len(trips) // gpu.num_sms))
+    warpgroups = resident * report.mma_warpgroups_per_sm // report.ctas_per_sm
+    slots = gpu.num_sms * resident
+    flops_per_trip = 2 * config.block_m * config.block_n * (problem.head_dim + problem.head_dim_v)
+    for model, rate in (("bound", report.hot.bound()), ("lock", report.hot.lock(warpgroups))):
+        loop = makespan(trips, slots) * flops_per_trip * slots / (rate * 1e12)
+        time, limit = decode_seconds(problem, dtype_bytes, num_splits, loop, gpu.memory_gbps * 1e9)
+        gbps = problem.bytes(dtype_bytes) / time / 1e9
+        yield Row(
+            **problem.columns(),
+            dtype=dtype,
+            provider=f"{OURS}, {model}",
+            tflops=problem.flops / time / 1e12,
+            gbps=gbps,
+            roof_share=gbps / gpu.memory_gbps,
+            gpu=f"{gpu.memory_gpu}, {gpu.memory_gbps} GB/s, at {gpu.clock_ghz} GHz",
+            **versions(),
+            source=PREDICTED,
+            note=f"fwd {compiled.config_name(config)}, num_splits {num_splits}, limited by {limit}",
+        )
 
 
 def split_trips(problem, block_m, block_n, num_sms):
@@ -182,7 +201,26 @@ def split_trips(problem, block_m, block_n, num_sms):
 def decode_seconds(problem, element_size, num_splits, loop_seconds, bytes_per_second):
     """(time of a decode step, what limits it: memory or the loop); parts are outputs and log-sum-exps in fp32."""
     rows = problem.batch * problem.num_heads_q
-    parts = num_splits * rows * (problem.head_dim + 1) * 4 if num_splits > 1 else 0
+    parts = num_splits * rows * (problem.head_dim_v + 1) * 4 if num_splits > 1 else 0
     memory_seconds = (problem.bytes(element_size) + parts) / bytes_per_second
     limit = "memory" if memory_seconds >= loop_seconds else "the loop"
     return max(memory_seconds, loop_seconds) + parts / bytes_per_second, limit
+
+
+def latent_prefill(problem, dtype, arch):
+    """A row of every schedule, without code: the cost that `mla_prefill` chooses by, at the dense rate of `arch`."""
+    gpu = RATES[arch]
+    flops_per_second = gpu.num_sms * gpu.clock_ghz * 1e9 * gpu.mma_flops
+    sizes = problem.sizes(getattr(torch, dtype).itemsize)
+    for provider, mode in SCHEDULES.items():
+        time = sizes.num_heads * cost(sizes, mode) / flops_per_second
+        yield Row(
+            **problem.columns(),
+            dtype=dtype,
+            provider=provider,
+            tflops=problem.flops / time / 1e12,
+            gpu=f"{gpu.name} at {gpu.clock_ghz} GHz",
+            **versions(),
+            source=MODELLED,
+            note=f"{flops_per_second / 1e12:.0f} TFLOP/s, a byte counts as {FLOP_PER_BYTE} FLOP",
+        )

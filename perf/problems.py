@@ -5,7 +5,13 @@ a decode step.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
+
+import torch
+
+from triton_attn.cache import kv_cache_bytes_per_token
+from triton_attn.mla.schedule import ProblemSizes, causal_pairs
 
 SEQLENS = tuple(512 * 2**i for i in range(7))
 HEAD_DIMS = (64, 128, 256)
@@ -93,6 +99,10 @@ class DecodeProblem:
     figure: ClassVar[str] = "gbps"
 
     @property
+    def head_dim_v(self):
+        return self.head_dim
+
+    @property
     def shapes(self):
         """Of q, and of k and v in a contiguous cache."""
         cache = (self.batch, self.seqlen_k, self.num_heads_kv, self.head_dim)
@@ -131,3 +141,155 @@ def decode_grid(batches=BATCHES, seqlens=CONTEXTS):
     """Every batch at every context whose cache has at most MAX_CACHE_GIB."""
     problems = [DecodeProblem(batch, seqlen) for batch in batches for seqlen in seqlens]
     return [problem for problem in problems if problem.cache_bytes(element_size=2) <= MAX_CACHE_GIB * 2**30]
+
+
+LATENT_HEADS = (16, 64, 128)
+LATENT_BATCH = 32
+CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class LatentDecodeProblem:
+    """One new token in each of `batch` sequences over a paged latent cache of `seqlen_k` tokens each, its own included.
+
+    Queries are absorbed and outputs latent vectors, as in FlashMLA: the weights are no part of it. The default widths
+    are those of DeepSeek-V2 and V3.
+    """
+
+    batch: int
+    seqlen_k: int
+    num_heads_q: int
+    cache_dtype: str = "bfloat16"
+    kv_lora_rank: int = 512
+    qk_rope_head_dim: int = 64
+    page_size: int = 64
+
+    family: ClassVar[str] = "mla"
+    figure: ClassVar[str] = "gbps"
+    num_heads_kv: ClassVar[int] = 1
+
+    @property
+    def head_dim(self):
+        """Of queries and keys; values are the latent part of the keys."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def head_dim_v(self):
+        return self.kv_lora_rank
+
+    @property
+    def shapes(self):
+        """Of q, and of the latent vectors with their rotary keys, contiguous."""
+        return [(self.batch, 1, self.num_heads_q, self.head_dim), (self.batch, self.seqlen_k, self.head_dim)]
+
+    @property
+    def flops(self):
+        return 2 * self.batch * self.num_heads_q * self.seqlen_k * (self.head_dim + self.head_dim_v)
+
+    def columns(self):
+        """What a results row says of it."""
+        return {
+            "family": self.family,
+            "direction": "decode",
+            "batch": self.batch,
+            "seqlen_q": 1,
+            "seqlen_k": self.seqlen_k,
+            "num_heads_q": self.num_heads_q,
+            "num_heads_kv": self.num_heads_kv,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+            "causal": True,
+            "page_size": self.page_size,
+        }
+
+    def cache_bytes(self):
+        """Latent vectors, their scales if they are fp8, and rotary keys of all tokens."""
+        widths = {"kv_lora_rank": self.kv_lora_rank, "qk_rope_head_dim": self.qk_rope_head_dim}
+        per_token = kv_cache_bytes_per_token(num_layers=1, **widths, dtype=getattr(torch, self.cache_dtype))
+        return self.batch * self.seqlen_k * per_token
+
+    def bytes(self, element_size):
+        """The cache and q read once, out written once; element_size is that of q and out."""
+        return self.cache_bytes() + self.batch * self.num_heads_q * (self.head_dim + self.head_dim_v) * element_size
+
+
+def latent_decode_grid(heads=LATENT_HEADS, batch=LATENT_BATCH, seqlens=CONTEXTS):
+    return [
+        LatentDecodeProblem(batch, seqlen, num_heads, cache_dtype)
+        for num_heads in heads
+        for cache_dtype in CACHE_DTYPES
+        for seqlen in seqlens
+    ]
+
+
+@dataclass(frozen=True)
+class LatentPrefillProblem:
+    """`seqlen_q` queries at the end of a sequence of `seqlen_k` tokens, from latent vectors to outputs; causal.
+
+    The default sizes are those of DeepSeek-V3, without the projection of hidden states to queries and latent vectors.
+    """
+
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int = 128
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    kv_lora_rank: int = 512
+
+    family: ClassVar[str] = "mla"
+    figure: ClassVar[str] = "tflops"
+
+    @property
+    def shapes(self):
+        """Of q_nope, q_pe, kv_latent, k_pe, w_uk and w_uv."""
+        return [
+            (1, self.seqlen_q, self.num_heads, self.qk_nope_head_dim),
+            (1, self.seqlen_q, self.num_heads, self.qk_rope_head_dim),
+            (1, self.seqlen_k, self.kv_lora_rank),
+            (1, self.seqlen_k, self.qk_rope_head_dim),
+            (self.num_heads, self.qk_nope_head_dim, self.kv_lora_rank),
+            (self.num_heads, self.v_head_dim, self.kv_lora_rank),
+        ]
+
+    @property
+    def flops(self):
+        """Of attention over keys and values of every head; what a schedule does beside it counts as nothing."""
+        width = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
+        return int(2 * width * self.num_heads * causal_pairs(self.seqlen_q, self.seqlen_k, causal=True))
+
+    def sizes(self, element_size):
+        """As the choice of a schedule takes them."""
+        pairs = causal_pairs(self.seqlen_q, self.seqlen_k, causal=True)
+        widths = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
+        return ProblemSizes(self.seqlen_q, self.seqlen_k, pairs, self.num_heads, *widths, element_size)
+
+    def columns(self):
+        """What a results row says of it."""
+        return {
+            "family": self.family,
+            "direction": "prefill",
+            "batch": 1,
+            "seqlen_q": self.seqlen_q,
+            "seqlen_k": self.seqlen_k,
+            "num_heads_q": self.num_heads,
+            "num_heads_kv": self.num_heads,
+            "head_dim": self.qk_nope_head_dim + self.qk_rope_head_dim,
+            "head_dim_v": self.v_head_dim,
+            "causal": True,
+        }
+
+    def bytes(self, element_size):
+        """Inputs read once, out written once."""
+        out = self.seqlen_q * self.num_heads * self.v_head_dim
+        return (sum(map(prod, self.shapes)) + out) * element_size
+
+
+PROMPTS = tuple(128 * 2**i for i in range(9))
+CHUNKS = (1024, 128)  # queries; a prompt that comes in pieces, and a short turn after a long context
+
+
+def latent_prefill_grid(prompts=PROMPTS, contexts=CONTEXTS, chunks=CHUNKS):
+    """Whole prompts, then chunks of a prompt at every context that holds more."""
+    whole = [LatentPrefillProblem(seqlen, seqlen) for seqlen in prompts]
+    return whole + [LatentPrefillProblem(chunk, context) for chunk in chunks for context in contexts if context > chunk]

@@ -2,18 +2,31 @@
 
 A provider of `PROVIDERS` takes a `Problem` and a device and gives a function of q, k and v; all tensors are (batch,
 seqlen, heads, head_dim). One of `DECODE_PROVIDERS` takes a `DecodeProblem`, q and the caches, contiguous, and gives a
-decode step: a function without arguments, for which all that a serving loop has at hand is made beforehand.
+decode step: a function without arguments, for which all that a serving loop has at hand is made beforehand. So does one
+of `LATENT_DECODE_PROVIDERS`, of a `LatentDecodeProblem`, q and the rows of the cache. One of `LATENT_PREFILL_PROVIDERS`
+takes the six tensors of `mla_prefill` and gives its result.
 """
 
 import math
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from perf.results import OURS
-from triton_attn import append_kv_cache, flash_attention, paged_attention
+from triton_attn import (
+    append_kv_cache,
+    append_latent_cache,
+    flash_attention,
+    mla_decode,
+    mla_prefill,
+    paged_attention,
+)
+from triton_attn._host.latent import latent_storage
+from triton_attn.mla.schedule import MODES
 
 
 def _ours(problem, device):
@@ -72,14 +85,20 @@ PROVIDERS = {
 
 def _ours_decode(problem, q, k_cache, v_cache):
     """Over pages in random order, all sequences' mixed."""
-    pages_each = -(-problem.seqlen_k // problem.page_size)
-    block_table = torch.randperm(problem.batch * pages_each, device=q.device).view(problem.batch, pages_each)
-    tokens = torch.arange(problem.seqlen_k, device=q.device)
-    slots = block_table[:, tokens // problem.page_size] * problem.page_size + tokens % problem.page_size
+    block_table, slots, cache_seqlens = _pages(problem, q.device)
     pages = [x.new_empty(block_table.numel(), problem.page_size, *x.shape[2:]) for x in (k_cache, v_cache)]
-    append_kv_cache(k_cache.flatten(0, 1), v_cache.flatten(0, 1), *pages, slots.flatten())
-    cache_seqlens = torch.full((problem.batch,), problem.seqlen_k, dtype=torch.int32, device=q.device)
-    return partial(paged_attention, q, *pages, cache_seqlens, block_table.int(), out=torch.empty_like(q))
+    append_kv_cache(k_cache.flatten(0, 1), v_cache.flatten(0, 1), *pages, slots)
+    return partial(paged_attention, q, *pages, cache_seqlens, block_table, out=torch.empty_like(q))
+
+
+def _pages(problem, device):
+    """(block_table, slots of all tokens, cache_seqlens) of sequences whose pages lie in random order."""
+    pages_each = -(-problem.seqlen_k // problem.page_size)
+    block_table = torch.randperm(problem.batch * pages_each, device=device).view(problem.batch, pages_each)
+    tokens = torch.arange(problem.seqlen_k, device=device)
+    slots = block_table[:, tokens // problem.page_size] * problem.page_size + tokens % problem.page_size
+    cache_seqlens = torch.full((problem.batch,), problem.seqlen_k, dtype=torch.int32, device=device)
+    return block_table.int(), slots.flatten(), cache_seqlens
 
 
 def _sdpa_decode(backend):
@@ -109,4 +128,61 @@ DECODE_PROVIDERS = {
     "SDPA flash": _sdpa_decode(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": _sdpa_decode(SDPBackend.CUDNN_ATTENTION),
     "FlexAttention": _flex_decode,
+}
+
+
+def latent_pages(problem, rows):
+    """(latent_cache, cache_seqlens, block_table) that hold rows (batch, seqlen_k, dim)."""
+    widths = problem.kv_lora_rank, problem.qk_rope_head_dim
+    block_table, slots, cache_seqlens = _pages(problem, rows.device)
+    dtype, width = latent_storage(*widths, _cache_dtype(problem, rows))
+    cache = rows.new_empty(block_table.numel(), problem.page_size, width, dtype=dtype)
+    append_latent_cache(*rows.flatten(0, 1).split(widths, dim=1), cache, slots)
+    return cache, cache_seqlens, block_table
+
+
+def _cache_dtype(problem, rows):
+    dtype = getattr(torch, problem.cache_dtype)
+    return dtype if dtype.itemsize == 1 else rows.dtype
+
+
+def _ours_latent_decode(problem, q, rows):
+    q_nope, q_pe = q.split([problem.kv_lora_rank, problem.qk_rope_head_dim], dim=3)
+    return partial(mla_decode, q_nope, q_pe, *latent_pages(problem, rows), softmax_scale=problem.head_dim**-0.5)
+
+
+def _flash_mla(problem, q, rows):
+    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+    if problem.cache_dtype != "bfloat16":
+        raise NotImplementedError("FlashMLA attends to all tokens of a bf16 cache only")
+    cache, cache_seqlens, block_table = latent_pages(problem, rows)
+    metadata = get_mla_metadata(cache_seqlens, problem.num_heads_q, 1)
+    args = q, cache.unsqueeze(2), block_table, cache_seqlens, problem.kv_lora_rank, *metadata
+    return lambda: flash_mla_with_kvcache(*args, softmax_scale=problem.head_dim**-0.5)[0]
+
+
+FLASH_MLA = "FlashMLA"
+LATENT_DECODE_PROVIDERS = {OURS: _ours_latent_decode} | ({FLASH_MLA: _flash_mla} if find_spec("flash_mla") else {})
+
+
+def _sdpa_expanded(backend):
+    """Keys and values of every head in memory, then attention."""
+
+    def attention(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv):
+        num_heads, v_head_dim, _ = w_uv.shape
+        k_nope, v = (torch.einsum("bjc,hdc->bhjd", kv_latent, w) for w in (w_uk, w_uv))
+        q = torch.cat([q_nope, q_pe], dim=3).transpose(1, 2)
+        k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, num_heads, -1, -1)], dim=3)
+        v = pad(v, (0, q.shape[3] - v_head_dim))  # the flash kernel takes one width
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+        return out[..., :v_head_dim].transpose(1, 2)
+
+    return attention
+
+
+SCHEDULES = {f"{OURS}, {mode}": mode for mode in MODES}
+LATENT_PREFILL_PROVIDERS = {name: partial(mla_prefill, mode=mode) for name, mode in SCHEDULES.items()} | {
+    "SDPA flash, expanded heads": _sdpa_expanded(SDPBackend.FLASH_ATTENTION)
 }

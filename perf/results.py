@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent / "results"
 OURS = "triton_attn"  # as a provider
 MEASURED = "measured"
 PREDICTED = "predicted from compiled code, not measured"
+MODELLED = "predicted by the cost model of mla_prefill, not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Row:
 
     family: str
     provider: str
-    direction: str  # forward, backward, both or decode; a column cannot be called pass in Python, in the CSV it is
+    direction: str  # forward, backward, both, decode, prefill; called pass in the CSV, which no column can be in Python
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -47,11 +48,32 @@ class Row:
     torch: str
     triton: str
     commit: str | None
-    source: str  # MEASURED or PREDICTED
+    source: str  # MEASURED, PREDICTED or MODELLED
     note: str = ""
 
 
-COLUMNS = ["pass" if field.name == "direction" else field.name for field in fields(Row)]
+@dataclass(frozen=True, kw_only=True)
+class LatentDecodeRow(Row):
+    cache_dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPrefillRow(Row):
+    """`ms` is p50_ms or its prediction. Of our schedules also: bytes taken beside inputs and outputs, those that all
+    heads at once would take, and whether "auto" chooses it."""
+
+    schedule: str | None
+    ms: float | None
+    workspace_bytes: int | None
+    all_heads_bytes: int | None
+    is_auto: bool
+
+
+def columns_of(row_type):
+    return ["pass" if field.name == "direction" else field.name for field in fields(row_type)]
+
+
+COLUMNS = columns_of(Row)
 
 
 class Table:

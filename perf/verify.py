@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 import triton_attn
 from perf import results
-from perf.checks import by_torch
+from perf.checks import by_torch, latent_by_torch
 from perf.device import has_gpu, provenance
 from perf.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B, QWEN3_32B
 from perf.parallel import map_in_processes
 from perf.tables import print_table
-from triton_attn._host.latent import latent_row
+from triton_attn._host.latent import latent_row, latent_storage, read_latent_cache
 from triton_attn.flash.configs import default_config
+from triton_attn.mla.schedule import MODES
 from triton_attn.testing import assert_close_to_reference
 
 MODELS = LLAMA_3_8B, QWEN3_32B, GEMMA_3_12B, FALCON_7B, GPT_OSS_120B, DEEPSEEK_V3
@@ -43,7 +44,7 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
         (model, function, seqlen or _default_seqlen(model, dtype), dtype)
         for model in models
         for function in CALLS
-        if function not in (PER_HEAD_CACHES if model.attention == "MLA" else LATENT_CACHES)
+        if function not in (PER_HEAD_CACHES if model.attention == "MLA" else LATENT)
     ]
     path = out_dir / f"errors-{_name(dtype)}.csv"
     rows, failures = [], []
@@ -233,6 +234,75 @@ def _paged(model, seqlen, dtype):
     }
 
 
+def _latents(model, seqlen_q, seqlen_k, dtype):
+    """Seeded tensors of `mla_prefill` without a batch; the weights make keys and values of size 1."""
+    generator = torch.Generator().manual_seed(0)
+    rank, rope = model.kv_lora_rank, model.qk_rope_head_dim
+    nope, heads = model.head_dim - rope, model.num_heads_q
+    shapes = (seqlen_q, heads, nope), (seqlen_q, heads, rope), (seqlen_k, rank), (seqlen_k, rope)
+    weights = (heads, nope, rank), (heads, model.head_dim_v, rank)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors += [torch.randn(shape, generator=generator) * rank**-0.5 for shape in weights]
+    return [x.to("cuda" if has_gpu() else "cpu", dtype) for x in tensors]
+
+
+def _mla_decode(model, seqlen, dtype):
+    """`_paged` of an MLA model, with absorption and projection, from a cache of the dtype and from one of fp8."""
+    lengths = (seqlen, seqlen // 3, 1)
+    q_nope, q_pe, kv_latent, k_pe, *weights = _latents(model, len(lengths), sum(lengths), dtype)
+    widths = model.kv_lora_rank, model.qk_rope_head_dim
+    counts = [-(-length // PAGE_SIZE) for length in lengths]
+    pages = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).to(q_pe.device)
+    tables = torch.nn.utils.rnn.pad_sequence(pages.split(counts), batch_first=True)
+    keys = [torch.arange(length, device=q_pe.device) for length in lengths]
+    slots = torch.cat([tables[i, x // PAGE_SIZE] * PAGE_SIZE + x % PAGE_SIZE for i, x in enumerate(keys)])
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=q_pe.device)
+    outputs = {}
+    for suffix, cache_dtype in (("", dtype), (", fp8 cache", torch.float8_e4m3fn)):
+        stored, width = latent_storage(*widths, cache_dtype)
+        cache = q_pe.new_zeros(sum(counts), PAGE_SIZE, width, dtype=stored)
+        triton_attn.reference.append_latent_cache(kv_latent, k_pe, cache, slots)
+        args = q_nope[:, None], q_pe[:, None], cache, seqlens, tables.int(), *weights
+        ours = triton_attn.mla_decode(*args, num_splits=2, return_lse=True)
+        exact = triton_attn.reference.mla_decode(*map(_double, args), return_lse=True)
+        held = read_latent_cache(cache, *widths).flatten(0, 1)[slots].to(dtype).split(lengths)
+        parts = [
+            latent_by_torch(
+                q_nope[i, None, None], q_pe[i, None, None], *x[None].split(widths, 2), *weights, absorbed=True
+            )
+            for i, x in enumerate(held)
+        ]
+        torchs = map(torch.cat, zip(*parts))
+        for name, mine, right, theirs in zip(("out", "lse"), ours, exact, torchs):
+            outputs[name + suffix] = mine, right, {"torch_out": theirs}
+    return f"1 query x {', '.join(map(str, lengths))} keys", outputs
+
+
+def _mla_prefill(model, seqlen, dtype):
+    """The second half of a prompt in every schedule, and the gradients, which all of them share."""
+    args = [x if i > 3 else x[None] for i, x in enumerate(_latents(model, seqlen // 2, seqlen, dtype))]
+    outputs = {}
+    exact = triton_attn.reference.mla_prefill(*map(_double, args), return_lse=True)
+    for mode in MODES:
+        ours = triton_attn.mla_prefill(*args, mode=mode, return_lse=True)
+        torchs = latent_by_torch(*args, absorbed=mode == "absorbed")
+        for name, mine, right, theirs in zip(("out", "lse"), ours, exact, torchs):
+            outputs[f"{name}, {mode}"] = mine, right, {"torch_out": theirs}
+    dout = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(1)).to(args[0])
+
+    def gradients(function, inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*inputs), inputs, dout.to(inputs[0].dtype))
+
+    names = "dq_nope", "dq_pe", "dkv_latent", "dk_pe", "dw_uk", "dw_uv"
+    ours = gradients(triton_attn.mla_prefill, args)
+    exact = gradients(triton_attn.reference.mla_prefill, map(_double, args))
+    torchs = gradients(lambda *inputs: latent_by_torch(*inputs)[0], args)
+    for name, mine, right, theirs in zip(names, ours, exact, torchs):
+        outputs[name] = mine, right, {"torch_out": theirs, "factor": 3.0}
+    return f"queries x keys {seqlen // 2}x{seqlen}", outputs
+
+
 def _merge(model, seqlen, dtype):
     """Parts of a prompt's keys, merged: a part as large as the rest, and one that nobody sees."""
     v = _tensors(model, seqlen, seqlen, dtype)[0]
@@ -258,10 +328,12 @@ CALLS = {
     "append_kv_cache": _append,
     "append_latent_cache": _append_latent,
     "copy_kv_pages": _copy,
+    "mla_decode": _mla_decode,
+    "mla_prefill": _mla_prefill,
 }
 PER_HEAD_CACHES = "append_kv_cache", "copy_kv_pages"
-LATENT_CACHES = ("append_latent_cache",)
-NO_MASK = *PER_HEAD_CACHES, *LATENT_CACHES, "merge_attention"
+LATENT = "append_latent_cache", "mla_decode", "mla_prefill"
+NO_MASK = *PER_HEAD_CACHES, *LATENT, "merge_attention"
 
 
 def _default_seqlen(model, dtype):

@@ -40,6 +40,9 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
             "paged_attention": results,
             "merge_attention": results,
             "append_latent_cache": latent,
+            "mla_decode": ["out", "lse", "out, fp8 cache", "lse, fp8 cache"],
+            "mla_prefill": [f"{x}, {mode}" for mode in ("fused", "absorbed", "materialized") for x in results]
+            + ["dq_nope", "dq_pe", "dkv_latent", "dk_pe", "dw_uk", "dw_uv"],
         },
     }
     for row in rows:
@@ -54,7 +57,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
         assert (row["torch"], row["triton"]) == (torch.__version__, triton.__version__)
     printed = capsys.readouterr().out
     assert all(function in printed for function in verify.CALLS)
-    assert "all 36 results are within their bounds" in printed
+    assert "all 52 results are within their bounds" in printed
 
 
 def test_every_public_kernel_is_verified():
@@ -75,6 +78,20 @@ def test_a_wrong_result_is_recorded_and_ends_in_an_error(tmp_path, in_this_proce
     assert "small, flash_attention: out" in str(failure.value)
     rows = list(csv.DictReader((tmp_path / "errors-float32.csv").open()))
     assert [row["verdict"] for row in rows] == ["WRONG"] + ["ok"] * 19
+
+
+def test_a_wrong_schedule_is_named(tmp_path, in_this_process, monkeypatch):
+    right = triton_attn.mla_prefill
+
+    def wrong(*args, mode="auto", **options):
+        result = right(*args, mode=mode, **options)
+        return (result[0] + 1, result[1]) if mode == "absorbed" else result
+
+    monkeypatch.setattr(triton_attn, "mla_prefill", wrong)
+    monkeypatch.setattr(verify, "CALLS", {"mla_prefill": verify.CALLS["mla_prefill"]})
+    with pytest.raises(SystemExit, match="1 of 12 results") as failure:
+        verify.run(tmp_path, seqlen=24, dtype="float32", models=(SMALL_MLA,))
+    assert "small MLA, mla_prefill: out, absorbed" in str(failure.value)
 
 
 def test_a_window_that_does_not_fit_is_cut():
