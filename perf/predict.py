@@ -39,6 +39,7 @@ from perf.gpus import RATES
 from perf.providers import SCHEDULES
 from perf.results import MODELLED, OURS, PREDICTED, Row
 from triton_attn.combine.splits import choose_num_splits
+from triton_attn.mla.configs import MlaDecodeConfig, programs_per_processor
 from triton_attn.mla.schedule import FLOP_PER_BYTE, cost
 
 
@@ -164,7 +165,10 @@ def _analyzed(compile_kernel, arch, dtype, *kind):
 def _decode_step(problem, dtype, arch, config, report):
     gpu = RATES[arch]
     dtype_bytes = getattr(torch, dtype).itemsize
-    num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms)
+    programs = 1
+    if isinstance(config, MlaDecodeConfig):
+        programs = programs_per_processor(config, problem.cache_dtype == "float8_e4m3fn")
+    num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms * programs)
     resident = min(report.ctas_per_sm, -(-len(trips) // gpu.num_sms))
     warpgroups = resident * report.mma_warpgroups_per_sm // report.ctas_per_sm
     slots = gpu.num_sms * resident
@@ -187,13 +191,13 @@ def _decode_step(problem, dtype, arch, config, report):
         )
 
 
-def split_trips(problem, block_m, block_n, num_sms):
+def split_trips(problem, block_m, block_n, num_slots):
     """(num_splits, trips of each program) of a decode step: the default number of splits, each an equal share of tiles,
     the last what is left."""
     key_tiles = -(-problem.seqlen_k // block_n)
     row_tiles = -(-problem.num_heads_q // problem.num_heads_kv // block_m)
     programs = problem.batch * problem.num_heads_kv * row_tiles
-    num_splits = choose_num_splits(programs, key_tiles, num_sms)
+    num_splits = choose_num_splits(programs, key_tiles, num_slots)
     share = -(-key_tiles // num_splits)
     return num_splits, [min(share, key_tiles - i * share) for i in range(num_splits)] * programs
 

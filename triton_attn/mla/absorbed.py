@@ -22,7 +22,7 @@ from .._jit.softmax import LN_2, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import load_piece, piece_0, piece_1, store_piece
 from ..combine.merge import launch_merge
 from ..combine.splits import choose_num_splits
-from .configs import default_decode_config, has_wgmma
+from .configs import default_decode_config, has_wgmma, programs_per_processor
 
 LOG2_E = math.log2(math.e)
 LENGTHS = [
@@ -597,7 +597,8 @@ def _plan(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_sms), constants
+    num_slots = num_sms * programs_per_processor(tiles, is_fp8)
+    return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_slots), constants
 
 
 def _absorb(q_nope, q_pe, w_uk, scale, cache_seqlens=None, rope=(None, None, False)):

@@ -58,6 +58,12 @@ def default_decode_config(arch, dtype, num_rows, is_fp8=False):
     return table[_known_arch(arch)][num_rows > 16]
 
 
+def programs_per_processor(config, is_fp8):
+    """Programs of a decode that splits are to give a processor at once. Tiles of 16 rows leave room for two, which an
+    fp8 cache needs, whose loop is slower than memory; others wait for memory, and more splits are more to merge."""
+    return 2 if is_fp8 and config.block_m == 16 else 1
+
+
 @functools.cache
 def _known_arch(arch):
     """The architecture whose configs serve: its own, or one with the same instructions and no more memory."""
