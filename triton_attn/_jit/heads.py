@@ -41,6 +41,13 @@ def row_pointer(ptr, strides, batch, row, head):
 
 
 @triton.jit
+def row_offsets(batch, rows, heads, strides):
+    """64-bit offsets of rows in a tensor with these strides of (batch, row, head)."""
+    offsets = tl.cast(batch, tl.int64) * strides[0] + rows.to(tl.int64) * strides[1]
+    return offsets + heads.to(tl.int64) * strides[2]
+
+
+@triton.jit
 def in_vectors(strides, VECTOR: tl.constexpr):
     """The strides (batch, row, head), so that the compiler sees that VECTOR divides them; by itself it looks for 16."""
     return strides[0] // VECTOR * VECTOR, strides[1] // VECTOR * VECTOR, strides[2] // VECTOR * VECTOR

@@ -14,7 +14,7 @@ from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import vector_elements, without_dim
-from .._jit.heads import in_vectors, sequence_bounds
+from .._jit.heads import in_vectors, row_offsets, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
 from .._jit.paging import decode_float8
 from .._jit.rope import load_rotated
@@ -25,13 +25,8 @@ from ..combine.splits import choose_num_splits
 from .configs import default_decode_config, has_wgmma, programs_per_processor
 
 LOG2_E = math.log2(math.e)
-LENGTHS = [
-    "seqlen_q",
-    "seqlen_k",
-    "num_tiles",
-    "num_splits",
-    "num_tokens",
-]  # a new length must not mean a new compilation
+# A new length must not mean a new compilation.
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_tokens"]
 
 
 @triton.constexpr_function
@@ -73,13 +68,6 @@ def _load_latents(
         values = decode_float8(tile, FLOAT8[0], FLOAT8[1]).to(tl.float32)
         values = tl.reshape(values, (tile.shape[0], BLOCKS, SCALE_BLOCK)) * scales[:, :, None]
         return tl.reshape(values, tile.shape).to(dtype)
-
-
-@triton.jit
-def _offsets(batch, rows, heads, strides):
-    """64-bit offsets of rows in a tensor with these strides of (batch, row, head)."""
-    offsets = tl.cast(batch, tl.int64) * strides[0] + rows.to(tl.int64) * strides[1]
-    return offsets + heads.to(tl.int64) * strides[2]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -161,14 +149,14 @@ def _mla_absorbed_kernel(
     lo = tl.minimum(lo + split * share, hi)
     hi = tl.minimum(lo + share, hi)
 
-    if cu_seqlens_q_ptr is not None:
+    if cu_seqlens_q_ptr is not None:  # packed tensors have a batch of one
         sequence *= 0
     sequence = sequence.to(tl.int64)
-    q_rows = _offsets(sequence, first_q + queries, heads, q_strides)
+    q_rows = row_offsets(sequence, first_q + queries, heads, q_strides)
     q_0 = load_piece(q_ptr, q_rows, 1, rows_mask, 0, FIRST, KV_LORA_RANK, True)
     if SECOND > 0:
         q_1 = load_piece(q_ptr, q_rows, 1, rows_mask, FIRST, SECOND, KV_LORA_RANK, True)
-    q_rows = _offsets(sequence, first_q + queries, heads, q_pe_strides)
+    q_rows = row_offsets(sequence, first_q + queries, heads, q_pe_strides)
     q_pe = load_piece(q_pe_ptr, q_rows, 1, rows_mask, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
     if SIGN < 1:  # the online softmax takes a factor above 0
         q_0 *= SIGN
@@ -201,7 +189,7 @@ def _mla_absorbed_kernel(
         if ONE_PAGE:
             slots = tl.minimum(tl.arange(0, BLOCK_N), hi - 1 - start_n).to(tl.int64)
             page = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)
-            slot = start_n % PAGE_SIZE
+            slot = (start_n % PAGE_SIZE).to(tl.int64)
             ptrs = (
                 ptrs[0] + (page * latents_page + slot * ROW_STRIDES[0]),
                 ptrs[1],
@@ -253,12 +241,12 @@ def _mla_absorbed_kernel(
 
     norm, lse = softmax_finish(m_i, l_i)
     out_ptr += tl.cast(split, tl.int64) * out_strides[0]
-    out_rows = _offsets(sequence, first_q + queries, heads, out_strides[1:])
+    out_rows = row_offsets(sequence, first_q + queries, heads, out_strides[1:])
     store_piece(out_ptr, out_rows, 1, rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK, True)
     if SECOND > 0:
         store_piece(out_ptr, out_rows, 1, rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK, True)
     lse_ptr += tl.cast(split, tl.int64) * lse_strides[0]
-    tl.store(lse_ptr + _offsets(sequence, first_q + queries, heads, lse_strides[1:]), lse, mask=rows_mask)
+    tl.store(lse_ptr + row_offsets(sequence, first_q + queries, heads, lse_strides[1:]), lse, mask=rows_mask)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -303,9 +291,7 @@ def _absorb_kernel(
     if tl.program_id(2) < tl.num_programs(2) - 1:
         columns = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
         columns_mask = columns < KV_LORA_RANK
-        x_ptrs = (
-            q_nope_ptr + (batch * q_nope_strides[0] + query * q_nope_strides[1] + head * q_nope_strides[2])[:, None]
-        )
+        x_ptrs = q_nope_ptr + row_offsets(batch, query, head, q_nope_strides)[:, None]
         w_ptrs = w_uk_ptr + head * w_strides[0] + columns[None, :]
         acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         for start in tl.range(0, NOPE_HEAD_DIM, BLOCK_K):
@@ -324,7 +310,7 @@ def _absorb_kernel(
         if ROTARY_DIM > 0:
             seqlens_k = tl.load(cache_seqlens_ptr + batch, mask=tokens_mask, other=0)
             positions = tl.maximum(seqlens_k - seqlen_q + query, 0)
-        rows = q_pe_ptr + batch * q_pe_strides[0] + query * q_pe_strides[1] + head * q_pe_strides[2]
+        rows = q_pe_ptr + row_offsets(batch, query, head, q_pe_strides)
         q_pe = load_rotated(
             rows, offs_r, rope_mask, positions, tokens_mask, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED
         )

@@ -10,7 +10,7 @@ import triton.language as tl
 from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.layout import batch_head_strides, lse_strides, scale_stride, vector_elements, without_dim
-from .._jit.heads import find_sequence, in_vectors
+from .._jit.heads import find_sequence, in_vectors, row_offsets
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.paging import cache_rows, decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
@@ -37,13 +37,6 @@ def _load_cached(ptr, strides, rows, mask, dtype, HEAD_DIM: tl.constexpr, FLOAT8
         return first, decode_float8(tile[1], FLOAT8[0], FLOAT8[1]).to(dtype)
     else:
         return (decode_float8(tile[0], FLOAT8[0], FLOAT8[1]).to(dtype),)
-
-
-@triton.jit
-def _offsets(batch, rows, heads, strides):
-    """64-bit offsets of rows in a tensor with these strides of (batch, row, head)."""
-    offsets = tl.cast(batch, tl.int64) * strides[0] + rows.to(tl.int64) * strides[1]
-    return offsets + heads.to(tl.int64) * strides[2]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -186,7 +179,7 @@ def _paged_fwd_kernel(
         batch_index, row_index = sequences, queries - first_queries
     else:
         batch_index, row_index = sequence, queries + first_q
-    q = load_tile(q_ptr, _offsets(batch_index, row_index, heads, q_strides), 1, rows_mask, HEAD_DIM, True)
+    q = load_tile(q_ptr, row_offsets(batch_index, row_index, heads, q_strides), 1, rows_mask, HEAD_DIM, True)
     k_ptr += tl.cast(head_kv, tl.int64) * k_strides[2]
     v_ptr += tl.cast(head_kv, tl.int64) * v_strides[2]
     if block_table_ptr is not None:
@@ -233,11 +226,11 @@ def _paged_fwd_kernel(
     if scale_ptrs[1] is not None:
         norm *= tl.load(scale_ptrs[1] + head_kv * scale_strides[1])
     out_ptr += tl.cast(split, tl.int64) * out_strides[0]
-    offsets = _offsets(batch_index, row_index, heads, out_strides[1:])
+    offsets = row_offsets(batch_index, row_index, heads, out_strides[1:])
     store_tile(out_ptr, offsets, 1, rows_mask, scale_rows(acc, norm), HEAD_DIM_V, True)
     if lse_ptr is not None:
         lse_ptr += tl.cast(split, tl.int64) * lse_strides[0]
-        tl.store(lse_ptr + _offsets(batch_index, row_index, heads, lse_strides[1:]), lse, mask=rows_mask)
+        tl.store(lse_ptr + row_offsets(batch_index, row_index, heads, lse_strides[1:]), lse, mask=rows_mask)
 
 
 def launch_paged_fwd(
