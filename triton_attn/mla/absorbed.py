@@ -189,7 +189,7 @@ def _mla_absorbed_kernel(
         if ONE_PAGE:
             slots = tl.minimum(tl.arange(0, BLOCK_N), hi - 1 - start_n).to(tl.int64)
             page = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)
-            slot = (start_n % PAGE_SIZE).to(tl.int64)
+            slot = tl.cast(start_n % PAGE_SIZE, tl.int64)
             ptrs = (
                 ptrs[0] + (page * latents_page + slot * ROW_STRIDES[0]),
                 ptrs[1],
