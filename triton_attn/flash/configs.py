@@ -57,10 +57,11 @@ _HALF = {
     },
     "sm_86": {
         "vector": (
-            (64, FlashConfig(128, 64, 4, 2)),
-            (128, FlashConfig(64, 64, 4, 2)),
+            (64, FlashConfig(128, 64, 8, 2)),
+            (128, FlashConfig(128, 32, 8, 2)),
+            (192, FlashConfig(128, 16, 8, 2)),
             (256, FlashConfig(64, 32, 8, 2)),
-            (512, FlashConfig(64, 16, 8, 1)),
+            (512, FlashConfig(64, 16, 8, 2)),
         ),
         "scalar": (
             (128, FlashConfig(128, 32, 8, 1)),
