@@ -22,8 +22,25 @@ WINDOWS = {"plain": (None, None), "causal": (None, 0), "window": (1000, 0)}
 # TFLOP/s on sm_90 by (schedule, head dim): floors under what Triton 3.6.0 and 3.9.0 give.
 LOCK = {("split", 64): 400, ("split", 128): 480, ("fused", 64): 560, ("fused", 128): 590}
 
-# Bytes spilled at head dims 64 and 128, outside the interior loop: by (arch, head dim, kernel).
-KNOWN_SPILLS = {("sm_90", 128, "dq"): 8}
+# Bytes spilled, and loads and stores of them in a trip of the interior loop, by (arch, head dims, kernel): the most of
+# Triton 3.6.0 and 3.9.0. Tiles that spill nothing would cost 6 % of `lock` and more, a quarter where the loop spills.
+KNOWN_SPILLS = {
+    ("sm_80", (96, 96), "dkdv"): (16, 0),
+    ("sm_80", (96, 96), "dq"): (8, 0),
+    ("sm_90", (64, 64), "dkdv"): (4, 0),
+    ("sm_90", (64, 64), "fused"): (4, 0),
+    ("sm_90", (71, 71), "dkdv"): (12, 0),
+    ("sm_90", (160, 160), "dkdv"): (4, 0),
+    ("sm_90", (160, 160), "fused"): (36, 4),
+    ("sm_90", (192, 128), "fused"): (96, 12),
+    ("sm_90", (192, 192), "dkdv"): (8, 0),
+    ("gfx942", (48, 48), "fused"): (36, 0),
+    ("gfx942", (64, 256), "fused"): (8, 0),
+    ("gfx942", (160, 160), "fused"): (8, 0),
+    ("gfx942", (192, 128), "fused"): (4, 0),
+    ("gfx942", (192, 192), "fused"): (4, 0),
+    ("gfx942", (256, 256), "fused"): (4, 0),
+}
 
 
 def compile_default(arch, dtype, head_dims, window, schedule):
@@ -66,7 +83,7 @@ def case(arch, dtype, head_dims, window, schedule, *marks):
 
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, (192, 128), (128, 64), (64, 256), 256)
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 160, 192, (192, 128), (128, 64), (64, 256), 256)
 SCHEDULES = ("split", "fused")
 SLICE = [
     *(case("sm_90", torch.float16, d, "causal", s, pytest.mark.oldest) for d in (64, 128) for s in SCHEDULES),
@@ -81,7 +98,7 @@ SLICE = [
 ]
 REST = [
     *(case(arch, torch.float16, d, "causal", s) for arch in ARCHS for d in HEAD_DIMS for s in SCHEDULES),
-    *(case(arch, torch.float16, d, "plain", s) for arch in ARCHS for d in (64, 128) for s in SCHEDULES),
+    *(case(arch, torch.float16, d, "plain", s) for arch in ARCHS for d in (16, 64, 128, 160, 192) for s in SCHEDULES),
     *(case("sm_90", torch.float16, d, "window", s) for d in (64, 128) for s in SCHEDULES),
     *(case("sm_90", torch.bfloat16, d, w, s) for d in (64, 128) for w in ("plain", "causal") for s in SCHEDULES),
     *(case(arch, torch.float16, 71, "causal", s) for arch in ARCHS for s in SCHEDULES),
@@ -113,13 +130,16 @@ def test_default(arch, dtype, head_dims, window, schedule, record_property):
         figure += f"\n  {'+'.join(launches)} in five products: {five_products(reports):.0f}"
     record_property("figure", figure)
 
-    equal = head_dims[0] if head_dims[0] == head_dims[1] else None
     for kernel, launch in launches.items():
         assert launch.shared_bytes <= shared_memory_limit(arch)
-        if equal in (64, 128) and dtype != torch.float32:
-            assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, equal, kernel), 0)
-            assert arch == "gfx942" or reports[kernel].hot.spills == 0
-            assert arch == "gfx942" or reports[kernel].hot.useful == 1  # no warp repeats another's products
-    floor = LOCK.get((schedule, equal)) if arch == "sm_90" else None
+        if dtype == torch.float32:
+            continue
+        spilled, spilled_in_loop = KNOWN_SPILLS.get((arch, head_dims, kernel), (0, 0))
+        assert launch.spill_bytes <= spilled
+        if arch != "gfx942":
+            assert reports[kernel].hot.spills <= spilled_in_loop
+            # No warp repeats another's products.
+            assert reports[kernel].hot.useful == 1 or head_dims == (256, 256)
+    floor = LOCK.get((schedule, head_dims[0])) if arch == "sm_90" and head_dims[0] == head_dims[1] else None
     if floor is not None and dtype != torch.float32:
         assert five_products(reports) >= floor

@@ -66,8 +66,13 @@ def describe(launch, report, variant):
     return line
 
 
-# Bytes spilled outside the loop: smaller tiles would cost all other variants a tenth of `lock`.
-KNOWN_SPILLS = {("sm_90", 160, "softcap"): 20}
+# Bytes spilled outside the loop, the most of Triton 3.6.0 and 3.9.0. On sm_90 what spills nothing has one stage, or
+# half the keys and a sixth less `lock`; on sm_80 two stages move the spill to softcap.
+KNOWN_SPILLS = {
+    ("sm_80", 192, "lse"): 32,
+    ("sm_90", 256, "softcap"): 4,
+    ("sm_120", 192, "causal"): 8,
+}
 
 
 def check_resources(launch, report, dtype, variant):

@@ -32,8 +32,16 @@ VARIANTS = {
     "varlen": {"varlen": True},
     "contiguous": {"contiguous": True},
 }
-# Bytes spilled outside of a decode step, where fp8 is decoded in integers, by (arch, head dim, rows, variant).
+# Bytes spilled, by (arch, head dim, rows, variant): the most of Triton 3.6.0 and 3.9.0. Tiles that spill nothing would
+# cost the other variants 5 to 30 % of `lock`.
 KNOWN_SPILLS = {
+    ("sm_80", 40, "decode", "fp8_e5m2"): 4,
+    ("sm_80", 40, "prefill", "contiguous"): 24,
+    ("sm_80", 64, "prefill", "everything"): 12,
+    ("sm_80", 80, "prefill", "fp8"): 48,
+    ("sm_80", 192, "prefill", "everything"): 32,
+    ("sm_100", 16, "prefill", "fp8"): 4,
+    ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
     ("sm_80", 256, "prefill", "fp8"): 12,
     ("gfx942", 128, "prefill", "fp8"): 64,
     ("gfx942", 128, "prefill", "fp8_e5m2"): 112,
@@ -67,6 +75,12 @@ def compile_default(arch, head_dim, rows, variant, **changes):
     with compile_only(arch) as launches:
         paged_attention(**arguments(head_dim, ROWS[rows], **shape), **options)
     return launches
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float8_conversions_of_sm_80():
+    """Triton 3.6.0 keeps a process's first conversions of fp8 for all its targets, and sm_80 has not those of sm_90."""
+    compile_default("sm_80", 16, "decode", "fp8_e5m2")
 
 
 def case(arch, head_dim, rows, variant="plain", *marks):
@@ -113,9 +127,12 @@ def test_default(arch, head_dim, rows, variant, record_property):
         assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
     if rows == "prefill" and head_dim <= 192 and arch in ("sm_80", "sm_90"):
         assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's products
+    # Heads of 40 fp8 are aligned to 8 bytes alone: nothing is loaded ahead.
+    by_16_bytes = head_dim * (1 if constants["FLOAT8"] else 2) % 16 == 0
+    assert (constants["VECTOR_CACHE"] > 1) == by_16_bytes
     if arch == "gfx942":
         assert launch.uses_mfma
-    elif head_dim != 71:
+    elif by_16_bytes:
         assert launch.uses_cp_async
         assert rows != "prefill" or arch != "sm_90" or head_dim == 512 or launch.uses_wgmma
 

@@ -43,7 +43,7 @@ from .._jit.tiles import (
     store_tile,
     zeros_tile,
 )
-from .backward_configs import default_backward_config
+from .backward_configs import default_backward_config, may_hoist
 from .forward import LENGTHS
 
 
@@ -202,6 +202,7 @@ def _flash_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     USE_TMA: tl.constexpr,
+    HOIST: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -262,8 +263,7 @@ def _flash_bwd_dkdv_kernel(
 
         for INTERIOR in tl.static_range(2):
             num_steps = interior_tiles if INTERIOR else boundary_tiles
-            # Five products, or wide ones, leave no registers for what the compiler would compute once before the loop.
-            for i in tl.range(0, num_steps, disable_licm=dq is not None or HEAD_DIM + HEAD_DIM_V > 256):
+            for i in tl.range(0, num_steps, disable_licm=not HOIST):
                 if INTERIOR:
                     start_m = full_lo + i * BLOCK_M
                 else:
@@ -368,6 +368,7 @@ def _flash_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     USE_TMA: tl.constexpr,
+    HOIST: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -420,7 +421,7 @@ def _flash_bwd_dq_kernel(
     dq = zeros_tile(BLOCK_M, HEAD_DIM)
     for INTERIOR in tl.static_range(2):
         num_steps = interior_tiles if INTERIOR else boundary_tiles
-        for i in tl.range(0, num_steps, disable_licm=HEAD_DIM + HEAD_DIM_V > 256):
+        for i in tl.range(0, num_steps, disable_licm=not HOIST):
             if INTERIOR:
                 start_n = full_lo + i * BLOCK_N
             else:
@@ -560,6 +561,7 @@ def launch_flash_bwd(
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
                 USE_TMA=use_tma,
+                HOIST=may_hoist("fused" if fused else "dkdv", arch, head_dim, head_dim_v),
                 WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), q, k, v, dout),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
@@ -600,6 +602,7 @@ def launch_flash_bwd(
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
                 USE_TMA=use_tma,
+                HOIST=may_hoist("dq", arch, head_dim, head_dim_v),
                 WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), q, k, v, dout),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,

@@ -1,21 +1,25 @@
 """Tiles of the backward kernels: the default by look-up, the space that a sweep searches, and what cannot run.
 
 Defaults were chosen as the forward's, see configs.py: from compiled code, not from timings. Of the tiles that fit and
-spill nothing in the interior loop on Triton 3.6.0 and 3.9.0, those with the most `lock` in perf/loop_model.py.
+spill nothing on Triton 3.6.0 and 3.9.0, those with the most `lock` in perf/loop_model.py. Some spill a little for more
+of it: tests/flash/test_backward_compiled.py lists them.
 
 On sm_90, fp16, causal, in TFLOP/s on Triton 3.6.0/3.9.0; split is both kernels together, which do seven products where
 five are counted: 5 / (4 / dkdv + 3 / dq).
 
     head dim    dkdv       dq         split      fused
     64          580/605    569/569    411/420    565/588
-    96          569/580    628/624    424/427    462/466
-    128         665/672    702/712    486/490    625/639
-    192, 128    619/624    630/641    445/451    570/578
-    256         558/560    689/713    435/446    523/511
+    96          569/580    624/624    423/427    462/466
+    128         665/672    698/710    484/491    625/639
+    160         597/598    649/653    441/443    576/569
+    192, 128    619/624    668/663    456/457    599/599
+    192         581/588    677/678    442/445    318/314
+    256         372/374    689/713    331/335    374/365
 
-So the fused schedule is the default. Not where its transposed dS does not fit in registers: on sm_90 without TMA at
-256, and with mma.sync (sm_80, Triton 3.9.0: 108 where the split one has 111 at head dim 128, 59 and 74 at 256), the
-split one is ahead. There a warp takes 16 rows, and more warps than a tile has rows for repeat each other's products.
+So the fused schedule is the default. Not where its transposed dS does not fit in registers: on sm_90 at 192, without
+TMA at 256, and with mma.sync (sm_80, Triton 3.9.0: 108 where the split one has 111 at head dim 128, 59 and 91 at 256),
+the split one is ahead. A warp of mma.sync takes 16 rows, four of wgmma 64, and more warps than a tile has rows for
+repeat each other's products, as those of dkdv at 256 do.
 The split one also serves deterministic=True, and calls that want only dq or only dk and dv. Under 128 the loop of dq is
 bound by exp2 and conversions, not by products.
 """
@@ -51,28 +55,37 @@ _HALF = {
             (64, FlashConfig(32, 64, 4, 2), FlashConfig(64, 32, 4, 2), None),
             (96, FlashConfig(32, 64, 4, 2), FlashConfig(128, 64, 8, 2), None),
             (128, FlashConfig(32, 64, 4, 2), FlashConfig(64, 64, 4, 2), None),
-            (160, FlashConfig(16, 128, 8, 1), FlashConfig(128, 32, 8, 1), None),
-            (192, FlashConfig(64, 32, 8, 1), FlashConfig(128, 32, 8, 1), None),
-            (256, FlashConfig(64, 32, 8, 1), FlashConfig(64, 64, 8, 1), None),
+            (160, FlashConfig(16, 128, 8, 2), FlashConfig(128, 32, 8, 3), None),
+            (192, FlashConfig(64, 32, 8, 2), FlashConfig(128, 32, 8, 3), None),
+            (256, FlashConfig(64, 32, 8, 2), FlashConfig(64, 64, 8, 2), None),
         ),
-        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+        "scalar": (
+            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 32, 4, 1), None),
+            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+        ),
     },
     "sm_86": {
         "vector": (
             (64, FlashConfig(32, 64, 4, 2), FlashConfig(64, 32, 4, 2), None),
             (96, FlashConfig(32, 64, 4, 2), FlashConfig(128, 32, 8, 2), None),
             (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
-            (160, FlashConfig(16, 128, 8, 1), FlashConfig(64, 32, 4, 1), None),
-            (192, FlashConfig(64, 32, 8, 1), FlashConfig(64, 32, 4, 1), None),
-            (256, FlashConfig(32, 32, 8, 1), FlashConfig(32, 32, 8, 1), None),
+            (160, FlashConfig(16, 128, 8, 2), FlashConfig(64, 32, 4, 2), None),
+            (192, FlashConfig(64, 32, 8, 1), FlashConfig(64, 32, 4, 2), None),
+            (256, FlashConfig(32, 32, 8, 1), FlashConfig(32, 64, 8, 1), None),
         ),
-        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+        "scalar": (
+            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 32, 4, 1), None),
+            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+        ),
     },
     "sm_90": {
         "tma": (
+            (32, _tma(128, 128, 8, 2), _tma(128, 128, 8, 2), _tma(128, 128, 8, 2)),
+            (48, _tma(64, 64, 4, 2), _tma(128, 128, 8, 2), _tma(128, 128, 8, 2)),
             (64, _tma(128, 128, 8, 2), _tma(128, 128, 8, 2), _tma(128, 128, 8, 2)),
             (128, _tma(64, 128, 8, 2), _tma(128, 128, 8, 2), _tma(64, 128, 8, 2)),
-            (160, _tma(64, 128, 8, 1), _tma(128, 64, 8, 1), _tma(128, 64, 8, 1)),
+            (160, _tma(64, 128, 8, 1), _tma(128, 64, 8, 2), _tma(64, 128, 8, 1)),
+            (192, _tma(32, 128, 8, 2), _tma(128, 64, 8, 2), None),
             (256, _tma(64, 64, 8, 1), _tma(128, 64, 8, 1), _tma(64, 64, 8, 1)),
         ),
         "vector": (
@@ -80,21 +93,28 @@ _HALF = {
             (128, FlashConfig(64, 64, 8, 2), FlashConfig(128, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
             (256, FlashConfig(64, 64, 8, 1), FlashConfig(64, 64, 8, 1), None),
         ),
-        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+        "scalar": (
+            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 16, 4, 1), None),
+            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+        ),
     },
     "sm_100": {
         "tma": (
             # dq: of a head dim in two pieces (48, 96), 128 x 128 overflows tensor memory on Triton 3.6.0.
-            (64, _tma(64, 128, 8, 2), _tma(128, 64, 4, 2), _tma(64, 128, 8, 2)),
+            (64, _tma(64, 128, 4, 2), _tma(128, 64, 4, 2), _tma(64, 128, 4, 2)),
+            (96, _tma(64, 128, 4, 2), _tma(128, 64, 4, 2), _tma(64, 64, 4, 2)),
             (128, _tma(64, 128, 8, 2), _tma(128, 64, 4, 2), _tma(64, 64, 4, 2)),
-            (160, _tma(64, 64, 8, 1), _tma(64, 64, 8, 1), None),  # fused: 8 KB spilled in the loop
-            (256, _tma(64, 64, 8, 1), _tma(64, 64, 8, 1), _tma(64, 32, 8, 1)),
+            (160, _tma(32, 128, 8, 1), _tma(128, 64, 8, 1), None),  # fused: 8 KB spilled in the loop
+            (256, _tma(64, 64, 4, 1), _tma(128, 64, 8, 1), _tma(64, 32, 8, 1)),
         ),
         "vector": (
             (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
             (256, FlashConfig(64, 64, 8, 1), FlashConfig(64, 64, 8, 1), FlashConfig(64, 32, 8, 1)),
         ),
-        "scalar": ((256, *3 * (FlashConfig(32, 32, 8, 1),)),),
+        "scalar": (
+            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 16, 4, 1), None),
+            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+        ),
     },
     "gfx942": {
         "vector": (
@@ -117,7 +137,7 @@ def default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access="t
     """The configs of a call, by look-up as in `default_config`; head dims to 256.
 
     The row is the first of the table that reaches the mean of the two head dims, padded as the kernels pad them, and
-    nearly the wider.
+    nearly the width of dq.
 
     access: how q, k, v and dout can all be loaded: "tma", 16 bytes at a time ("vector"), or element by element
     ("scalar"). causal chooses nothing so far.
@@ -129,9 +149,21 @@ def default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access="t
     else:
         tables = _HALF[known_arch(arch)]
         table = tables.get(access, tables["vector"])
-    narrow, wide = sorted((padded_head_dim(head_dim), padded_head_dim(head_dim_v)))
-    width = max((narrow + wide) / 2, wide - 32)
+    head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
+    width = max((head_dim + head_dim_v) / 2, head_dim * 5 / 6)
     return next(BackwardConfig(*tiles) for limit, *tiles in table if width <= limit)
+
+
+def may_hoist(kernel, arch, head_dim, head_dim_v):
+    """Whether what is the same in every trip may be computed once, before the loop.
+
+    Five products leave no registers to hold it, nor do wide ones where it is held in registers: on sm_90 at head dim
+    256 dkdv would spill a kilobyte. With mma.sync it stays in shared memory.
+    """
+    if kernel == "fused":
+        return False
+    narrow = head_dim + head_dim_v <= (255 if kernel == "dq" else 256)
+    return narrow or arch == "interpreter" or not has_tma(arch)
 
 
 def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):

@@ -189,6 +189,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         seqlen_q,
         seqlen_k,
         window[1] is not None,
+        softcap is not None,
         softcap is None and alibi_slopes is None and softmax_scale > 0,
         (k.data_ptr() | v.data_ptr()) % 16 == 0,
         arch,
@@ -222,7 +223,20 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, fold_scale, bases_aligned, arch, precision, config):
+def _plan(
+    layout,
+    dtype,
+    varlen_batch,
+    seqlen_q,
+    seqlen_k,
+    causal,
+    capped,
+    fold_scale,
+    bases_aligned,
+    arch,
+    precision,
+    config,
+):
     """What of a launch follows from layouts and options alone, remembered since most launches are like the last.
 
     Returns (programs, strides, counts, TMA geometry of k and of v or None, constants).
@@ -238,7 +252,7 @@ def _plan(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, fold_scale, b
     suits_tma = strides_suit_tma(shape_k, strides_k, size) and strides_suit_tma(shape_v, strides_v, size)
     if config is None:
         access = "scalar" if vector == 1 or not bases_aligned else "tma" if suits_tma else "vector"
-        config = default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision)
+        config = default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, capped)
     use_tma = config.use_tma and suits_tma and bases_aligned
     num_tiles = -(-seqlen_q // config.block_m)
     section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size) if causal else 1

@@ -26,6 +26,7 @@ class PagedConfig:
 # (largest head dim, config of up to 16 rows, of more) per architecture; 16-bit inputs.
 _HALF = {
     "sm_80": (
+        (16, PagedConfig(16, 64, 1, 3), PagedConfig(128, 64, 8, 3)),
         (64, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
         (96, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 3)),
         (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 16, 8, 3)),
@@ -35,6 +36,7 @@ _HALF = {
         (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
     ),
     "sm_90": (
+        (16, PagedConfig(16, 64, 1, 3), PagedConfig(128, 64, 8, 3)),
         (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
         (256, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 2)),
         (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
@@ -74,7 +76,7 @@ def default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes):
         if num_rows <= 64 and many.block_m == 128:  # half the rows have work for half the warps
             config = replace(many, block_m=64, num_warps=many.num_warps // 2)
     elif num_rows > 16:
-        config = replace(few, block_m=32) if many.block_m > 32 else many
+        config = replace(few, block_m=32, num_warps=max(2, few.num_warps)) if many.block_m > 32 else many
     if not by_16_bytes:
         config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
     return config
