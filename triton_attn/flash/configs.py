@@ -170,7 +170,8 @@ def default_config(arch, dtype, head_dim, head_dim_v, causal, access="tma", prec
         return FlashConfig(64, 64, 4, 1)
     arch = known_arch(arch)
     half = dtype != torch.float32
-    table = _HALF[arch].get(access, _HALF[arch]["vector"]) if half else _FLOAT[precision]
+    access = access if access in _HALF[arch] else "vector"
+    table = _HALF[arch][access] if half else _FLOAT[precision]
     width, config = next(row for row in table if _width(head_dim, head_dim_v) <= row[0])
     return _SOFTCAP.get((arch, access, width), config) if softcap and half else config
 

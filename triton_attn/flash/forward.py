@@ -129,7 +129,8 @@ def _flash_fwd_kernel(
     # One loop body, compiled twice: with a mask for tiles that a boundary crosses, without for those between.
     for INTERIOR in tl.static_range(2):
         num_steps = interior_tiles if INTERIOR else boundary_tiles
-        for i in tl.range(0, num_steps):
+        # What tanh needs of the loop's constants would be kept in registers that a wide head has not.
+        for i in tl.range(0, num_steps, disable_licm=USE_TMA and softcap is not None and HEAD_DIM > 192):
             if INTERIOR:
                 start_n = full_lo + i * BLOCK_N
             else:
