@@ -1,6 +1,7 @@
 """What a sweep compares: the configs of each kernel family, compiled, and why one is dropped."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -35,8 +36,9 @@ class Family:
     A case is what configs are compared at, a dict that the functions take as keywords: `cases(dtype, shapes)` gives
     those of the shapes that `option` names, `search_space(arch, dtype, **case)` the configs, the default first.
     `compile(arch, dtype, config=config, **case)` gives a `triton_attn.testing.Launch`. On a GPU the `problem(**case)`
-    is timed through `provider(config, **case)`, see perf/providers.py, beside the `roof()`. `kernels` is the file of
-    the kernels and their launchers, below triton_attn; `rows(config)` are those of the largest product in the loop.
+    is timed beside the `roof()`: `provider(**case)` gives a function from a config to a provider, see
+    perf/providers.py. `kernels` is the file of the kernels and their launchers, below triton_attn; `rows(config)` are
+    those of the largest product in the loop.
     """
 
     config: type
@@ -64,8 +66,8 @@ def _flash_space(arch, dtype, head_dim, causal):
     return flash_configs.search_space(arch, dtype, head_dim, head_dim, causal)
 
 
-def _flash_provider(config, head_dim, causal):
-    return lambda problem, device: partial(compiled.launch_config, causal=causal, config=config)
+def _flash_provider(head_dim, causal):
+    return lambda config: lambda problem, device: partial(compiled.launch_config, causal=causal, config=config)
 
 
 def _flash_problem(head_dim, causal, kernel=None):
@@ -82,9 +84,9 @@ def _backward_space(arch, dtype, kernel, head_dim, causal):
     return backward_configs.backward_search_space(kernel, arch, dtype, head_dim, head_dim, causal)
 
 
-def _backward_provider(config, kernel, head_dim, causal):
-    attention = partial(compiled.launch_backward_config, causal=causal, kernel=kernel, config=config)
-    return lambda problem, device: attention
+def _backward_provider(kernel, head_dim, causal):
+    attention = partial(compiled.launch_backward_config, causal=causal, kernel=kernel)
+    return lambda config: lambda problem, device: partial(attention, config=config)
 
 
 def _paged_cases(dtype, models):
@@ -102,8 +104,23 @@ def _paged_problem(**case):
     return DecodeProblem(LATENT_BATCH, CONTEXT, **case)
 
 
-def _paged_provider(config, **case):
-    return partial(paged_step, attention=partial(compiled.launch_paged, config=config))
+def _over_one_cache(make_step, launch):
+    """Steps over the same tensors, since a GPU has no room for a cache per config; none finds what another wrote."""
+    made = cache(make_step)
+
+    def provider(config):
+        def step(problem, *tensors):
+            shared = made(problem, *tensors)
+            own = {"out": torch.full_like(shared.keywords["out"], math.nan)} if "out" in shared.keywords else {}
+            return partial(launch, *shared.args, **shared.keywords | own, config=config)
+
+        return step
+
+    return provider
+
+
+def _paged_provider(**case):
+    return _over_one_cache(paged_step, compiled.launch_paged)
 
 
 def _latent_cases(dtype, models):
@@ -123,8 +140,8 @@ def _latent_problem(num_heads, cache_dtype, page_size):
     return LatentDecodeProblem(LATENT_BATCH, CONTEXT, num_heads, cache_dtype, page_size=page_size)
 
 
-def _latent_provider(config, **case):
-    return partial(latent_step, decode=partial(compiled.launch_latent, config=config))
+def _latent_provider(**case):
+    return _over_one_cache(latent_step, compiled.launch_latent)
 
 
 FAMILIES = {

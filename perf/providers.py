@@ -83,12 +83,12 @@ PROVIDERS = {
 }
 
 
-def paged_step(problem, q, k_cache, v_cache, attention=paged_attention):
+def paged_step(problem, q, k_cache, v_cache):
     """Over pages in random order, all sequences' mixed."""
     block_table, slots, cache_seqlens = _pages(problem, q.device)
     pages = [x.new_empty(block_table.numel(), problem.page_size, *x.shape[2:]) for x in (k_cache, v_cache)]
     append_kv_cache(k_cache.flatten(0, 1), v_cache.flatten(0, 1), *pages, slots)
-    return partial(attention, q, *pages, cache_seqlens, block_table, out=torch.empty_like(q))
+    return partial(paged_attention, q, *pages, cache_seqlens, block_table, out=torch.empty_like(q))
 
 
 def _pages(problem, device):
@@ -146,9 +146,9 @@ def _cache_dtype(problem, rows):
     return dtype if dtype.itemsize == 1 else rows.dtype
 
 
-def latent_step(problem, q, rows, decode=mla_decode):
+def latent_step(problem, q, rows):
     q_nope, q_pe = q.split([problem.kv_lora_rank, problem.qk_rope_head_dim], dim=3)
-    return partial(decode, q_nope, q_pe, *latent_pages(problem, rows), softmax_scale=problem.head_dim**-0.5)
+    return partial(mla_decode, q_nope, q_pe, *latent_pages(problem, rows), softmax_scale=problem.head_dim**-0.5)
 
 
 def _flash_mla(problem, q, rows):

@@ -182,7 +182,8 @@ def time_all(path, finalists, journal, budget, device="cuda"):
 
 def _time(kind, case, candidates, roof, device):
     """In turn, since only those of a round compare: rows as dicts."""
-    providers = {compiled.config_name(c.config): kind.provider(c.config, **case) for c in candidates}
+    provider = kind.provider(**case)
+    providers = {compiled.config_name(c.config): provider(c.config) for c in candidates}
     rows = throughput(kind.problem(**case), candidates[0].dtype, providers, roof, device, behind=BEHIND)
     beside = [str(value) for name, value in case.items() if name in ("kernel", "cache_dtype")]  # Row has no column
     return [

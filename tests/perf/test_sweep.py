@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from perf import candidates, measure, sweep
 from perf.candidates import FAMILIES, MODEL_COLUMNS, Candidate
@@ -130,7 +131,7 @@ def test_every_family_has_a_space_for_its_shapes(family):
     cases = kind.cases("bfloat16", kind.shapes)
     assert len({sweep.values_of(case) for case in cases}) == len(cases)
     for case in cases:
-        space = kind.search_space("sm_90", candidates.torch.bfloat16, **case)
+        space = kind.search_space("sm_90", torch.bfloat16, **case)
         assert len(space) > 5
         assert {type(config) for config in space} == {kind.config}
         assert kind.problem(**case).figure in ("tflops", "gbps")
@@ -188,6 +189,17 @@ def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monke
         assert [(row["p20_ms"], row["p50_ms"], row["p80_ms"]) for row in rows] == [("1.0", "2.0", "4.0")] * 2
         assert all(row["pass"] == problem.columns()["direction"] for row in rows)
     assert timed == ["16x16 w4 s1", "16x32 w4 s1"]
+
+
+def test_configs_of_a_decode_step_share_the_cache_and_not_the_output():
+    problem = TIMED["paged"][1]
+    tensors = [torch.randn(shape) for shape in problem.shapes]
+    provider = FAMILIES["paged"].provider()
+    first, second = (provider(PagedConfig(16, keys, 4, 1))(problem, *tensors) for keys in (16, 32))
+    first()
+    assert all(a is b for a, b in zip(first.args, second.args))
+    assert second.keywords["out"].isnan().all()
+    torch.testing.assert_close(second(), first())
 
 
 def test_a_finalist_that_fails_is_not_timed(timed, tmp_path, monkeypatch):
