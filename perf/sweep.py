@@ -81,8 +81,10 @@ def run(out_dir, family="flash", arch="sm_90", dtype="bfloat16", minutes=None, *
         shown = FAMILIES[family].config_columns + MODEL_COLUMNS
         for case in cases:
             rows = survivors[values_of(case)]
+            if not rows and left:
+                continue
             title = ", ".join(f"{name} {value}" for name, value in case.items())
-            print(f"\n{title}: the best of {len(rows)} survivors")
+            print(f"\n{title}: {f'the best of {len(rows)} survivors' if rows else 'every candidate was dropped'}")
             print_table([{name: row[name] for name in shown} for row in rows[:FINALISTS]])
         if has_gpu() and not left:
             finalists = [[_candidate(row, cases[0]) for row in rows[:FINALISTS]] for rows in survivors.values() if rows]

@@ -106,9 +106,21 @@ def test_a_budget_ends_a_sweep_with_what_it_has(compiled, tmp_path, monkeypatch,
     (path,) = sweep.run(tmp_path, head_dims=[64], minutes=1)
     assert len(compiled) == 2
     assert len(list(csv.DictReader(path.open()))) == 2
-    assert "1 minutes are over and 4 candidates left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 minutes are over and 4 candidates left" in said
+    assert "causal False: the best of 2 survivors" in said
+    assert "causal True" not in said
     sweep.run(tmp_path, head_dims=[64])
     assert len(compiled) == 6
+
+
+def test_a_case_without_survivors_is_told(compiled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        Candidate, "compile", lambda c: c.columns | dict.fromkeys(MODEL_COLUMNS) | {"dropped": "no wgmma"}
+    )
+    (path,) = sweep.run(tmp_path, head_dims=[64])
+    assert capsys.readouterr().out.count("every candidate was dropped") == 2
+    assert {row["dropped"] for row in csv.DictReader(path.open())} == {"no wgmma"}
 
 
 @pytest.mark.parametrize(
