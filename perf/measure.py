@@ -14,10 +14,11 @@ from perf.timing import time_interleaved
 from triton_attn._host.latent import read_latent_cache
 
 
-def throughput(problem, dtype, providers, roof, device="cuda"):
+def throughput(problem, dtype, providers, roof, device="cuda", **timing):
     """A row for each of {name: provider} (perf/providers.py); one that fails has no figures and a note that says why.
 
     `roof` is what bounds the problem's figure on this GPU, measured: TFLOP/s of a matrix product, GB/s of a copy.
+    `timing` goes to `time_interleaved`.
     """
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=getattr(torch, dtype), device=device) for shape in problem.shapes]
@@ -28,7 +29,7 @@ def throughput(problem, dtype, providers, roof, device="cuda"):
             functions[name] = prepare(problem, provider, *inputs)
         except Exception as error:  # a peer may fail in any way of its own
             failures[name] = f"{type(error).__name__}: {error}".split("\n")[0]
-    times = time_interleaved(functions)
+    times = time_interleaved(functions, **timing)
     return [_row(name, problem, dtype, times.get(name), roof, failures.get(name, "")) for name in providers]
 
 

@@ -83,7 +83,7 @@ PROVIDERS = {
 }
 
 
-def _ours_decode(problem, q, k_cache, v_cache):
+def paged_step(problem, q, k_cache, v_cache):
     """Over pages in random order, all sequences' mixed."""
     block_table, slots, cache_seqlens = _pages(problem, q.device)
     pages = [x.new_empty(block_table.numel(), problem.page_size, *x.shape[2:]) for x in (k_cache, v_cache)]
@@ -124,7 +124,7 @@ def _flex_decode(problem, q, k_cache, v_cache):
 
 
 DECODE_PROVIDERS = {
-    OURS: _ours_decode,
+    OURS: paged_step,
     "SDPA flash": _sdpa_decode(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": _sdpa_decode(SDPBackend.CUDNN_ATTENTION),
     "FlexAttention": _flex_decode,
@@ -146,7 +146,7 @@ def _cache_dtype(problem, rows):
     return dtype if dtype.itemsize == 1 else rows.dtype
 
 
-def _ours_latent_decode(problem, q, rows):
+def latent_step(problem, q, rows):
     q_nope, q_pe = q.split([problem.kv_lora_rank, problem.qk_rope_head_dim], dim=3)
     return partial(mla_decode, q_nope, q_pe, *latent_pages(problem, rows), softmax_scale=problem.head_dim**-0.5)
 
@@ -163,7 +163,7 @@ def _flash_mla(problem, q, rows):
 
 
 FLASH_MLA = "FlashMLA"
-LATENT_DECODE_PROVIDERS = {OURS: _ours_latent_decode} | ({FLASH_MLA: _flash_mla} if find_spec("flash_mla") else {})
+LATENT_DECODE_PROVIDERS = {OURS: latent_step} | ({FLASH_MLA: _flash_mla} if find_spec("flash_mla") else {})
 
 
 def _sdpa_expanded(backend):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+SETTLED_ROUNDS = 5  # after as many, who is clearly behind is
 L2_FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
 
 
@@ -17,24 +18,32 @@ class Percentiles:
     p80: float
 
 
-def time_interleaved(functions, rounds=30, warmup=3):
-    """{name: Percentiles} of {name: function}: every round calls each once, so that a drifting clock hits all alike."""
+def time_interleaved(functions, rounds=30, warmup=3, behind=None):
+    """{name: Percentiles} of {name: function}: every round calls each once, so that a drifting clock hits all alike.
+
+    With `behind`, say 1.2, a function whose p20 is above 1.2 times the least median is not called in further rounds.
+    """
     scratch = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for function in functions.values():
         for _ in range(warmup):
             function()
     times = {name: [] for name in functions}
-    for _ in range(rounds):
+    racing = list(functions)
+    for done in range(1, rounds + 1):
         events = {}
-        for name, function in functions.items():
+        for name in racing:
             scratch.zero_()
             start, end = events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             start.record()
-            function()
+            functions[name]()
             end.record()
         torch.cuda.synchronize()
         for name, (start, end) in events.items():
             times[name].append(start.elapsed_time(end))
+        if behind is not None and done >= SETTLED_ROUNDS and racing:
+            so_far = {name: percentiles(times[name]) for name in racing}
+            limit = behind * min(time.p50 for time in so_far.values())
+            racing = [name for name in racing if so_far[name].p20 <= limit]
     return {name: percentiles(values) for name, values in times.items()}
 
 

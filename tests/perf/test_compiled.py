@@ -1,12 +1,17 @@
 """The loop model on our own kernels, and the parts of `python -m perf` that compile."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
 
 from perf import amdgcn, bench, compiled, inspect, loop_model, results, sweep
+from perf.candidates import FAMILIES, Candidate
+from perf.journal import Journal
 from triton_attn.flash.configs import FlashConfig
+from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.paged.configs import PagedConfig
 
 pytestmark = pytest.mark.compiled
 
@@ -79,12 +84,78 @@ def test_inspect_tables_the_default_configs(tmp_path):
     assert all(int(row["loop instructions"]) > 100 for row in rows)
 
 
-def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(tmp_path, monkeypatch):
-    slow, fast, too_large = (FlashConfig(64, 64, 4, 2), FlashConfig(128, 128, 8, 2), FlashConfig(128, 256, 8, 4))
-    monkeypatch.setattr(sweep.configs, "search_space", lambda *shape: [slow, too_large, fast], raising=False)
+FLASH = {"head_dim": 128, "causal": False}
+DECODE = {"num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128, "page_size": 16}
+MANY_ROWS = {"num_heads_q": 71, "num_heads_kv": 1, "head_dim": 64, "page_size": 16}
+LATENT = {"num_heads": 128, "cache_dtype": "bfloat16", "page_size": 64}
+# Per case: configs in the order of the search space, the reasons to drop them, the order of those that are left.
+SWEPT = {
+    "flash": (
+        FLASH,
+        [FlashConfig(64, 64, 4, 2), FlashConfig(128, 256, 8, 4), FlashConfig(128, 128, 4, 2), CONFIG],
+        ["", "out of resource: shared memory", "spills in the hot loop", ""],
+        [3, 0],
+    ),
+    "flash_backward": (
+        {"kernel": "fused", "head_dim": 64, "causal": True},
+        [FlashConfig(32, 32, 4, 2), FlashConfig(64, 128, 8, 2, True), FlashConfig(64, 64, 8, 1)],
+        ["", "", "no asynchronous copies"],
+        [1, 0],
+    ),
+    "paged": (
+        MANY_ROWS,
+        [PagedConfig(64, 64, 2, 3), PagedConfig(16, 64, 4, 3), PagedConfig(64, 64, 4, 3)],
+        ["no wgmma", "", ""],
+        [2, 1],
+    ),
+    "mla": (
+        LATENT,
+        [MlaDecodeConfig(16, 64, 4, 3), MlaDecodeConfig(16, 24, 4, 3), MlaDecodeConfig(64, 64, 8, 2)],
+        ["", "CompilationError", ""],
+        [2, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path, monkeypatch):
+    case, configs, reasons, order = SWEPT[family]
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], search_space=lambda *args, **case: configs))
     monkeypatch.setattr(sweep, "map_in_processes", map)
-    survivors = sweep._compile_all(tmp_path / "sweep.csv", "sm_90", "bfloat16", [(128, False)])
-    assert [sweep._config(row) for row in survivors[128, False]] == [fast, slow]
+    with Journal(tmp_path / "sweep.jsonl") as journal:
+        arguments = "sm_90", "bfloat16", [case], journal, sweep.Budget(None)
+        survivors, left = sweep.compile_all(tmp_path / "sweep.csv", family, *arguments)
+    best_first = [sweep._candidate(row, case).config for row in survivors[sweep.values_of(case)]]
+    assert left == 0
+    assert best_first == [configs[i] for i in order]
     rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
-    assert [row["dropped"].split(",")[0] for row in rows] == ["", "out of resource: shared memory", ""]
-    assert float(rows[2]["lock TFLOP/s"]) > float(rows[0]["lock TFLOP/s"])
+    for row, reason in zip(rows, reasons):
+        assert reason in row["dropped"]
+        assert bool(reason) == bool(row["dropped"])
+    assert [float(row["useful share"]) for row, reason in zip(rows, reasons) if not reason] == [1.0] * len(order)
+    assert all(rows[0][name] == str(value) for name, value in case.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_compile_the_kernel_of_a_default_call(family, tmp_path):
+    """The first of the search space is the default config, and its code that which a user gets."""
+    case = SWEPT[family][0]
+    kind = FAMILIES[family]
+    default = kind.search_space("sm_90", torch.bfloat16, **case)[0]
+    ours = kind.compile("sm_90", torch.bfloat16, config=default, **case)
+    if family == "flash_backward":
+        users = compiled.flash_backward("sm_90", torch.bfloat16, case["head_dim"], case["causal"])[-1]
+    else:
+        users = kind.compile("sm_90", torch.bfloat16, **case)
+    assert ours.kernel.asm["cubin"] == users.kernel.asm["cubin"]
+
+
+def test_products_that_warps_repeat_rank_below():
+    """The scores of 16 rows and 16 keys are work for two warps."""
+    few, many = (
+        Candidate("paged", "sm_80", "bfloat16", DECODE | {"head_dim": 64}, PagedConfig(16, 16, warps, 3)).compile()
+        for warps in (2, 8)
+    )
+    assert few["useful share"] == 1.0
+    assert many["useful share"] < 1.0
+    assert sweep._rank(few) < sweep._rank(many)

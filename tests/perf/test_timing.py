@@ -50,3 +50,16 @@ def test_percentiles():
     assert timing.percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == timing.Percentiles(
         pytest.approx(2.0), pytest.approx(3.5), pytest.approx(5.0)
     )
+
+
+def test_who_is_clearly_behind_is_timed_no_further(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "torch", clock.torch())
+    functions = {name: clock.function(name, ms) for name, ms in (("slow", 5.0), ("near", 2.2), ("fast", 2.0))}
+    times = timing.time_interleaved(functions, rounds=9, warmup=0, behind=1.2)
+    assert {name: clock.calls.count(name) for name in functions} == {
+        "slow": timing.SETTLED_ROUNDS,
+        "near": 9,
+        "fast": 9,
+    }
+    assert times["slow"] == timing.Percentiles(5.0, 5.0, 5.0)

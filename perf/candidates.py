@@ -1,0 +1,262 @@
+"""What a sweep compares: the configs of each kernel family, compiled, and why one is dropped."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+import triton
+
+import triton_attn
+from perf import amdgcn, compiled, loop_model
+from perf.machine import copy_bandwidth, matmul_rate
+from perf.models import MODELS
+from perf.problems import HEAD_DIMS, HIDDEN, LATENT_BATCH, DecodeProblem, LatentDecodeProblem, Problem
+from perf.providers import latent_step, paged_step
+from triton_attn.flash import backward_configs
+from triton_attn.flash import configs as flash_configs
+from triton_attn.mla import configs as mla_configs
+from triton_attn.paged import configs as paged_configs
+
+MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop instructions"]
+MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "useful share"]
+CONTEXT = 8192  # tokens of a sequence that a decode step is timed at
+CACHED_MODELS = {model.name: model for model in MODELS if model.attention != "MLA"}
+LATENT_MODELS = {model.name: model for model in MODELS if model.attention == "MLA"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a sweep needs of one.
+
+    A case is what configs are compared at, a dict that the functions take as keywords: `cases(dtype, shapes)` gives
+    those of the shapes that `option` names, `search_space(arch, dtype, **case)` the configs, the default first.
+    `compile(arch, dtype, config=config, **case)` gives a `triton_attn.testing.Launch`. On a GPU the `problem(**case)`
+    is timed beside the `roof()`: `provider(**case)` gives a function from a config to a provider, see
+    perf/providers.py. `kernels` is the file of the kernels and their launchers, below triton_attn; `rows(config)` are
+    those of the largest product in the loop.
+    """
+
+    config: type
+    kernels: str
+    option: str
+    shapes: tuple
+    cases: Callable
+    search_space: Callable
+    compile: Callable
+    problem: Callable
+    provider: Callable
+    roof: Callable
+    rows: Callable = attrgetter("block_m")
+
+    @property
+    def config_columns(self):
+        return [field.name for field in fields(self.config)]
+
+
+def _flash_cases(dtype, head_dims):
+    return [{"head_dim": head_dim, "causal": causal} for head_dim in head_dims for causal in (False, True)]
+
+
+def _flash_space(arch, dtype, head_dim, causal):
+    return flash_configs.search_space(arch, dtype, head_dim, head_dim, causal)
+
+
+def _flash_provider(head_dim, causal):
+    return lambda config: lambda problem, device: partial(compiled.launch_config, causal=causal, config=config)
+
+
+def _flash_problem(head_dim, causal, kernel=None):
+    direction = "forward" if kernel is None else "backward"
+    return Problem(4, 4096, HIDDEN // head_dim, head_dim, causal, direction)
+
+
+def _backward_cases(dtype, head_dims):
+    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])  # wider have no backward
+    return [{"kernel": kernel} | case for case in cases for kernel in backward_configs.BackwardConfig._fields]
+
+
+def _backward_space(arch, dtype, kernel, head_dim, causal):
+    return backward_configs.backward_search_space(kernel, arch, dtype, head_dim, head_dim, causal)
+
+
+def _backward_provider(kernel, head_dim, causal):
+    attention = partial(compiled.launch_backward_config, causal=causal, kernel=kernel)
+    return lambda config: lambda problem, device: partial(attention, config=config)
+
+
+def _paged_cases(dtype, models):
+    """Models of one shape are one case."""
+    columns = "num_heads_q", "num_heads_kv", "head_dim"
+    shapes = dict.fromkeys(tuple(getattr(CACHED_MODELS[name], column) for column in columns) for name in models)
+    return [dict(zip(columns, shape)) | {"page_size": DecodeProblem.page_size} for shape in shapes]
+
+
+def _paged_space(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size):
+    return paged_configs.search_space(arch, dtype, head_dim, head_dim, num_heads_q // num_heads_kv)
+
+
+def _paged_problem(**case):
+    return DecodeProblem(LATENT_BATCH, CONTEXT, **case)
+
+
+def _over_one_cache(make_step, launch):
+    """Steps over the same tensors, since a GPU has no room for a cache per config; none finds what another wrote."""
+    made = cache(make_step)
+
+    def provider(config):
+        def step(problem, *tensors):
+            shared = made(problem, *tensors)
+            own = {"out": torch.full_like(shared.keywords["out"], math.nan)} if "out" in shared.keywords else {}
+            return partial(launch, *shared.args, **shared.keywords | own, config=config)
+
+        return step
+
+    return provider
+
+
+def _paged_provider(**case):
+    return _over_one_cache(paged_step, compiled.launch_paged)
+
+
+def _latent_cases(dtype, models):
+    return [
+        {"num_heads": LATENT_MODELS[name].num_heads_q, "cache_dtype": cache_dtype, "page_size": page_size}
+        for name in models
+        for cache_dtype in (dtype, "float8_e4m3fn")
+        for page_size in (LatentDecodeProblem.page_size,)
+    ]
+
+
+def _latent_space(arch, dtype, num_heads, cache_dtype, page_size):
+    return mla_configs.search_space(arch, dtype, num_heads, cache_dtype == "float8_e4m3fn")
+
+
+def _latent_problem(num_heads, cache_dtype, page_size):
+    return LatentDecodeProblem(LATENT_BATCH, CONTEXT, num_heads, cache_dtype, page_size=page_size)
+
+
+def _latent_provider(**case):
+    return _over_one_cache(latent_step, compiled.launch_latent)
+
+
+FAMILIES = {
+    "flash": Family(
+        config=flash_configs.FlashConfig,
+        kernels="flash/forward.py",
+        option="head_dims",
+        shapes=HEAD_DIMS,
+        cases=_flash_cases,
+        search_space=_flash_space,
+        compile=compiled.flash_forward,
+        problem=_flash_problem,
+        provider=_flash_provider,
+        roof=matmul_rate,
+    ),
+    "flash_backward": Family(
+        config=flash_configs.FlashConfig,
+        kernels="flash/backward.py",
+        option="head_dims",
+        shapes=HEAD_DIMS,
+        cases=_backward_cases,
+        search_space=_backward_space,
+        compile=compiled.flash_backward_kernel,
+        problem=_flash_problem,
+        provider=_backward_provider,
+        roof=matmul_rate,
+        rows=lambda config: max(config.block_m, config.block_n),
+    ),
+    "paged": Family(
+        config=paged_configs.PagedConfig,
+        kernels="paged/forward.py",
+        option="models",
+        shapes=tuple(CACHED_MODELS),
+        cases=_paged_cases,
+        search_space=_paged_space,
+        compile=compiled.paged_decode,
+        problem=_paged_problem,
+        provider=_paged_provider,
+        roof=copy_bandwidth,
+    ),
+    "mla": Family(
+        config=mla_configs.MlaDecodeConfig,
+        kernels="mla/absorbed.py",
+        option="models",
+        shapes=tuple(LATENT_MODELS),
+        cases=_latent_cases,
+        search_space=_latent_space,
+        compile=compiled.latent_decode,
+        problem=_latent_problem,
+        provider=_latent_provider,
+        roof=copy_bandwidth,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One config at one case."""
+
+    family: str
+    arch: str
+    dtype: str
+    case: dict
+    config: object
+
+    @property
+    def columns(self):
+        """What a row says of it."""
+        return {"family": self.family, "arch": self.arch, "dtype": self.dtype} | self.case | asdict(self.config)
+
+    @property
+    def key(self):
+        """All that its compiled code, and what is read off it, depends on."""
+        return self.columns | {"triton": triton.__version__, "source": source_hash(FAMILIES[self.family].kernels)}
+
+    def compile(self):
+        """Its row: what it compiles to, and why it is dropped if it is."""
+        made_of = {}
+        try:
+            compile_config = FAMILIES[self.family].compile
+            launch = compile_config(self.arch, getattr(torch, self.dtype), config=self.config, **self.case)
+        except triton.runtime.errors.OutOfResources as error:
+            dropped = str(error)
+        except (OSError, MemoryError):  # the machine's fault
+            raise
+        except Exception as error:  # the compiler has many ways to fail, and the next config may not
+            dropped = f"{type(error).__name__}: {error}".split("\n")[0]
+        else:
+            report = loop_model.analyze(launch.kernel)
+            made_of = report.row() | {"useful share": getattr(getattr(report, "hot", None), "useful", None)}
+            dropped = self._why_dropped(launch, report)
+        return self.columns | {name: made_of.get(name) for name in MODEL_COLUMNS} | {"dropped": dropped}
+
+    def _why_dropped(self, launch, report):
+        if isinstance(report, amdgcn.Report):
+            return f"{report.vgpr_spills} registers spilled" if report.vgpr_spills else ""
+        hot = report.hot
+        if hot is None:  # fp32 without tensor cores
+            return f"{report.static_spills} spills" if report.static_spills else ""
+        if hot.spills:
+            return f"{hot.spills} spills in the hot loop"
+        if getattr(self.config, "use_tma", False) and not launch.uses_tma:
+            return "no TMA"
+        if not hot.async_copies:
+            return "no asynchronous copies in the hot loop"
+        # A tile of fewer rows never has wgmma: mma.sync is right for a decode step with few heads.
+        if report.arch == "sm_90" and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:
+            return "no wgmma"
+        return ""
+
+
+@cache
+def source_hash(kernels):
+    """Of the file with the kernels and their launchers, what they share with others, and what reads compiled code."""
+    package, here = Path(triton_attn.__file__).parent, Path(__file__).parent
+    files = [package / kernels, *sorted(package.glob("_jit/*.py")), *sorted(package.glob("_host/*.py"))]
+    files += [here / f"{name}.py" for name in ("amdgcn", "candidates", "compiled", "gpus", "loop_model", "sass")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

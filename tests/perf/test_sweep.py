@@ -1,0 +1,237 @@
+"""What a sweep does around its compilations and timings: these are faked, the compiled ones are in test_compiled.py."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from perf import candidates, measure, sweep
+from perf.candidates import FAMILIES, MODEL_COLUMNS, Candidate
+from perf.journal import Journal
+from perf.problems import DecodeProblem, LatentDecodeProblem, Problem
+from perf.timing import Percentiles
+from triton_attn.flash.configs import FlashConfig
+from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.paged.configs import PagedConfig
+
+CONFIGS = [FlashConfig(64, keys, 4, 2) for keys in (32, 64, 128)]
+TILE = {"flash": FlashConfig, "flash_backward": FlashConfig, "paged": PagedConfig, "mla": MlaDecodeConfig}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Candidates that were compiled, or would have been: all have a row, and larger tiles are better."""
+    done = []
+
+    def compile_one(candidate):
+        done.append(candidate.config)
+        row = dict.fromkeys(MODEL_COLUMNS) | {"lock TFLOP/s": float(candidate.config.block_n), "dropped": ""}
+        return candidate.columns | row
+
+    monkeypatch.setattr(Candidate, "compile", compile_one)
+    monkeypatch.setattr(sweep, "map_in_processes", map)
+    monkeypatch.setattr(sweep, "has_gpu", lambda: False)
+    monkeypatch.setitem(FAMILIES, "flash", replace(FAMILIES["flash"], search_space=lambda *args, **case: CONFIGS))
+    return done
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(compiled, tmp_path, monkeypatch, capsys):
+    def until_interrupted(function, items):
+        yield function(items[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "map_in_processes", until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(tmp_path, head_dims=[64])
+    assert compiled == CONFIGS[:1]
+    journal = tmp_path / "sweep-flash-bfloat16.jsonl"
+    with journal.open("a") as file:
+        file.write('{"key": {"family": "fl')
+    monkeypatch.setattr(sweep, "map_in_processes", map)
+    (path,) = sweep.run(tmp_path, head_dims=[64])
+    assert compiled == CONFIGS + CONFIGS, "full and causal, each once"
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["causal"], row["block_n"]) for row in rows] == [
+        (causal, keys) for causal in ("False", "True") for keys in ("32", "64", "128")
+    ]
+    sweep.run(tmp_path, head_dims=[64])
+    assert len(compiled) == 6, "nothing is done again"
+    assert list(csv.DictReader(path.open())) == rows
+    assert "left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "value"), [("triton.__version__", "0.0"), ("source_hash", lambda kernels: "other")])
+def test_another_triton_or_kernel_is_new_work(compiled, tmp_path, monkeypatch, name, value):
+    sweep.run(tmp_path, head_dims=[64])
+    monkeypatch.setattr(f"perf.candidates.{name}", value)
+    sweep.run(tmp_path, head_dims=[64])
+    assert len(compiled) == 12
+
+
+def test_arch_dtype_and_shape_are_new_work(compiled, tmp_path):
+    sweep.run(tmp_path, head_dims=[64])
+    for other in ({"arch": "sm_80"}, {"dtype": "float16"}, {"head_dims": [128]}):
+        sweep.run(tmp_path, **{"head_dims": [64]} | other)
+    assert len(compiled) == 4 * 6
+    lines = [json.loads(line) for line in (tmp_path / "sweep-flash-bfloat16.jsonl").read_text().splitlines()]
+    assert {line["key"]["arch"] for line in lines} == {"sm_80", "sm_90"}
+
+
+def test_the_source_hash_is_that_of_the_kernels(monkeypatch, tmp_path):
+    package = shutil.copytree(Path(candidates.triton_attn.__file__).parent, tmp_path / "triton_attn")
+    monkeypatch.setattr(candidates.triton_attn, "__file__", str(package / "__init__.py"))
+
+    def changed_by(file):
+        def hashes():
+            return {name: candidates.source_hash.__wrapped__(kind.kernels) for name, kind in FAMILIES.items()}
+
+        before = hashes()
+        with (package / file).open("a") as source:
+            source.write("\n")
+        return [name for name, value in hashes().items() if value != before[name]]
+
+    assert changed_by("flash/forward.py") == ["flash"]
+    assert changed_by("mla/absorbed.py") == ["mla"]
+    assert changed_by("mla/configs.py") == []
+    assert changed_by("_jit/masks.py") == list(FAMILIES)
+
+
+def test_a_budget_ends_a_sweep_with_what_it_has(compiled, tmp_path, monkeypatch, capsys):
+    now = iter([0.0, 10.0, 50.0, *[60.0] * 10])
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: next(now))
+    (path,) = sweep.run(tmp_path, head_dims=[64], minutes=1)
+    assert len(compiled) == 2
+    assert len(list(csv.DictReader(path.open()))) == 2
+    said = capsys.readouterr().out
+    assert "1 minutes are over and 4 candidates left" in said
+    assert "causal False: the best of 2 survivors" in said
+    assert "causal True" not in said
+    sweep.run(tmp_path, head_dims=[64])
+    assert len(compiled) == 6
+
+
+def test_a_case_without_survivors_is_told(compiled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        Candidate, "compile", lambda c: c.columns | dict.fromkeys(MODEL_COLUMNS) | {"dropped": "no wgmma"}
+    )
+    (path,) = sweep.run(tmp_path, head_dims=[64])
+    assert capsys.readouterr().out.count("every candidate was dropped") == 2
+    assert {row["dropped"] for row in csv.DictReader(path.open())} == {"no wgmma"}
+
+
+@pytest.mark.parametrize(
+    ("family", "shapes", "said"),
+    [
+        ("flash", {"models": ["Llama-3-8B"]}, "has no --model"),
+        ("mla", {"head_dims": [64]}, "has no --head-dim"),
+        ("paged", {"models": ["DeepSeek-V3"]}, "has no DeepSeek-V3; it has Llama-2-7B"),
+        ("flash_backward", {"head_dims": [512]}, "nothing to do"),
+    ],
+)
+def test_shapes_that_a_family_lacks_are_refused(family, shapes, said, tmp_path):
+    with pytest.raises(SystemExit, match=said):
+        sweep.run(tmp_path, family, **shapes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_space_for_its_shapes(family):
+    kind = FAMILIES[family]
+    cases = kind.cases("bfloat16", kind.shapes)
+    assert len({sweep.values_of(case) for case in cases}) == len(cases)
+    for case in cases:
+        space = kind.search_space("sm_90", torch.bfloat16, **case)
+        assert len(space) > 5
+        assert {type(config) for config in space} == {kind.config}
+        assert kind.problem(**case).figure in ("tflops", "gbps")
+
+
+TIMED = {
+    "flash": ({"head_dim": 16, "causal": True}, Problem(1, 64, 2, 16, True)),
+    "flash_backward": (
+        {"kernel": "fused", "head_dim": 16, "causal": True},
+        Problem(1, 64, 2, 16, True, direction="backward"),
+    ),
+    "paged": (
+        {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 16, "page_size": 8},
+        DecodeProblem(3, 37, 4, 2, 16, page_size=8),
+    ),
+    "mla": (
+        {"num_heads": 4, "cache_dtype": "float8_e4m3fn", "page_size": 8},
+        LatentDecodeProblem(3, 37, 4, "float8_e4m3fn", kv_lora_rank=128, qk_rope_head_dim=16, page_size=8),
+    ),
+}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """How often each candidate was launched for timing."""
+    launched = []
+
+    def time_interleaved(functions, behind):
+        assert behind == sweep.BEHIND
+        for name, function in functions.items():
+            launched.append(name)
+            function()
+        return {name: Percentiles(1.0, 2.0, 4.0) for name in functions}
+
+    monkeypatch.setattr(measure, "time_interleaved", time_interleaved)
+    return launched
+
+
+def finalists(family, case, *keys):
+    return [Candidate(family, "sm_90", "bfloat16", case, TILE[family](16, n, 4, 1)) for n in keys]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monkeypatch):
+    case, problem = TIMED[family]
+    kind = replace(FAMILIES[family], problem=lambda **case: problem, roof=lambda: 1.0)
+    monkeypatch.setitem(FAMILIES, family, kind)
+    for _ in range(2):
+        with Journal(tmp_path / "sweep.jsonl") as journal:
+            arguments = [finalists(family, case, 16, 32)], journal, sweep.Budget(None), "cpu"
+            assert sweep.time_all(tmp_path / "measured.csv", *arguments) == 0
+        rows = list(csv.DictReader((tmp_path / "measured.csv").open()))
+        beside = {"flash_backward": "fused ", "mla": "float8_e4m3fn "}.get(family, "")
+        assert [row["note"] for row in rows] == [f"{beside}16x16 w4 s1", f"{beside}16x32 w4 s1"]
+        assert [(row["p20_ms"], row["p50_ms"], row["p80_ms"]) for row in rows] == [("1.0", "2.0", "4.0")] * 2
+        assert all(row["pass"] == problem.columns()["direction"] for row in rows)
+    assert timed == ["16x16 w4 s1", "16x32 w4 s1"]
+
+
+def test_configs_of_a_decode_step_share_the_cache_and_not_the_output():
+    problem = TIMED["paged"][1]
+    tensors = [torch.randn(shape) for shape in problem.shapes]
+    provider = FAMILIES["paged"].provider()
+    first, second = (provider(PagedConfig(16, keys, 4, 1))(problem, *tensors) for keys in (16, 32))
+    first()
+    assert all(a is b for a, b in zip(first.args, second.args))
+    assert second.keywords["out"].isnan().all()
+    torch.testing.assert_close(second(), first())
+
+
+def test_a_finalist_that_fails_is_not_timed(timed, tmp_path, monkeypatch):
+    case, problem = TIMED["flash"]
+    kind = replace(FAMILIES["flash"], problem=lambda **case: problem, roof=lambda: 1.0)
+    monkeypatch.setitem(FAMILIES, "flash", kind)
+    with Journal(tmp_path / "sweep.jsonl") as journal:
+        sweep.time_all(
+            tmp_path / "measured.csv", [finalists("flash", case, 16, 24)], journal, sweep.Budget(None), "cpu"
+        )
+    right, wrong = csv.DictReader((tmp_path / "measured.csv").open())
+    assert right["p50_ms"] == "2.0"
+    assert wrong["p50_ms"] == ""
+    assert wrong["note"].startswith("16x24 w4 s1 ")
+    assert timed == ["16x16 w4 s1"]
+
+
+def test_a_budget_leaves_cases_untimed(timed, tmp_path):
+    with Journal(tmp_path / "sweep.jsonl") as journal:
+        case = TIMED["flash"][0]
+        left = sweep.time_all(tmp_path / "m.csv", [finalists("flash", case, 16, 32)], journal, sweep.Budget(0), "cpu")
+    assert left == 2
+    assert timed == []
