@@ -30,15 +30,15 @@ LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_tokens"]
 
 
 @triton.constexpr_function
-def latent_piece_0(kv_lora_rank):
-    """First piece of a latent vector: one of 512 numbers is taken in halves, which is what keeps registers free."""
-    return min(piece_0(kv_lora_rank), 256)
+def latent_piece_0(kv_lora_rank, halves):
+    """First piece of a latent vector, of which one of 512 numbers has one or, for fewer registers at once, two."""
+    return min(piece_0(kv_lora_rank), 256) if halves else piece_0(kv_lora_rank)
 
 
 @triton.constexpr_function
-def latent_piece_1(kv_lora_rank):
+def latent_piece_1(kv_lora_rank, halves):
     """Second piece, or 0."""
-    return 256 if piece_0(kv_lora_rank) > 256 else piece_1(kv_lora_rank)
+    return 256 if halves and piece_0(kv_lora_rank) > 256 else piece_1(kv_lora_rank)
 
 
 @triton.constexpr_function
@@ -101,6 +101,7 @@ def _mla_absorbed_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ONE_PAGE: tl.constexpr,
+    HALVES: tl.constexpr,
     CUT_CHAIN: tl.constexpr,
     SIGN: tl.constexpr,
     JOINED: tl.constexpr,
@@ -123,8 +124,8 @@ def _mla_absorbed_kernel(
     """
     q_strides = in_vectors(q_strides, VECTOR)
     q_pe_strides = in_vectors(q_pe_strides, VECTOR)
-    FIRST: tl.constexpr = latent_piece_0(KV_LORA_RANK)
-    SECOND: tl.constexpr = latent_piece_1(KV_LORA_RANK)
+    FIRST: tl.constexpr = latent_piece_0(KV_LORA_RANK, HALVES)
+    SECOND: tl.constexpr = latent_piece_1(KV_LORA_RANK, HALVES)
     tile = tl.program_id(0) % num_tiles
     sequence = tl.program_id(0) // num_tiles // num_splits
     split = tl.program_id(0) // num_tiles % num_splits
@@ -563,6 +564,8 @@ def _plan(
     num_programs = batch * -(-max_seqlen_q * num_heads // tiles.block_m)
     num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
     native = arch.startswith("sm_") and int(arch[3:]) >= 89
+    one_page = paged and page_size % tiles.block_n == 0
+    cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
     constants = dict(
         NUM_HEADS=num_heads,
         KV_LORA_RANK=kv_lora_rank,
@@ -571,8 +574,9 @@ def _plan(
         ROW_STRIDES=row_strides,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        ONE_PAGE=paged and page_size % tiles.block_n == 0,
-        CUT_CHAIN=has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4,
+        ONE_PAGE=one_page,
+        HALVES=not (cut_chain and one_page),
+        CUT_CHAIN=cut_chain,
         SIGN=sign,
         JOINED=paged and not is_fp8,
         FLOAT8=(3, native) if is_fp8 else None,
