@@ -48,6 +48,18 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("\n".join(sorted(figures)))
 
 
+@pytest.fixture(scope="session", autouse=not INTERPRETED)
+def float8_conversions_of_sm_80():
+    """Triton 3.6.0 keeps a process's first conversions of fp8 for all its targets, and sm_80 has not those of sm_90."""
+    from triton_attn import paged_attention
+    from triton_attn.testing import compile_only
+
+    q, cache = torch.empty(1, 1, 1, 16, dtype=torch.float16), torch.empty(1, 16, 1, 16, dtype=torch.float8_e5m2)
+    indices = torch.zeros(1, 1, dtype=torch.int32)
+    with compile_only("sm_80"):
+        paged_attention(q, cache, cache, indices[0], indices)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where tensors live: the GPU when there is one and kernels are compiled, otherwise the CPU."""
