@@ -174,7 +174,7 @@ def test_workspace_is_that_of_a_chunk_of_heads():
     assert columns["materialized"]["workspace_bytes"] == 2**28
     per_head = 1024 * (1088 * 2 + 4)
     assert columns["absorbed"]["all_heads_bytes"] == 128 * per_head
-    assert columns["absorbed"]["workspace_bytes"] == 2**28 // per_head * per_head
+    assert columns["absorbed"]["workspace_bytes"] == 64 * per_head  # of 120 that there is room for
 
 
 @pytest.mark.parametrize("problem", latent_prefill_grid())

@@ -31,6 +31,12 @@ def piece_1(head_dim):
     return rest if rest & (rest - 1) == 0 else 0
 
 
+@triton.constexpr_function
+def padded_size(size):
+    """A power of two that a product can take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 @triton.jit
 def _piece_pointers(ptr, rows, stride, START: tl.constexpr, BLOCK: tl.constexpr, WIDE_ROWS: tl.constexpr):
     row_offsets = rows.to(tl.int64) * stride if WIDE_ROWS else rows * stride

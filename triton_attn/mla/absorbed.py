@@ -19,7 +19,7 @@ from .._jit.masks import mask_scores, visible_range
 from .._jit.paging import decode_float8
 from .._jit.rope import load_rotated
 from .._jit.softmax import LN_2, softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import load_piece, piece_0, piece_1, store_piece
+from .._jit.tiles import load_piece, padded_size, piece_0, piece_1, store_piece
 from ..combine.merge import launch_merge
 from ..combine.splits import choose_num_splits
 from .configs import default_decode_config, has_wgmma, programs_per_processor
@@ -39,12 +39,6 @@ def latent_piece_0(kv_lora_rank, halves):
 def latent_piece_1(kv_lora_rank, halves):
     """Second piece, or 0."""
     return 256 if halves and piece_0(kv_lora_rank) > 256 else piece_1(kv_lora_rank)
-
-
-@triton.constexpr_function
-def padded(size):
-    """A power of two that a product can take."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit
@@ -158,7 +152,7 @@ def _mla_absorbed_kernel(
     if SECOND > 0:
         q_1 = load_piece(q_ptr, q_rows, 1, rows_mask, FIRST, SECOND, KV_LORA_RANK, True)
     q_rows = row_offsets(sequence, first_q + queries, heads, q_pe_strides)
-    q_pe = load_piece(q_pe_ptr, q_rows, 1, rows_mask, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
+    q_pe = load_piece(q_pe_ptr, q_rows, 1, rows_mask, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
     if SIGN < 1:  # the online softmax takes a factor above 0
         q_0 *= SIGN
         q_pe *= SIGN
@@ -211,7 +205,7 @@ def _mla_absorbed_kernel(
         k_0 = _load_latents(ptrs, offsets, 0, FIRST, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
         if SECOND > 0:
             k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
-        k_pe = load_piece(ptrs[2], offsets[2], 1, None, 0, padded(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
+        k_pe = load_piece(ptrs[2], offsets[2], 1, None, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
         k_pe = k_pe.to(q_pe.dtype)
 
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -305,7 +299,7 @@ def _absorb_kernel(
         q = (acc * scale).to(q_ptr.dtype.element_ty)
         tl.store(q_rows + columns[None, :], q, mask=tokens_mask[:, None] & columns_mask[None, :])
     else:
-        offs_r = tl.arange(0, padded(ROPE_HEAD_DIM))
+        offs_r = tl.arange(0, padded_size(ROPE_HEAD_DIM))
         rope_mask = tokens_mask[:, None] & (offs_r < ROPE_HEAD_DIM)[None, :]
         positions = None
         if ROTARY_DIM > 0:
@@ -599,7 +593,7 @@ def _absorb(q_nope, q_pe, w_uk, scale, cache_seqlens=None, rope=(None, None, Fal
     num_tokens = batch * seqlen_q
     q = q_nope.new_empty((batch, seqlen_q, num_heads, kv_lora_rank + rope_dim))
     block_t = _block_of_tokens(num_tokens, at_least=16)
-    block_c = min(128, padded(kv_lora_rank))
+    block_c = min(128, padded_size(kv_lora_rank))
     args = (
         q_nope,
         q_pe,
@@ -625,7 +619,7 @@ def _absorb(q_nope, q_pe, w_uk, scale, cache_seqlens=None, rope=(None, None, Fal
         INTERLEAVED=interleaved,
         BLOCK_T=block_t,
         BLOCK_C=block_c,
-        BLOCK_K=min(64, padded(nope_dim)),
+        BLOCK_K=min(64, padded_size(nope_dim)),
         INPUT_PRECISION=input_precision(q.dtype, arch_of(q)),
         num_warps=4,
         num_stages=2,
@@ -641,8 +635,11 @@ def _merge_project(parts, lse_parts, w_uv, out, lse):
     v_head_dim = w_uv.shape[1]
     num_tokens = batch * seqlen_q
     block_t = _block_of_tokens(num_tokens, at_least=1)
-    wide = w_uv.element_size() == 2  # products of fp32 take their operands to registers
-    block_v, block_c = min(128 if wide else 64, padded(v_head_dim)), min(64 if wide else 32, padded(kv_lora_rank))
+    half = w_uv.element_size() == 2  # products of fp32 take their operands to registers
+    block_v, block_c = (
+        min(128 if half else 64, padded_size(v_head_dim)),
+        min(64 if half else 32, padded_size(kv_lora_rank)),
+    )
     # A tile of 8192 numbers that are on their way together.
     block_p = min(1 << (num_splits - 1).bit_length(), max(1, 8192 // (block_t * block_c)))
     args = (

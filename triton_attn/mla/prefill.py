@@ -11,7 +11,7 @@ from .._host.layout import heads_in_l2, lse_strides, row_strides, strides_are_wi
 from .._jit.heads import assign_tile, row_pointer, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import load_piece, store_piece
+from .._jit.tiles import load_piece, padded_size, store_piece
 from .configs import default_prefill_config
 
 # A new length must not mean a new compilation.
@@ -300,7 +300,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         return
     arch = arch_of(q_nope)
     fused = w_uk is not None
-    dims = dict(BLOCK_K=_padded(nope_dim), BLOCK_R=_padded(q_pe.shape[-1]), BLOCK_V=_padded(v_dim))
+    dims = dict(BLOCK_K=padded_size(nope_dim), BLOCK_R=padded_size(q_pe.shape[-1]), BLOCK_V=padded_size(v_dim))
     tiles = config or default_prefill_config(arch, q_nope.dtype, fused, max(dims.values()))
     num_tiles = -(-max_seqlen_q // tiles.block_m)
     scale_log2 = softmax_scale * LOG2_E.value
@@ -346,7 +346,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         KV_LORA_RANK=k.shape[-1] if fused else None,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_C=min(tiles.block_c, _padded(k.shape[-1])) if fused else None,
+        BLOCK_C=min(tiles.block_c, padded_size(k.shape[-1])) if fused else None,
         SIGN=(scale_log2 > 0) - (scale_log2 < 0),
         WIDE_ROWS=strides_are_wide(max(tiles.block_m, tiles.block_n), *(x.stride() for x in (q_nope, q_pe, out))),
         INPUT_PRECISION=input_precision(q_nope.dtype, arch),
@@ -354,8 +354,3 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         num_stages=tiles.num_stages,
     )
     launch_packed(_mla_prefill_kernel, (num_tiles * batch * num_heads,), out.device, args, constants | dims)
-
-
-def _padded(size):
-    """A power of two that a product can take."""
-    return max(16, 1 << (size - 1).bit_length())

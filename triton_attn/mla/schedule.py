@@ -16,8 +16,7 @@ FEWEST_ROWS = 128  # of a chunk whose keys are cut
 
 @dataclass(frozen=True)
 class ProblemSizes:
-    """Sizes of a call of `mla_prefill`; element_size in bytes, pairs of a query and a key that it sees over all heads'
-    one."""
+    """Sizes of a call of `mla_prefill`: pairs are those of a query and a key that it sees, element_size is in bytes."""
 
     num_queries: int
     num_keys: int
@@ -100,6 +99,9 @@ def _chunk(sizes, mode, max_workspace_bytes):
     """(heads, rows) of a chunk within the bound, None where there is none."""
     per_head = workspace_bytes(sizes, mode)
     heads = sizes.num_heads if per_head == 0 else min(sizes.num_heads, max_workspace_bytes // per_head)
+    if 0 < heads < sizes.num_heads:
+        # The number of heads is compiled in: a power of two, so that not every length has its own.
+        heads = 1 << (heads.bit_length() - 1)
     if heads > 0 or sizes.num_heads == 0:
         return max(heads, 1), max(sizes.num_keys, 1)
     if mode == "absorbed" or max_workspace_bytes < _fewest_bytes(sizes, mode):
