@@ -177,10 +177,11 @@ def using(config):
     if not INTERPRETED:
         yield
         return
-    rows = MlaDecodeConfig(config.block_m, config.block_n, 4, 1)
+    rows = MlaDecodeConfig(config.block_m, config.block_n, 8, 1)
     with (
         mock.patch.object(prefill, "default_prefill_config", return_value=config),
         mock.patch.object(absorbed, "default_decode_config", return_value=rows),
+        mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 64 rows take the form of sm_90
     ):
         absorbed._plan.cache_clear()
         yield

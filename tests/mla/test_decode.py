@@ -45,6 +45,17 @@ def test_the_widths_of_deepseek(dtype, is_fp8):
     check(Case(dtype=dtype, is_fp8=is_fp8, seqlen_q=2, seqlens_k=(70, 33), num_heads=16, num_splits=2, **widths))
 
 
+@pytest.mark.oldest
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("page_size", [16, 64], ids=["halves", "one piece"])
+@pytest.mark.parametrize("kv_lora_rank", [64, 512])
+def test_the_form_of_sm_90(kv_lora_rank, page_size, causal):
+    """Each product of the scores in a branch of its own: masked and plain tiles, splits that begin in the middle."""
+    sizes = dict(seqlen_q=3, seqlens_k=(150, 64, 2), num_heads=9, num_splits=2)
+    tiles = MlaDecodeConfig(64, 64, 8, 1)
+    check(Case(kv_lora_rank=kv_lora_rank, page_size=page_size, causal=causal, config=tiles, **sizes))
+
+
 @pytest.mark.parametrize("seqlen_q", range(9))
 @pytest.mark.parametrize("causal", [True, False])
 def test_several_new_tokens(seqlen_q, causal):
@@ -113,7 +124,7 @@ def test_the_reference_has_the_same_arguments_and_result():
 def test_a_key_is_loaded_once_for_the_heads_of_a_tile(num_splits, is_fp8, record_property):
     """As key and as value at once, for 64 heads; the last tile is filled up with the last key."""
     seqlens_k = (1577, 900)
-    config = MlaDecodeConfig(64, 64, 4, 1)
+    config = MlaDecodeConfig(64, 64, 8, 1)
     case = Case(
         num_heads=128, seqlens_k=seqlens_k, num_splits=num_splits, is_fp8=is_fp8, kv_lora_rank=128, page_size=64
     )
