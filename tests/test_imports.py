@@ -23,7 +23,7 @@ ALLOWED = {
     "testing": set(),
     "reference": set(FAMILIES),
     "interop": {""},  # the public names alone
-    "": {*FAMILIES, "reference"},
+    "": {*FAMILIES, "reference", "_host"},
     **{family: {"_jit", "_host", "combine"} for family in FAMILIES},
     # Where keys and values of the heads are made once more, the backward pass is that of flash attention.
     "mla": {"_jit", "_host", "combine", "flash"},

@@ -13,7 +13,7 @@ if INTERPRETED:
 
 
 @functools.cache
-def _gpu_arch(index):
+def gpu_arch(index):
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
@@ -23,7 +23,7 @@ def _gpu_arch(index):
 def arch_of(tensor):
     """ "sm_90", "gfx942", ..., or "interpreter"."""
     if tensor.is_cuda:
-        return _gpu_arch(tensor.device.index)
+        return gpu_arch(tensor.device.index)
     if INTERPRETED:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()

@@ -43,7 +43,7 @@ from .._jit.tiles import (
     store_tile,
     zeros_tile,
 )
-from .backward_configs import default_backward_config, may_hoist
+from .backward_configs import choose_backward_config, may_hoist
 from .forward import LENGTHS
 
 
@@ -493,7 +493,8 @@ def launch_flash_bwd(
     if config is None:
         scalar = vector == 1 or any(x.data_ptr() % 16 for x in inputs)
         access = "scalar" if scalar else "tma" if all(map(tma_ready, inputs)) else "vector"
-        config = default_backward_config(arch, q.dtype, head_dim, head_dim_v, causal, access)
+        plain = softcap is None and alibi_slopes is None and dropout is None
+        config = choose_backward_config(arch, q.dtype, head_dim, head_dim_v, causal, access, plain, seqlen_k)
     want_dq, want_dk, want_dv, want_dsinks = wanted
 
     minus_delta, dsinks = _minus_delta(

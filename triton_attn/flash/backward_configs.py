@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import torch
 
-from .configs import SHARED_BYTES, FlashConfig, has_tma, known_arch, padded_head_dim
+from .._host.tuned import remember, tuned_config
+from .configs import SHARED_BYTES, FlashConfig, has_tma, known_arch, loads_best, padded_head_dim
 
 
 class BackwardConfig(NamedTuple):
@@ -130,6 +131,16 @@ _FLOAT = (
     (64, *3 * (FlashConfig(32, 32, 8, 1),)),
     (256, *3 * (FlashConfig(16, 16, 8, 1),)),
 )
+
+
+@remember
+def choose_backward_config(arch, dtype, head_dim, head_dim_v, causal, access, plain, seqlen_k):
+    """The configs of a call: of a tuned table where one has it, else the default; arguments as in `choose_config`."""
+    if plain and loads_best(arch, access):
+        found = tuned_config(arch, "flash_backward", dtype, (head_dim, head_dim_v, causal), (seqlen_k,))
+        if found is not None:
+            return BackwardConfig(**{kernel: tile and FlashConfig(**tile) for kernel, tile in found.items()})
+    return default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tiles of the forward kernel: the default by look-up, the space that a sweep searches, and what cannot run.
+"""Tiles of the forward kernel: those of a call by look-up, the space that a sweep searches, and what cannot run.
 
 Defaults were chosen from compiled code, not from timings: of the tiles that fit and spill nothing on Triton 3.6.0 and
 3.9.0, in every variant of the kernel, those with the most `lock` in perf/loop_model.py. More stages were taken where
@@ -15,6 +15,8 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+
+from .._host.tuned import remember, tuned_config
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,25 @@ _FLOAT = {
         (512, FlashConfig(16, 16, 8, 1)),
     ),
 }
+
+
+@remember
+def choose_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap, plain, seqlen_k):
+    """The config of a call: of a tuned table where one has it, else the default.
+
+    plain: without softcap, ALiBi and dropout, as sweeps time it. seqlen_k: of the longest sequence. The rest as in
+    `default_config`.
+    """
+    if plain and loads_best(arch, access):
+        found = tuned_config(arch, "flash", dtype, (head_dim, head_dim_v, causal), (seqlen_k,))
+        if found is not None:
+            return FlashConfig(**found)
+    return default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap)
+
+
+def loads_best(arch, access):
+    """Whether tensors can be loaded in the way that is fastest on arch, which sweeps give them."""
+    return arch != "interpreter" and (access == "tma" or (access == "vector" and not has_tma(arch)))
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Forward kernel of dense and varlen attention, and its launcher."""
 
-import functools
 import math
 
 import torch
@@ -19,6 +18,7 @@ from .._host.layout import (
     vector_elements,
     without_dim,
 )
+from .._host.tuned import remember
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
 from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
@@ -33,7 +33,7 @@ from .._jit.tiles import (
     store_tile,
     zeros_tile,
 )
-from .configs import default_config
+from .configs import choose_config
 
 LOG2_E = math.log2(math.e)
 
@@ -192,6 +192,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         window[1] is not None,
         softcap is not None,
         softcap is None and alibi_slopes is None and softmax_scale > 0,
+        dropout is not None,
         (k.data_ptr() | v.data_ptr()) % 16 == 0,
         arch,
         input_precision(q.dtype, arch),
@@ -223,7 +224,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
     launch_packed(_flash_fwd_kernel, (num_programs,), q.device, args, constants)
 
 
-@functools.lru_cache(maxsize=1024)
+@remember
 def _plan(
     layout,
     dtype,
@@ -233,6 +234,7 @@ def _plan(
     causal,
     capped,
     fold_scale,
+    drops,
     bases_aligned,
     arch,
     precision,
@@ -253,7 +255,9 @@ def _plan(
     suits_tma = strides_suit_tma(shape_k, strides_k, size) and strides_suit_tma(shape_v, strides_v, size)
     if config is None:
         access = "scalar" if vector == 1 or not bases_aligned else "tma" if suits_tma else "vector"
-        config = default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, capped)
+        plain = fold_scale and not drops
+        shape = head_dim, head_dim_v, causal
+        config = choose_config(arch, dtype, *shape, access, precision, capped, plain, seqlen_k)
     use_tma = config.use_tma and suits_tma and bases_aligned
     num_tiles = -(-seqlen_q // config.block_m)
     section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size) if causal else 1

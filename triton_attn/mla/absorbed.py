@@ -3,7 +3,6 @@
 Decode reads latent vectors from pages, prefill from rows of a tensor; all else is the same.
 """
 
-import functools
 import math
 
 import torch
@@ -14,6 +13,7 @@ from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import vector_elements
+from .._host.tuned import remember
 from .._jit.heads import in_vectors, row_offsets, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
 from .._jit.paging import decode_float8
@@ -21,7 +21,7 @@ from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import load_piece, padded_size, piece_0, piece_1, store_piece
 from ..combine.merge import launch_merge
 from ..combine.splits import choose_num_splits
-from .configs import default_decode_config, has_wgmma, programs_per_processor
+from .configs import choose_decode_config, default_decode_config, has_wgmma, programs_per_processor
 from .projections import launch_absorb, launch_merge_project
 
 LOG2_E = math.log2(math.e)
@@ -367,7 +367,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         launch_merge(parts, lse_parts, out, None if lse is None else lse.mT)
 
 
-@functools.lru_cache(maxsize=1024)
+@remember
 def _plan(
     layout,
     dtype,
@@ -397,7 +397,11 @@ def _plan(
     aligned = bases_aligned and all(
         stride * size % 16 == 0 for (_, strides), size in zip(cache, sizes) for stride in strides[:2]
     )
-    tiles = config or default_decode_config(arch, dtype, max_seqlen_q * num_heads, is_fp8)
+    num_rows = max_seqlen_q * num_heads
+    if config is None and paged:
+        capacity = table_width * page_size
+        config = choose_decode_config(arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, capacity, page_size)
+    tiles = config or default_decode_config(arch, dtype, num_rows, is_fp8)
     num_programs = batch * -(-max_seqlen_q * num_heads // tiles.block_m)
     num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
     native = arch.startswith("sm_") and int(arch[3:]) >= 89

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._host.tuned import remember, rows_class, tuned_config
+
 
 @dataclass(frozen=True)
 class MlaDecodeConfig:
@@ -42,6 +44,18 @@ _FLOAT8 = {
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
+
+
+@remember
+def choose_decode_config(arch, dtype, kv_lora_rank, qk_rope_head_dim, num_rows, is_fp8, seqlen_k, page_size):
+    """The config of a decode step: of a tuned table where one has it, else the default.
+
+    seqlen_k: keys that a sequence has room for in its pages of page_size. The rest as in `default_decode_config`.
+    """
+    cache_dtype = "float8_e4m3fn" if is_fp8 else str(dtype).removeprefix("torch.")
+    case = kv_lora_rank, qk_rope_head_dim, rows_class(num_rows), cache_dtype
+    found = arch != "interpreter" and tuned_config(arch, "mla", dtype, case, (seqlen_k, page_size))
+    return MlaDecodeConfig(**found) if found else default_decode_config(arch, dtype, num_rows, is_fp8)
 
 
 def default_decode_config(arch, dtype, num_rows, is_fp8=False):
@@ -98,6 +112,16 @@ _PREFILL = {
 }
 # Of wider heads, by (largest padded dimension, ...) on every architecture: they fit.
 _PREFILL_WIDE = ((256, MlaPrefillConfig(64, 32, 8, 1, 32)), (512, MlaPrefillConfig(32, 16, 8, 1, 32)))
+
+
+@remember
+def choose_prefill_config(arch, dtype, fused, dims, padded_head_dim, seqlen_k):
+    """The config of a prefill: of a tuned table where one has it, else the default.
+
+    dims: (qk_nope_head_dim, qk_rope_head_dim, v_head_dim). The rest as in `default_prefill_config`.
+    """
+    found = arch != "interpreter" and tuned_config(arch, "mla_prefill", dtype, (fused, *dims), (seqlen_k,))
+    return MlaPrefillConfig(**found) if found else default_prefill_config(arch, dtype, fused, padded_head_dim)
 
 
 def default_prefill_config(arch, dtype, fused, head_dim):

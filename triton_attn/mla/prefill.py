@@ -12,7 +12,7 @@ from .._jit.heads import assign_tile, row_pointer, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import load_piece, padded_size, store_piece
-from .configs import default_prefill_config
+from .configs import choose_prefill_config
 
 # A new length must not mean a new compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row"]
@@ -301,7 +301,9 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
     arch = arch_of(q_nope)
     fused = w_uk is not None
     dims = dict(BLOCK_K=padded_size(nope_dim), BLOCK_R=padded_size(q_pe.shape[-1]), BLOCK_V=padded_size(v_dim))
-    tiles = config or default_prefill_config(arch, q_nope.dtype, fused, max(dims.values()))
+    tiles = config or choose_prefill_config(
+        arch, q_nope.dtype, fused, (nope_dim, q_pe.shape[-1], v_dim), max(dims.values()), max_seqlen_k
+    )
     num_tiles = -(-max_seqlen_q // tiles.block_m)
     scale_log2 = softmax_scale * LOG2_E.value
     # (batch, row) of latent vectors and rotary keys; (head, row) of keys and values.

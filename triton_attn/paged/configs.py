@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .._host.tuned import remember, rows_class, tuned_config
+
 
 @dataclass(frozen=True)
 class PagedConfig:
@@ -51,6 +53,21 @@ _FLOAT = (
     (128, PagedConfig(16, 32, 4, 2), PagedConfig(32, 32, 8, 1)),
     (512, PagedConfig(16, 16, 8, 1), PagedConfig(16, 16, 8, 1)),
 )
+
+
+@remember
+def choose_config(arch, dtype, cache_dtype, head_dim, head_dim_v, num_rows, by_16_bytes, plain, seqlen_k, page_size):
+    """The config of a call: of a tuned table where one has it, else the default.
+
+    cache_dtype: of keys and values. plain: without softcap and ALiBi, as sweeps time it. seqlen_k: keys that a
+    sequence has room for. The rest as in `default_config`.
+    """
+    if plain and by_16_bytes and arch != "interpreter":
+        case = head_dim, head_dim_v, rows_class(num_rows), str(cache_dtype).removeprefix("torch.")
+        found = tuned_config(arch, "paged", dtype, case, (seqlen_k, page_size))
+        if found is not None:
+            return PagedConfig(**found)
+    return default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes)
 
 
 @functools.cache

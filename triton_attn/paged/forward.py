@@ -1,6 +1,5 @@
 """Kernel of attention over a cache, paged or contiguous, and its launcher: decode, prefill chunks, mixed batches."""
 
-import functools
 import math
 
 import torch
@@ -10,6 +9,7 @@ import triton.language as tl
 from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.layout import batch_head_strides, lse_strides, scale_stride, vector_elements, without_dim
+from .._host.tuned import remember
 from .._jit.heads import find_sequence, in_vectors, row_offsets
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.paging import cache_rows, decode_float8
@@ -17,7 +17,7 @@ from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
 from ..combine.merge import launch_merge
 from ..combine.splits import choose_num_splits
-from .configs import default_config
+from .configs import choose_config
 
 LOG2_E = math.log2(math.e)
 
@@ -351,7 +351,7 @@ def _float8(dtype, arch):
     return FLOAT8_MANTISSA_BITS[dtype], arch.startswith("sm_") and (dtype == torch.float8_e5m2 or int(arch[3:]) >= 89)
 
 
-@functools.lru_cache(maxsize=1024)
+@remember
 def _plan(
     layout,
     dtype,
@@ -399,7 +399,9 @@ def _plan(
     rows = max_seqlen_q * group_size
     for shared in (True, False) if shared_prefix_len else (False,):
         rows_here = num_queries * group_size if shared else rows
-        tiles = config or default_config(arch, dtype, head_dim, head_dim_v, rows_here, vector_cache > 1)
+        tiles = config or choose_config(
+            arch, dtype, cache_dtype, head_dim, head_dim_v, rows_here, vector_cache > 1, fold_scale, capacity, slots
+        )
         search = varlen and not shared and rows > tiles.block_m
         if search:
             num_tiles = num_queries * group_size // tiles.block_m + batch

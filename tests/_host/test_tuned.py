@@ -1,0 +1,347 @@
+"""Tuned tables: which entry serves a call, what is refused, and that launches heed them."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import triton
+
+import triton_attn
+from triton_attn._host import tuned
+from triton_attn.flash.configs import FlashConfig, default_config
+from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
+from triton_attn.paged.configs import PagedConfig
+from triton_attn.testing import compile_only
+
+ABOUT = {
+    "figure": 1.0,
+    "unit": "TFLOP/s",
+    "source": "measured",
+    "device": "a test",
+    "triton": triton.__version__,
+    "torch": torch.__version__,
+    "commit": None,
+}
+TILE = {"block_m": 64, "block_n": 16, "num_warps": 4, "num_stages": 1}
+FLASH_CASE = {"head_dim": 64, "head_dim_v": 64, "causal": True}
+
+
+def flash_entry(seqlen_k=4096, **tile):
+    config = TILE | {"use_tma": False} | tile
+    return {
+        "family": "flash",
+        "dtype": "bfloat16",
+        "case": dict(FLASH_CASE),
+        "buckets": {"seqlen_k": seqlen_k},
+        "config": config,
+    } | ABOUT
+
+
+def write(path, *entries, arch="sm_90", **fields):
+    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": arch, "entries": entries} | fields))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_tables(monkeypatch):
+    """Neither the package's own nor one that another test added."""
+    monkeypatch.setattr(tuned, "SHIPPED", Path("nowhere"))
+    tuned._shipped.cache_clear()
+    triton_attn.use_tuned(None)
+    yield
+    monkeypatch.undo()
+    tuned._shipped.cache_clear()
+    triton_attn.use_tuned(None)
+
+
+def flash_config(arch="sm_90", dtype=torch.bfloat16, causal=True, seqlen_k=4096, head_dim=64):
+    found = tuned.tuned_config(arch, "flash", dtype, (head_dim, head_dim, causal), (seqlen_k,))
+    return found and FlashConfig(**found)
+
+
+@hypothesis.given(st.sets(st.integers(1, 2**20), min_size=1, max_size=6), st.integers(0, 2**31 - 1))
+def test_the_nearest_length_serves(tmp_path_factory, lengths, seqlen_k):
+    entries = [flash_entry(n, num_stages=1 + i) for i, n in enumerate(sorted(lengths))]
+    triton_attn.use_tuned(write(tmp_path_factory.mktemp("tuned") / "t.json", *entries))
+    nearest = min(sorted(lengths), key=lambda n: abs(math.log2(max(seqlen_k, 1) / n)))
+    assert flash_config(seqlen_k=seqlen_k).num_stages == 1 + sorted(lengths).index(nearest)
+
+
+def test_of_two_that_are_equally_near_the_shorter_serves(tmp_path):
+    triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(4096, num_stages=3), flash_entry(1024, num_stages=2)))
+    assert flash_config(seqlen_k=2048).num_stages == 2
+    assert flash_config(seqlen_k=2049).num_stages == 3
+
+
+def test_distances_of_buckets_add_up(tmp_path):
+    sizes = [(1024, 16), (8192, 64)]
+    case = {"head_dim": 64, "head_dim_v": 64, "rows": 16, "cache_dtype": "bfloat16"}
+    entries = [
+        flash_entry()
+        | {"family": "paged", "case": case, "buckets": {"seqlen_k": keys, "page_size": page}}
+        | {"config": TILE | {"num_stages": stages}}
+        for stages, (keys, page) in enumerate(sizes, start=1)
+    ]
+    triton_attn.use_tuned(write(tmp_path / "t.json", *entries))
+
+    def stages(*buckets):
+        return tuned.tuned_config("sm_90", "paged", torch.bfloat16, case.values(), buckets)["num_stages"]
+
+    assert stages(1024, 16) == stages(4096, 16) == stages(1500, 40) == 1
+    assert stages(8192, 64) == stages(4096, 64) == stages(8192, 16) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"arch": "sm_80"}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"causal": False}, {"head_dim": 96}],
+)
+def test_an_entry_serves_nothing_else(other, tmp_path):
+    triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry()))
+    assert flash_config() == FlashConfig(**flash_entry()["config"])
+    assert flash_config(**other) is None
+
+
+def test_another_triton_is_not_served(tmp_path):
+    entries = flash_entry(1024), flash_entry(4096) | {"triton": "2.0.0"}
+    triton_attn.use_tuned(write(tmp_path / "t.json", *entries))
+    assert flash_config(seqlen_k=4096).num_stages == entries[0]["config"]["num_stages"]
+    assert len(tuned._added[0][("sm_90", "flash", "bfloat16", (64, 64, True))]) == 1
+
+
+def test_the_last_table_comes_first_and_the_package_s_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
+    write(tmp_path / "sm_90.json", flash_entry(num_stages=1), flash_entry(1024, num_stages=4))
+    assert flash_config(seqlen_k=1024).num_stages == 4
+    triton_attn.use_tuned(write(tmp_path / "a.json", flash_entry(num_stages=2)))
+    assert flash_config(seqlen_k=1024).num_stages == 2, "a table that has the case serves it alone"
+    triton_attn.use_tuned(str(write(tmp_path / "b.json", flash_entry(num_stages=3))))
+    assert flash_config().num_stages == 3
+    triton_attn.use_tuned(None)
+    assert flash_config().num_stages == 1
+
+
+def broken(change):
+    entry = copy.deepcopy(flash_entry())
+    change(entry)
+    return entry
+
+
+BROKEN = {
+    "no such family": (lambda e: e.update(family="flashy"), r"entries\[1\], family: expected flash or .*'flashy'"),
+    "dtype": (lambda e: e.update(dtype="float32"), r"dtype: expected float16 or bfloat16, got 'float32'"),
+    "field missing": (lambda e: e.pop("source"), r"entries\[1\]: expected an object with .*source"),
+    "field too many": (lambda e: e.update(note=""), r"entries\[1\]: expected an object with"),
+    "case of another family": (lambda e: e["case"].update(rows=16), r"case: expected an object with head_dim, "),
+    "a bool as int": (lambda e: e["case"].update(head_dim=True), r"case, head_dim: expected int, got True"),
+    "an int as bool": (lambda e: e["case"].update(causal=1), r"case, causal: expected bool, got 1"),
+    "bucket": (lambda e: e["buckets"].update(seqlen_k=0), r"buckets, seqlen_k: expected 1 or more, got 0"),
+    "block": (lambda e: e["config"].update(block_m=96), r"config, block_m: expected a power of two"),
+    "block too small": (lambda e: e["config"].update(block_n=8), r"config, block_n: expected a power of two"),
+    "warps": (lambda e: e["config"].update(num_warps=3), r"config, num_warps: expected 1, 2, 4, 8 or 16, got 3"),
+    "stages": (lambda e: e["config"].update(num_stages=0), r"config, num_stages: expected 1 to 8, got 0"),
+    "a string as int": (lambda e: e["config"].update(block_m="64"), r"config, block_m: expected int, got '64'"),
+    "twice the same": (lambda e: None, r"entries\[1\]: expected an entry of its own"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_entry_is_refused_and_what_was_in_use_stays(name, tmp_path):
+    change, said = BROKEN[name]
+    triton_attn.use_tuned(write(tmp_path / "good.json", flash_entry(num_stages=3)))
+    with pytest.raises(ValueError, match=said):
+        triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(), broken(change)))
+    assert flash_config().num_stages == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "t.json: expected JSON"),
+        ("[]", "t.json: expected an object with format, arch, entries"),
+        ('{"format": 2, "arch": "sm_90", "entries": []}', "format: expected 1, got 2"),
+        ('{"format": 1, "arch": "H100", "entries": []}', "arch: expected a name as sm_90 or gfx942, got 'H100'"),
+        ('{"format": 1, "arch": "sm_90", "entries": []}', "triton: expected an entry of Triton"),
+        ('{"format": 1, "arch": "sm_90", "entries": [3]}', r"entries\[0\]: expected an object with .*got 3"),
+    ],
+)
+def test_what_is_no_table_is_refused(text, said, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        triton_attn.use_tuned(path)
+
+
+def test_a_foreign_table_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        triton_attn.use_tuned(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match=r"triton: expected an entry of Triton \d.*, got 2\.0\.0"):
+        triton_attn.use_tuned(write(tmp_path / "old.json", flash_entry() | {"triton": "2.0.0"}))
+    monkeypatch.setattr(tuned, "_archs_here", lambda: ["sm_90"])
+    with pytest.raises(ValueError, match=r"arch: expected that of a GPU of this machine, sm_90, got sm_80"):
+        triton_attn.use_tuned(write(tmp_path / "a100.json", flash_entry(), arch="sm_80"))
+    assert flash_config() is None
+
+
+def test_tma_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="use_tma: expected false, this architecture has no TMA"):
+        triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(use_tma=True), arch="sm_80"))
+
+
+def test_the_environment_names_a_table(tmp_path):
+    source = """
+        import torch
+        from triton_attn._host import tuned
+        print(tuned.tuned_config("sm_90", "flash", torch.bfloat16, (64, 64, True), (4096,)))
+    """
+    source = "\n".join(line.strip() for line in source.splitlines())
+
+    def run(path):
+        env = os.environ | {"TRITON_ATTN_TUNED": str(path)}
+        root = Path(triton_attn.__file__).parent.parent
+        return subprocess.run([sys.executable, "-c", source], cwd=root, env=env, capture_output=True, text=True)
+
+    assert run(write(tmp_path / "t.json", flash_entry())).stdout.strip() == str(flash_entry()["config"])
+    assert "ValueError: TRITON_ATTN_TUNED: " in run(write(tmp_path / "t.json", format=7)).stderr
+    assert "ValueError: TRITON_ATTN_TUNED: " in run(tmp_path / "missing.json").stderr
+
+
+SHIPPED = sorted((Path(triton_attn.__file__).parent / "tuned").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_package_s_tables_are_whole(path):
+    table = tuned.read_table(path)
+    assert table["arch"] == path.stem
+    assert table["entries"]
+
+
+def half(*shape, **options):
+    return torch.empty(shape, dtype=torch.bfloat16, **options)
+
+
+def flash(**options):
+    return triton_attn.flash_attention(half(1, 128, 2, 64), half(1, 128, 2, 64), half(1, 128, 2, 64), **options)
+
+
+def flash_gradients():
+    inputs = [half(1, 128, 2, 64, requires_grad=True) for _ in range(3)]
+    torch.autograd.grad(triton_attn.flash_attention(*inputs, causal=True), inputs, half(1, 128, 2, 64))
+
+
+def decode():
+    lengths, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
+    triton_attn.paged_attention(half(1, 1, 8, 64), half(8, 16, 2, 64), half(8, 16, 2, 64), lengths, table)
+
+
+def latent_decode():
+    lengths, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
+    triton_attn.mla_decode(half(1, 1, 8, 512), half(1, 1, 8, 64), half(8, 64, 576), lengths, table, softmax_scale=1.0)
+
+
+def latent_prefill():
+    queries, latents = (half(1, 128, 2, 64), half(1, 128, 2, 32)), (half(1, 128, 128), half(1, 128, 32))
+    triton_attn.mla_prefill(*queries, *latents, half(2, 64, 128), half(2, 64, 128), mode="fused")
+
+
+SPLIT = {"dkdv": TILE | {"use_tma": False}, "dq": TILE | {"use_tma": False}, "fused": None}
+LATENT_DIMS = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+# {family: (call, case, config, config as its launches have it)}
+SERVED = {
+    "flash": (lambda: flash(causal=True), FLASH_CASE, TILE | {"use_tma": False}, FlashConfig(**TILE)),
+    "flash_backward": (flash_gradients, FLASH_CASE, SPLIT, FlashConfig(**TILE)),
+    "paged": (
+        decode,
+        {"head_dim": 64, "head_dim_v": 64, "rows": 16, "cache_dtype": "bfloat16"},
+        TILE | {"block_m": 16},
+        PagedConfig(**TILE | {"block_m": 16}),
+    ),
+    "mla": (
+        latent_decode,
+        {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "rows": 16, "cache_dtype": "bfloat16"},
+        TILE | {"block_m": 16},
+        MlaDecodeConfig(**TILE | {"block_m": 16}),
+    ),
+    "mla_prefill": (
+        latent_prefill,
+        {"fused": True} | LATENT_DIMS,
+        TILE | {"block_c": 32},
+        MlaPrefillConfig(**TILE | {"block_c": 32}),
+    ),
+}
+
+
+def launched(call):
+    """Tiles of the launches of attention kernels."""
+    with compile_only("sm_90") as launches:
+        call()
+    return [
+        {"block_m": x.constexprs["BLOCK_M"], "block_n": x.constexprs["BLOCK_N"]}
+        | {"num_warps": x.num_warps, "num_stages": x.num_stages}
+        | ({"use_tma": x.constexprs["USE_TMA"]} if "USE_TMA" in x.constexprs else {})
+        | ({"block_c": x.constexprs["BLOCK_C"]} if x.constexprs.get("BLOCK_C") else {})
+        for x in launches
+        if "BLOCK_N" in x.constexprs
+    ]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("family", SERVED)
+def test_calls_heed_tables(family, tmp_path):
+    call, case, config, tile = SERVED[family]
+    before = launched(call)
+    buckets = dict.fromkeys(tuned.FAMILIES[family].buckets, 64)
+    entry = flash_entry() | {"family": family, "case": case, "buckets": buckets, "config": config}
+    triton_attn.use_tuned(write(tmp_path / "t.json", entry))
+    here = launched(call)
+    first = 1 if family == "flash_backward" else 0
+    assert len(here) == (3 if family == "flash_backward" else 1)
+    assert here[first:] == [asdict(tile)] * len(here[first:])
+    assert here[:first] == before[:first], "the forward pass has its own"
+    assert asdict(tile) not in before
+    triton_attn.use_tuned(None)
+    assert launched(call) == before
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 20.0}, {"alibi_slopes": torch.ones(2)}, {"dropout_p": 0.5, "dropout_seed": 1}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_no_sweep_times_has_the_default(options, tmp_path):
+    default = launched(lambda: flash(causal=True, **options))
+    triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry()))
+    assert launched(lambda: flash(causal=True, **options)) == default
+    assert launched(lambda: flash(causal=True)) != default
+
+
+@pytest.mark.compiled
+def test_tensors_that_no_sweep_has_have_the_default(tmp_path):
+    """Rows that are no multiple of 16 bytes apart."""
+    q, k, v = (half(1, 128, 2, 65)[..., :64] for _ in range(3))
+    triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(block_m=128)))
+    default = default_config("sm_90", torch.bfloat16, 64, 64, True, "scalar")
+    assert launched(lambda: triton_attn.flash_attention(q, k, v, causal=True)) == [asdict(default)]
+
+
+def test_equal_calls_look_up_once(tmp_path, monkeypatch):
+    from triton_attn.flash import configs
+
+    looked_up = []
+    monkeypatch.setattr(configs, "tuned_config", lambda *args: looked_up.append(args))
+    arguments = "sm_90", torch.bfloat16, 64, 64, True, "tma", "ieee", False, True, 77
+    for _ in range(3):
+        assert configs.choose_config(*arguments) == default_config("sm_90", torch.bfloat16, 64, 64, True)
+    assert len(looked_up) == 1
+    triton_attn.use_tuned(None)
+    configs.choose_config(*arguments)
+    assert len(looked_up) == 2, "another table may say otherwise"
