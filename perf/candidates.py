@@ -13,10 +13,23 @@ import triton
 
 import triton_attn
 from perf import amdgcn, compiled, loop_model
+from perf.device import gpu_arch
 from perf.machine import copy_bandwidth, matmul_rate
 from perf.models import MODELS
-from perf.problems import HEAD_DIMS, HIDDEN, LATENT_BATCH, DecodeProblem, LatentDecodeProblem, Problem
+from perf.problems import (
+    HEAD_DIMS,
+    HIDDEN,
+    LATENT_BATCH,
+    TOKENS,
+    ChunkProblem,
+    DecodeProblem,
+    LatentDecodeProblem,
+    LatentPrefillProblem,
+    Problem,
+)
 from perf.providers import latent_step, paged_step
+from triton_attn._host.tuned import rows_class
+from triton_attn._jit.tiles import padded_size
 from triton_attn.flash import backward_configs
 from triton_attn.flash import configs as flash_configs
 from triton_attn.mla import configs as mla_configs
@@ -24,7 +37,7 @@ from triton_attn.paged import configs as paged_configs
 
 MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop instructions"]
 MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "useful share"]
-CONTEXT = 8192  # tokens of a sequence that a decode step is timed at
+PREFILL_CHUNK = 512  # tokens of a prompt that come at once
 CACHED_MODELS = {model.name: model for model in MODELS if model.attention != "MLA"}
 LATENT_MODELS = {model.name: model for model in MODELS if model.attention == "MLA"}
 
@@ -35,10 +48,11 @@ class Family:
 
     A case is what configs are compared at, a dict that the functions take as keywords: `cases(dtype, shapes)` gives
     those of the shapes that `option` names, `search_space(arch, dtype, **case)` the configs, the default first.
-    `compile(arch, dtype, config=config, **case)` gives a `triton_attn.testing.Launch`. On a GPU the `problem(**case)`
-    is timed beside the `roof()`: `provider(**case)` gives a function from a config to a provider, see
-    perf/providers.py. `kernels` is the file of the kernels and their launchers, below triton_attn; `rows(config)` are
-    those of the largest product in the loop.
+    `compile(arch, dtype, config=config, **case)` gives a `triton_attn.testing.Launch`. On a GPU the `problem(seqlen,
+    **case)` is timed at `seqlens` beside the `roof()`: `provider(dtype, **case)` gives a function from a config to a
+    provider, see perf/providers.py. `kernels` is the file of the kernels and their launchers, below triton_attn;
+    `rows(config)` are those of the largest product in the loop. `tuned(dtype, **case)` is the family of a tuned table,
+    the case of its entry, and of its buckets those besides seqlen_k.
     """
 
     config: type
@@ -51,6 +65,8 @@ class Family:
     problem: Callable
     provider: Callable
     roof: Callable
+    seqlens: tuple
+    tuned: Callable
     rows: Callable = attrgetter("block_m")
 
     @property
@@ -66,13 +82,17 @@ def _flash_space(arch, dtype, head_dim, causal):
     return flash_configs.search_space(arch, dtype, head_dim, head_dim, causal)
 
 
-def _flash_provider(head_dim, causal):
+def _flash_provider(dtype, head_dim, causal):
     return lambda config: lambda problem, device: partial(compiled.launch_config, causal=causal, config=config)
 
 
-def _flash_problem(head_dim, causal, kernel=None):
+def _flash_problem(seqlen, head_dim, causal, kernel=None):
     direction = "forward" if kernel is None else "backward"
-    return Problem(4, 4096, HIDDEN // head_dim, head_dim, causal, direction)
+    return Problem(max(1, TOKENS // seqlen), seqlen, HIDDEN // head_dim, head_dim, causal, direction)
+
+
+def _flash_tuned(dtype, head_dim, causal):
+    return "flash", {"head_dim": head_dim, "head_dim_v": head_dim, "causal": causal}, {}
 
 
 def _backward_cases(dtype, head_dims):
@@ -84,9 +104,20 @@ def _backward_space(arch, dtype, kernel, head_dim, causal):
     return backward_configs.backward_search_space(kernel, arch, dtype, head_dim, head_dim, causal)
 
 
-def _backward_provider(kernel, head_dim, causal):
-    attention = partial(compiled.launch_backward_config, causal=causal, kernel=kernel)
-    return lambda config: lambda problem, device: partial(attention, config=config)
+def _backward_provider(dtype, kernel, head_dim, causal):
+    """Of the whole pass, its other kernels at their defaults."""
+    return lambda config: backward_pass(
+        causal, compiled.backward_tiles(gpu_arch(), getattr(torch, dtype), head_dim, causal, kernel, config)
+    )
+
+
+def backward_pass(causal, config):
+    """A provider with a BackwardConfig."""
+    return lambda problem, device: partial(compiled.launch_backward_config, causal=causal, config=config)
+
+
+def _backward_tuned(dtype, kernel, head_dim, causal):
+    return "flash_backward", *_flash_tuned(dtype, head_dim, causal)[1:]
 
 
 def _paged_cases(dtype, models):
@@ -96,12 +127,26 @@ def _paged_cases(dtype, models):
     return [dict(zip(columns, shape)) | {"page_size": DecodeProblem.page_size} for shape in shapes]
 
 
-def _paged_space(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size):
-    return paged_configs.search_space(arch, dtype, head_dim, head_dim, num_heads_q // num_heads_kv)
+def _chunk_cases(dtype, models):
+    return [case | {"seqlen_q": PREFILL_CHUNK} for case in _paged_cases(dtype, models)]
 
 
-def _paged_problem(**case):
-    return DecodeProblem(LATENT_BATCH, CONTEXT, **case)
+def _paged_space(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1):
+    return paged_configs.search_space(arch, dtype, head_dim, head_dim, seqlen_q * num_heads_q // num_heads_kv)
+
+
+def _paged_problem(seqlen, **case):
+    return DecodeProblem(LATENT_BATCH, seqlen, **case)
+
+
+def _chunk_problem(seqlen, **case):
+    return ChunkProblem(1, seqlen, **case)
+
+
+def _paged_tuned(dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1):
+    rows = seqlen_q * num_heads_q // num_heads_kv
+    case = {"head_dim": head_dim, "head_dim_v": head_dim, "tile_rows": rows_class(rows), "cache_dtype": dtype}
+    return "paged", case, {"page_size": page_size, "rows": rows}
 
 
 def _over_one_cache(make_step, launch):
@@ -119,7 +164,7 @@ def _over_one_cache(make_step, launch):
     return provider
 
 
-def _paged_provider(**case):
+def _paged_provider(dtype, **case):
     return _over_one_cache(paged_step, compiled.launch_paged)
 
 
@@ -136,12 +181,47 @@ def _latent_space(arch, dtype, num_heads, cache_dtype, page_size):
     return mla_configs.search_space(arch, dtype, num_heads, cache_dtype == "float8_e4m3fn")
 
 
-def _latent_problem(num_heads, cache_dtype, page_size):
-    return LatentDecodeProblem(LATENT_BATCH, CONTEXT, num_heads, cache_dtype, page_size=page_size)
+def _latent_problem(seqlen, num_heads, cache_dtype, page_size):
+    return LatentDecodeProblem(LATENT_BATCH, seqlen, num_heads, cache_dtype, page_size=page_size)
 
 
-def _latent_provider(**case):
+def _latent_provider(dtype, **case):
     return _over_one_cache(latent_step, compiled.launch_latent)
+
+
+def _latent_tuned(dtype, num_heads, cache_dtype, page_size):
+    case = {name: getattr(LatentDecodeProblem, name) for name in ("kv_lora_rank", "qk_rope_head_dim")}
+    case |= {"tile_rows": rows_class(num_heads), "cache_dtype": cache_dtype}
+    return "mla", case, {"page_size": page_size, "rows": num_heads}
+
+
+_PREFILL_DIMS = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+
+
+def _prefill_cases(dtype, models):
+    dims = {name: getattr(LatentPrefillProblem, name) for name in (*_PREFILL_DIMS, "kv_lora_rank")}
+    return [
+        {"num_heads": LATENT_MODELS[name].num_heads_q} | dims | {"fused": fused}
+        for name in models
+        for fused in (False, True)
+    ]
+
+
+def _prefill_space(arch, dtype, fused, **case):
+    widest = max(padded_size(case[name]) for name in _PREFILL_DIMS)
+    return mla_configs.prefill_search_space(arch, dtype, fused, widest)
+
+
+def _prefill_problem(seqlen, fused, **case):
+    return LatentPrefillProblem(seqlen, seqlen, **case)
+
+
+def _prefill_provider(dtype, fused, **case):
+    return lambda config: partial(compiled.launch_prefill, fused=fused, config=config)
+
+
+def _prefill_tuned(dtype, fused, **case):
+    return "mla_prefill", {"fused": fused} | {name: case[name] for name in _PREFILL_DIMS}, {}
 
 
 FAMILIES = {
@@ -156,6 +236,8 @@ FAMILIES = {
         problem=_flash_problem,
         provider=_flash_provider,
         roof=matmul_rate,
+        seqlens=(1024, 4096, 16384),
+        tuned=_flash_tuned,
     ),
     "flash_backward": Family(
         config=flash_configs.FlashConfig,
@@ -168,6 +250,8 @@ FAMILIES = {
         problem=_flash_problem,
         provider=_backward_provider,
         roof=matmul_rate,
+        seqlens=(1024, 4096, 16384),
+        tuned=_backward_tuned,
         rows=lambda config: max(config.block_m, config.block_n),
     ),
     "paged": Family(
@@ -181,6 +265,22 @@ FAMILIES = {
         problem=_paged_problem,
         provider=_paged_provider,
         roof=copy_bandwidth,
+        seqlens=(1024, 8192),
+        tuned=_paged_tuned,
+    ),
+    "paged_prefill": Family(
+        config=paged_configs.PagedConfig,
+        kernels="paged/forward.py",
+        option="models",
+        shapes=tuple(CACHED_MODELS),
+        cases=_chunk_cases,
+        search_space=_paged_space,
+        compile=compiled.paged_decode,
+        problem=_chunk_problem,
+        provider=_paged_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 8192),
+        tuned=_paged_tuned,
     ),
     "mla": Family(
         config=mla_configs.MlaDecodeConfig,
@@ -193,6 +293,22 @@ FAMILIES = {
         problem=_latent_problem,
         provider=_latent_provider,
         roof=copy_bandwidth,
+        seqlens=(1024, 8192),
+        tuned=_latent_tuned,
+    ),
+    "mla_prefill": Family(
+        config=mla_configs.MlaPrefillConfig,
+        kernels="mla/prefill.py",
+        option="models",
+        shapes=tuple(LATENT_MODELS),
+        cases=_prefill_cases,
+        search_space=_prefill_space,
+        compile=compiled.latent_prefill,
+        problem=_prefill_problem,
+        provider=_prefill_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 8192),
+        tuned=_prefill_tuned,
     ),
 }
 

@@ -7,7 +7,7 @@ import torch
 
 from perf.checks import check_gradients, check_latent_decode, check_latent_prefill, check_sample
 from perf.device import gpu_name, versions
-from perf.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
+from perf.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from perf.providers import latent_pages
 from perf.results import MEASURED, Row
 from perf.timing import time_interleaved
@@ -44,7 +44,7 @@ def _checked_pass(problem, provider, q, k, v):
 
 def _checked_step(problem, provider, q, k_cache, v_cache):
     step = provider(problem, q, k_cache, v_cache)
-    check_sample(step(), q, k_cache, v_cache, causal=False)  # the newest token sees all
+    check_sample(step(), q, k_cache, v_cache, causal=True)
     return step
 
 
@@ -67,6 +67,7 @@ def _checked_prefill(problem, provider, *tensors):
 PREPARE = {
     Problem: _checked_pass,
     DecodeProblem: _checked_step,
+    ChunkProblem: _checked_step,
     LatentDecodeProblem: _checked_latent_step,
     LatentPrefillProblem: _checked_prefill,
 }

@@ -97,6 +97,8 @@ class DecodeProblem:
 
     family: ClassVar[str] = "paged"
     figure: ClassVar[str] = "gbps"
+    direction: ClassVar[str] = "decode"
+    seqlen_q: ClassVar[int] = 1
 
     @property
     def head_dim_v(self):
@@ -106,19 +108,20 @@ class DecodeProblem:
     def shapes(self):
         """Of q, and of k and v in a contiguous cache."""
         cache = (self.batch, self.seqlen_k, self.num_heads_kv, self.head_dim)
-        return [(self.batch, 1, self.num_heads_q, self.head_dim), cache, cache]
+        return [(self.batch, self.seqlen_q, self.num_heads_q, self.head_dim), cache, cache]
 
     @property
     def flops(self):
-        return 4 * self.batch * self.num_heads_q * self.seqlen_k * self.head_dim
+        pairs = causal_pairs(self.seqlen_q, self.seqlen_k, causal=True)
+        return int(4 * self.batch * self.num_heads_q * pairs * self.head_dim)
 
     def columns(self):
         """What a results row says of it."""
         return {
             "family": self.family,
-            "direction": "decode",
+            "direction": self.direction,
             "batch": self.batch,
-            "seqlen_q": 1,
+            "seqlen_q": self.seqlen_q,
             "seqlen_k": self.seqlen_k,
             "num_heads_q": self.num_heads_q,
             "num_heads_kv": self.num_heads_kv,
@@ -134,7 +137,18 @@ class DecodeProblem:
 
     def bytes(self, element_size):
         """K, V and q read once, out written once."""
-        return self.cache_bytes(element_size) + 2 * self.batch * self.num_heads_q * self.head_dim * element_size
+        rows = self.batch * self.seqlen_q * self.num_heads_q
+        return self.cache_bytes(element_size) + 2 * rows * self.head_dim * element_size
+
+
+@dataclass(frozen=True)
+class ChunkProblem(DecodeProblem):
+    """`seqlen_q` new tokens at the end of each sequence: prompts that come in pieces."""
+
+    seqlen_q: int = 512
+
+    figure: ClassVar[str] = "tflops"
+    direction: ClassVar[str] = "prefill"
 
 
 def decode_grid(batches=BATCHES, seqlens=CONTEXTS):

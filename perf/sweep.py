@@ -5,7 +5,10 @@ the hot loop, or lose wgmma or asynchronous copies are dropped with the reason. 
 loop model, in which products that several warps repeat count once, then by `bound` (perf/loop_model.py; differences
 under 5 % are noise).
 On a GPU the best of them are then timed in turn, each after its result was found right, and no longer once it is
-clearly behind. Of flash_backward the whole pass is timed, its other kernels at their defaults.
+clearly behind. Of flash_backward the whole pass is timed, its other kernels at their defaults, and then the schedules
+that the winners make.
+
+--table keeps the winners where calls look them up: measured ones of a GPU, otherwise predicted ones (perf/winners.py).
 
 What is finished is kept in a file beside the CSV, a JSON line each, and not done again: after Ctrl-C, a crash or the
 end of --minutes the same command goes on. Another Triton or a change in the kernel makes it new work.
@@ -14,12 +17,14 @@ end of --minutes the same command goes on. Another Triton or a change in the ker
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from perf import compiled, results
-from perf.candidates import CACHED_MODELS, FAMILIES, LATENT_MODELS, MODEL_COLUMNS, Candidate
+from perf import compiled, results, winners
+from perf.candidates import CACHED_MODELS, FAMILIES, LATENT_MODELS, MODEL_COLUMNS, Candidate, backward_pass
 from perf.device import driver_version, gpu_arch, gpu_name, has_gpu
 from perf.inspect import ARCHS
 from perf.journal import Journal
@@ -28,6 +33,8 @@ from perf.parallel import map_in_processes
 from perf.problems import HEAD_DIMS
 from perf.results import OURS, Row
 from perf.tables import print_table
+from triton_attn._host.checks import fail
+from triton_attn._host.tuned import SHIPPED, read_table
 
 FINALISTS = 10
 BEHIND = 1.2  # times the median of the fastest, and a finalist is timed no further
@@ -61,38 +68,79 @@ def add_arguments(parser):
         dest="models",
         nargs="+",
         metavar="M",
-        help=f"paged: {', '.join(CACHED_MODELS)}; mla: {', '.join(LATENT_MODELS)}; default: all",
+        help=f"paged*: {', '.join(CACHED_MODELS)}; mla*: {', '.join(LATENT_MODELS)}; default: all",
+    )
+    parser.add_argument(
+        "--seqlen",
+        dest="seqlens",
+        type=int,
+        nargs="+",
+        metavar="S",
+        help="time at these lengths; default: the family's",
     )
     parser.add_argument("--minutes", type=float, help="end after as many, with what is finished")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        nargs="?",
+        const=SHIPPED,
+        metavar="PATH",
+        help="put the winners in this tuned table; without PATH in the package's of the architecture",
+    )
 
 
-def run(out_dir, family="flash", arch="sm_90", dtype="bfloat16", minutes=None, **shapes):
+def run(out_dir, family="flash", arch="sm_90", dtype="bfloat16", seqlens=None, minutes=None, table=None, **shapes):
     """Write `sweep-<family>-<dtype>.csv` as candidates finish; on a GPU `sweep-<family>-<dtype>-measured.csv` too."""
     budget = Budget(minutes)
     if has_gpu():
         arch = gpu_arch()
+    if table is not None:
+        table = _writable(table / f"{arch}.json" if table == SHIPPED else table, arch, dtype)
     cases = FAMILIES[family].cases(dtype, _shapes(family, shapes))
     if not cases:
         sys.exit(f"nothing to do: {family} has none of these shapes")
+    seqlens = seqlens or FAMILIES[family].seqlens
     path = out_dir / f"sweep-{family}-{dtype}.csv"
-    paths = [path]
+    paths, found = [path], []
     with Journal(path.with_suffix(".jsonl")) as journal:
         survivors, left = compile_all(path, family, arch, dtype, cases, journal, budget)
-        shown = FAMILIES[family].config_columns + MODEL_COLUMNS
-        for case in cases:
-            rows = survivors[values_of(case)]
-            if not rows and left:
-                continue
-            title = ", ".join(f"{name} {value}" for name, value in case.items())
-            print(f"\n{title}: {f'the best of {len(rows)} survivors' if rows else 'every candidate was dropped'}")
-            print_table([{name: row[name] for name in shown} for row in rows[:FINALISTS]])
-        if has_gpu() and not left:
-            finalists = [[_candidate(row, cases[0]) for row in rows[:FINALISTS]] for rows in survivors.values() if rows]
+        _print_survivors(cases, survivors, left)
+        compiled_cases = [
+            ([_candidate(row, cases[0]) for row in rows], rows) for rows in survivors.values() if rows and not left
+        ]
+        if not has_gpu():
+            found = winners.predicted(compiled_cases, seqlens[-1])
+        elif not left:
+            finalists = [candidates[:FINALISTS] for candidates, _ in compiled_cases]
             paths.append(path.with_stem(path.stem + "-measured"))
-            left = time_all(paths[-1], finalists, journal, budget)
+            with results.Table(paths[-1], results.COLUMNS) as measured:
+                found, left = time_all(measured, finalists, seqlens, journal, budget)
+    if table is not None and found:
+        winners.update(table, arch, found)
+        print(f"\n{len(found)} winners of {family} are in {table}")
     if left:
         print(f"\n{minutes:g} minutes are over and {left} candidates left: the same command goes on with them")
     return paths
+
+
+def _writable(path, arch, dtype):
+    """A tuned table that winners can go to, before any of them is looked for."""
+    if dtype == "float32":
+        fail("--table", "--dtype bfloat16 or float16, which tables are for", dtype)
+    if path.exists() and (other := read_table(path)["arch"]) != arch:
+        fail(f"--table {path}", f"a table of {arch}", other)
+    return path
+
+
+def _print_survivors(cases, survivors, left):
+    for case in cases:
+        rows = survivors[values_of(case)]
+        if not rows and left:
+            continue
+        title = ", ".join(f"{name} {value}" for name, value in case.items())
+        print(f"\n{title}: {f'the best of {len(rows)} survivors' if rows else 'every candidate was dropped'}")
+        shown = [*FAMILIES[rows[0]["family"]].config_columns, *MODEL_COLUMNS] if rows else []
+        print_table([{name: row[name] for name in shown} for row in rows[:FINALISTS]])
 
 
 def _shapes(family, shapes):
@@ -155,44 +203,62 @@ def _candidate(row, columns):
     return Candidate(row["family"], row["arch"], row["dtype"], {name: row[name] for name in columns}, config)
 
 
-def time_all(path, finalists, journal, budget, device="cuda"):
-    """Time the candidates of each case (a list of lists) in turn; rows say in the note which config they are. Returns
-    how many the budget left."""
+def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
+    """Time the candidates of each case (a list of lists) in turn; rows say in the note which config they are.
+
+    Returns the winners as entries of a tuned table, and how many candidates the budget left.
+    """
     left = 0
-    roof = None
-    total = sum(map(len, finalists))
+    timed = []  # (candidates of a case, seqlen, their rows)
     names = [field.name for field in fields(Row)]
-    with results.Table(path, results.COLUMNS) as table, tqdm(total=total, desc="timing", unit="config") as bar:
-        for candidates in finalists:
-            kind, case = FAMILIES[candidates[0].family], candidates[0].case
-            rows = [journal.get(_timing_key(candidate)) for candidate in candidates]
+    rounds = [(candidates, seqlen) for seqlen in seqlens for candidates in finalists]
+    roof = None
+    with tqdm(total=sum(len(candidates) for candidates, _ in rounds), desc="timing", unit="config") as bar:
+        for candidates, seqlen in rounds:
+            first = candidates[0]
+            rows = [journal.get(_timing_key(candidate, seqlen)) for candidate in candidates]
             if None in rows:
                 if budget.is_over():
                     left += len(candidates)
                     continue
-                roof = roof or kind.roof()
-                rows = _time(kind, case, candidates, roof, device)
+                roof = roof or FAMILIES[first.family].roof()
+                rows = _time(candidates, seqlen, roof, device)
                 for candidate, row in zip(candidates, rows):
-                    journal.add(_timing_key(candidate), row)
+                    journal.add(_timing_key(candidate, seqlen), row)
             bar.update(len(candidates))
             for row in rows:
                 table.append(row[name] for name in names)
-            figure = kind.problem(**case).figure
+            figure = FAMILIES[first.family].problem(seqlen, **first.case).figure
             print_table([{"config": row["note"], "ms": row["p50_ms"], figure: row[figure]} for row in rows])
-    return left
+            timed.append((candidates, seqlen, rows))
+    return winners.measured(timed, partial(_time_passes, device=device)), left
 
 
-def _time(kind, case, candidates, roof, device):
+def _time(candidates, seqlen, roof, device):
     """In turn, since only those of a round compare: rows as dicts."""
-    provider = kind.provider(**case)
+    first = candidates[0]
+    kind = FAMILIES[first.family]
+    provider = kind.provider(first.dtype, **first.case)
     providers = {compiled.config_name(c.config): provider(c.config) for c in candidates}
-    rows = throughput(kind.problem(**case), candidates[0].dtype, providers, roof, device, behind=BEHIND)
-    beside = [str(value) for name, value in case.items() if name in ("kernel", "cache_dtype")]  # Row has no column
+    problem = kind.problem(seqlen, **first.case)
+    rows = throughput(problem, first.dtype, providers, roof, device, behind=BEHIND)
+    beside = [_in_words(first.case, name) for name in ("kernel", "cache_dtype", "fused") if name in first.case]
     return [
         asdict(row) | {"provider": OURS, "note": " ".join([*beside, row.provider, row.note]).strip()} for row in rows
     ]
 
 
-def _timing_key(candidate):
-    problem = FAMILIES[candidate.family].problem(**candidate.case).columns()
+def _in_words(case, name):
+    """What of a case no column of a row says."""
+    return {True: "fused", False: "materialized"}.get(case[name], str(case[name]))
+
+
+def _timing_key(candidate, seqlen):
+    problem = FAMILIES[candidate.family].problem(seqlen, **candidate.case).columns()
     return candidate.key | {"problem": problem, "gpu": gpu_name(), "driver": driver_version()}
+
+
+def _time_passes(problem, dtype, configs, device):
+    """{name: TFLOP/s} of {name: BackwardConfig}, None of one that failed."""
+    providers = {name: backward_pass(problem.causal, config) for name, config in configs.items()}
+    return {row.provider: row.tflops for row in throughput(problem, dtype, providers, roof=1.0, device=device)}

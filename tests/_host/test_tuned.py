@@ -83,21 +83,21 @@ def test_of_two_that_are_equally_near_the_shorter_serves(tmp_path):
 
 
 def test_distances_of_buckets_add_up(tmp_path):
-    sizes = [(1024, 16), (8192, 64)]
-    case = {"head_dim": 64, "head_dim_v": 64, "rows": 16, "cache_dtype": "bfloat16"}
+    sizes = [(1024, 16, 4), (8192, 64, 8)]
+    case = {"head_dim": 64, "head_dim_v": 64, "tile_rows": 16, "cache_dtype": "bfloat16"}
     entries = [
         flash_entry()
-        | {"family": "paged", "case": case, "buckets": {"seqlen_k": keys, "page_size": page}}
+        | {"family": "paged", "case": case, "buckets": {"seqlen_k": keys, "page_size": page, "rows": rows}}
         | {"config": TILE | {"num_stages": stages}}
-        for stages, (keys, page) in enumerate(sizes, start=1)
+        for stages, (keys, page, rows) in enumerate(sizes, start=1)
     ]
     triton_attn.use_tuned(write(tmp_path / "t.json", *entries))
 
     def stages(*buckets):
         return tuned.tuned_config("sm_90", "paged", torch.bfloat16, case.values(), buckets)["num_stages"]
 
-    assert stages(1024, 16) == stages(4096, 16) == stages(1500, 40) == 1
-    assert stages(8192, 64) == stages(4096, 64) == stages(8192, 16) == 2
+    assert stages(1024, 16, 4) == stages(4096, 16, 4) == stages(1500, 40, 4) == stages(4096, 16, 6) == 1
+    assert stages(8192, 64, 8) == stages(4096, 64, 8) == stages(8192, 16, 8) == stages(4096, 16, 20) == 2
 
 
 @pytest.mark.parametrize(
@@ -260,13 +260,13 @@ SERVED = {
     "flash_backward": (flash_gradients, FLASH_CASE, SPLIT, FlashConfig(**TILE)),
     "paged": (
         decode,
-        {"head_dim": 64, "head_dim_v": 64, "rows": 16, "cache_dtype": "bfloat16"},
+        {"head_dim": 64, "head_dim_v": 64, "tile_rows": 16, "cache_dtype": "bfloat16"},
         TILE | {"block_m": 16},
         PagedConfig(**TILE | {"block_m": 16}),
     ),
     "mla": (
         latent_decode,
-        {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "rows": 16, "cache_dtype": "bfloat16"},
+        {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "tile_rows": 16, "cache_dtype": "bfloat16"},
         TILE | {"block_m": 16},
         MlaDecodeConfig(**TILE | {"block_m": 16}),
     ),

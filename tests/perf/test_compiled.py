@@ -10,7 +10,7 @@ from perf import amdgcn, bench, compiled, inspect, loop_model, results, sweep
 from perf.candidates import FAMILIES, Candidate
 from perf.journal import Journal
 from triton_attn.flash.configs import FlashConfig
-from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
 
 pytestmark = pytest.mark.compiled
@@ -88,6 +88,8 @@ FLASH = {"head_dim": 128, "causal": False}
 DECODE = {"num_heads_q": 32, "num_heads_kv": 8, "head_dim": 128, "page_size": 16}
 MANY_ROWS = {"num_heads_q": 71, "num_heads_kv": 1, "head_dim": 64, "page_size": 16}
 LATENT = {"num_heads": 128, "cache_dtype": "bfloat16", "page_size": 64}
+PREFILL = {"num_heads": 8, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
+PREFILL |= {"fused": False}
 # Per case: configs in the order of the search space, the reasons to drop them, the order of those that are left.
 SWEPT = {
     "flash": (
@@ -112,6 +114,18 @@ SWEPT = {
         LATENT,
         [MlaDecodeConfig(16, 64, 4, 3), MlaDecodeConfig(16, 24, 4, 3), MlaDecodeConfig(64, 64, 8, 2)],
         ["", "CompilationError", ""],
+        [2, 0],
+    ),
+    "paged_prefill": (
+        DECODE | {"seqlen_q": 512},
+        [PagedConfig(64, 64, 4, 3), PagedConfig(128, 64, 8, 1), PagedConfig(128, 64, 8, 3)],
+        ["", "no asynchronous copies", ""],
+        [2, 0],
+    ),
+    "mla_prefill": (
+        PREFILL,
+        [MlaPrefillConfig(64, 32, 4, 2), MlaPrefillConfig(64, 32, 4, 1), MlaPrefillConfig(128, 64, 8, 2)],
+        ["", "no asynchronous copies", ""],
         [2, 0],
     ),
 }

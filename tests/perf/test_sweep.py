@@ -9,17 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import candidates, measure, sweep
+from perf import candidates, measure, results, sweep, winners
 from perf.candidates import FAMILIES, MODEL_COLUMNS, Candidate
 from perf.journal import Journal
-from perf.problems import DecodeProblem, LatentDecodeProblem, Problem
+from perf.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
+from perf.results import MEASURED
 from perf.timing import Percentiles
+from triton_attn._host import tuned
 from triton_attn.flash.configs import FlashConfig
-from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
 
 CONFIGS = [FlashConfig(64, keys, 4, 2) for keys in (32, 64, 128)]
-TILE = {"flash": FlashConfig, "flash_backward": FlashConfig, "paged": PagedConfig, "mla": MlaDecodeConfig}
+TILE = {
+    "flash": FlashConfig,
+    "flash_backward": FlashConfig,
+    "paged": PagedConfig,
+    "paged_prefill": PagedConfig,
+    "mla": MlaDecodeConfig,
+    "mla_prefill": MlaPrefillConfig,
+}
 
 
 @pytest.fixture
@@ -96,6 +105,7 @@ def test_the_source_hash_is_that_of_the_kernels(monkeypatch, tmp_path):
 
     assert changed_by("flash/forward.py") == ["flash"]
     assert changed_by("mla/absorbed.py") == ["mla"]
+    assert changed_by("paged/forward.py") == ["paged", "paged_prefill"]
     assert changed_by("mla/configs.py") == []
     assert changed_by("_jit/masks.py") == list(FAMILIES)
 
@@ -112,6 +122,19 @@ def test_a_budget_ends_a_sweep_with_what_it_has(compiled, tmp_path, monkeypatch,
     assert "causal True" not in said
     sweep.run(tmp_path, head_dims=[64])
     assert len(compiled) == 6
+
+
+def test_a_sweep_keeps_its_winners_in_a_table(compiled, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "t.json"
+    now = iter([0.0, 10.0, *[60.0] * 10])
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.time, "monotonic", lambda: next(now))
+        sweep.run(tmp_path, head_dims=[64], minutes=1, table=table)
+    assert not table.exists(), "a case has no winner before all its configs are known"
+    sweep.run(tmp_path, head_dims=[64], table=table)
+    entries = tuned.read_table(table)["entries"]
+    assert [(entry["case"]["causal"], entry["config"]["block_n"]) for entry in entries] == [(False, 128), (True, 128)]
+    assert "2 winners of flash are in" in capsys.readouterr().out
 
 
 def test_a_case_without_survivors_is_told(compiled, tmp_path, monkeypatch, capsys):
@@ -146,7 +169,7 @@ def test_every_family_has_a_space_for_its_shapes(family):
         space = kind.search_space("sm_90", torch.bfloat16, **case)
         assert len(space) > 5
         assert {type(config) for config in space} == {kind.config}
-        assert kind.problem(**case).figure in ("tflops", "gbps")
+        assert kind.problem(kind.seqlens[-1], **case).figure in ("tflops", "gbps")
 
 
 TIMED = {
@@ -158,6 +181,21 @@ TIMED = {
     "paged": (
         {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 16, "page_size": 8},
         DecodeProblem(3, 37, 4, 2, 16, page_size=8),
+    ),
+    "paged_prefill": (
+        {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 16, "page_size": 8, "seqlen_q": 5},
+        ChunkProblem(2, 37, 4, 2, 16, page_size=8, seqlen_q=5),
+    ),
+    "mla_prefill": (
+        {
+            "num_heads": 2,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "kv_lora_rank": 32,
+            "fused": True,
+        },
+        LatentPrefillProblem(40, 40, 2, 16, 8, 16, 32),
     ),
     "mla": (
         {"num_heads": 4, "cache_dtype": "float8_e4m3fn", "page_size": 8},
@@ -186,27 +224,40 @@ def finalists(family, case, *keys):
     return [Candidate(family, "sm_90", "bfloat16", case, TILE[family](16, n, 4, 1)) for n in keys]
 
 
+def time_on_cpu(folder, cases, seqlens=(64,), minutes=None):
+    """(entries of a tuned table, how many were left, rows of the CSV)."""
+    path = folder / "measured.csv"
+    with Journal(folder / "sweep.jsonl") as journal, results.Table(path, results.COLUMNS) as table:
+        found, left = sweep.time_all(table, cases, seqlens, journal, sweep.Budget(minutes), "cpu")
+    return found, left, list(csv.DictReader(path.open()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monkeypatch):
     case, problem = TIMED[family]
-    kind = replace(FAMILIES[family], problem=lambda **case: problem, roof=lambda: 1.0)
+    kind = replace(FAMILIES[family], problem=lambda seqlen, **case: problem, roof=lambda: 1.0)
     monkeypatch.setitem(FAMILIES, family, kind)
+    monkeypatch.setattr(candidates, "gpu_arch", lambda: "sm_90")
+    monkeypatch.setattr(winners, "gpu_name", lambda: "a GPU")
     for _ in range(2):
-        with Journal(tmp_path / "sweep.jsonl") as journal:
-            arguments = [finalists(family, case, 16, 32)], journal, sweep.Budget(None), "cpu"
-            assert sweep.time_all(tmp_path / "measured.csv", *arguments) == 0
-        rows = list(csv.DictReader((tmp_path / "measured.csv").open()))
-        beside = {"flash_backward": "fused ", "mla": "float8_e4m3fn "}.get(family, "")
-        assert [row["note"] for row in rows] == [f"{beside}16x16 w4 s1", f"{beside}16x32 w4 s1"]
+        found, left, rows = time_on_cpu(tmp_path, [finalists(family, case, 16, 32)])
+        beside = {"flash_backward": "fused ", "mla": "float8_e4m3fn ", "mla_prefill": "fused "}.get(family, "")
+        suffix = " c64" if family == "mla_prefill" else ""
+        assert left == 0
+        assert [row["note"] for row in rows] == [f"{beside}16x{n} w4 s1{suffix}" for n in (16, 32)]
         assert [(row["p20_ms"], row["p50_ms"], row["p80_ms"]) for row in rows] == [("1.0", "2.0", "4.0")] * 2
         assert all(row["pass"] == problem.columns()["direction"] for row in rows)
-    assert timed == ["16x16 w4 s1", "16x32 w4 s1"]
+        for entry in found:
+            assert (entry["source"], entry["device"]) == (MEASURED, "a GPU")
+            assert entry["figure"] == pytest.approx(float(rows[0][problem.figure]), rel=1e-3)
+    assert len(found) == (0 if family == "flash_backward" else 1), "a backward pass has more than one kernel"
+    assert timed == [f"16x{n} w4 s1{suffix}" for n in (16, 32)]
 
 
 def test_configs_of_a_decode_step_share_the_cache_and_not_the_output():
     problem = TIMED["paged"][1]
     tensors = [torch.randn(shape) for shape in problem.shapes]
-    provider = FAMILIES["paged"].provider()
+    provider = FAMILIES["paged"].provider("float32")
     first, second = (provider(PagedConfig(16, keys, 4, 1))(problem, *tensors) for keys in (16, 32))
     first()
     assert all(a is b for a, b in zip(first.args, second.args))
@@ -216,13 +267,10 @@ def test_configs_of_a_decode_step_share_the_cache_and_not_the_output():
 
 def test_a_finalist_that_fails_is_not_timed(timed, tmp_path, monkeypatch):
     case, problem = TIMED["flash"]
-    kind = replace(FAMILIES["flash"], problem=lambda **case: problem, roof=lambda: 1.0)
+    kind = replace(FAMILIES["flash"], problem=lambda seqlen, **case: problem, roof=lambda: 1.0)
     monkeypatch.setitem(FAMILIES, "flash", kind)
-    with Journal(tmp_path / "sweep.jsonl") as journal:
-        sweep.time_all(
-            tmp_path / "measured.csv", [finalists("flash", case, 16, 24)], journal, sweep.Budget(None), "cpu"
-        )
-    right, wrong = csv.DictReader((tmp_path / "measured.csv").open())
+    (entry,), _, (right, wrong) = time_on_cpu(tmp_path, [finalists("flash", case, 16, 24)])
+    assert entry["config"]["block_n"] == 16
     assert right["p50_ms"] == "2.0"
     assert wrong["p50_ms"] == ""
     assert wrong["note"].startswith("16x24 w4 s1 ")
@@ -230,8 +278,6 @@ def test_a_finalist_that_fails_is_not_timed(timed, tmp_path, monkeypatch):
 
 
 def test_a_budget_leaves_cases_untimed(timed, tmp_path):
-    with Journal(tmp_path / "sweep.jsonl") as journal:
-        case = TIMED["flash"][0]
-        left = sweep.time_all(tmp_path / "m.csv", [finalists("flash", case, 16, 32)], journal, sweep.Budget(0), "cpu")
-    assert left == 2
+    found, left, _ = time_on_cpu(tmp_path, [finalists("flash", TIMED["flash"][0], 16, 32)], minutes=0)
+    assert (found, left) == ([], 2)
     assert timed == []

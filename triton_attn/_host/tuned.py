@@ -41,13 +41,15 @@ _FLASH_CASE = {"head_dim": int, "head_dim_v": int, "causal": bool}
 FAMILIES = {
     "flash": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}),
     "flash_backward": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}, parts=("dkdv", "dq", "fused")),
-    # rows are those of a sequence for one KV head, as `rows_class` counts them; a contiguous cache is one page.
+    # rows are those of a sequence for one KV head, tile_rows their `rows_class`; a contiguous cache is one page.
     "paged": Family(
-        {"head_dim": int, "head_dim_v": int, "rows": int, "cache_dtype": str}, ("seqlen_k", "page_size"), _TILE
+        {"head_dim": int, "head_dim_v": int, "tile_rows": int, "cache_dtype": str},
+        ("seqlen_k", "page_size", "rows"),
+        _TILE,
     ),
     "mla": Family(
-        {"kv_lora_rank": int, "qk_rope_head_dim": int, "rows": int, "cache_dtype": str},
-        ("seqlen_k", "page_size"),
+        {"kv_lora_rank": int, "qk_rope_head_dim": int, "tile_rows": int, "cache_dtype": str},
+        ("seqlen_k", "page_size", "rows"),
         _TILE,
     ),
     "mla_prefill": Family(
@@ -75,8 +77,8 @@ def use_tuned(path):
 
     `python -m perf sweep --table PATH` writes one; the environment variable TRITON_ATTN_TUNED names one that is added
     at the first call. Nothing is searched or timed in a call: a config is a look-up, and equal calls run equal code.
-    An entry serves calls of its dtype, head dims and mask; lengths and page sizes go to the nearest there is (log2).
-    The rest, fp32, and of flash attention calls with softcap, ALiBi or dropout, have the package's defaults.
+    An entry serves calls of its dtype, head dims and mask; lengths, page sizes and rows go to the nearest there are
+    (log2). All others, fp32, and calls with softcap, ALiBi or dropout have the package's defaults.
 
     Args:
         path: of a JSON file; None removes all tables that were added.

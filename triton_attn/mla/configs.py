@@ -54,7 +54,7 @@ def choose_decode_config(arch, dtype, kv_lora_rank, qk_rope_head_dim, num_rows, 
     """
     cache_dtype = "float8_e4m3fn" if is_fp8 else str(dtype).removeprefix("torch.")
     case = kv_lora_rank, qk_rope_head_dim, rows_class(num_rows), cache_dtype
-    found = arch != "interpreter" and tuned_config(arch, "mla", dtype, case, (seqlen_k, page_size))
+    found = arch != "interpreter" and tuned_config(arch, "mla", dtype, case, (seqlen_k, page_size, num_rows))
     return MlaDecodeConfig(**found) if found else default_decode_config(arch, dtype, num_rows, is_fp8)
 
 
@@ -139,8 +139,17 @@ def has_wgmma(arch):
     return arch.startswith("sm_") and 90 <= int(arch.removeprefix("sm_")) < 100
 
 
+def prefill_search_space(arch, dtype, fused, head_dim):
+    """Configs of `default_prefill_config`'s kernel for a sweep to compare, the default first."""
+    default = default_prefill_config(arch, dtype, fused, head_dim)
+    stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3)
+    latent_tiles = (32, 64, 128) if fused else (default.block_c,)
+    candidates = itertools.product((64, 128), (32, 64, 128), (4, 8), stages, latent_tiles)
+    return list(dict.fromkeys([default, *itertools.starmap(MlaPrefillConfig, candidates)]))
+
+
 def search_space(arch, dtype, num_rows, is_fp8=False):
-    """Configs for a sweep to compare, the default first."""
+    """Configs of a decode step for a sweep to compare, the default first."""
     default = default_decode_config(arch, dtype, num_rows, is_fp8)
     rows = (16,) if num_rows <= 16 else (16, 32, 64)
     stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4)

@@ -64,7 +64,7 @@ def choose_config(arch, dtype, cache_dtype, head_dim, head_dim_v, num_rows, by_1
     """
     if plain and by_16_bytes and arch != "interpreter":
         case = head_dim, head_dim_v, rows_class(num_rows), str(cache_dtype).removeprefix("torch.")
-        found = tuned_config(arch, "paged", dtype, case, (seqlen_k, page_size))
+        found = tuned_config(arch, "paged", dtype, case, (seqlen_k, page_size, num_rows))
         if found is not None:
             return PagedConfig(**found)
     return default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes)
