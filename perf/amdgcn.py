@@ -1,8 +1,13 @@
 """What the assembly of an AMD kernel says about itself: registers, spills, matrix instructions. Counts, not a model."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+
+_BLOCK = re.compile(r"(?:\.L(BB\w+)|; %bb\.\d+):")
+_LOOP_HEADER = re.compile(r"=>\s*This (?:Inner )?Loop Header: Depth=(\d+)")
+_LOOP_MEMBER = re.compile(r"in Loop: Header=(BB\w+) Depth=(\d+)")
+_INSTRUCTION = re.compile(r"\s+([a-z]\w+)")
 
 
 @dataclass(frozen=True)
@@ -66,19 +71,33 @@ def analyze(assembly, shared_bytes):
 
 
 def _hot_loop(assembly):
-    """The interior loop's instructions by opcode: of innermost loops it has the most products and, among equals, the
-    fewest instructions, since masks only add some. Empty if no loop multiplies matrices."""
-    loops = [Counter(re.findall(r"^\s+([a-z]\w+)", body, re.MULTILINE)) for body in _innermost_loops(assembly)]
-    hot = max(loops, key=lambda loop: (_products(loop), -loop.total()), default=Counter())
-    return hot if _products(hot) else Counter()
+    """The interior loop's instructions by opcode, conditional ones included; empty if no loop has products.
+
+    Of the innermost loops with products it has the most and, among equals, the fewest instructions, since masks only
+    add some.
+    """
+    loops = {loop: opcodes for loop, opcodes in _loops(assembly).items() if _products(opcodes)}
+    return loops[max(loops, key=lambda x: (x[0], _products(loops[x]), -loops[x].total()))] if loops else Counter()
 
 
 def _products(opcodes):
     return sum(n for opcode, n in opcodes.items() if "mfma" in opcode)
 
 
-def _innermost_loops(assembly):
-    """The text of each, from its header to the last jump back there."""
-    for label in re.findall(r"^(\.\w+):.*Inner Loop Header", assembly, re.MULTILINE):
-        jump = rf"s_c?branch\w* {re.escape(label)}$"
-        yield re.search(rf"^{re.escape(label)}:.*{jump}", assembly, re.MULTILINE | re.DOTALL).group()
+def _loops(assembly):
+    """{(depth, header): instructions by opcode} of every loop, those in its inner loops left out.
+
+    LLVM says in a comment which loop a block belongs to; the blocks of a loop need not be next to each other.
+    """
+    loops = defaultdict(Counter)
+    block = loop = None
+    for line in assembly.splitlines():
+        if start := _BLOCK.match(line):
+            block, loop = start.group(1), None
+        if header := _LOOP_HEADER.search(line):
+            loop = int(header.group(1)), block
+        elif member := _LOOP_MEMBER.search(line):
+            loop = int(member.group(2)), member.group(1)
+        elif loop and (instruction := _INSTRUCTION.match(line)):
+            loops[loop][instruction.group(1)] += 1
+    return loops

@@ -1,8 +1,8 @@
 """What the default configs compile to, checked in by Triton version, and which changes cost too much.
 
-A figure may be worse by TOLERANCE, spills by nothing. Instructions of a trip and registers compare only where the config
-is the same: with another one `lock` decides, and a kernel without `lock` then needs a new baseline. So does one that
-appears or goes.
+A figure may be worse by TOLERANCE, spills by nothing. Instructions of a trip and registers compare only where the
+config is the same: with another one `lock` decides, and a kernel without `lock` then needs a new baseline. So does one
+that appears or goes.
 """
 
 import csv

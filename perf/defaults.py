@@ -55,7 +55,10 @@ class Case:
         call = CALLS[self.family]
         with compile_only(self.arch) as launches:
             call.make(triton_attn, getattr(torch, self.dtype), **self.shape)
-        return [launch for launch in launches if launch.name in call.kernels]
+        kernels = [launch for launch in launches if launch.name in call.kernels]
+        if not kernels:
+            raise LookupError(f"expected a launch of {' or '.join(call.kernels)}; got {[x.name for x in launches]}")
+        return kernels
 
     def _inspect(self, launch):
         report = loop_model.analyze(launch.kernel)
