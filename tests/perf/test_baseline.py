@@ -55,7 +55,7 @@ def check(case, known, record_property):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_default_configs_are_no_worse_than_the_baseline(case, known, record_property):
     check(case, known, record_property)
 
