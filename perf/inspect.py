@@ -14,7 +14,7 @@ from tqdm import tqdm
 from perf import baseline, results
 from perf.calls import CALLS
 from perf.candidates import FAMILIES
-from perf.compare import changes
+from perf.compare import NAME_COLUMNS, changes
 from perf.defaults import Case
 from perf.device import versions
 from perf.parallel import map_in_processes
@@ -27,6 +27,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 CHUNK = 512  # queries of a chunked prefill
 BASELINE_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 NOT_PRINTED = ("family", "arch", "dtype", "stack B", "limited by", "async copies")  # in the CSV they are
+WHICH_KERNEL = (*NAME_COLUMNS, "config")
 COMPARED = ("config", "registers", "shared B", "CTAs/SM", "spills", "spills in loop", "loop instructions", "products")
 COMPARED += ("useful share", "bound TFLOP/s", "lock TFLOP/s")
 
@@ -131,27 +132,27 @@ def show(kernels, path):
     rows = [kernel.row for kernel in kernels if not kernel.error]
     print_table([{name: value for name, value in row.items() if name not in NOT_PRINTED} for row in rows])
     _print_errors(kernels)
-    return _write(path, [row | versions() for row in rows])
+    return _write(path, rows)
 
 
 def show_opcodes(kernels, path):
-    """A table per family of opcode x kernel, the most frequent first; in the file each opcode of a kernel has a row."""
+    """Print a table per family, the most frequent opcode first; in the file each opcode of a kernel has a row."""
+    kernels = [kernel for kernel in kernels if not kernel.error]
     for family in dict.fromkeys(kernel.row["family"] for kernel in kernels):
-        loops = {_heading(x.row): x.opcodes for x in kernels if x.row["family"] == family}
         print(f"\n{family}: instructions of a trip of the hot loop")
-        print_table(
-            [
-                {"opcode": opcode} | {name: loop.get(opcode) for name, loop in loops.items()}
-                for opcode, _ in sum(loops.values(), Counter()).most_common()
-            ]
-        )
-    names = ("family", "arch", "dtype", "case", "kernel", "config")
+        _print_opcodes({_heading(x.row): x.opcodes for x in kernels if x.row["family"] == family})
     rows = [
-        {name: kernel.row[name] for name in names} | {"opcode": opcode, "instructions": n} | versions()
+        {name: kernel.row[name] for name in WHICH_KERNEL} | {"opcode": opcode, "instructions": n}
         for kernel in kernels
         for opcode, n in kernel.opcodes.most_common()
     ]
     return _write(path, rows)
+
+
+def _print_opcodes(loops):
+    """Opcode x loop; `loops` are {heading: instructions by opcode}."""
+    total = sum(loops.values(), Counter())
+    print_table([{"opcode": x} | {name: loop.get(x) for name, loop in loops.items()} for x, _ in total.most_common()])
 
 
 def _heading(row):
@@ -160,6 +161,7 @@ def _heading(row):
 
 
 def show_changes(before, now, revision):
+    """Print what is not as it was at `revision`, and what could not be compiled there."""
     print(f"\nsince {revision}:")
     found = changes(*([kernel.row for kernel in side if not kernel.error] for side in (before, now)), COMPARED)
     if found:
@@ -194,7 +196,8 @@ def _print_errors(kernels, where=""):
 
 
 def _write(path, rows):
-    with results.Table(path, rows[0] if rows else ()) as table:
+    about = versions() | {"source": results.PREDICTED}
+    with results.Table(path, [*(rows[0] if rows else ()), *about]) as table:
         for row in rows:
-            table.append(row.values())
+            table.append([*row.values(), *about.values()])
     return path

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import triton_attn
-from perf import amdgcn, bench, compiled, inspect, loop_model, results, sweep
+from perf import amdgcn, baseline, bench, compiled, inspect, loop_model, results, sweep
 from perf.candidates import FAMILIES, Candidate
 from perf.journal import Journal
 from perf.revision import package_of
@@ -97,6 +97,7 @@ def test_inspect_tables_the_default_configs_and_their_opcodes(tmp_path, capsys):
         *(f"mode={mode}" for mode in ("materialized", "fused")),
     ]
     assert all(int(row["loop instructions"]) > 100 for row in rows)
+    assert {row["source"] for row in rows} == {results.PREDICTED}
     loop = [row for row in csv.DictReader(opcodes.open()) if row["case"] == rows[0]["case"]]
     assert sum(int(row["instructions"]) for row in loop) == int(rows[0]["loop instructions"])
     printed = capsys.readouterr().out
@@ -106,7 +107,7 @@ def test_inspect_tables_the_default_configs_and_their_opcodes(tmp_path, capsys):
 
 @pytest.mark.usefixtures("in_this_process")
 def test_inspect_goes_on_after_a_case_that_does_not_compile(tmp_path, capsys):
-    (table,) = inspect.run(tmp_path, families=["flash"], arch="gfx942", head_dims=[600, 64])
+    table, _ = inspect.run(tmp_path, families=["flash"], arch="gfx942", head_dims=[600, 64], opcodes=True)
     assert len(list(csv.DictReader(table.open()))) == 2
     assert "flash head_dim=600 causal=True does not compile: ValueError: q: expected" in capsys.readouterr().out
 
@@ -136,6 +137,21 @@ def test_a_commit_that_is_none_ends_inspect_before_anything_is_compiled(tmp_path
     monkeypatch.setattr(inspect, "map_in_processes", None)
     with pytest.raises(SystemExit, match=r"--diff: expected a commit.*got 'no-such'"):
         inspect.run(tmp_path, families=["flash"], diff="no-such")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_update_baseline_writes_all_or_nothing(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(inspect, "BASELINE_ARCHS", ("sm_80", "sm_90"))
+    monkeypatch.setattr(baseline, "update", written.extend)
+    monkeypatch.setattr(inspect, "baseline_cases", lambda arch: inspect.cases_of("flash", arch, "bfloat16", [64]))
+    assert inspect.run(tmp_path, update_baseline=True) == [baseline.PATH]
+    assert [row["arch"] for row in written] == ["sm_80", "sm_80", "sm_90", "sm_90"]
+    written.clear()
+    monkeypatch.setattr(inspect, "baseline_cases", lambda arch: inspect.cases_of("flash", arch, "bfloat16", [64, 600]))
+    with pytest.raises(SystemExit, match="the baseline is as it was"):
+        inspect.run(tmp_path, update_baseline=True)
+    assert not written
 
 
 FLASH = {"head_dim": 128, "causal": False}
