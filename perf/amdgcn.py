@@ -1,8 +1,13 @@
 """What the assembly of an AMD kernel says about itself: registers, spills, matrix instructions. Counts, not a model."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+
+_BLOCK = re.compile(r"(?:\.L(BB\w+)|; %bb\.\d+):")
+_LOOP_HEADER = re.compile(r"=>\s*This (?:Inner )?Loop Header: Depth=(\d+)")
+_LOOP_MEMBER = re.compile(r"in Loop: Header=(BB\w+) Depth=(\d+)")
+_INSTRUCTION = re.compile(r"\s+([a-z]\w+)")
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,12 @@ class Report:
     scratch_bytes: int
     shared_bytes: int
     mfma: Counter
+    opcodes: Counter  # of a trip of the hot loop
+
+    @property
+    def loop_spills(self):
+        """Loads and stores of scratch memory per trip."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith("scratch_"))
 
     def row(self):
         """One row of a table."""
@@ -32,6 +43,8 @@ class Report:
             "SGPR spills": self.sgpr_spills,
             "scratch B": self.scratch_bytes,
             "shared B": self.shared_bytes,
+            "spills in loop": self.loop_spills,
+            "loop instructions": self.opcodes.total() or None,
             "products": " ".join(f"{n} {name}" for name, n in self.mfma.items()),
         }
 
@@ -53,4 +66,38 @@ def analyze(assembly, shared_bytes):
         scratch_bytes=int(metadata("private_segment_fixed_size")),
         shared_bytes=shared_bytes,
         mfma=Counter(re.findall(r"^\s+v_s?mfma(?:c)?_(\w+)", assembly, re.MULTILINE)),
+        opcodes=_hot_loop(assembly),
     )
+
+
+def _hot_loop(assembly):
+    """The interior loop's instructions by opcode, conditional ones included; empty if no loop has products.
+
+    Of the innermost loops with products it has the most and, among equals, the fewest instructions, since masks only
+    add some.
+    """
+    loops = {loop: opcodes for loop, opcodes in _loops(assembly).items() if _products(opcodes)}
+    return loops[max(loops, key=lambda x: (x[0], _products(loops[x]), -loops[x].total()))] if loops else Counter()
+
+
+def _products(opcodes):
+    return sum(n for opcode, n in opcodes.items() if "mfma" in opcode)
+
+
+def _loops(assembly):
+    """{(depth, header): instructions by opcode} of every loop, those in its inner loops left out.
+
+    LLVM says in a comment which loop a block belongs to; the blocks of a loop need not be next to each other.
+    """
+    loops = defaultdict(Counter)
+    block = loop = None
+    for line in assembly.splitlines():
+        if start := _BLOCK.match(line):
+            block, loop = start.group(1), None
+        if header := _LOOP_HEADER.search(line):
+            loop = int(header.group(1)), block
+        elif member := _LOOP_MEMBER.search(line):
+            loop = int(member.group(2)), member.group(1)
+        elif loop and (instruction := _INSTRUCTION.match(line)):
+            loops[loop][instruction.group(1)] += 1
+    return loops

@@ -347,7 +347,7 @@ class Candidate:
             dropped = f"{type(error).__name__}: {error}".split("\n")[0]
         else:
             report = loop_model.analyze(launch.kernel)
-            made_of = report.row() | {"useful share": getattr(getattr(report, "hot", None), "useful", None)}
+            made_of = report.row()
             dropped = self._why_dropped(launch, report)
         return self.columns | {name: made_of.get(name) for name in MODEL_COLUMNS} | {"dropped": dropped}
 
@@ -374,5 +374,7 @@ def source_hash(kernels):
     """Of the file with the kernels and their launchers, what they share with others, and what reads compiled code."""
     package, here = Path(triton_attn.__file__).parent, Path(__file__).parent
     files = [package / kernels, *sorted(package.glob("_jit/*.py")), *sorted(package.glob("_host/*.py"))]
-    files += [here / f"{name}.py" for name in ("amdgcn", "candidates", "compiled", "gpus", "loop_model", "sass")]
+    files += [
+        here / f"{name}.py" for name in ("amdgcn", "calls", "candidates", "compiled", "gpus", "loop_model", "sass")
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

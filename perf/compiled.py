@@ -2,8 +2,9 @@
 
 import torch
 
-from triton_attn import flash_attention, mla_decode, paged_attention
-from triton_attn._host.latent import latent_storage
+import triton_attn
+from perf import calls
+from perf.tables import tile_name
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.backward import launch_flash_bwd
 from triton_attn.flash.backward_configs import default_backward_config
@@ -16,7 +17,6 @@ from triton_attn.paged.configs import PagedConfig
 from triton_attn.paged.forward import launch_paged_fwd
 from triton_attn.testing import compile_only
 
-_SEQLEN = 1024  # no length is compiled in
 # Which gradients (q, k, v, sinks) make a backward pass launch the kernel.
 _WANTED = {
     "dkdv": (False, True, True, False),
@@ -27,81 +27,69 @@ _WANTED = {
 
 def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=None):
     """The compiled forward kernel (a `triton_attn.testing.Launch`); `config` None is the default, as a user gets it."""
-    q, k = (torch.empty(1, _SEQLEN, 8, head_dim, dtype=dtype) for _ in range(2))
-    v = torch.empty(1, _SEQLEN, 8, head_dim_v or head_dim, dtype=dtype)
     with compile_only(arch) as launches:
         if config is None:
-            flash_attention(q, k, v, causal=causal)
+            calls.flash(triton_attn, dtype, head_dim, causal, head_dim_v)
         else:
-            launch_config(q, k, v, causal, config)
+            launch_config(*calls.flash_inputs(dtype, head_dim, head_dim_v), causal, config)
     return launches[-1]
 
 
 def flash_backward(arch, dtype, head_dim, causal=False):
     """The compiled kernels of a backward pass that have products, as a user gets them: one fused, or dkdv and dq."""
-    q, k, v, dout = (torch.empty(1, _SEQLEN, 8, head_dim, dtype=dtype) for _ in range(4))
     with compile_only(arch) as launches:
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        torch.autograd.grad(flash_attention(*inputs, causal=causal), inputs, dout)
-    return [launch for launch in launches if launch.name in ("_flash_bwd_dkdv_kernel", "_flash_bwd_dq_kernel")]
+        calls.flash_backward(triton_attn, dtype, head_dim, causal)
+    return [launch for launch in launches if launch.name in calls.CALLS["flash_backward"].kernels]
 
 
 def flash_backward_kernel(arch, dtype, kernel, head_dim, causal, config):
     """One compiled kernel of a backward pass, "dkdv", "dq" or "fused", at a config of one's own."""
-    q, k, v, dout = (torch.empty(1, _SEQLEN, 8, head_dim, dtype=dtype) for _ in range(4))
+    q, k, v = calls.flash_inputs(dtype, head_dim)
     out, lse = new_outputs(q, v)
+    lengths = q.shape[1], k.shape[1]
     options = _options(head_dim, causal)
     with compile_only(arch) as launches:
         tiles = backward_tiles(arch, dtype, head_dim, causal, kernel, config)
-        launch_flash_bwd(
-            dout, None, q, k, v, out, lse, None, None, _SEQLEN, _SEQLEN, options, _WANTED[kernel], config=tiles
-        )
+        tensors = torch.empty_like(out), None, q, k, v, out, lse, None, None
+        launch_flash_bwd(*tensors, *lengths, options, _WANTED[kernel], config=tiles)
     return launches[-1]
 
 
 def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1, config=None):
     """The compiled kernel of a decode step, or of a chunk of a prompt; `config` None is the default, as a user gets
     it."""
-    q = torch.empty(1, seqlen_q, num_heads_q, head_dim, dtype=dtype)
-    block_table = torch.empty(1, _SEQLEN // page_size, dtype=torch.int32)
-    cache = torch.empty(block_table.shape[1], page_size, num_heads_kv, head_dim, dtype=dtype)
-    cache_seqlens = torch.empty(1, dtype=torch.int32)
+    case = dict(num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, page_size=page_size)
+    case |= dict(seqlen_q=seqlen_q)
     with compile_only(arch) as launches:
         if config is None:
-            paged_attention(q, cache, cache, cache_seqlens, block_table)
+            calls.paged(triton_attn, dtype, **case)
         else:
-            launch_paged(q, cache, cache, cache_seqlens, block_table, torch.empty_like(q), config)
+            q, *cached = calls.paged_inputs(dtype, **case)
+            launch_paged(q, *cached, torch.empty_like(q), config)
     return launches[0]
 
 
 def latent_decode(arch, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=512, qk_rope_head_dim=64, config=None):
     """The compiled kernel of a decode step over a latent cache, absorbed queries in and latent vectors out; `config`
     None is the default, as a user gets it."""
-    q_nope, q_pe = (torch.empty(1, 1, num_heads, dim, dtype=dtype) for dim in (kv_lora_rank, qk_rope_head_dim))
-    block_table = torch.empty(1, _SEQLEN // page_size, dtype=torch.int32)
-    is_fp8 = cache_dtype == "float8_e4m3fn"
-    held, width = latent_storage(kv_lora_rank, qk_rope_head_dim, torch.float8_e4m3fn if is_fp8 else dtype)
-    cache = torch.empty(block_table.shape[1], page_size, width, dtype=held)
-    cache_seqlens = torch.empty(1, dtype=torch.int32)
+    case = dict(num_heads=num_heads, cache_dtype=cache_dtype, page_size=page_size)
+    case |= dict(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
     with compile_only(arch) as launches:
         if config is None:
-            mla_decode(q_nope, q_pe, cache, cache_seqlens, block_table, softmax_scale=1.0)
+            calls.mla(triton_attn, dtype, **case)
         else:
-            launch_latent(q_nope, q_pe, cache, cache_seqlens, block_table, 1.0, config)
+            launch_latent(*calls.latent_inputs(triton_attn, dtype, **case), 1.0, config)
     return launches[0]
 
 
-def latent_prefill(
-    arch, dtype, num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, fused, config=None
-):
+def latent_prefill(arch, dtype, fused, config=None, **shape):
     """The compiled kernel of a prefill that makes keys and values of latent vectors, or finds them in memory; `config`
     None is the default, as a user gets it."""
-    dims = qk_nope_head_dim, qk_rope_head_dim
-    q_nope, q_pe = (torch.empty(1, _SEQLEN, num_heads, dim, dtype=dtype) for dim in dims)
-    kv_latent, k_pe = (torch.empty(1, _SEQLEN, dim, dtype=dtype) for dim in (kv_lora_rank, qk_rope_head_dim))
-    w_uk, w_uv = (torch.empty(num_heads, dim, kv_lora_rank, dtype=dtype) for dim in (qk_nope_head_dim, v_head_dim))
     with compile_only(arch) as launches:
-        launch_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, fused, config)
+        if config is None:
+            calls.mla_prefill(triton_attn, dtype, fused, **shape)
+        else:
+            launch_prefill(*calls.prefill_inputs(dtype, **shape), fused, config)
     return launches[-1]
 
 
@@ -117,12 +105,10 @@ def config_of(launch):
 
 
 def config_name(config):
-    """128x128 w8 s2: query rows x keys of a tile, warps, stages; tma if descriptors load the tiles, c64 for numbers of
-    latent vectors at a time."""
-    name = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
-    if isinstance(config, MlaPrefillConfig):
-        return f"{name} c{config.block_c}"
-    return f"{name} tma" if isinstance(config, FlashConfig) and config.use_tma else name
+    """See `tile_name`; c64 says how many numbers of latent vectors are taken at a time."""
+    tma = isinstance(config, FlashConfig) and config.use_tma
+    name = tile_name(config.block_m, config.block_n, config.num_warps, config.num_stages, tma)
+    return f"{name} c{config.block_c}" if isinstance(config, MlaPrefillConfig) else name
 
 
 def launch_config(q, k, v, causal, config):

@@ -163,6 +163,11 @@ class Report:
         return max(self.loops, key=lambda x: (x.flops, x.mma_instructions, -x.instructions), default=None)
 
     @property
+    def opcodes(self):
+        """Instructions of a trip of the hot loop, by opcode."""
+        return self.hot.histogram if self.hot else Counter()
+
+    @property
     def ctas_per_sm(self):
         return min(self.ctas_per_sm_by.values())
 
@@ -209,6 +214,7 @@ class Report:
             "loop instructions": hot and hot.instructions,
             "products": hot and " ".join(f"{n} {shape}" for shape, n in hot.mma_shapes.items()),
             "async copies": hot and hot.async_copies,
+            "useful share": hot and hot.useful,
             "bound by": hot.limiter if self._modelled else None,
             "bound TFLOP/s": self.bound,
             "lock TFLOP/s": self.lock,

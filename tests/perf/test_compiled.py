@@ -1,14 +1,20 @@
 """The loop model on our own kernels, and the parts of `python -m perf` that compile."""
 
 import csv
+import subprocess
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 import torch
 
-from perf import amdgcn, bench, compiled, inspect, loop_model, results, sweep
+import triton_attn
+from perf import amdgcn, baseline, bench, compiled, inspect, loop_model, results, sweep
 from perf.candidates import FAMILIES, Candidate
 from perf.journal import Journal
+from perf.revision import package_of
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
@@ -77,11 +83,75 @@ def test_bench_without_a_gpu_predicts_and_says_so(tmp_path, monkeypatch):
     assert picture.exists()
 
 
-def test_inspect_tables_the_default_configs(tmp_path):
-    (path,) = inspect.run(tmp_path, arch="sm_90", head_dims=[64])
-    rows = list(csv.DictReader(path.open()))
-    assert [row["causal"] for row in rows] == ["False", "True"]
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(inspect, "map_in_processes", map)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_inspect_tables_the_default_configs_and_their_opcodes(tmp_path, capsys):
+    table, opcodes = inspect.run(tmp_path, families=["flash", "mla_prefill"], head_dims=[64], opcodes=True)
+    rows = list(csv.DictReader(table.open()))
+    assert [row["case"] for row in rows] == [
+        *(f"head_dim=64 causal={causal}" for causal in (False, True)),
+        *(f"mode={mode}" for mode in ("materialized", "fused")),
+    ]
     assert all(int(row["loop instructions"]) > 100 for row in rows)
+    assert {row["source"] for row in rows} == {results.PREDICTED}
+    loop = [row for row in csv.DictReader(opcodes.open()) if row["case"] == rows[0]["case"]]
+    assert sum(int(row["instructions"]) for row in loop) == int(rows[0]["loop instructions"])
+    printed = capsys.readouterr().out
+    assert "HGMMA" in printed
+    assert rows[0]["loop instructions"] in printed
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_inspect_goes_on_after_a_case_that_does_not_compile(tmp_path, capsys):
+    table, _ = inspect.run(tmp_path, families=["flash"], arch="gfx942", head_dims=[600, 64], opcodes=True)
+    assert len(list(csv.DictReader(table.open()))) == 2
+    assert "flash head_dim=600 causal=True does not compile: ValueError: q: expected" in capsys.readouterr().out
+
+
+def test_inspect_shows_what_changed_since_a_commit(tmp_path, capsys, monkeypatch):
+    """One in which a call had a softcap, and another function was not there."""
+    package = tmp_path / "triton_attn"
+    copytree(Path(triton_attn.__file__).parent, package, ignore=ignore_patterns("__pycache__"))
+    with (package / "__init__.py").open("a") as file:
+        file.write("\nimport functools\nflash_attention = functools.partial(flash_attention, softcap=30.0)\n")
+        file.write("del mla_prefill\n")
+    who = "-c", "user.name=somebody", "-c", "user.email=somebody@example.org"
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "older"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(inspect, "package_of", partial(package_of, checkout=tmp_path))
+    inspect.run(tmp_path / "out", families=["flash", "mla_prefill"], head_dims=[64], diff="HEAD")
+    changes = capsys.readouterr().out.split("since HEAD:")[1].splitlines()
+    (loop,) = (line for line in changes if "loop instructions" in line and "causal=True" in line)
+    *_, before, now, change = loop.split()
+    assert int(before) > int(now) > 100
+    assert change.startswith("-")
+    assert sum("not there" in line for line in changes) == 2
+    assert "mla_prefill mode=fused does not compile at HEAD: AttributeError" in "\n".join(changes)
+
+
+def test_a_commit_that_is_none_ends_inspect_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect, "map_in_processes", None)
+    with pytest.raises(SystemExit, match=r"--diff: expected a commit.*got 'no-such'"):
+        inspect.run(tmp_path, families=["flash"], diff="no-such")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_update_baseline_writes_all_or_nothing(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(inspect, "BASELINE_ARCHS", ("sm_80", "sm_90"))
+    monkeypatch.setattr(baseline, "update", written.extend)
+    monkeypatch.setattr(inspect, "baseline_cases", lambda arch: inspect.cases_of("flash", arch, "bfloat16", [64]))
+    assert inspect.run(tmp_path, update_baseline=True) == [baseline.PATH]
+    assert [row["arch"] for row in written] == ["sm_80", "sm_80", "sm_90", "sm_90"]
+    written.clear()
+    monkeypatch.setattr(inspect, "baseline_cases", lambda arch: inspect.cases_of("flash", arch, "bfloat16", [64, 600]))
+    with pytest.raises(SystemExit, match="the baseline is as it was"):
+        inspect.run(tmp_path, update_baseline=True)
+    assert not written
 
 
 FLASH = {"head_dim": 128, "causal": False}
