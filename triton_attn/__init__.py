@@ -1,6 +1,7 @@
 """Attention kernels in Triton: MHA, MQA, GQA, MLA; dense, varlen, paged. See `help(triton_attn.flash_attention)`."""
 
 from . import reference
+from ._warmup import warmup
 from .cache import (
     BlockPool,
     LatentKVCache,
@@ -33,5 +34,6 @@ __all__ = [
     "mla_softmax_scale",
     "paged_attention",
     "reference",
+    "warmup",
 ]
 __version__ = "0.1.0"
