@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from .._host.checks import KERNEL_DTYPES, check_size, fail
+from .._host.checks import FLOAT8_MANTISSA_BITS, KERNEL_DTYPES, check_size, check_window, fail
 from ..models import model_named
 
 NOT_BY_DEFAULT = ("flash_attention_backward", "shared_prefix")
+NEED_PAGES = ("shared_prefix", "append_kv_cache", "copy_kv_pages")
 
 
 class WarmupResult(NamedTuple):
@@ -121,6 +122,8 @@ def warmup(
     shape = _check_shape(tensor_parallel_size, **shape)
     page_size = _check_options(shape["kv_lora_rank"] is not None, page_size, **options)
     check_size("num_workers", num_workers)
+    if window_size is not None:
+        check_window(window_size)
 
     from .compilation import compile_all
     from .workload import OF_ANY_HEADS, OF_LATENT_VECTORS, Workload
@@ -159,10 +162,12 @@ def _check_shape(tensor_parallel_size, num_heads_q, num_heads_kv, head_dim, head
     return sizes | latent
 
 
-def _check_options(is_mla, page_size, dtype, max_seqlen, **_):
+def _check_options(is_mla, page_size, dtype, kv_cache_dtype, max_seqlen, **_):
     """The page size, None for a contiguous cache. The other options are checked by the functions that take them."""
     if dtype not in KERNEL_DTYPES:
         fail("dtype", "float16, bfloat16 or float32", dtype, TypeError)
+    if kv_cache_dtype not in (dtype, *FLOAT8_MANTISSA_BITS):
+        fail("kv_cache_dtype", f"{dtype}, float8_e4m3fn or float8_e5m2", kv_cache_dtype, TypeError)
     check_size("max_seqlen", max_seqlen)
     if page_size is None:
         return 64 if is_mla else 16
@@ -174,12 +179,15 @@ def _check_options(is_mla, page_size, dtype, max_seqlen, **_):
 
 def _check_functions(functions, served, page_size):
     if functions is None:
-        functions = [name for name in served if name not in NOT_BY_DEFAULT]
-        if page_size is None:
-            functions = [name for name in functions if name not in ("append_kv_cache", "copy_kv_pages")]
+        without = NOT_BY_DEFAULT if page_size else (*NOT_BY_DEFAULT, *NEED_PAGES)
+        return [name for name in served if name not in without]
+    if isinstance(functions, str):
+        fail("functions", "a list of names", repr(functions), TypeError)
     for name in functions:
         if name not in served:
             fail("functions", f"some of {', '.join(served)}", repr(name))
+        if name in NEED_PAGES and page_size is None:
+            fail("page_size", f"1 or more, since {name} is of pages", 0)
     return functions
 
 

@@ -1,7 +1,7 @@
 """What a server or a trainer calls: the fewest calls that meet every kernel which calls like them can need.
 
-Lengths decide tiles at most, by powers of two, so that a few stand for all. Nothing is computed: `compile_only` launches
-nothing, and tensors hold what memory held.
+Lengths decide tiles at most, by powers of two, so that a few stand for all. Nothing is launched, and tensors hold what
+memory held.
 """
 
 import contextlib
@@ -159,7 +159,7 @@ def call_flash_attention_backward(work):
 
 
 def call_paged_attention(work):
-    """Decode with drafts, chunks of prompts, dense and packed; keys in one part and in several, and all their merges."""
+    """Decode with drafts, chunks of prompts, dense and packed; keys in one part and in several, and all merges."""
     variants = itertools.product(work.cached_lengths, (1, 2), (False, True), work.cache_scales)
     for (seqlen_q, seqlen_k), num_splits, return_lse, scale in variants:
         options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
@@ -234,8 +234,7 @@ def call_mla_decode(work):
 
 
 def call_mla_prefill(work):
-    """Every schedule, dense and packed. How many heads there are in a chunk, a constant of the kernels, follows from the
-    number of tokens."""
+    """Every schedule, dense and packed. Tokens decide how many heads a chunk has, which is a constant of the kernels."""
     for num_tokens, return_lse in itertools.product(work.lengths, (False, True)):
         _prefill(work, num_tokens, return_lse, mode="fused")
         with contextlib.suppress(ValueError):  # of a prompt so long that no head of it fits
