@@ -1,5 +1,6 @@
 """After a warm-up nothing that a server does is compiled; what the function and the command say and refuse."""
 
+import importlib
 import os
 import random
 import subprocess
@@ -168,7 +169,7 @@ CALLS = """
 
 
 @pytest.mark.compiled
-def test_another_process_finds_the_kernels_on_disk(tmp_path, monkeypatch):
+def test_another_process_finds_the_kernels_on_disk(tmp_path):
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
 
     def call(expected):
@@ -226,5 +227,5 @@ def test_without_a_gpu_the_architecture_must_be_given():
 
 def test_the_command_does_not_take_the_place_of_the_function():
     with pytest.raises(ImportError, match="a command"):
-        import triton_attn.warmup
+        importlib.import_module("triton_attn.warmup")
     assert callable(triton_attn.warmup)

@@ -234,7 +234,7 @@ def call_mla_decode(work):
 
 
 def call_mla_prefill(work):
-    """Every schedule, dense and packed. Tokens decide how many heads a chunk has, which is a constant of the kernels."""
+    """Every schedule, dense and packed. The heads of a chunk, a constant of the kernels, follow from the tokens."""
     for num_tokens, return_lse in itertools.product(work.lengths, (False, True)):
         _prefill(work, num_tokens, return_lse, mode="fused")
         with contextlib.suppress(ValueError):  # of a prompt so long that no head of it fits
