@@ -23,7 +23,10 @@ ALLOWED = {
     "testing": set(),
     "reference": set(FAMILIES),
     "interop": {""},  # the public names alone
-    "": {*FAMILIES, "reference", "_host"},
+    "": {*FAMILIES, "reference", "_host", "_warmup"},
+    "models": {"_host"},
+    "_warmup": {"", "_host", "models", "testing"},
+    "warmup": {"_warmup", "models"},
     **{family: {"_jit", "_host", "combine"} for family in FAMILIES},
     # Where keys and values of the heads are made once more, the backward pass is that of flash attention.
     "mla": {"_jit", "_host", "combine", "flash"},

@@ -2,6 +2,7 @@
 
 from . import reference
 from ._host.tuned import use_tuned
+from ._warmup import warmup
 from .cache import (
     BlockPool,
     LatentKVCache,
@@ -35,5 +36,6 @@ __all__ = [
     "paged_attention",
     "reference",
     "use_tuned",
+    "warmup",
 ]
 __version__ = "0.1.0"

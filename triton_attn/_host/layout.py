@@ -4,6 +4,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._jit.tiles import PACKED_END, piece_0, piece_1
 
+# Names of kernel arguments that must not mean a new compilation. Strides of lse follow from lengths, and are no tuple
+# because Triton specialises what is in one. Slices of lse and of index tensors may start at any address.
+LSE = ["lse_ptr", "lse_split_stride", "lse_batch_stride", "lse_row_stride", "lse_head_stride"]
+INDICES = ["cache_seqlens_ptr", "block_table_ptr", "table_stride", "slot_mapping_ptr", "positions_ptr"]
 # Keys and values that are to stay in the L2 cache together; an H100 has 50 MB, an A100 40 MB.
 L2_BUDGET_BYTES = 32 << 20
 

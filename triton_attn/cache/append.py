@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS
 from .._host.device import launch
-from .._host.layout import scale_stride
+from .._host.layout import INDICES, scale_stride
 from .._jit.rope import load_rotated
 
 TILE_ELEMENTS = 4096
@@ -63,7 +63,7 @@ def _store_rows(
     tl.store(cache_ptr + offsets[:, None] + offs_d[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", *INDICES])
 def _append_kv_cache_kernel(
     k_ptr,
     v_ptr,

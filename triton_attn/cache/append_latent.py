@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .._host.device import launch
 from .._host.latent import SCALE_BLOCK, latent_parts
+from .._host.layout import INDICES
 from .._jit.rope import load_rotated
 from .append import TILE_ELEMENTS, encode_float8
 
@@ -21,7 +22,7 @@ def _quantize(x, BLOCK: tl.constexpr):
     return tl.reshape(bits, x.shape), scales
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", *INDICES])
 def _append_latent_cache_kernel(
     kv_latent_ptr,
     k_pe_ptr,

@@ -8,7 +8,7 @@ from .._host.device import launch
 TILE_ELEMENTS = 4096
 
 
-@triton.jit(do_not_specialize=["num_layers"])
+@triton.jit(do_not_specialize=["num_layers", "src_pages_ptr", "dst_pages_ptr"])
 def _copy_kv_pages_kernel(
     src_pages_ptr,
     dst_pages_ptr,

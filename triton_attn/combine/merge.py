@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .._host.device import launch
+from .._host.layout import LSE
 from .._jit.softmax import LOG2_E, softmax_finish
 
 # Parts that are loaded at once, and elements of the tile that they make.
@@ -11,16 +12,35 @@ MAX_PARTS = 32
 TILE_ELEMENTS = 4096
 
 
-@triton.jit(do_not_specialize=["num_parts", "num_rows"])
+# Lengths and what follows from them: a new length must not mean a new compilation.
+LENGTHS = [
+    "num_parts",
+    "num_rows",
+    "seqlen_q",
+    "lses_ptr",
+    "lses_part_stride",
+    "lses_batch_stride",
+    "lses_row_stride",
+    "lses_head_stride",
+    *LSE,
+]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def _merge_kernel(
     outs_ptr,
     lses_ptr,
     out_ptr,
     lse_ptr,
     outs_strides,
-    lses_strides,
     out_strides,
-    lse_strides,
+    lses_part_stride,
+    lses_batch_stride,
+    lses_row_stride,
+    lses_head_stride,
+    lse_batch_stride,
+    lse_row_stride,
+    lse_head_stride,
     num_parts,
     num_rows,
     seqlen_q,
@@ -32,7 +52,7 @@ def _merge_kernel(
 ):
     """One program merges the parts of BLOCK_ROWS rows; a row is one head of one query.
 
-    Grid: num_rows / BLOCK_ROWS, rounded up. Strides are (part,) batch, row, head.
+    Grid: num_rows / BLOCK_ROWS, rounded up. Strides are of (part,) batch, row, head.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows_mask = rows < num_rows
@@ -42,7 +62,7 @@ def _merge_kernel(
     # Tiles are (row, part), flattened to rows where they are loaded: a batch of small loads, all on their way together.
     parts = tl.arange(0, BLOCK_PARTS).to(tl.int64)
     outs_rows = batch * outs_strides[1] + query * outs_strides[2] + head * outs_strides[3]
-    lses_rows = batch * lses_strides[1] + query * lses_strides[2] + head * lses_strides[3]
+    lses_rows = batch * lses_batch_stride + query * lses_row_stride + head * lses_head_stride
     offs_d = tl.arange(0, BLOCK_D)
 
     m_i = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -50,7 +70,7 @@ def _merge_kernel(
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for first in range(0, num_parts, BLOCK_PARTS):
         mask = rows_mask[:, None] & (first + parts < num_parts)[None, :]
-        ptrs = lses_ptr + lses_rows[:, None] + (first + parts)[None, :] * lses_strides[0]
+        ptrs = lses_ptr + lses_rows[:, None] + (first + parts)[None, :] * lses_part_stride
         lse = tl.load(ptrs, mask=mask, other=float("-inf")) * LOG2_E
         m_new = tl.maximum(m_i, tl.max(lse, 1))
         m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -65,7 +85,7 @@ def _merge_kernel(
 
     norm, lse = softmax_finish(m_i, l_i)
     if lse_ptr is not None:
-        offsets = batch * lse_strides[0] + query * lse_strides[1] + head * lse_strides[2]
+        offsets = batch * lse_batch_stride + query * lse_row_stride + head * lse_head_stride
         tl.store(lse_ptr + offsets, lse, mask=rows_mask)
     offsets = batch * out_strides[0] + query * out_strides[1] + head * out_strides[2]
     mask = rows_mask[:, None] & (offs_d < HEAD_DIM_V)[None, :]
@@ -96,9 +116,9 @@ def launch_merge(outs, lses, out, lse):
         out,
         lse,
         outs.stride()[:4],
-        lses.stride(),
         out.stride()[:3],
-        None if lse is None else lse.stride(),
+        *lses.stride(),
+        *((None, None, None) if lse is None else lse.stride()),
         num_parts,
         num_rows,
         seqlen_q,

@@ -111,7 +111,7 @@ def _weight_gradients(a, b, minus_delta, keep, dropout, INPUT_PRECISION: tl.cons
         return tl.where(keep, dot_transposed(a, b, INPUT_PRECISION) * dropout[2], 0.0) + minus_delta
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "dlse_ptr", "dlse_batch_stride", "dlse_row_stride", "dlse_head_stride"])
 def _flash_bwd_delta_kernel(
     out_ptr,
     dout_ptr,
@@ -123,7 +123,9 @@ def _flash_bwd_delta_kernel(
     cu_seqlens_q_ptr,
     out_strides,
     dout_strides,
-    dlse_strides,
+    dlse_batch_stride,
+    dlse_row_stride,
+    dlse_head_stride,
     seqlen_q,
     lse_stride,
     num_tiles,
@@ -152,8 +154,9 @@ def _flash_bwd_delta_kernel(
     dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
     minus_delta = -row_dot(out, dout)
     if dlse_ptr is not None:
+        dlse_strides = dlse_batch_stride, dlse_row_stride, dlse_head_stride
         dlse_ptr = row_pointer(dlse_ptr, dlse_strides, batch, first_q + start_m, head)
-        minus_delta += tl.load(dlse_ptr + rows.to(tl.int64) * dlse_strides[1], mask=rows_mask, other=0.0)
+        minus_delta += tl.load(dlse_ptr + rows.to(tl.int64) * dlse_row_stride, mask=rows_mask, other=0.0)
     lse_row = tl.cast(head if VARLEN else batch * num_heads + head, tl.int64) * lse_stride + first_q
     tl.store(minus_delta_ptr + lse_row + offs_m, minus_delta, mask=rows_mask)
 
@@ -636,7 +639,7 @@ def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
             cu_seqlens_q,
             row_strides(out),
             row_strides(dout),
-            None if dlse is None else lse_strides(dlse),
+            *((None, None, None) if dlse is None else lse_strides(dlse)),
             seqlen_q,
             lse.shape[-1],
             num_tiles,

@@ -12,7 +12,7 @@ import triton.language as tl
 from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.latent import SCALE_BLOCK, latent_parts
-from .._host.layout import vector_elements
+from .._host.layout import INDICES, LSE, vector_elements
 from .._host.tuned import remember
 from .._jit.heads import in_vectors, row_offsets, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
@@ -26,7 +26,7 @@ from .projections import launch_absorb, launch_merge_project
 
 LOG2_E = math.log2(math.e)
 # A new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits"]
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", *INDICES, *LSE]
 
 
 @triton.constexpr_function
@@ -79,7 +79,10 @@ def _mla_absorbed_kernel(
     q_pe_strides,
     page_strides,
     out_strides,
-    lse_strides,
+    lse_split_stride,
+    lse_batch_stride,
+    lse_row_stride,
+    lse_head_stride,
     table_stride,
     seqlen_q,
     seqlen_k,
@@ -240,8 +243,9 @@ def _mla_absorbed_kernel(
     store_piece(out_ptr, out_rows, 1, rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK, True)
     if SECOND > 0:
         store_piece(out_ptr, out_rows, 1, rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK, True)
-    lse_ptr += tl.cast(split, tl.int64) * lse_strides[0]
-    tl.store(lse_ptr + row_offsets(sequence, first_q + queries, heads, lse_strides[1:]), lse, mask=rows_mask)
+    lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
+    lse_ptr += tl.cast(split, tl.int64) * lse_split_stride
+    tl.store(lse_ptr + row_offsets(sequence, first_q + queries, heads, lse_strides), lse, mask=rows_mask)
 
 
 def launch_mla_decode(
@@ -351,7 +355,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         q_pe.stride()[:3],
         tuple(None if x is None else x.stride(0) for x in cache),
         parts.stride()[:4],
-        lse_parts.stride(),
+        *lse_parts.stride(),
         None if block_table is None else block_table.stride(0),
         max_seqlen_q,
         max_seqlen_k,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch_packed
-from .._host.layout import heads_in_l2, lse_strides, row_strides, strides_are_wide
+from .._host.layout import LSE, heads_in_l2, lse_strides, row_strides, strides_are_wide
 from .._jit.heads import assign_tile, row_pointer, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
@@ -15,7 +15,7 @@ from .._jit.tiles import load_piece, padded_size, store_piece
 from .configs import choose_prefill_config
 
 # A new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row"]
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", *LSE]
 
 
 @triton.jit
@@ -89,7 +89,9 @@ def _mla_prefill_kernel(
     w_strides,
     prior_strides,
     out_strides,
-    lse_strides,
+    lse_batch_stride,
+    lse_row_stride,
+    lse_head_stride,
     seqlen_q,
     seqlen_k,
     num_tiles,
@@ -170,7 +172,8 @@ def _mla_prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     lse_ptrs = None
     if lse_ptr is not None:
-        lse_ptrs = row_pointer(lse_ptr, lse_strides, batch, first_q + start_m, head) + rows * lse_strides[1]
+        lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
+        lse_ptrs = row_pointer(lse_ptr, lse_strides, batch, first_q + start_m, head) + rows * lse_row_stride
     if prior_ptr is not None:
         prior_ptr = row_pointer(prior_ptr, prior_strides, batch, first_q + start_m, head)
         acc = load_piece(prior_ptr, rows, prior_strides[1], rows_mask, 0, BLOCK_V, V_HEAD_DIM, WIDE_ROWS)
@@ -331,7 +334,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         (w_uk.stride(1), w_uv.stride(1), w_uk.stride(0), w_uv.stride(0)) if fused else None,
         None if prior is None else row_strides(prior),
         row_strides(out),
-        None if lse is None else lse_strides(lse),
+        *((None, None, None) if lse is None else lse_strides(lse)),
         max_seqlen_q,
         max_seqlen_k,
         num_tiles,

@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch_packed
-from .._host.layout import without_dim
+from .._host.layout import INDICES, LSE, without_dim
 from .._jit.heads import row_offsets
 from .._jit.rope import load_rotated
 from .._jit.softmax import LN_2, softmax_finish
 from .._jit.tiles import padded_size
 
-LENGTHS = ["seqlen_q", "num_tokens", "num_splits"]  # a new length must not mean a new compilation
+# A new length must not mean a new compilation.
+LENGTHS = ["seqlen_q", "num_tokens", "num_splits", *INDICES, *LSE]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -90,7 +91,9 @@ def _merge_project_kernel(
     lse_ptr,
     w_strides,
     out_strides,
-    lse_strides,
+    lse_batch_stride,
+    lse_head_stride,
+    lse_row_stride,
     seqlen_q,
     num_tokens,
     num_splits,
@@ -158,7 +161,7 @@ def _merge_project_kernel(
     mask = rows_mask[:, None] & (values < V_HEAD_DIM)[None, :]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None and tl.program_id(2) == 0:
-        offsets = tokens // seqlen_q * lse_strides[0] + head * lse_strides[1] + tokens % seqlen_q * lse_strides[2]
+        offsets = tokens // seqlen_q * lse_batch_stride + head * lse_head_stride + tokens % seqlen_q * lse_row_stride
         tl.store(lse_ptr + offsets, lse, mask=tokens_mask)
 
 
@@ -235,7 +238,7 @@ def launch_merge_project(parts, lse_parts, w_uv, out, lse):
         lse,
         w_uv.stride()[:2],
         out.stride()[1:3],
-        None if lse is None else lse.stride(),
+        *((None, None, None) if lse is None else lse.stride()),
         seqlen_q,
         num_tokens,
         num_splits,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
-from .._host.layout import batch_head_strides, lse_strides, scale_stride, vector_elements, without_dim
+from .._host.layout import INDICES, LSE, batch_head_strides, lse_strides, scale_stride, vector_elements, without_dim
 from .._host.tuned import remember
 from .._jit.heads import find_sequence, in_vectors, row_offsets
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
@@ -23,7 +23,17 @@ LOG2_E = math.log2(math.e)
 
 
 # Lengths and what follows from them: a new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "batch", "num_tiles", "search_steps", "first_key"]
+LENGTHS = [
+    "seqlen_q",
+    "seqlen_k",
+    "batch",
+    "num_tiles",
+    "num_splits",
+    "search_steps",
+    "first_key",
+    *INDICES,
+    *LSE,
+]
 
 
 @triton.jit
@@ -56,7 +66,10 @@ def _paged_fwd_kernel(
     k_strides,
     v_strides,
     out_strides,
-    lse_strides,
+    lse_split_stride,
+    lse_batch_stride,
+    lse_row_stride,
+    lse_head_stride,
     table_stride,
     alibi_strides,
     scale_strides,
@@ -229,8 +242,9 @@ def _paged_fwd_kernel(
     offsets = row_offsets(batch_index, row_index, heads, out_strides[1:])
     store_tile(out_ptr, offsets, 1, rows_mask, scale_rows(acc, norm), HEAD_DIM_V, True)
     if lse_ptr is not None:
-        lse_ptr += tl.cast(split, tl.int64) * lse_strides[0]
-        tl.store(lse_ptr + row_offsets(batch_index, row_index, heads, lse_strides[1:]), lse, mask=rows_mask)
+        lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
+        lse_ptr += tl.cast(split, tl.int64) * lse_split_stride
+        tl.store(lse_ptr + row_offsets(batch_index, row_index, heads, lse_strides), lse, mask=rows_mask)
 
 
 def launch_paged_fwd(
@@ -281,7 +295,7 @@ def launch_paged_fwd(
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     parts, part_strides = out, (0, *without_dim(out.stride()))
-    lse_parts, lse_part_strides = lse, None if lse is None else (0, *lse_strides(lse))
+    lse_parts, lse_part_strides = lse, (None,) * 4 if lse is None else (0, *lse_strides(lse))
     if num_parts > 1:
         parts = out.new_empty((num_parts, *out.shape), dtype=torch.float32)
         lse_parts = out.new_empty((num_parts, *out.shape[:-1]), dtype=torch.float32)
@@ -307,7 +321,7 @@ def launch_paged_fwd(
             k_cache.stride()[:3],
             v_cache.stride()[:3],
             part_strides,
-            lse_part_strides,
+            *lse_part_strides,
             None if block_table is None else block_table.stride(0),
             None if alibi_slopes is None else batch_head_strides(alibi_slopes),
             scale_strides,

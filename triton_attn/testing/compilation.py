@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -218,6 +220,44 @@ def compile_only(arch: str, *, every_launch: bool = True):
         else:
             os.environ["TRITON_ATTN_BACKEND"] = backend
         driver.close()
+
+
+class Specialization(NamedTuple):
+    """One of the kernels that a kernel function compiles to: by types, constants and divisibility of its arguments."""
+
+    name: str  # of the function
+    data: str  # Triton's own description of it, JSON
+
+
+@contextlib.contextmanager
+def record_specializations(arch: str, *, compiled: Collection[Specialization] = ()):
+    """`compile_only` that compiles nothing: it tells what would be, a fraction of a millisecond for a launch.
+
+    For counting what a change of arguments compiles anew. Every launch costs as much, also of what was met before.
+
+    Args:
+        arch: as in `compile_only`.
+        compiled: of those that are met, the ones to compile nevertheless.
+
+    Yields:
+        A dict whose keys are the `Specialization`s met, in the order in which they were; it grows while the context is
+        open.
+    """
+    met = {}
+
+    def hook(*, fn, compile, **_):
+        specialization = Specialization(fn.name, compile["specialization_data"])
+        met[specialization] = None
+        return specialization not in compiled  # True: leave it
+
+    config = triton.knobs.runtime
+    previous = config.jit_cache_hook
+    with compile_only(arch):
+        config.jit_cache_hook = hook
+        try:
+            yield met
+        finally:
+            config.jit_cache_hook = previous
 
 
 class _Driver:

@@ -1,0 +1,231 @@
+"""After a warm-up nothing that a server does is compiled; what the function and the command say and refuse."""
+
+import importlib
+import os
+import random
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import triton_attn
+from triton_attn._warmup import compilation
+from triton_attn.models import MODELS, model_named
+from triton_attn.testing import record_specializations
+
+BF16 = torch.bfloat16
+ARCH = "sm_90"
+
+
+@pytest.fixture
+def warmed(monkeypatch):
+    """A warm-up that tells which kernels it would compile."""
+
+    def warm(*args, **options):
+        kernels = set()
+
+        def compile_all(jobs, arch, num_workers, report):
+            kernels.update(kernel for *_, task in compilation._tasks(jobs, arch) for kernel in task)
+            return len(kernels), 0
+
+        monkeypatch.setattr(compilation, "compile_all", compile_all)
+        triton_attn.warmup(*args, arch=ARCH, **options)
+        return kernels
+
+    return warm
+
+
+def indices(*shape, dtype=torch.int32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def serve(model, num_heads_q, num_heads_kv, rng, *, cache_dtype=BF16, page_size=16, **options):
+    """Prompts whole, packed and in chunks, a decode batch that grows and shrinks, drafts, appends, copies, merges."""
+    dim, window = model.head_dim, (-1, -1)
+    if model.sinks:
+        options["sinks"] = torch.empty(num_heads_q)
+
+    def qkv(*rows):
+        return [torch.empty(*rows, heads, dim, dtype=BF16) for heads in (num_heads_q, num_heads_kv, num_heads_kv)]
+
+    caches = [torch.empty(2, 999, page_size, num_heads_kv, dim, dtype=cache_dtype) for _ in range(2)]
+    for step in range(60):
+        if model.window is not None:
+            window = rng.choice([(-1, -1), (model.window - 1, 0)])
+        masks = {"causal": True, "window_size": window, **options}
+        prompt, batch, width = rng.randint(1, 5000), rng.randint(1, 64), rng.randint(1, 300)
+        drafts, chunk = rng.randint(1, 8), rng.randint(9, 2048)
+        return_lse = rng.random() < 0.5
+        lens, table = indices(batch), indices(batch, width)
+        triton_attn.flash_attention(*qkv(1, prompt), return_lse=return_lse, **masks)
+        cu_seqlens = indices(batch + 1)
+        triton_attn.flash_attention_varlen(*qkv(prompt), cu_seqlens, cu_seqlens, prompt, prompt, **masks)
+        k_cache, v_cache = (cache[step % 2] for cache in caches)
+        triton_attn.append_kv_cache(*qkv(prompt)[1:], k_cache, v_cache, indices(prompt, dtype=torch.int64))
+        for seqlen_q in (1, drafts):
+            q = qkv(batch, seqlen_q)[0]
+            triton_attn.paged_attention(q, k_cache, v_cache, lens, table, return_lse=return_lse, **masks)
+        mixed = dict(cu_seqlens_q=cu_seqlens, max_seqlen_q=chunk)
+        q = qkv(chunk + batch - 1)[0]
+        triton_attn.paged_attention(q, k_cache, v_cache, lens, table, return_lse=return_lse, **mixed, **masks)
+        pages = indices(rng.randint(1, 20))
+        triton_attn.copy_kv_pages(caches, pages, pages)
+        outs = torch.empty(rng.randint(2, 5), batch, 1, num_heads_q, dim, dtype=BF16)
+        triton_attn.merge_attention(outs, torch.empty(*outs.shape[:2], num_heads_q, 1))
+
+
+def serve_latent(model, num_heads, rng, page_size=64):
+    """The same of a model with latent vectors."""
+    nope, rank, rope, v_dim = model.head_dim - model.qk_rope_head_dim, model.kv_lora_rank, model.qk_rope_head_dim, 128
+    w_uk, w_uv = (torch.empty(num_heads, dim, rank, dtype=BF16) for dim in (nope, v_dim))
+    cache = torch.empty(99, page_size, rank + rope, dtype=BF16)
+
+    def queries(*rows):
+        return torch.empty(*rows, num_heads, nope + rope, dtype=BF16).split([nope, rope], dim=-1)
+
+    def latents(*rows):
+        return torch.empty(*rows, rank + rope, dtype=BF16).split([rank, rope], dim=-1)
+
+    for _ in range(40):
+        batch, width, drafts = rng.randint(1, 64), rng.randint(1, 200), rng.randint(1, 8)
+        return_lse = rng.random() < 0.5
+        for seqlen_q in (1, drafts):
+            lens, table = indices(batch), indices(batch, width)
+            triton_attn.mla_decode(*queries(batch, seqlen_q), cache, lens, table, w_uk, w_uv, return_lse=return_lse)
+        tokens, keys = rng.randint(1, 3000), rng.randint(1, 100)
+        cu_seqlens = indices(batch + 1)
+        lengths = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=tokens, max_seqlen_k=keys)
+        for mode in ("absorbed", "fused"):
+            inputs = *queries(tokens), *latents(keys), w_uk, w_uv
+            triton_attn.mla_prefill(*inputs, mode=mode, return_lse=return_lse, **lengths)
+        inputs = *queries(1, tokens), *latents(1, keys), w_uk, w_uv
+        triton_attn.mla_prefill(*inputs, mode="materialized", return_lse=return_lse)
+        triton_attn.append_latent_cache(*latents(tokens), cache, indices(tokens, dtype=torch.int64))
+        pages = indices(rng.randint(1, 20))
+        triton_attn.copy_kv_pages(cache, pages, pages)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel_size"),
+    [(m.name.lower(), n) for m in MODELS for n in (1, 4) if m.kv_lora_rank is None and m.num_heads_q % n == 0],
+)
+def test_serving_compiles_nothing_after_a_warmup(warmed, name, tensor_parallel_size):
+    model = model_named(name)
+    kernels = warmed(name, tensor_parallel_size=tensor_parallel_size, max_seqlen=8192)
+    num_heads_q, num_heads_kv = (max(1, n // tensor_parallel_size) for n in (model.num_heads_q, model.num_heads_kv))
+    with record_specializations(ARCH) as met:
+        serve(model, num_heads_q, num_heads_kv, random.Random(0))
+    assert set(met) <= kernels
+    assert len(met) > 10
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3"])
+def test_serving_latent_vectors_compiles_nothing_after_a_warmup(warmed, name):
+    kernels = warmed(name, tensor_parallel_size=2, max_seqlen=4096)
+    model = model_named(name)
+    with record_specializations(ARCH) as met:
+        serve_latent(model, model.num_heads_q // 2, random.Random(0))
+    assert set(met) <= kernels
+    assert len(met) > 20
+
+
+@pytest.mark.compiled
+def test_training_compiles_nothing_after_a_warmup(warmed):
+    kernels = warmed(num_heads_q=8, num_heads_kv=2, head_dim=64, functions=["flash_attention_backward"])
+    with record_specializations(ARCH) as met:
+        for batch, seqlen in ((1, 1), (2, 1000), (3, 4097)):
+            q, k, v = (torch.empty(batch, seqlen, n, 64, dtype=BF16, requires_grad=True) for n in (8, 2, 2))
+            out = triton_attn.flash_attention(q, k, v, causal=True)
+            torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert set(met) <= kernels
+    assert {kernel.name for kernel in met} >= {"_flash_fwd_kernel", "_flash_bwd_delta_kernel"}
+
+
+@pytest.mark.compiled
+def test_what_was_not_warmed_up_is_noticed(warmed):
+    """The comparison above can fail: another head dimension has kernels of its own."""
+    kernels = warmed(num_heads_q=4, head_dim=64, functions=["flash_attention"], max_seqlen=16)
+    with record_specializations(ARCH) as met:
+        triton_attn.flash_attention(*[torch.empty(1, 16, 4, 32, dtype=BF16)] * 3, causal=True)
+    assert not set(met) & kernels
+
+
+CALLS = """
+    import torch, triton, triton_attn
+    from triton_attn.testing import compile_only
+
+    hits = []
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    with compile_only("sm_80"):
+        for seqlen in (1, 7, 100):
+            q, k, v = (torch.empty(2, seqlen, n, 32, dtype=torch.float16) for n in (4, 2, 2))
+            triton_attn.flash_attention(q, k, v, causal=True)
+    assert hits == [{expected}], hits
+"""
+
+
+@pytest.mark.compiled
+def test_another_process_finds_the_kernels_on_disk(tmp_path):
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+
+    def call(expected):
+        source = textwrap.dedent(CALLS.format(expected=expected))
+        subprocess.run([sys.executable, "-c", source], env=env, check=True)
+
+    command = "--num-heads-q 4 --num-heads-kv 2 --head-dim 32 --dtype float16 --arch sm_80 --max-seqlen 16"
+    command = [sys.executable, "-m", "triton_attn.warmup", *command.split(), "--functions", "flash_attention"]
+    first, second = (
+        subprocess.run([*command, "--num-workers", n], env=env, check=True, capture_output=True, text=True).stdout
+        for n in ("2", "1")
+    )
+    assert "1/2 _flash_fwd_kernel: " in first
+    assert "2 kernels compiled, 0 in the cache" in first
+    assert "2/2 _flash_fwd_kernel: in the cache" in second
+    assert "0 kernels compiled, 2 in the cache" in second
+    call(True)
+    env["TRITON_CACHE_DIR"] = str(tmp_path / "empty")
+    call(False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": "gpt-2"}, ValueError, "model: expected llama-2-7b or"),
+        ({}, TypeError, "num_heads_q: expected an int, got NoneType"),
+        ({"num_heads_q": 4, "head_dim": 0}, ValueError, "head_dim: expected 1 or more, got 0"),
+        ({"model": "llama-3-8b", "tensor_parallel_size": 5}, ValueError, "tensor_parallel_size: expected a divisor"),
+        ({"model": "llama-3-8b", "dtype": torch.int8}, TypeError, "dtype: expected float16, bfloat16 or float32"),
+        ({"model": "llama-3-8b", "kv_cache_dtype": torch.float32}, TypeError, "kv_cache_dtype: expected torch.bfl"),
+        ({"model": "llama-3-8b", "functions": ["mla_decode"]}, ValueError, "functions: expected some of flash_att"),
+        ({"model": "llama-3-8b", "functions": "flash_attention"}, TypeError, "functions: expected a list of names"),
+        ({"model": "llama-3-8b", "page_size": 0, "functions": ["append_kv_cache"]}, ValueError, "page_size: expec"),
+        ({"model": "llama-3-8b", "num_workers": 0}, ValueError, "num_workers: expected 1 or more, got 0"),
+        ({"model": "llama-3-8b", "window_size": 5}, TypeError, "window_size: expected a pair"),
+        ({"num_heads_q": 4, "head_dim": 64, "kv_lora_rank": 512}, TypeError, "kv_lora_rank, qk_rope_head_dim: exp"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_happens(options, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        triton_attn.warmup(arch="sm_99", **options)
+
+
+@pytest.mark.compiled
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*; got 'sm_99'"):
+        triton_attn.warmup("llama-3-8b", arch="sm_99")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_architecture_must_be_given():
+    with pytest.raises(RuntimeError, match="arch: there is no GPU here"):
+        triton_attn.warmup("llama-3-8b")
+
+
+def test_the_command_does_not_take_the_place_of_the_function():
+    with pytest.raises(ImportError, match="a command"):
+        importlib.import_module("triton_attn.warmup")
+    assert callable(triton_attn.warmup)

@@ -1,0 +1,3 @@
+from .api import WarmupResult, warmup
+
+__all__ = ["WarmupResult", "warmup"]

@@ -1,0 +1,199 @@
+"""Compiling ahead of the first call, into Triton's cache on disk."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from .._host.checks import FLOAT8_MANTISSA_BITS, KERNEL_DTYPES, check_size, check_window, fail
+from ..models import model_named
+
+NOT_BY_DEFAULT = ("flash_attention_backward", "shared_prefix")
+NEED_PAGES = ("shared_prefix", "append_kv_cache", "copy_kv_pages")
+
+
+class WarmupResult(NamedTuple):
+    """Kernels that were compiled, that Triton's cache had already, and the seconds that all took."""
+
+    compiled: int
+    cached: int
+    seconds: float
+
+
+def warmup(
+    model=None,
+    *,
+    num_heads_q=None,
+    num_heads_kv=None,
+    head_dim=None,
+    head_dim_v=None,
+    kv_lora_rank=None,
+    qk_rope_head_dim=None,
+    tensor_parallel_size=1,
+    dtype=torch.bfloat16,
+    kv_cache_dtype=None,
+    page_size=None,
+    causal=True,
+    window_size=None,
+    softcap=0.0,
+    sinks=None,
+    alibi=False,
+    rotary_dim=0,
+    rope_interleaved=False,
+    dropout_p=0.0,
+    deterministic=False,
+    max_seqlen=16384,
+    functions=None,
+    arch=None,
+    num_workers=1,
+    report=None,
+):
+    """Compile ahead what calls of a model's shape need, so that a server's first request does not pay.
+
+    The calls are made as they will be, nothing is launched, and what the compiler makes goes to Triton's cache on disk
+    (TRITON_CACHE_DIR), where this process and later ones find it, also for a GPU that is not here. A kernel does not
+    depend on lengths, batch size, number of pages or width of a block table, so that a few calls stand for all.
+
+    Args:
+        model: a name of `triton_attn.models`, in any case: "llama-3-8b", "gemma-3-12b", "deepseek-v3". It gives the
+            heads, and window_size and sinks where these are None: of a model some of whose layers see a window both
+            kinds of layer are compiled. None: the heads are given.
+        num_heads_q, num_heads_kv, head_dim: of the model, or in place of one. None: num_heads_kv is num_heads_q.
+        head_dim_v: of values; None is head_dim.
+        kv_lora_rank, qk_rope_head_dim: of MLA; head_dim is then qk_nope_head_dim + qk_rope_head_dim.
+        tensor_parallel_size: GPUs that share the heads: each has num_heads / tensor_parallel_size, one at the least.
+        dtype: of queries: fp16, bf16 or fp32.
+        kv_cache_dtype: None is dtype; float8_e4m3fn or float8_e5m2 otherwise, with every kind of scale.
+        page_size: tokens on a page; None is 16, for MLA 64; 0 is a contiguous cache, without block tables.
+        causal, window_size, softcap: as calls give them; None is the model's window (window - 1 keys to the left), or
+            none. Of MLA there is causal alone.
+        sinks, alibi: whether calls give such tensors.
+        rotary_dim, rope_interleaved: of rotary positions that the append kernels, and MLA decode, apply; 0 is none.
+        dropout_p, deterministic: of flash_attention.
+        max_seqlen: the longest prompt and context, in tokens.
+        functions: names of what is called; None is what serving calls:
+            "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries a sequence,
+            chunks of prompts), "append_kv_cache", "copy_kv_pages", "merge_attention";
+            of MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
+            Besides: "flash_attention_backward" for training, "shared_prefix" for paged_attention's shared_prefix_len.
+        arch: the GPU's, as `triton_attn.testing.compile_only` takes it: "sm_90", "gfx942", ... None: the GPU here.
+        num_workers: processes that compile side by side. More than 1 starts them anew: a script then needs the usual
+            `if __name__ == "__main__":`.
+        report: called with one line per kernel as it is done, `print` for example.
+
+    Returns:
+        WarmupResult (compiled, cached, seconds).
+
+    What is left to the first call: strides that 16 does not divide, a softmax_scale of 0 or less, tensors that do not
+    begin at multiples of 16 bytes, MLA's backward pass, and prompts whose keys of one head exceed mla_prefill's default
+    workspace.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was compiled.
+        RuntimeError: TRITON_INTERPRET is set, or arch is None and there is no GPU.
+    """
+    shape = dict(
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+    )
+    windows = [window_size]
+    if model is not None:
+        model = model_named(model)
+        shape = {name: getattr(model, name) if size is None else size for name, size in shape.items()}
+        sinks = model.sinks if sinks is None else sinks
+        windows = _windows(model) if window_size is None else windows
+    options = dict(
+        dtype=dtype,
+        kv_cache_dtype=dtype if kv_cache_dtype is None else kv_cache_dtype,
+        causal=causal,
+        softcap=softcap,
+        sinks=bool(sinks),
+        alibi=alibi,
+        rotary_dim=rotary_dim,
+        rope_interleaved=rope_interleaved,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        max_seqlen=max_seqlen,
+    )
+    shape = _check_shape(tensor_parallel_size, **shape)
+    page_size = _check_options(shape["kv_lora_rank"] is not None, page_size, **options)
+    check_size("num_workers", num_workers)
+    if window_size is not None:
+        check_window(window_size)
+
+    from .compilation import compile_all
+    from .workload import OF_ANY_HEADS, OF_LATENT_VECTORS, Workload
+
+    served = OF_ANY_HEADS if shape["kv_lora_rank"] is None else OF_LATENT_VECTORS
+    functions = _check_functions(functions, served, page_size)
+    works = [Workload(**shape, **options, page_size=page_size, window_size=window or (-1, -1)) for window in windows]
+    jobs = [(served[name], work) for work in works for name in functions]
+    start = time.monotonic()
+    compiled, cached = compile_all(jobs, _arch_here() if arch is None else arch, num_workers, report)
+    return WarmupResult(compiled, cached, time.monotonic() - start)
+
+
+def _windows(model):
+    """Of the model's kinds of layer."""
+    windows = [None] if model.num_windowed_layers < model.num_layers else []
+    return [*windows, (model.window - 1, 0)] if model.num_windowed_layers else windows
+
+
+def _check_shape(tensor_parallel_size, num_heads_q, num_heads_kv, head_dim, head_dim_v, kv_lora_rank, qk_rope_head_dim):
+    num_heads_kv = num_heads_q if num_heads_kv is None else num_heads_kv
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    if (kv_lora_rank is None) != (qk_rope_head_dim is None):
+        fail("kv_lora_rank, qk_rope_head_dim", "both or none", "one of them", TypeError)
+    sizes = dict(num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+    latent = dict(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
+    for name, size in (sizes if kv_lora_rank is None else sizes | latent).items():
+        check_size(name, size)
+    check_size("tensor_parallel_size", tensor_parallel_size)
+    if kv_lora_rank is not None and qk_rope_head_dim >= head_dim:
+        fail("qk_rope_head_dim", f"less than head_dim, {head_dim}", qk_rope_head_dim)
+    for name in ("num_heads_q", "num_heads_kv"):
+        if sizes[name] % tensor_parallel_size and sizes[name] > tensor_parallel_size:
+            fail("tensor_parallel_size", f"a divisor of {name}, {sizes[name]}", tensor_parallel_size)
+        sizes[name] = max(1, sizes[name] // tensor_parallel_size)
+    return sizes | latent
+
+
+def _check_options(is_mla, page_size, dtype, kv_cache_dtype, max_seqlen, **_):
+    """The page size, None for a contiguous cache. The other options are checked by the functions that take them."""
+    if dtype not in KERNEL_DTYPES:
+        fail("dtype", "float16, bfloat16 or float32", dtype, TypeError)
+    if kv_cache_dtype not in (dtype, *FLOAT8_MANTISSA_BITS):
+        fail("kv_cache_dtype", f"{dtype}, float8_e4m3fn or float8_e5m2", kv_cache_dtype, TypeError)
+    check_size("max_seqlen", max_seqlen)
+    if page_size is None:
+        return 64 if is_mla else 16
+    if page_size == 0 and not is_mla:
+        return None
+    check_size("page_size", page_size)
+    return page_size
+
+
+def _check_functions(functions, served, page_size):
+    if functions is None:
+        without = NOT_BY_DEFAULT if page_size else (*NOT_BY_DEFAULT, *NEED_PAGES)
+        return [name for name in served if name not in without]
+    if isinstance(functions, str):
+        fail("functions", "a list of names", repr(functions), TypeError)
+    for name in functions:
+        if name not in served:
+            fail("functions", f"some of {', '.join(served)}", repr(name))
+        if name in NEED_PAGES and page_size is None:
+            fail("page_size", f"1 or more, since {name} is of pages", 0)
+    return functions
+
+
+def _arch_here():
+    if not torch.cuda.is_available():
+        raise RuntimeError('arch: there is no GPU here; name one to compile for, such as "sm_90"')
+    from .._host.device import arch_of
+
+    return arch_of(torch.empty(0, device="cuda"))

@@ -1,0 +1,273 @@
+"""What a server or a trainer calls: the fewest calls that meet every kernel which calls like them can need.
+
+Lengths decide tiles at most, by powers of two, so that a few stand for all. Nothing is launched, and tensors hold what
+memory held.
+"""
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from .. import (
+    append_kv_cache,
+    append_latent_cache,
+    copy_kv_pages,
+    flash_attention,
+    flash_attention_varlen,
+    merge_attention,
+    mla_decode,
+    mla_prefill,
+    paged_attention,
+)
+from .._host.latent import latent_storage
+
+MAX_DRAFTS = 8  # queries of a sequence that a decode step verifies at once, the new token included
+MAX_TILED_PARTS = 128  # and more parts are merged by the same kernels
+WORKSPACE_BYTES = 2**28  # the default of mla_prefill
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes and options that all calls have in common; see `triton_attn.warmup`."""
+
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    kv_lora_rank: int | None
+    qk_rope_head_dim: int | None
+    dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
+    page_size: int | None
+    causal: bool
+    window_size: tuple
+    softcap: float
+    sinks: bool
+    alibi: bool
+    rotary_dim: int
+    rope_interleaved: bool
+    dropout_p: float
+    deterministic: bool
+    max_seqlen: int
+
+    @property
+    def lengths(self):
+        return powers_of_two(self.max_seqlen)
+
+    @property
+    def cached_lengths(self):
+        """(queries, keys) over a cache: decode with few keys to many, drafts and chunks with many."""
+        seqlens_q = sorted({*range(1, MAX_DRAFTS + 1), *self.lengths})
+        return [(1, n) for n in self.lengths[:-1]] + [(n, self.max_seqlen) for n in seqlens_q]
+
+    @property
+    def masks(self):
+        """Options of attention but for dropout."""
+        per_head = torch.empty(self.num_heads_q)
+        return dict(
+            causal=self.causal,
+            window_size=self.window_size,
+            softcap=self.softcap,
+            sinks=per_head if self.sinks else None,
+            alibi_slopes=per_head if self.alibi else None,
+        )
+
+    @property
+    def rope(self):
+        """Angles of one position."""
+        if self.rotary_dim == 0:
+            return {}
+        angles = torch.empty(1, self.rotary_dim // 2)
+        return dict(rope_cos=angles, rope_sin=angles, rope_interleaved=self.rope_interleaved)
+
+    @property
+    def cache_scales(self):
+        """None, a number, one for all heads and one for each; a cache in q's dtype has none."""
+        if self.kv_cache_dtype == self.dtype:
+            return (None,)
+        return (None, 1.0, torch.empty(1), torch.empty(self.num_heads_kv))
+
+    def qkv(self, *rows):
+        heads_and_dims = (
+            (self.num_heads_q, self.head_dim),
+            (self.num_heads_kv, self.head_dim),
+            (self.num_heads_kv, self.head_dim_v),
+        )
+        return [torch.empty(*rows, *shape, dtype=self.dtype) for shape in heads_and_dims]
+
+    def kv_caches(self, *rows):
+        """Of (pages, page_size) or (batch, seqlen_cache)."""
+        dims = self.head_dim, self.head_dim_v
+        return [torch.empty(*rows, self.num_heads_kv, dim, dtype=self.kv_cache_dtype) for dim in dims]
+
+    def latent_cache(self, num_pages=1):
+        dtype, width = latent_storage(self.kv_lora_rank, self.qk_rope_head_dim, self.kv_cache_dtype)
+        return torch.empty(num_pages, self.page_size, width, dtype=dtype)
+
+    def latents(self, *rows):
+        """Latent vectors and rotary keys, slices of one projection as models have them."""
+        widths = [self.kv_lora_rank, self.qk_rope_head_dim]
+        return torch.empty(*rows, sum(widths), dtype=self.dtype).split(widths, dim=-1)
+
+    def latent_queries(self, *rows):
+        """q_nope and q_pe, slices of one projection too."""
+        widths = [self.head_dim - self.qk_rope_head_dim, self.qk_rope_head_dim]
+        return torch.empty(*rows, self.num_heads_q, sum(widths), dtype=self.dtype).split(widths, dim=-1)
+
+    def latent_weights(self):
+        """w_uk and w_uv, views of kv_b_proj's weight."""
+        widths = [self.head_dim - self.qk_rope_head_dim, self.head_dim_v]
+        return torch.empty(self.num_heads_q, sum(widths), self.kv_lora_rank, dtype=self.dtype).split(widths, dim=1)
+
+
+def powers_of_two(end):
+    """1, 2, 4, ... to the first that reaches end."""
+    return [1 << i for i in range((end - 1).bit_length() + 1)]
+
+
+def indices(*shape, dtype=torch.int32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def call_flash_attention(work):
+    for seqlen, return_lse in itertools.product(work.lengths, (False, True)):
+        flash_attention(*work.qkv(1, seqlen), dropout_p=work.dropout_p, return_lse=return_lse, **work.masks)
+
+
+def call_flash_attention_varlen(work):
+    cu_seqlens = indices(2)
+    for seqlen, return_lse in itertools.product(work.lengths, (False, True)):
+        lengths = cu_seqlens, cu_seqlens, seqlen, seqlen
+        qkv = work.qkv(seqlen)
+        flash_attention_varlen(*qkv, *lengths, dropout_p=work.dropout_p, return_lse=return_lse, **work.masks)
+
+
+def call_flash_attention_backward(work):
+    """Training: both passes, dense and packed, with a gradient of lse and without."""
+    cu_seqlens = indices(2)
+    for seqlen, packed, use_lse in itertools.product(work.lengths, (False, True), (False, True)):
+        inputs = [x.requires_grad_() for x in work.qkv(*((seqlen,) if packed else (1, seqlen)))]
+        options = work.masks | dict(dropout_p=work.dropout_p, deterministic=work.deterministic, return_lse=True)
+        if packed:
+            outputs = flash_attention_varlen(*inputs, cu_seqlens, cu_seqlens, seqlen, seqlen, **options)
+        else:
+            outputs = flash_attention(*inputs, **options)
+        outputs = outputs if use_lse else outputs[:1]
+        torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
+
+
+def call_paged_attention(work):
+    """Decode with drafts, chunks of prompts, dense and packed; keys in one part and in several, and all merges."""
+    variants = itertools.product(work.cached_lengths, (1, 2), (False, True), work.cache_scales)
+    for (seqlen_q, seqlen_k), num_splits, return_lse, scale in variants:
+        options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
+        _attend_cached(work, seqlen_q, seqlen_k, **options)
+    for num_splits, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), (False, True)):
+        _attend_cached(work, 1, 1, num_splits=num_splits, return_lse=return_lse, **work.masks)
+
+
+def call_shared_prefix(work):
+    """paged_attention with shared_prefix_len, of whole pages."""
+    variants = itertools.product(work.lengths, (1, 2), (False, True), work.cache_scales)
+    for seqlen_q, num_splits, return_lse, scale in variants:
+        options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
+        _attend_cached(work, seqlen_q, 2 * work.page_size, shared_prefix_len=work.page_size, **options)
+
+
+def _attend_cached(work, seqlen_q, seqlen_k, **options):
+    """paged_attention of one sequence, dense and packed."""
+    if work.page_size is None:
+        cache = *work.kv_caches(1, seqlen_k), indices(1)
+    else:
+        cache = *work.kv_caches(1, work.page_size), indices(1), indices(1, -(-seqlen_k // work.page_size))
+    q, _, _ = work.qkv(1, seqlen_q)
+    paged_attention(q, *cache, **options)
+    paged_attention(q[0], *cache, cu_seqlens_q=indices(2), max_seqlen_q=seqlen_q, **options)
+
+
+def call_append_kv_cache(work):
+    _, k, v = work.qkv(1)
+    positions = {"positions": indices(1, dtype=torch.int64)} if work.rotary_dim else {}
+    for scale in work.cache_scales:
+        caches = work.kv_caches(1, work.page_size)
+        slots = indices(1, dtype=torch.int64)
+        append_kv_cache(k, v, *caches, slots, k_scale=scale, v_scale=scale, **work.rope, **positions)
+
+
+def call_copy_kv_pages(work):
+    """All layers at once, and one."""
+    caches = [work.latent_cache()[None].unsqueeze(3)] if work.kv_lora_rank else work.kv_caches(1, 1, work.page_size)
+    for dtype in (torch.int32, torch.int64):
+        pages = indices(1, dtype=dtype)
+        copy_kv_pages(caches, pages, pages)
+
+
+def call_merge_attention(work):
+    for num_parts in powers_of_two(MAX_TILED_PARTS):
+        outs = torch.empty(num_parts, 1, 1, work.num_heads_q, work.head_dim_v, dtype=work.dtype)
+        merge_attention(outs, torch.empty(num_parts, 1, work.num_heads_q, 1))
+
+
+def call_append_latent_cache(work):
+    positions = {"positions": indices(1, dtype=torch.int64)} if work.rotary_dim else {}
+    append_latent_cache(*work.latents(1), work.latent_cache(), indices(1, dtype=torch.int64), **work.rope, **positions)
+
+
+def call_mla_decode(work):
+    """Decode with drafts; the ends of the absorbed form depend on the number of tokens and of parts."""
+    weights = work.latent_weights()
+
+    def decode(batch, seqlen_q, seqlen_k, num_splits, return_lse):
+        table = indices(batch, -(-seqlen_k // work.page_size))
+        queries = work.latent_queries(batch, seqlen_q)
+        options = dict(num_splits=num_splits, return_lse=return_lse, causal=work.causal, **work.rope)
+        mla_decode(*queries, work.latent_cache(), indices(batch), table, *weights, **options)
+
+    drafts = [(seqlen_q, seqlen_k) for seqlen_q, seqlen_k in work.cached_lengths if seqlen_q <= MAX_DRAFTS]
+    for (seqlen_q, seqlen_k), num_splits, return_lse in itertools.product(drafts, (1, 2), (False, True)):
+        decode(1, seqlen_q, seqlen_k, num_splits, return_lse)
+    for batch, num_splits in itertools.product(powers_of_two(64), powers_of_two(MAX_TILED_PARTS)):
+        for return_lse in (False, True):
+            decode(batch, 1, 1, num_splits, return_lse)
+
+
+def call_mla_prefill(work):
+    """Every schedule, dense and packed. The heads of a chunk, a constant of the kernels, follow from the tokens."""
+    for num_tokens, return_lse in itertools.product(work.lengths, (False, True)):
+        _prefill(work, num_tokens, return_lse, mode="fused")
+        with contextlib.suppress(ValueError):  # of a prompt so long that no head of it fits
+            _prefill(work, num_tokens, return_lse, mode="absorbed", max_workspace_bytes=WORKSPACE_BYTES)
+        # torch would make the keys and values: a short prompt has as many heads in a chunk with less memory.
+        max_workspace_bytes = WORKSPACE_BYTES // num_tokens
+        _prefill(work, 1, return_lse, mode="materialized", max_workspace_bytes=max_workspace_bytes)
+
+
+def _prefill(work, num_tokens, return_lse, **options):
+    inputs = *work.latent_queries(1, num_tokens), *work.latents(1, num_tokens)
+    weights = work.latent_weights()
+    options |= dict(causal=work.causal, return_lse=return_lse)
+    cu_seqlens = indices(2)
+    packed = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=num_tokens, max_seqlen_k=num_tokens)
+    mla_prefill(*inputs, *weights, **options)
+    mla_prefill(*(x[0] for x in inputs), *weights, **packed, **options)
+
+
+# By the names that `warmup` takes.
+OF_ANY_HEADS = {
+    "flash_attention": call_flash_attention,
+    "flash_attention_varlen": call_flash_attention_varlen,
+    "flash_attention_backward": call_flash_attention_backward,
+    "paged_attention": call_paged_attention,
+    "shared_prefix": call_shared_prefix,
+    "append_kv_cache": call_append_kv_cache,
+    "copy_kv_pages": call_copy_kv_pages,
+    "merge_attention": call_merge_attention,
+}
+OF_LATENT_VECTORS = {
+    "mla_prefill": call_mla_prefill,
+    "mla_decode": call_mla_decode,
+    "append_latent_cache": call_append_latent_cache,
+    "copy_kv_pages": call_copy_kv_pages,
+}

@@ -1,0 +1,76 @@
+"""python -m triton_attn.warmup: compile ahead what a model's calls need. As a function: `triton_attn.warmup`."""
+
+import argparse
+import inspect
+import os
+import sys
+
+import torch
+
+from triton_attn._warmup import warmup
+from triton_attn.models import MODELS
+
+if __name__ == "triton_attn.warmup":  # it would take the place of the function
+    raise ImportError("triton_attn.warmup is a command, python -m triton_attn.warmup, and a function of triton_attn")
+
+DTYPES = ("float16", "bfloat16", "float32")
+CACHE_DTYPES = (*DTYPES, "float8_e4m3fn", "float8_e5m2")
+# Shapes and options that are one number each, named as in `warmup`.
+NUMBERS = {
+    "num_heads_q": int,
+    "num_heads_kv": int,
+    "head_dim": int,
+    "head_dim_v": int,
+    "kv_lora_rank": int,
+    "qk_rope_head_dim": int,
+    "tensor_parallel_size": int,
+    "page_size": int,
+    "softcap": float,
+    "rotary_dim": int,
+    "dropout_p": float,
+    "max_seqlen": int,
+}
+
+
+def main(argv=None):
+    options = vars(_parser().parse_args(argv))
+    for name in ("dtype", "kv_cache_dtype"):
+        if name in options:
+            options[name] = getattr(torch, options[name])
+    try:
+        result = warmup(**options, report=print)
+    except (TypeError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{result.compiled} kernels compiled, {result.cached} in the cache, {result.seconds:.0f} s")
+
+
+def _parser():
+    """Options that are not given are left to the defaults of `warmup`."""
+    parser = argparse.ArgumentParser(
+        "python -m triton_attn.warmup",
+        description=inspect.getdoc(warmup),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--model", help=", ".join(model.name.lower() for model in MODELS))
+    parser.add_argument("--arch", help='"sm_90", "gfx942", ... (default: the GPU here)')
+    parser.add_argument("--functions", nargs="+", metavar="NAME")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES)
+    for name, kind in NUMBERS.items():
+        parser.add_argument(_flag(name), type=kind)
+    parser.add_argument("--window-size", type=int, nargs=2, metavar=("LEFT", "RIGHT"))
+    for name in ("causal", "sinks"):
+        parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction)
+    for name in ("alibi", "rope_interleaved", "deterministic"):
+        parser.add_argument(_flag(name), action="store_true")
+    parser.add_argument("--num-workers", type=int, default=os.cpu_count(), help="default: %(default)s")
+    return parser
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+if __name__ == "__main__":
+    main()
