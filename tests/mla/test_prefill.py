@@ -7,7 +7,8 @@ import pytest
 import torch
 from decode_cases import DEVICE, DTYPES
 from hypothesis import given, seed, settings
-from prefill_cases import Case, Inputs, cases, check, floor_of, using
+from prefill_cases import Case, Inputs, check, floor_of, using
+from prefill_draws import cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_attn import mla_prefill, reference
