@@ -4,10 +4,10 @@ Needs no GPU. `bound` and `lock` are explained in perf/loop_model.py; they rank 
 """
 
 import torch
-from tqdm import tqdm
 
 from perf import compiled, loop_model, results
 from perf.problems import HEAD_DIMS
+from perf.progress import tqdm
 from perf.tables import print_table
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")

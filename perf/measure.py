@@ -7,6 +7,7 @@ import torch
 
 from perf.checks import check_gradients, check_latent_decode, check_latent_prefill, check_sample
 from perf.device import gpu_name, versions
+from perf.isolation import describe
 from perf.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from perf.providers import latent_pages
 from perf.results import MEASURED, Row
@@ -17,7 +18,8 @@ from triton_attn._host.latent import read_latent_cache
 def throughput(problem, dtype, providers, roof, device="cuda", **timing):
     """A row for each of {name: provider} (perf/providers.py); one that fails has no figures and a note that says why.
 
-    `roof` is what bounds the problem's figure on this GPU, measured: TFLOP/s of a matrix product, GB/s of a copy.
+    `roof` is what bounds the problem's figure on this GPU, measured: TFLOP/s of a matrix product, GB/s of a copy; None
+    where that is not known.
     `timing` goes to `time_interleaved`.
     """
     torch.manual_seed(0)
@@ -28,7 +30,7 @@ def throughput(problem, dtype, providers, roof, device="cuda", **timing):
         try:
             functions[name] = prepare(problem, provider, *inputs)
         except Exception as error:  # a peer may fail in any way of its own
-            failures[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+            failures[name] = describe(error)
     times = time_interleaved(functions, **timing)
     return [_row(name, problem, dtype, times.get(name), roof, failures.get(name, "")) for name in providers]
 
@@ -94,7 +96,7 @@ def _row(provider, problem, dtype, time, roof, note):
             "tflops": problem.flops / time.p50 / 1e9,
             "gbps": problem.bytes(getattr(torch, dtype).itemsize) / time.p50 / 1e6,
         }
-        figures["roof_share"] = figures[problem.figure] / roof
+        figures["roof_share"] = roof and figures[problem.figure] / roof
     return Row(
         **problem.columns(),
         **figures,

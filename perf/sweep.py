@@ -12,13 +12,12 @@ end of --minutes the same command goes on. Another Triton or a change in the ker
 """
 
 import sys
-import time
 from dataclasses import asdict, fields
 
 import torch
-from tqdm import tqdm
 
 from perf import compiled, results
+from perf.budget import Budget
 from perf.candidates import CACHED_MODELS, FAMILIES, LATENT_MODELS, MODEL_COLUMNS, Candidate
 from perf.device import driver_version, gpu_arch, gpu_name, has_gpu
 from perf.inspect import ARCHS
@@ -26,22 +25,13 @@ from perf.journal import Journal
 from perf.measure import throughput
 from perf.parallel import map_in_processes
 from perf.problems import HEAD_DIMS
+from perf.progress import tqdm
 from perf.results import OURS, Row
 from perf.tables import print_table
 
 FINALISTS = 10
 BEHIND = 1.2  # times the median of the fastest, and a finalist is timed no further
 FLAGS = {"head_dims": "--head-dim", "models": "--model"}
-
-
-class Budget:
-    """Minutes that a sweep may take, None for no end."""
-
-    def __init__(self, minutes):
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    def is_over(self):
-        return self._end is not None and time.monotonic() >= self._end
 
 
 def add_arguments(parser):
