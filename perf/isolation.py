@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -139,9 +140,8 @@ def describe(error):
 
 def _free_gpu():
     """For other processes; raises what an earlier launch did wrong."""
-    import torch
-
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()
