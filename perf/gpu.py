@@ -17,16 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from perf import gpu_cases as cases
 from perf import results
-from perf.budget import Budget
 from perf.device import gpu_name, has_gpu, versions
 from perf.isolation import describe, map_isolated
 from perf.journal import Journal
 from perf.progress import tqdm
+from perf.sweep import Budget
 from perf.tables import print_table
-from perf.targets import judge
+from perf.targets import TARGETS, judge
 
 JOURNAL = "journal.jsonl"
 REPORT = "report.json"
@@ -224,7 +225,12 @@ class Report:
         return {row["what"]: row["value"] for row in self._rows.get("machine", ())}
 
     def targets(self):
-        return judge(self._rows.get("bench", ()), self.roofs())
+        rows = [SimpleNamespace(**row, direction=row["pass"]) for row in self._rows.get("bench", ())]
+        values = judge(rows).get(self._about["device"], [None] * len(TARGETS))
+        return [
+            {"target": target.what, "at least": target.at_least, "measured": value, "verdict": target.verdict(value)}
+            for target, value in zip(TARGETS, values)
+        ]
 
     def _write(self):
         self.stages[-1]["seconds"] = round(time.monotonic() - self._start, 1)

@@ -65,13 +65,13 @@ def _pytest(*arguments, plugins=()):
 
 
 class _Reports:
-    """A pytest plugin: a row per test; one that fails in its set-up has failed."""
+    """A pytest plugin: a row per test, and one for a set-up or clean-up that failed or skips it."""
 
     def __init__(self):
         self.rows = []
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" or (report.when == "setup" and not report.passed):
+        if report.when == "call" or not report.passed:
             crash = getattr(report.longrepr, "reprcrash", None)
             message = crash.message if crash else str(report.longrepr or "")
             figures = [value for name, value in report.user_properties if name == "figure"]
@@ -206,20 +206,18 @@ def run_bench(case, roofs):
     """Rows of perf/results.py; `roofs` are those that `describe` measured, {} if it could not."""
     providers, roof = FAMILIES[PROBLEMS[case["kind"]]]
     chosen = {name: providers[name] for name in case["providers"]}
-    return [_columns(asdict(row), case) for row in throughput(problem_of(case), DTYPE, chosen, roofs.get(roof))]
+    return [_columns(asdict(row)) for row in throughput(problem_of(case), DTYPE, chosen, roofs.get(roof))]
 
 
 def failed_bench(case, failure):
     """The row of a provider that took its process with it."""
     empty = {field.name: None for field in fields(Row)}
     about = {"provider": case["providers"][0], "dtype": DTYPE, "gpu": gpu_name(), "source": MEASURED, "note": failure}
-    return _columns(empty | problem_of(case).columns() | versions() | about, case)
+    return _columns(empty | problem_of(case).columns() | versions() | about)
 
 
-def _columns(row, case):
-    """As the CSV names them; the cache's dtype, which has no column, stands in the note."""
-    beside = [case["problem"]["cache_dtype"]] if "cache_dtype" in case["problem"] else []
-    row["note"] = " ".join([*beside, *filter(None, [row["note"]])])
+def _columns(row):
+    """As the CSV names them."""
     return {column: row["direction" if column == "pass" else column] for column in COLUMNS}
 
 

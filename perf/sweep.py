@@ -11,13 +11,14 @@ What is finished is kept in a file beside the CSV, a JSON line each, and not don
 end of --minutes the same command goes on. Another Triton or a change in the kernel makes it new work.
 """
 
+import math
 import sys
+import time
 from dataclasses import asdict, fields
 
 import torch
 
 from perf import compiled, results
-from perf.budget import Budget
 from perf.candidates import CACHED_MODELS, FAMILIES, LATENT_MODELS, MODEL_COLUMNS, Candidate
 from perf.device import driver_version, gpu_arch, gpu_name, has_gpu
 from perf.inspect import ARCHS
@@ -32,6 +33,19 @@ from perf.tables import print_table
 FINALISTS = 10
 BEHIND = 1.2  # times the median of the fastest, and a finalist is timed no further
 FLAGS = {"head_dims": "--head-dim", "models": "--model"}
+
+
+class Budget:
+    """Minutes from now on, None for no end."""
+
+    def __init__(self, minutes):
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def seconds_left(self):
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def is_over(self):
+        return self.seconds_left() == 0
 
 
 def add_arguments(parser):

@@ -1,77 +1,95 @@
-"""What our kernels are to reach on an H100 or H200, and what they measured."""
+"""What the kernels are to reach on an H100 or H200 in bf16, and what was measured of it. Needs no pandas: a GPU run
+judges itself by it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-from perf.machine import COPY
-from perf.results import OURS
+from perf.results import MEASURED, OURS
 
-CUDNN, FLEX = "SDPA cuDNN", "FlexAttention"
 LENGTHS = (4096, 8192, 16384)
-MLA_TFLOPS = 450
-MLA_SHARE_OF_COPY = 0.8
+MIN_LATENT_CONTEXT = 8192
+MIN_LATENT_TFLOPS, MIN_LATENT_SHARE = 450, 0.80
 
 
 @dataclass(frozen=True)
 class Target:
-    """`value(rows, roofs)` is to be `least` or more; None where a row that it needs was not measured."""
+    """A ratio; `measure` takes rows of one GPU and gives it, or None if what it needs is not among them."""
 
-    name: str
-    least: float
-    value: Callable
+    what: str
+    at_least: float
+    measure: Callable
+
+    def verdict(self, value):
+        if value is None:
+            return "not measured yet"
+        return "met" if value >= self.at_least else "missed"
 
 
-def _of(rows, provider, figure, **columns):
-    """The figure of a provider at a shape, None where it is not known."""
+def judge(rows):
+    """{name of an H100 or H200: [value of each target]} from objects with the attributes of a `results.Row`."""
+    gpus = {}
     for row in rows:
-        if row["provider"] == provider and all(row[name] == value for name, value in columns.items()):
-            return row[figure]
-    return None
+        if row.source == MEASURED and row.dtype == "bfloat16" and ("H100" in row.gpu or "H200" in row.gpu):
+            gpus.setdefault(row.gpu, []).append(row)
+    return {gpu: [target.measure(of_gpu) for target in TARGETS] for gpu, of_gpu in gpus.items()}
 
 
-def _against(peer, rows, roofs, *, direction):
-    """Our TFLOP/s over the peer's, the least of all lengths."""
-    ratios = []
-    for seqlen in LENGTHS:
-        shape = {"family": "flash", "pass": direction, "seqlen_k": seqlen, "head_dim": 128, "causal": True}
-        ours, theirs = (_of(rows, provider, "tflops", **shape) for provider in (OURS, peer))
-        if ours is None or theirs is None:
-            return None
-        ratios.append(ours / theirs)
-    return min(ratios)
+def _ratio(direction, peer):
+    """Our speed over a peer's: the least over LENGTHS, which must all be there; head_dim 128, causal."""
+
+    def measure(rows):
+        speeds = {}
+        for row in rows:
+            shape = row.family, row.direction, row.head_dim, row.causal
+            if shape == ("flash", direction, 128, True) and row.seqlen_q == row.seqlen_k and row.tflops is not None:
+                speeds[row.provider, row.seqlen_k, row.batch, row.num_heads_q, row.num_heads_kv] = row.tflops
+        ratios = {}
+        for (provider, length, *shape), ours in speeds.items():
+            theirs = speeds.get((peer, length, *shape))
+            if provider == OURS and length in LENGTHS and theirs is not None:
+                ratios[length] = min(ours / theirs, ratios.get(length, ours / theirs))
+        return min(ratios.values()) if len(ratios) == len(LENGTHS) else None
+
+    return measure
 
 
-def _decode(rows, roofs):
-    return _of(rows, OURS, "roof_share", family="paged", batch=32, seqlen_k=8192)
+def _paged_share(rows):
+    shares = [row.roof_share for row in _steps(rows, "paged") if (row.batch, row.seqlen_k) == (32, 8192)]
+    return min(shares, default=None)
 
 
-def _latent_decode(rows, roofs):
-    """Of its limit the share of what binds, the larger of the two: the other limit cannot be reached then."""
-    shape = {"family": "mla", "pass": "decode", "batch": 32, "seqlen_k": 8192, "num_heads_q": 128, "note": "bfloat16"}
-    tflops, gbps = (_of(rows, OURS, figure, **shape) for figure in ("tflops", "gbps"))
-    if tflops is None or not roofs.get(COPY):
-        return None
-    return max(tflops / MLA_TFLOPS, gbps / (MLA_SHARE_OF_COPY * roofs[COPY]))
+def _latent_share(rows):
+    """Of the nearer of the two goals of each step, the least."""
+    return min(
+        (
+            max(row.tflops / MIN_LATENT_TFLOPS, row.roof_share / MIN_LATENT_SHARE)
+            for row in _steps(rows, "mla")
+            if row.seqlen_k >= MIN_LATENT_CONTEXT
+        ),
+        default=None,
+    )
+
+
+def _steps(rows, family):
+    """Our decode steps over a cache in bf16."""
+    kind = family, "decode", OURS
+    return [
+        row
+        for row in rows
+        if (row.family, row.direction, row.provider) == kind
+        and row.cache_dtype in (None, "bfloat16")
+        and row.tflops is not None
+    ]
 
 
 TARGETS = (
-    Target("forward, D 128, causal, 4k to 16k, over SDPA cuDNN", 1.0, partial(_against, CUDNN, direction="forward")),
-    Target("forward, D 128, causal, 4k to 16k, over FlexAttention", 1.3, partial(_against, FLEX, direction="forward")),
-    Target("backward, D 128, causal, 4k to 16k, over SDPA cuDNN", 0.85, partial(_against, CUDNN, direction="backward")),
-    Target("paged decode, batch 32, 8k, share of a copy's bandwidth", 0.85, _decode),
-    Target("MLA decode, batch 32, 8k, over 450 TFLOP/s or 80 % of a copy's bandwidth", 1.0, _latent_decode),
+    Target("forward over SDPA cuDNN, head_dim 128, causal, 4k to 16k", 1.0, _ratio("forward", "SDPA cuDNN")),
+    Target("forward over FlexAttention, the same", 1.3, _ratio("forward", "FlexAttention")),
+    Target("backward over SDPA cuDNN, the same", 0.85, _ratio("backward", "SDPA cuDNN")),
+    Target("paged decode over the measured copy, batch 32, 8k", 0.85, _paged_share),
+    Target(
+        f"MLA decode over {MIN_LATENT_TFLOPS} TFLOP/s or {MIN_LATENT_SHARE} of the measured copy, from 8k",
+        1.0,
+        _latent_share,
+    ),
 )
-
-
-def judge(rows, roofs):
-    """[{"target", "least", "measured", "verdict"}]: met, missed or not measured.
-
-    rows are dicts with the columns of perf/results.py, roofs what `perf.machine.describe` gives.
-    """
-    judged = []
-    for target in TARGETS:
-        value = target.value(rows, roofs)
-        verdict = "not measured" if value is None else "met" if value >= target.least else "missed"
-        judged.append({"target": target.name, "least": target.least, "measured": value, "verdict": verdict})
-    return judged

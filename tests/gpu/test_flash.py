@@ -57,7 +57,7 @@ def test_ragged_batch(model, dtype):
 def test_every_option_at_once(dtype):
     options = {"alibi": "per sequence", "softcap": 20.0, "softmax_scale": 0.07, "dropout_p": 0.1}
     lengths = {"seqlens_q": RAGGED, "seqlens_k": RAGGED_KEYS}
-    shape = heads_of(GPT_OSS_120B) | {"num_heads_kv": 1}
+    shape = heads_of(GPT_OSS_120B) | {"num_heads_kv": 1, "group_size": 2}
     check(replace(PLAIN, varlen=True, dtype=dtype, **lengths, **shape, **options))
 
 

@@ -15,10 +15,10 @@ import fake_cases
 import pytest
 from test_measure import fake_times
 
-from perf import gpu, gpu_cases, measure, results, targets
-from perf.budget import Budget
+from perf import gpu, gpu_cases, measure, results
 from perf.isolation import map_isolated
 from perf.machine import COPY
+from perf.sweep import Budget
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -232,29 +232,24 @@ def test_a_benchmark_gives_the_columns_of_a_results_file(monkeypatch):
     monkeypatch.setattr(gpu_cases, "throughput", partial(measure.throughput, device="cpu"))
     (row,) = gpu_cases.run_bench(SMALL, {COPY: 1e3})
     assert list(row) == results.COLUMNS
-    assert row["note"] == "bfloat16"
+    assert row["cache_dtype"] == "bfloat16"
     assert row["roof_share"] == pytest.approx(row["gbps"] / 1e3)
     (row,) = gpu_cases.run_bench(SMALL, {})
     assert row["roof_share"] is None
     lost = gpu_cases.failed_bench(SMALL, "exit code 7")
     assert list(lost) == results.COLUMNS
-    assert (lost["provider"], lost["pass"], lost["note"]) == (results.OURS, "decode", "bfloat16 exit code 7")
+    assert (lost["provider"], lost["pass"], lost["note"]) == (results.OURS, "decode", "exit code 7")
     assert lost["p50_ms"] is None
 
 
-def bench_row(provider, case, **figures):
-    return gpu_cases.failed_bench(case | {"providers": [provider]}, "") | figures
-
-
-def test_targets():
-    forward = [gpu_cases._bench_case(problem, ()) for problem in gpu_cases.FORWARD]
-    rows = [bench_row(results.OURS, case, tflops=600.0) for case in forward]
-    rows += [bench_row(targets.CUDNN, case, tflops=tflops) for case, tflops in zip(forward, (500.0, 625.0, 600.0))]
-    rows += [bench_row(targets.FLEX, case, tflops=400.0) for case in forward]
-    rows += [bench_row(results.OURS, gpu_cases._bench_case(gpu_cases.DECODE, ()), roof_share=0.9)]
-    latent = gpu_cases._bench_case(gpu_cases.LATENT_DECODE, ())
-    rows += [bench_row(results.OURS, latent, tflops=405.0, gbps=1800.0)]
-    judged = targets.judge(rows, {COPY: 3000})
-    assert [row["measured"] for row in judged] == pytest.approx([0.96, 1.5, None, 0.9, 0.9])
-    assert [row["verdict"] for row in judged] == ["missed", "met", "not measured", "met", "missed"]
-    assert {row["verdict"] for row in targets.judge(rows[:2], {})} == {"not measured"}
+def test_the_report_judges_the_targets(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H100")
+    case = gpu_cases.bench_cases()[3]
+    row = gpu_cases.failed_bench(case, "") | {"gpu": "NVIDIA H100", "roof_share": 0.9, "tflops": 8.0}
+    report = gpu.Report(tmp_path, minutes=1)
+    bench = stage(name="bench", has_failed=lambda row: False)
+    report.begin(bench)
+    report.add(bench, case, [row])
+    verdicts = {target["verdict"]: target["measured"] for target in report.targets()}
+    assert verdicts == {"not measured yet": None, "met": 0.9}
+    report.print()
