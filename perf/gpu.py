@@ -151,10 +151,10 @@ def run_stage(stage, journal, report, budget, end):
     with results.Table(report.out_dir / f"{stage.name}.csv", stage.columns) as table:
         waiting = _listed(stage, report)
         while waiting:
-            finished = _finished(stage, function, waiting, journal, budget, end)
-            left, parts = len(waiting), []
+            report.leave(len(waiting))
+            finished, parts = _finished(stage, function, waiting, journal, budget, end), []
             for case, result in tqdm(finished, total=len(waiting), desc=stage.name, unit="case"):
-                left -= 1
+                report.leave(-1)
                 parts_of_case = stage.split(case) if result["failure"] else []
                 parts += parts_of_case
                 if not parts_of_case:
@@ -162,7 +162,6 @@ def run_stage(stage, journal, report, budget, end):
                     for row in rows:
                         table.append(row.get(column) for column in stage.columns)
                     report.add(stage, case, rows)
-            report.leave(left)
             waiting = parts
 
 
@@ -217,6 +216,7 @@ class Report:
         self._write()
 
     def leave(self, cases):
+        """So many more are left to do, or fewer."""
         self.stages[-1]["left"] += cases
         self._write()
 
