@@ -72,7 +72,7 @@ STAGES = (
     Stage(
         name="sanitizer",
         share=0.1,
-        limit=100,
+        limit=60,
         columns=cases.SANITIZER_COLUMNS,
         cases=cases.sanitizer_cases,
         run=cases.run_sanitizer,
@@ -133,14 +133,15 @@ def run(out_dir, minutes=9, resume=None):
 
 
 def run_stages(stages, out_dir, minutes):
-    """Their `Report`. A stage starts no case after its share of the minutes, counted from the start, is over."""
-    start, end, report = time.monotonic(), Budget(minutes), Report(out_dir, minutes)
-    total, so_far = sum(stage.share for stage in stages), 0.0
+    """Their `Report`. A stage starts no case after its share of the minutes, and what those before it left, is over."""
+    end, report = Budget(minutes), Report(out_dir, minutes)
+    total, kept_for_later = sum(stage.share for stage in stages), 1.0
     with Journal(out_dir / JOURNAL) as journal:
         for stage in stages:
-            so_far += stage.share
-            budget = Budget(minutes * so_far / total - (time.monotonic() - start) / 60)
-            run_stage(stage, journal, report, budget, end)
+            share = stage.share / total
+            kept_for_later -= share
+            unclaimed = end.seconds_left() / 60 - minutes * kept_for_later
+            run_stage(stage, journal, report, Budget(max(minutes * share, unclaimed)), end)
     return report
 
 

@@ -89,6 +89,7 @@ class _Reports:
 SANITIZER_COLUMNS = ["calls", "tool", "outcome", "message"]
 SANITIZED = {  # public functions, at the shapes of a model, with each kernel of the package in one of them
     "flash": (GPT_OSS_120B, ("flash_attention", "flash_attention_varlen", "merge_attention")),
+    "flash, deterministic": (GPT_OSS_120B, ("flash_attention",)),
     "paged": (LLAMA_3_8B, ("paged_attention", "append_kv_cache", "copy_kv_pages")),
     "mla": (DEEPSEEK_V3, ("append_latent_cache", "mla_decode", "mla_prefill")),
 }
@@ -97,7 +98,9 @@ NOT_AVAILABLE = "not available"
 
 
 def sanitizer_cases():
-    return [{"calls": calls, "tool": tool} for tool in ("memcheck", "racecheck") for calls in SANITIZED]
+    """One is enough to say that there is no sanitizer."""
+    cases = [{"calls": calls, "tool": tool} for tool in ("memcheck", "racecheck") for calls in SANITIZED]
+    return cases if find_sanitizer() else cases[:1]
 
 
 def run_sanitizer(case):
@@ -128,6 +131,7 @@ def small_calls(name):
     """Each function of a group of SANITIZED, checked against its reference."""
     from perf.verify import verify
 
+    torch.use_deterministic_algorithms("deterministic" in name, warn_only=True)
     model, functions = SANITIZED[name]
     for function in functions:
         for _, wrong in verify((model, function, SANITIZED_SEQLEN, getattr(torch, DTYPE))):

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,13 +88,18 @@ def test_the_end_of_the_run_cuts_a_case_short_and_leaves_it(tmp_path):
     assert (report.stages[0]["left"], report.failures) == (1, [])
 
 
-def test_a_stage_gets_what_those_before_it_left(tmp_path, monkeypatch):
-    seconds = []
-    monkeypatch.setattr(
-        gpu, "run_stage", lambda stage, journal, report, budget, end: seconds.append(budget.seconds_left())
-    )
+@pytest.mark.parametrize(("taken", "expected"), [(0, [120, 120 + 360]), (200, [120, 360])])
+def test_a_stage_has_its_share_and_what_those_before_it_left(tmp_path, monkeypatch, taken, expected):
+    now, seconds = [0.0], []
+
+    def run_stage(stage, journal, report, budget, end):
+        seconds.append(budget.seconds_left())
+        now[0] += taken
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     gpu.run_stages([stage(share=1), stage(share=3)], tmp_path, minutes=8)
-    assert seconds == pytest.approx([120, 480], abs=5)
+    assert seconds == pytest.approx(expected)
 
 
 def test_a_crashed_case_is_run_in_parts(tmp_path):
