@@ -7,7 +7,6 @@ import torch
 
 from perf.checks import check_gradients, check_latent_decode, check_latent_prefill, check_sample
 from perf.device import gpu_name, versions
-from perf.isolation import describe
 from perf.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from perf.providers import latent_pages
 from perf.results import MEASURED, Row
@@ -30,7 +29,7 @@ def throughput(problem, dtype, providers, roof, device="cuda", **timing):
         try:
             functions[name] = prepare(problem, provider, *inputs)
         except Exception as error:  # a peer may fail in any way of its own
-            failures[name] = describe(error)
+            failures[name] = f"{type(error).__name__}: {error}".split("\n")[0]
     times = time_interleaved(functions, **timing)
     return [_row(name, problem, dtype, times.get(name), roof, failures.get(name, "")) for name in providers]
 
