@@ -1,14 +1,18 @@
-# make perf: what the kernels do here.   make test: whether they are right.
-# Both need python3 (3.10+) with venv, and make what else they need in .venv.
+# make perf: what the kernels do here.   make test: whether they are right.   make gpu: what only a GPU can tell.
+# The first two need python3 (3.10+) with venv, and make what else they need in .venv; make gpu takes the torch, triton
+# and pytest that python3 has.
 
 PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
 PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical --dist worksteal
 
-.PHONY: perf test test-full test-oldest lint clean
+.PHONY: perf gpu test test-full test-oldest lint clean
 
 perf: .venv/installed
 	.venv/bin/python -m perf
+
+gpu:
+	$(PYTHON) -m perf gpu --minutes 9
 
 # Triton interprets or compiles for a whole process, so there are two runs. The second also runs the tests of the first
 # on the GPU, where there is one.

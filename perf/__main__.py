@@ -45,6 +45,7 @@ PARTS = {
     "sharing": Part("what pages and their sharing save, against the paper's claims", "sharing", machine_free=True),
     "train": Part("a small decoder trained with our attention and with torch's", "interpreter", interpreted=True),
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),
+    "gpu": Part("all that only a GPU can tell, within a budget of minutes", "gpu"),
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
 }
 MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "mla", "sizes")

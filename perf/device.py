@@ -50,7 +50,9 @@ def driver_version():
 
 @cache
 def commit():
-    """Of the checkout, with a plus when its code differs from it; None outside of git."""
+    """Of the checkout, with a plus when its code differs from it; None outside of git, or without git."""
+    if shutil.which("git") is None:
+        return None
 
     def git(*args):
         return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -9,8 +9,6 @@ holds (perf/baseline.py), for the Triton that is installed.
 import sys
 from collections import Counter
 
-from tqdm import tqdm
-
 from perf import baseline, results
 from perf.calls import CALLS
 from perf.candidates import FAMILIES
@@ -19,6 +17,7 @@ from perf.defaults import Case
 from perf.device import versions
 from perf.parallel import map_in_processes
 from perf.problems import HEAD_DIMS
+from perf.progress import tqdm
 from perf.revision import package_of
 from perf.tables import print_table
 

@@ -11,12 +11,20 @@ from perf.device import gpu_name, has_gpu, versions
 from perf.tables import print_table
 from perf.timing import time_one
 
+COPY, PRODUCT = "copy, GB/s", "bf16 product, TFLOP/s"
+
 
 def copy_bandwidth():
     """GB/s of a copy of 1 GiB, bytes read and bytes written both counted."""
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / time_one(lambda: target.copy_(source)).p50 / 1e6
+
+
+def read_bandwidth():
+    """GB/s of the largest of 1 GiB of numbers: next to nothing is written, as in a decode step."""
+    source = torch.zeros(2**29, dtype=torch.bfloat16, device="cuda")
+    return source.nbytes / time_one(source.amax).p50 / 1e6
 
 
 def matmul_rate(size=8192):
@@ -53,8 +61,9 @@ def describe():
     }
     if has_gpu():
         about |= {
-            "copy, GB/s": round(copy_bandwidth()),
-            "bf16 product, TFLOP/s": round(matmul_rate()),
+            COPY: round(copy_bandwidth()),
+            "read, GB/s": round(read_bandwidth()),
+            PRODUCT: round(matmul_rate()),
             "launch, us": round(launch_time(), 1),
         }
     return {what: value for what, value in about.items() if value is not None}

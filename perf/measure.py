@@ -17,7 +17,8 @@ from triton_attn._host.latent import read_latent_cache
 def throughput(problem, dtype, providers, roof, device="cuda", **timing):
     """A row for each of {name: provider} (perf/providers.py); one that fails has no figures and a note that says why.
 
-    `roof` is what bounds the problem's figure on this GPU, measured: TFLOP/s of a matrix product, GB/s of a copy.
+    `roof` is what bounds the problem's figure on this GPU, measured: TFLOP/s of a matrix product, GB/s of a copy; None
+    where that is not known.
     `timing` goes to `time_interleaved`.
     """
     torch.manual_seed(0)
@@ -95,7 +96,7 @@ def _row(provider, problem, dtype, time, roof, note):
             "tflops": problem.flops / time.p50 / 1e9,
             "gbps": problem.bytes(getattr(torch, dtype).itemsize) / time.p50 / 1e6,
         }
-        figures["roof_share"] = figures[problem.figure] / roof
+        figures["roof_share"] = roof and figures[problem.figure] / roof
     return Row(
         **problem.columns(),
         **figures,

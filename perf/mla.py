@@ -55,10 +55,9 @@ def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], ar
     decode, prefill = out_dir / "mla_decode.csv", out_dir / "mla_prefill.csv"
     steps = _rows(
         decode,
-        results.LatentDecodeRow,
+        results.Row,
         latent_decode_grid(heads, batch, contexts),
         (LATENT_DECODE_PROVIDERS, copy_bandwidth, predict.latent_decode, arch),
-        lambda problem, row: {"cache_dtype": problem.cache_dtype},
     )
     _print(
         f"decode, batch {batch}, TFLOP/s (GB/s) against context",
@@ -91,7 +90,7 @@ def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], ar
     return paths
 
 
-def _rows(path, row_type, problems, how, more_columns):
+def _rows(path, row_type, problems, how, more_columns=lambda problem, row: {}):
     """Rows of row_type, on the disk as soon as they are known: measured, or predicted without a GPU.
 
     how is (providers, measured roof, prediction, its arch); more_columns(problem, row) those beside a `results.Row`.

@@ -20,7 +20,8 @@ class Row:
     """One line of a results CSV; None is an empty cell.
 
     `gbps` is GB/s, `roof_share` the share of the roof measured on that machine, of a prediction the share of the data
-    sheet's memory bandwidth; `note` says which config ran, or why a provider has no figure.
+    sheet's memory bandwidth; `cache_dtype` is empty without a cache and may be where it is `dtype`; `note` says which
+    config ran, or why a provider has no figure.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Row:
     causal: bool
     window: int | None = None
     page_size: int | None = None
+    cache_dtype: str | None = None
     dtype: str
     p20_ms: float | None = None
     p50_ms: float | None = None
@@ -50,11 +52,6 @@ class Row:
     commit: str | None
     source: str  # MEASURED, PREDICTED or MODELLED
     note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentDecodeRow(Row):
-    cache_dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)

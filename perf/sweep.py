@@ -14,6 +14,7 @@ What is finished is kept in a file beside the CSV, a JSON line each, and not don
 end of --minutes the same command goes on. Another Triton or a change in the kernel makes it new work.
 """
 
+import math
 import sys
 import time
 from dataclasses import asdict, fields
@@ -21,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from perf import compiled, results, winners
 from perf.candidates import CACHED_MODELS, FAMILIES, LATENT_MODELS, MODEL_COLUMNS, Candidate, backward_pass
@@ -31,6 +31,7 @@ from perf.journal import Journal
 from perf.measure import throughput
 from perf.parallel import map_in_processes
 from perf.problems import HEAD_DIMS
+from perf.progress import tqdm
 from perf.results import OURS, Row
 from perf.tables import print_table
 from triton_attn._host.checks import fail
@@ -42,13 +43,16 @@ FLAGS = {"head_dims": "--head-dim", "models": "--model"}
 
 
 class Budget:
-    """Minutes that a sweep may take, None for no end."""
+    """Minutes from now on, None for no end."""
 
     def __init__(self, minutes):
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
 
+    def seconds_left(self):
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
+
     def is_over(self):
-        return self._end is not None and time.monotonic() >= self._end
+        return self.seconds_left() == 0
 
 
 def add_arguments(parser):

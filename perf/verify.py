@@ -10,7 +10,6 @@ import sys
 from itertools import accumulate
 
 import torch
-from tqdm import tqdm
 
 import triton_attn
 from perf import results
@@ -18,6 +17,7 @@ from perf.checks import by_torch, latent_by_torch
 from perf.device import has_gpu, provenance
 from perf.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B, QWEN3_32B
 from perf.parallel import map_in_processes
+from perf.progress import tqdm
 from perf.tables import print_table
 from triton_attn._host.latent import latent_row, latent_storage, read_latent_cache
 from triton_attn.flash.configs import default_config

@@ -1,4 +1,4 @@
-"""Random calls of flash_attention and flash_attention_varlen, each checked against fp64."""
+"""Calls of flash_attention and flash_attention_varlen, each checked against fp64."""
 
 import contextlib
 import itertools
@@ -8,8 +8,6 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.definition import attend, visible_keys
@@ -107,55 +105,6 @@ LAYOUTS = {
     "sliced and aligned": lambda x: _sliced(x, 16 - x.shape[-1] % 16),
     "expanded": lambda x: x[..., :1, :].expand_as(x),
 }
-
-
-def _lengths(block, limit):
-    return st.sampled_from([0, 1, block - 1, block, block + 1]) | st.integers(0, limit)
-
-
-@st.composite
-def cases(draw, dtype, varlen):
-    config = FlashConfig(
-        block_m=draw(st.sampled_from([16, 32, 64, 128])),
-        block_n=draw(st.sampled_from([16, 32, 64, 128])),
-        num_warps=4,
-        num_stages=1,
-        use_tma=draw(st.booleans()),
-    )
-    group_size = draw(st.sampled_from(GROUP_SIZES))
-    many_heads = group_size > 7
-    lengths_q = _lengths(config.block_m, config.block_m + 9 if many_heads else min(3 * config.block_m, 200))
-    lengths_k = _lengths(config.block_n, min(4 * config.block_n, 200))
-    batch = draw(st.sampled_from([1, 1, 1, 0] if many_heads else [1, 2, 3, 2, 1, 2, 3, 0]))
-    if varlen:
-        seqlens_q = draw(st.tuples(*[lengths_q] * batch))
-        seqlens_k = draw(st.tuples(*[lengths_k] * batch))
-    else:
-        seqlens_q, seqlens_k = (draw(lengths_q),) * batch, (draw(lengths_k),) * batch
-    side = st.just(-1) | st.sampled_from([0, 1, 5, 17, 64, 10**6])
-    return Case(
-        varlen=varlen,
-        dtype=dtype,
-        seqlens_q=seqlens_q,
-        seqlens_k=seqlens_k,
-        num_heads_kv=draw(st.integers(1, 1 if many_heads else 2)),
-        group_size=group_size,
-        head_dim=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
-        head_dim_v=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
-        causal=draw(st.booleans()),
-        window_size=draw(st.tuples(side, side)),
-        softmax_scale=draw(st.none() | st.sampled_from([0.0, 0.07, -0.2])),
-        softcap=draw(st.just(0.0) | st.sampled_from([0.7, 30.0])),
-        alibi=draw(st.sampled_from([None, None, "per head", "per sequence"])),
-        sinks=draw(st.sampled_from([None, None, torch.float32, dtype])),
-        layouts=draw(st.tuples(*[st.sampled_from(list(LAYOUTS))] * 3)),
-        poison=draw(st.sampled_from([NAN, float("inf")])),
-        poisoned_sequence=draw(st.integers(0, batch - 1)) if varlen and batch > 1 else None,
-        spare_rows=draw(st.sampled_from([0, 1, 40])) if varlen else 0,
-        config=config,
-        seed=draw(st.integers(0, 2**16)),
-        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
-    )
 
 
 class Inputs:
@@ -293,20 +242,6 @@ def check(case):
 def share_of_bound(closeness):
     """0 where nothing was allowed, and nothing was wrong."""
     return closeness.error / closeness.bound if closeness.bound else 0.0
-
-
-def check_random(check, strategy, seed_of_draws, record_property, what):
-    """Check what hypothesis draws; the summary of the test run says how much that was and how close it came."""
-    shares = []
-
-    @seed(seed_of_draws)
-    @settings(settings(), print_blob=True)
-    @given(strategy)
-    def run(case):
-        shares.append(check(case))
-
-    run()
-    record_property("figure", f"{what}: {len(shares)} random calls, errors up to {max(shares):.2f} of their bounds")
 
 
 def check_values(case, inputs, out, lse):

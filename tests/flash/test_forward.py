@@ -12,13 +12,12 @@ from attention_cases import (
     HEAD_DIMS,
     INTERPRETED,
     PLAIN,
-    cases,
     check,
-    check_random,
     far_apart,
     lying_far_apart,
     using,
 )
+from attention_draws import cases, check_random
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn.flash.configs import FlashConfig

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, Case, Inputs, cache_bytes, cases, check, using
+from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, Case, Inputs, cache_bytes, check, using
+from decode_draws import cases
 from hypothesis import given, seed, settings
 
 from triton_attn import mla_decode, reference

@@ -5,18 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decode_cases import DEVICE, DTYPES
+from decode_cases import DTYPES
 from hypothesis import given, seed, settings
-from prefill_cases import Case, Inputs, cases, check, floor_of, using
+from prefill_cases import Case, Inputs, check, check_gradients, floor_of
+from prefill_draws import cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_attn import mla_prefill, reference
 from triton_attn.mla.schedule import MODES
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-NAMES = ("q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv")
 
 
 @pytest.mark.parametrize("shard", range(3))
@@ -105,26 +104,7 @@ GRADIENT_CASES += [
     "case", GRADIENT_CASES, ids=lambda case: f"{case.mode}-{case.dtype}-{case.packed}-{case.causal}"
 )
 def test_gradients(case, record_property):
-    """Against fp64 autograd through the definition, error at most 3 times that of torch in the same dtype."""
-    inputs = Inputs(case)
-    tensors = [x.detach().requires_grad_() for x in inputs.tensors]
-    with using(case.config), poisoned_empty(), guard():
-        results = mla_prefill(*tensors, **inputs.options, return_lse=True)
-        dout, dlse = (torch.randn(x.shape, generator=inputs.generator).to(DEVICE, x.dtype) for x in results)
-        seen = results[1].isfinite()
-        dlse = torch.where(seen, dlse, 0)
-        gradients = torch.autograd.grad([results[0], torch.where(seen, results[1], 0)], tensors, [dout, dlse])
-
-    def expected(dtype):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        flat = [x.flatten(0, 1) if i < 4 and not case.packed else x for i, x in enumerate(leaves)]
-        out, lse = inputs.expected(dtype, flat)
-        dout_rows, dlse_rows = inputs.rows_of(dout, dlse)
-        lse = torch.where(lse.isfinite(), lse, 0)
-        return torch.autograd.grad([out, lse], leaves, [dout_rows.to(dtype), dlse_rows.to(dtype)])
-
-    for name, x, ref, torch_x in zip(NAMES, gradients, expected(torch.float64), expected(case.dtype)):
-        close = assert_close_to_reference(x, ref, torch_out=torch_x, factor=3.0, name=name)
+    for name, close in check_gradients(case).items():
         if case.kv_lora_rank == 512:
             record_property("figure", f"mla gradient {name:9} error {close.error:.1e}, torch's {close.torch_error:.1e}")
 

@@ -2,7 +2,8 @@
 
 import pytest
 from hypothesis import given, seed, settings
-from paged_cases import DTYPES, cases, check
+from paged_cases import DTYPES, check
+from paged_draws import cases
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,0 +1,229 @@
+"""What `python -m perf gpu` runs, case by case: dicts that JSON can hold, and the function that takes one.
+
+A function gives rows, dicts of the stage's CSV. It runs in a process of its own (perf/isolation.py).
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+
+from perf.device import gpu_name, versions
+from perf.machine import COPY, PRODUCT, describe
+from perf.measure import throughput
+from perf.models import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_3_8B
+from perf.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem, grid
+from perf.providers import DECODE_PROVIDERS, LATENT_DECODE_PROVIDERS, LATENT_PREFILL_PROVIDERS, PROVIDERS
+from perf.results import COLUMNS, MEASURED, OURS, Row
+
+CHECKOUT = Path(__file__).parents[1]
+DTYPE = "bfloat16"
+
+TEST_COLUMNS = ["test", "outcome", "seconds", "message", "figures"]
+
+
+def test_cases():
+    """Every test of tests/gpu, a test of each file in turn, so that a run cut short has seen all families.
+
+    A file that cannot be imported is a case itself.
+    """
+    listing = _pytest("--collect-only", "-q", str(CHECKOUT / "tests/gpu"))
+    by_file = {}
+    for line in listing.splitlines():
+        test = line.removeprefix("ERROR ").split(" - ")[0]
+        if "::" in test or test != line:
+            by_file.setdefault(test.split("::")[0], []).append({"test": test})
+    if not by_file:
+        raise RuntimeError(f"pytest found no test in tests/gpu:\n{listing}")
+    return [case for case in chain(*zip_longest(*by_file.values())) if case]
+
+
+def run_test(case):
+    reports = _Reports()
+    _pytest(str(CHECKOUT / case["test"]), plugins=[reports])
+    if not reports.rows:
+        raise RuntimeError("pytest did not run it")
+    return reports.rows
+
+
+def _pytest(*arguments, plugins=()):
+    """What it prints."""
+    import pytest
+
+    said = io.StringIO()
+    settings = "--rootdir", str(CHECKOUT), "-c", str(CHECKOUT / "pyproject.toml"), "-p", "no:cacheprovider"
+    with contextlib.redirect_stdout(said):
+        pytest.main([*settings, *arguments], plugins=list(plugins))
+    return said.getvalue()
+
+
+class _Reports:
+    """A pytest plugin: a row per test, and one for a set-up or clean-up that failed or skips it."""
+
+    def __init__(self):
+        self.rows = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash else str(report.longrepr or "")
+            figures = [value for name, value in report.user_properties if name == "figure"]
+            self.rows.append(
+                {
+                    "test": report.nodeid,
+                    "outcome": report.outcome,
+                    "seconds": round(report.duration, 2),
+                    "message": message.split("\n")[0],
+                    "figures": "; ".join(figures),
+                }
+            )
+
+
+SANITIZER_COLUMNS = ["calls", "tool", "outcome", "message"]
+SANITIZED = {  # public functions, at the shapes of a model, with each kernel of the package in one of them
+    "flash": (GPT_OSS_120B, ("flash_attention", "flash_attention_varlen", "merge_attention")),
+    "flash, deterministic": (GPT_OSS_120B, ("flash_attention",)),
+    "paged": (LLAMA_3_8B, ("paged_attention", "append_kv_cache", "copy_kv_pages")),
+    "mla": (DEEPSEEK_V3, ("append_latent_cache", "mla_decode", "mla_prefill")),
+}
+SANITIZED_SEQLEN = 200
+NOT_AVAILABLE = "not available"
+
+
+def sanitizer_cases():
+    """One is enough to say that there is no sanitizer."""
+    cases = [{"calls": calls, "tool": tool} for tool in ("memcheck", "racecheck") for calls in SANITIZED]
+    return cases if find_sanitizer() else cases[:1]
+
+
+def run_sanitizer(case):
+    """Whether `compute-sanitizer` finds an error in small calls; it may be missing, or not serve this device."""
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        return [case | {"outcome": NOT_AVAILABLE, "message": "no compute-sanitizer on PATH or in CUDA_HOME/bin"}]
+    call = f"from perf.gpu_cases import small_calls; small_calls({case['calls']!r})"
+    command = [sanitizer, "--tool", case["tool"], "--error-exitcode", "99", sys.executable, "-c", call]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    lines = [line.strip("= ") for line in (done.stdout + done.stderr).splitlines() if line.strip("= ")]
+    if unsupported := [line for line in lines if "not supported" in line]:
+        return [case | {"outcome": NOT_AVAILABLE, "message": unsupported[0]}]
+    if done.returncode == 0:
+        return [case | {"outcome": "passed", "message": ""}]
+    wrong = [line for line in lines if "error" in line.lower() or "hazard" in line.lower()] or lines[-1:]
+    return [case | {"outcome": "failed", "message": f"exit code {done.returncode}: {' '.join(wrong[:1])}"}]
+
+
+def find_sanitizer():
+    """Its path, None where it is not."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    places = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def small_calls(name):
+    """Each function of a group of SANITIZED, checked against its reference."""
+    from perf.verify import verify
+
+    torch.use_deterministic_algorithms("deterministic" in name, warn_only=True)
+    model, functions = SANITIZED[name]
+    for function in functions:
+        for _, wrong in verify((model, function, SANITIZED_SEQLEN, getattr(torch, DTYPE))):
+            if wrong:
+                sys.exit(wrong[0])
+
+
+ROOF_COLUMNS = ["what", "value"]
+
+
+def roof_cases():
+    return [{"roofs": "all"}]
+
+
+def run_roofs(case):
+    return [{"what": what, "value": value} for what, value in describe().items()]
+
+
+FAMILIES = {  # of a problem: its providers, and the roof of its figure
+    Problem: (PROVIDERS, PRODUCT),
+    DecodeProblem: (DECODE_PROVIDERS, COPY),
+    LatentDecodeProblem: (LATENT_DECODE_PROVIDERS, COPY),
+    LatentPrefillProblem: (LATENT_PREFILL_PROVIDERS, PRODUCT),
+}
+PROBLEMS = {kind.__name__: kind for kind in FAMILIES}
+FLEX = "FlexAttention"  # takes long to compile: only where a target needs it
+LEFT_OUT = {FLEX, "naive torch"}
+TARGET_LENGTHS = (4096, 8192, 16384)
+FORWARD, BACKWARD = (
+    grid(head_dims=(128,), seqlens=TARGET_LENGTHS, causal=(True,), direction=direction)
+    for direction in ("forward", "backward")
+)
+DECODE = DecodeProblem(batch=32, seqlen_k=8192)
+LATENT_DECODE = LatentDecodeProblem(batch=32, seqlen_k=8192, num_heads_q=128)
+
+
+def bench_cases():
+    """What the targets name first, then around it, then the rest of the grid."""
+    with_flex = [*FORWARD, DECODE]
+    others = [
+        LATENT_DECODE,
+        *BACKWARD,
+        LatentPrefillProblem(4096, 4096),
+        LatentDecodeProblem(32, 8192, 128, "float8_e4m3fn"),
+        *grid(head_dims=(64,), seqlens=TARGET_LENGTHS, causal=(True,)),
+        *grid(head_dims=(128,), seqlens=TARGET_LENGTHS, causal=(False,)),
+        *(DecodeProblem(batch, seqlen) for batch, seqlen in ((1, 8192), (1, 65536), (128, 2048), (32, 32768))),
+        *(LatentDecodeProblem(batch, seqlen, 16) for batch, seqlen in ((32, 8192), (1, 65536))),
+        LatentPrefillProblem(1024, 16384),
+        *grid(head_dims=(64,), seqlens=TARGET_LENGTHS, causal=(True,), direction="backward"),
+        *grid(head_dims=(256,), seqlens=TARGET_LENGTHS, causal=(True,)),
+        *grid(head_dims=(128,), seqlens=(512, 1024, 2048), causal=(True,)),
+        *grid(head_dims=(128,), seqlens=(512, 1024, 2048), causal=(True,), direction="backward"),
+    ]
+    return [_bench_case(problem, {"naive torch"}) for problem in with_flex] + [
+        _bench_case(problem, LEFT_OUT) for problem in others
+    ]
+
+
+def _bench_case(problem, left_out):
+    providers, _ = FAMILIES[type(problem)]
+    names = [name for name in providers if name not in left_out]
+    return {"kind": type(problem).__name__, "problem": asdict(problem), "providers": names}
+
+
+def problem_of(case):
+    return PROBLEMS[case["kind"]](**case["problem"])
+
+
+def split_bench(case):
+    """After a crash: each provider by itself, so that only the one that is to blame has no figure."""
+    return [case | {"providers": [name]} for name in case["providers"]] if len(case["providers"]) > 1 else []
+
+
+def run_bench(case, roofs):
+    """Rows of perf/results.py; `roofs` are those that `describe` measured, {} if it could not."""
+    providers, roof = FAMILIES[PROBLEMS[case["kind"]]]
+    chosen = {name: providers[name] for name in case["providers"]}
+    return [_columns(asdict(row)) for row in throughput(problem_of(case), DTYPE, chosen, roofs.get(roof))]
+
+
+def failed_bench(case, failure):
+    """The row of a provider that took its process with it."""
+    empty = {field.name: None for field in fields(Row)}
+    about = {"provider": case["providers"][0], "dtype": DTYPE, "gpu": gpu_name(), "source": MEASURED, "note": failure}
+    return _columns(empty | problem_of(case).columns() | versions() | about)
+
+
+def _columns(row):
+    """As the CSV names them."""
+    return {column: row["direction" if column == "pass" else column] for column in COLUMNS}
+
+
+def is_ours(row):
+    return row["provider"].startswith(OURS)

@@ -1,0 +1,182 @@
+"""Calls of flash_attention with their backward pass, whose gradients are checked against fp64 autograd."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from attention_cases import DEVICE, INTERPRETED, LAYOUTS, Case, Inputs, rows_loaded, share_of_bound, using
+from attention_cases import PLAIN as PLAIN_FORWARD
+
+from triton_attn._host.definition import visible_keys
+from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+
+# As autograd hands it over: of a sum, or of what follows a transposed view.
+DOUT_LAYOUTS = LAYOUTS | {
+    "one number": lambda x: x.new_ones(()).expand(x.shape),
+    "last dimension apart": lambda x: x.mT.contiguous().mT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardCase(Case):
+    """A call and its backward pass."""
+
+    tiles: BackwardConfig
+    deterministic: bool
+    dout_layout: str
+    dlse_layout: str | None  # None: lse has no gradient
+
+
+def alike(tile):
+    return BackwardConfig(tile, tile, tile)
+
+
+TILE = PLAIN_FORWARD.config
+PLAIN = BackwardCase(
+    **vars(PLAIN_FORWARD), tiles=alike(TILE), deterministic=True, dout_layout="contiguous", dlse_layout=None
+)
+
+
+class BackwardInputs(Inputs):
+    """Inputs of a case and the gradients of its outputs: `clean` per sequence, and as given."""
+
+    def __init__(self, case):
+        super().__init__(case)
+        rows = (case.seqlens_q, case.num_heads_q)
+        self.clean_dout, self.dout = self._tensor(*rows, case.head_dim_v, DOUT_LAYOUTS[case.dout_layout])
+        self.clean_dlse, self.dlse = [None] * len(case.seqlens_q), None
+        if case.dlse_layout:
+            clean, dlse = self._tensor(*rows, 1, DOUT_LAYOUTS[case.dlse_layout])
+            self.clean_dlse, self.dlse = [as_lse(x) for x in clean], as_lse(dlse)
+
+    def forward(self):
+        """(out, lse), and what they are to be differentiated by: q, k, v, and the sinks where there are any."""
+        leaves = [x.detach().requires_grad_() for x in (*self.given, self.sinks) if x is not None]
+        sinks = leaves[3] if self.case.sinks else None
+        return self.call_with(*leaves[:3], sinks, deterministic=self.case.deterministic), leaves
+
+    def expected_gradients(self, dtype):
+        """In dtype by autograd through the definition, for each sequence."""
+        for i, qkv in enumerate(zip(*self.clean)):
+            leaves = [x.to(dtype).detach().requires_grad_() for x in qkv]
+            sinks = None
+            if self.case.sinks:
+                sinks = self.sinks.to(torch.promote_types(dtype, self.case.sinks)).detach().requires_grad_()
+                leaves.append(sinks)
+            outputs = self.attend(i, *leaves[:3], sinks, compute_dtype=dtype)
+            yield gradients(outputs, leaves, (self.clean_dout[i], self.clean_dlse[i]))
+
+
+def as_lse(x):
+    """(..., rows, heads, 1) in the order of lse, (..., heads, rows), and in its dtype."""
+    return x[..., 0].mT.float()
+
+
+def gradients(outputs, leaves, douts):
+    """Of the leaves, from those of out and lse; None counts as 0."""
+    pairs = [(output, dout.to(output.dtype)) for output, dout in zip(outputs, douts) if dout is not None]
+    outputs, douts = zip(*pairs)
+    return torch.autograd.grad(outputs, leaves, douts)
+
+
+def by_sequence(case, x, seqlens):
+    """x (..., rows, heads, dim) as one tensor (rows, heads, dim) for each sequence, and the spare rows."""
+    return (x if case.varlen else x.flatten(0, 1)).split((*seqlens, case.spare_rows))
+
+
+def check(case):
+    """The gradients are right to the last row, each element is written once, and only tiles that matter are read.
+
+    Returns the largest error over its bound.
+    """
+    inputs = BackwardInputs(case)
+    with using(case.config, case.tiles), poisoned_empty():
+        outputs, leaves = inputs.forward()
+        with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
+            results = gradients(outputs, leaves, (inputs.dout, inputs.dlse))
+    share = check_values(case, inputs, outputs[0].detach(), results)
+    if INTERPRETED:
+        check_accesses(case, accesses)
+    return share
+
+
+def check_values(case, inputs, out, results):
+    exact = list(inputs.expected_gradients(torch.float64))
+    by_torch = list(inputs.expected_gradients(case.dtype))
+    clean = [i for i in range(len(case.seqlens_q)) if i != case.poisoned_sequence]
+    floors = rounding(case, inputs, out, clean)
+    shares = [0.0]
+    for which, seqlens in enumerate((case.seqlens_q, case.seqlens_k, case.seqlens_k)):
+        *sequences, spare = by_sequence(case, results[which], seqlens)
+        assert (spare == 0).all()
+        for i in clean:
+            visible, _ = visible_keys(case.seqlens_q[i], case.seqlens_k[i], case.causal, case.window_size, DEVICE)
+            assert (sequences[i][~visible.any(1 if which == 0 else 0)] == 0).all()
+        if clean:
+            closeness = assert_close(
+                torch.cat([sequences[i] for i in clean]),
+                torch.cat([exact[i][which][0] for i in clean]),
+                torch.cat([by_torch[i][which][0] for i in clean]),
+                floors,
+                f"d{'qkv'[which]}",
+            )
+            shares.append(share_of_bound(closeness))
+    if case.sinks and clean and case.poisoned_sequence is None:
+        sums = (sum(row[3] for row in by) for by in (exact, by_torch))
+        shares.append(share_of_bound(assert_close(results[3], *sums, floors, "dsinks")))
+    return max(shares)
+
+
+def assert_close(result, exact, by_torch, floors, name):
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    floor = max(floors["relative"] * largest, floors.get(name, 0.0))
+    return assert_close_to_reference(result, exact, torch_out=by_torch, factor=3.0, floor=floor, name=name)
+
+
+def rounding(case, inputs, out, clean):
+    """What rounding leaves in a gradient: `relative` to the largest entry, and absolute where large terms cancel."""
+    # Scores are fp32, and tanh by way of exp2 is exact to the rounding of softcap.
+    score_eps = torch.finfo(torch.float32).eps * (4 + case.softcap)
+    eps = max(torch.finfo(case.dtype).eps, score_eps)
+    products = by_sequence(case, inputs.dout.double() * out.double(), case.seqlens_q)
+    products = torch.cat([out.new_zeros(0, *out.shape[-2:]).double(), *(products[i] for i in clean)])
+    if not products.numel():
+        return {"relative": eps}
+    # Each row of dS sums to 0: with a single key, nothing is left of its terms but what fp32 lost of dout * out, where
+    # out is that key's value. Dropout scales it and a sink takes of it, so that out is rounded to its dtype as well.
+    row_eps = eps if case.dropout_p or case.sinks else score_eps
+    scale = abs(case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale)
+    row = torch.linalg.vector_norm(products, dim=2).max().item() * row_eps * scale
+    largest_q, largest_k = (
+        max((x.abs().max().item() for x in inputs.clean[i] if x.numel()), default=0) for i in (0, 1)
+    )
+    queries = max(case.seqlens_q) * case.group_size
+    # A sink gathers dout * out over all rows, out as it was rounded.
+    head = torch.linalg.vector_norm(products, dim=(0, 2)).max().item() * eps
+    return {"relative": eps, "dq": row * largest_k, "dk": row * largest_q * queries**0.5, "dsinks": head}
+
+
+def check_accesses(case, accesses):
+    """dk, dv and the dq of the split schedule are stored once; two tiles meet if one of the queries sees a key."""
+    fused = not case.deterministic
+    size = case.dtype.itemsize
+    num_keys = sum(case.seqlens_k) * case.num_heads_kv
+    assert accesses.bytes_stored["dk_ptr"] == num_keys * case.head_dim * size
+    assert accesses.bytes_stored["dv_ptr"] == num_keys * case.head_dim_v * size
+    tile = case.tiles.fused if fused else case.tiles.dkdv
+    num_queries = rows_loaded(case, tile, of_queries=True)
+    assert of_tile(accesses.bytes_loaded, "q") == num_queries * case.head_dim * size
+    assert of_tile(accesses.bytes_loaded, "dout") == num_queries * case.head_dim_v * size
+    if fused:
+        assert of_tile(accesses.bytes_stored, "dq") == num_queries * case.head_dim * 4
+        return
+    assert accesses.bytes_stored["dq_ptr"] == sum(case.seqlens_q) * case.num_heads_q * case.head_dim * size
+    num_keys = rows_loaded(case, case.tiles.dq)
+    assert of_tile(accesses.bytes_loaded, "k") == num_keys * case.head_dim * size
+    assert of_tile(accesses.bytes_loaded, "v") == num_keys * case.head_dim_v * size
+
+
+def of_tile(bytes_by_name, name):
+    """Bytes of a tile by pointer or by the descriptors of its one or two pieces."""
+    return sum(bytes_by_name[key] for key in (name, f"{name}[0]", f"{name}[1]"))

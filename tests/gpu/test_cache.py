@@ -1,0 +1,65 @@
+"""Appends, copies and merges at scale, and a cache of more than 2^31 elements."""
+
+import math
+
+import pytest
+import torch
+from append_cases import DEVICE
+from scale import CACHED_MODELS, DTYPES, MODELS, at_scale
+
+from perf.models import DEEPSEEK_V3, LLAMA_3_8B
+from perf.verify import verify
+from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, mla_decode, paged_attention, reference
+
+of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SEQLEN = at_scale(4093, 24)
+PAGE_SIZE = 16
+PER_HEAD = "append_kv_cache", "copy_kv_pages"
+CALLS = [(model, function) for model in at_scale(CACHED_MODELS, [LLAMA_3_8B]) for function in PER_HEAD]
+CALLS += [(DEEPSEEK_V3, "append_latent_cache"), *((model, "merge_attention") for model in at_scale(MODELS, []))]
+
+
+@of_dtypes
+@pytest.mark.parametrize(("model", "function"), CALLS, ids=lambda x: getattr(x, "name", x))
+def test_against_the_reference(model, function, dtype):
+    for _, wrong in verify((model, function, SEQLEN, dtype)):
+        assert not wrong
+
+
+def large_cache(*shape):
+    """On memory that is touched only where it is written; its last pages lie past 2^31 elements."""
+    num_pages = 2**31 // math.prod(shape) + 8
+    return torch.empty(num_pages, *shape, dtype=torch.bfloat16, device=DEVICE), num_pages
+
+
+def test_a_large_cache():
+    """Appended to its last pages, copied within them, attended to: as in a small cache."""
+    heads = 8, 128
+    (k_cache, num_pages), (v_cache, _) = large_cache(PAGE_SIZE, *heads), large_cache(PAGE_SIZE, *heads)
+    k, v = (torch.randn(40, *heads, device=DEVICE).bfloat16() for _ in range(2))
+    pages = torch.arange(num_pages - 3, num_pages, dtype=torch.int32, device=DEVICE)
+    slots = pages[0].long() * PAGE_SIZE + torch.arange(40, device=DEVICE)
+    append_kv_cache(k, v, k_cache, v_cache, slots)
+    copy_kv_pages((k_cache, v_cache), pages, pages - 3)
+    q = torch.randn(1, 1, 32, 128, device=DEVICE).bfloat16()
+    seqlens = torch.tensor([40], dtype=torch.int32, device=DEVICE)
+    expected = reference.flash_attention(q, k[None], v[None])
+    for block_table in (pages[None], pages[None] - 3):
+        out = paged_attention(q, k_cache, v_cache, seqlens, block_table)
+        torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_a_large_latent_cache():
+    cache, num_pages = large_cache(64, 576)
+    latents, k_pe = torch.randn(70, 512, device=DEVICE).bfloat16(), torch.randn(70, 64, device=DEVICE).bfloat16()
+    pages = torch.arange(num_pages - 2, num_pages, dtype=torch.int32, device=DEVICE)
+    slots = pages[0].long() * 64 + torch.arange(70, device=DEVICE)
+    append_latent_cache(latents, k_pe, cache, slots)
+    q_latent, q_pe = (torch.randn(1, 1, 16, dim, device=DEVICE).bfloat16() for dim in (512, 64))
+    seqlens = torch.tensor([70], dtype=torch.int32, device=DEVICE)
+    out = mla_decode(q_latent, q_pe, cache, seqlens, pages[None], softmax_scale=0.07)
+    rows = torch.cat([latents, k_pe], dim=1)[None, :, None]
+    expected = reference.flash_attention(
+        torch.cat([q_latent, q_pe], dim=3), rows, latents[None, :, None], softmax_scale=0.07
+    )
+    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)

@@ -1,0 +1,261 @@
+"""The orchestration of `python -m perf gpu`, with cases that need no GPU."""
+
+import csv
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import fake_cases
+import pytest
+from test_measure import fake_times
+
+from perf import gpu, gpu_cases, measure, results
+from perf.isolation import map_isolated
+from perf.machine import COPY
+from perf.sweep import Budget
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def stage(*cases, **changes):
+    plain = gpu.Stage(
+        name="fake",
+        share=1,
+        limit=60,
+        columns=["name", "outcome"],
+        cases=lambda: list(cases),
+        run=fake_cases.run,
+        failure=lambda case, why: case | {"outcome": why},
+        has_failed=lambda row: row["outcome"] != "passed",
+        reason="outcome",
+    )
+    return replace(plain, **changes)
+
+
+def named(*names, **more):
+    return [{"name": name} | more for name in names]
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return {row["name"]: row["outcome"] for row in csv.DictReader(file)}
+
+
+def test_what_fails_crashes_or_hangs_is_recorded_and_the_rest_runs(tmp_path):
+    cases = named("first", "raises", "crashes", "hangs", "wrong", "last")
+    report = gpu.run_stages([stage(*cases, limit=2)], tmp_path, minutes=5)
+    assert rows_of(tmp_path / "fake.csv") == {
+        "first": "passed",
+        "raises": "ValueError: no such shape",
+        "crashes": "the process ended, exit code 7",
+        "hangs": "not done after 2 s",
+        "wrong": "wrong",
+        "last": "passed",
+    }
+    assert {failure["case"]["name"] for failure in report.failures} == {"raises", "crashes", "hangs", "wrong"}
+    (about,) = json.loads((tmp_path / gpu.REPORT).read_text())["stages"]
+    assert (about["done"], about["failed"], about["left"]) == (6, 4, 0)
+
+
+def test_several_processes_share_the_cases(tmp_path):
+    names = [f"case {i}" for i in range(5)] + ["crashes"]
+    gpu.run_stages([stage(*named(*names), workers=3)], tmp_path, minutes=5)
+    assert rows_of(tmp_path / "fake.csv").keys() == set(names)
+
+
+def test_a_run_that_its_budget_ends_is_resumed(tmp_path):
+    log = tmp_path / "log"
+    cases = [*named("raises", log=str(log)), *named("a", "b", "c", seconds=1, log=str(log))]
+    first = gpu.run_stages([stage(*cases)], tmp_path, minutes=1 / 60)
+    assert 0 < first.stages[0]["left"] < 4
+    assert len(rows_of(tmp_path / "fake.csv")) == 4 - first.stages[0]["left"]
+    second = gpu.run_stages([stage(*cases)], tmp_path, minutes=5)
+    assert second.stages[0]["left"] == 0
+    assert list(rows_of(tmp_path / "fake.csv")) == ["raises", "a", "b", "c"]
+    assert log.read_text().split().count("raises") == 1, "what failed is not tried again"
+    assert [failure["why"] for failure in second.failures] == ["ValueError: no such shape"]
+
+
+def test_the_end_of_the_run_cuts_a_case_short_and_leaves_it(tmp_path):
+    report = gpu.run_stages([stage(*named("hangs"))], tmp_path, minutes=2 / 60)
+    assert (report.stages[0]["left"], report.failures) == (1, [])
+
+
+@pytest.mark.parametrize(("taken", "expected"), [(0, [120, 120 + 360]), (200, [120, 360])])
+def test_a_stage_has_its_share_and_what_those_before_it_left(tmp_path, monkeypatch, taken, expected):
+    now, seconds = [0.0], []
+
+    def run_stage(stage, journal, report, budget, end):
+        seconds.append(budget.seconds_left())
+        now[0] += taken
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    gpu.run_stages([stage(share=1), stage(share=3)], tmp_path, minutes=8)
+    assert seconds == pytest.approx(expected)
+
+
+def test_a_crashed_case_is_run_in_parts(tmp_path):
+    def split(case):
+        return named(*case["crashing"]) if "crashing" in case else []
+
+    whole = {"name": "a", "crashing": ["a", "crashes"]}
+    report = gpu.run_stages([stage(whole, split=split)], tmp_path, minutes=5)
+    assert rows_of(tmp_path / "fake.csv") == {"a": "passed", "crashes": "the process ended, exit code 7"}
+    assert report.stages[0]["failed"] == 1
+
+
+def test_a_stage_whose_cases_cannot_be_listed_is_a_failure_and_the_next_runs(tmp_path):
+    def broken():
+        raise RuntimeError("no tests")
+
+    stages = [stage(cases=broken), stage(*named("a"), name="next")]
+    report = gpu.run_stages(stages, tmp_path, minutes=5)
+    assert [failure["why"] for failure in report.failures] == ["RuntimeError: no tests"]
+    assert rows_of(tmp_path / "next.csv") == {"a": "passed"}
+
+
+def test_leaving_early_ends_the_processes():
+    outcomes = map_isolated(
+        fake_cases.run, named("a", "hangs"), limit=600, budget=Budget(None), end=Budget(None), workers=2
+    )
+    next(outcomes)
+    outcomes.close()  # does not wait for the other
+
+
+def test_eight_files_at_most_with_those_of_a_sweep():
+    files = [f"{stage.name}.csv" for stage in gpu.STAGES] + [gpu.JOURNAL, gpu.REPORT, "sweep.csv"]
+    assert len(set(files)) == len(files) <= 8
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "options", "said"),
+    [
+        (False, {}, "needs a GPU"),
+        (True, {"minutes": 0}, "--minutes: expected a number above 0, got 0"),
+        (True, {"resume": Path("nowhere")}, "--resume: expected the folder of an earlier run"),
+    ],
+)
+def test_mistakes_end_it_before_anything_is_made(tmp_path, monkeypatch, has_gpu, options, said):
+    monkeypatch.setattr(gpu, "has_gpu", lambda: has_gpu)
+    with pytest.raises(SystemExit, match=said):
+        gpu.run(tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    (tmp_path / gpu.JOURNAL).touch()
+    with pytest.raises(SystemExit, match="holds an earlier run: go on with --resume"):
+        gpu.run(tmp_path)
+
+
+def test_torch_triton_numpy_and_pytest_are_enough():
+    """Collects the suite and runs a test of it, in a process that finds none of the other packages."""
+    code = """
+        import sys
+
+        missing = "hypothesis", "matplotlib", "pandas", "tabulate", "tqdm", "xdist"
+        sys.modules.update(dict.fromkeys(missing))  # an import of None fails as of what is not there
+        from perf import gpu
+        from perf.progress import tqdm
+        from perf.tables import print_table
+
+        cases = gpu.cases.test_cases()
+        case = next(case for case in cases if "test_repeats_bitwise" in case["test"])
+        print_table([{"tests": len(cases), "half": 0.5, "none": None}])
+        print_table(list(tqdm(gpu.cases.run_test(case), desc="tests")))
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=CHECKOUT,
+        env=env | {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tests  half  none" in done.stdout
+    assert "tests/gpu/test_paged.py::test_repeats_bitwise" in done.stdout
+    assert "passed" in done.stdout
+    assert "tests: 1/1 it" in done.stderr
+
+
+def sanitizer(tmp_path, monkeypatch, says, code):
+    script = tmp_path / "compute-sanitizer"
+    script.write_text(f"#!/bin/sh\necho '========= {says}'\nexit {code}\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (row,) = gpu_cases.run_sanitizer({"calls": "flash", "tool": "memcheck"})
+    return row["outcome"], row["message"]
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "outcome"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, ("passed", "")),
+        ("ERROR SUMMARY: 3 errors", 99, ("failed", "exit code 99: ERROR SUMMARY: 3 errors")),
+        ("Error: Device not supported", 1, (gpu_cases.NOT_AVAILABLE, "Error: Device not supported")),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path, monkeypatch, says, code, outcome):
+    assert sanitizer(tmp_path, monkeypatch, says, code) == outcome
+
+
+def test_without_a_sanitizer(monkeypatch):
+    monkeypatch.setattr(gpu_cases, "find_sanitizer", lambda: None)
+    (row,) = gpu_cases.run_sanitizer({"calls": "flash", "tool": "memcheck"})
+    assert row["outcome"] == gpu_cases.NOT_AVAILABLE
+
+
+def test_every_benchmark_is_in_the_journal_and_back():
+    cases = gpu_cases.bench_cases()
+    for case in cases:
+        again = json.loads(json.dumps(case))
+        assert gpu_cases.problem_of(again) == gpu_cases.problem_of(case)
+        assert again["providers"][0].startswith(results.OURS)
+    with_flex = [case for case in cases if gpu_cases.FLEX in case["providers"]]
+    assert len(with_flex) == len(gpu_cases.FORWARD) + 1
+    assert len({json.dumps(case) for case in cases}) == len(cases)
+
+
+SMALL = {
+    "kind": "LatentDecodeProblem",
+    "problem": {"batch": 2, "seqlen_k": 20, "num_heads_q": 2, "cache_dtype": "bfloat16"},
+    "providers": [results.OURS],
+}
+
+
+def test_a_benchmark_gives_the_columns_of_a_results_file(monkeypatch):
+    monkeypatch.setattr(measure, "time_interleaved", fake_times)
+    monkeypatch.setattr(gpu_cases, "throughput", partial(measure.throughput, device="cpu"))
+    (row,) = gpu_cases.run_bench(SMALL, {COPY: 1e3})
+    assert list(row) == results.COLUMNS
+    assert row["cache_dtype"] == "bfloat16"
+    assert row["roof_share"] == pytest.approx(row["gbps"] / 1e3)
+    (row,) = gpu_cases.run_bench(SMALL, {})
+    assert row["roof_share"] is None
+    lost = gpu_cases.failed_bench(SMALL, "exit code 7")
+    assert list(lost) == results.COLUMNS
+    assert (lost["provider"], lost["pass"], lost["note"]) == (results.OURS, "decode", "exit code 7")
+    assert lost["p50_ms"] is None
+
+
+def test_the_report_judges_the_targets(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H100")
+    case = gpu_cases.bench_cases()[3]
+    row = gpu_cases.failed_bench(case, "") | {"gpu": "NVIDIA H100", "roof_share": 0.9, "tflops": 8.0}
+    report = gpu.Report(tmp_path, minutes=1)
+    bench = stage(name="bench", has_failed=lambda row: False)
+    report.begin(bench)
+    report.add(bench, case, [row])
+    verdicts = {target["verdict"]: target["measured"] for target in report.targets()}
+    assert verdicts == {"not measured yet": None, "met": 0.9}
+    report.print()
