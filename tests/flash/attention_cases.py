@@ -197,8 +197,8 @@ def using(config, backward_config=None):
         return
     backward_config = backward_config or BackwardConfig(config, config, config)
     with (
-        mock.patch.object(forward, "default_config", return_value=config),
-        mock.patch.object(backward, "default_backward_config", return_value=backward_config),
+        mock.patch.object(forward, "choose_config", return_value=config),
+        mock.patch.object(backward, "choose_backward_config", return_value=backward_config),
     ):
         forward._plan.cache_clear()
         yield

@@ -402,10 +402,13 @@ def _plan(
         stride * size % 16 == 0 for (_, strides), size in zip(cache, sizes) for stride in strides[:2]
     )
     num_rows = max_seqlen_q * num_heads
-    if config is None and paged:
-        capacity = table_width * page_size
-        config = choose_decode_config(arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, capacity, page_size)
-    tiles = config or default_decode_config(arch, dtype, num_rows, is_fp8)
+    if config is not None:
+        tiles = config
+    elif paged:
+        sizes = kv_lora_rank, shape_pe[3], num_rows
+        tiles = choose_decode_config(arch, dtype, *sizes, is_fp8, table_width * page_size, page_size)
+    else:
+        tiles = default_decode_config(arch, dtype, num_rows, is_fp8)
     num_programs = batch * -(-max_seqlen_q * num_heads // tiles.block_m)
     num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
     native = arch.startswith("sm_") and int(arch[3:]) >= 89
