@@ -5,7 +5,7 @@ call in a process of its own, with Triton's cache on disk empty and then warm, a
 calls after it. Medians of some processes. Shapes are those of Llama-3-8B and DeepSeek-V3, in bf16.
 
 Without a GPU calls go through `compile_only`, which compiles and launches nothing: what the driver adds, to load a
-kernel and to launch it, is left out, and column `launched` says no.
+kernel and to launch it, is left out, as column `launched` says; what torch computes itself it computes on the CPU.
 """
 
 import contextlib
