@@ -42,6 +42,7 @@ PARTS = {
     "mla": Part("multi-head latent attention: decode, schedules of prefill, bytes of cache", "predicted-{arch}"),
     "sizes": Part("KV-cache bytes against context length", "sizes", machine_free=True),
     "cache": Part("what the bookkeeping of pages costs on the host", "host"),
+    "cold": Part("imports, first calls, kernels compiled per call", "host"),
     "sharing": Part("what pages and their sharing save, against the paper's claims", "sharing", machine_free=True),
     "train": Part("a small decoder trained with our attention and with torch's", "interpreter", interpreted=True),
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from conftest import INTERPRETED
 
 import triton_attn
 from triton_attn._warmup import compilation
@@ -45,7 +46,7 @@ def serve(model, num_heads_q, num_heads_kv, rng, *, cache_dtype=BF16, page_size=
     """Prompts whole, packed and in chunks, a decode batch that grows and shrinks, drafts, appends, copies, merges."""
     dim, window = model.head_dim, (-1, -1)
     if model.sinks:
-        options["sinks"] = torch.empty(num_heads_q)
+        options["sinks"] = torch.empty(num_heads_q, dtype=BF16)
 
     def qkv(*rows):
         return [torch.empty(*rows, heads, dim, dtype=BF16) for heads in (num_heads_q, num_heads_kv, num_heads_kv)]
@@ -135,12 +136,14 @@ def test_serving_latent_vectors_compiles_nothing_after_a_warmup(warmed, name):
 
 @pytest.mark.compiled
 def test_training_compiles_nothing_after_a_warmup(warmed):
-    kernels = warmed(num_heads_q=8, num_heads_kv=2, head_dim=64, functions=["flash_attention_backward"])
+    options = {"sinks": torch.float32, "functions": ["flash_attention_backward"], "max_seqlen": 4096}
+    kernels = warmed(num_heads_q=8, num_heads_kv=2, head_dim=64, **options)
     with record_specializations(ARCH) as met:
         for batch, seqlen in ((1, 1), (2, 1000), (3, 4097)):
             q, k, v = (torch.empty(batch, seqlen, n, 64, dtype=BF16, requires_grad=True) for n in (8, 2, 2))
-            out = triton_attn.flash_attention(q, k, v, causal=True)
-            torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+            sinks = torch.empty(8, requires_grad=True)
+            out = triton_attn.flash_attention(q, k, v, causal=True, sinks=sinks)
+            torch.autograd.grad(out, (q, k, v, sinks), torch.empty_like(out))
     assert set(met) <= kernels
     assert {kernel.name for kernel in met} >= {"_flash_fwd_kernel", "_flash_bwd_delta_kernel"}
 
@@ -217,6 +220,12 @@ def test_bad_arguments_are_named_before_anything_happens(options, error, message
 def test_an_unknown_architecture_is_named():
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*; got 'sm_99'"):
         triton_attn.warmup("llama-3-8b", arch="sm_99")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled")
+def test_an_interpreting_process_compiles_nothing():
+    with pytest.raises(RuntimeError, match="a process without TRITON_INTERPRET"):
+        triton_attn.warmup("llama-3-8b", arch="sm_90")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

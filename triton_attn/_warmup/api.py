@@ -67,8 +67,10 @@ def warmup(
         page_size: tokens on a page; None is 16, for MLA 64; 0 is a contiguous cache, without block tables.
         causal, window_size, softcap: as calls give them; None is the model's window (window - 1 keys to the left), or
             none. Of MLA there is causal alone.
-        sinks, alibi: whether calls give such tensors.
-        rotary_dim, rope_interleaved: of rotary positions that the append kernels, and MLA decode, apply; 0 is none.
+        sinks: whether calls give sinks, of dtype; torch.float32 for those of fp32.
+        alibi: whether calls give alibi_slopes (num_heads_q,).
+        rotary_dim, rope_interleaved: of rotary positions that the append kernels, and MLA decode, apply, angles in fp32
+            and positions in int64; 0 is none.
         dropout_p, deterministic: of flash_attention.
         max_seqlen: the longest prompt and context, in tokens.
         functions: names of what is called; None is what serving calls:
@@ -111,7 +113,7 @@ def warmup(
         kv_cache_dtype=dtype if kv_cache_dtype is None else kv_cache_dtype,
         causal=causal,
         softcap=softcap,
-        sinks=bool(sinks),
+        sinks=dtype if sinks is True else sinks or None,
         alibi=alibi,
         rotary_dim=rotary_dim,
         rope_interleaved=rope_interleaved,

@@ -44,7 +44,7 @@ class Workload:
     causal: bool
     window_size: tuple
     softcap: float
-    sinks: bool
+    sinks: torch.dtype | None
     alibi: bool
     rotary_dim: int
     rope_interleaved: bool
@@ -65,13 +65,12 @@ class Workload:
     @property
     def masks(self):
         """Options of attention but for dropout."""
-        per_head = torch.empty(self.num_heads_q)
         return dict(
             causal=self.causal,
             window_size=self.window_size,
             softcap=self.softcap,
-            sinks=per_head if self.sinks else None,
-            alibi_slopes=per_head if self.alibi else None,
+            sinks=torch.empty(self.num_heads_q, dtype=self.sinks) if self.sinks else None,
+            alibi_slopes=torch.empty(self.num_heads_q) if self.alibi else None,
         )
 
     @property
@@ -150,10 +149,13 @@ def call_flash_attention_backward(work):
     for seqlen, packed, use_lse in itertools.product(work.lengths, (False, True), (False, True)):
         inputs = [x.requires_grad_() for x in work.qkv(*((seqlen,) if packed else (1, seqlen)))]
         options = work.masks | dict(dropout_p=work.dropout_p, deterministic=work.deterministic, return_lse=True)
+        qkv = tuple(inputs)
+        if work.sinks:
+            inputs.append(options["sinks"].requires_grad_())
         if packed:
-            outputs = flash_attention_varlen(*inputs, cu_seqlens, cu_seqlens, seqlen, seqlen, **options)
+            outputs = flash_attention_varlen(*qkv, cu_seqlens, cu_seqlens, seqlen, seqlen, **options)
         else:
-            outputs = flash_attention(*inputs, **options)
+            outputs = flash_attention(*qkv, **options)
         outputs = outputs if use_lse else outputs[:1]
         torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
 
