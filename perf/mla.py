@@ -55,10 +55,9 @@ def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], ar
     decode, prefill = out_dir / "mla_decode.csv", out_dir / "mla_prefill.csv"
     steps = _rows(
         decode,
-        results.LatentDecodeRow,
+        results.Row,
         latent_decode_grid(heads, batch, contexts),
         (LATENT_DECODE_PROVIDERS, copy_bandwidth, predict.latent_decode, arch),
-        lambda problem, row: {"cache_dtype": problem.cache_dtype},
     )
     _print(
         f"decode, batch {batch}, TFLOP/s (GB/s) against context",
@@ -82,7 +81,7 @@ def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], ar
         },
         lambda row: f"{row.ms:.3g}{'*' if row.is_auto else ''}",
     )
-    paths = [decode, plot.latent_decode(decode), prefill, plot.latent_prefill(prefill), _sizes(out_dir)]
+    paths = [decode, *plot.draw(decode), prefill, *plot.draw(prefill), _sizes(out_dir)]
     failed = [row for row in steps + calls if row.tflops is None]
     for row in failed:
         print(f"{row.provider}, {row.direction}, {row.num_heads_q} heads, {row.seqlen_q}x{row.seqlen_k}: {row.note}")
@@ -91,7 +90,7 @@ def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], ar
     return paths
 
 
-def _rows(path, row_type, problems, how, more_columns):
+def _rows(path, row_type, problems, how, more_columns=lambda problem, row: {}):
     """Rows of row_type, on the disk as soon as they are known: measured, or predicted without a GPU.
 
     how is (providers, measured roof, prediction, its arch); more_columns(problem, row) those beside a `results.Row`.

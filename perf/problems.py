@@ -200,6 +200,7 @@ class LatentDecodeProblem:
             "head_dim_v": self.head_dim_v,
             "causal": True,
             "page_size": self.page_size,
+            "cache_dtype": self.cache_dtype,
         }
 
     def cache_bytes(self):
