@@ -45,7 +45,7 @@ def draw(csv_path, out_dir=None):
     with plt.rc_context(STYLE):
         for name, figure in _figures(csv_path):
             paths.append(folder / f"{csv_path.stem}{name}.png")
-            figure.savefig(paths[-1], bbox_inches="tight")
+            figure.savefig(paths[-1])
             plt.close(figure)
     return paths
 

@@ -64,6 +64,7 @@ def throughput(data):
     styles = styles_of(data["provider"].unique())
     for axes, (title, panel) in zip(grid, panels.items()):
         _speed_lines(axes, panel, "tflops", styles)
+        length_ticks(axes, data["seqlen_k"])
         axes.set_title(title, fontsize=10)
     grid[0].set_ylim(bottom=0)
     legend_below(figure)
@@ -81,10 +82,12 @@ def decode(data):
     styles = styles_of(data["provider"].unique())
     for axes, (title, panel) in zip(grid, panels.items()):
         _speed_lines(axes, panel, "gbps", styles)
+        length_ticks(axes, data["seqlen_k"])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("context (tokens)")
     for axes, context in zip(grid[len(panels) :], contexts):
         _speed_lines(axes, data[data["seqlen_k"] == context], "gbps", styles, against="batch")
+        length_ticks(axes, data["batch"])
         axes.set_title(f"context {short_length(context)}", fontsize=10)
         axes.set_xlabel("batch")
     _share_of_roof(grid, _roof(data, "gbps"))
@@ -306,7 +309,6 @@ def _speed_lines(axes, data, speed, styles, against="seqlen_k"):
         axes.fill_between(lines[LOCK].index, lines[LOCK], lines[BOUND], color=SKY, alpha=0.15, linewidth=0)
     _draw_roof(axes, data, speed)
     axes.set_xscale("log", base=2)
-    length_ticks(axes, data[against])
 
 
 def _draw_roof(axes, data, speed):
@@ -332,12 +334,11 @@ def _name(first):
 
 
 def _with_failures(figure, data):
-    """The figure, and below it the providers that have no speed, for how many shapes, and why."""
+    """The figure, and above its legend the providers that have no speed, for how many shapes, and why."""
     failed = data[data[list(SPEEDS)].isna().all(axis=1)]
     lines = [f"{name}, {len(rows)} shapes: {note}" for (name, note), rows in failed.groupby(["provider", "note"])]
     if lines:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it would make room above for a text that stands below
-        text = "\n".join(textwrap.shorten(line, 120) for line in ["Without a result:", *lines])
-        figure.text(0.01, -0.01, text, va="top", fontsize=8)
+        (legend,) = figure.legends
+        legend.set_title("\n".join(textwrap.shorten(line, 120) for line in ["Without a result:", *lines]), {"size": 8})
+        legend.set_alignment("left")
     return figure
