@@ -4,6 +4,7 @@ The columns of a file say what it shows. A table of speeds gives a picture for e
 peers are in it, one of our speed over that of the best of them. Pictures lie beside their file and are called like it.
 """
 
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -33,39 +34,44 @@ def add_arguments(parser):
 
 def run(out_dir, files):
     """Draw every file, into out_dir or, if that is None, beside it."""
-    return [picture for path in files for picture in draw(path, out_dir)]
+    try:
+        return [picture for path in files for picture in draw(path, out_dir)]
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
 
 
 def draw(csv_path, out_dir=None):
     """Paths of the pictures of a CSV; ValueError if it is a broken table of speeds or of a kind that has no picture."""
-    csv_path = Path(csv_path)
-    folder = csv_path.parent if out_dir is None else out_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    found = pictures(csv_path)
+    if not found:
+        raise ValueError(f"{csv_path}: no picture is known for a table of {', '.join(pd.read_csv(csv_path).columns)}")
+    paths = [_path_of(csv_path, name, out_dir) for name in found]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        for name, figure in _figures(csv_path):
-            paths.append(folder / f"{csv_path.stem}{name}.png")
-            figure.savefig(paths[-1])
+        for path, (picture, data) in zip(paths, found.values()):
+            figure = picture(data)
+            figure.savefig(path)
             plt.close(figure)
     return paths
 
 
-def has_pictures(csv_path):
-    return results.holds_speeds(csv_path) or _picture_of(pd.read_csv(csv_path, nrows=0)) is not None
+def paths_of(csv_path):
+    """Where `draw` leaves the pictures of a CSV, drawn or not; none of a kind that has no picture."""
+    return [_path_of(csv_path, name) for name in pictures(csv_path)]
 
 
-def _figures(csv_path):
-    """(end of the file's name, figure) of each."""
+def _path_of(csv_path, name, out_dir=None):
+    csv_path = Path(csv_path)
+    return (out_dir or csv_path.parent) / f"{csv_path.stem}{name}.png"
+
+
+def pictures(csv_path):
+    """{end of the file's name: (function that draws, its data)}."""
     if results.holds_speeds(csv_path):
-        return speed_plots.figures(results.read(csv_path))
+        return speed_plots.pictures(results.read(csv_path))
     data = pd.read_csv(csv_path)
-    if (picture := _picture_of(data)) is None:
-        raise ValueError(f"{csv_path}: no picture is known for a table of {', '.join(data.columns)}")
-    return [("", picture(data))]
-
-
-def _picture_of(data):
-    return next((picture for column, picture in PICTURES.items() if column in data), None)
+    picture = next((picture for column, picture in PICTURES.items() if column in data), None)
+    return {"": (picture, data)} if picture else {}
 
 
 ATTENTION_STYLES = {"MHA": (VERMILION, "s"), "GQA": (BLUE, "o"), "MQA": (GREEN, "^"), "MLA": (PURPLE, "D")}

@@ -31,28 +31,40 @@ ROOFS = {  # of a speed: measured, of a prediction
 LEFT_OUT = "launches, latencies and DRAM efficiency left out"
 
 
-def figures(data):
-    """(end of the file's name, figure) for each picture of a table of speeds, as `results.read` gives it."""
+def pictures(data):
+    """{end of the file's name: (function that draws, its rows)} for a table of speeds, as `results.read` gives it."""
     names = [column for column in APART if data[column].nunique() > 1]
+    found = {}
     for _, rows in data.groupby(APART, sort=False):
         first = rows.iloc[0]
         name = "".join(f"-{_slug(first[column])}" for column in names)
-        yield name, _with_failures(_picture(rows), rows)
-        if (figure := ratio(rows)) is not None:
-            yield f"{name}_ratio", figure
+        found[name] = speeds, rows
+        if _has_peers(rows):
+            found[f"{name}_ratio"] = ratio, rows
+    return found
 
 
 def _slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.partition(",")[0].lower()).strip("-")
 
 
-def _picture(data):
+def _has_peers(data):
+    """Whether we and somebody else have a speed."""
+    timed = data.dropna(subset=list(SPEEDS), how="all")["provider"]
+    return timed.str.startswith(OURS).nunique() == 2
+
+
+def speeds(data):
+    """Rows of one family and pass in the way that suits them, with the providers that have no speed."""
     first = data.iloc[0]
     if first["pass"] == "decode":
-        return latent_decode(data) if first["family"] == "mla" else decode(data)
-    if "schedule" in data and data["schedule"].notna().any():
-        return latent_prefill(data)
-    return throughput(data)
+        figure = latent_decode(data) if first["family"] == "mla" else decode(data)
+    elif "schedule" in data and data["schedule"].notna().any():
+        figure = latent_prefill(data)
+    else:
+        figure = throughput(data)
+    _list_failures(figure, data)
+    return figure
 
 
 def throughput(data):
@@ -92,7 +104,7 @@ def decode(data):
         axes.set_xlabel("batch")
     _share_of_roof(grid, _roof(data, "gbps"))
     grid[0].set_ylim(bottom=0)
-    legend_below(figure, ncols=5 if first["source"] == MEASURED else 3)
+    legend_below(figure)
     note = "peers over a contiguous cache" if first["source"] == MEASURED else LEFT_OUT
     head(figure, f"Decode step, {', '.join([first['dtype'], *same])}", *_provenance(first, note))
     return figure
@@ -115,12 +127,9 @@ def _share_of_roof(grid, roof):
 
 
 def ratio(data):
-    """Our speed over that of the best peer, the same panels: colours say which peer it is; None without peers."""
-    ours = data["provider"].str.startswith(OURS)
-    speed = "gbps" if data["pass"].iloc[0] == "decode" else "tflops"
-    if not (data[ours][speed].notna().any() and data[~ours][speed].notna().any()):
-        return None
+    """Our speed over that of the best peer, the same panels; a colour says which peer that is."""
     first = data.iloc[0]
+    speed = "gbps" if first["pass"] == "decode" else "tflops"
     panels, same = _panels(data, ["batch"] if first["pass"] == "decode" else ["causal", "head_dim"])
     figure, grid = _grid(len(panels), 3 if len(panels) % 3 == 0 else 2, "keys (tokens)", "ours / best peer")
     styles = styles_of(data["provider"].unique())
@@ -159,7 +168,7 @@ def latent_decode(data):
     for line, (speed, published) in zip(grid, FLASH_MLA_PUBLISHED.items()):
         for axes, panel in zip(line, panels.values()):
             (_latent_lines if measured else _latent_bands)(axes, panel, speed)
-            axes.axhline(published, color=BLACK, linewidth=1, linestyle=":", label="FlashMLA on H800, published")
+            axes.axhline(published, color=BLACK, linewidth=1, linestyle=":", label="FlashMLA, published, H800")
         line[0].set_ylabel(SPEEDS[speed])
         line[0].set_ylim(bottom=0)
     for above, below, title in zip(*grid, panels):
@@ -175,22 +184,23 @@ def latent_decode(data):
 
 
 def _latent_lines(axes, data, speed):
-    data = data.dropna(subset=speed)
-    names = data["provider"] + ", " + data["cache_dtype"] + " cache"
-    styles = styles_of(names.unique())
-    for (provider, cache), rows in data.groupby(["provider", "cache_dtype"], sort=False):
-        name = f"{provider}, {cache} cache"
-        colour, marker, _ = CACHE_STYLES.get(cache, styles[name]) if provider == OURS else styles[name]
-        axes.plot(rows.groupby("seqlen_k")[speed].max(), color=colour, marker=marker, label=name)
+    lines = {}
+    for (provider, cache), rows in data.dropna(subset=speed).groupby(["provider", "cache_dtype"], sort=False):
+        colour, marker, name = CACHE_STYLES.get(cache, (None, None, cache))
+        lines[f"{provider}, {name}"] = rows.groupby("seqlen_k")[speed].max(), provider == OURS and (colour, marker)
+    styles = styles_of(lines)
+    for name, (line, own_style) in lines.items():
+        colour, marker = own_style or styles[name][:2]
+        axes.plot(line, color=colour, marker=marker, label=name)
 
 
 def _latent_bands(axes, data, speed):
     for cache, rows in data.groupby("cache_dtype", sort=False):
         colour, marker, name = CACHE_STYLES[cache]
         bound, lock = (rows[rows["provider"] == model].set_index("seqlen_k")[speed] for model in (BOUND, LOCK))
-        axes.plot(lock, color=colour, marker=marker, label=f"{name} cache, lock: no overlap")
-        label = f"{name} cache, to bound: full overlap"
-        axes.fill_between(lock.index, lock, bound, color=colour, alpha=0.2, linewidth=0, label=label)
+        axes.plot(lock, color=colour, marker=marker, label=f"{name}, lock: no overlap")
+        band = {"color": colour, "alpha": 0.2, "linewidth": 0, "label": f"{name}, to bound: full overlap"}
+        axes.fill_between(lock.index, lock, bound, **band)
 
 
 def latent_prefill(data):
@@ -221,7 +231,7 @@ def latent_prefill(data):
     for axes, name in zip(grid[:, 0], ("ms", "time / least of ours", "workspace (MiB)")):
         axes.set_ylabel(name)
     figure.align_ylabels()
-    legend_below(figure, ncols=3 if first["source"] == MEASURED else 5)
+    legend_below(figure)
     note = "" if first["source"] == MEASURED else first["note"]
     head(figure, f"MLA prefill, {', '.join([first['dtype'], *same])}", *_provenance(first, note))
     return figure
@@ -333,12 +343,11 @@ def _name(first):
     return f"{NAMES.get(first['family'], first['family'])} {first['pass']}"
 
 
-def _with_failures(figure, data):
-    """The figure, and above its legend the providers that have no speed, for how many shapes, and why."""
+def _list_failures(figure, data):
+    """Above the legend: who has no speed, for how many shapes, and why."""
     failed = data[data[list(SPEEDS)].isna().all(axis=1)]
     lines = [f"{name}, {len(rows)} shapes: {note}" for (name, note), rows in failed.groupby(["provider", "note"])]
     if lines:
         (legend,) = figure.legends
         legend.set_title("\n".join(textwrap.shorten(line, 120) for line in ["Without a result:", *lines]), {"size": 8})
         legend.set_alignment("left")
-    return figure

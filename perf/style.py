@@ -74,9 +74,10 @@ def head(figure, *lines):
     figure.suptitle("\n".join(filter(None, lines)), x=0.01, ha="left", fontsize=11)
 
 
-def legend_below(figure, ncols=3):
-    """One legend of all panels, each label once."""
+def legend_below(figure):
+    """One legend of all panels, each label once, in as many columns as the labels leave room for."""
     entries = {}
     for axes in figure.axes:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+    ncols = max(1, min(5, 115 // (7 + max(map(len, entries), default=0))))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=ncols)
