@@ -104,7 +104,7 @@ def read(path):
             numbers = pd.to_numeric(data[column], errors="coerce")
             right = data[column].isna() | (numbers % 1 == 0 if kind[0] is int else numbers.notna())
             _check(path, data[column], right, f"expected {kind[0].__name__}")
-    _check(path, data["causal"], data["causal"].isin([True, False]), "expected True or False")
+    _check(path, data["causal"], data["causal"].astype(str).isin(["True", "False"]), "expected True or False")
     _check(path, data["source"], data["source"].isin(SOURCES), f"expected one of {', '.join(SOURCES)}")
     has_speed = data[list(SPEEDS)].notna().any(axis=1)
     for column in ("p20_ms", "p50_ms", "p80_ms"):

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from perf.results import BOUND, LOCK, MEASURED, OURS, SPEEDS
-from perf.style import BLACK, BLUE, SKY, VERMILION, head, legend_below, length_ticks, short_length, styles_of
+from perf.style import BLACK, PROVIDER_STYLES, SKY, head, legend_below, length_ticks, short_length, styles_of
 
 APART = ["family", "pass", "dtype", "gpu", "source"]  # what differs in these is in different pictures
 WORDS = {  # how a title says a column
@@ -76,6 +76,7 @@ def throughput(data):
     styles = styles_of(data["provider"].unique())
     for axes, (title, panel) in zip(grid, panels.items()):
         _speed_lines(axes, panel, "tflops", styles)
+        _draw_roof(axes, data, "tflops")
         length_ticks(axes, data["seqlen_k"])
         axes.set_title(title, fontsize=10)
     grid[0].set_ylim(bottom=0)
@@ -102,10 +103,12 @@ def decode(data):
         length_ticks(axes, data["batch"])
         axes.set_title(f"context {short_length(context)}", fontsize=10)
         axes.set_xlabel("batch")
+    for axes in grid:
+        _draw_roof(axes, data, "gbps")
     _share_of_roof(grid, _roof(data, "gbps"))
     grid[0].set_ylim(bottom=0)
     legend_below(figure)
-    note = "peers over a contiguous cache" if first["source"] == MEASURED else LEFT_OUT
+    note = "SDPA and FlexAttention over a contiguous cache" if first["source"] == MEASURED else LEFT_OUT
     head(figure, f"Decode step, {', '.join([first['dtype'], *same])}", *_provenance(first, note))
     return figure
 
@@ -153,7 +156,7 @@ def ratio(data):
     return figure
 
 
-CACHE_STYLES = {"bfloat16": (VERMILION, "o", "bf16"), "float8_e4m3fn": (BLUE, "s", "fp8")}
+CACHES = {"bfloat16": "bf16 cache", "float8_e4m3fn": "fp8 cache"}
 FLASH_MLA_PUBLISHED = {"tflops": 660, "gbps": 3000}  # H800, bf16, at best; github.com/deepseek-ai/FlashMLA, README
 
 
@@ -162,12 +165,17 @@ def latent_decode(data):
     of itself."""
     first = data.iloc[0]
     measured = first["source"] == MEASURED
-    data = data.assign(cache_dtype=data["cache_dtype"].fillna(data["dtype"]))
+    caches = data["cache_dtype"].fillna(data["dtype"])
+    data = data.assign(cache_dtype=caches, line=data["provider"] + ", " + caches.replace(CACHES))
+    styles = styles_of(data["line"].unique())
     panels, same = _panels(data, ["num_heads_q"], lines=["cache_dtype"])
     figure, grid = plt.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, figsize=(8, 5.6))
     for line, (speed, published) in zip(grid, FLASH_MLA_PUBLISHED.items()):
         for axes, panel in zip(line, panels.values()):
-            (_latent_lines if measured else _latent_bands)(axes, panel, speed)
+            if measured:
+                _speed_lines(axes, panel.assign(provider=panel["line"]), speed, styles)
+            else:
+                _latent_bands(axes, panel, speed)
             axes.axhline(published, color=BLACK, linewidth=1, linestyle=":", label="FlashMLA, published, H800")
         line[0].set_ylabel(SPEEDS[speed])
         line[0].set_ylim(bottom=0)
@@ -183,20 +191,10 @@ def latent_decode(data):
     return figure
 
 
-def _latent_lines(axes, data, speed):
-    lines = {}
-    for (provider, cache), rows in data.dropna(subset=speed).groupby(["provider", "cache_dtype"], sort=False):
-        colour, marker, name = CACHE_STYLES.get(cache, (None, None, cache))
-        lines[f"{provider}, {name}"] = rows.groupby("seqlen_k")[speed].max(), provider == OURS and (colour, marker)
-    styles = styles_of(lines)
-    for name, (line, own_style) in lines.items():
-        colour, marker = own_style or styles[name][:2]
-        axes.plot(line, color=colour, marker=marker, label=name)
-
-
 def _latent_bands(axes, data, speed):
     for cache, rows in data.groupby("cache_dtype", sort=False):
-        colour, marker, name = CACHE_STYLES[cache]
+        name = CACHES[cache]
+        colour, marker, _ = PROVIDER_STYLES[f"{OURS}, {name}"]
         bound, lock = (rows[rows["provider"] == model].set_index("seqlen_k")[speed] for model in (BOUND, LOCK))
         axes.plot(lock, color=colour, marker=marker, label=f"{name}, lock: no overlap")
         band = {"color": colour, "alpha": 0.2, "linewidth": 0, "label": f"{name}, to bound: full overlap"}
@@ -310,14 +308,13 @@ def _grid(num_panels, num_columns, x, y, sharex=True):
 
 
 def _speed_lines(axes, data, speed, styles, against="seqlen_k"):
-    """A line per provider, of several configs the best, and the roof."""
+    """A line per provider, of several configs the best."""
     lines = {name: rows.groupby(against)[speed].max() for name, rows in data.groupby("provider", sort=False)}
     for provider, line in lines.items():
         colour, marker, label = styles[provider]
         axes.plot(line, color=colour, marker=marker, label=label)
     if LOCK in lines:
         axes.fill_between(lines[LOCK].index, lines[LOCK], lines[BOUND], color=SKY, alpha=0.15, linewidth=0)
-    _draw_roof(axes, data, speed)
     axes.set_xscale("log", base=2)
 
 

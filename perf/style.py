@@ -30,6 +30,8 @@ PROVIDER_STYLES = {  # colour, marker, label
     f"{OURS}, fused": (VERMILION, "o", "fused"),
     f"{OURS}, absorbed": (GREEN, "^", "absorbed"),
     f"{OURS}, materialized": (BLUE, "s", "materialized"),
+    f"{OURS}, bf16 cache": (VERMILION, "o", f"{OURS}, bf16 cache"),
+    f"{OURS}, fp8 cache": (BLUE, "s", f"{OURS}, fp8 cache"),
     "SDPA cuDNN": (BLUE, "s", "SDPA cuDNN"),
     "SDPA flash": (GREEN, "^", "SDPA flash"),
     "FlexAttention": (PURPLE, "D", "FlexAttention"),
