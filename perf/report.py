@@ -25,6 +25,7 @@ README = Path(__file__).parent.parent / "README.md"
 TUNED = README.parent / "triton_attn" / "tuned"
 BEGIN, END = "<!-- from here on written by `python -m perf report` -->", "<!-- up to here -->"
 VERSIONS = ["driver", "torch", "triton", "commit"]
+NONE = pd.Series(dtype=str)
 
 
 def add_arguments(parser):
@@ -322,7 +323,7 @@ def _provenance(rows):
     columns = [column for column in ("source", "gpu", "device", *VERSIONS[:-1]) if column in rows]
     said = []
     for values, alike in rows.groupby(columns, dropna=False, sort=False):
-        about = dict(zip(columns, values), commit=", ".join(alike["commit"].dropna().unique()))
+        about = dict(zip(columns, values), commit=", ".join(alike.get("commit", NONE).dropna().unique()))
         about = {column: value for column, value in about.items() if pd.notna(value) and value}
         source = f"{about.pop('source')}: " if "source" in about else ""
         said.append(
