@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf import measure, mla, models, plot, predict, providers, results
+from perf import measure, mla, models, plot, predict, providers, results, style
 from perf.problems import LatentDecodeProblem, LatentPrefillProblem, latent_decode_grid, latent_prefill_grid
 from perf.timing import Percentiles
 from triton_attn import mla_prefill, reference
@@ -285,7 +285,8 @@ def draw():
 
     def figure_of(name):
         ((picture, data),) = plot.pictures(results.ROOT / "predicted-sm_90" / name).values()
-        figures.append(picture(data))
+        with plot.plt.rc_context(style.STYLE):
+            figures.append(picture(data))
         return figures[-1]
 
     yield figure_of
