@@ -23,13 +23,14 @@ from perf.tables import print_table
 class Part:
     """A subcommand: the module `perf.<name>`, with `run(out_dir, **options)` and, for options, `add_arguments(parser)`.
 
-    `folder` holds its results where no GPU gives them a name; options may stand in it in braces. Without a GPU,
+    `folder` holds its results where no GPU gives them a name; options may stand in it in braces. None: results lie
+    beside what the part is given. Without a GPU,
     Triton's interpreter runs the kernels of an `interpreted` part: a choice for the whole process. `machine_free`
     results are the same everywhere.
     """
 
     help: str
-    folder: str
+    folder: str | None
     interpreted: bool = False
     machine_free: bool = False
 
@@ -48,6 +49,8 @@ PARTS = {
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),
     "gpu": Part("all that only a GPU can tell, within a budget of minutes", "gpu"),
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
+    "plot": Part("pictures of CSV files of results", None, machine_free=True),
+    "report": Part("the README's figures, from all results", "", machine_free=True),
 }
 MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "mla", "sizes")
 INTERRUPTED = 130
@@ -65,14 +68,15 @@ def main(argv):
 
 def run_part(name, out_dir, options):
     part = PARTS[name]
-    if out_dir is None:
+    if out_dir is None and part.folder is not None:
         named_by_gpu = has_gpu() and not part.machine_free
         out_dir = results.ROOT / (folder_name() if named_by_gpu else part.folder.format(**options))
     try:
         for path in import_module(f"perf.{name}").run(out_dir, **options) or ():
             print(f"wrote {os.path.relpath(path)}")
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is in {os.path.relpath(out_dir)}", file=sys.stderr)
+        where = f" in {os.path.relpath(out_dir)}" if out_dir else ""
+        print(f"\ninterrupted; what was finished is kept{where}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -117,8 +121,10 @@ def _parser(chosen):
     parts = parser.add_subparsers(dest="part", metavar="PART")
     for name, part in PARTS.items():
         sub = parts.add_parser(name, help=part.help, formatter_class=argparse.RawDescriptionHelpFormatter)
-        where = part.folder if part.machine_free else f"{part.folder}, or the name of the GPU"
-        sub.add_argument("--out", type=Path, help=f"folder of the results (default: perf/results/ + {where})")
+        where = "that of each file" if part.folder is None else f"perf/results/{part.folder}"
+        if not part.machine_free:
+            where += ", or the name of the GPU"
+        sub.add_argument("--out", type=Path, help=f"folder of the results (default: {where})")
         if name == chosen:
             module = import_module(f"perf.{name}")
             sub.description = module.__doc__

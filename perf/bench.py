@@ -40,7 +40,6 @@ class Family:
     predict: Callable
     left_out: str
     line: Callable
-    draw: Callable
 
 
 FAMILIES = {
@@ -53,7 +52,6 @@ FAMILIES = {
         predict=predict.flash,
         left_out="memory, latency and power",
         line=lambda row: {"head_dim": row.head_dim, "mask": "causal" if row.causal else "full"},
-        draw=plot.throughput,
     ),
     "paged": Family(
         title="GB/s against context",
@@ -64,7 +62,6 @@ FAMILIES = {
         predict=predict.paged,
         left_out="launches (which decide short contexts), latency, and what memory reaches of its data sheet",
         line=lambda row: {"batch": row.batch},
-        draw=plot.decode,
     ),
 }
 FLAGS = {"direction": "--pass", "head_dims": "--head-dim", "batches": "--batch", "seqlens": "--seqlen"}
@@ -122,10 +119,10 @@ def run(out_dir, family="flash", dtype="bfloat16", arch="sm_90", **shapes):
     failed = [row for row in done if getattr(row, figure) is None]
     for row in failed:
         print(f"{row.provider}, batch {row.batch}, head_dim {row.head_dim}, seqlen {row.seqlen_k}: {row.note}")
-    picture = kind.draw(path)
+    pictures = plot.draw(path)
     if any(row.provider == results.OURS for row in failed):
         sys.exit("our kernel failed, see above")
-    return [path, picture]
+    return [path, *pictures]
 
 
 def _measured(problems, dtype, kind):

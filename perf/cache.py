@@ -35,7 +35,7 @@ STEP_COLUMNS = ["sequences", "context", "steps", "p20_ms", "p50_ms", "p80_ms", *
 
 
 def run(out_dir, max_pages=POOL_SIZES[-1]):
-    """Print both tables, write them as CSV files, and the picture of both."""
+    """Print both tables, write them as CSV files, and draw a picture of each."""
     machine = [cpu_name(), platform.python_version(), torch.__version__, commit()]
     torch.set_num_threads(1)
     sizes = [size for size in POOL_SIZES if size <= max_pages]
@@ -60,7 +60,7 @@ def run(out_dir, max_pages=POOL_SIZES[-1]):
     progress.close()
     print_table([dict(zip(POOL_COLUMNS, row)) for row in sorted(per_page, key=lambda row: (row[0], row[1]))])
     print_table([dict(zip(STEP_COLUMNS, row)) for row in per_step])
-    return [pool_path, step_path, plot.bookkeeping(pool_path, step_path)]
+    return [pool_path, *plot.draw(pool_path), step_path, *plot.draw(step_path)]
 
 
 def pool_times(num_pages):

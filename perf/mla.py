@@ -81,7 +81,7 @@ def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], ar
         },
         lambda row: f"{row.ms:.3g}{'*' if row.is_auto else ''}",
     )
-    paths = [decode, plot.latent_decode(decode), prefill, plot.latent_prefill(prefill), _sizes(out_dir)]
+    paths = [decode, *plot.draw(decode), prefill, *plot.draw(prefill), _sizes(out_dir)]
     failed = [row for row in steps + calls if row.tflops is None]
     for row in failed:
         print(f"{row.provider}, {row.direction}, {row.num_heads_q} heads, {row.seqlen_q}x{row.seqlen_k}: {row.note}")

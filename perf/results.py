@@ -1,4 +1,4 @@
-"""Where figures are kept, and the one table layout of everything that is a speed.
+"""Where figures are kept, and the one table layout of everything that is a speed: written, read and checked here.
 
 A row says what ran (family, provider, pass, shape), how fast, on what, and whether it was measured or predicted. Rows
 are on the disk as soon as they are known: an interrupted run leaves what it had finished.
@@ -7,12 +7,17 @@ are on the disk as soon as they are known: an interrupted run leaves what it had
 import csv
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args
 
 ROOT = Path(__file__).parent / "results"
 OURS = "triton_attn"  # as a provider
+BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"  # predicted: products and softmax overlap fully, or never
 MEASURED = "measured"
 PREDICTED = "predicted from compiled code, not measured"
 MODELLED = "predicted by the cost model of mla_prefill, not measured"
+SOURCES = (MEASURED, PREDICTED, MODELLED)
+SPEEDS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ class Row:
     torch: str
     triton: str
     commit: str | None
-    source: str  # MEASURED, PREDICTED or MODELLED
+    source: str  # one of SOURCES
     note: str = ""
 
 
@@ -71,6 +76,48 @@ def columns_of(row_type):
 
 
 COLUMNS = columns_of(Row)
+
+
+def holds_speeds(path):
+    """Whether a CSV is a table of speeds, sound or not: no other one names a provider of a family."""
+    with open(path, newline="") as file:
+        return {"family", "provider"} <= set(next(csv.reader(file), ()))
+
+
+def read(path):
+    """A table of speeds as a pandas DataFrame; columns beside those of `Row` are kept.
+
+    ValueError, naming file, column and line, if a column is missing, a cell is empty or not of its type that must not
+    be, a source is unknown, a measured speed has no times, or a row has neither a speed nor a note that says why.
+    """
+    import pandas as pd  # here, since a GPU run writes rows where there may be no pandas
+
+    kinds = {column: get_args(field.type) or (field.type,) for column, field in zip(COLUMNS, fields(Row))}
+    data = pd.read_csv(path, dtype={column: str for column, kind in kinds.items() if str in kind})
+    if missing := [column for column in COLUMNS if column not in data]:
+        raise ValueError(f"{path}: a table of speeds has the columns {', '.join(missing)} too")
+    data["note"] = data["note"].fillna("")
+    for column, kind in kinds.items():
+        if NoneType not in kind:
+            _check(path, data[column], data[column].notna(), f"expected {kind[0].__name__}")
+        if kind[0] in (int, float):
+            numbers = pd.to_numeric(data[column], errors="coerce")
+            right = data[column].isna() | (numbers % 1 == 0 if kind[0] is int else numbers.notna())
+            _check(path, data[column], right, f"expected {kind[0].__name__}")
+    _check(path, data["causal"], data["causal"].astype(str).isin(["True", "False"]), "expected True or False")
+    _check(path, data["source"], data["source"].isin(SOURCES), f"expected one of {', '.join(SOURCES)}")
+    has_speed = data[list(SPEEDS)].notna().any(axis=1)
+    for column in ("p20_ms", "p50_ms", "p80_ms"):
+        timed = data[column].notna() | ~has_speed | (data["source"] != MEASURED)
+        _check(path, data[column], timed, "expected the time of a measured speed")
+    _check(path, data["note"], has_speed | (data["note"] != ""), "expected why there is no speed")
+    return data
+
+
+def _check(path, column, right, expected):
+    if not right.all():
+        row = int(right.argmin())
+        raise ValueError(f"{path}: column {column.name}, line {row + 2}: {expected}, got {column.iloc[row]!r}")
 
 
 class Table:

@@ -220,7 +220,6 @@ def run(out_dir, requests=256):
         "waste": [(workload, page_size) for workload in WORKLOADS for page_size in PAGE_SIZES],
     }
     measure = {"sharing": _sharing_row, "held": _held_row, "waste": _waste_row}
-    draw = {"sharing": plot.sharing, "held": plot.bytes_held, "waste": plot.page_waste}
     paths = []
     with tqdm(total=sum(map(len, cases.values())), desc="page sharing") as progress:
         for name, columns in COLUMNS.items():
@@ -233,7 +232,7 @@ def run(out_dir, requests=256):
                     progress.update()
             progress.clear()
             print_table([dict(zip(columns, row)) for row in rows])
-            paths += [path, draw[name](path)]
+            paths += [path, *plot.draw(path)]
     return paths
 
 

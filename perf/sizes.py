@@ -42,7 +42,7 @@ def run(out_dir, bytes_per_element=2):
             for context in CONTEXTS:
                 table.append([*shape, context, kv_cache_bytes(model, context, bytes_per_element)])
     print_table([_summary(model, bytes_per_element) for model in MODELS])
-    return [path, plot.kv_cache(path)]
+    return [path, *plot.draw(path)]
 
 
 def _summary(model, bytes_per_element):

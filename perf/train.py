@@ -43,10 +43,10 @@ def run(out_dir, steps=150):
     print_table([row | {"unigram entropy": entropy} for row in rows])
     apart = max(abs(a - b) for a, b in zip(ours, theirs))
     print(f"largest difference of the two losses at any step: {apart:.2g} nats, bound {BOUND:g}")
-    picture = plot.training(path)
+    pictures = plot.draw(path)
     if not apart < BOUND:
         sys.exit("the two losses are further apart than their bound")
-    return [path, picture]
+    return [path, *pictures]
 
 
 def read_text(device):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf import measure, mla, models, plot, predict, providers, results
+from perf import measure, mla, models, plot, predict, providers, results, style
 from perf.problems import LatentDecodeProblem, LatentPrefillProblem, latent_decode_grid, latent_prefill_grid
 from perf.timing import Percentiles
 from triton_attn import mla_prefill, reference
@@ -222,6 +222,7 @@ def test_on_a_gpu_all_is_measured(on_a_gpu, tmp_path, capsys):
         "mla_decode.png",
         "mla_prefill.csv",
         "mla_prefill.png",
+        "mla_prefill_ratio.png",
         "mla_sizes.csv",
     ]
     assert all(path.exists() for path in paths)
@@ -270,7 +271,7 @@ def test_without_a_gpu_all_is_predicted_and_says_so(monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize(("heads", "limit"), [(16, "memory"), (64, "memory"), (128, "the loop")])
 def test_few_heads_are_predicted_to_wait_for_memory_and_many_for_the_loop(heads, limit):
     bound, lock = predict.latent_decode(LatentDecodeProblem(32, 131072, heads), "bfloat16", "sm_90")
-    assert [bound.provider, lock.provider] == [plot.BOUND, plot.LOCK]
+    assert [bound.provider, lock.provider] == [results.BOUND, results.LOCK]
     assert f"limited by {limit}" in lock.note
     assert (lock.roof_share > 0.99) == (limit == "memory")
     assert lock.roof_share <= bound.roof_share < 1
@@ -278,10 +279,17 @@ def test_few_heads_are_predicted_to_wait_for_memory_and_many_for_the_loop(heads,
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def draw():
+    """The figure of a CSV among the results."""
     figures = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure))
-    yield figures
+
+    def figure_of(name):
+        ((picture, data),) = plot.pictures(results.ROOT / "predicted-sm_90" / name).values()
+        with plot.plt.rc_context(style.STYLE):
+            figures.append(picture(data))
+        return figures[-1]
+
+    yield figure_of
     for figure in figures:
         plot.plt.close(figure)
 
@@ -290,14 +298,12 @@ def text_of(figure):
     return figure.get_suptitle() + " ".join(text.get_text() for text in figure.legends[0].get_texts())
 
 
-def test_a_predicted_decode_is_drawn_beside_what_is_published(drawn, monkeypatch):
-    plot.latent_decode(results.ROOT / "predicted-sm_90" / "mla_decode.csv")
-    (figure,) = drawn
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["16 heads", "64 heads", "128 heads", "", "", ""]
+def test_a_predicted_decode_is_drawn_beside_what_is_published(draw):
+    figure = draw("mla_decode.csv")
+    heads = ["16 query heads", "64 query heads", "128 query heads"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [*heads, "", "", ""]
     text = text_of(figure)
-    assert all(
-        said in text for said in (results.PREDICTED, "Triton 3.", "FlashMLA on H800, published", "lock", "bound")
-    )
+    assert all(said in text for said in (results.PREDICTED, "Triton 3.", "FlashMLA, published, H800", "lock", "bound"))
     for axes, published in zip(figure.axes, [660] * 3 + [3000] * 3):
         (line,) = (line for line in axes.lines if line.get_linestyle() == ":")
         assert line.get_ydata()[0] == published
@@ -305,11 +311,10 @@ def test_a_predicted_decode_is_drawn_beside_what_is_published(drawn, monkeypatch
     assert roof.get_ydata()[0] == pytest.approx(3350)
 
 
-def test_the_chosen_schedule_is_ringed(drawn):
+def test_the_chosen_schedule_is_ringed(draw):
     path = results.ROOT / "predicted-sm_90" / "mla_prefill.csv"
-    plot.latent_prefill(path)
-    (figure,) = drawn
-    titles = ["whole prompts", "chunks of 1024 queries", "chunks of 128 queries"]
+    figure = draw(path.name)
+    titles = ["whole prompts", "chunks of 128 queries", "chunks of 1024 queries"]
     assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == titles
     text = text_of(figure)
     assert all(said in text for said in (results.MODELLED, "300 FLOP", "chosen by auto", *MODES))

@@ -1,6 +1,8 @@
 import csv
 from dataclasses import astuple
 
+import pytest
+
 from perf import results
 
 
@@ -44,3 +46,62 @@ def test_a_table_replaces_the_one_before(tmp_path):
         with results.Table(tmp_path / "table.csv", ["value"]) as table:
             table.append([value])
     assert (tmp_path / "table.csv").read_text() == "value\n2\n"
+
+
+def write(path, *rows):
+    with results.Table(path, results.COLUMNS) as table:
+        for each in rows:
+            table.append(astuple(each))
+    return path
+
+
+MEASURED = {"source": results.MEASURED, "p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0, "tflops": 600.5}
+
+
+def test_what_is_written_is_read(tmp_path):
+    data = results.read(
+        write(tmp_path / "speed.csv", row(**MEASURED, commit="0012345"), row(source=results.MEASURED, note="no room"))
+    )
+    assert data["tflops"].tolist()[0] == 600.5
+    assert data["tflops"].isna().tolist() == [False, True]
+    assert data["commit"].tolist() == ["0012345", "0123456"]
+    assert data["note"].tolist() == ["", "no room"]
+    assert data["causal"].dtype == bool
+
+
+@pytest.mark.parametrize(
+    "path", sorted(results.ROOT.glob("*/*.csv")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_the_speeds_among_the_results_keep_the_contract(path):
+    if results.holds_speeds(path):
+        assert len(results.read(path))
+    else:
+        assert not {"tflops", "gbps", "p50_ms"} & set(path.read_text().partition("\n")[0].split(","))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpu": ""}, "column gpu, line 3: expected str"),
+        ({"batch": "many"}, "column batch, line 3: expected int, got 'many'"),
+        ({"head_dim": 0.5}, "column head_dim, line 3: expected int"),
+        ({"window": "wide"}, "column window, line 3: expected int"),
+        ({"tflops": "fast"}, "column tflops, line 3: expected float"),
+        ({"causal": "maybe"}, "column causal, line 3: expected True or False"),
+        ({"source": "guessed"}, "column source, line 3: expected one of measured"),
+        ({"p50_ms": None}, "column p50_ms, line 3: expected the time"),
+        ({"tflops": None}, "column note, line 3: expected why"),
+    ],
+)
+def test_a_table_that_breaks_the_contract_names_file_column_and_line(tmp_path, changes, said):
+    path = write(tmp_path / "speed.csv", row(**MEASURED), row(**MEASURED | changes))
+    with pytest.raises(ValueError, match=f"speed.csv: {said}"):
+        results.read(path)
+
+
+def test_a_table_that_lacks_a_column_names_it(tmp_path):
+    path = tmp_path / "speed.csv"
+    path.write_text("family,provider,pass\nflash,triton_attn,forward\n")
+    assert results.holds_speeds(path)
+    with pytest.raises(ValueError, match=r"speed.csv: a table of speeds has the columns batch, .*, note too"):
+        results.read(path)

@@ -1,0 +1,85 @@
+"""How every picture looks: colours, line styles, ticks."""
+
+from itertools import count
+
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from perf.results import BOUND, LOCK, OURS
+
+# Okabe and Ito's palette: told apart with any colour vision.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+STYLE = {
+    "figure.figsize": (8, 4.5),
+    "figure.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E0E0E0",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+}
+PROVIDER_STYLES = {  # colour, marker, label
+    OURS: (VERMILION, "o", OURS),
+    f"{OURS}, fused": (VERMILION, "o", "fused"),
+    f"{OURS}, absorbed": (GREEN, "^", "absorbed"),
+    f"{OURS}, materialized": (BLUE, "s", "materialized"),
+    f"{OURS}, bf16 cache": (VERMILION, "o", f"{OURS}, bf16 cache"),
+    f"{OURS}, fp8 cache": (BLUE, "s", f"{OURS}, fp8 cache"),
+    "SDPA cuDNN": (BLUE, "s", "SDPA cuDNN"),
+    "SDPA flash": (GREEN, "^", "SDPA flash"),
+    "FlexAttention": (PURPLE, "D", "FlexAttention"),
+    "naive torch": (ORANGE, "v", "naive torch"),
+    BOUND: (SKY, "s", "bound: products and softmax overlap fully"),
+    LOCK: (VERMILION, "o", "lock: they never overlap"),
+}
+# For providers without a style of their own. Tol's muted palette; seven and six have no common factor.
+SPARE_COLOURS = ("#332288", "#88CCEE", "#882255", "#999933", "#44AA99", "#661100", "#AA4499")
+SPARE_MARKERS = ("P", "X", "<", ">", "p", "*")
+
+
+def styles_of(providers):
+    """{provider: (colour, marker, label)}, each different for any set of up to 42 that are not known."""
+    spare = count()
+
+    def style(provider):
+        i = next(spare)
+        return SPARE_COLOURS[i % len(SPARE_COLOURS)], SPARE_MARKERS[i % len(SPARE_MARKERS)], provider
+
+    return {name: PROVIDER_STYLES.get(name) or style(name) for name in providers}
+
+
+def length_ticks(axes, lengths):
+    """A tick for each of at most seven lengths, else for every second, and so on; 1024 is written 1k."""
+    lengths = sorted(set(lengths))
+    axes.xaxis.set_major_locator(FixedLocator(lengths[:: -(-len(lengths) // 7)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(short_length))
+
+
+def short_length(length, _position=None):
+    return f"{length:g}" if length < 1024 else f"{length / 1024:.4g}k"
+
+
+def plain_ticks(axis):
+    """Numbers as people write them on a logarithmic axis, those below one as fractions."""
+    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}" if y >= 1 else f"1/{1 / y:g}"))
+
+
+def head(figure, *lines):
+    figure.suptitle("\n".join(filter(None, lines)), x=0.01, ha="left", fontsize=11)
+
+
+def legend_below(figure):
+    """One legend of all panels, each label once, in as many columns as the labels leave room for."""
+    entries = {}
+    for axes in figure.axes:
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+    ncols = max(1, min(5, 115 // (7 + max(map(len, entries), default=0))))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=ncols)

@@ -1,0 +1,146 @@
+import csv
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from test_plot import MEASURED, failed, grid_of, steps_of, write
+
+from perf import plot, report, results
+
+SHAPES = {"seqlen_q": 4096, "seqlen_k": 4096}
+
+
+def measured(speeds, **columns):
+    """Forward at 4k with head_dim 128, causal, as measured: {provider: TFLOP/s}."""
+    template = grid_of([results.OURS], head_dims=(128,), **MEASURED)[-1]
+    return [replace(template, provider=name, tflops=speed, **SHAPES | columns) for name, speed in speeds.items()]
+
+
+@pytest.fixture
+def section(tmp_path):
+    """Of results under tmp_path, without tuned tables."""
+    return lambda: report.section(tmp_path, tmp_path, tmp_path / "tuned")
+
+
+@pytest.fixture
+def predicted(tmp_path):
+    folder = tmp_path / "predicted-sm_90"
+    shutil.copytree(results.ROOT / folder.name, folder)
+    return folder
+
+
+def test_the_readme_is_what_the_results_say():
+    text = report.README.read_text()
+    assert report.replace_section(text, report.section(results.ROOT)) == text, "python -m perf report writes it anew"
+
+
+def test_a_changed_result_changes_it(predicted, section):
+    before = section()
+    path = predicted / "flash_forward.csv"
+    rows = list(csv.DictReader(path.open()))
+    chosen = [row for row in rows if (row["head_dim"], row["seqlen_k"], row["causal"]) == ("128", "4096", "True")]
+    for row in chosen:
+        row["tflops"] = "123.4"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, results.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert "| 123 " not in before
+    assert "| 123 " in section(), "lock and bound are the same now"
+
+
+def test_what_was_measured_comes_before_what_was_predicted(predicted, section, tmp_path):
+    assert "No GPU has measured" in section()
+    rows = measured({results.OURS: 512.0, "SDPA cuDNN": 480.0})
+    bench = write(tmp_path / "a-gpu" / "bench.csv", rows)
+    plot.draw(bench)
+    text = section()
+    assert "Measured on synthetic." in text
+    assert "No GPU has measured" not in text
+    assert "512 (50 % of the roof)" in text
+    assert text.index("forward, measured, synthetic") < text.index("forward, predicted")
+    assert "*measured: synthetic, torch 2.13.0, triton 3.9.0, commit 0123456*" in text
+    assert "![forward, measured on synthetic](a-gpu/bench.png)" in text
+    assert "[forward over the best peer, measured on synthetic](a-gpu/bench_ratio.png)" in text
+
+
+def test_a_target_has_its_value_and_verdict(section, tmp_path):
+    speeds = {results.OURS: 600.0, "SDPA cuDNN": 500.0, "FlexAttention": 500.0}
+    rows = [
+        row
+        for length in (4096, 8192, 16384)
+        for row in measured(speeds, gpu="synthetic H100", seqlen_q=length, seqlen_k=length)
+    ]
+    write(tmp_path / "h100" / "bench.csv", rows)
+    lines = [line for line in section().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[2:4]] for line in lines[:7]]
+    assert cells[0] == ["at least", "synthetic H100"]
+    assert cells[2] == ["1.00", "1.200, met"]
+    assert cells[3] == ["1.30", "1.200, missed"]
+    assert cells[4] == ["0.85", "not measured yet"]
+
+
+def test_candidates_of_a_sweep_and_failures_are_no_headlines(section, tmp_path):
+    write(tmp_path / "a-gpu" / "sweep-flash-bfloat16-measured.csv", measured({results.OURS: 777.0}))
+    write(tmp_path / "a-gpu" / "bench.csv", [failed(row) for row in measured({results.OURS: 512.0})])
+    assert "777" not in section()
+    assert "failed" in section()
+
+
+def test_decode_is_told_by_batch_and_context(section, tmp_path):
+    write(tmp_path / "a-gpu" / "bench.csv", steps_of([results.OURS], **MEASURED))
+    text = section()
+    assert "batch 1, 1k" in text
+    assert "1000 (40 % of the roof)" in text
+
+
+def test_nothing_is_said_of_what_is_not_there(section):
+    text = section()
+    assert "not measured yet" in text
+    assert "**" not in text
+
+
+def test_cold_starts_and_tuned_configs_are_told(tmp_path):
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "cold.csv").write_text("call,seconds,device,torch\nimport,0.12345,a CPU,2.13.0\n")
+    entry = {"family": "flash", "source": results.MEASURED, "device": "a GPU", "triton": "3.9.0"}
+    (tmp_path / "sm_90.json").write_text(json.dumps({"entries": [entry, entry | {"family": "mla"}, entry]}))
+    text = report.section(tmp_path, tmp_path, tmp_path)
+    assert "0.123 " in text
+    assert "*a CPU, torch 2.13.0*" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "sm_90" in line]
+    assert [row[:3] for row in rows] == [["sm_90", "flash", "2"], ["sm_90", "mla", "1"]]
+
+
+def test_a_run_draws_what_is_missing_or_old_and_writes_the_section(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    path = write(tmp_path / "a-gpu" / "bench.csv", grid_of([results.BOUND, results.LOCK], head_dims=(64,)))
+    picture = path.with_suffix(".png")
+    assert report.run(tmp_path, readme) == [picture, readme]
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert report.run(tmp_path, readme) == [readme], "nothing is drawn twice"
+    assert readme.read_text() == text
+    os.utime(picture, (0, 0))
+    assert report.run(tmp_path, readme) == [picture, readme]
+    assert report.run(tmp_path, readme, redraw=True) == [picture, readme]
+
+
+@pytest.mark.parametrize("text", ["", report.BEGIN, report.END + report.BEGIN, 2 * (report.BEGIN + report.END)])
+def test_a_readme_without_a_place_for_it_is_left_alone(tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(SystemExit, match="needs the marks"):
+        report.run(tmp_path / "results", readme)
+    assert readme.read_text() == text
+
+
+def test_a_broken_table_is_named(tmp_path):
+    path = write(tmp_path / "a-gpu" / "bench.csv", measured({results.OURS: 512.0}, source="guessed"))
+    with pytest.raises(SystemExit, match=rf"{path.name}: column source"):
+        report.run(tmp_path, tmp_path / "README.md")
