@@ -1,12 +1,14 @@
 """Everything that only a GPU can tell, in order of worth, within a budget of minutes.
 
 The GPU test suite (tests/gpu), memory and race checks by compute-sanitizer if it is there, the measured roofs, then
-benchmarks against every peer that imports. Each case runs in a process of its own: one that fails, crashes or hangs is
-recorded, and the run goes on. A stage has a share of the minutes; what it leaves goes to those after it.
+benchmarks against every peer that imports, and sweeps. Each case runs in a process of its own: one that fails, crashes
+or hangs is recorded, and the run goes on. A stage has a share of the minutes; what it leaves goes to those after it.
 
 Results are written as they come, at most eight files: a CSV per stage, journal.jsonl with every finished case,
-report.json with what is done, failed and left and with the targets. --resume goes on where a run ended; what failed is
-not tried again. Needs torch, triton, numpy and pytest; pictures are left to `python -m perf report`.
+report.json with what is done, failed and left and with the targets, and, named by its architecture, the package's tuned
+table with what the sweeps found, for triton_attn.use_tuned or in place of the package's. --resume goes on where a run
+ended; what failed is not tried again. Needs torch, triton, numpy and pytest; pictures are left to `python -m perf
+report`.
 """
 
 import json
@@ -21,7 +23,7 @@ from types import SimpleNamespace
 
 from perf import gpu_cases as cases
 from perf import results
-from perf.device import gpu_name, has_gpu, versions
+from perf.device import gpu_arch, gpu_name, has_gpu, versions
 from perf.isolation import describe, map_isolated
 from perf.journal import Journal
 from perf.progress import tqdm
@@ -37,9 +39,9 @@ REPORT = "report.json"
 class Stage:
     """Cases of one kind and the CSV that their rows go to.
 
-    `run(case)` gives rows, in a process of its own, in at most `limit` seconds; with `needs_roofs` it is given the
-    measured roofs too. `failure(case, why)` is the row of a case that gave none, `has_failed(row)` whether a row is
-    one of failure, its column `reason` why. A case that gave none and has parts, see `split(case)`, is run in parts.
+    `run(case, **given(report))` gives rows, in a process of its own, in at most `limit` seconds. `failure(case, why)`
+    is the row of a case that gave none, `has_failed(row)` whether a row is one of failure, its column `reason` why. A
+    case that gave none and has parts, see `split(case)`, is run in parts.
     """
 
     name: str
@@ -53,13 +55,13 @@ class Stage:
     reason: str
     split: Callable = lambda case: []
     workers: int = 1
-    needs_roofs: bool = False
+    given: Callable = lambda report: {}
 
 
 STAGES = (
     Stage(
         name="tests",
-        share=0.45,
+        share=0.4,
         limit=90,
         columns=cases.TEST_COLUMNS,
         cases=cases.test_cases,
@@ -94,7 +96,7 @@ STAGES = (
     ),
     Stage(
         name="bench",
-        share=0.4,
+        share=0.3,
         limit=90,
         columns=results.COLUMNS,
         cases=cases.bench_cases,
@@ -103,7 +105,19 @@ STAGES = (
         has_failed=lambda row: cases.is_ours(row) and row["p50_ms"] is None,
         reason="note",
         split=cases.split_bench,
-        needs_roofs=True,
+        given=lambda report: {"roofs": report.roofs()},
+    ),
+    Stage(
+        name="sweep",
+        share=0.15,
+        limit=cases.SWEEP_LIMIT,
+        columns=results.COLUMNS,
+        cases=cases.sweep_cases,
+        run=cases.run_sweep,
+        failure=cases.failed_sweep,
+        has_failed=lambda row: row["provider"] is None,
+        reason="note",
+        given=lambda report: {"table": report.out_dir / f"{gpu_arch()}.json"},
     ),
 )
 
@@ -148,7 +162,7 @@ def run_stages(stages, out_dir, minutes):
 def run_stage(stage, journal, report, budget, end):
     """Write the stage's CSV and the report as its cases finish."""
     report.begin(stage)
-    function = partial(stage.run, roofs=report.roofs()) if stage.needs_roofs else stage.run
+    function = partial(stage.run, **stage.given(report))
     with results.Table(report.out_dir / f"{stage.name}.csv", stage.columns) as table:
         waiting = _listed(stage, report)
         while waiting:

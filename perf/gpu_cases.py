@@ -4,11 +4,13 @@ A function gives rows, dicts of the stage's CSV. It runs in a process of its own
 """
 
 import contextlib
+import csv
 import io
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, fields
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -22,6 +24,7 @@ from perf.models import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_3_8B
 from perf.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem, grid
 from perf.providers import DECODE_PROVIDERS, LATENT_DECODE_PROVIDERS, LATENT_PREFILL_PROVIDERS, PROVIDERS
 from perf.results import COLUMNS, MEASURED, OURS, Row
+from triton_attn._host.tuned import SHIPPED
 
 CHECKOUT = Path(__file__).parents[1]
 DTYPE = "bfloat16"
@@ -223,6 +226,50 @@ def failed_bench(case, failure):
 def _columns(row):
     """As the CSV names them."""
     return {column: row["direction" if column == "pass" else column] for column in COLUMNS}
+
+
+SWEEP_LIMIT = 150  # seconds
+SWEPT = (  # families and shapes, the targets' first
+    ("flash", "--head-dim", "128"),
+    ("mla", "--model", DEEPSEEK_V3.name),
+    ("paged", "--model", LLAMA_3_8B.name),
+    ("flash_backward", "--head-dim", "128"),
+    ("paged_prefill", "--model", LLAMA_3_8B.name),
+    ("mla_prefill", "--model", DEEPSEEK_V3.name),
+    ("flash", "--head-dim", "64"),
+)
+
+
+def sweep_cases():
+    return [{"family": family, "shapes": shapes} for family, *shapes in SWEPT]
+
+
+def run_sweep(case, table):
+    """Timings of the finalists; the winners go to the table, which begins as the package's.
+
+    By the command, since a case's own process may start no others, and a sweep compiles in many.
+    """
+    shipped = SHIPPED / table.name
+    if shipped.exists() and not table.exists():
+        shutil.copy(shipped, table)
+    family = case["family"]
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--table", table, "--out", folder, "--minutes", 0.8 * SWEEP_LIMIT / 60, "--dtype", DTYPE]
+        command = [sys.executable, "-m", "perf", "sweep", "--family", family, *case["shapes"], *map(str, options)]
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        measured = Path(folder) / f"sweep-{family}-{DTYPE}-measured.csv"
+        if not measured.exists():
+            raise RuntimeError("the minutes were over before all configs were compiled")
+        with measured.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def failed_sweep(case, failure):
+    """The row of a sweep that came to nothing."""
+    empty = dict.fromkeys(COLUMNS) | versions() | {"family": case["family"], "dtype": DTYPE, "gpu": gpu_name()}
+    return empty | {"source": MEASURED, "note": f"{' '.join(case['shapes'])}: {failure}"}
 
 
 def is_ours(row):

@@ -115,7 +115,7 @@ def run(out_dir, family="flash", arch="sm_90", dtype="bfloat16", seqlens=None, m
         if not has_gpu():
             found = winners.predicted(compiled_cases, seqlens[-1])
         elif not left:
-            finalists = [candidates[:FINALISTS] for candidates, _ in compiled_cases]
+            finalists = [_finalists(candidates) for candidates, _ in compiled_cases]
             paths.append(path.with_stem(path.stem + "-measured"))
             with results.Table(paths[-1], results.COLUMNS) as measured:
                 found, left = time_all(measured, finalists, seqlens, journal, budget)
@@ -207,6 +207,12 @@ def _candidate(row, columns):
     return Candidate(row["family"], row["arch"], row["dtype"], {name: row[name] for name in columns}, config)
 
 
+def _finalists(candidates):
+    """The best, and the default, which a winner has to beat."""
+    default = winners.default_of(candidates[0])
+    return candidates[:FINALISTS] + [c for c in candidates[FINALISTS:] if c.config == default]
+
+
 def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
     """Time the candidates of each case (a list of lists) in turn; rows say in the note which config they are.
 
@@ -246,7 +252,7 @@ def _time(candidates, seqlen, roof, device):
     providers = {compiled.config_name(c.config): provider(c.config) for c in candidates}
     problem = kind.problem(seqlen, **first.case)
     rows = throughput(problem, first.dtype, providers, roof, device, behind=BEHIND)
-    beside = [_in_words(first.case, name) for name in ("kernel", "cache_dtype", "fused") if name in first.case]
+    beside = [_in_words(first.case, name) for name in ("kernel", "fused") if name in first.case]
     return [
         asdict(row) | {"provider": OURS, "note": " ".join([*beside, row.provider, row.note]).strip()} for row in rows
     ]

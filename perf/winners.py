@@ -75,7 +75,7 @@ def measured(cases, time_passes):
 
 def _winner(first, seqlen, figures, source):
     """[Winner], or [] where no config has a figure."""
-    config = best(figures, _default(first), NOISE[source], prefer=lambda config: config.num_stages)
+    config = best(figures, default_of(first), NOISE[source], prefer=lambda config: config.num_stages)
     return [] if config is None else [Winner(first, seqlen, config, figures[config])]
 
 
@@ -88,7 +88,7 @@ def best(figures, default, noise, prefer=lambda config: 0):
     return default if default in near else max(near, key=lambda x: (prefer(x), figures[x]), default=None)
 
 
-def _default(candidate):
+def default_of(candidate):
     """The config of a call without a table; None for a kernel that it does not run."""
     if candidate.family == "flash_backward":
         return getattr(_default_pass(candidate), candidate.case["kernel"])

@@ -16,7 +16,8 @@ import fake_cases
 import pytest
 from test_measure import fake_times
 
-from perf import gpu, gpu_cases, measure, results
+from perf import __main__, gpu, gpu_cases, measure, results
+from perf.candidates import FAMILIES
 from perf.isolation import map_isolated
 from perf.machine import COPY
 from perf.sweep import Budget
@@ -130,8 +131,8 @@ def test_leaving_early_ends_the_processes():
     outcomes.close()  # does not wait for the other
 
 
-def test_eight_files_at_most_with_those_of_a_sweep():
-    files = [f"{stage.name}.csv" for stage in gpu.STAGES] + [gpu.JOURNAL, gpu.REPORT, "sweep.csv"]
+def test_eight_files_at_most():
+    files = [f"{stage.name}.csv" for stage in gpu.STAGES] + [gpu.JOURNAL, gpu.REPORT, "sm_90.json"]
     assert len(set(files)) == len(files) <= 8
 
 
@@ -259,3 +260,50 @@ def test_the_report_judges_the_targets(tmp_path, monkeypatch):
     verdicts = {target["verdict"]: target["measured"] for target in report.targets()}
     assert verdicts == {"not measured yet": None, "met": 0.9}
     report.print()
+
+
+@pytest.mark.parametrize("case", gpu_cases.sweep_cases(), ids=lambda case: " ".join([case["family"], *case["shapes"]]))
+def test_a_sweep_is_a_command(case, tmp_path, monkeypatch):
+    table = tmp_path / "sm_90.json"
+    said = []
+
+    def sweep(command, **_):
+        options = __main__._parser("sweep").parse_args(command[3:])
+        said.append(options)
+        row = dict.fromkeys(results.COLUMNS) | {"provider": results.OURS, "note": "64x64 w4 s2"}
+        with results.Table(options.out / f"sweep-{options.family}-bfloat16-measured.csv", row) as measured:
+            measured.append(row.values())
+        return subprocess.CompletedProcess(command, 0)
+
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / table.name).write_text("the package's")
+    monkeypatch.setattr(gpu_cases, "SHIPPED", tmp_path / "package")
+    monkeypatch.setattr(gpu_cases.subprocess, "run", sweep)
+    (row,) = gpu_cases.run_sweep(json.loads(json.dumps(case)), table)
+    assert row["note"] == "64x64 w4 s2"
+    assert table.read_text() == "the package's"
+    (options,) = said
+    assert (options.table, options.dtype, options.family) == (table, "bfloat16", case["family"])
+    assert 60 * options.minutes < gpu_cases.SWEEP_LIMIT
+    shapes = {"head_dims": options.head_dims, "models": options.models}
+    kind = FAMILIES[options.family]
+    assert kind.cases("bfloat16", shapes[kind.option])
+
+
+def test_a_sweep_that_fails_says_why(tmp_path, monkeypatch):
+    case = {"family": "flash", "shapes": ["--head-dim", "128"]}
+
+    def gives(code, stderr=""):
+        done = subprocess.CompletedProcess([], code, stderr=stderr)
+        monkeypatch.setattr(gpu_cases.subprocess, "run", lambda *_, **__: done)
+
+    gives(1, "Traceback\nValueError: no such tile\n")
+    with pytest.raises(RuntimeError, match="ValueError: no such tile"):
+        gpu_cases.run_sweep(case, tmp_path / "sm_90.json")
+    gives(0)
+    with pytest.raises(RuntimeError, match="the minutes were over"):
+        gpu_cases.run_sweep(case, tmp_path / "sm_90.json")
+    row = gpu_cases.failed_sweep(case, "why")
+    assert list(row) == results.COLUMNS
+    assert gpu.STAGES[-1].has_failed(row)
+    assert row["note"] == "--head-dim 128: why"

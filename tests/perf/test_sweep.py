@@ -241,7 +241,7 @@ def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monke
     monkeypatch.setattr(winners, "gpu_name", lambda: "a GPU")
     for _ in range(2):
         found, left, rows = time_on_cpu(tmp_path, [finalists(family, case, 16, 32)])
-        beside = {"flash_backward": "fused ", "mla": "float8_e4m3fn ", "mla_prefill": "fused "}.get(family, "")
+        beside = {"flash_backward": "fused ", "mla_prefill": "fused "}.get(family, "")
         suffix = " c64" if family == "mla_prefill" else ""
         assert left == 0
         assert [row["note"] for row in rows] == [f"{beside}16x{n} w4 s1{suffix}" for n in (16, 32)]
