@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,32 @@ def time_on_cpu(folder, cases, seqlens=(64,), minutes=None):
     with Journal(folder / "sweep.jsonl") as journal, results.Table(path, results.COLUMNS) as table:
         found, left = sweep.time_all(table, cases, seqlens, journal, sweep.Budget(minutes), "cpu")
     return found, left, list(csv.DictReader(path.open()))
+
+
+def test_on_a_gpu_the_best_and_the_default_are_timed_and_the_fastest_kept(compiled, timed, tmp_path, monkeypatch):
+    default = FlashConfig(64, 16, 4, 1)
+    monkeypatch.setattr(sweep, "FINALISTS", 2)
+    space = [default, *(FlashConfig(64, keys, 4, 1) for keys in (32, 64, 128))]
+    kind = replace(
+        FAMILIES["flash"],
+        problem=lambda n, **case: Problem(1, n, 2, 16, case["causal"]),
+        roof=lambda: 1.0,
+        search_space=lambda *args, **case: space,
+    )
+    monkeypatch.setitem(FAMILIES, "flash", kind)
+    for name, value in (("has_gpu", True), ("gpu_arch", "sm_90")):
+        monkeypatch.setattr(sweep, name, lambda value=value: value)
+    monkeypatch.setattr(winners, "gpu_name", lambda: "a GPU")
+    monkeypatch.setattr(sweep, "time_all", partial(sweep.time_all, device="cpu"))
+    table = tmp_path / "t.json"
+    _, measured = sweep.run(tmp_path, head_dims=[16], seqlens=[33, 64], table=table)
+    assert set(timed) == {"64x16 w4 s1", "64x64 w4 s1", "64x128 w4 s1"}
+    assert len(list(csv.DictReader(measured.open()))) == 3 * 2 * 2, "configs, lengths, masks"
+    entries = tuned.read_table(table)["entries"]
+    assert [(x["case"]["causal"], x["buckets"]["seqlen_k"]) for x in entries] == [
+        (causal, n) for causal in (False, True) for n in (33, 64)
+    ]
+    assert all(FlashConfig(**entry["config"]) == default for entry in entries), "all are equally fast"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
