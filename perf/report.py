@@ -192,12 +192,28 @@ def latent_prefill(found):
 
 
 def cold_start(found):
-    path, data = found.table("cold.csv")
-    if path is None:
+    path, calls = found.table("cold_calls.csv")
+    _, imports = found.table("cold_import.csv")
+    if path is None or imports is None:
         return ""
-    versions = [column for column in ("device", "gpu", *VERSIONS) if column in data]
-    lines = data.drop(columns=versions).astype(object).map(_number).to_dict("records")
-    return f"**Cold start** (`python -m perf cold`).\n\n{_markdown(lines)}\n\n{_provenance(data[versions])}"
+    seconds = imports.set_index("imports")["seconds"]
+    launched = "" if (calls["launched"] == "yes").all() else f", compiled for {calls['arch'].iloc[0]} and not launched"
+    said = (
+        f"**Cold start** (`python -m perf cold`), on the host{launched}: `import triton_attn` takes "
+        f"{seconds['torch, triton_attn']:.1f} s where torch alone takes {seconds['torch']:.1f}; the first call of a "
+        f"function {_span(calls['empty_cache_s'])} s, with its kernels in Triton's cache on disk "
+        f"{_span(calls['warm_cache_s'])} s; a later forward call {_span(_forward(calls)['later_call_us'], 0)} us. "
+        f"[By function]({relpath(path, found.base)})."
+    )
+    return f"{_wrap(said)}\n\n{_provenance(calls)}"
+
+
+def _forward(calls):
+    return calls[~calls["function"].str.contains("both passes")]
+
+
+def _span(values, digits=1):
+    return f"{values.min():.{digits}f} to {values.max():.{digits}f}"
 
 
 def errors(found):
@@ -320,7 +336,7 @@ def _block(about, lines, rows, *pictures):
 
 def _provenance(rows):
     """How rows came about, on what, with which versions; a line per way."""
-    columns = [column for column in ("source", "gpu", "device", *VERSIONS[:-1]) if column in rows]
+    columns = [column for column in ("source", "cpu", "gpu", "device", *VERSIONS[:-1]) if column in rows]
     said = []
     for values, alike in rows.groupby(columns, dropna=False, sort=False):
         about = dict(zip(columns, values), commit=", ".join(alike.get("commit", NONE).dropna().unique()))
@@ -338,10 +354,6 @@ def _wrap(*sentences):
 
 def _percent(share):
     return f"{100 * share:.0f} %"
-
-
-def _number(value):
-    return f"{value:.3g}" if isinstance(value, float) else value
 
 
 def _markdown(lines):

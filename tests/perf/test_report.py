@@ -104,13 +104,23 @@ def test_nothing_is_said_of_what_is_not_there(section):
 
 def test_cold_starts_and_tuned_configs_are_told(tmp_path):
     (tmp_path / "host").mkdir()
-    (tmp_path / "host" / "cold.csv").write_text("call,seconds,device,torch\nimport,0.12345,a CPU,2.13.0\n")
+    (tmp_path / "host" / "cold_import.csv").write_text('imports,seconds\ntorch,2.04\n"torch, triton_attn",2.16\n')
+    (tmp_path / "host" / "cold_calls.csv").write_text(
+        "function,arch,launched,empty_cache_s,warm_cache_s,later_call_us,cpu,torch,source\n"
+        "merge_attention,sm_90,no,1.25,0.51,31.4,a CPU,2.13.0,measured\n"
+        '"flash_attention, both passes",sm_90,no,9.91,3.14,6700.0,a CPU,2.13.0,measured\n'
+    )
     entry = {"family": "flash", "source": results.MEASURED, "device": "a GPU", "triton": "3.9.0"}
     (tmp_path / "sm_90.json").write_text(json.dumps({"entries": [entry, entry | {"family": "mla"}, entry]}))
     text = report.section(tmp_path, tmp_path, tmp_path)
-    assert "0.123 " in text
-    assert "*a CPU, torch 2.13.0*" in text
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "sm_90" in line]
+    said = " ".join(text.split())
+    for part in ("compiled for sm_90 and not launched", "2.2 s where torch alone takes 2.0", "1.2 to 9.9 s"):
+        assert part in said
+    for part in ("0.5 to 3.1 s", "forward call 31 to 31 us", "*measured: a CPU, torch 2.13.0*"):
+        assert part in said
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| sm_90")
+    ]
     assert [row[:3] for row in rows] == [["sm_90", "flash", "2"], ["sm_90", "mla", "1"]]
 
 
