@@ -312,7 +312,7 @@ def _speed_lines(axes, data, speed, styles, against="seqlen_k"):
     lines = {name: rows.groupby(against)[speed].max() for name, rows in data.groupby("provider", sort=False)}
     for provider, line in lines.items():
         colour, marker, label = styles[provider]
-        axes.plot(line, color=colour, marker=marker, label=label)
+        axes.plot(line, color=colour, marker=marker, label=label if line.notna().any() else None)
     if LOCK in lines:
         axes.fill_between(lines[LOCK].index, lines[LOCK], lines[BOUND], color=SKY, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
