@@ -92,10 +92,8 @@ def in_this_process(monkeypatch):
 def test_inspect_tables_the_default_configs_and_their_opcodes(tmp_path, capsys):
     table, opcodes = inspect.run(tmp_path, families=["flash", "mla_prefill"], head_dims=[64], opcodes=True)
     rows = list(csv.DictReader(table.open()))
-    assert [row["case"] for row in rows] == [
-        *(f"head_dim=64 causal={causal}" for causal in (False, True)),
-        *(f"mode={mode}" for mode in ("materialized", "fused")),
-    ]
+    assert [row["case"] for row in rows[:2]] == [f"head_dim=64 causal={causal}" for causal in (False, True)]
+    assert [row["case"].split()[-1] for row in rows[2:]] == 2 * ["fused=False", "fused=True"]
     assert all(int(row["loop instructions"]) > 100 for row in rows)
     assert {row["source"] for row in rows} == {results.PREDICTED}
     loop = [row for row in csv.DictReader(opcodes.open()) if row["case"] == rows[0]["case"]]
@@ -129,8 +127,8 @@ def test_inspect_shows_what_changed_since_a_commit(tmp_path, capsys, monkeypatch
     *_, before, now, change = loop.split()
     assert int(before) > int(now) > 100
     assert change.startswith("-")
-    assert sum("not there" in line for line in changes) == 2
-    assert "mla_prefill mode=fused does not compile at HEAD: AttributeError" in "\n".join(changes)
+    assert sum("not there" in line for line in changes) == 4
+    assert "fused=True does not compile at HEAD: AttributeError" in "\n".join(changes)
 
 
 def test_a_commit_that_is_none_ends_inspect_before_anything_is_compiled(tmp_path, monkeypatch):
