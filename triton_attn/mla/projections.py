@@ -228,8 +228,7 @@ def launch_merge_project(parts, lse_parts, w_uv, out, lse):
         min(128 if half else 64, padded_size(v_head_dim)),
         min(64 if half else 32, padded_size(kv_lora_rank)),
     )
-    # A tile of 8192 numbers that are on their way together.
-    block_p = min(1 << (num_splits - 1).bit_length(), max(1, 8192 // (block_t * block_c)))
+    block_p = _block_of_parts(num_splits, block_t * block_c)
     args = (
         parts,
         lse_parts,
@@ -260,4 +259,13 @@ def launch_merge_project(parts, lse_parts, w_uv, out, lse):
 
 
 def _block_of_tokens(num_tokens, at_least):
-    return min(64, max(at_least, 1 << (num_tokens - 1).bit_length()))
+    """One of few sizes, since it is compiled in: a server meets every one."""
+    return next((size for size in (1, 4, 16, 64) if at_least <= size and num_tokens <= size), 64)
+
+
+def _block_of_parts(num_splits, part_size):
+    """Likewise: one, a few, or as many as make a tile of 8192 numbers, which are on their way together."""
+    most = max(1, 8192 // part_size)
+    if num_splits == 1:
+        return 1
+    return min(8, most) if num_splits <= 8 else most
