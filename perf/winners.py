@@ -3,8 +3,9 @@
 The default stays unless another config is better by more than the noise of its figure. Among configs that are equally
 good within it the one with most stages wins, as they hide a latency that the loop model does not see.
 
-Predicted figures are `lock` of the loop model, but no more than memory lets through by the GPU's data sheet. A
-backward pass is predicted from its kernels: the split schedule does seven products where five are counted.
+Predicted figures are `lock` of the loop model, but no more than memory lets through by the GPU's data sheet. The model
+sees the innermost loop alone: a config that spills more than the default outside of it has no prediction. A backward
+pass is predicted from its kernels: the split schedule does seven products where five are counted.
 """
 
 import json
@@ -46,9 +47,12 @@ def predicted(cases, seqlen):
         first = candidates[0]
         problem = FAMILIES[first.family].problem(seqlen, **first.case)
         size = getattr(torch, first.dtype).itemsize
+        spills = {candidate.config: row["spills"] or 0 for candidate, row in zip(candidates, rows)}
+        most_spills = spills.get(default_of(first), 0)
         figures = {
             candidate.config: predicted_figure(problem, row["lock TFLOP/s"], first.arch, size)
             for candidate, row in zip(candidates, rows)
+            if spills[candidate.config] <= most_spills
         }
         winners += _winner(first, seqlen, figures, PREDICTED)
     return _entries(winners, PREDICTED, _predict_passes)

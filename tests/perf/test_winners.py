@@ -47,8 +47,8 @@ def candidate(config, family="flash", case=FLASH):
     return Candidate(family, "sm_90", "bfloat16", case, config)
 
 
-def rows_of(figures, column="lock TFLOP/s"):
-    return [{column: figure} for figure in figures]
+def rows_of(figures, column="lock TFLOP/s", spills=0):
+    return [{column: figure, "spills": spills} for figure in figures]
 
 
 def default_of(kernel=None):
@@ -69,6 +69,16 @@ def test_entries_say_where_they_are_from(figure, winner):
     assert entry["buckets"] == {"seqlen_k": 4096}
     assert (entry["source"], entry["unit"], entry["device"]) == (PREDICTED, "TFLOP/s", "H100 SXM")
     assert entry["triton"] == winners.triton.__version__
+
+
+@pytest.mark.parametrize(("spills", "of_default", "wins"), [(0, 0, True), (1, 0, False), (4, 4, True), (5, 4, False)])
+def test_a_prediction_wins_by_no_spills_outside_the_loop_that_is_modelled(spills, of_default, wins):
+    case = (
+        [candidate(default_of()), candidate(FAST)],
+        rows_of([500.0], spills=of_default) + rows_of([700.0], spills=spills),
+    )
+    (entry,) = winners.predicted([case], 4096)
+    assert FlashConfig(**entry["config"]) == (FAST if wins else default_of())
 
 
 def backward_cases(dkdv, dq, fused):
