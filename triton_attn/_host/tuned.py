@@ -7,7 +7,8 @@ Which entry serves a call: its dtype and case are the call's, its Triton has the
 another compiler spills elsewhere, and its buckets are the nearest, by the sum of |log2(the call's / the entry's)|; of
 two that are equally near the one with smaller buckets. A call without one has the default of the family's configs.py.
 The table that was added last comes first, the package's last; the first that has the case serves it alone.
-All come before the defaults: who changes one of these sweeps its case anew (`python -m perf sweep --table`).
+All come before the defaults: who changes one of these sweeps its case anew (`python -m perf sweep --table`), which a
+test asks for.
 """
 
 import functools
