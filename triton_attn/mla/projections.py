@@ -161,8 +161,9 @@ def _merge_project_kernel(
     mask = rows_mask[:, None] & (values < V_HEAD_DIM)[None, :]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None and tl.program_id(2) == 0:
-        offsets = tokens // seqlen_q * lse_batch_stride + head * lse_head_stride + tokens % seqlen_q * lse_row_stride
-        tl.store(lse_ptr + offsets, lse, mask=tokens_mask)
+        lse_ptrs = lse_ptr + head * lse_head_stride
+        lse_ptrs += tokens // seqlen_q * lse_batch_stride + tokens % seqlen_q * lse_row_stride
+        tl.store(lse_ptrs, lse, mask=tokens_mask)
 
 
 @triton.jit
