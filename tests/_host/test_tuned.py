@@ -354,6 +354,23 @@ def test_what_no_sweep_times_has_the_default(options, tmp_path):
 
 
 @pytest.mark.compiled
+def test_a_contiguous_cache_has_the_default(tmp_path):
+    """It takes more shared memory than pages do, which alone are swept."""
+    _, case, config, _ = SERVED["paged"]
+    entry = flash_entry() | {"family": "paged", "case": case, "config": config}
+    entry["buckets"] = {"seqlen_k": 128, "page_size": 128, "rows": 4}
+
+    def call():
+        lengths = torch.ones(1, dtype=torch.int32)
+        triton_attn.paged_attention(half(1, 1, 8, 64), half(1, 128, 2, 64), half(1, 128, 2, 64), lengths)
+
+    default = launched(call)
+    triton_attn.use_tuned(write(tmp_path / "t.json", entry))
+    assert launched(call) == default
+    assert launched(decode) != default
+
+
+@pytest.mark.compiled
 def test_tensors_that_no_sweep_has_have_the_default(tmp_path):
     """Rows that are no multiple of 16 bytes apart."""
     q, k, v = (half(1, 128, 2, 65)[..., :64] for _ in range(3))

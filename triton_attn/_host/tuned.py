@@ -43,7 +43,7 @@ _FLASH_CASE = {"head_dim": int, "head_dim_v": int, "causal": bool}
 FAMILIES = {
     "flash": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}),
     "flash_backward": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}, parts=("dkdv", "dq", "fused")),
-    # rows are those of a sequence for one KV head, tile_rows their `rows_class`; a contiguous cache is one page.
+    # rows are those of a sequence for one KV head, tile_rows their `rows_class`.
     "paged": Family(
         {"head_dim": int, "head_dim_v": int, "tile_rows": int, "cache_dtype": str},
         ("seqlen_k", "page_size", "rows"),
@@ -78,9 +78,9 @@ def use_tuned(path):
     """Let the configs of a table of one's own serve, before those of the package and of tables added earlier.
 
     `python -m perf sweep --table PATH` writes one; the environment variable TRITON_ATTN_TUNED names one that is added
-    at the first call. Nothing is searched or timed in a call: a config is a look-up, and equal calls run equal code.
-    An entry serves calls of its dtype, head dims and mask; lengths, page sizes and rows go to the nearest there are
-    (log2). All others, fp32, and calls with softcap, ALiBi or dropout have the package's defaults.
+    before all others. Nothing is searched or timed in a call: a config is a look-up, and equal calls run equal code.
+    An entry serves calls of its dtype, head dims and mask; lengths, page sizes and rows go to the nearest (log2). All
+    others, fp32, contiguous caches, and calls with softcap, ALiBi or dropout have the package's defaults.
 
     Args:
         path: of a JSON file; None removes all tables that were added.
@@ -90,10 +90,25 @@ def use_tuned(path):
         ValueError: it is no table of ours, an entry is broken, or none is for a GPU and the Triton of this machine.
             What was in use stays.
     """
+    _add_environment()
     if path is None:
         _added.clear()
     else:
         _added.insert(0, _index_of(Path(path)))
+    for plan in _plans:
+        plan.cache_clear()
+
+
+def added_tables():
+    """Those of the user, for another process to take."""
+    _add_environment()
+    return list(_added)
+
+
+def take_tables(tables):
+    """Let the user's tables of another process serve, and no others."""
+    _add_environment()
+    _added[:] = tables
     for plan in _plans:
         plan.cache_clear()
 

@@ -59,8 +59,8 @@ _FLOAT = (
 def choose_config(arch, dtype, cache_dtype, head_dim, head_dim_v, num_rows, by_16_bytes, plain, seqlen_k, page_size):
     """The config of a call: of a tuned table where one has it, else the default.
 
-    cache_dtype: of keys and values. plain: without softcap and ALiBi, as sweeps time it. seqlen_k: keys that a
-    sequence has room for. The rest as in `default_config`.
+    cache_dtype: of keys and values. plain: with pages, without softcap and ALiBi, as sweeps time it. seqlen_k: keys
+    that a sequence has room for. The rest as in `default_config`.
     """
     if plain and by_16_bytes and arch != "interpreter":
         case = head_dim, head_dim_v, rows_class(num_rows), str(cache_dtype).removeprefix("torch.")

@@ -414,7 +414,16 @@ def _plan(
     for shared in (True, False) if shared_prefix_len else (False,):
         rows_here = num_queries * group_size if shared else rows
         tiles = config or choose_config(
-            arch, dtype, cache_dtype, head_dim, head_dim_v, rows_here, vector_cache > 1, fold_scale, capacity, slots
+            arch,
+            dtype,
+            cache_dtype,
+            head_dim,
+            head_dim_v,
+            rows_here,
+            vector_cache > 1,
+            fold_scale and page_size > 0,
+            capacity,
+            slots,
         )
         search = varlen and not shared and rows > tiles.block_m
         if search:
