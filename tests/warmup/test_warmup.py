@@ -217,6 +217,29 @@ def test_bad_arguments_are_named_before_anything_happens(options, error, message
 
 
 @pytest.mark.compiled
+def test_processes_choose_as_the_first_does(tmp_path, monkeypatch):
+    """A table of the user's is not in the environment, nor is the precision of fp32 products."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    taken = []
+    monkeypatch.setattr(compilation, "added_tables", lambda: taken.append("tables") or [])
+    torch.set_float32_matmul_precision("high")
+    try:
+        shape = dict(num_heads_q=2, head_dim=32, dtype=torch.float32, max_seqlen=1)
+        result = triton_attn.warmup(**shape, functions=["flash_attention"], arch="sm_80", num_workers=2)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert taken == ["tables"]
+    assert result.compiled == 2, "with lse and without"
+
+
+@pytest.mark.compiled
+def test_what_a_process_does_not_meet_is_an_error(monkeypatch):
+    monkeypatch.setattr(compilation, "_compile_task", lambda task: [])
+    with pytest.raises(RuntimeError, match=r"2 of 2 kernels were not met again"):
+        triton_attn.warmup(num_heads_q=2, head_dim=32, functions=["flash_attention"], arch="sm_80", max_seqlen=1)
+
+
+@pytest.mark.compiled
 def test_an_unknown_architecture_is_named():
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*; got 'sm_99'"):
         triton_attn.warmup("llama-3-8b", arch="sm_99")

@@ -4,8 +4,10 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 
+import torch
 import triton
 
+from .._host.tuned import added_tables, take_tables
 from ..testing import record_specializations
 
 KERNELS_PER_TASK = 4
@@ -19,15 +21,28 @@ def compile_all(jobs, arch, num_workers, report):
     with contextlib.ExitStack() as stack:
         run = map
         if num_workers > 1:
-            context = multiprocessing.get_context("spawn")
-            run = stack.enter_context(concurrent.futures.ProcessPoolExecutor(num_workers, context)).map
+            pool = concurrent.futures.ProcessPoolExecutor(
+                num_workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_choose_as_here,
+                initargs=(added_tables(), torch.get_float32_matmul_precision()),
+            )
+            run = stack.enter_context(pool).map
         for outcomes in run(_compile_task, tasks):
             for name, seconds, was_cached in outcomes:
                 num_done += 1
                 num_cached += was_cached
                 if report is not None:
                     report(f"{num_done}/{total} {name}: {'in the cache' if was_cached else f'{seconds:.1f} s'}")
+    if num_done != total:
+        raise RuntimeError(f"{total - num_done} of {total} kernels were not met again, and not compiled")
     return num_done - num_cached, num_cached
+
+
+def _choose_as_here(tables, matmul_precision):
+    """What of the state of the first process decides which kernels a call takes."""
+    take_tables(tables)
+    torch.set_float32_matmul_precision(matmul_precision)
 
 
 def _tasks(jobs, arch):

@@ -58,9 +58,8 @@ class Workload:
 
     @property
     def cached_lengths(self):
-        """(queries, keys) over a cache: decode with few keys to many, drafts and chunks with many."""
-        seqlens_q = sorted({*range(1, MAX_DRAFTS + 1), *self.lengths})
-        return [(1, n) for n in self.lengths[:-1]] + [(n, self.max_seqlen) for n in seqlens_q]
+        """(queries, keys) over a cache: decode, drafts and chunks, with few keys to many."""
+        return itertools.product(sorted({*range(1, MAX_DRAFTS + 1), *self.lengths}), self.lengths)
 
     @property
     def masks(self):
@@ -106,9 +105,15 @@ class Workload:
         return torch.empty(num_pages, self.page_size, width, dtype=dtype)
 
     def latents(self, *rows):
-        """Latent vectors and rotary keys, slices of one projection as models have them."""
+        """Latent vectors and rotary keys, slices of one projection."""
         widths = [self.kv_lora_rank, self.qk_rope_head_dim]
         return torch.empty(*rows, sum(widths), dtype=self.dtype).split(widths, dim=-1)
+
+    def latent_layouts(self, *rows):
+        """The same as models have them: slices, the first or both normed or rotated to a tensor of its own."""
+        kv_latent, k_pe = self.latents(*rows)
+        own = kv_latent.contiguous(), k_pe.contiguous()
+        return [(kv_latent, k_pe), (own[0], k_pe), own]
 
     def latent_queries(self, *rows):
         """q_nope and q_pe, slices of one projection too."""
@@ -172,10 +177,11 @@ def call_paged_attention(work):
 
 def call_shared_prefix(work):
     """paged_attention with shared_prefix_len, of whole pages."""
-    variants = itertools.product(work.lengths, (1, 2), (False, True), work.cache_scales)
-    for seqlen_q, num_splits, return_lse, scale in variants:
+    variants = itertools.product(work.lengths, work.lengths, (1, 2), (False, True), work.cache_scales)
+    for seqlen_q, seqlen_k, num_splits, return_lse, scale in variants:
         options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
-        _attend_cached(work, seqlen_q, 2 * work.page_size, shared_prefix_len=work.page_size, **options)
+        seqlen_k = max(seqlen_k, 2 * work.page_size)
+        _attend_cached(work, seqlen_q, seqlen_k, shared_prefix_len=work.page_size, **options)
 
 
 def _attend_cached(work, seqlen_q, seqlen_k, **options):
@@ -240,14 +246,15 @@ def call_mla_prefill(work):
     for num_tokens, return_lse in itertools.product(work.lengths, (False, True)):
         _prefill(work, num_tokens, return_lse, mode="fused")
         with contextlib.suppress(ValueError):  # of a prompt so long that no head of it fits
-            _prefill(work, num_tokens, return_lse, mode="absorbed", max_workspace_bytes=WORKSPACE_BYTES)
+            for latents in work.latent_layouts(1, num_tokens):
+                _prefill(work, num_tokens, return_lse, latents, mode="absorbed", max_workspace_bytes=WORKSPACE_BYTES)
         # torch would make the keys and values: a short prompt has as many heads in a chunk with less memory.
         max_workspace_bytes = WORKSPACE_BYTES // num_tokens
         _prefill(work, 1, return_lse, mode="materialized", max_workspace_bytes=max_workspace_bytes)
 
 
-def _prefill(work, num_tokens, return_lse, **options):
-    inputs = *work.latent_queries(1, num_tokens), *work.latents(1, num_tokens)
+def _prefill(work, num_tokens, return_lse, latents=None, **options):
+    inputs = *work.latent_queries(1, num_tokens), *(latents or work.latents(1, num_tokens))
     weights = work.latent_weights()
     options |= dict(causal=work.causal, return_lse=return_lse)
     cu_seqlens = indices(2)
