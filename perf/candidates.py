@@ -50,13 +50,13 @@ class Family:
     those of the shapes that `option` names, `search_space(arch, dtype, **case)` the configs, the default first.
     `compile(arch, dtype, config=config, **case)` gives a `triton_attn.testing.Launch`. On a GPU the `problem(seqlen,
     **case)` is timed at `seqlens` beside the `roof()`: `provider(dtype, **case)` gives a function from a config to a
-    provider, see perf/providers.py. `kernels` is the file of the kernels and their launchers, below triton_attn;
+    provider, see perf/providers.py. `folder` is that of the kernels and their launchers, below triton_attn;
     `rows(config)` are those of the largest product in the loop. `tuned(dtype, **case)` is the family of a tuned table,
     the case of its entry, and of its buckets those besides seqlen_k.
     """
 
     config: type
-    kernels: str
+    folder: str
     option: str
     shapes: tuple
     cases: Callable
@@ -227,7 +227,7 @@ def _prefill_tuned(dtype, fused, **case):
 FAMILIES = {
     "flash": Family(
         config=flash_configs.FlashConfig,
-        kernels="flash/forward.py",
+        folder="flash",
         option="head_dims",
         shapes=HEAD_DIMS,
         cases=_flash_cases,
@@ -241,7 +241,7 @@ FAMILIES = {
     ),
     "flash_backward": Family(
         config=flash_configs.FlashConfig,
-        kernels="flash/backward.py",
+        folder="flash",
         option="head_dims",
         shapes=HEAD_DIMS,
         cases=_backward_cases,
@@ -256,7 +256,7 @@ FAMILIES = {
     ),
     "paged": Family(
         config=paged_configs.PagedConfig,
-        kernels="paged/forward.py",
+        folder="paged",
         option="models",
         shapes=tuple(CACHED_MODELS),
         cases=_paged_cases,
@@ -270,7 +270,7 @@ FAMILIES = {
     ),
     "paged_prefill": Family(
         config=paged_configs.PagedConfig,
-        kernels="paged/forward.py",
+        folder="paged",
         option="models",
         shapes=tuple(CACHED_MODELS),
         cases=_chunk_cases,
@@ -284,7 +284,7 @@ FAMILIES = {
     ),
     "mla": Family(
         config=mla_configs.MlaDecodeConfig,
-        kernels="mla/absorbed.py",
+        folder="mla",
         option="models",
         shapes=tuple(LATENT_MODELS),
         cases=_latent_cases,
@@ -298,7 +298,7 @@ FAMILIES = {
     ),
     "mla_prefill": Family(
         config=mla_configs.MlaPrefillConfig,
-        kernels="mla/prefill.py",
+        folder="mla",
         option="models",
         shapes=tuple(LATENT_MODELS),
         cases=_prefill_cases,
@@ -331,7 +331,7 @@ class Candidate:
     @property
     def key(self):
         """All that its compiled code, and what is read off it, depends on."""
-        return self.columns | {"triton": triton.__version__, "source": source_hash(FAMILIES[self.family].kernels)}
+        return self.columns | {"triton": triton.__version__, "source": source_hash(FAMILIES[self.family].folder)}
 
     def compile(self):
         """Its row: what it compiles to, and why it is dropped if it is."""
@@ -370,10 +370,10 @@ class Candidate:
 
 
 @cache
-def source_hash(kernels):
-    """Of the file with the kernels and their launchers, what they share with others, and what reads compiled code."""
+def source_hash(folder):
+    """Of the family's kernels and launchers, what they share with others, and what reads compiled code."""
     package, here = Path(triton_attn.__file__).parent, Path(__file__).parent
-    files = [package / kernels, *sorted(package.glob("_jit/*.py")), *sorted(package.glob("_host/*.py"))]
+    files = [file for part in (folder, "combine", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))]
     files += [
         here / f"{name}.py" for name in ("amdgcn", "calls", "candidates", "compiled", "gpus", "loop_model", "sass")
     ]

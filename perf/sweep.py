@@ -22,9 +22,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import triton
 
 from perf import compiled, results, winners
-from perf.candidates import CACHED_MODELS, FAMILIES, LATENT_MODELS, MODEL_COLUMNS, Candidate, backward_pass
+from perf.candidates import CACHED_MODELS, FAMILIES, LATENT_MODELS, MODEL_COLUMNS, Candidate, backward_pass, source_hash
 from perf.device import driver_version, gpu_arch, gpu_name, has_gpu
 from perf.inspect import ARCHS
 from perf.journal import Journal
@@ -241,7 +242,7 @@ def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
             figure = FAMILIES[first.family].problem(seqlen, **first.case).figure
             print_table([{"config": row["note"], "ms": row["p50_ms"], figure: row[figure]} for row in rows])
             timed.append((candidates, seqlen, rows))
-    return winners.measured(timed, partial(_time_passes, device=device)), left
+    return winners.measured(timed, partial(_time_passes, journal=journal, device=device)), left
 
 
 def _time(candidates, seqlen, roof, device):
@@ -268,7 +269,15 @@ def _timing_key(candidate, seqlen):
     return candidate.key | {"problem": problem, "gpu": gpu_name(), "driver": driver_version()}
 
 
-def _time_passes(problem, dtype, configs, device):
+def _time_passes(problem, dtype, configs, journal, device):
     """{name: TFLOP/s} of {name: BackwardConfig}, None of one that failed."""
-    providers = {name: backward_pass(problem.causal, config) for name, config in configs.items()}
-    return {row.provider: row.tflops for row in throughput(problem, dtype, providers, roof=1.0, device=device)}
+    key = {"problem": problem.columns(), "dtype": dtype, "passes": {name: repr(x) for name, x in configs.items()}}
+    key |= {"gpu": gpu_name(), "driver": driver_version(), "triton": triton.__version__}
+    key |= {"source": source_hash(FAMILIES["flash_backward"].folder)}
+    figures = journal.get(key)
+    if figures is None:
+        providers = {name: backward_pass(problem.causal, config) for name, config in configs.items()}
+        rows = throughput(problem, dtype, providers, roof=1.0, device=device)
+        figures = {row.provider: row.tflops for row in rows}
+        journal.add(key, figures)
+    return figures

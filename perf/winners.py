@@ -124,10 +124,17 @@ def _entries(winners, source, figures_of_passes):
         else:
             entries.append(_entry(winner, asdict(winner.config), source))
     for kernels in passes.values():
-        if {"dkdv", "dq"} <= kernels.keys() and (winner := _winning_pass(kernels, source, figures_of_passes)):
+        if _is_whole(kernels) and (winner := _winning_pass(kernels, source, figures_of_passes)):
             parts = {kernel: tile and asdict(tile) for kernel, tile in winner.config._asdict().items()}
             entries.append(_entry(winner, parts, source))
     return entries
+
+
+def _is_whole(kernels):
+    """Whether both schedules can be compared: a sweep that its minutes ended knows some kernels only."""
+    if not {"dkdv", "dq"} <= kernels.keys():
+        return False
+    return "fused" in kernels or _default_pass(kernels["dq"].candidate).fused is None
 
 
 def _winning_pass(kernels, source, figures_of_passes):

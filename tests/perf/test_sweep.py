@@ -97,17 +97,18 @@ def test_the_source_hash_is_that_of_the_kernels(monkeypatch, tmp_path):
 
     def changed_by(file):
         def hashes():
-            return {name: candidates.source_hash.__wrapped__(kind.kernels) for name, kind in FAMILIES.items()}
+            return {name: candidates.source_hash.__wrapped__(kind.folder) for name, kind in FAMILIES.items()}
 
         before = hashes()
         with (package / file).open("a") as source:
             source.write("\n")
         return [name for name, value in hashes().items() if value != before[name]]
 
-    assert changed_by("flash/forward.py") == ["flash"]
-    assert changed_by("mla/absorbed.py") == ["mla"]
+    assert changed_by("flash/backward_configs.py") == ["flash", "flash_backward"]
+    assert changed_by("mla/projections.py") == ["mla", "mla_prefill"]
     assert changed_by("paged/forward.py") == ["paged", "paged_prefill"]
-    assert changed_by("mla/configs.py") == []
+    assert changed_by("cache/append.py") == []
+    assert changed_by("combine/splits.py") == list(FAMILIES)
     assert changed_by("_jit/masks.py") == list(FAMILIES)
 
 

@@ -96,7 +96,6 @@ def backward_cases(dkdv, dq, fused):
         ((660.0, 700.0, 640.0), "fused", 640.0),
         ((990.0, 990.0, 680.0), "fused", 680.0),  # split 707, within the noise of the default's schedule
         ((990.0, 990.0, 600.0), "split", 5 / 7 * 990),
-        ((660.0, 700.0, None), "split", 5 / (4 / 660 + 3 / 700)),
     ],
 )
 def test_kernels_of_a_backward_pass_make_one_entry(locks, schedule, figure):
@@ -120,6 +119,7 @@ def test_a_measured_backward_pass_is_timed_as_a_whole():
     assert (entry["figure"], entry["config"]["fused"], entry["source"]) == (300.0, None, MEASURED)
     assert winners.measured(cases, lambda *_: {"split": None, "fused": None}) == []
     assert winners.measured(cases[:1], time_passes) == [], "dq is missing"
+    assert winners.measured(cases[:2], time_passes) == [], "the default is fused, and not among them"
 
 
 @pytest.fixture
