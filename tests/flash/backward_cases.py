@@ -179,4 +179,4 @@ def check_accesses(case, accesses):
 
 def of_tile(bytes_by_name, name):
     """Bytes of a tile by pointer or by the descriptors of its one or two pieces."""
-    return sum(bytes_by_name[key] for key in (name, f"{name}[0]", f"{name}[1]"))
+    return sum(bytes_by_name[key] for key in (name, f"{name}_rest"))

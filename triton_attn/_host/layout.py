@@ -51,13 +51,15 @@ def vector_elements(element_size, *strides):
     return vector if all(stride % vector == 0 for s in strides for stride in s[:-1]) else 1
 
 
-def l2_section(k, v, seqlen_k, group_size):
-    """Query heads whose keys and values fit in the L2 cache together, at least one KV head's."""
-    return heads_in_l2(seqlen_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), group_size)
+def l2_section(k, v, seqlen_k, group_size, num_heads):
+    """`heads_in_l2` of tensors."""
+    return heads_in_l2(seqlen_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), group_size, num_heads)
 
 
-def heads_in_l2(bytes_per_head_kv, group_size):
-    return max(1, L2_BUDGET_BYTES // max(1, bytes_per_head_kv)) * group_size
+def heads_in_l2(bytes_per_head_kv, group_size, num_heads):
+    """Query heads whose keys and values fit in the L2 cache together: at least one KV head's, at most num_heads, those
+    of all sequences, so that tiles times sections stay within the number of programs (32 bits in a kernel)."""
+    return max(1, min(max(1, L2_BUDGET_BYTES // max(1, bytes_per_head_kv)) * group_size, num_heads))
 
 
 def tma_ready(x):
@@ -70,9 +72,9 @@ def strides_suit_tma(shape, strides, element_size):
     return 0 not in shape and shape[-3] < PACKED_END.value and all(s > 0 and s % unit == 0 for s in strides[:-1])
 
 
-def tma_descriptors(x, block_rows):
-    """Descriptors of a tensor that is tma_ready, one per piece of the head dimension."""
-    return describe(x, tma_geometry(x.shape, x.stride(), block_rows))
+def tma_operand(x, block_rows):
+    """`describe` of a tensor that is tma_ready, in tiles of block_rows; x itself and None where that is None."""
+    return describe(x, None if block_rows is None else tma_geometry(x.shape, x.stride(), block_rows))
 
 
 def tma_geometry(shape, strides, block_rows):
@@ -95,11 +97,18 @@ def tma_geometry(shape, strides, block_rows):
 
 
 def describe(base, geometry):
-    """TensorDescriptors without the checks of their constructor, a third of a call's cost: tma_ready has made them."""
+    """Two kernel arguments: a TensorDescriptor for each piece of the head dimension, None where there is no second; the
+    tensor itself and None where geometry is None.
+
+    Not one argument, a tuple: launchers before Triton 3.8 expand no descriptor in a tuple. Without the checks of their
+    constructor, a third of a call's cost: tma_ready has made them.
+    """
+    if geometry is None:
+        return base, None
     descriptors = []
     for shape, strides, block_shape in geometry:
         descriptor = object.__new__(TensorDescriptor)
         descriptor.base, descriptor.shape, descriptor.strides = base, shape, strides
         descriptor.block_shape = block_shape
         descriptors.append(descriptor)
-    return tuple(descriptors)
+    return (*descriptors, None)[:2]

@@ -22,7 +22,7 @@ from .._host.layout import (
     lse_strides,
     row_strides,
     rows_are_wide,
-    tma_descriptors,
+    tma_operand,
     tma_ready,
     vector_elements,
 )
@@ -136,11 +136,11 @@ def _flash_bwd_delta_kernel(
 ):
     """One program computes -delta = dlse - rowsum(dout * out) for BLOCK_M rows of one head, and their share of dsinks.
 
-    Grid: (num_tiles * batch, num_heads). dsinks is (num_tiles * batch, num_heads), to be summed over its first axis.
+    Grid: num_tiles * batch * num_heads. dsinks is (num_tiles * batch, num_heads), to be summed over its first axis.
     """
-    tile = tl.program_id(0) % num_tiles
-    batch = tl.program_id(0) // num_tiles
-    head = tl.program_id(1)
+    head = tl.program_id(0) % num_heads
+    tile = tl.program_id(0) // num_heads % num_tiles
+    batch = tl.program_id(0) // num_heads // num_tiles
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
     first_q, _, seqlen_q, _ = sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_q_ptr, batch, seqlen_q, 0)
     start_m = tile * BLOCK_M
@@ -164,18 +164,21 @@ def _flash_bwd_delta_kernel(
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         lse = tl.load(lse_ptr + lse_row + offs_m, mask=rows_mask, other=float("inf"))
         weights = tl.math.exp2(tl.where(sink == float("-inf"), sink, sink - lse) * LOG2_E)
-        tl.store(dsinks_ptr + tl.program_id(0) * num_heads + head, tl.sum(weights * minus_delta))
+        tl.store(dsinks_ptr + tl.program_id(0), tl.sum(weights * minus_delta))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _flash_bwd_dkdv_kernel(
     q,
+    q_rest,
     k_ptr,
     v_ptr,
     dout,
+    dout_rest,
     lse_ptr,
     minus_delta_ptr,
     dq,
+    dq_rest,
     dk_ptr,
     dv_ptr,
     alibi_slopes_ptr,
@@ -213,8 +216,9 @@ def _flash_bwd_dkdv_kernel(
     """One program computes BLOCK_N rows of dk and dv for one KV head, over all query heads of its group.
 
     Grid: num_tiles * num_heads_kv * batch. Tiles are transposed, keys by queries, so that P^T and dS^T are left
-    operands that stay in registers. q and dout are pointers, or tuples of descriptors with USE_TMA. dk_ptr or dv_ptr
-    None: not wanted. dq (fp32, zeros) None: not wanted here; else this is the fused schedule.
+    operands that stay in registers. q, dout and dq are pointers, or with USE_TMA descriptors of the head dimension's
+    first piece, and those of the second are q_rest, dout_rest and dq_rest. dk_ptr or dv_ptr None: not wanted. dq (fp32,
+    zeros) None: not wanted here; else this is the fused schedule.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     k_strides = in_vectors(k_strides, VECTOR)
@@ -257,8 +261,12 @@ def _flash_bwd_dkdv_kernel(
         head = head_kv * group_size + member
         batch_head = batch * num_heads_kv * group_size + head
         coords = sequence_coords(batch, head, first_q, seqlen_q, VARLEN)
-        q_head = q if USE_TMA else row_pointer(q, q_strides, batch, first_q, head)
-        dout_head = dout if USE_TMA else row_pointer(dout, dout_strides, batch, first_q, head)
+        if USE_TMA:
+            q_head = q, q_rest
+            dout_head = dout, dout_rest
+        else:
+            q_head = row_pointer(q, q_strides, batch, first_q, head)
+            dout_head = row_pointer(dout, dout_strides, batch, first_q, head)
         lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
         slope = None
         if alibi_slopes_ptr is not None:
@@ -323,7 +331,7 @@ def _flash_bwd_dkdv_kernel(
                 if dq is not None:
                     dq_tile = dot_add(ds.T, k, zeros_tile(BLOCK_M, HEAD_DIM), INPUT_PRECISION)
                     if USE_TMA:
-                        add_tile_tma(dq, coords, start_m, dq_tile, HEAD_DIM)
+                        add_tile_tma((dq, dq_rest), coords, start_m, dq_tile, HEAD_DIM)
                     else:
                         dq_rows_mask = columns < columns_left if not INTERIOR else None
                         dq_ptr = row_pointer(dq, dq_strides, batch, first_q + start_m, head)
@@ -341,7 +349,9 @@ def _flash_bwd_dkdv_kernel(
 def _flash_bwd_dq_kernel(
     q_ptr,
     k,
+    k_rest,
     v,
+    v_rest,
     dout_ptr,
     lse_ptr,
     minus_delta_ptr,
@@ -405,7 +415,10 @@ def _flash_bwd_dq_kernel(
     lse_log2 = _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, True)
     minus_delta = _load_minus_delta(minus_delta_ptr + lse_row, offs_m, seqlen_q, True)
     coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
-    if not USE_TMA:
+    if USE_TMA:
+        k = k, k_rest
+        v = v, v_rest
+    else:
         k = row_pointer(k, k_strides, batch, first_k, head_kv)
         v = row_pointer(v, v_strides, batch, first_k, head_kv)
     slope = None
@@ -537,13 +550,13 @@ def launch_flash_bwd(
                 _flash_bwd_dkdv_kernel,
                 (num_programs,),
                 q.device,
-                tma_descriptors(q, tile.block_m) if use_tma else q,
+                *tma_operand(q, tile.block_m if use_tma else None),
                 k,
                 v,
-                tma_descriptors(dout, tile.block_m) if use_tma else dout,
+                *tma_operand(dout, tile.block_m if use_tma else None),
                 lse,
                 minus_delta,
-                tma_descriptors(dq_sum, tile.block_m) if fused and use_tma else dq_sum,
+                *tma_operand(dq_sum, tile.block_m if fused and use_tma else None),
                 dk,
                 dv,
                 alibi_slopes,
@@ -561,7 +574,7 @@ def launch_flash_bwd(
                 num_tiles,
                 num_heads_kv,
                 group_size,
-                l2_section(q, dout, seqlen_q, 1) if causal else 1,
+                l2_section(q, dout, seqlen_q, 1, num_heads_kv * batch) if causal else 1,
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
                 USE_TMA=use_tma,
@@ -583,8 +596,8 @@ def launch_flash_bwd(
                 (num_programs,),
                 q.device,
                 q,
-                tma_descriptors(k, tile.block_n) if use_tma else k,
-                tma_descriptors(v, tile.block_n) if use_tma else v,
+                *tma_operand(k, tile.block_n if use_tma else None),
+                *tma_operand(v, tile.block_n if use_tma else None),
                 dout,
                 lse,
                 minus_delta,
@@ -602,7 +615,7 @@ def launch_flash_bwd(
                 num_tiles,
                 num_heads,
                 group_size,
-                l2_section(k, v, seqlen_k, group_size) if causal else 1,
+                l2_section(k, v, seqlen_k, group_size, num_heads * batch) if causal else 1,
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
                 USE_TMA=use_tma,
@@ -624,10 +637,11 @@ def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
     block_m = 64
     num_tiles = -(-seqlen_q // block_m)
     dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
-    if num_tiles * batch * num_heads > 0:
+    num_programs = num_tiles * batch * num_heads
+    if num_programs > 0:
         launch(
             _flash_bwd_delta_kernel,
-            (num_tiles * batch, num_heads),
+            (num_programs,),
             out.device,
             out,
             dout,

@@ -46,7 +46,9 @@ LENGTHS = ["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"]
 def _flash_fwd_kernel(
     q_ptr,
     k,
+    k_rest,
     v,
+    v_rest,
     out_ptr,
     lse_ptr,
     sinks_ptr,
@@ -82,8 +84,8 @@ def _flash_fwd_kernel(
     """One program computes BLOCK_M rows of out and lse for one query head of one sequence.
 
     Grid: num_tiles * num_heads * batch. Strides are (batch, row, head) in elements; a varlen batch has batch stride 0
-    and its rows start at cu_seqlens. k and v are pointers, or tuples of descriptors with USE_TMA. window is (left,
-    right); dropout is (pointer to the seed, threshold, factor of kept weights). None is none.
+    and its rows start at cu_seqlens. k and v are pointers, or with USE_TMA descriptors of the head dimension's first
+    piece, k_rest and v_rest those of the second. window is (left, right); dropout is (pointer to the seed, threshold, factor of kept weights). None is none.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     k_strides = in_vectors(k_strides, VECTOR)
@@ -108,7 +110,10 @@ def _flash_fwd_kernel(
     q_ptr = row_pointer(q_ptr, q_strides, batch, first_q + start_m, head)
     q = load_tile(q_ptr, rows, q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
     coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
-    if not USE_TMA:
+    if USE_TMA:
+        k = k, k_rest
+        v = v, v_rest
+    else:
         k = row_pointer(k, k_strides, batch, first_k, head_kv)
         v = row_pointer(v, v_strides, batch, first_k, head_kv)
 
@@ -202,8 +207,8 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         return
     args = (
         q,
-        k if geometry_k is None else describe(k, geometry_k),
-        v if geometry_v is None else describe(v, geometry_v),
+        *describe(k, geometry_k),
+        *describe(v, geometry_v),
         out,
         lse,
         sinks,
@@ -260,7 +265,9 @@ def _plan(
         config = choose_config(arch, dtype, *shape, access, precision, capped, plain, seqlen_k)
     use_tma = config.use_tma and suits_tma and bases_aligned
     num_tiles = -(-seqlen_q // config.block_m)
-    section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size) if causal else 1
+    section_size = 1
+    if causal:
+        section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size, num_heads * batch)
     constants = dict(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,

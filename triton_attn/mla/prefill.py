@@ -338,7 +338,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         max_seqlen_q,
         max_seqlen_k,
         num_tiles,
-        heads_in_l2(per_head * q_nope.element_size(), 1),
+        heads_in_l2(per_head * q_nope.element_size(), 1, batch * num_heads),
         *rows,
         abs(scale_log2) or 1.0,
         (None, 0 if causal else None),
