@@ -1,6 +1,6 @@
 # make perf: what the kernels do here.   make test: whether they are right.   make gpu: what only a GPU can tell.
 # The first two need python3 (3.10+) with venv, and make what else they need in .venv; make gpu takes the torch, triton
-# and pytest that python3 has.
+# and pytest that python3 has; OUT=folder is where its results go.
 
 PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
@@ -12,7 +12,7 @@ perf: .venv/installed
 	.venv/bin/python -m perf
 
 gpu:
-	$(PYTHON) -m perf gpu --minutes 9
+	$(PYTHON) -m perf gpu --minutes 9 $(if $(OUT),--out $(OUT))
 
 # Triton interprets or compiles for a whole process, so there are two runs. The second also runs the tests of the first
 # on the GPU, where there is one.

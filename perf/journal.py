@@ -32,6 +32,10 @@ class Journal:
         self._file.write(json.dumps({"key": key, "result": result}) + "\n")
         self._file.flush()
 
+    def items(self):
+        """(key, result) of all that is known, in the order in which keys were first added."""
+        return [(json.loads(key), result) for key, result in self._results.items()]
+
     def __enter__(self):
         return self
 

@@ -1,5 +1,6 @@
 """Throughput on the GPU of this machine. Nothing is timed before its result was found right."""
 
+import traceback
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +8,7 @@ import torch
 
 from perf.checks import check_gradients, check_latent_decode, check_latent_prefill, check_sample
 from perf.device import gpu_name, versions
+from perf.isolation import describe
 from perf.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from perf.providers import latent_pages
 from perf.results import MEASURED, Row
@@ -14,24 +16,37 @@ from perf.timing import time_interleaved
 from triton_attn._host.latent import read_latent_cache
 
 
-def throughput(problem, dtype, providers, roof, device="cuda", **timing):
+def throughput(problem, dtype, providers, roof, device="cuda", tracebacks=None, **timing):
     """A row for each of {name: provider} (perf/providers.py); one that fails has no figures and a note that says why.
 
     `roof` is what bounds the problem's figure on this GPU, measured: TFLOP/s of a matrix product, GB/s of a copy; None
-    where that is not known.
+    where that is not known. `tracebacks`, a dict, is given those of the providers that failed.
     `timing` goes to `time_interleaved`.
     """
-    torch.manual_seed(0)
-    inputs = [torch.randn(shape, dtype=getattr(torch, dtype), device=device) for shape in problem.shapes]
+    inputs = _inputs(problem, dtype, device)
     prepare = PREPARE[type(problem)]
     functions, failures = {}, {}
     for name, provider in providers.items():
         try:
             functions[name] = prepare(problem, provider, *inputs)
         except Exception as error:  # a peer may fail in any way of its own
-            failures[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+            failures[name] = describe(error)
+            if tracebacks is not None:
+                tracebacks[name] = traceback.format_exc()
     times = time_interleaved(functions, **timing)
     return [_row(name, problem, dtype, times.get(name), roof, failures.get(name, "")) for name in providers]
+
+
+def compile_all(problem, dtype, providers, device="cuda"):
+    """Call each as `throughput` would time it, once: later processes find its kernels in the caches on the disk."""
+    inputs = _inputs(problem, dtype, device)
+    for provider in providers.values():
+        PREPARE[type(problem)](problem, provider, *inputs)()
+
+
+def _inputs(problem, dtype, device):
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=getattr(torch, dtype), device=device) for shape in problem.shapes]
 
 
 def _checked_pass(problem, provider, q, k, v):

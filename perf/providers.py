@@ -72,6 +72,14 @@ def _flex(problem, device):
     return lambda q, k, v: compiled(*_heads_first(q, k, v), block_mask=mask).transpose(1, 2)
 
 
+def _tutorial(problem, device):
+    from perf.tutorial import attention, serves
+
+    if not serves(problem.seqlen, problem.head_dim):
+        raise NotImplementedError("the tutorial's kernel needs head_dim 64 or 128 and seqlen a multiple of 128")
+    return lambda q, k, v: attention(*_heads_first(q, k, v), problem.causal).transpose(1, 2)
+
+
 def _naive(problem, device):
     """Scores in memory, in the dtype of the input."""
     shape = problem.seqlen, problem.seqlen
@@ -133,6 +141,7 @@ PROVIDERS = {
     "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "SDPA efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "FlexAttention": _flex,
+    "Triton tutorial": _tutorial,
     "naive torch": _naive,
 } | _installed(
     {

@@ -35,6 +35,7 @@ PROVIDER_STYLES = {  # colour, marker, label
     "SDPA cuDNN": (BLUE, "s", "SDPA cuDNN"),
     "SDPA flash": (GREEN, "^", "SDPA flash"),
     "FlexAttention": (PURPLE, "D", "FlexAttention"),
+    "Triton tutorial": (SKY, "h", "Triton tutorial"),
     "naive torch": (ORANGE, "v", "naive torch"),
     BOUND: (SKY, "s", "bound: products and softmax overlap fully"),
     LOCK: (VERMILION, "o", "lock: they never overlap"),

@@ -85,6 +85,13 @@ def add_arguments(parser):
     )
     parser.add_argument("--minutes", type=float, help="end after as many, with what is finished")
     parser.add_argument(
+        "--journal",
+        dest="journal_path",
+        type=Path,
+        metavar="PATH",
+        help="keep what is finished in this file, which sweeps may share; default: beside the CSV",
+    )
+    parser.add_argument(
         "--table",
         type=Path,
         nargs="?",
@@ -94,7 +101,17 @@ def add_arguments(parser):
     )
 
 
-def run(out_dir, family="flash", arch="sm_90", dtype="bfloat16", seqlens=None, minutes=None, table=None, **shapes):
+def run(
+    out_dir,
+    family="flash",
+    arch="sm_90",
+    dtype="bfloat16",
+    seqlens=None,
+    minutes=None,
+    table=None,
+    journal_path=None,
+    **shapes,
+):
     """Write `sweep-<family>-<dtype>.csv` as candidates finish; on a GPU `sweep-<family>-<dtype>-measured.csv` too."""
     budget = Budget(minutes)
     if has_gpu():
@@ -107,7 +124,7 @@ def run(out_dir, family="flash", arch="sm_90", dtype="bfloat16", seqlens=None, m
     seqlens = seqlens or FAMILIES[family].seqlens
     path = out_dir / f"sweep-{family}-{dtype}.csv"
     paths, found = [path], []
-    with Journal(path.with_suffix(".jsonl")) as journal:
+    with Journal(journal_path or path.with_suffix(".jsonl")) as journal:
         survivors, left = compile_all(path, family, arch, dtype, cases, journal, budget)
         _print_survivors(cases, survivors, left)
         compiled_cases = [

@@ -29,7 +29,8 @@ def judge(rows):
     """{name of an H100 or H200: [value of each target]} from objects with the attributes of a `results.Row`."""
     gpus = {}
     for row in rows:
-        if row.source == MEASURED and row.dtype == "bfloat16" and ("H100" in row.gpu or "H200" in row.gpu):
+        gpu = row.gpu or ""
+        if row.source == MEASURED and row.dtype == "bfloat16" and ("H100" in gpu or "H200" in gpu):
             gpus.setdefault(row.gpu, []).append(row)
     return {gpu: [target.measure(of_gpu) for target in TARGETS] for gpu, of_gpu in gpus.items()}
 
@@ -71,7 +72,8 @@ def _latent_share(rows):
 
 
 def _steps(rows, family):
-    """Our decode steps over a cache in bf16."""
+    """Our decode steps over a cache in bf16. One without a speed, or without a measured roof to hold it against, tells
+    nothing of a share and is left out."""
     kind = family, "decode", OURS
     return [
         row
@@ -79,6 +81,7 @@ def _steps(rows, family):
         if (row.family, row.direction, row.provider) == kind
         and row.cache_dtype in (None, "bfloat16")
         and row.tflops is not None
+        and row.roof_share is not None
     ]
 
 

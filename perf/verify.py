@@ -43,8 +43,7 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
     calls = [
         (model, function, seqlen or _default_seqlen(model, dtype), dtype)
         for model in models
-        for function in CALLS
-        if function not in (PER_HEAD_CACHES if model.attention == "MLA" else LATENT)
+        for function in functions_of(model)
     ]
     path = out_dir / f"errors-{_name(dtype)}.csv"
     rows, failures = [], []
@@ -60,6 +59,12 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
         sys.exit("\n".join([*failures, f"{len(failures)} of {len(rows)} results are outside their bounds"]))
     print(f"all {len(rows)} results are within their bounds")
     return [path]
+
+
+def functions_of(model):
+    """Names of those that calls of this model use."""
+    others = PER_HEAD_CACHES if model.attention == "MLA" else LATENT
+    return [function for function in CALLS if function not in others]
 
 
 def verify(call):

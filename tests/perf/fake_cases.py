@@ -1,6 +1,7 @@
 """Cases of a stage that never saw a GPU; a module of its own, which a spawned process can import."""
 
 import os
+import sys
 import time
 
 
@@ -13,6 +14,7 @@ def run(case):
     if name == "raises":
         raise ValueError("no such shape\nand more")
     if name == "crashes" or name in case.get("crashing", ()):
+        print("said by the compiler", file=sys.stderr, flush=True)
         os._exit(7)
     if name == "hangs":
         time.sleep(600)

@@ -16,9 +16,9 @@ import fake_cases
 import pytest
 from test_measure import fake_times
 
-from perf import __main__, gpu, gpu_cases, measure, results
+from perf import __main__, gpu, gpu_cases, gpu_report, measure, results, verify
 from perf.candidates import FAMILIES
-from perf.isolation import map_isolated
+from perf.isolation import headline, map_isolated
 from perf.machine import COPY
 from perf.sweep import Budget
 
@@ -28,6 +28,7 @@ CHECKOUT = Path(__file__).parents[2]
 def stage(*cases, **changes):
     plain = gpu.Stage(
         name="fake",
+        csv="fake.csv",
         share=1,
         limit=60,
         columns=["name", "outcome"],
@@ -61,8 +62,13 @@ def test_what_fails_crashes_or_hangs_is_recorded_and_the_rest_runs(tmp_path):
         "last": "passed",
     }
     assert {failure["case"]["name"] for failure in report.failures} == {"raises", "crashes", "hangs", "wrong"}
-    (about,) = json.loads((tmp_path / gpu.REPORT).read_text())["stages"]
+    (about,) = json.loads((tmp_path / gpu_report.REPORT).read_text())["stages"]
     assert (about["done"], about["failed"], about["left"]) == (6, 4, 0)
+    log = (tmp_path / gpu_report.LOG).read_text()
+    assert '== fake: {"name": "raises"}: ValueError: no such shape\n' in log
+    assert 'raise ValueError("no such shape' in log
+    assert "fake_cases.py" in log.split("not done after 2 s")[1].split("==")[0], "where it hangs"
+    assert "said by the compiler" in log.split("exit code 7")[1].split("==")[0]
 
 
 def test_several_processes_share_the_cases(tmp_path):
@@ -80,7 +86,9 @@ def test_a_run_that_its_budget_ends_is_resumed(tmp_path):
     second = gpu.run_stages([stage(*cases)], tmp_path, minutes=5)
     assert second.stages[0]["left"] == 0
     assert list(rows_of(tmp_path / "fake.csv")) == ["raises", "a", "b", "c"]
-    assert log.read_text().split().count("raises") == 1, "what failed is not tried again"
+    before = log.read_text().split()
+    gpu.run_stages([stage(*cases)], tmp_path, minutes=5)
+    assert log.read_text().split() == [*before, "raises"], "what failed is tried again, and nothing else"
     assert [failure["why"] for failure in second.failures] == ["ValueError: no such shape"]
 
 
@@ -117,10 +125,132 @@ def test_a_stage_whose_cases_cannot_be_listed_is_a_failure_and_the_next_runs(tmp
     def broken():
         raise RuntimeError("no tests")
 
-    stages = [stage(cases=broken), stage(*named("a"), name="next")]
+    stages = [stage(cases=broken), stage(*named("a"), name="next", csv="next.csv")]
     report = gpu.run_stages(stages, tmp_path, minutes=5)
     assert [failure["why"] for failure in report.failures] == ["RuntimeError: no tests"]
     assert rows_of(tmp_path / "next.csv") == {"a": "passed"}
+
+
+def test_an_error_of_a_stage_itself_is_a_failure_and_the_next_runs(tmp_path):
+    def broken(report):
+        raise RuntimeError("no roofs")
+
+    stages = [stage(*named("a"), given=broken), stage(*named("a"), name="next", csv="next.csv")]
+    report = gpu.run_stages(stages, tmp_path, minutes=5)
+    assert [failure["why"] for failure in report.failures] == ["RuntimeError: no roofs"]
+    assert rows_of(tmp_path / "next.csv") == {"a": "passed"}
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    def broken(rows):
+        raise TypeError("None / None")
+
+    monkeypatch.setattr(gpu_report, "judge", broken)
+    (tmp_path / gpu_report.LOG).mkdir()
+    report = gpu.run_stages([stage(*named("a", "raises"))], tmp_path, minutes=5)
+    about = json.loads((tmp_path / gpu_report.REPORT).read_text())
+    assert (about["targets"], len(about["failures"])) == ([], 1)
+    report.print()
+
+
+def test_the_log_has_the_end_of_a_traceback_and_a_limit(tmp_path, monkeypatch):
+    report = gpu.Report(tmp_path, minutes=1)
+    plain = stage()
+    report.begin(plain)
+    report.fail(plain, {"name": "a"}, "why", "\n".join(f"line {i}" for i in range(100)))
+    log = tmp_path / gpu_report.LOG
+    said = log.read_text().splitlines()
+    assert said[:2] == ['== fake: {"name": "a"}: why', f"line {100 - gpu_report.LOG_LINES}"]
+    assert "line 99" in said
+    monkeypatch.setattr(gpu_report, "LOG_BYTES", log.stat().st_size)
+    report.fail(plain, {"name": "b"}, "why")
+    assert log.read_text().splitlines() == said
+
+
+def test_what_is_timed_is_compiled_before(tmp_path):
+    log = tmp_path / "log"
+    kinds = [{"name": name, "log": str(log)} for name in ("a", "b", "raises")]
+    compiling = stage(
+        *kinds,
+        compile=fake_cases.run,
+        compilers=2,
+        to_compile=lambda case: [case | {"name": f"{case['name']}{i}"} for i in range(2)] + [case],
+    )
+    report = gpu.run_stages([compiling], tmp_path, minutes=5)
+    order = log.read_text().split()
+    assert sorted(order[:9]) == sorted(x for name in ("a", "b", "raises") for x in (name, f"{name}0", f"{name}1"))
+    assert order[9:] == ["a", "b", "raises"]
+    assert [failure["case"]["name"] for failure in report.failures] == ["raises"], "once, where it is timed"
+    gpu.run_stages([compiling], tmp_path, minutes=5)
+    assert "a0" not in log.read_text().split()[12:], "what is known is not compiled again"
+
+
+def test_another_gpu_adds_its_rows(tmp_path, monkeypatch):
+    def found():
+        with (tmp_path / "fake.csv").open(newline="") as file:
+            return [(row["gpu"], row["name"]) for row in csv.DictReader(file)]
+
+    def run(name, *cases):
+        for module in (gpu, gpu_report):
+            monkeypatch.setattr(module, "gpu_name", lambda: name)
+        gpu.run_stages([stage(*named(*cases))], tmp_path, minutes=5)
+
+    run("H100", "a", "b")
+    run("H200", "a")
+    assert found() == [("H100", "a"), ("H100", "b"), ("H200", "a")]
+    monkeypatch.setattr(gpu, "code_hash", lambda *patterns: "other")
+    run("H100", "a")
+    assert found() == [("H200", "a"), ("H100", "a")], "what other code found on this GPU is gone"
+
+
+def test_the_journal_knows_the_code_and_not_the_commit(monkeypatch, tmp_path):
+    key = gpu._key(stage(), {"name": "a"})
+    monkeypatch.setattr(gpu, "versions", lambda: {"driver": None, "torch": "0", "triton": "0", "commit": "other"})
+    assert "commit" not in gpu._key(stage(), {"name": "a"})
+    monkeypatch.setattr(gpu.cases, "CHECKOUT", tmp_path)
+    (tmp_path / "perf").mkdir()
+    (tmp_path / "perf/a.py").write_text("1")
+    one = gpu.code_hash.__wrapped__(*gpu.CODE)
+    (tmp_path / "perf/a.py").write_text("2")
+    assert len({key["code"], one, gpu.code_hash.__wrapped__(*gpu.CODE)}) == 3
+
+
+def test_stages_that_share_a_file_keep_each_others_rows(tmp_path):
+    stages = [stage(*named("a"), csv="both.csv"), stage(*named("b"), name="next", csv="both.csv")]
+    gpu.run_stages(stages, tmp_path, minutes=5)
+    assert list(rows_of(tmp_path / "both.csv")) == ["a", "b"]
+    gpu.run_stages(stages[:1], tmp_path, minutes=5)
+    assert list(rows_of(tmp_path / "both.csv")) == ["a", "b"]
+
+
+def test_stages_are_chosen_by_name():
+    assert [x.name for x in gpu.choose("targets, smoke,machine", False)] == ["smoke", "machine", "targets"]
+    assert [x.name for x in gpu.choose(None, False)] == ["smoke", "machine", "targets", "tests", "sanitizer", "bench"]
+    assert gpu.choose(None, True) == gpu.SWEEPS
+    with pytest.raises(SystemExit, match=r"--stages: expected some of smoke,.*,bench, got sweep, fast"):
+        gpu.choose("sweep,smoke,fast", False)
+    with pytest.raises(SystemExit, match="--stages"):
+        gpu.choose("smoke", True)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("ValueError: no such shape\nand more", "ValueError: no such shape"),
+        (
+            "CompilationError: at 34:20:\n    x = load(error_ptr)\n        ^\nValueError('no such tile')",
+            "CompilationError: at 34:20: ... ValueError('no such tile')",
+        ),
+        (
+            "triton.runtime.errors.PTXASError: PTXAS error\nstderr:\nptxas fatal : no register\nRepro: ptxas -v",
+            "triton.runtime.errors.PTXASError: PTXAS error ... ptxas fatal : no register",
+        ),
+        ("CompilationError: at 1:2:\n  f(x)\n  Expected block", "CompilationError: at 1:2: ... Expected block"),
+        ("", ""),
+    ],
+)
+def test_the_headline_says_what_is_wrong(message, expected):
+    assert headline(message) == expected
 
 
 def test_leaving_early_ends_the_processes():
@@ -132,8 +262,9 @@ def test_leaving_early_ends_the_processes():
 
 
 def test_eight_files_at_most():
-    files = [f"{stage.name}.csv" for stage in gpu.STAGES] + [gpu.JOURNAL, gpu.REPORT, "sm_90.json"]
-    assert len(set(files)) == len(files) <= 8
+    always = {gpu.JOURNAL, gpu_report.REPORT, gpu_report.LOG}
+    assert len({stage.csv for stage in gpu.STAGES} | always) == 8
+    assert len({stage.csv for stage in gpu.SWEEPS} | always | {gpu.SWEEPS_JOURNAL, "sm_90.json"}) <= 8
 
 
 @pytest.mark.parametrize(
@@ -141,6 +272,7 @@ def test_eight_files_at_most():
     [
         (False, {}, "needs a GPU"),
         (True, {"minutes": 0}, "--minutes: expected a number above 0, got 0"),
+        (True, {"stages": "fast"}, "--stages: expected some of smoke,.*, got fast"),
         (True, {"resume": Path("nowhere")}, "--resume: expected the folder of an earlier run"),
     ],
 )
@@ -189,12 +321,20 @@ def test_torch_triton_numpy_and_pytest_are_enough():
     assert "tests: 1/1 it" in done.stderr
 
 
-def sanitizer(tmp_path, monkeypatch, says, code):
+def test_stages_and_sweeps_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    (tmp_path / gpu.JOURNAL).touch()
+    with pytest.raises(SystemExit, match="a folder each"):
+        gpu.run(tmp_path, resume=tmp_path, sweeps=True)
+
+
+def sanitizer(tmp_path, monkeypatch, says, code, tool="memcheck"):
     script = tmp_path / "compute-sanitizer"
-    script.write_text(f"#!/bin/sh\necho '========= {says}'\nexit {code}\n")
+    check = '[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 3'
+    script.write_text(f"#!/bin/sh\n{check}\necho '========= {says}'\nexit {code}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    (row,) = gpu_cases.run_sanitizer({"calls": "flash", "tool": "memcheck"})
+    (row,) = gpu_cases.run_sanitizer({"calls": "flash", "tool": tool})
     return row["outcome"], row["message"]
 
 
@@ -210,6 +350,26 @@ def test_what_the_sanitizer_says(tmp_path, monkeypatch, says, code, outcome):
     assert sanitizer(tmp_path, monkeypatch, says, code) == outcome
 
 
+RACE = "Error: Race reported between Write access at {}+0x90 in forward.py:1"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tool", "code", "outcome"),
+    [
+        ("_flash_fwd_kernel", "racecheck", 99, gpu_cases.KNOWN),
+        ("_flash_bwd_dkdv_kernel", "racecheck", 99, gpu_cases.KNOWN),
+        ("_merge_kernel", "racecheck", 99, "failed"),
+        ("_flash_fwd_kernel", "memcheck", 99, "failed"),
+        ("_flash_fwd_kernel", "racecheck", 1, "failed"),
+    ],
+)
+def test_races_that_tma_only_seems_to_have_are_known(tmp_path, monkeypatch, kernel, tool, code, outcome):
+    says = RACE.format("_flash_fwd_kernel") + "\n========= " + RACE.format(kernel)
+    found, message = sanitizer(tmp_path, monkeypatch, says, code, tool)
+    assert found == outcome
+    assert "Race reported" in message
+
+
 def test_without_a_sanitizer(monkeypatch):
     monkeypatch.setattr(gpu_cases, "find_sanitizer", lambda: None)
     (row,) = gpu_cases.run_sanitizer({"calls": "flash", "tool": "memcheck"})
@@ -217,7 +377,7 @@ def test_without_a_sanitizer(monkeypatch):
 
 
 def test_every_benchmark_is_in_the_journal_and_back():
-    cases = gpu_cases.bench_cases()
+    cases = [*gpu_cases.target_cases(), *gpu_cases.bench_cases()]
     for case in cases:
         again = json.loads(json.dumps(case))
         assert gpu_cases.problem_of(again) == gpu_cases.problem_of(case)
@@ -225,6 +385,46 @@ def test_every_benchmark_is_in_the_journal_and_back():
     with_flex = [case for case in cases if gpu_cases.FLEX in case["providers"]]
     assert len(with_flex) == len(gpu_cases.FORWARD) + 1
     assert len({json.dumps(case) for case in cases}) == len(cases)
+
+
+def test_what_compiles_is_compiled_by_itself():
+    case = gpu_cases.target_cases()[0]
+    names = [part["providers"] for part in gpu_cases.what_bench_compiles(case)]
+    assert [results.OURS] in names
+    assert [gpu_cases.FLEX] in names
+    assert ["SDPA cuDNN"] not in names
+    for case in [*gpu_cases.target_cases(), *gpu_cases.bench_cases()]:
+        assert gpu_cases.what_bench_compiles(case)
+
+
+def test_a_case_compiles_as_it_is_timed(monkeypatch):
+    monkeypatch.setattr(gpu_cases, "compile_all", partial(measure.compile_all, device="cpu"))
+    called = []
+    provider = gpu_cases.LATENT_DECODE_PROVIDERS[results.OURS]
+    monkeypatch.setitem(
+        gpu_cases.LATENT_DECODE_PROVIDERS, results.OURS, lambda *args: called.append(args) or provider(*args)
+    )
+    gpu_cases.compile_bench(SMALL)
+    assert len(called) == 1
+
+
+def test_the_smoke_test_calls_every_function_at_every_model():
+    cases = gpu_cases.smoke_cases()
+    assert {case["function"] for case in cases} == set(verify.CALLS)
+    assert {case["model"] for case in cases} == set(gpu_cases.SMOKE_MODELS)
+    assert any(case["deterministic"] for case in cases)
+    assert cases[0]["function"] == "mla_prefill"
+
+
+def test_a_smoke_test_names_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(gpu_cases, "SMOKE_SEQLEN", 20)
+    case = next(case for case in gpu_cases.smoke_cases() if case["function"] == "copy_kv_pages")
+    rows = gpu_cases.run_smoke(case)
+    assert [row["outcome"] for row in rows] == ["passed"] * 2
+    assert set(gpu_cases.SMOKE_COLUMNS) <= set(rows[0])
+    about = dict.fromkeys(gpu_cases.SMOKE_COLUMNS) | {"output": "k_cache"}
+    row = gpu_cases._smoke_row(case, about, "Gemma, copy_kv_pages: k_cache is wrong\nand more")
+    assert (row["outcome"], row["message"]) == ("failed", "Gemma, copy_kv_pages: k_cache is wrong")
 
 
 SMALL = {
@@ -238,7 +438,7 @@ def test_a_benchmark_gives_the_columns_of_a_results_file(monkeypatch):
     monkeypatch.setattr(measure, "time_interleaved", fake_times)
     monkeypatch.setattr(gpu_cases, "throughput", partial(measure.throughput, device="cpu"))
     (row,) = gpu_cases.run_bench(SMALL, {COPY: 1e3})
-    assert list(row) == results.COLUMNS
+    assert [*results.COLUMNS, "log"] == list(row)
     assert row["cache_dtype"] == "bfloat16"
     assert row["roof_share"] == pytest.approx(row["gbps"] / 1e3)
     (row,) = gpu_cases.run_bench(SMALL, {})
@@ -249,14 +449,26 @@ def test_a_benchmark_gives_the_columns_of_a_results_file(monkeypatch):
     assert lost["p50_ms"] is None
 
 
+def test_a_provider_of_ours_that_fails_has_its_traceback(monkeypatch):
+    def broken(*args):
+        raise ValueError("no such tile\nand more")
+
+    monkeypatch.setattr(measure, "time_interleaved", fake_times)
+    monkeypatch.setattr(gpu_cases, "throughput", partial(measure.throughput, device="cpu"))
+    monkeypatch.setitem(gpu_cases.LATENT_DECODE_PROVIDERS, results.OURS, broken)
+    (row,) = gpu_cases.run_bench(SMALL, {})
+    assert row["note"] == "ValueError: no such tile"
+    assert "in broken" in row["log"]
+
+
 def test_the_report_judges_the_targets(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H100")
-    case = gpu_cases.bench_cases()[3]
+    monkeypatch.setattr(gpu_report, "gpu_name", lambda: "NVIDIA H100")
+    case = gpu_cases.target_cases()[3]
     row = gpu_cases.failed_bench(case, "") | {"gpu": "NVIDIA H100", "roof_share": 0.9, "tflops": 8.0}
     report = gpu.Report(tmp_path, minutes=1)
-    bench = stage(name="bench", has_failed=lambda row: False)
+    bench = stage(name="targets", has_failed=lambda row: False)
     report.begin(bench)
-    report.add(bench, case, [row])
+    report.add(bench, case, [row], [""])
     verdicts = {target["verdict"]: target["measured"] for target in report.targets()}
     assert verdicts == {"not measured yet": None, "met": 0.9}
     report.print()
@@ -279,11 +491,13 @@ def test_a_sweep_is_a_command(case, tmp_path, monkeypatch):
     (tmp_path / "package" / table.name).write_text("the package's")
     monkeypatch.setattr(gpu_cases, "SHIPPED", tmp_path / "package")
     monkeypatch.setattr(gpu_cases.subprocess, "run", sweep)
-    (row,) = gpu_cases.run_sweep(json.loads(json.dumps(case)), table)
+    journal = tmp_path / "sweeps.jsonl"
+    (row,) = gpu_cases.run_sweep(json.loads(json.dumps(case)), table, journal)
     assert row["note"] == "64x64 w4 s2"
     assert table.read_text() == "the package's"
     (options,) = said
     assert (options.table, options.dtype, options.family) == (table, "bfloat16", case["family"])
+    assert options.journal_path == journal
     assert 60 * options.minutes < gpu_cases.SWEEP_LIMIT
     shapes = {"head_dims": options.head_dims, "models": options.models}
     kind = FAMILIES[options.family]
@@ -299,11 +513,11 @@ def test_a_sweep_that_fails_says_why(tmp_path, monkeypatch):
 
     gives(1, "Traceback\nValueError: no such tile\n")
     with pytest.raises(RuntimeError, match="ValueError: no such tile"):
-        gpu_cases.run_sweep(case, tmp_path / "sm_90.json")
+        gpu_cases.run_sweep(case, tmp_path / "sm_90.json", tmp_path / "sweeps.jsonl")
     gives(0)
     with pytest.raises(RuntimeError, match="the minutes were over"):
-        gpu_cases.run_sweep(case, tmp_path / "sm_90.json")
+        gpu_cases.run_sweep(case, tmp_path / "sm_90.json", tmp_path / "sweeps.jsonl")
     row = gpu_cases.failed_sweep(case, "why")
     assert list(row) == results.COLUMNS
-    assert gpu.STAGES[-1].has_failed(row)
+    assert gpu.SWEEPS[-1].has_failed(row)
     assert row["note"] == "--head-dim 128: why"

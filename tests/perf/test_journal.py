@@ -18,6 +18,7 @@ def test_results_are_known_to_the_next_run(path):
     with Journal(path) as journal:
         assert journal.get(dict(reversed(KEY.items()))) == {"lock": 1.5, "dropped": ""}
         assert journal.get(KEY | {"triton": "other"}) is None
+        assert journal.items() == [(KEY, {"lock": 1.5, "dropped": ""})]
 
 
 @pytest.mark.parametrize("torn", ['{"key": {"fam', '{"key": {"family": "paged"}}', "\0\0\0", "17"])

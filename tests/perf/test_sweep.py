@@ -82,6 +82,13 @@ def test_another_triton_or_kernel_is_new_work(compiled, tmp_path, monkeypatch, n
     assert len(compiled) == 12
 
 
+def test_sweeps_may_share_a_journal(compiled, tmp_path):
+    journal = tmp_path / "all.jsonl"
+    for folder in ("first", "second"):
+        sweep.run(tmp_path / folder, head_dims=[64], journal_path=journal)
+    assert len(compiled) == len(journal.read_text().splitlines()) == 6
+
+
 def test_arch_dtype_and_shape_are_new_work(compiled, tmp_path):
     sweep.run(tmp_path, head_dims=[64])
     for other in ({"arch": "sm_80"}, {"dtype": "float16"}, {"head_dims": [128]}):

@@ -53,6 +53,19 @@ def test_mla_decode_meets_either_of_its_goals():
     assert value_of([by_memory, step(64, 32768, 225.0, 0.6)], 4) == pytest.approx(0.75)
 
 
+def test_rows_without_figures_or_without_roofs_are_passed_over():
+    steps = [DecodeProblem(32, 8192), LatentDecodeProblem(32, 8192, 128)]
+    nothing = [measured(**step.columns()) for step in steps] + [measured(gpu=None)]
+    nothing += [
+        measured(seqlen_q=n, seqlen_k=n, provider=name) for n in targets.LENGTHS for name in (results.OURS, "x")
+    ]
+    without_roof = [measured(**step.columns(), tflops=500.0, gbps=1.0) for step in steps]
+    for rows in (nothing, without_roof, nothing + without_roof):
+        assert targets.judge(rows) == {"a synthetic H200": [None] * len(targets.TARGETS)}
+    rows = [*nothing, *without_roof, measured(**steps[0].columns(), tflops=1.0, roof_share=0.9)]
+    assert value_of(rows, 3) == 0.9
+
+
 def test_other_gpus_and_predictions_are_not_judged():
     others = [{"gpu": "NVIDIA A100"}, {"source": results.PREDICTED}, {"dtype": "float16"}]
     assert targets.judge([measured(tflops=1.0, **columns) for columns in others]) == {}

@@ -6,18 +6,25 @@ from perf import timing
 
 
 class Clock:
-    """A GPU whose time passes only in calls: events read it."""
+    """A host that launches and a GPU that follows, which begins nothing before it is launched: milliseconds of both."""
 
     def __init__(self):
-        self.now = 0.0
+        self.host = self.gpu = 0.0
         self.calls = []
 
-    def function(self, name, milliseconds):
+    def function(self, name, milliseconds, launch=0.0):
         def run():
             self.calls.append(name)
-            self.now += milliseconds
+            self.host += launch
+            self.gpu = max(self.gpu, self.host) + milliseconds
 
         return run
+
+    def sleep(self, cycles):
+        self.gpu = max(self.gpu, self.host) + cycles / timing.CYCLES_PER_MS
+
+    def synchronize(self):
+        self.host = self.gpu = max(self.gpu, self.host)
 
     def torch(self):
         clock = self
@@ -27,23 +34,45 @@ class Clock:
                 assert enable_timing
 
             def record(self):
-                self.at = clock.now
+                self.at = clock.gpu = max(clock.gpu, clock.host)
 
             def elapsed_time(self, end):
                 return end.at - self.at
 
-        flush = SimpleNamespace(zero_=self.function("flush", 1000.0))
-        cuda = SimpleNamespace(Event=Event, synchronize=lambda: None)
+        flush = SimpleNamespace(zero_=self.function("flush", 0.1))
+        cuda = SimpleNamespace(Event=Event, synchronize=self.synchronize, _sleep=self.sleep)
         return SimpleNamespace(empty=lambda *args, **kwargs: flush, int8=None, cuda=cuda)
 
 
-def test_rounds_interleave_and_the_flush_is_not_timed(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(timing, "torch", clock.torch())
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.host / 1e3))
+    return clock
+
+
+def approx(milliseconds):
+    return timing.Percentiles(*[pytest.approx(milliseconds)] * 3)
+
+
+def test_rounds_interleave_and_the_flush_is_not_timed(clock):
     functions = {name: clock.function(name, ms) for name, ms in (("fast", 2.0), ("slow", 5.0))}
     times = timing.time_interleaved(functions, rounds=3, warmup=1)
-    assert times == {"fast": timing.Percentiles(2.0, 2.0, 2.0), "slow": timing.Percentiles(5.0, 5.0, 5.0)}
-    assert clock.calls == ["fast", "slow"] + ["flush", "fast", "flush", "slow"] * 3
+    assert times == {"fast": approx(2.0), "slow": approx(5.0)}
+    assert clock.calls == ["fast"] * 2 + ["slow"] * 2 + ["flush", "fast", "flush", "slow"] * 3
+
+
+@pytest.mark.parametrize("launch", [0.0, 0.01, 0.3, 2.0])
+def test_the_time_of_a_short_kernel_is_not_that_of_its_launch(clock, launch):
+    assert timing.time_one(clock.function("short", 0.005, launch)) == approx(0.005)
+
+
+def test_the_sleep_before_a_call_that_waits_has_an_end(clock, monkeypatch):
+    slept = []
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", slept.append)
+    timing.time_one(clock.function("waits", 1.0, launch=400.0), rounds=2)
+    assert slept == [timing.MAX_SLEEP_MS * timing.CYCLES_PER_MS] * 2
 
 
 def test_percentiles():
@@ -52,14 +81,12 @@ def test_percentiles():
     )
 
 
-def test_who_is_clearly_behind_is_timed_no_further(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(timing, "torch", clock.torch())
+def test_who_is_clearly_behind_is_timed_no_further(clock):
     functions = {name: clock.function(name, ms) for name, ms in (("slow", 5.0), ("near", 2.2), ("fast", 2.0))}
     times = timing.time_interleaved(functions, rounds=9, warmup=0, behind=1.2)
     assert {name: clock.calls.count(name) for name in functions} == {
-        "slow": timing.SETTLED_ROUNDS,
-        "near": 9,
-        "fast": 9,
+        "slow": 1 + timing.SETTLED_ROUNDS,
+        "near": 1 + 9,
+        "fast": 1 + 9,
     }
-    assert times["slow"] == timing.Percentiles(5.0, 5.0, 5.0)
+    assert times["slow"] == approx(5.0)
