@@ -85,7 +85,8 @@ def _flash_fwd_kernel(
 
     Grid: num_tiles * num_heads * batch. Strides are (batch, row, head) in elements; a varlen batch has batch stride 0
     and its rows start at cu_seqlens. k and v are pointers, or with USE_TMA descriptors of the head dimension's first
-    piece, k_rest and v_rest those of the second. window is (left, right); dropout is (pointer to the seed, threshold, factor of kept weights). None is none.
+    piece, and those of the second are k_rest and v_rest. window is (left, right); dropout is (pointer to the seed,
+    threshold, factor of kept weights). None is none.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     k_strides = in_vectors(k_strides, VECTOR)
