@@ -112,9 +112,9 @@ def append_latent_cache(
     DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 numbers x / scale, an fp32 scale for every 128 of them, and
     qk_rope_head_dim bf16 numbers, not scaled; 656 bytes for 512 + 64. With amax the largest magnitude of the 128,
 
-        scale = amax / 448, or 1 where that is 0
+        scale = 2^ceil(log2(max(amax / 448, 1e-4)))
 
-    so that no number saturates but by the rounding of the scale. All is computed in fp32 and rounded once, to nearest
+    as FlashMLA and vLLM write it, so that no number saturates. All is computed in fp32 and rounded once, to nearest
     even. NaN stays one number's and is not in amax; a block with an infinity reads as NaN.
 
     Args:

@@ -12,12 +12,17 @@ from .append import TILE_ELEMENTS, encode_float8
 
 @triton.jit
 def _quantize(x, BLOCK: tl.constexpr):
-    """Of fp32 (rows, numbers) the e4m3 bits, and a scale for every BLOCK of numbers: (rows, numbers / BLOCK)."""
+    """Of fp32 (rows, numbers) the e4m3 bits, and a scale for every BLOCK of numbers: (rows, numbers / BLOCK).
+
+    A scale is the power of two at or above max(amax / 448, 1e-4).
+    """
     blocks = tl.reshape(x, (x.shape[0], x.shape[1] // BLOCK, BLOCK))
     # Which of a number and NaN is the larger differs between GPUs.
     amax = tl.max(tl.where(blocks == blocks, tl.abs(blocks), 0.0), axis=2)
-    scales = tl.math.div_rn(amax, 448.0)
-    scales = tl.where(scales == 0.0, 1.0, scales)
+    quotients = tl.maximum(tl.math.div_rn(amax, 448.0), 1e-4)
+    # Up to the next exponent unless the mantissa is 0; infinity stays.
+    exponents = (quotients.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+    scales = exponents.to(tl.float32, bitcast=True)
     bits = encode_float8(tl.math.div_rn(blocks, tl.broadcast_to(scales[:, :, None], blocks.shape)), 3)
     return tl.reshape(bits, x.shape), scales
 

@@ -60,14 +60,22 @@ def append_latent_cache(
         latents[places] = kv_latent
     else:
         blocks = kv_latent.float().unflatten(1, (-1, SCALE_BLOCK))
-        scale = blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(dim=2) / torch.finfo(torch.float8_e4m3fn).max
-        scale = torch.where(scale == 0, 1.0, scale)
+        scale = _latent_scale(blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(dim=2))
         scales[places] = scale
         latents[places] = _bits(_round((blocks / scale.unsqueeze(2)).flatten(1), torch.float8_e4m3fn))
     if rope_cos is not None:
         cos, sin = (table[positions[written]].float() for table in (rope_cos, rope_sin))
         k_pe = rotate(k_pe, cos, sin, rope_interleaved)
     rope_keys[places] = k_pe.to(rope_keys.dtype)
+
+
+def _latent_scale(amax):
+    """The power of two at or above max(amax / 448, 1e-4), fp32; infinity stays."""
+    limit = torch.full_like(amax, torch.finfo(torch.float8_e4m3fn).max)  # by a number, a GPU multiplies with 1 / 448
+    quotient = (amax / limit).clamp(min=1e-4)
+    mantissa, exponent = torch.frexp(quotient)  # mantissa from 0.5 to below 1
+    power = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    return torch.where(quotient.isinf(), quotient, power)
 
 
 @torch.no_grad()
