@@ -61,8 +61,17 @@ def mask_scores(s, rows, start_column, num_columns, offset, window):
 @triton.jit
 def cap_scores(s, softcap):
     """softcap * tanh(s / softcap) in log2 units, for s in log2 units and softcap in natural ones."""
-    # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates at both ends, and exp(2 x) is exp2(2 s / softcap).
-    return softcap * LOG2_E * (1.0 - 2.0 / (tl.math.exp2(s * (2.0 / softcap)) + 1.0))
+    capped, _ = cap_scores_and_derivative(s, softcap)
+    return capped
+
+
+@triton.jit
+def cap_scores_and_derivative(s, softcap):
+    """cap_scores and its derivative at s."""
+    # tanh(x) = 1 - 2 r and its derivative 4 r (1 - r) with r = 1 / (exp(2 x) + 1), and exp(2 x) is exp2(2 s / softcap):
+    # both saturate at both ends, the derivative at exactly 0.
+    r = 1.0 / (tl.math.exp2(s * (2.0 / softcap)) + 1.0)
+    return (1.0 - 2.0 * r) * (softcap * LOG2_E), 4.0 * r * (1.0 - r)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from .._host.layout import (
 )
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
 from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds
-from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
+from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores, visible_range
 from .._jit.softmax import LOG2_E
 from .._jit.tiles import (
     add_tile,
@@ -85,18 +85,20 @@ def _recompute_weights(
     lse_log2 broadcasts against s. Rows outside rows_mask get no weight: their scores, 0 - lse, may overflow, and
     inf * 0 would reach the sums.
     """
-    s *= scale_log2
     derivative = 1.0
-    if softcap is not None:
-        s = cap_scores(s, softcap)
-        capped = s / (softcap * LOG2_E)
-        derivative = 1.0 - capped * capped
-    if slope is not None:
-        s = add_alibi(s, rows, start_column, offset, slope)
+    # As in the forward kernel the scale goes into the exponential where it can: the exponent is then rounded once in
+    # both, and large scores lose nothing between them.
+    FOLD_SCALE: tl.constexpr = softcap is None and slope is None
+    if not FOLD_SCALE:
+        s *= scale_log2
+        if softcap is not None:
+            s, derivative = cap_scores_and_derivative(s, softcap)
+        if slope is not None:
+            s = add_alibi(s, rows, start_column, offset, slope)
     if MASKED:
         s = mask_scores(s, rows, start_column, num_columns, offset, window)
         s = tl.where(rows_mask[:, None], s, float("-inf"))
-    return tl.math.exp2(s - lse_log2), derivative
+    return tl.math.exp2(s * scale_log2 - lse_log2 if FOLD_SCALE else s - lse_log2), derivative
 
 
 @triton.jit
