@@ -42,6 +42,9 @@ _TILE = {"block_m": int, "block_n": int, "num_warps": int, "num_stages": int}
 _FLASH_CASE = {"head_dim": int, "head_dim_v": int, "causal": bool}
 FAMILIES = {
     "flash": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}),
+    "flash_hopper": Family(
+        {"head_dim": int, "causal": bool}, ("seqlen_k",), {"block_n": int, "groups": int, "num_stages": int}
+    ),
     "flash_backward": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}, parts=("dkdv", "dq", "fused")),
     # rows are those of a sequence for one KV head, tile_rows their `rows_class`.
     "paged": Family(

@@ -91,8 +91,8 @@ def _recompute_weights(
         s, derivative = cap_scores_and_derivative(s, softcap)
     if slope is not None:
         s = add_alibi(s, rows, start_column, offset, slope)
-    # Before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward kernel: rounded
-    # by itself a score of 500 is off by 3e-5.
+    # Before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward kernel. A
+    # score of 500 that is rounded by itself is off by 3e-5.
     s -= lse_log2
     if MASKED:
         s = mask_scores(s, rows, start_column, num_columns, offset, window)

@@ -12,10 +12,12 @@ against 467. On sm_100 the descriptor form of the same tiles spills nothing wher
 
 import functools
 import itertools
+import os
 from dataclasses import dataclass
 
 import torch
 
+from .._host.checks import fail
 from .._host.tuned import remember, tuned_config
 
 
@@ -28,6 +30,16 @@ class FlashConfig:
     num_warps: int
     num_stages: int
     use_tma: bool = False
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One program of hopper.py takes 64 queries for each of its groups of four warps and walks over keys block_n at a
+    time, num_stages tiles ahead."""
+
+    block_n: int
+    groups: int
+    num_stages: int
 
 
 # Bytes of shared memory (AMD: LDS) that one program may use: CUDA C++ programming guide, table of compute capabilities.
@@ -125,6 +137,16 @@ _HALF = {
     },
 }
 
+# Of hopper.py by (head dim, causal): the fastest on an H100 of those that fit.
+_HOPPER = {
+    (64, False): HopperConfig(128, 3, 2),
+    (64, True): HopperConfig(128, 2, 2),
+    (128, False): HopperConfig(128, 2, 2),
+    (128, True): HopperConfig(128, 2, 2),
+    (256, False): HopperConfig(64, 2, 2),
+    (256, True): HopperConfig(64, 2, 2),
+}
+
 # Tiles that leave registers to tanh, by (architecture, access, largest width of the row). exp2 and tanh bound the loop:
 # `lock` is 427 where the row's own has 429 and spills.
 _SOFTCAP = {("sm_90", "tma", 160): FlashConfig(128, 64, 8, 3, use_tma=True)}
@@ -163,6 +185,28 @@ def choose_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, 
         if found is not None:
             return FlashConfig(**found)
     return default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap)
+
+
+def wanted_kernels():
+    """Of TRITON_ATTN_KERNELS, read at each call: see `choose_hopper_config`."""
+    wanted = os.environ.get("TRITON_ATTN_KERNELS", "auto")
+    if wanted not in ("auto", "hopper", "portable"):
+        fail("TRITON_ATTN_KERNELS", "auto, hopper or portable", wanted)
+    return wanted
+
+
+def choose_hopper_config(wanted, dtype, head_dim, causal, seqlen_k):
+    """The HopperConfig of a call that hopper.py can serve, None for the portable kernel.
+
+    wanted: "auto", where a tuned table has one, which says that the kernel was found right and fast on such a GPU with
+    this Triton; "hopper", also where none has; "portable", never.
+    """
+    if wanted == "portable" or (head_dim, causal) not in _HOPPER or dtype == torch.float32:
+        return None
+    found = tuned_config("sm_90", "flash_hopper", dtype, (head_dim, causal), (seqlen_k,))
+    if found is not None:
+        return HopperConfig(**found)
+    return _HOPPER[head_dim, causal] if wanted == "hopper" else None
 
 
 def loads_best(arch, access):

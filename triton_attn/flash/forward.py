@@ -33,7 +33,8 @@ from .._jit.tiles import (
     store_tile,
     zeros_tile,
 )
-from .configs import choose_config
+from .configs import choose_config, wanted_kernels
+from .hopper import launch_flash_fwd_hopper, plan_hopper
 
 LOG2_E = math.log2(math.e)
 
@@ -189,10 +190,17 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
     """
     softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
     arch = arch_of(q)
+    layout, varlen_batch = layout_of(q, k, v, out), None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if arch == "sm_90" and config is None:
+        plan = _plan_for_hopper(q, k, v, out, layout, varlen_batch, seqlen_q, seqlen_k, options)
+        if plan is not None:
+            tensors = q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k
+            launch_flash_fwd_hopper(plan, *tensors, seqlen_q, seqlen_k, softmax_scale)
+            return
     num_programs, strides, counts, geometry_k, geometry_v, constants = _plan(
-        layout_of(q, k, v, out),
+        layout,
         q.dtype,
-        None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        varlen_batch,
         seqlen_q,
         seqlen_k,
         window[1] is not None,
@@ -228,6 +236,18 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         dropout,
     )
     launch_packed(_flash_fwd_kernel, (num_programs,), q.device, args, constants)
+
+
+def _plan_for_hopper(q, k, v, out, layout, varlen_batch, seqlen_q, seqlen_k, options):
+    """That of hopper.py's kernel where it serves the call and is wanted, else None."""
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
+    wanted = wanted_kernels()
+    plain = softcap is None and alibi_slopes is None and sinks is None and dropout is None and window[0] is None
+    if wanted == "portable" or not plain or window[1] not in (None, 0) or softmax_scale <= 0:
+        return None
+    if any(x.data_ptr() % 16 for x in (q, k, v, out)):
+        return None
+    return plan_hopper(layout, q.dtype, varlen_batch, seqlen_q, seqlen_k, window[1] is not None, wanted)
 
 
 @remember

@@ -1,0 +1,151 @@
+"""hopper.py's kernel: which calls it serves, what it compiles to. What it computes tests/gpu/test_hopper.py says."""
+
+import json
+import re
+
+import pytest
+import torch
+import triton
+
+from perf import loop_model, sass
+from triton_attn import flash_attention, flash_attention_varlen, use_tuned
+from triton_attn._host import tuned
+from triton_attn.testing import compile_only, shared_memory_limit
+
+pytestmark = [pytest.mark.compiled, pytest.mark.oldest]
+
+HOPPER, PORTABLE = "_flash_fwd_hopper_kernel", "_flash_fwd_kernel"
+
+
+@pytest.fixture(autouse=True)
+def no_tables(monkeypatch):
+    """Neither the package's table nor the environment's chooses."""
+    monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
+    use_tuned(None)
+    yield
+    monkeypatch.undo()
+    use_tuned(None)
+
+
+@pytest.fixture
+def wanted(monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
+
+
+def launch_of(arch="sm_90", head_dim=128, dtype=torch.bfloat16, varlen=False, head_dim_v=None, change=None, **options):
+    """The one launch of a call of 4 query heads and 2 KV heads."""
+    q, k = (torch.empty(2, 256, heads, head_dim, dtype=dtype) for heads in (4, 2))
+    v = torch.empty(2, 256, 2, head_dim_v or head_dim, dtype=dtype)
+    if change:
+        q, k, v = change(q), change(k), change(v)
+    with compile_only(arch) as launches:
+        if varlen:
+            cu_seqlens = torch.tensor([0, 200, 512], dtype=torch.int32)
+            packed = [x.flatten(0, 1) for x in (q, k, v)]
+            flash_attention_varlen(*packed, cu_seqlens, cu_seqlens, 312, 312, **options)
+        else:
+            flash_attention(q, k, v, **options)
+    (launch,) = launches
+    return launch
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("head_dim", "bound"), [(64, 770), (128, 940), (256, 940)])
+def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_property):
+    """It fits, loads by TMA, spills nothing in a loop and next to nothing outside, and leaves the output of a tile in
+    flight while the softmax of the next one runs."""
+    launch = launch_of(head_dim=head_dim, causal=causal, varlen=varlen, return_lse=not varlen)
+    assert launch.name == HOPPER
+    report = loop_model.analyze(launch.kernel).row()
+    record_property(
+        "figure",
+        f"hopper {head_dim} {'causal' if causal else 'full'}{' varlen' if varlen else ''}: {report['registers']} "
+        f"registers, {report['spills']} spills, {report['shared B']} B shared, {report['loop instructions']} "
+        f"instructions in the loop, bound {report['bound TFLOP/s']:.0f} TFLOP/s",
+    )
+    assert launch.uses_tma
+    assert launch.uses_wgmma
+    assert launch.kernel.metadata.shared <= shared_memory_limit("sm_90")
+    assert report["spills in loop"] == 0
+    assert report["spills"] <= 2
+    assert report["useful share"] == 1.0
+    assert report["bound TFLOP/s"] >= bound
+    # Per group and loop body: scores are waited for with one product still in flight.
+    loops = launch.constexprs["GROUPS"] * (2 if causal else 1)
+    assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == loops
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
+    """In the machine code: ptxas is free to wait earlier, and then nothing overlaps."""
+    code = sass.disassemble(launch_of(head_dim=head_dim).kernel.asm["cubin"])
+    for loop in code.mma_loops():
+        trip = sorted(loop.always, key=lambda instruction: instruction.address)
+        products, waits, exponentials = (
+            [i for i, instruction in enumerate(trip) if instruction.mnemonic.startswith(name)]
+            for name in ("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2")
+        )
+        assert len(waits) == 2
+        assert max(products) < waits[0]
+        assert exponentials
+        assert all(waits[0] < i < waits[1] for i in exponentials)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"window_size": (100, 0)},
+        {"window_size": (-1, 3)},
+        {"softcap": 30.0, "causal": True},
+        {"alibi_slopes": torch.ones(4)},
+        {"sinks": torch.ones(4)},
+        {"dropout_p": 0.1, "dropout_seed": 1},
+        {"softmax_scale": -1.0},
+        {"head_dim": 96},
+        {"head_dim": 128, "head_dim_v": 64},
+        {"dtype": torch.float32},
+        {"arch": "sm_80"},
+        {"arch": "sm_100"},
+        {"change": lambda x: torch.empty(2, 256, x.shape[2], 129, dtype=x.dtype)[..., 1:]},  # no TMA
+        {"change": lambda x: x[:, :1].expand(-1, 256, -1, -1)},
+    ],
+    ids=lambda call: " ".join(call),
+)
+def test_all_else_is_the_portable_kernels(call, wanted):
+    assert launch_of(**call).name == PORTABLE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
+    """By an entry for the dtype, head dim and mask; TRITON_ATTN_KERNELS=portable comes before it."""
+    assert launch_of(dtype=dtype).name == PORTABLE
+    entry = {
+        "family": "flash_hopper",
+        "dtype": str(dtype).removeprefix("torch."),
+        "case": {"head_dim": 128, "causal": False},
+        "buckets": {"seqlen_k": 4096},
+        "config": {"block_n": 64, "groups": 2, "num_stages": 2},
+        "figure": 600.0,
+        "unit": "TFLOP/s",
+        "source": "measured",
+        "device": "NVIDIA H100",
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "commit": None,
+    }
+    path = tmp_path / "sm_90.json"
+    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry]}))
+    use_tuned(path)
+    launch = launch_of(dtype=dtype)
+    assert launch.name == HOPPER
+    assert launch.constexprs["BLOCK_N"] == 64
+    assert launch_of(dtype=dtype, causal=True).name == PORTABLE
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
+    assert launch_of(dtype=dtype).name == PORTABLE
+
+
+def test_an_unknown_choice_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "fast")
+    with pytest.raises(ValueError, match="TRITON_ATTN_KERNELS: expected auto, hopper or portable, got fast"):
+        launch_of()

@@ -1,0 +1,470 @@
+"""Forward kernel for Hopper (sm_90) in Gluon, and its launcher: loads, products and softmax run side by side.
+
+Plain Triton waits for each product before it goes on, so its softmax leaves the tensor cores idle. Here a program has a
+warp that only loads, by TMA, and groups of four warps that compute 64 rows of queries each. A group issues the scores
+of the next tile and the output of this one, waits for the scores alone, and computes their softmax while the output is
+still being multiplied. After FlashAttention-3 (2024), arXiv:2407.08608.
+
+Serves fp16 and bf16, head dims 64, 128 and 256, causal or not, dense and varlen, GQA, the log-sum-exp. All else is the
+portable kernel's (forward.py), which computes the same. Gluon has no interpreter.
+"""
+
+import functools
+import math
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate  # triton.aggregate, once 3.6 need not be served
+
+from .._host.device import launch_packed
+from .._host.layout import heads_in_l2, strides_suit_tma, tma_geometry
+from .._host.tuned import remember
+from .._jit.heads import assign_tile, sequence_bounds
+from .._jit.masks import visible_range
+from .._jit.softmax import LN_2
+from .._jit.tiles import sequence_coords
+from .configs import choose_hopper_config
+
+# Renamed in Triton 3.8.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+LOG2_E = math.log2(math.e)
+GROUP_ROWS: gl.constexpr = gl.constexpr(64)
+MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
+
+
+@aggregate
+class _Work:
+    """What one program computes: rows from start_m on of one head; of num_tiles tiles of keys it sees the first
+    full_tiles whole."""
+
+    batch: gl.tensor
+    head: gl.tensor
+    head_kv: gl.tensor
+    first_q: gl.tensor
+    first_k: gl.tensor
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    start_m: gl.tensor
+    full_tiles: gl.tensor
+    num_tiles: gl.tensor
+    CAUSAL: gl.constexpr
+    VARLEN: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        batch,
+        head,
+        head_kv,
+        first_q,
+        first_k,
+        seqlen_q,
+        seqlen_k,
+        start_m,
+        full_tiles,
+        num_tiles,
+        CAUSAL,
+        VARLEN,
+    ):
+        self.batch = batch
+        self.head = head
+        self.head_kv = head_kv
+        self.first_q = first_q
+        self.first_k = first_k
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.start_m = start_m
+        self.full_tiles = full_tiles
+        self.num_tiles = num_tiles
+        self.CAUSAL = gl.constexpr(getattr(CAUSAL, "value", CAUSAL))
+        self.VARLEN = gl.constexpr(getattr(VARLEN, "value", VARLEN))
+
+
+@aggregate
+class _Shared:
+    """Tiles in shared memory, q one for each group, k and v one for each stage; barriers that say that a tile is there
+    (full) and that all groups are done with it (free)."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    k_free: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    v_free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, q_full, k_full, k_free, v_full, v_free):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.q_full = q_full
+        self.k_full = k_full
+        self.k_free = k_free
+        self.v_full = v_full
+        self.v_free = v_free
+
+
+@gluon.jit
+def _barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def _matrix(tiles, i):
+    """Tile i of (tiles, 1, 1, 1, rows, dim) as a matrix (rows, dim)."""
+    return tiles.index(i).reshape([tiles.shape[4], tiles.shape[5]])
+
+
+@gluon.jit
+def _stage(tiles, step):
+    """Where the tile of a step lies, and the parity of the barriers that its buffer has then."""
+    STAGES: gl.constexpr = tiles.shape[0]
+    return step % STAGES, step // STAGES & 1
+
+
+@gluon.jit
+def _load(desc, coords, start, full, buffer):
+    outer, batch, head, row = coords
+    mbarrier.expect(full, desc.block_type.nbytes)
+    _tma_load(desc, [outer, batch, head, row + start, 0], full, buffer)
+
+
+@gluon.jit
+def _load_tiles(work, shared, q_desc, k_desc, v_desc):
+    """The warp that loads: queries of all groups, then keys and values, those of the last tile first."""
+    GROUPS: gl.constexpr = shared.q.shape[0]
+    BLOCK_N: gl.constexpr = shared.k.shape[4]
+    if work.start_m < work.seqlen_q:
+        coords_q = sequence_coords(work.batch, work.head, work.first_q, work.seqlen_q, work.VARLEN)
+        coords_k = sequence_coords(work.batch, work.head_kv, work.first_k, work.seqlen_k, work.VARLEN)
+        for group in gl.static_range(GROUPS):
+            start = work.start_m + group * GROUP_ROWS
+            _load(q_desc, coords_q, start, shared.q_full.index(group), shared.q.index(group))
+        for step in range(work.num_tiles):
+            start = (work.num_tiles - 1 - step) * BLOCK_N
+            stage, parity = _stage(shared.k, step)
+            mbarrier.wait(shared.k_free.index(stage), parity ^ 1)
+            _load(k_desc, coords_k, start, shared.k_full.index(stage), shared.k.index(stage))
+            mbarrier.wait(shared.v_free.index(stage), parity ^ 1)
+            _load(v_desc, coords_k, start, shared.v_full.index(stage), shared.v.index(stage))
+
+
+@gluon.jit
+def _by_thread(x):
+    """(rows, columns) as (rows, j, t, e), column 8 j + 2 t + e: in a product's result a thread has one t of a row."""
+    return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def _mask_scores(work, s, start_m, start_n):
+    """-inf where a row does not see a column: numbers that all threads share against a limit of the thread's own."""
+    x = _by_thread(s)
+    OF_E: gl.constexpr = gl.SliceLayout(3, x.type.layout)
+    OF_T: gl.constexpr = gl.SliceLayout(2, OF_E)
+    ROWS: gl.constexpr = gl.SliceLayout(1, OF_T)
+    last = gl.zeros([x.shape[0]], gl.int32, ROWS) + (work.seqlen_k - start_n)
+    if work.CAUSAL:
+        rows = start_m + gl.arange(0, x.shape[0], ROWS)
+        last = gl.minimum(last, rows + (work.seqlen_k - work.seqlen_q + 1 - start_n))
+    j = gl.arange(0, x.shape[1], gl.SliceLayout(0, OF_T)) * 8
+    t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, OF_E))) * 2
+    e = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, x.type.layout))))
+    last = gl.expand_dims(gl.expand_dims(gl.expand_dims(last, 1), 2), 3)
+    j = gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 2), 3)
+    t = gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 3)
+    e = gl.expand_dims(gl.expand_dims(gl.expand_dims(e, 0), 1), 2)
+    visible = gl.where(j + e < last - t, x, MINUS_INF)
+    return gl.convert_layout(visible.reshape(s.shape), s.type.layout)
+
+
+@gluon.jit
+def _softmax_step(s, m_i, scale_log2, MASKED: gl.constexpr):
+    """p = exp2(s * scale_log2 - m), the new maximum of the scores, and the factor by which earlier sums shrink."""
+    m_new = gl.maximum(m_i, gl.max(s, 1))
+    m_sub = (gl.where(m_new == MINUS_INF, 0.0, m_new) if MASKED else m_new) * scale_log2
+    return gl.exp2(s * scale_log2 - gl.expand_dims(m_sub, 1)), m_new, gl.exp2(m_i * scale_log2 - m_sub)
+
+
+@gluon.jit
+def _partial_sums(p):
+    """Of each row one for each of the four threads that hold it: they are added up at the end alone."""
+    return gl.sum(gl.sum(_by_thread(p), 3), 1)
+
+
+@gluon.jit
+def _scale_rows(x, factor):
+    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.jit
+def _end_of_block():
+    """Ends a basic block, by a loop that never repeats. Otherwise ptxas waits for the output before the softmax that is
+    to run beside it."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; AGAIN: activemask.b32 $0; setp.eq.u32 p, $0, $1; @p bra AGAIN; }",
+        "=&r,r",
+        [gl.program_id(2)],  # 0, which no mask of active threads is
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _issue_scores(shared, q, step, zeros):
+    stage, parity = _stage(shared.k, step)
+    mbarrier.wait(shared.k_full.index(stage), parity)
+    return warpgroup_mma(q, _matrix(shared.k, stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_output(shared, p, step, acc):
+    stage, parity = _stage(shared.v, step)
+    mbarrier.wait(shared.v_full.index(stage), parity)
+    return warpgroup_mma(p, _matrix(shared.v, stage), acc, is_async=True)
+
+
+@gluon.jit
+def _step(work, shared, q, start_m, step, m_i, l_i, acc, p, zeros, scale_log2, MASKED: gl.constexpr):
+    """Scores of this step's tile, and their softmax beside the output of the tile before."""
+    P_LAYOUT: gl.constexpr = p.type.layout
+    EARLY: gl.constexpr = shared.q.shape[0] == 2  # three groups have not the registers for two P
+    scores = _issue_scores(shared, q, step, zeros)
+    output = _issue_output(shared, p, step - 1, acc)
+    s = warpgroup_mma_wait(1, [scores])
+    stage, _ = _stage(shared.k, step)
+    mbarrier.arrive(shared.k_free.index(stage), count=1)
+    if MASKED:
+        s = _mask_scores(work, s, start_m, (work.num_tiles - 1 - step) * shared.k.shape[4])
+    weights, m_i, alpha = _softmax_step(s, m_i, scale_log2, MASKED)
+    l_i = _scale_rows(l_i, alpha) + _partial_sums(weights)
+    if EARLY:
+        p = gl.convert_layout(weights.to(p.dtype), P_LAYOUT)
+        _end_of_block()
+        acc, p = warpgroup_mma_wait(0, [output, p])
+    else:
+        _end_of_block()
+        acc = warpgroup_mma_wait(0, [output])
+        p = gl.convert_layout(weights.to(p.dtype), P_LAYOUT)
+    stage, _ = _stage(shared.v, step - 1)
+    mbarrier.arrive(shared.v_free.index(stage), count=1)
+    return m_i, l_i, _scale_rows(acc, alpha), p
+
+
+@gluon.jit
+def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
+    """A group of four warps: 64 rows of out and lse."""
+    BLOCK_N: gl.constexpr = shared.k.shape[4]
+    HEAD_DIM: gl.constexpr = shared.k.shape[5]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    if work.start_m < work.seqlen_q:
+        start_m = work.start_m + GROUP * GROUP_ROWS
+        q = _matrix(shared.q, GROUP)
+        zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, SCORES)
+        acc = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, OUTPUT)
+        m_i = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, SCORES))
+
+        # The last tile, of which some rows may see nothing.
+        mbarrier.wait(shared.q_full.index(GROUP), 0)
+        s = warpgroup_mma_wait(0, [_issue_scores(shared, q, 0, zeros)])
+        mbarrier.arrive(shared.k_free.index(0), count=1)
+        s = _mask_scores(work, s, start_m, (work.num_tiles - 1) * BLOCK_N)
+        weights, m_i, _ = _softmax_step(s, m_i, scale_log2, True)
+        l_i = _partial_sums(weights)
+        p = gl.convert_layout(weights.to(out_desc.dtype), P_LAYOUT)
+        masked_tiles = gl.maximum(1, work.num_tiles - work.full_tiles)
+        if work.CAUSAL:
+            for step in range(1, masked_tiles):
+                m_i, l_i, acc, p = _step(work, shared, q, start_m, step, m_i, l_i, acc, p, zeros, scale_log2, True)
+        for step in range(masked_tiles, work.num_tiles):
+            m_i, l_i, acc, p = _step(work, shared, q, start_m, step, m_i, l_i, acc, p, zeros, scale_log2, False)
+        output = _issue_output(shared, p, work.num_tiles - 1, acc)
+
+        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, OUTPUT))
+        empty = l_i == 0.0
+        norm = 1.0 / gl.where(empty, 1.0, l_i)
+        if lse_ptr is not None:
+            m_i = gl.convert_layout(m_i, gl.SliceLayout(1, OUTPUT))
+            lse = gl.where(empty, MINUS_INF, (m_i * scale_log2 + gl.log2(gl.where(empty, 1.0, l_i))) * LN_2)
+            rows = start_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, OUTPUT))
+            lse_row = work.head if work.VARLEN else work.batch * num_heads + work.head
+            lse_ptr += lse_row.to(gl.int64) * lse_stride + work.first_q
+            gl.store(lse_ptr + rows, lse, mask=rows < work.seqlen_q)
+        acc = warpgroup_mma_wait(0, [output])
+        # Where the queries were: nothing reads them any more. TMA leaves out rows past the sequence's end.
+        q.store((acc * gl.expand_dims(norm, 1)).to(out_desc.dtype))
+        fence_async_shared()
+        outer, batch, head, row = sequence_coords(work.batch, work.head, work.first_q, work.seqlen_q, work.VARLEN)
+        _tma_store(out_desc, [outer, batch, head, row + start_m, 0], shared.q.index(GROUP))
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _attend_0(work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
+    _attend(0, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2)
+
+
+@gluon.jit
+def _attend_1(work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
+    _attend(1, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2)
+
+
+@gluon.jit
+def _attend_2(work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
+    _attend(2, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2)
+
+
+@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"])
+def _flash_fwd_hopper_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqlen_q,
+    seqlen_k,
+    lse_stride,
+    num_tiles,
+    num_heads,
+    group_size,
+    section_size,
+    scale_log2,
+    CAUSAL: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One program computes 64 GROUPS rows of out and lse for one query head of one sequence.
+
+    Grid: num_tiles * num_heads * batch, in the order of the portable kernel. Descriptors are those of `tma_geometry`.
+    lse_ptr None: not wanted.
+    """
+    VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
+    num_batch_heads = gl.num_programs(0) // num_tiles
+    tile, batch_head = assign_tile(gl.program_id(0), num_tiles, num_batch_heads, section_size, CAUSAL)
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+    )
+    start_m = tile * (GROUPS * GROUP_ROWS)
+    end_m = gl.minimum(start_m + GROUPS * GROUP_ROWS, seqlen_q)
+    window = None, 0 if CAUSAL else None
+    _, _, full_hi, hi = visible_range(start_m, end_m, seqlen_k, seqlen_k - seqlen_q, window, BLOCK_N, 1)
+    work = _Work(
+        batch,
+        head,
+        head // group_size,
+        gl.to_tensor(first_q),
+        gl.to_tensor(first_k),
+        seqlen_q,
+        seqlen_k,
+        start_m,
+        full_hi // BLOCK_N,
+        gl.maximum(1, gl.cdiv(hi, BLOCK_N)),  # where nothing is seen one tile is masked whole
+        CAUSAL,
+        VARLEN,
+    )
+    shared = _Shared(
+        gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout),
+        _barriers(GROUPS, 1),
+        _barriers(STAGES, 1),
+        _barriers(STAGES, GROUPS),
+        _barriers(STAGES, 1),
+        _barriers(STAGES, GROUPS),
+    )
+    loads = work, shared, q_desc, k_desc, v_desc
+    sums = work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2
+    if GROUPS == 2:
+        # Warps and registers of all but the first; the registers of a program's threads are at most 65536.
+        gl.warp_specialize([(_attend_0, sums), (_attend_1, sums), (_load_tiles, loads)], [4, 1], [240, 24])
+    else:
+        gl.warp_specialize(
+            [(_attend_0, sums), (_attend_1, sums), (_attend_2, sums), (_load_tiles, loads)], [4, 4, 1], [160, 160, 32]
+        )
+
+
+def launch_flash_fwd_hopper(plan, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, softmax_scale):
+    """Launch the kernel by what `plan_hopper` found; the rest as in launch_flash_fwd."""
+    num_programs, geometries, counts, constants = plan
+    args = (
+        *(_describe(x, *geometry) for x, geometry in zip((q, k, v, out), geometries)),
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqlen_q,
+        seqlen_k,
+        0 if lse is None else lse.shape[-1],
+        *counts,
+        softmax_scale * LOG2_E,
+    )
+    launch_packed(_flash_fwd_hopper_kernel, (num_programs,), q.device, args, constants)
+
+
+@remember
+def plan_hopper(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, wanted, config=None):
+    """(programs, geometries of q, k, v and out, counts, constants) of a call without options but causal, or None where
+    the portable kernel serves it.
+
+    layout is that of q, k, v and out, whose bases are aligned to 16 bytes; wanted as in `choose_hopper_config`, which
+    chooses config if it is None.
+    """
+    (shape_q, _), (shape_k, _), (shape_v, _), _ = layout
+    *_, num_heads, head_dim = shape_q
+    if shape_v[-1] != head_dim or not all(strides_suit_tma(*of_tensor, dtype.itemsize) for of_tensor in layout):
+        return None
+    config = config or choose_hopper_config(wanted, dtype, head_dim, causal, seqlen_k)
+    if config is None:
+        return None
+    batch = shape_q[0] if varlen_batch is None else varlen_batch
+    group_size = num_heads // shape_k[-2]
+    num_tiles = -(-seqlen_q // (config.groups * GROUP_ROWS.value))
+    section_size = 1
+    if causal:
+        section_size = heads_in_l2(2 * seqlen_k * head_dim * dtype.itemsize, group_size, num_heads * batch)
+    rows = GROUP_ROWS.value, config.block_n, config.block_n, GROUP_ROWS.value
+    geometries = [tma_geometry(*of_tensor, count)[0] for of_tensor, count in zip(layout, rows)]
+    constants = dict(
+        CAUSAL=causal,
+        HEAD_DIM=head_dim,
+        BLOCK_N=config.block_n,
+        GROUPS=config.groups,
+        STAGES=config.num_stages,
+        num_warps=4,
+    )
+    return num_tiles * num_heads * batch, geometries, (num_tiles, num_heads, group_size, section_size), constants
+
+
+@functools.cache
+def _tile_layout():
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+
+
+def _describe(x, shape, strides, block_shape):
+    """A TensorDescriptor without the checks of its constructor: `plan_hopper` has made them."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = x, shape, strides
+    descriptor.block_shape, descriptor.layout = block_shape, _tile_layout()
+    return descriptor
