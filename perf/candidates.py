@@ -36,7 +36,7 @@ from triton_attn.mla import configs as mla_configs
 from triton_attn.paged import configs as paged_configs
 
 MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop instructions"]
-MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "useful share"]
+MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "expected TFLOP/s", "useful share"]
 PREFILL_CHUNK = 512  # tokens of a prompt that come at once
 CACHED_MODELS = {model.name: model for model in MODELS if model.attention != "MLA"}
 LATENT_MODELS = {model.name: model for model in MODELS if model.attention == "MLA"}
@@ -93,6 +93,22 @@ def _flash_problem(seqlen, head_dim, causal, kernel=None):
 
 def _flash_tuned(dtype, head_dim, causal):
     return "flash", {"head_dim": head_dim, "head_dim_v": head_dim, "causal": causal}, {}
+
+
+def _hopper_cases(dtype, head_dims):
+    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in flash_configs.HOPPER_HEAD_DIMS]
+
+
+def _hopper_space(arch, dtype, head_dim, causal):
+    return flash_configs.hopper_search_space(arch, dtype, head_dim, causal)
+
+
+def _hopper_provider(dtype, head_dim, causal):
+    return lambda config: lambda problem, device: partial(compiled.launch_hopper, causal=causal, config=config)
+
+
+def _hopper_tuned(dtype, head_dim, causal):
+    return "flash_hopper", {"head_dim": head_dim, "causal": causal}, {}
 
 
 def _backward_cases(dtype, head_dims):
@@ -239,6 +255,21 @@ FAMILIES = {
         seqlens=(1024, 4096, 16384),
         tuned=_flash_tuned,
     ),
+    "flash_hopper": Family(
+        config=flash_configs.HopperConfig,
+        folder="flash",
+        option="head_dims",
+        shapes=flash_configs.HOPPER_HEAD_DIMS,
+        cases=_hopper_cases,
+        search_space=_hopper_space,
+        compile=compiled.flash_hopper,
+        problem=_flash_problem,
+        provider=_hopper_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 4096, 16384),
+        tuned=_hopper_tuned,
+        rows=lambda config: config.block_m,
+    ),
     "flash_backward": Family(
         config=flash_configs.FlashConfig,
         folder="flash",
@@ -361,7 +392,7 @@ class Candidate:
             return f"{hot.spills} spills in the hot loop"
         if getattr(self.config, "use_tma", False) and not launch.uses_tma:
             return "no TMA"
-        if not hot.async_copies:
+        if not hot.async_copies and not isinstance(self.config, flash_configs.HopperConfig):  # there a warp loads
             return "no asynchronous copies in the hot loop"
         # A tile of fewer rows never has wgmma: mma.sync is right for a decode step with few heads.
         if report.arch == "sm_90" and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:
@@ -375,6 +406,7 @@ def source_hash(folder):
     package, here = Path(triton_attn.__file__).parent, Path(__file__).parent
     files = [file for part in (folder, "combine", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))]
     files += [
-        here / f"{name}.py" for name in ("amdgcn", "calls", "candidates", "compiled", "gpus", "loop_model", "sass")
+        here / f"{name}.py"
+        for name in ("amdgcn", "calls", "candidates", "compiled", "gpus", "loop_model", "sass", "timeline")
     ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -5,11 +5,13 @@ import torch
 import triton_attn
 from perf import calls
 from perf.tables import tile_name
+from triton_attn._host.checks import layout_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.backward import launch_flash_bwd
 from triton_attn.flash.backward_configs import default_backward_config
-from triton_attn.flash.configs import FlashConfig
+from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.flash.forward import launch_flash_fwd, new_outputs
+from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.mla.prefill import launch_mla_fused, launch_mla_materialized
@@ -32,6 +34,13 @@ def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=N
             calls.flash(triton_attn, dtype, head_dim, causal, head_dim_v)
         else:
             launch_config(*calls.flash_inputs(dtype, head_dim, head_dim_v), causal, config)
+    return launches[-1]
+
+
+def flash_hopper(arch, dtype, head_dim, causal, config):
+    """The compiled forward kernel of hopper.py at a config of one's own."""
+    with compile_only(arch) as launches:
+        launch_hopper(*calls.flash_inputs(dtype, head_dim), causal, config)
     return launches[-1]
 
 
@@ -105,7 +114,9 @@ def config_of(launch):
 
 
 def config_name(config):
-    """See `tile_name`; c64 says how many numbers of latent vectors are taken at a time."""
+    """See `tile_name`; c64 says how many numbers of latent vectors are taken at a time, hopper that a warp loads."""
+    if isinstance(config, HopperConfig):
+        return f"{tile_name(config.block_m, config.block_n, 4 * config.groups, config.num_stages)} hopper"
     tma = isinstance(config, FlashConfig) and config.use_tma
     name = tile_name(config.block_m, config.block_n, config.num_warps, config.num_stages, tma)
     return f"{name} c{config.block_c}" if isinstance(config, MlaPrefillConfig) else name
@@ -115,6 +126,15 @@ def launch_config(q, k, v, causal, config):
     """`flash_attention(q, k, v, causal=causal)` with a config of one's own."""
     out, lse = new_outputs(q, v, wants_lse=False)
     launch_flash_fwd(q, k, v, out, lse, None, None, q.shape[1], k.shape[1], _options(q.shape[3], causal), config)
+    return out
+
+
+def launch_hopper(q, k, v, causal, config):
+    """The same by the kernel of hopper.py, with a HopperConfig of one's own."""
+    out, lse = new_outputs(q, v, wants_lse=False)
+    lengths = q.shape[1], k.shape[1]
+    plan = plan_hopper(layout_of(q, k, v, out), q.dtype, None, *lengths, causal, "hopper", config)
+    launch_flash_fwd_hopper(plan, q, k, v, out, lse, None, None, *lengths, q.shape[3] ** -0.5)
     return out
 
 

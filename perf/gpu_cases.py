@@ -313,6 +313,7 @@ def _columns(row):
 
 SWEEP_LIMIT = 150  # seconds
 SWEPT = (  # families and shapes, the targets' first
+    ("flash_hopper", "--head-dim", "64", "128", "256"),
     ("flash", "--head-dim", "128"),
     ("mla", "--model", DEEPSEEK_V3.name),
     ("paged", "--model", LLAMA_3_8B.name),

@@ -20,7 +20,11 @@ the cycles that a warpgroup's trip costs the SM lie between
 and both are given as TFLOP/s of the products in the loop. A product that several warps repeat counts once: a tile of 64
 rows has work for 4 warps of mma.sync, and 8 that lie along its rows do it all twice. This ranks configs and catches
 regressions. It does not predict time: memory, latency of copies, barriers, power, prologue, epilogue and masked tiles
-are not in it.
+are not in it. Where the number of stages is known, and waits of the architecture were measured,
+
+    expected   the trip with its waits for loads, products and barriers, see perf/timeline.py
+
+is what a loop should reach; it too leaves out memory, power, prologue, epilogue and masked tiles.
 """
 
 import re
@@ -28,7 +32,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from perf import amdgcn, sass
+from perf import amdgcn, sass, timeline
 from perf.gpus import CAPACITY, RATES, REGISTER_ALLOCATION_UNIT, SHARED_BYTES_RESERVED_PER_CTA, Rates
 
 WARPS_PER_WARPGROUP = 4
@@ -104,18 +108,7 @@ class LoopModel:
         """{unit: busy cycles per warpgroup and trip}, None for a target without `RATES` or with tcgen05."""
         if self.rates is None or not self.flops:
             return None
-        count = self.histogram
-        return {
-            "tensor": sum(_mma_cycles(i, self.rates) for i in self.loop.always),
-            "smem": sum(map(_shared_bytes, self.loop.always)) / SMEM_BYTES_PER_CLOCK
-            + WARPS_PER_WARPGROUP * count["SHFL"],
-            "mufu": _warp_cycles(SFU_LANES) * sum(count[opcode] for opcode in _MUFU),
-            "alu": _warp_cycles(ALU_LANES) * sum(count[opcode] for opcode in _ALU),
-            "fma": _warp_cycles(self.rates.fp32_lanes) * sum(count[opcode] for opcode in _FP32)
-            + _warp_cycles(ALU_LANES) * sum(count[opcode] for opcode in _INTEGER_MULTIPLY),
-            "issue": self.instructions,
-            "stall": sum(max(1, i.stall) for i in self.loop.always),
-        }
+        return unit_cycles(self.loop.always, self.rates)
 
     @property
     def limiter(self):
@@ -133,6 +126,16 @@ class LoopModel:
         return self._tflops(
             max(c["tensor"], c["smem"]) + max(c["stall"] / warpgroups, c["mufu"], c["alu"], c["fma"], c["issue"])
         )
+
+    @cached_property
+    def steps(self):
+        """Of its timeline."""
+        return timeline.steps_of(self.loop, lambda instructions: unit_cycles(instructions, self.rates))
+
+    def expected(self, warpgroups_per_cta, ctas, num_stages, waits):
+        """TFLOP/s of a trip with its `waits`, `ctas` of them resident on an SM."""
+        cycles = timeline.sm_cycles(self.steps, warpgroups_per_cta, ctas, num_stages, waits)
+        return self._tflops(cycles / (ctas * warpgroups_per_cta))
 
     def _tflops(self, cycles):
         return self.useful * self.flops / cycles * self.rates.num_sms * self.rates.clock_ghz / 1e3
@@ -152,6 +155,7 @@ class Report:
     warp_specialized: bool
     ctas_per_sm_by: dict[str, int]
     loops: tuple[LoopModel, ...]
+    num_stages: int | None = None  # of its software pipeline; a cubin does not say
 
     @property
     def hot(self):
@@ -195,6 +199,16 @@ class Report:
         return self.hot.lock(self.mma_warpgroups_per_sm) if self._modelled else None
 
     @property
+    def expected(self):
+        """TFLOP/s, see the module; None where the model does not apply, of a warp-specialised kernel too: what its
+        warps do at one time lies in different loops."""
+        waits = timeline.WAITS.get(self.arch)
+        if not self._modelled or self.warp_specialized or self.num_stages is None or waits is None:
+            return None
+        warpgroups = max(1, self.threads // (32 * WARPS_PER_WARPGROUP))
+        return self.hot.expected(warpgroups, self.ctas_per_sm, self.num_stages, waits)
+
+    @property
     def _modelled(self):
         return self.hot is not None and self.hot.cycles is not None and self.ctas_per_sm > 0
 
@@ -218,6 +232,7 @@ class Report:
             "bound by": hot.limiter if self._modelled else None,
             "bound TFLOP/s": self.bound,
             "lock TFLOP/s": self.lock,
+            "expected TFLOP/s": self.expected,
         }
 
 
@@ -228,12 +243,12 @@ def analyze(kernel, shared_bytes=None):
     the occupancy leaves shared memory out. For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
     """
     if isinstance(kernel, bytes | bytearray):
-        cubin, useful = kernel, 1.0
+        cubin, useful, num_stages = kernel, 1.0, None
     elif "amdgcn" in kernel.asm:
         return amdgcn.analyze(kernel.asm["amdgcn"], kernel.metadata.shared)
     else:
         useful = useful_share(kernel.asm["ttgir"])
-        cubin = kernel.asm["cubin"]
+        cubin, num_stages = kernel.asm["cubin"], getattr(kernel.metadata, "num_stages", None)
         shared_bytes = kernel.metadata.shared if shared_bytes is None else shared_bytes
     code = sass.disassemble(cubin)
     shared_bytes = shared_bytes or 0
@@ -250,7 +265,23 @@ def analyze(kernel, shared_bytes=None):
         warp_specialized=opcodes["USETMAXREG"] > 0,
         ctas_per_sm_by=_ctas_per_sm(code, shared_bytes),
         loops=tuple(LoopModel(loop, rates, useful) for loop in code.mma_loops()),
+        num_stages=num_stages,
     )
+
+
+def unit_cycles(instructions, rates):
+    """{unit: busy cycles per warpgroup} of instructions in a row, see the module."""
+    count = Counter(i.opcode for i in instructions)
+    return {
+        "tensor": sum(_mma_cycles(i, rates) for i in instructions),
+        "smem": sum(map(_shared_bytes, instructions)) / SMEM_BYTES_PER_CLOCK + WARPS_PER_WARPGROUP * count["SHFL"],
+        "mufu": _warp_cycles(SFU_LANES) * sum(count[opcode] for opcode in _MUFU),
+        "alu": _warp_cycles(ALU_LANES) * sum(count[opcode] for opcode in _ALU),
+        "fma": _warp_cycles(rates.fp32_lanes) * sum(count[opcode] for opcode in _FP32)
+        + _warp_cycles(ALU_LANES) * sum(count[opcode] for opcode in _INTEGER_MULTIPLY),
+        "issue": len(instructions),
+        "stall": sum(max(1, i.stall) for i in instructions),
+    }
 
 
 def useful_share(ttgir):

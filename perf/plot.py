@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator
 
 from perf import results, speed_plots
+from perf.calibration_plot import calibration
 from perf.results import OURS
 from perf.style import (
     BLACK,
@@ -68,10 +69,18 @@ def _path_of(csv_path, name, out_dir=None):
 def pictures(csv_path):
     """{end of the file's name: (function that draws, its data)}."""
     if results.holds_speeds(csv_path):
-        return speed_plots.pictures(results.read(csv_path))
+        return speed_plots.pictures(results.read(csv_path), _measured_beside(csv_path))
     data = pd.read_csv(csv_path)
     picture = next((picture for column, picture in PICTURES.items() if column in data), None)
     return {"": (picture, data)} if picture else {}
+
+
+def _measured_beside(csv_path):
+    """Our measured rows in the folders beside that of a table, configs that a sweep tried left out; None if none."""
+    paths = sorted(Path(csv_path).resolve().parent.parent.glob("*/*.csv"))
+    tables = [results.read(path) for path in paths if results.holds_speeds(path) and path.stem[:5] != "sweep"]
+    ours = [t[(t["source"] == results.MEASURED) & (t["provider"] == OURS)] for t in tables]
+    return pd.concat(ours) if any(map(len, ours)) else None
 
 
 ATTENTION_STYLES = {"MHA": (VERMILION, "s"), "GQA": (BLUE, "o"), "MQA": (GREEN, "^"), "MLA": (PURPLE, "D")}
@@ -249,4 +258,5 @@ PICTURES = {  # by a column that no other kind of table has
     "paper_percent": sharing,
     "shared_pages_gib": bytes_held,
     "waste_percent": page_waste,
+    "measured/lock": calibration,
 }

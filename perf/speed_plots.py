@@ -31,17 +31,29 @@ ROOFS = {  # of a speed: measured, of a prediction
 LEFT_OUT = "launches, latencies and DRAM efficiency left out"
 
 
-def pictures(data):
-    """{end of the file's name: (function that draws, its rows)} for a table of speeds, as `results.read` gives it."""
+def pictures(data, measured=None):
+    """{end of the file's name: (function that draws, its rows)} for a table of speeds, as `results.read` gives it.
+
+    `measured` are rows of ours from other tables: a prediction shows those of its problems and GPU.
+    """
     names = [column for column in APART if data[column].nunique() > 1]
     found = {}
     for _, rows in data.groupby(APART, sort=False):
         first = rows.iloc[0]
         name = "".join(f"-{_slug(first[column])}" for column in names)
+        if measured is not None and first["source"] != MEASURED:
+            rows.attrs["measured"] = measured[[_is_gpu_of(gpu, first["gpu"]) for gpu in measured["gpu"]]]
         found[name] = speeds, rows
         if _has_peers(rows):
             found[f"{name}_ratio"] = ratio, rows
     return found
+
+
+def _is_gpu_of(gpu, predicted):
+    """Whether a prediction is for a GPU: their names, as "NVIDIA H100 80GB HBM3" and "H100 or H200 SXM at 1.755 GHz",
+    share the word of the model."""
+    models = (set(re.findall(r"\b[A-Z]+\d+\b", name)) for name in (gpu, predicted))
+    return bool(set.intersection(*models))
 
 
 def _slug(text):
@@ -76,6 +88,7 @@ def throughput(data):
     styles = styles_of(data["provider"].unique())
     for axes, (title, panel) in zip(grid, panels.items()):
         _speed_lines(axes, panel, "tflops", styles)
+        _measured_points(axes, panel, data, "tflops")
         _draw_roof(axes, data, "tflops")
         length_ticks(axes, data["seqlen_k"])
         axes.set_title(title, fontsize=10)
@@ -95,6 +108,7 @@ def decode(data):
     styles = styles_of(data["provider"].unique())
     for axes, (title, panel) in zip(grid, panels.items()):
         _speed_lines(axes, panel, "gbps", styles)
+        _measured_points(axes, panel, data, "gbps")
         length_ticks(axes, data["seqlen_k"])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("context (tokens)")
@@ -175,7 +189,7 @@ def latent_decode(data):
             if measured:
                 _speed_lines(axes, panel.assign(provider=panel["line"]), speed, styles)
             else:
-                _latent_bands(axes, panel, speed)
+                _latent_bands(axes, panel, data, speed)
             axes.axhline(published, color=BLACK, linewidth=1, linestyle=":", label="FlashMLA, published, H800")
         line[0].set_ylabel(SPEEDS[speed])
         line[0].set_ylim(bottom=0)
@@ -191,14 +205,15 @@ def latent_decode(data):
     return figure
 
 
-def _latent_bands(axes, data, speed):
-    for cache, rows in data.groupby("cache_dtype", sort=False):
+def _latent_bands(axes, panel, data, speed):
+    for cache, rows in panel.groupby("cache_dtype", sort=False):
         name = CACHES[cache]
         colour, marker, _ = PROVIDER_STYLES[f"{OURS}, {name}"]
         bound, lock = (rows[rows["provider"] == model].set_index("seqlen_k")[speed] for model in (BOUND, LOCK))
         axes.plot(lock, color=colour, marker=marker, label=f"{name}, lock: no overlap")
         band = {"color": colour, "alpha": 0.2, "linewidth": 0, "label": f"{name}, to bound: full overlap"}
         axes.fill_between(lock.index, lock, bound, **band)
+        _measured_points(axes, rows, data, speed, colour, f"{name}, ")
 
 
 def latent_prefill(data):
@@ -316,6 +331,31 @@ def _speed_lines(axes, data, speed, styles, against="seqlen_k"):
     if LOCK in lines:
         axes.fill_between(lines[LOCK].index, lines[LOCK], lines[BOUND], color=SKY, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
+
+
+SHAPE = ["family", "pass", "batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "head_dim", "head_dim_v"]
+SHAPE += ["causal", "window", "page_size", "cache_dtype", "dtype"]  # what has to be equal for speeds to compare
+
+
+def _measured_points(axes, panel, data, speed, colour=BLACK, name=""):
+    """What was measured of the problems of a panel of predictions, see `pictures`."""
+    measured = data.attrs.get("measured")
+    if measured is None:
+        return
+    for (gpu, triton), rows in measured.groupby(["gpu", "triton"]):
+        shapes = set(_shapes(panel))
+        points = rows[[shape in shapes for shape in _shapes(rows)]].dropna(subset=speed)
+        style = {"s": 90, "color": colour, "edgecolors": BLACK, "marker": "*", "zorder": 4}
+        label = f"{name}measured: {gpu.removeprefix('NVIDIA ')}, Triton {triton}"
+        if len(points):
+            axes.scatter(points["seqlen_k"], points[speed], **style, label=label)
+
+
+def _shapes(data):
+    """What rows are of, as tuples; a cache that has no dtype of its own has that of the rest."""
+    caches = data["cache_dtype"].fillna(data["dtype"])
+    columns = data.assign(cache_dtype=caches)[SHAPE].astype(object)
+    return columns.where(columns.notna(), None).itertuples(index=False, name=None)
 
 
 def _draw_roof(axes, data, speed):

@@ -1,9 +1,9 @@
 """The best config of a kernel, from its family's search space.
 
 Static stage, on any machine: every candidate is compiled for the target, on all cores. Those that do not fit, spill in
-the hot loop, or lose wgmma or asynchronous copies are dropped with the reason. The rest are ranked by `lock` of the
-loop model, in which products that several warps repeat count once, then by `bound` (perf/loop_model.py; differences
-under 5 % are noise).
+the hot loop, or lose wgmma or asynchronous copies are dropped with the reason. The rest are ranked by what the
+loop model expects, or by its `lock` where waits of the architecture were not measured; products that several warps
+repeat count once; then by `bound` (perf/loop_model.py; differences under 5 % are noise).
 On a GPU the best of them are then timed in turn, each after its result was found right, and no longer once it is
 clearly behind. Of flash_backward the whole pass is timed, its other kernels at their defaults, and then the schedules
 that the winners make.
@@ -216,7 +216,7 @@ def compile_all(path, family, arch, dtype, cases, journal, budget):
 
 def _rank(row):
     """Best first; where the loop model does not apply, the order of the search space stays."""
-    return -(row["lock TFLOP/s"] or 0), -(row["bound TFLOP/s"] or 0)
+    return -(winners.predicted_tflops(row) or 0), -(row["bound TFLOP/s"] or 0)
 
 
 def _candidate(row, columns):
@@ -270,13 +270,13 @@ def _time(candidates, seqlen, roof, device):
     providers = {compiled.config_name(c.config): provider(c.config) for c in candidates}
     problem = kind.problem(seqlen, **first.case)
     rows = throughput(problem, first.dtype, providers, roof, device, behind=BEHIND)
-    beside = [_in_words(first.case, name) for name in ("kernel", "fused") if name in first.case]
+    beside = [in_words(first.case, name) for name in ("kernel", "fused") if name in first.case]
     return [
         asdict(row) | {"provider": OURS, "note": " ".join([*beside, row.provider, row.note]).strip()} for row in rows
     ]
 
 
-def _in_words(case, name):
+def in_words(case, name):
     """What of a case no column of a row says."""
     return {True: "fused", False: "materialized"}.get(case[name], str(case[name]))
 

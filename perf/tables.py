@@ -21,8 +21,8 @@ def print_table(rows):
     print(format_table(rows))
 
 
-def format_table(rows):
-    return tabulate(rows, headers="keys", floatfmt=".4g", intfmt=",", missingval="")
+def format_table(rows, style="simple"):
+    return tabulate(rows, headers="keys", tablefmt=style, floatfmt=".4g", intfmt=",", missingval="")
 
 
 def tile_name(block_m, block_n, num_warps, num_stages, use_tma=False):

@@ -3,7 +3,8 @@
 The default stays unless another config is better by more than the noise of its figure. Among configs that are equally
 good within it the one with most stages wins, as they hide a latency that the loop model does not see.
 
-Predicted figures are `lock` of the loop model, but no more than memory lets through by the GPU's data sheet. The model
+Predicted figures are what the loop model expects, or its `lock` where it expects nothing (`predicted_tflops`), but no
+more than memory lets through by the GPU's data sheet. The model
 sees the innermost loop alone: a config that spills more than the default outside of it has no prediction. A backward
 pass is predicted from its kernels: the split schedule does seven products where five are counted.
 """
@@ -50,7 +51,7 @@ def predicted(cases, seqlen):
         spills = {candidate.config: row["spills"] or 0 for candidate, row in zip(candidates, rows)}
         most_spills = spills.get(default_of(first), 0)
         figures = {
-            candidate.config: predicted_figure(problem, row["lock TFLOP/s"], first.arch, size)
+            candidate.config: predicted_figure(problem, predicted_tflops(row), first.arch, size)
             for candidate, row in zip(candidates, rows)
             if spills[candidate.config] <= most_spills
         }
@@ -105,12 +106,19 @@ def _default_pass(candidate):
     return default_backward_config(candidate.arch, getattr(torch, candidate.dtype), head_dim, head_dim, causal)
 
 
-def predicted_figure(problem, lock_tflops, arch, element_size):
+def predicted_tflops(row):
+    """What ranks configs: `expected` of the loop model where it is known, which ranks as an H100 measured far better
+    than `lock` does (perf/calibrate.py); None where the model does not apply."""
+    expected = row.get("expected TFLOP/s")
+    return row["lock TFLOP/s"] if expected is None else expected
+
+
+def predicted_figure(problem, loop_tflops, arch, element_size):
     """TFLOP/s or GB/s of a problem; None where the loop model does not apply."""
-    if lock_tflops is None:
+    if loop_tflops is None:
         return None
     flops_per_byte = problem.flops / problem.bytes(element_size)
-    tflops = min(lock_tflops, RATES[arch].memory_gbps * flops_per_byte / 1e3)
+    tflops = min(loop_tflops, RATES[arch].memory_gbps * flops_per_byte / 1e3)
     return tflops if problem.figure == "tflops" else tflops / flops_per_byte * 1e3
 
 

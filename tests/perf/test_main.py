@@ -63,7 +63,7 @@ def test_a_part_on_the_command_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "code", "said"),
-    [("--help", 0, [f"  {part} " for part in job.PARTS]), ("size", 2, ["invalid choice: 'size'"])],
+    [("--help", 0, [f"\n    {part}" for part in job.PARTS]), ("size", 2, ["invalid choice: 'size'"])],
 )
 def test_help_and_mistakes(argument, code, said, capsys):
     with pytest.raises(SystemExit) as end:

@@ -253,3 +253,22 @@ def test_pictures_lie_beside_their_file_or_where_they_are_asked_to(tmp_path):
     path = write(tmp_path / "speed.csv", grid_of(PREDICTIONS, head_dims=(64,)))
     assert plot.run(None, [path]) == [tmp_path / "speed.png"]
     assert plot.run(tmp_path / "elsewhere", [path]) == [tmp_path / "elsewhere" / "speed.png"]
+
+
+def test_a_prediction_shows_what_was_measured_of_its_problems(tmp_path, monkeypatch):
+    """Beside it, of its GPU and of us, no matter which config a sweep tried: one of four lengths here."""
+    h100 = {"gpu": "NVIDIA H100 80GB HBM3"}
+    predictions = grid_of(PREDICTIONS, head_dims=(64,), gpu="H100 or H200 SXM at 1.755 GHz", source=results.PREDICTED)
+    path = write(tmp_path / "predicted" / "flash.csv", predictions)
+    measured = grid_of([results.OURS, "SDPA cuDNN"], head_dims=(64, 128), **MEASURED | h100)
+    ours = next(each for each in measured if each.provider == results.OURS)
+    write(tmp_path / "h100" / "bench.csv", [ours, *(each for each in measured if each.provider != results.OURS)])
+    write(tmp_path / "h100" / "sweep-flash-measured.csv", [replace(each, tflops=1.0) for each in measured])
+    write(tmp_path / "b200" / "bench.csv", [replace(each, gpu="NVIDIA B200") for each in measured])
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.scatter", lambda axes, x, y, **style: drawn.append((list(x), list(y))))
+    plot.draw(path)
+    assert drawn == [([ours.seqlen_k], [ours.tflops])]
+    drawn.clear()
+    plot.draw(tmp_path / "h100" / "bench.csv")
+    assert drawn == [], "a measurement is no prediction"

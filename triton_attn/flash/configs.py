@@ -41,6 +41,10 @@ class HopperConfig:
     groups: int
     num_stages: int
 
+    @property
+    def block_m(self):
+        return 64 * self.groups
+
 
 # Bytes of shared memory (AMD: LDS) that one program may use: CUDA C++ programming guide, table of compute capabilities.
 SHARED_BYTES = {
@@ -137,6 +141,7 @@ _HALF = {
     },
 }
 
+HOPPER_HEAD_DIMS = (64, 128, 256)
 # Of hopper.py by (head dim, causal): the fastest on an H100 of those that fit.
 _HOPPER = {
     (64, False): HopperConfig(128, 3, 2),
@@ -278,6 +283,20 @@ def search_space(arch, dtype, head_dim, head_dim_v, causal):
     candidates = itertools.starmap(FlashConfig, itertools.product(rows, keys, (4, 8), stages, use_tma))
     configs = dict.fromkeys([default, *candidates])
     return [config for config in configs if prune(config, arch, dtype, head_dim, head_dim_v) is None]
+
+
+def hopper_search_space(arch, dtype, head_dim, causal):
+    """Configs of hopper.py's kernel for a sweep to compare, the default first; none where it serves nothing."""
+    if known_arch(arch) != "sm_90" or dtype == torch.float32 or (head_dim, causal) not in _HOPPER:
+        return []
+    default = _HOPPER[head_dim, causal]
+    # Scores, weights and output of three groups fit in their registers, 160 a thread, at head dim 64 alone. Tiles of 64
+    # keys were up to a fifth slower on an H100 where 128 fit.
+    groups = (2, 3) if head_dim == 64 else (2,)
+    candidates = itertools.starmap(HopperConfig, itertools.product((default.block_n,), groups, (2, 3, 4)))
+    row_bytes = head_dim * dtype.itemsize
+    configs = [c for c in candidates if (c.block_m + 2 * c.block_n * c.num_stages) * row_bytes <= 230_000]
+    return list(dict.fromkeys([default, *configs]))
 
 
 def prune(config, arch, dtype, head_dim, head_dim_v):

@@ -440,7 +440,7 @@ def plan_hopper(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, wanted,
         return None
     batch = shape_q[0] if varlen_batch is None else varlen_batch
     group_size = num_heads // shape_k[-2]
-    num_tiles = -(-seqlen_q // (config.groups * GROUP_ROWS.value))
+    num_tiles = -(-seqlen_q // config.block_m)
     section_size = 1
     if causal:
         section_size = heads_in_l2(2 * seqlen_k * head_dim * dtype.itemsize, group_size, num_heads * batch)
