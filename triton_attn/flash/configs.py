@@ -90,7 +90,7 @@ _HALF = {
     "sm_90": {
         "tma": (
             (96, FlashConfig(128, 128, 8, 3, use_tma=True)),
-            (128, FlashConfig(128, 128, 8, 2, use_tma=True)),
+            (128, FlashConfig(128, 128, 8, 3, use_tma=True)),
             (160, FlashConfig(128, 128, 8, 2, use_tma=True)),
             (192, FlashConfig(128, 64, 8, 3, use_tma=True)),
             (256, FlashConfig(128, 64, 8, 2, use_tma=True)),

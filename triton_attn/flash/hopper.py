@@ -194,10 +194,14 @@ def _mask_scores(work, s, start_m, start_n):
 
 @gluon.jit
 def _softmax_step(s, m_i, scale_log2, MASKED: gl.constexpr):
-    """p = exp2(s * scale_log2 - m), the new maximum of the scores, and the factor by which earlier sums shrink."""
-    m_new = gl.maximum(m_i, gl.max(s, 1))
-    m_sub = (gl.where(m_new == MINUS_INF, 0.0, m_new) if MASKED else m_new) * scale_log2
-    return gl.exp2(s * scale_log2 - gl.expand_dims(m_sub, 1)), m_new, gl.exp2(m_i * scale_log2 - m_sub)
+    """p = exp2(s * scale_log2 - m), the new maximum (log2 units), and the factor by which earlier sums shrink.
+
+    The maximum is kept with its scale: a product in the exponent of the factor would be rounded differently there, and
+    the factor of a maximum that stays would not be 1, in every tile.
+    """
+    m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
+    m_sub = gl.where(m_new == MINUS_INF, 0.0, m_new) if MASKED else m_new
+    return gl.exp2(s * scale_log2 - gl.expand_dims(m_sub, 1)), m_new, gl.exp2(m_i - m_sub)
 
 
 @gluon.jit
@@ -302,7 +306,7 @@ def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse_ptr, lse_stride, nu
         norm = 1.0 / gl.where(empty, 1.0, l_i)
         if lse_ptr is not None:
             m_i = gl.convert_layout(m_i, gl.SliceLayout(1, OUTPUT))
-            lse = gl.where(empty, MINUS_INF, (m_i * scale_log2 + gl.log2(gl.where(empty, 1.0, l_i))) * LN_2)
+            lse = gl.where(empty, MINUS_INF, (m_i + gl.log2(gl.where(empty, 1.0, l_i))) * LN_2)
             rows = start_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, OUTPUT))
             lse_row = work.head if work.VARLEN else work.batch * num_heads + work.head
             lse_ptr += lse_row.to(gl.int64) * lse_stride + work.first_q
