@@ -15,7 +15,7 @@ from perf import amdgcn, baseline, bench, compiled, inspect, loop_model, results
 from perf.candidates import FAMILIES, Candidate
 from perf.journal import Journal
 from perf.revision import package_of
-from triton_attn.flash.configs import FlashConfig
+from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
 
@@ -166,6 +166,12 @@ SWEPT = {
         ["", "out of resource: shared memory", "spills in the hot loop", ""],
         [0, 3],  # CTAs that share an SM fill waits of each other; by `lock` the order is the other
     ),
+    "flash_hopper": (
+        FLASH,
+        [HopperConfig(128, 2, 2), HopperConfig(128, 2, 8)],
+        ["", "out of resource: shared memory"],
+        [0],
+    ),
     "flash_backward": (
         {"kernel": "fused", "head_dim": 64, "causal": True},
         [FlashConfig(32, 32, 4, 2), FlashConfig(64, 128, 8, 2, True), FlashConfig(64, 64, 8, 1)],
@@ -219,13 +225,15 @@ def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_candidates_compile_the_kernel_of_a_default_call(family, tmp_path):
+def test_candidates_compile_the_kernel_of_a_default_call(family):
     """The first of the search space is the default config, and its code that which a user gets."""
     case = SWEPT[family][0]
     kind = FAMILIES[family]
     default = kind.search_space("sm_90", torch.bfloat16, **case)[0]
     ours = kind.compile("sm_90", torch.bfloat16, config=default, **case)
-    if family == "flash_backward":
+    if family == "flash_hopper":
+        users = compiled.flash_forward("sm_90", torch.bfloat16, **case, kernels="hopper")
+    elif family == "flash_backward":
         users = compiled.flash_backward("sm_90", torch.bfloat16, case["head_dim"], case["causal"])[-1]
     else:
         users = kind.compile("sm_90", torch.bfloat16, **case)

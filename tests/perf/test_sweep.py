@@ -17,13 +17,14 @@ from perf.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, Late
 from perf.results import MEASURED
 from perf.timing import Percentiles
 from triton_attn._host import tuned
-from triton_attn.flash.configs import FlashConfig
+from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
 
 CONFIGS = [FlashConfig(64, keys, 4, 2) for keys in (32, 64, 128)]
 TILE = {
     "flash": FlashConfig,
+    "flash_hopper": HopperConfig,
     "flash_backward": FlashConfig,
     "paged": PagedConfig,
     "paged_prefill": PagedConfig,

@@ -79,6 +79,7 @@ def _recompute_weights(
     softcap,
     slope,
     MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """P from the products s = q . k of a tile in either orientation, and the derivative of the softcap at s.
 
@@ -91,12 +92,16 @@ def _recompute_weights(
         s, derivative = cap_scores_and_derivative(s, softcap)
     if slope is not None:
         s = add_alibi(s, rows, start_column, offset, slope)
-    # Before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward kernel. A
-    # score of 500 that is rounded by itself is off by 3e-5.
-    s -= lse_log2
+    # In fp32 before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward kernel.
+    # A score of 500 that is rounded by itself is off by 3e-5, which is nothing in half precision; there it costs
+    # registers.
+    if EXACT:
+        s -= lse_log2
     if MASKED:
         s = mask_scores(s, rows, start_column, num_columns, offset, window)
         s = tl.where(rows_mask[:, None], s, float("-inf"))
+    if not EXACT:
+        s -= lse_log2
     return tl.math.exp2(s), derivative
 
 
@@ -313,6 +318,7 @@ def _flash_bwd_dkdv_kernel(
                     softcap,
                     slope,
                     not INTERIOR,
+                    q_tile[0].dtype == tl.float32,
                 )
                 keep = None
                 dropped = p
@@ -467,6 +473,7 @@ def _flash_bwd_dq_kernel(
                 softcap,
                 slope,
                 not INTERIOR,
+                k_tile[0].dtype == tl.float32,
             )
             ds = p * dp * derivative
             dq = dot_add(ds.to(k_tile[0].dtype), k_tile, dq, INPUT_PRECISION)
