@@ -31,8 +31,8 @@ _WANTED = {
 
 
 def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=None, kernels="portable"):
-    """The compiled forward kernel (a `triton_attn.testing.Launch`); `config` None is the default, as a user gets it with
-    TRITON_ATTN_KERNELS=`kernels`."""
+    """The compiled forward kernel (a `triton_attn.testing.Launch`); `config` None is the default, as a user gets it
+    with TRITON_ATTN_KERNELS=`kernels`."""
     with mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=kernels), compile_only(arch) as launches:
         if config is None:
             calls.flash(triton_attn, dtype, head_dim, causal, head_dim_v)

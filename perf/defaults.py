@@ -3,8 +3,10 @@
 Nothing here imports triton_attn before a case is compiled.
 """
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 
@@ -53,7 +55,8 @@ class Case:
         from triton_attn.testing import compile_only
 
         call = CALLS[self.family]
-        with compile_only(self.arch) as launches:
+        # Of the families' own kernels: those of hopper.py have loops that the model does not tell apart.
+        with mock.patch.dict(os.environ, TRITON_ATTN_KERNELS="portable"), compile_only(self.arch) as launches:
             call.make(triton_attn, getattr(torch, self.dtype), **self.shape)
         kernels = [launch for launch in launches if launch.name in call.kernels]
         if not kernels:

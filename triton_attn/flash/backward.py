@@ -92,9 +92,9 @@ def _recompute_weights(
         s, derivative = cap_scores_and_derivative(s, softcap)
     if slope is not None:
         s = add_alibi(s, rows, start_column, offset, slope)
-    # In fp32 before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward kernel.
-    # A score of 500 that is rounded by itself is off by 3e-5, which is nothing in half precision; there it costs
-    # registers.
+    # In fp32 before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward
+    # kernel. A score of 500 that is rounded by itself is off by 3e-5, which is nothing in half precision; there it
+    # costs registers.
     if EXACT:
         s -= lse_log2
     if MASKED:
