@@ -1,5 +1,6 @@
 """What all attention kernels need to know of a call, checked and in one shape."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,14 @@ class AttentionOptions(NamedTuple):
     alibi_slopes: object  # tensor (num_heads_q,) or (batch, num_heads_q), or None
     sinks: object  # tensor (num_heads_q,), or None
     dropout: tuple | None = None  # as dropout_arguments gives it
+
+
+def wanted_kernels():
+    """Of TRITON_ATTN_KERNELS, read at each call: the `choose_hopper_config` of a family says what each does."""
+    wanted = os.environ.get("TRITON_ATTN_KERNELS", "auto")
+    if wanted not in ("auto", "hopper", "portable"):
+        fail("TRITON_ATTN_KERNELS", "auto, hopper or portable", wanted)
+    return wanted
 
 
 def dropout_arguments(dropout_p, dropout_seed):

@@ -57,6 +57,8 @@ FAMILIES = {
         ("seqlen_k", "page_size", "rows"),
         _TILE,
     ),
+    # rows as in "paged".
+    "mla_hopper": Family({"kv_lora_rank": int, "qk_rope_head_dim": int}, ("seqlen_k", "rows"), {"num_stages": int}),
     "mla_prefill": Family(
         {"fused": bool, "qk_nope_head_dim": int, "qk_rope_head_dim": int, "v_head_dim": int},
         ("seqlen_k",),

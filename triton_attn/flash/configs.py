@@ -12,12 +12,10 @@ against 467. On sm_100 the descriptor form of the same tiles spills nothing wher
 
 import functools
 import itertools
-import os
 from dataclasses import dataclass
 
 import torch
 
-from .._host.checks import fail
 from .._host.tuned import remember, tuned_config
 
 
@@ -190,14 +188,6 @@ def choose_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, 
         if found is not None:
             return FlashConfig(**found)
     return default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap)
-
-
-def wanted_kernels():
-    """Of TRITON_ATTN_KERNELS, read at each call: see `choose_hopper_config`."""
-    wanted = os.environ.get("TRITON_ATTN_KERNELS", "auto")
-    if wanted not in ("auto", "hopper", "portable"):
-        fail("TRITON_ATTN_KERNELS", "auto, hopper or portable", wanted)
-    return wanted
 
 
 def choose_hopper_config(wanted, dtype, head_dim, causal, seqlen_k):

@@ -18,6 +18,7 @@ from .._host.layout import (
     vector_elements,
     without_dim,
 )
+from .._host.options import wanted_kernels
 from .._host.tuned import remember
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
 from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds
@@ -33,7 +34,7 @@ from .._jit.tiles import (
     store_tile,
     zeros_tile,
 )
-from .configs import choose_config, wanted_kernels
+from .configs import choose_config
 from .hopper import launch_flash_fwd_hopper, plan_hopper
 
 LOG2_E = math.log2(math.e)

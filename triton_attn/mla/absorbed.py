@@ -13,6 +13,7 @@ from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, vector_elements
+from .._host.options import wanted_kernels
 from .._host.tuned import remember
 from .._jit.heads import in_vectors, row_offsets, sequence_bounds
 from .._jit.masks import mask_scores, visible_range
@@ -22,6 +23,7 @@ from .._jit.tiles import load_piece, padded_size, piece_0, piece_1, store_piece
 from ..combine.merge import launch_merge
 from ..combine.splits import choose_num_splits
 from .configs import choose_decode_config, default_decode_config, has_wgmma, programs_per_processor
+from .hopper import launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
 LOG2_E = math.log2(math.e)
@@ -315,6 +317,17 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
     cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k = lengths
     latents, _, rope_keys = cache
     arch = arch_of(q)
+    hopper = None
+    if arch == "sm_90" and config is None and block_table is not None and scale_log2 > 0:
+        hopper = _plan_for_hopper(q, q_pe, latents, block_table, causal, num_splits)
+    if hopper is not None:
+        _, num_splits, *_ = hopper
+        parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
+        launch_mla_decode_hopper(
+            hopper, q, q_pe, latents, parts, lse_parts, cache_seqlens, block_table, max_seqlen_q, scale_log2
+        )
+        _finish(parts, lse_parts, w_uv, out, lse)
+        return
     num_programs, num_splits, constants = _plan(
         layout_of(q, q_pe, *(x for x in cache if x is not None)),
         q.dtype,
@@ -331,16 +344,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         num_processors(q.device),
         config,
     )
-    merges = num_splits > 1 or w_uv is not None
-    if merges:
-        # The sum of one split is rounded before the projection in any case.
-        dtype = torch.float32 if num_splits > 1 else out.dtype
-        parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
-        lse_parts = out.new_empty(parts.shape[:-1], dtype=torch.float32)
-    else:
-        # Without a place for the log-sum-exp the compiler makes wgmma wait for each other.
-        parts = out[None]
-        lse_parts = out.new_empty(parts.shape[:-1], dtype=torch.float32) if lse is None else lse.mT[None]
+    parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
     args = (
         q,
         q_pe,
@@ -365,10 +369,36 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         (None, 0 if causal else None),
     )
     launch_packed(_mla_absorbed_kernel, (num_programs * num_splits,), q.device, args, constants)
+    _finish(parts, lse_parts, w_uv, out, lse)
+
+
+def _results(q, out, lse, w_uv, num_splits):
+    """Where the splits' outputs and their log-sum-exp go: (splits, batch, seqlen_q, num_heads, dim), without dim."""
+    if num_splits > 1 or w_uv is not None:
+        # The sum of one split is rounded before the projection in any case.
+        dtype = torch.float32 if num_splits > 1 else out.dtype
+        parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
+        return parts, out.new_empty(parts.shape[:-1], dtype=torch.float32)
+    # Without a place for the log-sum-exp the compiler makes wgmma wait for each other.
+    parts = out[None]
+    return parts, out.new_empty(parts.shape[:-1], dtype=torch.float32) if lse is None else lse.mT[None]
+
+
+def _finish(parts, lse_parts, w_uv, out, lse):
+    """Out and lse of the splits', where those are not yet it."""
     if w_uv is not None:
         launch_merge_project(parts, lse_parts, w_uv, out, lse)
-    elif num_splits > 1:
+    elif parts.shape[0] > 1:
         launch_merge(parts, lse_parts, out, None if lse is None else lse.mT)
+
+
+def _plan_for_hopper(q, q_pe, latents, block_table, causal, num_splits):
+    """That of hopper.py's kernel where it serves the call and is wanted, else None."""
+    wanted = wanted_kernels()
+    if wanted == "portable" or any(x.data_ptr() % 16 for x in (q, q_pe, latents)):
+        return None
+    layout, num_sms = layout_of(q, q_pe, latents), num_processors(q.device)
+    return plan_hopper(layout, q.dtype, latents.dtype, block_table.shape[1], causal, num_splits, num_sms, wanted)
 
 
 @remember

@@ -25,6 +25,17 @@ class MlaDecodeConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class MlaHopperConfig:
+    """One program of hopper.py takes 64 rows and walks over keys 64 at a time, num_stages tiles ahead: two, as its two
+    groups take turns, and no more fit."""
+
+    num_stages: int
+
+
+# Of hopper.py by (kv_lora_rank, qk_rope_head_dim).
+_HOPPER = {(512, 64): MlaHopperConfig(2)}
+
 # Configs of up to 16 rows and of more, per architecture; 16-bit inputs.
 _HALF = {
     "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
@@ -70,6 +81,21 @@ def default_decode_config(arch, dtype, num_rows, is_fp8=False):
         return _FLOAT
     table = _FLOAT8 if is_fp8 else _HALF
     return table[_known_arch(arch)][num_rows > 16]
+
+
+def choose_hopper_config(wanted, dtype, kv_lora_rank, qk_rope_head_dim, seqlen_k, num_rows):
+    """The MlaHopperConfig of a decode step that hopper.py can serve, None for the portable kernel.
+
+    wanted: "auto", where a tuned table has one, which says that the kernel was found right and fast on such a GPU with
+    this Triton; "hopper", also where none has; "portable", never. The rest as in `choose_decode_config`.
+    """
+    dims = kv_lora_rank, qk_rope_head_dim
+    if wanted == "portable" or dims not in _HOPPER or dtype == torch.float32:
+        return None
+    found = tuned_config("sm_90", "mla_hopper", dtype, dims, (seqlen_k, num_rows))
+    if found is not None:
+        return MlaHopperConfig(**found)
+    return _HOPPER[dims] if wanted == "hopper" else None
 
 
 def programs_per_processor(config, is_fp8):

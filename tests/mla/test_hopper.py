@@ -1,0 +1,220 @@
+"""hopper.py's kernel: which calls it serves, what it compiles to. tests/gpu/test_mla_hopper.py says what it does."""
+
+import json
+import re
+
+import pytest
+import torch
+import triton
+
+from perf import loop_model, sass
+from triton_attn import mla_decode, mla_prefill, use_tuned
+from triton_attn._host import tuned
+from triton_attn.mla.absorbed import launch_mla_decode
+from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.testing import compile_only, shared_memory_limit
+
+pytestmark = [pytest.mark.compiled, pytest.mark.oldest]
+
+HOPPER, PORTABLE = "_mla_decode_hopper_kernel", "_mla_absorbed_kernel"
+BATCH, PAGES, NOPE, RANK, ROPE, VALUE = 4, 16, 128, 512, 64, 128
+
+
+@pytest.fixture(autouse=True)
+def no_tables(monkeypatch):
+    """Neither the package's table nor the environment's chooses."""
+    monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
+    use_tuned(None)
+    yield
+    monkeypatch.undo()
+    use_tuned(None)
+
+
+@pytest.fixture
+def wanted(monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
+
+
+def decode(
+    arch="sm_90",
+    num_heads=128,
+    seqlen_q=1,
+    page_size=64,
+    dims=(RANK, ROPE),
+    dtype=torch.bfloat16,
+    is_fp8=False,
+    weights=False,
+    max_pages=PAGES,
+    change_q=None,
+    change_cache=None,
+    **options,
+):
+    """The launches of a call."""
+    rank, rope = dims
+    q_nope = torch.empty(BATCH, seqlen_q, num_heads, NOPE if weights else rank, dtype=dtype)
+    q_pe = torch.empty(BATCH, seqlen_q, num_heads, rope, dtype=dtype)
+    cache = torch.empty(BATCH * PAGES, page_size, rank + rope, dtype=dtype)
+    if is_fp8:
+        cache = torch.empty(BATCH * PAGES, page_size, 656, dtype=torch.uint8)
+    if change_q:
+        q_nope, q_pe = change_q(q_nope), change_q(q_pe)
+    if change_cache:
+        cache = change_cache(cache)
+    if weights:
+        weight = torch.empty(num_heads, NOPE + VALUE, rank, dtype=dtype)
+        options["w_uk"], options["w_uv"] = weight.split([NOPE, VALUE], dim=1)
+    lengths, block_table = torch.empty(BATCH, dtype=torch.int32), torch.empty(BATCH, max_pages, dtype=torch.int32)
+    with compile_only(arch) as launches:
+        mla_decode(q_nope, q_pe, cache, lengths, block_table, **{"softmax_scale": 0.1, "num_splits": 4} | options)
+    return launches
+
+
+def kernel_of(**options):
+    """The name of the one that attends."""
+    (name,) = {launch.name for launch in decode(**options)} & {HOPPER, PORTABLE}
+    return name
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"num_splits": 1, "return_lse": True},
+        {"weights": True},
+        {"weights": True, "num_splits": 1},
+        {"num_heads": 64, "page_size": 128},
+        {"seqlen_q": 4},
+        {"seqlen_q": 2, "causal": False},
+    ],
+    ids=lambda call: " ".join(map(str, call)) or "plain",
+)
+def test_what_it_compiles_to(call, wanted, record_property):
+    """It fits, loads by TMA, spills nothing, and scales no output before all products of a step are under way."""
+    (launch,) = (launch for launch in decode(**call) if launch.name == HOPPER)
+    report = loop_model.analyze(launch.kernel).row()
+    record_property(
+        "figure",
+        f"mla hopper {' '.join(map(str, call))}: {report['registers']} registers, {report['spills']} spills, "
+        f"{report['shared B']} B shared, {report['loop instructions']} instructions in the loop, bound "
+        f"{report['bound TFLOP/s']:.0f} TFLOP/s",
+    )
+    assert launch.uses_tma
+    assert launch.uses_wgmma
+    assert launch.kernel.metadata.shared <= shared_memory_limit("sm_90")
+    assert report["spills"] == 0
+    assert report["useful share"] == 1.0
+    assert report["bound TFLOP/s"] >= 940
+    # In each group's loop the other's output is waited for with the scores still in flight.
+    assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == 2
+
+
+def test_scores_are_under_way_before_anything_is_waited_for(wanted):
+    """In the machine code, where ptxas is free to wait earlier; and weights come before the output that needs them."""
+    launch = next(launch for launch in decode() if launch.name == HOPPER)
+    loops = list(sass.disassemble(launch.kernel.asm["cubin"]).mma_loops())
+    assert len(loops) == 2
+    for loop in loops:
+        trip = sorted(loop.always, key=lambda instruction: instruction.address)
+        products, waits, exponentials = (
+            [i for i, instruction in enumerate(trip) if instruction.mnemonic.startswith(name)]
+            for name in ("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2")
+        )
+        assert len(products) == 4 + 36 + 4
+        assert len(waits) == 3
+        assert products[39] < waits[0]
+        assert waits[1] < products[40] < waits[2]
+        assert sum(waits[1] < i < products[40] for i in exponentials) >= 32
+
+
+@pytest.mark.parametrize("page_size", [64, 128, 192])
+@pytest.mark.parametrize("num_heads", [64, 128, 192])
+def test_which_calls_it_serves(num_heads, page_size, wanted):
+    def one_layer(cache):
+        return torch.empty(cache.shape[0], 3, *cache.shape[1:], dtype=cache.dtype)[:, 1]
+
+    call = {"num_heads": num_heads, "page_size": page_size}
+    assert kernel_of(**call) == HOPPER
+    assert kernel_of(**call, change_cache=one_layer) == HOPPER
+    assert kernel_of(**call, change_q=lambda q: torch.empty_like(q.transpose(1, 2)).transpose(1, 2)) == HOPPER
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"num_heads": 16},
+        {"num_heads": 96},
+        {"num_heads": 16, "seqlen_q": 4},
+        {"page_size": 32},
+        {"page_size": 96},
+        {"dims": (256, 64)},
+        {"dims": (512, 32)},
+        {"is_fp8": True},
+        {"dtype": torch.float32},
+        {"softmax_scale": -1.0},
+        {"softmax_scale": 0.0},
+        {"max_pages": 0},
+        {"arch": "sm_80"},
+        {"arch": "sm_100"},
+        {"change_q": lambda q: torch.nn.functional.pad(q, (1, 7))[..., 1:-7]},  # no TMA
+        {"change_q": lambda q: q[:1].expand(BATCH, -1, -1, -1)},
+        {"change_cache": lambda c: torch.empty(*c.shape[:2], c.shape[2] + 4, dtype=c.dtype)[..., :-4]},
+        {"change_cache": lambda c: torch.empty(*c.shape[:2], c.shape[2] + 8, dtype=c.dtype)[..., 4:-4]},
+    ],
+    ids=lambda call: " ".join(call),
+)
+def test_all_else_is_the_portable_kernels(call, wanted):
+    assert kernel_of(**call) == PORTABLE
+
+
+def test_a_config_is_the_portable_kernels(wanted):
+    q, cache = torch.empty(1, 1, 128, 576, dtype=torch.bfloat16), torch.empty(4, 64, 576, dtype=torch.bfloat16)
+    table = torch.empty(1, 4, dtype=torch.int32)
+    parts, config = q.split([RANK, ROPE], dim=3), MlaDecodeConfig(64, 64, 8, 2)
+    with compile_only("sm_90") as launches:
+        launch_mla_decode(
+            *parts, cache, torch.empty_like(parts[0]), None, table[:, 0], table, None, None, None, 0.1, True, 1, config
+        )
+    assert [launch.name for launch in launches] == [PORTABLE]
+
+
+def test_prefill_is_the_portable_kernels(wanted):
+    shapes = (1, 128, 64, NOPE), (1, 128, 64, ROPE), (1, 128, RANK), (1, 128, ROPE), (64, NOPE, RANK), (64, VALUE, RANK)
+    with compile_only("sm_90") as launches:
+        mla_prefill(*(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes), mode="absorbed")
+    assert HOPPER not in {launch.name for launch in launches}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
+    """By an entry for the dtype; TRITON_ATTN_KERNELS=portable comes before it."""
+    assert kernel_of(dtype=dtype) == PORTABLE
+    entry = {
+        "family": "mla_hopper",
+        "dtype": str(dtype).removeprefix("torch."),
+        "case": {"kv_lora_rank": RANK, "qk_rope_head_dim": ROPE},
+        "buckets": {"seqlen_k": 8192, "rows": 128},
+        "config": {"num_stages": 2},
+        "figure": 475.0,
+        "unit": "TFLOP/s",
+        "source": "measured",
+        "device": "NVIDIA H100",
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "commit": None,
+    }
+    path = tmp_path / "sm_90.json"
+    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry]}))
+    use_tuned(path)
+    assert kernel_of(dtype=dtype) == HOPPER
+    assert kernel_of(dtype=dtype, weights=True) == HOPPER
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    assert kernel_of(dtype=other) == PORTABLE
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
+    assert kernel_of(dtype=dtype) == PORTABLE
+
+
+def test_an_unknown_choice_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "fast")
+    with pytest.raises(ValueError, match="TRITON_ATTN_KERNELS: expected auto, hopper or portable, got fast"):
+        decode()
