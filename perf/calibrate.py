@@ -1,14 +1,14 @@
 """How far the loop model is off: what sweeps of a GPU predicted beside what they measured.
 
-Reads `sweep-*.csv` and `sweep-*-measured.csv` of a results folder, and its `quick.csv`, timings of many configs of one
-flash kernel each, if it is there. Writes calibration.csv, a picture of it and calibration.md, a page in words.
+Reads `sweep-*.csv` and `sweep-*-measured.csv` of a results folder. Writes calibration.csv, a picture of it and
+calibration.md, a page in words. Kernels of hopper.py are left out: their loops run side by side, which the model does
+not know.
 
 Predictions that a static row lacks are compiled here: by the Triton that is installed, which should be the one that
 was measured. Of a backward pass only one kernel varies; the others are at their defaults, and its prediction counts
 their time: 5 / (4 / dkdv + 3 / dq), as seven products are done where five are counted.
 """
 
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from perf.style import STYLE
 from perf.sweep import in_words
 from perf.tables import format_table, print_table
 from perf.timeline import WAITS
+from triton_attn.flash.configs import HopperConfig
 
 FIGURES = {"lock": "lock TFLOP/s", "bound": "bound TFLOP/s", "expected": "expected TFLOP/s"}
 RANKED = ("lock", "expected")
@@ -33,7 +34,6 @@ UNSTEADY = 1.2  # times p20 for p80, and a timing says more of the machine than 
 PROBLEM = ["family", "case", "length"]  # what configs are compared at
 PRODUCTS = {"dkdv": 4, "dq": 3, "fused": 5}  # of a kernel of the backward pass, where five are counted
 LEAST_RANKED = 3  # configs of one problem, for a rank correlation to mean anything
-_FIELD = re.compile(r"(\w+)=(\w+)")
 
 
 def add_arguments(parser):
@@ -63,9 +63,9 @@ def run(out_dir, folder):
 
 def calibrate(folder):
     """A row per steady timing: family, case, length, config, stages, the predictions, measured, and ratios to it."""
-    timings = [*_sweeps(folder), *_quick(folder)]
+    timings = list(_sweeps(folder))
     if not timings:
-        raise ValueError(f"{folder}: expected sweep-*-measured.csv beside their sweep-*.csv, or quick.csv")
+        raise ValueError(f"{folder}: expected sweep-*-measured.csv beside their sweep-*.csv")
     _predict(timings)
     rows = [row for timing in timings if (row := timing.row())["lock"] is not None]
     data = pd.DataFrame(rows)
@@ -127,6 +127,8 @@ def _sweeps(folder):
         measured = results.read(path)
         static = _records(pd.read_csv(static_path))
         kind = FAMILIES[static[0]["family"]]
+        if kind.config is HopperConfig:
+            continue
         candidates = [_candidate(row, kind) for row in static]
         known = {_key(c): _figures(row, measured["triton"].iloc[0]) for c, row in zip(candidates, static)}
         for timing in _timings(kind, candidates, _records(measured)):
@@ -187,27 +189,6 @@ def _beside(candidate, candidates):
     other = {"dkdv": "dq", "dq": "dkdv"}.get(candidate.case.get("kernel"))
     case = candidate.case | {"kernel": other}
     return [next(c for c in candidates if c.case == case)] if other else []
-
-
-def _quick(folder):
-    """Timings of one kernel each, causal or not, of 2048 channels; their TFLOP/s count five products of a backward."""
-    path = folder / "quick.csv"
-    for row in _records(pd.read_csv(path)) if path.exists() else ():
-        if row["family"] not in ("fwd", *PRODUCTS) or row["tflops"] is None:
-            continue
-        if row["p80_ms"] > UNSTEADY * row["p20_ms"]:
-            continue
-        case = {"head_dim": int(row["head_dim"]), "causal": str(row["causal"]) in ("True", "1")}
-        family = "flash"
-        if row["family"] != "fwd":
-            family, case = "flash_backward", {"kernel": row["family"]} | case
-        config = FAMILIES[family].config(**{name: _value(text) for name, text in _FIELD.findall(row["config"])})
-        share = PRODUCTS.get(row["family"], 5) / 5
-        yield Timing(Candidate(family, "sm_90", "bfloat16", case, config), row, share * row["tflops"], 4096)
-
-
-def _value(text):
-    return {"True": True, "False": False}[text] if text in ("True", "False") else int(text)
 
 
 def _predict(timings):

@@ -122,20 +122,6 @@ def test_a_backward_pass_takes_both_of_its_kernels(tmp_path):
     assert set(data["family"]) == {"backward dkdv"}
 
 
-def test_quick_timings_are_of_one_kernel(tmp_path, monkeypatch):
-    def compile_one(candidate):
-        return candidate.columns | dict.fromkeys(MODEL_COLUMNS, 300.0)
-
-    monkeypatch.setattr(Candidate, "compile", compile_one)
-    monkeypatch.setattr(calibrate, "map_in_processes", map)
-    row = {"head_dim": 64, "causal": True, "config": repr(CONFIGS[0]), "p20_ms": 1, "p50_ms": 1, "p80_ms": 1}
-    speeds = {"fwd": 300.0, "dkdv": 375.0, "dq": 500.0, "fused": 300.0, "mla": 1.0}
-    write(tmp_path / "quick.csv", [{"family": name} | row | {"tflops": x} for name, x in speeds.items()])
-    data = calibrate.calibrate(tmp_path)
-    assert list(data["family"]) == ["flash", "backward dkdv", "backward dq", "backward fused"]
-    assert list(data["measured/lock"]) == pytest.approx([1.0] * 4)
-
-
 def test_the_page_has_its_figures_from_the_table(tmp_path, capsys):
     folder = folder_of(tmp_path, [(500.0, 400.0), (600.0, 300.0), (400.0, 600.0)], [400.0, 300.0, 500.0])
     out = tmp_path / "out"
