@@ -1,0 +1,70 @@
+"""Every public function through Triton's real launcher, over a stub of libcuda: what compile_only cannot see.
+
+The launcher's own C code is built and called, tensor descriptors are expanded and encoded, grids are checked. A launch
+that dies there dies on every GPU.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    """The folder with libcuda.so.1 in it."""
+    folder = tmp_path_factory.mktemp("stub")
+    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    library = folder / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", HERE / "stub_libcuda.c", "-o", library], check=True)
+    (folder / "libcuda.so").symlink_to(library.name)
+    return folder
+
+
+def run(stub, arch, *word, **environment):
+    """{call: [kernels that it launched]}; fails where one did."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"LD_LIBRARY_PATH": str(stub), "TRITON_LIBCUDA_PATH": str(stub), "STUB_ARCH": arch.removeprefix("sm_")}
+    env |= {"TRITON_ATTN_BACKEND": "triton", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, HERE / "public_calls.py", arch, *word]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    launches = {}
+    for line in done.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "call":
+            of_call = launches[rest] = []
+        elif word == "launch":
+            of_call.append(rest.split()[0])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return launches
+
+
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.oldest), "sm_100"])
+def test_every_public_function_launches(stub, arch, record_property):
+    launches = run(stub, arch, TRITON_ATTN_KERNELS="portable")
+    kernels = {kernel for of_call in launches.values() for kernel in of_call}
+    assert all(launches.values()), launches
+    record_property("figure", f"{arch}: {len(launches)} calls, {sum(map(len, launches.values()))} launches")
+    assert kernels >= {"_flash_fwd_kernel", "_flash_bwd_delta_kernel", "_flash_bwd_dkdv_kernel", "_flash_bwd_dq_kernel"}
+    assert kernels >= {"_paged_fwd_kernel", "_mla_absorbed_kernel", "_mla_prefill_kernel", "_copy_kv_pages_kernel"}
+    assert kernels >= {"_append_kv_cache_kernel", "_append_latent_cache_kernel"}
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    ("word", "kernel"), [("packed", "_flash_fwd_hopper_kernel"), ("128 heads", "_mla_decode_hopper_kernel")]
+)
+def test_the_kernels_of_hopper_launch(word, kernel, stub):
+    (of_call,) = run(stub, "sm_90", word, TRITON_ATTN_KERNELS="hopper").values()
+    assert kernel in of_call
