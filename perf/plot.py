@@ -4,6 +4,7 @@ The columns of a file say what it shows. A table of speeds gives a picture for e
 peers are in it, one of our speed over that of the best of them. Pictures lie beside their file and are called like it.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -77,8 +78,11 @@ def pictures(csv_path):
 
 def _measured_beside(csv_path):
     """Our measured rows in the folders beside that of a table, configs that a sweep tried left out; None if none."""
-    paths = sorted(Path(csv_path).resolve().parent.parent.glob("*/*.csv"))
-    tables = [results.read(path) for path in paths if results.holds_speeds(path) and path.stem[:5] != "sweep"]
+    tables = []
+    for path in sorted(Path(csv_path).resolve().parent.parent.glob("*/*.csv")):
+        if results.holds_speeds(path) and not path.stem.startswith("sweep"):
+            with contextlib.suppress(ValueError):  # a file that breaks the contract is no part of this picture
+                tables.append(results.read(path))
     ours = [t[(t["source"] == results.MEASURED) & (t["provider"] == OURS)] for t in tables]
     return pd.concat(ours) if any(map(len, ours)) else None
 
