@@ -302,7 +302,7 @@ def test_torch_triton_numpy_and_pytest_are_enough():
         from perf.tables import print_table
 
         cases = gpu.cases.test_cases()
-        case = next(case for case in cases if "test_repeats_bitwise" in case["test"])
+        case = next(case for case in cases if "test_paged.py::test_repeats_bitwise" in case["test"])
         print_table([{"tests": len(cases), "half": 0.5, "none": None}])
         print_table(list(tqdm(gpu.cases.run_test(case), desc="tests")))
     """
