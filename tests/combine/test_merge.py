@@ -21,19 +21,18 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="guards interpreted ker
 
 
 def parts_of(seed, num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread):
-    """outs and lses; those with lse = -inf hold NaN."""
+    """outs and lses; those without a key, lse = -inf or +inf, hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     outs = torch.randn(num_parts, batch, seqlen_q, num_heads, head_dim_v, generator=generator)
     lses = spread * torch.randn(num_parts, batch, num_heads, seqlen_q, generator=generator)
     empty = torch.rand(lses.shape, generator=generator) < share_empty
-    lses[empty] = -math.inf
+    lses[empty] = torch.where(torch.rand(lses.shape, generator=generator) < 0.5, -math.inf, math.inf)[empty]
     outs[empty.transpose(2, 3)] = math.nan
     return outs.to(DEVICE, dtype), lses.to(DEVICE)
 
 
 def in_float64(outs, lses):
-    outs = torch.where((lses == -math.inf).transpose(2, 3)[..., None], 0.0, outs.double())
-    return reference.merge_attention(outs, lses.double())
+    return reference.merge_attention(outs.double(), lses.double())
 
 
 @interpreted
@@ -92,12 +91,16 @@ def test_strides_may_be_any():
         assert all(map(torch.equal, merge_attention(*strided), expected))
 
 
-def test_the_identity_changes_nothing():
+@pytest.mark.parametrize("no_key", [-math.inf, math.inf], ids=["ours", "that of flash-attn"])
+def test_the_identity_changes_nothing(no_key):
     outs, lses = parts_of(0, 1, 2, 5, 4, 24, torch.float16, 0.0, 1.0)
-    nothing = torch.full_like(outs, math.nan), torch.full_like(lses, -math.inf)
+    nothing = torch.full_like(outs, math.nan), torch.full_like(lses, no_key)
     out, lse = merge_attention(torch.cat([nothing[0], outs]), torch.cat([nothing[1], lses]))
     assert torch.equal(out, outs[0])
     torch.testing.assert_close(lse, lses[0])
+    for out, lse in (merge_attention(*nothing), reference.merge_attention(*nothing)):
+        assert (out == 0).all()
+        assert (lse == -math.inf).all()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ def merge_attention(outs, lses):
         lse[b, h, i] = log sum_p exp(lses[p, b, h, i])
         out[b, i, h] = sum_p exp(lses[p, b, h, i] - lse[b, h, i]) outs[p, b, i, h]
 
-    computed in fp32. A part in which a query sees no key has lse = -inf, the identity: its out is not read.
+    computed in fp32. A part in which a query sees no key has lse = -inf, the identity: its out is not read. An lse of
+    +inf, which flash-attn, FlashMLA and vLLM give such a query, is read as -inf.
 
     Args:
         outs: (num_parts, batch, seqlen_q, num_heads_q, head_dim_v), fp16, bf16 or fp32; the last dimension contiguous.

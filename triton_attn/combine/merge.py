@@ -72,6 +72,7 @@ def _merge_kernel(
         mask = rows_mask[:, None] & (first + parts < num_parts)[None, :]
         ptrs = lses_ptr + lses_rows[:, None] + (first + parts)[None, :] * lses_part_stride
         lse = tl.load(ptrs, mask=mask, other=float("-inf")) * LOG2_E
+        lse = tl.where(lse == float("inf"), float("-inf"), lse)  # how others write that there is no key
         m_new = tl.maximum(m_i, tl.max(lse, 1))
         m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
         weights = tl.math.exp2(lse - m_sub[:, None])
