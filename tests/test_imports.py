@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -83,6 +84,17 @@ def test_the_package_needs_nothing_but_torch_and_triton():
             continue
         for imported, _ in imports_of(module):
             assert imported.split(".")[0] in allowed, f"{module} imports {imported}"
+
+
+def test_only_random_tests_need_hypothesis():
+    """They stand in files of their own, so that the rest of a folder's tests take seconds and pytest alone."""
+    imports = re.compile(r"^(?:import|from) (?:hypothesis|\w+_draws)\b", re.MULTILINE)
+    drawing = [path for path in (ROOT / "tests").rglob("*.py") if imports.search(path.read_text())]
+    tests = [path for path in drawing if not path.stem.endswith("_draws")]
+    assert tests
+    for path in tests:
+        assert "pytest.mark.random" in path.read_text(), f"{path} draws: expected `pytestmark = pytest.mark.random`"
+        assert "random" in path.stem or "state_machine" in path.stem, f"{path} draws: expected the name test_random*.py"
 
 
 def run_python(source):

@@ -1,6 +1,7 @@
 """Tuned tables: which entry serves a call, what is refused, and that launches heed them."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -9,8 +10,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 import triton
@@ -72,12 +71,15 @@ def flash_config(arch="sm_90", dtype=torch.bfloat16, causal=True, seqlen_k=4096,
     return found and FlashConfig(**found)
 
 
-@hypothesis.given(st.sets(st.integers(1, 2**20), min_size=1, max_size=6), st.integers(0, 2**31 - 1))
-def test_the_nearest_length_serves(tmp_path_factory, lengths, seqlen_k):
-    entries = [flash_entry(n, num_stages=1 + i) for i, n in enumerate(sorted(lengths))]
-    triton_attn.use_tuned(write(tmp_path_factory.mktemp("tuned") / "t.json", *entries))
-    nearest = min(sorted(lengths), key=lambda n: abs(math.log2(max(seqlen_k, 1) / n)))
-    assert flash_config(seqlen_k=seqlen_k).num_stages == 1 + sorted(lengths).index(nearest)
+@pytest.mark.parametrize("lengths", [[1], [1, 2], [1, 3, 17, 20], [4096, 5000, 2**20], [2**i for i in range(6, 18, 2)]])
+def test_the_nearest_length_serves(tmp_path, lengths):
+    """Seen as log2: between two lengths it changes at their geometric mean, and nothing lies beyond the outer ones."""
+    entries = [flash_entry(n, num_stages=1 + i) for i, n in enumerate(lengths)]
+    triton_attn.use_tuned(write(tmp_path / "t.json", *entries))
+    middles = [math.isqrt(lo * hi) for lo, hi in itertools.pairwise(lengths)]
+    for seqlen_k in {0, 1, 2**31 - 1, *lengths, *middles, *(n + 1 for n in middles)}:
+        nearest = min(range(len(lengths)), key=lambda i: abs(math.log2(max(seqlen_k, 1) / lengths[i])))
+        assert flash_config(seqlen_k=seqlen_k).num_stages == 1 + nearest
 
 
 def test_of_two_that_are_equally_near_the_shorter_serves(tmp_path):

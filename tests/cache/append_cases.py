@@ -1,14 +1,23 @@
-"""What random calls of both append functions are made of."""
+"""What calls of both append functions are made of."""
 
+import math
 import os
 
 import torch
-from hypothesis import strategies as st
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 LAYOUTS = ["contiguous", "sparse", "slice"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# (shape of the memory around a cache, the cache in it), of the cache's (num_pages, page_size, width).
+CACHE_LAYOUTS = {
+    "contiguous": lambda pages, size, width: ((pages, size, width), lambda memory: memory),
+    "one layer": lambda pages, size, width: ((3, pages, size, width), lambda memory: memory[1]),
+    "every other page": lambda pages, size, width: ((2 * pages, size, width), lambda memory: memory[::2]),
+    "slot by slot": lambda pages, size, width: ((size, pages, width), lambda memory: memory.transpose(0, 1)),
+    "inside of rows": lambda pages, size, width: ((pages, size, width + 12), lambda memory: memory[..., 4:-8]),
+}
 
 
 def bits(x):
@@ -24,26 +33,10 @@ def strided(shape, dtype, layout, generator):
     return torch.randn(*shape[:-1], shape[-1] + 3, generator=generator).to(DEVICE, dtype)[..., 1:-2]
 
 
-def draw_slots(draw, num_tokens, num_slots, generator):
-    """A slot of its own for each token, and which tokens are skipped: their slots are below 0."""
-    slots = torch.randperm(num_slots, generator=generator)[:num_tokens]
-    skipped = torch.rand(num_tokens, generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
-    slots[skipped] = -1 - slots[skipped]
-    return slots.to(DEVICE), skipped
+class Cache:
+    """A latent cache: poisoned memory, every byte 0xFF, and the cache that lies in it."""
 
-
-def draw_rope(draw, skipped, head_dim, dtype, generator):
-    """Options of a rotation; the positions of skipped tokens have no angle."""
-    num_positions, half = draw(st.integers(1, 50)), draw(st.integers(1, head_dim // 2))
-    table_dtype = draw(st.sampled_from([dtype, torch.float32]))
-    rope_cos, rope_sin = (
-        strided((num_positions, half), table_dtype, draw(st.sampled_from(LAYOUTS)), generator) for _ in range(2)
-    )
-    positions = torch.randint(num_positions, (len(skipped),), generator=generator)
-    positions[skipped] = 2**31 - 1
-    return {
-        "rope_cos": rope_cos,
-        "rope_sin": rope_sin,
-        "positions": positions.to(DEVICE, draw(st.sampled_from([torch.int32, torch.int64]))),
-        "rope_interleaved": draw(st.booleans()),
-    }
+    def __init__(self, layout, dtype, *sizes):
+        shape, cache_in = CACHE_LAYOUTS[layout](*sizes)
+        self.memory = torch.full((math.prod(shape) * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=DEVICE)
+        self.cache = cache_in(self.memory.view(dtype).view(shape))

@@ -1,68 +1,11 @@
-"""copy_kv_pages: one launch, the right pages and no others, on every layout of a cache."""
-
-import contextlib
-import os
+"""copy_kv_pages on every layout of a cache, and its errors; test_random_copy.py has the calls."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from append_cases import DEVICE
 
 from triton_attn import copy_kv_pages
-from triton_attn.testing import compile_only, guard, padded
-
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-
-def random_cache(shape, dtype, seed, pages_last=False):
-    """A cache inside poisoned memory, with the check of that memory; pages_last: pages are not the outer stride."""
-    if pages_last:
-        shape = (*shape[:-4], shape[-3], shape[-4], *shape[-2:])
-    cache, check = padded(shape, dtype, DEVICE)
-    bits = torch.randint(256, (cache.numel() * cache.element_size(),), generator=torch.Generator().manual_seed(seed))
-    cache.view(-1).view(torch.uint8).copy_(bits)
-    return cache.transpose(-3, -4) if pages_last else cache, check
-
-
-def bits(x):
-    return x.contiguous().view(torch.uint8)
-
-
-@st.composite
-def problems(draw):
-    """(caches with the checks of the memory around them, sources, destinations)."""
-    dtype = draw(st.sampled_from(DTYPES))
-    num_pages = draw(st.integers(2, 9))
-    layers = draw(st.sampled_from([(), (1,), (3,)]))
-    shape = (*layers, num_pages, draw(st.sampled_from([1, 5, 16])), draw(st.integers(1, 4)))
-    dims = draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
-    caches = [random_cache((*shape, dim), dtype, i, draw(st.booleans())) for i, dim in enumerate(dims)]
-    pages = draw(st.permutations(range(num_pages)))
-    num_copies = draw(st.integers(0, num_pages - 1))
-    sources = st.sampled_from(pages[num_copies:])
-    return caches, draw(st.lists(sources, min_size=num_copies, max_size=num_copies)), pages[:num_copies]
-
-
-@pytest.mark.oldest
-@given(problems(), st.sampled_from([torch.int32, torch.int64]))
-def test_pages_are_copied_in_one_launch(problem, index_dtype):
-    caches, sources, destinations = problem
-    tensors = [cache for cache, _ in caches]
-    expected = [cache.clone() for cache in tensors]
-    for cache in expected:
-        for source, destination in zip(sources, destinations):
-            cache[..., destination, :, :, :] = cache[..., source, :, :, :]
-    pages = [torch.tensor(x, dtype=index_dtype, device=DEVICE) for x in (sources, destinations)]
-    with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
-        copy_kv_pages(tensors, *pages, check_values=True)
-    if INTERPRETED:
-        assert accesses.launches == (len(sources) > 0)
-    for ours, theirs in zip(tensors, expected):
-        assert torch.equal(bits(ours), bits(theirs))
-    for _, check in caches:
-        check()
+from triton_attn.testing import compile_only
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

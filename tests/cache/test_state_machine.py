@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache
 
+pytestmark = pytest.mark.random
 FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
 NUM_LAYERS = 2
 

@@ -5,61 +5,14 @@ import math
 
 import pytest
 import torch
-import triton
-from hypothesis import given
-from hypothesis import strategies as st
+from merge_cases import DEVICE, INTERPRETED, in_float64, parts_of
 
 from triton_attn import flash_attention, merge_attention, reference
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, guard
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="guards interpreted kernels")
-
-
-def parts_of(seed, num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread):
-    """outs and lses; those without a key, lse = -inf or +inf, hold NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    outs = torch.randn(num_parts, batch, seqlen_q, num_heads, head_dim_v, generator=generator)
-    lses = spread * torch.randn(num_parts, batch, num_heads, seqlen_q, generator=generator)
-    empty = torch.rand(lses.shape, generator=generator) < share_empty
-    lses[empty] = torch.where(torch.rand(lses.shape, generator=generator) < 0.5, -math.inf, math.inf)[empty]
-    outs[empty.transpose(2, 3)] = math.nan
-    return outs.to(DEVICE, dtype), lses.to(DEVICE)
-
-
-def in_float64(outs, lses):
-    return reference.merge_attention(outs.double(), lses.double())
-
-
-@interpreted
-@given(
-    num_parts=st.integers(0, 5) | st.sampled_from([31, 32, 33, 70]),
-    batch=st.integers(0, 3),
-    seqlen_q=st.integers(0, 5),
-    num_heads=st.integers(1, 4),
-    head_dim_v=st.sampled_from([1, 16, 71, 128, 512]) | st.integers(1, 512),
-    dtype=st.sampled_from(DTYPES),
-    share_empty=st.sampled_from([0.0, 0.5, 1.0]),
-    spread=st.sampled_from([1.0, 100.0]),
-    seed=st.integers(0, 2**16),
-)
-def test_random_parts(num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread, seed):
-    outs, lses = parts_of(seed, num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread)
-    with guard(), poisoned_empty():
-        out, lse = merge_attention(outs, lses)
-    out64, lse64 = in_float64(outs, lses)
-    assert out.dtype == dtype
-    largest = outs[outs.isfinite()].abs().amax().item() if outs.isfinite().any() else 0.0
-    # A weight carries the rounding of its exponent, which exp2 takes at up to 4 * spread.
-    eps = max(torch.finfo(dtype).eps, 8 * spread * torch.finfo(torch.float32).eps)
-    assert_close_to_reference(out, out64, floor=eps * largest)
-    finite = lse64[lse64.isfinite()]
-    floor = 1e-6 * max(1.0, finite.abs().amax().item() if finite.numel() else 0.0)
-    assert_close_to_reference(lse, lse64, floor=floor, name="lse")
 
 
 @pytest.mark.oldest

@@ -2,7 +2,6 @@
 
 import torch
 from attention_cases import GROUP_SIZES, HEAD_DIMS, LAYOUTS, NAN, Case
-from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from triton_attn.flash.configs import FlashConfig
@@ -55,17 +54,3 @@ def cases(draw, dtype, varlen):
         seed=draw(st.integers(0, 2**16)),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
     )
-
-
-def check_random(check, strategy, seed_of_draws, record_property, what):
-    """Check what hypothesis draws; the summary of the test run says how much that was and how close it came."""
-    shares = []
-
-    @seed(seed_of_draws)
-    @settings(settings(), print_blob=True)
-    @given(strategy)
-    def run(case):
-        shares.append(check(case))
-
-    run()
-    record_property("figure", f"{what}: {len(shares)} random calls, errors up to {max(shares):.2f} of their bounds")

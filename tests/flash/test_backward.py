@@ -1,4 +1,4 @@
-"""The backward kernels against fp64 autograd through the definition: random calls, and each edge in an example."""
+"""The backward kernels against fp64 autograd through the definition: each edge in an example."""
 
 import contextlib
 from dataclasses import replace
@@ -7,48 +7,15 @@ from unittest import mock
 import pytest
 import torch
 from attention_cases import DEVICE, DTYPES, HEAD_DIMS, INTERPRETED, far_apart, lying_far_apart, using
-from attention_draws import cases, check_random
-from backward_cases import DOUT_LAYOUTS, PLAIN, TILE, BackwardCase, BackwardInputs, alike, check, gradients
-from hypothesis import strategies as st
+from backward_cases import PLAIN, TILE, BackwardInputs, alike, check, gradients
 from triton.runtime import interpreter
 
 from triton_attn import flash_attention, reference
-from triton_attn.flash.backward_configs import BackwardConfig
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.testing import assert_close_to_reference
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@st.composite
-def backward_cases(draw, dtype, varlen):
-    case = draw(cases(dtype, varlen))
-    head_dims = st.sampled_from([dim for dim in HEAD_DIMS if dim <= 256]) | st.integers(1, 256)
-
-    def tile(use_tma):
-        # Not below the forward's tiles, by which the lengths were drawn: small tiles take the interpreter long.
-        block_m = draw(st.sampled_from([16, 32, 64, 128]).filter(lambda block: block >= case.config.block_m))
-        block_n = draw(st.sampled_from([16, 32, 64, 128]).filter(lambda block: block >= case.config.block_n))
-        return FlashConfig(block_m, block_n, num_warps=4, num_stages=1, use_tma=use_tma)
-
-    tiles = (tile(use_tma) for use_tma in [draw(st.booleans())] * 3)
-    return BackwardCase(
-        **vars(case) | {"head_dim": draw(head_dims), "head_dim_v": draw(head_dims)},
-        tiles=BackwardConfig(*tiles),
-        deterministic=draw(st.booleans()),
-        dout_layout=draw(st.sampled_from(list(DOUT_LAYOUTS))),
-        dlse_layout=draw(st.none() | st.sampled_from(list(DOUT_LAYOUTS))),
-    )
-
-
-@pytest.mark.parametrize("shard", range(2))
-@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_calls(dtype, varlen, shard, record_property):
-    seed = shard + 2 * varlen + 4 * DTYPES.index(dtype)
-    what = f"backward, {str(dtype).removeprefix('torch.')}, {'varlen' if varlen else 'dense'}"
-    check_random(check, backward_cases(dtype, varlen), seed, record_property, what)
 
 
 both_schedules = pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])

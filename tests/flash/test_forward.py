@@ -1,4 +1,4 @@
-"""The forward kernel against its definition: random calls, and each settled semantic in an example one can read."""
+"""The forward kernel against its definition: each settled semantic in an example one can read."""
 
 import itertools
 import math
@@ -17,7 +17,6 @@ from attention_cases import (
     lying_far_apart,
     using,
 )
-from attention_draws import cases, check_random
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn.flash.configs import FlashConfig
@@ -26,15 +25,6 @@ from triton_attn.testing import guard
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
-
-
-@pytest.mark.parametrize("shard", range(3))
-@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_calls(dtype, varlen, shard, record_property):
-    seed = shard + 2 * varlen + 4 * DTYPES.index(dtype)
-    what = f"forward, {str(dtype).removeprefix('torch.')}, {'varlen' if varlen else 'dense'}"
-    check_random(check, cases(dtype, varlen), seed, record_property, what)
 
 
 @pytest.mark.oldest

@@ -1,10 +1,8 @@
-"""mla_decode: random calls, and each settled semantic in an example one can read."""
+"""mla_decode: each settled semantic in an example one can read."""
 
 import pytest
 import torch
 from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, Case, Inputs, cache_bytes, check, using
-from decode_draws import cases
-from hypothesis import given, seed, settings
 
 from triton_attn import mla_decode, reference
 from triton_attn.mla.configs import MlaDecodeConfig
@@ -12,18 +10,6 @@ from triton_attn.testing import guard
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.mark.parametrize("shard", range(3))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_calls(dtype, shard):
-    @seed(shard + 3 * DTYPES.index(dtype))
-    @settings(settings(), print_blob=True)
-    @given(cases(dtype))
-    def run(case):
-        check(case)
-
-    run()
 
 
 @pytest.mark.oldest

@@ -1,4 +1,4 @@
-"""Attention over a cache against its definition: random calls, and each settled semantic in an example."""
+"""Random calls of attention over a cache against its definition in fp64."""
 
 import pytest
 from hypothesis import given, seed, settings
@@ -6,7 +6,7 @@ from paged_cases import DTYPES, check
 from paged_draws import cases
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 @pytest.mark.parametrize("shard", range(2))

@@ -27,6 +27,7 @@ def _mask_kernel(out_ptr, start_row, start_column, num_columns, offset, window, 
     tl.store(out_ptr + rows[:, None] * COLS + tl.arange(0, COLS)[None, :], s)
 
 
+pytestmark = pytest.mark.random
 lengths = st.integers(1, 70)
 sides = st.none() | st.integers(0, 40)
 

@@ -1,0 +1,117 @@
+"""Random calls of append_latent_cache: kernel against reference, the reference against rows unpacked byte by byte."""
+
+import contextlib
+import math
+import struct
+
+import pytest
+import torch
+from append_cases import CACHE_LAYOUTS, DEVICE, DTYPES, INTERPRETED, LAYOUTS, Cache, bits, strided
+from append_draws import draw_rope, draw_slots
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_attn import append_latent_cache, reference
+from triton_attn._host.latent import latent_row, read_latent_cache
+from triton_attn.testing import guard
+
+pytestmark = pytest.mark.random
+
+
+@st.composite
+def problems(draw):
+    """(kv_latent, k_pe, what makes a poisoned cache, slots, keyword arguments)."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype, is_fp8 = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+    num_tokens = draw(st.integers(0, 40))
+    if is_fp8:
+        kv_lora_rank, rope_dim = 128 * draw(st.integers(1, 4)), 2 * draw(st.integers(1, 40))
+    else:
+        kv_lora_rank, rope_dim = draw(st.integers(1, 512)), draw(st.integers(2, 80))
+    kv_latent, k_pe = (
+        strided((num_tokens, dim), dtype, draw(st.sampled_from(LAYOUTS)), generator) for dim in (kv_lora_rank, rope_dim)
+    )
+    # Blocks of zeros, and of all magnitudes of the dtype.
+    limits = torch.finfo(dtype)
+    magnitudes = torch.empty(num_tokens, 4).uniform_(math.log2(limits.tiny), math.log2(limits.max), generator=generator)
+    magnitudes = (torch.exp2(magnitudes) * (torch.rand(num_tokens, 4, generator=generator) > 0.1)).to(DEVICE)
+    magnitudes = magnitudes.repeat_interleave(128, dim=1)[:, :kv_lora_rank]
+    kv_latent.copy_((kv_latent * magnitudes).clamp(limits.min, limits.max))
+    page_size = draw(st.sampled_from([1, 5, 16, 64]))
+    num_pages = draw(st.integers(1, 4)) + num_tokens // page_size
+    width = latent_row(kv_lora_rank, rope_dim)[2] if is_fp8 else kv_lora_rank + rope_dim
+    layout = draw(st.sampled_from(sorted(CACHE_LAYOUTS)))
+    slots, skipped = draw_slots(draw, num_tokens, num_pages * page_size, generator)
+    options = draw_rope(draw, skipped, rope_dim, dtype, generator) if draw(st.booleans()) else {}
+    new_cache = (layout, torch.uint8 if is_fp8 else dtype, num_pages, page_size, width)
+    return kv_latent, k_pe, new_cache, slots, options
+
+
+@pytest.mark.oldest
+@given(problems())
+def test_kernel_writes_what_the_reference_writes(problem):
+    kv_latent, k_pe, new_cache, slots, options = problem
+    ours, theirs = Cache(*new_cache), Cache(*new_cache)
+    reference.append_latent_cache(kv_latent, k_pe, theirs.cache, slots, **options)
+    with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
+        append_latent_cache(kv_latent, k_pe, ours.cache, slots, **options, check_values=True)
+    if INTERPRETED or not options:
+        assert torch.equal(ours.memory, theirs.memory)
+    else:  # a GPU fuses the multiplication and the addition of a rotation, which moves a rounding
+        dtype = torch.bfloat16 if ours.cache.dtype == torch.uint8 else ours.cache.dtype
+        eps = torch.finfo(dtype).eps
+        actual, expected = (read_latent_cache(x.cache, kv_latent.shape[1], k_pe.shape[1]) for x in (ours, theirs))
+        torch.testing.assert_close(actual, expected, rtol=eps, atol=1e-5 * eps, equal_nan=True)
+    if INTERPRETED:
+        assert accesses.launches == (len(slots) > 0)
+
+
+@given(problems())
+def test_reference_is_the_documented_row(problem):
+    """Each row from its bytes, scales and numbers one by one; and `read_latent_cache` reads the same."""
+    kv_latent, k_pe, new_cache, slots, options = problem
+    kv_lora_rank, rope_dim = kv_latent.shape[1], k_pe.shape[1]
+    cache = Cache(*new_cache).cache
+    reference.append_latent_cache(kv_latent, k_pe, cache, slots, **options)
+    # The row is taken apart on the CPU.
+    kv_latent, k_pe, cache, slots = (x.cpu() for x in (kv_latent, k_pe, cache, slots))
+    options = {name: x.cpu() if torch.is_tensor(x) else x for name, x in options.items()}
+    decoded = read_latent_cache(cache, kv_lora_rank, rope_dim, torch.float64).flatten(0, 1)
+    rows = cache.reshape(-1, cache.shape[2])
+    untouched = torch.ones(len(rows), dtype=torch.bool)
+    for t, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        untouched[slot] = False
+        key = rotated(t, k_pe, **options)
+        if cache.dtype != torch.uint8:
+            expected = torch.cat([kv_latent[t], key.to(cache.dtype)])
+            assert torch.equal(rows[slot], expected)
+            assert torch.equal(decoded[slot], expected.double())
+            continue
+        packed = bytes(rows[slot].tolist())
+        latents, scales, keys = struct.unpack(f"<{kv_lora_rank}s{4 * kv_lora_rank // 128}s{2 * rope_dim}s", packed)
+        scales = torch.tensor(struct.unpack(f"<{kv_lora_rank // 128}f", scales))
+        for block, scale in zip(kv_latent[t].float().split(128), scales):
+            amax = block.abs().max()
+            least = max(amax.nan_to_num(0.0, posinf=math.inf).item() / 448, 1e-4)
+            assert scale == (least if math.isinf(least) else 2.0 ** math.ceil(math.log2(least)))
+        numbers = torch.frombuffer(bytearray(latents), dtype=torch.float8_e4m3fn)
+        exact = kv_latent[t].float().cpu() / scales.repeat_interleave(128)
+        assert torch.equal(bits(numbers), bits(exact.clamp(-448, 448).to(torch.float8_e4m3fn)))
+        keys = torch.frombuffer(bytearray(keys), dtype=torch.bfloat16)
+        assert torch.equal(keys, key.to(torch.bfloat16))
+        values = numbers.double() * scales.double().repeat_interleave(128)
+        assert torch.equal(decoded[slot], torch.cat([values, keys.double()]))
+    assert (bits(rows[untouched]) == (255 if cache.dtype == torch.uint8 else -1)).all()
+
+
+def rotated(t, k_pe, rope_cos=None, rope_sin=None, positions=None, rope_interleaved=False):
+    key = k_pe[t].float()
+    result = key.clone()
+    half = 0 if rope_cos is None else rope_cos.shape[1]
+    for i in range(half):
+        a, b = (2 * i, 2 * i + 1) if rope_interleaved else (i, i + half)
+        cos, sin = rope_cos[positions[t], i].float(), rope_sin[positions[t], i].float()
+        result[a], result[b] = key[a] * cos - key[b] * sin, key[b] * cos + key[a] * sin
+    return result

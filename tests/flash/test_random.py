@@ -1,0 +1,44 @@
+"""Random calls of flash_attention and flash_attention_varlen against fp64, their gradients against fp64 autograd."""
+
+import attention_cases
+import attention_draws
+import backward_cases
+import backward_draws
+import pytest
+from attention_cases import DTYPES
+from hypothesis import given, seed, settings
+
+# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+
+def check_random(check, strategy, seed_of_draws, record_property, what):
+    """Check what hypothesis draws; the summary of the test run says how much that was and how close it came."""
+    shares = []
+
+    @seed(seed_of_draws)
+    @settings(settings(), print_blob=True)
+    @given(strategy)
+    def run(case):
+        shares.append(check(case))
+
+    run()
+    record_property("figure", f"{what}: {len(shares)} random calls, errors up to {max(shares):.2f} of their bounds")
+
+
+@pytest.mark.parametrize("shard", range(3))
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype, varlen, shard, record_property):
+    seed = shard + 2 * varlen + 4 * DTYPES.index(dtype)
+    what = f"forward, {str(dtype).removeprefix('torch.')}, {'varlen' if varlen else 'dense'}"
+    check_random(attention_cases.check, attention_draws.cases(dtype, varlen), seed, record_property, what)
+
+
+@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward(dtype, varlen, shard, record_property):
+    seed = shard + 2 * varlen + 4 * DTYPES.index(dtype)
+    what = f"backward, {str(dtype).removeprefix('torch.')}, {'varlen' if varlen else 'dense'}"
+    check_random(backward_cases.check, backward_draws.cases(dtype, varlen), seed, record_property, what)

@@ -1,0 +1,39 @@
+"""Random calls of mla_decode, and of mla_prefill in each schedule, against their definition in fp64."""
+
+import decode_cases
+import decode_draws
+import prefill_cases
+import prefill_draws
+import pytest
+from decode_cases import DTYPES
+from hypothesis import given, seed, settings
+
+from triton_attn.mla.schedule import MODES
+
+# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+
+@pytest.mark.parametrize("shard", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode(dtype, shard):
+    @seed(shard + 3 * DTYPES.index(dtype))
+    @settings(settings(), print_blob=True)
+    @given(decode_draws.cases(dtype))
+    def run(case):
+        decode_cases.check(case)
+
+    run()
+
+
+@pytest.mark.parametrize("shard", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_prefill(mode, dtype, shard):
+    @seed(shard + 3 * DTYPES.index(dtype) + 9 * MODES.index(mode))
+    @settings(settings(), print_blob=True)
+    @given(prefill_draws.cases(mode, dtype))
+    def run(case):
+        prefill_cases.check(case)
+
+    run()
