@@ -89,7 +89,7 @@ def _recompute_weights(
     s *= scale_log2
     derivative = 1.0
     if softcap is not None:
-        s, derivative = cap_scores_and_derivative(s, softcap)
+        s, derivative = cap_scores_and_derivative(s, softcap, EXACT)
     if slope is not None:
         s = add_alibi(s, rows, start_column, offset, slope)
     # In fp32 before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward

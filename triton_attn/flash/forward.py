@@ -150,7 +150,7 @@ def _flash_fwd_kernel(
             if not FOLD_SCALE:
                 s *= scale_log2
                 if softcap is not None:
-                    s = cap_scores(s, softcap)
+                    s = cap_scores(s, softcap, q[0].dtype == tl.float32)
                 if alibi_slopes_ptr is not None:
                     s = add_alibi(s, offs_m, start_n, offset, slope)
             if not INTERIOR:

@@ -225,7 +225,7 @@ def _paged_fwd_kernel(
             if not FOLD_SCALE:
                 s *= scale_log2
                 if softcap is not None:
-                    s = cap_scores(s, softcap)
+                    s = cap_scores(s, softcap, q[0].dtype == tl.float32)
                 if alibi_slopes_ptr is not None:
                     s = add_alibi(s, positions, start_n, 0, slopes)
             if not INTERIOR:
