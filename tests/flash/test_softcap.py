@@ -1,4 +1,4 @@
-"""softcap in fp32: capped scores, outputs and gradients are as near to the definition as torch's own tanh makes them."""
+"""softcap in fp32: capped scores, outputs and gradients are as near to the definition as torch's own tanh."""
 
 import pytest
 import torch
