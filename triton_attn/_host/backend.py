@@ -2,6 +2,8 @@
 
 import os
 
+from .checks import check_bool
+
 
 def use_kernel(tensor):
     """Whether the kernel serves this call: TRITON_ATTN_BACKEND = auto (default), triton or reference."""
@@ -15,4 +17,6 @@ def use_kernel(tensor):
 
 def should_check_values(check_values):
     """check_values, or TRITON_ATTN_CHECK=1 where it is None."""
-    return os.environ.get("TRITON_ATTN_CHECK") == "1" if check_values is None else check_values
+    if check_values is None:
+        return os.environ.get("TRITON_ATTN_CHECK") == "1"
+    return check_bool("check_values", check_values)

@@ -1,4 +1,7 @@
-"""Argument checks. Each raises TypeError or ValueError with the argument's name, what was expected and what came."""
+"""Argument checks. Each raises TypeError or ValueError with the argument's name, what was expected and what came.
+
+Those of scalars return a plain bool, int or float, which is all that the JIT and torch's operators take.
+"""
 
 import math
 import numbers
@@ -15,34 +18,57 @@ def fail(name, expected, got, error=ValueError):
     raise error(f"{name}: expected {expected}, got {got}")
 
 
+def check_bool(name, value):
+    if value is True or value is False:
+        return value
+    kind = type(value)
+    if kind.__module__ != "numpy" or kind.__name__ not in ("bool", "bool_"):  # numpy itself may not be installed
+        fail(name, "a bool", kind.__name__, TypeError)
+    return bool(value)
+
+
 def check_number(name, value):
-    if type(value) not in (float, int) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        fail(name, "a number", type(value).__name__, TypeError)
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            fail(name, "a number", type(value).__name__, TypeError)
+        try:
+            value = float(value)
+        except OverflowError:
+            fail(name, "a number that a float can hold", value)
     if not -math.inf < value < math.inf:  # math.isfinite cannot be traced for a symbolic value
         fail(name, "a finite number", value)
+    return value
+
+
+def check_int(name, value, expected="an int"):
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        fail(name, expected, type(value).__name__, TypeError)
+    return int(value)
 
 
 def check_length(name, value):
-    if isinstance(value, bool) or not isinstance(value, int):
-        fail(name, "an int", type(value).__name__, TypeError)
+    value = check_int(name, value)
     if not 0 <= value < 2**31:
         fail(name, "0 to 2**31 - 1", value)
+    return value
 
 
 def check_size(name, value):
-    check_length(name, value)
+    value = check_length(name, value)
     if value == 0:
         fail(name, "1 or more", value)
+    return value
 
 
 def check_window(window_size):
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         fail("window_size", "a pair (left, right)", window_size, TypeError)
-    for side in window_size:
-        if isinstance(side, bool) or not isinstance(side, int):
-            fail("window_size", "a pair of ints", window_size, TypeError)
-        if side < -1:
-            fail("window_size", "-1 (unlimited) or more on each side", window_size)
+    left, right = (check_int("window_size", side, "a pair of ints") for side in window_size)
+    if min(left, right) < -1:
+        fail("window_size", "-1 (unlimited) or more on each side", window_size)
+    return left, right
 
 
 def check_same_kind(q, k, v):
@@ -101,14 +127,17 @@ def check_last_contiguous(name, x):
 
 
 def check_cache_scale(name, scale, num_heads_kv, device):
-    """What cached numbers are multiplied with: None, a number above 0, or a tensor of one or of one per KV head."""
+    """What cached numbers are multiplied with: None, a number above 0, or a tensor of one or of one per KV head.
+
+    Returns it, a number as a float."""
     if isinstance(scale, torch.Tensor):
         check_per_head(name, scale, ((1,), (num_heads_kv,)), device, (torch.float32,))
         check_last_contiguous(name, scale)
     elif scale is not None:
-        check_number(name, scale)
+        scale = check_number(name, scale)
         if scale <= 0:
             fail(name, "a number above 0", scale)
+    return scale
 
 
 def check_kernel_dtype(q):
@@ -162,10 +191,8 @@ def refuse_gradients(**tensors):
             )
 
 
-def check_rope_tables(name, x, rope_cos, rope_sin, rope_interleaved):
+def check_rope_tables(name, x, rope_cos, rope_sin):
     """Angles that the last dimension of x, the argument of that name, can be rotated by."""
-    if not isinstance(rope_interleaved, bool):
-        fail("rope_interleaved", "a bool", type(rope_interleaved).__name__, TypeError)
     check_tensor("rope_cos", rope_cos, ("num_positions", "rotary_dim / 2"), (torch.float32, x.dtype), x.device)
     check_tensor("rope_sin", rope_sin, rope_cos.shape, (rope_cos.dtype,), x.device)
     check_last_contiguous("rope_cos", rope_cos)

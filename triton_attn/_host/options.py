@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_number, check_per_head, check_window, fail
+from .checks import check_bool, check_number, check_per_head, check_window, fail
 
 
 class AttentionOptions(NamedTuple):
@@ -15,6 +15,17 @@ class AttentionOptions(NamedTuple):
     alibi_slopes: object  # tensor (num_heads_q,) or (batch, num_heads_q), or None
     sinks: object  # tensor (num_heads_q,), or None
     dropout: tuple | None = None  # as dropout_arguments gives it
+
+    def as_arguments(self):
+        """The same as arguments of a public function or its reference, but for dropout."""
+        return dict(
+            causal=False,  # the window says it
+            softmax_scale=self.softmax_scale,
+            window_size=tuple(-1 if side is None else side for side in self.window),
+            softcap=self.softcap or 0.0,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+        )
 
 
 def wanted_kernels():
@@ -30,22 +41,18 @@ def dropout_arguments(dropout_p, dropout_seed):
     return (dropout_seed, int(dropout_p * 2**31), 1 / (1 - dropout_p)) if dropout_p > 0 else None
 
 
-def attention_options(head_dim, causal, softmax_scale, window_size, softcap):
+def attention_options(head_dim, causal, softmax_scale, softcap, window_size):
     """The options of a call but for its tensors; TypeError or ValueError names the argument that is wrong."""
-    if not isinstance(causal, bool):
-        fail("causal", "a bool", type(causal).__name__, TypeError)
-    check_window(window_size)
-    check_number("softcap", softcap)
+    causal = check_bool("causal", causal)
+    left, right = check_window(window_size)
+    softcap = check_number("softcap", softcap)
     if softcap < 0:
         fail("softcap", "0 (none) or more", softcap)
-    if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
-    else:
-        check_number("softmax_scale", softmax_scale)
+    softmax_scale = head_dim**-0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
     # No position is that far away, and its sum with any fits 32 bits.
-    left, right = (min(side, 2**30) for side in window_size)
+    left, right = min(left, 2**30), min(right, 2**30)
     window = (left if left >= 0 else None, 0 if causal else right if right >= 0 else None)
-    return AttentionOptions(float(softmax_scale), window, float(softcap) or None, None, None)
+    return AttentionOptions(softmax_scale, window, softcap or None, None, None)
 
 
 def with_tensors(options, q, batch, alibi_slopes, sinks):

@@ -5,7 +5,16 @@ from typing import NamedTuple
 
 import torch
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, KERNEL_DTYPES, check_size, check_window, fail
+from .._host.checks import (
+    FLOAT8_MANTISSA_BITS,
+    KERNEL_DTYPES,
+    check_bool,
+    check_length,
+    check_number,
+    check_size,
+    check_window,
+    fail,
+)
 from ..models import model_named
 
 NOT_BY_DEFAULT = ("flash_attention_backward", "shared_prefix")
@@ -108,24 +117,26 @@ def warmup(
         shape = {name: getattr(model, name) if size is None else size for name, size in shape.items()}
         sinks = model.sinks if sinks is None else sinks
         windows = _windows(model) if window_size is None else windows
+    if sinks is not None and not isinstance(sinks, torch.dtype):
+        sinks = dtype if check_bool("sinks", sinks) else None
     options = dict(
         dtype=dtype,
         kv_cache_dtype=dtype if kv_cache_dtype is None else kv_cache_dtype,
-        causal=causal,
-        softcap=softcap,
-        sinks=dtype if sinks is True else sinks or None,
-        alibi=alibi,
-        rotary_dim=rotary_dim,
-        rope_interleaved=rope_interleaved,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        max_seqlen=max_seqlen,
+        causal=check_bool("causal", causal),
+        softcap=check_number("softcap", softcap),
+        sinks=sinks,
+        alibi=check_bool("alibi", alibi),
+        rotary_dim=check_length("rotary_dim", rotary_dim),
+        rope_interleaved=check_bool("rope_interleaved", rope_interleaved),
+        dropout_p=check_number("dropout_p", dropout_p),
+        deterministic=check_bool("deterministic", deterministic),
+        max_seqlen=check_size("max_seqlen", max_seqlen),
     )
     shape = _check_shape(tensor_parallel_size, **shape)
-    page_size = _check_options(shape["kv_lora_rank"] is not None, page_size, **options)
-    check_size("num_workers", num_workers)
-    if window_size is not None:
-        check_window(window_size)
+    _check_dtypes(**options)
+    page_size = _check_page_size(shape["kv_lora_rank"] is not None, page_size)
+    num_workers = check_size("num_workers", num_workers)
+    windows = [None if window is None else check_window(window) for window in windows]
 
     from .compilation import compile_all
     from .workload import OF_ANY_HEADS, OF_LATENT_VECTORS, Workload
@@ -152,9 +163,10 @@ def _check_shape(tensor_parallel_size, num_heads_q, num_heads_kv, head_dim, head
         fail("kv_lora_rank, qk_rope_head_dim", "both or none", "one of them", TypeError)
     sizes = dict(num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
     latent = dict(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
-    for name, size in (sizes if kv_lora_rank is None else sizes | latent).items():
-        check_size(name, size)
-    check_size("tensor_parallel_size", tensor_parallel_size)
+    sizes = {name: check_size(name, size) for name, size in sizes.items()}
+    if kv_lora_rank is not None:
+        latent = {name: check_size(name, size) for name, size in latent.items()}
+    tensor_parallel_size = check_size("tensor_parallel_size", tensor_parallel_size)
     if kv_lora_rank is not None and qk_rope_head_dim >= head_dim:
         fail("qk_rope_head_dim", f"less than head_dim, {head_dim}", qk_rope_head_dim)
     for name in ("num_heads_q", "num_heads_kv"):
@@ -164,19 +176,20 @@ def _check_shape(tensor_parallel_size, num_heads_q, num_heads_kv, head_dim, head
     return sizes | latent
 
 
-def _check_options(is_mla, page_size, dtype, kv_cache_dtype, max_seqlen, **_):
-    """The page size, None for a contiguous cache. The other options are checked by the functions that take them."""
+def _check_dtypes(dtype, kv_cache_dtype, **_):
     if dtype not in KERNEL_DTYPES:
         fail("dtype", "float16, bfloat16 or float32", dtype, TypeError)
     if kv_cache_dtype not in (dtype, *FLOAT8_MANTISSA_BITS):
         fail("kv_cache_dtype", f"{dtype}, float8_e4m3fn or float8_e5m2", kv_cache_dtype, TypeError)
-    check_size("max_seqlen", max_seqlen)
+
+
+def _check_page_size(is_mla, page_size):
+    """The page size, None for a contiguous cache."""
     if page_size is None:
         return 64 if is_mla else 16
     if page_size == 0 and not is_mla:
         return None
-    check_size("page_size", page_size)
-    return page_size
+    return check_size("page_size", page_size)
 
 
 def _check_functions(functions, served, page_size):

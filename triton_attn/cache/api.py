@@ -7,6 +7,7 @@ from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
+    check_bool,
     check_cache_scale,
     check_last_contiguous,
     check_rope_tables,
@@ -63,9 +64,10 @@ def append_kv_cache(
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
     _check_append(k, v, k_cache, v_cache, slot_mapping)
-    check_cache_scale("k_scale", k_scale, k.shape[1], k.device)
-    check_cache_scale("v_scale", v_scale, k.shape[1], k.device)
-    _check_rope("k", k, rope_cos, rope_sin, positions, rope_interleaved)
+    k_scale = check_cache_scale("k_scale", k_scale, k.shape[1], k.device)
+    v_scale = check_cache_scale("v_scale", v_scale, k.shape[1], k.device)
+    rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
+    _check_rope("k", k, rope_cos, rope_sin, positions)
     if should_check_values(check_values):
         _check_append_values(slot_mapping, k_cache, rope_cos, positions)
     if not use_kernel(k):
@@ -137,7 +139,8 @@ def append_latent_cache(
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
     _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
-    _check_rope("k_pe", k_pe, rope_cos, rope_sin, positions, rope_interleaved)
+    rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
+    _check_rope("k_pe", k_pe, rope_cos, rope_sin, positions)
     if should_check_values(check_values):
         _check_append_values(slot_mapping, latent_cache, rope_cos, positions)
     if not use_kernel(kv_latent):
@@ -231,13 +234,13 @@ def _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping):
     _check_index("slot_mapping", slot_mapping, (num_tokens,), (torch.int64,), device)
 
 
-def _check_rope(name, k, rope_cos, rope_sin, positions, rope_interleaved):
+def _check_rope(name, k, rope_cos, rope_sin, positions):
     given = [x is not None for x in (rope_cos, rope_sin, positions)]
     if not any(given):
         return
     if not all(given):
         fail("rope_cos, rope_sin, positions", "all three or none", f"given: {given}", TypeError)
-    check_rope_tables(name, k, rope_cos, rope_sin, rope_interleaved)
+    check_rope_tables(name, k, rope_cos, rope_sin)
     _check_index("positions", positions, (k.shape[0],), (torch.int32, torch.int64), k.device)
 
 

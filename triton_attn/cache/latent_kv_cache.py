@@ -47,11 +47,11 @@ class LatentKVCache(PagedSequences):
         prefix_caching=True,
     ):
         sizes = {"num_layers": num_layers, "kv_lora_rank": kv_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
-        for name, size in sizes.items():
-            check_size(name, size)
+        num_layers, kv_lora_rank, qk_rope_head_dim = (check_size(*item) for item in sizes.items())
         dtype, width = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
         super().__init__(num_pages, page_size, device, prefix_caching)
-        self.latent_cache = torch.empty((num_layers, num_pages, page_size, width), dtype=dtype, device=self.device)
+        shape = (num_layers, self.pool.num_pages, self.page_size, width)
+        self.latent_cache = torch.empty(shape, dtype=dtype, device=self.device)
 
     def _copy_pages(self, src_pages, dst_pages):
         copy_kv_pages(self.latent_cache.unsqueeze(3), src_pages, dst_pages)

@@ -55,10 +55,9 @@ class PagedKVCache(PagedSequences):
     ):
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
-        for name, size in sizes.items():
-            check_size(name, size)
+        num_layers, num_kv_heads, head_dim, head_dim_v = (check_size(*item) for item in sizes.items())
         super().__init__(num_pages, page_size, device, prefix_caching)
-        shape = (num_layers, num_pages, page_size, num_kv_heads)
+        shape = (num_layers, self.pool.num_pages, self.page_size, num_kv_heads)
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
         self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._host.checks import check_length, fail
+from .._host.checks import check_bool, check_length, fail
 from .arrays import zeros
 
 
@@ -29,9 +29,9 @@ class BlockPool:
     """
 
     def __init__(self, num_pages, prefix_caching=True):
-        check_length("num_pages", num_pages)
+        num_pages = check_length("num_pages", num_pages)
         self.num_pages = num_pages
-        self.prefix_caching = prefix_caching
+        self.prefix_caching = check_bool("prefix_caching", prefix_caching)
         self.num_free = num_pages
         self._refs = zeros(num_pages, dtype=torch.int32)
         # The free list is a queue that is never searched: an entry counts only while _position of its page points at
@@ -50,7 +50,7 @@ class BlockPool:
 
         Returns: (n,). Raises: OutOfPages.
         """
-        check_length("n", n)
+        n = check_length("n", n)
         if n > self.num_free:
             raise OutOfPages(f"{n} pages are needed, {self.num_free} of {self.num_pages} are free")
         pages = self._pop(n)

@@ -4,6 +4,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 
 import torch
 
@@ -67,8 +68,7 @@ class PagedSequences:
     """
 
     def __init__(self, num_pages, page_size, device, prefix_caching):
-        check_size("page_size", page_size)
-        self.page_size = page_size
+        self.page_size = check_size("page_size", page_size)
         self.device = torch.device(device) if device is not None else torch.get_default_device()
         self.pool = BlockPool(num_pages, prefix_caching)
         # Rows grow by doubling. Entries of _tables past a sequence's last page are 0.
@@ -78,7 +78,7 @@ class PagedSequences:
         self._named = zeros(0)  # leading pages that are full, written and hashed
         self._roots = []
         self._unused_rows = []
-        self._page_tokens = empty(num_pages, page_size)
+        self._page_tokens = empty(self.pool.num_pages, self.page_size)
         self._tokens_asked = 0
         self._tokens_found = 0
 
@@ -179,7 +179,7 @@ class PagedSequences:
     def truncate(self, seq, n):
         """Keep the first n tokens and give up the pages after them: rejected drafts, a prompt that is changed."""
         row, length = self._row(seq), len(seq)
-        check_length("n", n)
+        n = check_length("n", n)
         if n > length:
             fail("n", f"at most the sequence's {length} tokens", n)
         dropped = self._tables[row, self._pages_of(n) : self._pages_of(length)]
@@ -338,8 +338,8 @@ def _as_batch(token_ids, batch):
 
     Tokens without an id have 0 in its place. ids are None if there are none; the mask is None if all have ids.
     """
-    if isinstance(token_ids, int):
-        check_length("token_ids", token_ids)
+    if isinstance(token_ids, Integral):
+        token_ids = check_length("token_ids", token_ids)
         counts = zeros(batch) + token_ids
         return counts, None, counts > 0
     if getattr(token_ids, "ndim", 2) != 2:
@@ -349,7 +349,7 @@ def _as_batch(token_ids, batch):
         fail("token_ids", f"one entry for each of {batch} sequences", len(token_ids))
     unknown = None
     if set(map(type, token_ids)) != {list}:
-        unknown = from_list([isinstance(item, int) and item > 0 for item in token_ids]).bool()
+        unknown = from_list([isinstance(item, Integral) and item > 0 for item in token_ids]).bool()
         token_ids = list(map(_to_list, token_ids))
     return from_list(list(map(len, token_ids))), from_list(_as_ids(chain.from_iterable(token_ids))), unknown
 
@@ -364,9 +364,8 @@ def _as_ids(token_ids):
 
 def _to_list(token_ids):
     """A list of an array, of a tensor on the host, or of as many zeros as an int says; other things as they are."""
-    if isinstance(token_ids, int):
-        check_length("token_ids", token_ids)
-        return [0] * token_ids
+    if isinstance(token_ids, Integral):
+        return [0] * check_length("token_ids", token_ids)
     if isinstance(token_ids, torch.Tensor) and token_ids.device.type != "cpu":
         fail("token_ids", "token ids on the host, or their number", f"a tensor on {token_ids.device}")
     return token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids

@@ -47,10 +47,10 @@ def kv_cache_bytes_per_token(
         raise TypeError("expected num_kv_heads and head_dim, or kv_lora_rank and qk_rope_head_dim, got some of both")
     if head_dim_v is None:
         heads["head_dim_v"] = head_dim
-    for name, size in {"num_layers": num_layers, **(latent if is_mla else heads)}.items():
-        check_length(name, size)
+    num_layers = check_length("num_layers", num_layers)
     if is_mla:
-        dtype, elements = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
+        dtype, elements = latent_storage(*(check_length(*item) for item in latent.items()), dtype)
     else:
-        elements = num_kv_heads * (head_dim + heads["head_dim_v"])
+        num_kv_heads, head_dim, head_dim_v = (check_length(*item) for item in heads.items())
+        elements = num_kv_heads * (head_dim + head_dim_v)
     return num_layers * elements * dtype.itemsize

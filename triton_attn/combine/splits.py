@@ -6,9 +6,10 @@ MAX_SPLITS = 256
 
 
 def check_num_splits(num_splits):
-    check_length("num_splits", num_splits)
+    num_splits = check_length("num_splits", num_splits)
     if num_splits > MAX_SPLITS:
         fail("num_splits", f"0 (chosen) to {MAX_SPLITS}", num_splits)
+    return num_splits
 
 
 def choose_num_splits(num_programs, num_key_tiles, num_processors, max_splits=128):

@@ -9,8 +9,10 @@ from torch.autograd import forward_ad
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
     MAX_HEAD_DIM_BACKWARD,
+    check_bool,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_int,
     check_kernel_dtype,
     check_length,
     check_number,
@@ -86,18 +88,15 @@ def flash_attention(
     q, k, v = _autocast(q, k, v)
     options = _options(4, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
-    dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
+    dropout_p, dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
+    deterministic = check_bool("deterministic", deterministic)
+    return_lse = check_bool("return_lse", return_lse)
     if not use_kernel(q):
         return reference.flash_attention(
             q,
             k,
             v,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+            **options.as_arguments(),
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
             return_lse=return_lse,
@@ -154,13 +153,15 @@ def flash_attention_varlen(
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape))
-    check_length("max_seqlen_q", max_seqlen_q)
-    check_length("max_seqlen_k", max_seqlen_k)
+    max_seqlen_q = check_length("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_length("max_seqlen_k", max_seqlen_k)
     if should_check_values(check_values):
         check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     options = with_tensors(options, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
-    dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
+    dropout_p, dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
+    deterministic = check_bool("deterministic", deterministic)
+    return_lse = check_bool("return_lse", return_lse)
     if not use_kernel(q):
         return reference.flash_attention_varlen(
             q,
@@ -170,12 +171,7 @@ def flash_attention_varlen(
             cu_seqlens_k,
             max_seqlen_q,
             max_seqlen_k,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+            **options.as_arguments(),
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
             return_lse=return_lse,
@@ -197,28 +193,29 @@ def _autocast(q, k, v):
 
 def _options(ndim, layout, causal, softmax_scale, window_size, softcap):
     """The checked options of a call but for its tensors; remembered, since most calls are like the one before."""
-    if isinstance(window_size, list):
-        window_size = tuple(window_size)
-    arguments = (ndim, layout, causal, softmax_scale, window_size, softcap)
     if torch.compiler.is_compiling():
-        return _check_options(*arguments)
+        return _check_options(ndim, layout, causal, softmax_scale, softcap, window_size)
     try:
-        return _remembered_options(*arguments)
-    except TypeError:  # an argument that cannot be hashed is wrong, and is to be named
-        return _check_options(*arguments)
+        left, right = window_size
+        return _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, right, type(window_size))
+    except (TypeError, ValueError):  # an argument is wrong, and is to be named
+        return _check_options(ndim, layout, causal, softmax_scale, softcap, window_size)
 
 
-def _check_options(ndim, layout, *options):
+def _check_options(ndim, layout, causal, softmax_scale, softcap, window_size):
     check_qkv_layout(ndim, *layout)
-    return attention_options(layout[0][0][-1], *options)
+    return attention_options(layout[0][0][-1], causal, softmax_scale, softcap, window_size)
 
 
-_remembered_options = functools.lru_cache(maxsize=1024, typed=True)(_check_options)
+@functools.lru_cache(maxsize=1024, typed=True)
+def _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, right, pair):
+    """The sides of the window one by one, since only the types of arguments count, not those in a tuple."""
+    return _check_options(ndim, layout, causal, softmax_scale, softcap, pair((left, right)))
 
 
 def _check_dropout(q, dropout_p, dropout_seed):
-    """The seed as a tensor of one int64 on q's device; None without dropout."""
-    check_number("dropout_p", dropout_p)
+    """dropout_p, and the seed as a tensor of one int64 on q's device; None without dropout."""
+    dropout_p = check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         fail("dropout_p", "0 <= dropout_p < 1", dropout_p)
     if isinstance(dropout_seed, torch.Tensor):
@@ -229,17 +226,16 @@ def _check_dropout(q, dropout_p, dropout_seed):
         if dropout_seed.device != q.device:
             fail("dropout_seed", f"q's device {q.device}", dropout_seed.device)
     elif dropout_seed is not None:
-        if isinstance(dropout_seed, bool) or not isinstance(dropout_seed, int):
-            fail("dropout_seed", "an int or a tensor", type(dropout_seed).__name__, TypeError)
+        dropout_seed = check_int("dropout_seed", dropout_seed, "an int or a tensor")
         if not -(2**63) <= dropout_seed < 2**63:
             fail("dropout_seed", "a 64-bit integer", dropout_seed)
     if dropout_p == 0:
-        return None
+        return dropout_p, None
     if dropout_seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    if isinstance(dropout_seed, int):
-        return torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)
-    return dropout_seed
+        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    elif isinstance(dropout_seed, int):
+        dropout_seed = torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)
+    return dropout_p, dropout_seed
 
 
 def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse):
@@ -273,7 +269,7 @@ def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, r
         softmax_scale,
         *window,
         softcap,
-        float(dropout_p),
+        dropout_p,
         deterministic,
     )
 

@@ -5,6 +5,8 @@
 Nothing is ignored: what is not served raises NotImplementedError. Signatures: flash-attn 2.8.
 """
 
+from numbers import Integral
+
 import torch
 
 from triton_attn import append_kv_cache, flash_attention, flash_attention_varlen, paged_attention
@@ -320,8 +322,8 @@ def _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad
         if k is not None:
             raise ValueError("cache_seqlens: expected the number of keys before k, got None")
         cache_seqlens = capacity
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if isinstance(cache_seqlens, Integral):
+        cache_seqlens = torch.full((batch,), int(cache_seqlens), dtype=torch.int32, device=q.device)
     indices = dict(cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
     for name, x in (*indices.items(), ("block_table", block_table)):
         if x is None:
@@ -381,10 +383,10 @@ def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slope
         window_size=_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
+        deterministic=bool(deterministic),
     )
 
 
 def _window(window_size):
     """Any negative side is unlimited."""
-    return tuple(max(int(side), -1) for side in window_size)
+    return tuple(max(side, -1) for side in window_size)

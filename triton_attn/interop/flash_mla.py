@@ -8,6 +8,7 @@ not served raises NotImplementedError. Signatures: FlashMLA of January 2026.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -102,7 +103,7 @@ def flash_mla_with_kvcache(
     out, lse = mla_decode(
         q_nope,
         q_pe,
-        _latent_cache(k_cache, q, head_dim_v, is_fp8_kvcache),
+        _latent_cache(k_cache, q, q_nope.shape[3], is_fp8_kvcache),
         cache_seqlens,
         block_table,
         causal=bool(causal),
@@ -134,8 +135,9 @@ def _split_queries(q, head_dim_v):
         _fail("q", "shape (batch, seqlen_q, num_heads_q, head_dim)", f"shape {tuple(q.shape)}")
     if q.stride(-1) != 1:
         _fail("q", "a contiguous last dimension (stride 1)", f"stride {q.stride(-1)}")
-    if isinstance(head_dim_v, bool) or not isinstance(head_dim_v, int):
+    if isinstance(head_dim_v, bool) or not isinstance(head_dim_v, Integral):
         _fail("head_dim_v", "an int", type(head_dim_v), TypeError)
+    head_dim_v = int(head_dim_v)
     head_dim = q.shape[3]
     if head_dim_v == head_dim:
         raise NotImplementedError(f"head_dim_v: fewer than q's head dimension {head_dim} are served, got {head_dim_v}")

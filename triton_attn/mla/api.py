@@ -7,8 +7,10 @@ from .._host.checks import (
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
     MAX_HEAD_DIM_BACKWARD,
+    check_bool,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_int,
     check_last_contiguous,
     check_length,
     check_number,
@@ -85,14 +87,16 @@ def mla_decode(
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
     """
-    softmax_scale = _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, causal, softmax_scale)
+    softmax_scale = _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, softmax_scale)
+    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
+    rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     batch = q_nope.shape[0]
     check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), q_nope.device)
     check_last_contiguous("cache_seqlens", cache_seqlens)
     check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q_nope.device)
     check_last_contiguous("block_table", block_table)
-    _check_rope(q_pe, w_uk, rope_cos, rope_sin, rope_interleaved)
-    check_num_splits(num_splits)
+    _check_rope(q_pe, w_uk, rope_cos, rope_sin)
+    num_splits = check_num_splits(num_splits)
     refuse_gradients(q_nope=q_nope, q_pe=q_pe, latent_cache=latent_cache, w_uk=w_uk, w_uv=w_uv)
     if should_check_values(check_values):
         _check_values(latent_cache, cache_seqlens, block_table, rope_cos)
@@ -207,10 +211,12 @@ def mla_prefill(
     """
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    lengths = _check_prefill(tensors, lengths, causal, mode, max_workspace_bytes, check_values)
+    lengths = _check_prefill(tensors, lengths, mode, check_values)
+    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
+    max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
     if softmax_scale is None:
         softmax_scale = (q_nope.shape[-1] + q_pe.shape[-1]) ** -0.5
-    check_number("softmax_scale", softmax_scale)
+    softmax_scale = check_number("softmax_scale", softmax_scale)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         _check_differentiable(q_nope, q_pe, w_uv)
@@ -228,7 +234,7 @@ def mla_prefill(
         )
     from .autograd import prefill  # the package imports where triton is not installed
 
-    out, lse = prefill(*tensors, lengths, float(softmax_scale), causal, schedule, max_workspace_bytes, return_lse)
+    out, lse = prefill(*tensors, lengths, softmax_scale, causal, schedule, max_workspace_bytes, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -241,7 +247,7 @@ def _check_differentiable(q_nope, q_pe, w_uv):
         )
 
 
-def _check_prefill(tensors, lengths, causal, mode, max_workspace_bytes, check_values):
+def _check_prefill(tensors, lengths, mode, check_values):
     """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the longest of a dense batch filled in."""
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
@@ -268,33 +274,30 @@ def _check_prefill(tensors, lengths, causal, mode, max_workspace_bytes, check_va
         check_last_contiguous(name, x)
         if not all(1 <= size <= MAX_HEAD_DIM for size in x.shape[1 if name.startswith("w") else -1 :]):
             fail(name, f"dimensions of 1 to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
-    if not isinstance(causal, bool):
-        fail("causal", "a bool", type(causal).__name__, TypeError)
     if mode not in ("auto", *MODES):
         fail("mode", f"auto, {', '.join(MODES)}", repr(mode))
-    if isinstance(max_workspace_bytes, bool) or not isinstance(max_workspace_bytes, int):
-        fail("max_workspace_bytes", "an int", type(max_workspace_bytes).__name__, TypeError)
     if not packed:
         for name, given, size in (("max_seqlen_q", max_seqlen_q, rows_q[1]), ("max_seqlen_k", max_seqlen_k, rows_k[1])):
             if given not in (None, size):
                 fail(name, f"{size} without cu_seqlens, or None", given)
         return None, None, rows_q[1], rows_k[1]
+    max_seqlen_q, max_seqlen_k = (
+        check_length(name, check_int(name, longest, "an int, needed with cu_seqlens"))
+        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
+    )
     for name, cu_seqlens, longest, total in (
         ("q", cu_seqlens_q, max_seqlen_q, rows_q[0]),
         ("k", cu_seqlens_k, max_seqlen_k, rows_k[0]),
     ):
         check_cu_seqlens(f"cu_seqlens_{name}", cu_seqlens, device)
-        if longest is None:
-            fail(f"max_seqlen_{name}", "an int, needed with cu_seqlens", None, TypeError)
-        check_length(f"max_seqlen_{name}", longest)
         if should_check_values(check_values):
             check_cu_seqlens_values(f"cu_seqlens_{name}", cu_seqlens, total, longest)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", f"shape {tuple(cu_seqlens_k.shape)}")
-    return lengths
+    return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 
 
-def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, causal, softmax_scale):
+def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, softmax_scale):
     """The scale."""
     dtypes = KERNEL_DTYPES
     if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
@@ -325,24 +328,21 @@ def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, causal, softmax_scale)
         fail("latent_cache", "a page size of 1 or more", 0)
     if is_fp8 and (latent_cache.data_ptr() % 4 or any(stride % 4 for stride in latent_cache.stride()[:2])):
         fail("latent_cache", "rows at multiples of 4 bytes", f"strides {latent_cache.stride()}")
-    if not isinstance(causal, bool):
-        fail("causal", "a bool", type(causal).__name__, TypeError)
     if softmax_scale is None:
         if w_uk is None:
             fail("softmax_scale", "a number, since without w_uk the width of queries and keys is not known", None)
         return (q_nope.shape[3] + q_pe.shape[3]) ** -0.5
-    check_number("softmax_scale", softmax_scale)
-    return float(softmax_scale)
+    return check_number("softmax_scale", softmax_scale)
 
 
-def _check_rope(q_pe, w_uk, rope_cos, rope_sin, rope_interleaved):
+def _check_rope(q_pe, w_uk, rope_cos, rope_sin):
     if rope_cos is None and rope_sin is None:
         return
     if rope_cos is None or rope_sin is None:
         fail("rope_cos, rope_sin", "both or none", "one of them", TypeError)
     if w_uk is None:
         fail("rope_cos", "None without w_uk: q_pe is rotated where q_nope is absorbed", "a tensor")
-    check_rope_tables("q_pe", q_pe, rope_cos, rope_sin, rope_interleaved)
+    check_rope_tables("q_pe", q_pe, rope_cos, rope_sin)
 
 
 def _check_values(latent_cache, cache_seqlens, block_table, rope_cos):

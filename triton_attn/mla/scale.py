@@ -23,11 +23,11 @@ def mla_softmax_scale(qk_nope_head_dim, qk_rope_head_dim, rope_factor=1.0, mscal
 
     Source: Peng et al., YaRN (2023), arXiv:2309.00071; DeepSeek-V2 (2024), arXiv:2405.04434.
     """
-    for name, size in (("qk_nope_head_dim", qk_nope_head_dim), ("qk_rope_head_dim", qk_rope_head_dim)):
-        check_length(name, size)
+    qk_nope_head_dim = check_length("qk_nope_head_dim", qk_nope_head_dim)
+    qk_rope_head_dim = check_length("qk_rope_head_dim", qk_rope_head_dim)
     if qk_nope_head_dim + qk_rope_head_dim == 0:
         fail("qk_nope_head_dim", "1 or more, with qk_rope_head_dim", 0)
-    check_number("rope_factor", rope_factor)
-    check_number("mscale_all_dim", mscale_all_dim)
+    rope_factor = check_number("rope_factor", rope_factor)
+    mscale_all_dim = check_number("mscale_all_dim", mscale_all_dim)
     mscale = 1 + 0.1 * mscale_all_dim * math.log(rope_factor) if rope_factor > 1 else 1.0
     return (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * mscale**2

@@ -9,6 +9,7 @@ from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
+    check_bool,
     check_cache_scale,
     check_cu_seqlens,
     check_cu_seqlens_values,
@@ -103,10 +104,11 @@ def paged_attention(
         check_last_contiguous("block_table", block_table)
     max_seqlen_q = _check_queries(q, batch, cu_seqlens_q, max_seqlen_q)
     options = with_tensors(options, q, batch, alibi_slopes, sinks)
-    check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device)
-    check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device)
-    check_num_splits(num_splits)
-    check_length("shared_prefix_len", shared_prefix_len)
+    k_scale = check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device)
+    v_scale = check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device)
+    num_splits = check_num_splits(num_splits)
+    shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
+    return_lse = check_bool("return_lse", return_lse)
     if shared_prefix_len and block_table is None:
         fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
     if shared_prefix_len and shared_prefix_len > block_table.shape[1] * k_cache.shape[1]:
@@ -125,12 +127,7 @@ def paged_attention(
             cache_seqlens,
             block_table,
             cu_seqlens_q=cu_seqlens_q,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+            **options.as_arguments(),
             k_scale=k_scale,
             v_scale=v_scale,
             out=out,
@@ -181,17 +178,21 @@ def _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, wind
         fail("k_cache", f"q's dtype {q.dtype}, float8_e4m3fn or float8_e5m2", k_cache.dtype, TypeError)
     if v_cache.dtype != k_cache.dtype:
         fail("v_cache", f"k_cache's dtype {k_cache.dtype}", v_cache.dtype, TypeError)
-    if isinstance(window_size, list):
-        window_size = tuple(window_size)
-    layout = layout_of(q, k_cache, v_cache)
-    arguments = (layout, block_table is not None, causal, softmax_scale, window_size, softcap)
+    layout, is_paged = layout_of(q, k_cache, v_cache), block_table is not None
     try:
-        return _remembered_options(*arguments)
-    except TypeError:  # an argument that cannot be hashed is wrong, and is to be named
-        return _check_options(*arguments)
+        left, right = window_size
+        return _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, type(window_size))
+    except (TypeError, ValueError):  # an argument is wrong, and is to be named
+        return _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
 
 
-def _check_options(layout, is_paged, causal, softmax_scale, window_size, softcap):
+@functools.lru_cache(maxsize=1024, typed=True)
+def _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, pair):
+    """The sides of the window one by one, since only the types of arguments count, not those in a tuple."""
+    return _check_options(layout, is_paged, causal, softmax_scale, softcap, pair((left, right)))
+
+
+def _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size):
     (shape_q, _), (shape_k, _), (shape_v, _) = layout
     if len(shape_q) not in (3, 4):
         expected = "(batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q"
@@ -218,10 +219,7 @@ def _check_options(layout, is_paged, causal, softmax_scale, window_size, softcap
         if batch is not None and shape_k[0] != batch:
             fail("k_cache", f"q's batch size {batch}, without a block_table", shape_k[0])
         batch = shape_k[0]
-    return batch, attention_options(shape_q[-1], causal, softmax_scale, window_size, softcap)
-
-
-_remembered_options = functools.lru_cache(maxsize=1024, typed=True)(_check_options)
+    return batch, attention_options(shape_q[-1], causal, softmax_scale, softcap, window_size)
 
 
 def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
@@ -239,8 +237,7 @@ def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
         fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
     if max_seqlen_q is None:
         fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
-    check_length("max_seqlen_q", max_seqlen_q)
-    return max_seqlen_q
+    return check_length("max_seqlen_q", max_seqlen_q)
 
 
 def _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len):

@@ -1,0 +1,344 @@
+"""Scalar arguments of every public function: any kind of bool, int and number is taken, and kernels see plain ones."""
+
+import inspect
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import triton_attn as ta
+from triton_attn.interop import flash_attn as fa
+from triton_attn.interop import flash_mla
+
+BOOL, INT, NUMBER, PAIR = "a bool", "an int", "a number", "a pair"
+OTHERS = {  # of a plain value, equal ones of other types
+    BOOL: [np.bool_],
+    INT: [np.int64, np.int32],
+    NUMBER: [int, np.float32, np.float64, np.int64, Fraction],
+    PAIR: [lambda pair: [np.int64(side) for side in pair], lambda pair: tuple(np.int32(side) for side in pair)],
+}
+WRONG = {
+    BOOL: [1, 0.0, "yes", torch.tensor(True)],
+    INT: [True, 1.0, "1", np.bool_(True), Fraction(1), torch.tensor(1)],
+    NUMBER: [True, "1", np.bool_(True), 1j, torch.tensor(1.0)],
+    PAIR: [3, (1, 2, 3), (2.0, 1), (2, True), (2, None)],
+}
+
+Q, K = torch.randn(1, 3, 2, 16), torch.randn(1, 5, 1, 16)
+CACHE = torch.randn(4, 4, 1, 16)
+LATENT_CACHE = torch.randn(4, 4, 24)
+Q_MLA = torch.randn(1, 1, 2, 24)
+BOUNDS_Q, BOUNDS_K = (torch.tensor([0, n], dtype=torch.int32) for n in (3, 5))
+LENGTHS, TABLE = torch.tensor([5], dtype=torch.int32), torch.arange(4, dtype=torch.int32)[None]
+SLOTS = torch.tensor([1, 6])
+ANGLES = torch.randn(8, 4)
+ROPE = dict(rope_cos=ANGLES, rope_sin=ANGLES)
+W_UK, W_UV = torch.randn(2, 8, 16), torch.randn(2, 8, 16)
+
+FLASH = dict(
+    causal=(BOOL, True),
+    softmax_scale=(NUMBER, 2.0),
+    window_size=(PAIR, (2, 1)),
+    softcap=(NUMBER, 4.0),
+    dropout_p=(NUMBER, 0.0),
+    deterministic=(BOOL, True),
+    return_lse=(BOOL, True),
+)
+SEED = dict(dropout_seed=(INT, 7))
+LONGEST = dict(max_seqlen_q=(INT, 3), max_seqlen_k=(INT, 5))
+CHECKED = dict(check_values=(BOOL, True))
+PAGED = dict(
+    max_seqlen_q=(INT, 3),
+    causal=(BOOL, False),
+    softmax_scale=(NUMBER, 2.0),
+    window_size=(PAIR, (2, 1)),
+    softcap=(NUMBER, 4.0),
+    k_scale=(NUMBER, 2.0),
+    v_scale=(NUMBER, 3.0),
+    num_splits=(INT, 2),
+    shared_prefix_len=(INT, 4),
+    return_lse=(BOOL, True),
+)
+
+
+def append_kv_cache(**options):
+    k_cache, v_cache = CACHE.clone(), CACHE.clone()
+    new = K[0, :2]
+    ta.append_kv_cache(new, new, k_cache, v_cache, SLOTS, positions=SLOTS, **ROPE, **options)
+    return k_cache, v_cache
+
+
+def append_latent_cache(**options):
+    cache = LATENT_CACHE.clone()
+    ta.append_latent_cache(K[0, :2, 0], Q[0, :2, 0, :8], cache, SLOTS, positions=SLOTS, **ROPE, **options)
+    return cache
+
+
+def copy_kv_pages(**options):
+    cache = CACHE.clone()
+    ta.copy_kv_pages(cache, torch.tensor([0]), torch.tensor([3]), **options)
+    return cache
+
+
+def mla_decode(**options):
+    inputs = Q[..., :8], Q[..., 8:], LATENT_CACHE, LENGTHS, TABLE, W_UK, W_UV
+    return ta.mla_decode(*inputs, **ROPE, **options)
+
+
+def mla_prefill(**options):
+    inputs = Q[0, ..., :8], Q[0, ..., 8:], K[0, :, 0], K[0, :, 0, :8], W_UK, W_UV
+    return ta.mla_prefill(*inputs, cu_seqlens_q=BOUNDS_Q, cu_seqlens_k=BOUNDS_K, **options)
+
+
+def paged_kv_cache(**options):
+    cache = ta.PagedKVCache(dtype=torch.float32, **options)
+    seq, _ = cache.create(range(9))
+    slots = cache.extend([seq], np.int64(9))
+    cache.truncate(seq, np.int32(2))
+    return slots, torch.tensor(cache.k_cache.shape), torch.tensor(cache.v_cache.shape)
+
+
+def latent_kv_cache(**options):
+    return torch.tensor(ta.LatentKVCache(dtype=torch.float32, **options).latent_cache.shape)
+
+
+def block_pool(num_pages, prefix_caching, n):
+    return ta.BlockPool(num_pages, prefix_caching).allocate(n)
+
+
+def flash_attn_with_kvcache(**options):
+    return fa.flash_attn_with_kvcache(Q, CACHE, CACHE, block_table=TABLE, return_softmax_lse=True, **options)
+
+
+# Name: (public function, call with given scalars, {scalar: (kind, value)}).
+FUNCTIONS = {
+    "flash_attention": (ta.flash_attention, lambda **options: ta.flash_attention(Q, K, K, **options), FLASH | SEED),
+    "dropout": (
+        ta.flash_attention,
+        lambda **options: ta.flash_attention(Q, K, K, **options),
+        dict(dropout_p=(NUMBER, 0.5)) | SEED,
+    ),
+    "flash_attention_varlen": (
+        ta.flash_attention_varlen,
+        lambda **options: ta.flash_attention_varlen(Q[0], K[0], K[0], BOUNDS_Q, BOUNDS_K, **options),
+        FLASH | SEED | LONGEST | CHECKED,
+    ),
+    "paged_attention": (
+        ta.paged_attention,
+        lambda **options: ta.paged_attention(Q[0], CACHE, CACHE, LENGTHS, TABLE, cu_seqlens_q=BOUNDS_Q, **options),
+        PAGED | CHECKED,
+    ),
+    "append_kv_cache": (
+        ta.append_kv_cache,
+        append_kv_cache,
+        dict(k_scale=(NUMBER, 2.0), v_scale=(NUMBER, 3.0), rope_interleaved=(BOOL, True)) | CHECKED,
+    ),
+    "append_latent_cache": (
+        ta.append_latent_cache,
+        append_latent_cache,
+        dict(rope_interleaved=(BOOL, True)) | CHECKED,
+    ),
+    "copy_kv_pages": (ta.copy_kv_pages, copy_kv_pages, CHECKED),
+    "mla_decode": (
+        ta.mla_decode,
+        mla_decode,
+        dict(
+            causal=(BOOL, False),
+            softmax_scale=(NUMBER, 2.0),
+            rope_interleaved=(BOOL, True),
+            num_splits=(INT, 2),
+            return_lse=(BOOL, True),
+        )
+        | CHECKED,
+    ),
+    "mla_prefill": (
+        ta.mla_prefill,
+        mla_prefill,
+        dict(
+            causal=(BOOL, False),
+            softmax_scale=(NUMBER, 2.0),
+            max_workspace_bytes=(INT, 2**20),
+            return_lse=(BOOL, True),
+        )
+        | LONGEST
+        | CHECKED,
+    ),
+    "mla_softmax_scale": (
+        ta.mla_softmax_scale,
+        lambda **options: torch.tensor(ta.mla_softmax_scale(**options)),
+        dict(
+            qk_nope_head_dim=(INT, 128),
+            qk_rope_head_dim=(INT, 64),
+            rope_factor=(NUMBER, 40.0),
+            mscale_all_dim=(NUMBER, 1.0),
+        ),
+    ),
+    "kv_cache_bytes_per_token": (
+        ta.kv_cache_bytes_per_token,
+        lambda **options: torch.tensor(ta.kv_cache_bytes_per_token(**options)),
+        dict(num_layers=(INT, 61), num_kv_heads=(INT, 128), head_dim=(INT, 192), head_dim_v=(INT, 128)),
+    ),
+    "kv_cache_bytes_per_token, MLA": (
+        ta.kv_cache_bytes_per_token,
+        lambda **options: torch.tensor(ta.kv_cache_bytes_per_token(**options)),
+        dict(num_layers=(INT, 61), kv_lora_rank=(INT, 128), qk_rope_head_dim=(INT, 64)),
+    ),
+    "PagedKVCache": (
+        ta.PagedKVCache,
+        paged_kv_cache,
+        dict(
+            num_pages=(INT, 9),
+            page_size=(INT, 2),
+            num_layers=(INT, 1),
+            num_kv_heads=(INT, 2),
+            head_dim=(INT, 16),
+            head_dim_v=(INT, 8),
+            prefix_caching=(BOOL, True),
+        ),
+    ),
+    "LatentKVCache": (
+        ta.LatentKVCache,
+        latent_kv_cache,
+        dict(
+            num_pages=(INT, 9),
+            page_size=(INT, 2),
+            num_layers=(INT, 1),
+            kv_lora_rank=(INT, 16),
+            qk_rope_head_dim=(INT, 8),
+            prefix_caching=(BOOL, True),
+        ),
+    ),
+    "BlockPool": (
+        ta.BlockPool,
+        block_pool,
+        dict(num_pages=(INT, 9), prefix_caching=(BOOL, False), n=(INT, 2)),
+    ),
+}
+INTEROP = {  # flash-attn and FlashMLA take what is true for a bool
+    "flash_attn_func": (
+        fa.flash_attn_func,
+        lambda **options: fa.flash_attn_func(Q, K, K, **options),
+        {name: FLASH[name] for name in ("dropout_p", "softmax_scale", "causal", "window_size", "softcap")}
+        | dict(deterministic=(BOOL, True), return_attn_probs=(BOOL, True)),
+    ),
+    "flash_attn_varlen_func": (
+        fa.flash_attn_varlen_func,
+        lambda **options: fa.flash_attn_varlen_func(Q[0], K[0], K[0], BOUNDS_Q, BOUNDS_K, **options),
+        {name: FLASH[name] for name in ("dropout_p", "softmax_scale", "causal", "window_size", "softcap")}
+        | dict(max_seqlen_q=(INT, 3), max_seqlen_k=(INT, 5), return_attn_probs=(BOOL, True)),
+    ),
+    "flash_attn_with_kvcache": (
+        fa.flash_attn_with_kvcache,
+        flash_attn_with_kvcache,
+        {name: FLASH[name] for name in ("softmax_scale", "causal", "window_size", "softcap")}
+        | dict(cache_seqlens=(INT, 5), num_splits=(INT, 2), rotary_interleaved=(BOOL, True)),
+    ),
+    "flash_mla_with_kvcache": (
+        flash_mla.flash_mla_with_kvcache,
+        lambda **options: flash_mla.flash_mla_with_kvcache(
+            LATENT_CACHE[:1, :2, None],
+            LATENT_CACHE[:, :, None],
+            TABLE,
+            LENGTHS,
+            tile_scheduler_metadata=None,
+            **options,
+        ),
+        dict(head_dim_v=(INT, 16), softmax_scale=(NUMBER, 2.0), causal=(BOOL, True), is_fp8_kvcache=(BOOL, False)),
+    ),
+}
+# What is neither a scalar nor has another test.
+TENSORS = {
+    "q",
+    "k",
+    "v",
+    "outs",
+    "lses",
+    "out",
+    "sinks",
+    "alibi_slopes",
+    "caches",
+    "src_pages",
+    "dst_pages",
+    "positions",
+}
+TENSORS |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "slot_mapping", "rope_cos", "rope_sin"}
+TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "k_cache", "v_cache", "positions"}
+NOT_SCALARS = TENSORS | {"mode", "dtype", "device"}
+
+
+def plain(scalars):
+    return {name: value for name, (_, value) in scalars.items()}
+
+
+@pytest.fixture(params=["triton", "reference"])
+def launched(request, monkeypatch):
+    """The scalars of all launches, in order; none where the reference serves."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", request.param)
+    scalars = []
+    run = InterpretedFunction.run
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        scalars.extend(_scalars_in([args, kwargs, grid]))
+        return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    return scalars
+
+
+def _scalars_in(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [scalar for item in value for scalar in _scalars_in(item)]
+    return [] if value is None or isinstance(value, torch.Tensor) else [value]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS | INTEROP)
+def test_equal_scalars_of_other_types_give_the_same_launch_and_result(name, launched):
+    _, call, scalars = (FUNCTIONS | INTEROP)[name]
+    expected = call(**plain(scalars))
+    expected_launches = launched.copy()
+    for i in range(max(map(len, OTHERS.values()))):
+        launched.clear()
+        result = call(**{scalar: _converted(kind, value, i) for scalar, (kind, value) in scalars.items()})
+        assert [(type(x), x) for x in launched] == [(type(x), x) for x in expected_launches]
+        for x, y in zip(_tensors(result), _tensors(expected), strict=True):
+            assert torch.equal(x, y)
+    assert {type(x) for x in launched} <= {bool, int, float, str}
+
+
+def _converted(kind, value, i):
+    """By the i-th of the other types, or the last."""
+    converted = OTHERS[kind][: i + 1][-1](value)
+    return converted if kind == PAIR or converted == value else value  # no int is 0.5
+
+
+def _tensors(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize(("name", "scalar"), [(name, scalar) for name in FUNCTIONS for scalar in FUNCTIONS[name][2]])
+def test_scalars_of_wrong_types_are_named(name, scalar):
+    _, call, scalars = FUNCTIONS[name]
+    options = plain(scalars)
+    call(**options)  # a call that is remembered is no excuse
+    for wrong in WRONG[scalars[scalar][0]]:
+        if scalar == "dropout_seed" and isinstance(wrong, torch.Tensor):
+            continue  # may be a tensor
+        with pytest.raises((TypeError, ValueError), match=scalar):
+            call(**options | {scalar: wrong})
+
+
+def test_every_scalar_of_every_public_function_is_here():
+    public = {name: getattr(ta, name) for name in ta.__all__}
+    listed = {}
+    for function, _, scalars in FUNCTIONS.values():
+        listed.setdefault(function, set()).update(scalars)
+    for name, function in public.items():
+        if not callable(function) or name in ("OutOfPages", "use_tuned", "warmup"):
+            continue
+        missing = set(inspect.signature(function).parameters) - NOT_SCALARS - listed.get(function, set())
+        assert not missing, f"{name}: {missing}"
