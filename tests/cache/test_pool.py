@@ -39,6 +39,7 @@ def test_too_many_pages_change_nothing():
 def test_reuse_is_least_recently_freed_first_and_tail_before_head():
     pool = BlockPool(6)
     first, second = pool.allocate(3), pool.allocate(3)
+    pool.register(torch.cat([first, second]), "abcdef")
     pool.release(second)
     pool.release(first)
     assert pool.allocate(6).tolist() == [5, 4, 3, 2, 1, 0]
@@ -60,6 +61,18 @@ def test_freed_pages_are_found_until_they_are_reused():
         pool.allocate(1)
 
 
+def test_pages_that_cannot_be_found_are_reused_first():
+    pool = BlockPool(7)
+    pages = pool.allocate(6)
+    pool.register(pages[:3], "abc")
+    pool.release(pages[:4])  # a, b, c and a page that is not full
+    assert pool.allocate(2).tolist() == [3, 6]
+    assert pool.lookup("abc").tolist() == [0, 1, 2]
+    pool.forget([1])  # though it is free
+    pool.release([4, 3])
+    assert pool.allocate(5).tolist() == [3, 4, 1, 2, 0]
+
+
 def test_lookup_reads_no_hash_more_than_it_needs():
     pool = BlockPool(2)
     pool.register(pool.allocate(1), ["a"])
@@ -74,10 +87,56 @@ def test_of_two_pages_with_one_hash_the_first_is_found():
     pool.register([first, second], "aa")
     assert pool.lookup("a").tolist() == [first]
     assert pool.hash_of(second) == "a"
+    pool.register([second, first], "aa")  # again
+    assert pool.lookup("a").tolist() == [first]
+    pool.forget([second])
+    assert pool.lookup("a").tolist() == [first]
     pool.forget([first])
     assert pool.lookup("a").tolist() == []
     pool.register([second], "a")
     assert pool.lookup("a").tolist() == [second]
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+def test_a_page_is_found_once_the_one_of_the_same_hash_is_gone(is_free):
+    pool = BlockPool(4)
+    pages = pool.allocate(4)
+    pool.register(pages, [b"10", b"20", b"30", b"10"])
+    if is_free:
+        pool.release([3])
+    pool.forget([0])
+    assert pool.lookup([b"10", b"20", b"30"]).tolist() == [3, 1, 2]
+    assert pool.num_cached == is_free
+    pool.release([2, 1] if is_free else [2, 1, 3])
+    pool.release([0])
+    assert pool.allocate(1).tolist() == [0]
+    assert pool.allocate(2).tolist() == [3, 1]
+    assert pool.lookup([b"10"]).tolist() == []
+    assert not pool._twins
+
+
+def test_of_two_free_pages_with_one_hash_the_one_that_is_not_found_is_reused_first():
+    pool = BlockPool(2)
+    pages = pool.allocate(2)
+    pool.register(pages, "aa")
+    pool.release(pages)
+    assert pool.num_cached == 1
+    assert pool.allocate(1).tolist() == [1]
+    assert pool.lookup("a").tolist() == [0]
+
+
+def test_a_page_that_is_found_in_place_of_another_can_be_shared_and_registered_anew():
+    pool = BlockPool(3)
+    pool.register(pool.allocate(3), "aaa")
+    pool.register([0], "b")
+    assert pool.lookup("a").tolist() == [2]  # the last one
+    pool.register([1], "c")
+    pool.release([0, 1, 2])
+    pool.share(pool.lookup("a"))
+    assert [pool.lookup(digest).tolist() for digest in "abc"] == [[2], [0], [1]]
+    pool.register([2], "d")
+    assert pool.lookup("a").tolist() == []
+    assert not pool._twins
 
 
 def test_a_page_is_found_under_its_last_hash_only():
@@ -93,9 +152,11 @@ def test_hashes_do_not_pile_up():
     pool = BlockPool(8)
     for i in range(100):
         pages = pool.allocate(8)
-        pool.register(pages, range(8 * i, 8 * i + 8))
+        pool.register(pages, [8 * i + j // 2 for j in range(8)])
         pool.release(pages)
-    assert len(pool._page_of) == len(pool._hash_of) == 8
+    assert (len(pool._hash_of), len(pool._page_of), len(pool._twins)) == (8, 4, 4)
+    pool.allocate(8)
+    assert (pool._hash_of, pool._page_of, pool._twins) == ({}, {}, {})
 
 
 def test_without_prefix_caching_nothing_is_found():
@@ -117,8 +178,8 @@ def snapshot(pool):
         (lambda pool: pool.share([-1]), ValueError, "pages: expected page numbers of 0 to 3"),
         (lambda pool: pool.share([0.5]), TypeError, "pages: expected page numbers, got dtype torch.float32"),
         (lambda pool: pool.share([[0]]), ValueError, "pages: expected one dimension"),
-        (lambda pool: pool.share([0, 3]), ValueError, "free and registered, got 3, which is free"),
-        (lambda pool: pool.share([0, 1]), ValueError, "free and registered, got 1, which is free"),
+        (lambda pool: pool.share([0, 3]), ValueError, "free and found, got 3, which is free"),
+        (lambda pool: pool.share([0, 1]), ValueError, "free and found, got 1, which is free"),
         (lambda pool: pool.release([0, 1]), ValueError, "pages that are held, got 1, which was released more"),
         (lambda pool: pool.release([0, 0]), ValueError, "pages that are held, got 0, which was released more"),
         (lambda pool: pool.register([1], "b"), ValueError, "pages that are held, got 1, which is free"),
@@ -133,7 +194,7 @@ def test_wrong_operations_change_nothing(operation, error, message):
     with pytest.raises(error, match=message):
         operation(pool)
     assert snapshot(pool) == before
-    assert pool.allocate(3).tolist() == [2, 3, 1]
+    assert pool.allocate(3).tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("num_pages", [-1, 2**31])
@@ -146,14 +207,20 @@ class NaivePool:
     def __init__(self, num_pages):
         self.refs = [0] * num_pages
         self.free = list(range(num_pages))
-        self.page_of = {}
+        self.pages_of = {}  # the first is found
 
     def allocate(self, n):
         pages, self.free = self.free[:n], self.free[n:]
         for page in pages:
             self.refs[page] = 1
-        self.page_of = {digest: page for digest, page in self.page_of.items() if page not in pages}
+        self.forget(pages)
         return pages
+
+    def put_back(self, pages):
+        """At the end of the free list where a page can be found, otherwise at its head."""
+        found = {pages[0] for pages in self.pages_of.values()}
+        rest = [page for page in self.free if page not in pages]
+        self.free = [page for page in pages if page not in found] + rest + [page for page in pages if page in found]
 
     def share(self, pages):
         for page in pages:
@@ -163,19 +230,37 @@ class NaivePool:
     def release(self, pages):
         for page in pages:
             self.refs[page] -= 1
-        self.free += [page for page in reversed(pages) if self.refs[page] == 0]
+        self.put_back([page for page in reversed(pages) if self.refs[page] == 0])
 
     def register(self, pages, digests):
         for page, digest in zip(pages, digests):
-            self.page_of = {d: p for d, p in self.page_of.items() if p != page}
-            self.page_of.setdefault(digest, page)
+            if page not in self.pages_of.get(digest, []):
+                self.unlink(page)
+                self.pages_of.setdefault(digest, []).append(page)
+
+    def forget(self, pages):
+        for page in pages:
+            self.unlink(page)
+        self.put_back([page for page in pages if self.refs[page] == 0])
+
+    def unlink(self, page):
+        for digest, pages in list(self.pages_of.items()):
+            if page not in pages:
+                continue
+            was_found = page == pages[0]
+            pages.remove(page)
+            if not pages:
+                del self.pages_of[digest]
+            elif was_found:
+                pages.insert(0, pages.pop())
+                self.put_back([pages[0]] if self.refs[pages[0]] == 0 else [])
 
     def lookup(self, digests):
         pages = []
         for digest in digests:
-            if digest not in self.page_of:
+            if digest not in self.pages_of:
                 break
-            pages.append(self.page_of[digest])
+            pages.append(self.pages_of[digest][0])
         return pages
 
 
@@ -187,7 +272,7 @@ def test_random_operations_as_in_lists_and_dicts(seed):
     pool, naive, held = BlockPool(num_pages), NaivePool(num_pages), []
     for _ in range(2000):
         n = rng.randint(0, max(1, num_pages // 4))
-        kind = rng.choice(["allocate", "share", "release", "register", "lookup"])
+        kind = rng.choice(["allocate", "share", "release", "register", "forget", "lookup"])
         if kind == "allocate" and n <= len(naive.free):
             pages = naive.allocate(n)
             assert pool.allocate(n).tolist() == pages
@@ -207,6 +292,10 @@ def test_random_operations_as_in_lists_and_dicts(seed):
             digests = [rng.randrange(num_pages) for _ in pages]
             naive.register(pages, digests)
             pool.register(pages, digests)
+        elif kind == "forget":
+            pages = rng.sample(range(num_pages), n // 4)
+            naive.forget(pages)
+            pool.forget(pages)
         else:
             digests = rng.sample(range(num_pages), n)
             assert pool.lookup(digests).tolist() == naive.lookup(digests)

@@ -69,8 +69,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = self.make_cache(num_pages, page_size, num_layers=NUM_LAYERS, prefix_caching=prefix_caching)
         for tensor in self.tensors():
             tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
-        self.free_pages = list(range(num_pages))  # the longest free first
-        self.findable = {}  # (salt, tokens) -> the page with the last of them
+        self.free_pages = list(range(num_pages))  # the next to be taken first
+        self.named = {}  # (salt, tokens) -> pages with the last of them; the first is found
         self.live = {}  # handle -> NaiveSequence
         self.dead = []
         self.contents = {}  # (salt, tokens) -> what the last of them keeps in the cache
@@ -90,7 +90,7 @@ class CacheMachine(RuleBasedStateMachine):
         seq, cached = self.cache.create(tokens, salt)
         assert cached == expected
         ends = range(self.page_size, cached + self.page_size, self.page_size)
-        pages = [self.findable[salt, tuple(tokens[:end])] for end in ends]
+        pages = [self.named[salt, tuple(tokens[:end])][0] for end in ends]
         self.free_pages = [page for page in self.free_pages if page not in pages]
         self.live[seq] = NaiveSequence(salt, tokens[:cached], pages, cached, cached // self.page_size)
         if prefill:
@@ -206,7 +206,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.pages_free == len(self.free_pages)
         assert stats.pages_held == len(set(entries))
         assert stats.pages_shared == sum(entries.count(page) > 1 for page in set(entries))
-        assert stats.pages_cached == len(set(self.findable.values()) & set(self.free_pages))
+        assert stats.pages_cached == len(self.findable() & set(self.free_pages))
         assert stats.num_sequences == len(self.live)
         assert stats.num_tokens == sum(len(naive.tokens) for naive in self.live.values())
         fill = {}
@@ -246,7 +246,10 @@ class CacheMachine(RuleBasedStateMachine):
         return seqs[: data.draw(st.integers(1, 2 * len(seqs)), label="number of seqs")]
 
     def prefix_is_findable(self, salt, tokens, length):
-        return length <= len(tokens) and (salt, tuple(tokens[:length])) in self.findable
+        return length <= len(tokens) and (salt, tuple(tokens[:length])) in self.named
+
+    def findable(self):
+        return {pages[0] for pages in self.named.values()}
 
     def pages_of(self, num_tokens):
         return -(-num_tokens // self.page_size)
@@ -279,7 +282,22 @@ class CacheMachine(RuleBasedStateMachine):
         return set(taken)
 
     def forget(self, pages):
-        self.findable = {prefix: page for prefix, page in self.findable.items() if page not in pages}
+        for prefix, named in list(self.named.items()):
+            left = [page for page in named if page not in pages]
+            if not left:
+                del self.named[prefix]
+            elif left[0] != named[0]:  # of the others, the last is found from now on
+                self.named[prefix] = [left[-1], *left[:-1]]
+                self.put_back([page for page in left[-1:] if page in self.free_pages])
+            else:
+                self.named[prefix] = left
+
+    def put_back(self, pages):
+        """Pages that can be found are taken last, others first."""
+        findable = self.findable()
+        rest = [page for page in self.free_pages if page not in pages]
+        lost, found = ([page for page in pages if (page in findable) == is_found] for is_found in (False, True))
+        self.free_pages = lost + rest + found
 
     def grow(self, seq, n, num_pages, copied, taken):
         """Which of the taken pages a sequence got is read from its table; all else in it must be as it was."""
@@ -323,8 +341,10 @@ class CacheMachine(RuleBasedStateMachine):
         for seq in seqs if self.prefix_caching else ():
             naive = self.live[seq]
             for i in range(naive.named, naive.known // self.page_size):
-                self.forget([naive.pages[i]])
-                self.findable.setdefault(naive.prefix((i + 1) * self.page_size), naive.pages[i])
+                named = self.named.get(naive.prefix((i + 1) * self.page_size), [])
+                if naive.pages[i] not in named:
+                    self.forget([naive.pages[i]])
+                    self.named[naive.prefix((i + 1) * self.page_size)] = [*named, naive.pages[i]]
                 naive.named = i + 1
 
     def drop(self, naive, n):
@@ -332,7 +352,7 @@ class CacheMachine(RuleBasedStateMachine):
         dropped, naive.pages = naive.pages[keep:], naive.pages[:keep]
         naive.tokens = naive.tokens[:n]
         naive.known, naive.named = min(naive.known, n), min(naive.named, n // self.page_size)
-        self.free_pages += [page for page in reversed(dropped) if not self.holders(page)]
+        self.put_back([page for page in reversed(dropped) if not self.holders(page)])
 
     def snapshot(self):
         cache = self.cache

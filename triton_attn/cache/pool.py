@@ -3,7 +3,7 @@
 import torch
 
 from .._host.checks import check_bool, check_length, fail
-from .arrays import zeros
+from .arrays import from_list, zeros
 
 
 class OutOfPages(RuntimeError):
@@ -13,9 +13,10 @@ class OutOfPages(RuntimeError):
 class BlockPool:
     """Reference counts and a least-recently-used free list over `num_pages` pages.
 
-    A page is held while its count is above 0. A page whose count falls to 0 is free, but keeps what it holds until it
-    is allocated again, the longest free first; until then `share` takes it back. With `prefix_caching`, pages can be
-    registered under a hash of what they hold, and found by it while held or free.
+    A page is held while its count is above 0. With `prefix_caching`, pages can be registered under a hash of what they
+    hold, and found by it while held or free. A page whose count falls to 0 is free. If it can be found, it keeps what
+    it holds until it is allocated again, and until then `share` takes it back. `allocate` takes pages that cannot be
+    found first, since nothing is lost with them, then those that have been free longest.
 
     Every operation takes a batch and costs O(1) per page, amortised, at any `num_pages`: a few operations on arrays,
     and a loop only over the hashes that are registered, looked up, or dropped because their page is reused. A failed
@@ -35,18 +36,24 @@ class BlockPool:
         self.num_free = num_pages
         self._refs = zeros(num_pages, dtype=torch.int32)
         # The free list is a queue that is never searched: an entry counts only while _position of its page points at
-        # it. Taking a page out of the middle clears its position; the entry is skipped, or dropped by _compact.
-        self._queue = zeros(2 * num_pages)
+        # it. Taking a page out of the middle clears its position; the entry is skipped, or dropped by _compact. Pages
+        # that can be found are put at its end, others at its head, so that all of these come before all of those.
+        self._queue = zeros(3 * num_pages)
         self._position = zeros(num_pages)
         self._queue[:num_pages] = self._position.copy_(torch.arange(num_pages, device="cpu"))
         self._head, self._tail = 0, num_pages
-        # _page_of is exact: its values are the pages that are marked in _registered, each under its _hash_of.
+        # _hash_of has the pages that are marked in _registered; _page_of those marked in _found, one for each hash, and
+        # _twins the others of the same hash. A hash without others is not in _twins.
         self._registered = zeros(num_pages, dtype=torch.bool)
-        self._page_of = {}
+        self._found = zeros(num_pages, dtype=torch.bool)
         self._hash_of = {}
+        self._page_of = {}
+        self._twins = {}
 
     def allocate(self, n):
-        """Take the n pages that have been free longest; what they held can no longer be found.
+        """Take n free pages, those that cannot be found before those that can, of these the longest free first.
+
+        What they held can no longer be found in them.
 
         Returns: (n,). Raises: OutOfPages.
         """
@@ -63,13 +70,13 @@ class BlockPool:
     def share(self, pages):
         """Count one more reference to each page; a page listed twice counts twice.
 
-        Raises: ValueError, where a page does not exist, or is free and not registered: what it holds is nobody's.
+        Raises: ValueError, where a page does not exist, or is free and cannot be found: what it holds is nobody's.
         """
         pages = self._check_pages(pages)
         is_free = self._refs[pages] == 0
-        lost = is_free & ~self._registered[pages]
+        lost = is_free & ~self._found[pages]
         if lost.any():
-            fail("pages", "pages that are held, or free and registered", f"{int(pages[lost][0])}, which is free")
+            fail("pages", "pages that are held, or free and found", f"{int(pages[lost][0])}, which is free")
         revived = self._distinct(pages[is_free])
         self._position[revived] = -1
         self.num_free -= revived.numel()
@@ -88,7 +95,9 @@ class BlockPool:
             self._count(pages, 1)
             excess = int(pages[references < 0][0])
             fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
-        self._push(pages[references == 0].flip(0))
+        freed = pages[references == 0].flip(0)
+        found = self._found[freed]
+        self.num_free += self._push(freed[found]) + self._push(freed[~found], at_head=True)
 
     def ref_count(self, page):
         """References to a page; 0: free."""
@@ -99,9 +108,10 @@ class BlockPool:
         return self._refs[self._check_pages(pages)]
 
     def register(self, pages, hashes):
-        """Let held pages be found by hashes of what they hold; of pages with one hash, the first stays the one found.
+        """Let held pages be found by hashes of what they hold.
 
-        Raises: ValueError, where a page is free, or the numbers of pages and hashes differ.
+        Of pages with one hash, the first stays the one found; once it is reused or forgotten, the last of the others
+        is. Raises: ValueError, where a page is free, or the numbers of pages and hashes differ.
         """
         pages = self._check_pages(pages)
         if pages.numel() != len(hashes):
@@ -113,15 +123,21 @@ class BlockPool:
             return
         numbers = pages.tolist()
         for page, digest in zip(numbers, hashes):
+            if self._hash_of.get(page) == digest:
+                continue
             self._unlink(page)
             self._hash_of[page] = digest
-            self._page_of.setdefault(digest, page)
-        found = [self._page_of.get(self._hash_of[page]) == page for page in numbers]
-        self._registered[pages] = torch.tensor(found, dtype=torch.bool, device="cpu")
+            if self._page_of.setdefault(digest, page) != page:
+                self._twins.setdefault(digest, {})[page] = None
+        self._registered[pages] = True
+        found = [self._page_of[self._hash_of[page]] == page for page in numbers]
+        self._found[pages] = torch.tensor(found, dtype=torch.bool, device="cpu")
 
     def forget(self, pages):
-        """Let pages, about to be overwritten, no longer be found."""
-        self._forget(self._check_pages(pages))
+        """Let pages, about to be overwritten, no longer be found; those that are free are the next to be reused."""
+        pages = self._check_pages(pages)
+        self._forget(pages)
+        self._push(pages[self._refs[pages] == 0], at_head=True)
 
     def lookup(self, hashes):
         """The pages of the longest prefix of `hashes` that is registered; no reference is taken.
@@ -138,7 +154,7 @@ class BlockPool:
         return torch.tensor(pages, dtype=torch.int64, device="cpu")
 
     def hash_of(self, page):
-        """The hash that a page was last registered under, whether it is the one found by it or not."""
+        """The hash that a page is registered under, whether it is the one found by it or not."""
         return self._hash_of[page]
 
     @property
@@ -149,7 +165,7 @@ class BlockPool:
     @property
     def num_cached(self):
         """Free pages that can be found by their hash; O(num_pages)."""
-        return int((self._registered & (self._refs == 0)).sum())
+        return int((self._found & (self._refs == 0)).sum())
 
     def _count(self, pages, by):
         self._refs.index_add_(0, pages, torch.full_like(pages, by, dtype=torch.int32))
@@ -157,15 +173,30 @@ class BlockPool:
     def _forget(self, pages):
         registered = self._registered[pages]
         if registered.any():
-            for page in pages[registered].tolist():
+            pages = pages[registered]
+            for page in pages.tolist():
                 self._unlink(page)
             self._registered[pages] = False
+            self._found[pages] = False
 
     def _unlink(self, page):
-        """Drop the hash that a page is found by, if it is."""
-        digest = self._hash_of.get(page)
-        if digest is not None and self._page_of.get(digest) == page:
+        """Drop the hash of a page, if it has one; if it was found by it, another of this hash is from now on."""
+        digest = self._hash_of.pop(page, None)
+        if digest is None:
+            return
+        twins = self._twins.get(digest, {})
+        if self._page_of[digest] != page:
+            del twins[page]
+        elif twins:
+            twin, _ = twins.popitem()
+            self._page_of[digest] = twin
+            self._found[twin] = True
+            if self._refs[twin] == 0:
+                self._push(from_list([twin]))
+        else:
             del self._page_of[digest]
+        if not twins:
+            self._twins.pop(digest, None)
 
     def _pop(self, n):
         """The first n pages of the free list."""
@@ -181,23 +212,30 @@ class BlockPool:
             width *= 2
         return torch.cat(taken) if taken else self._queue[:0]
 
-    def _push(self, pages):
-        """Add pages, none of them free, at the end of the free list."""
-        if self._tail + pages.numel() > self._queue.numel():
+    def _push(self, pages, at_head=False):
+        """Put pages at one end of the free list, wherever in it they were; returns their number without repetitions."""
+        if not pages.numel():
+            return 0
+        room = self._head if at_head else self._queue.numel() - self._tail
+        if pages.numel() > room:
             self._compact()
         pages = self._distinct(pages)
-        end = self._tail + pages.numel()
-        self._queue[self._tail : end] = pages
-        self._position[pages] = torch.arange(self._tail, end, device="cpu")
-        self._tail = end
-        self.num_free += pages.numel()
+        count = pages.numel()
+        start = self._head - count if at_head else self._tail
+        self._queue[start : start + count] = pages
+        self._position[pages] = torch.arange(start, start + count, device="cpu")
+        if at_head:
+            self._head = start
+        else:
+            self._tail += count
+        return count
 
     def _compact(self):
-        """Move the free list to the start of the queue: O(num_pages), once in at least num_pages releases."""
+        """Move the free list to the middle of the queue: O(num_pages), once in at least num_pages entries."""
         live = self._queue[self._head : self._tail][self._is_live(self._head, self._tail)]
-        self._head, self._tail = 0, live.numel()
-        self._queue[: self._tail] = live
-        self._position[live] = torch.arange(self._tail, device="cpu")
+        self._head, self._tail = self.num_pages, self.num_pages + live.numel()
+        self._queue[self._head : self._tail] = live
+        self._position[live] = torch.arange(self._head, self._tail, device="cpu")
 
     def _is_live(self, start, end):
         """Which entries of the queue from start to end are pages of the free list."""
