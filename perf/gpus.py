@@ -63,7 +63,9 @@ CAPACITY = {
     "sm_89": Capacity(shared_bytes=102400, warps=48, ctas=24),
     "sm_90": Capacity(shared_bytes=233472, warps=64, ctas=32),
     "sm_100": Capacity(shared_bytes=233472, warps=64, ctas=32),
+    "sm_103": Capacity(shared_bytes=233472, warps=64, ctas=32),
     "sm_120": Capacity(shared_bytes=102400, warps=48, ctas=24),
+    "sm_121": Capacity(shared_bytes=102400, warps=48, ctas=24),
 }
 SHARED_BYTES_RESERVED_PER_CTA = 1024
 REGISTER_ALLOCATION_UNIT = 256  # per warp

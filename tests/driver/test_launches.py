@@ -34,11 +34,7 @@ def stub(tmp_path_factory):
 
 def run(stub, arch, *word, **environment):
     """{call: [kernels that it launched]}; fails where one did."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"LD_LIBRARY_PATH": str(stub), "TRITON_LIBCUDA_PATH": str(stub), "STUB_ARCH": arch.removeprefix("sm_")}
-    env |= {"TRITON_ATTN_BACKEND": "triton", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, HERE / "public_calls.py", arch, *word]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = run_python(stub, arch, HERE / "public_calls.py", arch, *word, **environment)
     launches = {}
     for line in done.stdout.splitlines():
         word, _, rest = line.partition(" ")
@@ -48,6 +44,14 @@ def run(stub, arch, *word, **environment):
             of_call.append(rest.split()[0])
     assert done.returncode == 0, done.stderr[-4000:]
     return launches
+
+
+def run_python(stub, arch, *arguments, **environment):
+    """A process over the stub driver."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"LD_LIBRARY_PATH": str(stub), "TRITON_LIBCUDA_PATH": str(stub), "STUB_ARCH": arch.removeprefix("sm_")}
+    env |= {"TRITON_ATTN_BACKEND": "triton", "PYTHONPATH": f"{ROOT}:{HERE}", **environment}
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.oldest), "sm_100"])
@@ -68,3 +72,23 @@ def test_every_public_function_launches(stub, arch, record_property):
 def test_the_kernels_of_hopper_launch(word, kernel, stub):
     (of_call,) = run(stub, "sm_90", word, TRITON_ATTN_KERNELS="hopper").values()
     assert kernel in of_call
+
+
+WARMED_UP = """
+from unittest import mock
+import public_calls, triton_attn
+from triton.runtime import build
+
+public_calls.use_stub("sm_90")
+triton_attn.warmup(num_heads_q=1, head_dim=16, functions=["copy_kv_pages"], arch="sm_90")
+with mock.patch.object(build, "_build", side_effect=AssertionError("the C compiler was called")):
+    caches = [public_calls.torch.zeros(2, 16, 1, 16, dtype=public_calls.BF16) for _ in range(2)]
+    triton_attn.copy_kv_pages(caches, public_calls.int32(0), public_calls.int32(1))
+"""
+
+
+@pytest.mark.oldest
+def test_a_warmup_leaves_nothing_to_a_c_compiler(stub, tmp_path):
+    done = run_python(stub, "sm_90", "-c", WARMED_UP, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "launch _copy_kv_pages_kernel" in done.stdout

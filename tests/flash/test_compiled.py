@@ -153,6 +153,13 @@ def test_default(arch, dtype, head_dim, head_dim_v, variant, record_property):
     check_instructions(launch, report, dtype)
 
 
+@pytest.mark.oldest
+@pytest.mark.parametrize("arch", ["sm_103", "sm_121", "gfx950"])
+def test_what_has_the_tables_of_another_spills_nothing(arch):
+    launch = compile_default(arch, torch.bfloat16, 128, 128, "causal")
+    assert (launch.arch, launch.spill_bytes) == (arch, 0)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])

@@ -1,5 +1,6 @@
 """mla_prefill in each schedule: gradients, memory, and each settled semantic in an example."""
 
+import inspect
 import itertools
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from prefill_cases import Case, Inputs, check, check_gradients, floor_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_attn import mla_prefill, reference
+from triton_attn.mla import autograd
 from triton_attn.mla.schedule import MODES
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
@@ -103,6 +105,25 @@ def test_only_the_gradients_that_are_wanted(wanted):
     reference.mla_prefill(*leaves).sum().backward()
     assert [x.grad is not None for x in tensors] == [i == wanted for i in range(6)]
     torch.testing.assert_close(tensors[wanted].grad, leaves[wanted].grad.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_repeat_where_torch_is_to_be_deterministic(monkeypatch):
+    asked = []
+    launch = autograd.launch_flash_bwd
+
+    def record(*args):
+        asked.append(inspect.signature(launch).bind(*args).arguments["deterministic"])
+        return launch(*args)
+
+    monkeypatch.setattr(autograd, "launch_flash_bwd", record)
+    for deterministic in (False, True):
+        tensors = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32)).tensors]
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            mla_prefill(*tensors).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
 
 
 def test_what_has_no_gradient_says_so():

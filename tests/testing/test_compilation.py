@@ -15,7 +15,7 @@ from triton_attn.testing import compile_only, shared_memory_limit
 
 pytestmark = pytest.mark.compiled
 
-ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942", "gfx950"]
 
 
 @triton.jit
@@ -64,8 +64,8 @@ def test_a_dot_uses_the_instructions_of_its_target(arch):
     (launch,) = launches
     assert launch.arch == arch
     assert launch.uses_wgmma == (arch == "sm_90")
-    assert launch.uses_tcgen05 == (arch == "sm_100")
-    assert launch.uses_mfma == (arch == "gfx942")
+    assert launch.uses_tcgen05 == (arch in ("sm_100", "sm_103"))
+    assert launch.uses_mfma == arch.startswith("gfx")
     assert launch.uses_cp_async == arch.startswith("sm_")
     assert not launch.uses_tma
     assert 16 < launch.registers <= 255
@@ -198,7 +198,7 @@ def test_an_interpreting_process_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm90", 90, None])
 def test_an_unknown_target_is_refused(arch):
-    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*gfx942; got"):
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*gfx950; got"):
         compile_only(arch).__enter__()
     with pytest.raises(ValueError, match="arch must be one of"):
         shared_memory_limit(arch)

@@ -73,6 +73,22 @@ def _compile_task(task):
     try:
         with record_specializations(arch, compiled=set(kernels)):
             call(work)
+            launches = triton.runtime.driver.active.launches
     finally:
         config.listener = previous
+    _build_launchers({launch.kernel.hash: launch.kernel for launch in launches}.values())
     return outcomes
+
+
+def _build_launchers(kernels):
+    """What Triton before 3.8 has a C compiler make at the first launch of a kernel, and keeps in its cache on disk.
+
+    It is linked with the GPU's driver, and so left to the first launch where there is none.
+    """
+    try:
+        driver = triton.runtime.driver.active
+    except RuntimeError:  # no GPU
+        return
+    for kernel in kernels:
+        if kernel.metadata.target.backend == driver.get_current_target().backend:
+            driver.launcher_cls(kernel.src, kernel.metadata)

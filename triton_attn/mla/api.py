@@ -203,6 +203,8 @@ def mla_prefill(
         out (batch, seqlen_q, num_heads, v_head_dim) or (total_q, ...), and with return_lse also lse (batch, num_heads,
         seqlen_q) or (num_heads, total_q) in fp32. A query that sees no key has out = 0, lse = -inf.
 
+    The forward repeats bitwise, the backward under torch.use_deterministic_algorithms, at more products a tile.
+
     Raises:
         TypeError, ValueError: an argument is wrong, or max_workspace_bytes too little; nothing was launched.
         NotImplementedError: a gradient is wanted through "absorbed", or of a head dimension (nope + rope, v) above 256.

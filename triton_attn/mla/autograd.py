@@ -125,6 +125,7 @@ def mla_prefill_backward(
             max_seqlen_k,
             options,
             (wants_q, wants_k, wants_v, False),
+            torch.are_deterministic_algorithms_enabled(),
         )
         if wanted[0]:
             dq_nope[..., heads, :] = dq[..., :nope]

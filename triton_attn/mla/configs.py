@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._host.checks import fail
 from .._host.tuned import remember, rows_class, tuned_config
 
 
@@ -110,6 +111,8 @@ def _known_arch(arch):
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm_"))
+    if number < 80:
+        fail("q_nope", "a GPU of compute capability 8.0 or more", arch)
     lowest = max(n for n in (80, 81, 90, 100, 120) if n <= number)
     return f"sm_{86 if lowest == 81 else lowest}"
 

@@ -18,20 +18,26 @@ _TARGETS = {
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
+    "sm_121": GPUTarget("cuda", 121, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 
 # Bytes that one program may use. CUDA C++ programming guide, table of compute capabilities (opt-in maximum per block);
-# AMD CDNA3 ISA: 64 KiB of local data share per workgroup.
+# AMD CDNA3 and CDNA4 ISA: 64 and 160 KiB of local data share per workgroup.
 _SHARED_MEMORY_LIMIT = {
     "sm_80": 166912,
     "sm_86": 101376,
     "sm_89": 101376,
     "sm_90": 232448,
     "sm_100": 232448,
+    "sm_103": 232448,
     "sm_120": 101376,
+    "sm_121": 101376,
     "gfx942": 65536,
+    "gfx950": 163840,
 }
 
 
@@ -190,7 +196,7 @@ def compile_only(arch: str, *, every_launch: bool = True):
     targets apart. One at a time in a process; other threads of the process see it too.
 
     Args:
-        arch: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120" or "gfx942".
+        arch: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942" or "gfx950".
         every_launch: False records only the first launch of each compiled kernel, and every later launch of it costs
             no more than the JIT's own call path. For measuring the cost of a call on the host.
 
