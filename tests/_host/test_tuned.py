@@ -386,7 +386,7 @@ def test_equal_calls_look_up_once(tmp_path, monkeypatch):
 
     looked_up = []
     monkeypatch.setattr(configs, "tuned_config", lambda *args: looked_up.append(args))
-    arguments = "sm_90", torch.bfloat16, 64, 64, True, "tma", "ieee", False, True, 77
+    arguments = "sm_90", torch.bfloat16, 64, 64, True, "tma", "ieee", False, False, True, 77
     for _ in range(3):
         assert configs.choose_config(*arguments) == default_config("sm_90", torch.bfloat16, 64, 64, True)
     assert len(looked_up) == 1

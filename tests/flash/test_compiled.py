@@ -39,6 +39,7 @@ VARIANTS = {
     "softcap": {"causal": True, "softcap": 30.0},
     "alibi": {"causal": True, "alibi_slopes": torch.ones(NUM_HEADS)},
     "sinks": {"causal": True, "sinks": torch.ones(NUM_HEADS)},
+    "dropout": {"causal": True, "dropout_p": 0.1, "dropout_seed": 1},
     "lse": {"return_lse": True},
 }
 
@@ -80,15 +81,15 @@ KNOWN_SPILLS = {("sm_80", 192, "lse"): 32, ("sm_120", 192, "causal"): 8}
 
 def check_resources(launch, report, dtype, variant):
     """It fits; half precision spills nothing in the loop, past head dim 256 on sm_90 and sm_100 alone, and outside the
-    loop nothing up to head dim 256."""
+    loop nothing up to head dim 256, but with dropout, whose random numbers take the time."""
     assert launch.shared_bytes <= shared_memory_limit(launch.arch)
     if dtype == torch.float32:
         return
     head_dim = max(launch.constexprs["HEAD_DIM"], launch.constexprs["HEAD_DIM_V"])
-    if head_dim <= 256:
+    if head_dim <= 256 and variant != "dropout":
         assert launch.spill_bytes <= KNOWN_SPILLS.get((launch.arch, head_dim, variant), 0)
     if launch.arch in ("sm_90", "sm_100") or (head_dim <= 256 and launch.arch != "gfx942"):
-        assert report.hot.spills == 0
+        assert report.hot.spills <= (2 if variant == "dropout" else 0)
 
 
 def check_instructions(launch, report, dtype):
@@ -127,6 +128,7 @@ SLICE = [
     *(case("sm_90", torch.float16, d, "varlen", pytest.mark.oldest) for d in (64, 256)),
     *(case("sm_90", torch.float16, d, "causal") for d in (40, 160, 320, 512)),
     *(case("sm_90", torch.float16, 128, variant) for variant in ("softcap", "alibi", "sinks")),
+    *(case(arch, torch.float16, d, "dropout") for arch, d in (("sm_90", 128), ("sm_80", 64))),
     *(case("sm_80", torch.float16, d, "plain") for d in (40, 128)),
     *(case("sm_100", torch.float16, d, "plain") for d in (128, 512)),
     *(case(arch, torch.float32, 128, "causal") for arch in ARCHS),

@@ -41,8 +41,8 @@ def test_there_is_a_default_for_every_head_dim(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_is_against_a_default(arch, dtype):
     for head_dim, head_dim_v in itertools.product(range(8, 513, 24), repeat=2):
-        for access, softcap in itertools.product(("tma", "vector"), (False, True)):
-            config = default_config(arch, dtype, head_dim, head_dim_v, False, access, softcap=softcap)
+        for access, extra in itertools.product(("tma", "vector"), ({}, {"softcap": True}, {"dropout": True})):
+            config = default_config(arch, dtype, head_dim, head_dim_v, False, access, **extra)
             assert prune(config, arch, dtype, head_dim, head_dim_v) is None, (config, head_dim, head_dim_v)
 
 

@@ -155,6 +155,12 @@ _HOPPER = {
 # `lock` is 427 where the row's own has 429 and spills.
 _SOFTCAP = {("sm_90", "tma", 160): FlashConfig(128, 64, 8, 3, use_tma=True)}
 
+# Tiles that leave room to the dropout mask: registers, or the 16 KiB of shared memory in which its layout is changed.
+_DROPOUT = {
+    ("sm_80", "vector", 64): FlashConfig(128, 64, 8, 3),
+    ("sm_90", "tma", 128): FlashConfig(128, 128, 8, 2, use_tma=True),
+}
+
 # fp32 inputs, by the precision of their products. NVIDIA has fused multiply-adds alone for ieee.
 _FLOAT = {
     "ieee": (
@@ -178,7 +184,7 @@ _FLOAT = {
 
 
 @remember
-def choose_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap, plain, seqlen_k):
+def choose_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap, dropout, plain, seqlen_k):
     """The config of a call: of a tuned table where one has it, else the default.
 
     plain: without softcap, ALiBi and dropout, as sweeps time it. seqlen_k: of the longest sequence. The rest as in
@@ -188,7 +194,7 @@ def choose_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, 
         found = tuned_config(arch, "flash", dtype, (head_dim, head_dim_v, causal), (seqlen_k,))
         if found is not None:
             return FlashConfig(**found)
-    return default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap)
+    return default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap, dropout)
 
 
 def choose_hopper_config(wanted, dtype, head_dim, causal, seqlen_k):
@@ -211,7 +217,9 @@ def loads_best(arch, access):
 
 
 @functools.cache
-def default_config(arch, dtype, head_dim, head_dim_v, causal, access="tma", precision="ieee", softcap=False):
+def default_config(
+    arch, dtype, head_dim, head_dim_v, causal, access="tma", precision="ieee", softcap=False, dropout=False
+):
     """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
 
     The row is the first of the table that reaches the width max((head_dim + head_dim_v) / 2, head_dim_v), both padded
@@ -225,7 +233,7 @@ def default_config(arch, dtype, head_dim, head_dim_v, causal, access="tma", prec
         access: how k and v can be loaded: "tma", 16 bytes at a time ("vector"), or element by element ("scalar").
             Architectures without TMA take "tma" as "vector".
         precision: of fp32 products: "ieee", "tf32" or "tf32x3".
-        softcap: whether there is one.
+        softcap, dropout: whether there is one.
     """
     if arch == "interpreter":
         return FlashConfig(64, 64, 4, 1)
@@ -234,7 +242,11 @@ def default_config(arch, dtype, head_dim, head_dim_v, causal, access="tma", prec
     access = access if access in _HALF[arch] else "vector"
     table = _HALF[arch][access] if half else _FLOAT[precision]
     width, config = next(row for row in table if _width(head_dim, head_dim_v) <= row[0])
-    return _SOFTCAP.get((arch, access, width), config) if softcap and half else config
+    if half and softcap:
+        return _SOFTCAP.get((arch, access, width), config)
+    if half and dropout:
+        return _DROPOUT.get((arch, access, width), config)
+    return config
 
 
 def known_arch(arch):

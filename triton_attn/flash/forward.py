@@ -284,7 +284,7 @@ def _plan(
         access = "scalar" if vector == 1 or not bases_aligned else "tma" if suits_tma else "vector"
         plain = fold_scale and not drops
         shape = head_dim, head_dim_v, causal
-        config = choose_config(arch, dtype, *shape, access, precision, capped, plain, seqlen_k)
+        config = choose_config(arch, dtype, *shape, access, precision, capped, drops, plain, seqlen_k)
     use_tma = config.use_tma and suits_tma and bases_aligned
     num_tiles = -(-seqlen_q // config.block_m)
     section_size = 1
