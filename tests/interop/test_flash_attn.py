@@ -104,14 +104,92 @@ def test_dropout_follows_torchs_generator(qkv):
     assert not torch.equal(first, second)
 
 
+def check_weights(s_dmask, out, lse, q, k, v, options):
+    """What flash-attn's tests make of S_dmask: the mask by its signs, and the output from what it says."""
+    seqlen_q, seqlen_k = len(q), len(k)
+    assert not s_dmask[:, seqlen_q:].any()
+    assert not s_dmask[:, :, seqlen_k:].any()
+    s_dmask = s_dmask[:, :seqlen_q, :seqlen_k]
+    keep = s_dmask >= 0
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    expected = torch.einsum("hij,jhd->ihd", s_dmask * keep / 0.75, v)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    _, expected_lse = reference.flash_attention(q[None], k[None], k[None], return_lse=True, **options)
+    torch.testing.assert_close(lse, expected_lse[0], atol=1e-5, rtol=1e-5)
+    distance = torch.arange(seqlen_k, device=q.device) - torch.arange(seqlen_q, device=q.device)[:, None]
+    seen = (distance <= seqlen_k - seqlen_q) & (distance >= seqlen_k - seqlen_q - 20)
+    assert not s_dmask.masked_fill(seen, 0).any()
+    return (~keep)[:, seen].float().flatten()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_shows_its_mask(device, packed):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, heads, 32, device=device) for n, heads in ((130, 4), (139, 2), (139, 2)))
+    slopes = torch.tensor([[0.5, 40, 0, 1], [1, 2, 0, 9]], device=device)  # weights of 0 among them
+    options = dict(causal=True, window_size=(20, -1), alibi_slopes=slopes)
+    if packed:
+        starts = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 50, 180], [0, 61, 200])]
+        (q, k, v), call, lengths = (x.flatten(0, 1) for x in (q, k, v)), interop.flash_attn_varlen_func, (130, 139)
+        bounds = [(slice(0, 50), slice(0, 61)), (slice(50, 180), slice(61, 200))]
+        places = (q[:180], k[:200], v[:200], *starts, *lengths)
+        sequences = [(q[rows_q], k[rows_k], v[rows_k]) for rows_q, rows_k in bounds]
+    else:
+        call, places, sequences = interop.flash_attn_func, (q, k, v), list(zip(q, k, v))
+    torch.manual_seed(1)
+    out, lse, s_dmask = call(*places, dropout_p=0.25, return_attn_probs=True, **options)
+    torch.manual_seed(1)
+    assert torch.equal(call(*places, dropout_p=0.25, **options), out)
+    assert s_dmask.shape == (2, 4, 256, 256)
+    assert s_dmask.dtype == q.dtype
+    dropped = []
+    for i, rows in enumerate(sequences):
+        own = options | {"alibi_slopes": slopes[i]}
+        own_out = out[bounds[i][0]] if packed else out[i]
+        own_lse = lse[:, bounds[i][0]] if packed else lse[i]
+        dropped.append(check_weights(s_dmask[i], own_out, own_lse, *rows, own))
+    assert abs(torch.cat(dropped).mean() - 0.25) < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 5.0}, {"causal": True, "window_size": (6, 2)}])
+def test_varlen_over_pages(device, options):
+    torch.manual_seed(0)
+    seqlens, counts, page_size = (17, 0, 5, 40), (9, 3, 5, 1), 8
+    q = torch.randn(sum(counts), 4, 32, device=device)
+    k, v = (torch.randn(sum(seqlens), 2, 32, device=device) for _ in range(2))
+    starts_q, starts_k = (
+        torch.tensor([0, *n], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32) for n in (counts, seqlens)
+    )
+    table = torch.full((4, 6), 2147480000, dtype=torch.int32, device=device)
+    k_pages, v_pages = (torch.full((12, page_size, 2, 32), torch.nan, device=device) for _ in range(2))
+    pages = iter(torch.randperm(12).tolist())
+    for i, n in enumerate(seqlens):
+        for j in range(0, n, page_size):
+            table[i, j // page_size] = page = next(pages)
+            rows = slice(int(starts_k[i]) + j, int(starts_k[i]) + min(j + page_size, n))
+            k_pages[page, : rows.stop - rows.start], v_pages[page, : rows.stop - rows.start] = k[rows], v[rows]
+    lengths = (starts_q, starts_k, max(counts), max(seqlens))
+    slopes = torch.rand(4, device=device)
+    expected = flash_attention_varlen(q, k, v, *lengths, return_lse=True, alibi_slopes=slopes, **options)
+    call = interop.flash_attn_varlen_func
+    options |= dict(alibi_slopes=slopes, block_table=table)
+    out, lse, s_dmask = call(q, k_pages, v_pages, *lengths, return_attn_probs=True, **options)
+    torch.testing.assert_close((out, lse), expected, atol=1e-5, rtol=1e-5)
+    assert s_dmask.numel() == 0
+    assert torch.equal(call(q, k_pages, v_pages, *lengths, **options), out)
+
+
 def test_what_is_not_served_is_refused_by_name(qkv):
     q, k, v = qkv.unbind(2)
-    with pytest.raises(NotImplementedError, match="return_attn_probs"):
-        interop.flash_attn_func(q, k, v, dropout_p=0.1, return_attn_probs=True)
     cu_seqlens = torch.tensor([0, 37], dtype=torch.int32, device=qkv.device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=qkv.device)
-    with pytest.raises(NotImplementedError, match="block_table"):
-        interop.flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 37, 37, block_table=table)
+    places = (q[0], k, v, cu_seqlens, cu_seqlens, 37, 37)
+    with pytest.raises(NotImplementedError, match=r"dropout_p: 0 is served with a block_table, got 0\.1"):
+        interop.flash_attn_varlen_func(*places, dropout_p=0.1, block_table=table)
+    with pytest.raises(NotImplementedError, match="gradient"):
+        interop.flash_attn_varlen_func(q[0], k.clone().requires_grad_(), *places[2:], block_table=table)
+    with pytest.raises(TypeError, match=r"cu_seqlens_k: expected an int32 tensor .* got None"):
+        interop.flash_attn_varlen_func(*places[:4], None, 37, 37, block_table=table)
 
 
 # flash_attn_with_kvcache: ragged lengths, one of them 0, over a cache whose other slots hold NaN.

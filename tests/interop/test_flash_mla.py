@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 
+from triton_attn import reference
 from triton_attn.interop import flash_mla as interop
 from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
 
@@ -28,6 +29,14 @@ def test_signatures_are_flash_mlas():
     places = f"(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, {options})"
     assert str(inspect.signature(interop.flash_mla_with_kvcache)) == places
     assert str(inspect.signature(interop.get_mla_metadata)) == "(*args, **kwargs)"
+    lengths, options = "cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv", "dropout_p=0.0, softmax_scale=None"
+    options += ", causal=False, deterministic=False, is_varlen=True"
+    for name, places in (
+        ("flash_attn_varlen_func", f"q, k, v, {lengths}"),
+        ("flash_attn_varlen_kvpacked_func", f"q, kv, {lengths}, head_dim_qk"),
+        ("flash_attn_varlen_qkvpacked_func", "qkv, cu_seqlens, max_seqlen, head_dim_qk"),
+    ):
+        assert str(inspect.signature(getattr(interop, name))) == f"({places}, {options})"
 
 
 class Inputs:
@@ -164,6 +173,75 @@ def test_every_signature_of_the_past(device):
 
 
 @pytest.mark.parametrize(
+    ("layout", "is_fp8"),
+    [("heads inside pages", False), ("heads inside pages", True), ("pages inside heads", True), ("one for all", False)],
+)
+def test_heads_of_keys(device, layout, is_fp8):
+    """Each group of query heads as by a call of its own over its own head of the cache."""
+    inputs = Inputs(device, seqlens=(66, 0), seqlen_q=2, num_heads=6, is_fp8=is_fp8)
+    if layout == "one for all":
+        inputs.cache = inputs.cache.expand(-1, -1, 3, -1)
+    else:
+        inputs.cache = inputs.cache.repeat(1, 1, 3, 1)
+        for head in range(3):
+            numbers = inputs.cache[:, :, head]
+            (numbers[..., 512:528].view(torch.float32) if is_fp8 else numbers).mul_(1 - head / 3)
+    if layout == "pages inside heads":
+        inputs.cache = inputs.cache.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    q, cache = inputs.q, inputs.cache
+    out, lse = inputs.call(causal=True)
+    assert out.shape == (2, 2, 6, HEAD_DIM_V)
+    assert lse.shape == (2, 6, 2)
+    for head in range(3):
+        group = slice(2 * head, 2 * head + 2)
+        inputs.q, inputs.cache = q[:, :, group], cache[:, :, head : head + 1]
+        own_out, own_lse = inputs.call(causal=True)
+        torch.testing.assert_close(out[:, :, group], own_out, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(lse[:, group], own_lse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [None, "kv", "qkv"])
+@pytest.mark.parametrize("head_dim", [128, 192])
+def test_varlen_with_gradients(device, head_dim, packed):
+    """192 and 128 are the widths of DeepSeek's prefill, and gradients reach packed tensors whole."""
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 11, 11, 37], dtype=torch.int32, device=device)
+    qkv = torch.randn(37, 2, 2 * head_dim + 128, device=device, requires_grad=True)
+    q, k, v = qkv.split([head_dim, head_dim, 128], dim=-1)
+    options = dict(softmax_scale=0.1, causal=True)
+    if packed == "qkv":
+        out, lse = interop.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 26, head_dim, **options)
+    elif packed == "kv":
+        lengths = (cu_seqlens, cu_seqlens, 26, 26)
+        out, lse = interop.flash_attn_varlen_kvpacked_func(q, qkv[:, :, head_dim:], *lengths, head_dim, **options)
+    else:
+        out, lse = interop.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 26, 26, 0.0, 0.1, True, False, False)
+    assert (lse.shape, lse.stride()) == ((37, 2), (1, 37))
+    double = qkv.detach().double().requires_grad_()
+    parts = double.split([head_dim, head_dim, 128], dim=-1)
+    expected = reference.flash_attention_varlen(*parts, cu_seqlens, cu_seqlens, 26, 26, return_lse=True, **options)
+    torch.testing.assert_close(out, expected[0].float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, expected[1].T.float(), atol=1e-5, rtol=1e-5)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    expected[0].backward(dout.double())
+    torch.testing.assert_close(qkv.grad, double.grad.float(), atol=2e-5, rtol=2e-5)
+
+
+def test_varlen_names_what_is_wrong(device):
+    qkv = torch.randn(5, 2, 24, device=device)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=device)
+    with pytest.raises(
+        ValueError, match="head_dim_qk: expected 1 or more that leave room for values in qkv's 24, got 12"
+    ):
+        interop.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 5, 12)
+    with pytest.raises(TypeError, match="head_dim_qk: expected an int, got float"):
+        interop.flash_attn_varlen_kvpacked_func(qkv, qkv, cu_seqlens, cu_seqlens, 5, 5, 8.0)
+    with pytest.raises(ValueError, match="kv: expected shape"):
+        interop.flash_attn_varlen_kvpacked_func(qkv, qkv[0], cu_seqlens, cu_seqlens, 5, 5, 8)
+
+
+@pytest.mark.parametrize(
     "name",
     ["indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length"],
 )
@@ -205,9 +283,14 @@ WRONG = {
     "cache without heads": (dict(k_cache=lambda x: x[:, :, 0]), ValueError, "k_cache: expected shape"),
     "narrow cache": (dict(k_cache=lambda x: x[..., :512]), ValueError, "k_cache: expected shape"),
     "heads of keys": (
-        dict(k_cache=lambda x: x.expand(-1, -1, 2, -1)),
-        NotImplementedError,
-        "k_cache: one KV head",
+        dict(k_cache=lambda x: x.expand(-1, -1, 3, -1)),
+        ValueError,
+        "k_cache: expected a number of heads that divides q's 16, got 3",
+    ),
+    "table of another batch": (
+        dict(k_cache=lambda x: x.expand(-1, -1, 2, -1), block_table=lambda x: x[:1]),
+        ValueError,
+        r"block_table: expected shape \(3, max_blocks\)",
     ),
     "no table": (dict(block_table=lambda _: None), TypeError, "block_table: expected a tensor"),
     "lengths": (dict(cache_seqlens=lambda x: x.long()), TypeError, "cache_seqlens: expected torch.int32"),

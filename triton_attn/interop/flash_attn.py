@@ -10,8 +10,12 @@ from numbers import Integral
 import torch
 
 from triton_attn import append_kv_cache, flash_attention, flash_attention_varlen, paged_attention
+from triton_attn.reference import dropout_mask
 
+from .._host.definition import attend, visible_keys
 from .rope import rotate
+
+S_DMASK_MULTIPLE = 128  # flash-attn rounds the lengths of S_dmask up to it
 
 
 def flash_attn_func(
@@ -29,18 +33,20 @@ def flash_attn_func(
 ):
     """`triton_attn.flash_attention`: q (batch, seqlen_q, nheads, headdim), k, v (batch, seqlen_k, nheads_k, headdim).
 
-    Returns out, or with return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (batch, nheads, seqlen_q) fp32 and
-    S_dmask empty, as flash-attn leaves it without dropout. With dropout return_attn_probs raises NotImplementedError.
+    Returns out, or with return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (batch, nheads, seqlen_q) fp32;
+    S_dmask is empty without dropout, as flash-attn leaves it. With dropout it is for tests: (batch, nheads, seqlen_q,
+    seqlen_k) in q's dtype, both lengths rounded up to 128, the softmax before dropout, normalised, below 0 where a
+    weight is dropped, 0 or more where it is kept or no key is seen. It is computed beside the kernel, by torch.
     """
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
-    result = flash_attention(
-        q,
-        k,
-        v,
-        **_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_lse=_wants_lse(return_attn_probs, dropout_p),
-    )
-    return (*result, q.new_empty(0)) if return_attn_probs else result
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    seed = _dropout_seed(q, dropout_p) if return_attn_probs else None
+    dropout = dict(dropout_p=dropout_p, dropout_seed=seed, deterministic=bool(deterministic))
+    result = flash_attention(q, k, v, **options, **dropout, return_lse=bool(return_attn_probs))
+    if not return_attn_probs:
+        return result
+    sizes = (q.shape[2], q.shape[1], k.shape[1])
+    return (*result, _signed_weights(q, list(zip(q, k)), *sizes, dropout_p, seed, options))
 
 
 def flash_attn_kvpacked_func(
@@ -115,23 +121,54 @@ def flash_attn_varlen_func(
 ):
     """`triton_attn.flash_attention_varlen` of q (total_q, nheads, headdim) and k, v (total_k, nheads_k, headdim).
 
-    Returns as `flash_attn_func`, softmax_lse (nheads, total_q). block_table raises NotImplementedError.
+    With block_table, (batch, max_blocks) int32, `triton_attn.paged_attention` of q and the pages k, v (num_blocks,
+    page_block_size, nheads_k, headdim), any page_block_size: sequence i has the first cu_seqlens_k[i + 1] -
+    cu_seqlens_k[i] keys of its pages. It has neither gradients nor dropout: NotImplementedError.
+
+    Returns as `flash_attn_func`: softmax_lse (nheads, total_q), S_dmask (batch, nheads, max_seqlen_q, max_seqlen_k)
+    with dropout, both lengths rounded up to 128.
     """
-    if block_table is not None:
-        raise NotImplementedError("block_table: keys and values in pages are not served here, got a table")
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    max_seqlen_q, max_seqlen_k = int(max_seqlen_q), int(max_seqlen_k)
+    if block_table is not None:
+        if dropout_p != 0:
+            raise NotImplementedError(f"dropout_p: 0 is served with a block_table, got {dropout_p}")
+        result = paged_attention(
+            q,
+            k,
+            v,
+            _lengths("cu_seqlens_k", cu_seqlens_k),
+            _with_contiguous_rows(block_table),
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            **options,
+            return_lse=bool(return_attn_probs),
+        )
+        return (*result, q.new_empty(0)) if return_attn_probs else result
+    seed = _dropout_seed(q, dropout_p) if return_attn_probs else None
     result = flash_attention_varlen(
         q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        int(max_seqlen_q),
-        int(max_seqlen_k),
-        **_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_lse=_wants_lse(return_attn_probs, dropout_p),
+        max_seqlen_q,
+        max_seqlen_k,
+        **options,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
+        deterministic=bool(deterministic),
+        return_lse=bool(return_attn_probs),
     )
-    return (*result, q.new_empty(0)) if return_attn_probs else result
+    if not return_attn_probs:
+        return result
+    sequences = []
+    if seed is not None:
+        bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), cu_seqlens_k.tolist(), cu_seqlens_k[1:].tolist())
+        sequences = [(q[start_q:end_q], k[start_k:end_k]) for start_q, end_q, start_k, end_k in bounds]
+    sizes = (q.shape[1], max_seqlen_q, max_seqlen_k)
+    return (*result, _signed_weights(q, sequences, *sizes, dropout_p, seed, options))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -368,22 +405,51 @@ def _with_contiguous_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _wants_lse(return_attn_probs, dropout_p):
-    if return_attn_probs and dropout_p > 0:
-        raise NotImplementedError("return_attn_probs: the weights are nowhere in memory, so not with dropout_p > 0")
-    return bool(return_attn_probs)
+def _lengths(name, cu_seqlens):
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+        raise TypeError(f"{name}: expected an int32 tensor (batch + 1,), got {got}")
+    return cu_seqlens.diff()
 
 
-def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
+def _dropout_seed(q, dropout_p):
+    """A seed drawn as `flash_attention` draws its own, so that asking for S_dmask changes no result."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
+
+
+@torch.no_grad()
+def _signed_weights(q, sequences, num_heads, max_seqlen_q, max_seqlen_k, dropout_p, seed, options):
+    """S_dmask of sequences, each its own queries and keys; a dropped weight of 0 is the least number below 0 instead.
+
+    Attention over one-hot values is the softmax.
+    """
+    if seed is None:
+        return q.new_empty(0)
+    keep = dropout_mask(seed, dropout_p, len(sequences), num_heads, max_seqlen_q, max_seqlen_k).to(q.device)
+    rounded = (-(-size // S_DMASK_MULTIPLE) * S_DMASK_MULTIPLE for size in (max_seqlen_q, max_seqlen_k))
+    s_dmask = q.new_zeros(len(sequences), num_heads, *rounded)
+    slopes = options["alibi_slopes"]
+    for i, (queries, keys) in enumerate(sequences):
+        seqlen_q, seqlen_k = len(queries), len(keys)
+        one_hot = torch.eye(seqlen_k, dtype=q.dtype, device=q.device)[:, None].expand(-1, keys.shape[1], -1)
+        own = options | {"alibi_slopes": slopes[i] if slopes is not None and slopes.ndim == 2 else slopes}
+        weights, _ = attend(queries[None], keys[None], one_hot[None], **own, sinks=None, compute_dtype=torch.float32)
+        weights = weights[0].transpose(0, 1)
+        dropped = -weights.clamp(min=torch.finfo(q.dtype).tiny)
+        signed = torch.where(keep[i, :, :seqlen_q, :seqlen_k], weights, dropped)
+        visible, _ = visible_keys(seqlen_q, seqlen_k, options["causal"], options["window_size"], q.device)
+        s_dmask[i, :, :seqlen_q, :seqlen_k] = signed.masked_fill(~visible, 0)
+    return s_dmask
+
+
+def _options(softmax_scale, causal, window_size, softcap, alibi_slopes):
     """Their options in our terms."""
     return dict(
-        dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=bool(causal),
         window_size=_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        deterministic=bool(deterministic),
     )
 
 

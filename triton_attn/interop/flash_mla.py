@@ -1,4 +1,4 @@
-"""FlashMLA's functions of dense decode on our kernels: the same signatures, defaults and return values.
+"""FlashMLA's functions of dense decode and prefill on our kernels: the same signatures, defaults, return values.
 
     from triton_attn.interop.flash_mla import flash_mla_with_kvcache, get_mla_metadata      # was: from flash_mla import
 
@@ -12,7 +12,9 @@ from numbers import Integral
 
 import torch
 
-from triton_attn import mla_decode
+from triton_attn import flash_attention_varlen, mla_decode
+
+from .._host.checks import check_tensor
 
 
 @dataclass
@@ -61,16 +63,18 @@ def flash_mla_with_kvcache(
 
         s[b, h, i, j] = softmax_scale * q[b, i, h] . k[b, j]
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) k[b, j, :head_dim_v]
-        k[b, j] = k_cache[block_table[b, j // page_block_size], j % page_block_size, 0]
+        k[b, j] = k_cache[block_table[b, j // page_block_size], j % page_block_size, h // group_size]
 
-    over the keys j < cache_seqlens[b], and j <= cache_seqlens[b] - seqlen_q + i if causal.
+    over the keys j < cache_seqlens[b], and j <= cache_seqlens[b] - seqlen_q + i if causal; group_size is num_heads_q //
+    num_heads_k.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), fp16, bf16 or fp32; the last dimension contiguous. DeepSeek's
             head_dim is 576, its head_dim_v 512; others are served, 1 to 512 the one and 1 to 512 more the other.
-        k_cache: (num_blocks, page_block_size, 1, head_dim) of q's dtype, any page_block_size. With is_fp8_kvcache uint8
-            or float8_e4m3fn (num_blocks, page_block_size, 1, 656), the bytes of a row: 512 e4m3 numbers, 4 fp32 scales,
-            64 bf16 numbers; what `append_latent_cache` writes. FlashMLA has it for sparse attention only.
+        k_cache: (num_blocks, page_block_size, num_heads_k, head_dim) of q's dtype, any page_block_size. num_heads_k
+            divides num_heads_q; more than 1 costs a copy of q and of out. With is_fp8_kvcache uint8 or float8_e4m3fn
+            (num_blocks, page_block_size, num_heads_k, 656), the bytes of a row: 512 e4m3 numbers, 4 fp32 scales, 64
+            bf16 numbers; what `append_latent_cache` writes. FlashMLA has it for sparse attention only.
         block_table: (batch, max_blocks) int32, the pages of each sequence. Entries past its last are never read.
         cache_seqlens: (batch,) int32, keys of each sequence, new ones included.
         head_dim_v: elements of a key that are its value, the first ones.
@@ -87,8 +91,8 @@ def flash_mla_with_kvcache(
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
-        NotImplementedError: sparse attention or a sink, more than one KV head, keys without a part that is no value; an
-            argument requires a gradient.
+        NotImplementedError: sparse attention or a sink, keys without a part that is no value; an argument requires a
+            gradient.
     """
     _refuse(
         indices=indices,
@@ -99,18 +103,127 @@ def flash_mla_with_kvcache(
         extra_topk_length=extra_topk_length,
     )
     _check_metadata(tile_scheduler_metadata, num_splits)
-    q_nope, q_pe = _split_queries(q, head_dim_v)
+    head_dim_v = _check_queries(q, head_dim_v)
+    k_cache = _check_cache(k_cache, q, head_dim_v, is_fp8_kvcache)
+    num_heads_k = k_cache.shape[2]
+    if num_heads_k == 1:
+        latent_cache = k_cache.squeeze(2)
+    else:
+        check_tensor("cache_seqlens", cache_seqlens, (q.shape[0],), (torch.int32,), q.device)
+        check_tensor("block_table", block_table, (q.shape[0], "max_blocks"), (torch.int32,), q.device)
+        q = q.unflatten(2, (num_heads_k, -1)).transpose(1, 2).flatten(0, 1)
+        latent_cache, block_table = _one_head_pages(k_cache, block_table)
+        cache_seqlens = cache_seqlens.repeat_interleave(num_heads_k, output_size=q.shape[0])
     out, lse = mla_decode(
-        q_nope,
-        q_pe,
-        _latent_cache(k_cache, q, q_nope.shape[3], is_fp8_kvcache),
+        *q.split([head_dim_v, q.shape[3] - head_dim_v], dim=-1),
+        latent_cache,
         cache_seqlens,
         block_table,
         causal=bool(causal),
         softmax_scale=q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
         return_lse=True,
     )
-    return out, lse.masked_fill_(lse == -math.inf, math.inf)
+    lse.masked_fill_(lse == -math.inf, math.inf)
+    if num_heads_k > 1:
+        out = out.unflatten(0, (-1, num_heads_k)).transpose(1, 2).flatten(2, 3)
+        lse = lse.unflatten(0, (-1, num_heads_k)).flatten(1, 2)
+    return out, lse
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_qo,
+    cu_seqlens_kv,
+    max_seqlen_qo,
+    max_seqlen_kv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    is_varlen=True,
+):
+    """`triton_attn.flash_attention_varlen` of q (total_q, num_heads_q, head_dim), k and v: MLA's prefill, up-projected.
+
+    DeepSeek's head_dim is 192 and that of its values 128; any others to 512 are served, with gradients to 256, and
+    fewer heads of keys than of queries, dropout and deterministic too, which FlashMLA refuses in whole or in part.
+
+    Args:
+        is_varlen: not read. False says that all sequences are as long as max_seqlen_qo and max_seqlen_kv.
+        The rest as in `flash_attention_varlen`.
+
+    Returns:
+        out (total_q, num_heads_q, head_dim_v) and lse (total_q, num_heads_q) fp32 with strides (1, total_q), natural
+        log, always both. A query that sees no key has out = 0 and lse = -inf.
+    """
+    out, lse = flash_attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_qo,
+        cu_seqlens_kv,
+        int(max_seqlen_qo),
+        int(max_seqlen_kv),
+        causal=bool(causal),
+        softmax_scale=softmax_scale,
+        dropout_p=dropout_p,
+        deterministic=bool(deterministic),
+        return_lse=True,
+    )
+    return out, lse.T
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv,
+    cu_seqlens,
+    max_seqlen,
+    head_dim_qk,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    is_varlen=True,
+):
+    """`flash_attn_varlen_func` with qkv (total, num_heads, 2 head_dim_qk + head_dim_v); its gradient is one tensor."""
+    q, k, v = _split_packed("qkv", qkv, head_dim_qk, 2)
+    options = (dropout_p, softmax_scale, causal, deterministic, is_varlen)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q,
+    kv,
+    cu_seqlens_qo,
+    cu_seqlens_kv,
+    max_seqlen_qo,
+    max_seqlen_kv,
+    head_dim_qk,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    is_varlen=True,
+):
+    """`flash_attn_varlen_func` with kv (total_k, num_heads_k, head_dim_qk + head_dim_v); one tensor is its gradient."""
+    k, v = _split_packed("kv", kv, head_dim_qk, 1)
+    lengths = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
+    return flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal, deterministic, is_varlen)
+
+
+def _split_packed(name, packed, head_dim_qk, count):
+    """`count` tensors of head_dim_qk and the values, side by side in the last dimension."""
+    if not isinstance(packed, torch.Tensor):
+        _fail(name, "a tensor", type(packed), TypeError)
+    if packed.ndim != 3:
+        _fail(name, "shape (total, num_heads, widths of its parts)", f"shape {tuple(packed.shape)}")
+    if isinstance(head_dim_qk, bool) or not isinstance(head_dim_qk, Integral):
+        _fail("head_dim_qk", "an int", type(head_dim_qk), TypeError)
+    head_dim_qk = int(head_dim_qk)
+    head_dim_v = packed.shape[2] - count * head_dim_qk
+    if head_dim_qk < 1 or head_dim_v < 1:
+        _fail("head_dim_qk", f"1 or more that leave room for values in {name}'s {packed.shape[2]}", head_dim_qk)
+    return packed.split([head_dim_qk] * count + [head_dim_v], dim=-1)
 
 
 def _refuse(**arguments):
@@ -127,8 +240,8 @@ def _check_metadata(tile_scheduler_metadata, num_splits):
         _fail("num_splits", "what get_mla_metadata returned", type(num_splits), TypeError)
 
 
-def _split_queries(q, head_dim_v):
-    """Views of the parts of q that meet the values and that do not."""
+def _check_queries(q, head_dim_v):
+    """head_dim_v as an int."""
     if not isinstance(q, torch.Tensor):
         _fail("q", "a tensor", type(q), TypeError)
     if q.ndim != 4:
@@ -143,11 +256,11 @@ def _split_queries(q, head_dim_v):
         raise NotImplementedError(f"head_dim_v: fewer than q's head dimension {head_dim} are served, got {head_dim_v}")
     if not 1 <= head_dim_v < head_dim:
         _fail("head_dim_v", f"1 to {head_dim - 1}, below q's head dimension", head_dim_v)
-    return q.split([head_dim_v, head_dim - head_dim_v], dim=-1)
+    return head_dim_v
 
 
-def _latent_cache(k_cache, q, head_dim_v, is_fp8_kvcache):
-    """k_cache without the dimension of its one head, an fp8 cache as bytes."""
+def _check_cache(k_cache, q, head_dim_v, is_fp8_kvcache):
+    """k_cache, an fp8 cache as bytes."""
     if not isinstance(k_cache, torch.Tensor):
         _fail("k_cache", "a tensor", type(k_cache), TypeError)
     if is_fp8_kvcache and k_cache.dtype not in (torch.uint8, torch.float8_e4m3fn):
@@ -158,11 +271,26 @@ def _latent_cache(k_cache, q, head_dim_v, is_fp8_kvcache):
     if is_fp8_kvcache:  # an fp32 scale for every 128 numbers of one byte, then bf16 numbers
         width = head_dim_v + head_dim_v // 128 * 4 + 2 * (width - head_dim_v)
     if k_cache.ndim != 4 or k_cache.shape[3] != width:
-        _fail("k_cache", f"shape (num_blocks, page_block_size, 1, {width})", f"shape {tuple(k_cache.shape)}")
-    if k_cache.shape[2] != 1:
-        raise NotImplementedError(f"k_cache: one KV head for all query heads is served, got {k_cache.shape[2]}")
-    latent_cache = k_cache.squeeze(2)
-    return latent_cache.view(torch.uint8) if is_fp8_kvcache else latent_cache
+        _fail("k_cache", f"shape (num_blocks, page_block_size, num_heads_k, {width})", f"shape {tuple(k_cache.shape)}")
+    if k_cache.shape[2] == 0 or q.shape[2] % k_cache.shape[2]:
+        _fail("k_cache", f"a number of heads that divides q's {q.shape[2]}", k_cache.shape[2])
+    return k_cache.view(torch.uint8) if is_fp8_kvcache else k_cache
+
+
+def _one_head_pages(k_cache, block_table):
+    """A cache of pages that hold one head each, a view of k_cache, and a table (batch * num_heads_k, max_blocks) of it.
+
+    Page (block, head) begins at stride(0) * block + stride(2) * head: whole steps of what divides both.
+    """
+    num_blocks, page_size, num_heads_k, width = k_cache.shape
+    step = math.gcd(k_cache.stride(0), k_cache.stride(2)) or 1
+    block_step, head_step = k_cache.stride(0) // step, k_cache.stride(2) // step
+    num_pages = (num_blocks - 1) * block_step + (num_heads_k - 1) * head_step + 1 if num_blocks else 0
+    if num_pages > 2**31:
+        raise NotImplementedError(f"k_cache: 2^31 pages of one head are served, got strides {k_cache.stride()}")
+    pages = k_cache.as_strided((num_pages, page_size, width), (step, k_cache.stride(1), k_cache.stride(3)))
+    heads = torch.arange(num_heads_k, dtype=torch.int32, device=block_table.device) * head_step
+    return pages, (block_table[:, None] * block_step + heads[:, None]).flatten(0, 1)
 
 
 def _fail(name, expected, got, error=ValueError):
