@@ -1,8 +1,9 @@
 """What runs here, whether it is right, how fast it is, how large its caches are.
 
 Without a part: machine, verify, embed, bench (both families), mla and sizes, one after the other, in a few minutes.
-Figures go to perf/results/. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted
-from compiled code and labelled so: nothing is called measured that was not.
+Figures go to perf/out/, which git ignores; with --publish to perf/results/, from which `python -m perf report` writes
+the README. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from compiled code
+and labelled so: nothing is called measured that was not.
 """
 
 import argparse
@@ -26,13 +27,14 @@ class Part:
     `folder` holds its results where no GPU gives them a name; options may stand in it in braces. None: results lie
     beside what the part is given. Without a GPU,
     Triton's interpreter runs the kernels of an `interpreted` part: a choice for the whole process. `machine_free`
-    results are the same everywhere.
+    results are the same everywhere. A `committed` part works on those that are in git.
     """
 
     help: str
     folder: str | None
     interpreted: bool = False
     machine_free: bool = False
+    committed: bool = False
 
 
 PARTS = {
@@ -51,7 +53,7 @@ PARTS = {
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
     "calibrate": Part("what sweeps predicted beside what they measured", None, machine_free=True),
     "plot": Part("pictures of CSV files of results", None, machine_free=True),
-    "report": Part("the README's figures, from all results", "", machine_free=True),
+    "report": Part("the README's figures, from all results", "", machine_free=True, committed=True),
 }
 MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "mla", "sizes")
 INTERRUPTED = 130
@@ -64,14 +66,21 @@ def main(argv):
     options = vars(_parser(chosen).parse_args(argv))
     if options.pop("part") is None:
         return run_all()
-    return run_part(chosen, options.pop("out"), options)
+    out_dir, publish = options.pop("out"), options.pop("publish")
+    return run_part(chosen, out_dir or default_folder(chosen, options, publish), options)
+
+
+def default_folder(name, options, publish=False):
+    """Where a part's results go if nobody says; None: beside what it is given."""
+    part = PARTS[name]
+    if part.folder is None:
+        return None
+    named_by_gpu = has_gpu() and not part.machine_free
+    folder = folder_name() if named_by_gpu else part.folder.format(**options)
+    return (results.ROOT if publish or part.committed else results.LOCAL) / folder
 
 
 def run_part(name, out_dir, options):
-    part = PARTS[name]
-    if out_dir is None and part.folder is not None:
-        named_by_gpu = has_gpu() and not part.machine_free
-        out_dir = results.ROOT / (folder_name() if named_by_gpu else part.folder.format(**options))
     try:
         for path in import_module(f"perf.{name}").run(out_dir, **options) or ():
             print(f"wrote {os.path.relpath(path)}")
@@ -122,10 +131,12 @@ def _parser(chosen):
     parts = parser.add_subparsers(dest="part", metavar="PART")
     for name, part in PARTS.items():
         sub = parts.add_parser(name, help=part.help, formatter_class=argparse.RawDescriptionHelpFormatter)
-        where = "that of each file" if part.folder is None else f"perf/results/{part.folder}"
+        root = results.ROOT if part.committed else results.LOCAL
+        where = "that of each file" if part.folder is None else f"perf/{root.name}/{part.folder}"
         if not part.machine_free:
             where += ", or the name of the GPU"
         sub.add_argument("--out", type=Path, help=f"folder of the results (default: {where})")
+        sub.add_argument("--publish", action="store_true", help="the default is under perf/results, for the README")
         if name == chosen:
             module = import_module(f"perf.{name}")
             sub.description = module.__doc__

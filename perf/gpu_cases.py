@@ -139,7 +139,7 @@ NOT_AVAILABLE, KNOWN = "not available", "known"
 ERRORS_FOUND = 99  # exit code of the sanitizer where the program itself succeeded
 # racecheck does not see the barriers by which a TMA copy says that it is done, and calls what waits for them a race.
 RACE = re.compile(r"Race reported between .*? access at (\w+)")
-TMA_KERNELS = "_flash_fwd_kernel", "_flash_bwd_"
+TMA_KERNELS = "_flash_fwd_", "_flash_bwd_", "_mla_decode_hopper_"
 
 
 def sanitizer_cases():
@@ -172,7 +172,7 @@ def run_sanitizer(case):
 
 
 def _only_tma_races(lines):
-    """Whether all that is reported lies in flash kernels that load by TMA."""
+    """Whether all that is reported lies in kernels that load by TMA."""
     errors = [line for line in lines if line.startswith(("Error:", "Warning:"))]
     races = [RACE.search(line) for line in errors]
     return bool(races) and all(race and race[1].startswith(TMA_KERNELS) for race in races)

@@ -6,11 +6,13 @@ are on the disk as soon as they are known: an interrupted run leaves what it had
 
 import csv
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-ROOT = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent / "results"  # what is committed: the README is written from it and checked against it
+LOCAL = Path(__file__).parent / "out"  # where runs write that do not ask for more; git ignores it
 OURS = "triton_attn"  # as a provider
 BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"  # predicted: products and softmax overlap fully, or never
 MEASURED = "measured"
@@ -90,6 +92,12 @@ def read(path):
     ValueError, naming file, column and line, if a column is missing, a cell is empty or not of its type that must not
     be, a source is unknown, a measured speed has no times, or a row has neither a speed nor a note that says why.
     """
+    status = Path(path).stat()
+    return _read(Path(path), status.st_mtime_ns, status.st_size).copy()
+
+
+@lru_cache(maxsize=256)  # a report looks at each table for every picture that may show what it measured
+def _read(path, mtime, size):
     import pandas as pd  # here, since a GPU run writes rows where there may be no pandas
 
     kinds = {column: get_args(field.type) or (field.type,) for column, field in zip(COLUMNS, fields(Row))}

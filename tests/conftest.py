@@ -2,7 +2,7 @@
 
 Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 everything runs but the tests marked
 `compiled`; without it those alone run, and the others too where there is a GPU for their kernels.
-TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 20 times as many examples.
+TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 50 times as many examples.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it runs where only pytest is
     from hypothesis import settings
 
-    settings.register_profile("fast", max_examples=25, derandomize=True, deadline=None)
+    settings.register_profile("fast", max_examples=10, derandomize=True, deadline=None)
     settings.register_profile("full", max_examples=500, deadline=None)
     settings.load_profile("full" if FULL else "fast")
 

@@ -33,7 +33,7 @@ sides = st.none() | st.integers(0, 40)
 
 
 @pytest.mark.oldest
-@settings(max_examples=10 * settings.default.max_examples)
+@settings(max_examples=20 * settings.default.max_examples)
 @given(lengths, lengths, st.tuples(sides, sides), st.sampled_from([1, 4, 16]), st.integers(0, 40), st.data())
 def test_visible_range(device, seqlen_q, seqlen_k, window, align, first, data):
     first = first // align * align
@@ -66,7 +66,7 @@ def test_visible_range(device, seqlen_q, seqlen_k, window, align, first, data):
 
 
 @pytest.mark.oldest
-@settings(max_examples=10 * settings.default.max_examples)
+@settings(max_examples=20 * settings.default.max_examples)
 @given(lengths, lengths, st.tuples(sides, sides), st.data())
 def test_mask_scores(device, seqlen_q, seqlen_k, window, data):
     start_row = data.draw(st.integers(0, seqlen_q - 1))

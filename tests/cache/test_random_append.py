@@ -7,7 +7,7 @@ import pytest
 import torch
 from append_cases import DEVICE, DTYPES, FLOAT8, INTERPRETED, LAYOUTS, bits, strided
 from append_draws import draw_rope, draw_slots
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_attn import append_kv_cache, reference
@@ -56,6 +56,7 @@ def written_by(function, args, options):
 
 
 @pytest.mark.oldest
+@settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())
 def test_kernel_writes_what_the_reference_writes(problem):
     args, options = problem
@@ -72,6 +73,7 @@ def test_kernel_writes_what_the_reference_writes(problem):
         assert accesses.launches == (len(args[0]) > 0)
 
 
+@settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())
 def test_reference_is_the_formula(problem):
     (k, v, k_cache, v_cache, slots), options = problem

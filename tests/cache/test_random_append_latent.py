@@ -8,7 +8,7 @@ import pytest
 import torch
 from append_cases import CACHE_LAYOUTS, DEVICE, DTYPES, INTERPRETED, LAYOUTS, Cache, bits, strided
 from append_draws import draw_rope, draw_slots
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_attn import append_latent_cache, reference
@@ -48,6 +48,7 @@ def problems(draw):
 
 
 @pytest.mark.oldest
+@settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())
 def test_kernel_writes_what_the_reference_writes(problem):
     kv_latent, k_pe, new_cache, slots, options = problem
@@ -66,6 +67,7 @@ def test_kernel_writes_what_the_reference_writes(problem):
         assert accesses.launches == (len(slots) > 0)
 
 
+@settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())
 def test_reference_is_the_documented_row(problem):
     """Each row from its bytes, scales and numbers one by one; and `read_latent_cache` reads the same."""

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from append_cases import DEVICE, INTERPRETED
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_attn import copy_kv_pages
@@ -45,6 +45,7 @@ def problems(draw):
 
 
 @pytest.mark.oldest
+@settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems(), st.sampled_from([torch.int32, torch.int64]))
 def test_pages_are_copied_in_one_launch(problem, index_dtype):
     caches, sources, destinations = problem

@@ -420,13 +420,13 @@ class Float8LatentMachine(LatentMachine):
 
 @pytest.mark.parametrize(
     ("machine", "examples", "min_steps"),
-    [(PagedKVMachine, 300, 10_000), (LatentMachine, 60, 2000), (Float8LatentMachine, 60, 2000)],
+    [(PagedKVMachine, 100, 3000), (LatentMachine, 20, 600), (Float8LatentMachine, 20, 600)],
 )
 def test_random_operations(machine, examples, min_steps, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     CacheMachine.steps = 0
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=10 * examples if FULL else examples, stateful_step_count=50)
+        machine, settings=settings(max_examples=30 * examples if FULL else examples, stateful_step_count=50)
     )
     print(f"{CacheMachine.steps} steps")
     assert CacheMachine.steps >= min_steps

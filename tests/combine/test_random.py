@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_cases import INTERPRETED, in_float64, parts_of
 
@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWar
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="guards interpreted kernels")
+@settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(
     num_parts=st.integers(0, 5) | st.sampled_from([31, 32, 33, 70]),
     batch=st.integers(0, 3),

@@ -87,7 +87,7 @@ class Launches(list):
         self.patch.stop()
 
 
-@every_option
+@pytest.mark.parametrize("options", [OPTIONS[name] for name in ("plain", "ALiBi, sinks", "dropout")], ids=str)
 @dense_and_varlen
 def test_opcheck(options, varlen):
     f, leaves = make_call(options, varlen)

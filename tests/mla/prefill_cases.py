@@ -117,8 +117,9 @@ class Inputs:
         scale = width**-0.5 if case.softmax_scale is None else case.softmax_scale
         outs = [q_nope.new_zeros(0, case.num_heads, case.v_head_dim)]
         lses = [q_nope.new_zeros(0, case.num_heads)]
-        queries = torch.cat([q_nope, q_pe], dim=-1)[:rows_q].split(case.seqlens_q)
-        sequences = (x[:rows_k].split(case.seqlens_k) for x in (latent, k_pe))
+        # In memory of their own: with AMX torch's half-precision products read past a row's end, where NaN are.
+        queries = torch.cat([q_nope, q_pe], dim=-1)[:rows_q].clone().split(case.seqlens_q)
+        sequences = (x[:rows_k].clone().split(case.seqlens_k) for x in (latent, k_pe))
         for q, latent_i, k_pe_i in zip(queries, *sequences):
             k_nope = torch.einsum("jc,hnc->jhn", latent_i, w_uk)
             k = torch.cat([k_nope, k_pe_i.unsqueeze(1).expand(-1, case.num_heads, -1)], dim=-1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decode_cases import DTYPES
+from half_products import NoNanIsRead
 from prefill_cases import Case, Inputs, check, check_gradients, floor_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,15 @@ def test_the_widths_of_deepseek(mode, dtype):
 @pytest.mark.parametrize("seqlens", [((5, 0, 40), (70, 3, 40)), ((3, 9), (1, 0)), ((), ()), ((0,), (5,))])
 def test_packed_sequences(mode, seqlens):
     check(Case(mode, packed=True, seqlens_q=seqlens[0], seqlens_k=seqlens[1], spare_rows=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_products_of_torch_read_no_row_after_the_last(mode, dtype):
+    """Where 32 does not divide the width of a row, AMX reads past it, and what is there may be NaN."""
+    sizes = dict(packed=True, seqlens_q=(5, 3), seqlens_k=(7, 12), kv_lora_rank=100, spare_rows=3)
+    with NoNanIsRead():
+        check(Case(mode, dtype, **sizes))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -358,6 +358,9 @@ RACE = "Error: Race reported between Write access at {}+0x90 in forward.py:1"
     [
         ("_flash_fwd_kernel", "racecheck", 99, gpu_cases.KNOWN),
         ("_flash_bwd_dkdv_kernel", "racecheck", 99, gpu_cases.KNOWN),
+        ("_flash_fwd_hopper_kernel", "racecheck", 99, gpu_cases.KNOWN),
+        ("_mla_decode_hopper_kernel", "racecheck", 99, gpu_cases.KNOWN),
+        ("_mla_absorbed_kernel", "racecheck", 99, "failed"),
         ("_merge_kernel", "racecheck", 99, "failed"),
         ("_flash_fwd_kernel", "memcheck", 99, "failed"),
         ("_flash_fwd_kernel", "racecheck", 1, "failed"),

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from perf import __main__ as job
+from perf import results
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -59,6 +61,41 @@ def test_a_part_on_the_command_line(tmp_path):
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert "35,136" in done.stdout, "DeepSeek-V3, bytes per token in fp8"
     assert {path.name for path in tmp_path.iterdir()} == {"kv_cache.csv", "kv_cache.png"}
+
+
+@pytest.mark.parametrize("name", [name for name, part in job.PARTS.items() if part.folder is not None])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_only_who_asks_for_it_writes_what_is_committed(name, on_gpu, monkeypatch):
+    monkeypatch.setattr(job, "has_gpu", lambda: on_gpu)
+    monkeypatch.setattr(job, "folder_name", lambda: "a-gpu")
+    default, published = (job.default_folder(name, {"arch": "sm_90"}, publish) for publish in (False, True))
+    committed = job.PARTS[name].committed
+    assert default.is_relative_to(results.ROOT if committed else results.LOCAL)
+    assert published.is_relative_to(results.ROOT)
+    assert committed == (name == "report")
+
+
+def test_a_run_leaves_the_checkout_as_it_was(tmp_path):
+    """The whole way, from the command line, in a repository of its own."""
+    for part in ("perf", "triton_attn", ".gitignore"):
+        copy = shutil.copytree if (CHECKOUT / part).is_dir() else shutil.copy
+        copy(CHECKOUT / part, tmp_path / part)
+
+    def git(*arguments):
+        identity = "-c", "user.name=a", "-c", "user.email=a@b"
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "perf", "sizes"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "perf/out/sizes/kv_cache.csv").exists()
+    assert git("status", "--porcelain") == ""
 
 
 @pytest.mark.parametrize(

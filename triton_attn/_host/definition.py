@@ -39,9 +39,10 @@ def attend(
     """
     group_size = q.shape[2] // k.shape[2]
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    q_heads = q.transpose(1, 2).to(compute_dtype)
-    k_heads = k.transpose(1, 2).to(compute_dtype).repeat_interleave(group_size, dim=1)
-    v_heads = v.transpose(1, 2).to(compute_dtype).repeat_interleave(group_size, dim=1)
+    # With AMX torch's half-precision products read past a row's end, where in memory of others a NaN may be.
+    copy = compute_dtype.itemsize < 4
+    q_heads, k_heads, v_heads = (x.transpose(1, 2).to(compute_dtype, copy=copy) for x in (q, k, v))
+    k_heads, v_heads = (x.repeat_interleave(group_size, dim=1) for x in (k_heads, v_heads))
 
     scores = q_heads @ k_heads.transpose(2, 3) * scale
     if softcap:

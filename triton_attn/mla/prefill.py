@@ -291,7 +291,16 @@ def project_rows(kv_latent, start, end, w, out):
             for i in range(start // seqlen, -(-end // seqlen))
         ]
     for rows, first in pieces:
-        torch.bmm(rows.expand(len(w), -1, -1), w.mT, out=out[:, first : first + len(rows)])
+        _product(rows.expand(len(w), -1, -1), w.mT, out[:, first : first + len(rows)])
+
+
+def _product(a, b, out):
+    """out = a @ b. With AMX torch's half-precision products on a CPU read past the end of a row whose width 32 does not
+    divide: NaN in rows after the last real one would reach it, so they are made in fp32."""
+    if a.device.type == "cpu" and a.dtype.itemsize < 4 and a.shape[-1] % 32:
+        out.copy_(a.float() @ b.float())
+    else:
+        torch.bmm(a, b, out=out)
 
 
 def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, causal, v_dim, config):
