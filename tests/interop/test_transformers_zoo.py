@@ -49,6 +49,7 @@ SPECIAL = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bigbird_pegasus": {"attention_type": "original_full"},
+    "codegen": {"n_head": 4},
     "diffllama": {"num_key_value_heads": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "led": {"attention_window": 4},
