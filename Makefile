@@ -6,7 +6,7 @@ PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
 PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical --dist worksteal
 
-.PHONY: perf gpu test test-full test-oldest lint clean
+.PHONY: perf gpu test test-full test-oldest test-mutants lint clean
 
 perf: .venv/installed
 	.venv/bin/python -m perf
@@ -26,6 +26,10 @@ test-full: test
 test-oldest: .venv-oldest/installed
 	TRITON_INTERPRET=1 $(PYTEST) -m oldest tests
 	$(PYTEST) -m oldest tests
+
+# Plants a fault at a time; it takes an hour or two. NAMES="F01 PAGED" are some of them.
+test-mutants: .venv/installed
+	.venv/bin/python tests/mutants/mutants.py $(NAMES)
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .

@@ -1,0 +1,27 @@
+"""The table of planted faults is up to date: each can be planted, and its tests are there."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from faults import FAULTS, GROUPS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_can_be_planted(fault):
+    source = (ROOT / fault.file).read_text()
+    assert source.count(fault.old) == 1, f"{fault.file}: expected {fault.old!r} once; follow the code, or drop {fault}"
+    assert ast.dump(ast.parse(source.replace(fault.old, fault.new))) != ast.dump(ast.parse(source))
+
+
+def test_names_are_unique_and_tests_exist():
+    assert max(Counter(fault.name for fault in FAULTS).values()) == 1
+    assert {fault.group for fault in FAULTS} == set(GROUPS)
+    for runs in GROUPS.values():
+        for run in runs:
+            paths = [argument for argument in run.arguments if argument.startswith("tests/")]
+            assert paths
+            assert all((ROOT / path).exists() for path in paths)
