@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from dataclasses import dataclass
 from unittest import mock
 
@@ -169,6 +170,9 @@ class Inputs:
         out, lse = self.call_with(*self.given, self.sinks)
         if not case.varlen:
             return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        end = sum(case.seqlens_q)
+        assert (out[end:] == 0).all()
+        assert (lse[:, end:] == -math.inf).all()
         kept = [i != case.poisoned_sequence for i, seqlen in enumerate(case.seqlens_q) for _ in range(seqlen)]
         kept += [False] * case.spare_rows
         return out[kept], lse.T[kept]
@@ -261,7 +265,7 @@ def check_values(case, inputs, out, lse):
 
 def check_accesses(case, accesses):
     element_size = case.dtype.itemsize
-    num_rows = sum(case.seqlens_q) * case.num_heads_q
+    num_rows = (sum(case.seqlens_q) + case.varlen * case.spare_rows) * case.num_heads_q
     assert accesses.bytes_stored["out_ptr"] == num_rows * case.head_dim_v * element_size
     assert accesses.bytes_stored["lse_ptr"] == num_rows * 4
     loaded = accesses.bytes_loaded

@@ -161,7 +161,8 @@ def check_accesses(case, accesses):
     """dk, dv and the dq of the split schedule are stored once; two tiles meet if one of the queries sees a key."""
     fused = not case.deterministic
     size = case.dtype.itemsize
-    num_keys = sum(case.seqlens_k) * case.num_heads_kv
+    spare_rows = case.varlen * case.spare_rows
+    num_keys = (sum(case.seqlens_k) + spare_rows) * case.num_heads_kv
     assert accesses.bytes_stored["dk_ptr"] == num_keys * case.head_dim * size
     assert accesses.bytes_stored["dv_ptr"] == num_keys * case.head_dim_v * size
     tile = case.tiles.fused if fused else case.tiles.dkdv
@@ -171,7 +172,8 @@ def check_accesses(case, accesses):
     if fused:
         assert of_tile(accesses.bytes_stored, "dq") == num_queries * case.head_dim * 4
         return
-    assert accesses.bytes_stored["dq_ptr"] == sum(case.seqlens_q) * case.num_heads_q * case.head_dim * size
+    num_rows = sum(case.seqlens_q) + spare_rows
+    assert accesses.bytes_stored["dq_ptr"] == num_rows * case.num_heads_q * case.head_dim * size
     num_keys = rows_loaded(case, case.tiles.dq)
     assert of_tile(accesses.bytes_loaded, "k") == num_keys * case.head_dim * size
     assert of_tile(accesses.bytes_loaded, "v") == num_keys * case.head_dim_v * size

@@ -161,6 +161,9 @@ def check(case):
     inputs = Inputs(case)
     with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext():
         out, lse = mla_prefill(*inputs.tensors, **inputs.options, return_lse=True)
+    if case.packed:
+        assert (out[sum(case.seqlens_q) :] == 0).all()
+        assert (lse[:, sum(case.seqlens_q) :] == -torch.inf).all()
     out, lse = inputs.rows_of(out, lse)
     if not out.numel():
         return
@@ -185,9 +188,15 @@ def check_gradients(case):
     with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext():
         results = mla_prefill(*tensors, **inputs.options, return_lse=True)
         dout, dlse = (torch.randn(x.shape, generator=inputs.generator).to(DEVICE, x.dtype) for x in results)
+        if case.packed:
+            dout[sum(case.seqlens_q) :] = NAN
         seen = results[1].isfinite()
         dlse = torch.where(seen, dlse, 0)
         gradients = torch.autograd.grad([results[0], torch.where(seen, results[1], 0)], tensors, [dout, dlse])
+
+    if case.packed:
+        for x, seqlens in zip(gradients, (case.seqlens_q, case.seqlens_q, case.seqlens_k, case.seqlens_k)):
+            assert (x[sum(seqlens) :] == 0).all()
 
     def expected(dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]

@@ -231,6 +231,8 @@ class Inputs:
         rows = sum(case.seqlens_q)
         if not case.varlen:
             return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        assert (out[rows:] == 0).all()
+        assert (lse[:, rows:] == -math.inf).all()
         return out[:rows], lse.T[:rows]
 
 

@@ -18,6 +18,11 @@ def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
     return visible, distance
 
 
+def packed_bounds(cu_seqlens, num_rows):
+    """Where the sequences of a packed tensor of num_rows rows begin and end: there are no rows beyond."""
+    return cu_seqlens.clamp(max=num_rows).tolist()
+
+
 def attend(
     q,
     k,

@@ -21,6 +21,24 @@ def without_dim(strides):
     return strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
 
 
+def clear_outputs(out, lse):
+    """What rows that belong to no sequence hold, where no program runs."""
+    out.zero_()
+    if lse is not None:
+        lse.fill_(float("-inf"))
+
+
+def capacity_of(cache, block_table):
+    """Keys that a sequence has room for in a cache (pages or batch, slots, ...): there are no others."""
+    return cache.shape[1] if block_table is None else min(block_table.shape[1] * cache.shape[1], 2**31 - 1)
+
+
+def tiles_each(longest, num_rows, batch, block):
+    """Tiles of each sequence of a batch of num_rows rows (of one sequence, where it is dense): those of the longest, or
+    more where the host knows that a packed batch has rows after its last sequence, see `spare_rows`."""
+    return -(-max(longest, -(-num_rows // batch)) // block) if batch else 0
+
+
 def batch_head_strides(x):
     """Strides of (batch, head) of a tensor (batch, heads), or (heads,) for every batch."""
     return x.stride() if x.ndim == 2 else (0, x.stride(0))

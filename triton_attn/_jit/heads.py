@@ -22,15 +22,44 @@ def assign_tile(pid, num_tiles, num_heads, section_size, LAST_FIRST: tl.constexp
 
 @triton.jit
 def sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k):
-    """First row and length of a sequence's queries and keys: (first_q, first_k, seqlen_q, seqlen_k)."""
+    """First row and length of a sequence's queries and keys: (first_q, first_k, seqlen_q, seqlen_k).
+
+    seqlen_q and seqlen_k are given as the rows of a dense sequence, or as all those of packed tensors: there are no
+    others, whatever cu_seqlens say.
+    """
     first_q = 0
     first_k = 0
     if cu_seqlens_q_ptr is not None:
-        first_q = tl.load(cu_seqlens_q_ptr + batch)
-        seqlen_q = tl.load(cu_seqlens_q_ptr + batch + 1) - first_q
-        first_k = tl.load(cu_seqlens_k_ptr + batch)
-        seqlen_k = tl.load(cu_seqlens_k_ptr + batch + 1) - first_k
+        first_q, seqlen_q = packed_bounds(cu_seqlens_q_ptr, batch, seqlen_q)
+        first_k, seqlen_k = packed_bounds(cu_seqlens_k_ptr, batch, seqlen_k)
     return first_q, first_k, seqlen_q, seqlen_k
+
+
+@triton.jit
+def packed_bounds(cu_seqlens_ptr, sequence, num_rows):
+    """First row and length of a sequence of a packed tensor of num_rows rows."""
+    first = tl.minimum(tl.load(cu_seqlens_ptr + sequence), num_rows)
+    return first, tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_rows) - first
+
+
+@triton.jit
+def spare_rows(cu_seqlens_ptr, num_sequences, num_rows, program, end, num_own, BLOCK: tl.constexpr, ROWS_EACH=1):
+    """(rows, mask, whether there is any): the rows after a packed batch's last sequence that a program is to clear.
+
+    A program has BLOCK slots, the first num_own of which hold rows of its sequence, which ends before row `end`. The
+    slots that are left over, counted over all programs in the order of sequences and tiles, clear the spare rows one by
+    one: idle programs, and the empty ends of tiles. `program` others come before this one, so that program * BLOCK -
+    end slots were left over before its own first. The grid has a slot for every row of the tensor (`tiles_each`), so
+    that all are cleared, each by one program, in one store, and programs are added only where the host knows that there
+    are such rows. Where a row has ROWS_EACH, as of the heads of a query, rows and num_own count those.
+    """
+    last = tl.minimum(tl.load(cu_seqlens_ptr + num_sequences), num_rows).to(tl.int64) * ROWS_EACH
+    first = last + tl.cast(program, tl.int64) * BLOCK - tl.cast(end, tl.int64) * ROWS_EACH
+    slots = tl.arange(0, BLOCK)
+    rows = first + slots
+    # Without the second condition a sequence that is longer than it was said to be would be overwritten.
+    mask = (slots >= num_own) & (rows >= last) & (rows < tl.cast(num_rows, tl.int64) * ROWS_EACH)
+    return rows, mask, first + tl.maximum(num_own, 0) < tl.cast(num_rows, tl.int64) * ROWS_EACH
 
 
 @triton.jit

@@ -28,10 +28,12 @@ def load_rotated(
     cos_ptr,
     sin_ptr,
     rope_strides,
+    num_positions,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Rows in fp32, their first ROTARY_DIM dimensions rotated by the angles of their positions.
+    """Rows in fp32, their first ROTARY_DIM dimensions rotated by the angles of their positions, those of the nearest
+    one where there are none for a position.
 
     rows point to the first dimension of each; mask says what is read of them, and only what is `rotated` is.
     """
@@ -39,7 +41,7 @@ def load_rotated(
     if ROTARY_DIM > 0:
         partner, angle, sign = _rope_partner(offs_d, ROTARY_DIM // 2, INTERLEAVED)
         rotary = rotated[:, None] & (offs_d < ROTARY_DIM)[None, :]
-        position = positions.to(tl.int64)[:, None]
+        position = tl.minimum(tl.maximum(positions, 0), num_positions - 1).to(tl.int64)[:, None]
         cos = tl.load(cos_ptr + position * rope_strides[0] + angle[None, :], mask=rotary, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + position * rope_strides[1] + angle[None, :], mask=rotary, other=0.0).to(tl.float32)
         x_partner = tl.load(rows[:, None] + partner[None, :], mask=rotary, other=0.0).to(tl.float32)

@@ -145,6 +145,13 @@ def store_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_
 
 
 @triton.jit
+def clear_rows(ptr, strides, head, rows, rows_mask, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store 0 in rows of a packed tensor, strides (batch, row, head)."""
+    ptr += tl.cast(head, tl.int64) * strides[2]
+    store_tile(ptr, rows, strides[1], rows_mask, zeros_tile(ROWS, HEAD_DIM), HEAD_DIM, True)
+
+
+@triton.jit
 def add_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
     """Atomic addition, in no order."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)

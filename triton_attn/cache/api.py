@@ -48,12 +48,12 @@ def append_kv_cache(
         v: (num_tokens, num_heads_kv, head_dim_v), k's dtype.
         k_cache: (num_pages, page_size, num_heads_kv, head_dim), of k's dtype, float8_e4m3fn or float8_e5m2.
         v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), k_cache's dtype.
-        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token with a negative slot is
-            skipped, and what its other arguments hold is not read.
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token whose slot is negative
+            or beyond the cache is skipped, and what its other arguments hold is not read.
         k_scale, v_scale: what cached numbers are multiplied with to give keys and values: a number above 0, or fp32
             tensors (1,) or (num_heads_kv,); None is 1.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k's dtype; rotary_dim at most head_dim.
-        positions: (num_tokens,) int32 or int64; needed with rope_cos.
+        positions: (num_tokens,) int32 or int64; needed with rope_cos. One without an angle has the nearest one's.
         rope_interleaved: pairs are neighbours (GPT-J), not halves apart (GPT-NeoX, Llama).
         check_values: read slots and positions back and check them; None follows TRITON_ATTN_CHECK=1.
 
@@ -124,11 +124,11 @@ def append_latent_cache(
         k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection.
         latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of kv_latent's dtype, or uint8 (num_pages,
             page_size, bytes), for which 128 must divide kv_lora_rank, 2 qk_rope_head_dim, and 4 the rows' addresses.
-        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token with a negative slot is
-            skipped, and what its other arguments hold is not read.
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token whose slot is negative
+            or beyond the cache is skipped, and what its other arguments hold is not read.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k_pe's dtype; rotary_dim at most
             qk_rope_head_dim.
-        positions: (num_tokens,) int32 or int64; needed with rope_cos.
+        positions: (num_tokens,) int32 or int64; needed with rope_cos. One without an angle has the nearest one's.
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
         check_values: read slots and positions back and check them; None follows TRITON_ATTN_CHECK=1.
 

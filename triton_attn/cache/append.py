@@ -63,7 +63,7 @@ def _store_rows(
     tl.store(cache_ptr + offsets[:, None] + offs_d[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", *INDICES])
+@triton.jit(do_not_specialize=["num_positions", "num_slots", "num_tokens", *INDICES])
 def _append_kv_cache_kernel(
     k_ptr,
     v_ptr,
@@ -81,6 +81,8 @@ def _append_kv_cache_kernel(
     v_cache_strides,
     scale_strides,
     rope_strides,
+    num_positions,
+    num_slots,
     num_tokens,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -101,7 +103,7 @@ def _append_kv_cache_kernel(
     tokens = rows // NUM_HEADS
     heads = rows % NUM_HEADS
     slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
-    written = slots >= 0
+    written = (slots >= 0) & (slots < num_slots)
     offs_d = tl.arange(0, BLOCK_D)
 
     mask = written[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -109,7 +111,9 @@ def _append_kv_cache_kernel(
     positions = None
     if positions_ptr is not None:
         positions = tl.load(positions_ptr + tokens, mask=written, other=0)
-    k = load_rotated(k_rows, offs_d, mask, positions, written, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED)
+    k = load_rotated(
+        k_rows, offs_d, mask, positions, written, cos_ptr, sin_ptr, rope_strides, num_positions, ROTARY_DIM, INTERLEAVED
+    )
     _store_rows(
         k,
         k_cache_ptr,
@@ -176,6 +180,8 @@ def launch_append_kv_cache(
         v_cache.stride()[:3],
         (scale_stride(k_scale), scale_stride(v_scale)),
         None if rope_cos is None else (rope_cos.stride(0), rope_sin.stride(0)),
+        0 if rope_cos is None else rope_cos.shape[0],
+        k_cache.shape[0] * k_cache.shape[1],
         num_tokens,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,

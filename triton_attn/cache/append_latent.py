@@ -27,7 +27,7 @@ def _quantize(x, BLOCK: tl.constexpr):
     return tl.reshape(bits, x.shape), scales
 
 
-@triton.jit(do_not_specialize=["num_tokens", *INDICES])
+@triton.jit(do_not_specialize=["num_positions", "num_slots", "num_tokens", *INDICES])
 def _append_latent_cache_kernel(
     kv_latent_ptr,
     k_pe_ptr,
@@ -41,6 +41,8 @@ def _append_latent_cache_kernel(
     token_strides,
     cache_strides,
     rope_strides,
+    num_positions,
+    num_slots,
     num_tokens,
     KV_LORA_RANK: tl.constexpr,
     ROPE_HEAD_DIM: tl.constexpr,
@@ -60,7 +62,7 @@ def _append_latent_cache_kernel(
     """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
-    written = slots >= 0
+    written = (slots >= 0) & (slots < num_slots)
     row_offsets = slots // PAGE_SIZE * cache_strides[0] + slots % PAGE_SIZE * cache_strides[1]
 
     offs_d = tl.arange(0, BLOCK_D)
@@ -79,7 +81,9 @@ def _append_latent_cache_kernel(
     positions = None
     if positions_ptr is not None:
         positions = tl.load(positions_ptr + tokens, mask=written, other=0)
-    k_pe = load_rotated(rows, offs_r, mask, positions, written, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED)
+    k_pe = load_rotated(
+        rows, offs_r, mask, positions, written, cos_ptr, sin_ptr, rope_strides, num_positions, ROTARY_DIM, INTERLEAVED
+    )
     if scales_ptr is not None:  # from bytes to bf16
         row_offsets = row_offsets // 2
     k_pe = k_pe.to(rope_keys_ptr.dtype.element_ty)
@@ -115,6 +119,8 @@ def launch_append_latent_cache(
         (kv_latent.stride(0), k_pe.stride(0)),
         latents.stride()[:2],
         None if rope_cos is None else (rope_cos.stride(0), rope_sin.stride(0)),
+        0 if rope_cos is None else rope_cos.shape[0],
+        latent_cache.shape[0] * latent_cache.shape[1],
         num_tokens,
         KV_LORA_RANK=kv_lora_rank,
         ROPE_HEAD_DIM=qk_rope_head_dim,

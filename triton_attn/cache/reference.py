@@ -23,11 +23,12 @@ def append_kv_cache(
     check_values=None,
 ):
     """See `triton_attn.append_kv_cache`; arguments are taken as right."""
-    written = slot_mapping >= 0
+    written = (slot_mapping >= 0) & (slot_mapping < k_cache.shape[0] * k_cache.shape[1])
     slots = slot_mapping[written]
     k, v = k[written].float(), v[written].float()
     if rope_cos is not None:
-        cos, sin = (table[positions[written]].float().unsqueeze(1) for table in (rope_cos, rope_sin))
+        at = positions[written].clamp(0, len(rope_cos) - 1)
+        cos, sin = (table[at].float().unsqueeze(1) for table in (rope_cos, rope_sin))
         k = rotate(k, cos, sin, rope_interleaved)
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if scale is not None:
@@ -50,9 +51,9 @@ def append_latent_cache(
     check_values=None,
 ):
     """See `triton_attn.append_latent_cache`; arguments are taken as right."""
-    written = slot_mapping >= 0
-    slots = slot_mapping[written]
     page_size = latent_cache.shape[1]
+    written = (slot_mapping >= 0) & (slot_mapping < latent_cache.shape[0] * page_size)
+    slots = slot_mapping[written]
     places = slots // page_size, slots % page_size
     latents, scales, rope_keys = latent_parts(latent_cache, kv_latent.shape[1], k_pe.shape[1])
     kv_latent, k_pe = kv_latent[written], k_pe[written].float()
@@ -64,7 +65,8 @@ def append_latent_cache(
         scales[places] = scale
         latents[places] = _bits(_round((blocks / scale.unsqueeze(2)).flatten(1), torch.float8_e4m3fn))
     if rope_cos is not None:
-        cos, sin = (table[positions[written]].float() for table in (rope_cos, rope_sin))
+        at = positions[written].clamp(0, len(rope_cos) - 1)
+        cos, sin = (table[at].float() for table in (rope_cos, rope_sin))
         k_pe = rotate(k_pe, cos, sin, rope_interleaved)
     rope_keys[places] = k_pe.to(rope_keys.dtype)
 

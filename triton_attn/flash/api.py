@@ -136,13 +136,15 @@ def flash_attention_varlen(
         q: (total_q, num_heads_q, head_dim).
         k, v: (total_k, num_heads_kv, head_dim) and (total_k, num_heads_kv, head_dim_v).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, from 0, never falling. Lengths may be 0.
-        max_seqlen_q, max_seqlen_k: the longest lengths, ints. Queries past max_seqlen_q are not computed.
+        max_seqlen_q, max_seqlen_k: the longest lengths, ints. What is computed of queries past max_seqlen_q, and of the
+            gradients of keys past max_seqlen_k, is not defined.
         check_values: read cu_seqlens back and check them; None follows the environment variable TRITON_ATTN_CHECK=1.
         The rest as in `flash_attention`.
 
     Returns:
         out (total_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse (num_heads_q, total_q) in
-        fp32. Rows after cu_seqlens_q[-1] belong to no sequence and hold no defined value.
+        fp32. Rows after cu_seqlens[-1] belong to no sequence: whatever they hold influences nothing, out and gradients
+        are 0 there and lse is -inf. Lengths beyond the rows there are count as these.
 
     Raises: as `flash_attention`; ValueError for bad values in cu_seqlens where they are checked.
     """

@@ -22,17 +22,19 @@ from .._host.layout import (
     lse_strides,
     row_strides,
     rows_are_wide,
+    tiles_each,
     tma_operand,
     tma_ready,
     vector_elements,
 )
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
-from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds
+from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds, spare_rows
 from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores, visible_range
 from .._jit.softmax import LOG2_E
 from .._jit.tiles import (
     add_tile,
     add_tile_tma,
+    clear_rows,
     dot_add,
     dot_transposed,
     load_rows,
@@ -235,10 +237,26 @@ def _flash_bwd_dkdv_kernel(
     batch = batch_head_kv // num_heads_kv
     head_kv = batch_head_kv % num_heads_kv
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    num_rows = seqlen_k
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
     )
     start_n = tile * BLOCK_N
+    if VARLEN and start_n + BLOCK_N > seqlen_k:
+        spare, spare_mask, any_spare = spare_rows(
+            cu_seqlens_k_ptr,
+            num_batch_heads // num_heads_kv,
+            num_rows,
+            batch * num_tiles + tile,
+            first_k + seqlen_k,
+            seqlen_k - start_n,
+            BLOCK_N,
+        )
+        if any_spare:
+            if dk_ptr is not None:
+                clear_rows(dk_ptr, dk_strides, head_kv, spare, spare_mask, BLOCK_N, HEAD_DIM)
+            if dv_ptr is not None:
+                clear_rows(dv_ptr, dv_strides, head_kv, spare, spare_mask, BLOCK_N, HEAD_DIM_V)
     if start_n >= seqlen_k:
         return
 
@@ -404,10 +422,23 @@ def _flash_bwd_dq_kernel(
     head = batch_head % num_heads
     head_kv = head // group_size
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
     )
     start_m = tile * BLOCK_M
+    if VARLEN and start_m + BLOCK_M > seqlen_q:
+        spare, spare_mask, any_spare = spare_rows(
+            cu_seqlens_q_ptr,
+            num_batch_heads // num_heads,
+            num_rows,
+            batch * num_tiles + tile,
+            first_q + seqlen_q,
+            seqlen_q - start_m,
+            BLOCK_M,
+        )
+        if any_spare:
+            clear_rows(dq_ptr, dq_strides, head, spare, spare_mask, BLOCK_M, HEAD_DIM)
     if start_m >= seqlen_q:
         return
 
@@ -524,16 +555,14 @@ def launch_flash_bwd(
     minus_delta, dsinks = _minus_delta(
         dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks if want_dsinks else None
     )
-    # Rows of a packed batch that belong to no sequence are written by no program and have gradient 0.
-    new = torch.zeros_like if varlen else torch.empty_like
     contiguous = torch.contiguous_format
-    dk = new(k, memory_format=contiguous) if want_dk else None
-    dv = new(v, memory_format=contiguous) if want_dv else None
+    dk = torch.empty_like(k, memory_format=contiguous) if want_dk else None
+    dv = torch.empty_like(v, memory_format=contiguous) if want_dv else None
     fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
     dq_sum = torch.zeros_like(q, dtype=torch.float32, memory_format=contiguous) if fused else None
     dq = None
     if want_dq:
-        dq = dq_sum if fused and q.dtype == torch.float32 else new(q, memory_format=contiguous)
+        dq = dq_sum if fused and q.dtype == torch.float32 else torch.empty_like(q, memory_format=contiguous)
 
     shared = dict(
         softmax_scale=softmax_scale,
@@ -546,11 +575,15 @@ def launch_flash_bwd(
         INPUT_PRECISION=input_precision(q.dtype, arch),
     )
     alibi_strides = None if alibi_slopes is None else batch_head_strides(alibi_slopes)
-    lengths = (seqlen_q, seqlen_k, lse.shape[-1])
+    lengths = (q.shape[-3], k.shape[-3], lse.shape[-1])
+    if varlen and batch == 0:
+        for gradient in (dq, dk, dv):
+            if gradient is not None:
+                gradient.zero_()
 
     if want_dk or want_dv:
         tile = config.fused if fused else config.dkdv
-        num_tiles = -(-seqlen_k // tile.block_n)
+        num_tiles = tiles_each(seqlen_k, k.shape[-3], batch, tile.block_n)
         num_programs = num_tiles * num_heads_kv * batch
         use_tma = tile.use_tma and tma_ready(q) and tma_ready(dout) and (dq_sum is None or tma_ready(dq_sum))
         if num_programs > 0:
@@ -595,7 +628,7 @@ def launch_flash_bwd(
 
     if want_dq and not fused:
         tile = config.dq
-        num_tiles = -(-seqlen_q // tile.block_m)
+        num_tiles = tiles_each(seqlen_q, q.shape[-3], batch, tile.block_m)
         num_programs = num_tiles * num_heads * batch
         use_tma = tile.use_tma and tma_ready(k) and tma_ready(v)
         if num_programs > 0:
@@ -662,7 +695,7 @@ def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
             row_strides(out),
             row_strides(dout),
             *((None, None, None) if dlse is None else lse_strides(dlse)),
-            seqlen_q,
+            out.shape[-3],
             lse.shape[-1],
             num_tiles,
             num_heads,

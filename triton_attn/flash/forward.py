@@ -10,10 +10,12 @@ from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import (
     batch_head_strides,
+    clear_outputs,
     describe,
     heads_in_l2,
     strides_are_wide,
     strides_suit_tma,
+    tiles_each,
     tma_geometry,
     vector_elements,
     without_dim,
@@ -21,10 +23,11 @@ from .._host.layout import (
 from .._host.options import wanted_kernels
 from .._host.tuned import remember
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
-from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds
+from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds, spare_rows
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
+    clear_rows,
     dot_add,
     dot_transposed,
     load_rows,
@@ -85,10 +88,10 @@ def _flash_fwd_kernel(
 ):
     """One program computes BLOCK_M rows of out and lse for one query head of one sequence.
 
-    Grid: num_tiles * num_heads * batch. Strides are (batch, row, head) in elements; a varlen batch has batch stride 0
-    and its rows start at cu_seqlens. k and v are pointers, or with USE_TMA descriptors of the head dimension's first
-    piece, and those of the second are k_rest and v_rest. window is (left, right); dropout is (pointer to the seed,
-    threshold, factor of kept weights). None is none.
+    Grid: num_tiles * num_heads * batch. Strides are (batch, row, head) in elements; a varlen batch has batch stride 0,
+    its rows start at cu_seqlens, and seqlen_q and seqlen_k are all its rows. k and v are pointers, or with USE_TMA
+    descriptors of the head dimension's first piece, and those of the second are k_rest and v_rest. window is (left,
+    right); dropout is (pointer to the seed, threshold, factor of kept weights). None is none.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     k_strides = in_vectors(k_strides, VECTOR)
@@ -100,10 +103,25 @@ def _flash_fwd_kernel(
     head = batch_head % num_heads
     head_kv = head // group_size
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
+    num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
     )
     start_m = tile * BLOCK_M
+    if VARLEN and start_m + BLOCK_M > seqlen_q:
+        spare, spare_mask, any_spare = spare_rows(
+            cu_seqlens_q_ptr,
+            num_batch_heads // num_heads,
+            num_rows,
+            batch * num_tiles + tile,
+            first_q + seqlen_q,
+            seqlen_q - start_m,
+            BLOCK_M,
+        )
+        if any_spare:
+            clear_rows(out_ptr, out_strides, head, spare, spare_mask, BLOCK_M, HEAD_DIM_V)
+            if lse_ptr is not None:
+                tl.store(lse_ptr + tl.cast(head, tl.int64) * lse_stride + spare, float("-inf"), mask=spare_mask)
     if start_m >= seqlen_q:
         return
 
@@ -196,7 +214,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         plan = _plan_for_hopper(q, k, v, out, layout, varlen_batch, seqlen_q, seqlen_k, options)
         if plan is not None:
             tensors = q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k
-            launch_flash_fwd_hopper(plan, *tensors, seqlen_q, seqlen_k, softmax_scale)
+            launch_flash_fwd_hopper(plan, *tensors, softmax_scale)
             return
     num_programs, strides, counts, geometry_k, geometry_v, constants = _plan(
         layout,
@@ -214,6 +232,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         config,
     )
     if num_programs == 0:
+        clear_outputs(out, lse)
         return
     args = (
         q,
@@ -227,8 +246,8 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         cu_seqlens_k,
         *strides,
         None if alibi_slopes is None else batch_head_strides(alibi_slopes),
-        seqlen_q,
-        seqlen_k,
+        q.shape[-3],
+        k.shape[-3],
         0 if lse is None else lse.shape[-1],
         *counts,
         softmax_scale * LOG2_E,
@@ -286,7 +305,7 @@ def _plan(
         shape = head_dim, head_dim_v, causal
         config = choose_config(arch, dtype, *shape, access, precision, capped, drops, plain, seqlen_k)
     use_tma = config.use_tma and suits_tma and bases_aligned
-    num_tiles = -(-seqlen_q // config.block_m)
+    num_tiles = tiles_each(seqlen_q, shape_q[-3], batch, config.block_m)
     section_size = 1
     if causal:
         section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size, num_heads * batch)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # triton.aggregate, once 3.6 need not be served
 
 from .._host.device import launch_packed
-from .._host.layout import heads_in_l2, strides_suit_tma, tma_geometry
+from .._host.layout import clear_outputs, heads_in_l2, strides_suit_tma, tiles_each, tma_geometry
 from .._host.tuned import remember
 from .._jit.heads import assign_tile, sequence_bounds
 from .._jit.masks import visible_range
@@ -335,6 +335,33 @@ def _attend_2(work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2
     _attend(2, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2)
 
 
+@gluon.jit
+def _clear_spare_rows(shared, out_desc, lse_ptr, lse_stride, head, first, num_rows, slot):
+    """Clear those rows after a packed batch's last sequence that are this program's, see `spare_rows`: 64 GROUPS from
+    slot on, counted from row `first`. They may begin before it, and what comes of slots that hold the program's own
+    rows other programs clear as well."""
+    GROUPS: gl.constexpr = shared.q.shape[0]
+    HEAD_DIM: gl.constexpr = shared.q.shape[5]
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    num_spare = num_rows - first
+    slot = gl.minimum(slot, num_spare).to(gl.int32)
+    if slot < num_spare and slot + GROUPS * GROUP_ROWS > 0:
+        zeros = gl.zeros([GROUP_ROWS, HEAD_DIM], out_desc.dtype, ROWS)
+        for group in gl.static_range(GROUPS):
+            _matrix(shared.q, group).store(zeros)
+        fence_async_shared()
+        outer, batch, head_there, row = sequence_coords(0, head, first, num_spare, True)
+        for group in gl.static_range(GROUPS):
+            start = gl.maximum(slot + group * GROUP_ROWS, 0)
+            _tma_store(out_desc, [outer, batch, head_there, row + start, 0], shared.q.index(group))
+            if lse_ptr is not None:
+                rows = start + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ROWS))
+                minus_inf = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, ROWS))
+                lse_ptrs = lse_ptr + head.to(gl.int64) * lse_stride + first + rows
+                gl.store(lse_ptrs, minus_inf, mask=rows < num_spare)
+        tma.store_wait(0)
+
+
 @gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"])
 def _flash_fwd_hopper_kernel(
     q_desc,
@@ -361,13 +388,14 @@ def _flash_fwd_hopper_kernel(
     """One program computes 64 GROUPS rows of out and lse for one query head of one sequence.
 
     Grid: num_tiles * num_heads * batch, in the order of the portable kernel. Descriptors are those of `tma_geometry`.
-    lse_ptr None: not wanted.
+    lse_ptr None: not wanted. seqlen_q and seqlen_k of a varlen batch are all its rows.
     """
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     num_batch_heads = gl.num_programs(0) // num_tiles
     tile, batch_head = assign_tile(gl.program_id(0), num_tiles, num_batch_heads, section_size, CAUSAL)
     batch = batch_head // num_heads
     head = batch_head % num_heads
+    num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
     )
@@ -399,6 +427,18 @@ def _flash_fwd_hopper_kernel(
         _barriers(STAGES, 1),
         _barriers(STAGES, GROUPS),
     )
+    if VARLEN and start_m + GROUPS * GROUP_ROWS > seqlen_q:
+        num_sequences = num_batch_heads // num_heads
+        _clear_spare_rows(
+            shared,
+            out_desc,
+            lse_ptr,
+            lse_stride,
+            head,
+            gl.minimum(gl.load(cu_seqlens_q_ptr + num_sequences), num_rows),
+            num_rows,
+            (batch * num_tiles + tile).to(gl.int64) * (GROUPS * GROUP_ROWS) - (first_q + seqlen_q),
+        )
     loads = work, shared, q_desc, k_desc, v_desc
     sums = work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2
     if GROUPS == 2:
@@ -410,16 +450,19 @@ def _flash_fwd_hopper_kernel(
         )
 
 
-def launch_flash_fwd_hopper(plan, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, softmax_scale):
+def launch_flash_fwd_hopper(plan, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale):
     """Launch the kernel by what `plan_hopper` found; the rest as in launch_flash_fwd."""
     num_programs, geometries, counts, constants = plan
+    if num_programs == 0:
+        clear_outputs(out, lse)
+        return
     args = (
         *(_describe(x, *geometry) for x, geometry in zip((q, k, v, out), geometries)),
         lse,
         cu_seqlens_q,
         cu_seqlens_k,
-        seqlen_q,
-        seqlen_k,
+        q.shape[-3],
+        k.shape[-3],
         0 if lse is None else lse.shape[-1],
         *counts,
         softmax_scale * LOG2_E,
@@ -444,7 +487,7 @@ def plan_hopper(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, wanted,
         return None
     batch = shape_q[0] if varlen_batch is None else varlen_batch
     group_size = num_heads // shape_k[-2]
-    num_tiles = -(-seqlen_q // config.block_m)
+    num_tiles = tiles_each(seqlen_q, shape_q[-3], batch, config.block_m)
     section_size = 1
     if causal:
         section_size = heads_in_l2(2 * seqlen_k * head_dim * dtype.itemsize, group_size, num_heads * batch)

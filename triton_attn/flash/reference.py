@@ -2,7 +2,7 @@
 
 import torch
 
-from .._host.definition import attend
+from .._host.definition import attend, packed_bounds
 
 
 def flash_attention(
@@ -63,10 +63,11 @@ def flash_attention_varlen(
     return_lse=False,
     check_values=None,
 ):
-    """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other; other rows are 0."""
+    """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other. Rows after
+    the last one are 0, their lse -inf."""
     seed = _seed(dropout_seed) if dropout_p > 0 else None
     num_heads = q.shape[1]
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, lses = [], []
     for i in range(len(bounds_q) - 1):
@@ -93,7 +94,7 @@ def flash_attention_varlen(
         lses.append(lse[0])
     padding = q.shape[0] - bounds_q[-1]
     outs.append(q.new_zeros(padding, num_heads, v.shape[2]))
-    lses.append(q.new_zeros(num_heads, padding, dtype=compute_dtype))
+    lses.append(q.new_full((num_heads, padding), float("-inf"), dtype=compute_dtype))
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
 

@@ -317,7 +317,7 @@ def flash_attn_with_kvcache(
         capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
         positions = cache_leftpad[:, None] + torch.arange(capacity, dtype=torch.int32, device=q.device)
         table = _slots(table, positions, k_cache).int()
-        cache_seqlens = (cache_seqlens - cache_leftpad).clamp(min=0)
+        cache_seqlens = (cache_seqlens.clamp(max=capacity) - cache_leftpad).clamp(min=0)
         k_cache, v_cache = _one_key_pages(k_cache), _one_key_pages(v_cache)
     elif table is None:
         k_cache, v_cache = k_cache[:batch], v_cache[:batch]

@@ -12,10 +12,10 @@ import triton.language as tl
 from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.latent import SCALE_BLOCK, latent_parts
-from .._host.layout import INDICES, LSE, vector_elements
+from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import remember
-from .._jit.heads import in_vectors, row_offsets, sequence_bounds
+from .._jit.heads import in_vectors, row_offsets, sequence_bounds, spare_rows
 from .._jit.masks import mask_scores, visible_range
 from .._jit.paging import decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
@@ -119,7 +119,9 @@ def _mla_absorbed_kernel(
     cache_ptrs are latent vectors, their scales (None but in an fp8 cache) and rotary keys, page_strides and ROW_STRIDES
     the strides of each; where latent vectors and rotary keys are JOINED the latter follow the former. Without a
     block_table a page is the tensor's row of a sequence. Strides are (batch, row, head) of q and q_pe, (split, batch,
-    row, head) of out and lse. Scores are multiplied with SIGN * scale_log2.
+    row, head) of out and lse. Scores are multiplied with SIGN * scale_log2. seqlen_k is the most keys that a sequence
+    has, or all rows of packed sequences, as seqlen_q is of queries. Of rows after the last sequence lse is stored and
+    out is not: with -inf there nothing reads it.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     q_pe_strides = in_vectors(q_pe_strides, VECTOR)
@@ -129,13 +131,28 @@ def _mla_absorbed_kernel(
     sequence = tl.program_id(0) // num_tiles // num_splits
     split = tl.program_id(0) // num_tiles % num_splits
 
+    num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence, seqlen_q, seqlen_k
     )
     if cache_seqlens_ptr is not None:
-        seqlen_k = tl.load(cache_seqlens_ptr + sequence)
-    if cu_seqlens_q_ptr is not None and tile * BLOCK_M >= seqlen_q * NUM_HEADS:
-        return
+        seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), seqlen_k)
+    if cu_seqlens_q_ptr is not None:
+        num_own = seqlen_q * NUM_HEADS - tile * BLOCK_M
+        if num_own < BLOCK_M:
+            num_sequences = tl.num_programs(0) // num_tiles // num_splits
+            program = sequence * num_tiles + tile
+            end = first_q + seqlen_q
+            spare, spare_mask, any_spare = spare_rows(
+                cu_seqlens_q_ptr, num_sequences, num_rows, program, end, num_own, BLOCK_M, NUM_HEADS
+            )
+            if any_spare:
+                lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
+                lse_ptrs = lse_ptr + tl.cast(split, tl.int64) * lse_split_stride
+                lse_ptrs += row_offsets(0, spare // NUM_HEADS, spare % NUM_HEADS, lse_strides)
+                tl.store(lse_ptrs, float("-inf"), mask=spare_mask)
+        if num_own <= 0:
+            return
     first_position = seqlen_k - seqlen_q
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_mask = rows < seqlen_q * NUM_HEADS
@@ -272,13 +289,15 @@ def launch_mla_decode(
     an MlaDecodeConfig (None: the default). Nothing is read back.
     """
     if q_pe.numel() == 0:
+        clear_outputs(out, lse)
         return
     kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
     cache = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
     if w_uk is None:
         scale_log2 = softmax_scale * LOG2_E
     else:
-        q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E, cache_seqlens, rope)
+        positions = cache_seqlens, capacity_of(latent_cache, block_table), *rope
+        q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E, positions)
         scale_log2 = 1.0
     lengths = None, None, cache_seqlens, block_table, q_pe.shape[0], q_pe.shape[1], 0
     _attend(q_nope, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config)
@@ -295,6 +314,7 @@ def launch_mla_absorbed(
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     batch = q_pe.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if q_pe.numel() == 0 or batch == 0:
+        clear_outputs(out, lse)
         return
     if cu_seqlens_q is not None:
         q_nope, q_pe, kv_latent, k_pe, out, lse = (
@@ -361,8 +381,8 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         parts.stride()[:4],
         *lse_parts.stride(),
         None if block_table is None else block_table.stride(0),
-        max_seqlen_q,
-        max_seqlen_k,
+        q.shape[1],
+        latents.shape[1] if block_table is None else capacity_of(latents, block_table),
         num_programs // batch,
         num_splits,
         abs(scale_log2) or 1.0,
@@ -439,7 +459,7 @@ def _plan(
         tiles = choose_decode_config(arch, dtype, *sizes, is_fp8, table_width * page_size, page_size)
     else:
         tiles = default_decode_config(arch, dtype, num_rows, is_fp8)
-    num_programs = batch * -(-max_seqlen_q * num_heads // tiles.block_m)
+    num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
     num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
     native = arch.startswith("sm_") and int(arch[3:]) >= 89
     one_page = paged and page_size % tiles.block_n == 0

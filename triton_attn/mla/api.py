@@ -61,6 +61,7 @@ def mla_decode(
         latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of q_nope's dtype, or uint8 (num_pages,
             page_size, bytes), the fp8 layout of `append_latent_cache`. Any strides, the last dimension contiguous.
         cache_seqlens: (batch,) int32 on q_nope's device, keys of each sequence, new ones included. May be 0.
+            One beyond the room, max_pages * page_size, counts as the room.
         block_table: (batch, max_pages) int32 on q_nope's device: the pages of each sequence, in order. Entries past its
             last page, and slots past its last key, are never read.
         w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank), q_nope's dtype, or None; a view of kv_b_proj's weight.
@@ -201,7 +202,8 @@ def mla_prefill(
 
     Returns:
         out (batch, seqlen_q, num_heads, v_head_dim) or (total_q, ...), and with return_lse also lse (batch, num_heads,
-        seqlen_q) or (num_heads, total_q) in fp32. A query that sees no key has out = 0, lse = -inf.
+        seqlen_q) or (num_heads, total_q) in fp32. A query that sees no key has out = 0, lse = -inf, and so have rows
+        after cu_seqlens[-1], whose gradients are 0: whatever they hold influences nothing.
 
     The forward repeats bitwise, the backward under torch.use_deterministic_algorithms, at more products a tile.
 

@@ -106,6 +106,10 @@ def mla_prefill_backward(
         for x, dtype, is_wanted in zip(inputs, dtypes, wanted)
     ]
     heads_each = _heads_of_backward(q_nope, q_pe, kv_latent, w_uv, max_workspace_bytes)
+    if cu_seqlens_k is not None:
+        # Products over all rows: those after the last sequence have gradients of 0, which times NaN is NaN.
+        rows = torch.arange(kv_latent.shape[0], device=kv_latent.device)
+        kv_latent = kv_latent.masked_fill((rows >= cu_seqlens_k[-1]).unsqueeze(1), 0.0)
     latents = kv_latent.flatten(0, -2)
     for first in range(0, num_heads, heads_each):
         heads = slice(first, first + heads_each)

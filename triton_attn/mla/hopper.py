@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # triton.aggregate, once 3.6 need not be served
 
 from .._host.device import launch_packed
-from .._host.layout import INDICES, LSE, strides_suit_tma
+from .._host.layout import INDICES, LSE, capacity_of, strides_suit_tma
 from .._host.tuned import remember
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
@@ -347,7 +347,7 @@ def _attend_1(work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_lo
     _attend(1, work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_log2)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "num_splits", *INDICES, *LSE])
+@gluon.jit(do_not_specialize=["seqlen_q", "capacity", "num_splits", *INDICES, *LSE])
 def _mla_decode_hopper_kernel(
     q_desc,
     q_pe_desc,
@@ -364,6 +364,7 @@ def _mla_decode_hopper_kernel(
     lse_head_stride,
     table_stride,
     seqlen_q,
+    capacity,
     num_splits,
     scale_log2,
     NUM_HEADS: gl.constexpr,
@@ -374,7 +375,7 @@ def _mla_decode_hopper_kernel(
     """One program computes 64 heads of a query in out and lse, over one split of the keys of a sequence.
 
     Grid: tiles of heads * seqlen_q * num_splits * batch, in the order of the portable kernel. Descriptors are those of
-    `plan_hopper`; strides are (split, batch, row, head).
+    `plan_hopper`; strides are (split, batch, row, head). A sequence has no more than capacity keys.
     """
     gl.static_assert(STAGES == 2, "groups and buffers take turns alike")
     TILES: gl.constexpr = NUM_HEADS // ROWS
@@ -382,7 +383,7 @@ def _mla_decode_hopper_kernel(
     split = gl.program_id(0) // (TILES * seqlen_q) % num_splits
     batch = gl.program_id(0) // (TILES * seqlen_q) // num_splits
     query = tile // TILES
-    seqlen_k = gl.load(cache_seqlens_ptr + batch)
+    seqlen_k = gl.minimum(gl.load(cache_seqlens_ptr + batch), capacity)
     if CAUSAL:  # all rows of a program see the same keys
         seqlen_k = gl.maximum(seqlen_k - seqlen_q + query + 1, 0)
     share = gl.cdiv(gl.cdiv(seqlen_k, BLOCK_N), num_splits) * BLOCK_N
@@ -442,6 +443,7 @@ def launch_mla_decode_hopper(
         *lse_parts.stride(),
         block_table.stride(0),
         seqlen_q,
+        capacity_of(latents, block_table),
         num_splits,
         scale_log2,
     )

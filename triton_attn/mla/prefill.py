@@ -7,8 +7,16 @@ import triton
 import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch_packed
-from .._host.layout import LSE, heads_in_l2, lse_strides, row_strides, strides_are_wide
-from .._jit.heads import assign_tile, row_pointer, sequence_bounds
+from .._host.layout import (
+    LSE,
+    clear_outputs,
+    heads_in_l2,
+    lse_strides,
+    row_strides,
+    strides_are_wide,
+    tiles_each,
+)
+from .._jit.heads import assign_tile, row_pointer, sequence_bounds, spare_rows
 from .._jit.masks import mask_scores, visible_range
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import load_piece, padded_size, store_piece
@@ -117,21 +125,41 @@ def _mla_prefill_kernel(
 ):
     """One program computes BLOCK_M rows of out and lse of one head. Grid: num_tiles * batch * NUM_HEADS.
 
-    Keys count from 0 in a sequence, rows over all sequences; only keys in [first_row, end_row) are attended. Without
+    Keys count from 0 in a sequence, rows over all sequences; seqlen_q and seqlen_k of packed sequences are all their
+    rows. Only keys in [first_row, end_row) are attended. Without
     weights k and v are keys and values of these rows, strides (head, row). With w_uk and w_uv k is the latent vectors,
     strides (batch, row): a tile of keys and values is made of a tile of them. prior (None: none) is the out of earlier
     rows, whose lse lies where lse goes. Other strides are (batch, row, head), (batch, row) of k_pe, the rows of
     (w_uk, w_uv) and their heads.
     """
     FUSED: tl.constexpr = w_uk_ptr is not None
-    batch = tl.num_programs(0) // num_tiles // NUM_HEADS
-    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, batch * NUM_HEADS, section_size, window[1] is not None)
+    num_sequences = tl.num_programs(0) // num_tiles // NUM_HEADS
+    num_batch_heads = num_sequences * NUM_HEADS
+    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
     head = batch_head % NUM_HEADS
     batch = batch_head // NUM_HEADS
+    num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
     )
     start_m = tile * BLOCK_M
+    if cu_seqlens_q_ptr is not None and start_m + BLOCK_M > seqlen_q:
+        spare, spare_mask, any_spare = spare_rows(
+            cu_seqlens_q_ptr,
+            num_sequences,
+            num_rows,
+            batch * num_tiles + tile,
+            first_q + seqlen_q,
+            seqlen_q - start_m,
+            BLOCK_M,
+        )
+        if any_spare:
+            spare_out = out_ptr + tl.cast(head, tl.int64) * out_strides[2]
+            zeros = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            store_piece(spare_out, spare, out_strides[1], spare_mask, zeros, 0, V_HEAD_DIM, True)
+            if lse_ptr is not None:
+                spare_lse = lse_ptr + tl.cast(head, tl.int64) * lse_head_stride + spare * lse_row_stride
+                tl.store(spare_lse, float("-inf"), mask=spare_mask)
     if start_m >= seqlen_q:
         return
     # Row of the sequence's first key, which a dense batch has by the length of a sequence.
@@ -309,6 +337,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
     *_, num_heads, nope_dim = q_nope.shape
     batch = q_nope.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if q_pe.numel() == 0 or batch == 0:
+        clear_outputs(out, lse)
         return
     arch = arch_of(q_nope)
     fused = w_uk is not None
@@ -316,7 +345,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
     tiles = config or choose_prefill_config(
         arch, q_nope.dtype, fused, (nope_dim, q_pe.shape[-1], v_dim), max(dims.values()), max_seqlen_k
     )
-    num_tiles = -(-max_seqlen_q // tiles.block_m)
+    num_tiles = tiles_each(max_seqlen_q, q_nope.shape[-3], batch, tiles.block_m)
     scale_log2 = softmax_scale * LOG2_E.value
     # (batch, row) of latent vectors and rotary keys; (head, row) of keys and values.
     k_strides = row_strides(k.unsqueeze(-2))[:2] if fused else k.stride()[:2]
@@ -344,8 +373,8 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         None if prior is None else row_strides(prior),
         row_strides(out),
         *((None, None, None) if lse is None else lse_strides(lse)),
-        max_seqlen_q,
-        max_seqlen_k,
+        q_nope.shape[-3],
+        k_pe.shape[-2],
         num_tiles,
         heads_in_l2(per_head * q_nope.element_size(), 1, batch * num_heads),
         *rows,

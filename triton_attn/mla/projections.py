@@ -11,7 +11,7 @@ from .._jit.softmax import LN_2, softmax_finish
 from .._jit.tiles import padded_size
 
 # A new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "num_tokens", "num_splits", *INDICES, *LSE]
+LENGTHS = ["seqlen_q", "capacity", "num_positions", "num_tokens", "num_splits", *INDICES, *LSE]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -27,6 +27,8 @@ def _absorb_kernel(
     q_pe_strides,
     w_strides,
     rope_strides,
+    num_positions,
+    capacity,
     seqlen_q,
     num_tokens,
     scale,
@@ -73,11 +75,21 @@ def _absorb_kernel(
         rope_mask = tokens_mask[:, None] & (offs_r < ROPE_HEAD_DIM)[None, :]
         positions = None
         if ROTARY_DIM > 0:
-            seqlens_k = tl.load(cache_seqlens_ptr + batch, mask=tokens_mask, other=0)
-            positions = tl.maximum(seqlens_k - seqlen_q + query, 0)
+            seqlens_k = tl.minimum(tl.load(cache_seqlens_ptr + batch, mask=tokens_mask, other=0), capacity)
+            positions = seqlens_k - seqlen_q + query
         rows = q_pe_ptr + row_offsets(batch, query, head, q_pe_strides)
         q_pe = load_rotated(
-            rows, offs_r, rope_mask, positions, tokens_mask, cos_ptr, sin_ptr, rope_strides, ROTARY_DIM, INTERLEAVED
+            rows,
+            offs_r,
+            rope_mask,
+            positions,
+            tokens_mask,
+            cos_ptr,
+            sin_ptr,
+            rope_strides,
+            num_positions,
+            ROTARY_DIM,
+            INTERLEAVED,
         )
         tl.store(q_rows + KV_LORA_RANK + offs_r[None, :], (q_pe * scale).to(q_ptr.dtype.element_ty), mask=rope_mask)
 
@@ -174,11 +186,14 @@ def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
     return tl.load(lses_ptr + offsets, mask=mask, other=float("-inf")) / LN_2, offsets
 
 
-def launch_absorb(q_nope, q_pe, w_uk, scale, cache_seqlens=None, rope=(None, None, False)):
-    """scale * q_nope @ w_uk and scale * rope(q_pe): views of one tensor (batch, seqlen_q, num_heads, dim)."""
+def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, False)):
+    """scale * q_nope @ w_uk and scale * rope(q_pe): views of one tensor (batch, seqlen_q, num_heads, dim).
+
+    positions is (cache_seqlens, capacity, cos, sin, interleaved), cos None for none.
+    """
     batch, seqlen_q, num_heads, nope_dim = q_nope.shape
     kv_lora_rank, rope_dim = w_uk.shape[2], q_pe.shape[3]
-    cos, sin, interleaved = rope
+    cache_seqlens, capacity, cos, sin, interleaved = positions
     num_tokens = batch * seqlen_q
     q = q_nope.new_empty((batch, seqlen_q, num_heads, kv_lora_rank + rope_dim))
     block_t = _block_of_tokens(num_tokens, at_least=16)
@@ -195,6 +210,8 @@ def launch_absorb(q_nope, q_pe, w_uk, scale, cache_seqlens=None, rope=(None, Non
         without_dim(q_pe.stride()),
         w_uk.stride()[:2],
         None if cos is None else (cos.stride(0), sin.stride(0)),
+        0 if cos is None else cos.shape[0],
+        capacity,
         seqlen_q,
         num_tokens,
         scale,

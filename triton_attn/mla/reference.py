@@ -2,7 +2,7 @@
 
 import torch
 
-from .._host.definition import attend, rotate
+from .._host.definition import attend, packed_bounds, rotate
 from .._host.latent import read_latent_cache
 
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
@@ -33,8 +33,9 @@ def mla_prefill(
         out, lse = _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, **options)
         return (out, lse) if return_lse else out
     out = q_nope.new_zeros(*q_nope.shape[:2], w_uv.shape[1])
-    lse = q_nope.new_zeros(q_nope.shape[1], q_nope.shape[0], dtype=_compute_dtype(q_nope))
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    lse = q_nope.new_full((q_nope.shape[1], q_nope.shape[0]), float("-inf"), dtype=_compute_dtype(q_nope))
+    bounds_q = packed_bounds(cu_seqlens_q, len(q_nope))
+    bounds_k = packed_bounds(cu_seqlens_k, len(kv_latent))
     for i in range(len(bounds_q) - 1):
         rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
         inputs = (x[rows][None] for x, rows in ((q_nope, rows_q), (q_pe, rows_q), (kv_latent, rows_k), (k_pe, rows_k)))
@@ -70,12 +71,13 @@ def mla_decode(
     out = q_nope.new_zeros(batch, seqlen_q, num_heads, kv_lora_rank if w_uv is None else w_uv.shape[1])
     lse = q_nope.new_zeros(batch, num_heads, seqlen_q, dtype=dtype)
     page_size = latent_cache.shape[1]
-    for i, seqlen in enumerate(cache_seqlens.tolist()):
+    for i, seqlen in enumerate(cache_seqlens.clamp(max=block_table.shape[1] * page_size).tolist()):
         pages = block_table[i, : -(-seqlen // page_size)].long()
         rows = read_latent_cache(latent_cache[pages], kv_lora_rank, rope_dim, dtype).flatten(0, 1)[:seqlen]
         q_pe_i = q_pe[i]
         if rope_cos is not None:
-            positions = (torch.arange(seqlen_q, device=q_pe.device) + seqlen - seqlen_q).clamp(min=0)
+            positions = torch.arange(seqlen_q, device=q_pe.device) + seqlen - seqlen_q
+            positions = positions.clamp(0, len(rope_cos) - 1)
             cos, sin = (table[positions].to(dtype).unsqueeze(1) for table in (rope_cos, rope_sin))
             q_pe_i = rotate(q_pe_i.to(dtype), cos, sin, rope_interleaved)
         latents, k_pe = rows.split([kv_lora_rank, rope_dim], dim=-1)

@@ -63,6 +63,7 @@ def paged_attention(
             head_dim) without; q's dtype, float8_e4m3fn or float8_e5m2. num_heads_kv divides num_heads_q.
         v_cache: k_cache's shape but for head_dim_v, 1 to 512, its own; k_cache's dtype.
         cache_seqlens: (batch,) int32 on q's device, keys of each sequence, new ones included. May be 0.
+            One beyond the room, max_pages * page_size or seqlen_cache, counts as the room.
         block_table: (batch, max_pages) int32 on q's device: the pages of each sequence, in order. Entries past its last
             page, and slots past its last key, are never read.
         cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
@@ -83,8 +84,8 @@ def paged_attention(
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse (batch, num_heads_q,
-        seqlen_q) in fp32; (total_q, num_heads_q, head_dim_v) and (num_heads_q, total_q) with cu_seqlens_q, whose rows
-        after the last sequence hold no defined value. A query that sees no key has out = 0 and lse = -inf, or the sink.
+        seqlen_q) in fp32; (total_q, num_heads_q, head_dim_v) and (num_heads_q, total_q) with cu_seqlens_q, 0 and -inf
+        in rows after the last sequence. A query that sees no key has out = 0 and lse = -inf, or the sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched or written. With values checked also: a length

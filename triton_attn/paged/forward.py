@@ -8,9 +8,20 @@ import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
-from .._host.layout import INDICES, LSE, batch_head_strides, lse_strides, scale_stride, vector_elements, without_dim
+from .._host.layout import (
+    INDICES,
+    LSE,
+    batch_head_strides,
+    capacity_of,
+    clear_outputs,
+    lse_strides,
+    scale_stride,
+    tiles_each,
+    vector_elements,
+    without_dim,
+)
 from .._host.tuned import remember
-from .._jit.heads import find_sequence, in_vectors, row_offsets
+from .._jit.heads import find_sequence, in_vectors, packed_bounds, row_offsets, spare_rows
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.paging import cache_rows, decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
@@ -25,12 +36,12 @@ LOG2_E = math.log2(math.e)
 # Lengths and what follows from them: a new length must not mean a new compilation.
 LENGTHS = [
     "seqlen_q",
-    "seqlen_k",
+    "capacity",
     "batch",
     "num_tiles",
     "num_splits",
     "search_steps",
-    "first_key",
+    "shared_prefix_len",
     *INDICES,
     *LSE,
 ]
@@ -74,11 +85,11 @@ def _paged_fwd_kernel(
     alibi_strides,
     scale_strides,
     seqlen_q,
-    seqlen_k,
+    capacity,
     batch,
     num_tiles,
     search_steps,
-    first_key,
+    shared_prefix_len,
     num_heads_kv,
     num_splits,
     scale_log2,
@@ -106,16 +117,19 @@ def _paged_fwd_kernel(
     are loaded once for the group. Grid: num_tiles * num_splits * num_heads_kv; num_tiles counts those of all sequences,
     an upper bound in a varlen batch, whose tiles are found by bisection unless there is one per sequence.
 
-    A SHARED program takes rows of any sequence, over the keys before seqlen_k, which all sequences begin with. The
-    keys before first_key are left out. Strides are (split, batch, row, head) of out and lse, (batch, row, head) of q,
-    (page or batch, slot, head) of the caches. These hold fp8 as uint8 where FLOAT8 is (bits of mantissa, whether the
-    GPU converts it). None is none.
+    A SHARED program takes rows of any sequence, over the first shared_prefix_len keys, which all sequences begin with;
+    the others leave these out. A sequence has no more than capacity keys, whatever cache_seqlens say. seqlen_q is the
+    queries of each sequence, or all rows of a varlen batch. Strides are (split, batch, row, head) of out and lse,
+    (batch, row, head) of q, (page or batch, slot, head) of the caches. These hold fp8 as uint8 where FLOAT8 is (bits of
+    mantissa, whether the GPU converts it). None is none.
     """
     q_strides = in_vectors(q_strides, VECTOR)
     k_strides = in_vectors(k_strides, VECTOR_CACHE)
     v_strides = in_vectors(v_strides, VECTOR_CACHE)
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
-    tile = tl.program_id(0) % num_tiles
+    num_rows = seqlen_q
+    program = tl.program_id(0) % num_tiles
+    tile = program
     split = tl.program_id(0) // num_tiles % num_splits
     head_kv = tl.program_id(0) // num_tiles // num_splits
 
@@ -130,16 +144,30 @@ def _paged_fwd_kernel(
             sequence = tile // tiles_each
             tile = tile % tiles_each
         if VARLEN:
-            first_q = tl.load(cu_seqlens_q_ptr + sequence)
-            seqlen_q = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_q
+            first_q, seqlen_q = packed_bounds(cu_seqlens_q_ptr, sequence, num_rows)
         if SEARCH:
             tile -= first_q * GROUP_SIZE // BLOCK_M + sequence
-        seqlen_k = tl.load(cache_seqlens_ptr + sequence)
+        seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), capacity)
     num_queries = seqlen_q
     if SHARED:
-        num_queries = tl.load(cu_seqlens_q_ptr + batch) if VARLEN else batch * seqlen_q
+        num_queries = tl.minimum(tl.load(cu_seqlens_q_ptr + batch), num_rows) if VARLEN else batch * seqlen_q
+    num_own = num_queries * GROUP_SIZE - tile * BLOCK_M
+    if VARLEN and num_own < BLOCK_M:
+        spare, spare_mask, any_spare = spare_rows(
+            cu_seqlens_q_ptr, batch, num_rows, program, first_q + num_queries, num_own, BLOCK_M, GROUP_SIZE
+        )
+        if any_spare:
+            spare_queries = spare // GROUP_SIZE
+            spare_heads = head_kv * GROUP_SIZE + spare % GROUP_SIZE
+            offsets = split.to(tl.int64) * out_strides[0] + row_offsets(0, spare_queries, spare_heads, out_strides[1:])
+            store_tile(out_ptr, offsets, 1, spare_mask, zeros_tile(BLOCK_M, HEAD_DIM_V), HEAD_DIM_V, True)
+            if lse_ptr is not None:
+                lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
+                lse_ptrs = lse_ptr + split.to(tl.int64) * lse_split_stride
+                lse_ptrs += row_offsets(0, spare_queries, spare_heads, lse_strides)
+                tl.store(lse_ptrs, float("-inf"), mask=spare_mask)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tile * BLOCK_M >= num_queries * GROUP_SIZE:
+    if num_own <= 0:
         return
     rows_mask = rows < num_queries * GROUP_SIZE
     queries = rows // GROUP_SIZE
@@ -149,23 +177,24 @@ def _paged_fwd_kernel(
         queries = tl.minimum(queries, num_queries - 1)
         if VARLEN:
             sequences = find_sequence(cu_seqlens_q_ptr, batch, search_steps, queries, 1, 1, 0)
-            first_queries = tl.load(cu_seqlens_q_ptr + sequences)
-            seqlens_q = tl.load(cu_seqlens_q_ptr + sequences + 1) - first_queries
+            first_queries, seqlens_q = packed_bounds(cu_seqlens_q_ptr, sequences, num_rows)
         else:
             sequences = queries // seqlen_q
             first_queries = sequences * seqlen_q
             seqlens_q = seqlen_q
-        seqlens_k = tl.load(cache_seqlens_ptr + sequences)
+        seqlens_k = tl.minimum(tl.load(cache_seqlens_ptr + sequences), capacity)
         positions = queries - first_queries + seqlens_k - seqlens_q
-        end_keys = tl.minimum(seqlens_k, seqlen_k)
+        end_keys = tl.minimum(seqlens_k, shared_prefix_len)
         # The pages are those of the tile's longest sequence: others may end before the prefix does.
         seqlen_k = tl.max(end_keys, 0)
         table_sequence = tl.max(tl.where(end_keys == seqlen_k, sequences, 0), 0)
+        first_key = 0
         start_position = tl.min(positions, 0)
         end_position = tl.max(positions, 0) + 1
         num_full_keys = tl.min(end_keys, 0)
     else:
         table_sequence = sequence
+        first_key = shared_prefix_len
         positions = queries + (seqlen_k - seqlen_q)
         end_keys = seqlen_k
         start_position = tile * BLOCK_M // GROUP_SIZE + (seqlen_k - seqlen_q)
@@ -206,7 +235,7 @@ def _paged_fwd_kernel(
     m_i, l_i = softmax_init(sinks_ptr, heads, BLOCK_M)
     if sinks_ptr is not None:
         # One split of the first keys counts the sink.
-        counts = (split == 0) & (first_key == 0)
+        counts = (split == 0) & (SHARED | (shared_prefix_len == 0))
         m_i = tl.where(counts, m_i, float("-inf"))
         l_i = tl.where(counts, l_i, 0.0)
     acc = zeros_tile(BLOCK_M, HEAD_DIM_V)
@@ -291,6 +320,7 @@ def launch_paged_fwd(
         config,
     )
     if not passes:
+        clear_outputs(out, lse)
         return
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
@@ -304,7 +334,8 @@ def launch_paged_fwd(
         )
     scale_log2, out_factor, scale_ptrs, scale_strides = _scales(softmax_scale * LOG2_E, *scales)
     first_part = 0
-    for counts, first_key, seqlen_k, splits, own in passes:
+    capacity = capacity_of(k_cache, block_table)
+    for counts, splits, own in passes:
         args = (
             q,
             k_cache,
@@ -325,11 +356,11 @@ def launch_paged_fwd(
             None if block_table is None else block_table.stride(0),
             None if alibi_slopes is None else batch_head_strides(alibi_slopes),
             scale_strides,
-            max_seqlen_q,
-            seqlen_k,
+            q.shape[-3],
+            capacity,
             batch,
             *counts,
-            first_key,
+            shared_prefix_len,
             k_cache.shape[2],
             splits,
             scale_log2,
@@ -385,8 +416,7 @@ def _plan(
 ):
     """What of a call follows from layouts and options alone, remembered since most calls are like the last.
 
-    Returns (passes, number of parts, constants); a pass is ((num_tiles, search_steps), first_key, seqlen_k, num_splits,
-    its own constants).
+    Returns (passes, number of parts, constants); a pass is ((num_tiles, search_steps), num_splits, its own constants).
     """
     (shape_q, strides_q), (_, strides_k), (shape_v, strides_v) = layout
     *rows_q, num_heads_q, head_dim = shape_q
@@ -429,7 +459,8 @@ def _plan(
         if search:
             num_tiles = num_queries * group_size // tiles.block_m + batch
         else:
-            num_tiles = -(-rows_here // tiles.block_m) * (1 if shared else batch)
+            num_sequences = 1 if shared else batch
+            num_tiles = tiles_each(rows_here, num_queries * group_size, num_sequences, tiles.block_m) * num_sequences
         first_key = 0 if shared else shared_prefix_len
         num_keys = shared_prefix_len if shared else max(capacity - shared_prefix_len, 0)
         splits = num_splits or choose_num_splits(num_tiles * num_heads_kv, -(-num_keys // tiles.block_n), num_sms)
@@ -443,5 +474,5 @@ def _plan(
             num_stages=tiles.num_stages,
         )
         counts = num_tiles, batch.bit_length()
-        passes.append((counts, first_key, shared_prefix_len if shared else capacity, splits, own))
-    return tuple(passes), sum(splits for *_, splits, _ in passes), common
+        passes.append((counts, splits, own))
+    return tuple(passes), sum(splits for _, splits, _ in passes), common

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._host.definition import attend
+from .._host.definition import attend, packed_bounds
 
 
 def paged_attention(
@@ -28,12 +28,13 @@ def paged_attention(
     return_lse=False,
     check_values=None,
 ):
-    """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0."""
+    """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0, their lse -inf."""
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out
-    lse = q.new_zeros(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=compute_dtype)
-    bounds = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
-    for i, seqlen in enumerate(cache_seqlens.tolist()):
+    result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out.zero_()
+    lse = q.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), float("-inf"), dtype=compute_dtype)
+    bounds = None if cu_seqlens_q is None else packed_bounds(cu_seqlens_q, len(q))
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    for i, seqlen in enumerate(cache_seqlens.clamp(max=capacity).tolist()):
         rows = i if bounds is None else slice(*bounds[i : i + 2])
         out_i, lse_i = attend(
             q[rows][None],
