@@ -138,7 +138,7 @@ def launch_hopper(q, k, v, causal, config):
     out, lse = new_outputs(q, v, wants_lse=False)
     lengths = q.shape[1], k.shape[1]
     plan = plan_hopper(layout_of(q, k, v, out), q.dtype, None, *lengths, causal, "hopper", config)
-    launch_flash_fwd_hopper(plan, q, k, v, out, lse, None, None, *lengths, q.shape[3] ** -0.5)
+    launch_flash_fwd_hopper(plan, q, k, v, out, lse, None, None, q.shape[3] ** -0.5)
     return out
 
 
