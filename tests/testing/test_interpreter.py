@@ -1,6 +1,8 @@
 """The repaired interpreter against torch's own conversions, and fp8 rounding against the definition."""
 
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from triton_attn import append_kv_cache, flash_attention, merge_attention, paged_attention
 from triton_attn.testing import fix_interpreter, guard
 
 pytestmark = [
@@ -284,6 +287,35 @@ def test_a_launch_leaves_the_language_as_it_was():
         with pytest.raises(InterpreterError):
             _max_kernel[(2,)](x, out, N=8, FAIL=True)
         assert language() == before
+
+
+def test_threads_launch_side_by_side(monkeypatch):
+    """What each of several threads computes is what it computes alone, bit by bit, gradients too."""
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(1, 9, 2, 16, generator=generator, requires_grad=True) for _ in range(3))
+        out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        k, v = k.detach()[0], v.detach()[0]
+        caches = torch.zeros(2, 3, 8, 2, 16)
+        append_kv_cache(k, v, *caches, torch.arange(len(k)))
+        seqlens, table = torch.tensor([len(k)], dtype=torch.int32), torch.arange(3, dtype=torch.int32)[None]
+        decoded, decoded_lse = paged_attention(q.detach()[:, -1:], *caches, seqlens, table, return_lse=True)
+        merged, _ = merge_attention(torch.stack([decoded, decoded]), torch.stack([decoded_lse, decoded_lse]))
+        return [x.detach().clone() for x in (out, lse, *gradients, *caches, decoded, decoded_lse, merged)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(work, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    for seed, results in enumerate(together):
+        for ours, alone in zip(results, work(seed)):
+            assert torch.equal(ours, alone)
 
 
 def test_fixing_again_changes_nothing():

@@ -7,13 +7,20 @@ every operation on such a handle is computed in fp32, which holds both formats e
 
 import dataclasses
 import functools
+import threading
 
 import numpy as np
 import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpretedFunction,
+    InterpreterBuilder,
+    ReduceScanOpInterface,
+    TensorHandle,
+)
 
 _FLOAT8 = {
     tl.float8e4nv: torch.float8_e4m3fn,
@@ -25,10 +32,11 @@ _FLOAT8_VALUES = {
     dtype: torch.arange(256, dtype=torch.uint8).view(torch_dtype).float().numpy()
     for dtype, torch_dtype in _FLOAT8.items()
 }
+# A launch patches the language and keeps the place of the program it runs in one builder: one launch at a time.
+_LAUNCH = threading.RLock()
 _NARROW = {tl.bfloat16, *_FLOAT8}  # floats that the interpreter stores as bit patterns
 
 
-@functools.cache
 def fix_interpreter() -> None:
     """Make bf16 and fp8 in interpreted kernels behave as on a GPU; calling it again changes nothing.
 
@@ -42,10 +50,17 @@ def fix_interpreter() -> None:
     - Tensors as loop bounds work with triton 3.6 and numpy >= 2.4.
     - `desc.atomic_add` of fp32 descriptors works.
     - Launches take a third of the time, and leave nothing of `triton.language` patched.
+    - Launches of several Python threads wait for each other.
 
     Not repaired: bf16 atomics, inline assembly and (triton 3.6, 3.7) AMD's own fp8 types, which raise; `tl.dot_scaled`;
     fp8e4b15.
     """
+    with _LAUNCH:
+        _fix_once()
+
+
+@functools.cache
+def _fix_once():
     for name in ("binary_op", "unary_op", "create_fma"):
         setattr(InterpreterBuilder, name, _on_values(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.create_dot = _dot_on_values(InterpreterBuilder.create_dot)
@@ -62,6 +77,7 @@ def fix_interpreter() -> None:
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=options.debug)
     GridExecutor.__call__ = _on_one_stack(GridExecutor.__call__)
     interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
+    InterpretedFunction.run = _one_at_a_time(InterpretedFunction.run)
 
 
 def _is_narrow(handle) -> bool:
@@ -185,6 +201,15 @@ def _on_one_stack(call):
         return call(self, *args, **kwargs)
 
     wrapper.__code__ = wrapper.__code__.replace(co_stacksize=2**16 + 1)
+    return wrapper
+
+
+def _one_at_a_time(run):
+    @functools.wraps(run)
+    def wrapper(self, *args, **kwargs):
+        with _LAUNCH:
+            return run(self, *args, **kwargs)
+
     return wrapper
 
 
