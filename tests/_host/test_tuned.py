@@ -393,3 +393,23 @@ def test_equal_calls_look_up_once(tmp_path, monkeypatch):
     triton_attn.use_tuned(None)
     configs.choose_config(*arguments)
     assert len(looked_up) == 2, "another table may say otherwise"
+
+
+def test_what_another_thread_s_change_of_tables_overtakes_is_not_kept():
+    """The change comes while a config is chosen: what was read before it does not stay."""
+    tables = iter(["old", "new", "newer"])
+
+    @tuned.remember
+    def chosen(call):
+        table = next(tables)
+        if table == "old":
+            triton_attn.use_tuned(None)  # by another thread
+        return table
+
+    try:
+        assert chosen(1) == "new"
+        assert chosen(1) == "new"
+        triton_attn.use_tuned(None)
+        assert chosen(1) == "newer"
+    finally:
+        tuned._plans.pop()

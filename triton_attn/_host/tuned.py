@@ -77,6 +77,7 @@ ABOUT = {
 
 _added = []  # indices of the user's tables, the last one first
 _plans = []  # functions that remember what follows from tables
+_generation = object()  # another one each time that tables change
 
 
 def use_tuned(path):
@@ -100,8 +101,7 @@ def use_tuned(path):
         _added.clear()
     else:
         _added.insert(0, _index_of(Path(path)))
-    for plan in _plans:
-        plan.cache_clear()
+    _forget_plans()
 
 
 def added_tables():
@@ -114,15 +114,33 @@ def take_tables(tables):
     """Let the user's tables of another process serve, and no others."""
     _add_environment()
     _added[:] = tables
-    for plan in _plans:
-        plan.cache_clear()
+    _forget_plans()
 
 
 def remember(function):
-    """functools.lru_cache for what follows from tables: it forgets when they change."""
-    plan = functools.lru_cache(maxsize=1024)(function)
+    """functools.lru_cache for what follows from tables: it forgets when they change.
+
+    What another thread's change of tables overtakes is computed again, since it would be kept after the forgetting.
+    """
+
+    @functools.lru_cache(maxsize=1024)
+    @functools.wraps(function)
+    def plan(*args, **kwargs):
+        while True:
+            generation = _generation
+            result = function(*args, **kwargs)
+            if generation is _generation:
+                return result
+
     _plans.append(plan)
     return plan
+
+
+def _forget_plans():
+    global _generation
+    _generation = object()
+    for plan in _plans:
+        plan.cache_clear()
 
 
 def rows_class(num_rows):
