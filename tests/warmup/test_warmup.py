@@ -208,6 +208,22 @@ def test_another_process_finds_the_kernels_on_disk(tmp_path):
         ({"model": "llama-3-8b", "page_size": 0, "functions": ["append_kv_cache"]}, ValueError, "page_size: expec"),
         ({"model": "llama-3-8b", "num_workers": 0}, ValueError, "num_workers: expected 1 or more, got 0"),
         ({"model": "llama-3-8b", "window_size": 5}, TypeError, "window_size: expected a pair"),
+        (
+            {"model": "gpt-oss-120b", "sinks": 1},
+            TypeError,
+            "sinks: expected a bool, torch.bfloat16 or torch.float32, got i",
+        ),
+        (
+            {"model": "gpt-oss-120b", "sinks": torch.float16},
+            TypeError,
+            "sinks: expected a bool, torch.bfloat16 or torc",
+        ),
+        ({"model": "deepseek-v3", "window_size": (9, 0)}, ValueError, "window_size: expected none, since MLA's"),
+        ({"model": "deepseek-v3", "softcap": 5.0}, ValueError, "softcap: expected none, since MLA's functions"),
+        ({"model": "deepseek-v3", "sinks": True}, ValueError, "sinks: expected none, since MLA's functions"),
+        ({"model": "deepseek-v3", "alibi": True}, ValueError, "alibi: expected none, since MLA's functions"),
+        ({"model": "deepseek-v3", "dropout_p": 0.1}, ValueError, "dropout_p: expected none, since MLA's functions"),
+        ({"model": "deepseek-v3", "deterministic": True}, ValueError, "deterministic: expected none, since MLA's"),
         ({"num_heads_q": 4, "head_dim": 64, "kv_lora_rank": 512}, TypeError, "kv_lora_rank, qk_rope_head_dim: exp"),
     ],
 )

@@ -18,12 +18,12 @@ def fail(name, expected, got, error=ValueError):
     raise error(f"{name}: expected {expected}, got {got}")
 
 
-def check_bool(name, value):
+def check_bool(name, value, expected="a bool"):
     if value is True or value is False:
         return value
     kind = type(value)
     if kind.__module__ != "numpy" or kind.__name__ not in ("bool", "bool_"):  # numpy itself may not be installed
-        fail(name, "a bool", kind.__name__, TypeError)
+        fail(name, expected, kind.__name__, TypeError)
     return bool(value)
 
 

@@ -75,12 +75,12 @@ def warmup(
         kv_cache_dtype: None is dtype; float8_e4m3fn or float8_e5m2 otherwise, with every kind of scale.
         page_size: tokens on a page; None is 16, for MLA 64; 0 is a contiguous cache, without block tables.
         causal, window_size, softcap: as calls give them; None is the model's window (window - 1 keys to the left), or
-            none. Of MLA there is causal alone.
+            none.
         sinks: whether calls give sinks, of dtype; torch.float32 for those of fp32.
         alibi: whether calls give alibi_slopes (num_heads_q,).
         rotary_dim, rope_interleaved: of rotary positions that the append kernels, and MLA decode, apply, angles in fp32
             and positions in int64; 0 is none.
-        dropout_p, deterministic: of flash_attention.
+        dropout_p, deterministic: of flash_attention. MLA has neither these nor window_size, softcap, sinks and alibi.
         max_seqlen: the longest prompt and context, in tokens.
         functions: names of what is called; None is what serving calls:
             "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries a sequence,
@@ -119,14 +119,12 @@ def warmup(
         shape = {name: getattr(model, name) if size is None else size for name, size in shape.items()}
         sinks = model.sinks if sinks is None else sinks
         windows = _windows(model) if window_size is None else windows
-    if sinks is not None and not isinstance(sinks, torch.dtype):
-        sinks = dtype if check_bool("sinks", sinks) else None
     options = dict(
         dtype=dtype,
         kv_cache_dtype=dtype if kv_cache_dtype is None else kv_cache_dtype,
         causal=check_bool("causal", causal),
         softcap=check_number("softcap", softcap),
-        sinks=sinks,
+        sinks=_check_sinks(sinks, dtype),
         alibi=check_bool("alibi", alibi),
         rotary_dim=check_length("rotary_dim", rotary_dim),
         rope_interleaved=check_bool("rope_interleaved", rope_interleaved),
@@ -136,6 +134,8 @@ def warmup(
     )
     shape = _check_shape(tensor_parallel_size, **shape)
     _check_dtypes(**options)
+    if shape["kv_lora_rank"] is not None:
+        _refuse_of_latent_vectors(options | {"window_size": None if windows == [None] else windows})
     page_size = _check_page_size(shape["kv_lora_rank"] is not None, page_size)
     num_workers = check_size("num_workers", num_workers)
     windows = [None if window is None else check_window(window) for window in windows]
@@ -176,6 +176,21 @@ def _check_shape(tensor_parallel_size, num_heads_q, num_heads_kv, head_dim, head
             fail("tensor_parallel_size", f"a divisor of {name}, {sizes[name]}", tensor_parallel_size)
         sizes[name] = max(1, sizes[name] // tensor_parallel_size)
     return sizes | latent
+
+
+def _check_sinks(sinks, dtype):
+    """The dtype of sinks, or None."""
+    if not isinstance(sinks, torch.dtype):
+        return dtype if sinks is not None and check_bool("sinks", sinks, f"a bool, {dtype} or torch.float32") else None
+    if sinks not in (dtype, torch.float32):
+        fail("sinks", f"a bool, {dtype} or torch.float32", sinks, TypeError)
+    return sinks
+
+
+def _refuse_of_latent_vectors(options):
+    for name in ("window_size", "softcap", "sinks", "alibi", "dropout_p", "deterministic"):
+        if options[name]:
+            fail(name, "none, since MLA's functions do not take it", options[name])
 
 
 def _check_dtypes(dtype, kv_cache_dtype, **_):
