@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from triton_attn._host.definition import rotate
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 LAYOUTS = ["contiguous", "sparse", "slice"]
@@ -40,3 +42,21 @@ class Cache:
         shape, cache_in = CACHE_LAYOUTS[layout](*sizes)
         self.memory = torch.full((math.prod(shape) * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=DEVICE)
         self.cache = cache_in(self.memory.view(dtype).view(shape))
+
+
+def rounded(x, dtype):
+    limit = torch.finfo(dtype).max if dtype in FLOAT8 else math.inf
+    return x.clamp(-limit, limit).to(dtype).float()
+
+
+def assert_rotated(actual, x, scale, dtype, rope_cos, rope_sin, positions, rope_interleaved):
+    """The rotated dimensions of rows (n, num_heads, dim): right to what fp32 loses, whether a compiler fuses the
+    product and the sum of a rotation or not, and then rounded once to dtype."""
+    cos, sin = (table[positions].double().unsqueeze(1) for table in (rope_cos, rope_sin))
+    x = x[..., : 2 * cos.shape[2]].double()
+    truth = rotate(x, cos, sin, rope_interleaved) / scale
+    sums = (rotate(x.abs(), cos.abs(), sign * sin.abs(), rope_interleaved) for sign in (1, -1))
+    error = 2**-22 * torch.maximum(*sums) / scale  # of two products, their sum and a quotient that is off by 2 ulp
+    actual = actual[..., : x.shape[2]].float()
+    assert (actual >= rounded(truth - error, dtype)).all()
+    assert (actual <= rounded(truth + error, dtype)).all()
