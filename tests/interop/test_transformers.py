@@ -337,15 +337,17 @@ def test_gradients_of_a_training_step(side, device):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("padding", [NONE, [[1] * 9] * 2])
 @pytest.mark.parametrize("name", ["llama: grouped query heads", "gpt-oss: sinks"])
-def test_positions_that_start_anew_are_packed_sequences(name, device):
+def test_positions_that_start_anew_are_packed_sequences(name, padding, device):
     """As flash_attention_2 serves them: llama tells its mask, gpt-oss its layers alone, and only for one row."""
     model = decoder(CONFIGS[name]).to(device)
     model.set_attn_implementation("triton_attn")
     torch.manual_seed(1)
     tokens = torch.randint(1, 64, (2, 9), device=device)
     with torch.no_grad():
-        got = model(tokens, position_ids=POSITIONS.to(device), use_cache=False).logits
+        padding = None if padding is None else torch.tensor(padding, device=device)
+        got = model(tokens, padding, position_ids=POSITIONS.to(device), use_cache=False).logits
         for row, bounds in enumerate(([0, 6, 8, 9], [0, 1, 9])):
             for start, end in itertools.pairwise(bounds):
                 alone = model(tokens[row : row + 1, start:end], use_cache=False).logits[0]

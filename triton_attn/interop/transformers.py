@@ -57,7 +57,7 @@ def attention(
     """The attention of one layer, as transformers calls it.
 
     Args:
-        module: the layer, of which nothing is read.
+        module: the layer, which errors name; nothing else of it is read.
         query: (batch, num_heads_q, seqlen_q, head_dim). key, value: (batch, num_heads_kv, seqlen_k, head_dim and
             head_dim_v); of a static cache, slots after the last query's may hold anything.
         attention_mask: what `token_mask` made, or None: every key.
@@ -91,7 +91,8 @@ def attention(
     else:
         attention_mask.check_lengths(q.shape[1], k.shape[1])
         window, packing = attention_mask.window, None
-        k, v = (x[:, : attention_mask.num_keys] for x in (k, v))
+        if attention_mask.num_keys < k.shape[1]:
+            k, v = (x[:, : attention_mask.num_keys] for x in (k, v))
     if cu_seq_lens_q is not None:
         if attention_mask is not None and attention_mask.has_padding:
             raise ValueError("cu_seq_lens_q: expected no padding mask beside packed sequences")
@@ -177,8 +178,9 @@ class TokenMask(torch.Tensor):
     (batch, 1, seqlen_q, num_slots), but without values. Whoever reads them gets NotImplementedError.
 
     Attributes:
-        window: (left, right) around each query's own position, -1 unlimited. The queries are the last seqlen_q of
-            num_keys keys; slots after those may hold anything.
+        window: (left, right) around each query's own position, -1 unlimited.
+        seqlen_q, num_keys, num_slots: the queries are the last of the keys; the cache's slots after those may hold
+            anything.
         tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row; None where every row is
             one sequence without padding. Layers share the mask, and so what it tells about them.
         config: of the model, for its name in errors.
@@ -187,7 +189,8 @@ class TokenMask(torch.Tensor):
     @classmethod
     def make(cls, sizes, device, window, tokens, num_keys, config=None):
         mask = torch.empty((), dtype=torch.bool, device=device).expand(sizes).as_subclass(cls)
-        mask.window, mask.tokens, mask.num_keys, mask.config = window, tokens, num_keys, config
+        mask.window, mask.tokens, mask.config = window, tokens, config
+        mask.seqlen_q, mask.num_keys, mask.num_slots = sizes[2], num_keys, sizes[3]
         return mask
 
     @classmethod
@@ -215,10 +218,10 @@ class TokenMask(torch.Tensor):
         return f"TokenMask({tuple(self.shape)}, window={self.window}, num_keys={self.num_keys}, tokens={self.tokens})"
 
     def check_lengths(self, seqlen_q, num_slots):
-        if (seqlen_q, num_slots) != (self.shape[2], self.shape[3]):
+        if (seqlen_q, num_slots) != (self.seqlen_q, self.num_slots):
             raise NotImplementedError(
                 f"attention_mask: expected a mask for the layer's {seqlen_q} queries and {num_slots} keys, got one for "
-                f"{self.shape[2]} and {self.shape[3]}"
+                f"{self.seqlen_q} and {self.num_slots}"
             )
 
     @property
@@ -228,18 +231,18 @@ class TokenMask(torch.Tensor):
     @cached_property
     def packing(self):
         """None where every row is one sequence without padding."""
-        return None if self.tokens is None else _packing_of(self.tokens, self.window, self.shape[2])
+        return None if self.tokens is None else _packing_of(self.tokens, self.window, self.seqlen_q)
 
     def packing_with(self, position_ids):
         """The packing where the model did not tell `token_mask` its positions, but tells its layers."""
-        seqlen_q = self.shape[2]
-        is_whole = 1 < seqlen_q == self.num_keys
-        if self.tokens is not None or not is_whole or position_ids is None or position_ids.shape[1:] != (seqlen_q,):
+        is_whole = 1 < self.seqlen_q == self.num_keys
+        tells = position_ids is not None and is_whole and position_ids.shape[1:] == (self.seqlen_q,)
+        if self.packing is not None or not tells:
             return self.packing
         if self.positions is not position_ids:
             starts = position_ids == position_ids.amin(1, keepdim=True)
             tokens = starts.cumsum(1).expand(self.shape[0], -1)
-            self.positions, self.packing_of_positions = position_ids, _packing_of(tokens, self.window, seqlen_q)
+            self.positions, self.packing_of_positions = position_ids, _packing_of(tokens, self.window, self.seqlen_q)
         return self.packing_of_positions
 
     positions = None
