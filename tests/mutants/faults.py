@@ -259,13 +259,6 @@ FAULTS = (
         "BACKWARD",
     ),
     Fault(
-        "B14",
-        "triton_attn/flash/backward.py",
-        "new = torch.zeros_like if varlen else torch.empty_like",
-        "new = torch.empty_like",
-        "BACKWARD",
-    ),
-    Fault(
         "B16",
         "triton_attn/flash/backward.py",
         "softcap is None and alibi_slopes is None and dropout is None",
@@ -290,14 +283,14 @@ FAULTS = (
     Fault(
         "P04",
         "triton_attn/paged/forward.py",
-        "counts = (split == 0) & (first_key == 0)",
-        "counts = first_key == 0",
+        "counts = (split == 0) & (SHARED |",
+        "counts = (split >= 0) & (SHARED |",
         "PAGED",
     ),
     Fault(
         "P05",
         "triton_attn/paged/forward.py",
-        "counts = (split == 0) & (first_key == 0)",
+        "counts = (split == 0) & (SHARED | (shared_prefix_len == 0))",
         "counts = split == 0",
         "PAGED",
     ),
@@ -427,8 +420,8 @@ FAULTS = (
     Fault(
         "M05",
         "triton_attn/mla/projections.py",
-        "positions = tl.maximum(seqlens_k - seqlen_q + query, 0)",
-        "positions = tl.maximum(seqlens_k - 1 + query, 0)",
+        "positions = seqlens_k - seqlen_q + query",
+        "positions = seqlens_k - 1 + query",
         "DECODE",
     ),
     Fault(
@@ -578,7 +571,13 @@ FAULTS = (
         "(offs_s <= KV_LORA_RANK // SCALE_BLOCK)",
         "APPEND",
     ),
-    Fault("A07", "triton_attn/_jit/rope.py", "positions.to(tl.int64)[:, None]", "positions[:, None]", "APPEND"),
+    Fault(
+        "A07",
+        "triton_attn/_jit/rope.py",
+        "num_positions - 1).to(tl.int64)[:, None]",
+        "num_positions - 1)[:, None]",
+        "APPEND",
+    ),
     Fault(
         "H02",
         "triton_attn/_host/checks.py",
