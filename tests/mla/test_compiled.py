@@ -128,6 +128,7 @@ PREFILL_VARIANTS |= {"lse": {"return_lse": True}}
 # Bytes spilled around the loop over latent numbers, once for a tile of keys, at the widths of DeepSeek.
 FUSED_SPILLS = {"sm_80": 52, "sm_86": 16, "sm_90": 140, "sm_100": 16, "sm_120": 56, "gfx942": 0}
 PREFILL_SLICE = {(arch, mode, "bf16") for arch in set(PREFILL_ARCHS) - {"sm_86"} for mode in ("fused", "materialized")}
+PREFILL_SLICE |= {(arch, "absorbed", "bf16") for arch in ("sm_80", "sm_86")}
 PREFILL_SLICE |= {("sm_90", mode, variant) for mode in MODES for variant in ("packed", "lse")}
 
 
@@ -146,7 +147,7 @@ def test_prefill(arch, mode, variant, record_property):
         assert launch.shared_bytes <= shared_memory_limit(arch)
     if mode == "absorbed":
         assert [x.name for x in launches] == ["_absorb_kernel", "_mla_absorbed_kernel", "_merge_project_kernel"]
-        assert variant in WIDE or sum(x.spill_bytes for x in launches) <= (0 if variant == "fp32" else 44)
+        assert variant in WIDE or sum(x.spill_bytes for x in launches) <= (0 if variant == "fp32" else 64)
         if arch in RATES and variant != "fp32":
             assert loop_model.analyze(launches[1].kernel).hot.spills == 0
         return

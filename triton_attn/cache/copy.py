@@ -1,5 +1,6 @@
 """Kernel that copies pages, of all layers and of keys and values in one launch, and its launcher."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -63,6 +64,8 @@ def launch_copy_kv_pages(caches, src_pages, dst_pages):
     block_rows = min(max(1, TILE_ELEMENTS // block_d), triton.next_power_of_2(page_size * num_heads))
     if src_pages.numel() == 0:
         return
+    if caches[0].itemsize == 1:  # bytes: not every GPU has the dtypes of fp8
+        caches = tuple(cache.view(torch.uint8) for cache in caches)
     launch(
         _copy_kv_pages_kernel,
         (src_pages.numel(), len(caches) * num_layers),

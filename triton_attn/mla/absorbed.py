@@ -458,7 +458,7 @@ def _plan(
         sizes = kv_lora_rank, shape_pe[3], num_rows
         tiles = choose_decode_config(arch, dtype, *sizes, is_fp8, table_width * page_size, page_size)
     else:
-        tiles = default_decode_config(arch, dtype, num_rows, is_fp8)
+        tiles = default_decode_config(arch, dtype, num_rows, is_fp8, paged=False)
     num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
     num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
     native = arch.startswith("sm_") and int(arch[3:]) >= 89

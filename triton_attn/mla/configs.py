@@ -55,6 +55,8 @@ _FLOAT8 = {
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
+# More than 16 rows over keys in no pages, where latent vectors and rotary keys are tiles of their own.
+_CONTIGUOUS = {"sm_80": MlaDecodeConfig(32, 64, 8, 2), "sm_86": MlaDecodeConfig(32, 32, 4, 2)}
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
 
 
@@ -70,18 +72,19 @@ def choose_decode_config(arch, dtype, kv_lora_rank, qk_rope_head_dim, num_rows, 
     return MlaDecodeConfig(**found) if found else default_decode_config(arch, dtype, num_rows, is_fp8)
 
 
-def default_decode_config(arch, dtype, num_rows, is_fp8=False):
+def default_decode_config(arch, dtype, num_rows, is_fp8=False, paged=True):
     """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
 
-    num_rows is seqlen_q * num_heads, dtype that of the queries, is_fp8 whether the cache is. "interpreter" gets tiles
-    that it is fast with.
+    num_rows is seqlen_q * num_heads, dtype that of the queries, is_fp8 whether the cache is, paged whether it has
+    pages. "interpreter" gets tiles that it is fast with.
     """
     if arch == "interpreter":
         return MlaDecodeConfig(16 if num_rows <= 16 else 64, 64, 4, 1)
     if dtype == torch.float32:
         return _FLOAT
-    table = _FLOAT8 if is_fp8 else _HALF
-    return table[_known_arch(arch)][num_rows > 16]
+    arch = _known_arch(arch)
+    config = (_FLOAT8 if is_fp8 else _HALF)[arch][num_rows > 16]
+    return config if paged or num_rows <= 16 else _CONTIGUOUS.get(arch, config)
 
 
 def choose_hopper_config(wanted, dtype, kv_lora_rank, qk_rope_head_dim, seqlen_k, num_rows):
