@@ -154,7 +154,7 @@ def test_lse_is_that_of_the_undropped_softmax():
     q, k, v = (torch.randn(1, 70, 2, 16, device=DEVICE) for _ in range(3))
     out, lse = flash_attention(q, k, v, return_lse=True)
     dropped_out, dropped_lse = flash_attention(q, k, v, dropout_p=P, dropout_seed=SEED, return_lse=True)
-    assert torch.equal(dropped_lse, lse)
+    torch.testing.assert_close(dropped_lse, lse, atol=1e-5, rtol=0)  # of another kernel, contracted in another way
     assert not torch.equal(dropped_out, out)
 
 

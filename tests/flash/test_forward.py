@@ -202,8 +202,8 @@ def test_without_return_lse_only_out_comes_back():
     cu_seqlens = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
     packed, packed_lse = flash_attention_varlen(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3, return_lse=True)
     assert torch.equal(flash_attention_varlen(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3), packed)
-    assert torch.equal(packed, out[0])
-    assert torch.equal(packed_lse, lse[0])
+    # Of another kernel, which a compiler may contract in another way.
+    torch.testing.assert_close((packed, packed_lse), (out[0], lse[0]), atol=1e-5, rtol=0)
 
 
 def test_queries_past_max_seqlen_are_not_computed():
