@@ -321,3 +321,15 @@ def test_fp64_is_served_by_the_reference(monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     q = torch.randn(1, 5, 2, 16, dtype=torch.float64, device=DEVICE)
     assert torch.equal(flash_attention(q, q, q), reference.flash_attention(q, q, q))
+
+
+@pytest.mark.parametrize(
+    "change", [{"causal": 1}, {"window_size": (True, -1)}, {"softcap": True}, {"softmax_scale": True}], ids=str
+)
+def test_a_call_like_the_one_before_is_checked_all_the_same(change):
+    """1 == True: what is remembered of a call must not let another type pass."""
+    q = torch.randn(1, 3, 1, 16)
+    equal = {"causal": True, "window_size": (1, -1), "softcap": 1.0, "softmax_scale": 1.0}
+    flash_attention(q, q, q, **equal)
+    with pytest.raises(TypeError, match=next(iter(change))):
+        flash_attention(q, q, q, **equal | change)

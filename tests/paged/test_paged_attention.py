@@ -192,6 +192,15 @@ def test_pages_outside_of_the_window_are_not_touched(record_property):
         assert window >= 0 or loaded == seen
 
 
+@pytest.mark.parametrize("page_size", [48, 80])
+def test_pages_that_a_tile_does_not_divide(page_size):
+    check(replace(PLAIN, page_size=page_size))
+
+
+def test_a_shared_prefix_that_ends_inside_a_page():
+    check(replace(PLAIN, page_size=32, seqlens_k=(47, 100, 70), shared_prefix_len=40))
+
+
 @pytest.mark.parametrize("where", ["k_cache", "v_cache", "q", "block_table"])
 def test_offsets_past_32_bits(where):
     """Pages, queries and rows of the table that lie far apart, on memory that is never touched."""

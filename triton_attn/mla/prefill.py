@@ -226,7 +226,8 @@ def _mla_prefill_kernel(
             )
             k_start = k_ptr + start * k_strides[1]
             if FUSED:
-                latent_ptrs = k_start + (keys * k_strides[1])[:, None]
+                latent_rows = keys.to(tl.int64) if WIDE_ROWS else keys
+                latent_ptrs = k_start + (latent_rows * k_strides[1])[:, None]
                 k, v = _up_project(
                     latent_ptrs,
                     keys_mask,
@@ -345,6 +346,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
     tiles = config or choose_prefill_config(
         arch, q_nope.dtype, fused, (nope_dim, q_pe.shape[-1], v_dim), max(dims.values()), max_seqlen_k
     )
+    with_rows = q_nope, q_pe, out, k_pe.unsqueeze(-2), *((k.unsqueeze(-2),) if fused else ())
     num_tiles = tiles_each(max_seqlen_q, q_nope.shape[-3], batch, tiles.block_m)
     scale_log2 = softmax_scale * LOG2_E.value
     # (batch, row) of latent vectors and rotary keys; (head, row) of keys and values.
@@ -391,7 +393,7 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         BLOCK_N=tiles.block_n,
         BLOCK_C=min(tiles.block_c, padded_size(k.shape[-1])) if fused else None,
         SIGN=(scale_log2 > 0) - (scale_log2 < 0),
-        WIDE_ROWS=strides_are_wide(max(tiles.block_m, tiles.block_n), *(x.stride() for x in (q_nope, q_pe, out))),
+        WIDE_ROWS=strides_are_wide(max(tiles.block_m, tiles.block_n), *(x.stride() for x in with_rows)),
         INPUT_PRECISION=input_precision(q_nope.dtype, arch),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
