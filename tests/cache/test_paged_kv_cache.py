@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_attn import OutOfPages, PagedKVCache, kv_cache_bytes_per_token
 
@@ -425,6 +426,12 @@ def test_made_or_grown_in_inference_mode_and_used_outside():
         cache.extend(seqs[5:8], [[4, 5]] * 3)
     cache.truncate(seq, 2)
     cache.free(seq)
+
+
+def test_a_cache_keeps_the_gpu_it_was_made_on():
+    with FakeTensorMode():
+        cache = make(device="cuda")
+    assert cache.device == cache.k_cache.device == torch.device("cuda", 0)
 
 
 def test_host_arrays_stay_on_the_host_under_another_default_device():

@@ -1,22 +1,39 @@
 """Public calls through Triton's own driver and launcher, over the stub driver that LD_LIBRARY_PATH leads to.
 
-    python public_calls.py sm_90 [WORD]     prints the name of each call (with the word in it), then a line for each of
-                                            its launches
+    python public_calls.py sm_90 [PATTERN]     prints the name of each call (that has the pattern), then a line for each
+                                               of its launches
 
-CPU tensors stand for those of a GPU, since nothing computes.
+CPU tensors stand for those of a GPU, since nothing computes; with STUB_DEVICE=1 they say that they are on cuda:1, where
+each launch must then go although cuda:0 is current.
 """
 
+import contextlib
+import ctypes
+import os
+import re
+import struct
 import sys
 import traceback
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_attn as ta
+from triton_attn._host import device as host_device
+from triton_attn._host.options import AttentionOptions
+from triton_attn.flash.backward import launch_flash_bwd
 
 BF16 = torch.bfloat16
+SIZES = {"u64": 8, "b64": 8, "s64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u8": 1, "b8": 1}  # of PTX types
+FORMATS = {"i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f", "u1": "?", "i1": "?"}  # of Triton's
+ON_SECOND_GPU = os.environ.get("STUB_DEVICE") == "1"
+current_device = 0
 
 
 def use_stub(arch):
@@ -24,10 +41,115 @@ def use_stub(arch):
     driver = CudaDriver()
     driver.get_device_capability = lambda device=0: (number // 10, number % 10)
     driver.get_current_stream = lambda device=0: 0
-    driver.get_current_device = lambda: 0
+    driver.get_current_device = lambda: current_device
     driver.set_current_device = lambda device: None
     driver.get_current_target = lambda: GPUTarget("cuda", number, 32)
     triton.runtime.driver.set_active(driver)
+
+
+def check_parameters():
+    """Let every launch fail whose parameters are not the arguments, in the order and sizes of its PTX."""
+    stub = ctypes.CDLL("libcuda.so.1")
+    init_handles, run = CompiledKernel._init_handles, JITFunction.run
+
+    def tell_sizes(kernel):
+        is_new = kernel.module is None
+        init_handles(kernel)
+        if is_new:
+            sizes = parameter_sizes(kernel)
+            stub.stub_expect(ctypes.c_void_p(kernel.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+
+    def run_and_compare(function, *args, **kwargs):
+        kernel = run(function, *args, **kwargs)
+        expected = list(parameters_of(function, kernel, args, kwargs))
+        sizes = parameter_sizes(kernel)
+        handed = (ctypes.c_ubyte * sum(sizes)).in_dll(stub, "stub_parameters")
+        handed = struct.unpack("".join(f"{size}s" for size in sizes), bytes(handed))
+        if sizes[: len(expected)] != [len(value) for value in expected]:
+            raise AssertionError(f"{kernel.name}: PTX has {sizes}, the arguments {[len(value) for value in expected]}")
+        if len(sizes) > len(expected) + 2:
+            raise AssertionError(f"{kernel.name}: PTX has {len(sizes)} parameters, the arguments are {len(expected)}")
+        for i, (value, wanted) in enumerate(zip(handed, expected)):
+            if value != wanted and len(wanted) != 128:  # what a tensor map holds is the driver's own
+                raise AssertionError(f"{kernel.name}, parameter {i}: expected {wanted.hex()}, got {value.hex()}")
+        return kernel
+
+    CompiledKernel._init_handles, JITFunction.run = tell_sizes, run_and_compare
+
+
+def parameter_sizes(kernel):
+    """Bytes of each parameter in the PTX."""
+    entry = re.search(r"\.entry \w+\((.*?)\)", kernel.asm["ptx"], re.DOTALL)[1]
+    found = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)[^\[,]*(?:\[(\d+)\])?", entry)
+    return [SIZES[kind] * int(count or 1) for kind, count in found]
+
+
+def parameters_of(function, kernel, args, kwargs):
+    """The bytes of each parameter, from the arguments of the call."""
+    values = dict(zip(function.arg_names, args)) | kwargs
+    for name, kind in kernel.src.signature.items():
+        yield from _bytes_of(kind, values[name])
+
+
+def _bytes_of(kind, value):
+    if isinstance(kind, tuple):
+        for of_item, item in zip(kind, value, strict=True):
+            yield from _bytes_of(of_item, item)
+    elif kind.startswith("tensordesc") or isinstance(value, TensorDescriptor) or hasattr(value, "block_shape"):
+        yield bytes(128)
+        yield from (struct.pack("i", size) for size in value.shape)
+        yield from (struct.pack("q", stride) for stride in value.strides)
+    elif kind.startswith("*"):
+        yield struct.pack("Q", value.data_ptr())
+    elif kind != "constexpr":
+        yield struct.pack(FORMATS[kind], value)
+
+
+class OnSecondGpu(torch.Tensor):
+    device = torch.device("cuda:1")
+    is_cuda = True
+
+
+class TensorsOnSecondGpu(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(kwargs.get("device"), "type", None) == "cuda":
+            kwargs = kwargs | {"device": "cpu"}
+        result = function(*args, **kwargs)
+        return result.as_subclass(OnSecondGpu) if type(result) is torch.Tensor else result
+
+
+@contextlib.contextmanager
+def on_second_gpu(arch):
+    """Tensors say that they are on cuda:1; a launch fails that does not go there, and there alone."""
+    run = JITFunction.run
+
+    @contextlib.contextmanager
+    def switched(device):
+        global current_device
+        before, current_device = current_device, device.index
+        try:
+            yield
+        finally:
+            current_device = before
+
+    def run_there(*args, **kwargs):
+        if current_device != 1:
+            raise AssertionError(f"a launch on cuda:{current_device} of tensors on cuda:1")
+        return run(*args, **kwargs)
+
+    with contextlib.ExitStack() as patches:
+        properties = mock.Mock(multi_processor_count=132)
+        of_torch = dict(
+            current_device=lambda: current_device, device=switched, get_device_properties=lambda device: properties
+        )
+        patches.enter_context(mock.patch.multiple(torch.cuda, **of_torch))
+        patches.enter_context(mock.patch.object(host_device, "gpu_arch", return_value=arch))
+        patches.enter_context(mock.patch.object(JITFunction, "run", run_there))
+        patches.enter_context(TensorsOnSecondGpu())
+        yield
+    if current_device != 0:
+        raise AssertionError("the current device has changed")
 
 
 def int32(*values):
@@ -37,6 +159,7 @@ def int32(*values):
 def flash(head_dim, dtype=BF16, seqlen_k=256, grads=True, packed=False, **options):
     q, k, v = (torch.randn(1, n, h, head_dim, dtype=dtype) for n, h in ((256, 4), (seqlen_k, 2), (seqlen_k, 2)))
     inputs = [x[0] if packed else x for x in (q, k, v)]
+    grads = grads and not ON_SECOND_GPU  # a torch operator is given plain tensors
     if grads:
         inputs = [x.detach().requires_grad_() for x in inputs]
     if packed:
@@ -45,6 +168,12 @@ def flash(head_dim, dtype=BF16, seqlen_k=256, grads=True, packed=False, **option
     out, lse = function(*inputs, return_lse=True, **options)
     if grads:
         (out.sum() + lse.sum()).backward()
+
+
+def backward_alone():
+    q = torch.randn(1, 256, 4, 64, dtype=BF16)
+    lse = torch.zeros(1, 4, 256)
+    launch_flash_bwd(q, None, q, q, q, q, lse, None, None, 256, 256, AttentionOptions(1.0, (None, 0), None, None, None))
 
 
 def many_heads():
@@ -88,7 +217,9 @@ def mla_decode(num_heads, cache_dtype=BF16, weights=False, **options):
 
 def mla_prefill(mode, grads=False):
     shapes = (1, 70, 4, 128), (1, 70, 4, 64), (1, 70, 512), (1, 70, 64), (4, 128, 512), (4, 128, 512)
-    inputs = [torch.randn(shape, dtype=BF16, requires_grad=grads) for shape in shapes]
+    inputs = [torch.randn(shape, dtype=BF16) for shape in shapes]
+    grads = grads and not ON_SECOND_GPU
+    inputs = [x.requires_grad_(grads) for x in inputs]
     out = ta.mla_prefill(*inputs, mode=mode)
     if grads:
         out.sum().backward()
@@ -107,6 +238,7 @@ CALLS = {
         sinks=torch.ones(4),
         dropout_p=0.1,
     ),
+    "flash 64, backward alone": backward_alone,
     "flash 128, no keys": lambda: flash(128, seqlen_k=0, causal=True),
     "flash 32, fp32": lambda: flash(32, torch.float32, causal=True),
     "flash, many heads": many_heads,
@@ -128,11 +260,17 @@ CALLS = {
 }
 
 
-def main(arch, word=""):
+def main(arch, pattern=""):
     use_stub(arch)
+    check_parameters()
+    with on_second_gpu(arch) if ON_SECOND_GPU else contextlib.nullcontext():
+        return call_all(pattern)
+
+
+def call_all(pattern):
     failed = 0
     for name, call in CALLS.items():
-        if word not in name:
+        if not re.search(pattern, name):
             continue
         print(f"call {name}", flush=True)
         try:

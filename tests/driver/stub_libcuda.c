@@ -1,6 +1,7 @@
 /* A libcuda.so.1 without a GPU: Triton's own CudaDriver and launcher run on it. Nothing computes. What a GPU's driver
    would refuse is refused here, and said on stderr: tensor maps by the rules of cuTensorMapEncodeTiled, launches by the
-   limits of a grid and of shared memory. STUB_ARCH is the compute capability, 90 for sm_90. */
+   limits of a grid and of shared memory. STUB_ARCH is the compute capability, 90 for sm_90. Whoever calls stub_expect with
+   the sizes of a function's parameters finds what the last launch handed over in stub_parameters. */
 #define __CUDA_API_VERSION_INTERNAL
 #include "cuda.h"
 #include <stdint.h>
@@ -19,7 +20,7 @@ static int context;
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { *count = 2; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int index) { *device = index; return CUDA_SUCCESS; }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
@@ -103,11 +104,33 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   return why ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
+static struct { CUfunction function; int count, sizes[256]; } expected[4096];
+static int num_expected;
+unsigned char stub_parameters[65536];
+
+void stub_expect(CUfunction function, int count, const int *sizes) {
+  expected[num_expected].function = function;
+  expected[num_expected].count = count;
+  memcpy(expected[num_expected++].sizes, sizes, count * sizeof(int));
+}
+
+static void keep_parameters(CUfunction function, void **parameters) {
+  unsigned char *end = stub_parameters;
+  memset(stub_parameters, 0xFF, sizeof(stub_parameters));
+  for (int i = 0; i < num_expected; i++) {
+    if (expected[i].function != function) continue;
+    for (int j = 0; j < expected[i].count; end += expected[i].sizes[j++])
+      memcpy(end, parameters[j], expected[i].sizes[j]);
+    return;
+  }
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
   const char *why = NULL;
   if (!config->gridDimX || !config->gridDimY || !config->gridDimZ) why = "an empty grid";
   if (config->gridDimX > 2147483647u || config->gridDimY > 65535 || config->gridDimZ > 65535) why = "too large a grid";
   if (config->blockDimX * config->blockDimY * config->blockDimZ > 1024) why = "more than 1024 threads";
+  keep_parameters(function, parameters);
   if (config->sharedMemBytes > shared_limit()) why = "too much shared memory";
   if (why) fprintf(stderr, "cuLaunchKernelEx of %s: %s\n", (const char *)function, why);
   else printf("launch %s %u\n", (const char *)function, config->gridDimX), fflush(stdout);

@@ -32,9 +32,9 @@ def stub(tmp_path_factory):
     return folder
 
 
-def run(stub, arch, *word, **environment):
+def run(stub, arch, *pattern, **environment):
     """{call: [kernels that it launched]}; fails where one did."""
-    done = run_python(stub, arch, HERE / "public_calls.py", arch, *word, **environment)
+    done = run_python(stub, arch, HERE / "public_calls.py", arch, *pattern, **environment)
     launches = {}
     for line in done.stdout.splitlines():
         word, _, rest = line.partition(" ")
@@ -54,9 +54,23 @@ def run_python(stub, arch, *arguments, **environment):
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.oldest), "sm_100"])
-def test_every_public_function_launches(stub, arch, record_property):
-    launches = run(stub, arch, TRITON_ATTN_KERNELS="portable")
+# Of every kernel one call, since most of the time goes to compiling; the full matrix has the others.
+EVERY_KERNEL = "flash 128, det|backward alone|paged chunk|append|mla decode, fp8|mla prefill, abs|mla prefill, mat"
+
+
+@pytest.mark.parametrize(
+    ("arch", "pattern"),
+    [
+        pytest.param("sm_90", "", marks=pytest.mark.oldest),
+        ("sm_80", EVERY_KERNEL),
+        ("sm_100", EVERY_KERNEL),
+        pytest.param("sm_80", "", marks=pytest.mark.full),
+        pytest.param("sm_100", "", marks=pytest.mark.full),
+    ],
+)
+def test_every_public_function_launches(stub, arch, pattern, record_property):
+    """With parameters that are its arguments, as its PTX lists them."""
+    launches = run(stub, arch, pattern, TRITON_ATTN_KERNELS="portable")
     kernels = {kernel for of_call in launches.values() for kernel in of_call}
     assert all(launches.values()), launches
     record_property("figure", f"{arch}: {len(launches)} calls, {sum(map(len, launches.values()))} launches")
@@ -92,3 +106,11 @@ def test_a_warmup_leaves_nothing_to_a_c_compiler(stub, tmp_path):
     done = run_python(stub, "sm_90", "-c", WARMED_UP, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     assert "launch _copy_kv_pages_kernel" in done.stdout
+
+
+def test_every_launch_goes_to_the_device_of_its_tensors(stub):
+    """Two devices: the first is current, and the tensors are on the second."""
+    calls = "packed|backward alone|paged decode, four|append|merge|mla decode, fp8|mla prefill, mat"
+    launches = run(stub, "sm_90", calls, TRITON_ATTN_KERNELS="portable", STUB_DEVICE="1")
+    assert len(launches) == 10
+    assert all(launches.values()), launches

@@ -5,11 +5,27 @@ import os
 from .checks import check_bool
 
 
+class Variable:
+    """An environment variable that is read at each call.
+
+    os.environ.get raises and catches a KeyError where it is not set, as is usual, and takes ten times as long."""
+
+    def __init__(self, name):
+        self._key = os.environ.encodekey(name)
+
+    def get(self, default=None):
+        value = os.environ._data.get(self._key)
+        return default if value is None else os.environ.decodevalue(value)
+
+
+_BACKEND, _INTERPRET, _CHECK = map(Variable, ("TRITON_ATTN_BACKEND", "TRITON_INTERPRET", "TRITON_ATTN_CHECK"))
+
+
 def use_kernel(tensor):
     """Whether the kernel serves this call: TRITON_ATTN_BACKEND = auto (default), triton or reference."""
-    backend = os.environ.get("TRITON_ATTN_BACKEND", "auto")
+    backend = _BACKEND.get("auto")
     if backend == "auto":
-        return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+        return tensor.is_cuda or _INTERPRET.get() == "1"
     if backend in ("triton", "reference"):
         return backend == "triton"
     raise ValueError(f"TRITON_ATTN_BACKEND: expected auto, triton or reference, got {backend!r}")
@@ -18,5 +34,5 @@ def use_kernel(tensor):
 def should_check_values(check_values):
     """check_values, or TRITON_ATTN_CHECK=1 where it is None."""
     if check_values is None:
-        return os.environ.get("TRITON_ATTN_CHECK") == "1"
+        return _CHECK.get() == "1"
     return check_bool("check_values", check_values)

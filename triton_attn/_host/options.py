@@ -1,10 +1,10 @@
 """What all attention kernels need to know of a call, checked and in one shape."""
 
-import os
 from typing import NamedTuple
 
 import torch
 
+from .backend import Variable
 from .checks import check_bool, check_number, check_per_head, check_window, fail
 
 
@@ -28,9 +28,12 @@ class AttentionOptions(NamedTuple):
         )
 
 
+_KERNELS = Variable("TRITON_ATTN_KERNELS")
+
+
 def wanted_kernels():
     """Of TRITON_ATTN_KERNELS, read at each call: the `choose_hopper_config` of a family says what each does."""
-    wanted = os.environ.get("TRITON_ATTN_KERNELS", "auto")
+    wanted = _KERNELS.get("auto")
     if wanted not in ("auto", "hopper", "portable"):
         fail("TRITON_ATTN_KERNELS", "auto, hopper or portable", wanted)
     return wanted

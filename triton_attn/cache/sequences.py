@@ -69,7 +69,7 @@ class PagedSequences:
 
     def __init__(self, num_pages, page_size, device, prefix_caching):
         self.page_size = check_size("page_size", page_size)
-        self.device = torch.device(device) if device is not None else torch.get_default_device()
+        self.device = torch.empty(0, device=device).device  # with its index: "cuda" is another GPU at another time
         self.pool = BlockPool(num_pages, prefix_caching)
         # Rows grow by doubling. Entries of _tables past a sequence's last page are 0.
         self._tables = zeros(0, 0, dtype=torch.int32)
