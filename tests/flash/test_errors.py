@@ -213,7 +213,11 @@ WRONG_VARLEN = {
         ValueError,
         "cu_seqlens_k: expected cu_seqlens_q's shape (3,), got (2,)",
     ),
-    "max_seqlen_q is a tensor": ({"max_seqlen_q": int32(3)}, TypeError, "max_seqlen_q: expected an int, got Tensor"),
+    "max_seqlen_q is two": (
+        {"max_seqlen_q": int32(3, 4)},
+        TypeError,
+        "max_seqlen_q: expected an int, or a tensor of one int32 or int64, got torch.int32 of shape (2,)",
+    ),
     "max_seqlen_k is negative": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k: expected 0 to 2**31 - 1, got -1"),
     "alibi_slopes of another batch": (
         {"alibi_slopes": tensor(5, 4, dtype=torch.float32)},

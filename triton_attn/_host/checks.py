@@ -8,6 +8,8 @@ import numbers
 
 import torch
 
+from .observers import is_observed
+
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # what caches may hold besides
 MAX_HEAD_DIM = 512
@@ -60,6 +62,28 @@ def check_size(name, value):
     if value == 0:
         fail(name, "1 or more", value)
     return value
+
+
+def check_max_seqlen(name, value):
+    """A length, or a tensor of one. It is read back, which waits for its device; where the call is traced, later."""
+    if not isinstance(value, torch.Tensor):
+        return check_length(name, value)
+    if value.dtype not in (torch.int32, torch.int64) or value.numel() != 1:
+        got = f"{value.dtype} of shape {tuple(value.shape)}"
+        fail(name, "an int, or a tensor of one int32 or int64", got, TypeError)
+    return value if is_observed(value) else read_length(name, value)
+
+
+def read_lengths(longest_q, longest_k, max_seqlen_q, max_seqlen_k):
+    """(max_seqlen_q, max_seqlen_k) as ints, each of which an operator got as a number or as a tensor."""
+    return (
+        max_seqlen_q if longest_q is None else read_length("max_seqlen_q", longest_q),
+        max_seqlen_k if longest_k is None else read_length("max_seqlen_k", longest_k),
+    )
+
+
+def read_length(name, value):
+    return check_length(name, value.item())
 
 
 def check_window(window_size):
@@ -126,6 +150,13 @@ def check_last_contiguous(name, x):
         fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
 
 
+def check_rows_aligned(name, latent_cache):
+    """The rows of an fp8 latent cache, which hold fp32 scales. Of a tensor with memory: a traced one has no address."""
+    if any(n % 4 for n in (latent_cache.data_ptr(), *latent_cache.stride()[:2])):
+        got = f"address {latent_cache.data_ptr():#x}, strides {latent_cache.stride()}"
+        fail(name, "rows that begin at multiples of 4 bytes", got)
+
+
 def check_cache_scale(name, scale, num_heads_kv, device):
     """What cached numbers are multiplied with: None, a number above 0, or a tensor of one or of one per KV head.
 
@@ -168,6 +199,13 @@ def check_cu_seqlens(name, cu_seqlens, device):
         fail(name, f"q's device {device}", cu_seqlens.device)
 
 
+def check_packed_values(lengths, total_q, total_k):
+    """Of (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), as `check_cu_seqlens_values`."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+    check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q)
+    check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, total_k, max_seqlen_k)
+
+
 def check_cu_seqlens_values(name, cu_seqlens, total, max_seqlen):
     """Reads the values back: from 0, never falling, within the rows there are, no sequence beyond max_seqlen."""
     bounds = cu_seqlens.tolist()
@@ -179,16 +217,6 @@ def check_cu_seqlens_values(name, cu_seqlens, total, max_seqlen):
             fail(f"{name}, sequence {i}", f"a length of 0 to {max_seqlen}", length)
         if bounds[i + 1] > total:
             fail(f"{name}[{i + 1}]", f"at most the {total} rows there are", bounds[i + 1])
-
-
-def refuse_gradients(**tensors):
-    if not torch.is_grad_enabled():
-        return
-    for name, x in tensors.items():
-        if x is not None and x.requires_grad:
-            raise NotImplementedError(
-                f"{name}: no gradient is served, got a tensor that requires one; use torch.no_grad"
-            )
 
 
 def check_rope_tables(name, x, rope_cos, rope_sin):

@@ -1,6 +1,9 @@
 """Writing to a paged KV cache as users call it: argument checks, then the kernel or the reference."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
@@ -11,10 +14,12 @@ from .._host.checks import (
     check_cache_scale,
     check_last_contiguous,
     check_rope_tables,
+    check_rows_aligned,
     check_tensor,
     fail,
 )
 from .._host.latent import latent_storage
+from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from . import reference
 
 
@@ -60,15 +65,46 @@ def append_kv_cache(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a slot outside of
             the cache or listed twice, a position without an angle.
+        NotImplementedError: an argument requires a gradient, has a tangent or is under vmap.
+
+    One operator that writes to the cache under torch.compile and export.
 
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
     _check_append(k, v, k_cache, v_cache, slot_mapping)
-    k_scale = check_cache_scale("k_scale", k_scale, k.shape[1], k.device)
-    v_scale = check_cache_scale("v_scale", v_scale, k.shape[1], k.device)
+    k_number, k_scale = number_and_tensor(check_cache_scale("k_scale", k_scale, k.shape[1], k.device))
+    v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k.shape[1], k.device))
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k", k, rope_cos, rope_sin, positions)
-    if should_check_values(check_values):
+    tensors = k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions
+    more = k_number, v_number, rope_interleaved, should_check_values(check_values)
+    if not is_observed(*tensors):
+        _append_kv_cache(*tensors, *more)
+        return
+    names = "k", "v", "k_cache", "v_cache", "slot_mapping", "k_scale", "v_scale", "rope_cos", "rope_sin", "positions"
+    _refuse_transforms(names, tensors)
+    _append_kv_cache_operator(*tensors, *more)
+
+
+def _append_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    rope_cos: Tensor | None,
+    rope_sin: Tensor | None,
+    positions: Tensor | None,
+    k_number: float | None,
+    v_number: float | None,
+    rope_interleaved: bool,
+    check_values: bool,
+) -> None:
+    k_scale, v_scale = (k_number if k_scale is None else k_scale), (v_number if v_scale is None else v_scale)
+    rope = rope_cos, rope_sin, positions, rope_interleaved
+    if check_values:
         _check_append_values(slot_mapping, k_cache, rope_cos, positions)
     if not use_kernel(k):
         reference.append_kv_cache(
@@ -88,9 +124,17 @@ def append_kv_cache(
     # Kernels are loaded with the first call, so that the package imports where triton is not installed.
     from .append import launch_append_kv_cache
 
-    launch_append_kv_cache(
-        k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, rope_interleaved
-    )
+    launch_append_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, *rope)
+
+
+_append_kv_cache_operator = torch.library.custom_op(
+    "triton_attn::append_kv_cache", _append_kv_cache, mutates_args=("k_cache", "v_cache")
+)
+
+
+@_append_kv_cache_operator.register_fake
+def _(*args):
+    pass
 
 
 def append_latent_cache(
@@ -135,14 +179,41 @@ def append_latent_cache(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a slot outside of
             the cache or listed twice, a position without an angle.
+        NotImplementedError: an argument requires a gradient, has a tangent or is under vmap.
+
+    One operator that writes to the cache under torch.compile and export.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
     _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k_pe", k_pe, rope_cos, rope_sin, positions)
-    if should_check_values(check_values):
+    tensors = kv_latent, k_pe, latent_cache, slot_mapping, rope_cos, rope_sin, positions
+    more = rope_interleaved, should_check_values(check_values)
+    if not is_observed(*tensors):
+        _append_latent_cache(*tensors, *more)
+        return
+    names = "kv_latent", "k_pe", "latent_cache", "slot_mapping", "rope_cos", "rope_sin", "positions"
+    _refuse_transforms(names, tensors)
+    _append_latent_cache_operator(*tensors, *more)
+
+
+def _append_latent_cache(
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+    rope_cos: Tensor | None,
+    rope_sin: Tensor | None,
+    positions: Tensor | None,
+    rope_interleaved: bool,
+    check_values: bool,
+) -> None:
+    if latent_cache.dtype == torch.uint8:
+        check_rows_aligned("latent_cache", latent_cache)
+    if check_values:
         _check_append_values(slot_mapping, latent_cache, rope_cos, positions)
+    rope = rope_cos, rope_sin, positions, rope_interleaved
     if not use_kernel(kv_latent):
         reference.append_latent_cache(
             kv_latent,
@@ -157,9 +228,17 @@ def append_latent_cache(
         return
     from .append_latent import launch_append_latent_cache
 
-    launch_append_latent_cache(
-        kv_latent, k_pe, latent_cache, slot_mapping, rope_cos, rope_sin, positions, rope_interleaved
-    )
+    launch_append_latent_cache(kv_latent, k_pe, latent_cache, slot_mapping, *rope)
+
+
+_append_latent_cache_operator = torch.library.custom_op(
+    "triton_attn::append_latent_cache", _append_latent_cache, mutates_args=("latent_cache",)
+)
+
+
+@_append_latent_cache_operator.register_fake
+def _(*args):
+    pass
 
 
 def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
@@ -179,6 +258,9 @@ def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a page outside of
             the cache, or in a place that the rule above excludes.
+        NotImplementedError: as `append_kv_cache`.
+
+    One operator that writes to the caches under torch.compile and export.
     """
     caches = (caches,) if isinstance(caches, torch.Tensor) else caches
     layered = _as_layered(caches)
@@ -186,14 +268,40 @@ def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
         _check_index(name, pages, ("num_pairs",), (torch.int32, torch.int64), layered[0].device)
     if src_pages.shape != dst_pages.shape:
         fail("dst_pages", f"src_pages' shape {tuple(src_pages.shape)}", tuple(dst_pages.shape))
-    if should_check_values(check_values):
-        _check_page_pairs(src_pages.tolist(), dst_pages.tolist(), layered[0].shape[1])
-    if not use_kernel(layered[0]):
+    check_values = should_check_values(check_values)
+    if not is_observed(*layered, src_pages, dst_pages):
+        _copy_kv_pages(layered, src_pages, dst_pages, check_values)
+        return
+    names = [f"caches[{i}]" for i in range(len(layered))]
+    _refuse_transforms([*names, "src_pages", "dst_pages"], [*layered, src_pages, dst_pages])
+    _copy_kv_pages_operator(layered, src_pages, dst_pages, check_values)
+
+
+def _copy_kv_pages(caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, check_values: bool) -> None:
+    if check_values:
+        _check_page_pairs(src_pages.tolist(), dst_pages.tolist(), caches[0].shape[1])
+    if not use_kernel(caches[0]):
         reference.copy_kv_pages(caches, src_pages, dst_pages)
         return
     from .copy import launch_copy_kv_pages
 
-    launch_copy_kv_pages(layered, src_pages, dst_pages)
+    launch_copy_kv_pages(tuple(caches), src_pages, dst_pages)
+
+
+_copy_kv_pages_operator = torch.library.custom_op(
+    "triton_attn::copy_kv_pages", _copy_kv_pages, mutates_args=("caches",)
+)
+
+
+@_copy_kv_pages_operator.register_fake
+def _(*args):
+    pass
+
+
+def _refuse_transforms(names, tensors):
+    tensors = dict(zip(names, tensors))
+    refuse_gradients(**tensors)
+    refuse_vmap(**tensors)
 
 
 def _check_append(k, v, k_cache, v_cache, slot_mapping):
@@ -225,12 +333,6 @@ def _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping):
     dtypes = (kv_latent.dtype, torch.uint8)
     check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), dtypes, device)
     check_last_contiguous("latent_cache", latent_cache)
-    if is_fp8 and any(n % 4 for n in (latent_cache.data_ptr(), *latent_cache.stride()[:2])):
-        fail(
-            "latent_cache",
-            "rows that begin at multiples of 4 bytes",
-            f"address {latent_cache.data_ptr():#x}, strides {latent_cache.stride()}",
-        )
     _check_index("slot_mapping", slot_mapping, (num_tokens,), (torch.int64,), device)
 
 

@@ -1,9 +1,11 @@
 """Merging of partial attention as users call it: argument checks, then the kernel or the reference."""
 
 import torch
+from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_last_contiguous, check_tensor, fail
+from .._host.observers import is_observed, refuse_gradients
 from . import reference
 
 
@@ -26,19 +28,35 @@ def merge_attention(outs, lses):
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
-        NotImplementedError: an argument requires a gradient.
+        NotImplementedError: an argument requires a gradient or has a tangent.
+
+    One operator under torch.compile, export and vmap, which loops.
 
     Source: Ye et al., Cascade Inference (2024); Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
     _check(outs, lses)
+    if not is_observed(outs, lses):
+        return _merge(outs, lses)
+    refuse_gradients(outs=outs, lses=lses)
+    return _operator(outs, lses)
+
+
+def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     if not use_kernel(outs):
         return reference.merge_attention(outs, lses)
     from .merge import launch_merge  # the package imports where triton is not installed
 
-    out = outs.new_empty(outs.shape[1:])
-    lse = lses.new_empty(lses.shape[1:])
+    out, lse = _new_outputs(outs, lses)
     launch_merge(outs, lses.transpose(2, 3), out, lse.transpose(1, 2))
     return out, lse
+
+
+def _new_outputs(outs, lses):
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+_operator = torch.library.custom_op("triton_attn::merge_attention", _merge, mutates_args=())
+_operator.register_fake(_new_outputs)
 
 
 def _check(outs, lses):
@@ -52,6 +70,3 @@ def _check(outs, lses):
         fail("outs", f"a head dimension of 1 to {MAX_HEAD_DIM}", head_dim_v)
     lse_dtype = torch.promote_types(outs.dtype, torch.float32)
     check_tensor("lses", lses, (num_parts, batch, num_heads_q, seqlen_q), (lse_dtype,), outs.device)
-    for name, x in (("outs", outs), ("lses", lses)):
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise NotImplementedError(f"{name}: no gradient is served, got a tensor that requires one; detach it")

@@ -3,24 +3,23 @@
 import functools
 
 import torch
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
     MAX_HEAD_DIM_BACKWARD,
     check_bool,
     check_cu_seqlens,
-    check_cu_seqlens_values,
     check_int,
     check_kernel_dtype,
-    check_length,
+    check_max_seqlen,
     check_number,
+    check_packed_values,
     check_qkv_layout,
     check_same_kind,
     fail,
     layout_of,
 )
+from .._host.observers import autocast, is_observed, number_and_tensor, refuse_transforms
 from .._host.options import attention_options, dropout_arguments, with_tensors
 from . import reference
 
@@ -84,8 +83,8 @@ def flash_attention(
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
     """
+    q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    q, k, v = _autocast(q, k, v)
     options = _options(4, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
     dropout_p, dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
@@ -101,7 +100,7 @@ def flash_attention(
             dropout_seed=dropout_seed,
             return_lse=return_lse,
         )
-    lengths = (None, None, q.shape[1], k.shape[1])
+    lengths = None, None, q.shape[1], k.shape[1]
     out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse)
     return (out, lse) if return_lse else out
 
@@ -137,7 +136,8 @@ def flash_attention_varlen(
         k, v: (total_k, num_heads_kv, head_dim) and (total_k, num_heads_kv, head_dim_v).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, from 0, never falling. Lengths may be 0.
         max_seqlen_q, max_seqlen_k: the longest lengths, ints. What is computed of queries past max_seqlen_q, and of the
-            gradients of keys past max_seqlen_k, is not defined.
+            gradients of keys past max_seqlen_k, is not defined. A tensor of one int is read back, which waits for its
+            device; under torch.compile too, without a graph break.
         check_values: read cu_seqlens back and check them; None follows the environment variable TRITON_ATTN_CHECK=1.
         The rest as in `flash_attention`.
 
@@ -148,23 +148,24 @@ def flash_attention_varlen(
 
     Raises: as `flash_attention`; ValueError for bad values in cu_seqlens where they are checked.
     """
+    q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    q, k, v = _autocast(q, k, v)
     options = _options(3, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape))
-    max_seqlen_q = check_length("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = check_length("max_seqlen_k", max_seqlen_k)
-    if should_check_values(check_values):
-        check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    max_seqlen_q = check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    check_values = should_check_values(check_values)
     options = with_tensors(options, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
     dropout_p, dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     if not use_kernel(q):
+        if check_values:
+            check_packed_values(lengths, q.shape[0], k.shape[0])
         return reference.flash_attention_varlen(
             q,
             k,
@@ -178,19 +179,8 @@ def flash_attention_varlen(
             dropout_seed=dropout_seed,
             return_lse=return_lse,
         )
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse)
+    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse, check_values)
     return (out, lse) if return_lse else out
-
-
-def _autocast(q, k, v):
-    """What torch.autocast does to torch's own attention: everything but fp64 in its dtype."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    if q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _options(ndim, layout, causal, softmax_scale, window_size, softcap):
@@ -240,11 +230,14 @@ def _check_dropout(q, dropout_p, dropout_seed):
     return dropout_p, dropout_seed
 
 
-def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse):
+def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse, check_values=False):
     """out and lse by the kernel: launched directly, or as an operator where somebody traces or differentiates."""
     check_kernel_dtype(q)
     softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
-    if not _needs_operator(q, k, v, sinks, alibi_slopes):
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+    if not is_observed(q, k, v, sinks, alibi_slopes):
+        if check_values:
+            check_packed_values(lengths, q.shape[0], k.shape[0])
         new_outputs, launch_flash_fwd = _kernel()
         out, lse = new_outputs(q, v, return_lse)
         if dropout_p > 0:
@@ -253,10 +246,11 @@ def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, r
         return out, lse
     from . import autograd
 
-    _check_transforms(q, k, v, sinks, alibi_slopes)
+    refuse_transforms(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
     if torch.is_grad_enabled():
         _check_differentiable(q, k, v, sinks, alibi_slopes)
-    cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = lengths
+    max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
+    max_seqlen_k, longest_k = number_and_tensor(max_seqlen_k)
     return autograd.flash_attention(
         q,
         k,
@@ -266,13 +260,16 @@ def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, r
         cu_seqlens_q,
         cu_seqlens_k,
         dropout_seed,
-        seqlen_q,
-        seqlen_k,
+        longest_q,
+        longest_k,
+        max_seqlen_q,
+        max_seqlen_k,
         softmax_scale,
         *window,
         softcap,
         dropout_p,
         deterministic,
+        check_values,
     )
 
 
@@ -282,32 +279,6 @@ def _kernel():
     from .forward import launch_flash_fwd, new_outputs
 
     return new_outputs, launch_flash_fwd
-
-
-def _needs_operator(q, k, v, sinks, alibi_slopes):
-    """Whether a call with these tensors must go through the operator to be seen."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return True
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (sinks, alibi_slopes)):
-        return True
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or q.is_meta
-    )
-
-
-def _check_transforms(*tensors):
-    """What torch's operators do not serve: torch.func fails far from the call, forward mode gives no tangent."""
-    if torch.compiler.is_compiling():
-        return
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if any(transform.key() in (TransformType.Grad, TransformType.Jvp) for transform in transforms):
-        raise NotImplementedError("derivatives by torch.func are not served; those by torch.autograd are")
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("forward-mode derivatives are not served")
 
 
 def _check_differentiable(q, k, v, sinks, alibi_slopes):

@@ -6,6 +6,7 @@ A plain call launches the kernel directly; a torch operator costs 10 to 16 micro
 import torch
 from torch import Tensor
 
+from .._host.checks import check_packed_values, read_lengths
 from .._host.options import AttentionOptions, dropout_arguments
 from .backward import launch_flash_bwd
 from .forward import launch_flash_fwd, new_outputs
@@ -21,15 +22,22 @@ def flash_attention(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     dropout_seed: Tensor | None,
-    seqlen_q: int,
-    seqlen_k: int,
+    longest_q: Tensor | None,
+    longest_k: Tensor | None,
+    seqlen_q: int | None,
+    seqlen_k: int | None,
     softmax_scale: float,
     window_left: int | None,
     window_right: int | None,
     softcap: float | None,
     dropout_p: float,
     deterministic: bool,
+    check_values: bool,
 ) -> tuple[Tensor, Tensor]:
+    """A length is a number, or a tensor that tracing could not read."""
+    seqlen_q, seqlen_k = read_lengths(longest_q, longest_k, seqlen_q, seqlen_k)
+    if check_values:
+        check_packed_values((cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k), q.shape[0], k.shape[0])
     out, lse = new_outputs(q, v)
     dropout = dropout_arguments(dropout_p, dropout_seed)
     options = AttentionOptions(softmax_scale, (window_left, window_right), softcap, alibi_slopes, sinks, dropout)
@@ -56,8 +64,10 @@ def flash_attention_backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     dropout_seed: Tensor | None,
-    seqlen_q: int,
-    seqlen_k: int,
+    longest_q: Tensor | None,
+    longest_k: Tensor | None,
+    seqlen_q: int | None,
+    seqlen_k: int | None,
     softmax_scale: float,
     window_left: int | None,
     window_right: int | None,
@@ -67,6 +77,7 @@ def flash_attention_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks; an empty tensor for one that is not wanted."""
+    seqlen_q, seqlen_k = read_lengths(longest_q, longest_k, seqlen_q, seqlen_k)
     dropout = dropout_arguments(dropout_p, dropout_seed)
     options = AttentionOptions(softmax_scale, (window_left, window_right), softcap, alibi_slopes, sinks, dropout)
     gradients = launch_flash_bwd(
@@ -97,8 +108,8 @@ def _(dout, dlse, out, lse, q, k, v, sinks, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:8])
-    ctx.scalars = inputs[8:]
+    ctx.save_for_backward(*output, *inputs[:10])
+    ctx.scalars = inputs[10:-1]
     ctx.set_materialize_grads(False)
 
 
@@ -109,7 +120,7 @@ def _backward(ctx, dout, dlse):
     wanted = list(ctx.needs_input_grad[:4])
     gradients = flash_attention_backward(dout, dlse, out, lse, *tensors, *ctx.scalars, wanted)
     gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)]
-    return (*gradients, *[None] * 12)
+    return (*gradients, *[None] * 15)
 
 
 flash_attention.register_autograd(_backward, setup_context=_setup_context)

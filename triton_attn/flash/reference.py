@@ -3,8 +3,10 @@
 import torch
 
 from .._host.definition import attend, packed_bounds
+from .._host.observers import without_autocast
 
 
+@without_autocast
 def flash_attention(
     q,
     k,
@@ -42,6 +44,7 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+@without_autocast
 def flash_attention_varlen(
     q,
     k,

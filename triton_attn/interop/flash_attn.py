@@ -130,7 +130,6 @@ def flash_attn_varlen_func(
     """
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    max_seqlen_q, max_seqlen_k = int(max_seqlen_q), int(max_seqlen_k)
     if block_table is not None:
         if dropout_p != 0:
             raise NotImplementedError(f"dropout_p: 0 is served with a block_table, got {dropout_p}")
@@ -167,7 +166,7 @@ def flash_attn_varlen_func(
     if seed is not None:
         bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), cu_seqlens_k.tolist(), cu_seqlens_k[1:].tolist())
         sequences = [(q[start_q:end_q], k[start_k:end_k]) for start_q, end_q, start_k, end_k in bounds]
-    sizes = (q.shape[1], max_seqlen_q, max_seqlen_k)
+    sizes = (q.shape[1], int(max_seqlen_q), int(max_seqlen_k))
     return (*result, _signed_weights(q, sequences, *sizes, dropout_p, seed, options))
 
 

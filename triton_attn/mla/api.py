@@ -1,6 +1,7 @@
 """Multi-head latent attention as users call it: argument checks, then the kernels or the reference."""
 
 import torch
+from torch import Tensor
 
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
@@ -9,17 +10,18 @@ from .._host.checks import (
     MAX_HEAD_DIM_BACKWARD,
     check_bool,
     check_cu_seqlens,
-    check_cu_seqlens_values,
     check_int,
     check_last_contiguous,
-    check_length,
+    check_max_seqlen,
     check_number,
+    check_packed_values,
     check_rope_tables,
+    check_rows_aligned,
     check_tensor,
     fail,
-    refuse_gradients,
 )
 from .._host.latent import latent_storage
+from .._host.observers import autocast, is_observed, refuse_gradients
 from ..combine.splits import check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
@@ -84,7 +86,9 @@ def mla_decode(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched. With values checked also: a length beyond the
             table, a page that is not in the cache, a position without an angle.
-        NotImplementedError: an argument requires a gradient.
+        NotImplementedError: an argument requires a gradient or has a tangent.
+
+    One operator under torch.compile, export and vmap, which loops.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
     """
@@ -98,11 +102,42 @@ def mla_decode(
     check_last_contiguous("block_table", block_table)
     _check_rope(q_pe, w_uk, rope_cos, rope_sin)
     num_splits = check_num_splits(num_splits)
-    refuse_gradients(q_nope=q_nope, q_pe=q_pe, latent_cache=latent_cache, w_uk=w_uk, w_uv=w_uv)
-    if should_check_values(check_values):
+    tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin
+    check_values = should_check_values(check_values)
+    more = softmax_scale, causal, rope_interleaved, num_splits, check_values, return_lse
+    if is_observed(*tensors):
+        names = "q_nope", "q_pe", "latent_cache", "cache_seqlens", "block_table", "w_uk", "w_uv", "rope_cos", "rope_sin"
+        refuse_gradients(**dict(zip(names, tensors)))
+        out, lse = _decode_operator(*tensors, *more)
+    else:
+        out, lse = _decode(*tensors, *more)
+    return (out, lse) if return_lse else out
+
+
+def _decode(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    w_uk: Tensor | None,
+    w_uv: Tensor | None,
+    rope_cos: Tensor | None,
+    rope_sin: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    rope_interleaved: bool,
+    num_splits: int,
+    check_values: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse), by the kernels or the reference; an empty lse is one that is not wanted."""
+    if latent_cache.dtype == torch.uint8:
+        check_rows_aligned("latent_cache", latent_cache)
+    if check_values:
         _check_values(latent_cache, cache_seqlens, block_table, rope_cos)
     if not use_kernel(q_nope):
-        return reference.mla_decode(
+        out, lse = reference.mla_decode(
             q_nope,
             q_pe,
             latent_cache,
@@ -115,32 +150,45 @@ def mla_decode(
             rope_cos=rope_cos,
             rope_sin=rope_sin,
             rope_interleaved=rope_interleaved,
-            return_lse=return_lse,
+            return_lse=True,
         )
+        return out, lse if return_lse else lse.new_empty(0)
     from .absorbed import launch_mla_decode  # the package imports where triton is not installed
 
-    *rows, latent_dim = q_nope.shape
-    if w_uk is not None:
-        latent_dim = w_uk.shape[2]
-    out = q_nope.new_empty((*rows, latent_dim if w_uv is None else w_uv.shape[1]))
-    lse = q_nope.new_empty((batch, rows[2], rows[1]), dtype=torch.float32) if return_lse else None
-    rope = rope_cos, rope_sin, rope_interleaved
+    out, lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse)
     launch_mla_decode(
         q_nope,
         q_pe,
         latent_cache,
         out,
-        lse,
+        lse if return_lse else None,
         cache_seqlens,
         block_table,
         w_uk,
         w_uv,
-        rope,
+        (rope_cos, rope_sin, rope_interleaved),
         softmax_scale,
         causal,
         num_splits,
     )
-    return (out, lse) if return_lse else out
+    return out, lse
+
+
+def _decode_outputs(q_nope, w_uk, w_uv, return_lse):
+    batch, seqlen_q, num_heads, latent_dim = q_nope.shape
+    if w_uk is not None:
+        latent_dim = w_uk.shape[2]
+    out = q_nope.new_empty((batch, seqlen_q, num_heads, latent_dim if w_uv is None else w_uv.shape[1]))
+    dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # of the reference
+    return out, q_nope.new_empty((batch, num_heads, seqlen_q) if return_lse else 0, dtype=dtype)
+
+
+_decode_operator = torch.library.custom_op("triton_attn::mla_decode", _decode, mutates_args=())
+
+
+@_decode_operator.register_fake
+def _(q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, *rest):
+    return _decode_outputs(q_nope, w_uk, w_uv, rest[-1])
 
 
 def mla_prefill(
@@ -191,7 +239,8 @@ def mla_prefill(
             kv_b_proj's weight will do.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, of packed sequences: sequence b has the rows
             [cu_seqlens[b], cu_seqlens[b + 1]).
-        max_seqlen_q, max_seqlen_k: the longest of them, ints, needed with cu_seqlens.
+        max_seqlen_q, max_seqlen_k: the longest of them, ints, needed with cu_seqlens; tensors as in
+            `flash_attention_varlen`.
         causal: aligned to the bottom right: query i sees key j if j <= i + seqlen_k - seqlen_q.
         softmax_scale: None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. See `mla_softmax_scale`.
         mode: one of the above.
@@ -213,32 +262,35 @@ def mla_prefill(
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
-    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    lengths = _check_prefill(tensors, lengths, mode, check_values)
+    lengths = _check_prefill(tensors, lengths, mode)
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
+    check_values = should_check_values(check_values) and cu_seqlens_q is not None
     if softmax_scale is None:
         softmax_scale = (q_nope.shape[-1] + q_pe.shape[-1]) ** -0.5
     softmax_scale = check_number("softmax_scale", softmax_scale)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         _check_differentiable(q_nope, q_pe, w_uv)
-    sizes = ProblemSizes.of(*tensors, *lengths, causal)
-    schedule = choose_schedule(sizes, mode, max_workspace_bytes, wants_grad)
     if not use_kernel(q_nope):
+        if check_values:
+            check_packed_values(lengths, q_nope.shape[0], kv_latent.shape[0])
+        sizes = ProblemSizes.of(*tensors, *lengths, causal)
         return reference.mla_prefill(
             *tensors,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             causal=causal,
             softmax_scale=softmax_scale,
-            mode=schedule.mode,
+            mode=choose_schedule(sizes, mode, max_workspace_bytes, wants_grad).mode,
             return_lse=return_lse,
         )
     from .autograd import prefill  # the package imports where triton is not installed
 
-    out, lse = prefill(*tensors, lengths, softmax_scale, causal, schedule, max_workspace_bytes, return_lse)
+    schedule = mode, max_workspace_bytes, wants_grad
+    out, lse = prefill(tensors, lengths, softmax_scale, causal, schedule, check_values, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -251,7 +303,7 @@ def _check_differentiable(q_nope, q_pe, w_uv):
         )
 
 
-def _check_prefill(tensors, lengths, mode, check_values):
+def _check_prefill(tensors, lengths, mode):
     """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the longest of a dense batch filled in."""
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
@@ -285,17 +337,13 @@ def _check_prefill(tensors, lengths, mode, check_values):
             if given not in (None, size):
                 fail(name, f"{size} without cu_seqlens, or None", given)
         return None, None, rows_q[1], rows_k[1]
-    max_seqlen_q, max_seqlen_k = (
-        check_length(name, check_int(name, longest, "an int, needed with cu_seqlens"))
-        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
-    )
-    for name, cu_seqlens, longest, total in (
-        ("q", cu_seqlens_q, max_seqlen_q, rows_q[0]),
-        ("k", cu_seqlens_k, max_seqlen_k, rows_k[0]),
-    ):
-        check_cu_seqlens(f"cu_seqlens_{name}", cu_seqlens, device)
-        if should_check_values(check_values):
-            check_cu_seqlens_values(f"cu_seqlens_{name}", cu_seqlens, total, longest)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is None:
+            fail(name, "an int, needed with cu_seqlens", None, TypeError)
+    max_seqlen_q = check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_max_seqlen("max_seqlen_k", max_seqlen_k)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", f"shape {tuple(cu_seqlens_k.shape)}")
     return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -330,8 +378,6 @@ def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, softmax_scale):
     check_last_contiguous("latent_cache", latent_cache)
     if latent_cache.shape[1] == 0:
         fail("latent_cache", "a page size of 1 or more", 0)
-    if is_fp8 and (latent_cache.data_ptr() % 4 or any(stride % 4 for stride in latent_cache.stride()[:2])):
-        fail("latent_cache", "rows at multiples of 4 bytes", f"strides {latent_cache.stride()}")
     if softmax_scale is None:
         if w_uk is None:
             fail("softmax_scale", "a number, since without w_uk the width of queries and keys is not known", None)

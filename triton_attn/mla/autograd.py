@@ -7,22 +7,31 @@ and matrix products take these to latent vectors and weights. Memory holds one c
 import torch
 from torch import Tensor
 
+from .._host.checks import check_packed_values, read_lengths
+from .._host.observers import is_observed, number_and_tensor, refuse_transforms, without_autocast
 from .._host.options import AttentionOptions
 from ..flash.backward import launch_flash_bwd
 from .absorbed import launch_mla_absorbed
 from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
+from .schedule import ProblemSizes, choose_schedule
 
 
-def prefill(
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal, schedule, max_workspace_bytes, wants_lse
-):
-    """(out, lse): by the operator where somebody traces or differentiates, otherwise by the kernels alone."""
-    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return mla_prefill(*tensors, *lengths, softmax_scale, causal, *schedule, max_workspace_bytes)
-    out, lse = _new_outputs(q_nope, w_uv, wants_lse)
-    _launch(*tensors, out, lse, lengths, softmax_scale, causal, schedule)
-    return out, lse
+def prefill(tensors, lengths, softmax_scale, causal, schedule, check_values, return_lse):
+    """(out, lse): by the operator where somebody traces or differentiates, otherwise by the kernels alone.
+
+    schedule is (mode, max_workspace_bytes, whether a gradient is wanted), and chosen where sizes are known.
+    """
+    if not is_observed(*tensors, *lengths[:2]):
+        out, lse = _new_outputs(tensors[0], tensors[5], return_lse)
+        _launch(*tensors, out, lse, lengths, softmax_scale, causal, schedule, check_values)
+        return out, lse
+    names = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv"
+    refuse_transforms(**dict(zip(names, tensors)))
+    cu_seqlens_q, cu_seqlens_k, *longest = lengths
+    (max_seqlen_q, longest_q), (max_seqlen_k, longest_k) = map(number_and_tensor, longest)
+    lengths = cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k
+    mode, max_workspace_bytes, wants_grad = schedule
+    return mla_prefill(*tensors, *lengths, softmax_scale, causal, max_workspace_bytes, mode, wants_grad, check_values)
 
 
 def _new_outputs(q_nope, w_uv, wants_lse=True):
@@ -31,8 +40,14 @@ def _new_outputs(q_nope, w_uv, wants_lse=True):
     return out, q_nope.new_empty((*batch, num_heads, rows), dtype=torch.float32) if wants_lse else None
 
 
-def _launch(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, schedule):
-    mode, heads_each, rows_each = schedule
+@without_autocast
+def _launch(
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, schedule, check_values
+):
+    if check_values:
+        check_packed_values(lengths, q_nope.shape[0], kv_latent.shape[0])
+    sizes = ProblemSizes.of(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *lengths, causal)
+    mode, heads_each, rows_each = choose_schedule(sizes, *schedule)
     args = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal
     if mode == "fused":
         launch_mla_fused(*args)
@@ -52,19 +67,22 @@ def mla_prefill(
     w_uv: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    longest_q: Tensor | None,
+    longest_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
     softmax_scale: float,
     causal: bool,
-    mode: str,
-    heads_each: int,
-    rows_each: int,
     max_workspace_bytes: int,
+    mode: str,
+    wants_grad: bool,
+    check_values: bool,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _new_outputs(q_nope, w_uv)
-    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    lengths = cu_seqlens_q, cu_seqlens_k, *read_lengths(longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
-    _launch(*tensors, out, lse, lengths, softmax_scale, causal, (mode, heads_each, rows_each))
+    schedule = mode, max_workspace_bytes, wants_grad
+    _launch(*tensors, out, lse, lengths, softmax_scale, causal, schedule, check_values)
     return out, lse
 
 
@@ -74,6 +92,7 @@ def _(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *rest):
 
 
 @torch.library.custom_op("triton_attn::mla_prefill_backward", mutates_args=())
+@without_autocast
 def mla_prefill_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -87,14 +106,17 @@ def mla_prefill_backward(
     w_uv: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    longest_q: Tensor | None,
+    longest_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
     softmax_scale: float,
     causal: bool,
     max_workspace_bytes: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six inputs; an empty tensor for one that is not wanted."""
+    max_seqlen_q, max_seqlen_k = read_lengths(longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     inputs = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
     num_heads, nope, _ = w_uk.shape
     options = AttentionOptions(softmax_scale, (None, 0 if causal else None), None, None, None)
@@ -181,8 +203,8 @@ def _keys_and_values(kv_latent, k_pe, w_uk, w_uv):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:8])
-    ctx.scalars = *inputs[8:12], inputs[15]
+    ctx.save_for_backward(*output, *inputs[:10])
+    ctx.scalars = inputs[10:15]
     ctx.set_materialize_grads(False)
 
 
@@ -192,7 +214,7 @@ def _backward(ctx, dout, dlse):
     wanted = list(ctx.needs_input_grad[:6])
     gradients = mla_prefill_backward(dout, dlse, out, lse, *tensors, *ctx.scalars, wanted)
     gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)]
-    return (*gradients, *[None] * 10)
+    return (*gradients, *[None] * 12)
 
 
 mla_prefill.register_autograd(_backward, setup_context=_setup_context)

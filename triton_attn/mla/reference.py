@@ -4,10 +4,12 @@ import torch
 
 from .._host.definition import attend, packed_bounds, rotate
 from .._host.latent import read_latent_cache
+from .._host.observers import without_autocast
 
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
 
 
+@without_autocast
 def mla_prefill(
     q_nope,
     q_pe,
@@ -44,6 +46,7 @@ def mla_prefill(
     return (out, lse) if return_lse else out
 
 
+@without_autocast
 def mla_decode(
     q_nope,
     q_pe,

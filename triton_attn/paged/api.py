@@ -15,12 +15,14 @@ from .._host.checks import (
     check_cu_seqlens_values,
     check_last_contiguous,
     check_length,
+    check_max_seqlen,
     check_tensor,
     fail,
     layout_of,
-    refuse_gradients,
+    read_length,
 )
-from .._host.options import attention_options, with_tensors
+from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
+from .._host.options import AttentionOptions, attention_options, with_tensors
 from ..combine.splits import check_num_splits
 from . import reference
 
@@ -68,6 +70,7 @@ def paged_attention(
             page, and slots past its last key, are never read.
         cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
         max_seqlen_q: the most queries of a sequence, an int, needed with cu_seqlens_q; those past it are not computed.
+            A tensor as in `flash_attention_varlen`.
         causal: new tokens do not see later ones. Aligned to the bottom right, as window_size is.
         softmax_scale, window_size, softcap, alibi_slopes, sinks: as in `flash_attention`. Pages that lie outside of the
             window are not touched.
@@ -90,7 +93,9 @@ def paged_attention(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched or written. With values checked also: a length
             beyond the cache, a page that is not in it, sequences whose shared prefix is not the same.
-        NotImplementedError: an argument requires a gradient.
+        NotImplementedError: an argument requires a gradient or has a tangent.
+
+    One operator under torch.compile, export and vmap, which loops; with `out` one that writes to it, without vmap.
 
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
     prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
@@ -117,45 +122,165 @@ def paged_attention(
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
-    refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
-    if should_check_values(check_values):
-        _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len)
-    if not use_kernel(q):
-        return reference.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            cache_seqlens,
-            block_table,
-            cu_seqlens_q=cu_seqlens_q,
-            **options.as_arguments(),
-            k_scale=k_scale,
-            v_scale=v_scale,
-            out=out,
-            return_lse=return_lse,
-        )
-    launch_paged_fwd = _kernel()
+    check_values = should_check_values(check_values)
+    tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
+    k_number, k_scale = number_and_tensor(k_scale)
+    v_number, v_scale = number_and_tensor(v_scale)
+    if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, out):
+        per_head = alibi_slopes, sinks, k_scale, v_scale
+        refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
+        softmax_scale, window, softcap, *_ = options
+        max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
+        numbers = k_number, v_number, max_seqlen_q, softmax_scale, *window, softcap, num_splits, shared_prefix_len
+        more = check_values, return_lse
+        if out is None:
+            out, lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
+        else:
+            refuse_vmap(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
+            lse = _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
+        return (out, lse) if return_lse else out
+    out, lse = _outputs(q, v_cache, out, return_lse)
+    scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
+    _attend(*tensors, max_seqlen_q, options, scales, num_splits, shared_prefix_len, check_values, out, lse)
+    return (out, lse) if return_lse else out
+
+
+def _outputs(q, v_cache, out, return_lse):
     if out is None:
         out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
     lse = None
     if return_lse:
-        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
-    launch_paged_fwd(
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32  # of the reference
+        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype)
+    return out, lse
+
+
+def _attend(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table,
+    cu_seqlens_q,
+    max_seqlen_q,
+    options,
+    scales,
+    num_splits,
+    shared_prefix_len,
+    check_values,
+    out,
+    lse,
+):
+    """Fill out and lse, by the kernel or the reference."""
+    if check_values:
+        _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len)
+    if use_kernel(q):
+        tensors = q, k_cache, v_cache, out, lse, cache_seqlens, block_table, cu_seqlens_q
+        _kernel()(*tensors, max_seqlen_q, options, scales, num_splits, shared_prefix_len)
+        return
+    k_scale, v_scale = scales
+    _, lse_there = reference.paged_attention(
         q,
         k_cache,
         v_cache,
-        out,
-        lse,
         cache_seqlens,
         block_table,
-        cu_seqlens_q,
-        max_seqlen_q,
-        options,
-        (k_scale, v_scale),
-        num_splits,
-        shared_prefix_len,
+        cu_seqlens_q=cu_seqlens_q,
+        **options.as_arguments(),
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+        return_lse=True,
     )
-    return (out, lse) if return_lse else out
+    if lse is not None:
+        lse.copy_(lse_there)
+
+
+# What the operators take: `INPUTS`, then the options as numbers.
+INPUTS = (
+    "q",
+    "k_cache",
+    "v_cache",
+    "cache_seqlens",
+    "block_table",
+    "cu_seqlens_q",
+    "alibi_slopes",
+    "sinks",
+    "k_scale",
+    "v_scale",
+    "longest_q",
+)
+SCHEMA = ", ".join(
+    [
+        *(f"Tensor {name}" for name in INPUTS[:4]),
+        *(f"Tensor? {name}" for name in INPUTS[4:]),
+        "float? k_number, float? v_number, SymInt? max_seqlen_q, float softmax_scale, SymInt? left, SymInt? right",
+        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool check_values, bool return_lse",
+    ]
+)
+
+
+def _attend_flat(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table,
+    cu_seqlens_q,
+    alibi_slopes,
+    sinks,
+    k_scale,
+    v_scale,
+    longest_q,
+    k_number,
+    v_number,
+    max_seqlen_q,
+    softmax_scale,
+    left,
+    right,
+    softcap,
+    num_splits,
+    shared_prefix_len,
+    check_values,
+    return_lse,
+    out=None,
+):
+    """`_attend` as an operator: (out, lse)."""
+    if longest_q is not None:
+        max_seqlen_q = read_length("max_seqlen_q", longest_q)
+    options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks)
+    scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
+    tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
+    out, lse = _outputs(q, v_cache, out, return_lse)
+    _attend(*tensors, max_seqlen_q, options, scales, num_splits, shared_prefix_len, check_values, out, lse)
+    return out, _or_empty(lse, q)
+
+
+_operator = torch.library.custom_op(
+    "triton_attn::paged_attention", _attend_flat, mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)"
+)
+_operator_with_out = torch.library.custom_op(
+    "triton_attn::paged_attention_out",
+    lambda *args: _attend_flat(*args)[1],
+    mutates_args=("out",),
+    schema=f"({SCHEMA}, Tensor(a!) out) -> Tensor",
+)
+
+
+@_operator.register_fake
+def _(q, k_cache, v_cache, *rest):
+    out, lse = _outputs(q, v_cache, None, rest[-1])
+    return out, _or_empty(lse, q)
+
+
+@_operator_with_out.register_fake
+def _(q, k_cache, v_cache, *rest):
+    return _or_empty(_outputs(q, v_cache, rest[-1], rest[-2])[1], q)
+
+
+def _or_empty(lse, q):
+    """An operator returns tensors only."""
+    return q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @functools.cache
@@ -180,6 +305,8 @@ def _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, wind
     if v_cache.dtype != k_cache.dtype:
         fail("v_cache", f"k_cache's dtype {k_cache.dtype}", v_cache.dtype, TypeError)
     layout, is_paged = layout_of(q, k_cache, v_cache), block_table is not None
+    if torch.compiler.is_compiling():
+        return _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
     try:
         left, right = window_size
         return _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, type(window_size))
@@ -238,7 +365,7 @@ def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
         fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
     if max_seqlen_q is None:
         fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
-    return check_length("max_seqlen_q", max_seqlen_q)
+    return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
 
 def _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len):

@@ -3,8 +3,10 @@
 import torch
 
 from .._host.definition import attend, packed_bounds
+from .._host.observers import without_autocast
 
 
+@without_autocast
 def paged_attention(
     q,
     k_cache,
