@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import masking_utils
 
 from triton_attn.interop.transformers import attention, register, token_mask
-from triton_attn.testing import guard
+from triton_attn.testing import guard, poisoned_empty
 
 register()
 
@@ -352,6 +352,25 @@ def test_positions_that_start_anew_are_packed_sequences(name, padding, device):
             for start, end in itertools.pairwise(bounds):
                 alone = model(tokens[row : row + 1, start:end], use_cache=False).logits[0]
                 torch.testing.assert_close(got[row, start:end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_after_the_last_packed_sequence_change_no_gradient(device):
+    """A packed batch that is padded to a fixed size: its gradients are those of the batch without the padding."""
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 64, (1, 13), device=device)
+    bounds = torch.tensor([0, 6, 9], dtype=torch.int32, device=device)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 0, 0, 0]], device=device)
+
+    def gradients(num_rows):
+        model = decoder(CONFIGS["llama: grouped query heads"]).to(device).train()
+        model.set_attn_implementation("triton_attn")
+        packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 6, "max_length_k": 6}
+        inputs = {"input_ids": tokens[:, :num_rows], "position_ids": positions[:, :num_rows], "use_cache": False}
+        with poisoned_empty():
+            model(**inputs, **packing).logits[:, :9].square().sum().backward()
+        return {name: weight.grad for name, weight in model.named_parameters()}
+
+    torch.testing.assert_close(gradients(13), gradients(9), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mask_function", [CAUSAL, SLIDING, BIDIRECTIONAL])
