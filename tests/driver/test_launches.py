@@ -15,6 +15,7 @@ import triton
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+STUB = ROOT / "triton_attn/testing/emulator/core"
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU"),
@@ -27,7 +28,7 @@ def stub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stub")
     include = Path(triton.__file__).parent / "backends/nvidia/include"
     library = folder / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", HERE / "stub_libcuda.c", "-o", library], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", STUB / "stub_libcuda.c", "-o", library], check=True)
     (folder / "libcuda.so").symlink_to(library.name)
     return folder
 

@@ -185,7 +185,7 @@ def _run_tool(tool, *args):
 
 
 @contextlib.contextmanager
-def compile_only(arch: str, *, every_launch: bool = True):
+def compile_only(arch: str, *, every_launch: bool = True, driver=None):
     """Inside it, `kernel[grid](...)` on CPU tensors compiles for `arch` and launches nothing; needs no GPU, no driver.
 
     The ordinary call path is taken, so arguments are specialised as in a real launch, and this package's public
@@ -199,6 +199,7 @@ def compile_only(arch: str, *, every_launch: bool = True):
         arch: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942" or "gfx950".
         every_launch: False records only the first launch of each compiled kernel, and every later launch of it costs
             no more than the JIT's own call path. For measuring the cost of a call on the host.
+        driver: what makes the driver from the other two; the emulator's own runs what is launched.
 
     Yields:
         A list of `Launch`, in the order of the launches; it grows while the context is open.
@@ -213,7 +214,7 @@ def compile_only(arch: str, *, every_launch: bool = True):
     config = triton.runtime.driver
     if isinstance(config._active, _Driver):
         raise RuntimeError(f"compile_only({arch!r}) inside compile_only({config._active.arch!r})")
-    driver = _Driver(arch, every_launch)
+    driver = (driver or _Driver)(arch, every_launch)
     active, backend = config._active, os.environ.get("TRITON_ATTN_BACKEND")
     config.set_active(driver)
     os.environ["TRITON_ATTN_BACKEND"] = "triton"

@@ -1,13 +1,15 @@
-/* A libcuda.so.1 without a GPU: Triton's own CudaDriver and launcher run on it. Nothing computes. What a GPU's driver
-   would refuse is refused here, and said on stderr: tensor maps by the rules of cuTensorMapEncodeTiled, launches by the
-   limits of a grid and of shared memory. STUB_ARCH is the compute capability, 90 for sm_90. Whoever calls stub_expect with
-   the sizes of a function's parameters finds what the last launch handed over in stub_parameters. */
+/* A libcuda.so.1 without a GPU: Triton's own CudaDriver and launcher run on it. What a GPU's driver would refuse is
+   refused here, and said on stderr: tensor maps by the rules of cuTensorMapEncodeTiled, launches by the limits of a grid
+   and of shared memory. STUB_ARCH is the compute capability, 90 for sm_90. A launch is handed to stub_launch where that
+   is set; otherwise its name is printed, and nothing computes. Whoever calls stub_expect with the sizes of a function's
+   parameters finds what the last launch handed over in stub_parameters. */
 #define __CUDA_API_VERSION_INTERNAL
 #include "cuda.h"
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "tensor_map.h"
 
 static int arch(void) { return atoi(getenv("STUB_ARCH")); }
 
@@ -15,6 +17,9 @@ static unsigned shared_limit(void) {
   int a = arch();
   return a == 80 ? 166912 : a == 90 || a == 100 ? 232448 : 101376;
 }
+
+/* Grid and the addresses of the parameters; other than 0: it failed. */
+int (*stub_launch)(unsigned x, unsigned y, unsigned z, void **parameters) = NULL;
 
 static int context;
 
@@ -77,15 +82,12 @@ CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig
   return CUDA_SUCCESS;
 }
 
-/* Bytes of CUtensorMapDataType: u8, u16, u32, i32, u64, i64, f16, f32, f64, bf16, f32 flushed, tf32, tf32 flushed. */
-static const unsigned SIZES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
-
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base,
                                 const cuuint64_t *dims, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   const char *why = NULL;
-  unsigned size = type < 13 ? SIZES[type] : 1;
+  unsigned size = TENSOR_MAP_BYTES[type & 15];
   unsigned inner = box[0] * size;
   unsigned span = swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64 : 128;
   if ((uintptr_t)base % 16) why = "base not aligned to 16 bytes";
@@ -101,6 +103,13 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   if (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && inner > span) why = "the inner side of the box larger than the swizzle";
   if (why) fprintf(stderr, "cuTensorMapEncodeTiled: %s\n", why);
   memset(map, 0, sizeof(*map));
+  if (!why) {
+    TensorMap *held = (TensorMap *)map;
+    held->base = (uint64_t)base, held->magic = TENSOR_MAP_MAGIC;
+    held->rank = rank, held->type = type, held->swizzle = swizzle, held->nan_fill = fill;
+    for (unsigned i = 0; i < rank; i++) held->dim[i] = dims[i], held->box[i] = box[i];
+    for (unsigned i = 0; i + 1 < rank; i++) held->stride[i] = strides[i];
+  }
   return why ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
@@ -132,6 +141,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   if (config->blockDimX * config->blockDimY * config->blockDimZ > 1024) why = "more than 1024 threads";
   keep_parameters(function, parameters);
   if (config->sharedMemBytes > shared_limit()) why = "too much shared memory";
+  if (!why && stub_launch)
+    return stub_launch(config->gridDimX, config->gridDimY, config->gridDimZ, parameters) ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
   if (why) fprintf(stderr, "cuLaunchKernelEx of %s: %s\n", (const char *)function, why);
   else printf("launch %s %u\n", (const char *)function, config->gridDimX), fflush(stdout);
   return why ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;

@@ -1,0 +1,278 @@
+"""A kernel for each fault that the emulator names, written by hand so that it has this one and no other."""
+
+import re
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from triton_attn.testing.emulator import SCHEDULES, EmulationError, emulate, run_ptx
+
+pytestmark = pytest.mark.compiled
+
+
+def kernel(body, threads=64, parameters=("x",)):
+    """PTX of a kernel: %tid, %lane and %warp are set, %s is 4 bytes a thread of shared memory, %x.. the parameters."""
+    names = ", ".join(f".param .u64 k_{name}" for name in parameters)
+    loads = "\n".join(f"ld.param.b64 %{name}, [k_{name}];" for name in parameters)
+    wide = ", ".join(f"%{name}" for name in parameters)
+    return f"""
+.file 1 "planted.py"
+.entry planted({names})
+.reqntid {threads}
+{{
+.reg .b32 %tid, %lane, %warp, %s, %next, %r<10>;
+.reg .f32 %f<10>;
+.reg .b64 %a<10>;
+.reg .b64 {wide};
+.reg .pred %p<5>, %first, %second, %leader;
+mov.u32 %tid, %tid.x;
+and.b32 %lane, %tid, 31;
+shr.u32 %warp, %tid, 5;
+shl.b32 %s, %tid, 2;
+add.s32 %s, %s, global_smem;
+xor.b32 %next, %tid, 32;
+shl.b32 %next, %next, 2;
+add.s32 %next, %next, global_smem;
+setp.eq.u32 %first, %warp, 0;
+setp.ne.u32 %second, %warp, 0;
+setp.eq.u32 %leader, %tid, 0;
+{loads}
+mov.b32 %r0, 7;
+{numbered(body)}
+ret;
+}}
+"""
+
+
+def numbered(body):
+    """Line n of the body is line n of planted.py."""
+    return "\n".join(f".loc 1 {i} 0\n{line.strip()}" for i, line in enumerate(body.strip().splitlines(), 1))
+
+
+def faults(body, shared_bytes=1024, threads=64, tensors=None, **options):
+    tensors = tensors or {"x": torch.arange(64, dtype=torch.int32)}
+    return run_ptx(kernel(body, threads, tuple(tensors)), tensors, shared_bytes=shared_bytes, **options)
+
+
+BARRIER = "bar.sync 0;"
+ORDERED = f"""
+st.shared.b32 [%s], %tid;
+{BARRIER}
+ld.shared.b32 %r1, [%next];
+mad.wide.u32 %a0, %tid, 4, %x;
+st.global.b32 [%a0], %r1;
+"""
+COPY = """
+mad.wide.u32 %a0, %tid, 4, %x;
+cp.async.ca.shared.global [%s], [%a0], 4;
+cp.async.commit_group;
+cp.async.wait_group 0;
+ld.shared.b32 %r1, [%s];
+add.s32 %r2, %r1, 1;
+"""
+MBARRIER = """
+@%leader mbarrier.init.shared::cta.b64 [global_smem+512], 1;
+bar.sync 0;
+st.shared.b32 [%s], %tid;
+bar.sync 0;
+@%leader mbarrier.arrive.shared::cta.b64 _, [global_smem+512], 1;
+wait: mbarrier.try_wait.parity.shared::cta.b64 %p0, [global_smem+512], 0;
+@!%p0 bra wait;
+ld.shared.b32 %r1, [%next];
+"""
+
+# name: (kind, line of planted.py, PTX)
+FAULTS = {
+    "global memory out of bounds": (1, "ld.global.b32 %r1, [%x+256];"),
+    "shared memory out of bounds": (1, "st.shared.b32 [%s+1000], %r0;"),
+    "misaligned access": (1, "ld.global.b32 %r1, [%x+2];"),
+    "use of shared memory that nobody has written": (2, "ld.shared.b32 %r1, [%s];\nadd.s32 %r2, %r1, 1;"),
+    "access to shared memory that an asynchronous copy has not finished with": (
+        4,
+        COPY.strip().replace("cp.async.wait_group 0;\n", ""),
+    ),
+    "race: read after write": (2, ORDERED.strip().replace(BARRIER + "\n", "")),
+    "race: write after read": (
+        4,
+        f"st.shared.b32 [%s], %tid;\n{BARRIER}\nld.shared.b32 %r1, [%next];\nst.shared.b32 [%s], %r0;",
+    ),
+    "race: write after write": (1, "st.shared.b32 [global_smem], %tid;"),
+    "misused barrier": (1, "bar.sync 0, 48;"),
+    "lanes diverge at an aligned instruction": (1, "@%leader bar.sync 0, 32;"),
+    "deadlock": (1, "@%first bar.sync 0;"),
+    "trap": (1, "trap;"),
+    "wrong number of transaction bytes": (
+        4,
+        "@%leader mbarrier.init.shared::cta.b64 [global_smem+512], 1;\nbar.sync 0;\n"
+        "@%leader mbarrier.arrive.expect_tx.shared::cta.b64 _, [global_smem+512], 16;\n"
+        "wait: mbarrier.try_wait.parity.shared::cta.b64 %p0, [global_smem+512], 0;\n@!%p0 bra wait;",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_planted_fault(kind, schedule):
+    line, body = FAULTS[kind]
+    found = faults(body, schedule=schedule)
+    assert kind in [fault.kind for fault in found], found
+    fault = next(fault for fault in found if fault.kind == kind)
+    assert fault.where == f"planted.py:{line}", fault
+    assert fault.kernel == "planted"
+    assert fault.program == (0, 0, 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("body", [ORDERED, COPY, MBARRIER], ids=["barrier", "cp.async", "mbarrier"])
+def test_correct_kernels_have_none(body, schedule):
+    assert not faults(body, schedule=schedule)
+
+
+def test_what_was_computed():
+    x = torch.zeros(64, dtype=torch.int32)
+    faults(ORDERED, tensors={"x": x})
+    assert x.tolist() == [i ^ 32 for i in range(64)]
+
+
+def test_the_limit_stops_an_endless_loop():
+    (fault,) = faults("again: bra again;", limit=1000)
+    assert fault.kind == "too many instructions"
+
+
+def test_a_write_to_read_only_memory():
+    x = torch.zeros(64, dtype=torch.int32)
+    (fault,) = faults("st.global.b32 [%x+8], %r0;", tensors={"x": x}, read_only=[x])
+    assert (fault.kind, fault.tensor, fault.index) == ("write to read-only memory", "x", (2,))
+    assert not x.any()
+
+
+def test_a_report_names_tensor_and_index_warp_and_lane():
+    x = torch.zeros(4, 24, dtype=torch.int32)[:, :16]
+    body = "setp.eq.u32 %p0, %tid, 37;\n@%p0 st.global.b32 [%x+68], %r0;"
+    (fault,) = faults(body, tensors={"x": x})
+    assert (fault.kind, fault.tensor, fault.warp, fault.lane) == ("global memory out of bounds", "x", 1, 5)
+    assert "planted.py:2: global memory out of bounds of x" in str(fault)
+
+
+def test_unwritten_bytes_may_be_copied():
+    """A structure with padding is stored in parts, loaded whole, and only its parts are used."""
+    body = """
+    st.shared.b16 [%s], 5;
+    ld.shared.b32 %r1, [%s];
+    mov.b32 %r2, %r1;
+    st.shared.b32 [%s+512], %r2;
+    ld.shared.b16 %r3, [%s+512];
+    add.s32 %r4, %r3, 1;
+    """
+    assert not faults(body, schedule="late")
+    assert [f.kind for f in faults(body + "ld.shared.b32 %r3, [%s+512];\nadd.s32 %r4, %r3, 1;")] == [
+        "use of shared memory that nobody has written"
+    ]
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_programs_that_write_one_element(atomic):
+    body = "red.global.gpu.relaxed.add.u32 [%x], 1;" if atomic else "st.global.b32 [%x], %tid;"
+    found = faults(body, threads=32, grid=(2, 1, 1))
+    assert [f.kind for f in found] == ([] if atomic else ["race between programs"])
+    assert all((f.program, f.tensor, f.index) == ((1, 0, 0), "x", (0,)) for f in found)
+
+
+def test_a_program_that_reads_what_another_writes():
+    body = """
+    mov.u32 %r1, %ctaid.x;
+    setp.eq.u32 %p0, %r1, 0;
+    @%p0 st.global.b32 [%x], 1;
+    @!%p0 ld.global.b32 %r2, [%x];
+    """
+    (fault,) = faults(body, threads=32, grid=(2, 1, 1))
+    assert (fault.kind, fault.where) == ("race between programs", "planted.py:4")
+    released = body.replace("@!%p0 ld", "atom.global.gpu.acq_rel.add.u32 %r3, [%x+4], 1;\n@!%p0 ld")
+    assert not faults(released, threads=32, grid=(2, 1, 1))
+
+
+def test_an_unsupported_instruction_is_named_with_its_line():
+    with pytest.raises(NotImplementedError, match=r"tcgen05.*planted.py:2"):
+        faults("mov.b32 %r1, 0;\ntcgen05.wait::ld.sync.aligned;")
+
+
+@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
+def test_other_targets_are_refused(arch):
+    with pytest.raises(NotImplementedError, match=arch), emulate(arch):
+        pass
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="schedule: expected random"), emulate("sm_90", schedule="slow"):
+        pass
+
+
+# ---- wgmma and the async proxy: a product of 64 x 16 by 16 x 8, by one warp group
+
+PRODUCT = """
+mov.b64 %a1, 0x0000400000000040;
+shl.b64 %a2, %a1, 0;
+mov.b32 %r1, 0;
+@%p4 st.shared.b32 [%s], %r1;
+fence.proxy.async.shared::cta;
+bar.sync 0;
+mov.b32 %f1, 0f00000000;
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, {%r1, %r1, %r1, %r1}, %a1, 0, 1, 1, 0;
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+add.f32 %f5, %f1, %f2;
+"""
+
+
+def product(change=lambda body: body, **options):
+    body = "setp.eq.u32 %p4, %tid, %tid;\n" + change(PRODUCT).strip()
+    return [fault.kind for fault in faults(body, threads=128, shared_bytes=2048, **options)]
+
+
+@pytest.mark.parametrize("schedule", ["late", "early", "random"])
+def test_a_product_and_its_faults(schedule):
+    run = lambda *replaced: product(lambda body: body.replace(*replaced), schedule=schedule)  # noqa: E731
+    assert run("", "") == []
+    assert run("fence.proxy.async.shared::cta;\n", "") == ["read by the async proxy without a proxy fence"]
+    assert run("wgmma.wait_group.sync.aligned 0;\n", "") == ["register of a wgmma in flight is read"]
+    assert run("wgmma.commit_group.sync.aligned;\n", "") == ["register of a wgmma in flight is read"]
+    assert run("wgmma.fence.sync.aligned;\n", "") == ["no wgmma.fence after a register was written"]
+    assert run("wgmma.wait_group", "mov.b32 %r1, %r0;\nadd.s32 %r1, %r0, 1;\nwgmma.wait_group")[:1] == [
+        "overwritten under an asynchronous operation that reads it"
+    ]
+
+
+# ---- a kernel in Triton, through the ordinary launch
+
+
+@triton.jit
+def _shift_kernel(x, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x + at + 1, mask=at < n, other=0.0), mask=at < n)
+
+
+def test_a_triton_kernel_reports_its_own_source_line():
+    x, out = torch.randn(100), torch.zeros(100)
+    with emulate("sm_90", strict=False) as log:
+        _shift_kernel[(2,)](x, out, 100, BLOCK=64)
+    (launch,) = log
+    (fault,) = launch.faults
+    assert fault.kind == "global memory out of bounds"
+    assert re.fullmatch(r".*test_emulator_faults.py:\d+", fault.where)
+    assert (fault.kernel, fault.program, fault.tensor) == ("_shift_kernel", (1, 0, 0), "x")
+    torch.testing.assert_close(out[:99], x[1:])
+    with pytest.raises(EmulationError, match="out of bounds of x"), emulate("sm_90"):
+        _shift_kernel[(2,)](x, out, 100, BLOCK=64)
+
+
+def test_the_same_seed_gives_the_same_run():
+    def run(seed):
+        x, out = torch.arange(100.0), torch.zeros(100)
+        with emulate("sm_80", seed=seed) as log:
+            _shift_kernel[(2,)](x[:99], out[:98], 98, BLOCK=64)
+        return log[0].executed.tolist(), out.tolist()
+
+    assert run(3) == run(3)

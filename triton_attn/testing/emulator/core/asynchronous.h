@@ -1,0 +1,239 @@
+// Asynchronous work: what happens when it happens, between its issue and its wait.
+#pragma once
+#include "memory.h"
+
+// ---- cp.async: PTX ISA 9.7.9.25.3
+
+inline void Machine::finish(Warp& w, const CopyAsync& copy) {
+  u32 offset = copy.target - SHARED_BASE;
+  end_flight(offset, copy.bytes);
+  std::memset(&shared[offset], 0, copy.bytes);
+  if (copy.read)
+    if (u8* source = global(w, copy.pc, copy.lane, copy.source, copy.read, LOAD)) std::memcpy(&shared[offset], source, copy.read);
+  mark_written(offset, copy.bytes, w.id, w.clock.at[w.id], copy.pc, true);
+}
+
+// ---- cp.async.bulk.tensor: PTX ISA 5.5 (tensors, tiled mode), 9.7.9.27
+
+// The swizzle: which 16 bytes of a row change places; `mode` 1, 2, 3 for rows of 32, 64, 128 bytes.
+inline u32 swizzled(u32 address, int mode) { return mode ? address ^ ((address >> 7 & ((1u << mode) - 1)) << 4) : address; }
+
+inline u32 box_bytes(const TensorMap& map) {
+  u32 bytes = TENSOR_MAP_BYTES[map.type & 15];
+  for (int i = 0; i < map.rank; i++) bytes *= map.box[i];
+  return bytes;
+}
+
+// Calls row(place of the row in the box, address of its first element that is inside, first and last + 1 inside).
+template <class Row> void rows_of_box(const TensorMap& map, const std::array<s32, 5>& at, Row row) {
+  u32 size = TENSOR_MAP_BYTES[map.type & 15], rows = box_bytes(map) / (size * map.box[0]);
+  u32 index[5] = {};
+  for (u32 r = 0; r < rows; r++) {
+    u64 address = map.base;
+    bool inside = true;
+    for (int i = 1; i < map.rank; i++) {
+      s64 coordinate = s64(at[i]) + index[i];
+      inside &= coordinate >= 0 && coordinate < map.dim[i];
+      address += u64(coordinate) * map.stride[i - 1];
+    }
+    s64 first = std::clamp<s64>(-s64(at[0]), 0, map.box[0]), last = std::clamp<s64>(s64(map.dim[0]) - at[0], first, map.box[0]);
+    if (!inside) first = last = 0;
+    row(r * map.box[0] * size, address + u64((at[0] + first) * size), u32(first), u32(last));
+    for (int i = 1; i < map.rank && ++index[i] == map.box[i]; i++) index[i] = 0;
+  }
+}
+
+// The bytes of a box lie one after another, each 16 of them where the swizzle has them: f(offset in shared, done, bytes).
+template <class Piece> void pieces_of_row(const TensorMap& map, u32 shared, u32 place, Piece piece) {
+  u32 bytes = map.box[0] * TENSOR_MAP_BYTES[map.type & 15];
+  for (u32 done = 0; done < bytes; done += 16)
+    piece(swizzled(shared + place + done, map.swizzle) - SHARED_BASE, done, std::min(16u, bytes - done));
+}
+
+inline void Machine::finish_load(const TensorCopy& copy) {
+  Warp& w = warps[copy.warp];
+  const TensorMap& map = *(const TensorMap*)copy.map;
+  Mbarrier* b = mbarrier(w, copy.pc, copy.lane, copy.mbarrier);
+  int agent = b ? b->agent : copy.warp;
+  u32 clock = b ? ++b->copies : 0, size = TENSOR_MAP_BYTES[map.type & 15], bytes = box_bytes(map);
+  end_flight(copy.shared - SHARED_BASE, bytes);
+  rows_of_box(map, copy.at, [&](u32 place, u64 address, u32 first, u32 last) {
+    u8 row[1024];
+    std::memset(row, map.nan_fill ? 0xff : 0, sizeof row);
+    if (first < last)
+      if (u8* source = global(w, copy.pc, copy.lane, address, (last - first) * size, LOAD))
+        std::memcpy(row + first * size, source, (last - first) * size);
+    pieces_of_row(map, copy.shared, place, [&](u32 offset, u32 done, u32 count) {
+      std::memcpy(&shared[offset], row + done, count);
+      mark_written(offset, count, agent, clock, copy.pc, false);
+    });
+  });
+  progress = true;
+  if (!b) return;
+  Clock seen = copy.clock;
+  seen.at[agent] = clock;
+  b->arriving.join(seen);
+  b->bytes -= bytes;
+  complete_phase(*b);
+}
+
+inline void Machine::finish_load_for(u32 address) {
+  for (size_t i = 0; i < loads.size(); i++)
+    if (loads[i].mbarrier == address) {
+      TensorCopy copy = loads[i];
+      loads.erase(loads.begin() + i);
+      return finish_load(copy);
+    }
+}
+
+inline void Machine::finish_store(Warp& w, const TensorCopy& copy) {
+  const TensorMap& map = *(const TensorMap*)copy.map;
+  bool adds = copy.in->m[0];
+  u32 size = TENSOR_MAP_BYTES[map.type & 15];
+  rows_of_box(map, copy.at, [&](u32 place, u64 address, u32 first, u32 last) {
+    u8 row[1024];
+    pieces_of_row(map, copy.shared, place, [&](u32 offset, u32 done, u32 count) {
+      read_shared_async(w, copy.pc, copy.lane, offset, count, copy.issued);
+      std::memcpy(row + done, &shared[offset], count);
+    });
+    if (first == last) return;
+    u8* target = global(w, copy.pc, copy.lane, address, (last - first) * size, adds ? ATOMIC : STORE);
+    if (!target) return;
+    const u8* source = row + first * size;
+    if (!adds) {
+      std::memcpy(target, source, (last - first) * size);
+      return;
+    }
+    auto add = [&](auto kind) {
+      for (u32 i = 0; i < last - first; i++) {
+        decltype(kind) a, b;
+        std::memcpy(&a, target + i * size, size), std::memcpy(&b, source + i * size, size);
+        a = decltype(kind)(a + b);
+        std::memcpy(target + i * size, &a, size);
+      }
+    };
+    if (map.type == TM_F32 || map.type == TM_F32_FTZ) add(f32{});
+    else if (map.type == TM_F16) add(f16{});
+    else if (map.type == TM_BF16) add(bf16{});
+    else if (size == 4) add(u32{});
+    else report(UNSUPPORTED, copy.pc, w.id, copy.lane, 0, -1, "reduction of tensor map type %d", map.type);
+  });
+}
+
+// ---- wgmma: PTX ISA 9.7.15. A warp has 16 of the 64 rows.
+
+// The type of the elements, as decode.py numbers them.
+enum Element { E_F16, E_BF16, E_TF32, E_E4M3, E_E5M2 };
+inline int element_bytes(int type) { return type <= E_BF16 ? 2 : type == E_TF32 ? 4 : 1; }
+
+inline f32 element(int type, u32 pattern) {
+  switch (type) {
+    case E_F16: return f16::of(pattern);
+    case E_BF16: return bf16::of(pattern);
+    case E_TF32: return from_bits(pattern & ~0x1fffu);
+    case E_E4M3: return e4m3_to_f32(pattern);
+    default: return e5m2_to_f32(pattern);
+  }
+}
+
+// 9.7.15.5.1: where an operand in shared memory has its elements.
+struct MatrixDescriptor {
+  u32 start, leading, stride;
+  int swizzle;
+  explicit MatrixDescriptor(u64 d)
+      : start(u32(d & 0x3fff) << 4), leading(u32(d >> 16 & 0x3fff) << 4), stride(u32(d >> 32 & 0x3fff) << 4) {
+    int field = d >> 62;  // 1, 2, 3: 128, 64, 32 bytes
+    swizzle = field ? 4 - field : 0;
+  }
+  // Address of element (i of the rows or columns, k) in elements of `bytes`; `transposed`: i is contiguous.
+  u32 address(int i, int k, int bytes, bool transposed) const {
+    int row = 16 << swizzle;  // bytes of a row of a core matrix, of 8 rows
+    u32 offset;
+    if (!transposed) {
+      int in_row = k * bytes;
+      offset = swizzle ? (i & 7) * row + (i >> 3) * stride + in_row : (i & 7) * 16 + (i >> 3) * stride + (in_row >> 4) * leading + (in_row & 15);
+    } else {
+      int width = row / bytes;
+      offset = swizzle ? i / width * leading + i % width * bytes + (k & 7) * row + (k >> 3) * stride
+                       : i / width * stride + i % width * bytes + (k & 7) * 16 + (k >> 3) * leading;
+    }
+    return swizzled(start + offset, swizzle);
+  }
+};
+
+// Lane and register of an accumulator <-> row and column: 9.7.15.5.1, figure of the fragment of D; also of mma's C and D.
+inline int fragment_row(int lane, int j) { return lane / 4 + (j >> 1 & 1) * 8; }
+inline int fragment_column(int lane, int j) { return (j >> 2) * 8 + lane % 4 * 2 + (j & 1); }
+
+// Elements of A in registers, of 16 rows: those of mma (9.7.14.5) and of wgmma alike.
+inline void unpack_a(int type, const u32* row, int j, f32 (*a)[32]) {
+  int bytes = element_bytes(type), per = 4 / bytes;
+  for (int lane = 0; lane < LANES; lane++)
+    for (int e = 0; e < per; e++)
+      a[lane / 4 + (j & 1) * 8][lane % 4 * per + (j >> 1) * 4 * per + e] = element(type, row[lane] >> 8 * bytes * e);
+}
+
+inline void Machine::finish(Warp& w, const Product& product) {
+  const Instruction& in = *product.in;
+  const int columns = in.m[0], type = in.m[1], bytes = element_bytes(type), depth = 32 / bytes;
+  const bool a_shared = in.m[2], a_transposed = in.m[3], b_transposed = in.m[4];
+  static thread_local f32 a[16][32], b[32][256], c[16][256];
+  // Rows [first, last) of an operand in shared memory, 16 bytes at a time: set(i, k, value).
+  auto read = [&](u64 descriptor, int first, int last, bool transposed, auto set) {
+    MatrixDescriptor d(descriptor);
+    int step = 16 / bytes;
+    for (int i = first; i < last; i += transposed ? step : 1)
+      for (int k = 0; k < depth; k += transposed ? 1 : step) {
+        u32 address = d.address(i, k, bytes, transposed);
+        bool fits = shared_range(w, product.pc, 0, address, 16, 16);
+        if (fits) read_shared_async(w, product.pc, 0, address - SHARED_BASE, 16, product.issued);
+        for (int e = 0; e < step; e++) {
+          u32 pattern = 0;
+          if (fits) std::memcpy(&pattern, &shared[address - SHARED_BASE + e * bytes], bytes);
+          set(transposed ? i + e : i, transposed ? k : k + e, fits ? element(type, pattern) : NAN);
+        }
+      }
+  };
+  if (a_shared) {
+    int row = (w.id & 3) * 16;
+    read(product.a, row, row + 16, a_transposed, [&](int i, int k, f32 x) { a[i - row][k] = in.m[5] * x; });
+  } else {
+    for (int j = 0; j < 4; j++) unpack_a(type, &product.a_values[j * LANES], j, a);
+    for (int i = 0; i < 16; i++)
+      for (int k = 0; k < depth; k++) a[i][k] *= in.m[5];
+  }
+  read(product.b, 0, columns, b_transposed, [&](int i, int k, f32 x) { b[k][i] = in.m[6] * x; });
+  u32* values = accumulators[product.accumulators].values.data();
+  for (int j = 0; j < columns / 2; j++)
+    for (int lane = 0; lane < LANES; lane++)
+      c[fragment_row(lane, j)][fragment_column(lane, j)] = product.add ? from_bits(values[j * LANES + lane]) : 0;
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < depth; k++)
+      for (int n = 0; n < columns; n++) c[i][n] += a[i][k] * b[k][n];
+  for (int j = 0; j < columns / 2; j++)
+    for (int lane = 0; lane < LANES; lane++)
+      values[j * LANES + lane] = bits(c[fragment_row(lane, j)][fragment_column(lane, j)]);
+}
+
+inline void Machine::finish_products(Warp& w, size_t groups_left) {
+  while (w.product_groups.size() > groups_left) {
+    auto group = std::move(w.product_groups.front());
+    w.product_groups.pop_front();
+    for (const Product& product : group) {
+      if (!product.done) finish(w, product);
+      w.products_done++;
+    }
+    for (const Product& product : group)
+      if (--accumulators[product.accumulators].pending == 0) settle(w, product.accumulators);
+  }
+}
+
+// No product adds to these any more: registers that stand for them, copies too, get their values.
+inline void Machine::settle(Warp& w, int which) {
+  u32 tag = TAG_PENDING | u32(which) << 8;
+  for (int r = 0; r < launch.rows; r++)
+    if ((w.tags[r] & ~255u) == tag) {
+      std::memcpy(w.row(r), &accumulators[which].values[(w.tags[r] & 255) * LANES], LANES * 4);
+      w.tags[r] = 0;
+    }
+}

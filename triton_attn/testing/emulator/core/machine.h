@@ -1,0 +1,258 @@
+// One program (CTA) of a launch at a time: its warps, its shared memory, what is known of the order of its accesses.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "numbers.h"
+#include "tensor_map.h"
+
+constexpr int LANES = 32;
+constexpr u32 ALL_LANES = ~0u;
+constexpr u32 SHARED_BASE = 1024;  // the address of a program's shared memory; what is below is nobody's
+
+enum Fault {
+  GLOBAL_BOUNDS, SHARED_BOUNDS, MISALIGNED, READ_ONLY, UNWRITTEN, IN_FLIGHT, RACE_READ_AFTER_WRITE,
+  RACE_WRITE_AFTER_READ, RACE_WRITE_AFTER_WRITE, PROXY_FENCE, OVERWRITTEN, WGMMA_REGISTER, WGMMA_FENCE,
+  TRANSACTION_BYTES, BARRIER, DEADLOCK, DIVERGENCE, TRAP, LIMIT, PROGRAM_RACE, TENSOR_MAP, UNSUPPORTED,
+};
+
+// ---- what Python hands over; emulator.py has the same fields in the same order
+
+struct Instruction {
+  s32 op;
+  s32 guard;           // -1: none; 2 * predicate + 1 if it is negated
+  s32 first, count;    // operands, in the pool
+  s32 uses, num_uses;  // rows that are read as values, in the pool
+  s32 defs, num_defs;  // rows that are written, in the pool
+  s32 m[8];            // modifiers, each instruction's own
+};
+
+struct Region {  // global memory that the launch may touch
+  u64 base, bytes;
+  s32 writable, unused;
+  const u8* reachable;  // by byte; null: all of it
+};
+
+struct Report {
+  s32 kind, pc, warp, lane, cta, other_pc;
+  u64 address;
+  char detail[232];
+};
+
+enum Completion { EARLY, LATE, RANDOM };          // of asynchronous work
+enum Order { ROUND_ROBIN, SHUFFLED, FIRST, LAST };  // of the warps
+
+struct Launch {
+  const Instruction* program;
+  s32 length, rows, predicates;
+  const s32* pool;
+  const u32* constants;        // pairs: row, value
+  s32 num_constants, num_special;
+  const s32* special;          // pairs: row, number of the special register
+  u8* params;
+  s32 param_bytes, shared_bytes, threads, unused;
+  s32 grid[3], num_regions;
+  const Region* regions;
+  s32 completion, order;
+  u64 seed;
+  s64 limit;                   // warp instructions of the launch
+  Report* reports;
+  s32 max_reports, first_cta, last_cta, unused2;
+  s64* executed;               // by instruction
+};
+
+// ---- vector clocks: which accesses of the others a warp can rely on
+
+constexpr int MAX_WARPS = 32, MAX_AGENTS = 128;  // the others are mbarriers: they stand for the copies they count
+
+struct Clock {
+  std::array<u32, MAX_AGENTS> at{};
+  void join(const Clock& other) {
+    for (int i = 0; i < MAX_AGENTS; i++) at[i] = std::max(at[i], other.at[i]);
+  }
+};
+
+struct Cell {  // state of one byte of shared memory
+  u32 clock = 0;      // of the writer
+  u32 time = 0;       // of the write
+  s32 pc = 0;         // of the write
+  u8 writer = 0;      // agent
+  u8 in_flight = 0;   // asynchronous writes that are not known to be over
+  bool written = false;
+  bool generic = false;  // written by the generic proxy
+};
+
+// ---- asynchronous work
+
+struct CopyAsync {  // cp.async of one lane
+  u32 target;
+  u64 source;
+  u32 bytes, read;
+  int pc, lane;
+};
+
+struct TensorCopy {  // cp.async.bulk.tensor
+  const Instruction* in;
+  int pc, warp, lane;
+  u64 map;
+  std::array<s32, 5> at{};
+  u32 shared, mbarrier;
+  u32 issued;
+  Clock clock;
+  bool done = false;
+};
+
+struct Accumulators {  // a tile that wgmma adds to; registers that hold it are tagged until it is waited for
+  std::vector<u32> values;
+  int pending = 0;
+};
+
+struct Product {  // wgmma.mma_async of one warp
+  const Instruction* in;
+  int pc;
+  u64 a, b;
+  std::vector<u32> a_values;
+  int accumulators;
+  bool add;
+  u32 issued;
+  bool done = false;  // computed; what waits for it may not know yet
+};
+
+struct Mbarrier {
+  bool live = false;
+  int expected = 0, pending = 0;
+  s64 bytes = 0;
+  u32 phase = 0;
+  int agent = 0;
+  u32 copies = 0;
+  int pc = 0;
+  Clock arriving, arriving_fenced, done, done_fenced;
+};
+
+struct Barrier {
+  int arrived = 0, needed = 0;
+  Clock clock, fenced;
+  std::vector<int> waiting;
+};
+
+// Tag of a register: unwritten bytes were copied into it, or it stands for an accumulator in flight.
+constexpr u32 TAG_UNWRITTEN = 0x80000000u, TAG_PENDING = 0x40000000u;
+
+struct Warp {
+  int id = 0, pc = 0;
+  u32 alive = ALL_LANES, active = ALL_LANES;
+  bool diverged = false;
+  int lane_pc[LANES] = {};
+  enum { RUNS, WAITS, DONE } state = RUNS;
+  int barrier = -1;
+  int polls = 0;
+  s64 polled = -1;  // the mbarrier, if the last poll failed
+  u32 polled_parity = 0;
+  std::vector<u32> registers;  // rows of 32 lanes; a register of 64 bits is two rows
+  std::vector<u32> predicates;
+  std::vector<u32> tags;      // by row
+  std::vector<u32> defined;   // by row: how many wgmma.fence came before it was written
+  std::vector<u32> operand;   // by row: 1 + the number of the product in flight that reads it
+  u32 fences = 1, products = 0, products_done = 0;
+  Clock clock;   // what it has seen
+  Clock fenced;  // what of it was made visible to the async proxy
+  std::vector<CopyAsync> open_copies;
+  std::deque<std::vector<CopyAsync>> copies;
+  std::vector<TensorCopy> open_stores;
+  std::deque<std::vector<TensorCopy>> stores;
+  std::vector<Product> open_products;
+  std::deque<std::vector<Product>> product_groups;
+
+  u32* row(int r) { return &registers[size_t(r) * LANES]; }
+};
+
+struct Machine {
+  const Launch& launch;
+  const int num_warps;
+  std::vector<u8> shared;
+  std::vector<Cell> cells;
+  std::vector<u32> readers;  // by 2 bytes and warp: clock of the last read
+  std::vector<Warp> warps;
+  std::array<Barrier, 16> barriers;
+  std::map<u32, Mbarrier> mbarriers;
+  std::vector<TensorCopy> loads;  // tensor copies to shared memory that are under way
+  std::vector<Accumulators> accumulators;
+  int num_agents = 0, cta = 0, num_reports = 0, next_pc = 0;
+  u32 time = 0;
+  s64 total = 0;
+  u64 random_state = 0;
+  bool progress = false, stopped = false, yielded = false;
+  Region const* last_region = nullptr;
+  std::set<std::pair<int, int>> reported;
+
+  // Who wrote and read each byte of global memory: stamps, a new one for each program and each release of it.
+  struct Owners {
+    std::unique_ptr<u32[], void (*)(void*)> writer{nullptr, free}, reader{nullptr, free};
+  };
+  std::vector<Owners> owners;
+  std::vector<int> stamp_cta{-1};
+  std::vector<bool> stamp_seen{true};
+  std::map<u64, std::vector<bool>> released;
+  bool global_fence = false;
+
+  explicit Machine(const Launch& launch);
+  void run(int cta);
+
+  u32 random();
+  bool now();  // whether asynchronous work that starts is done at once
+  void report(Fault kind, int pc, int warp, int lane, u64 address, int other_pc, const char* format, ...)
+      __attribute__((format(printf, 8, 9)));
+
+  // memory.h
+  enum Access { LOAD, STORE, ATOMIC };
+  u8* global(Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
+  void global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
+  void synchronize_programs(u64 address, bool acquire, bool release);
+  bool shared_range(Warp& w, int pc, int lane, u32 address, u32 bytes, u32 alignment);
+  u32 read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes);  // mask of unwritten bytes
+  void read_shared_async(Warp& w, int pc, int lane, u32 offset, u32 bytes, u32 issued);
+  void order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes);
+  void write_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes, const u8* data);
+  void mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic);
+  void start_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes);
+  void end_flight(u32 offset, u32 bytes);
+
+  // asynchronous.h
+  void finish(Warp& w, const CopyAsync& copy);
+  void finish_load(const TensorCopy& copy);
+  void finish_load_for(u32 mbarrier);
+  void finish_store(Warp& w, const TensorCopy& copy);
+  void finish(Warp& w, const Product& product);
+  void finish_products(Warp& w, size_t groups_left);
+  void settle(Warp& w, int accumulators);
+
+  void arrive(Warp& w, int pc, int id, int needed, bool wait);
+  void complete_phase(Mbarrier& b);
+  Mbarrier* mbarrier(Warp& w, int pc, int lane, u32 address);
+  void exit_warp(Warp& w);
+  void explain_deadlock();
+  void step(Warp& w);
+  void track_registers(Warp& w, const Instruction& in, int pc);
+};
+
+inline int only_lane(u32 mask) { return mask ? std::countr_zero(mask) : 0; }
+
+using Handler = void (*)(Machine&, Warp&, const Instruction&, u32 mask);
+
+// What passes through an instruction that only moves bytes: unwritten ones, and whole accumulators in flight.
+enum Moves { NOTHING, ROWS, LOW_HALF, HIGH_HALF, TWO_HALVES };
+
+struct Entry {
+  const char* spellings;  // of the PTX opcode, with spaces between
+  const char* signature;  // the result, then the operands: p predicate, h 16 bits, r 32, d 64; "*": decoded by hand
+  Handler handler;
+  Moves moves;
+};

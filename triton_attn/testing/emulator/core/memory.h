@@ -1,0 +1,175 @@
+// Global and shared memory, and what may be wrong with an access: PTX ISA 8 (memory consistency), 5.1 (state spaces).
+#pragma once
+#include "machine.h"
+
+// ---- global memory
+
+inline u8* Machine::global(Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
+  auto holds = [&](const Region& r) { return address >= r.base && address + bytes <= r.base + r.bytes; };
+  if (!last_region || !holds(*last_region)) {
+    const Region* end = launch.regions + launch.num_regions;
+    const Region* r = std::upper_bound(launch.regions, end, address, [](u64 a, const Region& r) { return a < r.base; });
+    if (r == launch.regions || !holds(*--r)) {
+      report(GLOBAL_BOUNDS, pc, w.id, lane, address, -1, "%u bytes", bytes);
+      return nullptr;
+    }
+    last_region = r;
+  }
+  const Region& r = *last_region;
+  if (r.reachable)
+    for (u32 i = 0; i < bytes; i++)
+      if (!r.reachable[address + i - r.base]) {
+        report(GLOBAL_BOUNDS, pc, w.id, lane, address + i, -1, "between the elements of a view");
+        return nullptr;
+      }
+  if (access != LOAD && !r.writable) {
+    report(READ_ONLY, pc, w.id, lane, address, -1, "%u bytes", bytes);
+    return nullptr;
+  }
+  if (r.writable) global_order(r, w, pc, lane, address, bytes, access);
+  return (u8*)address;
+}
+
+// Programs of a launch run in no order: what one writes no other may read or write, unless a release and an acquire are
+// between. Programs run one after another here, so this sees them all.
+inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
+  constexpr u32 ATOMIC_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
+  Owners& owner = owners[&r - launch.regions];
+  if (!owner.writer) {
+    owner.writer.reset((u32*)calloc(r.bytes, 4));
+    owner.reader.reset((u32*)calloc(r.bytes, 4));
+  }
+  u32 stamp = stamp_cta.size() - 1;
+  auto unordered = [&](u32 other) {
+    return other == SEVERAL || (other && stamp_cta[other] != cta && !stamp_seen[other]);
+  };
+  auto complain = [&](u32 i, u32 other, const char* what) {
+    if (other == SEVERAL) report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s several others", what);
+    else report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s program %d", what, stamp_cta[other]);
+  };
+  for (u32 i = 0; i < bytes; i++) {
+    u32& writer = owner.writer[address - r.base + i];
+    u32& reader = owner.reader[address - r.base + i];
+    u32 by = writer & ~ATOMIC_BIT;
+    bool both_atomic = access == ATOMIC && writer & ATOMIC_BIT;
+    if (!both_atomic && unordered(by)) return complain(i, by, access == LOAD ? "reads what is written by" : "writes what is written by");
+    if (access != LOAD && unordered(reader)) return complain(i, reader, "writes what is read by");
+    if (access == LOAD) reader = unordered(reader) ? SEVERAL : stamp;
+    else writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0);
+  }
+}
+
+inline void Machine::synchronize_programs(u64 address, bool acquire, bool release) {
+  std::vector<bool>& at = released[address];
+  at.resize(stamp_cta.size());
+  stamp_seen.resize(stamp_cta.size());
+  if (acquire)
+    for (size_t i = 0; i < at.size(); i++) stamp_seen[i] = stamp_seen[i] || at[i];
+  if (release) {
+    for (size_t i = 0; i < at.size(); i++) at[i] = at[i] || stamp_seen[i] || stamp_cta[i] == cta;
+    stamp_cta.push_back(cta);
+    stamp_seen.push_back(true);
+  }
+}
+
+// ---- shared memory. Offsets count from SHARED_BASE.
+
+inline bool Machine::shared_range(Warp& w, int pc, int lane, u32 address, u32 bytes, u32 alignment) {
+  if (address < SHARED_BASE || u64(address) - SHARED_BASE + bytes > u64(launch.shared_bytes)) {
+    report(SHARED_BOUNDS, pc, w.id, lane, address, -1, "%u bytes at shared address %d of %d", bytes,
+           int(address - SHARED_BASE), launch.shared_bytes);
+    return false;
+  }
+  if (address % alignment) {
+    report(MISALIGNED, pc, w.id, lane, address, -1, "shared address %d is no multiple of %u", int(address - SHARED_BASE), alignment);
+    return false;
+  }
+  return true;
+}
+
+inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  u32 unwritten = 0;
+  for (u32 i = 0; i < bytes; i++) {
+    const Cell& c = cells[offset + i];
+    if (c.in_flight) {
+      report(IN_FLIGHT, pc, w.id, lane, offset + i, c.pc, "read at shared address %u", offset + i);
+      break;
+    }
+    if (!c.written) unwritten |= 1u << i;
+    else if (c.clock > w.clock.at[c.writer]) {
+      report(RACE_READ_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc, "shared address %u, written by %s %d", offset + i,
+             c.writer < num_warps ? "warp" : "copies of mbarrier", c.writer < num_warps ? c.writer : c.writer - num_warps);
+      break;
+    }
+  }
+  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++) readers[size_t(i) * num_warps + w.id] = w.clock.at[w.id];
+  return unwritten;
+}
+
+// A read by the async proxy, at the time when it happens, of what was there when it was issued.
+inline void Machine::read_shared_async(Warp& w, int pc, int lane, u32 offset, u32 bytes, u32 issued) {
+  if (u32 unwritten = read_shared(w, pc, lane, offset, bytes))
+    report(UNWRITTEN, pc, w.id, lane, offset + std::countr_zero(unwritten), -1, "shared address %u", offset + std::countr_zero(unwritten));
+  for (u32 i = 0; i < bytes; i++) {
+    const Cell& c = cells[offset + i];
+    if (!c.written) continue;
+    if (c.time > issued) {
+      report(OVERWRITTEN, pc, w.id, lane, offset + i, c.pc, "shared address %u", offset + i);
+      return;
+    }
+    if (c.generic && c.clock > w.fenced.at[c.writer]) {
+      report(PROXY_FENCE, pc, w.id, lane, offset + i, c.pc, "shared address %u, written by warp %d", offset + i, c.writer);
+      return;
+    }
+  }
+}
+
+// A write now, by someone who has seen `seen`: all earlier accesses must be in it.
+inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  for (u32 i = 0; i < bytes; i++) {
+    const Cell& c = cells[offset + i];
+    if (c.written && c.clock > seen.at[c.writer]) {
+      report(RACE_WRITE_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc, "shared address %u", offset + i);
+      break;
+    }
+  }
+  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
+    for (int k = 0; k < num_warps; k++)
+      if (readers[size_t(i) * num_warps + k] > seen.at[k])
+        return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, 2 * i, -1, "shared address %u, read by warp %d", 2 * i, k);
+}
+
+inline void Machine::mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic) {
+  for (u32 i = 0; i < bytes; i++) {
+    Cell& c = cells[offset + i];
+    c.written = true, c.writer = agent, c.clock = clock, c.pc = pc, c.generic = generic, c.time = time;
+  }
+}
+
+inline void Machine::write_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes, const u8* data) {
+  for (u32 i = 0; i < bytes; i++)
+    if (cells[offset + i].in_flight) {
+      report(IN_FLIGHT, pc, w.id, lane, offset + i, cells[offset + i].pc, "write at shared address %u", offset + i);
+      break;
+    }
+  // Warps that hold the same value write it together: no fault, since whichever comes last leaves the same.
+  bool same = std::memcmp(&shared[offset], data, bytes) == 0;
+  for (u32 i = 0; i < bytes && same; i++) same = cells[offset + i].written;
+  if (!same) order_write(w.clock, w, pc, lane, offset, bytes);
+  std::memcpy(&shared[offset], data, bytes);
+  mark_written(offset, bytes, w.id, w.clock.at[w.id], pc, true);
+}
+
+inline void Machine::start_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  order_write(w.clock, w, pc, lane, offset, bytes);
+  for (u32 i = 0; i < bytes; i++)
+    if (cells[offset + i].in_flight) {
+      report(IN_FLIGHT, pc, w.id, lane, offset + i, cells[offset + i].pc, "another copy to shared address %u", offset + i);
+      break;
+    }
+  for (u32 i = 0; i < bytes; i++) cells[offset + i].in_flight++, cells[offset + i].pc = pc;
+}
+
+inline void Machine::end_flight(u32 offset, u32 bytes) {
+  for (u32 i = 0; i < bytes; i++) cells[offset + i].in_flight--;
+}

@@ -1,0 +1,432 @@
+"""Ordinary launches on CPU tensors, through Triton's own launcher over a stub driver, to the core."""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+
+from triton_attn.testing import compilation
+from triton_attn.testing.emulator import core
+from triton_attn.testing.emulator.decode import Program, mapped_constants
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+# (when asynchronous work happens, order of the warps), numbered as in the core: Completion and Order.
+SCHEDULES = {
+    "random": (2, 1),  # warps and asynchronous work by the seed
+    "late": (1, 0),  # in turns; asynchronous work when it is waited for
+    "early": (0, 0),  # in turns; asynchronous work at once
+    "shuffled": (1, 1),  # warps by the seed; asynchronous work when it is waited for
+    "first": (1, 2),  # the first warp that can go on goes as far as it can
+    "last": (1, 3),  # the last one
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What was wrong with an instruction of a launch, the first time it was.
+
+    Attributes:
+        kind: one of `core.FAULTS`.
+        where: source line, `file.py:12`.
+        other: source line of the other access that it conflicts with, or None.
+        instruction: its PTX.
+        kernel: name of the function.
+        program: (x, y, z).
+        warp, lane: of the program, of the warp.
+        tensor: name of the argument, of global memory; `index`: its element, None where the address is in no element.
+        detail: the rest in words.
+    """
+
+    kind: str
+    where: str
+    other: str | None
+    instruction: str
+    kernel: str
+    program: tuple[int, int, int]
+    warp: int
+    lane: int
+    tensor: str | None
+    index: tuple[int, ...] | None
+    detail: str
+
+    def __str__(self):
+        place = f" of {self.tensor}" if self.tensor else ""
+        place = f" at {self.tensor}{list(self.index)}" if self.index is not None else place
+        other = f", against {self.other}" if self.other else ""
+        return (
+            f"{self.where}: {self.kind}{place} ({self.detail}{other}) in {self.kernel}, program {self.program}, "
+            f"warp {self.warp}, lane {self.lane}: {self.instruction}"
+        )
+
+
+class EmulationError(AssertionError):
+    """A launch did what it must not do. `faults` has all that were found, in the order in which they were."""
+
+    def __init__(self, faults):
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = faults
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmulatedLaunch(compilation.Launch):
+    """One launch inside `emulate`.
+
+    Attributes:
+        program: the decoded kernel.
+        executed: how many warps executed each of its instructions, int64.
+        instructions: their sum, of what was executed or skipped by a predicate.
+        faults: what was wrong.
+    """
+
+    program: Program
+    executed: np.ndarray
+    instructions: int
+    faults: tuple[Fault, ...]
+
+
+@contextlib.contextmanager
+def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, read_only=(), edit=None):
+    """Inside it, `kernel[grid](...)` on CPU tensors compiles for `arch` and runs; needs no GPU and no driver.
+
+    The ordinary call path is taken, through Triton's own launcher: a stub of libcuda hands out the parameters and the
+    tensor maps that a GPU's driver would get. This package's public functions run their kernels inside it. A program's
+    shared memory is NaN until it is written. What kernels may touch in global memory is the elements of their tensor
+    arguments, those in tuples and tensor descriptors included. Needs a C++ compiler once.
+
+    Checked: bounds and alignment; use of unwritten shared memory; order of accesses to shared memory by happens-before;
+    asynchronous copies and products against their waits; proxy and wgmma fences; barriers, mbarriers and transaction
+    bytes; deadlock; divergence; order of accesses to global memory between the programs of a launch. Not checked: order
+    between warps in global memory, between the lanes of a warp, everything below PTX.
+
+    Args:
+        arch: "sm_80", "sm_86", "sm_89" or "sm_90".
+        schedule: a key of SCHEDULES.
+        seed: of the random schedules; the same seed gives the same run.
+        strict: raise EmulationError at a launch with a fault. Otherwise it is in the log alone.
+        limit: warp instructions after which a launch is stopped, with a fault.
+        read_only: tensors that no launch may write.
+        edit: a function of the decoded `Program` that is called before a launch and may change its instructions.
+
+    Yields:
+        A list of `EmulatedLaunch`, in the order of the launches; it grows while the context is open.
+
+    Raises:
+        NotImplementedError: `arch` is not emulated; at a launch, an instruction is not, with its source line.
+        ValueError: `schedule` or `arch` is not in its list.
+        RuntimeError: TRITON_INTERPRET is set, a real libcuda is loaded, there is no C++ compiler, or as compile_only.
+    """
+    if arch not in TARGETS and arch in compilation._TARGETS:
+        raise NotImplementedError(f"arch: expected {', '.join(TARGETS)}, got {arch!r}, which is not emulated")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected {', '.join(SCHEDULES)}, got {schedule!r}")
+    if torch.cuda.is_available():
+        raise RuntimeError("emulate needs a process without a GPU (CUDA_VISIBLE_DEVICES= does not unload its driver)")
+    compilation._check_arch(arch)
+    emulator = _Emulator(schedule, seed, strict, limit, list(read_only), edit)
+    with emulator.stub(arch), compilation.compile_only(arch, driver=functools.partial(_Driver, emulator)) as launches:
+        yield launches
+
+
+class _Driver(compilation._Driver):
+    """compile_only's driver, with the launcher of a real one."""
+
+    def __init__(self, emulator, arch, every_launch):
+        super().__init__(arch, every_launch)
+        from triton.backends.nvidia import driver as nvidia
+
+        self.emulator, self.nvidia, self.cuda = emulator, nvidia, nvidia.CudaUtils()
+
+    def __getattr__(self, name):
+        if name == "cuda":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.cuda, name)
+
+    def load_binary(self, name, binary, shared, device):
+        module, function, registers, spills, max_threads = 1, 1, 0, 0, 1024
+        return module, function, registers, spills, max_threads
+
+    def launcher_cls(self, src, metadata):
+        compiled = src.fn.device_caches[self.device][0].values()
+        kernel = next(kernel for kernel in compiled if kernel.src is src)
+        self.kernels.append(kernel)
+        launcher = self.nvidia.CudaLauncher(src, metadata)
+
+        def launch(grid_0, grid_1, grid_2, stream, function, *args):
+            # The four in between are Triton's own: metadata and hooks.
+            values = args[4:]
+            if len(values) == 1 and isinstance(values[0], tuple) and len(src.signature) != 1:
+                values = values[0]
+            self.emulator.expect(kernel, dict(zip(src.fn.arg_names, values)))
+            try:
+                launcher(grid_0, grid_1, grid_2, stream, function, *args)
+            except Exception:
+                self.emulator.raise_error()
+                raise
+            self.launches.append(self.emulator.done)
+            if self.emulator.strict and self.emulator.done.faults:
+                raise EmulationError(self.emulator.done.faults)
+
+        return launch
+
+
+class _Emulator:
+    """Takes launches from the stub and runs them."""
+
+    def __init__(self, schedule, seed, strict, limit, read_only, edit):
+        self.completion, self.order = SCHEDULES[schedule]
+        self.seed, self.strict, self.limit, self.read_only, self.edit = seed, strict, limit, read_only, edit
+        self.error = self.done = None
+        self.scratch = []
+
+    @contextlib.contextmanager
+    def stub(self, arch):
+        library = _stub()
+        callback_type = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_uint] * 3, ctypes.POINTER(ctypes.c_void_p))
+        callback = callback_type(self.launched)
+        slot = ctypes.c_void_p.in_dll(library, "stub_launch")
+        variables = {"STUB_ARCH": arch.removeprefix("sm_"), "TRITON_LIBCUDA_PATH": str(Path(library._name).parent)}
+        allocator = triton.runtime._allocation._allocator
+        previous = allocator.get()
+        with core.environment(variables, os.environ):
+            slot.value = ctypes.cast(callback, ctypes.c_void_p).value
+            allocator.set(self.allocate)
+            try:
+                yield
+            finally:
+                slot.value = None
+                allocator.set(previous)
+
+    def allocate(self, size, alignment, stream):
+        self.scratch.append(torch.empty(size + alignment, dtype=torch.uint8))
+        start = -self.scratch[-1].data_ptr() % alignment
+        return self.scratch[-1][start : start + size]
+
+    def expect(self, kernel, arguments):
+        """The launcher is about to launch this kernel."""
+        self.kernel, self.arguments, self.error, self.done = kernel, arguments, None, None
+        self.scratch.clear()
+
+    def raise_error(self):
+        if self.error:
+            raise self.error
+
+    def launched(self, x, y, z, parameters):
+        try:
+            self.done = self.run((x, y, z), parameters)
+            return 0
+        except Exception as error:  # goes through the launcher as a number
+            self.error = error
+            return 1
+
+    def run(self, grid, parameters):
+        metadata = self.kernel.metadata
+        if metadata.num_ctas != 1:
+            raise NotImplementedError(f"{metadata.name}: num_ctas: expected 1, got {metadata.num_ctas}")
+        program = _decoded(self.kernel.asm["ptx"])
+        program.executed[:] = 0
+        if self.edit:
+            self.edit(program)
+        block = _copy_parameters(program, parameters)
+        memory = Memory(self.arguments, self.scratch, self.read_only)
+        total, faults = self.run_program(program, block, grid, metadata.shared, memory)
+        return EmulatedLaunch(self.kernel, grid, program, program.executed.copy(), total, faults)
+
+    def run_program(self, program, block, grid, shared_bytes, memory):
+        """(warp instructions, faults)"""
+        memory.add_constant(ctypes.addressof(block), program.parameter_bytes)
+        for table in program.tables.values():
+            memory.add_constant(core.address_of(table), table.nbytes)
+        settings = self.completion, self.order, self.seed, self.limit
+        reports, total = execute(program, block, grid, shared_bytes, memory, *settings)
+        return total, tuple(_fault(program, memory, grid, report) for report in reports)
+
+
+def run_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0, schedule="late", seed=0, limit=1_000_000, read_only=()):
+    """Run PTX written by hand: its faults.
+
+    Args:
+        ptx: has one entry point, whose parameters are as many as the arguments, with .reqntid.
+        arguments: {name: CPU tensor or integer}, in the order of the parameters.
+        grid, shared_bytes: of the launch; the address of shared memory is `global_smem`.
+        schedule, seed, limit, read_only: as in `emulate`.
+
+    Raises:
+        NotImplementedError: an instruction is not emulated.
+    """
+    program = _decoded(ptx)
+    program.executed[:] = 0
+    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments.values()]
+    numbers = (ctypes.c_uint64 * len(values))(*(value % (1 << 64) for value in values))
+    parameters = [ctypes.addressof(numbers) + 8 * i for i in range(len(values))]
+    emulator = _Emulator(schedule, seed, False, limit, list(read_only), None)
+    memory = Memory(arguments, (), read_only)
+    return emulator.run_program(program, _copy_parameters(program, parameters), grid, shared_bytes, memory)[1]
+
+
+def _fault(program, memory, grid, report):
+    kind = core.FAULTS[report.kind]
+    tensor, index = memory.locate(report.address) if "global" in kind or report.address > 1 << 32 else (None, None)
+    return Fault(
+        kind=kind,
+        where=program.where(report.pc),
+        other=program.where(report.other_pc) if report.other_pc >= 0 else None,
+        instruction=program.text[report.pc],
+        kernel=program.name,
+        program=(report.cta % grid[0], report.cta // grid[0] % grid[1], report.cta // grid[0] // grid[1]),
+        warp=report.warp,
+        lane=report.lane,
+        tensor=tensor,
+        index=index,
+        detail=report.detail.decode(),
+    )
+
+
+@functools.cache
+def _stub():
+    """The stub driver, under the name by which Triton's own C code will look for it."""
+    path = core.built("stub_libcuda.c", "libcuda.so.1", ["-Wl,-soname,libcuda.so.1"])
+    loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    if ctypes.CDLL("libcuda.so.1")._handle != loaded._handle:
+        raise RuntimeError("emulate needs a process that has not loaded a real libcuda")
+    return loaded
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded(ptx):
+    return Program(ptx)
+
+
+def _copy_parameters(program, parameters):
+    """The launch's parameters, aligned to 64 bytes as tensor maps must be."""
+    backing = ctypes.create_string_buffer(program.parameter_bytes + 128)
+    block = (ctypes.c_char * (program.parameter_bytes + 1)).from_buffer(backing, -ctypes.addressof(backing) % 64)
+    for i, (offset, size) in enumerate(program.parameters):
+        ctypes.memmove(ctypes.addressof(block) + offset, parameters[i], size)
+    return block
+
+
+def execute(program, block, grid, shared_bytes, memory, completion, order, seed, limit, ctas=None):
+    """Run a program on the core; (reports, warp instructions)."""
+    regions = memory.regions()
+    reports = (core.Report * 64)()
+    constants = np.ascontiguousarray(mapped_constants(program, block))
+    special, instructions = np.ascontiguousarray(program.special), np.ascontiguousarray(program.instructions)
+    first, last = ctas or (0, grid[0] * grid[1] * grid[2])
+    launch = core.Launch(
+        program=core.address_of(instructions),
+        length=len(instructions),
+        rows=program.num_rows,
+        predicates=program.num_predicates,
+        pool=core.address_of(program.pool),
+        constants=core.address_of(constants),
+        num_constants=len(constants),
+        num_special=len(special),
+        special=core.address_of(special),
+        params=ctypes.addressof(block),
+        param_bytes=program.parameter_bytes,
+        shared_bytes=shared_bytes,
+        threads=program.threads,
+        grid=tuple(grid),
+        num_regions=len(regions),
+        regions=ctypes.addressof(regions),
+        completion=completion,
+        order=order,
+        seed=seed,
+        limit=limit,
+        reports=ctypes.addressof(reports),
+        max_reports=len(reports),
+        first_cta=first,
+        last_cta=last,
+        executed=core.address_of(program.executed),
+    )
+    total = ctypes.c_int64()
+    count = core.library().emulator_run(ctypes.byref(launch), ctypes.byref(total))
+    return reports[:count], total.value
+
+
+class Memory:
+    """The global memory of a launch: the elements of its tensors, by address."""
+
+    def __init__(self, arguments, scratch=(), read_only=()):
+        self.tensors = [item for name, value in arguments.items() for item in _tensors_in(name, value)]
+        self.tensors += [("scratch memory", tensor) for tensor in scratch]
+        self.fixed = {tensor.untyped_storage().data_ptr() for tensor in read_only}
+        self.constants = []
+
+    def add_constant(self, address, size):
+        if size:
+            self.constants.append((address, size))
+
+    def regions(self):
+        """One region for each storage, with a map of the bytes that its tensors have."""
+        by_storage = {}
+        for _, tensor in self.tensors:
+            if tensor.numel():
+                by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        regions = [core.Region(address, size, 0) for address, size in self.constants]
+        self.maps = []
+        for base, tensors in by_storage.items():
+            size = tensors[0].untyped_storage().nbytes()
+            reachable = torch.zeros(size, dtype=torch.uint8)
+            for tensor in tensors:
+                _bytes_of(reachable, tensor, tensor.data_ptr() - base).fill_(1)
+            whole = bool(reachable.all())
+            self.maps.append(reachable)
+            regions.append(core.Region(base, size, base not in self.fixed, 0, None if whole else reachable.data_ptr()))
+        return (core.Region * len(regions))(*sorted(regions, key=lambda region: region.base))
+
+    def locate(self, address):
+        """(name of the tensor at an address or nearest to it, index of the element or None)."""
+        best = None
+        for name, tensor in self.tensors:
+            if not tensor.numel():
+                continue
+            distance = max(tensor.data_ptr() - address, address - _end(tensor) + 1, 0)
+            if best is None or distance < best[0]:
+                best = distance, name, tensor
+        if best is None:
+            return None, None
+        _, name, tensor = best
+        return name, _index(tensor, address)
+
+
+def _tensors_in(name, value):
+    """(name, tensor) of every tensor in a kernel argument."""
+    base = getattr(value, "base", None)
+    if isinstance(base, torch.Tensor) and not isinstance(value, torch.Tensor):
+        value = base  # of a tensor descriptor or a reinterpreted tensor
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (tuple, list)):
+        fields = getattr(value, "_fields", None)
+        for i, item in enumerate(value):
+            yield from _tensors_in(f"{name}.{fields[i]}" if fields else f"{name}[{i}]", item)
+
+
+def _bytes_of(storage, tensor, offset):
+    """The bytes of a tensor's elements, as a view of its storage's bytes."""
+    size = tensor.element_size()
+    return storage.as_strided((*tensor.shape, size), (*(stride * size for stride in tensor.stride()), 1), offset)
+
+
+def _end(tensor):
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _index(tensor, address):
+    """The index of the element at an address, None if there is none."""
+    offset = (address - tensor.data_ptr()) // tensor.element_size()
+    index = {}
+    for dim in sorted(range(tensor.dim()), key=tensor.stride, reverse=True):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        index[dim] = min(offset // stride, size - 1) if stride and size > 1 else 0
+        offset -= index[dim] * stride
+    return tuple(index[dim] for dim in range(tensor.dim())) if offset == 0 else None
