@@ -1,7 +1,8 @@
 """Which tests run in this process, and how many examples hypothesis draws.
 
 Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 everything runs but the tests marked
-`compiled`; without it those alone run, and the others too where there is a GPU for their kernels.
+`compiled`; without it those alone run, and the others too where there is a GPU for their kernels. With --emulate sm_90
+the others run on compiled code without a GPU.
 TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 50 times as many examples.
 """
 
@@ -11,6 +12,8 @@ import os
 
 import pytest
 import torch
+
+from triton_attn.testing.emulator.plugin import Emulation, add_options
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
@@ -24,7 +27,13 @@ with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it ru
     settings.load_profile("full" if FULL else "fast")
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    add_options(parser)
+
+
+def pytest_configure(config):
+    if config.getoption("--emulate"):
+        config.pluginmanager.register(Emulation(config))
     if INTERPRETED:
         from triton_attn.testing import fix_interpreter
 
@@ -36,6 +45,8 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("full") and not FULL:
             return False
         compiled = item.get_closest_marker("compiled") is not None
+        if config.getoption("--emulate"):
+            return not compiled
         return compiled != INTERPRETED or (not INTERPRETED and torch.cuda.is_available())
 
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])

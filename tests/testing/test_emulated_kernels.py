@@ -69,6 +69,21 @@ def append():
     return caches(ta.append_kv_cache), caches(reference.append_kv_cache)
 
 
+def copy():
+    """The pointers of the caches come in a tuple that the program indexes."""
+    pools, of_pages = (
+        (normal(2, 8, 16, 2, 64), normal(2, 8, 16, 2, 64)),
+        torch.tensor([[0, 1], [6, 7]], dtype=torch.int32),
+    )
+
+    def copied(function):
+        pair = [pool.clone() for pool in pools]
+        function(tuple(pair), *of_pages)
+        return pair
+
+    return copied(ta.copy_kv_pages), copied(reference.copy_kv_pages)
+
+
 def merge():
     parts, lse = normal(3, 1, 20, 4, 64), torch.randn(3, 1, 4, 20)
     return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
@@ -97,6 +112,7 @@ CALLS = {
     "paged": paged,
     "paged splits": lambda: paged(3),
     "append": append,
+    "copy": copy,
     "merge": merge,
     "mla decode": mla_decode,
     "mla prefill": mla_prefill,

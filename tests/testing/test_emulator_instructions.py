@@ -95,7 +95,7 @@ def rounded(exact, kind):
     unit = Fraction(2) ** max(exponent - digits, lowest)
     result = round(exact / unit) * unit
     largest = {"f16": 65504, "bf16": 0xFF * 2**120, "f32": 0xFFFFFF * 2**104, "f64": (2**53 - 1) * 2**971}[kind]
-    return math.copysign(math.inf, exact) if abs(result) > largest else float(result)
+    return math.copysign(math.inf if abs(result) > largest else float(abs(result)), exact)
 
 
 def exactly(kind, function):

@@ -443,10 +443,7 @@ def _ld(body, match, operands):
     vector = _vector(operands[0])
     wide = any(body.bits(part) == 64 for part in vector)
     rows = [body.row(part, 64 if wide else 32) for part in vector]
-    base = re.match(r"\[\s*([\w$%]+)", operands[1])[1]
     row, offset, wide_address = body.address(operands[1])
-    if space == "param" and base not in body.program._parameter_offset and not wide_address:
-        raise Unsupported(f"parameter {base}")
     m = [offset, int(bits) // 8, {"global": 0, "shared": 1, "param": 2}[space], wide_address, kind == "s", wide]
     defs = [r + i for r in rows if r >= 0 for i in range(2 if wide else 1)]
     body.add("@ld", [row, *rows], m, [row, row + 1][: 1 + wide_address], defs)
@@ -472,11 +469,11 @@ def _st(body, match, operands):
 
 
 @_decodes(
-    rf"(atom|red)(?:\.{_SPACE})?(?:\.(relaxed|acquire|release|acq_rel))?(?:\.(cta|gpu|sys|cluster))?"
-    rf"(?:\.{_SPACE})?\.(add|min|max|and|or|xor|exch|cas|inc|dec)(?:\.noftz)?(?:\.v(\d))?\.(\w+)"
+    rf"(?P<name>atom|red)(?:\.{_SPACE}|\.(?P<order>relaxed|acquire|release|acq_rel)|\.(?:cta|gpu|sys|cluster))*"
+    r"\.(?P<operation>add|min|max|and|or|xor|exch|cas|inc|dec)(?:\.noftz)?(?:\.v\d)?\.(?P<type>[busf]\w+)"
 )
 def _atom(body, match, operands):
-    atom, space, order, _, space_2, operation, _, type_ = match.groups()
+    atom, order, operation, type_ = match["name"], match["order"], match["operation"], match["type"]
     bits = {"f16x2": 32, "bf16x2": 32}.get(type_) or int(re.sub(r"\D", "", type_))
     kind = TYPES.get(type_, TYPES.get(type_[0]))
     target = _vector(operands.pop(0)) if atom == "atom" else None
@@ -488,7 +485,7 @@ def _atom(body, match, operands):
         for three in zip(values, compared, target or ["_"] * len(values))
         for x in three
     ]
-    m = [offset, bits // 8, (space or space_2) == "shared", wide_address, OPERATIONS[operation], kind]
+    m = [offset, bits // 8, ".shared" in match[0], wide_address, OPERATIONS[operation], kind]
     m += [order in ("acquire", "acq_rel"), order in ("release", "acq_rel")]
     spread = [[r + i for r in triples[k::3] if r >= 0 for i in range(2 if bits == 64 else 1)] for k in range(3)]
     body.add("@atom", [row, *triples], m, [row, row + 1][: 1 + wide_address] + spread[0] + spread[1], spread[2])

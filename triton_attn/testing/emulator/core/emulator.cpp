@@ -161,7 +161,7 @@ void Machine::explain_deadlock() {
       report(DEADLOCK, w.pc - 1, w.id, 0, w.barrier, -1, "waits at barrier %d, where %d of %d threads are", w.barrier, b.arrived, b.needed);
     } else if (w.state == Warp::RUNS && w.polled >= 0) {
       const Mbarrier& b = mbarriers[u32(w.polled)];
-      report(b.bytes ? TRANSACTION_BYTES : DEADLOCK, w.pc, w.id, 0, w.polled - SHARED_BASE, b.pc,
+      report(b.bytes ? TRANSACTION_BYTES : DEADLOCK, w.polled_pc, w.id, 0, w.polled - SHARED_BASE, b.pc,
              "waits for the phase of parity %u of the mbarrier at shared address %d: phase %u lacks %d arrivals and %lld bytes",
              w.polled_parity, int(w.polled - SHARED_BASE), b.phase, b.pending, (long long)b.bytes);
     } else if (w.state == Warp::RUNS) {

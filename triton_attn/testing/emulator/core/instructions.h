@@ -434,7 +434,7 @@ inline void mbarrier_arrive(Machine& m, Warp& w, const Instruction& in, u32 mask
 inline void mbarrier_try_wait(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   u32 over = 0;
-  w.polled = -1;
+  w.polled = -1, w.polled_pc = w.pc;
   each(mask, [&](int lane) {
     u32 at = mbarrier_address(m, w, in, lane);
     Mbarrier* b = m.mbarrier(w, w.pc, lane, at);

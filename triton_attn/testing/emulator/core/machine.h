@@ -155,6 +155,7 @@ struct Warp {
   int barrier = -1;
   int polls = 0;
   s64 polled = -1;  // the mbarrier, if the last poll failed
+  int polled_pc = 0;
   u32 polled_parity = 0;
   std::vector<u32> registers;  // rows of 32 lanes; a register of 64 bits is two rows
   std::vector<u32> predicates;
