@@ -42,7 +42,7 @@ def backward(deterministic):
     inputs, out_grad = (normal(1, 100, 2, 64), normal(1, 100, 1, 64), normal(1, 100, 1, 64)), normal(1, 100, 2, 64)
 
     def gradients(function, dtype, **options):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
         out = function(*leaves, causal=True, **options)
         out.backward(out_grad.to(dtype))
         return [out.detach(), *(x.grad for x in leaves)]
@@ -51,10 +51,10 @@ def backward(deterministic):
     return computed, gradients(reference.flash_attention, torch.float64)
 
 
-def paged(num_splits=None):
+def paged(**options):
     keys, values, q = normal(30, 16, 2, 64), normal(30, 16, 2, 64), normal(2, 1, 8, 64)
     where = torch.tensor([230, 133], dtype=torch.int32), torch.randperm(30).to(torch.int32).view(2, 15)
-    computed = ta.paged_attention(q, keys, values, *where, num_splits=num_splits, return_lse=True)
+    computed = ta.paged_attention(q, keys, values, *where, **options, return_lse=True)
     return computed, reference.paged_attention(*in_fp64((q, keys, values)), *where, return_lse=True)
 
 
@@ -110,7 +110,7 @@ CALLS = {
     "flash backward": lambda: backward(False),
     "flash backward deterministic": lambda: backward(True),
     "paged": paged,
-    "paged splits": lambda: paged(3),
+    "paged splits": lambda: paged(num_splits=3),
     "append": append,
     "copy": copy,
     "merge": merge,
@@ -148,7 +148,7 @@ def test_every_schedule(schedule, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
     with emulate("sm_90", schedule=schedule):
         check(flash)
-        check(lambda: paged(3))
+        check(lambda: paged(num_splits=3))
 
 
 HOPPER = {

@@ -89,7 +89,7 @@ def address_of(array: np.ndarray) -> int:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The core. The first call on a machine compiles it, which takes about 20 seconds."""
+    """The core. The first call on a machine compiles it, which takes 10 to 20 seconds."""
     path = built("emulator.cpp", "libtriton_attn_emulator.so", ["-std=c++20", "-ffp-contract=off"], ["stdc++"])
     loaded = ctypes.CDLL(str(path))
     loaded.emulator_spellings.restype = loaded.emulator_signature.restype = ctypes.c_char_p

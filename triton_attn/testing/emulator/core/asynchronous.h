@@ -9,14 +9,17 @@ inline void Machine::finish(Warp& w, const CopyAsync& copy) {
   end_flight(offset, copy.bytes);
   std::memset(&shared[offset], 0, copy.bytes);
   if (copy.read)
-    if (u8* source = global(w, copy.pc, copy.lane, copy.source, copy.read, LOAD)) std::memcpy(&shared[offset], source, copy.read);
+    if (u8* source = global(w, copy.pc, copy.lane, copy.source, copy.read, LOAD))
+      std::memcpy(&shared[offset], source, copy.read);
   mark_written(offset, copy.bytes, w.id, w.clock.at[w.id], copy.pc, true);
 }
 
 // ---- cp.async.bulk.tensor: PTX ISA 5.5 (tensors, tiled mode), 9.7.9.27
 
 // The swizzle: which 16 bytes of a row change places; `mode` 1, 2, 3 for rows of 32, 64, 128 bytes.
-inline u32 swizzled(u32 address, int mode) { return mode ? address ^ ((address >> 7 & ((1u << mode) - 1)) << 4) : address; }
+inline u32 swizzled(u32 address, int mode) {
+  return mode ? address ^ ((address >> 7 & ((1u << mode) - 1)) << 4) : address;
+}
 
 inline u32 box_bytes(const TensorMap& map) {
   u32 bytes = TENSOR_MAP_BYTES[map.type & 15];
@@ -25,7 +28,8 @@ inline u32 box_bytes(const TensorMap& map) {
 }
 
 // Calls row(place of the row in the box, address of its first element that is inside, first and last + 1 inside).
-template <class Row> void rows_of_box(const TensorMap& map, const std::array<s32, 5>& at, Row row) {
+template <class Row>
+void rows_of_box(const TensorMap& map, const std::array<s32, 5>& at, Row row) {
   u32 size = TENSOR_MAP_BYTES[map.type & 15], rows = box_bytes(map) / (size * map.box[0]);
   u32 index[5] = {};
   for (u32 r = 0; r < rows; r++) {
@@ -36,15 +40,18 @@ template <class Row> void rows_of_box(const TensorMap& map, const std::array<s32
       inside &= coordinate >= 0 && coordinate < map.dim[i];
       address += u64(coordinate) * map.stride[i - 1];
     }
-    s64 first = std::clamp<s64>(-s64(at[0]), 0, map.box[0]), last = std::clamp<s64>(s64(map.dim[0]) - at[0], first, map.box[0]);
+    s64 first = std::clamp<s64>(-s64(at[0]), 0, map.box[0]),
+        last = std::clamp<s64>(s64(map.dim[0]) - at[0], first, map.box[0]);
     if (!inside) first = last = 0;
     row(r * map.box[0] * size, address + u64((at[0] + first) * size), u32(first), u32(last));
     for (int i = 1; i < map.rank && ++index[i] == map.box[i]; i++) index[i] = 0;
   }
 }
 
-// The bytes of a box lie one after another, each 16 of them where the swizzle has them: f(offset in shared, done, bytes).
-template <class Piece> void pieces_of_row(const TensorMap& map, u32 shared, u32 place, Piece piece) {
+// The bytes of a box lie one after another, each 16 of them where the swizzle has them: f(offset in shared, done,
+// bytes).
+template <class Piece>
+void pieces_of_row(const TensorMap& map, u32 shared, u32 place, Piece piece) {
   u32 bytes = map.box[0] * TENSOR_MAP_BYTES[map.type & 15];
   for (u32 done = 0; done < bytes; done += 16)
     piece(swizzled(shared + place + done, map.swizzle) - SHARED_BASE, done, std::min(16u, bytes - done));
@@ -112,11 +119,16 @@ inline void Machine::finish_store(Warp& w, const TensorCopy& copy) {
         std::memcpy(target + i * size, &a, size);
       }
     };
-    if (map.type == TM_F32 || map.type == TM_F32_FTZ) add(f32{});
-    else if (map.type == TM_F16) add(f16{});
-    else if (map.type == TM_BF16) add(bf16{});
-    else if (size == 4) add(u32{});
-    else report(UNSUPPORTED, copy.pc, w.id, copy.lane, 0, -1, "reduction of tensor map type %d", map.type);
+    if (map.type == TM_F32 || map.type == TM_F32_FTZ)
+      add(f32{});
+    else if (map.type == TM_F16)
+      add(f16{});
+    else if (map.type == TM_BF16)
+      add(bf16{});
+    else if (size == 4)
+      add(u32{});
+    else
+      report(UNSUPPORTED, copy.pc, w.id, copy.lane, 0, -1, "reduction of tensor map type %d", map.type);
   });
 }
 
@@ -128,11 +140,16 @@ inline int element_bytes(int type) { return type <= E_BF16 ? 2 : type == E_TF32 
 
 inline f32 element(int type, u32 pattern) {
   switch (type) {
-    case E_F16: return f16::of(pattern);
-    case E_BF16: return bf16::of(pattern);
-    case E_TF32: return from_bits(pattern & ~0x1fffu);
-    case E_E4M3: return e4m3_to_f32(pattern);
-    default: return e5m2_to_f32(pattern);
+    case E_F16:
+      return f16::of(pattern);
+    case E_BF16:
+      return bf16::of(pattern);
+    case E_TF32:
+      return from_bits(pattern & ~0x1fffu);
+    case E_E4M3:
+      return e4m3_to_f32(pattern);
+    default:
+      return e5m2_to_f32(pattern);
   }
 }
 
@@ -151,7 +168,8 @@ struct MatrixDescriptor {
     u32 offset;
     if (!transposed) {
       int in_row = k * bytes;
-      offset = swizzle ? (i & 7) * row + (i >> 3) * stride + in_row : (i & 7) * 16 + (i >> 3) * stride + (in_row >> 4) * leading + (in_row & 15);
+      offset = swizzle ? (i & 7) * row + (i >> 3) * stride + in_row
+                       : (i & 7) * 16 + (i >> 3) * stride + (in_row >> 4) * leading + (in_row & 15);
     } else {
       int width = row / bytes;
       offset = swizzle ? i / width * leading + i % width * bytes + (k & 7) * row + (k >> 3) * stride
@@ -161,7 +179,8 @@ struct MatrixDescriptor {
   }
 };
 
-// Lane and register of an accumulator <-> row and column: 9.7.15.5.1, figure of the fragment of D; also of mma's C and D.
+// Lane and register of an accumulator <-> row and column: 9.7.15.5.1, figure of the fragment of D; also of mma's C and
+// D.
 inline int fragment_row(int lane, int j) { return lane / 4 + (j >> 1 & 1) * 8; }
 inline int fragment_column(int lane, int j) { return (j >> 2) * 8 + lane % 4 * 2 + (j & 1); }
 

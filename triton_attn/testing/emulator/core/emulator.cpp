@@ -1,4 +1,4 @@
-// The machine's clockwork, and what Python calls. See README of the folder above: emulator/__init__.py.
+// The machine's clockwork, and what Python calls. The folder above has the way there.
 #include "arithmetic.h"
 #include "instructions.h"
 
@@ -14,8 +14,12 @@ const std::vector<Entry>& table() {
 }  // namespace
 
 Machine::Machine(const Launch& launch)
-    : launch(launch), num_warps((launch.threads + LANES - 1) / LANES), shared(launch.shared_bytes + 16),
-      cells(launch.shared_bytes + 16), readers(size_t(launch.shared_bytes + 16) / 2 * num_warps), warps(num_warps),
+    : launch(launch),
+      num_warps((launch.threads + LANES - 1) / LANES),
+      shared(launch.shared_bytes + 16),
+      cells(launch.shared_bytes + 16),
+      readers(size_t(launch.shared_bytes + 16) / 2 * num_warps),
+      warps(num_warps),
       owners(launch.num_regions) {}
 
 u32 Machine::random() {
@@ -39,7 +43,8 @@ void Machine::report(Fault kind, int pc, int warp, int lane, u64 address, int ot
 Mbarrier* Machine::mbarrier(Warp& w, int pc, int lane, u32 address) {
   auto found = mbarriers.find(address);
   if (found != mbarriers.end() && found->second.live) return &found->second;
-  report(BARRIER, pc, w.id, lane, address, -1, "no mbarrier is initialized at shared address %d", int(address - SHARED_BASE));
+  report(BARRIER, pc, w.id, lane, address, -1, "no mbarrier is initialized at shared address %d",
+         int(address - SHARED_BASE));
   return nullptr;
 }
 
@@ -58,8 +63,10 @@ void Machine::arrive(Warp& w, int pc, int id, int needed, bool wait) {
     return;
   }
   Barrier& b = barriers[id];
-  if (!b.arrived) b.needed = needed, b.clock = Clock(), b.fenced = Clock();
-  else if (b.needed != needed) report(BARRIER, pc, w.id, 0, id, -1, "barrier %d is for %d threads here, for %d elsewhere", id, needed, b.needed);
+  if (!b.arrived)
+    b.needed = needed, b.clock = Clock(), b.fenced = Clock();
+  else if (b.needed != needed)
+    report(BARRIER, pc, w.id, 0, id, -1, "barrier %d is for %d threads here, for %d elsewhere", id, needed, b.needed);
   b.clock.join(w.clock), b.fenced.join(w.fenced);
   w.clock.at[w.id]++;
   b.arrived += LANES;
@@ -87,8 +94,10 @@ void Machine::exit_warp(Warp& w) {
     for (auto& copy : group) finish(w, copy);
   w.stores.push_back(std::move(w.open_stores));
   for (auto& group : w.stores)
-    for (auto& copy : group)
+    for (auto& copy : group) {
+      report(IN_FLIGHT, copy.pc, w.id, copy.lane, 0, -1, "the warp ends before it has waited for this copy to be read");
       if (!copy.done) finish_store(w, copy);
+    }
   w.copies.clear(), w.stores.clear(), w.open_copies.clear(), w.open_stores.clear();
 }
 
@@ -114,13 +123,17 @@ void Machine::track_registers(Warp& w, const Instruction& in, int pc) {
       passed[0] |= i ? (tag & ~(15u << 24)) | (tag >> 24 & 3) << 26 : tag;
       continue;
     }
-    if (unwritten) report(UNWRITTEN, pc, w.id, 0, 0, s32(tag & 0xffffff), "it was loaded from shared memory that nobody has written");
-    else report(WGMMA_REGISTER, pc, w.id, 0, 0, -1, "an accumulator of a wgmma that is not waited for");
+    if (unwritten)
+      report(UNWRITTEN, pc, w.id, 0, 0, s32(tag & 0xffffff),
+             "it was loaded from shared memory that nobody has written");
+    else
+      report(WGMMA_REGISTER, pc, w.id, 0, 0, -1, "an accumulator of a wgmma that is not waited for");
     w.tags[uses[i]] = 0;
   }
   for (int i = 0; i < in.num_defs; i++) {
     int row = defs[i];
-    if (w.operand[row] > w.products_done) report(OVERWRITTEN, pc, w.id, 0, 0, -1, "a register that a wgmma in flight reads");
+    if (w.operand[row] > w.products_done)
+      report(OVERWRITTEN, pc, w.id, 0, 0, -1, "a register that a wgmma in flight reads");
     w.tags[row] = entry.moves == ROWS && in.num_defs == in.num_uses ? passed[i] : i == 0 ? passed[0] : 0;
     // A move keeps what it moves; a constant is new wherever it comes.
     defined = entry.moves == ROWS && in.num_defs == in.num_uses ? w.defined[uses[i]] : w.fences;
@@ -150,19 +163,23 @@ void Machine::step(Warp& w) {
     table()[in.op].handler(*this, w, in, mask);
   }
   if (next_pc < 0) return;  // it has set the lanes' own
-  if (w.diverged) instructions::each(w.active, [&](int lane) { w.lane_pc[lane] = next_pc; });
-  else w.pc = next_pc;
+  if (w.diverged)
+    instructions::each(w.active, [&](int lane) { w.lane_pc[lane] = next_pc; });
+  else
+    w.pc = next_pc;
 }
 
 void Machine::explain_deadlock() {
   for (Warp& w : warps) {
     if (w.state == Warp::WAITS) {
       const Barrier& b = barriers[w.barrier];
-      report(DEADLOCK, w.pc - 1, w.id, 0, w.barrier, -1, "waits at barrier %d, where %d of %d threads are", w.barrier, b.arrived, b.needed);
+      report(DEADLOCK, w.pc - 1, w.id, 0, w.barrier, -1, "waits at barrier %d, where %d of %d threads are", w.barrier,
+             b.arrived, b.needed);
     } else if (w.state == Warp::RUNS && w.polled >= 0) {
       const Mbarrier& b = mbarriers[u32(w.polled)];
       report(b.bytes ? TRANSACTION_BYTES : DEADLOCK, w.polled_pc, w.id, 0, w.polled - SHARED_BASE, b.pc,
-             "waits for the phase of parity %u of the mbarrier at shared address %d: phase %u lacks %d arrivals and %lld bytes",
+             "waits for the phase of parity %u of the mbarrier at shared address %d: phase %u lacks %d arrivals and "
+             "%lld bytes",
              w.polled_parity, int(w.polled - SHARED_BASE), b.phase, b.pending, (long long)b.bytes);
     } else if (w.state == Warp::RUNS) {
       report(DEADLOCK, w.pc, w.id, 0, 0, -1, "goes on, but nothing changes");
@@ -182,7 +199,8 @@ void Machine::run(int number) {
   global_fence = false;
   stamp_cta.push_back(cta);
   stamp_seen.assign(stamp_cta.size(), false);
-  const int x = cta % launch.grid[0], y = cta / launch.grid[0] % launch.grid[1], z = cta / launch.grid[0] / launch.grid[1];
+  const int x = cta % launch.grid[0], y = cta / launch.grid[0] % launch.grid[1],
+            z = cta / launch.grid[0] / launch.grid[1];
   for (int i = 0; i < num_warps; i++) {
     Warp& w = warps[i];
     w = Warp();
@@ -197,7 +215,20 @@ void Machine::run(int number) {
       w.defined[row] = ~0u;
     }
     // In decode.py's order: tid, ctaid, nctaid, ntid with x, y, z each, then laneid and warpid.
-    const u32 values[] = {0, 0, 0, u32(x), u32(y), u32(z), u32(launch.grid[0]), u32(launch.grid[1]), u32(launch.grid[2]), u32(launch.threads), 1, 1, 0, u32(i)};
+    const u32 values[] = {0,
+                          0,
+                          0,
+                          u32(x),
+                          u32(y),
+                          u32(z),
+                          u32(launch.grid[0]),
+                          u32(launch.grid[1]),
+                          u32(launch.grid[2]),
+                          u32(launch.threads),
+                          1,
+                          1,
+                          0,
+                          u32(i)};
     for (int k = 0; k < launch.num_special; k++)
       for (int lane = 0; lane < LANES; lane++) {
         int which = launch.special[2 * k + 1];
@@ -216,7 +247,10 @@ void Machine::run(int number) {
       break;
     }
     // A warp that yields to no one else's progress must not starve the others: idle moves on.
-    int pick = launch.order == ROUND_ROBIN ? turn : launch.order == SHUFFLED ? random() : launch.order == FIRST ? idle : ready.size() - 1 - idle % ready.size();
+    int pick = launch.order == ROUND_ROBIN ? turn
+               : launch.order == SHUFFLED  ? random()
+               : launch.order == FIRST     ? idle
+                                           : ready.size() - 1 - idle % ready.size();
     int quantum = launch.order == ROUND_ROBIN ? 64 : launch.order == SHUFFLED ? 1 + random() % 200 : 1 << 30;
     Warp& w = warps[ready[u32(pick) % ready.size()]];
     progress = yielded = false;
@@ -234,14 +268,17 @@ void Machine::run(int number) {
     idle = progress || steps > 8 ? 0 : idle + 1;
   }
   for (const TensorCopy& copy : loads)
-    report(TENSOR_MAP, copy.pc, copy.warp, copy.lane, 0, -1, "the program ends before the copy to shared address %u does", copy.shared - SHARED_BASE);
+    report(TENSOR_MAP, copy.pc, copy.warp, copy.lane, 0, -1,
+           "the program ends before the copy to shared address %u does", copy.shared - SHARED_BASE);
 }
 
 extern "C" {
 int emulator_entries() { return table().size(); }
 const char* emulator_spellings(int i) { return table()[i].spellings; }
 const char* emulator_signature(int i) { return table()[i].signature; }
-int emulator_sizeof(int i) { return i == 0 ? sizeof(Instruction) : i == 1 ? sizeof(Region) : i == 2 ? sizeof(Report) : sizeof(Launch); }
+int emulator_sizeof(int i) {
+  return i == 0 ? sizeof(Instruction) : i == 1 ? sizeof(Region) : i == 2 ? sizeof(Report) : sizeof(Launch);
+}
 
 int emulator_run(const Launch* launch, s64* total) {
   Machine machine(*launch);

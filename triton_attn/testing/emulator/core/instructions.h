@@ -27,7 +27,8 @@ inline bool aligned(Machine& m, Warp& w, u32 mask) {
   return mask != 0;
 }
 
-template <class F> void each(u32 mask, F f) {
+template <class F>
+void each(u32 mask, F f) {
   for (; mask; mask &= mask - 1) f(std::countr_zero(mask));
 }
 
@@ -53,10 +54,13 @@ inline void brx(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const u32* index = w.row(operands(m, in)[0]);
   int lane = only_lane(mask);
   each(mask, [&](int l) {
-    if (index[l] != index[lane]) m.report(UNSUPPORTED, w.pc, w.id, l, 0, -1, "brx.idx with different targets in a warp");
+    if (index[l] != index[lane])
+      m.report(UNSUPPORTED, w.pc, w.id, l, 0, -1, "brx.idx with different targets in a warp");
   });
-  if (index[lane] >= u32(in.m[0])) m.report(TRAP, w.pc, w.id, lane, 0, -1, "index %u of %d targets", index[lane], in.m[0]);
-  else m.next_pc = m.launch.pool[in.m[1] + index[lane]];
+  if (index[lane] >= u32(in.m[0]))
+    m.report(TRAP, w.pc, w.id, lane, 0, -1, "index %u of %d targets", index[lane], in.m[0]);
+  else
+    m.next_pc = m.launch.pool[in.m[1] + index[lane]];
 }
 
 inline void ret(Machine& m, Warp& w, const Instruction&, u32 mask) {
@@ -91,8 +95,8 @@ inline void membar(Machine& m, Warp&, const Instruction&, u32) { m.global_fence 
 
 inline void fence_proxy_async(Machine&, Warp& w, const Instruction&, u32) { w.fenced.join(w.clock); }
 
-// ---- 9.7.9.8 ld, 9.7.9.11 st. operands: address, registers; m: offset, bytes of an element, space (0 global, 1 shared,
-// 2 parameters), 64-bit address, signed, 64-bit registers
+// ---- 9.7.9.8 ld, 9.7.9.11 st. operands: address, registers; m: offset, bytes of an element, space (0 global, 1
+// shared, 2 parameters), 64-bit address, signed, 64-bit registers
 
 inline void put_loaded(Warp& w, const Instruction& in, int row, int lane, const u8* from) {
   u64 value = 0;
@@ -116,8 +120,10 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
         from = &m.shared[at - SHARED_BASE];
       }
     } else if (in.m[2] == 2) {
-      if (at + bytes <= u64(m.launch.param_bytes)) from = m.launch.params + at;
-      else m.report(GLOBAL_BOUNDS, w.pc, w.id, lane, at, -1, "parameters have %d bytes", m.launch.param_bytes);
+      if (at + bytes <= u64(m.launch.param_bytes))
+        from = m.launch.params + at;
+      else
+        m.report(GLOBAL_BOUNDS, w.pc, w.id, lane, at, -1, "parameters have %d bytes", m.launch.param_bytes);
     } else if (at % bytes) {
       m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
     } else {
@@ -169,7 +175,8 @@ inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 enum Operation { A_ADD, A_MIN, A_MAX, A_AND, A_OR, A_XOR, A_EXCH, A_CAS, A_INC, A_DEC };
 enum Type { T_UNSIGNED, T_SIGNED, T_F32, T_F64, T_F16, T_BF16, T_F16X2, T_BF16X2 };
 
-template <class T> u64 combine_as(int operation, u64 old, u64 value) {
+template <class T>
+u64 combine_as(int operation, u64 old, u64 value) {
   T a, b;
   std::memcpy(&a, &old, sizeof a), std::memcpy(&b, &value, sizeof b);
   T result = operation == A_ADD ? T(a + b) : operation == A_MIN ? (b < a ? b : a) : (a < b ? b : a);
@@ -180,23 +187,38 @@ template <class T> u64 combine_as(int operation, u64 old, u64 value) {
 
 inline u64 combine(int operation, int type, u32 bytes, u64 old, u64 value, u64 compared) {
   switch (operation) {
-    case A_AND: return old & value;
-    case A_OR: return old | value;
-    case A_XOR: return old ^ value;
-    case A_EXCH: return value;
-    case A_CAS: return old == compared ? value : old;
-    case A_INC: return old >= value ? 0 : old + 1;
-    case A_DEC: return old == 0 || old > value ? value : old - 1;
+    case A_AND:
+      return old & value;
+    case A_OR:
+      return old | value;
+    case A_XOR:
+      return old ^ value;
+    case A_EXCH:
+      return value;
+    case A_CAS:
+      return old == compared ? value : old;
+    case A_INC:
+      return old >= value ? 0 : old + 1;
+    case A_DEC:
+      return old == 0 || old > value ? value : old - 1;
   }
   switch (type) {
-    case T_SIGNED: return bytes == 8 ? combine_as<s64>(operation, old, value) : combine_as<s32>(operation, old, value);
-    case T_F32: return combine_as<f32>(operation, old, value);
-    case T_F64: return combine_as<f64>(operation, old, value);
-    case T_F16: return combine_as<f16>(operation, old, value);
-    case T_BF16: return combine_as<bf16>(operation, old, value);
-    case T_F16X2: return combine_as<f16>(operation, old, value) | combine_as<f16>(operation, old >> 16, value >> 16) << 16;
-    case T_BF16X2: return combine_as<bf16>(operation, old, value) | combine_as<bf16>(operation, old >> 16, value >> 16) << 16;
-    default: return bytes == 8 ? combine_as<u64>(operation, old, value) : combine_as<u32>(operation, old, value);
+    case T_SIGNED:
+      return bytes == 8 ? combine_as<s64>(operation, old, value) : combine_as<s32>(operation, old, value);
+    case T_F32:
+      return combine_as<f32>(operation, old, value);
+    case T_F64:
+      return combine_as<f64>(operation, old, value);
+    case T_F16:
+      return combine_as<f16>(operation, old, value);
+    case T_BF16:
+      return combine_as<bf16>(operation, old, value);
+    case T_F16X2:
+      return combine_as<f16>(operation, old, value) | combine_as<f16>(operation, old >> 16, value >> 16) << 16;
+    case T_BF16X2:
+      return combine_as<bf16>(operation, old, value) | combine_as<bf16>(operation, old >> 16, value >> 16) << 16;
+    default:
+      return bytes == 8 ? combine_as<u64>(operation, old, value) : combine_as<u32>(operation, old, value);
   }
 }
 
@@ -210,9 +232,12 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     if (synchronizes) m.synchronize_programs(at, in.m[6] || m.global_fence, false);
     for (int j = 1; j + 2 < in.count; j += 3, at += bytes) {
       u8* to = nullptr;
-      if (at % bytes) m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
-      else if (!in.m[2]) to = m.global(w, w.pc, lane, at, bytes, Machine::ATOMIC);
-      else if (m.shared_range(w, w.pc, lane, at, bytes, bytes)) to = &m.shared[at - SHARED_BASE];
+      if (at % bytes)
+        m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
+      else if (!in.m[2])
+        to = m.global(w, w.pc, lane, at, bytes, Machine::ATOMIC);
+      else if (m.shared_range(w, w.pc, lane, at, bytes, bytes))
+        to = &m.shared[at - SHARED_BASE];
       if (!to) return;
       u64 old = 0;
       std::memcpy(&old, to, bytes);
@@ -222,7 +247,8 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       if (o[j + 2] >= 0) w.row(o[j + 2])[lane] = u32(old);
       if (o[j + 2] >= 0 && bytes == 8) w.row(o[j + 2])[LANES + lane] = u32(old >> 32);
     }
-    if (synchronizes) m.synchronize_programs(address(w, o[0], lane, in.m[0], in.m[3]), false, in.m[7] || m.global_fence);
+    if (synchronizes)
+      m.synchronize_programs(address(w, o[0], lane, in.m[0], in.m[3]), false, in.m[7] || m.global_fence);
   });
 }
 
@@ -249,13 +275,15 @@ inline void matrix(Machine& m, Warp& w, const Instruction& in, u32 mask) {
         continue;
       }
       if (u32 unwritten = m.read_shared(w, w.pc, lane, at - SHARED_BASE, 16))
-        m.report(UNWRITTEN, w.pc, w.id, lane, at - SHARED_BASE, -1, "shared address %u", at - SHARED_BASE + std::countr_zero(unwritten));
+        m.report(UNWRITTEN, w.pc, w.id, lane, at - SHARED_BASE, -1, "shared address %u",
+                 at - SHARED_BASE + std::countr_zero(unwritten));
       std::memcpy(values[row], &m.shared[at - SHARED_BASE], 16);
     }
     if (!in.m[2])
       for (int lane = 0; lane < LANES; lane++) {
         int row = lane / 4, column = lane % 4 * 2;
-        fragment[lane] = in.m[1] ? values[column][row] | values[column + 1][row] << 16 : values[row][column] | values[row][column + 1] << 16;
+        fragment[lane] = in.m[1] ? values[column][row] | values[column + 1][row] << 16
+                                 : values[row][column] | values[row][column + 1] << 16;
       }
   }
 }
@@ -270,7 +298,8 @@ inline void mma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   for (int j = 0; j < in.m[2]; j++) unpack_a(type, w.row(ra[j]), j, a);
   for (int lane = 0; lane < LANES; lane++) {
     for (int j = 0; j < in.m[3]; j++)
-      for (int e = 0; e < per; e++) b[lane % 4 * per + j * 4 * per + e][lane / 4] = element(type, w.row(rb[j])[lane] >> 8 * bytes * e);
+      for (int e = 0; e < per; e++)
+        b[lane % 4 * per + j * 4 * per + e][lane / 4] = element(type, w.row(rb[j])[lane] >> 8 * bytes * e);
     for (int j = 0; j < 4; j++) c[fragment_row(lane, j)][fragment_column(lane, j)] = from_bits(w.row(rc[j])[lane]);
   }
   for (int i = 0; i < 16; i++)
@@ -288,7 +317,8 @@ inline void wgmma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32 *d = operands(m, in), *a = d + in.m[0] / 2;
   const int num = in.m[0] / 2, num_a = in.m[2] ? 0 : 4;
   auto must_be_fenced = [&](int row) {
-    if (w.defined[row] == w.fences) m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "a register was written after the last wgmma.fence");
+    if (w.defined[row] == w.fences)
+      m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "a register was written after the last wgmma.fence");
   };
   Product product{&in, w.pc, in.m[2] ? wide(w, a[0], 0) : 0, wide(w, in.m[2] ? a[1] : a[4], 0), {}, -1, false, m.time};
   product.add = in.m[7] >= 0 ? w.predicates[in.m[7]] & 1 : in.m[7] == -2;
@@ -345,10 +375,12 @@ inline void wgmma_wait(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 inline void cp_async(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   each(mask, [&](int lane) {
-    CopyAsync copy{u32(w.row(o[0])[lane] + in.m[0]), wide(w, o[1], lane) + in.m[1], u32(in.m[2]), u32(in.m[2]), w.pc, lane};
+    CopyAsync copy{
+        u32(w.row(o[0])[lane] + in.m[0]), wide(w, o[1], lane) + in.m[1], u32(in.m[2]), u32(in.m[2]), w.pc, lane};
     if (o[2] >= 0) copy.read = std::min(copy.read, w.row(o[2])[lane]);
     if (!m.shared_range(w, w.pc, lane, copy.target, copy.bytes, copy.bytes)) return;
-    if (copy.source % copy.bytes && copy.read) return m.report(MISALIGNED, w.pc, w.id, lane, copy.source, -1, "%u bytes", copy.bytes);
+    if (copy.source % copy.bytes && copy.read)
+      return m.report(MISALIGNED, w.pc, w.id, lane, copy.source, -1, "%u bytes", copy.bytes);
     m.start_flight(w, w.pc, lane, copy.target - SHARED_BASE, copy.bytes);
     // In flight until it is waited for, even if the data come at once.
     if (m.now() && copy.read)
@@ -374,7 +406,9 @@ inline void cp_wait(Machine& m, Warp& w, const Instruction& in, u32) {
 
 // ---- 9.7.13.15 mbarrier. operands: address, count or -1, bytes or -1, phase or -1; m: offset, result predicate
 
-inline u32 mbarrier_address(Machine& m, Warp& w, const Instruction& in, int lane) { return w.row(operands(m, in)[0])[lane] + in.m[0]; }
+inline u32 mbarrier_address(Machine& m, Warp& w, const Instruction& in, int lane) {
+  return w.row(operands(m, in)[0])[lane] + in.m[0];
+}
 
 inline void mbarrier_init(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   each(mask, [&](int lane) {
@@ -384,7 +418,9 @@ inline void mbarrier_init(Machine& m, Warp& w, const Instruction& in, u32 mask) 
     m.write_shared(w, w.pc, lane, at - SHARED_BASE, 8, (const u8*)&pattern);
     auto [found, is_new] = m.mbarriers.try_emplace(at);
     Mbarrier& b = found->second;
-    if (b.live) m.report(BARRIER, w.pc, w.id, lane, at - SHARED_BASE, b.pc, "mbarrier at shared address %u is initialized again", at - SHARED_BASE);
+    if (b.live)
+      m.report(BARRIER, w.pc, w.id, lane, at - SHARED_BASE, b.pc, "mbarrier at shared address %u is initialized again",
+               at - SHARED_BASE);
     int agent = is_new ? m.num_agents++ : b.agent;
     if (agent >= MAX_AGENTS) {
       m.report(UNSUPPORTED, w.pc, w.id, lane, 0, -1, "more than %d mbarriers", MAX_AGENTS - m.num_warps);
@@ -404,8 +440,9 @@ inline void mbarrier_inval(Machine& m, Warp& w, const Instruction& in, u32 mask)
     Mbarrier* b = m.mbarrier(w, w.pc, lane, at);
     if (!b) return;
     if (b->bytes || b->pending != b->expected)
-      m.report(BARRIER, w.pc, w.id, lane, at - SHARED_BASE, b->pc, "mbarrier at shared address %u ends with %d arrivals and %lld bytes outstanding",
-               at - SHARED_BASE, b->pending, (long long)b->bytes);
+      m.report(BARRIER, w.pc, w.id, lane, at - SHARED_BASE, b->pc,
+               "mbarrier at shared address %u ends with %d arrivals and %lld bytes outstanding", at - SHARED_BASE,
+               b->pending, (long long)b->bytes);
     b->live = false;
     u64 pattern = m.random() | u64(m.random()) << 32;
     m.write_shared(w, w.pc, lane, at - SHARED_BASE, 8, (const u8*)&pattern);
@@ -424,7 +461,8 @@ inline void mbarrier_arrive(Machine& m, Warp& w, const Instruction& in, u32 mask
       b->arriving.join(w.clock), b->arriving_fenced.join(w.fenced);
       b->pending -= o[1] >= 0 ? w.row(o[1])[lane] : 1;
       if (b->pending < 0)
-        m.report(BARRIER, w.pc, w.id, lane, at - SHARED_BASE, b->pc, "more arrivals than the %d of mbarrier at shared address %u", b->expected, at - SHARED_BASE);
+        m.report(BARRIER, w.pc, w.id, lane, at - SHARED_BASE, b->pc,
+                 "more arrivals than the %d of mbarrier at shared address %u", b->expected, at - SHARED_BASE);
     }
     m.complete_phase(*b);
   });
@@ -460,19 +498,33 @@ inline void mbarrier_try_wait(Machine& m, Warp& w, const Instruction& in, u32 ma
   m.yielded = true;
 }
 
-// ---- 9.7.9.27 cp.async.bulk.tensor. operands: shared address, tensor map, mbarrier or -1, coordinates; m: adds, offset
+// ---- 9.7.9.27 cp.async.bulk.tensor. operands: shared address, tensor map, mbarrier or -1, coordinates; m: adds,
+// offset
 
 inline void tensor_copy(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   const bool loads = o[2] >= 0;
   each(mask, [&](int lane) {
-    TensorCopy copy{&in, w.pc, w.id, lane, wide(w, o[1], lane), {}, u32(w.row(o[0])[lane] + in.m[1]), loads ? w.row(o[2])[lane] : 0, m.time, w.clock};
+    TensorCopy copy{&in,
+                    w.pc,
+                    w.id,
+                    lane,
+                    wide(w, o[1], lane),
+                    {},
+                    u32(w.row(o[0])[lane] + in.m[1]),
+                    loads ? w.row(o[2])[lane] : 0,
+                    m.time,
+                    w.clock};
     for (int i = 3; i < in.count; i++) copy.at[i - 3] = s32(w.row(o[i])[lane]);
     const TensorMap* map = (const TensorMap*)m.global(w, w.pc, lane, copy.map, sizeof(TensorMap), Machine::LOAD);
     if (!map) return;
-    if (map->magic != TENSOR_MAP_MAGIC) return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "no tensor map there");
-    if (map->rank != in.count - 3) return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "%d coordinates for a tensor of %d dimensions", in.count - 3, map->rank);
-    if (u64(map->box[0]) * TENSOR_MAP_BYTES[map->type & 15] > 1024) return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "rows of more than 1024 bytes");
+    if (map->magic != TENSOR_MAP_MAGIC)
+      return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "no tensor map there");
+    if (map->rank != in.count - 3)
+      return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "%d coordinates for a tensor of %d dimensions",
+                      in.count - 3, map->rank);
+    if (u64(map->box[0]) * TENSOR_MAP_BYTES[map->type & 15] > 1024)
+      return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "rows of more than 1024 bytes");
     u32 bytes = box_bytes(*map), alignment = 128u << map->swizzle;
     if (!m.shared_range(w, w.pc, lane, copy.shared, bytes, alignment)) return;
     if (!loads) {
@@ -481,8 +533,10 @@ inline void tensor_copy(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       return;
     }
     m.start_flight(w, w.pc, lane, copy.shared - SHARED_BASE, bytes);
-    if (m.now()) m.finish_load(copy);
-    else m.loads.push_back(copy);
+    if (m.now())
+      m.finish_load(copy);
+    else
+      m.loads.push_back(copy);
   });
 }
 
@@ -518,19 +572,38 @@ inline void tensormap_replace(Machine& m, Warp& w, const Instruction& in, u32 ma
   }
   TensorMap& map = *(TensorMap*)place;
   // Numbers of element types in PTX: as of the driver, but f32.ftz, f64, bf16 come in this order.
-  static const u8 TYPES[] = {TM_U8, TM_U16, TM_U32, TM_S32, TM_U64, TM_S64, TM_F16, TM_F32, TM_F32_FTZ, TM_F64, TM_BF16, TM_TF32};
+  static const u8 TYPES[] = {TM_U8,  TM_U16, TM_U32,     TM_S32, TM_U64,  TM_S64,
+                             TM_F16, TM_F32, TM_F32_FTZ, TM_F64, TM_BF16, TM_TF32};
   map.magic = TENSOR_MAP_MAGIC;
   switch (in.m[3]) {
-    case 0: map.base = value; break;
-    case 1: map.rank = value + 1; break;
-    case 2: map.box[in.m[4]] = value; break;
-    case 3: map.dim[in.m[4]] = value; break;
-    case 4: map.stride[in.m[4]] = value; break;
-    case 5: break;  // element strides: Triton's are 1
-    case 6: map.type = TYPES[value % 12]; break;
-    case 7: break;  // interleave: none
-    case 8: map.swizzle = value; break;
-    case 9: map.nan_fill = value; break;
+    case 0:
+      map.base = value;
+      break;
+    case 1:
+      map.rank = value + 1;
+      break;
+    case 2:
+      map.box[in.m[4]] = value;
+      break;
+    case 3:
+      map.dim[in.m[4]] = value;
+      break;
+    case 4:
+      map.stride[in.m[4]] = value;
+      break;
+    case 5:
+      break;  // element strides: Triton's are 1
+    case 6:
+      map.type = TYPES[value % 12];
+      break;
+    case 7:
+      break;  // interleave: none
+    case 8:
+      map.swizzle = value;
+      break;
+    case 9:
+      map.nan_fill = value;
+      break;
   }
 }
 
@@ -568,10 +641,17 @@ inline void shfl(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     int last = (lane & segment) | (clamp & ~segment), source;
     bool inside;
     switch (in.m[0]) {
-      case 0: source = lane - by, inside = source >= last; break;
-      case 1: source = lane + by, inside = source <= last; break;
-      case 2: source = lane ^ by, inside = source <= last; break;
-      default: source = (lane & segment) | (by & ~segment), inside = source <= last;
+      case 0:
+        source = lane - by, inside = source >= last;
+        break;
+      case 1:
+        source = lane + by, inside = source <= last;
+        break;
+      case 2:
+        source = lane ^ by, inside = source <= last;
+        break;
+      default:
+        source = (lane & segment) | (by & ~segment), inside = source <= last;
     }
     results[lane] = values[inside ? source : lane];
     valid |= u32(inside) << lane;
@@ -583,8 +663,10 @@ inline void shfl(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 // operands: result or -1; m: 0 ballot, 1 any, 2 all; result predicate, source predicate, negated
 inline void vote(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   u32 votes = (in.m[3] ? ~w.predicates[in.m[2]] : w.predicates[in.m[2]]) & w.active;
-  if (in.m[0] == 0) each(mask, [&](int lane) { set(w, operands(m, in)[0], mask, lane, votes); });
-  else set_predicate(w, in.m[1], mask, (in.m[0] == 1 ? votes != 0 : votes == w.active) ? ALL_LANES : 0);
+  if (in.m[0] == 0)
+    each(mask, [&](int lane) { set(w, operands(m, in)[0], mask, lane, votes); });
+  else
+    set_predicate(w, in.m[1], mask, (in.m[0] == 1 ? votes != 0 : votes == w.active) ? ALL_LANES : 0);
 }
 
 // operands: result, value; m: an Operation, signed
@@ -592,22 +674,46 @@ inline void redux(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   int first = only_lane(mask);
   u64 result = w.row(o[1])[first];
-  each(mask & ~(1u << first), [&](int lane) {
-    result = combine(in.m[0], in.m[1] ? T_SIGNED : T_UNSIGNED, 4, result, w.row(o[1])[lane], 0);
-  });
+  each(mask & ~(1u << first),
+       [&](int lane) { result = combine(in.m[0], in.m[1] ? T_SIGNED : T_UNSIGNED, 4, result, w.row(o[1])[lane], 0); });
   each(mask, [&](int lane) { set(w, o[0], mask, lane, result); });
 }
 
 inline const Entry TABLE[] = {
-  {"@bra", "*", bra}, {"@brx", "*", brx}, {"@ret", "*", ret}, {"@trap", "*", trap}, {"@nothing", "*", nothing},
-  {"@bar", "*", bar}, {"@membar", "*", membar}, {"@fence_proxy_async", "*", fence_proxy_async},
-  {"@ld", "*", ld}, {"@st", "*", st, ROWS}, {"@st_global", "*", st, NOTHING}, {"@atom", "*", atom}, {"@matrix", "*", matrix}, {"@mma", "*", mma},
-  {"@wgmma", "*", wgmma}, {"@wgmma_fence", "*", wgmma_fence}, {"@wgmma_commit", "*", wgmma_commit}, {"@wgmma_wait", "*", wgmma_wait},
-  {"@cp_async", "*", cp_async}, {"@cp_commit", "*", cp_commit}, {"@cp_wait", "*", cp_wait},
-  {"@mbarrier_init", "*", mbarrier_init}, {"@mbarrier_inval", "*", mbarrier_inval},
-  {"@mbarrier_arrive", "*", mbarrier_arrive}, {"@mbarrier_try_wait", "*", mbarrier_try_wait},
-  {"@tensor_copy", "*", tensor_copy}, {"@bulk_commit", "*", bulk_commit}, {"@bulk_wait", "*", bulk_wait},
-  {"@tensormap_replace", "*", tensormap_replace}, {"@tensormap_copy", "*", tensormap_copy},
-  {"@elect", "*", elect}, {"@activemask", "*", activemask}, {"@shfl", "*", shfl}, {"@vote", "*", vote}, {"@redux", "*", redux},
+    {"@bra", "*", bra},
+    {"@brx", "*", brx},
+    {"@ret", "*", ret},
+    {"@trap", "*", trap},
+    {"@nothing", "*", nothing},
+    {"@bar", "*", bar},
+    {"@membar", "*", membar},
+    {"@fence_proxy_async", "*", fence_proxy_async},
+    {"@ld", "*", ld},
+    {"@st", "*", st, ROWS},
+    {"@st_global", "*", st, NOTHING},
+    {"@atom", "*", atom},
+    {"@matrix", "*", matrix},
+    {"@mma", "*", mma},
+    {"@wgmma", "*", wgmma},
+    {"@wgmma_fence", "*", wgmma_fence},
+    {"@wgmma_commit", "*", wgmma_commit},
+    {"@wgmma_wait", "*", wgmma_wait},
+    {"@cp_async", "*", cp_async},
+    {"@cp_commit", "*", cp_commit},
+    {"@cp_wait", "*", cp_wait},
+    {"@mbarrier_init", "*", mbarrier_init},
+    {"@mbarrier_inval", "*", mbarrier_inval},
+    {"@mbarrier_arrive", "*", mbarrier_arrive},
+    {"@mbarrier_try_wait", "*", mbarrier_try_wait},
+    {"@tensor_copy", "*", tensor_copy},
+    {"@bulk_commit", "*", bulk_commit},
+    {"@bulk_wait", "*", bulk_wait},
+    {"@tensormap_replace", "*", tensormap_replace},
+    {"@tensormap_copy", "*", tensormap_copy},
+    {"@elect", "*", elect},
+    {"@activemask", "*", activemask},
+    {"@shfl", "*", shfl},
+    {"@vote", "*", vote},
+    {"@redux", "*", redux},
 };
 }  // namespace instructions

@@ -19,9 +19,28 @@ constexpr u32 ALL_LANES = ~0u;
 constexpr u32 SHARED_BASE = 1024;  // the address of a program's shared memory; what is below is nobody's
 
 enum Fault {
-  GLOBAL_BOUNDS, SHARED_BOUNDS, MISALIGNED, READ_ONLY, UNWRITTEN, IN_FLIGHT, RACE_READ_AFTER_WRITE,
-  RACE_WRITE_AFTER_READ, RACE_WRITE_AFTER_WRITE, PROXY_FENCE, OVERWRITTEN, WGMMA_REGISTER, WGMMA_FENCE,
-  TRANSACTION_BYTES, BARRIER, DEADLOCK, DIVERGENCE, TRAP, LIMIT, PROGRAM_RACE, TENSOR_MAP, UNSUPPORTED,
+  GLOBAL_BOUNDS,
+  SHARED_BOUNDS,
+  MISALIGNED,
+  READ_ONLY,
+  UNWRITTEN,
+  IN_FLIGHT,
+  RACE_READ_AFTER_WRITE,
+  RACE_WRITE_AFTER_READ,
+  RACE_WRITE_AFTER_WRITE,
+  PROXY_FENCE,
+  OVERWRITTEN,
+  WGMMA_REGISTER,
+  WGMMA_FENCE,
+  TRANSACTION_BYTES,
+  BARRIER,
+  DEADLOCK,
+  DIVERGENCE,
+  TRAP,
+  LIMIT,
+  PROGRAM_RACE,
+  TENSOR_MAP,
+  UNSUPPORTED,
 };
 
 // ---- what Python hands over; emulator.py has the same fields in the same order
@@ -47,26 +66,26 @@ struct Report {
   char detail[232];
 };
 
-enum Completion { EARLY, LATE, RANDOM };          // of asynchronous work
+enum Completion { EARLY, LATE, RANDOM };            // of asynchronous work
 enum Order { ROUND_ROBIN, SHUFFLED, FIRST, LAST };  // of the warps
 
 struct Launch {
   const Instruction* program;
   s32 length, rows, predicates;
   const s32* pool;
-  const u32* constants;        // pairs: row, value
+  const u32* constants;  // pairs: row, value
   s32 num_constants, num_special;
-  const s32* special;          // pairs: row, number of the special register
+  const s32* special;  // pairs: row, number of the special register
   u8* params;
   s32 param_bytes, shared_bytes, threads, unused;
   s32 grid[3], num_regions;
   const Region* regions;
   s32 completion, order;
   u64 seed;
-  s64 limit;                   // warp instructions of the launch
+  s64 limit;  // warp instructions of the launch
   Report* reports;
   s32 max_reports, first_cta, last_cta, unused2;
-  s64* executed;               // by instruction
+  s64* executed;  // by instruction
 };
 
 // ---- vector clocks: which accesses of the others a warp can rely on
@@ -80,12 +99,12 @@ struct Clock {
   }
 };
 
-struct Cell {  // state of one byte of shared memory
-  u32 clock = 0;      // of the writer
-  u32 time = 0;       // of the write
-  s32 pc = 0;         // of the write
-  u8 writer = 0;      // agent
-  u8 in_flight = 0;   // asynchronous writes that are not known to be over
+struct Cell {        // state of one byte of shared memory
+  u32 clock = 0;     // of the writer
+  u32 time = 0;      // of the write
+  s32 pc = 0;        // of the write
+  u8 writer = 0;     // agent
+  u8 in_flight = 0;  // asynchronous writes that are not known to be over
   bool written = false;
   bool generic = false;  // written by the generic proxy
 };
@@ -159,9 +178,9 @@ struct Warp {
   u32 polled_parity = 0;
   std::vector<u32> registers;  // rows of 32 lanes; a register of 64 bits is two rows
   std::vector<u32> predicates;
-  std::vector<u32> tags;      // by row
-  std::vector<u32> defined;   // by row: how many wgmma.fence came before it was written
-  std::vector<u32> operand;   // by row: 1 + the number of the product in flight that reads it
+  std::vector<u32> tags;     // by row
+  std::vector<u32> defined;  // by row: how many wgmma.fence came before it was written
+  std::vector<u32> operand;  // by row: 1 + the number of the product in flight that reads it
   u32 fences = 1, products = 0, products_done = 0;
   Clock clock;   // what it has seen
   Clock fenced;  // what of it was made visible to the async proxy

@@ -44,18 +44,23 @@ inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u6
     return other == SEVERAL || (other && stamp_cta[other] != cta && !stamp_seen[other]);
   };
   auto complain = [&](u32 i, u32 other, const char* what) {
-    if (other == SEVERAL) report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s several others", what);
-    else report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s program %d", what, stamp_cta[other]);
+    if (other == SEVERAL)
+      report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s several others", what);
+    else
+      report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s program %d", what, stamp_cta[other]);
   };
   for (u32 i = 0; i < bytes; i++) {
     u32& writer = owner.writer[address - r.base + i];
     u32& reader = owner.reader[address - r.base + i];
     u32 by = writer & ~ATOMIC_BIT;
     bool both_atomic = access == ATOMIC && writer & ATOMIC_BIT;
-    if (!both_atomic && unordered(by)) return complain(i, by, access == LOAD ? "reads what is written by" : "writes what is written by");
+    if (!both_atomic && unordered(by))
+      return complain(i, by, access == LOAD ? "reads what is written by" : "writes what is written by");
     if (access != LOAD && unordered(reader)) return complain(i, reader, "writes what is read by");
-    if (access == LOAD) reader = unordered(reader) ? SEVERAL : stamp;
-    else writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0);
+    if (access == LOAD)
+      reader = unordered(reader) ? SEVERAL : stamp;
+    else
+      writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0);
   }
 }
 
@@ -81,7 +86,8 @@ inline bool Machine::shared_range(Warp& w, int pc, int lane, u32 address, u32 by
     return false;
   }
   if (address % alignment) {
-    report(MISALIGNED, pc, w.id, lane, address, -1, "shared address %d is no multiple of %u", int(address - SHARED_BASE), alignment);
+    report(MISALIGNED, pc, w.id, lane, address, -1, "shared address %d is no multiple of %u",
+           int(address - SHARED_BASE), alignment);
     return false;
   }
   return true;
@@ -95,10 +101,12 @@ inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes
       report(IN_FLIGHT, pc, w.id, lane, offset + i, c.pc, "read at shared address %u", offset + i);
       break;
     }
-    if (!c.written) unwritten |= 1u << i;
+    if (!c.written)
+      unwritten |= 1u << i;
     else if (c.clock > w.clock.at[c.writer]) {
       report(RACE_READ_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc, "shared address %u, written by %s %d", offset + i,
-             c.writer < num_warps ? "warp" : "copies of mbarrier", c.writer < num_warps ? c.writer : c.writer - num_warps);
+             c.writer < num_warps ? "warp" : "copies of mbarrier",
+             c.writer < num_warps ? c.writer : c.writer - num_warps);
       break;
     }
   }
@@ -109,7 +117,8 @@ inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes
 // A read by the async proxy, at the time when it happens, of what was there when it was issued.
 inline void Machine::read_shared_async(Warp& w, int pc, int lane, u32 offset, u32 bytes, u32 issued) {
   if (u32 unwritten = read_shared(w, pc, lane, offset, bytes))
-    report(UNWRITTEN, pc, w.id, lane, offset + std::countr_zero(unwritten), -1, "shared address %u", offset + std::countr_zero(unwritten));
+    report(UNWRITTEN, pc, w.id, lane, offset + std::countr_zero(unwritten), -1, "shared address %u",
+           offset + std::countr_zero(unwritten));
   for (u32 i = 0; i < bytes; i++) {
     const Cell& c = cells[offset + i];
     if (!c.written) continue;
@@ -118,7 +127,8 @@ inline void Machine::read_shared_async(Warp& w, int pc, int lane, u32 offset, u3
       return;
     }
     if (c.generic && c.clock > w.fenced.at[c.writer]) {
-      report(PROXY_FENCE, pc, w.id, lane, offset + i, c.pc, "shared address %u, written by warp %d", offset + i, c.writer);
+      report(PROXY_FENCE, pc, w.id, lane, offset + i, c.pc, "shared address %u, written by warp %d", offset + i,
+             c.writer);
       return;
     }
   }
@@ -164,7 +174,8 @@ inline void Machine::start_flight(Warp& w, int pc, int lane, u32 offset, u32 byt
   order_write(w.clock, w, pc, lane, offset, bytes);
   for (u32 i = 0; i < bytes; i++)
     if (cells[offset + i].in_flight) {
-      report(IN_FLIGHT, pc, w.id, lane, offset + i, cells[offset + i].pc, "another copy to shared address %u", offset + i);
+      report(IN_FLIGHT, pc, w.id, lane, offset + i, cells[offset + i].pc, "another copy to shared address %u",
+             offset + i);
       break;
     }
   for (u32 i = 0; i < bytes; i++) cells[offset + i].in_flight++, cells[offset + i].pc = pc;

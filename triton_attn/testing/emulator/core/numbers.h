@@ -85,7 +85,8 @@ struct bf16 {
   operator f32() const { return from_bits(u32(pattern) << 16); }
 };
 
-template <class T> struct pair {
+template <class T>
+struct pair {
   T low, high;
 };
 
@@ -129,7 +130,8 @@ inline f32 maximum(f32 a, f32 b) {
 inline f32 canonical(f32 x) { return std::isnan(x) ? from_bits(CANONICAL_NAN) : x; }
 
 // Float to integer: NaN is 0, what does not fit is the nearest number that does.
-template <class I> I to_integer(f32 x) {
+template <class I>
+I to_integer(f32 x) {
   if (std::isnan(x)) return 0;
   if (x >= std::ldexp(1.0, std::numeric_limits<I>::digits)) return std::numeric_limits<I>::max();
   if (x <= f64(std::numeric_limits<I>::min())) return std::numeric_limits<I>::min();
@@ -137,6 +139,7 @@ template <class I> I to_integer(f32 x) {
 }
 
 // One rounding of a * b + c, for the formats of 16 bits. The product of two of them is exact in f64.
-template <class T> T fma_once(T a, T b, T c) {
+template <class T>
+T fma_once(T a, T b, T c) {
   return T(f32(round_to_digits(add_to_odd(f64(f32(a)) * f64(f32(b)), f64(f32(c))), T::digits, T::lowest)));
 }
