@@ -3,6 +3,8 @@
 What the interpreter cannot see: layouts, barriers, asynchronous copies, tensor maps and the parameters of a launch.
 """
 
+import shutil
+
 import pytest
 import torch
 
@@ -10,7 +12,10 @@ import triton_attn as ta
 from triton_attn import reference
 from triton_attn.testing.emulator import SCHEDULES, emulate
 
-pytestmark = pytest.mark.compiled
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C++ compiler"),
+]
 
 BF16 = torch.bfloat16
 

@@ -1,6 +1,7 @@
 """A kernel for each fault that the emulator names, written by hand so that it has this one and no other."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ import triton.language as tl
 
 from triton_attn.testing.emulator import SCHEDULES, EmulationError, emulate, run_ptx
 
-pytestmark = pytest.mark.compiled
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C++ compiler"),
+]
 
 
 def kernel(body, threads=64, parameters=("x",)):
