@@ -13,6 +13,7 @@ from triton_attn.testing.emulator import SCHEDULES, EmulationError, emulate, run
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stub driver cannot stand beside a real one"),
 ]
 
 
