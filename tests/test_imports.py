@@ -23,7 +23,7 @@ ALLOWED = {
     "_host": {"_jit", "testing"},  # an interpreting process repairs the interpreter
     "testing": set(),
     "reference": set(FAMILIES),
-    "interop": {""},  # the public names alone
+    "interop": {"", "reference"},  # the public names alone
     "": {*FAMILIES, "reference", "_host", "_warmup"},
     "models": {"_host"},
     "_warmup": {"", "_host", "models", "testing"},

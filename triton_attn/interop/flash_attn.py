@@ -9,10 +9,8 @@ from numbers import Integral
 
 import torch
 
-from triton_attn import append_kv_cache, flash_attention, flash_attention_varlen, paged_attention
-from triton_attn.reference import dropout_mask
+from triton_attn import append_kv_cache, flash_attention, flash_attention_varlen, paged_attention, reference
 
-from .._host.definition import attend, visible_keys
 from .rope import rotate
 
 S_DMASK_MULTIPLE = 128  # flash-attn rounds the lengths of S_dmask up to it
@@ -420,11 +418,11 @@ def _dropout_seed(q, dropout_p):
 def _signed_weights(q, sequences, num_heads, max_seqlen_q, max_seqlen_k, dropout_p, seed, options):
     """S_dmask of sequences, each its own queries and keys; a dropped weight of 0 is the least number below 0 instead.
 
-    Attention over one-hot values is the softmax.
+    Attention over one-hot values is the softmax; that of scores that are all 0 is above 0 where a key is seen.
     """
     if seed is None:
         return q.new_empty(0)
-    keep = dropout_mask(seed, dropout_p, len(sequences), num_heads, max_seqlen_q, max_seqlen_k).to(q.device)
+    keep = reference.dropout_mask(seed, dropout_p, len(sequences), num_heads, max_seqlen_q, max_seqlen_k).to(q.device)
     rounded = (-(-size // S_DMASK_MULTIPLE) * S_DMASK_MULTIPLE for size in (max_seqlen_q, max_seqlen_k))
     s_dmask = q.new_zeros(len(sequences), num_heads, *rounded)
     slopes = options["alibi_slopes"]
@@ -432,12 +430,13 @@ def _signed_weights(q, sequences, num_heads, max_seqlen_q, max_seqlen_k, dropout
         seqlen_q, seqlen_k = len(queries), len(keys)
         one_hot = torch.eye(seqlen_k, dtype=q.dtype, device=q.device)[:, None].expand(-1, keys.shape[1], -1)
         own = options | {"alibi_slopes": slopes[i] if slopes is not None and slopes.ndim == 2 else slopes}
-        weights, _ = attend(queries[None], keys[None], one_hot[None], **own, sinks=None, compute_dtype=torch.float32)
-        weights = weights[0].transpose(0, 1)
+        weights = reference.flash_attention(queries[None], keys[None], one_hot[None], **own)[0].transpose(0, 1)
+        zeros = torch.zeros_like(queries[None]), torch.zeros_like(keys[None])
+        mask = {name: options[name] for name in ("causal", "window_size")}
+        visible = reference.flash_attention(*zeros, one_hot[None], **mask)[0].transpose(0, 1) > 0
         dropped = -weights.clamp(min=torch.finfo(q.dtype).tiny)
         signed = torch.where(keep[i, :, :seqlen_q, :seqlen_k], weights, dropped)
-        visible, _ = visible_keys(seqlen_q, seqlen_k, options["causal"], options["window_size"], q.device)
-        s_dmask[i, :, :seqlen_q, :seqlen_k] = signed.masked_fill(~visible, 0)
+        s_dmask[i, :, :seqlen_q, :seqlen_k] = signed.where(visible, 0)
     return s_dmask
 
 

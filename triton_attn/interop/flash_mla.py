@@ -14,8 +14,6 @@ import torch
 
 from triton_attn import flash_attention_varlen, mla_decode
 
-from .._host.checks import check_tensor
-
 
 @dataclass
 class FlashMLASchedMeta:
@@ -109,8 +107,8 @@ def flash_mla_with_kvcache(
     if num_heads_k == 1:
         latent_cache = k_cache.squeeze(2)
     else:
-        check_tensor("cache_seqlens", cache_seqlens, (q.shape[0],), (torch.int32,), q.device)
-        check_tensor("block_table", block_table, (q.shape[0], "max_blocks"), (torch.int32,), q.device)
+        _check_indices("cache_seqlens", cache_seqlens, q, 1)
+        _check_indices("block_table", block_table, q, 2)
         q = q.unflatten(2, (num_heads_k, -1)).transpose(1, 2).flatten(0, 1)
         latent_cache, block_table = _one_head_pages(k_cache, block_table)
         cache_seqlens = cache_seqlens.repeat_interleave(num_heads_k, output_size=q.shape[0])
@@ -275,6 +273,18 @@ def _check_cache(k_cache, q, head_dim_v, is_fp8_kvcache):
     if k_cache.shape[2] == 0 or q.shape[2] % k_cache.shape[2]:
         _fail("k_cache", f"a number of heads that divides q's {q.shape[2]}", k_cache.shape[2])
     return k_cache.view(torch.uint8) if is_fp8_kvcache else k_cache
+
+
+def _check_indices(name, x, q, ndim):
+    """Numbers of q's sequences, which become those of one-head sequences before `mla_decode` checks them."""
+    if not isinstance(x, torch.Tensor):
+        _fail(name, "a tensor", type(x), TypeError)
+    if x.dtype != torch.int32:
+        _fail(name, "dtype torch.int32", x.dtype, TypeError)
+    if x.ndim != ndim or x.shape[0] != q.shape[0]:
+        _fail(name, f"{ndim} dimensions, the first q's batch size {q.shape[0]}", f"shape {tuple(x.shape)}")
+    if x.device != q.device:
+        _fail(name, f"q's device {q.device}", x.device)
 
 
 def _one_head_pages(k_cache, block_table):
