@@ -1,13 +1,13 @@
 """What torch does on a processor with AMX, told on any: its half-precision products read on past the end of a row."""
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from instruments import Instrument
 
 COLUMNS = 32  # rows are read on to a multiple of them
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 
 
-class NoNanIsRead(TorchDispatchMode):
+class NoNanIsRead(Instrument):
     """Fails where a half-precision product on the CPU takes a row with NaN, or one that NaN follow in its memory."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

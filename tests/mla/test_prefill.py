@@ -8,8 +8,8 @@ import pytest
 import torch
 from decode_cases import DTYPES
 from half_products import NoNanIsRead
+from instruments import Instrument
 from prefill_cases import Case, Inputs, check, check_gradients, floor_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_attn import mla_prefill, reference
 from triton_attn.mla import autograd
@@ -164,7 +164,7 @@ def test_a_saved_tensor_that_changes_is_caught():
 def test_opcheck_and_compile():
     inputs = Inputs(Case("materialized", torch.float32, num_heads=2))
     tensors = [x.detach().requires_grad_() for x in inputs.tensors]
-    args = (*tensors, None, None, 40, 70, 0.1, True, "materialized", 2, 140, 2**28)
+    args = (*tensors, None, None, None, None, 40, 70, 0.1, True, 2**28, "materialized", True, False)
     torch.library.opcheck(torch.ops.triton_attn.mla_prefill.default, args)
 
     def loss(*tensors):
@@ -176,7 +176,7 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(x, ref)
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(Instrument):
     """Bytes of each tensor that comes to life."""
 
     def __init__(self):

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from host_cost import median_microseconds
-from torch.utils._python_dispatch import TorchDispatchMode
+from instruments import Instrument
 
 from perf import loop_model
 from perf.gpus import RATES
@@ -148,7 +148,7 @@ def test_other_dtypes_fit(rows, dtype):
         assert launch.shared_bytes <= shared_memory_limit("sm_80")
 
 
-class NoReadBack(TorchDispatchMode):
+class NoReadBack(Instrument):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return function(*args, **(kwargs or {}))
