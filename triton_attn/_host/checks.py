@@ -14,6 +14,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # what caches may hold besides
 MAX_HEAD_DIM = 512
 MAX_HEAD_DIM_BACKWARD = 256
+# Of a tensor, or keys of a sequence: kernels add two positions and the reach of a window in 32 bits.
+MAX_ROWS = 10**9
 
 
 def fail(name, expected, got, error=ValueError):
@@ -106,6 +108,11 @@ def check_same_kind(q, k, v):
             fail(name, f"q's device {q.device}", x.device)
 
 
+def check_rows(name, num_rows):
+    if num_rows > MAX_ROWS:
+        fail(name, "at most 10**9 rows", num_rows)
+
+
 def layout_of(*tensors):
     """Shape and strides of each tensor: what a launch follows from, and can be remembered by."""
     return tuple([(x.shape, x.stride()) for x in tensors])  # a generator takes half as long again
@@ -121,6 +128,7 @@ def check_qkv_layout(ndim, q, k, v):
             fail(name, "a contiguous last dimension (stride 1)", f"stride {strides[-1]}")
         if not 1 <= shape[-1] <= MAX_HEAD_DIM:
             fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", shape[-1])
+        check_rows(name, shape[-3])
     *rows_q, num_heads_q, head_dim = q[0]
     *rows_k, num_heads_kv, head_dim_k = k[0]
     if k[0][:-1] != v[0][:-1]:

@@ -5,6 +5,8 @@ import functools
 import torch
 import triton
 
+from .checks import fail
+
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:
     from ..testing import fix_interpreter
@@ -51,6 +53,8 @@ def launch(kernel, grid, device, *args, **constants):
 
 def launch_packed(kernel, grid, device, args, constants):
     """launch for a hot path: nothing is unpacked on the way, and kernel[grid] makes no bound function."""
+    if grid[0] >= 2**31:
+        fail("the call's tiles", "fewer than 2**31", grid[0])
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)

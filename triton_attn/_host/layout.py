@@ -3,6 +3,7 @@
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._jit.tiles import PACKED_END, piece_0, piece_1
+from .checks import MAX_ROWS, check_rows
 
 # Names of kernel arguments that must not mean a new compilation. Strides of lse follow from lengths, and are no tuple
 # because Triton specialises what is in one. Slices of lse and of index tensors may start at any address.
@@ -30,13 +31,15 @@ def clear_outputs(out, lse):
 
 def capacity_of(cache, block_table):
     """Keys that a sequence has room for in a cache (pages or batch, slots, ...): there are no others."""
-    return cache.shape[1] if block_table is None else min(block_table.shape[1] * cache.shape[1], 2**31 - 1)
+    return min(cache.shape[1] * (1 if block_table is None else block_table.shape[1]), MAX_ROWS)
 
 
 def tiles_each(longest, num_rows, batch, block):
     """Tiles of each sequence of a batch of num_rows rows (of one sequence, where it is dense): those of the longest, or
-    more where the host knows that a packed batch has rows after its last sequence, see `spare_rows`."""
-    return -(-max(longest, -(-num_rows // batch)) // block) if batch else 0
+    more where the host knows that a packed batch has rows after its last sequence, see `spare_rows`. None is longer
+    than all rows, whatever `longest` says."""
+    check_rows("q", num_rows)
+    return -(-max(min(longest, num_rows), -(-num_rows // batch)) // block) if batch else 0
 
 
 def batch_head_strides(x):

@@ -24,11 +24,13 @@ def _copy_kv_pages_kernel(
 ):
     """One program copies one page of one layer of one cache.
 
-    Grid: (pairs of pages, caches * num_layers). caches is a tuple of pointers; strides, for each of them, are (layer,
+    Grid: pairs of pages * num_layers * caches. caches is a tuple of pointers; strides, for each of them, are (layer,
     page, offset, head), and head_dims the lengths of their rows.
     """
-    cache = tl.program_id(1) // num_layers
-    layer = (tl.program_id(1) % num_layers).to(tl.int64)
+    num_pairs = tl.num_programs(0) // (len(caches) * num_layers)
+    pair = tl.program_id(0) % num_pairs
+    layer = (tl.program_id(0) // num_pairs % num_layers).to(tl.int64)
+    cache = tl.program_id(0) // num_pairs // num_layers
     ptr = caches[0]
     layer_stride = tl.cast(strides[0][0], tl.int64)
     page_stride = tl.cast(strides[0][1], tl.int64)
@@ -43,8 +45,8 @@ def _copy_kv_pages_kernel(
         head_stride = tl.where(cache == i, strides[i][3], head_stride)
         head_dim = tl.where(cache == i, head_dims[i], head_dim)
 
-    src = ptr + layer * layer_stride + tl.load(src_pages_ptr + tl.program_id(0)).to(tl.int64) * page_stride
-    dst = ptr + layer * layer_stride + tl.load(dst_pages_ptr + tl.program_id(0)).to(tl.int64) * page_stride
+    src = ptr + layer * layer_stride + tl.load(src_pages_ptr + pair).to(tl.int64) * page_stride
+    dst = ptr + layer * layer_stride + tl.load(dst_pages_ptr + pair).to(tl.int64) * page_stride
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     for start in tl.range(0, PAGE_SIZE * NUM_HEADS, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -62,13 +64,14 @@ def launch_copy_kv_pages(caches, src_pages, dst_pages):
     head_dims = tuple(cache.shape[-1] for cache in caches)
     block_d = triton.next_power_of_2(max(head_dims))
     block_rows = min(max(1, TILE_ELEMENTS // block_d), triton.next_power_of_2(page_size * num_heads))
-    if src_pages.numel() == 0:
+    num_programs = src_pages.numel() * num_layers * len(caches)
+    if num_programs == 0:
         return
     if caches[0].itemsize == 1:  # bytes: not every GPU has the dtypes of fp8
         caches = tuple(cache.view(torch.uint8) for cache in caches)
     launch(
         _copy_kv_pages_kernel,
-        (src_pages.numel(), len(caches) * num_layers),
+        (num_programs,),
         src_pages.device,
         src_pages,
         dst_pages,

@@ -294,7 +294,7 @@ def _flash_bwd_dkdv_kernel(
         lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
         slope = None
         if alibi_slopes_ptr is not None:
-            slope = tl.load(alibi_slopes_ptr + batch * alibi_strides[0] + head * alibi_strides[1])
+            slope = tl.load(row_pointer(alibi_slopes_ptr, (alibi_strides[0], 0, alibi_strides[1]), batch, 0, head))
 
         for INTERIOR in tl.static_range(2):
             num_steps = interior_tiles if INTERIOR else boundary_tiles
@@ -461,7 +461,7 @@ def _flash_bwd_dq_kernel(
         v = row_pointer(v, v_strides, batch, first_k, head_kv)
     slope = None
     if alibi_slopes_ptr is not None:
-        slope = tl.load(alibi_slopes_ptr + batch * alibi_strides[0] + head * alibi_strides[1])
+        slope = tl.load(row_pointer(alibi_slopes_ptr, (alibi_strides[0], 0, alibi_strides[1]), batch, 0, head))
 
     offset = seqlen_k - seqlen_q
     end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
@@ -576,10 +576,10 @@ def launch_flash_bwd(
     )
     alibi_strides = None if alibi_slopes is None else batch_head_strides(alibi_slopes)
     lengths = (q.shape[-3], k.shape[-3], lse.shape[-1])
+    outputs = [gradient for gradient in (dq_sum, dq, dk, dv) if gradient is not None]
     if varlen and batch == 0:
-        for gradient in (dq, dk, dv):
-            if gradient is not None:
-                gradient.zero_()
+        for gradient in outputs:
+            gradient.zero_()
 
     if want_dk or want_dv:
         tile = config.fused if fused else config.dkdv
@@ -620,7 +620,7 @@ def launch_flash_bwd(
                 BLOCK_N=tile.block_n,
                 USE_TMA=use_tma,
                 HOIST=may_hoist("fused" if fused else "dkdv", arch, head_dim, head_dim_v),
-                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), q, k, v, dout),
+                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), *inputs, *outputs),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 **shared,
@@ -661,7 +661,7 @@ def launch_flash_bwd(
                 BLOCK_N=tile.block_n,
                 USE_TMA=use_tma,
                 HOIST=may_hoist("dq", arch, head_dim, head_dim_v),
-                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), q, k, v, dout),
+                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), *inputs, *outputs),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 **shared,
@@ -676,7 +676,7 @@ def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
     num_heads, head_dim_v = out.shape[-2:]
     minus_delta = torch.empty_like(lse)
     block_m = 64
-    num_tiles = -(-seqlen_q // block_m)
+    num_tiles = -(-min(seqlen_q, out.shape[-3]) // block_m)
     dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
     num_programs = num_tiles * batch * num_heads
     if num_programs > 0:

@@ -139,7 +139,7 @@ def _flash_fwd_kernel(
         v = row_pointer(v, v_strides, batch, first_k, head_kv)
 
     if alibi_slopes_ptr is not None:
-        slope = tl.load(alibi_slopes_ptr + batch * alibi_strides[0] + head * alibi_strides[1])
+        slope = tl.load(row_pointer(alibi_slopes_ptr, (alibi_strides[0], 0, alibi_strides[1]), batch, 0, head))
 
     offset = seqlen_k - seqlen_q
     end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)

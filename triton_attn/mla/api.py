@@ -16,6 +16,7 @@ from .._host.checks import (
     check_number,
     check_packed_values,
     check_rope_tables,
+    check_rows,
     check_rows_aligned,
     check_tensor,
     fail,
@@ -325,6 +326,8 @@ def _check_prefill(tensors, lengths, mode):
     check_tensor("k_pe", k_pe, (*rows_k, q_pe.shape[-1]), dtype, device)
     check_tensor("w_uk", w_uk, (num_heads, nope_dim, kv_lora_rank), dtype, device)
     check_tensor("w_uv", w_uv, (num_heads, "v_head_dim", kv_lora_rank), dtype, device)
+    check_rows("q_nope", rows_q[-1])
+    check_rows("kv_latent", rows_k[-1])
     names = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv"
     for name, x in zip(names, tensors):
         check_last_contiguous(name, x)

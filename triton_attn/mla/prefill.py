@@ -58,8 +58,8 @@ def _up_project(
     EVEN: tl.constexpr = KV_LORA_RANK % BLOCK_C == 0
     offs_k = tl.arange(0, BLOCK_K)
     offs_v = tl.arange(0, BLOCK_V)
-    w_uk_ptrs = w_uk_ptr + (offs_k * w_uk_stride)[:, None]
-    w_uv_ptrs = w_uv_ptr + (offs_v * w_uv_stride)[:, None]
+    w_uk_ptrs = w_uk_ptr + (offs_k.to(tl.int64) * w_uk_stride)[:, None]
+    w_uv_ptrs = w_uv_ptr + (offs_v.to(tl.int64) * w_uv_stride)[:, None]
     k_mask = None if NOPE_HEAD_DIM == BLOCK_K else offs_k < NOPE_HEAD_DIM
     v_mask = None if V_HEAD_DIM == BLOCK_V else offs_v < V_HEAD_DIM
     k = tl.zeros([BLOCK_K, latent_ptrs.shape[0]], tl.float32)

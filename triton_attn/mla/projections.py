@@ -45,18 +45,18 @@ def _absorb_kernel(
 ):
     """One program computes BLOCK_C columns of scale * [q_nope @ w_uk, rope(q_pe)] for BLOCK_T tokens and one head.
 
-    Grid: (heads, tiles of tokens, blocks of columns and one for the rotary part); a token is one query. q is
+    Grid: (heads * tiles of tokens, blocks of columns and one for the rotary part); a token is one query. q is
     (tokens, heads, kv_lora_rank + qk_rope_head_dim), contiguous. Strides are (batch, row, head) of q_nope and q_pe,
     (head, row) of w_uk, a position's of cos and sin.
     """
-    head = tl.program_id(0).to(tl.int64)
-    tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = (tl.program_id(0) % NUM_HEADS).to(tl.int64)
+    tokens = tl.program_id(0) // NUM_HEADS * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_mask = tokens < num_tokens
     batch = (tokens // seqlen_q).to(tl.int64)
     query = (tokens % seqlen_q).to(tl.int64)
     q_rows = q_ptr + (tokens.to(tl.int64) * NUM_HEADS + head)[:, None] * (KV_LORA_RANK + ROPE_HEAD_DIM)
-    if tl.program_id(2) < tl.num_programs(2) - 1:
-        columns = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if tl.program_id(1) < tl.num_programs(1) - 1:
+        columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         columns_mask = columns < KV_LORA_RANK
         x_ptrs = q_nope_ptr + row_offsets(batch, query, head, q_nope_strides)[:, None]
         w_ptrs = w_uk_ptr + head * w_strides[0] + columns[None, :]
@@ -66,7 +66,7 @@ def _absorb_kernel(
             inside = offs_k < NOPE_HEAD_DIM
             x = tl.load(x_ptrs + offs_k[None, :], mask=tokens_mask[:, None] & inside[None, :], other=0.0)
             mask = inside[:, None] & columns_mask[None, :]
-            w = tl.load(w_ptrs + offs_k[:, None] * w_strides[1], mask=mask, other=0.0)
+            w = tl.load(w_ptrs + offs_k[:, None].to(tl.int64) * w_strides[1], mask=mask, other=0.0)
             acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
         q = (acc * scale).to(q_ptr.dtype.element_ty)
         tl.store(q_rows + columns[None, :], q, mask=tokens_mask[:, None] & columns_mask[None, :])
@@ -120,12 +120,13 @@ def _merge_project_kernel(
 ):
     """One program merges the splits of BLOCK_T tokens of one head and multiplies them with BLOCK_V rows of w_uv.
 
-    Grid: (heads, tiles of tokens, blocks of rows). parts (splits, tokens, heads, kv_lora_rank) and lses (splits,
+    Grid: (heads * tiles of tokens, blocks of rows). parts (splits, tokens, heads, kv_lora_rank) and lses (splits,
     tokens, heads) are contiguous; strides are (head, row) of w_uv, (token, head) of out, (batch, head, query) of lse.
     """
     ROWS: tl.constexpr = max(16, BLOCK_T)  # of a product; fewer tokens are repeated
-    head = tl.program_id(0).to(tl.int64)
-    tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    head = (tl.program_id(0) % NUM_HEADS).to(tl.int64)
+    first_token = (tl.program_id(0) // NUM_HEADS).to(tl.int64) * BLOCK_T
+    tokens = first_token + tl.arange(0, BLOCK_T)
     tokens_mask = tokens < num_tokens
     splits = tl.arange(0, BLOCK_P).to(tl.int64)
     split_stride = tl.cast(num_tokens, tl.int64) * NUM_HEADS
@@ -142,7 +143,7 @@ def _merge_project_kernel(
     norm, lse = softmax_finish(m_i, l_i)
     m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
 
-    values = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     w_ptrs = w_uv_ptr + head * w_strides[0] + values[:, None].to(tl.int64) * w_strides[1]
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for start in tl.range(0, KV_LORA_RANK, BLOCK_C):
@@ -167,12 +168,12 @@ def _merge_project_kernel(
 
     # Rows that only repeat a token are not stored.
     repeats = tl.arange(0, ROWS)
-    rows = tl.program_id(1) * BLOCK_T + repeats.to(tl.int64)
+    rows = first_token + repeats
     rows_mask = (repeats < BLOCK_T) & (rows < num_tokens)
     offsets = (rows * out_strides[0] + head * out_strides[1])[:, None] + values[None, :]
     mask = rows_mask[:, None] & (values < V_HEAD_DIM)[None, :]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    if lse_ptr is not None and tl.program_id(2) == 0:
+    if lse_ptr is not None and tl.program_id(1) == 0:
         lse_ptrs = lse_ptr + head * lse_head_stride
         lse_ptrs += tokens // seqlen_q * lse_batch_stride + tokens % seqlen_q * lse_row_stride
         tl.store(lse_ptrs, lse, mask=tokens_mask)
@@ -230,7 +231,7 @@ def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, Fal
         num_warps=4,
         num_stages=2,
     )
-    grid = num_heads, -(-num_tokens // block_t), -(-kv_lora_rank // block_c) + 1
+    grid = num_heads * -(-num_tokens // block_t), -(-kv_lora_rank // block_c) + 1
     launch_packed(_absorb_kernel, grid, q.device, args, constants)
     return q[..., :kv_lora_rank], q[..., kv_lora_rank:]
 
@@ -272,7 +273,7 @@ def launch_merge_project(parts, lse_parts, w_uv, out, lse):
         num_warps=4,
         num_stages=2,
     )
-    grid = num_heads, -(-num_tokens // block_t), -(-v_head_dim // block_v)
+    grid = num_heads * -(-num_tokens // block_t), -(-v_head_dim // block_v)
     launch_packed(_merge_project_kernel, grid, out.device, args, constants)
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, check_rows, layout_of
 from .._host.device import arch_of, input_precision, launch_packed, num_processors
 from .._host.layout import (
     INDICES,
@@ -230,7 +230,8 @@ def _paged_fwd_kernel(
         scale_log2 *= tl.load(scale_ptrs[0] + head_kv * scale_strides[0])
     if alibi_slopes_ptr is not None:
         slope_rows = sequences if SHARED else sequence
-        slopes = tl.load(alibi_slopes_ptr + slope_rows * alibi_strides[0] + heads * alibi_strides[1])[:, None]
+        slope_offsets = tl.cast(slope_rows, tl.int64) * alibi_strides[0] + heads.to(tl.int64) * alibi_strides[1]
+        slopes = tl.load(alibi_slopes_ptr + slope_offsets)[:, None]
 
     m_i, l_i = softmax_init(sinks_ptr, heads, BLOCK_M)
     if sinks_ptr is not None:
@@ -425,6 +426,7 @@ def _plan(
     num_queries = math.prod(rows_q)
     if num_queries == 0 or num_heads_q == 0 or max_seqlen_q == 0 or batch == 0:
         return (), 0, {}
+    check_rows("q", num_queries * group_size)
     page_size = 0 if table_width is None else slots
     capacity = slots if table_width is None else table_width * slots
     vector_cache = vector_elements(cache_dtype.itemsize, strides_k, strides_v) if bases_aligned else 1

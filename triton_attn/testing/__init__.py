@@ -1,7 +1,7 @@
 """What makes Triton kernels testable without a GPU, for this package's tests and for anyone's own kernels.
 
 `fix_interpreter`            bf16 and fp8 arithmetic of TRITON_INTERPRET=1 as a GPU does it
-`guard`                      every memory access of interpreted launches checked, bytes counted
+`guard`                      every memory access and integer of interpreted launches checked, bytes counted
 `compile_only`               ordinary launches compile for a GPU that is not there; registers, spills, instructions
 `emulator.emulate`           the compiled code runs on CPU tensors, every access and barrier checked
 `record_specializations`     which kernels launches would compile, without compiling them
@@ -17,6 +17,7 @@ from triton_attn.testing.tensors import Closeness, assert_close_to_reference, pa
 
 _NEEDS_TRITON = {
     "Accesses": "memory",
+    "DeviceArithmeticError": "arithmetic",
     "Launch": "compilation",
     "MemoryAccessError": "memory",
     "Specialization": "compilation",

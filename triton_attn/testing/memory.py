@@ -14,6 +14,8 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arithmetic import CHECKS, DeviceArithmeticError
+
 
 class MemoryAccessError(AssertionError):
     """A kernel touched memory that it must not touch.
@@ -51,12 +53,16 @@ class Accesses:
 
 @contextlib.contextmanager
 def guard(reachable=()):
-    """Check each load, store and atomic of the kernels launched inside; for TRITON_INTERPRET=1.
+    """Check each load, store and atomic, and integers, of the kernels launched inside; for TRITON_INTERPRET=1.
 
     Every active lane must be aligned and inside an element of one of the launch's tensor arguments, those inside
     tuples and tensor descriptors included. A view is its elements alone: what lies between them, or before and after
     in the same storage, is out of bounds. No element may be stored to by two programs of a launch, except atomically.
     What it cannot see is an access to a wrong element of a right tensor: put NaN where nothing may be read.
+
+    A sum, difference, product or left shift of int32 must fit in 32 bits, and no integer is divided by zero, in any
+    lane: those that a mask leaves out are computed all the same. Unsigned numbers wrap on purpose, as Philox's do, and
+    those of 8 and 16 bits are bit patterns: neither is checked.
 
     Args:
         reachable: further tensors that kernels may touch, because their addresses are stored in an argument.
@@ -66,6 +72,7 @@ def guard(reachable=()):
 
     Raises:
         MemoryAccessError: at the faulty access, out of the launch.
+        DeviceArithmeticError: with the line of the kernel.
         RuntimeError: the process does not interpret kernels, so nothing would be checked.
     """
     if not triton.knobs.runtime.interpret:
@@ -79,6 +86,7 @@ def guard(reachable=()):
         (InterpreterBuilder, "create_atomic_store"): checker.wrap_atomic_store,
         (InterpreterBuilder, "create_atomic_rmw"): checker.wrap_atomic_rmw,
         (InterpreterBuilder, "create_atomic_cas"): checker.wrap_atomic_cas,
+        **{(InterpreterBuilder, name): check for name, check in CHECKS.items()},
     }
     with contextlib.ExitStack() as patches:
         for (owner, name), wrap in wraps.items():
@@ -94,7 +102,7 @@ def _unwrap_error(call):
         except InterpreterError as error:
             cause = error
             while cause := cause.__cause__:
-                if isinstance(cause, MemoryAccessError):
+                if isinstance(cause, (MemoryAccessError, DeviceArithmeticError)):
                     raise cause from None
             raise
 
