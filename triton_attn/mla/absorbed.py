@@ -339,12 +339,12 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
     arch = arch_of(q)
     hopper = None
     if arch == "sm_90" and config is None and block_table is not None and scale_log2 > 0:
-        hopper = _plan_for_hopper(q, q_pe, latents, block_table, causal, num_splits)
+        hopper = _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits)
     if hopper is not None:
         _, num_splits, *_ = hopper
         parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
         launch_mla_decode_hopper(
-            hopper, q, q_pe, latents, parts, lse_parts, cache_seqlens, block_table, max_seqlen_q, scale_log2
+            hopper, q, q_pe, latents, rope_keys, parts, lse_parts, cache_seqlens, block_table, max_seqlen_q, scale_log2
         )
         _finish(parts, lse_parts, w_uv, out, lse)
         return
@@ -412,10 +412,10 @@ def _finish(parts, lse_parts, w_uv, out, lse):
         launch_merge(parts, lse_parts, out, None if lse is None else lse.mT)
 
 
-def _plan_for_hopper(q, q_pe, latents, block_table, causal, num_splits):
+def _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits):
     """That of hopper.py's kernel where it serves the call and is wanted, else None."""
     wanted = wanted_kernels()
-    if wanted == "portable" or any(x.data_ptr() % 16 for x in (q, q_pe, latents)):
+    if wanted == "portable" or any(x.data_ptr() % 16 for x in (q, q_pe, latents, rope_keys)):
         return None
     layout, num_sms = layout_of(q, q_pe, latents), num_processors(q.device)
     return plan_hopper(layout, q.dtype, latents.dtype, block_table.shape[1], causal, num_splits, num_sms, wanted)

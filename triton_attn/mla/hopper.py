@@ -185,7 +185,7 @@ def _load_tiles(work, shared, q_desc, q_pe_desc, latent_desc, rope_desc, block_t
         mbarrier.wait(shared.free_1.index(stage), parity ^ 1)
         _load(latent_desc, [PACKED_END, page, slot, row, HALF], shared.full_1.index(stage), shared.k_1.index(stage))
         mbarrier.wait(shared.free_pe.index(stage), parity ^ 1)
-        _load(rope_desc, [PACKED_END, page, slot, row, 2 * HALF], shared.full_pe.index(stage), shared.k_pe.index(stage))
+        _load(rope_desc, [PACKED_END, page, slot, row, 0], shared.full_pe.index(stage), shared.k_pe.index(stage))
         page = following
 
 
@@ -428,13 +428,13 @@ def _mla_decode_hopper_kernel(
 
 
 def launch_mla_decode_hopper(
-    plan, q, q_pe, latents, parts, lse_parts, cache_seqlens, block_table, seqlen_q, scale_log2
+    plan, q, q_pe, latents, rope_keys, parts, lse_parts, cache_seqlens, block_table, seqlen_q, scale_log2
 ):
     """Launch the kernel by what `plan_hopper` found; parts are (num_splits, *q.shape), lse_parts that without the last
-    dimension, block_table the pages of latents, which rotary keys follow."""
+    dimension, latents and rope_keys the two parts of the rows of one cache, block_table its pages."""
     num_programs, num_splits, geometries, constants = plan
     args = (
-        *(_describe(x, *geometry) for x, geometry in zip((q, q_pe, latents, latents), geometries)),
+        *(_describe(x, *geometry) for x, geometry in zip((q, q_pe, latents, rope_keys), geometries)),
         parts,
         lse_parts,
         cache_seqlens,
@@ -455,8 +455,8 @@ def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num
     """(programs of a split, splits, geometries of q, q_pe, latent vectors and rotary keys, constants) of a decode step
     with a positive scale, or None where the portable kernel serves it.
 
-    layout is that of q, q_pe and latent vectors, whose bases are aligned to 16 bytes; wanted as in
-    `choose_hopper_config`.
+    layout is that of q, q_pe and latent vectors, whose bases are aligned to 16 bytes, as that of the rotary keys, which
+    lie behind the latent vectors; wanted as in `choose_hopper_config`.
     """
     (shape_q, strides_q), (shape_pe, strides_pe), (shape_k, strides_k) = layout
     batch, seqlen_q, num_heads, kv_lora_rank = shape_q
@@ -475,8 +475,8 @@ def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num
     geometries = [
         (shape_q, strides_q, [1, 1, ROWS.value, HALF.value]),
         (shape_pe, strides_pe, [1, 1, ROWS.value, ROPE.value]),
-        _paged_geometry(num_pages, kv_lora_rank + shape_pe[3], *strides_k[:2], HALF.value),
-        _paged_geometry(num_pages, kv_lora_rank + shape_pe[3], *strides_k[:2], ROPE.value),
+        _paged_geometry(num_pages, kv_lora_rank, *strides_k[:2], HALF.value),
+        _paged_geometry(num_pages, shape_pe[3], *strides_k[:2], ROPE.value),
     ]
     return num_programs, num_splits, geometries, constants
 
