@@ -552,8 +552,8 @@ FAULTS = (
     Fault(
         "A03",
         "triton_attn/cache/copy.py",
-        "tl.load(src_pages_ptr + tl.program_id(0)).to(tl.int64)",
-        "tl.load(src_pages_ptr + tl.program_id(0)).to(tl.int32)",
+        "tl.load(src_pages_ptr + pair).to(tl.int64)",
+        "tl.load(src_pages_ptr + pair).to(tl.int32)",
         "APPEND",
     ),
     Fault(
