@@ -62,6 +62,7 @@ def generate(model, batches):
         tokens = [[(7 * step + 3 * i) % VOCAB] for i in range(batch)]
         positions = torch.tensor([len(seq) for seq in here], device=DEVICE)
         slots = cache.extend(here, tokens)
+        # Twice as wide, as a width of 1 cannot be marked dynamic; the second half is never read.
         where = positions, slots, cache.cache_seqlens(here), cache.block_table(here).repeat(1, 2)
         tokens = torch.tensor(tokens, device=DEVICE)[:, 0]
         for x in (tokens, *where):

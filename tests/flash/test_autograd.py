@@ -87,7 +87,7 @@ class Launches(list):
         self.patch.stop()
 
 
-@pytest.mark.parametrize("options", [OPTIONS[name] for name in ("plain", "ALiBi, sinks", "dropout")], ids=str)
+@every_option
 @dense_and_varlen
 def test_opcheck(options, varlen):
     f, leaves = make_call(options, varlen)

@@ -147,7 +147,8 @@ def test_prefill(arch, mode, variant, record_property):
         assert launch.shared_bytes <= shared_memory_limit(arch)
     if mode == "absorbed":
         assert [x.name for x in launches] == ["_absorb_kernel", "_mla_absorbed_kernel", "_merge_project_kernel"]
-        assert variant in WIDE or sum(x.spill_bytes for x in launches) <= (0 if variant == "fp32" else 64)
+        most = 0 if variant == "fp32" else 64 if arch == "sm_86" else 44
+        assert variant in WIDE or sum(x.spill_bytes for x in launches) <= most
         if arch in RATES and variant != "fp32":
             assert loop_model.analyze(launches[1].kernel).hot.spills == 0
         return
