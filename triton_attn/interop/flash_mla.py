@@ -282,7 +282,8 @@ def _check_indices(name, x, q, ndim):
     if x.dtype != torch.int32:
         _fail(name, "dtype torch.int32", x.dtype, TypeError)
     if x.ndim != ndim or x.shape[0] != q.shape[0]:
-        _fail(name, f"{ndim} dimensions, the first q's batch size {q.shape[0]}", f"shape {tuple(x.shape)}")
+        expected = f"({q.shape[0]},)" if ndim == 1 else f"({q.shape[0]}, max_blocks)"
+        _fail(name, f"shape {expected}", tuple(x.shape))
     if x.device != q.device:
         _fail(name, f"q's device {q.device}", x.device)
 
