@@ -250,6 +250,26 @@ def test_a_product_and_its_faults(schedule):
     ]
 
 
+@pytest.mark.parametrize("schedule", ["late", "early", "random"])
+def test_a_product_of_what_cp_async_copied(schedule):
+    """cp.async writes by the generic proxy: its wait and the barrier are not enough."""
+    copied = """
+    shl.b32 %s, %tid, 4;
+    add.s32 %s, %s, global_smem;
+    mad.wide.u32 %a0, %tid, 16, %x;
+    cp.async.cg.shared.global [%s], [%a0], 16;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    """
+    run = lambda *replaced: product(  # noqa: E731
+        lambda body: copied + body.replace("@%p4 st.shared.b32 [%s], %r1;", "").replace(*replaced),
+        schedule=schedule,
+        tensors={"x": torch.zeros(512, dtype=torch.int32)},
+    )
+    assert run("", "") == []
+    assert run("fence.proxy.async.shared::cta;\n", "") == ["read by the async proxy without a proxy fence"]
+
+
 # ---- a kernel in Triton, through the ordinary launch
 
 

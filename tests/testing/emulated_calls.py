@@ -1,0 +1,218 @@
+"""Small calls of every family, with what is right in fp64, and which of them launches each of the package's kernels."""
+
+import ast
+import os
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+
+import triton_attn as ta
+from triton_attn import reference
+from triton_attn.testing.emulator import emulate
+
+# Of a file that opens `emulate` itself.
+MARKS = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stub driver cannot stand beside a real one"),
+]
+OLDEST = triton.__version__.startswith("3.6.")
+BF16 = torch.bfloat16
+# The scale of an error: bf16 has 8 digits, and a gradient sums many products.
+BOUND = 0.03
+
+
+def normal(*shape, dtype=BF16):
+    return torch.randn(*shape).to(dtype)
+
+
+def in_fp64(values):
+    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in values]
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def flash(head_dim=64, seqlens=(70, 150), num_heads=(4, 2), **options):
+    """Causal, with more keys than queries and a part of a tile at the end of each."""
+    (seqlen_q, seqlen_k), (num_heads_q, num_heads_kv) = seqlens, num_heads
+    q, k, v = (
+        normal(1, seqlen, heads, head_dim)
+        for seqlen, heads in ((seqlen_q, num_heads_q), (seqlen_k, num_heads_kv), (seqlen_k, num_heads_kv))
+    )
+    options = {"causal": True, "return_lse": True, **options}
+    computed = ta.flash_attention(q, k, v, **options)
+    return computed, reference.flash_attention(*in_fp64((q, k, v)), **options)
+
+
+def flash_of_expanded_heads():
+    """Rows suit copies of 16 bytes, but no tensor map: a stride is 0."""
+    q, k, v = (normal(1, 140, 1, 128).expand(1, 140, 2, 128) for _ in range(3))
+    computed = ta.flash_attention(q, k, v, causal=True)
+    return [computed], [reference.flash_attention(*in_fp64((q, k, v)), causal=True)]
+
+
+def flash_varlen():
+    q, k, v = normal(140, 4, 64), normal(140, 2, 64), normal(140, 2, 64)
+    options = [int32(0, 90, 90, 140), int32(0, 90, 90, 140), 90, 90, True]
+    computed = ta.flash_attention_varlen(q, k, v, *options[:4], causal=True)
+    return [computed], [reference.flash_attention_varlen(*in_fp64((q, k, v)), *options[:4], causal=True)]
+
+
+def backward(deterministic, seqlen=100, num_heads=2):
+    inputs = normal(1, seqlen, num_heads, 64), normal(1, seqlen, 1, 64), normal(1, seqlen, 1, 64)
+    out_grad = normal(1, seqlen, num_heads, 64)
+
+    def gradients(function, dtype, **options):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+        out = function(*leaves, causal=True, **options)
+        out.backward(out_grad.to(dtype))
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    computed = gradients(ta.flash_attention, BF16, deterministic=deterministic)
+    return computed, gradients(reference.flash_attention, torch.float64)
+
+
+def paged(seqlens=(230, 133), **options):
+    num_pages = len(seqlens) * (max(seqlens) // 16 + 1)
+    keys, values, q = normal(num_pages, 16, 2, 64), normal(num_pages, 16, 2, 64), normal(len(seqlens), 1, 8, 64)
+    where = int32(*seqlens), torch.randperm(num_pages).to(torch.int32).view(len(seqlens), -1)
+    computed = ta.paged_attention(q, keys, values, *where, **options, return_lse=True)
+    return computed, reference.paged_attention(*in_fp64((q, keys, values)), *where, return_lse=True)
+
+
+def append():
+    rows, slots = (normal(20, 2, 64), normal(20, 2, 64)), torch.randperm(64)[:20]
+
+    def caches(function):
+        pools = [torch.zeros(4, 16, 2, 64, dtype=BF16) for _ in range(2)]
+        function(*rows, *pools, slots)
+        return pools
+
+    return caches(ta.append_kv_cache), caches(reference.append_kv_cache)
+
+
+def append_latent(dtype=BF16):
+    rows, slots = (normal(20, 512), normal(20, 64)), torch.randperm(64)[:20]
+
+    def cache(function):
+        pool = torch.zeros(4, 16, 656 if dtype == torch.uint8 else 576, dtype=dtype)
+        function(*rows, pool, slots)
+        return [pool]
+
+    return cache(ta.append_latent_cache), cache(reference.append_latent_cache)
+
+
+def copy():
+    """The pointers of the caches come in a tuple that the program indexes."""
+    pools, of_pages = (normal(2, 8, 16, 2, 64), normal(2, 8, 16, 2, 64)), (int32(0, 1), int32(6, 7))
+
+    def copied(function):
+        pair = [pool.clone() for pool in pools]
+        function(tuple(pair), *of_pages)
+        return pair
+
+    return copied(ta.copy_kv_pages), copied(reference.copy_kv_pages)
+
+
+def merge():
+    parts, lse = normal(3, 1, 20, 4, 64), torch.randn(3, 1, 4, 20)
+    return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
+
+
+def mla_decode(heads=16, seqlen=200, with_weights=False, **options):
+    """With weights the queries are absorbed and the output is projected."""
+    num_pages = seqlen // 64 + 1
+    cache, where = normal(num_pages, 64, 576), (int32(seqlen), torch.arange(num_pages, dtype=torch.int32)[None])
+    inputs = [normal(1, 1, heads, 128 if with_weights else 512), normal(1, 1, heads, 64), cache, *where]
+    if with_weights:
+        inputs += [normal(heads, 128, 512) / 512**0.5 for _ in range(2)]
+    same = {"softmax_scale": 0.04, "return_lse": True}
+    return ta.mla_decode(*inputs, **same, **options), reference.mla_decode(*in_fp64(inputs), **same)
+
+
+def mla_prefill(seqlen=70, heads=2):
+    q_nope, q_pe, latents, rope = (normal(1, seqlen, *rest) for rest in ((heads, 128), (heads, 64), (512,), (64,)))
+    inputs = q_nope, q_pe, latents, rope, *(normal(heads, 128, 512) / 512**0.5 for _ in range(2))
+    return [ta.mla_prefill(*inputs)], [reference.mla_prefill(*in_fp64(inputs))]
+
+
+CALLS = {
+    "flash": flash,
+    "flash of expanded heads": flash_of_expanded_heads,
+    "flash varlen": flash_varlen,
+    "flash backward": lambda: backward(False),
+    "flash backward deterministic": lambda: backward(True),
+    "paged": paged,
+    "paged splits": lambda: paged(num_splits=3),
+    "append": append,
+    "append latent": append_latent,
+    "append latent fp8": lambda: append_latent(torch.uint8),
+    "copy": copy,
+    "merge": merge,
+    "mla decode": mla_decode,
+    "mla decode with weights": lambda: mla_decode(with_weights=True, num_splits=2),
+    "mla prefill": mla_prefill,
+}
+# Of their own kernels on sm_90.
+CALLS_OF_HOPPER = {
+    "flash 128": lambda: flash(128),
+    "flash 128 full": lambda: flash(128, causal=False),
+    "mla decode 128": lambda: mla_decode(128),
+}
+# (call, target): Triton 3.6 puts no proxy fence between cp.async and wgmma there (triton PR 9610, pytorch issue
+# 181248).
+UNFENCED = {("flash of expanded heads", "sm_90"), ("mla prefill", "sm_90")} if OLDEST else set()
+# Of each kernel a call that launches it, and the value of TRITON_ATTN_KERNELS with which it does.
+CALL_OF = {
+    "_flash_fwd_kernel": ("flash backward deterministic", "portable"),
+    "_flash_bwd_delta_kernel": ("flash backward deterministic", "portable"),
+    "_flash_bwd_dkdv_kernel": ("flash backward deterministic", "portable"),
+    "_flash_bwd_dq_kernel": ("flash backward deterministic", "portable"),
+    "_paged_fwd_kernel": ("paged splits", "portable"),
+    "_merge_kernel": ("paged splits", "portable"),
+    "_append_kv_cache_kernel": ("append", "portable"),
+    "_append_latent_cache_kernel": ("append latent fp8", "portable"),
+    "_copy_kv_pages_kernel": ("copy", "portable"),
+    "_absorb_kernel": ("mla decode with weights", "portable"),
+    "_mla_absorbed_kernel": ("mla decode with weights", "portable"),
+    "_merge_project_kernel": ("mla decode with weights", "portable"),
+    "_mla_prefill_kernel": ("mla prefill", "portable"),
+    "_flash_fwd_hopper_kernel": ("flash 128", "hopper"),
+    "_mla_decode_hopper_kernel": ("mla decode 128", "hopper"),
+}
+
+
+def kernels_of_package():
+    """Names of the package's compiled functions that no other of them uses: those that are launched."""
+    compiled, used = set(), set()
+    for path in Path(ta.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(".jit" in ast.unparse(x) for x in node.decorator_list):
+                compiled.add(node.name)
+                used |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return sorted(compiled - used)
+
+
+def run(name, arch, kernels="portable", **options):
+    """The launches of a call that is right, without a fault but those that this Triton is known for."""
+    with (
+        mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=kernels),
+        emulate(arch, strict=(name, arch) not in UNFENCED, **options) as log,
+    ):
+        check((CALLS | CALLS_OF_HOPPER)[name])
+    assert log
+    kinds = {fault.kind for launch in log for fault in launch.faults}
+    assert kinds == ({"read by the async proxy without a proxy fence"} if (name, arch) in UNFENCED else set())
+    return log
+
+
+def check(call):
+    computed, expected = call()
+    for got, right in zip(computed, expected):
+        torch.testing.assert_close(got.double(), right.double(), atol=BOUND, rtol=BOUND, equal_nan=True)
