@@ -76,7 +76,8 @@ def flash_attention(
     and v are cast as for torch's own attention. Autograd, torch.compile and export see one operator.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; nothing was launched.
+        TypeError, ValueError: an argument is wrong, or a sequence or packed batch has more than 10**9 rows; nothing was
+            launched.
         NotImplementedError: gradients of a head dimension above 256, of alibi_slopes, second derivatives, forward
             mode, torch.func (but vmap, which loops).
 

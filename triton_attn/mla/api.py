@@ -258,7 +258,8 @@ def mla_prefill(
     The forward repeats bitwise, the backward under torch.use_deterministic_algorithms, at more products a tile.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or max_workspace_bytes too little; nothing was launched.
+        TypeError, ValueError: an argument is wrong, max_workspace_bytes too little, or a sequence or packed batch has
+            more than 10**9 rows; nothing was launched.
         NotImplementedError: a gradient is wanted through "absorbed", or of a head dimension (nope + rope, v) above 256.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.

@@ -91,8 +91,9 @@ def paged_attention(
         in rows after the last sequence. A query that sees no key has out = 0 and lse = -inf, or the sink.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; nothing was launched or written. With values checked also: a length
-            beyond the cache, a page that is not in it, sequences whose shared prefix is not the same.
+        TypeError, ValueError: an argument is wrong, or q has more than 10**9 rows for a KV head; nothing was launched
+            or written. With values checked also: a length beyond the cache, a page that is not in it, sequences whose
+            shared prefix is not the same.
         NotImplementedError: an argument requires a gradient or has a tangent.
 
     One operator under torch.compile, export and vmap, which loops; with `out` one that writes to it, without vmap.
