@@ -17,8 +17,8 @@ every finished case, report.json with what is done, failed and left and with the
 tracebacks of what failed. Sweeps leave their own journal, sweeps.jsonl, and, named by its architecture, the package's
 tuned table with what they found, for triton_attn.use_tuned or in place of the package's.
 
---resume goes on where a run ended. What failed, or was found by other code, is done again; what another GPU found is
-kept beside. Needs torch, triton, numpy and pytest; pictures are left to `python -m perf report`.
+--resume goes on where a run ended. What failed, lacked its tool, or was found by other code is done again; what another
+GPU found is kept beside. Needs torch, triton, numpy and pytest; pictures are left to `python -m perf report`.
 """
 
 import hashlib
@@ -49,9 +49,10 @@ class Stage:
 
     `run(case, **given(report))` gives rows, in a process of its own, in at most `limit` seconds; what a row has under
     "log" goes to the log if it is one of failure. `failure(case, why)` is the row of a case that gave none,
-    `has_failed(row)` whether a row is one of failure, its column `reason` why. A case that gave none and has parts, see
-    `split(case)`, is run in parts. With a `compile`, it is called beforehand, in as many as `compilers` processes, on
-    each of `to_compile(case)`. Results depend on the files of `code` beside those that all depend on.
+    `has_failed(row)` whether a row is one of failure, its column `reason` why, and `is_open(row)` whether another run
+    may know more. A case that gave none and has parts, see `split(case)`, is run in parts. With a `compile`, it is
+    called beforehand, in as many as `compilers` processes, on each of `to_compile(case)`. Results depend on the files
+    of `code` beside those that all depend on.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Stage:
     failure: Callable
     has_failed: Callable
     reason: str
+    is_open: Callable = lambda row: False
     split: Callable = lambda case: []
     workers: int = 1
     given: Callable = lambda report: {}
@@ -146,6 +148,7 @@ STAGES = (
         columns=cases.SANITIZER_COLUMNS,
         cases=cases.sanitizer_cases,
         run=cases.run_sanitizer,
+        is_open=lambda row: row["outcome"] == cases.NOT_AVAILABLE,
         workers=len(cases.SANITIZED),
         **CHECKS,
     ),
@@ -313,9 +316,11 @@ def _keep(stage, case, outcome, journal, report):
 
 
 def _result(stage, case, journal):
-    """Of an earlier run, None also if it was a failure, which is tried again."""
+    """Of an earlier run, None also if it was a failure or left open, which is tried again."""
     result = journal.get(_key(stage, case))
-    return None if result is None or any(map(stage.has_failed, result["rows"])) else result
+    if result is None or any(stage.has_failed(row) or stage.is_open(row) for row in result["rows"]):
+        return None
+    return result
 
 
 def _key(stage, case):

@@ -14,16 +14,16 @@ from perf.timing import time_one
 COPY, PRODUCT = "copy, GB/s", "bf16 product, TFLOP/s"
 
 
-def copy_bandwidth():
-    """GB/s of a copy of 1 GiB, bytes read and bytes written both counted."""
-    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+def copy_bandwidth(size=2**30):
+    """GB/s of a copy of so many bytes, those read and those written both counted."""
+    source = torch.empty(size, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / time_one(lambda: target.copy_(source)).p50 / 1e6
 
 
-def read_bandwidth():
-    """GB/s of the largest of 1 GiB of numbers: next to nothing is written, as in a decode step."""
-    source = torch.zeros(2**29, dtype=torch.bfloat16, device="cuda")
+def read_bandwidth(size=2**30):
+    """GB/s of the largest of so many bytes of numbers: next to nothing is written, as in a decode step."""
+    source = torch.zeros(size // 2, dtype=torch.bfloat16, device="cuda")
     return source.nbytes / time_one(source.amax).p50 / 1e6
 
 

@@ -16,7 +16,6 @@ from importlib.util import find_spec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from perf.results import OURS
@@ -342,6 +341,8 @@ def _sdpa_expanded(backend):
     """Keys and values of every head in memory, then attention."""
 
     def attention(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv):
+        from torch.nn.attention.bias import causal_lower_right  # with half of torch's compiler: seconds a process
+
         num_heads, v_head_dim, _ = w_uv.shape
         k_nope, v = (torch.einsum("bjc,hdc->bhjd", kv_latent, w) for w in (w_uk, w_uv))
         q = torch.cat([q_nope, q_pe], dim=3).transpose(1, 2)

@@ -4,33 +4,15 @@ The launcher's own C code is built and called, tensor descriptors are expanded a
 that dies there dies on every GPU.
 """
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import triton
+from stub_driver import HERE, run_python
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-STUB = ROOT / "triton_attn/testing/emulator/core"
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU"),
 ]
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory):
-    """The folder with libcuda.so.1 in it."""
-    folder = tmp_path_factory.mktemp("stub")
-    include = Path(triton.__file__).parent / "backends/nvidia/include"
-    library = folder / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", STUB / "stub_libcuda.c", "-o", library], check=True)
-    (folder / "libcuda.so").symlink_to(library.name)
-    return folder
 
 
 def run(stub, arch, *pattern, **environment):
@@ -45,14 +27,6 @@ def run(stub, arch, *pattern, **environment):
             of_call.append(rest.split()[0])
     assert done.returncode == 0, done.stderr[-4000:]
     return launches
-
-
-def run_python(stub, arch, *arguments, **environment):
-    """A process over the stub driver."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"LD_LIBRARY_PATH": str(stub), "TRITON_LIBCUDA_PATH": str(stub), "STUB_ARCH": arch.removeprefix("sm_")}
-    env |= {"TRITON_ATTN_BACKEND": "triton", "PYTHONPATH": f"{ROOT}:{HERE}", **environment}
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
 # Of every kernel one call, since most of the time goes to compiling; the full matrix has the others.
