@@ -198,6 +198,27 @@ def test_a_program_that_reads_what_another_writes():
     assert not faults(released, threads=32, grid=(2, 1, 1))
 
 
+WRITE, READ = "st.global.b32 [%a0], %r0;\n", "ld.global.b32 %r1, [%a1];\n"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("kinds", "before", "after"),
+    [
+        pytest.param({"race: read after write", "race: write after read"}, WRITE, READ, id="read"),
+        pytest.param({"race: read after write", "race: write after read"}, READ, WRITE, id="write"),
+        pytest.param({"race: write after write"}, WRITE, WRITE.replace("%a0", "%a1"), id="writes"),
+    ],
+)
+def test_warps_in_global_memory(kinds, before, after, schedule):
+    """%a0 is a thread's own element, %a1 that of a thread of the other warp; the schedule says who is first."""
+    addresses = "mad.wide.u32 %a0, %tid, 4, %x;\nxor.b32 %r2, %tid, 32;\nmad.wide.u32 %a1, %r2, 4, %x;\n"
+    found = faults(addresses + before + after, schedule=schedule)
+    assert found
+    assert all(f.kind in kinds and f.tensor == "x" and f.index is not None for f in found)
+    assert not faults(addresses + before + "bar.sync 0;\n" + after, schedule=schedule)
+
+
 def test_an_unsupported_instruction_is_named_with_its_line():
     with pytest.raises(NotImplementedError, match=r"tcgen05.*planted.py:2"):
         faults("mov.b32 %r1, 0;\ntcgen05.wait::ld.sync.aligned;")
@@ -244,10 +265,27 @@ def test_a_product_and_its_faults(schedule):
     assert run("fence.proxy.async.shared::cta;\n", "") == ["read by the async proxy without a proxy fence"]
     assert run("wgmma.wait_group.sync.aligned 0;\n", "") == ["register of a wgmma in flight is read"]
     assert run("wgmma.commit_group.sync.aligned;\n", "") == ["register of a wgmma in flight is read"]
-    assert run("wgmma.fence.sync.aligned;\n", "") == ["no wgmma.fence after a register was written"]
+    assert run("wgmma.fence.sync.aligned;\n", "") == ["no wgmma.fence since a register was accessed"]
     assert run("wgmma.wait_group", "mov.b32 %r1, %r0;\nadd.s32 %r1, %r0, 1;\nwgmma.wait_group")[:1] == [
         "overwritten under an asynchronous operation that reads it"
     ]
+
+
+@pytest.mark.parametrize("schedule", ["late", "early", "random"])
+def test_products_that_write_registers_anew(schedule):
+    """Neither adds to what is there, so that no register is written before: the first is the warp's first product, and
+    the second overwrites what was read."""
+    wgmma = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %a1, %a1, 0, 1, 1, 0, 0;\n"
+    fence = "wgmma.fence.sync.aligned;\n"
+    over = "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
+    before = PRODUCT.partition("mov.b32 %f1")[0]
+    read = "add.f32 %f5, %f1, %f2;\n"
+    run = lambda *after: product(lambda _: before + "".join(after), schedule=schedule)  # noqa: E731
+    missing = ["no wgmma.fence since a register was accessed"]
+    assert run(fence, wgmma, over, read, fence, wgmma, over) == []
+    assert run(fence, wgmma, wgmma, over, wgmma, over, read) == []
+    assert run(wgmma, over, read, fence, wgmma, over) == missing
+    assert run(fence, wgmma, over, read, wgmma, over) == missing
 
 
 @pytest.mark.parametrize("schedule", ["late", "early", "random"])

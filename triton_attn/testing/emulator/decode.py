@@ -1,5 +1,6 @@
 """PTX text to the instructions that the core executes. Nothing is guessed: what is unknown raises Unsupported."""
 
+import copy
 import ctypes
 import re
 
@@ -14,6 +15,16 @@ SHARED_BASE = 1024
 ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4}  # asynchronous.h: Element
 OPERATIONS = {name: i for i, name in enumerate(("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"))}
 TYPES = {"u": 0, "b": 0, "s": 1, "f32": 2, "f64": 3, "f16": 4, "bf16": 5, "f16x2": 6, "bf16x2": 7}
+SYNCHRONIZATIONS = {
+    "@bar",
+    "@membar",
+    "@fence_proxy_async",
+    "@wgmma_fence",
+    "@wgmma_commit",
+    "@wgmma_wait",
+    "@cp_commit",
+}
+SYNCHRONIZATIONS |= {"@cp_wait", "@mbarrier_init", "@mbarrier_arrive", "@bulk_commit", "@bulk_wait"}
 TENSOR_MAP_FIELDS = [
     "global_address",
     "rank",
@@ -71,6 +82,20 @@ class Program:
     def where(self, pc: int) -> str:
         """The source line of an instruction, `file.py:12`."""
         return _place(self.lines[pc]) if 0 <= pc < len(self.lines) else _place(None)
+
+    def copy(self) -> "Program":
+        """One whose instructions may be changed, with counts of its own."""
+        other = copy.copy(self)
+        other.instructions, other.executed = self.instructions.copy(), np.zeros_like(self.executed)
+        return other
+
+    def remove(self, pc: int) -> None:
+        """Make an instruction do nothing."""
+        self.instructions[pc, 0] = core.entries()["@nothing"][0]
+
+    def synchronizations(self) -> list[int]:
+        """Instructions whose only effect is the order of others: barriers, arrivals, waits, commits and fences."""
+        return [pc for pc in range(len(self.instructions)) if self.name_of(pc) in SYNCHRONIZATIONS]
 
     def name_of(self, pc: int) -> str:
         """What the core calls an instruction: `@bar`, `@cp_wait`, or the PTX opcode."""

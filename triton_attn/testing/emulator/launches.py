@@ -102,8 +102,9 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
 
     Checked: bounds and alignment; use of unwritten shared memory; order of accesses to shared memory by happens-before;
     asynchronous copies and products against their waits; proxy and wgmma fences; barriers, mbarriers and transaction
-    bytes; deadlock; divergence; order of accesses to global memory between the programs of a launch. Not checked: order
-    between warps in global memory, between the lanes of a warp, everything below PTX.
+    bytes; deadlock; divergence; order of accesses to global memory between the programs of a launch and, each against
+    the last of another warp, between the warps of a program. Not checked: order between the lanes of a warp, everything
+    below PTX.
 
     Args:
         arch: "sm_80", "sm_86", "sm_89" or "sm_90".
@@ -112,7 +113,8 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
         strict: raise EmulationError at a launch with a fault. Otherwise it is in the log alone.
         limit: warp instructions after which a launch is stopped, with a fault.
         read_only: tensors that no launch may write.
-        edit: a function of the decoded `Program` that is called before a launch and may change its instructions.
+        edit: a function of the decoded `Program` that is called before each launch and may change its instructions,
+            of this launch alone; `Program.remove` takes one out.
 
     Yields:
         A list of `EmulatedLaunch`, in the order of the launches; it grows while the context is open.
@@ -232,6 +234,7 @@ class _Emulator:
         program = _decoded(self.kernel.asm["ptx"])
         program.executed[:] = 0
         if self.edit:
+            program = program.copy()
             self.edit(program)
         block = _copy_parameters(program, parameters)
         memory = Memory(self.arguments, self.scratch, self.read_only)

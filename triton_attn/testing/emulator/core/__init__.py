@@ -30,7 +30,7 @@ FAULTS = (
     "read by the async proxy without a proxy fence",
     "overwritten under an asynchronous operation that reads it",
     "register of a wgmma in flight is read",
-    "no wgmma.fence after a register was written",
+    "no wgmma.fence since a register was accessed",
     "wrong number of transaction bytes",
     "misused barrier",
     "deadlock",

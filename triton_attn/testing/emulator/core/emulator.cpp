@@ -108,6 +108,8 @@ void Machine::track_registers(Warp& w, const Instruction& in, int pc) {
   u32 passed[4] = {}, defined = 0;
   for (int i = 0; i < in.num_uses; i++) {
     u32 tag = w.tags[uses[i]];
+    // What only moves was put there by a compiler that assigns registers.
+    if (!(entry.moves == ROWS && in.num_defs)) w.used[uses[i]] = w.fences;
     if (!tag) continue;
     bool unwritten = tag & TAG_UNWRITTEN;
     if (entry.moves == ROWS && (i < 2 || !in.num_defs)) {
@@ -207,7 +209,7 @@ void Machine::run(int number) {
     w.id = i;
     w.registers.assign(size_t(launch.rows) * LANES, 0x7fedbeef);  // NaN
     w.predicates.assign(launch.predicates, 0);
-    w.tags.assign(launch.rows, 0), w.defined.assign(launch.rows, 0), w.operand.assign(launch.rows, 0);
+    for (auto* of_rows : {&w.tags, &w.defined, &w.used, &w.operand}) of_rows->assign(launch.rows, 0);
     w.clock.at[i] = 1;
     for (int k = 0; k < launch.num_constants; k++) {
       u32 row = launch.constants[2 * k];

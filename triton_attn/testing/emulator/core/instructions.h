@@ -316,14 +316,18 @@ inline void wgmma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
   const s32 *d = operands(m, in), *a = d + in.m[0] / 2;
   const int num = in.m[0] / 2, num_a = in.m[2] ? 0 : 4;
-  auto must_be_fenced = [&](int row) {
+  // 9.7.15.7.1: between an access to a register and a product that accesses it too, and before the first product.
+  auto must_be_fenced = [&](int row, bool is_written) {
     if (w.defined[row] == w.fences)
       m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "a register was written after the last wgmma.fence");
+    else if (is_written && w.used[row] == w.fences)
+      m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "an accumulator was read after the last wgmma.fence");
   };
+  if (w.fences == 1) m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "it is the first of its warp");
   Product product{&in, w.pc, in.m[2] ? wide(w, a[0], 0) : 0, wide(w, in.m[2] ? a[1] : a[4], 0), {}, -1, false, m.time};
   product.add = in.m[7] >= 0 ? w.predicates[in.m[7]] & 1 : in.m[7] == -2;
   for (int j = 0; j < num_a; j++) {
-    must_be_fenced(a[j]);
+    must_be_fenced(a[j], false);
     product.a_values.insert(product.a_values.end(), w.row(a[j]), w.row(a[j]) + LANES);
   }
   u32 tag = w.tags[d[0]];
@@ -340,7 +344,7 @@ inline void wgmma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     product.accumulators = i;
     m.accumulators[i].values.resize(num * LANES);
     for (int j = 0; j < num; j++) {
-      must_be_fenced(d[j]);
+      must_be_fenced(d[j], true);
       std::memcpy(&m.accumulators[i].values[j * LANES], w.row(d[j]), LANES * 4);
     }
   }

@@ -180,6 +180,7 @@ struct Warp {
   std::vector<u32> predicates;
   std::vector<u32> tags;     // by row
   std::vector<u32> defined;  // by row: how many wgmma.fence came before it was written
+  std::vector<u32> used;     // by row: how many came before it was read
   std::vector<u32> operand;  // by row: 1 + the number of the product in flight that reads it
   u32 fences = 1, products = 0, products_done = 0;
   Clock clock;   // what it has seen
@@ -213,9 +214,11 @@ struct Machine {
   Region const* last_region = nullptr;
   std::set<std::pair<int, int>> reported;
 
-  // Who wrote and read each byte of global memory: stamps, a new one for each program and each release of it.
+  // Who wrote and read each byte of global memory last. Programs are stamps, a new one for each and for each release of
+  // it; a warp's clock has its number above.
   struct Owners {
-    std::unique_ptr<u32[], void (*)(void*)> writer{nullptr, free}, reader{nullptr, free};
+    using Bytes = std::unique_ptr<u32[], void (*)(void*)>;
+    Bytes writer{nullptr, free}, reader{nullptr, free}, written{nullptr, free}, read{nullptr, free};
   };
   std::vector<Owners> owners;
   std::vector<int> stamp_cta{-1};

@@ -31,14 +31,14 @@ inline u8* Machine::global(Warp& w, int pc, int lane, u64 address, u32 bytes, Ac
 }
 
 // Programs of a launch run in no order: what one writes no other may read or write, unless a release and an acquire are
-// between. Programs run one after another here, so this sees them all.
+// between. Programs run one after another here, so this sees them all. Of a program's own warps it sees each access
+// against the last one of another warp; what a barrier orders it has seen.
 inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
   constexpr u32 ATOMIC_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
   Owners& owner = owners[&r - launch.regions];
-  if (!owner.writer) {
-    owner.writer.reset((u32*)calloc(r.bytes, 4));
-    owner.reader.reset((u32*)calloc(r.bytes, 4));
-  }
+  if (!owner.writer)
+    for (auto* bytes : {&owner.writer, &owner.reader, &owner.written, &owner.read})
+      bytes->reset((u32*)calloc(r.bytes, 4));
   u32 stamp = stamp_cta.size() - 1;
   auto unordered = [&](u32 other) {
     return other == SEVERAL || (other && stamp_cta[other] != cta && !stamp_seen[other]);
@@ -49,18 +49,31 @@ inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u6
     else
       report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s program %d", what, stamp_cta[other]);
   };
+  constexpr int CLOCK_BITS = 27;
+  const u32 now = u32(w.id) << CLOCK_BITS | w.clock.at[w.id];
+  auto unordered_warp = [&](u32 stamp_there, u32 then) {
+    int other = then >> CLOCK_BITS;
+    return stamp_cta[stamp_there] == cta && other != w.id && (then & ((1u << CLOCK_BITS) - 1)) > w.clock.at[other];
+  };
   for (u32 i = 0; i < bytes; i++) {
     u32& writer = owner.writer[address - r.base + i];
     u32& reader = owner.reader[address - r.base + i];
+    u32 &written = owner.written[address - r.base + i], &read = owner.read[address - r.base + i];
     u32 by = writer & ~ATOMIC_BIT;
     bool both_atomic = access == ATOMIC && writer & ATOMIC_BIT;
     if (!both_atomic && unordered(by))
       return complain(i, by, access == LOAD ? "reads what is written by" : "writes what is written by");
     if (access != LOAD && unordered(reader)) return complain(i, reader, "writes what is read by");
+    if (access != ATOMIC && !(writer & ATOMIC_BIT) && unordered_warp(by, written))
+      return report(access == LOAD ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE, pc, w.id, lane, address + i, -1,
+                    "global memory, written by warp %d", written >> CLOCK_BITS);
+    if (access == STORE && reader != SEVERAL && unordered_warp(reader, read))
+      return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, address + i, -1, "global memory, read by warp %d",
+                    read >> CLOCK_BITS);
     if (access == LOAD)
-      reader = unordered(reader) ? SEVERAL : stamp;
+      reader = unordered(reader) ? SEVERAL : stamp, read = now;
     else
-      writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0);
+      writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0), written = now;
   }
 }
 
