@@ -116,7 +116,7 @@ def test_layer_sees_what_the_mask_shows(mask_function, sizes, padding, device):
 @pytest.mark.parametrize("padding", [NONE, [[1] * 9] * 2])
 @pytest.mark.parametrize("sizes", [PROMPT, NEXT_TOKEN, NEXT_PART])
 def test_a_mask_without_padding_packs_nothing(sizes, padding):
-    assert token_mask(**mask_arguments(CAUSAL, sizes, padding), device="cpu").packing is None
+    assert token_mask(**mask_arguments(CAUSAL, sizes, padding), device="cpu").packing() is None
 
 
 @pytest.mark.parametrize("is_causal", [True, False, None])
@@ -212,16 +212,16 @@ def image_tokens(batch_idx, head_idx, q_idx, kv_idx):
 @pytest.mark.parametrize(
     ("mask_function", "sizes", "padding", "message"),
     [
-        (masking_utils.or_masks(CAUSAL, image_tokens), PROMPT, NONE, "got or_masks"),
-        (masking_utils.and_masks(CAUSAL, image_tokens), PROMPT, NONE, "got image_tokens"),
-        (masking_utils.chunked_causal_mask_function(8, torch.zeros(BATCH)), PROMPT, NONE, "got chunked_overlay"),
+        (masking_utils.or_masks(CAUSAL, image_tokens), PROMPT, NONE, "got an index compared with int"),
+        (masking_utils.and_masks(CAUSAL, image_tokens), PROMPT, NONE, "got an index compared with int"),
+        (masking_utils.chunked_causal_mask_function(8, torch.zeros(BATCH)), PROMPT, NONE, "got chunks of 8 for 9 keys"),
         (BIDIRECTIONAL_SLIDING, STATIC_PROMPT, NONE, "a window to the right"),
         (SLIDING, PROMPT, BETWEEN, "padding between tokens"),
     ],
 )
 def test_masks_that_are_not_served(mask_function, sizes, padding, message):
     with pytest.raises(NotImplementedError, match=message):
-        token_mask(**mask_arguments(mask_function, sizes, padding), device="cpu").packing  # noqa: B018
+        token_mask(**mask_arguments(mask_function, sizes, padding), device="cpu").packing()
 
 
 @pytest.mark.parametrize(

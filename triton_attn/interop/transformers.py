@@ -11,21 +11,20 @@ on it. Arguments that are not served raise NotImplementedError; so does a model 
 
 A model asks `token_mask` for its masks once in a forward pass, and every layer hands one of them to `attention`. What
 queries see stands in that mask alone: it is never guessed from the layer.
-"""
 
-import inspect
-import math
-from functools import cached_property
-from typing import NamedTuple
+torch.compile(fullgraph=True) makes one graph of a model. Where padding and sequences lie is computed in it: of a prompt
+by an operator that reads their lengths back, once for each mask, of a decode step without.
+"""
 
 import torch
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
-from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
 
-from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn import flash_attention
 
-UNLIMITED = math.inf
+from .mask_functions import UNLIMITED, pattern_of
+from .packing import Packing, attend_packed, pack
 
 
 def register(name="triton_attn"):
@@ -66,7 +65,7 @@ def attention(
             whether none after its own. A mask knows its own window.
         s_aux: (num_heads_q,), one more logit per head in the softmax's sum.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds and longest lengths of sequences that are
-            packed into the rows of the batch.
+            packed into the rows of the batch; no padding beside them, and while the call is traced no padding mask.
         deterministic: gradients are the same to the bit from run to run.
         position_ids: (1 or batch, seqlen_q); where the mask says nothing of padding or packing, a sequence begins
             wherever its row's least position stands again.
@@ -94,7 +93,7 @@ def attention(
         if attention_mask.num_keys < k.shape[1]:
             k, v = (x[:, : attention_mask.num_keys] for x in (k, v))
     if cu_seq_lens_q is not None:
-        if attention_mask is not None and attention_mask.has_padding:
+        if attention_mask is not None and attention_mask.has_padding():
             raise ValueError("cu_seq_lens_q: expected no padding mask beside packed sequences")
         packing = Packing.from_bounds(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     elif attention_mask is not None:
@@ -108,7 +107,7 @@ def attention(
         "dropout_p": dropout,
         "deterministic": bool(deterministic),
     }
-    out = flash_attention(q, k, v, **options) if packing is None else _attend_packed(q, k, v, packing, options)
+    out = flash_attention(q, k, v, **options) if packing is None else attend_packed(q, k, v, packing, options)
     return out.contiguous(), None
 
 
@@ -133,46 +132,6 @@ def _window_without_mask(is_causal, sliding_window):
     return (side, 0 if is_causal else side)
 
 
-class Packing(NamedTuple):
-    """Where the sequences of a batch lie, without the padding: the arguments of `flash_attention_varlen`.
-
-    `rows_q` and `rows_k` index (batch, position) of the tokens; None takes all of them, one row after the other.
-    """
-
-    rows_q: tuple | None
-    rows_k: tuple | None
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-    @classmethod
-    def from_lengths(cls, rows_q, rows_k, lengths_q, lengths_k):
-        bounds_q, bounds_k = (pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) for lengths in (lengths_q, lengths_k))
-        return cls(rows_q, rows_k, bounds_q, bounds_k, int(lengths_q.max()), int(lengths_k.max()))
-
-    @classmethod
-    def from_bounds(cls, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        max_seqlen_q = cu_seqlens_q.diff().max() if max_seqlen_q is None else max_seqlen_q
-        max_seqlen_k = cu_seqlens_k.diff().max() if max_seqlen_k is None else max_seqlen_k
-        return cls(None, None, cu_seqlens_q.int(), cu_seqlens_k.int(), int(max_seqlen_q), int(max_seqlen_k))
-
-
-def _attend_packed(q, k, v, packing, options):
-    rows_q, rows_k, *bounds = packing
-    out = flash_attention_varlen(_take(q, rows_q), _take(k, rows_k), _take(v, rows_k), *bounds, **options)
-    if rows_q is None:
-        return out.unflatten(0, q.shape[:2])
-    padded = out.new_zeros(*q.shape[:3], v.shape[3])
-    padded[rows_q] = out
-    return padded
-
-
-def _take(x, rows):
-    return x.flatten(0, 1) if rows is None else x[rows]
-
-
 class TokenMask(torch.Tensor):
     """Which keys the queries see, in a word for each token: a tensor of the shape of transformers' own masks,
     (batch, 1, seqlen_q, num_slots), but without values. Whoever reads them gets NotImplementedError.
@@ -181,16 +140,21 @@ class TokenMask(torch.Tensor):
         window: (left, right) around each query's own position, -1 unlimited.
         seqlen_q, num_keys, num_slots: the queries are the last of the keys; the cache's slots after those may hold
             anything.
+        first_query: its place among the keys, an int, or a tensor of one where a static cache is traced; None where the
+            queries are not among the keys, and all count.
+        is_padded: an attention mask was given.
         tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row; None where every row is
             one sequence without padding. Layers share the mask, and so what it tells about them.
         config: of the model, for its name in errors.
     """
 
     @classmethod
-    def make(cls, sizes, device, window, tokens, num_keys, config=None):
+    def make(cls, sizes, device, window, tokens, num_keys, first_query, config=None):
         mask = torch.empty((), dtype=torch.bool, device=device).expand(sizes).as_subclass(cls)
-        mask.window, mask.tokens, mask.config = window, tokens, config
+        mask.window, mask.tokens, mask.first_query, mask.config = window, tokens, first_query, config
         mask.seqlen_q, mask.num_keys, mask.num_slots = sizes[2], num_keys, sizes[3]
+        mask.is_padded = False
+        mask.is_packed, mask.packing_of_tokens, mask.positions, mask.packing_of_positions = False, None, None, None
         return mask
 
     @classmethod
@@ -208,7 +172,9 @@ class TokenMask(torch.Tensor):
         """On another device. A dtype says nothing here."""
         device = torch.empty((), device=self.device).to(*args, **kwargs).device
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return self.make(self.shape, device, self.window, tokens, self.num_keys, self.config)
+        mask = self.make(self.shape, device, self.window, tokens, self.num_keys, self.first_query, self.config)
+        mask.is_padded = self.is_padded
+        return mask
 
     def contiguous(self, **kwargs):
         """Asked for by generate()."""
@@ -224,28 +190,53 @@ class TokenMask(torch.Tensor):
                 f"{self.seqlen_q} and {self.num_slots}"
             )
 
-    @property
     def has_padding(self):
-        return self.packing is not None and self.packing.rows_k is not None
+        if torch.compiler.is_compiling():
+            return self.is_padded  # perhaps
+        packing = self.packing()
+        return packing is not None and packing.rows_k is not None
 
-    @cached_property
     def packing(self):
         """None where every row is one sequence without padding."""
-        return None if self.tokens is None else _packing_of(self.tokens, self.window, self.seqlen_q)
+        if self.tokens is not None and not self.is_packed:
+            self.is_packed, self.packing_of_tokens = True, self._pack(self.tokens)
+        return self.packing_of_tokens
+
+    def _pack(self, tokens):
+        first, left = self.first_query, self.window[0]
+        if self.seqlen_q == 1 and left >= 0 and torch.compiler.is_compiling():
+            # Of a single query the window can be cut out, and so padding may stand in it.
+            tokens = tokens * (torch.arange(self.num_keys, device=tokens.device) >= first - left)
+        return pack(tokens, self._queries(tokens), self.seqlen_q, self.window)
+
+    def _queries(self, tokens):
+        first = self.first_query
+        if first is None:
+            return None
+        if isinstance(first, torch.Tensor):
+            return tokens.index_select(1, first + torch.arange(self.seqlen_q, device=tokens.device))
+        return tokens[:, first : first + self.seqlen_q]
 
     def packing_with(self, position_ids):
         """The packing where the model did not tell `token_mask` its positions, but tells its layers."""
-        is_whole = 1 < self.seqlen_q == self.num_keys
+        traced = torch.compiler.is_compiling()
+        is_whole = self.seqlen_q > 1 and (self.seqlen_q == self.num_keys or isinstance(self.first_query, torch.Tensor))
         tells = position_ids is not None and is_whole and position_ids.shape[1:] == (self.seqlen_q,)
-        if self.packing is not None or not tells:
-            return self.packing
+        if not tells or (not traced and self.packing() is not None):
+            return self.packing()
         if self.positions is not position_ids:
             starts = position_ids == position_ids.amin(1, keepdim=True)
-            tokens = starts.cumsum(1).expand(self.shape[0], -1)
-            self.positions, self.packing_of_positions = position_ids, _packing_of(tokens, self.window, self.seqlen_q)
+            queries = starts.cumsum(1).expand(self.shape[0], -1)
+            tokens = pad(queries, (0, self.num_keys - self.seqlen_q))
+            if traced and self.tokens is not None:
+                first = 0 if self.first_query is None else self.first_query
+                says_nothing = (self.tokens[:, : self.seqlen_q] == 1).all() & (first == 0)
+                given = self._queries(self.tokens)
+                queries = torch.where(says_nothing, queries, torch.ones_like(queries) if given is None else given)
+                tokens = torch.where(says_nothing, tokens, self.tokens)
+            self.positions = position_ids
+            self.packing_of_positions = pack(tokens, queries, self.seqlen_q, self.window)
         return self.packing_of_positions
-
-    positions = None
 
 
 READS_NO_VALUES = {
@@ -258,40 +249,6 @@ READS_NO_VALUES = {
 def _model_of(config):
     """The class of the model, as far as its configuration tells it."""
     return MODEL_MAPPING.get(type(config), type(config)).__name__
-
-
-def _packing_of(tokens, window, seqlen_q):
-    """The packing of tokens (batch, num_keys) as `TokenMask` has them; None for whole rows."""
-    batch, num_keys = tokens.shape
-    if tokens.numel() == 0:
-        return None
-    real = tokens > 0
-    all_real = bool(real.all())
-    num_sequences = max(1, int(tokens.max()))
-    if all_real and num_sequences == 1:
-        return None
-    if window[0] >= 0 and _has_holes(real):
-        raise NotImplementedError("attention_mask: padding between tokens is not served under a sliding window")
-
-    sequence = tokens - 1 + num_sequences * torch.arange(batch, device=tokens.device)[:, None]
-
-    def lengths(part):
-        return torch.bincount(sequence[:, part][real[:, part]], minlength=batch * num_sequences)
-
-    rows_k, lengths_k = None if all_real else real.nonzero(as_tuple=True), lengths(slice(None))
-    if window == (-1, -1) and num_sequences == 1:
-        # It may be the mask of cross-attention, which says nothing of the queries: they all count.
-        rows_q, lengths_q = None, torch.full_like(lengths_k, seqlen_q)
-    else:
-        queries = slice(num_keys - seqlen_q, None)
-        rows_q, lengths_q = None if all_real else real[:, queries].nonzero(as_tuple=True), lengths(queries)
-    return Packing.from_lengths(rows_q, rows_k, lengths_q, lengths_k)
-
-
-def _has_holes(real):
-    """Whether a row has padding between its tokens: without it, they would come closer together."""
-    runs = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0]
-    return bool((runs > 1).any())
 
 
 def token_mask(
@@ -309,23 +266,27 @@ def token_mask(
     """The mask of all layers of a kind, as transformers asks for it: a `TokenMask`, always.
 
     Args:
-        q_length, q_offset: number of queries, position of the first.
+        q_length, q_offset: number of queries, position of the first, an int or a tensor of one.
         kv_length, kv_offset: number of the cache's slots that the layers get, position of the first.
         mask_function: what a query sees, a function of transformers.masking_utils.
         attention_mask: (batch, seqlen) bool, False for padding; None is no padding.
         config: of the model, which errors name.
 
     Raises:
-        NotImplementedError: the mask function is another than causal, sliding window, bidirectional, packed, or chunked
-            with all keys in one chunk.
+        NotImplementedError: the mask function shows other keys than all in a window around the query, of the query's
+            sequence.
     """
     try:
-        pattern = _pattern(mask_function, kv_offset + kv_length)
+        pattern = pattern_of(mask_function, kv_offset + kv_length)
     except NotImplementedError as error:
         raise NotImplementedError(f"{error}, for {_model_of(config)}; {INSTEAD}") from None
-    num_keys = int(q_offset) + q_length - kv_offset  # up to the last query's
-    if pattern.right > 0 and num_keys != kv_length:
-        if pattern.left < UNLIMITED or pattern.right < UNLIMITED:
+    is_unlimited = pattern.left == pattern.right == UNLIMITED
+    if isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)
+    first_query = q_offset - kv_offset
+    num_keys = kv_length if isinstance(first_query, torch.Tensor) else first_query + q_length  # up to the last query's
+    if pattern.right > 0 and (isinstance(first_query, torch.Tensor) or num_keys != kv_length):
+        if not is_unlimited:
             raise NotImplementedError(
                 "mask_function: a window to the right is served where the last query has the last key"
             )
@@ -337,48 +298,19 @@ def token_mask(
         tokens = pad(tokens, (0, num_keys - tokens.shape[1]))
     if pattern.sequence_ids is not None:
         sequences = pattern.sequence_ids.to(torch.int64) + 1
+        if sequences.shape != (batch_size, num_keys):
+            raise NotImplementedError(
+                f"mask_function: expected the sequence of each token ({batch_size}, {num_keys}), got "
+                f"{tuple(sequences.shape)}"
+            )
         tokens = sequences if tokens is None else sequences * tokens
+    if isinstance(first_query, torch.Tensor) and pattern.right == 0:
+        is_written = torch.arange(num_keys, device=device) < first_query + q_length
+        tokens = is_written.expand(batch_size, -1).long() if tokens is None else is_written * tokens
+    if is_unlimited and pattern.sequence_ids is None:
+        first_query = None
     window = tuple(-1 if side == UNLIMITED else side for side in (pattern.left, pattern.right))
-    return TokenMask.make((batch_size, 1, q_length, kv_length), device, window, tokens, num_keys, config)
-
-
-class Pattern(NamedTuple):
-    """Keys that a query sees to the left and right of its own position; if packed, the sequence of each token."""
-
-    left: float = UNLIMITED
-    right: float = UNLIMITED
-    sequence_ids: torch.Tensor | None = None
-
-
-def _pattern(mask_function, end):
-    """The pattern of a mask function over positions below `end`.
-
-    Mask functions are opaque to their callers, but those of transformers are known by name and by what they enclose.
-    """
-    known = inspect.isfunction(mask_function) and mask_function.__module__ == masking_utils.__name__
-    name = mask_function.__qualname__.split(".")[0] if known else None
-    enclosed = inspect.getclosurevars(mask_function).nonlocals if known else {}
-    match name:
-        case "causal_mask_function":
-            return Pattern(right=0)
-        case "bidirectional_mask_function":
-            return Pattern()
-        case "sliding_window_overlay":
-            return Pattern(left=enclosed["sliding_window"] - 1)
-        case "sliding_window_bidirectional_overlay":
-            return Pattern(enclosed["sliding_window"], enclosed["sliding_window"])
-        case "chunked_overlay" if end <= enclosed["chunk_size"]:
-            return Pattern()
-        case "packed_sequence_mask_function":
-            return Pattern(sequence_ids=enclosed["packed_sequence_mask"])
-        case "remap_positions_for_packed_sequence":
-            # Positions grow by one from token to token of a sequence, so that distances are the same.
-            return _pattern(enclosed["mask_function"], end)
-        case "and_masks":
-            parts = [_pattern(part, end) for part in enclosed["mask_functions"]]
-            sequence_ids = next((part.sequence_ids for part in parts if part.sequence_ids is not None), None)
-            return Pattern(min(part.left for part in parts), min(part.right for part in parts), sequence_ids)
-    raise NotImplementedError(
-        "mask_function: triton_attn serves causal, sliding window, bidirectional and packed masks, and chunks of which "
-        f"one holds all keys, got {getattr(mask_function, '__qualname__', mask_function)}"
-    )
+    sizes = (batch_size, 1, q_length, kv_length)
+    mask = TokenMask.make(sizes, device, window, tokens, num_keys, first_query, config)
+    mask.is_padded = attention_mask is not None
+    return mask

@@ -1,0 +1,134 @@
+"""Rows of a batch, of which some tokens are padding, as sequences one after the other for `flash_attention_varlen`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from triton_attn import flash_attention_varlen
+
+
+class Packing(NamedTuple):
+    """Where the sequences of a batch lie, without the padding: the arguments of `flash_attention_varlen`.
+
+    `rows_q` and `rows_k` index (batch, position) of the tokens, after which those of padding may stand; None takes all
+    of them, one row after the other.
+    """
+
+    rows_q: tuple | None
+    rows_k: tuple | None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int | Tensor
+    max_seqlen_k: int | Tensor
+
+    @classmethod
+    def from_bounds(cls, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        max_seqlen_q = cu_seqlens_q.diff().max() if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = cu_seqlens_k.diff().max() if max_seqlen_k is None else max_seqlen_k
+        return cls(None, None, cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k)
+
+
+def attend_packed(q, k, v, packing, options):
+    rows_q, rows_k, *bounds = packing
+    out = flash_attention_varlen(_take(q, rows_q), _take(k, rows_k), _take(v, rows_k), *bounds, **options)
+    if rows_q is None:
+        return out.unflatten(0, q.shape[:2])
+    padded = out.new_zeros(*q.shape[:3], v.shape[3])
+    padded[rows_q] = out
+    return padded
+
+
+def _take(x, rows):
+    return x.flatten(0, 1) if rows is None else x[rows]
+
+
+def pack(tokens, queries, seqlen_q, window):
+    """The packing of a batch; None for whole rows.
+
+    Args:
+        tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row.
+        queries: (batch, seqlen_q), those of the tokens that are queries; None: they are others, and all count.
+    """
+    if torch.compiler.is_compiling():
+        return _pack_traced(tokens, queries, seqlen_q, window)
+    if tokens.numel() == 0:
+        return None
+    batch, real = tokens.shape[0], tokens > 0
+    all_real = bool(real.all())
+    num_sequences = max(1, int(tokens.max()))
+    if all_real and num_sequences == 1:
+        return None
+    if window[0] >= 0 and _has_holes(real):
+        raise NotImplementedError("attention_mask: padding between tokens is not served under a sliding window")
+    if num_sequences > 1 and bool((real & (tokens < tokens.cummax(1).values)).any()):
+        raise NotImplementedError("mask_function: sequences that do not stand one after the other are not served")
+
+    first_sequence = num_sequences * torch.arange(batch, device=tokens.device)[:, None] - 1
+
+    def lengths(part):
+        return torch.bincount((part + first_sequence)[part > 0], minlength=batch * num_sequences)
+
+    def rows(part):
+        return None if all_real else (part > 0).nonzero(as_tuple=True)
+
+    lengths_k = lengths(tokens)
+    if queries is None:
+        rows_q, lengths_q = None, torch.full_like(lengths_k, seqlen_q)
+    else:
+        rows_q, lengths_q = rows(queries), lengths(queries)
+    longest = int(lengths_q.max()), int(lengths_k.max())
+    return Packing(rows_q, rows(tokens), _bounds(lengths_q), _bounds(lengths_k), *longest)
+
+
+def _has_holes(real):
+    """Whether a row has padding between its tokens: without it, they would come closer together."""
+    runs = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0]
+    return bool((runs > 1).any())
+
+
+def _bounds(lengths):
+    return pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+# A graph knows no values: what they say is computed in it, or by an operator where it decides a shape or an error.
+
+
+def _pack_traced(tokens, queries, seqlen_q, window):
+    rows_q = None if queries is None else _real_first(queries)
+    if seqlen_q == 1:  # a decode step, which CUDA graphs can hold: one sequence a row, nothing read back
+        lengths_k = (tokens > 0).sum(1)
+        lengths_q = torch.ones_like(lengths_k) if queries is None else (queries > 0).sum(1)
+        bounds = _bounds(lengths_q), _bounds(lengths_k), 1, tokens.shape[1]
+    else:
+        bounds = _pack_bounds(tokens, queries, seqlen_q, *window)
+    return Packing(rows_q, _real_first(tokens), *bounds)
+
+
+def _real_first(tokens):
+    """(batch, position) of all tokens, those of padding behind the others."""
+    order = (tokens == 0).flatten().to(torch.int8).argsort(stable=True)
+    return order // tokens.shape[1], order % tokens.shape[1]
+
+
+@torch.library.custom_op("triton_attn::pack_bounds", mutates_args=())
+def _pack_bounds(
+    tokens: Tensor, queries: Tensor | None, seqlen_q: int, window_left: int, window_right: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last four of `pack`'s; the longest lengths in the host's memory, where every layer reads them."""
+    packing = pack(tokens, queries, seqlen_q, (window_left, window_right))
+    if packing is None:
+        each = torch.ones(tokens.shape[0], dtype=torch.int32, device=tokens.device)
+        bounds = _bounds(each * seqlen_q), _bounds(each * tokens.shape[1])
+        return *bounds, torch.tensor(seqlen_q), torch.tensor(tokens.shape[1])
+    *_, bounds_q, bounds_k, longest_q, longest_k = packing
+    return bounds_q, bounds_k, torch.tensor(longest_q), torch.tensor(longest_k)
+
+
+@_pack_bounds.register_fake
+def _(tokens, *rest):
+    num_bounds = torch.library.get_ctx().new_dynamic_size(min=1)
+    bounds = [tokens.new_empty(num_bounds, dtype=torch.int32) for _ in range(2)]
+    return *bounds, *[torch.empty((), dtype=torch.int64, device="cpu") for _ in range(2)]
