@@ -11,18 +11,17 @@ import contextlib
 import ctypes
 import os
 import re
-import struct
 import sys
 import traceback
 from unittest import mock
 
 import torch
 import triton
+from parameters import SIZES, arguments_of, compare, listed_in
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_attn as ta
 from triton_attn._host import device as host_device
@@ -30,8 +29,6 @@ from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.backward import launch_flash_bwd
 
 BF16 = torch.bfloat16
-SIZES = {"u64": 8, "b64": 8, "s64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u8": 1, "b8": 1}  # of PTX types
-FORMATS = {"i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f", "u1": "?", "i1": "?"}  # of Triton's
 ON_SECOND_GPU = os.environ.get("STUB_DEVICE") == "1"
 current_device = 0
 
@@ -48,7 +45,7 @@ def use_stub(arch):
 
 
 def check_parameters():
-    """Let every launch fail whose parameters are not the arguments, in the order and sizes of its PTX."""
+    """Let every launch fail whose parameters are not the arguments, in the order, types and sizes of its PTX."""
     stub = ctypes.CDLL("libcuda.so.1")
     init_handles, run = CompiledKernel._init_handles, JITFunction.run
 
@@ -56,53 +53,18 @@ def check_parameters():
         is_new = kernel.module is None
         init_handles(kernel)
         if is_new:
-            sizes = parameter_sizes(kernel)
+            sizes = [SIZES[kind] for kind in listed_in(kernel.asm["ptx"])]
             stub.stub_expect(ctypes.c_void_p(kernel.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
     def run_and_compare(function, *args, **kwargs):
         kernel = run(function, *args, **kwargs)
-        expected = list(parameters_of(function, kernel, args, kwargs))
-        sizes = parameter_sizes(kernel)
-        handed = (ctypes.c_ubyte * sum(sizes)).in_dll(stub, "stub_parameters")
-        handed = struct.unpack("".join(f"{size}s" for size in sizes), bytes(handed))
-        if sizes[: len(expected)] != [len(value) for value in expected]:
-            raise AssertionError(f"{kernel.name}: PTX has {sizes}, the arguments {[len(value) for value in expected]}")
-        if len(sizes) > len(expected) + 2:
-            raise AssertionError(f"{kernel.name}: PTX has {len(sizes)} parameters, the arguments are {len(expected)}")
-        for i, (value, wanted) in enumerate(zip(handed, expected)):
-            if value != wanted and len(wanted) != 128:  # what a tensor map holds is the driver's own
-                raise AssertionError(f"{kernel.name}, parameter {i}: expected {wanted.hex()}, got {value.hex()}")
+        values = dict(zip(function.arg_names, args)) | kwargs
+        listed = listed_in(kernel.asm["ptx"])
+        handed = (ctypes.c_ubyte * sum(SIZES[kind] for kind in listed)).in_dll(stub, "stub_parameters")
+        compare(kernel.name, listed, list(arguments_of(kernel.src.signature, values)), bytes(handed))
         return kernel
 
     CompiledKernel._init_handles, JITFunction.run = tell_sizes, run_and_compare
-
-
-def parameter_sizes(kernel):
-    """Bytes of each parameter in the PTX."""
-    entry = re.search(r"\.entry \w+\((.*?)\)", kernel.asm["ptx"], re.DOTALL)[1]
-    found = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)[^\[,]*(?:\[(\d+)\])?", entry)
-    return [SIZES[kind] * int(count or 1) for kind, count in found]
-
-
-def parameters_of(function, kernel, args, kwargs):
-    """The bytes of each parameter, from the arguments of the call."""
-    values = dict(zip(function.arg_names, args)) | kwargs
-    for name, kind in kernel.src.signature.items():
-        yield from _bytes_of(kind, values[name])
-
-
-def _bytes_of(kind, value):
-    if isinstance(kind, tuple):
-        for of_item, item in zip(kind, value, strict=True):
-            yield from _bytes_of(of_item, item)
-    elif kind.startswith("tensordesc") or isinstance(value, TensorDescriptor) or hasattr(value, "block_shape"):
-        yield bytes(128)
-        yield from (struct.pack("i", size) for size in value.shape)
-        yield from (struct.pack("q", stride) for stride in value.strides)
-    elif kind.startswith("*"):
-        yield struct.pack("Q", value.data_ptr())
-    elif kind != "constexpr":
-        yield struct.pack(FORMATS[kind], value)
 
 
 class OnSecondGpu(torch.Tensor):
@@ -182,10 +144,15 @@ def many_heads():
     ta.flash_attention(q, q, q).sum().backward()
 
 
-def paged(seqlen_q, cache_dtype=BF16, **options):
-    q = torch.randn(2, seqlen_q, 8, 128, dtype=BF16)
-    cache = torch.zeros(64, 16, 2, 128, dtype=torch.float32).to(cache_dtype)
+def paged(seqlen_q, cache_dtype=BF16, head_dim=128, contiguous=False, packed=False, **options):
+    q = torch.randn(2, seqlen_q, 8, head_dim, dtype=BF16)
+    cache = torch.zeros(64, 16, 2, head_dim, dtype=torch.float32).to(cache_dtype)
     table = torch.arange(64, dtype=torch.int32).view(2, 32)
+    if contiguous:
+        cache, table = cache.view(2, 512, 2, head_dim), None
+    if packed:
+        q = q.flatten(0, 1)
+        options |= {"cu_seqlens_q": int32(0, 1, len(q)), "max_seqlen_q": len(q) - 1}
     ta.paged_attention(q, cache, cache, int32(300, 5), table, **options)
 
 
@@ -199,7 +166,9 @@ def append(cache_dtype, **options):
 
 def append_latent(dtype, width):
     latents, rope = torch.randn(5, 512, dtype=BF16), torch.randn(5, 64, dtype=BF16)
-    ta.append_latent_cache(latents, rope, torch.zeros(2, 64, width, dtype=dtype), torch.arange(5))
+    cache = torch.zeros(2, 64, width, dtype=dtype)
+    ta.append_latent_cache(latents, rope, cache, torch.arange(5))
+    ta.copy_kv_pages((cache,), int32(0), int32(1))
 
 
 def merge():
@@ -225,6 +194,18 @@ def mla_prefill(mode, grads=False):
         out.sum().backward()
 
 
+def mla_prefill_packed():
+    """In every schedule, with gradients where there are some; narrow, since all is compiled for this call alone."""
+    shapes = (70, 2, 32), (70, 2, 16), (90, 64), (90, 16), (2, 32, 64), (2, 32, 64)
+    inputs = [torch.randn(shape, dtype=BF16) for shape in shapes]
+    lengths = {"cu_seqlens_q": int32(0, 30, 70), "cu_seqlens_k": int32(0, 50, 90)}
+    lengths |= {"max_seqlen_q": 40, "max_seqlen_k": 50}
+    ta.mla_prefill(*inputs, **lengths, mode="absorbed")
+    inputs = [x.requires_grad_() for x in inputs]
+    ta.mla_prefill(*inputs, **lengths, mode="materialized")
+    ta.mla_prefill(*inputs, **lengths, mode="fused").sum().backward()
+
+
 CALLS = {
     "flash 64": lambda: flash(64, causal=True),
     "flash 96, two pieces": lambda: flash(96, causal=True),
@@ -238,6 +219,9 @@ CALLS = {
         sinks=torch.ones(4),
         dropout_p=0.1,
     ),
+    "flash 64, slopes per sequence": lambda: flash(
+        64, packed=True, grads=False, causal=True, alibi_slopes=torch.ones(2, 4)
+    ),
     "flash 64, backward alone": backward_alone,
     "flash 128, no keys": lambda: flash(128, seqlen_k=0, causal=True),
     "flash 32, fp32": lambda: flash(32, torch.float32, causal=True),
@@ -246,14 +230,22 @@ CALLS = {
     "paged decode, four splits": lambda: paged(1, num_splits=4, return_lse=True),
     "paged chunk, fp8": lambda: paged(40, torch.float8_e4m3fn, k_scale=torch.ones(1), v_scale=torch.ones(1)),
     "paged, shared prefix": lambda: paged(1, shared_prefix_len=16),
+    "paged, contiguous": lambda: paged(1, head_dim=64, contiguous=True),
+    "paged, packed": lambda: paged(20, head_dim=64, packed=True, alibi_slopes=torch.ones(2, 8)),
+    "paged, packed, shared prefix": lambda: paged(20, head_dim=64, packed=True, shared_prefix_len=16),
     "append": lambda: append(BF16),
     "append, fp8": lambda: append(torch.float8_e4m3fn, k_scale=0.5, v_scale=0.5),
+    "append, fp8, scales of heads": lambda: append(torch.float8_e4m3fn, k_scale=torch.ones(2), v_scale=torch.ones(1)),
     "append latent": lambda: append_latent(BF16, 576),
     "append latent, fp8": lambda: append_latent(torch.uint8, 656),
     "merge": merge,
     "mla decode, 16 heads": lambda: mla_decode(16),
     "mla decode, 128 heads, splits": lambda: mla_decode(128, num_splits=2, return_lse=True),
     "mla decode, fp8, weights": lambda: mla_decode(16, torch.uint8, weights=True),
+    "mla decode, rope": lambda: mla_decode(
+        16, weights=True, rope_cos=torch.ones(400, 32), rope_sin=torch.ones(400, 32)
+    ),
+    "mla prefill, packed": mla_prefill_packed,
     "mla prefill, fused": lambda: mla_prefill("fused"),
     "mla prefill, materialized": lambda: mla_prefill("materialized", grads=True),
     "mla prefill, absorbed": lambda: mla_prefill("absorbed"),

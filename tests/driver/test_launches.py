@@ -56,7 +56,7 @@ def test_every_public_function_launches(stub, arch, pattern, record_property):
 
 @pytest.mark.oldest
 @pytest.mark.parametrize(
-    ("word", "kernel"), [("packed", "_flash_fwd_hopper_kernel"), ("128 heads", "_mla_decode_hopper_kernel")]
+    ("word", "kernel"), [("64, packed", "_flash_fwd_hopper_kernel"), ("128 heads", "_mla_decode_hopper_kernel")]
 )
 def test_the_kernels_of_hopper_launch(word, kernel, stub):
     (of_call,) = run(stub, "sm_90", word, TRITON_ATTN_KERNELS="hopper").values()
@@ -85,7 +85,7 @@ def test_a_warmup_leaves_nothing_to_a_c_compiler(stub, tmp_path):
 
 def test_every_launch_goes_to_the_device_of_its_tensors(stub):
     """Two devices: the first is current, and the tensors are on the second."""
-    calls = "packed|backward alone|paged decode, four|append|merge|mla decode, fp8|mla prefill, mat"
+    calls = "64, packed|backward alone|paged decode, four|append|merge|mla decode, fp8|mla prefill, mat"
     launches = run(stub, "sm_90", calls, TRITON_ATTN_KERNELS="portable", STUB_DEVICE="1")
-    assert len(launches) == 10
+    assert len(launches) == 11
     assert all(launches.values()), launches
