@@ -205,6 +205,12 @@ def test_bounds_of_packed_sequences(max_length, device):
         torch.testing.assert_close(out[row, rows], alone[0])
 
 
+def of_a_sequence(ids):
+    """A causal mask within tokens of one number."""
+    ids = torch.tensor(ids).expand(BATCH, -1)
+    return masking_utils.and_masks(CAUSAL, masking_utils.packed_sequence_mask_function(ids))
+
+
 def image_tokens(batch_idx, head_idx, q_idx, kv_idx):
     return q_idx < 3
 
@@ -216,6 +222,8 @@ def image_tokens(batch_idx, head_idx, q_idx, kv_idx):
         (masking_utils.and_masks(CAUSAL, image_tokens), PROMPT, NONE, "got an index compared with int"),
         (masking_utils.chunked_causal_mask_function(8, torch.zeros(BATCH)), PROMPT, NONE, "got chunks of 8 for 9 keys"),
         (BIDIRECTIONAL_SLIDING, STATIC_PROMPT, NONE, "a window to the right"),
+        (of_a_sequence([0, 0, 1, 1, 0, 0, 2, 2, 2]), PROMPT, NONE, "one after the other"),
+        (of_a_sequence([0, 0, 1, 1]), PROMPT, NONE, r"each token \(2, 9\), got \(2, 4\)"),
         (SLIDING, PROMPT, BETWEEN, "padding between tokens"),
     ],
 )
