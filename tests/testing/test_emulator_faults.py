@@ -141,6 +141,13 @@ def test_what_was_computed():
     assert x.tolist() == [i ^ 32 for i in range(64)]
 
 
+def test_a_conversion_takes_the_low_half_of_a_wider_register():
+    x = torch.zeros(64, dtype=torch.int64)
+    body = f"mov.b64 %a0, {5 - 2**32};\ncvt.s64.s32 %a1, %a0;\nst.global.b64 [%x], %a1;"
+    assert not faults(body, tensors={"x": x}, threads=32)
+    assert x[0] == 5
+
+
 def test_the_limit_stops_an_endless_loop():
     (fault,) = faults("again: bra again;", limit=1000)
     assert fault.kind == "too many instructions"
