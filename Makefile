@@ -6,7 +6,7 @@ PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
 PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical --dist worksteal
 
-.PHONY: perf gpu test test-full test-oldest test-mutants lint clean
+.PHONY: perf gpu test test-full test-oldest test-emulated test-mutants test-mutations lint clean
 
 perf: .venv/installed
 	.venv/bin/python -m perf
@@ -26,6 +26,18 @@ test-full: test
 test-oldest: .venv-oldest/installed
 	TRITON_INTERPRET=1 $(PYTEST) -m oldest tests
 	$(PYTEST) -m oldest tests
+
+# As compiled, on CPU tensors: other files than those with the marker need not be collected.
+EMULATED = $(shell grep -rl --include='test_*.py' pytest.mark.emulated tests)
+
+test-emulated: .venv/installed .venv-oldest/installed
+	for environment in .venv .venv-oldest; do for arch in sm_80 sm_90; do \
+	OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal -m emulated --emulate $$arch $(EMULATED) \
+	|| exit; done; done
+
+# Removes a barrier, a wait or a fence at a time.
+test-mutations: .venv/installed
+	$(PYTEST) tests/testing/test_emulator_mutations.py
 
 # Plants a fault at a time; it takes an hour or two. NAMES="F01 PAGED" are some of them.
 test-mutants: .venv/installed

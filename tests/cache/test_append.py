@@ -10,6 +10,7 @@ import triton_attn
 from triton_attn import append_kv_cache
 
 
+@pytest.mark.emulated
 @pytest.mark.oldest
 @pytest.mark.parametrize("cache_dtype", FLOAT8, ids=str)
 def test_fp8_of_every_exponent_and_every_tie(cache_dtype):

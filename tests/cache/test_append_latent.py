@@ -31,6 +31,7 @@ def test_the_rows_of_deepseek():
     assert latent_row(512, 64) == (512, 528, 656)
 
 
+@pytest.mark.emulated
 @pytest.mark.oldest
 @pytest.mark.parametrize("append", BACKENDS, ids=["kernel", "reference"])
 def test_fp8_of_what_has_no_scale(append):

@@ -44,6 +44,7 @@ def test_strides_may_be_any():
         assert all(map(torch.equal, merge_attention(*strided), expected))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("no_key", [-math.inf, math.inf], ids=["ours", "that of flash-attn"])
 def test_the_identity_changes_nothing(no_key):
     outs, lses = parts_of(0, 1, 2, 5, 4, 24, torch.float16, 0.0, 1.0)

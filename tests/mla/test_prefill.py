@@ -50,6 +50,7 @@ def test_a_head_whose_keys_exceed_the_workspace_is_taken_in_parts(packed):
     assert case.max_workspace_bytes < 600 * (32 + 24) * 2
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("mode", MODES)
 def test_a_query_without_keys(mode):
     inputs = Inputs(Case(mode, seqlens_q=(5,), seqlens_k=(3,)))

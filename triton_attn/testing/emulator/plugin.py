@@ -28,7 +28,6 @@ class Emulation:
     def __init__(self, config):
         self.arch = config.getoption("--emulate")
         self.schedule, self.seed = config.getoption("--emulate-schedule"), config.getoption("--emulate-seed")
-        self.launches = self.instructions = 0
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -38,10 +37,13 @@ class Emulation:
             try:
                 return (yield)
             finally:
-                self.launches += len(log)
-                self.instructions += sum(launch.instructions for launch in log)
+                # A worker's reports are all that the process with the summary gets.
+                item.user_properties.append(("emulated", [len(log), sum(launch.instructions for launch in log)]))
 
     def pytest_terminal_summary(self, terminalreporter):
+        reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+        counts = [value for report in reports for name, value in report.user_properties if name == "emulated"]
+        launches, instructions = (sum(count[i] for count in counts) for i in range(2))
         terminalreporter.write_line(
-            f"emulated {self.arch}, {self.schedule}: {self.launches} launches, {self.instructions} warp instructions"
+            f"emulated {self.arch}, {self.schedule}: {launches} launches, {instructions} warp instructions"
         )
