@@ -3,7 +3,8 @@
 Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 everything runs but the tests marked
 `compiled`; without it those alone run, and the others too where there is a GPU for their kernels. With --emulate sm_90
 the others run on compiled code without a GPU.
-TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 50 times as many examples.
+TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 500 examples a test in place of 4; with
+--hypothesis-profile=more, as in CI, it is 10.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ torch.set_num_threads(1)
 with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it runs where only pytest is
     from hypothesis import settings
 
-    settings.register_profile("fast", max_examples=10, derandomize=True, deadline=None)
+    settings.register_profile("fast", max_examples=4, derandomize=True, deadline=None)
+    settings.register_profile("more", max_examples=10, derandomize=True, deadline=None)
     settings.register_profile("full", max_examples=500, deadline=None)
     settings.load_profile("full" if FULL else "fast")
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_cases import DEVICE, DTYPES, HEAD_DIMS, INTERPRETED, far_apart, lying_far_apart, using
+from attention_cases import DEVICE, HEAD_DIMS, INTERPRETED, far_apart, lying_far_apart, using
 from backward_cases import PLAIN, TILE, BackwardInputs, alike, check, gradients
 from triton.runtime import interpreter
 
@@ -31,7 +31,7 @@ def test_every_head_dim(head_dim, deterministic):
 @pytest.mark.oldest
 @both_schedules
 @pytest.mark.parametrize("use_tma", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bit_of_everything(dtype, use_tma, deterministic):
     check(
         replace(
