@@ -56,6 +56,7 @@ def test_sizes_at_the_edge(seqlens_k, with_uv, num_splits):
     check(Case(seqlens_k=seqlens_k, with_uv=with_uv, num_splits=num_splits))
 
 
+@pytest.mark.emulated
 def test_a_query_without_keys():
     inputs = Inputs(Case(seqlen_q=3, seqlens_k=(1, 0)))
     out, lse = inputs.call()
