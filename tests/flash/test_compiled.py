@@ -75,8 +75,8 @@ def describe(launch, report, variant):
 
 
 # Bytes spilled outside the loop, the most of Triton 3.6.0 and 3.9.0. On sm_80 what spills nothing in any variant has a
-# fifth less `lock`.
-KNOWN_SPILLS = {("sm_80", 192, "lse"): 32, ("sm_120", 192, "causal"): 8}
+# fifth less `lock`. On sm_90 3.6.0 alone spills, where spare rows are cleared.
+KNOWN_SPILLS = {("sm_80", 192, "lse"): 32, ("sm_120", 192, "causal"): 8, ("sm_90", 256, "varlen"): 4}
 
 
 def check_resources(launch, report, dtype, variant):
