@@ -248,6 +248,14 @@ def test_arguments_that_are_not_served(argument):
         attention(SimpleNamespace(is_causal=True), *layer_inputs(PROMPT), **arguments)
 
 
+@pytest.mark.parametrize("sizes", [PROMPT, NEXT_TOKEN, STATIC_PROMPT], ids=["prompt", "token", "static"])
+def test_a_window_of_0_shows_nothing(sizes):
+    """Models that use none may still make its mask, as Qwen2-MoE does."""
+    mask = token_mask(**mask_arguments(masking_utils.sliding_window_causal_mask_function(0), sizes, None), device="cpu")
+    out, _ = attention(SimpleNamespace(is_causal=True), *layer_inputs(sizes), mask)
+    assert (out == 0).all()
+
+
 def test_padding_beside_packed_sequences_is_an_error():
     mask = token_mask(**mask_arguments(CAUSAL, PROMPT, LEFT), device="cpu")
     bounds = torch.tensor([0, 9, 18])

@@ -182,7 +182,7 @@ def reference(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        *["llama", "gpt_oss", "gemma2", "phimoe", "cohere2", "gpt2", "opt", "deepseek_v2"],
+        *["llama", "gpt_oss", "gemma2", "phimoe", "cohere2", "qwen2_moe", "gpt2", "opt", "deepseek_v2"],
         *["bart", "pegasus_x", "nllb-moe", "m2m_100", "t5gemma", "mllama"],  # decoders, cross-attention
         *["bert", "modernbert", "splinter", "clap_text_model", "align_text_model"],  # encoders
     ],

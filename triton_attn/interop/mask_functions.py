@@ -16,11 +16,12 @@ UNLIMITED = math.inf
 
 class Pattern(NamedTuple):
     """Keys that a query sees to the left and right of its own position; if packed, a number for each token, which tells
-    the sequences of a row apart."""
+    the sequences of a row apart. Or that it sees none."""
 
     left: float = UNLIMITED
     right: float = UNLIMITED
     sequence_ids: torch.Tensor | None = None
+    shows_nothing: bool = False
 
 
 def pattern_of(mask_function, end):
@@ -36,6 +37,8 @@ def pattern_of(mask_function, end):
         raise _refusal(error) from None
     if not isinstance(shown, _Shown):
         raise _refusal(f"a result of type {type(shown).__name__}")
+    if shown.nearest > shown.farthest:  # a window of 0: Qwen2-MoE makes the mask, and no layer takes it
+        return Pattern(right=0, shows_nothing=True)
     if not shown.nearest <= 0 <= shown.farthest:
         raise _refusal("a window without the query's own position")
     if shown.positions is not None and shown.sequence_ids is None:

@@ -296,6 +296,8 @@ def token_mask(
     if attention_mask is not None:
         tokens = attention_mask[:, kv_offset : kv_offset + num_keys].to(torch.int64)
         tokens = pad(tokens, (0, num_keys - tokens.shape[1]))
+    if pattern.shows_nothing:
+        tokens = torch.zeros(batch_size, num_keys, dtype=torch.int64, device=device)
     if pattern.sequence_ids is not None:
         sequences = pattern.sequence_ids.to(torch.int64) + 1
         if sequences.shape != (batch_size, num_keys):
