@@ -655,9 +655,9 @@ FAULTS = (
     ),
     Fault(
         "I05",
-        "triton_attn/interop/transformers.py",
-        'Pattern(left=enclosed["sliding_window"] - 1)',
-        'Pattern(left=enclosed["sliding_window"])',
+        "triton_attn/interop/mask_functions.py",
+        "return -self <= -number - 1",
+        "return -self <= -number",
         "TRANSFORMERS",
     ),
     Fault("I07", "triton_attn/interop/flash_attn.py", ".clamp(max=rotary_cos.shape[0] - 1)", "", "FLASH_ATTN"),
@@ -747,8 +747,8 @@ FAULTS = (
     Fault(
         "W08",
         "perf/gpu.py",
-        'return None if result is None or any(map(stage.has_failed, result["rows"])) else result',
-        "return result",
+        'if result is None or any(stage.has_failed(row) or stage.is_open(row) for row in result["rows"]):',
+        "if result is None:",
         "GPU_RUN",
     ),
     Fault("W09", "perf/gpu.py", 'is_current or key["gpu"] != gpu_name()', "is_current", "GPU_RUN"),
