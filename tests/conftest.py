@@ -3,8 +3,8 @@
 Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 everything runs but the tests marked
 `compiled`; without it those alone run, and the others too where there is a GPU for their kernels. With --emulate sm_90
 the others run on compiled code without a GPU.
-TRITON_ATTN_TEST_FULL=1 adds the tests marked `full` and draws 500 examples a test in place of 4; with
---hypothesis-profile=more, as in CI, it is 10.
+TRITON_ATTN_TEST_DRAWS is how many examples a random test draws: 4, where it is not said; in CI 10.
+TRITON_ATTN_TEST_FULL=1 adds the tests marked `full`, and draws 500 others each time.
 """
 
 import contextlib
@@ -23,10 +23,9 @@ torch.set_num_threads(1)
 with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it runs where only pytest is
     from hypothesis import settings
 
-    settings.register_profile("fast", max_examples=4, derandomize=True, deadline=None)
-    settings.register_profile("more", max_examples=10, derandomize=True, deadline=None)
-    settings.register_profile("full", max_examples=500, deadline=None)
-    settings.load_profile("full" if FULL else "fast")
+    draws = 500 if FULL else int(os.environ.get("TRITON_ATTN_TEST_DRAWS", 4))
+    settings.register_profile("triton_attn", max_examples=draws, derandomize=not FULL, deadline=None)
+    settings.load_profile("triton_attn")
 
 
 def pytest_addoption(parser):
