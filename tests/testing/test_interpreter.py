@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -317,6 +318,36 @@ def test_threads_launch_side_by_side(monkeypatch):
     for seed, results in enumerate(together):
         for ours, alone in zip(results, work(seed)):
             assert torch.equal(ours, alone)
+
+
+def anew(cls, *args):
+    """An object as Triton's own constructor makes it."""
+    made = cls.__new__(cls)
+    cls.__init__.__wrapped__(made, *args)
+    return made
+
+
+ELEMENTS = [tl.float32, tl.bfloat16, tl.float8e5, tl.int1, tl.uint8, tl.int64]
+
+
+@pytest.mark.parametrize("element", [*ELEMENTS, *map(tl.pointer_type, ELEMENTS)], ids=str)
+def test_types_and_tensors_that_are_remembered_are_as_made_anew(element):
+    def attributes(x):
+        return {name: str(value) for name, value in vars(x).items()}
+
+    for shape in ([4], [4, 8], [8, 4]):
+        for _ in range(2):
+            block = tl.block_type(element, shape)
+            assert block.element_ty is element
+            assert attributes(block) == attributes(anew(tl.block_type, element, shape))
+            assert interpreter._get_np_dtype(block) == interpreter._get_np_dtype(element)
+            for type_ in (block, element):
+                handle = object()
+                tensor = tl.tensor(handle, type_)
+                assert tensor.handle is handle
+                assert tensor.type is type_
+                assert tensor.dtype is element
+                assert attributes(tensor) == attributes(anew(tl.tensor, handle, type_))
 
 
 def test_fixing_again_changes_nothing():

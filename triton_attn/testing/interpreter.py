@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.core import _unwrap_if_constexpr
 from triton.runtime import interpreter
 from triton.runtime.interpreter import (
     GridExecutor,
@@ -49,7 +50,8 @@ def fix_interpreter() -> None:
     - bf16 constants (triton 3.6) and the NaN padding of bf16 tensor descriptors no longer fail.
     - Tensors as loop bounds work with triton 3.6 and numpy >= 2.4.
     - `desc.atomic_add` of fp32 descriptors works.
-    - Launches take a third of the time, and leave nothing of `triton.language` patched.
+    - Launches take a third of the time and the operations of a kernel less, and nothing of `triton.language` is left
+      patched that gives other results.
     - Launches of several Python threads wait for each other.
 
     Not repaired: bf16 atomics, inline assembly and (triton 3.6, 3.7) AMD's own fp8 types, which raise; `tl.dot_scaled`;
@@ -78,6 +80,7 @@ def _fix_once():
     GridExecutor.__call__ = _on_one_stack(GridExecutor.__call__)
     interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
     InterpretedFunction.run = _one_at_a_time(InterpretedFunction.run)
+    _remember_types()
 
 
 def _is_narrow(handle) -> bool:
@@ -229,6 +232,49 @@ def _once_per_launch(patch_lang):
             launch._changes += patch_lang(fn)._changes
         patched.update(langs)
         return launch
+
+    return wrapper
+
+
+def _remember_types():
+    """What a tensor's and a type's constructor find out anew for each of the thousands of an interpreted program."""
+    tl.block_type.__init__ = _made_once(
+        tl.block_type.__init__,
+        key_of=lambda element_ty, shape: (element_ty.name, *map(_unwrap_if_constexpr, shape)),
+        own_of=lambda element_ty, shape: {"element_ty": element_ty},
+    )
+    tl.tensor.__init__ = _made_once(
+        tl.tensor.__init__,
+        key_of=lambda handle, type: type.name,
+        own_of=lambda handle, type: {"handle": handle, "type": type, "dtype": type.scalar},
+    )
+    get_np_dtype = interpreter._get_np_dtype
+    of_name = {}
+
+    def remembered(dtype):
+        name = dtype.scalar.name
+        if name not in of_name:
+            of_name[name] = get_np_dtype(dtype)
+        return of_name[name]
+
+    interpreter._get_np_dtype = remembered
+
+
+def _made_once(init, key_of, own_of):
+    """A constructor that copies the attributes of the first object of a key, but for those that are an object's own."""
+    made = {}
+
+    @functools.wraps(init)
+    def wrapper(self, *args, **kwargs):
+        key = key_of(*args, **kwargs)
+        attributes = made.get(key)
+        if attributes is None:
+            before = set(vars(self))
+            init(self, *args, **kwargs)
+            made[key] = {name: value for name, value in vars(self).items() if name not in before}
+            return
+        vars(self).update(attributes)
+        vars(self).update(own_of(*args, **kwargs))
 
     return wrapper
 
