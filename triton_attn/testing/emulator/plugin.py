@@ -23,7 +23,7 @@ def add_options(parser):
 
 
 class Emulation:
-    """Wraps each test; a launch with a fault fails the test that made it."""
+    """Wraps each test. A launch with a fault fails the test that made it; so does none in a test marked `emulated`."""
 
     def __init__(self, config):
         self.arch = config.getoption("--emulate")
@@ -35,10 +35,13 @@ class Emulation:
 
         with emulate(self.arch, schedule=self.schedule, seed=self.seed) as log:
             try:
-                return (yield)
+                result = yield
             finally:
                 # A worker's reports are all that the process with the summary gets.
                 item.user_properties.append(("emulated", [len(log), sum(launch.instructions for launch in log)]))
+        if not log and item.get_closest_marker("emulated"):
+            pytest.fail("expected a launch of a test marked emulated, got none", pytrace=False)
+        return result
 
     def pytest_terminal_summary(self, terminalreporter):
         reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
