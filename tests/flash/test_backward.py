@@ -31,7 +31,7 @@ def test_every_head_dim(head_dim, deterministic):
 @pytest.mark.oldest
 @both_schedules
 @pytest.mark.parametrize("use_tma", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.emulated), torch.bfloat16], ids=str)
 def test_a_bit_of_everything(dtype, use_tma, deterministic):
     check(
         replace(

@@ -33,6 +33,7 @@ def test_every_head_dim(head_dim):
     check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim))
 
 
+@pytest.mark.emulated
 @pytest.mark.oldest
 @pytest.mark.parametrize("use_tma", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,7 +125,6 @@ def test_a_query_that_sees_no_key():
     torch.testing.assert_close(lse[:, :, :3], sinks[None, :, None].expand(1, 2, 3))
 
 
-@pytest.mark.emulated
 @pytest.mark.oldest
 def test_lse_is_the_natural_log_and_counts_the_sink():
     q, k, v = (torch.zeros(1, rows, 1, 16, device=DEVICE) for rows in (1, 7, 7))

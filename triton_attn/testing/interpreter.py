@@ -237,7 +237,7 @@ def _once_per_launch(patch_lang):
 
 
 def _remember_types():
-    """Constructors of tensors and types run thousands of times in an interpreted program: they work once for each type."""
+    """Constructors of tensors and types run thousands of times in an interpreted program; they work once a type."""
     tl.block_type.__init__ = _made_once(
         tl.block_type.__init__,
         key_of=lambda element_ty, shape: (element_ty.name, *map(_unwrap_if_constexpr, shape)),
