@@ -1,5 +1,7 @@
 """Models of transformers under torch.compile(fullgraph=True): as with their own attention, or a clear error."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -40,9 +42,9 @@ def one_graph_each(monkeypatch):
 
 
 def decoder(config, device, implementation):
-    """Always with the same weights."""
+    """Always with the same weights; of a config of its own, which keeps the implementation."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(device).eval()
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(device).eval()
     for name, weight in model.named_parameters():
         if weight.ndim > 1 or name.endswith("sinks"):
             torch.nn.init.normal_(weight, std=0.2)
