@@ -117,6 +117,16 @@ FAULTS = {
 }  # fmt: skip
 
 
+# Of a fault between two accesses the line of the other one.
+AGAINST = {
+    "access to shared memory that an asynchronous copy has not finished with": 2,
+    "race: read after write": 1,
+    "race: write after read": 3,
+    "race: write after write": 1,
+    "wrong number of transaction bytes": 1,
+}
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", FAULTS)
 def test_planted_fault(kind, schedule):
@@ -127,6 +137,7 @@ def test_planted_fault(kind, schedule):
     assert fault.where == f"planted.py:{line}", fault
     assert fault.kernel == "planted"
     assert fault.program == (0, 0, 0)
+    assert kind not in AGAINST or fault.other == f"planted.py:{AGAINST[kind]}", fault
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -168,6 +179,21 @@ def test_a_report_names_tensor_and_index_warp_and_lane():
     assert "planted.py:2: global memory out of bounds of x" in str(fault)
 
 
+def test_inline_assembly_is_at_the_line_of_its_statement():
+    """LLVM gives each line of its text one of its own, from there on."""
+    body = """
+    mov.b32 %r1, 0;
+    // begin inline asm
+    {
+    .reg .b32 own;
+    ld.global.b32 own, [%x+256];
+    }
+    // end inline asm
+    """
+    (fault,) = faults(body)
+    assert fault.where == "planted.py:2"
+
+
 def test_unwritten_bytes_may_be_copied():
     """A structure with padding is stored in parts, loaded whole, and only its parts are used."""
     body = """
@@ -190,6 +216,7 @@ def test_programs_that_write_one_element(atomic):
     found = faults(body, threads=32, grid=(2, 1, 1))
     assert [f.kind for f in found] == ([] if atomic else ["race between programs"])
     assert all((f.program, f.tensor, f.index) == ((1, 0, 0), "x", (0,)) for f in found)
+    assert all(f.where == f.other == "planted.py:1" for f in found)
 
 
 def test_a_program_that_reads_what_another_writes():
@@ -223,7 +250,18 @@ def test_warps_in_global_memory(kinds, before, after, schedule):
     found = faults(addresses + before + after, schedule=schedule)
     assert found
     assert all(f.kind in kinds and f.tensor == "x" and f.index is not None for f in found)
+    assert all({f.where, f.other} <= {"planted.py:4", "planted.py:5"} for f in found)
     assert not faults(addresses + before + "bar.sync 0;\n" + after, schedule=schedule)
+
+
+def test_the_message_has_a_line_of_the_source_once():
+    copies = [f"cp.async.ca.shared.global [%s+{8 * i}], [%x], 4;" for i in range(3)]
+    found = faults("\n".join(["mov.b32 %r1, 0;", " ".join(copies)]), shared_bytes=4, threads=32)
+    assert {fault.where for fault in found} == {"planted.py:2"}
+    assert len(found) == 3
+    message = str(EmulationError(found))
+    assert message.count("planted.py:2: shared memory out of bounds") == 1
+    assert message.endswith("\n    and at 2 more of this line's instructions")
 
 
 def test_an_unsupported_instruction_is_named_with_its_line():

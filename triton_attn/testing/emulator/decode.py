@@ -98,6 +98,8 @@ _TOKEN = re.compile(
     r"|(?P<statement>[^;{}]*(?:\{[^;{}]*\}[^;{}]*)*);)",
     re.DOTALL,
 )
+# LLVM counts its lines on from that of the statement it stands for, as though the source had them.
+_INLINE_ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
 
 
 class _Body:
@@ -108,6 +110,7 @@ class _Body:
         self.scopes = [{}]  # names of registers that a block of inline assembly declares for itself
         self.num_scopes = 0
         self.line = self.guard = self.statement = None
+        text = _INLINE_ASSEMBLY.sub(lambda match: re.sub(r"(?m)^\s*\.loc\s[^\n]*$", "", match[0]), text)
         text = re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", text), flags=re.DOTALL)
         at = 0
         while self.scopes:

@@ -61,17 +61,30 @@ class Fault:
         place = f" at {self.tensor}{list(self.index)}" if self.index is not None else place
         other = f", against {self.other}" if self.other else ""
         return (
-            f"{self.where}: {self.kind}{place} ({self.detail}{other}) in {self.kernel}, program {self.program}, "
-            f"warp {self.warp}, lane {self.lane}: {self.instruction}"
+            f"{self.where}: {self.kind}{place} ({self.detail}{other})\n"
+            f"    in {self.kernel}, program {self.program}, warp {self.warp}, lane {self.lane}: {self.instruction}"
         )
 
 
 class EmulationError(AssertionError):
-    """A launch did what it must not do. `faults` has all that were found, in the order in which they were."""
+    """A launch did what it must not do.
+
+    The message has the first fault of each kind and source line. `faults` has all that were found, in the order in
+    which they were.
+    """
 
     def __init__(self, faults):
-        super().__init__("\n".join(map(str, faults)))
+        groups = {}
+        for fault in faults:
+            groups.setdefault((fault.kind, fault.where, fault.other), []).append(fault)
+        super().__init__("\n".join(map(_described, groups.values())))
         self.faults = faults
+
+
+def _described(faults):
+    """The first of faults of one kind at one source line."""
+    more = f"\n    and at {len(faults) - 1} more of this line's instructions" if len(faults) > 1 else ""
+    return f"{faults[0]}{more}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

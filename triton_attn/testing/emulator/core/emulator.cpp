@@ -19,8 +19,9 @@ Machine::Machine(const Launch& launch)
       shared(launch.shared_bytes + 16),
       cells(launch.shared_bytes + 16),
       readers(size_t(launch.shared_bytes + 16) / 2 * num_warps),
-      warps(num_warps),
-      owners(launch.num_regions) {}
+      warps(num_warps) {
+  for (int i = 0; i < launch.num_regions; i++) owners.emplace_back(nullptr, free);
+}
 
 u32 Machine::random() {
   random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
@@ -193,7 +194,7 @@ void Machine::run(int number) {
   cta = number;
   random_state = launch.seed * 0x9E3779B97F4A7C15ull + u64(cta) * 0xD1B54A32D192ED03ull + 88172645463325252ull;
   std::fill(cells.begin(), cells.end(), Cell());
-  std::fill(readers.begin(), readers.end(), 0);
+  std::fill(readers.begin(), readers.end(), Read());
   std::fill(shared.begin(), shared.end(), 0xff);  // NaN
   barriers = {};
   mbarriers.clear(), loads.clear(), accumulators.clear();
@@ -270,7 +271,7 @@ void Machine::run(int number) {
     idle = progress || steps > 8 ? 0 : idle + 1;
   }
   for (const TensorCopy& copy : loads)
-    report(TENSOR_MAP, copy.pc, copy.warp, copy.lane, 0, -1,
+    report(IN_FLIGHT, copy.pc, copy.warp, copy.lane, 0, -1,
            "the program ends before the copy to shared address %u does", copy.shared - SHARED_BASE);
 }
 

@@ -109,6 +109,11 @@ struct Cell {        // state of one byte of shared memory
   bool generic = false;  // written by the generic proxy
 };
 
+struct Read {     // the last of a warp of 2 bytes of shared memory
+  u32 clock = 0;  // of the warp
+  s32 pc = 0;
+};
+
 // ---- asynchronous work
 
 struct CopyAsync {  // cp.async of one lane
@@ -200,7 +205,7 @@ struct Machine {
   const int num_warps;
   std::vector<u8> shared;
   std::vector<Cell> cells;
-  std::vector<u32> readers;  // by 2 bytes and warp: clock of the last read
+  std::vector<Read> readers;  // by 2 bytes and warp
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
   std::map<u32, Mbarrier> mbarriers;
@@ -214,12 +219,13 @@ struct Machine {
   Region const* last_region = nullptr;
   std::set<std::pair<int, int>> reported;
 
-  // Who wrote and read each byte of global memory last. Programs are stamps, a new one for each and for each release of
-  // it; a warp's clock has its number above.
-  struct Owners {
-    using Bytes = std::unique_ptr<u32[], void (*)(void*)>;
-    Bytes writer{nullptr, free}, reader{nullptr, free}, written{nullptr, free}, read{nullptr, free};
+  // Who wrote and read a byte of global memory last. Programs are stamps, a new one for each and for each release of it;
+  // a warp's clock has its number above.
+  struct Owner {
+    u32 writer, reader, written, read;
+    s32 write_pc, read_pc;
   };
+  using Owners = std::unique_ptr<Owner[], void (*)(void*)>;
   std::vector<Owners> owners;
   std::vector<int> stamp_cta{-1};
   std::vector<bool> stamp_seen{true};

@@ -35,19 +35,17 @@ inline u8* Machine::global(Warp& w, int pc, int lane, u64 address, u32 bytes, Ac
 // against the last one of another warp; what a barrier orders it has seen.
 inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
   constexpr u32 ATOMIC_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
-  Owners& owner = owners[&r - launch.regions];
-  if (!owner.writer)
-    for (auto* bytes : {&owner.writer, &owner.reader, &owner.written, &owner.read})
-      bytes->reset((u32*)calloc(r.bytes, 4));
+  Owners& of_region = owners[&r - launch.regions];
+  if (!of_region) of_region.reset((Owner*)calloc(r.bytes, sizeof(Owner)));
   u32 stamp = stamp_cta.size() - 1;
   auto unordered = [&](u32 other) {
     return other == SEVERAL || (other && stamp_cta[other] != cta && !stamp_seen[other]);
   };
-  auto complain = [&](u32 i, u32 other, const char* what) {
+  auto complain = [&](u32 i, u32 other, int other_pc, const char* what) {
     if (other == SEVERAL)
       report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s several others", what);
     else
-      report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s program %d", what, stamp_cta[other]);
+      report(PROGRAM_RACE, pc, w.id, lane, address + i, other_pc, "%s program %d", what, stamp_cta[other]);
   };
   constexpr int CLOCK_BITS = 27;
   const u32 now = u32(w.id) << CLOCK_BITS | w.clock.at[w.id];
@@ -56,24 +54,22 @@ inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u6
     return stamp_cta[stamp_there] == cta && other != w.id && (then & ((1u << CLOCK_BITS) - 1)) > w.clock.at[other];
   };
   for (u32 i = 0; i < bytes; i++) {
-    u32& writer = owner.writer[address - r.base + i];
-    u32& reader = owner.reader[address - r.base + i];
-    u32 &written = owner.written[address - r.base + i], &read = owner.read[address - r.base + i];
-    u32 by = writer & ~ATOMIC_BIT;
-    bool both_atomic = access == ATOMIC && writer & ATOMIC_BIT;
+    Owner& o = of_region[address - r.base + i];
+    u32 by = o.writer & ~ATOMIC_BIT;
+    bool both_atomic = access == ATOMIC && o.writer & ATOMIC_BIT;
     if (!both_atomic && unordered(by))
-      return complain(i, by, access == LOAD ? "reads what is written by" : "writes what is written by");
-    if (access != LOAD && unordered(reader)) return complain(i, reader, "writes what is read by");
-    if (access != ATOMIC && !(writer & ATOMIC_BIT) && unordered_warp(by, written))
-      return report(access == LOAD ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE, pc, w.id, lane, address + i, -1,
-                    "global memory, written by warp %d", written >> CLOCK_BITS);
-    if (access == STORE && reader != SEVERAL && unordered_warp(reader, read))
-      return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, address + i, -1, "global memory, read by warp %d",
-                    read >> CLOCK_BITS);
+      return complain(i, by, o.write_pc, access == LOAD ? "reads what is written by" : "writes what is written by");
+    if (access != LOAD && unordered(o.reader)) return complain(i, o.reader, o.read_pc, "writes what is read by");
+    if (access != ATOMIC && !(o.writer & ATOMIC_BIT) && unordered_warp(by, o.written))
+      return report(access == LOAD ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE, pc, w.id, lane, address + i,
+                    o.write_pc, "global memory, written by warp %d", o.written >> CLOCK_BITS);
+    if (access == STORE && o.reader != SEVERAL && unordered_warp(o.reader, o.read))
+      return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, address + i, o.read_pc, "global memory, read by warp %d",
+                    o.read >> CLOCK_BITS);
     if (access == LOAD)
-      reader = unordered(reader) ? SEVERAL : stamp, read = now;
+      o.reader = unordered(o.reader) ? SEVERAL : stamp, o.read = now, o.read_pc = pc;
     else
-      writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0), written = now;
+      o.writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0), o.written = now, o.write_pc = pc;
   }
 }
 
@@ -123,7 +119,8 @@ inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes
       break;
     }
   }
-  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++) readers[size_t(i) * num_warps + w.id] = w.clock.at[w.id];
+  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
+    readers[size_t(i) * num_warps + w.id] = {w.clock.at[w.id], pc};
   return unwritten;
 }
 
@@ -158,8 +155,9 @@ inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u
   }
   for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
     for (int k = 0; k < num_warps; k++)
-      if (readers[size_t(i) * num_warps + k] > seen.at[k])
-        return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, 2 * i, -1, "shared address %u, read by warp %d", 2 * i, k);
+      if (const Read& read = readers[size_t(i) * num_warps + k]; read.clock > seen.at[k])
+        return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, 2 * i, read.pc, "shared address %u, read by warp %d",
+                      2 * i, k);
 }
 
 inline void Machine::mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic) {
