@@ -4,6 +4,8 @@
 `EmulatedLaunch`     one of them: what it executed, what was wrong with it
 `EmulationError`     raised at a launch with a fault
 `run_ptx`            PTX written by hand
+`count_ptx`          what it costs beside time, as `emulate(..., counts=True)` counts launches
+`Counts`, `Tally`    instructions, sectors, wavefronts and FLOP, by source line
 `SCHEDULES`          in what order warps run and when asynchronous work happens
 
 The PTX of a kernel runs, not its machine code: faults of ptxas, spills and time are invisible. Sums are in fp32, and
@@ -13,10 +15,12 @@ a launch run one after another. tcgen05 (sm_100), clusters and AMD are not emula
 
 from importlib import import_module
 
-__all__ = ["SCHEDULES", "EmulatedLaunch", "EmulationError", "Fault", "emulate", "run_ptx"]
+_LAUNCHES = ["SCHEDULES", "EmulatedLaunch", "EmulationError", "Fault", "count_ptx", "emulate", "run_ptx"]
+_COUNTS = ["Counts", "Tally"]
+__all__ = [*_LAUNCHES, *_COUNTS]
 
 
 def __getattr__(name):  # needs Triton, and pytest's plugin is loaded without it
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.launches"), name)
+    return getattr(import_module(f"{__name__}.{'counts' if name in _COUNTS else 'launches'}"), name)

@@ -26,6 +26,7 @@ class Program:
         instructions: int32 (n, 16), the fields of core.Instruction.
         text: PTX of each instruction.
         lines: (file, line) of each, or None.
+        ends: whether each is the last of those that its statement became.
     """
 
     def __init__(self, ptx: str):
@@ -44,12 +45,14 @@ class Program:
         self._num_rows = 0
         self._labels, self._branches, self._targets = {}, [], {}
         self._instructions, self._pool, self.text, self.lines = [], [], [], []
+        self._ends = []
         _Body(self, ptx[entry.end() :])
         self.instructions = np.array(self._instructions, np.int32)
         self.pool = np.array([*self._pool, 0], np.int32)
         self.constants = np.array([pair for pair in self._constants.items()], np.uint32).reshape(-1, 2)
         self.special = np.array([pair for pair in self._special.items()], np.int32).reshape(-1, 2)
         self.num_rows, self.num_predicates = self._num_rows, len(self._predicates)
+        self.ends = np.array(self._ends, bool)
         self.executed = np.zeros(len(self.instructions), np.int64)
 
     def where(self, pc: int) -> str:
@@ -69,6 +72,12 @@ class Program:
     def synchronizations(self) -> list[int]:
         """Instructions whose only effect is the order of others: barriers, arrivals, waits, commits and fences."""
         return [pc for pc in range(len(self.instructions)) if self.name_of(pc) in SYNCHRONIZATIONS]
+
+    def loops(self) -> list[tuple[int, int]]:
+        """(first, last) instruction of each, from where a branch goes back to, to the branch."""
+        branch = core.entries()["@bra"][0]
+        backward = (self.instructions[:, 0] == branch) & (self.instructions[:, 8] <= np.arange(len(self.instructions)))
+        return [(int(self.instructions[pc, 8]), int(pc)) for pc in np.flatnonzero(backward)]
 
     def name_of(self, pc: int) -> str:
         """What the core calls an instruction: `@bar`, `@cp_wait`, or the PTX opcode."""
@@ -156,6 +165,8 @@ class _Body:
         opcode, _, rest = statement.partition(" ")
         try:
             self.decode(opcode, _split(rest))
+            if self.program._ends:
+                self.program._ends[-1] = True
         except Unsupported as error:
             raise Unsupported(f"{error}: {self.statement!r}, made from {_place(self.line)}") from None
 
@@ -275,6 +286,7 @@ class _Body:
         program._instructions.append(row)
         program.text.append(self.statement)
         program.lines.append(self.line)
+        program._ends.append(False)
         return len(program._instructions) - 1
 
     def simple(self, opcode, *operands):

@@ -13,6 +13,7 @@ import triton
 
 from triton_attn.testing import compilation
 from triton_attn.testing.emulator import core
+from triton_attn.testing.emulator import counts as counting
 from triton_attn.testing.emulator.decode import Program, mapped_constants
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
@@ -96,16 +97,18 @@ class EmulatedLaunch(compilation.Launch):
         executed: how many warps executed each of its instructions, int64.
         instructions: their sum, of what was executed or skipped by a predicate.
         faults: what was wrong.
+        counts: what it cost beside time, or None if `emulate` was not asked to count.
     """
 
     program: Program
     executed: np.ndarray
     instructions: int
     faults: tuple[Fault, ...]
+    counts: counting.Counts | None = None
 
 
 @contextlib.contextmanager
-def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, read_only=(), edit=None):
+def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, read_only=(), edit=None, counts=False):
     """Inside it, `kernel[grid](...)` on CPU tensors compiles for `arch` and runs; needs no GPU and no driver.
 
     The ordinary call path is taken, through Triton's own launcher: a stub of libcuda hands out the parameters and the
@@ -128,6 +131,7 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
         read_only: tensors that no launch may write.
         edit: a function of the decoded `Program` that is called before each launch and may change its instructions,
             of this launch alone; `Program.remove` takes one out.
+        counts: also count sectors, wavefronts and FLOP: `EmulatedLaunch.counts`.
 
     Yields:
         A list of `EmulatedLaunch`, in the order of the launches; it grows while the context is open.
@@ -144,7 +148,7 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
     if torch.cuda.is_available():
         raise RuntimeError("emulate needs a process without a GPU (CUDA_VISIBLE_DEVICES= does not unload its driver)")
     compilation._check_arch(arch)
-    emulator = _Emulator(schedule, seed, strict, limit, list(read_only), edit)
+    emulator = _Emulator(schedule, seed, strict, limit, list(read_only), edit, counts)
     with emulator.stub(arch), compilation.compile_only(arch, driver=functools.partial(_Driver, emulator)) as launches:
         yield launches
 
@@ -194,9 +198,10 @@ class _Driver(compilation._Driver):
 class _Emulator:
     """Takes launches from the stub and runs them."""
 
-    def __init__(self, schedule, seed, strict, limit, read_only, edit):
+    def __init__(self, schedule, seed, strict, limit, read_only, edit, counts):
         self.completion, self.order = SCHEDULES[schedule]
         self.seed, self.strict, self.limit, self.read_only, self.edit = seed, strict, limit, read_only, edit
+        self.counts = counts
         self.error = self.done = None
         self.scratch = []
 
@@ -251,17 +256,17 @@ class _Emulator:
             self.edit(program)
         block = _copy_parameters(program, parameters)
         memory = Memory(self.arguments, self.scratch, self.read_only)
-        total, faults = self.run_program(program, block, grid, metadata.shared, memory)
-        return EmulatedLaunch(self.kernel, grid, program, program.executed.copy(), total, faults)
+        total, faults, counts = self.run_program(program, block, grid, metadata.shared, memory)
+        return EmulatedLaunch(self.kernel, grid, program, program.executed.copy(), total, faults, counts)
 
     def run_program(self, program, block, grid, shared_bytes, memory):
-        """(warp instructions, faults)"""
+        """(warp instructions, faults, counts)"""
         memory.add_constant(ctypes.addressof(block), program.parameter_bytes)
         for table in program.tables.values():
             memory.add_constant(core.address_of(table), table.nbytes)
         settings = self.completion, self.order, self.seed, self.limit
-        reports, total = execute(program, block, grid, shared_bytes, memory, *settings)
-        return total, tuple(_fault(program, memory, grid, report) for report in reports)
+        reports, total, counts = execute(program, block, grid, shared_bytes, memory, *settings, self.counts)
+        return total, tuple(_fault(program, memory, grid, report) for report in reports), counts
 
 
 def run_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0, schedule="late", seed=0, limit=1_000_000, read_only=()):
@@ -276,14 +281,33 @@ def run_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0, schedule="late", 
     Raises:
         NotImplementedError: an instruction is not emulated.
     """
+    options = {"schedule": schedule, "seed": seed, "limit": limit, "read_only": read_only}
+    return _run_ptx(ptx, arguments, grid, shared_bytes, counts=False, **options)[1]
+
+
+def count_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0):
+    """What PTX written by hand costs beside time, `Counts`; arguments as of `run_ptx`.
+
+    Raises:
+        EmulationError: it has a fault.
+        NotImplementedError: an instruction is not emulated.
+    """
+    options = {"schedule": "late", "seed": 0, "limit": 1_000_000, "read_only": ()}
+    _, faults, counts = _run_ptx(ptx, arguments, grid, shared_bytes, counts=True, **options)
+    if faults:
+        raise EmulationError(faults)
+    return counts
+
+
+def _run_ptx(ptx, arguments, grid, shared_bytes, schedule, seed, limit, read_only, counts):
     program = _decoded(ptx)
     program.executed[:] = 0
     values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments.values()]
     numbers = (ctypes.c_uint64 * len(values))(*(value % (1 << 64) for value in values))
     parameters = [ctypes.addressof(numbers) + 8 * i for i in range(len(values))]
-    emulator = _Emulator(schedule, seed, False, limit, list(read_only), None)
+    emulator = _Emulator(schedule, seed, False, limit, list(read_only), None, counts)
     memory = Memory(arguments, (), read_only)
-    return emulator.run_program(program, _copy_parameters(program, parameters), grid, shared_bytes, memory)[1]
+    return emulator.run_program(program, _copy_parameters(program, parameters), grid, shared_bytes, memory)
 
 
 def _fault(program, memory, grid, report):
@@ -328,12 +352,13 @@ def _copy_parameters(program, parameters):
     return block
 
 
-def execute(program, block, grid, shared_bytes, memory, completion, order, seed, limit, ctas=None):
-    """Run a program on the core; (reports, warp instructions)."""
+def execute(program, block, grid, shared_bytes, memory, completion, order, seed, limit, counts=False, ctas=None):
+    """Run a program on the core; (reports, warp instructions, counts or None)."""
     regions = memory.regions()
     reports = (core.Report * 64)()
     constants = np.ascontiguousarray(mapped_constants(program, block))
     special, instructions = np.ascontiguousarray(program.special), np.ascontiguousarray(program.instructions)
+    by_instruction, traffic = counting.buffers(program, len(regions))
     first, last = ctas or (0, grid[0] * grid[1] * grid[2])
     launch = core.Launch(
         program=core.address_of(instructions),
@@ -361,10 +386,15 @@ def execute(program, block, grid, shared_bytes, memory, completion, order, seed,
         first_cta=first,
         last_cta=last,
         executed=core.address_of(program.executed),
+        counts=core.address_of(by_instruction) if counts else None,
+        traffic=core.address_of(traffic) if counts else None,
     )
     total = ctypes.c_int64()
     count = core.library().emulator_run(ctypes.byref(launch), ctypes.byref(total))
-    return reports[:count], total.value
+    if not counts:
+        return reports[:count], total.value, None
+    of_launch = counting.counted(program, program.executed, by_instruction, traffic, memory.names(regions))
+    return reports[:count], total.value, of_launch
 
 
 class Memory:
@@ -397,6 +427,13 @@ class Memory:
             self.maps.append(reachable)
             regions.append(core.Region(base, size, base not in self.fixed, 0, None if whole else reachable.data_ptr()))
         return (core.Region * len(regions))(*sorted(regions, key=lambda region: region.base))
+
+    def names(self, regions):
+        """Of each region the tensors in it, None of a constant."""
+        of_storage = {}
+        for name, tensor in self.tensors:
+            of_storage.setdefault(tensor.untyped_storage().data_ptr(), dict())[name] = None
+        return [", ".join(of_storage[region.base]) if region.base in of_storage else None for region in regions]
 
     def locate(self, address):
         """(name of the tensor at an address or nearest to it, index of the element or None)."""

@@ -43,6 +43,10 @@ FAULTS = (
 )
 
 
+# Of one instruction, in the order of the core's Counts.
+COUNTS = ("lanes", "bytes", "sectors", "least_sectors", "wavefronts", "least_wavefronts", "flops")
+
+
 class Region(ctypes.Structure):
     _fields_ = [
         ("base", ctypes.c_uint64),
@@ -79,7 +83,7 @@ class Launch(ctypes.Structure):
         ("limit", ctypes.c_int64),
         ("reports", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("max_reports", "first_cta", "last_cta", "unused2")),
-        ("executed", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("executed", "counts", "traffic")),
     ]
 
 

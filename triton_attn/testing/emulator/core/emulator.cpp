@@ -19,7 +19,8 @@ Machine::Machine(const Launch& launch)
       shared(launch.shared_bytes + 16),
       cells(launch.shared_bytes + 16),
       readers(size_t(launch.shared_bytes + 16) / 2 * num_warps),
-      warps(num_warps) {
+      warps(num_warps),
+      touched(launch.num_regions) {
   for (int i = 0; i < launch.num_regions; i++) owners.emplace_back(nullptr, free);
 }
 
@@ -162,6 +163,7 @@ void Machine::step(Warp& w) {
   next_pc = pc + 1;
   if (mask) {
     launch.executed[pc]++;
+    if (launch.counts) launch.counts[pc].lanes += std::popcount(mask);
     track_registers(w, in, pc);
     table()[in.op].handler(*this, w, in, mask);
   }

@@ -1,7 +1,7 @@
 // Instructions that are more than a function of a lane: control, memory, barriers, matrices, asynchronous copies.
 // What a handler's operands and modifiers are, decode.py says where it makes them.
 #pragma once
-#include "asynchronous.h"
+#include "counting.h"
 
 namespace instructions {
 
@@ -30,6 +30,15 @@ inline bool aligned(Machine& m, Warp& w, u32 mask) {
 template <class F>
 void each(u32 mask, F f) {
   for (; mask; mask &= mask - 1) f(std::countr_zero(mask));
+}
+
+// What ld, st and atom ask for, in the space of theirs.
+template <class At>
+void count_access(Machine& m, int pc, u32 mask, bool is_shared, At at, u32 bytes, bool reads, bool writes) {
+  if (is_shared)
+    m.count_shared(pc, LANES, mask, at, bytes);
+  else
+    m.count_global(pc, mask, at, [&](int) { return bytes; }, reads, writes);
 }
 
 // ---- 9.7.12 Control flow. m: target
@@ -111,6 +120,10 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   const u32 size = in.m[1], bytes = size * (in.count - 1);
   u32 unwritten = 0;
+  if (m.launch.counts && in.m[2] != 2) {
+    auto at = [&](int lane) { return address(w, o[0], lane, in.m[0], in.m[3]); };
+    count_access(m, w.pc, mask, in.m[2] == 1, at, bytes, true, false);
+  }
   each(mask, [&](int lane) {
     u64 at = address(w, o[0], lane, in.m[0], in.m[3]);
     const u8* from = nullptr;
@@ -145,6 +158,10 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   const u32 size = in.m[1], bytes = size * (in.count - 1);
+  if (m.launch.counts) {
+    auto at = [&](int lane) { return address(w, o[0], lane, in.m[0], in.m[3]); };
+    count_access(m, w.pc, mask, in.m[2] == 1, at, bytes, false, true);
+  }
   each(mask, [&](int lane) {
     u64 at = address(w, o[0], lane, in.m[0], in.m[3]);
     u8 data[32];
@@ -226,6 +243,10 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   const u32 bytes = in.m[1];
   auto value = [&](int row, int lane) { return row < 0 ? 0 : bytes == 8 ? wide(w, row, lane) : u64(w.row(row)[lane]); };
+  if (m.launch.counts) {
+    auto at = [&](int lane) { return address(w, o[0], lane, in.m[0], in.m[3]); };
+    count_access(m, w.pc, mask, in.m[2], at, bytes * ((in.count - 1) / 3), true, true);
+  }
   each(mask, [&](int lane) {
     u64 at = address(w, o[0], lane, in.m[0], in.m[3]);
     bool synchronizes = !in.m[2] && (in.m[6] || in.m[7] || m.global_fence);
@@ -257,6 +278,11 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 inline void matrix(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
   const s32* o = operands(m, in);
+  if (m.launch.counts) {
+    const int rows = 8 * (in.count - 1);
+    auto at = [&](int row) { return w.row(o[0])[row] + in.m[0]; };
+    m.count_shared(w.pc, rows, ALL_LANES, at, 16);
+  }
   for (int j = 0; j < in.count - 1; j++) {
     u32* fragment = w.row(o[1 + j]);
     u16 values[8][8];
@@ -294,6 +320,7 @@ inline void mma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
   const s32 *d = operands(m, in), *ra = d + 4, *rb = ra + in.m[2], *rc = rb + in.m[3];
   const int type = in.m[0], depth = in.m[1], bytes = element_bytes(type), per = 4 / bytes;
+  if (m.launch.counts) m.launch.counts[w.pc].flops += 2 * 16 * 8 * depth;
   f32 a[16][32], b[32][8], c[16][8];
   for (int j = 0; j < in.m[2]; j++) unpack_a(type, w.row(ra[j]), j, a);
   for (int lane = 0; lane < LANES; lane++) {
@@ -325,6 +352,12 @@ inline void wgmma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   };
   if (w.fences == 1) m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "it is the first of its warp");
   Product product{&in, w.pc, in.m[2] ? wide(w, a[0], 0) : 0, wide(w, in.m[2] ? a[1] : a[4], 0), {}, -1, false, m.time};
+  if (m.launch.counts) {
+    const int bytes = element_bytes(in.m[1]), row = (w.id & 3) * 16;
+    m.launch.counts[w.pc].flops += 2 * 16 * in.m[0] * (32 / bytes);
+    if (in.m[2]) m.count_operand(w.pc, product.a, row, row + 16, bytes, in.m[3]);
+    if (row == 0) m.count_operand(w.pc, product.b, 0, in.m[0], bytes, in.m[4]);
+  }
   product.add = in.m[7] >= 0 ? w.predicates[in.m[7]] & 1 : in.m[7] == -2;
   for (int j = 0; j < num_a; j++) {
     must_be_fenced(a[j], false);
@@ -378,6 +411,13 @@ inline void wgmma_wait(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 
 inline void cp_async(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
+  if (m.launch.counts) {
+    auto source = [&](int lane) { return wide(w, o[1], lane) + in.m[1]; };
+    auto target = [&](int lane) { return w.row(o[0])[lane] + in.m[0]; };
+    auto read = [&](int lane) { return o[2] < 0 ? u32(in.m[2]) : std::min(u32(in.m[2]), w.row(o[2])[lane]); };
+    m.count_global(w.pc, mask, source, read, true, false);
+    m.count_shared(w.pc, LANES, mask, target, in.m[2]);
+  }
   each(mask, [&](int lane) {
     CopyAsync copy{
         u32(w.row(o[0])[lane] + in.m[0]), wide(w, o[1], lane) + in.m[1], u32(in.m[2]), u32(in.m[2]), w.pc, lane};
@@ -531,6 +571,16 @@ inline void tensor_copy(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "rows of more than 1024 bytes");
     u32 bytes = box_bytes(*map), alignment = 128u << map->swizzle;
     if (!m.shared_range(w, w.pc, lane, copy.shared, bytes, alignment)) return;
+    if (m.launch.counts) {
+      Request request;
+      const u32 size = TENSOR_MAP_BYTES[map->type & 15];
+      rows_of_box(*map, copy.at, [&](u32, u64 address, u32 first, u32 last) {
+        if (first == last) return;
+        request.add(address, (last - first) * size);
+        m.touch(address, (last - first) * size, loads || in.m[0], !loads);
+      });
+      request.count(m.launch.counts[w.pc]);
+    }
     if (!loads) {
       if (m.now()) m.finish_store(w, copy), copy.done = true;
       w.open_stores.push_back(copy);

@@ -66,6 +66,10 @@ struct Report {
   char detail[232];
 };
 
+struct Counts {  // of one instruction of the program; counts.py says what they are
+  s64 lanes, bytes, sectors, least_sectors, wavefronts, least_wavefronts, flops;
+};
+
 enum Completion { EARLY, LATE, RANDOM };            // of asynchronous work
 enum Order { ROUND_ROBIN, SHUFFLED, FIRST, LAST };  // of the warps
 
@@ -85,7 +89,9 @@ struct Launch {
   s64 limit;  // warp instructions of the launch
   Report* reports;
   s32 max_reports, first_cta, last_cta, unused2;
-  s64* executed;  // by instruction
+  s64* executed;   // by instruction
+  Counts* counts;  // by instruction; null: nothing is counted
+  s64* traffic;    // by region: sectors that are read, sectors that are written, each once
 };
 
 // ---- vector clocks: which accesses of the others a warp can rely on
@@ -227,6 +233,7 @@ struct Machine {
   };
   using Owners = std::unique_ptr<Owner[], void (*)(void*)>;
   std::vector<Owners> owners;
+  std::vector<std::vector<u8>> touched;  // by region and sector: 1 it was read, 2 written
   std::vector<int> stamp_cta{-1};
   std::vector<bool> stamp_seen{true};
   std::map<u64, std::vector<bool>> released;
@@ -253,6 +260,14 @@ struct Machine {
   void mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic);
   void start_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void end_flight(u32 offset, u32 bytes);
+
+  // counting.h
+  void touch(u64 address, u32 bytes, bool reads, bool writes);
+  template <class At, class Bytes>
+  void count_global(int pc, u32 mask, At at, Bytes bytes, bool reads, bool writes);
+  template <class At>
+  void count_shared(int pc, int accesses, u32 mask, At at, u32 bytes);
+  void count_operand(int pc, u64 descriptor, int first, int last, int bytes, bool transposed);
 
   // asynchronous.h
   void finish(Warp& w, const CopyAsync& copy);

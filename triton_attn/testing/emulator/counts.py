@@ -1,0 +1,129 @@
+"""What a launch cost beside time: exact numbers, by instruction and by source line."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from triton_attn.testing.emulator import core
+
+SECTOR = 32
+
+
+class Tally(NamedTuple):
+    """Of one instruction or of several. A request is what one instruction asks for on behalf of a warp; one of a tensor
+    copy is its box.
+
+    Attributes:
+        executed: how many warps executed it, those counted of which a lane took part.
+        lanes: how many lanes of theirs took part.
+        bytes: of global memory, each once in a request.
+        sectors: of 32 bytes in which those lie, each once in a request: what a request moves.
+        least_sectors: how many would hold as many bytes, by request. More sectors than that: they were not full.
+        wavefronts: in how many cycles the shared memory served the requests. 32 lanes go together with up to 4 bytes
+            each, 16 with 8, 8 with 16 or with a row of a matrix; a bank gives one word of 4 bytes a cycle. Operands of
+            wgmma count as matrices of 8 rows, those that four warps share once. Tensor copies have none.
+        least_wavefronts: how many it would have been without a bank conflict.
+        flops: of tensor cores, useful or not.
+    """
+
+    executed: int
+    lanes: int
+    bytes: int
+    sectors: int
+    least_sectors: int
+    wavefronts: int
+    least_wavefronts: int
+    flops: int
+
+
+class Counts:
+    """What a launch cost beside time.
+
+    Attributes:
+        program: the decoded kernel, whose instructions `by_instruction` follows.
+        by_instruction: int64 (n, 8), the columns as of Tally.
+        read, written: {tensor: bytes of global memory that the launch read or wrote, each sector of 32 bytes once}, the
+            floor of what DRAM must give and take. What an atomic or a reduction changes it reads and writes. Tensors
+            with a storage in common have one entry, their names joined by commas.
+    """
+
+    def __init__(self, program, by_instruction, read, written):
+        self.program, self.by_instruction, self.read, self.written = program, by_instruction, read, written
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.read.values())
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(self.written.values())
+
+    def total(self, chosen=slice(None)) -> Tally:
+        """Sums over all instructions, or over those that an index or a mask chooses."""
+        return Tally(*map(int, self.by_instruction[chosen].sum(axis=0)))
+
+    def by_kind(self) -> dict[str, Tally]:
+        """{`kind_of` an instruction: sums}, the most frequent first."""
+        return self._grouped(lambda pc: kind_of(self.program.text[pc]))
+
+    def by_line(self) -> dict[tuple[str, str], Tally]:
+        """{(source line, `kind_of` an instruction): sums}, the most frequent first; a line is `file.py:12`."""
+        return self._grouped(lambda pc: (self.program.where(pc), kind_of(self.program.text[pc])))
+
+    def hot(self) -> np.ndarray:
+        """Which instructions are in a hot loop, bool: one with products of tensor cores and no such loop inside it."""
+        products = self.by_instruction[:, Tally._fields.index("flops")] > 0
+        loops = sorted(self.program.loops(), key=lambda loop: loop[1] - loop[0])
+        chosen = []
+        for first, last in loops:
+            holds_another = any(first <= inner[0] and inner[1] <= last for inner in chosen)
+            if products[first : last + 1].any() and not holds_another:
+                chosen.append((first, last))
+        hot = np.zeros(len(products), bool)
+        for first, last in chosen:
+            hot[first : last + 1] = True
+        return hot
+
+    def _grouped(self, key_of):
+        places = {}
+        for pc in np.flatnonzero(self.by_instruction[:, 0]):
+            places.setdefault(key_of(pc), []).append(pc)
+        tallies = {key: self.total(pcs) for key, pcs in places.items()}
+        return dict(sorted(tallies.items(), key=lambda item: -item[1].executed))
+
+
+def kind_of(text: str) -> str:
+    """Of an instruction of PTX: its first word, with the space of what accesses memory (`ld.global`) and all of what a
+    copy or a product is (`cp.async.bulk.tensor`, `wgmma.mma_async`)."""
+    opcode = re.sub(r"^@!?\S+\s+", "", text).split()[0].rstrip(";")
+    first, *rest = opcode.split(".")
+    telling = _TELLING.get(first, ())
+    return ".".join([first, *(word for word in (word.split("::")[0] for word in rest) if word in telling)])
+
+
+_SPACES = ("global", "shared", "param")
+_ASYNC = ("reduce", "async", "bulk", "tensor", "commit_group", "wait_group", "wait_all", "mma_async", "fence")
+_TELLING = {
+    **dict.fromkeys(("ld", "st", "atom", "red"), _SPACES),
+    **dict.fromkeys(("cp", "wgmma"), _ASYNC),
+    "mbarrier": ("init", "inval", "arrive", "expect_tx", "try_wait", "test_wait"),
+}
+
+
+def counted(program, executed, of_core, traffic, names) -> Counts:
+    """Of what the core counted. Of the rows that one statement became the last stands for all; what the others count
+    is its."""
+    by_instruction = np.concatenate([executed[:, None], of_core], axis=1)
+    by_instruction[~program.ends, :2] = 0
+    read, written = {}, {}
+    for name, (sectors_read, sectors_written) in zip(names, traffic.tolist()):
+        for where, sectors in ((read, sectors_read), (written, sectors_written)):
+            if sectors and name is not None:
+                where[name] = where.get(name, 0) + SECTOR * sectors
+    return Counts(program, by_instruction, read, written)
+
+
+def buffers(program, regions):
+    """Zeros for the core: (by instruction, by region)."""
+    return np.zeros((len(program.instructions), len(core.COUNTS)), np.int64), np.zeros((regions, 2), np.int64)
