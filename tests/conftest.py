@@ -14,7 +14,7 @@ import os
 import pytest
 import torch
 
-from triton_attn.testing.emulator.plugin import Emulation, add_options
+pytest_plugins = ["triton_attn.testing.emulator.plugin"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
@@ -28,13 +28,7 @@ with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it ru
     settings.load_profile("triton_attn")
 
 
-def pytest_addoption(parser):
-    add_options(parser)
-
-
 def pytest_configure(config):
-    if config.getoption("--emulate"):
-        config.pluginmanager.register(Emulation(config))
     if INTERPRETED:
         from triton_attn.testing import fix_interpreter
 

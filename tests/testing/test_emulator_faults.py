@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from hand_written import kernel
 
-from triton_attn.testing.emulator import SCHEDULES, EmulationError, emulate, run_ptx
+from triton_attn.testing import EmulationError, emulate
+from triton_attn.testing.emulator import SCHEDULES, core, run_ptx
 
 pytestmark = [
     pytest.mark.compiled,
@@ -231,15 +232,43 @@ def test_an_unsupported_instruction_is_named_with_its_line():
         faults("mov.b32 %r1, 0;\ntcgen05.wait::ld.sync.aligned;")
 
 
-@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
-def test_other_targets_are_refused(arch):
-    with pytest.raises(NotImplementedError, match=arch), emulate(arch):
+@pytest.mark.parametrize(
+    ("error", "arch", "schedule"),
+    [
+        (NotImplementedError, "sm_100", "random"),
+        (NotImplementedError, "gfx942", "random"),
+        (ValueError, "sm_70", "random"),
+        (ValueError, "sm_90", "slow"),
+    ],
+)
+def test_what_is_not_emulated_is_refused(error, arch, schedule):
+    message = (
+        "schedule: expected random, .*, got 'slow'" if schedule == "slow" else f"arch: expected sm_80, .* got '{arch}'"
+    )
+    with pytest.raises(error, match=message), emulate(arch, schedule=schedule):
         pass
 
 
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="schedule: expected random"), emulate("sm_90", schedule="slow"):
-        pass
+def test_one_is_open_at_a_time():
+    x, out = torch.randn(64), torch.zeros(64)
+    with emulate("sm_90"):
+        with pytest.raises(RuntimeError, match="inside another"), emulate("sm_80"):
+            pass
+        _shift_kernel[(1,)](x, out, 63, BLOCK=64)
+    torch.testing.assert_close(out[:63], x[1:])
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    """Triton's helper takes gcc, clang or what CC says."""
+    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    build = lambda: core.built("stub_libcuda.c", "libcuda.so.1", ["-Wl,-soname,libcuda.so.1"])  # noqa: E731
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler: expected gcc or clang on PATH, or a path in CC"):
+        build()
+    monkeypatch.setenv("CC", compiler)
+    assert build().is_relative_to(tmp_path)
 
 
 # ---- wgmma and the async proxy: a product of 64 x 16 by 16 x 8, by one warp group
@@ -336,6 +365,12 @@ def test_a_triton_kernel_reports_its_own_source_line():
     torch.testing.assert_close(out[:99], x[1:])
     with pytest.raises(EmulationError, match="out of bounds of x"), emulate("sm_90"):
         _shift_kernel[(2,)](x, out, 100, BLOCK=64)
+
+
+def test_a_launch_that_a_driver_would_refuse():
+    x, out = torch.randn(64), torch.zeros(64)
+    with emulate("sm_90"), pytest.raises(RuntimeError, match="too large a grid"):
+        _shift_kernel[(1, 70000)](x, out, 63, BLOCK=64)
 
 
 def test_the_same_seed_gives_the_same_run():

@@ -3,7 +3,7 @@
 `fix_interpreter`            bf16 and fp8 arithmetic of TRITON_INTERPRET=1 as a GPU does it
 `guard`                      every memory access and integer of interpreted launches checked, bytes counted
 `compile_only`               ordinary launches compile for a GPU that is not there; registers, spills, instructions
-`emulator.emulate`           the compiled code runs on CPU tensors, every access and barrier checked
+`emulate`                    the compiled code runs on CPU tensors, every access and barrier checked
 `record_specializations`     which kernels launches would compile, without compiling them
 `poisoned_empty`, `padded`   outputs nobody wrote, and writes beside a tensor, made visible
 `assert_close_to_reference`  error against fp64, judged by the error that torch makes in the same dtype
@@ -18,10 +18,12 @@ from triton_attn.testing.tensors import Closeness, assert_close_to_reference, pa
 _NEEDS_TRITON = {
     "Accesses": "memory",
     "DeviceArithmeticError": "arithmetic",
+    "EmulationError": "emulator",
     "Launch": "compilation",
     "MemoryAccessError": "memory",
     "Specialization": "compilation",
     "compile_only": "compilation",
+    "emulate": "emulator",
     "fix_interpreter": "interpreter",
     "guard": "memory",
     "record_specializations": "compilation",

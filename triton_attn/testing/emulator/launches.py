@@ -137,17 +137,23 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
         A list of `EmulatedLaunch`, in the order of the launches; it grows while the context is open.
 
     Raises:
-        NotImplementedError: `arch` is not emulated; at a launch, an instruction is not, with its source line.
-        ValueError: `schedule` or `arch` is not in its list.
-        RuntimeError: TRITON_INTERPRET is set, a real libcuda is loaded, there is no C++ compiler, or as compile_only.
+        NotImplementedError: `arch` is a target of compile_only that is not emulated; at a launch, an instruction is
+            not, with its source line.
+        ValueError: `schedule` or `arch` is in no list.
+        RuntimeError: TRITON_INTERPRET is set, the process has a GPU or a real libcuda, there is no C++ compiler, or
+            `emulate` or `compile_only` is open; at a launch, a driver would refuse it.
     """
-    if arch not in TARGETS and arch in compilation._TARGETS:
-        raise NotImplementedError(f"arch: expected {', '.join(TARGETS)}, got {arch!r}, which is not emulated")
+    if arch not in TARGETS:
+        error = NotImplementedError if arch in compilation._TARGETS else ValueError
+        raise error(f"arch: expected {', '.join(TARGETS)}, got {arch!r}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected {', '.join(SCHEDULES)}, got {schedule!r}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("emulate needs a process without TRITON_INTERPRET, where kernels are compiled")
     if torch.cuda.is_available():
         raise RuntimeError("emulate needs a process without a GPU (CUDA_VISIBLE_DEVICES= does not unload its driver)")
-    compilation._check_arch(arch)
+    if isinstance(triton.runtime.driver._active, compilation._Driver):
+        raise RuntimeError(f"emulate({arch!r}) inside another emulate or compile_only")
     emulator = _Emulator(schedule, seed, strict, limit, list(read_only), edit, counts)
     with emulator.stub(arch), compilation.compile_only(arch, driver=functools.partial(_Driver, emulator)) as launches:
         yield launches
@@ -161,6 +167,7 @@ class _Driver(compilation._Driver):
         from triton.backends.nvidia import driver as nvidia
 
         self.emulator, self.nvidia, self.cuda = emulator, nvidia, nvidia.CudaUtils()
+        self.names = []
 
     def __getattr__(self, name):
         if name == "cuda":  # not there yet
@@ -168,8 +175,9 @@ class _Driver(compilation._Driver):
         return getattr(self.cuda, name)
 
     def load_binary(self, name, binary, shared, device):
-        module, function, registers, spills, max_threads = 1, 1, 0, 0, 1024
-        return module, function, registers, spills, max_threads
+        self.names.append(ctypes.create_string_buffer(name.encode()))  # the stub's functions are their names
+        module, registers, spills, max_threads = 1, 0, 0, 1024
+        return module, ctypes.addressof(self.names[-1]), registers, spills, max_threads
 
     def launcher_cls(self, src, metadata):
         compiled = src.fn.device_caches[self.device][0].values()

@@ -1,25 +1,33 @@
 """`pytest --emulate sm_90`: the tests of a process run their kernels as compiled, in `emulate`.
 
-In a conftest.py:
+Loaded by `pytest -p triton_attn.testing.emulator.plugin`, or by a line of the conftest.py at the tests' root:
 
-    from triton_attn.testing.emulator.plugin import Emulation, add_options
+    pytest_plugins = ["triton_attn.testing.emulator.plugin"]
 
-    def pytest_addoption(parser):
-        add_options(parser)
-
-    def pytest_configure(config):
-        if config.getoption("--emulate"):
-            config.pluginmanager.register(Emulation(config))
+Tests make CPU tensors, and open neither `emulate` nor `compile_only` themselves.
 """
 
 import pytest
 
 
-def add_options(parser):
+def pytest_addoption(parser):
     group = parser.getgroup("emulator", "kernels as compiled, on CPU tensors")
     group.addoption("--emulate", metavar="ARCH", help="sm_80, sm_86, sm_89 or sm_90")
     group.addoption("--emulate-schedule", default="random", help="a key of triton_attn.testing.emulator.SCHEDULES")
     group.addoption("--emulate-seed", type=int, default=0, help="of the random schedules")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "emulated: launches a kernel, and fails under --emulate where it does not")
+    if not config.getoption("--emulate"):
+        return
+    emulation = Emulation(config)
+    try:
+        with emulation.opened():
+            pass
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise pytest.UsageError(f"--emulate: {error}") from error
+    config.pluginmanager.register(emulation)
 
 
 class Emulation:
@@ -29,11 +37,14 @@ class Emulation:
         self.arch = config.getoption("--emulate")
         self.schedule, self.seed = config.getoption("--emulate-schedule"), config.getoption("--emulate-seed")
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item):
+    def opened(self):
         from triton_attn.testing.emulator import emulate
 
-        with emulate(self.arch, schedule=self.schedule, seed=self.seed) as log:
+        return emulate(self.arch, schedule=self.schedule, seed=self.seed)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        with self.opened() as log:
             try:
                 result = yield
             finally:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -131,14 +132,18 @@ def built(source: str, name: str, flags: list[str], libraries: list[str] = ()) -
     cache = get_cache_manager(hashlib.sha256(content + settings).hexdigest())
     if found := cache.get_file(name):
         return Path(found)
-    if triton.knobs.build.impl is None and not any(map(shutil.which, ("cc", "gcc", "clang", "g++", "clang++"))):
-        raise RuntimeError("emulate needs a C++ compiler (gcc 11 or clang 14, or later); set CC or CXX to one")
+    # Those that Triton's helper takes; it compiles C++ with them too.
+    if not (triton.knobs.build.impl or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise RuntimeError("emulate needs a C++ compiler: expected gcc or clang on PATH, or a path in CC, found none")
     include = [str(HERE), str(Path(triton.__file__).parent / "backends/nvidia/include")]
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = build._build("library", str(HERE / source), folder, [], include, list(libraries), flags)
         except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"emulate: the host's compiler failed on {source}: {' '.join(error.cmd)}") from error
+            raise RuntimeError(
+                f"emulate needs a C++ compiler (gcc 11 or clang 14, or later), which failed on {source}: "
+                f"{' '.join(error.cmd)}"
+            ) from error
         cache.put(Path(path).read_bytes(), name, binary=True)
     return Path(cache.get_file(name))
 

@@ -63,7 +63,10 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
-CUresult cuGetErrorString(CUresult e, const char **s) { *s = "refused by the stub driver"; return CUDA_SUCCESS; }
+
+static const char *refusal = "refused by the stub driver";
+
+CUresult cuGetErrorString(CUresult e, const char **s) { *s = refusal; return CUDA_SUCCESS; }
 
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   *(CUdeviceptr *)data = pointer;
@@ -101,7 +104,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
     if (strides[i] == 0 || strides[i] % 16 || strides[i] >= 1ull << 40) why = "a stride not a multiple of 16 below 2^40";
   if (inner % 16) why = "the inner side of the box not a multiple of 16 bytes";
   if (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && inner > span) why = "the inner side of the box larger than the swizzle";
-  if (why) fprintf(stderr, "cuTensorMapEncodeTiled: %s\n", why);
+  if (why) fprintf(stderr, "cuTensorMapEncodeTiled: %s\n", why), refusal = why;
   memset(map, 0, sizeof(*map));
   if (!why) {
     TensorMap *held = (TensorMap *)map;
@@ -143,7 +146,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   if (config->sharedMemBytes > shared_limit()) why = "too much shared memory";
   if (!why && stub_launch)
     return stub_launch(config->gridDimX, config->gridDimY, config->gridDimZ, parameters) ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
-  if (why) fprintf(stderr, "cuLaunchKernelEx of %s: %s\n", (const char *)function, why);
+  if (why) fprintf(stderr, "cuLaunchKernelEx of %s: %s\n", (const char *)function, why), refusal = why;
   else printf("launch %s %u\n", (const char *)function, config->gridDimX), fflush(stdout);
   return why ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
