@@ -15,12 +15,12 @@ gpu:
 	$(PYTHON) -m perf gpu --minutes 9 $(if $(OUT),--out $(OUT))
 
 # Triton interprets or compiles for a whole process, so there are two runs. The second also runs the tests of the first
-# on the GPU, where there is one.
+# on the GPU, where there is one. TRITON_ATTN_TESTS=ci adds what CI runs besides.
 test: .venv/installed
 	TRITON_INTERPRET=1 $(PYTEST) --nbmake tests notebooks
 	$(PYTEST) tests
 
-test-full: export TRITON_ATTN_TEST_FULL = 1
+test-full: export TRITON_ATTN_TESTS = full
 test-full: test
 
 test-oldest: .venv-oldest/installed

@@ -3,13 +3,14 @@
 Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 everything runs but the tests marked
 `compiled`; without it those alone run, and the others too where there is a GPU for their kernels. With --emulate sm_90
 the others run on compiled code without a GPU.
-TRITON_ATTN_TEST_DRAWS is how many examples a random test draws: 4, where it is not said; in CI 10.
-TRITON_ATTN_TEST_FULL=1 adds the tests marked `full`, and draws 500 others each time.
+TRITON_ATTN_TESTS is how much of them: `quick`, where it is not said; `ci` adds the tests marked so; `full` the whole
+matrix, and draws of hypothesis that are new each time. A GPU runs what is marked `ci` anyway.
 """
 
 import contextlib
 import itertools
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -17,14 +18,17 @@ import torch
 pytest_plugins = ["triton_attn.testing.emulator.plugin"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
+LEVEL = os.environ.get("TRITON_ATTN_TESTS", "quick")
+DRAWS = {"quick": 4, "ci": 10, "full": 500}
+FULL = LEVEL == "full"
+if LEVEL not in DRAWS:
+    raise pytest.UsageError(f"TRITON_ATTN_TESTS: expected one of {', '.join(DRAWS)}, got {LEVEL!r}")
 
 torch.set_num_threads(1)
 with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it runs where only pytest is
     from hypothesis import settings
 
-    draws = 500 if FULL else int(os.environ.get("TRITON_ATTN_TEST_DRAWS", 4))
-    settings.register_profile("triton_attn", max_examples=draws, derandomize=not FULL, deadline=None)
+    settings.register_profile("triton_attn", max_examples=DRAWS[LEVEL], derandomize=not FULL, deadline=None)
     settings.load_profile("triton_attn")
 
 
@@ -35,17 +39,39 @@ def pytest_configure(config):
         fix_interpreter()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    def runs_here(item):
-        if item.get_closest_marker("full") and not FULL:
-            return False
-        compiled = item.get_closest_marker("compiled") is not None
-        if config.getoption("--emulate"):
-            return not compiled
-        return compiled != INTERPRETED or (not INTERPRETED and torch.cuda.is_available())
+    """After -k and -m: what they name alone is not thinned out."""
+    chosen = [item for item in items if _runs_here(item, config.getoption("--emulate"))]
+    if LEVEL == "quick" and not torch.cuda.is_available():
+        chosen = _quick(chosen)
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
 
-    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
-    items[:] = filter(runs_here, items)
+
+def _runs_here(item, emulate):
+    if item.get_closest_marker("full") and not FULL:
+        return False
+    compiled = item.get_closest_marker("compiled") is not None
+    if emulate:
+        return not compiled
+    return compiled != INTERPRETED or (not INTERPRETED and torch.cuda.is_available())
+
+
+def _quick(items):
+    """Without the tests marked `ci`, but for one of `but_each` cases in their order."""
+    seen, kept = Counter(), []
+    for item in items:
+        marker = item.get_closest_marker("ci")
+        if marker is not None:
+            test, _, _ = item.nodeid.partition("[")
+            each, position = marker.kwargs.get("but_each"), seen[test]
+            seen[test] += 1
+            if each is None or position % each:
+                continue
+        kept.append(item)
+    return kept
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -148,6 +148,7 @@ def test_decode_of_latent_vectors(kernels, return_lse):
     assert counts["_merge_project_kernel"] <= 4 * 3  # of 1, 4, 16, 64 tokens; of one part, a few and many
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("mode", ["fused", "absorbed", "materialized"])
 def test_prefill_of_latent_vectors(kernels, mode, return_lse):

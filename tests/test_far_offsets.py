@@ -114,6 +114,7 @@ def cases():
                     yield pytest.param(call, name, dim, id=f"{call}-{name}-{dim}")
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize(("call", "name", "dim"), list(cases()))
 def test_functions(call, name, dim):
     torch.manual_seed(0)

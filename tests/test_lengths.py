@@ -185,6 +185,7 @@ def assert_spare(out, lse, end):
     assert (lse[:, end:] == -math.inf).all()
 
 
+@pytest.mark.ci(but_each=3)
 @packed()
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])
 def test_flash_attention_varlen(bounds, longest, total, deterministic):
@@ -214,6 +215,7 @@ def test_flash_attention_varlen(bounds, longest, total, deterministic):
         torch.testing.assert_close(result.double(), there.double(), atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.ci(but_each=3)
 @packed(
     "some spare rows", "no sequence", "more rows than the longest would fill", "a sequence that ends beyond the rows"
 )
@@ -236,6 +238,7 @@ def test_paged_attention(bounds, longest, total, options):
     torch.testing.assert_close(lse, exact[1], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.ci(but_each=3)
 @packed("some spare rows", "no sequence", "more rows than the longest would fill")
 @pytest.mark.parametrize(
     ("mode", "workspace"),

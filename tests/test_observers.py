@@ -306,6 +306,7 @@ def test_functional_derivatives(case, transform):
             assert case.function is read_latent_cache
 
 
+@pytest.mark.ci(but_each=3)
 @every_case
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(case):
@@ -345,6 +346,7 @@ def compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.ci(but_each=3)
 @every_case
 def test_compile(case, compiled):
     arguments = case.arguments()
@@ -371,6 +373,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.ci(but_each=3)
 @every_case
 def test_opcheck(case):
     with Calls() as calls:
@@ -391,6 +394,7 @@ class Module(torch.nn.Module):
         return self.function(**arguments)
 
 
+@pytest.mark.ci(but_each=3)
 @every_case
 def test_export(case):
     arguments = case.arguments()

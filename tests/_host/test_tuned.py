@@ -202,6 +202,7 @@ def test_tma_is_refused_where_there_is_none(tmp_path):
         triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(use_tma=True), arch="sm_80"))
 
 
+@pytest.mark.ci
 def test_the_environment_names_a_table(tmp_path):
     source = """
         import torch
@@ -324,6 +325,7 @@ def launched(call):
     ]
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.compiled
 @pytest.mark.parametrize("family", SERVED)
 def test_calls_heed_tables(family, tmp_path):
@@ -342,6 +344,7 @@ def test_calls_heed_tables(family, tmp_path):
     assert launched(call) == before
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     "options",

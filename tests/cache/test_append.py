@@ -100,6 +100,7 @@ def test_values_are_checked_when_asked(change, message, monkeypatch):
         append_kv_cache(**arguments() | change)
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.compiled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *FLOAT8], ids=str)

@@ -155,6 +155,7 @@ def test_values_are_checked_when_asked(change, message, monkeypatch):
     assert not args["latent_cache"].any()
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.compiled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=["bf16", "fp8"])

@@ -4,10 +4,9 @@ What a token keeps in the cache stands for all tokens up to it and the salt: a p
 too early, or not copied before it is written, is read back as somebody else's.
 """
 
-import os
-
 import pytest
 import torch
+from conftest import LEVEL
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,7 +22,7 @@ from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache
 from triton_attn._host.latent import read_latent_cache
 
 pytestmark = pytest.mark.random
-FULL = os.environ.get("TRITON_ATTN_TEST_FULL") == "1"
+TIMES = {"quick": 1, "ci": 3, "full": 100}[LEVEL]
 NUM_LAYERS = 2
 
 
@@ -420,13 +419,11 @@ class Float8LatentMachine(LatentMachine):
 
 @pytest.mark.parametrize(
     ("machine", "examples", "min_steps"),
-    [(PagedKVMachine, 100, 3000), (LatentMachine, 20, 600), (Float8LatentMachine, 20, 600)],
+    [(PagedKVMachine, 34, 1000), (LatentMachine, 7, 200), (Float8LatentMachine, 7, 200)],
 )
 def test_random_operations(machine, examples, min_steps, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     CacheMachine.steps = 0
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=30 * examples if FULL else examples, stateful_step_count=50)
-    )
+    run_state_machine_as_test(machine, settings=settings(max_examples=TIMES * examples, stateful_step_count=50))
     print(f"{CacheMachine.steps} steps")
-    assert CacheMachine.steps >= min_steps
+    assert CacheMachine.steps >= TIMES * min_steps

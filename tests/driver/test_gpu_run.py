@@ -50,6 +50,7 @@ def make_gpu(out):
     return arguments
 
 
+@pytest.mark.ci
 @pytest.mark.oldest
 def test_every_stage_is_run_told_and_resumed(run, tmp_path):
     out = tmp_path / "out"
@@ -80,6 +81,7 @@ def test_every_stage_is_run_told_and_resumed(run, tmp_path):
     assert {row["outcome"] for row in rows_of(out / "smoke.csv")} == {"passed"}
 
 
+@pytest.mark.ci
 def test_what_other_code_found_is_done_again_and_another_gpu_adds_rows(run, tmp_path):
     out, stages = tmp_path / "out", ("--minutes", "60", "--stages", "machine,targets,sanitizer")
     code, said = run("gpu", "--out", out, *stages)

@@ -29,16 +29,17 @@ def run(stub, arch, *pattern, **environment):
     return launches
 
 
-# Of every kernel one call, since most of the time goes to compiling; the full matrix has the others.
+# Of every kernel one call, since most of the time goes to compiling.
 EVERY_KERNEL = "flash 128, det|backward alone|paged chunk|append|mla decode, fp8|mla prefill, abs|mla prefill, mat"
 
 
 @pytest.mark.parametrize(
     ("arch", "pattern"),
     [
-        pytest.param("sm_90", "", marks=pytest.mark.oldest),
-        ("sm_80", EVERY_KERNEL),
-        ("sm_100", EVERY_KERNEL),
+        ("sm_90", EVERY_KERNEL),
+        pytest.param("sm_80", EVERY_KERNEL, marks=pytest.mark.ci),
+        pytest.param("sm_100", EVERY_KERNEL, marks=pytest.mark.ci),
+        pytest.param("sm_90", "", marks=[pytest.mark.oldest, pytest.mark.ci]),
         pytest.param("sm_80", "", marks=pytest.mark.full),
         pytest.param("sm_100", "", marks=pytest.mark.full),
     ],
@@ -56,7 +57,11 @@ def test_every_public_function_launches(stub, arch, pattern, record_property):
 
 @pytest.mark.oldest
 @pytest.mark.parametrize(
-    ("word", "kernel"), [("64, packed", "_flash_fwd_hopper_kernel"), ("128 heads", "_mla_decode_hopper_kernel")]
+    ("word", "kernel"),
+    [
+        pytest.param("64, packed", "_flash_fwd_hopper_kernel", marks=pytest.mark.ci),
+        ("128 heads", "_mla_decode_hopper_kernel"),
+    ],
 )
 def test_the_kernels_of_hopper_launch(word, kernel, stub):
     (of_call,) = run(stub, "sm_90", word, TRITON_ATTN_KERNELS="hopper").values()
@@ -83,6 +88,7 @@ def test_a_warmup_leaves_nothing_to_a_c_compiler(stub, tmp_path):
     assert "launch _copy_kv_pages_kernel" in done.stdout
 
 
+@pytest.mark.ci
 def test_every_launch_goes_to_the_device_of_its_tensors(stub):
     """Two devices: the first is current, and the tensors are on the second."""
     calls = "64, packed|backward alone|paged decode, four|append|merge|mla decode, fp8|mla prefill, mat"

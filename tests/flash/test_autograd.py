@@ -93,6 +93,7 @@ class Launches(list):
         self.patch.stop()
 
 
+@pytest.mark.ci(but_each=11)
 @every_option_and_varlen
 def test_opcheck(options, varlen):
     f, leaves = make_call(options, varlen)
@@ -125,6 +126,7 @@ def compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.ci(but_each=5)
 @every_option_and_varlen
 def test_compile(options, varlen, compiled):
     f, leaves = make_call(options, varlen)
@@ -140,6 +142,7 @@ def test_compile_in_half_precision(dtype, compiled):
     assert_equal(gradients(compiled(f), leaves), gradients(f, leaves))
 
 
+@pytest.mark.ci(but_each=2)
 @dense_and_varlen
 def test_compile_once_for_all_lengths(varlen, compiled):
     options = {"causal": True, "window_size": (5, 0), "softcap": 3.0, "dropout_p": 0.1, "dropout_seed": 3}
@@ -229,6 +232,7 @@ def test_export_with_any_length():
     assert_equal(exported.module()(*longer), f(*longer))
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("options", [*OPTIONS.values(), {"causal": True, "window_size": (2, 0)}], ids=str)
 @dense_and_varlen
 def test_gradcheck_of_the_reference(options, varlen, monkeypatch):
@@ -339,6 +343,7 @@ KERNELS_OF_GRADIENTS = {
 }
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("names", KERNELS_OF_GRADIENTS, ids=" ".join)
 def test_only_wanted_gradients_are_computed(names, deterministic):

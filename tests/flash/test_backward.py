@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 both_schedules = pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @both_schedules
 @pytest.mark.parametrize("head_dim", [dim for dim in HEAD_DIMS if dim <= 256])
@@ -28,6 +29,7 @@ def test_every_head_dim(head_dim, deterministic):
     check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim, deterministic=deterministic))
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.oldest
 @both_schedules
 @pytest.mark.parametrize("use_tma", [False, True])
@@ -58,6 +60,7 @@ def test_a_bit_of_everything(dtype, use_tma, deterministic):
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("num_heads_kv", "group_size", "head_dim", "options"),
     [
@@ -153,6 +156,7 @@ def test_softcap_saturates(deterministic):
     assert (dk[:, :19] == 0).all()
 
 
+@pytest.mark.ci(but_each=3)
 @both_schedules
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_schedules_and_tiles_agree(use_tma, deterministic):
@@ -180,6 +184,7 @@ def programs_in_reverse():
         yield
 
 
+@pytest.mark.ci(but_each=2)
 @both_schedules
 def test_deterministic_repeats_bitwise(deterministic):
     q, k, v = (torch.randn(1, 200, heads, 32, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))

@@ -143,6 +143,7 @@ REST = [
 SLICE_IDS = {param.id for param in SLICE}
 
 
+@pytest.mark.ci(but_each=19)
 @pytest.mark.parametrize(
     ("arch", "dtype", "head_dim", "head_dim_v", "variant"),
     [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)],
@@ -155,6 +156,7 @@ def test_default(arch, dtype, head_dim, head_dim_v, variant, record_property):
     check_instructions(launch, report, dtype)
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("arch", ["sm_103", "sm_121", "gfx950"])
 def test_what_has_the_tables_of_another_spills_nothing(arch):
@@ -181,6 +183,7 @@ def test_fp32_on_tensor_cores_fits(arch, head_dim, precision, record_property):
 BARS = {64: (460, 900), 128: (600, 949), 256: (640, 949)}
 
 
+@pytest.mark.ci
 @pytest.mark.oldest
 @pytest.mark.parametrize("head_dim", BARS)
 def test_interior_loop_on_hopper(head_dim, record_property):
@@ -207,6 +210,7 @@ def test_interior_loop_on_hopper(head_dim, record_property):
 LENGTHS = (1, 2, 15, 16, 17, 31, 64, 127, 128, 129, 1000, 1024, 2047, 4096, 4097)
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.oldest
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window_size": (100, -1), "return_lse": True}])
 def test_a_call_compiles_one_kernel_and_its_length_no_other(options):

@@ -41,6 +41,7 @@ def assert_same_mask(out, weights):
     torch.testing.assert_close(out, weights)
 
 
+@pytest.mark.ci(but_each=7)
 @pytest.mark.oldest
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("options", MASKS, ids=str)

@@ -33,6 +33,7 @@ def test_every_head_dim(head_dim):
     check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim))
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.emulated
 @pytest.mark.oldest
 @pytest.mark.parametrize("use_tma", [False, True])

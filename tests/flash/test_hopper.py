@@ -49,6 +49,7 @@ def launch_of(arch="sm_90", head_dim=128, dtype=torch.bfloat16, varlen=False, he
     return launch
 
 
+@pytest.mark.ci(but_each=9)
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("head_dim", "bound"), [(64, 770), (128, 940), (256, 940)])
@@ -77,6 +78,7 @@ def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_pro
     assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == loops
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
     """In the machine code: ptxas is free to wait earlier, and then nothing overlaps."""
@@ -93,6 +95,7 @@ def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
         assert all(waits[0] < i < waits[1] for i in exponentials)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "call",
     [
@@ -117,6 +120,7 @@ def test_all_else_is_the_portable_kernels(call, wanted):
     assert launch_of(**call).name == PORTABLE
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
     """By an entry for the dtype, head dim and mask; TRITON_ATTN_KERNELS=portable comes before it."""

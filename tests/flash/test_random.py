@@ -26,6 +26,7 @@ def check_random(check, strategy, seed_of_draws, record_property, what):
     record_property("figure", f"{what}: {len(shares)} random calls, errors up to {max(shares):.2f} of their bounds")
 
 
+@pytest.mark.ci(but_each=7)
 @pytest.mark.parametrize("shard", range(3))
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,6 +36,7 @@ def test_forward(dtype, varlen, shard, record_property):
     check_random(attention_cases.check, attention_draws.cases(dtype, varlen), seed, record_property, what)
 
 
+@pytest.mark.ci(but_each=7)
 @pytest.mark.parametrize("shard", range(2))
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

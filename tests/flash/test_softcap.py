@@ -51,6 +51,7 @@ def test_flash_attention(softcap, deterministic):
         assert_close_to_reference(result.cpu(), ref64, torch_out=torch_out, factor=4.0, floor=floor, name=name)
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("softcap", CAPS)
 def test_a_single_key_shows_the_capped_score(softcap):

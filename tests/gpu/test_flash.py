@@ -61,6 +61,7 @@ def test_every_option_at_once(dtype):
     check(replace(PLAIN, varlen=True, dtype=dtype, **lengths, **shape, **options))
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @schedules
 @pytest.mark.parametrize("model", [m for m in MODELS if m.head_dim <= 256], ids=lambda model: model.name)

@@ -19,6 +19,7 @@ SEVERAL = {"packed": True, "seqlens_q": at_scale((1021, 1, 0, 333), (20, 1)), "s
 SEVERAL["seqlens_k"] = at_scale((4093, 2048, 5, 333), (33, 9))
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @of_caches
 @pytest.mark.parametrize("num_heads", HEADS)

@@ -33,6 +33,7 @@ def test_decode(model, dtype):
     check(case_of(dtype, num_splits=0, **DECODE, **heads_of(model)))
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("page_size", [1, 16, 256, None])
 @pytest.mark.parametrize("num_splits", [1, 7])
@@ -40,6 +41,7 @@ def test_split_keys(num_splits, page_size, dtype):
     check(case_of(dtype, num_splits=num_splits, page_size=page_size, **DECODE, **LLAMA))
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("model", CACHED_MODELS, ids=lambda model: model.name)
 def test_mixed_batch(model, dtype):
@@ -59,6 +61,7 @@ def test_shared_prefix(batch, dtype):
     check(case_of(dtype, shared_prefix_len=at_scale(1024, 32), num_splits=0, **batch, **LLAMA))
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("num_splits", [0, 1, 7])
 def test_repeats_bitwise(num_splits, dtype):

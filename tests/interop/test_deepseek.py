@@ -133,6 +133,7 @@ def check_greedy_decoding(model, paged, num_steps=NUM_STEPS):
     return max(differences)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["V2-Lite", "V3", "V3, halves rotated"])
 def test_the_kernels_decode_token_for_token(name, device, monkeypatch, record_property):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
@@ -142,6 +143,7 @@ def test_the_kernels_decode_token_for_token(name, device, monkeypatch, record_pr
     record_property("figure", f"DeepSeek-{name}, {KERNEL_STEPS} greedy steps: logits differ by {difference:.1e}")
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.usefixtures("reference_on_cpu")
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_decoding_token_for_token(name, device):

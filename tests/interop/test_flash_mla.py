@@ -116,12 +116,14 @@ def check(inputs, causal=False, softmax_scale=None):
     assert_close_to_reference(lse, lse64, torch_error=difference.abs().max().item(), floor=1e-5, name="lse")
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("num_heads", [16, 64, 128])
 @pytest.mark.parametrize(("dtype", "is_fp8"), [(BF16, False), (FP16, False), (BF16, True)], ids=["bf16", "fp16", "fp8"])
 def test_heads(device, dtype, is_fp8, num_heads):
     check(Inputs(device, dtype, num_heads=num_heads, is_fp8=is_fp8))
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q", [1, 2, 3])

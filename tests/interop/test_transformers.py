@@ -330,6 +330,7 @@ def test_logits_of_prompts(model, side, device):
     assert (got - expected)[real].abs().max() < 1e-4
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generated_tokens(model, cache, device):
     """Both sequences grow past the sliding window."""

@@ -63,6 +63,7 @@ def compiled(model, backend="eager"):
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
+@pytest.mark.ci(but_each=2)
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("config", "lengths"),
@@ -96,6 +97,7 @@ def decode_steps(model, cache, is_padded, device):
 DYNAMIC = pytest.param("dynamic", False, marks=pytest.mark.full)
 
 
+@pytest.mark.ci
 @torch.no_grad()
 @pytest.mark.parametrize(("cache", "is_padded"), [DYNAMIC, ("static", True)])
 def test_decode_steps(cache, is_padded, device):

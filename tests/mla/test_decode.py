@@ -12,6 +12,7 @@ from triton_attn.testing import guard
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("num_heads", [1, 3, 9, 63, 64, 126, 128])
 def test_every_number_of_heads(num_heads):
@@ -24,6 +25,7 @@ def test_every_page_size(page_size, is_fp8):
     check(Case(page_size=page_size, is_fp8=is_fp8, kv_lora_rank=128, num_splits=2))
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.oldest
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,6 +45,7 @@ def test_the_form_of_sm_90(kv_lora_rank, page_size, causal):
     check(Case(kv_lora_rank=kv_lora_rank, page_size=page_size, causal=causal, config=tiles, **sizes))
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("seqlen_q", range(9))
 @pytest.mark.parametrize("causal", [True, False])
 def test_several_new_tokens(seqlen_q, causal):
@@ -106,6 +109,7 @@ def test_the_reference_has_the_same_arguments_and_result():
         torch.testing.assert_close(result, ref, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
 @pytest.mark.parametrize("num_splits", [1, 5])
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])

@@ -75,6 +75,7 @@ def kernel_of(**options):
     return name
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize(
     "call",
     [
@@ -127,6 +128,7 @@ def test_scores_are_under_way_before_anything_is_waited_for(wanted):
         assert sum(waits[1] < i < products[40] for i in exponentials) >= 32
 
 
+@pytest.mark.ci(but_each=9)
 @pytest.mark.parametrize("page_size", [64, 128, 192])
 @pytest.mark.parametrize("num_heads", [64, 128, 192])
 def test_which_calls_it_serves(num_heads, page_size, wanted):
@@ -139,6 +141,7 @@ def test_which_calls_it_serves(num_heads, page_size, wanted):
     assert kernel_of(**call, change_q=lambda q: torch.empty_like(q.transpose(1, 2)).transpose(1, 2)) == HOPPER
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize(
     "call",
     [
@@ -167,6 +170,7 @@ def test_all_else_is_the_portable_kernels(call, wanted):
     assert kernel_of(**call) == PORTABLE
 
 
+@pytest.mark.ci
 def test_a_config_is_the_portable_kernels(wanted):
     q, cache = torch.empty(1, 1, 128, 576, dtype=torch.bfloat16), torch.empty(4, 64, 576, dtype=torch.bfloat16)
     table = torch.empty(1, 4, dtype=torch.int32)
@@ -178,6 +182,7 @@ def test_a_config_is_the_portable_kernels(wanted):
     assert [launch.name for launch in launches] == [PORTABLE]
 
 
+@pytest.mark.ci
 def test_prefill_is_the_portable_kernels(wanted):
     shapes = (1, 128, 64, NOPE), (1, 128, 64, ROPE), (1, 128, RANK), (1, 128, ROPE), (64, NOPE, RANK), (64, VALUE, RANK)
     with compile_only("sm_90") as launches:
@@ -185,6 +190,7 @@ def test_prefill_is_the_portable_kernels(wanted):
     assert HOPPER not in {launch.name for launch in launches}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
     """By an entry for the dtype; TRITON_ATTN_KERNELS=portable comes before it."""

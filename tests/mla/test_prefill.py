@@ -19,6 +19,7 @@ from triton_attn.mla.schedule import MODES
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
@@ -98,6 +99,7 @@ GRADIENT_CASES += [
 ]
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize(
     "case", GRADIENT_CASES, ids=lambda case: f"{case.mode}-{case.dtype}-{case.packed}-{case.causal}"
 )
@@ -191,6 +193,7 @@ class Allocations(Instrument):
         return out
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("packed", [False, True])
 def test_memory_besides_outputs(packed, record_property):
     """Of fused none; of the others no more than the bound, whatever the context."""

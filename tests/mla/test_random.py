@@ -14,6 +14,7 @@ from triton_attn.mla.schedule import MODES
 pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize("shard", range(3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode(dtype, shard):
@@ -26,6 +27,7 @@ def test_decode(dtype, shard):
     run()
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize("shard", range(3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)

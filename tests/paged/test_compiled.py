@@ -101,6 +101,7 @@ def full(param):
     return pytest.param(*param.values, id=param.id, marks=pytest.mark.full)
 
 
+@pytest.mark.ci(but_each=19)
 @pytest.mark.parametrize(
     ("arch", "head_dim", "rows", "variant"), [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)]
 )
@@ -131,6 +132,7 @@ def test_default(arch, head_dim, rows, variant, record_property):
         assert rows != "prefill" or arch != "sm_90" or head_dim == 512 or launch.uses_wgmma
 
 
+@pytest.mark.ci(but_each=4)
 @pytest.mark.oldest
 @pytest.mark.parametrize("arch", ARCHS)
 def test_merge(arch, record_property):
@@ -140,6 +142,7 @@ def test_merge(arch, record_property):
     assert launch.spill_bytes == 0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", ROWS)
 def test_other_dtypes_fit(rows, dtype):
@@ -154,6 +157,7 @@ class NoReadBack(Instrument):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("variant", ["plain", "splits", "varlen"])
 def test_nothing_is_read_back(variant):
     with NoReadBack(), pytest.raises(AssertionError):

@@ -25,6 +25,7 @@ def test_every_head_dim(head_dim):
     check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim))
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("page_size", [*PAGE_SIZES, None])
@@ -32,6 +33,7 @@ def test_every_page_size(page_size, num_splits):
     check(replace(PLAIN, page_size=page_size, num_splits=num_splits, window_size=(70, -1)))
 
 
+@pytest.mark.ci(but_each=5)
 @pytest.mark.oldest
 @pytest.mark.parametrize("cache_dtype", [None, *FLOAT8], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,6 +9,7 @@ from paged_draws import cases
 pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
+@pytest.mark.ci(but_each=7)
 @pytest.mark.parametrize("shard", range(2))
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

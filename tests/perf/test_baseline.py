@@ -42,6 +42,7 @@ def known():
     return rows
 
 
+@pytest.mark.ci(but_each=11)
 @pytest.mark.compiled
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_default_configs_are_no_worse_than_the_baseline(case, known, record_property):

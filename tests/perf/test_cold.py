@@ -8,6 +8,7 @@ from perf import cold
 from triton_attn.testing import record_specializations
 
 
+@pytest.mark.ci
 @pytest.mark.compiled
 def test_first_calls_compile_and_warm_ones_do_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cold, "IMPORTS", ("json",))

@@ -88,6 +88,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(inspect, "map_in_processes", map)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_this_process")
 def test_inspect_tables_the_default_configs_and_their_opcodes(tmp_path, capsys):
     table, opcodes = inspect.run(tmp_path, families=["flash", "mla_prefill"], head_dims=[64], opcodes=True)
@@ -103,6 +104,7 @@ def test_inspect_tables_the_default_configs_and_their_opcodes(tmp_path, capsys):
     assert rows[0]["loop instructions"] in printed
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_this_process")
 def test_inspect_goes_on_after_a_case_that_does_not_compile(tmp_path, capsys):
     table, _ = inspect.run(tmp_path, families=["flash"], arch="gfx942", head_dims=[600, 64], opcodes=True)
@@ -110,6 +112,7 @@ def test_inspect_goes_on_after_a_case_that_does_not_compile(tmp_path, capsys):
     assert "flash head_dim=600 causal=True does not compile: ValueError: q: expected" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_inspect_shows_what_changed_since_a_commit(tmp_path, capsys, monkeypatch):
     """One in which a call had a softcap, and another function was not there."""
     package = tmp_path / "triton_attn"
@@ -137,6 +140,7 @@ def test_a_commit_that_is_none_ends_inspect_before_anything_is_compiled(tmp_path
         inspect.run(tmp_path, families=["flash"], diff="no-such")
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("in_this_process")
 def test_update_baseline_writes_all_or_nothing(tmp_path, monkeypatch):
     written = []
@@ -205,6 +209,7 @@ SWEPT = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path, monkeypatch):
     case, configs, reasons, order = SWEPT[family]
@@ -224,6 +229,7 @@ def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path
     assert all(rows[0][name] == str(value) for name, value in case.items())
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_compile_the_kernel_of_a_default_call(family):
     """The first of the search space is the default config, and its code that which a user gets."""

@@ -237,6 +237,7 @@ def test_on_a_gpu_all_is_measured(on_a_gpu, tmp_path, capsys):
     assert "predicted" not in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_on_a_gpu_a_peer_may_fail_and_we_may_not(on_a_gpu, monkeypatch, tmp_path, capsys):
     def fails(*tensors):
         raise MemoryError("no room for the heads")
@@ -252,6 +253,7 @@ def test_on_a_gpu_a_peer_may_fail_and_we_may_not(on_a_gpu, monkeypatch, tmp_path
     assert read(tmp_path / "mla_prefill.csv")[0]["tflops"] == ""
 
 
+@pytest.mark.ci
 @pytest.mark.compiled
 def test_without_a_gpu_all_is_predicted_and_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(mla, "has_gpu", lambda: False)

@@ -204,6 +204,7 @@ def test_a_decode_that_every_provider_failed_is_drawn_empty(draw):
     assert all(f"{provider}, 4 shapes" in without_a_result(figure) for provider in DECODE_PROVIDERS)
 
 
+@pytest.mark.ci
 def test_one_file_of_all_families_gives_all_their_pictures(tmp_path):
     def measured(problem, provider):
         return row(**problem.columns(), provider=provider, tflops=400.0, gbps=2000.0, **MEASURED)

@@ -53,6 +53,7 @@ def test_lengths_end_at_the_longest_sequence():
     assert max(map(sum, draws)) == sharing.MAX_LENGTH
 
 
+@pytest.mark.ci
 def test_run_writes_three_tables_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sharing, "WORKLOADS", (SHORT,))
     monkeypatch.setattr(sharing, "SHAREGPT", SHORT)

@@ -2,10 +2,13 @@
 
 import csv
 
+import pytest
+
 from perf import train
 from triton_attn.flash import forward
 
 
+@pytest.mark.ci
 def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(tmp_path, monkeypatch, record_property):
     launches = []
     launch = forward.launch_packed

@@ -56,6 +56,7 @@ def _copy_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < N), mask=offs < N)
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_dot_uses_the_instructions_of_its_target(arch):
@@ -89,6 +90,7 @@ def test_a_launch_is_described_and_writes_nothing():
     assert first.kernel.asm["cubin"].startswith(b"\x7fELF")
 
 
+@pytest.mark.ci(but_each=4)
 @pytest.mark.oldest
 @pytest.mark.parametrize(("arch", "M"), [("sm_80", 128), ("sm_90", 128), ("gfx942", 256)])
 def test_too_few_registers_spill(arch, M):

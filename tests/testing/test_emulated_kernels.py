@@ -19,6 +19,7 @@ def fixed_draws():
     torch.manual_seed(0)
 
 
+@pytest.mark.ci(but_each=7)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", CALLS)
 def test_portable_kernels(name, arch):
@@ -42,6 +43,7 @@ def test_every_kernel_has_a_call():
     assert sorted(CALL_OF) == kernels_of_package()
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize(("arch", "name", "kernels"), ON)
 def test_every_kernel_in_every_schedule(arch, name, kernels):

@@ -108,6 +108,7 @@ def serve_latent(model, num_heads, rng, page_size=64):
         triton_attn.copy_kv_pages(cache, pages, pages)
 
 
+@pytest.mark.ci(but_each=9)
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     ("name", "tensor_parallel_size"),
@@ -123,6 +124,7 @@ def test_serving_compiles_nothing_after_a_warmup(warmed, name, tensor_parallel_s
     assert len(met) > 10
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3"])
 def test_serving_latent_vectors_compiles_nothing_after_a_warmup(warmed, name):
@@ -171,6 +173,7 @@ CALLS = """
 """
 
 
+@pytest.mark.ci
 @pytest.mark.compiled
 def test_another_process_finds_the_kernels_on_disk(tmp_path):
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
@@ -232,6 +235,7 @@ def test_bad_arguments_are_named_before_anything_happens(options, error, message
         triton_attn.warmup(arch="sm_99", **options)
 
 
+@pytest.mark.ci
 @pytest.mark.compiled
 def test_processes_choose_as_the_first_does(tmp_path, monkeypatch):
     """A table of the user's is not in the environment, nor is the precision of fp32 products."""
