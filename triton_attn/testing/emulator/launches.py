@@ -186,6 +186,7 @@ class _Driver(compilation._Driver):
         launcher = self.nvidia.CudaLauncher(src, metadata)
 
         def launch(grid_0, grid_1, grid_2, stream, function, *args):
+            __tracebackhide__ = True  # pytest shows the launch
             # The four in between are Triton's own: metadata and hooks.
             values = args[4:]
             if len(values) == 1 and isinstance(values[0], tuple) and len(src.signature) != 1:
