@@ -6,6 +6,7 @@ Of each tensor one dimension at a time is spread, so that its last index lies th
 import pytest
 import torch
 import triton
+from far import FAR, FarAllocation, far
 
 import triton_attn
 from triton_attn._host.options import AttentionOptions
@@ -14,15 +15,6 @@ from triton_attn.flash.forward import launch_flash_fwd
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="takes memory that no GPU has")
 HALF = torch.float16
-FAR = 2**31 + 64
-
-
-def far(x, dim):
-    """x with its last index of dim past 2^31 elements, and 16 bytes dividing every stride."""
-    strides = list(x.contiguous().stride())
-    strides[dim] = -(-FAR // (x.shape[dim] - 1) // 32) * 32
-    memory = torch.empty((x.shape[dim] - 1) * strides[dim] + x.numel(), dtype=x.dtype)
-    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 def randn(*shape):
@@ -32,11 +24,10 @@ def randn(*shape):
 def paged():
     tensors = dict(q=randn(2, 1, 4, 16), k_cache=randn(5, 8, 2, 16), v_cache=randn(5, 8, 2, 16))
     tensors["out"] = randn(2, 1, 4, 16)
-    table = torch.tensor([[0, 1], [2, 4]], dtype=torch.int32)
+    tensors["block_table"] = torch.tensor([[0, 1], [2, 4]], dtype=torch.int32)
+    tensors["alibi_slopes"] = torch.rand(2, 4)
     lengths = torch.tensor([9, 16], dtype=torch.int32)
-    return tensors, lambda **x: (
-        triton_attn.paged_attention(cache_seqlens=lengths, block_table=table, num_splits=1, **x),
-    )
+    return tensors, lambda **x: (triton_attn.paged_attention(cache_seqlens=lengths, num_splits=1, **x),)
 
 
 def merged():
@@ -49,9 +40,9 @@ def decoded():
     tensors |= dict(
         w_uk=randn(2, 16, 32), w_uv=randn(2, 16, 32), rope_cos=torch.rand(33, 8), rope_sin=torch.rand(33, 8)
     )
-    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    tensors["block_table"] = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     lengths = torch.tensor([20, 32], dtype=torch.int32)
-    return tensors, lambda **x: (triton_attn.mla_decode(cache_seqlens=lengths, block_table=table, **x),)
+    return tensors, lambda **x: (triton_attn.mla_decode(cache_seqlens=lengths, **x),)
 
 
 def prefilled(mode):
@@ -153,3 +144,15 @@ def test_a_later_tile_of_flash_attention(which):
 def test_a_late_head_of_lse():
     for result, there in zip(flash(lse_rows=FAR // 2), flash(), strict=True):
         assert torch.equal(result, there)
+
+
+def test_a_later_tile_of_what_the_backward_allocates():
+    with FarAllocation() as near:
+        expected = flash()
+    rows = [k for k, shape in enumerate(near.allocated) if len(shape) == 4]
+    assert len(rows) >= 6  # dq, dk and dv of both schedules
+    for k in rows:
+        with FarAllocation(k, dim=1):
+            results = flash()
+        for result, there in zip(results, expected, strict=True):
+            assert torch.equal(result, there)

@@ -36,7 +36,7 @@ def copy_checkout(folder):
 
 def run_tests(folder, tests, limit):
     """(exit code of pytest or None if the time was over, the first test that failed)"""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_ATTN_TESTS": "ci"}
     env.pop("TRITON_INTERPRET", None)
     if not tests.compiled:
         env["TRITON_INTERPRET"] = "1"

@@ -5,9 +5,10 @@ What the interpreter cannot see: layouts, barriers, asynchronous copies, tensor 
 
 import pytest
 import torch
-from emulated_calls import CALL_OF, CALLS, MARKS, kernels_of_package, run
+from emulated_calls import CALL_OF, CALLS, MARKS, check, flash, kernels_of_package, mla_decode, run
+from far import far
 
-from triton_attn.testing.emulator import SCHEDULES
+from triton_attn.testing.emulator import SCHEDULES, emulate
 
 pytestmark = MARKS
 ON = [(arch, *call) for call in dict.fromkeys(CALL_OF.values()) for arch in ("sm_80", "sm_90")]
@@ -56,3 +57,22 @@ def test_every_kernel_in_every_schedule(arch, name, kernels):
 @pytest.mark.oldest
 def test_a_call_of_hopper_without_a_mask():
     run("flash 128 full", "sm_90", "hopper")
+
+
+@pytest.mark.parametrize(
+    ("call", "which", "dim"),
+    [
+        *((lambda place: flash(128, place=place), which, dim) for which in range(3) for dim in (1, 2)),
+        *((lambda place: mla_decode(128, place=place), which, 2 - which) for which in (0, 2)),
+    ],
+)
+def test_kernels_of_hopper_reach_past_32_bits(call, which, dim, monkeypatch):
+    """A tensor whose last row, head or page lies past 2^31 elements; where queries are given as such."""
+
+    def place(*tensors):
+        return [far(x, dim) if i == which else x for i, x in enumerate(tensors)]
+
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
+    with emulate("sm_90") as log:
+        check(lambda: call(place))
+    assert "hopper" in log[0].name

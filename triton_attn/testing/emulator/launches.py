@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import mmap
 import os
 from pathlib import Path
 
@@ -429,12 +430,13 @@ class Memory:
         self.maps = []
         for base, tensors in by_storage.items():
             size = tensors[0].untyped_storage().nbytes()
-            reachable = torch.zeros(size, dtype=torch.uint8)
-            for tensor in tensors:
-                _bytes_of(reachable, tensor, tensor.data_ptr() - base).fill_(1)
-            whole = bool(reachable.all())
-            self.maps.append(reachable)
-            regions.append(core.Region(base, size, base not in self.fixed, 0, None if whole else reachable.data_ptr()))
+            reachable = None
+            if not any(map(_fills_its_storage, tensors)):
+                self.maps.append(torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8))  # zeros, none touched
+                for tensor in tensors:
+                    _bytes_of(self.maps[-1], tensor, tensor.data_ptr() - base).fill_(1)
+                reachable = self.maps[-1].data_ptr()
+            regions.append(core.Region(base, size, base not in self.fixed, 0, reachable))
         return (core.Region * len(regions))(*sorted(regions, key=lambda region: region.base))
 
     def names(self, regions):
@@ -470,6 +472,11 @@ def _tensors_in(name, value):
         fields = getattr(value, "_fields", None)
         for i, item in enumerate(value):
             yield from _tensors_in(f"{name}.{fields[i]}" if fields else f"{name}[{i}]", item)
+
+
+def _fills_its_storage(tensor):
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.nbytes == tensor.untyped_storage().nbytes() and tensor.permute(order).is_contiguous()
 
 
 def _bytes_of(storage, tensor, offset):

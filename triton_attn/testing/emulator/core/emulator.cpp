@@ -20,9 +20,8 @@ Machine::Machine(const Launch& launch)
       cells(launch.shared_bytes + 16),
       readers(size_t(launch.shared_bytes + 16) / 2 * num_warps),
       warps(num_warps),
-      touched(launch.num_regions) {
-  for (int i = 0; i < launch.num_regions; i++) owners.emplace_back(nullptr, free);
-}
+      owners(launch.num_regions),
+      touched(launch.num_regions) {}
 
 u32 Machine::random() {
   random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;

@@ -225,14 +225,14 @@ struct Machine {
   Region const* last_region = nullptr;
   std::set<std::pair<int, int>> reported;
 
-  // Who wrote and read a byte of global memory last. Programs are stamps, a new one for each and for each release of it;
-  // a warp's clock has its number above.
+  // Who wrote and read a byte of global memory last, by region, in pages that come with the first access. Programs are
+  // stamps, a new one for each and for each release of it; a warp's clock has its number above.
   struct Owner {
     u32 writer, reader, written, read;
     s32 write_pc, read_pc;
   };
-  using Owners = std::unique_ptr<Owner[], void (*)(void*)>;
-  std::vector<Owners> owners;
+  static constexpr u64 PAGE = 4096;
+  std::vector<std::vector<std::unique_ptr<Owner[]>>> owners;
   std::vector<std::vector<u8>> touched;  // by region and sector: 1 it was read, 2 written
   std::vector<int> stamp_cta{-1};
   std::vector<bool> stamp_seen{true};

@@ -35,8 +35,8 @@ inline u8* Machine::global(Warp& w, int pc, int lane, u64 address, u32 bytes, Ac
 // against the last one of another warp; what a barrier orders it has seen.
 inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
   constexpr u32 ATOMIC_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
-  Owners& of_region = owners[&r - launch.regions];
-  if (!of_region) of_region.reset((Owner*)calloc(r.bytes, sizeof(Owner)));
+  auto& pages = owners[&r - launch.regions];
+  if (pages.empty()) pages.resize(r.bytes / PAGE + 1);
   u32 stamp = stamp_cta.size() - 1;
   auto unordered = [&](u32 other) {
     return other == SEVERAL || (other && stamp_cta[other] != cta && !stamp_seen[other]);
@@ -54,7 +54,10 @@ inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u6
     return stamp_cta[stamp_there] == cta && other != w.id && (then & ((1u << CLOCK_BITS) - 1)) > w.clock.at[other];
   };
   for (u32 i = 0; i < bytes; i++) {
-    Owner& o = of_region[address - r.base + i];
+    u64 offset = address - r.base + i;
+    auto& page = pages[offset / PAGE];
+    if (!page) page.reset(new Owner[PAGE]());
+    Owner& o = page[offset % PAGE];
     u32 by = o.writer & ~ATOMIC_BIT;
     bool both_atomic = access == ATOMIC && o.writer & ATOMIC_BIT;
     if (!both_atomic && unordered(by))

@@ -13,6 +13,7 @@ static const uint32_t TENSOR_MAP_BYTES[16] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4
 
 typedef struct {
   uint64_t base;
+  uint64_t unused; /* Triton 3.9's launcher clears a bit of this word, where it takes the tensor for a small one */
   uint64_t stride[4]; /* bytes from one element to the next, from the second dimension on */
   uint32_t dim[5];    /* elements, the innermost dimension first, as all that follows */
   uint32_t box[5];
