@@ -153,7 +153,7 @@ def nearest_integer(kind, function):
 
     def apply(x):
         if math.isnan(x):
-            return 0
+            return 1 << 63 if bits == 64 else 0
         return max(low, min(high, function(x))) if math.isfinite(x) else low if x < 0 else high
 
     return apply

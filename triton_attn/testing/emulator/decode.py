@@ -304,7 +304,8 @@ class _Body:
         _, signature = core.entries()[opcode]
         if len(signature) != len(operands):
             raise Unsupported(f"{opcode} with {len(operands)} operands")
-        # 9.4.1: what is converted may stand in a wider register, whose low half is the first of its rows.
+        # Operand Size Exceeding Instruction-Type Size: what is converted may stand in a wider register, whose low half
+        # is the first of its rows.
         wide = opcode.startswith("cvt.") and self.bits(operands[1]) == 64
         letters = signature[:1] + "d" if wide else signature
         self.simple(opcode, *(self.operand(text, letter) for text, letter in zip(operands, letters)))

@@ -10,7 +10,7 @@ from triton_attn.testing.emulator import core
 SHARED_BASE = 1024
 ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4}  # asynchronous.h: Element
 OPERATIONS = {name: i for i, name in enumerate(("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"))}
-TYPES = {"u": 0, "b": 0, "s": 1, "f32": 2, "f64": 3, "f16": 4, "bf16": 5, "f16x2": 6, "bf16x2": 7}
+TYPES = {"u": 0, "b": 0, "s": 1, "f32": 2, "f64": 3, "f16": 4, "bf16": 5, "f16x2": 6, "bf16x2": 7, "f32.ftz": 8}
 TENSOR_MAP_FIELDS = [
     "global_address",
     "rank",
@@ -191,7 +191,8 @@ def _st(body, match, operands):
 def _atom(body, match, operands):
     atom, order, operation, type_ = match["name"], match["order"], match["operation"], match["type"]
     bits = {"f16x2": 32, "bf16x2": 32}.get(type_) or int(re.sub(r"\D", "", type_))
-    kind = TYPES.get(type_, TYPES.get(type_[0]))
+    flushes = type_ == "f32" and operation == "add" and ".shared" not in match[0]  # subnormal numbers, in global memory
+    kind = TYPES["f32.ftz"] if flushes else TYPES.get(type_, TYPES.get(type_[0]))
     target = _vector(operands.pop(0)) if atom == "atom" else None
     row, offset, wide_address = body.address(operands[0])
     values = _vector(operands[-1])
@@ -313,7 +314,9 @@ def _mbarrier_life(body, match, operands):
     body.add(f"@mbarrier_{match[1]}", [row, *count], [offset], [row, *count])
 
 
-@_decodes(r"mbarrier\.(arrive\.expect_tx|arrive|expect_tx)(?:\.(?:relaxed|release))?(?:\.cta)?\.shared(?:::cta)?\.b64")
+@_decodes(
+    r"mbarrier\.(?:(arrive\.expect_tx|arrive)(?:\.release\.cta)?|(expect_tx)(?:\.relaxed\.cta)?)\.shared(?:::cta)?\.b64"
+)
 def _mbarrier_arrive(body, match, operands):
     if not operands[0].startswith("["):
         if operands[0] != "_":
@@ -321,12 +324,12 @@ def _mbarrier_arrive(body, match, operands):
         operands = operands[1:]
     row, offset, _ = body.address(operands[0])
     value = body.row(operands[1]) if len(operands) > 1 else -1
-    count, size = (-1, value) if "expect_tx" in match[1] else (value, -1)
+    count, size = (-1, value) if "expect_tx" in match[0] else (value, -1)
     uses = [row, *([value] if value >= 0 else [])]
-    body.add("@mbarrier_arrive", [row, count, size], [offset, 0, "arrive" in match[1]], uses)
+    body.add("@mbarrier_arrive", [row, count, size], [offset, 0, match[1] is not None], uses)
 
 
-@_decodes(r"mbarrier\.(?:try_wait|test_wait)\.parity(?:\.(?:relaxed|acquire))?(?:\.cta)?\.shared(?:::cta)?\.b64")
+@_decodes(r"mbarrier\.(?:try_wait|test_wait)\.parity(?:\.acquire\.cta)?\.shared(?:::cta)?\.b64")
 def _mbarrier_wait(body, match, operands):
     row, offset, _ = body.address(operands[1])
     parity = body.row(operands[2])
@@ -367,7 +370,7 @@ def _activemask(body, match, operands):
 @_decodes(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 def _shfl(body, match, operands):
     target, _, predicate = operands[0].partition("|")
-    rows = [body.row(text) for text in (target, *operands[1:4])]
+    rows = [body.row(text) for text in (target, *operands[1:])]
     m = [("up", "down", "bfly", "idx").index(match[1]), body.predicate(predicate) if predicate else -1]
     body.add("@shfl", rows, m, rows[1:], rows[:1])
 
@@ -375,15 +378,16 @@ def _shfl(body, match, operands):
 @_decodes(r"vote\.sync\.(ballot|any|all)\.(?:b32|pred)")
 def _vote(body, match, operands):
     ballot = match[1] == "ballot"
-    rows = [body.row(operands[0])] if ballot else []
+    members, rows = body.row(operands[2]), [body.row(operands[0])] if ballot else []
     m = [("ballot", "any", "all").index(match[1]), -1 if ballot else body.predicate(operands[0])]
     source = operands[1].strip()
-    body.add("@vote", rows, [*m, body.predicate(source.removeprefix("!")), source.startswith("!")], defs=rows)
+    m += [body.predicate(source.removeprefix("!")), source.startswith("!")]
+    body.add("@vote", [members, *rows], m, [members], rows)
 
 
 @_decodes(r"redux\.sync\.(add|min|max|and|or|xor)\.([bus])32")
 def _redux(body, match, operands):
-    rows = [body.row(operands[0]), body.row(operands[1])]
+    rows = [body.row(text) for text in operands]
     body.add("@redux", rows, [OPERATIONS[match[1]], match[2] == "s"], rows[1:], rows[:1])
 
 

@@ -1,5 +1,5 @@
-// Instructions that compute each lane by itself. What one does is said here once, under its section of the PTX ISA
-// (version 8.7). A row: the spellings of the opcode, then the function of its operands.
+// Instructions that compute each lane by itself. What one does is said here once, under its section of the PTX ISA: by
+// title, since numbers differ between versions. A row: the spellings of the opcode, then the function of its operands.
 //
 // Approximate functions (ex2.approx, rsqrt.approx, div.full, ...) give the correctly rounded or the C library's value:
 // hardware may be off by the bounds that the ISA states.
@@ -109,7 +109,8 @@ template <class T> bool unordered(T a, T b) {
         return {type::of(a.low.pattern ^ 0x8000), type::of(a.high.pattern ^ 0x8000)};)
 
 inline const Entry TABLE[] = {
-  // 9.7.1 Integer arithmetic. Division by zero gives all ones (the ISA leaves it open), the remainder the dividend.
+  // Integer Arithmetic Instructions. Division by zero gives all ones (the ISA leaves it open), the remainder the
+  // dividend.
   OP("add.s32 add.u32", u32, (u32 a, u32 b), return a + b;),
   OP("sub.s32 sub.u32", u32, (u32 a, u32 b), return a - b;),
   OP("add.s64 add.u64", u64, (u64 a, u64 b), return a + b;),
@@ -178,7 +179,7 @@ inline const Entry TABLE[] = {
         if (at > 31 || width == 0) return b; u32 m = (width > 31 ? ~0u : (1u << width) - 1) << at;
         return (b & ~m) | (a << at & m);),
 
-  // 9.7.3 and 9.7.4 Floating point. Without .ftz subnormals are kept.
+  // Floating Point Instructions, Half Precision Floating Point Instructions. Without .ftz subnormals are kept.
   OP("add.f32 add.rn.f32", f32, (f32 a, f32 b), return canonical(a + b);),
   OP("sub.f32 sub.rn.f32", f32, (f32 a, f32 b), return canonical(a - b);),
   OP("mul.f32 mul.rn.f32", f32, (f32 a, f32 b), return canonical(a * b);),
@@ -219,7 +220,7 @@ inline const Entry TABLE[] = {
   HALF(f16, "f16"),
   HALF(bf16, "bf16"),
 
-  // 9.7.6 Comparison and selection. Ordered comparisons, ne included, are false where an operand is NaN.
+  // Comparison and Selection Instructions. Ordered comparisons, ne included, are false where an operand is NaN.
   COMPARE_INTEGER(s16, "s16"), COMPARE_INTEGER(u16, "u16"), COMPARE_INTEGER(s32, "s32"), COMPARE_INTEGER(u32, "u32"),
   COMPARE_INTEGER(s64, "s64"), COMPARE_INTEGER(u64, "u64"),
   OP("setp.eq.b16", bool, (u16 a, u16 b), return a == b;), OP("setp.ne.b16", bool, (u16 a, u16 b), return a != b;),
@@ -230,7 +231,7 @@ inline const Entry TABLE[] = {
   OP("selp.b32 selp.s32 selp.u32 selp.f32", u32, (u32 a, u32 b, bool c), return c ? a : b;),
   OP("selp.b64 selp.s64 selp.u64 selp.f64", u64, (u64 a, u64 b, bool c), return c ? a : b;),
 
-  // 9.7.8 Logic and shift. A shift by the width or more gives zero, or the sign.
+  // Logic and Shift Instructions. A shift by the width or more gives zero, or the sign.
   OP("and.b16", u16, (u16 a, u16 b), return a & b;),
   OP("or.b16", u16, (u16 a, u16 b), return a | b;),
   OP("xor.b16", u16, (u16 a, u16 b), return a ^ b;),
@@ -264,7 +265,7 @@ inline const Entry TABLE[] = {
         for (int k = 0; k < 8; k++) if (table >> k & 1) r |= (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
         return r;),
 
-  // 9.7.9 Data movement and conversion. mov of vectors is split into packs and unpacks when it is decoded.
+  // Data Movement and Conversion Instructions. mov of vectors is split into packs and unpacks when it is decoded.
   MOVE(LOW_HALF, "mov.b16 mov.u16 mov.s16 mov.f16", u16, (u16 a), return a;),
   MOVE(ROWS, "mov.b32 mov.u32 mov.s32 mov.f32", u32, (u32 a), return a;),
   MOVE(ROWS, "mov.b64 mov.u64 mov.s64 mov.f64 cvta.global.u64 cvta.to.global.u64 cvta.shared.u64 cvta.to.shared.u64"

@@ -2,7 +2,7 @@
 #pragma once
 #include "memory.h"
 
-// ---- cp.async: PTX ISA 9.7.9.25.3
+// ---- Data Movement and Conversion Instructions: cp.async
 
 inline void Machine::finish(Warp& w, const CopyAsync& copy) {
   u32 offset = copy.target - SHARED_BASE;
@@ -14,7 +14,7 @@ inline void Machine::finish(Warp& w, const CopyAsync& copy) {
   mark_written(offset, copy.bytes, w.id, w.clock.at[w.id], copy.pc, true);
 }
 
-// ---- cp.async.bulk.tensor: PTX ISA 5.5 (tensors, tiled mode), 9.7.9.27
+// ---- Data Movement and Conversion Instructions: cp.async.bulk.tensor; Tensors, tiled mode
 
 // The swizzle: which 16 bytes of a row change places; `mode` 1, 2, 3 for rows of 32, 64, 128 bytes.
 inline u32 swizzled(u32 address, int mode) {
@@ -132,7 +132,7 @@ inline void Machine::finish_store(Warp& w, const TensorCopy& copy) {
   });
 }
 
-// ---- wgmma: PTX ISA 9.7.15. A warp has 16 of the 64 rows.
+// ---- Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async. A warp has 16 of the 64 rows.
 
 // The type of the elements, as decode.py numbers them.
 enum Element { E_F16, E_BF16, E_TF32, E_E4M3, E_E5M2 };
@@ -153,7 +153,7 @@ inline f32 element(int type, u32 pattern) {
   }
 }
 
-// 9.7.15.5.1: where an operand in shared memory has its elements.
+// Shared Memory Matrix Layout, Matrix Descriptor Format: where an operand in shared memory has its elements.
 struct MatrixDescriptor {
   u32 start, leading, stride;
   int swizzle;
@@ -179,12 +179,11 @@ struct MatrixDescriptor {
   }
 };
 
-// Lane and register of an accumulator <-> row and column: 9.7.15.5.1, figure of the fragment of D; also of mma's C and
-// D.
+// Lane and register of an accumulator <-> row and column: Register Fragments, figure of D; also of mma's C and D.
 inline int fragment_row(int lane, int j) { return lane / 4 + (j >> 1 & 1) * 8; }
 inline int fragment_column(int lane, int j) { return (j >> 2) * 8 + lane % 4 * 2 + (j & 1); }
 
-// Elements of A in registers, of 16 rows: those of mma (9.7.14.5) and of wgmma alike.
+// Elements of A in registers, of 16 rows: those of mma and of wgmma alike.
 inline void unpack_a(int type, const u32* row, int j, f32 (*a)[32]) {
   int bytes = element_bytes(type), per = 4 / bytes;
   for (int lane = 0; lane < LANES; lane++)

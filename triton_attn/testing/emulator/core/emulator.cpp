@@ -49,7 +49,7 @@ Mbarrier* Machine::mbarrier(Warp& w, int pc, int lane, u32 address) {
   return nullptr;
 }
 
-// PTX ISA 9.7.13.15.5: a phase is over when nothing is pending, neither arrivals nor bytes.
+// Phase Completion of the mbarrier object: a phase is over when nothing is pending, neither arrivals nor bytes.
 void Machine::complete_phase(Mbarrier& b) {
   if (b.pending || b.bytes) return;
   b.phase++;

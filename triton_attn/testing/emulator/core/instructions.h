@@ -1,5 +1,5 @@
 // Instructions that are more than a function of a lane: control, memory, barriers, matrices, asynchronous copies.
-// What a handler's operands and modifiers are, decode.py says where it makes them.
+// Sections are named by their titles in the PTX ISA, whose numbers differ between versions.
 #pragma once
 #include "counting.h"
 
@@ -41,7 +41,8 @@ void count_access(Machine& m, int pc, u32 mask, bool is_shared, At at, u32 bytes
     m.count_global(pc, mask, at, [&](int) { return bytes; }, reads, writes);
 }
 
-// ---- 9.7.12 Control flow. m: target
+// ---- Control Flow Instructions
+// m: target
 
 inline void diverge(Warp& w, int pc) {
   if (!w.diverged) std::fill(w.lane_pc, w.lane_pc + LANES, pc);
@@ -90,7 +91,8 @@ inline void trap(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 
 inline void nothing(Machine&, Warp&, const Instruction&, u32) {}
 
-// ---- 9.7.13 Barriers. operands: barrier, number of threads or -1; m: waits, aligned
+// ---- Parallel Synchronization and Communication Instructions: barrier
+// operands: barrier, number of threads or -1; m: waits, aligned
 
 inline void bar(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
@@ -104,8 +106,9 @@ inline void membar(Machine& m, Warp&, const Instruction&, u32) { m.global_fence 
 
 inline void fence_proxy_async(Machine&, Warp& w, const Instruction&, u32) { w.fenced.join(w.clock); }
 
-// ---- 9.7.9.8 ld, 9.7.9.11 st. operands: address, registers; m: offset, bytes of an element, space (0 global, 1
-// shared, 2 parameters), 64-bit address, signed, 64-bit registers
+// ---- Data Movement and Conversion Instructions: ld, st
+// operands: address, registers; m: offset, bytes of an element, space (0 global, 1 shared, 2 parameters), 64-bit
+// address, signed, 64-bit registers
 
 inline void put_loaded(Warp& w, const Instruction& in, int row, int lane, const u8* from) {
   u64 value = 0;
@@ -186,11 +189,12 @@ inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   });
 }
 
-// ---- 9.7.13.4 atom, red. operands: address, value, compared value or -1, result or -1, once for each element of a
-// vector; m: offset, bytes, shared, 64-bit address, operation, type, acquire, release
+// ---- Parallel Synchronization and Communication Instructions: atom, red
+// operands: address, value, compared value or -1, result or -1, once for each element of a vector; m: offset, bytes,
+// shared, 64-bit address, operation, type, acquire, release
 
 enum Operation { A_ADD, A_MIN, A_MAX, A_AND, A_OR, A_XOR, A_EXCH, A_CAS, A_INC, A_DEC };
-enum Type { T_UNSIGNED, T_SIGNED, T_F32, T_F64, T_F16, T_BF16, T_F16X2, T_BF16X2 };
+enum Type { T_UNSIGNED, T_SIGNED, T_F32, T_F64, T_F16, T_BF16, T_F16X2, T_BF16X2, T_F32_FTZ };
 
 template <class T>
 u64 combine_as(int operation, u64 old, u64 value) {
@@ -224,6 +228,10 @@ inline u64 combine(int operation, int type, u32 bytes, u64 old, u64 value, u64 c
       return bytes == 8 ? combine_as<s64>(operation, old, value) : combine_as<s32>(operation, old, value);
     case T_F32:
       return combine_as<f32>(operation, old, value);
+    case T_F32_FTZ: {
+      f32 sum = flush(flush(from_bits(u32(old))) + flush(from_bits(u32(value))));
+      return bits(canonical(sum));
+    }
     case T_F64:
       return combine_as<f64>(operation, old, value);
     case T_F16:
@@ -273,7 +281,8 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   });
 }
 
-// ---- 9.7.14.5.15 ldmatrix, .16 stmatrix. operands: address, a register for each matrix; m: offset, transposed, stores
+// ---- Warp-level matrix load and store instructions: ldmatrix, stmatrix
+// operands: address, a register for each matrix; m: offset, transposed, stores
 
 inline void matrix(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
@@ -314,7 +323,8 @@ inline void matrix(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   }
 }
 
-// ---- 9.7.14.5 mma m16n8. operands: D, A, B, C; m: type, depth, registers of A, of B
+// ---- Multiply-and-Accumulate Instruction: mma, m16n8
+// operands: D, A, B, C; m: type, depth, registers of A, of B
 
 inline void mma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
@@ -336,14 +346,15 @@ inline void mma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     for (int j = 0; j < 4; j++) w.row(d[j])[lane] = bits(c[fragment_row(lane, j)][fragment_column(lane, j)]);
 }
 
-// ---- 9.7.15 wgmma. operands: D, then the descriptor or four registers of A, the descriptor of B; m: columns, type,
-// A in shared memory, A transposed, B transposed, sign of A, sign of B, scale-d: predicate, or -1 false, -2 true
+// ---- Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async
+// operands: D, then the descriptor or four registers of A, the descriptor of B; m: columns, type, A in shared memory, A
+// transposed, B transposed, sign of A, sign of B, scale-d: predicate, or -1 false, -2 true
 
 inline void wgmma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
   const s32 *d = operands(m, in), *a = d + in.m[0] / 2;
   const int num = in.m[0] / 2, num_a = in.m[2] ? 0 : 4;
-  // 9.7.15.7.1: between an access to a register and a product that accesses it too, and before the first product.
+  // wgmma.fence: between an access to a register and a product that accesses it too, and before the first product.
   auto must_be_fenced = [&](int row, bool is_written) {
     if (w.defined[row] == w.fences)
       m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "a register was written after the last wgmma.fence");
@@ -407,7 +418,8 @@ inline void wgmma_wait(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (aligned(m, w, mask)) m.finish_products(w, in.m[0]);
 }
 
-// ---- 9.7.9.25.3 cp.async. operands: target, source, bytes to read or -1; m: offsets, bytes
+// ---- Data Movement and Conversion Instructions: cp.async
+// operands: target, source, bytes to read or -1; m: offsets, bytes
 
 inline void cp_async(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
@@ -448,7 +460,8 @@ inline void cp_wait(Machine& m, Warp& w, const Instruction& in, u32) {
   }
 }
 
-// ---- 9.7.13.15 mbarrier. operands: address, count or -1, bytes or -1, phase or -1; m: offset, result predicate
+// ---- Parallel Synchronization and Communication Instructions: mbarrier
+// operands: address, count or -1, bytes or -1, phase or -1; m: offset, result predicate
 
 inline u32 mbarrier_address(Machine& m, Warp& w, const Instruction& in, int lane) {
   return w.row(operands(m, in)[0])[lane] + in.m[0];
@@ -542,8 +555,8 @@ inline void mbarrier_try_wait(Machine& m, Warp& w, const Instruction& in, u32 ma
   m.yielded = true;
 }
 
-// ---- 9.7.9.27 cp.async.bulk.tensor. operands: shared address, tensor map, mbarrier or -1, coordinates; m: adds,
-// offset
+// ---- Data Movement and Conversion Instructions: cp.async.bulk.tensor
+// operands: shared address, tensor map, mbarrier or -1, coordinates; m: adds, offset
 
 inline void tensor_copy(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
@@ -608,8 +621,10 @@ inline void bulk_wait(Machine& m, Warp& w, const Instruction& in, u32) {
   }
 }
 
-// ---- 9.7.9.28 tensormap.replace. operands: address, value; m: offset, shared, 64-bit address, field, index, value if
-// there is no operand, 64-bit value. 9.7.9.29 tensormap.cp_fenceproxy. operands: global and shared address
+// ---- Data Movement and Conversion Instructions: tensormap.replace
+// operands: address, value; m: offset, shared, 64-bit address, field, index, value if there is no operand, 64-bit value
+// Parallel Synchronization and Communication Instructions: tensormap.cp_fenceproxy
+// operands: global and shared address
 
 inline void tensormap_replace(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
@@ -626,8 +641,8 @@ inline void tensormap_replace(Machine& m, Warp& w, const Instruction& in, u32 ma
   }
   TensorMap& map = *(TensorMap*)place;
   // Numbers of element types in PTX: as of the driver, but f32.ftz, f64, bf16 come in this order.
-  static const u8 TYPES[] = {TM_U8,  TM_U16, TM_U32,     TM_S32, TM_U64,  TM_S64,
-                             TM_F16, TM_F32, TM_F32_FTZ, TM_F64, TM_BF16, TM_TF32};
+  static const u8 TYPES[] = {TM_U8,  TM_U16,     TM_U32, TM_S32,  TM_U64,  TM_S64, TM_F16,
+                             TM_F32, TM_F32_FTZ, TM_F64, TM_BF16, TM_TF32, TM_TF32};
   map.magic = TENSOR_MAP_MAGIC;
   switch (in.m[3]) {
     case 0:
@@ -646,12 +661,17 @@ inline void tensormap_replace(Machine& m, Warp& w, const Instruction& in, u32 ma
       map.stride[in.m[4]] = value;
       break;
     case 5:
-      break;  // element strides: Triton's are 1
+      if (value != 1) m.report(UNSUPPORTED, w.pc, w.id, lane, 0, -1, "element strides other than 1");
+      break;
     case 6:
-      map.type = TYPES[value % 12];
+      if (value < sizeof TYPES)
+        map.type = TYPES[value];
+      else
+        m.report(UNSUPPORTED, w.pc, w.id, lane, 0, -1, "elements of type %d", int(value));
       break;
     case 7:
-      break;  // interleave: none
+      if (value) m.report(UNSUPPORTED, w.pc, w.id, lane, 0, -1, "interleaved layouts");
+      break;
     case 8:
       map.swizzle = value;
       break;
@@ -670,23 +690,35 @@ inline void tensormap_copy(Machine& m, Warp& w, const Instruction& in, u32 mask)
   if (to) std::memcpy(to, &m.shared[from - SHARED_BASE], 128);
 }
 
-// ---- 9.7.13 and 9.7.9.6: among the lanes of a warp
+// ---- Among the lanes of a warp
+// Parallel Synchronization and Communication Instructions: elect.sync, activemask, vote.sync, redux.sync; Data Movement
+// and Conversion Instructions: shfl.sync
+
+// .sync: the lanes that its operand names and that have not ended execute it together; those of them that do.
+inline u32 members(Machine& m, Warp& w, int row, u32 mask) {
+  u32 named = w.row(row)[only_lane(mask)] & w.alive;
+  if (named != mask)
+    m.report(DIVERGENCE, w.pc, w.id, only_lane(named ^ mask), 0, -1, "it is for lanes %08x, lanes %08x execute it",
+             named, mask);
+  return named & mask;
+}
 
 // operands: leader's lane or -1, members; m: result predicate
 inline void elect(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
-  int leader = only_lane(w.row(o[1])[only_lane(mask)] & w.active);
+  int leader = only_lane(members(m, w, o[1], mask));
   set_predicate(w, in.m[0], mask, 1u << leader);
   if (o[0] >= 0) each(mask, [&](int lane) { set(w, o[0], mask, lane, leader); });
 }
 
 inline void activemask(Machine& m, Warp& w, const Instruction& in, u32 mask) {
-  each(mask, [&](int lane) { set(w, operands(m, in)[0], mask, lane, w.active); });
+  each(mask, [&](int lane) { set(w, operands(m, in)[0], mask, lane, mask); });
 }
 
-// operands: result, value, lane, clamp; m: 0 up, 1 down, 2 butterfly, 3 index; predicate or -1
+// operands: result, value, lane, clamp, members; m: 0 up, 1 down, 2 butterfly, 3 index; predicate or -1
 inline void shfl(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
+  members(m, w, o[4], mask);
   u32 values[LANES], valid = 0;
   std::memcpy(values, w.row(o[1]), sizeof values);
   u32 results[LANES];
@@ -714,21 +746,24 @@ inline void shfl(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (in.m[1] >= 0) set_predicate(w, in.m[1], mask, valid);
 }
 
-// operands: result or -1; m: 0 ballot, 1 any, 2 all; result predicate, source predicate, negated
+// operands: members, result; m: 0 ballot, 1 any, 2 all; result predicate, source predicate, negated
 inline void vote(Machine& m, Warp& w, const Instruction& in, u32 mask) {
-  u32 votes = (in.m[3] ? ~w.predicates[in.m[2]] : w.predicates[in.m[2]]) & w.active;
+  const s32* o = operands(m, in);
+  u32 voters = members(m, w, o[0], mask);
+  u32 votes = (in.m[3] ? ~w.predicates[in.m[2]] : w.predicates[in.m[2]]) & voters;
   if (in.m[0] == 0)
-    each(mask, [&](int lane) { set(w, operands(m, in)[0], mask, lane, votes); });
+    each(mask, [&](int lane) { set(w, o[1], mask, lane, votes); });
   else
-    set_predicate(w, in.m[1], mask, (in.m[0] == 1 ? votes != 0 : votes == w.active) ? ALL_LANES : 0);
+    set_predicate(w, in.m[1], mask, (in.m[0] == 1 ? votes != 0 : votes == voters) ? ALL_LANES : 0);
 }
 
-// operands: result, value; m: an Operation, signed
+// operands: result, value, members; m: an Operation, signed
 inline void redux(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
-  int first = only_lane(mask);
+  u32 reduced = members(m, w, o[2], mask);
+  int first = only_lane(reduced);
   u64 result = w.row(o[1])[first];
-  each(mask & ~(1u << first),
+  each(reduced & ~(1u << first),
        [&](int lane) { result = combine(in.m[0], in.m[1] ? T_SIGNED : T_UNSIGNED, 4, result, w.row(o[1])[lane], 0); });
   each(mask, [&](int lane) { set(w, o[0], mask, lane, result); });
 }

@@ -43,7 +43,7 @@ enum Fault {
   UNSUPPORTED,
 };
 
-// ---- what Python hands over; emulator.py has the same fields in the same order
+// ---- what Python hands over; __init__.py has the same fields in the same order
 
 struct Instruction {
   s32 op;

@@ -1,4 +1,5 @@
-// Global and shared memory, and what may be wrong with an access: PTX ISA 8 (memory consistency), 5.1 (state spaces).
+// Global and shared memory, and what may be wrong with an access: PTX ISA, Memory Consistency Model and
+// State Spaces.
 #pragma once
 #include "machine.h"
 

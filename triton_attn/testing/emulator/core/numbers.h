@@ -129,10 +129,10 @@ inline f32 maximum(f32 a, f32 b) {
 }
 inline f32 canonical(f32 x) { return std::isnan(x) ? from_bits(CANONICAL_NAN) : x; }
 
-// Float to integer: NaN is 0, what does not fit is the nearest number that does.
+// Float to integer: NaN is 0, of 64 bits the highest bit alone; what does not fit is the nearest number that does.
 template <class I>
 I to_integer(f32 x) {
-  if (std::isnan(x)) return 0;
+  if (std::isnan(x)) return sizeof(I) == 8 ? I(1ull << 63) : 0;
   if (x >= std::ldexp(1.0, std::numeric_limits<I>::digits)) return std::numeric_limits<I>::max();
   if (x <= f64(std::numeric_limits<I>::min())) return std::numeric_limits<I>::min();
   return I(x);
