@@ -1,4 +1,4 @@
-"""Tensors whose last index lies past 2^31 elements, on memory that is never touched between."""
+"""Tensors whose last index lies past 2^31 elements, on memory that is never touched between, or that no vector fits."""
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -12,6 +12,15 @@ def far(x, dim):
     strides[dim] = -(-FAR // (x.shape[dim] - 1) // 32) * 32
     memory = torch.empty((x.shape[dim] - 1) * strides[dim] + x.numel(), dtype=x.dtype)
     return memory.as_strided(x.shape, strides).copy_(x)
+
+
+def odd(x, dim):
+    """x with one more element between the indices of dim."""
+    strides, size = [], 1
+    for i in reversed(range(x.ndim)):
+        strides.insert(0, size + (i == dim))
+        size = strides[0] * x.shape[i]
+    return torch.empty(size, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
 
 
 class FarAllocation(TorchFunctionMode):

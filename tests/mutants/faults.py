@@ -27,19 +27,27 @@ def _run(*arguments, compiled=False):
 GROUPS = {
     "FLASH": (
         _run("tests/flash/test_forward.py", "tests/flash/test_softcap.py"),
-        _run("tests/_jit", "tests/flash/test_random.py", "-k", "forward or _jit"),
+        _run("tests/_jit", "tests/flash/test_random.py", "tests/test_strides.py", "-k", "forward or _jit or flash"),
+        _run("tests/testing/test_emulated_kernels.py", "-k", "misaligned and flash", compiled=True),
     ),
-    "BACKWARD": (_run("tests/flash/test_backward.py"), _run("tests/flash/test_random.py", "-k", "backward")),
+    "BACKWARD": (
+        _run("tests/flash/test_backward.py"),
+        _run("tests/flash/test_random.py", "tests/test_strides.py", "-k", "backward or flash"),
+    ),
     "DROPOUT": (_run("tests/flash/test_dropout.py", "tests/flash/test_backward.py"),),
     "PAGED": (
         _run("tests/paged/test_paged_attention.py", "tests/combine"),
         _run("tests/paged/test_random.py", "tests/paged/test_errors.py", "tests/_jit"),
+        _run("tests/test_strides.py", "-k", "paged"),
     ),
     "DECODE": (
         _run("tests/mla/test_decode.py", "tests/mla/test_mla_reference.py"),
-        _run("tests/mla/test_random.py", "-k", "decode"),
+        _run("tests/mla/test_random.py", "tests/test_strides.py", "-k", "decode"),
     ),
-    "PREFILL": (_run("tests/mla/test_prefill.py"), _run("tests/mla/test_random.py", "-k", "prefill")),
+    "PREFILL": (
+        _run("tests/mla/test_prefill.py"),
+        _run("tests/mla/test_random.py", "tests/test_strides.py", "-k", "prefill"),
+    ),
     "LATENT_REFERENCE": (_run("tests/mla/test_mla_reference.py"),),
     "CACHE": (
         _run("tests/cache", "-k", "pool or paged_kv_cache or latent_kv_cache"),
@@ -47,7 +55,7 @@ GROUPS = {
     ),
     "APPEND": (
         _run("tests/cache", "-k", "not random and (append or copy)"),
-        _run("tests/cache", "-k", "test_random_"),
+        _run("tests/cache", "tests/test_strides.py", "-k", "test_random_ or append or copy"),
     ),
     "ERRORS": (
         _run("tests/flash/test_errors.py", "tests/paged/test_errors.py", "tests/mla/test_errors.py"),
@@ -56,9 +64,15 @@ GROUPS = {
     "FLASH_ATTN": (_run("tests/interop/test_flash_attn.py"),),
     "FLASH_MLA": (_run("tests/interop/test_flash_mla.py"),),
     "TRANSFORMERS": (_run("tests/interop/test_transformers.py"),),
-    # What these kernels compute only a GPU tells (tests/gpu): here only what they compile to is looked at.
-    "HOPPER": (_run("tests/flash/test_hopper.py", compiled=True),),
-    "MLA_HOPPER": (_run("tests/mla/test_hopper.py", compiled=True),),
+    # These kernels have no interpreter.
+    "HOPPER": (
+        _run("tests/testing/test_emulated_kernels.py", "-k", "hopper and flash", compiled=True),
+        _run("tests/flash/test_hopper.py", compiled=True),
+    ),
+    "MLA_HOPPER": (
+        _run("tests/testing/test_emulated_kernels.py", "-k", "hopper and mla", compiled=True),
+        _run("tests/mla/test_hopper.py", compiled=True),
+    ),
     "CONFIGS": (
         _run("tests/_host", "tests/perf", "-k", "tuned or winners or sweep or predict or results or targets or timing"),
         _run("tests/flash/test_compiled.py", "tests/perf/test_baseline.py", compiled=True),

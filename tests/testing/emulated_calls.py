@@ -1,6 +1,8 @@
 """Small calls of every family, with what is right in fp64, and which of them launches each of the package's kernels."""
 
 import ast
+import contextlib
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -30,6 +32,19 @@ def normal(*shape, dtype=BF16):
     return torch.randn(*shape).to(dtype)
 
 
+@contextlib.contextmanager
+def placed(which, place):
+    """The tensor of this number that `normal` makes lies where `place` puts it."""
+    numbers, make = itertools.count(), normal
+
+    def normal_there(*shape, **options):
+        x = make(*shape, **options)
+        return place(x) if next(numbers) == which else x
+
+    with mock.patch.dict(globals(), normal=normal_there):
+        yield
+
+
 def in_fp64(values):
     return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in values]
 
@@ -38,18 +53,13 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def unchanged(*tensors):
-    return tensors
-
-
-def flash(head_dim=64, seqlens=(70, 150), num_heads=(4, 2), place=unchanged, **options):
-    """Causal, with more keys than queries and parts of tiles at their ends; `place` says where q, k and v lie."""
+def flash(head_dim=64, seqlens=(70, 150), num_heads=(4, 2), **options):
+    """Causal, with more keys than queries and a part of a tile at the end of each."""
     (seqlen_q, seqlen_k), (num_heads_q, num_heads_kv) = seqlens, num_heads
     q, k, v = (
         normal(1, seqlen, heads, head_dim)
         for seqlen, heads in ((seqlen_q, num_heads_q), (seqlen_k, num_heads_kv), (seqlen_k, num_heads_kv))
     )
-    q, k, v = place(q, k, v)
     options = {"causal": True, "return_lse": True, **options}
     computed = ta.flash_attention(q, k, v, **options)
     return computed, reference.flash_attention(*in_fp64((q, k, v)), **options)
@@ -130,12 +140,11 @@ def merge():
     return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
 
 
-def mla_decode(heads=16, seqlen=200, with_weights=False, place=unchanged, **options):
-    """With weights the queries are absorbed and the output is projected; `place` says where queries and cache lie."""
+def mla_decode(heads=16, seqlen=200, with_weights=False, **options):
+    """With weights the queries are absorbed and the output is projected."""
     num_pages = seqlen // 64 + 1
     cache, where = normal(num_pages, 64, 576), (int32(seqlen), torch.arange(num_pages, dtype=torch.int32)[None])
-    queries = normal(1, 1, heads, 128 if with_weights else 512), normal(1, 1, heads, 64)
-    inputs = [*place(*queries, cache), *where]
+    inputs = [normal(1, 1, heads, 128 if with_weights else 512), normal(1, 1, heads, 64), cache, *where]
     if with_weights:
         inputs += [normal(heads, 128, 512) / 512**0.5 for _ in range(2)]
     same = {"softmax_scale": 0.04, "return_lse": True}

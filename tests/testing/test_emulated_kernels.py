@@ -5,10 +5,10 @@ What the interpreter cannot see: layouts, barriers, asynchronous copies, tensor 
 
 import pytest
 import torch
-from emulated_calls import CALL_OF, CALLS, MARKS, check, flash, kernels_of_package, mla_decode, run
+from emulated_calls import CALL_OF, CALLS, MARKS, kernels_of_package, placed, run
 from far import far
 
-from triton_attn.testing.emulator import SCHEDULES, emulate
+from triton_attn.testing.emulator import SCHEDULES
 
 pytestmark = MARKS
 ON = [(arch, *call) for call in dict.fromkeys(CALL_OF.values()) for arch in ("sm_80", "sm_90")]
@@ -59,20 +59,37 @@ def test_a_call_of_hopper_without_a_mask():
     run("flash 128 full", "sm_90", "hopper")
 
 
+# Tensors in the order in which the calls make them; of one dimension the last row, head or page lies far off.
+FAR_OF_HOPPER = [("flash 128", x, dim) for x in range(3) for dim in (1, 2)]
+FAR_OF_HOPPER += [("mla decode 128", 0, 0), ("mla decode 128", 1, 2), ("mla decode 128", 2, 2)]
+
+
+@pytest.mark.parametrize(("name", "which", "dim"), FAR_OF_HOPPER)
+def test_kernels_of_hopper_reach_past_32_bits(name, which, dim):
+    with placed(which, lambda x: far(x, dim)):
+        log = run(name, "sm_90", "hopper")
+    assert "hopper" in log[0].name
+
+
+def misaligned(x):
+    """x where no 16 bytes begin."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+# (call, how many tensors it makes)
+INPUTS = {"flash": 3, "flash varlen": 3, "flash backward": 4, "paged": 3, "mla decode": 3, "mla prefill": 6}
+INPUTS_OF_HOPPER = {"flash 128": 3, "mla decode 128": 3}
+
+
+@pytest.mark.ci(but_each=7)
 @pytest.mark.parametrize(
-    ("call", "which", "dim"),
+    ("name", "kernels", "which"),
     [
-        *((lambda place: flash(128, place=place), which, dim) for which in range(3) for dim in (1, 2)),
-        *((lambda place: mla_decode(128, place=place), which, 2 - which) for which in (0, 2)),
+        *((name, "portable", x) for name, count in INPUTS.items() for x in range(count)),
+        *((name, "hopper", x) for name, count in INPUTS_OF_HOPPER.items() for x in range(count)),
     ],
 )
-def test_kernels_of_hopper_reach_past_32_bits(call, which, dim, monkeypatch):
-    """A tensor whose last row, head or page lies past 2^31 elements; where queries are given as such."""
-
-    def place(*tensors):
-        return [far(x, dim) if i == which else x for i, x in enumerate(tensors)]
-
-    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
-    with emulate("sm_90") as log:
-        check(lambda: call(place))
-    assert "hopper" in log[0].name
+def test_one_input_is_misaligned(name, kernels, which):
+    """What takes vectors or tensor maps must ask every tensor: its driver or its memory refuses it otherwise."""
+    with placed(which, misaligned):
+        run(name, "sm_90", kernels)

@@ -1,12 +1,13 @@
-"""Every pointer of every kernel whose rows may lie past 2^31 elements, on memory that is never touched between them.
+"""Every pointer of every kernel whose rows may lie far apart, or where no vector begins.
 
-Of each tensor one dimension at a time is spread, so that its last index lies there: for rows that is a later tile.
+Of each tensor one dimension at a time is spread: its last index, for rows that of a later tile, lies past 2^31
+elements, on memory that is never touched between, or its stride is one more, which no vector divides.
 """
 
 import pytest
 import torch
 import triton
-from far import FAR, FarAllocation, far
+from far import FAR, FarAllocation, far, odd
 
 import triton_attn
 from triton_attn._host.options import AttentionOptions
@@ -106,24 +107,25 @@ def cases():
 
 
 @pytest.mark.ci(but_each=3)
+@pytest.mark.parametrize("spread", [far, odd])
 @pytest.mark.parametrize(("call", "name", "dim"), list(cases()))
-def test_functions(call, name, dim):
+def test_functions(call, name, dim, spread):
     torch.manual_seed(0)
     tensors, function = CALLS[call]()
     expected = function(**{key: x.clone() for key, x in tensors.items()})
-    results = function(**tensors | {name: far(tensors[name], dim)})
+    results = function(**tensors | {name: spread(tensors[name], dim)})
     for result, there in zip(results, expected, strict=True):
         assert torch.equal(result, there)
 
 
-def flash(which=None, dim=1, lse_rows=65):
-    """out, lse and gradients, one of the tensors far apart; lse with room for more rows than there are."""
+def flash(which=None, dim=1, lse_rows=65, spread=far, batch=1):
+    """out, lse and gradients, one of the tensors spread; lse with room for more rows than there are."""
     torch.manual_seed(0)
-    tensors = {name: randn(1, 65, 3, 16) for name in ("q", "k", "v", "out", "dout")}
+    tensors = {name: randn(batch, 65, 3, 16) for name in ("q", "k", "v", "out", "dout")}
     if which in tensors:
-        tensors[which] = far(tensors[which], dim)
+        tensors[which] = spread(tensors[which], dim)
     q, k, v, out, dout = tensors.values()
-    lse = torch.empty(1, 3, lse_rows)
+    lse = torch.empty(batch, 3, lse_rows)
     options = AttentionOptions(0.25, (None, None), None, None, None)
     launch_flash_fwd(q, k, v, out, lse, None, None, 65, 65, options)
     results = [out, lse[..., :65]]
@@ -139,6 +141,13 @@ def flash(which=None, dim=1, lse_rows=65):
 def test_a_later_tile_of_flash_attention(which):
     for result, there in zip(flash(which), flash(), strict=True):
         assert torch.equal(result, there)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("which", ["q", "k", "v", "out", "dout"])
+def test_odd_strides_of_flash_attention(which, dim):
+    for result, there in zip(flash(which, dim, spread=odd, batch=2), flash(batch=2), strict=True):
+        torch.testing.assert_close(result, there, atol=1e-3, rtol=1e-3)
 
 
 def test_a_late_head_of_lse():
