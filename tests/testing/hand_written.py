@@ -11,9 +11,10 @@ def kernel(body, threads=64, parameters=("x",)):
 .entry planted({names})
 .reqntid {threads}
 {{
-.reg .b32 %tid, %lane, %warp, %s, %next, %r<10>;
-.reg .f32 %f<10>;
-.reg .b64 %a<10>;
+.reg .b16 %h<10>;
+.reg .b32 %tid, %lane, %warp, %s, %next, %r<40>;
+.reg .f32 %f<40>;
+.reg .b64 %a<20>;
 .reg .b64 {wide};
 .reg .pred %p<5>, %first, %second, %leader;
 mov.u32 %tid, %tid.x;

@@ -35,6 +35,8 @@ class Program:
         self.parameters, self._parameter_offset = _parameters(entry.group(2))
         self.parameter_bytes = sum(self.parameters[-1]) if self.parameters else 0
         self.threads = int(re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", entry.group(3)).group(1))
+        if self.threads % 32:
+            raise Unsupported(f"{self.name}: expected a multiple of 32 threads, got {self.threads}")
         self._files = {int(n): path for n, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx)}
         self.tables = {
             name: np.array([int(x) for x in values.split(",")], np.uint8)

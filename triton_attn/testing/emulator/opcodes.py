@@ -152,7 +152,7 @@ def _cvta_param(body, match, operands):
 
 
 @_decodes(
-    rf"ld(?:\.(?:relaxed|acquire|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(\d+)"
+    rf"ld(?:\.(?:relaxed|acquire|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(8|16|32|64)"
 )
 def _ld(body, match, operands):
     space, _, kind, bits = match.groups()
@@ -166,7 +166,7 @@ def _ld(body, match, operands):
 
 
 @_decodes(
-    rf"st(?:\.(?:relaxed|release|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(\d+)"
+    rf"st(?:\.(?:relaxed|release|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(8|16|32|64)"
 )
 def _st(body, match, operands):
     space, _, _, bits = match.groups()
