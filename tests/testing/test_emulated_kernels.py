@@ -5,10 +5,10 @@ What the interpreter cannot see: layouts, barriers, asynchronous copies, tensor 
 
 import pytest
 import torch
-from emulated_calls import CALL_OF, CALLS, MARKS, kernels_of_package, placed, run
+from emulated_calls import CALL_OF, CALLS, FENCED, MARKS, OLDEST, kernels_of_package, placed, run
 from far import far
 
-from triton_attn.testing.emulator import SCHEDULES
+from triton_attn.testing.emulator import SCHEDULES, emulate
 
 pytestmark = MARKS
 ON = [(arch, *call) for call in dict.fromkeys(CALL_OF.values()) for arch in ("sm_80", "sm_90")]
@@ -28,10 +28,28 @@ def test_portable_kernels(name, arch):
     assert all(launch.executed.sum() for launch in log)
 
 
+@pytest.mark.ci(but_each=7)
 @pytest.mark.oldest
-def test_the_missing_fence_of_triton_3_6():
-    """It fails once the fault is gone, and on other versions if it comes."""
-    run("flash of expanded heads", "sm_90")
+@pytest.mark.parametrize("name", FENCED)
+def test_the_fence_that_triton_3_6_leaves_out(name, monkeypatch):
+    """Ours is compiled where it is needed: without it there is the fault, which other versions have not."""
+
+    def own(program):
+        fences = [pc for pc in program.synchronizations() if program.name_of(pc) == "@fence_proxy_async"]
+        return [pc for pc in fences if "fences.py" in program.where(pc)]
+
+    def remove_own(program):
+        for pc in own(program):
+            program.remove(pc)
+
+    expected = FENCED[name] if OLDEST else set()
+    assert {launch.name for launch in run(name, "sm_90") if own(launch.program)} == expected
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
+    with emulate("sm_90", strict=False, edit=remove_own) as log:
+        CALLS[name]()
+    assert {launch.name for launch in log if launch.faults} == expected
+    kinds = {fault.kind for launch in log for fault in launch.faults}
+    assert kinds == ({"read by the async proxy without a proxy fence"} if OLDEST else set())
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89"])

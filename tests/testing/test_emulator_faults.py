@@ -335,13 +335,25 @@ def test_a_product_of_what_cp_async_copied(schedule):
     cp.async.commit_group;
     cp.async.wait_group 0;
     """
-    run = lambda *replaced: product(  # noqa: E731
-        lambda body: copied + body.replace("@%p4 st.shared.b32 [%s], %r1;", "").replace(*replaced),
-        schedule=schedule,
-        tensors={"x": torch.zeros(512, dtype=torch.int32)},
+    fence, wait = "fence.proxy.async.shared::cta;\n", "cp.async.wait_group 0;\n"
+    body = copied.replace("    ", "") + PRODUCT.replace("@%p4 st.shared.b32 [%s], %r1;", "").lstrip()
+    run = lambda body: product(  # noqa: E731
+        lambda _: body, schedule=schedule, tensors={"x": torch.zeros(512, dtype=torch.int32)}
     )
-    assert run("", "") == []
-    assert run("fence.proxy.async.shared::cta;\n", "") == ["read by the async proxy without a proxy fence"]
+    assert run(body) == []
+    unfenced = body.replace(fence, "")
+    assert run(unfenced) == ["read by the async proxy without a proxy fence"]
+    assert run(unfenced.replace(wait, fence + wait)) == ["read by the async proxy without a proxy fence"]
+
+
+@pytest.mark.parametrize("schedule", ["late", "early", "random"])
+def test_a_proxy_fence_covers_what_comes_before_it(schedule):
+    """By whichever thread, and nothing that comes after it."""
+    fence, store = "fence.proxy.async.shared::cta;", "@%p4 st.shared.b32 [%s], %r1;"
+    early = lambda body: body.replace(fence, "").replace(store, f"{fence}\n{store}")  # noqa: E731
+    assert product(early, schedule=schedule) == ["read by the async proxy without a proxy fence"]
+    late = lambda body: body.replace(fence, "").replace("bar.sync 0;", f"bar.sync 0;\n{fence}")  # noqa: E731
+    assert product(late, schedule=schedule) == []
 
 
 # ---- a kernel in Triton, through the ordinary launch

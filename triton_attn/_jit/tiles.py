@@ -10,6 +10,8 @@ more than 2^31 elements.
 import triton
 import triton.language as tl
 
+from .fences import fence_copies
+
 # Where every sequence of a packed tensor ends in its TMA descriptors; more rows than such a tensor may have.
 PACKED_END: tl.constexpr = tl.constexpr(2**30)
 
@@ -125,7 +127,9 @@ def load_rows(
     else:
         rows = tl.arange(0, ROWS)
         rows_mask = start + rows < seqlen if MASKED else None
-        return load_tile(x + tl.cast(start, tl.int64) * stride, rows, stride, rows_mask, HEAD_DIM, WIDE_ROWS)
+        tile = load_tile(x + tl.cast(start, tl.int64) * stride, rows, stride, rows_mask, HEAD_DIM, WIDE_ROWS)
+        fence_copies()
+        return tile
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import remember
+from .._jit.fences import fence_copies
 from .._jit.heads import in_vectors, row_offsets, sequence_bounds, spare_rows
 from .._jit.masks import mask_scores, visible_range
 from .._jit.paging import decode_float8
@@ -229,6 +230,8 @@ def _mla_absorbed_kernel(
             k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
         k_pe = load_piece(ptrs[2], offsets[2], 1, None, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
         k_pe = k_pe.to(q_pe.dtype)
+        if BLOCK_M >= 64:
+            fence_copies()
 
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if CUT_CHAIN:

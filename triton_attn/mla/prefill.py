@@ -16,6 +16,7 @@ from .._host.layout import (
     strides_are_wide,
     tiles_each,
 )
+from .._jit.fences import fence_copies
 from .._jit.heads import assign_tile, row_pointer, sequence_bounds, spare_rows
 from .._jit.masks import mask_scores, visible_range
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
@@ -67,10 +68,11 @@ def _up_project(
     for start in tl.range(0, KV_LORA_RANK, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
         latents = _load_columns(latent_ptrs, columns, KV_LORA_RANK, EVEN, rows_mask)
-        w = _load_columns(w_uk_ptrs, columns, KV_LORA_RANK, EVEN, k_mask)
-        k = tl.dot(w, latents.T, k, input_precision=INPUT_PRECISION)
-        w = _load_columns(w_uv_ptrs, columns, KV_LORA_RANK, EVEN, v_mask)
-        v = tl.dot(w, latents.T, v, input_precision=INPUT_PRECISION)
+        w_uk = _load_columns(w_uk_ptrs, columns, KV_LORA_RANK, EVEN, k_mask)
+        w_uv = _load_columns(w_uv_ptrs, columns, KV_LORA_RANK, EVEN, v_mask)
+        fence_copies()
+        k = tl.dot(w_uk, latents.T, k, input_precision=INPUT_PRECISION)
+        v = tl.dot(w_uv, latents.T, v, input_precision=INPUT_PRECISION)
     dtype: tl.constexpr = w_uk_ptr.dtype.element_ty
     return k.to(dtype), v.to(dtype)
 
@@ -248,6 +250,7 @@ def _mla_prefill_kernel(
                 k = load_piece(k_start, keys, k_strides[1], keys_mask, 0, BLOCK_K, NOPE_HEAD_DIM, WIDE_ROWS).T
                 v_start = v_ptr + start * v_strides[1]
                 v = load_piece(v_start, keys, v_strides[1], keys_mask, 0, BLOCK_V, V_HEAD_DIM, WIDE_ROWS)
+            fence_copies()
             s = tl.dot(q_nope, k, input_precision=INPUT_PRECISION)
             s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
             if not INTERIOR:

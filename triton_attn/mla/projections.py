@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import INDICES, LSE, without_dim
+from .._jit.fences import fence_copies
 from .._jit.heads import row_offsets
 from .._jit.rope import load_rotated
 from .._jit.softmax import LN_2, softmax_finish
@@ -67,6 +68,8 @@ def _absorb_kernel(
             x = tl.load(x_ptrs + offs_k[None, :], mask=tokens_mask[:, None] & inside[None, :], other=0.0)
             mask = inside[:, None] & columns_mask[None, :]
             w = tl.load(w_ptrs + offs_k[:, None].to(tl.int64) * w_strides[1], mask=mask, other=0.0)
+            if BLOCK_T >= 64:
+                fence_copies()
             acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
         q = (acc * scale).to(q_ptr.dtype.element_ty)
         tl.store(q_rows + columns[None, :], q, mask=tokens_mask[:, None] & columns_mask[None, :])

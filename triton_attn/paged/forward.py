@@ -21,6 +21,7 @@ from .._host.layout import (
     without_dim,
 )
 from .._host.tuned import remember
+from .._jit.fences import fence_copies
 from .._jit.heads import find_sequence, in_vectors, packed_bounds, row_offsets, spare_rows
 from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
 from .._jit.paging import cache_rows, decode_float8
@@ -251,6 +252,8 @@ def _paged_fwd_kernel(
                 keys_mask = start_n + tl.arange(0, BLOCK_N) < hi
             cached = cache_rows(block_table_ptr, sequence, start_n, hi, BLOCK_N, PAGE_SIZE, ONE_PAGE, not INTERIOR)
             k_tile = _load_cached(k_ptr, k_strides, cached, keys_mask, q[0].dtype, HEAD_DIM, FLOAT8)
+            if BLOCK_M >= 64:
+                fence_copies()
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             if not FOLD_SCALE:
                 s *= scale_log2
@@ -262,6 +265,8 @@ def _paged_fwd_kernel(
                 s = mask_scores(s, positions, start_n, end_keys, 0, window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
             v_tile = _load_cached(v_ptr, v_strides, cached, keys_mask, q[0].dtype, HEAD_DIM_V, FLOAT8)
+            if BLOCK_M >= 64:
+                fence_copies()
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)

@@ -104,7 +104,11 @@ inline void bar(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 // A fence of the generic proxy for the whole device: what atomics after it synchronize, and before it.
 inline void membar(Machine& m, Warp&, const Instruction&, u32) { m.global_fence = true; }
 
-inline void fence_proxy_async(Machine&, Warp& w, const Instruction&, u32) { w.fenced.join(w.clock); }
+// What the warp writes after it is of a new time, which the fence does not cover.
+inline void fence_proxy_async(Machine&, Warp& w, const Instruction&, u32) {
+  w.fenced.join(w.clock);
+  w.clock.at[w.id]++;
+}
 
 // ---- Data Movement and Conversion Instructions: ld, st
 // operands: address, registers; m: offset, bytes of an element, space (0 global, 1 shared, 2 parameters), 64-bit
