@@ -41,6 +41,7 @@ FLOATS = (
     -(2**31),
 )
 FLOATS += (1.4e-45, 1e-40, 2**-126, 2**-24, 2**-25, 1.5 * 2**-25, 2**-9, 2**-10, math.inf, -math.inf, math.nan)
+FLOATS += (1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 17.0, 19.0, 1.125, 1.375)  # ties
 LANES = 64  # of 2 warps
 
 FORMATS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
@@ -62,6 +63,19 @@ def values_of(kind, seed):
         patterns = torch.tensor([n - (n >> 63 << 64) for n in rng.permutation(np.array(numbers, np.uint64)).tolist()])
     mask = (1 << 8 * width) - 1
     return [int(p) & mask for p in patterns.tolist()]
+
+
+def pairs_of(kind, position):
+    """Bit patterns so that operands 0 and 1 of an instruction meet all pairs of a type's extremes."""
+    if kind in FORMATS:
+        info = torch.finfo(FORMATS[kind])
+        smallest = info.smallest_normal * info.eps
+        extremes = [pattern(kind, x) for x in (0.0, -0.0, -1.5, smallest, info.max, math.inf, -math.inf, math.nan)]
+    else:
+        bits = int(re.sub(r"\D", "", kind)) if re.search(r"\d", kind) else 32
+        extremes = [0, 1, 5, 31, 32, (1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1]
+    places = [(i, j, (i + j) % 8, (i + 3 * j) % 8)[position] for i in range(8) for j in range(8)]
+    return [extremes[place] for place in places]
 
 
 def number(kind, pattern):
@@ -96,12 +110,13 @@ def rounded(exact, kind):
     digits, lowest = DIGITS[kind]
     if exact == 0:
         return 0.0
-    exponent = math.frexp(exact.numerator / exact.denominator)[1] if abs(exact) > Fraction(1, 2**1000) else -1100
+    exponent = exact.numerator.bit_length() - exact.denominator.bit_length()
     exponent += (abs(exact) >= Fraction(2) ** exponent) - (abs(exact) < Fraction(2) ** (exponent - 1))
     unit = Fraction(2) ** max(exponent - digits, lowest)
     result = round(exact / unit) * unit
     largest = {"f16": 65504, "bf16": 0xFF * 2**120, "f32": 0xFFFFFF * 2**104, "f64": (2**53 - 1) * 2**971}[kind]
-    return math.copysign(math.inf if abs(result) > largest else float(abs(result)), exact)
+    magnitude = math.inf if abs(result) > largest else float(abs(result))
+    return magnitude if exact > 0 else -magnitude
 
 
 def exactly(kind, function):
@@ -125,10 +140,10 @@ def flushed(function):
     return lambda *operands: flush(function(*map(flush, operands)))
 
 
-def by_numpy(function):
+def by_numpy(function, dtype=np.float32):
     def apply(*operands):
         with np.errstate(all="ignore"):
-            return float(np.float32(function(*map(np.float64, operands))))
+            return float(dtype(function(*map(np.float64, operands))))
 
     return apply
 
@@ -305,7 +320,7 @@ def cases():
     for name, function in (("min.NaN", smaller), ("max.NaN", larger)):
         yield f"{name}.f32", "f32", ("f32", "f32"), lambda a, b, f=function: math.nan if a != a or b != b else f(a, b)
     yield "copysign.f32", "f32", ("f32", "f32"), lambda a, b: np.copysign(b, a)
-    yield "div.rn.f64", "f64", ("f64", "f64"), lambda a, b: float(np.float64(a) / np.float64(b))
+    yield "div.rn.f64", "f64", ("f64", "f64"), by_numpy(np.divide, np.float64)
     functions = {
         "rcp": lambda a: 1 / a, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2,
         "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
@@ -363,7 +378,7 @@ CASES = {opcode: rest for opcode, *rest in cases()} if CAN_RUN else {}
 MOVED = {"pack.b8": "mov.b32", "pack.b16": "mov.b32", "pack.b32": "mov.b64", "unpack.high.b16": "mov.b32"}
 
 
-def kernel(opcode, target, sources):
+def kernel(opcode, target, sources, threads):
     """A kernel that applies an instruction to what each thread loads from inputs 0, 1, ... and stores the result."""
     widths = [32 if t == "p" else 32 if t.endswith("x2") else int(t[-2:]) for t in (target, *sources)]
     prefix = {16: "%h", 32: "%r", 64: "%d"}
@@ -388,7 +403,7 @@ def kernel(opcode, target, sources):
     parameters = ", ".join(f".param .u64 k_param_{i}" for i in range(len(names)))
     registers = ".reg .b16 %h<5>; .reg .b32 %r<5>; .reg .b64 %d<5>; .reg .b64 %a<5>; .reg .pred %p<5>; .reg .b32 %tid;"
     body = "\n".join([registers, "mov.u32 %tid, %tid.x;", *code, "ret;"])
-    return f".entry k({parameters})\n.reqntid {LANES}\n{{\n{body}\n}}\n"
+    return f".entry k({parameters})\n.reqntid {threads}\n{{\n{body}\n}}\n"
 
 
 def run(opcode, target, sources):
@@ -396,18 +411,19 @@ def run(opcode, target, sources):
     inputs = []
     for i, t in enumerate(sources):
         kind = t[:-2] if t.endswith("x2") else "u32" if t == "p" else t
-        patterns = values_of(kind, i)
+        pairs = [] if len(sources) == 1 else pairs_of(kind, i)
+        patterns = pairs + values_of(kind, i)
         if t.endswith("x2"):
-            patterns = [a | b << 16 for a, b in zip(patterns, values_of(kind, 9 - i))]
+            patterns = [a | b << 16 for a, b in zip(patterns, pairs[::-1] + values_of(kind, 9 - i))]
         inputs.append(patterns)
     tensors = [
         signed_tensor(patterns, 32 if t == "p" or t.endswith("x2") else int(t[-2:]))
         for patterns, t in zip(inputs, sources)
     ]
     width = 32 if target == "p" or target.endswith("x2") else int(target[-2:])
-    out = torch.zeros(LANES, dtype=getattr(torch, f"int{width}"))
+    out = torch.zeros(len(inputs[0]), dtype=getattr(torch, f"int{width}"))
     arguments = {"out": out} | {f"operand {i}": tensor for i, tensor in enumerate(tensors)}
-    assert not run_ptx(kernel(opcode, target, sources), arguments)
+    assert not run_ptx(kernel(opcode, target, sources, len(out)), arguments)
     inputs = [[x & 1 for x in patterns] if t == "p" else patterns for patterns, t in zip(inputs, sources)]
     return inputs, [x & ((1 << width) - 1) for x in out.tolist()]
 
