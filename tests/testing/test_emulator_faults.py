@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,19 +128,135 @@ def test_the_limit_stops_an_endless_loop():
     assert fault.kind == "too many instructions"
 
 
-def test_a_write_to_read_only_memory():
-    x = torch.zeros(64, dtype=torch.int32)
-    (fault,) = faults("st.global.b32 [%x+8], %r0;", tensors={"x": x}, read_only=[x])
-    assert (fault.kind, fault.tensor, fault.index) == ("write to read-only memory", "x", (2,))
-    assert not x.any()
+BY_ONE_THREAD = {  # of PTX: (kind, tensor, index, words of the detail)
+    "ld.global.b32 %r1, [%x+384];": ("global memory out of bounds", "x", None, "4 bytes at element offset 96, shape="),
+    "ld.global.b32 %r1, [%x+64];": ("global memory out of bounds", "x", None, "of a view at element offset 16, shape="),
+    "ld.global.b32 %r1, [%x+2];": ("misaligned access", "x", (0, 0), "4 bytes"),
+    "atom.global.add.u32 %r1, [%x+102], 1;": ("misaligned access", "x", (1, 1), "4 bytes"),
+    "st.global.b32 [%fixed+8], %r0;": ("write to read-only memory", "fixed", (2,), "4 bytes"),
+    "st.shared.b32 [%s+1000], %r0;": ("shared memory out of bounds", None, None, "at shared address 1148 of 1024"),
+    "ld.shared.b32 %r1, [%s+2];": ("misaligned access", None, None, "shared address 150 is no multiple of 4"),
+    "mbarrier.arrive.shared::cta.b64 _, [global_smem+8];": (
+        "misused barrier", None, None, "no mbarrier is initialized at shared address 8",
+    ),
+    "cp.async.ca.shared.global [%s], [%x+2], 4;": ("misaligned access", "x", (0, 0), "4 bytes"),
+    "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%fixed, {%r1}], [%r1];": (
+        "misused tensor map", "fixed", (0,), "no tensor map there",
+    ),
+}  # fmt: skip
 
 
-def test_a_report_names_tensor_and_index_warp_and_lane():
-    x = torch.zeros(4, 24, dtype=torch.int32)[:, :16]
-    body = "setp.eq.u32 %p0, %tid, 37;\n@%p0 st.global.b32 [%x+68], %r0;"
-    (fault,) = faults(body, tensors={"x": x})
-    assert (fault.kind, fault.tensor, fault.warp, fault.lane) == ("global memory out of bounds", "x", 1, 5)
-    assert "planted.py:2: global memory out of bounds of x" in str(fault)
+@pytest.mark.parametrize("instruction", BY_ONE_THREAD)
+def test_a_report_names_program_warp_and_lane_tensor_and_index(instruction):
+    """The fault is that of one thread of one program; x is a view of rows of 24 elements."""
+    kind, tensor, index, detail = BY_ONE_THREAD[instruction]
+    x, fixed = torch.zeros(4, 24, dtype=torch.int32)[:, :16], torch.zeros(64, dtype=torch.int32)
+    body = f"""
+    setp.eq.u32 %p0, %tid, 37;
+    mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z;
+    mad.lo.s32 %r1, %r2, 10, %r1; mad.lo.s32 %r1, %r3, 100, %r1;
+    setp.eq.and.u32 %p0, %r1, 21, %p0;
+    mov.b32 %r1, global_smem;
+    @%p0 {instruction}
+    """
+    (fault,) = faults(body, tensors={"x": x, "fixed": fixed}, grid=(2, 3, 1), read_only=[fixed])
+    assert (fault.kind, fault.where, fault.kernel) == (kind, "planted.py:6", "planted")
+    assert (fault.program, fault.warp, fault.lane) == ((1, 2, 0), 1, 5)
+    assert (fault.tensor, fault.index) == (tensor, index)
+    assert detail in fault.detail
+    assert str(fault).startswith(f"planted.py:6: {kind}")
+
+
+INIT = "@%leader mbarrier.init.shared::cta.b64 [global_smem+512], 1;\nbar.sync 0;\n"
+STORED = "st.shared.b32 [%s], %tid;\nfence.proxy.async.shared::cta;\nbar.sync 0;\nmov.b32 %r1, global_smem;\n"
+MAP = """
+@%leader tensormap.replace.tile.global_address.global.b1024.b64 [%map], %x;
+@%leader tensormap.replace.tile.rank.global.b1024.b32 [%map], 0;
+@%leader tensormap.replace.tile.elemtype.global.b1024.b32 [%map], 3;
+@%leader tensormap.replace.tile.box_dim.global.b1024.b32 [%map], 0, 16;
+@%leader tensormap.replace.tile.global_dim.global.b1024.b32 [%map], 0, 64;
+bar.sync 0;
+"""
+LOAD = "@%leader cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%map, {0}], [%r2];"
+STORE = "@%leader cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%map, {0}], [%r1];\n"
+OTHER_FAULTS = {  # (kind, words of the detail, PTX); the last line is at fault
+    "initialized twice": ("misused barrier", "is initialized again", INIT + INIT.splitlines()[0]),
+    "more arrivals": (
+        "misused barrier", "more arrivals than the 1",
+        INIT + "@%leader mbarrier.arrive.shared::cta.b64 _, [global_smem+512], 2;",
+    ),
+    "ended in a phase": (
+        "misused barrier", "ends with 0 arrivals and 16 bytes outstanding",
+        INIT + "@%leader mbarrier.arrive.expect_tx.shared::cta.b64 _, [global_smem+512], 16;\n"
+        "@%leader mbarrier.inval.shared::cta.b64 [global_smem+512];",
+    ),
+    "no such barrier": ("misused barrier", "barrier 16 of 64 threads", "bar.sync 16;"),
+    "rank": (
+        "misused tensor map", "2 coordinates for a tensor of 1 dimensions",
+        MAP + INIT + "mov.b32 %r1, global_smem;\n" + LOAD.replace("1d", "2d").replace("{0}", "{0, 0}"),
+    ),
+    "store in flight at the end": (
+        "access to shared memory that an asynchronous copy has not finished with", "ends before it has waited",
+        MAP + STORED + STORE.strip(),
+    ),
+    "load in flight at the end": (
+        "access to shared memory that an asynchronous copy has not finished with", "ends before the copy",
+        MAP + INIT + "mov.b32 %r1, global_smem;\nadd.s32 %r2, %r1, 512;\n" + LOAD,
+    ),
+    "store of unwritten": (
+        "use of shared memory that nobody has written", "shared address 0",
+        MAP + "mov.b32 %r1, global_smem;\n" + STORE + "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;",
+    ),
+    "store without a fence": (
+        "read by the async proxy without a proxy fence", "written by warp",
+        MAP + STORED.replace("fence.proxy.async.shared::cta;\n", "") + STORE
+        + "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;",
+    ),
+    "source overwritten": (
+        "overwritten under an asynchronous operation that reads it", "shared address 0",
+        MAP + STORED + STORE
+        + "@%leader st.shared.b32 [%s], %r0;\ncp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FAULTS)
+def test_other_forms_of_faults(name):
+    kind, detail, body = OTHER_FAULTS[name]
+    buffer = torch.zeros(192, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 64
+    tensors = {"x": torch.arange(64, dtype=torch.int32), "map": buffer[start : start + 128]}
+    found = faults(body, tensors=tensors, schedule="late")
+    assert [f.kind for f in found if detail in f.detail] == [kind], found
+    lines = body.strip().splitlines()
+    fault = next(f for f in found if detail in f.detail)
+    at_fault = fault.where.removeprefix("planted.py:")
+    assert fault.instruction in lines[int(at_fault) - 1]
+
+
+def test_a_deadlock_says_who_waits_for_what():
+    body = """
+    @%leader mbarrier.init.shared::cta.b64 [global_smem+512], 2;
+    bar.sync 0;
+    @%first bar.sync 1;
+    wait: mbarrier.try_wait.parity.shared::cta.b64 %p0, [global_smem+512], 0;
+    @!%p0 bra wait;
+    """
+    found = faults(body)
+    assert {(f.kind, f.warp, f.where) for f in found} == {
+        ("deadlock", 0, "planted.py:3"),
+        ("deadlock", 1, "planted.py:4"),
+    }
+    details = {f.warp: f.detail for f in found}
+    assert details[0] == "waits at barrier 1, where 32 of 64 threads are"
+    assert details[1].startswith(
+        "waits for the phase of parity 0 of the mbarrier at shared address 512: phase 0 lacks 2 "
+    )
+
+
+def test_every_kind_of_fault_is_planted():
+    text = "".join((Path(__file__).parent / f"test_emulator_{name}.py").read_text() for name in ("faults", "warps"))
+    assert [kind for kind in core.FAULTS if f'"{kind}"' not in text] == []
 
 
 def test_inline_assembly_is_at_the_line_of_its_statement():

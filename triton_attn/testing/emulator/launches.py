@@ -322,7 +322,8 @@ def _run_ptx(ptx, arguments, grid, shared_bytes, schedule, seed, limit, read_onl
 
 def _fault(program, memory, grid, report):
     kind = core.FAULTS[report.kind]
-    tensor, index = memory.locate(report.address) if "global" in kind or report.address > 1 << 32 else (None, None)
+    is_global = "global" in kind or report.address > 1 << 32
+    tensor, index, beside = memory.locate(report.address) if is_global else (None, None, "")
     return Fault(
         kind=kind,
         where=program.where(report.pc),
@@ -334,7 +335,7 @@ def _fault(program, memory, grid, report):
         lane=report.lane,
         tensor=tensor,
         index=index,
-        detail=report.detail.decode(),
+        detail=report.detail.decode() + beside,
     )
 
 
@@ -447,7 +448,7 @@ class Memory:
         return [", ".join(of_storage[region.base]) if region.base in of_storage else None for region in regions]
 
     def locate(self, address):
-        """(name of the tensor at an address or nearest to it, index of the element or None)."""
+        """(name of the tensor at an address or nearest to it, index of the element or None, then where in words)."""
         best = None
         for name, tensor in self.tensors:
             if not tensor.numel():
@@ -456,9 +457,11 @@ class Memory:
             if best is None or distance < best[0]:
                 best = distance, name, tensor
         if best is None:
-            return None, None
+            return None, None, ""
         _, name, tensor = best
-        return name, _index(tensor, address)
+        index, offset = _index(tensor, address), (address - tensor.data_ptr()) // tensor.element_size()
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        return name, index, "" if index is not None else f" at element offset {offset}, {shape=}, {stride=}"
 
 
 def _tensors_in(name, value):
