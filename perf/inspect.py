@@ -9,7 +9,8 @@ holds (perf/baseline.py), for the Triton that is installed.
 import sys
 from collections import Counter
 
-from perf import baseline, results
+from perf import results
+from perf.baseline import COMPILED
 from perf.calls import CALLS
 from perf.candidates import FAMILIES
 from perf.compare import NAME_COLUMNS, changes
@@ -174,8 +175,8 @@ def write_baseline():
     if any(kernel.error for kernel in kernels):
         _print_errors(kernels)
         sys.exit("the baseline is as it was")
-    baseline.update([kernel.row for kernel in kernels])
-    return baseline.PATH
+    COMPILED.update([kernel.row for kernel in kernels])
+    return COMPILED.path
 
 
 def baseline_cases(arch):

@@ -6,7 +6,7 @@ The figures are those of compiled code, for each Triton version its own; no kern
 import pytest
 import triton
 
-from perf import baseline
+from perf.baseline import COMPILED
 from perf.compare import name_of
 from perf.inspect import BASELINE_ARCHS, baseline_cases
 from perf.tables import format_table
@@ -36,7 +36,7 @@ def call_of(row):
 
 @pytest.fixture(scope="module")
 def known():
-    rows = baseline.read()
+    rows = COMPILED.read()
     if not rows:
         pytest.skip(f"no baseline of triton {triton.__version__}: {UPDATE}")
     return rows
@@ -49,7 +49,7 @@ def test_default_configs_are_no_worse_than_the_baseline(case, known, record_prop
     kernels = case.compile()
     assert not [kernel.error for kernel in kernels if kernel.error]
     now = [kernel.row for kernel in kernels]
-    costs, gains = baseline.judge([row for row in known if call_of(row) == call_of(now[0])], now)
+    costs, gains = COMPILED.judge([row for row in known if call_of(row) == call_of(now[0])], now)
     for change in gains:
         record_property("figure", f"better than the baseline, {UPDATE}: {' '.join(change.row().values())}")
     if costs:

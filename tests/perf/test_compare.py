@@ -1,8 +1,9 @@
 import csv
+from dataclasses import replace
 
 import pytest
 
-from perf import baseline
+from perf.baseline import COMPILED
 from perf.compare import ABSENT, changes
 from perf.tables import format_table
 
@@ -73,24 +74,24 @@ def test_a_kernel_of_one_side_is_named():
     ],
 )
 def test_what_costs_and_what_gains(row, now, costs, gains):
-    found = baseline.judge([baseline.held(row)], [row | now])
+    found = COMPILED.judge([COMPILED.held(row)], [row | now])
     assert [[change.figure for change in part] for part in found] == [costs, gains]
 
 
 def test_a_kernel_that_comes_or_goes_needs_a_new_baseline():
-    costs, gains = baseline.judge([baseline.held(ROW)], [OTHER])
+    costs, gains = COMPILED.judge([COMPILED.held(ROW)], [OTHER])
     assert len(costs) == 2
     assert not gains
 
 
 def test_an_update_replaces_one_triton_version_and_keeps_the_other(tmp_path):
-    path = tmp_path / "baseline.csv"
-    baseline.update([ROW, AMD], "3.6.0", path)
-    baseline.update([ROW], "3.9.0", path)
-    baseline.update([OTHER, ROW | {"lock TFLOP/s": 470.123}], "3.9.0", path)
-    assert baseline.read("3.6.0", path) == [baseline.held(AMD), baseline.held(ROW)]
-    assert baseline.read("3.9.0", path) == [baseline.held(OTHER), baseline.held(ROW) | {"lock TFLOP/s": 470.1}]
-    assert baseline.read("4.0.0", path) == []
-    with path.open() as file:
+    kept = replace(COMPILED, path=tmp_path / "baseline.csv")
+    kept.update([ROW, AMD], "3.6.0")
+    kept.update([ROW], "3.9.0")
+    kept.update([OTHER, ROW | {"lock TFLOP/s": 470.123}], "3.9.0")
+    assert kept.read("3.6.0") == [kept.held(AMD), kept.held(ROW)]
+    assert kept.read("3.9.0") == [kept.held(OTHER), kept.held(ROW) | {"lock TFLOP/s": 470.1}]
+    assert kept.read("4.0.0") == []
+    with kept.path.open() as file:
         names = [(row["arch"], row["case"], row["triton"]) for row in csv.DictReader(file)]
     assert names == sorted(names), "a new figure is one changed line"

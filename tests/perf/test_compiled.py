@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import triton_attn
-from perf import amdgcn, baseline, bench, compiled, inspect, loop_model, results, sweep
+from perf import amdgcn, bench, compiled, inspect, loop_model, results, sweep
+from perf.baseline import COMPILED, Baseline
 from perf.candidates import FAMILIES, Candidate
 from perf.journal import Journal
 from perf.revision import package_of
@@ -145,9 +146,9 @@ def test_a_commit_that_is_none_ends_inspect_before_anything_is_compiled(tmp_path
 def test_update_baseline_writes_all_or_nothing(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(inspect, "BASELINE_ARCHS", ("sm_80", "sm_90"))
-    monkeypatch.setattr(baseline, "update", written.extend)
+    monkeypatch.setattr(Baseline, "update", lambda self, rows: written.extend(rows))
     monkeypatch.setattr(inspect, "baseline_cases", lambda arch: inspect.cases_of("flash", arch, "bfloat16", [64]))
-    assert inspect.run(tmp_path, update_baseline=True) == [baseline.PATH]
+    assert inspect.run(tmp_path, update_baseline=True) == [COMPILED.path]
     assert [row["arch"] for row in written] == ["sm_80", "sm_80", "sm_90", "sm_90"]
     written.clear()
     monkeypatch.setattr(inspect, "baseline_cases", lambda arch: inspect.cases_of("flash", arch, "bfloat16", [64, 600]))
