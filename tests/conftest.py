@@ -19,7 +19,7 @@ pytest_plugins = ["triton_attn.testing.emulator.plugin"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEVEL = os.environ.get("TRITON_ATTN_TESTS", "quick")
-DRAWS = {"quick": 4, "ci": 10, "full": 500}
+DRAWS = {"quick": 4, "ci": 7, "full": 500}
 FULL = LEVEL == "full"
 if LEVEL not in DRAWS:
     raise pytest.UsageError(f"TRITON_ATTN_TESTS: expected one of {', '.join(DRAWS)}, got {LEVEL!r}")
@@ -43,34 +43,33 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """After -k and -m: what they name alone is not thinned out."""
     chosen = [item for item in items if _runs_here(item, config.getoption("--emulate"))]
+    if not FULL:
+        chosen = _without("full", chosen)
     if LEVEL == "quick" and not torch.cuda.is_available():
-        chosen = _quick(chosen)
+        chosen = _without("ci", chosen)
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = chosen
 
 
 def _runs_here(item, emulate):
-    if item.get_closest_marker("full") and not FULL:
-        return False
     compiled = item.get_closest_marker("compiled") is not None
     if emulate:
         return not compiled
     return compiled != INTERPRETED or (not INTERPRETED and torch.cuda.is_available())
 
 
-def _quick(items):
-    """Without the tests marked `ci`, but for one of `but_each` cases in their order."""
+def _without(name, items):
+    """Without the tests marked so, but for one of `but_each` cases in their order."""
     seen, kept = Counter(), []
     for item in items:
-        marker = item.get_closest_marker("ci")
-        if marker is not None:
-            test, _, _ = item.nodeid.partition("[")
-            each, position = marker.kwargs.get("but_each"), seen[test]
-            seen[test] += 1
-            if each is None or position % each:
-                continue
-        kept.append(item)
+        each = [marker.kwargs.get("but_each") for marker in item.iter_markers(name)]  # of the test and of the case
+        if None in each:
+            continue
+        test, _, _ = item.nodeid.partition("[")
+        if all(seen[test] % n == 0 for n in each):
+            kept.append(item)
+        seen[test] += 1
     return kept
 
 

@@ -325,7 +325,8 @@ def launched(call):
     ]
 
 
-@pytest.mark.ci(but_each=5)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=3)
 @pytest.mark.compiled
 @pytest.mark.parametrize("family", SERVED)
 def test_calls_heed_tables(family, tmp_path):

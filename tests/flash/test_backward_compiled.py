@@ -118,7 +118,8 @@ def full(param):
     return pytest.param(*param.values, id=param.id, marks=pytest.mark.full)
 
 
-@pytest.mark.ci(but_each=9)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize(
     ("arch", "dtype", "head_dims", "window", "schedule"),
     [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)],

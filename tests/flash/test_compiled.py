@@ -143,7 +143,8 @@ REST = [
 SLICE_IDS = {param.id for param in SLICE}
 
 
-@pytest.mark.ci(but_each=19)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=10)
 @pytest.mark.parametrize(
     ("arch", "dtype", "head_dim", "head_dim_v", "variant"),
     [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)],

@@ -70,7 +70,8 @@ def marks(*case):
     return (() if case in SLICE else (pytest.mark.full,)) + ((pytest.mark.oldest,) if case in SLICE else ())
 
 
-@pytest.mark.ci(but_each=13)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=7)
 @pytest.mark.parametrize(
     ("arch", "num_heads", "variant"),
     [pytest.param(a, h, v, marks=marks(a, h, v)) for a in ARCHS for h in (16, 128) for v in VARIANTS],
@@ -133,7 +134,8 @@ PREFILL_SLICE |= {(arch, "absorbed", "bf16") for arch in ("sm_80", "sm_86")}
 PREFILL_SLICE |= {("sm_90", mode, variant) for mode in MODES for variant in ("packed", "lse")}
 
 
-@pytest.mark.ci(but_each=11)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=6)
 @pytest.mark.parametrize(
     ("arch", "mode", "variant"),
     [

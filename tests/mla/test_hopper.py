@@ -128,7 +128,8 @@ def test_scores_are_under_way_before_anything_is_waited_for(wanted):
         assert sum(waits[1] < i < products[40] for i in exponentials) >= 32
 
 
-@pytest.mark.ci(but_each=9)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize("page_size", [64, 128, 192])
 @pytest.mark.parametrize("num_heads", [64, 128, 192])
 def test_which_calls_it_serves(num_heads, page_size, wanted):
@@ -141,7 +142,8 @@ def test_which_calls_it_serves(num_heads, page_size, wanted):
     assert kernel_of(**call, change_q=lambda q: torch.empty_like(q.transpose(1, 2)).transpose(1, 2)) == HOPPER
 
 
-@pytest.mark.ci(but_each=5)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize(
     "call",
     [

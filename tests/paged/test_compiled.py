@@ -101,7 +101,8 @@ def full(param):
     return pytest.param(*param.values, id=param.id, marks=pytest.mark.full)
 
 
-@pytest.mark.ci(but_each=19)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=10)
 @pytest.mark.parametrize(
     ("arch", "head_dim", "rows", "variant"), [*SLICE, *(full(param) for param in REST if param.id not in SLICE_IDS)]
 )

@@ -210,6 +210,7 @@ SWEPT = {
 }
 
 
+@pytest.mark.full(but_each=2)
 @pytest.mark.ci
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path, monkeypatch):

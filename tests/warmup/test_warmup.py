@@ -108,7 +108,8 @@ def serve_latent(model, num_heads, rng, page_size=64):
         triton_attn.copy_kv_pages(cache, pages, pages)
 
 
-@pytest.mark.ci(but_each=9)
+@pytest.mark.full(but_each=2)
+@pytest.mark.ci(but_each=5)
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     ("name", "tensor_parallel_size"),
