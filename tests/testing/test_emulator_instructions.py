@@ -133,11 +133,16 @@ def exactly(kind, function):
     return apply
 
 
-def flushed(function):
-    def flush(x):
-        return math.copysign(0.0, x) if abs(x) < 2**-126 else x
+def flush(x):
+    return math.copysign(0.0, x) if abs(x) < 2**-126 else x
 
+
+def flushed(function):
     return lambda *operands: flush(function(*map(flush, operands)))
+
+
+def compared_flushed(function):
+    return lambda *operands: function(*map(flush, operands))
 
 
 def by_numpy(function, dtype=np.float32):
@@ -162,13 +167,32 @@ def truncated_division(a, b):
     return -(a // -b) if (a < 0) != (b < 0) else a // b
 
 
-def nearest_integer(kind, function):
+def or_nan(function):
+    return lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else function(a, b)
+
+
+def signed_by_product(function):
+    def apply(a, b):
+        magnitude = function(abs(a), abs(b))
+        return math.copysign(magnitude, math.copysign(1, a) * math.copysign(1, b))
+
+    return apply
+
+
+def truncated_half(a):
+    nearest = rounded(Fraction(a), "f16") if math.isfinite(a) and a else a
+    if math.isfinite(a) and abs(nearest) > abs(a):
+        return number("f16", pattern("f16", nearest) - 1)
+    return nearest
+
+
+def nearest_integer(kind, source, function):
     bits = int(kind[1:])
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if kind[0] == "s" else (0, (1 << bits) - 1)
 
     def apply(x):
         if math.isnan(x):
-            return 1 << 63 if bits == 64 else 0
+            return 1 << bits - 1 if bits == 64 or source == "f64" else 0
         return max(low, min(high, function(x))) if math.isfinite(x) else low if x < 0 else high
 
     return apply
@@ -257,18 +281,26 @@ def cases():
         yield f"cvt.rn.f32.{t}", "f32", (t,), lambda a: rounded(Fraction(a), "f32")
     for t in ("s8", "u8"):
         yield f"cvt.rn.f32.{t}", "f32", (f"{t[0]}32",), lambda a, t=t: float(narrowed(t, t)(a))
-    yield "cvt.rn.f64.s32", "f64", ("s32",), float
+    for t in ("s32", "u32", "s64", "u64"):
+        yield f"cvt.rn.f64.{t}", "f64", (t,), float
     roundings = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil}
     for opcode in core.entries():
-        if match := re.fullmatch(r"cvt\.(r[znmp]i)\.([us](?:32|64))\.f32", opcode):
-            yield opcode, match[2], ("f32",), nearest_integer(match[2], roundings[match[1]])
+        if match := re.fullmatch(r"cvt\.(r[znmp]i)\.(ftz\.)?([us](?:32|64))\.(f32|f64)", opcode):
+            rounding, flushes, target, source = match.groups()
+            function = nearest_integer(target, source, roundings[rounding])
+            yield opcode, target, (source,), flushed(function) if flushes else function
     for name, function in (("rmi", np.floor), ("rpi", np.ceil), ("rni", np.rint), ("rzi", np.trunc)):
         yield f"cvt.{name}.f32.f32", "f32", ("f32",), function
+        yield f"cvt.{name}.f64.f64", "f64", ("f64",), function
+        yield f"cvt.{name}.ftz.f32.f32", "f32", ("f32",), flushed(function)
     yield "cvt.sat.f32.f32", "f32", ("f32",), lambda a: min(a, 1.0) if a > 0 else 0.0
+    yield "cvt.ftz.sat.f32.f32", "f32", ("f32",), flushed(lambda a: min(a, 1.0) if a > 0 else 0.0)
     for target, source in (("f32", "f16"), ("f32", "bf16"), ("f64", "f32")):
         yield f"cvt.{target}.{source}", target, (source,), lambda a: a
     for target, source in (("f16", "f32"), ("bf16", "f32"), ("f16", "bf16"), ("bf16", "f16"), ("f32", "f64")):
         yield f"cvt.rn.{target}.{source}", target, (source,), exactly(target, lambda a: a)
+    yield "cvt.rz.f16.f32", "f16", ("f32",), truncated_half
+    yield "cvt.rz.f16x2.f32", "f16x2", ("f32", "f32"), lambda a, b: (truncated_half(b), truncated_half(a))
     yield "cvt.rz.bf16.f32", "bf16", ("f32",), lambda a: number("f32", pattern("f32", a) >> 16 << 16)
     yield (
         "cvt.rna.tf32.f32",
@@ -292,11 +324,13 @@ def cases():
             "ne": lambda a, b: a < b or a > b,
         }  # fmt: skip
         nan = lambda a, b: math.isnan(a) or math.isnan(b)  # noqa: E731
-        for name, function in compared.items():
-            yield f"setp.{name}.{t}", "p", (t, t), function
-            yield f"setp.{name}u.{t}", "p", (t, t), lambda a, b, f=function, n=nan: f(a, b) or n(a, b)
-        yield f"setp.nan.{t}", "p", (t, t), nan
-        yield f"setp.num.{t}", "p", (t, t), lambda a, b, n=nan: not n(a, b)
+        for ftz, flushes in (("", lambda f: f), ("ftz.", compared_flushed))[: 1 + (t == "f32")]:
+            for name, function in compared.items():
+                yield f"setp.{name}.{ftz}{t}", "p", (t, t), flushes(function)
+                of_nan = lambda a, b, f=function, n=nan: f(a, b) or n(a, b)  # noqa: E731
+                yield f"setp.{name}u.{ftz}{t}", "p", (t, t), flushes(of_nan)
+            yield f"setp.nan.{ftz}{t}", "p", (t, t), nan
+            yield f"setp.num.{ftz}{t}", "p", (t, t), lambda a, b, n=nan: not n(a, b)
         signs = {"neg": operator.neg, "abs": abs}
         sums = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
         for name, function in signs.items():
@@ -304,21 +338,30 @@ def cases():
         for name, function in sums.items():
             yield f"{name}.{t}", t, (t, t), exactly(t, function)
         yield f"fma.rn.{t}", t, (t, t, t), exactly(t, lambda a, b, c: a * b + c)
+        yield f"min.{t}", t, (t, t), smaller
+        yield f"max.{t}", t, (t, t), larger
         if t != "f64":
-            yield f"min.{t}", t, (t, t), smaller
-            yield f"max.{t}", t, (t, t), larger
+            yield f"min.NaN.{t}", t, (t, t), or_nan(smaller)
+            yield f"max.NaN.{t}", t, (t, t), or_nan(larger)
         if t in ("f16", "bf16"):
             pairs = {name: exactly(t, f) for name, f in sums.items()} | {"min": smaller, "max": larger}
+            pairs |= {"min.NaN": or_nan(smaller), "max.NaN": or_nan(larger)}
             for name, f in pairs.items():
                 yield f"{name}.{t}x2", f"{t}x2", (f"{t}x2",) * 2, lambda a, b, f=f: tuple(map(f, a, b))
             f = exactly(t, lambda a, b, c: a * b + c)
             yield f"fma.rn.{t}x2", f"{t}x2", (f"{t}x2",) * 3, lambda a, b, c, f=f: tuple(map(f, a, b, c))
             yield f"neg.{t}x2", f"{t}x2", (f"{t}x2",), lambda a: (-a[0], -a[1])
+            yield f"abs.{t}x2", f"{t}x2", (f"{t}x2",), lambda a: (abs(a[0]), abs(a[1]))
     for name, function in (("add", operator.add), ("sub", operator.sub), ("mul", operator.mul)):
         yield f"{name}.ftz.f32", "f32", ("f32", "f32"), flushed(exactly("f32", function))
     yield "fma.rn.ftz.f32", "f32", ("f32",) * 3, flushed(exactly("f32", lambda a, b, c: a * b + c))
-    for name, function in (("min.NaN", smaller), ("max.NaN", larger)):
-        yield f"{name}.f32", "f32", ("f32", "f32"), lambda a, b, f=function: math.nan if a != a or b != b else f(a, b)
+    for name, function in (("min", smaller), ("max", larger)):
+        yield f"{name}.ftz.f32", "f32", ("f32", "f32"), flushed(function)
+        yield f"{name}.ftz.NaN.f32", "f32", ("f32", "f32"), flushed(or_nan(function))
+        yield f"{name}.xorsign.abs.f32", "f32", ("f32", "f32"), signed_by_product(function)
+    yield "neg.ftz.f32", "f32", ("f32",), flushed(operator.neg)
+    yield "abs.ftz.f32", "f32", ("f32",), flushed(abs)
+    yield "sqrt.rn.f64", "f64", ("f64",), by_numpy(np.sqrt, np.float64)
     yield "copysign.f32", "f32", ("f32", "f32"), lambda a, b: np.copysign(b, a)
     yield "div.rn.f64", "f64", ("f64", "f64"), by_numpy(np.divide, np.float64)
     functions = {
@@ -329,11 +372,12 @@ def cases():
         for suffix in (".rn.f32", ".approx.f32"):
             if name + suffix in core.entries():
                 yield name + suffix, "f32", ("f32",), by_numpy(function)
-        if f"{name}.approx.ftz.f32" in core.entries():
-            yield f"{name}.approx.ftz.f32", "f32", ("f32",), flushed(by_numpy(function))
+        for suffix in (".rn.ftz.f32", ".approx.ftz.f32"):
+            if name + suffix in core.entries():
+                yield name + suffix, "f32", ("f32",), flushed(by_numpy(function))
     for name in ("div.rn", "div.full", "div.approx"):
         yield f"{name}.f32", "f32", ("f32", "f32"), by_numpy(np.divide)
-    for name in ("div.full", "div.approx"):
+    for name in ("div.rn", "div.full", "div.approx"):
         yield f"{name}.ftz.f32", "f32", ("f32", "f32"), flushed(by_numpy(np.divide))
 
 

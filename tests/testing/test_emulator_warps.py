@@ -877,7 +877,7 @@ UNSUPPORTED = [
     "barrier.cluster.arrive.aligned",
     "mapa.shared::cluster.u32 %r1, %r2, 0",
     "fence.proxy.alias",
-    "min.f64 %a1, %a2, %a3",
+    "div.approx.f64 %a1, %a2, %a3",
     "ld.local.b32 %r1, [%r2]",
     "ld.shared.b128 %a1, [%r2]",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%x], 16, [%r2]",

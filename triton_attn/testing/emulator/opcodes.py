@@ -391,7 +391,7 @@ def _redux(body, match, operands):
     body.add("@redux", rows, [OPERATIONS[match[1]], match[2] == "s"], rows[1:], rows[:1])
 
 
-@_decodes(r"setp\.(\w+)\.(and|or|xor)\.(\w+)")
+@_decodes(r"setp\.(\w+)\.(and|or|xor)\.((?:ftz\.)?\w+)")
 def _setp_combined(body, match, operands):
     compared = body.new_predicate()
     opcode = f"setp.{match[1]}.{match[3]}"

@@ -33,6 +33,12 @@ template <class T> void store(Warp& w, int operand, int lane, T value) {
   }
 }
 
+// An f32 that is flushed when it is read.
+struct f32_ftz {
+  u32 pattern;
+  operator f32() const { return flush(from_bits(pattern)); }
+};
+
 template <class T> constexpr char letter = std::is_same_v<T, bool> ? 'p' : sizeof(T) == 8 ? 'd' : sizeof(T) == 4 ? 'r' : 'h';
 
 template <class Function, class Signature> struct Lanes;
@@ -91,6 +97,14 @@ template <class T> bool unordered(T a, T b) {
   OP("fma.rn." name, type, (type a, type b, type c), return fma_once(a, b, c);),                                   \
   OP("min." name, type, (type a, type b), return type(minimum(a, b));),                                            \
   OP("max." name, type, (type a, type b), return type(maximum(a, b));),                                            \
+  OP("min.NaN." name, type, (type a, type b), return type(minimum_nan(a, b));),                                    \
+  OP("max.NaN." name, type, (type a, type b), return type(maximum_nan(a, b));),                                    \
+  OP("min.NaN." name "x2", pair<type>, (pair<type> a, pair<type> b),                                               \
+        return {type(minimum_nan(a.low, b.low)), type(minimum_nan(a.high, b.high))};),                                \
+  OP("max.NaN." name "x2", pair<type>, (pair<type> a, pair<type> b),                                               \
+        return {type(maximum_nan(a.low, b.low)), type(maximum_nan(a.high, b.high))};),                                \
+  OP("abs." name "x2", pair<type>, (pair<type> a),                                                                 \
+        return {type::of(a.low.pattern & 0x7fff), type::of(a.high.pattern & 0x7fff)};),                               \
   OP("neg." name, type, (type a), return type::of(a.pattern ^ 0x8000);),                                           \
   OP("abs." name, type, (type a), return type::of(a.pattern & 0x7fff);),                                           \
   OP("add." name "x2 add.rn." name "x2", pair<type>, (pair<type> a, pair<type> b),                                 \
@@ -189,11 +203,12 @@ inline const Entry TABLE[] = {
   OP("mul.ftz.f32 mul.rn.ftz.f32", f32, (f32 a, f32 b), return canonical(flush(flush(a) * flush(b)));),
   OP("fma.rn.ftz.f32", f32, (f32 a, f32 b, f32 c), return canonical(flush(std::fma(flush(a), flush(b), flush(c))));),
   OP("div.rn.f32 div.full.f32 div.approx.f32", f32, (f32 a, f32 b), return canonical(a / b);),
-  OP("div.full.ftz.f32 div.approx.ftz.f32", f32, (f32 a, f32 b), return canonical(flush(flush(a) / flush(b)));),
+  OP("div.rn.ftz.f32 div.full.ftz.f32 div.approx.ftz.f32", f32, (f32 a, f32 b),
+        return canonical(flush(flush(a) / flush(b)));),
   OP("rcp.rn.f32 rcp.approx.f32", f32, (f32 a), return canonical(1 / a);),
-  OP("rcp.approx.ftz.f32", f32, (f32 a), return canonical(flush(1 / flush(a)));),
+  OP("rcp.rn.ftz.f32 rcp.approx.ftz.f32", f32, (f32 a), return canonical(flush(1 / flush(a)));),
   OP("sqrt.rn.f32 sqrt.approx.f32", f32, (f32 a), return canonical(std::sqrt(a));),
-  OP("sqrt.approx.ftz.f32", f32, (f32 a), return canonical(flush(std::sqrt(flush(a))));),
+  OP("sqrt.rn.ftz.f32 sqrt.approx.ftz.f32", f32, (f32 a), return canonical(flush(std::sqrt(flush(a))));),
   OP("rsqrt.approx.f32", f32, (f32 a), return canonical(f32(1 / std::sqrt(f64(a))));),
   OP("rsqrt.approx.ftz.f32", f32, (f32 a), return canonical(f32(1 / std::sqrt(f64(flush(a)))));),
   OP("ex2.approx.f32", f32, (f32 a), return canonical(f32(std::exp2(f64(a))));),
@@ -202,19 +217,34 @@ inline const Entry TABLE[] = {
   OP("lg2.approx.ftz.f32", f32, (f32 a), return canonical(f32(std::log2(f64(flush(a)))));),
   OP("sin.approx.f32", f32, (f32 a), return canonical(std::sin(a));),
   OP("cos.approx.f32", f32, (f32 a), return canonical(std::cos(a));),
+  OP("sin.approx.ftz.f32", f32, (f32 a), return canonical(flush(std::sin(flush(a))));),
+  OP("cos.approx.ftz.f32", f32, (f32 a), return canonical(std::cos(flush(a)));),
   OP("tanh.approx.f32", f32, (f32 a), return canonical(std::tanh(a));),
   OP("neg.f32", u32, (u32 a), return a ^ 0x80000000u;),
   OP("abs.f32", u32, (u32 a), return a & 0x7fffffffu;),
+  OP("neg.ftz.f32", f32, (f32 a), return from_bits(bits(flush(a)) ^ 0x80000000u);),
+  OP("abs.ftz.f32", f32, (f32 a), return std::fabs(flush(a));),
   OP("copysign.f32", u32, (u32 a, u32 b), return (a & 0x80000000u) | (b & 0x7fffffffu);),
   OP("min.f32", f32, (f32 a, f32 b), return minimum(a, b);),
   OP("max.f32", f32, (f32 a, f32 b), return maximum(a, b);),
-  OP("min.NaN.f32", f32, (f32 a, f32 b), return unordered(a, b) ? from_bits(CANONICAL_NAN) : minimum(a, b);),
-  OP("max.NaN.f32", f32, (f32 a, f32 b), return unordered(a, b) ? from_bits(CANONICAL_NAN) : maximum(a, b);),
+  OP("min.NaN.f32", f32, (f32 a, f32 b), return minimum_nan(a, b);),
+  OP("max.NaN.f32", f32, (f32 a, f32 b), return maximum_nan(a, b);),
+  OP("min.ftz.f32", f32, (f32 a, f32 b), return minimum(flush(a), flush(b));),
+  OP("max.ftz.f32", f32, (f32 a, f32 b), return maximum(flush(a), flush(b));),
+  OP("min.ftz.NaN.f32", f32, (f32 a, f32 b), return minimum_nan(flush(a), flush(b));),
+  OP("max.ftz.NaN.f32", f32, (f32 a, f32 b), return maximum_nan(flush(a), flush(b));),
+  OP("min.xorsign.abs.f32", f32, (f32 a, f32 b),
+        return with_sign_of_product(minimum(std::fabs(a), std::fabs(b)), a, b);),
+  OP("max.xorsign.abs.f32", f32, (f32 a, f32 b),
+        return with_sign_of_product(maximum(std::fabs(a), std::fabs(b)), a, b);),
   OP("add.f64 add.rn.f64", f64, (f64 a, f64 b), return a + b;),
   OP("sub.f64 sub.rn.f64", f64, (f64 a, f64 b), return a - b;),
   OP("mul.f64 mul.rn.f64", f64, (f64 a, f64 b), return a * b;),
   OP("fma.rn.f64", f64, (f64 a, f64 b, f64 c), return std::fma(a, b, c);),
   OP("div.rn.f64", f64, (f64 a, f64 b), return a / b;),
+  OP("sqrt.rn.f64", f64, (f64 a), return std::sqrt(a);),
+  OP("min.f64", f64, (f64 a, f64 b), return minimum(a, b);),
+  OP("max.f64", f64, (f64 a, f64 b), return maximum(a, b);),
   OP("neg.f64", u64, (u64 a), return a ^ 1ull << 63;),
   OP("abs.f64", u64, (u64 a), return a & ~(1ull << 63);),
   HALF(f16, "f16"),
@@ -226,7 +256,8 @@ inline const Entry TABLE[] = {
   OP("setp.eq.b16", bool, (u16 a, u16 b), return a == b;), OP("setp.ne.b16", bool, (u16 a, u16 b), return a != b;),
   OP("setp.eq.b32", bool, (u32 a, u32 b), return a == b;), OP("setp.ne.b32", bool, (u32 a, u32 b), return a != b;),
   OP("setp.eq.b64", bool, (u64 a, u64 b), return a == b;), OP("setp.ne.b64", bool, (u64 a, u64 b), return a != b;),
-  COMPARE_FLOAT(f32, "f32"), COMPARE_FLOAT(f64, "f64"), COMPARE_FLOAT(f16, "f16"), COMPARE_FLOAT(bf16, "bf16"),
+  COMPARE_FLOAT(f32, "f32"), COMPARE_FLOAT(f32_ftz, "ftz.f32"),
+  COMPARE_FLOAT(f64, "f64"), COMPARE_FLOAT(f16, "f16"), COMPARE_FLOAT(bf16, "bf16"),
   OP("selp.b16 selp.s16 selp.u16", u16, (u16 a, u16 b, bool c), return c ? a : b;),
   OP("selp.b32 selp.s32 selp.u32 selp.f32", u32, (u32 a, u32 b, bool c), return c ? a : b;),
   OP("selp.b64 selp.s64 selp.u64 selp.f64", u64, (u64 a, u64 b, bool c), return c ? a : b;),
@@ -306,26 +337,46 @@ inline const Entry TABLE[] = {
   OP("cvt.rn.f32.s8", f32, (u32 a), return s8(a);),
   OP("cvt.rn.f32.u8", f32, (u32 a), return u8(a);),
   OP("cvt.rn.f64.s32", f64, (s32 a), return a;),
+  OP("cvt.rn.f64.u32", f64, (u32 a), return a;),
+  OP("cvt.rn.f64.s64", f64, (s64 a), return f64(a);),
+  OP("cvt.rn.f64.u64", f64, (u64 a), return f64(a);),
   OP("cvt.f64.f32", f64, (f32 a), return a;),
   OP("cvt.rn.f32.f64", f32, (f64 a), return canonical(f32(a));),
-  OP("cvt.rzi.s32.f32", s32, (f32 a), return to_integer<s32>(a);),
-  OP("cvt.rni.s32.f32", s32, (f32 a), return to_integer<s32>(std::nearbyint(a));),
+  OP("cvt.rzi.s32.f32 cvt.rzi.ftz.s32.f32", s32, (f32 a), return to_integer<s32>(a);),
+  OP("cvt.rni.s32.f32 cvt.rni.ftz.s32.f32", s32, (f32 a), return to_integer<s32>(std::nearbyint(a));),
+  OP("cvt.rmi.ftz.s32.f32", s32, (f32 a), return to_integer<s32>(std::floor(flush(a)));),
+  OP("cvt.rpi.ftz.s32.f32", s32, (f32 a), return to_integer<s32>(std::ceil(flush(a)));),
   OP("cvt.rmi.s32.f32", s32, (f32 a), return to_integer<s32>(std::floor(a));),
   OP("cvt.rpi.s32.f32", s32, (f32 a), return to_integer<s32>(std::ceil(a));),
-  OP("cvt.rzi.u32.f32", u32, (f32 a), return to_integer<u32>(a);),
-  OP("cvt.rni.u32.f32", u32, (f32 a), return to_integer<u32>(std::nearbyint(a));),
-  OP("cvt.rzi.s64.f32", s64, (f32 a), return to_integer<s64>(a);),
-  OP("cvt.rzi.u64.f32", u64, (f32 a), return to_integer<u64>(a);),
+  OP("cvt.rzi.u32.f32 cvt.rzi.ftz.u32.f32", u32, (f32 a), return to_integer<u32>(a);),
+  OP("cvt.rni.u32.f32 cvt.rni.ftz.u32.f32", u32, (f32 a), return to_integer<u32>(std::nearbyint(a));),
+  OP("cvt.rzi.s64.f32 cvt.rzi.ftz.s64.f32", s64, (f32 a), return to_integer<s64>(a);),
+  OP("cvt.rzi.u64.f32 cvt.rzi.ftz.u64.f32", u64, (f32 a), return to_integer<u64>(a);),
   OP("cvt.rmi.f32.f32", f32, (f32 a), return canonical(std::floor(a));),
   OP("cvt.rpi.f32.f32", f32, (f32 a), return canonical(std::ceil(a));),
   OP("cvt.rni.f32.f32", f32, (f32 a), return canonical(std::nearbyint(a));),
   OP("cvt.rzi.f32.f32", f32, (f32 a), return canonical(std::trunc(a));),
+  OP("cvt.rmi.ftz.f32.f32", f32, (f32 a), return canonical(std::floor(flush(a)));),
+  OP("cvt.rpi.ftz.f32.f32", f32, (f32 a), return canonical(std::ceil(flush(a)));),
+  OP("cvt.rni.ftz.f32.f32", f32, (f32 a), return canonical(std::nearbyint(flush(a)));),
+  OP("cvt.rzi.ftz.f32.f32", f32, (f32 a), return canonical(std::trunc(flush(a)));),
+  OP("cvt.rzi.s32.f64", s32, (f64 a), return to_integer<s32>(a);),
+  OP("cvt.rzi.u32.f64", u32, (f64 a), return to_integer<u32>(a);),
+  OP("cvt.rzi.s64.f64", s64, (f64 a), return to_integer<s64>(a);),
+  OP("cvt.rzi.u64.f64", u64, (f64 a), return to_integer<u64>(a);),
+  OP("cvt.rmi.f64.f64", f64, (f64 a), return std::floor(a);),
+  OP("cvt.rpi.f64.f64", f64, (f64 a), return std::ceil(a);),
+  OP("cvt.rni.f64.f64", f64, (f64 a), return std::nearbyint(a);),
+  OP("cvt.rzi.f64.f64", f64, (f64 a), return std::trunc(a);),
+  OP("cvt.ftz.sat.f32.f32", f32, (f32 a), return flush(a) > 0 ? std::min(a, 1.0f) : 0.0f;),
   OP("cvt.sat.f32.f32", f32, (f32 a), return a > 0 ? std::min(a, 1.0f) : 0.0f;),
   OP("cvt.f32.f16", f32, (f16 a), return canonical(a);),
   OP("cvt.f32.bf16", u32, (u16 a), return u32(a) << 16;),
   OP("cvt.rn.f16.f32", f16, (f32 a), return f16(a);),
   OP("cvt.rn.bf16.f32", bf16, (f32 a), return bf16(a);),
   OP("cvt.rz.bf16.f32", u16, (u32 a), return std::isnan(from_bits(a)) ? 0x7fff : a >> 16;),
+  OP("cvt.rz.f16.f32", f16, (f32 a), return toward_zero(a);),
+  OP("cvt.rz.f16x2.f32", pair<f16>, (f32 a, f32 b), return {toward_zero(b), toward_zero(a)};),
   OP("cvt.rn.bf16.f16", bf16, (f16 a), return bf16(a);),
   OP("cvt.rn.f16.bf16", f16, (bf16 a), return f16(a);),
   OP("cvt.rn.f16x2.f32", pair<f16>, (f32 a, f32 b), return {f16(b), f16(a)};),  // the first operand is the upper half

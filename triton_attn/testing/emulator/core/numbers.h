@@ -69,6 +69,12 @@ struct f16 {
   }
 };
 
+inline f16 toward_zero(f32 x) {
+  f16 nearest(x);
+  if (std::fabs(f32(nearest)) > std::fabs(x)) nearest.pattern--;
+  return nearest;
+}
+
 struct bf16 {
   u16 pattern;
   static constexpr int digits = 8, lowest = -133;
@@ -117,22 +123,38 @@ inline u8 f32_to_e5m2(f32 x) {
 inline f32 flush(f32 x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 // min and max: the other operand where one is NaN; -0 is less than +0.
-inline f32 minimum(f32 a, f32 b) {
-  if (std::isnan(a)) return std::isnan(b) ? from_bits(CANONICAL_NAN) : b;
+template <class T>
+T lesser(T a, T b, T nan) {
+  if (std::isnan(a)) return std::isnan(b) ? nan : b;
   if (std::isnan(b)) return a;
   return a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;
 }
-inline f32 maximum(f32 a, f32 b) {
-  if (std::isnan(a)) return std::isnan(b) ? from_bits(CANONICAL_NAN) : b;
+template <class T>
+T greater(T a, T b, T nan) {
+  if (std::isnan(a)) return std::isnan(b) ? nan : b;
   if (std::isnan(b)) return a;
   return a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
 }
+inline f32 minimum(f32 a, f32 b) { return lesser(a, b, from_bits(CANONICAL_NAN)); }
+inline f32 maximum(f32 a, f32 b) { return greater(a, b, from_bits(CANONICAL_NAN)); }
+inline f64 minimum(f64 a, f64 b) { return lesser(a, b, std::bit_cast<f64>(0x7fffffffffffffffull)); }
+inline f64 maximum(f64 a, f64 b) { return greater(a, b, std::bit_cast<f64>(0x7fffffffffffffffull)); }
+// .NaN: NaN where one is.
+inline f32 minimum_nan(f32 a, f32 b) {
+  return std::isnan(a) || std::isnan(b) ? from_bits(CANONICAL_NAN) : minimum(a, b);
+}
+inline f32 maximum_nan(f32 a, f32 b) {
+  return std::isnan(a) || std::isnan(b) ? from_bits(CANONICAL_NAN) : maximum(a, b);
+}
+inline f32 with_sign_of_product(f32 x, f32 a, f32 b) {
+  return std::isnan(x) ? x : std::signbit(a) != std::signbit(b) ? -x : x;
+}
 inline f32 canonical(f32 x) { return std::isnan(x) ? from_bits(CANONICAL_NAN) : x; }
 
-// Float to integer: NaN is 0, of 64 bits the highest bit alone; what does not fit is the nearest number that does.
-template <class I>
-I to_integer(f32 x) {
-  if (std::isnan(x)) return sizeof(I) == 8 ? I(1ull << 63) : 0;
+// Float to integer: NaN is 0, of or from 64 bits the highest bit alone; what does not fit is the nearest that does.
+template <class I, class F>
+I to_integer(F x) {
+  if (std::isnan(x)) return sizeof(I) == 8 || sizeof(F) == 8 ? I(1ull << (8 * sizeof(I) - 1)) : 0;
   if (x >= std::ldexp(1.0, std::numeric_limits<I>::digits)) return std::numeric_limits<I>::max();
   if (x <= f64(std::numeric_limits<I>::min())) return std::numeric_limits<I>::min();
   return I(x);
