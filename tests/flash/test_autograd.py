@@ -266,6 +266,7 @@ def test_autocast_leaves_fp64_to_the_reference(monkeypatch):
         assert f(*leaves)[0].dtype == torch.float64
 
 
+@pytest.mark.ci
 @every_option
 def test_checkpoint(options):
     f, leaves = make_call(options)

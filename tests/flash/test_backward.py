@@ -214,6 +214,7 @@ def test_gradients_are_contiguous_and_of_their_tensors_dtype(deterministic):
         assert gradient.is_contiguous()
 
 
+@pytest.mark.ci
 @both_schedules
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
 @far_apart

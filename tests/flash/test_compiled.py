@@ -235,6 +235,7 @@ def test_varlen_lengths_compile_no_other_kernel():
     assert len({launch.kernel.hash for launch in launches}) == 1
 
 
+@pytest.mark.ci
 def test_an_odd_head_dim_compiles_two_kernels_over_all_lengths():
     # The stride from one sequence to the next is a multiple of 16 only where the length is one.
     with compile_only("sm_80") as launches:

@@ -79,7 +79,7 @@ def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_pro
     assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == loops
 
 
-@pytest.mark.ci(but_each=3)
+@pytest.mark.ci
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
     """In the machine code: ptxas is free to wait earlier, and then nothing overlaps."""
@@ -122,7 +122,7 @@ def test_all_else_is_the_portable_kernels(call, wanted):
     assert launch_of(**call).name == PORTABLE
 
 
-@pytest.mark.ci(but_each=2)
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
     """By an entry for the dtype, head dim and mask; TRITON_ATTN_KERNELS=portable comes before it."""

@@ -183,6 +183,7 @@ def test_a_new_length_is_no_new_compilation():
     assert [x.kernel.hash for x in first] == [x.kernel.hash for x in second]
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize(("mode", "bound"), [("fused", 0), ("absorbed", 6_700_000), ("materialized", 1_600_000)])
 def test_a_new_length_of_a_prompt_is_no_new_compilation(mode, bound):
     """Of 16 heads a chunk has room for 9 or 10, and takes 8 at any of these lengths."""

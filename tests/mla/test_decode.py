@@ -34,6 +34,7 @@ def test_the_widths_of_deepseek(dtype, is_fp8):
     check(Case(dtype=dtype, is_fp8=is_fp8, seqlen_q=2, seqlens_k=(70, 33), num_heads=16, num_splits=2, **widths))
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("page_size", [16, 64], ids=["halves", "one piece"])

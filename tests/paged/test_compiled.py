@@ -158,7 +158,7 @@ class NoReadBack(Instrument):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.ci(but_each=2)
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("variant", ["plain", "splits", "varlen"])
 def test_nothing_is_read_back(variant):
     with NoReadBack(), pytest.raises(AssertionError):

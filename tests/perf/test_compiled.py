@@ -231,7 +231,7 @@ def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path
     assert all(rows[0][name] == str(value) for name, value in case.items())
 
 
-@pytest.mark.ci(but_each=2)
+@pytest.mark.ci
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_compile_the_kernel_of_a_default_call(family):
     """The first of the search space is the default config, and its code that which a user gets."""
@@ -248,6 +248,7 @@ def test_candidates_compile_the_kernel_of_a_default_call(family):
     assert ours.kernel.asm["cubin"] == users.kernel.asm["cubin"]
 
 
+@pytest.mark.ci
 def test_products_that_warps_repeat_rank_below():
     """The scores of 16 rows and 16 keys are work for two warps."""
     few, many = (

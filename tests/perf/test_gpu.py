@@ -296,6 +296,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, monkeypatch):
         gpu.run(tmp_path)
 
 
+@pytest.mark.ci
 def test_torch_triton_numpy_and_pytest_are_enough():
     """Collects the suite and runs a test of it, in a process that finds none of the other packages."""
     code = """

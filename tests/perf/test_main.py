@@ -56,6 +56,7 @@ def test_each_part_has_its_mode_of_triton(monkeypatch, gpu, part, mode):
     assert os.environ.get("TRITON_INTERPRET") == mode
 
 
+@pytest.mark.ci
 def test_a_part_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "perf", "sizes", "--out", str(tmp_path), "--bytes-per-element", "1"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)

@@ -268,6 +268,7 @@ def test_on_a_gpu_the_best_and_the_default_are_timed_and_the_fastest_kept(compil
     assert all(FlashConfig(**entry["config"]) == default for entry in entries), "all are equally fast"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"flash_hopper"}))  # Gluon has no interpreter
 def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monkeypatch):
     case, problem = TIMED[family]

@@ -74,8 +74,8 @@ def test_other_shapes_are_refused(seqlen, head_dim):
     assert not tutorial.serves(PROBLEM.seqlen, PROBLEM.head_dim)
 
 
+@pytest.mark.ci
 @pytest.mark.full(but_each=2)
-@pytest.mark.ci(but_each=2)
 @pytest.mark.compiled
 @pytest.mark.oldest
 @CAUSAL

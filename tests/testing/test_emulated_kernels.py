@@ -72,6 +72,7 @@ def test_every_kernel_in_every_schedule(arch, name, kernels):
         assert launched <= {launch.name for launch in run(name, arch, kernels, schedule=schedule, seed=1)}
 
 
+@pytest.mark.ci
 @pytest.mark.oldest
 def test_a_call_of_hopper_without_a_mask():
     run("flash 128 full", "sm_90", "hopper")

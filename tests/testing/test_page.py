@@ -74,6 +74,7 @@ class TestCompiled:
         assert re.match(rf"\S*{read}: use of shared memory that nobody has written", full)
         assert re.match(rf"\S*{copy}: race: write after write \(.*against \S*{copy}\)", free)
 
+    @pytest.mark.ci
     def test_pytest_emulates(self, tmp_path):
         for block in blocks("python"):
             if name := re.match(r"# (\w+\.py)\n", block):
