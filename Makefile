@@ -36,6 +36,7 @@ test-emulated: .venv/installed .venv-oldest/installed
 	|| exit; done; done
 
 # Removes a barrier, a wait or a fence at a time.
+test-mutations: export TRITON_ATTN_TESTS = full
 test-mutations: .venv/installed
 	$(PYTEST) tests/testing/test_emulator_mutations.py
 

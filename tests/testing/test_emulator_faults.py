@@ -110,6 +110,17 @@ def test_correct_kernels_have_none(body, schedule):
     assert not faults(body, schedule=schedule)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_wait_counts_groups_of_copies(schedule):
+    """One group may be under way: without its own commit the first copy is in the second group."""
+    copy, second = "cp.async.ca.shared.global [%s], [%a0], 4;", "cp.async.ca.shared.global [%s+512], [%a0], 4;"
+    commit = "cp.async.commit_group;"
+    body = COPY.replace(commit, f"{commit}\n{second}\n{commit}").replace("wait_group 0", "wait_group 1")
+    assert not faults(body, schedule=schedule)
+    (fault,) = faults(body.replace(f"{copy}\n{commit}", copy), schedule=schedule)
+    assert fault.kind == "access to shared memory that an asynchronous copy has not finished with"
+
+
 def test_what_was_computed():
     x = torch.zeros(64, dtype=torch.int32)
     faults(ORDERED, tensors={"x": x})
