@@ -80,11 +80,11 @@ def launched(kernel, schedule, removed=(), limit=100_000_000):
 
 
 def marked(kernel):
-    marks = {"_flash_fwd_kernel": [pytest.mark.ci]} | dict.fromkeys(QUICK, [])
-    return pytest.param(kernel, marks=marks.get(kernel, [pytest.mark.full]))
+    level = pytest.mark.ci if kernel == "_flash_fwd_kernel" else pytest.mark.full
+    return pytest.param(kernel, marks=[] if kernel in QUICK else level)
 
 
-@pytest.mark.parametrize("kernel", map(marked, CALLS))
+@pytest.mark.parametrize("kernel", [marked(kernel) for kernel in CALLS])
 def test_each_synchronization_is_reported_when_it_is_removed(kernel, monkeypatch, record_property):
     monkeypatch.setenv("TRITON_ATTN_KERNELS", calls.CALL_OF[kernel][1])
     launches, right = launched(kernel, "late")
