@@ -97,3 +97,22 @@ COMPILED = Baseline(
     of_one_config=("registers", "loop instructions"),
     decides="lock TFLOP/s",
 )
+# What it does when it runs, see perf/counts.py.
+COUNTED = Baseline(
+    path=FOLDER / "counts.csv",
+    worse={
+        **dict.fromkeys(("instructions", "read", "written", "sectors", "wavefronts", "issued"), 1),
+        "useful share": -1,
+    },
+    exact=("read", "written", "sectors", "wavefronts", "issued"),
+    of_one_config=("instructions",),
+    decides="read",
+)
+
+
+def counts_of(arch, dtype, kernel, config, shape):
+    """The row of COUNTED of a kernel at a config, in a case that has what `shape` names; {} if there is none."""
+    words = {f"{name}={value}" for name, value in shape.items()}
+    wanted = {"arch": arch, "dtype": dtype, "kernel": kernel, "config": config}
+    rows = (row for row in COUNTED.read() if wanted.items() <= row.items() and words <= set(row["case"].split()))
+    return next(rows, {})

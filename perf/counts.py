@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from perf import results
-from perf.baseline import FOLDER, Baseline
+from perf.baseline import COUNTED
 from perf.candidates import FAMILIES
 from perf.device import versions
 from perf.inspect import cases_of
@@ -37,14 +37,6 @@ from triton_attn.flash.configs import HOPPER_HEAD_DIMS
 ARCHS = ("sm_80", "sm_90")
 # More of it than this has a reason, which is printed beside it.
 BARS = {"read": 1.02, "written": 1.02, "sectors": 1.0, "wavefronts": 1.0, "issued": 1.0}
-FIGURES = {"instructions": 1, "read": 1, "written": 1, "sectors": 1, "wavefronts": 1, "issued": 1, "useful share": -1}
-COUNTED = Baseline(
-    path=FOLDER / "counts.csv",
-    worse=FIGURES,
-    exact=tuple(BARS),
-    of_one_config=("instructions",),
-    decides="read",
-)
 DIGITS = 4
 DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
 CHUNK = 128  # queries of a prompt that comes in pieces
@@ -54,6 +46,7 @@ FAMILY_NAMES += ("append", "append_latent", "copy", "merge")
 
 _HALVES = "16 elements of fp8 a thread: a load of 16-bit rows has a sector in two requests, the second served by L1"
 _ROWS_OF_656 = "rows of 656 bytes begin in the middle of a sector"
+_REDUCED = "Triton 3.6: warps that share rows exchange maxima and sums, 2 lanes to a bank; 3.9 has no conflict"
 _REPEATED = "8 warps of a tile of 64 rows repeat products; 4 warps spill"
 # (kernel, figure, what the case has in it, why it is over its bar)
 REASONS = (
@@ -65,6 +58,14 @@ REASONS = (
         "wavefronts",
         FLOAT8,
         "what was decoded is stored to shared memory by Triton's layout of bytes, 2 lanes to a bank",
+    ),
+    ("_mla_absorbed_kernel", "wavefronts", f"cache_dtype={DTYPE}", _REDUCED),
+    ("_flash_fwd_kernel", "wavefronts", "head_dim=256", _REDUCED),
+    (
+        "_append_kv_cache_kernel",
+        "wavefronts",
+        "interleaved",
+        "Triton 3.6: pairs go to another layout through shared memory with conflicts, once; 3.9 has none",
     ),
     (
         "_merge_kernel",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Rates:
     """`mma_flops` (dense, fp16 or bf16) and `fp32_lanes` are per clock and SM.
 
-    `memory_gbps` is GB/s by the data sheet of `memory_gpu`: GPUs of one architecture differ in it.
+    `memory_gbps` is GB/s by the data sheet of `memory_gpu`: GPUs of one architecture differ in it. The L2 cache gives
+    L2_BYTES_PER_CLOCK to all SMs together.
     """
 
     name: str
@@ -19,6 +20,9 @@ class Rates:
     memory_gpu: str
     memory_gbps: int
 
+
+# NVIDIA A100 Tensor Core GPU Architecture, of the L2 cache; no document of Hopper has another.
+L2_BYTES_PER_CLOCK = 5120
 
 # The clock of H100 and H200 is assumed, between base and boost; TFLOP/s scale with it. An H200 differs in its memory
 # alone, 4800 GB/s. The share of mma.sync is from

@@ -25,6 +25,9 @@ are not in it. Where the number of stages is known, and waits of the architectur
     expected   the trip with its waits for loads, products and barriers, see perf/timeline.py
 
 is what a loop should reach; it too leaves out memory, power, prologue, epilogue and masked tiles.
+
+The code does not say where in shared memory an access goes: smem is without bank conflicts, unless the caller knows how
+many the emulator counted (perf/counts.py).
 """
 
 import re
@@ -65,6 +68,7 @@ class LoopModel:
     loop: sass.Loop
     rates: Rates | None
     useful: float = 1.0  # share of the products that no other warp repeats
+    conflicts: float = 1.0  # wavefronts of shared memory over those without a bank conflict
 
     @property
     def addresses(self):
@@ -108,7 +112,7 @@ class LoopModel:
         """{unit: busy cycles per warpgroup and trip}, None for a target without `RATES` or with tcgen05."""
         if self.rates is None or not self.flops:
             return None
-        return unit_cycles(self.loop.always, self.rates)
+        return unit_cycles(self.loop.always, self.rates, self.conflicts)
 
     @property
     def limiter(self):
@@ -130,7 +134,7 @@ class LoopModel:
     @cached_property
     def steps(self):
         """Of its timeline."""
-        return timeline.steps_of(self.loop, lambda instructions: unit_cycles(instructions, self.rates))
+        return timeline.steps_of(self.loop, lambda instructions: unit_cycles(instructions, self.rates, self.conflicts))
 
     def expected(self, warpgroups_per_cta, ctas, num_stages, waits):
         """TFLOP/s of a trip with its `waits`, `ctas` of them resident on an SM."""
@@ -236,11 +240,12 @@ class Report:
         }
 
 
-def analyze(kernel, shared_bytes=None):
+def analyze(kernel, shared_bytes=None, conflicts=1.0):
     """Report on `kernel`: a compiled Triton or Gluon kernel (it has `.asm` and `.metadata`), or the bytes of a cubin.
 
     `shared_bytes` is the dynamic shared memory of a launch. A compiled kernel knows it and a cubin does not: without it
-    the occupancy leaves shared memory out. For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
+    the occupancy leaves shared memory out. `conflicts` is what bank conflicts make of the time that shared memory takes
+    in its loops. For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
     """
     if isinstance(kernel, bytes | bytearray):
         cubin, useful, num_stages = kernel, 1.0, None
@@ -264,17 +269,18 @@ def analyze(kernel, shared_bytes=None):
         static_spills=sum(opcodes[opcode] for opcode in sass.SPILL_OPCODES),
         warp_specialized=opcodes["USETMAXREG"] > 0,
         ctas_per_sm_by=_ctas_per_sm(code, shared_bytes),
-        loops=tuple(LoopModel(loop, rates, useful) for loop in code.mma_loops()),
+        loops=tuple(LoopModel(loop, rates, useful, conflicts) for loop in code.mma_loops()),
         num_stages=num_stages,
     )
 
 
-def unit_cycles(instructions, rates):
+def unit_cycles(instructions, rates, conflicts=1.0):
     """{unit: busy cycles per warpgroup} of instructions in a row, see the module."""
     count = Counter(i.opcode for i in instructions)
+    shared = conflicts * sum(map(_shared_bytes, instructions)) / SMEM_BYTES_PER_CLOCK
     return {
         "tensor": sum(_mma_cycles(i, rates) for i in instructions),
-        "smem": sum(map(_shared_bytes, instructions)) / SMEM_BYTES_PER_CLOCK + WARPS_PER_WARPGROUP * count["SHFL"],
+        "smem": shared + WARPS_PER_WARPGROUP * count["SHFL"],
         "mufu": _warp_cycles(SFU_LANES) * sum(count[opcode] for opcode in _MUFU),
         "alu": _warp_cycles(ALU_LANES) * sum(count[opcode] for opcode in _ALU),
         "fma": _warp_cycles(rates.fp32_lanes) * sum(count[opcode] for opcode in _FP32)

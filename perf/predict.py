@@ -9,7 +9,17 @@ slower for two reasons that follow from the shape alone, and both are counted he
 
     TFLOP/s = visible FLOP / time of the last slot;   time of a trip = FLOP of a trip * slots / rate of its loop
 
-Left out: memory, latency of copies, barriers, power, prologue and epilogue. A measurement comes out lower.
+A kernel takes no less time than its memory does: DRAM for its tensors once, L2 for the tiles of all trips,
+
+    time >= max(bytes of tensors * read / bandwidth, bytes of tiles * sectors / (5120 B * clock))
+
+where `read` and `sectors` are what the emulator counted of the kernel over what it must (perf/counts.py), and shared
+memory has the bank conflicts that it counted. Of flash attention's defaults `read` and `sectors` are 1, so that what
+is new is: DRAM limits causal attention of 512 tokens on an H100 to 429 TFLOP/s, where the loop alone had up to 755; the
+L2 cache limits nothing; the conflicts of a fused backward pass, at the store of dQ, cost 6 % (`lock`) to 9 % (`bound`)
+at head dim 64. A decode step over an fp8 latent cache loses 7 to 12 % with 128 heads and 18 to 30 % with 16 on sm_90.
+
+Left out: latency of copies, barriers, power, prologue and epilogue. A measurement comes out lower.
 
 A decode step reads its cache once and ends when memory or the loop does, whichever is slower; parts of split keys are
 written, and read again to be merged:
@@ -34,8 +44,9 @@ import torch
 from tqdm import tqdm
 
 from perf import compiled, loop_model
+from perf.baseline import counts_of
 from perf.device import versions
-from perf.gpus import RATES
+from perf.gpus import L2_BYTES_PER_CLOCK, RATES
 from perf.providers import SCHEDULES
 from perf.results import MODELLED, OURS, PREDICTED, Row
 from triton_attn.combine.splits import choose_num_splits
@@ -97,10 +108,11 @@ def flash(problems, dtype, arch):
         if kind not in kernels:
             kernels[kind] = _kernels(arch, getattr(torch, dtype), *kind)
         for model in ("bound", "lock"):
-            time = sum(
-                seconds(problem, *kernel.rows, kernel.products, gpu.num_sms * kernel.ctas_per_sm, *kernel.rates[model])
-                for kernel in kernels[kind]
-            )
+            time = 0
+            for kernel in kernels[kind]:
+                slots = gpu.num_sms * kernel.ctas_per_sm
+                loops = seconds(problem, *kernel.rows, kernel.products, slots, *kernel.rates[model])
+                time += max(loops, memory_seconds(problem, kernel, getattr(torch, dtype).itemsize, gpu))
             yield Row(
                 **problem.columns(),
                 dtype=dtype,
@@ -115,51 +127,78 @@ def flash(problems, dtype, arch):
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the prediction needs of one compiled kernel; `rows` are those of its own tile and of the one it walks."""
+    """What the prediction needs of one compiled kernel.
+
+    `rows` are those of its own tile and of the one it walks. `tensors`, as large as q, it reads or writes once; of the
+    rows that it walks it reads two, and with `sums` it adds to a third, in fp32. `counts` are those of the emulator.
+    """
 
     name: str
     rows: tuple[int, int]
     products: int
     ctas_per_sm: int
     rates: dict
+    tensors: int
+    sums: bool
+    counts: dict
+
+
+def memory_seconds(problem, kernel, element_size, gpu):
+    """The least time of a kernel's memory, of DRAM or of the L2 cache."""
+    numbers = problem.batch * problem.seqlen * problem.num_heads * problem.head_dim
+    sums = 4 if kernel.sums else 0  # bytes of a number; read and written once
+    from_dram = numbers * (kernel.tensors * element_size + 2 * sums) * (kernel.counts.get("read") or 1)
+    trips = sum(map(sum, tile_trips(problem, *kernel.rows))) * problem.batch * problem.num_heads
+    of_row = problem.head_dim * (2 * element_size + sums)
+    from_l2 = trips * kernel.rows[1] * of_row * (kernel.counts.get("sectors") or 1)
+    l2_bytes_per_second = L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e9
+    return max(from_dram / (gpu.memory_gbps * 1e9), from_l2 / l2_bytes_per_second)
 
 
 def _kernels(arch, dtype, head_dim, causal, direction):
     forward = [compiled.flash_forward(arch, dtype, head_dim, causal=causal)] if direction != "backward" else []
     backward = compiled.flash_backward(arch, dtype, head_dim, causal=causal) if direction != "forward" else []
     dkdv_products = 5 if len(backward) == 1 else 4
-    return [_kernel(launch, dkdv_products) for launch in forward + backward]
+    return [_kernel(launch, dtype, dkdv_products) for launch in forward + backward]
 
 
-def _kernel(launch, dkdv_products):
-    config, report = compiled.config_of(launch), loop_model.analyze(launch.kernel)
-    rows, products = {
-        "_flash_fwd_kernel": ((config.block_m, config.block_n), 2),
-        "_flash_bwd_dq_kernel": ((config.block_m, config.block_n), 3),
-        "_flash_bwd_dkdv_kernel": ((config.block_n, config.block_m), dkdv_products),
+def _kernel(launch, dtype, dkdv_products):
+    config = compiled.config_of(launch)
+    name = compiled.config_name(config)
+    fused = launch.name == "_flash_bwd_dkdv_kernel" and dkdv_products == 5
+    # Causal and full attention walk the same loop; a deterministic backward pass is never fused.
+    shape = {"head_dim": launch.constexprs["HEAD_DIM"]} | ({"deterministic": False} if fused else {})
+    counts = counts_of(launch.arch, str(dtype).removeprefix("torch."), launch.name, name, shape)
+    report = loop_model.analyze(launch.kernel, conflicts=counts.get("wavefronts") or 1.0)
+    rows, products, tensors = {
+        "_flash_fwd_kernel": ((config.block_m, config.block_n), 2, 4),
+        "_flash_bwd_dq_kernel": ((config.block_m, config.block_n), 3, 5),
+        "_flash_bwd_dkdv_kernel": ((config.block_n, config.block_m), dkdv_products, 6),
     }[launch.name]
-    name = f"{launch.name.removeprefix('_flash_').removesuffix('_kernel')} {compiled.config_name(config)}"
-    return Kernel(name, rows, products, report.ctas_per_sm, loop_rates(report))
+    name = f"{launch.name.removeprefix('_flash_').removesuffix('_kernel')} {name}"
+    return Kernel(name, rows, products, report.ctas_per_sm, loop_rates(report), tensors, fused, counts)
 
 
 def paged(problems, dtype, arch):
     """Rows of `bound` and `lock` for each decode step, our default config compiled for `arch`."""
     for problem in tqdm(problems, desc=f"predicting for {arch}", unit="shape"):
-        kind = problem.num_heads_q, problem.num_heads_kv, problem.head_dim, problem.page_size
-        yield from _decode_step(problem, dtype, arch, *_analyzed(compiled.paged_decode, arch, dtype, *kind))
+        shape = {name: getattr(problem, name) for name in ("num_heads_q", "num_heads_kv", "head_dim", "page_size")}
+        yield from _decode_step(problem, dtype, arch, *_analyzed(compiled.paged_decode, arch, dtype, **shape))
 
 
 def latent_decode(problem, dtype, arch):
     """The same of one step over a latent cache, whose bytes count once for all tiles of heads: these run side by side,
     so that all but the first find them in the L2 cache."""
-    kind = problem.num_heads_q, problem.cache_dtype, problem.page_size
-    return _decode_step(problem, dtype, arch, *_analyzed(compiled.latent_decode, arch, dtype, *kind))
+    shape = {"num_heads": problem.num_heads_q, "cache_dtype": problem.cache_dtype, "page_size": problem.page_size}
+    return _decode_step(problem, dtype, arch, *_analyzed(compiled.latent_decode, arch, dtype, **shape))
 
 
 @cache
-def _analyzed(compile_kernel, arch, dtype, *kind):
-    launch = compile_kernel(arch, getattr(torch, dtype), *kind)
-    return compiled.config_of(launch), loop_model.analyze(launch.kernel)
+def _analyzed(compile_kernel, arch, dtype, **shape):
+    launch = compile_kernel(arch, getattr(torch, dtype), **shape)
+    config = compiled.config_of(launch)
+    counts = counts_of(arch, dtype, launch.name, compiled.config_name(config), shape)
+    return config, loop_model.analyze(launch.kernel, conflicts=counts.get("wavefronts") or 1.0)
 
 
 def _decode_step(problem, dtype, arch, config, report):

@@ -181,3 +181,12 @@ def test_a_loop_whose_warps_repeat_each_other_is_as_much_slower():
     half = LoopModel(loop.loop, loop.rates, useful=0.5)
     assert half.bound() == pytest.approx(loop.bound() / 2)
     assert half.lock(4) == pytest.approx(loop.lock(4) / 2)
+
+
+def test_bank_conflicts_cost_shared_memory_and_no_other_unit():
+    (loop,) = models(loop_text(PRODUCTS["shared A"], SOFTMAX), "sm_90")
+    twice = LoopModel(loop.loop, loop.rates, conflicts=2.0)
+    shuffles = 4 * loop.histogram["SHFL"]
+    assert twice.cycles["smem"] - shuffles == 2 * (loop.cycles["smem"] - shuffles) > 0
+    without = [{unit: n for unit, n in x.cycles.items() if unit != "smem"} for x in (loop, twice)]
+    assert without[0] == without[1]

@@ -1,7 +1,7 @@
 import pytest
 
-from perf import predict
-from perf.gpus import RATES
+from perf import baseline, predict
+from perf.gpus import L2_BYTES_PER_CLOCK, RATES
 from perf.problems import BATCHES, DecodeProblem, Problem, decode_grid, grid
 
 
@@ -67,6 +67,36 @@ def test_a_backward_pass_counts_two_and_a_half_forwards_and_its_kernels_add_up()
     assert backward.flops / fused / 1e12 == pytest.approx(600)
     split = predict.seconds(backward, 128, 64, 4, 132, 600, 600) + predict.seconds(backward, 64, 128, 3, 132, 600, 600)
     assert split == pytest.approx(fused * 7 / 5)
+
+
+def kernel(rows=(128, 128), tensors=4, sums=False, **counts):
+    return predict.Kernel("", rows, products=2, ctas_per_sm=1, rates={}, tensors=tensors, sums=sums, counts=counts)
+
+
+def test_a_kernel_takes_no_less_time_than_its_memory():
+    gpu, full = RATES["sm_90"], problem(256, causal=False, num_heads=3)
+    tensor = 3 * 256 * 128 * 2
+    memory, l2 = gpu.memory_gbps * 1e9, L2_BYTES_PER_CLOCK * gpu.clock_ghz * 1e9
+    seconds = predict.memory_seconds(full, kernel(), 2, gpu)
+    assert seconds == pytest.approx(4 * tensor / memory), "DRAM: every tensor once"
+    assert predict.memory_seconds(full, kernel(read=1.5), 2, gpu) == pytest.approx(1.5 * seconds)
+    assert predict.memory_seconds(full, kernel(tensors=6, sums=True), 2, gpu) == pytest.approx(10 * tensor / memory)
+    tiles = 16 * 2 * tensor  # of 16 rows: each walks all keys and values
+    assert predict.memory_seconds(full, kernel((16, 128)), 2, gpu) == pytest.approx(tiles / l2), "L2: all trips' tiles"
+    assert predict.memory_seconds(full, kernel((16, 128), sectors=2.0), 2, gpu) == pytest.approx(2 * tiles / l2)
+
+
+def test_counts_are_those_of_the_kernel_and_its_config():
+    rows = [row for row in baseline.COUNTED.read() if row["family"] == "mla"]
+    if not rows:
+        pytest.skip("no counts of this triton")
+    (row,) = (x for x in rows if x["arch"] == "sm_80" and "num_heads=16 cache_dtype=float8" in x["case"])
+    shape = {"num_heads": 16, "cache_dtype": "float8_e4m3fn", "page_size": 64}
+    which = row["arch"], row["dtype"], row["kernel"]
+    assert baseline.counts_of(*which, row["config"], shape) == row
+    assert row["wavefronts"] > 1
+    assert baseline.counts_of(*which, "16x16 w1 s1", shape) == {}
+    assert baseline.counts_of(*which, row["config"], shape | {"page_size": 1}) == {}
 
 
 def test_decode_counts_the_bytes_of_the_cache_and_leaves_out_what_is_too_large():
