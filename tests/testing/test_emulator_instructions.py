@@ -179,6 +179,10 @@ def signed_by_product(function):
     return apply
 
 
+def either_nan(a, b):
+    return tuple(float(math.isnan(x) or math.isnan(y)) for x, y in zip(a, b))
+
+
 def truncated_half(a):
     nearest = rounded(Fraction(a), "f16") if math.isfinite(a) and a else a
     if math.isfinite(a) and abs(nearest) > abs(a):
@@ -299,6 +303,7 @@ def cases():
         yield f"cvt.{target}.{source}", target, (source,), lambda a: a
     for target, source in (("f16", "f32"), ("bf16", "f32"), ("f16", "bf16"), ("bf16", "f16"), ("f32", "f64")):
         yield f"cvt.rn.{target}.{source}", target, (source,), exactly(target, lambda a: a)
+    yield "set.nan.f16x2.f16x2", "f16x2", ("f16x2",) * 2, either_nan
     yield "cvt.rz.f16.f32", "f16", ("f32",), truncated_half
     yield "cvt.rz.f16x2.f32", "f16x2", ("f32", "f32"), lambda a, b: (truncated_half(b), truncated_half(a))
     yield "cvt.rz.bf16.f32", "bf16", ("f32",), lambda a: number("f32", pattern("f32", a) >> 16 << 16)

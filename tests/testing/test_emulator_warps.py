@@ -319,6 +319,54 @@ def test_mma(opcode, special):
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
+WITH_OTHER_SUMS = [f"mma.sync.aligned.m16n8k{k}.row.col.f16.f16.f16.f16" for k in (8, 16)]
+WITH_OTHER_SUMS += [
+    f"mma.sync.aligned.m16n8k{k}.row.col.{s}s32.{t}.{t}.s32" for k in (16, 32) for t in ("s8", "u8")
+    for s in ("", "satfinite.")
+]  # fmt: skip
+
+
+def other_sums(opcode, rows, depth, columns):
+    """(a, b, c, what their product is, registers of c or of what is like it) where sums are halves or integers."""
+    rng = np.random.default_rng(depth)
+    if ".f16.f16.f16" in opcode:
+        a, b, exact = factors("f16", rows, depth, columns, False)
+        c = (torch.arange(rows * columns).view(rows, columns) % 64 / 2).half()
+        return a, b, c, (c.double() + exact).half()
+    dtype = torch.uint8 if ".u8" in opcode else torch.int8
+    info = torch.iinfo(dtype)
+    a, b = (
+        torch.from_numpy(rng.integers(info.min, info.max + 1, n)).to(dtype) for n in ((rows, depth), (depth, columns))
+    )
+    limits = torch.tensor([0, 7, 2**31 - 1, -(2**31)])
+    c = limits[torch.arange(rows * columns) % 4].view(rows, columns)
+    exact = c + a.long() @ b.long()
+    exact = exact.clamp(-(2**31), 2**31 - 1) if "satfinite" in opcode else exact
+    return a.contiguous(), b.contiguous(), c.int(), exact.int()
+
+
+def registers_of_d(d):
+    """Fragments, two halves in a register."""
+    fragments = torch.stack([fragments_of_d(rows) for rows in d.split(16)]).flatten(0, 1).to(d.dtype)
+    return fragments.contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize("opcode", WITH_OTHER_SUMS)
+def test_mma_of_integers_and_in_halves(opcode):
+    a, b, c, expected = other_sums(opcode, 16, int(re.search(r"k(\d+)", opcode)[1]), 8)
+    of_a, of_b, of_c = fragments_of_a(a), fragments_of_a(torch.cat([b.mT, b.mT]))[:, ::2], registers_of_d(c)
+    inputs = torch.cat([of_a, of_b, of_c], 1)
+    names, at = [f"%r{10 + i}" for i in range(inputs.shape[1])], of_a.shape[1] + of_b.shape[1]
+    groups = ["{" + ", ".join(x) + "}" for x in (names[: of_a.shape[1]], names[of_a.shape[1] : at], names[at:])]
+    body = f"{own('%a0', 4 * len(names))}\n{own('%a1', 4 * of_c.shape[1], '%out')}\n"
+    body += "\n".join(f"ld.global.b32 {name}, [%a0+{4 * i}];" for i, name in enumerate(names))
+    body += f"\n{opcode} {groups[2]}, {', '.join(groups)};\n"
+    body += "\n".join(f"st.global.b32 [%a1+{4 * i}], {name};" for i, name in enumerate(names[at:]))
+    out = torch.zeros_like(of_c)
+    run(body, {"x": inputs.contiguous(), "out": out})
+    assert torch.equal(out, registers_of_d(expected))
+
+
 def in_shared_memory(matrix, swizzle, k_major):
     """(bytes, leading and stride offset) of a matrix (rows or columns, k) in the canonical layouts of wgmma."""
     (rows, depth), size = matrix.shape, matrix.element_size()
@@ -400,6 +448,44 @@ def test_wgmma(opcode, swizzle, a_from, special):
     d = (c * adds + sign_a * sign_b * exact).float()
     expected = torch.cat([fragments_of_d(rows) for rows in d.view(4, 16, 16)])
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+WGMMA_OF_INTEGERS = [
+    f"wgmma.mma_async.sync.aligned.m64n16k32.{s}s32.{t}.{t}" for t in ("s8", "u8") for s in ("", "satfinite.")
+]
+
+
+@pytest.mark.parametrize("adds", [0, 1])
+@pytest.mark.parametrize("opcode", WGMMA_OF_INTEGERS)
+def test_wgmma_of_integers(opcode, adds):
+    a, b, c, expected = other_sums(opcode, 64, int(re.search(r"k(\d+)", opcode)[1]), 16)
+    if not adds:
+        expected = (a.double() @ b.double()).to(c.dtype)
+    (image_a, *_), (image_b, _, stride) = (in_shared_memory(x, 1, True) for x in (a, b.mT))
+    descriptors = [(start >> 4) | stride >> 4 << 32 | 3 << 62 for start in (1024, 1024 + 8192)]
+    of_c = registers_of_d(c)
+    count = of_c.shape[1]
+    copies = "\n".join(f"ld.global.b32 %r1, [%a0+{512 * i}]; st.shared.b32 [%s+{512 * i}], %r1;" for i in range(32))
+    sums = [f"%r{10 + i}" for i in range(count)]
+    body = f"""
+    {own("%a0", 4)}
+    {own("%a1", 4 * count, "%sums")}
+    mov.b64 %a3, {descriptors[0]};
+    mov.b64 %a4, {descriptors[1]};
+    {copies}
+    {" ".join(f"ld.global.b32 {name}, [%a1+{4 * i}];" for i, name in enumerate(sums))}
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    setp.ne.b32 %p1, {adds}, 0;
+    wgmma.fence.sync.aligned;
+    {opcode} {{{", ".join(sums)}}}, %a3, %a4, %p1;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    {" ".join(f"st.global.b32 [%a1+{4 * i}], {name};" for i, name in enumerate(sums))}
+    """
+    sums_there = of_c.clone()
+    run(body, {"x": torch.cat([image_a, image_b]).view(torch.int32), "sums": sums_there}, 128, 16384)
+    assert torch.equal(sums_there, registers_of_d(expected))
 
 
 # ---- asynchronous copies
@@ -885,7 +971,8 @@ UNSUPPORTED = [
     "mbarrier.arrive.shared::cta.b64 %a1, [%r1]",
     "mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%r1]",
     "mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64 %p1, [%r1], 0",
-    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1}",
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1}",
+    "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%a1, %a2}, {%a3}, {%a4}, {%a1, %a2}",
     "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e5m2 {%f1, %f2, %f3, %f4}, %a1, %a2, 0, 1, 1",
     "wgmma.mma_async.sync.aligned.m64n8k16.f16.f16.f16 {%r1, %r2}, %a1, %a2, 0, 1, 1, 0, 0",
     "add.s32 %r1, %r2",

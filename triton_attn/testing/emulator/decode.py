@@ -190,7 +190,9 @@ class _Body:
             self.program._pool.extend([0] * len(labels))
             self.program._targets[self.last_label] = place, labels
         elif kind not in (".pragma",):
-            raise Unsupported(f"directive {text[:60]!r}")
+            raise Unsupported(
+                f"directive {text[:60]!r} of {self.program.name} (no local memory and no calls are emulated)"
+            )
 
     # ---- operands
 

@@ -8,7 +8,8 @@ import re
 from triton_attn.testing.emulator import core
 
 SHARED_BASE = 1024
-ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4}  # asynchronous.h: Element
+ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4, "s8": 5, "u8": 6}  # asynchronous.h: Element
+SUMS = {"f32": 0, "f16": 1, "s32": 2, "satfinite.s32": 3}
 OPERATIONS = {name: i for i, name in enumerate(("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"))}
 TYPES = {"u": 0, "b": 0, "s": 1, "f32": 2, "f64": 3, "f16": 4, "bf16": 5, "f16x2": 6, "bf16x2": 7, "f32.ftz": 8}
 TENSOR_MAP_FIELDS = [
@@ -218,13 +219,14 @@ def _matrix(body, match, operands):
     body.add("@matrix", [row, *rows], [offset, bool(match[3]), stores], uses, defs)
 
 
-@_decodes(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(\w+)\.(\w+)\.f32")
+@_decodes(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.(f32|f16|s32|satfinite\.s32)\.(\w+)\.(\w+)\.(?:f32|f16|s32)")
 def _mma(body, match, operands):
-    depth, a_type, b_type = match.groups()
+    depth, sums, a_type, b_type = match.groups()
     if a_type != b_type or a_type not in ELEMENTS:
         raise Unsupported(f"mma of {a_type} and {b_type}")
     d, a, b, c = ([body.row(part) for part in _vector(text)] for text in operands)
-    body.add("@mma", d + a + b + c, [ELEMENTS[a_type], int(depth), len(a), len(b)], a + b + c, d)
+    m = [ELEMENTS[a_type], int(depth), len(a), len(b), SUMS[sums], len(d)]
+    body.add("@mma", d + a + b + c, m, a + b + c, d)
 
 
 @_decodes(r"wgmma\.(fence|commit_group|wait_group)\.sync\.aligned")
@@ -233,9 +235,9 @@ def _wgmma_order(body, match, operands):
     body.add(name, m=[int(operands[0], 0)] if operands else [])
 
 
-@_decodes(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.f32\.(\w+)\.(\w+)")
+@_decodes(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.(f32|s32|satfinite\.s32)\.(\w+)\.(\w+)")
 def _wgmma(body, match, operands):
-    columns, a_type, b_type = match.groups()
+    columns, sums, a_type, b_type = match.groups()
     if a_type != b_type or a_type not in ELEMENTS:
         raise Unsupported(f"wgmma of {a_type} and {b_type}")
     d = [body.row(part) for part in _vector(operands[0])]
@@ -247,7 +249,7 @@ def _wgmma(body, match, operands):
     rest = [int(x, 0) for x in operands[4:]]
     signs, transposed = (rest[:2] or [1, 1]), rest[2:]
     a_transposed, b_transposed = ([0] * (2 - len(transposed)) + transposed) if transposed else [0, 0]
-    m = [int(columns), ELEMENTS[a_type], shared, a_transposed, b_transposed, *signs, add]
+    m = [int(columns), ELEMENTS[a_type] | SUMS[sums] << 8, shared, a_transposed, b_transposed, *signs, add]
     body.add("@wgmma", [*d, *a, b], m, [*a, *([a[0] + 1] if shared else []), b, b + 1])
 
 

@@ -262,6 +262,9 @@ inline const Entry TABLE[] = {
   OP("selp.b32 selp.s32 selp.u32 selp.f32", u32, (u32 a, u32 b, bool c), return c ? a : b;),
   OP("selp.b64 selp.s64 selp.u64 selp.f64", u64, (u64 a, u64 b, bool c), return c ? a : b;),
 
+  // Half Precision Comparison Instructions. A half of 1 where it is true.
+  OP("set.nan.f16x2.f16x2", pair<f16>, (pair<f16> a, pair<f16> b),
+        return {f16(f32(unordered(a.low, b.low))), f16(f32(unordered(a.high, b.high)))};),
   // Logic and Shift Instructions. A shift by the width or more gives zero, or the sign.
   OP("and.b16", u16, (u16 a, u16 b), return a & b;),
   OP("or.b16", u16, (u16 a, u16 b), return a | b;),

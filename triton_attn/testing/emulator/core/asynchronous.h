@@ -134,8 +134,10 @@ inline void Machine::finish_store(Warp& w, const TensorCopy& copy) {
 
 // ---- Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async. A warp has 16 of the 64 rows.
 
-// The type of the elements, as decode.py numbers them.
-enum Element { E_F16, E_BF16, E_TF32, E_E4M3, E_E5M2 };
+// The type of the elements, as opcodes.py numbers them, and what their products are added up in: one number a register,
+// or two of f16. Products of integers are exact in f32.
+enum Element { E_F16, E_BF16, E_TF32, E_E4M3, E_E5M2, E_S8, E_U8 };
+enum Sums { S_F32, S_F16, S_S32, S_S32_SATURATED };
 inline int element_bytes(int type) { return type <= E_BF16 ? 2 : type == E_TF32 ? 4 : 1; }
 
 inline f32 element(int type, u32 pattern) {
@@ -148,8 +150,12 @@ inline f32 element(int type, u32 pattern) {
       return from_bits(pattern & ~0x1fffu);
     case E_E4M3:
       return e4m3_to_f32(pattern);
-    default:
+    case E_E5M2:
       return e5m2_to_f32(pattern);
+    case E_S8:
+      return s8(pattern);
+    default:
+      return u8(pattern);
   }
 }
 
@@ -183,6 +189,36 @@ struct MatrixDescriptor {
 inline int fragment_row(int lane, int j) { return lane / 4 + (j >> 1 & 1) * 8; }
 inline int fragment_column(int lane, int j) { return (j >> 2) * 8 + lane % 4 * 2 + (j & 1); }
 
+// The accumulators in registers(j), and the sums of products and them (for integers, of products alone).
+template <int columns, class Registers>
+void load_sums(int kind, int count, Registers registers, f32 (*c)[columns]) {
+  for (int j = 0; j < count / 2; j++)
+    for (int lane = 0; lane < LANES; lane++) {
+      u32 pattern = registers(kind == S_F16 ? j / 2 : j)[lane];
+      f32 half = f16::of(pattern >> 16 * (j & 1) & 0xffff);
+      f32& sum = c[fragment_row(lane, j)][fragment_column(lane, j)];
+      sum = kind == S_F32 ? from_bits(pattern) : kind == S_F16 ? half : 0;
+    }
+}
+
+template <int columns, class Registers, class Results>
+void store_sums(int kind, int count, f32 (*c)[columns], Registers registers, Results results) {
+  for (int j = 0; j < count / 2; j++)
+    for (int lane = 0; lane < LANES; lane++) {
+      f32 sum = c[fragment_row(lane, j)][fragment_column(lane, j)];
+      u32& result = results(kind == S_F16 ? j / 2 : j)[lane];
+      if (kind == S_F32) {
+        result = bits(sum);
+      } else if (kind == S_F16) {
+        u32 half = f16(sum).pattern;
+        result = j & 1 ? (result & 0xffff) | half << 16 : half;
+      } else {
+        s64 total = s64(sum) + s32(registers(j)[lane]);
+        result = u32(kind == S_S32_SATURATED ? std::clamp<s64>(total, INT32_MIN, INT32_MAX) : total);
+      }
+    }
+}
+
 // Elements of A in registers, of 16 rows: those of mma and of wgmma alike.
 inline void unpack_a(int type, const u32* row, int j, f32 (*a)[32]) {
   int bytes = element_bytes(type), per = 4 / bytes;
@@ -193,7 +229,8 @@ inline void unpack_a(int type, const u32* row, int j, f32 (*a)[32]) {
 
 inline void Machine::finish(Warp& w, const Product& product) {
   const Instruction& in = *product.in;
-  const int columns = in.m[0], type = in.m[1], bytes = element_bytes(type), depth = 32 / bytes;
+  const int columns = in.m[0], type = in.m[1] & 255, sums = in.m[1] >> 8;
+  const int bytes = element_bytes(type), depth = 32 / bytes;
   const bool a_shared = in.m[2], a_transposed = in.m[3], b_transposed = in.m[4];
   static thread_local f32 a[16][32], b[32][256], c[16][256];
   // Rows [first, last) of an operand in shared memory, 16 bytes at a time: set(i, k, value).
@@ -221,16 +258,14 @@ inline void Machine::finish(Warp& w, const Product& product) {
       for (int k = 0; k < depth; k++) a[i][k] *= in.m[5];
   }
   read(product.b, 0, columns, b_transposed, [&](int i, int k, f32 x) { b[k][i] = in.m[6] * x; });
-  u32* values = accumulators[product.accumulators].values.data();
-  for (int j = 0; j < columns / 2; j++)
-    for (int lane = 0; lane < LANES; lane++)
-      c[fragment_row(lane, j)][fragment_column(lane, j)] = product.add ? from_bits(values[j * LANES + lane]) : 0;
+  std::vector<u32>& values = accumulators[product.accumulators].values;
+  if (!product.add) std::fill(values.begin(), values.end(), 0);
+  auto registers = [&](int j) { return &values[j * LANES]; };
+  load_sums(sums, columns, registers, c);
   for (int i = 0; i < 16; i++)
     for (int k = 0; k < depth; k++)
       for (int n = 0; n < columns; n++) c[i][n] += a[i][k] * b[k][n];
-  for (int j = 0; j < columns / 2; j++)
-    for (int lane = 0; lane < LANES; lane++)
-      values[j * LANES + lane] = bits(c[fragment_row(lane, j)][fragment_column(lane, j)]);
+  store_sums(sums, columns, c, registers, registers);
 }
 
 inline void Machine::finish_products(Warp& w, size_t groups_left) {

@@ -328,11 +328,11 @@ inline void matrix(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 }
 
 // ---- Multiply-and-Accumulate Instruction: mma, m16n8
-// operands: D, A, B, C; m: type, depth, registers of A, of B
+// operands: D, A, B, C; m: type, depth, registers of A, of B, kind of sums, registers of D
 
 inline void mma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
-  const s32 *d = operands(m, in), *ra = d + 4, *rb = ra + in.m[2], *rc = rb + in.m[3];
+  const s32 *d = operands(m, in), *ra = d + in.m[5], *rb = ra + in.m[2], *rc = rb + in.m[3];
   const int type = in.m[0], depth = in.m[1], bytes = element_bytes(type), per = 4 / bytes;
   if (m.launch.counts) m.launch.counts[w.pc].flops += 2 * 16 * 8 * depth;
   f32 a[16][32], b[32][8], c[16][8];
@@ -341,23 +341,23 @@ inline void mma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     for (int j = 0; j < in.m[3]; j++)
       for (int e = 0; e < per; e++)
         b[lane % 4 * per + j * 4 * per + e][lane / 4] = element(type, w.row(rb[j])[lane] >> 8 * bytes * e);
-    for (int j = 0; j < 4; j++) c[fragment_row(lane, j)][fragment_column(lane, j)] = from_bits(w.row(rc[j])[lane]);
   }
+  auto before = [&](int j) { return w.row(rc[j]); };
+  load_sums(in.m[4], 8, before, c);
   for (int i = 0; i < 16; i++)
     for (int k = 0; k < depth; k++)
       for (int n = 0; n < 8; n++) c[i][n] += a[i][k] * b[k][n];
-  for (int lane = 0; lane < LANES; lane++)
-    for (int j = 0; j < 4; j++) w.row(d[j])[lane] = bits(c[fragment_row(lane, j)][fragment_column(lane, j)]);
+  store_sums(in.m[4], 8, c, before, [&](int j) { return w.row(d[j]); });
 }
 
 // ---- Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async
-// operands: D, then the descriptor or four registers of A, the descriptor of B; m: columns, type, A in shared memory, A
-// transposed, B transposed, sign of A, sign of B, scale-d: predicate, or -1 false, -2 true
+// operands: D, then the descriptor or four registers of A, the descriptor of B; m: columns, type and 256 times the kind
+// of sums, A in shared memory, A transposed, B transposed, sign of A, sign of B, scale-d: predicate, -1 false, -2 true
 
 inline void wgmma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (!aligned(m, w, mask)) return;
-  const s32 *d = operands(m, in), *a = d + in.m[0] / 2;
   const int num = in.m[0] / 2, num_a = in.m[2] ? 0 : 4;
+  const s32 *d = operands(m, in), *a = d + num;
   // wgmma.fence: between an access to a register and a product that accesses it too, and before the first product.
   auto must_be_fenced = [&](int row, bool is_written) {
     if (w.defined[row] == w.fences)
@@ -368,7 +368,7 @@ inline void wgmma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   if (w.fences == 1) m.report(WGMMA_FENCE, w.pc, w.id, 0, 0, -1, "it is the first of its warp");
   Product product{&in, w.pc, in.m[2] ? wide(w, a[0], 0) : 0, wide(w, in.m[2] ? a[1] : a[4], 0), {}, -1, false, m.time};
   if (m.launch.counts) {
-    const int bytes = element_bytes(in.m[1]), row = (w.id & 3) * 16;
+    const int bytes = element_bytes(in.m[1] & 255), row = (w.id & 3) * 16;
     m.launch.counts[w.pc].flops += 2 * 16 * in.m[0] * (32 / bytes);
     if (in.m[2]) m.count_operand(w.pc, product.a, row, row + 16, bytes, in.m[3]);
     if (row == 0) m.count_operand(w.pc, product.b, 0, in.m[0], bytes, in.m[4]);
