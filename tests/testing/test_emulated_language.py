@@ -94,6 +94,11 @@ def _long_integers(x, i):
 
 
 @triton.jit
+def _angles(x, i):
+    return tl.sin(x * 1000) + tl.cos(x)
+
+
+@triton.jit
 def _eight_bits(x, i):
     return x.to(tl.float8e5).to(tl.float32)
 
@@ -113,6 +118,7 @@ FUNCTIONS = {
     _greater_or_nan: lambda x: x.clamp(min=0.1).where(torch.arange(512) != 5, torch.nan),
     _root_and_quotient: lambda x: x.abs() + x / 3, _in_double: lambda x: x.abs().sqrt() * 2 / 3,
     _long_integers: lambda x: torch.fmod((x * 100).long().div(7, rounding_mode="trunc"), 5).float(),
+    _angles: lambda x: (x * 1000).double().sin().float() + x.cos(),
     _eight_bits: lambda x: x.to(torch.float8_e5m2).float(), _asserted: lambda x: x,
 }  # fmt: skip
 

@@ -84,6 +84,60 @@ def test_parameters(type_, expected):
     assert out.item() == expected
 
 
+def test_local_memory():
+    """Each lane has its own; here two arrays, the second indexed by the lane."""
+    body = f"""
+    .local .align 4 .b8 first[4];
+    .local .align 16 .b8 second[32];
+    mov.b64 %a2, second;
+    cvta.local.u64 %a3, %a2;
+    cvta.to.local.u64 %a3, %a3;
+    and.b32 %r1, %tid, 7;
+    mad.wide.u32 %a4, %r1, 4, %a3;
+    st.local.b32 [first], %tid;
+    st.local.v4.b32 [%a3], {{%r0, %r0, %r0, %r0}};
+    st.local.v4.b32 [%a3+16], {{%r0, %r0, %r0, %r0}};
+    st.local.b32 [%a4], %tid;
+    ld.local.b32 %r2, [first];
+    ld.local.b32 %r3, [%a4];
+    ld.local.s16 %r4, [%a3];
+    add.s32 %r2, %r2, %r3;
+    {own("%a0", 8)}
+    st.global.v2.b32 [%a0], {{%r2, %r4}};
+    """
+    x = torch.zeros(64, 2, dtype=torch.int32)
+    run(body, {"x": x}, threads=64)
+    assert x.tolist() == [[2 * i, i if i % 8 == 0 else 7] for i in range(64)]
+    beside = kernel(".local .align 4 .b8 first[4];\nmov.b64 %a1, first;\nst.local.b32 [%a1+4], %tid;")
+    (fault,) = run_ptx(beside, {"x": x})
+    assert (fault.kind, fault.where) == ("not supported", "planted.py:3")
+
+
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+def test_numbers_of_128_bits(operation):
+    """By their words: carries go on from one to the next."""
+    numbers = [0, 1, (1 << 32) - 1, 1 << 32, (1 << 64) - 1, 1 << 96, (1 << 128) - 1, 0x0123456789ABCDEF << 50]
+    pairs = [(a, b) for a in numbers for b in numbers]
+    read = [f"ld.global.b32 %r{10 + i}, [%a0+{4 * i}];" for i in range(8)]  # words of a, then of b
+    if operation == "mul":  # of a by the lowest word of b
+        code = ["mul.lo.u32 %r20, %r10, %r14;", "mul.hi.u32 %r21, %r10, %r14;", "mad.lo.cc.u32 %r21, %r11, %r14, %r21;"]
+        code += ["madc.hi.cc.u32 %r22, %r11, %r14, 0;", "madc.hi.u32 %r23, %r12, %r14, 0;"]
+        code += ["mad.lo.cc.u32 %r22, %r12, %r14, %r22;", "madc.lo.u32 %r23, %r13, %r14, %r23;"]
+        right = lambda a, b: a * (b & 0xFFFFFFFF)  # noqa: E731
+    else:
+        code = [f"{operation}.cc.u32 %r20, %r10, %r14;"]
+        code += [f"{operation}c.cc.u32 %r{20 + i}, %r{10 + i}, %r{14 + i};" for i in (1, 2)]
+        code += [f"{operation}c.u32 %r23, %r13, %r17;"]
+        right = {"add": operator.add, "sub": operator.sub}[operation]
+    words_of = lambda n: [n >> 32 * i & 0xFFFFFFFF for i in range(4)]  # noqa: E731
+    x = bits_of([word for pair in pairs for n in pair for word in words_of(n)], 32).view(-1, 8)
+    out = torch.zeros(len(pairs), 4, dtype=torch.int32)
+    store = "st.global.v4.b32 [%a1], {%r20, %r21, %r22, %r23};"
+    run("\n".join([own("%a0", 32), own("%a1", 16, "%out"), *read, *code, store]), {"x": x, "out": out}, len(pairs))
+    for (a, b), got in zip(pairs, out.tolist()):
+        assert got == bits_of(words_of(right(a, b)), 32).tolist(), (a, b)
+
+
 # ---- atom, red
 
 INTEGERS = (0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 64) - 1)
@@ -964,7 +1018,7 @@ UNSUPPORTED = [
     "mapa.shared::cluster.u32 %r1, %r2, 0",
     "fence.proxy.alias",
     "div.approx.f64 %a1, %a2, %a3",
-    "ld.local.b32 %r1, [%r2]",
+    "st.param.b32 [%r2], %r1",
     "ld.shared.b128 %a1, [%r2]",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%x], 16, [%r2]",
     "cp.async.ca.shared.global [%r1], [%x], 4, %p1",

@@ -23,6 +23,7 @@ class Program:
         name: of the entry point.
         parameters: (offset, bytes) of each.
         threads: of one program.
+        local_bytes: of one thread.
         instructions: int32 (n, 16), the fields of core.Instruction.
         text: PTX of each instruction.
         lines: (file, line) of each, or None.
@@ -46,6 +47,7 @@ class Program:
         self._rows, self._predicates, self._constants, self._special = {}, {}, {}, {}
         self._num_rows = 0
         self._labels, self._branches, self._targets = {}, [], {}
+        self.local_bytes, self._local_offset = 0, {}
         self._instructions, self._pool, self.text, self.lines = [], [], [], []
         self._ends = []
         _Body(self, ptx[entry.end() :])
@@ -189,10 +191,11 @@ class _Body:
             place = len(self.program._pool)
             self.program._pool.extend([0] * len(labels))
             self.program._targets[self.last_label] = place, labels
+        elif match := re.fullmatch(r"\.local \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", text):
+            self.program._local_offset[match[2]] = -(-self.program.local_bytes // int(match[1])) * int(match[1])
+            self.program.local_bytes = self.program._local_offset[match[2]] + int(match[3])
         elif kind not in (".pragma",):
-            raise Unsupported(
-                f"directive {text[:60]!r} of {self.program.name} (no local memory and no calls are emulated)"
-            )
+            raise Unsupported(f"directive {text[:60]!r} of {self.program.name} (calls are not emulated)")
 
     # ---- operands
 
@@ -240,6 +243,8 @@ class _Body:
             return self.constant(program._parameter_offset[text], bits)
         if text == "global_smem":
             return self.constant(SHARED_BASE, bits)
+        if text in program._local_offset:
+            return self.constant(program._local_offset[text], bits)
         if text in program.tables:
             return self.constant(program.tables[text].ctypes.data, bits)
         if text in ("%cluster_ctarank", "%cluster_ctaid.x", "%clusterid.x"):

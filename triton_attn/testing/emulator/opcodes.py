@@ -53,7 +53,8 @@ def _vector(text):
     return [part.strip() for part in text.strip()[1:-1].split(",")] if text.strip().startswith("{") else [text]
 
 
-_SPACE = r"(global|shared|param)(?:::(?:cta|cluster|entry))?"
+_SPACE = r"(global|shared|param|local)(?:::(?:cta|cluster|entry))?"
+SPACES = {"global": 0, "shared": 1, "param": 2, "local": 3}
 _HINTS = r"(?:\.(?:ca|cg|cs|cv|lu|nc|wb|wt))?(?:\.L1::\w+)?(?:\.L2::\w+)*"
 
 
@@ -103,6 +104,14 @@ def _fence_proxy_async(body, match, operands):
 @_decodes(r"createpolicy\S*")
 def _createpolicy(body, match, operands):
     body.simple("mov.b64", body.row(operands[0], 64), body.constant(0, 64))
+
+
+@_decodes(r"(?:(add|sub|mad\.lo|mad\.hi)\.cc|(?P<takes>add|sub|mad)c(?P<part>\.lo|\.hi)?(?P<leaves>\.cc)?)\.u32")
+def _extended(body, match, operands):
+    takes = match["takes"] is not None
+    operation = ("add", "sub", "mad.lo", "mad.hi").index(match["takes"] + (match["part"] or "") if takes else match[1])
+    rows = [body.row(text) for text in operands]
+    body.add("@extended", rows, [operation, takes, not takes or bool(match["leaves"])], rows[1:], rows[:1])
 
 
 @_decodes(r"cvt\.[us]32\.[us]64")
@@ -161,7 +170,7 @@ def _ld(body, match, operands):
     wide = any(body.bits(part) == 64 for part in vector)
     rows = [body.row(part, 64 if wide else 32) for part in vector]
     row, offset, wide_address = body.address(operands[1])
-    m = [offset, int(bits) // 8, {"global": 0, "shared": 1, "param": 2}[space], wide_address, kind == "s", wide]
+    m = [offset, int(bits) // 8, SPACES[space], wide_address, kind == "s", wide]
     defs = [r + i for r in rows if r >= 0 for i in range(2 if wide else 1)]
     body.add("@ld", [row, *rows], m, [row, row + 1][: 1 + wide_address], defs)
 
@@ -171,6 +180,8 @@ def _ld(body, match, operands):
 )
 def _st(body, match, operands):
     space, _, _, bits = match.groups()
+    if space == "param":
+        raise Unsupported("a store to parameters")
     vector = _vector(operands[1])
     wide = int(bits) == 64 or any(body.bits(part) == 64 for part in vector)
     rows = [body.row(part, 64 if wide else 32) for part in vector]
@@ -181,8 +192,8 @@ def _st(body, match, operands):
         body.add("@st", [row, *rows], [offset, int(bits) // 8, 1, False, False, wide], data)
     else:
         uses = [row, row + 1][: 1 + wide_address] + data
-        name = "@st_global" if space == "global" else "@st"
-        body.add(name, [row, *rows], [offset, int(bits) // 8, int(space == "shared"), wide_address, False, wide], uses)
+        name = "@st" if space == "shared" else "@st_global"
+        body.add(name, [row, *rows], [offset, int(bits) // 8, SPACES[space], wide_address, False, wide], uses)
 
 
 @_decodes(

@@ -75,7 +75,7 @@ class Launch(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_constants", "num_special")),
         ("special", ctypes.c_void_p),
         ("params", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("param_bytes", "shared_bytes", "threads", "unused")),
+        *((name, ctypes.c_int32) for name in ("param_bytes", "shared_bytes", "threads", "local_bytes")),
         ("grid", ctypes.c_int32 * 3),
         ("num_regions", ctypes.c_int32),
         ("regions", ctypes.c_void_p),

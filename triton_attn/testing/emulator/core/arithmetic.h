@@ -303,6 +303,7 @@ inline const Entry TABLE[] = {
   MOVE(LOW_HALF, "mov.b16 mov.u16 mov.s16 mov.f16", u16, (u16 a), return a;),
   MOVE(ROWS, "mov.b32 mov.u32 mov.s32 mov.f32", u32, (u32 a), return a;),
   MOVE(ROWS, "mov.b64 mov.u64 mov.s64 mov.f64 cvta.global.u64 cvta.to.global.u64 cvta.shared.u64 cvta.to.shared.u64"
+       " cvta.local.u64 cvta.to.local.u64"
        " cvt.u64.u64 cvt.s64.s64 cvt.u64.s64 cvt.s64.u64", u64, (u64 a), return a;),
   OP("mov.pred", bool, (bool a), return a;),
   OP("pack.b8", u32, (u32 a, u32 b, u32 c, u32 d), return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;),

@@ -211,6 +211,7 @@ void Machine::run(int number) {
     w.id = i;
     w.registers.assign(size_t(launch.rows) * LANES, 0x7fedbeef);  // NaN
     w.predicates.assign(launch.predicates, 0);
+    w.local.assign(size_t(launch.local_bytes) * LANES, 0xff);
     for (auto* of_rows : {&w.tags, &w.defined, &w.used, &w.operand}) of_rows->assign(launch.rows, 0);
     w.clock.at[i] = 1;
     for (int k = 0; k < launch.num_constants; k++) {

@@ -111,8 +111,8 @@ inline void fence_proxy_async(Machine&, Warp& w, const Instruction&, u32) {
 }
 
 // ---- Data Movement and Conversion Instructions: ld, st
-// operands: address, registers; m: offset, bytes of an element, space (0 global, 1 shared, 2 parameters), 64-bit
-// address, signed, 64-bit registers
+// operands: address, registers; m: offset, bytes of an element, space (0 global, 1 shared, 2 parameters, 3 local),
+// 64-bit address, signed, 64-bit registers
 
 inline void put_loaded(Warp& w, const Instruction& in, int row, int lane, const u8* from) {
   u64 value = 0;
@@ -127,7 +127,7 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   const u32 size = in.m[1], bytes = size * (in.count - 1);
   u32 unwritten = 0;
-  if (m.launch.counts && in.m[2] != 2) {
+  if (m.launch.counts && in.m[2] < 2) {
     auto at = [&](int lane) { return address(w, o[0], lane, in.m[0], in.m[3]); };
     count_access(m, w.pc, mask, in.m[2] == 1, at, bytes, true, false);
   }
@@ -144,6 +144,8 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
         from = m.launch.params + at;
       else
         m.report(GLOBAL_BOUNDS, w.pc, w.id, lane, at, -1, "parameters have %d bytes", m.launch.param_bytes);
+    } else if (in.m[2] == 3) {
+      from = m.local(w, w.pc, lane, at, bytes);
     } else if (at % bytes) {
       m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
     } else {
@@ -165,7 +167,7 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
 inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
   const u32 size = in.m[1], bytes = size * (in.count - 1);
-  if (m.launch.counts) {
+  if (m.launch.counts && in.m[2] < 2) {
     auto at = [&](int lane) { return address(w, o[0], lane, in.m[0], in.m[3]); };
     count_access(m, w.pc, mask, in.m[2] == 1, at, bytes, false, true);
   }
@@ -185,11 +187,27 @@ inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
         for (u32 i = 0; i < size; i++)
           if (u32 tag = w.tags[o[1 + j] + i / 4]; tag & TAG_UNWRITTEN && tag >> 24 >> i % 4 & 1)
             m.cells[offset + j * size + i].written = false;
+    } else if (in.m[2] == 3) {
+      if (u8* to = m.local(w, w.pc, lane, at, bytes)) std::memcpy(to, data, bytes);
     } else if (at % bytes) {
       m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
     } else if (u8* to = m.global(w, w.pc, lane, at, bytes, Machine::STORE)) {
       std::memcpy(to, data, bytes);
     }
+  });
+}
+
+// ---- Extended-Precision Integer Arithmetic Instructions
+// operands: result, a, b, c or -1; m: 0 add, 1 sub, 2 mad.lo, 3 mad.hi; takes a carry, leaves one
+
+inline void extended(Machine& m, Warp& w, const Instruction& in, u32 mask) {
+  const s32* o = operands(m, in);
+  each(mask, [&](int lane) {
+    u64 a = w.row(o[1])[lane], b = w.row(o[2])[lane], carry = in.m[1] ? w.carry >> lane & 1 : 0;
+    if (in.m[0] >= 2) a = in.m[0] == 2 ? u32(a * b) : a * b >> 32, b = w.row(o[3])[lane];
+    u64 result = in.m[0] == 1 ? a - b - carry : a + b + carry;
+    w.row(o[0])[lane] = u32(result);
+    if (in.m[2]) w.carry = (w.carry & ~(1u << lane)) | u32(result >> 32 & 1) << lane;
   });
 }
 
@@ -784,6 +802,7 @@ inline const Entry TABLE[] = {
     {"@ld", "*", ld},
     {"@st", "*", st, ROWS},
     {"@st_global", "*", st, NOTHING},
+    {"@extended", "*", extended},
     {"@atom", "*", atom},
     {"@matrix", "*", matrix},
     {"@mma", "*", mma},

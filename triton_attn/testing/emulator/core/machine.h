@@ -81,7 +81,7 @@ struct Launch {
   s32 num_constants, num_special;
   const s32* special;  // pairs: row, number of the special register
   u8* params;
-  s32 param_bytes, shared_bytes, threads, unused;
+  s32 param_bytes, shared_bytes, threads, local_bytes;
   s32 grid[3], num_regions;
   const Region* regions;
   s32 completion, order;
@@ -189,6 +189,8 @@ struct Warp {
   u32 polled_parity = 0;
   std::vector<u32> registers;  // rows of 32 lanes; a register of 64 bits is two rows
   std::vector<u32> predicates;
+  std::vector<u8> local;     // of each lane, one after another
+  u32 carry = 0;             // CC.CF, by lane
   std::vector<u32> tags;     // by row
   std::vector<u32> defined;  // by row: how many wgmma.fence came before it was written
   std::vector<u32> used;     // by row: how many came before it was read
@@ -252,6 +254,7 @@ struct Machine {
   u8* global(Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
   void global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
   void synchronize_programs(u64 address, bool acquire, bool release);
+  u8* local(Warp& w, int pc, int lane, u64 address, u32 bytes);
   bool shared_range(Warp& w, int pc, int lane, u32 address, u32 bytes, u32 alignment);
   u32 read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes);  // mask of unwritten bytes
   void read_shared_async(Warp& w, int pc, int lane, u32 offset, u32 bytes, u32 issued);

@@ -90,6 +90,16 @@ inline void Machine::synchronize_programs(u64 address, bool acquire, bool releas
   }
 }
 
+// ---- local memory, from 0 on
+
+inline u8* Machine::local(Warp& w, int pc, int lane, u64 address, u32 bytes) {
+  if (address + bytes <= u64(launch.local_bytes) && address % bytes == 0)
+    return &w.local[size_t(lane) * launch.local_bytes + address];
+  report(UNSUPPORTED, pc, w.id, lane, 0, -1, "%u bytes at local address %lld of %d", bytes, (long long)address,
+         launch.local_bytes);
+  return nullptr;
+}
+
 // ---- shared memory. Offsets count from SHARED_BASE.
 
 inline bool Machine::shared_range(Warp& w, int pc, int lane, u32 address, u32 bytes, u32 alignment) {
