@@ -29,10 +29,17 @@ CALLS = {
     "_mla_absorbed_kernel": lambda: calls.mla_decode(seqlen=500, num_splits=1),
     "_merge_project_kernel": lambda: calls.mla_decode(with_weights=True, num_splits=2),
     "_flash_bwd_delta_kernel": lambda: calls.backward(True, 100, 1),
+    "_flash_bwd_dkdv_kernel": lambda: calls.backward(False, 400, 1),
+    "_flash_bwd_dq_kernel": lambda: calls.backward(True, 400, 1),
+    "_mla_prefill_kernel": lambda: calls.mla_prefill(seqlen=300, heads=1),
+    "_mla_decode_hopper_kernel": lambda: calls.mla_decode(64, 330, num_splits=1),
 }
 
 BETWEEN_BARRIERS = "the compiler's, by buffer: another barrier, or a warp that reads what it wrote, orders the same"
-COMMITS = "the commit of the next loads takes the copies along, and no wait tells them apart"
+COMMITS = "the commit of the next takes it along, and no wait tells them apart"
+UNTOUCHED = "no one has touched the product's registers since the last fence, or ever"
+FENCED = "what it stands for was stored before another fence"
+AFTER_LOOP = "after a loop whose last trip has waited"
 # {kernel: {instruction: [(how many, why)]}}
 REDUNDANT = {
     "_flash_fwd_hopper_kernel": {
@@ -40,7 +47,7 @@ REDUNDANT = {
             (4, "before k_free in _step: the loader has waited for v_free, which comes after a later barrier"),
             (2, "after the last store: the end of the partition is a barrier"),
         ],
-        "@wgmma_fence": [(2, "the scores of a masked tile but the last: no one has touched their registers")],
+        "@wgmma_fence": [(2, UNTOUCHED)],
     },
     "_merge_kernel": {"@bar": [(2, BETWEEN_BARRIERS)]},
     "_flash_fwd_kernel": {
@@ -50,8 +57,8 @@ REDUNDANT = {
             (4, "in the loop over whole tiles: of five between a product and a copy to its buffer one is enough"),
             (1, BETWEEN_BARRIERS),
         ],
-        "@fence_proxy_async": [(1, "of the queries before the second loop: that before the first is enough")],
-        "@wgmma_fence": [(1, "the scores of the second loop: that of the weights comes after they are read")],
+        "@fence_proxy_async": [(1, FENCED)],
+        "@wgmma_fence": [(1, UNTOUCHED)],
     },
     "_paged_fwd_kernel": {
         "@cp_commit": [(8, COMMITS)],
@@ -60,6 +67,37 @@ REDUNDANT = {
     "_absorb_kernel": {"@cp_commit": [(2, COMMITS)]},
     "_mla_absorbed_kernel": {"@cp_commit": [(4, COMMITS)]},
     "_merge_project_kernel": {"@bar": [(1, BETWEEN_BARRIERS)]},
+    "_flash_bwd_dkdv_kernel": {
+        "@bar": [(16, BETWEEN_BARRIERS)],
+        "@bulk_wait": [(1, AFTER_LOOP)],
+        "@cp_wait": [(1, AFTER_LOOP)],
+        "@fence_proxy_async": [(1, FENCED)],
+        "@wgmma_commit": [(4, COMMITS)],
+        "@wgmma_fence": [(1, UNTOUCHED)],
+        "@wgmma_wait": [(2, AFTER_LOOP)],
+    },
+    "_flash_bwd_dq_kernel": {
+        "@bar": [(15, BETWEEN_BARRIERS)],
+        "@fence_proxy_async": [(1, FENCED)],
+        "@wgmma_commit": [(2, COMMITS)],
+        "@wgmma_fence": [(3, UNTOUCHED)],
+        "@wgmma_wait": [(2, "of the first of two products: no one reads it before the second is waited for")],
+    },
+    "_mla_prefill_kernel": {
+        "@bar": [(3, BETWEEN_BARRIERS)],
+        "@cp_commit": [(8, COMMITS)],
+        "@fence_proxy_async": [(4, FENCED)],
+        "@wgmma_fence": [(6, UNTOUCHED)],
+    },
+    "_mla_decode_hopper_kernel": {
+        "@bar": [
+            (10, "of the loader: around each thing that one of its threads does"),
+            (2, "before free_pe in _step: the loader has waited for values, which are free after a later barrier"),
+            (2, BETWEEN_BARRIERS),
+        ],
+        "@wgmma_commit": [(4, COMMITS)],
+        "@wgmma_fence": [(6, UNTOUCHED)],
+    },
 }  # fmt: skip
 QUICK = ("_append_latent_cache_kernel", "_merge_kernel", "_paged_fwd_kernel")
 SCHEDULES = ("late", "random")
