@@ -10,6 +10,7 @@ from hand_written import kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_attn.testing.emulator import count_ptx, emulate
+from triton_attn.testing.emulator.counts import kind_of
 
 pytestmark = MARKS
 
@@ -268,3 +269,25 @@ def test_a_second_launch_counts_its_own():
             _product_kernel[(programs,)](a, b, out, BLOCK=64)
     first, second = (launch.counts.total() for launch in log)
     assert second == tuple(2 * x for x in first)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("@!%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ]", "ld.global"),
+        ("st.shared::cta.b32 [%r1], %r2", "st.shared"),
+        ("ld.local.b32 %r1, [%rd1]", "ld.local"),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 16", "cp.async"),
+        ("cp.async.wait_group 0", "cp.async.wait_group"),
+        (
+            "@%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2}], [%r4]",
+            "cp.async.bulk.tensor",
+        ),
+        ("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1, 1, 1, 0, 0", "wgmma.mma_async"),
+        ("mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], 0", "mbarrier.try_wait"),
+        ("add.s32 %r1, %r2, %r3", "add"),
+        ("ret", "ret"),
+    ],
+)
+def test_kinds_of_instructions(text, kind):
+    assert kind_of(text) == kind

@@ -102,7 +102,7 @@ def kind_of(text: str) -> str:
     return ".".join([first, *(word for word in (word.split("::")[0] for word in rest) if word in telling)])
 
 
-_SPACES = ("global", "shared", "param")
+_SPACES = ("global", "shared", "param", "local")
 _ASYNC = ("reduce", "async", "bulk", "tensor", "commit_group", "wait_group", "wait_all", "mma_async", "fence")
 _TELLING = {
     **dict.fromkeys(("ld", "st", "atom", "red"), _SPACES),
