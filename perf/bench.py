@@ -50,7 +50,7 @@ FAMILIES = {
         providers=PROVIDERS,
         roof=matmul_rate,
         predict=predict.flash,
-        left_out="memory, latency and power",
+        left_out="latency, power, and what memory reaches of its data sheet",
         line=lambda row: {"head_dim": row.head_dim, "mask": "causal" if row.causal else "full"},
     ),
     "paged": Family(

@@ -124,8 +124,7 @@ class CountedCase:
         call, work = CALLS[self.family](getattr(torch, self.dtype), **self.shape)
         with (
             mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=self.kernels),
-            # Strict would stop at the fence that Triton 3.6 leaves out.
-            emulate(self.arch, schedule="late", strict=False, counts=True) as log,
+            emulate(self.arch, schedule="late", counts=True) as log,
         ):
             call()
         found = [(launch, work[task]) for launch in log if (task := task_of(launch)) in work]

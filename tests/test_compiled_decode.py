@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from torch.nn.functional import rms_norm, silu
 
@@ -73,6 +74,7 @@ def generate(model, batches):
     return logits
 
 
+@pytest.mark.ci
 @torch.no_grad()
 def test_a_decode_step_is_one_graph():
     torch.manual_seed(0)

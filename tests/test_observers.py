@@ -306,7 +306,7 @@ def test_functional_derivatives(case, transform):
             assert case.function is read_latent_cache
 
 
-@pytest.mark.ci(but_each=3)
+@pytest.mark.ci(but_each=5)
 @every_case
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(case):
@@ -346,7 +346,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.ci(but_each=3)
+@pytest.mark.ci(but_each=5)
 @every_case
 def test_compile(case, compiled):
     arguments = case.arguments()

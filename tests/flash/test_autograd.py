@@ -104,6 +104,7 @@ def test_opcheck(options, varlen):
     torch.library.opcheck(autograd.flash_attention_backward, without_history)
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("names", [("q",), ("k", "v"), ("sinks",)], ids=" ".join)
 def test_opcheck_of_some_gradients(names):
     f, leaves = make_call(OPTIONS["ALiBi, sinks"])
@@ -142,7 +143,7 @@ def test_compile_in_half_precision(dtype, compiled):
     assert_equal(gradients(compiled(f), leaves), gradients(f, leaves))
 
 
-@pytest.mark.ci(but_each=2)
+@pytest.mark.ci
 @dense_and_varlen
 def test_compile_once_for_all_lengths(varlen, compiled):
     options = {"causal": True, "window_size": (5, 0), "softcap": 3.0, "dropout_p": 0.1, "dropout_seed": 3}

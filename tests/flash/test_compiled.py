@@ -271,6 +271,7 @@ def compiles(arch, head_dim, tile):
     return len(launches) == 1
 
 
+@pytest.mark.ci
 @pytest.mark.oldest
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 def test_host_cost(varlen, record_property):

@@ -49,8 +49,8 @@ def launch_of(arch="sm_90", head_dim=128, dtype=torch.bfloat16, varlen=False, he
     return launch
 
 
+@pytest.mark.ci(but_each=9)
 @pytest.mark.full(but_each=2)
-@pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("head_dim", "bound"), [(64, 770), (128, 940), (256, 940)])

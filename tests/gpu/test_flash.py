@@ -75,6 +75,7 @@ def test_gradients(model, deterministic, dtype):
     backward_cases.check(case)
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @schedules
 def test_gradients_of_a_ragged_batch(deterministic, dtype):
@@ -93,6 +94,7 @@ def random_call(dtype):
     return [torch.randn(x, generator=generator).to(DEVICE, dtype) for x in shapes]
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 def test_forward_and_deterministic_backward_repeat_bitwise(dtype):
     *inputs, dout = random_call(dtype)

@@ -60,6 +60,7 @@ def test_gradients(mode, dtype):
     prefill_cases.check_gradients(case)
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @of_caches
 def test_decode_repeats_bitwise(is_fp8, dtype):

@@ -27,6 +27,7 @@ def case_of(dtype, cache_dtype=None, **changes):
     return replace(PLAIN, dtype=dtype, cache_dtype=cache_dtype or dtype, **changes)
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("model", CACHED_MODELS, ids=lambda model: model.name)
 def test_decode(model, dtype):
@@ -48,6 +49,7 @@ def test_mixed_batch(model, dtype):
     check(case_of(dtype, num_splits=0, **MIXED, **heads_of(model)))
 
 
+@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("cache_dtype", FLOAT8, ids=str)
 @pytest.mark.parametrize("batch", [DECODE, MIXED], ids=["decode", "mixed"])

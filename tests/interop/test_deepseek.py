@@ -183,6 +183,7 @@ def test_what_makes_the_logits_would_be_missed(device, monkeypatch):
     assert difference(rope=lambda rope: rope | {name: rope[name] / factor for name in halves}) > 0.1
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.oldest
 @pytest.mark.parametrize("name", ["V2-Lite", "V3"])
 def test_chunks_of_unequal_lengths_by_the_kernels(name, device, monkeypatch):
@@ -245,6 +246,7 @@ def test_forks_and_rejected_drafts(device):
         torch.testing.assert_close(own_logits, logits_of(model, prompt + tokens)[-1], atol=1e-3, rtol=0)
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, device, monkeypatch):
     """Against the same weights in fp32, ours lose no more than twice what transformers loses in the same dtype."""

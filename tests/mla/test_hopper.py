@@ -75,7 +75,7 @@ def kernel_of(**options):
     return name
 
 
-@pytest.mark.ci(but_each=5)
+@pytest.mark.ci(but_each=9)
 @pytest.mark.parametrize(
     "call",
     [

@@ -74,6 +74,7 @@ def test_heads_of_real_models(case):
     check(replace(case, num_splits=2))
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("shared_prefix_len", [0, pytest.param(32, marks=pytest.mark.emulated)])
 def test_mixed_batch(shared_prefix_len):
     """A prefill chunk, decodes, a draft, an idle slot, a sequence that is all new."""

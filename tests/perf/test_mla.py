@@ -215,6 +215,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.ci
 def test_on_a_gpu_all_is_measured(on_a_gpu, tmp_path, capsys):
     paths = mla.run(tmp_path)
     assert [path.name for path in paths] == [

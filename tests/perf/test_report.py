@@ -51,6 +51,7 @@ def test_a_changed_result_changes_it(predicted, section):
     assert "| 123 " in section(), "lock and bound are the same now"
 
 
+@pytest.mark.ci
 def test_what_was_measured_comes_before_what_was_predicted(predicted, section, tmp_path):
     assert "No GPU has measured" in section()
     rows = measured({results.OURS: 512.0, "SDPA cuDNN": 480.0})

@@ -20,7 +20,7 @@ def fixed_draws():
     torch.manual_seed(0)
 
 
-@pytest.mark.ci(but_each=7)
+@pytest.mark.ci(but_each=11)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", CALLS)
 def test_portable_kernels(name, arch):

@@ -490,6 +490,7 @@ def same(kind, got, expected, tolerance):
     return near or (tolerance and expected and abs(got - expected) <= tolerance * abs(expected))
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("opcode", CASES)
 def test_instruction(opcode):
     target, sources, function = CASES[opcode]

@@ -99,7 +99,7 @@ REDUNDANT = {
         "@wgmma_fence": [(6, UNTOUCHED)],
     },
 }  # fmt: skip
-QUICK = ("_append_latent_cache_kernel", "_merge_kernel", "_paged_fwd_kernel")
+QUICK = ("_append_latent_cache_kernel", "_merge_kernel")
 SCHEDULES = ("late", "random")
 
 
@@ -118,7 +118,7 @@ def launched(kernel, schedule, removed=(), limit=100_000_000):
 
 
 def marked(kernel):
-    level = pytest.mark.ci if kernel == "_flash_fwd_kernel" else pytest.mark.full
+    level = pytest.mark.ci if kernel in ("_paged_fwd_kernel", "_flash_fwd_kernel") else pytest.mark.full
     return pytest.param(kernel, marks=[] if kernel in QUICK else level)
 
 

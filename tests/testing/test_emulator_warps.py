@@ -44,6 +44,7 @@ TYPES = [kind + size for size in ("8", "16", "32", "64") for kind in "bus"] + ["
 LOADS = [f"ld.{space}.{type_}" for space in ("global", "shared") for type_ in TYPES]
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("opcode", LOADS)
 @pytest.mark.parametrize("vector", [1, 2, 4])
 def test_loads_and_stores(opcode, vector):
