@@ -346,7 +346,8 @@ def _measured_points(axes, panel, data, speed, colour=BLACK, name=""):
         shapes = set(_shapes(panel))
         points = rows[[shape in shapes for shape in _shapes(rows)]].dropna(subset=speed)
         style = {"s": 90, "color": colour, "edgecolors": BLACK, "marker": "*", "zorder": 4}
-        label = f"{name}measured: {gpu.removeprefix('NVIDIA ')}, Triton {triton}"
+        where = f"{gpu.removeprefix('NVIDIA ')}, Triton {triton}"
+        label = f"{name}measured:\n{where}" if name else f"measured: {where}"
         if len(points):
             axes.scatter(points["seqlen_k"], points[speed], **style, label=label)
 

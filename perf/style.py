@@ -78,9 +78,14 @@ def head(figure, *lines):
 
 
 def legend_below(figure):
-    """One legend of all panels, each label once, in as many columns as the labels leave room for."""
+    """One legend of all panels, each label once, in as many columns as the figure has room for."""
     entries = {}
     for axes in figure.axes:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-    ncols = max(1, min(5, 115 // (7 + max(map(len, entries), default=0))))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=ncols)
+    for ncols in range(5, 0, -1):
+        legend = figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=ncols, columnspacing=1.2
+        )
+        if ncols == 1 or legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width:
+            break
+        legend.remove()

@@ -1,5 +1,6 @@
 from dataclasses import astuple, replace
 
+import matplotlib.pyplot as plt
 import pytest
 from test_results import row
 
@@ -273,3 +274,17 @@ def test_a_prediction_shows_what_was_measured_of_its_problems(tmp_path, monkeypa
     drawn.clear()
     plot.draw(tmp_path / "h100" / "bench.csv")
     assert drawn == [], "a measurement is no prediction"
+
+
+@pytest.mark.parametrize("letters", [5, 20, 40])
+def test_a_legend_fits_its_figure(letters):
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for i in range(8):
+        axes.plot([0, 1], [0, i], label=f"{i}{'m' * letters}")
+    style.legend_below(figure)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == 8
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    plt.close(figure)
