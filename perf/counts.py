@@ -24,11 +24,9 @@ from unittest import mock
 
 import torch
 
-from perf import results
 from perf.baseline import COUNTED
 from perf.candidates import FAMILIES
-from perf.device import versions
-from perf.inspect import cases_of
+from perf.inspect import cases_of, write
 from perf.parallel import map_in_processes
 from perf.progress import tqdm
 from perf.tables import print_table, tile_name
@@ -255,11 +253,11 @@ def run(out_dir, families=FAMILY_NAMES, arch="sm_90", lines=False, update_counts
     rows = [row for row, _ in kernels]
     print_table([_printed(row) for row in rows])
     _print_reasons(rows)
-    paths = [_write(out_dir / f"counts-{arch}.csv", rows)]
+    paths = [write(out_dir / f"counts-{arch}.csv", rows)]
     if lines:
         of_lines = [line for _, of_kernel in kernels for line in of_kernel]
         print_table([_printed(line) for line in of_lines if line["sectors"] or line["wavefronts"] or line["flops"]])
-        paths.append(_write(out_dir / f"lines-{arch}.csv", of_lines))
+        paths.append(write(out_dir / f"lines-{arch}.csv", of_lines))
     return paths
 
 
@@ -278,11 +276,3 @@ def write_counts():
     rows = [row for arch in ARCHS for row, _ in count_all(baseline_cases(arch), f"emulating {arch}")]
     COUNTED.update(rows)
     return COUNTED.path
-
-
-def _write(path, rows):
-    about = versions() | {"source": results.PREDICTED}
-    with results.Table(path, [*(rows[0] if rows else ()), *about]) as table:
-        for row in rows:
-            table.append([*row.values(), *about.values()])
-    return path

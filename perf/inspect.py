@@ -128,7 +128,7 @@ def show(kernels, path):
     rows = [kernel.row for kernel in kernels if not kernel.error]
     print_table([{name: value for name, value in row.items() if name not in NOT_PRINTED} for row in rows])
     _print_errors(kernels)
-    return _write(path, rows)
+    return write(path, rows)
 
 
 def show_opcodes(kernels, path):
@@ -142,7 +142,7 @@ def show_opcodes(kernels, path):
         for kernel in kernels
         for opcode, n in kernel.opcodes.most_common()
     ]
-    return _write(path, rows)
+    return write(path, rows)
 
 
 def _print_opcodes(loops):
@@ -191,7 +191,8 @@ def _print_errors(kernels, where=""):
             print(f"{kernel.row['family']} {kernel.row['case']} does not compile{where}: {kernel.error}")
 
 
-def _write(path, rows):
+def write(path, rows):
+    """A table of rows, each with the versions that it is of."""
     about = versions() | {"source": results.PREDICTED}
     with results.Table(path, [*(rows[0] if rows else ()), *about]) as table:
         for row in rows:

@@ -112,3 +112,18 @@ def test_compiles_without_spills(arch, dtype):
         append_kv_cache(k, k, *caches, torch.arange(64), k_scale=0.5, v_scale=torch.ones(8), **rope)
     (launch,) = launches
     assert launch.spill_bytes == 0
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_rotated_is_stored_as_it_is(value, interleaved, device):
+    """Beside an element that is no number too; 8 of 16 dimensions are rotated."""
+    k = torch.randn(1, 1, 16, device=device)
+    k[..., 9] = k[..., 12] = value
+    k_cache, v_cache = (torch.zeros(1, 4, 1, 16, device=device) for _ in range(2))
+    angles = {"rope_cos": torch.rand(4, 4, device=device), "rope_sin": torch.rand(4, 4, device=device)}
+    where = {"positions": torch.ones(1, dtype=torch.int32, device=device), "rope_interleaved": interleaved}
+    append_kv_cache(k, k, k_cache, v_cache, torch.zeros(1, dtype=torch.int64, device=device), **where, **angles)
+    assert k_cache[0, 0, 0, :8].isfinite().all()
+    torch.testing.assert_close(k_cache[0, 0, 0, 8:], k[0, 0, 8:], rtol=0, atol=0, equal_nan=True)

@@ -40,7 +40,10 @@ def load_rotated(
             cos = _angles(cos_ptr, rope_strides[0], position, offs_a, turned, 1.0)
             sin = _angles(sin_ptr, rope_strides[1], position, offs_a, turned, 0.0)
             first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-            x = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), x.shape)
+            # What is not rotated must not meet its neighbour: an infinite or NaN one, times 0, is NaN.
+            turned_first = tl.where(turned, first * cos - second * sin, first)
+            turned_second = tl.where(turned, second * cos + first * sin, second)
+            x = tl.reshape(tl.join(turned_first, turned_second), x.shape)
         else:
             rotary = rotated[:, None] & (offs_d < ROTARY_DIM)[None, :]
             is_first = offs_d < HALF
