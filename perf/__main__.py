@@ -2,8 +2,8 @@
 
 Without a part: machine, verify, embed, bench (both families), mla and sizes, one after the other, in a few minutes.
 Figures go to perf/out/, which git ignores; with --publish to perf/results/, from which `python -m perf report` writes
-the README. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from compiled code
-and labelled so: nothing is called measured that was not.
+docs/performance.md. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from
+compiled code and labelled so: nothing is called measured that was not.
 """
 
 import argparse
@@ -54,7 +54,7 @@ PARTS = {
     "counts": Part("what compiled kernels do when they run, emulated", "predicted-{arch}", machine_free=True),
     "calibrate": Part("what sweeps predicted beside what they measured", None, machine_free=True),
     "plot": Part("pictures of CSV files of results", None, machine_free=True),
-    "report": Part("the README's figures, from all results", "", machine_free=True, committed=True),
+    "report": Part("the figures of docs/performance.md, from all results", "", machine_free=True, committed=True),
 }
 MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "mla", "sizes")
 INTERRUPTED = 130
@@ -137,7 +137,7 @@ def _parser(chosen):
         if not part.machine_free:
             where += ", or the name of the GPU"
         sub.add_argument("--out", type=Path, help=f"folder of the results (default: {where})")
-        sub.add_argument("--publish", action="store_true", help="the default is under perf/results, for the README")
+        sub.add_argument("--publish", action="store_true", help="the default is under perf/results, for the docs")
         if name == chosen:
             module = import_module(f"perf.{name}")
             sub.description = module.__doc__

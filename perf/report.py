@@ -1,5 +1,5 @@
-"""The README's Performance section, written from the results and from nothing else: every figure in it is one of a CSV
-file or a tuned table, and says where it was measured, or that it is predicted.
+"""The figures of docs/performance.md and the status line of the README, written from the results and from nothing else:
+every figure is one of a CSV file or a tuned table, and says where it was measured, or that it is predicted.
 
 Pictures that are missing or older than their CSV are drawn first.
 """
@@ -22,26 +22,32 @@ from perf.style import short_length
 from perf.targets import TARGETS, judge
 
 README = Path(__file__).parent.parent / "README.md"
+PAGE = README.parent / "docs" / "performance.md"
 TUNED = README.parent / "triton_attn" / "tuned"
+STATUS = "> **Status**: "  # the beginning of the README's third line
 BEGIN, END = "<!-- from here on written by `python -m perf report` -->", "<!-- up to here -->"
 VERSIONS = ["driver", "torch", "triton", "commit"]
 NONE = pd.Series(dtype=str)
 
 
 def add_arguments(parser):
-    parser.add_argument("--readme", type=Path, default=README, help="the file that has the section")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page of figures (default: docs/performance.md)")
+    parser.add_argument("--readme", type=Path, default=README, help="the file that says the status in its third line")
     parser.add_argument("--redraw", action="store_true", help="draw every picture anew")
 
 
-def run(root, readme=README, redraw=False):
-    """Draw what is missing, then replace the section; exits with an error if a table is broken or has no place."""
+def run(root, page=PAGE, readme=README, redraw=False):
+    """Draw what is missing, then replace the figures and the status; exits with an error if a table is broken or a file
+    has no place for them. Then both files are as they were."""
     try:
         drawn = draw(root, redraw)
-        text = replace_section(readme.read_text(), section(root, readme.parent))
+        figures = replace_section(page.read_text(), section(root, page.parent))
+        said = replace_status(readme.read_text(), status(root))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    readme.write_text(text)
-    return [*drawn, readme]
+    page.write_text(figures)
+    readme.write_text(said)
+    return [*drawn, page, readme]
 
 
 def draw(root, redraw):
@@ -63,11 +69,47 @@ def replace_section(text, new):
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"the README needs the marks {BEGIN} and {END}, once each")
+        raise ValueError(f"the page needs the marks {BEGIN} and {END}, once each")
     return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
 
 
-def section(root, base=README.parent, tuned=TUNED):
+def replace_status(text, new):
+    """ValueError if the third line is none of a status."""
+    lines = text.splitlines(keepends=True)
+    if len(lines) < 3 or not lines[2].startswith(STATUS):
+        raise ValueError(f"the README needs a third line that begins with {STATUS!r}")
+    return "".join([*lines[:2], new + "\n", *lines[3:]])
+
+
+def status(root):
+    """A line of Markdown: which GPUs have run the package, and what came of it."""
+    runs = [_run(path.parent) for path in sorted(root.glob("*/smoke.csv"))]
+    ran = f"has run on {'; '.join(runs)}. No other GPU has run it yet." if runs else "no GPU has run it yet."
+    return (
+        f"{STATUS}{ran} Everything else is tested without a GPU: in Triton's interpreter, compiled for NVIDIA and AMD, "
+        "and as compiled code for sm_80 and sm_90 in an emulator."
+    )
+
+
+def _run(folder):
+    """One GPU's, from its smoke checks, its tests and the report of the run."""
+    machine = pd.read_csv(folder / "machine.csv", index_col="what")["value"]
+    said = [f"{_passed(folder / 'smoke.csv')} smoke checks"]
+    if (folder / "tests.csv").exists():
+        said.append(f"{_passed(folder / 'tests.csv')} tests")
+    report = json.loads((folder / "report.json").read_text())
+    left = sum(stage["left"] for stage in report["stages"] if stage["stage"] == "tests")
+    about = f"Triton {machine['triton']}, torch {machine['torch']}, commit {machine['commit']}"
+    not_reached = f", {left} tests not reached" if left else ""
+    return f"an {machine['device']} ({about}): {' and '.join(said)} passed{not_reached}"
+
+
+def _passed(path):
+    outcomes = pd.read_csv(path)["outcome"]
+    return f"{(outcomes == 'passed').sum()} of {len(outcomes)}"
+
+
+def section(root, base=PAGE.parent, tuned=TUNED):
     """Markdown of the results under `root`, with links relative to `base`; what has no results is left out."""
     found = Results(root, base)
     blocks = [where_measured, targets, prefill, decode, latent_decode, latent_prefill, cold_start]
@@ -132,7 +174,7 @@ def targets(found):
         for gpu, values in judged.items():
             line[gpu] = ("" if values[i] is None else f"{values[i]:.3f}, ") + target.verdict(values[i])
         lines.append(line)
-    return _markdown(lines)
+    return f"## Targets\n\n{_markdown(lines)}"
 
 
 def prefill(found):
@@ -145,8 +187,9 @@ def prefill(found):
         lines += _lines(rows, direction, ["head_dim", "seqlen_k"], ["tflops"])
         used.append(rows)
     forward, backward = (found.pictures("flash", direction) for direction in ("forward", "backward"))
-    about = "**Training and prefill** (`python -m perf bench`): TFLOP/s, causal, bf16."
-    return _block(about, lines, pd.concat(used), found.image(forward), found.links(forward[1:] + backward))
+    about = "`python -m perf bench`: TFLOP/s, causal, bf16."
+    pictures = found.image(forward), found.links(forward[1:] + backward)
+    return _block("Training and prefill", about, lines, pd.concat(used), *pictures)
 
 
 def decode(found):
@@ -156,10 +199,10 @@ def decode(found):
     rows = rows[rows["cache_dtype"].fillna("bfloat16") == "bfloat16"]
     for column in ("num_heads_q", "num_heads_kv", "head_dim", "page_size"):
         rows = rows[rows[column] == getattr(heads, column)]
-    about = "**Decode** over a paged KV cache (`python -m perf bench --family paged`): GB/s of a step, bf16, "
+    about = "`python -m perf bench --family paged`: GB/s of a step over a paged KV cache, bf16, "
     about += f"{heads.num_heads_q} query and {heads.num_heads_kv} KV heads of {heads.head_dim}, by batch and context."
     lines = _lines(rows, "", ["batch", "seqlen_k"], ["gbps"])
-    return _block(about, lines, rows, found.links(found.pictures("paged", "decode")))
+    return _block("Decode", about, lines, rows, found.links(found.pictures("paged", "decode")))
 
 
 def latent_decode(found):
@@ -168,9 +211,9 @@ def latent_decode(found):
     lines = []
     for (heads, cache), of_kind in rows.groupby(["num_heads_q", rows["cache_dtype"].fillna("bfloat16")]):
         lines += _lines(of_kind, f"{heads} heads, {cache} cache", ["seqlen_k"], ["tflops", "gbps"])
-    about = "**MLA decode** at DeepSeek's widths (`python -m perf mla`), against the context."
+    about = "`python -m perf mla`: a step at DeepSeek's widths, against the context."
     pictures = found.pictures("mla", "decode")
-    return _block(about, lines, rows, found.image(pictures), found.links(pictures[1:]))
+    return _block("MLA decode", about, lines, rows, found.image(pictures), found.links(pictures[1:]))
 
 
 def latent_prefill(found):
@@ -187,8 +230,8 @@ def latent_prefill(found):
             for _, row in fastest.iterrows()
         }
         lines.append({"": f"{WORDS['queries'](of_call)}, {origin}"} | cells)
-    about = "**MLA prefill**: the fastest of its schedules against the context; predictions are those `auto` goes by."
-    return _block(about, lines, rows, found.links(found.pictures("mla", "prefill")))
+    about = "`python -m perf mla`: the fastest schedule against the context. `auto` chooses by the predictions."
+    return _block("MLA prefill", about, lines, rows, found.links(found.pictures("mla", "prefill")))
 
 
 def cold_start(found):
@@ -199,13 +242,13 @@ def cold_start(found):
     seconds = imports.set_index("imports")["seconds"]
     launched = "" if (calls["launched"] == "yes").all() else f", compiled for {calls['arch'].iloc[0]} and not launched"
     said = (
-        f"**Cold start** (`python -m perf cold`), on the host{launched}: `import triton_attn` takes "
+        f"`python -m perf cold`, on the host{launched}: `import triton_attn` takes "
         f"{seconds['torch, triton_attn']:.1f} s where torch alone takes {seconds['torch']:.1f}; the first call of a "
         f"function {_span(calls['empty_cache_s'])} s, with its kernels in Triton's cache on disk "
         f"{_span(calls['warm_cache_s'])} s; a later forward call {_span(_forward(calls)['later_call_us'], 0)} us. "
         f"[By function]({relpath(path, found.base)})."
     )
-    return f"{_wrap(said)}\n\n{_provenance(calls)}"
+    return f"## Cold start\n\n{_wrap(said)}\n\n{_provenance(calls)}"
 
 
 def _forward(calls):
@@ -228,10 +271,10 @@ def errors(found):
             line[name] = _percent((inexact["error"] / inexact[column]).max()) if len(inexact) else "exact"
         lines.append(line)
     about = (
-        "**Errors** (`python -m perf verify`) against fp64 at shapes of real models, outputs and gradients, in "
+        "`python -m perf verify`, against fp64 at shapes of real models, outputs and gradients, in "
         f"{data['dtype'].iloc[0]}: the largest as shares of torch's own and of the bound. "
     )
-    return _block(f"{about}[All of them]({relpath(path, found.base)}).", lines, data)
+    return _block("Errors", f"{about}[All of them]({relpath(path, found.base)}).", lines, data)
 
 
 def training(found):
@@ -241,10 +284,11 @@ def training(found):
     losses = data.pivot(index="step", columns="provider", values="loss")
     apart = losses.max(axis=1) - losses.min(axis=1)
     said = (
-        "**Training** (`python -m perf train`): a small decoder learns sonnets, with our attention and torch's. In "
+        "`python -m perf train`: a small decoder learns sonnets, with our attention and torch's. In "
         f"{len(losses)} steps the losses are at most {apart.max():.1g} nats apart. "
     )
-    return _wrap(said + found.links([("loss against step", path.with_suffix(".png"))]), _provenance(data))
+    said += found.links([("loss against step", path.with_suffix(".png"))])
+    return f"## A small decoder\n\n{_wrap(said)}\n\n{_provenance(data)}"
 
 
 def embeddings(found):
@@ -252,17 +296,17 @@ def embeddings(found):
     if path is None:
         return ""
     said = (
-        "**Embeddings** (`python -m perf embed`): paragraphs of this page through MiniLM's real weights, with our "
-        f"attention, differ by at most {data['difference'].max():.1g} from those with torch's."
+        "`python -m perf embed`: the README's paragraphs through MiniLM's real weights. Their embeddings with our "
+        f"attention differ by at most {data['difference'].max():.1g} from those with torch's."
     )
-    return _wrap(said, _provenance(data))
+    return f"## Embeddings\n\n{_wrap(said)}\n\n{_provenance(data)}"
 
 
 def sizes(found):
     """Needs no device: from formulas."""
     _, kinds = found.table("mla_sizes.csv")
     path, _ = found.table("kv_cache.csv")
-    blocks = ["**KV-cache sizes** (`python -m perf sizes`), from the formulas; d_h is the width of a head."]
+    blocks = ["## KV-cache sizes\n\n`python -m perf sizes`, computed from the formulas; d_h is the width of a head."]
     if kinds is not None:
         shown = ["attention", "elements/token/layer", "model", "in d_h", "bytes/token in bf16"]
         blocks.append(_markdown(kinds[shown].to_dict("records")))
@@ -280,9 +324,11 @@ def sharing(found):
         for method, rows in data.groupby("method")
     ]
     said = (
-        f"**Sharing** (`python -m perf sharing`): of the pages of simulated requests it saves {' and '.join(saved)}. "
+        "`python -m perf sharing`: of the pages that simulated requests would hold, sharing saves "
+        f"{' and '.join(saved)}. "
     )
-    return _wrap(said + found.links([("beside the PagedAttention paper's figures", path.with_suffix(".png"))]))
+    said += found.links([("beside the PagedAttention paper's figures", path.with_suffix(".png"))])
+    return f"## Sharing of pages\n\n{_wrap(said)}"
 
 
 def tuned_tables(folder):
@@ -293,7 +339,8 @@ def tuned_tables(folder):
         for (family, source, device), rows in entries.groupby(["family", "source", "device"]):
             made = {"source": source, "device": device, "triton": ", ".join(sorted(rows["triton"].unique()))}
             lines.append({"arch": path.stem, "family": family, "configs": len(rows)} | made)
-    return f"**Tuned configs** (`python -m perf sweep`).\n\n{_markdown(lines)}" if lines else ""
+    about = "`python -m perf sweep` found them; they come before the defaults."
+    return f"## Tuned configs\n\n{about}\n\n{_markdown(lines)}" if lines else ""
 
 
 def _lines(rows, label, by, speeds):
@@ -327,11 +374,11 @@ def _cell(rows, speed):
     return f"{best[speed]:.0f} ({_percent(best['roof_share'])} of the roof)"
 
 
-def _block(about, lines, rows, *pictures):
+def _block(title, about, lines, rows, *pictures):
     """Nothing without lines."""
     if not lines:
         return ""
-    return "\n\n".join(filter(None, [_wrap(about), _markdown(lines), _provenance(rows), *pictures]))
+    return "\n\n".join(filter(None, [f"## {title}", _wrap(about), _markdown(lines), _provenance(rows), *pictures]))
 
 
 def _provenance(rows):
@@ -345,7 +392,7 @@ def _provenance(rows):
         said.append(
             source + ", ".join(f"{name} {value}" if name in VERSIONS else value for name, value in about.items())
         )
-    return "\n".join(_wrap(f"*{each}*") for each in said)
+    return "\n\n".join(_wrap(f"*{each}*") for each in said)
 
 
 def _wrap(*sentences):

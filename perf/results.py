@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-ROOT = Path(__file__).parent / "results"  # what is committed: the README is written from it and checked against it
+ROOT = Path(__file__).parent / "results"  # what is committed: docs/performance.md is written from it
 LOCAL = Path(__file__).parent / "out"  # where runs write that do not ask for more; git ignores it
 OURS = "triton_attn"  # as a provider
 BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"  # predicted: products and softmax overlap fully, or never

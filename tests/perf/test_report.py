@@ -31,9 +31,24 @@ def predicted(tmp_path):
     return folder
 
 
-def test_the_readme_is_what_the_results_say():
-    text = report.README.read_text()
+def test_the_page_is_what_the_results_say():
+    text = report.PAGE.read_text()
     assert report.replace_section(text, report.section(results.ROOT)) == text, "python -m perf report writes it anew"
+
+
+def test_the_readmes_status_is_what_the_results_say():
+    text = report.README.read_text()
+    assert report.replace_status(text, report.status(results.ROOT)) == text, "python -m perf report writes it anew"
+
+
+def test_a_changed_result_changes_the_status(tmp_path):
+    assert "no GPU has run it yet" in report.status(tmp_path)
+    h100 = next(results.ROOT.glob("*/smoke.csv")).parent
+    shutil.copytree(h100, tmp_path / h100.name)
+    assert report.status(tmp_path) == report.status(results.ROOT)
+    checks = tmp_path / h100.name / "smoke.csv"
+    checks.write_text(checks.read_text().replace(",passed,", ",failed,", 1))
+    assert "103 of 104 smoke checks and 75 of 75 tests passed, 234 tests not reached" in report.status(tmp_path)
 
 
 def test_a_changed_result_changes_it(predicted, section):
@@ -100,7 +115,7 @@ def test_decode_is_told_by_batch_and_context(section, tmp_path):
 def test_nothing_is_said_of_what_is_not_there(section):
     text = section()
     assert "not measured yet" in text
-    assert "**" not in text
+    assert text.count("## ") == 1, "the targets"
 
 
 def test_cold_starts_and_tuned_configs_are_told(tmp_path):
@@ -125,33 +140,55 @@ def test_cold_starts_and_tuned_configs_are_told(tmp_path):
     assert [row[:3] for row in rows] == [["sm_90", "flash", "2"], ["sm_90", "mla", "1"]]
 
 
-def test_a_run_draws_what_is_missing_or_old_and_writes_the_section(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+@pytest.fixture
+def files(tmp_path):
+    """(page, readme) as they were."""
+    page, readme = tmp_path / "performance.md", tmp_path / "README.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"# name\nWhat it is.\n{report.STATUS}old\n\nMore.\n")
+    return page, readme
+
+
+def test_a_run_draws_what_is_missing_or_old_and_writes_both_files(tmp_path, files):
+    page, readme = files
     path = write(tmp_path / "a-gpu" / "bench.csv", grid_of([results.BOUND, results.LOCK], head_dims=(64,)))
     picture = path.with_suffix(".png")
-    assert report.run(tmp_path, readme) == [picture, readme]
-    text = readme.read_text()
+    assert report.run(tmp_path, *files) == [picture, *files]
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert report.run(tmp_path, readme) == [readme], "nothing is drawn twice"
-    assert readme.read_text() == text
+    assert readme.read_text() == f"# name\nWhat it is.\n{report.status(tmp_path)}\n\nMore.\n"
+    assert report.run(tmp_path, *files) == [*files], "nothing is drawn twice"
+    assert page.read_text() == text
     os.utime(picture, (0, 0))
-    assert report.run(tmp_path, readme) == [picture, readme]
-    assert report.run(tmp_path, readme, redraw=True) == [picture, readme]
+    assert report.run(tmp_path, *files) == [picture, *files]
+    assert report.run(tmp_path, *files, redraw=True) == [picture, *files]
 
 
 @pytest.mark.parametrize("text", ["", report.BEGIN, report.END + report.BEGIN, 2 * (report.BEGIN + report.END)])
-def test_a_readme_without_a_place_for_it_is_left_alone(tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+def test_a_page_without_a_place_for_it_is_left_alone(tmp_path, files, text):
+    page, readme = files
+    page.write_text(text)
+    said = readme.read_text()
     with pytest.raises(SystemExit, match="needs the marks"):
-        report.run(tmp_path / "results", readme)
+        report.run(tmp_path / "results", *files)
+    assert page.read_text() == text
+    assert readme.read_text() == said
+
+
+@pytest.mark.parametrize("text", ["", "# name\n", f"{report.STATUS}\n\n\n", f"\n\nNot {report.STATUS}\n"])
+def test_a_readme_without_a_status_is_left_alone(tmp_path, files, text):
+    page, readme = files
+    figures = page.read_text()
+    readme.write_text(text)
+    with pytest.raises(SystemExit, match="needs a third line"):
+        report.run(tmp_path / "results", *files)
     assert readme.read_text() == text
+    assert page.read_text() == figures
 
 
 def test_a_broken_table_is_named(tmp_path):
     path = write(tmp_path / "a-gpu" / "bench.csv", measured({results.OURS: 512.0}, source="guessed"))
     with pytest.raises(SystemExit, match=rf"{path.name}: column source"):
-        report.run(tmp_path, tmp_path / "README.md")
+        report.run(tmp_path, tmp_path / "performance.md", tmp_path / "README.md")

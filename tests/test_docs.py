@@ -1,0 +1,86 @@
+"""The README and the pages under docs/ are true: their code runs, every public name is in it, links lead somewhere.
+
+docs/testing-without-a-gpu.md has a test of its own, and so have the figures of docs/performance.md."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import triton
+
+import triton_attn
+from triton_attn._host import tuned
+from triton_attn.flash.configs import FlashConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+README, TOUR = ROOT / "README.md", ROOT / "docs/tour.md"
+
+
+def code_of(page):
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+def names_of(page, device):
+    """What is defined once the page's code has run."""
+    names = {}
+    exec(code_of(page).replace('device = "cuda"', f'device = "{device}"'), names)
+    return names
+
+
+def small_model(name, **options):
+    """In place of weights to download."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes, **options)
+    return transformers.LlamaForCausalLM(config)
+
+
+def tuned_table():
+    """As a sweep writes it."""
+    case, tile = {"head_dim": 64, "head_dim_v": 64, "causal": True}, FlashConfig(64, 64, 4, 2)
+    about = {"figure": 1.0, "unit": "TFLOP/s", "source": "measured", "device": "a test", "commit": None}
+    about |= {"triton": triton.__version__, "torch": torch.__version__}
+    entry = {"family": "flash", "dtype": "bfloat16", "case": case, "buckets": {"seqlen_k": 64}, "config": asdict(tile)}
+    return json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry | about]})
+
+
+def test_the_code_of_the_readme_runs(device):
+    names = names_of(README, device)
+    assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v"))
+
+
+def test_the_code_of_the_tour_runs(device, monkeypatch, tmp_path):
+    (tmp_path / "tuned.json").write_text(tuned_table())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuned, "_archs_here", lambda: ["sm_90"])
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", small_model)
+    try:
+        names = names_of(TOUR, device)
+    finally:
+        triton_attn.use_tuned(None)
+    assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v", "sinks"))
+    assert names["model"].config._attn_implementation == "triton_attn"
+
+
+def test_the_tour_shows_every_public_name():
+    assert [name for name in triton_attn.__all__ if not re.search(rf"\b{name}\b", code_of(TOUR))] == []
+
+
+def test_no_other_page_has_python_that_nothing_runs():
+    run_elsewhere = ROOT / "docs/testing-without-a-gpu.md"
+    assert [page.name for page in PAGES if page not in (README, TOUR, run_elsewhere) and code_of(page)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_exists(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
