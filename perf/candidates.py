@@ -28,6 +28,7 @@ from perf.problems import (
     Problem,
 )
 from perf.providers import latent_step, paged_step
+from triton_attn._host.gpu import gpu_of
 from triton_attn._host.tuned import rows_class
 from triton_attn._jit.tiles import padded_size
 from triton_attn.flash import backward_configs
@@ -395,7 +396,7 @@ class Candidate:
         if not hot.async_copies and not isinstance(self.config, flash_configs.HopperConfig):  # there a warp loads
             return "no asynchronous copies in the hot loop"
         # A tile of fewer rows never has wgmma: mma.sync is right for a decode step with few heads.
-        if report.arch == "sm_90" and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:
+        if gpu_of(report.arch).wgmma and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:
             return "no wgmma"
         return ""
 

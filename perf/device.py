@@ -25,9 +25,9 @@ def gpu_arch():
     """The GPU's architecture as `triton_attn.testing.compile_only` names it; None without a GPU."""
     if not has_gpu():
         return None
-    if torch.version.hip:
-        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    from triton_attn._host import gpu  # not at the top: another commit's package may be compiled
+
+    return gpu.gpu_arch(torch.cuda.current_device())
 
 
 def folder_name():

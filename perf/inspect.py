@@ -21,8 +21,9 @@ from perf.problems import HEAD_DIMS
 from perf.progress import tqdm
 from perf.revision import package_of
 from perf.tables import print_table
+from triton_attn._host.gpu import GPUS
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942", "gfx950")
+ARCHS = tuple(GPUS)
 DTYPES = ("bfloat16", "float16", "float32")
 BASELINE_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 NOT_PRINTED = ("family", "arch", "dtype", "stack B", "limited by", "async copies")  # in the CSV they are

@@ -9,6 +9,7 @@ clearly behind. Of flash_backward the whole pass is timed, its other kernels at 
 that the winners make.
 
 --table keeps the winners where calls look them up: measured ones of a GPU, otherwise predicted ones (perf/winners.py).
+The package's own tables hold measured ones alone.
 
 What is finished is kept in a file beside the CSV, a JSON line each, and not done again: after Ctrl-C, a crash or the
 end of --minutes the same command goes on. Another Triton or a change in the kernel makes it new work.
@@ -97,7 +98,7 @@ def add_arguments(parser):
         nargs="?",
         const=SHIPPED,
         metavar="PATH",
-        help="put the winners in this tuned table; without PATH in the package's of the architecture",
+        help="put the winners in this tuned table; without PATH, on a GPU, in the package's of the architecture",
     )
 
 
@@ -117,6 +118,8 @@ def run(
     if has_gpu():
         arch = gpu_arch()
     if table is not None:
+        if table == SHIPPED and not has_gpu():
+            fail("--table", "a PATH for predicted winners: the package's tables are measured", "none, without a GPU")
         table = _writable(table / f"{arch}.json" if table == SHIPPED else table, arch, dtype)
     cases = FAMILIES[family].cases(dtype, _shapes(family, shapes))
     if not cases:

@@ -16,12 +16,8 @@ import triton
 
 import triton_attn
 from triton_attn._host import tuned
-from triton_attn._jit.tiles import padded_size
-from triton_attn.flash.backward_configs import default_backward_config
 from triton_attn.flash.configs import FlashConfig, default_config
-from triton_attn.mla import configs as mla_configs
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
-from triton_attn.paged import configs as paged_configs
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.testing import compile_only
 
@@ -225,35 +221,11 @@ SHIPPED = sorted((Path(triton_attn.__file__).parent / "tuned").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_package_s_tables_are_whole(path):
+def test_the_package_s_tables_are_whole_and_measured(path):
+    """A predicted entry would repeat the default, which is chosen by the model that predicts, or hide a newer one."""
     table = tuned.read_table(path)
     assert table["arch"] == path.stem
-    assert table["entries"]
-
-
-def default_of(arch, entry):
-    dtype, case, buckets = getattr(torch, entry["dtype"]), entry["case"].values(), entry["buckets"]
-    if entry["family"] == "flash":
-        return asdict(default_config(arch, dtype, *case))
-    if entry["family"] == "flash_backward":
-        tiles = default_backward_config(arch, dtype, *case)._asdict()
-        return {kernel: tile and asdict(tile) for kernel, tile in tiles.items()}
-    if entry["family"] == "paged":
-        head_dim, head_dim_v, *_ = case
-        return asdict(paged_configs.default_config(arch, dtype, head_dim, head_dim_v, buckets["rows"], True))
-    if entry["family"] == "mla":
-        is_fp8 = entry["case"]["cache_dtype"] == "float8_e4m3fn"
-        return asdict(mla_configs.default_decode_config(arch, dtype, buckets["rows"], is_fp8))
-    fused, *dims = case
-    return asdict(mla_configs.default_prefill_config(arch, dtype, fused, max(map(padded_size, dims))))
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_what_the_package_s_tables_predict_is_the_default(path):
-    """A default is chosen by the model that predicts: where they differ, one of the two is out of date, and a table
-    would hide that of the default."""
-    predicted = [entry for entry in tuned.read_table(path)["entries"] if entry["source"] != "measured"]
-    assert [entry for entry in predicted if entry["config"] != default_of(path.stem, entry)] == []
+    assert {entry["source"] for entry in table["entries"]} == {"measured"}
 
 
 def half(*shape, **options):

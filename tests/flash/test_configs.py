@@ -7,14 +7,12 @@ import torch
 
 from triton_attn._jit.tiles import piece_0, piece_1
 from triton_attn.flash.configs import (
-    SHARED_BYTES,
     FlashConfig,
     default_config,
     padded_head_dim,
     prune,
     search_space,
 )
-from triton_attn.testing import shared_memory_limit
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,31 +42,6 @@ def test_nothing_is_against_a_default(arch, dtype):
         for access, extra in itertools.product(("tma", "vector"), ({}, {"softcap": True}, {"dropout": True})):
             config = default_config(arch, dtype, head_dim, head_dim_v, False, access, **extra)
             assert prune(config, arch, dtype, head_dim, head_dim_v) is None, (config, head_dim, head_dim_v)
-
-
-@pytest.mark.parametrize(
-    ("arch", "like"),
-    [
-        ("sm_75", "sm_86"),
-        ("sm_87", "sm_86"),
-        ("sm_89", "sm_86"),
-        ("sm_103", "sm_100"),
-        ("sm_110", "sm_100"),
-        ("sm_120", "sm_86"),
-        ("sm_121", "sm_86"),
-        ("gfx90a", "gfx942"),
-        ("gfx950", "gfx942"),
-        ("gfx1201", "gfx942"),
-    ],
-)
-def test_an_architecture_without_a_table_gets_that_of_its_like(arch, like):
-    for head_dim in (64, 128, 256, 512):
-        expected = default_config(like, torch.bfloat16, head_dim, head_dim, False)
-        assert default_config(arch, torch.bfloat16, head_dim, head_dim, False) == expected
-
-
-def test_shared_memory_is_what_the_compiler_allows():
-    assert {arch: shared_memory_limit(arch) for arch in SHARED_BYTES} == SHARED_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

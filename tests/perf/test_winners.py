@@ -168,6 +168,8 @@ def test_a_table_of_another_gpu_is_refused_before_anything_is_compiled(entry, tm
         sweep.run(tmp_path, arch="sm_80", table=path)
     with pytest.raises(ValueError, match="--table: expected --dtype bfloat16 or float16"):
         sweep.run(tmp_path, dtype="float32", table=path)
+    with pytest.raises(ValueError, match=r"--table: expected a PATH for predicted winners.*, got none, without a GPU"):
+        sweep.run(tmp_path, table=sweep.SHIPPED)
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"t\.json: expected an object with format"):
         sweep.run(tmp_path, table=path)

@@ -7,8 +7,8 @@ Which entry serves a call: its dtype and case are the call's, its Triton has the
 another compiler spills elsewhere, and its buckets are the nearest, by the sum of |log2(the call's / the entry's)|; of
 two that are equally near the one with smaller buckets. A call without one has the default of the family's configs.py.
 The table that was added last comes first, the package's last; the first that has the case serves it alone.
-All come before the defaults: who changes one of these sweeps its case anew (`python -m perf sweep --table`), which a
-test asks for.
+All come before the defaults. The package's tables hold what a GPU measured and nothing that was predicted: defaults
+are chosen by the model that predicts.
 """
 
 import functools
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from .checks import fail
+from .gpu import gpu_arch, gpu_of
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "tuned"
@@ -208,8 +209,6 @@ def _index(table):
 def _archs_here():
     if not torch.cuda.is_available():
         return []
-    from .device import gpu_arch
-
     return sorted({gpu_arch(i) for i in range(torch.cuda.device_count())})
 
 
@@ -232,10 +231,9 @@ def read_table(path):
     _check_fields(path, table, {"format": int, "arch": str, "entries": list})
     if table["format"] != FORMAT:
         fail(f"{path}, format", FORMAT, table["format"])
-    arch = re.fullmatch(r"sm_(\d+)|gfx\w+", table["arch"])
-    if arch is None:
+    if re.fullmatch(r"sm_\d+|gfx\w+", table["arch"]) is None:
         fail(f"{path}, arch", "a name as sm_90 or gfx942", repr(table["arch"]))
-    may_use_tma = int(arch[1] or 0) >= 90
+    may_use_tma = gpu_of(table["arch"]).tma
     seen = set()
     for i, entry in enumerate(table["entries"]):
         name = f"{path}, entries[{i}]"

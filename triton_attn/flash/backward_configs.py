@@ -32,8 +32,9 @@ from typing import NamedTuple
 
 import torch
 
+from .._host.gpu import gpu_of
 from .._host.tuned import remember, tuned_config
-from .configs import SHARED_BYTES, FlashConfig, has_tma, known_arch, loads_best, padded_head_dim
+from .configs import FlashConfig, loads_best, padded_head_dim
 
 
 class BackwardConfig(NamedTuple):
@@ -129,6 +130,7 @@ _HALF = {
         "scalar": ((256, *3 * (FlashConfig(32, 32, 4, 1),)),),
     },
 }
+_HALF["sm_120"] = _HALF["sm_86"]
 
 _FLOAT = (
     (64, *3 * (FlashConfig(32, 32, 8, 1),)),
@@ -161,7 +163,7 @@ def default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access="t
     if dtype == torch.float32:
         table = _FLOAT
     else:
-        tables = _HALF[known_arch(arch)]
+        tables = _HALF[gpu_of(arch).configs]
         table = tables.get(access, tables["vector"])
     head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
     width = max((head_dim + head_dim_v) / 2, head_dim * 5 / 6)
@@ -177,7 +179,7 @@ def may_hoist(kernel, arch, head_dim, head_dim_v):
     if kernel == "fused":
         return False
     narrow = head_dim + head_dim_v <= (255 if kernel == "dq" else 256)
-    return narrow or arch == "interpreter" or not has_tma(arch)
+    return narrow or not gpu_of(arch).multiplies_shared_memory
 
 
 def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):
@@ -188,8 +190,8 @@ def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):
         (32, 64, 128) if half else (16, 32, 64),
         (32, 64, 128) if half else (16, 32, 64),
         (4, 8),
-        (1,) if arch.startswith("gfx") else (1, 2, 3),
-        (True, False) if has_tma(arch) and half else (False,),
+        (1,) if gpu_of(arch).is_amd else (1, 2, 3),
+        (True, False) if gpu_of(arch).tma and half else (False,),
     )
     default = getattr(default_backward_config(arch, dtype, head_dim, head_dim_v, causal), kernel)
     defaults = [] if default is None else [default]
@@ -199,36 +201,36 @@ def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):
 
 def prune_backward(kernel, config, arch, dtype, head_dim, head_dim_v):
     """Why a config cannot run, or cannot run well; None if nothing is against it. By estimate: the compiler decides."""
-    arch = known_arch(arch)
-    if config.use_tma and not has_tma(arch):
+    gpu = gpu_of(arch)
+    if config.use_tma and not gpu.tma:
         return f"{arch} has no TMA"
     if config.use_tma and (head_dim * dtype.itemsize % 16 or head_dim_v * dtype.itemsize % 16):
         return "TMA needs rows in units of 16 bytes"
-    shared = _shared_bytes(kernel, config, arch, dtype, head_dim, head_dim_v)
-    if shared > SHARED_BYTES[arch]:
-        return f"{shared} bytes of shared memory, {arch} has {SHARED_BYTES[arch]}"
-    registers, limit = _registers(kernel, config, arch, head_dim, head_dim_v), 448 if arch == "gfx942" else 224
-    if arch != "sm_100" and registers > limit:
+    shared = _shared_bytes(kernel, config, gpu, dtype, head_dim, head_dim_v)
+    if shared > gpu.shared_bytes:
+        return f"{shared} bytes of shared memory, {arch} has {gpu.shared_bytes}"
+    registers, limit = _registers(kernel, config, gpu, head_dim, head_dim_v), 448 if gpu.is_amd else 224
+    if not gpu.tensor_memory and registers > limit:
         return f"{registers} registers a thread for products, {limit} leave room for the rest"
     return None
 
 
-def _shared_bytes(kernel, config, arch, dtype, head_dim, head_dim_v):
+def _shared_bytes(kernel, config, gpu, dtype, head_dim, head_dim_v):
     """What the tiles of two inputs that stay and of two that pass by take, and dS where it is transposed."""
     row = (padded_head_dim(head_dim) + padded_head_dim(head_dim_v)) * dtype.itemsize
     stay, pass_by = (config.block_m, config.block_n) if kernel == "dq" else (config.block_n, config.block_m)
-    if arch == "gfx942":
+    if gpu.is_amd:
         return max(stay, pass_by) * row // 2
     # mma.sync reads its operands into registers, which frees a buffer.
-    buffers = config.num_stages if arch in ("sm_90", "sm_100") else max(1, config.num_stages - 1)
+    buffers = config.num_stages if gpu.multiplies_shared_memory else max(1, config.num_stages - 1)
     scores = config.block_m * config.block_n * dtype.itemsize if kernel == "fused" else 0
     return (stay + buffers * pass_by) * row + scores
 
 
-def _registers(kernel, config, arch, head_dim, head_dim_v):
+def _registers(kernel, config, gpu, head_dim, head_dim_v):
     """32-bit registers per thread that hold S and dP, or then the tile of dq, and what is summed over the loop."""
     head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
-    threads = config.num_warps * (64 if arch == "gfx942" else 32)
+    threads = config.num_warps * gpu.warp_size
     tile = 2 * config.block_m * config.block_n
     if kernel == "dq":
         return (tile + config.block_m * head_dim) // threads

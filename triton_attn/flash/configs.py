@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._host.gpu import gpu_of
 from .._host.tuned import remember, tuned_config
 
 
@@ -44,15 +45,6 @@ class HopperConfig:
     def block_m(self):
         return 64 * self.groups
 
-
-# Bytes of shared memory (AMD: LDS) that one program may use: CUDA C++ programming guide, table of compute capabilities.
-SHARED_BYTES = {
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "gfx942": 65536,
-}
 
 # (largest width, config) per architecture and access, see `default_config`; 16-bit inputs.
 _HALF = {
@@ -139,6 +131,7 @@ _HALF = {
         ),
     },
 }
+_HALF["sm_120"] = _HALF["sm_86"]
 
 HOPPER_HEAD_DIMS = (64, 128, 256)
 # Of hopper.py by (head dim, causal): the fastest on an H100 of those that fit.
@@ -213,7 +206,7 @@ def choose_hopper_config(wanted, dtype, head_dim, causal, seqlen_k):
 
 def loads_best(arch, access):
     """Whether tensors can be loaded in the way that is fastest on arch, which sweeps give them."""
-    return arch != "interpreter" and (access == "tma" or (access == "vector" and not has_tma(arch)))
+    return arch != "interpreter" and (access == "tma" or (access == "vector" and not gpu_of(arch).tma))
 
 
 @functools.cache
@@ -237,7 +230,7 @@ def default_config(
     """
     if arch == "interpreter":
         return FlashConfig(64, 64, 4, 1)
-    arch = known_arch(arch)
+    arch = gpu_of(arch).configs
     half = dtype != torch.float32
     access = access if access in _HALF[arch] else "vector"
     table = _HALF[arch][access] if half else _FLOAT[precision]
@@ -247,20 +240,6 @@ def default_config(
     if half and dropout:
         return _DROPOUT.get((arch, access, width), config)
     return config
-
-
-def known_arch(arch):
-    """The architecture whose tables serve: its own, or those of one with the same instructions and no more memory."""
-    if arch.startswith("gfx"):
-        return "gfx942"
-    number = int(arch.removeprefix("sm_"))
-    if number == 80:
-        return "sm_80"
-    if 90 <= number < 100:
-        return "sm_90"
-    if 100 <= number < 120:
-        return "sm_100"
-    return "sm_86"
 
 
 def padded_head_dim(head_dim):
@@ -280,7 +259,7 @@ def search_space(arch, dtype, head_dim, head_dim_v, causal):
     rows, keys = (64, 128), (32, 64, 128)
     if dtype == torch.float32 or max(head_dim, head_dim_v) > 256:
         rows, keys = (16, 32, *rows), (16, *keys)
-    stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4)
+    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3, 4)
     use_tma = (True, False) if dtype != torch.float32 else (False,)
     default = default_config(arch, dtype, head_dim, head_dim_v, causal)
     candidates = itertools.starmap(FlashConfig, itertools.product(rows, keys, (4, 8), stages, use_tma))
@@ -290,7 +269,7 @@ def search_space(arch, dtype, head_dim, head_dim_v, causal):
 
 def hopper_search_space(arch, dtype, head_dim, causal):
     """Configs of hopper.py's kernel for a sweep to compare, the default first; none where it serves nothing."""
-    if known_arch(arch) != "sm_90" or dtype == torch.float32 or (head_dim, causal) not in _HOPPER:
+    if not gpu_of(arch).wgmma or dtype == torch.float32 or (head_dim, causal) not in _HOPPER:
         return []
     default = _HOPPER[head_dim, causal]
     # Scores, weights and output of three groups fit in their registers, 160 a thread, at head dim 64 alone. Tiles of 64
@@ -298,52 +277,50 @@ def hopper_search_space(arch, dtype, head_dim, causal):
     groups = (2, 3) if head_dim == 64 else (2,)
     candidates = itertools.starmap(HopperConfig, itertools.product((default.block_n,), groups, (2, 3, 4)))
     row_bytes = head_dim * dtype.itemsize
-    configs = [c for c in candidates if (c.block_m + 2 * c.block_n * c.num_stages) * row_bytes <= 230_000]
+    # Barriers take less than 2 KB.
+    limit = gpu_of(arch).shared_bytes - 2048
+    configs = [c for c in candidates if (c.block_m + 2 * c.block_n * c.num_stages) * row_bytes <= limit]
     return list(dict.fromkeys([default, *configs]))
 
 
 def prune(config, arch, dtype, head_dim, head_dim_v):
     """Why a config cannot run, or cannot run well; None if nothing is against it. By estimate: the compiler decides."""
-    arch = known_arch(arch)
-    if config.use_tma and not has_tma(arch):
+    gpu = gpu_of(arch)
+    if config.use_tma and not gpu.tma:
         return f"{arch} has no TMA"
     if config.use_tma and (head_dim * dtype.itemsize % 16 or head_dim_v * dtype.itemsize % 16):
         return "TMA needs rows in units of 16 bytes"
-    if arch in ("sm_90", "sm_100") and dtype != torch.float32 and config.block_m < 64:
+    if gpu.multiplies_shared_memory and dtype != torch.float32 and config.block_m < 64:
         return "the matrix instructions take 64 rows"
-    shared = _shared_bytes(config, arch, dtype, head_dim, head_dim_v)
-    if shared > SHARED_BYTES[arch]:
-        return f"{shared} bytes of shared memory, {arch} has {SHARED_BYTES[arch]}"
-    registers, limit = _registers(config, arch, dtype, head_dim_v), 448 if arch == "gfx942" else 224
+    shared = _shared_bytes(config, gpu, dtype, head_dim, head_dim_v)
+    if shared > gpu.shared_bytes:
+        return f"{shared} bytes of shared memory, {arch} has {gpu.shared_bytes}"
+    registers, limit = _registers(config, gpu, dtype, head_dim_v), 448 if gpu.is_amd else 224
     if registers > limit:
         return f"{registers} registers a thread for scores and output, {limit} leave room for the rest"
     columns = (config.block_n + padded_head_dim(head_dim_v)) * config.block_m // 128
-    if arch == "sm_100" and columns > 512:
+    if gpu.tensor_memory and columns > 512:
         return f"{columns} columns of tensor memory, there are 512"
     return None
 
 
-def has_tma(arch):
-    return "tma" in _HALF[known_arch(arch)]
-
-
-def _shared_bytes(config, arch, dtype, head_dim, head_dim_v):
+def _shared_bytes(config, gpu, dtype, head_dim, head_dim_v):
     """What the tiles of q, k and v take."""
     size = dtype.itemsize
     q = config.block_m * padded_head_dim(head_dim) * size
     k, v = (config.block_n * padded_head_dim(dim) * size for dim in (head_dim, head_dim_v))
-    if arch == "gfx942":
+    if gpu.is_amd:
         return max(q, k, v)
     if config.num_stages == 1:
         return q + max(k, v)
     # mma.sync reads its operands into registers, which frees a buffer.
-    buffers = config.num_stages if arch in ("sm_90", "sm_100") else config.num_stages - 1
+    buffers = config.num_stages if gpu.multiplies_shared_memory else config.num_stages - 1
     return q + buffers * (k + v)
 
 
-def _registers(config, arch, dtype, head_dim_v):
+def _registers(config, gpu, dtype, head_dim_v):
     """32-bit registers per thread that hold scores, weights and, where there is no tensor memory, the output."""
-    threads = config.num_warps * (64 if arch == "gfx942" else 32)
+    threads = config.num_warps * gpu.warp_size
     scores = config.block_m * config.block_n
-    output = 0 if arch == "sm_100" else config.block_m * padded_head_dim(head_dim_v)
+    output = 0 if gpu.tensor_memory else config.block_m * padded_head_dim(head_dim_v)
     return (scores + scores * dtype.itemsize // 4 + output) // threads

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed
+from .._host.gpu import gpu_of
 from .._host.layout import (
     batch_head_strides,
     clear_outputs,
@@ -210,7 +211,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
     softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
     arch = arch_of(q)
     layout, varlen_batch = layout_of(q, k, v, out), None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    if arch == "sm_90" and config is None:
+    if gpu_of(arch).wgmma and config is None:
         plan = _plan_for_hopper(q, k, v, out, layout, varlen_batch, seqlen_q, seqlen_k, options)
         if plan is not None:
             tensors = q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from .._host.checks import layout_of
-from .._host.device import arch_of, input_precision, launch_packed, num_processors
+from .._host.device import arch_of, input_precision, launch_packed
+from .._host.gpu import count_sms, gpu_of
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
@@ -341,7 +342,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
     latents, _, rope_keys = cache
     arch = arch_of(q)
     hopper = None
-    if arch == "sm_90" and config is None and block_table is not None and scale_log2 > 0:
+    if gpu_of(arch).wgmma and config is None and block_table is not None and scale_log2 > 0:
         hopper = _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits)
     if hopper is not None:
         _, num_splits, *_ = hopper
@@ -364,7 +365,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         (scale_log2 > 0) - (scale_log2 < 0),
         arch,
         input_precision(q.dtype, arch),
-        num_processors(q.device),
+        count_sms(q.device, arch),
         config,
     )
     parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
@@ -420,7 +421,7 @@ def _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_split
     wanted = wanted_kernels()
     if wanted == "portable" or any(x.data_ptr() % 16 for x in (q, q_pe, latents, rope_keys)):
         return None
-    layout, num_sms = layout_of(q, q_pe, latents), num_processors(q.device)
+    layout, num_sms = layout_of(q, q_pe, latents), count_sms(q.device, arch_of(q))
     return plan_hopper(layout, q.dtype, latents.dtype, block_table.shape[1], causal, num_splits, num_sms, wanted)
 
 
@@ -464,7 +465,6 @@ def _plan(
         tiles = default_decode_config(arch, dtype, num_rows, is_fp8, paged=False)
     num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
     num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
-    native = arch.startswith("sm_") and int(arch[3:]) >= 89
     one_page = paged and page_size % tiles.block_n == 0
     cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
     constants = dict(
@@ -480,7 +480,7 @@ def _plan(
         CUT_CHAIN=cut_chain,
         SIGN=sign,
         JOINED=paged and not is_fp8,
-        FLOAT8=(3, native) if is_fp8 else None,
+        FLOAT8=(3, 3 in gpu_of(arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK,
         VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
         VECTOR_CACHE=16 // cache_dtype.itemsize if aligned else 1,

@@ -6,13 +6,12 @@ gives them; of those for more rows the one with the most `lock` in perf/loop_mod
 alone fills the tensor memory: mma.sync takes 32.
 """
 
-import functools
 import itertools
 from dataclasses import dataclass
 
 import torch
 
-from .._host.checks import fail
+from .._host.gpu import gpu_of
 from .._host.tuned import remember, rows_class, tuned_config
 
 
@@ -37,7 +36,7 @@ class MlaHopperConfig:
 # Of hopper.py by (kv_lora_rank, qk_rope_head_dim).
 _HOPPER = {(512, 64): MlaHopperConfig(2)}
 
-# Configs of up to 16 rows and of more, per architecture; 16-bit inputs.
+# Configs of up to 16 rows and of more, per architecture; 16-bit inputs. sm_120 spills with 32 rows, sm_86 does not.
 _HALF = {
     "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
     "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 32, 4, 3)),
@@ -82,7 +81,7 @@ def default_decode_config(arch, dtype, num_rows, is_fp8=False, paged=True):
         return MlaDecodeConfig(16 if num_rows <= 16 else 64, 64, 4, 1)
     if dtype == torch.float32:
         return _FLOAT
-    arch = _known_arch(arch)
+    arch = gpu_of(arch).configs
     config = (_FLOAT8 if is_fp8 else _HALF)[arch][num_rows > 16]
     return config if paged or num_rows <= 16 else _CONTIGUOUS.get(arch, config)
 
@@ -106,18 +105,6 @@ def programs_per_processor(config, is_fp8):
     """Programs of a decode that splits are to give a processor at once. Tiles of 16 rows leave room for two, which an
     fp8 cache needs, whose loop is slower than memory; others wait for memory, and more splits are more to merge."""
     return 2 if is_fp8 and config.block_m == 16 else 1
-
-
-@functools.cache
-def _known_arch(arch):
-    """The architecture whose configs serve: its own, or one with the same instructions and no more memory."""
-    if arch.startswith("gfx"):
-        return "gfx942"
-    number = int(arch.removeprefix("sm_"))
-    if number < 80:
-        fail("q_nope", "a GPU of compute capability 8.0 or more", arch)
-    lowest = max(n for n in (80, 81, 90, 100, 120) if n <= number)
-    return f"sm_{86 if lowest == 81 else lowest}"
 
 
 @dataclass(frozen=True)
@@ -163,18 +150,18 @@ def default_prefill_config(arch, dtype, fused, head_dim):
     if dtype == torch.float32:
         return MlaPrefillConfig(32 if head_dim <= 256 else 16, 16, 8, 1, 16)
     if head_dim <= 128:
-        return _PREFILL[_known_arch(arch)][fused]
+        return _PREFILL[gpu_of(arch).configs][fused]
     return next(config for width, config in _PREFILL_WIDE if head_dim <= width)
 
 
 def has_wgmma(arch):
-    return arch.startswith("sm_") and 90 <= int(arch.removeprefix("sm_")) < 100
+    return gpu_of(arch).wgmma
 
 
 def prefill_search_space(arch, dtype, fused, head_dim):
     """Configs of `default_prefill_config`'s kernel for a sweep to compare, the default first."""
     default = default_prefill_config(arch, dtype, fused, head_dim)
-    stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3)
+    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3)
     latent_tiles = (32, 64, 128) if fused else (default.block_c,)
     candidates = itertools.product((64, 128), (32, 64, 128), (4, 8), stages, latent_tiles)
     return list(dict.fromkeys([default, *itertools.starmap(MlaPrefillConfig, candidates)]))
@@ -184,6 +171,6 @@ def search_space(arch, dtype, num_rows, is_fp8=False):
     """Configs of a decode step for a sweep to compare, the default first."""
     default = default_decode_config(arch, dtype, num_rows, is_fp8)
     rows = (16,) if num_rows <= 16 else (16, 32, 64)
-    stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4)
+    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3, 4)
     candidates = itertools.starmap(MlaDecodeConfig, itertools.product(rows, (16, 32, 64), (4, 8), stages))
     return list(dict.fromkeys([default, *candidates]))

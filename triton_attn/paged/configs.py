@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .._host.gpu import gpu_of
 from .._host.tuned import remember, rows_class, tuned_config
 
 
@@ -49,6 +50,7 @@ _HALF = {
         (512, PagedConfig(16, 16, 4, 2), PagedConfig(32, 16, 8, 2)),
     ),
 }
+_HALF |= {"sm_86": _HALF["sm_80"], "sm_100": _HALF["sm_90"], "sm_120": _HALF["sm_80"]}
 _FLOAT = (
     (128, PagedConfig(16, 32, 4, 2), PagedConfig(32, 32, 8, 1)),
     (512, PagedConfig(16, 16, 8, 1), PagedConfig(16, 16, 8, 1)),
@@ -84,7 +86,7 @@ def default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes):
     """
     if arch == "interpreter":
         return PagedConfig(32 if num_rows <= 32 else 64, 64, 4, 1)
-    table = _FLOAT if dtype == torch.float32 else _HALF[_known_arch(arch)]
+    table = _FLOAT if dtype == torch.float32 else _HALF[gpu_of(arch).configs]
     width = max(head_dim, head_dim_v)
     few, many = next(configs for limit, *configs in table if width <= limit)
     config = few
@@ -99,17 +101,10 @@ def default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes):
     return config
 
 
-def _known_arch(arch):
-    """The architecture whose table serves: on others with mma.sync that of sm_80, on those with more that of sm_90."""
-    if arch.startswith("gfx"):
-        return "gfx942"
-    return "sm_90" if 90 <= int(arch.removeprefix("sm_")) < 120 else "sm_80"
-
-
 def search_space(arch, dtype, head_dim, head_dim_v, num_rows):
     """Configs for a sweep to compare, the default first."""
     default = default_config(arch, dtype, head_dim, head_dim_v, num_rows, True)
-    stages = (1, 2) if arch.startswith("gfx") else (1, 2, 3, 4)
+    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3, 4)
     rows = [rows for rows in (16, 32, 64, 128) if rows <= default.block_m]
     candidates = itertools.starmap(PagedConfig, itertools.product(rows, (16, 32, 64, 128), (2, 4, 8), stages))
     return list(dict.fromkeys([default, *candidates]))

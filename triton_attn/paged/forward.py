@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, check_rows, layout_of
-from .._host.device import arch_of, input_precision, launch_packed, num_processors
+from .._host.device import arch_of, input_precision, launch_packed
+from .._host.gpu import count_sms, gpu_of
 from .._host.layout import (
     INDICES,
     LSE,
@@ -322,7 +323,7 @@ def launch_paged_fwd(
         (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
         arch,
         input_precision(q.dtype, arch),
-        num_processors(q.device),
+        count_sms(q.device, arch),
         config,
     )
     if not passes:
@@ -399,7 +400,8 @@ def _float8(dtype, arch):
     """How to decode a cache of this dtype: (bits of mantissa, whether by the GPU's own conversion), or None."""
     if dtype not in FLOAT8_MANTISSA_BITS:
         return None
-    return FLOAT8_MANTISSA_BITS[dtype], arch.startswith("sm_") and (dtype == torch.float8_e5m2 or int(arch[3:]) >= 89)
+    bits = FLOAT8_MANTISSA_BITS[dtype]
+    return bits, bits in gpu_of(arch).native_fp8
 
 
 @remember

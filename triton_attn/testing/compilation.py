@@ -12,39 +12,18 @@ from typing import NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-_TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_103": GPUTarget("cuda", 103, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "sm_121": GPUTarget("cuda", 121, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-}
+from .._host.gpu import GPUS
 
-# Bytes that one program may use. CUDA C++ programming guide, table of compute capabilities (opt-in maximum per block);
-# AMD CDNA3 and CDNA4 ISA: 64 and 160 KiB of local data share per workgroup.
-_SHARED_MEMORY_LIMIT = {
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_89": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_103": 232448,
-    "sm_120": 101376,
-    "sm_121": 101376,
-    "gfx942": 65536,
-    "gfx950": 163840,
+_TARGETS = {
+    arch: GPUTarget("hip", arch, gpu.warp_size) if gpu.is_amd else GPUTarget("cuda", int(arch[3:]), gpu.warp_size)
+    for arch, gpu in GPUS.items()
 }
 
 
 def shared_memory_limit(arch: str) -> int:
     """Bytes of shared memory (AMD: LDS) that one program may use on `arch`, a name that `compile_only` takes."""
     _check_arch(arch)
-    return _SHARED_MEMORY_LIMIT[arch]
+    return GPUS[arch].shared_bytes
 
 
 def _check_arch(arch):
@@ -292,7 +271,7 @@ class _Driver:
         raise RuntimeError("compile_only launches nothing, so nothing can be timed: launch one explicit config")
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": _SHARED_MEMORY_LIMIT[self.arch]}
+        return {"max_shared_mem": GPUS[self.arch].shared_bytes}
 
     def load_binary(self, name, binary, shared, device):
         module, function, registers, spills, max_threads = self, None, None, None, 1024

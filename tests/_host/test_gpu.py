@@ -1,0 +1,126 @@
+"""The table of GPUs: every kernel family asks it, and has one answer for an architecture."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import triton_attn
+from perf.gpus import CAPACITY, RATES, SHARED_BYTES_RESERVED_PER_CTA
+from triton_attn._host.gpu import GPUS, INTERPRETER, count_sms, gpu_of
+from triton_attn.flash import backward_configs
+from triton_attn.flash import configs as flash_configs
+from triton_attn.mla import configs as mla_configs
+from triton_attn.paged import configs as paged_configs
+from triton_attn.testing import shared_memory_limit
+
+TABLES = {
+    "flash": flash_configs._HALF,
+    "flash_backward": backward_configs._HALF,
+    "paged": paged_configs._HALF,
+    "mla": mla_configs._HALF,
+    "mla of fp8": mla_configs._FLOAT8,
+    "mla_prefill": mla_configs._PREFILL,
+}
+HALF = torch.bfloat16
+DEFAULTS = {
+    "flash": lambda arch, dim: flash_configs.default_config(arch, HALF, dim, dim, True),
+    "flash_backward": lambda arch, dim: backward_configs.default_backward_config(arch, HALF, dim, dim, True),
+    "paged": lambda arch, dim: [paged_configs.default_config(arch, HALF, dim, dim, n, True) for n in (4, 32, 256)],
+    "mla": lambda arch, dim: [
+        mla_configs.default_decode_config(arch, HALF, rows, is_fp8, paged)
+        for rows in (16, 128)
+        for is_fp8 in (False, True)
+        for paged in (False, True)
+    ],
+    "mla_prefill": lambda arch, dim: [mla_configs.default_prefill_config(arch, HALF, x, dim) for x in (False, True)],
+}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_every_family_has_the_tables_that_gpus_take(family):
+    assert set(TABLES[family]) == {gpu.configs for gpu in GPUS.values()}
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize(
+    ("arch", "like"),
+    [
+        ("sm_87", "sm_86"),
+        ("sm_89", "sm_86"),
+        ("sm_91", "sm_90"),
+        ("sm_103", "sm_100"),
+        ("sm_110", "sm_100"),
+        ("sm_121", "sm_120"),
+        ("sm_130", "sm_120"),
+        ("gfx90a", "gfx942"),
+        ("gfx950", "gfx942"),
+        ("gfx1201", "gfx942"),
+    ],
+)
+def test_every_family_takes_an_architecture_for_the_same(arch, like, family):
+    assert gpu_of(arch).configs == gpu_of(like).configs
+    for head_dim in (16, 64, 96, 128, 256):
+        assert DEFAULTS[family](arch, head_dim) == DEFAULTS[family](like, head_dim)
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_a_gpu_that_triton_does_not_support_is_named(family):
+    with pytest.raises(ValueError, match=r"compute capability 8\.0 or more, got sm_75"):
+        DEFAULTS[family]("sm_75", 64)
+
+
+def test_what_is_not_listed_keeps_its_name_and_has_the_instructions_of_its_like():
+    assert gpu_of("sm_110") == replace(GPUS["sm_103"], arch="sm_110")
+    assert gpu_of("gfx1201") == replace(GPUS["gfx942"], arch="gfx1201")
+    assert all(gpu_of(arch) is gpu for arch, gpu in GPUS.items())
+
+
+def test_the_instructions_of_each_generation():
+    def having(instruction):
+        return {arch for arch, gpu in GPUS.items() if getattr(gpu, instruction)}
+
+    assert having("wgmma") == {"sm_90"}
+    assert having("tensor_memory") == {"sm_100", "sm_103"}
+    assert having("tma") == {"sm_90", "sm_100", "sm_103", "sm_120", "sm_121"}
+    assert having("is_amd") == {"gfx942", "gfx950"}
+    assert {arch for arch, gpu in GPUS.items() if 3 in gpu.native_fp8} == having("tma") | {"sm_89"}
+    assert {arch for arch, gpu in GPUS.items() if 2 in gpu.native_fp8} == GPUS.keys() - having("is_amd")
+    assert not INTERPRETER.native_fp8
+    assert not INTERPRETER.multiplies_shared_memory
+
+
+def test_a_plan_without_a_gpu_is_for_the_sms_of_the_architecture():
+    cpu = torch.device("cpu")
+    assert count_sms(cpu, "sm_80") == 108
+    assert count_sms(cpu, "sm_90") == count_sms(cpu, "interpreter") == 132
+
+
+def test_what_compiles_and_what_predicts_know_the_same_gpus():
+    """The loop model keeps figures of its own: it also reads what another commit's package compiles to."""
+    assert {arch: shared_memory_limit(arch) for arch in GPUS} == {arch: gpu.shared_bytes for arch, gpu in GPUS.items()}
+    for arch, capacity in CAPACITY.items():
+        assert capacity.shared_bytes == GPUS[arch].shared_bytes + SHARED_BYTES_RESERVED_PER_CTA
+    assert CAPACITY.keys() == {arch for arch, gpu in GPUS.items() if not gpu.is_amd}
+    for arch, rates in RATES.items():
+        assert rates.num_sms == GPUS[arch].num_sms
+
+
+def test_nothing_else_reads_an_architecture_s_name():
+    """What depends on the architecture asks its Gpu; device code, which cannot, asks the compiler's target."""
+    package = Path(triton_attn.__file__).parent
+    reads = re.compile(r"arch(?:\[|\.(?:startswith|removeprefix|split))|arch\w* (?:==|!=|in) \(?[\"']")
+    knowing = {
+        "gpu.py",
+        "compilation.py",
+        "launches.py",
+    }  # and the targets to compile for or to emulate
+    found = [
+        f"{path.relative_to(package)}:{number}"
+        for path in package.rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if path.name not in knowing and reads.search(line) and "interpreter" not in line
+    ]
+    assert found == []
