@@ -27,12 +27,12 @@ def _run(*arguments, compiled=False):
 GROUPS = {
     "FLASH": (
         _run("tests/flash/test_forward.py", "tests/flash/test_softcap.py"),
-        _run("tests/_jit", "tests/flash/test_random.py", "tests/test_strides.py", "-k", "forward or _jit or flash"),
+        _run("tests/_jit", "tests/flash/test_random.py", "tests/test_strides.py", "-k", "forward or _jit or flash or lse"),
         _run("tests/testing/test_emulated_kernels.py", "-k", "misaligned and flash", compiled=True),
     ),
     "BACKWARD": (
         _run("tests/flash/test_backward.py"),
-        _run("tests/flash/test_random.py", "tests/test_strides.py", "-k", "backward or flash"),
+        _run("tests/flash/test_random.py", "tests/test_strides.py", "-k", "backward or flash or lse"),
     ),
     "DROPOUT": (_run("tests/flash/test_dropout.py", "tests/flash/test_backward.py"),),
     "PAGED": (
