@@ -1,6 +1,7 @@
 """Attention shapes of real models, as published in the config.json of each on the Hugging Face hub."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ._host.checks import fail
 
@@ -26,7 +27,7 @@ class Model:
     qk_rope_head_dim: int | None = None
 
     @property
-    def attention(self):
+    def attention(self) -> Literal["MHA", "GQA", "MQA", "MLA"]:
         """MHA, GQA, MQA or MLA."""
         if self.kv_lora_rank is not None:
             return "MLA"
@@ -61,7 +62,7 @@ MODELS = (
 )
 
 
-def model_named(name):
+def model_named(name: str) -> Model:
     """The model of this name, in any case; ValueError lists the names."""
     found = next((model for model in MODELS if model.name.lower() == str(name).lower()), None)
     if found is None:

@@ -81,7 +81,7 @@ _plans = []  # functions that remember what follows from tables
 _generation = object()  # another one each time that tables change
 
 
-def use_tuned(path):
+def use_tuned(path: str | os.PathLike[str] | None) -> None:
     """Let the configs of a table of one's own serve, before those of the package and of tables added earlier.
 
     `python -m perf sweep --table PATH` writes one; the environment variable TRITON_ATTN_TUNED names one that is added

@@ -1,6 +1,7 @@
 """Compiling ahead of the first call, into Triton's cache on disk."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,33 +31,33 @@ class WarmupResult(NamedTuple):
 
 
 def warmup(
-    model=None,
+    model: str | None = None,
     *,
-    num_heads_q=None,
-    num_heads_kv=None,
-    head_dim=None,
-    head_dim_v=None,
-    kv_lora_rank=None,
-    qk_rope_head_dim=None,
-    tensor_parallel_size=1,
-    dtype=torch.bfloat16,
-    kv_cache_dtype=None,
-    page_size=None,
-    causal=True,
-    window_size=None,
-    softcap=0.0,
-    sinks=None,
-    alibi=False,
-    rotary_dim=0,
-    rope_interleaved=False,
-    dropout_p=0.0,
-    deterministic=False,
-    max_seqlen=16384,
-    functions=None,
-    arch=None,
-    num_workers=1,
-    report=None,
-):
+    num_heads_q: int | None = None,
+    num_heads_kv: int | None = None,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
+    kv_lora_rank: int | None = None,
+    qk_rope_head_dim: int | None = None,
+    tensor_parallel_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_cache_dtype: torch.dtype | None = None,
+    page_size: int | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    sinks: bool | torch.dtype | None = None,
+    alibi: bool = False,
+    rotary_dim: int = 0,
+    rope_interleaved: bool = False,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    max_seqlen: int = 16384,
+    functions: Sequence[str] | None = None,
+    arch: str | None = None,
+    num_workers: int = 1,
+    report: Callable[[str], object] | None = None,
+) -> WarmupResult:
     """Compile ahead what calls of a model's shape need, so that a server's first request does not pay.
 
     The calls are made as they will be, nothing is launched, and what the compiler makes goes to Triton's cache on disk

@@ -24,20 +24,20 @@ from . import reference
 
 
 def append_kv_cache(
-    k,
-    v,
-    k_cache,
-    v_cache,
-    slot_mapping,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
     *,
-    k_scale=None,
-    v_scale=None,
-    rope_cos=None,
-    rope_sin=None,
-    positions=None,
-    rope_interleaved=False,
-    check_values=None,
-):
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    rope_interleaved: bool = False,
+    check_values: bool | None = None,
+) -> None:
     """Write the keys and values of new tokens in their slots of a paged cache, in place.
 
         k_cache[page, offset, h] = rope(k[t, h], positions[t]) / k_scale[h]
@@ -138,17 +138,17 @@ def _(*args):
 
 
 def append_latent_cache(
-    kv_latent,
-    k_pe,
-    latent_cache,
-    slot_mapping,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
     *,
-    rope_cos=None,
-    rope_sin=None,
-    positions=None,
-    rope_interleaved=False,
-    check_values=None,
-):
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    rope_interleaved: bool = False,
+    check_values: bool | None = None,
+) -> None:
     """Write the latent vectors and rotary keys of new tokens in their slots of an MLA cache, in place.
 
         latent_cache[page, offset] = [kv_latent[t], rope(k_pe[t], positions[t])]
@@ -241,7 +241,9 @@ def _(*args):
     pass
 
 
-def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
+def copy_kv_pages(
+    caches: Tensor | Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, *, check_values: bool | None = None
+) -> None:
     """Copy whole pages inside a paged cache, in place: page dst_pages[i] becomes page src_pages[i]. One launch.
 
     Pages are copied in no defined order: a page may be the source of several copies, but not a destination twice, nor

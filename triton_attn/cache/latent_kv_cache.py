@@ -36,16 +36,16 @@ class LatentKVCache(PagedSequences):
 
     def __init__(
         self,
-        num_pages,
-        page_size=64,
+        num_pages: int,
+        page_size: int = 64,
         *,
-        num_layers,
-        kv_lora_rank,
-        qk_rope_head_dim,
-        dtype=torch.bfloat16,
-        device=None,
-        prefix_caching=True,
-    ):
+        num_layers: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
         sizes = {"num_layers": num_layers, "kv_lora_rank": kv_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
         num_layers, kv_lora_rank, qk_rope_head_dim = (check_size(*item) for item in sizes.items())
         dtype, width = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)

@@ -42,17 +42,17 @@ class PagedKVCache(PagedSequences):
 
     def __init__(
         self,
-        num_pages,
-        page_size=16,
+        num_pages: int,
+        page_size: int = 16,
         *,
-        num_layers,
-        num_kv_heads,
-        head_dim,
-        head_dim_v=None,
-        dtype=torch.bfloat16,
-        device=None,
-        prefix_caching=True,
-    ):
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
         num_layers, num_kv_heads, head_dim, head_dim_v = (check_size(*item) for item in sizes.items())

@@ -1,9 +1,15 @@
 """Pages by number: who counts on them, which are free, which can be found by what they hold."""
 
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
 import torch
+from torch import Tensor
 
 from .._host.checks import check_bool, check_length, fail
 from .arrays import from_list, zeros
+
+Pages: TypeAlias = Tensor | Sequence[int]
 
 
 class OutOfPages(RuntimeError):
@@ -29,7 +35,7 @@ class BlockPool:
     Page numbers are taken as a list, array or host tensor of integers, and returned as int64 host tensors.
     """
 
-    def __init__(self, num_pages, prefix_caching=True):
+    def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
         num_pages = check_length("num_pages", num_pages)
         self.num_pages = num_pages
         self.prefix_caching = check_bool("prefix_caching", prefix_caching)
@@ -50,7 +56,7 @@ class BlockPool:
         self._page_of = {}
         self._twins = {}
 
-    def allocate(self, n):
+    def allocate(self, n: int) -> Tensor:
         """Take n free pages, those that cannot be found before those that can, of these the longest free first.
 
         What they held can no longer be found in them.
@@ -67,7 +73,7 @@ class BlockPool:
         self.num_free -= n
         return pages
 
-    def share(self, pages):
+    def share(self, pages: Pages) -> None:
         """Count one more reference to each page; a page listed twice counts twice.
 
         Raises: ValueError, where a page does not exist, or is free and cannot be found: what it holds is nobody's.
@@ -82,7 +88,7 @@ class BlockPool:
         self.num_free -= revived.numel()
         self._count(pages, 1)
 
-    def release(self, pages):
+    def release(self, pages: Pages) -> None:
         """Count one reference less to each page, given from the head of a sequence to its tail.
 
         Of the pages that become free, the last listed is the first to be reused: a prefix is worth more than what
@@ -99,15 +105,15 @@ class BlockPool:
         found = self._found[freed]
         self.num_free += self._push(freed[found]) + self._push(freed[~found], at_head=True)
 
-    def ref_count(self, page):
+    def ref_count(self, page: int) -> int:
         """References to a page; 0: free."""
         return int(self._refs[self._check_pages([page])])
 
-    def ref_counts(self, pages):
+    def ref_counts(self, pages: Pages) -> Tensor:
         """References to each page: int32, one for each."""
         return self._refs[self._check_pages(pages)]
 
-    def register(self, pages, hashes):
+    def register(self, pages: Pages, hashes: Sequence[bytes]) -> None:
         """Let held pages be found by hashes of what they hold.
 
         Of pages with one hash, the first stays the one found; once it is reused or forgotten, the last of the others
@@ -133,13 +139,13 @@ class BlockPool:
         found = [self._page_of[self._hash_of[page]] == page for page in numbers]
         self._found[pages] = torch.tensor(found, dtype=torch.bool, device="cpu")
 
-    def forget(self, pages):
+    def forget(self, pages: Pages) -> None:
         """Let pages, about to be overwritten, no longer be found; those that are free are the next to be reused."""
         pages = self._check_pages(pages)
         self._forget(pages)
         self._push(pages[self._refs[pages] == 0], at_head=True)
 
-    def lookup(self, hashes):
+    def lookup(self, hashes: Iterable[bytes]) -> Tensor:
         """The pages of the longest prefix of `hashes` that is registered; no reference is taken.
 
         Args:
@@ -153,17 +159,17 @@ class BlockPool:
             pages.append(page)
         return torch.tensor(pages, dtype=torch.int64, device="cpu")
 
-    def hash_of(self, page):
+    def hash_of(self, page: int) -> bytes:
         """The hash that a page is registered under, whether it is the one found by it or not."""
         return self._hash_of[page]
 
     @property
-    def num_shared(self):
+    def num_shared(self) -> int:
         """Pages with more than one reference; O(num_pages)."""
         return int((self._refs > 1).sum())
 
     @property
-    def num_cached(self):
+    def num_cached(self) -> int:
         """Free pages that can be found by their hash; O(num_pages)."""
         return int((self._found & (self._refs == 0)).sum())
 

@@ -2,11 +2,14 @@
 
 from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from .._host.checks import check_length, check_size, fail
 from .arrays import empty, from_list, grown, ranges, zeros
@@ -14,6 +17,7 @@ from .hashing import page_hashes, root_hash
 from .pool import BlockPool
 
 NO_LIMIT = 2**62
+TokenIds: TypeAlias = Tensor | Iterable[int]
 
 
 class Sequence:
@@ -25,7 +29,7 @@ class Sequence:
         self._cache = cache
         self._row = row
 
-    def __len__(self):
+    def __len__(self) -> int:
         if self._cache is None:
             fail("seq", "a sequence of a cache", "a freed one")
         return int(self._cache._lengths[self._row])
@@ -67,7 +71,9 @@ class PagedSequences:
     become full are named one by one. See `PagedKVCache` for the rules of use. Not thread-safe.
     """
 
-    def __init__(self, num_pages, page_size, device, prefix_caching):
+    def __init__(
+        self, num_pages: int, page_size: int, device: torch.device | str | int | None, prefix_caching: bool
+    ) -> None:
         self.page_size = check_size("page_size", page_size)
         self.device = torch.empty(0, device=device).device  # with its index: "cuda" is another GPU at another time
         self.pool = BlockPool(num_pages, prefix_caching)
@@ -82,7 +88,7 @@ class PagedSequences:
         self._tokens_asked = 0
         self._tokens_found = 0
 
-    def create(self, token_ids, salt=None):
+    def create(self, token_ids: TokenIds, salt: str | bytes | None = None) -> tuple[Sequence, int]:
         """Begin a sequence with as much of `token_ids` as is cached.
 
         The longest prefix of full pages that other sequences wrote under the same salt is shared, but at most all
@@ -108,7 +114,7 @@ class PagedSequences:
         self._tokens_found += cached
         return Sequence(self, row), cached
 
-    def extend(self, seqs, token_ids):
+    def extend(self, seqs: Iterable[Sequence], token_ids: int | Tensor | Iterable[int | TokenIds]) -> Tensor:
         """Room for new tokens at the end of each sequence, for the whole batch or not at all.
 
         What the sequences held before counts as written: pages that are full can be found from now on. A sequence
@@ -160,14 +166,14 @@ class PagedSequences:
             self._known[rows[unknown]] = torch.minimum(self._known[rows], lengths)[unknown]
         return self._to_device(slots)
 
-    def commit(self, seqs):
+    def commit(self, seqs: Iterable[Sequence]) -> None:
         """Say that the tokens of these sequences are written: their full pages can be found from now on.
 
         `extend` implies it for the sequences it extends.
         """
         self._name_full_pages(self._rows(seqs))
 
-    def fork(self, seq):
+    def fork(self, seq: Sequence) -> Sequence:
         """A second sequence with the same tokens, on the same pages: the first to write in a shared one copies it."""
         row = self._row(seq)
         pages = self._tables[row, : self._pages_of(len(seq))]
@@ -176,7 +182,7 @@ class PagedSequences:
         self._tables[fork, : pages.numel()] = pages
         return Sequence(self, fork)
 
-    def truncate(self, seq, n):
+    def truncate(self, seq: Sequence, n: int) -> None:
         """Keep the first n tokens and give up the pages after them: rejected drafts, a prompt that is changed."""
         row, length = self._row(seq), len(seq)
         n = check_length("n", n)
@@ -190,24 +196,24 @@ class PagedSequences:
             self._known[row] = NO_LIMIT
         self._named[row].clamp_(max=n // self.page_size)
 
-    def free(self, seq):
+    def free(self, seq: Sequence) -> None:
         """End a sequence. Pages that no other holds become free; what was committed can be found until it is reused."""
         self.truncate(seq, 0)
         self._roots[seq._row] = None
         self._unused_rows.append(seq._row)
         seq._cache = None
 
-    def block_table(self, seqs):
+    def block_table(self, seqs: Iterable[Sequence]) -> Tensor:
         """int32 (batch, pages of the longest) on the cache's device: the pages of each sequence, then zeros."""
         rows = self._rows(seqs)
         width = self._pages_of(int(self._lengths[rows].max())) if rows.numel() else 0
         return self._to_device(self._tables[:, :width].index_select(0, rows))
 
-    def cache_seqlens(self, seqs):
+    def cache_seqlens(self, seqs: Iterable[Sequence]) -> Tensor:
         """int32 (batch,) on the cache's device: the number of tokens of each sequence."""
         return self._to_device(self._lengths[self._rows(seqs)].to(torch.int32))
 
-    def stats(self):
+    def stats(self) -> CacheStats:
         """`CacheStats` of this moment; O(num_pages)."""
         pool = self.pool
         rows = from_list([row for row, root in enumerate(self._roots) if root is not None])

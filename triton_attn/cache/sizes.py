@@ -8,14 +8,14 @@ from .._host.latent import latent_storage
 
 def kv_cache_bytes_per_token(
     *,
-    num_layers,
-    num_kv_heads=None,
-    head_dim=None,
-    head_dim_v=None,
-    kv_lora_rank=None,
-    qk_rope_head_dim=None,
-    dtype=torch.bfloat16,
-):
+    num_layers: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
+    kv_lora_rank: int | None = None,
+    qk_rope_head_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
     """Bytes that one token keeps in the KV cache, all layers together.
 
         MHA, GQA, MQA:  num_layers * num_kv_heads * (head_dim + head_dim_v) * bytes of dtype

@@ -9,7 +9,7 @@ from .._host.observers import is_observed, refuse_gradients
 from . import reference
 
 
-def merge_attention(outs, lses):
+def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over a set of keys from attention over its parts.
 
         lse[b, h, i] = log sum_p exp(lses[p, b, h, i])

@@ -1,9 +1,12 @@
 """Flash attention as users call it: argument checks, then the kernel or the reference."""
 
 import functools
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
+from torch import Tensor
 
+from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
     MAX_HEAD_DIM_BACKWARD,
@@ -23,23 +26,38 @@ from .._host.observers import autocast, is_observed, number_and_tensor, refuse_t
 from .._host.options import attention_options, dropout_arguments, with_tensors
 from . import reference
 
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
 
+
+@overload
 def flash_attention(
-    q,
-    k,
-    v,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: "Unpack[keywords.Flash]"
+) -> Tensor: ...
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: "Unpack[keywords.Flash]"
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: "Unpack[keywords.Flash]"
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    causal=False,
-    softmax_scale=None,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    dropout_p=0.0,
-    dropout_seed=None,
-    deterministic=False,
-    return_lse=False,
-):
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of queries over keys and values, without the matrix of scores in memory.
 
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j, h // group_size]
@@ -106,27 +124,66 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
 def flash_attention_varlen(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
-    causal=False,
-    softmax_scale=None,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    dropout_p=0.0,
-    dropout_seed=None,
-    deterministic=False,
-    return_lse=False,
-    check_values=None,
-):
+    return_lse: Literal[False] = False,
+    **options: "Unpack[keywords.FlashVarlen]",
+) -> Tensor: ...
+@overload
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[keywords.FlashVarlen]",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    return_lse: bool,
+    **options: "Unpack[keywords.FlashVarlen]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention` of a batch of sequences packed one after the other, without padding.
 
     Sequence i has the queries [cu_seqlens_q[i], cu_seqlens_q[i + 1]) and the keys [cu_seqlens_k[i],

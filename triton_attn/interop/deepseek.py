@@ -10,10 +10,11 @@ all of it but the attention is called, and it goes on to work by itself.
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+from torch import Tensor
+from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, PretrainedConfig
 
 from triton_attn import LatentKVCache, append_latent_cache, mla_decode, mla_prefill, mla_softmax_scale
 
@@ -40,7 +41,15 @@ class PagedDeepseek:
         NotImplementedError: angles that change with the length of the text ("dynamic", "longrope").
     """
 
-    def __init__(self, model, num_pages, page_size=64, *, dtype=None, prefix_caching=True):
+    def __init__(
+        self,
+        model: DeepseekV2ForCausalLM | DeepseekV3ForCausalLM,
+        num_pages: int,
+        page_size: int = 64,
+        *,
+        dtype: torch.dtype | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
         if not isinstance(model, (DeepseekV2ForCausalLM, DeepseekV3ForCausalLM)):
             raise TypeError(
                 f"model: expected DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, got {type(model).__name__}"
@@ -65,7 +74,7 @@ class PagedDeepseek:
         self.rope = rope_tables(model, self.max_seqlen)
 
     @torch.no_grad()
-    def forward(self, seqs, new_tokens):
+    def forward(self, seqs: list[Any], new_tokens: list[list[int]]) -> Tensor:
         """Compute the new tokens of each sequence, the keys of which go to the cache.
 
         Args:
@@ -91,7 +100,7 @@ class PagedDeepseek:
         last = step.cu_seqlens_q[1:].long() - 1
         return self.model.lm_head(inner.norm(hidden[:, last]))[0].float()
 
-    def generate(self, prompts, max_new_tokens):
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The likeliest token again and again: a list of new tokens for each prompt, up to its end token included.
 
         Args:
@@ -221,14 +230,14 @@ class Step(NamedTuple):
         return x if self.padded_rows is None else x[self.padded_rows]
 
 
-def queries(attention, hidden):
+def queries(attention: torch.nn.Module, hidden: Tensor) -> Tensor:
     """(num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)), through the low-rank projections if there."""
     if attention.q_lora_rank is None:
         return attention.q_proj(hidden)
     return attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(hidden)))
 
 
-def softmax_scale(config):
+def softmax_scale(config: PretrainedConfig) -> float:
     """`mla_softmax_scale` of a config of transformers."""
     rope = config.rope_parameters
     if rope.get("rope_type", "default") == "default":
@@ -238,7 +247,7 @@ def softmax_scale(config):
     )
 
 
-def rope_tables(model, num_positions):
+def rope_tables(model: DeepseekV2ForCausalLM | DeepseekV3ForCausalLM, num_positions: int) -> dict[str, Any]:
     """rope_cos, rope_sin (num_positions, qk_rope_head_dim / 2) in fp32, YaRN's factor included, and the convention.
 
     V2 multiplies neighbours as complex numbers, V3 rotates neighbours or halves, as its config says.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import torch
+from torch import Tensor
 
 from triton_attn import flash_attention_varlen, mla_decode
 
@@ -29,7 +30,7 @@ class FlashMLASchedMeta:
     num_splits: None = None
 
 
-def get_mla_metadata(*args, **kwargs):
+def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:
     """(FlashMLASchedMeta, None): the two arguments of `flash_mla_with_kvcache` of these names. Both say nothing.
 
     Arguments of older signatures (cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q, is_fp8_kvcache,
@@ -40,23 +41,23 @@ def get_mla_metadata(*args, **kwargs):
 
 
 def flash_mla_with_kvcache(
-    q,
-    k_cache,
-    block_table,
-    cache_seqlens,
-    head_dim_v,
-    tile_scheduler_metadata,
-    num_splits=None,
-    softmax_scale=None,
-    causal=False,
-    is_fp8_kvcache=False,
-    indices=None,
-    attn_sink=None,
-    extra_k_cache=None,
-    extra_indices_in_kvcache=None,
-    topk_length=None,
-    extra_topk_length=None,
-):
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta | Tensor | None,
+    num_splits: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: None = None,
+    attn_sink: None = None,
+    extra_k_cache: None = None,
+    extra_indices_in_kvcache: None = None,
+    topk_length: None = None,
+    extra_topk_length: None = None,
+) -> tuple[Tensor, Tensor]:
     """`triton_attn.mla_decode` of queries that are absorbed already; latent vectors come out.
 
         s[b, h, i, j] = softmax_scale * q[b, i, h] . k[b, j]
@@ -129,19 +130,19 @@ def flash_mla_with_kvcache(
 
 
 def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_qo,
-    cu_seqlens_kv,
-    max_seqlen_qo,
-    max_seqlen_kv,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-    is_varlen=True,
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
     """`triton_attn.flash_attention_varlen` of q (total_q, num_heads_q, head_dim), k and v: MLA's prefill, up-projected.
 
     DeepSeek's head_dim is 192 and that of its values 128; any others to 512 are served, with gradients to 256, and
@@ -173,16 +174,16 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv,
-    cu_seqlens,
-    max_seqlen,
-    head_dim_qk,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-    is_varlen=True,
-):
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
     """`flash_attn_varlen_func` with qkv (total, num_heads, 2 head_dim_qk + head_dim_v); its gradient is one tensor."""
     q, k, v = _split_packed("qkv", qkv, head_dim_qk, 2)
     options = (dropout_p, softmax_scale, causal, deterministic, is_varlen)
@@ -190,19 +191,19 @@ def flash_attn_varlen_qkvpacked_func(
 
 
 def flash_attn_varlen_kvpacked_func(
-    q,
-    kv,
-    cu_seqlens_qo,
-    cu_seqlens_kv,
-    max_seqlen_qo,
-    max_seqlen_kv,
-    head_dim_qk,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-    is_varlen=True,
-):
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
     """`flash_attn_varlen_func` with kv (total_k, num_heads_k, head_dim_qk + head_dim_v); one tensor is its gradient."""
     k, v = _split_packed("kv", kv, head_dim_qk, 1)
     lengths = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)

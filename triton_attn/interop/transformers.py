@@ -16,10 +16,16 @@ torch.compile(fullgraph=True) makes one graph of a model. Where padding and sequ
 by an operator that reads their lengths back, once for each mask, of a decode step without.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
-from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from triton_attn import flash_attention
 
@@ -27,32 +33,32 @@ from .mask_functions import UNLIMITED, pattern_of
 from .packing import Packing, attend_packed, pack
 
 
-def register(name="triton_attn"):
+def register(name: str = "triton_attn") -> None:
     """Make `attn_implementation=name` known to transformers: the attention, and the mask that it takes."""
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, token_mask)
 
 
 def attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
-    sliding_window=None,
-    softcap=None,
-    is_causal=None,
-    s_aux=None,
-    cu_seq_lens_q=None,
-    cu_seq_lens_k=None,
-    max_length_q=None,
-    max_length_k=None,
-    deterministic=None,
-    position_ids=None,
-    **kwargs,
-):
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: TokenMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | Tensor | None = None,
+    max_length_k: int | Tensor | None = None,
+    deterministic: bool | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it.
 
     Args:
@@ -168,7 +174,7 @@ class TokenMask(torch.Tensor):
             f"but triton_attn's mask has no values, only its attention knows it; {INSTEAD}"
         )
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """On another device. A dtype says nothing here."""
         device = torch.empty((), device=self.device).to(*args, **kwargs).device
         tokens = None if self.tokens is None else self.tokens.to(device)
@@ -176,27 +182,27 @@ class TokenMask(torch.Tensor):
         mask.is_padded = self.is_padded
         return mask
 
-    def contiguous(self, **kwargs):
+    def contiguous(self, **kwargs: Any) -> TokenMask:
         """Asked for by generate()."""
         return self
 
     def __repr__(self):
         return f"TokenMask({tuple(self.shape)}, window={self.window}, num_keys={self.num_keys}, tokens={self.tokens})"
 
-    def check_lengths(self, seqlen_q, num_slots):
+    def check_lengths(self, seqlen_q: int, num_slots: int) -> None:
         if (seqlen_q, num_slots) != (self.seqlen_q, self.num_slots):
             raise NotImplementedError(
                 f"attention_mask: expected a mask for the layer's {seqlen_q} queries and {num_slots} keys, got one for "
                 f"{self.seqlen_q} and {self.num_slots}"
             )
 
-    def has_padding(self):
+    def has_padding(self) -> bool:
         if torch.compiler.is_compiling():
             return self.is_padded  # perhaps
         packing = self.packing()
         return packing is not None and packing.rows_k is not None
 
-    def packing(self):
+    def packing(self) -> Packing | None:
         """None where every row is one sequence without padding."""
         if self.tokens is not None and not self.is_packed:
             self.is_packed, self.packing_of_tokens = True, self._pack(self.tokens)
@@ -217,7 +223,7 @@ class TokenMask(torch.Tensor):
             return tokens.index_select(1, first + torch.arange(self.seqlen_q, device=tokens.device))
         return tokens[:, first : first + self.seqlen_q]
 
-    def packing_with(self, position_ids):
+    def packing_with(self, position_ids: Tensor | None) -> Packing | None:
         """The packing where the model did not tell `token_mask` its positions, but tells its layers."""
         traced = torch.compiler.is_compiling()
         is_whole = self.seqlen_q > 1 and (self.seqlen_q == self.num_keys or isinstance(self.first_query, torch.Tensor))
@@ -252,17 +258,17 @@ def _model_of(config):
 
 
 def token_mask(
-    batch_size,
-    q_length,
-    kv_length,
-    q_offset,
-    kv_offset,
-    mask_function,
-    attention_mask,
-    device,
-    config=None,
-    **kwargs,
-):
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    config: PretrainedConfig | None = None,
+    **kwargs: object,
+) -> TokenMask:
     """The mask of all layers of a kind, as transformers asks for it: a `TokenMask`, always.
 
     Args:

@@ -1,8 +1,11 @@
 """Multi-head latent attention as users call it: argument checks, then the kernels or the reference."""
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
+from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
     KERNEL_DTYPES,
@@ -27,25 +30,67 @@ from ..combine.splits import check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
 
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
 
+
+@overload
 def mla_decode(
-    q_nope,
-    q_pe,
-    latent_cache,
-    cache_seqlens,
-    block_table,
-    w_uk=None,
-    w_uv=None,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    w_uk: Tensor | None = None,
+    w_uv: Tensor | None = None,
     *,
-    causal=True,
-    softmax_scale=None,
-    rope_cos=None,
-    rope_sin=None,
-    rope_interleaved=False,
-    num_splits=0,
-    return_lse=False,
-    check_values=None,
-):
+    return_lse: Literal[False] = False,
+    **options: "Unpack[keywords.LatentDecode]",
+) -> Tensor: ...
+@overload
+def mla_decode(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    w_uk: Tensor | None = None,
+    w_uv: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[keywords.LatentDecode]",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def mla_decode(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    w_uk: Tensor | None = None,
+    w_uv: Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: "Unpack[keywords.LatentDecode]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def mla_decode(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    w_uk: Tensor | None = None,
+    w_uv: Tensor | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    rope_interleaved: bool = False,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a paged cache of latent vectors: the absorbed form of MLA.
 
         s[b, h, i, j] = softmax_scale * ((q_nope[b, i, h] @ w_uk[h]) . c[b, j] + rope(q_pe[b, i, h]) . r[b, j])
@@ -192,25 +237,61 @@ def _(q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, *rest)
     return _decode_outputs(q_nope, w_uk, w_uv, rest[-1])
 
 
+@overload
 def mla_prefill(
-    q_nope,
-    q_pe,
-    kv_latent,
-    k_pe,
-    w_uk,
-    w_uv,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
     *,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    causal=True,
-    softmax_scale=None,
-    mode="auto",
-    max_workspace_bytes=2**28,
-    return_lse=False,
-    check_values=None,
-):
+    return_lse: Literal[False] = False,
+    **options: "Unpack[keywords.LatentPrefill]",
+) -> Tensor: ...
+@overload
+def mla_prefill(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[keywords.LatentPrefill]",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def mla_prefill(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    return_lse: bool,
+    **options: "Unpack[keywords.LatentPrefill]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def mla_prefill(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    mode: keywords.Mode = "auto",
+    max_workspace_bytes: int = 2**28,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over latent vectors for many queries: prefill, chunks of it, and training, in three schedules.
 
         k[b, j, h] = [w_uk[h] @ kv_latent[b, j], k_pe[b, j]]        v[b, j, h] = w_uv[h] @ kv_latent[b, j]

@@ -5,7 +5,9 @@ import math
 from .._host.checks import check_length, check_number, fail
 
 
-def mla_softmax_scale(qk_nope_head_dim, qk_rope_head_dim, rope_factor=1.0, mscale_all_dim=0.0):
+def mla_softmax_scale(
+    qk_nope_head_dim: int, qk_rope_head_dim: int, rope_factor: float = 1.0, mscale_all_dim: float = 0.0
+) -> float:
     """The factor on scores of multi-head latent attention, with the correction that comes with YaRN.
 
         (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * m ** 2,   m = 1 + 0.1 * mscale_all_dim * ln(rope_factor)

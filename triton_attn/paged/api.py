@@ -1,9 +1,12 @@
 """Attention over a cache as users call it: argument checks, then the kernel or the reference."""
 
 import functools
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
+from torch import Tensor
 
+from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
@@ -26,30 +29,66 @@ from .._host.options import AttentionOptions, attention_options, with_tensors
 from ..combine.splits import check_num_splits
 from . import reference
 
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
 
+
+@overload
 def paged_attention(
-    q,
-    k_cache,
-    v_cache,
-    cache_seqlens,
-    block_table=None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
     *,
-    cu_seqlens_q=None,
-    max_seqlen_q=None,
-    causal=True,
-    softmax_scale=None,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    k_scale=None,
-    v_scale=None,
-    num_splits=0,
-    shared_prefix_len=0,
-    out=None,
-    return_lse=False,
-    check_values=None,
-):
+    return_lse: Literal[False] = False,
+    **options: "Unpack[keywords.Paged]",
+) -> Tensor: ...
+@overload
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[keywords.Paged]",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: "Unpack[keywords.Paged]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    num_splits: int = 0,
+    shared_prefix_len: int = 0,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of new queries over a KV cache: decode, speculative drafts, prefill chunks, or a mix of them.
 
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j],  s as in `flash_attention`

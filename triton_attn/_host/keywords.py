@@ -1,0 +1,58 @@
+"""Keyword arguments of the attention functions, for the overloads that say what they return."""
+
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+Mode = Literal["auto", "fused", "materialized", "absorbed"]
+
+
+class Common(TypedDict, total=False):
+    causal: bool
+    softmax_scale: float | None
+
+
+class Masked(Common, total=False):
+    window_size: tuple[int, int]
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+
+class Flash(Masked, total=False):
+    dropout_p: float
+    dropout_seed: int | Tensor | None
+    deterministic: bool
+
+
+class FlashVarlen(Flash, total=False):
+    check_values: bool | None
+
+
+class Paged(Masked, total=False):
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: int | Tensor | None
+    k_scale: float | Tensor | None
+    v_scale: float | Tensor | None
+    num_splits: int
+    shared_prefix_len: int
+    out: Tensor | None
+    check_values: bool | None
+
+
+class LatentDecode(Common, total=False):
+    rope_cos: Tensor | None
+    rope_sin: Tensor | None
+    rope_interleaved: bool
+    num_splits: int
+    check_values: bool | None
+
+
+class LatentPrefill(Common, total=False):
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | Tensor | None
+    max_seqlen_k: int | Tensor | None
+    mode: Mode
+    max_workspace_bytes: int
+    check_values: bool | None
