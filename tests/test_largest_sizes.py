@@ -15,8 +15,9 @@ import triton_attn
 from triton_attn._host.checks import MAX_ROWS
 from triton_attn._host.layout import heads_in_l2, tiles_each
 from triton_attn._host.options import AttentionOptions
-from triton_attn._jit.heads import assign_tile, spare_rows
-from triton_attn._jit.masks import add_alibi, mask_scores, visible_range
+from triton_attn._jit.blocks import visible_range
+from triton_attn._jit.heads import assign_tile, slots_left_over, spare_rows
+from triton_attn._jit.masks import add_alibi, mask_scores
 from triton_attn.flash.backward import launch_flash_bwd
 from triton_attn.testing import guard
 
@@ -162,7 +163,7 @@ def test_tiles_and_heads_of_the_largest_grids(num_tiles, num_heads, bytes_per_he
 def _visible_kernel(out, scores, start_row, num_rows, num_columns, start_column, window, BLOCK: tl.constexpr):
     offset = num_columns - num_rows
     end_row = tl.minimum(start_row + BLOCK, num_rows)
-    lo, full_lo, full_hi, hi = visible_range(start_row, end_row, num_columns, offset, window, BLOCK, 1)
+    lo, full_lo, full_hi, hi = visible_range(start_row + offset, end_row + offset, num_columns, window, BLOCK)
     tl.store(out, lo)
     tl.store(out + 1, full_lo)
     tl.store(out + 2, full_hi)
@@ -215,7 +216,8 @@ def test_what_the_farthest_rows_see(start_row, num_rows, num_columns, start_colu
 
 @triton.jit
 def _spare_rows_kernel(out, cu_seqlens, num_rows, program, end, num_own, ROWS_EACH: tl.constexpr):
-    rows, mask, _ = spare_rows(cu_seqlens, 1, num_rows, program, end, num_own, 128, ROWS_EACH)
+    left_over = slots_left_over(program, end, 128, ROWS_EACH)
+    rows, mask, _ = spare_rows(cu_seqlens, 1, num_rows, left_over, num_own, 128, ROWS_EACH)
     tl.store(out + tl.arange(0, 128), tl.where(mask, rows, -1))
 
 

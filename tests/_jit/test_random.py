@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_attn._host.definition import visible_keys
-from triton_attn._jit.masks import mask_scores, visible_range
+from triton_attn._jit.blocks import visible_range
+from triton_attn._jit.masks import mask_scores
 
 
 @triton.jit
 def _range_kernel(out_ptr, start, end, num_columns, offset, window, first, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    lo, full_lo, full_hi, hi = visible_range(start, end, num_columns, offset, window, BLOCK, ALIGN, first)
+    lo, full_lo, full_hi, hi = visible_range(start + offset, end + offset, num_columns, window, BLOCK, ALIGN, first)
     tl.store(out_ptr, lo)
     tl.store(out_ptr + 1, full_lo)
     tl.store(out_ptr + 2, full_hi)

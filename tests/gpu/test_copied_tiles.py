@@ -1,4 +1,4 @@
-"""Products of tiles that cp.async copied, for which Triton 3.6 needs a fence of ours on sm_90 (_jit/fences.py).
+"""Products of tiles that cp.async copied, for which Triton 3.6 needs a fence of ours on sm_90 (_jit/workarounds.py).
 
 Without it the values are right until a copy comes too late, so each call is repeated often: right once, then the same.
 """

@@ -189,7 +189,7 @@ CALLS_OF_HOPPER = {
     "mla decode 128": lambda: mla_decode(128),
 }
 # The kernels of a call whose wgmma on sm_90 reads what cp.async copied. Triton 3.6 puts no proxy fence between (triton
-# PR 9610, pytorch issue 181248), so that _jit/fences.py does.
+# PR 9610, pytorch issue 181248), so that _jit/workarounds.py does.
 FENCED = {
     "flash of expanded heads": {"_flash_fwd_kernel"},
     "flash backward of expanded heads": {"_flash_fwd_kernel", "_flash_bwd_dkdv_kernel", "_flash_bwd_dq_kernel"},

@@ -9,15 +9,15 @@ KEYS_PER_CALL: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def keep_mask(seed_ptr, threshold, batch_head, offs_m, start_n, BLOCK_N: tl.constexpr):
+def keep_mask(dropout, batch_head, offs_m, start_n, BLOCK_N: tl.constexpr):
     """(BLOCK_M, BLOCK_N) bool: is the weight of query offs_m and key start_n + column kept?
 
     Philox-4x32-10 with the seed as key and the counter (key // 4, query, batch * num_heads + head, 0); its word key % 4
-    without the lowest bit is kept where it reaches threshold = p * 2^31. start_n is a multiple of 4.
+    without the lowest bit is kept where it reaches the threshold, p * 2^31. start_n is a multiple of 4.
     """
-    seed = tl.load(seed_ptr).to(tl.uint64)
+    seed = tl.load(dropout.seed_ptr).to(tl.uint64)
     calls = start_n // KEYS_PER_CALL + tl.arange(0, BLOCK_N // KEYS_PER_CALL)
     zeros = tl.zeros([offs_m.shape[0], BLOCK_N // KEYS_PER_CALL], tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, zeros + calls[None, :], zeros + offs_m[:, None], zeros + batch_head, zeros)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(offs_m.shape[0], BLOCK_N)
-    return (words >> 1).to(tl.int32) >= threshold
+    return (words >> 1).to(tl.int32) >= dropout.threshold

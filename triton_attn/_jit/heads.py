@@ -1,5 +1,7 @@
 """Which sequence, head and tile a program takes, and where its rows lie."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,19 +22,28 @@ def assign_tile(pid, num_tiles, num_heads, section_size, LAST_FIRST: tl.constexp
     return num_tiles - 1 - tile if LAST_FIRST else tile, first_head + within % heads_here
 
 
+class Bounds(NamedTuple):
+    """First row and length of one sequence's queries and keys."""
+
+    first_q: object
+    first_k: object
+    seqlen_q: object
+    seqlen_k: object
+
+
 @triton.jit
-def sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k):
-    """First row and length of a sequence's queries and keys: (first_q, first_k, seqlen_q, seqlen_k).
+def sequence_bounds(seqs, batch, seqlen_q, seqlen_k):
+    """Bounds of a sequence.
 
     seqlen_q and seqlen_k are given as the rows of a dense sequence, or as all those of packed tensors: there are no
     others, whatever cu_seqlens say.
     """
     first_q = 0
     first_k = 0
-    if cu_seqlens_q_ptr is not None:
-        first_q, seqlen_q = packed_bounds(cu_seqlens_q_ptr, batch, seqlen_q)
-        first_k, seqlen_k = packed_bounds(cu_seqlens_k_ptr, batch, seqlen_k)
-    return first_q, first_k, seqlen_q, seqlen_k
+    if seqs.cu_seqlens_q_ptr is not None:
+        first_q, seqlen_q = packed_bounds(seqs.cu_seqlens_q_ptr, batch, seqlen_q)
+        first_k, seqlen_k = packed_bounds(seqs.cu_seqlens_k_ptr, batch, seqlen_k)
+    return Bounds(first_q, first_k, seqlen_q, seqlen_k)
 
 
 @triton.jit
@@ -42,44 +53,53 @@ def packed_bounds(cu_seqlens_ptr, sequence, num_rows):
     return first, tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_rows) - first
 
 
-@triton.jit
-def spare_rows(cu_seqlens_ptr, num_sequences, num_rows, program, end, num_own, BLOCK: tl.constexpr, ROWS_EACH=1):
-    """(rows, mask, whether there is any): the rows after a packed batch's last sequence that a program is to clear.
+class Spare(NamedTuple):
+    """Rows after a packed batch's last sequence that a program is to clear, which of them, and whether there is any."""
 
-    A program has BLOCK slots, the first num_own of which hold rows of its sequence, which ends before row `end`. The
-    slots that are left over, counted over all programs in the order of sequences and tiles, clear the spare rows one by
-    one: idle programs, and the empty ends of tiles. `program` others come before this one, so that program * BLOCK -
-    end slots were left over before its own first. The grid has a slot for every row of the tensor (`tiles_each`), so
-    that all are cleared, each by one program, in one store, and programs are added only where the host knows that there
-    are such rows. Where a row has ROWS_EACH, as of the heads of a query, rows and num_own count those.
+    rows: object
+    mask: object
+    any: object
+
+
+@triton.jit
+def spare_rows(cu_seqlens_ptr, num_sequences, num_rows, left_over, num_own, BLOCK: tl.constexpr, ROWS_EACH=1):
+    """The Spare rows of a program.
+
+    A program has BLOCK slots, the first num_own of which hold rows of its sequence. The slots that are left over,
+    counted over all programs in the order of sequences and tiles, clear the spare rows one by one: idle programs, and
+    the empty ends of tiles. left_over, int64, were left over before the program's first slot: see `slots_left_over`.
+    The grid has a slot for every row of the tensor (`tiles_each`), so that all are cleared, each by one program, in one
+    store, and programs are added only where the host knows that there are such rows. Where a row has ROWS_EACH, as of
+    the heads of a query, rows and num_own count those.
     """
     last = tl.minimum(tl.load(cu_seqlens_ptr + num_sequences), num_rows).to(tl.int64) * ROWS_EACH
-    first = last + tl.cast(program, tl.int64) * BLOCK - tl.cast(end, tl.int64) * ROWS_EACH
+    end = tl.cast(num_rows, tl.int64) * ROWS_EACH
     slots = tl.arange(0, BLOCK)
-    rows = first + slots
+    rows = last + left_over + slots
     # Without the second condition a sequence that is longer than it was said to be would be overwritten.
-    mask = (slots >= num_own) & (rows >= last) & (rows < tl.cast(num_rows, tl.int64) * ROWS_EACH)
-    return rows, mask, first + tl.maximum(num_own, 0) < tl.cast(num_rows, tl.int64) * ROWS_EACH
+    mask = (slots >= num_own) & (rows >= last) & (rows < end)
+    return Spare(rows, mask, last + left_over + tl.maximum(num_own, 0) < end)
 
 
 @triton.jit
-def row_pointer(ptr, strides, batch, row, head):
-    """Pointer to the first element of a row; strides are (batch, row, head), the arithmetic is 64-bit."""
-    offset = tl.cast(batch, tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[1]
-    return ptr + offset + tl.cast(head, tl.int64) * strides[2]
+def slots_left_over(program, end_row, BLOCK: tl.constexpr, ROWS_EACH=1):
+    """Of `program` programs, those before a tile of the sequence that ends before end_row; see `spare_rows`."""
+    return tl.cast(program, tl.int64) * BLOCK - tl.cast(end_row, tl.int64) * ROWS_EACH
+
+
+@triton.jit
+def row_pointer(view, batch, row, head):
+    """Pointer to the first element of a row; the arithmetic is 64-bit."""
+    offset = tl.cast(batch, tl.int64) * view.strides.batch + tl.cast(row, tl.int64) * view.strides.row
+    return view.ptr + offset + tl.cast(head, tl.int64) * view.strides.head
 
 
 @triton.jit
 def row_offsets(batch, rows, heads, strides):
     """64-bit offsets of rows in a tensor with these strides of (batch, row, head)."""
-    offsets = tl.cast(batch, tl.int64) * strides[0] + rows.to(tl.int64) * strides[1]
-    return offsets + heads.to(tl.int64) * strides[2]
-
-
-@triton.jit
-def in_vectors(strides, VECTOR: tl.constexpr):
-    """The strides (batch, row, head), so that the compiler sees that VECTOR divides them; by itself it looks for 16."""
-    return strides[0] // VECTOR * VECTOR, strides[1] // VECTOR * VECTOR, strides[2] // VECTOR * VECTOR
+    batch_stride, row_stride, head_stride = strides
+    offsets = tl.cast(batch, tl.int64) * batch_stride + rows.to(tl.int64) * row_stride
+    return offsets + heads.to(tl.int64) * head_stride
 
 
 @triton.jit

@@ -15,33 +15,6 @@ from .softmax import LN_2, LOG2_E
 
 
 @triton.jit
-def visible_range(
-    start_row, end_row, num_columns, offset, window, BLOCK: tl.constexpr, ALIGN: tl.constexpr, first_column=0
-):
-    """Columns from first_column to num_columns that the rows [start_row, end_row) see, as (lo, full_lo, full_hi, hi).
-
-    [lo, hi) is seen by at least one row; lo is rounded down to a multiple of ALIGN, as first_column is one. [full_lo,
-    full_hi), a whole number of tiles of BLOCK columns counted from lo, is seen by every row. The rest, [lo, full_lo)
-    and [full_hi, hi), is crossed by a boundary and needs a mask.
-    """
-    left, right = window
-    lo = first_column
-    hi = num_columns
-    full_lo = first_column
-    full_hi = num_columns
-    if left is not None:
-        lo = tl.maximum(start_row + offset - left, first_column) // ALIGN * ALIGN
-        full_lo = tl.maximum(end_row - 1 + offset - left, first_column)
-    if right is not None:
-        hi = tl.minimum(end_row + offset + right, num_columns)
-        full_hi = tl.minimum(start_row + offset + right + 1, num_columns)
-    hi = tl.maximum(hi, lo)
-    full_lo = tl.minimum(lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK, hi)
-    full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK * BLOCK
-    return lo, full_lo, full_hi, hi
-
-
-@triton.jit
 def mask_scores(s, rows, start_column, num_columns, offset, window):
     """Scores s (rows, columns from start_column on), -inf where a row does not see a column.
 

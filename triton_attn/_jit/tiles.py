@@ -1,16 +1,19 @@
 """Tiles of rows: loads, stores and products.
 
-A head dimension that is not a power of two is served in two pieces, 96 = 64 + 32, where that saves work, so a tile is a
+A head dimension that is not a power of two is taken in two pieces, 96 = 64 + 32, where that saves work, so a tile is a
 tuple of one or two tensors (rows, piece).
 
 Offsets: a tile is placed with 64-bit arithmetic. Inside a tile 32 bits do, unless WIDE_ROWS says that its rows span
 more than 2^31 elements.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .fences import fence_copies
+from .heads import row_pointer
+from .workarounds import fence_copies
 
 # Where every sequence of a packed tensor ends in its TMA descriptors; more rows than such a tensor may have.
 PACKED_END: tl.constexpr = tl.constexpr(2**30)
@@ -40,15 +43,27 @@ def padded_size(size):
 
 
 @triton.jit
-def _piece_pointers(ptr, rows, stride, START: tl.constexpr, BLOCK: tl.constexpr, WIDE_ROWS: tl.constexpr):
-    row_offsets = rows.to(tl.int64) * stride if WIDE_ROWS else rows * stride
-    return ptr + row_offsets[:, None] + (START + tl.arange(0, BLOCK))[None, :]
+def row_pointers(ptr, rows, stride, WIDE_ROWS: tl.constexpr):
+    """Pointers (rows, 1) to the first elements of rows that are a stride apart."""
+    offsets = rows.to(tl.int64) * stride if WIDE_ROWS else rows * stride
+    return ptr + offsets[:, None]
 
 
 @triton.jit
-def _piece_mask(rows, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+def tile_pointers(view, batch, row, head, ROWS: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    """`row_pointers` of the ROWS rows from `row` on."""
+    return row_pointers(row_pointer(view, batch, row, head), tl.arange(0, ROWS), view.strides.row, WIDE_ROWS)
+
+
+@triton.jit
+def _columns(START: tl.constexpr, BLOCK: tl.constexpr):
+    return (START + tl.arange(0, BLOCK))[None, :]
+
+
+@triton.jit
+def _piece_mask(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Which elements of the piece exist; folds to nothing where all do."""
-    mask = tl.full([rows.shape[0], BLOCK], True, tl.int1)
+    mask = tl.full([ptrs.shape[0], BLOCK], True, tl.int1)
     if rows_mask is not None:
         mask &= rows_mask[:, None]
     if START + BLOCK > HEAD_DIM:
@@ -57,29 +72,20 @@ def _piece_mask(rows, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_
 
 
 @triton.jit
-def load_piece(
-    ptr,
-    rows,
-    stride,
-    rows_mask,
-    START: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-):
+def load_piece(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Columns [START, START + BLOCK) of the rows of `load_tile`."""
-    ptrs = _piece_pointers(ptr, rows, stride, START, BLOCK, WIDE_ROWS)
-    return tl.load(ptrs, mask=_piece_mask(rows, rows_mask, START, BLOCK, HEAD_DIM), other=0.0)
+    mask = _piece_mask(ptrs, rows_mask, START, BLOCK, HEAD_DIM)
+    return tl.load(ptrs + _columns(START, BLOCK), mask=mask, other=0.0)
 
 
 @triton.jit
-def load_tile(ptr, rows, stride, rows_mask, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
-    """Rows ptr + rows * stride; zero where rows_mask (None: all) or the head dimension ends."""
+def load_tile(ptrs, rows_mask, HEAD_DIM: tl.constexpr):
+    """The rows at ptrs (rows, 1); zero where rows_mask (None: all) or the head dimension ends."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    first = load_piece(ptr, rows, stride, rows_mask, 0, FIRST, HEAD_DIM, WIDE_ROWS)
+    first = load_piece(ptrs, rows_mask, 0, FIRST, HEAD_DIM)
     if SECOND > 0:
-        return first, load_piece(ptr, rows, stride, rows_mask, FIRST, SECOND, HEAD_DIM, WIDE_ROWS)
+        return first, load_piece(ptrs, rows_mask, FIRST, SECOND, HEAD_DIM)
     else:
         return (first,)
 
@@ -105,66 +111,67 @@ def _load_tile_tma(descs, coords, start, ROWS: tl.constexpr, HEAD_DIM: tl.conste
         return (first,)
 
 
-@triton.jit
-def load_rows(
-    x,
-    stride,
-    coords,
-    start,
-    seqlen,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MASKED: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-):
-    """Rows [start, start + ROWS) of a sequence, the tile of a loop; zero past its end, where only a MASKED tile goes.
+class Rows(NamedTuple):
+    """The rows of one sequence and head, as a loop loads them.
 
-    x points to the sequence's first row, or holds TMA descriptors, one per piece, in which coords place the sequence.
+    source is a pointer to the first row, stride leads to the next, and coords is None; or source has a TMA descriptor
+    for each piece of the head dimension, in which coords place the sequence.
     """
-    if USE_TMA:
-        return _load_tile_tma(x, coords, start, ROWS, HEAD_DIM)
+
+    source: object
+    stride: object
+    coords: object
+    seqlen: object
+
+
+@triton.jit
+def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    """[start, start + ROWS) of the Rows x, the tile of a loop; zero past their end, where only a MASKED tile goes."""
+    if x.coords is not None:
+        return _load_tile_tma(x.source, x.coords, start, ROWS, HEAD_DIM)
     else:
         rows = tl.arange(0, ROWS)
-        rows_mask = start + rows < seqlen if MASKED else None
-        tile = load_tile(x + tl.cast(start, tl.int64) * stride, rows, stride, rows_mask, HEAD_DIM, WIDE_ROWS)
+        rows_mask = start + rows < x.seqlen if MASKED else None
+        ptr = x.source + tl.cast(start, tl.int64) * x.stride
+        tile = load_tile(row_pointers(ptr, rows, x.stride, WIDE_ROWS), rows_mask, HEAD_DIM)
         fence_copies()
         return tile
 
 
 @triton.jit
-def store_piece(
-    ptr, rows, stride, rows_mask, piece, START: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr
-):
+def store_piece(ptrs, rows_mask, piece, START: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store the columns from START on of the rows of `store_tile`."""
     BLOCK: tl.constexpr = piece.shape[1]
-    ptrs = _piece_pointers(ptr, rows, stride, START, BLOCK, WIDE_ROWS)
-    tl.store(ptrs, piece.to(ptr.dtype.element_ty), mask=_piece_mask(rows, rows_mask, START, BLOCK, HEAD_DIM))
+    mask = _piece_mask(ptrs, rows_mask, START, BLOCK, HEAD_DIM)
+    tl.store(ptrs + _columns(START, BLOCK), piece.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
-    store_piece(ptr, rows, stride, rows_mask, tile[0], 0, HEAD_DIM, WIDE_ROWS)
+def store_tile(ptrs, rows_mask, tile, HEAD_DIM: tl.constexpr):
+    """Store the rows at ptrs (rows, 1), but for those outside rows_mask."""
+    store_piece(ptrs, rows_mask, tile[0], 0, HEAD_DIM)
     if len(tile) > 1:
-        store_piece(ptr, rows, stride, rows_mask, tile[1], piece_0(HEAD_DIM), HEAD_DIM, WIDE_ROWS)
+        store_piece(ptrs, rows_mask, tile[1], piece_0(HEAD_DIM), HEAD_DIM)
 
 
 @triton.jit
-def clear_rows(ptr, strides, head, rows, rows_mask, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store 0 in rows of a packed tensor, strides (batch, row, head)."""
-    ptr += tl.cast(head, tl.int64) * strides[2]
-    store_tile(ptr, rows, strides[1], rows_mask, zeros_tile(ROWS, HEAD_DIM), HEAD_DIM, True)
+def clear_rows(view, head, spare, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store 0 in the Spare rows of a packed tensor."""
+    ptr = view.ptr + tl.cast(head, tl.int64) * view.strides.head
+    ptrs = row_pointers(ptr, spare.rows, view.strides.row, True)
+    store_tile(ptrs, spare.mask, zeros_tile(ROWS, HEAD_DIM), HEAD_DIM)
 
 
 @triton.jit
-def add_tile(ptr, rows, stride, rows_mask, tile, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
+def add_tile(ptrs, rows_mask, tile, HEAD_DIM: tl.constexpr):
     """Atomic addition, in no order."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    ptrs = _piece_pointers(ptr, rows, stride, 0, FIRST, WIDE_ROWS)
-    tl.atomic_add(ptrs, tile[0], mask=_piece_mask(rows, rows_mask, 0, FIRST, HEAD_DIM), sem="relaxed")
+    mask = _piece_mask(ptrs, rows_mask, 0, FIRST, HEAD_DIM)
+    tl.atomic_add(ptrs + _columns(0, FIRST), tile[0], mask=mask, sem="relaxed")
     if SECOND > 0:
-        ptrs = _piece_pointers(ptr, rows, stride, FIRST, SECOND, WIDE_ROWS)
-        tl.atomic_add(ptrs, tile[1], mask=_piece_mask(rows, rows_mask, FIRST, SECOND, HEAD_DIM), sem="relaxed")
+        mask = _piece_mask(ptrs, rows_mask, FIRST, SECOND, HEAD_DIM)
+        tl.atomic_add(ptrs + _columns(FIRST, SECOND), tile[1], mask=mask, sem="relaxed")
 
 
 @triton.jit

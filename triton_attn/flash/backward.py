@@ -17,6 +17,7 @@ from .._host.layout import (
     tma_ready,
     vector_elements,
 )
+from .._jit.args import Dropout, Strides, Window
 from .backward_configs import choose_backward_config, may_hoist
 from .backward_kernels import _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
 
@@ -75,8 +76,8 @@ def launch_flash_bwd(
     shared = dict(
         softmax_scale=softmax_scale,
         softcap=softcap,
-        window=window,
-        dropout=dropout,
+        window=Window(*window),
+        dropout=None if dropout is None else Dropout(*dropout),
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         VECTOR=vector,
@@ -111,13 +112,13 @@ def launch_flash_bwd(
                 alibi_slopes,
                 cu_seqlens_q,
                 cu_seqlens_k,
-                row_strides(q),
-                row_strides(k),
-                row_strides(v),
-                row_strides(dout),
-                row_strides(dq_sum) if fused else None,
-                row_strides(dk) if want_dk else None,
-                row_strides(dv) if want_dv else None,
+                _strides(q),
+                _strides(k),
+                _strides(v),
+                _strides(dout),
+                _strides(dq_sum) if fused else None,
+                _strides(dk) if want_dk else None,
+                _strides(dv) if want_dv else None,
                 alibi_strides,
                 *lengths,
                 num_tiles,
@@ -154,11 +155,11 @@ def launch_flash_bwd(
                 alibi_slopes,
                 cu_seqlens_q,
                 cu_seqlens_k,
-                row_strides(q),
-                row_strides(k),
-                row_strides(v),
-                row_strides(dout),
-                row_strides(dq),
+                _strides(q),
+                _strides(k),
+                _strides(v),
+                _strides(dout),
+                _strides(dq),
                 alibi_strides,
                 *lengths,
                 num_tiles,
@@ -177,6 +178,10 @@ def launch_flash_bwd(
     if fused:
         torch.mul(dq_sum, softmax_scale, out=dq)
     return dq, dk, dv, dsinks
+
+
+def _strides(x):
+    return Strides(*row_strides(x))
 
 
 def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
@@ -200,8 +205,8 @@ def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
             sinks,
             dsinks,
             cu_seqlens_q,
-            row_strides(out),
-            row_strides(dout),
+            _strides(out),
+            _strides(dout),
             *((None, None, None) if dlse is None else lse_strides(dlse)),
             out.shape[-3],
             lse.shape[-1],

@@ -14,11 +14,14 @@ five products a tile in place of seven.
 import triton
 import triton.language as tl
 
+from .._jit.args import Sequences, Strides, View, Window
+from .._jit.blocks import all_partial, block_start, num_blocks, visible_range
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
-from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds, spare_rows
-from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores, visible_range
+from .._jit.heads import assign_tile, row_pointer, sequence_bounds, slots_left_over, spare_rows
+from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores
 from .._jit.softmax import LOG2_E
 from .._jit.tiles import (
+    Rows,
     add_tile,
     add_tile_tma,
     clear_rows,
@@ -30,8 +33,10 @@ from .._jit.tiles import (
     scale_tile,
     sequence_coords,
     store_tile,
+    tile_pointers,
     zeros_tile,
 )
+from .._jit.workarounds import in_vectors
 from .forward import LENGTHS
 
 
@@ -102,7 +107,7 @@ def _weight_gradients(a, b, minus_delta, keep, dropout, INPUT_PRECISION: tl.cons
     if keep is None:
         return dot_transposed(a, b, INPUT_PRECISION, start=minus_delta)
     else:
-        return tl.where(keep, dot_transposed(a, b, INPUT_PRECISION) * dropout[2], 0.0) + minus_delta
+        return tl.where(keep, dot_transposed(a, b, INPUT_PRECISION) * dropout.scale, 0.0) + minus_delta
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "dlse_ptr", "dlse_batch_stride", "dlse_row_stride", "dlse_head_stride"])
@@ -136,20 +141,21 @@ def _flash_bwd_delta_kernel(
     tile = tl.program_id(0) // num_heads % num_tiles
     batch = tl.program_id(0) // num_heads // num_tiles
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
-    first_q, _, seqlen_q, _ = sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_q_ptr, batch, seqlen_q, 0)
+    seqs = Sequences(cu_seqlens_q_ptr, cu_seqlens_q_ptr)
+    first_q, _, seqlen_q, _ = sequence_bounds(seqs, batch, seqlen_q, 0)
     start_m = tile * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     offs_m = start_m + rows
     rows_mask = offs_m < seqlen_q
 
-    out_ptr = row_pointer(out_ptr, out_strides, batch, first_q + start_m, head)
-    dout_ptr = row_pointer(dout_ptr, dout_strides, batch, first_q + start_m, head)
-    out = load_tile(out_ptr, rows, out_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
-    dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
+    out_ptrs = tile_pointers(View(out_ptr, out_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    dout_ptrs = tile_pointers(View(dout_ptr, dout_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    out = load_tile(out_ptrs, rows_mask, HEAD_DIM_V)
+    dout = load_tile(dout_ptrs, rows_mask, HEAD_DIM_V)
     minus_delta = -row_dot(out, dout)
     if dlse_ptr is not None:
-        dlse_strides = dlse_batch_stride, dlse_row_stride, dlse_head_stride
-        dlse_ptr = row_pointer(dlse_ptr, dlse_strides, batch, first_q + start_m, head)
+        dlse = View(dlse_ptr, Strides(dlse_batch_stride, dlse_row_stride, dlse_head_stride))
+        dlse_ptr = row_pointer(dlse, batch, first_q + start_m, head)
         minus_delta += tl.load(dlse_ptr + rows.to(tl.int64) * dlse_row_stride, mask=rows_mask, other=0.0)
     lse_row = tl.cast(head if VARLEN else batch * num_heads + head, tl.int64) * lse_stride + first_q
     tl.store(minus_delta_ptr + lse_row + offs_m, minus_delta, mask=rows_mask)
@@ -214,10 +220,6 @@ def _flash_bwd_dkdv_kernel(
     first piece, and those of the second are q_rest, dout_rest and dq_rest. dk_ptr or dv_ptr None: not wanted. dq (fp32,
     zeros) None: not wanted here; else this is the fused schedule.
     """
-    q_strides = in_vectors(q_strides, VECTOR)
-    k_strides = in_vectors(k_strides, VECTOR)
-    v_strides = in_vectors(v_strides, VECTOR)
-    dout_strides = in_vectors(dout_strides, VECTOR)
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head_kv = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, False)
     batch = batch_head_kv // num_heads_kv
@@ -225,45 +227,33 @@ def _flash_bwd_dkdv_kernel(
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
     num_rows = seqlen_k
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
     )
     start_n = tile * BLOCK_N
     if VARLEN and start_n + BLOCK_N > seqlen_k:
-        spare, spare_mask, any_spare = spare_rows(
-            cu_seqlens_k_ptr,
-            num_batch_heads // num_heads_kv,
-            num_rows,
-            batch * num_tiles + tile,
-            first_k + seqlen_k,
-            seqlen_k - start_n,
-            BLOCK_N,
-        )
-        if any_spare:
+        left_over = slots_left_over(batch * num_tiles + tile, first_k + seqlen_k, BLOCK_N)
+        num_sequences = num_batch_heads // num_heads_kv
+        spare = spare_rows(cu_seqlens_k_ptr, num_sequences, num_rows, left_over, seqlen_k - start_n, BLOCK_N)
+        if spare.any:
             if dk_ptr is not None:
-                clear_rows(dk_ptr, dk_strides, head_kv, spare, spare_mask, BLOCK_N, HEAD_DIM)
+                clear_rows(View(dk_ptr, dk_strides), head_kv, spare, BLOCK_N, HEAD_DIM)
             if dv_ptr is not None:
-                clear_rows(dv_ptr, dv_strides, head_kv, spare, spare_mask, BLOCK_N, HEAD_DIM_V)
+                clear_rows(View(dv_ptr, dv_strides), head_kv, spare, BLOCK_N, HEAD_DIM_V)
     if start_n >= seqlen_k:
         return
 
-    rows = tl.arange(0, BLOCK_N)
-    offs_n = start_n + rows
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     rows_mask = offs_n < seqlen_k
-    k_ptr = row_pointer(k_ptr, k_strides, batch, first_k + start_n, head_kv)
-    v_ptr = row_pointer(v_ptr, v_strides, batch, first_k + start_n, head_kv)
-    k = load_tile(k_ptr, rows, k_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
-    v = load_tile(v_ptr, rows, v_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
+    k_view = in_vectors(View(k_ptr, k_strides), VECTOR)
+    v_view = in_vectors(View(v_ptr, v_strides), VECTOR)
+    k = load_tile(tile_pointers(k_view, batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS), rows_mask, HEAD_DIM)
+    v = load_tile(tile_pointers(v_view, batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS), rows_mask, HEAD_DIM_V)
 
     offset = seqlen_q - seqlen_k
-    seen_by = (window[1], window[0])
+    seen_by = Window(window.right, window.left)
     end_n = tl.minimum(start_n + BLOCK_N, seqlen_k)
-    lo, full_lo, full_hi, hi = visible_range(start_n, end_n, seqlen_q, offset, seen_by, BLOCK_M, 1)
-    # A tile that reaches past the last key has no interior: its rows need the mask.
-    full_lo = tl.where(end_n < start_n + BLOCK_N, hi, full_lo)
-    full_hi = tl.maximum(full_lo, full_hi)
-    left_tiles = tl.cdiv(full_lo - lo, BLOCK_M)
-    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_M)
-    interior_tiles = (full_hi - full_lo) // BLOCK_M
+    blocks = visible_range(start_n + offset, end_n + offset, seqlen_q, seen_by, BLOCK_M)
+    blocks = all_partial(blocks, end_n < start_n + BLOCK_N)  # its rows past the last key need the mask
 
     dk = zeros_tile(BLOCK_N, HEAD_DIM)
     dv = zeros_tile(BLOCK_N, HEAD_DIM_V)
@@ -272,43 +262,29 @@ def _flash_bwd_dkdv_kernel(
         batch_head = batch * num_heads_kv * group_size + head
         coords = sequence_coords(batch, head, first_q, seqlen_q, VARLEN)
         if USE_TMA:
-            q_head = q, q_rest
-            dout_head = dout, dout_rest
+            q_head = Rows((q, q_rest), None, coords, seqlen_q)
+            dout_head = Rows((dout, dout_rest), None, coords, seqlen_q)
         else:
-            q_head = row_pointer(q, q_strides, batch, first_q, head)
-            dout_head = row_pointer(dout, dout_strides, batch, first_q, head)
+            q_view = in_vectors(View(q, q_strides), VECTOR)
+            dout_view = in_vectors(View(dout, dout_strides), VECTOR)
+            q_head = Rows(row_pointer(q_view, batch, first_q, head), q_view.strides.row, None, seqlen_q)
+            dout_head = Rows(row_pointer(dout_view, batch, first_q, head), dout_view.strides.row, None, seqlen_q)
         lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
         slope = None
         if alibi_slopes_ptr is not None:
-            slope = tl.load(row_pointer(alibi_slopes_ptr, (alibi_strides[0], 0, alibi_strides[1]), batch, 0, head))
+            alibi = View(alibi_slopes_ptr, Strides(alibi_strides[0], 0, alibi_strides[1]))
+            slope = tl.load(row_pointer(alibi, batch, 0, head))
 
-        for INTERIOR in tl.static_range(2):
-            num_steps = interior_tiles if INTERIOR else boundary_tiles
-            for i in tl.range(0, num_steps, disable_licm=not HOIST):
-                if INTERIOR:
-                    start_m = full_lo + i * BLOCK_M
-                else:
-                    start_m = tl.where(i < left_tiles, lo + i * BLOCK_M, full_hi + (i - left_tiles) * BLOCK_M)
-                q_tile = load_rows(
-                    q_head, q_strides[1], coords, start_m, seqlen_q, BLOCK_M, HEAD_DIM, not INTERIOR, USE_TMA, WIDE_ROWS
-                )
-                dout_tile = load_rows(
-                    dout_head,
-                    dout_strides[1],
-                    coords,
-                    start_m,
-                    seqlen_q,
-                    BLOCK_M,
-                    HEAD_DIM_V,
-                    not INTERIOR,
-                    USE_TMA,
-                    WIDE_ROWS,
-                )
+        for FULL in tl.static_range(2):
+            for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not HOIST):
+                start_m = block_start(blocks, i, FULL, BLOCK_M)
+                q_tile = load_rows(q_head, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)
+                dout_tile = load_rows(dout_head, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 # The scalar start_m moves the pointers: then all loads of a thread are at constant distances from one.
                 columns = tl.arange(0, BLOCK_M)
                 columns_left = seqlen_q - start_m
                 s = dot_transposed(k, q_tile, INPUT_PRECISION)
-                lse_log2 = _load_lse_log2(lse_ptr + lse_row + start_m, columns, columns_left, not INTERIOR)
+                lse_log2 = _load_lse_log2(lse_ptr + lse_row + start_m, columns, columns_left, not FULL)
                 p, derivative = _recompute_weights(
                     s,
                     lse_log2[None, :],
@@ -321,20 +297,18 @@ def _flash_bwd_dkdv_kernel(
                     softmax_scale * LOG2_E,
                     softcap,
                     slope,
-                    not INTERIOR,
+                    not FULL,
                     q_tile[0].dtype == tl.float32,
                 )
                 keep = None
                 dropped = p
                 if dropout is not None:
-                    keep = keep_mask(dropout[0], dropout[1], batch_head, start_m + columns, start_n, BLOCK_N).T
-                    dropped = tl.where(keep, p * dropout[2], 0.0)
+                    keep = keep_mask(dropout, batch_head, start_m + columns, start_n, BLOCK_N).T
+                    dropped = tl.where(keep, p * dropout.scale, 0.0)
                 # Before dP: its operand, P in the inputs' type, is then gone when dP needs its registers.
                 if dv_ptr is not None:
                     dv = dot_add(dropped.to(dout_tile[0].dtype), dout_tile, dv, INPUT_PRECISION)
-                minus_delta = _load_minus_delta(
-                    minus_delta_ptr + lse_row + start_m, columns, columns_left, not INTERIOR
-                )
+                minus_delta = _load_minus_delta(minus_delta_ptr + lse_row + start_m, columns, columns_left, not FULL)
                 dp = _weight_gradients(v, dout_tile, minus_delta[None, :], keep, dropout, INPUT_PRECISION)
                 ds = (p * dp * derivative).to(q_tile[0].dtype)
                 if dk_ptr is not None:
@@ -344,16 +318,18 @@ def _flash_bwd_dkdv_kernel(
                     if USE_TMA:
                         add_tile_tma((dq, dq_rest), coords, start_m, dq_tile, HEAD_DIM)
                     else:
-                        dq_rows_mask = columns < columns_left if not INTERIOR else None
-                        dq_ptr = row_pointer(dq, dq_strides, batch, first_q + start_m, head)
-                        add_tile(dq_ptr, columns, dq_strides[1], dq_rows_mask, dq_tile, HEAD_DIM, WIDE_ROWS)
+                        dq_rows_mask = columns < columns_left if not FULL else None
+                        dq_ptrs = tile_pointers(
+                            View(dq, dq_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS
+                        )
+                        add_tile(dq_ptrs, dq_rows_mask, dq_tile, HEAD_DIM)
 
     if dk_ptr is not None:
-        dk_ptr = row_pointer(dk_ptr, dk_strides, batch, first_k + start_n, head_kv)
-        store_tile(dk_ptr, rows, dk_strides[1], rows_mask, scale_tile(dk, softmax_scale), HEAD_DIM, WIDE_ROWS)
+        dk_ptrs = tile_pointers(View(dk_ptr, dk_strides), batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS)
+        store_tile(dk_ptrs, rows_mask, scale_tile(dk, softmax_scale), HEAD_DIM)
     if dv_ptr is not None:
-        dv_ptr = row_pointer(dv_ptr, dv_strides, batch, first_k + start_n, head_kv)
-        store_tile(dv_ptr, rows, dv_strides[1], rows_mask, dv, HEAD_DIM_V, WIDE_ROWS)
+        dv_ptrs = tile_pointers(View(dv_ptr, dv_strides), batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS)
+        store_tile(dv_ptrs, rows_mask, dv, HEAD_DIM_V)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -398,10 +374,6 @@ def _flash_bwd_dq_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of dq for one query head. Grid and tiles as in the forward kernel."""
-    q_strides = in_vectors(q_strides, VECTOR)
-    k_strides = in_vectors(k_strides, VECTOR)
-    v_strides = in_vectors(v_strides, VECTOR)
-    dout_strides = in_vectors(dout_strides, VECTOR)
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
     batch = batch_head // num_heads
@@ -410,71 +382,56 @@ def _flash_bwd_dq_kernel(
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
     num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
     )
     start_m = tile * BLOCK_M
     if VARLEN and start_m + BLOCK_M > seqlen_q:
-        spare, spare_mask, any_spare = spare_rows(
-            cu_seqlens_q_ptr,
-            num_batch_heads // num_heads,
-            num_rows,
-            batch * num_tiles + tile,
-            first_q + seqlen_q,
-            seqlen_q - start_m,
-            BLOCK_M,
-        )
-        if any_spare:
-            clear_rows(dq_ptr, dq_strides, head, spare, spare_mask, BLOCK_M, HEAD_DIM)
+        left_over = slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, BLOCK_M)
+        num_sequences = num_batch_heads // num_heads
+        spare = spare_rows(cu_seqlens_q_ptr, num_sequences, num_rows, left_over, seqlen_q - start_m, BLOCK_M)
+        if spare.any:
+            clear_rows(View(dq_ptr, dq_strides), head, spare, BLOCK_M, HEAD_DIM)
     if start_m >= seqlen_q:
         return
 
-    rows = tl.arange(0, BLOCK_M)
-    offs_m = start_m + rows
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     rows_mask = offs_m < seqlen_q
-    q_ptr = row_pointer(q_ptr, q_strides, batch, first_q + start_m, head)
-    dout_ptr = row_pointer(dout_ptr, dout_strides, batch, first_q + start_m, head)
-    q = load_tile(q_ptr, rows, q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
-    dout = load_tile(dout_ptr, rows, dout_strides[1], rows_mask, HEAD_DIM_V, WIDE_ROWS)
+    q_view = in_vectors(View(q_ptr, q_strides), VECTOR)
+    dout_view = in_vectors(View(dout_ptr, dout_strides), VECTOR)
+    q = load_tile(tile_pointers(q_view, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS), rows_mask, HEAD_DIM)
+    dout_ptrs = tile_pointers(dout_view, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    dout = load_tile(dout_ptrs, rows_mask, HEAD_DIM_V)
     lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
     lse_log2 = _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, True)
     minus_delta = _load_minus_delta(minus_delta_ptr + lse_row, offs_m, seqlen_q, True)
     coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
     if USE_TMA:
-        k = k, k_rest
-        v = v, v_rest
+        k_rows = Rows((k, k_rest), None, coords, seqlen_k)
+        v_rows = Rows((v, v_rest), None, coords, seqlen_k)
     else:
-        k = row_pointer(k, k_strides, batch, first_k, head_kv)
-        v = row_pointer(v, v_strides, batch, first_k, head_kv)
+        k = in_vectors(View(k, k_strides), VECTOR)
+        v = in_vectors(View(v, v_strides), VECTOR)
+        k_rows = Rows(row_pointer(k, batch, first_k, head_kv), k.strides.row, None, seqlen_k)
+        v_rows = Rows(row_pointer(v, batch, first_k, head_kv), v.strides.row, None, seqlen_k)
     slope = None
     if alibi_slopes_ptr is not None:
-        slope = tl.load(row_pointer(alibi_slopes_ptr, (alibi_strides[0], 0, alibi_strides[1]), batch, 0, head))
+        alibi = View(alibi_slopes_ptr, Strides(alibi_strides[0], 0, alibi_strides[1]))
+        slope = tl.load(row_pointer(alibi, batch, 0, head))
 
     offset = seqlen_k - seqlen_q
     end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
-    lo, full_lo, full_hi, hi = visible_range(
-        start_m, end_m, seqlen_k, offset, window, BLOCK_N, 1 if dropout is None else KEYS_PER_CALL
-    )
-    left_tiles = tl.cdiv(full_lo - lo, BLOCK_N)
-    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
-    interior_tiles = (full_hi - full_lo) // BLOCK_N
+    ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
+    blocks = visible_range(start_m + offset, end_m + offset, seqlen_k, window, BLOCK_N, ALIGN)
 
     dq = zeros_tile(BLOCK_M, HEAD_DIM)
-    for INTERIOR in tl.static_range(2):
-        num_steps = interior_tiles if INTERIOR else boundary_tiles
-        for i in tl.range(0, num_steps, disable_licm=not HOIST):
-            if INTERIOR:
-                start_n = full_lo + i * BLOCK_N
-            else:
-                start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
-            k_tile = load_rows(
-                k, k_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM, not INTERIOR, USE_TMA, WIDE_ROWS
-            )
-            v_tile = load_rows(
-                v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
-            )
+    for FULL in tl.static_range(2):
+        for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not HOIST):
+            start_n = block_start(blocks, i, FULL, BLOCK_N)
+            k_tile = load_rows(k_rows, start_n, BLOCK_N, HEAD_DIM, not FULL, WIDE_ROWS)
+            v_tile = load_rows(v_rows, start_n, BLOCK_N, HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
-                keep = keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N)
+                keep = keep_mask(dropout, batch_head, offs_m, start_n, BLOCK_N)
             dp = _weight_gradients(dout, v_tile, minus_delta[:, None], keep, dropout, INPUT_PRECISION)
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             p, derivative = _recompute_weights(
@@ -489,11 +446,11 @@ def _flash_bwd_dq_kernel(
                 softmax_scale * LOG2_E,
                 softcap,
                 slope,
-                not INTERIOR,
+                not FULL,
                 k_tile[0].dtype == tl.float32,
             )
             ds = p * dp * derivative
             dq = dot_add(ds.to(k_tile[0].dtype), k_tile, dq, INPUT_PRECISION)
 
-    dq_ptr = row_pointer(dq_ptr, dq_strides, batch, first_q + start_m, head)
-    store_tile(dq_ptr, rows, dq_strides[1], rows_mask, scale_tile(dq, softmax_scale), HEAD_DIM, WIDE_ROWS)
+    dq_ptrs = tile_pointers(View(dq_ptr, dq_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    store_tile(dq_ptrs, rows_mask, scale_tile(dq, softmax_scale), HEAD_DIM)

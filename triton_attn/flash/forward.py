@@ -23,11 +23,14 @@ from .._host.layout import (
 )
 from .._host.options import wanted_kernels
 from .._host.tuned import remember
+from .._jit.args import Dropout, Sequences, Strides, View
+from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
-from .._jit.heads import assign_tile, in_vectors, row_pointer, sequence_bounds, spare_rows
-from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
+from .._jit.heads import assign_tile, row_pointer, sequence_bounds, slots_left_over, spare_rows
+from .._jit.masks import add_alibi, cap_scores, mask_scores
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
+    Rows,
     clear_rows,
     dot_add,
     dot_transposed,
@@ -36,8 +39,10 @@ from .._jit.tiles import (
     scale_rows,
     sequence_coords,
     store_tile,
+    tile_pointers,
     zeros_tile,
 )
+from .._jit.workarounds import in_vectors
 from .configs import choose_config
 from .hopper import launch_flash_fwd_hopper, plan_hopper
 
@@ -94,10 +99,8 @@ def _flash_fwd_kernel(
     descriptors of the head dimension's first piece, and those of the second are k_rest and v_rest. window is (left,
     right); dropout is (pointer to the seed, threshold, factor of kept weights). None is none.
     """
-    q_strides = in_vectors(q_strides, VECTOR)
-    k_strides = in_vectors(k_strides, VECTOR)
-    v_strides = in_vectors(v_strides, VECTOR)
-    out_strides = in_vectors(out_strides, VECTOR)
+    q = in_vectors(View(q_ptr, q_strides), VECTOR)
+    out = in_vectors(View(out_ptr, out_strides), VECTOR)
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
     batch = batch_head // num_heads
@@ -106,65 +109,50 @@ def _flash_fwd_kernel(
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
     num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
     )
     start_m = tile * BLOCK_M
     if VARLEN and start_m + BLOCK_M > seqlen_q:
-        spare, spare_mask, any_spare = spare_rows(
-            cu_seqlens_q_ptr,
-            num_batch_heads // num_heads,
-            num_rows,
-            batch * num_tiles + tile,
-            first_q + seqlen_q,
-            seqlen_q - start_m,
-            BLOCK_M,
-        )
-        if any_spare:
-            clear_rows(out_ptr, out_strides, head, spare, spare_mask, BLOCK_M, HEAD_DIM_V)
+        left_over = slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, BLOCK_M)
+        num_sequences = num_batch_heads // num_heads
+        spare = spare_rows(cu_seqlens_q_ptr, num_sequences, num_rows, left_over, seqlen_q - start_m, BLOCK_M)
+        if spare.any:
+            clear_rows(out, head, spare, BLOCK_M, HEAD_DIM_V)
             if lse_ptr is not None:
-                tl.store(lse_ptr + tl.cast(head, tl.int64) * lse_stride + spare, float("-inf"), mask=spare_mask)
+                tl.store(lse_ptr + tl.cast(head, tl.int64) * lse_stride + spare.rows, float("-inf"), mask=spare.mask)
     if start_m >= seqlen_q:
         return
 
-    rows = tl.arange(0, BLOCK_M)
-    offs_m = start_m + rows
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     rows_mask = offs_m < seqlen_q
-    q_ptr = row_pointer(q_ptr, q_strides, batch, first_q + start_m, head)
-    q = load_tile(q_ptr, rows, q_strides[1], rows_mask, HEAD_DIM, WIDE_ROWS)
-    coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
+    q = load_tile(tile_pointers(q, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS), rows_mask, HEAD_DIM)
     if USE_TMA:
-        k = k, k_rest
-        v = v, v_rest
+        coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
+        k_rows = Rows((k, k_rest), None, coords, seqlen_k)
+        v_rows = Rows((v, v_rest), None, coords, seqlen_k)
     else:
-        k = row_pointer(k, k_strides, batch, first_k, head_kv)
-        v = row_pointer(v, v_strides, batch, first_k, head_kv)
+        k = in_vectors(View(k, k_strides), VECTOR)
+        v = in_vectors(View(v, v_strides), VECTOR)
+        k_rows = Rows(row_pointer(k, batch, first_k, head_kv), k.strides.row, None, seqlen_k)
+        v_rows = Rows(row_pointer(v, batch, first_k, head_kv), v.strides.row, None, seqlen_k)
 
     if alibi_slopes_ptr is not None:
-        slope = tl.load(row_pointer(alibi_slopes_ptr, (alibi_strides[0], 0, alibi_strides[1]), batch, 0, head))
+        alibi = View(alibi_slopes_ptr, Strides(alibi_strides[0], 0, alibi_strides[1]))
+        slope = tl.load(row_pointer(alibi, batch, 0, head))
 
     offset = seqlen_k - seqlen_q
     end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
-    lo, full_lo, full_hi, hi = visible_range(
-        start_m, end_m, seqlen_k, offset, window, BLOCK_N, 1 if dropout is None else KEYS_PER_CALL
-    )
-    left_tiles = tl.cdiv(full_lo - lo, BLOCK_N)
-    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
-    interior_tiles = (full_hi - full_lo) // BLOCK_N
+    ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
+    blocks = visible_range(start_m + offset, end_m + offset, seqlen_k, window, BLOCK_N, ALIGN)
 
     m_i, l_i = softmax_init(sinks_ptr, head, BLOCK_M)
     acc = zeros_tile(BLOCK_M, HEAD_DIM_V)
-    # One loop body, compiled twice: with a mask for tiles that a boundary crosses, without for those between.
-    for INTERIOR in tl.static_range(2):
-        num_steps = interior_tiles if INTERIOR else boundary_tiles
+    for FULL in tl.static_range(2):
+        num_steps = num_blocks(blocks, FULL, BLOCK_N)
         # What tanh needs of the loop's constants would be kept in registers that a wide head has not.
         for i in tl.range(0, num_steps, disable_licm=USE_TMA and softcap is not None and HEAD_DIM > 192):
-            if INTERIOR:
-                start_n = full_lo + i * BLOCK_N
-            else:
-                start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
-            k_tile = load_rows(
-                k, k_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM, not INTERIOR, USE_TMA, WIDE_ROWS
-            )
+            start_n = block_start(blocks, i, FULL, BLOCK_N)
+            k_tile = load_rows(k_rows, start_n, BLOCK_N, HEAD_DIM, not FULL, WIDE_ROWS)
             s = dot_transposed(q, k_tile, INPUT_PRECISION)
             if not FOLD_SCALE:
                 s *= scale_log2
@@ -172,25 +160,23 @@ def _flash_fwd_kernel(
                     s = cap_scores(s, softcap, q[0].dtype == tl.float32)
                 if alibi_slopes_ptr is not None:
                     s = add_alibi(s, offs_m, start_n, offset, slope)
-            if not INTERIOR:
+            if not FULL:
                 s = mask_scores(s, offs_m, start_n, seqlen_k, offset, window)
-            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
-            v_tile = load_rows(
-                v, v_strides[1], coords, start_n, seqlen_k, BLOCK_N, HEAD_DIM_V, not INTERIOR, USE_TMA, WIDE_ROWS
-            )
+            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not FULL)
+            v_tile = load_rows(v_rows, start_n, BLOCK_N, HEAD_DIM_V, not FULL, WIDE_ROWS)
             if dropout is not None:
-                p = tl.where(keep_mask(dropout[0], dropout[1], batch_head, offs_m, start_n, BLOCK_N), p, 0.0)
+                p = tl.where(keep_mask(dropout, batch_head, offs_m, start_n, BLOCK_N), p, 0.0)
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)
     if dropout is not None:
-        norm *= dropout[2]
+        norm *= dropout.scale
     if lse_ptr is not None:
         lse_row = head if VARLEN else batch_head
         lse_ptr += tl.cast(lse_row, tl.int64) * lse_stride + first_q
         tl.store(lse_ptr + offs_m, lse, mask=rows_mask)
-    out_ptr = row_pointer(out_ptr, out_strides, batch, first_q + start_m, head)
-    store_tile(out_ptr, rows, out_strides[1], rows_mask, scale_rows(acc, norm), HEAD_DIM_V, WIDE_ROWS)
+    out_ptrs = tile_pointers(out, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    store_tile(out_ptrs, rows_mask, scale_rows(acc, norm), HEAD_DIM_V)
 
 
 def new_outputs(q, v, wants_lse=True):
@@ -254,7 +240,7 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         softmax_scale * LOG2_E,
         softcap,
         window,
-        dropout,
+        None if dropout is None else Dropout(*dropout),
     )
     launch_packed(_flash_fwd_kernel, (num_programs,), q.device, args, constants)
 
@@ -326,4 +312,5 @@ def _plan(
     counts = num_tiles, num_heads, group_size, section_size
     geometry_k = tma_geometry(shape_k, strides_k, config.block_n) if use_tma else None
     geometry_v = tma_geometry(shape_v, strides_v, config.block_n) if use_tma else None
-    return num_tiles * num_heads * batch, [*map(without_dim, all_strides)], counts, geometry_k, geometry_v, constants
+    strides = [Strides(*without_dim(of_tensor)) for of_tensor in all_strides]
+    return num_tiles * num_heads * batch, strides, counts, geometry_k, geometry_v, constants

@@ -27,8 +27,9 @@ from triton.language.core import _aggregate as aggregate  # triton.aggregate, on
 from .._host.device import launch_packed
 from .._host.layout import clear_outputs, heads_in_l2, strides_suit_tma, tiles_each, tma_geometry
 from .._host.tuned import remember
-from .._jit.heads import assign_tile, sequence_bounds
-from .._jit.masks import visible_range
+from .._jit.args import Sequences
+from .._jit.blocks import visible_range
+from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
 from .._jit.softmax import LN_2
 from .._jit.tiles import sequence_coords
 from .configs import choose_hopper_config
@@ -397,12 +398,13 @@ def _flash_fwd_hopper_kernel(
     head = batch_head % num_heads
     num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
     )
     start_m = tile * (GROUPS * GROUP_ROWS)
     end_m = gl.minimum(start_m + GROUPS * GROUP_ROWS, seqlen_q)
     window = None, 0 if CAUSAL else None
-    _, _, full_hi, hi = visible_range(start_m, end_m, seqlen_k, seqlen_k - seqlen_q, window, BLOCK_N, 1)
+    offset = seqlen_k - seqlen_q
+    blocks = visible_range(start_m + offset, end_m + offset, seqlen_k, window, BLOCK_N)
     work = _Work(
         batch,
         head,
@@ -412,8 +414,8 @@ def _flash_fwd_hopper_kernel(
         seqlen_q,
         seqlen_k,
         start_m,
-        full_hi // BLOCK_N,
-        gl.maximum(1, gl.cdiv(hi, BLOCK_N)),  # where nothing is seen one tile is masked whole
+        blocks.full_hi // BLOCK_N,
+        gl.maximum(1, gl.cdiv(blocks.hi, BLOCK_N)),  # where nothing is seen one tile is masked whole
         CAUSAL,
         VARLEN,
     )
@@ -437,7 +439,7 @@ def _flash_fwd_hopper_kernel(
             head,
             gl.minimum(gl.load(cu_seqlens_q_ptr + num_sequences), num_rows),
             num_rows,
-            (batch * num_tiles + tile).to(gl.int64) * (GROUPS * GROUP_ROWS) - (first_q + seqlen_q),
+            slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, GROUPS * GROUP_ROWS),
         )
     loads = work, shared, q_desc, k_desc, v_desc
     sums = work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2

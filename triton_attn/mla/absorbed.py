@@ -16,12 +16,14 @@ from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import remember
-from .._jit.fences import fence_copies
-from .._jit.heads import in_vectors, row_offsets, sequence_bounds, spare_rows
-from .._jit.masks import mask_scores, visible_range
+from .._jit.args import Sequences, View
+from .._jit.blocks import split_blocks, visible_range
+from .._jit.heads import row_offsets, sequence_bounds, slots_left_over, spare_rows
+from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import load_piece, padded_size, piece_0, piece_1, store_piece
+from .._jit.workarounds import fence_copies, in_vectors
 from ..combine.merge import launch_merge
 from ..combine.splits import choose_num_splits
 from .configs import choose_decode_config, default_decode_config, has_wgmma, programs_per_processor
@@ -57,7 +59,7 @@ def _load_latents(
     FLOAT8: tl.constexpr,
 ):
     """A piece of the latent vectors at offsets; those of an fp8 row times their scales, in the given dtype."""
-    tile = load_piece(ptrs[0], offsets[0], 1, None, START, BLOCK, KV_LORA_RANK, True)
+    tile = load_piece(ptrs[0] + offsets[0][:, None], None, START, BLOCK, KV_LORA_RANK)
     if FLOAT8 is None:
         return tile
     else:
@@ -125,8 +127,8 @@ def _mla_absorbed_kernel(
     has, or all rows of packed sequences, as seqlen_q is of queries. Of rows after the last sequence lse is stored and
     out is not: with -inf there nothing reads it.
     """
-    q_strides = in_vectors(q_strides, VECTOR)
-    q_pe_strides = in_vectors(q_pe_strides, VECTOR)
+    q_strides = in_vectors(View(q_ptr, q_strides), VECTOR).strides
+    q_pe_strides = in_vectors(View(q_pe_ptr, q_pe_strides), VECTOR).strides
     FIRST: tl.constexpr = latent_piece_0(KV_LORA_RANK, HALVES)
     SECOND: tl.constexpr = latent_piece_1(KV_LORA_RANK, HALVES)
     tile = tl.program_id(0) % num_tiles
@@ -135,7 +137,7 @@ def _mla_absorbed_kernel(
 
     num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence, seqlen_q, seqlen_k
+        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), sequence, seqlen_q, seqlen_k
     )
     if cache_seqlens_ptr is not None:
         seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), seqlen_k)
@@ -143,16 +145,13 @@ def _mla_absorbed_kernel(
         num_own = seqlen_q * NUM_HEADS - tile * BLOCK_M
         if num_own < BLOCK_M:
             num_sequences = tl.num_programs(0) // num_tiles // num_splits
-            program = sequence * num_tiles + tile
-            end = first_q + seqlen_q
-            spare, spare_mask, any_spare = spare_rows(
-                cu_seqlens_q_ptr, num_sequences, num_rows, program, end, num_own, BLOCK_M, NUM_HEADS
-            )
-            if any_spare:
+            left_over = slots_left_over(sequence * num_tiles + tile, first_q + seqlen_q, BLOCK_M, NUM_HEADS)
+            spare = spare_rows(cu_seqlens_q_ptr, num_sequences, num_rows, left_over, num_own, BLOCK_M, NUM_HEADS)
+            if spare.any:
                 lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
                 lse_ptrs = lse_ptr + tl.cast(split, tl.int64) * lse_split_stride
-                lse_ptrs += row_offsets(0, spare // NUM_HEADS, spare % NUM_HEADS, lse_strides)
-                tl.store(lse_ptrs, float("-inf"), mask=spare_mask)
+                lse_ptrs += row_offsets(0, spare.rows // NUM_HEADS, spare.rows % NUM_HEADS, lse_strides)
+                tl.store(lse_ptrs, float("-inf"), mask=spare.mask)
         if num_own <= 0:
             return
     first_position = seqlen_k - seqlen_q
@@ -163,20 +162,18 @@ def _mla_absorbed_kernel(
     positions = queries + first_position
     start_position = tile * BLOCK_M // NUM_HEADS + first_position
     end_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, seqlen_q) + first_position
-    lo, _, full_hi, hi = visible_range(start_position, end_position, seqlen_k, 0, window, BLOCK_N, BLOCK_N)
-    share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), num_splits) * BLOCK_N
-    lo = tl.minimum(lo + split * share, hi)
-    hi = tl.minimum(lo + share, hi)
+    blocks = visible_range(start_position, end_position, seqlen_k, window, BLOCK_N, BLOCK_N)
+    lo, _, full_hi, hi = split_blocks(blocks, split, num_splits, BLOCK_N)
 
     if cu_seqlens_q_ptr is not None:  # packed tensors have a batch of one
         sequence *= 0
     sequence = sequence.to(tl.int64)
     q_rows = row_offsets(sequence, first_q + queries, heads, q_strides)
-    q_0 = load_piece(q_ptr, q_rows, 1, rows_mask, 0, FIRST, KV_LORA_RANK, True)
+    q_0 = load_piece(q_ptr + q_rows[:, None], rows_mask, 0, FIRST, KV_LORA_RANK)
     if SECOND > 0:
-        q_1 = load_piece(q_ptr, q_rows, 1, rows_mask, FIRST, SECOND, KV_LORA_RANK, True)
+        q_1 = load_piece(q_ptr + q_rows[:, None], rows_mask, FIRST, SECOND, KV_LORA_RANK)
     q_rows = row_offsets(sequence, first_q + queries, heads, q_pe_strides)
-    q_pe = load_piece(q_pe_ptr, q_rows, 1, rows_mask, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
+    q_pe = load_piece(q_pe_ptr + q_rows[:, None], rows_mask, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM)
     if SIGN < 1:  # the online softmax takes a factor above 0
         q_0 *= SIGN
         q_pe *= SIGN
@@ -229,7 +226,7 @@ def _mla_absorbed_kernel(
         k_0 = _load_latents(ptrs, offsets, 0, FIRST, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
         if SECOND > 0:
             k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
-        k_pe = load_piece(ptrs[2], offsets[2], 1, None, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM, True)
+        k_pe = load_piece(ptrs[2] + offsets[2][:, None], None, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM)
         k_pe = k_pe.to(q_pe.dtype)
         if BLOCK_M >= 64:
             fence_copies()
@@ -263,9 +260,9 @@ def _mla_absorbed_kernel(
     norm, lse = softmax_finish(m_i, l_i)
     out_ptr += tl.cast(split, tl.int64) * out_strides[0]
     out_rows = row_offsets(sequence, first_q + queries, heads, out_strides[1:])
-    store_piece(out_ptr, out_rows, 1, rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK, True)
+    store_piece(out_ptr + out_rows[:, None], rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK)
     if SECOND > 0:
-        store_piece(out_ptr, out_rows, 1, rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK, True)
+        store_piece(out_ptr + out_rows[:, None], rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK)
     lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
     lse_ptr += tl.cast(split, tl.int64) * lse_split_stride
     tl.store(lse_ptr + row_offsets(sequence, first_q + queries, heads, lse_strides), lse, mask=rows_mask)

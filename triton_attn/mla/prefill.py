@@ -16,11 +16,13 @@ from .._host.layout import (
     strides_are_wide,
     tiles_each,
 )
-from .._jit.fences import fence_copies
-from .._jit.heads import assign_tile, row_pointer, sequence_bounds, spare_rows
-from .._jit.masks import mask_scores, visible_range
+from .._jit.args import Sequences, Strides, View
+from .._jit.blocks import block_start, num_blocks, visible_range
+from .._jit.heads import assign_tile, row_pointer, sequence_bounds, slots_left_over, spare_rows
+from .._jit.masks import mask_scores
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import load_piece, padded_size, store_piece
+from .._jit.tiles import load_piece, padded_size, row_pointers, store_piece, tile_pointers
+from .._jit.workarounds import fence_copies
 from .configs import choose_prefill_config
 
 # A new length must not mean a new compilation.
@@ -142,26 +144,19 @@ def _mla_prefill_kernel(
     batch = batch_head // NUM_HEADS
     num_rows = seqlen_q
     first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, batch, seqlen_q, seqlen_k
+        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
     )
     start_m = tile * BLOCK_M
     if cu_seqlens_q_ptr is not None and start_m + BLOCK_M > seqlen_q:
-        spare, spare_mask, any_spare = spare_rows(
-            cu_seqlens_q_ptr,
-            num_sequences,
-            num_rows,
-            batch * num_tiles + tile,
-            first_q + seqlen_q,
-            seqlen_q - start_m,
-            BLOCK_M,
-        )
-        if any_spare:
-            spare_out = out_ptr + tl.cast(head, tl.int64) * out_strides[2]
-            zeros = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            store_piece(spare_out, spare, out_strides[1], spare_mask, zeros, 0, V_HEAD_DIM, True)
+        left_over = slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, BLOCK_M)
+        spare = spare_rows(cu_seqlens_q_ptr, num_sequences, num_rows, left_over, seqlen_q - start_m, BLOCK_M)
+        if spare.any:
+            spare_out = out_ptr + tl.cast(head, tl.int64) * out_strides.head
+            spare_out = row_pointers(spare_out, spare.rows, out_strides.row, True)
+            store_piece(spare_out, spare.mask, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), 0, V_HEAD_DIM)
             if lse_ptr is not None:
-                spare_lse = lse_ptr + tl.cast(head, tl.int64) * lse_head_stride + spare * lse_row_stride
-                tl.store(spare_lse, float("-inf"), mask=spare_mask)
+                spare_lse = lse_ptr + tl.cast(head, tl.int64) * lse_head_stride + spare.rows * lse_row_stride
+                tl.store(spare_lse, float("-inf"), mask=spare.mask)
     if start_m >= seqlen_q:
         return
     # Row of the sequence's first key, which a dense batch has by the length of a sequence.
@@ -173,19 +168,18 @@ def _mla_prefill_kernel(
     first_key = tl.minimum(tl.maximum(first_row - start_row, 0), seqlen_k).to(tl.int32)
     end_key = tl.minimum(tl.maximum(end_row - start_row, 0), seqlen_k).to(tl.int32)
     offset = seqlen_k - seqlen_q
-    _, full_lo, full_hi, hi = visible_range(
-        start_m, tl.minimum(start_m + BLOCK_M, seqlen_q), end_key, offset, window, BLOCK_N, 1, first_key
-    )
-    interior_tiles = (full_hi - full_lo) // BLOCK_N
-    boundary_tiles = tl.cdiv(hi - full_hi, BLOCK_N)
+    end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
+    blocks = visible_range(start_m + offset, end_m + offset, end_key, window, BLOCK_N, 1, first_key)
 
     rows = tl.arange(0, BLOCK_M)
     queries = start_m + rows
     rows_mask = queries < seqlen_q
-    q_nope_ptr = row_pointer(q_nope_ptr, q_nope_strides, batch, first_q + start_m, head)
-    q_pe_ptr = row_pointer(q_pe_ptr, q_pe_strides, batch, first_q + start_m, head)
-    q_nope = load_piece(q_nope_ptr, rows, q_nope_strides[1], rows_mask, 0, BLOCK_K, NOPE_HEAD_DIM, WIDE_ROWS)
-    q_pe = load_piece(q_pe_ptr, rows, q_pe_strides[1], rows_mask, 0, BLOCK_R, ROPE_HEAD_DIM, WIDE_ROWS)
+    q_nope = View(q_nope_ptr, q_nope_strides)
+    q_pe = View(q_pe_ptr, q_pe_strides)
+    q_nope_ptrs = tile_pointers(q_nope, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    q_pe_ptrs = tile_pointers(q_pe, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    q_nope = load_piece(q_nope_ptrs, rows_mask, 0, BLOCK_K, NOPE_HEAD_DIM)
+    q_pe = load_piece(q_pe_ptrs, rows_mask, 0, BLOCK_R, ROPE_HEAD_DIM)
     if SIGN < 1:  # the online softmax takes a factor above 0
         q_nope *= SIGN
         q_pe *= SIGN
@@ -202,34 +196,25 @@ def _mla_prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     lse_ptrs = None
     if lse_ptr is not None:
-        lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
-        lse_ptrs = row_pointer(lse_ptr, lse_strides, batch, first_q + start_m, head) + rows * lse_row_stride
+        lse = View(lse_ptr, Strides(lse_batch_stride, lse_row_stride, lse_head_stride))
+        lse_ptrs = row_pointer(lse, batch, first_q + start_m, head) + rows * lse_row_stride
     if prior_ptr is not None:
-        prior_ptr = row_pointer(prior_ptr, prior_strides, batch, first_q + start_m, head)
-        acc = load_piece(prior_ptr, rows, prior_strides[1], rows_mask, 0, BLOCK_V, V_HEAD_DIM, WIDE_ROWS)
+        prior = View(prior_ptr, prior_strides)
+        prior_ptrs = tile_pointers(prior, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+        acc = load_piece(prior_ptrs, rows_mask, 0, BLOCK_V, V_HEAD_DIM)
         m_i = tl.load(lse_ptrs, mask=rows_mask, other=float("-inf")) * LOG2_E
         l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
-    for INTERIOR in tl.static_range(2):
-        num_steps = interior_tiles if INTERIOR else boundary_tiles
-        for i in tl.range(0, num_steps):
-            start_n = (full_lo if INTERIOR else full_hi) + i * BLOCK_N
+    for FULL in tl.static_range(2):
+        for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N)):
+            start_n = block_start(blocks, i, FULL, BLOCK_N, False)
             keys = tl.arange(0, BLOCK_N)
-            keys_mask = None if INTERIOR else start_n + keys < hi
+            keys_mask = None if FULL else start_n + keys < blocks.hi
             start = tl.cast(start_n, tl.int64)
-            k_pe = load_piece(
-                k_pe_ptr + start * k_pe_strides[1],
-                keys,
-                k_pe_strides[1],
-                keys_mask,
-                0,
-                BLOCK_R,
-                ROPE_HEAD_DIM,
-                WIDE_ROWS,
-            )
+            k_pe_ptrs = row_pointers(k_pe_ptr + start * k_pe_strides[1], keys, k_pe_strides[1], WIDE_ROWS)
+            k_pe = load_piece(k_pe_ptrs, keys_mask, 0, BLOCK_R, ROPE_HEAD_DIM)
             k_start = k_ptr + start * k_strides[1]
             if FUSED:
-                latent_rows = keys.to(tl.int64) if WIDE_ROWS else keys
-                latent_ptrs = k_start + (latent_rows * k_strides[1])[:, None]
+                latent_ptrs = row_pointers(k_start, keys, k_strides[1], WIDE_ROWS)
                 k, v = _up_project(
                     latent_ptrs,
                     keys_mask,
@@ -247,20 +232,21 @@ def _mla_prefill_kernel(
                 )
                 v = v.T
             else:
-                k = load_piece(k_start, keys, k_strides[1], keys_mask, 0, BLOCK_K, NOPE_HEAD_DIM, WIDE_ROWS).T
-                v_start = v_ptr + start * v_strides[1]
-                v = load_piece(v_start, keys, v_strides[1], keys_mask, 0, BLOCK_V, V_HEAD_DIM, WIDE_ROWS)
+                k_ptrs = row_pointers(k_start, keys, k_strides[1], WIDE_ROWS)
+                v_ptrs = row_pointers(v_ptr + start * v_strides[1], keys, v_strides[1], WIDE_ROWS)
+                k = load_piece(k_ptrs, keys_mask, 0, BLOCK_K, NOPE_HEAD_DIM).T
+                v = load_piece(v_ptrs, keys_mask, 0, BLOCK_V, V_HEAD_DIM)
             fence_copies()
             s = tl.dot(q_nope, k, input_precision=INPUT_PRECISION)
             s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
-            if not INTERIOR:
+            if not FULL:
                 s = mask_scores(s, queries, start_n, end_key, offset, window)
-            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, not INTERIOR)
+            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, not FULL)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)
-    out_ptr = row_pointer(out_ptr, out_strides, batch, first_q + start_m, head)
-    store_piece(out_ptr, rows, out_strides[1], rows_mask, acc * norm[:, None], 0, V_HEAD_DIM, WIDE_ROWS)
+    out_ptrs = tile_pointers(View(out_ptr, out_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
+    store_piece(out_ptrs, rows_mask, acc * norm[:, None], 0, V_HEAD_DIM)
     if lse_ptr is not None:
         tl.store(lse_ptrs, lse, mask=rows_mask)
 
@@ -369,14 +355,14 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
         lse,
         cu_seqlens_q,
         cu_seqlens_k,
-        row_strides(q_nope),
-        row_strides(q_pe),
+        Strides(*row_strides(q_nope)),
+        Strides(*row_strides(q_pe)),
         k_strides,
         None if fused else v.stride()[:2],
         k_pe_strides,
         (w_uk.stride(1), w_uv.stride(1), w_uk.stride(0), w_uv.stride(0)) if fused else None,
-        None if prior is None else row_strides(prior),
-        row_strides(out),
+        None if prior is None else Strides(*row_strides(prior)),
+        Strides(*row_strides(out)),
         *((None, None, None) if lse is None else lse_strides(lse)),
         q_nope.shape[-3],
         k_pe.shape[-2],

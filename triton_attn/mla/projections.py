@@ -5,11 +5,11 @@ import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import INDICES, LSE, without_dim
-from .._jit.fences import fence_copies
 from .._jit.heads import row_offsets
 from .._jit.rope import load_rotated
 from .._jit.softmax import LN_2, softmax_finish
 from .._jit.tiles import padded_size
+from .._jit.workarounds import fence_copies
 
 # A new length must not mean a new compilation.
 LENGTHS = ["seqlen_q", "capacity", "num_positions", "num_tokens", "num_splits", *INDICES, *LSE]

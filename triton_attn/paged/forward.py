@@ -22,12 +22,14 @@ from .._host.layout import (
     without_dim,
 )
 from .._host.tuned import remember
-from .._jit.fences import fence_copies
-from .._jit.heads import find_sequence, in_vectors, packed_bounds, row_offsets, spare_rows
-from .._jit.masks import add_alibi, cap_scores, mask_scores, visible_range
+from .._jit.args import View
+from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
+from .._jit.heads import find_sequence, packed_bounds, row_offsets, slots_left_over, spare_rows
+from .._jit.masks import add_alibi, cap_scores, mask_scores
 from .._jit.paging import cache_rows, decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
+from .._jit.workarounds import fence_copies, in_vectors
 from ..combine.merge import launch_merge
 from ..combine.splits import choose_num_splits
 from .configs import choose_config
@@ -52,7 +54,7 @@ LENGTHS = [
 @triton.jit
 def _load_cached(ptr, strides, rows, mask, dtype, HEAD_DIM: tl.constexpr, FLOAT8: tl.constexpr):
     """A tile of keys or values in the dtype of q; fp8, kept as uint8, is decoded."""
-    tile = load_tile(ptr, rows[0] * strides[0] + rows[1] * strides[1], 1, mask, HEAD_DIM, True)
+    tile = load_tile(ptr + (rows[0] * strides[0] + rows[1] * strides[1])[:, None], mask, HEAD_DIM)
     if FLOAT8 is None:
         return tile
     elif len(tile) > 1:
@@ -125,9 +127,9 @@ def _paged_fwd_kernel(
     (batch, row, head) of q, (page or batch, slot, head) of the caches. These hold fp8 as uint8 where FLOAT8 is (bits of
     mantissa, whether the GPU converts it). None is none.
     """
-    q_strides = in_vectors(q_strides, VECTOR)
-    k_strides = in_vectors(k_strides, VECTOR_CACHE)
-    v_strides = in_vectors(v_strides, VECTOR_CACHE)
+    q_strides = in_vectors(View(q_ptr, q_strides), VECTOR).strides
+    k_strides = in_vectors(View(k_ptr, k_strides), VECTOR_CACHE).strides
+    v_strides = in_vectors(View(v_ptr, v_strides), VECTOR_CACHE).strides
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
     num_rows = seqlen_q
     program = tl.program_id(0) % num_tiles
@@ -155,19 +157,18 @@ def _paged_fwd_kernel(
         num_queries = tl.minimum(tl.load(cu_seqlens_q_ptr + batch), num_rows) if VARLEN else batch * seqlen_q
     num_own = num_queries * GROUP_SIZE - tile * BLOCK_M
     if VARLEN and num_own < BLOCK_M:
-        spare, spare_mask, any_spare = spare_rows(
-            cu_seqlens_q_ptr, batch, num_rows, program, first_q + num_queries, num_own, BLOCK_M, GROUP_SIZE
-        )
-        if any_spare:
-            spare_queries = spare // GROUP_SIZE
-            spare_heads = head_kv * GROUP_SIZE + spare % GROUP_SIZE
+        left_over = slots_left_over(program, first_q + num_queries, BLOCK_M, GROUP_SIZE)
+        spare = spare_rows(cu_seqlens_q_ptr, batch, num_rows, left_over, num_own, BLOCK_M, GROUP_SIZE)
+        if spare.any:
+            spare_queries = spare.rows // GROUP_SIZE
+            spare_heads = head_kv * GROUP_SIZE + spare.rows % GROUP_SIZE
             offsets = split.to(tl.int64) * out_strides[0] + row_offsets(0, spare_queries, spare_heads, out_strides[1:])
-            store_tile(out_ptr, offsets, 1, spare_mask, zeros_tile(BLOCK_M, HEAD_DIM_V), HEAD_DIM_V, True)
+            store_tile(out_ptr + offsets[:, None], spare.mask, zeros_tile(BLOCK_M, HEAD_DIM_V), HEAD_DIM_V)
             if lse_ptr is not None:
                 lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
                 lse_ptrs = lse_ptr + split.to(tl.int64) * lse_split_stride
                 lse_ptrs += row_offsets(0, spare_queries, spare_heads, lse_strides)
-                tl.store(lse_ptrs, float("-inf"), mask=spare_mask)
+                tl.store(lse_ptrs, float("-inf"), mask=spare.mask)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if num_own <= 0:
         return
@@ -205,25 +206,19 @@ def _paged_fwd_kernel(
 
     # The keys of this split: of those that the tile sees, an equal share of tiles, cut into the kinds of loop.
     ALIGN: tl.constexpr = BLOCK_N if ONE_PAGE else 1
-    lo, full_lo, full_hi, hi = visible_range(
-        start_position, end_position, seqlen_k, 0, window, BLOCK_N, ALIGN, first_key
-    )
+    blocks = visible_range(start_position, end_position, seqlen_k, window, BLOCK_N, ALIGN, first_key)
     if SHARED:
-        full_hi = full_lo + tl.maximum(tl.minimum(full_hi, num_full_keys) - full_lo, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), num_splits) * BLOCK_N
-    lo = tl.minimum(lo + split * share, hi)
-    hi = tl.minimum(lo + share, hi)
-    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
-    full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
-    left_tiles = tl.cdiv(full_lo - lo, BLOCK_N)
-    boundary_tiles = left_tiles + tl.cdiv(hi - full_hi, BLOCK_N)
-    interior_tiles = (full_hi - full_lo) // BLOCK_N
+        full_keys = tl.maximum(tl.minimum(blocks.full_hi, num_full_keys) - blocks.full_lo, 0)
+        full_hi = blocks.full_lo + full_keys // BLOCK_N * BLOCK_N
+        blocks = Blocks(blocks.lo, blocks.full_lo, full_hi, blocks.hi)
+    blocks = split_blocks(blocks, split, num_splits, BLOCK_N)
 
     if SHARED and not VARLEN:
         batch_index, row_index = sequences, queries - first_queries
     else:
         batch_index, row_index = sequence, queries + first_q
-    q = load_tile(q_ptr, row_offsets(batch_index, row_index, heads, q_strides), 1, rows_mask, HEAD_DIM, True)
+    q_rows = row_offsets(batch_index, row_index, heads, q_strides)
+    q = load_tile(q_ptr + q_rows[:, None], rows_mask, HEAD_DIM)
     k_ptr += tl.cast(head_kv, tl.int64) * k_strides[2]
     v_ptr += tl.cast(head_kv, tl.int64) * v_strides[2]
     if block_table_ptr is not None:
@@ -242,16 +237,11 @@ def _paged_fwd_kernel(
         m_i = tl.where(counts, m_i, float("-inf"))
         l_i = tl.where(counts, l_i, 0.0)
     acc = zeros_tile(BLOCK_M, HEAD_DIM_V)
-    for INTERIOR in tl.static_range(2):
-        num_steps = interior_tiles if INTERIOR else boundary_tiles
-        for i in tl.range(0, num_steps):
-            if INTERIOR:
-                start_n = full_lo + i * BLOCK_N
-                keys_mask = None
-            else:
-                start_n = tl.where(i < left_tiles, lo + i * BLOCK_N, full_hi + (i - left_tiles) * BLOCK_N)
-                keys_mask = start_n + tl.arange(0, BLOCK_N) < hi
-            cached = cache_rows(block_table_ptr, sequence, start_n, hi, BLOCK_N, PAGE_SIZE, ONE_PAGE, not INTERIOR)
+    for FULL in tl.static_range(2):
+        for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N)):
+            start_n = block_start(blocks, i, FULL, BLOCK_N)
+            keys_mask = None if FULL else start_n + tl.arange(0, BLOCK_N) < blocks.hi
+            cached = cache_rows(block_table_ptr, sequence, start_n, blocks.hi, BLOCK_N, PAGE_SIZE, ONE_PAGE, not FULL)
             k_tile = _load_cached(k_ptr, k_strides, cached, keys_mask, q[0].dtype, HEAD_DIM, FLOAT8)
             if BLOCK_M >= 64:
                 fence_copies()
@@ -262,9 +252,9 @@ def _paged_fwd_kernel(
                     s = cap_scores(s, softcap, q[0].dtype == tl.float32)
                 if alibi_slopes_ptr is not None:
                     s = add_alibi(s, positions, start_n, 0, slopes)
-            if not INTERIOR:
+            if not FULL:
                 s = mask_scores(s, positions, start_n, end_keys, 0, window)
-            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not INTERIOR)
+            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not FULL)
             v_tile = _load_cached(v_ptr, v_strides, cached, keys_mask, q[0].dtype, HEAD_DIM_V, FLOAT8)
             if BLOCK_M >= 64:
                 fence_copies()
@@ -276,7 +266,7 @@ def _paged_fwd_kernel(
         norm *= tl.load(scale_ptrs[1] + head_kv * scale_strides[1])
     out_ptr += tl.cast(split, tl.int64) * out_strides[0]
     offsets = row_offsets(batch_index, row_index, heads, out_strides[1:])
-    store_tile(out_ptr, offsets, 1, rows_mask, scale_rows(acc, norm), HEAD_DIM_V, True)
+    store_tile(out_ptr + offsets[:, None], rows_mask, scale_rows(acc, norm), HEAD_DIM_V)
     if lse_ptr is not None:
         lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
         lse_ptr += tl.cast(split, tl.int64) * lse_split_stride

@@ -1,0 +1,65 @@
+"""What travels through kernels by name: NamedTuples as kernel arguments, and as arguments of the functions they call.
+
+Triton specialises the elements of a tuple one by one and cannot be told not to. So lengths, and what follows from them,
+are arguments of their own: a new length must not mean a new compilation. TMA descriptors are too, because launchers
+before Triton 3.8 expand them nowhere else. A function may return a NamedTuple of tensors alone: Triton 3.6 turns
+constants that are returned into tensors, and has none for None.
+"""
+
+from typing import NamedTuple
+
+
+class Strides(NamedTuple):
+    """In elements. A packed tensor has batch stride 0; a cache has pages or sequences, slots and heads."""
+
+    batch: int
+    row: int
+    head: int
+
+
+class View(NamedTuple):
+    """A tensor (batch, rows, heads, dim), or (rows, heads, dim), whose last dimension is contiguous."""
+
+    ptr: object
+    strides: Strides
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of a packed batch start; None and None in a dense batch."""
+
+    cu_seqlens_q_ptr: object
+    cu_seqlens_k_ptr: object
+
+
+class Heads(NamedTuple):
+    """Heads of one sequence, and query heads per KV head."""
+
+    num: int
+    group_size: int
+
+
+class Window(NamedTuple):
+    """Keys that a query sees to the left and to the right of its own position; None is no limit and costs nothing."""
+
+    left: int | None
+    right: int | None
+
+
+class Dropout(NamedTuple):
+    """Weights whose 31 random bits reach the threshold are kept, and multiplied with scale."""
+
+    seed_ptr: object
+    threshold: int
+    scale: float
+
+
+class Scores(NamedTuple):
+    """What is done to q . k before the softmax: times scale_log2 = softmax_scale * log2(e), capped, less ALiBi, masked.
+
+    softcap is in natural units. alibi is the View of the slopes, (batch, 0, head). None is none.
+    """
+
+    scale_log2: float
+    softcap: float | None
+    alibi: View | None
+    window: Window

@@ -1,0 +1,39 @@
+"""What kernels do for the compiler's sake: each function says what it works around, and on which Triton versions."""
+
+import triton
+import triton.language as tl
+from triton.language.target_info import current_target
+
+from .args import Strides, View
+
+_FENCE_MISSING: tl.constexpr = tl.constexpr(
+    triton.__version__.startswith("3.6.") and not triton.knobs.runtime.interpret
+)
+
+
+@triton.constexpr_function
+def _has_wgmma():
+    target = current_target()
+    return target is not None and target.arch == 90
+
+
+@triton.jit
+def fence_copies():
+    """Between the loads of a loop and their matmul, of 64 rows or more: wgmma is to see what cp.async copied.
+
+    Triton 3.6 alone puts no proxy fence there (triton PR 9610). It puts the wait for the copies, and a barrier, where
+    the loads are, so before this one.
+    """
+    if _FENCE_MISSING and _has_wgmma():
+        tl.inline_asm_elementwise("fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
+def in_vectors(view, VECTOR: tl.constexpr):
+    """The View, so that the compiler sees that VECTOR divides its strides.
+
+    Triton looks for the divisor 16 alone, and a stride of 8 elements of 2 bytes would be loaded element by element.
+    """
+    batch_stride, row_stride, head_stride = view.strides
+    strides = Strides(batch_stride // VECTOR * VECTOR, row_stride // VECTOR * VECTOR, head_stride // VECTOR * VECTOR)
+    return View(view.ptr, strides)
