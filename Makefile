@@ -38,7 +38,7 @@ test-emulated: .venv/installed .venv-oldest/installed
 # Removes a barrier, a wait or a fence at a time.
 test-mutations: export TRITON_ATTN_TESTS = full
 test-mutations: .venv/installed
-	$(PYTEST) tests/testing/test_emulator_mutations.py
+	$(PYTEST) tests/toolchain/test_emulator_mutations.py
 
 # Plants a fault at a time; it takes an hour or two. NAMES="F01 PAGED" are some of them.
 test-mutants: .venv/installed

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triton_attn.testing import EmulationError, MemoryAccessError, compile_only, emulate, fix_interpreter, guard
+from triton_attn.toolchain import EmulationError, MemoryAccessError, compile_only, emulate, fix_interpreter, guard
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.8
 

@@ -49,7 +49,7 @@ class Family:
 
     A case is what configs are compared at, a dict that the functions take as keywords: `cases(dtype, shapes)` gives
     those of the shapes that `option` names, `search_space(arch, dtype, **case)` the configs, the default first.
-    `compile(arch, dtype, config=config, **case)` gives a `triton_attn.testing.Launch`. On a GPU the `problem(seqlen,
+    `compile(arch, dtype, config=config, **case)` gives a `triton_attn.toolchain.Launch`. On a GPU the `problem(seqlen,
     **case)` is timed at `seqlens` beside the `roof()`: `provider(dtype, **case)` gives a function from a config to a
     provider, see perf/providers.py. `folder` is that of the kernels and their launchers, below triton_attn;
     `rows(config)` are those of the largest product in the loop. `tuned(dtype, **case)` is the family of a tuned table,

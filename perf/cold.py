@@ -27,7 +27,7 @@ from perf.cache import cpu_name
 from perf.device import gpu_arch, gpu_name, has_gpu, versions
 from perf.models import DEEPSEEK_V3, LLAMA_3_8B
 from perf.tables import print_table
-from triton_attn.testing import compile_only
+from triton_attn.toolchain import compile_only
 
 IMPORTS = ("torch", "torch, triton", "torch, triton_attn")
 LATER_CALLS = 50

@@ -20,7 +20,7 @@ from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.mla.prefill import launch_mla_fused, launch_mla_materialized
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.paged.forward import launch_paged_fwd
-from triton_attn.testing import compile_only
+from triton_attn.toolchain import compile_only
 
 # Which gradients (q, k, v, sinks) make a backward pass launch the kernel.
 _WANTED = {
@@ -31,7 +31,7 @@ _WANTED = {
 
 
 def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=None, kernels="portable"):
-    """The compiled forward kernel (a `triton_attn.testing.Launch`); `config` None is the default, as a user gets it
+    """The compiled forward kernel (a `triton_attn.toolchain.Launch`); `config` None is the default, as a user gets it
     with TRITON_ATTN_KERNELS=`kernels`."""
     with mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=kernels), compile_only(arch) as launches:
         if config is None:

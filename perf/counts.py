@@ -1,6 +1,6 @@
 """What the default configs do when they run: memory, bank conflicts and products, beside what the call needs.
 
-Needs no GPU: the emulator of triton_attn.testing runs what was compiled for sm_80 and sm_90 and counts. A call is small
+Needs no GPU: the emulator of triton_attn.toolchain runs what was compiled for sm_80 and sm_90 and counts. A call is small
 and of real widths, see perf/counted.py. Of each kernel
 
     instructions       that its warps executed, PTX
@@ -116,7 +116,7 @@ class CountedCase:
     def count(self):
         """(row, rows of its source lines) for each kernel of the call."""
         from perf.counted import CALLS  # imports triton_attn
-        from triton_attn.testing.emulator import emulate
+        from triton_attn.toolchain.emulator import emulate
 
         torch.manual_seed(0)
         call, work = CALLS[self.family](getattr(torch, self.dtype), **self.shape)

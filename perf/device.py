@@ -22,7 +22,7 @@ def gpu_name():
 
 
 def gpu_arch():
-    """The GPU's architecture as `triton_attn.testing.compile_only` names it; None without a GPU."""
+    """The GPU's architecture as `triton_attn.toolchain.compile_only` names it; None without a GPU."""
     if not has_gpu():
         return None
     from triton_attn._host import gpu  # not at the top: another commit's package may be compiled

@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 import torch
 
-pytest_plugins = ["triton_attn.testing.emulator.plugin"]
+pytest_plugins = ["triton_attn.toolchain.emulator.plugin"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEVEL = os.environ.get("TRITON_ATTN_TESTS", "quick")
@@ -34,7 +34,7 @@ with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it ru
 
 def pytest_configure(config):
     if INTERPRETED:
-        from triton_attn.testing import fix_interpreter
+        from triton_attn.toolchain import fix_interpreter
 
         fix_interpreter()
 
@@ -93,7 +93,7 @@ def float8_conversions_of_sm_80(request):
     import triton
 
     from triton_attn import paged_attention
-    from triton_attn.testing import compile_only
+    from triton_attn.toolchain import compile_only
 
     q, cache = torch.empty(1, 1, 1, 16, dtype=torch.float16), torch.empty(1, 16, 1, 16, dtype=torch.float8_e5m2)
     indices = torch.zeros(1, 1, dtype=torch.int32)

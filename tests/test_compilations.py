@@ -12,7 +12,7 @@ import torch
 from conftest import FULL
 
 import triton_attn
-from triton_attn.testing import record_specializations
+from triton_attn.toolchain import record_specializations
 
 pytestmark = pytest.mark.compiled
 

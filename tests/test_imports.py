@@ -20,13 +20,14 @@ FAMILIES = ("flash", "paged", "mla", "combine", "cache")
 # What each part may import from the package, besides itself; a family may also import combine.
 ALLOWED = {
     "_jit": set(),
-    "_host": {"_jit", "testing"},  # an interpreting process repairs the interpreter
-    "testing": {"_host"},  # the table of GPUs
+    "_host": {"_jit", "toolchain"},  # an interpreting process repairs the interpreter
+    "testing": set(),
+    "toolchain": {"_host"},  # the table of GPUs
     "reference": set(FAMILIES),
     "interop": {"", "reference"},  # the public names alone
     "": {*FAMILIES, "reference", "_host", "_warmup"},
     "models": {"_host"},
-    "_warmup": {"", "_host", "models", "testing"},
+    "_warmup": {"", "_host", "models", "toolchain"},
     "warmup": {"_warmup", "models"},
     **{family: {"_jit", "_host", "combine"} for family in FAMILIES},
     # Where keys and values of the heads are made once more, the backward pass is that of flash attention.
@@ -80,7 +81,7 @@ def test_a_module_with_kernels_never_imports_a_reference(module):
 def test_the_package_needs_nothing_but_torch_and_triton():
     allowed = {"torch", "triton", "triton_attn", *sys.stdlib_module_names}
     for module in MODULES:
-        if part_of(module) in ("interop", "testing"):
+        if part_of(module) in ("interop", "testing", "toolchain"):
             continue
         for imported, _ in imports_of(module):
             assert imported.split(".")[0] in allowed, f"{module} imports {imported}"

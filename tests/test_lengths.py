@@ -17,7 +17,8 @@ from triton_attn import reference
 from triton_attn.interop.flash_attn import flash_attn_with_kvcache
 from triton_attn.interop.flash_mla import flash_mla_with_kvcache
 from triton_attn.interop.rope import rotate
-from triton_attn.testing import guard, poisoned_empty
+from triton_attn.testing import poisoned_empty
+from triton_attn.toolchain import guard
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

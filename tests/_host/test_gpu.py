@@ -14,7 +14,7 @@ from triton_attn.flash import backward_configs
 from triton_attn.flash import configs as flash_configs
 from triton_attn.mla import configs as mla_configs
 from triton_attn.paged import configs as paged_configs
-from triton_attn.testing import shared_memory_limit
+from triton_attn.toolchain import shared_memory_limit
 
 TABLES = {
     "flash": flash_configs._HALF,

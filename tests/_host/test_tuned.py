@@ -19,7 +19,7 @@ from triton_attn._host import tuned
 from triton_attn.flash.configs import FlashConfig, default_config
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
-from triton_attn.testing import compile_only
+from triton_attn.toolchain import compile_only
 
 ABOUT = {
     "figure": 1.0,

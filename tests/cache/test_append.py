@@ -108,7 +108,7 @@ def test_compiles_without_spills(arch, dtype):
     k = torch.zeros(64, 8, 128, dtype=torch.bfloat16)
     caches = [torch.zeros(8, 16, 8, 128, dtype=torch.bfloat16).to(dtype) for _ in range(2)]
     rope = {"rope_cos": torch.ones(99, 64), "rope_sin": torch.ones(99, 64), "positions": torch.arange(64)}
-    with triton_attn.testing.compile_only(arch) as launches:
+    with triton_attn.toolchain.compile_only(arch) as launches:
         append_kv_cache(k, k, *caches, torch.arange(64), k_scale=0.5, v_scale=torch.ones(8), **rope)
     (launch,) = launches
     assert launch.spill_bytes == 0

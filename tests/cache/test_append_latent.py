@@ -9,7 +9,7 @@ from append_cases import DEVICE, DTYPES, INTERPRETED, Cache, bits
 import triton_attn
 from triton_attn import append_latent_cache, reference
 from triton_attn._host.latent import latent_row, read_latent_cache
-from triton_attn.testing import guard
+from triton_attn.toolchain import guard
 
 BACKENDS = [append_latent_cache, reference.append_latent_cache]
 
@@ -163,7 +163,7 @@ def test_compiles_without_spills(arch, dtype):
     kv_latent, k_pe = torch.zeros(64, 576, dtype=torch.bfloat16).split([512, 64], dim=1)
     cache = torch.zeros(8, 64, 656 if dtype == torch.uint8 else 576, dtype=dtype)
     rope = {"rope_cos": torch.ones(99, 32), "rope_sin": torch.ones(99, 32), "positions": torch.arange(64)}
-    with triton_attn.testing.compile_only(arch) as launches:
+    with triton_attn.toolchain.compile_only(arch) as launches:
         append_latent_cache(kv_latent, k_pe, cache, torch.arange(64), **rope, rope_interleaved=True)
     (launch,) = launches
     assert launch.spill_bytes == 0

@@ -5,7 +5,7 @@ import torch
 from append_cases import DEVICE
 
 from triton_attn import copy_kv_pages
-from triton_attn.testing import compile_only
+from triton_attn.toolchain import compile_only
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_attn import append_kv_cache, reference
-from triton_attn.testing import guard
+from triton_attn.toolchain import guard
 
 pytestmark = pytest.mark.random
 

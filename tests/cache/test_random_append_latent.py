@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from triton_attn import append_latent_cache, reference
 from triton_attn._host.latent import latent_parts, latent_row, read_latent_cache
-from triton_attn.testing import guard
+from triton_attn.toolchain import guard
 
 pytestmark = pytest.mark.random
 

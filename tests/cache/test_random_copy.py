@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_attn import copy_kv_pages
-from triton_attn.testing import guard, padded
+from triton_attn.testing import padded
+from triton_attn.toolchain import guard
 
 pytestmark = pytest.mark.random
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]

@@ -8,7 +8,8 @@ import torch
 from merge_cases import DEVICE, INTERPRETED, in_float64, parts_of
 
 from triton_attn import flash_attention, merge_attention, reference
-from triton_attn.testing import assert_close_to_reference, guard
+from triton_attn.testing import assert_close_to_reference
+from triton_attn.toolchain import guard
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from merge_cases import INTERPRETED, in_float64, parts_of
 
 from triton_attn import merge_attention
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, poisoned_empty
+from triton_attn.toolchain import guard
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.
 pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]

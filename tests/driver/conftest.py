@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import triton
 
-STUB = Path(__file__).parents[2] / "triton_attn/testing/emulator/core/stub_libcuda.c"
+STUB = Path(__file__).parents[2] / "triton_attn/toolchain/emulator/core/stub_libcuda.c"
 
 
 @pytest.fixture(scope="session")

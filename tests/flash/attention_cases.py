@@ -16,7 +16,8 @@ from triton_attn.flash import backward, forward
 from triton_attn.flash.backward_configs import BackwardConfig
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.flash.reference import dropout_mask
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, poisoned_empty
+from triton_attn.toolchain import guard
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -9,7 +9,8 @@ from attention_cases import PLAIN as PLAIN_FORWARD
 
 from triton_attn._host.definition import visible_keys
 from triton_attn.flash.backward_configs import BackwardConfig
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, poisoned_empty
+from triton_attn.toolchain import guard
 
 # As autograd hands it over: of a sum, or of what follows a transposed view.
 DOUT_LAYOUTS = LAYOUTS | {

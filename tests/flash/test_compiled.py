@@ -16,7 +16,7 @@ from triton_attn._host.options import AttentionOptions
 from triton_attn.flash import forward
 from triton_attn.flash.configs import FlashConfig, prune
 from triton_attn.flash.forward import launch_flash_fwd
-from triton_attn.testing import compile_only, shared_memory_limit
+from triton_attn.toolchain import compile_only, shared_memory_limit
 
 pytestmark = pytest.mark.compiled
 

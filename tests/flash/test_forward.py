@@ -20,7 +20,7 @@ from attention_cases import (
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn.flash.configs import FlashConfig
-from triton_attn.testing import guard
+from triton_attn.toolchain import guard
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

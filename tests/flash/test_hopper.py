@@ -10,7 +10,7 @@ import triton
 from perf import loop_model, sass
 from triton_attn import flash_attention, flash_attention_varlen, use_tuned
 from triton_attn._host import tuned
-from triton_attn.testing import compile_only, shared_memory_limit
+from triton_attn.toolchain import compile_only, shared_memory_limit
 
 pytestmark = [pytest.mark.compiled, pytest.mark.oldest]
 

@@ -10,7 +10,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 from triton_attn import OutOfPages
 from triton_attn.interop.deepseek import PagedDeepseek
-from triton_attn.testing import guard
+from triton_attn.toolchain import guard
 
 INTERPRETED = triton.knobs.runtime.interpret
 EOS = 7

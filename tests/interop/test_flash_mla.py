@@ -11,7 +11,8 @@ from helpers.signatures import without_annotations
 
 from triton_attn import reference
 from triton_attn.interop import flash_mla as interop
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, poisoned_empty
+from triton_attn.toolchain import guard
 
 INTERPRETED = triton.knobs.runtime.interpret
 HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, ROW_BYTES = 576, 512, 64, 656

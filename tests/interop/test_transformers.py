@@ -13,7 +13,8 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import masking_utils
 
 from triton_attn.interop.transformers import attention, register, token_mask
-from triton_attn.testing import guard, poisoned_empty
+from triton_attn.testing import poisoned_empty
+from triton_attn.toolchain import guard
 
 register()
 

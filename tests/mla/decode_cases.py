@@ -13,7 +13,8 @@ from triton_attn._host.definition import attend, rotate
 from triton_attn._host.latent import latent_storage, read_latent_cache
 from triton_attn.mla import absorbed
 from triton_attn.mla.configs import MlaDecodeConfig
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, poisoned_empty
+from triton_attn.toolchain import guard
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -12,7 +12,8 @@ from triton_attn import mla_prefill
 from triton_attn._host.definition import attend
 from triton_attn.mla import absorbed, prefill
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, poisoned_empty
+from triton_attn.toolchain import guard
 
 NAN = float("nan")
 NAMES = ("q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv")

@@ -11,7 +11,7 @@ from perf import loop_model
 from perf.gpus import RATES
 from triton_attn import mla_decode, mla_prefill
 from triton_attn.mla.schedule import MODES
-from triton_attn.testing import compile_only, shared_memory_limit
+from triton_attn.toolchain import compile_only, shared_memory_limit
 
 pytestmark = pytest.mark.compiled
 

@@ -6,7 +6,7 @@ from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, Case, Inputs, 
 
 from triton_attn import mla_decode, reference
 from triton_attn.mla.configs import MlaDecodeConfig
-from triton_attn.testing import guard
+from triton_attn.toolchain import guard
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -12,7 +12,7 @@ from triton_attn import mla_decode, mla_prefill, use_tuned
 from triton_attn._host import tuned
 from triton_attn.mla.absorbed import launch_mla_decode
 from triton_attn.mla.configs import MlaDecodeConfig
-from triton_attn.testing import compile_only, shared_memory_limit
+from triton_attn.toolchain import compile_only, shared_memory_limit
 
 pytestmark = [pytest.mark.compiled, pytest.mark.oldest]
 

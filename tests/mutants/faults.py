@@ -29,7 +29,7 @@ GROUPS = {
         _run("tests/flash/test_forward.py", "tests/flash/test_softcap.py"),
         _run("tests/_jit", "tests/flash/test_random.py", "-k", "forward or _jit"),
         _run("tests/test_strides.py", "-k", "forward or flash or lse"),
-        _run("tests/testing/test_emulated_kernels.py", "-k", "misaligned and flash", compiled=True),
+        _run("tests/toolchain/test_emulated_kernels.py", "-k", "misaligned and flash", compiled=True),
     ),
     "BACKWARD": (
         _run("tests/flash/test_backward.py"),
@@ -67,11 +67,11 @@ GROUPS = {
     "TRANSFORMERS": (_run("tests/interop/test_transformers.py"),),
     # These kernels have no interpreter.
     "HOPPER": (
-        _run("tests/testing/test_emulated_kernels.py", "-k", "hopper and flash", compiled=True),
+        _run("tests/toolchain/test_emulated_kernels.py", "-k", "hopper and flash", compiled=True),
         _run("tests/flash/test_hopper.py", compiled=True),
     ),
     "MLA_HOPPER": (
-        _run("tests/testing/test_emulated_kernels.py", "-k", "hopper and mla", compiled=True),
+        _run("tests/toolchain/test_emulated_kernels.py", "-k", "hopper and mla", compiled=True),
         _run("tests/mla/test_hopper.py", compiled=True),
     ),
     "CONFIGS": (

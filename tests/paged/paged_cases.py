@@ -13,7 +13,8 @@ from triton_attn import paged_attention
 from triton_attn._host.definition import attend, visible_keys
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
-from triton_attn.testing import assert_close_to_reference, guard, poisoned_empty
+from triton_attn.testing import assert_close_to_reference, poisoned_empty
+from triton_attn.toolchain import guard
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

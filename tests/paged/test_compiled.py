@@ -16,7 +16,7 @@ from perf.gpus import RATES
 from triton_attn import paged_attention
 from triton_attn.combine import merge
 from triton_attn.paged import forward
-from triton_attn.testing import compile_only, shared_memory_limit
+from triton_attn.toolchain import compile_only, shared_memory_limit
 
 pytestmark = pytest.mark.compiled
 

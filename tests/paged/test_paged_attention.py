@@ -12,7 +12,7 @@ from triton_attn import flash_attention, paged_attention
 from triton_attn.combine.splits import choose_num_splits
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
-from triton_attn.testing import guard
+from triton_attn.toolchain import guard
 
 # NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from perf import cold
-from triton_attn.testing import record_specializations
+from triton_attn.toolchain import record_specializations
 
 
 @pytest.mark.ci

@@ -7,7 +7,7 @@ from test_measure import PROBLEM
 from perf import providers, tutorial
 from perf.checks import check_gradients, check_sample
 from perf.problems import Problem
-from triton_attn.testing import compile_only, shared_memory_limit
+from triton_attn.toolchain import compile_only, shared_memory_limit
 
 SMALLEST = tutorial.CONFIGS[-1]
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

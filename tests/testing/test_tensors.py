@@ -238,10 +238,10 @@ def test_arguments_that_cannot_judge():
 def test_without_triton_the_rest_is_there():
     script = (
         "import sys; sys.modules['triton'] = None\n"
-        "from triton_attn import testing\n"
+        "from triton_attn import testing, toolchain\n"
         "testing.padded((2,))[1]()\n"
         "with testing.poisoned_empty(): pass\n"
-        "try: testing.guard\n"
+        "try: toolchain.guard\n"
         "except ImportError: print('needs triton')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

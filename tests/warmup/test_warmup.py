@@ -14,7 +14,7 @@ from conftest import INTERPRETED
 import triton_attn
 from triton_attn._warmup import compilation
 from triton_attn.models import MODELS, model_named
-from triton_attn.testing import record_specializations
+from triton_attn.toolchain import record_specializations
 
 BF16 = torch.bfloat16
 ARCH = "sm_90"
@@ -162,7 +162,7 @@ def test_what_was_not_warmed_up_is_noticed(warmed):
 
 CALLS = """
     import torch, triton, triton_attn
-    from triton_attn.testing import compile_only
+    from triton_attn.toolchain import compile_only
 
     hits = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)

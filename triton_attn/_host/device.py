@@ -8,7 +8,7 @@ from .gpu import gpu_arch, gpu_of
 
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:
-    from ..testing import fix_interpreter
+    from ..toolchain import fix_interpreter
 
     fix_interpreter()
 

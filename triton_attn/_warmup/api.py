@@ -88,7 +88,7 @@ def warmup(
             chunks of prompts), "append_kv_cache", "copy_kv_pages", "merge_attention";
             of MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
             Besides: "flash_attention_backward" for training, "shared_prefix" for paged_attention's shared_prefix_len.
-        arch: the GPU's, as `triton_attn.testing.compile_only` takes it: "sm_90", "gfx942", ... None: the GPU here.
+        arch: the GPU's, as `triton_attn.toolchain.compile_only` takes it: "sm_90", "gfx942", ... None: the GPU here.
         num_workers: processes that compile side by side. More than 1 starts them anew: a script then needs the usual
             `if __name__ == "__main__":`.
         report: called with one line per kernel as it is done, `print` for example.

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from .._host.tuned import added_tables, take_tables
-from ..testing import record_specializations
+from ..toolchain import record_specializations
 
 KERNELS_PER_TASK = 4
 

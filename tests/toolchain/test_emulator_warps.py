@@ -12,7 +12,7 @@ import torch
 from emulated_calls import MARKS
 from hand_written import kernel
 
-from triton_attn.testing.emulator import opcodes, run_ptx
+from triton_attn.toolchain.emulator import opcodes, run_ptx
 
 pytestmark = MARKS
 BITS = {32: torch.int32, 64: torch.int64}

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from triton_attn.testing.emulator import emulate
+from triton_attn.toolchain.emulator import emulate
 
 pytestmark = [
     *calls.MARKS,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from emulated_calls import MARKS
 
-from triton_attn.testing import emulate
+from triton_attn.toolchain import emulate
 
 pytestmark = [*MARKS, pytest.mark.ci]
 

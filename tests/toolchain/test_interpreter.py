@@ -14,7 +14,7 @@ from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_attn import append_kv_cache, flash_attention, merge_attention, paged_attention
-from triton_attn.testing import fix_interpreter, guard
+from triton_attn.toolchain import fix_interpreter, guard
 
 pytestmark = [
     pytest.mark.oldest,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attn.testing import DeviceArithmeticError, guard
+from triton_attn.toolchain import DeviceArithmeticError, guard
 
 pytestmark = [
     pytest.mark.oldest,

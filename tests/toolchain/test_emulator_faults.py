@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from hand_written import kernel
 
-from triton_attn.testing import EmulationError, emulate
-from triton_attn.testing.emulator import SCHEDULES, core, run_ptx
+from triton_attn.toolchain import EmulationError, emulate
+from triton_attn.toolchain.emulator import SCHEDULES, core, run_ptx
 
 pytestmark = [
     pytest.mark.compiled,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 
-from triton_attn.testing.emulator import core, run_ptx
+from triton_attn.toolchain.emulator import core, run_ptx
 
 pytestmark = [
     pytest.mark.compiled,

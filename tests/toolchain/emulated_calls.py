@@ -14,7 +14,7 @@ import triton
 
 import triton_attn as ta
 from triton_attn import reference
-from triton_attn.testing.emulator import emulate
+from triton_attn.toolchain.emulator import emulate
 
 # Of a file that opens `emulate` itself.
 MARKS = [

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from triton_attn.testing.emulator import core
+from triton_attn.toolchain.emulator import core
 
 SECTOR = 32
 

@@ -5,7 +5,7 @@ Instructions of plain arithmetic are not here: the core has one of the same name
 
 import re
 
-from triton_attn.testing.emulator import core
+from triton_attn.toolchain.emulator import core
 
 SHARED_BASE = 1024
 ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4, "s8": 5, "u8": 6}  # asynchronous.h: Element

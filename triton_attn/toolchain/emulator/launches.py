@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import triton
 
-from triton_attn.testing import compilation
-from triton_attn.testing.emulator import core
-from triton_attn.testing.emulator import counts as counting
-from triton_attn.testing.emulator.decode import Program, mapped_constants
+from triton_attn.toolchain import compilation
+from triton_attn.toolchain.emulator import core
+from triton_attn.toolchain.emulator import counts as counting
+from triton_attn.toolchain.emulator.decode import Program, mapped_constants
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 

@@ -9,8 +9,8 @@ from emulated_calls import MARKS, normal
 from hand_written import kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_attn.testing.emulator import count_ptx, emulate
-from triton_attn.testing.emulator.counts import kind_of
+from triton_attn.toolchain.emulator import count_ptx, emulate
+from triton_attn.toolchain.emulator.counts import kind_of
 
 pytestmark = MARKS
 

@@ -1,8 +1,8 @@
 """`pytest --emulate sm_90`: the tests of a process run their kernels as compiled, in `emulate`.
 
-Loaded by `pytest -p triton_attn.testing.emulator.plugin`, or by a line of the conftest.py at the tests' root:
+Loaded by `pytest -p triton_attn.toolchain.emulator.plugin`, or by a line of the conftest.py at the tests' root:
 
-    pytest_plugins = ["triton_attn.testing.emulator.plugin"]
+    pytest_plugins = ["triton_attn.toolchain.emulator.plugin"]
 
 Tests make CPU tensors, and open neither `emulate` nor `compile_only` themselves.
 """
@@ -13,7 +13,7 @@ import pytest
 def pytest_addoption(parser):
     group = parser.getgroup("emulator", "kernels as compiled, on CPU tensors")
     group.addoption("--emulate", metavar="ARCH", help="sm_80, sm_86, sm_89 or sm_90")
-    group.addoption("--emulate-schedule", default="random", help="a key of triton_attn.testing.emulator.SCHEDULES")
+    group.addoption("--emulate-schedule", default="random", help="a key of triton_attn.toolchain.emulator.SCHEDULES")
     group.addoption("--emulate-seed", type=int, default=0, help="of the random schedules")
 
 
@@ -38,7 +38,7 @@ class Emulation:
         self.schedule, self.seed = config.getoption("--emulate-schedule"), config.getoption("--emulate-seed")
 
     def opened(self):
-        from triton_attn.testing.emulator import emulate
+        from triton_attn.toolchain.emulator import emulate
 
         return emulate(self.arch, schedule=self.schedule, seed=self.seed)
 

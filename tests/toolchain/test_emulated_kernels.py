@@ -8,7 +8,7 @@ import torch
 from emulated_calls import CALL_OF, CALLS, FENCED, MARKS, OLDEST, kernels_of_package, placed, run
 from far import far
 
-from triton_attn.testing.emulator import SCHEDULES, emulate
+from triton_attn.toolchain.emulator import SCHEDULES, emulate
 
 pytestmark = MARKS
 ON = [(arch, *call) for call in dict.fromkeys(CALL_OF.values()) for arch in ("sm_80", "sm_90")]

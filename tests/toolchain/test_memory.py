@@ -14,7 +14,7 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_attn.testing import MemoryAccessError, guard
+from triton_attn.toolchain import MemoryAccessError, guard
 
 pytestmark = [
     pytest.mark.oldest,
