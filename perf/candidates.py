@@ -405,7 +405,7 @@ class Candidate:
 def source_hash(folder):
     """Of the family's kernels and launchers, what they share with others, and what reads compiled code."""
     package, here = Path(triton_attn.__file__).parent, Path(__file__).parent
-    files = [file for part in (folder, "combine", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))]
+    files = [file for part in (folder, "merge", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))]
     files += [
         here / f"{name}.py"
         for name in ("amdgcn", "calls", "candidates", "compiled", "gpus", "loop_model", "sass", "timeline")

@@ -49,7 +49,7 @@ from perf.device import versions
 from perf.gpus import L2_BYTES_PER_CLOCK, RATES
 from perf.providers import SCHEDULES
 from perf.results import MODELLED, OURS, PREDICTED, Row
-from triton_attn.combine.splits import choose_num_splits
+from triton_attn.merge.splits import choose_num_splits
 from triton_attn.mla.configs import MlaDecodeConfig, programs_per_processor
 from triton_attn.mla.schedule import FLOP_PER_BYTE, cost
 

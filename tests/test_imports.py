@@ -16,8 +16,8 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-FAMILIES = ("flash", "paged", "mla", "combine", "cache")
-# What each part may import from the package, besides itself; a family may also import combine.
+FAMILIES = ("flash", "paged", "mla", "merge", "cache")
+# What each part may import from the package, besides itself; a family may also import merge.
 ALLOWED = {
     "_jit": set(),
     "_host": {"_jit", "toolchain"},  # an interpreting process repairs the interpreter
@@ -29,9 +29,9 @@ ALLOWED = {
     "models": {"_host"},
     "_warmup": {"", "_host", "models", "toolchain"},
     "warmup": {"_warmup", "models"},
-    **{family: {"_jit", "_host", "combine"} for family in FAMILIES},
+    **{family: {"_jit", "_host", "merge"} for family in FAMILIES},
     # Where keys and values of the heads are made once more, the backward pass is that of flash attention.
-    "mla": {"_jit", "_host", "combine", "flash"},
+    "mla": {"_jit", "_host", "merge", "flash"},
 }
 
 

@@ -13,7 +13,7 @@ from .cache import (
     copy_kv_pages,
     kv_cache_bytes_per_token,
 )
-from .combine import merge_attention
+from .merge import merge_attention
 from .flash import flash_attention, flash_attention_varlen
 from .mla import mla_decode, mla_prefill, mla_softmax_scale
 from .paged import paged_attention

@@ -14,7 +14,7 @@ from instruments import Instrument
 from perf import loop_model
 from perf.gpus import RATES
 from triton_attn import paged_attention
-from triton_attn.combine import merge
+from triton_attn.merge import kernel as merge
 from triton_attn.paged import forward
 from triton_attn.toolchain import compile_only, shared_memory_limit
 

@@ -9,7 +9,7 @@ import torch
 from paged_cases import DEVICE, DTYPES, FLOAT8, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, Inputs, check, using
 
 from triton_attn import flash_attention, paged_attention
-from triton_attn.combine.splits import choose_num_splits
+from triton_attn.merge.splits import choose_num_splits
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.toolchain import guard

@@ -115,8 +115,8 @@ def test_the_source_hash_is_that_of_the_kernels(monkeypatch, tmp_path):
     assert changed_by("flash/backward_configs.py") == ["flash", "flash_hopper", "flash_backward"]
     assert changed_by("mla/projections.py") == ["mla", "mla_prefill"]
     assert changed_by("paged/forward.py") == ["paged", "paged_prefill"]
-    assert changed_by("cache/append.py") == []
-    assert changed_by("combine/splits.py") == list(FAMILIES)
+    assert changed_by("cache/kernels/append.py") == []
+    assert changed_by("merge/splits.py") == list(FAMILIES)
     assert changed_by("_jit/masks.py") == list(FAMILIES)
 
 

@@ -122,7 +122,7 @@ def _append_kv_cache(
         )
         return
     # Kernels are loaded with the first call, so that the package imports where triton is not installed.
-    from .append import launch_append_kv_cache
+    from .kernels.append import launch_append_kv_cache
 
     launch_append_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, *rope)
 
@@ -226,7 +226,7 @@ def _append_latent_cache(
             rope_interleaved=rope_interleaved,
         )
         return
-    from .append_latent import launch_append_latent_cache
+    from .kernels.append_latent import launch_append_latent_cache
 
     launch_append_latent_cache(kv_latent, k_pe, latent_cache, slot_mapping, *rope)
 
@@ -285,7 +285,7 @@ def _copy_kv_pages(caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tenso
     if not use_kernel(caches[0]):
         reference.copy_kv_pages(caches, src_pages, dst_pages)
         return
-    from .copy import launch_copy_kv_pages
+    from .kernels.copy import launch_copy_kv_pages
 
     launch_copy_kv_pages(tuple(caches), src_pages, dst_pages)
 

@@ -24,8 +24,8 @@ from .._jit.paging import decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import load_piece, padded_size, piece_0, piece_1, store_piece
 from .._jit.workarounds import fence_copies, in_vectors
-from ..combine.merge import launch_merge
-from ..combine.splits import choose_num_splits
+from ..merge.kernel import launch_merge
+from ..merge.splits import choose_num_splits
 from .configs import choose_decode_config, default_decode_config, has_wgmma, programs_per_processor
 from .hopper import launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project

@@ -26,7 +26,7 @@ from .._host.checks import (
 )
 from .._host.latent import latent_storage
 from .._host.observers import autocast, is_observed, refuse_gradients
-from ..combine.splits import check_num_splits
+from ..merge.splits import check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
 

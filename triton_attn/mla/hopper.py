@@ -29,7 +29,7 @@ from .._host.layout import INDICES, LSE, capacity_of, strides_suit_tma
 from .._host.tuned import remember
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
-from ..combine.splits import choose_num_splits
+from ..merge.splits import choose_num_splits
 from .configs import choose_hopper_config
 
 # Renamed in Triton 3.8.

@@ -26,7 +26,7 @@ from .._host.checks import (
 )
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
-from ..combine.splits import check_num_splits
+from ..merge.splits import check_num_splits
 from . import reference
 
 if TYPE_CHECKING:

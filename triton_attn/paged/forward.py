@@ -30,8 +30,8 @@ from .._jit.paging import cache_rows, decode_float8
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import fence_copies, in_vectors
-from ..combine.merge import launch_merge
-from ..combine.splits import choose_num_splits
+from ..merge.kernel import launch_merge
+from ..merge.splits import choose_num_splits
 from .configs import choose_config
 
 LOG2_E = math.log2(math.e)

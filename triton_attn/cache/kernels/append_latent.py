@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .._host.device import launch
-from .._host.latent import SCALE_BLOCK, latent_parts
-from .._host.layout import INDICES
-from .._jit.rope import load_rotated
+from ..._host.device import launch
+from ..._host.latent import SCALE_BLOCK, latent_parts
+from ..._host.layout import INDICES
+from ..._jit.rope import load_rotated
 from .append import TILE_ELEMENTS, encode_float8
 
 

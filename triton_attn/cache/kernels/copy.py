@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.device import launch
+from ..._host.device import launch
 
 TILE_ELEMENTS = 4096
 

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS
-from .._host.device import launch
-from .._host.layout import INDICES, scale_stride
-from .._jit.rope import load_rotated
+from ..._host.checks import FLOAT8_MANTISSA_BITS
+from ..._host.device import launch
+from ..._host.layout import INDICES, scale_stride
+from ..._jit.rope import load_rotated
 
 TILE_ELEMENTS = 4096
 

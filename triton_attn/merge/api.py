@@ -44,7 +44,7 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     if not use_kernel(outs):
         return reference.merge_attention(outs, lses)
-    from .merge import launch_merge  # the package imports where triton is not installed
+    from .kernel import launch_merge  # the package imports where triton is not installed
 
     out, lse = _new_outputs(outs, lses)
     launch_merge(outs, lses.transpose(2, 3), out, lse.transpose(1, 2))
