@@ -9,20 +9,12 @@ matrix, and draws of hypothesis that are new each time. A GPU runs what is marke
 
 import contextlib
 import itertools
-import os
-from collections import Counter
 
 import pytest
 import torch
+from levels import DRAWS, FULL, INTERPRETED, LEVEL, without
 
 pytest_plugins = ["triton_attn.toolchain.emulator.plugin"]
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LEVEL = os.environ.get("TRITON_ATTN_TESTS", "quick")
-DRAWS = {"quick": 4, "ci": 7, "full": 500}
-FULL = LEVEL == "full"
-if LEVEL not in DRAWS:
-    raise pytest.UsageError(f"TRITON_ATTN_TESTS: expected one of {', '.join(DRAWS)}, got {LEVEL!r}")
 
 torch.set_num_threads(1)
 with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it runs where only pytest is
@@ -44,9 +36,9 @@ def pytest_collection_modifyitems(config, items):
     """After -k and -m: what they name alone is not thinned out."""
     chosen = [item for item in items if _runs_here(item, config.getoption("--emulate"))]
     if not FULL:
-        chosen = _without("full", chosen)
+        chosen = without("full", chosen)
     if LEVEL == "quick" and not torch.cuda.is_available():
-        chosen = _without("ci", chosen)
+        chosen = without("ci", chosen)
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = chosen
@@ -57,20 +49,6 @@ def _runs_here(item, emulate):
     if emulate:
         return not compiled
     return compiled != INTERPRETED or (not INTERPRETED and torch.cuda.is_available())
-
-
-def _without(name, items):
-    """Without the tests marked so, but for one of `but_each` cases in their order."""
-    seen, kept = Counter(), []
-    for item in items:
-        each = [marker.kwargs.get("but_each") for marker in item.iter_markers(name)]  # of the test and of the case
-        if None in each:
-            continue
-        test, _, _ = item.nodeid.partition("[")
-        if all(seen[test] % n == 0 for n in each):
-            kept.append(item)
-        seen[test] += 1
-    return kept
 
 
 def pytest_terminal_summary(terminalreporter):

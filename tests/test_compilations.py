@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FULL
+from levels import FULL
 
 import triton_attn
 from triton_attn.toolchain import record_specializations

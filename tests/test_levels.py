@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import _without
+from levels import without
 
 
 def case(number, *marks):
@@ -22,4 +22,4 @@ def case(number, *marks):
 def test_one_of_each_so_many_cases_is_left(marks_of, kept):
     """Of those that have no mark of their own."""
     cases = [case(number, *marks_of(number)) for number in range(7)]
-    assert _without("ci", cases) == [cases[number] for number in kept]
+    assert without("ci", cases) == [cases[number] for number in kept]

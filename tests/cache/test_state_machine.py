@@ -6,7 +6,6 @@ too early, or not copied before it is written, is read back as somebody else's.
 
 import pytest
 import torch
-from conftest import LEVEL
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,6 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from levels import LEVEL
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache

@@ -28,7 +28,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / path) for path in ("", "tests", "tests/driver", "tests/flash", "tests/gpu")]
+sys.path[:0] = [str(ROOT / path) for path in ("", "tests/helpers", "tests/driver")]
 
 
 class OnCpu(TorchFunctionMode):

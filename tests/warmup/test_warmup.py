@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from levels import INTERPRETED
 
 import triton_attn
 from triton_attn._warmup import compilation
