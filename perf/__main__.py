@@ -16,13 +16,13 @@ from importlib import import_module
 from pathlib import Path
 
 from perf import results
-from perf.device import folder_name, has_gpu
-from perf.tables import print_table
+from perf.harness.device import folder_name, has_gpu
+from perf.results.tables import print_table
 
 
 @dataclass(frozen=True)
 class Part:
-    """A subcommand: the module `perf.<name>`, with `run(out_dir, **options)` and, for options, `add_arguments(parser)`.
+    """A subcommand: `perf.commands.<name>`, with `run(out_dir, **options)` and, for options, `add_arguments(parser)`.
 
     `folder` holds its results where no GPU gives them a name; options may stand in it in braces. None: results lie
     beside what the part is given. Without a GPU,
@@ -83,7 +83,7 @@ def default_folder(name, options, publish=False):
 
 def run_part(name, out_dir, options):
     try:
-        for path in import_module(f"perf.{name}").run(out_dir, **options) or ():
+        for path in import_module(f"perf.commands.{name}").run(out_dir, **options) or ():
             print(f"wrote {os.path.relpath(path)}")
     except KeyboardInterrupt:
         where = f" in {os.path.relpath(out_dir)}" if out_dir else ""
@@ -139,7 +139,7 @@ def _parser(chosen):
         sub.add_argument("--out", type=Path, help=f"folder of the results (default: {where})")
         sub.add_argument("--publish", action="store_true", help="the default is under perf/results, for the docs")
         if name == chosen:
-            module = import_module(f"perf.{name}")
+            module = import_module(f"perf.commands.{name}")
             sub.description = module.__doc__
             if hasattr(module, "add_arguments"):
                 module.add_arguments(sub)

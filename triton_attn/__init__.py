@@ -13,8 +13,8 @@ from .cache import (
     copy_kv_pages,
     kv_cache_bytes_per_token,
 )
-from .merge import merge_attention
 from .flash import flash_attention, flash_attention_varlen
+from .merge import merge_attention
 from .mla import mla_decode, mla_prefill, mla_softmax_scale
 from .paged import paged_attention
 

@@ -1,8 +1,8 @@
 """The reference of every public function, under its public name: the same arguments, the same result, plain torch."""
 
 from .cache.reference import append_kv_cache, append_latent_cache, copy_kv_pages
-from .merge.reference import merge_attention
 from .flash.reference import dropout_mask, flash_attention, flash_attention_varlen
+from .merge.reference import merge_attention
 from .mla.reference import mla_decode, mla_prefill
 from .paged.reference import paged_attention
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import triton_attn
-from perf.gpus import CAPACITY, RATES, SHARED_BYTES_RESERVED_PER_CTA
+from perf.model.gpus import CAPACITY, RATES, SHARED_BYTES_RESERVED_PER_CTA
 from triton_attn._host.gpu import GPUS, INTERPRETER, count_sms, gpu_of
 from triton_attn.flash import backward_configs
 from triton_attn.flash import configs as flash_configs

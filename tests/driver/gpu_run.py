@@ -87,9 +87,13 @@ triton_attn.testing.assert_close_to_reference = take_for_right
 import scale  # noqa: E402
 from public_calls import use_stub  # noqa: E402
 
-from perf import __main__, candidates, gpu, gpu_cases, isolation, machine, measure, sweep, timing  # noqa: E402
-from perf.problems import LatentDecodeProblem, Problem  # noqa: E402
+from perf import __main__  # noqa: E402
+from perf.commands import gpu, sweep  # noqa: E402
+from perf.harness import isolation, machine, measure, timing  # noqa: E402
+from perf.model import candidates  # noqa: E402
 from perf.results import OURS  # noqa: E402
+from perf.workloads import gpu_cases  # noqa: E402
+from perf.workloads.problems import LatentDecodeProblem, Problem  # noqa: E402
 
 use_stub("sm_90")
 scale.AT_SCALE = False

@@ -1,14 +1,14 @@
 """What the backward kernels compile to at their defaults: resources, and `lock` of the interior loops on sm_90.
 
-`lock` is TFLOP/s in the cycle model of perf/loop_model.py, which ranks kernels and catches regressions; no kernel has
-run here. A schedule's figure counts five products a tile. The summary of the test run prints it with registers and
+`lock` is TFLOP/s in the cycle model of perf/model/loop_model.py, which ranks kernels and catches regressions; no kernel
+has run here. A schedule's figure counts five products a tile. The summary of the test run prints it with registers and
 spills.
 """
 
 import pytest
 import torch
 
-from perf import loop_model
+from perf.model import loop_model
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.backward import launch_flash_bwd
 from triton_attn.toolchain import compile_only, shared_memory_limit

@@ -1,7 +1,7 @@
 """What the forward kernel compiles to at its defaults: resources, instructions, the interior loop; when it compiles.
 
-`lock` and `bound` are TFLOP/s in the cycle model of perf/loop_model.py. They rank kernels and catch regressions; no
-kernel has run here. The summary of the test run prints them with registers and spills.
+`lock` and `bound` are TFLOP/s in the cycle model of perf/model/loop_model.py. They rank kernels and catch regressions;
+no kernel has run here. The summary of the test run prints them with registers and spills.
 """
 
 from unittest import mock
@@ -10,7 +10,7 @@ import pytest
 import torch
 from host_cost import median_microseconds
 
-from perf import loop_model
+from perf.model import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash import forward

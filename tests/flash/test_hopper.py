@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from perf import loop_model, sass
+from perf.model import loop_model, sass
 from triton_attn import flash_attention, flash_attention_varlen, use_tuned
 from triton_attn._host import tuned
 from triton_attn.toolchain import compile_only, shared_memory_limit

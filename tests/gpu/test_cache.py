@@ -7,8 +7,8 @@ import torch
 from append_cases import DEVICE
 from scale import CACHED_MODELS, DTYPES, MODELS, at_scale
 
-from perf.models import DEEPSEEK_V3, LLAMA_3_8B
-from perf.verify import verify
+from perf.commands.verify import verify
+from perf.workloads.models import DEEPSEEK_V3, LLAMA_3_8B
 from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, mla_decode, paged_attention, reference
 
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

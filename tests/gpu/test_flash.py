@@ -8,7 +8,7 @@ import torch
 from attention_cases import DEVICE, PLAIN, check, lying_far_apart, using
 from scale import DTYPES, MODELS, at_scale, heads_of
 
-from perf.models import FALCON_7B, GPT_OSS_120B, LLAMA_3_8B
+from perf.workloads.models import FALCON_7B, GPT_OSS_120B, LLAMA_3_8B
 from triton_attn import flash_attention
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.

@@ -13,7 +13,7 @@ import torch
 from attention_cases import PLAIN, check
 from scale import AT_SCALE, DTYPES, heads_of
 
-from perf.models import GEMMA_3_12B, LLAMA_3_8B
+from perf.workloads.models import GEMMA_3_12B, LLAMA_3_8B
 from triton_attn import flash_attention
 from triton_attn.flash import forward
 

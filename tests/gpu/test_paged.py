@@ -7,7 +7,7 @@ import torch
 from paged_cases import FLOAT8, PLAIN, Inputs, check, using
 from scale import CACHED_MODELS, DTYPES, at_scale, heads_of
 
-from perf.models import LLAMA_3_8B
+from perf.workloads.models import LLAMA_3_8B
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

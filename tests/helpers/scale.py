@@ -4,7 +4,7 @@ import torch
 from attention_cases import DEVICE
 from torch.utils.checkpoint import checkpoint
 
-from perf.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_2_7B, LLAMA_3_8B, QWEN3_32B
+from perf.workloads.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_2_7B, LLAMA_3_8B, QWEN3_32B
 from triton_attn._host.definition import attend
 
 AT_SCALE = DEVICE == "cuda"

@@ -1,14 +1,15 @@
 """What MLA compiles to at its defaults: resources, instructions, and how fast the loop can run.
 
-`lock` and `bound` are TFLOP/s of perf/loop_model.py, useful products only. `TB/s` are the bytes of the cache that the
-loop takes in a second in that model, which knows no memory: above what memory gives, a decode step waits for memory.
+`lock` and `bound` are TFLOP/s of perf/model/loop_model.py, useful products only. `TB/s` are the bytes of the cache that
+the loop takes in a second in that model, which knows no memory: above what memory gives, a decode step waits for
+memory.
 """
 
 import pytest
 import torch
 
-from perf import loop_model
-from perf.gpus import RATES
+from perf.model import loop_model
+from perf.model.gpus import RATES
 from triton_attn import mla_decode, mla_prefill
 from triton_attn.mla.schedule import MODES
 from triton_attn.toolchain import compile_only, shared_memory_limit

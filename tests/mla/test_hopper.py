@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from perf import loop_model, sass
+from perf.model import loop_model, sass
 from triton_attn import mla_decode, mla_prefill, use_tuned
 from triton_attn._host import tuned
 from triton_attn.mla.absorbed import launch_mla_decode

@@ -1,7 +1,8 @@
 """What attention over a cache compiles to at its defaults: resources and instructions; when it compiles; host cost.
 
 `TB/s` are the bytes of keys and values that the interior loop takes in a second, in the cycle model of
-perf/loop_model.py, which knows no memory: where they exceed what memory gives, a decode step waits for memory alone.
+perf/model/loop_model.py, which knows no memory: where they exceed what memory gives, a decode step waits for memory
+alone.
 """
 
 from unittest import mock
@@ -11,8 +12,8 @@ import torch
 from host_cost import median_microseconds
 from instruments import Instrument
 
-from perf import loop_model
-from perf.gpus import RATES
+from perf.model import loop_model
+from perf.model.gpus import RATES
 from triton_attn import paged_attention
 from triton_attn.merge import kernel as merge
 from triton_attn.paged import forward

@@ -1,4 +1,4 @@
-from perf import amdgcn
+from perf.model import amdgcn
 
 METADATA = """
 ; NumAgprs: 4

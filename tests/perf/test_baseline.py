@@ -6,10 +6,10 @@ The figures are those of compiled code, for each Triton version its own; no kern
 import pytest
 import triton
 
-from perf.baseline import COMPILED
-from perf.compare import name_of
-from perf.inspect import BASELINE_ARCHS, baseline_cases
-from perf.tables import format_table
+from perf.commands.inspect import BASELINE_ARCHS, baseline_cases
+from perf.results.baseline import COMPILED
+from perf.results.compare import name_of
+from perf.results.tables import format_table
 
 UPDATE = "python -m perf inspect --update-baseline"
 CASES = [case for arch in BASELINE_ARCHS for case in baseline_cases(arch)]

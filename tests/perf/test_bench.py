@@ -2,10 +2,11 @@ from argparse import ArgumentParser
 from dataclasses import replace
 
 import pytest
-from test_results import row
+from speed_tables import row
 
-from perf import bench, results
-from perf.problems import DecodeProblem
+from perf import results
+from perf.commands import bench
+from perf.workloads.problems import DecodeProblem
 
 
 def predict_with(monkeypatch, family, predict):

@@ -1,6 +1,6 @@
 import csv
 
-from perf import cache
+from perf.commands import cache
 
 
 def test_run_measures_every_operation_and_batch(tmp_path, monkeypatch, capsys):

@@ -4,9 +4,10 @@ from dataclasses import asdict
 import pandas as pd
 import pytest
 
-from perf import calibrate, plot, results
-from perf.candidates import FAMILIES, MODEL_COLUMNS, Candidate
-from perf.results import MEASURED, OURS
+from perf import results
+from perf.commands import calibrate
+from perf.model.candidates import FAMILIES, MODEL_COLUMNS, Candidate
+from perf.results import MEASURED, OURS, plot
 from triton_attn.flash.configs import FlashConfig
 
 CASES = {"flash": {"head_dim": 128, "causal": True}}

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from perf.checks import SAMPLED_ROWS, check_gradients, check_sample
-from perf.problems import Problem
-from perf.providers import PROVIDERS
+from perf.harness.checks import SAMPLED_ROWS, check_gradients, check_sample
+from perf.workloads.problems import Problem
+from perf.workloads.providers import PROVIDERS
 from triton_attn import reference
 
 

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from perf import cold
+from perf.commands import cold
 from triton_attn.toolchain import record_specializations
 
 

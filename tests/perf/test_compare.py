@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from perf.baseline import COMPILED
-from perf.compare import ABSENT, changes
-from perf.tables import format_table
+from perf.results.baseline import COMPILED
+from perf.results.compare import ABSENT, changes
+from perf.results.tables import format_table
 
 ROW = {
     "arch": "sm_90",

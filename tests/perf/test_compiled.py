@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import triton_attn
-from perf import amdgcn, bench, compiled, inspect, loop_model, results, sweep
-from perf.baseline import COMPILED, Baseline
-from perf.candidates import FAMILIES, Candidate
-from perf.journal import Journal
-from perf.revision import package_of
+from perf import results
+from perf.commands import bench, inspect, sweep
+from perf.harness.journal import Journal
+from perf.harness.revision import package_of
+from perf.model import amdgcn, compiled, loop_model
+from perf.model.candidates import FAMILIES, Candidate
+from perf.results.baseline import COMPILED, Baseline
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig

@@ -11,11 +11,11 @@ import pytest
 import torch
 import triton
 
-from perf import counts
-from perf.baseline import COUNTED
-from perf.compare import name_of
-from perf.counts import ARCHS, BARS, baseline_cases, misses
-from perf.tables import format_table
+from perf.commands import counts
+from perf.commands.counts import ARCHS, BARS, baseline_cases, misses
+from perf.results.baseline import COUNTED
+from perf.results.compare import name_of
+from perf.results.tables import format_table
 
 UPDATE = "python -m perf counts --update-counts"
 CASES = [case for arch in ARCHS for case in baseline_cases(arch)]

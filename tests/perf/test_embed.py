@@ -1,6 +1,6 @@
 import csv
 
-from perf import embed
+from perf.commands import embed
 
 MARKDOWN = """# Heading.
 

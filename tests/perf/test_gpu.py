@@ -14,13 +14,17 @@ from pathlib import Path
 
 import fake_cases
 import pytest
-from test_measure import fake_times
+from small_problems import fake_times
 
-from perf import __main__, gpu, gpu_cases, gpu_report, measure, results, verify
-from perf.candidates import FAMILIES
-from perf.isolation import headline, map_isolated
-from perf.machine import COPY
-from perf.sweep import Budget
+from perf import __main__, results
+from perf.commands import gpu, verify
+from perf.commands.sweep import Budget
+from perf.harness import measure
+from perf.harness.isolation import headline, map_isolated
+from perf.harness.machine import COPY
+from perf.model.candidates import FAMILIES
+from perf.results import gpu_report
+from perf.workloads import gpu_cases
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -304,11 +308,11 @@ def test_torch_triton_numpy_and_pytest_are_enough():
 
         missing = "hypothesis", "matplotlib", "pandas", "tabulate", "tqdm", "xdist"
         sys.modules.update(dict.fromkeys(missing))  # an import of None fails as of what is not there
-        from perf import gpu
+        from perf.commands import gpu
 
         assert "torch._dynamo" not in sys.modules, "each of a run's processes would import it, for seconds"
-        from perf.progress import tqdm
-        from perf.tables import print_table
+        from perf.harness.progress import tqdm
+        from perf.results.tables import print_table
 
         cases = gpu.cases.test_cases()
         case = next(case for case in cases if "test_paged.py::test_repeats_bitwise" in case["test"])

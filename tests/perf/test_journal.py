@@ -1,6 +1,6 @@
 import pytest
 
-from perf.journal import Journal
+from perf.harness.journal import Journal
 
 KEY = {"family": "flash", "config": {"block_m": 128}}
 

@@ -1,9 +1,9 @@
 import pytest
 from sass_listing import listing
 
-from perf import sass
-from perf.gpus import RATES
-from perf.loop_model import LoopModel, Report, useful_share
+from perf.model import sass
+from perf.model.gpus import RATES
+from perf.model.loop_model import LoopModel, Report, useful_share
 
 PRODUCTS = {
     "register A": "HGMMA.64x128x16.F32 R24, R88, gdesc[UR8], R24",

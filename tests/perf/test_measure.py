@@ -3,15 +3,13 @@ from functools import partial
 
 import pytest
 import torch
+from small_problems import DECODE, PROBLEM, fake_times
 
-from perf import measure
-from perf.problems import DecodeProblem, Problem
-from perf.providers import DECODE_PROVIDERS, PROVIDERS
+from perf.harness import measure
+from perf.harness.timing import Percentiles
 from perf.results import MEASURED
-from perf.timing import Percentiles
+from perf.workloads.providers import DECODE_PROVIDERS, PROVIDERS
 from triton_attn import reference
-
-PROBLEM = Problem(batch=1, seqlen=64, num_heads=2, head_dim=16, causal=True)
 
 
 @pytest.fixture
@@ -70,15 +68,6 @@ def test_other_passes_run_and_count_their_flops(monkeypatch, direction, factor):
     assert row.direction == direction
     assert row.tflops == pytest.approx(factor * PROBLEM.flops / 2e-3 / 1e12)
     assert [x.shape for x in gradients[0]] == [(1, 64, 2, 16)] * 3
-
-
-DECODE = DecodeProblem(batch=3, seqlen_k=37, num_heads_q=4, num_heads_kv=2, head_dim=16, page_size=8)
-
-
-def fake_times(functions):
-    for function in functions.values():
-        function()
-    return {name: Percentiles(1.0, 2.0, 4.0) for name in functions}
 
 
 def misses_the_newest_token(problem, q, k_cache, v_cache):

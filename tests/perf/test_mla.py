@@ -7,9 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf import measure, mla, models, plot, predict, providers, results, style
-from perf.problems import LatentDecodeProblem, LatentPrefillProblem, latent_decode_grid, latent_prefill_grid
-from perf.timing import Percentiles
+from perf import results
+from perf.commands import mla
+from perf.harness import measure
+from perf.harness.timing import Percentiles
+from perf.model import predict
+from perf.results import plot, style
+from perf.workloads import models, providers
+from perf.workloads.problems import LatentDecodeProblem, LatentPrefillProblem, latent_decode_grid, latent_prefill_grid
 from triton_attn import mla_prefill, reference
 from triton_attn.mla.schedule import MODES, choose_schedule
 

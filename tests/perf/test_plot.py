@@ -1,61 +1,16 @@
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
-from test_results import row
+from speed_tables import MEASURED, failed, grid_of, row, steps_of, write
 
-from perf import plot, results, speed_plots, style
-from perf.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem
-from perf.providers import DECODE_PROVIDERS, PROVIDERS
+from perf import results
+from perf.commands import plot as command
+from perf.results import plot, speed_plots, style
+from perf.workloads.problems import LatentDecodeProblem, LatentPrefillProblem
+from perf.workloads.providers import DECODE_PROVIDERS, PROVIDERS
 
-MEASURED = {
-    "gpu": "synthetic",
-    "source": results.MEASURED,
-    "p20_ms": 0.9,
-    "p50_ms": 1.0,
-    "p80_ms": 1.1,
-    "roof_share": 0.5,
-}
 PREDICTIONS = [results.BOUND, results.LOCK]
-
-
-def write(path, rows):
-    with results.Table(path, results.COLUMNS) as table:
-        for each in rows:
-            table.append(astuple(each))
-    return path
-
-
-def grid_of(providers, head_dims=(64, 128), **changes):
-    shapes = [
-        (head_dim, causal, seqlen) for head_dim in head_dims for causal in (False, True) for seqlen in (512, 1024)
-    ]
-    return [
-        row(
-            provider=provider,
-            head_dim=head_dim,
-            head_dim_v=head_dim,
-            causal=causal,
-            seqlen_q=seqlen,
-            seqlen_k=seqlen,
-            tflops=300.0 + 10 * i,
-            **changes,
-        )
-        for head_dim, causal, seqlen in shapes
-        for i, provider in enumerate(providers)
-    ]
-
-
-def steps_of(providers, batches=(1, 8), **changes):
-    return [
-        row(
-            **DecodeProblem(batch, context).columns(),
-            **changes | {"provider": provider, "gbps": 1000.0 + 100 * i, "roof_share": (1000.0 + 100 * i) / 2500},
-        )
-        for batch in batches
-        for context in (1024, 2048)
-        for i, provider in enumerate(providers)
-    ]
 
 
 @pytest.fixture
@@ -86,10 +41,6 @@ def titles(figure):
 
 def without_a_result(figure):
     return figure.legends[0].get_title().get_text()
-
-
-def failed(each, note="out of memory"):
-    return replace(each, **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "tflops", "gbps", "roof_share")), note=note)
 
 
 def test_a_prediction_says_so_and_has_no_roof(draw):
@@ -246,15 +197,15 @@ def test_a_file_without_a_picture_is_refused(tmp_path):
     path = tmp_path / "machine.csv"
     path.write_text("what,value\n")
     with pytest.raises(SystemExit, match=r"machine.csv: no picture is known for a table of what, value"):
-        plot.run(None, [path])
+        command.run(None, [path])
     with pytest.raises(SystemExit, match=r"missing.csv"):
-        plot.run(None, [tmp_path / "missing.csv"])
+        command.run(None, [tmp_path / "missing.csv"])
 
 
 def test_pictures_lie_beside_their_file_or_where_they_are_asked_to(tmp_path):
     path = write(tmp_path / "speed.csv", grid_of(PREDICTIONS, head_dims=(64,)))
-    assert plot.run(None, [path]) == [tmp_path / "speed.png"]
-    assert plot.run(tmp_path / "elsewhere", [path]) == [tmp_path / "elsewhere" / "speed.png"]
+    assert command.run(None, [path]) == [tmp_path / "speed.png"]
+    assert command.run(tmp_path / "elsewhere", [path]) == [tmp_path / "elsewhere" / "speed.png"]
 
 
 def test_a_prediction_shows_what_was_measured_of_its_problems(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 import pytest
 
-from perf import baseline, predict
-from perf.gpus import L2_BYTES_PER_CLOCK, RATES
-from perf.problems import BATCHES, DecodeProblem, Problem, decode_grid, grid
+from perf.model import predict
+from perf.model.gpus import L2_BYTES_PER_CLOCK, RATES
+from perf.results import baseline
+from perf.workloads.problems import BATCHES, DecodeProblem, Problem, decode_grid, grid
 
 
 def problem(seqlen, causal, batch=1, num_heads=1, head_dim=128):

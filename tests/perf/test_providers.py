@@ -5,10 +5,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_measure import DECODE, PROBLEM
+from small_problems import DECODE, PROBLEM
 
-from perf import providers
-from perf.problems import LatentDecodeProblem
+from perf.workloads import providers
+from perf.workloads.problems import LatentDecodeProblem
 from triton_attn import reference
 
 LATENT = LatentDecodeProblem(batch=3, seqlen_k=37, num_heads_q=4, page_size=8)
@@ -134,5 +134,7 @@ def test_latent_decode(install):
 
 
 def test_what_is_not_installed_is_not_listed():
-    listed = providers._installed({"here": ("perf.tables", 1), "no part": ("perf.no", 2), "no package": ("no.part", 3)})
+    listed = providers._installed(
+        {"here": ("perf.results.tables", 1), "no part": ("perf.no", 2), "no package": ("no.part", 3)}
+    )
     assert listed == {"here": 1}

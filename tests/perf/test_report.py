@@ -5,9 +5,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from test_plot import MEASURED, failed, grid_of, steps_of, write
+from speed_tables import MEASURED, failed, grid_of, steps_of, write
 
-from perf import plot, report, results
+from perf import results
+from perf.commands import report as command
+from perf.results import plot, report
 
 SHAPES = {"seqlen_q": 4096, "seqlen_k": 4096}
 
@@ -153,17 +155,17 @@ def test_a_run_draws_what_is_missing_or_old_and_writes_both_files(tmp_path, file
     page, readme = files
     path = write(tmp_path / "a-gpu" / "bench.csv", grid_of([results.BOUND, results.LOCK], head_dims=(64,)))
     picture = path.with_suffix(".png")
-    assert report.run(tmp_path, *files) == [picture, *files]
+    assert command.run(tmp_path, *files) == [picture, *files]
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert readme.read_text() == f"# name\nWhat it is.\n{report.status(tmp_path)}\n\nMore.\n"
-    assert report.run(tmp_path, *files) == [*files], "nothing is drawn twice"
+    assert command.run(tmp_path, *files) == [*files], "nothing is drawn twice"
     assert page.read_text() == text
     os.utime(picture, (0, 0))
-    assert report.run(tmp_path, *files) == [picture, *files]
-    assert report.run(tmp_path, *files, redraw=True) == [picture, *files]
+    assert command.run(tmp_path, *files) == [picture, *files]
+    assert command.run(tmp_path, *files, redraw=True) == [picture, *files]
 
 
 @pytest.mark.parametrize("text", ["", report.BEGIN, report.END + report.BEGIN, 2 * (report.BEGIN + report.END)])
@@ -172,7 +174,7 @@ def test_a_page_without_a_place_for_it_is_left_alone(tmp_path, files, text):
     page.write_text(text)
     said = readme.read_text()
     with pytest.raises(SystemExit, match="needs the marks"):
-        report.run(tmp_path / "results", *files)
+        command.run(tmp_path / "results", *files)
     assert page.read_text() == text
     assert readme.read_text() == said
 
@@ -183,7 +185,7 @@ def test_a_readme_without_a_status_is_left_alone(tmp_path, files, text):
     figures = page.read_text()
     readme.write_text(text)
     with pytest.raises(SystemExit, match="needs a third line"):
-        report.run(tmp_path / "results", *files)
+        command.run(tmp_path / "results", *files)
     assert readme.read_text() == text
     assert page.read_text() == figures
 
@@ -191,4 +193,4 @@ def test_a_readme_without_a_status_is_left_alone(tmp_path, files, text):
 def test_a_broken_table_is_named(tmp_path):
     path = write(tmp_path / "a-gpu" / "bench.csv", measured({results.OURS: 512.0}, source="guessed"))
     with pytest.raises(SystemExit, match=rf"{path.name}: column source"):
-        report.run(tmp_path, tmp_path / "performance.md", tmp_path / "README.md")
+        command.run(tmp_path, tmp_path / "performance.md", tmp_path / "README.md")

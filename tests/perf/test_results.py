@@ -2,32 +2,9 @@ import csv
 from dataclasses import astuple
 
 import pytest
+from speed_tables import row
 
 from perf import results
-
-
-def row(**changes):
-    values = dict(
-        family="flash",
-        provider="triton_attn",
-        direction="forward",
-        batch=1,
-        seqlen_q=512,
-        seqlen_k=512,
-        num_heads_q=16,
-        num_heads_kv=16,
-        head_dim=128,
-        head_dim_v=128,
-        causal=True,
-        dtype="bfloat16",
-        gpu="some GPU",
-        driver=None,
-        torch="2.13.0",
-        triton="3.9.0",
-        commit="0123456",
-        source=results.PREDICTED,
-    )
-    return results.Row(**values | changes)
 
 
 def test_a_row_is_on_the_disk_before_the_next_one(tmp_path):

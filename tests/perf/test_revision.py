@@ -7,8 +7,8 @@ from pkgutil import resolve_name
 
 import pytest
 
-from perf.parallel import map_in_processes
-from perf.revision import package_of
+from perf.harness.parallel import map_in_processes
+from perf.harness.revision import package_of
 
 
 def git(folder, *args):

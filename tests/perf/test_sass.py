@@ -1,7 +1,7 @@
 import pytest
 from sass_listing import listing
 
-from perf import sass
+from perf.model import sass
 
 NESTED = """
     MOV R1, c[0x0][0x28] | 4

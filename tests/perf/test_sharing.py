@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from perf import sharing
+from perf.commands import sharing
 
 SHORT = sharing.Workload("Alpaca-like", 9, 12, 0.5, {("sampling", 2): 50.0})
 

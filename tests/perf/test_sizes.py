@@ -2,7 +2,8 @@ import csv
 
 import pytest
 
-from perf import models, sizes
+from perf.commands import sizes
+from perf.workloads import models
 
 
 @pytest.mark.parametrize(

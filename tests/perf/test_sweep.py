@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import candidates, measure, results, sweep, winners
-from perf.candidates import FAMILIES, MODEL_COLUMNS, Candidate
-from perf.journal import Journal
-from perf.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
-from perf.results import MEASURED
-from perf.timing import Percentiles
+from perf import results
+from perf.commands import sweep
+from perf.harness import measure
+from perf.harness.journal import Journal
+from perf.harness.timing import Percentiles
+from perf.model import candidates
+from perf.model.candidates import FAMILIES, MODEL_COLUMNS, Candidate
+from perf.results import MEASURED, winners
+from perf.workloads.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from triton_attn._host import tuned
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
@@ -78,7 +81,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(compiled, tmp_path, monkeypatc
 @pytest.mark.parametrize(("name", "value"), [("triton.__version__", "0.0"), ("source_hash", lambda kernels: "other")])
 def test_another_triton_or_kernel_is_new_work(compiled, tmp_path, monkeypatch, name, value):
     sweep.run(tmp_path, head_dims=[64])
-    monkeypatch.setattr(f"perf.candidates.{name}", value)
+    monkeypatch.setattr(f"perf.model.candidates.{name}", value)
     sweep.run(tmp_path, head_dims=[64])
     assert len(compiled) == 12
 

@@ -1,8 +1,9 @@
 import pytest
-from test_results import row
+from speed_tables import row
 
-from perf import results, targets
-from perf.problems import DecodeProblem, LatentDecodeProblem
+from perf import results
+from perf.results import targets
+from perf.workloads.problems import DecodeProblem, LatentDecodeProblem
 
 
 def measured(**columns):

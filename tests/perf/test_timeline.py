@@ -3,10 +3,10 @@
 import pytest
 from sass_listing import listing
 
-from perf import sass, timeline
-from perf.gpus import RATES
-from perf.loop_model import LoopModel
-from perf.timeline import Waits, sm_cycles, trip_cycles
+from perf.model import sass, timeline
+from perf.model.gpus import RATES
+from perf.model.loop_model import LoopModel
+from perf.model.timeline import Waits, sm_cycles, trip_cycles
 
 WAITS = Waits(latency=500, barrier=50, stretch=1.0)
 LOAD = "UTMALDG.5D [UR8], [UR16] | 1"

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from perf import timing
+from perf.harness import timing
 
 
 class Clock:

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from perf import train
+from perf.commands import train
 from triton_attn.flash import forward
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_measure import PROBLEM
+from small_problems import PROBLEM
 
-from perf import providers, tutorial
-from perf.checks import check_gradients, check_sample
-from perf.problems import Problem
+from perf.harness.checks import check_gradients, check_sample
+from perf.workloads import providers, tutorial
+from perf.workloads.problems import Problem
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
 SMALLEST = tutorial.CONFIGS[-1]

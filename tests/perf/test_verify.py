@@ -5,8 +5,8 @@ import torch
 import triton
 
 import triton_attn
-from perf import verify
-from perf.models import Model
+from perf.commands import verify
+from perf.workloads.models import Model
 
 SMALL = Model("small", 1, 2, 1, 32, head_dim_v=16, window=32, num_windowed_layers=1, sinks=True)
 SMALL_MLA = Model("small MLA", 1, 2, 2, 24, head_dim_v=16, kv_lora_rank=128, qk_rope_head_dim=8)

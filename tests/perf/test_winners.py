@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from perf import sweep, winners
-from perf.candidates import Candidate
-from perf.gpus import RATES
-from perf.problems import DecodeProblem, Problem
-from perf.results import MEASURED, PREDICTED
+from perf.commands import sweep
+from perf.model.candidates import Candidate
+from perf.model.gpus import RATES
+from perf.results import MEASURED, PREDICTED, winners
+from perf.workloads.problems import DecodeProblem, Problem
 from triton_attn._host import tuned
 from triton_attn.flash.backward_configs import default_backward_config
 from triton_attn.flash.configs import FlashConfig, default_config

@@ -1,7 +1,7 @@
 """Tiles of the backward kernels: the default by look-up, the space that a sweep searches, and what cannot run.
 
 Defaults were chosen as the forward's, see configs.py: from compiled code, not from timings. Of the tiles that fit and
-spill nothing on Triton 3.6.0 and 3.9.0, those with the most `lock` in perf/loop_model.py. Some spill a little for more
+spill nothing on Triton 3.6.0 and 3.9.0, those with the most `lock` in perf/model. Some spill a little for more
 of it: tests/flash/test_backward_compiled.py lists them.
 
 On sm_90, fp16, causal, in TFLOP/s on Triton 3.6.0/3.9.0; split is both kernels together, which do seven products where

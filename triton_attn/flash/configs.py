@@ -1,7 +1,7 @@
 """Tiles of the forward kernel: those of a call by look-up, the space that a sweep searches, and what cannot run.
 
 Defaults were chosen from compiled code, not from timings: of the tiles that fit and spill nothing on Triton 3.6.0 and
-3.9.0, in every variant of the kernel, those with the most `lock` in perf/loop_model.py. More stages were taken where
+3.9.0, in every variant of the kernel, those with the most `lock` in perf/model. More stages were taken where
 they fit and `lock` is the same within its noise, as they hide a latency that the model does not see. At head dim 128 on
 sm_90 an H100 says so (Triton 3.6.0, causal, 4,096 tokens): 452 TFLOP/s with three stages, 408 with two.
 

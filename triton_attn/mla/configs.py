@@ -2,7 +2,7 @@
 
 Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing at 512 + 64, the widths of
 DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode a tile of up to 16 rows reads latent vectors faster than memory
-gives them; of those for more rows the one with the most `lock` in perf/loop_model.py. On sm_100 the output of 64 rows
+gives them; of those for more rows the one with the most `lock` in perf/model. On sm_100 the output of 64 rows
 alone fills the tensor memory: mma.sync takes 32.
 """
 

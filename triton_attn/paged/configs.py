@@ -2,7 +2,7 @@
 
 Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing on Triton 3.6.0 and 3.9.0.
 A decode step reads each key once, so that what counts is bytes in flight: several programs per processor with three
-tiles ahead each. Of tiles for many rows those with the most `lock` in perf/loop_model.py: 16 rows for each warp of
+tiles ahead each. Of tiles for many rows those with the most `lock` in perf/model: 16 rows for each warp of
 mma.sync, 64 for four warps of wgmma, or warps repeat each other's products.
 """
 

@@ -1,0 +1,278 @@
+"""What the default configs do when they run: memory, bank conflicts and products, beside what the call needs.
+
+Needs no GPU: the emulator of triton_attn.toolchain runs what was compiled for sm_80 and sm_90 and counts. A call is
+small and of real widths, see perf/workloads/counted.py. Of each kernel
+
+    instructions       that its warps executed, PTX
+    read, written      bytes of global memory, each sector of 32 bytes once in a launch, over those that the call needs:
+                       what DRAM must move at least
+    sectors            of all requests, over those that would hold their bytes: above 1, they were not full
+    wavefronts         of requests to shared memory in the hot loop (of a kernel without products: everywhere), over
+                       those without a bank conflict
+    issued             FLOP of tensor cores over those of the tiles that hold a visible pair: above 1, warps repeat
+                       each other's products or tiles are computed that nobody sees
+    useful share       of the issued FLOP: pairs that the mask shows
+
+--lines also says on which source lines. --update-counts writes the figures that a test holds, for the Triton that is
+installed.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import PurePath
+from unittest import mock
+
+import torch
+
+from perf.commands.inspect import cases_of, write
+from perf.harness.parallel import map_in_processes
+from perf.harness.progress import tqdm
+from perf.model.candidates import FAMILIES
+from perf.results.baseline import COUNTED
+from perf.results.tables import print_table, tile_name
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS
+
+ARCHS = ("sm_80", "sm_90")
+# More of it than this has a reason, which is printed beside it.
+BARS = {"read": 1.02, "written": 1.02, "sectors": 1.0, "wavefronts": 1.0, "issued": 1.0}
+DIGITS = 4
+DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
+CHUNK = 128  # queries of a prompt that comes in pieces
+INSPECTED = ("flash", "paged", "mla")
+FAMILY_NAMES = ("flash", "flash_backward", "paged", "paged_prefill", "mla", "mla_prefill")
+FAMILY_NAMES += ("append", "append_latent", "copy", "merge")
+
+_HALVES = "16 elements of fp8 a thread: a load of 16-bit rows has a sector in two requests, the second served by L1"
+_ROWS_OF_656 = "rows of 656 bytes begin in the middle of a sector"
+_REDUCED = "Triton 3.6: warps that share rows exchange maxima and sums, 2 lanes to a bank; 3.9 has no conflict"
+_REPEATED = "8 warps of a tile of 64 rows repeat products; 4 warps spill"
+# (kernel, figure, what the case has in it, why it is over its bar)
+REASONS = (
+    ("_append_kv_cache_kernel", "sectors", FLOAT8, _HALVES),
+    ("_append_latent_cache_kernel", "sectors", FLOAT8, f"{_HALVES}; {_ROWS_OF_656}"),
+    ("_mla_absorbed_kernel", "sectors", FLOAT8, f"{_ROWS_OF_656}, and their scales are half a sector"),
+    (
+        "_mla_absorbed_kernel",
+        "wavefronts",
+        FLOAT8,
+        "what was decoded is stored to shared memory by Triton's layout of bytes, 2 lanes to a bank",
+    ),
+    ("_mla_absorbed_kernel", "wavefronts", f"cache_dtype={DTYPE}", _REDUCED),
+    ("_flash_fwd_kernel", "wavefronts", "head_dim=256", _REDUCED),
+    (
+        "_append_kv_cache_kernel",
+        "wavefronts",
+        "interleaved",
+        "Triton 3.6: pairs go to another layout through shared memory with conflicts, once; 3.9 has none",
+    ),
+    (
+        "_merge_kernel",
+        "sectors",
+        "num_heads",
+        "log-sum-exps lie by head, the rows of a program by query: 4 bytes of a sector, the rest of it in L2",
+    ),
+    ("_merge_kernel", "wavefronts", "num_heads", "sums over threads, in no loop; on sm_90 they conflict in an eighth"),
+    ("_merge_project_kernel", "sectors", "weights", "log-sum-exps of 4 tokens lie 64 bytes apart"),
+    (
+        "_flash_bwd_dkdv_kernel",
+        "wavefronts",
+        "deterministic=False",
+        "4 lanes have 32 bytes of a row of dQ in fp32 and a tensor map swizzles 16: pairs of rows meet in a bank",
+    ),
+    ("_flash_bwd_dkdv_kernel", "issued", "head_dim=256", _REPEATED),
+    ("_paged_fwd_kernel", "issued", "head_dim=256", _REPEATED),
+    (
+        "_mla_decode_hopper_kernel",
+        "issued",
+        "num_heads",
+        "the first product of a program has weights of 0, one tile more of values, however long the sequence",
+    ),
+    (
+        "_mla_decode_hopper_kernel",
+        "sectors",
+        "num_heads",
+        "out is stored as accumulators lie, half a sector a request; the next one has the other half",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class CountedCase:
+    """A call of perf/workloads/counted.py, by its family, its keywords (`shape`), what it is compiled for, and the
+    value of TRITON_ATTN_KERNELS."""
+
+    family: str
+    arch: str
+    dtype: str
+    shape: dict
+    kernels: str = "portable"
+
+    @property
+    def columns(self):
+        shape = " ".join(f"{name}={value}" for name, value in self.shape.items())
+        family = self.family if self.kernels == "portable" else f"{self.family}_{self.kernels}"
+        return {"family": family, "arch": self.arch, "dtype": self.dtype, "case": shape}
+
+    def count(self):
+        """(row, rows of its source lines) for each kernel of the call."""
+        from perf.workloads.counted import CALLS  # imports triton_attn
+        from triton_attn.toolchain.emulator import emulate
+
+        torch.manual_seed(0)
+        call, work = CALLS[self.family](getattr(torch, self.dtype), **self.shape)
+        with (
+            mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=self.kernels),
+            emulate(self.arch, schedule="late", counts=True) as log,
+        ):
+            call()
+        found = [(launch, work[task]) for launch in log if (task := task_of(launch)) in work]
+        if not found:
+            raise LookupError(f"expected a launch of {' or '.join(work)}; got {[x.name for x in log]}")
+        return [(self._row(*x), self._lines(x[0])) for x in found]
+
+    def _row(self, launch, work):
+        counts = launch.counts
+        total, hot = counts.total(), counts.total(counts.hot())
+        served = hot if hot.flops else total
+        return self.columns | {
+            "kernel": launch.name,
+            "config": config_of(launch),
+            "instructions": total.executed,
+            "read": _ratio(counts.bytes_read, work.reads),
+            "written": _ratio(counts.bytes_written, work.writes),
+            "sectors": _ratio(total.sectors, total.least_sectors),
+            "wavefronts": _ratio(served.wavefronts, served.least_wavefronts),
+            "issued": _ratio(total.flops, work.tiles(launch) if work.tiles else None),
+            "useful share": _ratio(work.flops, total.flops),
+            "bytes read": counts.bytes_read,
+            "bytes written": counts.bytes_written,
+            "sectors requested": total.sectors,
+            "wavefronts served": served.wavefronts,
+            "FLOP issued": total.flops,
+        }
+
+    def _lines(self, launch):
+        counts = launch.counts
+        hot = {counts.program.where(pc) for pc in counts.hot().nonzero()[0]}
+        lines = [
+            {"kernel": launch.name, "line": _short(where), "hot": where in hot, "kind": kind} | tally._asdict()
+            for (where, kind), tally in counts.by_line().items()
+        ]
+        return [self.columns | line for line in lines]
+
+
+def task_of(launch):
+    """The key of a launch's `Work`: its kernel, and that it computes dQ too, which has one kernel with two tasks."""
+    fused = launch.name == "_flash_bwd_dkdv_kernel" and "dq" in launch.counts.written
+    return f"{launch.name}, fused" if fused else launch.name
+
+
+def config_of(launch):
+    """See `tile_name`; of a kernel without such tiles the warps."""
+    values = launch.constexprs
+    if "BLOCK_M" not in values or "BLOCK_N" not in values:
+        return f"w{launch.num_warps}"
+    return tile_name(values["BLOCK_M"], values["BLOCK_N"], launch.num_warps, launch.num_stages, values.get("USE_TMA"))
+
+
+def _ratio(of, to):
+    return round(of / to, DIGITS) if to else None
+
+
+def _short(where):
+    path, _, line = where.rpartition(":")
+    return f"{'/'.join(PurePath(path).parts[-2:])}:{line}"
+
+
+def baseline_cases(arch):
+    """Every family at its default configs; the shapes of perf/commands/inspect.py where it has the family."""
+    shapes = {family: [case.shape for case in cases_of(family, arch, DTYPE)] for family in INSPECTED}
+    shapes["flash"] = [shape for shape in shapes["flash"] if shape["causal"]]
+    schedules = (False, True) if arch == "sm_90" else (False,)  # fused, split
+    shapes["flash_backward"] = [
+        {"head_dim": shape["head_dim"], "deterministic": split} for shape in shapes["flash"] for split in schedules
+    ]
+    one_model = shapes["paged"][1]
+    shapes["paged_prefill"] = [shape | {"seqlen_q": CHUNK} for shape in shapes["paged"]]
+    shapes["paged"] = [*shapes["paged"], one_model | {"num_splits": 4}]
+    shapes["mla"] = [*shapes["mla"], shapes["mla"][0] | {"weights": True}]
+    shapes["mla_prefill"] = [{"num_heads": 4, "fused": fused} for fused in (False, True)]
+    cached = {name: one_model[name] for name in ("num_heads_kv", "head_dim", "page_size")}
+    shapes["append"] = [
+        {"cache_dtype": dtype, **cached, "rope": rope}
+        for dtype, rope in ((DTYPE, "none"), (DTYPE, "halves"), (DTYPE, "interleaved"), (FLOAT8, "halves"))
+    ]
+    shapes["append_latent"] = [{"cache_dtype": x, "page_size": 64, "rope": "interleaved"} for x in (DTYPE, FLOAT8)]
+    shapes["copy"] = [cached]
+    shapes["merge"] = [{"num_heads": one_model["num_heads_q"], "head_dim": one_model["head_dim"]}]
+    cases = [CountedCase(family, arch, DTYPE, shape) for family in shapes for shape in shapes[family]]
+    if arch == "sm_90":
+        hopper = [("flash", shape) for shape in FAMILIES["flash_hopper"].cases(DTYPE, HOPPER_HEAD_DIMS)]
+        hopper.append(("mla", {"num_heads": 128, "cache_dtype": DTYPE, "page_size": 64}))
+        cases += [CountedCase(family, arch, DTYPE, shape, kernels="hopper") for family, shape in hopper]
+    return cases
+
+
+def count_all(cases, description):
+    """What `count` gives for all cases, on all cores."""
+    counted = map_in_processes(CountedCase.count, cases)
+    return [kernel for kernels in tqdm(counted, description, len(cases), unit="case") for kernel in kernels]
+
+
+def misses(row):
+    """{figure over its bar: why, or None}."""
+    over = [figure for figure, bar in BARS.items() if row[figure] is not None and row[figure] > bar]
+    return {figure: reason_of(row, figure) for figure in over}
+
+
+def reason_of(row, figure):
+    return next(
+        (why for kernel, of, cases, why in REASONS if (kernel, of) == (row["kernel"], figure) and cases in row["case"]),
+        None,
+    )
+
+
+def add_arguments(parser):
+    parser.add_argument("--family", dest="families", choices=FAMILY_NAMES, nargs="+", default=FAMILY_NAMES, metavar="F",
+                        help=f"of {', '.join(FAMILY_NAMES)}; default: all")  # fmt: skip
+    parser.add_argument("--arch", choices=ARCHS, default="sm_90")
+    parser.add_argument("--lines", action="store_true", help="also a table of what each source line costs")
+    parser.add_argument(
+        "--update-counts",
+        action="store_true",
+        help="only write tests/perf/counts.csv, whatever the other options say",
+    )
+
+
+def run(out_dir, families=FAMILY_NAMES, arch="sm_90", lines=False, update_counts=False):
+    """Print the table and keep it as `counts-<arch>.csv`; with lines also `lines-<arch>.csv`."""
+    if update_counts:
+        return [write_counts()]
+    cases = [case for case in baseline_cases(arch) if case.family in families]
+    kernels = count_all(cases, f"emulating {arch}")
+    rows = [row for row, _ in kernels]
+    print_table([_printed(row) for row in rows])
+    _print_reasons(rows)
+    paths = [write(out_dir / f"counts-{arch}.csv", rows)]
+    if lines:
+        of_lines = [line for _, of_kernel in kernels for line in of_kernel]
+        print_table([_printed(line) for line in of_lines if line["sectors"] or line["wavefronts"] or line["flops"]])
+        paths.append(write(out_dir / f"lines-{arch}.csv", of_lines))
+    return paths
+
+
+def _printed(row):
+    return {name: value for name, value in row.items() if name not in ("arch", "dtype")}
+
+
+def _print_reasons(rows):
+    found = [(row, figure, why) for row in rows for figure, why in misses(row).items()]
+    for kernel, figure, why in dict.fromkeys((row["kernel"], figure, why) for row, figure, why in found):
+        print(f"{kernel}, {figure}: {why or 'over the bar, and nobody has said why'}")
+
+
+def write_counts():
+    """Count what the file holds, and replace the figures of the Triton that is installed."""
+    rows = [row for arch in ARCHS for row, _ in count_all(baseline_cases(arch), f"emulating {arch}")]
+    COUNTED.update(rows)
+    return COUNTED.path

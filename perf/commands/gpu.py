@@ -1,0 +1,340 @@
+"""Everything that only a GPU can tell, in order of worth, within a budget of minutes.
+
+smoke      every kernel of the package by its public functions, at the shapes of a few models
+machine    the roofs
+targets    benchmarks that the targets name (perf/results/targets.py)
+tests      the GPU test suite (tests/gpu)
+sanitizer  memory and race checks by compute-sanitizer, if it is there
+bench      other benchmarks against every peer that imports
+With --sweeps the sweeps alone, which take a run of their own.
+
+Each case runs in a process of its own: one that fails, crashes or hangs is recorded, and the run goes on. A stage has a
+share of the minutes; what it leaves goes to those after it. What is timed was compiled before, in many processes, and
+runs with nothing beside it.
+
+Results are written as they come, at most eight files: a CSV per stage (targets and bench share one), journal.jsonl with
+every finished case, report.json with what is done, failed and left and with the targets, and log.txt with the
+tracebacks of what failed. Sweeps leave their own journal, sweeps.jsonl, and, named by its architecture, the package's
+tuned table with what they found, for triton_attn.use_tuned or in place of the package's.
+
+--resume goes on where a run ended. What failed, lacked its tool, or was found by other code is done again; what another
+GPU found is kept beside. Needs torch, triton, numpy and pytest; pictures are left to `python -m perf report`.
+"""
+
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+from perf import results
+from perf.commands.sweep import Budget
+from perf.harness.device import gpu_arch, gpu_name, has_gpu, versions
+from perf.harness.isolation import Outcome, describe, map_isolated
+from perf.harness.journal import Journal
+from perf.harness.progress import tqdm
+from perf.results.gpu_report import Report, case_text
+from perf.workloads import gpu_cases as cases
+
+JOURNAL, SWEEPS_JOURNAL = "journal.jsonl", "sweeps.jsonl"
+CODE = "triton_attn/**/*.py", "triton_attn/tuned/*.json", "perf/**/*.py"  # what every result depends on
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Cases of one kind and the CSV that their rows go to.
+
+    `run(case, **given(report))` gives rows, in a process of its own, in at most `limit` seconds; what a row has under
+    "log" goes to the log if it is one of failure. `failure(case, why)` is the row of a case that gave none,
+    `has_failed(row)` whether a row is one of failure, its column `reason` why, and `is_open(row)` whether another run
+    may know more. A case that gave none and has parts, see `split(case)`, is run in parts. With a `compile`, it is
+    called beforehand, in as many as `compilers` processes, on each of `to_compile(case)`. Results depend on the files
+    of `code` beside those that all depend on.
+    """
+
+    name: str
+    csv: str
+    share: float  # of the budget, in proportion to those of the other stages
+    limit: float
+    columns: list
+    cases: Callable
+    run: Callable
+    failure: Callable
+    has_failed: Callable
+    reason: str
+    is_open: Callable = lambda row: False
+    split: Callable = lambda case: []
+    workers: int = 1
+    given: Callable = lambda report: {}
+    compile: Callable | None = None
+    to_compile: Callable = lambda case: [case]
+    compilers: int = 1
+    code: tuple = ()
+
+
+def _cores(at_most):
+    return max(1, min(at_most, os.cpu_count()))
+
+
+CHECKS = dict(
+    failure=lambda case, why: case | {"outcome": "failed", "message": why},
+    has_failed=lambda row: row["outcome"] == "failed",
+    reason="message",
+)
+BENCHMARKS = dict(
+    csv="bench.csv",
+    columns=results.COLUMNS,
+    run=cases.run_bench,
+    failure=cases.failed_bench,
+    has_failed=lambda row: cases.is_ours(row) and row["p50_ms"] is None,
+    reason="note",
+    split=cases.split_bench,
+    given=lambda report: {"roofs": report.roofs()},
+    compile=cases.compile_bench,
+    to_compile=cases.what_bench_compiles,
+)
+STAGES = (
+    Stage(
+        name="smoke",
+        csv="smoke.csv",
+        share=0.15,
+        limit=90,
+        columns=cases.SMOKE_COLUMNS,
+        cases=cases.smoke_cases,
+        run=cases.run_smoke,
+        workers=_cores(16),  # they compile nearly all of the time
+        **CHECKS,
+    ),
+    Stage(
+        name="machine",
+        csv="machine.csv",
+        share=0.05,
+        limit=60,
+        columns=cases.ROOF_COLUMNS,
+        cases=cases.roof_cases,
+        run=cases.run_roofs,
+        failure=lambda case, why: {"what": "failed", "value": why},
+        has_failed=lambda row: row["what"] == "failed",
+        reason="value",
+    ),
+    Stage(
+        name="targets",
+        share=0.3,
+        limit=90,
+        cases=cases.target_cases,
+        compilers=_cores(14),
+        **BENCHMARKS,
+    ),
+    Stage(
+        name="tests",
+        csv="tests.csv",
+        share=0.25,
+        limit=90,
+        columns=cases.TEST_COLUMNS,
+        cases=cases.test_cases,
+        run=cases.run_test,
+        workers=max(1, min(8, os.cpu_count() // 2)),
+        code=("tests/**/*.py",),
+        **CHECKS,
+    ),
+    Stage(
+        name="sanitizer",
+        csv="sanitizer.csv",
+        share=0.1,
+        limit=100,
+        columns=cases.SANITIZER_COLUMNS,
+        cases=cases.sanitizer_cases,
+        run=cases.run_sanitizer,
+        is_open=lambda row: row["outcome"] == cases.NOT_AVAILABLE,
+        workers=len(cases.SANITIZED),
+        **CHECKS,
+    ),
+    Stage(
+        name="bench",
+        share=0.15,
+        limit=90,
+        cases=cases.bench_cases,
+        compilers=_cores(6),  # caches of several GB each
+        **BENCHMARKS,
+    ),
+)
+SWEEPS = (
+    Stage(
+        name="sweep",
+        csv="sweep.csv",
+        share=1,
+        limit=cases.SWEEP_LIMIT,
+        columns=results.COLUMNS,
+        cases=cases.sweep_cases,
+        run=cases.run_sweep,
+        failure=cases.failed_sweep,
+        has_failed=lambda row: row["provider"] is None,
+        reason="note",
+        given=lambda report: {
+            "table": report.out_dir / f"{gpu_arch()}.json",
+            "journal": report.out_dir / SWEEPS_JOURNAL,
+        },
+    ),
+)
+
+
+def add_arguments(parser):
+    names = ",".join(stage.name for stage in STAGES)
+    parser.add_argument("--minutes", type=float, default=9, help="end after as many, with what is finished; default: 9")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run whose results are in DIR")
+    parser.add_argument("--stages", metavar="NAMES", help=f"only these, separated by commas; default: {names}")
+    parser.add_argument("--sweeps", action="store_true", help="the sweeps, in place of the stages")
+
+
+def run(out_dir, minutes=9, resume=None, stages=None, sweeps=False):
+    """Run the stages; exits with an error if a check, a test or one of our own figures failed."""
+    if not has_gpu():
+        sys.exit("python -m perf gpu needs a GPU, and torch sees none")
+    if minutes <= 0:
+        sys.exit(f"--minutes: expected a number above 0, got {minutes:g}")
+    chosen = choose(stages, sweeps)
+    out_dir = resume or out_dir
+    has_run = (out_dir / JOURNAL).exists()
+    if resume and not has_run:
+        sys.exit(f"--resume: expected the folder of an earlier run, and {out_dir / JOURNAL} does not exist")
+    if has_run and not resume:
+        sys.exit(f"{out_dir} holds an earlier run: go on with --resume {out_dir}, or choose another --out")
+    if resume and sweeps != (out_dir / SWEEPS[0].csv).exists():
+        sys.exit(f"--resume: sweeps and stages have a folder each, and {out_dir} is that of the others")
+    report = run_stages(chosen, out_dir, minutes)
+    report.print()
+    if report.failures:
+        sys.exit(f"{len(report.failures)} failures, see above")
+    return sorted(out_dir.iterdir())
+
+
+def choose(names, sweeps):
+    """The stages of these names, separated by commas, in the order in which they run; None for all."""
+    if names is None:
+        return SWEEPS if sweeps else STAGES
+    if sweeps:
+        sys.exit("--stages: --sweeps has none, use one or the other")
+    known, wanted = [stage.name for stage in STAGES], [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted or set(wanted) - set(known):
+        unknown = ", ".join(name for name in wanted if name not in known)
+        sys.exit(f"--stages: expected some of {','.join(known)}, got {unknown or 'none'}")
+    return tuple(stage for stage in STAGES if stage.name in wanted)
+
+
+def run_stages(stages, out_dir, minutes):
+    """Their `Report`. A stage starts no case after its share of the minutes, and what those before it left, is over."""
+    end = Budget(minutes)
+    total, kept_for_later = sum(stage.share for stage in stages), 1.0
+    with Journal(out_dir / JOURNAL) as journal:
+        report = Report(out_dir, minutes, _known(journal))
+        for stage in stages:
+            share = stage.share / total
+            kept_for_later -= share
+            unclaimed = end.seconds_left() / 60 - minutes * kept_for_later
+            report.begin(stage)
+            try:
+                run_stage(stage, journal, report, Budget(max(minutes * share, unclaimed)), end)
+            except Exception as error:  # of ours, and the next stage may not have it
+                report.fail(stage, "the stage itself", describe(error), traceback.format_exc())
+    return report
+
+
+def _known(journal):
+    """Rows of earlier runs as `Report` takes them: of this GPU those that this code gave, of other GPUs the latest."""
+    about, known = _about(), {}
+    for key, result in journal.items():
+        is_current = {name: key.get(name) for name in about} == about
+        if "csv" in result and (is_current or key["gpu"] != gpu_name()):
+            known[key["gpu"], key["stage"], case_text(key["case"])] = {"csv": result["csv"], "rows": result["rows"]}
+    return known
+
+
+def run_stage(stage, journal, report, budget, end):
+    """Write the stage's CSV and the report as its cases finish."""
+    function = partial(stage.run, **stage.given(report))
+    waiting = _listed(stage, report)
+    _compile(stage, waiting, journal, report, budget)
+    while waiting:
+        report.leave(len(waiting))
+        finished, parts = _finished(stage, function, waiting, journal, budget, end), []
+        for case, outcome in tqdm(finished, total=len(waiting), desc=stage.name, unit="case"):
+            report.leave(-1)
+            parts_of_case = stage.split(case) if outcome.failure else []
+            parts += parts_of_case
+            if parts_of_case:
+                report.note(stage, case, f"{outcome.failure}; again in parts", outcome.log)
+            else:
+                _keep(stage, case, outcome, journal, report)
+        waiting = parts
+
+
+def _listed(stage, report):
+    try:
+        return stage.cases()
+    except Exception as error:  # it may run code that is broken, and the next stage may not
+        report.fail(stage, "listing its cases", describe(error), traceback.format_exc())
+        return []
+
+
+def _compile(stage, waiting, journal, report, budget):
+    """In at most half of the stage's time. What fails here fails again where it is timed, and is recorded there."""
+    if stage.compile is None:
+        return
+    missing = [case for case in waiting if _result(stage, case, journal) is None]
+    half = Budget(budget.seconds_left() / 2 / 60)
+    items = [item for case in missing for item in stage.to_compile(case)]
+    compiled = map_isolated(stage.compile, items, limit=stage.limit, budget=half, end=half, workers=stage.compilers)
+    for _ in tqdm(compiled, total=len(items), desc=f"compiling for {stage.name}", unit="call"):
+        pass
+    report.compiled()
+
+
+def _finished(stage, function, waiting, journal, budget, end):
+    """(case, Outcome) of each case, known ones first."""
+    missing = []
+    for case in waiting:
+        result = _result(stage, case, journal)
+        if result is None:
+            missing.append(case)
+        else:
+            yield case, Outcome(result["rows"], "", result["seconds"])
+    yield from map_isolated(function, missing, limit=stage.limit, budget=budget, end=end, workers=stage.workers)
+
+
+def _keep(stage, case, outcome, journal, report):
+    """In the journal, the CSV and the report."""
+    rows = [stage.failure(case, outcome.failure)] if outcome.failure else outcome.result
+    logs = [row.get("log") or outcome.log for row in rows]
+    rows = [{name: value for name, value in row.items() if name != "log"} for row in rows]
+    result = {"csv": stage.csv, "rows": rows, "seconds": round(outcome.seconds, 2)}
+    if _result(stage, case, journal) is None:
+        journal.add(_key(stage, case), result)
+    report.add(stage, case, rows, logs)
+
+
+def _result(stage, case, journal):
+    """Of an earlier run, None also if it was a failure or left open, which is tried again."""
+    result = journal.get(_key(stage, case))
+    if result is None or any(stage.has_failed(row) or stage.is_open(row) for row in result["rows"]):
+        return None
+    return result
+
+
+def _key(stage, case):
+    return _about() | {"stage": stage.name, "gpu": gpu_name(), "own code": code_hash(*stage.code), "case": case}
+
+
+def _about():
+    """What every result depends on beside the GPU: the code, not the commit, which others may make meanwhile."""
+    return {name: value for name, value in versions().items() if name != "commit"} | {"code": code_hash(*CODE)}
+
+
+@cache
+def code_hash(*patterns):
+    """Of all files of the checkout that match, and of their names."""
+    files = sorted({file for pattern in patterns for file in cases.CHECKOUT.glob(pattern)})
+    said = [part for file in files for part in (str(file.relative_to(cases.CHECKOUT)).encode(), file.read_bytes())]
+    return hashlib.sha256(b"\0".join(said)).hexdigest()[:16]

@@ -1,0 +1,17 @@
+"""What runs here: device and versions; on a GPU also the roofs, measured, that the other figures are compared with."""
+
+import csv
+
+from perf.harness.machine import describe
+from perf.results.tables import print_table
+
+
+def run(out_dir):
+    """Print the table and keep it as `machine.csv`."""
+    about = describe()
+    print_table([{"what": what, "value": str(value)} for what, value in about.items()])
+    path = out_dir / "machine.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("what", "value"), *about.items()])
+    return [path]

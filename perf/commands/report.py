@@ -1,0 +1,29 @@
+"""The figures of docs/performance.md and the status line of the README, written from the results (perf/results/report.py).
+
+Pictures that are missing or older than their CSV are drawn first.
+"""
+
+import sys
+from pathlib import Path
+
+from perf.results.report import PAGE, README, draw, replace_section, replace_status, section, status
+
+
+def add_arguments(parser):
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page of figures (default: docs/performance.md)")
+    parser.add_argument("--readme", type=Path, default=README, help="the file that says the status in its third line")
+    parser.add_argument("--redraw", action="store_true", help="draw every picture anew")
+
+
+def run(root, page=PAGE, readme=README, redraw=False):
+    """Draw what is missing, then replace the figures and the status; exits with an error if a table is broken or a file
+    has no place for them. Then both files are as they were."""
+    try:
+        drawn = draw(root, redraw)
+        figures = replace_section(page.read_text(), section(root, page.parent))
+        said = replace_status(readme.read_text(), status(root))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    page.write_text(figures)
+    readme.write_text(said)
+    return [*drawn, page, readme]

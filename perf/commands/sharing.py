@@ -1,0 +1,265 @@
+"""What pages and their sharing save, against the claims of the PagedAttention paper (Kwon et al., arXiv 2309.06180).
+
+A seeded simulation with real cache objects: a fixed number of requests runs, each step adds a token to every sequence,
+and a request that ends makes room for the next. Figures are averages over the steps after warm-up.
+
+Lengths are log-normal, prompt and output drawn apart, cut at 2048 tokens together. The means of ShareGPT (161 and 338)
+and Alpaca (19 and 58) are those of the paper's figure 11; those of translation (30 and 30, a sentence each way) and all
+spreads (sigma of the logarithm: 1.0, 0.7, 0.5) are ours. Tokens of an output are all different from those of others.
+
+Beam search takes the best `width` of all beams' continuations; the next-token distribution of a beam at a step is
+geometric, p(k) = u (1 - u)^k, with u uniform in (0, 1), drawn anew for each beam and step. How long beams keep a common
+history, and so what they share, depends on this choice.
+
+`sharing.csv`: pages saved by sharing, of those that sequences would hold without. `held.csv`: GiB held by OPT-13B (the
+paper's model) against the number of running requests with a common system prompt, for contiguous reservation (of 2048
+tokens, or of the next power of two of the output), pages, and shared pages; the external fragmentation of reservation
+is not counted. `waste.csv`: slots of held pages without a token, against the page size.
+"""
+
+import math
+import random
+import statistics
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from perf import results
+from perf.results import plot
+from perf.results.tables import print_table
+from triton_attn import PagedKVCache, kv_cache_bytes_per_token
+
+MAX_LENGTH = 2048
+VOCABULARY = 50_000
+BYTES_PER_TOKEN = kv_cache_bytes_per_token(num_layers=40, num_kv_heads=40, head_dim=128, dtype=torch.float16)  # OPT-13B
+WIDTHS = (2, 4, 6)
+PAGE_SIZES = (1, 8, 16, 32, 64, 128)
+RUNNING = (1, 2, 4, 8, 16, 32, 64, 128)
+PAGE_SIZE = 16
+SYSTEM_PROMPT = 341  # tokens of the paper's prefix with five examples
+METHODS = ("sampling", "beam search")
+COLUMNS = {
+    "sharing": ["workload", "method", "width", "pages_unshared", "pages_held", "saving_percent", "paper_percent"],
+    "held": [
+        "workload",
+        "requests",
+        "system_prompt",
+        "reserved_2048_gib",
+        "reserved_pow2_gib",
+        "pages_gib",
+        "shared_pages_gib",
+        "saving_percent",
+    ],
+    "waste": ["workload", "page_size", "waste_percent", "waste_reserved_2048_percent", "waste_reserved_pow2_percent"],
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`paper` has the paper's savings in percent by (method, width)."""
+
+    name: str
+    mean_prompt: float
+    mean_output: float
+    sigma: float
+    paper: dict
+
+    def draw(self, rng):
+        """(prompt length, output length)."""
+        prompt, output = (_lognormal(rng, mean, self.sigma) for mean in (self.mean_prompt, self.mean_output))
+        prompt = min(prompt, MAX_LENGTH - 1)
+        return prompt, min(output, MAX_LENGTH - prompt)
+
+
+SHAREGPT = Workload(
+    "ShareGPT-like",
+    161.31,
+    337.99,
+    1.0,
+    # Section 6.3 gives the ends of the ranges.
+    {("sampling", 2): 16.2, ("sampling", 6): 30.5, ("beam search", 2): 44.3, ("beam search", 6): 66.3},
+)
+ALPACA = Workload(
+    "Alpaca-like",
+    19.31,
+    58.45,
+    0.7,
+    {
+        ("sampling", 2): 6.09,
+        ("sampling", 4): 8.53,
+        ("sampling", 6): 9.79,
+        ("beam search", 2): 37.56,
+        ("beam search", 4): 53.13,
+        ("beam search", 6): 55.16,
+    },  # figure 15
+)
+TRANSLATION = Workload("translation-like", 30, 30, 0.5, {})
+WORKLOADS = (ALPACA, SHAREGPT, TRANSLATION)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Averages over steps, all sequences together.
+
+    `pages_unshared` is what the sequences would hold if none shared a page; `reserved_max` and `reserved_pow2` are
+    tokens reserved contiguously.
+    """
+
+    tokens: float
+    slots_used: float
+    pages_held: float
+    pages_unshared: float
+    reserved_max: float
+    reserved_pow2: float
+
+    @property
+    def saving(self):
+        return 100 * (1 - self.pages_held / self.pages_unshared)
+
+
+class Request:
+    """A prompt, and `width` sequences that continue it."""
+
+    def __init__(self, cache, lengths, method, width, system_prompt, rng):
+        self.cache = cache
+        self.method = method
+        self.rng = rng
+        prompt_length, self.output_length = lengths
+        self.prompt_length = min(system_prompt + prompt_length, MAX_LENGTH - self.output_length)
+        own = self.prompt_length - system_prompt
+        prompt = [*range(system_prompt), *(rng.randrange(VOCABULARY) for _ in range(own))]
+        seq, cached = cache.create(prompt)
+        cache.extend([seq], [prompt[cached:]])
+        cache.commit([seq])
+        self.seqs = [seq, *(cache.fork(seq) for _ in range(width - 1))]
+        self.scores = None
+
+    def choose(self):
+        """Before each new token, beam search replaces the sequences by those that the best continuations belong to."""
+        if self.method != "beam search":
+            return
+        width = len(self.seqs)
+        scores = [0.0] if self.scores is None else self.scores
+        continuations = []
+        for beam, score in enumerate(scores):
+            u = self.rng.uniform(1e-9, 1 - 1e-9)
+            continuations += [(score + math.log(u) + k * math.log1p(-u), beam) for k in range(width)]
+        best = sorted(continuations, reverse=True)[:width]
+        self.scores = [score for score, _ in best]
+        seqs, kept = [], set()
+        for _, beam in best:
+            seqs.append(self.cache.fork(self.seqs[beam]) if beam in kept else self.seqs[beam])
+            kept.add(beam)
+        for beam, seq in enumerate(self.seqs):
+            if beam not in kept:
+                self.cache.free(seq)
+        self.seqs = seqs
+
+    def is_done(self):
+        return len(self.seqs[0]) == self.prompt_length + self.output_length
+
+    def end(self):
+        for seq in self.seqs:
+            self.cache.free(seq)
+
+
+def simulate(
+    workload, *, method="sampling", width=1, running=16, requests=256, system_prompt=0, page_size=PAGE_SIZE, seed=0
+):
+    """`Usage` of `running` requests at a time while `requests` come to their end, after as many as run at a time."""
+    # Lengths have a generator of their own: the same requests whatever is done with them.
+    lengths, rng = random.Random(seed), random.Random(seed + 1)
+    # More than enough: every sequence at its longest, and a copy in flight for each.
+    num_pages = running * width * (MAX_LENGTH // page_size + 2)
+    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1}
+    cache = PagedKVCache(num_pages, page_size, **shape, dtype=torch.float16, device="cpu")
+    active, ended, steps = [], 0, []
+    while ended < running + requests:
+        while len(active) < running:
+            active.append(Request(cache, workload.draw(lengths), method, width, system_prompt, rng))
+        for request in active:
+            request.choose()
+        cache.extend([seq for request in active for seq in request.seqs], 1)
+        if ended >= running:
+            steps.append(_usage(cache, active))
+        done = [request for request in active if request.is_done()]
+        active = [request for request in active if not request.is_done()]
+        for request in done:
+            request.end()
+        ended += len(done)
+    return Usage(*map(statistics.fmean, zip(*steps)))
+
+
+def _usage(cache, active):
+    stats = cache.stats()
+    sequences = [(request, len(seq)) for request in active for seq in request.seqs]
+    return (
+        stats.num_tokens,
+        stats.slots_used,
+        stats.pages_held,
+        sum(-(-length // cache.page_size) for _, length in sequences),
+        MAX_LENGTH * len(sequences),
+        sum(_pow2_reservation(request) for request, _ in sequences),
+    )
+
+
+def _pow2_reservation(request):
+    output = 1 << (request.output_length - 1).bit_length()
+    return min(request.prompt_length + output, MAX_LENGTH)
+
+
+def _lognormal(rng, mean, sigma):
+    return max(1, round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)))
+
+
+def run(out_dir, requests=256):
+    """Print the tables, write them as CSV files, and draw a picture of each."""
+    cases = {
+        "sharing": [(workload, method, width) for workload in WORKLOADS for method in METHODS for width in WIDTHS],
+        "held": [(workload, running) for workload in (SHAREGPT, TRANSLATION) for running in RUNNING],
+        "waste": [(workload, page_size) for workload in WORKLOADS for page_size in PAGE_SIZES],
+    }
+    measure = {"sharing": _sharing_row, "held": _held_row, "waste": _waste_row}
+    paths = []
+    with tqdm(total=sum(map(len, cases.values())), desc="page sharing") as progress:
+        for name, columns in COLUMNS.items():
+            path = out_dir / f"{name}.csv"
+            rows = []
+            with results.Table(path, columns) as table:
+                for case in cases[name]:
+                    rows.append(measure[name](*case, requests))
+                    table.append(rows[-1])
+                    progress.update()
+            progress.clear()
+            print_table([dict(zip(columns, row)) for row in rows])
+            paths += [path, *plot.draw(path)]
+    return paths
+
+
+def _sharing_row(workload, method, width, requests):
+    usage = simulate(workload, method=method, width=width, requests=requests)
+    paper = workload.paper.get((method, width))
+    return [workload.name, method, width, usage.pages_unshared, usage.pages_held, usage.saving, paper]
+
+
+def _held_row(workload, running, requests):
+    usage = simulate(workload, running=running, requests=requests, system_prompt=SYSTEM_PROMPT)
+    tokens = (
+        usage.reserved_max,
+        usage.reserved_pow2,
+        usage.pages_unshared * PAGE_SIZE,
+        usage.pages_held * PAGE_SIZE,
+    )
+    return [workload.name, running, SYSTEM_PROMPT, *(n * BYTES_PER_TOKEN / 2**30 for n in tokens), usage.saving]
+
+
+def _waste_row(workload, page_size, requests):
+    usage = simulate(workload, page_size=page_size, requests=requests)
+    slots = usage.pages_held * page_size
+    used_of = [usage.tokens / reserved for reserved in (usage.reserved_max, usage.reserved_pow2)]
+    return [workload.name, page_size, 100 * (1 - usage.slots_used / slots), *(100 * (1 - used) for used in used_of)]
+
+
+def add_arguments(parser):
+    parser.add_argument("--requests", type=int, default=256, help="requests measured per case (default: %(default)s)")

@@ -1,0 +1,312 @@
+"""The best config of a kernel, from its family's search space.
+
+Static stage, on any machine: every candidate is compiled for the target, on all cores. Those that do not fit, spill in
+the hot loop, or lose wgmma or asynchronous copies are dropped with the reason. The rest are ranked by what the
+loop model expects, or by its `lock` where waits of the architecture were not measured; products that several warps
+repeat count once; then by `bound` (perf/model/loop_model.py; differences under 5 % are noise).
+On a GPU the best of them are then timed in turn, each after its result was found right, and no longer once it is
+clearly behind. Of flash_backward the whole pass is timed, its other kernels at their defaults, and then the schedules
+that the winners make.
+
+--table keeps the winners (perf/results/winners.py) where calls look them up: measured ones of a GPU, otherwise
+predicted ones. The package's own tables hold measured ones alone.
+
+What is finished is kept in a file beside the CSV, a JSON line each, and not done again: after Ctrl-C, a crash or the
+end of --minutes the same command goes on. Another Triton or a change in the kernel makes it new work.
+"""
+
+import math
+import sys
+import time
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+
+from perf import results
+from perf.commands.inspect import ARCHS
+from perf.harness.device import driver_version, gpu_arch, gpu_name, has_gpu
+from perf.harness.journal import Journal
+from perf.harness.measure import throughput
+from perf.harness.parallel import map_in_processes
+from perf.harness.progress import tqdm
+from perf.model import compiled
+from perf.model.candidates import (
+    CACHED_MODELS,
+    FAMILIES,
+    LATENT_MODELS,
+    MODEL_COLUMNS,
+    Candidate,
+    backward_pass,
+    source_hash,
+)
+from perf.results import OURS, Row, winners
+from perf.results.tables import print_table
+from perf.workloads.problems import HEAD_DIMS
+from triton_attn._host.checks import fail
+from triton_attn._host.tuned import SHIPPED, read_table
+
+FINALISTS = 10
+BEHIND = 1.2  # times the median of the fastest, and a finalist is timed no further
+FLAGS = {"head_dims": "--head-dim", "models": "--model"}
+
+
+class Budget:
+    """Minutes from now on, None for no end."""
+
+    def __init__(self, minutes):
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def seconds_left(self):
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def is_over(self):
+        return self.seconds_left() == 0
+
+
+def add_arguments(parser):
+    parser.add_argument("--family", choices=FAMILIES, default="flash")
+    parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="what to compile for, without a GPU")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        FLAGS["head_dims"],
+        dest="head_dims",
+        type=int,
+        nargs="+",
+        metavar="D",
+        help=f"flash and flash_backward; default: {' '.join(map(str, HEAD_DIMS))}",
+    )
+    parser.add_argument(
+        FLAGS["models"],
+        dest="models",
+        nargs="+",
+        metavar="M",
+        help=f"paged*: {', '.join(CACHED_MODELS)}; mla*: {', '.join(LATENT_MODELS)}; default: all",
+    )
+    parser.add_argument(
+        "--seqlen",
+        dest="seqlens",
+        type=int,
+        nargs="+",
+        metavar="S",
+        help="time at these lengths; default: the family's",
+    )
+    parser.add_argument("--minutes", type=float, help="end after as many, with what is finished")
+    parser.add_argument(
+        "--journal",
+        dest="journal_path",
+        type=Path,
+        metavar="PATH",
+        help="keep what is finished in this file, which sweeps may share; default: beside the CSV",
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        nargs="?",
+        const=SHIPPED,
+        metavar="PATH",
+        help="put the winners in this tuned table; without PATH, on a GPU, in the package's of the architecture",
+    )
+
+
+def run(
+    out_dir,
+    family="flash",
+    arch="sm_90",
+    dtype="bfloat16",
+    seqlens=None,
+    minutes=None,
+    table=None,
+    journal_path=None,
+    **shapes,
+):
+    """Write `sweep-<family>-<dtype>.csv` as candidates finish; on a GPU `sweep-<family>-<dtype>-measured.csv` too."""
+    budget = Budget(minutes)
+    if has_gpu():
+        arch = gpu_arch()
+    if table is not None:
+        if table == SHIPPED and not has_gpu():
+            fail("--table", "a PATH for predicted winners: the package's tables are measured", "none, without a GPU")
+        table = _writable(table / f"{arch}.json" if table == SHIPPED else table, arch, dtype)
+    cases = FAMILIES[family].cases(dtype, _shapes(family, shapes))
+    if not cases:
+        sys.exit(f"nothing to do: {family} has none of these shapes")
+    seqlens = seqlens or FAMILIES[family].seqlens
+    path = out_dir / f"sweep-{family}-{dtype}.csv"
+    paths, found = [path], []
+    with Journal(journal_path or path.with_suffix(".jsonl")) as journal:
+        survivors, left = compile_all(path, family, arch, dtype, cases, journal, budget)
+        _print_survivors(cases, survivors, left)
+        compiled_cases = [
+            ([_candidate(row, cases[0]) for row in rows], rows) for rows in survivors.values() if rows and not left
+        ]
+        if not has_gpu():
+            found = winners.predicted(compiled_cases, seqlens[-1])
+        elif not left:
+            finalists = [_finalists(candidates) for candidates, _ in compiled_cases]
+            paths.append(path.with_stem(path.stem + "-measured"))
+            with results.Table(paths[-1], results.COLUMNS) as measured:
+                found, left = time_all(measured, finalists, seqlens, journal, budget)
+    if table is not None and found:
+        winners.update(table, arch, found)
+        print(f"\n{len(found)} winners of {family} are in {table}")
+    if left:
+        print(f"\n{minutes:g} minutes are over and {left} candidates left: the same command goes on with them")
+    return paths
+
+
+def _writable(path, arch, dtype):
+    """A tuned table that winners can go to, before any of them is looked for."""
+    if dtype == "float32":
+        fail("--table", "--dtype bfloat16 or float16, which tables are for", dtype)
+    if path.exists() and (other := read_table(path)["arch"]) != arch:
+        fail(f"--table {path}", f"a table of {arch}", other)
+    return path
+
+
+def _print_survivors(cases, survivors, left):
+    for case in cases:
+        rows = survivors[values_of(case)]
+        if not rows and left:
+            continue
+        title = ", ".join(f"{name} {value}" for name, value in case.items())
+        print(f"\n{title}: {f'the best of {len(rows)} survivors' if rows else 'every candidate was dropped'}")
+        shown = [*FAMILIES[rows[0]["family"]].config_columns, *MODEL_COLUMNS] if rows else []
+        print_table([{name: row[name] for name in shown} for row in rows[:FINALISTS]])
+
+
+def _shapes(family, shapes):
+    """What the user chose, or the family's default; an option of another family or a model that it lacks is refused."""
+    kind = FAMILIES[family]
+    shapes = {name: values for name, values in shapes.items() if values is not None}
+    if others := shapes.keys() - {kind.option}:
+        sys.exit(f"--family {family} has no {' '.join(FLAGS[name] for name in others)}")
+    chosen = shapes.get(kind.option, kind.shapes)
+    if kind.option == "models" and (unknown := [name for name in chosen if name not in kind.shapes]):
+        sys.exit(f"--family {family} has no {', '.join(unknown)}; it has {', '.join(kind.shapes)}")
+    return chosen
+
+
+def values_of(case):
+    return tuple(case.values())
+
+
+def compile_all(path, family, arch, dtype, cases, journal, budget):
+    """({values of the case: rows of the candidates that were not dropped, best first}, how many the budget left).
+
+    All rows go to the file.
+    """
+    kind = FAMILIES[family]
+    candidates = [
+        Candidate(family, arch, dtype, case, config)
+        for case in cases
+        for config in kind.search_space(arch, getattr(torch, dtype), **case)
+    ]
+    known = [journal.get(candidate.key) for candidate in candidates]
+    missing = [candidate for candidate, row in zip(candidates, known) if row is None]
+    compiling = iter(map_in_processes(Candidate.compile, missing))
+    progress = {"total": len(candidates), "initial": len(candidates) - len(missing), "unit": "config"}
+    columns = ["family", "arch", "dtype", *cases[0], *kind.config_columns, *MODEL_COLUMNS, "dropped"]
+    survivors = {values_of(case): [] for case in cases}
+    left = 0
+    with results.Table(path, columns) as table, tqdm(**progress, desc=f"compiling for {arch}") as bar:
+        for candidate, row in zip(candidates, known):
+            if row is None:
+                if budget.is_over():
+                    left += 1
+                    continue
+                row = next(compiling)
+                journal.add(candidate.key, row)
+                bar.update()
+            table.append(row[name] for name in columns)
+            if not row["dropped"]:
+                survivors[values_of(candidate.case)].append(row)
+    return {values: sorted(rows, key=_rank) for values, rows in survivors.items()}, left
+
+
+def _rank(row):
+    """Best first; where the loop model does not apply, the order of the search space stays."""
+    return -(winners.predicted_tflops(row) or 0), -(row["bound TFLOP/s"] or 0)
+
+
+def _candidate(row, columns):
+    kind = FAMILIES[row["family"]]
+    config = kind.config(**{name: row[name] for name in kind.config_columns})
+    return Candidate(row["family"], row["arch"], row["dtype"], {name: row[name] for name in columns}, config)
+
+
+def _finalists(candidates):
+    """The best, and the default, which a winner has to beat."""
+    default = winners.default_of(candidates[0])
+    return candidates[:FINALISTS] + [c for c in candidates[FINALISTS:] if c.config == default]
+
+
+def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
+    """Time the candidates of each case (a list of lists) in turn; rows say in the note which config they are.
+
+    Returns the winners as entries of a tuned table, and how many candidates the budget left.
+    """
+    left = 0
+    timed = []  # (candidates of a case, seqlen, their rows)
+    names = [field.name for field in fields(Row)]
+    rounds = [(candidates, seqlen) for seqlen in seqlens for candidates in finalists]
+    roof = None
+    with tqdm(total=sum(len(candidates) for candidates, _ in rounds), desc="timing", unit="config") as bar:
+        for candidates, seqlen in rounds:
+            first = candidates[0]
+            rows = [journal.get(_timing_key(candidate, seqlen)) for candidate in candidates]
+            if None in rows:
+                if budget.is_over():
+                    left += len(candidates)
+                    continue
+                roof = roof or FAMILIES[first.family].roof()
+                rows = _time(candidates, seqlen, roof, device)
+                for candidate, row in zip(candidates, rows):
+                    journal.add(_timing_key(candidate, seqlen), row)
+            bar.update(len(candidates))
+            for row in rows:
+                table.append(row[name] for name in names)
+            figure = FAMILIES[first.family].problem(seqlen, **first.case).figure
+            print_table([{"config": row["note"], "ms": row["p50_ms"], figure: row[figure]} for row in rows])
+            timed.append((candidates, seqlen, rows))
+    return winners.measured(timed, partial(_time_passes, journal=journal, device=device)), left
+
+
+def _time(candidates, seqlen, roof, device):
+    """In turn, since only those of a round compare: rows as dicts."""
+    first = candidates[0]
+    kind = FAMILIES[first.family]
+    provider = kind.provider(first.dtype, **first.case)
+    providers = {compiled.config_name(c.config): provider(c.config) for c in candidates}
+    problem = kind.problem(seqlen, **first.case)
+    rows = throughput(problem, first.dtype, providers, roof, device, behind=BEHIND)
+    beside = [in_words(first.case, name) for name in ("kernel", "fused") if name in first.case]
+    return [
+        asdict(row) | {"provider": OURS, "note": " ".join([*beside, row.provider, row.note]).strip()} for row in rows
+    ]
+
+
+def in_words(case, name):
+    """What of a case no column of a row says."""
+    return {True: "fused", False: "materialized"}.get(case[name], str(case[name]))
+
+
+def _timing_key(candidate, seqlen):
+    problem = FAMILIES[candidate.family].problem(seqlen, **candidate.case).columns()
+    return candidate.key | {"problem": problem, "gpu": gpu_name(), "driver": driver_version()}
+
+
+def _time_passes(problem, dtype, configs, journal, device):
+    """{name: TFLOP/s} of {name: BackwardConfig}, None of one that failed."""
+    key = {"problem": problem.columns(), "dtype": dtype, "passes": {name: repr(x) for name, x in configs.items()}}
+    key |= {"gpu": gpu_name(), "driver": driver_version(), "triton": triton.__version__}
+    key |= {"source": source_hash(FAMILIES["flash_backward"].folder)}
+    figures = journal.get(key)
+    if figures is None:
+        providers = {name: backward_pass(problem.causal, config) for name, config in configs.items()}
+        rows = throughput(problem, dtype, providers, roof=1.0, device=device)
+        figures = {row.provider: row.tflops for row in rows}
+        journal.add(key, figures)
+    return figures

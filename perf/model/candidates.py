@@ -1,0 +1,411 @@
+"""What a sweep compares: the configs of each kernel family, compiled, and why one is dropped."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+import triton
+
+import triton_attn
+from perf.harness.device import gpu_arch
+from perf.harness.machine import copy_bandwidth, matmul_rate
+from perf.model import amdgcn, compiled, loop_model
+from perf.workloads.models import MODELS
+from perf.workloads.problems import (
+    HEAD_DIMS,
+    HIDDEN,
+    LATENT_BATCH,
+    TOKENS,
+    ChunkProblem,
+    DecodeProblem,
+    LatentDecodeProblem,
+    LatentPrefillProblem,
+    Problem,
+)
+from perf.workloads.providers import latent_step, paged_step
+from triton_attn._host.gpu import gpu_of
+from triton_attn._host.tuned import rows_class
+from triton_attn._jit.tiles import padded_size
+from triton_attn.flash import backward_configs
+from triton_attn.flash import configs as flash_configs
+from triton_attn.mla import configs as mla_configs
+from triton_attn.paged import configs as paged_configs
+
+MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop instructions"]
+MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "expected TFLOP/s", "useful share"]
+PREFILL_CHUNK = 512  # tokens of a prompt that come at once
+CACHED_MODELS = {model.name: model for model in MODELS if model.attention != "MLA"}
+LATENT_MODELS = {model.name: model for model in MODELS if model.attention == "MLA"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a sweep needs of one.
+
+    A case is what configs are compared at, a dict that the functions take as keywords: `cases(dtype, shapes)` gives
+    those of the shapes that `option` names, `search_space(arch, dtype, **case)` the configs, the default first.
+    `compile(arch, dtype, config=config, **case)` gives a `triton_attn.toolchain.Launch`. On a GPU the `problem(seqlen,
+    **case)` is timed at `seqlens` beside the `roof()`: `provider(dtype, **case)` gives a function from a config to a
+    provider, see perf/workloads/providers.py. `folder` is that of the kernels and their launchers, below triton_attn;
+    `rows(config)` are those of the largest product in the loop. `tuned(dtype, **case)` is the family of a tuned table,
+    the case of its entry, and of its buckets those besides seqlen_k.
+    """
+
+    config: type
+    folder: str
+    option: str
+    shapes: tuple
+    cases: Callable
+    search_space: Callable
+    compile: Callable
+    problem: Callable
+    provider: Callable
+    roof: Callable
+    seqlens: tuple
+    tuned: Callable
+    rows: Callable = attrgetter("block_m")
+
+    @property
+    def config_columns(self):
+        return [field.name for field in fields(self.config)]
+
+
+def _flash_cases(dtype, head_dims):
+    return [{"head_dim": head_dim, "causal": causal} for head_dim in head_dims for causal in (False, True)]
+
+
+def _flash_space(arch, dtype, head_dim, causal):
+    return flash_configs.search_space(arch, dtype, head_dim, head_dim, causal)
+
+
+def _flash_provider(dtype, head_dim, causal):
+    return lambda config: lambda problem, device: partial(compiled.launch_config, causal=causal, config=config)
+
+
+def _flash_problem(seqlen, head_dim, causal, kernel=None):
+    direction = "forward" if kernel is None else "backward"
+    return Problem(max(1, TOKENS // seqlen), seqlen, HIDDEN // head_dim, head_dim, causal, direction)
+
+
+def _flash_tuned(dtype, head_dim, causal):
+    return "flash", {"head_dim": head_dim, "head_dim_v": head_dim, "causal": causal}, {}
+
+
+def _hopper_cases(dtype, head_dims):
+    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in flash_configs.HOPPER_HEAD_DIMS]
+
+
+def _hopper_space(arch, dtype, head_dim, causal):
+    return flash_configs.hopper_search_space(arch, dtype, head_dim, causal)
+
+
+def _hopper_provider(dtype, head_dim, causal):
+    return lambda config: lambda problem, device: partial(compiled.launch_hopper, causal=causal, config=config)
+
+
+def _hopper_tuned(dtype, head_dim, causal):
+    return "flash_hopper", {"head_dim": head_dim, "causal": causal}, {}
+
+
+def _backward_cases(dtype, head_dims):
+    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])  # wider have no backward
+    return [{"kernel": kernel} | case for case in cases for kernel in backward_configs.BackwardConfig._fields]
+
+
+def _backward_space(arch, dtype, kernel, head_dim, causal):
+    return backward_configs.backward_search_space(kernel, arch, dtype, head_dim, head_dim, causal)
+
+
+def _backward_provider(dtype, kernel, head_dim, causal):
+    """Of the whole pass, its other kernels at their defaults."""
+    return lambda config: backward_pass(
+        causal, compiled.backward_tiles(gpu_arch(), getattr(torch, dtype), head_dim, causal, kernel, config)
+    )
+
+
+def backward_pass(causal, config):
+    """A provider with a BackwardConfig."""
+    return lambda problem, device: partial(compiled.launch_backward_config, causal=causal, config=config)
+
+
+def _backward_tuned(dtype, kernel, head_dim, causal):
+    return "flash_backward", *_flash_tuned(dtype, head_dim, causal)[1:]
+
+
+def _paged_cases(dtype, models):
+    """Models of one shape are one case."""
+    columns = "num_heads_q", "num_heads_kv", "head_dim"
+    shapes = dict.fromkeys(tuple(getattr(CACHED_MODELS[name], column) for column in columns) for name in models)
+    return [dict(zip(columns, shape)) | {"page_size": DecodeProblem.page_size} for shape in shapes]
+
+
+def _chunk_cases(dtype, models):
+    return [case | {"seqlen_q": PREFILL_CHUNK} for case in _paged_cases(dtype, models)]
+
+
+def _paged_space(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1):
+    return paged_configs.search_space(arch, dtype, head_dim, head_dim, seqlen_q * num_heads_q // num_heads_kv)
+
+
+def _paged_problem(seqlen, **case):
+    return DecodeProblem(LATENT_BATCH, seqlen, **case)
+
+
+def _chunk_problem(seqlen, **case):
+    return ChunkProblem(1, seqlen, **case)
+
+
+def _paged_tuned(dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1):
+    rows = seqlen_q * num_heads_q // num_heads_kv
+    case = {"head_dim": head_dim, "head_dim_v": head_dim, "tile_rows": rows_class(rows), "cache_dtype": dtype}
+    return "paged", case, {"page_size": page_size, "rows": rows}
+
+
+def _over_one_cache(make_step, launch):
+    """Steps over the same tensors, since a GPU has no room for a cache per config; none finds what another wrote."""
+    made = cache(make_step)
+
+    def provider(config):
+        def step(problem, *tensors):
+            shared = made(problem, *tensors)
+            own = {"out": torch.full_like(shared.keywords["out"], math.nan)} if "out" in shared.keywords else {}
+            return partial(launch, *shared.args, **shared.keywords | own, config=config)
+
+        return step
+
+    return provider
+
+
+def _paged_provider(dtype, **case):
+    return _over_one_cache(paged_step, compiled.launch_paged)
+
+
+def _latent_cases(dtype, models):
+    return [
+        {"num_heads": LATENT_MODELS[name].num_heads_q, "cache_dtype": cache_dtype, "page_size": page_size}
+        for name in models
+        for cache_dtype in (dtype, "float8_e4m3fn")
+        for page_size in (LatentDecodeProblem.page_size,)
+    ]
+
+
+def _latent_space(arch, dtype, num_heads, cache_dtype, page_size):
+    return mla_configs.search_space(arch, dtype, num_heads, cache_dtype == "float8_e4m3fn")
+
+
+def _latent_problem(seqlen, num_heads, cache_dtype, page_size):
+    return LatentDecodeProblem(LATENT_BATCH, seqlen, num_heads, cache_dtype, page_size=page_size)
+
+
+def _latent_provider(dtype, **case):
+    return _over_one_cache(latent_step, compiled.launch_latent)
+
+
+def _latent_tuned(dtype, num_heads, cache_dtype, page_size):
+    case = {name: getattr(LatentDecodeProblem, name) for name in ("kv_lora_rank", "qk_rope_head_dim")}
+    case |= {"tile_rows": rows_class(num_heads), "cache_dtype": cache_dtype}
+    return "mla", case, {"page_size": page_size, "rows": num_heads}
+
+
+_PREFILL_DIMS = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+
+
+def _prefill_cases(dtype, models):
+    dims = {name: getattr(LatentPrefillProblem, name) for name in (*_PREFILL_DIMS, "kv_lora_rank")}
+    return [
+        {"num_heads": LATENT_MODELS[name].num_heads_q} | dims | {"fused": fused}
+        for name in models
+        for fused in (False, True)
+    ]
+
+
+def _prefill_space(arch, dtype, fused, **case):
+    widest = max(padded_size(case[name]) for name in _PREFILL_DIMS)
+    return mla_configs.prefill_search_space(arch, dtype, fused, widest)
+
+
+def _prefill_problem(seqlen, fused, **case):
+    return LatentPrefillProblem(seqlen, seqlen, **case)
+
+
+def _prefill_provider(dtype, fused, **case):
+    return lambda config: partial(compiled.launch_prefill, fused=fused, config=config)
+
+
+def _prefill_tuned(dtype, fused, **case):
+    return "mla_prefill", {"fused": fused} | {name: case[name] for name in _PREFILL_DIMS}, {}
+
+
+FAMILIES = {
+    "flash": Family(
+        config=flash_configs.FlashConfig,
+        folder="flash",
+        option="head_dims",
+        shapes=HEAD_DIMS,
+        cases=_flash_cases,
+        search_space=_flash_space,
+        compile=compiled.flash_forward,
+        problem=_flash_problem,
+        provider=_flash_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 4096, 16384),
+        tuned=_flash_tuned,
+    ),
+    "flash_hopper": Family(
+        config=flash_configs.HopperConfig,
+        folder="flash",
+        option="head_dims",
+        shapes=flash_configs.HOPPER_HEAD_DIMS,
+        cases=_hopper_cases,
+        search_space=_hopper_space,
+        compile=compiled.flash_hopper,
+        problem=_flash_problem,
+        provider=_hopper_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 4096, 16384),
+        tuned=_hopper_tuned,
+        rows=lambda config: config.block_m,
+    ),
+    "flash_backward": Family(
+        config=flash_configs.FlashConfig,
+        folder="flash",
+        option="head_dims",
+        shapes=HEAD_DIMS,
+        cases=_backward_cases,
+        search_space=_backward_space,
+        compile=compiled.flash_backward_kernel,
+        problem=_flash_problem,
+        provider=_backward_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 4096, 16384),
+        tuned=_backward_tuned,
+        rows=lambda config: max(config.block_m, config.block_n),
+    ),
+    "paged": Family(
+        config=paged_configs.PagedConfig,
+        folder="paged",
+        option="models",
+        shapes=tuple(CACHED_MODELS),
+        cases=_paged_cases,
+        search_space=_paged_space,
+        compile=compiled.paged_decode,
+        problem=_paged_problem,
+        provider=_paged_provider,
+        roof=copy_bandwidth,
+        seqlens=(1024, 8192),
+        tuned=_paged_tuned,
+    ),
+    "paged_prefill": Family(
+        config=paged_configs.PagedConfig,
+        folder="paged",
+        option="models",
+        shapes=tuple(CACHED_MODELS),
+        cases=_chunk_cases,
+        search_space=_paged_space,
+        compile=compiled.paged_decode,
+        problem=_chunk_problem,
+        provider=_paged_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 8192),
+        tuned=_paged_tuned,
+    ),
+    "mla": Family(
+        config=mla_configs.MlaDecodeConfig,
+        folder="mla",
+        option="models",
+        shapes=tuple(LATENT_MODELS),
+        cases=_latent_cases,
+        search_space=_latent_space,
+        compile=compiled.latent_decode,
+        problem=_latent_problem,
+        provider=_latent_provider,
+        roof=copy_bandwidth,
+        seqlens=(1024, 8192),
+        tuned=_latent_tuned,
+    ),
+    "mla_prefill": Family(
+        config=mla_configs.MlaPrefillConfig,
+        folder="mla",
+        option="models",
+        shapes=tuple(LATENT_MODELS),
+        cases=_prefill_cases,
+        search_space=_prefill_space,
+        compile=compiled.latent_prefill,
+        problem=_prefill_problem,
+        provider=_prefill_provider,
+        roof=matmul_rate,
+        seqlens=(1024, 8192),
+        tuned=_prefill_tuned,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One config at one case."""
+
+    family: str
+    arch: str
+    dtype: str
+    case: dict
+    config: object
+
+    @property
+    def columns(self):
+        """What a row says of it."""
+        return {"family": self.family, "arch": self.arch, "dtype": self.dtype} | self.case | asdict(self.config)
+
+    @property
+    def key(self):
+        """All that its compiled code, and what is read off it, depends on."""
+        return self.columns | {"triton": triton.__version__, "source": source_hash(FAMILIES[self.family].folder)}
+
+    def compile(self):
+        """Its row: what it compiles to, and why it is dropped if it is."""
+        made_of = {}
+        try:
+            compile_config = FAMILIES[self.family].compile
+            launch = compile_config(self.arch, getattr(torch, self.dtype), config=self.config, **self.case)
+        except triton.runtime.errors.OutOfResources as error:
+            dropped = str(error)
+        except (OSError, MemoryError):  # the machine's fault
+            raise
+        except Exception as error:  # the compiler has many ways to fail, and the next config may not
+            dropped = f"{type(error).__name__}: {error}".split("\n")[0]
+        else:
+            report = loop_model.analyze(launch.kernel)
+            made_of = report.row()
+            dropped = self._why_dropped(launch, report)
+        return self.columns | {name: made_of.get(name) for name in MODEL_COLUMNS} | {"dropped": dropped}
+
+    def _why_dropped(self, launch, report):
+        if isinstance(report, amdgcn.Report):
+            return f"{report.vgpr_spills} registers spilled" if report.vgpr_spills else ""
+        hot = report.hot
+        if hot is None:  # fp32 without tensor cores
+            return f"{report.static_spills} spills" if report.static_spills else ""
+        if hot.spills:
+            return f"{hot.spills} spills in the hot loop"
+        if getattr(self.config, "use_tma", False) and not launch.uses_tma:
+            return "no TMA"
+        if not hot.async_copies and not isinstance(self.config, flash_configs.HopperConfig):  # there a warp loads
+            return "no asynchronous copies in the hot loop"
+        # A tile of fewer rows never has wgmma: mma.sync is right for a decode step with few heads.
+        if gpu_of(report.arch).wgmma and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:
+            return "no wgmma"
+        return ""
+
+
+@cache
+def source_hash(folder):
+    """Of the family's kernels and launchers, what they share with others, and what reads compiled code."""
+    package, perf = Path(triton_attn.__file__).parent, Path(__file__).parents[1]
+    files = [file for part in (folder, "merge", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))]
+    read_by = ("amdgcn", "candidates", "compiled", "gpus", "loop_model", "sass", "timeline")
+    files += [perf / "workloads/calls.py", *(perf / f"model/{name}.py" for name in read_by)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -1,0 +1,206 @@
+"""Our kernels at an explicit config, compiled for a GPU that need not be there or launched on one that is."""
+
+import os
+from unittest import mock
+
+import torch
+
+import triton_attn
+from perf.results.tables import tile_name
+from perf.workloads import calls
+from triton_attn._host.checks import layout_of
+from triton_attn._host.options import AttentionOptions
+from triton_attn.flash.backward import launch_flash_bwd
+from triton_attn.flash.backward_configs import default_backward_config
+from triton_attn.flash.configs import FlashConfig, HopperConfig
+from triton_attn.flash.forward import launch_flash_fwd, new_outputs
+from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
+from triton_attn.mla.absorbed import launch_mla_decode
+from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
+from triton_attn.mla.prefill import launch_mla_fused, launch_mla_materialized
+from triton_attn.paged.configs import PagedConfig
+from triton_attn.paged.forward import launch_paged_fwd
+from triton_attn.toolchain import compile_only
+
+# Which gradients (q, k, v, sinks) make a backward pass launch the kernel.
+_WANTED = {
+    "dkdv": (False, True, True, False),
+    "dq": (True, False, False, False),
+    "fused": (True, True, True, False),
+}
+
+
+def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=None, kernels="portable"):
+    """The compiled forward kernel (a `triton_attn.toolchain.Launch`); `config` None is the default, as a user gets it
+    with TRITON_ATTN_KERNELS=`kernels`."""
+    with mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=kernels), compile_only(arch) as launches:
+        if config is None:
+            calls.flash(triton_attn, dtype, head_dim, causal, head_dim_v)
+        else:
+            launch_config(*calls.flash_inputs(dtype, head_dim, head_dim_v), causal, config)
+    return launches[-1]
+
+
+def flash_hopper(arch, dtype, head_dim, causal, config):
+    """The compiled forward kernel of hopper.py at a config of one's own."""
+    with compile_only(arch) as launches:
+        launch_hopper(*calls.flash_inputs(dtype, head_dim), causal, config)
+    return launches[-1]
+
+
+def flash_backward(arch, dtype, head_dim, causal=False):
+    """The compiled kernels of a backward pass that have products, as a user gets them: one fused, or dkdv and dq."""
+    with compile_only(arch) as launches:
+        calls.flash_backward(triton_attn, dtype, head_dim, causal)
+    return [launch for launch in launches if launch.name in calls.CALLS["flash_backward"].kernels]
+
+
+def flash_backward_kernel(arch, dtype, kernel, head_dim, causal, config):
+    """One compiled kernel of a backward pass, "dkdv", "dq" or "fused", at a config of one's own."""
+    q, k, v = calls.flash_inputs(dtype, head_dim)
+    out, lse = new_outputs(q, v)
+    lengths = q.shape[1], k.shape[1]
+    options = _options(head_dim, causal)
+    with compile_only(arch) as launches:
+        tiles = backward_tiles(arch, dtype, head_dim, causal, kernel, config)
+        tensors = torch.empty_like(out), None, q, k, v, out, lse, None, None
+        launch_flash_bwd(*tensors, *lengths, options, _WANTED[kernel], config=tiles)
+    return launches[-1]
+
+
+def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1, config=None):
+    """The compiled kernel of a decode step, or of a chunk of a prompt; `config` None is the default, as a user gets
+    it."""
+    case = dict(num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, page_size=page_size)
+    case |= dict(seqlen_q=seqlen_q)
+    with compile_only(arch) as launches:
+        if config is None:
+            calls.paged(triton_attn, dtype, **case)
+        else:
+            q, *cached = calls.paged_inputs(dtype, **case)
+            launch_paged(q, *cached, torch.empty_like(q), config)
+    return launches[0]
+
+
+def latent_decode(arch, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=512, qk_rope_head_dim=64, config=None):
+    """The compiled kernel of a decode step over a latent cache, absorbed queries in and latent vectors out; `config`
+    None is the default, as a user gets it."""
+    case = dict(num_heads=num_heads, cache_dtype=cache_dtype, page_size=page_size)
+    case |= dict(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
+    with compile_only(arch) as launches:
+        if config is None:
+            calls.mla(triton_attn, dtype, **case)
+        else:
+            launch_latent(*calls.latent_inputs(triton_attn, dtype, **case), 1.0, config)
+    return launches[0]
+
+
+def latent_prefill(arch, dtype, fused, config=None, **shape):
+    """The compiled kernel of a prefill that makes keys and values of latent vectors, or finds them in memory; `config`
+    None is the default, as a user gets it."""
+    with compile_only(arch) as launches:
+        if config is None:
+            calls.mla_prefill(triton_attn, dtype, fused, **shape)
+        else:
+            launch_prefill(*calls.prefill_inputs(dtype, **shape), fused, config)
+    return launches[-1]
+
+
+def config_of(launch):
+    """The config that a launch of an attention kernel ran with."""
+    values = launch.constexprs
+    config = values["BLOCK_M"], values["BLOCK_N"], launch.num_warps, launch.num_stages
+    if "NOPE_HEAD_DIM" in values:
+        return MlaPrefillConfig(*config, *filter(None, [values["BLOCK_C"]]))
+    if "USE_TMA" in values:
+        return FlashConfig(*config, values["USE_TMA"])
+    return MlaDecodeConfig(*config) if "KV_LORA_RANK" in values else PagedConfig(*config)
+
+
+def config_name(config):
+    """See `tile_name`; c64 says how many numbers of latent vectors are taken at a time, hopper that a warp loads."""
+    if isinstance(config, HopperConfig):
+        return f"{tile_name(config.block_m, config.block_n, 4 * config.groups, config.num_stages)} hopper"
+    tma = isinstance(config, FlashConfig) and config.use_tma
+    name = tile_name(config.block_m, config.block_n, config.num_warps, config.num_stages, tma)
+    return f"{name} c{config.block_c}" if isinstance(config, MlaPrefillConfig) else name
+
+
+def launch_config(q, k, v, causal, config):
+    """`flash_attention(q, k, v, causal=causal)` with a config of one's own."""
+    out, lse = new_outputs(q, v, wants_lse=False)
+    launch_flash_fwd(q, k, v, out, lse, None, None, q.shape[1], k.shape[1], _options(q.shape[3], causal), config)
+    return out
+
+
+def launch_hopper(q, k, v, causal, config):
+    """The same by the kernel of hopper.py, with a HopperConfig of one's own."""
+    out, lse = new_outputs(q, v, wants_lse=False)
+    lengths = q.shape[1], k.shape[1]
+    plan = plan_hopper(layout_of(q, k, v, out), q.dtype, None, *lengths, causal, "hopper", config)
+    launch_flash_fwd_hopper(plan, q, k, v, out, lse, None, None, q.shape[3] ** -0.5)
+    return out
+
+
+def launch_backward_config(q, k, v, causal, config):
+    """The same at its default config, with a BackwardConfig of one's own."""
+    return _Attention.apply(q, k, v, causal, config)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, causal, config):
+        out, lse = new_outputs(q, v)
+        options = _options(q.shape[3], causal)
+        launch_flash_fwd(q, k, v, out, lse, None, None, q.shape[1], k.shape[1], options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options, ctx.config = options, config
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        lengths = q.shape[1], k.shape[1]
+        dq, dk, dv, _ = launch_flash_bwd(
+            dout, None, q, k, v, out, lse, None, None, *lengths, ctx.options, _WANTED["fused"], config=ctx.config
+        )
+        return dq, dk, dv, None, None
+
+
+def backward_tiles(arch, dtype, head_dim, causal, kernel, config):
+    """The default configs of a backward pass, but for one kernel, and in the schedule that this kernel belongs to."""
+    default = default_backward_config(arch, dtype, head_dim, head_dim, causal)
+    return default._replace(**{"fused": None} | {kernel: config})
+
+
+def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):
+    """`paged_attention(q, k_cache, v_cache, cache_seqlens, block_table, out=out)` with a config of one's own."""
+    options = _options(q.shape[3], causal=True)
+    tensors = q, k_cache, v_cache, out, None, cache_seqlens, block_table
+    launch_paged_fwd(*tensors, None, q.shape[1], options, config=config)
+    return out
+
+
+def launch_latent(q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale, config):
+    """`mla_decode` of absorbed queries, latent vectors out, with a config of one's own."""
+    out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
+    tensors = q_nope, q_pe, latent_cache, out, None, cache_seqlens, block_table
+    launch_mla_decode(*tensors, None, None, (None, None, False), softmax_scale, True, config=config)
+    return out
+
+
+def launch_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, fused, config):
+    """`mla_prefill` with mode "fused", or "materialized" with all heads at once, and a config of one's own."""
+    out = q_nope.new_empty(*q_nope.shape[:3], w_uv.shape[1])
+    lengths = None, None, q_nope.shape[1], kv_latent.shape[1]
+    scale = (q_nope.shape[3] + q_pe.shape[3]) ** -0.5
+    args = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, None, lengths, scale, True
+    if fused:
+        launch_mla_fused(*args, config)
+    else:
+        launch_mla_materialized(*args, (len(w_uk), kv_latent.shape[0] * kv_latent.shape[1]), config)
+    return out
+
+
+def _options(head_dim, causal):
+    return AttentionOptions(head_dim**-0.5, (None, 0 if causal else None), None, None, None)

@@ -1,0 +1,149 @@
+"""Where figures are kept, and the one table layout of everything that is a speed: written, read and checked here.
+
+A row says what ran (family, provider, pass, shape), how fast, on what, and whether it was measured or predicted. Rows
+are on the disk as soon as they are known: an interrupted run leaves what it had finished.
+"""
+
+import csv
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+ROOT = Path(__file__).parent  # what is committed: docs/performance.md is written from it
+LOCAL = ROOT.parent / "out"  # where runs write that do not ask for more; git ignores it
+OURS = "triton_attn"  # as a provider
+BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"  # predicted: products and softmax overlap fully, or never
+MEASURED = "measured"
+PREDICTED = "predicted from compiled code, not measured"
+MODELLED = "predicted by the cost model of mla_prefill, not measured"
+SOURCES = (MEASURED, PREDICTED, MODELLED)
+SPEEDS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a results CSV; None is an empty cell.
+
+    `gbps` is GB/s, `roof_share` the share of the roof measured on that machine, of a prediction the share of the data
+    sheet's memory bandwidth; `cache_dtype` is empty without a cache and may be where it is `dtype`; `note` says which
+    config ran, or why a provider has no figure.
+    """
+
+    family: str
+    provider: str
+    direction: str  # forward, backward, both, decode, prefill; called pass in the CSV, which no column can be in Python
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    window: int | None = None
+    page_size: int | None = None
+    cache_dtype: str | None = None
+    dtype: str
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    roof_share: float | None = None
+    gpu: str
+    driver: str | None
+    torch: str
+    triton: str
+    commit: str | None
+    source: str  # one of SOURCES
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPrefillRow(Row):
+    """`ms` is p50_ms or its prediction. Of our schedules also: bytes taken beside inputs and outputs, those that all
+    heads at once would take, and whether "auto" chooses it."""
+
+    schedule: str | None
+    ms: float | None
+    workspace_bytes: int | None
+    all_heads_bytes: int | None
+    is_auto: bool
+
+
+def columns_of(row_type):
+    return ["pass" if field.name == "direction" else field.name for field in fields(row_type)]
+
+
+COLUMNS = columns_of(Row)
+
+
+def holds_speeds(path):
+    """Whether a CSV is a table of speeds, sound or not: no other one names a provider of a family."""
+    with open(path, newline="") as file:
+        return {"family", "provider"} <= set(next(csv.reader(file), ()))
+
+
+def read(path):
+    """A table of speeds as a pandas DataFrame; columns beside those of `Row` are kept.
+
+    ValueError, naming file, column and line, if a column is missing, a cell is empty or not of its type that must not
+    be, a source is unknown, a measured speed has no times, or a row has neither a speed nor a note that says why.
+    """
+    status = Path(path).stat()
+    return _read(Path(path), status.st_mtime_ns, status.st_size).copy()
+
+
+@lru_cache(maxsize=256)  # a report looks at each table for every picture that may show what it measured
+def _read(path, mtime, size):
+    import pandas as pd  # here, since a GPU run writes rows where there may be no pandas
+
+    kinds = {column: get_args(field.type) or (field.type,) for column, field in zip(COLUMNS, fields(Row))}
+    data = pd.read_csv(path, dtype={column: str for column, kind in kinds.items() if str in kind})
+    if missing := [column for column in COLUMNS if column not in data]:
+        raise ValueError(f"{path}: a table of speeds has the columns {', '.join(missing)} too")
+    data["note"] = data["note"].fillna("")
+    for column, kind in kinds.items():
+        if NoneType not in kind:
+            _check(path, data[column], data[column].notna(), f"expected {kind[0].__name__}")
+        if kind[0] in (int, float):
+            numbers = pd.to_numeric(data[column], errors="coerce")
+            right = data[column].isna() | (numbers % 1 == 0 if kind[0] is int else numbers.notna())
+            _check(path, data[column], right, f"expected {kind[0].__name__}")
+    _check(path, data["causal"], data["causal"].astype(str).isin(["True", "False"]), "expected True or False")
+    _check(path, data["source"], data["source"].isin(SOURCES), f"expected one of {', '.join(SOURCES)}")
+    has_speed = data[list(SPEEDS)].notna().any(axis=1)
+    for column in ("p20_ms", "p50_ms", "p80_ms"):
+        timed = data[column].notna() | ~has_speed | (data["source"] != MEASURED)
+        _check(path, data[column], timed, "expected the time of a measured speed")
+    _check(path, data["note"], has_speed | (data["note"] != ""), "expected why there is no speed")
+    return data
+
+
+def _check(path, column, right, expected):
+    if not right.all():
+        row = int(right.argmin())
+        raise ValueError(f"{path}: column {column.name}, line {row + 2}: {expected}, got {column.iloc[row]!r}")
+
+
+class Table:
+    """A CSV that grows by a row at a time and replaces an older file of its name."""
+
+    def __init__(self, path, columns):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("w", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self.append(columns)
+
+    def append(self, row):
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()

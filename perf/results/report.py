@@ -1,0 +1,386 @@
+"""The figures of docs/performance.md and the status line of the README, written from the results and from nothing else:
+every figure is one of a CSV file or a tuned table, and says where it was measured, or that it is predicted.
+
+Pictures that are missing or older than their CSV are drawn first.
+"""
+
+import json
+from operator import itemgetter
+from os.path import relpath
+from pathlib import Path
+from textwrap import fill
+
+import pandas as pd
+from tabulate import tabulate
+
+from perf import results
+from perf.results import BOUND, LOCK, MEASURED, OURS, SOURCES, plot, speed_plots
+from perf.results.speed_plots import WORDS
+from perf.results.style import short_length
+from perf.results.targets import TARGETS, judge
+from perf.workloads.problems import DecodeProblem
+
+README = Path(__file__).parents[2] / "README.md"
+PAGE = README.parent / "docs" / "performance.md"
+TUNED = README.parent / "triton_attn" / "tuned"
+STATUS = "> **Status**: "  # the beginning of the README's third line
+BEGIN, END = "<!-- from here on written by `python -m perf report` -->", "<!-- up to here -->"
+VERSIONS = ["driver", "torch", "triton", "commit"]
+NONE = pd.Series(dtype=str)
+
+
+def draw(root, redraw):
+    """The pictures of every CSV that lacks one, or is newer than one."""
+    drawn = []
+    for path in sorted(root.glob("*/*.csv")):
+        pictures = plot.paths_of(path)
+        if pictures and (redraw or any(_is_stale(picture, path) for picture in pictures)):
+            drawn += plot.draw(path)
+    return drawn
+
+
+def _is_stale(picture, csv_path):
+    return not picture.exists() or picture.stat().st_mtime < csv_path.stat().st_mtime
+
+
+def replace_section(text, new):
+    """ValueError if the marks are not there once each, in their order."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ValueError(f"the page needs the marks {BEGIN} and {END}, once each")
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+
+
+def replace_status(text, new):
+    """ValueError if the third line is none of a status."""
+    lines = text.splitlines(keepends=True)
+    if len(lines) < 3 or not lines[2].startswith(STATUS):
+        raise ValueError(f"the README needs a third line that begins with {STATUS!r}")
+    return "".join([*lines[:2], new + "\n", *lines[3:]])
+
+
+def status(root):
+    """A line of Markdown: which GPUs have run the package, and what came of it."""
+    runs = [_run(path.parent) for path in sorted(root.glob("*/smoke.csv"))]
+    ran = f"has run on {'; '.join(runs)}. No other GPU has run it yet." if runs else "no GPU has run it yet."
+    return (
+        f"{STATUS}{ran} Everything else is tested without a GPU: in Triton's interpreter, compiled for NVIDIA and AMD, "
+        "and as compiled code for sm_80 and sm_90 in an emulator."
+    )
+
+
+def _run(folder):
+    """One GPU's, from its smoke checks, its tests and the report of the run."""
+    machine = pd.read_csv(folder / "machine.csv", index_col="what")["value"]
+    said = [f"{_passed(folder / 'smoke.csv')} smoke checks"]
+    if (folder / "tests.csv").exists():
+        said.append(f"{_passed(folder / 'tests.csv')} tests")
+    report = json.loads((folder / "report.json").read_text())
+    left = sum(stage["left"] for stage in report["stages"] if stage["stage"] == "tests")
+    about = f"Triton {machine['triton']}, torch {machine['torch']}, commit {machine['commit']}"
+    not_reached = f", {left} tests not reached" if left else ""
+    return f"an {machine['device']} ({about}): {' and '.join(said)} passed{not_reached}"
+
+
+def _passed(path):
+    outcomes = pd.read_csv(path)["outcome"]
+    return f"{(outcomes == 'passed').sum()} of {len(outcomes)}"
+
+
+def section(root, base=PAGE.parent, tuned=TUNED):
+    """Markdown of the results under `root`, with links relative to `base`; what has no results is left out."""
+    found = Results(root, base)
+    blocks = [where_measured, targets, prefill, decode, latent_decode, latent_prefill, cold_start]
+    blocks += [errors, training, embeddings, sizes, sharing]
+    return "\n\n".join(filter(None, [*(block(found) for block in blocks), tuned_tables(tuned)]))
+
+
+class Results:
+    """The CSV files under `root`: tables of speeds as one, measured rows first, and the others by name."""
+
+    def __init__(self, root, base):
+        self.root, self.base = root, base
+        paths = [path for path in sorted(root.glob("*/*.csv")) if not path.name.startswith("sweep")]
+        self.paths = [path for path in paths if results.holds_speeds(path)]
+        tables = [results.read(path) for path in self.paths] or [pd.DataFrame(columns=results.COLUMNS, dtype=object)]
+        speeds = pd.concat(tables)
+        origins = ("measured, " + speeds["gpu"]).where(speeds["source"] == MEASURED, "predicted")
+        speeds = speeds.assign(order=speeds["source"].map(SOURCES.index), origin=origins)
+        self.speeds = speeds.sort_values("order", kind="stable", ignore_index=True)
+
+    def of(self, family, direction):
+        rows = self.speeds[(self.speeds["family"] == family) & (self.speeds["pass"] == direction)]
+        return rows[rows["dtype"] == "bfloat16"]
+
+    def table(self, pattern):
+        """(path, DataFrame) of the first file of a name, a GPU's before the interpreter's; (None, None) without."""
+        paths = sorted(self.root.glob(f"*/{pattern}"), key=lambda path: (path.parent.name == "interpreter", path))
+        return (paths[0], pd.read_csv(paths[0])) if paths else (None, None)
+
+    def pictures(self, family, direction):
+        """[(what it shows, path)] of the pictures that were drawn, measured ones first."""
+        shown = []
+        for path in self.paths:
+            for picture, (draw_it, rows) in zip(plot.paths_of(path), plot.pictures(path).values()):
+                first = rows.iloc[0]
+                if (first["family"], first["pass"]) == (family, direction) and picture.exists():
+                    over = " over the best peer" if draw_it is speed_plots.ratio else ""
+                    origin = f"measured on {first['gpu']}" if first["source"] == MEASURED else "predicted"
+                    shown.append((SOURCES.index(first["source"]), f"{direction}{over}, {origin}", picture))
+        return [(text, picture) for _, text, picture in sorted(shown, key=itemgetter(0))]
+
+    def image(self, pictures):
+        return "".join(f"![{text}]({relpath(path, self.base)})" for text, path in pictures[:1])
+
+    def links(self, pictures):
+        links = ", ".join(f"[{text}]({relpath(path, self.base)})" for text, path in pictures)
+        return f"Picture{'s' * (len(pictures) > 1)}: {links}." if links else ""
+
+
+def where_measured(found):
+    gpus = found.speeds.loc[found.speeds["source"] == MEASURED, "gpu"].unique()
+    return f"Measured on {', '.join(gpus)}." if len(gpus) else "No GPU has measured these kernels yet."
+
+
+def targets(found):
+    """The goals, beside what was measured on each GPU that they are for."""
+    rows = found.speeds.rename(columns={"pass": "direction"}).astype(object)
+    judged = judge(rows.where(rows.notna(), None).itertuples(index=False)) or {"measured": [None] * len(TARGETS)}
+    lines = []
+    for i, target in enumerate(TARGETS):
+        line = {"target on an H100 or H200, bf16": target.what, "at least": f"{target.at_least:.2f}"}
+        for gpu, values in judged.items():
+            line[gpu] = ("" if values[i] is None else f"{values[i]:.3f}, ") + target.verdict(values[i])
+        lines.append(line)
+    return f"## Targets\n\n{_markdown(lines)}"
+
+
+def prefill(found):
+    lines, used = [], []
+    for direction in ("forward", "backward"):
+        rows = found.of("flash", direction)
+        rows = rows[rows["causal"].eq(True) & rows["head_dim"].isin([64, 128]) & rows["seqlen_k"].isin([4096, 16384])]
+        rows = rows[(rows["seqlen_q"] == rows["seqlen_k"]) & (rows["num_heads_q"] == rows["num_heads_kv"])]
+        rows = rows[rows["window"].isna()]
+        lines += _lines(rows, direction, ["head_dim", "seqlen_k"], ["tflops"])
+        used.append(rows)
+    forward, backward = (found.pictures("flash", direction) for direction in ("forward", "backward"))
+    about = "`python -m perf bench`: TFLOP/s, causal, bf16."
+    pictures = found.image(forward), found.links(forward[1:] + backward)
+    return _block("Training and prefill", about, lines, pd.concat(used), *pictures)
+
+
+def decode(found):
+    heads = DecodeProblem(1, 1)
+    rows = found.of("paged", "decode")
+    rows = rows[rows["batch"].isin([1, 8, 32]) & rows["seqlen_k"].isin([1024, 8192])]
+    rows = rows[rows["cache_dtype"].fillna("bfloat16") == "bfloat16"]
+    for column in ("num_heads_q", "num_heads_kv", "head_dim", "page_size"):
+        rows = rows[rows[column] == getattr(heads, column)]
+    about = "`python -m perf bench --family paged`: GB/s of a step over a paged KV cache, bf16, "
+    about += f"{heads.num_heads_q} query and {heads.num_heads_kv} KV heads of {heads.head_dim}, by batch and context."
+    lines = _lines(rows, "", ["batch", "seqlen_k"], ["gbps"])
+    return _block("Decode", about, lines, rows, found.links(found.pictures("paged", "decode")))
+
+
+def latent_decode(found):
+    rows = found.of("mla", "decode")
+    rows = rows[rows["seqlen_k"].isin([8192, 131072])]
+    lines = []
+    for (heads, cache), of_kind in rows.groupby(["num_heads_q", rows["cache_dtype"].fillna("bfloat16")]):
+        lines += _lines(of_kind, f"{heads} heads, {cache} cache", ["seqlen_k"], ["tflops", "gbps"])
+    about = "`python -m perf mla`: a step at DeepSeek's widths, against the context."
+    pictures = found.pictures("mla", "decode")
+    return _block("MLA decode", about, lines, rows, found.image(pictures), found.links(pictures[1:]))
+
+
+def latent_prefill(found):
+    """The fastest schedule: of a prediction the one that "auto" chooses, since it chooses by the same costs."""
+    rows = found.of("mla", "prefill")
+    rows = rows[rows["provider"].str.startswith(OURS) & rows["seqlen_k"].isin([512, 2048, 8192, 32768])]
+    rows = rows.assign(time=rows["p50_ms"].fillna(rows.get("ms")).astype(float)).dropna(subset="time")
+    queries = rows["seqlen_q"].where(rows["seqlen_q"] != rows["seqlen_k"], 0)
+    lines = []
+    for (of_call, _, origin), group in rows.groupby([queries, "order", "origin"]):
+        fastest = group.loc[group.groupby("seqlen_k")["time"].idxmin()]
+        cells = {
+            short_length(row["seqlen_k"]): f"{row['provider'].removeprefix(f'{OURS}, ')}, {row['time']:.2g} ms"
+            for _, row in fastest.iterrows()
+        }
+        lines.append({"": f"{WORDS['queries'](of_call)}, {origin}"} | cells)
+    about = "`python -m perf mla`: the fastest schedule against the context. `auto` chooses by the predictions."
+    return _block("MLA prefill", about, lines, rows, found.links(found.pictures("mla", "prefill")))
+
+
+def cold_start(found):
+    path, calls = found.table("cold_calls.csv")
+    _, imports = found.table("cold_import.csv")
+    if path is None or imports is None:
+        return ""
+    seconds = imports.set_index("imports")["seconds"]
+    launched = "" if (calls["launched"] == "yes").all() else f", compiled for {calls['arch'].iloc[0]} and not launched"
+    said = (
+        f"`python -m perf cold`, on the host{launched}: `import triton_attn` takes "
+        f"{seconds['torch, triton_attn']:.1f} s where torch alone takes {seconds['torch']:.1f}; the first call of a "
+        f"function {_span(calls['empty_cache_s'])} s, with its kernels in Triton's cache on disk "
+        f"{_span(calls['warm_cache_s'])} s; a later forward call {_span(_forward(calls)['later_call_us'], 0)} us. "
+        f"[By function]({relpath(path, found.base)})."
+    )
+    return f"## Cold start\n\n{_wrap(said)}\n\n{_provenance(calls)}"
+
+
+def _forward(calls):
+    return calls[~calls["function"].str.contains("both passes")]
+
+
+def _span(values, digits=1):
+    return f"{values.min():.{digits}f} to {values.max():.{digits}f}"
+
+
+def errors(found):
+    path, data = found.table("errors-*.csv")
+    if path is None:
+        return ""
+    lines = []
+    for function, rows in data.groupby("function"):
+        inexact = rows[rows["bound"] > 0]
+        line = {"": f"`{function}`", "checks": len(rows), "failed": (rows["verdict"] != "ok").sum()}
+        for name, column in (("of torch's error", "torch_error"), ("of the bound", "bound")):
+            line[name] = _percent((inexact["error"] / inexact[column]).max()) if len(inexact) else "exact"
+        lines.append(line)
+    about = (
+        "`python -m perf verify`, against fp64 at shapes of real models, outputs and gradients, in "
+        f"{data['dtype'].iloc[0]}: the largest as shares of torch's own and of the bound. "
+    )
+    return _block("Errors", f"{about}[All of them]({relpath(path, found.base)}).", lines, data)
+
+
+def training(found):
+    path, data = found.table("training.csv")
+    if path is None:
+        return ""
+    losses = data.pivot(index="step", columns="provider", values="loss")
+    apart = losses.max(axis=1) - losses.min(axis=1)
+    said = (
+        "`python -m perf train`: a small decoder learns sonnets, with our attention and torch's. In "
+        f"{len(losses)} steps the losses are at most {apart.max():.1g} nats apart. "
+    )
+    said += found.links([("loss against step", path.with_suffix(".png"))])
+    return f"## A small decoder\n\n{_wrap(said)}\n\n{_provenance(data)}"
+
+
+def embeddings(found):
+    path, data = found.table("embeddings.csv")
+    if path is None:
+        return ""
+    said = (
+        "`python -m perf embed`: the README's paragraphs through MiniLM's real weights. Their embeddings with our "
+        f"attention differ by at most {data['difference'].max():.1g} from those with torch's."
+    )
+    return f"## Embeddings\n\n{_wrap(said)}\n\n{_provenance(data)}"
+
+
+def sizes(found):
+    """Needs no device: from formulas."""
+    _, kinds = found.table("mla_sizes.csv")
+    path, _ = found.table("kv_cache.csv")
+    blocks = ["## KV-cache sizes\n\n`python -m perf sizes`, computed from the formulas; d_h is the width of a head."]
+    if kinds is not None:
+        shown = ["attention", "elements/token/layer", "model", "in d_h", "bytes/token in bf16"]
+        blocks.append(_markdown(kinds[shown].to_dict("records")))
+    if path is not None:
+        blocks.append(found.image([("KV cache against context length", path.with_suffix(".png"))]))
+    return "\n\n".join(blocks) if len(blocks) > 1 else ""
+
+
+def sharing(found):
+    path, data = found.table("sharing.csv")
+    if path is None:
+        return ""
+    saved = [
+        f"{rows['saving_percent'].min():.0f} to {rows['saving_percent'].max():.0f} % in {method}"
+        for method, rows in data.groupby("method")
+    ]
+    said = (
+        "`python -m perf sharing`: of the pages that simulated requests would hold, sharing saves "
+        f"{' and '.join(saved)}. "
+    )
+    said += found.links([("beside the PagedAttention paper's figures", path.with_suffix(".png"))])
+    return f"## Sharing of pages\n\n{_wrap(said)}"
+
+
+def tuned_tables(folder):
+    """What `triton_attn/tuned/` holds, a line per architecture, family and origin."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        entries = pd.DataFrame(json.loads(path.read_text())["entries"])
+        for (family, source, device), rows in entries.groupby(["family", "source", "device"]):
+            made = {"source": source, "device": device, "triton": ", ".join(sorted(rows["triton"].unique()))}
+            lines.append({"arch": path.stem, "family": family, "configs": len(rows)} | made)
+    about = "`python -m perf sweep` found them; they come before the defaults."
+    return f"## Tuned configs\n\n{about}\n\n{_markdown(lines)}" if lines else ""
+
+
+def _lines(rows, label, by, speeds):
+    """Lines of a table, one per origin: our speeds for each value of the columns `by`."""
+    rows = rows[rows["provider"].isin([OURS, BOUND, LOCK])]
+    lines = []
+    for (_, origin), of_origin in rows.groupby(["order", "origin"]):
+        line = {"": ", ".join(filter(None, [label, origin]))}
+        for values, cell in of_origin.groupby(by):
+            name = ", ".join(_say(column, value) for column, value in zip(by, values))
+            for speed in speeds:
+                unit = f", {results.SPEEDS[speed]}" if len(speeds) > 1 else ""
+                line[name + unit] = _cell(cell, speed)
+        lines.append(line)
+    return lines
+
+
+def _say(column, value):
+    return short_length(value) if column == "seqlen_k" else WORDS[column](value)
+
+
+def _cell(rows, speed):
+    """lock to bound, or the measured speed and its share of the roof."""
+    speeds = rows.groupby("provider")[speed].max()
+    if LOCK in speeds:
+        lock, bound = (f"{speeds[model]:.0f}" for model in (LOCK, BOUND))
+        return lock if lock == bound else f"{lock} to {bound}"
+    if speeds.isna().all():
+        return "failed"
+    best = rows.loc[rows[speed].idxmax()]
+    return f"{best[speed]:.0f} ({_percent(best['roof_share'])} of the roof)"
+
+
+def _block(title, about, lines, rows, *pictures):
+    """Nothing without lines."""
+    if not lines:
+        return ""
+    return "\n\n".join(filter(None, [f"## {title}", _wrap(about), _markdown(lines), _provenance(rows), *pictures]))
+
+
+def _provenance(rows):
+    """How rows came about, on what, with which versions; a line per way."""
+    columns = [column for column in ("source", "cpu", "gpu", "device", *VERSIONS[:-1]) if column in rows]
+    said = []
+    for values, alike in rows.groupby(columns, dropna=False, sort=False):
+        about = dict(zip(columns, values), commit=", ".join(alike.get("commit", NONE).dropna().unique()))
+        about = {column: value for column, value in about.items() if pd.notna(value) and value}
+        source = f"{about.pop('source')}: " if "source" in about else ""
+        said.append(
+            source + ", ".join(f"{name} {value}" if name in VERSIONS else value for name, value in about.items())
+        )
+    return "\n\n".join(_wrap(f"*{each}*") for each in said)
+
+
+def _wrap(*sentences):
+    return fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _percent(share):
+    return f"{100 * share:.0f} %"
+
+
+def _markdown(lines):
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True, missingval="")

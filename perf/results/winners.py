@@ -1,0 +1,222 @@
+"""What of a sweep is kept: the best config of each case, as entries of a tuned table (triton_attn/_host/tuned.py).
+
+The default stays unless another config is better by more than the noise of its figure. Among configs that are equally
+good within it the one with most stages wins, as they hide a latency that the loop model does not see.
+
+Predicted figures are what the loop model expects, or its `lock` where it expects nothing (`predicted_tflops`), but no
+more than memory lets through by the GPU's data sheet. The model
+sees the innermost loop alone: a config that spills more than the default outside of it has no prediction. A backward
+pass is predicted from its kernels: the split schedule does seven products where five are counted.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+import triton
+
+from perf.harness.device import commit, gpu_name
+from perf.model.candidates import FAMILIES, Candidate
+from perf.model.gpus import RATES
+from perf.results import MEASURED, PREDICTED
+from triton_attn._host import tuned
+from triton_attn.flash.backward_configs import BackwardConfig, default_backward_config
+
+NOISE = {PREDICTED: 0.05, MEASURED: 0.02}
+UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
+
+
+class Winner(NamedTuple):
+    """`config` of the case of `candidate`, one of those that it was best of, at a length."""
+
+    candidate: Candidate
+    seqlen: int
+    config: object
+    figure: float
+
+    @property
+    def problem(self):
+        return FAMILIES[self.candidate.family].problem(self.seqlen, **self.candidate.case)
+
+
+def predicted(cases, seqlen):
+    """Entries for cases, pairs of candidates and the rows of what they compile to; of those that have a figure."""
+    winners = []
+    for candidates, rows in cases:
+        first = candidates[0]
+        problem = FAMILIES[first.family].problem(seqlen, **first.case)
+        size = getattr(torch, first.dtype).itemsize
+        spills = {candidate.config: row["spills"] or 0 for candidate, row in zip(candidates, rows)}
+        most_spills = spills.get(default_of(first), 0)
+        figures = {
+            candidate.config: predicted_figure(problem, predicted_tflops(row), first.arch, size)
+            for candidate, row in zip(candidates, rows)
+            if spills[candidate.config] <= most_spills
+        }
+        winners += _winner(first, seqlen, figures, PREDICTED)
+    return _entries(winners, PREDICTED, _predict_passes)
+
+
+def measured(cases, time_passes):
+    """Entries for cases, triples of candidates, a length and the rows of their timings.
+
+    time_passes(problem, dtype, {name: BackwardConfig}) gives {name: TFLOP/s}.
+    """
+    winners = []
+    for candidates, seqlen, rows in cases:
+        first = candidates[0]
+        column = FAMILIES[first.family].problem(seqlen, **first.case).figure
+        figures = {candidate.config: row[column] for candidate, row in zip(candidates, rows)}
+        winners += _winner(first, seqlen, figures, MEASURED)
+
+    def passes(configs, kernels):
+        first = kernels["dq"]
+        return time_passes(first.problem, first.candidate.dtype, configs)
+
+    return _entries(winners, MEASURED, passes)
+
+
+def _winner(first, seqlen, figures, source):
+    """[Winner], or [] where no config has a figure."""
+    config = best(figures, default_of(first), NOISE[source], prefer=lambda config: config.num_stages)
+    return [] if config is None else [Winner(first, seqlen, config, figures[config])]
+
+
+def best(figures, default, noise, prefer=lambda config: 0):
+    """The config that wins of {config: figure}: the default if it is as good as any within the noise, else the one that
+    `prefer` ranks first of those that are; None if all figures are None."""
+    figures = {config: figure for config, figure in figures.items() if figure is not None}
+    least = max(figures.values(), default=0) * (1 - noise)
+    near = [config for config, figure in figures.items() if figure >= least]
+    return default if default in near else max(near, key=lambda x: (prefer(x), figures[x]), default=None)
+
+
+def default_of(candidate):
+    """The config of a call without a table; None for a kernel that it does not run."""
+    if candidate.family == "flash_backward":
+        return getattr(_default_pass(candidate), candidate.case["kernel"])
+    dtype = getattr(torch, candidate.dtype)
+    return FAMILIES[candidate.family].search_space(candidate.arch, dtype, **candidate.case)[0]
+
+
+def _default_pass(candidate):
+    head_dim, causal = candidate.case["head_dim"], candidate.case["causal"]
+    return default_backward_config(candidate.arch, getattr(torch, candidate.dtype), head_dim, head_dim, causal)
+
+
+def predicted_tflops(row):
+    """What ranks configs: `expected` of the loop model where it is known, which ranks as an H100 measured far better
+    than `lock` does (perf/commands/calibrate.py); None where the model does not apply."""
+    expected = row.get("expected TFLOP/s")
+    return row["lock TFLOP/s"] if expected is None else expected
+
+
+def predicted_figure(problem, loop_tflops, arch, element_size):
+    """TFLOP/s or GB/s of a problem; None where the loop model does not apply."""
+    if loop_tflops is None:
+        return None
+    flops_per_byte = problem.flops / problem.bytes(element_size)
+    tflops = min(loop_tflops, RATES[arch].memory_gbps * flops_per_byte / 1e3)
+    return tflops if problem.figure == "tflops" else tflops / flops_per_byte * 1e3
+
+
+def _entries(winners, source, figures_of_passes):
+    """Of a tuned table. Winners of the kernels of one backward pass make one entry."""
+    passes, entries = {}, []
+    for winner in winners:
+        if winner.candidate.family == "flash_backward":
+            case = {name: value for name, value in winner.candidate.case.items() if name != "kernel"}
+            passes.setdefault((*case.values(), winner.seqlen), {})[winner.candidate.case["kernel"]] = winner
+        else:
+            entries.append(_entry(winner, asdict(winner.config), source))
+    for kernels in passes.values():
+        if _is_whole(kernels) and (winner := _winning_pass(kernels, source, figures_of_passes)):
+            parts = {kernel: tile and asdict(tile) for kernel, tile in winner.config._asdict().items()}
+            entries.append(_entry(winner, parts, source))
+    return entries
+
+
+def _is_whole(kernels):
+    """Whether both schedules can be compared: a sweep that its minutes ended knows some kernels only."""
+    if not {"dkdv", "dq"} <= kernels.keys():
+        return False
+    return "fused" in kernels or _default_pass(kernels["dq"].candidate).fused is None
+
+
+def _winning_pass(kernels, source, figures_of_passes):
+    """Winner with a BackwardConfig, split or fused, of {kernel: Winner}; None where both failed."""
+    tiles = {kernel: winner.config for kernel, winner in kernels.items()}
+    configs = {"split": BackwardConfig(tiles["dkdv"], tiles["dq"], None)}
+    if "fused" in tiles:
+        configs["fused"] = BackwardConfig(**tiles)
+    figures = figures_of_passes(configs, kernels)
+    default = "split" if _default_pass(kernels["dq"].candidate).fused is None else "fused"
+    name = best(figures, default, NOISE[source])
+    return name and kernels["dq"]._replace(config=configs[name], figure=figures[name])
+
+
+def _predict_passes(configs, kernels):
+    """The split schedule does four products and three, where five are counted."""
+    figures = {kernel: winner.figure for kernel, winner in kernels.items()}
+    figures["split"] = 5 / (4 / figures["dkdv"] + 3 / figures["dq"])
+    return {name: figures[name] for name in configs}
+
+
+def _entry(winner, config, source):
+    candidate = winner.candidate
+    family, case, buckets = FAMILIES[candidate.family].tuned(candidate.dtype, **candidate.case)
+    return {
+        "family": family,
+        "dtype": candidate.dtype,
+        "case": case,
+        "buckets": {"seqlen_k": winner.seqlen} | buckets,
+        "config": config,
+        "figure": float(f"{winner.figure:.4g}"),
+        "unit": UNITS[winner.problem.figure],
+        "source": source,
+        "device": gpu_name() if source == MEASURED else RATES[candidate.arch].memory_gpu,
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def update(path, arch, entries):
+    """Put the entries in the table at path, which need not be there; the rest of it stays.
+
+    A new entry takes the place of one for the same case, buckets and Triton. A measured one also takes that of all
+    predictions for its case, and no prediction enters beside it.
+    """
+    table = tuned.read_table(path)["entries"] if path.exists() else []
+    for new in entries:
+        same = [old for old in table if _of_case(old) == _of_case(new)]
+        if new["source"] != MEASURED and any(old["source"] == MEASURED for old in same):
+            continue
+        replaced = [old for old in same if old["buckets"] == new["buckets"] or old["source"] != new["source"]]
+        table = [old for old in table if old not in replaced] + [new]
+    _write(path, {"format": tuned.FORMAT, "arch": arch, "entries": sorted(table, key=_order)})
+
+
+def _of_case(entry):
+    """A prediction holds at any length, and of one page size as of another."""
+    return entry["family"], entry["dtype"], entry["case"], entry["triton"].split(".")[:2]
+
+
+def _order(entry):
+    kind = tuned.FAMILIES[entry["family"]]
+    case = [entry["case"][name] for name in kind.case]
+    buckets = [entry["buckets"][name] for name in kind.buckets]
+    return list(tuned.FAMILIES).index(entry["family"]), entry["dtype"], case, buckets, entry["triton"]
+
+
+def _write(path, table):
+    """A line per entry; at any time the file is whole."""
+    head = {name: value for name, value in table.items() if name != "entries"}
+    lines = ",\n  ".join(map(json.dumps, table["entries"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".json.part")
+    draft.write_text(f'{json.dumps(head)[:-1]}, "entries": [\n  {lines}\n]}}\n')
+    tuned.read_table(draft)
+    os.replace(draft, path)

@@ -1,0 +1,292 @@
+"""Small calls at real widths, to be emulated and counted, and what each of their kernels has to do.
+
+Tensors hold what a call reads and no more: a cache has the pages of its sequences, in any order. So a kernel must read
+all of its inputs, each sector of 32 bytes once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import triton_attn
+from perf.workloads.calls import NOPE, RANK, ROPE, VALUE
+from triton_attn.cache import kv_cache_bytes_per_token
+from triton_attn.mla.schedule import causal_pairs
+
+SECTOR = 32
+SEQLENS = {64: 512, 128: 512, 256: 256}  # of flash, by head dim
+CONTEXTS = (512, 256)  # of two sequences in a cache
+CHUNK_CONTEXTS = (256, 128)  # with many queries each
+TOKENS = 64  # that come into a cache
+SPLITS = 4
+
+
+class Work(NamedTuple):
+    """What a kernel has to do: bytes to read and to write, useful FLOP, and a function from its launch to the FLOP of
+    its tiles that hold some of them."""
+
+    reads: int
+    writes: int
+    flops: int = 0
+    tiles: Callable | None = None
+
+
+def size(*tensors):
+    """Bytes of all, each in whole sectors."""
+    return sum(-(-x.numel() * x.element_size() // SECTOR) * SECTOR for x in tensors if x is not None)
+
+
+def visible_tiles(rows, seqlen_k, block_m, block_n, per_position=1, causal=True):
+    """How many tiles of `rows` queries (`per_position` of one position, the last at the last key) hold a visible pair.
+    Also of transposed tiles."""
+    total = 0
+    for first in range(0, rows, block_m):
+        last_position = (min(first + block_m, rows) - 1) // per_position
+        keys = seqlen_k - rows // per_position + last_position + 1 if causal else seqlen_k
+        total += -(-keys // block_n)
+    return total
+
+
+def _normal(dtype, *shape):
+    return torch.randn(shape).to(dtype)
+
+
+def _flash_inputs(dtype, head_dim):
+    """Two heads of queries and one of keys."""
+    seqlen = SEQLENS[head_dim]
+    return [_normal(dtype, 1, seqlen, heads, head_dim) for heads in (2, 1, 1)]
+
+
+def _tile(launch):
+    """(rows, keys) of a tile; a kernel of hopper.py has 64 rows for each group of warps."""
+    values = launch.constexprs
+    return values["BLOCK_M"] if "BLOCK_M" in values else 64 * values["GROUPS"], values["BLOCK_N"]
+
+
+def _products(heads, seqlen, width, causal=True):
+    """FLOP of tiles of self-attention whose products have `width` columns together."""
+    return lambda launch: 2 * width * heads * _area(launch, seqlen, seqlen, causal=causal)
+
+
+def _area(launch, rows, seqlen_k, **options):
+    block_m, block_n = _tile(launch)
+    return block_m * block_n * visible_tiles(rows, seqlen_k, block_m, block_n, **options)
+
+
+def flash(dtype, head_dim, causal=True):
+    q, k, v = _flash_inputs(dtype, head_dim)
+    seqlen, heads = q.shape[1:3]
+    flops = 4 * head_dim * heads * int(causal_pairs(seqlen, seqlen, causal))
+    work = Work(size(q, k, v), size(q), flops, _products(heads, seqlen, 2 * head_dim, causal))
+    return (
+        lambda: triton_attn.flash_attention(q, k, v, causal=causal),
+        {"_flash_fwd_kernel": work, "_flash_fwd_hopper_kernel": work},
+    )
+
+
+def flash_backward(dtype, head_dim, deterministic=False, causal=True):
+    """Two products of every tile give dQ, of five in the fused schedule; of the split one's four and three, two are
+    done twice."""
+    q, k, v = _flash_inputs(dtype, head_dim)
+    seqlen, heads = q.shape[1:3]
+    stats = torch.empty(1, heads, seqlen)
+    inputs = size(q, k, v, q, stats, stats)
+
+    def call():
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = triton_attn.flash_attention(*leaves, causal=causal, deterministic=deterministic)
+        torch.autograd.grad(out, leaves, q)
+
+    def work(products, reads, writes):
+        flops = 2 * products * head_dim * heads * int(causal_pairs(seqlen, seqlen, causal))
+        return Work(reads, writes, flops, _products(heads, seqlen, products * head_dim, causal))
+
+    sums = q.float()  # of dq, zero before
+    return call, {
+        "_flash_bwd_delta_kernel": Work(size(q, q), size(stats)),
+        "_flash_bwd_dkdv_kernel": work(4, inputs, size(k, v)),
+        "_flash_bwd_dkdv_kernel, fused": work(5, inputs + size(sums), size(k, v, sums)),
+        "_flash_bwd_dq_kernel": work(3, inputs, size(q)),
+    }
+
+
+def _table(page_size, seqlens=CONTEXTS):
+    """(lengths, pages of each sequence, their number): every page is one sequence's."""
+    counts = [-(-seqlen // page_size) for seqlen in seqlens]
+    pages = torch.randperm(sum(counts)).to(torch.int32)
+    table = torch.zeros(len(seqlens), max(counts), dtype=torch.int32)
+    for row, of_sequence in zip(table, pages.split(counts)):
+        row[: len(of_sequence)] = of_sequence
+    return torch.tensor(seqlens, dtype=torch.int32), table, len(pages)
+
+
+def paged(dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1, num_splits=1):
+    """Two sequences, their pages in no order."""
+    contexts = CONTEXTS if seqlen_q == 1 else CHUNK_CONTEXTS
+    seqlens, table, num_pages = _table(page_size, contexts)
+    keys, values = (_normal(dtype, num_pages, page_size, num_heads_kv, head_dim) for _ in range(2))
+    q = _normal(dtype, len(seqlens), seqlen_q, num_heads_q, head_dim)
+    group = num_heads_q // num_heads_kv
+    parts = torch.empty(num_splits, *q.shape), torch.empty(num_splits, *q.shape[:3])
+    pairs = sum(int(causal_pairs(seqlen_q, seqlen, True)) for seqlen in contexts)
+
+    def tiles(launch):
+        area = sum(_area(launch, seqlen_q * group, seqlen, per_position=group) for seqlen in contexts)
+        return 4 * head_dim * num_heads_kv * area
+
+    reads, flops = size(keys, values, q, seqlens, table), 4 * head_dim * num_heads_q * pairs
+    return (
+        lambda: triton_attn.paged_attention(q, keys, values, seqlens, table, num_splits=num_splits),
+        {
+            "_paged_fwd_kernel": Work(reads, size(*parts) if num_splits > 1 else size(q), flops, tiles),
+            "_merge_kernel": Work(size(*parts), size(q)),
+        },
+    )
+
+
+def _rope(dtype, width):
+    """A row of angles for each token, in no order."""
+    return {
+        "rope_cos": _normal(dtype, TOKENS, width // 2),
+        "rope_sin": _normal(dtype, TOKENS, width // 2),
+        "positions": torch.randperm(TOKENS),
+    }
+
+
+def append(dtype, cache_dtype, num_heads_kv, head_dim, page_size, rope):
+    """`rope` is none, halves or interleaved; an fp8 cache has one scale."""
+    rows = [_normal(dtype, TOKENS, num_heads_kv, head_dim) for _ in range(2)]
+    held = getattr(torch, cache_dtype)
+    caches = [torch.zeros(TOKENS // page_size, page_size, num_heads_kv, head_dim, dtype=held) for _ in range(2)]
+    slots = torch.randperm(TOKENS)
+    options = {} if rope == "none" else _rope(dtype, head_dim) | {"rope_interleaved": rope == "interleaved"}
+    if held.itemsize == 1:
+        options |= {"k_scale": torch.ones(1), "v_scale": torch.ones(1)}
+    read = [value for value in options.values() if isinstance(value, torch.Tensor)]
+    work = Work(size(*rows, slots, *read), size(*caches))
+    return lambda: triton_attn.append_kv_cache(*rows, *caches, slots, **options), {"_append_kv_cache_kernel": work}
+
+
+def _latent_cache(dtype, cache_dtype, num_pages, page_size, filled):
+    """Rows of an fp8 cache are bytes: values, scales and rotary keys."""
+    is_fp8 = cache_dtype == "float8_e4m3fn"
+    held = torch.uint8 if is_fp8 else dtype
+    widths = {"kv_lora_rank": RANK, "qk_rope_head_dim": ROPE, "dtype": torch.float8_e4m3fn if is_fp8 else dtype}
+    row_bytes = kv_cache_bytes_per_token(num_layers=1, **widths)
+    cache = torch.zeros(num_pages, page_size, row_bytes // held.itemsize, dtype=held)
+    if filled:
+        rows = _normal(dtype, num_pages * page_size, RANK), _normal(dtype, num_pages * page_size, ROPE)
+        triton_attn.append_latent_cache(*rows, cache, torch.arange(num_pages * page_size))
+    return cache
+
+
+def append_latent(dtype, cache_dtype, page_size, rope):
+    rows = _normal(dtype, TOKENS, RANK), _normal(dtype, TOKENS, ROPE)
+    cache = _latent_cache(dtype, cache_dtype, TOKENS // page_size, page_size, filled=False)
+    slots = torch.randperm(TOKENS)
+    options = {} if rope == "none" else _rope(dtype, ROPE) | {"rope_interleaved": rope == "interleaved"}
+    read = [value for value in options.values() if isinstance(value, torch.Tensor)]
+    work = Work(size(*rows, slots, *read), size(cache))
+    return lambda: triton_attn.append_latent_cache(*rows, cache, slots, **options), {
+        "_append_latent_cache_kernel": work
+    }
+
+
+def copy(dtype, num_heads_kv, head_dim, page_size):
+    """Half of the pages to the other half."""
+    caches = [_normal(dtype, 8, page_size, num_heads_kv, head_dim) for _ in range(2)]
+    pages = torch.randperm(8).to(torch.int32)
+    source, target = pages[:4].clone(), pages[4:].clone()
+    half = size(*caches) // 2
+    return lambda: triton_attn.copy_kv_pages(tuple(caches), source, target), {
+        "_copy_kv_pages_kernel": Work(half + size(source, target), half)
+    }
+
+
+def merge(dtype, num_heads, head_dim, num_parts=SPLITS):
+    parts = _normal(dtype, num_parts, 1, TOKENS, num_heads, head_dim)
+    lses = torch.randn(num_parts, 1, num_heads, TOKENS)
+    work = Work(size(parts, lses), size(parts[0], lses[0]))
+    return lambda: triton_attn.merge_attention(parts, lses), {"_merge_kernel": work}
+
+
+def mla(dtype, num_heads, cache_dtype, page_size, weights=False):
+    """Of weights, queries are absorbed and outputs projected; else they are latent."""
+    seqlens, table, num_pages = _table(page_size)
+    cache = _latent_cache(dtype, cache_dtype, num_pages, page_size, filled=True)
+    q_nope, q_pe = (_normal(dtype, len(seqlens), 1, num_heads, n) for n in (NOPE if weights else RANK, ROPE))
+    projections = [_normal(dtype, num_heads, n, RANK) / RANK**0.5 for n in (NOPE, VALUE)] if weights else []
+    q, latents = (torch.empty(len(seqlens), 1, num_heads, n, dtype=dtype) for n in (RANK + ROPE, RANK))
+    parts = latents, torch.empty(latents.shape[:3])  # of one split
+    out = torch.empty(len(seqlens), 1, num_heads, VALUE, dtype=dtype)
+    work = Work(
+        size(q, cache, seqlens, table),
+        size(*parts),
+        2 * (2 * RANK + ROPE) * num_heads * sum(CONTEXTS),
+        lambda launch: 2 * (2 * RANK + ROPE) * _latent_area(launch, num_heads),
+    )
+    flops = [2 * len(seqlens) * num_heads * RANK * n for n in (NOPE, VALUE)]
+
+    def of_projection(flops):
+        """A tile has 16 rows at least: a product has no fewer."""
+        return lambda launch: flops // len(seqlens) * max(16, launch.constexprs["BLOCK_T"])
+
+    return (
+        lambda: triton_attn.mla_decode(
+            q_nope, q_pe, cache, seqlens, table, *projections, softmax_scale=0.05, num_splits=1
+        ),
+        {
+            "_mla_absorbed_kernel": work,
+            "_mla_decode_hopper_kernel": work,
+            "_absorb_kernel": Work(
+                size(q_nope, q_pe, *projections[:1], seqlens), size(q), flops[0], of_projection(flops[0])
+            ),
+            "_merge_project_kernel": Work(size(*parts, *projections[1:]), size(out), flops[1], of_projection(flops[1])),
+        },
+    )
+
+
+def _latent_area(launch, num_heads):
+    """Rows times keys of the tiles of a decode step."""
+    values = launch.constexprs
+    block_m, block_n = values.get("BLOCK_M", 64), values.get("BLOCK_N", 64)
+    return sum(block_m * block_n * visible_tiles(num_heads, x, block_m, block_n, num_heads) for x in CONTEXTS)
+
+
+def mla_prefill(dtype, num_heads, fused, seqlen=256):
+    """What a fused tile does to make keys and values is no use: only attention is, as in perf/workloads/problems.py."""
+    rows = (num_heads, NOPE), (num_heads, ROPE), (RANK,), (ROPE,)
+    q_nope, q_pe, latents, rotary = (_normal(dtype, 1, seqlen, *row) for row in rows)
+    weights = [_normal(dtype, num_heads, n, RANK) / RANK**0.5 for n in (NOPE, VALUE)]
+    out = torch.empty(1, seqlen, num_heads, VALUE, dtype=dtype)
+    made = [] if fused else [torch.empty(num_heads, seqlen, n, dtype=dtype) for n in (NOPE, VALUE)]
+    keys = (latents, *weights) if fused else made
+    width = NOPE + ROPE + VALUE
+
+    def tiles(launch):
+        block_m, block_n = _tile(launch)
+        count = visible_tiles(seqlen, seqlen, block_m, block_n)
+        per_tile = block_m * block_n * width + (block_n * RANK * (NOPE + VALUE) if fused else 0)
+        return 2 * num_heads * count * per_tile
+
+    flops = 2 * width * num_heads * int(causal_pairs(seqlen, seqlen, True))
+    mode = "fused" if fused else "materialized"
+    return (
+        lambda: triton_attn.mla_prefill(q_nope, q_pe, latents, rotary, *weights, mode=mode),
+        {"_mla_prefill_kernel": Work(size(q_nope, q_pe, rotary, *keys), size(out), flops, tiles)},
+    )
+
+
+CALLS = {
+    "flash": flash,
+    "flash_backward": flash_backward,
+    "paged": paged,
+    "paged_prefill": paged,
+    "append": append,
+    "append_latent": append_latent,
+    "copy": copy,
+    "merge": merge,
+    "mla": mla,
+    "mla_prefill": mla_prefill,
+}
