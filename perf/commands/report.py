@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md and the status line of the README, written from the results (perf/results/report.py).
+"""The figures of docs/performance.md and the status line of the README, written from the results.
 
 Pictures that are missing or older than their CSV are drawn first.
 """

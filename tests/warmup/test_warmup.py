@@ -1,6 +1,6 @@
 """After a warm-up nothing that a server does is compiled; what the function and the command say and refuse."""
 
-import importlib
+import inspect
 import os
 import random
 import subprocess
@@ -12,6 +12,7 @@ import torch
 from levels import INTERPRETED
 
 import triton_attn
+from triton_attn import __main__ as command
 from triton_attn._warmup import compilation
 from triton_attn.models import MODELS, model_named
 from triton_attn.toolchain import record_specializations
@@ -184,7 +185,7 @@ def test_another_process_finds_the_kernels_on_disk(tmp_path):
         subprocess.run([sys.executable, "-c", source], env=env, check=True)
 
     command = "--num-heads-q 4 --num-heads-kv 2 --head-dim 32 --dtype float16 --arch sm_80 --max-seqlen 16"
-    command = [sys.executable, "-m", "triton_attn.warmup", *command.split(), "--functions", "flash_attention"]
+    command = [sys.executable, "-m", "triton_attn", "warmup", *command.split(), "--functions", "flash_attention"]
     first, second = (
         subprocess.run([*command, "--num-workers", n], env=env, check=True, capture_output=True, text=True).stdout
         for n in ("2", "1")
@@ -278,7 +279,26 @@ def test_without_a_gpu_the_architecture_must_be_given():
         triton_attn.warmup("llama-3-8b")
 
 
-def test_the_command_does_not_take_the_place_of_the_function():
-    with pytest.raises(ImportError, match="a command"):
-        importlib.import_module("triton_attn.warmup")
-    assert callable(triton_attn.warmup)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["warm"], "invalid choice: 'warm'"),
+        (["warmup", "--arch", "sm_90"], "error: num_heads_q: expected an int, got NoneType"),
+        (["warmup", "--model", "gpt-2", "--arch", "sm_90"], "error: model: expected llama-2-7b or"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(arguments)
+    assert end.value.code != 0
+    assert said in capsys.readouterr().err + str(end.value.code)
+
+
+def test_help_describes_the_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["warmup", "--help"])
+    said = capsys.readouterr().out
+    assert "usage: python -m triton_attn warmup" in said
+    names = inspect.signature(triton_attn.warmup).parameters.keys() - {"report"}
+    assert [name for name in names if f"--{name.replace('_', '-')}" not in said] == []

@@ -10,18 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import (
-    append_kv_cache,
-    append_latent_cache,
-    copy_kv_pages,
-    flash_attention,
-    flash_attention_varlen,
-    merge_attention,
-    mla_decode,
-    mla_prefill,
-    paged_attention,
-)
 from .._host.latent import latent_storage
+from ..cache import append_kv_cache, append_latent_cache, copy_kv_pages
+from ..flash import flash_attention, flash_attention_varlen
+from ..merge import merge_attention
+from ..mla import mla_decode, mla_prefill
+from ..paged import paged_attention
 
 MAX_DRAFTS = 8  # queries of a sequence that a decode step verifies at once, the new token included
 MAX_TILED_PARTS = 128  # and more parts are merged by the same kernels

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, PretrainedConfig
 
-from triton_attn import LatentKVCache, append_latent_cache, mla_decode, mla_prefill, mla_softmax_scale
-
+from ..cache import LatentKVCache, append_latent_cache
+from ..mla import mla_decode, mla_prefill, mla_softmax_scale
 from .rope import rotate
 
 # Their angles do not depend on the length of the text.

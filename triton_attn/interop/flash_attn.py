@@ -10,8 +10,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from triton_attn import append_kv_cache, flash_attention, flash_attention_varlen, paged_attention, reference
-
+from .. import reference
+from ..cache import append_kv_cache
+from ..flash import flash_attention, flash_attention_varlen
+from ..paged import paged_attention
 from .rope import rotate
 
 S_DMASK_MULTIPLE = 128  # flash-attn rounds the lengths of S_dmask up to it

@@ -13,7 +13,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from triton_attn import flash_attention_varlen, mla_decode
+from ..flash import flash_attention_varlen
+from ..mla import mla_decode
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from triton_attn import flash_attention_varlen
+from ..flash import flash_attention_varlen
 
 
 class Packing(NamedTuple):

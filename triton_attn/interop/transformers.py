@@ -27,8 +27,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from triton_attn import flash_attention
-
+from ..flash import flash_attention
 from .mask_functions import UNLIMITED, pattern_of
 from .packing import Packing, attend_packed, pack
 

@@ -1,4 +1,4 @@
-"""python -m triton_attn.warmup: compile ahead what a model's calls need. As a function: `triton_attn.warmup`."""
+"""python -m triton_attn COMMAND. `warmup` compiles ahead what a model's calls need, as `triton_attn.warmup` does."""
 
 import argparse
 import inspect
@@ -7,11 +7,8 @@ import sys
 
 import torch
 
-from triton_attn._warmup import warmup
-from triton_attn.models import MODELS
-
-if __name__ == "triton_attn.warmup":  # it would take the place of the function
-    raise ImportError("triton_attn.warmup is a command, python -m triton_attn.warmup, and a function of triton_attn")
+from ._warmup import warmup
+from .models import MODELS
 
 DTYPES = ("float16", "bfloat16", "float32")
 CACHE_DTYPES = (*DTYPES, "float8_e4m3fn", "float8_e5m2")
@@ -34,6 +31,7 @@ NUMBERS = {
 
 def main(argv=None):
     options = vars(_parser().parse_args(argv))
+    options.pop("command")
     for name in ("dtype", "kv_cache_dtype"):
         if name in options:
             options[name] = getattr(torch, options[name])
@@ -46,8 +44,10 @@ def main(argv=None):
 
 def _parser():
     """Options that are not given are left to the defaults of `warmup`."""
-    parser = argparse.ArgumentParser(
-        "python -m triton_attn.warmup",
+    commands = argparse.ArgumentParser("python -m triton_attn", description="Commands of triton_attn.")
+    parser = commands.add_subparsers(dest="command", metavar="COMMAND", required=True).add_parser(
+        "warmup",
+        help="compile ahead what a model's calls need",
         description=inspect.getdoc(warmup),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -65,7 +65,7 @@ def _parser():
     for name in ("alibi", "rope_interleaved", "deterministic"):
         parser.add_argument(_flag(name), action="store_true")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count(), help="default: %(default)s")
-    return parser
+    return commands
 
 
 def _flag(name):
