@@ -52,6 +52,7 @@ PARTS = {
     "gpu": Part("all that only a GPU can tell, within a budget of minutes", "gpu"),
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
     "counts": Part("what compiled kernels do when they run, emulated", "predicted-{arch}", machine_free=True),
+    "house": Part("how the package is built: sizes of its device code, who imports whom", None, machine_free=True),
     "calibrate": Part("what sweeps predicted beside what they measured", None, machine_free=True),
     "plot": Part("pictures of CSV files of results", None, machine_free=True),
     "report": Part("the figures of docs/performance.md, from all results", "", machine_free=True, committed=True),

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.generate import BeamSearch, Generator, Samples, draw
-from triton_attn.cache import append
+from triton_attn.cache.kernels import append
 from triton_attn.paged import api as paged_api
 
 EOS = 7
