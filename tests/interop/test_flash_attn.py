@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.signatures import without_annotations
+from signatures import without_annotations
 
 from triton_attn import flash_attention, flash_attention_varlen, reference
 from triton_attn.interop import flash_attn as interop

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import triton
-from helpers.signatures import without_annotations
+from signatures import without_annotations
 
 from triton_attn import reference
 from triton_attn.interop import flash_mla as interop
