@@ -6,7 +6,7 @@ PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
 PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical --dist worksteal
 
-.PHONY: perf gpu test test-full test-oldest test-emulated test-mutants test-mutations lint clean
+.PHONY: perf gpu test test-full test-oldest test-emulated test-mutants test-mutations lint docs clean
 
 perf: .venv/installed
 	.venv/bin/python -m perf
@@ -47,6 +47,12 @@ test-mutants: .venv/installed
 lint: .venv/installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+	.venv/bin/basedpyright --pythonpath .venv/bin/python
+
+# The site, in build/site. A page with a link that leads nowhere fails.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/installed
+	.venv/bin/python -m mkdocs build
 
 clean:
 	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ Those of scalars return a plain bool, int or float, which is all that the JIT an
 
 import math
 import numbers
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,11 +19,11 @@ MAX_HEAD_DIM_BACKWARD = 256
 MAX_ROWS = 10**9
 
 
-def fail(name, expected, got, error=ValueError):
+def fail(name: str, expected: object, got: object, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{name}: expected {expected}, got {got}")
 
 
-def check_bool(name, value, expected="a bool"):
+def check_bool(name: str, value: Any, expected: str = "a bool") -> bool:
     if value is True or value is False:
         return value
     kind = type(value)
@@ -31,7 +32,7 @@ def check_bool(name, value, expected="a bool"):
     return bool(value)
 
 
-def check_number(name, value):
+def check_number(name: str, value: Any) -> float:
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             fail(name, "a number", type(value).__name__, TypeError)
@@ -44,7 +45,7 @@ def check_number(name, value):
     return value
 
 
-def check_int(name, value, expected="an int"):
+def check_int(name: str, value: Any, expected: str = "an int") -> int:
     if type(value) is int:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -52,21 +53,21 @@ def check_int(name, value, expected="an int"):
     return int(value)
 
 
-def check_length(name, value):
+def check_length(name: str, value: Any) -> int:
     value = check_int(name, value)
     if not 0 <= value < 2**31:
         fail(name, "0 to 2**31 - 1", value)
     return value
 
 
-def check_size(name, value):
+def check_size(name: str, value: Any) -> int:
     value = check_length(name, value)
     if value == 0:
         fail(name, "1 or more", value)
     return value
 
 
-def check_max_seqlen(name, value):
+def check_max_seqlen(name: str, value: Any) -> Any:
     """A length, or a tensor of one. It is read back, which waits for its device; where the call is traced, later."""
     if not isinstance(value, torch.Tensor):
         return check_length(name, value)
@@ -84,11 +85,11 @@ def read_lengths(longest_q, longest_k, max_seqlen_q, max_seqlen_k):
     )
 
 
-def read_length(name, value):
+def read_length(name: str, value: torch.Tensor) -> int:
     return check_length(name, value.item())
 
 
-def check_window(window_size):
+def check_window(window_size: Any) -> tuple[int, int]:
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         fail("window_size", "a pair (left, right)", window_size, TypeError)
     left, right = (check_int("window_size", side, "a pair of ints") for side in window_size)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -355,7 +355,7 @@ def _as_batch(token_ids, batch):
         fail("token_ids", f"one entry for each of {batch} sequences", len(token_ids))
     unknown = None
     if set(map(type, token_ids)) != {list}:
-        unknown = from_list([isinstance(item, Integral) and item > 0 for item in token_ids]).bool()
+        unknown = from_list([isinstance(item, Integral) and int(item) > 0 for item in token_ids]).bool()
         token_ids = list(map(_to_list, token_ids))
     return from_list(list(map(len, token_ids))), from_list(_as_ids(chain.from_iterable(token_ids))), unknown
 
@@ -368,7 +368,7 @@ def _as_ids(token_ids):
         raise TypeError(f"token_ids: expected a flat list of int64 numbers: {error}") from None
 
 
-def _to_list(token_ids):
+def _to_list(token_ids) -> Any:
     """A list of an array, of a tensor on the host, or of as many zeros as an int says; other things as they are."""
     if isinstance(token_ids, Integral):
         return [0] * check_length("token_ids", token_ids)

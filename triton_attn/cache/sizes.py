@@ -49,7 +49,8 @@ def kv_cache_bytes_per_token(
         heads["head_dim_v"] = head_dim
     num_layers = check_length("num_layers", num_layers)
     if is_mla:
-        dtype, elements = latent_storage(*(check_length(*item) for item in latent.items()), dtype)
+        kv_lora_rank, qk_rope_head_dim = (check_length(*item) for item in latent.items())
+        dtype, elements = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
     else:
         num_kv_heads, head_dim, head_dim_v = (check_length(*item) for item in heads.items())
         elements = num_kv_heads * (head_dim + head_dim_v)

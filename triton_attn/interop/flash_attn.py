@@ -6,6 +6,7 @@ Nothing is ignored: what is not served raises NotImplementedError. Signatures: f
 """
 
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,12 +43,12 @@ def flash_attn_func(
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     seed = _dropout_seed(q, dropout_p) if return_attn_probs else None
-    dropout = dict(dropout_p=dropout_p, dropout_seed=seed, deterministic=bool(deterministic))
-    result = flash_attention(q, k, v, **options, **dropout, return_lse=bool(return_attn_probs))
+    dropout: dict[str, Any] = dict(dropout_p=dropout_p, dropout_seed=seed, deterministic=bool(deterministic))
     if not return_attn_probs:
-        return result
+        return flash_attention(q, k, v, **options, **dropout)
+    out, lse = flash_attention(q, k, v, **options, **dropout, return_lse=True)
     sizes = (q.shape[2], q.shape[1], k.shape[1])
-    return (*result, _signed_weights(q, list(zip(q, k)), *sizes, dropout_p, seed, options))
+    return out, lse, _signed_weights(q, list(zip(q, k)), *sizes, dropout_p, seed, options)
 
 
 def flash_attn_kvpacked_func(
@@ -63,9 +64,11 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_attn_func` with kv (batch, seqlen_k, 2, nheads_k, headdim), whose gradient comes as one tensor."""
+    k, v = kv.unbind(dim=-3)
     return flash_attn_func(
         q,
-        *kv.unbind(dim=-3),
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -89,8 +92,11 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_attn_func` with qkv (batch, seqlen, 3, nheads, headdim), whose gradient comes as one tensor."""
+    q, k, v = qkv.unbind(dim=-3)
     return flash_attn_func(
-        *qkv.unbind(dim=-3),
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -134,41 +140,23 @@ def flash_attn_varlen_func(
     if block_table is not None:
         if dropout_p != 0:
             raise NotImplementedError(f"dropout_p: 0 is served with a block_table, got {dropout_p}")
-        result = paged_attention(
-            q,
-            k,
-            v,
-            _lengths("cu_seqlens_k", cu_seqlens_k),
-            _with_contiguous_rows(block_table),
-            cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=max_seqlen_q,
-            **options,
-            return_lse=bool(return_attn_probs),
-        )
-        return (*result, q.new_empty(0)) if return_attn_probs else result
+        tensors = q, k, v, _lengths("cu_seqlens_k", cu_seqlens_k), _with_contiguous_rows(block_table)
+        options |= dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
+        if not return_attn_probs:
+            return paged_attention(*tensors, **options)
+        return *paged_attention(*tensors, **options, return_lse=True), q.new_empty(0)
     seed = _dropout_seed(q, dropout_p) if return_attn_probs else None
-    result = flash_attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        **options,
-        dropout_p=dropout_p,
-        dropout_seed=seed,
-        deterministic=bool(deterministic),
-        return_lse=bool(return_attn_probs),
-    )
+    dropout: dict[str, Any] = dict(dropout_p=dropout_p, dropout_seed=seed, deterministic=bool(deterministic))
+    call = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     if not return_attn_probs:
-        return result
+        return flash_attention_varlen(*call, **options, **dropout)
+    out, lse = flash_attention_varlen(*call, **options, **dropout, return_lse=True)
     sequences = []
     if seed is not None:
         bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), cu_seqlens_k.tolist(), cu_seqlens_k[1:].tolist())
         sequences = [(q[start_q:end_q], k[start_k:end_k]) for start_q, end_q, start_k, end_k in bounds]
     sizes = (q.shape[1], int(max_seqlen_q), int(max_seqlen_k))
-    return (*result, _signed_weights(q, sequences, *sizes, dropout_p, seed, options))
+    return out, lse, _signed_weights(q, sequences, *sizes, dropout_p, seed, options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -188,9 +176,11 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_attn_varlen_func` with kv (total_k, 2, nheads_k, headdim), whose gradient comes as one tensor."""
+    k, v = kv.unbind(dim=-3)
     return flash_attn_varlen_func(
         q,
-        *kv.unbind(dim=-3),
+        k,
+        v,
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,
@@ -220,8 +210,11 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_attn_varlen_func` with qkv (total, 3, nheads, headdim), whose gradient comes as one tensor."""
+    q, k, v = qkv.unbind(dim=-3)
     return flash_attn_varlen_func(
-        *qkv.unbind(dim=-3),
+        q,
+        k,
+        v,
         cu_seqlens,
         cu_seqlens,
         max_seqlen,
@@ -296,15 +289,15 @@ def flash_attn_with_kvcache(
         raise ValueError("rotary_cos, rotary_sin: expected both together with k, or neither")
     window_size = _window(window_size)
 
-    if k is not None:
+    if k is not None and v is not None:
         positions = cache_seqlens[:, None] + torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
-        rotary = {}
-        if rotary_cos is not None:
+        rotary: dict[str, Any] = {}
+        if rotary_cos is not None and rotary_sin is not None:
             rotary = dict(rope_cos=rotary_cos, rope_sin=rotary_sin, rope_interleaved=bool(rotary_interleaved))
             rotary["positions"] = positions.flatten()
         k, v = (_with_contiguous_rows(x).flatten(0, 1) for x in (k, v))
         append_kv_cache(k, v, k_cache, v_cache, _slots(table, positions, k_cache).flatten(), **rotary)
-        if rotary_cos is not None:
+        if rotary_cos is not None and rotary_sin is not None:
             rows = cache_seqlens[:, None]
             if causal or window_size != (-1, -1):
                 rows = rows + torch.arange(seqlen_q, device=q.device)
@@ -443,7 +436,7 @@ def _signed_weights(q, sequences, num_heads, max_seqlen_q, max_seqlen_k, dropout
     return s_dmask
 
 
-def _options(softmax_scale, causal, window_size, softcap, alibi_slopes):
+def _options(softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict[str, Any]:
     """Their options in our terms."""
     return dict(
         softmax_scale=softmax_scale,
@@ -454,6 +447,6 @@ def _options(softmax_scale, causal, window_size, softcap, alibi_slopes):
     )
 
 
-def _window(window_size):
+def _window(window_size) -> Any:
     """Any negative side is unlimited."""
     return tuple(max(side, -1) for side in window_size)

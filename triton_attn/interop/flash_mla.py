@@ -9,6 +9,7 @@ not served raises NotImplementedError. Signatures: FlashMLA of January 2026.
 import math
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -114,8 +115,10 @@ def flash_mla_with_kvcache(
         q = q.unflatten(2, (num_heads_k, -1)).transpose(1, 2).flatten(0, 1)
         latent_cache, block_table = _one_head_pages(k_cache, block_table)
         cache_seqlens = cache_seqlens.repeat_interleave(num_heads_k, output_size=q.shape[0])
+    q_nope, q_pe = q.split([head_dim_v, q.shape[3] - head_dim_v], dim=-1)
     out, lse = mla_decode(
-        *q.split([head_dim_v, q.shape[3] - head_dim_v], dim=-1),
+        q_nope,
+        q_pe,
         latent_cache,
         cache_seqlens,
         block_table,
@@ -306,6 +309,6 @@ def _one_head_pages(k_cache, block_table):
     return pages, (block_table[:, None] * block_step + heads[:, None]).flatten(0, 1)
 
 
-def _fail(name, expected, got, error=ValueError):
+def _fail(name: str, expected: object, got: Any, error: type[Exception] = ValueError) -> NoReturn:
     got = got.__name__ if isinstance(got, type) else got
     raise error(f"{name}: expected {expected}, got {got}")
