@@ -102,7 +102,7 @@ def _append_kv_cache(
     rope_interleaved: bool,
     check_values: bool,
 ) -> None:
-    k_scale, v_scale = (k_number if k_scale is None else k_scale), (v_number if v_scale is None else v_scale)
+    k_factor, v_factor = (k_number if k_scale is None else k_scale), (v_number if v_scale is None else v_scale)
     rope = rope_cos, rope_sin, positions, rope_interleaved
     if check_values:
         _check_append_values(slot_mapping, k_cache, rope_cos, positions)
@@ -113,8 +113,8 @@ def _append_kv_cache(
             k_cache,
             v_cache,
             slot_mapping,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            k_scale=k_factor,
+            v_scale=v_factor,
             rope_cos=rope_cos,
             rope_sin=rope_sin,
             positions=positions,
@@ -124,7 +124,7 @@ def _append_kv_cache(
     # Kernels are loaded with the first call, so that the package imports where triton is not installed.
     from .kernels.append import launch_append_kv_cache
 
-    launch_append_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, *rope)
+    launch_append_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_factor, v_factor, *rope)
 
 
 _append_kv_cache_operator = torch.library.custom_op(

@@ -1,0 +1,67 @@
+"""Docstrings as the API pages show them: names of arguments in lists, formulas as code.
+
+A docstring has sections. `Args`, `Attributes` and `Raises` hold entries, `name, name: text`, which go on in indented
+lines; `Returns` and `Source` hold text. What follows a name with a colon in one line is text too.
+"""
+
+import re
+
+import griffe
+
+SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Source[\w ]*):(?: (.+))?$")
+ENTRY = re.compile(r"([\w*][\w*, .]*): (.*)", re.DOTALL)
+
+
+class Docstrings(griffe.Extension):
+    def on_instance(self, *, obj, **kwargs):
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def as_markdown(text):
+    lines, shown = text.expandtabs().splitlines(), []
+    while lines:
+        section = SECTION.match(lines[0])
+        if not section:
+            shown.append(_escaped(lines.pop(0)))
+            continue
+        lines.pop(0)
+        title, rest = section.groups()
+        if rest:
+            shown.append(f"**{title}:** {_escaped(rest)}")
+            continue
+        body = []
+        while lines and (not lines[0].strip() or lines[0].startswith("    ")):
+            body.append(lines.pop(0)[4:])
+        shown += ["", f"**{title}**", "", *_body(title, body), ""]
+    return "\n".join(shown)
+
+
+def _body(title, lines):
+    """Text as it is; entries as a list, each in a line."""
+    if title not in ("Args", "Attributes", "Raises"):
+        return [_escaped(line) for line in lines]
+    entries = []
+    for line in filter(str.strip, lines):
+        if line.startswith(" ") and entries:
+            entries[-1] += f" {line.strip()}"
+        else:
+            entries.append(line)
+    return [f"- {_entry(entry)}" for entry in entries]
+
+
+def _entry(text):
+    entry = ENTRY.fullmatch(text)
+    if not entry:
+        return _escaped(text)
+    names = ", ".join(f"`{name}`" for name in entry[1].split(", "))
+    return f"{names}: {_escaped(entry[2])}"
+
+
+def _escaped(line):
+    """Without Markdown of its own: brackets and stars are mathematics here. Code stays as it is."""
+    if line.startswith("    "):
+        return line
+    parts = line.split("`")
+    parts[::2] = [re.sub(r"([*\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)

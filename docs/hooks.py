@@ -1,0 +1,71 @@
+"""What the site shows from outside of docs/: README, CONTRIBUTING and CHANGELOG are pages of it, and what pages link to
+in the repository (pictures, tables, code) are files of it. On GitHub the same links work as they stand."""
+
+import re
+from pathlib import Path, PurePosixPath
+from posixpath import normpath, relpath
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FOLDER = "repository"  # of the site, for what is no page of its navigation
+CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
+
+
+def on_files(files, config):
+    """Adds the pages, and whatever they link to."""
+    docs = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
+    known, new = set(docs), [*docs, *PAGES]
+    while new:
+        path = new.pop()
+        if not (ROOT / path).is_file():
+            raise PluginError(f"a page links to {path}, which is no file of the repository")
+        if path not in docs:
+            files.append(File.generated(config, _site_uri(path), abs_src_path=str(ROOT / path)))
+        linked = _linked(path) - known if path.endswith(".md") else set()
+        known |= linked
+        new += linked
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """The links of the page, as the site has them."""
+    uri = page.file.src_uri
+
+    def relink(match):
+        path = _linked_path(_repository_path(uri), match[2])
+        if path is None:
+            return match[0]
+        return f"{match[1]}{relpath(_site_uri(path), PurePosixPath(uri).parent)}{match[3]}"
+
+    return "".join(part if CODE.fullmatch(part) else LINK.sub(relink, part) for part in CODE.split(markdown))
+
+
+def _linked(path):
+    """What a Markdown file links to in the repository."""
+    text = CODE.sub("", (ROOT / path).read_text())
+    return {_linked_path(path, match[2]) for match in LINK.finditer(text)} - {None}
+
+
+def _linked_path(path, link):
+    """From the root of the repository; None for a link to elsewhere."""
+    if "://" in link or link.startswith("mailto:"):
+        return None
+    return normpath((PurePosixPath(path).parent / link).as_posix())
+
+
+def _site_uri(path):
+    if path in PAGES:
+        return PAGES[path]
+    is_page = path.startswith("docs/") and path.endswith(".md")
+    return path.removeprefix("docs/") if is_page else f"{FOLDER}/{path}"
+
+
+def _repository_path(uri):
+    for path, page in PAGES.items():
+        if uri == page:
+            return path
+    return uri.removeprefix(f"{FOLDER}/") if uri.startswith(f"{FOLDER}/") else f"docs/{uri}"
