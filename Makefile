@@ -63,18 +63,20 @@ clean:
 	touch $@
 
 # The last step is one of its own, since torch may pin another triton.
+.venv-oldest/installed: EXTRAS = perf,test
 .venv-oldest/installed: pyproject.toml
 	$(install)
 	$(PIP) triton==3.6.0 'numpy<2.4'
 	touch $@
 
 PIP = $(@D)/bin/python -m pip install
+EXTRAS = dev
 
 # The project, editable; nothing is downloaded if all it needs is there. PIP_EXTRA_INDEX_URL and the like are heeded.
 define install
 	$(PYTHON) -m venv $(@D)
 	$(if $(GPU),$(share_torch),$(PIP) torch==2.13.0)
-	$(PIP) --no-index --no-build-isolation -e '.[dev]' 2>/dev/null || $(PIP) -e '.[dev]'
+	$(PIP) --no-index --no-build-isolation -e '.[$(EXTRAS)]' 2>/dev/null || $(PIP) -e '.[$(EXTRAS)]'
 endef
 
 # On a GPU the torch that python3 has is the right one: the environment sees python3's packages, also where python3 lives
