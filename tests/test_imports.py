@@ -25,7 +25,7 @@ def test_a_part_imports_only_what_it_may():
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if part_of(m) == "_jit"))
 def test_device_code_imports_triton_only(module):
     for imported, _ in imports_of(module, MODULES):
-        assert imported.split(".")[0] in ("triton", "triton_attn"), f"{module} imports {imported}"
+        assert imported.split(".")[0] in ("triton", "triton_attn", "typing"), f"{module} imports {imported}"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -99,14 +99,15 @@ def test_the_import_loads_no_kernel():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.ci
 def test_every_module_can_be_imported_first():
-    """In a process that has imported nothing of the package before."""
+    """After the package alone, which Python imports before any of its modules."""
     result = run_python(f"""
         import importlib, os, sys, traceback
 
-        import pytest, torch, transformers, triton
+        import pytest, torch, triton, triton_attn
+        from transformers import MODEL_MAPPING, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM  # once for all children
 
-        assert "triton_attn" not in sys.modules
         for name in {sorted(MODULES)}:
             child = os.fork()
             if child == 0:
@@ -118,6 +119,6 @@ def test_every_module_can_be_imported_first():
                     sys.stderr.flush()
                     os._exit(1)
             if os.waitpid(child, 0)[1]:
-                print(name)
+                print(name, flush=True)
     """)
     assert (result.stdout, result.returncode) == ("", 0), result.stderr
