@@ -52,6 +52,7 @@ def assert_same(results, expected):
         assert torch.equal(result, there)
 
 
+@pytest.mark.ci(but_each=3)
 @by_both
 @pytest.mark.parametrize("options", [{}, {"num_splits": 2}, {"shared_prefix_len": 20}], ids=str)
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])

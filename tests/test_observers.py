@@ -255,6 +255,7 @@ def test_every_public_function_is_here():
     assert public <= functions
 
 
+@pytest.mark.ci(but_each=3)
 @every_case
 def test_tensors_that_require_a_gradient(case):
     arguments = case.arguments()

@@ -296,6 +296,7 @@ def _scalars_in(value):
     return [] if value is None or isinstance(value, torch.Tensor) else [value]
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("name", FUNCTIONS | INTEROP)
 def test_equal_scalars_of_other_types_give_the_same_launch_and_result(name, launched):
     _, call, scalars = (FUNCTIONS | INTEROP)[name]
@@ -320,6 +321,7 @@ def _tensors(result):
     return result if isinstance(result, tuple) else (result,)
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize(("name", "scalar"), [(name, scalar) for name in FUNCTIONS for scalar in FUNCTIONS[name][2]])
 def test_scalars_of_wrong_types_are_named(name, scalar):
     _, call, scalars = FUNCTIONS[name]

@@ -58,7 +58,7 @@ def hit_rate(pool, trace, num_pages, page_size, num_running=4):
     return stats.tokens_found / stats.tokens_asked
 
 
-@pytest.mark.ci(but_each=2)
+@pytest.mark.ci
 @pytest.mark.parametrize(("trace", "num_pages", "page_size"), [(chats, 300, 32), (samples, 450, 16)])
 def test_pages_that_cannot_be_found_make_room_for_pages_that_can(trace, num_pages, page_size):
     before, now = (hit_rate(pool, trace, num_pages, page_size) for pool in (LeastRecentlyFreed, BlockPool))

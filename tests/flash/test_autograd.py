@@ -93,7 +93,7 @@ class Launches(list):
         self.patch.stop()
 
 
-@pytest.mark.ci(but_each=11)
+@pytest.mark.ci
 @every_option_and_varlen
 def test_opcheck(options, varlen):
     f, leaves = make_call(options, varlen)
@@ -345,7 +345,7 @@ KERNELS_OF_GRADIENTS = {
 }
 
 
-@pytest.mark.ci(but_each=3)
+@pytest.mark.ci(but_each=4)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("names", KERNELS_OF_GRADIENTS, ids=" ".join)
 def test_only_wanted_gradients_are_computed(names, deterministic):

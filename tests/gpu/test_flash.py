@@ -12,7 +12,7 @@ from perf.workloads.models import FALCON_7B, GPT_OSS_120B, LLAMA_3_8B
 from triton_attn import flash_attention
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 of_models = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schedules = pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])
@@ -61,7 +61,6 @@ def test_every_option_at_once(dtype):
     check(replace(PLAIN, varlen=True, dtype=dtype, **lengths, **shape, **options))
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @schedules
 @pytest.mark.parametrize("model", [m for m in MODELS if m.head_dim <= 256], ids=lambda model: model.name)
@@ -75,7 +74,6 @@ def test_gradients(model, deterministic, dtype):
     backward_cases.check(case)
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @schedules
 def test_gradients_of_a_ragged_batch(deterministic, dtype):
@@ -94,7 +92,6 @@ def random_call(dtype):
     return [torch.randn(x, generator=generator).to(DEVICE, dtype) for x in shapes]
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 def test_forward_and_deterministic_backward_repeat_bitwise(dtype):
     *inputs, dout = random_call(dtype)

@@ -9,7 +9,7 @@ from scale import DTYPES, at_scale
 from triton_attn.mla.schedule import MODES
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 of_caches = pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
 WIDTHS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
@@ -19,7 +19,6 @@ SEVERAL = {"packed": True, "seqlens_q": at_scale((1021, 1, 0, 333), (20, 1)), "s
 SEVERAL["seqlens_k"] = at_scale((4093, 2048, 5, 333), (33, 9))
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @of_caches
 @pytest.mark.parametrize("num_heads", HEADS)
@@ -60,7 +59,6 @@ def test_gradients(mode, dtype):
     prefill_cases.check_gradients(case)
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @of_caches
 def test_decode_repeats_bitwise(is_fp8, dtype):

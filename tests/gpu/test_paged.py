@@ -10,7 +10,7 @@ from scale import CACHED_MODELS, DTYPES, at_scale, heads_of
 from perf.workloads.models import LLAMA_3_8B
 
 # NaN is fed on purpose, and numpy speaks up when it computes with it.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CONTEXTS = at_scale((8191, 1, 4096, 333, 0, 2053), (70, 1, 32, 0))
 DECODE = {"seqlens_q": (1,) * len(CONTEXTS), "seqlens_k": CONTEXTS}
@@ -27,14 +27,12 @@ def case_of(dtype, cache_dtype=None, **changes):
     return replace(PLAIN, dtype=dtype, cache_dtype=cache_dtype or dtype, **changes)
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("model", CACHED_MODELS, ids=lambda model: model.name)
 def test_decode(model, dtype):
     check(case_of(dtype, num_splits=0, **DECODE, **heads_of(model)))
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("page_size", [1, 16, 256, None])
 @pytest.mark.parametrize("num_splits", [1, 7])
@@ -42,14 +40,12 @@ def test_split_keys(num_splits, page_size, dtype):
     check(case_of(dtype, num_splits=num_splits, page_size=page_size, **DECODE, **LLAMA))
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("model", CACHED_MODELS, ids=lambda model: model.name)
 def test_mixed_batch(model, dtype):
     check(case_of(dtype, num_splits=0, **MIXED, **heads_of(model)))
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("cache_dtype", FLOAT8, ids=str)
 @pytest.mark.parametrize("batch", [DECODE, MIXED], ids=["decode", "mixed"])
@@ -63,7 +59,6 @@ def test_shared_prefix(batch, dtype):
     check(case_of(dtype, shared_prefix_len=at_scale(1024, 32), num_splits=0, **batch, **LLAMA))
 
 
-@pytest.mark.ci(but_each=3)
 @of_dtypes
 @pytest.mark.parametrize("num_splits", [0, 1, 7])
 def test_repeats_bitwise(num_splits, dtype):

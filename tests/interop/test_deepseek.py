@@ -246,7 +246,7 @@ def test_forks_and_rejected_drafts(device):
         torch.testing.assert_close(own_logits, logits_of(model, prompt + tokens)[-1], atol=1e-3, rtol=0)
 
 
-@pytest.mark.ci(but_each=2)
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, device, monkeypatch):
     """Against the same weights in fp32, ours lose no more than twice what transformers loses in the same dtype."""

@@ -286,6 +286,7 @@ def check_with_kvcache(
         assert torch.equal(written.nan_to_num(7.0), old.nan_to_num(7.0)), "a slot that is not of a new key was written"
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("layout", ["contiguous", "batch_idx", "paged"])
 @pytest.mark.parametrize(
     ("seqlen_q", "seqlen_new", "causal", "dtype"),
@@ -301,6 +302,7 @@ def test_with_kvcache_appends_and_attends(device, layout, seqlen_q, seqlen_new, 
     check_with_kvcache(device, dtype, layout, seqlen_q=seqlen_q, seqlen_new=seqlen_new, causal=causal)
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("layout", ["contiguous", "paged"])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (6, 1)}], ids=["all", "causal", "local"])

@@ -161,6 +161,7 @@ def test_fp8_may_be_the_dtype_of_the_cache(device):
     assert torch.equal(lse8, lse)
 
 
+@pytest.mark.ci
 def test_every_signature_of_the_past(device):
     """Metadata by position and by each of their names, tensors among them, handed on by position with the options."""
     inputs = Inputs(device, seqlen_q=2)
@@ -176,6 +177,7 @@ def test_every_signature_of_the_past(device):
     interop.flash_mla_with_kvcache(*other.places, *first)
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize(
     ("layout", "is_fp8"),
     [("heads inside pages", False), ("heads inside pages", True), ("pages inside heads", True), ("one for all", False)],

@@ -76,6 +76,7 @@ def layer_inputs(sizes):
     return q, k, v
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize(
     ("mask_function", "sizes", "padding"),
     [
@@ -410,6 +411,7 @@ SENTENCES = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.oldest
 @torch.no_grad()
 def test_embeddings_of_sentences(kernels_only, device):

@@ -114,6 +114,7 @@ def test_decode_steps(cache, is_padded, device):
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "padding",
     [

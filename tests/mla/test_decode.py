@@ -19,6 +19,7 @@ def test_every_number_of_heads(num_heads):
     check(Case(num_heads=num_heads, seqlens_k=(40,), config=MlaDecodeConfig(64, 32, 4, 1)))
 
 
+@pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_every_page_size(page_size, is_fp8):
@@ -53,6 +54,7 @@ def test_several_new_tokens(seqlen_q, causal):
     check(Case(seqlen_q=seqlen_q, causal=causal, seqlens_k=(40, seqlen_q, 3, 0), num_splits=2))
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("num_splits", [0, 1, 4])
 @pytest.mark.parametrize("with_uv", [True, False])
 @pytest.mark.parametrize("seqlens_k", [(), (0,), (0, 0, 5)])

@@ -28,6 +28,7 @@ def test_the_widths_of_deepseek(mode, dtype):
     check(Case(mode, dtype, seqlens_q=(33,), seqlens_k=(50,), num_heads=2, **widths))
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.oldest
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seqlens", [((5, 0, 40), (70, 3, 40)), ((3, 9), (1, 0)), ((), ()), ((0,), (5,))])
@@ -164,6 +165,7 @@ def test_a_saved_tensor_that_changes_is_caught():
         out.sum().backward()
 
 
+@pytest.mark.ci
 def test_opcheck_and_compile():
     inputs = Inputs(Case("materialized", torch.float32, num_heads=2))
     tensors = [x.detach().requires_grad_() for x in inputs.tensors]

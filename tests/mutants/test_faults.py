@@ -10,6 +10,7 @@ from faults import FAULTS, GROUPS
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.ci(but_each=10)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_can_be_planted(fault):
     source = (ROOT / fault.file).read_text()

@@ -19,13 +19,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
 
 
+@pytest.mark.ci(but_each=2)
 @pytest.mark.oldest
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim(head_dim):
     check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim))
 
 
-@pytest.mark.ci(but_each=3)
+@pytest.mark.ci(but_each=4)
 @pytest.mark.oldest
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("page_size", [*PAGE_SIZES, None])

@@ -54,6 +54,7 @@ def rows_of(path):
         return {row["name"]: row["outcome"] for row in csv.DictReader(file)}
 
 
+@pytest.mark.ci
 def test_what_fails_crashes_or_hangs_is_recorded_and_the_rest_runs(tmp_path):
     cases = named("first", "raises", "crashes", "hangs", "wrong", "last")
     report = gpu.run_stages([stage(*cases, limit=2)], tmp_path, minutes=5)
@@ -102,6 +103,7 @@ def test_a_run_that_its_budget_ends_is_resumed(tmp_path, monkeypatch):
     assert [failure["why"] for failure in second.failures] == ["ValueError: no such shape"]
 
 
+@pytest.mark.ci
 def test_the_end_of_the_run_cuts_a_case_short_and_leaves_it(tmp_path):
     report = gpu.run_stages([stage(*named("hangs"))], tmp_path, minutes=2 / 60)
     assert (report.stages[0]["left"], report.failures) == (1, [])

@@ -76,6 +76,7 @@ def test_only_who_asks_for_it_writes_what_is_committed(name, on_gpu, monkeypatch
     assert committed == (name == "report")
 
 
+@pytest.mark.ci
 def test_a_run_leaves_the_checkout_as_it_was(tmp_path):
     """The whole way, from the command line, in a repository of its own."""
     for part in ("perf", "triton_attn", ".gitignore"):

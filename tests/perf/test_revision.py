@@ -32,6 +32,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
+@pytest.mark.ci
 def test_processes_import_the_package_of_the_commit_and_the_rest_from_here(checkout):
     path = list(sys.path)
     with package_of("old", checkout) as folder:

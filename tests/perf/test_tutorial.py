@@ -25,6 +25,7 @@ def tensors(problem, count, dtype=torch.float16):
     return [torch.randn(shape, dtype=dtype) for _ in range(count)]
 
 
+@pytest.mark.ci(but_each=4)
 @HALF
 @CAUSAL
 @pytest.mark.parametrize("head_dim", tutorial.HEAD_DIMS)
@@ -42,6 +43,7 @@ def test_tiles_of_other_shapes(config, causal):
     check_sample(attend(problem, config)(*qkv), *qkv, causal)
 
 
+@pytest.mark.ci(but_each=4)
 @HALF
 @CAUSAL
 @pytest.mark.parametrize("head_dim", tutorial.HEAD_DIMS)

@@ -235,6 +235,7 @@ def test_arguments_that_cannot_judge():
         assert_close_to_reference(ref.float(), ref, torch_out=ref.float(), torch_error=0.0)
 
 
+@pytest.mark.ci
 def test_without_triton_the_rest_is_there():
     script = (
         "import sys; sys.modules['triton'] = None\n"
