@@ -18,7 +18,7 @@ from triton_attn.flash.configs import FlashConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-README, TOUR = ROOT / "README.md", ROOT / "docs/tour.md"
+README, TOUR, API = ROOT / "README.md", ROOT / "docs/tour.md", sorted(ROOT.glob("docs/api/*.md"))
 
 
 def code_of(page):
@@ -68,6 +68,13 @@ def test_the_code_of_the_tour_runs(device, monkeypatch, tmp_path):
 
 def test_the_tour_shows_every_public_name():
     assert [name for name in triton_attn.__all__ if not re.search(rf"\b{name}\b", code_of(TOUR))] == []
+
+
+def test_the_api_pages_show_every_public_name():
+    """`reference` has the same functions; its dropout_mask has no other place."""
+    shown = set(re.findall(r"^::: triton_attn\.([\w.]+)$", "\n".join(map(Path.read_text, API)), flags=re.MULTILINE))
+    assert {*triton_attn.__all__} - shown == {"reference"}
+    assert "reference.dropout_mask" in shown
 
 
 def test_no_other_page_has_python_that_nothing_runs():

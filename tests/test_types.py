@@ -48,6 +48,15 @@ def test_a_public_function_is_annotated(name):
     assert signature.return_annotation is not signature.empty
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_docstring_names_the_parameters_that_there_are(name):
+    _, _, entries = (inspect.getdoc(FUNCTIONS[name]) or "").partition("\nArgs:\n")
+    entries, _, _ = entries.partition("\n\n")
+    named = re.findall(r"(?:^ {4}|\. )([a-z]\w*(?:, [a-z]\w*)*): ", entries, flags=re.MULTILINE)
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    assert [x for names in named for x in names.split(", ") if x not in parameters] == []
+
+
 def test_these_are_all():
     assert {"flash_attention", "PagedKVCache.extend", "BlockPool.num_shared", "register", "warmup"} <= set(FUNCTIONS)
 
