@@ -18,6 +18,7 @@ from triton_attn.flash.configs import FlashConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NOT_IN_GIT = ("perf/out/",)
 README, TOUR, API = ROOT / "README.md", ROOT / "docs/tour.md", sorted(ROOT.glob("docs/api/*.md"))
 
 
@@ -87,6 +88,16 @@ def test_what_a_page_links_to_exists(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/design.md"], ids=lambda page: page.name)
+def test_a_file_that_a_page_names_exists(page):
+    """From the root, from triton_attn/ or, a name alone, anywhere."""
+    named = set(re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|md)|(?:\w+/)+)`", page.read_text()))
+    roots = ROOT, ROOT / "triton_attn", ROOT / "tests/helpers"
+    there = {name for name in named if any((root / name).exists() for root in roots) or next(ROOT.rglob(name), None)}
+    assert len(named) > 8
+    assert named - there == {name for name in named if name in NOT_IN_GIT}
 
 
 def test_the_readme_is_short():
