@@ -1,7 +1,7 @@
 """Attention kernels in Triton: MHA, MQA, GQA, MLA; dense, varlen, paged. See `help(triton_attn.flash_attention)`."""
 
 from . import reference
-from ._host.tuned import use_tuned
+from ._host.tuned import override_config, use_tuned
 from ._warmup import warmup
 from .cache import (
     BlockPool,
@@ -33,6 +33,7 @@ __all__ = [
     "mla_decode",
     "mla_prefill",
     "mla_softmax_scale",
+    "override_config",
     "paged_attention",
     "reference",
     "use_tuned",

@@ -20,7 +20,7 @@ from perf.harness.progress import tqdm
 from perf.results.tables import print_table
 from perf.workloads.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B, QWEN3_32B
 from triton_attn._host.latent import latent_row, latent_storage, read_latent_cache
-from triton_attn.flash.configs import default_config
+from triton_attn.flash.configs import FlashCase, FlashConfig
 from triton_attn.mla.schedule import MODES
 from triton_attn.testing import assert_close_to_reference
 
@@ -345,7 +345,8 @@ def _default_seqlen(model, dtype):
     if has_gpu():
         return 1536
     head_dim_v = model.head_dim_v or model.head_dim
-    return default_config("interpreter", dtype, model.head_dim, head_dim_v, causal=True).block_m * 3 // 2
+    case = FlashCase("interpreter", dtype, model.head_dim, head_dim_v, causal=True)
+    return FlashConfig.default(case).block_m * 3 // 2
 
 
 def _name(dtype):

@@ -29,12 +29,11 @@ from perf.workloads.problems import (
 )
 from perf.workloads.providers import latent_step, paged_step
 from triton_attn._host.gpu import gpu_of
-from triton_attn._host.tuned import rows_class
 from triton_attn._jit.tiles import padded_size
-from triton_attn.flash import backward_configs
-from triton_attn.flash import configs as flash_configs
-from triton_attn.mla import configs as mla_configs
-from triton_attn.paged import configs as paged_configs
+from triton_attn.flash.backward_configs import KERNELS, BackwardConfig
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashCase, FlashConfig, HopperConfig
+from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
+from triton_attn.paged.configs import PagedCase, PagedConfig
 
 MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop instructions"]
 MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "expected TFLOP/s", "useful share"]
@@ -52,11 +51,13 @@ class Family:
     `compile(arch, dtype, config=config, **case)` gives a `triton_attn.toolchain.Launch`. On a GPU the `problem(seqlen,
     **case)` is timed at `seqlens` beside the `roof()`: `provider(dtype, **case)` gives a function from a config to a
     provider, see perf/workloads/providers.py. `folder` is that of the kernels and their launchers, below triton_attn;
-    `rows(config)` are those of the largest product in the loop. `tuned(dtype, **case)` is the family of a tuned table,
-    the case of its entry, and of its buckets those besides seqlen_k.
+    `rows(config)` are those of the largest product in the loop. Winners are entries of a tuned table for the Config
+    `table`, and for what `case_of(arch, dtype, **case)` says that it depends on.
     """
 
     config: type
+    table: type
+    case_of: Callable
     folder: str
     option: str
     shapes: tuple
@@ -67,7 +68,6 @@ class Family:
     provider: Callable
     roof: Callable
     seqlens: tuple
-    tuned: Callable
     rows: Callable = attrgetter("block_m")
 
     @property
@@ -79,8 +79,12 @@ def _flash_cases(dtype, head_dims):
     return [{"head_dim": head_dim, "causal": causal} for head_dim in head_dims for causal in (False, True)]
 
 
-def _flash_space(arch, dtype, head_dim, causal):
-    return flash_configs.search_space(arch, dtype, head_dim, head_dim, causal)
+def _flash_case(arch, dtype, head_dim, causal, kernel=None):
+    return FlashCase(arch, dtype, head_dim, head_dim, causal)
+
+
+def _flash_space(*args, **case):
+    return FlashConfig.search_space(_flash_case(*args, **case))
 
 
 def _flash_provider(dtype, head_dim, causal):
@@ -92,33 +96,25 @@ def _flash_problem(seqlen, head_dim, causal, kernel=None):
     return Problem(max(1, TOKENS // seqlen), seqlen, HIDDEN // head_dim, head_dim, causal, direction)
 
 
-def _flash_tuned(dtype, head_dim, causal):
-    return "flash", {"head_dim": head_dim, "head_dim_v": head_dim, "causal": causal}, {}
-
-
 def _hopper_cases(dtype, head_dims):
-    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in flash_configs.HOPPER_HEAD_DIMS]
+    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in HOPPER_HEAD_DIMS]
 
 
-def _hopper_space(arch, dtype, head_dim, causal):
-    return flash_configs.hopper_search_space(arch, dtype, head_dim, causal)
+def _hopper_space(*args, **case):
+    return HopperConfig.search_space(_flash_case(*args, **case))
 
 
 def _hopper_provider(dtype, head_dim, causal):
     return lambda config: lambda problem, device: partial(compiled.launch_hopper, causal=causal, config=config)
 
 
-def _hopper_tuned(dtype, head_dim, causal):
-    return "flash_hopper", {"head_dim": head_dim, "causal": causal}, {}
-
-
 def _backward_cases(dtype, head_dims):
     cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])  # wider have no backward
-    return [{"kernel": kernel} | case for case in cases for kernel in backward_configs.BackwardConfig._fields]
+    return [{"kernel": kernel} | case for case in cases for kernel in KERNELS]
 
 
-def _backward_space(arch, dtype, kernel, head_dim, causal):
-    return backward_configs.backward_search_space(kernel, arch, dtype, head_dim, head_dim, causal)
+def _backward_space(*args, kernel, **case):
+    return BackwardConfig.search_space(_flash_case(*args, **case), kernel)
 
 
 def _backward_provider(dtype, kernel, head_dim, causal):
@@ -133,10 +129,6 @@ def backward_pass(causal, config):
     return lambda problem, device: partial(compiled.launch_backward_config, causal=causal, config=config)
 
 
-def _backward_tuned(dtype, kernel, head_dim, causal):
-    return "flash_backward", *_flash_tuned(dtype, head_dim, causal)[1:]
-
-
 def _paged_cases(dtype, models):
     """Models of one shape are one case."""
     columns = "num_heads_q", "num_heads_kv", "head_dim"
@@ -148,8 +140,13 @@ def _chunk_cases(dtype, models):
     return [case | {"seqlen_q": PREFILL_CHUNK} for case in _paged_cases(dtype, models)]
 
 
-def _paged_space(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1):
-    return paged_configs.search_space(arch, dtype, head_dim, head_dim, seqlen_q * num_heads_q // num_heads_kv)
+def _paged_case(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1):
+    rows = seqlen_q * num_heads_q // num_heads_kv
+    return PagedCase(arch, dtype, dtype, head_dim, head_dim, rows, page_size=page_size)
+
+
+def _paged_space(*args, **case):
+    return PagedConfig.search_space(_paged_case(*args, **case))
 
 
 def _paged_problem(seqlen, **case):
@@ -158,12 +155,6 @@ def _paged_problem(seqlen, **case):
 
 def _chunk_problem(seqlen, **case):
     return ChunkProblem(1, seqlen, **case)
-
-
-def _paged_tuned(dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1):
-    rows = seqlen_q * num_heads_q // num_heads_kv
-    case = {"head_dim": head_dim, "head_dim_v": head_dim, "tile_rows": rows_class(rows), "cache_dtype": dtype}
-    return "paged", case, {"page_size": page_size, "rows": rows}
 
 
 def _over_one_cache(make_step, launch):
@@ -194,8 +185,13 @@ def _latent_cases(dtype, models):
     ]
 
 
-def _latent_space(arch, dtype, num_heads, cache_dtype, page_size):
-    return mla_configs.search_space(arch, dtype, num_heads, cache_dtype == "float8_e4m3fn")
+def _latent_case(arch, dtype, num_heads, cache_dtype, page_size):
+    widths = LatentDecodeProblem.kv_lora_rank, LatentDecodeProblem.qk_rope_head_dim
+    return MlaDecodeCase(arch, dtype, *widths, num_heads, cache_dtype == "float8_e4m3fn", page_size=page_size)
+
+
+def _latent_space(*args, **case):
+    return MlaDecodeConfig.search_space(_latent_case(*args, **case))
 
 
 def _latent_problem(seqlen, num_heads, cache_dtype, page_size):
@@ -204,12 +200,6 @@ def _latent_problem(seqlen, num_heads, cache_dtype, page_size):
 
 def _latent_provider(dtype, **case):
     return _over_one_cache(latent_step, compiled.launch_latent)
-
-
-def _latent_tuned(dtype, num_heads, cache_dtype, page_size):
-    case = {name: getattr(LatentDecodeProblem, name) for name in ("kv_lora_rank", "qk_rope_head_dim")}
-    case |= {"tile_rows": rows_class(num_heads), "cache_dtype": cache_dtype}
-    return "mla", case, {"page_size": page_size, "rows": num_heads}
 
 
 _PREFILL_DIMS = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
@@ -224,9 +214,13 @@ def _prefill_cases(dtype, models):
     ]
 
 
-def _prefill_space(arch, dtype, fused, **case):
-    widest = max(padded_size(case[name]) for name in _PREFILL_DIMS)
-    return mla_configs.prefill_search_space(arch, dtype, fused, widest)
+def _prefill_case(arch, dtype, fused, **case):
+    widths = [case[name] for name in _PREFILL_DIMS]
+    return MlaPrefillCase(arch, dtype, fused, *widths, padded_size(max(widths)))
+
+
+def _prefill_space(*args, **case):
+    return MlaPrefillConfig.search_space(_prefill_case(*args, **case))
 
 
 def _prefill_problem(seqlen, fused, **case):
@@ -237,13 +231,11 @@ def _prefill_provider(dtype, fused, **case):
     return lambda config: partial(compiled.launch_prefill, fused=fused, config=config)
 
 
-def _prefill_tuned(dtype, fused, **case):
-    return "mla_prefill", {"fused": fused} | {name: case[name] for name in _PREFILL_DIMS}, {}
-
-
 FAMILIES = {
     "flash": Family(
-        config=flash_configs.FlashConfig,
+        config=FlashConfig,
+        table=FlashConfig,
+        case_of=_flash_case,
         folder="flash",
         option="head_dims",
         shapes=HEAD_DIMS,
@@ -254,13 +246,14 @@ FAMILIES = {
         provider=_flash_provider,
         roof=matmul_rate,
         seqlens=(1024, 4096, 16384),
-        tuned=_flash_tuned,
     ),
     "flash_hopper": Family(
-        config=flash_configs.HopperConfig,
+        config=HopperConfig,
+        table=HopperConfig,
+        case_of=_flash_case,
         folder="flash",
         option="head_dims",
-        shapes=flash_configs.HOPPER_HEAD_DIMS,
+        shapes=HOPPER_HEAD_DIMS,
         cases=_hopper_cases,
         search_space=_hopper_space,
         compile=compiled.flash_hopper,
@@ -268,11 +261,12 @@ FAMILIES = {
         provider=_hopper_provider,
         roof=matmul_rate,
         seqlens=(1024, 4096, 16384),
-        tuned=_hopper_tuned,
         rows=lambda config: config.block_m,
     ),
     "flash_backward": Family(
-        config=flash_configs.FlashConfig,
+        config=FlashConfig,
+        table=BackwardConfig,
+        case_of=_flash_case,
         folder="flash",
         option="head_dims",
         shapes=HEAD_DIMS,
@@ -283,11 +277,12 @@ FAMILIES = {
         provider=_backward_provider,
         roof=matmul_rate,
         seqlens=(1024, 4096, 16384),
-        tuned=_backward_tuned,
         rows=lambda config: max(config.block_m, config.block_n),
     ),
     "paged": Family(
-        config=paged_configs.PagedConfig,
+        config=PagedConfig,
+        table=PagedConfig,
+        case_of=_paged_case,
         folder="paged",
         option="models",
         shapes=tuple(CACHED_MODELS),
@@ -298,10 +293,11 @@ FAMILIES = {
         provider=_paged_provider,
         roof=copy_bandwidth,
         seqlens=(1024, 8192),
-        tuned=_paged_tuned,
     ),
     "paged_prefill": Family(
-        config=paged_configs.PagedConfig,
+        config=PagedConfig,
+        table=PagedConfig,
+        case_of=_paged_case,
         folder="paged",
         option="models",
         shapes=tuple(CACHED_MODELS),
@@ -312,10 +308,11 @@ FAMILIES = {
         provider=_paged_provider,
         roof=matmul_rate,
         seqlens=(1024, 8192),
-        tuned=_paged_tuned,
     ),
     "mla": Family(
-        config=mla_configs.MlaDecodeConfig,
+        config=MlaDecodeConfig,
+        table=MlaDecodeConfig,
+        case_of=_latent_case,
         folder="mla",
         option="models",
         shapes=tuple(LATENT_MODELS),
@@ -326,10 +323,11 @@ FAMILIES = {
         provider=_latent_provider,
         roof=copy_bandwidth,
         seqlens=(1024, 8192),
-        tuned=_latent_tuned,
     ),
     "mla_prefill": Family(
-        config=mla_configs.MlaPrefillConfig,
+        config=MlaPrefillConfig,
+        table=MlaPrefillConfig,
+        case_of=_prefill_case,
         folder="mla",
         option="models",
         shapes=tuple(LATENT_MODELS),
@@ -340,7 +338,6 @@ FAMILIES = {
         provider=_prefill_provider,
         roof=matmul_rate,
         seqlens=(1024, 8192),
-        tuned=_prefill_tuned,
     ),
 }
 
@@ -393,7 +390,7 @@ class Candidate:
             return f"{hot.spills} spills in the hot loop"
         if getattr(self.config, "use_tma", False) and not launch.uses_tma:
             return "no TMA"
-        if not hot.async_copies and not isinstance(self.config, flash_configs.HopperConfig):  # there a warp loads
+        if not hot.async_copies and not isinstance(self.config, HopperConfig):  # there a warp loads
             return "no asynchronous copies in the hot loop"
         # A tile of fewer rows never has wgmma: mma.sync is right for a decode step with few heads.
         if gpu_of(report.arch).wgmma and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:

@@ -1,6 +1,7 @@
 """Our kernels at an explicit config, compiled for a GPU that need not be there or launched on one that is."""
 
 import os
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -11,8 +12,8 @@ from perf.workloads import calls
 from triton_attn._host.checks import layout_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash.backward import launch_flash_bwd
-from triton_attn.flash.backward_configs import default_backward_config
-from triton_attn.flash.configs import FlashConfig, HopperConfig
+from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.flash.configs import FlashCase, FlashConfig, HopperConfig
 from triton_attn.flash.forward import launch_flash_fwd, new_outputs
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
@@ -169,8 +170,8 @@ class _Attention(torch.autograd.Function):
 
 def backward_tiles(arch, dtype, head_dim, causal, kernel, config):
     """The default configs of a backward pass, but for one kernel, and in the schedule that this kernel belongs to."""
-    default = default_backward_config(arch, dtype, head_dim, head_dim, causal)
-    return default._replace(**{"fused": None} | {kernel: config})
+    default = BackwardConfig.default(FlashCase(arch, dtype, head_dim, head_dim, causal))
+    return replace(default, **{"fused": None} | {kernel: config})
 
 
 def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):

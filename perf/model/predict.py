@@ -51,7 +51,7 @@ from perf.results import MODELLED, OURS, PREDICTED, Row
 from perf.results.baseline import counts_of
 from perf.workloads.providers import SCHEDULES
 from triton_attn.merge.splits import choose_num_splits
-from triton_attn.mla.configs import MlaDecodeConfig, programs_per_processor
+from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.mla.schedule import FLOP_PER_BYTE, cost
 
 
@@ -207,7 +207,7 @@ def _decode_step(problem, dtype, arch, config, report):
     dtype_bytes = getattr(torch, dtype).itemsize
     programs = 1
     if isinstance(config, MlaDecodeConfig):
-        programs = programs_per_processor(config, problem.cache_dtype == "float8_e4m3fn")
+        programs = config.programs_per_sm(problem.cache_dtype == "float8_e4m3fn")
     num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms * programs)
     resident = min(report.ctas_per_sm, -(-len(trips) // gpu.num_sms))
     warpgroups = resident * report.mma_warpgroups_per_sm // report.ctas_per_sm

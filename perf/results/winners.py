@@ -22,7 +22,8 @@ from perf.model.candidates import FAMILIES, Candidate
 from perf.model.gpus import RATES
 from perf.results import MEASURED, PREDICTED
 from triton_attn._host import tuned
-from triton_attn.flash.backward_configs import BackwardConfig, default_backward_config
+from triton_attn._host.config import FAMILIES as FAMILIES_OF_TABLES
+from triton_attn.flash.backward_configs import BackwardConfig
 
 NOISE = {PREDICTED: 0.05, MEASURED: 0.02}
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
@@ -102,8 +103,8 @@ def default_of(candidate):
 
 
 def _default_pass(candidate):
-    head_dim, causal = candidate.case["head_dim"], candidate.case["causal"]
-    return default_backward_config(candidate.arch, getattr(torch, candidate.dtype), head_dim, head_dim, causal)
+    kind = FAMILIES[candidate.family]
+    return kind.table.default(kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case))
 
 
 def predicted_tflops(row):
@@ -133,8 +134,7 @@ def _entries(winners, source, figures_of_passes):
             entries.append(_entry(winner, asdict(winner.config), source))
     for kernels in passes.values():
         if _is_whole(kernels) and (winner := _winning_pass(kernels, source, figures_of_passes)):
-            parts = {kernel: tile and asdict(tile) for kernel, tile in winner.config._asdict().items()}
-            entries.append(_entry(winner, parts, source))
+            entries.append(_entry(winner, asdict(winner.config), source))
     return entries
 
 
@@ -166,12 +166,9 @@ def _predict_passes(configs, kernels):
 
 def _entry(winner, config, source):
     candidate = winner.candidate
-    family, case, buckets = FAMILIES[candidate.family].tuned(candidate.dtype, **candidate.case)
-    return {
-        "family": family,
-        "dtype": candidate.dtype,
-        "case": case,
-        "buckets": {"seqlen_k": winner.seqlen} | buckets,
+    kind = FAMILIES[candidate.family]
+    case = kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case)
+    return tuned.describe(kind.table, case._replace(seqlen_k=winner.seqlen)) | {
         "config": config,
         "figure": float(f"{winner.figure:.4g}"),
         "unit": UNITS[winner.problem.figure],
@@ -205,10 +202,10 @@ def _of_case(entry):
 
 
 def _order(entry):
-    kind = tuned.FAMILIES[entry["family"]]
-    case = [entry["case"][name] for name in kind.case]
+    kind = FAMILIES_OF_TABLES[entry["family"]]
+    case = [entry["case"][name] for name in kind.case_types]
     buckets = [entry["buckets"][name] for name in kind.buckets]
-    return list(tuned.FAMILIES).index(entry["family"]), entry["dtype"], case, buckets, entry["triton"]
+    return list(FAMILIES_OF_TABLES).index(entry["family"]), entry["dtype"], case, buckets, entry["triton"]
 
 
 def _write(path, table):

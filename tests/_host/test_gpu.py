@@ -1,5 +1,6 @@
 """The table of GPUs: every kernel family asks it, and has one answer for an architecture."""
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,12 @@ from perf.model.gpus import CAPACITY, RATES, SHARED_BYTES_RESERVED_PER_CTA
 from triton_attn._host.gpu import GPUS, INTERPRETER, count_sms, gpu_of
 from triton_attn.flash import backward_configs
 from triton_attn.flash import configs as flash_configs
+from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.flash.configs import FlashCase, FlashConfig
 from triton_attn.mla import configs as mla_configs
+from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
 from triton_attn.paged import configs as paged_configs
+from triton_attn.paged.configs import PagedCase, PagedConfig
 from triton_attn.toolchain import shared_memory_limit
 
 TABLES = {
@@ -24,19 +29,28 @@ TABLES = {
     "mla of fp8": mla_configs._FLOAT8,
     "mla_prefill": mla_configs._PREFILL,
 }
+
+TWICE = False, True
 HALF = torch.bfloat16
-DEFAULTS = {
-    "flash": lambda arch, dim: flash_configs.default_config(arch, HALF, dim, dim, True),
-    "flash_backward": lambda arch, dim: backward_configs.default_backward_config(arch, HALF, dim, dim, True),
-    "paged": lambda arch, dim: [paged_configs.default_config(arch, HALF, dim, dim, n, True) for n in (4, 32, 256)],
-    "mla": lambda arch, dim: [
-        mla_configs.default_decode_config(arch, HALF, rows, is_fp8, paged)
-        for rows in (16, 128)
-        for is_fp8 in (False, True)
-        for paged in (False, True)
-    ],
-    "mla_prefill": lambda arch, dim: [mla_configs.default_prefill_config(arch, HALF, x, dim) for x in (False, True)],
-}
+
+
+def cases(config, arch, dim):
+    """Calls that a config tells apart."""
+    if config is PagedConfig:
+        return [PagedCase(arch, HALF, HALF, dim, dim, rows) for rows in (4, 32, 256)]
+    if config is MlaDecodeConfig:
+        sizes = itertools.product((16, 128), TWICE, TWICE)
+        return [MlaDecodeCase(arch, HALF, 512, 64, rows, is_fp8, is_paged) for rows, is_fp8, is_paged in sizes]
+    if config is MlaPrefillConfig:
+        return [MlaPrefillCase(arch, HALF, fused, dim, 64, dim, dim) for fused in TWICE]
+    return [FlashCase(arch, HALF, dim, dim, True)]
+
+
+def defaults(config, arch, dim):
+    return [config.default(case) for case in cases(config, arch, dim)]
+
+
+CONFIGS = FlashConfig, BackwardConfig, PagedConfig, MlaDecodeConfig, MlaPrefillConfig
 
 
 @pytest.mark.parametrize("family", TABLES)
@@ -44,7 +58,7 @@ def test_every_family_has_the_tables_that_gpus_take(family):
     assert set(TABLES[family]) == {gpu.configs for gpu in GPUS.values()}
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
     ("arch", "like"),
     [
@@ -60,16 +74,16 @@ def test_every_family_has_the_tables_that_gpus_take(family):
         ("gfx1201", "gfx942"),
     ],
 )
-def test_every_family_takes_an_architecture_for_the_same(arch, like, family):
+def test_every_family_takes_an_architecture_for_the_same(arch, like, config):
     assert gpu_of(arch).configs == gpu_of(like).configs
     for head_dim in (16, 64, 96, 128, 256):
-        assert DEFAULTS[family](arch, head_dim) == DEFAULTS[family](like, head_dim)
+        assert defaults(config, arch, head_dim) == defaults(config, like, head_dim)
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
-def test_a_gpu_that_triton_does_not_support_is_named(family):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_gpu_that_triton_does_not_support_is_named(config):
     with pytest.raises(ValueError, match=r"compute capability 8\.0 or more, got sm_75"):
-        DEFAULTS[family]("sm_75", 64)
+        defaults(config, "sm_75", 64)
 
 
 def test_what_is_not_listed_keeps_its_name_and_has_the_instructions_of_its_like():

@@ -16,9 +16,10 @@ import triton
 
 import triton_attn
 from triton_attn._host import tuned
-from triton_attn.flash.configs import FlashConfig, default_config
+from triton_attn._host.config import FAMILIES
+from triton_attn.flash.configs import FlashCase, FlashConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
-from triton_attn.paged.configs import PagedConfig
+from triton_attn.paged.configs import PagedCase, PagedConfig
 from triton_attn.toolchain import compile_only
 
 ABOUT = {
@@ -62,9 +63,12 @@ def no_tables(monkeypatch):
     triton_attn.use_tuned(None)
 
 
-def flash_config(arch="sm_90", dtype=torch.bfloat16, causal=True, seqlen_k=4096, head_dim=64):
-    found = tuned.tuned_config(arch, "flash", dtype, (head_dim, head_dim, causal), (seqlen_k,))
-    return found and FlashConfig(**found)
+def flash_case(arch="sm_90", dtype=torch.bfloat16, causal=True, seqlen_k=4096, head_dim=64):
+    return FlashCase(arch, dtype, head_dim, head_dim, causal, seqlen_k=seqlen_k)
+
+
+def flash_config(**case):
+    return tuned.find(FlashConfig, flash_case(**case))
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 2], [1, 3, 17, 20], [4096, 5000, 2**20], [2**i for i in range(6, 18, 2)]])
@@ -95,8 +99,9 @@ def test_distances_of_buckets_add_up(tmp_path):
     ]
     triton_attn.use_tuned(write(tmp_path / "t.json", *entries))
 
-    def stages(*buckets):
-        return tuned.tuned_config("sm_90", "paged", torch.bfloat16, case.values(), buckets)["num_stages"]
+    def stages(seqlen_k, page_size, rows):
+        sizes = dict(rows=rows, seqlen_k=seqlen_k, page_size=page_size)
+        return tuned.find(PagedConfig, PagedCase("sm_90", torch.bfloat16, torch.bfloat16, 64, 64, **sizes)).num_stages
 
     assert stages(1024, 16, 4) == stages(4096, 16, 4) == stages(1500, 40, 4) == stages(4096, 16, 6) == 1
     assert stages(8192, 64, 8) == stages(4096, 64, 8) == stages(8192, 16, 8) == stages(5000, 16, 8) == 2
@@ -203,7 +208,8 @@ def test_the_environment_names_a_table(tmp_path):
     source = """
         import torch
         from triton_attn._host import tuned
-        print(tuned.tuned_config("sm_90", "flash", torch.bfloat16, (64, 64, True), (4096,)))
+        from triton_attn.flash.configs import FlashCase, FlashConfig
+        print(tuned.find(FlashConfig, FlashCase("sm_90", torch.bfloat16, 64, 64, True, seqlen_k=4096)))
     """
     source = "\n".join(line.strip() for line in source.splitlines())
 
@@ -212,7 +218,7 @@ def test_the_environment_names_a_table(tmp_path):
         root = Path(triton_attn.__file__).parent.parent
         return subprocess.run([sys.executable, "-c", source], cwd=root, env=env, capture_output=True, text=True)
 
-    assert run(write(tmp_path / "t.json", flash_entry())).stdout.strip() == str(flash_entry()["config"])
+    assert run(write(tmp_path / "t.json", flash_entry())).stdout.strip() == str(FlashConfig(**flash_entry()["config"]))
     assert "ValueError: TRITON_ATTN_TUNED: " in run(write(tmp_path / "t.json", format=7)).stderr
     assert "ValueError: TRITON_ATTN_TUNED: " in run(tmp_path / "missing.json").stderr
 
@@ -304,7 +310,7 @@ def launched(call):
 def test_calls_heed_tables(family, tmp_path):
     call, case, config, tile = SERVED[family]
     before = launched(call)
-    buckets = dict.fromkeys(tuned.FAMILIES[family].buckets, 64)
+    buckets = dict.fromkeys(FAMILIES[family].buckets, 64)
     entry = flash_entry() | {"family": family, "case": case, "buckets": buckets, "config": config}
     triton_attn.use_tuned(write(tmp_path / "t.json", entry))
     here = launched(call)
@@ -353,21 +359,18 @@ def test_tensors_that_no_sweep_has_have_the_default(tmp_path):
     """Rows that are no multiple of 16 bytes apart."""
     q, k, v = (half(1, 128, 2, 65)[..., :64] for _ in range(3))
     triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(block_m=128)))
-    default = default_config("sm_90", torch.bfloat16, 64, 64, True, "scalar")
+    default = FlashConfig.default(FlashCase("sm_90", torch.bfloat16, 64, 64, True, "scalar"))
     assert launched(lambda: triton_attn.flash_attention(q, k, v, causal=True)) == [asdict(default)]
 
 
 def test_equal_calls_look_up_once(tmp_path, monkeypatch):
-    from triton_attn.flash import configs
-
     looked_up = []
-    monkeypatch.setattr(configs, "tuned_config", lambda *args: looked_up.append(args))
-    arguments = "sm_90", torch.bfloat16, 64, 64, True, "tma", "ieee", False, False, True, 77
+    monkeypatch.setattr(tuned, "find", lambda *args: looked_up.append(args))
     for _ in range(3):
-        assert configs.choose_config(*arguments) == default_config("sm_90", torch.bfloat16, 64, 64, True)
+        assert tuned.choose(FlashConfig, flash_case(seqlen_k=77)) == FlashConfig.default(flash_case())
     assert len(looked_up) == 1
     triton_attn.use_tuned(None)
-    configs.choose_config(*arguments)
+    tuned.choose(FlashConfig, flash_case(seqlen_k=77))
     assert len(looked_up) == 2, "another table may say otherwise"
 
 

@@ -202,8 +202,8 @@ def using(config, backward_config=None):
         return
     backward_config = backward_config or BackwardConfig(config, config, config)
     with (
-        mock.patch.object(forward, "choose_config", return_value=config),
-        mock.patch.object(backward, "choose_backward_config", return_value=backward_config),
+        mock.patch.object(forward, "choose", return_value=config),
+        mock.patch.object(backward, "choose", return_value=backward_config),
     ):
         forward._plan.cache_clear()
         yield

@@ -175,7 +175,7 @@ def using(config):
         yield
         return
     with (
-        mock.patch.object(absorbed, "choose_decode_config", return_value=config),
+        mock.patch.object(absorbed, "choose", return_value=config),
         mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 8 warps on 64 rows take the form of sm_90
     ):
         absorbed._plan.cache_clear()

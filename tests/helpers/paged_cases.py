@@ -250,7 +250,7 @@ def using(config):
     if not INTERPRETED:
         yield
         return
-    with mock.patch.object(forward, "choose_config", return_value=config):
+    with mock.patch.object(forward, "choose", return_value=config):
         forward._plan.cache_clear()
         yield
     forward._plan.cache_clear()

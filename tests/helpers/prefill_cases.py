@@ -140,8 +140,8 @@ def using(config):
         return
     rows = MlaDecodeConfig(config.block_m, config.block_n, 8, 1)
     with (
-        mock.patch.object(prefill, "choose_prefill_config", return_value=config),
-        mock.patch.object(absorbed, "default_decode_config", return_value=rows),
+        mock.patch.object(prefill, "choose", return_value=config),
+        mock.patch.object(absorbed, "choose", return_value=rows),
         mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 64 rows take the form of sm_90
     ):
         absorbed._plan.cache_clear()

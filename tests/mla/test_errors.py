@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from triton_attn import mla_decode, mla_prefill
-from triton_attn.mla.configs import default_decode_config, default_prefill_config
 from triton_attn.mla.schedule import ProblemSizes, causal_pairs, choose_schedule, cost, workspace_bytes
 
 HEADS, NOPE, ROPE, RANK, VALUE = 4, 16, 8, 128, 12
@@ -189,9 +188,3 @@ def test_the_costs_are_those_of_the_docstring():
     assert cost(problem, "materialized") == 2 * 320 * pairs + (2 * 512 * 256 + 2 * 256 * 300 * 2) * 1000
     assert cost(problem, "fused") == 2 * 320 * pairs + 2 * 512 * 256 * pairs / 128
     assert cost(problem, "absorbed") == 2 * (1024 + 64) * pairs + (2 * 512 * 256 + (2048 + 128) * 600) * 100
-
-
-@pytest.mark.parametrize("choose", [default_decode_config, default_prefill_config])
-def test_a_gpu_that_is_too_old_is_named(choose):
-    with pytest.raises(ValueError, match=r"compute capability 8\.0 or more, got sm_75"):
-        choose("sm_75", torch.float16, 128, 128)

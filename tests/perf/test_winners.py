@@ -10,8 +10,8 @@ from perf.model.gpus import RATES
 from perf.results import MEASURED, PREDICTED, winners
 from perf.workloads.problems import DecodeProblem, Problem
 from triton_attn._host import tuned
-from triton_attn.flash.backward_configs import default_backward_config
-from triton_attn.flash.configs import FlashConfig, default_config
+from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.flash.configs import FlashCase, FlashConfig
 
 FLASH = {"head_dim": 64, "causal": True}  # the default of its backward pass is the fused schedule
 SLOW, FAST, DEEP = FlashConfig(64, 64, 4, 1), FlashConfig(64, 128, 4, 1), FlashConfig(128, 64, 4, 4)
@@ -52,9 +52,8 @@ def rows_of(figures, column="lock TFLOP/s", spills=0):
 
 
 def default_of(kernel=None):
-    if kernel is None:
-        return default_config("sm_90", winners.torch.bfloat16, 64, 64, True)
-    return getattr(default_backward_config("sm_90", winners.torch.bfloat16, 64, 64, True), kernel)
+    case = FlashCase("sm_90", winners.torch.bfloat16, 64, 64, True)
+    return FlashConfig.default(case) if kernel is None else getattr(BackwardConfig.default(case), kernel)
 
 
 @pytest.mark.parametrize(("figure", "winner"), [(610.0, FAST), (590.0, FAST), (585.0, "default")])

@@ -243,7 +243,7 @@ def test_processes_choose_as_the_first_does(tmp_path, monkeypatch):
     """A table of the user's is not in the environment, nor is the precision of fp32 products."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     taken = []
-    monkeypatch.setattr(compilation, "added_tables", lambda: taken.append("tables") or [])
+    monkeypatch.setattr(compilation, "settings", lambda: taken.append("tables") or ([], {}))
     torch.set_float32_matmul_precision("high")
     try:
         shape = dict(num_heads_q=2, head_dim=32, dtype=torch.float32, max_seqlen=1)

@@ -37,6 +37,24 @@ class Gpu:
         """Whether matrix instructions read their operands from shared memory, in tiles of 64 rows or more."""
         return self.wgmma or self.tensor_memory
 
+    def buffers(self, num_stages):
+        """Tiles that a pipelined loop holds in shared memory: mma.sync reads its operands into registers, which frees
+        one."""
+        return num_stages if self.multiplies_shared_memory else num_stages - 1
+
+    def lacks(self, shared_bytes):
+        """What is against so much shared memory for a program; None if nothing is."""
+        if shared_bytes <= self.shared_bytes:
+            return None
+        return f"{shared_bytes} bytes of shared memory, {self.arch} has {self.shared_bytes}"
+
+    def lacks_registers(self, registers):
+        """What is against so many 32-bit registers of a thread for tiles; None if nothing is."""
+        limit = 448 if self.is_amd else 224
+        if registers <= limit:
+            return None
+        return f"{registers} registers a thread for tiles, {limit} leave room for the rest"
+
 
 _E5M2, _E4M3 = 2, 3
 # Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", the most per block;

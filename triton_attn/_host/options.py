@@ -32,7 +32,7 @@ _KERNELS = Variable("TRITON_ATTN_KERNELS")
 
 
 def wanted_kernels():
-    """Of TRITON_ATTN_KERNELS, read at each call: the `choose_hopper_config` of a family says what each does."""
+    """Of TRITON_ATTN_KERNELS, read at each call: the `choose` of a family's Gluon config says what each does."""
     wanted = _KERNELS.get("auto")
     if wanted not in ("auto", "hopper", "portable"):
         fail("TRITON_ATTN_KERNELS", "auto, hopper or portable", wanted)

@@ -1,7 +1,7 @@
 """Configs that sweeps found best: the tables of triton_attn/tuned/, one per architecture, and the user's own.
 
 A table is JSON: `format`, `arch` and `entries`. An entry says what it is for (`family`, `dtype`, and under `case` and
-`buckets` what FAMILIES names), its `config`, and where that comes from, see ABOUT.
+`buckets` what its Config names), its `config`, and where that comes from, see ABOUT.
 
 Which entry serves a call: its dtype and case are the call's, its Triton has the same major and minor version, since
 another compiler spills elsewhere, and its buckets are the nearest, by the sum of |log2(the call's / the entry's)|; of
@@ -11,17 +11,19 @@ All come before the defaults. The package's tables hold what a GPU measured and 
 are chosen by the model that predicts.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from .checks import fail
+from .config import FAMILIES, check_config
 from .gpu import gpu_arch, gpu_of
 
 FORMAT = 1
@@ -29,43 +31,6 @@ SHIPPED = Path(__file__).parent.parent / "tuned"
 DTYPES = "float16", "bfloat16"
 
 
-class Family(NamedTuple):
-    """What an entry holds: {name: type} of `case` and of a config, names of `buckets`; with `parts` several configs, of
-    which the last may be null."""
-
-    case: dict
-    buckets: tuple
-    config: dict
-    parts: tuple = ()
-
-
-_TILE = {"block_m": int, "block_n": int, "num_warps": int, "num_stages": int}
-_FLASH_CASE = {"head_dim": int, "head_dim_v": int, "causal": bool}
-FAMILIES = {
-    "flash": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}),
-    "flash_hopper": Family(
-        {"head_dim": int, "causal": bool}, ("seqlen_k",), {"block_n": int, "groups": int, "num_stages": int}
-    ),
-    "flash_backward": Family(_FLASH_CASE, ("seqlen_k",), _TILE | {"use_tma": bool}, parts=("dkdv", "dq", "fused")),
-    # rows are those of a sequence for one KV head, tile_rows their `rows_class`.
-    "paged": Family(
-        {"head_dim": int, "head_dim_v": int, "tile_rows": int, "cache_dtype": str},
-        ("seqlen_k", "page_size", "rows"),
-        _TILE,
-    ),
-    "mla": Family(
-        {"kv_lora_rank": int, "qk_rope_head_dim": int, "tile_rows": int, "cache_dtype": str},
-        ("seqlen_k", "page_size", "rows"),
-        _TILE,
-    ),
-    # rows as in "paged".
-    "mla_hopper": Family({"kv_lora_rank": int, "qk_rope_head_dim": int}, ("seqlen_k", "rows"), {"num_stages": int}),
-    "mla_prefill": Family(
-        {"fused": bool, "qk_nope_head_dim": int, "qk_rope_head_dim": int, "v_head_dim": int},
-        ("seqlen_k",),
-        _TILE | {"block_c": int},
-    ),
-}
 ABOUT = {
     "figure": (int, float),
     "unit": str,
@@ -77,6 +42,7 @@ ABOUT = {
 }
 
 _added = []  # indices of the user's tables, the last one first
+_overrides = {}  # {family: {field: value}} of override_config
 _plans = []  # functions that remember what follows from tables
 _generation = object()  # another one each time that tables change
 
@@ -105,16 +71,18 @@ def use_tuned(path: str | os.PathLike[str] | None) -> None:
     _forget_plans()
 
 
-def added_tables():
-    """Those of the user, for another process to take."""
+def settings():
+    """The user's tables and overrides, for another process to take."""
     _add_environment()
-    return list(_added)
+    return list(_added), dict(_overrides)
 
 
-def take_tables(tables):
-    """Let the user's tables of another process serve, and no others."""
+def take_settings(tables, overrides):
+    """Let the user's tables and overrides of another process serve, and no others."""
     _add_environment()
     _added[:] = tables
+    _overrides.clear()
+    _overrides.update(overrides)
     _forget_plans()
 
 
@@ -149,16 +117,99 @@ def rows_class(num_rows):
     return next((rows for rows in (16, 32, 64) if num_rows <= rows), 128)
 
 
-def tuned_config(arch, family, dtype, case, buckets):
-    """The config that serves, a dict (of dicts where the family has parts), or None.
+@remember
+def choose(config, case):
+    """The config of a call, of the class config: of a tuned table where one has the case, else the default; in both
+    with the fields of `override_config`."""
+    chosen = find(config, case) if case.is_tuned else None
+    if chosen is None:
+        chosen = config.default(case)
+    if config.family in _overrides:
+        chosen = chosen.with_fields(_overrides[config.family])
+        if (obstacle := chosen.obstacle(case)) is not None:
+            fail(f"override_config({config.family!r})", "a config that can run", f"{chosen}: {obstacle}")
+    return chosen
 
-    case and buckets hold values in the order of the family's names.
-    """
+
+def find(config, case):
+    """The config of the table that has the case, None where none has."""
     _add_environment()
-    key = arch, family, str(dtype).removeprefix("torch."), tuple(case)
-    entries = next((table[key] for table in (*_added, _shipped(arch)) if key in table), {})
+    key = case.arch, config.family, _name(case.dtype), tuple(_name(getattr(case, name)) for name in config.case_types)
+    entries = next((table[key] for table in (*_added, _shipped(case.arch)) if key in table), {})
+    buckets = [getattr(case, name) for name in config.buckets]
     nearest = min(entries, key=lambda of_entry: (_distance(of_entry, buckets), of_entry), default=None)
     return entries.get(nearest)
+
+
+def describe(config, case):
+    """What an entry of a table says that it is for."""
+    return {
+        "family": config.family,
+        "dtype": _name(case.dtype),
+        "case": {name: _name(getattr(case, name)) for name in config.case_types},
+        "buckets": {name: getattr(case, name) for name in config.buckets},
+    }
+
+
+def _name(value):
+    """A dtype as tables name it."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def is_chosen(config, case):
+    """Whether a table has the case, or the user overrides the config."""
+    return config.family in _overrides or find(config, case) is not None
+
+
+def may_replace(portable, config):
+    """Whether a kernel may replace the portable one: not where the user overrides the config of that one alone."""
+    return portable.family not in _overrides or config.family in _overrides
+
+
+@contextlib.contextmanager
+def override_config(family: str, **fields: int | dict[str, int] | None) -> Iterator[None]:
+    """Inside it, kernels run with these fields in place of those of the config that a call would take.
+
+        with override_config("flash", num_stages=2):  # the rest as the tables have it
+            out = flash_attention(q, k, v)
+
+    For trying a config; `python -m perf sweep` searches. Of the whole process, as `use_tuned`; contexts nest. The first
+    call inside and the first after it plan anew, and compile what was not compiled before.
+
+    Args:
+        family: "flash", "flash_backward" (fields "dkdv", "dq" and "fused", dicts), "paged", "mla", "mla_prefill"; and
+            on sm_90 "flash_hopper" and "mla_hopper". Calls that "flash" and "mla" are overridden for take the portable
+            kernels.
+        fields: of the family's config: block_m, block_n, num_warps, num_stages, ...
+
+    Raises:
+        ValueError: no such family or field, or a value that no kernel takes. By calls inside: the config cannot run,
+            for instance because its tiles do not fit in shared memory (by estimate; what compiles to more still raises
+            triton.runtime.errors.OutOfResources). Nothing was launched.
+    """
+    if family not in FAMILIES:
+        fail("family", " or ".join(FAMILIES), repr(family))
+    check_config(f"override_config({family!r})", FAMILIES[family], fields, whole=False)
+    before = _overrides.get(family)
+    _override(family, fields if before is None else _merged(before, fields))
+    try:
+        yield
+    finally:
+        _override(family, before)
+
+
+def _override(family, fields):
+    if fields is None:
+        _overrides.pop(family, None)
+    else:
+        _overrides[family] = fields
+    _forget_plans()
+
+
+def _merged(old, new):
+    """old with the values of new; of two dicts those of both."""
+    both_dicts = {name for name, x in new.items() if isinstance(x, dict) and isinstance(old.get(name), dict)}
+    return old | {name: _merged(old[name], x) if name in both_dicts else x for name, x in new.items()}
 
 
 def _distance(of_entry, wanted):
@@ -199,10 +250,11 @@ def _index(table):
     for entry in table["entries"]:
         if _series(entry["triton"]) != _series(_triton_version()):
             continue
-        kind = FAMILIES[entry["family"]]
-        case = tuple(entry["case"][name] for name in kind.case)
-        buckets = tuple(entry["buckets"][name] for name in kind.buckets)
-        index.setdefault((table["arch"], entry["family"], entry["dtype"], case), {})[buckets] = entry["config"]
+        config = FAMILIES[entry["family"]]
+        case = tuple(entry["case"][name] for name in config.case_types)
+        buckets = tuple(entry["buckets"][name] for name in config.buckets)
+        same_case = index.setdefault((table["arch"], entry["family"], entry["dtype"], case), {})
+        same_case[buckets] = config.from_dict(entry["config"])
     return index
 
 
@@ -233,11 +285,10 @@ def read_table(path):
         fail(f"{path}, format", FORMAT, table["format"])
     if re.fullmatch(r"sm_\d+|gfx\w+", table["arch"]) is None:
         fail(f"{path}, arch", "a name as sm_90 or gfx942", repr(table["arch"]))
-    may_use_tma = gpu_of(table["arch"]).tma
     seen = set()
     for i, entry in enumerate(table["entries"]):
         name = f"{path}, entries[{i}]"
-        _check_entry(name, entry, may_use_tma)
+        _check_entry(name, entry, gpu_of(table["arch"]))
         key = json.dumps([entry[field] for field in ("family", "dtype", "case", "buckets")] + _series(entry["triton"]))
         if key in seen:
             fail(name, "an entry of its own", "one that an earlier entry is for too")
@@ -245,39 +296,22 @@ def read_table(path):
     return table
 
 
-def _check_entry(name, entry, may_use_tma):
+def _check_entry(name, entry, gpu):
     fields = {"family": str, "dtype": str, "case": dict, "buckets": dict, "config": dict}
     _check_fields(name, entry, fields | ABOUT)
     for field, known in (("family", tuple(FAMILIES)), ("dtype", DTYPES)):
         if entry[field] not in known:
             fail(f"{name}, {field}", " or ".join(known), repr(entry[field]))
-    kind = FAMILIES[entry["family"]]
-    _check_fields(f"{name}, case", entry["case"], kind.case)
-    _check_fields(f"{name}, buckets", entry["buckets"], dict.fromkeys(kind.buckets, int))
+    config = FAMILIES[entry["family"]]
+    _check_fields(f"{name}, case", entry["case"], config.case_types)
+    _check_fields(f"{name}, buckets", entry["buckets"], dict.fromkeys(config.buckets, int))
     for bucket, size in entry["buckets"].items():
         if size < 1:
             fail(f"{name}, buckets, {bucket}", "1 or more", size)
-    configs = {f"{name}, config": entry["config"]}
-    if kind.parts:
-        _check_fields(f"{name}, config", entry["config"], dict.fromkeys(kind.parts, (dict, type(None))))
-        configs = {f"{name}, config, {part}": entry["config"][part] for part in kind.parts}
-        if entry["config"][kind.parts[-1]] is None:
-            configs.popitem()
-    for config_name, config in configs.items():
-        _check_config(config_name, config, kind.config)
-        if config.get("use_tma") and not may_use_tma:
-            fail(f"{config_name}, use_tma", "false, this architecture has no TMA", True)
-
-
-def _check_config(name, config, fields):
-    _check_fields(name, config, fields)
-    for field, value in config.items():
-        if field.startswith("block") and not (16 <= value <= 256 and value & (value - 1) == 0):
-            fail(f"{name}, {field}", "a power of two from 16 to 256", value)
-        if field == "num_warps" and value not in (1, 2, 4, 8, 16):
-            fail(f"{name}, {field}", "1, 2, 4, 8 or 16", value)
-        if field == "num_stages" and not 1 <= value <= 8:
-            fail(f"{name}, {field}", "1 to 8", value)
+    check_config(f"{name}, config", config, entry["config"], whole=True)
+    parts = [entry["config"], *(part for part in entry["config"].values() if isinstance(part, dict))]
+    if not gpu.tma and any(part.get("use_tma") for part in parts):
+        fail(f"{name}, config, use_tma", "false, this architecture has no TMA", True)
 
 
 def _check_fields(name, value, types):

@@ -7,7 +7,7 @@ import multiprocessing
 import torch
 import triton
 
-from .._host.tuned import added_tables, take_tables
+from .._host.tuned import settings, take_settings
 from ..toolchain import record_specializations
 
 KERNELS_PER_TASK = 4
@@ -25,7 +25,7 @@ def compile_all(jobs, arch, num_workers, report):
                 num_workers,
                 multiprocessing.get_context("spawn"),
                 initializer=_choose_as_here,
-                initargs=(added_tables(), torch.get_float32_matmul_precision()),
+                initargs=(torch.get_float32_matmul_precision(), *settings()),
             )
             run = stack.enter_context(pool).map
         for outcomes in run(_compile_task, tasks):
@@ -39,9 +39,9 @@ def compile_all(jobs, arch, num_workers, report):
     return num_done - num_cached, num_cached
 
 
-def _choose_as_here(tables, matmul_precision):
+def _choose_as_here(matmul_precision, *tables_and_overrides):
     """What of the state of the first process decides which kernels a call takes."""
-    take_tables(tables)
+    take_settings(*tables_and_overrides)
     torch.set_float32_matmul_precision(matmul_precision)
 
 

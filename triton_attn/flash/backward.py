@@ -17,9 +17,11 @@ from .._host.layout import (
     tma_ready,
     vector_elements,
 )
+from .._host.tuned import choose
 from .._jit.args import Dropout, Strides, Window
-from .backward_configs import choose_backward_config, may_hoist
+from .backward_configs import BackwardConfig, may_hoist
 from .backward_kernels import _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
+from .configs import FlashCase
 
 
 def launch_flash_bwd(
@@ -58,7 +60,9 @@ def launch_flash_bwd(
         scalar = vector == 1 or any(x.data_ptr() % 16 for x in inputs)
         access = "scalar" if scalar else "tma" if all(map(tma_ready, inputs)) else "vector"
         plain = softcap is None and alibi_slopes is None and dropout is None
-        config = choose_backward_config(arch, q.dtype, head_dim, head_dim_v, causal, access, plain, seqlen_k)
+        shape = head_dim, head_dim_v, causal
+        case = FlashCase(arch, q.dtype, *shape, access, is_plain=plain, seqlen_k=seqlen_k)
+        config = choose(BackwardConfig, case)
     want_dq, want_dk, want_dv, want_dsinks = wanted
 
     minus_delta, dsinks = _minus_delta(

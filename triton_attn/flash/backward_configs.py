@@ -26,18 +26,18 @@ The split one also serves deterministic=True, and calls that want only dq or onl
 bound by exp2 and conversions, not by products.
 """
 
-import functools
 import itertools
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import torch
-
+from .._host.config import Config
 from .._host.gpu import gpu_of
-from .._host.tuned import remember, tuned_config
-from .configs import FlashConfig, loads_best, padded_head_dim
+from .configs import FlashConfig, padded_head_dim, tma_obstacle
+
+KERNELS = "dkdv", "dq", "fused"
 
 
-class BackwardConfig(NamedTuple):
+@dataclass(frozen=True)
+class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
     """dkdv and dq are the split schedule; fused, where it is faster, computes all three in one kernel.
 
     In dkdv and fused a program takes block_n keys and walks over queries block_m at a time, in dq the other way round.
@@ -47,12 +47,96 @@ class BackwardConfig(NamedTuple):
     dq: FlashConfig
     fused: FlashConfig | None
 
+    @classmethod
+    def default(cls, case):
+        """By look-up. The row is the first of the table that reaches the mean of the two head dims, padded as the
+        kernels pad them, and nearly the width of dq. causal chooses nothing so far."""
+        if case.arch == "interpreter":
+            return cls(*3 * (FlashConfig(64, 64, 4, 1),))
+        if case.is_half:
+            tables = _HALF[case.gpu.configs]
+            table = tables.get(case.access, tables["vector"])
+        else:
+            table = _FLOAT
+        head_dim, head_dim_v = padded_head_dim(case.head_dim), padded_head_dim(case.head_dim_v)
+        width = max((head_dim + head_dim_v) / 2, head_dim * 5 / 6)
+        return next(cls(*tiles) for limit, *tiles in table if width <= limit)
+
+    @classmethod
+    def search_space(cls, case, kernel):
+        """Tiles of one kernel, the default's, if it has one, first; those with an `objection` are left out."""
+        blocks = (32, 64, 128) if case.is_half else (16, 32, 64)
+        stages = (1,) if case.gpu.is_amd else (1, 2, 3)
+        use_tma = (True, False) if case.gpu.tma and case.is_half else (False,)
+        candidates = itertools.starmap(FlashConfig, itertools.product(blocks, blocks, (4, 8), stages, use_tma))
+        default = getattr(cls.default(case), kernel)
+        tiles = dict.fromkeys([*(() if default is None else (default,)), *candidates])
+        return [tile for tile in tiles if not objection(kernel, tile, case)]
+
+    def obstacle(self, case):
+        tiles = {kernel: getattr(self, kernel) for kernel in KERNELS}
+        reasons = ((kernel, tile and _obstacle(kernel, tile, case)) for kernel, tile in tiles.items())
+        return next((f"{kernel}: {reason}" for kernel, reason in reasons if reason), None)
+
+
+def _obstacle(kernel, tile, case):
+    """Of shared memory what no kernel does without: not all that `objection` expects is in it at once."""
+    row, stay, pass_by = _rows(kernel, tile, case)
+    least = max(stay, (tile.num_stages - 1) * pass_by) * row // (2 if case.gpu.is_amd else 1)
+    return tma_obstacle(tile, case) or case.gpu.lacks(least)
+
+
+def objection(kernel, tile, case):
+    """Why a kernel cannot run with a tile, or cannot run well; None if nothing is against it."""
+    if reason := tma_obstacle(tile, case) or case.gpu.lacks(_shared_bytes(kernel, tile, case)):
+        return reason
+    return None if case.gpu.tensor_memory else case.gpu.lacks_registers(_registers(kernel, tile, case))
+
+
+def _rows(kernel, tile, case):
+    """(bytes of a row of two inputs, rows of those that stay, of those that pass by)."""
+    row = (padded_head_dim(case.head_dim) + padded_head_dim(case.head_dim_v)) * case.dtype.itemsize
+    return row, *((tile.block_m, tile.block_n) if kernel == "dq" else (tile.block_n, tile.block_m))
+
+
+def _shared_bytes(kernel, tile, case):
+    """What the tiles of two inputs that stay and of two that pass by take, and dS where it is transposed."""
+    row, stay, pass_by = _rows(kernel, tile, case)
+    if case.gpu.is_amd:
+        return max(stay, pass_by) * row // 2
+    scores = tile.block_m * tile.block_n * case.dtype.itemsize if kernel == "fused" else 0
+    return (stay + max(1, case.gpu.buffers(tile.num_stages)) * pass_by) * row + scores
+
+
+def _registers(kernel, tile, case):
+    """32-bit registers per thread that hold S and dP, or then the tile of dq, and what is summed over the loop."""
+    head_dim, head_dim_v = padded_head_dim(case.head_dim), padded_head_dim(case.head_dim_v)
+    threads = tile.num_warps * case.gpu.warp_size
+    scores = 2 * tile.block_m * tile.block_n
+    if kernel == "dq":
+        return (scores + tile.block_m * head_dim) // threads
+    if kernel == "fused":
+        scores = max(scores, tile.block_m * head_dim)
+    return (scores + tile.block_n * (head_dim + head_dim_v)) // threads
+
+
+def may_hoist(kernel, arch, head_dim, head_dim_v):
+    """Whether what is the same in every trip may be computed once, before the loop.
+
+    Five matmuls leave no registers to hold it, nor do wide ones where it is held in registers: on sm_90 at head dim 256
+    dkdv would spill a kilobyte. With mma.sync it stays in shared memory.
+    """
+    if kernel == "fused":
+        return False
+    narrow = head_dim + head_dim_v <= (255 if kernel == "dq" else 256)
+    return narrow or not gpu_of(arch).multiplies_shared_memory
+
 
 def _tma(*tile):
     return FlashConfig(*tile, use_tma=True)
 
 
-# (largest width, dkdv, dq, fused) per architecture and access, see `default_backward_config`; 16-bit inputs.
+# (largest width, dkdv, dq, fused) per architecture and access, see `BackwardConfig.default`; 16-bit inputs.
 _HALF = {
     "sm_80": {
         "vector": (
@@ -136,104 +220,3 @@ _FLOAT = (
     (64, *3 * (FlashConfig(32, 32, 8, 1),)),
     (256, *3 * (FlashConfig(16, 16, 8, 1),)),
 )
-
-
-@remember
-def choose_backward_config(arch, dtype, head_dim, head_dim_v, causal, access, plain, seqlen_k):
-    """The configs of a call: of a tuned table where one has it, else the default; arguments as in `choose_config`."""
-    if plain and loads_best(arch, access):
-        found = tuned_config(arch, "flash_backward", dtype, (head_dim, head_dim_v, causal), (seqlen_k,))
-        if found is not None:
-            return BackwardConfig(**{kernel: tile and FlashConfig(**tile) for kernel, tile in found.items()})
-    return default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access)
-
-
-@functools.cache
-def default_backward_config(arch, dtype, head_dim, head_dim_v, causal, access="tma"):
-    """The configs of a call, by look-up as in `default_config`; head dims to 256.
-
-    The row is the first of the table that reaches the mean of the two head dims, padded as the kernels pad them, and
-    nearly the width of dq.
-
-    access: how q, k, v and dout can all be loaded: "tma", 16 bytes at a time ("vector"), or element by element
-    ("scalar"). causal chooses nothing so far.
-    """
-    if arch == "interpreter":
-        return BackwardConfig(*3 * (FlashConfig(64, 64, 4, 1),))
-    if dtype == torch.float32:
-        table = _FLOAT
-    else:
-        tables = _HALF[gpu_of(arch).configs]
-        table = tables.get(access, tables["vector"])
-    head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
-    width = max((head_dim + head_dim_v) / 2, head_dim * 5 / 6)
-    return next(BackwardConfig(*tiles) for limit, *tiles in table if width <= limit)
-
-
-def may_hoist(kernel, arch, head_dim, head_dim_v):
-    """Whether what is the same in every trip may be computed once, before the loop.
-
-    Five products leave no registers to hold it, nor do wide ones where it is held in registers: on sm_90 at head dim
-    256 dkdv would spill a kilobyte. With mma.sync it stays in shared memory.
-    """
-    if kernel == "fused":
-        return False
-    narrow = head_dim + head_dim_v <= (255 if kernel == "dq" else 256)
-    return narrow or not gpu_of(arch).multiplies_shared_memory
-
-
-def backward_search_space(kernel, arch, dtype, head_dim, head_dim_v, causal):
-    """Configs of one kernel ("dkdv", "dq" or "fused") for a sweep to compare, the default, where there is one, first;
-    without those that `prune_backward` has a reason against."""
-    half = dtype != torch.float32
-    candidates = itertools.product(
-        (32, 64, 128) if half else (16, 32, 64),
-        (32, 64, 128) if half else (16, 32, 64),
-        (4, 8),
-        (1,) if gpu_of(arch).is_amd else (1, 2, 3),
-        (True, False) if gpu_of(arch).tma and half else (False,),
-    )
-    default = getattr(default_backward_config(arch, dtype, head_dim, head_dim_v, causal), kernel)
-    defaults = [] if default is None else [default]
-    configs = dict.fromkeys([*defaults, *(FlashConfig(*candidate) for candidate in candidates)])
-    return [config for config in configs if prune_backward(kernel, config, arch, dtype, head_dim, head_dim_v) is None]
-
-
-def prune_backward(kernel, config, arch, dtype, head_dim, head_dim_v):
-    """Why a config cannot run, or cannot run well; None if nothing is against it. By estimate: the compiler decides."""
-    gpu = gpu_of(arch)
-    if config.use_tma and not gpu.tma:
-        return f"{arch} has no TMA"
-    if config.use_tma and (head_dim * dtype.itemsize % 16 or head_dim_v * dtype.itemsize % 16):
-        return "TMA needs rows in units of 16 bytes"
-    shared = _shared_bytes(kernel, config, gpu, dtype, head_dim, head_dim_v)
-    if shared > gpu.shared_bytes:
-        return f"{shared} bytes of shared memory, {arch} has {gpu.shared_bytes}"
-    registers, limit = _registers(kernel, config, gpu, head_dim, head_dim_v), 448 if gpu.is_amd else 224
-    if not gpu.tensor_memory and registers > limit:
-        return f"{registers} registers a thread for products, {limit} leave room for the rest"
-    return None
-
-
-def _shared_bytes(kernel, config, gpu, dtype, head_dim, head_dim_v):
-    """What the tiles of two inputs that stay and of two that pass by take, and dS where it is transposed."""
-    row = (padded_head_dim(head_dim) + padded_head_dim(head_dim_v)) * dtype.itemsize
-    stay, pass_by = (config.block_m, config.block_n) if kernel == "dq" else (config.block_n, config.block_m)
-    if gpu.is_amd:
-        return max(stay, pass_by) * row // 2
-    # mma.sync reads its operands into registers, which frees a buffer.
-    buffers = config.num_stages if gpu.multiplies_shared_memory else max(1, config.num_stages - 1)
-    scores = config.block_m * config.block_n * dtype.itemsize if kernel == "fused" else 0
-    return (stay + buffers * pass_by) * row + scores
-
-
-def _registers(kernel, config, gpu, head_dim, head_dim_v):
-    """32-bit registers per thread that hold S and dP, or then the tile of dq, and what is summed over the loop."""
-    head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
-    threads = config.num_warps * gpu.warp_size
-    tile = 2 * config.block_m * config.block_n
-    if kernel == "dq":
-        return (tile + config.block_m * head_dim) // threads
-    if kernel == "fused":
-        tile = max(tile, config.block_m * head_dim)
-    return (tile + config.block_n * (head_dim + head_dim_v)) // threads

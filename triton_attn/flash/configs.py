@@ -11,18 +11,58 @@ spilled and 588/603. At head dim 256, 128 x 64: `lock` 655/652 against 621/626. 
 against 467. On sm_100 the descriptor form of the same tiles spills nothing where the pointer form spills 20/112 bytes.
 """
 
-import functools
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from .._host import tuned
+from .._host.config import Config
 from .._host.gpu import gpu_of
-from .._host.tuned import remember, tuned_config
+
+
+class FlashCase(NamedTuple):
+    """What of a call the configs of its kernels depend on.
+
+    access: how k and v (in the backward pass q and dout too) can be loaded: "tma", 16 bytes at a time ("vector"), or
+    element by element ("scalar"). precision: of fp32 matmuls, "ieee", "tf32" or "tf32x3". is_plain: without softcap,
+    ALiBi and dropout, as sweeps time it. seqlen_k: of the longest sequence.
+    """
+
+    arch: str
+    dtype: torch.dtype
+    head_dim: int  # 1 to 512, in the backward pass to 256
+    head_dim_v: int
+    causal: bool
+    access: str = "tma"
+    precision: str = "ieee"
+    softcap: bool = False
+    dropout: bool = False
+    is_plain: bool = True
+    seqlen_k: int = 1
+
+    @property
+    def gpu(self):
+        return gpu_of(self.arch)
+
+    @property
+    def is_half(self):
+        return self.dtype != torch.float32
+
+    @property
+    def is_tuned(self):
+        """Whether a sweep times such calls: plain ones of tensors that can be loaded in the fastest way."""
+        return self.is_plain and (self.access == "tma" or (self.access == "vector" and not self.gpu.tma))
+
+    @property
+    def suits_tma(self):
+        """Whether rows are multiples of 16 bytes, where nothing else is known of the tensors."""
+        return all(dim * self.dtype.itemsize % 16 == 0 for dim in (self.head_dim, self.head_dim_v))
 
 
 @dataclass(frozen=True)
-class FlashConfig:
+class FlashConfig(Config, family="flash", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
     """One program takes block_m queries and walks over keys block_n at a time, num_stages tiles ahead."""
 
     block_m: int
@@ -31,9 +71,75 @@ class FlashConfig:
     num_stages: int
     use_tma: bool = False
 
+    @classmethod
+    def default(cls, case):
+        """By look-up. The row is the first of the table that reaches the width max((head_dim + head_dim_v) / 2,
+        head_dim_v), both padded as the kernel pads them: shared memory holds tiles of both, registers the output alone.
+
+        causal chooses nothing so far: a mask adds partial tiles and leaves the loop over full tiles as it is.
+        """
+        if case.arch == "interpreter":
+            return cls(64, 64, 4, 1)
+        tables = _HALF[case.gpu.configs]
+        access = case.access if case.access in tables else "vector"
+        table = tables[access] if case.is_half else _FLOAT[case.precision]
+        width, config = next(row for row in table if _width(case.head_dim, case.head_dim_v) <= row[0])
+        special = _SOFTCAP if case.softcap else _DROPOUT if case.dropout else {}
+        return special.get((case.gpu.configs, access, width), config) if case.is_half else config
+
+    @classmethod
+    def search_space(cls, case):
+        """Those that `objection` has a reason against are left out."""
+        rows, keys = (64, 128), (32, 64, 128)
+        if not case.is_half or max(case.head_dim, case.head_dim_v) > 256:
+            rows, keys = (16, 32, *rows), (16, *keys)
+        stages = (1, 2) if case.gpu.is_amd else (1, 2, 3, 4)
+        use_tma = (True, False) if case.is_half else (False,)
+        candidates = itertools.starmap(cls, itertools.product(rows, keys, (4, 8), stages, use_tma))
+        return [config for config in dict.fromkeys([cls.default(case), *candidates]) if not config.objection(case)]
+
+    def obstacle(self, case):
+        return tma_obstacle(self, case) or case.gpu.lacks(self._shared_bytes(case))
+
+    def objection(self, case):
+        """Why it cannot run, or cannot run well; None if nothing is against it."""
+        gpu = case.gpu
+        if gpu.multiplies_shared_memory and case.is_half and self.block_m < 64:
+            return "the matrix instructions take 64 rows"
+        if reason := self.obstacle(case) or gpu.lacks_registers(self._registers(case)):
+            return reason
+        columns = (self.block_n + padded_head_dim(case.head_dim_v)) * self.block_m // 128
+        if gpu.tensor_memory and columns > 512:
+            return f"{columns} columns of tensor memory, there are 512"
+        return None
+
+    def _shared_bytes(self, case):
+        """What the tiles of q, k and v take."""
+        size = case.dtype.itemsize
+        q = self.block_m * padded_head_dim(case.head_dim) * size
+        k, v = (self.block_n * padded_head_dim(dim) * size for dim in (case.head_dim, case.head_dim_v))
+        if case.gpu.is_amd:
+            return max(q, k, v)
+        if self.num_stages == 1:
+            return q + max(k, v)
+        return q + case.gpu.buffers(self.num_stages) * (k + v)
+
+    def _registers(self, case):
+        """32-bit registers per thread that hold scores, weights and, where there is no tensor memory, the output."""
+        scores = self.block_m * self.block_n
+        output = 0 if case.gpu.tensor_memory else self.block_m * padded_head_dim(case.head_dim_v)
+        return (scores + scores * case.dtype.itemsize // 4 + output) // (self.num_warps * case.gpu.warp_size)
+
+
+def tma_obstacle(config, case):
+    """Why a config cannot load with TMA; None if it can or does not."""
+    if config.use_tma and not case.gpu.tma:
+        return f"{case.arch} has no TMA"
+    return "TMA needs rows in units of 16 bytes" if config.use_tma and not case.suits_tma else None
+
 
 @dataclass(frozen=True)
-class HopperConfig:
+class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal": bool}):
     """One program of hopper.py takes 64 queries for each of its groups of four warps and walks over keys block_n at a
     time, num_stages tiles ahead."""
 
@@ -45,8 +151,47 @@ class HopperConfig:
     def block_m(self):
         return 64 * self.groups
 
+    @classmethod
+    def supports(cls, case):
+        dims = case.head_dim == case.head_dim_v and (case.head_dim, case.causal) in _HOPPER
+        return case.gpu.wgmma and case.is_half and dims
 
-# (largest width, config) per architecture and access, see `default_config`; 16-bit inputs.
+    @classmethod
+    def default(cls, case):
+        """The fastest on an H100 of those that fit."""
+        return _HOPPER[case.head_dim, case.causal]
+
+    @classmethod
+    def choose(cls, case, wanted):
+        """The config of a call, None for the portable kernel.
+
+        wanted: "auto", where a tuned table has one, which says that the kernel was found right and fast on such a GPU
+        with this Triton; "hopper", also where none has; "portable", never.
+        """
+        if wanted == "portable" or not cls.supports(case) or not tuned.may_replace(FlashConfig, cls):
+            return None
+        return tuned.choose(cls, case) if wanted == "hopper" or tuned.is_chosen(cls, case) else None
+
+    @classmethod
+    def search_space(cls, case):
+        """None where the kernel does not support the case."""
+        if not cls.supports(case):
+            return []
+        # Scores, weights and output of three groups fit in their registers, 160 a thread, at head dim 64 alone. Tiles
+        # of 64 keys were up to a fifth slower on an H100 where 128 fit.
+        default, groups = cls.default(case), (2, 3) if case.head_dim == 64 else (2,)
+        candidates = itertools.starmap(cls, itertools.product((default.block_n,), groups, (2, 3, 4)))
+        return list(dict.fromkeys([default, *(config for config in candidates if not config.obstacle(case))]))
+
+    def obstacle(self, case):
+        if self.block_n > 128 or self.groups not in (2, 3):
+            return "the kernel has 2 or 3 groups and tiles of at most 128 keys"
+        # Barriers take less than 2 KB.
+        tiles = (self.block_m + 2 * self.block_n * self.num_stages) * case.head_dim * case.dtype.itemsize
+        return case.gpu.lacks(tiles + 2048)
+
+
+# (largest width, config) per architecture and access, see `FlashConfig.default`; 16-bit inputs.
 _HALF = {
     "sm_80": {
         "vector": (
@@ -154,7 +299,7 @@ _DROPOUT = {
     ("sm_90", "tma", 128): FlashConfig(128, 128, 8, 2, use_tma=True),
 }
 
-# fp32 inputs, by the precision of their products. NVIDIA has fused multiply-adds alone for ieee.
+# fp32 inputs, by the precision of their matmuls. NVIDIA has fused multiply-adds alone for ieee.
 _FLOAT = {
     "ieee": (
         (64, FlashConfig(64, 32, 8, 1)),
@@ -176,72 +321,6 @@ _FLOAT = {
 }
 
 
-@remember
-def choose_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap, dropout, plain, seqlen_k):
-    """The config of a call: of a tuned table where one has it, else the default.
-
-    plain: without softcap, ALiBi and dropout, as sweeps time it. seqlen_k: of the longest sequence. The rest as in
-    `default_config`.
-    """
-    if plain and loads_best(arch, access):
-        found = tuned_config(arch, "flash", dtype, (head_dim, head_dim_v, causal), (seqlen_k,))
-        if found is not None:
-            return FlashConfig(**found)
-    return default_config(arch, dtype, head_dim, head_dim_v, causal, access, precision, softcap, dropout)
-
-
-def choose_hopper_config(wanted, dtype, head_dim, causal, seqlen_k):
-    """The HopperConfig of a call that hopper.py can serve, None for the portable kernel.
-
-    wanted: "auto", where a tuned table has one, which says that the kernel was found right and fast on such a GPU with
-    this Triton; "hopper", also where none has; "portable", never.
-    """
-    if wanted == "portable" or (head_dim, causal) not in _HOPPER or dtype == torch.float32:
-        return None
-    found = tuned_config("sm_90", "flash_hopper", dtype, (head_dim, causal), (seqlen_k,))
-    if found is not None:
-        return HopperConfig(**found)
-    return _HOPPER[head_dim, causal] if wanted == "hopper" else None
-
-
-def loads_best(arch, access):
-    """Whether tensors can be loaded in the way that is fastest on arch, which sweeps give them."""
-    return arch != "interpreter" and (access == "tma" or (access == "vector" and not gpu_of(arch).tma))
-
-
-@functools.cache
-def default_config(
-    arch, dtype, head_dim, head_dim_v, causal, access="tma", precision="ieee", softcap=False, dropout=False
-):
-    """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
-
-    The row is the first of the table that reaches the width max((head_dim + head_dim_v) / 2, head_dim_v), both padded
-    as the kernel pads them: shared memory holds tiles of both, registers the output alone.
-
-    Args:
-        arch: "sm_90", "gfx942", ...; "interpreter" gets tiles that it is fast with.
-        dtype: of q, k and v.
-        head_dim, head_dim_v: 1 to 512.
-        causal: chooses nothing so far. A mask adds boundary tiles and leaves the interior loop as it is.
-        access: how k and v can be loaded: "tma", 16 bytes at a time ("vector"), or element by element ("scalar").
-            Architectures without TMA take "tma" as "vector".
-        precision: of fp32 products: "ieee", "tf32" or "tf32x3".
-        softcap, dropout: whether there is one.
-    """
-    if arch == "interpreter":
-        return FlashConfig(64, 64, 4, 1)
-    arch = gpu_of(arch).configs
-    half = dtype != torch.float32
-    access = access if access in _HALF[arch] else "vector"
-    table = _HALF[arch][access] if half else _FLOAT[precision]
-    width, config = next(row for row in table if _width(head_dim, head_dim_v) <= row[0])
-    if half and softcap:
-        return _SOFTCAP.get((arch, access, width), config)
-    if half and dropout:
-        return _DROPOUT.get((arch, access, width), config)
-    return config
-
-
 def padded_head_dim(head_dim):
     """Columns that the kernel computes: a multiple of 16 that is a power of two or, in two pieces, the sum of two."""
     padded = -(-head_dim // 16) * 16
@@ -252,75 +331,3 @@ def padded_head_dim(head_dim):
 def _width(head_dim, head_dim_v):
     head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
     return max((head_dim + head_dim_v) / 2, head_dim_v)
-
-
-def search_space(arch, dtype, head_dim, head_dim_v, causal):
-    """Configs for a sweep to compare, the default first; those that `prune` has a reason against are left out."""
-    rows, keys = (64, 128), (32, 64, 128)
-    if dtype == torch.float32 or max(head_dim, head_dim_v) > 256:
-        rows, keys = (16, 32, *rows), (16, *keys)
-    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3, 4)
-    use_tma = (True, False) if dtype != torch.float32 else (False,)
-    default = default_config(arch, dtype, head_dim, head_dim_v, causal)
-    candidates = itertools.starmap(FlashConfig, itertools.product(rows, keys, (4, 8), stages, use_tma))
-    configs = dict.fromkeys([default, *candidates])
-    return [config for config in configs if prune(config, arch, dtype, head_dim, head_dim_v) is None]
-
-
-def hopper_search_space(arch, dtype, head_dim, causal):
-    """Configs of hopper.py's kernel for a sweep to compare, the default first; none where it serves nothing."""
-    if not gpu_of(arch).wgmma or dtype == torch.float32 or (head_dim, causal) not in _HOPPER:
-        return []
-    default = _HOPPER[head_dim, causal]
-    # Scores, weights and output of three groups fit in their registers, 160 a thread, at head dim 64 alone. Tiles of 64
-    # keys were up to a fifth slower on an H100 where 128 fit.
-    groups = (2, 3) if head_dim == 64 else (2,)
-    candidates = itertools.starmap(HopperConfig, itertools.product((default.block_n,), groups, (2, 3, 4)))
-    row_bytes = head_dim * dtype.itemsize
-    # Barriers take less than 2 KB.
-    limit = gpu_of(arch).shared_bytes - 2048
-    configs = [c for c in candidates if (c.block_m + 2 * c.block_n * c.num_stages) * row_bytes <= limit]
-    return list(dict.fromkeys([default, *configs]))
-
-
-def prune(config, arch, dtype, head_dim, head_dim_v):
-    """Why a config cannot run, or cannot run well; None if nothing is against it. By estimate: the compiler decides."""
-    gpu = gpu_of(arch)
-    if config.use_tma and not gpu.tma:
-        return f"{arch} has no TMA"
-    if config.use_tma and (head_dim * dtype.itemsize % 16 or head_dim_v * dtype.itemsize % 16):
-        return "TMA needs rows in units of 16 bytes"
-    if gpu.multiplies_shared_memory and dtype != torch.float32 and config.block_m < 64:
-        return "the matrix instructions take 64 rows"
-    shared = _shared_bytes(config, gpu, dtype, head_dim, head_dim_v)
-    if shared > gpu.shared_bytes:
-        return f"{shared} bytes of shared memory, {arch} has {gpu.shared_bytes}"
-    registers, limit = _registers(config, gpu, dtype, head_dim_v), 448 if gpu.is_amd else 224
-    if registers > limit:
-        return f"{registers} registers a thread for scores and output, {limit} leave room for the rest"
-    columns = (config.block_n + padded_head_dim(head_dim_v)) * config.block_m // 128
-    if gpu.tensor_memory and columns > 512:
-        return f"{columns} columns of tensor memory, there are 512"
-    return None
-
-
-def _shared_bytes(config, gpu, dtype, head_dim, head_dim_v):
-    """What the tiles of q, k and v take."""
-    size = dtype.itemsize
-    q = config.block_m * padded_head_dim(head_dim) * size
-    k, v = (config.block_n * padded_head_dim(dim) * size for dim in (head_dim, head_dim_v))
-    if gpu.is_amd:
-        return max(q, k, v)
-    if config.num_stages == 1:
-        return q + max(k, v)
-    # mma.sync reads its operands into registers, which frees a buffer.
-    buffers = config.num_stages if gpu.multiplies_shared_memory else config.num_stages - 1
-    return q + buffers * (k + v)
-
-
-def _registers(config, gpu, dtype, head_dim_v):
-    """32-bit registers per thread that hold scores, weights and, where there is no tensor memory, the output."""
-    threads = config.num_warps * gpu.warp_size
-    scores = config.block_m * config.block_n
-    output = 0 if gpu.tensor_memory else config.block_m * padded_head_dim(head_dim_v)
-    return (scores + scores * dtype.itemsize // 4 + output) // threads

@@ -22,7 +22,7 @@ from .._host.layout import (
     without_dim,
 )
 from .._host.options import wanted_kernels
-from .._host.tuned import remember
+from .._host.tuned import choose, remember
 from .._jit.args import Dropout, Sequences, Strides, View
 from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
@@ -43,7 +43,7 @@ from .._jit.tiles import (
     zeros_tile,
 )
 from .._jit.workarounds import in_vectors
-from .configs import choose_config
+from .configs import FlashCase, FlashConfig
 from .hopper import launch_flash_fwd_hopper, plan_hopper
 
 LOG2_E = math.log2(math.e)
@@ -290,7 +290,8 @@ def _plan(
         access = "scalar" if vector == 1 or not bases_aligned else "tma" if suits_tma else "vector"
         plain = fold_scale and not drops
         shape = head_dim, head_dim_v, causal
-        config = choose_config(arch, dtype, *shape, access, precision, capped, drops, plain, seqlen_k)
+        case = FlashCase(arch, dtype, *shape, access, precision, capped, drops, plain, seqlen_k)
+        config = choose(FlashConfig, case)
     use_tma = config.use_tma and suits_tma and bases_aligned
     num_tiles = tiles_each(seqlen_q, shape_q[-3], batch, config.block_m)
     section_size = 1

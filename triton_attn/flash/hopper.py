@@ -32,7 +32,7 @@ from .._jit.blocks import visible_range
 from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
 from .._jit.softmax import LN_2
 from .._jit.tiles import sequence_coords
-from .configs import choose_hopper_config
+from .configs import FlashCase, HopperConfig
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -477,14 +477,15 @@ def plan_hopper(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, wanted,
     """(programs, geometries of q, k, v and out, counts, constants) of a call without options but causal, or None where
     the portable kernel serves it.
 
-    layout is that of q, k, v and out, whose bases are aligned to 16 bytes; wanted as in `choose_hopper_config`, which
+    layout is that of q, k, v and out, whose bases are aligned to 16 bytes; wanted as in `HopperConfig.choose`, which
     chooses config if it is None.
     """
     (shape_q, _), (shape_k, _), (shape_v, _), _ = layout
     *_, num_heads, head_dim = shape_q
     if shape_v[-1] != head_dim or not all(strides_suit_tma(*of_tensor, dtype.itemsize) for of_tensor in layout):
         return None
-    config = config or choose_hopper_config(wanted, dtype, head_dim, causal, seqlen_k)
+    case = FlashCase("sm_90", dtype, head_dim, head_dim, causal, seqlen_k=seqlen_k)
+    config = config or HopperConfig.choose(case, wanted)
     if config is None:
         return None
     batch = shape_q[0] if varlen_batch is None else varlen_batch

@@ -15,7 +15,7 @@ from .._host.gpu import count_sms, gpu_of
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
-from .._host.tuned import remember
+from .._host.tuned import choose, remember
 from .._jit.args import Sequences, View
 from .._jit.blocks import split_blocks, visible_range
 from .._jit.heads import row_offsets, sequence_bounds, slots_left_over, spare_rows
@@ -26,7 +26,7 @@ from .._jit.tiles import load_piece, padded_size, piece_0, piece_1, store_piece
 from .._jit.workarounds import fence_copies, in_vectors
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
-from .configs import choose_decode_config, default_decode_config, has_wgmma, programs_per_processor
+from .configs import MlaDecodeCase, MlaDecodeConfig, has_wgmma
 from .hopper import launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
@@ -453,15 +453,11 @@ def _plan(
         stride * size % 16 == 0 for (_, strides), size in zip(cache, sizes) for stride in strides[:2]
     )
     num_rows = max_seqlen_q * num_heads
-    if config is not None:
-        tiles = config
-    elif paged:
-        sizes = kv_lora_rank, shape_pe[3], num_rows
-        tiles = choose_decode_config(arch, dtype, *sizes, is_fp8, table_width * page_size, page_size)
-    else:
-        tiles = default_decode_config(arch, dtype, num_rows, is_fp8, paged=False)
+    seqlen_k = table_width * page_size if paged else max_seqlen_k
+    case = MlaDecodeCase(arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, paged, seqlen_k, page_size)
+    tiles = config or choose(MlaDecodeConfig, case)
     num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
-    num_key_tiles = -(-(table_width * page_size if paged else max_seqlen_k) // tiles.block_n)
+    num_key_tiles = -(-seqlen_k // tiles.block_n)
     one_page = paged and page_size % tiles.block_n == 0
     cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
     constants = dict(
@@ -485,5 +481,5 @@ def _plan(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    num_slots = num_sms * programs_per_processor(tiles, is_fp8)
+    num_slots = num_sms * tiles.programs_per_sm(is_fp8)
     return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_slots), constants

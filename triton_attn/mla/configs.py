@@ -8,15 +8,59 @@ alone fills the tensor memory: mma.sync takes 32.
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from .._host import tuned
+from .._host.config import Config
 from .._host.gpu import gpu_of
-from .._host.tuned import remember, rows_class, tuned_config
+
+
+class MlaDecodeCase(NamedTuple):
+    """What of a decode step, or of a prefill over latent vectors, the config depends on.
+
+    rows: seqlen_q * num_heads. is_fp8: the cache. is_paged: it has pages, of page_size, in which a sequence has room
+    for seqlen_k keys; sweeps time such calls.
+    """
+
+    arch: str
+    dtype: torch.dtype  # of the queries
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    rows: int
+    is_fp8: bool = False
+    is_paged: bool = True
+    seqlen_k: int = 1
+    page_size: int = 1
+
+    @property
+    def gpu(self):
+        return gpu_of(self.arch)
+
+    @property
+    def is_tuned(self):
+        return self.is_paged
+
+    @property
+    def tile_rows(self):
+        return tuned.rows_class(self.rows)
+
+    @property
+    def cache_dtype(self):
+        return torch.float8_e4m3fn if self.is_fp8 else self.dtype
+
+
+_WIDTHS = {"kv_lora_rank": int, "qk_rope_head_dim": int}
 
 
 @dataclass(frozen=True)
-class MlaDecodeConfig:
+class MlaDecodeConfig(
+    Config,
+    family="mla",
+    case=_WIDTHS | {"tile_rows": int, "cache_dtype": str},
+    buckets=("seqlen_k", "page_size", "rows"),
+):
     """One program takes block_m rows, heads of the queries of a sequence, and walks over keys block_n at a time."""
 
     block_m: int
@@ -24,13 +68,75 @@ class MlaDecodeConfig:
     num_warps: int
     num_stages: int
 
+    @classmethod
+    def default(cls, case):
+        if case.arch == "interpreter":
+            return cls(16 if case.rows <= 16 else 64, 64, 4, 1)
+        table = case.gpu.configs
+        if case.dtype == torch.float32:
+            return _FLOAT
+        config = (_FLOAT8 if case.is_fp8 else _HALF)[table][case.rows > 16]
+        return config if case.is_paged or case.rows <= 16 else _CONTIGUOUS.get(table, config)
+
+    @classmethod
+    def search_space(cls, case):
+        """Those that have an `obstacle` are left out."""
+        rows = (16,) if case.rows <= 16 else (16, 32, 64)
+        stages = (1, 2) if case.gpu.is_amd else (1, 2, 3, 4)
+        candidates = itertools.starmap(cls, itertools.product(rows, (16, 32, 64), (4, 8), stages))
+        return [config for config in dict.fromkeys([cls.default(case), *candidates]) if not config.obstacle(case)]
+
+    def obstacle(self, case):
+        return case.gpu.lacks(self._shared_bytes(case))
+
+    def _shared_bytes(self, case):
+        """What the tiles of queries and keys take at least; fp8 keys of one stage are decoded in registers."""
+        width = case.kv_lora_rank + case.qk_rope_head_dim
+        q = self.block_m * width * case.dtype.itemsize
+        keys = self.block_n * width * case.cache_dtype.itemsize
+        if case.gpu.is_amd:
+            return max(q, keys)
+        return q if case.is_fp8 and self.num_stages == 1 else q + keys
+
+    def programs_per_sm(self, is_fp8):
+        """Programs of a decode that splits are to give an SM at once. Tiles of 16 rows leave room for two, which an fp8
+        cache needs, whose loop is slower than memory; others wait for memory, and more splits are more to merge."""
+        return 2 if is_fp8 and self.block_m == 16 else 1
+
+
+def has_wgmma(arch):
+    return gpu_of(arch).wgmma
+
 
 @dataclass(frozen=True)
-class MlaHopperConfig:
+class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqlen_k", "rows")):
     """One program of hopper.py takes 64 rows and walks over keys 64 at a time, num_stages tiles ahead: two, as its two
     groups take turns, and no more fit."""
 
     num_stages: int
+
+    @classmethod
+    def supports(cls, case):
+        is_half = case.dtype != torch.float32 and not case.is_fp8
+        return case.gpu.wgmma and case.is_paged and is_half and (case.kv_lora_rank, case.qk_rope_head_dim) in _HOPPER
+
+    @classmethod
+    def default(cls, case):
+        return _HOPPER[case.kv_lora_rank, case.qk_rope_head_dim]
+
+    @classmethod
+    def choose(cls, case, wanted):
+        """The config of a decode step, None for the portable kernel; wanted as in `HopperConfig.choose` of flash."""
+        if wanted == "portable" or not cls.supports(case) or not tuned.may_replace(MlaDecodeConfig, cls):
+            return None
+        return tuned.choose(cls, case) if wanted == "hopper" or tuned.is_chosen(cls, case) else None
+
+    @classmethod
+    def search_space(cls, case):
+        return [cls.default(case)] if cls.supports(case) else []
+
+    def obstacle(self, case):
+        return None if self.num_stages == 2 else "the kernel's two groups take turns at two tiles"
 
 
 # Of hopper.py by (kv_lora_rank, qk_rope_head_dim).
@@ -59,64 +165,82 @@ _CONTIGUOUS = {"sm_80": MlaDecodeConfig(32, 64, 8, 2), "sm_86": MlaDecodeConfig(
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
 
 
-@remember
-def choose_decode_config(arch, dtype, kv_lora_rank, qk_rope_head_dim, num_rows, is_fp8, seqlen_k, page_size):
-    """The config of a decode step: of a tuned table where one has it, else the default.
+class MlaPrefillCase(NamedTuple):
+    """What of a prefill the config depends on.
 
-    seqlen_k: keys that a sequence has room for in its pages of page_size. The rest as in `default_decode_config`.
+    fused: the kernel computes keys and values from latent vectors. widest: the largest of a head's three
+    dimensions, padded. seqlen_k: of the longest sequence.
     """
-    cache_dtype = "float8_e4m3fn" if is_fp8 else str(dtype).removeprefix("torch.")
-    case = kv_lora_rank, qk_rope_head_dim, rows_class(num_rows), cache_dtype
-    found = arch != "interpreter" and tuned_config(arch, "mla", dtype, case, (seqlen_k, page_size, num_rows))
-    return MlaDecodeConfig(**found) if found else default_decode_config(arch, dtype, num_rows, is_fp8)
+
+    arch: str
+    dtype: torch.dtype
+    fused: bool
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    widest: int
+    seqlen_k: int = 1
+
+    @property
+    def gpu(self):
+        return gpu_of(self.arch)
+
+    @property
+    def is_tuned(self):
+        return True
 
 
-def default_decode_config(arch, dtype, num_rows, is_fp8=False, paged=True):
-    """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
-
-    num_rows is seqlen_q * num_heads, dtype that of the queries, is_fp8 whether the cache is, paged whether it has
-    pages. "interpreter" gets tiles that it is fast with.
-    """
-    if arch == "interpreter":
-        return MlaDecodeConfig(16 if num_rows <= 16 else 64, 64, 4, 1)
-    if dtype == torch.float32:
-        return _FLOAT
-    arch = gpu_of(arch).configs
-    config = (_FLOAT8 if is_fp8 else _HALF)[arch][num_rows > 16]
-    return config if paged or num_rows <= 16 else _CONTIGUOUS.get(arch, config)
-
-
-def choose_hopper_config(wanted, dtype, kv_lora_rank, qk_rope_head_dim, seqlen_k, num_rows):
-    """The MlaHopperConfig of a decode step that hopper.py can serve, None for the portable kernel.
-
-    wanted: "auto", where a tuned table has one, which says that the kernel was found right and fast on such a GPU with
-    this Triton; "hopper", also where none has; "portable", never. The rest as in `choose_decode_config`.
-    """
-    dims = kv_lora_rank, qk_rope_head_dim
-    if wanted == "portable" or dims not in _HOPPER or dtype == torch.float32:
-        return None
-    found = tuned_config("sm_90", "mla_hopper", dtype, dims, (seqlen_k, num_rows))
-    if found is not None:
-        return MlaHopperConfig(**found)
-    return _HOPPER[dims] if wanted == "hopper" else None
-
-
-def programs_per_processor(config, is_fp8):
-    """Programs of a decode that splits are to give a processor at once. Tiles of 16 rows leave room for two, which an
-    fp8 cache needs, whose loop is slower than memory; others wait for memory, and more splits are more to merge."""
-    return 2 if is_fp8 and config.block_m == 16 else 1
+_HEAD = {"qk_nope_head_dim": int, "qk_rope_head_dim": int, "v_head_dim": int}
 
 
 @dataclass(frozen=True)
-class MlaPrefillConfig:
-    """One program takes block_m queries of a head and walks over keys block_n at a time; where it makes keys of latent
-    vectors, it takes block_c numbers of these at a time."""
+class MlaPrefillConfig(Config, family="mla_prefill", case={"fused": bool} | _HEAD):
+    """One program takes block_m queries of a head and walks over keys block_n at a time; where it computes keys from
+    latent vectors, it takes block_c elements of these at a time."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     block_c: int = 64
+
+    @classmethod
+    def default(cls, case):
+        if case.arch == "interpreter":
+            return cls(64, 64, 4, 1)
+        table = case.gpu.configs
+        if case.dtype == torch.float32:
+            return cls(32 if case.widest <= 256 else 16, 16, 8, 1, 16)
+        if case.widest <= 128:
+            return _PREFILL[table][case.fused]
+        return next(config for width, config in _PREFILL_WIDE if case.widest <= width)
+
+    @classmethod
+    def search_space(cls, case):
+        """Those that have an `obstacle` are left out."""
+        default = cls.default(case)
+        stages = (1, 2) if case.gpu.is_amd else (1, 2, 3)
+        latent_tiles = (32, 64, 128) if case.fused else (default.block_c,)
+        candidates = itertools.starmap(cls, itertools.product((64, 128), (32, 64, 128), (4, 8), stages, latent_tiles))
+        return [config for config in dict.fromkeys([default, *candidates]) if not config.obstacle(case)]
+
+    def obstacle(self, case):
+        return case.gpu.lacks(self._shared_bytes(case))
+
+    def _shared_bytes(self, case):
+        """What tiles take at least: of queries, and of keys and values, or of latent vectors and weights."""
+        size = case.dtype.itemsize
+        q = self.block_m * (case.qk_nope_head_dim + case.qk_rope_head_dim) * size
+        k = self.block_n * (case.qk_nope_head_dim + case.qk_rope_head_dim) * size
+        v = self.block_n * case.v_head_dim * size
+        if case.fused:
+            k, v = self.block_n * self.block_c * size, self.block_c * (case.qk_nope_head_dim + case.v_head_dim) * size
+        if case.gpu.is_amd:
+            return max(q, k) if case.fused else max(q, k, v)
+        if self.num_stages == 1:
+            return q + k if case.fused else q + max(k, v)
+        buffers = self.num_stages - 1 if case.fused else case.gpu.buffers(self.num_stages)
+        return q + buffers * (k + v)
 
 
 # (keys and values loaded, made of latent vectors) of heads to 128 wide, as of DeepSeek's models; 16-bit inputs. The
@@ -131,46 +255,3 @@ _PREFILL = {
 }
 # Of wider heads, by (largest padded dimension, ...) on every architecture: they fit.
 _PREFILL_WIDE = ((256, MlaPrefillConfig(64, 32, 8, 1, 32)), (512, MlaPrefillConfig(32, 16, 8, 1, 32)))
-
-
-@remember
-def choose_prefill_config(arch, dtype, fused, dims, padded_head_dim, seqlen_k):
-    """The config of a prefill: of a tuned table where one has it, else the default.
-
-    dims: (qk_nope_head_dim, qk_rope_head_dim, v_head_dim). The rest as in `default_prefill_config`.
-    """
-    found = arch != "interpreter" and tuned_config(arch, "mla_prefill", dtype, (fused, *dims), (seqlen_k,))
-    return MlaPrefillConfig(**found) if found else default_prefill_config(arch, dtype, fused, padded_head_dim)
-
-
-def default_prefill_config(arch, dtype, fused, head_dim):
-    """The config of a prefill over keys and values, by look-up; head_dim is the largest of a head's three, padded."""
-    if arch == "interpreter":
-        return MlaPrefillConfig(64, 64, 4, 1)
-    if dtype == torch.float32:
-        return MlaPrefillConfig(32 if head_dim <= 256 else 16, 16, 8, 1, 16)
-    if head_dim <= 128:
-        return _PREFILL[gpu_of(arch).configs][fused]
-    return next(config for width, config in _PREFILL_WIDE if head_dim <= width)
-
-
-def has_wgmma(arch):
-    return gpu_of(arch).wgmma
-
-
-def prefill_search_space(arch, dtype, fused, head_dim):
-    """Configs of `default_prefill_config`'s kernel for a sweep to compare, the default first."""
-    default = default_prefill_config(arch, dtype, fused, head_dim)
-    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3)
-    latent_tiles = (32, 64, 128) if fused else (default.block_c,)
-    candidates = itertools.product((64, 128), (32, 64, 128), (4, 8), stages, latent_tiles)
-    return list(dict.fromkeys([default, *itertools.starmap(MlaPrefillConfig, candidates)]))
-
-
-def search_space(arch, dtype, num_rows, is_fp8=False):
-    """Configs of a decode step for a sweep to compare, the default first."""
-    default = default_decode_config(arch, dtype, num_rows, is_fp8)
-    rows = (16,) if num_rows <= 16 else (16, 32, 64)
-    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3, 4)
-    candidates = itertools.starmap(MlaDecodeConfig, itertools.product(rows, (16, 32, 64), (4, 8), stages))
-    return list(dict.fromkeys([default, *candidates]))

@@ -30,7 +30,7 @@ from .._host.tuned import remember
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
 from ..merge.splits import choose_num_splits
-from .configs import choose_hopper_config
+from .configs import MlaDecodeCase, MlaHopperConfig
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -456,7 +456,7 @@ def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num
     with a positive scale, or None where the portable kernel serves it.
 
     layout is that of q, q_pe and latent vectors, whose bases are aligned to 16 bytes, as that of the rotary keys, which
-    lie behind the latent vectors; wanted as in `choose_hopper_config`.
+    lie behind the latent vectors; wanted as in `MlaHopperConfig.choose`.
     """
     (shape_q, strides_q), (shape_pe, strides_pe), (shape_k, strides_k) = layout
     batch, seqlen_q, num_heads, kv_lora_rank = shape_q
@@ -466,7 +466,9 @@ def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num
     if not all(strides_suit_tma(*of_tensor, dtype.itemsize) for of_tensor in layout):
         return None
     capacity = table_width * page_size
-    config = choose_hopper_config(wanted, dtype, kv_lora_rank, shape_pe[3], capacity, seqlen_q * num_heads)
+    rows = seqlen_q * num_heads
+    case = MlaDecodeCase("sm_90", dtype, kv_lora_rank, shape_pe[3], rows, seqlen_k=capacity, page_size=page_size)
+    config = MlaHopperConfig.choose(case, wanted)
     if config is None:
         return None
     num_programs = batch * seqlen_q * (num_heads // ROWS.value)

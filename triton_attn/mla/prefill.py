@@ -16,6 +16,7 @@ from .._host.layout import (
     strides_are_wide,
     tiles_each,
 )
+from .._host.tuned import choose
 from .._jit.args import Sequences, Strides, View
 from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.heads import assign_tile, row_pointer, sequence_bounds, slots_left_over, spare_rows
@@ -23,7 +24,7 @@ from .._jit.masks import mask_scores
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import load_piece, padded_size, row_pointers, store_piece, tile_pointers
 from .._jit.workarounds import fence_copies
-from .configs import choose_prefill_config
+from .configs import MlaPrefillCase, MlaPrefillConfig
 
 # A new length must not mean a new compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", *LSE]
@@ -332,9 +333,8 @@ def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, cau
     arch = arch_of(q_nope)
     fused = w_uk is not None
     dims = dict(BLOCK_K=padded_size(nope_dim), BLOCK_R=padded_size(q_pe.shape[-1]), BLOCK_V=padded_size(v_dim))
-    tiles = config or choose_prefill_config(
-        arch, q_nope.dtype, fused, (nope_dim, q_pe.shape[-1], v_dim), max(dims.values()), max_seqlen_k
-    )
+    widths = nope_dim, q_pe.shape[-1], v_dim, max(dims.values())
+    tiles = config or choose(MlaPrefillConfig, MlaPrefillCase(arch, q_nope.dtype, fused, *widths, max_seqlen_k))
     with_rows = q_nope, q_pe, out, k_pe.unsqueeze(-2), *((k.unsqueeze(-2),) if fused else ())
     num_tiles = tiles_each(max_seqlen_q, q_nope.shape[-3], batch, tiles.block_m)
     scale_log2 = softmax_scale * LOG2_E.value

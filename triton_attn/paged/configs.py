@@ -6,24 +6,100 @@ tiles ahead each. Of tiles for many rows those with the most `lock` in perf/mode
 mma.sync, 64 for four warps of wgmma, or warps repeat each other's products.
 """
 
-import functools
 import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
+from .._host.config import Config
 from .._host.gpu import gpu_of
-from .._host.tuned import remember, rows_class, tuned_config
+from .._host.tuned import rows_class
+
+
+class PagedCase(NamedTuple):
+    """What of a call the config depends on.
+
+    rows: of a sequence for one KV head, seqlen_q * group_size at most: a tile has no more than it needs, but tensor
+    cores take 16. loads_vectors: whether keys and values can be loaded 16 bytes at a time. is_plain: with pages,
+    without softcap and ALiBi, as sweeps time it. seqlen_k: keys that a sequence has room for.
+    """
+
+    arch: str
+    dtype: torch.dtype  # of q
+    cache_dtype: torch.dtype
+    head_dim: int  # 1 to 512
+    head_dim_v: int
+    rows: int
+    loads_vectors: bool = True
+    is_plain: bool = True
+    seqlen_k: int = 1
+    page_size: int = 1
+
+    @property
+    def gpu(self):
+        return gpu_of(self.arch)
+
+    @property
+    def is_tuned(self):
+        return self.is_plain and self.loads_vectors
+
+    @property
+    def tile_rows(self):
+        return rows_class(self.rows)
+
+
+_TABLE_CASE = {"head_dim": int, "head_dim_v": int, "tile_rows": int, "cache_dtype": str}
 
 
 @dataclass(frozen=True)
-class PagedConfig:
+class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k", "page_size", "rows")):
     """One program takes block_m rows, query heads of one KV head, and walks over keys block_n at a time."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+
+    @classmethod
+    def default(cls, case):
+        """By look-up; the table's row is the first that reaches the larger head dim."""
+        if case.arch == "interpreter":
+            return cls(32 if case.rows <= 32 else 64, 64, 4, 1)
+        table = _FLOAT if case.dtype == torch.float32 else _HALF[case.gpu.configs]
+        width = max(case.head_dim, case.head_dim_v)
+        few, many = next(configs for limit, *configs in table if width <= limit)
+        config = few
+        if case.rows > 32:
+            config = many
+            if case.rows <= 64 and many.block_m == 128:  # half the rows have work for half the warps
+                config = replace(many, block_m=64, num_warps=many.num_warps // 2)
+        elif case.rows > 16:
+            config = replace(few, block_m=32, num_warps=max(2, few.num_warps)) if many.block_m > 32 else many
+        if not case.loads_vectors:
+            config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
+        return config
+
+    @classmethod
+    def search_space(cls, case):
+        """Those that have an `obstacle` are left out."""
+        default = cls.default(case)
+        stages = (1, 2) if case.gpu.is_amd else (1, 2, 3, 4)
+        rows = [rows for rows in (16, 32, 64, 128) if rows <= default.block_m]
+        candidates = itertools.starmap(cls, itertools.product(rows, (16, 32, 64, 128), (2, 4, 8), stages))
+        return [config for config in dict.fromkeys([default, *candidates]) if not config.obstacle(case)]
+
+    def obstacle(self, case):
+        return case.gpu.lacks(self._shared_bytes(case))
+
+    def _shared_bytes(self, case):
+        """What tiles of q, k and v take at least. However many stages there are, the chain from page numbers to keys
+        leaves one tile of each in flight."""
+        q = self.block_m * case.head_dim * case.dtype.itemsize
+        k, v = (self.block_n * dim * case.cache_dtype.itemsize for dim in (case.head_dim, case.head_dim_v))
+        if case.gpu.is_amd:
+            return max(q, k, v)
+        return q + (max(k, v) if self.num_stages == 1 else k + v)
 
 
 # (largest head dim, config of up to 16 rows, of more) per architecture; 16-bit inputs.
@@ -55,56 +131,3 @@ _FLOAT = (
     (128, PagedConfig(16, 32, 4, 2), PagedConfig(32, 32, 8, 1)),
     (512, PagedConfig(16, 16, 8, 1), PagedConfig(16, 16, 8, 1)),
 )
-
-
-@remember
-def choose_config(arch, dtype, cache_dtype, head_dim, head_dim_v, num_rows, by_16_bytes, plain, seqlen_k, page_size):
-    """The config of a call: of a tuned table where one has it, else the default.
-
-    cache_dtype: of keys and values. plain: with pages, without softcap and ALiBi, as sweeps time it. seqlen_k: keys
-    that a sequence has room for. The rest as in `default_config`.
-    """
-    if plain and by_16_bytes and arch != "interpreter":
-        case = head_dim, head_dim_v, rows_class(num_rows), str(cache_dtype).removeprefix("torch.")
-        found = tuned_config(arch, "paged", dtype, case, (seqlen_k, page_size, num_rows))
-        if found is not None:
-            return PagedConfig(**found)
-    return default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes)
-
-
-@functools.cache
-def default_config(arch, dtype, head_dim, head_dim_v, num_rows, by_16_bytes):
-    """The config of a call, by look-up: equal calls run equal code, and nothing is timed.
-
-    Args:
-        arch: "sm_90", "gfx942", ...; "interpreter" gets tiles that it is fast with.
-        dtype: of q.
-        head_dim, head_dim_v: 1 to 512.
-        num_rows: rows of a sequence for one KV head, seqlen_q * group_size at most: a tile has no more than it needs,
-            but tensor cores take 16.
-        by_16_bytes: whether keys and values can be loaded 16 bytes at a time.
-    """
-    if arch == "interpreter":
-        return PagedConfig(32 if num_rows <= 32 else 64, 64, 4, 1)
-    table = _FLOAT if dtype == torch.float32 else _HALF[gpu_of(arch).configs]
-    width = max(head_dim, head_dim_v)
-    few, many = next(configs for limit, *configs in table if width <= limit)
-    config = few
-    if num_rows > 32:
-        config = many
-        if num_rows <= 64 and many.block_m == 128:  # half the rows have work for half the warps
-            config = replace(many, block_m=64, num_warps=many.num_warps // 2)
-    elif num_rows > 16:
-        config = replace(few, block_m=32, num_warps=max(2, few.num_warps)) if many.block_m > 32 else many
-    if not by_16_bytes:
-        config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
-    return config
-
-
-def search_space(arch, dtype, head_dim, head_dim_v, num_rows):
-    """Configs for a sweep to compare, the default first."""
-    default = default_config(arch, dtype, head_dim, head_dim_v, num_rows, True)
-    stages = (1, 2) if gpu_of(arch).is_amd else (1, 2, 3, 4)
-    rows = [rows for rows in (16, 32, 64, 128) if rows <= default.block_m]
-    candidates = itertools.starmap(PagedConfig, itertools.product(rows, (16, 32, 64, 128), (2, 4, 8), stages))
-    return list(dict.fromkeys([default, *candidates]))

@@ -21,7 +21,7 @@ from .._host.layout import (
     vector_elements,
     without_dim,
 )
-from .._host.tuned import remember
+from .._host.tuned import choose, remember
 from .._jit.args import View
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
 from .._jit.heads import find_sequence, packed_bounds, row_offsets, slots_left_over, spare_rows
@@ -32,7 +32,7 @@ from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_t
 from .._jit.workarounds import fence_copies, in_vectors
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
-from .configs import choose_config
+from .configs import PagedCase, PagedConfig
 
 LOG2_E = math.log2(math.e)
 
@@ -442,18 +442,9 @@ def _plan(
     rows = max_seqlen_q * group_size
     for shared in (True, False) if shared_prefix_len else (False,):
         rows_here = num_queries * group_size if shared else rows
-        tiles = config or choose_config(
-            arch,
-            dtype,
-            cache_dtype,
-            head_dim,
-            head_dim_v,
-            rows_here,
-            vector_cache > 1,
-            fold_scale and page_size > 0,
-            capacity,
-            slots,
-        )
+        how = vector_cache > 1, fold_scale and page_size > 0
+        case = PagedCase(arch, dtype, cache_dtype, head_dim, head_dim_v, rows_here, *how, capacity, slots)
+        tiles = config or choose(PagedConfig, case)
         search = varlen and not shared and rows > tiles.block_m
         if search:
             num_tiles = num_queries * group_size // tiles.block_m + batch
