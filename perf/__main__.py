@@ -1,6 +1,6 @@
 """What runs here, whether it is right, how fast it is, how large its caches are.
 
-Without a part: machine, verify, embed, bench (both families), mla and sizes, one after the other, in a few minutes.
+Without a part: machine, verify, bench (both families), mla and sizes, one after the other, in a few minutes.
 Figures go to perf/out/, which git ignores; with --publish to perf/results/, from which `python -m perf report` writes
 docs/performance.md. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from
 compiled code and labelled so: nothing is called measured that was not.
@@ -40,14 +40,11 @@ class Part:
 PARTS = {
     "machine": Part("what runs here, and the roofs of a GPU", "interpreter"),
     "verify": Part("every public function against its reference at real model shapes", "interpreter", interpreted=True),
-    "embed": Part("sentences through a real encoder, with our attention and torch's", "interpreter", interpreted=True),
     "bench": Part("throughput of attention, ours and the peers'", "predicted-{arch}"),
     "mla": Part("multi-head latent attention: decode, schedules of prefill, bytes of cache", "predicted-{arch}"),
     "sizes": Part("KV-cache bytes against context length", "sizes", machine_free=True),
     "cache": Part("what the bookkeeping of pages costs on the host", "host"),
     "cold": Part("imports, first calls, kernels compiled per call", "host"),
-    "sharing": Part("what pages and their sharing save, against the paper's claims", "sharing", machine_free=True),
-    "train": Part("a small decoder trained with our attention and with torch's", "interpreter", interpreted=True),
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),
     "gpu": Part("all that only a GPU can tell, within a budget of minutes", "gpu"),
     "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
@@ -57,7 +54,7 @@ PARTS = {
     "plot": Part("pictures of CSV files of results", None, machine_free=True),
     "report": Part("the figures of docs/performance.md, from all results", "", machine_free=True, committed=True),
 }
-MAIN_JOB = ("machine", "verify", "embed", "bench", "bench --family paged", "mla", "sizes")
+MAIN_JOB = ("machine", "verify", "bench", "bench --family paged", "mla", "sizes")
 INTERRUPTED = 130
 
 

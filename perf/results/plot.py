@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator
 
 from perf import results
 from perf.results import OURS, speed_plots
@@ -18,9 +17,7 @@ from perf.results.style import (
     BLACK,
     BLUE,
     GREEN,
-    ORANGE,
     PURPLE,
-    SKY,
     STYLE,
     VERMILION,
     head,
@@ -110,30 +107,6 @@ def _label_ends(axes, x, ends):
         lowest = at * 1.42
 
 
-def training(data):
-    """Loss against step, ours on top of torch's; below, how far they are apart where they differ."""
-    losses = {name: rows.set_index("step")["loss"] for name, rows in data.groupby("provider")}
-    ours = losses.pop(OURS)
-    ((name, theirs),) = losses.items()
-    first = data.iloc[0]
-    figure, (above, below) = plt.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(8, 5))
-    above.plot(theirs, color=SKY, linewidth=6, label=name)
-    above.plot(ours, color=VERMILION, linewidth=1.5, label=OURS)
-    above.axhline(first["unigram_entropy"], color=BLACK, linewidth=1, linestyle="--", label="unigram entropy")
-    above.legend()
-    above.set_ylabel("loss (nats per character)")
-    below.plot((ours - theirs).abs(), color=PURPLE, marker=".", linestyle="")
-    below.axhline(first["bound"], color=BLACK, linewidth=1, linestyle="--", label="bound")
-    below.legend()
-    below.set_yscale("log")
-    below.set_ylabel("difference (nats)")
-    below.set_xlabel("step")
-    figure.align_ylabels()
-    title = "A small decoder learns six sonnets, with our attention and with torch's, from one seed"
-    head(figure, title, f"{first['device']}, fp32")
-    return figure
-
-
 OPERATION_STYLES = {
     "allocate": (VERMILION, "o"),
     "share": (BLUE, "s"),
@@ -174,80 +147,9 @@ def decode_step(data):
     return figure
 
 
-WORKLOAD_STYLES = {
-    "Alpaca-like": (BLUE, "s"),
-    "ShareGPT-like": (VERMILION, "o"),
-    "translation-like": (GREEN, "^"),
-}
-
-
-def sharing(data):
-    """Pages saved against samples or beams; hollow marks are the paper's figures of the workload of their colour."""
-    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(8, 4))
-    for axes, (method, panel) in zip(panels, sorted(data.groupby("method"), reverse=True)):
-        for workload, rows in panel.groupby("workload"):
-            colour, marker = WORKLOAD_STYLES[workload]
-            axes.plot(rows["width"], rows["saving_percent"], color=colour, marker=marker, label=workload)
-            hollow = {"s": 50, "marker": marker, "color": "none", "edgecolors": colour, "zorder": 3}
-            axes.scatter(rows["width"], rows["paper_percent"], **hollow)
-        axes.scatter([], [], s=50, color="none", edgecolors=BLACK, label="the paper's")
-        axes.xaxis.set_major_locator(FixedLocator(sorted(panel["width"].unique())))
-        axes.set_title(method)
-    panels[0].set_ylim(0, 100)
-    panels[0].set_ylabel("pages saved by sharing (%)")
-    panels[0].set_xlabel("samples per request")
-    panels[1].set_xlabel("beams per request")
-    panels[0].legend()
-    return figure
-
-
-def bytes_held(data):
-    """GiB held against running requests, a panel per workload."""
-    lines = {
-        "reserved_2048_gib": ("2048 tokens reserved", BLACK, "v"),
-        "reserved_pow2_gib": ("power of two reserved", ORANGE, "s"),
-        "pages_gib": ("pages", BLUE, "^"),
-        "shared_pages_gib": ("pages, system prompt shared", VERMILION, "o"),
-    }
-    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(9, 4))
-    for axes, (workload, rows) in zip(panels, data.groupby("workload")):
-        for column, (label, colour, marker) in lines.items():
-            axes.plot(rows["requests"], rows[column], color=colour, marker=marker, label=label)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        length_ticks(axes, rows["requests"])
-        plain_ticks(axes.yaxis)
-        axes.set_xlabel("running requests")
-        axes.set_title(f"{workload}, system prompt of {rows['system_prompt'].iloc[0]} tokens")
-    panels[0].set_ylabel("KV cache of OPT-13B held (GiB)")
-    panels[0].legend()
-    return figure
-
-
-def page_waste(data):
-    """Slots of held pages without a token against the page size."""
-    figure, axes = plt.subplots()
-    for workload, rows in data.groupby("workload"):
-        colour, marker = WORKLOAD_STYLES[workload]
-        axes.plot(rows["page_size"], rows["waste_percent"], color=colour, marker=marker, label=workload)
-    axes.axhline(4, color=BLACK, linewidth=1, linestyle="--", label="4 %, the paper's bound")
-    axes.set_xscale("log", base=2)
-    length_ticks(axes, data["page_size"].unique())
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("page size (tokens)")
-    axes.set_ylabel("slots without a token (%)")
-    axes.set_title("Internal waste of pages, one sequence per request")
-    axes.legend()
-    return figure
-
-
 PICTURES = {  # by a column that no other kind of table has
     "bytes_per_element": kv_cache,
-    "unigram_entropy": training,
     "operation": pool_operations,
     "sequences": decode_step,
-    "paper_percent": sharing,
-    "shared_pages_gib": bytes_held,
-    "waste_percent": page_waste,
     "measured/lock": calibration,
 }

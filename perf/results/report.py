@@ -92,7 +92,7 @@ def section(root, base=PAGE.parent, tuned=TUNED):
     """Markdown of the results under `root`, with links relative to `base`; what has no results is left out."""
     found = Results(root, base)
     blocks = [where_measured, targets, prefill, decode, latent_decode, latent_prefill, cold_start]
-    blocks += [errors, training, embeddings, sizes, sharing]
+    blocks += [errors, sizes]
     return "\n\n".join(filter(None, [*(block(found) for block in blocks), tuned_tables(tuned)]))
 
 
@@ -256,31 +256,6 @@ def errors(found):
     return _block("Errors", f"{about}[All of them]({relpath(path, found.base)}).", lines, data)
 
 
-def training(found):
-    path, data = found.table("training.csv")
-    if path is None:
-        return ""
-    losses = data.pivot(index="step", columns="provider", values="loss")
-    apart = losses.max(axis=1) - losses.min(axis=1)
-    said = (
-        "`python -m perf train`: a small decoder learns sonnets, with our attention and torch's. In "
-        f"{len(losses)} steps the losses are at most {apart.max():.1g} nats apart. "
-    )
-    said += found.links([("loss against step", path.with_suffix(".png"))])
-    return f"## A small decoder\n\n{_wrap(said)}\n\n{_provenance(data)}"
-
-
-def embeddings(found):
-    path, data = found.table("embeddings.csv")
-    if path is None:
-        return ""
-    said = (
-        "`python -m perf embed`: the README's paragraphs through MiniLM's real weights. Their embeddings with our "
-        f"attention differ by at most {data['difference'].max():.1g} from those with torch's."
-    )
-    return f"## Embeddings\n\n{_wrap(said)}\n\n{_provenance(data)}"
-
-
 def sizes(found):
     """Needs no device: from formulas."""
     _, kinds = found.table("mla_sizes.csv")
@@ -292,22 +267,6 @@ def sizes(found):
     if path is not None:
         blocks.append(found.image([("KV cache against context length", path.with_suffix(".png"))]))
     return "\n\n".join(blocks) if len(blocks) > 1 else ""
-
-
-def sharing(found):
-    path, data = found.table("sharing.csv")
-    if path is None:
-        return ""
-    saved = [
-        f"{rows['saving_percent'].min():.0f} to {rows['saving_percent'].max():.0f} % in {method}"
-        for method, rows in data.groupby("method")
-    ]
-    said = (
-        "`python -m perf sharing`: of the pages that simulated requests would hold, sharing saves "
-        f"{' and '.join(saved)}. "
-    )
-    said += found.links([("beside the PagedAttention paper's figures", path.with_suffix(".png"))])
-    return f"## Sharing of pages\n\n{_wrap(said)}"
 
 
 def tuned_tables(folder):

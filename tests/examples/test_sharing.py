@@ -1,10 +1,9 @@
-import csv
 import random
 import statistics
 
 import pytest
 
-from perf.commands import sharing
+from examples import sharing
 
 SHORT = sharing.Workload("Alpaca-like", 9, 12, 0.5, {("sampling", 2): 50.0})
 
@@ -53,18 +52,23 @@ def test_lengths_end_at_the_longest_sequence():
     assert max(map(sum, draws)) == sharing.MAX_LENGTH
 
 
-@pytest.mark.ci
-def test_run_writes_three_tables_and_pictures(tmp_path, monkeypatch, capsys):
+def test_it_prints_three_tables(monkeypatch, capsys):
     monkeypatch.setattr(sharing, "WORKLOADS", (SHORT,))
     monkeypatch.setattr(sharing, "SHAREGPT", SHORT)
     monkeypatch.setattr(sharing, "TRANSLATION", SHORT)
     monkeypatch.setattr(sharing, "RUNNING", (1, 2))
-    paths = sharing.run(tmp_path, requests=2)
-    assert [path.name for path in paths] == [f"{n}.{e}" for n in ("sharing", "held", "waste") for e in ("csv", "png")]
-    rows = list(csv.DictReader(paths[0].open()))
-    assert [(row["method"], row["width"], row["paper_percent"]) for row in rows[:2]] == [
-        ("sampling", "2", "50.0"),
-        ("sampling", "4", ""),
+    saved, held, waste = sharing.main(requests=2)
+    assert [(row["method"], row["width"], row["the paper's, %"]) for row in saved[:2]] == [
+        ("sampling", 2, 50.0),
+        ("sampling", 4, None),
     ]
-    assert all(path.stat().st_size > 10_000 for path in paths[1::2])
-    assert "saving_percent" in capsys.readouterr().out
+    assert all(row["shared pages, GiB"] <= row["pages, GiB"] <= row["2048 tokens reserved, GiB"] for row in held)
+    assert [row["page size"] for row in waste] == list(sharing.PAGE_SIZES)
+    assert waste[0]["slots without a token, %"] == 0, "a page of one token is never half empty"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(saved) + len(held) + len(waste) + 6
+    assert lines[1].split()[:4] == ["Alpaca-like", "sampling", "2", _one_digit(saved[0]["pages without sharing"])]
+
+
+def _one_digit(figure):
+    return f"{figure:.1f}"

@@ -1,53 +1,40 @@
 """A small decoder learns a real text, once with our attention and once with torch's: the same curve, both directions.
 
+    TRITON_INTERPRET=1 python examples/train.py    # without a GPU the kernels run in Triton's interpreter
+
 Six sonnets by Shakespeare, character by character; a decoder with grouped query heads, rotary positions and two layers,
 in fp32, from one seed. A model that knew only how often each character comes would stay at the unigram entropy.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import trange
 
-import triton_attn
-from perf import results
-from perf.harness.device import has_gpu, provenance
-from perf.results import plot
-from perf.results.tables import print_table
+from triton_attn import flash_attention
 
-TEXT = Path(__file__).parents[1] / "data" / "sonnets.txt"
-COLUMNS = ["step", "provider", "loss", "unigram_entropy", "bound", "device", "driver", "torch", "triton", "commit"]
+TEXT = Path(__file__).parent / "sonnets.txt"
 BOUND = 1e-2  # nats by which the two losses may be apart at any step
 
 
-def add_arguments(parser):
-    parser.add_argument("--steps", type=int, default=150)
-
-
-def run(out_dir, steps=150):
-    """Write `training.csv` and its picture, print the ends of both curves; exits with an error if they part."""
-    device = "cuda" if has_gpu() else "cpu"
+def main(steps=150):
+    """Print both curves and how far they are apart at most."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, vocabulary_size = read_text(device)
-    entropy = unigram_entropy(tokens)
-    path = out_dir / "training.csv"
     curves = {name: [] for name in ATTENTIONS}
-    with results.Table(path, COLUMNS) as table:
-        for name, attention in ATTENTIONS.items():
-            for step, loss in enumerate(train(attention, tokens, vocabulary_size, steps, name)):
-                table.append([step, name, loss, entropy, BOUND, *provenance().values()])
-                curves[name].append(loss)
-    ours, theirs = curves.values()
-    rows = [{"provider": name, "first loss": losses[0], "last loss": losses[-1]} for name, losses in curves.items()]
-    print_table([row | {"unigram entropy": entropy} for row in rows])
-    apart = max(abs(a - b) for a, b in zip(ours, theirs))
-    print(f"largest difference of the two losses at any step: {apart:.2g} nats, bound {BOUND:g}")
-    pictures = plot.draw(path)
+    for name, attention in ATTENTIONS.items():
+        for step, loss in enumerate(train(attention, tokens, vocabulary_size, steps)):
+            curves[name].append(loss)
+            if step % 10 == 9:
+                print(f"{name}, step {step + 1}: loss {loss:.3f} nats per character", flush=True)
+    apart = max(abs(a - b) for a, b in zip(*curves.values()))
+    print(f"unigram entropy: {unigram_entropy(tokens):.3f} nats per character")
+    print(f"largest difference of the two losses at any step: {apart:.2g} nats")
     if not apart < BOUND:
-        sys.exit("the two losses are further apart than their bound")
-    return [path, *pictures]
+        raise SystemExit(f"the two losses are further apart than {BOUND:g} nats")
+    return curves
 
 
 def read_text(device):
@@ -63,13 +50,13 @@ def unigram_entropy(tokens):
     return -torch.special.xlogy(frequencies, frequencies).sum().item()
 
 
-def train(attention, tokens, vocabulary_size, steps, name, batch_size=2, seqlen=64, seed=0):
+def train(attention, tokens, vocabulary_size, steps, batch_size=2, seqlen=64, seed=0):
     """Yield the losses of `steps` steps of AdamW on random excerpts; model and excerpts follow from the seed."""
     torch.manual_seed(seed)
     model = Decoder(vocabulary_size, attention).to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(seed)
-    for _ in (bar := trange(steps, desc=f"train, {name}")):
+    for _ in range(steps):
         starts = torch.randint(len(tokens) - seqlen, (batch_size, 1), generator=generator).to(tokens.device)
         excerpt = tokens[starts + torch.arange(seqlen + 1, device=tokens.device)]
         logits = model(excerpt[:, :-1])
@@ -77,7 +64,6 @@ def train(attention, tokens, vocabulary_size, steps, name, batch_size=2, seqlen=
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
         yield loss.item()
 
 
@@ -124,7 +110,7 @@ def rotate(x, base=10000.0):
 
 
 def _ours(q, k, v):
-    return triton_attn.flash_attention(q, k, v, causal=True)
+    return flash_attention(q, k, v, causal=True)
 
 
 def _torchs(q, k, v):
@@ -132,4 +118,10 @@ def _torchs(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-ATTENTIONS = {results.OURS: _ours, "SDPA": _torchs}
+ATTENTIONS = {"triton_attn": _ours, "SDPA": _torchs}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    main(**vars(parser.parse_args()))

@@ -1,5 +1,7 @@
 """What pages and their sharing save, against the claims of the PagedAttention paper (Kwon et al., arXiv 2309.06180).
 
+    python examples/sharing.py --requests 256
+
 A seeded simulation with real cache objects: a fixed number of requests runs, each step adds a token to every sequence,
 and a request that ends makes room for the next. Figures are averages over the steps after warm-up.
 
@@ -11,23 +13,21 @@ Beam search takes the best `width` of all beams' continuations; the next-token d
 geometric, p(k) = u (1 - u)^k, with u uniform in (0, 1), drawn anew for each beam and step. How long beams keep a common
 history, and so what they share, depends on this choice.
 
-`sharing.csv`: pages saved by sharing, of those that sequences would hold without. `held.csv`: GiB held by OPT-13B (the
-paper's model) against the number of running requests with a common system prompt, for contiguous reservation (of 2048
-tokens, or of the next power of two of the output), pages, and shared pages; the external fragmentation of reservation
-is not counted. `waste.csv`: slots of held pages without a token, against the page size.
+Three tables: pages saved by sharing, of those that sequences would hold without. GiB held by OPT-13B (the paper's
+model) against the number of running requests with a common system prompt, for contiguous reservation (of 2048 tokens,
+or of the next power of two of the output), pages, and shared pages; the external fragmentation of reservation is not
+counted. Slots of held pages without a token, against the page size.
 """
 
+import argparse
+import itertools
 import math
 import random
 import statistics
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from perf import results
-from perf.results import plot
-from perf.results.tables import print_table
 from triton_attn import PagedKVCache, kv_cache_bytes_per_token
 
 MAX_LENGTH = 2048
@@ -39,20 +39,6 @@ RUNNING = (1, 2, 4, 8, 16, 32, 64, 128)
 PAGE_SIZE = 16
 SYSTEM_PROMPT = 341  # tokens of the paper's prefix with five examples
 METHODS = ("sampling", "beam search")
-COLUMNS = {
-    "sharing": ["workload", "method", "width", "pages_unshared", "pages_held", "saving_percent", "paper_percent"],
-    "held": [
-        "workload",
-        "requests",
-        "system_prompt",
-        "reserved_2048_gib",
-        "reserved_pow2_gib",
-        "pages_gib",
-        "shared_pages_gib",
-        "saving_percent",
-    ],
-    "waste": ["workload", "page_size", "waste_percent", "waste_reserved_2048_percent", "waste_reserved_pow2_percent"],
-}
 
 
 @dataclass(frozen=True)
@@ -213,53 +199,65 @@ def _lognormal(rng, mean, sigma):
     return max(1, round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)))
 
 
-def run(out_dir, requests=256):
-    """Print the tables, write them as CSV files, and draw a picture of each."""
-    cases = {
-        "sharing": [(workload, method, width) for workload in WORKLOADS for method in METHODS for width in WIDTHS],
-        "held": [(workload, running) for workload in (SHAREGPT, TRANSLATION) for running in RUNNING],
-        "waste": [(workload, page_size) for workload in WORKLOADS for page_size in PAGE_SIZES],
-    }
-    measure = {"sharing": _sharing_row, "held": _held_row, "waste": _waste_row}
-    paths = []
-    with tqdm(total=sum(map(len, cases.values())), desc="page sharing") as progress:
-        for name, columns in COLUMNS.items():
-            path = out_dir / f"{name}.csv"
-            rows = []
-            with results.Table(path, columns) as table:
-                for case in cases[name]:
-                    rows.append(measure[name](*case, requests))
-                    table.append(rows[-1])
-                    progress.update()
-            progress.clear()
-            print_table([dict(zip(columns, row)) for row in rows])
-            paths += [path, *plot.draw(path)]
-    return paths
+def main(requests=256):
+    """Print the three tables, and give their rows."""
+    tables = [
+        [saving(*case, requests) for case in itertools.product(WORKLOADS, METHODS, WIDTHS)],
+        [held(*case, requests) for case in itertools.product((SHAREGPT, TRANSLATION), RUNNING)],
+        [waste(*case, requests) for case in itertools.product(WORKLOADS, PAGE_SIZES)],
+    ]
+    for rows in tables:
+        columns = [list(column) for column in zip(rows[0], *([_text(cell) for cell in row.values()] for row in rows))]
+        widths = [max(map(len, column)) for column in columns]
+        for line in zip(*columns):
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+        print()
+    return tables
 
 
-def _sharing_row(workload, method, width, requests):
+def _text(cell):
+    return "" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+
+
+def saving(workload, method, width, requests):
     usage = simulate(workload, method=method, width=width, requests=requests)
-    paper = workload.paper.get((method, width))
-    return [workload.name, method, width, usage.pages_unshared, usage.pages_held, usage.saving, paper]
+    return {
+        "workload": workload.name,
+        "method": method,
+        "width": width,
+        "pages without sharing": usage.pages_unshared,
+        "pages held": usage.pages_held,
+        "saved, %": usage.saving,
+        "the paper's, %": workload.paper.get((method, width)),
+    }
 
 
-def _held_row(workload, running, requests):
+def held(workload, running, requests):
     usage = simulate(workload, running=running, requests=requests, system_prompt=SYSTEM_PROMPT)
-    tokens = (
-        usage.reserved_max,
-        usage.reserved_pow2,
-        usage.pages_unshared * PAGE_SIZE,
-        usage.pages_held * PAGE_SIZE,
-    )
-    return [workload.name, running, SYSTEM_PROMPT, *(n * BYTES_PER_TOKEN / 2**30 for n in tokens), usage.saving]
+    tokens = {
+        "2048 tokens reserved, GiB": usage.reserved_max,
+        "power of two reserved, GiB": usage.reserved_pow2,
+        "pages, GiB": usage.pages_unshared * PAGE_SIZE,
+        "shared pages, GiB": usage.pages_held * PAGE_SIZE,
+    }
+    gib = {name: n * BYTES_PER_TOKEN / 2**30 for name, n in tokens.items()}
+    return {"workload": workload.name, "running requests": running, **gib, "saved, %": usage.saving}
 
 
-def _waste_row(workload, page_size, requests):
+def waste(workload, page_size, requests):
     usage = simulate(workload, page_size=page_size, requests=requests)
-    slots = usage.pages_held * page_size
-    used_of = [usage.tokens / reserved for reserved in (usage.reserved_max, usage.reserved_pow2)]
-    return [workload.name, page_size, 100 * (1 - usage.slots_used / slots), *(100 * (1 - used) for used in used_of)]
+    unused = {
+        "page size": page_size,
+        "slots without a token, %": 1 - usage.slots_used / (usage.pages_held * page_size),
+        "of 2048 tokens reserved, %": 1 - usage.tokens / usage.reserved_max,
+        "of a power of two, %": 1 - usage.tokens / usage.reserved_pow2,
+    }
+    return {"workload": workload.name} | {
+        name: 100 * share if isinstance(share, float) else share for name, share in unused.items()
+    }
 
 
-def add_arguments(parser):
-    parser.add_argument("--requests", type=int, default=256, help="requests measured per case (default: %(default)s)")
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=256, help="that come to their end (default: %(default)s)")
+    main(**vars(parser.parse_args()))
