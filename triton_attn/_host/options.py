@@ -1,6 +1,6 @@
 """What all attention kernels need to know of a call, checked and in one shape."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ class AttentionOptions(NamedTuple):
     sinks: object  # tensor (num_heads_q,), or None
     dropout: tuple | None = None  # as dropout_arguments gives it
 
-    def as_arguments(self):
+    def as_arguments(self) -> dict[str, Any]:
         """The same as arguments of a public function or its reference, but for dropout."""
         return dict(
             causal=False,  # the window says it

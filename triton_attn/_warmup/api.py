@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -116,11 +116,11 @@ def warmup(
     )
     windows = [window_size]
     if model is not None:
-        model = model_named(model)
-        shape = {name: getattr(model, name) if size is None else size for name, size in shape.items()}
-        sinks = model.sinks if sinks is None else sinks
-        windows = _windows(model) if window_size is None else windows
-    options = dict(
+        known = model_named(model)
+        shape = {name: getattr(known, name) if size is None else size for name, size in shape.items()}
+        sinks = known.sinks if sinks is None else sinks
+        windows = _windows(known) if window_size is None else windows
+    options: dict[str, Any] = dict(
         dtype=dtype,
         kv_cache_dtype=dtype if kv_cache_dtype is None else kv_cache_dtype,
         causal=check_bool("causal", causal),

@@ -1,7 +1,7 @@
 """Flash attention as users call it: argument checks, then the kernel or the reference."""
 
 import functools
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -288,7 +288,9 @@ def _check_dropout(q, dropout_p, dropout_seed):
     return dropout_p, dropout_seed
 
 
-def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse, check_values=False):
+def _attend(
+    q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse, check_values=False
+) -> tuple[Tensor, Any]:
     """out and lse by the kernel: launched directly, or as an operator where somebody traces or differentiates."""
     check_kernel_dtype(q)
     softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
@@ -300,7 +302,7 @@ def _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, r
         out, lse = new_outputs(q, v, return_lse)
         if dropout_p > 0:
             options = options._replace(dropout=dropout_arguments(dropout_p, dropout_seed))
-        launch_flash_fwd(q, k, v, out, lse, *lengths, options)
+        launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
         return out, lse
     from . import autograd
 
