@@ -88,12 +88,6 @@ def test_sizes_at_the_edge(batch, seqlen_q, seqlen_k, deterministic):
 
 
 @both_schedules
-@pytest.mark.parametrize("softmax_scale", [0.0, -0.5])
-def test_a_scale_that_is_not_positive(softmax_scale, deterministic):
-    check(replace(PLAIN, softmax_scale=softmax_scale, deterministic=deterministic))
-
-
-@both_schedules
 def test_rows_without_a_partner_have_no_gradient(deterministic):
     """Causal with more queries than keys, and a window that leaves the first keys to nobody."""
     q, k, v = (torch.randn(1, rows, 2, 16, device=DEVICE, requires_grad=True) for rows in (5, 2, 2))

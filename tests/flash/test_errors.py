@@ -119,6 +119,8 @@ WRONG = {
     "causal is a tensor": ({"causal": tensor(1)}, TypeError, "causal: expected a bool, got Tensor"),
     "softmax_scale is a string": ({"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number, got str"),
     "softmax_scale is a bool": ({"softmax_scale": True}, TypeError, "softmax_scale: expected a number, got bool"),
+    "softmax_scale is 0": ({"softmax_scale": 0}, ValueError, "softmax_scale: expected a number above 0, got 0.0"),
+    "softmax_scale is negative": ({"softmax_scale": -0.5}, ValueError, "softmax_scale: expected a number above 0, got"),
     "softmax_scale is NaN": (
         {"softmax_scale": float("nan")},
         ValueError,

@@ -164,11 +164,6 @@ def test_scale_then_softcap_then_alibi_then_mask():
     torch.testing.assert_close(out.flatten().cpu(), expected)
 
 
-@pytest.mark.parametrize("softmax_scale", [0.0, -0.5])
-def test_a_scale_that_is_not_positive(softmax_scale):
-    check(replace(PLAIN, softmax_scale=softmax_scale))
-
-
 def test_query_heads_read_the_kv_head_of_their_group():
     q = torch.randn(2, 3, 6, 16, device=DEVICE)
     k = torch.randn(2, 5, 2, 16, device=DEVICE)
@@ -225,7 +220,7 @@ def test_causal_and_window_do_the_work_that_is_visible():
     def tiles(**options):
         with using(FlashConfig(block, block, 4, 1)), guard() as accesses:
             flash_attention(q, q, q.clone(), **options)
-        return accesses.bytes_loaded["v"] // (block * head_dim * 2)
+        return accesses.bytes_loaded["v.ptr"] // (block * head_dim * 2)
 
     assert tiles() == 8 * 8
     assert tiles(causal=True) == 8 * 9 // 2

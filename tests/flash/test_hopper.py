@@ -107,7 +107,6 @@ def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
         {"alibi_slopes": torch.ones(4)},
         {"sinks": torch.ones(4)},
         {"dropout_p": 0.1, "dropout_seed": 1},
-        {"softmax_scale": -1.0},
         {"head_dim": 96},
         {"head_dim": 128, "head_dim_v": 64},
         {"dtype": torch.float32},

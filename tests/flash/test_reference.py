@@ -31,7 +31,7 @@ OPTIONS = [
     {},
     {"causal": True},
     {"window_size": (2, 1)},
-    {"window_size": (0, -1), "softmax_scale": -0.3},
+    {"window_size": (0, -1), "softmax_scale": 0.3},
     {"softcap": 0.8},
     {"alibi_slopes": torch.tensor([0.1, 0.2, 0.4, 0.8], dtype=torch.float64)},
     {"alibi_slopes": torch.arange(8, dtype=torch.float64).view(2, 4) / 8, "causal": True},

@@ -269,13 +269,17 @@ def check_accesses(case, accesses):
     # Rows after the last sequence are cleared by the kernel, where there is a sequence.
     spare_rows = case.spare_rows if case.varlen and case.seqlens_q else 0
     num_rows = (sum(case.seqlens_q) + spare_rows) * case.num_heads_q
-    assert accesses.bytes_stored["out_ptr"] == num_rows * case.head_dim_v * element_size
+    assert accesses.bytes_stored["out.ptr"] == num_rows * case.head_dim_v * element_size
     assert accesses.bytes_stored["lse_ptr"] == num_rows * 4
     loaded = accesses.bytes_loaded
     num_keys = rows_loaded(case, case.config)
     for name, head_dim in (("k", case.head_dim), ("v", case.head_dim_v)):
-        given = sum(loaded[key] for key in (name, f"{name}_rest"))
-        assert given == num_keys * head_dim * element_size, name
+        assert of_argument(loaded, name) == num_keys * head_dim * element_size, name
+
+
+def of_argument(bytes_by_name, name):
+    """Bytes by pointer or by the descriptors of one or two pieces."""
+    return sum(bytes_by_name[key] for key in (f"{name}.ptr", f"{name}_desc", f"{name}_desc_rest"))
 
 
 def rows_loaded(case, config, of_queries=False):

@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-from attention_cases import DEVICE, INTERPRETED, LAYOUTS, Case, Inputs, rows_loaded, share_of_bound, using
+from attention_cases import DEVICE, INTERPRETED, LAYOUTS, Case, Inputs, of_argument, rows_loaded, share_of_bound, using
 from attention_cases import PLAIN as PLAIN_FORWARD
 
 from triton_attn._host.definition import visible_keys
@@ -147,7 +147,7 @@ def rounding(case, inputs, out, clean):
     # Each row of dS sums to 0: with a single key, nothing is left of its terms but what fp32 lost of dout * out, where
     # out is that key's value. Dropout scales it and a sink takes of it, so that out is rounded to its dtype as well.
     row_eps = eps if case.dropout_p or case.sinks else score_eps
-    scale = abs(case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale)
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     row = torch.linalg.vector_norm(products, dim=2).max().item() * row_eps * scale
     largest_q, largest_k = (
         max((x.abs().max().item() for x in inputs.clean[i] if x.numel()), default=0) for i in (0, 1)
@@ -164,22 +164,21 @@ def check_accesses(case, accesses):
     size = case.dtype.itemsize
     spare_rows = case.spare_rows if case.varlen and case.seqlens_q else 0  # cleared by kernels
     num_keys = (sum(case.seqlens_k) + spare_rows) * case.num_heads_kv
-    assert accesses.bytes_stored["dk_ptr"] == num_keys * case.head_dim * size
-    assert accesses.bytes_stored["dv_ptr"] == num_keys * case.head_dim_v * size
+    assert accesses.bytes_stored["dk.ptr"] == num_keys * case.head_dim * size
+    assert accesses.bytes_stored["dv.ptr"] == num_keys * case.head_dim_v * size
     tile = case.tiles.fused if fused else case.tiles.dkdv
     num_queries = rows_loaded(case, tile, of_queries=True)
-    assert of_tile(accesses.bytes_loaded, "q") == num_queries * case.head_dim * size
-    assert of_tile(accesses.bytes_loaded, "dout") == num_queries * case.head_dim_v * size
+    # What a program owns it loads once: queries in the kernels of delta and dq, keys in that of dkdv.
+    own_queries = sum(case.seqlens_q) * case.num_heads_q
+    own_keys = sum(case.seqlens_k) * case.num_heads_kv
+    rows = num_queries if fused else num_queries + own_queries
+    assert of_argument(accesses.bytes_loaded, "q") == rows * case.head_dim * size
+    assert of_argument(accesses.bytes_loaded, "dout") == (rows + own_queries) * case.head_dim_v * size
     if fused:
-        assert of_tile(accesses.bytes_stored, "dq") == num_queries * case.head_dim * 4
+        assert of_argument(accesses.bytes_stored, "dq") == num_queries * case.head_dim * 4
         return
     num_rows = sum(case.seqlens_q) + spare_rows
-    assert accesses.bytes_stored["dq_ptr"] == num_rows * case.num_heads_q * case.head_dim * size
-    num_keys = rows_loaded(case, case.tiles.dq)
-    assert of_tile(accesses.bytes_loaded, "k") == num_keys * case.head_dim * size
-    assert of_tile(accesses.bytes_loaded, "v") == num_keys * case.head_dim_v * size
-
-
-def of_tile(bytes_by_name, name):
-    """Bytes of a tile by pointer or by the descriptors of its one or two pieces."""
-    return sum(bytes_by_name[key] for key in (name, f"{name}_rest"))
+    assert accesses.bytes_stored["dq.ptr"] == num_rows * case.num_heads_q * case.head_dim * size
+    num_keys = rows_loaded(case, case.tiles.dq) + own_keys
+    assert of_argument(accesses.bytes_loaded, "k") == num_keys * case.head_dim * size
+    assert of_argument(accesses.bytes_loaded, "v") == num_keys * case.head_dim_v * size

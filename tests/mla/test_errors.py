@@ -69,6 +69,7 @@ DECODE = [
     ({"w_uv": torch.zeros(HEADS, 513, RANK)}, ValueError, "w_uv: expected dimensions of 1 to 512"),
     ({"causal": 1}, TypeError, "causal: expected a bool, got int"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: expected a finite number"),
+    ({"softmax_scale": 0}, ValueError, "softmax_scale: expected a number above 0"),
     ({"num_splits": 257}, ValueError, "num_splits: expected 0 .* to 256, got 257"),
     ({"num_splits": 1.0}, TypeError, "num_splits: expected an int"),
     ({"rope_cos": torch.zeros(9, 2)}, TypeError, "rope_cos, rope_sin: expected both or none"),
@@ -117,6 +118,7 @@ PREFILL = [
     ({"w_uv": torch.zeros(HEADS, RANK, VALUE).mT}, ValueError, "w_uv: expected a contiguous last dimension"),
     ({"causal": None}, TypeError, "causal: expected a bool"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number"),
+    ({"softmax_scale": -0.1}, ValueError, "softmax_scale: expected a number above 0"),
     ({"mode": "quick"}, ValueError, "mode: expected auto, fused, absorbed, materialized, got 'quick'"),
     ({"max_workspace_bytes": 1e9}, TypeError, "max_workspace_bytes: expected an int, got float"),
     (

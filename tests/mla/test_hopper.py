@@ -156,8 +156,6 @@ def test_which_calls_it_serves(num_heads, page_size, wanted):
         {"dims": (512, 32)},
         {"is_fp8": True},
         {"dtype": torch.float32},
-        {"softmax_scale": -1.0},
-        {"softmax_scale": 0.0},
         {"max_pages": 0},
         {"arch": "sm_80"},
         {"arch": "sm_100"},

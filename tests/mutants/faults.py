@@ -106,9 +106,13 @@ FAULTS = (
         "hi = tl.minimum(end - 1 + right, num",
         "FLASH",
     ),
-    Fault("F05", "triton_attn/flash/forward.py", "offset = seqlen_k - seqlen_q", "offset = 0", "FLASH"),
+    Fault("F05", "triton_attn/flash/forward.py", "offset = bounds.seqlen_k - bounds.seqlen_q", "offset = 0", "FLASH"),
     Fault(
-        "F06", "triton_attn/flash/forward.py", "v_tile, scale_rows(acc, alpha), INPUT", "v_tile, acc, INPUT", "FLASH"
+        "F06",
+        "triton_attn/flash/forward.py",
+        "v_tile, scale_rows(acc, alpha), PRECISION",
+        "v_tile, acc, PRECISION",
+        "FLASH",
     ),
     Fault(
         "F07", "triton_attn/_jit/softmax.py", "l_i = l_i * alpha + tl.sum(p, 1)", "l_i = l_i + tl.sum(p, 1)", "FLASH"
@@ -145,15 +149,15 @@ FAULTS = (
     Fault(
         "F13",
         "triton_attn/flash/forward.py",
-        "head_kv = head // group_size",
-        "head_kv = head % (num_heads // group_size)",
+        "head_kv = work.head // heads.group_size",
+        "head_kv = work.head % (heads.num // heads.group_size)",
         "FLASH",
     ),
     Fault(
         "F14",
         "triton_attn/flash/forward.py",
-        "keep_mask(dropout, batch_head, offs_m",
-        "keep_mask(dropout, batch * (num_heads // group_size) + head_kv, offs_m",
+        "keep_mask(dropout, work.batch_head, queries",
+        "keep_mask(dropout, work.batch * (heads.num // heads.group_size) + head_kv, queries",
         "DROPOUT",
     ),
     Fault("F15", "triton_attn/_jit/heads.py", "tl.cast(row, tl.int64) * view", "row * view", "FLASH"),
@@ -168,8 +172,8 @@ FAULTS = (
     Fault(
         "F18",
         "triton_attn/flash/forward.py",
-        "lse_ptr += tl.cast(lse_row, tl.int64) * lse_stride",
-        "lse_ptr += lse_row * lse_stride",
+        "tl.cast(work.head if PACKED else work.batch_head, tl.int64) * lse_stride",
+        "(work.head if PACKED else work.batch_head) * lse_stride",
         "FLASH",
     ),
     Fault(
@@ -198,11 +202,17 @@ FAULTS = (
     Fault(
         "B01",
         "triton_attn/flash/backward_kernels.py",
-        "seen_by = Window(window.right, window.left)",
-        "seen_by = Window(window.left, window.right)",
+        "seen_by = Window(scores.window.right, scores.window.left)",
+        "seen_by = Window(scores.window.left, scores.window.right)",
         "BACKWARD",
     ),
-    Fault("B02", "triton_attn/flash/backward_kernels.py", "offset = seqlen_k - seqlen_q", "offset = 0", "BACKWARD"),
+    Fault(
+        "B02",
+        "triton_attn/flash/backward_kernels.py",
+        "offset = bounds.seqlen_k - bounds.seqlen_q",
+        "offset = 0",
+        "BACKWARD",
+    ),
     Fault(
         "B03",
         "triton_attn/flash/backward_kernels.py",
@@ -220,15 +230,15 @@ FAULTS = (
     Fault(
         "B05",
         "triton_attn/flash/backward_kernels.py",
-        "keep_mask(dropout, batch_head, start_m + columns",
-        "keep_mask(dropout, batch_head_kv, start_m + columns",
+        "keep_mask(dropout, batch_head, start_m + queries",
+        "keep_mask(dropout, work.batch_head, start_m + queries",
         "DROPOUT",
     ),
     Fault(
         "B06",
         "triton_attn/flash/backward_kernels.py",
-        "head_kv = head // group_size",
-        "head_kv = head % (num_heads // group_size)",
+        "head_kv = work.head // heads.group_size",
+        "head_kv = work.head % (heads.num // heads.group_size)",
         "BACKWARD",
     ),
     Fault(
@@ -241,21 +251,21 @@ FAULTS = (
     Fault(
         "B08",
         "triton_attn/flash/backward_kernels.py",
-        "for member in tl.range(0, group_size)",
-        "for member in tl.range(0, tl.maximum(group_size - 1, 1))",
+        "for member in tl.range(0, heads.group_size)",
+        "for member in tl.range(0, tl.maximum(heads.group_size - 1, 1))",
         "BACKWARD",
     ),
     Fault(
         "B10",
         "triton_attn/flash/backward_kernels.py",
-        "all_partial(blocks, end_n < start_n + BLOCK_N)",
+        "all_partial(blocks, num_own < BLOCK_N)",
         "blocks",
         "BACKWARD",
     ),
     Fault(
         "B11",
         "triton_attn/flash/backward_kernels.py",
-        '        s = tl.where(rows_mask[:, None], s, float("-inf"))\n',
+        '        s = tl.where(rows.mask[:, None], s, float("-inf"))\n',
         "",
         "BACKWARD",
     ),
@@ -276,8 +286,8 @@ FAULTS = (
     Fault(
         "B16",
         "triton_attn/flash/backward.py",
-        "softcap is None and alibi_slopes is None and dropout is None",
-        "softcap is None and dropout is None",
+        "scores.softcap is None and scores.alibi is None and problem.dropout is None",
+        "scores.softcap is None and problem.dropout is None",
         "BACKWARD",
     ),
     Fault(
@@ -413,8 +423,8 @@ FAULTS = (
     Fault(
         "M01",
         "triton_attn/mla/api.py",
-        "softmax_scale = (q_nope.shape[-1] + q_pe.shape[-1]) ** -0.5",
-        "softmax_scale = (kv_latent.shape[-1] + q_pe.shape[-1]) ** -0.5",
+        "check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])",
+        "check_softmax_scale(softmax_scale, kv_latent.shape[-1] + q_pe.shape[-1])",
         "PREFILL",
     ),
     Fault(

@@ -1,7 +1,5 @@
 """How tensors (batch, rows, heads, dim) or (rows, heads, dim) lie in memory, as kernels need to know it."""
 
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from .._jit.tiles import PACKED_END, piece_0, piece_1
 from .checks import MAX_ROWS, check_rows
 
@@ -93,11 +91,6 @@ def strides_suit_tma(shape, strides, element_size):
     return 0 not in shape and shape[-3] < PACKED_END.value and all(s > 0 and s % unit == 0 for s in strides[:-1])
 
 
-def tma_operand(x, block_rows):
-    """`describe` of a tensor that is tma_ready, in tiles of block_rows; x itself and None where that is None."""
-    return describe(x, None if block_rows is None else tma_geometry(x.shape, x.stride(), block_rows))
-
-
 def tma_geometry(shape, strides, block_rows):
     """(shape, strides, block shape) of descriptors over (outer, batch, head, row, dim), zero past a sequence's end.
 
@@ -115,21 +108,3 @@ def tma_geometry(shape, strides, block_rows):
         shape, strides = [end + 1, end, heads, end, dim], [2**34 - row, row, head, row, 1]
     pieces = (piece_0(dim), piece_1(dim)) if piece_1(dim) else (piece_0(dim),)
     return [(shape, strides, [1, 1, 1, block_rows, piece]) for piece in pieces]
-
-
-def describe(base, geometry):
-    """Two kernel arguments: a TensorDescriptor for each piece of the head dimension, None where there is no second; the
-    tensor itself and None where geometry is None.
-
-    Not one argument, a tuple: launchers before Triton 3.8 expand no descriptor in a tuple. Without the checks of their
-    constructor, a third of a call's cost: tma_ready has made them.
-    """
-    if geometry is None:
-        return base, None
-    descriptors = []
-    for shape, strides, block_shape in geometry:
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.base, descriptor.shape, descriptor.strides = base, shape, strides
-        descriptor.block_shape = block_shape
-        descriptors.append(descriptor)
-    return (*descriptors, None)[:2]

@@ -51,11 +51,21 @@ def attention_options(head_dim, causal, softmax_scale, softcap, window_size):
     softcap = check_number("softcap", softcap)
     if softcap < 0:
         fail("softcap", "0 (none) or more", softcap)
-    softmax_scale = head_dim**-0.5 if softmax_scale is None else check_number("softmax_scale", softmax_scale)
+    softmax_scale = check_softmax_scale(softmax_scale, head_dim)
     # No position is that far away, and its sum with any fits 32 bits.
     left, right = min(left, 2**30), min(right, 2**30)
     window = (left if left >= 0 else None, 0 if causal else right if right >= 0 else None)
     return AttentionOptions(softmax_scale, window, softcap or None, None, None)
+
+
+def check_softmax_scale(softmax_scale, width):
+    """The factor on scores; None is width ** -0.5, of queries and keys of that width."""
+    if softmax_scale is None:
+        return width**-0.5
+    softmax_scale = check_number("softmax_scale", softmax_scale)
+    if softmax_scale <= 0:
+        fail("softmax_scale", "a number above 0", softmax_scale)
+    return softmax_scale
 
 
 def with_tensors(options, q, batch, alibi_slopes, sinks):

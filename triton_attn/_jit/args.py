@@ -3,7 +3,8 @@
 Triton specialises the elements of a tuple one by one and cannot be told not to. So lengths, and what follows from them,
 are arguments of their own: a new length must not mean a new compilation. TMA descriptors are too, because launchers
 before Triton 3.8 expand them nowhere else. A function may return a NamedTuple of tensors alone: Triton 3.6 turns
-constants that are returned into tensors, and has none for None.
+constants that are returned into tensors, and has none for None. There a string in a constexpr NamedTuple also needs a
+constexpr of its own before it is passed on.
 """
 
 from typing import NamedTuple

@@ -22,6 +22,30 @@ def assign_tile(pid, num_tiles, num_heads, section_size, LAST_FIRST: tl.constexp
     return num_tiles - 1 - tile if LAST_FIRST else tile, first_head + within % heads_here
 
 
+class Work(NamedTuple):
+    """What a program computes: the rows from `start` on of one head of one sequence.
+
+    batch_head counts heads over the whole batch, and `program` the tiles of this head that lie before.
+    """
+
+    start: object
+    batch: object
+    head: object
+    batch_head: object
+    program: object
+    num_sequences: object
+
+
+@triton.jit
+def assign_work(num_tiles, section_size, num_heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The Work of a program of a grid of num_tiles * num_heads * batch, in the order of `assign_tile`."""
+    num_batch_heads = tl.num_programs(0) // num_tiles
+    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, LAST_FIRST)
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    return Work(tile * BLOCK, batch, head, batch_head, batch * num_tiles + tile, num_batch_heads // num_heads)
+
+
 class Bounds(NamedTuple):
     """First row and length of one sequence's queries and keys."""
 
@@ -79,6 +103,13 @@ def spare_rows(cu_seqlens_ptr, num_sequences, num_rows, left_over, num_own, BLOC
     # Without the second condition a sequence that is longer than it was said to be would be overwritten.
     mask = (slots >= num_own) & (rows >= last) & (rows < end)
     return Spare(rows, mask, last + left_over + tl.maximum(num_own, 0) < end)
+
+
+@triton.jit
+def spare_rows_of(work, cu_seqlens_ptr, num_rows, end_row, num_own, BLOCK: tl.constexpr):
+    """The Spare rows of a program with this Work, whose sequence ends before end_row; see `spare_rows`."""
+    left_over = slots_left_over(work.program, end_row, BLOCK)
+    return spare_rows(cu_seqlens_ptr, work.num_sequences, num_rows, left_over, num_own, BLOCK)
 
 
 @triton.jit

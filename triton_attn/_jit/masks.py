@@ -32,6 +32,17 @@ def mask_scores(s, rows, start_column, num_columns, offset, window):
 
 
 @triton.jit
+def scale_scores(s, scores, slope, rows, start_column, offset, EXACT: tl.constexpr):
+    """Scores in log2 units of the products s = q . k, as Scores says, but for the mask. slope None: no ALiBi."""
+    s *= scores.scale_log2
+    if scores.softcap is not None:
+        s = cap_scores(s, scores.softcap, EXACT)
+    if slope is not None:
+        s = add_alibi(s, rows, start_column, offset, slope)
+    return s
+
+
+@triton.jit
 def cap_scores(s, softcap, EXACT: tl.constexpr):
     """softcap * tanh(s / softcap) in log2 units, for s in log2 units and softcap in natural ones.
 

@@ -11,6 +11,24 @@ _FENCE_MISSING: tl.constexpr = tl.constexpr(
 )
 
 
+def tanh_spills(head_dim):
+    """Whether a loop that takes tanh of its scores must not hoist: LICM hoists tanh's constants, and they spill at
+    head_dim > 192 on sm_90 (Triton 3.6 to 3.9). For `disable_licm`."""
+    return head_dim > 192
+
+
+def may_hoist(kernel, multiplies_shared_memory, head_dim, head_dim_v):
+    """Whether a loop of the backward pass, "dkdv", "dq" or "fused", may hoist what is the same in every trip: `HOIST`.
+
+    Triton hoists all that it can and does not weigh registers (LICM in 3.6 to 3.9). Five matmuls leave none to hold it,
+    nor do wide ones where matmuls read shared memory: on sm_90 at head dim 256 dkdv would spill a kilobyte.
+    """
+    if kernel == "fused":
+        return False
+    narrow = head_dim + head_dim_v <= (255 if kernel == "dq" else 256)
+    return narrow or not multiplies_shared_memory
+
+
 @triton.constexpr_function
 def _has_wgmma():
     target = current_target()

@@ -98,9 +98,8 @@ def warmup(
 
     On Triton before 3.8 each kernel has a launcher in C too, which is made where there is a GPU to link it for.
 
-    What is left to the first call: strides that 16 does not divide, a softmax_scale of 0 or less, tensors that do not
-    begin at multiples of 16 bytes, MLA's backward pass, and prompts whose keys of one head exceed mla_prefill's default
-    workspace.
+    What is left to the first call: strides that 16 does not divide, tensors that do not begin at multiples of 16
+    bytes, MLA's backward pass, and prompts whose keys of one head exceed mla_prefill's default workspace.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was compiled.

@@ -73,7 +73,7 @@ def flash_attention(
         k: (batch, seqlen_k, num_heads_kv, head_dim), q's dtype and device. num_heads_kv divides num_heads_q.
         v: (batch, seqlen_k, num_heads_kv, head_dim_v); head_dim_v 1 to 512, its own.
         causal: query i sees no key after its own position: right = 0. Aligned to the bottom right.
-        softmax_scale: factor on q . k; None is head_dim ** -0.5.
+        softmax_scale: factor on q . k, above 0; None is head_dim ** -0.5.
         window_size: (left, right) keys around the query's position; -1 is unlimited.
         softcap: bound of the scores, natural units; 0 is none.
         alibi_slopes: fp32 (num_heads_q,) or (batch, num_heads_q); None is none.

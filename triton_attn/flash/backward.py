@@ -3,25 +3,71 @@
 backward_kernels.py says what they compute, and by which two schedules.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .._host.device import arch_of, input_precision, launch
+from .._host.gpu import gpu_of
 from .._host.layout import (
-    batch_head_strides,
     l2_section,
     lse_strides,
     row_strides,
     rows_are_wide,
     tiles_each,
-    tma_operand,
+    tma_geometry,
     tma_ready,
     vector_elements,
 )
 from .._host.tuned import choose
-from .._jit.args import Dropout, Strides, Window
-from .backward_configs import BackwardConfig, may_hoist
-from .backward_kernels import _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
+from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
+from .._jit.workarounds import may_hoist
+from .backward_configs import BackwardConfig
+from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
 from .configs import FlashCase
+from .forward import FlashTile, operand, scores_of
+
+
+class _Problem(NamedTuple):
+    """What the kernels of a call share."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    sums: RowSums
+    seqs: Sequences
+    batch: int
+    seqlen_q: int  # of the longest sequence
+    seqlen_k: int
+    scores: Scores
+    dropout: Dropout | None
+    arch: str
+    vector: int
+
+    @property
+    def causal(self):
+        return self.scores.window.right is not None
+
+    @property
+    def lengths(self):
+        return self.q.shape[-3], self.k.shape[-3]
+
+    def constants(self, kernel, tiles, use_tma, outputs):
+        """Constants of a kernel, "dkdv", "dq" or "fused", with tiles (a FlashConfig) and outputs."""
+        head_dims = self.q.shape[-1], self.v.shape[-1]
+        inputs = self.q, self.k, self.v, self.dout
+        tile = FlashTile(
+            *head_dims,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            INPUT_PRECISION=input_precision(self.q.dtype, self.arch),
+            USE_TMA=use_tma,
+            VECTOR=self.vector,
+            WIDE_ROWS=rows_are_wide(max(tiles.block_m, tiles.block_n), *inputs, *outputs),
+            HOIST=may_hoist(kernel, gpu_of(self.arch).multiplies_shared_memory, *head_dims),
+        )
+        return dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 def launch_flash_bwd(
@@ -41,151 +87,139 @@ def launch_flash_bwd(
     deterministic=False,
     config=None,
 ):
-    """Gradients of q, k, v and the sinks, None where not wanted. Nothing is read back.
+    """Gradients of q, k, v and the sinks, None where not wanted. No device-to-host sync.
 
     dout is as out; dlse as lse, or None. The rest as in launch_flash_fwd. Memory: the gradients, delta (fp32, as lse),
     and in the fused schedule dq in fp32.
     """
-    num_heads, head_dim = q.shape[-2:]
-    num_heads_kv, head_dim_v = v.shape[-2:]
-    group_size = num_heads // num_heads_kv
-    varlen = cu_seqlens_q is not None
-    batch = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
-    softmax_scale, window, softcap, alibi_slopes, sinks, dropout = options
-    causal = window[1] is not None
-    arch = arch_of(q)
-    inputs = q, k, v, dout
-    vector = vector_elements(q.element_size(), *(x.stride() for x in inputs))
-    if config is None:
-        scalar = vector == 1 or any(x.data_ptr() % 16 for x in inputs)
-        access = "scalar" if scalar else "tma" if all(map(tma_ready, inputs)) else "vector"
-        plain = softcap is None and alibi_slopes is None and dropout is None
-        shape = head_dim, head_dim_v, causal
-        case = FlashCase(arch, q.dtype, *shape, access, is_plain=plain, seqlen_k=seqlen_k)
-        config = choose(BackwardConfig, case)
     want_dq, want_dk, want_dv, want_dsinks = wanted
-
-    minus_delta, dsinks = _minus_delta(
-        dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks if want_dsinks else None
+    packed = cu_seqlens_q is not None
+    batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
+    sinks = options.sinks if want_dsinks else None
+    minus_delta, dsinks = _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks)
+    problem = _Problem(
+        q,
+        k,
+        v,
+        dout,
+        RowSums(lse, minus_delta),
+        Sequences(cu_seqlens_q, cu_seqlens_k),
+        batch,
+        seqlen_q,
+        seqlen_k,
+        scores_of(options, Window(*options.window)),
+        None if options.dropout is None else Dropout(*options.dropout),
+        arch_of(q),
+        vector_elements(q.element_size(), *(x.stride() for x in (q, k, v, dout))),
     )
+    config = config or _choose_config(problem)
+    fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
+
     contiguous = torch.contiguous_format
     dk = torch.empty_like(k, memory_format=contiguous) if want_dk else None
     dv = torch.empty_like(v, memory_format=contiguous) if want_dv else None
-    fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
     dq_sum = torch.zeros_like(q, dtype=torch.float32, memory_format=contiguous) if fused else None
     dq = None
     if want_dq:
         dq = dq_sum if fused and q.dtype == torch.float32 else torch.empty_like(q, memory_format=contiguous)
-
-    shared = dict(
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        window=Window(*window),
-        dropout=None if dropout is None else Dropout(*dropout),
-        HEAD_DIM=head_dim,
-        HEAD_DIM_V=head_dim_v,
-        VECTOR=vector,
-        INPUT_PRECISION=input_precision(q.dtype, arch),
-    )
-    alibi_strides = None if alibi_slopes is None else batch_head_strides(alibi_slopes)
-    lengths = (q.shape[-3], k.shape[-3], lse.shape[-1])
-    outputs = [gradient for gradient in (dq_sum, dq, dk, dv) if gradient is not None]
-    if varlen and batch == 0:
-        for gradient in outputs:
-            gradient.zero_()
-
+    if packed and batch == 0:
+        for gradient in (dq, dk, dv):
+            if gradient is not None:
+                gradient.zero_()
     if want_dk or want_dv:
-        tile = config.fused if fused else config.dkdv
-        num_tiles = tiles_each(seqlen_k, k.shape[-3], batch, tile.block_n)
-        num_programs = num_tiles * num_heads_kv * batch
-        use_tma = tile.use_tma and tma_ready(q) and tma_ready(dout) and (dq_sum is None or tma_ready(dq_sum))
-        if num_programs > 0:
-            launch(
-                _flash_bwd_dkdv_kernel,
-                (num_programs,),
-                q.device,
-                *tma_operand(q, tile.block_m if use_tma else None),
-                k,
-                v,
-                *tma_operand(dout, tile.block_m if use_tma else None),
-                lse,
-                minus_delta,
-                *tma_operand(dq_sum, tile.block_m if fused and use_tma else None),
-                dk,
-                dv,
-                alibi_slopes,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                _strides(q),
-                _strides(k),
-                _strides(v),
-                _strides(dout),
-                _strides(dq_sum) if fused else None,
-                _strides(dk) if want_dk else None,
-                _strides(dv) if want_dv else None,
-                alibi_strides,
-                *lengths,
-                num_tiles,
-                num_heads_kv,
-                group_size,
-                l2_section(q, dout, seqlen_q, 1, num_heads_kv * batch) if causal else 1,
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                USE_TMA=use_tma,
-                HOIST=may_hoist("fused" if fused else "dkdv", arch, head_dim, head_dim_v),
-                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), *inputs, *outputs),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                **shared,
-            )
-
-    if want_dq and not fused:
-        tile = config.dq
-        num_tiles = tiles_each(seqlen_q, q.shape[-3], batch, tile.block_m)
-        num_programs = num_tiles * num_heads * batch
-        use_tma = tile.use_tma and tma_ready(k) and tma_ready(v)
-        if num_programs > 0:
-            launch(
-                _flash_bwd_dq_kernel,
-                (num_programs,),
-                q.device,
-                q,
-                *tma_operand(k, tile.block_n if use_tma else None),
-                *tma_operand(v, tile.block_n if use_tma else None),
-                dout,
-                lse,
-                minus_delta,
-                dq,
-                alibi_slopes,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                _strides(q),
-                _strides(k),
-                _strides(v),
-                _strides(dout),
-                _strides(dq),
-                alibi_strides,
-                *lengths,
-                num_tiles,
-                num_heads,
-                group_size,
-                l2_section(k, v, seqlen_k, group_size, num_heads * batch) if causal else 1,
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                USE_TMA=use_tma,
-                HOIST=may_hoist("dq", arch, head_dim, head_dim_v),
-                WIDE_ROWS=rows_are_wide(max(tile.block_m, tile.block_n), *inputs, *outputs),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                **shared,
-            )
+        _launch_dkdv(problem, config.fused if fused else config.dkdv, dq_sum, dk, dv)
     if fused:
-        torch.mul(dq_sum, softmax_scale, out=dq)
+        torch.mul(dq_sum, options.softmax_scale, out=dq)
+    elif want_dq:
+        _launch_dq(problem, config.dq, dq)
     return dq, dk, dv, dsinks
 
 
-def _strides(x):
-    return Strides(*row_strides(x))
+def _choose_config(problem):
+    """The BackwardConfig of a call that brings none."""
+    inputs = problem.q, problem.k, problem.v, problem.dout
+    scalar = problem.vector == 1 or any(x.data_ptr() % 16 for x in inputs)
+    access = "scalar" if scalar else "tma" if all(map(tma_ready, inputs)) else "vector"
+    scores = problem.scores
+    plain = scores.softcap is None and scores.alibi is None and problem.dropout is None
+    head_dims = problem.q.shape[-1], problem.v.shape[-1]
+    shape = problem.q.dtype, *head_dims, problem.causal, access
+    return choose(BackwardConfig, FlashCase(problem.arch, *shape, is_plain=plain, seqlen_k=problem.seqlen_k))
+
+
+def _launch_dkdv(problem, tiles, dq_sum, dk, dv):
+    """dk and dv, None: not wanted; and with dq_sum, fp32 and 0, the fused schedule, which adds dq / softmax_scale."""
+    q, k, v, dout = problem.q, problem.k, problem.v, problem.dout
+    *_, num_rows, num_heads_kv, _ = k.shape
+    num_heads = num_heads_kv * problem.batch
+    num_tiles = tiles_each(problem.seqlen_k, num_rows, problem.batch, tiles.block_n)
+    if num_tiles * num_heads == 0:
+        return
+    use_tma = tiles.use_tma and tma_ready(q) and tma_ready(dout) and (dq_sum is None or tma_ready(dq_sum))
+    outputs = [x for x in (dq_sum, dk, dv) if x is not None]
+    launch(
+        _flash_bwd_dkdv_kernel,
+        (num_tiles * num_heads,),
+        q.device,
+        *_operand(q, tiles.block_m if use_tma else None),
+        _view(k),
+        _view(v),
+        *_operand(dout, tiles.block_m if use_tma else None),
+        problem.sums,
+        problem.sums.lse_ptr.shape[-1],
+        *((None, None, None) if dq_sum is None else _operand(dq_sum, tiles.block_m if use_tma else None)),
+        None if dk is None else _view(dk),
+        None if dv is None else _view(dv),
+        problem.seqs,
+        *problem.lengths,
+        num_tiles,
+        l2_section(q, dout, problem.seqlen_q, 1, num_heads) if problem.causal else 1,
+        Heads(num_heads_kv, q.shape[-2] // num_heads_kv),
+        problem.scores,
+        problem.dropout,
+        **problem.constants("dkdv" if dq_sum is None else "fused", tiles, use_tma, outputs),
+    )
+
+
+def _launch_dq(problem, tiles, dq):
+    q, k, v = problem.q, problem.k, problem.v
+    *_, num_rows, num_heads_q, _ = q.shape
+    num_heads = num_heads_q * problem.batch
+    group_size = num_heads_q // k.shape[-2]
+    num_tiles = tiles_each(problem.seqlen_q, num_rows, problem.batch, tiles.block_m)
+    if num_tiles * num_heads == 0:
+        return
+    use_tma = tiles.use_tma and tma_ready(k) and tma_ready(v)
+    launch(
+        _flash_bwd_dq_kernel,
+        (num_tiles * num_heads,),
+        q.device,
+        _view(q),
+        *_operand(k, tiles.block_n if use_tma else None),
+        *_operand(v, tiles.block_n if use_tma else None),
+        _view(problem.dout),
+        problem.sums,
+        problem.sums.lse_ptr.shape[-1],
+        _view(dq),
+        problem.seqs,
+        *problem.lengths,
+        num_tiles,
+        l2_section(k, v, problem.seqlen_k, group_size, num_heads) if problem.causal else 1,
+        Heads(num_heads_q, group_size),
+        problem.scores,
+        problem.dropout,
+        **problem.constants("dq", tiles, use_tma, [dq]),
+    )
+
+
+def _view(x):
+    return View(x, Strides(*row_strides(x)))
+
+
+def _operand(x, block_rows):
+    """`operand` of a tensor that is tma_ready, in tiles of block_rows; None: a View."""
+    geometry = None if block_rows is None else tma_geometry(x.shape, x.stride(), block_rows)
+    return operand(x, Strides(*row_strides(x)), geometry)
 
 
 def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
@@ -201,19 +235,16 @@ def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
             _flash_bwd_delta_kernel,
             (num_programs,),
             out.device,
-            out,
-            dout,
-            lse,
+            _view(out),
+            _view(dout),
+            RowSums(lse, minus_delta),
+            lse.shape[-1],
             dlse,
-            minus_delta,
+            *((None, None, None) if dlse is None else lse_strides(dlse)),
             sinks,
             dsinks,
             cu_seqlens_q,
-            _strides(out),
-            _strides(dout),
-            *((None, None, None) if dlse is None else lse_strides(dlse)),
             out.shape[-3],
-            lse.shape[-1],
             num_tiles,
             num_heads,
             HEAD_DIM_V=head_dim_v,

@@ -30,7 +30,6 @@ import itertools
 from dataclasses import dataclass
 
 from .._host.config import Config
-from .._host.gpu import gpu_of
 from .configs import FlashConfig, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
@@ -118,18 +117,6 @@ def _registers(kernel, tile, case):
     if kernel == "fused":
         scores = max(scores, tile.block_m * head_dim)
     return (scores + tile.block_n * (head_dim + head_dim_v)) // threads
-
-
-def may_hoist(kernel, arch, head_dim, head_dim_v):
-    """Whether what is the same in every trip may be computed once, before the loop.
-
-    Five matmuls leave no registers to hold it, nor do wide ones where it is held in registers: on sm_90 at head dim 256
-    dkdv would spill a kilobyte. With mma.sync it stays in shared memory.
-    """
-    if kernel == "fused":
-        return False
-    narrow = head_dim + head_dim_v <= (255 if kernel == "dq" else 256)
-    return narrow or not gpu_of(arch).multiplies_shared_memory
 
 
 def _tma(*tile):

@@ -8,18 +8,20 @@ The weights are recomputed tile by tile from q, k and the log-sum-exp that the f
 
 Split schedule: one kernel owns a tile of keys and gives dK and dV, another owns a tile of queries and gives dQ. Neither
 uses atomics, so results repeat bitwise. Fused schedule: the first kernel also adds its share of dQ to an fp32 buffer,
-five products a tile in place of seven.
+five matmuls a tile in place of seven.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .._jit.args import Sequences, Strides, View, Window
+from .._jit.args import Scores, Sequences, Strides, View, Window
 from .._jit.blocks import all_partial, block_start, num_blocks, visible_range
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
-from .._jit.heads import assign_tile, row_pointer, sequence_bounds, slots_left_over, spare_rows
+from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores
-from .._jit.softmax import LOG2_E
+from .._jit.softmax import LN_2, LOG2_E
 from .._jit.tiles import (
     Rows,
     add_tile,
@@ -38,6 +40,23 @@ from .._jit.tiles import (
 )
 from .._jit.workarounds import in_vectors
 from .forward import LENGTHS
+
+
+class RowSums(NamedTuple):
+    """What the backward knows of each query: the log-sum-exp of its scores, and -delta; fp32, laid out alike."""
+
+    lse_ptr: object
+    minus_delta_ptr: object
+
+
+class FixedRows(NamedTuple):
+    """What stays the same while a tile of rows walks over the columns that it sees."""
+
+    index: object  # (rows,)
+    mask: object  # (rows,)
+    num_columns: object
+    offset: object  # of a row's position to its index
+    slope: object  # of ALiBi, or None
 
 
 @triton.jit
@@ -59,40 +78,26 @@ def _load_minus_delta(minus_delta_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _recompute_weights(
-    s,
-    lse_log2,
-    rows,
-    rows_mask,
-    start_column,
-    num_columns,
-    offset,
-    window,
-    scale_log2,
-    softcap,
-    slope,
-    MASKED: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """P from the products s = q . k of a tile in either orientation, and the derivative of the softcap at s.
+def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """P from the matmul s = q . k of a tile in either orientation, and the derivative of the softcap at s.
 
-    lse_log2 broadcasts against s. Rows outside rows_mask get no weight: their scores, 0 - lse, may overflow, and
-    inf * 0 would reach the sums.
+    rows are FixedRows; lse_log2 broadcasts against s. Rows outside the mask get no weight: their scores, 0 - lse, may
+    overflow, and inf * 0 would reach the sums.
     """
-    s *= scale_log2
+    s *= scores.scale_log2
     derivative = 1.0
-    if softcap is not None:
-        s, derivative = cap_scores_and_derivative(s, softcap, EXACT)
-    if slope is not None:
-        s = add_alibi(s, rows, start_column, offset, slope)
+    if scores.softcap is not None:
+        s, derivative = cap_scores_and_derivative(s, scores.softcap, EXACT)
+    if rows.slope is not None:
+        s = add_alibi(s, rows.index, start_column, rows.offset, rows.slope)
     # In fp32 before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward
     # kernel. A score of 500 that is rounded by itself is off by 3e-5, which is nothing in half precision; there it
     # costs registers.
     if EXACT:
         s -= lse_log2
     if MASKED:
-        s = mask_scores(s, rows, start_column, num_columns, offset, window)
-        s = tl.where(rows_mask[:, None], s, float("-inf"))
+        s = mask_scores(s, rows.index, start_column, rows.num_columns, rows.offset, scores.window)
+        s = tl.where(rows.mask[:, None], s, float("-inf"))
     if not EXACT:
         s -= lse_log2
     return tl.math.exp2(s), derivative
@@ -102,7 +107,7 @@ def _recompute_weights(
 def _weight_gradients(a, b, minus_delta, keep, dropout, INPUT_PRECISION: tl.constexpr):
     """dP - delta of a tile in either orientation, dP = a @ b.T; minus_delta broadcasts against it.
 
-    The product starts from -delta, which then holds no registers of its own and needs no subtraction.
+    The matmul starts from -delta, which then holds no registers of its own and needs no subtraction.
     """
     if keep is None:
         return dot_transposed(a, b, INPUT_PRECISION, start=minus_delta)
@@ -112,21 +117,18 @@ def _weight_gradients(a, b, minus_delta, keep, dropout, INPUT_PRECISION: tl.cons
 
 @triton.jit(do_not_specialize=[*LENGTHS, "dlse_ptr", "dlse_batch_stride", "dlse_row_stride", "dlse_head_stride"])
 def _flash_bwd_delta_kernel(
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
+    out,
+    dout,
+    sums,
+    lse_stride,
     dlse_ptr,
-    minus_delta_ptr,
-    sinks_ptr,
-    dsinks_ptr,
-    cu_seqlens_q_ptr,
-    out_strides,
-    dout_strides,
     dlse_batch_stride,
     dlse_row_stride,
     dlse_head_stride,
+    sinks_ptr,
+    dsinks_ptr,
+    cu_seqlens_q_ptr,
     seqlen_q,
-    lse_stride,
     num_tiles,
     num_heads,
     HEAD_DIM_V: tl.constexpr,
@@ -135,34 +137,34 @@ def _flash_bwd_delta_kernel(
 ):
     """One program computes -delta = dlse - rowsum(dout * out) for BLOCK_M rows of one head, and their share of dsinks.
 
-    Grid: num_tiles * batch * num_heads. dsinks is (num_tiles * batch, num_heads), to be summed over its first axis.
+    Grid: num_tiles * batch * num_heads. out and dout are Views, sums RowSums. dsinks is (num_tiles * batch, num_heads),
+    to be summed over its first axis.
     """
     head = tl.program_id(0) % num_heads
     tile = tl.program_id(0) // num_heads % num_tiles
     batch = tl.program_id(0) // num_heads // num_tiles
-    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
-    seqs = Sequences(cu_seqlens_q_ptr, cu_seqlens_q_ptr)
-    first_q, _, seqlen_q, _ = sequence_bounds(seqs, batch, seqlen_q, 0)
+    PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
+    bounds = sequence_bounds(Sequences(cu_seqlens_q_ptr, cu_seqlens_q_ptr), batch, seqlen_q, 0)
     start_m = tile * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    offs_m = start_m + rows
-    rows_mask = offs_m < seqlen_q
+    queries = start_m + tl.arange(0, BLOCK_M)
+    queries_mask = queries < bounds.seqlen_q
 
-    out_ptrs = tile_pointers(View(out_ptr, out_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-    dout_ptrs = tile_pointers(View(dout_ptr, dout_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-    out = load_tile(out_ptrs, rows_mask, HEAD_DIM_V)
-    dout = load_tile(dout_ptrs, rows_mask, HEAD_DIM_V)
-    minus_delta = -row_dot(out, dout)
+    first_row = bounds.first_q + start_m
+    out_ptrs = tile_pointers(out, batch, first_row, head, BLOCK_M, WIDE_ROWS)
+    dout_ptrs = tile_pointers(dout, batch, first_row, head, BLOCK_M, WIDE_ROWS)
+    out_tile = load_tile(out_ptrs, queries_mask, HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
+    dout_tile = load_tile(dout_ptrs, queries_mask, HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
+    minus_delta = -row_dot(out_tile, dout_tile)  # (BLOCK_M,)
     if dlse_ptr is not None:
         dlse = View(dlse_ptr, Strides(dlse_batch_stride, dlse_row_stride, dlse_head_stride))
-        dlse_ptr = row_pointer(dlse, batch, first_q + start_m, head)
-        minus_delta += tl.load(dlse_ptr + rows.to(tl.int64) * dlse_row_stride, mask=rows_mask, other=0.0)
-    lse_row = tl.cast(head if VARLEN else batch * num_heads + head, tl.int64) * lse_stride + first_q
-    tl.store(minus_delta_ptr + lse_row + offs_m, minus_delta, mask=rows_mask)
+        dlse_ptrs = row_pointer(dlse, batch, first_row, head) + tl.arange(0, BLOCK_M).to(tl.int64) * dlse_row_stride
+        minus_delta += tl.load(dlse_ptrs, mask=queries_mask, other=0.0)
+    sums_row = tl.cast(head if PACKED else batch * num_heads + head, tl.int64) * lse_stride + bounds.first_q
+    tl.store(sums.minus_delta_ptr + sums_row + queries, minus_delta, mask=queries_mask)
 
     if dsinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
-        lse = tl.load(lse_ptr + lse_row + offs_m, mask=rows_mask, other=float("inf"))
+        lse = tl.load(sums.lse_ptr + sums_row + queries, mask=queries_mask, other=float("inf"))
         weights = tl.math.exp2(tl.where(sink == float("-inf"), sink, sink - lse) * LOG2_E)
         tl.store(dsinks_ptr + tl.program_id(0), tl.sum(weights * minus_delta))
 
@@ -170,287 +172,223 @@ def _flash_bwd_delta_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _flash_bwd_dkdv_kernel(
     q,
-    q_rest,
-    k_ptr,
-    v_ptr,
+    q_desc,
+    q_desc_rest,
+    k,
+    v,
     dout,
-    dout_rest,
-    lse_ptr,
-    minus_delta_ptr,
+    dout_desc,
+    dout_desc_rest,
+    sums,
+    lse_stride,
     dq,
-    dq_rest,
-    dk_ptr,
-    dv_ptr,
-    alibi_slopes_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dq_strides,
-    dk_strides,
-    dv_strides,
-    alibi_strides,
+    dq_desc,
+    dq_desc_rest,
+    dk,
+    dv,
+    seqs,
     seqlen_q,
     seqlen_k,
-    lse_stride,
     num_tiles,
-    num_heads_kv,
-    group_size,
     section_size,
-    softmax_scale,
-    softcap,
-    window,
+    heads,
+    scores,
     dropout,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    HOIST: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One program computes BLOCK_N rows of dk and dv for one KV head, over all query heads of its group.
 
-    Grid: num_tiles * num_heads_kv * batch. Tiles are transposed, keys by queries, so that P^T and dS^T are left
-    operands that stay in registers. q, dout and dq are pointers, or with USE_TMA descriptors of the head dimension's
-    first piece, and those of the second are q_rest, dout_rest and dq_rest. dk_ptr or dv_ptr None: not wanted. dq (fp32,
-    zeros) None: not wanted here; else this is the fused schedule.
+    Grid: num_tiles * num_heads_kv * batch; heads.num is num_heads_kv. Arguments as of the forward kernel, sums RowSums.
+    Tiles are transposed, keys by queries, so that P^T and dS^T are left operands that stay in registers. dk or dv None:
+    not wanted. dq (fp32, zeros) without View and descriptors: not wanted here; else this is the fused schedule.
     """
-    num_batch_heads = tl.num_programs(0) // num_tiles
-    tile, batch_head_kv = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, False)
-    batch = batch_head_kv // num_heads_kv
-    head_kv = batch_head_kv % num_heads_kv
-    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
-    num_rows = seqlen_k
-    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
-    )
-    start_n = tile * BLOCK_N
-    if VARLEN and start_n + BLOCK_N > seqlen_k:
-        left_over = slots_left_over(batch * num_tiles + tile, first_k + seqlen_k, BLOCK_N)
-        num_sequences = num_batch_heads // num_heads_kv
-        spare = spare_rows(cu_seqlens_k_ptr, num_sequences, num_rows, left_over, seqlen_k - start_n, BLOCK_N)
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    HEAD_DIM: tl.constexpr = TILE.HEAD_DIM
+    HEAD_DIM_V: tl.constexpr = TILE.HEAD_DIM_V
+    WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
+    PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
+    work = assign_work(num_tiles, section_size, heads.num, BLOCK_N, False)
+    bounds = sequence_bounds(seqs, work.batch, seqlen_q, seqlen_k)
+    first_row = bounds.first_k + work.start
+    num_own = bounds.seqlen_k - work.start
+    if PACKED and num_own < BLOCK_N:
+        end_row = bounds.first_k + bounds.seqlen_k
+        spare = spare_rows_of(work, seqs.cu_seqlens_k_ptr, seqlen_k, end_row, num_own, BLOCK_N)
         if spare.any:
-            if dk_ptr is not None:
-                clear_rows(View(dk_ptr, dk_strides), head_kv, spare, BLOCK_N, HEAD_DIM)
-            if dv_ptr is not None:
-                clear_rows(View(dv_ptr, dv_strides), head_kv, spare, BLOCK_N, HEAD_DIM_V)
-    if start_n >= seqlen_k:
+            if dk is not None:
+                clear_rows(dk, work.head, spare, BLOCK_N, HEAD_DIM)
+            if dv is not None:
+                clear_rows(dv, work.head, spare, BLOCK_N, HEAD_DIM_V)
+    if num_own <= 0:
         return
 
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    rows_mask = offs_n < seqlen_k
-    k_view = in_vectors(View(k_ptr, k_strides), VECTOR)
-    v_view = in_vectors(View(v_ptr, v_strides), VECTOR)
-    k = load_tile(tile_pointers(k_view, batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS), rows_mask, HEAD_DIM)
-    v = load_tile(tile_pointers(v_view, batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS), rows_mask, HEAD_DIM_V)
+    keys = work.start + tl.arange(0, BLOCK_N)
+    keys_mask = keys < bounds.seqlen_k
+    k_ptrs = tile_pointers(in_vectors(k, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
+    v_ptrs = tile_pointers(in_vectors(v, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
+    k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
+    v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
+    EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
+    if not TILE.USE_TMA:
+        q = in_vectors(q, TILE.VECTOR)
+        dout = in_vectors(dout, TILE.VECTOR)
 
-    offset = seqlen_q - seqlen_k
-    seen_by = Window(window.right, window.left)
-    end_n = tl.minimum(start_n + BLOCK_N, seqlen_k)
-    blocks = visible_range(start_n + offset, end_n + offset, seqlen_q, seen_by, BLOCK_M)
-    blocks = all_partial(blocks, end_n < start_n + BLOCK_N)  # its rows past the last key need the mask
-
-    dk = zeros_tile(BLOCK_N, HEAD_DIM)
-    dv = zeros_tile(BLOCK_N, HEAD_DIM_V)
-    for member in tl.range(0, group_size):
-        head = head_kv * group_size + member
-        batch_head = batch * num_heads_kv * group_size + head
-        coords = sequence_coords(batch, head, first_q, seqlen_q, VARLEN)
-        if USE_TMA:
-            q_head = Rows((q, q_rest), None, coords, seqlen_q)
-            dout_head = Rows((dout, dout_rest), None, coords, seqlen_q)
+    offset = bounds.seqlen_q - bounds.seqlen_k
+    seen_by = Window(scores.window.right, scores.window.left)
+    scores = Scores(scores.scale_log2, scores.softcap, scores.alibi, seen_by)
+    end = tl.minimum(work.start + BLOCK_N, bounds.seqlen_k)
+    blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_q, seen_by, BLOCK_M)
+    blocks = all_partial(blocks, num_own < BLOCK_N)  # rows past the last key need the mask
+    dk_tile = zeros_tile(BLOCK_N, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
+    dv_tile = zeros_tile(BLOCK_N, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
+    for member in tl.range(0, heads.group_size):
+        head = work.head * heads.group_size + member
+        batch_head = work.batch * heads.num * heads.group_size + head
+        coords = sequence_coords(work.batch, head, bounds.first_q, bounds.seqlen_q, PACKED)
+        if TILE.USE_TMA:
+            q_rows = Rows((q_desc, q_desc_rest), None, coords, bounds.seqlen_q)
+            dout_rows = Rows((dout_desc, dout_desc_rest), None, coords, bounds.seqlen_q)
         else:
-            q_view = in_vectors(View(q, q_strides), VECTOR)
-            dout_view = in_vectors(View(dout, dout_strides), VECTOR)
-            q_head = Rows(row_pointer(q_view, batch, first_q, head), q_view.strides.row, None, seqlen_q)
-            dout_head = Rows(row_pointer(dout_view, batch, first_q, head), dout_view.strides.row, None, seqlen_q)
-        lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
+            q_ptr = row_pointer(q, work.batch, bounds.first_q, head)
+            dout_ptr = row_pointer(dout, work.batch, bounds.first_q, head)
+            q_rows = Rows(q_ptr, q.strides.row, None, bounds.seqlen_q)
+            dout_rows = Rows(dout_ptr, dout.strides.row, None, bounds.seqlen_q)
+        sums_row = tl.cast(head if PACKED else batch_head, tl.int64) * lse_stride + bounds.first_q
         slope = None
-        if alibi_slopes_ptr is not None:
-            alibi = View(alibi_slopes_ptr, Strides(alibi_strides[0], 0, alibi_strides[1]))
-            slope = tl.load(row_pointer(alibi, batch, 0, head))
+        if scores.alibi is not None:
+            slope = tl.load(row_pointer(scores.alibi, work.batch, 0, head))
+        rows = FixedRows(keys, keys_mask, bounds.seqlen_q, offset, slope)
 
         for FULL in tl.static_range(2):
-            for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not HOIST):
-                start_m = block_start(blocks, i, FULL, BLOCK_M)
-                q_tile = load_rows(q_head, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)
-                dout_tile = load_rows(dout_head, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
+            for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
+                start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
+                q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
+                dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 # The scalar start_m moves the pointers: then all loads of a thread are at constant distances from one.
-                columns = tl.arange(0, BLOCK_M)
-                columns_left = seqlen_q - start_m
-                s = dot_transposed(k, q_tile, INPUT_PRECISION)
-                lse_log2 = _load_lse_log2(lse_ptr + lse_row + start_m, columns, columns_left, not FULL)
-                p, derivative = _recompute_weights(
-                    s,
-                    lse_log2[None, :],
-                    offs_n,
-                    rows_mask,
-                    start_m,
-                    seqlen_q,
-                    offset,
-                    seen_by,
-                    softmax_scale * LOG2_E,
-                    softcap,
-                    slope,
-                    not FULL,
-                    q_tile[0].dtype == tl.float32,
-                )
+                queries = tl.arange(0, BLOCK_M)
+                queries_left = bounds.seqlen_q - start_m
+                s = dot_transposed(k_tile, q_tile, PRECISION)  # (BLOCK_N, BLOCK_M)
+                lse_log2 = _load_lse_log2(sums.lse_ptr + sums_row + start_m, queries, queries_left, not FULL)
+                p, derivative = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 keep = None
                 dropped = p
                 if dropout is not None:
-                    keep = keep_mask(dropout, batch_head, start_m + columns, start_n, BLOCK_N).T
+                    keep = keep_mask(dropout, batch_head, start_m + queries, work.start, BLOCK_N).T
                     dropped = tl.where(keep, p * dropout.scale, 0.0)
                 # Before dP: its operand, P in the inputs' type, is then gone when dP needs its registers.
-                if dv_ptr is not None:
-                    dv = dot_add(dropped.to(dout_tile[0].dtype), dout_tile, dv, INPUT_PRECISION)
-                minus_delta = _load_minus_delta(minus_delta_ptr + lse_row + start_m, columns, columns_left, not FULL)
-                dp = _weight_gradients(v, dout_tile, minus_delta[None, :], keep, dropout, INPUT_PRECISION)
-                ds = (p * dp * derivative).to(q_tile[0].dtype)
-                if dk_ptr is not None:
-                    dk = dot_add(ds, q_tile, dk, INPUT_PRECISION)
-                if dq is not None:
-                    dq_tile = dot_add(ds.T, k, zeros_tile(BLOCK_M, HEAD_DIM), INPUT_PRECISION)
-                    if USE_TMA:
-                        add_tile_tma((dq, dq_rest), coords, start_m, dq_tile, HEAD_DIM)
+                if dv is not None:
+                    dv_tile = dot_add(dropped.to(dout_tile[0].dtype), dout_tile, dv_tile, PRECISION)
+                minus_delta_ptr = sums.minus_delta_ptr + sums_row + start_m
+                minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
+                dp = _weight_gradients(v_tile, dout_tile, minus_delta[None, :], keep, dropout, PRECISION)
+                ds = (p * dp * derivative).to(q_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
+                if dk is not None:
+                    dk_tile = dot_add(ds, q_tile, dk_tile, PRECISION)
+                if dq is not None or dq_desc is not None:
+                    dq_tile = dot_add(ds.T, k_tile, zeros_tile(BLOCK_M, HEAD_DIM), PRECISION)  # (BLOCK_M, HEAD_DIM)
+                    if dq_desc is not None:
+                        add_tile_tma((dq_desc, dq_desc_rest), coords, start_m, dq_tile, HEAD_DIM)
                     else:
-                        dq_rows_mask = columns < columns_left if not FULL else None
-                        dq_ptrs = tile_pointers(
-                            View(dq, dq_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS
-                        )
-                        add_tile(dq_ptrs, dq_rows_mask, dq_tile, HEAD_DIM)
+                        dq_mask = queries < queries_left if not FULL else None
+                        dq_row = bounds.first_q + start_m
+                        dq_ptrs = tile_pointers(dq, work.batch, dq_row, head, BLOCK_M, WIDE_ROWS)
+                        add_tile(dq_ptrs, dq_mask, dq_tile, HEAD_DIM)
 
-    if dk_ptr is not None:
-        dk_ptrs = tile_pointers(View(dk_ptr, dk_strides), batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS)
-        store_tile(dk_ptrs, rows_mask, scale_tile(dk, softmax_scale), HEAD_DIM)
-    if dv_ptr is not None:
-        dv_ptrs = tile_pointers(View(dv_ptr, dv_strides), batch, first_k + start_n, head_kv, BLOCK_N, WIDE_ROWS)
-        store_tile(dv_ptrs, rows_mask, dv, HEAD_DIM_V)
+    if dk is not None:
+        dk_ptrs = tile_pointers(dk, work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
+        store_tile(dk_ptrs, keys_mask, scale_tile(dk_tile, scores.scale_log2 * LN_2), HEAD_DIM)
+    if dv is not None:
+        dv_ptrs = tile_pointers(dv, work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
+        store_tile(dv_ptrs, keys_mask, dv_tile, HEAD_DIM_V)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _flash_bwd_dq_kernel(
-    q_ptr,
+    q,
     k,
-    k_rest,
+    k_desc,
+    k_desc_rest,
     v,
-    v_rest,
-    dout_ptr,
-    lse_ptr,
-    minus_delta_ptr,
-    dq_ptr,
-    alibi_slopes_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dq_strides,
-    alibi_strides,
+    v_desc,
+    v_desc_rest,
+    dout,
+    sums,
+    lse_stride,
+    dq,
+    seqs,
     seqlen_q,
     seqlen_k,
-    lse_stride,
     num_tiles,
-    num_heads,
-    group_size,
     section_size,
-    softmax_scale,
-    softcap,
-    window,
+    heads,
+    scores,
     dropout,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    HOIST: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One program computes BLOCK_M rows of dq for one query head. Grid and tiles as in the forward kernel."""
-    num_batch_heads = tl.num_programs(0) // num_tiles
-    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
-    batch = batch_head // num_heads
-    head = batch_head % num_heads
-    head_kv = head // group_size
-    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
-    num_rows = seqlen_q
-    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
-    )
-    start_m = tile * BLOCK_M
-    if VARLEN and start_m + BLOCK_M > seqlen_q:
-        left_over = slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, BLOCK_M)
-        num_sequences = num_batch_heads // num_heads
-        spare = spare_rows(cu_seqlens_q_ptr, num_sequences, num_rows, left_over, seqlen_q - start_m, BLOCK_M)
+    """One program computes BLOCK_M rows of dq for one query head. Grid, tiles and arguments as of the forward kernel,
+    sums RowSums."""
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
+    PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
+    work = assign_work(num_tiles, section_size, heads.num, BLOCK_M, scores.window.right is not None)
+    bounds = sequence_bounds(seqs, work.batch, seqlen_q, seqlen_k)
+    first_row = bounds.first_q + work.start
+    num_own = bounds.seqlen_q - work.start
+    if PACKED and num_own < BLOCK_M:
+        end_row = bounds.first_q + bounds.seqlen_q
+        spare = spare_rows_of(work, seqs.cu_seqlens_q_ptr, seqlen_q, end_row, num_own, BLOCK_M)
         if spare.any:
-            clear_rows(View(dq_ptr, dq_strides), head, spare, BLOCK_M, HEAD_DIM)
-    if start_m >= seqlen_q:
+            clear_rows(dq, work.head, spare, BLOCK_M, TILE.HEAD_DIM)
+    if num_own <= 0:
         return
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    rows_mask = offs_m < seqlen_q
-    q_view = in_vectors(View(q_ptr, q_strides), VECTOR)
-    dout_view = in_vectors(View(dout_ptr, dout_strides), VECTOR)
-    q = load_tile(tile_pointers(q_view, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS), rows_mask, HEAD_DIM)
-    dout_ptrs = tile_pointers(dout_view, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-    dout = load_tile(dout_ptrs, rows_mask, HEAD_DIM_V)
-    lse_row = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + first_q
-    lse_log2 = _load_lse_log2(lse_ptr + lse_row, offs_m, seqlen_q, True)
-    minus_delta = _load_minus_delta(minus_delta_ptr + lse_row, offs_m, seqlen_q, True)
-    coords = sequence_coords(batch, head_kv, first_k, seqlen_k, VARLEN)
-    if USE_TMA:
-        k_rows = Rows((k, k_rest), None, coords, seqlen_k)
-        v_rows = Rows((v, v_rest), None, coords, seqlen_k)
+    queries = work.start + tl.arange(0, BLOCK_M)
+    queries_mask = queries < bounds.seqlen_q
+    q_ptrs = tile_pointers(in_vectors(q, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
+    dout_ptrs = tile_pointers(in_vectors(dout, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
+    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    dout_tile = load_tile(dout_ptrs, queries_mask, TILE.HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
+    EXACT: tl.constexpr = q_tile[0].dtype == tl.float32
+    sums_row = tl.cast(work.head if PACKED else work.batch_head, tl.int64) * lse_stride + bounds.first_q
+    lse_log2 = _load_lse_log2(sums.lse_ptr + sums_row, queries, bounds.seqlen_q, True)  # (BLOCK_M,)
+    minus_delta = _load_minus_delta(sums.minus_delta_ptr + sums_row, queries, bounds.seqlen_q, True)  # (BLOCK_M,)
+    head_kv = work.head // heads.group_size
+    if TILE.USE_TMA:
+        coords = sequence_coords(work.batch, head_kv, bounds.first_k, bounds.seqlen_k, PACKED)
+        k_rows = Rows((k_desc, k_desc_rest), None, coords, bounds.seqlen_k)
+        v_rows = Rows((v_desc, v_desc_rest), None, coords, bounds.seqlen_k)
     else:
-        k = in_vectors(View(k, k_strides), VECTOR)
-        v = in_vectors(View(v, v_strides), VECTOR)
-        k_rows = Rows(row_pointer(k, batch, first_k, head_kv), k.strides.row, None, seqlen_k)
-        v_rows = Rows(row_pointer(v, batch, first_k, head_kv), v.strides.row, None, seqlen_k)
+        k = in_vectors(k, TILE.VECTOR)
+        v = in_vectors(v, TILE.VECTOR)
+        k_rows = Rows(row_pointer(k, work.batch, bounds.first_k, head_kv), k.strides.row, None, bounds.seqlen_k)
+        v_rows = Rows(row_pointer(v, work.batch, bounds.first_k, head_kv), v.strides.row, None, bounds.seqlen_k)
     slope = None
-    if alibi_slopes_ptr is not None:
-        alibi = View(alibi_slopes_ptr, Strides(alibi_strides[0], 0, alibi_strides[1]))
-        slope = tl.load(row_pointer(alibi, batch, 0, head))
+    if scores.alibi is not None:
+        slope = tl.load(row_pointer(scores.alibi, work.batch, 0, work.head))
 
-    offset = seqlen_k - seqlen_q
-    end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
+    offset = bounds.seqlen_k - bounds.seqlen_q
+    rows = FixedRows(queries, queries_mask, bounds.seqlen_k, offset, slope)
+    end = tl.minimum(work.start + BLOCK_M, bounds.seqlen_q)
     ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
-    blocks = visible_range(start_m + offset, end_m + offset, seqlen_k, window, BLOCK_N, ALIGN)
-
-    dq = zeros_tile(BLOCK_M, HEAD_DIM)
+    blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
+    dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
     for FULL in tl.static_range(2):
-        for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not HOIST):
-            start_n = block_start(blocks, i, FULL, BLOCK_N)
-            k_tile = load_rows(k_rows, start_n, BLOCK_N, HEAD_DIM, not FULL, WIDE_ROWS)
-            v_tile = load_rows(v_rows, start_n, BLOCK_N, HEAD_DIM_V, not FULL, WIDE_ROWS)
+        for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
+            start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
+            k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
+            v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
-                keep = keep_mask(dropout, batch_head, offs_m, start_n, BLOCK_N)
-            dp = _weight_gradients(dout, v_tile, minus_delta[:, None], keep, dropout, INPUT_PRECISION)
-            s = dot_transposed(q, k_tile, INPUT_PRECISION)
-            p, derivative = _recompute_weights(
-                s,
-                lse_log2[:, None],
-                offs_m,
-                rows_mask,
-                start_n,
-                seqlen_k,
-                offset,
-                window,
-                softmax_scale * LOG2_E,
-                softcap,
-                slope,
-                not FULL,
-                k_tile[0].dtype == tl.float32,
-            )
-            ds = p * dp * derivative
-            dq = dot_add(ds.to(k_tile[0].dtype), k_tile, dq, INPUT_PRECISION)
+                keep = keep_mask(dropout, work.batch_head, queries, start_n, BLOCK_N)
+            dp = _weight_gradients(dout_tile, v_tile, minus_delta[:, None], keep, dropout, PRECISION)
+            s = dot_transposed(q_tile, k_tile, PRECISION)  # (BLOCK_M, BLOCK_N)
+            p, derivative = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
+            ds = (p * dp * derivative).to(k_tile[0].dtype)  # (BLOCK_M, BLOCK_N)
+            dq_tile = dot_add(ds, k_tile, dq_tile, PRECISION)
 
-    dq_ptrs = tile_pointers(View(dq_ptr, dq_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-    store_tile(dq_ptrs, rows_mask, scale_tile(dq, softmax_scale), HEAD_DIM)
+    dq_ptrs = tile_pointers(dq, work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
+    store_tile(dq_ptrs, queries_mask, scale_tile(dq_tile, scores.scale_log2 * LN_2), TILE.HEAD_DIM)

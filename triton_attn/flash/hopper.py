@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # triton.aggregate, once 3.6 need not be served
 
+from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
 from .._host.layout import clear_outputs, heads_in_l2, strides_suit_tma, tiles_each, tma_geometry
 from .._host.tuned import remember
@@ -513,8 +514,4 @@ def _tile_layout():
 
 
 def _describe(x, shape, strides, block_shape):
-    """A TensorDescriptor without the checks of its constructor: `plan_hopper` has made them."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape, descriptor.strides = x, shape, strides
-    descriptor.block_shape, descriptor.layout = block_shape, _tile_layout()
-    return descriptor
+    return unchecked_descriptor(TensorDescriptor, x, shape, strides, block_shape, layout=_tile_layout())

@@ -16,7 +16,6 @@ from .._host.checks import (
     check_int,
     check_last_contiguous,
     check_max_seqlen,
-    check_number,
     check_packed_values,
     check_rope_tables,
     check_rows,
@@ -26,6 +25,7 @@ from .._host.checks import (
 )
 from .._host.latent import latent_storage
 from .._host.observers import autocast, is_observed, refuse_gradients
+from .._host.options import check_softmax_scale
 from ..merge.splits import check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
@@ -115,8 +115,8 @@ def mla_decode(
         w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank), q_nope's dtype, or None; a view of kv_b_proj's weight.
         w_uv: (num_heads, v_head_dim, kv_lora_rank), q_nope's dtype, or None.
         causal: new tokens do not see later ones. Aligned to the bottom right.
-        softmax_scale: None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5, which only w_uk tells: without it a number
-            must be given. See `mla_softmax_scale` for models with YaRN.
+        softmax_scale: above 0; None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5, which only w_uk tells: without it
+            a number must be given. See `mla_softmax_scale` for models with YaRN.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both q_nope's dtype: rotate the first
             rotary_dim dimensions of q_pe by the angles of their positions, in fp32. Needs w_uk. None: already rotated.
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
@@ -324,7 +324,7 @@ def mla_prefill(
         max_seqlen_q, max_seqlen_k: the longest of them, ints, needed with cu_seqlens; tensors as in
             `flash_attention_varlen`.
         causal: aligned to the bottom right: query i sees key j if j <= i + seqlen_k - seqlen_q.
-        softmax_scale: None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. See `mla_softmax_scale`.
+        softmax_scale: above 0; None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. See `mla_softmax_scale`.
         mode: one of the above.
         max_workspace_bytes: the most memory that "materialized" and "absorbed" take besides inputs and outputs, and
             the backward pass for keys, values and their gradients.
@@ -351,9 +351,7 @@ def mla_prefill(
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
-    if softmax_scale is None:
-        softmax_scale = (q_nope.shape[-1] + q_pe.shape[-1]) ** -0.5
-    softmax_scale = check_number("softmax_scale", softmax_scale)
+    softmax_scale = check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         _check_differentiable(q_nope, q_pe, w_uv)
@@ -463,11 +461,9 @@ def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, softmax_scale):
     check_last_contiguous("latent_cache", latent_cache)
     if latent_cache.shape[1] == 0:
         fail("latent_cache", "a page size of 1 or more", 0)
-    if softmax_scale is None:
-        if w_uk is None:
-            fail("softmax_scale", "a number, since without w_uk the width of queries and keys is not known", None)
-        return (q_nope.shape[3] + q_pe.shape[3]) ** -0.5
-    return check_number("softmax_scale", softmax_scale)
+    if softmax_scale is None and w_uk is None:
+        fail("softmax_scale", "a number, since without w_uk the width of queries and keys is not known", None)
+    return check_softmax_scale(softmax_scale, q_nope.shape[3] + q_pe.shape[3])
 
 
 def _check_rope(q_pe, w_uk, rope_cos, rope_sin):

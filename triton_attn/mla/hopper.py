@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # triton.aggregate, once 3.6 need not be served
 
+from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
 from .._host.layout import INDICES, LSE, capacity_of, strides_suit_tma
 from .._host.tuned import remember
@@ -497,8 +498,4 @@ def _tile_layout(rank):
 
 
 def _describe(x, shape, strides, block_shape):
-    """A TensorDescriptor without the checks of its constructor: `plan_hopper` has made them."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape, descriptor.strides = x, shape, strides
-    descriptor.block_shape, descriptor.layout = block_shape, _tile_layout(len(block_shape))
-    return descriptor
+    return unchecked_descriptor(TensorDescriptor, x, shape, strides, block_shape, layout=_tile_layout(len(block_shape)))

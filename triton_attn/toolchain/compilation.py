@@ -53,11 +53,14 @@ class Launch:
 
     @property
     def constexprs(self) -> dict:
-        """Values of the kernel's `tl.constexpr` arguments, by name."""
+        """Values of the kernel's `tl.constexpr` arguments, by name; of a NamedTuple also those of its fields."""
         src = self.kernel.src
-        return {
+        values = {
             src.fn.params[i].name: value for (i, *_), value in src.constants.items() if src.fn.params[i].is_constexpr
         }
+        for value in [*values.values()]:
+            values |= value._asdict() if hasattr(value, "_asdict") else {}
+        return values
 
     @property
     def num_warps(self) -> int:
