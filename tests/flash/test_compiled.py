@@ -14,7 +14,7 @@ from perf.model import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.options import AttentionOptions
 from triton_attn.flash import forward
-from triton_attn.flash.configs import FlashConfig, prune
+from triton_attn.flash.configs import FlashCase, FlashConfig
 from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
@@ -255,7 +255,7 @@ def test_prune_agrees_with_the_compiler():
         "gfx942": FlashConfig(128, 64, 8, 1),
     }.items():
         for head_dim in (128, 256):
-            reason = prune(tile, arch, torch.float16, head_dim, head_dim)
+            reason = tile.objection(FlashCase(arch, torch.float16, head_dim, head_dim, False))
             fits = compiles(arch, head_dim, tile)
             assert fits == (reason is None or "shared memory" not in reason), (arch, head_dim, reason)
 
