@@ -57,6 +57,11 @@ def test_a_docstring_names_the_parameters_that_there_are(name):
     assert [x for names in named for x in names.split(", ") if x not in parameters] == []
 
 
+@pytest.mark.parametrize("name", [name for name in triton_attn.reference.__all__ if name in triton_attn.__all__])
+def test_a_reference_has_the_signature_of_its_function(name):
+    assert inspect.signature(getattr(triton_attn.reference, name)) == inspect.signature(getattr(triton_attn, name))
+
+
 def test_these_are_all():
     assert {"flash_attention", "PagedKVCache.extend", "BlockPool.num_shared", "register", "warmup"} <= set(FUNCTIONS)
 

@@ -1,6 +1,9 @@
 """What the cache kernels compute, in plain torch."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from .._host.definition import rotate
 from .._host.latent import SCALE_BLOCK, latent_parts
@@ -8,20 +11,20 @@ from .._host.latent import SCALE_BLOCK, latent_parts
 
 @torch.no_grad()
 def append_kv_cache(
-    k,
-    v,
-    k_cache,
-    v_cache,
-    slot_mapping,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
     *,
-    k_scale=None,
-    v_scale=None,
-    rope_cos=None,
-    rope_sin=None,
-    positions=None,
-    rope_interleaved=False,
-    check_values=None,
-):
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    rope_interleaved: bool = False,
+    check_values: bool | None = None,
+) -> None:
     """See `triton_attn.append_kv_cache`; arguments are taken as right."""
     written = (slot_mapping >= 0) & (slot_mapping < k_cache.shape[0] * k_cache.shape[1])
     slots = slot_mapping[written]
@@ -39,17 +42,17 @@ def append_kv_cache(
 
 @torch.no_grad()
 def append_latent_cache(
-    kv_latent,
-    k_pe,
-    latent_cache,
-    slot_mapping,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
     *,
-    rope_cos=None,
-    rope_sin=None,
-    positions=None,
-    rope_interleaved=False,
-    check_values=None,
-):
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    rope_interleaved: bool = False,
+    check_values: bool | None = None,
+) -> None:
     """See `triton_attn.append_latent_cache`; arguments are taken as right."""
     page_size = latent_cache.shape[1]
     written = (slot_mapping >= 0) & (slot_mapping < latent_cache.shape[0] * page_size)
@@ -81,7 +84,9 @@ def _latent_scale(amax):
 
 
 @torch.no_grad()
-def copy_kv_pages(caches, src_pages, dst_pages, *, check_values=None):
+def copy_kv_pages(
+    caches: Tensor | Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, *, check_values: bool | None = None
+) -> None:
     """See `triton_attn.copy_kv_pages`; arguments are taken as right."""
     for cache in (caches,) if isinstance(caches, torch.Tensor) else caches:
         pages = _bits(cache).transpose(0, 1) if cache.ndim == 5 else _bits(cache)

@@ -1,6 +1,7 @@
 """What flash attention computes, in plain torch: every dtype up to fp64, any device, differentiable."""
 
 import torch
+from torch import Tensor
 
 from .._host.definition import attend, packed_bounds
 from .._host.observers import without_autocast
@@ -8,21 +9,21 @@ from .._host.observers import without_autocast
 
 @without_autocast
 def flash_attention(
-    q,
-    k,
-    v,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    causal=False,
-    softmax_scale=None,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    dropout_p=0.0,
-    dropout_seed=None,
-    deterministic=False,
-    return_lse=False,
-):
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.flash_attention`: the whole matrix of scores, in fp32 (fp64 for fp64 inputs)."""
     keep = None
     if dropout_p > 0:
@@ -46,26 +47,26 @@ def flash_attention(
 
 @without_autocast
 def flash_attention_varlen(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
-    causal=False,
-    softmax_scale=None,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    dropout_p=0.0,
-    dropout_seed=None,
-    deterministic=False,
-    return_lse=False,
-    check_values=None,
-):
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other. Rows after
     the last one are 0, their lse -inf."""
     seed = _seed(dropout_seed) if dropout_p > 0 else None
@@ -102,7 +103,9 @@ def flash_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def dropout_mask(dropout_seed, dropout_p, batch, num_heads_q, seqlen_q, seqlen_k):
+def dropout_mask(
+    dropout_seed: int | Tensor, dropout_p: float, batch: int, num_heads_q: int, seqlen_q: int, seqlen_k: int
+) -> Tensor:
     """The kernels' own dropout mask, True where a weight stays: bool (batch, num_heads_q, seqlen_q, seqlen_k), on CPU.
 
     Philox-4x32-10 with the seed as key and the counter (key // 4, query, batch * num_heads_q + head, 0); a weight stays

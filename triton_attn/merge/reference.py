@@ -1,9 +1,10 @@
 """What merging computes, in plain torch: every dtype up to fp64, any device."""
 
 import torch
+from torch import Tensor
 
 
-def merge_attention(outs, lses):
+def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """See `triton_attn.merge_attention`; arguments are taken as right."""
     dtype = torch.promote_types(outs.dtype, torch.float32)
     lses = lses.to(dtype).masked_fill(lses == float("inf"), float("-inf"))

@@ -1,8 +1,10 @@
 """What multi-head latent attention computes, in plain torch: keys and values of every head, then plain attention."""
 
 import torch
+from torch import Tensor
 
 from .._host.definition import attend, packed_bounds, rotate
+from .._host.keywords import Mode
 from .._host.latent import read_latent_cache
 from .._host.observers import without_autocast
 
@@ -11,22 +13,24 @@ PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
 
 @without_autocast
 def mla_prefill(
-    q_nope,
-    q_pe,
-    kv_latent,
-    k_pe,
-    w_uk,
-    w_uv,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_latent: Tensor,
+    k_pe: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
     *,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    causal=True,
-    softmax_scale=None,
-    mode="auto",
-    return_lse=False,
-):
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    mode: Mode = "auto",
+    max_workspace_bytes: int = 2**28,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.mla_prefill`; with mode="absorbed" the same in the absorbed form."""
     if softmax_scale is None:
         softmax_scale = (q_nope.shape[-1] + q_pe.shape[-1]) ** -0.5
@@ -48,23 +52,23 @@ def mla_prefill(
 
 @without_autocast
 def mla_decode(
-    q_nope,
-    q_pe,
-    latent_cache,
-    cache_seqlens,
-    block_table,
-    w_uk=None,
-    w_uv=None,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    w_uk: Tensor | None = None,
+    w_uv: Tensor | None = None,
     *,
-    causal=True,
-    softmax_scale=None,
-    rope_cos=None,
-    rope_sin=None,
-    rope_interleaved=False,
-    num_splits=0,
-    return_lse=False,
-    check_values=None,
-):
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    rope_interleaved: bool = False,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.mla_decode`."""
     batch, seqlen_q, num_heads, rope_dim = q_pe.shape
     kv_lora_rank = q_nope.shape[-1] if w_uk is None else w_uk.shape[-1]

@@ -1,6 +1,7 @@
 """What attention over a cache computes, in plain torch: one sequence after the other, through its block table."""
 
 import torch
+from torch import Tensor
 
 from .._host.definition import attend, packed_bounds
 from .._host.observers import without_autocast
@@ -8,28 +9,28 @@ from .._host.observers import without_autocast
 
 @without_autocast
 def paged_attention(
-    q,
-    k_cache,
-    v_cache,
-    cache_seqlens,
-    block_table=None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
     *,
-    cu_seqlens_q=None,
-    max_seqlen_q=None,
-    causal=True,
-    softmax_scale=None,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    k_scale=None,
-    v_scale=None,
-    num_splits=0,
-    shared_prefix_len=0,
-    out=None,
-    return_lse=False,
-    check_values=None,
-):
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    num_splits: int = 0,
+    shared_prefix_len: int = 0,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0, their lse -inf."""
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out.zero_()
