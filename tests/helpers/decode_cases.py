@@ -209,7 +209,7 @@ def check(case):
 
 def cache_bytes(accesses):
     """Loaded from the cache, whose parts are arguments of their own."""
-    return sum(n for name, n in accesses.bytes_loaded.items() if name.startswith("cache_ptrs"))
+    return sum(n for name, n in accesses.bytes_loaded.items() if name.startswith("cache."))
 
 
 def keys_in_tiles(case):

@@ -466,8 +466,8 @@ FAULTS = (
     Fault(
         "M08",
         "triton_attn/mla/absorbed.py",
-        "            if start_n >= full_hi:",
-        "            if start_n > full_hi:",
+        "            if start_n >= blocks.full_hi:",
+        "            if start_n > blocks.full_hi:",
         "DECODE",
     ),
     Fault(
@@ -479,9 +479,9 @@ FAULTS = (
     ),
     Fault(
         "M11",
-        "triton_attn/mla/absorbed.py",
-        "        page = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)",
-        "        page = tl.load(block_table_ptr + start_n // PAGE_SIZE)",
+        "triton_attn/_jit/paging.py",
+        "        page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)",
+        "        page = tl.load(table_ptr + start // PAGE_SIZE)",
         "DECODE",
     ),
     Fault("M13", "triton_attn/mla/scale.py", "mscale**2", "mscale", "LATENT_REFERENCE"),
@@ -698,15 +698,15 @@ FAULTS = (
     Fault(
         "L01",
         "triton_attn/mla/hopper.py",
-        "    m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)",
-        "    m_new = gl.maximum(m_i, gl.max(s, 1))",
+        "    m_new = gl.maximum(other.m_i, gl.max(s, 1) * scale_log2)",
+        "    m_new = gl.maximum(other.m_i, gl.max(s, 1))",
         "MLA_HOPPER",
     ),
     Fault(
         "L02",
         "triton_attn/mla/hopper.py",
-        "mbarrier.arrive(shared.weights_full.index(GROUP), count=1)",
-        "mbarrier.arrive(shared.weights_full.index(1 - GROUP), count=1)",
+        "mbarrier.arrive(exchange.weights_full.index(GROUP), count=1)",
+        "mbarrier.arrive(exchange.weights_full.index(1 - GROUP), count=1)",
         "MLA_HOPPER",
     ),
     Fault(

@@ -1,5 +1,7 @@
 """Where the keys of a sequence lie in a cache: token -> page and slot through the block table."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -29,6 +31,44 @@ def cache_rows(
         mask = keys < end if MASKED else None
         pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=mask, other=0 if MASKED else None)
         return pages.to(tl.int64), (keys % PAGE_SIZE).to(tl.int64)
+
+
+class CachedKeys(NamedTuple):
+    """A tile of keys in a latent cache: slot + slots of one page, or slots of a page each."""
+
+    page: object
+    slot: object
+    slots: object
+
+
+@triton.jit
+def find_keys(table_ptr, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
+    """The keys start to start + ROWS. From `end` on the last key is repeated: loads need no mask, scores have one.
+
+    table_ptr points to the sequence's pages; without a table the cache is contiguous, and slots are keys. With ONE_PAGE
+    the keys lie in a single page.
+    """
+    if ONE_PAGE:
+        slots = tl.minimum(tl.arange(0, ROWS), end - 1 - start).to(tl.int64)
+        page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
+        return CachedKeys(page, tl.cast(start % PAGE_SIZE, tl.int64), slots)
+    else:
+        keys = tl.minimum(start + tl.arange(0, ROWS), end - 1)
+        if table_ptr is None:
+            return CachedKeys(0, 0, keys.to(tl.int64))
+        else:
+            slots = (keys % PAGE_SIZE).to(tl.int64)
+            return CachedKeys(tl.load(table_ptr + keys // PAGE_SIZE).to(tl.int64), 0, slots)
+
+
+@triton.jit
+def key_pointers(pages, SLOT_STRIDE: tl.constexpr, keys, ONE_PAGE: tl.constexpr):
+    """Pointers (keys, 1) to the rows of CachedKeys in pages that are a page_stride apart."""
+    if ONE_PAGE:
+        ptr = pages.ptr + (keys.page * pages.page_stride + keys.slot * SLOT_STRIDE)
+        return ptr + (keys.slots * SLOT_STRIDE)[:, None]
+    else:
+        return pages.ptr + (keys.page * pages.page_stride + keys.slots * SLOT_STRIDE)[:, None]
 
 
 @triton.jit

@@ -196,6 +196,16 @@ def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def cast_tile(tile, dtype: tl.constexpr):
+    """The tile in another dtype."""
+    first = tile[0].to(dtype)
+    if len(tile) > 1:
+        return first, tile[1].to(dtype)
+    else:
+        return (first,)
+
+
+@triton.jit
 def scale_rows(tile, factor):
     first = tile[0] * factor[:, None]
     if len(tile) > 1:

@@ -55,3 +55,28 @@ def in_vectors(view, VECTOR: tl.constexpr):
     batch_stride, row_stride, head_stride = view.strides
     strides = Strides(batch_stride // VECTOR * VECTOR, row_stride // VECTOR * VECTOR, head_stride // VECTOR * VECTOR)
     return View(view.ptr, strides)
+
+
+@triton.jit
+def multiple_of(stride, VECTOR: tl.constexpr):
+    """A stride that VECTOR divides, so that the compiler sees it, as in `in_vectors`."""
+    return stride // VECTOR * VECTOR
+
+
+@triton.jit
+def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
+    """acc + a @ b.T under a condition that always holds, which the compiler cannot know.
+
+    Where wgmma's results feed each other Triton lays all warps along rows: with 64 rows both warpgroups would compute
+    the same scores. An `if` hides one matmul from the next; two with the same condition would become one. On all
+    versions to 3.9.0.
+    """
+    if always:
+        acc = tl.dot(a, b.T, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+def halve_widest(pieces):
+    """The widths of two pieces of a tile; for one of 512 columns 256 and 256: 64 rows of 512 columns take more
+    registers than a thread has."""
+    return (256, 256) if pieces[0] > 256 else pieces

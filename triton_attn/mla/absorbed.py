@@ -3,7 +3,7 @@
 Decode reads latent vectors from pages, prefill from rows of a tensor; all else is the same.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,103 +16,153 @@ from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
-from .._jit.args import Sequences, View
+from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import split_blocks, visible_range
 from .._jit.heads import row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
-from .._jit.paging import decode_float8
-from .._jit.softmax import softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import load_piece, padded_size, piece_0, piece_1, store_piece
-from .._jit.workarounds import fence_copies, in_vectors
+from .._jit.paging import decode_float8, find_keys, key_pointers
+from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
+from .._jit.tiles import (
+    cast_tile,
+    dot_add,
+    dot_transposed,
+    load_piece,
+    load_tile,
+    piece_0,
+    piece_1,
+    scale_rows,
+    store_piece,
+)
+from .._jit.workarounds import dot_in_if, fence_copies, halve_widest, in_vectors, multiple_of
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import MlaDecodeCase, MlaDecodeConfig, has_wgmma
 from .hopper import launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
-LOG2_E = math.log2(math.e)
 # A new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", *INDICES, *LSE]
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", *INDICES, *LSE, "lse_stride"]
 
 
-@triton.constexpr_function
-def latent_piece_0(kv_lora_rank, halves):
-    """First piece of a latent vector, of which one of 512 numbers has one or, for fewer registers at once, two."""
-    return min(piece_0(kv_lora_rank), 256) if halves else piece_0(kv_lora_rank)
+class LatentCache(NamedTuple):
+    """One value for each of what a row of a latent cache holds: the latent vector, its fp8 scales, the rotary key."""
+
+    latents: object
+    scales: object  # None but in an fp8 cache
+    rope_keys: object
 
 
-@triton.constexpr_function
-def latent_piece_1(kv_lora_rank, halves):
-    """Second piece, or 0."""
-    return 256 if halves and piece_0(kv_lora_rank) > 256 else piece_1(kv_lora_rank)
+class Pages(NamedTuple):
+    """Pages of one part of a latent cache; without a block table a sequence is a page."""
+
+    ptr: object
+    page_stride: int
+
+
+class AbsorbedTile(NamedTuple):
+    """What `_mla_absorbed_kernel` is compiled for."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    NUM_HEADS: int
+    KV_LORA_RANK: int
+    PIECE_0: int  # columns of the two pieces of a latent vector; 0: there is no second one
+    PIECE_1: int
+    ROPE_HEAD_DIM: int
+    PAGE_SIZE: int
+    ONE_PAGE: bool  # a tile of keys lies in one page
+    SLOT_STRIDES: LatentCache  # from one slot of a page to the next
+    JOINED: bool  # rotary keys follow the latent vectors in one tensor
+    FLOAT8: tuple | None  # (bits of mantissa, whether the GPU converts)
+    SCALE_BLOCK: int  # elements that share an fp8 scale
+    VECTOR: int  # divides the strides of q and q_pe
+    VECTORS: LatentCache  # divide those of the cache's pages
+    CUT_CHAIN: bool  # see `dot_in_if`
+    INPUT_PRECISION: str
 
 
 @triton.jit
-def _load_latents(
-    ptrs,
-    offsets,
-    START: tl.constexpr,
-    BLOCK: tl.constexpr,
-    dtype,
-    KV_LORA_RANK: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    FLOAT8: tl.constexpr,
-):
-    """A piece of the latent vectors at offsets; those of an fp8 row times their scales, in the given dtype."""
-    tile = load_piece(ptrs[0] + offsets[0][:, None], None, START, BLOCK, KV_LORA_RANK)
-    if FLOAT8 is None:
+def _load_queries(ptrs, rows_mask, TILE: tl.constexpr):
+    """Absorbed queries, (BLOCK_M, KV_LORA_RANK) in two pieces."""
+    first = load_piece(ptrs, rows_mask, 0, TILE.PIECE_0, TILE.KV_LORA_RANK)
+    if TILE.PIECE_1 > 0:
+        return first, load_piece(ptrs, rows_mask, TILE.PIECE_0, TILE.PIECE_1, TILE.KV_LORA_RANK)
+    else:
+        return (first,)
+
+
+@triton.jit
+def _load_latent_piece(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Columns [START, START + BLOCK) of latent vectors; those of an fp8 row times their scales, in the given dtype."""
+    tile = load_piece(ptrs, None, START, BLOCK, TILE.KV_LORA_RANK)
+    if TILE.FLOAT8 is None:
         return tile
     else:
+        SCALE_BLOCK: tl.constexpr = TILE.SCALE_BLOCK
         BLOCKS: tl.constexpr = BLOCK // SCALE_BLOCK
-        scales = tl.load(ptrs[1] + offsets[1][:, None] + (START // SCALE_BLOCK + tl.arange(0, BLOCKS))[None, :])
-        values = decode_float8(tile, FLOAT8[0], FLOAT8[1]).to(tl.float32)
+        scales = tl.load(scale_ptrs + (START // SCALE_BLOCK + tl.arange(0, BLOCKS))[None, :])  # (BLOCK_N, BLOCKS)
+        values = decode_float8(tile, TILE.FLOAT8[0], TILE.FLOAT8[1]).to(tl.float32)
         values = tl.reshape(values, (tile.shape[0], BLOCKS, SCALE_BLOCK)) * scales[:, :, None]
         return tl.reshape(values, tile.shape).to(dtype)
 
 
+@triton.jit
+def _load_latents(ptrs, scale_ptrs, dtype, TILE: tl.constexpr):
+    """The latent vectors of the rows at ptrs (BLOCK_N, 1), (BLOCK_N, KV_LORA_RANK) in two pieces."""
+    first = _load_latent_piece(ptrs, scale_ptrs, dtype, 0, TILE.PIECE_0, TILE)
+    if TILE.PIECE_1 > 0:
+        return first, _load_latent_piece(ptrs, scale_ptrs, dtype, TILE.PIECE_0, TILE.PIECE_1, TILE)
+    else:
+        return (first,)
+
+
+@triton.jit
+def _zeros(TILE: tl.constexpr):
+    """(BLOCK_M, KV_LORA_RANK) in two pieces."""
+    # In names of their own: Triton 3.6 takes no field of a constant in a list.
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    PIECE_0: tl.constexpr = TILE.PIECE_0
+    PIECE_1: tl.constexpr = TILE.PIECE_1
+    first = tl.zeros([BLOCK_M, PIECE_0], tl.float32)
+    if PIECE_1 > 0:
+        return first, tl.zeros([BLOCK_M, PIECE_1], tl.float32)
+    else:
+        return (first,)
+
+
+@triton.jit
+def _store_output(ptrs, rows_mask, tile, TILE: tl.constexpr):
+    store_piece(ptrs, rows_mask, tile[0], 0, TILE.KV_LORA_RANK)
+    if TILE.PIECE_1 > 0:
+        store_piece(ptrs, rows_mask, tile[1], TILE.PIECE_0, TILE.KV_LORA_RANK)
+
+
+@triton.jit
+def _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, NUM_HEADS: tl.constexpr):
+    """Of rows of heads in lse (batch, NUM_HEADS, rows)."""
+    return lse_ptr + (tl.cast(batch, tl.int64) * NUM_HEADS + heads) * lse_stride + rows
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _mla_absorbed_kernel(
-    q_ptr,
-    q_pe_ptr,
-    cache_ptrs,
-    out_ptr,
+    q,
+    q_pe,
+    cache,
+    out,
+    out_split_stride,
     lse_ptr,
+    lse_stride,
     cache_seqlens_ptr,
     block_table_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    q_strides,
-    q_pe_strides,
-    page_strides,
-    out_strides,
-    lse_split_stride,
-    lse_batch_stride,
-    lse_row_stride,
-    lse_head_stride,
     table_stride,
+    seqs,
     seqlen_q,
     seqlen_k,
     num_tiles,
     num_splits,
     scale_log2,
     window,
-    NUM_HEADS: tl.constexpr,
-    KV_LORA_RANK: tl.constexpr,
-    ROPE_HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ROW_STRIDES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ONE_PAGE: tl.constexpr,
-    HALVES: tl.constexpr,
-    CUT_CHAIN: tl.constexpr,
-    SIGN: tl.constexpr,
-    JOINED: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTOR_CACHE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One program computes a tile of rows of out and lse, over one split of the keys of a sequence.
 
@@ -120,152 +170,108 @@ def _mla_absorbed_kernel(
     the queries as keys and with the weights of the softmax as values. Grid: num_tiles * num_splits * batch, so that
     the tiles of a sequence, which read the same keys, run side by side.
 
-    cache_ptrs are latent vectors, their scales (None but in an fp8 cache) and rotary keys, page_strides and ROW_STRIDES
-    the strides of each; where latent vectors and rotary keys are JOINED the latter follow the former. Without a
-    block_table a page is the tensor's row of a sequence. Strides are (batch, row, head) of q and q_pe, (split, batch,
-    row, head) of out and lse. Scores are multiplied with SIGN * scale_log2. seqlen_k is the most keys that a sequence
-    has, or all rows of packed sequences, as seqlen_q is of queries. Of rows after the last sequence lse is stored and
-    out is not: with -inf there nothing reads it.
+    cache is a LatentCache of Pages. Without a block_table a page is the tensor's row of a sequence. lse is (num_splits,
+    batch, NUM_HEADS, rows). seqlen_k is the most keys that a sequence has, or all rows of packed sequences, as seqlen_q
+    is of queries. Of rows after the last sequence lse is stored and out is not: with -inf there nothing reads it.
     """
-    q_strides = in_vectors(View(q_ptr, q_strides), VECTOR).strides
-    q_pe_strides = in_vectors(View(q_pe_ptr, q_pe_strides), VECTOR).strides
-    FIRST: tl.constexpr = latent_piece_0(KV_LORA_RANK, HALVES)
-    SECOND: tl.constexpr = latent_piece_1(KV_LORA_RANK, HALVES)
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
     tile = tl.program_id(0) % num_tiles
     sequence = tl.program_id(0) // num_tiles // num_splits
     split = tl.program_id(0) // num_tiles % num_splits
-
-    num_rows = seqlen_q
-    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), sequence, seqlen_q, seqlen_k
-    )
+    num_sequences = tl.num_programs(0) // num_tiles // num_splits
+    bounds = sequence_bounds(seqs, sequence, seqlen_q, seqlen_k)
+    first_q, first_k, seqlen_k = bounds.first_q, bounds.first_k, bounds.seqlen_k
     if cache_seqlens_ptr is not None:
         seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), seqlen_k)
-    if cu_seqlens_q_ptr is not None:
-        num_own = seqlen_q * NUM_HEADS - tile * BLOCK_M
+    # Packed tensors have a batch of one.
+    batch = split if PACKED else split * num_sequences + sequence
+    num_own = bounds.seqlen_q * NUM_HEADS - tile * BLOCK_M
+    if PACKED:
         if num_own < BLOCK_M:
-            num_sequences = tl.num_programs(0) // num_tiles // num_splits
-            left_over = slots_left_over(sequence * num_tiles + tile, first_q + seqlen_q, BLOCK_M, NUM_HEADS)
-            spare = spare_rows(cu_seqlens_q_ptr, num_sequences, num_rows, left_over, num_own, BLOCK_M, NUM_HEADS)
+            cu_seqlens_ptr = seqs.cu_seqlens_q_ptr
+            left_over = slots_left_over(sequence * num_tiles + tile, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
+            spare = spare_rows(cu_seqlens_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
             if spare.any:
-                lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
-                lse_ptrs = lse_ptr + tl.cast(split, tl.int64) * lse_split_stride
-                lse_ptrs += row_offsets(0, spare.rows // NUM_HEADS, spare.rows % NUM_HEADS, lse_strides)
-                tl.store(lse_ptrs, float("-inf"), mask=spare.mask)
+                heads = spare.rows % NUM_HEADS
+                ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, spare.rows // NUM_HEADS, NUM_HEADS)
+                tl.store(ptrs, float("-inf"), mask=spare.mask)
         if num_own <= 0:
             return
-    first_position = seqlen_k - seqlen_q
+    first_position = seqlen_k - bounds.seqlen_q
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_mask = rows < seqlen_q * NUM_HEADS
+    rows_mask = rows < bounds.seqlen_q * NUM_HEADS
     queries = rows // NUM_HEADS
     heads = rows % NUM_HEADS
     positions = queries + first_position
-    start_position = tile * BLOCK_M // NUM_HEADS + first_position
-    end_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, seqlen_q) + first_position
-    blocks = visible_range(start_position, end_position, seqlen_k, window, BLOCK_N, BLOCK_N)
-    lo, _, full_hi, hi = split_blocks(blocks, split, num_splits, BLOCK_N)
+    start = tile * BLOCK_M // NUM_HEADS + first_position
+    end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
+    blocks = split_blocks(visible_range(start, end, seqlen_k, window, BLOCK_N, BLOCK_N), split, num_splits, BLOCK_N)
 
-    if cu_seqlens_q_ptr is not None:  # packed tensors have a batch of one
-        sequence *= 0
+    sequence = sequence * 0 if PACKED else sequence
     sequence = sequence.to(tl.int64)
-    q_rows = row_offsets(sequence, first_q + queries, heads, q_strides)
-    q_0 = load_piece(q_ptr + q_rows[:, None], rows_mask, 0, FIRST, KV_LORA_RANK)
-    if SECOND > 0:
-        q_1 = load_piece(q_ptr + q_rows[:, None], rows_mask, FIRST, SECOND, KV_LORA_RANK)
-    q_rows = row_offsets(sequence, first_q + queries, heads, q_pe_strides)
-    q_pe = load_piece(q_pe_ptr + q_rows[:, None], rows_mask, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM)
-    if SIGN < 1:  # the online softmax takes a factor above 0
-        q_0 *= SIGN
-        q_pe *= SIGN
-        if SECOND > 0:
-            q_1 *= SIGN
-    latents_page, scales_page, rope_page = page_strides
-    latents_page = latents_page // VECTOR_CACHE * VECTOR_CACHE
-    if JOINED:  # one tensor, seen twice
-        cache_ptrs = cache_ptrs[0], None, cache_ptrs[0] + KV_LORA_RANK
-        rope_page = latents_page
-    elif FLOAT8 is None:
-        rope_page = rope_page // VECTOR_CACHE * VECTOR_CACHE
-    elif VECTOR_CACHE > 1:  # bytes, and bf16
-        rope_page = rope_page // 8 * 8
+    q = in_vectors(q, TILE.VECTOR)
+    q_pe = in_vectors(q_pe, TILE.VECTOR)
+    q_ptrs = q.ptr + row_offsets(sequence, first_q + queries, heads, q.strides)[:, None]
+    q_tile = _load_queries(q_ptrs, rows_mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
+    q_ptrs = q_pe.ptr + row_offsets(sequence, first_q + queries, heads, q_pe.strides)[:, None]
+    q_pe_tile = load_tile(q_ptrs, rows_mask, TILE.ROPE_HEAD_DIM)  # (BLOCK_M, ROPE_HEAD_DIM)
+
+    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
+    latents = Pages(cache.latents.ptr, multiple_of(cache.latents.page_stride, TILE.VECTORS.latents))
+    if TILE.JOINED:
+        rope_keys = Pages(latents.ptr + TILE.KV_LORA_RANK, latents.page_stride)
+    else:
+        rope_keys = Pages(cache.rope_keys.ptr, multiple_of(cache.rope_keys.page_stride, TILE.VECTORS.rope_keys))
     if block_table_ptr is None:
-        latents_row = sequence * latents_page + tl.cast(first_k, tl.int64) * ROW_STRIDES[0]
-        rope_row = sequence * rope_page + tl.cast(first_k, tl.int64) * ROW_STRIDES[2]
-        cache_ptrs = cache_ptrs[0] + latents_row, None, cache_ptrs[2] + rope_row
+        first_row = tl.cast(first_k, tl.int64)
+        latents_row = sequence * latents.page_stride + first_row * SLOTS.latents
+        latents = Pages(latents.ptr + latents_row, 0)
+        rope_row = sequence * rope_keys.page_stride + first_row * SLOTS.rope_keys
+        rope_keys = Pages(rope_keys.ptr + rope_row, 0)
     else:
         block_table_ptr += sequence * table_stride
 
     m_i, l_i = softmax_init(None, heads, BLOCK_M)
-    acc_0 = tl.zeros([BLOCK_M, FIRST], tl.float32)
-    if SECOND > 0:
-        acc_1 = tl.zeros([BLOCK_M, SECOND], tl.float32)
-    for start_n in tl.range(lo, hi, BLOCK_N):
-        # Past the last key it is repeated: loads need no mask, scores have one.
-        ptrs = cache_ptrs
-        if ONE_PAGE:
-            slots = tl.minimum(tl.arange(0, BLOCK_N), hi - 1 - start_n).to(tl.int64)
-            page = tl.load(block_table_ptr + start_n // PAGE_SIZE).to(tl.int64)
-            slot = tl.cast(start_n % PAGE_SIZE, tl.int64)
-            ptrs = (
-                ptrs[0] + (page * latents_page + slot * ROW_STRIDES[0]),
-                ptrs[1],
-                ptrs[2] + (page * rope_page + slot * ROW_STRIDES[2]),
-            )
-            if FLOAT8 is not None:
-                ptrs = ptrs[0], ptrs[1] + (page * scales_page + slot * ROW_STRIDES[1]), ptrs[2]
-            offsets = slots * ROW_STRIDES[0], slots * ROW_STRIDES[1], slots * ROW_STRIDES[2]
-        else:
-            keys = tl.minimum(start_n + tl.arange(0, BLOCK_N), hi - 1)
-            slots = (keys % PAGE_SIZE if block_table_ptr is not None else keys).to(tl.int64)
-            offsets = slots * ROW_STRIDES[0], slots * ROW_STRIDES[1], slots * ROW_STRIDES[2]
-            if block_table_ptr is not None:
-                pages = tl.load(block_table_ptr + keys // PAGE_SIZE).to(tl.int64)
-                offsets = pages * latents_page + offsets[0], offsets[1], pages * rope_page + offsets[2]
-                if FLOAT8 is not None:
-                    offsets = offsets[0], pages * scales_page + offsets[1], offsets[2]
-        k_0 = _load_latents(ptrs, offsets, 0, FIRST, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
-        if SECOND > 0:
-            k_1 = _load_latents(ptrs, offsets, FIRST, SECOND, q_0.dtype, KV_LORA_RANK, SCALE_BLOCK, FLOAT8)
-        k_pe = load_piece(ptrs[2] + offsets[2][:, None], None, 0, padded_size(ROPE_HEAD_DIM), ROPE_HEAD_DIM)
-        k_pe = k_pe.to(q_pe.dtype)
+    acc = _zeros(TILE)
+    for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
+        keys = find_keys(block_table_ptr, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
+        latent_ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
+        scale_ptrs = None
+        if TILE.FLOAT8 is not None:
+            scale_ptrs = key_pointers(cache.scales, SLOTS.scales, keys, TILE.ONE_PAGE)
+        k = _load_latents(latent_ptrs, scale_ptrs, q_tile[0].dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
+        rope_ptrs = key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE)
+        k_pe = cast_tile(load_tile(rope_ptrs, None, TILE.ROPE_HEAD_DIM), q_pe_tile[0].dtype)  # (BLOCK_N, ROPE_HEAD_DIM)
         if BLOCK_M >= 64:
             fence_copies()
 
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if CUT_CHAIN:
-            # Where wgmma's results feed each other the compiler lays all warps along rows: here both warpgroups would
-            # compute the same scores. An `if` that always runs, each in other words, hides one product from the next.
-            if start_n < hi:
-                s = tl.dot(q_0, k_0.T, s, input_precision=INPUT_PRECISION)
-            if SECOND > 0 and start_n >= lo:
-                s = tl.dot(q_1, k_1.T, s, input_precision=INPUT_PRECISION)
-            if start_n < full_hi:
-                s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
+        if TILE.CUT_CHAIN:
+            s = dot_in_if(q_tile[0], k[0], s, start_n < blocks.hi, PRECISION)
+            if TILE.PIECE_1 > 0:
+                s = dot_in_if(q_tile[1], k[1], s, start_n >= blocks.lo, PRECISION)
+            if start_n < blocks.full_hi:
+                s = dot_transposed(q_pe_tile, k_pe, PRECISION, s)
             else:
-                s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
+                s = dot_transposed(q_pe_tile, k_pe, PRECISION, s)
                 s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
         else:
-            s = tl.dot(q_0, k_0.T, s, input_precision=INPUT_PRECISION)
-            if SECOND > 0:
-                s = tl.dot(q_1, k_1.T, s, input_precision=INPUT_PRECISION)
-            s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
-            if start_n >= full_hi:
+            s = dot_transposed(q_tile, k, PRECISION, s)
+            s = dot_transposed(q_pe_tile, k_pe, PRECISION, s)
+            if start_n >= blocks.full_hi:
                 s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
-        p = p.to(k_0.dtype)
-        acc_0 = tl.dot(p, k_0, acc_0 * alpha[:, None], input_precision=INPUT_PRECISION)
-        if SECOND > 0:
-            acc_1 = tl.dot(p, k_1, acc_1 * alpha[:, None], input_precision=INPUT_PRECISION)
+        acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
-    out_ptr += tl.cast(split, tl.int64) * out_strides[0]
-    out_rows = row_offsets(sequence, first_q + queries, heads, out_strides[1:])
-    store_piece(out_ptr + out_rows[:, None], rows_mask, acc_0 * norm[:, None], 0, KV_LORA_RANK)
-    if SECOND > 0:
-        store_piece(out_ptr + out_rows[:, None], rows_mask, acc_1 * norm[:, None], FIRST, KV_LORA_RANK)
-    lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
-    lse_ptr += tl.cast(split, tl.int64) * lse_split_stride
-    tl.store(lse_ptr + row_offsets(sequence, first_q + queries, heads, lse_strides), lse, mask=rows_mask)
+    out_ptr = out.ptr + tl.cast(split, tl.int64) * out_split_stride
+    out_ptrs = out_ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
+    _store_output(out_ptrs, rows_mask, scale_rows(acc, norm), TILE)
+    tl.store(_lse_pointers(lse_ptr, lse_stride, batch, heads, first_q + queries, NUM_HEADS), lse, mask=rows_mask)
 
 
 def launch_mla_decode(
@@ -295,10 +301,10 @@ def launch_mla_decode(
     kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
     cache = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
     if w_uk is None:
-        scale_log2 = softmax_scale * LOG2_E
+        scale_log2 = softmax_scale * LOG2_E.value
     else:
         positions = cache_seqlens, capacity_of(latent_cache, block_table), *rope
-        q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E, positions)
+        q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
         scale_log2 = 1.0
     lengths = None, None, cache_seqlens, block_table, q_pe.shape[0], q_pe.shape[1], 0
     _attend(q_nope, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config)
@@ -324,7 +330,7 @@ def launch_mla_absorbed(
     lengths = cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q, max_seqlen_k
     for first in range(0, q_pe.shape[2], heads_each):
         heads = slice(first, first + heads_each)
-        q, q_rope = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E)
+        q, q_rope = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
         cache, lse_here = (kv_latent, None, k_pe), None if lse is None else lse[:, heads]
         _attend(q, q_rope, cache, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], lse_here, num_splits=1)
 
@@ -339,7 +345,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
     latents, _, rope_keys = cache
     arch = arch_of(q)
     hopper = None
-    if gpu_of(arch).wgmma and config is None and block_table is not None and scale_log2 > 0:
+    if gpu_of(arch).wgmma and config is None and block_table is not None:
         hopper = _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits)
     if hopper is not None:
         _, num_splits, *_ = hopper
@@ -359,50 +365,48 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         max_seqlen_q,
         max_seqlen_k,
         num_splits,
-        (scale_log2 > 0) - (scale_log2 < 0),
         arch,
         input_precision(q.dtype, arch),
         count_sms(q.device, arch),
         config,
     )
     parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
+    split_stride, *strides, _ = parts.stride()
     args = (
-        q,
-        q_pe,
-        cache,
-        parts,
+        View(q, Strides(*q.stride()[:3])),
+        View(q_pe, Strides(*q_pe.stride()[:3])),
+        LatentCache(*(None if x is None else Pages(x, x.stride(0)) for x in cache)),
+        View(parts, Strides(*strides)),
+        split_stride,
         lse_parts,
+        lse_parts.stride(-2),
         cache_seqlens,
         block_table,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q.stride()[:3],
-        q_pe.stride()[:3],
-        tuple(None if x is None else x.stride(0) for x in cache),
-        parts.stride()[:4],
-        *lse_parts.stride(),
         None if block_table is None else block_table.stride(0),
+        Sequences(cu_seqlens_q, cu_seqlens_k),
         q.shape[1],
         latents.shape[1] if block_table is None else capacity_of(latents, block_table),
         num_programs // batch,
         num_splits,
-        abs(scale_log2) or 1.0,
-        (None, 0 if causal else None),
+        scale_log2,
+        Window(None, 0 if causal else None),
     )
     launch_packed(_mla_absorbed_kernel, (num_programs * num_splits,), q.device, args, constants)
     _finish(parts, lse_parts, w_uv, out, lse)
 
 
 def _results(q, out, lse, w_uv, num_splits):
-    """Where the splits' outputs and their log-sum-exp go: (splits, batch, seqlen_q, num_heads, dim), without dim."""
+    """Where the splits' outputs go, (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exp (splits, batch,
+    num_heads, seqlen_q)."""
+    batch, seqlen_q, num_heads, _ = q.shape
+    lse_shape = num_splits, batch, num_heads, seqlen_q
     if num_splits > 1 or w_uv is not None:
         # The sum of one split is rounded before the projection in any case.
         dtype = torch.float32 if num_splits > 1 else out.dtype
         parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
-        return parts, out.new_empty(parts.shape[:-1], dtype=torch.float32)
+        return parts, out.new_empty(lse_shape, dtype=torch.float32)
     # Without a place for the log-sum-exp the compiler makes wgmma wait for each other.
-    parts = out[None]
-    return parts, out.new_empty(parts.shape[:-1], dtype=torch.float32) if lse is None else lse.mT[None]
+    return out[None], out.new_empty(lse_shape, dtype=torch.float32) if lse is None else lse[None]
 
 
 def _finish(parts, lse_parts, w_uv, out, lse):
@@ -410,7 +414,7 @@ def _finish(parts, lse_parts, w_uv, out, lse):
     if w_uv is not None:
         launch_merge_project(parts, lse_parts, w_uv, out, lse)
     elif parts.shape[0] > 1:
-        launch_merge(parts, lse_parts, out, None if lse is None else lse.mT)
+        launch_merge(parts, lse_parts.mT, out, None if lse is None else lse.mT)
 
 
 def _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits):
@@ -433,7 +437,6 @@ def _plan(
     max_seqlen_q,
     max_seqlen_k,
     num_splits,
-    sign,
     arch,
     precision,
     num_sms,
@@ -446,7 +449,6 @@ def _plan(
     paged = table_width is not None
     page_size = cache[0][0][1]
     rows = [strides[1] for _, strides in cache]
-    row_strides = tuple(rows) if is_fp8 else (rows[0], 0, rows[1])
     # Latent vectors and rotary keys in vectors of 16 bytes: rows and pages of both are multiples of it.
     sizes = (cache_dtype.itemsize, torch.float32.itemsize, torch.bfloat16.itemsize) if is_fp8 else (dtype.itemsize,) * 2
     aligned = bases_aligned and all(
@@ -460,26 +462,28 @@ def _plan(
     num_key_tiles = -(-seqlen_k // tiles.block_n)
     one_page = paged and page_size % tiles.block_n == 0
     cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
-    constants = dict(
-        NUM_HEADS=num_heads,
-        KV_LORA_RANK=kv_lora_rank,
-        ROPE_HEAD_DIM=shape_pe[3],
-        PAGE_SIZE=page_size if paged else 1,
-        ROW_STRIDES=row_strides,
+    pieces = piece_0(kv_lora_rank), piece_1(kv_lora_rank)
+    if not (cut_chain and one_page):
+        pieces = halve_widest(pieces)
+    tile = AbsorbedTile(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
+        NUM_HEADS=num_heads,
+        KV_LORA_RANK=kv_lora_rank,
+        PIECE_0=pieces[0],
+        PIECE_1=pieces[1],
+        ROPE_HEAD_DIM=shape_pe[3],
+        PAGE_SIZE=page_size if paged else 1,
         ONE_PAGE=one_page,
-        HALVES=not (cut_chain and one_page),
-        CUT_CHAIN=cut_chain,
-        SIGN=sign,
+        SLOT_STRIDES=LatentCache(*rows) if is_fp8 else LatentCache(rows[0], None, rows[1]),
         JOINED=paged and not is_fp8,
         FLOAT8=(3, 3 in gpu_of(arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK,
         VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
-        VECTOR_CACHE=16 // cache_dtype.itemsize if aligned else 1,
+        VECTORS=LatentCache(16 // sizes[0], None, 16 // sizes[-1]) if aligned else LatentCache(1, None, 1),
+        CUT_CHAIN=cut_chain,
         INPUT_PRECISION=precision,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
     )
+    constants = dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     num_slots = num_sms * tiles.programs_per_sm(is_fp8)
     return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_slots), constants

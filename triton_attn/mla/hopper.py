@@ -11,6 +11,7 @@ else is the portable kernel's (absorbed.py), which computes the same. Gluon has 
 """
 
 import functools
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,12 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate  # triton.aggregate, once 3.6 need not be served
 
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
 from .._host.layout import INDICES, LSE, capacity_of, strides_suit_tma
 from .._host.tuned import remember
+from .._jit.args import Strides, View
+from .._jit.heads import row_pointer
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
 from ..merge.splits import choose_num_splits
@@ -43,95 +45,86 @@ ROPE: gl.constexpr = gl.constexpr(64)
 MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
 
 
-@aggregate
-class _Work:
+class _Work(NamedTuple):
     """What one program computes: 64 heads of a query, from `head` on, over one split of the keys: num_tiles tiles, of
     which the last ends with key `end`. A split without keys has one tile, of none."""
 
-    batch: gl.tensor
-    query: gl.tensor
-    head: gl.tensor
-    split: gl.tensor
-    start: gl.tensor
-    end: gl.tensor
-    num_tiles: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, batch, query, head, split, start, end, num_tiles):
-        self.batch = batch
-        self.query = query
-        self.head = head
-        self.split = split
-        self.start = start
-        self.end = end
-        self.num_tiles = num_tiles
+    batch: object
+    query: object
+    head: object
+    split: object
+    start: object
+    end: object
+    num_tiles: object
 
 
-@aggregate
-class _Shared:
-    """Tiles in shared memory: queries and, for each stage, keys in three pieces, of which the first two are the values
-    of group 0 and 1; weights and row maxima of the last tile; row sums of each group. Barriers say that a piece is
-    there (full) and that it was read (free), that a group's weights are there, and its sums."""
+class _Queries(NamedTuple):
+    """Queries in shared memory: both halves of what meets a latent vector, the rotary part, and a barrier that says
+    that they are there."""
 
-    q_0: gl.shared_memory_descriptor
-    q_1: gl.shared_memory_descriptor
-    q_pe: gl.shared_memory_descriptor
-    k_0: gl.shared_memory_descriptor
-    k_1: gl.shared_memory_descriptor
-    k_pe: gl.shared_memory_descriptor
-    weights: gl.shared_memory_descriptor
-    maxima: gl.shared_memory_descriptor
-    sums: gl.shared_memory_descriptor
-    q_full: gl.shared_memory_descriptor
-    full_0: gl.shared_memory_descriptor
-    full_1: gl.shared_memory_descriptor
-    full_pe: gl.shared_memory_descriptor
-    free_0: gl.shared_memory_descriptor
-    free_1: gl.shared_memory_descriptor
-    free_pe: gl.shared_memory_descriptor
-    weights_full: gl.shared_memory_descriptor
-    sums_full: gl.shared_memory_descriptor
+    q_0: object
+    q_1: object
+    q_pe: object
+    full: object
 
-    @gluon.constexpr_function
-    def __init__(
-        self,
-        q_0,
-        q_1,
-        q_pe,
-        k_0,
-        k_1,
-        k_pe,
-        weights,
-        maxima,
-        sums,
-        q_full,
-        full_0,
-        full_1,
-        full_pe,
-        free_0,
-        free_1,
-        free_pe,
-        weights_full,
-        sums_full,
-    ):
-        self.q_0 = q_0
-        self.q_1 = q_1
-        self.q_pe = q_pe
-        self.k_0 = k_0
-        self.k_1 = k_1
-        self.k_pe = k_pe
-        self.weights = weights
-        self.maxima = maxima
-        self.sums = sums
-        self.q_full = q_full
-        self.full_0 = full_0
-        self.full_1 = full_1
-        self.full_pe = full_pe
-        self.free_0 = free_0
-        self.free_1 = free_1
-        self.free_pe = free_pe
-        self.weights_full = weights_full
-        self.sums_full = sums_full
+
+class _Ring(NamedTuple):
+    """One piece of the keys in shared memory, a tile for each stage. Barriers say that a tile is there (full) and that
+    it was read (free)."""
+
+    tiles: object
+    full: object
+    free: object
+
+
+class _Exchange(NamedTuple):
+    """What the groups give each other through shared memory: weights and row maxima of the last tile, row sums of each
+    group. Barriers say that a group's weights are there, and its sums."""
+
+    weights: object
+    maxima: object
+    sums: object
+    weights_full: object
+    sums_full: object
+
+
+class _Shared(NamedTuple):
+    """Shared memory. The halves of the latent vectors are keys of both groups; latents_0 are also the values of group
+    0, latents_1 those of group 1."""
+
+    queries: object
+    latents_0: object
+    latents_1: object
+    rope_keys: object
+    exchange: object
+
+
+class _Softmax(NamedTuple):
+    """A group's running state: maxima (log2 units) and sums of the rows, and its half of the output."""
+
+    m_i: object  # (ROWS,)
+    l_i: object  # (ROWS, 4): of each thread that holds the row
+    acc: object  # (ROWS, HALF)
+
+
+class _Sources(NamedTuple):
+    """TMA descriptors of what is loaded, and the sequences' pages: View(block table, its stride)."""
+
+    q: object
+    q_pe: object
+    latents: object
+    rope_keys: object
+    block_table: object
+
+
+@gluon.constexpr_function
+def _scores_layout():
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N.value, 16])
+
+
+@gluon.constexpr_function
+def _output_layout():
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF.value, 16])
 
 
 @gluon.jit
@@ -140,6 +133,39 @@ def _barriers(NUM: gl.constexpr):
     for i in gl.static_range(NUM):
         mbarrier.init(barriers.index(i), count=1)
     return barriers
+
+
+@gluon.jit
+def _allocate_queries(q_desc, q_pe_desc):
+    dtype: gl.constexpr = q_desc.dtype
+    return _Queries(
+        gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, HALF], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, HALF], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, ROPE], q_pe_desc.layout),
+        _barriers(1),
+    )
+
+
+@gluon.jit
+def _allocate_ring(desc, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, COLUMNS], desc.layout)
+    return _Ring(tiles, _barriers(STAGES), _barriers(STAGES))
+
+
+@gluon.jit
+def _allocate_exchange(dtype: gl.constexpr):
+    """With the weights and maxima of the tile before the first: 0 and -inf."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    SCORES: gl.constexpr = _scores_layout()
+    weights = gl.allocate_shared_memory(dtype, [ROWS, BLOCK_N], WEIGHTS)
+    maxima = gl.allocate_shared_memory(gl.float32, [ROWS], FLAT)
+    sums = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
+    exchange = _Exchange(weights, maxima, sums, _barriers(2), _barriers(2))
+    weights.store(gl.zeros([ROWS, BLOCK_N], dtype, SCORES))
+    maxima.store(gl.full([ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, SCORES)))
+    fence_async_shared()
+    return exchange
 
 
 @gluon.jit
@@ -156,37 +182,38 @@ def _stage(step):
 
 
 @gluon.jit
-def _load(desc, coords, full, buffer):
+def _load_next(desc, coords, ring, step):
+    """Start to load a step's tile, once the tile that lies in its place was read."""
+    stage, parity = _stage(step)
+    full = ring.full.index(stage)
+    mbarrier.wait(ring.free.index(stage), parity ^ 1)
     mbarrier.expect(full, desc.block_type.nbytes)
-    _tma_load(desc, coords, full, buffer)
+    _tma_load(desc, coords, full, ring.tiles.index(stage))
 
 
 @gluon.jit
-def _load_tiles(work, shared, q_desc, q_pe_desc, latent_desc, rope_desc, block_table_ptr, table_stride, PAGE_SIZE):
+def _load_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr):
     """The warps that load: queries, then keys. Slots past the end may hold anything, NaN too: TMA gives zeros."""
-    q_full = shared.q_full.index(0)
-    mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes + q_pe_desc.block_type.nbytes)
-    _tma_load(q_desc, [work.batch, work.query, work.head, 0], q_full, shared.q_0.index(0))
-    _tma_load(q_desc, [work.batch, work.query, work.head, HALF], q_full, shared.q_1.index(0))
-    _tma_load(q_pe_desc, [work.batch, work.query, work.head, 0], q_full, shared.q_pe.index(0))
-    block_table_ptr += work.batch.to(gl.int64) * table_stride
+    queries = shared.queries
+    q_full = queries.full.index(0)
+    mbarrier.expect(q_full, 2 * sources.q.block_type.nbytes + sources.q_pe.block_type.nbytes)
+    _tma_load(sources.q, [work.batch, work.query, work.head, 0], q_full, queries.q_0.index(0))
+    _tma_load(sources.q, [work.batch, work.query, work.head, HALF], q_full, queries.q_1.index(0))
+    _tma_load(sources.q_pe, [work.batch, work.query, work.head, 0], q_full, queries.q_pe.index(0))
+    pages_ptr = sources.block_table.ptr + work.batch.to(gl.int64) * sources.block_table.strides
     # Without keys no page: the table may have no entry. Elsewhere a step ahead, as the load takes its time.
-    page = gl.load(block_table_ptr + work.start // PAGE_SIZE, mask=work.start < work.end, other=0)
+    page = gl.load(pages_ptr + work.start // PAGE_SIZE, mask=work.start < work.end, other=0)
     last = work.start + (work.num_tiles - 1) * BLOCK_N
     for step in range(work.num_tiles):
         start = work.start + step * BLOCK_N
         following = gl.minimum(start + BLOCK_N, last)
-        following = gl.load(block_table_ptr + following // PAGE_SIZE, mask=following < work.end, other=0)
-        stage, parity = _stage(step)
+        following = gl.load(pages_ptr + following // PAGE_SIZE, mask=following < work.end, other=0)
         count = gl.minimum(work.end - start, BLOCK_N)
         slot = start % PAGE_SIZE + count
         row = -count + PACKED_END  # in this order: Triton 3.6 cannot subtract from a constant
-        mbarrier.wait(shared.free_0.index(stage), parity ^ 1)
-        _load(latent_desc, [PACKED_END, page, slot, row, 0], shared.full_0.index(stage), shared.k_0.index(stage))
-        mbarrier.wait(shared.free_1.index(stage), parity ^ 1)
-        _load(latent_desc, [PACKED_END, page, slot, row, HALF], shared.full_1.index(stage), shared.k_1.index(stage))
-        mbarrier.wait(shared.free_pe.index(stage), parity ^ 1)
-        _load(rope_desc, [PACKED_END, page, slot, row, 0], shared.full_pe.index(stage), shared.k_pe.index(stage))
+        _load_next(sources.latents, [PACKED_END, page, slot, row, 0], shared.latents_0, step)
+        _load_next(sources.latents, [PACKED_END, page, slot, row, HALF], shared.latents_1, step)
+        _load_next(sources.rope_keys, [PACKED_END, page, slot, row, 0], shared.rope_keys, step)
         page = following
 
 
@@ -229,140 +256,144 @@ def _shift(m):
 
 
 @gluon.jit
-def _issue_scores(shared, step, zeros):
+def _issue_scores(shared, step):
+    """Scores (ROWS, BLOCK_N) of a step's tile, not waited for."""
+    queries = shared.queries
     stage, parity = _stage(step)
     # 0, which the compiler must not know: it would hold the addresses of all parts of q in registers that it spills.
     zero = gl.inline_asm_elementwise("shr.u32 $0, $1, 31;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-    q_0 = _matrix(shared.q_0, zero)
-    q_1 = _matrix(shared.q_1, zero)
-    mbarrier.wait(shared.full_0.index(stage), parity)
-    s = warpgroup_mma(q_0, _matrix(shared.k_0, stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(shared.full_1.index(stage), parity)
-    s = warpgroup_mma(q_1, _matrix(shared.k_1, stage).permute([1, 0]), s, is_async=True)
-    mbarrier.wait(shared.full_pe.index(stage), parity)
-    q_pe = _matrix(shared.q_pe, zero)
-    return warpgroup_mma(q_pe, _matrix(shared.k_pe, stage).permute([1, 0]), s, is_async=True)
+    s = gl.zeros([ROWS, BLOCK_N], gl.float32, _scores_layout())
+    q_0 = _matrix(queries.q_0, zero)  # (ROWS, HALF)
+    q_1 = _matrix(queries.q_1, zero)
+    mbarrier.wait(shared.latents_0.full.index(stage), parity)
+    k_0 = _matrix(shared.latents_0.tiles, stage)  # (BLOCK_N, HALF)
+    s = warpgroup_mma(q_0, k_0.permute([1, 0]), s, use_acc=False, is_async=True)
+    mbarrier.wait(shared.latents_1.full.index(stage), parity)
+    k_1 = _matrix(shared.latents_1.tiles, stage)
+    s = warpgroup_mma(q_1, k_1.permute([1, 0]), s, is_async=True)
+    mbarrier.wait(shared.rope_keys.full.index(stage), parity)
+    q_pe = _matrix(queries.q_pe, zero)  # (ROWS, ROPE)
+    k_pe = _matrix(shared.rope_keys.tiles, stage)  # (BLOCK_N, ROPE)
+    return warpgroup_mma(q_pe, k_pe.permute([1, 0]), s, is_async=True)
 
 
 @gluon.jit
-def _issue_output_of_other(GROUP: gl.constexpr, shared, values, full, step, m_i, l_i, acc):
-    """The other group's tile: its weights, and what its maximum does to the sums."""
+def _issue_output_of_other(GROUP: gl.constexpr, shared, step, state):
+    """The other group's tile: its weights, and what its maximum does to the sums. The output is not waited for."""
+    values = shared.latents_0 if GROUP == 0 else shared.latents_1
+    exchange = shared.exchange
     # Step -1 has weights of 0, for values that are there; its barrier counts as passed.
     stage, parity = _stage(gl.maximum(step, 0))
-    mbarrier.wait(full.index(stage), parity)
+    mbarrier.wait(values.full.index(stage), parity)
     _, parity = _stage(step)
-    mbarrier.wait(shared.weights_full.index(1 - GROUP), parity)
-    m_new = shared.maxima.load(m_i.type.layout)
-    alpha = gl.exp2(m_i - _shift(m_new))
-    acc = warpgroup_mma(shared.weights, _matrix(values, stage), _scale_rows(acc, alpha), is_async=True)
-    return m_new, _scale_rows(l_i, alpha), acc
+    mbarrier.wait(exchange.weights_full.index(1 - GROUP), parity)
+    m_new = exchange.maxima.load(state.m_i.type.layout)
+    alpha = gl.exp2(state.m_i - _shift(m_new))
+    acc = _scale_rows(state.acc, alpha)
+    acc = warpgroup_mma(exchange.weights, _matrix(values.tiles, stage), acc, is_async=True)
+    return _Softmax(m_new, _scale_rows(state.l_i, alpha), acc)
 
 
 @gluon.jit
-def _step(GROUP: gl.constexpr, work, shared, values, full, free, step, m_i, l_i, acc, zeros, scale_log2):
+def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2):
     """Output of the other group's tile, the one before; then scores, weights and output of one's own.
 
     The weights' one buffer is free to write once that output is there."""
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, _output_layout(), 2)
+    values = shared.latents_0 if GROUP == 0 else shared.latents_1
+    exchange = shared.exchange
     stage, _ = _stage(step)
-    m_i, l_i, output = _issue_output_of_other(GROUP, shared, values, full, step - 1, m_i, l_i, acc)
-    scores = _issue_scores(shared, step, zeros)
-    acc = warpgroup_mma_wait(1, [output])
-    mbarrier.arrive(free.index(stage ^ 1), count=1, pred=step > 0)
+    other = _issue_output_of_other(GROUP, shared, step - 1, state)
+    scores = _issue_scores(shared, step)
+    acc = warpgroup_mma_wait(1, [other.acc])
+    mbarrier.arrive(values.free.index(stage ^ 1), count=1, pred=step > 0)
     s = warpgroup_mma_wait(0, [scores])
-    mbarrier.arrive(shared.free_pe.index(stage), count=1)
+    mbarrier.arrive(shared.rope_keys.free.index(stage), count=1)
     count = work.end - (work.start + step * BLOCK_N)
     if count < BLOCK_N:
         s = _mask_columns(s, count)
-    m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
-    alpha = gl.exp2(m_i - _shift(m_new))
-    weights = gl.exp2(s * scale_log2 - gl.expand_dims(_shift(m_new), 1))
-    l_i = _scale_rows(l_i, alpha) + _partial_sums(weights)
-    weights = weights.to(shared.weights.dtype)
+    m_new = gl.maximum(other.m_i, gl.max(s, 1) * scale_log2)
+    alpha = gl.exp2(other.m_i - _shift(m_new))
+    weights = gl.exp2(s * scale_log2 - gl.expand_dims(_shift(m_new), 1))  # (ROWS, BLOCK_N)
+    l_i = _scale_rows(other.l_i, alpha) + _partial_sums(weights)
+    weights = weights.to(exchange.weights.dtype)
     p = gl.convert_layout(weights, P_LAYOUT)
-    shared.weights.store(weights)
-    shared.maxima.store(m_new)
+    exchange.weights.store(weights)
+    exchange.maxima.store(m_new)
     fence_async_shared()
-    mbarrier.arrive(shared.weights_full.index(GROUP), count=1)
-    output = warpgroup_mma(p, _matrix(values, stage), _scale_rows(acc, alpha), is_async=True)
+    mbarrier.arrive(exchange.weights_full.index(GROUP), count=1)
+    output = warpgroup_mma(p, _matrix(values.tiles, stage), _scale_rows(acc, alpha), is_async=True)
     acc, p = warpgroup_mma_wait(0, [output, p])
     # The other group's scores, of which these weights came, were read before.
-    mbarrier.arrive(free.index(stage), count=1)
-    return m_new, l_i, acc
+    mbarrier.arrive(values.free.index(stage), count=1)
+    return _Softmax(m_new, l_i, acc)
 
 
 @gluon.jit
-def _attend(GROUP: gl.constexpr, work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_log2):
+def _attend(GROUP: gl.constexpr, work, shared, out, lse, scale_log2):
     """A group of four warps: 64 rows of out, half of the columns; group 0 the log-sum-exp too."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    if GROUP == 0:
-        values = shared.k_0
-        full = shared.full_0
-        free = shared.free_0
-    else:
-        values = shared.k_1
-        full = shared.full_1
-        free = shared.free_1
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    acc = gl.zeros([ROWS, HALF], gl.float32, OUTPUT)
-    m_i = gl.full([ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, SCORES))
-    l_i = _partial_sums(zeros)
-    mbarrier.wait(shared.q_full.index(0), 0)
+    SCORES: gl.constexpr = _scores_layout()
+    state = _Softmax(
+        gl.full([ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, SCORES)),
+        _partial_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)),
+        gl.zeros([ROWS, HALF], gl.float32, _output_layout()),
+    )
+    mbarrier.wait(shared.queries.full.index(0), 0)
     # Hidden from the compiler: where ptxas knows that the loop runs it waits for scores before it scales the output.
     num_tiles = gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [work.num_tiles], dtype=gl.int32, is_pure=False, pack=1
     )
     for step in range(GROUP, num_tiles, 2):
-        m_i, l_i, acc = _step(GROUP, work, shared, values, full, free, step, m_i, l_i, acc, zeros, scale_log2)
+        state = _step(GROUP, work, shared, step, state, scale_log2)
     if (num_tiles - 1) % 2 != GROUP:
-        m_i, l_i, acc = _issue_output_of_other(GROUP, shared, values, full, num_tiles - 1, m_i, l_i, acc)
-        acc = warpgroup_mma_wait(0, [acc])
+        other = _issue_output_of_other(GROUP, shared, num_tiles - 1, state)
+        state = _Softmax(other.m_i, other.l_i, warpgroup_mma_wait(0, [other.acc]))
+    _store(GROUP, work, shared.exchange, out, lse, state)
 
-    total = gl.convert_layout(gl.sum(l_i, 1), m_i.type.layout)
-    shared.sums.index(GROUP).store(total)
-    mbarrier.arrive(shared.sums_full.index(GROUP), count=1)
-    mbarrier.wait(shared.sums_full.index(1 - GROUP), 0)
-    total += shared.sums.index(1 - GROUP).load(m_i.type.layout)
+
+@gluon.jit
+def _store(GROUP: gl.constexpr, work, exchange, out, lse, state):
+    """out and lse of a group, from the sums of both; lse is that of the query, strides lead from head to head."""
+    OUTPUT: gl.constexpr = _output_layout()
+    m_i = state.m_i
+    total = gl.convert_layout(gl.sum(state.l_i, 1), m_i.type.layout)
+    exchange.sums.index(GROUP).store(total)
+    mbarrier.arrive(exchange.sums_full.index(GROUP), count=1)
+    mbarrier.wait(exchange.sums_full.index(1 - GROUP), 0)
+    total += exchange.sums.index(1 - GROUP).load(m_i.type.layout)
     total = gl.where(total == 0.0, 1.0, total)  # of a row without keys, whose maximum is -inf
     rows = work.head + gl.arange(0, ROWS, gl.SliceLayout(1, OUTPUT))
     columns = GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(0, OUTPUT))
-    out_ptr += work.split.to(gl.int64) * out_strides[0] + work.batch.to(gl.int64) * out_strides[1]
-    out_ptr += work.query.to(gl.int64) * out_strides[2]
-    offsets = gl.expand_dims(rows.to(gl.int64) * out_strides[3], 1) + gl.expand_dims(columns, 0)
-    gl.store(out_ptr + offsets, _scale_rows(acc, 1.0 / total).to(out_ptr.dtype.element_ty))
+    out_ptr = row_pointer(out, work.batch, work.query, 0)
+    offsets = gl.expand_dims(rows.to(gl.int64) * out.strides.head, 1) + gl.expand_dims(columns, 0)  # (ROWS, HALF)
+    gl.store(out_ptr + offsets, _scale_rows(state.acc, 1.0 / total).to(out.ptr.dtype.element_ty))
     if GROUP == 0:
         rows = work.head + gl.arange(0, ROWS, m_i.type.layout)
-        lse_ptr += work.split.to(gl.int64) * lse_strides[0] + work.batch.to(gl.int64) * lse_strides[1]
-        lse_ptr += work.query.to(gl.int64) * lse_strides[2]
-        gl.store(lse_ptr + rows.to(gl.int64) * lse_strides[3], (m_i + gl.log2(total)) * LN_2)
+        gl.store(lse.ptr + rows.to(gl.int64) * lse.strides, (m_i + gl.log2(total)) * LN_2)
 
 
 @gluon.jit
-def _attend_0(work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_log2):
-    _attend(0, work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_log2)
+def _attend_0(work, shared, out, lse, scale_log2):
+    _attend(0, work, shared, out, lse, scale_log2)
 
 
 @gluon.jit
-def _attend_1(work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_log2):
-    _attend(1, work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_log2)
+def _attend_1(work, shared, out, lse, scale_log2):
+    _attend(1, work, shared, out, lse, scale_log2)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "capacity", "num_splits", *INDICES, *LSE])
+@gluon.jit(do_not_specialize=["seqlen_q", "capacity", "num_splits", *INDICES, *LSE, "lse_stride"])
 def _mla_decode_hopper_kernel(
     q_desc,
     q_pe_desc,
     latent_desc,
     rope_desc,
-    out_ptr,
+    out,
+    out_split_stride,
     lse_ptr,
+    lse_stride,
     cache_seqlens_ptr,
     block_table_ptr,
-    out_strides,
-    lse_split_stride,
-    lse_batch_stride,
-    lse_row_stride,
-    lse_head_stride,
     table_stride,
     seqlen_q,
     capacity,
@@ -376,7 +407,7 @@ def _mla_decode_hopper_kernel(
     """One program computes 64 heads of a query in out and lse, over one split of the keys of a sequence.
 
     Grid: tiles of heads * seqlen_q * num_splits * batch, in the order of the portable kernel. Descriptors are those of
-    `plan_hopper`; strides are (split, batch, row, head). A sequence has no more than capacity keys.
+    `plan_hopper`. lse is (num_splits, batch, NUM_HEADS, seqlen_q). A sequence has no more than capacity keys.
     """
     gl.static_assert(STAGES == 2, "groups and buffers take turns alike")
     TILES: gl.constexpr = NUM_HEADS // ROWS
@@ -393,37 +424,20 @@ def _mla_decode_hopper_kernel(
     num_tiles = gl.maximum(gl.cdiv(end - start, BLOCK_N), 1)
     work = _Work(batch, query, tile % TILES * ROWS, split, start, end, num_tiles)
 
-    dtype: gl.constexpr = q_desc.dtype
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     shared = _Shared(
-        gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, HALF], q_desc.layout),
-        gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, HALF], q_desc.layout),
-        gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, ROPE], q_pe_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 1, BLOCK_N, HALF], latent_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 1, BLOCK_N, HALF], latent_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 1, BLOCK_N, ROPE], rope_desc.layout),
-        gl.allocate_shared_memory(dtype, [ROWS, BLOCK_N], WEIGHTS),
-        gl.allocate_shared_memory(gl.float32, [ROWS], FLAT),
-        gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT),
-        _barriers(1),
-        _barriers(STAGES),
-        _barriers(STAGES),
-        _barriers(STAGES),
-        _barriers(STAGES),
-        _barriers(STAGES),
-        _barriers(STAGES),
-        _barriers(2),
-        _barriers(2),
+        _allocate_queries(q_desc, q_pe_desc),
+        _allocate_ring(latent_desc, HALF, STAGES),
+        _allocate_ring(latent_desc, HALF, STAGES),
+        _allocate_ring(rope_desc, ROPE, STAGES),
+        _allocate_exchange(q_desc.dtype),
     )
-    # Of the tile before the first.
-    shared.weights.store(gl.zeros([ROWS, BLOCK_N], dtype, SCORES))
-    shared.maxima.store(gl.full([ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, SCORES)))
-    fence_async_shared()
-    loads = work, shared, q_desc, q_pe_desc, latent_desc, rope_desc, block_table_ptr, table_stride, PAGE_SIZE
-    lse_strides = lse_split_stride, lse_batch_stride, lse_row_stride, lse_head_stride
-    sums = work, shared, out_ptr, lse_ptr, out_strides, lse_strides, scale_log2
+    sources = _Sources(q_desc, q_pe_desc, latent_desc, rope_desc, View(block_table_ptr, table_stride))
+    num_sequences = gl.num_programs(0) // (TILES * seqlen_q) // num_splits
+    lse_ptr += (split * num_sequences + batch).to(gl.int64) * NUM_HEADS * lse_stride + query
+    lse = View(lse_ptr, lse_stride)
+    out = View(out.ptr + split.to(gl.int64) * out_split_stride, out.strides)
+    loads = work, shared, sources, PAGE_SIZE
+    sums = work, shared, out, lse, scale_log2
     # Warps and registers of all but the first, which is left 24 registers a thread of 65536.
     gl.warp_specialize([(_load_tiles, loads), (_attend_0, sums), (_attend_1, sums)], [4, 4], [240, 240])
 
@@ -431,17 +445,18 @@ def _mla_decode_hopper_kernel(
 def launch_mla_decode_hopper(
     plan, q, q_pe, latents, rope_keys, parts, lse_parts, cache_seqlens, block_table, seqlen_q, scale_log2
 ):
-    """Launch the kernel by what `plan_hopper` found; parts are (num_splits, *q.shape), lse_parts that without the last
-    dimension, latents and rope_keys the two parts of the rows of one cache, block_table its pages."""
+    """Launch the kernel by what `plan_hopper` found; parts are (num_splits, *q.shape), lse_parts (num_splits,
+    batch, num_heads, seqlen_q), latents and rope_keys the two parts of the rows of one cache, block_table its pages."""
     num_programs, num_splits, geometries, constants = plan
+    split_stride, *strides, _ = parts.stride()
     args = (
         *(_describe(x, *geometry) for x, geometry in zip((q, q_pe, latents, rope_keys), geometries)),
-        parts,
+        View(parts, Strides(*strides)),
+        split_stride,
         lse_parts,
+        lse_parts.stride(-2),
         cache_seqlens,
         block_table,
-        parts.stride()[:4],
-        *lse_parts.stride(),
         block_table.stride(0),
         seqlen_q,
         capacity_of(latents, block_table),

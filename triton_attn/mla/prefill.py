@@ -1,6 +1,7 @@
 """Kernel of prefill over keys and values of every head, and its launchers: up-projected in the kernel, or before it."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,100 +12,159 @@ from .._host.layout import (
     LSE,
     clear_outputs,
     heads_in_l2,
-    lse_strides,
     row_strides,
-    strides_are_wide,
     tiles_each,
 )
 from .._host.tuned import choose
-from .._jit.args import Sequences, Strides, View
+from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.heads import assign_tile, row_pointer, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import load_piece, padded_size, row_pointers, store_piece, tile_pointers
+from .._jit.tiles import (
+    Rows,
+    clear_rows,
+    dot_add,
+    dot_transposed,
+    load_tile,
+    padded_size,
+    piece_0,
+    piece_1,
+    row_pointers,
+    scale_rows,
+    store_tile,
+    tile_pointers,
+    zeros_tile,
+)
 from .._jit.workarounds import fence_copies
 from .configs import MlaPrefillCase, MlaPrefillConfig
+from .projections import weight_view
 
 # A new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", *LSE]
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", *LSE, "lse_stride"]
+
+
+class PrefillTile(NamedTuple):
+    """What `_mla_prefill_kernel` is compiled for."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_C: int | None  # elements of a latent vector that are up-projected at a time; None: keys are in memory
+    NUM_HEADS: int
+    NOPE_HEAD_DIM: int
+    ROPE_HEAD_DIM: int
+    V_HEAD_DIM: int
+    KV_LORA_RANK: int | None  # None: keys are in memory
+    WIDE_ROWS: bool
+    INPUT_PRECISION: str
 
 
 @triton.jit
-def _load_columns(ptrs, columns, END: tl.constexpr, EVEN: tl.constexpr, rows_mask):
-    """Columns of the rows at ptrs (rows, 1); zero past END, unless EVEN, and where rows_mask (None: all) ends."""
-    mask = tl.full([ptrs.shape[0], columns.shape[0]], True, tl.int1)
+def _load_columns(ptrs, start, BLOCK: tl.constexpr, END: tl.constexpr, rows_mask):
+    """Columns [start, start + BLOCK) of the rows at ptrs (rows, 1); zero past END and outside rows_mask (None: all)."""
+    columns = start + tl.arange(0, BLOCK)
+    mask = tl.full([ptrs.shape[0], BLOCK], True, tl.int1)
     if rows_mask is not None:
         mask &= rows_mask[:, None]
-    if not EVEN:
+    if END % BLOCK != 0:
         mask &= (columns < END)[None, :]
     return tl.load(ptrs + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _up_project(
-    latent_ptrs,
-    rows_mask,
-    w_uk_ptr,
-    w_uv_ptr,
-    w_uk_stride,
-    w_uv_stride,
-    NOPE_HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    KV_LORA_RANK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Keys and values of one head, both (dim, rows): the two weights times a tile of latent vectors, BLOCK_C numbers of
-    them at a time, since the weights exceed shared memory."""
-    EVEN: tl.constexpr = KV_LORA_RANK % BLOCK_C == 0
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_v = tl.arange(0, BLOCK_V)
-    w_uk_ptrs = w_uk_ptr + (offs_k.to(tl.int64) * w_uk_stride)[:, None]
-    w_uv_ptrs = w_uv_ptr + (offs_v.to(tl.int64) * w_uv_stride)[:, None]
-    k_mask = None if NOPE_HEAD_DIM == BLOCK_K else offs_k < NOPE_HEAD_DIM
-    v_mask = None if V_HEAD_DIM == BLOCK_V else offs_v < V_HEAD_DIM
-    k = tl.zeros([BLOCK_K, latent_ptrs.shape[0]], tl.float32)
-    v = tl.zeros([BLOCK_V, latent_ptrs.shape[0]], tl.float32)
-    for start in tl.range(0, KV_LORA_RANK, BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)
-        latents = _load_columns(latent_ptrs, columns, KV_LORA_RANK, EVEN, rows_mask)
-        w_uk = _load_columns(w_uk_ptrs, columns, KV_LORA_RANK, EVEN, k_mask)
-        w_uv = _load_columns(w_uv_ptrs, columns, KV_LORA_RANK, EVEN, v_mask)
+def _load_weight_piece(w, start, FIRST_ROW: tl.constexpr, ROWS: tl.constexpr, END: tl.constexpr, TILE: tl.constexpr):
+    """Columns [start, start + BLOCK_C) of the rows [FIRST_ROW, FIRST_ROW + ROWS) of a head's weight; zero past END."""
+    rows = FIRST_ROW + tl.arange(0, ROWS)
+    rows_mask = None if FIRST_ROW + ROWS <= END else rows < END
+    return _load_columns(
+        row_pointers(w.source, rows, w.stride, True), start, TILE.BLOCK_C, TILE.KV_LORA_RANK, rows_mask
+    )
+
+
+@triton.jit
+def _load_weight(w, start, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """Columns [start, start + BLOCK_C) of a head's weight, in pieces of its HEAD_DIM rows."""
+    FIRST: tl.constexpr = piece_0(HEAD_DIM)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM)
+    first = _load_weight_piece(w, start, 0, FIRST, HEAD_DIM, TILE)
+    if SECOND > 0:
+        return first, _load_weight_piece(w, start, FIRST, SECOND, HEAD_DIM, TILE)
+    else:
+        return (first,)
+
+
+@triton.jit
+def _project(w, x, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + w @ x, in pieces of the rows of w."""
+    first = tl.dot(w[0], x, acc[0], input_precision=INPUT_PRECISION)
+    if len(w) > 1:
+        return first, tl.dot(w[1], x, acc[1], input_precision=INPUT_PRECISION)
+    else:
+        return (first,)
+
+
+@triton.jit
+def _transposed(tile, dtype: tl.constexpr):
+    """Each piece transposed, in the given dtype."""
+    first = tile[0].to(dtype).T
+    if len(tile) > 1:
+        return first, tile[1].to(dtype).T
+    else:
+        return (first,)
+
+
+@triton.jit
+def _up_project(latents, start_n, rows_mask, w_uk, w_uv, TILE: tl.constexpr):
+    """Keys and values (BLOCK_N, dim) of one head: the weights times the latent vectors from start_n on.
+
+    BLOCK_C elements of these at a time, since the weights exceed shared memory.
+    """
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    ptr = latents.source + tl.cast(start_n, tl.int64) * latents.stride
+    ptrs = row_pointers(ptr, tl.arange(0, TILE.BLOCK_N), latents.stride, TILE.WIDE_ROWS)
+    k = _transposed(zeros_tile(TILE.BLOCK_N, TILE.NOPE_HEAD_DIM), tl.float32)  # (NOPE_HEAD_DIM, BLOCK_N)
+    v = _transposed(zeros_tile(TILE.BLOCK_N, TILE.V_HEAD_DIM), tl.float32)  # (V_HEAD_DIM, BLOCK_N)
+    for start in tl.range(0, TILE.KV_LORA_RANK, TILE.BLOCK_C):
+        x = _load_columns(ptrs, start, TILE.BLOCK_C, TILE.KV_LORA_RANK, rows_mask)  # (BLOCK_N, BLOCK_C)
+        uk = _load_weight(w_uk, start, TILE.NOPE_HEAD_DIM, TILE)  # (NOPE_HEAD_DIM, BLOCK_C)
+        uv = _load_weight(w_uv, start, TILE.V_HEAD_DIM, TILE)  # (V_HEAD_DIM, BLOCK_C)
         fence_copies()
-        k = tl.dot(w_uk, latents.T, k, input_precision=INPUT_PRECISION)
-        v = tl.dot(w_uv, latents.T, v, input_precision=INPUT_PRECISION)
-    dtype: tl.constexpr = w_uk_ptr.dtype.element_ty
-    return k.to(dtype), v.to(dtype)
+        k = _project(uk, x.T, k, PRECISION)
+        v = _project(uv, x.T, v, PRECISION)
+    dtype: tl.constexpr = w_uk.source.dtype.element_ty
+    return _transposed(k, dtype), _transposed(v, dtype)
+
+
+@triton.jit
+def _load_rows(x, start_n, rows_mask, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """Rows of x from start_n on, (BLOCK_N, HEAD_DIM)."""
+    ptr = x.source + tl.cast(start_n, tl.int64) * x.stride
+    return load_tile(row_pointers(ptr, tl.arange(0, TILE.BLOCK_N), x.stride, TILE.WIDE_ROWS), rows_mask, HEAD_DIM)
+
+
+@triton.jit
+def _chunk_of_sequence(start_row, seqlen_k, first_row, end_row):
+    """The keys of a sequence, whose first is start_row of all, that lie in [first_row, end_row)."""
+    first_key = tl.minimum(tl.maximum(first_row - start_row, 0), seqlen_k).to(tl.int32)
+    end_key = tl.minimum(tl.maximum(end_row - start_row, 0), seqlen_k).to(tl.int32)
+    return first_key, end_key
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _mla_prefill_kernel(
-    q_nope_ptr,
-    q_pe_ptr,
-    k_ptr,
-    v_ptr,
-    k_pe_ptr,
-    w_uk_ptr,
-    w_uv_ptr,
-    prior_ptr,
-    out_ptr,
+    q_nope,
+    q_pe,
+    k,
+    v,
+    k_pe,
+    w_uk,
+    w_uv,
+    prior,
+    out,
     lse_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    q_nope_strides,
-    q_pe_strides,
-    k_strides,
-    v_strides,
-    k_pe_strides,
-    w_strides,
-    prior_strides,
-    out_strides,
     lse_batch_stride,
-    lse_row_stride,
-    lse_head_stride,
+    lse_stride,
+    seqs,
     seqlen_q,
     seqlen_k,
     num_tiles,
@@ -113,141 +173,95 @@ def _mla_prefill_kernel(
     end_row,
     scale_log2,
     window,
-    NUM_HEADS: tl.constexpr,
-    NOPE_HEAD_DIM: tl.constexpr,
-    ROPE_HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    KV_LORA_RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SIGN: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One program computes BLOCK_M rows of out and lse of one head. Grid: num_tiles * batch * NUM_HEADS.
 
     Keys count from 0 in a sequence, rows over all sequences; seqlen_q and seqlen_k of packed sequences are all their
-    rows. Only keys in [first_row, end_row) are attended. Without
-    weights k and v are keys and values of these rows, strides (head, row). With w_uk and w_uv k is the latent vectors,
-    strides (batch, row): a tile of keys and values is made of a tile of them. prior (None: none) is the out of earlier
-    rows, whose lse lies where lse goes. Other strides are (batch, row, head), (batch, row) of k_pe, the rows of
-    (w_uk, w_uv) and their heads.
+    rows. Only keys in [first_row, end_row) are attended. Without weights k and v are keys and values of these rows.
+    With w_uk and w_uv, which have no batch, k is the latent vectors: a tile of keys and values is computed from a tile
+    of them. Latent vectors and k_pe have one head, of stride 0. prior (None: none) is the out of earlier rows, whose
+    lse lies where lse goes.
     """
-    FUSED: tl.constexpr = w_uk_ptr is not None
-    num_sequences = tl.num_programs(0) // num_tiles // NUM_HEADS
-    num_batch_heads = num_sequences * NUM_HEADS
-    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window[1] is not None)
-    head = batch_head % NUM_HEADS
-    batch = batch_head // NUM_HEADS
-    num_rows = seqlen_q
-    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
-    )
+    FUSED: tl.constexpr = w_uk is not None
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    num_sequences = tl.num_programs(0) // num_tiles // TILE.NUM_HEADS
+    num_batch_heads = num_sequences * TILE.NUM_HEADS
+    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window.right is not None)
+    head = batch_head % TILE.NUM_HEADS
+    batch = batch_head // TILE.NUM_HEADS
+    bounds = sequence_bounds(seqs, batch, seqlen_q, seqlen_k)
     start_m = tile * BLOCK_M
-    if cu_seqlens_q_ptr is not None and start_m + BLOCK_M > seqlen_q:
-        left_over = slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, BLOCK_M)
-        spare = spare_rows(cu_seqlens_q_ptr, num_sequences, num_rows, left_over, seqlen_q - start_m, BLOCK_M)
+    num_own = bounds.seqlen_q - start_m
+    head_lse_ptr = None
+    if lse_ptr is not None:
+        head_lse_ptr = lse_ptr + tl.cast(head, tl.int64) * lse_stride
+    if seqs.cu_seqlens_q_ptr is not None and num_own < BLOCK_M:
+        left_over = slots_left_over(batch * num_tiles + tile, bounds.first_q + bounds.seqlen_q, BLOCK_M)
+        spare = spare_rows(seqs.cu_seqlens_q_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M)
         if spare.any:
-            spare_out = out_ptr + tl.cast(head, tl.int64) * out_strides.head
-            spare_out = row_pointers(spare_out, spare.rows, out_strides.row, True)
-            store_piece(spare_out, spare.mask, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), 0, V_HEAD_DIM)
+            clear_rows(out, head, spare, BLOCK_M, TILE.V_HEAD_DIM)
             if lse_ptr is not None:
-                spare_lse = lse_ptr + tl.cast(head, tl.int64) * lse_head_stride + spare.rows * lse_row_stride
-                tl.store(spare_lse, float("-inf"), mask=spare.mask)
-    if start_m >= seqlen_q:
+                tl.store(head_lse_ptr + spare.rows, float("-inf"), mask=spare.mask)
+    if num_own <= 0:
         return
-    # Row of the sequence's first key, which a dense batch has by the length of a sequence.
-    start_row = first_k
-    if cu_seqlens_q_ptr is not None:
-        batch = 0
-    else:
+    # Row of the sequence's first key among those of all sequences.
+    start_row = bounds.first_k
+    if seqs.cu_seqlens_q_ptr is None:
         start_row = batch.to(tl.int64) * seqlen_k
-    first_key = tl.minimum(tl.maximum(first_row - start_row, 0), seqlen_k).to(tl.int32)
-    end_key = tl.minimum(tl.maximum(end_row - start_row, 0), seqlen_k).to(tl.int32)
-    offset = seqlen_k - seqlen_q
-    end_m = tl.minimum(start_m + BLOCK_M, seqlen_q)
+    first_key, end_key = _chunk_of_sequence(start_row, bounds.seqlen_k, first_row, end_row)
+    offset = bounds.seqlen_k - bounds.seqlen_q
+    end_m = tl.minimum(start_m + BLOCK_M, bounds.seqlen_q)
     blocks = visible_range(start_m + offset, end_m + offset, end_key, window, BLOCK_N, 1, first_key)
 
-    rows = tl.arange(0, BLOCK_M)
-    queries = start_m + rows
-    rows_mask = queries < seqlen_q
-    q_nope = View(q_nope_ptr, q_nope_strides)
-    q_pe = View(q_pe_ptr, q_pe_strides)
-    q_nope_ptrs = tile_pointers(q_nope, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-    q_pe_ptrs = tile_pointers(q_pe, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-    q_nope = load_piece(q_nope_ptrs, rows_mask, 0, BLOCK_K, NOPE_HEAD_DIM)
-    q_pe = load_piece(q_pe_ptrs, rows_mask, 0, BLOCK_R, ROPE_HEAD_DIM)
-    if SIGN < 1:  # the online softmax takes a factor above 0
-        q_nope *= SIGN
-        q_pe *= SIGN
-    k_pe_ptr += tl.cast(batch, tl.int64) * k_pe_strides[0] + tl.cast(first_k, tl.int64) * k_pe_strides[1]
+    queries = start_m + tl.arange(0, BLOCK_M)
+    rows_mask = queries < bounds.seqlen_q
+    first = bounds.first_q + start_m
+    ptrs = tile_pointers(q_nope, batch, first, head, BLOCK_M, TILE.WIDE_ROWS)
+    q_nope_tile = load_tile(ptrs, rows_mask, TILE.NOPE_HEAD_DIM)  # (BLOCK_M, NOPE_HEAD_DIM)
+    ptrs = tile_pointers(q_pe, batch, first, head, BLOCK_M, TILE.WIDE_ROWS)
+    q_pe_tile = load_tile(ptrs, rows_mask, TILE.ROPE_HEAD_DIM)  # (BLOCK_M, ROPE_HEAD_DIM)
+    k_pe_rows = Rows(row_pointer(k_pe, batch, bounds.first_k, 0), k_pe.strides.row, None, None)
     if FUSED:
-        k_ptr += tl.cast(batch, tl.int64) * k_strides[0] + tl.cast(first_k, tl.int64) * k_strides[1]
-        w_uk_ptr += tl.cast(head, tl.int64) * w_strides[2]
-        w_uv_ptr += tl.cast(head, tl.int64) * w_strides[3]
+        k_rows = Rows(row_pointer(k, batch, bounds.first_k, 0), k.strides.row, None, None)
+        w_uk_rows = Rows(row_pointer(w_uk, 0, 0, head), w_uk.strides.row, None, None)
+        w_uv_rows = Rows(row_pointer(w_uv, 0, 0, head), w_uv.strides.row, None, None)
     else:
-        k_ptr += tl.cast(head, tl.int64) * k_strides[0] + tl.cast(start_row - first_row, tl.int64) * k_strides[1]
-        v_ptr += tl.cast(head, tl.int64) * v_strides[0] + tl.cast(start_row - first_row, tl.int64) * v_strides[1]
+        k_rows = Rows(row_pointer(k, 0, start_row - first_row, head), k.strides.row, None, None)
+        v_rows = Rows(row_pointer(v, 0, start_row - first_row, head), v.strides.row, None, None)
 
     m_i, l_i = softmax_init(None, head, BLOCK_M)
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    lse_ptrs = None
+    acc = zeros_tile(BLOCK_M, TILE.V_HEAD_DIM)
     if lse_ptr is not None:
-        lse = View(lse_ptr, Strides(lse_batch_stride, lse_row_stride, lse_head_stride))
-        lse_ptrs = row_pointer(lse, batch, first_q + start_m, head) + rows * lse_row_stride
-    if prior_ptr is not None:
-        prior = View(prior_ptr, prior_strides)
-        prior_ptrs = tile_pointers(prior, batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-        acc = load_piece(prior_ptrs, rows_mask, 0, BLOCK_V, V_HEAD_DIM)
+        lse_ptrs = head_lse_ptr + tl.cast(batch, tl.int64) * lse_batch_stride + bounds.first_q + queries
+    if prior is not None:
+        ptrs = tile_pointers(prior, batch, first, head, BLOCK_M, TILE.WIDE_ROWS)
+        acc = load_tile(ptrs, rows_mask, TILE.V_HEAD_DIM)
         m_i = tl.load(lse_ptrs, mask=rows_mask, other=float("-inf")) * LOG2_E
         l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
     for FULL in tl.static_range(2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N)):
-            start_n = block_start(blocks, i, FULL, BLOCK_N, False)
-            keys = tl.arange(0, BLOCK_N)
-            keys_mask = None if FULL else start_n + keys < blocks.hi
-            start = tl.cast(start_n, tl.int64)
-            k_pe_ptrs = row_pointers(k_pe_ptr + start * k_pe_strides[1], keys, k_pe_strides[1], WIDE_ROWS)
-            k_pe = load_piece(k_pe_ptrs, keys_mask, 0, BLOCK_R, ROPE_HEAD_DIM)
-            k_start = k_ptr + start * k_strides[1]
+            start_n = block_start(blocks, i, FULL, BLOCK_N, window.left is not None)
+            keys_mask = None if FULL else start_n + tl.arange(0, BLOCK_N) < blocks.hi
+            k_pe_tile = _load_rows(k_pe_rows, start_n, keys_mask, TILE.ROPE_HEAD_DIM, TILE)
             if FUSED:
-                latent_ptrs = row_pointers(k_start, keys, k_strides[1], WIDE_ROWS)
-                k, v = _up_project(
-                    latent_ptrs,
-                    keys_mask,
-                    w_uk_ptr,
-                    w_uv_ptr,
-                    w_strides[0],
-                    w_strides[1],
-                    NOPE_HEAD_DIM,
-                    V_HEAD_DIM,
-                    KV_LORA_RANK,
-                    BLOCK_K,
-                    BLOCK_V,
-                    BLOCK_C,
-                    INPUT_PRECISION,
-                )
-                v = v.T
+                k_tile, v_tile = _up_project(k_rows, start_n, keys_mask, w_uk_rows, w_uv_rows, TILE)
             else:
-                k_ptrs = row_pointers(k_start, keys, k_strides[1], WIDE_ROWS)
-                v_ptrs = row_pointers(v_ptr + start * v_strides[1], keys, v_strides[1], WIDE_ROWS)
-                k = load_piece(k_ptrs, keys_mask, 0, BLOCK_K, NOPE_HEAD_DIM).T
-                v = load_piece(v_ptrs, keys_mask, 0, BLOCK_V, V_HEAD_DIM)
+                k_tile = _load_rows(k_rows, start_n, keys_mask, TILE.NOPE_HEAD_DIM, TILE)
+                v_tile = _load_rows(v_rows, start_n, keys_mask, TILE.V_HEAD_DIM, TILE)
             fence_copies()
-            s = tl.dot(q_nope, k, input_precision=INPUT_PRECISION)
-            s = tl.dot(q_pe, k_pe.T, s, input_precision=INPUT_PRECISION)
+            s = dot_transposed(q_nope_tile, k_tile, PRECISION)  # (BLOCK_M, BLOCK_N)
+            s = dot_transposed(q_pe_tile, k_pe_tile, PRECISION, s)
             if not FULL:
                 s = mask_scores(s, queries, start_n, end_key, offset, window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, not FULL)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
+            acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, V_HEAD_DIM)
 
     norm, lse = softmax_finish(m_i, l_i)
-    out_ptrs = tile_pointers(View(out_ptr, out_strides), batch, first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-    store_piece(out_ptrs, rows_mask, acc * norm[:, None], 0, V_HEAD_DIM)
+    ptrs = tile_pointers(out, batch, first, head, BLOCK_M, TILE.WIDE_ROWS)
+    store_tile(ptrs, rows_mask, scale_rows(acc, norm), TILE.V_HEAD_DIM)
     if lse_ptr is not None:
         tl.store(lse_ptrs, lse, mask=rows_mask)
 
@@ -259,9 +273,9 @@ def launch_mla_fused(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, length
     or None: not wanted; lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a
     dense batch; config an MlaPrefillConfig (None: the default).
     """
-    kv = kv_latent, None, k_pe, w_uk, w_uv
-    num_rows = math.prod(kv_latent.shape[:-1])
-    _launch(q_nope, q_pe, kv, None, out, lse, lengths, (0, num_rows), softmax_scale, causal, w_uv.shape[1], config)
+    keys = Keys(kv_latent, None, k_pe, w_uk, w_uv)
+    rows = 0, math.prod(kv_latent.shape[:-1])
+    _launch(q_nope, q_pe, keys, None, out, lse, lengths, rows, softmax_scale, causal, config)
 
 
 def launch_mla_materialized(
@@ -291,9 +305,9 @@ def launch_mla_materialized(
                 project_rows(kv_latent, start, end, w[heads], x[:count])
             prior_here = heads_of(prior, slice(count)) if start else None
             target = out_here if end == num_rows else heads_of(prior, slice(count))
-            kv = k[:count], v[:count], k_pe, None, None
+            keys = Keys(k[:count], v[:count], k_pe)
             q = heads_of(q_nope, heads), heads_of(q_pe, heads)
-            _launch(*q, kv, prior_here, target, lse_here, lengths, (start, end), softmax_scale, causal, v_dim, config)
+            _launch(*q, keys, prior_here, target, lse_here, lengths, (start, end), softmax_scale, causal, config)
 
 
 def project_rows(kv_latent, start, end, w, out):
@@ -322,69 +336,79 @@ def _product(a, b, out):
         torch.bmm(a, b, out=out)
 
 
-def _launch(q_nope, q_pe, kv, prior, out, lse, lengths, rows, softmax_scale, causal, v_dim, config):
-    k, v, k_pe, w_uk, w_uv = kv
+class Keys(NamedTuple):
+    """What a launch attends: keys and values (heads, rows, dim), or latent vectors k and the weights that make them."""
+
+    k: torch.Tensor
+    v: torch.Tensor | None
+    k_pe: torch.Tensor
+    w_uk: torch.Tensor | None = None
+    w_uv: torch.Tensor | None = None
+
+
+def _launch(q_nope, q_pe, keys, prior, out, lse, lengths, rows, softmax_scale, causal, config):
+    """Attend the rows (first, end) of the keys. Arguments as `launch_mla_fused`; prior as the kernel's."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
-    *_, num_heads, nope_dim = q_nope.shape
+    *_, num_rows, num_heads, nope_dim = q_nope.shape
+    rope_dim, v_dim = q_pe.shape[-1], out.shape[-1]
     batch = q_nope.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if q_pe.numel() == 0 or batch == 0:
         clear_outputs(out, lse)
         return
     arch = arch_of(q_nope)
-    fused = w_uk is not None
-    dims = dict(BLOCK_K=padded_size(nope_dim), BLOCK_R=padded_size(q_pe.shape[-1]), BLOCK_V=padded_size(v_dim))
-    widths = nope_dim, q_pe.shape[-1], v_dim, max(dims.values())
-    tiles = config or choose(MlaPrefillConfig, MlaPrefillCase(arch, q_nope.dtype, fused, *widths, max_seqlen_k))
-    with_rows = q_nope, q_pe, out, k_pe.unsqueeze(-2), *((k.unsqueeze(-2),) if fused else ())
-    num_tiles = tiles_each(max_seqlen_q, q_nope.shape[-3], batch, tiles.block_m)
-    scale_log2 = softmax_scale * LOG2_E.value
-    # (batch, row) of latent vectors and rotary keys; (head, row) of keys and values.
-    k_strides = row_strides(k.unsqueeze(-2))[:2] if fused else k.stride()[:2]
-    k_pe_strides = row_strides(k_pe.unsqueeze(-2))[:2]
-    per_head = max_seqlen_k * (nope_dim + v_dim) if not fused else w_uk.shape[2] * (nope_dim + v_dim)
+    fused = keys.w_uk is not None
+    dims = nope_dim, rope_dim, v_dim
+    case = MlaPrefillCase(arch, q_nope.dtype, fused, *dims, max(map(padded_size, dims)), max_seqlen_k)
+    tiles = config or choose(MlaPrefillConfig, case)
+    num_tiles = tiles_each(max_seqlen_q, num_rows, batch, tiles.block_m)
+    views = _view(q_nope), _view(q_pe), *_views_of_keys(keys), None if prior is None else _view(prior), _view(out)
     args = (
-        q_nope,
-        q_pe,
-        k,
-        v,
-        k_pe,
-        w_uk,
-        w_uv,
-        prior,
-        out,
+        *views,
         lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        Strides(*row_strides(q_nope)),
-        Strides(*row_strides(q_pe)),
-        k_strides,
-        None if fused else v.stride()[:2],
-        k_pe_strides,
-        (w_uk.stride(1), w_uv.stride(1), w_uk.stride(0), w_uv.stride(0)) if fused else None,
-        None if prior is None else Strides(*row_strides(prior)),
-        Strides(*row_strides(out)),
-        *((None, None, None) if lse is None else lse_strides(lse)),
-        q_nope.shape[-3],
-        k_pe.shape[-2],
+        0 if lse is None or lse.ndim == 2 else lse.stride(0),
+        0 if lse is None else lse.stride(-2),
+        Sequences(cu_seqlens_q, cu_seqlens_k),
+        num_rows,
+        keys.k_pe.shape[-2],
         num_tiles,
-        heads_in_l2(per_head * q_nope.element_size(), 1, batch * num_heads),
+        _section_size(keys, max_seqlen_k, batch * num_heads, nope_dim + v_dim),
         *rows,
-        abs(scale_log2) or 1.0,
-        (None, 0 if causal else None),
+        softmax_scale * LOG2_E.value,
+        Window(None, 0 if causal else None),
     )
-    constants = dict(
-        NUM_HEADS=num_heads,
-        NOPE_HEAD_DIM=nope_dim,
-        ROPE_HEAD_DIM=q_pe.shape[-1],
-        V_HEAD_DIM=v_dim,
-        KV_LORA_RANK=k.shape[-1] if fused else None,
+    tile = PrefillTile(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_C=min(tiles.block_c, padded_size(k.shape[-1])) if fused else None,
-        SIGN=(scale_log2 > 0) - (scale_log2 < 0),
-        WIDE_ROWS=strides_are_wide(max(tiles.block_m, tiles.block_n), *(x.stride() for x in with_rows)),
+        BLOCK_C=min(tiles.block_c, padded_size(keys.k.shape[-1])) if fused else None,
+        NUM_HEADS=num_heads,
+        NOPE_HEAD_DIM=nope_dim,
+        ROPE_HEAD_DIM=rope_dim,
+        V_HEAD_DIM=v_dim,
+        KV_LORA_RANK=keys.k.shape[-1] if fused else None,
+        WIDE_ROWS=_rows_are_wide(max(tiles.block_m, tiles.block_n), views),
         INPUT_PRECISION=input_precision(q_nope.dtype, arch),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
     )
-    launch_packed(_mla_prefill_kernel, (num_tiles * batch * num_heads,), out.device, args, constants | dims)
+    constants = dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    launch_packed(_mla_prefill_kernel, (num_tiles * batch * num_heads,), out.device, args, constants)
+
+
+def _view(x):
+    return View(x, Strides(*row_strides(x)))
+
+
+def _views_of_keys(keys):
+    """k, v, k_pe, w_uk and w_uv as the kernel takes them."""
+    k_pe = _view(keys.k_pe.unsqueeze(-2))
+    if keys.w_uk is None:
+        return weight_view(keys.k), weight_view(keys.v), k_pe, None, None
+    return _view(keys.k.unsqueeze(-2)), None, k_pe, weight_view(keys.w_uk), weight_view(keys.w_uv)
+
+
+def _rows_are_wide(num_rows, views):
+    return any(x is not None and num_rows * x.strides.row >= 2**31 for x in views)
+
+
+def _section_size(keys, max_seqlen_k, num_heads, width):
+    """Heads of the batch whose keys and values, or weights, fit in the L2 cache together."""
+    rows = max_seqlen_k if keys.w_uk is None else keys.w_uk.shape[2]
+    return heads_in_l2(rows * width * keys.k_pe.element_size(), 1, num_heads)
