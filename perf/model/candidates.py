@@ -29,9 +29,10 @@ from perf.workloads.problems import (
 )
 from perf.workloads.providers import latent_step, paged_step
 from triton_attn._host.gpu import gpu_of
+from triton_attn._host.tile import FlashCase, Tile
 from triton_attn._jit.tiles import padded_size
 from triton_attn.flash.backward_configs import KERNELS, BackwardConfig
-from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashCase, FlashConfig, HopperConfig
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
 from triton_attn.paged.configs import PagedCase, PagedConfig
 
@@ -264,7 +265,7 @@ FAMILIES = {
         rows=lambda config: config.block_m,
     ),
     "flash_backward": Family(
-        config=FlashConfig,
+        config=Tile,
         table=BackwardConfig,
         case_of=_flash_case,
         folder="flash",

@@ -11,9 +11,10 @@ from perf.results.tables import tile_name
 from perf.workloads import calls
 from triton_attn._host.checks import layout_of
 from triton_attn._host.options import AttentionOptions
+from triton_attn._host.tile import FlashCase, Tile
 from triton_attn.flash.backward import launch_flash_bwd
 from triton_attn.flash.backward_configs import BackwardConfig
-from triton_attn.flash.configs import FlashCase, FlashConfig, HopperConfig
+from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.flash.forward import launch_flash_fwd, new_outputs
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
@@ -122,7 +123,7 @@ def config_name(config):
     """See `tile_name`; c64 says how many numbers of latent vectors are taken at a time, hopper that a warp loads."""
     if isinstance(config, HopperConfig):
         return f"{tile_name(config.block_m, config.block_n, 4 * config.groups, config.num_stages)} hopper"
-    tma = isinstance(config, FlashConfig) and config.use_tma
+    tma = isinstance(config, Tile) and config.use_tma
     name = tile_name(config.block_m, config.block_n, config.num_warps, config.num_stages, tma)
     return f"{name} c{config.block_c}" if isinstance(config, MlaPrefillConfig) else name
 

@@ -10,8 +10,9 @@ from perf.model.gpus import RATES
 from perf.results import MEASURED, PREDICTED, winners
 from perf.workloads.problems import DecodeProblem, Problem
 from triton_attn._host import tuned
+from triton_attn._host.tile import FlashCase
 from triton_attn.flash.backward_configs import BackwardConfig
-from triton_attn.flash.configs import FlashCase, FlashConfig
+from triton_attn.flash.configs import FlashConfig
 
 FLASH = {"head_dim": 64, "causal": True}  # the default of its backward pass is the fused schedule
 SLOW, FAST, DEEP = FlashConfig(64, 64, 4, 1), FlashConfig(64, 128, 4, 1), FlashConfig(128, 64, 4, 4)

@@ -19,12 +19,12 @@ from .._host.layout import (
     tma_ready,
     vector_elements,
 )
+from .._host.tile import FlashCase
 from .._host.tuned import choose
 from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
 from .._jit.workarounds import may_hoist
 from .backward_configs import BackwardConfig
 from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
-from .configs import FlashCase
 from .forward import FlashTile, operand, scores_of
 
 

@@ -30,7 +30,7 @@ import itertools
 from dataclasses import dataclass
 
 from .._host.config import Config
-from .configs import FlashConfig, padded_head_dim, tma_obstacle
+from .._host.tile import Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
 
@@ -42,16 +42,16 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
     In dkdv and fused a program takes block_n keys and walks over queries block_m at a time, in dq the other way round.
     """
 
-    dkdv: FlashConfig
-    dq: FlashConfig
-    fused: FlashConfig | None
+    dkdv: Tile
+    dq: Tile
+    fused: Tile | None
 
     @classmethod
     def default(cls, case):
         """By look-up. The row is the first of the table that reaches the mean of the two head dims, padded as the
         kernels pad them, and nearly the width of dq. causal chooses nothing so far."""
         if case.arch == "interpreter":
-            return cls(*3 * (FlashConfig(64, 64, 4, 1),))
+            return cls(*3 * (Tile(64, 64, 4, 1),))
         if case.is_half:
             tables = _HALF[case.gpu.configs]
             table = tables.get(case.access, tables["vector"])
@@ -67,7 +67,7 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
         blocks = (32, 64, 128) if case.is_half else (16, 32, 64)
         stages = (1,) if case.gpu.is_amd else (1, 2, 3)
         use_tma = (True, False) if case.gpu.tma and case.is_half else (False,)
-        candidates = itertools.starmap(FlashConfig, itertools.product(blocks, blocks, (4, 8), stages, use_tma))
+        candidates = itertools.starmap(Tile, itertools.product(blocks, blocks, (4, 8), stages, use_tma))
         default = getattr(cls.default(case), kernel)
         tiles = dict.fromkeys([*(() if default is None else (default,)), *candidates])
         return [tile for tile in tiles if not objection(kernel, tile, case)]
@@ -120,37 +120,37 @@ def _registers(kernel, tile, case):
 
 
 def _tma(*tile):
-    return FlashConfig(*tile, use_tma=True)
+    return Tile(*tile, use_tma=True)
 
 
 # (largest width, dkdv, dq, fused) per architecture and access, see `BackwardConfig.default`; 16-bit inputs.
 _HALF = {
     "sm_80": {
         "vector": (
-            (64, FlashConfig(32, 64, 4, 2), FlashConfig(64, 32, 4, 2), None),
-            (96, FlashConfig(32, 64, 4, 2), FlashConfig(128, 64, 8, 2), None),
-            (128, FlashConfig(32, 64, 4, 2), FlashConfig(64, 64, 4, 2), None),
-            (160, FlashConfig(16, 128, 8, 2), FlashConfig(128, 32, 8, 3), None),
-            (192, FlashConfig(64, 32, 8, 2), FlashConfig(128, 32, 8, 3), None),
-            (256, FlashConfig(64, 32, 8, 2), FlashConfig(64, 64, 8, 2), None),
+            (64, Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), None),
+            (96, Tile(32, 64, 4, 2), Tile(128, 64, 8, 2), None),
+            (128, Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), None),
+            (160, Tile(16, 128, 8, 2), Tile(128, 32, 8, 3), None),
+            (192, Tile(64, 32, 8, 2), Tile(128, 32, 8, 3), None),
+            (256, Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), None),
         ),
         "scalar": (
-            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 32, 4, 1), None),
-            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+            (80, Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), None),
+            (256, *3 * (Tile(32, 32, 8, 1),)),
         ),
     },
     "sm_86": {
         "vector": (
-            (64, FlashConfig(32, 64, 4, 2), FlashConfig(64, 32, 4, 2), None),
-            (96, FlashConfig(32, 64, 4, 2), FlashConfig(128, 32, 8, 2), None),
-            (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
-            (160, FlashConfig(16, 128, 8, 2), FlashConfig(64, 32, 4, 2), None),
-            (192, FlashConfig(64, 32, 8, 1), FlashConfig(64, 32, 4, 2), None),
-            (256, FlashConfig(32, 32, 8, 1), FlashConfig(32, 64, 8, 1), None),
+            (64, Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), None),
+            (96, Tile(32, 64, 4, 2), Tile(128, 32, 8, 2), None),
+            (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            (160, Tile(16, 128, 8, 2), Tile(64, 32, 4, 2), None),
+            (192, Tile(64, 32, 8, 1), Tile(64, 32, 4, 2), None),
+            (256, Tile(32, 32, 8, 1), Tile(32, 64, 8, 1), None),
         ),
         "scalar": (
-            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 32, 4, 1), None),
-            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+            (80, Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), None),
+            (256, *3 * (Tile(32, 32, 8, 1),)),
         ),
     },
     "sm_90": {
@@ -165,13 +165,13 @@ _HALF = {
             (256, _tma(64, 64, 8, 1), _tma(128, 64, 8, 1), _tma(64, 64, 8, 1)),
         ),
         "vector": (
-            (64, FlashConfig(64, 128, 8, 2), FlashConfig(128, 64, 8, 2), FlashConfig(64, 128, 8, 2)),
-            (128, FlashConfig(64, 64, 8, 2), FlashConfig(128, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
-            (256, FlashConfig(64, 64, 8, 1), FlashConfig(64, 64, 8, 1), None),
+            (64, Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+            (128, Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+            (256, Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), None),
         ),
         "scalar": (
-            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 16, 4, 1), None),
-            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+            (80, Tile(16, 64, 4, 1), Tile(64, 16, 4, 1), None),
+            (256, *3 * (Tile(32, 32, 8, 1),)),
         ),
     },
     "sm_100": {
@@ -184,26 +184,26 @@ _HALF = {
             (256, _tma(64, 64, 4, 1), _tma(128, 64, 8, 1), _tma(64, 32, 8, 1)),
         ),
         "vector": (
-            (128, FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2), FlashConfig(64, 64, 8, 2)),
-            (256, FlashConfig(64, 64, 8, 1), FlashConfig(64, 64, 8, 1), FlashConfig(64, 32, 8, 1)),
+            (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            (256, Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)),
         ),
         "scalar": (
-            (80, FlashConfig(16, 64, 4, 1), FlashConfig(64, 16, 4, 1), None),
-            (256, *3 * (FlashConfig(32, 32, 8, 1),)),
+            (80, Tile(16, 64, 4, 1), Tile(64, 16, 4, 1), None),
+            (256, *3 * (Tile(32, 32, 8, 1),)),
         ),
     },
     "gfx942": {
         "vector": (
-            (64, *3 * (FlashConfig(64, 64, 4, 1),)),
-            (128, FlashConfig(32, 64, 4, 1), FlashConfig(64, 64, 4, 1), FlashConfig(32, 64, 4, 1)),
-            (256, *3 * (FlashConfig(32, 32, 4, 1),)),
+            (64, *3 * (Tile(64, 64, 4, 1),)),
+            (128, Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+            (256, *3 * (Tile(32, 32, 4, 1),)),
         ),
-        "scalar": ((256, *3 * (FlashConfig(32, 32, 4, 1),)),),
+        "scalar": ((256, *3 * (Tile(32, 32, 4, 1),)),),
     },
 }
 _HALF["sm_120"] = _HALF["sm_86"]
 
 _FLOAT = (
-    (64, *3 * (FlashConfig(32, 32, 8, 1),)),
-    (256, *3 * (FlashConfig(16, 16, 8, 1),)),
+    (64, *3 * (Tile(32, 32, 8, 1),)),
+    (256, *3 * (Tile(16, 16, 8, 1),)),
 )

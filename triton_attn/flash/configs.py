@@ -13,63 +13,14 @@ against 467. On sm_100 the descriptor form of the same tiles spills nothing wher
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
 
 from .._host import tuned
 from .._host.config import Config
-from .._host.gpu import gpu_of
+from .._host.tile import Tile, padded_head_dim, tma_obstacle
 
 
-class FlashCase(NamedTuple):
-    """What of a call the configs of its kernels depend on.
-
-    access: how k and v (in the backward pass q and dout too) can be loaded: "tma", 16 bytes at a time ("vector"), or
-    element by element ("scalar"). precision: of fp32 matmuls, "ieee", "tf32" or "tf32x3". is_plain: without softcap,
-    ALiBi and dropout, as sweeps time it. seqlen_k: of the longest sequence.
-    """
-
-    arch: str
-    dtype: torch.dtype
-    head_dim: int  # 1 to 512, in the backward pass to 256
-    head_dim_v: int
-    causal: bool
-    access: str = "tma"
-    precision: str = "ieee"
-    softcap: bool = False
-    dropout: bool = False
-    is_plain: bool = True
-    seqlen_k: int = 1
-
-    @property
-    def gpu(self):
-        return gpu_of(self.arch)
-
-    @property
-    def is_half(self):
-        return self.dtype != torch.float32
-
-    @property
-    def is_tuned(self):
-        """Whether a sweep times such calls: plain ones of tensors that can be loaded in the fastest way."""
-        return self.is_plain and (self.access == "tma" or (self.access == "vector" and not self.gpu.tma))
-
-    @property
-    def suits_tma(self):
-        """Whether rows are multiples of 16 bytes, where nothing else is known of the tensors."""
-        return all(dim * self.dtype.itemsize % 16 == 0 for dim in (self.head_dim, self.head_dim_v))
-
-
-@dataclass(frozen=True)
-class FlashConfig(Config, family="flash", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
+class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
     """One program takes block_m queries and walks over keys block_n at a time, num_stages tiles ahead."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    use_tma: bool = False
 
     @classmethod
     def default(cls, case):
@@ -129,13 +80,6 @@ class FlashConfig(Config, family="flash", case={"head_dim": int, "head_dim_v": i
         scores = self.block_m * self.block_n
         output = 0 if case.gpu.tensor_memory else self.block_m * padded_head_dim(case.head_dim_v)
         return (scores + scores * case.dtype.itemsize // 4 + output) // (self.num_warps * case.gpu.warp_size)
-
-
-def tma_obstacle(config, case):
-    """Why a config cannot load with TMA; None if it can or does not."""
-    if config.use_tma and not case.gpu.tma:
-        return f"{case.arch} has no TMA"
-    return "TMA needs rows in units of 16 bytes" if config.use_tma and not case.suits_tma else None
 
 
 @dataclass(frozen=True)
@@ -319,13 +263,6 @@ _FLOAT = {
         (512, FlashConfig(16, 16, 8, 1)),
     ),
 }
-
-
-def padded_head_dim(head_dim):
-    """Columns that the kernel computes: a multiple of 16 that is a power of two or, in two pieces, the sum of two."""
-    padded = -(-head_dim // 16) * 16
-    rest = padded - (1 << (padded.bit_length() - 1))
-    return padded if rest & (rest - 1) == 0 else 1 << padded.bit_length()
 
 
 def _width(head_dim, head_dim_v):

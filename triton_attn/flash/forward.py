@@ -22,6 +22,7 @@ from .._host.layout import (
     without_dim,
 )
 from .._host.options import wanted_kernels
+from .._host.tile import FlashCase
 from .._host.tuned import choose, remember
 from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
 from .._jit.blocks import block_start, num_blocks, visible_range

@@ -27,13 +27,14 @@ from triton.language.core import _aggregate as aggregate  # triton.aggregate, on
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
 from .._host.layout import clear_outputs, heads_in_l2, strides_suit_tma, tiles_each, tma_geometry
+from .._host.tile import FlashCase
 from .._host.tuned import remember
 from .._jit.args import Sequences
 from .._jit.blocks import visible_range
 from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
 from .._jit.softmax import LN_2
 from .._jit.tiles import sequence_coords
-from .configs import FlashCase, HopperConfig
+from .configs import HopperConfig
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
