@@ -11,15 +11,10 @@ import pytest
 from perf.model.house import ROOT, exceptions_to_the_law, imports_of, modules_of, part_of
 
 MODULES = modules_of()
-# Imports that break the law of perf/model/house.py today: none may come.
-EXCEPTIONS = [
-    "triton_attn._host.layout imports triton_attn._jit.tiles",
-    "triton_attn.mla.autograd imports triton_attn.flash.backward",
-]
 
 
 def test_a_part_imports_only_what_it_may():
-    assert exceptions_to_the_law() == EXCEPTIONS
+    assert exceptions_to_the_law() == []
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if part_of(m) == "_jit"))

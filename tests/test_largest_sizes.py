@@ -18,7 +18,7 @@ from triton_attn._host.options import AttentionOptions
 from triton_attn._jit.blocks import visible_range
 from triton_attn._jit.heads import assign_tile, slots_left_over, spare_rows
 from triton_attn._jit.masks import add_alibi, mask_scores
-from triton_attn.flash.backward import launch_flash_bwd
+from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.toolchain import guard
 
 pytestmark = [

@@ -11,7 +11,7 @@ from far import FAR, FarAllocation, far, odd
 
 import triton_attn
 from triton_attn._host.options import AttentionOptions
-from triton_attn.flash.backward import launch_flash_bwd
+from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.flash.forward import launch_flash_fwd
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="takes memory that no GPU has")

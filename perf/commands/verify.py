@@ -20,7 +20,7 @@ from perf.harness.progress import tqdm
 from perf.results.tables import print_table
 from perf.workloads.models import DEEPSEEK_V3, FALCON_7B, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B, QWEN3_32B
 from triton_attn._host.latent import latent_row, latent_storage, read_latent_cache
-from triton_attn._host.tile import FlashCase
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.mla.schedule import MODES
 from triton_attn.testing import assert_close_to_reference

@@ -29,9 +29,9 @@ from perf.workloads.problems import (
 )
 from perf.workloads.providers import latent_step, paged_step
 from triton_attn._host.gpu import gpu_of
-from triton_attn._host.tile import FlashCase, Tile
 from triton_attn._jit.tiles import padded_size
-from triton_attn.flash.backward_configs import KERNELS, BackwardConfig
+from triton_attn.dense.backward_configs import KERNELS, BackwardConfig
+from triton_attn.dense.tiles import FlashCase, Tile
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
 from triton_attn.paged.configs import PagedCase, PagedConfig
@@ -403,7 +403,9 @@ class Candidate:
 def source_hash(folder):
     """Of the family's kernels and launchers, what they share with others, and what reads compiled code."""
     package, perf = Path(triton_attn.__file__).parent, Path(__file__).parents[1]
-    files = [file for part in (folder, "merge", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))]
+    files = [
+        file for part in (folder, "dense", "merge", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))
+    ]
     read_by = ("amdgcn", "candidates", "compiled", "gpus", "loop_model", "sass", "timeline")
     files += [perf / "workloads/calls.py", *(perf / f"model/{name}.py" for name in read_by)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -11,9 +11,9 @@ from perf.results.tables import tile_name
 from perf.workloads import calls
 from triton_attn._host.checks import layout_of
 from triton_attn._host.options import AttentionOptions
-from triton_attn._host.tile import FlashCase, Tile
-from triton_attn.flash.backward import launch_flash_bwd
-from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.dense.backward import launch_flash_bwd
+from triton_attn.dense.backward_configs import BackwardConfig
+from triton_attn.dense.tiles import FlashCase, Tile
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.flash.forward import launch_flash_fwd, new_outputs
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper

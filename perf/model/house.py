@@ -21,6 +21,9 @@ ALLOWED = {
     "_warmup": {*FAMILIES, "_host", "models", "toolchain"},  # it compiles for a GPU that need not be there
     "__main__": {"_warmup", "models"},
     **{family: {"_jit", "_host", "merge"} for family in FAMILIES},
+    "dense": {"_jit", "_host"},
+    "flash": {"_jit", "_host", "dense"},
+    "mla": {"_jit", "_host", "dense", "merge"},
 }
 
 # Arguments of kernels. The others may have as many as the largest of these.

@@ -23,7 +23,7 @@ from perf.model.gpus import RATES
 from perf.results import MEASURED, PREDICTED
 from triton_attn._host import tuned
 from triton_attn._host.config import FAMILIES as FAMILIES_OF_TABLES
-from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.dense.backward_configs import BackwardConfig
 
 NOISE = {PREDICTED: 0.05, MEASURED: 0.02}
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}

@@ -11,10 +11,10 @@ import torch
 import triton_attn
 from perf.model.gpus import CAPACITY, RATES, SHARED_BYTES_RESERVED_PER_CTA
 from triton_attn._host.gpu import GPUS, INTERPRETER, count_sms, gpu_of
-from triton_attn._host.tile import FlashCase
-from triton_attn.flash import backward_configs
+from triton_attn.dense import backward_configs
+from triton_attn.dense.backward_configs import BackwardConfig
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash import configs as flash_configs
-from triton_attn.flash.backward_configs import BackwardConfig
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.mla import configs as mla_configs
 from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig

@@ -10,8 +10,8 @@ import triton_attn
 from triton_attn import override_config
 from triton_attn._host import tuned
 from triton_attn._host.config import FAMILIES
-from triton_attn._host.tile import FlashCase
-from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.dense.backward_configs import BackwardConfig
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
 from triton_attn.paged.configs import PagedCase, PagedConfig

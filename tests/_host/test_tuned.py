@@ -17,7 +17,7 @@ import triton
 import triton_attn
 from triton_attn._host import tuned
 from triton_attn._host.config import FAMILIES
-from triton_attn._host.tile import FlashCase
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedCase, PagedConfig
@@ -209,7 +209,7 @@ def test_the_environment_names_a_table(tmp_path):
     source = """
         import torch
         from triton_attn._host import tuned
-        from triton_attn._host.tile import FlashCase
+        from triton_attn.dense.tiles import FlashCase
         from triton_attn.flash.configs import FlashConfig
         print(tuned.find(FlashConfig, FlashCase("sm_90", torch.bfloat16, 64, 64, True, seqlen_k=4096)))
     """

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 import triton_attn as ta
 from triton_attn._host import device as host_device
 from triton_attn._host.options import AttentionOptions
-from triton_attn.flash.backward import launch_flash_bwd
+from triton_attn.dense.backward import launch_flash_bwd
 
 BF16 = torch.bfloat16
 ON_SECOND_GPU = os.environ.get("STUB_DEVICE") == "1"

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.options import AttentionOptions
-from triton_attn.flash import autograd, backward
-from triton_attn.flash.backward import launch_flash_bwd
+from triton_attn.dense import backward
+from triton_attn.dense.backward import launch_flash_bwd
+from triton_attn.flash import autograd
 
 OPTIONS = {
     "plain": {},

@@ -10,7 +10,7 @@ import torch
 
 from perf.model import loop_model
 from triton_attn._host.options import AttentionOptions
-from triton_attn.flash.backward import launch_flash_bwd
+from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
 pytestmark = pytest.mark.compiled

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from triton_attn._host.tile import FlashCase
-from triton_attn.flash.backward_configs import KERNELS, BackwardConfig, objection
+from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, objection
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import FlashConfig
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from triton_attn._host.tile import FlashCase, padded_head_dim
 from triton_attn._jit.tiles import piece_0, piece_1
+from triton_attn.dense.tiles import FlashCase, padded_head_dim
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")

@@ -12,8 +12,9 @@ import triton
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.definition import attend, visible_keys
-from triton_attn.flash import backward, forward
-from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.dense import backward
+from triton_attn.dense.backward_configs import BackwardConfig
+from triton_attn.flash import forward
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.flash.reference import dropout_mask
 from triton_attn.testing import assert_close_to_reference, poisoned_empty

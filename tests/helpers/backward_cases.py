@@ -8,7 +8,7 @@ from attention_cases import DEVICE, INTERPRETED, LAYOUTS, Case, Inputs, of_argum
 from attention_cases import PLAIN as PLAIN_FORWARD
 
 from triton_attn._host.definition import visible_keys
-from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
 

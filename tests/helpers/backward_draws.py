@@ -5,7 +5,7 @@ from attention_cases import HEAD_DIMS
 from backward_cases import DOUT_LAYOUTS, BackwardCase
 from hypothesis import strategies as st
 
-from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.flash.configs import FlashConfig
 
 

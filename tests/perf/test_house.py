@@ -104,7 +104,7 @@ def test_what_is_past_a_limit_is_said(name, is_kernel, arguments, lines, excesse
     ("module", "source", "is_allowed"),
     [
         ("flash/api.py", "from .._host import checks", True),
-        ("flash/api.py", "from ..merge import splits", True),
+        ("mla/api.py", "from ..merge import splits", True),
         ("flash/api.py", "def f():\n    from ..mla import api", False),
         ("_host/checks.py", "from .._jit.tiles import x", False),
         ("_host/checks.py", "import triton_attn", False),

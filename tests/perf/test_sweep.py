@@ -115,11 +115,12 @@ def test_the_source_hash_is_that_of_the_kernels(monkeypatch, tmp_path):
             source.write("\n")
         return [name for name, value in hashes().items() if value != before[name]]
 
-    assert changed_by("flash/backward_configs.py") == ["flash", "flash_hopper", "flash_backward"]
+    assert changed_by("flash/configs.py") == ["flash", "flash_hopper", "flash_backward"]
     assert changed_by("mla/projections.py") == ["mla", "mla_prefill"]
     assert changed_by("paged/forward.py") == ["paged", "paged_prefill"]
     assert changed_by("cache/kernels/append.py") == []
     assert changed_by("merge/splits.py") == list(FAMILIES)
+    assert changed_by("dense/backward_configs.py") == list(FAMILIES)
     assert changed_by("_jit/masks.py") == list(FAMILIES)
 
 

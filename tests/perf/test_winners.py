@@ -10,8 +10,8 @@ from perf.model.gpus import RATES
 from perf.results import MEASURED, PREDICTED, winners
 from perf.workloads.problems import DecodeProblem, Problem
 from triton_attn._host import tuned
-from triton_attn._host.tile import FlashCase
-from triton_attn.flash.backward_configs import BackwardConfig
+from triton_attn.dense.backward_configs import BackwardConfig
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import FlashConfig
 
 FLASH = {"head_dim": 64, "causal": True}  # the default of its backward pass is the fused schedule

@@ -188,7 +188,7 @@ def override_config(family: str, **fields: int | dict[str, int] | None) -> Itera
             triton.runtime.errors.OutOfResources). Nothing was launched.
     """
     if family not in FAMILIES:
-        fail("family", " or ".join(FAMILIES), repr(family))
+        fail("family", " or ".join(sorted(FAMILIES)), repr(family))
     check_config(f"override_config({family!r})", FAMILIES[family], fields, whole=False)
     before = _overrides.get(family)
     _override(family, fields if before is None else _merged(before, fields))

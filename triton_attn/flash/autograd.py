@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._host.checks import check_packed_values, read_lengths
 from .._host.options import AttentionOptions, dropout_arguments
-from .backward import launch_flash_bwd
+from ..dense.backward import launch_flash_bwd
 from .forward import launch_flash_fwd, new_outputs
 
 

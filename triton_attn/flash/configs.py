@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .._host import tuned
 from .._host.config import Config
-from .._host.tile import Tile, padded_head_dim, tma_obstacle
+from ..dense.tiles import Tile, padded_head_dim, tma_obstacle
 
 
 class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int, "causal": bool}):

@@ -7,29 +7,17 @@ import triton
 import triton.language as tl
 
 from .._host.checks import layout_of
-from .._host.descriptors import describe
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import gpu_of
-from .._host.layout import (
-    batch_head_strides,
-    clear_outputs,
-    heads_in_l2,
-    strides_are_wide,
-    strides_suit_tma,
-    tiles_each,
-    tma_geometry,
-    vector_elements,
-    without_dim,
-)
+from .._host.layout import clear_outputs, heads_in_l2, strides_are_wide, tiles_each, vector_elements, without_dim
 from .._host.options import wanted_kernels
-from .._host.tile import FlashCase
 from .._host.tuned import choose, remember
-from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
+from .._jit.args import Dropout, Heads, Sequences, Strides, View, Window
 from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import mask_scores, scale_scores
-from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
+from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     Rows,
     clear_rows,
@@ -44,25 +32,11 @@ from .._jit.tiles import (
     zeros_tile,
 )
 from .._jit.workarounds import in_vectors, tanh_spills
-from .configs import FlashCase, FlashConfig
+from ..dense.arguments import LENGTHS, FlashTile, operand, scores_of
+from ..dense.tiles import FlashCase
+from ..dense.tma import strides_suit_tma, tma_geometry
+from .configs import FlashConfig
 from .hopper import launch_flash_fwd_hopper, plan_hopper
-
-# Lengths and what follows from them: a new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"]
-
-
-class FlashTile(NamedTuple):
-    """What a kernel of flash attention is compiled for: its shape, its config, and how it loads."""
-
-    HEAD_DIM: int
-    HEAD_DIM_V: int
-    BLOCK_M: int  # queries
-    BLOCK_N: int  # keys
-    INPUT_PRECISION: str
-    USE_TMA: bool
-    VECTOR: int  # elements of a load, which divide all strides
-    WIDE_ROWS: bool
-    HOIST: bool  # see `may_hoist`
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -225,20 +199,6 @@ def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, se
         None if options.dropout is None else Dropout(*options.dropout),
     )
     launch_packed(_flash_fwd_kernel, (plan.num_programs,), q.device, args, plan.constants)
-
-
-def operand(x, strides, geometry):
-    """Three arguments of a kernel: a View; or None and the descriptors of a geometry, one for each piece."""
-    return (View(x, strides), None, None) if geometry is None else (None, *describe(x, geometry))
-
-
-def scores_of(options, window):
-    """The Scores of an AttentionOptions."""
-    alibi = options.alibi_slopes
-    if alibi is not None:
-        batch_stride, head_stride = batch_head_strides(alibi)
-        alibi = View(alibi, Strides(batch_stride, 0, head_stride))
-    return Scores(options.softmax_scale * LOG2_E.value, options.softcap, alibi, window)
 
 
 def _plan_for_hopper(q, k, v, out, layout, packed_batch, seqlen_q, seqlen_k, options):

@@ -26,14 +26,15 @@ from triton.language.core import _aggregate as aggregate  # triton.aggregate, on
 
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
-from .._host.layout import clear_outputs, heads_in_l2, strides_suit_tma, tiles_each, tma_geometry
-from .._host.tile import FlashCase
+from .._host.layout import clear_outputs, heads_in_l2, tiles_each
 from .._host.tuned import remember
 from .._jit.args import Sequences
 from .._jit.blocks import visible_range
 from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
 from .._jit.softmax import LN_2
 from .._jit.tiles import sequence_coords
+from ..dense.tiles import FlashCase
+from ..dense.tma import strides_suit_tma, tma_geometry
 from .configs import HopperConfig
 
 # Renamed in Triton 3.8.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._host.checks import check_packed_values, read_lengths
 from .._host.observers import is_observed, number_and_tensor, refuse_transforms, without_autocast
 from .._host.options import AttentionOptions
-from ..flash.backward import launch_flash_bwd
+from ..dense.backward import launch_flash_bwd
 from .absorbed import launch_mla_absorbed
 from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
 from .schedule import ProblemSizes, choose_schedule

@@ -26,12 +26,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
-from .._host.layout import INDICES, LSE, capacity_of, strides_suit_tma
+from .._host.layout import INDICES, LSE, capacity_of
 from .._host.tuned import remember
 from .._jit.args import Strides, View
 from .._jit.heads import row_pointer
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
+from ..dense.tma import strides_suit_tma
 from ..merge.splits import choose_num_splits
 from .configs import MlaDecodeCase, MlaHopperConfig
 

@@ -9,23 +9,15 @@ import torch
 
 from .._host.device import arch_of, input_precision, launch
 from .._host.gpu import gpu_of
-from .._host.layout import (
-    l2_section,
-    lse_strides,
-    row_strides,
-    rows_are_wide,
-    tiles_each,
-    tma_geometry,
-    tma_ready,
-    vector_elements,
-)
-from .._host.tile import FlashCase
+from .._host.layout import l2_section, lse_strides, row_strides, rows_are_wide, tiles_each, vector_elements
 from .._host.tuned import choose
 from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
 from .._jit.workarounds import may_hoist
+from .arguments import FlashTile, operand, scores_of
 from .backward_configs import BackwardConfig
 from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
-from .forward import FlashTile, operand, scores_of
+from .tiles import FlashCase
+from .tma import tma_geometry, tma_ready
 
 
 class _Problem(NamedTuple):

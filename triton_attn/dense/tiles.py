@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from .config import Config
-from .gpu import gpu_of
+from .._host.config import Config
+from .._host.gpu import gpu_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ from .._jit.tiles import (
     zeros_tile,
 )
 from .._jit.workarounds import in_vectors
-from .forward import LENGTHS
+from .arguments import LENGTHS
 
 
 class RowSums(NamedTuple):

@@ -30,7 +30,7 @@ import itertools
 from dataclasses import dataclass
 
 from .._host.config import Config
-from .._host.tile import Tile, padded_head_dim, tma_obstacle
+from .tiles import Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
 
