@@ -13,8 +13,9 @@ from host_cost import median_microseconds
 from perf.model import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.options import AttentionOptions
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash import forward
-from triton_attn.flash.configs import FlashCase, FlashConfig
+from triton_attn.flash.configs import FlashConfig
 from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.toolchain import compile_only, shared_memory_limit
 

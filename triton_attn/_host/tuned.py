@@ -299,7 +299,7 @@ def read_table(path):
 def _check_entry(name, entry, gpu):
     fields = {"family": str, "dtype": str, "case": dict, "buckets": dict, "config": dict}
     _check_fields(name, entry, fields | ABOUT)
-    for field, known in (("family", tuple(FAMILIES)), ("dtype", DTYPES)):
+    for field, known in (("family", sorted(FAMILIES)), ("dtype", DTYPES)):
         if entry[field] not in known:
             fail(f"{name}, {field}", " or ".join(known), repr(entry[field]))
     config = FAMILIES[entry["family"]]
