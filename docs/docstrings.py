@@ -8,7 +8,7 @@ import re
 
 import griffe
 
-SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Source[\w ]*):(?: (.+))?$")
+SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Source[\w ]*):(?: (.+))?$")
 ENTRY = re.compile(r"([\w*][\w*, .]*): (.*)", re.DOTALL)
 
 
@@ -20,10 +20,15 @@ class Docstrings(griffe.Extension):
 
 def as_markdown(text):
     lines, shown = text.expandtabs().splitlines(), []
+    in_list = False
     while lines:
         section = SECTION.match(lines[0])
         if not section:
-            shown.append(_escaped(lines.pop(0)))
+            line = lines.pop(0)
+            if line and not line.startswith(" "):
+                in_list = line.startswith("- ")
+            # Code that belongs to an item of a list stands deeper than the item's text.
+            shown.append(f"    {line}" if in_list and line.startswith("    ") else _escaped(line))
             continue
         lines.pop(0)
         title, rest = section.groups()
