@@ -12,9 +12,9 @@ from .checks import fail
 class Gpu:
     """One architecture.
 
-    `configs` names the tables of default configs that it takes, in every kernel family the same: its own, or those of
-    an architecture with the same matrix instructions and no more shared memory. `num_sms` are those of `device`, on
-    which calls are planned where no GPU is at hand.
+    `configs` names the tables of default configs that it takes, the same in every kernel family: its own, or those of
+    an architecture with the same matrix instructions and no more shared memory. Where no GPU is at hand, calls are
+    planned for the `num_sms` of `device`.
     """
 
     arch: str  # "sm_90", "gfx942"
@@ -43,13 +43,13 @@ class Gpu:
         return num_stages if self.multiplies_shared_memory else num_stages - 1
 
     def lacks(self, shared_bytes):
-        """What is against so much shared memory for a program; None if nothing is."""
+        """Why a program cannot have so much shared memory; None if it can."""
         if shared_bytes <= self.shared_bytes:
             return None
         return f"{shared_bytes} bytes of shared memory, {self.arch} has {self.shared_bytes}"
 
     def lacks_registers(self, registers):
-        """What is against so many 32-bit registers of a thread for tiles; None if nothing is."""
+        """Why a thread should not hold tiles in so many 32-bit registers; None if it may."""
         limit = 448 if self.is_amd else 224
         if registers <= limit:
             return None

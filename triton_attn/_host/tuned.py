@@ -3,12 +3,13 @@
 A table is JSON: `format`, `arch` and `entries`. An entry says what it is for (`family`, `dtype`, and under `case` and
 `buckets` what its Config names), its `config`, and where that comes from, see ABOUT.
 
-Which entry serves a call: its dtype and case are the call's, its Triton has the same major and minor version, since
-another compiler spills elsewhere, and its buckets are the nearest, by the sum of |log2(the call's / the entry's)|; of
-two that are equally near the one with smaller buckets. A call without one has the default of the family's configs.py.
-The table that was added last comes first, the package's last; the first that has the case serves it alone.
-All come before the defaults. The package's tables hold what a GPU measured and nothing that was predicted: defaults
-are chosen by the model that predicts.
+A call takes the entry that has its dtype and its case, and that was made with the same major and minor version of
+Triton, since another compiler spills elsewhere. Of several, it takes the one with the nearest buckets, by the sum of
+|log2(the call's / the entry's)|, and of two that are equally near the one with smaller buckets.
+
+Tables are searched from the one that was added last to the package's. The first one that has the case decides alone.
+Without an entry a call takes the default of the family's configs.py. The package's tables hold what a GPU measured and
+nothing that was predicted: the model that predicts has chosen the defaults.
 """
 
 import contextlib
@@ -48,12 +49,12 @@ _generation = object()  # another one each time that tables change
 
 
 def use_tuned(path: str | os.PathLike[str] | None) -> None:
-    """Let the configs of a table of one's own serve, before those of the package and of tables added earlier.
+    """Use the configs of a table of your own, before those of the package and of tables that were added earlier.
 
     `python -m perf sweep --table PATH` writes one; the environment variable TRITON_ATTN_TUNED names one that is added
     before all others. Nothing is searched or timed in a call: a config is a look-up, and equal calls run equal code.
-    An entry serves calls of its dtype, head dims and mask; lengths, page sizes and rows go to the nearest (log2). All
-    others, fp32, contiguous caches, and calls with softcap, ALiBi or dropout have the package's defaults.
+    Calls with an entry's dtype, head dims and mask take its config; lengths, page sizes and rows go to the nearest
+    (log2). All others, fp32, contiguous caches, and calls with softcap, ALiBi or dropout take the package's defaults.
 
     Args:
         path: of a JSON file; None removes all tables that were added.
@@ -78,7 +79,7 @@ def settings():
 
 
 def take_settings(tables, overrides):
-    """Let the user's tables and overrides of another process serve, and no others."""
+    """Use the user's tables and overrides of another process, and no others."""
     _add_environment()
     _added[:] = tables
     _overrides.clear()
@@ -232,7 +233,7 @@ def _shipped(arch):
 
 
 def _index_of(path):
-    """The index of a user's table; refused where nothing of it can serve."""
+    """The index of a user's table. A table with no entry for this machine is refused."""
     table = read_table(path)
     archs = _archs_here()
     if archs and table["arch"] not in archs:
@@ -245,7 +246,7 @@ def _index_of(path):
 
 
 def _index(table):
-    """{(arch, family, dtype, values of the case): {values of the buckets: config}} of what serves this Triton."""
+    """{(arch, family, dtype, values of the case): {values of the buckets: config}} for this Triton."""
     index = {}
     for entry in table["entries"]:
         if _series(entry["triton"]) != _series(_triton_version()):

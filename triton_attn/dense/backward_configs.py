@@ -1,10 +1,10 @@
 """Tiles of the backward kernels: the default by look-up, the space that a sweep searches, and what cannot run.
 
-Defaults were chosen as the forward's, see configs.py: from compiled code, not from timings. Of the tiles that fit and
-spill nothing on Triton 3.6.0 and 3.9.0, those with the most `lock` in perf/model. Some spill a little for more
-of it: tests/flash/test_backward_compiled.py lists them.
+Defaults were chosen as those of the forward kernel, see configs.py: from compiled code, not from timings. Of the tiles
+that fit and spill nothing on Triton 3.6.0 and 3.9.0 they have the most `lock` in perf/model. Some spill a little for
+more of it: tests/flash/test_backward_compiled.py lists them.
 
-On sm_90, fp16, causal, in TFLOP/s on Triton 3.6.0/3.9.0; split is both kernels together, which do seven products where
+TFLOP/s on sm_90, fp16, causal, Triton 3.6.0/3.9.0. The split schedule runs dkdv and dq, which do seven matmuls where
 five are counted: 5 / (4 / dkdv + 3 / dq).
 
     head dim    dkdv       dq         split      fused
@@ -16,14 +16,17 @@ five are counted: 5 / (4 / dkdv + 3 / dq).
     192         581/588    677/678    442/445    318/314
     256         372/374    689/713    331/335    374/365
 
-So the fused schedule is the default. Not at 128 on sm_90: an H100 (Triton 3.6.0, causal, 4 sequences of 4,096 tokens,
-16 heads) took 2.22 ms for a fused pass, and 0.99 ms for dkdv and 0.74 ms for dq with the tiles that it was fastest
-with, those of the table. Not where its transposed dS does not fit in registers: on sm_90 at 192, without TMA at 256,
-and with mma.sync (sm_80, Triton 3.9.0: 108 where the split one has 111 at head dim 128, 59 and 91 at 256), the split
-one is ahead. A warp of mma.sync takes 16 rows, four of wgmma 64, and more warps than a tile has rows for repeat each
-other's products, as those of dkdv at 256 do.
-The split one also serves deterministic=True, and calls that want only dq or only dk and dv. Under 128 the loop of dq is
-bound by exp2 and conversions, not by products.
+So the fused schedule is the default, with three exceptions:
+
+- Head dim 128 on sm_90. An H100 (Triton 3.6.0, causal, 4 sequences of 4,096 tokens, 16 heads) took 2.22 ms for a fused
+  pass, and 0.99 ms for dkdv and 0.74 ms for dq with the tiles that were fastest, those of the table.
+- Where its transposed dS does not fit in registers: on sm_90 at 192, and at 256 without TMA.
+- With mma.sync. On sm_80 (Triton 3.9.0) the fused schedule has 108 and the split one 111 at head dim 128, 59 and 91 at
+  256.
+
+A warp of mma.sync takes 16 rows, four warps of wgmma take 64. Where a tile has more warps than rows for them, as dkdv
+has at 256, warps repeat each other's matmuls. The split schedule also runs for deterministic=True, and for calls that
+want dq alone, or dk and dv alone. Under head dim 128 the loop of dq is bound by exp2 and conversions, not by matmuls.
 """
 
 import itertools

@@ -1,9 +1,9 @@
-"""Tiles of the MLA kernels: the default by look-up, the space that a sweep searches.
+"""Tiles of the MLA kernels: the default by look-up, the space that a sweep searches, and what cannot run.
 
-Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing at 512 + 64, the widths of
-DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode a tile of up to 16 rows reads latent vectors faster than memory
-gives them; of those for more rows the one with the most `lock` in perf/model. On sm_100 the output of 64 rows
-alone fills the tensor memory: mma.sync takes 32.
+Defaults were chosen from compiled code, not from timings: they fit and spill nothing at 512 + 64, the widths of
+DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode, a tile of up to 16 rows reads latent vectors faster than memory
+delivers them; the tile for more rows has the most `lock` in perf/model. On sm_100 the output of 64 rows alone fills the
+tensor memory, so that mma.sync takes 32.
 """
 
 import itertools
@@ -243,8 +243,8 @@ class MlaPrefillConfig(Config, family="mla_prefill", case={"fused": bool} | _HEA
         return q + buffers * (k + v)
 
 
-# (keys and values loaded, made of latent vectors) of heads to 128 wide, as of DeepSeek's models; 16-bit inputs. The
-# loop over latent numbers spills nothing; around it, once for a tile of keys, sm_90 spills up to 140 bytes.
+# (keys and values loaded, computed from latent vectors) of heads up to 128 wide, as in DeepSeek's models; 16-bit
+# inputs. The loop over latent elements spills nothing. Around it, once for a tile of keys, sm_90 spills up to 140 B.
 _PREFILL = {
     "sm_80": (MlaPrefillConfig(128, 32, 8, 3), MlaPrefillConfig(128, 32, 8, 3)),
     "sm_86": (MlaPrefillConfig(128, 32, 8, 2), MlaPrefillConfig(64, 32, 8, 2, 32)),

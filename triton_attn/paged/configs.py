@@ -1,9 +1,9 @@
-"""Tiles of attention over a cache: the default by look-up, the space that a sweep searches.
+"""Tiles of attention over a cache: the default by look-up, the space that a sweep searches, and what cannot run.
 
-Defaults were chosen from compiled code, not from timings: tiles that fit and spill nothing on Triton 3.6.0 and 3.9.0.
-A decode step reads each key once, so that what counts is bytes in flight: several programs per processor with three
-tiles ahead each. Of tiles for many rows those with the most `lock` in perf/model: 16 rows for each warp of
-mma.sync, 64 for four warps of wgmma, or warps repeat each other's products.
+Defaults were chosen from compiled code, not from timings: they fit and spill nothing on Triton 3.6.0 and 3.9.0. A
+decode step reads each key once, so that bytes in flight count: several programs per SM, with three tiles ahead each.
+Tiles for many rows have the most `lock` in perf/model: 16 rows for each warp of mma.sync, 64 for four warps of wgmma.
+With fewer rows warps repeat each other's matmuls.
 """
 
 import itertools
