@@ -1,0 +1,90 @@
+"""Each workaround of the compiler is still needed, on the Tritons for which it says so; one that is not is to go."""
+
+import re
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from triton_attn._host.descriptors import unchecked_descriptor
+from triton_attn._host.options import AttentionOptions
+from triton_attn._jit.args import Strides, View
+from triton_attn._jit.workarounds import fence_copies, in_vectors
+from triton_attn.dense import backward
+from triton_attn.toolchain import compile_only
+
+pytestmark = pytest.mark.compiled
+
+
+@triton.jit
+def _sum_kernel(x, out_ptr, VECTOR: tl.constexpr):
+    if VECTOR > 1:
+        x = in_vectors(x, VECTOR)
+    rows = tl.arange(0, 64)[:, None] * x.strides.row
+    tl.store(out_ptr + tl.arange(0, 64), tl.sum(tl.load(x.ptr + rows + tl.arange(0, 64)[None, :]), 1))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("vector", [1, 8])
+def test_triton_looks_for_strides_that_16_divides_alone(vector):
+    x, out = torch.empty(64, 72, dtype=torch.float16), torch.empty(64, dtype=torch.float16)
+    with compile_only("sm_90") as launches:
+        _sum_kernel[(1,)](View(x, Strides(0, 72, 0)), out, VECTOR=vector)
+    (launch,) = launches
+    assert bool(re.search(r"ld\.global\S*\.v4\.b32", launch.kernel.asm["ptx"])) == (vector > 1)
+
+
+@triton.jit
+def _multiply_kernel(a_ptr, b_ptr, out_ptr, num_tiles, stride, FENCE: tl.constexpr):
+    rows, columns = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    a = tl.load(a_ptr + rows * stride + columns)
+    acc = tl.zeros([64, 64], tl.float32)
+    for i in tl.range(0, num_tiles, num_stages=3):
+        b = tl.load(b_ptr + (i * 64 + rows) * stride + columns)
+        if FENCE:
+            fence_copies()
+        acc = tl.dot(a, b, acc)
+    tl.store(out_ptr + rows * stride + columns, acc)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("fence", [False, True])
+def test_triton_3_6_alone_leaves_out_a_proxy_fence(fence):
+    a, b = torch.empty(64, 64, dtype=torch.float16), torch.empty(640, 64, dtype=torch.float16)
+    with compile_only("sm_90") as launches:
+        _multiply_kernel[(1,)](a, b, torch.empty(64, 64), 10, 64, FENCE=fence)
+    (launch,) = launches
+    ptx = launch.kernel.asm["ptx"]
+    assert launch.uses_wgmma
+    assert launch.uses_cp_async
+    loop = ptx[: ptx.rindex("wgmma.mma_async")].rsplit("$L__BB", 1)[1]
+    assert ("fence.proxy.async" in loop) == (fence or not triton.__version__.startswith("3.6."))
+
+
+def spills_of_dkdv(head_dim, hoist):
+    """Bytes that the default kernel spills on sm_90, by whether its loop may hoist."""
+    q = torch.empty(1, 512, 2, head_dim, dtype=torch.float16)
+    options = AttentionOptions(1.0, (None, 0), None, None, None)
+    wanted = False, True, True, False
+    with mock.patch.object(backward, "may_hoist", return_value=hoist), compile_only("sm_90") as launches:
+        backward.launch_flash_bwd(q, None, q, q, q, q, torch.empty(1, 2, 512), None, None, 512, 512, options, wanted)
+    return launches[-1].spill_bytes
+
+
+@pytest.mark.ci
+def test_dkdv_spills_where_a_wide_head_is_hoisted():
+    assert spills_of_dkdv(256, hoist=True) > spills_of_dkdv(256, hoist=False)
+
+
+def test_descriptors_have_checks_that_cost_and_no_more_fields():
+    x = torch.empty(64, 64, dtype=torch.float16)
+    checked = TensorDescriptor(x, [64, 64], [64, 1], [16, 64])
+    unchecked = unchecked_descriptor(TensorDescriptor, x, [64, 64], [64, 1], [16, 64])
+    assert {name: getattr(unchecked, name) for name in vars(checked)} == vars(checked)
+    with mock.patch.object(TensorDescriptor, "__post_init__", side_effect=AssertionError):
+        unchecked_descriptor(TensorDescriptor, x, [64, 64], [64, 1], [16, 64])
+        with pytest.raises(AssertionError):
+            TensorDescriptor(x, [64, 64], [64, 1], [16, 64])
