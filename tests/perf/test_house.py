@@ -7,28 +7,13 @@ from perf.model import house
 
 # Past the limits today, with their arguments and lines: these may only fall.
 CEILINGS = {
-    "spare_rows": {"arguments": 8},
-    "visible_range": {"arguments": 8},
     "cache_rows": {"arguments": 8},
     "load_rotated": {"arguments": 11},
-    "load_piece": {"arguments": 8},
-    "load_rows": {"arguments": 10},
-    "store_piece": {"arguments": 8},
     "_store_rows": {"arguments": 11},
-    "_recompute_weights": {"arguments": 13},
-    "_flash_bwd_dkdv_kernel": {"arguments": 43, "lines": 147},
-    "_flash_bwd_dq_kernel": {"arguments": 38},
-    "_flash_fwd_kernel": {"arguments": 36},
     "_step": {"arguments": 12},
     "_attend": {"arguments": 8},
     "_clear_spare_rows": {"arguments": 8},
-    "_load_latents": {"arguments": 8},
-    "_mla_absorbed_kernel": {"arguments": 41, "lines": 157},
-    "_load_tiles": {"arguments": 9},
-    "_issue_output_of_other": {"arguments": 8},
-    "_up_project": {"arguments": 13},
-    "_mla_prefill_kernel": {"arguments": 45, "lines": 138},
-    "_paged_fwd_kernel": {"arguments": 48, "lines": 168},
+    "_paged_fwd_kernel": {"arguments": 48, "lines": 156},
 }
 
 
