@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from triton_attn import flash_attention
 from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
 from triton_attn._jit.args import Strides, View
 from triton_attn._jit.workarounds import fence_copies, in_vectors
 from triton_attn.dense import backward
+from triton_attn.flash import forward
 from triton_attn.toolchain import compile_only
 
 pytestmark = pytest.mark.compiled
@@ -62,6 +64,23 @@ def test_triton_3_6_alone_leaves_out_a_proxy_fence(fence):
     assert launch.uses_cp_async
     loop = ptx[: ptx.rindex("wgmma.mma_async")].rsplit("$L__BB", 1)[1]
     assert ("fence.proxy.async" in loop) == (fence or not triton.__version__.startswith("3.6."))
+
+
+def spills_of_softcap(hoist):
+    q = torch.empty(1, 1024, 4, 256, dtype=torch.float16)
+    forward._plan.cache_clear()  # a plan is remembered by what the call says
+    with mock.patch.object(forward, "tanh_spills", return_value=not hoist), compile_only("sm_90") as launches:
+        flash_attention(q, q, q, window_size=(256, 256), softcap=30.0)
+    forward._plan.cache_clear()
+    (launch,) = launches
+    assert launch.constexprs["HOIST"] == hoist
+    return launch.spill_bytes
+
+
+@pytest.mark.oldest
+def test_triton_3_6_spills_where_the_constants_of_tanh_are_hoisted():
+    assert spills_of_softcap(hoist=False) == 0
+    assert (spills_of_softcap(hoist=True) > 0) == triton.__version__.startswith("3.6.")
 
 
 def spills_of_dkdv(head_dim, hoist):
