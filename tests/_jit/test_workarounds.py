@@ -9,13 +9,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_attn import flash_attention
+from perf.model import loop_model
+from triton_attn import flash_attention, mla_decode
 from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
 from triton_attn._jit.args import Strides, View
 from triton_attn._jit.workarounds import fence_copies, in_vectors
 from triton_attn.dense import backward
 from triton_attn.flash import forward
+from triton_attn.mla import absorbed
 from triton_attn.toolchain import compile_only
 
 pytestmark = pytest.mark.compiled
@@ -96,6 +98,21 @@ def spills_of_dkdv(head_dim, hoist):
 @pytest.mark.ci
 def test_dkdv_spills_where_a_wide_head_is_hoisted():
     assert spills_of_dkdv(256, hoist=True) > spills_of_dkdv(256, hoist=False)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("cut_chain", [False, True])
+def test_matmuls_of_64_rows_that_feed_each_other_are_done_twice(cut_chain):
+    q, q_pe = torch.empty(4, 1, 128, 512, dtype=torch.bfloat16), torch.empty(4, 1, 128, 64, dtype=torch.bfloat16)
+    cache, table = torch.empty(64, 64, 576, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int32)
+    lengths = torch.full((4,), 1000, dtype=torch.int32)
+    absorbed._plan.cache_clear()
+    with mock.patch.object(absorbed, "has_wgmma", return_value=cut_chain), compile_only("sm_90") as launches:
+        mla_decode(q, q_pe, cache, lengths, table, softmax_scale=0.1)
+    absorbed._plan.cache_clear()
+    launch = next(launch for launch in launches if "CUT_CHAIN" in launch.constexprs)
+    assert launch.constexprs["CUT_CHAIN"] == cut_chain
+    assert (loop_model.analyze(launch.kernel).hot.useful == 1) == cut_chain
 
 
 def test_descriptors_have_checks_that_cost_and_no_more_fields():

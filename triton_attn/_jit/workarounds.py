@@ -70,8 +70,8 @@ def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
     """acc + a @ b.T under a condition that always holds, which the compiler cannot know.
 
     Where wgmma's results feed each other Triton lays all warps along rows: with 64 rows both warpgroups would compute
-    the same scores. An `if` hides one matmul from the next; two with the same condition would become one. On all
-    versions to 3.9.0.
+    the same scores. An `if` hides one matmul from the next; two with the same condition would become one. Seen on
+    Triton 3.6.0 and 3.9.0.
     """
     if always:
         acc = tl.dot(a, b.T, acc, input_precision=INPUT_PRECISION)
@@ -79,6 +79,8 @@ def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
 
 
 def halve_widest(pieces):
-    """The widths of two pieces of a tile; for one of 512 columns 256 and 256: 64 rows of 512 columns take more
-    registers than a thread has."""
+    """The widths of two pieces of a tile; for one of 512 columns 256 and 256, so that fewer registers are live.
+
+    No default config of MLA decode spills without it (Triton 3.6.0 and 3.9.0); on gfx942 it halves the shared memory.
+    """
     return (256, 256) if pieces[0] > 256 else pieces
