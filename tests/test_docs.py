@@ -97,7 +97,7 @@ def test_a_file_that_a_page_names_exists(page):
     roots = ROOT, ROOT / "triton_attn", ROOT / "tests/helpers"
     there = {name for name in named if any((root / name).exists() for root in roots) or next(ROOT.rglob(name), None)}
     assert len(named) > 8
-    assert named - there == {name for name in named if name in NOT_IN_GIT}
+    assert named - there <= set(NOT_IN_GIT)  # make perf may have made them
 
 
 def test_the_readme_is_short():
