@@ -56,6 +56,8 @@ def run_tests(folder, tests, limit):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return None, ""
+    if process.returncode < 0:  # a kernel with a wrong address ends the interpreter
+        return process.returncode, signal.Signals(-process.returncode).name
     failed = FAILED.search(said)
     return process.returncode, failed[1] if failed else said.strip().splitlines()[-1]
 
