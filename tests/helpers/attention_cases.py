@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from scores import Scores
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.definition import attend, visible_keys
@@ -28,8 +29,8 @@ GROUP_SIZES = (1, 2, 3, 5, 6, 7, 16)
 NAN = float("nan")
 
 
-@dataclass(frozen=True)
-class Case:
+@dataclass(frozen=True, kw_only=True)
+class Case(Scores):
     """One call. A dense call is one whose sequences all have the same lengths."""
 
     varlen: bool
@@ -40,12 +41,6 @@ class Case:
     group_size: int
     head_dim: int
     head_dim_v: int
-    causal: bool
-    window_size: tuple
-    softmax_scale: float | None
-    softcap: float
-    alibi: str | None  # None, "per head" or "per sequence"
-    sinks: torch.dtype | None
     layouts: tuple  # of q, k, v: keys of LAYOUTS
     poison: float  # what fills the rows that may have no effect
     poisoned_sequence: int | None
@@ -60,13 +55,7 @@ class Case:
 
     @property
     def options(self):
-        return {
-            "causal": self.causal,
-            "window_size": self.window_size,
-            "softmax_scale": self.softmax_scale,
-            "softcap": self.softcap,
-            "dropout_p": self.dropout_p,
-        }
+        return super().options | {"dropout_p": self.dropout_p}
 
 
 PLAIN = Case(
@@ -78,12 +67,6 @@ PLAIN = Case(
     group_size=1,
     head_dim=32,
     head_dim_v=32,
-    causal=True,
-    window_size=(-1, -1),
-    softmax_scale=None,
-    softcap=0.0,
-    alibi=None,
-    sinks=None,
     layouts=("contiguous",) * 3,
     poison=NAN,
     poisoned_sequence=None,

@@ -1,8 +1,8 @@
 """Random calls of flash_attention and flash_attention_varlen."""
 
-import torch
 from attention_cases import GROUP_SIZES, HEAD_DIMS, LAYOUTS, NAN, Case
 from hypothesis import strategies as st
+from scores import draw_scores
 
 from triton_attn.flash.configs import FlashConfig
 
@@ -30,7 +30,6 @@ def cases(draw, dtype, varlen):
         seqlens_k = draw(st.tuples(*[lengths_k] * batch))
     else:
         seqlens_q, seqlens_k = (draw(lengths_q),) * batch, (draw(lengths_k),) * batch
-    side = st.just(-1) | st.sampled_from([0, 1, 5, 17, 64, 10**6])
     return Case(
         varlen=varlen,
         dtype=dtype,
@@ -40,12 +39,7 @@ def cases(draw, dtype, varlen):
         group_size=group_size,
         head_dim=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
         head_dim_v=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
-        causal=draw(st.booleans()),
-        window_size=draw(st.tuples(side, side)),
-        softmax_scale=draw(st.none() | st.sampled_from([1e-9, 0.07, 0.2])),
-        softcap=draw(st.just(0.0) | st.sampled_from([0.7, 30.0])),
-        alibi=draw(st.sampled_from([None, None, "per head", "per sequence"])),
-        sinks=draw(st.sampled_from([None, None, torch.float32, dtype])),
+        **draw_scores(draw, dtype),
         layouts=draw(st.tuples(*[st.sampled_from(list(LAYOUTS))] * 3)),
         poison=draw(st.sampled_from([NAN, float("inf")])),
         poisoned_sequence=draw(st.integers(0, batch - 1)) if varlen and batch > 1 else None,

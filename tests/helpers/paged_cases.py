@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import triton
+from scores import Scores
 
 from triton_attn import paged_attention
 from triton_attn._host.definition import attend, visible_keys
@@ -26,8 +27,8 @@ DEAD_ENTRY = 2147480000
 NAN = float("nan")
 
 
-@dataclass(frozen=True)
-class Case:
+@dataclass(frozen=True, kw_only=True)
+class Case(Scores):
     """One call. page_size None is a contiguous cache; without varlen all sequences have the same number of queries."""
 
     varlen: bool
@@ -40,12 +41,6 @@ class Case:
     group_size: int
     head_dim: int
     head_dim_v: int
-    causal: bool
-    window_size: tuple
-    softmax_scale: float | None
-    softcap: float
-    alibi: str | None  # None, "per head" or "per sequence"
-    sinks: torch.dtype | None
     scales: tuple  # of k and v: None, a number, "one" or "per head"
     num_splits: int
     shared_prefix_len: int
@@ -61,15 +56,6 @@ class Case:
     def num_heads_q(self):
         return self.num_heads_kv * self.group_size
 
-    @property
-    def options(self):
-        return {
-            "causal": self.causal,
-            "window_size": self.window_size,
-            "softmax_scale": self.softmax_scale,
-            "softcap": self.softcap,
-        }
-
 
 PLAIN = Case(
     varlen=False,
@@ -82,12 +68,6 @@ PLAIN = Case(
     group_size=4,
     head_dim=64,
     head_dim_v=64,
-    causal=True,
-    window_size=(-1, -1),
-    softmax_scale=None,
-    softcap=0.0,
-    alibi=None,
-    sinks=None,
     scales=(None, None),
     num_splits=1,
     shared_prefix_len=0,

@@ -1,8 +1,8 @@
 """Random calls of paged_attention."""
 
-import torch
 from hypothesis import strategies as st
 from paged_cases import FLOAT8, HEAD_DIMS, LAYOUTS, PAGE_SIZES, Case
+from scores import draw_scores
 
 from triton_attn.paged.configs import PagedConfig
 
@@ -29,7 +29,6 @@ def cases(draw, dtype, varlen):
         if draw(st.booleans()):  # whole pages, else it may end inside one
             shared_prefix_len -= shared_prefix_len % page_size
     scale = st.sampled_from([None, 0.5, "one", "per head"])
-    side = st.just(-1) | st.sampled_from([0, 1, 5, 17, 64, 10**6])
     return Case(
         varlen=varlen,
         dtype=dtype,
@@ -41,12 +40,7 @@ def cases(draw, dtype, varlen):
         group_size=group_size,
         head_dim=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
         head_dim_v=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
-        causal=draw(st.booleans()),
-        window_size=draw(st.tuples(side, side)),
-        softmax_scale=draw(st.none() | st.sampled_from([1e-9, 0.07, 0.2])),
-        softcap=draw(st.just(0.0) | st.sampled_from([0.7, 30.0])),
-        alibi=draw(st.sampled_from([None, None, "per head", "per sequence"])),
-        sinks=draw(st.sampled_from([None, None, torch.float32, dtype])),
+        **draw_scores(draw, dtype),
         scales=draw(st.tuples(scale, scale)),
         num_splits=draw(st.sampled_from([1, 1, 0, 2, 3, 7])),
         shared_prefix_len=shared_prefix_len,

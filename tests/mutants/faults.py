@@ -27,26 +27,31 @@ def _run(*arguments, compiled=False):
 GROUPS = {
     "FLASH": (
         _run("tests/flash/test_forward.py", "tests/flash/test_softcap.py"),
+        _run("tests/test_contract.py", "-k", "flash"),
         _run("tests/_jit", "tests/flash/test_random.py", "-k", "forward or _jit"),
         _run("tests/test_strides.py", "-k", "forward or flash or lse"),
         _run("tests/toolchain/test_emulated_kernels.py", "-k", "misaligned and flash", compiled=True),
     ),
     "BACKWARD": (
         _run("tests/flash/test_backward.py"),
+        _run("tests/test_contract.py", "-k", "backward"),
         _run("tests/flash/test_random.py", "tests/test_strides.py", "-k", "backward or flash or lse"),
     ),
     "DROPOUT": (_run("tests/flash/test_dropout.py", "tests/flash/test_backward.py"),),
     "PAGED": (
         _run("tests/paged/test_paged_attention.py", "tests/merge"),
+        _run("tests/test_contract.py", "-k", "paged"),
         _run("tests/paged/test_random.py", "tests/paged/test_errors.py", "tests/_jit"),
         _run("tests/test_strides.py", "-k", "paged"),
     ),
     "DECODE": (
         _run("tests/mla/test_decode.py", "tests/mla/test_mla_reference.py"),
+        _run("tests/test_contract.py", "-k", "decode"),
         _run("tests/mla/test_random.py", "tests/test_strides.py", "-k", "decode"),
     ),
     "PREFILL": (
         _run("tests/mla/test_prefill.py"),
+        _run("tests/test_contract.py", "-k", "prefill"),
         _run("tests/mla/test_random.py", "tests/test_strides.py", "-k", "prefill"),
     ),
     "LATENT_REFERENCE": (_run("tests/mla/test_mla_reference.py"),),
