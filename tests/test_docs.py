@@ -19,6 +19,7 @@ from triton_attn.flash.configs import FlashConfig
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NOT_IN_GIT = ("perf/out/",)
+DOORS = sorted(ROOT.glob("docs/doors/*.md"))
 README, TOUR, API = ROOT / "README.md", ROOT / "docs/tour.md", sorted(ROOT.glob("docs/api/*.md"))
 
 
@@ -67,6 +68,12 @@ def test_the_code_of_the_tour_runs(device, monkeypatch, tmp_path):
     assert names["model"].config._attn_implementation == "triton_attn"
 
 
+@pytest.mark.parametrize("page", DOORS, ids=lambda page: page.stem)
+def test_the_code_of_a_door_runs(device, page):
+    names = names_of(page, device)
+    assert names["out"].isfinite().all()
+
+
 def test_the_tour_shows_every_public_name():
     assert [name for name in triton_attn.__all__ if not re.search(rf"\b{name}\b", code_of(TOUR))] == []
 
@@ -80,7 +87,7 @@ def test_the_api_pages_show_every_public_name():
 
 def test_no_other_page_has_python_that_nothing_runs():
     run_elsewhere = ROOT / "docs/testing-without-a-gpu.md"
-    assert [page.name for page in PAGES if page not in (README, TOUR, run_elsewhere) and code_of(page)] == []
+    assert [page.name for page in PAGES if page not in (README, TOUR, run_elsewhere, *DOORS) and code_of(page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

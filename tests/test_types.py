@@ -10,7 +10,14 @@ import pytest
 import triton_attn
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("interop.flash_attn", "interop.flash_mla", "interop.transformers", "interop.deepseek", "models")
+MODULES = (
+    "interop.flash_attn",
+    "interop.flash_mla",
+    "interop.flashinfer",
+    "interop.transformers",
+    "interop.deepseek",
+    "models",
+)
 
 
 def defined_in(module):
