@@ -1,9 +1,9 @@
-"""What runs here, whether it is right, how fast it is, how large its caches are.
+"""Checks, benchmarks, predictions and sizes of triton_attn.
 
-Without a part: machine, verify, bench (both families), mla and sizes, one after the other, in a few minutes.
-Figures go to perf/out/, which git ignores; with --publish to perf/results/, from which `python -m perf report` writes
-docs/performance.md. Without a GPU, kernels are verified in Triton's interpreter, and their speed is predicted from
-compiled code and labelled so: nothing is called measured that was not.
+Without PART, six parts run one after the other in a few minutes: machine, verify, bench of both families, mla, sizes.
+Results go to perf/out/, which git ignores. With --publish they go to perf/results/, from which `python -m perf report`
+writes docs/performance.md. Without a GPU, the kernels are verified in Triton's interpreter. Their speed is then
+predicted from compiled code, and every such figure is labelled as a prediction.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from perf.results.tables import print_table
 
 @dataclass(frozen=True)
 class Part:
-    """A subcommand: `perf.commands.<name>`, with `run(out_dir, **options)` and, for options, `add_arguments(parser)`.
+    """A subcommand: `perf.commands.<name>` has `run(out_dir, **options)` and, for options, `add_arguments(parser)`.
 
-    `folder` holds its results where no GPU gives them a name; options may stand in it in braces. None: results lie
-    beside what the part is given. Without a GPU,
-    Triton's interpreter runs the kernels of an `interpreted` part: a choice for the whole process. `machine_free`
-    results are the same everywhere. A `committed` part works on those that are in git.
+    `folder` is the default folder of the results where a GPU does not name it. It may contain options in braces. With
+    None the results go beside the input files. Without a GPU an `interpreted` part runs its kernels in Triton's
+    interpreter, which is a choice for the whole process. Results of a `machine_free` part are the same on every
+    machine. A `committed` part works on the results in git.
     """
 
     help: str
@@ -38,20 +38,26 @@ class Part:
 
 
 PARTS = {
-    "machine": Part("what runs here, and the roofs of a GPU", "interpreter"),
-    "verify": Part("every public function against its reference at real model shapes", "interpreter", interpreted=True),
+    "machine": Part("device and versions; on a GPU also its measured roofs", "interpreter"),
+    "verify": Part("errors of every public function at real model shapes", "interpreter", interpreted=True),
     "bench": Part("throughput of attention, ours and the peers'", "predicted-{arch}"),
-    "mla": Part("multi-head latent attention: decode, schedules of prefill, bytes of cache", "predicted-{arch}"),
+    "mla": Part("multi-head latent attention: decode, prefill schedules, cache bytes", "predicted-{arch}"),
     "sizes": Part("KV-cache bytes against context length", "sizes", machine_free=True),
-    "cache": Part("what the bookkeeping of pages costs on the host", "host"),
-    "cold": Part("imports, first calls, kernels compiled per call", "host"),
+    "cache": Part("host cost of page bookkeeping", "host"),
+    "cold": Part("cost of imports and first calls, kernels compiled per call", "host"),
     "sweep": Part("the best config of a kernel", "predicted-{arch}"),
-    "gpu": Part("all that only a GPU can tell, within a budget of minutes", "gpu"),
-    "inspect": Part("what compiled kernels are made of", "predicted-{arch}", machine_free=True),
-    "counts": Part("what compiled kernels do when they run, emulated", "predicted-{arch}", machine_free=True),
-    "house": Part("how the package is built: sizes of its device code, who imports whom", None, machine_free=True),
-    "calibrate": Part("what sweeps predicted beside what they measured", None, machine_free=True),
-    "plot": Part("pictures of CSV files of results", None, machine_free=True),
+    "gpu": Part("every check and benchmark that needs a GPU, within a time budget", "gpu"),
+    "inspect": Part(
+        "registers, spills, occupancy and hot loops of compiled kernels", "predicted-{arch}", machine_free=True
+    ),
+    "counts": Part(
+        "memory traffic, bank conflicts and FLOP of kernels, counted by the emulator",
+        "predicted-{arch}",
+        machine_free=True,
+    ),
+    "house": Part("size of the device code and the import law", None, machine_free=True),
+    "calibrate": Part("predictions of sweeps compared with their measurements", None, machine_free=True),
+    "plot": Part("plots of result CSV files", None, machine_free=True),
     "report": Part("the figures of docs/performance.md, from all results", "", machine_free=True, committed=True),
 }
 MAIN_JOB = ("machine", "verify", "bench", "bench --family paged", "mla", "sizes")
@@ -70,7 +76,7 @@ def main(argv):
 
 
 def default_folder(name, options, publish=False):
-    """Where a part's results go if nobody says; None: beside what it is given."""
+    """The folder of a part's results if --out is not given. None puts results beside the input files."""
     part = PARTS[name]
     if part.folder is None:
         return None
@@ -85,12 +91,12 @@ def run_part(name, out_dir, options):
             print(f"wrote {os.path.relpath(path)}")
     except KeyboardInterrupt:
         where = f" in {os.path.relpath(out_dir)}" if out_dir else ""
-        print(f"\ninterrupted; what was finished is kept{where}", file=sys.stderr)
+        print(f"\ninterrupted; finished results are kept{where}", file=sys.stderr)
         return INTERRUPTED
 
 
 def run_all():
-    """Each part in a process of its own, since they differ in Triton's mode; the exit code is 0 if all were done."""
+    """Run each part in its own process, since they differ in Triton's mode. The exit code is 0 if all succeeded."""
     outcomes = []
     for call in MAIN_JOB:
         name, *options = call.split()
@@ -111,19 +117,19 @@ def _run_process(command):
     while True:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the terminal sends it to the part too, which then ends by itself
+        except KeyboardInterrupt:  # the terminal also sends it to the part, which then ends by itself
             continue
 
 
 def _set_mode(part):
-    """Before anything imports triton."""
+    """Choose interpreter or compiler. This must happen before triton is imported."""
     os.environ.pop("TRITON_INTERPRET", None)
     if part.interpreted and not has_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _parser(chosen):
-    """All parts, but the options only of the chosen one: no other module is imported."""
+    """All parts, with the options of the chosen one only, so that no other module is imported."""
     parser = argparse.ArgumentParser(
         "python -m perf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -131,11 +137,11 @@ def _parser(chosen):
     for name, part in PARTS.items():
         sub = parts.add_parser(name, help=part.help, formatter_class=argparse.RawDescriptionHelpFormatter)
         root = results.ROOT if part.committed else results.LOCAL
-        where = "that of each file" if part.folder is None else f"perf/{root.name}/{part.folder}"
+        where = "the folder of each file" if part.folder is None else f"perf/{root.name}/{part.folder}"
         if not part.machine_free:
-            where += ", or the name of the GPU"
+            where += ", or named after the GPU"
         sub.add_argument("--out", type=Path, help=f"folder of the results (default: {where})")
-        sub.add_argument("--publish", action="store_true", help="the default is under perf/results, for the docs")
+        sub.add_argument("--publish", action="store_true", help="use a default under perf/results, for the docs")
         if name == chosen:
             module = import_module(f"perf.commands.{name}")
             sub.description = module.__doc__

@@ -1,1 +1,1 @@
-"""What one can run: `python -m perf NAME` calls `run` of the module NAME."""
+"""Subcommands: `python -m perf NAME` calls `run` of the module NAME."""

@@ -1,15 +1,16 @@
-"""Throughput of attention, for our kernels and their peers: TFLOP/s of flash (training and prefill) against sequence
-length, GB/s of paged (a decode step over a KV cache) against context and batch.
+"""Throughput of attention, ours and the peers'. flash: TFLOP/s of training and prefill against sequence length. paged:
+GB/s of a decode step over a KV cache, against context and batch.
 
-On a GPU it is measured: CUDA events, a cold L2 cache, providers in turn, median with the 20th and 80th percentile; each
-provider must give the right result before it is timed, and one that cannot is recorded with the reason.
-Without a GPU it is predicted from the code of our default configs, compiled on the spot (perf/model/predict.py), twice:
-`bound`, where everything overlaps, and `lock`, where products and softmax never do. Picture and CSV say that it is a
-prediction.
+On a GPU the throughput is measured with CUDA events and a cold L2 cache. Providers take turns; the median and the 20th
+and 80th percentile are reported. Each provider must give the right result before it is timed; one that cannot is
+recorded with the reason. Without a GPU the throughput is predicted from the compiled code of our default configs
+(perf/model/predict.py), twice: `bound` assumes that all units overlap, `lock` that matmuls and softmax never do. Plot
+and CSV say that it is a prediction.
 
-flash: FLOP by the field's convention, 4 B H S^2 D forward, 2.5 times that backward, half of it with a causal mask.
-paged: bytes of K and V of all tokens, of q and of out, and their share of what a copy reaches (predicted: of the data
-sheet's bandwidth); 32 query and 8 KV heads of 128, pages of 16 tokens in random order, peers over a contiguous cache.
+flash: FLOP by the usual convention, 4 B H S^2 D forward, 2.5 times that backward, half of it with a causal mask. paged:
+bytes of K and V of all tokens, of q and of out, and their share of the measured copy bandwidth (predicted: of the data
+sheet's bandwidth). 32 query heads, 8 KV heads, head_dim 128, pages of 16 tokens in random order; peers may use a
+contiguous cache.
 """
 
 import sys
@@ -41,7 +42,7 @@ from perf.workloads.providers import DECODE_PROVIDERS, PROVIDERS
 
 @dataclass(frozen=True)
 class Family:
-    """What `run` needs of one: `shapes` are the options that its grid takes, `line` names a row's line of the table."""
+    """A kernel family for `run`. `shapes` are the options of its grid; `line` gives the row headings of the table."""
 
     title: str
     shapes: tuple[str, ...]
@@ -61,7 +62,7 @@ FAMILIES = {
         providers=PROVIDERS,
         roof=matmul_rate,
         predict=predict.flash,
-        left_out="latency, power, and what memory reaches of its data sheet",
+        left_out="latency, power, and memory below its data sheet",
         line=lambda row: {"head_dim": row.head_dim, "mask": "causal" if row.causal else "full"},
     ),
     "paged": Family(
@@ -71,7 +72,7 @@ FAMILIES = {
         providers=DECODE_PROVIDERS,
         roof=copy_bandwidth,
         predict=predict.paged,
-        left_out="launches (which decide short contexts), latency, and what memory reaches of its data sheet",
+        left_out="launches (which dominate short contexts), latency, and memory below its data sheet",
         line=lambda row: {"batch": row.batch},
     ),
 }
@@ -100,11 +101,11 @@ def add_arguments(parser):
         help=f"default: powers of two, {SEQLENS[0]} to {SEQLENS[-1]}; paged: {CONTEXTS[0]} to {CONTEXTS[-1]}",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--arch", choices=RATES, default="sm_90", help="what to predict for, without a GPU")
+    parser.add_argument("--arch", choices=RATES, default="sm_90", help="target of predictions, without a GPU")
 
 
 def run(out_dir, family="flash", dtype="bfloat16", arch="sm_90", **shapes):
-    """Write `<family>_<pass>.csv` row by row, then its picture; a shape that is None is the default."""
+    """Write `<family>_<pass>.csv` row by row, then plot it. A shape that is None takes its default."""
     kind = FAMILIES[family]
     shapes = {name: value for name, value in shapes.items() if value is not None}
     if others := shapes.keys() - kind.shapes:
@@ -124,8 +125,8 @@ def run(out_dir, family="flash", dtype="bfloat16", arch="sm_90", **shapes):
     print_table(_summary(done, kind.line, figure))
     if done[0].source == results.PREDICTED:
         print(
-            "bound: matrix products and softmax overlap fully. lock: they never do. "
-            f"A measurement comes out lower: left out are {kind.left_out}."
+            "bound: matmuls and softmax overlap fully. lock: they never overlap. "
+            f"Measurements are lower: the model leaves out {kind.left_out}."
         )
     failed = [row for row in done if getattr(row, figure) is None]
     for row in failed:
@@ -143,7 +144,7 @@ def _measured(problems, dtype, kind):
 
 
 def _summary(rows, line, figure):
-    """A column of rows, a line per kind of attention and provider, a column per number of keys."""
+    """A row per kind of attention and provider, a column per number of keys."""
     lines = {}
     for row in rows:
         head = line(row) | {"provider": row.provider}

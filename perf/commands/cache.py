@@ -1,9 +1,9 @@
-"""What the bookkeeping of pages costs: per page against the size of the pool, per decode step against the batch.
+"""Host cost of page bookkeeping: per page against pool size, and per decode step against batch size.
 
 `cache.csv` has the nanoseconds per page of `BlockPool.allocate`, `share` and `release`, and of a `PagedKVCache.create`
-whose whole prompt is cached (hashing included), in pools half full and worn by random use; the mean includes the rare
-call that tidies the free list. `decode_step.csv` has the milliseconds of `extend` by one token, `block_table` and
-`cache_seqlens` of a whole batch. CPU time of one thread, so that other processes do not count.
+whose whole prompt is cached (hashing included). The pools are half full and fragmented by random use. The mean includes
+the rare call that tidies the free list. `decode_step.csv` has the milliseconds of `extend` by one token, `block_table`
+and `cache_seqlens` for a whole batch. Times are CPU time of one thread, so other processes do not count.
 """
 
 import platform
@@ -36,7 +36,7 @@ STEP_COLUMNS = ["sequences", "context", "steps", "p20_ms", "p50_ms", "p80_ms", *
 
 
 def run(out_dir, max_pages=POOL_SIZES[-1]):
-    """Print both tables, write them as CSV files, and draw a picture of each."""
+    """Print both tables, write them as CSV files, and plot each."""
     machine = [cpu_name(), platform.python_version(), torch.__version__, commit()]
     torch.set_num_threads(1)
     sizes = [size for size in POOL_SIZES if size <= max_pages]
@@ -65,7 +65,7 @@ def run(out_dir, max_pages=POOL_SIZES[-1]):
 
 
 def pool_times(num_pages):
-    """Nanoseconds per page of each call, by operation; enough calls for the free list to go round twice."""
+    """{operation: nanoseconds per page of each call}, over enough calls to cycle through the free list twice."""
     rng = random.Random(0)
     pool = BlockPool(num_pages)
     shuffled = pool.allocate(num_pages)[torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))]
@@ -89,7 +89,7 @@ def pool_times(num_pages):
 
 
 def create_times(num_pages):
-    """Nanoseconds per cached page of `create`, with as many prompts cached as fill half of the pool."""
+    """Nanoseconds per cached page of `create`. The cached prompts fill half of the pool."""
     rng = random.Random(0)
     cache = small_cache(num_pages)
     length = PAGES_PER_CALL * PAGE_SIZE
@@ -106,13 +106,13 @@ def create_times(num_pages):
         seq, cached = cache.create(prompt)
         times.append((time.thread_time_ns() - start) / PAGES_PER_CALL)
         if cached != length:
-            raise RuntimeError(f"{cached} of {length} tokens were cached: the measurement is not what it says")
+            raise RuntimeError(f"{cached} of {length} tokens were cached: expected all")
         cache.free(seq)
     return {"create, all cached": times}
 
 
 def decode_step_times(num_sequences):
-    """Milliseconds of each step of sequences that are spread over the positions in a page."""
+    """Milliseconds of each step. The sequences end at different positions in their pages."""
     cache = small_cache(num_sequences * 2 * DECODE_CONTEXT // PAGE_SIZE)
     seqs = [cache.create([])[0] for _ in range(num_sequences)]
     cache.extend(seqs, [range(i, i + DECODE_CONTEXT - i % PAGE_SIZE) for i in range(num_sequences)])
@@ -129,7 +129,7 @@ def decode_step_times(num_sequences):
 
 
 def small_cache(num_pages):
-    """A cache on the host whose pages hold next to nothing."""
+    """A cache on the host with one element per token."""
     shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1}
     return PagedKVCache(num_pages, PAGE_SIZE, **shape, dtype=torch.float16, device="cpu")
 

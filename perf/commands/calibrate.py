@@ -1,12 +1,12 @@
-"""How far the loop model is off: what sweeps of a GPU predicted beside what they measured.
+"""Error of the loop model: predictions of sweeps compared with their measurements on a GPU.
 
-Reads `sweep-*.csv` and `sweep-*-measured.csv` of a results folder. Writes calibration.csv, a picture of it and
-calibration.md, a page in words. Kernels of hopper.py are left out: their loops run side by side, which the model does
-not know.
+Reads `sweep-*.csv` and `sweep-*-measured.csv` of a results folder. Writes calibration.csv, a plot of it and
+calibration.md, a summary in words. Kernels of hopper.py are left out, because their loops run concurrently and the
+model has no such case.
 
-Predictions that a static row lacks are compiled here: by the Triton that is installed, which should be the one that
-was measured. Of a backward pass only one kernel varies; the others are at their defaults, and its prediction counts
-their time: 5 / (4 / dkdv + 3 / dq), as seven products are done where five are counted.
+A candidate without predictions in its static row is compiled here with the installed Triton, which should be the one
+that was measured. A sweep of the backward pass varies one kernel and keeps the others at their defaults. The prediction
+includes their time: 5 / (4 / dkdv + 3 / dq), since the split pass does seven matmuls and five are counted.
 """
 
 import sys
@@ -31,10 +31,14 @@ from triton_attn.flash.configs import HopperConfig
 
 FIGURES = {"lock": "lock TFLOP/s", "bound": "bound TFLOP/s", "expected": "expected TFLOP/s"}
 RANKED = ("lock", "expected")
-UNSTEADY = 1.2  # times p20 for p80, and a timing says more of the machine than of the kernel
-PROBLEM = ["family", "case", "length"]  # what configs are compared at
-PRODUCTS = {"dkdv": 4, "dq": 3, "fused": 5}  # of a kernel of the backward pass, where five are counted
-LEAST_RANKED = 3  # configs of one problem, for a rank correlation to mean anything
+UNSTEADY = 1.2  # above this p80/p20 ratio a timing is discarded as noise
+PROBLEM = ["family", "case", "length"]  # configs are compared within one problem
+MATMULS = {
+    "dkdv": 4,
+    "dq": 3,
+    "fused": 5,
+}  # matmuls of each backward kernel; the FLOP convention counts five for the pass
+LEAST_RANKED = 3  # least number of configs of a problem for a rank correlation
 
 
 def add_arguments(parser):
@@ -42,7 +46,7 @@ def add_arguments(parser):
 
 
 def run(out_dir, folder):
-    """Write calibration.csv, .png and .md, into out_dir or, if that is None, into the folder; print the tables."""
+    """Write calibration.csv, .png and .md into out_dir, or into the folder if that is None. Print the tables."""
     out_dir = out_dir or folder
     try:
         data = calibrate(folder)
@@ -63,7 +67,7 @@ def run(out_dir, folder):
 
 
 def calibrate(folder):
-    """A row per steady timing: family, case, length, config, stages, the predictions, measured, and ratios to it."""
+    """A row per steady timing: family, case, length, config, stages, predictions, measurement, and their ratios."""
     timings = list(_sweeps(folder))
     if not timings:
         raise ValueError(f"{folder}: expected sweep-*-measured.csv beside their sweep-*.csv")
@@ -76,9 +80,9 @@ def calibrate(folder):
 
 
 class Timing:
-    """What was measured of a candidate; `others` are candidates of the kernels that ran beside it in a backward pass.
+    """The measurement of a candidate. `others` are the candidates of the other kernels of its backward pass.
 
-    `figures` of a candidate, by its key, are those of FIGURES.
+    `figures` maps the key of each candidate to its values of FIGURES.
     """
 
     def __init__(self, candidate, row, tflops, length, others=()):
@@ -108,13 +112,12 @@ class Timing:
         }
 
     def _prediction(self, name):
-        """Of all that ran."""
         rates = {c.case.get("kernel"): self.figures[_key(c)][name] for c in self.candidates}
         if None in rates.values():
             return None
         if not self.others:
             return next(iter(rates.values()))
-        return 5 / sum(PRODUCTS[kernel] / rate for kernel, rate in rates.items())
+        return 5 / sum(MATMULS[kernel] / rate for kernel, rate in rates.items())
 
 
 def _key(candidate):
@@ -122,7 +125,7 @@ def _key(candidate):
 
 
 def _sweeps(folder):
-    """Timings of all sweeps in a folder."""
+    """The timings of all sweeps in a folder."""
     for path in sorted(folder.glob("sweep-*-measured.csv")):
         static_path = path.with_stem(path.stem.removesuffix("-measured"))
         measured = results.read(path)
@@ -138,7 +141,7 @@ def _sweeps(folder):
 
 
 def _records(data):
-    """Rows as dicts, an empty cell as None."""
+    """Rows as dicts, with None for an empty cell."""
     return data.astype(object).where(data.notna(), None).to_dict("records")
 
 
@@ -150,14 +153,14 @@ def _candidate(row, kind):
 
 
 def _figures(row, triton_version):
-    """None where a sweep did not yet predict all of them."""
+    """The figures of a row, or None if the sweep did not predict all of them."""
     if any(column not in row for column in FIGURES.values()):
         return None
     return {name: row[column] for name, column in FIGURES.items()} | {"triton": triton_version}
 
 
 def _timings(kind, candidates, measured):
-    by_problem = {}  # (columns of the problem, how a note names the candidate): candidate
+    by_problem = {}  # (columns of the problem, name of the candidate in notes): candidate
     for length in {row["seqlen_k"] for row in measured}:
         for candidate in candidates:
             columns = kind.problem(length, **candidate.case).columns()
@@ -166,7 +169,7 @@ def _timings(kind, candidates, measured):
         is_steady = row["p50_ms"] is not None and row["p80_ms"] <= UNSTEADY * row["p20_ms"]
         found = [c for (shape, note), c in by_problem.items() if _is_of(row, shape, note)]
         if is_steady and found:
-            candidate = max(found, key=lambda c: len(_note(c)))  # w8 s2 begins the name of w8 s2 tma
+            candidate = max(found, key=lambda c: len(_note(c)))  # "w8 s2" is a prefix of "w8 s2 tma"
             yield Timing(candidate, row, row["tflops"], row["seqlen_k"], _beside(candidate, candidates))
 
 
@@ -180,20 +183,20 @@ def _is_of(row, shape, note):
 
 
 def _note(candidate):
-    """How a measured row names it."""
+    """The name of a candidate in the note of a measured row."""
     beside = [in_words(candidate.case, name) for name in ("kernel", "fused") if name in candidate.case]
     return " ".join([*beside, compiled.config_name(candidate.config)])
 
 
 def _beside(candidate, candidates):
-    """The default of the other kernel of a split pass: a search space has it first."""
+    """The default of the other kernel of a split pass, which is the first config of its search space."""
     other = {"dkdv": "dq", "dq": "dkdv"}.get(candidate.case.get("kernel"))
     case = candidate.case | {"kernel": other}
     return [next(c for c in candidates if c.case == case)] if other else []
 
 
 def _predict(timings):
-    """Compile what has no figures yet, each candidate once."""
+    """Compile every candidate without figures, each one once."""
     missing = {_key(c): c for timing in timings for c in timing.candidates if _key(c) not in timing.figures}
     rows = map_in_processes(Candidate.compile, list(missing.values())) if missing else ()
     figures = {}
@@ -204,12 +207,12 @@ def _predict(timings):
 
 
 def by_stages(data):
-    """Per family and number of stages: how far measured is off `lock` and off `expected`, and rank correlations."""
+    """Per family and number of stages: measured over `lock` and over `expected`, and rank correlations."""
     return _summary(data, ["family", "stages"], ratios=RANKED)
 
 
 def by_problem(data):
-    """Per problem: rank correlations, and how far behind the best the config is that a prediction puts first."""
+    """Per problem: rank correlations, and the regret of the config that a prediction ranks first."""
     return _summary(data, PROBLEM, ratios=())
 
 
@@ -228,7 +231,7 @@ def _summary(data, keys, ratios):
 
 
 def rank_correlation(group, name):
-    """Spearman's, of a prediction with what was measured; None of too few or where all are equal."""
+    """Spearman's rank correlation of a prediction with the measurement. None for too few values or all equal ones."""
     ranks = group[[name, "measured"]].astype(float).rank()
     if len(group) < LEAST_RANKED or (ranks.nunique() < 2).any():
         return None
@@ -236,7 +239,7 @@ def rank_correlation(group, name):
 
 
 def regret(group, name):
-    """Which share of the best measured speed the config lacks that the prediction puts first."""
+    """By what share the config that the prediction ranks first is slower than the best measured one."""
     first = group["measured"].loc[group[name].astype(float).idxmax()]
     return 1 - first / group["measured"].max()
 
@@ -250,32 +253,33 @@ def page(data):
     lock, expected = (_error(data[f"measured/{name}"]) for name in RANKED)
     return f"""# Calibration
 
-{len(data)} timings of {data.groupby([*PROBLEM[:2], "config"]).ngroups} kernels at {len(problems)} problems beside \
-what the loop model says of their code. Measured on {_all(data["gpu"])} with Triton {_all(data["triton"])}; compiled \
+{len(data)} timings of {data.groupby([*PROBLEM[:2], "config"]).ngroups} kernels at {len(problems)} problems compared \
+with the predictions of the loop model. Measured on {_all(data["gpu"])} with Triton {_all(data["triton"])}; compiled \
 for the model by Triton {_all(data["compiled by"])}. Written by `python -m perf calibrate`.
 
 ![predicted and measured](calibration.png)
 
 **How far off.** `lock`, the loop without its waits, is {lock}. Ranking configs by it has a mean rank correlation of \
-{mean("rank corr. lock"):.2f} with what was measured, and the config that it puts first is \
+{mean("rank corr. lock"):.2f} with the measurements, and the config that it ranks first is \
 {mean("regret lock (%)"):.0f} % slower than the best on average, {ranked["regret lock (%)"].max():.0f} % at worst.
 
 **Where.** {_where(data)}
 
-**Why.** A trip waits, and `lock` knows no waits. The machine code says where: with one stage for each load, from its \
-issue to its arrival; with two the loads of the next trip are issued at the end of this one; from three on a load has \
-a whole trip. CTA barriers, and products that nothing overlaps, come on top. CTAs that share an SM fill each other's \
-waits.
+**Why.** A trip has waits that `lock` does not count. The machine code shows them. With one stage the trip waits for \
+each load from issue to arrival. With two stages the loads of the next trip are issued at the end of the current one. \
+With three or more a load has a whole trip to arrive. CTA barriers and matmuls that nothing overlaps add waits. CTAs \
+on the same SM fill each other's waits.
 
-**What was corrected.** `expected` walks the trip on a timeline (perf/model/timeline.py) with three constants: a load \
+**What was corrected.** `expected` walks a trip on a timeline (perf/model/timeline.py) with three constants: a load \
 takes {waits.latency:g} cycles, a barrier {waits.barrier:g}, and instructions between two waits {waits.stretch:g} \
 times their static stall counts. It is {expected}; mean rank correlation {mean("rank corr. expected"):.2f}, regret \
 {mean("regret expected (%)"):.0f} % on average and {ranked["regret expected (%)"].max():.0f} % at worst. `bound` and \
-`lock` stay as they are. The timings that the constants were fitted to are named beside them: where they are those of \
-this page, the errors are of a fit and not of a forecast.
+`lock` are unchanged. The source code names the timings to which the constants were fitted. If they are the timings \
+of this page, these errors are fit errors and not forecast errors.
 
-**What is left.** {_where(data, "expected")} `expected` is the rate of a loop: prologue, masked tiles and the last \
-wave make a pass slower, short ones most. A number of stages below the others has waits that the timeline does not see.
+**What is left.** {_where(data, "expected")} `expected` is the rate of a loop. Prologue, masked tiles and the last \
+wave make a pass slower, short passes most. Where a number of stages is below the others, its loops have waits that \
+the timeline does not model.
 
 {_markdown(stages)}
 
@@ -299,7 +303,7 @@ def _error(ratio):
 
 
 def _where(data, name="lock"):
-    """Each family with what it reaches of a prediction, by the number of stages."""
+    """Per family, the median of measured/predicted by number of stages."""
     sentences = []
     for family, rows in data.groupby("family"):
         reached = rows.groupby("stages")[f"measured/{name}"].median()

@@ -1,11 +1,11 @@
-"""What starts cold: imports, the first call of every function, the second, and the kernels that a call compiles.
+"""Cold-start cost: imports, first and later calls of each function, and the number of kernels that a call compiles.
 
-`cold_import.csv` has the seconds of imports, each in a process of its own; `cold_calls.csv` those of a function's first
-call in a process of its own, with Triton's cache on disk empty and then warm, and the microseconds of host time of the
-calls after it. Medians of some processes. Shapes are those of Llama-3-8B and DeepSeek-V3, in bf16.
+`cold_import.csv` has the seconds of imports, each in its own process. `cold_calls.csv` has the seconds of a function's
+first call in its own process, with Triton's disk cache empty and then warm, and the host time of later calls in
+microseconds. Values are medians over several processes. Shapes are those of Llama-3-8B and DeepSeek-V3, in bf16.
 
-Without a GPU calls go through `compile_only`, which compiles and launches nothing: what the driver adds, to load a
-kernel and to launch it, is left out, as column `launched` says; what torch computes itself it computes on the CPU.
+Without a GPU, calls go through `compile_only`, which compiles and launches nothing. The driver's time to load and
+launch a kernel is then missing, as the column `launched` says. Operations of torch run on the CPU.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ def time_here(name, arch):
 
 
 def _seconds(call, wait=True):
-    """Of a call, and with `wait` of what it launched."""
+    """Seconds of a call. With `wait`, the time of the kernels it launched is included."""
     start = time.perf_counter()
     call()
     if wait and has_gpu():
@@ -211,7 +211,7 @@ def _append_latent_cache():
     return lambda: triton_attn.append_latent_cache(*latents, cache, slots)
 
 
-# Each makes its tensors and returns the call.
+# Each function makes its tensors and returns the call.
 CALLS = {
     "flash_attention": _flash_attention,
     "flash_attention_varlen": _flash_attention_varlen,
@@ -229,8 +229,10 @@ CALLS = {
 
 
 def add_arguments(parser):
-    parser.add_argument("--arch", default="sm_90", help="compiled for, without a GPU (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=3, help="of each kind (default: %(default)s)")
+    parser.add_argument("--arch", default="sm_90", help="compilation target, without a GPU (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=3, help="processes for each measurement (default: %(default)s)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""What the default configs do when they run: memory, bank conflicts and products, beside what the call needs.
+"""Memory traffic, bank conflicts and FLOP of the default configs, relative to the minimum of the call.
 
-Needs no GPU: the emulator of triton_attn.toolchain runs what was compiled for sm_80 and sm_90 and counts. A call is
-small and of real widths, see perf/workloads/counted.py. Of each kernel
+Needs no GPU: the emulator of triton_attn.toolchain runs the code compiled for sm_80 and sm_90 and counts. Calls are
+small, with real widths (perf/workloads/counted.py). For each kernel:
 
-    instructions       that its warps executed, PTX
-    read, written      bytes of global memory, each sector of 32 bytes once in a launch, over those that the call needs:
-                       what DRAM must move at least
-    sectors            of all requests, over those that would hold their bytes: above 1, they were not full
-    wavefronts         of requests to shared memory in the hot loop (of a kernel without products: everywhere), over
-                       those without a bank conflict
-    issued             FLOP of tensor cores over those of the tiles that hold a visible pair: above 1, warps repeat
-                       each other's products or tiles are computed that nobody sees
-    useful share       of the issued FLOP: pairs that the mask shows
+    instructions       PTX instructions that its warps executed
+    read, written      bytes of global memory, each 32-byte sector counted once per launch, over the bytes that the call
+                       needs: the minimum DRAM traffic
+    sectors            sectors of all requests, over the minimum for their bytes: above 1, sectors are partly used
+    wavefronts         of shared-memory requests in the hot loop (in a kernel without matmuls: everywhere), over the
+                       wavefronts without bank conflicts
+    issued             tensor-core FLOP over the FLOP of the tiles with at least one visible pair: above 1, warps repeat
+                       each other's matmuls or fully masked tiles are computed
+    useful share       share of the issued FLOP that belongs to visible pairs
 
---lines also says on which source lines. --update-counts writes the figures that a test holds, for the Triton that is
-installed.
+--lines gives the same by source line. --update-counts writes the figures that a test compares, for the installed
+Triton.
 """
 
 import os
@@ -33,20 +33,20 @@ from perf.results.tables import print_table, tile_name
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS
 
 ARCHS = ("sm_80", "sm_90")
-# More of it than this has a reason, which is printed beside it.
+# A figure above its bar needs a reason, which is printed beside it.
 BARS = {"read": 1.02, "written": 1.02, "sectors": 1.0, "wavefronts": 1.0, "issued": 1.0}
 DIGITS = 4
 DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
-CHUNK = 128  # queries of a prompt that comes in pieces
+CHUNK = 128  # queries of a chunk of a prompt
 INSPECTED = ("flash", "paged", "mla")
 FAMILY_NAMES = ("flash", "flash_backward", "paged", "paged_prefill", "mla", "mla_prefill")
 FAMILY_NAMES += ("append", "append_latent", "copy", "merge")
 
-_HALVES = "16 elements of fp8 a thread: a load of 16-bit rows has a sector in two requests, the second served by L1"
-_ROWS_OF_656 = "rows of 656 bytes begin in the middle of a sector"
+_HALVES = "16 elements of fp8 a thread: a load of 16-bit rows has a sector in two requests, the second hits L1"
+_ROWS_OF_656 = "rows of 656 bytes are not aligned to sectors"
 _REDUCED = "Triton 3.6: warps that share rows exchange maxima and sums, 2 lanes to a bank; 3.9 has no conflict"
-_REPEATED = "8 warps of a tile of 64 rows repeat products; 4 warps spill"
-# (kernel, figure, what the case has in it, why it is over its bar)
+_REPEATED = "8 warps on a tile of 64 rows repeat matmuls; 4 warps spill"
+# (kernel, figure, part of the case, reason)
 REASONS = (
     ("_append_kv_cache_kernel", "sectors", FLOAT8, _HALVES),
     ("_append_latent_cache_kernel", "sectors", FLOAT8, f"{_HALVES}; {_ROWS_OF_656}"),
@@ -55,7 +55,7 @@ REASONS = (
         "_mla_absorbed_kernel",
         "wavefronts",
         FLOAT8,
-        "what was decoded is stored to shared memory by Triton's layout of bytes, 2 lanes to a bank",
+        "decoded values are stored to shared memory by Triton's layout of bytes, 2 lanes to a bank",
     ),
     ("_mla_absorbed_kernel", "wavefronts", f"cache_dtype={DTYPE}", _REDUCED),
     ("_flash_fwd_kernel", "wavefronts", "head_dim=256", _REDUCED),
@@ -63,21 +63,26 @@ REASONS = (
         "_append_kv_cache_kernel",
         "wavefronts",
         "interleaved",
-        "Triton 3.6: pairs go to another layout through shared memory with conflicts, once; 3.9 has none",
+        "Triton 3.6: one layout conversion through shared memory has conflicts; 3.9 has none",
     ),
     (
         "_merge_kernel",
         "sectors",
         "num_heads",
-        "log-sum-exps lie by head, the rows of a program by query: 4 bytes of a sector, the rest of it in L2",
+        "lse is stored by head and a program's rows by query: 4 bytes of a sector are used, the rest hits L2",
     ),
-    ("_merge_kernel", "wavefronts", "num_heads", "sums over threads, in no loop; on sm_90 they conflict in an eighth"),
-    ("_merge_project_kernel", "sectors", "weights", "log-sum-exps of 4 tokens lie 64 bytes apart"),
+    (
+        "_merge_kernel",
+        "wavefronts",
+        "num_heads",
+        "reductions across threads outside the loop; on sm_90 an eighth of them conflict",
+    ),
+    ("_merge_project_kernel", "sectors", "weights", "the lse of 4 tokens are 64 bytes apart"),
     (
         "_flash_bwd_dkdv_kernel",
         "wavefronts",
         "deterministic=False",
-        "4 lanes have 32 bytes of a row of dQ in fp32 and a tensor map swizzles 16: pairs of rows meet in a bank",
+        "4 lanes hold 32 bytes of an fp32 row of dQ and the tensor map swizzles 16 bytes: pairs of rows share a bank",
     ),
     ("_flash_bwd_dkdv_kernel", "issued", "head_dim=256", _REPEATED),
     ("_paged_fwd_kernel", "issued", "head_dim=256", _REPEATED),
@@ -85,21 +90,22 @@ REASONS = (
         "_mla_decode_hopper_kernel",
         "issued",
         "num_heads",
-        "the first product of a program has weights of 0, one tile more of values, however long the sequence",
+        "the first matmul of a program has zero weights: one extra tile of values per program",
     ),
     (
         "_mla_decode_hopper_kernel",
         "sectors",
         "num_heads",
-        "out is stored as accumulators lie, half a sector a request; the next one has the other half",
+        "out is stored in the accumulator layout, half a sector per request; the next request has the other half",
     ),
 )
 
 
 @dataclass(frozen=True)
 class CountedCase:
-    """A call of perf/workloads/counted.py, by its family, its keywords (`shape`), what it is compiled for, and the
-    value of TRITON_ATTN_KERNELS."""
+    """A call of perf/workloads/counted.py: its family, its keywords (`shape`), the target, and the value of
+    TRITON_ATTN_KERNELS.
+    """
 
     family: str
     arch: str
@@ -162,13 +168,15 @@ class CountedCase:
 
 
 def task_of(launch):
-    """The key of a launch's `Work`: its kernel, and that it computes dQ too, which has one kernel with two tasks."""
+    """The key of a launch's `Work`: the kernel's name, and whether it computes dQ too. The dkdv kernel has both
+    variants.
+    """
     fused = launch.name == "_flash_bwd_dkdv_kernel" and "dq" in launch.counts.written
     return f"{launch.name}, fused" if fused else launch.name
 
 
 def config_of(launch):
-    """See `tile_name`; of a kernel without such tiles the warps."""
+    """The `tile_name` of a kernel, or its number of warps if it has no such tiles."""
     values = launch.constexprs
     if "BLOCK_M" not in values or "BLOCK_N" not in values:
         return f"w{launch.num_warps}"
@@ -185,7 +193,7 @@ def _short(where):
 
 
 def baseline_cases(arch):
-    """Every family at its default configs; the shapes of perf/commands/inspect.py where it has the family."""
+    """Every family at its default configs. Shapes are those of perf/commands/inspect.py for the families it has."""
     shapes = {family: [case.shape for case in cases_of(family, arch, DTYPE)] for family in INSPECTED}
     shapes["flash"] = [shape for shape in shapes["flash"] if shape["causal"]]
     schedules = (False, True) if arch == "sm_90" else (False,)  # fused, split
@@ -214,13 +222,13 @@ def baseline_cases(arch):
 
 
 def count_all(cases, description):
-    """What `count` gives for all cases, on all cores."""
+    """The results of `count` for all cases, computed on all cores."""
     counted = map_in_processes(CountedCase.count, cases)
     return [kernel for kernels in tqdm(counted, description, len(cases), unit="case") for kernel in kernels]
 
 
 def misses(row):
-    """{figure over its bar: why, or None}."""
+    """{figure over its bar: the reason, or None}."""
     over = [figure for figure, bar in BARS.items() if row[figure] is not None and row[figure] > bar]
     return {figure: reason_of(row, figure) for figure in over}
 
@@ -234,18 +242,18 @@ def reason_of(row, figure):
 
 def add_arguments(parser):
     parser.add_argument("--family", dest="families", choices=FAMILY_NAMES, nargs="+", default=FAMILY_NAMES, metavar="F",
-                        help=f"of {', '.join(FAMILY_NAMES)}; default: all")  # fmt: skip
+                        help=f"families: {', '.join(FAMILY_NAMES)}; default: all")  # fmt: skip
     parser.add_argument("--arch", choices=ARCHS, default="sm_90")
-    parser.add_argument("--lines", action="store_true", help="also a table of what each source line costs")
+    parser.add_argument("--lines", action="store_true", help="also print a table by source line")
     parser.add_argument(
         "--update-counts",
         action="store_true",
-        help="only write tests/perf/counts.csv, whatever the other options say",
+        help="only write tests/perf/counts.csv; other options are ignored",
     )
 
 
 def run(out_dir, families=FAMILY_NAMES, arch="sm_90", lines=False, update_counts=False):
-    """Print the table and keep it as `counts-<arch>.csv`; with lines also `lines-<arch>.csv`."""
+    """Print the table and write `counts-<arch>.csv`; with lines also `lines-<arch>.csv`."""
     if update_counts:
         return [write_counts()]
     cases = [case for case in baseline_cases(arch) if case.family in families]
@@ -268,11 +276,11 @@ def _printed(row):
 def _print_reasons(rows):
     found = [(row, figure, why) for row in rows for figure, why in misses(row).items()]
     for kernel, figure, why in dict.fromkeys((row["kernel"], figure, why) for row, figure, why in found):
-        print(f"{kernel}, {figure}: {why or 'over the bar, and nobody has said why'}")
+        print(f"{kernel}, {figure}: {why or 'over the bar, no reason given'}")
 
 
 def write_counts():
-    """Count what the file holds, and replace the figures of the Triton that is installed."""
+    """Count the cases of the file, and replace the figures of the installed Triton."""
     rows = [row for arch in ARCHS for row, _ in count_all(baseline_cases(arch), f"emulating {arch}")]
     COUNTED.update(rows)
     return COUNTED.path

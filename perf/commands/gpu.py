@@ -1,24 +1,21 @@
-"""Everything that only a GPU can tell, in order of worth, within a budget of minutes.
+"""Every check and benchmark that needs a GPU, most important first, within a time budget.
 
-smoke      every kernel of the package by its public functions, at the shapes of a few models
-machine    the roofs
-targets    benchmarks that the targets name (perf/results/targets.py)
-tests      the GPU test suite (tests/gpu)
-sanitizer  memory and race checks by compute-sanitizer, if it is there
-bench      other benchmarks against every peer that imports
-With --sweeps the sweeps alone, which take a run of their own.
+smoke      every kernel of the package through its public functions, at the shapes of a few models machine    the
+measured roofs targets    the benchmarks of the targets (perf/results/targets.py) tests      the GPU tests (tests/gpu)
+sanitizer  memory and race checks by compute-sanitizer, if it is installed bench      other benchmarks, against every
+peer that can be imported With --sweeps only the sweeps run. They need a run of their own.
 
-Each case runs in a process of its own: one that fails, crashes or hangs is recorded, and the run goes on. A stage has a
-share of the minutes; what it leaves goes to those after it. What is timed was compiled before, in many processes, and
-runs with nothing beside it.
+Each case runs in its own process. A case that fails, crashes or hangs is recorded, and the run goes on. Each stage has
+a share of the minutes; unused time goes to the later stages. Kernels are compiled in parallel before they are timed,
+and nothing else runs during a timing.
 
-Results are written as they come, at most eight files: a CSV per stage (targets and bench share one), journal.jsonl with
-every finished case, report.json with what is done, failed and left and with the targets, and log.txt with the
-tracebacks of what failed. Sweeps leave their own journal, sweeps.jsonl, and, named by its architecture, the package's
-tuned table with what they found, for triton_attn.use_tuned or in place of the package's.
+Results are written as they arrive, in at most eight files: a CSV per stage (targets and bench share one), journal.jsonl
+with every finished case, report.json with the targets and what is done, failed and left, and log.txt with the
+tracebacks of failures. Sweeps write their own journal, sweeps.jsonl, and a tuned table named after the architecture:
+the package's table with the new winners. Pass it to triton_attn.use_tuned, or replace the package's table with it.
 
---resume goes on where a run ended. What failed, lacked its tool, or was found by other code is done again; what another
-GPU found is kept beside. Needs torch, triton, numpy and pytest; pictures are left to `python -m perf report`.
+--resume continues an earlier run. Cases that failed, that lacked a tool, or whose results come from other code run
+again. Results of another GPU are kept. Needs torch, triton, numpy and pytest. `python -m perf report` draws the plots.
 """
 
 import hashlib
@@ -40,24 +37,24 @@ from perf.results.gpu_report import Report, case_text
 from perf.workloads import gpu_cases as cases
 
 JOURNAL, SWEEPS_JOURNAL = "journal.jsonl", "sweeps.jsonl"
-CODE = "triton_attn/**/*.py", "triton_attn/tuned/*.json", "perf/**/*.py"  # what every result depends on
+CODE = "triton_attn/**/*.py", "triton_attn/tuned/*.json", "perf/**/*.py"  # every result depends on these files
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Cases of one kind and the CSV that their rows go to.
+    """Cases of one kind, and the CSV for their rows.
 
-    `run(case, **given(report))` gives rows, in a process of its own, in at most `limit` seconds; what a row has under
-    "log" goes to the log if it is one of failure. `failure(case, why)` is the row of a case that gave none,
-    `has_failed(row)` whether a row is one of failure, its column `reason` why, and `is_open(row)` whether another run
-    may know more. A case that gave none and has parts, see `split(case)`, is run in parts. With a `compile`, it is
-    called beforehand, in as many as `compilers` processes, on each of `to_compile(case)`. Results depend on the files
-    of `code` beside those that all depend on.
+    `run(case, **given(report))` returns rows. It runs in its own process for at most `limit` seconds. If a row is a
+    failure, its "log" goes to the log. `failure(case, why)` is the row of a case that returned none. `has_failed(row)`
+    says whether a row is a failure, with the reason in its column `reason`, and `is_open(row)` whether another run may
+    decide it. A case that returned nothing and can be divided by `split(case)` is run again in pieces. `compile`, if
+    given, is called beforehand on each of `to_compile(case)`, in up to `compilers` processes. Results depend on the
+    files of `code`, and on the files that all stages depend on.
     """
 
     name: str
     csv: str
-    share: float  # of the budget, in proportion to those of the other stages
+    share: float  # of the budget, relative to the other stages' shares
     limit: float
     columns: list
     cases: Callable
@@ -105,7 +102,7 @@ STAGES = (
         columns=cases.SMOKE_COLUMNS,
         cases=cases.smoke_cases,
         run=cases.run_smoke,
-        workers=_cores(16),  # they compile nearly all of the time
+        workers=_cores(16),  # mostly compilation
         **CHECKS,
     ),
     Stage(
@@ -157,7 +154,7 @@ STAGES = (
         share=0.15,
         limit=90,
         cases=cases.bench_cases,
-        compilers=_cores(6),  # caches of several GB each
+        compilers=_cores(6),  # each has a cache of several GB
         **BENCHMARKS,
     ),
 )
@@ -183,14 +180,14 @@ SWEEPS = (
 
 def add_arguments(parser):
     names = ",".join(stage.name for stage in STAGES)
-    parser.add_argument("--minutes", type=float, default=9, help="end after as many, with what is finished; default: 9")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run whose results are in DIR")
-    parser.add_argument("--stages", metavar="NAMES", help=f"only these, separated by commas; default: {names}")
-    parser.add_argument("--sweeps", action="store_true", help="the sweeps, in place of the stages")
+    parser.add_argument("--minutes", type=float, default=9, help="time budget in minutes; default: 9")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run whose results are in DIR")
+    parser.add_argument("--stages", metavar="NAMES", help=f"stages to run, separated by commas; default: {names}")
+    parser.add_argument("--sweeps", action="store_true", help="run the sweeps instead of the stages")
 
 
 def run(out_dir, minutes=9, resume=None, stages=None, sweeps=False):
-    """Run the stages; exits with an error if a check, a test or one of our own figures failed."""
+    """Run the stages. Exits with an error if a check, a test or one of our own benchmarks failed."""
     if not has_gpu():
         sys.exit("python -m perf gpu needs a GPU, and torch sees none")
     if minutes <= 0:
@@ -201,9 +198,9 @@ def run(out_dir, minutes=9, resume=None, stages=None, sweeps=False):
     if resume and not has_run:
         sys.exit(f"--resume: expected the folder of an earlier run, and {out_dir / JOURNAL} does not exist")
     if has_run and not resume:
-        sys.exit(f"{out_dir} holds an earlier run: go on with --resume {out_dir}, or choose another --out")
+        sys.exit(f"{out_dir} holds an earlier run: continue it with --resume {out_dir}, or choose another --out")
     if resume and sweeps != (out_dir / SWEEPS[0].csv).exists():
-        sys.exit(f"--resume: sweeps and stages have a folder each, and {out_dir} is that of the others")
+        sys.exit(f"--resume: sweeps and stages need separate folders, and {out_dir} holds the other kind")
     report = run_stages(chosen, out_dir, minutes)
     report.print()
     if report.failures:
@@ -212,11 +209,11 @@ def run(out_dir, minutes=9, resume=None, stages=None, sweeps=False):
 
 
 def choose(names, sweeps):
-    """The stages of these names, separated by commas, in the order in which they run; None for all."""
+    """The stages with these names (separated by commas) in the order in which they run. None is all stages."""
     if names is None:
         return SWEEPS if sweeps else STAGES
     if sweeps:
-        sys.exit("--stages: --sweeps has none, use one or the other")
+        sys.exit("--stages: cannot be used with --sweeps")
     known, wanted = [stage.name for stage in STAGES], [name.strip() for name in names.split(",") if name.strip()]
     if not wanted or set(wanted) - set(known):
         unknown = ", ".join(name for name in wanted if name not in known)
@@ -225,7 +222,9 @@ def choose(names, sweeps):
 
 
 def run_stages(stages, out_dir, minutes):
-    """Their `Report`. A stage starts no case after its share of the minutes, and what those before it left, is over."""
+    """The `Report` of the stages. A stage starts no case after its share of the minutes and the time left over by
+    earlier stages are used up.
+    """
     end = Budget(minutes)
     total, kept_for_later = sum(stage.share for stage in stages), 1.0
     with Journal(out_dir / JOURNAL) as journal:
@@ -237,13 +236,15 @@ def run_stages(stages, out_dir, minutes):
             report.begin(stage)
             try:
                 run_stage(stage, journal, report, Budget(max(minutes * share, unclaimed)), end)
-            except Exception as error:  # of ours, and the next stage may not have it
+            except Exception as error:  # an error of our own; the next stage may still work
                 report.fail(stage, "the stage itself", describe(error), traceback.format_exc())
     return report
 
 
 def _known(journal):
-    """Rows of earlier runs as `Report` takes them: of this GPU those that this code gave, of other GPUs the latest."""
+    """Rows of earlier runs in the form that `Report` takes: of this GPU the rows of this code, of other GPUs the
+    latest.
+    """
     about, known = _about(), {}
     for key, result in journal.items():
         is_current = {name: key.get(name) for name in about} == about
@@ -265,7 +266,7 @@ def run_stage(stage, journal, report, budget, end):
             parts_of_case = stage.split(case) if outcome.failure else []
             parts += parts_of_case
             if parts_of_case:
-                report.note(stage, case, f"{outcome.failure}; again in parts", outcome.log)
+                report.note(stage, case, f"{outcome.failure}; running it in pieces", outcome.log)
             else:
                 _keep(stage, case, outcome, journal, report)
         waiting = parts
@@ -274,13 +275,13 @@ def run_stage(stage, journal, report, budget, end):
 def _listed(stage, report):
     try:
         return stage.cases()
-    except Exception as error:  # it may run code that is broken, and the next stage may not
+    except Exception as error:  # the code it lists may be broken; the next stage may still work
         report.fail(stage, "listing its cases", describe(error), traceback.format_exc())
         return []
 
 
 def _compile(stage, waiting, journal, report, budget):
-    """In at most half of the stage's time. What fails here fails again where it is timed, and is recorded there."""
+    """Compile in at most half of the stage's time. A failure repeats when the case is timed, and is recorded then."""
     if stage.compile is None:
         return
     missing = [case for case in waiting if _result(stage, case, journal) is None]
@@ -293,7 +294,7 @@ def _compile(stage, waiting, journal, report, budget):
 
 
 def _finished(stage, function, waiting, journal, budget, end):
-    """(case, Outcome) of each case, known ones first."""
+    """(case, Outcome) of each case, known cases first."""
     missing = []
     for case in waiting:
         result = _result(stage, case, journal)
@@ -305,7 +306,7 @@ def _finished(stage, function, waiting, journal, budget, end):
 
 
 def _keep(stage, case, outcome, journal, report):
-    """In the journal, the CSV and the report."""
+    """Record the outcome in the journal, the CSV and the report."""
     rows = [stage.failure(case, outcome.failure)] if outcome.failure else outcome.result
     logs = [row.get("log") or outcome.log for row in rows]
     rows = [{name: value for name, value in row.items() if name != "log"} for row in rows]
@@ -316,7 +317,7 @@ def _keep(stage, case, outcome, journal, report):
 
 
 def _result(stage, case, journal):
-    """Of an earlier run, None also if it was a failure or left open, which is tried again."""
+    """The outcome of an earlier run, or None. Failed and open cases give None, so that they run again."""
     result = journal.get(_key(stage, case))
     if result is None or any(stage.has_failed(row) or stage.is_open(row) for row in result["rows"]):
         return None
@@ -328,13 +329,13 @@ def _key(stage, case):
 
 
 def _about():
-    """What every result depends on beside the GPU: the code, not the commit, which others may make meanwhile."""
+    """A hash of the code that every result depends on. The commit is not used, since it changes without the code."""
     return {name: value for name, value in versions().items() if name != "commit"} | {"code": code_hash(*CODE)}
 
 
 @cache
 def code_hash(*patterns):
-    """Of all files of the checkout that match, and of their names."""
+    """A hash of the names and contents of the matching files."""
     files = sorted({file for pattern in patterns for file in cases.CHECKOUT.glob(pattern)})
     said = [part for file in files for part in (str(file.relative_to(cases.CHECKOUT)).encode(), file.read_bytes())]
     return hashlib.sha256(b"\0".join(said)).hexdigest()[:16]

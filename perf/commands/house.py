@@ -1,6 +1,6 @@
-"""How the package is built: arguments and lines of its device code, docstrings, exceptions to the import law.
+"""Structure of the package: arguments and lines of its device code, missing docstrings, exceptions to the import law.
 
-It ends with an error where one of them is past its limit (perf/model/house.py).
+Exits with an error if one of them is past its limit (perf/model/house.py).
 """
 
 import sys

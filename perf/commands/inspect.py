@@ -1,9 +1,9 @@
-"""What the default configs compile to: registers, spills, shared memory, occupancy, the hot loop and its cycle model.
+"""Compiled code of the default configs: registers, spills, shared memory, occupancy, the hot loop and its cycle model.
 
-Needs no GPU. `bound` and `lock` are explained in perf/model/loop_model.py; they rank kernels and do not predict time.
-Of AMD kernels there are counts and no model. --opcodes also says of which instructions a trip of the hot loop consists,
---diff what changed since another commit, whose triton_attn is compiled too. --update-baseline writes the figures that a
-test holds (perf/results/baseline.py), for the Triton that is installed.
+Needs no GPU. `bound` and `lock` are explained in perf/model/loop_model.py. They rank kernels and do not predict time.
+AMD kernels have counts only, no cycle model. --opcodes lists the instructions of a trip of the hot loop. --diff shows
+what changed since another commit, whose triton_attn is compiled too. --update-baseline writes the figures that a test
+compares (perf/results/baseline.py), for the installed Triton.
 """
 
 import sys
@@ -26,9 +26,9 @@ from triton_attn._host.gpu import GPUS
 ARCHS = tuple(GPUS)
 DTYPES = ("bfloat16", "float16", "float32")
 BASELINE_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-NOT_PRINTED = ("family", "arch", "dtype", "stack B", "limited by", "async copies")  # in the CSV they are
+NOT_PRINTED = ("family", "arch", "dtype", "stack B", "limited by", "async copies")  # only in the CSV
 WHICH_KERNEL = (*NAME_COLUMNS, "config")
-COMPARED = ("config", "registers", "shared B", "CTAs/SM", "spills", "spills in loop", "loop instructions", "products")
+COMPARED = ("config", "registers", "shared B", "CTAs/SM", "spills", "spills in loop", "loop instructions", "matmuls")
 COMPARED += ("useful share", "bound TFLOP/s", "lock TFLOP/s")
 
 
@@ -51,14 +51,14 @@ def add_arguments(parser):
         nargs="+",
         default=HEAD_DIMS,
         metavar="D",
-        help=f"of flash and flash_backward; default: {' '.join(map(str, HEAD_DIMS))}",
+        help=f"flash and flash_backward only; default: {' '.join(map(str, HEAD_DIMS))}",
     )
-    parser.add_argument("--opcodes", action="store_true", help="also a table of the hot loop's instructions")
-    parser.add_argument("--diff", metavar="REV", help="also a table of what changed since that commit")
+    parser.add_argument("--opcodes", action="store_true", help="also print the instructions of the hot loop")
+    parser.add_argument("--diff", metavar="REV", help="also print what changed since this commit")
     parser.add_argument(
         "--update-baseline",
         action="store_true",
-        help="only write tests/perf/baseline.csv, whatever the other options say",
+        help="only write tests/perf/baseline.csv; other options are ignored",
     )
 
 
@@ -72,13 +72,13 @@ def run(
     diff=None,
     update_baseline=False,
 ):
-    """Print the table and keep it as `loop_model-<dtype>.csv`; with opcodes also `opcodes-<dtype>.csv`."""
+    """Print the table and write `loop_model-<dtype>.csv`; with opcodes also `opcodes-<dtype>.csv`."""
     if update_baseline:
         return [write_baseline()]
     cases = [case for family in families for case in cases_of(family, arch, dtype, head_dims)]
     if not cases:
         sys.exit(f"nothing to do: {', '.join(families)} has none of these shapes")
-    before = None if diff is None else compile_at(diff, cases)  # first: git may not know the commit
+    before = None if diff is None else compile_at(diff, cases)  # first, so that an unknown commit fails at once
     kernels = compile_all(cases, f"compiling for {arch}")
     paths = [show(kernels, out_dir / f"loop_model-{dtype}.csv")]
     if opcodes:
@@ -89,7 +89,7 @@ def run(
 
 
 def cases_of(family, arch, dtype, head_dims=HEAD_DIMS):
-    """Those of a sweep, but that a call chooses the kernels of a backward pass."""
+    """The cases of a sweep, without the choice of a backward kernel, which a call makes itself."""
     return [Case(family, arch, dtype, shape) for shape in _SHAPES[family](dtype, head_dims)]
 
 
@@ -110,13 +110,13 @@ _SHAPES = {
 
 
 def compile_all(cases, description):
-    """The kernels of all cases, as `Case.compile` gives them, on all cores."""
+    """The results of `Case.compile` for all cases, computed on all cores."""
     compiled = map_in_processes(Case.compile, cases)
     return [kernel for kernels in tqdm(compiled, description, len(cases), unit="case") for kernel in kernels]
 
 
 def compile_at(revision, cases):
-    """The same by the triton_attn of another commit."""
+    """The same, compiled by the triton_attn of another commit."""
     try:
         with package_of(revision):
             return compile_all(cases, f"compiling {revision}")
@@ -125,7 +125,7 @@ def compile_at(revision, cases):
 
 
 def show(kernels, path):
-    """Print the table, and what could not be compiled; the file has all columns."""
+    """Print the table and the compilation errors, and write the file. Only the file has all columns."""
     rows = [kernel.row for kernel in kernels if not kernel.error]
     print_table([{name: value for name, value in row.items() if name not in NOT_PRINTED} for row in rows])
     _print_errors(kernels)
@@ -133,7 +133,7 @@ def show(kernels, path):
 
 
 def show_opcodes(kernels, path):
-    """Print a table per family, the most frequent opcode first; in the file each opcode of a kernel has a row."""
+    """Print a table per family, most frequent opcode first. In the file each opcode of a kernel has a row."""
     kernels = [kernel for kernel in kernels if not kernel.error]
     for family in dict.fromkeys(kernel.row["family"] for kernel in kernels):
         print(f"\n{family}: instructions of a trip of the hot loop")
@@ -147,29 +147,29 @@ def show_opcodes(kernels, path):
 
 
 def _print_opcodes(loops):
-    """Opcode x loop; `loops` are {heading: instructions by opcode}."""
+    """A table of opcodes by loop. `loops` is {heading: instructions by opcode}."""
     total = sum(loops.values(), Counter())
     print_table([{"opcode": x} | {name: loop.get(x) for name, loop in loops.items()} for x, _ in total.most_common()])
 
 
 def _heading(row):
-    """Narrow, since there are many of them."""
+    """A narrow heading, since tables have many columns."""
     return "\n".join([row["kernel"], *row["case"].split()])
 
 
 def show_changes(before, now, revision):
-    """Print what is not as it was at `revision`, and what could not be compiled there."""
+    """Print what changed since `revision`, and the cases that do not compile there."""
     print(f"\nsince {revision}:")
     found = changes(*([kernel.row for kernel in side if not kernel.error] for side in (before, now)), COMPARED)
     if found:
         print_table([change.row(before=revision) for change in found])
     else:
-        print("no figure of these kernels changed")
+        print("no figures of these kernels changed")
     _print_errors(before, f" at {revision}")
 
 
 def write_baseline():
-    """Compile what the baseline holds, and replace the figures of the Triton that is installed."""
+    """Compile the cases of the baseline, and replace the figures of the installed Triton."""
     kernels = [
         kernel for arch in BASELINE_ARCHS for kernel in compile_all(baseline_cases(arch), f"compiling for {arch}")
     ]
@@ -181,7 +181,7 @@ def write_baseline():
 
 
 def baseline_cases(arch):
-    """All families; with and without a causal mask the interior loop of flash attention is the same."""
+    """All families. Causal or not, flash attention's loop over full tiles is the same."""
     cases = [case for family in CALLS for case in cases_of(family, arch, "bfloat16")]
     return [case for case in cases if case.shape.get("causal", True)]
 
@@ -193,7 +193,7 @@ def _print_errors(kernels, where=""):
 
 
 def write(path, rows):
-    """A table of rows, each with the versions that it is of."""
+    """Print a table of rows, each with its versions."""
     about = versions() | {"source": results.PREDICTED}
     with results.Table(path, [*(rows[0] if rows else ()), *about]) as table:
         for row in rows:

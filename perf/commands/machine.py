@@ -1,4 +1,4 @@
-"""What runs here: device and versions; on a GPU also the roofs, measured, that the other figures are compared with."""
+"""Device and versions. On a GPU also the measured roofs that other figures are compared with."""
 
 import csv
 
@@ -7,7 +7,7 @@ from perf.results.tables import print_table
 
 
 def run(out_dir):
-    """Print the table and keep it as `machine.csv`."""
+    """Print the table and write `machine.csv`."""
     about = describe()
     print_table([{"what": what, "value": str(value)} for what, value in about.items()])
     path = out_dir / "machine.csv"

@@ -1,12 +1,12 @@
-"""Multi-head latent attention: decode against context and heads, the schedules of prefill, bytes of cache per token.
+"""Multi-head latent attention: decode against context and heads, prefill schedules, cache bytes per token.
 
-Decode: TFLOP/s, and GB/s of the cache, q and out, at the widths of DeepSeek-V3 (512 + 64), pages of 64, a cache in bf16
-or fp8; queries come absorbed and latent vectors go, as in FlashMLA. Prefill: time and workspace of the fused, the
-absorbed and the materialized schedule, for whole prompts and for chunks of one, and which of them "auto" chooses.
+Decode: TFLOP/s, and GB/s of the cache, q and out, at the widths of DeepSeek-V3 (512 + 64), with pages of 64 and a cache
+in bf16 or fp8. Queries are absorbed and outputs are latent vectors, as in FlashMLA. Prefill: time and workspace of the
+fused, absorbed and materialized schedules, for whole prompts and chunks, and which of them "auto" chooses.
 
-On a GPU both are measured as `perf bench` does it: each provider is checked before it is timed. Without one decode is
-predicted from the compiled kernel (perf/model/predict.py), and prefill by the cost model that "auto" goes by, see
-`triton_attn.mla_prefill`; CSV, title and note say so.
+On a GPU both are measured as in `perf bench`: each provider is checked before it is timed. Without a GPU, decode is
+predicted from the compiled kernel (perf/model/predict.py), and prefill by the cost model that "auto" uses (see
+`triton_attn.mla_prefill`). CSV, title and note say so.
 """
 
 import inspect
@@ -41,7 +41,7 @@ from triton_attn.mla.schedule import choose_schedule, workspace_bytes
 
 DTYPE = "bfloat16"
 MAX_WORKSPACE_BYTES = inspect.signature(mla_prefill).parameters["max_workspace_bytes"].default
-KINDS = {  # of attention: elements per token and layer, and a model of it
+KINDS = {  # kind of attention: elements per token and layer, and an example model
     "2 n_h d_h": LLAMA_2_7B,
     "2 n_g d_h": LLAMA_3_70B,
     "2 d_h": FALCON_7B,
@@ -51,15 +51,15 @@ KINDS = {  # of attention: elements per token and layer, and a model of it
 
 def add_arguments(parser):
     shape = {"nargs": "+", "type": int}
-    parser.add_argument("--heads", metavar="H", default=LATENT_HEADS, **shape, help="of decode; default: 16 64 128")
-    parser.add_argument("--batch", type=int, default=LATENT_BATCH, help=f"of decode; default: {LATENT_BATCH}")
+    parser.add_argument("--heads", metavar="H", default=LATENT_HEADS, **shape, help="decode; default: 16 64 128")
+    parser.add_argument("--batch", type=int, default=LATENT_BATCH, help=f"decode; default: {LATENT_BATCH}")
     contexts = f"longest context, a power of two from {CONTEXTS[0]}; default: {CONTEXTS[-1]}"
     parser.add_argument("--seqlen", type=int, default=CONTEXTS[-1], metavar="S", choices=CONTEXTS, help=contexts)
-    parser.add_argument("--arch", choices=RATES, default="sm_90", help="what to predict for, without a GPU")
+    parser.add_argument("--arch", choices=RATES, default="sm_90", help="target of predictions, without a GPU")
 
 
 def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], arch="sm_90"):
-    """Write `mla_decode.csv` and `mla_prefill.csv` row by row, their pictures, and `mla_sizes.csv`."""
+    """Write `mla_decode.csv` and `mla_prefill.csv` row by row, their plots, and `mla_sizes.csv`."""
     contexts, prompts = ([length for length in lengths if length <= seqlen] for lengths in (CONTEXTS, PROMPTS))
     decode, prefill = out_dir / "mla_decode.csv", out_dir / "mla_prefill.csv"
     steps = _rows(
@@ -100,9 +100,10 @@ def run(out_dir, heads=LATENT_HEADS, batch=LATENT_BATCH, seqlen=CONTEXTS[-1], ar
 
 
 def _rows(path, row_type, problems, how, more_columns=lambda problem, row: {}):
-    """Rows of row_type, on the disk as soon as they are known: measured, or predicted without a GPU.
+    """Rows of row_type, written to disk as soon as they are known: measured, or predicted without a GPU.
 
-    how is (providers, measured roof, prediction, its arch); more_columns(problem, row) those beside a `results.Row`.
+    how is (providers, measured roof, prediction, arch). more_columns(problem, row) are columns beside those of a
+    `results.Row`.
     """
     providers, measure_roof, prediction, arch = how
     if has_gpu():
@@ -140,7 +141,7 @@ def _of_schedule(problem, row):
 
 
 def _print(title, rows, line, cell):
-    """A line per kind of call and provider, a column per context."""
+    """A row per kind of call and provider, a column per context."""
     lines = {}
     for row in rows:
         head = line(row)
@@ -149,15 +150,15 @@ def _print(title, rows, line, cell):
     print(f"MLA {title}, {DTYPE}, {rows[0].gpu}, {rows[0].source}")
     print_table(list(lines.values()))
     notes = {
-        results.PREDICTED: "bound: matrix products and softmax overlap fully. lock: they never do. "
-        "Left out are launches, latency, and what memory reaches of its data sheet.\n",
+        results.PREDICTED: "bound: matmuls and softmax overlap fully. lock: they never overlap. "
+        "The model leaves out launches, latency, and memory below its data sheet.\n",
         results.MODELLED: f"{rows[0].note}\n",
     }
     print(notes.get(rows[0].source, ""))
 
 
 def kinds():
-    """What each kind of attention caches, of a real model: elements per token and layer, also in units of d_h."""
+    """Cache elements per token and layer of each kind of attention, for a real model; also in units of d_h."""
     rows = []
     for formula, model in KINDS.items():
         elements = elements_per_token_and_layer(model)

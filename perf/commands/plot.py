@@ -1,4 +1,4 @@
-"""Pictures of CSV files of results. What the columns of a file say decides what is drawn."""
+"""Plots of result CSV files. The columns of a file decide what is plotted."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ def add_arguments(parser):
 
 
 def run(out_dir, files):
-    """Draw every file, into out_dir or, if that is None, beside it."""
+    """Plot every file into out_dir, or beside the file if that is None."""
     try:
         return [picture for path in files for picture in draw(path, out_dir)]
     except (OSError, ValueError) as error:

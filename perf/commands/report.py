@@ -1,6 +1,6 @@
 """The figures of docs/performance.md and the status line of the README, written from the results.
 
-Pictures that are missing or older than their CSV are drawn first.
+Plots that are missing or older than their CSV are drawn first.
 """
 
 import sys
@@ -10,14 +10,15 @@ from perf.results.report import PAGE, README, draw, replace_section, replace_sta
 
 
 def add_arguments(parser):
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page of figures (default: docs/performance.md)")
-    parser.add_argument("--readme", type=Path, default=README, help="the file that says the status in its third line")
-    parser.add_argument("--redraw", action="store_true", help="draw every picture anew")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page for the figures (default: docs/performance.md)")
+    parser.add_argument("--readme", type=Path, default=README, help="file whose third line is the status")
+    parser.add_argument("--redraw", action="store_true", help="redraw every plot")
 
 
 def run(root, page=PAGE, readme=README, redraw=False):
-    """Draw what is missing, then replace the figures and the status; exits with an error if a table is broken or a file
-    has no place for them. Then both files are as they were."""
+    """Draw missing plots, then replace the figures and the status. Exits with an error if a table is broken or a file
+    has no place for them. Both files are then unchanged.
+    """
     try:
         drawn = draw(root, redraw)
         figures = replace_section(page.read_text(), section(root, page.parent))

@@ -25,7 +25,7 @@ def elements_per_token_and_layer(model):
 
 
 def kv_cache_bytes(model, context, bytes_per_element=2):
-    """Bytes that one sequence of `context` tokens keeps in all layers; bf16 by default."""
+    """Bytes that one sequence of `context` tokens needs in all layers; bf16 by default."""
     windowed = model.num_windowed_layers
     cached_tokens = (model.num_layers - windowed) * context
     if windowed:
@@ -34,7 +34,7 @@ def kv_cache_bytes(model, context, bytes_per_element=2):
 
 
 def run(out_dir, bytes_per_element=2):
-    """Print the table, write `kv_cache.csv` and its picture."""
+    """Print the table, write `kv_cache.csv` and plot it."""
     path = out_dir / "kv_cache.csv"
     with results.Table(path, COLUMNS) as table:
         for model in MODELS:
@@ -47,7 +47,7 @@ def run(out_dir, bytes_per_element=2):
 
 
 def _summary(model, bytes_per_element):
-    """One row of the printed table; a layer's bytes per token hold until its window is full."""
+    """One row of the printed table. Its bytes per token hold until a layer's window is full."""
     elements = elements_per_token_and_layer(model)
     return {
         "model": model.name,

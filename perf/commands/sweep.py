@@ -1,18 +1,19 @@
 """The best config of a kernel, from its family's search space.
 
-Static stage, on any machine: every candidate is compiled for the target, on all cores. Those that do not fit, spill in
-the hot loop, or lose wgmma or asynchronous copies are dropped with the reason. The rest are ranked by what the
-loop model expects, or by its `lock` where waits of the architecture were not measured; products that several warps
-repeat count once; then by `bound` (perf/model/loop_model.py; differences under 5 % are noise).
-On a GPU the best of them are then timed in turn, each after its result was found right, and no longer once it is
-clearly behind. Of flash_backward the whole pass is timed, its other kernels at their defaults, and then the schedules
-that the winners make.
+Static stage, on any machine: every candidate is compiled for the target, on all cores. Candidates that do not fit,
+spill in the hot loop, or lose wgmma or asynchronous copies are dropped with the reason. The others are ranked by the
+`expected` rate of the loop model, or by `lock` if the waits of the architecture were not measured, then by `bound`
+(perf/model/loop_model.py; differences under 5 % are noise). Matmuls that several warps repeat count once.
 
---table keeps the winners (perf/results/winners.py) where calls look them up: measured ones of a GPU, otherwise
-predicted ones. The package's own tables hold measured ones alone.
+On a GPU the best candidates are then timed in turn. Each is timed only after its result was found right, and no longer
+once it is clearly behind. For flash_backward the whole pass is timed with the other kernels at their defaults, and then
+the schedules that combine the winners.
 
-What is finished is kept in a file beside the CSV, a JSON line each, and not done again: after Ctrl-C, a crash or the
-end of --minutes the same command goes on. Another Triton or a change in the kernel makes it new work.
+--table writes the winners (perf/results/winners.py) to a tuned table that calls use: measured winners on a GPU,
+otherwise predicted ones. The package's own tables hold measured winners only.
+
+Finished work is kept in a file beside the CSV, one JSON line each, and is not repeated. After Ctrl-C, a crash or the
+end of --minutes the same command continues. Another Triton or a changed kernel makes it new work.
 """
 
 import math
@@ -49,12 +50,12 @@ from triton_attn._host.checks import fail
 from triton_attn._host.tuned import SHIPPED, read_table
 
 FINALISTS = 10
-BEHIND = 1.2  # times the median of the fastest, and a finalist is timed no further
+BEHIND = 1.2  # a finalist above this multiple of the fastest median is timed no further
 FLAGS = {"head_dims": "--head-dim", "models": "--model"}
 
 
 class Budget:
-    """Minutes from now on, None for no end."""
+    """A budget of minutes from now on. None has no end."""
 
     def __init__(self, minutes):
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -68,7 +69,7 @@ class Budget:
 
 def add_arguments(parser):
     parser.add_argument("--family", choices=FAMILIES, default="flash")
-    parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="what to compile for, without a GPU")
+    parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="compilation target, without a GPU")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument(
         FLAGS["head_dims"],
@@ -76,7 +77,7 @@ def add_arguments(parser):
         type=int,
         nargs="+",
         metavar="D",
-        help=f"flash and flash_backward; default: {' '.join(map(str, HEAD_DIMS))}",
+        help=f"flash and flash_backward only; default: {' '.join(map(str, HEAD_DIMS))}",
     )
     parser.add_argument(
         FLAGS["models"],
@@ -91,15 +92,15 @@ def add_arguments(parser):
         type=int,
         nargs="+",
         metavar="S",
-        help="time at these lengths; default: the family's",
+        help="lengths at which to time; default: the family's",
     )
-    parser.add_argument("--minutes", type=float, help="end after as many, with what is finished")
+    parser.add_argument("--minutes", type=float, help="time budget in minutes")
     parser.add_argument(
         "--journal",
         dest="journal_path",
         type=Path,
         metavar="PATH",
-        help="keep what is finished in this file, which sweeps may share; default: beside the CSV",
+        help="file for finished work, which sweeps may share; default: beside the CSV",
     )
     parser.add_argument(
         "--table",
@@ -107,7 +108,7 @@ def add_arguments(parser):
         nargs="?",
         const=SHIPPED,
         metavar="PATH",
-        help="put the winners in this tuned table; without PATH, on a GPU, in the package's of the architecture",
+        help="write the winners to this tuned table; without PATH, on a GPU, to the package's table",
     )
 
 
@@ -153,12 +154,12 @@ def run(
         winners.update(table, arch, found)
         print(f"\n{len(found)} winners of {family} are in {table}")
     if left:
-        print(f"\n{minutes:g} minutes are over and {left} candidates left: the same command goes on with them")
+        print(f"\n{minutes:g} minutes are over and {left} candidates are left: run the same command to continue")
     return paths
 
 
 def _writable(path, arch, dtype):
-    """A tuned table that winners can go to, before any of them is looked for."""
+    """A tuned table for the winners. It is checked before the sweep starts."""
     if dtype == "float32":
         fail("--table", "--dtype bfloat16 or float16, which tables are for", dtype)
     if path.exists() and (other := read_table(path)["arch"]) != arch:
@@ -178,7 +179,7 @@ def _print_survivors(cases, survivors, left):
 
 
 def _shapes(family, shapes):
-    """What the user chose, or the family's default; an option of another family or a model that it lacks is refused."""
+    """The user's choice, or the family's default. Options that the family lacks and unknown models are refused."""
     kind = FAMILIES[family]
     shapes = {name: values for name, values in shapes.items() if values is not None}
     if others := shapes.keys() - {kind.option}:
@@ -194,7 +195,7 @@ def values_of(case):
 
 
 def compile_all(path, family, arch, dtype, cases, journal, budget):
-    """({values of the case: rows of the candidates that were not dropped, best first}, how many the budget left).
+    """({values of the case: rows of the surviving candidates, best first}, how many candidates the budget left).
 
     All rows go to the file.
     """
@@ -227,7 +228,7 @@ def compile_all(path, family, arch, dtype, cases, journal, budget):
 
 
 def _rank(row):
-    """Best first; where the loop model does not apply, the order of the search space stays."""
+    """Best first. Without a loop model the order of the search space stays."""
     return -(winners.predicted_tflops(row) or 0), -(row["bound TFLOP/s"] or 0)
 
 
@@ -238,13 +239,13 @@ def _candidate(row, columns):
 
 
 def _finalists(candidates):
-    """The best, and the default, which a winner has to beat."""
+    """The best candidates and the default, which a winner has to beat."""
     default = winners.default_of(candidates[0])
     return candidates[:FINALISTS] + [c for c in candidates[FINALISTS:] if c.config == default]
 
 
 def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
-    """Time the candidates of each case (a list of lists) in turn; rows say in the note which config they are.
+    """Time the candidates of each case (a list of lists) in turn. The note of a row names its config.
 
     Returns the winners as entries of a tuned table, and how many candidates the budget left.
     """
@@ -275,7 +276,7 @@ def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
 
 
 def _time(candidates, seqlen, roof, device):
-    """In turn, since only those of a round compare: rows as dicts."""
+    """Time the candidates in turn, since only timings of one round are comparable. Returns rows as dicts."""
     first = candidates[0]
     kind = FAMILIES[first.family]
     provider = kind.provider(first.dtype, **first.case)
@@ -289,7 +290,7 @@ def _time(candidates, seqlen, roof, device):
 
 
 def in_words(case, name):
-    """What of a case no column of a row says."""
+    """The values of a case that no column of a row has."""
     return {True: "fused", False: "materialized"}.get(case[name], str(case[name]))
 
 
@@ -299,7 +300,7 @@ def _timing_key(candidate, seqlen):
 
 
 def _time_passes(problem, dtype, configs, journal, device):
-    """{name: TFLOP/s} of {name: BackwardConfig}, None of one that failed."""
+    """{name: TFLOP/s} of {name: BackwardConfig}; None for one that failed."""
     key = {"problem": problem.columns(), "dtype": dtype, "passes": {name: repr(x) for name, x in configs.items()}}
     key |= {"gpu": gpu_name(), "driver": driver_version(), "triton": triton.__version__}
     key |= {"source": source_hash(FAMILIES["flash_backward"].folder)}

@@ -1,9 +1,9 @@
-"""Every public function against its reference at the shapes of real models: errors beside their bounds.
+"""Errors of every public function at the shapes of real models, beside their bounds.
 
-The error is the largest absolute one against fp64; the bound is twice the error that torch makes in the same dtype,
-three times for gradients, plus a floor of one rounding (`triton_attn.testing.assert_close_to_reference`). What writes
-to a cache must be exact. Without a GPU the kernels run in Triton's interpreter, sequences are short, and windows that
-would not fit them are cut to a quarter of the sequence.
+The error is the largest absolute error against fp64. The bound is twice the error that torch makes in the same dtype
+(three times for gradients), plus a floor of one rounding (`triton_attn.testing.assert_close_to_reference`). Writes to a
+cache must be exact. Without a GPU the kernels run in Triton's interpreter on short sequences, and windows that would
+exceed them are cut to a quarter of the sequence.
 """
 
 import sys
@@ -28,7 +28,7 @@ from triton_attn.testing import assert_close_to_reference
 MODELS = LLAMA_3_8B, QWEN3_32B, GEMMA_3_12B, FALCON_7B, GPT_OSS_120B, DEEPSEEK_V3
 COLUMNS = ["model", "function", "heads", "head_dim", "seqlens", "window", "sinks", "dtype", "output"]
 COLUMNS += ["error", "torch_error", "bound", "verdict", "device", "driver", "torch", "triton", "commit"]
-ABOUT = "model", "heads", "head_dim", "window", "sinks"  # what is printed of a call
+ABOUT = "model", "heads", "head_dim", "window", "sinks"  # printed columns of a call
 PAGE_SIZE = 16
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser):
 
 
 def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
-    """Write `errors-<dtype>.csv` row by row and print it; exits with an error if a bound is broken."""
+    """Write `errors-<dtype>.csv` row by row and print it. Exits with an error if a bound is exceeded."""
     dtype = getattr(torch, dtype)
     calls = [
         (model, function, seqlen or _default_seqlen(model, dtype), dtype)
@@ -63,13 +63,13 @@ def run(out_dir, seqlen=None, dtype="bfloat16", models=MODELS):
 
 
 def functions_of(model):
-    """Names of those that calls of this model use."""
+    """The names of the functions that this model uses."""
     others = PER_HEAD_CACHES if model.attention == "MLA" else LATENT
     return [function for function in CALLS if function not in others]
 
 
 def verify(call):
-    """[(row, [what is wrong])] of each output of one call (model, function, seqlen, dtype)."""
+    """[(row, [errors])] for each output of one call (model, function, seqlen, dtype)."""
     model, function, seqlen, dtype = call
     seqlens, outputs = CALLS[function](model, seqlen, dtype)
     left, _ = _options(model, seqlen)["window_size"]
@@ -96,7 +96,7 @@ def verify(call):
 
 
 def _print(rows):
-    """A table per function with a line per model: error/bound of each output."""
+    """A table per function, with a row per model: error/bound of each output."""
     for function in dict.fromkeys(row["function"] for row in rows):
         of_function = [row for row in rows if row["function"] == function]
         about = [name for name in ABOUT if any(row[name] for row in of_function)]
@@ -134,7 +134,7 @@ def _varlen(model, seqlen, dtype):
 
 
 def _attention(function, args, options, torch_results):
-    """{output: (ours, exact, the rule's options)} of a call and of its gradients."""
+    """{output: (ours, exact, options of the check)} of a call and of its gradients."""
     out = torch_results[0]
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     ours = _results(getattr(triton_attn, function), args, options, dout)
@@ -149,7 +149,7 @@ def _attention(function, args, options, torch_results):
 
 
 def _results(function, args, options, dout):
-    """[out, lse, dq, dk, dv], and the gradient of the sinks where there are some."""
+    """[out, lse, dq, dk, dv], and the gradient of the sinks if there are any."""
     out, lse = function(*args, return_lse=True, **options)
     return [out, lse, *torch.autograd.grad(out, _inputs(args, options), dout)]
 
@@ -159,7 +159,7 @@ def _inputs(args, options):
 
 
 def _append(model, seqlen, dtype):
-    """The tokens of a prompt in pages that lie anywhere, every seventh skipped."""
+    """Append the tokens of a prompt to pages in random order. Every seventh token is skipped."""
     _, k, v = _tensors(model, 1, seqlen, dtype)
     num_pages, slots = _slots(seqlen, k.device)
     caches = {name: x.new_zeros(num_pages, PAGE_SIZE, *x.shape[1:]) for name, x in (("k_cache", k), ("v_cache", v))}
@@ -169,7 +169,7 @@ def _append(model, seqlen, dtype):
 
 
 def _append_latent(model, seqlen, dtype):
-    """The same of an MLA model, in a cache of the dtype and in one of fp8, whose bytes are compared as numbers."""
+    """The same for an MLA model, in a cache of the dtype and in an fp8 cache, whose bytes are compared as integers."""
     widths = model.kv_lora_rank, model.qk_rope_head_dim
     x = torch.randn(seqlen, sum(widths), generator=torch.Generator().manual_seed(0))
     x = x.to("cuda" if has_gpu() else "cpu", dtype)
@@ -195,7 +195,7 @@ def _slots(seqlen, device):
 
 
 def _copy(model, seqlen, dtype):
-    """Half of the pages that a prompt fills, to the other half."""
+    """Copy half of a prompt's pages to the other half."""
     pages = -(-seqlen // PAGE_SIZE)
     _, k, v = _tensors(model, 1, 2 * pages * PAGE_SIZE, dtype)
     caches = {name: x.unflatten(0, (2 * pages, PAGE_SIZE)) for name, x in (("k_cache", k), ("v_cache", v))}
@@ -206,7 +206,7 @@ def _copy(model, seqlen, dtype):
 
 
 def _written(function, caches, call):
-    """{cache: (ours, exact, the rule: no error)} after `call(function, *caches)`."""
+    """{cache: (ours, exact, options of the check: no error)} after `call(function, *caches)`."""
     ours, exact = ([x.clone() for x in caches.values()] for _ in range(2))
     call(getattr(triton_attn, function), *ours)
     call(getattr(triton_attn.reference, function), *exact)
@@ -214,7 +214,7 @@ def _written(function, caches, call):
 
 
 def _paged(model, seqlen, dtype):
-    """One new token each after a long, a short and an empty context, in pages that lie anywhere; keys in two splits."""
+    """One new token after a long, a short and an empty context. Pages are in random order, keys in two splits."""
     lengths = (seqlen, seqlen // 3, 1)
     q, k, v = _tensors(model, len(lengths), sum(lengths), dtype)
     options = {name: _detach(x) for name, x in _options(model, seqlen).items()}
@@ -241,7 +241,7 @@ def _paged(model, seqlen, dtype):
 
 
 def _latents(model, seqlen_q, seqlen_k, dtype):
-    """Seeded tensors of `mla_prefill` without a batch; the weights make keys and values of size 1."""
+    """Seeded tensors of `mla_prefill` without a batch dimension. The weights give keys and values of size 1."""
     generator = torch.Generator().manual_seed(0)
     rank, rope = model.kv_lora_rank, model.qk_rope_head_dim
     nope, heads = model.head_dim - rope, model.num_heads_q
@@ -253,7 +253,7 @@ def _latents(model, seqlen_q, seqlen_k, dtype):
 
 
 def _mla_decode(model, seqlen, dtype):
-    """`_paged` of an MLA model, with absorption and projection, from a cache of the dtype and from one of fp8."""
+    """`_paged` for an MLA model with absorption and projection, from a cache of the dtype and from an fp8 cache."""
     lengths = (seqlen, seqlen // 3, 1)
     q_nope, q_pe, kv_latent, k_pe, *weights = _latents(model, len(lengths), sum(lengths), dtype)
     widths = model.kv_lora_rank, model.qk_rope_head_dim
@@ -285,7 +285,7 @@ def _mla_decode(model, seqlen, dtype):
 
 
 def _mla_prefill(model, seqlen, dtype):
-    """The second half of a prompt in every schedule, and the gradients, which all of them share."""
+    """The second half of a prompt in every schedule, and the gradients, which all schedules share."""
     args = [x if i > 3 else x[None] for i, x in enumerate(_latents(model, seqlen // 2, seqlen, dtype))]
     outputs = {}
     exact = triton_attn.reference.mla_prefill(*map(_double, args), return_lse=True)
@@ -310,7 +310,7 @@ def _mla_prefill(model, seqlen, dtype):
 
 
 def _merge(model, seqlen, dtype):
-    """Parts of a prompt's keys, merged: a part as large as the rest, and one that nobody sees."""
+    """Three splits of a prompt's keys, merged: one as large as the others together, and one without visible keys."""
     v = _tensors(model, seqlen, seqlen, dtype)[0]
     generator = torch.Generator().manual_seed(1)
     outs = torch.randn(3, 1, *v.shape, generator=generator).to(v)
@@ -320,7 +320,7 @@ def _merge(model, seqlen, dtype):
     exact = triton_attn.reference.merge_attention(outs.double(), lses.double())
     weights = torch.softmax(lses.to(dtype), 0).transpose(2, 3)[..., None]
     torchs = (outs * weights).sum(0), torch.logsumexp(lses, 0)
-    return f"3 parts of {seqlen} tokens", {
+    return f"3 splits of {seqlen} tokens", {
         name: (mine, right, {"torch_out": theirs})
         for name, mine, right, theirs in zip(("out", "lse"), ours, exact, torchs)
     }
@@ -381,7 +381,7 @@ def _detach(value):
 
 
 def _double(value):
-    """Floating tensors in fp64, as leaves of their own."""
+    """Floating-point tensors in fp64, as leaves."""
     if torch.is_tensor(value) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value

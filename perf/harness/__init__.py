@@ -1,1 +1,1 @@
-"""How work is run and timed: devices, processes, journals, checks before anything is timed."""
+"""How work is run and timed: devices, processes, journals, checks before timings."""

@@ -1,4 +1,4 @@
-"""Is an attention output right? Judged by errors against fp64, beside the error that torch makes in the same dtype."""
+"""Checks of attention outputs: errors against fp64, beside the error that torch makes in the same dtype."""
 
 import torch
 
@@ -19,14 +19,15 @@ _NO_OPTIONS = {
 
 
 def by_torch(q, k, v, **options):
-    """(out, lse) as torch computes them, every product in the dtype of q."""
+    """(out, lse) computed by torch, with every matmul in the dtype of q."""
     return attend(q, k, v, compute_dtype=q.dtype, **_NO_OPTIONS | options)
 
 
 def check_sample(out, q, k, v, causal):
-    """Raise AssertionError if `out` is wrong in the first rows of its first heads or the last rows of its last.
+    """Raise AssertionError if `out` is wrong in the first rows of its first heads or in the last rows of its last
+    heads.
 
-    All tensors are (batch, seqlen, heads, head_dim), with no more queries than keys; the heads are those of the first
+    All tensors are (batch, seqlen, heads, head_dim), with no more queries than keys. The heads are those of the first
     and of the last KV head.
     """
     group_size = q.shape[2] // k.shape[2]
@@ -46,7 +47,7 @@ def check_sample(out, q, k, v, causal):
 
 
 def check_gradients(attention, problem, dtype, device):
-    """Raise AssertionError if the gradients of `attention`, a function of q, k and v, are wrong at that problem."""
+    """Raise AssertionError if the gradients of `attention`, a function of q, k and v, are wrong for the problem."""
     shape = (problem.batch, problem.seqlen, problem.num_heads, problem.head_dim)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
 
@@ -62,7 +63,7 @@ def check_gradients(attention, problem, dtype, device):
 
 
 def latent_by_torch(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, absorbed=False):
-    """(out, lse) of `mla_prefill`, causal, as torch computes them, every product in the dtype of q_nope."""
+    """(out, lse) of causal `mla_prefill`, computed by torch with every matmul in the dtype of q_nope."""
     num_heads = q_nope.shape[2]
     k_nope = v = kv_latent.unsqueeze(2).expand(-1, -1, num_heads, -1)
     scale = (q_nope.shape[3] + q_pe.shape[3]) ** -0.5
@@ -80,8 +81,8 @@ def latent_by_torch(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, absorbed=False):
 def check_latent_decode(out, q, rows):
     """Raise AssertionError if `out` is wrong in a few heads of the first and of the last sequence.
 
-    q is (batch, 1, heads, dim), rows (batch, seqlen, dim) the latent vectors and rotary keys of the cache, out (batch,
-    1, heads, kv_lora_rank).
+    q is (batch, 1, heads, dim). rows (batch, seqlen, dim) are the latent vectors and rotary keys of the cache. out is
+    (batch, 1, heads, kv_lora_rank).
     """
     k = rows.unsqueeze(2)
     for heads in (slice(SAMPLED_HEADS), slice(-SAMPLED_HEADS, None)):
@@ -89,9 +90,9 @@ def check_latent_decode(out, q, rows):
 
 
 def check_latent_prefill(out, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv):
-    """Raise AssertionError if `out` is wrong in the first rows of the first head or the last rows of the last.
+    """Raise AssertionError if `out` is wrong in the first rows of the first head or in the last rows of the last head.
 
-    Its error is compared with that of torch in the plain or in the absorbed form, whichever is larger.
+    Its error is compared with the error of torch in the plain or in the absorbed form, whichever is larger.
     """
     rows = min(SAMPLED_ROWS, q_nope.shape[1])
     keys_of_first = kv_latent.shape[1] - q_nope.shape[1] + rows

@@ -1,6 +1,6 @@
-"""Which device figures come from, and what else they depend on.
+"""The device and versions that figures depend on.
 
-Imports triton only where its mode (interpreter or compiler) is certainly chosen.
+Imports triton only after its mode (interpreter or compiler) has been chosen.
 """
 
 import re
@@ -17,12 +17,12 @@ def has_gpu():
 
 
 def gpu_name():
-    """None without a GPU."""
+    """The GPU's name; None without a GPU."""
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
 def gpu_arch():
-    """The GPU's architecture as `triton_attn.toolchain.compile_only` names it; None without a GPU."""
+    """The GPU's architecture in the form of `triton_attn.toolchain.compile_only`; None without a GPU."""
     if not has_gpu():
         return None
     from triton_attn._host import gpu  # not at the top: another commit's package may be compiled
@@ -31,13 +31,13 @@ def gpu_arch():
 
 
 def folder_name():
-    """The GPU's name as a folder is called: nvidia-h200."""
+    """The GPU's name in the form of a folder name: nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
 
 
 @cache
 def driver_version():
-    """None without a GPU, or without the tool that knows."""
+    """The driver's version; None without a GPU or without nvidia-smi."""
     if not has_gpu():
         return None
     if torch.version.hip:
@@ -50,7 +50,7 @@ def driver_version():
 
 @cache
 def commit():
-    """Of the checkout, with a plus when its code differs from it; None outside of git, or without git."""
+    """The commit of the checkout, with a plus if its code has changed. None outside a git checkout or without git."""
     if shutil.which("git") is None:
         return None
 
@@ -65,12 +65,12 @@ def commit():
 
 
 def versions():
-    """The columns of a result that say what it depends on beside the GPU."""
+    """The columns of a result that say what it depends on besides the GPU."""
     import triton
 
     return {"driver": driver_version(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
 
 
 def provenance():
-    """The columns of a result that is no speed: what computed it, and which versions."""
+    """The columns of a result that is not a speed: the device and the versions."""
     return {"device": gpu_name() or "CPU, Triton's interpreter", **versions()}

@@ -1,4 +1,6 @@
-"""Cases in processes of their own: one that crashes, hangs or leaves the GPU in an error takes no other with it."""
+"""Run cases in separate processes, so that one that crashes, hangs or breaks the GPU context does not affect the
+others.
+"""
 
 import contextlib
 import faulthandler
@@ -17,15 +19,16 @@ from collections import deque
 from dataclasses import dataclass
 
 START_LIMIT = 180  # seconds to import torch and triton
-TRACEBACK_LINES = 40  # as many of a failure's are kept, the last ones
-STDERR_LINES = 20  # as many of its first and of its last ones: a compiler's error comes before a dump of its code
+TRACEBACK_LINES = 40  # the last lines of a failure's traceback that are kept
+STDERR_LINES = 20  # the first and the last lines of stderr that are kept: the error may precede a dump of the code
 COMPILE_ERRORS = re.compile(r"\b(Compil\w+|UnsupportedLanguageConstruct|PTXASError|InductorError)\b")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the function returned, or why it did not: `failure` is empty where it did, `log` is the traceback and what
-    was written to stderr, where a compiler says more than its exception does."""
+    """What the function returned, or why it failed. `failure` is empty on success. `log` is the traceback and stderr,
+    where a compiler says more than in its exception.
+    """
 
     result: object
     failure: str
@@ -34,11 +37,11 @@ class Outcome:
 
 
 def map_isolated(function, items, *, limit, budget, end, workers=1):
-    """(item, Outcome) of function(item), as they finish, from `workers` processes that take one item after the other.
+    """(item, Outcome) of function(item) in order of completion, from `workers` processes.
 
-    A process is replaced when an item takes more than `limit` seconds, raises, or ends it. No item is started once the
-    `budget` is over; one that the `end`, a budget too, cuts short comes to nothing, as if it had not been started.
-    function and items must be picklable; leaving early ends the processes at once.
+    A process is replaced when an item takes more than `limit` seconds, raises, or kills it. No item is started once the
+    `budget` is used up. An item that is running at the `end` (also a budget) is stopped and counts as not started.
+    function and items must be picklable. Leaving the loop early ends the processes at once.
     """
     waiting, finished = deque(items), queue.SimpleQueue()
     processes = [_Worker(function) for _ in range(min(workers, len(waiting)))]
@@ -104,7 +107,7 @@ class _Worker:
         return Outcome(result, failure, seconds, log)
 
     def _show_where_it_is(self):
-        """Its stack goes to stderr: a hang has no traceback of its own."""
+        """Make the process print its stack to stderr, since a hang has no traceback."""
         process = self._process
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -136,7 +139,7 @@ class _Worker:
         return f"exit code {process.exitcode}"
 
     def stop(self):
-        """At once, with the processes that it started."""
+        """Kill the process at once, with all processes that it started."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -146,7 +149,7 @@ class _Worker:
 
 
 def _serve(pipe, function, stderr):
-    os.setsid()  # Ctrl-C is for the parent, and one signal ends all that this process starts
+    os.setsid()  # Ctrl-C then reaches only the parent, and one signal ends this process with its children
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
@@ -157,7 +160,7 @@ def _serve(pipe, function, stderr):
 
 
 def _attempt(function, item):
-    """(what it returned, why it did not, the traceback)"""
+    """(result, reason of the failure, traceback)."""
     try:
         result = function(item)
         _free_gpu()
@@ -168,13 +171,14 @@ def _attempt(function, item):
 
 
 def describe(error):
-    """In one line."""
+    """The exception in one line."""
     return headline(f"{type(error).__name__}: {error}")
 
 
 def headline(message):
-    """The first line of a message; of a compiler's, which begins with a place in the code, also the line that says what
-    is wrong there: the last one that speaks of an error, or simply the last."""
+    """The first line of a message. A compiler's message begins with a position in the code: then also its last line
+    with "error", or simply its last line.
+    """
     first, *others = [line.strip() for line in message.strip().splitlines() if line.strip()] or [""]
     if not others or not COMPILE_ERRORS.search(first):
         return first
@@ -183,7 +187,7 @@ def headline(message):
 
 
 def _free_gpu():
-    """For other processes; raises what an earlier launch did wrong."""
+    """Wait for the GPU. Raises the errors of earlier launches."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,12 +1,12 @@
-"""Finished work on the disk, so that a run that was interrupted goes on where it was."""
+"""Finished work on disk, so that an interrupted run can continue."""
 
 import json
 
 
 class Journal:
-    """A file with a JSON line per result, each under a key that says all that the result depends on.
+    """A file with one JSON line per result. Its key has everything that the result depends on.
 
-    Lines are on the disk as soon as they are known. One that a crash tore is passed over: its work is done again.
+    Lines are written as soon as they are known. A line that a crash cut off is skipped, and its work is done again.
     """
 
     def __init__(self, path):
@@ -24,7 +24,7 @@ class Journal:
             self._file.write("\n")
 
     def get(self, key):
-        """The result of a key (a dict that JSON can hold), None if it is not known."""
+        """The result of a key (a dict that JSON can hold), or None if there is none."""
         return self._results.get(_text(key))
 
     def add(self, key, result):
@@ -33,7 +33,7 @@ class Journal:
         self._file.flush()
 
     def items(self):
-        """(key, result) of all that is known, in the order in which keys were first added."""
+        """(key, result) of all results, in the order in which their keys were first added."""
         return [(json.loads(key), result) for key, result in self._results.items()]
 
     def __enter__(self):

@@ -1,4 +1,4 @@
-"""What a machine is: device and versions; of a GPU also the measured roofs that other figures are compared with."""
+"""Device and versions of a machine; on a GPU also the measured roofs that other figures are compared with."""
 
 import platform
 import time
@@ -9,24 +9,24 @@ import triton
 from perf.harness.device import gpu_name, has_gpu, versions
 from perf.harness.timing import time_one
 
-COPY, PRODUCT = "copy, GB/s", "bf16 product, TFLOP/s"
+COPY, MATMUL = "copy, GB/s", "bf16 matmul, TFLOP/s"
 
 
 def copy_bandwidth(size=2**30):
-    """GB/s of a copy of so many bytes, those read and those written both counted."""
+    """GB/s of a copy of this many bytes; reads and writes both count."""
     source = torch.empty(size, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / time_one(lambda: target.copy_(source)).p50 / 1e6
 
 
 def read_bandwidth(size=2**30):
-    """GB/s of the largest of so many bytes of numbers: next to nothing is written, as in a decode step."""
+    """GB/s of a maximum over this many bytes. It writes almost nothing, like a decode step."""
     source = torch.zeros(size // 2, dtype=torch.bfloat16, device="cuda")
     return source.nbytes / time_one(source.amax).p50 / 1e6
 
 
 def matmul_rate(size=8192):
-    """TFLOP/s of a square bf16 product."""
+    """TFLOP/s of a square bf16 matmul."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     return 2 * size**3 / time_one(lambda: a @ b).p50 / 1e9
 
@@ -48,7 +48,7 @@ def launch_time(calls=1000):
 
 
 def describe():
-    """{what: value} of this machine; roofs only where there is a GPU to measure."""
+    """{name: value} of this machine; roofs only if there is a GPU."""
     about = {
         "device": gpu_name() or f"{platform.machine()} CPU, no GPU",
         "kernels run": "on the GPU"
@@ -61,7 +61,7 @@ def describe():
         about |= {
             COPY: round(copy_bandwidth()),
             "read, GB/s": round(read_bandwidth()),
-            PRODUCT: round(matmul_rate()),
+            MATMUL: round(matmul_rate()),
             "launch, us": round(launch_time(), 1),
         }
     return {what: value for what, value in about.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Throughput on the GPU of this machine. Nothing is timed before its result was found right."""
+"""Measured throughput on this machine's GPU. Every result is checked before it is timed."""
 
 import traceback
 from dataclasses import replace
@@ -17,12 +17,12 @@ from triton_attn._host.latent import read_latent_cache
 
 
 def throughput(problem, dtype, providers, roof, device="cuda", tracebacks=None, **timing):
-    """A row for each of {name: provider} (perf/workloads/providers.py); one that fails has no figures and a note that
-    says why.
+    """A row for each of {name: provider} (perf/workloads/providers.py). A provider that fails has no figures and a note
+    with the reason.
 
-    `roof` is what bounds the problem's figure on this GPU, measured: TFLOP/s of a matrix product, GB/s of a copy; None
-    where that is not known. `tracebacks`, a dict, is given those of the providers that failed.
-    `timing` goes to `time_interleaved`.
+    `roof` is the measured bound of the problem's figure on this GPU: TFLOP/s of a matmul or GB/s of a copy; None if it
+    is unknown. `tracebacks`, a dict, receives the tracebacks of providers that failed. `timing` goes to
+    `time_interleaved`.
     """
     inputs = _inputs(problem, dtype, device)
     prepare = PREPARE[type(problem)]
@@ -30,7 +30,7 @@ def throughput(problem, dtype, providers, roof, device="cuda", tracebacks=None, 
     for name, provider in providers.items():
         try:
             functions[name] = prepare(problem, provider, *inputs)
-        except Exception as error:  # a peer may fail in any way of its own
+        except Exception as error:  # a peer may raise any exception
             failures[name] = describe(error)
             if tracebacks is not None:
                 tracebacks[name] = traceback.format_exc()
@@ -39,7 +39,9 @@ def throughput(problem, dtype, providers, roof, device="cuda", tracebacks=None, 
 
 
 def compile_all(problem, dtype, providers, device="cuda"):
-    """Call each as `throughput` would time it, once: later processes find its kernels in the caches on the disk."""
+    """Call each provider once, as `throughput` would time it, so that later processes find its kernels in the disk
+    caches.
+    """
     inputs = _inputs(problem, dtype, device)
     for provider in providers.values():
         PREPARE[type(problem)](problem, provider, *inputs)()
@@ -67,7 +69,7 @@ def _checked_step(problem, provider, q, k_cache, v_cache):
 
 def _checked_latent_step(problem, provider, q, rows):
     step = provider(problem, q, rows)
-    ends = rows[[0, -1]]  # as the cache holds them
+    ends = rows[[0, -1]]  # the rows in the cache
     cache, _, block_table = latent_pages(replace(problem, batch=2), ends)
     held = read_latent_cache(cache[block_table.long()], problem.kv_lora_rank, problem.qk_rope_head_dim)
     check_latent_decode(step()[[0, -1]], q[[0, -1]], held.flatten(1, 2)[:, : problem.seqlen_k].to(q.dtype))
@@ -91,7 +93,7 @@ PREPARE = {
 
 
 def _pass(direction, attention, q, k, v):
-    """What is timed: the forward, the backward of one kept forward, or one of each."""
+    """The timed function: the forward, the backward of a retained forward, or both."""
     if direction == "forward":
         return lambda: attention(q, k, v)
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]

@@ -1,15 +1,15 @@
-"""Progress with the time left, by tqdm; where that is missing, a line from time to time."""
+"""Progress and remaining time, by tqdm. Without tqdm a line is printed from time to time."""
 
 import sys
 import time
 
 try:
     from tqdm import tqdm
-except ModuleNotFoundError:  # a GPU machine may have torch and little else
+except ModuleNotFoundError:  # a GPU machine may have little besides torch
     SECONDS_BETWEEN_LINES = 10
 
     class tqdm:
-        """As much of tqdm as is used here."""
+        """The part of tqdm's interface that is used here."""
 
         def __init__(self, iterable=(), total=None, initial=0, desc="", unit="it", **_):
             self._iterable, self._total, self._desc, self._unit = iterable, total, desc, unit

@@ -1,4 +1,4 @@
-"""The package as of another commit."""
+"""The package at another commit."""
 
 import io
 import subprocess
@@ -13,13 +13,13 @@ CHECKOUT = Path(__file__).parents[2]
 
 @contextmanager
 def package_of(revision, checkout=CHECKOUT):
-    """Inside it, processes that are started (perf/harness/parallel.py) import triton_attn as of `revision`, all else
-    from here.
+    """Within this context, new processes (perf/harness/parallel.py) import triton_attn from `revision`, and everything
+    else from the checkout.
 
-    The commit's package alone is written to a folder that is removed in any case; the checkout is not touched.
+    Only the commit's package is written, to a temporary folder. The checkout is not changed.
 
     Raises:
-        ValueError: git knows no such commit, or it has no triton_attn.
+        ValueError: the commit is unknown to git, or has no triton_attn.
     """
     with tempfile.TemporaryDirectory(prefix="triton_attn-") as folder:
         with tarfile.open(fileobj=io.BytesIO(_archive(revision, checkout))) as archive:

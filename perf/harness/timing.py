@@ -1,7 +1,7 @@
-"""Time on a GPU: events around each call, a cold L2 cache, median with the spread around it.
+"""GPU time: events around each call, a cold L2 cache, median and percentiles.
 
-The GPU sleeps before the first event for longer than the host takes to launch the call: all of it is queued by then,
-and what lies between the events is the GPU's time alone, however short the kernels are.
+Before the first event the GPU sleeps longer than the host takes to launch the call. The whole call is then queued, and
+the time between the events is GPU time alone, however short the kernels are.
 """
 
 import statistics
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-SETTLED_ROUNDS = 5  # after as many, who is clearly behind is
+SETTLED_ROUNDS = 5  # after this many rounds, functions that are clearly behind are dropped
 L2_FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
-CYCLES_PER_MS = 2_000_000  # no GPU's clock is much faster: so many take a millisecond or more
-MIN_SLEEP_MS, MAX_SLEEP_MS = 0.05, 5.0  # a call that waits for the GPU seems to take the host as long
+CYCLES_PER_MS = 2_000_000  # above any GPU's clock, so that this many cycles take at least a millisecond
+MIN_SLEEP_MS, MAX_SLEEP_MS = 0.05, 5.0  # a call that waits for the GPU makes the host's launch time look long
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Percentiles:
 
 
 def time_interleaved(functions, rounds=30, warmup=3, behind=None):
-    """{name: Percentiles} of {name: function}: every round calls each once, so that a drifting clock hits all alike.
+    """{name: Percentiles} of {name: function}. Every round calls each once, so that clock drift affects all alike.
 
-    With `behind`, say 1.2, a function whose p20 is above 1.2 times the least median is not called in further rounds.
+    With `behind`, e.g. 1.2, a function whose p20 is above 1.2 times the least median is not called in further rounds.
     """
     scratch = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     cycles = {}
@@ -58,7 +58,7 @@ def time_interleaved(functions, rounds=30, warmup=3, behind=None):
 
 
 def _sleep_ms(function):
-    """Twice as long as the host takes to launch the call."""
+    """Sleep for twice the time that the host takes to launch the call."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     function()

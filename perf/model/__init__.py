@@ -1,1 +1,1 @@
-"""What compiled code says of speed: machine code, the loop model, predictions, candidates of sweeps."""
+"""Analysis of compiled code: machine code, the loop model, predictions, candidates of sweeps."""

@@ -1,4 +1,4 @@
-"""What the assembly of an AMD kernel says about itself: registers, spills, matrix instructions. Counts, not a model."""
+"""Counts from the assembly of an AMD kernel: registers, spills, matrix instructions. There is no cycle model."""
 
 import re
 from collections import Counter, defaultdict
@@ -12,7 +12,7 @@ _INSTRUCTION = re.compile(r"\s+([a-z]\w+)")
 
 @dataclass(frozen=True)
 class Report:
-    """Registers are per lane; `vgprs` is the unified file, accumulation registers included."""
+    """Registers are per lane. `vgprs` is the unified register file, with accumulation registers."""
 
     kernel: str
     arch: str
@@ -24,7 +24,7 @@ class Report:
     scratch_bytes: int
     shared_bytes: int
     mfma: Counter
-    opcodes: Counter  # of a trip of the hot loop
+    opcodes: Counter  # per trip of the hot loop
 
     @property
     def loop_spills(self):
@@ -45,12 +45,12 @@ class Report:
             "shared B": self.shared_bytes,
             "spills in loop": self.loop_spills,
             "loop instructions": self.opcodes.total() or None,
-            "products": " ".join(f"{n} {name}" for name, n in self.mfma.items()),
+            "matmuls": " ".join(f"{n} {name}" for name, n in self.mfma.items()),
         }
 
 
 def analyze(assembly, shared_bytes):
-    """Report on the assembly text of a compiled AMD kernel; `shared_bytes` is what a launch gives it."""
+    """The report on the assembly text of a compiled AMD kernel. `shared_bytes` is the shared memory of a launch."""
 
     def metadata(key):
         return re.search(rf"^\s+(?:- )?\.{key}:\s+(\S+)$", assembly, re.MULTILINE).group(1)
@@ -71,23 +71,23 @@ def analyze(assembly, shared_bytes):
 
 
 def _hot_loop(assembly):
-    """The interior loop's instructions by opcode, conditional ones included; empty if no loop has products.
+    """The instructions of the loop over full tiles by opcode, conditional ones included. Empty if no loop has matmuls.
 
-    Of the innermost loops with products it has the most and, among equals, the fewest instructions, since masks only
-    add some.
+    Of the innermost loops with matmuls it is the one with the most matmuls and, among equals, the fewest instructions,
+    since masks only add instructions.
     """
-    loops = {loop: opcodes for loop, opcodes in _loops(assembly).items() if _products(opcodes)}
-    return loops[max(loops, key=lambda x: (x[0], _products(loops[x]), -loops[x].total()))] if loops else Counter()
+    loops = {loop: opcodes for loop, opcodes in _loops(assembly).items() if _matmuls(opcodes)}
+    return loops[max(loops, key=lambda x: (x[0], _matmuls(loops[x]), -loops[x].total()))] if loops else Counter()
 
 
-def _products(opcodes):
+def _matmuls(opcodes):
     return sum(n for opcode, n in opcodes.items() if "mfma" in opcode)
 
 
 def _loops(assembly):
-    """{(depth, header): instructions by opcode} of every loop, those in its inner loops left out.
+    """{(depth, header): instructions by opcode} of every loop, without the instructions of its inner loops.
 
-    LLVM says in a comment which loop a block belongs to; the blocks of a loop need not be next to each other.
+    LLVM says in a comment to which loop a block belongs. The blocks of a loop need not be contiguous.
     """
     loops = defaultdict(Counter)
     block = loop = None

@@ -1,4 +1,4 @@
-"""What a sweep compares: the configs of each kernel family, compiled, and why one is dropped."""
+"""Candidates of a sweep: the configs of each kernel family, compiled, and the reason why one is dropped."""
 
 import hashlib
 import math
@@ -38,22 +38,22 @@ from triton_attn.paged.configs import PagedCase, PagedConfig
 
 MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop instructions"]
 MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "expected TFLOP/s", "useful share"]
-PREFILL_CHUNK = 512  # tokens of a prompt that come at once
+PREFILL_CHUNK = 512  # tokens in a chunk of a prompt
 CACHED_MODELS = {model.name: model for model in MODELS if model.attention != "MLA"}
 LATENT_MODELS = {model.name: model for model in MODELS if model.attention == "MLA"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a sweep needs of one.
+    """A kernel family as a sweep needs it.
 
-    A case is what configs are compared at, a dict that the functions take as keywords: `cases(dtype, shapes)` gives
-    those of the shapes that `option` names, `search_space(arch, dtype, **case)` the configs, the default first.
-    `compile(arch, dtype, config=config, **case)` gives a `triton_attn.toolchain.Launch`. On a GPU the `problem(seqlen,
-    **case)` is timed at `seqlens` beside the `roof()`: `provider(dtype, **case)` gives a function from a config to a
-    provider, see perf/workloads/providers.py. `folder` is that of the kernels and their launchers, below triton_attn;
-    `rows(config)` are those of the largest product in the loop. Winners are entries of a tuned table for the Config
-    `table`, and for what `case_of(arch, dtype, **case)` says that it depends on.
+    Configs are compared within a case, a dict that the functions take as keywords. `cases(dtype, shapes)` gives the
+    cases of the shapes that `option` names. `search_space(arch, dtype, **case)` gives the configs, with the default
+    first. `compile(arch, dtype, config=config, **case)` gives a `triton_attn.toolchain.Launch`. On a GPU
+    `problem(seqlen, **case)` is timed at `seqlens` and compared with the `roof()`. `provider(dtype, **case)` gives a
+    function from a config to a provider (perf/workloads/providers.py). `folder`, below triton_attn, has the kernels and
+    their launchers. `rows(config)` is the number of rows of the largest matmul in the loop. Winners are entries of a
+    tuned table for the Config `table`; `case_of(arch, dtype, **case)` says which case they apply to.
     """
 
     config: type
@@ -110,7 +110,7 @@ def _hopper_provider(dtype, head_dim, causal):
 
 
 def _backward_cases(dtype, head_dims):
-    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])  # wider have no backward
+    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])  # wider ones have no backward
     return [{"kernel": kernel} | case for case in cases for kernel in KERNELS]
 
 
@@ -119,7 +119,7 @@ def _backward_space(*args, kernel, **case):
 
 
 def _backward_provider(dtype, kernel, head_dim, causal):
-    """Of the whole pass, its other kernels at their defaults."""
+    """Time the whole pass, with its other kernels at their defaults."""
     return lambda config: backward_pass(
         causal, compiled.backward_tiles(gpu_arch(), getattr(torch, dtype), head_dim, causal, kernel, config)
     )
@@ -131,7 +131,7 @@ def backward_pass(causal, config):
 
 
 def _paged_cases(dtype, models):
-    """Models of one shape are one case."""
+    """The cases of models; models of one shape are one case."""
     columns = "num_heads_q", "num_heads_kv", "head_dim"
     shapes = dict.fromkeys(tuple(getattr(CACHED_MODELS[name], column) for column in columns) for name in models)
     return [dict(zip(columns, shape)) | {"page_size": DecodeProblem.page_size} for shape in shapes]
@@ -159,7 +159,9 @@ def _chunk_problem(seqlen, **case):
 
 
 def _over_one_cache(make_step, launch):
-    """Steps over the same tensors, since a GPU has no room for a cache per config; none finds what another wrote."""
+    """Decode steps that share their tensors, since a GPU has no room for a cache per config. Each step has its
+    own output, so that a wrong config does not find the result of another.
+    """
     made = cache(make_step)
 
     def provider(config):
@@ -345,7 +347,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One config at one case."""
+    """One config for one case."""
 
     family: str
     arch: str
@@ -355,25 +357,25 @@ class Candidate:
 
     @property
     def columns(self):
-        """What a row says of it."""
+        """The columns of a row that identify it."""
         return {"family": self.family, "arch": self.arch, "dtype": self.dtype} | self.case | asdict(self.config)
 
     @property
     def key(self):
-        """All that its compiled code, and what is read off it, depends on."""
+        """Everything that its compiled code and the figures derived from it depend on."""
         return self.columns | {"triton": triton.__version__, "source": source_hash(FAMILIES[self.family].folder)}
 
     def compile(self):
-        """Its row: what it compiles to, and why it is dropped if it is."""
+        """Its row: figures of the compiled code, and the reason if it is dropped."""
         made_of = {}
         try:
             compile_config = FAMILIES[self.family].compile
             launch = compile_config(self.arch, getattr(torch, self.dtype), config=self.config, **self.case)
         except triton.runtime.errors.OutOfResources as error:
             dropped = str(error)
-        except (OSError, MemoryError):  # the machine's fault
+        except (OSError, MemoryError):  # not an error of the config
             raise
-        except Exception as error:  # the compiler has many ways to fail, and the next config may not
+        except Exception as error:  # the compiler can raise any exception, and the next config may compile
             dropped = f"{type(error).__name__}: {error}".split("\n")[0]
         else:
             report = loop_model.analyze(launch.kernel)
@@ -391,9 +393,9 @@ class Candidate:
             return f"{hot.spills} spills in the hot loop"
         if getattr(self.config, "use_tma", False) and not launch.uses_tma:
             return "no TMA"
-        if not hot.async_copies and not isinstance(self.config, HopperConfig):  # there a warp loads
+        if not hot.async_copies and not isinstance(self.config, HopperConfig):  # in HopperConfig kernels a warp loads
             return "no asynchronous copies in the hot loop"
-        # A tile of fewer rows never has wgmma: mma.sync is right for a decode step with few heads.
+        # A tile with fewer rows cannot use wgmma: mma.sync is right for a decode step with few heads.
         if gpu_of(report.arch).wgmma and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:
             return "no wgmma"
         return ""
@@ -401,7 +403,7 @@ class Candidate:
 
 @cache
 def source_hash(folder):
-    """Of the family's kernels and launchers, what they share with others, and what reads compiled code."""
+    """A hash of the family's kernels and launchers, of shared code, and of the code that analyses compiled kernels."""
     package, perf = Path(triton_attn.__file__).parent, Path(__file__).parents[1]
     files = [
         file for part in (folder, "dense", "merge", "_jit", "_host") for file in sorted(package.glob(f"{part}/*.py"))

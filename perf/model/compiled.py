@@ -1,4 +1,4 @@
-"""Our kernels at an explicit config, compiled for a GPU that need not be there or launched on one that is."""
+"""Our kernels at an explicit config, compiled for any GPU or launched on the present one."""
 
 import os
 from dataclasses import replace
@@ -24,7 +24,7 @@ from triton_attn.paged.configs import PagedConfig
 from triton_attn.paged.forward import launch_paged_fwd
 from triton_attn.toolchain import compile_only
 
-# Which gradients (q, k, v, sinks) make a backward pass launch the kernel.
+# The gradients (q, k, v, sinks) that make a backward pass launch the kernel.
 _WANTED = {
     "dkdv": (False, True, True, False),
     "dq": (True, False, False, False),
@@ -33,8 +33,9 @@ _WANTED = {
 
 
 def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=None, kernels="portable"):
-    """The compiled forward kernel (a `triton_attn.toolchain.Launch`); `config` None is the default, as a user gets it
-    with TRITON_ATTN_KERNELS=`kernels`."""
+    """The compiled forward kernel (a `triton_attn.toolchain.Launch`). With `config` None it has the default config
+    under TRITON_ATTN_KERNELS=`kernels`.
+    """
     with mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=kernels), compile_only(arch) as launches:
         if config is None:
             calls.flash(triton_attn, dtype, head_dim, causal, head_dim_v)
@@ -44,21 +45,21 @@ def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=N
 
 
 def flash_hopper(arch, dtype, head_dim, causal, config):
-    """The compiled forward kernel of hopper.py at a config of one's own."""
+    """The compiled forward kernel of hopper.py at a given config."""
     with compile_only(arch) as launches:
         launch_hopper(*calls.flash_inputs(dtype, head_dim), causal, config)
     return launches[-1]
 
 
 def flash_backward(arch, dtype, head_dim, causal=False):
-    """The compiled kernels of a backward pass that have products, as a user gets them: one fused, or dkdv and dq."""
+    """The compiled kernels with matmuls of a default backward pass: one fused kernel, or dkdv and dq."""
     with compile_only(arch) as launches:
         calls.flash_backward(triton_attn, dtype, head_dim, causal)
     return [launch for launch in launches if launch.name in calls.CALLS["flash_backward"].kernels]
 
 
 def flash_backward_kernel(arch, dtype, kernel, head_dim, causal, config):
-    """One compiled kernel of a backward pass, "dkdv", "dq" or "fused", at a config of one's own."""
+    """One compiled kernel of a backward pass, "dkdv", "dq" or "fused", at a given config."""
     q, k, v = calls.flash_inputs(dtype, head_dim)
     out, lse = new_outputs(q, v)
     lengths = q.shape[1], k.shape[1]
@@ -71,8 +72,7 @@ def flash_backward_kernel(arch, dtype, kernel, head_dim, causal, config):
 
 
 def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1, config=None):
-    """The compiled kernel of a decode step, or of a chunk of a prompt; `config` None is the default, as a user gets
-    it."""
+    """The compiled kernel of a decode step, or of a chunk of a prompt. With `config` None it has the default config."""
     case = dict(num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, page_size=page_size)
     case |= dict(seqlen_q=seqlen_q)
     with compile_only(arch) as launches:
@@ -85,8 +85,9 @@ def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, se
 
 
 def latent_decode(arch, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=512, qk_rope_head_dim=64, config=None):
-    """The compiled kernel of a decode step over a latent cache, absorbed queries in and latent vectors out; `config`
-    None is the default, as a user gets it."""
+    """The compiled kernel of a decode step over a latent cache, from absorbed queries to latent outputs. With `config`
+    None it has the default config.
+    """
     case = dict(num_heads=num_heads, cache_dtype=cache_dtype, page_size=page_size)
     case |= dict(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
     with compile_only(arch) as launches:
@@ -98,8 +99,9 @@ def latent_decode(arch, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=5
 
 
 def latent_prefill(arch, dtype, fused, config=None, **shape):
-    """The compiled kernel of a prefill that makes keys and values of latent vectors, or finds them in memory; `config`
-    None is the default, as a user gets it."""
+    """The compiled kernel of a prefill that computes keys and values from latent vectors ("fused"), or reads them from
+    memory. With `config` None it has the default config.
+    """
     with compile_only(arch) as launches:
         if config is None:
             calls.mla_prefill(triton_attn, dtype, fused, **shape)
@@ -109,7 +111,7 @@ def latent_prefill(arch, dtype, fused, config=None, **shape):
 
 
 def config_of(launch):
-    """The config that a launch of an attention kernel ran with."""
+    """The config with which an attention kernel was launched."""
     values = launch.constexprs
     config = values["BLOCK_M"], values["BLOCK_N"], launch.num_warps, launch.num_stages
     if "NOPE_HEAD_DIM" in values:
@@ -120,7 +122,7 @@ def config_of(launch):
 
 
 def config_name(config):
-    """See `tile_name`; c64 says how many numbers of latent vectors are taken at a time, hopper that a warp loads."""
+    """See `tile_name`. c64 is the number of latent elements per step, hopper means that one warp loads."""
     if isinstance(config, HopperConfig):
         return f"{tile_name(config.block_m, config.block_n, 4 * config.groups, config.num_stages)} hopper"
     tma = isinstance(config, Tile) and config.use_tma
@@ -129,14 +131,14 @@ def config_name(config):
 
 
 def launch_config(q, k, v, causal, config):
-    """`flash_attention(q, k, v, causal=causal)` with a config of one's own."""
+    """`flash_attention(q, k, v, causal=causal)` with a given config."""
     out, lse = new_outputs(q, v, wants_lse=False)
     launch_flash_fwd(q, k, v, out, lse, None, None, q.shape[1], k.shape[1], _options(q.shape[3], causal), config)
     return out
 
 
 def launch_hopper(q, k, v, causal, config):
-    """The same by the kernel of hopper.py, with a HopperConfig of one's own."""
+    """The same with the kernel of hopper.py and a HopperConfig."""
     out, lse = new_outputs(q, v, wants_lse=False)
     lengths = q.shape[1], k.shape[1]
     plan = plan_hopper(layout_of(q, k, v, out), q.dtype, None, *lengths, causal, "hopper", config)
@@ -145,7 +147,7 @@ def launch_hopper(q, k, v, causal, config):
 
 
 def launch_backward_config(q, k, v, causal, config):
-    """The same at its default config, with a BackwardConfig of one's own."""
+    """The same at its default config, with a BackwardConfig for the backward pass."""
     return _Attention.apply(q, k, v, causal, config)
 
 
@@ -170,13 +172,13 @@ class _Attention(torch.autograd.Function):
 
 
 def backward_tiles(arch, dtype, head_dim, causal, kernel, config):
-    """The default configs of a backward pass, but for one kernel, and in the schedule that this kernel belongs to."""
+    """The default configs of a backward pass with one kernel replaced, in the schedule of that kernel."""
     default = BackwardConfig.default(FlashCase(arch, dtype, head_dim, head_dim, causal))
     return replace(default, **{"fused": None} | {kernel: config})
 
 
 def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):
-    """`paged_attention(q, k_cache, v_cache, cache_seqlens, block_table, out=out)` with a config of one's own."""
+    """`paged_attention(q, k_cache, v_cache, cache_seqlens, block_table, out=out)` with a given config."""
     options = _options(q.shape[3], causal=True)
     tensors = q, k_cache, v_cache, out, None, cache_seqlens, block_table
     launch_paged_fwd(*tensors, None, q.shape[1], options, config=config)
@@ -184,7 +186,7 @@ def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):
 
 
 def launch_latent(q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale, config):
-    """`mla_decode` of absorbed queries, latent vectors out, with a config of one's own."""
+    """`mla_decode` from absorbed queries to latent outputs, with a given config."""
     out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
     tensors = q_nope, q_pe, latent_cache, out, None, cache_seqlens, block_table
     launch_mla_decode(*tensors, None, None, (None, None, False), softmax_scale, True, config=config)
@@ -192,7 +194,7 @@ def launch_latent(q_nope, q_pe, latent_cache, cache_seqlens, block_table, softma
 
 
 def launch_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, fused, config):
-    """`mla_prefill` with mode "fused", or "materialized" with all heads at once, and a config of one's own."""
+    """`mla_prefill` with mode "fused", or "materialized" with all heads at once, and a given config."""
     out = q_nope.new_empty(*q_nope.shape[:3], w_uv.shape[1])
     lengths = None, None, q_nope.shape[1], kv_latent.shape[1]
     scale = (q_nope.shape[3] + q_pe.shape[3]) ** -0.5

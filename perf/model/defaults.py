@@ -1,4 +1,4 @@
-"""What public calls compile to at their default configs, by this commit's triton_attn or by another's.
+"""Compiled code of public calls at their default configs, from this commit's triton_attn or another commit's.
 
 Nothing here imports triton_attn before a case is compiled.
 """
@@ -17,8 +17,9 @@ from perf.workloads.calls import CALLS
 
 @dataclass(frozen=True)
 class Inspected:
-    """A kernel that a case launches: `row` says which it is and what its machine code says of it, `opcodes` are those
-    of a trip of its hot loop. Where the case does not compile, `error` says why and there are no figures."""
+    """A kernel that a case launches. `row` has its name and the figures of its machine code, `opcodes` the instructions
+    of a trip of its hot loop. If the case does not compile, `error` gives the reason and there are no figures.
+    """
 
     row: dict
     opcodes: Counter = field(default_factory=Counter)
@@ -27,7 +28,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of perf/workloads/calls.py, by its family, its keywords (`shape`) and what it is compiled for."""
+    """A call of perf/workloads/calls.py: its family, its keywords (`shape`) and its target."""
 
     family: str
     arch: str
@@ -36,30 +37,30 @@ class Case:
 
     @property
     def columns(self):
-        """What a row says of it."""
+        """The columns of a row that identify it."""
         shape = " ".join(f"{name}={value}" for name, value in self.shape.items())
         return {"family": self.family, "arch": self.arch, "dtype": self.dtype, "case": shape}
 
     def compile(self):
-        """An `Inspected` for each kernel of the call that does the products of attention."""
+        """An `Inspected` for each kernel of the call that computes attention matmuls."""
         try:
             return [self._inspect(launch) for launch in self._launches()]
-        except (OSError, MemoryError):  # the machine's fault
+        except (OSError, MemoryError):  # not an error of the case
             raise
-        except Exception as error:  # the compiler has many ways to fail, and the next case may not
+        except Exception as error:  # the compiler can raise any exception, and the next case may compile
             message = f"{type(error).__name__}: {error}".split("\n")[0]
             return [Inspected(self.columns, error=message)]
 
     def _launches(self):
-        import triton_attn  # another commit's may fail to: that is an error of the case
+        import triton_attn  # another commit's package may fail to import: this is an error of the case
 
         try:
             from triton_attn.toolchain import compile_only
-        except ImportError:  # a commit that has no toolchain
+        except ImportError:  # the commit has no toolchain
             from triton_attn.testing import compile_only
 
         call = CALLS[self.family]
-        # Of the families' own kernels: those of hopper.py have loops that the model does not tell apart.
+        # Only the portable kernels: the model cannot distinguish the loops of hopper.py.
         with mock.patch.dict(os.environ, TRITON_ATTN_KERNELS="portable"), compile_only(self.arch) as launches:
             call.make(triton_attn, getattr(torch, self.dtype), **self.shape)
         kernels = [launch for launch in launches if launch.name in call.kernels]

@@ -1,4 +1,4 @@
-"""What the loop model knows of GPUs: rates of those it prices, sizes of an SM of those it counts for."""
+"""GPUs of the loop model: rates for the cycle model, and SM sizes for occupancy."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 class Rates:
     """`mma_flops` (dense, fp16 or bf16) and `fp32_lanes` are per clock and SM.
 
-    `memory_gbps` is GB/s by the data sheet of `memory_gpu`: GPUs of one architecture differ in it. The L2 cache gives
-    L2_BYTES_PER_CLOCK to all SMs together.
+    `memory_gbps` is the data sheet's GB/s of `memory_gpu`, since GPUs of one architecture differ in it. The L2 cache
+    delivers L2_BYTES_PER_CLOCK to all SMs together.
     """
 
     name: str
     num_sms: int
     clock_ghz: float
     mma_flops: int
-    mma_sync_share: float  # of mma_flops, for products that are not wgmma
+    mma_sync_share: float  # of mma_flops, for matmuls without wgmma
     fp32_lanes: int
     memory_gpu: str
     memory_gbps: int
 
 
-# NVIDIA A100 Tensor Core GPU Architecture, of the L2 cache; no document of Hopper has another.
+# L2 bandwidth: NVIDIA A100 Tensor Core GPU Architecture. No document gives another value for Hopper.
 L2_BYTES_PER_CLOCK = 5120
 
-# The clock of H100 and H200 is assumed, between base and boost; TFLOP/s scale with it. An H200 differs in its memory
-# alone, 4800 GB/s. The share of mma.sync is from
-# Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", arXiv 2402.13499.
+# The clock of H100 and H200 is an assumption between base and boost; TFLOP/s scale with it. An H200 differs only in its
+# memory (4800 GB/s). The share of mma.sync is from Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU
+# Architecture via Microbenchmarking", arXiv 2402.13499.
 RATES = {
     "sm_80": Rates(
         "A100 SXM",
@@ -53,7 +53,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one SM can hold (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
+    """Limits of one SM (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
 
     shared_bytes: int
     warps: int

@@ -1,4 +1,4 @@
-"""The structure of triton_attn, read off its source: who imports whom, and how large its device code is."""
+"""The structure of triton_attn, from its source: imports between its parts, and the size of its device code."""
 
 import ast
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ FAMILIES = ("flash", "paged", "mla", "merge", "cache")
 # What each part may import from the package, besides itself. "" is the face, `triton_attn` itself: nothing imports it.
 ALLOWED = {
     "_jit": set(),
-    "_host": {"toolchain"},  # an interpreting process repairs the interpreter
+    "_host": {"toolchain"},  # to repair the interpreter in an interpreting process
     "testing": set(),
     "toolchain": {"_host"},  # the table of GPUs
     "reference": set(FAMILIES),
-    "interop": {*FAMILIES, "reference"},  # the public names alone
+    "interop": {*FAMILIES, "reference"},  # public names only
     "": {*FAMILIES, "reference", "_host", "_warmup"},
     "models": {"_host"},
-    "_warmup": {*FAMILIES, "_host", "models", "toolchain"},  # it compiles for a GPU that need not be there
+    "_warmup": {*FAMILIES, "_host", "models", "toolchain"},  # it compiles for GPUs that are not present
     "__main__": {"_warmup", "models"},
     **{family: {"_jit", "_host", "merge"} for family in FAMILIES},
     "dense": {"_jit", "_host"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "mla": {"_jit", "_host", "dense", "merge"},
 }
 
-# Arguments of kernels. The others may have as many as the largest of these.
+# Limits of these kernels' arguments. All other kernels have the largest of these limits.
 MOST_ARGUMENTS = {
     "_flash_fwd_kernel": 24,
     "_flash_bwd_dq_kernel": 24,
@@ -36,12 +36,14 @@ MOST_ARGUMENTS = {
     "_mla_absorbed_kernel": 28,
 }
 MOST_ARGUMENTS_OF_A_HELPER = 7
-MOST_LINES = 110  # of a body, its docstring included
+MOST_LINES = 110  # of a body, with its docstring
 
 
 @dataclass(frozen=True)
 class JitFunction:
-    """One that Triton or Gluon compiles; `lines` are those of its body, `is_kernel` is whether it is launched."""
+    """A function that Triton or Gluon compiles. `lines` is the length of its body; `is_kernel` says whether it is
+    launched.
+    """
 
     name: str
     file: str
@@ -57,13 +59,13 @@ class JitFunction:
         return MOST_ARGUMENTS.get(self.name, max(MOST_ARGUMENTS.values()))
 
     def excesses(self):
-        """What of it is past the limits: {what: (found, at most)}."""
+        """The figures past their limits: {name: (found, limit)}."""
         found = {"arguments": (self.arguments, self.most_arguments), "lines": (self.lines, MOST_LINES)}
         return {what: pair for what, pair in found.items() if pair[0] > pair[1]}
 
 
 def jit_functions(package=PACKAGE):
-    """Those of a package, by file and line. A kernel is one that no other of them names."""
+    """The jit functions of a package, by file and line. A kernel is a jit function that no other one names."""
     found, named = [], set()
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -99,7 +101,7 @@ def modules_of(package=PACKAGE):
 
 
 def imports_of(module, modules):
-    """(imported module, name or None) for every import in a module, those inside functions included."""
+    """(imported module, name or None) for every import in a module, also inside functions."""
     path = modules[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -119,7 +121,7 @@ def part_of(module):
 
 
 def exceptions_to_the_law(package=PACKAGE):
-    """Imports of the package that its parts may not make, as "module imports module"."""
+    """The imports that break the import law, as "module imports module"."""
     modules = modules_of(package)
     return sorted(
         {

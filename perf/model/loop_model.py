@@ -1,7 +1,7 @@
-"""How fast the hot loop of a compiled kernel can run: a static cycle model of one trip, read off the machine code.
+"""How fast the hot loop of a compiled kernel can run: a static cycle model of one trip, from the machine code.
 
-Per trip and per warpgroup (four warps, one on each of an SM's sub-partitions) every unit of the SM is charged the
-cycles that it is busy:
+Per trip and warpgroup (four warps, one on each sub-partition of an SM) every unit of the SM is charged the cycles that
+it is busy:
 
     tensor   matrix instructions, at the dense rate of the target (perf/model/gpus.py)
     smem     operands that wgmma reads from shared memory and plain accesses to it, at 128 B; SHFL at 32 lanes
@@ -12,22 +12,22 @@ cycles that it is busy:
     stall    the sum of the static stall counts: the least time one warp alone needs to issue the trip
 
 (Instruction throughputs: CUDA C++ Programming Guide, "Arithmetic Instructions".) With G warpgroups resident on an SM,
-the cycles that a warpgroup's trip costs the SM lie between
+the SM cycles of a warpgroup's trip lie between
 
     bound    max(tensor, smem, mufu, alu, fma, issue)                        all units overlap
-    lock     max(tensor, smem) + max(stall / G, mufu, alu, fma, issue)       products and softmax never overlap
+    lock     max(tensor, smem) + max(stall / G, mufu, alu, fma, issue)       matmuls and softmax never overlap
 
-and both are given as TFLOP/s of the products in the loop. A product that several warps repeat counts once: a tile of 64
-rows has work for 4 warps of mma.sync, and 8 that lie along its rows do it all twice. This ranks configs and catches
+Both are given as TFLOP/s of the matmuls in the loop. A matmul that several warps repeat counts once: a tile of 64 rows
+has work for 4 warps of mma.sync, and 8 warps along its rows repeat all of it. The model ranks configs and catches
 regressions. It does not predict time: memory, latency of copies, barriers, power, prologue, epilogue and masked tiles
-are not in it. Where the number of stages is known, and waits of the architecture were measured,
+are not in it. If the number of stages is known and the waits of the architecture were measured,
 
-    expected   the trip with its waits for loads, products and barriers, see perf/model/timeline.py
+    expected   the trip with its waits for loads, matmuls and barriers, see perf/model/timeline.py
 
-is what a loop should reach; it too leaves out memory, power, prologue, epilogue and masked tiles.
+is the rate that a loop should reach. It also leaves out memory, power, prologue, epilogue and masked tiles.
 
-The code does not say where in shared memory an access goes: smem is without bank conflicts, unless the caller knows how
-many the emulator counted (perf/commands/counts.py).
+The code does not show shared-memory addresses. smem therefore assumes no bank conflicts, unless the caller passes the
+conflicts that the emulator counted (perf/commands/counts.py).
 """
 
 import re
@@ -55,7 +55,7 @@ _ASYNC_COPY = frozenset({"UTMALDG", "UBLKCP", "LDGSTS"})
 _WGMMA = re.compile(r"[HQIB]GMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)")
 _MMA_SYNC = re.compile(r"[HQI]MMA\.(\d+)")
 _MMA_SYNC_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4), "16832": (16, 8, 32)}
-# A product in TTGIR and the layout of its result: which warps lie along rows and columns, what an instruction computes.
+# A matmul in TTGIR and the layout of its result: warps along rows and columns, and the shape of an instruction.
 _PRODUCT = re.compile(r"(?:tt\.dot|warp_group_dot) .* \* \S+<(\d+)x\d+x.* -> tensor<(\d+)x(\d+)xf32, (#mma\d*)>")
 _LAYOUT = re.compile(r"(#mma\d*) = .*warpsPerCTA = \[(\d+, \d+)\].*instrShape = \[([\d, ]+)\]")
 _WGMMA_ELEMENT_BYTES = {8: 4, 16: 2, 32: 1}  # by K: tf32, fp16 and bf16, fp8
@@ -63,12 +63,12 @@ _WGMMA_ELEMENT_BYTES = {8: 4, 16: 2, 32: 1}  # by K: tf32, fp16 and bf16, fp8
 
 @dataclass(frozen=True)
 class LoopModel:
-    """A loop with matrix instructions and what its main trip costs, see `sass.Loop`."""
+    """A loop with matrix instructions, and the cost of its main trip (see `sass.Loop`)."""
 
     loop: sass.Loop
     rates: Rates | None
-    useful: float = 1.0  # share of the products that no other warp repeats
-    conflicts: float = 1.0  # wavefronts of shared memory over those without a bank conflict
+    useful: float = 1.0  # share of the matmul FLOP that no other warp repeats
+    conflicts: float = 1.0  # shared-memory wavefronts over wavefronts without bank conflicts
 
     @property
     def addresses(self):
@@ -104,12 +104,12 @@ class LoopModel:
 
     @property
     def flops(self):
-        """Per warpgroup and trip. 0 for tcgen05, whose shape lies in a descriptor and not in the instruction."""
+        """Matmul FLOP per warpgroup and trip. 0 for tcgen05, whose shape is in a descriptor, not in the instruction."""
         return sum(_mma_flops(i) for i in self.loop.always)
 
     @cached_property
     def cycles(self):
-        """{unit: busy cycles per warpgroup and trip}, None for a target without `RATES` or with tcgen05."""
+        """{unit: busy cycles per warpgroup and trip}. None for a target without `RATES` or with tcgen05."""
         if self.rates is None or not self.flops:
             return None
         return unit_cycles(self.loop.always, self.rates, self.conflicts)
@@ -125,7 +125,7 @@ class LoopModel:
         return self._tflops(self.cycles[self.limiter])
 
     def lock(self, warpgroups):
-        """TFLOP/s when products and softmax never overlap, with `warpgroups` of them resident on an SM."""
+        """TFLOP/s when matmuls and softmax never overlap, with `warpgroups` resident on an SM."""
         c = self.cycles
         return self._tflops(
             max(c["tensor"], c["smem"]) + max(c["stall"] / warpgroups, c["mufu"], c["alu"], c["fma"], c["issue"])
@@ -133,11 +133,11 @@ class LoopModel:
 
     @cached_property
     def steps(self):
-        """Of its timeline."""
+        """The steps of its timeline."""
         return timeline.steps_of(self.loop, lambda instructions: unit_cycles(instructions, self.rates, self.conflicts))
 
     def expected(self, warpgroups_per_cta, ctas, num_stages, waits):
-        """TFLOP/s of a trip with its `waits`, `ctas` of them resident on an SM."""
+        """TFLOP/s of a trip with its `waits`, with `ctas` resident on an SM."""
         cycles = timeline.sm_cycles(self.steps, warpgroups_per_cta, ctas, num_stages, waits)
         return self._tflops(cycles / (ctas * warpgroups_per_cta))
 
@@ -147,7 +147,7 @@ class LoopModel:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiled kernel says about itself."""
+    """The figures of a compiled kernel."""
 
     kernel: str
     arch: str
@@ -159,14 +159,14 @@ class Report:
     warp_specialized: bool
     ctas_per_sm_by: dict[str, int]
     loops: tuple[LoopModel, ...]
-    num_stages: int | None = None  # of its software pipeline; a cubin does not say
+    num_stages: int | None = None  # of the software pipeline; a cubin does not contain it
 
     @property
     def hot(self):
-        """The interior loop, None if no loop multiplies matrices.
+        """The loop over full tiles. None if no loop has matmuls.
 
-        It has the most FLOP per trip (with tcgen05 the most products) and, among equals, the fewest instructions, since
-        masks only add some.
+        It has the most FLOP per trip (with tcgen05 the most matmuls) and, among equals, the fewest instructions, since
+        masks only add instructions.
         """
         return max(self.loops, key=lambda x: (x.flops, x.mma_instructions, -x.instructions), default=None)
 
@@ -181,12 +181,12 @@ class Report:
 
     @property
     def occupancy_limit(self):
-        """What keeps one more CTA off the SM."""
+        """The resource that limits the number of CTAs on an SM."""
         return min(self.ctas_per_sm_by, key=self.ctas_per_sm_by.get)
 
     @property
     def mma_warpgroups_per_sm(self):
-        """Resident warpgroups that run the loop: all of them, or the consumers of a warp-specialised kernel."""
+        """Resident warpgroups that run the loop: all of them, or the consumers of a warp-specialized kernel."""
         per_cta = max(1, self.threads // (32 * WARPS_PER_WARPGROUP))
         if self.warp_specialized and per_cta > 1:
             per_cta = max(1, min(per_cta - 1, len(self.loops)))
@@ -194,18 +194,19 @@ class Report:
 
     @property
     def bound(self):
-        """TFLOP/s, see the module; None where the model does not apply."""
+        """`bound` in TFLOP/s (see the module); None where the model does not apply."""
         return self.hot.bound() if self._modelled else None
 
     @property
     def lock(self):
-        """TFLOP/s, see the module; None where the model does not apply."""
+        """`lock` in TFLOP/s (see the module); None where the model does not apply."""
         return self.hot.lock(self.mma_warpgroups_per_sm) if self._modelled else None
 
     @property
     def expected(self):
-        """TFLOP/s, see the module; None where the model does not apply, of a warp-specialised kernel too: what its
-        warps do at one time lies in different loops."""
+        """`expected` in TFLOP/s (see the module). None where the model does not apply, and for a warp-specialized
+        kernel, whose warps run different loops at the same time.
+        """
         waits = timeline.WAITS.get(self.arch)
         if not self._modelled or self.warp_specialized or self.num_stages is None or waits is None:
             return None
@@ -230,7 +231,7 @@ class Report:
             "spills": self.static_spills,
             "spills in loop": hot and hot.spills,
             "loop instructions": hot and hot.instructions,
-            "products": hot and " ".join(f"{n} {shape}" for shape, n in hot.mma_shapes.items()),
+            "matmuls": hot and " ".join(f"{n} {shape}" for shape, n in hot.mma_shapes.items()),
             "async copies": hot and hot.async_copies,
             "useful share": hot and hot.useful,
             "bound by": hot.limiter if self._modelled else None,
@@ -241,11 +242,11 @@ class Report:
 
 
 def analyze(kernel, shared_bytes=None, conflicts=1.0):
-    """Report on `kernel`: a compiled Triton or Gluon kernel (it has `.asm` and `.metadata`), or the bytes of a cubin.
+    """Report on `kernel`: a compiled Triton or Gluon kernel (with `.asm` and `.metadata`), or the bytes of a cubin.
 
-    `shared_bytes` is the dynamic shared memory of a launch. A compiled kernel knows it and a cubin does not: without it
-    the occupancy leaves shared memory out. `conflicts` is what bank conflicts make of the time that shared memory takes
-    in its loops. For an AMD kernel an `amdgcn.Report` comes back: counts, no model.
+    `shared_bytes` is the dynamic shared memory of a launch. A compiled kernel knows it and a cubin does not; without it
+    the occupancy ignores shared memory. `conflicts` multiplies the shared-memory time of the loops. For an AMD kernel
+    the result is an `amdgcn.Report`, which has counts and no model.
     """
     if isinstance(kernel, bytes | bytearray):
         cubin, useful, num_stages = kernel, 1.0, None
@@ -275,7 +276,7 @@ def analyze(kernel, shared_bytes=None, conflicts=1.0):
 
 
 def unit_cycles(instructions, rates, conflicts=1.0):
-    """{unit: busy cycles per warpgroup} of instructions in a row, see the module."""
+    """{unit: busy cycles per warpgroup} of consecutive instructions, see the module."""
     count = Counter(i.opcode for i in instructions)
     shared = conflicts * sum(map(_shared_bytes, instructions)) / SMEM_BYTES_PER_CLOCK
     return {
@@ -291,7 +292,7 @@ def unit_cycles(instructions, rates, conflicts=1.0):
 
 
 def useful_share(ttgir):
-    """The share of a kernel's products that no other warp repeats, from the layouts of their results."""
+    """The share of a kernel's matmul FLOP that no other warp repeats, from the layouts of the results."""
     layouts = {name: [int(n) for n in f"{warps}, {shape}".split(",")] for name, warps, shape in _LAYOUT.findall(ttgir)}
     useful = executed = 0
     for k, m, n, name in _PRODUCT.findall(ttgir):
@@ -315,12 +316,12 @@ def _ctas_per_sm(code, shared_bytes):
 
 
 def _warp_cycles(lanes_per_sm):
-    """Cycles that an instruction of one warp keeps its sub-partition's share of the lanes busy."""
+    """Cycles for which an instruction of one warp occupies its sub-partition's share of the lanes."""
     return 32 * WARPS_PER_WARPGROUP // lanes_per_sm
 
 
 def _mma_flops(instruction):
-    """Of a warpgroup: one wgmma, or the mma.sync of its four warps."""
+    """FLOP of a warpgroup: one wgmma, or the mma.sync of its four warps."""
     if found := _WGMMA.match(instruction.mnemonic):
         m, n, k = map(int, found.groups())
         return 2 * m * n * k
@@ -342,7 +343,7 @@ def _mma_cycles(instruction, rates):
 
 
 def _shared_bytes(instruction):
-    """Shared memory traffic of a warpgroup: the operands of one wgmma, or the accesses of its four warps."""
+    """Shared-memory traffic of a warpgroup: the operands of one wgmma, or the accesses of its four warps."""
     if found := _WGMMA.match(instruction.mnemonic):
         m, n, k = map(int, found.groups())
         a_in_registers = re.match(r"R\d+, R\d+", instruction.operands)

@@ -1,40 +1,40 @@
-"""Throughput, predicted from compiled code for a GPU that need not be there.
+"""Throughput on a GPU that need not be present, predicted from compiled code.
 
-The loop model (`perf/model/loop_model.py`) says at what rate an SM runs the hot loop. A whole pass of prefill or
-training is slower for two reasons that follow from the shape alone, and both are counted here:
+The loop model (`perf/model/loop_model.py`) gives the rate at which an SM runs the hot loop. A whole pass of prefill or
+training is slower for two reasons that follow from the shape alone. Both are counted here:
 
-    masked tiles   A query tile of block_m rows walks ceil(visible keys / block_n) key tiles, and tiles that a boundary
-                   crosses cost a whole trip of the masked loop. Only visible pairs count as work.
-    waves          Programs are dealt, longest first, to num_sms * ctas_per_sm slots; the last slot to finish ends it.
+    masked tiles   A query tile of block_m rows visits ceil(visible keys / block_n) key tiles. Partial tiles cost a
+                   whole trip of the masked loop. Only visible pairs count as work.
+    waves          Programs are assigned, longest first, to num_sms * ctas_per_sm slots. The last slot sets the time.
 
     TFLOP/s = visible FLOP / time of the last slot;   time of a trip = FLOP of a trip * slots / rate of its loop
 
-A kernel takes no less time than its memory does: DRAM for its tensors once, L2 for the tiles of all trips,
+A kernel takes at least the time of its memory traffic: DRAM for its tensors once, L2 for the tiles of all trips,
 
     time >= max(bytes of tensors * read / bandwidth, bytes of tiles * sectors / (5120 B * clock))
 
-where `read` and `sectors` are what the emulator counted of the kernel over what it must (perf/commands/counts.py), and
-shared memory has the bank conflicts that it counted. Of flash attention's defaults `read` and `sectors` are 1, so that
-what is new is: DRAM limits causal attention of 512 tokens on an H100 to 429 TFLOP/s, where the loop alone had up to
-755; the L2 cache limits nothing; the conflicts of a fused backward pass, at the store of dQ, cost 6 % (`lock`) to 9 %
+where `read` and `sectors` are the emulator's counts over the minimum (perf/commands/counts.py). Shared memory has the
+bank conflicts that the emulator counted. For the defaults of flash attention `read` and `sectors` are 1. The effects
+are then: DRAM limits causal attention of 512 tokens on an H100 to 429 TFLOP/s, where the loop alone allows up to 755.
+The L2 cache limits nothing. The conflicts of a fused backward pass, at the store of dQ, cost 6 % (`lock`) to 9 %
 (`bound`) at head dim 64. A decode step over an fp8 latent cache loses 7 to 12 % with 128 heads and 18 to 30 % with 16
 on sm_90.
 
-Left out: latency of copies, barriers, power, prologue and epilogue. A measurement comes out lower.
+The prediction leaves out latency of copies, barriers, power, prologue and epilogue. Measurements are lower.
 
-A decode step reads its cache once and ends when memory or the loop does, whichever is slower; parts of split keys are
+A decode step reads its cache once. It ends with its memory traffic or with its loop, whichever is slower. Splits are
 written, and read again to be merged:
 
-    time = max((bytes + parts) / bandwidth, time of the last slot) + parts / bandwidth
+    time = max((bytes + splits) / bandwidth, time of the last slot) + splits / bandwidth
 
-with the number of splits that a user gets, and the bandwidth of the data sheet. A tile that is not full counts as one.
-A program that is alone on its SM has it for itself: as many are resident as share the SM.
+with the default number of splits and the bandwidth of the data sheet. A partial tile counts as a full one. A small
+grid leaves fewer programs on an SM than fit on it, and `lock` counts only these.
 
-Left out: launches, which decide short contexts, every latency, what memory reaches of its data sheet, and the L2
-cache, where small parts stay. A measurement comes out lower.
+The decode prediction leaves out launches (which dominate short contexts), all latencies, memory below its data sheet,
+and the L2 cache, which holds small splits. Measurements are lower.
 
-The schedules of MLA's prefill are not compiled: their time is the cost that `triton_attn.mla_prefill` chooses by, at
-the dense rate of the GPU.
+The schedules of MLA prefill are not compiled. Their time is the cost by which `triton_attn.mla_prefill` chooses, at the
+dense rate of the GPU.
 """
 
 import heapq
@@ -56,41 +56,41 @@ from triton_attn.mla.schedule import FLOP_PER_BYTE, cost
 
 
 def tile_trips(problem, block_m, block_n):
-    """(interior, masked) trips of each query tile of one head."""
+    """(full, masked) trips of each query tile of one head."""
     trips = []
     for start in range(0, problem.seqlen, block_m):
         end = min(start + block_m, problem.seqlen)
         seen_by_last = end if problem.causal else problem.seqlen
         seen_by_all = start + 1 if problem.causal else problem.seqlen
-        interior = seen_by_all // block_n
-        trips.append((interior, -(-seen_by_last // block_n) - interior))
+        full = seen_by_all // block_n
+        trips.append((full, -(-seen_by_last // block_n) - full))
     return trips
 
 
 def makespan(durations, slots):
-    """When the last slot is done, if durations are dealt longest first, each to the slot that is free first."""
+    """When the last slot finishes, if durations are assigned longest first to the slot that is free first."""
     free_at = [0.0] * min(slots, len(durations))
     for duration in sorted(durations, reverse=True):
         heapq.heapreplace(free_at, free_at[0] + duration)
     return max(free_at)
 
 
-def tflops(problem, block_m, block_n, slots, interior_rate, masked_rate):
-    """TFLOP/s of a whole forward, from the rates (TFLOP/s) at which the two loops run with every slot busy."""
-    return problem.flops / seconds(problem, block_m, block_n, 2, slots, interior_rate, masked_rate) / 1e12
+def tflops(problem, block_m, block_n, slots, full_rate, masked_rate):
+    """TFLOP/s of a whole forward, from the rates (TFLOP/s) of the two loops with every slot busy."""
+    return problem.flops / seconds(problem, block_m, block_n, 2, slots, full_rate, masked_rate) / 1e12
 
 
-def seconds(problem, own_rows, other_rows, products, slots, interior_rate, masked_rate):
-    """Time of a kernel whose programs own tiles of own_rows and walk tiles of other_rows, some products at each."""
-    flops_per_trip = 2 * products * own_rows * other_rows * problem.head_dim
-    interior, masked = (flops_per_trip * slots / (rate * 1e12) for rate in (interior_rate, masked_rate))
-    # Keys see their queries as queries their keys, from the other end: the trips are the same.
-    durations = [a * interior + b * masked for a, b in tile_trips(problem, own_rows, other_rows)]
+def seconds(problem, own_rows, other_rows, matmuls, slots, full_rate, masked_rate):
+    """Time of a kernel whose programs own tiles of own_rows and visit tiles of other_rows, with `matmuls` at each."""
+    flops_per_trip = 2 * matmuls * own_rows * other_rows * problem.head_dim
+    full, masked = (flops_per_trip * slots / (rate * 1e12) for rate in (full_rate, masked_rate))
+    # Seen from the keys, the mask is the same in reverse, so the trips are the same.
+    durations = [a * full + b * masked for a, b in tile_trips(problem, own_rows, other_rows)]
     return makespan(durations * (problem.num_heads * problem.batch), slots)
 
 
 def loop_rates(report):
-    """{"bound": (interior, masked), "lock": (interior, masked)} in TFLOP/s; a kernel with one loop has one rate."""
+    """{"bound": (full, masked), "lock": (full, masked)} in TFLOP/s. A kernel with one loop has one rate."""
     warpgroups = report.mma_warpgroups_per_sm
     others = [loop for loop in report.loops if loop is not report.hot and loop.flops == report.hot.flops]
     masked = max(others, key=lambda loop: loop.instructions, default=report.hot)
@@ -112,7 +112,7 @@ def flash(problems, dtype, arch):
             time = 0
             for kernel in kernels[kind]:
                 slots = gpu.num_sms * kernel.ctas_per_sm
-                loops = seconds(problem, *kernel.rows, kernel.products, slots, *kernel.rates[model])
+                loops = seconds(problem, *kernel.rows, kernel.matmuls, slots, *kernel.rates[model])
                 time += max(loops, memory_seconds(problem, kernel, getattr(torch, dtype).itemsize, gpu))
             yield Row(
                 **problem.columns(),
@@ -128,15 +128,16 @@ def flash(problems, dtype, arch):
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the prediction needs of one compiled kernel.
+    """One compiled kernel of a prediction.
 
-    `rows` are those of its own tile and of the one it walks. `tensors`, as large as q, it reads or writes once; of the
-    rows that it walks it reads two, and with `sums` it adds to a third, in fp32. `counts` are those of the emulator.
+    `rows` are the rows of its own tile and of the tile that it visits. It reads or writes `tensors` tensors of the size
+    of q once. Per visited row it reads two tensors, and with `sums` it adds to a third, in fp32. `counts` are from the
+    emulator.
     """
 
     name: str
     rows: tuple[int, int]
-    products: int
+    matmuls: int
     ctas_per_sm: int
     rates: dict
     tensors: int
@@ -145,10 +146,10 @@ class Kernel:
 
 
 def memory_seconds(problem, kernel, element_size, gpu):
-    """The least time of a kernel's memory, of DRAM or of the L2 cache."""
-    numbers = problem.batch * problem.seqlen * problem.num_heads * problem.head_dim
-    sums = 4 if kernel.sums else 0  # bytes of a number; read and written once
-    from_dram = numbers * (kernel.tensors * element_size + 2 * sums) * (kernel.counts.get("read") or 1)
+    """The least time of a kernel's memory traffic, in DRAM or in the L2 cache."""
+    elements = problem.batch * problem.seqlen * problem.num_heads * problem.head_dim
+    sums = 4 if kernel.sums else 0  # bytes of an element; read and written once
+    from_dram = elements * (kernel.tensors * element_size + 2 * sums) * (kernel.counts.get("read") or 1)
     trips = sum(map(sum, tile_trips(problem, *kernel.rows))) * problem.batch * problem.num_heads
     of_row = problem.head_dim * (2 * element_size + sums)
     from_l2 = trips * kernel.rows[1] * of_row * (kernel.counts.get("sectors") or 1)
@@ -159,25 +160,25 @@ def memory_seconds(problem, kernel, element_size, gpu):
 def _kernels(arch, dtype, head_dim, causal, direction):
     forward = [compiled.flash_forward(arch, dtype, head_dim, causal=causal)] if direction != "backward" else []
     backward = compiled.flash_backward(arch, dtype, head_dim, causal=causal) if direction != "forward" else []
-    dkdv_products = 5 if len(backward) == 1 else 4
-    return [_kernel(launch, dtype, dkdv_products) for launch in forward + backward]
+    dkdv_matmuls = 5 if len(backward) == 1 else 4
+    return [_kernel(launch, dtype, dkdv_matmuls) for launch in forward + backward]
 
 
-def _kernel(launch, dtype, dkdv_products):
+def _kernel(launch, dtype, dkdv_matmuls):
     config = compiled.config_of(launch)
     name = compiled.config_name(config)
-    fused = launch.name == "_flash_bwd_dkdv_kernel" and dkdv_products == 5
-    # Causal and full attention walk the same loop; a deterministic backward pass is never fused.
+    fused = launch.name == "_flash_bwd_dkdv_kernel" and dkdv_matmuls == 5
+    # Causal and full attention run the same loop; a deterministic backward pass is never fused.
     shape = {"head_dim": launch.constexprs["HEAD_DIM"]} | ({"deterministic": False} if fused else {})
     counts = counts_of(launch.arch, str(dtype).removeprefix("torch."), launch.name, name, shape)
     report = loop_model.analyze(launch.kernel, conflicts=counts.get("wavefronts") or 1.0)
-    rows, products, tensors = {
+    rows, matmuls, tensors = {
         "_flash_fwd_kernel": ((config.block_m, config.block_n), 2, 4),
         "_flash_bwd_dq_kernel": ((config.block_m, config.block_n), 3, 5),
-        "_flash_bwd_dkdv_kernel": ((config.block_n, config.block_m), dkdv_products, 6),
+        "_flash_bwd_dkdv_kernel": ((config.block_n, config.block_m), dkdv_matmuls, 6),
     }[launch.name]
     name = f"{launch.name.removeprefix('_flash_').removesuffix('_kernel')} {name}"
-    return Kernel(name, rows, products, report.ctas_per_sm, loop_rates(report), tensors, fused, counts)
+    return Kernel(name, rows, matmuls, report.ctas_per_sm, loop_rates(report), tensors, fused, counts)
 
 
 def paged(problems, dtype, arch):
@@ -188,8 +189,9 @@ def paged(problems, dtype, arch):
 
 
 def latent_decode(problem, dtype, arch):
-    """The same of one step over a latent cache, whose bytes count once for all tiles of heads: these run side by side,
-    so that all but the first find them in the L2 cache."""
+    """The same for a step over a latent cache. Its bytes count once for all tiles of heads, since these run
+    concurrently and all but the first hit the L2 cache.
+    """
     shape = {"num_heads": problem.num_heads_q, "cache_dtype": problem.cache_dtype, "page_size": problem.page_size}
     return _decode_step(problem, dtype, arch, *_analyzed(compiled.latent_decode, arch, dtype, **shape))
 
@@ -232,8 +234,9 @@ def _decode_step(problem, dtype, arch, config, report):
 
 
 def split_trips(problem, block_m, block_n, num_slots):
-    """(num_splits, trips of each program) of a decode step: the default number of splits, each an equal share of tiles,
-    the last what is left."""
+    """(num_splits, trips of each program) of a decode step with the default number of splits. Each split has an equal
+    share of tiles, the last one the rest.
+    """
     key_tiles = -(-problem.seqlen_k // block_n)
     row_tiles = -(-problem.num_heads_q // problem.num_heads_kv // block_m)
     programs = problem.batch * problem.num_heads_kv * row_tiles
@@ -243,16 +246,18 @@ def split_trips(problem, block_m, block_n, num_slots):
 
 
 def decode_seconds(problem, element_size, num_splits, loop_seconds, bytes_per_second):
-    """(time of a decode step, what limits it: memory or the loop); parts are outputs and log-sum-exps in fp32."""
+    """(time of a decode step, its limit: memory or the loop). Splits are outputs and log-sum-exps in fp32."""
     rows = problem.batch * problem.num_heads_q
-    parts = num_splits * rows * (problem.head_dim_v + 1) * 4 if num_splits > 1 else 0
-    memory_seconds = (problem.bytes(element_size) + parts) / bytes_per_second
+    split_bytes = num_splits * rows * (problem.head_dim_v + 1) * 4 if num_splits > 1 else 0
+    memory_seconds = (problem.bytes(element_size) + split_bytes) / bytes_per_second
     limit = "memory" if memory_seconds >= loop_seconds else "the loop"
-    return max(memory_seconds, loop_seconds) + parts / bytes_per_second, limit
+    return max(memory_seconds, loop_seconds) + split_bytes / bytes_per_second, limit
 
 
 def latent_prefill(problem, dtype, arch):
-    """A row of every schedule, without code: the cost that `mla_prefill` chooses by, at the dense rate of `arch`."""
+    """A row of every schedule, without compiled code: the cost by which `mla_prefill` chooses, at the dense rate of
+    `arch`.
+    """
     gpu = RATES[arch]
     flops_per_second = gpu.num_sms * gpu.clock_ghz * 1e9 * gpu.mma_flops
     sizes = problem.sizes(getattr(torch, dtype).itemsize)

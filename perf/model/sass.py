@@ -1,7 +1,7 @@
-"""NVIDIA machine code (SASS) as instructions and loops, read from a cubin with the tools inside the triton wheel.
+"""NVIDIA machine code (SASS) as instructions and loops, read from a cubin with the tools of the triton wheel.
 
-Works without a GPU and for any target nvdisasm knows. Bits 105 to 108 of an instruction (128 bits, from sm_70 on) are
-its stall count: the cycles that the warp's next instruction has to wait.
+Works without a GPU and for any target of nvdisasm. Bits 105 to 108 of an instruction (128 bits, since sm_70) are its
+stall count: the cycles that the warp's next instruction has to wait.
 """
 
 import re
@@ -45,7 +45,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost natural loop: the instructions of a trip with the most products, and those of other trips."""
+    """An innermost natural loop: the instructions of the trip with the most matmuls, and those of other trips."""
 
     always: tuple[Instruction, ...]
     conditional: tuple[Instruction, ...]
@@ -53,7 +53,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A disassembled kernel with what the driver is told about it."""
+    """A disassembled kernel with its launch resources."""
 
     name: str
     arch: str
@@ -68,7 +68,7 @@ class Kernel:
 
 
 def disassemble(cubin):
-    """The kernel in `cubin` (bytes), a cubin with one entry function, as Triton makes them."""
+    """The kernel in `cubin` (bytes), a cubin with one entry function as Triton writes them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -103,18 +103,18 @@ def find_mma_loops(instructions, labels):
     """The innermost loops that hold matrix instructions, in program order."""
     blocks, successors = _control_flow(instructions, labels)
     dominators = _dominators(successors)
-    products = [sum(instructions[i].opcode in MMA_OPCODES for i in block) for block in blocks]
+    matmuls = [sum(instructions[i].opcode in MMA_OPCODES for i in block) for block in blocks]
     bodies = {
         header: (body, latches)
         for header, (body, latches) in _natural_loops(successors, dominators).items()
-        if any(products[b] for b in body)
+        if any(matmuls[b] for b in body)
     }
     loops = []
     for header, (body, latches) in sorted(bodies.items()):
         if any(other != header and inner < body for other, (inner, _) in bodies.items()):
             continue  # not innermost
         forward = {b: (successors[b] & body) - dominators[b] for b in body}
-        path = _main_path(header, latches, forward, products, [len(block) for block in blocks])
+        path = _main_path(header, latches, forward, matmuls, [len(block) for block in blocks])
         always, conditional = (
             tuple(instructions[i] for b in sorted(part) for i in blocks[b]) for part in (path, body - path)
         )
@@ -122,9 +122,9 @@ def find_mma_loops(instructions, labels):
     return loops
 
 
-def _main_path(header, latches, successors, products, sizes):
-    """The blocks of a trip with the most products and, of these, the fewest instructions, from header to a latch."""
-    best = {}  # block -> ((products, -instructions) from there on, next block)
+def _main_path(header, latches, successors, matmuls, sizes):
+    """The blocks, header to latch, of the trip with the most matmuls and, among equals, the fewest instructions."""
+    best = {}  # block -> ((matmuls, -instructions) from there on, next block)
     stack, entered = [header], set()
     while stack:
         block = stack[-1]
@@ -137,8 +137,8 @@ def _main_path(header, latches, successors, products, sizes):
         if block in latches:
             ways.append(((0, 0), None))
         if ways:
-            (more_products, fewer), following = max(ways, key=lambda way: way[0])
-            best[block] = (products[block] + more_products, fewer - sizes[block]), following
+            (more_matmuls, fewer), following = max(ways, key=lambda way: way[0])
+            best[block] = (matmuls[block] + more_matmuls, fewer - sizes[block]), following
         else:
             best[block] = None  # leads out of the loop
     path, block = set(), header
@@ -158,7 +158,7 @@ def _run(tool, *args):
 
 
 def _control_flow(instructions, labels):
-    """Basic blocks, as ranges of instruction indices, and the successors of each."""
+    """Basic blocks as ranges of instruction indices, and the successors of each."""
     starts = {0} | {index for index in labels.values() if index < len(instructions)}
     starts |= {
         i + 1 for i, x in enumerate(instructions[:-1]) if x.opcode in _JUMPS or x.opcode in _ENDS or x.opcode == "BREAK"
@@ -187,7 +187,7 @@ def _is_conditional(jump):
 
 
 def _dominators(successors):
-    """The set of blocks on every path from an entry to each block, itself included."""
+    """For each block, the set of blocks on every path from an entry to it, itself included."""
     count = len(successors)
     predecessors = _predecessors(successors)
     entries = _entries(successors, predecessors)
@@ -205,7 +205,7 @@ def _dominators(successors):
 
 
 def _entries(successors, predecessors):
-    """Block 0, and the blocks that only an indirect jump reaches (how a warp-specialised kernel dispatches)."""
+    """Block 0, and the blocks that only an indirect jump reaches (the dispatch of a warp-specialized kernel)."""
     entries, reached = set(), set()
     orphans = [b for b, before in enumerate(predecessors) if not before]
     for start in (0, *orphans, *range(len(successors))):
@@ -216,7 +216,7 @@ def _entries(successors, predecessors):
 
 
 def _natural_loops(successors, dominators):
-    """{header: (blocks of the loop, blocks that jump back)}: a back edge leads to a block that dominates its origin."""
+    """{header: (blocks of the loop, blocks that jump back)}. A back edge leads to a block that dominates its origin."""
     predecessors = _predecessors(successors)
     loops = {}
     for latch, targets in enumerate(successors):

@@ -1,7 +1,7 @@
-"""Where figures are kept, and the one table layout of everything that is a speed: written, read and checked here.
+"""Folders of results, and the one table layout of all speeds: written, read and checked here.
 
 A row says what ran (family, provider, pass, shape), how fast, on what, and whether it was measured or predicted. Rows
-are on the disk as soon as they are known: an interrupted run leaves what it had finished.
+are written to disk as soon as they are known, so an interrupted run keeps what it finished.
 """
 
 import csv
@@ -11,10 +11,10 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-ROOT = Path(__file__).parent  # what is committed: docs/performance.md is written from it
-LOCAL = ROOT.parent / "out"  # where runs write that do not ask for more; git ignores it
-OURS = "triton_attn"  # as a provider
-BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"  # predicted: products and softmax overlap fully, or never
+ROOT = Path(__file__).parent  # committed results; docs/performance.md is written from them
+LOCAL = ROOT.parent / "out"  # default output of runs; git ignores it
+OURS = "triton_attn"  # our name as a provider
+BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"  # predicted: matmuls and softmax overlap fully, or never
 MEASURED = "measured"
 PREDICTED = "predicted from compiled code, not measured"
 MODELLED = "predicted by the cost model of mla_prefill, not measured"
@@ -24,16 +24,16 @@ SPEEDS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a results CSV; None is an empty cell.
+    """One row of a results CSV; None is an empty cell.
 
-    `gbps` is GB/s, `roof_share` the share of the roof measured on that machine, of a prediction the share of the data
-    sheet's memory bandwidth; `cache_dtype` is empty without a cache and may be where it is `dtype`; `note` says which
-    config ran, or why a provider has no figure.
+    `gbps` is GB/s. `roof_share` is the share of the roof measured on that machine; for a prediction, of the data
+    sheet's memory bandwidth. `cache_dtype` is empty without a cache and may be empty if it equals `dtype`. `note` has
+    the config, or the reason why a provider has no figure.
     """
 
     family: str
     provider: str
-    direction: str  # forward, backward, both, decode, prefill; called pass in the CSV, which no column can be in Python
+    direction: str  # forward, backward, both, decode, prefill; the CSV calls it pass, a reserved word in Python
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -63,8 +63,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPrefillRow(Row):
-    """`ms` is p50_ms or its prediction. Of our schedules also: bytes taken beside inputs and outputs, those that all
-    heads at once would take, and whether "auto" chooses it."""
+    """`ms` is p50_ms or its prediction. Our own schedules also have: bytes of workspace beside inputs and outputs, the
+    bytes for all heads at once, and whether "auto" chooses the schedule.
+    """
 
     schedule: str | None
     ms: float | None
@@ -81,29 +82,30 @@ COLUMNS = columns_of(Row)
 
 
 def holds_speeds(path):
-    """Whether a CSV is a table of speeds, sound or not: no other one names a provider of a family."""
+    """Whether a CSV is a table of speeds, valid or not. Only such tables have the columns family and provider."""
     with open(path, newline="") as file:
         return {"family", "provider"} <= set(next(csv.reader(file), ()))
 
 
 def read(path):
-    """A table of speeds as a pandas DataFrame; columns beside those of `Row` are kept.
+    """A table of speeds as a pandas DataFrame. Columns beside those of `Row` are kept.
 
-    ValueError, naming file, column and line, if a column is missing, a cell is empty or not of its type that must not
-    be, a source is unknown, a measured speed has no times, or a row has neither a speed nor a note that says why.
+    Raises:
+        ValueError: a column is missing, a required cell is empty or of the wrong type, a source is unknown, a measured
+            speed has no times, or a row has neither a speed nor a note. The message names file, column and line.
     """
     status = Path(path).stat()
     return _read(Path(path), status.st_mtime_ns, status.st_size).copy()
 
 
-@lru_cache(maxsize=256)  # a report looks at each table for every picture that may show what it measured
+@lru_cache(maxsize=256)  # a report reads each table for every plot that may show its measurements
 def _read(path, mtime, size):
-    import pandas as pd  # here, since a GPU run writes rows where there may be no pandas
+    import pandas as pd  # here, since a GPU run writes rows and may have no pandas
 
     kinds = {column: get_args(field.type) or (field.type,) for column, field in zip(COLUMNS, fields(Row))}
     data = pd.read_csv(path, dtype={column: str for column, kind in kinds.items() if str in kind})
     if missing := [column for column in COLUMNS if column not in data]:
-        raise ValueError(f"{path}: a table of speeds has the columns {', '.join(missing)} too")
+        raise ValueError(f"{path}: expected the columns {', '.join(missing)} in a table of speeds")
     data["note"] = data["note"].fillna("")
     for column, kind in kinds.items():
         if NoneType not in kind:
@@ -118,7 +120,7 @@ def _read(path, mtime, size):
     for column in ("p20_ms", "p50_ms", "p80_ms"):
         timed = data[column].notna() | ~has_speed | (data["source"] != MEASURED)
         _check(path, data[column], timed, "expected the time of a measured speed")
-    _check(path, data["note"], has_speed | (data["note"] != ""), "expected why there is no speed")
+    _check(path, data["note"], has_speed | (data["note"] != ""), "expected the reason why there is no speed")
     return data
 
 
@@ -129,7 +131,7 @@ def _check(path, column, right, expected):
 
 
 class Table:
-    """A CSV that grows by a row at a time and replaces an older file of its name."""
+    """A CSV that grows one row at a time. It replaces an older file of its name."""
 
     def __init__(self, path, columns):
         path.parent.mkdir(parents=True, exist_ok=True)

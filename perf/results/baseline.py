@@ -1,8 +1,8 @@
-"""Figures of the default configs, checked in by Triton version, and which changes of them cost too much.
+"""Figures of the default configs, checked in by Triton version, and the rule for which changes are regressions.
 
-A figure may be worse by TOLERANCE, an `exact` one by nothing. Figures `of_one_config` compare only where the config is
-the same. With another one `decides` does, and a kernel that has not this figure then needs a new baseline. So does one
-that appears or goes.
+A figure may be worse by TOLERANCE; an `exact` figure may not be worse. Figures `of_one_config` are compared only if the
+config is the same. If it is not, the figure `decides` is compared instead, and a kernel without that figure needs a new
+baseline. So does a kernel that is new or gone.
 """
 
 import csv
@@ -20,11 +20,11 @@ TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class Baseline:
-    """A CSV file of figures and how to judge others by them.
+    """A CSV file of figures, and how to judge others by them.
 
     Attributes:
-        path: of the file.
-        worse: {figure: 1 if more of it is worse, -1 if less}.
+        path: the file.
+        worse: {figure: 1 if larger is worse, -1 if smaller is worse}.
         exact, of_one_config, decides: see the module.
     """
 
@@ -39,7 +39,7 @@ class Baseline:
         return (*NAME_COLUMNS, "triton", "config", *self.worse)
 
     def held(self, row):
-        """What the baseline keeps of a kernel; of registers, on NVIDIA, `lock` and spills say enough."""
+        """The figures that the baseline keeps of a kernel. On NVIDIA, `lock` and spills stand in for registers."""
         figures = {name: row.get(name) for name in self.worse}
         if "registers" in figures and row["arch"].startswith("sm_"):
             figures["registers"] = None
@@ -48,11 +48,11 @@ class Baseline:
         return {name: row[name] for name in (*NAME_COLUMNS, "config")} | figures
 
     def read(self, version=triton.__version__):
-        """The rows of a Triton version, as `held` gives them; none if there is no baseline of it."""
+        """The rows of a Triton version, as `held` gives them. Empty if it has no baseline."""
         return [row for row in self._read_all() if row.pop("triton") == version]
 
     def update(self, rows, version=triton.__version__):
-        """Replace what the file has of a Triton version by `rows`, and keep that of others."""
+        """Replace the rows of a Triton version by `rows`. Rows of other versions stay."""
         others = [row for row in self._read_all() if row["triton"] != version] if self.path.exists() else []
         rows = others + [self.held(row) | {"triton": version} for row in rows]
         with results.Table(self.path, self.columns) as table:
@@ -60,7 +60,7 @@ class Baseline:
                 table.append(row[name] for name in self.columns)
 
     def judge(self, before, now):
-        """(changes that cost too much, changes that gain as much) from rows of the baseline to rows of today."""
+        """(regressions, improvements) from rows of the baseline to rows of today."""
         found = changes(before, [self.held(row) for row in now], ("config", *self.worse))
         decided = {name_of(row) for row in before if row[self.decides] is not None}
         moved = {x.kernel for x in found if x.figure == "config"}
@@ -70,7 +70,7 @@ class Baseline:
         return costs + [x for x in comparable if self._costs(x)], [x for x in comparable if self._gains(x)]
 
     def _costs(self, change):
-        """A figure that is there no more counts as one."""
+        """A figure that is gone counts as a regression."""
         if change.growth is None:
             return True
         return self.worse[change.figure] * change.growth > (0 if change.figure in self.exact else TOLERANCE)
@@ -89,7 +89,7 @@ def _number(text):
     return int(text) if text.isdigit() else float(text)
 
 
-# What the machine code is made of, see perf/commands/inspect.py.
+# Compiled code, see perf/commands/inspect.py.
 COMPILED = Baseline(
     path=FOLDER / "baseline.csv",
     worse={"registers": 1, "spills": 1, "spills in loop": 1, "loop instructions": 1, "lock TFLOP/s": -1},
@@ -97,7 +97,7 @@ COMPILED = Baseline(
     of_one_config=("registers", "loop instructions"),
     decides="lock TFLOP/s",
 )
-# What it does when it runs, see perf/commands/counts.py.
+# Counts of the emulator, see perf/commands/counts.py.
 COUNTED = Baseline(
     path=FOLDER / "counts.csv",
     worse={
@@ -111,7 +111,7 @@ COUNTED = Baseline(
 
 
 def counts_of(arch, dtype, kernel, config, shape):
-    """The row of COUNTED of a kernel at a config, in a case that has what `shape` names; {} if there is none."""
+    """The row of COUNTED for a kernel with a config, in a case that contains `shape`. {} if there is none."""
     words = {f"{name}={value}" for name, value in shape.items()}
     wanted = {"arch": arch, "dtype": dtype, "kernel": kernel, "config": config}
     rows = (row for row in COUNTED.read() if wanted.items() <= row.items() and words <= set(row["case"].split()))

@@ -1,4 +1,4 @@
-"""The picture of calibration.csv: what was predicted of a config, and what it reached."""
+"""The plot of calibration.csv: predictions of configs against measurements."""
 
 from matplotlib import pyplot as plt
 
@@ -10,7 +10,7 @@ PREDICTIONS = {"lock": "lock, no waits (TFLOP/s)", "expected": "expected, with w
 
 
 def calibration(data):
-    """Measured against predicted TFLOP/s: a column per family; above against `lock`, below against `expected`."""
+    """Measured against predicted TFLOP/s: a column per family, `lock` in the top row, `expected` in the bottom row."""
     families = list(dict.fromkeys(data["family"]))
     size = {"figsize": (1.2 + 2.6 * len(families), 6.2)}
     figure, grid = plt.subplots(len(PREDICTIONS), len(families), squeeze=False, **size)
@@ -25,7 +25,7 @@ def calibration(data):
         axes.set_ylabel("measured (TFLOP/s)")
     legend_below(figure)
     gpu, triton = (", ".join(dict.fromkeys(data[name].dropna().astype(str))) for name in ("gpu", "triton"))
-    head(figure, "The loop model beside measurements", ", ".join(filter(None, [gpu, triton and f"Triton {triton}"])))
+    head(figure, "Loop model and measurements", ", ".join(filter(None, [gpu, triton and f"Triton {triton}"])))
     return figure
 
 

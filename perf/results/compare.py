@@ -1,4 +1,4 @@
-"""Compiled kernels beside the same ones before: as of another commit, or of the checked-in baseline."""
+"""Compiled kernels compared with earlier ones: from another commit, or from the checked-in baseline."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ ABSENT = "not there"
 
 @dataclass(frozen=True)
 class Change:
-    """A figure of a kernel that is not what it was. `kernel` are the values of NAME_COLUMNS."""
+    """A changed figure of a kernel. `kernel` has the values of NAME_COLUMNS."""
 
     kernel: tuple
     figure: str
@@ -17,7 +17,7 @@ class Change:
 
     @property
     def growth(self):
-        """Share of what it was, infinite from zero; None where one of the two is no number."""
+        """Relative change, infinite from zero. None if one of the values is not a number."""
         if not all(isinstance(value, int | float) for value in (self.before, self.now)):
             return None
         return (self.now - self.before) / self.before if self.before else float("inf")
@@ -31,7 +31,9 @@ class Change:
 
 
 def changes(before, now, figures):
-    """The differences of two lists of rows in the given columns, in the order of `now`, then what is gone."""
+    """The differences between two lists of rows in the given columns, in the order of `now`, then the rows that are
+    gone.
+    """
     before, now = ({name_of(row): row for row in rows} for rows in (before, now))
     found = []
     for name in [*now, *(name for name in before if name not in now)]:

@@ -1,4 +1,4 @@
-"""What runs of `python -m perf gpu` leave in their folder: CSV files, a report and a log of what failed."""
+"""Output of `python -m perf gpu`: CSV files, a report and a log of failures."""
 
 import csv
 import json
@@ -12,8 +12,8 @@ from perf.results.tables import print_table
 from perf.results.targets import TARGETS, judge
 
 REPORT, LOG = "report.json", "log.txt"
-LOG_BYTES = 3_000_000  # of the file in all
-LOG_LINES, LINE_LENGTH = 90, 1000  # of a failure: the last lines, of its traceback and what stderr says
+LOG_BYTES = 3_000_000  # limit of the log file
+LOG_LINES, LINE_LENGTH = 90, 1000  # of a failure: the last lines of its traceback and of stderr
 
 
 def case_text(case):
@@ -21,10 +21,10 @@ def case_text(case):
 
 
 class Report:
-    """What was done, what failed, what is left, and what came of the targets; on the disk at every change.
+    """What was done, what failed, what is left, and the values of the targets. It is written to disk at every change.
 
-    Nothing in it ends a run: what goes wrong in writing is said on stderr. `known` are rows of earlier runs,
-    {(GPU, stage, case as JSON): {"csv": name of the file, "rows": dicts}}, which stay where this run gives no others.
+    It never ends a run: errors in writing go to stderr. `known` are rows of earlier runs, {(GPU, stage, case as JSON):
+    {"csv": file name, "rows": dicts}}. They are kept where this run has no others.
     """
 
     def __init__(self, out_dir, minutes, known=None):
@@ -41,11 +41,11 @@ class Report:
         self._write_csv(stage)
 
     def compiled(self):
-        """So long the stage has compiled before its cases."""
+        """The stage compiled for this long before its cases."""
         self.stages[-1]["compiling"] = round(time.monotonic() - self._start, 1)
 
     def add(self, stage, case, rows, logs):
-        """Rows of a case, and of each what the log is to say if it is one of failure."""
+        """The rows of a case, and for each row its log entry if it is a failure."""
         self.stages[-1]["done"] += 1
         for part in stage.split(case):
             self._found.pop(self._key(stage, part), None)
@@ -63,16 +63,16 @@ class Report:
         self._write()
 
     def note(self, stage, case, why, log):
-        """In the log alone."""
+        """Write to the log only."""
         self._log.add(f"{stage.name}: {json.dumps(case)}: {why}", log)
 
     def leave(self, cases):
-        """So many more are left to do, or fewer."""
+        """Change the number of cases that are left."""
         self.stages[-1]["left"] += cases
         self._write()
 
     def roofs(self):
-        """{what: value} that the stage of that name measured on this GPU, in this run or an earlier one."""
+        """{name: value} that a stage measured on this GPU, in this run or an earlier one."""
         return {row["what"]: row["value"] for row in self._rows("machine")}
 
     def targets(self):
@@ -105,7 +105,7 @@ class Report:
             traceback.print_exc()
 
     def _write_csv(self, stage):
-        """Anew each time: rows of another GPU, and of stages that share the file, are kept."""
+        """Write the whole file. Rows of another GPU and of stages that share the file are kept."""
         try:
             columns = list(dict.fromkeys([*stage.columns, "gpu"]))
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -128,20 +128,20 @@ class Report:
         if self.failures:
             print(f"tracebacks: {self.out_dir / LOG}")
         if any(stage["left"] for stage in self.stages):
-            print(f"the minutes are over with cases left: --resume {self.out_dir} goes on")
-        print("pictures: python -m perf report, where pandas and matplotlib are")
+            print(f"the minutes are over with cases left; continue with --resume {self.out_dir}")
+        print("plots: python -m perf report, with pandas and matplotlib installed")
 
 
 def _or_nothing(rows):
     try:
         return rows()
-    except Exception:  # rows of an earlier run may lack what this code reads
+    except Exception:  # rows of an earlier run may lack columns of this code
         traceback.print_exc()
         return []
 
 
 class _Log:
-    """What failed, with the end of its traceback, as far as the file has room for it."""
+    """Failures with the end of their tracebacks, up to the size limit of the file."""
 
     def __init__(self, path):
         self._path = path

@@ -1,7 +1,7 @@
-"""Pictures of results, drawn from their CSV files and from nothing else.
+"""Plots of results, drawn from their CSV files alone.
 
-The columns of a file say what it shows. A table of speeds gives a picture for each family and pass in it, and, where
-peers are in it, one of our speed over that of the best of them. Pictures lie beside their file and are called like it.
+The columns of a file decide what is plotted. A table of speeds gives a plot for each family and pass in it and, if it
+has peers, one of our speed over the best peer's. Plots are saved beside their file, under its name.
 """
 
 import contextlib
@@ -27,10 +27,12 @@ from perf.results.style import (
 
 
 def draw(csv_path, out_dir=None):
-    """Paths of the pictures of a CSV; ValueError if it is a broken table of speeds or of a kind that has no picture."""
+    """Paths of the plots of a CSV. ValueError if it is an invalid table of speeds or has no kind of plot."""
     found = pictures(csv_path)
     if not found:
-        raise ValueError(f"{csv_path}: no picture is known for a table of {', '.join(pd.read_csv(csv_path).columns)}")
+        raise ValueError(
+            f"{csv_path}: there is no plot for a table with the columns {', '.join(pd.read_csv(csv_path).columns)}"
+        )
     paths = [_path_of(csv_path, name, out_dir) for name in found]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
@@ -42,7 +44,7 @@ def draw(csv_path, out_dir=None):
 
 
 def paths_of(csv_path):
-    """Where `draw` leaves the pictures of a CSV, drawn or not; none of a kind that has no picture."""
+    """The paths to which `draw` writes the plots of a CSV. Empty if it has no kind of plot."""
     return [_path_of(csv_path, name) for name in pictures(csv_path)]
 
 
@@ -52,7 +54,7 @@ def _path_of(csv_path, name, out_dir=None):
 
 
 def pictures(csv_path):
-    """{end of the file's name: (function that draws, its data)}."""
+    """{end of the file name: (function that draws, its data)}."""
     if results.holds_speeds(csv_path):
         return speed_plots.pictures(results.read(csv_path), _measured_beside(csv_path))
     data = pd.read_csv(csv_path)
@@ -61,11 +63,11 @@ def pictures(csv_path):
 
 
 def _measured_beside(csv_path):
-    """Our measured rows in the folders beside that of a table, configs that a sweep tried left out; None if none."""
+    """Our measured rows in the folders beside a table's, without configs that a sweep tried. None if there are none."""
     tables = []
     for path in sorted(Path(csv_path).resolve().parent.parent.glob("*/*.csv")):
         if results.holds_speeds(path) and not path.stem.startswith("sweep"):
-            with contextlib.suppress(ValueError):  # a file that breaks the contract is no part of this picture
+            with contextlib.suppress(ValueError):  # an invalid file is left out of this plot
                 tables.append(results.read(path))
     ours = [t[(t["source"] == results.MEASURED) & (t["provider"] == OURS)] for t in tables]
     return pd.concat(ours) if any(map(len, ours)) else None
@@ -75,7 +77,7 @@ ATTENTION_STYLES = {"MHA": (VERMILION, "s"), "GQA": (BLUE, "o"), "MQA": (GREEN, 
 
 
 def kv_cache(data):
-    """KV-cache size against context length, a line per model, a colour per kind of attention."""
+    """KV-cache size against context length: a line per model, a colour per kind of attention."""
     figure, axes = plt.subplots()
     ends = []
     for name, rows in data.groupby("model", sort=False):
@@ -99,7 +101,7 @@ def kv_cache(data):
 
 
 def _label_ends(axes, x, ends):
-    """Name each line at its end, a label above the last where lines end close together; `ends` is (y, text, colour)."""
+    """Label each line at its end, and stack labels whose lines end close together. `ends` is (y, text, colour)."""
     lowest = 0
     for y, text, colour in sorted(ends):
         at = max(y, lowest)
@@ -116,7 +118,7 @@ OPERATION_STYLES = {
 
 
 def pool_operations(data):
-    """Cost per page against the size of the pool; bands are p20 to p80."""
+    """Cost per page against pool size. Bands are p20 to p80."""
     figure, axes = plt.subplots()
     for operation, rows in data.groupby("operation"):
         colour, marker = OPERATION_STYLES[operation]
@@ -132,7 +134,7 @@ def pool_operations(data):
 
 
 def decode_step(data):
-    """Cost of the bookkeeping of a decode step against the batch; the band is p20 to p80."""
+    """Bookkeeping cost of a decode step against batch size. The band is p20 to p80."""
     figure, axes = plt.subplots()
     band = {"color": VERMILION, "alpha": 0.2, "linewidth": 0}
     axes.fill_between(data["sequences"], data["p20_ms"], data["p80_ms"], **band)
@@ -147,7 +149,7 @@ def decode_step(data):
     return figure
 
 
-PICTURES = {  # by a column that no other kind of table has
+PICTURES = {  # keyed by a column that only this kind of table has
     "bytes_per_element": kv_cache,
     "operation": pool_operations,
     "sequences": decode_step,

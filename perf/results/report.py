@@ -1,7 +1,7 @@
-"""The figures of docs/performance.md and the status line of the README, written from the results and from nothing else:
-every figure is one of a CSV file or a tuned table, and says where it was measured, or that it is predicted.
+"""The figures of docs/performance.md and the status line of the README, written from the results alone. Every figure
+comes from a CSV file or a tuned table, and says where it was measured, or that it is predicted.
 
-Pictures that are missing or older than their CSV are drawn first.
+Plots that are missing or older than their CSV are drawn first.
 """
 
 import json
@@ -30,7 +30,7 @@ NONE = pd.Series(dtype=str)
 
 
 def draw(root, redraw):
-    """The pictures of every CSV that lacks one, or is newer than one."""
+    """Draw the plots of every CSV that has none or is newer than its plots."""
     drawn = []
     for path in sorted(root.glob("*/*.csv")):
         pictures = plot.paths_of(path)
@@ -44,7 +44,7 @@ def _is_stale(picture, csv_path):
 
 
 def replace_section(text, new):
-    """ValueError if the marks are not there once each, in their order."""
+    """ValueError unless each mark is there once, in order."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
@@ -53,15 +53,15 @@ def replace_section(text, new):
 
 
 def replace_status(text, new):
-    """ValueError if the third line is none of a status."""
+    """ValueError unless the third line is a status line."""
     lines = text.splitlines(keepends=True)
     if len(lines) < 3 or not lines[2].startswith(STATUS):
-        raise ValueError(f"the README needs a third line that begins with {STATUS!r}")
+        raise ValueError(f"expected a third line that begins with {STATUS!r}")
     return "".join([*lines[:2], new + "\n", *lines[3:]])
 
 
 def status(root):
-    """A line of Markdown: which GPUs have run the package, and what came of it."""
+    """A line of Markdown: the GPUs on which the package has run, and the outcome."""
     runs = [_run(path.parent) for path in sorted(root.glob("*/smoke.csv"))]
     ran = f"has run on {'; '.join(runs)}. No other GPU has run it yet." if runs else "no GPU has run it yet."
     return (
@@ -71,7 +71,7 @@ def status(root):
 
 
 def _run(folder):
-    """One GPU's, from its smoke checks, its tests and the report of the run."""
+    """The status of one GPU, from its smoke checks, its tests and the report of the run."""
     machine = pd.read_csv(folder / "machine.csv", index_col="what")["value"]
     said = [f"{_passed(folder / 'smoke.csv')} smoke checks"]
     if (folder / "tests.csv").exists():
@@ -89,7 +89,7 @@ def _passed(path):
 
 
 def section(root, base=PAGE.parent, tuned=TUNED):
-    """Markdown of the results under `root`, with links relative to `base`; what has no results is left out."""
+    """Markdown of the results under `root`, with links relative to `base`. Sections without results are left out."""
     found = Results(root, base)
     blocks = [where_measured, targets, prefill, decode, latent_decode, latent_prefill, cold_start]
     blocks += [errors, sizes]
@@ -97,7 +97,7 @@ def section(root, base=PAGE.parent, tuned=TUNED):
 
 
 class Results:
-    """The CSV files under `root`: tables of speeds as one, measured rows first, and the others by name."""
+    """The CSV files under `root`: all tables of speeds as one, measured rows first, and the other files by name."""
 
     def __init__(self, root, base):
         self.root, self.base = root, base
@@ -114,12 +114,14 @@ class Results:
         return rows[rows["dtype"] == "bfloat16"]
 
     def table(self, pattern):
-        """(path, DataFrame) of the first file of a name, a GPU's before the interpreter's; (None, None) without."""
+        """(path, DataFrame) of the first file with a name, a GPU's before the interpreter's. (None, None) if there is
+        none.
+        """
         paths = sorted(self.root.glob(f"*/{pattern}"), key=lambda path: (path.parent.name == "interpreter", path))
         return (paths[0], pd.read_csv(paths[0])) if paths else (None, None)
 
     def pictures(self, family, direction):
-        """[(what it shows, path)] of the pictures that were drawn, measured ones first."""
+        """[(caption, path)] of the plots that exist, measured ones first."""
         shown = []
         for path in self.paths:
             for picture, (draw_it, rows) in zip(plot.paths_of(path), plot.pictures(path).values()):
@@ -135,7 +137,7 @@ class Results:
 
     def links(self, pictures):
         links = ", ".join(f"[{text}]({relpath(path, self.base)})" for text, path in pictures)
-        return f"Picture{'s' * (len(pictures) > 1)}: {links}." if links else ""
+        return f"Plot{'s' * (len(pictures) > 1)}: {links}." if links else ""
 
 
 def where_measured(found):
@@ -144,7 +146,7 @@ def where_measured(found):
 
 
 def targets(found):
-    """The goals, beside what was measured on each GPU that they are for."""
+    """The targets, beside the values measured on each GPU that they are for."""
     rows = found.speeds.rename(columns={"pass": "direction"}).astype(object)
     judged = judge(rows.where(rows.notna(), None).itertuples(index=False)) or {"measured": [None] * len(TARGETS)}
     lines = []
@@ -166,7 +168,7 @@ def prefill(found):
         lines += _lines(rows, direction, ["head_dim", "seqlen_k"], ["tflops"])
         used.append(rows)
     forward, backward = (found.pictures("flash", direction) for direction in ("forward", "backward"))
-    about = "`python -m perf bench`: TFLOP/s, causal, bf16."
+    about = "`python -m perf bench`: TFLOP/s of causal attention in bf16."
     pictures = found.image(forward), found.links(forward[1:] + backward)
     return _block("Training and prefill", about, lines, pd.concat(used), *pictures)
 
@@ -178,8 +180,9 @@ def decode(found):
     rows = rows[rows["cache_dtype"].fillna("bfloat16") == "bfloat16"]
     for column in ("num_heads_q", "num_heads_kv", "head_dim", "page_size"):
         rows = rows[rows[column] == getattr(heads, column)]
-    about = "`python -m perf bench --family paged`: GB/s of a step over a paged KV cache, bf16, "
-    about += f"{heads.num_heads_q} query and {heads.num_heads_kv} KV heads of {heads.head_dim}, by batch and context."
+    about = "`python -m perf bench --family paged`: GB/s of a decode step over a paged bf16 KV cache, "
+    about += f"{heads.num_heads_q} query heads, {heads.num_heads_kv} KV heads, head_dim {heads.head_dim}, "
+    about += "by batch and context."
     lines = _lines(rows, "", ["batch", "seqlen_k"], ["gbps"])
     return _block("Decode", about, lines, rows, found.links(found.pictures("paged", "decode")))
 
@@ -190,13 +193,13 @@ def latent_decode(found):
     lines = []
     for (heads, cache), of_kind in rows.groupby(["num_heads_q", rows["cache_dtype"].fillna("bfloat16")]):
         lines += _lines(of_kind, f"{heads} heads, {cache} cache", ["seqlen_k"], ["tflops", "gbps"])
-    about = "`python -m perf mla`: a step at DeepSeek's widths, against the context."
+    about = "`python -m perf mla`: a decode step at DeepSeek's widths, by context."
     pictures = found.pictures("mla", "decode")
     return _block("MLA decode", about, lines, rows, found.image(pictures), found.links(pictures[1:]))
 
 
 def latent_prefill(found):
-    """The fastest schedule: of a prediction the one that "auto" chooses, since it chooses by the same costs."""
+    """The fastest schedule. For predictions, the one that "auto" chooses, since it uses the same costs."""
     rows = found.of("mla", "prefill")
     rows = rows[rows["provider"].str.startswith(OURS) & rows["seqlen_k"].isin([512, 2048, 8192, 32768])]
     rows = rows.assign(time=rows["p50_ms"].fillna(rows.get("ms")).astype(float)).dropna(subset="time")
@@ -209,7 +212,7 @@ def latent_prefill(found):
             for _, row in fastest.iterrows()
         }
         lines.append({"": f"{WORDS['queries'](of_call)}, {origin}"} | cells)
-    about = "`python -m perf mla`: the fastest schedule against the context. `auto` chooses by the predictions."
+    about = "`python -m perf mla`: the fastest schedule by context. `auto` chooses by the predictions."
     return _block("MLA prefill", about, lines, rows, found.links(found.pictures("mla", "prefill")))
 
 
@@ -222,10 +225,10 @@ def cold_start(found):
     launched = "" if (calls["launched"] == "yes").all() else f", compiled for {calls['arch'].iloc[0]} and not launched"
     said = (
         f"`python -m perf cold`, on the host{launched}: `import triton_attn` takes "
-        f"{seconds['torch, triton_attn']:.1f} s where torch alone takes {seconds['torch']:.1f}; the first call of a "
-        f"function {_span(calls['empty_cache_s'])} s, with its kernels in Triton's cache on disk "
-        f"{_span(calls['warm_cache_s'])} s; a later forward call {_span(_forward(calls)['later_call_us'], 0)} us. "
-        f"[By function]({relpath(path, found.base)})."
+        f"{seconds['torch, triton_attn']:.1f} s, of which torch takes {seconds['torch']:.1f} s. The first call of a "
+        f"function takes {_span(calls['empty_cache_s'])} s, or {_span(calls['warm_cache_s'])} s with its kernels in "
+        f"Triton's disk cache. Later forward calls take {_span(_forward(calls)['later_call_us'], 0)} us. "
+        f"[Times by function]({relpath(path, found.base)})."
     )
     return f"## Cold start\n\n{_wrap(said)}\n\n{_provenance(calls)}"
 
@@ -250,14 +253,14 @@ def errors(found):
             line[name] = _percent((inexact["error"] / inexact[column]).max()) if len(inexact) else "exact"
         lines.append(line)
     about = (
-        "`python -m perf verify`, against fp64 at shapes of real models, outputs and gradients, in "
-        f"{data['dtype'].iloc[0]}: the largest as shares of torch's own and of the bound. "
+        "`python -m perf verify`: errors of outputs and gradients against fp64, at shapes of real models in "
+        f"{data['dtype'].iloc[0]}. The table has the largest error relative to torch's own error and to the bound. "
     )
-    return _block("Errors", f"{about}[All of them]({relpath(path, found.base)}).", lines, data)
+    return _block("Errors", f"{about}[All errors]({relpath(path, found.base)}).", lines, data)
 
 
 def sizes(found):
-    """Needs no device: from formulas."""
+    """This section needs no device: it is computed from formulas."""
     _, kinds = found.table("mla_sizes.csv")
     path, _ = found.table("kv_cache.csv")
     blocks = ["## KV-cache sizes\n\n`python -m perf sizes`, computed from the formulas; d_h is the width of a head."]
@@ -270,19 +273,19 @@ def sizes(found):
 
 
 def tuned_tables(folder):
-    """What `triton_attn/tuned/` holds, a line per architecture, family and origin."""
+    """The contents of `triton_attn/tuned/`: a line per architecture, family and source."""
     lines = []
     for path in sorted(folder.glob("*.json")):
         entries = pd.DataFrame(json.loads(path.read_text())["entries"])
         for (family, source, device), rows in entries.groupby(["family", "source", "device"]):
             made = {"source": source, "device": device, "triton": ", ".join(sorted(rows["triton"].unique()))}
             lines.append({"arch": path.stem, "family": family, "configs": len(rows)} | made)
-    about = "`python -m perf sweep` found them; they come before the defaults."
+    about = "`python -m perf sweep` found these configs. They take precedence over the defaults."
     return f"## Tuned configs\n\n{about}\n\n{_markdown(lines)}" if lines else ""
 
 
 def _lines(rows, label, by, speeds):
-    """Lines of a table, one per origin: our speeds for each value of the columns `by`."""
+    """Lines of a table, one per source: our speeds for each value of the columns `by`."""
     rows = rows[rows["provider"].isin([OURS, BOUND, LOCK])]
     lines = []
     for (_, origin), of_origin in rows.groupby(["order", "origin"]):
@@ -313,14 +316,14 @@ def _cell(rows, speed):
 
 
 def _block(title, about, lines, rows, *pictures):
-    """Nothing without lines."""
+    """A section, or nothing if it has no lines."""
     if not lines:
         return ""
     return "\n\n".join(filter(None, [f"## {title}", _wrap(about), _markdown(lines), _provenance(rows), *pictures]))
 
 
 def _provenance(rows):
-    """How rows came about, on what, with which versions; a line per way."""
+    """How, on what and with which versions rows were obtained: a line per combination."""
     columns = [column for column in ("source", "cpu", "gpu", "device", *VERSIONS[:-1]) if column in rows]
     said = []
     for values, alike in rows.groupby(columns, dropna=False, sort=False):

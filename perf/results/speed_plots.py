@@ -1,4 +1,4 @@
-"""Pictures of tables of speeds (`perf/results/__init__.py`): whatever families, passes and providers are in them."""
+"""Plots of tables of speeds (`perf/results/__init__.py`), for any families, passes and providers."""
 
 import re
 import textwrap
@@ -10,8 +10,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from perf.results import BOUND, LOCK, MEASURED, OURS, SPEEDS
 from perf.results.style import BLACK, PROVIDER_STYLES, SKY, head, legend_below, length_ticks, short_length, styles_of
 
-APART = ["family", "pass", "dtype", "gpu", "source"]  # what differs in these is in different pictures
-WORDS = {  # how a title says a column
+APART = ["family", "pass", "dtype", "gpu", "source"]  # rows that differ in these go to different plots
+WORDS = {  # how a title words a column
     "causal": lambda causal: "causal" if causal else "full",
     "window": lambda window: "no window" if pd.isna(window) else f"window {window:g}",
     "head_dim": "head_dim {}".format,
@@ -24,17 +24,17 @@ WORDS = {  # how a title says a column
     "cache_dtype": "{} cache".format,
 }
 NAMES = {"flash": "Attention", "paged": "Paged attention", "mla": "MLA"}
-ROOFS = {  # of a speed: measured, of a prediction
-    "tflops": ("matrix product, measured", ""),
+ROOFS = {  # roof of a speed: measured, for predictions
+    "tflops": ("matmul, measured", ""),
     "gbps": ("copy, measured", "memory, data sheet"),
 }
 LEFT_OUT = "launches, latencies and DRAM efficiency left out"
 
 
 def pictures(data, measured=None):
-    """{end of the file's name: (function that draws, its rows)} for a table of speeds, as `results.read` gives it.
+    """{end of the file name: (function that draws, its rows)} for a table of speeds, as `results.read` returns it.
 
-    `measured` are rows of ours from other tables: a prediction shows those of its problems and GPU.
+    `measured` are our rows from other tables. A plot of predictions shows those for the same problems and GPU.
     """
     names = [column for column in APART if data[column].nunique() > 1]
     found = {}
@@ -50,8 +50,9 @@ def pictures(data, measured=None):
 
 
 def _is_gpu_of(gpu, predicted):
-    """Whether a prediction is for a GPU: their names, as "NVIDIA H100 80GB HBM3" and "H100 or H200 SXM at 1.755 GHz",
-    share the word of the model."""
+    """Whether a prediction is for a GPU. Their names, e.g. "NVIDIA H100 80GB HBM3" and "H100 or H200 SXM at 1.755 GHz",
+    share the word of the model.
+    """
     models = (set(re.findall(r"\b[A-Z]+\d+\b", name)) for name in (gpu, predicted))
     return bool(set.intersection(*models))
 
@@ -61,13 +62,13 @@ def _slug(text):
 
 
 def _has_peers(data):
-    """Whether we and somebody else have a speed."""
+    """Whether we and a peer have a speed."""
     timed = data.dropna(subset=list(SPEEDS), how="all")["provider"]
     return timed.str.startswith(OURS).nunique() == 2
 
 
 def speeds(data):
-    """Rows of one family and pass in the way that suits them, with the providers that have no speed."""
+    """Rows of one family and pass in their kind of plot, with the providers that have no speed."""
     first = data.iloc[0]
     if first["pass"] == "decode":
         figure = latent_decode(data) if first["family"] == "mla" else decode(data)
@@ -80,8 +81,9 @@ def speeds(data):
 
 
 def throughput(data):
-    """TFLOP/s against sequence length: a panel per mask, head dimension and what else varies, a line per provider, the
-    measured roof."""
+    """TFLOP/s against sequence length, and the measured roof: a panel per mask, head dimension and other varying
+    column, a line per provider.
+    """
     first = data.iloc[0]
     panels, same = _panels(data, ["causal", "head_dim"])
     figure, grid = _grid(len(panels), 3 if len(panels) % 3 == 0 else 2, "sequence length (tokens)", SPEEDS["tflops"])
@@ -99,8 +101,9 @@ def throughput(data):
 
 
 def decode(data):
-    """GB/s of decode steps, a line per provider, the roof and the share of it: against context in a panel per batch,
-    then against the batch, at the shortest and the longest context that all batches have."""
+    """GB/s of decode steps, a line per provider, the roof and the share of it. Against context in a panel per batch,
+    then against the batch at the shortest and the longest context that all batches have.
+    """
     first = data.iloc[0]
     panels, same = _panels(data, ["batch"])
     contexts = _common_contexts(data) if len(panels) == data["batch"].nunique() > 1 else []
@@ -144,7 +147,7 @@ def _share_of_roof(grid, roof):
 
 
 def ratio(data):
-    """Our speed over that of the best peer, the same panels; a colour says which peer that is."""
+    """Our speed over the best peer's, in the same panels. The colour says which peer it is."""
     first = data.iloc[0]
     speed = "gbps" if first["pass"] == "decode" else "tflops"
     panels, same = _panels(data, ["batch"] if first["pass"] == "decode" else ["causal", "head_dim"])
@@ -175,8 +178,9 @@ FLASH_MLA_PUBLISHED = {"tflops": 660, "gbps": 3000}  # H800, bf16, at best; gith
 
 
 def latent_decode(data):
-    """TFLOP/s above GB/s of MLA's decode steps against context, a column per number of heads; with what FlashMLA says
-    of itself."""
+    """TFLOP/s (top) and GB/s (bottom) of MLA decode steps against context: a column per number of heads, with
+    FlashMLA's published figures.
+    """
     first = data.iloc[0]
     measured = first["source"] == MEASURED
     caches = data["cache_dtype"].fillna(data["dtype"])
@@ -217,8 +221,9 @@ def _latent_bands(axes, panel, data, speed):
 
 
 def latent_prefill(data):
-    """Schedules of MLA's prefill against context: time, time over the least of them, workspace; a column per kind of
-    call."""
+    """Schedules of MLA prefill against context: time, time over the least of ours, workspace. A column per kind of
+    call.
+    """
     first = data.iloc[0]
     calls = data[["seqlen_q", "seqlen_k"]].apply(tuple, axis=1)
     ours = data[data["schedule"].notna()]
@@ -273,7 +278,7 @@ def _schedule_panels(column, data, styles):
 def _panels(data, keys, lines=()):
     """({title: rows}, what all rows have in common, in words).
 
-    Panels are told apart by those of the keys that vary, and by other columns where rows of one length differ in them.
+    Panels are separated by the keys that vary, and by other columns in which rows of one length differ.
     """
     is_chunk = (data["seqlen_q"] != data["seqlen_k"]) & (data["pass"] != "decode")
     data = data.assign(queries=data["seqlen_q"].where(is_chunk, 0))
@@ -289,7 +294,7 @@ def _panels(data, keys, lines=()):
 
 
 def _say(data, column):
-    """What all rows have in a column, in words; nothing where it goes without saying."""
+    """The value that all rows share in a column, in words; nothing if it is the usual value."""
     first = data.iloc[0]
     is_plain = {
         "causal": first["pass"] == "decode",
@@ -307,7 +312,7 @@ def _tells_apart(data, column, keys):
 
 
 def _grid(num_panels, num_columns, x, y, sharex=True):
-    """(figure, its panels) with axes named at the edges."""
+    """(figure, its panels) with axis labels at the edges."""
     num_columns = min(num_columns, num_panels)
     num_rows = -(-num_panels // num_columns)
     size = (8, 1.6 + 2.1 * num_rows)
@@ -323,7 +328,7 @@ def _grid(num_panels, num_columns, x, y, sharex=True):
 
 
 def _speed_lines(axes, data, speed, styles, against="seqlen_k"):
-    """A line per provider, of several configs the best."""
+    """A line per provider, with the best of several configs."""
     lines = {name: rows.groupby(against)[speed].max() for name, rows in data.groupby("provider", sort=False)}
     for provider, line in lines.items():
         colour, marker, label = styles[provider]
@@ -334,11 +339,11 @@ def _speed_lines(axes, data, speed, styles, against="seqlen_k"):
 
 
 SHAPE = ["family", "pass", "batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "head_dim", "head_dim_v"]
-SHAPE += ["causal", "window", "page_size", "cache_dtype", "dtype"]  # what has to be equal for speeds to compare
+SHAPE += ["causal", "window", "page_size", "cache_dtype", "dtype"]  # speeds are comparable only if these are equal
 
 
 def _measured_points(axes, panel, data, speed, colour=BLACK, name=""):
-    """What was measured of the problems of a panel of predictions, see `pictures`."""
+    """The measurements of the problems in a panel of predictions, see `pictures`."""
     measured = data.attrs.get("measured")
     if measured is None:
         return
@@ -353,7 +358,7 @@ def _measured_points(axes, panel, data, speed, colour=BLACK, name=""):
 
 
 def _shapes(data):
-    """What rows are of, as tuples; a cache that has no dtype of its own has that of the rest."""
+    """The problems of rows, as tuples. A cache without a dtype of its own has that of the inputs."""
     caches = data["cache_dtype"].fillna(data["dtype"])
     columns = data.assign(cache_dtype=caches)[SHAPE].astype(object)
     return columns.where(columns.notna(), None).itertuples(index=False, name=None)
@@ -367,12 +372,12 @@ def _draw_roof(axes, data, speed):
 
 
 def _roof(data, speed):
-    """What roof_share is the share of; NaN where nothing has one."""
+    """The value of the roof, from a speed and its roof_share. NaN if no row has one."""
     return (data[speed] / data["roof_share"]).median()
 
 
 def _provenance(first, note=""):
-    """Lines of a title: what it ran on, and that it is predicted if it is."""
+    """Lines of a title: the device, and for predictions that they are predicted."""
     source = "" if first["source"] == MEASURED else first["source"]
     return f"{first['gpu']}, Triton {first['triton']}", "; ".join(filter(None, [source, note]))
 
@@ -382,7 +387,7 @@ def _name(first):
 
 
 def _list_failures(figure, data):
-    """Above the legend: who has no speed, for how many shapes, and why."""
+    """The lines above the legend: providers without speeds, the number of shapes, and the reason."""
     failed = data[data[list(SPEEDS)].isna().all(axis=1)]
     lines = [f"{name}, {len(rows)} shapes: {note}" for (name, note), rows in failed.groupby(["provider", "note"])]
     if lines:

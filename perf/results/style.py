@@ -1,4 +1,4 @@
-"""How every picture looks: colours, line styles, ticks."""
+"""Style of all plots: colours, line styles, ticks."""
 
 from itertools import count
 
@@ -6,7 +6,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from perf.results import BOUND, LOCK, OURS
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 STYLE = {
@@ -37,16 +37,16 @@ PROVIDER_STYLES = {  # colour, marker, label
     "FlexAttention": (PURPLE, "D", "FlexAttention"),
     "Triton tutorial": (SKY, "h", "Triton tutorial"),
     "naive torch": (ORANGE, "v", "naive torch"),
-    BOUND: (SKY, "s", "bound: products and softmax overlap fully"),
+    BOUND: (SKY, "s", "bound: matmuls and softmax overlap fully"),
     LOCK: (VERMILION, "o", "lock: they never overlap"),
 }
-# For providers without a style of their own. Tol's muted palette; seven and six have no common factor.
+# For providers without their own style. Tol's muted palette; seven and six have no common factor.
 SPARE_COLOURS = ("#332288", "#88CCEE", "#882255", "#999933", "#44AA99", "#661100", "#AA4499")
 SPARE_MARKERS = ("P", "X", "<", ">", "p", "*")
 
 
 def styles_of(providers):
-    """{provider: (colour, marker, label)}, each different for any set of up to 42 that are not known."""
+    """{provider: (colour, marker, label)}, all different for up to 42 unknown providers."""
     spare = count()
 
     def style(provider):
@@ -57,7 +57,7 @@ def styles_of(providers):
 
 
 def length_ticks(axes, lengths):
-    """A tick for each of at most seven lengths, else for every second, and so on; 1024 is written 1k."""
+    """Ticks for at most seven lengths; for more, every second, and so on. 1024 is written 1k."""
     lengths = sorted(set(lengths))
     axes.xaxis.set_major_locator(FixedLocator(lengths[:: -(-len(lengths) // 7)]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -69,7 +69,7 @@ def short_length(length, _position=None):
 
 
 def plain_ticks(axis):
-    """Numbers as people write them on a logarithmic axis, those below one as fractions."""
+    """Plain numbers on a logarithmic axis, and fractions below one."""
     axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}" if y >= 1 else f"1/{1 / y:g}"))
 
 
@@ -78,7 +78,7 @@ def head(figure, *lines):
 
 
 def legend_below(figure):
-    """One legend of all panels, each label once, in as many columns as the figure has room for."""
+    """One legend for all panels, each label once, in as many columns as fit."""
     entries = {}
     for axes in figure.axes:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))

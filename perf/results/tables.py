@@ -1,11 +1,11 @@
-"""Tables on the terminal, and how a config is written in them."""
+"""Tables on the terminal, and the short names of configs."""
 
 try:
     from tabulate import tabulate
-except ModuleNotFoundError:  # a GPU machine may have torch and little else
+except ModuleNotFoundError:  # a GPU machine may have little besides torch
 
     def tabulate(rows, **_):
-        """The same rows in columns as wide as they need, without tabulate's formats."""
+        """Aligned columns without tabulate."""
         lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)] if rows else []
         widths = [max(map(len, column)) for column in zip(*lines)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
@@ -26,5 +26,5 @@ def format_table(rows, style="simple"):
 
 
 def tile_name(block_m, block_n, num_warps, num_stages, use_tma=False):
-    """128x128 w8 s2: query rows x keys of a tile, warps, stages; tma if descriptors load the tiles."""
+    """128x128 w8 s2: query rows x keys of a tile, warps, stages; tma if the tiles are loaded through descriptors."""
     return f"{block_m}x{block_n} w{num_warps} s{num_stages}{' tma' if use_tma else ''}"

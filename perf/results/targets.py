@@ -1,5 +1,6 @@
-"""What the kernels are to reach on an H100 or H200 in bf16, and what was measured of it. Needs no pandas: a GPU run
-judges itself by it."""
+"""Targets of the kernels on an H100 or H200 in bf16, and their measured values. Needs no pandas, since a GPU run
+evaluates its own targets.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ MIN_LATENT_TFLOPS, MIN_LATENT_SHARE = 450, 0.80
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio; `measure` takes rows of one GPU and gives it, or None if what it needs is not among them."""
+    """A ratio. `measure` computes it from rows of one GPU, or returns None if they lack some of its inputs."""
 
     what: str
     at_least: float
@@ -36,7 +37,7 @@ def judge(rows):
 
 
 def _ratio(direction, peer):
-    """Our speed over a peer's: the least over LENGTHS, which must all be there; head_dim 128, causal."""
+    """Our speed over a peer's: the least over LENGTHS, all of which must be present; head_dim 128, causal."""
 
     def measure(rows):
         speeds = {}
@@ -60,7 +61,7 @@ def _paged_share(rows):
 
 
 def _latent_share(rows):
-    """Of the nearer of the two goals of each step, the least."""
+    """The least over the steps. For each step the nearer of its two goals counts."""
     return min(
         (
             max(row.tflops / MIN_LATENT_TFLOPS, row.roof_share / MIN_LATENT_SHARE)
@@ -72,8 +73,9 @@ def _latent_share(rows):
 
 
 def _steps(rows, family):
-    """Our decode steps over a cache in bf16. One without a speed, or without a measured roof to hold it against, tells
-    nothing of a share and is left out."""
+    """Our decode steps over a bf16 cache. Steps without a speed or a measured roof are left out, since they have no
+    share.
+    """
     kind = family, "decode", OURS
     return [
         row
@@ -87,8 +89,8 @@ def _steps(rows, family):
 
 TARGETS = (
     Target("forward over SDPA cuDNN, head_dim 128, causal, 4k to 16k", 1.0, _ratio("forward", "SDPA cuDNN")),
-    Target("forward over FlexAttention, the same", 1.3, _ratio("forward", "FlexAttention")),
-    Target("backward over SDPA cuDNN, the same", 0.85, _ratio("backward", "SDPA cuDNN")),
+    Target("forward over FlexAttention, head_dim 128, causal, 4k to 16k", 1.3, _ratio("forward", "FlexAttention")),
+    Target("backward over SDPA cuDNN, head_dim 128, causal, 4k to 16k", 0.85, _ratio("backward", "SDPA cuDNN")),
     Target("paged decode over the measured copy, batch 32, 8k", 0.85, _paged_share),
     Target(
         f"MLA decode over {MIN_LATENT_TFLOPS} TFLOP/s or {MIN_LATENT_SHARE} of the measured copy, from 8k",

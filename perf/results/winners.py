@@ -1,12 +1,12 @@
-"""What of a sweep is kept: the best config of each case, as entries of a tuned table (triton_attn/_host/tuned.py).
+"""The winners of a sweep: the best config of each case, as entries of a tuned table (triton_attn/_host/tuned.py).
 
-The default stays unless another config is better by more than the noise of its figure. Among configs that are equally
-good within it the one with most stages wins, as they hide a latency that the loop model does not see.
+The default stays unless another config is better by more than the noise of its figure. Among configs that are equal
+within the noise, the one with the most stages wins, since stages hide a latency that the loop model does not include.
 
-Predicted figures are what the loop model expects, or its `lock` where it expects nothing (`predicted_tflops`), but no
-more than memory lets through by the GPU's data sheet. The model
-sees the innermost loop alone: a config that spills more than the default outside of it has no prediction. A backward
-pass is predicted from its kernels: the split schedule does seven products where five are counted.
+Predicted figures are the loop model's `expected`, or `lock` where it has none (`predicted_tflops`), capped by the
+memory bandwidth of the GPU's data sheet. The model covers the innermost loop only, so a config that spills more than
+the default outside of it has no prediction. A backward pass is predicted from its kernels: the split schedule does
+seven matmuls, and five are counted.
 """
 
 import json
@@ -30,7 +30,7 @@ UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 
 
 class Winner(NamedTuple):
-    """`config` of the case of `candidate`, one of those that it was best of, at a length."""
+    """The winning `config` for the case of `candidate` at a length."""
 
     candidate: Candidate
     seqlen: int
@@ -43,7 +43,7 @@ class Winner(NamedTuple):
 
 
 def predicted(cases, seqlen):
-    """Entries for cases, pairs of candidates and the rows of what they compile to; of those that have a figure."""
+    """Entries for cases with a figure. A case is pairs of a candidate and the row of its compiled code."""
     winners = []
     for candidates, rows in cases:
         first = candidates[0]
@@ -61,9 +61,9 @@ def predicted(cases, seqlen):
 
 
 def measured(cases, time_passes):
-    """Entries for cases, triples of candidates, a length and the rows of their timings.
+    """Entries for cases. A case is triples of a candidate, a length and the row of its timing.
 
-    time_passes(problem, dtype, {name: BackwardConfig}) gives {name: TFLOP/s}.
+    time_passes(problem, dtype, {name: BackwardConfig}) returns {name: TFLOP/s}.
     """
     winners = []
     for candidates, seqlen, rows in cases:
@@ -80,14 +80,15 @@ def measured(cases, time_passes):
 
 
 def _winner(first, seqlen, figures, source):
-    """[Winner], or [] where no config has a figure."""
+    """[Winner], or [] if no config has a figure."""
     config = best(figures, default_of(first), NOISE[source], prefer=lambda config: config.num_stages)
     return [] if config is None else [Winner(first, seqlen, config, figures[config])]
 
 
 def best(figures, default, noise, prefer=lambda config: 0):
-    """The config that wins of {config: figure}: the default if it is as good as any within the noise, else the one that
-    `prefer` ranks first of those that are; None if all figures are None."""
+    """The winner of {config: figure}. It is the default if no other is better by more than the noise, else the config
+    that `prefer` ranks first among those within the noise. None if all figures are None.
+    """
     figures = {config: figure for config, figure in figures.items() if figure is not None}
     least = max(figures.values(), default=0) * (1 - noise)
     near = [config for config, figure in figures.items() if figure >= least]
@@ -95,7 +96,7 @@ def best(figures, default, noise, prefer=lambda config: 0):
 
 
 def default_of(candidate):
-    """The config of a call without a table; None for a kernel that it does not run."""
+    """The config of a call without a table. None for a kernel that the call does not run."""
     if candidate.family == "flash_backward":
         return getattr(_default_pass(candidate), candidate.case["kernel"])
     dtype = getattr(torch, candidate.dtype)
@@ -108,14 +109,15 @@ def _default_pass(candidate):
 
 
 def predicted_tflops(row):
-    """What ranks configs: `expected` of the loop model where it is known, which ranks as an H100 measured far better
-    than `lock` does (perf/commands/calibrate.py); None where the model does not apply."""
+    """The figure that ranks configs: `expected` of the loop model if it is known, which ranks much more like an H100's
+    measurements than `lock` does (perf/commands/calibrate.py). None where the model does not apply.
+    """
     expected = row.get("expected TFLOP/s")
     return row["lock TFLOP/s"] if expected is None else expected
 
 
 def predicted_figure(problem, loop_tflops, arch, element_size):
-    """TFLOP/s or GB/s of a problem; None where the loop model does not apply."""
+    """TFLOP/s or GB/s of a problem. None where the loop model does not apply."""
     if loop_tflops is None:
         return None
     flops_per_byte = problem.flops / problem.bytes(element_size)
@@ -124,7 +126,7 @@ def predicted_figure(problem, loop_tflops, arch, element_size):
 
 
 def _entries(winners, source, figures_of_passes):
-    """Of a tuned table. Winners of the kernels of one backward pass make one entry."""
+    """Entries of a tuned table. The winners for the kernels of one backward pass make one entry."""
     passes, entries = {}, []
     for winner in winners:
         if winner.candidate.family == "flash_backward":
@@ -139,14 +141,14 @@ def _entries(winners, source, figures_of_passes):
 
 
 def _is_whole(kernels):
-    """Whether both schedules can be compared: a sweep that its minutes ended knows some kernels only."""
+    """Whether both schedules can be compared. A sweep that ran out of minutes knows only some kernels."""
     if not {"dkdv", "dq"} <= kernels.keys():
         return False
     return "fused" in kernels or _default_pass(kernels["dq"].candidate).fused is None
 
 
 def _winning_pass(kernels, source, figures_of_passes):
-    """Winner with a BackwardConfig, split or fused, of {kernel: Winner}; None where both failed."""
+    """The winner with a BackwardConfig, split or fused, of {kernel: Winner}. None if both failed."""
     tiles = {kernel: winner.config for kernel, winner in kernels.items()}
     configs = {"split": BackwardConfig(tiles["dkdv"], tiles["dq"], None)}
     if "fused" in tiles:
@@ -158,7 +160,7 @@ def _winning_pass(kernels, source, figures_of_passes):
 
 
 def _predict_passes(configs, kernels):
-    """The split schedule does four products and three, where five are counted."""
+    """The split schedule does four and three matmuls, and five are counted."""
     figures = {kernel: winner.figure for kernel, winner in kernels.items()}
     figures["split"] = 5 / (4 / figures["dkdv"] + 3 / figures["dq"])
     return {name: figures[name] for name in configs}
@@ -181,10 +183,10 @@ def _entry(winner, config, source):
 
 
 def update(path, arch, entries):
-    """Put the entries in the table at path, which need not be there; the rest of it stays.
+    """Write the entries to the table at path, which need not exist. The rest of the table stays.
 
-    A new entry takes the place of one for the same case, buckets and Triton. A measured one also takes that of all
-    predictions for its case, and no prediction enters beside it.
+    A new entry replaces one for the same case, buckets and Triton. A measured one also replaces all predictions for its
+    case, and no prediction is added beside it.
     """
     table = tuned.read_table(path)["entries"] if path.exists() else []
     for new in entries:
@@ -197,7 +199,7 @@ def update(path, arch, entries):
 
 
 def _of_case(entry):
-    """A prediction holds at any length, and of one page size as of another."""
+    """A prediction holds at any length and page size."""
     return entry["family"], entry["dtype"], entry["case"], entry["triton"].split(".")[:2]
 
 
@@ -209,7 +211,7 @@ def _order(entry):
 
 
 def _write(path, table):
-    """A line per entry; at any time the file is whole."""
+    """One line per entry. The file is replaced atomically."""
     head = {name: value for name, value in table.items() if name != "entries"}
     lines = ",\n  ".join(map(json.dumps, table["entries"]))
     path.parent.mkdir(parents=True, exist_ok=True)

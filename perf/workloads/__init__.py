@@ -1,1 +1,1 @@
-"""What is run: shapes, models, the public calls, our kernels and their peers."""
+"""Workloads: shapes, models, public calls, our kernels and their peers."""

@@ -1,6 +1,6 @@
-"""Public calls on empty tensors, to be compiled: one function for each family.
+"""Public calls on empty tensors for compilation, one function per family.
 
-`package` is triton_attn, of this commit or of another: only its public names are used.
+`package` is triton_attn, of this commit or of another. Only its public names are used.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-SEQLEN = 1024  # no length is compiled in
+SEQLEN = 1024  # compiled code does not depend on it
 RANK, NOPE, ROPE, VALUE = 512, 128, 64, 128  # the widths of MLA in DeepSeek-V2 and V3
 
 
@@ -22,7 +22,7 @@ def flash(package, dtype, head_dim, causal=False, head_dim_v=None):
 
 
 def flash_backward(package, dtype, head_dim, causal=False):
-    """With the forward that comes before it."""
+    """A backward pass, with its forward."""
     inputs = [x.requires_grad_() for x in flash_inputs(dtype, head_dim)]
     out = package.flash_attention(*inputs, causal=causal)
     torch.autograd.grad(out, inputs, torch.empty_like(out))
@@ -39,7 +39,7 @@ def paged(package, dtype, **case):
 
 
 def latent_inputs(package, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=RANK, qk_rope_head_dim=ROPE):
-    """Of a decode step with absorbed queries; an fp8 cache is held as bytes."""
+    """A decode step with absorbed queries. An fp8 cache consists of bytes."""
     q_nope, q_pe = (torch.empty(1, 1, num_heads, dim, dtype=dtype) for dim in (kv_lora_rank, qk_rope_head_dim))
     is_fp8 = cache_dtype == "float8_e4m3fn"
     row_bytes = package.kv_cache_bytes_per_token(
@@ -72,7 +72,7 @@ def _lengths_and_pages(page_size):
 
 
 class Call(NamedTuple):
-    """`make(package, dtype, **case)` launches `kernels`, those that do the products of attention, and others."""
+    """`make(package, dtype, **case)` launches `kernels`, which compute the attention matmuls, and others."""
 
     make: Callable
     kernels: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""Small calls at real widths, to be emulated and counted, and what each of their kernels has to do.
+"""Small calls with real widths for the emulator, and the minimum work of each of their kernels.
 
-Tensors hold what a call reads and no more: a cache has the pages of its sequences, in any order. So a kernel must read
-all of its inputs, each sector of 32 bytes once.
+Tensors hold only what a call reads: a cache has exactly the pages of its sequences, in random order. So a kernel must
+read all of its inputs, each 32-byte sector once.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,16 @@ from triton_attn.mla.schedule import causal_pairs
 
 SECTOR = 32
 SEQLENS = {64: 512, 128: 512, 256: 256}  # of flash, by head dim
-CONTEXTS = (512, 256)  # of two sequences in a cache
+CONTEXTS = (512, 256)  # of the two sequences in a cache
 CHUNK_CONTEXTS = (256, 128)  # with many queries each
-TOKENS = 64  # that come into a cache
+TOKENS = 64  # appended to a cache
 SPLITS = 4
 
 
 class Work(NamedTuple):
-    """What a kernel has to do: bytes to read and to write, useful FLOP, and a function from its launch to the FLOP of
-    its tiles that hold some of them."""
+    """The minimum work of a kernel: bytes to read and to write, useful FLOP, and a function from its launch to the FLOP
+    of its tiles that hold some of them.
+    """
 
     reads: int
     writes: int
@@ -33,13 +34,14 @@ class Work(NamedTuple):
 
 
 def size(*tensors):
-    """Bytes of all, each in whole sectors."""
+    """Bytes of all tensors, each rounded up to sectors."""
     return sum(-(-x.numel() * x.element_size() // SECTOR) * SECTOR for x in tensors if x is not None)
 
 
 def visible_tiles(rows, seqlen_k, block_m, block_n, per_position=1, causal=True):
-    """How many tiles of `rows` queries (`per_position` of one position, the last at the last key) hold a visible pair.
-    Also of transposed tiles."""
+    """The number of tiles with a visible pair. A tile has `rows` rows, `per_position` for each position, and the last
+    row is at the last key. Also for transposed tiles.
+    """
     total = 0
     for first in range(0, rows, block_m):
         last_position = (min(first + block_m, rows) - 1) // per_position
@@ -53,19 +55,19 @@ def _normal(dtype, *shape):
 
 
 def _flash_inputs(dtype, head_dim):
-    """Two heads of queries and one of keys."""
+    """Two query heads and one KV head."""
     seqlen = SEQLENS[head_dim]
     return [_normal(dtype, 1, seqlen, heads, head_dim) for heads in (2, 1, 1)]
 
 
 def _tile(launch):
-    """(rows, keys) of a tile; a kernel of hopper.py has 64 rows for each group of warps."""
+    """(rows, keys) of a tile. A kernel of hopper.py has 64 rows per warpgroup."""
     values = launch.constexprs
     return values["BLOCK_M"] if "BLOCK_M" in values else 64 * values["GROUPS"], values["BLOCK_N"]
 
 
-def _products(heads, seqlen, width, causal=True):
-    """FLOP of tiles of self-attention whose products have `width` columns together."""
+def _matmuls(heads, seqlen, width, causal=True):
+    """FLOP of the tiles of self-attention. Their matmuls have `width` columns in total."""
     return lambda launch: 2 * width * heads * _area(launch, seqlen, seqlen, causal=causal)
 
 
@@ -78,7 +80,7 @@ def flash(dtype, head_dim, causal=True):
     q, k, v = _flash_inputs(dtype, head_dim)
     seqlen, heads = q.shape[1:3]
     flops = 4 * head_dim * heads * int(causal_pairs(seqlen, seqlen, causal))
-    work = Work(size(q, k, v), size(q), flops, _products(heads, seqlen, 2 * head_dim, causal))
+    work = Work(size(q, k, v), size(q), flops, _matmuls(heads, seqlen, 2 * head_dim, causal))
     return (
         lambda: triton_attn.flash_attention(q, k, v, causal=causal),
         {"_flash_fwd_kernel": work, "_flash_fwd_hopper_kernel": work},
@@ -86,8 +88,9 @@ def flash(dtype, head_dim, causal=True):
 
 
 def flash_backward(dtype, head_dim, deterministic=False, causal=True):
-    """Two products of every tile give dQ, of five in the fused schedule; of the split one's four and three, two are
-    done twice."""
+    """dQ is two of the five matmuls of a tile in the fused schedule. The split schedule has four and three, since it
+    does two of them twice.
+    """
     q, k, v = _flash_inputs(dtype, head_dim)
     seqlen, heads = q.shape[1:3]
     stats = torch.empty(1, heads, seqlen)
@@ -98,11 +101,11 @@ def flash_backward(dtype, head_dim, deterministic=False, causal=True):
         out = triton_attn.flash_attention(*leaves, causal=causal, deterministic=deterministic)
         torch.autograd.grad(out, leaves, q)
 
-    def work(products, reads, writes):
-        flops = 2 * products * head_dim * heads * int(causal_pairs(seqlen, seqlen, causal))
-        return Work(reads, writes, flops, _products(heads, seqlen, products * head_dim, causal))
+    def work(matmuls, reads, writes):
+        flops = 2 * matmuls * head_dim * heads * int(causal_pairs(seqlen, seqlen, causal))
+        return Work(reads, writes, flops, _matmuls(heads, seqlen, matmuls * head_dim, causal))
 
-    sums = q.float()  # of dq, zero before
+    sums = q.float()  # for dq, zeroed before
     return call, {
         "_flash_bwd_delta_kernel": Work(size(q, q), size(stats)),
         "_flash_bwd_dkdv_kernel": work(4, inputs, size(k, v)),
@@ -112,7 +115,7 @@ def flash_backward(dtype, head_dim, deterministic=False, causal=True):
 
 
 def _table(page_size, seqlens=CONTEXTS):
-    """(lengths, pages of each sequence, their number): every page is one sequence's."""
+    """(lengths, pages of each sequence, number of pages). Each page belongs to one sequence."""
     counts = [-(-seqlen // page_size) for seqlen in seqlens]
     pages = torch.randperm(sum(counts)).to(torch.int32)
     table = torch.zeros(len(seqlens), max(counts), dtype=torch.int32)
@@ -122,7 +125,7 @@ def _table(page_size, seqlens=CONTEXTS):
 
 
 def paged(dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1, num_splits=1):
-    """Two sequences, their pages in no order."""
+    """Two sequences with pages in random order."""
     contexts = CONTEXTS if seqlen_q == 1 else CHUNK_CONTEXTS
     seqlens, table, num_pages = _table(page_size, contexts)
     keys, values = (_normal(dtype, num_pages, page_size, num_heads_kv, head_dim) for _ in range(2))
@@ -146,7 +149,7 @@ def paged(dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1, num
 
 
 def _rope(dtype, width):
-    """A row of angles for each token, in no order."""
+    """Angles for each token, in random order."""
     return {
         "rope_cos": _normal(dtype, TOKENS, width // 2),
         "rope_sin": _normal(dtype, TOKENS, width // 2),
@@ -155,7 +158,7 @@ def _rope(dtype, width):
 
 
 def append(dtype, cache_dtype, num_heads_kv, head_dim, page_size, rope):
-    """`rope` is none, halves or interleaved; an fp8 cache has one scale."""
+    """`rope` is none, halves or interleaved. An fp8 cache has one scale."""
     rows = [_normal(dtype, TOKENS, num_heads_kv, head_dim) for _ in range(2)]
     held = getattr(torch, cache_dtype)
     caches = [torch.zeros(TOKENS // page_size, page_size, num_heads_kv, head_dim, dtype=held) for _ in range(2)]
@@ -194,7 +197,7 @@ def append_latent(dtype, cache_dtype, page_size, rope):
 
 
 def copy(dtype, num_heads_kv, head_dim, page_size):
-    """Half of the pages to the other half."""
+    """Copy half of the pages to the other half."""
     caches = [_normal(dtype, 8, page_size, num_heads_kv, head_dim) for _ in range(2)]
     pages = torch.randperm(8).to(torch.int32)
     source, target = pages[:4].clone(), pages[4:].clone()
@@ -212,7 +215,7 @@ def merge(dtype, num_heads, head_dim, num_parts=SPLITS):
 
 
 def mla(dtype, num_heads, cache_dtype, page_size, weights=False):
-    """Of weights, queries are absorbed and outputs projected; else they are latent."""
+    """With weights, queries are absorbed and outputs projected; otherwise both are latent."""
     seqlens, table, num_pages = _table(page_size)
     cache = _latent_cache(dtype, cache_dtype, num_pages, page_size, filled=True)
     q_nope, q_pe = (_normal(dtype, len(seqlens), 1, num_heads, n) for n in (NOPE if weights else RANK, ROPE))
@@ -229,7 +232,7 @@ def mla(dtype, num_heads, cache_dtype, page_size, weights=False):
     flops = [2 * len(seqlens) * num_heads * RANK * n for n in (NOPE, VALUE)]
 
     def of_projection(flops):
-        """A tile has 16 rows at least: a product has no fewer."""
+        """A tile has at least 16 rows, the minimum of a matmul."""
         return lambda launch: flops // len(seqlens) * max(16, launch.constexprs["BLOCK_T"])
 
     return (
@@ -255,7 +258,9 @@ def _latent_area(launch, num_heads):
 
 
 def mla_prefill(dtype, num_heads, fused, seqlen=256):
-    """What a fused tile does to make keys and values is no use: only attention is, as in perf/workloads/problems.py."""
+    """Only attention is useful work, as in perf/workloads/problems.py, not the keys and values that a fused tile
+    computes.
+    """
     rows = (num_heads, NOPE), (num_heads, ROPE), (RANK,), (ROPE,)
     q_nope, q_pe, latents, rotary = (_normal(dtype, 1, seqlen, *row) for row in rows)
     weights = [_normal(dtype, num_heads, n, RANK) / RANK**0.5 for n in (NOPE, VALUE)]

@@ -1,6 +1,6 @@
-"""What `python -m perf gpu` runs, case by case: dicts that JSON can hold, and the function that takes one.
+"""The cases of `python -m perf gpu`, as dicts that JSON can hold, and the functions that run them.
 
-A function gives rows, dicts of the stage's CSV. It runs in a process of its own (perf/harness/isolation.py).
+A function returns rows, as dicts for the stage's CSV. It runs in its own process (perf/harness/isolation.py).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch
 
 from perf.harness.device import gpu_name, versions
 from perf.harness.isolation import headline
-from perf.harness.machine import COPY, PRODUCT, describe
+from perf.harness.machine import COPY, MATMUL, describe
 from perf.harness.measure import compile_all, throughput
 from perf.results import COLUMNS, MEASURED, OURS, Row
 from perf.workloads.models import DEEPSEEK_V3, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B
@@ -37,7 +37,7 @@ SMOKE_SEQLEN = 500
 
 
 def smoke_cases():
-    """Every public function at the shapes of models that differ in their kernels; what compiles longest comes first."""
+    """Every public function at the shapes of models with different kernels. Those that compile longest come first."""
     from perf.commands.verify import functions_of
 
     calls = [(function, model, False) for model in SMOKE_MODELS.values() for function in functions_of(model)]
@@ -69,9 +69,9 @@ TEST_COLUMNS = ["test", "outcome", "seconds", "message", "figures"]
 
 
 def test_cases():
-    """Every test of tests/gpu, a test of each file in turn, so that a run cut short has seen all families.
+    """Every test of tests/gpu, one test of each file in turn, so that an interrupted run covers all families.
 
-    A file that cannot be imported is a case itself.
+    A file that cannot be imported is a case of its own.
     """
     listing = _pytest("--collect-only", "-q", str(CHECKOUT / "tests/gpu"))
     by_file = {}
@@ -93,7 +93,7 @@ def run_test(case):
 
 
 def _pytest(*arguments, plugins=()):
-    """What it prints."""
+    """The output of pytest."""
     import pytest
 
     said = io.StringIO()
@@ -104,7 +104,7 @@ def _pytest(*arguments, plugins=()):
 
 
 class _Reports:
-    """A pytest plugin: a row per test, and one for a set-up or clean-up that failed or skips it."""
+    """A pytest plugin that records a row per test, and one for a set-up or tear-down that fails or skips."""
 
     def __init__(self):
         self.rows = []
@@ -126,9 +126,9 @@ class _Reports:
             )
 
 
-STDERR_LENGTH = 4000  # characters of a test's, the last ones
+STDERR_LENGTH = 4000  # the last characters of a test's stderr that are kept
 SANITIZER_COLUMNS = ["calls", "tool", "outcome", "message"]
-SANITIZED = {  # public functions, at the shapes of a model, with each kernel of the package in one of them
+SANITIZED = {  # public functions at the shapes of a model; each kernel of the package is in one of them
     "flash": (GPT_OSS_120B, ("flash_attention", "flash_attention_varlen", "merge_attention")),
     "flash, deterministic": (GPT_OSS_120B, ("flash_attention",)),
     "paged": (LLAMA_3_8B, ("paged_attention", "append_kv_cache", "copy_kv_pages")),
@@ -136,27 +136,27 @@ SANITIZED = {  # public functions, at the shapes of a model, with each kernel of
 }
 SANITIZED_SEQLEN = 200
 NOT_AVAILABLE, KNOWN = "not available", "known"
-ERRORS_FOUND = 99  # exit code of the sanitizer where the program itself succeeded
-# racecheck does not see the barriers by which a TMA copy says that it is done, and calls what waits for them a race.
+ERRORS_FOUND = 99  # exit code of the sanitizer if the program itself succeeded
+# racecheck does not model the barriers of TMA copies, and reports the waiting accesses as races.
 RACE = re.compile(r"Race reported between .*? access at (\w+)")
 TMA_KERNELS = "_flash_fwd_", "_flash_bwd_", "_mla_decode_hopper_"
 
 
 def sanitizer_cases():
-    """One is enough to say that there is no sanitizer."""
+    """One case is enough to report that there is no sanitizer."""
     cases = [{"calls": calls, "tool": tool} for tool in ("memcheck", "racecheck") for calls in SANITIZED]
     return cases if find_sanitizer() else cases[:1]
 
 
 def run_sanitizer(case):
-    """Whether `compute-sanitizer` finds an error in small calls; it may be missing, or not serve this device."""
+    """Whether `compute-sanitizer` finds an error in small calls. It may be missing, or not support this device."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return [case | {"outcome": NOT_AVAILABLE, "message": "no compute-sanitizer on PATH or in CUDA_HOME/bin"}]
     call = f"from perf.workloads.gpu_cases import small_calls; small_calls({case['calls']!r})"
     code = str(ERRORS_FOUND)
     command = [sanitizer, "--tool", case["tool"], "--error-exitcode", code, sys.executable, "-c", call]
-    # A tensor is an allocation of its own then, and an access beside it one that memcheck sees.
+    # Each tensor is then an allocation of its own, and memcheck sees accesses beside it.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True)
     said = done.stdout + done.stderr
@@ -172,14 +172,14 @@ def run_sanitizer(case):
 
 
 def _only_tma_races(lines):
-    """Whether all that is reported lies in kernels that load by TMA."""
+    """Whether all reported errors are in kernels that load by TMA."""
     errors = [line for line in lines if line.startswith(("Error:", "Warning:"))]
     races = [RACE.search(line) for line in errors]
     return bool(races) and all(race and race[1].startswith(TMA_KERNELS) for race in races)
 
 
 def find_sanitizer():
-    """Its path, None where it is not."""
+    """The sanitizer's path, or None."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
@@ -208,14 +208,14 @@ def run_roofs(case):
     return [{"what": what, "value": value} for what, value in describe().items()]
 
 
-FAMILIES = {  # of a problem: its providers, and the roof of its figure
-    Problem: (PROVIDERS, PRODUCT),
+FAMILIES = {  # kind of problem: its providers, and the roof of its figure
+    Problem: (PROVIDERS, MATMUL),
     DecodeProblem: (DECODE_PROVIDERS, COPY),
     LatentDecodeProblem: (LATENT_DECODE_PROVIDERS, COPY),
-    LatentPrefillProblem: (LATENT_PREFILL_PROVIDERS, PRODUCT),
+    LatentPrefillProblem: (LATENT_PREFILL_PROVIDERS, MATMUL),
 }
 PROBLEMS = {kind.__name__: kind for kind in FAMILIES}
-FLEX = "FlexAttention"  # takes long to compile: only where a target needs it
+FLEX = "FlexAttention"  # slow to compile, so it runs only where a target needs it
 LEFT_OUT = {FLEX, "naive torch"}
 COMPILED_PEERS = {FLEX, "Triton tutorial", "vLLM Triton"}
 TARGET_LENGTHS = (4096, 8192, 16384)
@@ -228,7 +228,7 @@ LATENT_DECODE = LatentDecodeProblem(batch=32, seqlen_k=8192, num_heads_q=128)
 
 
 def target_cases():
-    """What the targets name."""
+    """The benchmarks that the targets name."""
     with_flex, others = [*FORWARD, DECODE], [*BACKWARD, LATENT_DECODE]
     return [_bench_case(problem, {"naive torch"}) for problem in with_flex] + [
         _bench_case(problem, LEFT_OUT) for problem in others
@@ -236,7 +236,7 @@ def target_cases():
 
 
 def bench_cases():
-    """Around what the targets name, then the rest of the grid."""
+    """Shapes near the targets' first, then the rest of the grid."""
     problems = [
         LatentPrefillProblem(4096, 4096),
         LatentDecodeProblem(32, 8192, 128, "float8_e4m3fn"),
@@ -264,24 +264,24 @@ def problem_of(case):
 
 
 def split_bench(case):
-    """After a crash: each provider by itself, so that only the one that is to blame has no figure."""
+    """After a crash, run each provider alone, so that only the failing one has no figure."""
     return [case | {"providers": [name]} for name in case["providers"]] if len(case["providers"]) > 1 else []
 
 
 def what_bench_compiles(case):
-    """The case for each of its providers that compiles kernels when it is called."""
+    """A case for each of its providers that compiles kernels when it is called."""
     names = [name for name in case["providers"] if name.startswith(OURS) or name in COMPILED_PEERS]
     return [case | {"providers": [name]} for name in names]
 
 
 def compile_bench(case):
-    """So that the timing of the case finds its kernels on the disk."""
+    """Compile the kernels of a case, so that its timing finds them on disk."""
     _compile_in_this_process()
     compile_all(problem_of(case), DTYPE, _providers(case))
 
 
 def run_bench(case, roofs):
-    """Rows of perf/results/__init__.py; `roofs` are those that `describe` measured, {} if it could not."""
+    """Rows of perf/results/__init__.py. `roofs` are the roofs that `describe` measured, or {} if it failed."""
     _compile_in_this_process()
     _, roof = FAMILIES[PROBLEMS[case["kind"]]]
     tracebacks = {}
@@ -295,19 +295,19 @@ def _providers(case):
 
 
 def _compile_in_this_process():
-    """torch.compile would start as many processes as there are cores, beside a timing or beside as many others."""
+    """Limit torch.compile to one process. It would start one per core beside a timing or beside other compilations."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def failed_bench(case, failure):
-    """The row of a provider that took its process with it."""
+    """The row of a provider that crashed its process."""
     empty = {field.name: None for field in fields(Row)}
     about = {"provider": case["providers"][0], "dtype": DTYPE, "gpu": gpu_name(), "source": MEASURED, "note": failure}
     return _columns(empty | problem_of(case).columns() | versions() | about)
 
 
 def _columns(row):
-    """As the CSV names them."""
+    """The names of the problem's columns in the CSV."""
     return {column: row["direction" if column == "pass" else column] for column in COLUMNS}
 
 
@@ -329,10 +329,10 @@ def sweep_cases():
 
 
 def run_sweep(case, table, journal):
-    """Timings of the finalists; the winners go to the table, which begins as the package's, and what is finished to the
-    journal, with which the next run of the case goes on.
+    """Timings of the finalists. The winners go to a table, which begins as a copy of the package's. Finished work goes
+    to the journal, from which the next run of the case continues.
 
-    By the command, since a case's own process may start no others, and a sweep compiles in many.
+    The sweep runs as a command, since a case's own process may not start others, and a sweep compiles in parallel.
     """
     shipped = SHIPPED / table.name
     if shipped.exists() and not table.exists():
@@ -363,7 +363,7 @@ def run_sweep(case, table, journal):
 
 
 def failed_sweep(case, failure):
-    """The row of a sweep that came to nothing."""
+    """The row of a sweep without a result."""
     empty = dict.fromkeys(COLUMNS) | versions() | {"family": case["family"], "dtype": DTYPE, "gpu": gpu_name()}
     return empty | {"source": MEASURED, "note": f"{' '.join(case['shapes'])}: {failure}"}
 

@@ -1,4 +1,4 @@
-"""The models of the package, for the parts of the laboratory."""
+"""The models of the package, as the parts of `python -m perf` use them."""
 
 from triton_attn.models import (
     DEEPSEEK_V2_LITE,

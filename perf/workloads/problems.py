@@ -1,7 +1,6 @@
-"""The shapes that throughput is given for.
+"""The shapes of throughput figures.
 
-A problem's `figure` is the column of a results row that its roof bounds: products in training and prefill, memory in
-a decode step.
+A problem's `figure` is the results column that its roof bounds: TFLOP/s in training and prefill, GB/s in a decode step.
 """
 
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ SEQLENS = tuple(512 * 2**i for i in range(7))
 HEAD_DIMS = (64, 128, 256)
 TOKENS = 16384
 HIDDEN = 2048
-# FLOP of a pass over those of the forward: two products a tile forward, five backward.
+# FLOP of a pass over FLOP of the forward: two matmuls per tile forward, five backward.
 FLOP_FACTORS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
 CONTEXTS = tuple(1024 * 2**i for i in range(8))
 BATCHES = (1, 8, 32, 128)
-MAX_CACHE_GIB = 8  # of K and V in 2 bytes; on a GPU there are two of them, paged for us and contiguous for the peers
+MAX_CACHE_GIB = 8  # of K and V in 2 bytes; a GPU holds two, paged for us and contiguous for the peers
 
 
 @dataclass(frozen=True)
@@ -34,24 +33,24 @@ class Problem:
     num_heads: int
     head_dim: int
     causal: bool
-    direction: str = "forward"  # or backward, or both: one after the other
+    direction: str = "forward"  # forward, backward, or both in sequence
 
     family: ClassVar[str] = "flash"
     figure: ClassVar[str] = "tflops"
 
     @property
     def shapes(self):
-        """Of q, k and v."""
+        """Shapes of q, k and v."""
         return [(self.batch, self.seqlen, self.num_heads, self.head_dim)] * 3
 
     @property
     def flops(self):
-        """The field's convention: 4 B H S^2 D forward, 2.5 times that backward, half of it with a causal mask."""
+        """FLOP by the usual convention: 4 B H S^2 D forward, 2.5 times that backward, half of it with a causal mask."""
         forward = 4 * self.batch * self.num_heads * self.seqlen**2 * self.head_dim // (2 if self.causal else 1)
         return int(forward * FLOP_FACTORS[self.direction])
 
     def columns(self):
-        """What a results row says of it."""
+        """Its columns in a results row."""
         return {
             "family": self.family,
             "direction": self.direction,
@@ -66,13 +65,15 @@ class Problem:
         }
 
     def bytes(self, element_size):
-        """Forward: q, k and v read once, out written once. Backward: those and dout read, dq, dk and dv written."""
+        """Forward: q, k and v are read once, out is written once. Backward: these and dout are read, dq, dk and dv
+        written.
+        """
         tensors = {"forward": 4, "backward": 8, "both": 12}[self.direction]
         return tensors * self.batch * self.seqlen * self.num_heads * self.head_dim * element_size
 
 
 def grid(head_dims=HEAD_DIMS, seqlens=SEQLENS, causal=(False, True), direction="forward"):
-    """FlashAttention's convention: 16k tokens (one sequence if it is longer) of 2048 channels, cut into heads."""
+    """FlashAttention's convention: 16k tokens (one sequence if it is longer) of 2048 channels, divided into heads."""
     return [
         Problem(max(1, TOKENS // seqlen), seqlen, HIDDEN // head_dim, head_dim, mask, direction)
         for head_dim in head_dims
@@ -83,7 +84,7 @@ def grid(head_dims=HEAD_DIMS, seqlens=SEQLENS, causal=(False, True), direction="
 
 @dataclass(frozen=True)
 class DecodeProblem:
-    """One new token in each of `batch` sequences, over a cache of `seqlen_k` tokens each, its own included.
+    """One new token in each of `batch` sequences, over a cache of `seqlen_k` tokens each, with the new token in it.
 
     The default heads are those of Llama-3-8B, Qwen3-8B and many others.
     """
@@ -106,7 +107,7 @@ class DecodeProblem:
 
     @property
     def shapes(self):
-        """Of q, and of k and v in a contiguous cache."""
+        """Shapes of q, and of k and v in a contiguous cache."""
         cache = (self.batch, self.seqlen_k, self.num_heads_kv, self.head_dim)
         return [(self.batch, self.seqlen_q, self.num_heads_q, self.head_dim), cache, cache]
 
@@ -116,7 +117,7 @@ class DecodeProblem:
         return int(4 * self.batch * self.num_heads_q * pairs * self.head_dim)
 
     def columns(self):
-        """What a results row says of it."""
+        """Its columns in a results row."""
         return {
             "family": self.family,
             "direction": self.direction,
@@ -132,18 +133,18 @@ class DecodeProblem:
         }
 
     def cache_bytes(self, element_size):
-        """K and V of all tokens."""
+        """Bytes of K and V of all tokens."""
         return 2 * self.batch * self.seqlen_k * self.num_heads_kv * self.head_dim * element_size
 
     def bytes(self, element_size):
-        """K, V and q read once, out written once."""
+        """K, V and q are read once, out is written once."""
         rows = self.batch * self.seqlen_q * self.num_heads_q
         return self.cache_bytes(element_size) + 2 * rows * self.head_dim * element_size
 
 
 @dataclass(frozen=True)
 class ChunkProblem(DecodeProblem):
-    """`seqlen_q` new tokens at the end of each sequence: prompts that come in pieces."""
+    """`seqlen_q` new tokens at the end of each sequence: chunks of prompts."""
 
     seqlen_q: int = 512
 
@@ -164,9 +165,10 @@ CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")
 
 @dataclass(frozen=True)
 class LatentDecodeProblem:
-    """One new token in each of `batch` sequences over a paged latent cache of `seqlen_k` tokens each, its own included.
+    """One new token in each of `batch` sequences over a paged latent cache of `seqlen_k` tokens each, with the new
+    token.
 
-    Queries are absorbed and outputs latent vectors, as in FlashMLA: the weights are no part of it. The default widths
+    Queries are absorbed and outputs are latent vectors, as in FlashMLA, so weights are not involved. The default widths
     are those of DeepSeek-V2 and V3.
     """
 
@@ -184,7 +186,7 @@ class LatentDecodeProblem:
 
     @property
     def head_dim(self):
-        """Of queries and keys; values are the latent part of the keys."""
+        """Widths of queries and keys; values are the latent part of the keys."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
@@ -193,7 +195,7 @@ class LatentDecodeProblem:
 
     @property
     def shapes(self):
-        """Of q, and of the latent vectors with their rotary keys, contiguous."""
+        """Shapes of q, and of the latent vectors with their rotary keys, contiguous."""
         return [(self.batch, 1, self.num_heads_q, self.head_dim), (self.batch, self.seqlen_k, self.head_dim)]
 
     @property
@@ -201,7 +203,7 @@ class LatentDecodeProblem:
         return 2 * self.batch * self.num_heads_q * self.seqlen_k * (self.head_dim + self.head_dim_v)
 
     def columns(self):
-        """What a results row says of it."""
+        """Its columns in a results row."""
         return {
             "family": self.family,
             "direction": "decode",
@@ -218,13 +220,13 @@ class LatentDecodeProblem:
         }
 
     def cache_bytes(self):
-        """Latent vectors, their scales if they are fp8, and rotary keys of all tokens."""
+        """Bytes of the latent vectors (with scales if they are fp8) and rotary keys of all tokens."""
         widths = {"kv_lora_rank": self.kv_lora_rank, "qk_rope_head_dim": self.qk_rope_head_dim}
         per_token = kv_cache_bytes_per_token(num_layers=1, **widths, dtype=getattr(torch, self.cache_dtype))
         return self.batch * self.seqlen_k * per_token
 
     def bytes(self, element_size):
-        """The cache and q read once, out written once; element_size is that of q and out."""
+        """The cache and q are read once, out is written once. element_size is that of q and out."""
         return self.cache_bytes() + self.batch * self.num_heads_q * (self.head_dim + self.head_dim_v) * element_size
 
 
@@ -241,7 +243,8 @@ def latent_decode_grid(heads=LATENT_HEADS, batch=LATENT_BATCH, seqlens=CONTEXTS)
 class LatentPrefillProblem:
     """`seqlen_q` queries at the end of a sequence of `seqlen_k` tokens, from latent vectors to outputs; causal.
 
-    The default sizes are those of DeepSeek-V3, without the projection of hidden states to queries and latent vectors.
+    The default sizes are those of DeepSeek-V3. The projection of hidden states to queries and latent vectors is not
+    included.
     """
 
     seqlen_q: int
@@ -257,7 +260,7 @@ class LatentPrefillProblem:
 
     @property
     def shapes(self):
-        """Of q_nope, q_pe, kv_latent, k_pe, w_uk and w_uv."""
+        """Shapes of q_nope, q_pe, kv_latent, k_pe, w_uk and w_uv."""
         return [
             (1, self.seqlen_q, self.num_heads, self.qk_nope_head_dim),
             (1, self.seqlen_q, self.num_heads, self.qk_rope_head_dim),
@@ -269,18 +272,18 @@ class LatentPrefillProblem:
 
     @property
     def flops(self):
-        """Of attention over keys and values of every head; what a schedule does beside it counts as nothing."""
+        """FLOP of attention over keys and values of every head. Other work of a schedule does not count."""
         width = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
         return int(2 * width * self.num_heads * causal_pairs(self.seqlen_q, self.seqlen_k, causal=True))
 
     def sizes(self, element_size):
-        """As the choice of a schedule takes them."""
+        """The sizes in the form that the choice of a schedule takes."""
         pairs = causal_pairs(self.seqlen_q, self.seqlen_k, causal=True)
         widths = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
         return ProblemSizes(self.seqlen_q, self.seqlen_k, pairs, self.num_heads, *widths, element_size)
 
     def columns(self):
-        """What a results row says of it."""
+        """Its columns in a results row."""
         return {
             "family": self.family,
             "direction": "prefill",
@@ -295,16 +298,16 @@ class LatentPrefillProblem:
         }
 
     def bytes(self, element_size):
-        """Inputs read once, out written once."""
+        """Inputs are read once, out is written once."""
         out = self.seqlen_q * self.num_heads * self.v_head_dim
         return (sum(map(prod, self.shapes)) + out) * element_size
 
 
 PROMPTS = tuple(128 * 2**i for i in range(9))
-CHUNKS = (1024, 128)  # queries; a prompt that comes in pieces, and a short turn after a long context
+CHUNKS = (1024, 128)  # queries: a chunk of a prompt, and a short turn after a long context
 
 
 def latent_prefill_grid(prompts=PROMPTS, contexts=CONTEXTS, chunks=CHUNKS):
-    """Whole prompts, then chunks of a prompt at every context that holds more."""
+    """Whole prompts, then chunks of a prompt at every longer context."""
     whole = [LatentPrefillProblem(seqlen, seqlen) for seqlen in prompts]
     return whole + [LatentPrefillProblem(chunk, context) for chunk in chunks for context in contexts if context > chunk]

@@ -1,12 +1,12 @@
-"""Our kernels and their peers behind one signature per family.
+"""Our kernels and their peers with one signature per family.
 
-A provider of `PROVIDERS` takes a `Problem` and a device and gives a function of q, k and v; all tensors are (batch,
-seqlen, heads, head_dim). One of `DECODE_PROVIDERS` takes a `DecodeProblem`, q and the caches, contiguous, and gives a
-decode step: a function without arguments, for which all that a serving loop has at hand is made beforehand. So does one
-of `LATENT_DECODE_PROVIDERS`, of a `LatentDecodeProblem`, q and the rows of the cache. One of `LATENT_PREFILL_PROVIDERS`
-takes the six tensors of `mla_prefill` and gives its result.
+A provider of `PROVIDERS` takes a `Problem` and a device and returns a function of q, k and v. All tensors are (batch,
+seqlen, heads, head_dim). A provider of `DECODE_PROVIDERS` takes a `DecodeProblem`, q and the contiguous caches and
+returns a decode step: a function without arguments. Everything that a serving loop has at hand is prepared beforehand.
+`LATENT_DECODE_PROVIDERS` are the same for a `LatentDecodeProblem`, q and the rows of the cache. A provider of
+`LATENT_PREFILL_PROVIDERS` takes the six tensors of `mla_prefill` and returns its result.
 
-A peer that is a package of its own is listed where that is installed, and imported by its provider.
+A peer from another package is listed if the package is installed, and its provider imports it.
 """
 
 import math
@@ -34,14 +34,14 @@ WORKSPACE_BYTES = 2**27  # as FlashInfer recommends
 
 
 def _installed(providers):
-    """{name: provider} of {name: (package, provider)}, as far as the packages are there."""
+    """{name: provider} of {name: (package, provider)} for the installed packages."""
     return {name: provider for name, (package, provider) in providers.items() if _is_installed(package)}
 
 
 def _is_installed(package):
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it is a part of is not there
+    except ModuleNotFoundError:  # its parent package is not installed
         return False
 
 
@@ -64,7 +64,7 @@ def _sdpa(backend):
 def _flex(problem, device):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch.compiler.reset()  # dynamo keeps only a few shapes of one function
+    torch.compiler.reset()  # dynamo keeps only a few shapes per function
     length = problem.seqlen
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device) if problem.causal else None
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -99,7 +99,7 @@ def _heads_first(*tensors):
 
 
 def _flash_attn(module):
-    """`flash_attn_func` of one of FlashAttention's versions, some of which give the log-sum-exp too."""
+    """`flash_attn_func` of a version of FlashAttention. Some versions also return the log-sum-exp."""
 
     def provider(problem, device):
         function = import_module(module).flash_attn_func
@@ -153,13 +153,13 @@ PROVIDERS = {
 
 
 def paged_step(problem, q, k_cache, v_cache):
-    """Over pages in random order, all sequences' mixed."""
+    """Over pages in random order, mixed across sequences."""
     pages, cache_seqlens, block_table = _kv_pages(problem, k_cache, v_cache)
     return partial(paged_attention, q, *pages, cache_seqlens, block_table, out=torch.empty_like(q))
 
 
 def _kv_pages(problem, k_cache, v_cache):
-    """(pages of K and of V, cache_seqlens, block_table) that hold the contiguous caches."""
+    """(pages of K and of V, cache_seqlens, block_table) with the contents of the contiguous caches."""
     block_table, slots, cache_seqlens = _pages(problem, k_cache.device)
     pages = [x.new_empty(block_table.numel(), problem.page_size, *x.shape[2:]) for x in (k_cache, v_cache)]
     append_kv_cache(k_cache.flatten(0, 1), v_cache.flatten(0, 1), *pages, slots)
@@ -167,7 +167,7 @@ def _kv_pages(problem, k_cache, v_cache):
 
 
 def _pages(problem, device):
-    """(block_table, slots of all tokens, cache_seqlens) of sequences whose pages lie in random order."""
+    """(block_table, slots of all tokens, cache_seqlens) of sequences with pages in random order."""
     pages_each = -(-problem.seqlen_k // problem.page_size)
     block_table = torch.randperm(problem.batch * pages_each, device=device).view(problem.batch, pages_each)
     tokens = torch.arange(problem.seqlen_k, device=device)
@@ -199,7 +199,7 @@ def _flex_decode(problem, q, k_cache, v_cache):
 
 
 def _flash_attn_decode(module):
-    """Over the contiguous cache: of pages, FlashAttention-2 takes none below 256 tokens."""
+    """Over the contiguous cache, since FlashAttention-2 needs pages of at least 256 tokens."""
 
     def provider(problem, q, k_cache, v_cache):
         function = import_module(module).flash_attn_with_kvcache
@@ -222,7 +222,7 @@ def _flashinfer_decode(problem, q, k_cache, v_cache):
 
 
 def _page_bounds(block_table):
-    """Where the pages of each sequence begin in the table laid flat, and where they end."""
+    """Start and end of each sequence's pages in the flattened table."""
     batch, pages_each = block_table.shape
     return torch.arange(batch + 1, dtype=torch.int32, device=block_table.device) * pages_each
 
@@ -250,7 +250,7 @@ def _vllm_triton(problem, q, k_cache, v_cache):
 
 
 def _vllm_call(problem, q, k_cache, v_cache):
-    """(q and the pages, options) as both of vLLM's functions take them."""
+    """(q and the pages, options) in the form that both functions of vLLM take."""
     pages, cache_seqlens, block_table = _kv_pages(problem, k_cache, v_cache)
     cu_seqlens_q = torch.arange(problem.batch + 1, dtype=torch.int32, device=q.device)
     lengths = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 1, "seqused_k": cache_seqlens}
@@ -275,7 +275,7 @@ DECODE_PROVIDERS = {
 
 
 def latent_pages(problem, rows):
-    """(latent_cache, cache_seqlens, block_table) that hold rows (batch, seqlen_k, dim)."""
+    """(latent_cache, cache_seqlens, block_table) with the contents of rows (batch, seqlen_k, dim)."""
     widths = problem.kv_lora_rank, problem.qk_rope_head_dim
     block_table, slots, cache_seqlens = _pages(problem, rows.device)
     dtype, width = latent_storage(*widths, _cache_dtype(problem, rows))
@@ -298,7 +298,7 @@ def _flash_mla(problem, q, rows):
     from flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
     if problem.cache_dtype != "bfloat16":
-        raise NotImplementedError("FlashMLA attends to all tokens of a bf16 cache only")
+        raise NotImplementedError("FlashMLA supports bf16 caches without a mask only")
     cache, cache_seqlens, block_table = latent_pages(problem, rows)
     metadata = get_mla_metadata(cache_seqlens, problem.num_heads_q, 1)
     args = q, cache.unsqueeze(2), block_table, cache_seqlens, problem.kv_lora_rank, *metadata
@@ -341,13 +341,13 @@ def _sdpa_expanded(backend):
     """Keys and values of every head in memory, then attention."""
 
     def attention(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv):
-        from torch.nn.attention.bias import causal_lower_right  # with half of torch's compiler: seconds a process
+        from torch.nn.attention.bias import causal_lower_right  # imports much of torch's compiler, which takes seconds
 
         num_heads, v_head_dim, _ = w_uv.shape
         k_nope, v = (torch.einsum("bjc,hdc->bhjd", kv_latent, w) for w in (w_uk, w_uv))
         q = torch.cat([q_nope, q_pe], dim=3).transpose(1, 2)
         k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, num_heads, -1, -1)], dim=3)
-        v = pad(v, (0, q.shape[3] - v_head_dim))  # the flash kernel takes one width
+        v = pad(v, (0, q.shape[3] - v_head_dim))  # the flash kernel has one width
         with sdpa_kernel(backend):
             out = scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
         return out[..., :v_head_dim].transpose(1, 2)

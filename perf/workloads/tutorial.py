@@ -1,9 +1,9 @@
-"""Plain attention as Triton's tutorial on fused attention has it: what many take for the speed of Triton.
+"""Plain attention as in Triton's tutorial on fused attention, a common yardstick for Triton's speed.
 
-All tensors are (batch, heads, seqlen, head_dim), fp16 or bf16; seqlen is a multiple of 128, head_dim 64 or 128. There
-is no option but the causal mask. What makes it this kernel and not ours: a program for each tile of queries and head in
-the order of the sequence, a few tiles tried at the first call of a shape, and one backward kernel that recomputes the
-weights twice, for dk and dv and again for dq.
+All tensors are (batch, heads, seqlen, head_dim), fp16 or bf16. seqlen is a multiple of 128, head_dim is 64 or 128. The
+only option is the causal mask. It differs from our kernel as follows: programs (one per query tile and head) run in
+sequence order, a few tiles are tried at the first call of a shape, and one backward kernel recomputes the weights
+twice, for dk and dv and again for dq.
 """
 
 import math
@@ -15,14 +15,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 HEAD_DIMS = (64, 128)
 ROWS = 128  # seqlen is a multiple of this, and all tiles divide it
-STEP = 32  # rows of the tiles over which a program of the backward kernel goes
-FUSE = {"enable_fp_fusion": True}  # of a product and a sum, which newer Tritons leave alone unless told
+STEP = 32  # rows of the tiles over which a backward program loops
+FUSE = {"enable_fp_fusion": True}  # of a multiplication and an addition, which newer Tritons do not fuse by default
 BACKWARD_LAUNCH = {"num_warps": 4, "num_stages": 5, **FUSE}
 LOG2_E = math.log2(math.e)
 
 
 def _set_blocks(arguments):
-    """Give the descriptors of a forward launch the tiles of its config."""
+    """Set the block shapes of a forward launch's descriptors to those of its config."""
     for name, rows in (("q", "BLOCK_M"), ("k", "BLOCK_N"), ("v", "BLOCK_N"), ("out", "BLOCK_M")):
         arguments[name].block_shape = [1, 1, arguments[rows], arguments["HEAD_DIM"]]
 
@@ -32,7 +32,7 @@ def _config(block_m, block_n, num_warps, num_stages):
     return triton.Config(tiles, num_warps=num_warps, num_stages=num_stages, pre_hook=_set_blocks)
 
 
-# BLOCK_N divides BLOCK_M, so that the tiles on the diagonal begin where those left of it end.
+# BLOCK_N divides BLOCK_M, so that the diagonal tiles begin where the tiles left of them end.
 CONFIGS = [
     _config(128, 128, 8, 3),
     _config(128, 128, 8, 2),
@@ -111,7 +111,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    end = start_m if CAUSAL else seqlen  # of the keys that all rows see
+    end = start_m if CAUSAL else seqlen  # the keys before it are visible to all rows
     acc, total, highest = _attend_to_tiles(
         acc, total, highest, q_tile, k, v, batch, head, queries, 0, end, scale_log2, HEAD_DIM, BLOCK_N, False
     )
@@ -184,7 +184,7 @@ def _add_to_dk_dv(
         queries = start_m + tl.arange(0, STEP)
         q = tl.load(_rows(q_ptr, start_m, stride_row, STEP, HEAD_DIM))
         lse = tl.load(lse_ptr + queries)
-        # Transposed, so that the long side of a tile is the one that the matrix instructions split among warps.
+        # Transposed, since the matrix instructions split the long side of a tile among warps.
         weights = tl.exp2(tl.dot(k, q.T) * scale_log2 - lse[None, :])  # (keys, STEP)
         if MASKED:
             weights = tl.where(queries[None, :] >= keys[:, None], weights, 0.0)
@@ -250,7 +250,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """BLOCK rows of dk and dv, a loop over the queries; then the same rows of dq, a loop over the keys: no atomics.
+    """BLOCK rows of dk and dv in a loop over the queries, then the same rows of dq in a loop over the keys: no atomics.
 
     Grid: (tiles, batch * heads). All tensors of rows have the same strides.
     """
@@ -333,9 +333,9 @@ def serves(seqlen, head_dim):
 
 
 def attention(q, k, v, causal=False, config=None):
-    """out = softmax(q k^T / sqrt(head_dim)) v, with gradients. Tensors that differ in strides from q are copied.
+    """out = softmax(q k^T / sqrt(head_dim)) v, with gradients. Tensors whose strides differ from q's are copied.
 
-    config: of CONFIGS, the one of the forward pass; None tries all at the first call of a shape.
+    config: a forward config of CONFIGS; None tries all at the first call of a shape.
     """
     return _Attention.apply(q, k, v, causal, config)
 
@@ -343,7 +343,7 @@ def attention(q, k, v, causal=False, config=None):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, config):
-        like = torch.empty_like(q)  # where q has gaps it has not the strides of q
+        like = torch.empty_like(q)  # if q has gaps, this has other strides
         q, k, v = (_in_layout_of(like, x) for x in (q, k, v))
         out, lse = forward(q, k, v, causal, config)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -383,7 +383,7 @@ def forward(q, k, v, causal, config=None):
 
 
 def backward(dout, q, k, v, out, lse, causal):
-    """(dq, dk, dv) of tensors that all have the same strides."""
+    """(dq, dk, dv). All tensors have the same strides."""
     batch, num_heads, seqlen, head_dim = q.shape
     grid = seqlen // ROWS, batch * num_heads
     layout = *q.stride()[:3], seqlen, num_heads

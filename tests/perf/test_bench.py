@@ -44,7 +44,7 @@ def test_what_is_printed_says_where_it_comes_from(done, tmp_path, capsys):
     assert all(path.exists() for path in paths)
     printed = capsys.readouterr().out
     assert done[0].source in printed
-    assert "lock: they never do" in printed
+    assert "lock: they never overlap" in printed
     assert "SDPA flash, batch 1, head_dim 128, seqlen 1024: out of memory" in printed
 
 

@@ -298,7 +298,7 @@ def test_mistakes_end_it_before_anything_is_made(tmp_path, monkeypatch, has_gpu,
 def test_an_earlier_run_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "has_gpu", lambda: True)
     (tmp_path / gpu.JOURNAL).touch()
-    with pytest.raises(SystemExit, match="holds an earlier run: go on with --resume"):
+    with pytest.raises(SystemExit, match="holds an earlier run: continue it with --resume"):
         gpu.run(tmp_path)
 
 
@@ -339,7 +339,7 @@ def test_torch_triton_numpy_and_pytest_are_enough():
 def test_stages_and_sweeps_have_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "has_gpu", lambda: True)
     (tmp_path / gpu.JOURNAL).touch()
-    with pytest.raises(SystemExit, match="a folder each"):
+    with pytest.raises(SystemExit, match="need separate folders"):
         gpu.run(tmp_path, resume=tmp_path, sweeps=True)
 
 

@@ -196,7 +196,7 @@ def test_the_pictures_of_the_results_are_there(path):
 def test_a_file_without_a_picture_is_refused(tmp_path):
     path = tmp_path / "machine.csv"
     path.write_text("what,value\n")
-    with pytest.raises(SystemExit, match=r"machine.csv: no picture is known for a table of what, value"):
+    with pytest.raises(SystemExit, match=r"machine.csv: there is no plot for a table with the columns what, value"):
         command.run(None, [path])
     with pytest.raises(SystemExit, match=r"missing.csv"):
         command.run(None, [tmp_path / "missing.csv"])

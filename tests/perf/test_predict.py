@@ -34,7 +34,7 @@ def test_longest_programs_are_dealt_first():
 
 def test_a_full_wave_without_mask_runs_at_the_rate_of_the_loop():
     full = problem(4096, causal=False, num_heads=132)
-    assert predict.tflops(full, 128, 128, 132, interior_rate=600, masked_rate=1) == pytest.approx(600)
+    assert predict.tflops(full, 128, 128, 132, full_rate=600, masked_rate=1) == pytest.approx(600)
 
 
 def test_a_program_too_many_costs_a_wave():
@@ -71,7 +71,7 @@ def test_a_backward_pass_counts_two_and_a_half_forwards_and_its_kernels_add_up()
 
 
 def kernel(rows=(128, 128), tensors=4, sums=False, **counts):
-    return predict.Kernel("", rows, products=2, ctas_per_sm=1, rates={}, tensors=tensors, sums=sums, counts=counts)
+    return predict.Kernel("", rows, matmuls=2, ctas_per_sm=1, rates={}, tensors=tensors, sums=sums, counts=counts)
 
 
 def test_a_kernel_takes_no_less_time_than_its_memory():

@@ -132,9 +132,9 @@ def test_cold_starts_and_tuned_configs_are_told(tmp_path):
     (tmp_path / "sm_90.json").write_text(json.dumps({"entries": [entry, entry | {"family": "mla"}, entry]}))
     text = report.section(tmp_path, tmp_path, tmp_path)
     said = " ".join(text.split())
-    for part in ("compiled for sm_90 and not launched", "2.2 s where torch alone takes 2.0", "1.2 to 9.9 s"):
+    for part in ("compiled for sm_90 and not launched", "2.2 s, of which torch takes 2.0 s", "1.2 to 9.9 s"):
         assert part in said
-    for part in ("0.5 to 3.1 s", "forward call 31 to 31 us", "*measured: a CPU, torch 2.13.0*"):
+    for part in ("0.5 to 3.1 s", "forward calls take 31 to 31 us", "*measured: a CPU, torch 2.13.0*"):
         assert part in said
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| sm_90")
@@ -184,7 +184,7 @@ def test_a_readme_without_a_status_is_left_alone(tmp_path, files, text):
     page, readme = files
     figures = page.read_text()
     readme.write_text(text)
-    with pytest.raises(SystemExit, match="needs a third line"):
+    with pytest.raises(SystemExit, match="expected a third line"):
         command.run(tmp_path / "results", *files)
     assert readme.read_text() == text
     assert page.read_text() == figures

@@ -67,7 +67,7 @@ def test_the_speeds_among_the_results_keep_the_contract(path):
         ({"causal": "maybe"}, "column causal, line 3: expected True or False"),
         ({"source": "guessed"}, "column source, line 3: expected one of measured"),
         ({"p50_ms": None}, "column p50_ms, line 3: expected the time"),
-        ({"tflops": None}, "column note, line 3: expected why"),
+        ({"tflops": None}, "column note, line 3: expected the reason"),
     ],
 )
 def test_a_table_that_breaks_the_contract_names_file_column_and_line(tmp_path, changes, said):
@@ -80,5 +80,5 @@ def test_a_table_that_lacks_a_column_names_it(tmp_path):
     path = tmp_path / "speed.csv"
     path.write_text("family,provider,pass\nflash,triton_attn,forward\n")
     assert results.holds_speeds(path)
-    with pytest.raises(ValueError, match=r"speed.csv: a table of speeds has the columns batch, .*, note too"):
+    with pytest.raises(ValueError, match=r"speed.csv: expected the columns batch, .*, note in a table of speeds"):
         results.read(path)

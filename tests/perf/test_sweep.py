@@ -131,7 +131,7 @@ def test_a_budget_ends_a_sweep_with_what_it_has(compiled, tmp_path, monkeypatch,
     assert len(compiled) == 2
     assert len(list(csv.DictReader(path.open()))) == 2
     said = capsys.readouterr().out
-    assert "1 minutes are over and 4 candidates left" in said
+    assert "1 minutes are over and 4 candidates are left" in said
     assert "causal False: the best of 2 survivors" in said
     assert "causal True" not in said
     sweep.run(tmp_path, head_dims=[64])
