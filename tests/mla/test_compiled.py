@@ -11,6 +11,7 @@ import torch
 from perf.model import loop_model
 from perf.model.gpus import RATES
 from triton_attn import mla_decode, mla_prefill
+from triton_attn.mla.projections import launch_merge_project
 from triton_attn.mla.schedule import MODES
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
@@ -109,6 +110,36 @@ def test_decode(arch, num_heads, variant, record_property):
         assert report.hot.useful == 1  # no warpgroup repeats the other's scores
         assert report.hot.histogram["WARPGROUP"] < 12  # products do not wait for each other
         assert report.lock >= (360 if "fp8" in variant else 510 if "pages" not in variant else 450)
+
+
+# How many splits a call has, their dtype, and that of weights and output.
+SPLITS = {"one": (1, torch.bfloat16, torch.bfloat16), "a few": (4, torch.float32, torch.bfloat16)}
+SPLITS |= {"many": (32, torch.float32, torch.bfloat16), "fp32": (4, torch.float32, torch.float32)}
+# Programs of 4 warps that the registers of an SM have room for, by tokens; many splits of 4 tokens leave room for 3.
+PROGRAMS_PER_SM = {1: 4, 4: 4, 16: 2, 64: 2}
+
+
+@pytest.mark.full(but_each=3)
+@pytest.mark.ci(but_each=5)
+@pytest.mark.oldest
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("num_tokens", PROGRAMS_PER_SM)
+def test_merge_and_projection(arch, num_tokens, splits, record_property):
+    """A program of any number of tokens keeps its tiles in registers."""
+    num_heads, (num_splits, split_dtype, dtype) = 128, SPLITS[splits]
+    parts = torch.empty(num_splits, num_tokens, 1, num_heads, RANK, dtype=split_dtype)
+    lse_parts = torch.empty(num_splits, num_tokens, num_heads, 1)
+    w_uv = torch.empty(num_heads, NOPE + VALUE, RANK, dtype=dtype)[:, NOPE:]
+    out = torch.empty(num_tokens, 1, num_heads, VALUE, dtype=dtype)
+    with compile_only(arch) as launches:
+        launch_merge_project(parts, lse_parts, w_uv, out, lse_parts[0])
+    (launch,) = launches
+    figure = f"merge and projection {arch} {num_tokens:2} tokens {splits:5} {launch.registers:4} registers"
+    record_property("figure", figure)
+    assert launch.spill_bytes == 0
+    programs = PROGRAMS_PER_SM[num_tokens] - ((num_tokens, splits) == (4, "many"))
+    assert launch.registers <= 65536 // (programs * 32 * launch.num_warps)
 
 
 def compile_prefill(arch, mode, dtype=torch.bfloat16, dim=NOPE, packed=False, return_lse=False):

@@ -8,10 +8,10 @@ import triton.language as tl
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import INDICES, LSE, row_strides
 from .._jit.args import Strides, View
-from .._jit.heads import row_offsets
+from .._jit.heads import row_offsets, row_pointer
 from .._jit.rope import load_rotated
 from .._jit.softmax import LN_2, softmax_finish
-from .._jit.tiles import padded_size
+from .._jit.tiles import padded_size, row_pointers
 from .._jit.workarounds import fence_copies
 
 # A new length must not mean a new compilation.
@@ -148,15 +148,16 @@ def _merge_project_kernel(
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     KV_LORA_RANK: tl.constexpr = TILE.KV_LORA_RANK
     ROWS: tl.constexpr = max(16, BLOCK_T)  # of a matmul; fewer tokens are repeated
-    head = (tl.program_id(0) % NUM_HEADS).to(tl.int64)
+    head = tl.program_id(0) % NUM_HEADS
     first_token = tl.program_id(0) // NUM_HEADS * BLOCK_T
     tokens = first_token + tl.arange(0, BLOCK_T)
     tokens_mask = tokens < num_tokens
-    batch = (tokens // seqlen_q).to(tl.int64)
+    batch = tokens // seqlen_q
     query = tokens % seqlen_q
-    splits = tl.arange(0, BLOCK_S).to(tl.int64)
+    splits = tl.arange(0, BLOCK_S)
     split_stride = tl.cast(num_tokens, tl.int64) * NUM_HEADS
-    rows = tokens.to(tl.int64) * NUM_HEADS + head
+    # Of one split: 2^31 rows would not fit in memory, and 64 bits would take twice the registers.
+    rows = tokens * NUM_HEADS + head
     lse_rows = (batch * NUM_HEADS + head) * seqlen_q + query
 
     m_i = tl.full([BLOCK_T], float("-inf"), tl.float32)
@@ -172,7 +173,7 @@ def _merge_project_kernel(
 
     values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     values_mask = values < TILE.V_HEAD_DIM
-    w_ptrs = w_uv.ptr + head * w_uv.strides.head + values[:, None].to(tl.int64) * w_uv.strides.row
+    w_ptrs = row_pointers(row_pointer(w_uv, 0, 0, head), values, w_uv.strides.row, True)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for start in tl.range(0, KV_LORA_RANK, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
@@ -183,7 +184,7 @@ def _merge_project_kernel(
             weights = tl.math.exp2(lses - m_i[:, None])  # (BLOCK_T, BLOCK_S)
             # A split in which a query sees no key is not read.
             mask = (lses > float("-inf"))[:, :, None] & inside[None, None, :]
-            offsets = rows[:, None] + (first + splits)[None, :] * split_stride
+            offsets = rows[:, None] + (first + splits)[None, :].to(tl.int64) * split_stride
             ptrs = splits_ptr + offsets[:, :, None] * KV_LORA_RANK + columns[None, None, :]
             outputs = tl.load(ptrs, mask=mask, other=0.0)  # (BLOCK_T, BLOCK_S, BLOCK_C)
             latents += tl.sum(outputs.to(tl.float32) * weights[:, :, None], 1)
@@ -195,19 +196,21 @@ def _merge_project_kernel(
 
     # Rows that only repeat a token are not stored.
     repeats = tl.arange(0, ROWS)
-    rows = (first_token + repeats).to(tl.int64)
+    rows = first_token + repeats
     rows_mask = (repeats < BLOCK_T) & (rows < num_tokens)
-    offsets = (rows * out.strides.row + head * out.strides.head)[:, None] + values[None, :]
-    tl.store(out.ptr + offsets, acc.to(out.ptr.dtype.element_ty), mask=rows_mask[:, None] & values_mask[None, :])
+    out_ptrs = row_pointers(row_pointer(out, 0, 0, head), rows, out.strides.row, True) + values[None, :]
+    tl.store(out_ptrs, acc.to(out.ptr.dtype.element_ty), mask=rows_mask[:, None] & values_mask[None, :])
     if lse_ptr is not None and tl.program_id(1) == 0:
-        tl.store(lse_ptr + batch * lse_batch_stride + head * lse_stride + query, lse, mask=tokens_mask)
+        lse_ptrs = lse_ptr + tl.cast(head, tl.int64) * lse_stride + batch.to(tl.int64) * lse_batch_stride + query
+        tl.store(lse_ptrs, lse, mask=tokens_mask)
 
 
 @triton.jit
 def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
     """Log-sum-exps in log2 units, (rows, splits); -inf where there is none."""
     mask = rows_mask[:, None] & (splits < num_splits)[None, :]
-    return tl.load(lses_ptr + rows[:, None] + splits[None, :] * split_stride, mask=mask, other=float("-inf")) / LN_2
+    ptrs = lses_ptr + (rows[:, None] + splits[None, :].to(tl.int64) * split_stride)
+    return tl.load(ptrs, mask=mask, other=float("-inf")) / LN_2
 
 
 def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, False)):
@@ -300,8 +303,9 @@ def _block_of_tokens(num_tokens, at_least):
 
 
 def _block_of_splits(num_splits, tile_size):
-    """Likewise: one, a few, or as many as make a tile of 8192 elements, which are on their way together."""
-    most = max(1, 8192 // tile_size)
+    """Likewise: one, a few, or as many as make a tile of 4096 elements, which are loaded together. More would take the
+    registers of another program on an SM."""
+    most = max(1, min(32, 4096 // tile_size))
     if num_splits == 1:
         return 1
-    return min(8, most) if num_splits <= 8 else most
+    return min(4, most) if num_splits <= 8 else most
