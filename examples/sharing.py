@@ -1,22 +1,23 @@
-"""What pages and their sharing save, against the claims of the PagedAttention paper (Kwon et al., arXiv 2309.06180).
+"""Memory saved by pages and their sharing, compared with the PagedAttention paper (Kwon et al., arXiv 2309.06180).
 
     python examples/sharing.py --requests 256
 
-A seeded simulation with real cache objects: a fixed number of requests runs, each step adds a token to every sequence,
-and a request that ends makes room for the next. Figures are averages over the steps after warm-up.
+A seeded simulation with real cache objects. A fixed number of requests runs, each step adds a token to every sequence,
+and when a request ends the next one starts. Figures are averages over the steps after warm-up.
 
-Lengths are log-normal, prompt and output drawn apart, cut at 2048 tokens together. The means of ShareGPT (161 and 338)
-and Alpaca (19 and 58) are those of the paper's figure 11; those of translation (30 and 30, a sentence each way) and all
-spreads (sigma of the logarithm: 1.0, 0.7, 0.5) are ours. Tokens of an output are all different from those of others.
+Lengths are log-normal, drawn separately for prompt and output, and cut at 2048 tokens together. The means of ShareGPT
+(161 and 338) and Alpaca (19 and 58) are from the paper's figure 11. The means for translation (30 and 30, one sentence
+each) and all spreads (sigma of the logarithm: 1.0, 0.7, 0.5) are our assumptions. Output tokens never coincide with
+those of other outputs.
 
-Beam search takes the best `width` of all beams' continuations; the next-token distribution of a beam at a step is
-geometric, p(k) = u (1 - u)^k, with u uniform in (0, 1), drawn anew for each beam and step. How long beams keep a common
-history, and so what they share, depends on this choice.
+Beam search takes the best `width` of all beams' continuations. The next-token distribution of a beam at a step is
+geometric, p(k) = u (1 - u)^k, with u uniform in (0, 1) and drawn separately for each beam and step. This choice decides
+how long beams keep a common history, and so how much they share.
 
-Three tables: pages saved by sharing, of those that sequences would hold without. GiB held by OPT-13B (the paper's
+Three tables: (1) pages saved by sharing, relative to the pages without sharing. (2) GiB held by OPT-13B (the paper's
 model) against the number of running requests with a common system prompt, for contiguous reservation (of 2048 tokens,
-or of the next power of two of the output), pages, and shared pages; the external fragmentation of reservation is not
-counted. Slots of held pages without a token, against the page size.
+or of the output's next power of two), pages, and shared pages. External fragmentation of reservations is not counted.
+(3) Slots of held pages without a token, against page size.
 """
 
 import argparse
@@ -86,10 +87,10 @@ WORKLOADS = (ALPACA, SHAREGPT, TRANSLATION)
 
 @dataclass(frozen=True)
 class Usage:
-    """Averages over steps, all sequences together.
+    """Averages over steps, for all sequences together.
 
-    `pages_unshared` is what the sequences would hold if none shared a page; `reserved_max` and `reserved_pow2` are
-    tokens reserved contiguously.
+    `pages_unshared` is the number of pages if no sequence shared one. `reserved_max` and `reserved_pow2` are
+    contiguously reserved tokens.
     """
 
     tokens: float
@@ -122,7 +123,7 @@ class Request:
         self.scores = None
 
     def choose(self):
-        """Before each new token, beam search replaces the sequences by those that the best continuations belong to."""
+        """Before each new token, beam search replaces the sequences by the parents of the best continuations."""
         if self.method != "beam search":
             return
         width = len(self.seqs)
@@ -153,10 +154,12 @@ class Request:
 def simulate(
     workload, *, method="sampling", width=1, running=16, requests=256, system_prompt=0, page_size=PAGE_SIZE, seed=0
 ):
-    """`Usage` of `running` requests at a time while `requests` come to their end, after as many as run at a time."""
-    # Lengths have a generator of their own: the same requests whatever is done with them.
+    """`Usage` of `running` concurrent requests until `requests` of them have ended, after a warm-up of `running`
+    requests.
+    """
+    # A separate generator for lengths gives the same requests for every method.
     lengths, rng = random.Random(seed), random.Random(seed + 1)
-    # More than enough: every sequence at its longest, and a copy in flight for each.
+    # An upper bound: every sequence at its longest, and one copy in flight for each.
     num_pages = running * width * (MAX_LENGTH // page_size + 2)
     shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1}
     cache = PagedKVCache(num_pages, page_size, **shape, dtype=torch.float16, device="cpu")
@@ -200,7 +203,7 @@ def _lognormal(rng, mean, sigma):
 
 
 def main(requests=256):
-    """Print the three tables, and give their rows."""
+    """Print the three tables, and return their rows."""
     tables = [
         [saving(*case, requests) for case in itertools.product(WORKLOADS, METHODS, WIDTHS)],
         [held(*case, requests) for case in itertools.product((SHAREGPT, TRANSLATION), RUNNING)],
@@ -259,5 +262,5 @@ def waste(workload, page_size, requests):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=256, help="that come to their end (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=256, help="finished requests (default: %(default)s)")
     main(**vars(parser.parse_args()))

@@ -1,9 +1,10 @@
-"""A small decoder learns a real text, once with our attention and once with torch's: the same curve, both directions.
+"""Train a small decoder on a real text, once with our attention and once with torch's. Both loss curves agree.
 
     TRITON_INTERPRET=1 python examples/train.py    # without a GPU the kernels run in Triton's interpreter
 
-Six sonnets by Shakespeare, character by character; a decoder with grouped query heads, rotary positions and two layers,
-in fp32, from one seed. A model that knew only how often each character comes would stay at the unigram entropy.
+The text is six sonnets by Shakespeare, tokenized by character. The decoder has grouped query heads, rotary positions
+and two layers, in fp32, with one seed. A model that only knew the character frequencies would reach the unigram
+entropy.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from torch.nn import functional as F
 from triton_attn import flash_attention
 
 TEXT = Path(__file__).parent / "sonnets.txt"
-BOUND = 1e-2  # nats by which the two losses may be apart at any step
+BOUND = 1e-2  # largest difference of the two losses at any step, in nats
 
 
 def main(steps=150):
-    """Print both curves and how far they are apart at most."""
+    """Print both curves and their largest difference."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, vocabulary_size = read_text(device)
     curves = {name: [] for name in ATTENTIONS}
@@ -33,25 +34,25 @@ def main(steps=150):
     print(f"unigram entropy: {unigram_entropy(tokens):.3f} nats per character")
     print(f"largest difference of the two losses at any step: {apart:.2g} nats")
     if not apart < BOUND:
-        raise SystemExit(f"the two losses are further apart than {BOUND:g} nats")
+        raise SystemExit(f"the two losses differ by more than {BOUND:g} nats")
     return curves
 
 
 def read_text(device):
-    """The text as character ids, and how many different characters there are."""
+    """The text as character ids, and the number of different characters."""
     text = TEXT.read_text()
     characters = sorted(set(text))
     return torch.tensor([characters.index(c) for c in text], device=device), len(characters)
 
 
 def unigram_entropy(tokens):
-    """Nats per character of the text's own character frequencies."""
+    """Entropy of the text's character frequencies, in nats per character."""
     frequencies = tokens.bincount().double() / len(tokens)
     return -torch.special.xlogy(frequencies, frequencies).sum().item()
 
 
 def train(attention, tokens, vocabulary_size, steps, batch_size=2, seqlen=64, seed=0):
-    """Yield the losses of `steps` steps of AdamW on random excerpts; model and excerpts follow from the seed."""
+    """Yield the losses of `steps` steps of AdamW on random excerpts. Model and excerpts follow from the seed."""
     torch.manual_seed(seed)
     model = Decoder(vocabulary_size, attention).to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -100,7 +101,7 @@ class Layer(nn.Module):
 
 
 def rotate(x, base=10000.0):
-    """Rotary positions (arXiv:2104.09864) on (batch, seqlen, heads, head_dim), halves as pairs."""
+    """Rotary positions (arXiv:2104.09864) on (batch, seqlen, heads, head_dim), with halves as pairs."""
     seqlen, half = x.shape[1], x.shape[3] // 2
     frequencies = base ** (-torch.arange(half, device=x.device) / half)
     angles = torch.arange(seqlen, device=x.device)[:, None, None] * frequencies

@@ -1,10 +1,10 @@
-"""Two kernels of one's own, tested on a machine without a GPU. docs/testing-without-a-gpu.md walks through it.
+"""Two kernels, tested on a machine without a GPU. docs/testing-without-a-gpu.md explains the steps.
 
     TRITON_INTERPRET=1 python examples/without_a_gpu.py    # interpreted, then under guard
-    python examples/without_a_gpu.py                       # compiled, then emulated, then with a barrier taken out
+    python examples/without_a_gpu.py                       # compiled, then emulated, then without a barrier
 
-The first is plain Triton. The second is Gluon for Hopper: one warp loads by TMA what four others add up. Triton decides
-for a whole process whether it interprets or compiles. Gluon has no interpreter.
+The first kernel is plain Triton. The second is Gluon for Hopper: one warp loads tiles by TMA, four others sum them.
+Triton interprets or compiles for a whole process. Gluon has no interpreter.
 """
 
 import torch

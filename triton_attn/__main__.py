@@ -1,4 +1,4 @@
-"""python -m triton_attn COMMAND. `warmup` compiles ahead what a model's calls need, as `triton_attn.warmup` does."""
+"""python -m triton_attn COMMAND. `warmup` compiles a model's kernels ahead, as `triton_attn.warmup` does."""
 
 import argparse
 import inspect
@@ -12,7 +12,7 @@ from .models import MODELS
 
 DTYPES = ("float16", "bfloat16", "float32")
 CACHE_DTYPES = (*DTYPES, "float8_e4m3fn", "float8_e5m2")
-# Shapes and options that are one number each, named as in `warmup`.
+# Shapes and options with one integer each, named as in `warmup`.
 NUMBERS = {
     "num_heads_q": int,
     "num_heads_kv": int,
@@ -43,11 +43,11 @@ def main(argv=None):
 
 
 def _parser():
-    """Options that are not given are left to the defaults of `warmup`."""
+    """Options that are not given keep the defaults of `warmup`."""
     commands = argparse.ArgumentParser("python -m triton_attn", description="Commands of triton_attn.")
     parser = commands.add_subparsers(dest="command", metavar="COMMAND", required=True).add_parser(
         "warmup",
-        help="compile ahead what a model's calls need",
+        help="compile the kernels of a model's calls ahead",
         description=inspect.getdoc(warmup),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

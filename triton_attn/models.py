@@ -1,4 +1,4 @@
-"""Attention shapes of real models, as published in the config.json of each on the Hugging Face hub."""
+"""Attention shapes of real models, from the config.json of each on the Hugging Face hub."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,10 +8,10 @@ from ._host.checks import fail
 
 @dataclass(frozen=True)
 class Model:
-    """`head_dim_v` is None where it equals `head_dim`; of `num_layers`, `num_windowed_layers` see `window` keys only.
+    """`head_dim_v` is None if it equals `head_dim`. `num_windowed_layers` of the `num_layers` see only `window` keys.
 
-    With `kv_lora_rank` the model is MLA: it caches `kv_lora_rank + qk_rope_head_dim` elements per token and layer, and
-    prefills with `num_heads_q` heads of `head_dim` (the query-key width) and `head_dim_v`.
+    With `kv_lora_rank` the model uses MLA: it caches `kv_lora_rank + qk_rope_head_dim` elements per token and layer,
+    and prefills with `num_heads_q` heads of `head_dim` (the query-key width) and `head_dim_v`.
     """
 
     name: str
@@ -63,7 +63,7 @@ MODELS = (
 
 
 def model_named(name: str) -> Model:
-    """The model of this name, in any case; ValueError lists the names."""
+    """The model with this name, in any case. ValueError lists the names."""
     found = next((model for model in MODELS if model.name.lower() == str(name).lower()), None)
     if found is None:
         fail("model", " or ".join(model.name.lower() for model in MODELS), repr(name))

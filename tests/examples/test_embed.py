@@ -38,5 +38,5 @@ def test_embeddings_with_our_attention_are_those_with_torchs(tmp_path, capsys):
 def test_a_difference_past_the_bound_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text(MARKDOWN)
     monkeypatch.setattr(embed, "BOUND", 0.0)
-    with pytest.raises(SystemExit, match="further apart than 0"):
+    with pytest.raises(SystemExit, match="differ by more than 0"):
         embed.main(text=tmp_path / "page.md")

@@ -28,5 +28,5 @@ def test_a_decoder_learns_the_text_as_it_does_with_torchs_attention(monkeypatch,
 
 def test_curves_that_part_are_an_error(monkeypatch):
     monkeypatch.setattr(train, "train", lambda attention, *_: iter([1.0 if attention is train._ours else 1.1]))
-    with pytest.raises(SystemExit, match=r"further apart than 0\.01 nats"):
+    with pytest.raises(SystemExit, match=r"differ by more than 0\.01 nats"):
         train.main(steps=1)

@@ -312,5 +312,5 @@ def test_other_models_are_refused(device):
         PagedDeepseek(torch.nn.Linear(2, 2), 4)
     model = model_of("V3", device)
     model.config.rope_parameters["rope_type"] = "dynamic"
-    with pytest.raises(NotImplementedError, match=r"model: rope_type of .*, got dynamic"):
+    with pytest.raises(NotImplementedError, match=r"model: expected rope_type .*, got dynamic"):
         PagedDeepseek(model, 4)

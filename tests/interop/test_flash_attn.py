@@ -183,7 +183,7 @@ def test_what_is_not_served_is_refused_by_name(qkv):
     cu_seqlens = torch.tensor([0, 37], dtype=torch.int32, device=qkv.device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=qkv.device)
     places = (q[0], k, v, cu_seqlens, cu_seqlens, 37, 37)
-    with pytest.raises(NotImplementedError, match=r"dropout_p: 0 is served with a block_table, got 0\.1"):
+    with pytest.raises(NotImplementedError, match=r"dropout_p: expected 0 with a block_table, got 0\.1"):
         interop.flash_attn_varlen_func(*places, dropout_p=0.1, block_table=table)
     with pytest.raises(NotImplementedError, match="gradient"):
         interop.flash_attn_varlen_func(q[0], k.clone().requires_grad_(), *places[2:], block_table=table)

@@ -252,7 +252,7 @@ def test_varlen_names_what_is_wrong(device):
     ["indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length"],
 )
 def test_what_is_not_served_is_refused_by_name(device, name):
-    with pytest.raises(NotImplementedError, match=f"^{name}: dense attention"):
+    with pytest.raises(NotImplementedError, match=f"^{name}: expected None, since sparse attention"):
         Inputs(device).call(**{name: torch.zeros(3, 1, 4, dtype=torch.int32, device=device)})
 
 
@@ -262,7 +262,7 @@ def test_sparse_metadata_are_refused(device):
         lambda: interop.get_mla_metadata(seqlens, 16, 1, 16, True, 2048),
         lambda: interop.get_mla_metadata(cache_seqlens=seqlens, num_q_tokens_per_head_k=16, num_heads_k=1, topk=2048),
     ):
-        with pytest.raises(NotImplementedError, match=r"^topk: dense"):
+        with pytest.raises(NotImplementedError, match=r"^topk: expected None"):
             call()
 
 
@@ -274,7 +274,7 @@ WRONG = {
     "q no tensor": (dict(q=lambda x: 1.0), TypeError, "q: expected a tensor, got float"),
     "q packed": (dict(q=lambda x: x[0]), ValueError, "q: expected shape"),
     "q strided": (dict(q=strided), ValueError, "q: expected a contiguous last dimension"),
-    "values as wide": (dict(head_dim_v=lambda _: 576), NotImplementedError, "head_dim_v: fewer"),
+    "values as wide": (dict(head_dim_v=lambda _: 576), NotImplementedError, "head_dim_v: expected less than"),
     "values wider": (dict(head_dim_v=lambda _: 577), ValueError, "head_dim_v: expected 1 to 575"),
     "no values": (dict(head_dim_v=lambda _: 0), ValueError, "head_dim_v: expected 1 to 575"),
     "width no int": (dict(head_dim_v=lambda _: 512.0), TypeError, "head_dim_v: expected an int, got float"),

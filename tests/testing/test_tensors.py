@@ -227,11 +227,11 @@ def test_shapes_and_dtypes_have_to_agree():
 
 def test_arguments_that_cannot_judge():
     ref = torch.ones(2, dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"ref64 must be float64; got torch\.float32"):
+    with pytest.raises(TypeError, match=r"ref64: expected torch\.float64, got torch\.float32"):
         assert_close_to_reference(ref.float(), ref.float())
-    with pytest.raises(ValueError, match="ref64 must have no NaN"):
+    with pytest.raises(ValueError, match="ref64: expected no NaN"):
         assert_close_to_reference(ref.float(), ref * math.nan)
-    with pytest.raises(ValueError, match="torch_out or torch_error"):
+    with pytest.raises(ValueError, match="torch_out, torch_error: expected at most one"):
         assert_close_to_reference(ref.float(), ref, torch_out=ref.float(), torch_error=0.0)
 
 

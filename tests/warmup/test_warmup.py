@@ -257,7 +257,7 @@ def test_processes_choose_as_the_first_does(tmp_path, monkeypatch):
 @pytest.mark.compiled
 def test_what_a_process_does_not_meet_is_an_error(monkeypatch):
     monkeypatch.setattr(compilation, "_compile_task", lambda task: [])
-    with pytest.raises(RuntimeError, match=r"2 of 2 kernels were not met again"):
+    with pytest.raises(RuntimeError, match=r"2 of 2 kernels were not found again"):
         triton_attn.warmup(num_heads_q=2, head_dim=32, functions=["flash_attention"], arch="sm_80", max_seqlen=1)
 
 

@@ -1,4 +1,4 @@
-"""Compiling ahead of the first call, into Triton's cache on disk."""
+"""Compilation ahead of the first call, into Triton's disk cache."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ NEED_PAGES = ("shared_prefix", "append_kv_cache", "copy_kv_pages")
 
 
 class WarmupResult(NamedTuple):
-    """Kernels that were compiled, that Triton's cache had already, and the seconds that all took."""
+    """The number of compiled kernels, of kernels already in Triton's cache, and the seconds for all of them."""
 
     compiled: int
     cached: int
@@ -58,47 +58,48 @@ def warmup(
     num_workers: int = 1,
     report: Callable[[str], object] | None = None,
 ) -> WarmupResult:
-    """Compile ahead what calls of a model's shape need, so that a server's first request does not pay.
+    """Compile the kernels for a model's shapes ahead of time, so that a server's first request does not wait.
 
-    The calls are made as they will be, nothing is launched, and what the compiler makes goes to Triton's cache on disk
-    (TRITON_CACHE_DIR), where this process and later ones find it, also for a GPU that is not here. A kernel does not
-    depend on lengths, batch size, number of pages or width of a block table, so that a few calls stand for all.
+    The real calls are made without launching anything. Compiled kernels go to Triton's disk cache (TRITON_CACHE_DIR),
+    where this process and later ones find them. The target GPU need not be present. Kernels do not depend on lengths,
+    batch size, number of pages or width of a block table, so a few calls cover all.
 
     Args:
-        model: a name of `triton_attn.models`, in any case: "llama-3-8b", "gemma-3-12b", "deepseek-v3". It gives the
-            heads, and window_size and sinks where these are None: of a model some of whose layers see a window both
-            kinds of layer are compiled. None: the heads are given.
-        num_heads_q, num_heads_kv, head_dim: of the model, or in place of one. None: num_heads_kv is num_heads_q.
-        head_dim_v: of values; None is head_dim.
-        kv_lora_rank, qk_rope_head_dim: of MLA; head_dim is then qk_nope_head_dim + qk_rope_head_dim.
-        tensor_parallel_size: GPUs that share the heads: each has num_heads / tensor_parallel_size, one at the least.
+        model: a name of `triton_attn.models`, in any case: "llama-3-8b", "gemma-3-12b", "deepseek-v3". It sets the
+            heads, and window_size and sinks if these are None. If only some layers of the model have a window, both
+            kinds of layer are compiled. None: the heads are arguments.
+        num_heads_q, num_heads_kv, head_dim: override or replace the model's. None: num_heads_kv is num_heads_q.
+        head_dim_v: of values; None means head_dim.
+        kv_lora_rank, qk_rope_head_dim: for MLA; head_dim is then qk_nope_head_dim + qk_rope_head_dim.
+        tensor_parallel_size: GPUs that share the heads. Each has num_heads / tensor_parallel_size, and at least one.
         dtype: of queries: fp16, bf16 or fp32.
-        kv_cache_dtype: None is dtype; float8_e4m3fn or float8_e5m2 otherwise, with every kind of scale.
-        page_size: tokens on a page; None is 16, for MLA 64; 0 is a contiguous cache, without block tables.
-        causal, window_size, softcap: as calls give them; None is the model's window (window - 1 keys to the left), or
-            none.
-        sinks: whether calls give sinks, of dtype; torch.float32 for those of fp32.
-        alibi: whether calls give alibi_slopes (num_heads_q,).
-        rotary_dim, rope_interleaved: of rotary positions that the append kernels, and MLA decode, apply, angles in fp32
-            and positions in int64; 0 is none.
+        kv_cache_dtype: None means dtype. Otherwise float8_e4m3fn or float8_e5m2, with every kind of scale.
+        page_size: tokens per page. None means 16, and 64 for MLA. 0 means a contiguous cache, without block tables.
+        causal, window_size, softcap: as calls pass them. A window_size of None means the model's window (window - 1
+            keys to the left), or none.
+        sinks: whether calls pass sinks. True means sinks of dtype, torch.float32 means sinks in fp32.
+        alibi: whether calls pass alibi_slopes (num_heads_q,).
+        rotary_dim, rope_interleaved: rotary positions in the append kernels and in MLA decode, with angles in fp32 and
+            positions in int64. 0 means none.
         dropout_p, deterministic: of flash_attention. MLA has neither these nor window_size, softcap, sinks and alibi.
         max_seqlen: the longest prompt and context, in tokens.
-        functions: names of what is called; None is what serving calls:
-            "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries a sequence,
+        functions: names of the called functions. None means the functions that serving calls:
+            "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries each,
             chunks of prompts), "append_kv_cache", "copy_kv_pages", "merge_attention";
-            of MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
-            Besides: "flash_attention_backward" for training, "shared_prefix" for paged_attention's shared_prefix_len.
-        arch: the GPU's, as `triton_attn.toolchain.compile_only` takes it: "sm_90", "gfx942", ... None: the GPU here.
-        num_workers: processes that compile side by side. More than 1 starts them anew: a script then needs the usual
-            `if __name__ == "__main__":`.
-        report: called with one line per kernel as it is done, `print` for example.
+            for MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
+            Also available: "flash_attention_backward" for training, "shared_prefix" for paged_attention with
+            shared_prefix_len.
+        arch: the target, as in `triton_attn.toolchain.compile_only`: "sm_90", "gfx942", ... None: the present GPU.
+        num_workers: processes that compile in parallel. With more than 1, processes are spawned, and a script needs the
+            usual `if __name__ == "__main__":`.
+        report: called with one line for each finished kernel, e.g. `print`.
 
     Returns:
         WarmupResult (compiled, cached, seconds).
 
-    On Triton before 3.8 each kernel has a launcher in C too, which is made where there is a GPU to link it for.
+    Before Triton 3.8 each kernel also has a launcher in C, which is built only if there is a GPU to link it for.
 
-    What is left to the first call: strides that 16 does not divide, tensors that do not begin at multiples of 16
+    The first call still compiles for strides that 16 does not divide, tensors that do not begin at multiples of 16
     bytes, MLA's backward pass, and prompts whose keys of one head exceed mla_prefill's default workspace.
 
     Raises:
@@ -143,17 +144,17 @@ def warmup(
     from .compilation import compile_all
     from .workload import OF_ANY_HEADS, OF_LATENT_VECTORS, Workload
 
-    served = OF_ANY_HEADS if shape["kv_lora_rank"] is None else OF_LATENT_VECTORS
-    functions = _check_functions(functions, served, page_size)
+    known = OF_ANY_HEADS if shape["kv_lora_rank"] is None else OF_LATENT_VECTORS
+    functions = _check_functions(functions, known, page_size)
     works = [Workload(**shape, **options, page_size=page_size, window_size=window or (-1, -1)) for window in windows]
-    jobs = [(served[name], work) for work in works for name in functions]
+    jobs = [(known[name], work) for work in works for name in functions]
     start = time.monotonic()
     compiled, cached = compile_all(jobs, _arch_here() if arch is None else arch, num_workers, report)
     return WarmupResult(compiled, cached, time.monotonic() - start)
 
 
 def _windows(model):
-    """Of the model's kinds of layer."""
+    """The windows of the model's kinds of layer."""
     windows = [None] if model.num_windowed_layers < model.num_layers else []
     return [*windows, (model.window - 1, 0)] if model.num_windowed_layers else windows
 
@@ -179,7 +180,7 @@ def _check_shape(tensor_parallel_size, num_heads_q, num_heads_kv, head_dim, head
 
 
 def _check_sinks(sinks, dtype):
-    """The dtype of sinks, or None."""
+    """The dtype of the sinks, or None."""
     if not isinstance(sinks, torch.dtype):
         return dtype if sinks is not None and check_bool("sinks", sinks, f"a bool, {dtype} or torch.float32") else None
     if sinks not in (dtype, torch.float32):
@@ -201,7 +202,7 @@ def _check_dtypes(dtype, kv_cache_dtype, **_):
 
 
 def _check_page_size(is_mla, page_size):
-    """The page size, None for a contiguous cache."""
+    """The page size. None for a contiguous cache."""
     if page_size is None:
         return 64 if is_mla else 16
     if page_size == 0 and not is_mla:
@@ -209,23 +210,23 @@ def _check_page_size(is_mla, page_size):
     return check_size("page_size", page_size)
 
 
-def _check_functions(functions, served, page_size):
+def _check_functions(functions, known, page_size):
     if functions is None:
         without = NOT_BY_DEFAULT if page_size else (*NOT_BY_DEFAULT, *NEED_PAGES)
-        return [name for name in served if name not in without]
+        return [name for name in known if name not in without]
     if isinstance(functions, str):
         fail("functions", "a list of names", repr(functions), TypeError)
     for name in functions:
-        if name not in served:
-            fail("functions", f"some of {', '.join(served)}", repr(name))
+        if name not in known:
+            fail("functions", f"some of {', '.join(known)}", repr(name))
         if name in NEED_PAGES and page_size is None:
-            fail("page_size", f"1 or more, since {name} is of pages", 0)
+            fail("page_size", f"1 or more, since {name} needs pages", 0)
     return functions
 
 
 def _arch_here():
     if not torch.cuda.is_available():
-        raise RuntimeError('arch: there is no GPU here; name one to compile for, such as "sm_90"')
+        raise RuntimeError('arch: there is no GPU here; name the target, such as "sm_90"')
     from .._host.device import arch_of
 
     return arch_of(torch.empty(0, device="cuda"))

@@ -1,4 +1,4 @@
-"""Compiling what jobs launch, kernel by kernel, in this process or in several."""
+"""Compile the kernels that jobs launch, one by one, in this process or in several."""
 
 import concurrent.futures
 import contextlib
@@ -14,7 +14,7 @@ KERNELS_PER_TASK = 4
 
 
 def compile_all(jobs, arch, num_workers, report):
-    """(kernels compiled, kernels that the cache had). A job is (function, workload): it calls one for the other."""
+    """(kernels compiled, kernels found in the cache). A job is (function, workload), and runs function(workload)."""
     tasks = _tasks(jobs, arch)
     total = sum(len(kernels) for *_, kernels in tasks)
     num_done = num_cached = 0
@@ -35,18 +35,20 @@ def compile_all(jobs, arch, num_workers, report):
                 if report is not None:
                     report(f"{num_done}/{total} {name}: {'in the cache' if was_cached else f'{seconds:.1f} s'}")
     if num_done != total:
-        raise RuntimeError(f"{total - num_done} of {total} kernels were not met again, and not compiled")
+        raise RuntimeError(
+            f"{total - num_done} of {total} kernels were not found again in the worker processes and not compiled"
+        )
     return num_done - num_cached, num_cached
 
 
 def _choose_as_here(matmul_precision, *tables_and_overrides):
-    """What of the state of the first process decides which kernels a call takes."""
+    """The state of the first process that decides which kernels a call uses."""
     take_settings(*tables_and_overrides)
     torch.set_float32_matmul_precision(matmul_precision)
 
 
 def _tasks(jobs, arch):
-    """[(arch, job, a few kernels that its calls launch)]: every kernel of all jobs once."""
+    """[(arch, job, some kernels of its calls)]. Every kernel of all jobs occurs once."""
     tasks, known = [], set()
     for job in jobs:
         with record_specializations(arch) as met:
@@ -60,7 +62,7 @@ def _tasks(jobs, arch):
 
 
 def _compile_task(task):
-    """[(name of a kernel, seconds, whether the cache had it)]."""
+    """[(name of the kernel, seconds, whether it was in the cache)]."""
     arch, (call, work), kernels = task
     outcomes = []
 
@@ -81,9 +83,9 @@ def _compile_task(task):
 
 
 def _build_launchers(kernels):
-    """What Triton before 3.8 has a C compiler make at the first launch of a kernel, and keeps in its cache on disk.
+    """Build the C launcher of a kernel, which Triton before 3.8 builds at the first launch and keeps in its disk cache.
 
-    It is linked with the GPU's driver, and so left to the first launch where there is none.
+    It is linked with the GPU's driver. Without a GPU it is left to the first launch.
     """
     try:
         driver = triton.runtime.driver.active

@@ -1,7 +1,7 @@
-"""What a server or a trainer calls: the fewest calls that meet every kernel which calls like them can need.
+"""The calls of a server or a trainer: a small set of calls that uses every kernel which such calls can need.
 
-Lengths decide tiles at most, by powers of two, so that a few stand for all. Nothing is launched, and tensors hold what
-memory held.
+Lengths change only tile sizes, in powers of two, so a few lengths cover all. Nothing is launched, and tensors are not
+initialized.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from ..merge import merge_attention
 from ..mla import mla_decode, mla_prefill
 from ..paged import paged_attention
 
-MAX_DRAFTS = 8  # queries of a sequence that a decode step verifies at once, the new token included
-MAX_TILED_PARTS = 128  # and more parts are merged by the same kernels
+MAX_DRAFTS = 8  # queries of a sequence that a decode step verifies at once, with the new token
+MAX_TILED_PARTS = 128  # with more splits the merge uses the same kernels
 WORKSPACE_BYTES = 2**28  # the default of mla_prefill
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes and options that all calls have in common; see `triton_attn.warmup`."""
+    """Shapes and options that all calls share; see `triton_attn.warmup`."""
 
     num_heads_q: int
     num_heads_kv: int
@@ -52,12 +52,12 @@ class Workload:
 
     @property
     def cached_lengths(self):
-        """(queries, keys) over a cache: decode, drafts and chunks, with few keys to many."""
+        """(queries, keys) over a cache: decode, drafts and chunks, from few keys to many."""
         return itertools.product(sorted({*range(1, MAX_DRAFTS + 1), *self.lengths}), self.lengths)
 
     @property
     def masks(self):
-        """Options of attention but for dropout."""
+        """The options of attention, except dropout."""
         return dict(
             causal=self.causal,
             window_size=self.window_size,
@@ -76,7 +76,7 @@ class Workload:
 
     @property
     def cache_scales(self):
-        """None, a number, one for all heads and one for each; a cache in q's dtype has none."""
+        """None, a number, one scale for all heads and one per head. A cache in q's dtype has no scales."""
         if self.kv_cache_dtype == self.dtype:
             return (None,)
         return (None, 1.0, torch.empty(1), torch.empty(self.num_heads_kv))
@@ -99,29 +99,29 @@ class Workload:
         return torch.empty(num_pages, self.page_size, width, dtype=dtype)
 
     def latents(self, *rows):
-        """Latent vectors and rotary keys, slices of one projection."""
+        """Latent vectors and rotary keys, as slices of one projection."""
         widths = [self.kv_lora_rank, self.qk_rope_head_dim]
         return torch.empty(*rows, sum(widths), dtype=self.dtype).split(widths, dim=-1)
 
     def latent_layouts(self, *rows):
-        """The same as models have them: slices, the first or both normed or rotated to a tensor of its own."""
+        """The layouts of models: slices of one tensor, the first or both normed or rotated into a tensor of its own."""
         kv_latent, k_pe = self.latents(*rows)
         own = kv_latent.contiguous(), k_pe.contiguous()
         return [(kv_latent, k_pe), (own[0], k_pe), own]
 
     def latent_queries(self, *rows):
-        """q_nope and q_pe, slices of one projection too."""
+        """q_nope and q_pe, also as slices of one projection."""
         widths = [self.head_dim - self.qk_rope_head_dim, self.qk_rope_head_dim]
         return torch.empty(*rows, self.num_heads_q, sum(widths), dtype=self.dtype).split(widths, dim=-1)
 
     def latent_weights(self):
-        """w_uk and w_uv, views of kv_b_proj's weight."""
+        """w_uk and w_uv, as views of kv_b_proj's weight."""
         widths = [self.head_dim - self.qk_rope_head_dim, self.head_dim_v]
         return torch.empty(self.num_heads_q, sum(widths), self.kv_lora_rank, dtype=self.dtype).split(widths, dim=1)
 
 
 def powers_of_two(end):
-    """1, 2, 4, ... to the first that reaches end."""
+    """1, 2, 4, ... up to the first value that reaches end."""
     return [1 << i for i in range((end - 1).bit_length() + 1)]
 
 
@@ -143,7 +143,7 @@ def call_flash_attention_varlen(work):
 
 
 def call_flash_attention_backward(work):
-    """Training: both passes, dense and packed, with a gradient of lse and without."""
+    """Training: both passes, dense and packed, with and without a gradient of lse."""
     cu_seqlens = indices(2)
     for seqlen, packed, use_lse in itertools.product(work.lengths, (False, True), (False, True)):
         inputs = [x.requires_grad_() for x in work.qkv(*((seqlen,) if packed else (1, seqlen)))]
@@ -160,7 +160,7 @@ def call_flash_attention_backward(work):
 
 
 def call_paged_attention(work):
-    """Decode with drafts, chunks of prompts, dense and packed; keys in one part and in several, and all merges."""
+    """Decode with drafts, chunks of prompts, dense and packed, with one split and several, and all merges."""
     variants = itertools.product(work.cached_lengths, (1, 2), (False, True), work.cache_scales)
     for (seqlen_q, seqlen_k), num_splits, return_lse, scale in variants:
         options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
@@ -170,7 +170,7 @@ def call_paged_attention(work):
 
 
 def call_shared_prefix(work):
-    """paged_attention with shared_prefix_len, of whole pages."""
+    """paged_attention with shared_prefix_len, a multiple of the page size."""
     variants = itertools.product(work.lengths, work.lengths, (1, 2), (False, True), work.cache_scales)
     for seqlen_q, seqlen_k, num_splits, return_lse, scale in variants:
         options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
@@ -179,7 +179,7 @@ def call_shared_prefix(work):
 
 
 def _attend_cached(work, seqlen_q, seqlen_k, **options):
-    """paged_attention of one sequence, dense and packed."""
+    """paged_attention for one sequence, dense and packed."""
     if work.page_size is None:
         cache = *work.kv_caches(1, seqlen_k), indices(1)
     else:
@@ -218,7 +218,7 @@ def call_append_latent_cache(work):
 
 
 def call_mla_decode(work):
-    """Decode with drafts; the ends of the absorbed form depend on the number of tokens and of parts."""
+    """Decode with drafts. The kernels around the absorbed form depend on the number of tokens and of splits."""
     weights = work.latent_weights()
 
     def decode(batch, seqlen_q, seqlen_k, num_splits, return_lse):
@@ -236,13 +236,13 @@ def call_mla_decode(work):
 
 
 def call_mla_prefill(work):
-    """Every schedule, dense and packed. The heads of a chunk, a constant of the kernels, follow from the tokens."""
+    """Every schedule, dense and packed. The heads per chunk, a constant of the kernels, follow from the tokens."""
     for num_tokens, return_lse in itertools.product(work.lengths, (False, True)):
         _prefill(work, num_tokens, return_lse, mode="fused")
-        with contextlib.suppress(ValueError):  # of a prompt so long that no head of it fits
+        with contextlib.suppress(ValueError):  # a prompt so long that not even one head fits
             for latents in work.latent_layouts(1, num_tokens):
                 _prefill(work, num_tokens, return_lse, latents, mode="absorbed", max_workspace_bytes=WORKSPACE_BYTES)
-        # torch would make the keys and values: a short prompt has as many heads in a chunk with less memory.
+        # Tensors of keys and values would be allocated: with less memory a short prompt has as many heads per chunk.
         max_workspace_bytes = WORKSPACE_BYTES // num_tokens
         _prefill(work, 1, return_lse, mode="materialized", max_workspace_bytes=max_workspace_bytes)
 
@@ -257,7 +257,7 @@ def _prefill(work, num_tokens, return_lse, latents=None, **options):
     mla_prefill(*(x[0] for x in inputs), *weights, **packed, **options)
 
 
-# By the names that `warmup` takes.
+# Keyed by the names that `warmup` takes.
 OF_ANY_HEADS = {
     "flash_attention": call_flash_attention,
     "flash_attention_varlen": call_flash_attention_varlen,

@@ -1,4 +1,4 @@
-"""Flash attention as users call it: argument checks, then the kernel or the reference."""
+"""Public API of flash attention: argument checks, then the kernel or the reference."""
 
 import functools
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -58,46 +58,47 @@ def flash_attention(
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention of queries over keys and values, without the matrix of scores in memory.
+    """Exact attention, without the matrix of scores in memory.
 
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j, h // group_size]
         s[b, h, i, j] = softcap * tanh(x / softcap) - slope[h] * |i + seqlen_k - seqlen_q - j|
         x = softmax_scale * q[b, i, h] . k[b, j, h // group_size],  group_size = num_heads_q // num_heads_kv
 
-    over the keys j that query i sees: i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right. One head
-    of keys and values serves group_size heads of queries: 1 is MHA, num_heads_q is MQA, between is GQA.
+    over the keys j that query i sees: i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right.
+    group_size query heads share one KV head: group_size 1 is MHA, num_heads_q is MQA, between is GQA.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), fp16, bf16 or fp32; head_dim 1 to 512. Any strides, the last
-            dimension contiguous. fp32 products follow torch.get_float32_matmul_precision().
+            dimension contiguous. fp32 matmuls follow torch.get_float32_matmul_precision().
         k: (batch, seqlen_k, num_heads_kv, head_dim), q's dtype and device. num_heads_kv divides num_heads_q.
-        v: (batch, seqlen_k, num_heads_kv, head_dim_v); head_dim_v 1 to 512, its own.
-        causal: query i sees no key after its own position: right = 0. Aligned to the bottom right.
-        softmax_scale: factor on q . k, above 0; None is head_dim ** -0.5.
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v); head_dim_v 1 to 512, independent of head_dim.
+        causal: query i sees no key after its own position (right = 0), aligned to the bottom right.
+        softmax_scale: factor on q . k, above 0. None means head_dim ** -0.5.
         window_size: (left, right) keys around the query's position; -1 is unlimited.
-        softcap: bound of the scores, natural units; 0 is none.
-        alibi_slopes: fp32 (num_heads_q,) or (batch, num_heads_q); None is none.
-        sinks: (num_heads_q,), fp32 or q's dtype: one more logit per head in the softmax's sum, with no value.
-        dropout_p: each weight is dropped with this probability, 0 <= dropout_p < 1, and the others divided by
-            1 - dropout_p. lse is that of the undropped softmax.
+        softcap: bound of the scores, in natural units; 0 means none.
+        alibi_slopes: fp32 (num_heads_q,) or (batch, num_heads_q); None means none.
+        sinks: (num_heads_q,), fp32 or q's dtype: one more logit per head in the sum of the softmax, without a value.
+        dropout_p: each weight is dropped with this probability, 0 <= dropout_p < 1, and the others are divided by
+            1 - dropout_p. lse is that of the softmax without dropout.
         dropout_seed: an int, or an int64 tensor of one element on q's device; None draws one from torch's generator.
             `triton_attn.reference.dropout_mask` gives the mask of a seed.
-        deterministic: a backward pass that repeats bitwise (no atomics), at seven products a tile in place of five;
-            also under torch.use_deterministic_algorithms. The forward always repeats.
-        return_lse: also return the log-sum-exp of the scores, natural log, the sink included.
+        deterministic: the backward pass repeats bitwise (no atomics), with seven matmuls per tile instead of five.
+            torch.use_deterministic_algorithms has the same effect. The forward pass always repeats bitwise.
+        return_lse: also return the natural log-sum-exp of the scores, including the sink.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse
         (batch, num_heads_q, seqlen_q) in fp32. A query that sees no key has out = 0 and lse = -inf, or the sink.
 
-    Differentiable in q, k, v and sinks, once, through out and lse; head dimensions to 256. Under torch.autocast q, k
-    and v are cast as for torch's own attention. Autograd, torch.compile and export see one operator.
+    First derivatives of out and lse are supported with respect to q, k, v and sinks, for head dimensions up to 256.
+    Under torch.autocast q, k and v are cast as for torch's own attention. Autograd, torch.compile and export see one
+    operator.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a sequence or packed batch has more than 10**9 rows; nothing was
             launched.
-        NotImplementedError: gradients of a head dimension above 256, of alibi_slopes, second derivatives, forward
-            mode, torch.func (but vmap, which loops).
+        NotImplementedError: gradients for a head dimension above 256 or of alibi_slopes, second derivatives, forward
+            mode, and torch.func, except vmap, which loops.
 
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
@@ -184,7 +185,7 @@ def flash_attention_varlen(
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`flash_attention` of a batch of sequences packed one after the other, without padding.
+    """`flash_attention` for a batch of sequences that are concatenated without padding.
 
     Sequence i has the queries [cu_seqlens_q[i], cu_seqlens_q[i + 1]) and the keys [cu_seqlens_k[i],
     cu_seqlens_k[i + 1]); masks are aligned to the bottom right of each sequence.
@@ -192,19 +193,20 @@ def flash_attention_varlen(
     Args:
         q: (total_q, num_heads_q, head_dim).
         k, v: (total_k, num_heads_kv, head_dim) and (total_k, num_heads_kv, head_dim_v).
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, from 0, never falling. Lengths may be 0.
-        max_seqlen_q, max_seqlen_k: the longest lengths, ints. What is computed of queries past max_seqlen_q, and of the
-            gradients of keys past max_seqlen_k, is not defined. A tensor of one int is read back, which waits for its
-            device; under torch.compile too, without a graph break.
-        check_values: read cu_seqlens back and check them; None follows the environment variable TRITON_ATTN_CHECK=1.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, from 0, non-decreasing. Lengths may be 0.
+        max_seqlen_q, max_seqlen_k: the longest lengths, ints. Results for queries past max_seqlen_q, and gradients of
+            keys past max_seqlen_k, are undefined. A tensor of one int costs a device-to-host sync, also under
+            torch.compile, where it does not break the graph.
+        check_values: check cu_seqlens on the host, which costs a device-to-host sync. None follows the environment
+            variable TRITON_ATTN_CHECK=1.
         The rest as in `flash_attention`.
 
     Returns:
         out (total_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse (num_heads_q, total_q) in
-        fp32. Rows after cu_seqlens[-1] belong to no sequence: whatever they hold influences nothing, out and gradients
-        are 0 there and lse is -inf. Lengths beyond the rows there are count as these.
+        fp32. Rows after cu_seqlens[-1] belong to no sequence. They influence nothing; their out and gradients are 0 and
+        their lse is -inf. Lengths beyond the last row count as ending there.
 
-    Raises: as `flash_attention`; ValueError for bad values in cu_seqlens where they are checked.
+    Raises: as `flash_attention`; ValueError for bad values in cu_seqlens if they are checked.
     """
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
@@ -242,13 +244,13 @@ def flash_attention_varlen(
 
 
 def _options(ndim, layout, causal, softmax_scale, window_size, softcap):
-    """The checked options of a call but for its tensors; remembered, since most calls are like the one before."""
+    """The checked options of a call, without its tensors. They are cached, since most calls repeat them."""
     if torch.compiler.is_compiling():
         return _check_options(ndim, layout, causal, softmax_scale, softcap, window_size)
     try:
         left, right = window_size
         return _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, right, type(window_size))
-    except (TypeError, ValueError):  # an argument is wrong, and is to be named
+    except (TypeError, ValueError):  # an argument is wrong; the uncached check names it
         return _check_options(ndim, layout, causal, softmax_scale, softcap, window_size)
 
 
@@ -259,12 +261,14 @@ def _check_options(ndim, layout, causal, softmax_scale, softcap, window_size):
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, right, pair):
-    """The sides of the window one by one, since only the types of arguments count, not those in a tuple."""
+    """The sides of the window as separate arguments, since lru_cache checks the types of arguments but not inside
+    tuples.
+    """
     return _check_options(ndim, layout, causal, softmax_scale, softcap, pair((left, right)))
 
 
 def _check_dropout(q, dropout_p, dropout_seed):
-    """dropout_p, and the seed as a tensor of one int64 on q's device; None without dropout."""
+    """dropout_p, and the seed as a tensor of one int64 on q's device. None without dropout."""
     dropout_p = check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         fail("dropout_p", "0 <= dropout_p < 1", dropout_p)
@@ -291,7 +295,7 @@ def _check_dropout(q, dropout_p, dropout_seed):
 def _attend(
     q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse, check_values=False
 ) -> tuple[Tensor, Any]:
-    """out and lse by the kernel: launched directly, or as an operator where somebody traces or differentiates."""
+    """out and lse from the kernel. A call that is traced or differentiated goes through an operator."""
     check_kernel_dtype(q)
     softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
@@ -335,18 +339,20 @@ def _attend(
 
 @functools.cache
 def _kernel():
-    """Loaded with the first call, so that the package imports where triton is not installed."""
+    """Imported at the first call, so that the package can be imported without triton."""
     from .forward import launch_flash_fwd, new_outputs
 
     return new_outputs, launch_flash_fwd
 
 
 def _check_differentiable(q, k, v, sinks, alibi_slopes):
-    """Raised at the call, not in the backward pass, where its cause would be far away."""
+    """Raise at the call and not in the backward pass, where the cause would be hard to find."""
     if alibi_slopes is not None and alibi_slopes.requires_grad:
-        raise NotImplementedError("alibi_slopes: no gradient is served, got a tensor that requires one; detach it")
+        raise NotImplementedError(
+            "alibi_slopes: gradients are not supported, got a tensor that requires one; detach it"
+        )
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM_BACKWARD and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         raise NotImplementedError(
-            f"gradients are served for head dimensions to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}"
+            f"gradients are supported for head dimensions up to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}"
         )

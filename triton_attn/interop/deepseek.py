@@ -5,8 +5,8 @@
     paged = PagedDeepseek(DeepseekV3ForCausalLM.from_pretrained(...), num_pages=4096)
     paged.generate(prompts, max_new_tokens=100)
 
-A token costs kv_lora_rank + qk_rope_head_dim numbers per layer, whatever the number of heads. The model stays as it is:
-all of it but the attention is called, and it goes on to work by itself.
+A token costs kv_lora_rank + qk_rope_head_dim elements per layer, whatever the number of heads. The model is not
+modified: all of its modules except the attention are called, and it still works by itself.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from ..cache import LatentKVCache, append_latent_cache
 from ..mla import mla_decode, mla_prefill, mla_softmax_scale
 from .rope import rotate
 
-# Their angles do not depend on the length of the text.
-SERVED_ROPE = ("default", "linear", "llama3", "yarn")
+# With these the angles do not depend on the length of the text.
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class PagedDeepseek:
@@ -30,15 +30,15 @@ class PagedDeepseek:
     Args:
         model: DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, in fp16, bf16 or fp32, on one device.
         num_pages, page_size: of the cache.
-        dtype: of the cache, the model's if None; torch.float8_e4m3fn for the fp8 layout of `append_latent_cache`.
-        prefix_caching: prompts that begin like earlier ones share their pages.
+        dtype: of the cache; None means the model's. torch.float8_e4m3fn is the fp8 layout of `append_latent_cache`.
+        prefix_caching: prompts share the pages of a common prefix with earlier prompts.
 
     Attributes:
-        cache: `LatentKVCache`, to create, fork, truncate and free sequences in.
+        cache: `LatentKVCache`, in which to create, fork, truncate and free sequences.
 
     Raises:
-        TypeError: the model is another.
-        NotImplementedError: angles that change with the length of the text ("dynamic", "longrope").
+        TypeError: the model has another class.
+        NotImplementedError: the angles change with the length of the text ("dynamic", "longrope").
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class PagedDeepseek:
             )
         config = model.config
         rope_type = config.rope_parameters.get("rope_type", "default")
-        if rope_type not in SERVED_ROPE:
-            raise NotImplementedError(f"model: rope_type of {', '.join(SERVED_ROPE)} is served, got {rope_type}")
+        if rope_type not in SUPPORTED_ROPE:
+            raise NotImplementedError(f"model: expected rope_type {', '.join(SUPPORTED_ROPE)}, got {rope_type}")
         self.model = model
         self.cache = LatentKVCache(
             num_pages,
@@ -75,19 +75,20 @@ class PagedDeepseek:
 
     @torch.no_grad()
     def forward(self, seqs: list[Any], new_tokens: list[list[int]]) -> Tensor:
-        """Compute the new tokens of each sequence, the keys of which go to the cache.
+        """Compute the new tokens of each sequence, and write their keys to the cache.
 
         Args:
-            seqs: 1 or more sequences of `cache`. Together they go through `mla_prefill` if all are empty, otherwise
-                through `mla_decode`, where each costs as much as the one with the most new tokens.
+            seqs: 1 or more sequences of `cache`. If all are empty they are computed by `mla_prefill`, otherwise by
+                `mla_decode`, in which each costs as much as the one with the most new tokens.
             new_tokens: for each sequence a list of 1 or more token ids.
 
         Returns:
             logits (len(seqs), vocab_size) in fp32, of the token after each sequence's last.
 
         Raises:
-            OutOfPages, ValueError: with nothing changed; a sequence without new tokens, or with more tokens than the
-                model has positions for.
+            OutOfPages: the cache has too few pages.
+            ValueError: a sequence has no new tokens, or more tokens than the model has positions.
+                In both cases nothing has changed.
         """
         step = self._begin(seqs, new_tokens)
         inner, device = self.model.model, self.model.device
@@ -101,11 +102,11 @@ class PagedDeepseek:
         return self.model.lm_head(inner.norm(hidden[:, last]))[0].float()
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """The likeliest token again and again: a list of new tokens for each prompt, up to its end token included.
+        """Greedy decoding: a list of new tokens for each prompt, up to and including its end token.
 
         Args:
             prompts: lists of 1 or more token ids, of any lengths.
-            max_new_tokens: most that each gets. End tokens are those of the model's generation_config.
+            max_new_tokens: the limit for each prompt. End tokens are those of the model's generation_config.
         """
         eos = self.model.generation_config.eos_token_id
         eos = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
@@ -129,7 +130,7 @@ class PagedDeepseek:
         return outputs
 
     def _begin(self, seqs, new_tokens):
-        """Room for the new tokens, and where everything is."""
+        """Reserve slots for the new tokens, and compute their positions."""
         starts, counts = [len(seq) for seq in seqs], [len(tokens) for tokens in new_tokens]
         if not starts:
             raise ValueError("seqs: expected 1 or more sequences, got none")
@@ -158,7 +159,7 @@ class PagedDeepseek:
         )
 
     def _attend(self, index, attention, hidden, step):
-        """The attention of a layer: hidden (num_tokens, hidden_size), tokens of one sequence after those of another."""
+        """Attention of a layer: hidden (num_tokens, hidden_size), with the tokens of all sequences concatenated."""
         config, latent_cache = self.model.config, self.cache.latent_cache[index]
         nope, rope, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         q_nope, q_pe = queries(attention, hidden).unflatten(-1, (-1, nope + rope)).split([nope, rope], dim=-1)
@@ -200,11 +201,11 @@ class PagedDeepseek:
 
 
 class Step(NamedTuple):
-    """What the layers need to know of the new tokens of a batch, all of them in a row.
+    """The new tokens of a batch, concatenated, as the layers need them.
 
-    Tokens go to `slots` and stand at `positions`; the sequences have `cache_seqlens` keys on the pages of
-    `block_table`. `is_prompt`: no key was there before. `padded_rows`: where the numbers of new tokens differ, the row
-    of each of them among (batch, max_seqlen_q), of which each sequence has the last ones.
+    Tokens are written to `slots` and have `positions`. The sequences have `cache_seqlens` keys on the pages of
+    `block_table`. `is_prompt`: no sequence had keys before. `padded_rows`: if the sequences differ in their number of
+    new tokens, the row of each token in (batch, max_seqlen_q). A sequence takes the last of its rows.
     """
 
     is_prompt: bool
@@ -231,14 +232,16 @@ class Step(NamedTuple):
 
 
 def queries(attention: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """(num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)), through the low-rank projections if there."""
+    """(num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)), through the low-rank projections if there are
+    any.
+    """
     if attention.q_lora_rank is None:
         return attention.q_proj(hidden)
     return attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(hidden)))
 
 
 def softmax_scale(config: PretrainedConfig) -> float:
-    """`mla_softmax_scale` of a config of transformers."""
+    """`mla_softmax_scale` for a transformers config."""
     rope = config.rope_parameters
     if rope.get("rope_type", "default") == "default":
         rope = {}
@@ -248,9 +251,9 @@ def softmax_scale(config: PretrainedConfig) -> float:
 
 
 def rope_tables(model: DeepseekV2ForCausalLM | DeepseekV3ForCausalLM, num_positions: int) -> dict[str, Any]:
-    """rope_cos, rope_sin (num_positions, qk_rope_head_dim / 2) in fp32, YaRN's factor included, and the convention.
+    """rope_cos, rope_sin (num_positions, qk_rope_head_dim / 2) in fp32, with YaRN's factor, and the convention.
 
-    V2 multiplies neighbours as complex numbers, V3 rotates neighbours or halves, as its config says.
+    V2 multiplies neighbours as complex numbers. V3 rotates neighbours or halves, depending on its config.
     """
     positions = torch.arange(num_positions, device=model.device)[None]
     angles = model.model.rotary_emb(torch.empty(0, dtype=torch.float32, device=model.device), positions)

@@ -1,8 +1,9 @@
-"""flash-attn 2's functions on our kernels: the same signatures, defaults and return values, positional calls too.
+"""The functions of flash-attn 2 on our kernels, with the same signatures, defaults and return values, also
+positionally.
 
     from triton_attn.interop.flash_attn import flash_attn_func      # was: from flash_attn import flash_attn_func
 
-Nothing is ignored: what is not served raises NotImplementedError. Signatures: flash-attn 2.8.
+No argument is ignored: unsupported values raise NotImplementedError. The signatures are those of flash-attn 2.8.
 """
 
 from numbers import Integral
@@ -17,7 +18,7 @@ from ..flash import flash_attention, flash_attention_varlen
 from ..paged import paged_attention
 from .rope import rotate
 
-S_DMASK_MULTIPLE = 128  # flash-attn rounds the lengths of S_dmask up to it
+S_DMASK_MULTIPLE = 128  # flash-attn rounds the lengths of S_dmask up to a multiple of this
 
 
 def flash_attn_func(
@@ -36,9 +37,10 @@ def flash_attn_func(
     """`triton_attn.flash_attention`: q (batch, seqlen_q, nheads, headdim), k, v (batch, seqlen_k, nheads_k, headdim).
 
     Returns out, or with return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (batch, nheads, seqlen_q) fp32;
-    S_dmask is empty without dropout, as flash-attn leaves it. With dropout it is for tests: (batch, nheads, seqlen_q,
-    seqlen_k) in q's dtype, both lengths rounded up to 128, the softmax before dropout, normalised, below 0 where a
-    weight is dropped, 0 or more where it is kept or no key is seen. It is computed beside the kernel, by torch.
+    S_dmask is empty without dropout, as in flash-attn. With dropout it is for tests: (batch, nheads, seqlen_q,
+    seqlen_k) in q's dtype, both lengths rounded up to a multiple of 128, with the normalized softmax before dropout.
+    An entry is below 0 where the weight is dropped, and 0 or more where it is kept or masked. torch computes it,
+    separately from the kernel.
     """
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -63,7 +65,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` with kv (batch, seqlen_k, 2, nheads_k, headdim), whose gradient comes as one tensor."""
+    """`flash_attn_func` with kv (batch, seqlen_k, 2, nheads_k, headdim), whose gradient is one tensor."""
     k, v = kv.unbind(dim=-3)
     return flash_attn_func(
         q,
@@ -91,7 +93,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` with qkv (batch, seqlen, 3, nheads, headdim), whose gradient comes as one tensor."""
+    """`flash_attn_func` with qkv (batch, seqlen, 3, nheads, headdim), whose gradient is one tensor."""
     q, k, v = qkv.unbind(dim=-3)
     return flash_attn_func(
         q,
@@ -130,7 +132,7 @@ def flash_attn_varlen_func(
 
     With block_table, (batch, max_blocks) int32, `triton_attn.paged_attention` of q and the pages k, v (num_blocks,
     page_block_size, nheads_k, headdim), any page_block_size: sequence i has the first cu_seqlens_k[i + 1] -
-    cu_seqlens_k[i] keys of its pages. It has neither gradients nor dropout: NotImplementedError.
+    cu_seqlens_k[i] keys of its pages. Gradients and dropout then raise NotImplementedError.
 
     Returns as `flash_attn_func`: softmax_lse (nheads, total_q), S_dmask (batch, nheads, max_seqlen_q, max_seqlen_k)
     with dropout, both lengths rounded up to 128.
@@ -139,7 +141,7 @@ def flash_attn_varlen_func(
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if block_table is not None:
         if dropout_p != 0:
-            raise NotImplementedError(f"dropout_p: 0 is served with a block_table, got {dropout_p}")
+            raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {dropout_p}")
         tensors = q, k, v, _lengths("cu_seqlens_k", cu_seqlens_k), _with_contiguous_rows(block_table)
         options |= dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
         if not return_attn_probs:
@@ -175,7 +177,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` with kv (total_k, 2, nheads_k, headdim), whose gradient comes as one tensor."""
+    """`flash_attn_varlen_func` with kv (total_k, 2, nheads_k, headdim), whose gradient is one tensor."""
     k, v = kv.unbind(dim=-3)
     return flash_attn_varlen_func(
         q,
@@ -209,7 +211,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` with qkv (total, 3, nheads, headdim), whose gradient comes as one tensor."""
+    """`flash_attn_varlen_func` with qkv (total, 3, nheads, headdim), whose gradient is one tensor."""
     q, k, v = qkv.unbind(dim=-3)
     return flash_attn_varlen_func(
         q,
@@ -251,24 +253,25 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`triton_attn.append_kv_cache` of new keys, in place, then `triton_attn.paged_attention` over all of them.
+    """`triton_attn.append_kv_cache` of new keys, in place, then `triton_attn.paged_attention` over all keys.
 
-    Nothing is read back from the device. Every position below counts from the first slot of a sequence's cache, whether
-    cache_leftpad hides it or not.
+    There is no device-to-host sync. Positions count from the first slot of a sequence's cache, even if cache_leftpad
+    hides it.
 
     Args:
         q: (batch, seqlen_q, nheads, headdim), the last queries of each sequence: query i is at position
-            seqlen_k - seqlen_q + i among the seqlen_k keys, the new ones included.
+            seqlen_k - seqlen_q + i among the seqlen_k keys, which include the new ones.
         k_cache, v_cache: (num_blocks, page_block_size, nheads_k, headdim) with a block_table, any page_block_size;
-            otherwise (batch_cache, seqlen_cache, nheads_k, headdim), of which row i is that of q's row i.
-        k, v: (batch, seqlen_new, nheads_k, headdim) or None, written to positions cache_seqlens + i. A key for which
-            there is no room is not written.
-        rotary_cos, rotary_sin: (num_positions, rotary_dim / 2), fp32 or q's dtype; needs k. Rotates key i, and query i
-            if causal or under a window, by the angles of row cache_seqlens + i; otherwise all queries by those of row
-            cache_seqlens.
-        cache_seqlens: (batch,) int32, or an int for all: keys in the cache before k. None, only without k: it is full.
-        cache_batch_idx: (batch,) int32, the row of the cache for each of q's; distinct if k is given.
-        cache_leftpad: (batch,) int32, where the keys of each sequence begin. Costs a table with an entry per key.
+            otherwise (batch_cache, seqlen_cache, nheads_k, headdim), whose row i belongs to row i of q.
+        k, v: (batch, seqlen_new, nheads_k, headdim) or None, written to positions cache_seqlens + i. Keys beyond the
+            capacity are not written.
+        rotary_cos, rotary_sin: (num_positions, rotary_dim / 2), fp32 or q's dtype; needs k. Key i is rotated by the
+            angles of row cache_seqlens + i. So is query i if causal or windowed; otherwise all queries are rotated by
+            row cache_seqlens.
+        cache_seqlens: (batch,) int32, or an int for all: keys in the cache before k. None, allowed without k, means
+            that the cache is full.
+        cache_batch_idx: (batch,) int32, the cache row of each row of q; distinct if k is given.
+        cache_leftpad: (batch,) int32, the first key of each sequence. It costs a table with an entry per key.
         block_table: (batch, max_blocks) int32, the pages of each sequence.
         rotary_interleaved: dimensions (2 i, 2 i + 1) are rotated together; False: (i, i + rotary_dim / 2).
         softmax_scale, causal, window_size, softcap, alibi_slopes, num_splits: as in `paged_attention`.
@@ -278,10 +281,10 @@ def flash_attn_with_kvcache(
         fp32, -inf where a query sees no key (flash-attn: inf).
 
     Raises:
-        TypeError, ValueError: an argument is wrong. Where `paged_attention` finds it, k and v were written; the call
-            may be repeated.
-        NotImplementedError: cache_batch_idx together with block_table, as in flash-attn; cache_leftpad with a cache
-            whose rows have gaps between them; an argument requires a gradient.
+        TypeError, ValueError: an argument is wrong. If `paged_attention` reports it, k and v have been written; the
+            call may be repeated.
+        NotImplementedError: cache_batch_idx is given with block_table, as in flash-attn; cache_leftpad with a cache
+            that has gaps between rows; or an argument requires a gradient.
     """
     batch, seqlen_q = q.shape[:2]
     cache_seqlens, table = _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
@@ -301,12 +304,12 @@ def flash_attn_with_kvcache(
             rows = cache_seqlens[:, None]
             if causal or window_size != (-1, -1):
                 rows = rows + torch.arange(seqlen_q, device=q.device)
-            rows = rows.clamp(max=rotary_cos.shape[0] - 1)  # of a query that there is no room for
+            rows = rows.clamp(max=rotary_cos.shape[0] - 1)  # for queries beyond the table of angles
             q = rotate(q, rotary_cos[rows], rotary_sin[rows], rotary_interleaved)
         cache_seqlens = cache_seqlens + positions.shape[1]
 
     if cache_leftpad is not None:
-        # A table of pages with one key each can begin anywhere.
+        # In a table of pages with one key each, a sequence can begin anywhere.
         capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
         positions = cache_leftpad[:, None] + torch.arange(capacity, dtype=torch.int32, device=q.device)
         table = _slots(table, positions, k_cache).int()
@@ -331,9 +334,10 @@ def flash_attn_with_kvcache(
 
 
 def _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table):
-    """Arguments that are computed with before a function of ours sees them, as (cache_seqlens, table of pages or None).
+    """Check the arguments that are used before `paged_attention` checks them. Returns (cache_seqlens, table of pages or
+    None).
 
-    A contiguous cache is one of pages as long as its rows.
+    A contiguous cache is a paged one with pages as long as its rows.
     """
     batch = q.shape[0]
     if (k is None) != (v is None):
@@ -342,7 +346,7 @@ def _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad
         if x is not None and (x.ndim != 4 or x.shape[:2] != (batch, k.shape[1])):
             raise ValueError(f"{name}: expected shape ({batch}, seqlen_new, nheads_k, headdim), got {tuple(x.shape)}")
     if block_table is not None and cache_batch_idx is not None:
-        raise NotImplementedError("cache_batch_idx: not served together with block_table, which names the pages")
+        raise NotImplementedError("cache_batch_idx: expected None with a block_table, which names the pages")
     if k_cache.ndim != 4 or k_cache.shape[1] == 0:
         raise ValueError(f"k_cache: expected 4 dimensions and room for keys, got shape {tuple(k_cache.shape)}")
     if block_table is None and cache_batch_idx is None and k_cache.shape[0] < batch:
@@ -370,7 +374,7 @@ def _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad
 
 
 def _slots(table, positions, cache):
-    """Slot of each position (batch, n) in the cache, int64; -1 where its sequence has no such position."""
+    """Slot of each position (batch, n) in the cache, int64; -1 for a position that the sequence does not have."""
     page_size = cache.shape[1]
     num_pages = 1 if table is None else table.shape[1]
     columns = positions // page_size
@@ -388,13 +392,11 @@ def _one_key_pages(cache):
         return cache.view(-1, 1, *cache.shape[2:])
     except RuntimeError:
         strides = f"strides {cache.stride()} for shape {tuple(cache.shape)}"
-        raise NotImplementedError(
-            f"cache_leftpad: served for a cache without gaps between rows, got {strides}"
-        ) from None
+        raise NotImplementedError(f"cache_leftpad: expected a cache without gaps between rows, got {strides}") from None
 
 
 def _with_contiguous_rows(x):
-    """flash-attn copies a tensor whose last dimension is not contiguous; ours asks the caller to."""
+    """Make the last dimension contiguous: flash-attn copies such a tensor, and our functions reject it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -406,15 +408,16 @@ def _lengths(name, cu_seqlens):
 
 
 def _dropout_seed(q, dropout_p):
-    """A seed drawn as `flash_attention` draws its own, so that asking for S_dmask changes no result."""
+    """A seed drawn in the same way as in `flash_attention`, so that S_dmask does not change the result."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
 
 
 @torch.no_grad()
 def _signed_weights(q, sequences, num_heads, max_seqlen_q, max_seqlen_k, dropout_p, seed, options):
-    """S_dmask of sequences, each its own queries and keys; a dropped weight of 0 is the least number below 0 instead.
+    """S_dmask of sequences with separate queries and keys. A dropped weight of 0 becomes the largest number below 0.
 
-    Attention over one-hot values is the softmax; that of scores that are all 0 is above 0 where a key is seen.
+    Attention over one-hot values gives the softmax. With scores of 0 its result is above 0 exactly where a key is
+    visible.
     """
     if seed is None:
         return q.new_empty(0)
@@ -437,7 +440,7 @@ def _signed_weights(q, sequences, num_heads, max_seqlen_q, max_seqlen_k, dropout
 
 
 def _options(softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict[str, Any]:
-    """Their options in our terms."""
+    """flash-attn's options in the form of our functions."""
     return dict(
         softmax_scale=softmax_scale,
         causal=bool(causal),

@@ -1,9 +1,10 @@
-"""FlashMLA's functions of dense decode and prefill on our kernels: the same signatures, defaults, return values.
+"""FlashMLA's functions for dense decode and prefill on our kernels, with the same signatures, defaults and return
+values.
 
     from triton_attn.interop.flash_mla import flash_mla_with_kvcache, get_mla_metadata      # was: from flash_mla import
 
-Calls written for its older signatures, where the metadata are tensors, are served as well. Nothing is ignored: what is
-not served raises NotImplementedError. Signatures: FlashMLA of January 2026.
+Its older signatures, in which the metadata are tensors, are supported as well. No argument is ignored: unsupported
+values raise NotImplementedError. The signatures are those of FlashMLA in January 2026.
 """
 
 import math
@@ -20,9 +21,9 @@ from ..mla import mla_decode
 
 @dataclass
 class FlashMLASchedMeta:
-    """What `get_mla_metadata` returns: nothing. Our kernels are scheduled by the shapes of each call.
+    """The result of `get_mla_metadata`, which is empty: our kernels are scheduled by the shapes of each call.
 
-    One object serves any calls, whatever their shapes and lengths; FlashMLA's serves those of one shape and length.
+    One object can be used for calls of any shape and length, unlike FlashMLA's, which holds one schedule.
 
     Attributes:
         tile_scheduler_metadata, num_splits: None, and not read.
@@ -33,10 +34,10 @@ class FlashMLASchedMeta:
 
 
 def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:
-    """(FlashMLASchedMeta, None): the two arguments of `flash_mla_with_kvcache` of these names. Both say nothing.
+    """(FlashMLASchedMeta, None): the two arguments of `flash_mla_with_kvcache` with these names. Both are empty.
 
     Arguments of older signatures (cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q, is_fp8_kvcache,
-    topk) are taken and not read, but for topk: it announces sparse attention, which raises NotImplementedError.
+    topk) are accepted and ignored, except topk: it requests sparse attention, which raises NotImplementedError.
     """
     _refuse(topk=kwargs.get("topk", args[5] if len(args) > 5 else None))
     return FlashMLASchedMeta(), None
@@ -60,7 +61,7 @@ def flash_mla_with_kvcache(
     topk_length: None = None,
     extra_topk_length: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`triton_attn.mla_decode` of queries that are absorbed already; latent vectors come out.
+    """`triton_attn.mla_decode` from absorbed queries to latent outputs.
 
         s[b, h, i, j] = softmax_scale * q[b, i, h] . k[b, j]
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) k[b, j, :head_dim_v]
@@ -71,18 +72,18 @@ def flash_mla_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), fp16, bf16 or fp32; the last dimension contiguous. DeepSeek's
-            head_dim is 576, its head_dim_v 512; others are served, 1 to 512 the one and 1 to 512 more the other.
+            head_dim is 576 and head_dim_v 512; head_dim_v may be 1 to 512, and head_dim 1 to 512 more.
         k_cache: (num_blocks, page_block_size, num_heads_k, head_dim) of q's dtype, any page_block_size. num_heads_k
             divides num_heads_q; more than 1 costs a copy of q and of out. With is_fp8_kvcache uint8 or float8_e4m3fn
-            (num_blocks, page_block_size, num_heads_k, 656), the bytes of a row: 512 e4m3 numbers, 4 fp32 scales, 64
-            bf16 numbers; what `append_latent_cache` writes. FlashMLA has it for sparse attention only.
+            (num_blocks, page_block_size, num_heads_k, 656), the bytes of a row: 512 e4m3 elements, 4 fp32 scales, 64
+            bf16 elements, as `append_latent_cache` writes them. FlashMLA has it for sparse attention only.
         block_table: (batch, max_blocks) int32, the pages of each sequence. Entries past its last are never read.
-        cache_seqlens: (batch,) int32, keys of each sequence, new ones included.
-        head_dim_v: elements of a key that are its value, the first ones.
-        tile_scheduler_metadata, num_splits: what `get_mla_metadata` returned, tensors as in older signatures, or None.
-            The result does not depend on them.
-        softmax_scale: None is head_dim ** -0.5, as in FlashMLA: 576 ** -0.5, which is no model's scale. Everywhere else
-            in this package it is the width of queries and keys before absorption; see `mla_softmax_scale`.
+        cache_seqlens: (batch,) int32, number of keys of each sequence, including new ones.
+        head_dim_v: the first head_dim_v elements of a key are its value.
+        tile_scheduler_metadata, num_splits: the results of `get_mla_metadata`, tensors as in older signatures, or None.
+            The result of the call does not depend on them.
+        softmax_scale: None means head_dim ** -0.5, as in FlashMLA: 576 ** -0.5, which no model uses. Elsewhere in this
+            package the default is based on the width of queries and keys before absorption; see `mla_softmax_scale`.
         causal: new tokens do not see later ones.
         indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length: None.
 
@@ -92,7 +93,7 @@ def flash_mla_with_kvcache(
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
-        NotImplementedError: sparse attention or a sink, keys without a part that is no value; an argument requires a
+        NotImplementedError: sparse attention, a sink, head_dim_v not below head_dim, or an argument that requires a
             gradient.
     """
     _refuse(
@@ -147,18 +148,18 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`triton_attn.flash_attention_varlen` of q (total_q, num_heads_q, head_dim), k and v: MLA's prefill, up-projected.
+    """`triton_attn.flash_attention_varlen` for q (total_q, num_heads_q, head_dim), k and v: MLA prefill, up-projected.
 
-    DeepSeek's head_dim is 192 and that of its values 128; any others to 512 are served, with gradients to 256, and
-    fewer heads of keys than of queries, dropout and deterministic too, which FlashMLA refuses in whole or in part.
+    DeepSeek's head_dim is 192 and its head_dim_v 128. All values up to 512 are supported, with gradients up to 256. So
+    are fewer KV heads than query heads, dropout and deterministic, which FlashMLA refuses in whole or in part.
 
     Args:
-        is_varlen: not read. False says that all sequences are as long as max_seqlen_qo and max_seqlen_kv.
+        is_varlen: ignored. False says that all sequences have the lengths max_seqlen_qo and max_seqlen_kv.
         The rest as in `flash_attention_varlen`.
 
     Returns:
         out (total_q, num_heads_q, head_dim_v) and lse (total_q, num_heads_q) fp32 with strides (1, total_q), natural
-        log, always both. A query that sees no key has out = 0 and lse = -inf.
+        log. Both are always returned. A query that sees no key has out = 0 and lse = -inf.
     """
     out, lse = flash_attention_varlen(
         q,
@@ -188,7 +189,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`flash_attn_varlen_func` with qkv (total, num_heads, 2 head_dim_qk + head_dim_v); its gradient is one tensor."""
+    """`flash_attn_varlen_func` with qkv (total, num_heads, 2 head_dim_qk + head_dim_v). Its gradient is one tensor."""
     q, k, v = _split_packed("qkv", qkv, head_dim_qk, 2)
     options = (dropout_p, softmax_scale, causal, deterministic, is_varlen)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options)
@@ -208,18 +209,18 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`flash_attn_varlen_func` with kv (total_k, num_heads_k, head_dim_qk + head_dim_v); one tensor is its gradient."""
+    """`flash_attn_varlen_func` with kv (total_k, num_heads_k, head_dim_qk + head_dim_v). Its gradient is one tensor."""
     k, v = _split_packed("kv", kv, head_dim_qk, 1)
     lengths = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
     return flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal, deterministic, is_varlen)
 
 
 def _split_packed(name, packed, head_dim_qk, count):
-    """`count` tensors of head_dim_qk and the values, side by side in the last dimension."""
+    """`count` tensors of head_dim_qk and the values, concatenated in the last dimension."""
     if not isinstance(packed, torch.Tensor):
         _fail(name, "a tensor", type(packed), TypeError)
     if packed.ndim != 3:
-        _fail(name, "shape (total, num_heads, widths of its parts)", f"shape {tuple(packed.shape)}")
+        _fail(name, "shape (total, num_heads, the sum of the widths)", f"shape {tuple(packed.shape)}")
     if isinstance(head_dim_qk, bool) or not isinstance(head_dim_qk, Integral):
         _fail("head_dim_qk", "an int", type(head_dim_qk), TypeError)
     head_dim_qk = int(head_dim_qk)
@@ -232,11 +233,11 @@ def _split_packed(name, packed, head_dim_qk, count):
 def _refuse(**arguments):
     for name, value in arguments.items():
         if value is not None:
-            raise NotImplementedError(f"{name}: dense attention over the pages of block_table is served, without sinks")
+            raise NotImplementedError(f"{name}: expected None, since sparse attention and sinks are not supported")
 
 
 def _check_metadata(tile_scheduler_metadata, num_splits):
-    """A scale or a flag in their place is a call whose positions are wrong."""
+    """Reject a scale or a flag in the place of the metadata, which means that positional arguments are shifted."""
     if not isinstance(tile_scheduler_metadata, (FlashMLASchedMeta, torch.Tensor, type(None))):
         _fail("tile_scheduler_metadata", "what get_mla_metadata returned", type(tile_scheduler_metadata), TypeError)
     if not isinstance(num_splits, (torch.Tensor, type(None))):
@@ -256,14 +257,14 @@ def _check_queries(q, head_dim_v):
     head_dim_v = int(head_dim_v)
     head_dim = q.shape[3]
     if head_dim_v == head_dim:
-        raise NotImplementedError(f"head_dim_v: fewer than q's head dimension {head_dim} are served, got {head_dim_v}")
+        raise NotImplementedError(f"head_dim_v: expected less than q's head dimension {head_dim}, got {head_dim_v}")
     if not 1 <= head_dim_v < head_dim:
         _fail("head_dim_v", f"1 to {head_dim - 1}, below q's head dimension", head_dim_v)
     return head_dim_v
 
 
 def _check_cache(k_cache, q, head_dim_v, is_fp8_kvcache):
-    """k_cache, an fp8 cache as bytes."""
+    """k_cache, with an fp8 cache as bytes."""
     if not isinstance(k_cache, torch.Tensor):
         _fail("k_cache", "a tensor", type(k_cache), TypeError)
     if is_fp8_kvcache and k_cache.dtype not in (torch.uint8, torch.float8_e4m3fn):
@@ -271,7 +272,7 @@ def _check_cache(k_cache, q, head_dim_v, is_fp8_kvcache):
     if not is_fp8_kvcache and k_cache.dtype != q.dtype:
         _fail("k_cache", f"q's dtype {q.dtype} with is_fp8_kvcache=False", k_cache.dtype, TypeError)
     width = q.shape[3]
-    if is_fp8_kvcache:  # an fp32 scale for every 128 numbers of one byte, then bf16 numbers
+    if is_fp8_kvcache:  # per 128 bytes of e4m3 one fp32 scale, then the bf16 elements
         width = head_dim_v + head_dim_v // 128 * 4 + 2 * (width - head_dim_v)
     if k_cache.ndim != 4 or k_cache.shape[3] != width:
         _fail("k_cache", f"shape (num_blocks, page_block_size, num_heads_k, {width})", f"shape {tuple(k_cache.shape)}")
@@ -281,7 +282,7 @@ def _check_cache(k_cache, q, head_dim_v, is_fp8_kvcache):
 
 
 def _check_indices(name, x, q, ndim):
-    """Numbers of q's sequences, which become those of one-head sequences before `mla_decode` checks them."""
+    """Check an int32 tensor of q's sequences. `mla_decode` sees it only expanded to sequences with one head."""
     if not isinstance(x, torch.Tensor):
         _fail(name, "a tensor", type(x), TypeError)
     if x.dtype != torch.int32:
@@ -294,16 +295,16 @@ def _check_indices(name, x, q, ndim):
 
 
 def _one_head_pages(k_cache, block_table):
-    """A cache of pages that hold one head each, a view of k_cache, and a table (batch * num_heads_k, max_blocks) of it.
+    """A cache whose pages hold one head each (a view of k_cache), and its table (batch * num_heads_k, max_blocks).
 
-    Page (block, head) begins at stride(0) * block + stride(2) * head: whole steps of what divides both.
+    Page (block, head) begins at stride(0) * block + stride(2) * head. The page stride is the common divisor of both.
     """
     num_blocks, page_size, num_heads_k, width = k_cache.shape
     step = math.gcd(k_cache.stride(0), k_cache.stride(2)) or 1
     block_step, head_step = k_cache.stride(0) // step, k_cache.stride(2) // step
     num_pages = (num_blocks - 1) * block_step + (num_heads_k - 1) * head_step + 1 if num_blocks else 0
     if num_pages > 2**31:
-        raise NotImplementedError(f"k_cache: 2^31 pages of one head are served, got strides {k_cache.stride()}")
+        raise NotImplementedError(f"k_cache: expected at most 2^31 pages of one head, got strides {k_cache.stride()}")
     pages = k_cache.as_strided((num_pages, page_size, width), (step, k_cache.stride(1), k_cache.stride(3)))
     heads = torch.arange(num_heads_k, dtype=torch.int32, device=block_table.device) * head_step
     return pages, (block_table[:, None] * block_step + heads[:, None]).flatten(0, 1)

@@ -1,8 +1,8 @@
-"""What the mask functions of transformers show: they are called once, with stand-ins for their indices.
+"""The pattern of a transformers mask function: it is called once, with stand-ins for its indices.
 
-A mask function says whether the query at q_idx of row batch_idx sees the key at kv_idx. What it compares is written
-down, as a window around the query and a table of sequences; what cannot be said so is refused. It is called and not
-looked into, since torch.compile sees through calls, but not what a function encloses.
+A mask function says whether the query at q_idx of row batch_idx sees the key at kv_idx. Its comparisons are recorded as
+a window around the query and a table of sequences. Other patterns are refused. The function is called and its source is
+not inspected, since torch.compile traces calls but not closures.
 """
 
 import math
@@ -15,8 +15,9 @@ UNLIMITED = math.inf
 
 
 class Pattern(NamedTuple):
-    """Keys that a query sees to the left and right of its own position; if packed, a number for each token, which tells
-    the sequences of a row apart. Or that it sees none."""
+    """The keys that a query sees to the left and right of its own position. If packed, also an integer for each token,
+    which distinguishes the sequences of a row. Or: it sees no keys.
+    """
 
     left: float = UNLIMITED
     right: float = UNLIMITED
@@ -28,7 +29,7 @@ def pattern_of(mask_function, end):
     """The pattern of a mask function over positions below `end`.
 
     Raises:
-        NotImplementedError: it shows other keys than a window around the query, of the query's sequence.
+        NotImplementedError: it is not a window around the query within the query's sequence.
     """
     try:
         with _Tables():
@@ -37,25 +38,26 @@ def pattern_of(mask_function, end):
         raise _refusal(error) from None
     if not isinstance(shown, _Shown):
         raise _refusal(f"a result of type {type(shown).__name__}")
-    if shown.nearest > shown.farthest:  # a window of 0: Qwen2-MoE makes the mask, and no layer takes it
+    if shown.nearest > shown.farthest:  # a window of 0: Qwen2-MoE makes this mask, but no layer uses it
         return Pattern(right=0, shows_nothing=True)
     if not shown.nearest <= 0 <= shown.farthest:
         raise _refusal("a window without the query's own position")
     if shown.positions is not None and shown.sequence_ids is None:
-        raise _refusal("positions that start anew without sequences")
+        raise _refusal("positions that restart without sequences")
     return Pattern(shown.farthest, -shown.nearest, shown.sequence_ids)
 
 
 def _refusal(got):
     return NotImplementedError(
-        "mask_function: triton_attn serves causal, sliding window, bidirectional and packed masks, and chunks of which "
-        f"one holds all keys, got {got}"
+        "mask_function: triton_attn supports causal, sliding window, bidirectional and packed masks, and chunks if "
+        f"one chunk holds all keys, got {got}"
     )
 
 
 class _Shown:
-    """Keys at distances nearest <= q_idx - kv_idx <= farthest, counted by `positions` where it is not None; of the
-    query's own sequence where sequence_ids is not None."""
+    """Keys with nearest <= q_idx - kv_idx <= farthest. The distance is taken between `positions` if they are given. If
+    sequence_ids is given, only keys of the query's own sequence.
+    """
 
     device = None
 
@@ -73,9 +75,9 @@ class _Shown:
         return _Shown(nearest, farthest, positions, _the_one(self.sequence_ids, other.sequence_ids))
 
     def __or__(self, other):
-        """Of two windows that make one."""
+        """The union of two windows, which must be one window."""
         if not isinstance(other, _Shown) or self.sequence_ids is not None or other.sequence_ids is not None:
-            raise _refusal("`|` of other masks than windows")
+            raise _refusal("`|` of masks that are not windows")
         for one, both in ((self, other), (other, self)):
             if one.nearest > one.farthest:
                 return both
@@ -85,7 +87,7 @@ class _Shown:
         return _Shown(nearest, farthest, _the_one(self.positions, other.positions))
 
     def __bool__(self):
-        raise _refusal("a branch on what is visible")
+        raise _refusal("a branch on visibility")
 
 
 def _the_one(table, other):
@@ -95,7 +97,7 @@ def _the_one(table, other):
 
 
 class _Index:
-    """The position of a query or a key below `end`, or, with a table (batch, end), what that says of it; plus shift."""
+    """The position of a query or a key below `end`, plus shift. With a table (batch, end): its entry, plus shift."""
 
     device = None
 
@@ -119,7 +121,7 @@ class _Index:
         if not isinstance(other, _Index):
             return self + -other
         if self.is_key == other.is_key or self.table is not other.table:
-            raise _refusal("a difference other than that of a query's and a key's position")
+            raise _refusal("a difference that is not between a query's and a key's position")
         return _Distance(-1 if self.is_key else 1, self.shift - other.shift, self.table)
 
     def __le__(self, other):
@@ -130,7 +132,7 @@ class _Index:
 
     def __ge__(self, other):
         if isinstance(other, int) and other == 0 and self.shift == 0 and self.table is None:
-            return _Shown()  # as no position is negative
+            return _Shown()  # always true, since no position is negative
         return self - _an_index(other) >= 0
 
     def __gt__(self, other):
@@ -140,7 +142,7 @@ class _Index:
         other = _an_index(other)
         of_a_query_and_a_key = self.is_key != other.is_key
         if not of_a_query_and_a_key or self.table is None or self.table is not other.table or self.shift != other.shift:
-            raise _refusal("`==` of other numbers than those of a query's and a key's sequence")
+            raise _refusal("`==` between values other than a query's and a key's sequence")
         return _Shown(sequence_ids=self.table)
 
 
@@ -151,7 +153,7 @@ def _an_index(x):
 
 
 class _Distance:
-    """sign * (q_idx - kv_idx) + shift, between positions that a table gives where it is not None."""
+    """sign * (q_idx - kv_idx) + shift, between the positions of a table if it is given."""
 
     def __init__(self, sign, shift, table):
         self.sign, self.shift, self.table = sign, shift, table
@@ -180,7 +182,7 @@ class _Distance:
 
 
 class _Size:
-    """The size of a distance."""
+    """The absolute value of a distance."""
 
     def __init__(self, distance):
         self.distance = distance
@@ -193,11 +195,11 @@ class _Size:
 
 
 class _Row:
-    """The number of a row or a head, or what a table (batch,) says of it."""
+    """The index of a row or a head, or the entry of a table (batch,) for it."""
 
 
 class _IndexInRow:
-    """A position less the row's padding on the left, or the chunk of positions that it is in."""
+    """A position minus the row's left padding, or the chunk that contains the position."""
 
     def __init__(self, end, chunk_size=None):
         self.end, self.chunk_size = end, chunk_size
@@ -207,7 +209,7 @@ class _IndexInRow:
 
     def __eq__(self, other):
         if self.chunk_size is None or not isinstance(other, _IndexInRow) or other.chunk_size != self.chunk_size:
-            raise _refusal("`==` of other numbers than those of a query's and a key's chunk")
+            raise _refusal("`==` between values other than a query's and a key's chunk")
         if self.end > self.chunk_size:
             raise _refusal(f"chunks of {self.chunk_size} for {self.end} keys")
         return _Shown()

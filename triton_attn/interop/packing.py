@@ -1,4 +1,4 @@
-"""Rows of a batch, of which some tokens are padding, as sequences one after the other for `flash_attention_varlen`."""
+"""Batches with padding as concatenated sequences for `flash_attention_varlen`."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from ..flash import flash_attention_varlen
 
 
 class Packing(NamedTuple):
-    """Where the sequences of a batch lie, without the padding: the arguments of `flash_attention_varlen`.
+    """The sequences of a batch without the padding: the arguments of `flash_attention_varlen`.
 
-    `rows_q` and `rows_k` index (batch, position) of the tokens, after which those of padding may stand; None takes all
-    of them, one row after the other.
+    `rows_q` and `rows_k` are the indices (batch, position) of the tokens; padding may follow. None takes all tokens,
+    one row after the other.
     """
 
     rows_q: tuple | None
@@ -46,11 +46,12 @@ def _take(x, rows):
 
 
 def pack(tokens, queries, seqlen_q, window):
-    """The packing of a batch; None for whole rows.
+    """The packing of a batch. None if all rows are whole.
 
     Args:
         tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row.
-        queries: (batch, seqlen_q), those of the tokens that are queries; None: they are others, and all count.
+        queries: (batch, seqlen_q), the entries of the tokens that are queries. None: queries are other tokens, and all
+            count.
     """
     if torch.compiler.is_compiling():
         return _pack_traced(tokens, queries, seqlen_q, window)
@@ -62,9 +63,9 @@ def pack(tokens, queries, seqlen_q, window):
     if all_real and num_sequences == 1:
         return None
     if window[0] >= 0 and _has_holes(real):
-        raise NotImplementedError("attention_mask: padding between tokens is not served under a sliding window")
+        raise NotImplementedError("attention_mask: expected no padding between tokens under a sliding window")
     if num_sequences > 1 and bool((real & (tokens < tokens.cummax(1).values)).any()):
-        raise NotImplementedError("mask_function: sequences that do not stand one after the other are not served")
+        raise NotImplementedError("mask_function: expected sequences one after the other")
 
     first_sequence = num_sequences * torch.arange(batch, device=tokens.device)[:, None] - 1
 
@@ -84,7 +85,7 @@ def pack(tokens, queries, seqlen_q, window):
 
 
 def _has_holes(real):
-    """Whether a row has padding between its tokens: without it, they would come closer together."""
+    """Whether a row has padding between its tokens. Without the padding they would be closer together."""
     runs = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0]
     return bool((runs > 1).any())
 
@@ -93,12 +94,13 @@ def _bounds(lengths):
     return pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-# A graph knows no values: what they say is computed in it, or by an operator where it decides a shape or an error.
+# In a traced graph values are unknown. They are computed in the graph, or by an operator if they decide a shape or an
+# error.
 
 
 def _pack_traced(tokens, queries, seqlen_q, window):
     rows_q = None if queries is None else _real_first(queries)
-    if seqlen_q == 1:  # a decode step, which CUDA graphs can hold: one sequence a row, nothing read back
+    if seqlen_q == 1:  # a decode step, which CUDA graphs can capture: one sequence per row, no device-to-host sync
         lengths_k = (tokens > 0).sum(1)
         lengths_q = torch.ones_like(lengths_k) if queries is None else (queries > 0).sum(1)
         bounds = _bounds(lengths_q), _bounds(lengths_k), 1, tokens.shape[1]
@@ -108,7 +110,7 @@ def _pack_traced(tokens, queries, seqlen_q, window):
 
 
 def _real_first(tokens):
-    """(batch, position) of all tokens, those of padding behind the others."""
+    """(batch, position) of all tokens, followed by those of the padding."""
     order = (tokens == 0).flatten().to(torch.int8).argsort(stable=True)
     return order // tokens.shape[1], order % tokens.shape[1]
 
@@ -117,7 +119,7 @@ def _real_first(tokens):
 def _pack_bounds(
     tokens: Tensor, queries: Tensor | None, seqlen_q: int, window_left: int, window_right: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last four of `pack`'s; the longest lengths in the host's memory, where every layer reads them."""
+    """The last four values of `pack`. The longest lengths are in host memory, where every layer reads them."""
     packing = pack(tokens, queries, seqlen_q, (window_left, window_right))
     if packing is None:
         each = torch.ones(tokens.shape[0], dtype=torch.int32, device=tokens.device)

@@ -1,10 +1,10 @@
-"""Rotary embedding in torch, where a client rotates what no kernel of ours does."""
+"""Rotary embedding in torch, for calls in which no kernel of ours rotates."""
 
 import torch
 
 
 def rotate(x, cos, sin, interleaved):
-    """x (..., nheads, headdim) by the angles (..., rotary_dim / 2) of each row, computed in fp32.
+    """x (..., nheads, headdim), rotated by the angles (..., rotary_dim / 2) of each row in fp32.
 
     interleaved: dimensions (2 i, 2 i + 1) are rotated together; False: (i, i + rotary_dim / 2).
     """

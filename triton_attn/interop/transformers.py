@@ -5,15 +5,15 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="triton_attn")
 
-Served: causal, sliding window and bidirectional masks, grouped query heads, softcap, sinks, dropout, gradients, padding
-on either side, packed sequences, dynamic and static caches. Padding is cut out before the kernel, which spends no time
-on it. Arguments that are not served raise NotImplementedError; so does a model that reads the mask by itself.
+Supported: causal, sliding window and bidirectional masks, grouped query heads, softcap, sinks, dropout, gradients,
+padding on either side, packed sequences, dynamic and static caches. Padding is removed before the kernel, which spends
+no time on it. Unsupported arguments raise NotImplementedError. So does a model that reads the mask itself.
 
-A model asks `token_mask` for its masks once in a forward pass, and every layer hands one of them to `attention`. What
-queries see stands in that mask alone: it is never guessed from the layer.
+A model calls `token_mask` for its masks once per forward pass, and every layer passes one of them to `attention`. The
+mask alone says what queries see. It is never guessed from the layer.
 
-torch.compile(fullgraph=True) makes one graph of a model. Where padding and sequences lie is computed in it: of a prompt
-by an operator that reads their lengths back, once for each mask, of a decode step without.
+torch.compile(fullgraph=True) compiles a model to one graph. The positions of padding and sequences are computed in it:
+for a prompt by an operator with one device-to-host sync per mask, for a decode step without a sync.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .packing import Packing, attend_packed, pack
 
 
 def register(name: str = "triton_attn") -> None:
-    """Make `attn_implementation=name` known to transformers: the attention, and the mask that it takes."""
+    """Make `attn_implementation=name` known to transformers: the attention and its mask."""
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, token_mask)
 
@@ -61,28 +61,28 @@ def attention(
     """The attention of one layer, as transformers calls it.
 
     Args:
-        module: the layer, which errors name; nothing else of it is read.
+        module: the layer, used only for its name in errors.
         query: (batch, num_heads_q, seqlen_q, head_dim). key, value: (batch, num_heads_kv, seqlen_k, head_dim and
-            head_dim_v); of a static cache, slots after the last query's may hold anything.
-        attention_mask: what `token_mask` made, or None: every key.
+            head_dim_v). In a static cache, slots after the last query's position may contain anything.
+        attention_mask: the result of `token_mask`, or None, which means every key.
         dropout, scaling, softcap: share of the weights dropped, factor on q . k, bound of the scores.
-        sliding_window, is_causal: of a layer without a mask: keys that a query sees on each side, its own included, and
-            whether none after its own. A mask knows its own window.
-        s_aux: (num_heads_q,), one more logit per head in the softmax's sum.
-        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds and longest lengths of sequences that are
-            packed into the rows of the batch; no padding beside them, and while the call is traced no padding mask.
-        deterministic: gradients are the same to the bit from run to run.
-        position_ids: (1 or batch, seqlen_q); where the mask says nothing of padding or packing, a sequence begins
-            wherever its row's least position stands again.
+        sliding_window, is_causal: for a layer without a mask: the keys that a query sees on each side, including its
+            own, and whether it sees none after its own. A mask has a window of its own.
+        s_aux: (num_heads_q,), one more logit per head in the sum of the softmax.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: offsets and longest lengths of sequences that are
+            packed into the rows of the batch. Padding beside them is refused, and a padding mask in a traced call.
+        deterministic: gradients repeat bitwise.
+        position_ids: (1 or batch, seqlen_q). If the mask has no padding and no packing, a sequence begins wherever the
+            smallest position of the row occurs again.
 
     Returns:
-        (batch, seqlen_q, num_heads_q, head_dim_v), 0 where a causal or windowed query is padding; and None for the
-        weights, which are nowhere in memory.
+        (batch, seqlen_q, num_heads_q, head_dim_v), with 0 for causal or windowed queries that are padding; and None for
+        the weights, which are never in memory.
 
     Raises:
-        NotImplementedError: attention weights are asked for, a 4-D mask, an additive bias, sparse indices.
+        NotImplementedError: the call requests attention weights, a 4-D mask, an additive bias or sparse indices.
     """
-    _refuse(module, {name: kwargs.get(name) for name in NOT_SERVED})
+    _refuse(module, {name: kwargs.get(name) for name in UNSUPPORTED})
     if not (attention_mask is None or isinstance(attention_mask, TokenMask)):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise NotImplementedError(
@@ -116,8 +116,8 @@ def attention(
     return out.contiguous(), None
 
 
-# Arguments of layers that change the result or ask for more than it.
-NOT_SERVED = ("position_bias", "head_mask", "output_attentions", "indices", "block_indices", "block_table")
+# Arguments of layers that change the result, or request more than it.
+UNSUPPORTED = ("position_bias", "head_mask", "output_attentions", "indices", "block_indices", "block_table")
 
 
 INSTEAD = "use attn_implementation='eager', or 'sdpa' where the model has it"
@@ -128,7 +128,7 @@ def _refuse(module, arguments):
         if value is not None and value is not False:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
             raise NotImplementedError(
-                f"{name}: not served by triton_attn's attention, got {got} in {type(module).__name__}; {INSTEAD}"
+                f"{name}: not supported by triton_attn's attention, got {got} in {type(module).__name__}; {INSTEAD}"
             )
 
 
@@ -138,19 +138,19 @@ def _window_without_mask(is_causal, sliding_window):
 
 
 class TokenMask(torch.Tensor):
-    """Which keys the queries see, in a word for each token: a tensor of the shape of transformers' own masks,
-    (batch, 1, seqlen_q, num_slots), but without values. Whoever reads them gets NotImplementedError.
+    """The keys that queries see, from an integer per token. It is a tensor with the shape of transformers' own masks,
+    (batch, 1, seqlen_q, num_slots), but without values. Reading them raises NotImplementedError.
 
     Attributes:
         window: (left, right) around each query's own position, -1 unlimited.
-        seqlen_q, num_keys, num_slots: the queries are the last of the keys; the cache's slots after those may hold
+        seqlen_q, num_keys, num_slots: the queries are at the last of the keys. Later slots of the cache may contain
             anything.
-        first_query: its place among the keys, an int, or a tensor of one where a static cache is traced; None where the
-            queries are not among the keys, and all count.
+        first_query: its position among the keys: an int, or a tensor of one if a static cache is traced. None if the
+            queries are not among the keys; all of them count then.
         is_padded: an attention mask was given.
-        tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row; None where every row is
-            one sequence without padding. Layers share the mask, and so what it tells about them.
-        config: of the model, for its name in errors.
+        tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row. None if every row is
+            one sequence without padding. Layers share the mask, and with it the packing computed from the tokens.
+        config: the model's, for its name in errors.
     """
 
     @classmethod
@@ -174,7 +174,7 @@ class TokenMask(torch.Tensor):
         )
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
-        """On another device. A dtype says nothing here."""
+        """Move to another device. A dtype has no effect."""
         device = torch.empty((), device=self.device).to(*args, **kwargs).device
         tokens = None if self.tokens is None else self.tokens.to(device)
         mask = self.make(self.shape, device, self.window, tokens, self.num_keys, self.first_query, self.config)
@@ -182,7 +182,7 @@ class TokenMask(torch.Tensor):
         return mask
 
     def contiguous(self, **kwargs: Any) -> TokenMask:
-        """Asked for by generate()."""
+        """Called by generate()."""
         return self
 
     def __repr__(self):
@@ -197,12 +197,12 @@ class TokenMask(torch.Tensor):
 
     def has_padding(self) -> bool:
         if torch.compiler.is_compiling():
-            return self.is_padded  # perhaps
+            return self.is_padded  # unknown
         packing = self.packing()
         return packing is not None and packing.rows_k is not None
 
     def packing(self) -> Packing | None:
-        """None where every row is one sequence without padding."""
+        """None if every row is one sequence without padding."""
         if self.tokens is not None and not self.is_packed:
             self.is_packed, self.packing_of_tokens = True, self._pack(self.tokens)
         return self.packing_of_tokens
@@ -210,7 +210,7 @@ class TokenMask(torch.Tensor):
     def _pack(self, tokens):
         first, left = self.first_query, self.window[0]
         if self.seqlen_q == 1 and left >= 0 and torch.compiler.is_compiling():
-            # Of a single query the window can be cut out, and so padding may stand in it.
+            # The window can be cut out for a single query, so padding inside it is allowed.
             tokens = tokens * (torch.arange(self.num_keys, device=tokens.device) >= first - left)
         return pack(tokens, self._queries(tokens), self.seqlen_q, self.window)
 
@@ -223,7 +223,7 @@ class TokenMask(torch.Tensor):
         return tokens[:, first : first + self.seqlen_q]
 
     def packing_with(self, position_ids: Tensor | None) -> Packing | None:
-        """The packing where the model did not tell `token_mask` its positions, but tells its layers."""
+        """The packing if the model passes positions to its layers and not to `token_mask`."""
         traced = torch.compiler.is_compiling()
         is_whole = self.seqlen_q > 1 and (self.seqlen_q == self.num_keys or isinstance(self.first_query, torch.Tensor))
         tells = position_ids is not None and is_whole and position_ids.shape[1:] == (self.seqlen_q,)
@@ -252,7 +252,7 @@ READS_NO_VALUES = {
 
 
 def _model_of(config):
-    """The class of the model, as far as its configuration tells it."""
+    """The class name of the model, as far as its configuration has it."""
     return MODEL_MAPPING.get(type(config), type(config)).__name__
 
 
@@ -268,18 +268,17 @@ def token_mask(
     config: PretrainedConfig | None = None,
     **kwargs: object,
 ) -> TokenMask:
-    """The mask of all layers of a kind, as transformers asks for it: a `TokenMask`, always.
+    """The mask of all layers of one kind, in the interface of transformers. Always a `TokenMask`.
 
     Args:
         q_length, q_offset: number of queries, position of the first, an int or a tensor of one.
-        kv_length, kv_offset: number of the cache's slots that the layers get, position of the first.
-        mask_function: what a query sees, a function of transformers.masking_utils.
+        kv_length, kv_offset: number of cache slots that the layers get, position of the first.
+        mask_function: a mask function of transformers.masking_utils.
         attention_mask: (batch, seqlen) bool, False for padding; None is no padding.
-        config: of the model, which errors name.
+        config: the model's, for its name in errors.
 
     Raises:
-        NotImplementedError: the mask function shows other keys than all in a window around the query, of the query's
-            sequence.
+        NotImplementedError: the mask function is not a window around the query within the query's sequence.
     """
     try:
         pattern = pattern_of(mask_function, kv_offset + kv_length)
@@ -289,11 +288,11 @@ def token_mask(
     if isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
         q_offset = int(q_offset)
     first_query = q_offset - kv_offset
-    num_keys = kv_length if isinstance(first_query, torch.Tensor) else first_query + q_length  # up to the last query's
+    num_keys = kv_length if isinstance(first_query, torch.Tensor) else first_query + q_length  # up to the last query
     if pattern.right > 0 and (isinstance(first_query, torch.Tensor) or num_keys != kv_length):
         if not is_unlimited:
             raise NotImplementedError(
-                "mask_function: a window to the right is served where the last query has the last key"
+                "mask_function: expected no window to the right unless the last query is at the last key"
             )
         num_keys = kv_length
 

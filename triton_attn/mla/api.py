@@ -1,4 +1,4 @@
-"""Multi-head latent attention as users call it: argument checks, then the kernels or the reference."""
+"""Public API of multi-head latent attention: argument checks, then the kernels or the reference."""
 
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -97,44 +97,46 @@ def mla_decode(
         out[b, i, h] = w_uv[h] @ sum_j softmax_j(s[b, h, i, j]) c[b, j]
         [c[b, j], r[b, j]] = latent_cache[block_table[b, j // page_size], j % page_size]
 
-    over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence stand at its end: query i at
+    over the keys j < cache_seqlens[b] that query i sees. The queries are the last tokens of a sequence: query i is at
     position cache_seqlens[b] - seqlen_q + i. A key is read once for all heads of a tile. With w_uk, one kernel absorbs,
-    scales and rotates the queries; with w_uv, one merges the splits and projects them. Without both it is the contract
-    of FlashMLA: queries (..., kv_lora_rank) in, latent vectors (..., kv_lora_rank) out.
+    scales and rotates the queries; with w_uv, one kernel merges the splits and projects them. Without both the contract
+    is that of FlashMLA: queries (..., kv_lora_rank) in, latent vectors (..., kv_lora_rank) out.
 
     Args:
-        q_nope: (batch, seqlen_q, num_heads, qk_nope_head_dim), or (..., kv_lora_rank) without w_uk: already absorbed;
+        q_nope: (batch, seqlen_q, num_heads, qk_nope_head_dim), or (..., kv_lora_rank) without w_uk (already absorbed);
             fp16, bf16 or fp32. Any strides, the last dimension contiguous. Dimensions are 1 to 512.
         q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), q_nope's dtype.
         latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of q_nope's dtype, or uint8 (num_pages,
             page_size, bytes), the fp8 layout of `append_latent_cache`. Any strides, the last dimension contiguous.
-        cache_seqlens: (batch,) int32 on q_nope's device, keys of each sequence, new ones included. May be 0.
-            One beyond the room, max_pages * page_size, counts as the room.
+        cache_seqlens: (batch,) int32 on q_nope's device, number of keys of each sequence, including new ones. May be
+            0. A length beyond the capacity, max_pages * page_size, counts as the capacity.
         block_table: (batch, max_pages) int32 on q_nope's device: the pages of each sequence, in order. Entries past its
             last page, and slots past its last key, are never read.
         w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank), q_nope's dtype, or None; a view of kv_b_proj's weight.
         w_uv: (num_heads, v_head_dim, kv_lora_rank), q_nope's dtype, or None.
         causal: new tokens do not see later ones. Aligned to the bottom right.
-        softmax_scale: above 0; None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5, which only w_uk tells: without it
-            a number must be given. See `mla_softmax_scale` for models with YaRN.
-        rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both q_nope's dtype: rotate the first
-            rotary_dim dimensions of q_pe by the angles of their positions, in fp32. Needs w_uk. None: already rotated.
+        softmax_scale: above 0. None means (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. Without w_uk this width is
+            unknown, and a number must be given. See `mla_softmax_scale` for models with YaRN.
+        rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both q_nope's dtype. They rotate the first
+            rotary_dim dimensions of q_pe by the angles of their positions, in fp32, and need w_uk. None: q_pe is
+            already rotated.
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
-        num_splits: parts that the keys of a sequence are cut in, computed side by side and merged; 0 chooses by the
-            shapes. With one number the result for a sequence is bitwise the same whatever else is in the batch.
-        return_lse: also return the log-sum-exp of the scores, natural log.
-        check_values: read lengths and page numbers back and check them; None follows TRITON_ATTN_CHECK=1.
+        num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
+            the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
+        return_lse: also return the natural log-sum-exp of the scores.
+        check_values: check lengths and page numbers on the host, which costs a device-to-host sync. None follows
+            TRITON_ATTN_CHECK=1.
 
     Returns:
         out (batch, seqlen_q, num_heads, v_head_dim), or (..., kv_lora_rank) without w_uv, in q_nope's dtype, and with
         return_lse also lse (batch, num_heads, seqlen_q) in fp32. A query that sees no key has out = 0, lse = -inf.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; nothing was launched. With values checked also: a length beyond the
-            table, a page that is not in the cache, a position without an angle.
+        TypeError, ValueError: an argument is wrong; nothing was launched. If values are checked, also for a length
+            beyond the table, a page outside the cache, or a position without an angle.
         NotImplementedError: an argument requires a gradient or has a tangent.
 
-    One operator under torch.compile, export and vmap, which loops.
+    It is one operator under torch.compile, export and vmap, which loops.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
     """
@@ -177,7 +179,7 @@ def _decode(
     check_values: bool,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), by the kernels or the reference; an empty lse is one that is not wanted."""
+    """(out, lse) from the kernels or the reference. lse is empty unless it was requested."""
     if latent_cache.dtype == torch.uint8:
         check_rows_aligned("latent_cache", latent_cache)
     if check_values:
@@ -225,7 +227,7 @@ def _decode_outputs(q_nope, w_uk, w_uv, return_lse):
     if w_uk is not None:
         latent_dim = w_uk.shape[2]
     out = q_nope.new_empty((batch, seqlen_q, num_heads, latent_dim if w_uv is None else w_uv.shape[1]))
-    dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # of the reference
+    dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
     return out, q_nope.new_empty((batch, num_heads, seqlen_q) if return_lse else 0, dtype=dtype)
 
 
@@ -292,56 +294,58 @@ def mla_prefill(
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over latent vectors for many queries: prefill, chunks of it, and training, in three schedules.
+    """Attention over latent vectors for many queries (prefill, chunks, training), in three schedules.
 
         k[b, j, h] = [w_uk[h] @ kv_latent[b, j], k_pe[b, j]]        v[b, j, h] = w_uv[h] @ kv_latent[b, j]
         out[b, i, h] = sum_j softmax_j(softmax_scale * [q_nope, q_pe][b, i, h] . k[b, j, h]) v[b, j, h]
 
-    - "materialized": keys and values of a chunk of heads are made by a matrix product and then attended. Where those of
-      one head exceed max_workspace_bytes its keys are cut too, and parts merged by their log-sum-exp.
-    - "fused": tiles of keys and values are made of tiles of latent vectors inside of the attention kernel, once for
-      every 128 queries; no key or value is ever in memory.
-    - "absorbed": w_uk is applied to queries and w_uv to outputs, as in `mla_decode`; a chunk of heads at a time.
-    - "auto": the least cost, in FLOP per head, where moving a byte costs as much as 300 FLOP; rank is kv_lora_rank,
-      e the bytes of a number, nope, rope and v the dimensions, pairs those of a query and a key that it sees:
+    - "materialized": a matmul computes the keys and values of a chunk of heads, then attention runs over them. If one
+      head exceeds max_workspace_bytes, its keys are split too, and the splits are merged by their log-sum-exp.
+    - "fused": the attention kernel computes tiles of keys and values from tiles of latent vectors, once for every 128
+      queries. No key or value is ever in memory.
+    - "absorbed": w_uk is applied to queries and w_uv to outputs, as in `mla_decode`, for a chunk of heads at a time.
+    - "auto": the schedule with the least cost, in FLOP per head, where moving a byte costs as much as 300 FLOP. rank is
+      kv_lora_rank, e the bytes of an element, nope, rope and v the dimensions, pairs the visible query-key pairs:
 
         materialized  2 (nope + rope + v) pairs  + (2 rank (nope + v) + 2 (nope + v) 300 e) keys
         fused         2 (nope + rope + v) pairs  + 2 rank (nope + v) pairs / 128
         absorbed      2 (2 rank + rope) pairs    + (2 rank (nope + v) + (4 rank + 2 rope) 300 e) queries
 
-      For a batch of several lengths the mean number of keys stands for each. "absorbed" is out where a gradient is
-      wanted, and where a chunk of one head would not fit; so is "materialized".
+      A batch of several lengths is costed by its mean number of keys. "absorbed" is excluded if a gradient is
+      required, and like "materialized" if a chunk of one head would not fit.
 
     Args:
         q_nope: (batch, seqlen_q, num_heads, qk_nope_head_dim), or (total_q, ...) with cu_seqlens_q; fp16, bf16 or fp32.
-            Any strides, the last dimension contiguous, as of all tensors. Dimensions are 1 to 512.
-        q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), rotated; q_nope's dtype, as all tensors.
+            All tensors may have any strides, with a contiguous last dimension. Dimensions are 1 to 512.
+        q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), rotated. All tensors have q_nope's dtype.
         kv_latent: (batch, seqlen_k, kv_lora_rank), after its norm. k_pe: (batch, seqlen_k, qk_rope_head_dim), rotated.
-        w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank). w_uv: (num_heads, v_head_dim, kv_lora_rank). Views of
-            kv_b_proj's weight will do.
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, of packed sequences: sequence b has the rows
+        w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank). w_uv: (num_heads, v_head_dim, kv_lora_rank). They may
+            be views of kv_b_proj's weight.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, for packed sequences: sequence b has the rows
             [cu_seqlens[b], cu_seqlens[b + 1]).
-        max_seqlen_q, max_seqlen_k: the longest of them, ints, needed with cu_seqlens; tensors as in
+        max_seqlen_q, max_seqlen_k: the longest lengths, ints, required with cu_seqlens; tensors as in
             `flash_attention_varlen`.
-        causal: aligned to the bottom right: query i sees key j if j <= i + seqlen_k - seqlen_q.
-        softmax_scale: above 0; None is (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. See `mla_softmax_scale`.
-        mode: one of the above.
-        max_workspace_bytes: the most memory that "materialized" and "absorbed" take besides inputs and outputs, and
-            the backward pass for keys, values and their gradients.
-        return_lse: also return the log-sum-exp of the scores, natural log; it has a gradient too.
-        check_values: read cu_seqlens back and check them; None follows TRITON_ATTN_CHECK=1.
+        causal: query i sees key j if j <= i + seqlen_k - seqlen_q (aligned to the bottom right).
+        softmax_scale: above 0. None means (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. See `mla_softmax_scale`.
+        mode: one of the schedules above.
+        max_workspace_bytes: limit of the memory that "materialized" and "absorbed" use besides inputs and outputs, and
+            that the backward pass uses for keys, values and their gradients.
+        return_lse: also return the natural log-sum-exp of the scores, which is differentiable too.
+        check_values: check cu_seqlens on the host, which costs a device-to-host sync. None follows TRITON_ATTN_CHECK=1.
 
     Returns:
         out (batch, seqlen_q, num_heads, v_head_dim) or (total_q, ...), and with return_lse also lse (batch, num_heads,
-        seqlen_q) or (num_heads, total_q) in fp32. A query that sees no key has out = 0, lse = -inf, and so have rows
-        after cu_seqlens[-1], whose gradients are 0: whatever they hold influences nothing.
+        seqlen_q) or (num_heads, total_q) in fp32. A query that sees no key has out = 0, lse = -inf. So have rows after
+        cu_seqlens[-1], whose gradients are 0 and which influence nothing.
 
-    The forward repeats bitwise, the backward under torch.use_deterministic_algorithms, at more products a tile.
+    The forward pass repeats bitwise. The backward pass repeats bitwise under torch.use_deterministic_algorithms, with
+    more matmuls per tile.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, max_workspace_bytes too little, or a sequence or packed batch has
+        TypeError, ValueError: an argument is wrong, max_workspace_bytes is too small, or a sequence or packed batch has
             more than 10**9 rows; nothing was launched.
-        NotImplementedError: a gradient is wanted through "absorbed", or of a head dimension (nope + rope, v) above 256.
+        NotImplementedError: a gradient is required through "absorbed", or for a head dimension (nope + rope, v) above
+            256.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
@@ -376,16 +380,17 @@ def mla_prefill(
 
 
 def _check_differentiable(q_nope, q_pe, w_uv):
-    """Raised at the call, not in the backward pass, where its cause would be far away."""
+    """Raise at the call and not in the backward pass, where the cause would be hard to find."""
     head_dim = max(q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1])
     if head_dim > MAX_HEAD_DIM_BACKWARD:
         raise NotImplementedError(
-            f"gradients are served for head dimensions to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}; use torch.no_grad"
+            f"gradients are supported for head dimensions up to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}; use "
+            "torch.no_grad"
         )
 
 
 def _check_prefill(tensors, lengths, mode):
-    """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the longest of a dense batch filled in."""
+    """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), with the longest lengths set for a dense batch."""
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     dtypes = KERNEL_DTYPES
@@ -472,12 +477,14 @@ def _check_rope(q_pe, w_uk, rope_cos, rope_sin):
     if rope_cos is None or rope_sin is None:
         fail("rope_cos, rope_sin", "both or none", "one of them", TypeError)
     if w_uk is None:
-        fail("rope_cos", "None without w_uk: q_pe is rotated where q_nope is absorbed", "a tensor")
+        fail("rope_cos", "None without w_uk: q_pe is rotated in the kernel that absorbs q_nope", "a tensor")
     check_rope_tables("q_pe", q_pe, rope_cos, rope_sin)
 
 
 def _check_values(latent_cache, cache_seqlens, block_table, rope_cos):
-    """Read back: every length within the table, every page that is used in the cache, an angle for every position."""
+    """Check on the host, after a device-to-host sync, that every length fits the table, every used page is in the
+    cache, and every position has an angle.
+    """
     num_pages, page_size = latent_cache.shape[:2]
     capacity = page_size * block_table.shape[1]
     for i, (seqlen, pages) in enumerate(zip(cache_seqlens.tolist(), block_table.tolist())):

@@ -1,7 +1,7 @@
-"""Assertions and poisoned tensors, for tests of kernels on CPU and GPU tensors.
+"""Assertions and poisoned tensors for tests of kernels, for CPU and GPU tensors.
 
-`poisoned_empty`, `padded`   outputs nobody wrote, and writes beside a tensor, made visible
-`assert_close_to_reference`  error against fp64, judged by the error that torch makes in the same dtype
+`poisoned_empty`, `padded`   make unwritten outputs and writes beside a tensor visible `assert_close_to_reference`  the
+error against fp64, judged by the error that torch makes in the same dtype
 """
 
 from .tensors import Closeness, assert_close_to_reference, padded, poisoned_empty

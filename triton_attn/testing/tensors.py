@@ -1,4 +1,4 @@
-"""Tensors that make mistakes visible, and the rule by which an error is judged. For CPU and GPU tensors alike."""
+"""Tensors that make mistakes visible, and the rule for judging errors. For CPU and GPU tensors."""
 
 import contextlib
 import math
@@ -12,11 +12,11 @@ import torch
 
 @contextlib.contextmanager
 def poisoned_empty(package: str = "triton_attn"):
-    """Uninitialised tensors that `package` makes come back poisoned, so that an output nobody wrote shows.
+    """Fill uninitialized tensors that `package` allocates with poison, so that unwritten outputs are visible.
 
-    `torch.empty`, `torch.empty_like`, `torch.empty_strided` and `Tensor.new_empty`, called as such from a module of
-    `package`, fill floats with NaN, integers with the largest value of their type, booleans with True. Callers outside
-    `package` get what they always get, and so does code that `torch.compile` traces.
+    `torch.empty`, `torch.empty_like`, `torch.empty_strided` and `Tensor.new_empty`, called by these names from a module
+    of `package`, fill floats with NaN, integers with the largest value of their type, booleans with True. Callers
+    outside `package` and code that `torch.compile` traces are not affected.
     """
 
     def poisoned(make, make_traced):
@@ -33,7 +33,7 @@ def poisoned_empty(package: str = "triton_attn"):
         for name in ("empty", "empty_like", "empty_strided"):
             make = getattr(torch, name)
             patches.enter_context(mock.patch.object(torch, name, poisoned(make, make)))
-        # torch.compile can trace a method of Tensor by its name only, and this name is taken: zeros do as well.
+        # torch.compile can trace a method of Tensor only by its name, and that name is taken. Zeros work as well.
         new_empty = poisoned(torch.Tensor.new_empty, lambda tensor, *args, **kwargs: tensor.new_zeros(*args, **kwargs))
         patches.enter_context(mock.patch.object(torch.Tensor, "new_empty", new_empty))
         yield
@@ -50,8 +50,8 @@ def padded(shape, dtype=torch.float32, device="cpu", *, padding: int = 256) -> t
     """A contiguous tensor inside a larger poisoned buffer, and a function that raises if the padding was written.
 
     Every byte of the buffer is 0xFF, which is NaN in fp16, bf16, fp32, fp64, e4m3fn and e5m2, and -1 in signed
-    integers: a kernel that reads beside the tensor spreads NaN, one that writes there is caught by the check, and
-    elements of the tensor itself that nobody writes show.
+    integers. A kernel that reads beside the tensor spreads NaN, the check catches one that writes there, and unwritten
+    elements of the tensor itself are visible.
 
     Args:
         shape: of the tensor.
@@ -74,7 +74,7 @@ def padded(shape, dtype=torch.float32, device="cpu", *, padding: int = 256) -> t
 
 
 class Closeness(NamedTuple):
-    """Largest absolute error of an output against fp64, of torch's own output, and the bound that the first met."""
+    """Largest absolute error of an output against fp64, the error of torch's own output, and the bound on the first."""
 
     error: float
     torch_error: float
@@ -84,35 +84,34 @@ class Closeness(NamedTuple):
 def assert_close_to_reference(out, ref64, *, torch_out=None, torch_error=None, factor=2.0, floor=None, name="out"):
     """Assert max |out - ref64| <= factor * torch_error + floor, the rule by which FlashAttention judges a kernel.
 
-    A fixed tolerance is too loose for some inputs and too tight for others; what torch itself loses in the same dtype
-    says what the inputs allow. Entries of ref64 that are infinite must be the same infinity in `out`, all others must
-    be finite there.
+    A fixed tolerance is too loose for some inputs and too tight for others. The error of torch itself in the same dtype
+    shows which accuracy the inputs allow. Where ref64 is infinite, `out` must be the same infinity; elsewhere it must
+    be finite.
 
     Args:
         out: the tensor to judge, any floating dtype.
         ref64: the result in fp64 from the same inputs, same shape; without NaN.
-        torch_out: what torch computes in the dtype of `out`. Its error is taken over the entries where it is finite
-            (torch gives NaN where a row sees no key).
-        torch_error: that error, if it is known already; neither means 0.
-        factor: how many times torch's error is allowed.
-        floor: allowed besides, for where torch is exact by luck; by default max |ref64| times one eps of the dtype of
-            `out` (twice what rounding the exact result may cost), four eps for fp32 and fp64.
-        name: of the output, for the message.
+        torch_out: torch's result in the dtype of `out`. Its error is taken over its finite entries (torch gives NaN for
+            a row that sees no key).
+        torch_error: this error, if it is already known. With neither it is 0.
+        factor: allowed multiple of torch's error.
+        floor: an additional allowance, since torch may be exact by luck. The default is max |ref64| times one eps of
+            the dtype of `out` (twice the error of rounding the exact result), four eps for fp32 and fp64.
+        name: the output's name in messages.
 
     Returns:
         `Closeness` (error, torch_error, bound).
 
     Raises:
-        AssertionError: the rule is broken, or shapes or dtypes differ; names the worst index and both errors.
-        TypeError, ValueError: the arguments cannot be judged by: ref64 is not fp64 or has NaN, both torch_out and
-            torch_error are given.
+        AssertionError: the rule is broken, or shapes or dtypes differ. The message has the worst index and both errors.
+        TypeError, ValueError: ref64 is not fp64 or has NaN, or both torch_out and torch_error are given.
     """
     if ref64.dtype != torch.float64:
-        raise TypeError(f"ref64 must be float64; got {ref64.dtype}")
+        raise TypeError(f"ref64: expected torch.float64, got {ref64.dtype}")
     if ref64.isnan().any():
-        raise ValueError("ref64 must have no NaN")
+        raise ValueError("ref64: expected no NaN")
     if torch_out is not None and torch_error is not None:
-        raise ValueError("expected torch_out or torch_error; got both")
+        raise ValueError("torch_out, torch_error: expected at most one of them, got both")
     if out.shape != ref64.shape:
         raise AssertionError(f"{name} has shape {tuple(out.shape)}, the reference {tuple(ref64.shape)}")
     if torch_out is not None and torch_out.shape != out.shape:
@@ -139,12 +138,13 @@ def assert_close_to_reference(out, ref64, *, torch_out=None, torch_error=None, f
     return Closeness(error, torch_error, bound)
 
 
-# Default floor. Half-precision results are computed in fp32 and rounded once; wider ones gather roundings of their own.
+# Default floor. Half-precision results are computed in fp32 and rounded once; wider dtypes accumulate their own
+# roundings.
 _FLOOR_IN_EPS = {torch.float32: 4, torch.float64: 4}
 
 
 def _errors(out, ref64):
-    """|out - ref64|: 0 where both are the same infinity, infinite where `out` alone is not finite."""
+    """|out - ref64|: 0 where both are the same infinity, infinite where only `out` is not finite."""
     out = out.detach().double()
     return torch.where(out == ref64, 0.0, (out - ref64).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
 
