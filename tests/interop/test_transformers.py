@@ -223,13 +223,13 @@ def image_tokens(batch_idx, head_idx, q_idx, kv_idx):
         (masking_utils.or_masks(CAUSAL, image_tokens), PROMPT, NONE, "got an index compared with int"),
         (masking_utils.and_masks(CAUSAL, image_tokens), PROMPT, NONE, "got an index compared with int"),
         (masking_utils.chunked_causal_mask_function(8, torch.zeros(BATCH)), PROMPT, NONE, "got chunks of 8 for 9 keys"),
-        (BIDIRECTIONAL_SLIDING, STATIC_PROMPT, NONE, "a window to the right"),
+        (BIDIRECTIONAL_SLIDING, STATIC_PROMPT, NONE, "no window to the right"),
         (of_a_sequence([0, 0, 1, 1, 0, 0, 2, 2, 2]), PROMPT, NONE, "one after the other"),
         (of_a_sequence([0, 0, 1, 1]), PROMPT, NONE, r"each token \(2, 9\), got \(2, 4\)"),
         (SLIDING, PROMPT, BETWEEN, "padding between tokens"),
     ],
 )
-def test_masks_that_are_not_served(mask_function, sizes, padding, message):
+def test_unsupported_masks(mask_function, sizes, padding, message):
     with pytest.raises(NotImplementedError, match=message):
         token_mask(**mask_arguments(mask_function, sizes, padding), device="cpu").packing()
 

@@ -271,7 +271,7 @@ def test_without_a_gpu_all_is_predicted_and_says_so(monkeypatch, tmp_path, capsy
     printed = capsys.readouterr().out
     assert results.PREDICTED in printed
     assert results.MODELLED in printed
-    assert "lock: they never do" in printed
+    assert "lock: they never overlap" in printed
     assert "300 FLOP" in printed
 
 
