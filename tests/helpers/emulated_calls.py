@@ -138,8 +138,8 @@ def copy():
     return copied(ta.copy_kv_pages), copied(reference.copy_kv_pages)
 
 
-def merge():
-    parts, lse = normal(3, 1, 20, 4, 64), torch.randn(3, 1, 4, 20)
+def merge(num_parts=3):
+    parts, lse = normal(num_parts, 1, 20, 4, 64), torch.randn(num_parts, 1, 4, 20)
     return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
 
 

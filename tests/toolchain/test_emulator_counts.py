@@ -118,6 +118,7 @@ def test_wavefronts_of_a_request(name):
         mul.lo.u32 %s, %lane, {4 * stride};
         add.s32 %s, %s, global_smem;
         st.shared.{width} [%s], {registers};
+        bar.warp.sync 0xffffffff;
         ld.shared.{width} {registers}, [%s];
         """
     ).by_kind()

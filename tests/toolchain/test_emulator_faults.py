@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from hand_written import kernel
 
-from triton_attn.toolchain import EmulationError, emulate
+from triton_attn.toolchain import EmulationError, compilation, compile_only, emulate
 from triton_attn.toolchain.emulator import SCHEDULES, core, run_ptx
 
 pytestmark = [
@@ -119,6 +119,87 @@ def test_a_wait_counts_groups_of_copies(schedule):
     assert not faults(body, schedule=schedule)
     (fault,) = faults(body.replace(f"{copy}\n{commit}", copy), schedule=schedule)
     assert fault.kind == "access to shared memory that an asynchronous copy has not finished with"
+
+
+# ---- lanes of a warp run in lock step here, but nothing says that they do
+
+NEIGHBOUR = "xor.b32 %next, %s, 4;\n"  # what the lane beside it has
+WRITES, READS = "st.shared.b32 [%s], %tid;\n", "ld.shared.b32 %r1, [%next];\n"
+WARP_SYNC = "bar.warp.sync 0xffffffff;\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("race: read after write", WRITES, READS),
+        ("race: write after read", WRITES + WARP_SYNC + READS, "st.shared.b32 [%s], %r0;\n"),
+        ("race: write after write", WRITES, "st.shared.b32 [%next], %r0;\n"),
+        ("race: read after write", COPY.partition("ld.shared")[0].lstrip(), READS),
+    ],
+)
+def test_lanes_of_a_warp(kind, before, after):
+    (fault,) = faults(NEIGHBOUR + before + after, threads=32)
+    assert fault.kind == kind
+    assert "by lane 1 of the same warp" in fault.detail
+    assert fault.lane == 0
+    for ordered in (WARP_SYNC, "bar.sync 0;\n"):
+        assert not faults(NEIGHBOUR + before + ordered + after, threads=32)
+    for unordered in (  # they wait for each other without an order of their accesses, or do not wait
+        "vote.sync.any.pred %p1, %p0, 0xffffffff;\n",
+        "shfl.sync.bfly.b32 %r2, %r0, 1, 31, 0xffffffff;\n",
+        "membar.cta;\n",
+        "bar.arrive 1, 64;\n",
+    ):
+        assert [fault.kind for fault in faults(NEIGHBOUR + before + unordered + after, threads=32)] == [kind]
+
+
+def test_lanes_that_store_to_one_address():
+    """As those of a layout with replicas do: in one instruction any may come last. The values need not be equal: of a
+    sum of products each lane has contracted another product."""
+    store, load = "st.shared.b32 [global_smem], {};\n", "ld.shared.b32 %r1, [global_smem];\n"
+    assert not faults(store.format("%r0") + load, threads=32)
+    assert not faults(store.format("%tid") + WARP_SYNC + load, threads=32)
+    (fault,) = faults("setp.lt.u32 %p0, %tid, 16;\n@%p0 " + store.format("%tid") + store.format("%r0"), threads=32)
+    assert (fault.kind, fault.where) == ("race: write after write", "planted.py:3")
+    half = "setp.lt.u32 %p0, %tid, 16;\n@%p0 "
+    (fault,) = faults(half + store.format("%r0") + load, threads=32)
+    assert (fault.kind, fault.lane) == ("race: read after write", 16)
+
+
+def test_bytes_of_a_word_are_each_a_lanes_own():
+    own = "add.s32 %s, %tid, global_smem;\nst.shared.b8 [%s], %tid;\n"
+    load, store = "ld.shared.b8 %r1, [%s];\n", "st.shared.b8 [%s], %r0;\n"
+    assert not faults(own + load + store, threads=32)
+    (fault,) = faults(own + WARP_SYNC + load.replace("%s", "%s+1") + store, threads=31 + 1)
+    assert fault.kind == "race: write after read"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lanes_that_signal(schedule):
+    """An arrival says what its own lane did, and what others did of which that lane knows."""
+
+    def run(count, store, arrive, load, threads):
+        init = f"@%leader mbarrier.init.shared::cta.b64 [global_smem+512], {count};\nbar.sync 0;\n"
+        wait = "".join(MBARRIER.partition("wait:")[1:]).rpartition("ld.shared")[0]
+        body = init + store + f"{arrive}mbarrier.arrive.shared::cta.b64 _, [global_smem+512], 1;\n" + wait + load
+        return [(f.kind, f.where) for f in faults(body, threads=threads, schedule=schedule)]
+
+    # Within a warp: all arrive, or one does.
+    assert not run(32, NEIGHBOUR + WRITES, "", READS, 32)
+    assert run(1, NEIGHBOUR + WRITES, "@%leader ", READS, 32) == [("race: read after write", "planted.py:8")]
+    # For another warp.
+    store, load = "@%first " + WRITES, "@%second " + READS
+    assert run(1, store, "@%leader ", load, 64) == [("race: read after write", "planted.py:7")]
+    assert not run(1, store + WARP_SYNC, "@%leader ", load, 64)
+    assert not run(32, store, "@%first ", load, 64)
+    assert not run(1, "@%leader " + WRITES, "@%leader ", "setp.eq.u32 %p1, %tid, 32;\n@%p1 " + READS, 64)
+
+
+def test_part_of_a_warp_cannot_wait_alone():
+    (fault,) = faults("setp.lt.u32 %p0, %lane, 16;\n@%p0 bar.warp.sync 0xffff;", threads=32)
+    assert fault.kind == "not supported"
+    (fault,) = faults("setp.lt.u32 %p0, %lane, 16;\n@%p0 bar.warp.sync 0xffffffff;", threads=32)
+    assert fault.kind == "lanes diverge at an aligned instruction"
 
 
 def test_what_was_computed():
@@ -323,6 +404,73 @@ def test_a_program_that_reads_what_another_writes():
     assert not faults(released, threads=32, grid=(2, 1, 1))
 
 
+FENCE = "membar.gl;\n"
+STORE_FLAG, LOAD_FLAG = "st.{}.global.b32 [%x+4], 1;\n", "ld.{}.global.b32 %r3, [%x+4];\n"
+RACE = "race between programs"
+
+
+@pytest.mark.parametrize(
+    ("store", "load", "races"),
+    [
+        pytest.param(STORE_FLAG.format("release.gpu"), LOAD_FLAG.format("acquire.gpu"), [], id="both"),
+        pytest.param(STORE_FLAG.format("release.gpu"), LOAD_FLAG.format("relaxed.gpu"), [(RACE, (0,))], id="release"),
+        pytest.param(STORE_FLAG.format("relaxed.gpu"), LOAD_FLAG.format("acquire.gpu"), [(RACE, (0,))], id="acquire"),
+        pytest.param(STORE_FLAG.format("volatile"), LOAD_FLAG.format("volatile"), [(RACE, (0,))], id="volatile"),
+        pytest.param(FENCE + STORE_FLAG.format("relaxed.gpu"), LOAD_FLAG.format("volatile") + FENCE, [], id="fences"),
+        pytest.param(
+            STORE_FLAG.format("release.gpu"),
+            "atom.global.acquire.gpu.or.b32 %r3, [%x+4], 0;\n",
+            [],
+            id="atomic",
+        ),
+        pytest.param(
+            STORE_FLAG.format("weak"), LOAD_FLAG.format("acquire.gpu"), [(RACE, (1,)), (RACE, (0,))], id="weak store"
+        ),
+        pytest.param(
+            STORE_FLAG.format("release.gpu"), LOAD_FLAG.format("weak"), [(RACE, (1,)), (RACE, (0,))], id="weak load"
+        ),
+        pytest.param(
+            STORE_FLAG.format("release.gpu") + STORE_FLAG.format("release.gpu").replace("+4", "+8"),
+            LOAD_FLAG.format("acquire.gpu").replace("+4", "+12"),
+            [(RACE, (0,))],
+            id="another flag",
+        ),
+    ],
+)
+def test_a_flag_orders_what_was_before_it(store, load, races):
+    """Program 0 stores an element and then a flag, program 1 loads the flag and then the element."""
+    guarded = lambda guard, body: "".join(f"{guard} {line}\n" for line in body.splitlines())  # noqa: E731
+    body = "mov.u32 %r1, %ctaid.x;\nsetp.eq.u32 %p0, %r1, 0;\n"
+    body += guarded("@%p0", "st.global.b32 [%x], 1;\n" + store)
+    body += guarded("@!%p0", load + "ld.global.b32 %r2, [%x];\n")
+    x = torch.zeros(64, dtype=torch.int32)
+    found = faults(body, threads=32, grid=(2, 1, 1), tensors={"x": x})
+    assert [(fault.kind, fault.index) for fault in found] == races
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_warp_that_waits_for_a_flag_of_another(schedule):
+    body = """
+    mad.wide.u32 %a0, %lane, 4, %x;
+    @%first st.global.b32 [%a0+128], %lane;
+    bar.warp.sync 0xffffffff;
+    @%leader st.release.gpu.global.b32 [%x], 1;
+    @%first bra done;
+    wait: ld.acquire.gpu.global.b32 %r1, [%x];
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 bra wait;
+    ld.global.b32 %r2, [%a0+128];
+    done:
+    """
+    flag = lambda: {"x": torch.zeros(64, dtype=torch.int32)}  # noqa: E731
+    assert not faults(body, schedule=schedule, tensors=flag())
+    for weaker in (body.replace("release", "relaxed"), body.replace("acquire", "relaxed")):
+        (fault,) = faults(weaker, schedule=schedule, tensors=flag())
+        assert (fault.kind, fault.where) == ("race: read after write", "planted.py:9")
+    never = faults(body.replace("@%leader st", "@%p4 st"), schedule=schedule, tensors=flag())
+    assert [(f.kind, f.warp) for f in never] == [("deadlock", 1)]
+
+
 WRITE, READ = "st.global.b32 [%a0], %r0;\n", "ld.global.b32 %r1, [%a1];\n"
 
 
@@ -505,6 +653,43 @@ def test_a_triton_kernel_reports_its_own_source_line():
     torch.testing.assert_close(out[:99], x[1:])
     with pytest.raises(EmulationError, match="out of bounds of x"), emulate("sm_90"):
         _shift_kernel[(2,)](x, out, 100, BLOCK=64)
+
+
+def test_an_autotuned_kernel_runs_with_the_first_config_that_fits():
+    """After pruning; the autotuner remembers nothing of it."""
+    configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((16, 4), (32, 2), (64, 1))]
+    prune = lambda configs, arguments, **others: [c for c in configs if c.kwargs["BLOCK"] > arguments["n"] % 20]  # noqa: E731
+    tuned = triton.autotune(configs, key=["n"], prune_configs_by={"early_config_prune": prune})(_shift_kernel)
+    x = torch.randn(100)
+    for n, block, warps in ((61, 16, 4), (56, 32, 2)):
+        out = torch.zeros(100)
+        with emulate("sm_90") as log:
+            tuned[lambda meta, n=n: (triton.cdiv(n, meta["BLOCK"]),)](x, out, n)
+        assert [(launch.constexprs["BLOCK"], launch.num_warps) for launch in log] == [(block, warps)]
+        torch.testing.assert_close(out[:n], x[1 : n + 1])
+    assert tuned.configs == configs
+    assert not tuned.cache
+    with compile_only("sm_90"), pytest.raises(RuntimeError, match="launch one explicit config"):
+        tuned[(1,)](x, out, 61)
+
+
+@triton.jit
+def _copy_tile_kernel(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tile = tl.load(x + at[:, None] * BLOCK + at[None, :])
+    tl.store(out + at[:, None] * BLOCK + at[None, :], tl.dot(tile, tile))
+
+
+def test_a_config_that_does_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr(compilation._Driver, "get_device_properties", lambda *_: {"max_shared_mem": 1536})
+    x, out = torch.eye(32, dtype=torch.float16), torch.zeros(32, 32)
+    tuned = triton.autotune([triton.Config({"BLOCK": block}) for block in (32, 16)], key=[])(_copy_tile_kernel)
+    with emulate("sm_80") as log:
+        tuned[(1,)](x, out)
+    assert [launch.constexprs["BLOCK"] for launch in log] == [16]
+    alone = triton.autotune([triton.Config({"BLOCK": 32})], key=[])(_copy_tile_kernel)
+    with emulate("sm_80"), pytest.raises(triton.runtime.errors.OutOfResources):
+        alone[(1,)](x, out)
 
 
 def test_a_launch_that_a_driver_would_refuse():

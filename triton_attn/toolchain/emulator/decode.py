@@ -12,7 +12,16 @@ from triton_attn.toolchain.emulator.opcodes import SHARED_BASE, Unsupported, dec
 # Rows of 32 lanes hold the registers: one row for up to 32 bits, two for 64. Immediates are registers that are set
 # before a program starts. In this order the core sets the special ones.
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ctaid", "nctaid", "ntid") for axis in "xyz"] + ["%laneid", "%warpid"]
-SYNCHRONIZATIONS = {"@bar", "@membar", "@fence_proxy_async", "@bulk_commit", "@bulk_wait", "@cp_commit", "@cp_wait"}
+SYNCHRONIZATIONS = {
+    "@bar",
+    "@warp_sync",
+    "@membar",
+    "@fence_proxy_async",
+    "@bulk_commit",
+    "@bulk_wait",
+    "@cp_commit",
+    "@cp_wait",
+}
 SYNCHRONIZATIONS |= {"@mbarrier_init", "@mbarrier_arrive", "@wgmma_fence", "@wgmma_commit", "@wgmma_wait"}
 
 

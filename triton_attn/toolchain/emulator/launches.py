@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
+from triton.runtime.autotuner import Autotuner
 
 from triton_attn.toolchain import compilation
 from triton_attn.toolchain.emulator import core
@@ -119,9 +120,13 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
 
     Checked: bounds and alignment; use of unwritten shared memory; order of accesses to shared memory by happens-before;
     asynchronous copies and products against their waits; proxy and wgmma fences; barriers, mbarriers and transaction
-    bytes; deadlock; divergence; order of accesses to global memory between the programs of a launch and, each against
-    the last of another warp, between the warps of a program. Not checked: order between the lanes of a warp, everything
-    below PTX.
+    bytes; deadlock; divergence; order of accesses to shared memory between the lanes of a warp, by barriers and
+    bar.warp.sync; order of accesses to global memory between the programs of a launch, by release and acquire, and,
+    each against the last of another warp, between the warps of a program. Not checked: order between lanes in global
+    memory, whether a program's other warps are done when one of them releases, everything below PTX.
+
+    Nothing can be timed, so that a kernel under `triton.autotune` runs with the first of its configs, after pruning,
+    that fits. Launch `kernel.fn` with each of `kernel.configs` to have all of them checked.
 
     Args:
         arch: "sm_80", "sm_86", "sm_89" or "sm_90".
@@ -156,8 +161,36 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
     if isinstance(triton.runtime.driver._active, compilation._Driver):
         raise RuntimeError(f"emulate({arch!r}) inside another emulate or compile_only")
     emulator = _Emulator(schedule, seed, strict, limit, list(read_only), edit, counts)
-    with emulator.stub(arch), compilation.compile_only(arch, driver=functools.partial(_Driver, emulator)) as launches:
+    driver = functools.partial(_Driver, emulator)
+    with emulator.stub(arch), _first_configs(), compilation.compile_only(arch, driver=driver) as launches:
         yield launches
+
+
+@contextlib.contextmanager
+def _first_configs():
+    """Inside it the autotuner takes the first config that fits, times none, and remembers nothing of it."""
+    run = Autotuner.run
+
+    def run_first(tuner, *args, **kwargs):
+        configs = tuner.configs
+        tuner.nargs = dict(zip(tuner.arg_names, args))
+        left = tuner.prune_configs(kwargs) if len(configs) > 1 else configs
+        try:
+            for config in left:
+                tuner.configs = [config]  # of one the autotuner has nothing to choose
+                try:
+                    return run(tuner, *args, **kwargs)
+                except triton.runtime.errors.OutOfResources:
+                    if config is left[-1]:
+                        raise
+        finally:
+            tuner.configs = configs
+
+    Autotuner.run = run_first
+    try:
+        yield
+    finally:
+        Autotuner.run = run
 
 
 class _Driver(compilation._Driver):

@@ -83,11 +83,11 @@ def _bar(body, match, operands):
 
 
 @_decodes(
-    r"bar\.warp\.sync|nanosleep\.u32|setmaxnreg\.\w+\.sync\.aligned\.u32|griddepcontrol\.\w+|prefetch\S*|pmevent"
+    r"nanosleep\.u32|setmaxnreg\.\w+\.sync\.aligned\.u32|griddepcontrol\.\w+|prefetch\S*|pmevent"
     r"|fence\.mbarrier_init\S*|fence\.proxy\.tensormap\S*|membar\.cta|fence\.\w+\.cta"
 )
 def _nothing(body, match, operands):
-    """Lanes run in lock step, registers are unlimited, a program's own memory is consistent."""
+    """Registers are unlimited, a program's own memory is consistent."""
     body.add("@nothing")
 
 
@@ -161,25 +161,30 @@ def _cvta_param(body, match, operands):
     body.simple("add.s64", body.row(operands[0], 64), body.row(operands[1], 64), base)
 
 
+def _order(order, space):
+    """instructions.h: Order"""
+    return {"relaxed": 1, "volatile": 1, "acquire": 2, "release": 3}.get(order, 0) if space == "global" else 0
+
+
 @_decodes(
-    rf"ld(?:\.(?:relaxed|acquire|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(8|16|32|64)"
+    rf"ld(?:\.(relaxed|acquire|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(8|16|32|64)"
 )
 def _ld(body, match, operands):
-    space, _, kind, bits = match.groups()
+    order, space, _, kind, bits = match.groups()
     vector = _vector(operands[0])
     wide = any(body.bits(part) == 64 for part in vector)
     rows = [body.row(part, 64 if wide else 32) for part in vector]
     row, offset, wide_address = body.address(operands[1])
-    m = [offset, int(bits) // 8, SPACES[space], wide_address, kind == "s", wide]
+    m = [offset, int(bits) // 8, SPACES[space], wide_address, kind == "s", wide, _order(order, space)]
     defs = [r + i for r in rows if r >= 0 for i in range(2 if wide else 1)]
     body.add("@ld", [row, *rows], m, [row, row + 1][: 1 + wide_address], defs)
 
 
 @_decodes(
-    rf"st(?:\.(?:relaxed|release|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(8|16|32|64)"
+    rf"st(?:\.(relaxed|release|volatile|weak))?(?:\.(?:gpu|sys|cta))?\.{_SPACE}{_HINTS}(?:\.v(\d))?\.([busf])(8|16|32|64)"
 )
 def _st(body, match, operands):
-    space, _, _, bits = match.groups()
+    order, space, _, _, bits = match.groups()
     if space == "param":
         raise Unsupported("a store to parameters")
     vector = _vector(operands[1])
@@ -193,7 +198,8 @@ def _st(body, match, operands):
     else:
         uses = [row, row + 1][: 1 + wide_address] + data
         name = "@st" if space == "shared" else "@st_global"
-        body.add(name, [row, *rows], [offset, int(bits) // 8, SPACES[space], wide_address, False, wide], uses)
+        m = [offset, int(bits) // 8, SPACES[space], wide_address, False, wide, _order(order, space)]
+        body.add(name, [row, *rows], m, uses)
 
 
 @_decodes(
@@ -365,6 +371,12 @@ def _tensormap_replace(body, match, operands):
 def _tensormap_copy(body, match, operands):
     target, source = body.address(operands[0]), body.address(operands[1])
     body.add("@tensormap_copy", [target[0], source[0]], uses=[target[0], target[0] + 1, source[0]])
+
+
+@_decodes(r"bar\.warp\.sync")
+def _warp_sync(body, match, operands):
+    members = body.row(operands[0])
+    body.add("@warp_sync", [members], uses=[members])
 
 
 @_decodes(r"elect\.sync")

@@ -11,7 +11,8 @@ inline void Machine::finish(Warp& w, const CopyAsync& copy) {
   if (copy.read)
     if (u8* source = global(w, copy.pc, copy.lane, copy.source, copy.read, LOAD))
       std::memcpy(&shared[offset], source, copy.read);
-  mark_written(offset, copy.bytes, w.id, w.clock.at[w.id], copy.pc, true);
+  mark_written(offset, copy.bytes, w.id, w.clock.at[w.id], copy.pc, true, 1u << copy.lane);
+  w.last_access[copy.lane] = w.clock.at[w.id];
 }
 
 // ---- Data Movement and Conversion Instructions: cp.async.bulk.tensor; Tensors, tiled mode
@@ -72,7 +73,7 @@ inline void Machine::finish_load(const TensorCopy& copy) {
         std::memcpy(row + first * size, source, (last - first) * size);
     pieces_of_row(map, copy.shared, place, [&](u32 offset, u32 done, u32 count) {
       std::memcpy(&shared[offset], row + done, count);
-      mark_written(offset, count, agent, clock, copy.pc, false);
+      mark_written(offset, count, agent, clock, copy.pc, false, 1u << copy.lane);
     });
   });
   progress = true;
@@ -241,7 +242,7 @@ inline void Machine::finish(Warp& w, const Product& product) {
       for (int k = 0; k < depth; k += transposed ? 1 : step) {
         u32 address = d.address(i, k, bytes, transposed);
         bool fits = shared_range(w, product.pc, 0, address, 16, 16);
-        if (fits) read_shared_async(w, product.pc, 0, address - SHARED_BASE, 16, product.issued);
+        if (fits) read_shared_async(w, product.pc, -1, address - SHARED_BASE, 16, product.issued);
         for (int e = 0; e < step; e++) {
           u32 pattern = 0;
           if (fits) std::memcpy(&pattern, &shared[address - SHARED_BASE + e * bytes], bytes);

@@ -15,7 +15,7 @@ struct SectorBytes {  // which bytes of a sector
 inline void Machine::touch(u64 address, u32 bytes, bool reads, bool writes) {
   const Region* end = launch.regions + launch.num_regions;
   const Region* r = std::upper_bound(launch.regions, end, address, [](u64 a, const Region& r) { return a < r.base; });
-  if (r == launch.regions || address + bytes > (--r)->base + r->bytes) return;  // a fault, reported elsewhere
+  if (r-- == launch.regions || address + bytes > r->base + r->bytes) return;  // a fault, reported elsewhere
   std::vector<u8>& of_region = touched[r - launch.regions];
   u64 first = r->base / SECTOR;
   if (of_region.empty()) of_region.resize((r->base + r->bytes - 1) / SECTOR - first + 1);

@@ -18,7 +18,7 @@ Machine::Machine(const Launch& launch)
       num_warps((launch.threads + LANES - 1) / LANES),
       shared(launch.shared_bytes + 16),
       cells(launch.shared_bytes + 16),
-      readers(size_t(launch.shared_bytes + 16) / 2 * num_warps),
+      reads(size_t(launch.shared_bytes + 17) / 2 * num_warps),
       warps(num_warps),
       owners(launch.num_regions),
       touched(launch.num_regions) {}
@@ -71,7 +71,10 @@ void Machine::arrive(Warp& w, int pc, int id, int needed, bool wait) {
   b.clock.join(w.clock), b.fenced.join(w.fenced);
   w.clock.at[w.id]++;
   b.arrived += LANES;
-  if (wait) w.state = Warp::WAITS, w.barrier = id, b.waiting.push_back(w.id), yielded = true;
+  if (wait) {
+    w.synchronize_lanes();
+    w.state = Warp::WAITS, w.barrier = id, b.waiting.push_back(w.id), yielded = true;
+  }
   if (b.arrived < b.needed) return;
   for (int k : b.waiting) {
     Warp& other = warps[k];
@@ -195,12 +198,13 @@ void Machine::run(int number) {
   cta = number;
   random_state = launch.seed * 0x9E3779B97F4A7C15ull + u64(cta) * 0xD1B54A32D192ED03ull + 88172645463325252ull;
   std::fill(cells.begin(), cells.end(), Cell());
-  std::fill(readers.begin(), readers.end(), Read());
+  std::fill(reads.begin(), reads.end(), Read());
   std::fill(shared.begin(), shared.end(), 0xff);  // NaN
   barriers = {};
   mbarriers.clear(), loads.clear(), accumulators.clear();
   num_agents = num_warps;
   global_fence = false;
+  released_to_warps.clear(), observed.clear();
   stamp_cta.push_back(cta);
   stamp_seen.assign(stamp_cta.size(), false);
   const int x = cta % launch.grid[0], y = cta / launch.grid[0] % launch.grid[1],

@@ -101,18 +101,24 @@ inline void bar(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   m.arrive(w, w.pc, w.row(o[0])[lane], needed, in.m[0]);
 }
 
-// A fence of the generic proxy for the whole device: what atomics after it synchronize, and before it.
-inline void membar(Machine& m, Warp&, const Instruction&, u32) { m.global_fence = true; }
+// A fence for the whole device: strong reads before it acquire, strong writes after it release.
+inline void membar(Machine& m, Warp& w, const Instruction&, u32) {
+  m.global_fence = true;
+  for (u64 address : m.observed) m.acquire(w, address);
+  m.observed.clear();
+}
 
 // What the warp writes after it is of a new time, which the fence does not cover.
-inline void fence_proxy_async(Machine&, Warp& w, const Instruction&, u32) {
-  w.fenced.join(w.clock);
+inline void fence_proxy_async(Machine&, Warp& w, const Instruction&, u32 mask) {
+  w.fenced.join(w.known_to(mask));
   w.clock.at[w.id]++;
 }
 
 // ---- Data Movement and Conversion Instructions: ld, st
 // operands: address, registers; m: offset, bytes of an element, space (0 global, 1 shared, 2 parameters, 3 local),
-// 64-bit address, signed, 64-bit registers
+// 64-bit address, signed, 64-bit registers, an Order of global memory
+
+enum Order { WEAK, RELAXED, ACQUIRES, RELEASES };
 
 inline void put_loaded(Warp& w, const Instruction& in, int row, int lane, const u8* from) {
   u64 value = 0;
@@ -149,12 +155,19 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     } else if (at % bytes) {
       m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
     } else {
-      from = m.global(w, w.pc, lane, at, bytes, Machine::LOAD);
+      from = m.global(w, w.pc, lane, at, bytes, in.m[6] ? Machine::STRONG_LOAD : Machine::LOAD);
+      if (in.m[6] == ACQUIRES) m.acquire(w, at);
+      if (in.m[6] == RELAXED) m.observed.insert(at);
     }
     if (!from) return;
     for (int j = 0; j < in.count - 1; j++)
       if (o[1 + j] >= 0) put_loaded(w, in, o[1 + j], lane, from + j * size);
   });
+  if (in.m[6]) {  // the same again: it may be the others that it waits for
+    u64 at = address(w, o[0], only_lane(mask), in.m[0], in.m[3]);
+    m.yielded = at == w.strong_read;
+    w.strong_read = at;
+  }
   if (!unwritten) return;
   for (int j = 0; j < in.count - 1; j++) {
     u32 of_element = unwritten >> j * size & ((1u << size) - 1);
@@ -191,8 +204,9 @@ inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       if (u8* to = m.local(w, w.pc, lane, at, bytes)) std::memcpy(to, data, bytes);
     } else if (at % bytes) {
       m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
-    } else if (u8* to = m.global(w, w.pc, lane, at, bytes, Machine::STORE)) {
+    } else if (u8* to = m.global(w, w.pc, lane, at, bytes, in.m[6] ? Machine::STRONG_STORE : Machine::STORE)) {
       std::memcpy(to, data, bytes);
+      if (in.m[6] == RELEASES || (in.m[6] && m.global_fence)) m.release(w, mask, at, true);
     }
   });
 }
@@ -279,8 +293,7 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   }
   each(mask, [&](int lane) {
     u64 at = address(w, o[0], lane, in.m[0], in.m[3]);
-    bool synchronizes = !in.m[2] && (in.m[6] || in.m[7] || m.global_fence);
-    if (synchronizes) m.synchronize_programs(at, in.m[6] || m.global_fence, false);
+    if (!in.m[2] && (in.m[6] || m.global_fence)) m.acquire(w, at);
     for (int j = 1; j + 2 < in.count; j += 3, at += bytes) {
       u8* to = nullptr;
       if (at % bytes)
@@ -294,12 +307,11 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       std::memcpy(&old, to, bytes);
       u64 result = combine(in.m[4], in.m[5], bytes, old, value(o[j], lane), value(o[j + 1], lane));
       std::memcpy(to, &result, bytes);
-      if (in.m[2]) m.mark_written(at - SHARED_BASE, bytes, w.id, 0, w.pc, true);
+      if (in.m[2]) m.mark_written(at - SHARED_BASE, bytes, w.id, 0, w.pc, true, 1u << lane);
       if (o[j + 2] >= 0) w.row(o[j + 2])[lane] = u32(old);
       if (o[j + 2] >= 0 && bytes == 8) w.row(o[j + 2])[LANES + lane] = u32(old >> 32);
     }
-    if (synchronizes)
-      m.synchronize_programs(address(w, o[0], lane, in.m[0], in.m[3]), false, in.m[7] || m.global_fence);
+    if (!in.m[2] && (in.m[7] || m.global_fence)) m.release(w, mask, address(w, o[0], lane, in.m[0], in.m[3]), false);
   });
 }
 
@@ -531,13 +543,14 @@ inline void mbarrier_inval(Machine& m, Warp& w, const Instruction& in, u32 mask)
 
 inline void mbarrier_arrive(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
+  const Clock known = w.known_to(mask);
   each(mask, [&](int lane) {
     u32 at = mbarrier_address(m, w, in, lane);
     Mbarrier* b = m.mbarrier(w, w.pc, lane, at);
     if (!b) return;
     if (o[2] >= 0) b->bytes += w.row(o[2])[lane];
     if (in.m[2]) {  // arrives; else it expects bytes only
-      b->arriving.join(w.clock), b->arriving_fenced.join(w.fenced);
+      b->arriving.join(known), b->arriving_fenced.join(w.fenced);
       b->pending -= o[1] >= 0 ? w.row(o[1])[lane] : 1;
       if (b->pending < 0)
         m.report(BARRIER, w.pc, w.id, lane, at - SHARED_BASE, b->pc,
@@ -550,7 +563,7 @@ inline void mbarrier_arrive(Machine& m, Warp& w, const Instruction& in, u32 mask
 
 inline void mbarrier_try_wait(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   const s32* o = operands(m, in);
-  u32 over = 0;
+  u32 over = 0, lanes_until = ~0u;  // up to when the warp's own accesses are known to all lanes
   w.polled = -1, w.polled_pc = w.pc;
   each(mask, [&](int lane) {
     u32 at = mbarrier_address(m, w, in, lane);
@@ -565,8 +578,10 @@ inline void mbarrier_try_wait(Machine& m, Warp& w, const Instruction& in, u32 ma
       u32 own = w.clock.at[w.id];
       w.clock.join(b->done), w.fenced.join(b->done_fenced);
       w.clock.at[w.id] = own;
+      lanes_until = std::min(lanes_until, b->done.at[w.id]);
     }
   });
+  if (over == w.alive) w.lanes_synchronized = std::max(w.lanes_synchronized, lanes_until + 1);
   set_predicate(w, in.m[1], mask, over);
   if (w.polled < 0) {
     w.polls = 0;
@@ -657,7 +672,7 @@ inline void tensormap_replace(Machine& m, Warp& w, const Instruction& in, u32 ma
   if (in.m[1]) {
     if (!m.shared_range(w, w.pc, lane, at, sizeof(TensorMap), 64)) return;
     place = &m.shared[at - SHARED_BASE];
-    m.mark_written(at - SHARED_BASE, 128, w.id, w.clock.at[w.id], w.pc, true);
+    m.mark_written(at - SHARED_BASE, 128, w.id, w.clock.at[w.id], w.pc, true, 1u << lane);
   } else if (!(place = m.global(w, w.pc, lane, at, sizeof(TensorMap), Machine::STORE))) {
     return;
   }
@@ -713,8 +728,8 @@ inline void tensormap_copy(Machine& m, Warp& w, const Instruction& in, u32 mask)
 }
 
 // ---- Among the lanes of a warp
-// Parallel Synchronization and Communication Instructions: elect.sync, activemask, vote.sync, redux.sync; Data Movement
-// and Conversion Instructions: shfl.sync
+// Parallel Synchronization and Communication Instructions: bar.warp.sync, which alone orders their accesses to memory,
+// elect.sync, activemask, vote.sync, redux.sync; Data Movement and Conversion Instructions: shfl.sync
 
 // .sync: the lanes that its operand names and that have not ended execute it together; those of them that do.
 inline u32 members(Machine& m, Warp& w, int row, u32 mask) {
@@ -723,6 +738,16 @@ inline u32 members(Machine& m, Warp& w, int row, u32 mask) {
     m.report(DIVERGENCE, w.pc, w.id, only_lane(named ^ mask), 0, -1, "it is for lanes %08x, lanes %08x execute it",
              named, mask);
   return named & mask;
+}
+
+// operand: members
+inline void warp_sync(Machine& m, Warp& w, const Instruction& in, u32 mask) {
+  const int row = operands(m, in)[0];
+  const u32 named = w.row(row)[only_lane(mask)] & w.alive;
+  if (members(m, w, row, mask) == w.alive)
+    w.synchronize_lanes();
+  else if (named != w.alive)
+    m.report(UNSUPPORTED, w.pc, w.id, only_lane(mask), 0, -1, "bar.warp.sync of lanes %08x alone", named);
 }
 
 // operands: leader's lane or -1, members; m: result predicate
@@ -822,6 +847,7 @@ inline const Entry TABLE[] = {
     {"@bulk_wait", "*", bulk_wait},
     {"@tensormap_replace", "*", tensormap_replace},
     {"@tensormap_copy", "*", tensormap_copy},
+    {"@warp_sync", "*", warp_sync},
     {"@elect", "*", elect},
     {"@activemask", "*", activemask},
     {"@shfl", "*", shfl},

@@ -108,6 +108,7 @@ struct Clock {
 struct Cell {        // state of one byte of shared memory
   u32 clock = 0;     // of the writer
   u32 time = 0;      // of the write
+  u32 lanes = 0;     // of the writer: those that wrote this value since its lanes last waited for each other
   s32 pc = 0;        // of the write
   u8 writer = 0;     // agent
   u8 in_flight = 0;  // asynchronous writes that are not known to be over
@@ -118,6 +119,7 @@ struct Cell {        // state of one byte of shared memory
 struct Read {     // the last of a warp of 2 bytes of shared memory
   u32 clock = 0;  // of the warp
   s32 pc = 0;
+  std::array<u32, 2> lanes{};  // by byte: those that read it since the warp's lanes last waited for each other
 };
 
 // ---- asynchronous work
@@ -187,6 +189,7 @@ struct Warp {
   s64 polled = -1;  // the mbarrier, if the last poll failed
   int polled_pc = 0;
   u32 polled_parity = 0;
+  u64 strong_read = 0;  // address of the last one of global memory
   std::vector<u32> registers;  // rows of 32 lanes; a register of 64 bits is two rows
   std::vector<u32> predicates;
   std::vector<u8> local;     // of each lane, one after another
@@ -198,6 +201,10 @@ struct Warp {
   u32 fences = 1, products = 0, products_done = 0;
   Clock clock;   // what it has seen
   Clock fenced;  // what of it was made visible to the async proxy
+  // Parallel Synchronization and Communication Instructions, bar.warp.sync: lanes are in no order until they wait for
+  // each other, by it or by a barrier.
+  u32 lanes_synchronized = 1;            // its own time since they last did
+  std::array<u32, LANES> last_access{};  // of each lane to shared memory, in its own time
   std::vector<CopyAsync> open_copies;
   std::deque<std::vector<CopyAsync>> copies;
   std::vector<TensorCopy> open_stores;
@@ -206,6 +213,16 @@ struct Warp {
   std::deque<std::vector<Product>> product_groups;
 
   u32* row(int r) { return &registers[size_t(r) * LANES]; }
+  void synchronize_lanes() { lanes_synchronized = ++clock.at[id]; }
+  // Whether the lanes have not waited for each other since an access of one of them.
+  bool lanes_unordered(int agent, u32 then) const { return agent == id && then >= lanes_synchronized; }
+  // What lanes make known to whom they signal: their own accesses, and those of the other lanes that they waited for.
+  Clock known_to(u32 lanes) const {
+    Clock known = clock;
+    for (int lane = 0; lane < LANES; lane++)
+      if (!(lanes >> lane & 1) && last_access[lane] >= lanes_synchronized) known.at[id] = lanes_synchronized - 1;
+    return known;
+  }
 };
 
 struct Machine {
@@ -213,7 +230,7 @@ struct Machine {
   const int num_warps;
   std::vector<u8> shared;
   std::vector<Cell> cells;
-  std::vector<Read> readers;  // by 2 bytes and warp
+  std::vector<Read> reads;  // by warp and 2 bytes
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
   std::map<u32, Mbarrier> mbarriers;
@@ -228,7 +245,7 @@ struct Machine {
   std::set<std::pair<int, int>> reported;
 
   // Who wrote and read a byte of global memory last, by region, in pages that come with the first access. Programs are
-  // stamps, a new one for each and for each release of it; a warp's clock has its number above.
+  // stamps, a new one for each and for each release of it, with STRONG_BIT; a warp's clock has its number above.
   struct Owner {
     u32 writer, reader, written, read;
     s32 write_pc, read_pc;
@@ -238,7 +255,9 @@ struct Machine {
   std::vector<std::vector<u8>> touched;  // by region and sector: 1 it was read, 2 written
   std::vector<int> stamp_cta{-1};
   std::vector<bool> stamp_seen{true};
-  std::map<u64, std::vector<bool>> released;
+  std::map<u64, std::vector<bool>> released;  // by address: stamps that who acquires it has seen
+  std::map<u64, Clock> released_to_warps;     // of this program
+  std::set<u64> observed;                     // addresses whose strong reads become acquires at the next fence
   bool global_fence = false;
 
   explicit Machine(const Launch& launch);
@@ -250,17 +269,23 @@ struct Machine {
       __attribute__((format(printf, 8, 9)));
 
   // memory.h
-  enum Access { LOAD, STORE, ATOMIC };
+  // Memory Consistency Model, Strong Operations: volatile, relaxed, acquire, release and atomic ones, of which two do
+  // not race.
+  enum Access { LOAD, STORE, STRONG_LOAD, STRONG_STORE, ATOMIC };
+  Read* reads_of(int warp) { return &reads[size_t(warp) * ((cells.size() + 1) / 2)]; }
+  static bool reads_only(Access access) { return access == LOAD || access == STRONG_LOAD; }
   u8* global(Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
   void global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
-  void synchronize_programs(u64 address, bool acquire, bool release);
+  void acquire(Warp& w, u64 address);
+  void release(Warp& w, u32 lanes, u64 address, bool is_store);
   u8* local(Warp& w, int pc, int lane, u64 address, u32 bytes);
   bool shared_range(Warp& w, int pc, int lane, u32 address, u32 bytes, u32 alignment);
-  u32 read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes);  // mask of unwritten bytes
+  // Of one lane, or of the whole warp if `lane` is -1. The result is a mask of unwritten bytes.
+  u32 read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void read_shared_async(Warp& w, int pc, int lane, u32 offset, u32 bytes, u32 issued);
   void order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void write_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes, const u8* data);
-  void mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic);
+  void mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic, u32 lanes);
   void start_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void end_flight(u32 offset, u32 bytes);
 

@@ -23,7 +23,7 @@ inline u8* Machine::global(Warp& w, int pc, int lane, u64 address, u32 bytes, Ac
         report(GLOBAL_BOUNDS, pc, w.id, lane, address + i, -1, "between the elements of a view");
         return nullptr;
       }
-  if (access != LOAD && !r.writable) {
+  if (!reads_only(access) && !r.writable) {
     report(READ_ONLY, pc, w.id, lane, address, -1, "%u bytes", bytes);
     return nullptr;
   }
@@ -35,7 +35,8 @@ inline u8* Machine::global(Warp& w, int pc, int lane, u64 address, u32 bytes, Ac
 // between. Programs run one after another here, so this sees them all. Of a program's own warps it sees each access
 // against the last one of another warp; what a barrier orders it has seen.
 inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
-  constexpr u32 ATOMIC_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
+  constexpr u32 STRONG_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
+  const bool reads = reads_only(access), strong = access >= STRONG_LOAD;
   auto& pages = owners[&r - launch.regions];
   if (pages.empty()) pages.resize(r.bytes / PAGE + 1);
   u32 stamp = stamp_cta.size() - 1;
@@ -59,35 +60,48 @@ inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u6
     auto& page = pages[offset / PAGE];
     if (!page) page.reset(new Owner[PAGE]());
     Owner& o = page[offset % PAGE];
-    u32 by = o.writer & ~ATOMIC_BIT;
-    bool both_atomic = access == ATOMIC && o.writer & ATOMIC_BIT;
-    if (!both_atomic && unordered(by))
-      return complain(i, by, o.write_pc, access == LOAD ? "reads what is written by" : "writes what is written by");
-    if (access != LOAD && unordered(o.reader)) return complain(i, o.reader, o.read_pc, "writes what is read by");
-    if (access != ATOMIC && !(o.writer & ATOMIC_BIT) && unordered_warp(by, o.written))
-      return report(access == LOAD ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE, pc, w.id, lane, address + i,
+    const u32 writer = o.writer & ~STRONG_BIT, reader = o.reader & ~STRONG_BIT;
+    const bool strong_write = o.writer & STRONG_BIT, strong_read = o.reader & STRONG_BIT;
+    if (!(strong && strong_write) && unordered(writer))
+      return complain(i, writer, o.write_pc, reads ? "reads what is written by" : "writes what is written by");
+    if (!reads && !(strong && strong_read) && unordered(reader))
+      return complain(i, reader, o.read_pc, "writes what is read by");
+    if (!strong && !strong_write && unordered_warp(writer, o.written))
+      return report(reads ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE, pc, w.id, lane, address + i,
                     o.write_pc, "global memory, written by warp %d", o.written >> CLOCK_BITS);
-    if (access == STORE && o.reader != SEVERAL && unordered_warp(o.reader, o.read))
+    if (access == STORE && !strong_read && reader != SEVERAL && unordered_warp(reader, o.read))
       return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, address + i, o.read_pc, "global memory, read by warp %d",
                     o.read >> CLOCK_BITS);
-    if (access == LOAD)
-      o.reader = unordered(o.reader) ? SEVERAL : stamp, o.read = now, o.read_pc = pc;
-    else
-      o.writer = stamp | (access == ATOMIC ? ATOMIC_BIT : 0), o.written = now, o.write_pc = pc;
+    if (reads) {
+      const bool several = unordered(reader), weak = !strong || (!strong_read && (several || stamp_cta[reader] == cta));
+      o.reader = (several ? SEVERAL : stamp) | (weak ? 0 : STRONG_BIT), o.read = now, o.read_pc = pc;
+    } else {
+      o.writer = stamp | (strong ? STRONG_BIT : 0), o.written = now, o.write_pc = pc;
+    }
   }
 }
 
-inline void Machine::synchronize_programs(u64 address, bool acquire, bool release) {
+// Release and Acquire Patterns: who acquires an address has seen what was before the releases to it that it reads from.
+inline void Machine::acquire(Warp& w, u64 address) {
+  const std::vector<bool>& at = released[address];
+  stamp_seen.resize(stamp_cta.size());
+  for (size_t i = 0; i < at.size(); i++) stamp_seen[i] = stamp_seen[i] || at[i];
+  u32 own = w.clock.at[w.id];
+  w.clock.join(released_to_warps[address]);
+  w.clock.at[w.id] = own;
+}
+
+// A store begins another release sequence, an atomic operation is one of that it finds.
+inline void Machine::release(Warp& w, u32 lanes, u64 address, bool is_store) {
   std::vector<bool>& at = released[address];
+  if (is_store) at.clear(), released_to_warps[address] = Clock();
   at.resize(stamp_cta.size());
   stamp_seen.resize(stamp_cta.size());
-  if (acquire)
-    for (size_t i = 0; i < at.size(); i++) stamp_seen[i] = stamp_seen[i] || at[i];
-  if (release) {
-    for (size_t i = 0; i < at.size(); i++) at[i] = at[i] || stamp_seen[i] || stamp_cta[i] == cta;
-    stamp_cta.push_back(cta);
-    stamp_seen.push_back(true);
-  }
+  for (size_t i = 0; i < at.size(); i++) at[i] = at[i] || stamp_seen[i] || stamp_cta[i] == cta;
+  stamp_cta.push_back(cta);
+  stamp_seen.push_back(true);
+  released_to_warps[address].join(w.known_to(lanes));
+  w.clock.at[w.id]++;
 }
 
 // ---- local memory, from 0 on
@@ -118,41 +132,54 @@ inline bool Machine::shared_range(Warp& w, int pc, int lane, u32 address, u32 by
 
 inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
   u32 unwritten = 0;
+  const u32 by = lane < 0 ? 0 : 1u << lane;
   for (u32 i = 0; i < bytes; i++) {
     const Cell& c = cells[offset + i];
     if (c.in_flight) {
-      report(IN_FLIGHT, pc, w.id, lane, offset + i, c.pc, "read at shared address %u", offset + i);
+      report(IN_FLIGHT, pc, w.id, std::max(lane, 0), offset + i, c.pc, "read at shared address %u", offset + i);
       break;
     }
     if (!c.written)
       unwritten |= 1u << i;
     else if (c.clock > w.clock.at[c.writer]) {
-      report(RACE_READ_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc, "shared address %u, written by %s %d", offset + i,
-             c.writer < num_warps ? "warp" : "copies of mbarrier",
-             c.writer < num_warps ? c.writer : c.writer - num_warps);
+      bool is_warp = c.writer < num_warps;
+      report(RACE_READ_AFTER_WRITE, pc, w.id, std::max(lane, 0), offset + i, c.pc,
+             "shared address %u, written by %s %d", offset + i, is_warp ? "warp" : "copies of mbarrier",
+             is_warp ? c.writer : c.writer - num_warps);
+      break;
+    } else if (by && !(c.lanes & by) && w.lanes_unordered(c.writer, c.clock)) {
+      report(RACE_READ_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc,
+             "shared address %u, written by lane %d of the same warp", offset + i, only_lane(c.lanes));
       break;
     }
   }
-  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
-    readers[size_t(i) * num_warps + w.id] = {w.clock.at[w.id], pc};
+  const u32 now = w.clock.at[w.id], synchronized = w.lanes_synchronized;
+  Read* reads = reads_of(w.id);
+  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++) {
+    const Read before = reads[i];
+    const u32 first = before.clock < synchronized ? 0 : before.lanes[0];
+    const u32 second = before.clock < synchronized ? 0 : before.lanes[1];
+    reads[i] = {now, pc, {2 * i >= offset ? first | by : first, 2 * i + 1 < offset + bytes ? second | by : second}};
+  }
+  if (by) w.last_access[lane] = now;
   return unwritten;
 }
 
 // A read by the async proxy, at the time when it happens, of what was there when it was issued.
 inline void Machine::read_shared_async(Warp& w, int pc, int lane, u32 offset, u32 bytes, u32 issued) {
   if (u32 unwritten = read_shared(w, pc, lane, offset, bytes))
-    report(UNWRITTEN, pc, w.id, lane, offset + std::countr_zero(unwritten), -1, "shared address %u",
+    report(UNWRITTEN, pc, w.id, std::max(lane, 0), offset + std::countr_zero(unwritten), -1, "shared address %u",
            offset + std::countr_zero(unwritten));
   for (u32 i = 0; i < bytes; i++) {
     const Cell& c = cells[offset + i];
     if (!c.written) continue;
     if (c.time > issued) {
-      report(OVERWRITTEN, pc, w.id, lane, offset + i, c.pc, "shared address %u", offset + i);
+      report(OVERWRITTEN, pc, w.id, std::max(lane, 0), offset + i, c.pc, "shared address %u", offset + i);
       return;
     }
     if (c.generic && c.clock > w.fenced.at[c.writer]) {
-      report(PROXY_FENCE, pc, w.id, lane, offset + i, c.pc, "shared address %u, written by warp %d", offset + i,
-             c.writer);
+      report(PROXY_FENCE, pc, w.id, std::max(lane, 0), offset + i, c.pc, "shared address %u, written by warp %d",
+             offset + i, c.writer);
       return;
     }
   }
@@ -160,24 +187,37 @@ inline void Machine::read_shared_async(Warp& w, int pc, int lane, u32 offset, u3
 
 // A write now, by someone who has seen `seen`: all earlier accesses must be in it.
 inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  const u32 others = ~(1u << lane);
   for (u32 i = 0; i < bytes; i++) {
     const Cell& c = cells[offset + i];
     if (c.written && c.clock > seen.at[c.writer]) {
       report(RACE_WRITE_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc, "shared address %u", offset + i);
       break;
     }
+    // Lanes of one instruction may differ: they hold one sum, each with a product of its own contracted into it. One of
+    // them stays.
+    if (c.written && c.time != time && c.lanes & others && w.lanes_unordered(c.writer, c.clock)) {
+      report(RACE_WRITE_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc,
+             "shared address %u, written by lane %d of the same warp", offset + i, only_lane(c.lanes & others));
+      break;
+    }
   }
-  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
-    for (int k = 0; k < num_warps; k++)
-      if (const Read& read = readers[size_t(i) * num_warps + k]; read.clock > seen.at[k])
+  for (int k = 0; k < num_warps; k++)
+    for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
+      if (const Read& read = reads_of(k)[i]; read.clock > seen.at[k])
         return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, 2 * i, read.pc, "shared address %u, read by warp %d",
                       2 * i, k);
+  const Read* own = reads_of(w.id);
+  for (u32 i = offset; i < offset + bytes; i++)
+    if (const Read& read = own[i / 2]; read.lanes[i % 2] & others && w.lanes_unordered(w.id, read.clock))
+      return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, i, read.pc,
+                    "shared address %u, read by lane %d of the same warp", i, only_lane(read.lanes[i % 2] & others));
 }
 
-inline void Machine::mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic) {
+inline void Machine::mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic, u32 lanes) {
   for (u32 i = 0; i < bytes; i++) {
     Cell& c = cells[offset + i];
-    c.written = true, c.writer = agent, c.clock = clock, c.pc = pc, c.generic = generic, c.time = time;
+    c.written = true, c.writer = agent, c.clock = clock, c.pc = pc, c.generic = generic, c.time = time, c.lanes = lanes;
   }
 }
 
@@ -187,12 +227,18 @@ inline void Machine::write_shared(Warp& w, int pc, int lane, u32 offset, u32 byt
       report(IN_FLIGHT, pc, w.id, lane, offset + i, cells[offset + i].pc, "write at shared address %u", offset + i);
       break;
     }
-  // Warps that hold the same value write it together: no fault, since whichever comes last leaves the same.
+  // Warps or lanes that hold the same value write it together: no fault, since whichever comes last leaves the same.
   bool same = std::memcmp(&shared[offset], data, bytes) == 0;
   for (u32 i = 0; i < bytes && same; i++) same = cells[offset + i].written;
   if (!same) order_write(w.clock, w, pc, lane, offset, bytes);
   std::memcpy(&shared[offset], data, bytes);
-  mark_written(offset, bytes, w.id, w.clock.at[w.id], pc, true);
+  const u32 now = w.clock.at[w.id], by = 1u << lane;
+  for (u32 i = 0; i < bytes; i++) {
+    Cell& c = cells[offset + i];
+    u32 lanes = same && w.lanes_unordered(c.writer, c.clock) ? c.lanes | by : by;
+    c = {now, time, lanes, pc, u8(w.id), c.in_flight, true, true};
+  }
+  w.last_access[lane] = now;
 }
 
 inline void Machine::start_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
