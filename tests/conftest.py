@@ -1,10 +1,9 @@
 """Which tests run in this process, and how many examples hypothesis draws.
 
-Triton interprets or compiles, for a whole process. With TRITON_INTERPRET=1 everything runs but the tests marked
-`compiled`; without it those alone run, and the others too where there is a GPU for their kernels. With --emulate sm_90
-the others run on compiled code without a GPU.
-TRITON_ATTN_TESTS is how much of them: `quick`, where it is not said; `ci` adds the tests marked so; `full` the whole
-matrix, and draws of hypothesis that are new each time. A GPU runs what is marked `ci` anyway.
+Triton interprets or compiles for a whole process. With TRITON_INTERPRET=1 all tests run except those marked `compiled`.
+Without it only these run, and the others too if there is a GPU for their kernels. With --emulate sm_90 the others run
+on compiled code without a GPU. TRITON_ATTN_TESTS is the level: `quick` is the default, `ci` adds the tests marked so,
+and `full` is the whole matrix, with new draws of hypothesis each time. On a GPU the tests marked `ci` always run.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from levels import DRAWS, FULL, INTERPRETED, LEVEL, without
 pytest_plugins = ["triton_attn.toolchain.emulator.plugin"]
 
 torch.set_num_threads(1)
-with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing: it runs where only pytest is
+with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing, and runs where only pytest is installed
     from hypothesis import settings
 
     settings.register_profile("triton_attn", max_examples=DRAWS[LEVEL], derandomize=not FULL, deadline=None)
@@ -33,7 +32,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """After -k and -m: what they name alone is not thinned out."""
+    """Runs after -k and -m, so that tests which these name are not left out."""
     chosen = [item for item in items if _runs_here(item, config.getoption("--emulate"))]
     if not FULL:
         chosen = without("full", chosen)
@@ -52,7 +51,7 @@ def _runs_here(item, emulate):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The figures that tests recorded: what was measured, besides that it passed."""
+    """Print the figures that tests recorded."""
     reports = itertools.chain.from_iterable(terminalreporter.stats.get(kind, ()) for kind in ("passed", "failed"))
     figures = [value for report in reports for name, value in report.user_properties if name == "figure"]
     if figures:
@@ -62,9 +61,10 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session", autouse=not INTERPRETED)
 def float8_conversions_of_sm_80(request):
-    """Triton 3.6.0 keeps a process's first conversions of fp8 for all its targets, and sm_80 has not those of sm_90.
+    """Triton 3.6.0 keeps a process's first fp8 conversions for all its targets, and those of sm_90 do not exist on
+    sm_80.
 
-    Where no test compiles for a GPU that is not there, the one that is has its own.
+    If no test compiles for an absent GPU, the present one has its own conversions.
     """
     if not any(item.get_closest_marker("compiled") for item in request.session.items):
         return
@@ -77,11 +77,11 @@ def float8_conversions_of_sm_80(request):
     indices = torch.zeros(1, 1, dtype=torch.int32)
     config = triton.knobs.compilation
     with compile_only("sm_80"), config.scope():
-        config.always_compile = True  # one that is in the cache on disk is not compiled
+        config.always_compile = True  # also compile kernels that are in the disk cache
         paged_attention(q, cache, cache, indices[0], indices)
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where tensors live: the GPU when there is one and kernels are compiled, otherwise the CPU."""
+    """The device of tensors: the GPU if there is one and kernels are compiled, otherwise the CPU."""
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -1,7 +1,7 @@
-"""How many kernels a public function compiles as lengths, batches, tables and pools of pages change.
+"""The number of kernels that a public function compiles as lengths, batches, tables and pools of pages change.
 
-A stated number each: of tiles by the number of rows, of parts of the keys (none or several), and of merges by powers of
-two. Nothing is compiled here; the kernels are counted by what Triton would compile.
+Each number is given: tiles by the number of rows, splits of the keys (one or several), and merges by powers of two.
+Nothing is compiled here. Kernels are counted by Triton's specialization.
 """
 
 import itertools
@@ -29,7 +29,7 @@ DIM = 64
 
 @pytest.fixture
 def kernels():
-    """Counts the kernels of each function that the test's calls meet."""
+    """Counts the kernels of each function over the calls of a test."""
     with record_specializations("sm_90") as met:
         yield lambda: Counter(kernel.name for kernel in met)
 
@@ -39,7 +39,7 @@ def tensor(*shape, dtype=BF16):
 
 
 def indices(*shape, dtype=torch.int32, offset=0):
-    """With an offset a slice whose address 16 does not divide."""
+    """With an offset, a slice whose address is not a multiple of 16."""
     return torch.zeros(shape[0] + offset, *shape[1:], dtype=dtype)[offset:]
 
 
@@ -81,10 +81,10 @@ def test_decode(kernels, heads, return_lse):
         q = tensor(batch, seqlen_q, heads[0], DIM)
         triton_attn.paged_attention(q, cache, cache, lens, table, return_lse=return_lse)
     counts = kernels()
-    # One tile to 16 rows, one more to 32 and to 64; with and without parts.
+    # One tile up to 16 rows, one more up to 32 and 64; with and without splits.
     tiles = 1 + (8 * group_size > 16) + (8 * group_size > 32)
     assert counts["_paged_fwd_kernel"] <= 2 * tiles
-    assert counts["_merge_kernel"] <= 5  # 2, 4, 8, 16, 32 parts or more
+    assert counts["_merge_kernel"] <= 5  # 2, 4, 8, 16, 32 splits or more
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -95,7 +95,7 @@ def test_chunks_of_prompts(kernels, heads, return_lse):
         options = dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=seqlen_q, return_lse=return_lse)
         triton_attn.paged_attention(q, cache, cache, indices(batch), indices(batch, width), **options)
     counts = kernels()
-    # Tiles of 16, 32, 64 and 128 rows, and of 128 whose sequence is searched; with and without parts.
+    # Tiles of 16, 32, 64 and 128 rows, and 128 rows with a search of the sequence; with and without splits.
     assert counts["_paged_fwd_kernel"] <= 2 * 5
     assert counts["_merge_kernel"] <= 5
 
@@ -143,9 +143,9 @@ def test_decode_of_latent_vectors(kernels, return_lse):
         queries = latent_queries(batch, seqlen_q)
         triton_attn.mla_decode(*queries, tensor(9, 64, 576), lens, table, w_uk, w_uv, return_lse=return_lse)
     counts = kernels()
-    assert counts["_mla_absorbed_kernel"] <= 2 * 2  # to 16 rows and more; with and without parts
+    assert counts["_mla_absorbed_kernel"] <= 2 * 2  # up to 16 rows and more; with and without splits
     assert counts["_absorb_kernel"] <= 2  # of 16 and 64 tokens
-    assert counts["_merge_project_kernel"] <= 4 * 3  # of 1, 4, 16, 64 tokens; of one part, a few and many
+    assert counts["_merge_project_kernel"] <= 4 * 3  # 1, 4, 16, 64 tokens; one split, a few and many
 
 
 @pytest.mark.ci(but_each=3)
@@ -157,13 +157,13 @@ def test_prefill_of_latent_vectors(kernels, mode, return_lse):
     for seqlen_q, batch in itertools.product(EDGES, (1, 3)):
         latents = tensor(batch, 40 * batch, 576).split([512, 64], dim=-1)
         options = dict(mode=mode, return_lse=return_lse, max_workspace_bytes=max_workspace_bytes)
-        if mode != "absorbed" or seqlen_q * batch <= 1900:  # where one head fits
+        if mode != "absorbed" or seqlen_q * batch <= 1900:  # if one head fits
             triton_attn.mla_prefill(*latent_queries(batch, seqlen_q), *latents, w_uk, w_uv, **options)
     chunks = 5
     bounds = {
         "_mla_prefill_kernel": chunks,
-        "_mla_absorbed_kernel": chunks + 1,  # to 16 rows, and more
-        "_absorb_kernel": chunks + 1,  # of 16 and 64 tokens where all heads are one chunk
+        "_mla_absorbed_kernel": chunks + 1,  # up to 16 rows, and more
+        "_absorb_kernel": chunks + 1,  # 16 and 64 tokens if all heads are one chunk
         "_merge_project_kernel": chunks + 3,  # of 1, 4, 16, 64
     }
     for name, count in kernels().items():

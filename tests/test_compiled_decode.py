@@ -1,4 +1,6 @@
-"""A whole decode step of a small Llama over a paged cache as one graph, which lengths and batches do not recompile."""
+"""A whole decode step of a small Llama over a paged cache as one graph, which is not recompiled for lengths and
+batches.
+"""
 
 import os
 
@@ -52,7 +54,7 @@ class Llama(torch.nn.Module):
 
 
 def generate(model, batches):
-    """Logits of every step: in each, as many sequences as the batch says get a token of their own."""
+    """Logits of every step. In each, as many sequences as the batch size get their own token."""
     cache = PagedKVCache(
         32, PAGE, num_layers=LAYERS, num_kv_heads=HEADS_KV, head_dim=DIM, dtype=torch.float32, device=DEVICE
     )
@@ -63,7 +65,7 @@ def generate(model, batches):
         tokens = [[(7 * step + 3 * i) % VOCAB] for i in range(batch)]
         positions = torch.tensor([len(seq) for seq in here], device=DEVICE)
         slots = cache.extend(here, tokens)
-        # Twice as wide, as a width of 1 cannot be marked dynamic; the second half is never read.
+        # Twice as wide, since a width of 1 cannot be marked dynamic. The second half is never read.
         where = positions, slots, cache.cache_seqlens(here), cache.block_table(here).repeat(1, 2)
         tokens = torch.tensor(tokens, device=DEVICE)[:, 0]
         for x in (tokens, *where):

@@ -8,7 +8,7 @@ from decode_cases import DTYPES
 from families import FAMILIES
 from scores import ALONE, PAIRS
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 

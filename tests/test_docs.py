@@ -1,6 +1,7 @@
-"""The README and the pages under docs/ are true: their code runs, every public name is in it, links lead somewhere.
+"""The README and the pages under docs/ are true: their code runs, they contain every public name, links are valid.
 
-docs/testing-without-a-gpu.md has a test of its own, and so have the figures of docs/performance.md."""
+docs/testing-without-a-gpu.md and the figures of docs/performance.md have separate tests.
+"""
 
 import json
 import re
@@ -28,21 +29,21 @@ def code_of(page):
 
 
 def names_of(page, device):
-    """What is defined once the page's code has run."""
+    """The names that the page's code defines."""
     names = {}
     exec(code_of(page).replace('device = "cuda"', f'device = "{device}"'), names)
     return names
 
 
 def small_model(name, **options):
-    """In place of weights to download."""
+    """A model instead of downloaded weights."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes, **options)
     return transformers.LlamaForCausalLM(config)
 
 
 def tuned_table():
-    """As a sweep writes it."""
+    """A table as a sweep writes it."""
     case, tile = {"head_dim": 64, "head_dim_v": 64, "causal": True}, FlashConfig(64, 64, 4, 2)
     about = {"figure": 1.0, "unit": "TFLOP/s", "source": "measured", "device": "a test", "commit": None}
     about |= {"triton": triton.__version__, "torch": torch.__version__}
@@ -79,7 +80,7 @@ def test_the_tour_shows_every_public_name():
 
 
 def test_the_api_pages_show_every_public_name():
-    """`reference` has the same functions; its dropout_mask has no other place."""
+    """`reference` has the same functions. Its dropout_mask is documented only here."""
     shown = set(re.findall(r"^::: triton_attn\.([\w.]+)$", "\n".join(map(Path.read_text, API)), flags=re.MULTILINE))
     assert {*triton_attn.__all__} - shown == {"reference"}
     assert "reference.dropout_mask" in shown
@@ -99,12 +100,12 @@ def test_what_a_page_links_to_exists(page):
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/design.md"], ids=lambda page: page.name)
 def test_a_file_that_a_page_names_exists(page):
-    """From the root, from triton_attn/ or, a name alone, anywhere."""
+    """Resolve a path from the root, from triton_attn/ or, for a bare name, anywhere."""
     named = set(re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|md)|(?:\w+/)+)`", page.read_text()))
     roots = ROOT, ROOT / "triton_attn", ROOT / "tests/helpers"
     there = {name for name in named if any((root / name).exists() for root in roots) or next(ROOT.rglob(name), None)}
     assert len(named) > 8
-    assert named - there <= set(NOT_IN_GIT)  # make perf may have made them
+    assert named - there <= set(NOT_IN_GIT)  # make perf may have created them
 
 
 def test_the_readme_is_short():

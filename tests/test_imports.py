@@ -1,4 +1,4 @@
-"""Who may import whom, read off the source; and what importing the package itself loads."""
+"""The import law, checked in the source; and the modules that importing the package loads."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def test_the_package_needs_nothing_but_torch_and_triton():
 
 
 def test_only_random_tests_need_hypothesis():
-    """They stand in files of their own, so that the rest of a folder's tests take seconds and pytest alone."""
+    """Random tests are in separate files, so that the rest of a folder takes seconds and needs only pytest."""
     imports = re.compile(r"^(?:import|from) (?:hypothesis|\w+_draws)\b", re.MULTILINE)
     drawing = [path for path in (ROOT / "tests").rglob("*.py") if imports.search(path.read_text())]
     tests = [path for path in drawing if not path.stem.endswith("_draws")]
@@ -56,7 +56,7 @@ def run_python(source):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
-def test_without_triton_the_reference_serves():
+def test_without_triton_the_reference_runs():
     result = run_python("""
         import sys
 
@@ -96,7 +96,7 @@ def test_the_import_loads_no_kernel():
 
 @pytest.mark.ci
 def test_every_module_can_be_imported_first():
-    """After the package alone, which Python imports before any of its modules."""
+    """After importing only the package, which Python does before any of its modules."""
     result = run_python(f"""
         import importlib, os, sys, traceback
 

@@ -1,6 +1,6 @@
-"""The largest sizes there may be: integers of kernels stay within 32 bits, and nothing divides by zero.
+"""The largest sizes: integers in kernels stay within 32 bits, and nothing divides by zero.
 
-`guard` raises where they do not. Of large grids a few programs run: the first, the last, and some between.
+`guard` raises otherwise. Of large grids only some programs run: the first, the last, and some between.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def few_programs(monkeypatch):
 
     set_grid_dim = interpreter.InterpreterBuilder.set_grid_dim
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", within_limits)
-    monkeypatch.setattr(interpreter, "range", few, raising=False)  # which it runs the programs of a grid by
+    monkeypatch.setattr(interpreter, "range", few, raising=False)  # the interpreter's loop over programs
 
 
 @pytest.fixture
@@ -59,14 +59,14 @@ def zeros(*shape):
 
 
 def many(*shape):
-    """One number, seen at every place of a tensor of that shape."""
+    """One element, expanded to a tensor of this shape."""
     return zeros(1).expand(shape)
 
 
 def test_flash_attention_without_keys(guarded):
     q, k = zeros(1, 2048, 32, 64), zeros(1, 0, 4, 64)
     out, lse = triton_attn.flash_attention(q, k, k, causal=True, return_lse=True)
-    for row, head in ((2047, 0), (0, 31)):  # those of the first program and of the last
+    for row, head in ((2047, 0), (0, 31)):  # rows of the first program and of the last
         assert not out[0, row, head].any()
         assert lse[0, head, row] == float("-inf")
 
@@ -176,7 +176,7 @@ def _visible_kernel(out, scores, start_row, num_rows, num_columns, start_column,
 
 
 LAST = MAX_ROWS - 1
-FARTHEST = 2**30  # a window's side is no longer, see `attention_options`
+FARTHEST = 2**30  # the limit of a window's side, see `attention_options`
 
 
 @pytest.mark.parametrize("window", list(itertools.product((None, 0, FARTHEST), repeat=2)), ids=str)

@@ -1,8 +1,8 @@
-"""Lengths that say more than there is, and rows that belong to no sequence, in every function that takes lengths.
+"""Lengths beyond the capacity, and rows that belong to no sequence, in every function that takes lengths.
 
-A length beyond the room counts as the room: nothing else is read or written. Rows of a packed tensor after the last
-sequence influence nothing; out and gradients are 0 there, lse is -inf. What a call should give is what the same
-function gives for lengths, or for tensors, that end where they should.
+A length beyond the capacity counts as the capacity: nothing else is read or written. Rows of a packed tensor after the
+last sequence influence nothing; their out and gradients are 0 and their lse is -inf. The expected result is that of the
+same function for correct lengths, or for tensors that end there.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def assert_same(results, expected):
 @pytest.mark.parametrize("options", [{}, {"num_splits": 2}, {"shared_prefix_len": 20}], ids=str)
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 def test_paged_attention_has_no_keys_beyond_the_cache(paged, options, library):
-    """The slots after a full sequence's are those of the next one, which no one else may see, or another tensor's."""
+    """The slots after a full sequence belong to the next sequence, or to another tensor."""
     if options.get("shared_prefix_len") and not paged:
         pytest.skip("nothing is shared in a contiguous cache")
     q, table = randn(3, 2, 4, 24), None
@@ -98,7 +98,7 @@ def test_mla_decode_has_no_keys_and_no_positions_beyond_the_room(num_splits, lib
     with guarded():
         result = call(lengths, angles.cos(), angles.sin())
     assert_same(result, call(lengths.clamp(max=32), angles.cos(), angles.sin()))
-    # Angles to position 29 alone: those of positions 30 and 31 are the last ones.
+    # Angles up to position 29: positions 30 and 31 use the last ones.
     short = torch.cat([angles[:30], angles[29:30].expand(2, -1)])
     with guarded():
         result = call(lengths, angles[:30].cos(), angles[:30].sin())
@@ -110,7 +110,7 @@ def test_an_append_beyond_the_room_writes_nothing(library):
     slots = torch.tensor([8, 3, -1, 2**40, 9], device=DEVICE)
     k = randn(5, 1, 16)
     angles = torch.rand(4, 8).to(DEVICE)
-    room = torch.full((2, 3, 4, 1, 16), 7.0, dtype=torch.float16, device=DEVICE)  # of which two pages are the cache
+    room = torch.full((2, 3, 4, 1, 16), 7.0, dtype=torch.float16, device=DEVICE)  # two of its pages are the cache
     rope = {"rope_cos": angles, "rope_sin": angles, "positions": ints(99, 99, -5, 4, 99)}
     with guarded():
         library.append_kv_cache(k, k, room[0, :2], room[1, :2], slots, **rope)
@@ -127,7 +127,7 @@ def test_an_append_beyond_the_room_writes_nothing(library):
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "rows", "leftpad"])
 def test_flash_attn_with_kvcache_on_a_full_cache(kind):
-    """One new key each: for the first sequence there is no room, and it must not see the second one's first key."""
+    """One new key each. The first sequence has no room for it, and must not see the second one's first key."""
     cache = randn(2, 3, 16, 2, 32)
     cache[:, 1, 4:] = NAN
     cache[:, 2] = NAN
@@ -165,7 +165,7 @@ def test_flash_mla_with_kvcache_on_a_full_cache():
     assert_same(result, flash_mla_with_kvcache(q, cache, table, ints(32, 32), 48, None))
 
 
-# Bounds of sequences, the longest that is announced, and rows of the tensors.
+# Offsets of sequences, the given longest length, and rows of the tensors.
 PACKED = {
     "some spare rows": ((0, 5, 38, 38, 50), 33, 60),
     "no sequence": ((0,), 0, 9),

@@ -1,4 +1,4 @@
-"""What make test, CI and make test-full leave out."""
+"""The tests that make test, CI and make test-full leave out."""
 
 from types import SimpleNamespace
 
@@ -20,6 +20,6 @@ def case(number, *marks):
     ],
 )
 def test_one_of_each_so_many_cases_is_left(marks_of, kept):
-    """Of those that have no mark of their own."""
+    """The tests without a mark."""
     cases = [case(number, *marks_of(number)) for number in range(7)]
     assert without("ci", cases) == [cases[number] for number in kept]

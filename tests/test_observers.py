@@ -1,4 +1,4 @@
-"""Every public function under everything in torch that looks at a call: served, or refused where it is made.
+"""Every public function under all of torch's transforms of a call: supported, or refused at the call.
 
 Derivatives of each kind, torch.func, vmap, meta and fake tensors, torch.compile, export, autocast.
 """
@@ -87,7 +87,7 @@ def plus_tensor(n):
 
 
 class Case(NamedTuple):
-    """A call with these arguments. `trained`: one has a gradient. `written`: the names of those that are written to."""
+    """A call with these arguments. `trained`: one has a gradient. `written`: names of the arguments that it writes."""
 
     function: object
     arguments: object
@@ -214,12 +214,12 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def floats(arguments):
-    """Names of the arguments that a derivative could be wanted of."""
+    """Names of the arguments that could have a derivative."""
     return [name for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
 def with_argument(case, arguments, name):
-    """The call as a function of one argument: its first output, or what it wrote."""
+    """The call as a function of one argument: its first output, or the written tensor."""
 
     def f(x):
         given = arguments | {name: x}
@@ -232,7 +232,7 @@ def with_argument(case, arguments, name):
 
 
 def run(case, arguments):
-    """Outputs, and what was written, of a call with copies of the arguments."""
+    """Outputs and written tensors of a call with copies of the arguments."""
     arguments = tree_map_only(torch.Tensor, torch.clone, arguments)
     result = case(arguments)
     leaves, _ = tree_flatten((result, [arguments[name] for name in case.written]))
@@ -325,7 +325,7 @@ def test_vmap(case):
 
 @every_case
 def test_tensors_without_memory(case):
-    """Meta tensors, and fake ones inside of their mode and outside."""
+    """Meta tensors, and fake tensors inside and outside of their mode."""
     arguments = case.arguments()
     expected = [(x.shape, x.dtype) for x in run(case, arguments)]
     meta = tree_map_only(torch.Tensor, lambda x: x.to("meta"), arguments)
@@ -340,7 +340,7 @@ def test_tensors_without_memory(case):
 
 @pytest.fixture
 def compiled():
-    """torch.compile without a graph break; the tracer forgets what it compiled."""
+    """torch.compile without a graph break. The tracer's cache is reset."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": "aot_eager"} | options)
@@ -410,8 +410,9 @@ TRAINED = {name: case for name, case in CASES.items() if case.trained and case.f
 @pytest.mark.parametrize("case", TRAINED.values(), ids=TRAINED)
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
 def test_autocast(case, backend, monkeypatch):
-    """As torch's own attention: each input but those of fp64 is cast, the result is in the lower precision, gradients
-    have the dtypes of the inputs; fp32 weights beside bf16 activations are no error."""
+    """As in torch's own attention: every input except fp64 is cast, the result has the lower precision, gradients have
+    the dtypes of the inputs; fp32 weights beside bf16 activations are no error.
+    """
     if backend == "reference":
         monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     arguments = case.arguments()

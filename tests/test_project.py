@@ -1,4 +1,4 @@
-"""What is said in several files of the project is the same: supported versions, and its own."""
+"""Facts that several files of the project state agree: supported versions, and its own version."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Scalar arguments of every public function: any kind of bool, int and number is taken, and kernels see plain ones."""
+"""Scalar arguments of every public function: all kinds of bool, int and float are accepted; kernels get plain ones."""
 
 import inspect
 from fractions import Fraction
@@ -12,7 +12,7 @@ from triton_attn.interop import flash_attn as fa
 from triton_attn.interop import flash_mla
 
 BOOL, INT, NUMBER, PAIR = "a bool", "an int", "a number", "a pair"
-OTHERS = {  # of a plain value, equal ones of other types
+OTHERS = {  # plain value: equal values of other types
     BOOL: [np.bool_],
     INT: [np.int64, np.int32],
     NUMBER: [int, np.float32, np.float64, np.int64, Fraction],
@@ -215,7 +215,7 @@ FUNCTIONS = {
         dict(num_pages=(INT, 9), prefix_caching=(BOOL, False), n=(INT, 2)),
     ),
 }
-INTEROP = {  # flash-attn and FlashMLA take what is true for a bool
+INTEROP = {  # flash-attn and FlashMLA accept any truth value as a bool
     "flash_attn_func": (
         fa.flash_attn_func,
         lambda **options: fa.flash_attn_func(Q, K, K, **options),
@@ -247,7 +247,7 @@ INTEROP = {  # flash-attn and FlashMLA take what is true for a bool
         dict(head_dim_v=(INT, 16), softmax_scale=(NUMBER, 2.0), causal=(BOOL, True), is_fp8_kvcache=(BOOL, False)),
     ),
 }
-# What is neither a scalar nor has another test.
+# Arguments that are neither scalars nor covered by another test.
 TENSORS = {
     "q",
     "k",
@@ -273,7 +273,7 @@ def plain(scalars):
 
 @pytest.fixture(params=["triton", "reference"])
 def launched(request, monkeypatch):
-    """The scalars of all launches, in order; none where the reference serves."""
+    """The scalars of all launches, in order; none if the reference runs."""
     from triton.runtime.interpreter import InterpretedFunction
 
     monkeypatch.setenv("TRITON_ATTN_BACKEND", request.param)
@@ -312,7 +312,7 @@ def test_equal_scalars_of_other_types_give_the_same_launch_and_result(name, laun
 
 
 def _converted(kind, value, i):
-    """By the i-th of the other types, or the last."""
+    """The value in its i-th other type, or the last one."""
     converted = OTHERS[kind][: i + 1][-1](value)
     return converted if kind == PAIR or converted == value else value  # no int is 0.5
 
@@ -326,7 +326,7 @@ def _tensors(result):
 def test_scalars_of_wrong_types_are_named(name, scalar):
     _, call, scalars = FUNCTIONS[name]
     options = plain(scalars)
-    call(**options)  # a call that is remembered is no excuse
+    call(**options)  # a cached call must not hide an error
     for wrong in WRONG[scalars[scalar][0]]:
         if scalar in ("dropout_seed", "max_seqlen_q", "max_seqlen_k") and isinstance(wrong, torch.Tensor):
             continue  # may be a tensor

@@ -1,7 +1,7 @@
-"""Every pointer of every kernel whose rows may lie far apart, or where no vector begins.
+"""Every pointer of every kernel, with rows far apart or at unaligned addresses.
 
-Of each tensor one dimension at a time is spread: its last index, for rows that of a later tile, lies past 2^31
-elements, on memory that is never touched between, or its stride is one more, which no vector divides.
+One dimension of each tensor is spread at a time: its last index (for rows, that of a later tile) is beyond 2^31
+elements, in memory that is mostly never touched, or its stride is one more, which no vector load divides.
 """
 
 import pytest
@@ -100,7 +100,7 @@ def cases():
     for call, make in CALLS.items():
         for name, x in make()[0].items():
             for dim in range(x.ndim - 1):
-                # A page's rows are one tile to a copy, and weights a matrix to a product: within 32 bits.
+                # Within 32 bits: a page's rows are one tile of a copy, and weights one matrix of a matmul.
                 within = (name == "cache" and dim > 0) or (name in ("w_uk", "w_uv") and dim > 0)
                 if x.shape[dim] > 1 and not within:
                     yield pytest.param(call, name, dim, id=f"{call}-{name}-{dim}")
@@ -119,7 +119,7 @@ def test_functions(call, name, dim, spread):
 
 
 def flash(which=None, dim=1, lse_rows=65, spread=far, batch=1):
-    """out, lse and gradients, one of the tensors spread; lse with room for more rows than there are."""
+    """out, lse and gradients with one of the tensors spread. lse has room for more rows than there are."""
     torch.manual_seed(0)
     tensors = {name: randn(batch, 65, 3, 16) for name in ("q", "k", "v", "out", "dout")}
     if which in tensors:

@@ -1,4 +1,4 @@
-"""The public surface has types, and the wheel says so (py.typed). `make lint` checks them."""
+"""The public surface has types, and the wheel declares it (py.typed). `make lint` checks them."""
 
 import importlib
 import inspect
@@ -21,7 +21,7 @@ MODULES = (
 
 
 def defined_in(module):
-    """Public functions and classes of a module that are not imported into it."""
+    """Public functions and classes that a module defines."""
     for name, value in vars(module).items():
         is_ours = inspect.isfunction(value) or inspect.isclass(value)
         if is_ours and not name.startswith("_") and value.__module__ == module.__name__:

@@ -1,4 +1,4 @@
-"""What pip installs is the whole package: the emulator's C++ and its stub of the driver, tuned tables, type marks."""
+"""The installed package is complete: the emulator's C++ and its stub driver, tuned tables, type markers."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The table of GPUs: every kernel family asks it, and has one answer for an architecture."""
+"""The table of GPUs: every kernel family uses it, and it gives one answer per architecture."""
 
 import itertools
 import re
@@ -27,7 +27,7 @@ TABLES = {
     "flash_backward": backward_configs._HALF,
     "paged": paged_configs._HALF,
     "mla": mla_configs._HALF,
-    "mla of fp8": mla_configs._FLOAT8,
+    "mla fp8": mla_configs._FLOAT8,
     "mla_prefill": mla_configs._PREFILL,
 }
 
@@ -36,7 +36,7 @@ HALF = torch.bfloat16
 
 
 def cases(config, arch, dim):
-    """Calls that a config tells apart."""
+    """Calls that a config distinguishes."""
     if config is PagedConfig:
         return [PagedCase(arch, HALF, HALF, dim, dim, rows) for rows in (4, 32, 256)]
     if config is MlaDecodeConfig:
@@ -114,7 +114,7 @@ def test_a_plan_without_a_gpu_is_for_the_sms_of_the_architecture():
 
 
 def test_what_compiles_and_what_predicts_know_the_same_gpus():
-    """The loop model keeps figures of its own: it also reads what another commit's package compiles to."""
+    """The loop model has figures of its own, since it also analyses code of another commit's package."""
     assert {arch: shared_memory_limit(arch) for arch in GPUS} == {arch: gpu.shared_bytes for arch, gpu in GPUS.items()}
     for arch, capacity in CAPACITY.items():
         assert capacity.shared_bytes == GPUS[arch].shared_bytes + SHARED_BYTES_RESERVED_PER_CTA
@@ -124,7 +124,7 @@ def test_what_compiles_and_what_predicts_know_the_same_gpus():
 
 
 def test_nothing_else_reads_an_architecture_s_name():
-    """What depends on the architecture asks its Gpu; device code, which cannot, asks the compiler's target."""
+    """Code that depends on the architecture asks its Gpu. Device code, which cannot, asks the compiler's target."""
     package = Path(triton_attn.__file__).parent
     reads = re.compile(r"arch(?:\[|\.(?:startswith|removeprefix|split))|arch\w* (?:==|!=|in) \(?[\"']")
     knowing = {

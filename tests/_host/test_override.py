@@ -1,4 +1,4 @@
-"""override_config: single fields of the config that a call takes."""
+"""override_config: single fields of a call's config."""
 
 from dataclasses import replace
 from unittest import mock
@@ -19,7 +19,7 @@ from triton_attn.toolchain import compile_only
 
 HALF = torch.bfloat16
 CASE = FlashCase("sm_90", HALF, 128, 128, True)
-# {family: a case that it has}
+# {family: one of its cases}
 CASES = {
     "flash": CASE,
     "flash_hopper": CASE,

@@ -1,4 +1,4 @@
-"""Tuned tables: which entry serves a call, what is refused, and that launches heed them."""
+"""Tuned tables: which entry applies to a call, which tables are refused, and that launches use them."""
 
 import copy
 import itertools
@@ -54,7 +54,7 @@ def write(path, *entries, arch="sm_90", **fields):
 
 @pytest.fixture(autouse=True)
 def no_tables(monkeypatch):
-    """Neither the package's own nor one that another test added."""
+    """Neither the package's own tables nor one of another test."""
     monkeypatch.setattr(tuned, "SHIPPED", Path("nowhere"))
     tuned._shipped.cache_clear()
     triton_attn.use_tuned(None)
@@ -73,8 +73,9 @@ def flash_config(**case):
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 2], [1, 3, 17, 20], [4096, 5000, 2**20], [2**i for i in range(6, 18, 2)]])
-def test_the_nearest_length_serves(tmp_path, lengths):
-    """Seen as log2: between two lengths it changes at their geometric mean, and nothing lies beyond the outer ones."""
+def test_the_nearest_length_applies(tmp_path, lengths):
+    """On a log2 scale: the boundary between two lengths is their geometric mean, and outer entries apply beyond
+    them."""
     entries = [flash_entry(n, num_stages=1 + i) for i, n in enumerate(lengths)]
     triton_attn.use_tuned(write(tmp_path / "t.json", *entries))
     middles = [math.isqrt(lo * hi) for lo, hi in itertools.pairwise(lengths)]
@@ -83,7 +84,7 @@ def test_the_nearest_length_serves(tmp_path, lengths):
         assert flash_config(seqlen_k=seqlen_k).num_stages == 1 + nearest
 
 
-def test_of_two_that_are_equally_near_the_shorter_serves(tmp_path):
+def test_of_two_equally_near_lengths_the_shorter_applies(tmp_path):
     triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(4096, num_stages=3), flash_entry(1024, num_stages=2)))
     assert flash_config(seqlen_k=2048).num_stages == 2
     assert flash_config(seqlen_k=2049).num_stages == 3
@@ -112,13 +113,13 @@ def test_distances_of_buckets_add_up(tmp_path):
     "other",
     [{"arch": "sm_80"}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"causal": False}, {"head_dim": 96}],
 )
-def test_an_entry_serves_nothing_else(other, tmp_path):
+def test_an_entry_applies_to_its_own_case_only(other, tmp_path):
     triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry()))
     assert flash_config() == FlashConfig(**flash_entry()["config"])
     assert flash_config(**other) is None
 
 
-def test_another_triton_is_not_served(tmp_path):
+def test_entries_of_another_triton_do_not_apply(tmp_path):
     entries = flash_entry(1024), flash_entry(4096) | {"triton": "2.0.0"}
     triton_attn.use_tuned(write(tmp_path / "t.json", *entries))
     assert flash_config(seqlen_k=4096).num_stages == entries[0]["config"]["num_stages"]
@@ -130,7 +131,7 @@ def test_the_last_table_comes_first_and_the_package_s_last(tmp_path, monkeypatch
     write(tmp_path / "sm_90.json", flash_entry(num_stages=1), flash_entry(1024, num_stages=4))
     assert flash_config(seqlen_k=1024).num_stages == 4
     triton_attn.use_tuned(write(tmp_path / "a.json", flash_entry(num_stages=2)))
-    assert flash_config(seqlen_k=1024).num_stages == 2, "a table that has the case serves it alone"
+    assert flash_config(seqlen_k=1024).num_stages == 2, "only a table that has the case applies"
     triton_attn.use_tuned(str(write(tmp_path / "b.json", flash_entry(num_stages=3))))
     assert flash_config().num_stages == 3
     triton_attn.use_tuned(None)
@@ -147,7 +148,7 @@ BROKEN = {
     "no such family": (lambda e: e.update(family="flashy"), r"entries\[1\], family: expected flash or .*'flashy'"),
     "dtype": (lambda e: e.update(dtype="float32"), r"dtype: expected float16 or bfloat16, got 'float32'"),
     "field missing": (lambda e: e.pop("source"), r"entries\[1\]: expected an object with .*source"),
-    "field too many": (lambda e: e.update(note=""), r"entries\[1\]: expected an object with"),
+    "one field too many": (lambda e: e.update(note=""), r"entries\[1\]: expected an object with"),
     "case of another family": (lambda e: e["case"].update(rows=16), r"case: expected an object with head_dim, "),
     "a bool as int": (lambda e: e["case"].update(head_dim=True), r"case, head_dim: expected int, got True"),
     "an int as bool": (lambda e: e["case"].update(causal=1), r"case, causal: expected bool, got 1"),
@@ -230,7 +231,7 @@ SHIPPED = sorted((Path(triton_attn.__file__).parent / "tuned").glob("*.json"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_package_s_tables_are_whole_and_measured(path):
-    """A predicted entry would repeat the default, which is chosen by the model that predicts, or hide a newer one."""
+    """A predicted entry would repeat the default, which the same model chooses, or hide a newer one."""
     table = tuned.read_table(path)
     assert table["arch"] == path.stem
     assert {entry["source"] for entry in table["entries"]} == {"measured"}
@@ -266,7 +267,7 @@ def latent_prefill():
 
 SPLIT = {"dkdv": TILE | {"use_tma": False}, "dq": TILE | {"use_tma": False}, "fused": None}
 LATENT_DIMS = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
-# {family: (call, case, config, config as its launches have it)}
+# {family: (call, case, config, the config in its launches)}
 SERVED = {
     "flash": (lambda: flash(causal=True), FLASH_CASE, TILE | {"use_tma": False}, FlashConfig(**TILE)),
     "flash_backward": (flash_gradients, FLASH_CASE, SPLIT, FlashConfig(**TILE)),
@@ -292,7 +293,7 @@ SERVED = {
 
 
 def launched(call):
-    """Tiles of the launches of attention kernels."""
+    """Tiles in the launches of attention kernels."""
     with compile_only("sm_90") as launches:
         call()
     return [
@@ -341,7 +342,7 @@ def test_what_no_sweep_times_has_the_default(options, tmp_path):
 
 @pytest.mark.compiled
 def test_a_contiguous_cache_has_the_default(tmp_path):
-    """It takes more shared memory than pages do, which alone are swept."""
+    """It needs more shared memory than pages do, and only pages are swept."""
     _, case, config, _ = SERVED["paged"]
     entry = flash_entry() | {"family": "paged", "case": case, "config": config}
     entry["buckets"] = {"seqlen_k": 128, "page_size": 128, "rows": 4}
@@ -358,7 +359,7 @@ def test_a_contiguous_cache_has_the_default(tmp_path):
 
 @pytest.mark.compiled
 def test_tensors_that_no_sweep_has_have_the_default(tmp_path):
-    """Rows that are no multiple of 16 bytes apart."""
+    """Rows whose strides are not multiples of 16 bytes."""
     q, k, v = (half(1, 128, 2, 65)[..., :64] for _ in range(3))
     triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(block_m=128)))
     default = FlashConfig.default(FlashCase("sm_90", torch.bfloat16, 64, 64, True, "scalar"))
@@ -377,7 +378,7 @@ def test_equal_calls_look_up_once(tmp_path, monkeypatch):
 
 
 def test_what_another_thread_s_change_of_tables_overtakes_is_not_kept():
-    """The change comes while a config is chosen: what was read before it does not stay."""
+    """The table changes while a config is chosen: the earlier choice is not cached."""
     tables = iter(["old", "new", "newer"])
 
     @tuned.remember

@@ -1,4 +1,4 @@
-"""fp8 numbers of a cache as the kernels decode them: every one, both ways."""
+"""fp8 values of a cache as the kernels decode them: all of them, in both formats."""
 
 import pytest
 import torch

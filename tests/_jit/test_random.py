@@ -1,4 +1,4 @@
-"""Which tiles a kernel visits, and which of them it masks, against the definition of what a row sees."""
+"""Which tiles a kernel visits, and which of them it masks, against the definition of visibility."""
 
 import pytest
 import torch
@@ -51,17 +51,17 @@ def test_visible_range(device, seqlen_q, seqlen_k, window, align, first, data):
     seen = rows.any(0).nonzero().flatten().tolist()
     assert lo % align == 0 if window[0] is not None else lo == first
     assert first <= lo <= full_lo <= full_hi <= max(hi, lo)
-    # The interior is whole tiles from lo, and every row sees all of it.
+    # Full tiles are whole tiles from lo, and every row sees all of their keys.
     assert (full_lo - lo) % 16 == 0 or full_lo == hi
     assert (full_hi - full_lo) % 16 == 0
     assert rows[:, full_lo:full_hi].all()
     if not seen:
         assert hi == lo
         return
-    # Nothing that a row sees is left out, and no more is visited than the alignment asks for.
+    # All visible keys are visited, and no more than alignment requires.
     assert lo <= seen[0] < lo + align
     assert hi == seen[-1] + 1
-    # No tile is masked that every row sees.
+    # No tile that every row sees is masked.
     tiles = range(lo, hi - 15, 16)
     assert all(full_lo <= tile < full_hi for tile in tiles if rows[:, tile : tile + 16].all())
 

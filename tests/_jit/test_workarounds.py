@@ -1,4 +1,4 @@
-"""Each workaround of the compiler is still needed, on the Tritons for which it says so; one that is not is to go."""
+"""Each compiler workaround is still needed on the Tritons that it names. One that is not needed must be removed."""
 
 import re
 from unittest import mock
@@ -70,7 +70,7 @@ def test_triton_3_6_alone_leaves_out_a_proxy_fence(fence):
 
 def spills_of_softcap(hoist):
     q = torch.empty(1, 1024, 4, 256, dtype=torch.float16)
-    forward._plan.cache_clear()  # a plan is remembered by what the call says
+    forward._plan.cache_clear()  # a plan is cached by the arguments of the call
     with mock.patch.object(forward, "tanh_spills", return_value=not hoist), compile_only("sm_90") as launches:
         flash_attention(q, q, q, window_size=(256, 256), softcap=30.0)
     forward._plan.cache_clear()
@@ -86,7 +86,7 @@ def test_triton_3_6_spills_where_the_constants_of_tanh_are_hoisted():
 
 
 def spills_of_dkdv(head_dim, hoist):
-    """Bytes that the default kernel spills on sm_90, by whether its loop may hoist."""
+    """Bytes that the default kernel spills on sm_90, with and without LICM."""
     q = torch.empty(1, 512, 2, head_dim, dtype=torch.float16)
     options = AttentionOptions(1.0, (None, 0), None, None, None)
     wanted = False, True, True, False

@@ -1,4 +1,4 @@
-"""append_kv_cache: what fp8 makes of a number, errors, and code without spills; test_random_append.py has the calls."""
+"""append_kv_cache: fp8 rounding, errors, and code without spills. test_random_append.py has random calls."""
 
 import math
 
@@ -14,7 +14,7 @@ from triton_attn import append_kv_cache
 @pytest.mark.oldest
 @pytest.mark.parametrize("cache_dtype", FLOAT8, ids=str)
 def test_fp8_of_every_exponent_and_every_tie(cache_dtype):
-    """All fp8 numbers, all numbers halfway between two of them, and their fp32 neighbours; infinity, NaN, zeros."""
+    """All fp8 values, all midpoints between two of them, and their fp32 neighbours; infinity, NaN, zeros."""
     codes = torch.arange(127, dtype=torch.uint8).view(cache_dtype).float()
     values = codes[codes.isfinite()]
     ties = (values[1:] + values[:-1]) / 2
@@ -26,7 +26,7 @@ def test_fp8_of_every_exponent_and_every_tie(cache_dtype):
     append_kv_cache(k, k, cache, cache.clone(), torch.arange(len(k), device=DEVICE))
     cache = cache.cpu()
 
-    values = torch.cat([-values.flip(0)[:-1], values])  # the nearest, found by search
+    values = torch.cat([-values.flip(0)[:-1], values])  # the nearest value, found by search
     even = torch.arange(len(values)) % 2 == len(values) // 2 % 2
     clamped = numbers.clamp(values[0], values[-1])
     right = torch.searchsorted(values, clamped).clamp(1, len(values) - 1)
@@ -118,7 +118,7 @@ def test_compiles_without_spills(arch, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_rotated_is_stored_as_it_is(value, interleaved, device):
-    """Beside an element that is no number too; 8 of 16 dimensions are rotated."""
+    """Also beside an infinite or NaN element; 8 of 16 dimensions are rotated."""
     k = torch.randn(1, 1, 16, device=device)
     k[..., 9] = k[..., 12] = value
     k_cache, v_cache = (torch.zeros(1, 4, 1, 16, device=device) for _ in range(2))

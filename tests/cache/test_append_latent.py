@@ -1,4 +1,4 @@
-"""append_latent_cache: which bytes are written, what fp8 keeps, errors; test_random_append_latent.py has the calls."""
+"""append_latent_cache: written bytes, fp8 precision, errors. test_random_append_latent.py has random calls."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_the_rows_of_deepseek():
     [pytest.param(BACKENDS[0], marks=pytest.mark.emulated, id="kernel"), pytest.param(BACKENDS[1], id="reference")],
 )
 def test_fp8_of_what_has_no_scale(append):
-    """NaN stays one number's, an infinity costs its block, blocks of zeros and of the smallest numbers are zeros."""
+    """NaN affects one element, infinity its block. Blocks of zeros and of the smallest values become zeros."""
     kv_latent = torch.ones(3, 256, device=DEVICE)
     kv_latent[0, 3] = math.nan
     kv_latent[0, 4] = -2.0
@@ -55,8 +55,8 @@ def test_fp8_of_what_has_no_scale(append):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fp8_keeps_numbers_to_half_a_step(dtype):
-    """Of e4m3 at the block's scale: 2^-4 of a number, and 2^-10 of the scale below 2^-6 of it."""
+def test_fp8_rounds_to_half_a_step(dtype):
+    """In e4m3 at the block's scale: 2^-4 of a value, and 2^-10 of the scale below 2^-6 of it."""
     kv_latent = torch.randn(50, 512, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     cache = torch.zeros(1, 50, 656, dtype=torch.uint8, device=DEVICE)
     append_latent_cache(kv_latent, kv_latent[:, :64], cache, torch.arange(50, device=DEVICE))
@@ -68,7 +68,7 @@ def test_fp8_keeps_numbers_to_half_a_step(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16], ids=["fp8", "bf16"])
 def test_offsets_past_32_bits(dtype):
-    """Pages and tokens that lie far apart, by strides of 32 bits, on memory that is never touched."""
+    """Pages and tokens that lie far apart, with strides beyond 32 bits, in memory that is never touched."""
     width = 656 if dtype == torch.uint8 else 576
     stride = 2**30 + 64
     cache = torch.empty(2 * stride + 4 * width, dtype=dtype, device=DEVICE)
@@ -170,4 +170,4 @@ def test_compiles_without_spills(arch, dtype):
     if not arch.startswith("gfx"):
         stores = launch.kernel.asm["ptx"]
         assert "st.global.v4.b32" in stores  # the latent vector, 16 bytes a thread
-        assert "st.global.b16" not in stores  # the rotary key, whose rows begin at multiples of 8 numbers
+        assert "st.global.b16" not in stores  # the rotary key, whose rows are aligned to 8 elements

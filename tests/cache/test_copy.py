@@ -1,4 +1,4 @@
-"""copy_kv_pages on every layout of a cache, and its errors; test_random_copy.py has the calls."""
+"""copy_kv_pages on every layout of a cache, and its errors. test_random_copy.py has random calls."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""LatentKVCache: what it allocates, and that what kernels write there is read back through shared and copied pages.
+"""LatentKVCache: its allocations, and that shared and copied pages return what kernels wrote there.
 
-The rules of ownership are those of PagedKVCache, and tested there and, for both, in test_state_machine.
+The rules of ownership are those of PagedKVCache. They are tested there and, for both, in test_state_machine.
 """
 
 import pytest
@@ -41,7 +41,7 @@ def extend(cache, dtype, seqs, token_ids):
 
 
 def assert_holds(cache, dtype, seq, token_ids):
-    """Bit for bit what the reference writes for these tokens in a cache of its own."""
+    """Bitwise equal to what the reference writes for these tokens in a separate cache."""
     pages = cache.block_table([seq])[0].long()
     for layer in range(NUM_LAYERS):
         actual = cache.latent_cache[layer, pages].flatten(0, 1)[: len(seq)]
@@ -70,7 +70,7 @@ def test_prefix_sharing_fork_copy_on_write_and_truncation(dtype):
     for seq, token_ids in sequences.items():
         assert_holds(cache, dtype, seq, token_ids)
 
-    cache.truncate(fork, 6)  # in a page that all three hold
+    cache.truncate(fork, 6)  # in a page that all three share
     extend(cache, dtype, [fork], [[30, 31, 32]])
     for seq, token_ids in (sequences | {fork: [*prompt[:6], 30, 31, 32]}).items():
         assert_holds(cache, dtype, seq, token_ids)

@@ -1,4 +1,4 @@
-"""PagedKVCache rule by rule: prefix reuse, copy-on-write, whole or nothing, what is refused; sizes; a step's cost."""
+"""PagedKVCache rule by rule: prefix reuse, copy-on-write, atomic operations, errors; sizes; the cost of a step."""
 
 import os
 import statistics
@@ -21,7 +21,7 @@ def make(num_pages=16, page_size=4, device=DEVICE, **options):
 
 
 def start(cache, tokens, salt=None):
-    """A sequence whose tokens, written as their own ids, can be found by others."""
+    """A sequence whose tokens are written as their own ids and can be found by others."""
     seq, cached = cache.create(tokens, salt)
     slots = cache.extend([seq], [tokens[cached:]])
     contents = torch.tensor(tokens[cached:], dtype=torch.float32, device=cache.device).view(1, -1, 1, 1)
@@ -124,9 +124,9 @@ def test_results_do_not_change_with_the_cache():
     [
         ([1, 2, 3, 4, 5, 6, 7, 8, 9, 9], 8),
         ([1, 2, 3, 4, 5, 6, 7, 8], 7),  # a full hit: one token is left to compute
-        ([1, 2, 3, 4, 5, 6, 7], 4),  # the second page is not asked for in full
+        ([1, 2, 3, 4, 5, 6, 7], 4),  # a look-up of less than the second page
         ([1, 2, 3, 4, 9, 6, 7, 8, 9], 4),
-        ([9, 2, 3, 4, 5, 6, 7, 8], 0),  # the second page hangs on the first
+        ([9, 2, 3, 4, 5, 6, 7, 8], 0),  # the second page depends on the first
         ([1, 2, 3, 4], 3),
         ([1], 0),
         ([], 0),
@@ -166,7 +166,7 @@ def test_a_full_page_is_found_only_after_it_is_written():
     cache.extend([seq], [[1, 2, 3, 4]])
     assert cache.create([1, 2, 3, 4, 5])[1] == 0
     other = cache.create([])[0]
-    cache.extend([other], [[7]])  # says nothing about the first sequence
+    cache.extend([other], [[7]])  # does not affect the first sequence
     assert cache.create([1, 2, 3, 4, 5])[1] == 0
     cache.extend([seq], [[5]])
     assert cache.create([1, 2, 3, 4, 5])[1] == 4
@@ -200,7 +200,7 @@ def test_freed_pages_are_found_until_reuse_the_head_longest():
     cache.free(start(cache, list(range(12))))
     assert cache.stats().pages_cached == 3
     other = cache.create([])[0]
-    cache.extend([other], 8)  # the page that was never used, then the tail of what was freed
+    cache.extend([other], 8)  # the page that was never used, then the oldest freed one
     assert cache.create(list(range(12)))[1] == 8
 
 
@@ -216,7 +216,7 @@ def test_fork_copies_nothing_until_one_writes():
             caches.flatten(1, 2)[:, slots] = value
     assert [read(cache, one) for one in (seq, *forks)] == [[1, 2, 3, 4, 5, value] for value in (6, 7, 8)]
     assert cache.stats().pages_held == 4
-    assert table(cache, forks[1]) == [0, 1]  # the last one left needs no copy
+    assert table(cache, forks[1]) == [0, 1]  # the last one needs no copy
 
 
 def test_a_copied_page_is_found_by_its_own_tokens():
@@ -276,7 +276,7 @@ def test_pages_come_back_in_full():
 
 
 def test_copies_read_as_much_as_the_tail():
-    """Every layer, K and V of different widths, through one call."""
+    """Every layer, with different widths of K and V, in one call."""
     shape = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 6, "head_dim_v": 3}
     cache = PagedKVCache(4, 4, **shape, dtype=torch.bfloat16, device=DEVICE)
     cache.k_cache.normal_()
@@ -391,9 +391,9 @@ def test_without_prefix_caching():
 
 @pytest.mark.parametrize("equal_lengths", [False, True], ids=["spread", "in step"])
 def test_bookkeeping_of_a_decode_step(equal_lengths, capsys):
-    """256 sequences, one token each. In step, all fill their pages, get new ones and are named in the same call.
+    """256 sequences, one token each. In step, all fill their pages and get new ones in the same call.
 
-    CPU time, so that other processes do not count; the bound is generous, and the time is printed.
+    CPU time is used, so other processes do not count. The bound is generous, and the time is printed.
     """
     cache = PagedKVCache(256 * 80, num_layers=1, num_kv_heads=1, head_dim=1, dtype=torch.float16)
     seqs = []

@@ -1,4 +1,4 @@
-"""BlockPool: counts, the order of reuse, what can be found; and a long random run against lists and dicts."""
+"""BlockPool: counts, the order of reuse, look-up; and a long random run against lists and dicts."""
 
 import random
 
@@ -53,7 +53,7 @@ def test_freed_pages_are_found_until_they_are_reused():
     assert pool.lookup("abc").tolist() == [0, 1, 2]
     assert pool.lookup("abx").tolist() == [0, 1]
     assert pool.lookup("xbc").tolist() == []
-    pool.allocate(2)  # page 3, which was never used, then the tail
+    pool.allocate(2)  # page 3, which was never used, then the oldest freed one
     assert pool.lookup("abc").tolist() == [0, 1]
     pool.share(pool.lookup("ab"))
     assert pool.num_free == 0
@@ -207,7 +207,7 @@ class NaivePool:
     def __init__(self, num_pages):
         self.refs = [0] * num_pages
         self.free = list(range(num_pages))
-        self.pages_of = {}  # the first is found
+        self.pages_of = {}  # the first of them is found
 
     def allocate(self, n):
         pages, self.free = self.free[:n], self.free[n:]
@@ -217,7 +217,7 @@ class NaivePool:
         return pages
 
     def put_back(self, pages):
-        """At the end of the free list where a page can be found, otherwise at its head."""
+        """At the end of the free list if a page can be found, otherwise at its head."""
         found = {pages[0] for pages in self.pages_of.values()}
         rest = [page for page in self.free if page not in pages]
         self.free = [page for page in pages if page not in found] + rest + [page for page in pages if page in found]
@@ -266,7 +266,7 @@ class NaivePool:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_operations_as_in_lists_and_dicts(seed):
-    """Many more releases than pages, so that the queue of free pages is compacted time and again."""
+    """Many more releases than pages, so that the queue of free pages is compacted repeatedly."""
     rng = random.Random(seed)
     num_pages = rng.choice([5, 40, 300])
     pool, naive, held = BlockPool(num_pages), NaivePool(num_pages), []

@@ -43,7 +43,7 @@ def problems(draw):
 
 
 def written_by(function, args, options):
-    """Copies, laid out as they are, of the caches after a call."""
+    """Copies of the caches after a call, in the same layout."""
     k, v, *caches, slots = args
     buffers = [cache._base if cache._base is not None else cache for cache in caches]
     copies = [

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.random
 
 @st.composite
 def problems(draw):
-    """(kv_latent, k_pe, what makes a poisoned cache, slots, keyword arguments)."""
+    """(kv_latent, k_pe, function that makes a poisoned cache, slots, keyword arguments)."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     dtype, is_fp8 = draw(st.sampled_from(DTYPES)), draw(st.booleans())
     num_tokens = draw(st.integers(0, 40))
@@ -72,12 +72,12 @@ def test_kernel_writes_what_the_reference_writes(problem):
 @settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())
 def test_reference_is_the_documented_row(problem):
-    """Each row from its bytes, scales and numbers one by one; and `read_latent_cache` reads the same."""
+    """Each row decoded from its bytes, scales and elements one by one; `read_latent_cache` gives the same."""
     kv_latent, k_pe, new_cache, slots, options = problem
     kv_lora_rank, rope_dim = kv_latent.shape[1], k_pe.shape[1]
     cache = Cache(*new_cache).cache
     reference.append_latent_cache(kv_latent, k_pe, cache, slots, **options)
-    # The row is taken apart on the CPU.
+    # The row is decoded on the CPU.
     kv_latent, k_pe, cache, slots = (x.cpu() for x in (kv_latent, k_pe, cache, slots))
     options = {name: x.cpu() if torch.is_tensor(x) else x for name, x in options.items()}
     decoded = read_latent_cache(cache, kv_lora_rank, rope_dim, torch.float64).flatten(0, 1)

@@ -17,7 +17,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
 
 
 def random_cache(shape, dtype, seed, pages_last=False):
-    """A cache inside poisoned memory, with the check of that memory; pages_last: pages are not the outer stride."""
+    """A cache inside poisoned memory, with the check of that memory. pages_last: pages are not the outer stride."""
     if pages_last:
         shape = (*shape[:-4], shape[-3], shape[-4], *shape[-2:])
     cache, check = padded(shape, dtype, DEVICE)

@@ -1,7 +1,7 @@
-"""PagedKVCache and LatentKVCache under random operations, step by step against a model made of lists and dicts.
+"""PagedKVCache and LatentKVCache under random operations, step by step against a model of lists and dicts.
 
-What a token keeps in the cache stands for all tokens up to it and the salt: a page that is shared by mistake, reused
-too early, or not copied before it is written, is read back as somebody else's.
+The cached content of a token identifies all tokens up to it and the salt. If a page is shared by mistake, reused too
+early, or not copied before a write, a sequence finds the content of another.
 """
 
 import pytest
@@ -27,7 +27,7 @@ NUM_LAYERS = 2
 
 
 class NaiveSequence:
-    """Tokens, which are numbers below 0 where the cache was not told them, and the pages that hold them."""
+    """Tokens (below 0 if the cache was not told them), and their pages."""
 
     def __init__(self, salt, tokens, pages, known, named):
         self.salt, self.tokens, self.pages, self.known, self.named = salt, tokens, pages, known, named
@@ -40,7 +40,7 @@ class NaiveSequence:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """What a token keeps is one number, plus that of the layer; subclasses say how a cache holds it."""
+    """The content of a token is one integer, plus the index of the layer. Subclasses define how a cache stores it."""
 
     steps = 0
 
@@ -48,7 +48,7 @@ class CacheMachine(RuleBasedStateMachine):
         raise NotImplementedError
 
     def tensors(self):
-        """All that the cache holds."""
+        """The whole content of the cache."""
         raise NotImplementedError
 
     def write_layer(self, layer, contents, slots):
@@ -68,16 +68,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = self.make_cache(num_pages, page_size, num_layers=NUM_LAYERS, prefix_caching=prefix_caching)
         for tensor in self.tensors():
             tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
-        self.free_pages = list(range(num_pages))  # the next to be taken first
-        self.named = {}  # (salt, tokens) -> pages with the last of them; the first is found
+        self.free_pages = list(range(num_pages))  # in the order of use
+        self.named = {}  # (salt, tokens) -> pages that contain the last of them; the first one is found
         self.live = {}  # handle -> NaiveSequence
         self.dead = []
-        self.contents = {}  # (salt, tokens) -> what the last of them keeps in the cache
+        self.contents = {}  # (salt, tokens) -> content of the last of them
         self.unwritten = []
         self.num_unknown = 0
         self.history = []
 
-    # What the cache is asked to do, and what must come of it.
+    # Operations on the cache, and their expected results.
 
     @rule(data=st.data(), salt=st.sampled_from([None, "a"]), prefill=st.booleans())
     def create(self, data, salt, prefill):
@@ -120,7 +120,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.snapshot() == before
             return
         slots = self.cache.extend(seqs, new_tokens).tolist()
-        # Pages are taken before others are named: a name whose page is taken goes to the next page that has it.
+        # Pages are taken before others are registered. A name whose page is taken moves to the next page with that
+        # content.
         taken = self.take_pages(num_new + len(copied))
         self.name_full_pages(seqs)
         for seq, n, num_pages in zip(seqs, counts, grown):
@@ -232,7 +233,7 @@ class CacheMachine(RuleBasedStateMachine):
     # The model.
 
     def draw_prompt(self, data):
-        """Mostly the beginning of what a sequence holds or once held, with zeros for unknown tokens."""
+        """Mostly a prefix of a present or past sequence, with zeros for unknown tokens."""
         ids = st.lists(st.integers(0, 1), max_size=2 * self.page_size)
         if not self.history or data.draw(st.integers(0, 3), label="new if 0") == 0:
             return data.draw(ids, label="prompt")
@@ -263,7 +264,7 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(page in naive.pages for naive in self.live.values())
 
     def tails_to_copy(self, seqs, counts):
-        """{seq: its last page, which it must copy}; the first writer keeps a page that only writers of it hold."""
+        """{seq: its last page, which it must copy}. The first writer keeps a page that only writers hold."""
         writers = {}
         for seq, n in zip(seqs, counts):
             naive = self.live[seq]
@@ -285,21 +286,21 @@ class CacheMachine(RuleBasedStateMachine):
             left = [page for page in named if page not in pages]
             if not left:
                 del self.named[prefix]
-            elif left[0] != named[0]:  # of the others, the last is found from now on
+            elif left[0] != named[0]:  # of the others, the last one is found from now on
                 self.named[prefix] = [left[-1], *left[:-1]]
                 self.put_back([page for page in left[-1:] if page in self.free_pages])
             else:
                 self.named[prefix] = left
 
     def put_back(self, pages):
-        """Pages that can be found are taken last, others first."""
+        """Pages that can be found are taken last."""
         findable = self.findable()
         rest = [page for page in self.free_pages if page not in pages]
         lost, found = ([page for page in pages if (page in findable) == is_found] for is_found in (False, True))
         self.free_pages = lost + rest + found
 
     def grow(self, seq, n, num_pages, copied, taken):
-        """Which of the taken pages a sequence got is read from its table; all else in it must be as it was."""
+        """A sequence's table shows which pages it got. All other entries must be unchanged."""
         naive = self.live[seq]
         table = self.cache.block_table([seq]).tolist()[0]
         keeps = len(naive.pages) - (copied.pop(seq, None) is not None)
@@ -312,7 +313,7 @@ class CacheMachine(RuleBasedStateMachine):
         naive.pages = table
 
     def append(self, naive, tokens, n, slots):
-        """The new tokens, to be written in the first of the slots; returns the rest of the slots."""
+        """Write the new tokens to the first of the slots. Returns the other slots."""
         if not isinstance(tokens, int) and naive.known == len(naive.tokens):
             naive.known += n
         elif isinstance(tokens, int):
@@ -328,7 +329,7 @@ class CacheMachine(RuleBasedStateMachine):
         return slots
 
     def write(self):
-        """What a model does between two calls of `extend`."""
+        """The writes of a model between two calls of `extend`."""
         if not self.unwritten:
             return
         slots, contents = map(torch.tensor, zip(*self.unwritten))
@@ -382,7 +383,7 @@ class PagedKVMachine(CacheMachine):
 
 
 class LatentMachine(CacheMachine):
-    """The number is the whole latent vector, and the rotary key in two digits that are exact in bf16 too."""
+    """The integer is the whole latent vector, and the rotary key in two digits that are exact in bf16 too."""
 
     dtype, kv_lora_rank = torch.float32, 3
 
@@ -412,7 +413,7 @@ class Float8LatentMachine(LatentMachine):
     dtype, kv_lora_rank = torch.float8_e4m3fn, 128
 
     def stored(self, latents):
-        """fp8 times the scale of the block, in which all numbers are the same."""
+        """fp8 times the scale of the block, whose elements are all equal."""
         scale = 2.0 ** (latents / 448).clamp(min=1e-4).log2().ceil()
         return (latents / scale).to(self.dtype).float() * scale
 

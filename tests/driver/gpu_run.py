@@ -1,13 +1,14 @@
-"""`python -m perf gpu` over the stub driver: real launches, processes, journals and reports, at a case or two a stage.
+"""`python -m perf gpu` over the stub driver: real launches, processes, journals and reports, with one or two cases per
+stage.
 
     python gpu_run.py     runs the command lines of stdin, a line of JSON each: {"arguments": [...], "said": a file for
                           stdout and stderr, "environment": {...}}; prints the exit code of each
 
-Tensors of "cuda" lie on the CPU. Nothing computes, so every result is taken for right but that of the function
+Tensors on "cuda" are CPU tensors. Nothing is computed, so every result counts as right except that of the function
 STUB_WRONG, and every time is 1 ms. STUB_GPU is the GPU's name, STUB_SANITIZER the path of a compute-sanitizer.
 
-Imports take longer than all else. So each command line runs in a fork of this process, and so do its cases. The first
-case of all has a process that is spawned, as all have on a GPU.
+Imports take most of the time. So each command line runs in a fork of this process, and so do its cases. Only the very
+first case has a spawned process, as all have on a GPU.
 """
 
 import contextlib
@@ -142,7 +143,7 @@ sweep.map_in_processes = map
 
 class ForkedCase(multiprocessing.get_context("fork").Process):
     def __init__(self, args, **options):
-        pickle.dumps(args[1])  # the function: it could be spawned
+        pickle.dumps(args[1])  # the function must be picklable for a spawned process
         super().__init__(args=args, **options)
 
     def run(self):
@@ -203,4 +204,4 @@ if __name__ == "__main__":
     for line in sys.stdin:
         print(forked(**json.loads(line)), flush=True)
         FirstSpawned.is_first = False
-    os._exit(0)  # torch takes its time to go
+    os._exit(0)  # a normal exit of torch is slow

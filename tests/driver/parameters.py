@@ -1,11 +1,11 @@
-"""The parameters of a launch: as its PTX lists them, as the arguments of the call are, as the launcher handed them."""
+"""The parameters of a launch: in its PTX, in the arguments of the call, and as the launcher passed them."""
 
 import re
 import struct
 
 POINTER, TENSOR_MAP = "pointer", "128 x b8"
 SIZES = {POINTER: 8, TENSOR_MAP: 128, "u64": 8, "u32": 4, "f32": 4, "u8": 1}
-OF_TRITON = {  # how PTX calls a type, and struct
+OF_TRITON = {  # PTX type: format of struct
     "i32": ("u32", "i"),
     "u32": ("u32", "I"),
     "i64": ("u64", "q"),
@@ -14,7 +14,7 @@ OF_TRITON = {  # how PTX calls a type, and struct
     "u1": ("u8", "?"),
     "i1": ("u8", "?"),
 }
-SCRATCH = [POINTER, POINTER]  # which launchers add at the end: of the kernel and of the profiler
+SCRATCH = [POINTER, POINTER]  # launchers append them: scratch of the kernel and of the profiler
 
 
 def listed_in(ptx):
@@ -25,7 +25,7 @@ def listed_in(ptx):
 
 
 def arguments_of(signature, values):
-    """(type, bytes) of each parameter, from what the compiled kernel and the call say of an argument."""
+    """(type, bytes) of each parameter, from the compiled kernel and the arguments of the call."""
     for name, kind in signature.items():
         yield from _flat(kind, values[name])
 
@@ -46,8 +46,9 @@ def _flat(kind, value):
 
 
 def compare(kernel, listed, arguments, handed):
-    """Raise AssertionError unless PTX lists the arguments' types and nothing but scratch after them, and the launcher
-    handed over their values. `handed` are bytes, cut as PTX lists them; what a tensor map holds is the driver's own."""
+    """Raise AssertionError unless PTX has the arguments' types followed only by scratch, and the launcher passed their
+    values. `handed` are bytes, divided as in PTX. The content of tensor maps is not compared.
+    """
     types = [of_argument for of_argument, _ in arguments]
     for i, (wanted, found) in enumerate(zip([*types, *SCRATCH], listed)):
         if wanted != found:

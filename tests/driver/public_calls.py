@@ -1,10 +1,10 @@
-"""Public calls through Triton's own driver and launcher, over the stub driver that LD_LIBRARY_PATH leads to.
+"""Public calls through Triton's own driver and launcher, over the stub driver to which LD_LIBRARY_PATH points.
 
-    python public_calls.py sm_90 [PATTERN]     prints the name of each call (that has the pattern), then a line for each
-                                               of its launches
+    python public_calls.py sm_90 [PATTERN]     prints the name of each call (that matches the pattern), then a line for
+                                               each of its launches
 
-CPU tensors stand for those of a GPU, since nothing computes; with STUB_DEVICE=1 they say that they are on cuda:1, where
-each launch must then go although cuda:0 is current.
+CPU tensors replace GPU tensors, since nothing is computed. With STUB_DEVICE=1 they claim to be on cuda:1. Each launch
+must then go there although cuda:0 is current.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def use_stub(arch):
 
 
 def check_parameters():
-    """Let every launch fail whose parameters are not the arguments, in the order, types and sizes of its PTX."""
+    """Make every launch fail whose parameters differ from the arguments in order, type or size according to its PTX."""
     stub = ctypes.CDLL("libcuda.so.1")
     init_handles, run = CompiledKernel._init_handles, JITFunction.run
 
@@ -83,7 +83,7 @@ class TensorsOnSecondGpu(torch.overrides.TorchFunctionMode):
 
 @contextlib.contextmanager
 def on_second_gpu(arch):
-    """Tensors say that they are on cuda:1; a launch fails that does not go there, and there alone."""
+    """Tensors claim to be on cuda:1. A launch fails unless it goes there."""
     run = JITFunction.run
 
     @contextlib.contextmanager
@@ -121,7 +121,7 @@ def int32(*values):
 def flash(head_dim, dtype=BF16, seqlen_k=256, grads=True, packed=False, **options):
     q, k, v = (torch.randn(1, n, h, head_dim, dtype=dtype) for n, h in ((256, 4), (seqlen_k, 2), (seqlen_k, 2)))
     inputs = [x[0] if packed else x for x in (q, k, v)]
-    grads = grads and not ON_SECOND_GPU  # a torch operator is given plain tensors
+    grads = grads and not ON_SECOND_GPU  # torch operators are called with plain tensors
     if grads:
         inputs = [x.detach().requires_grad_() for x in inputs]
     if packed:
@@ -139,7 +139,7 @@ def backward_alone():
 
 
 def many_heads():
-    """More heads than the second dimension of a grid holds."""
+    """More heads than the second dimension of a grid can have."""
     q = torch.randn(1, 1, 70000, 16, dtype=BF16, requires_grad=True)
     ta.flash_attention(q, q, q).sum().backward()
 
@@ -195,7 +195,9 @@ def mla_prefill(mode, grads=False):
 
 
 def mla_prefill_packed():
-    """In every schedule, with gradients where there are some; narrow, since all is compiled for this call alone."""
+    """Every schedule, with gradients if it has them. Widths are small, since everything is compiled for this call
+    alone.
+    """
     shapes = (70, 2, 32), (70, 2, 16), (90, 64), (90, 16), (2, 32, 64), (2, 32, 64)
     inputs = [torch.randn(shape, dtype=BF16) for shape in shapes]
     lengths = {"cu_seqlens_q": int32(0, 30, 70), "cu_seqlens_k": int32(0, 50, 90)}

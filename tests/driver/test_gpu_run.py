@@ -1,4 +1,5 @@
-"""`python -m perf gpu` from its command line to its files, over the stub driver: no stage needs more than it says."""
+"""`python -m perf gpu` from its command line to its files, over the stub driver. No stage needs more than
+documented."""
 
 import csv
 import json
@@ -22,7 +23,7 @@ H100, H200 = "NVIDIA H100 of the stub", "NVIDIA H200 of the stub"
 
 @pytest.fixture(scope="module")
 def run(stub, tmp_path_factory):
-    """A function of the arguments of `python -m perf` that gives its exit code and what it said."""
+    """A function of the arguments of `python -m perf` that returns its exit code and its output."""
     command = [sys.executable, HERE / "gpu_run.py"]
     env = {name: value for name, value in stub_environment(stub, "sm_90").items() if not name.startswith("PYTEST")}
     env |= {"TRITON_ATTN_KERNELS": "portable", "STUB_GPU": H100, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -65,7 +66,7 @@ def test_every_stage_is_run_told_and_resumed(run, tmp_path):
     assert "tracebacks: " in said
     assert [row["outcome"] for row in rows_of(out / "sanitizer.csv")] == ["not available"]
     speeds = {(row["family"], row["provider"]): row["p50_ms"] for row in rows_of(out / "bench.csv")}
-    theirs = {("flash", "SDPA flash"): "1.0", ("flash", "SDPA cuDNN"): ""}  # a peer's failure is none of ours
+    theirs = {("flash", "SDPA flash"): "1.0", ("flash", "SDPA cuDNN"): ""}  # a peer's failure does not count as ours
     assert speeds == {("mla", "triton_attn"): "1.0", ("flash", "triton_attn"): "1.0"} | theirs
     verdicts = [target["verdict"] for target in report["targets"]]
     assert verdicts == ["not measured yet"] * 4 + ["missed"], "a step of 1 ms beside the roof that was measured before"

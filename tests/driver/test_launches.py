@@ -1,7 +1,7 @@
-"""Every public function through Triton's real launcher, over a stub of libcuda: what compile_only cannot see.
+"""Every public function through Triton's real launcher, over a stub of libcuda. compile_only cannot test this.
 
 The launcher's own C code is built and called, tensor descriptors are expanded and encoded, grids are checked. A launch
-that dies there dies on every GPU.
+that fails here fails on every GPU.
 """
 
 import shutil
@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def run(stub, arch, *pattern, **environment):
-    """{call: [kernels that it launched]}; fails where one did."""
+    """{call: [kernels that it launched]}. Fails if a launch failed."""
     done = run_python(stub, arch, HERE / "public_calls.py", arch, *pattern, **environment)
     launches = {}
     for line in done.stdout.splitlines():
@@ -29,7 +29,7 @@ def run(stub, arch, *pattern, **environment):
     return launches
 
 
-# Of every kernel one call, since most of the time goes to compiling.
+# One call per kernel, since most of the time is compilation.
 EVERY_KERNEL = "flash 128, det|backward alone|paged chunk|append|mla decode, fp8|mla prefill, abs|mla prefill, mat"
 
 
@@ -45,7 +45,7 @@ EVERY_KERNEL = "flash 128, det|backward alone|paged chunk|append|mla decode, fp8
     ],
 )
 def test_every_public_function_launches(stub, arch, pattern, record_property):
-    """With parameters that are its arguments, as its PTX lists them."""
+    """The parameters are the arguments in the order and types of the PTX."""
     launches = run(stub, arch, pattern, TRITON_ATTN_KERNELS="portable")
     kernels = {kernel for of_call in launches.values() for kernel in of_call}
     assert all(launches.values()), launches

@@ -1,4 +1,4 @@
-"""What the comparison of a launch with its PTX finds: each fault that a launcher or a call path may have."""
+"""The comparison of a launch with its PTX detects each fault of a launcher or a call path."""
 
 import struct
 

@@ -1,4 +1,5 @@
-"""What autograd, torch.compile and export see of attention: two operators, taken only when somebody looks."""
+"""Attention under autograd, torch.compile and export: two operators, used only if the call is traced or
+differentiated."""
 
 import shutil
 from unittest import mock
@@ -26,7 +27,7 @@ OPTIONS = {
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 dense_and_varlen = pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
-# Torch's tracers take seconds a call: what packed sequences change is seen once.
+# Torch's tracers take seconds per call, so packed sequences are traced once.
 every_option_and_varlen = pytest.mark.parametrize(
     ("options", "varlen"),
     [*((options, False) for options in OPTIONS.values()), (OPTIONS["plain"], True)],
@@ -35,7 +36,7 @@ every_option_and_varlen = pytest.mark.parametrize(
 
 
 def make_call(options, varlen=False, dtype=torch.float32, seqlen=24, head_dim=16):
-    """f and its differentiable arguments q, k, v (and sinks): f(*leaves, **options) is (out, lse)."""
+    """f and its differentiable arguments q, k, v (and sinks): f(*leaves, **options) returns (out, lse)."""
     options = options | {"return_lse": True}
     shape = (seqlen,) if varlen else (2, seqlen)
     leaves = [torch.randn(*shape, heads, head_dim, device=DEVICE).to(dtype) for heads in (4, 2, 2)]
@@ -121,7 +122,7 @@ def test_opcheck_of_some_gradients(names):
 
 @pytest.fixture
 def compiled():
-    """torch.compile without a graph break; the tracer forgets what it compiled."""
+    """torch.compile without a graph break. The tracer's cache is reset."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": "aot_eager"} | options)
@@ -183,7 +184,7 @@ def test_compiled_backward_has_the_mask_of_its_forward(compiled):
 
 
 def assert_dropout_of_backward(f):
-    """With one-hot values out holds the weights, and the gradient of v is their product with that of out."""
+    """With one-hot values out is the weights, and the gradient of v is the weights times the gradient of out."""
     q, k = (torch.randn(1, 24, 1, 24, device=DEVICE, requires_grad=True) for _ in range(2))
     v = torch.eye(24, device=DEVICE)[None, :, None].requires_grad_()
     out = f(q, k, v)
@@ -311,7 +312,7 @@ def test_modes_that_look_at_operators_see_one():
 
 
 class SeenOperators(TorchDispatchMode):
-    """The operators that were called, and the bytes of the memory that they made."""
+    """The operators that were called, and the bytes of the tensors that they allocated."""
 
     def __init__(self):
         super().__init__()
@@ -325,7 +326,7 @@ class SeenOperators(TorchDispatchMode):
         return result
 
     def bytes_made(self, *given):
-        """Of storages that are not those of `given`."""
+        """Bytes of the storages that are not in `given`."""
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.outputs}
         for x in given:
             storages.pop(x.untyped_storage().data_ptr(), None)
@@ -357,7 +358,7 @@ def test_only_wanted_gradients_are_computed(names, deterministic):
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     with Launches() as launches:
         results = gradients(f, leaves, wanted)
-    fused = DEVICE == "cpu"  # elsewhere the config says which schedule is faster
+    fused = DEVICE == "cpu"  # on a GPU the config says which schedule is faster
     if fused or deterministic:
         assert launches == KERNELS_OF_GRADIENTS[names][deterministic]
     for name, result in zip(names, results):
@@ -408,7 +409,7 @@ def test_memory_of_the_backward_pass(varlen, dtype, deterministic):
     assert launch.call_count in (2, 3)
     fused = launch.call_count == 2
     dq, dk, dv, delta = (x.numel() * x.element_size() for x in (q, k, v, lse))
-    # A sink gathers one number for 64 rows of its head, and the sum of these.
+    # The gradient of a sink sums one value per 64 rows of its head.
     dsinks = (2 * seqlen // 64 + 1) * num_heads * 4
     dq_sum = q.numel() * 4 if fused and dtype != torch.float32 else 0
     assert seen.bytes_made(*given) <= dq + dk + dv + delta + dq_sum + dsinks
@@ -487,7 +488,7 @@ def test_slopes_have_no_gradient():
 
 
 def test_shapes_alone():
-    """On the meta device, or with fake tensors, nothing is computed."""
+    """On the meta device or with fake tensors nothing is computed."""
     q = torch.empty(2, 5, 4, 16, device="meta")
     v = torch.empty(2, 7, 2, 24, device="meta")
     out, lse = flash_attention(q, v[..., :16], v, return_lse=True)

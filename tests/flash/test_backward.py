@@ -1,4 +1,4 @@
-"""The backward kernels against fp64 autograd through the definition: each edge in an example."""
+"""The backward kernels against fp64 autograd of the definition, one example for each edge case."""
 
 import contextlib
 from dataclasses import replace
@@ -14,7 +14,7 @@ from triton_attn import flash_attention, reference
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.testing import assert_close_to_reference
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -78,7 +78,7 @@ def test_heads_of_real_models(num_heads_kv, group_size, head_dim, options):
 
 @both_schedules
 def test_rows_without_a_partner_have_no_gradient(deterministic):
-    """Causal with more queries than keys, and a window that leaves the first keys to nobody."""
+    """Causal with more queries than keys, and a window that hides the first keys from all queries."""
     q, k, v = (torch.randn(1, rows, 2, 16, device=DEVICE, requires_grad=True) for rows in (5, 2, 2))
     out = flash_attention(q, k, v, causal=True, deterministic=deterministic)
     dq, _, _ = torch.autograd.grad(out, (q, k, v), torch.full_like(out, 1e30))
@@ -93,7 +93,8 @@ def test_rows_without_a_partner_have_no_gradient(deterministic):
 
 
 def gradients_at_scores(scores, deterministic, **options):
-    """Of q, k and v, and the exact ones, for 33 queries that score scores[j] with key j; v and dout are random."""
+    """Gradients of q, k and v and the exact ones, for 33 queries with score scores[j] for key j. v and dout are
+    random."""
     generator = torch.Generator().manual_seed(0)
     q = torch.zeros(1, 33, 1, 16)
     q[..., 0] = 1
@@ -123,7 +124,7 @@ def gradients_at_scores(scores, deterministic, **options):
     ],
 )
 def test_large_scores_leave_no_nan(scores, use_window, deterministic):
-    """The last tile reaches past the last key, whose score of 0 would be weighted by exp(500)."""
+    """The last tile extends beyond the last key, where a score of 0 would have the weight exp(500)."""
     options = {"window_size": (20, 3)} if use_window else {}
     for result, exact in zip(*gradients_at_scores(scores, deterministic, **options)):
         floor = 1e-4 * exact.abs().max().item() + 1e-6 * scores.abs().max().item()
@@ -161,7 +162,7 @@ def test_schedules_and_tiles_agree(use_tma, deterministic):
 
 @contextlib.contextmanager
 def programs_in_reverse():
-    """On a GPU programs come in whatever order; the interpreter takes one after the other."""
+    """On a GPU programs run in any order; the interpreter runs them in sequence."""
     builder = interpreter.interpreter_builder
     set_grid_idx = builder.set_grid_idx
     with mock.patch.object(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(builder.grid_dim[0] - 1 - x, y, z)):
@@ -184,7 +185,7 @@ def test_deterministic_repeats_bitwise(deterministic):
     if deterministic:
         assert all(map(torch.equal, results, expected))
     elif INTERPRETED:
-        assert not torch.equal(results[0], expected[0])  # atomics add in another order: the test can tell
+        assert not torch.equal(results[0], expected[0])  # the order of atomics matters, so the test can fail
 
 
 @both_schedules

@@ -1,7 +1,7 @@
-"""What the backward kernels compile to at their defaults: resources, and `lock` of the interior loops on sm_90.
+"""Compiled code of the backward kernels at their defaults: resources, and `lock` of the loops over full tiles on sm_90.
 
-`lock` is TFLOP/s in the cycle model of perf/model/loop_model.py, which ranks kernels and catches regressions; no kernel
-has run here. A schedule's figure counts five products a tile. The summary of the test run prints it with registers and
+`lock` is TFLOP/s in the cycle model of perf/model/loop_model.py, which ranks kernels and catches regressions. No kernel
+has run here. A schedule's figure counts five matmuls per tile. The summary of the test run prints it with registers and
 spills.
 """
 
@@ -19,12 +19,13 @@ SEQLEN, BATCH, NUM_HEADS = 2048, 2, 4
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 WINDOWS = {"plain": (None, None), "causal": (None, 0), "window": (1000, 0)}
 
-# TFLOP/s on sm_90 by (schedule, head dim): floors under what Triton 3.6.0 and 3.9.0 give.
-# At 128 the default has the split schedule alone, with the tiles that an H100 is fastest with.
+# TFLOP/s on sm_90 by (schedule, head dim): floors below the values of Triton 3.6.0 and 3.9.0. At 128 the default has
+# only the split schedule, with the fastest tiles on an H100.
 LOCK = {("split", 64): 400, ("split", 128): 470, ("fused", 64): 560, ("fused", 128): 470}
 
-# Bytes spilled, and loads and stores of them in a trip of the interior loop, by (arch, head dims, kernel): the most of
-# Triton 3.6.0 and 3.9.0. Tiles that spill nothing would cost 6 % of `lock` and more, a quarter where the loop spills.
+# Bytes spilled, and spill loads and stores per trip of the loop over full tiles, by (arch, head dims, kernel): the
+# maximum of Triton 3.6.0 and 3.9.0. Tiles without spills would cost 6 % of `lock` and more, or a quarter if the loop
+# spills.
 KNOWN_SPILLS = {
     ("sm_80", (96, 96), "dkdv"): (16, 0),
     ("sm_80", (96, 96), "dq"): (8, 0),
@@ -45,7 +46,7 @@ KNOWN_SPILLS = {
 
 
 def compile_default(arch, dtype, head_dims, window, schedule):
-    """{"dkdv", "dq" or "fused": launch} of one backward pass, delta's kernel left out."""
+    """{"dkdv", "dq" or "fused": launch} of one backward pass, without the kernel of delta."""
     head_dim, head_dim_v = head_dims
     q, k = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=dtype) for _ in range(2))
     v, out, dout = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim_v, dtype=dtype) for _ in range(3))
@@ -71,7 +72,7 @@ def describe(kernel, launch, report):
 
 
 def five_products(reports):
-    """`lock` of a schedule: seven products of the split one do the work of five."""
+    """`lock` of a schedule. The split one does seven matmuls for the work of five."""
     if "fused" in reports:
         return reports["fused"].lock
     return 5 / (4 / reports["dkdv"].lock + 3 / reports["dq"].lock)
@@ -130,7 +131,7 @@ def test_default(arch, dtype, head_dims, window, schedule, record_property):
     lines = [f"{NAMES[dtype]} {window} {describe(kernel, launches[kernel], reports[kernel])}" for kernel in launches]
     figure = "\n".join(lines)
     if arch == "sm_90" and dtype != torch.float32:
-        figure += f"\n  {'+'.join(launches)} in five products: {five_products(reports):.0f}"
+        figure += f"\n  {'+'.join(launches)} counting five matmuls: {five_products(reports):.0f}"
     record_property("figure", figure)
 
     for kernel, launch in launches.items():
@@ -141,7 +142,7 @@ def test_default(arch, dtype, head_dims, window, schedule, record_property):
         assert launch.spill_bytes <= spilled
         if arch != "gfx942":
             assert reports[kernel].hot.spills <= spilled_in_loop
-            # No warp repeats another's products.
+            # No warp repeats another's matmuls.
             assert reports[kernel].hot.useful == 1 or head_dims == (256, 256)
     floor = LOCK.get((schedule, head_dims[0])) if arch == "sm_90" and head_dims[0] == head_dims[1] else None
     if floor is not None and dtype != torch.float32:

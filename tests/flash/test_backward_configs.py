@@ -1,4 +1,4 @@
-"""The look-up of backward configs: total, and never against its own pruning rule."""
+"""The look-up of backward configs: defined for every case, and never against its own pruning rule."""
 
 import itertools
 

@@ -1,7 +1,8 @@
-"""What the forward kernel compiles to at its defaults: resources, instructions, the interior loop; when it compiles.
+"""Compiled code of the forward kernel at its defaults: resources, instructions, the loop over full tiles,
+recompilation.
 
-`lock` and `bound` are TFLOP/s in the cycle model of perf/model/loop_model.py. They rank kernels and catch regressions;
-no kernel has run here. The summary of the test run prints them with registers and spills.
+`lock` and `bound` are TFLOP/s in the cycle model of perf/model/loop_model.py. They rank kernels and catch regressions.
+No kernel has run here. The summary of the test run prints them with registers and spills.
 """
 
 from unittest import mock
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.compiled
 
 @pytest.fixture(autouse=True)
 def portable(monkeypatch):
-    """The kernel of forward.py, also where hopper.py's is the default."""
+    """The kernel of forward.py, even if hopper.py's is the default."""
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
 
 
@@ -75,14 +76,15 @@ def describe(launch, report, variant):
     return line
 
 
-# Bytes spilled outside the loop, the most of Triton 3.6.0 and 3.9.0. On sm_80 what spills nothing in any variant has a
-# fifth less `lock`. On sm_90 3.6.0 alone spills, where spare rows are cleared.
+# Bytes spilled outside the loop, the maximum of Triton 3.6.0 and 3.9.0. On sm_80 tiles without spills in any variant
+# have a fifth less `lock`. On sm_90 only 3.6.0 spills, where spare rows are cleared.
 KNOWN_SPILLS = {("sm_80", 192, "lse"): 32, ("sm_120", 192, "causal"): 8, ("sm_90", 256, "varlen"): 4}
 
 
 def check_resources(launch, report, dtype, variant):
-    """It fits; half precision spills nothing in the loop, past head dim 256 on sm_90 and sm_100 alone, and outside the
-    loop nothing up to head dim 256, but with dropout, whose random numbers take the time."""
+    """It fits. Half precision spills nothing in the loop, except past head dim 256 on sm_90 and sm_100. Outside the
+    loop it spills nothing up to head dim 256, except with dropout, whose random numbers are the bottleneck.
+    """
     assert launch.shared_bytes <= shared_memory_limit(launch.arch)
     if dtype == torch.float32:
         return
@@ -94,7 +96,9 @@ def check_resources(launch, report, dtype, variant):
 
 
 def check_instructions(launch, report, dtype):
-    """Each architecture's own matrix instructions and asynchronous copies, in the interior loop where that is read."""
+    """Each architecture's own matrix instructions and asynchronous copies, in the loop over full tiles if it is
+    analysed.
+    """
     if dtype == torch.float32:
         return
     if launch.arch == "gfx942":
@@ -181,14 +185,14 @@ def test_fp32_on_tensor_cores_fits(arch, head_dim, precision, record_property):
     assert report.hot.mma_instructions > 0
 
 
-# fp16 on sm_90, TFLOP/s: the least that the interior loop must reach, and how many of the units' 949 at best.
+# fp16 on sm_90, TFLOP/s: the minimum for the loop over full tiles; the units allow at most 949.
 BARS = {64: (460, 900), 128: (600, 949), 256: (640, 949)}
 
 
 @pytest.mark.ci
 @pytest.mark.oldest
 @pytest.mark.parametrize("head_dim", BARS)
-def test_interior_loop_on_hopper(head_dim, record_property):
+def test_loop_over_full_tiles_on_hopper(head_dim, record_property):
     lock, bound = BARS[head_dim]
     loops = {}
     for variant in ("plain", "causal", "gqa", "window"):
@@ -201,7 +205,7 @@ def test_interior_loop_on_hopper(head_dim, record_property):
     plain = loops["plain"]
     assert plain.lock >= lock
     assert round(plain.bound) >= bound
-    # A mask, a group or a window is the business of other tiles.
+    # A mask, a group or a window only affects other tiles.
     for report in loops.values():
         for opcode in ("HGMMA", "MUFU", "F2FP", "FMNMX", "UTMALDG"):
             assert report.hot.histogram[opcode] == plain.hot.histogram[opcode], opcode
@@ -222,7 +226,7 @@ def test_a_call_compiles_one_kernel_and_its_length_no_other(options):
             flash_attention(q, q[:, :, :2], q[:, :, :2], **options)
             flash_attention(q[:, :1], q, q, **options)
     assert len(launches) == 2 * len(LENGTHS)
-    # Grouped and ungrouped heads are two kernels: an argument of 1 is compiled in.
+    # Heads with and without groups are two kernels, since an argument of 1 is specialized.
     assert len({launch.kernel.hash for launch in launches}) == 2
 
 
@@ -238,7 +242,7 @@ def test_varlen_lengths_compile_no_other_kernel():
 
 @pytest.mark.ci
 def test_an_odd_head_dim_compiles_two_kernels_over_all_lengths():
-    # The stride from one sequence to the next is a multiple of 16 only where the length is one.
+    # The stride between sequences is a multiple of 16 only if the length is.
     with compile_only("sm_80") as launches:
         for seqlen in LENGTHS:
             q = torch.empty(2, seqlen, 3, 71, dtype=torch.float16)
@@ -248,7 +252,7 @@ def test_an_odd_head_dim_compiles_two_kernels_over_all_lengths():
 
 @pytest.mark.full
 def test_prune_agrees_with_the_compiler():
-    """What it refuses for shared memory does not fit, and what it lets pass does."""
+    """Configs refused for shared memory do not fit, and accepted ones do."""
     for arch, tile in {
         "sm_80": FlashConfig(128, 64, 8, 4),
         "sm_86": FlashConfig(128, 64, 8, 2),
@@ -276,9 +280,10 @@ def compiles(arch, head_dim, tile):
 @pytest.mark.oldest
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 def test_host_cost(varlen, record_property):
-    """A call costs at most 2.5 times the bare launch of the same kernel with the same arguments at hand.
+    """A call costs at most 2.5 times the bare launch of the same kernel with prepared arguments.
 
-    1.6 times on one processor, 2.0 to 2.2 on another."""
+    It was 1.6 times on one CPU, and 2.0 to 2.2 times on another.
+    """
     q, k, v = (torch.empty(4, 512, heads, 128, dtype=torch.float16) for heads in (32, 8, 8))
     if varlen:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))

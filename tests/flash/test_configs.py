@@ -1,4 +1,5 @@
-"""The look-up of configs: total, consistent with what the kernel does, and never against its own pruning rule."""
+"""The look-up of configs: defined for every case, consistent with the kernel, and never against its own pruning
+rule."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Dropout: the mask, read off what the kernels return, is `reference.dropout_mask` to the last weight."""
+"""Dropout: the mask, inferred from the kernels' results, equals `reference.dropout_mask` in every weight."""
 
 import itertools
 import math
@@ -23,13 +23,13 @@ def one_hot(batch, seqlen, num_heads):
 
 
 def even_inputs(seqlen_q, seqlen_k, batch=1, num_heads_q=1, num_heads_kv=1):
-    """q, k, v with all scores alike and one-hot values: out is the row of weights."""
+    """q, k, v with equal scores and one-hot values: out is the row of weights."""
     q = torch.ones(batch, seqlen_q, num_heads_q, seqlen_k, device=DEVICE)
     return q, one_hot(batch, seqlen_k, num_heads_kv), one_hot(batch, seqlen_k, num_heads_kv)
 
 
 def expected_weights(seed, p, batch, num_heads, seqlen_q, seqlen_k, causal=False, window_size=(-1, -1)):
-    """(batch, seqlen_q, num_heads, seqlen_k) where all scores are alike."""
+    """The weights (batch, seqlen_q, num_heads, seqlen_k) for equal scores."""
     keep = reference.dropout_mask(seed, p, batch, num_heads, seqlen_q, seqlen_k).to(DEVICE)
     visible, _ = visible_keys(seqlen_q, seqlen_k, causal, window_size, DEVICE)
     weights = visible / visible.sum(1, keepdim=True).clamp(min=1) / (1 - p)
@@ -49,7 +49,7 @@ def test_every_kernel_sees_the_mask_of_the_reference(tile, options):
     q, k, v = (x.requires_grad_() for x in even_inputs(40, 70, batch=2, num_heads_q=4, num_heads_kv=2))
     weights = expected_weights(SEED, P, 2, 4, 40, 70, **options)
     dout = torch.rand_like(weights) + 1
-    # Scores' gradient is weights * (dout - delta), and this gradient of lse cancels delta.
+    # The gradient of a score is weights * (dout - delta), and this gradient of lse cancels delta.
     dlse = (weights * dout).sum(-1).transpose(1, 2)
     ds = weights * dout * 70**-0.5
     for deterministic in (False, True):
@@ -142,7 +142,7 @@ def test_kernel_and_reference_draw_the_same_seed(monkeypatch):
 
 
 def test_a_seed_tensor_is_read_by_the_kernel():
-    """A CUDA graph that is replayed draws a new mask if the graph changes the seed."""
+    """A CUDA graph draws a new mask at replay if the graph changes the seed."""
     q, k, v = even_inputs(30, 50)
     seed = torch.tensor([SEED], device=DEVICE)
     flash_attention(q, k, v, dropout_p=P, dropout_seed=seed)
@@ -155,7 +155,7 @@ def test_lse_is_that_of_the_undropped_softmax():
     q, k, v = (torch.randn(1, 70, 2, 16, device=DEVICE) for _ in range(3))
     out, lse = flash_attention(q, k, v, return_lse=True)
     dropped_out, dropped_lse = flash_attention(q, k, v, dropout_p=P, dropout_seed=SEED, return_lse=True)
-    torch.testing.assert_close(dropped_lse, lse, atol=1e-5, rtol=0)  # of another kernel, contracted in another way
+    torch.testing.assert_close(dropped_lse, lse, atol=1e-5, rtol=0)  # of another kernel, with other fused ops
     assert not torch.equal(dropped_out, out)
 
 
@@ -193,7 +193,7 @@ def test_weights_are_dropped_at_their_rate_and_independently(p):
 
 
 def assert_mean_of_bernoulli(draws, mean):
-    """Within five standard deviations; neighbouring products share a factor, which at most doubles the variance."""
+    """Within five standard deviations. Neighbouring products share a factor, which at most doubles the variance."""
     deviation = math.sqrt(2 * mean * (1 - mean) / draws.numel())
     assert abs(draws.mean().item() - mean) < 5 * deviation
 

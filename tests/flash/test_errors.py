@@ -1,4 +1,4 @@
-"""What is wrong with a call is said before anything is launched; and who serves a call that is right."""
+"""Errors are raised before anything is launched; and which implementation runs a correct call."""
 
 import re
 from unittest import mock
@@ -14,7 +14,7 @@ from triton_attn.flash import forward
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The launches of the forward kernel, which the kernel backend serves here whatever the device."""
+    """The launches of the forward kernel, which the kernel backend runs here on any device."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
     with mock.patch.object(forward, "launch_packed") as launch:
         yield launch
@@ -48,7 +48,7 @@ def last_dim_strided(*shape):
     return tensor(*shape[:-1], 2 * shape[-1])[..., ::2]
 
 
-# (arguments, error, message); the tensors that agree with each other are in `dense`.
+# (arguments, error, message). `dense` has tensors that agree with each other.
 WRONG = {
     "q is no tensor": ({"q": [1.0]}, TypeError, "q: expected a tensor, got list"),
     "k is None": ({"k": None}, TypeError, "k: expected a tensor, got NoneType"),
@@ -300,7 +300,7 @@ def test_an_unknown_backend(backend, monkeypatch):
         flash_attention(**dense())
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a CPU tensor is served by the kernel in the interpreter alone")
+@pytest.mark.skipif(not INTERPRETED, reason="the kernel runs on CPU tensors only in the interpreter")
 @pytest.mark.parametrize(
     ("backend", "interpreted", "by_kernel"),
     [
@@ -312,7 +312,7 @@ def test_an_unknown_backend(backend, monkeypatch):
         ("reference", "1", False),
     ],
 )
-def test_who_serves_a_cpu_tensor(backend, interpreted, by_kernel, monkeypatch):
+def test_the_backend_of_a_cpu_tensor(backend, interpreted, by_kernel, monkeypatch):
     for name, value in (("TRITON_ATTN_BACKEND", backend), ("TRITON_INTERPRET", interpreted)):
         if value is None:
             monkeypatch.delenv(name, raising=False)
@@ -323,7 +323,7 @@ def test_who_serves_a_cpu_tensor(backend, interpreted, by_kernel, monkeypatch):
     assert launch.called == by_kernel
 
 
-def test_fp64_is_served_by_the_reference(monkeypatch):
+def test_fp64_runs_the_reference(monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     q = torch.randn(1, 5, 2, 16, dtype=torch.float64, device=DEVICE)
     assert torch.equal(flash_attention(q, q, q), reference.flash_attention(q, q, q))
@@ -333,7 +333,7 @@ def test_fp64_is_served_by_the_reference(monkeypatch):
     "change", [{"causal": 1}, {"window_size": (True, -1)}, {"softcap": True}, {"softmax_scale": True}], ids=str
 )
 def test_a_call_like_the_one_before_is_checked_all_the_same(change):
-    """1 == True: what is remembered of a call must not let another type pass."""
+    """1 == True: the cached result of a call must not accept another type."""
     q = torch.randn(1, 3, 1, 16)
     equal = {"causal": True, "window_size": (1, -1), "softcap": 1.0, "softmax_scale": 1.0}
     flash_attention(q, q, q, **equal)

@@ -1,4 +1,4 @@
-"""The forward kernel against its definition: each settled semantic in an example one can read."""
+"""The forward kernel against its definition, one readable example for each convention."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.toolchain import guard
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
 
@@ -77,7 +77,7 @@ def test_heads_of_real_models(num_heads_kv, group_size, head_dim, options):
 
 
 def weights(seqlen_q, seqlen_k, **options):
-    """The weight of each key (seqlen_q, seqlen_k) where all scores are equal: the values are one-hot."""
+    """The weight of each key (seqlen_q, seqlen_k) for equal scores; the values are one-hot."""
     q = torch.zeros(1, seqlen_q, 1, 16, dtype=torch.float16, device=DEVICE)
     k = torch.zeros(1, seqlen_k, 1, 16, dtype=torch.float16, device=DEVICE)
     v = torch.eye(seqlen_k, dtype=torch.float16, device=DEVICE)[None, :, None]
@@ -85,7 +85,7 @@ def weights(seqlen_q, seqlen_k, **options):
 
 
 def assert_sees(weights, pattern):
-    """Row by row, x where a query sees a key; those it sees share its weight."""
+    """Row by row, x where a query sees a key. Visible keys have equal weights."""
     visible = torch.tensor([[mark == "x" for mark in row] for row in pattern.split()], device=weights.device)
     expected = visible / visible.sum(1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(weights.float(), expected.float(), rtol=1e-3, atol=0)
@@ -188,7 +188,7 @@ def test_without_return_lse_only_out_comes_back():
     cu_seqlens = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
     packed, packed_lse = flash_attention_varlen(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3, return_lse=True)
     assert torch.equal(flash_attention_varlen(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3), packed)
-    # Of another kernel, which a compiler may contract in another way.
+    # From another kernel, with other fused multiply-adds.
     torch.testing.assert_close((packed, packed_lse), (out[0], lse[0]), atol=1e-5, rtol=0)
 
 
@@ -213,7 +213,7 @@ def test_causal_and_window_do_the_work_that_is_visible():
 
     assert tiles() == 8 * 8
     assert tiles(causal=True) == 8 * 9 // 2
-    # 32 keys back span two tiles; the first rows have nothing before them.
+    # 32 keys back span two tiles; the first rows have no keys before them.
     assert tiles(causal=True, window_size=(32, -1)) == 1 + 7 * 2
     assert tiles(window_size=(0, 0)) == 8
 

@@ -1,4 +1,5 @@
-"""hopper.py's kernel: which calls it serves, what it compiles to. What it computes tests/gpu/test_hopper.py says."""
+"""The kernel of hopper.py: which calls it supports, and its compiled code. tests/gpu/test_hopper.py tests its
+results."""
 
 import json
 import re
@@ -19,7 +20,7 @@ HOPPER, PORTABLE = "_flash_fwd_hopper_kernel", "_flash_fwd_kernel"
 
 @pytest.fixture(autouse=True)
 def no_tables(monkeypatch):
-    """Neither the package's table nor the environment's chooses."""
+    """Without the package's table and the environment's."""
     monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
     use_tuned(None)
     yield
@@ -55,8 +56,9 @@ def launch_of(arch="sm_90", head_dim=128, dtype=torch.bfloat16, varlen=False, he
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("head_dim", "bound"), [(64, 770), (128, 940), (256, 940)])
 def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_property):
-    """It fits, loads by TMA, spills nothing in a loop and next to nothing outside, and leaves the output of a tile in
-    flight while the softmax of the next one runs."""
+    """It fits, loads by TMA, spills nothing in a loop and little outside. The matmul of one tile is in flight while the
+    softmax of the next one runs.
+    """
     launch = launch_of(head_dim=head_dim, causal=causal, varlen=varlen, return_lse=not varlen)
     assert launch.name == HOPPER
     report = loop_model.analyze(launch.kernel).row()
@@ -70,11 +72,12 @@ def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_pro
     assert launch.uses_wgmma
     assert launch.kernel.metadata.shared <= shared_memory_limit("sm_90")
     assert report["spills in loop"] == 0
-    # Outside the loops. Newer Triton's ptxas spills more there, and has no entry that makes this kernel its default.
+    # Outside the loops. ptxas of newer Tritons spills more there; they have no entry that makes this kernel the
+    # default.
     assert report["spills"] <= (2 if triton.__version__.startswith("3.6.") else 20)
     assert report["useful share"] == 1.0
     assert report["bound TFLOP/s"] >= bound
-    # Per group and loop body: scores are waited for with one product still in flight.
+    # Per group and loop body: the wait for scores leaves one matmul in flight.
     loops = launch.constexprs["GROUPS"] * (2 if causal else 1)
     assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == loops
 
@@ -82,7 +85,7 @@ def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_pro
 @pytest.mark.ci
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
-    """In the machine code: ptxas is free to wait earlier, and then nothing overlaps."""
+    """In the machine code: ptxas may wait earlier, and then nothing overlaps."""
     code = sass.disassemble(launch_of(head_dim=head_dim).kernel.asm["cubin"])
     for loop in code.mma_loops():
         trip = sorted(loop.always, key=lambda instruction: instruction.address)
@@ -124,7 +127,7 @@ def test_all_else_is_the_portable_kernels(call, wanted):
 @pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
-    """By an entry for the dtype, head dim and mask; TRITON_ATTN_KERNELS=portable comes before it."""
+    """By an entry for the dtype, head dim and mask. TRITON_ATTN_KERNELS=portable takes precedence."""
     assert launch_of(dtype=dtype).name == PORTABLE
     entry = {
         "family": "flash_hopper",

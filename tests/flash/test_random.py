@@ -8,12 +8,12 @@ import pytest
 from attention_cases import DTYPES
 from hypothesis import given, seed, settings
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def check_random(check, strategy, seed_of_draws, record_property, what):
-    """Check what hypothesis draws; the summary of the test run says how much that was and how close it came."""
+    """Check random draws. The summary of the test run has their number and the largest errors."""
     shares = []
 
     @seed(seed_of_draws)

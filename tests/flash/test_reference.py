@@ -1,4 +1,4 @@
-"""The reference against torch's own attention, and against its formulas written out for one query at a time."""
+"""The reference against torch's own attention, and against its formulas for one query at a time."""
 
 import math
 
@@ -73,7 +73,7 @@ def one_query(
     alibi_slopes=None,
     sinks=None,
 ):
-    """out and lse of one query by the sums of the docstring."""
+    """out and lse of one query, by the sums of the docstring."""
     left, right = (math.inf if side < 0 else side for side in window_size)
     right = 0 if causal else right
     position = i + k.shape[1] - q.shape[1]
@@ -116,7 +116,7 @@ def test_varlen_is_each_sequence_by_itself():
 
 @pytest.mark.parametrize("seqlen", [7, 40])
 def test_the_yardstick_in_half_precision_reads_nothing_after_the_last_row(seqlen):
-    """AMX reads past a row's end, where 32 does not divide its width: of NaN that lie there nothing is told."""
+    """AMX reads past a row's end if its width is not a multiple of 32. NaN there must not affect the result."""
     q, k, v = (torch.randn(1, seqlen + 1, 1, 40, dtype=torch.bfloat16) for _ in range(3))
     for x in (q, k, v):
         x[:, seqlen:] = float("nan")

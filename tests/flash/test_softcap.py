@@ -1,4 +1,4 @@
-"""softcap in fp32: capped scores, outputs and gradients are as near to the definition as torch's own tanh."""
+"""softcap in fp32: capped scores, outputs and gradients are as close to the definition as with torch's own tanh."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CAPS = (0.3, 5.0, 50.0, 1000.0, 1e4)
 
 
 def near_and_far_scores():
-    """q, k, v of one query head, whose scores lie from 1e-4 to 100 on both sides of 0."""
+    """q, k, v of one query head, with scores from 1e-4 to 100 on both sides of 0."""
     generator = torch.Generator().manual_seed(0)
     q = torch.ones(1, 48, 1, 16)
     q *= torch.logspace(-2, 0.5, 48)[None, :, None, None]
@@ -47,7 +47,7 @@ def test_flash_attention(softcap, deterministic):
         results = by_torch(kernel, tensors, torch.float32)
     exact, torchs = (by_torch(definition, tensors, dtype) for dtype in (torch.float64, torch.float32))
     for name, result, ref64, torch_out in zip(("out", "lse", "dq", "dk", "dv"), results, exact, torchs):
-        floor = 4 * torch.finfo(torch.float32).eps  # of the softmax, whose sums are near 1
+        floor = 4 * torch.finfo(torch.float32).eps  # for the softmax, whose sums are near 1
         assert_close_to_reference(result.cpu(), ref64, torch_out=torch_out, factor=4.0, floor=floor, name=name)
 
 
@@ -55,7 +55,7 @@ def test_flash_attention(softcap, deterministic):
 @pytest.mark.oldest
 @pytest.mark.parametrize("softcap", CAPS)
 def test_a_single_key_shows_the_capped_score(softcap):
-    """lse is the score. Each key is a sequence of its own; the error is judged score by score."""
+    """lse is the score. Each key is a sequence of its own, and errors are compared score by score."""
     _, k, v = near_and_far_scores()
     k, v = k.transpose(0, 1).to(DEVICE), v.transpose(0, 1).to(DEVICE)
     q = torch.ones_like(k)
@@ -65,7 +65,7 @@ def test_a_single_key_shows_the_capped_score(softcap):
         _, dense = flash_attention(q, k, v, **options)
     _, paged = paged_attention(q, k, v, lengths, lengths.cumsum(0, dtype=torch.int32)[:, None] - 1, **options)
     _, exact = reference.flash_attention(q.double(), k.double(), v.double(), **options)
-    largest_term = (q * k).abs().amax((1, 2, 3))[:, None, None]  # rounding of the product itself
+    largest_term = (q * k).abs().amax((1, 2, 3))[:, None, None]  # rounding of the matmul itself
     for lse in (dense, paged):
         errors = (lse.double() - exact).abs()
         bound = torch.finfo(torch.float32).eps * (4 * exact.abs() + 8 * largest_term)

@@ -1,6 +1,6 @@
-"""Every family at the shapes of real models, at lengths that only a GPU can take, checked against fp64.
+"""Every family at the shapes of real models, at lengths that need a GPU, checked against fp64.
 
-Without a GPU the same tests run in the interpreter, at a few tokens and heads (tests/helpers/scale.py).
+Without a GPU the same tests run in the interpreter with few tokens and heads (tests/helpers/scale.py).
 """
 
 import attention_cases

@@ -27,13 +27,13 @@ def test_against_the_reference(model, function, dtype):
 
 
 def large_cache(*shape):
-    """On memory that is touched only where it is written; its last pages lie past 2^31 elements."""
+    """In memory that is touched only where it is written. Its last pages are beyond 2^31 elements."""
     num_pages = 2**31 // math.prod(shape) + 8
     return torch.empty(num_pages, *shape, dtype=torch.bfloat16, device=DEVICE), num_pages
 
 
 def test_a_large_cache():
-    """Appended to its last pages, copied within them, attended to: as in a small cache."""
+    """Append to the last pages, copy within them and attend to them, as in a small cache."""
     heads = 8, 128
     (k_cache, num_pages), (v_cache, _) = large_cache(PAGE_SIZE, *heads), large_cache(PAGE_SIZE, *heads)
     k, v = (torch.randn(40, *heads, device=DEVICE).bfloat16() for _ in range(2))

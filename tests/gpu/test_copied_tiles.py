@@ -1,6 +1,6 @@
-"""Products of tiles that cp.async copied, for which Triton 3.6 needs a fence of ours on sm_90 (_jit/workarounds.py).
+"""Matmuls on tiles that cp.async copied. On sm_90, Triton 3.6 needs our fence for them (_jit/workarounds.py).
 
-Without it the values are right until a copy comes too late, so each call is repeated often: right once, then the same.
+Without it the values are right until a copy arrives late. So each call is repeated often: correct once, then the same.
 """
 
 import pytest
@@ -30,7 +30,7 @@ def repeated(function, expected, *inputs):
 
 
 def test_flash_of_expanded_heads():
-    """A stride of 0 suits no tensor map."""
+    """A stride of 0 cannot be in a tensor map."""
 
     def forward_and_backward(function, **options):
         def call(*inputs):

@@ -11,7 +11,7 @@ from scale import DTYPES, MODELS, at_scale, heads_of
 from perf.workloads.models import FALCON_7B, GPT_OSS_120B, LLAMA_3_8B
 from triton_attn import flash_attention
 
-# NaN is fed on purpose, and numpy speaks up when it computes with it.
+# Inputs contain NaN on purpose, and numpy warns about it.
 pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 of_models = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,7 +38,7 @@ def test_chunk_of_a_long_prompt(causal, dtype):
 @of_dtypes
 @pytest.mark.parametrize("model", [LLAMA_3_8B, FALCON_7B, GPT_OSS_120B], ids=lambda model: model.name)
 def test_ragged_batch(model, dtype):
-    """With rows after the last sequence, and a sequence whose rows, all NaN, may touch no other."""
+    """With rows after the last sequence, and a sequence of NaN rows that must not affect the others."""
     check(
         replace(
             PLAIN,
@@ -84,7 +84,7 @@ def test_gradients_of_a_ragged_batch(deterministic, dtype):
 
 
 def random_call(dtype):
-    """q, k, v and dout of a few sequences, more programs than a GPU has processors."""
+    """q, k, v and dout of a few sequences, with more programs than a GPU has SMs."""
     seqlen, shape = at_scale(4096, 70), heads_of(LLAMA_3_8B)
     heads = shape["num_heads_kv"] * shape["group_size"], shape["num_heads_kv"]
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def test_forward_and_deterministic_backward_repeat_bitwise(dtype):
 
 
 def test_offsets_past_32_bits():
-    """Sequences that lie more than 2^31 elements apart, one tensor at a time."""
+    """Sequences more than 2^31 elements apart, one tensor at a time."""
     tensors = [x[:, : at_scale(256, 20), :1].contiguous() for x in random_call(torch.bfloat16)]
 
     def results(q, k, v, dout):

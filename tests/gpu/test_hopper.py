@@ -1,6 +1,6 @@
-"""The forward kernel of hopper.py on a GPU that has its instructions: shapes of models, ragged and random calls.
+"""The forward kernel of hopper.py on a GPU with its instructions: shapes of models, ragged and random calls.
 
-There is no interpreter for Gluon, so that nothing of this runs without such a GPU.
+Gluon has no interpreter, so these tests need such a GPU.
 """
 
 import random
@@ -26,7 +26,7 @@ of_head_dims = pytest.mark.parametrize("head_dim", [64, 128, 256])
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-    """The kernel, and no other, runs."""
+    """Only this kernel runs."""
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
     launch = mock.Mock(wraps=forward.launch_flash_fwd_hopper)
     monkeypatch.setattr(forward, "launch_flash_fwd_hopper", launch)
@@ -90,7 +90,7 @@ def test_gradients_through_its_log_sum_exp(model, dtype):
 
 @of_masks
 def test_repeats_bitwise(causal):
-    """A race would show as a difference, at more programs than the GPU has room for."""
+    """A race would show as a difference. There are more programs than resident ones."""
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(4, 4096, 16, 128, generator=generator, device="cuda").bfloat16() for _ in range(3))
     expected = flash_attention(q, k, v, causal=causal, return_lse=True)

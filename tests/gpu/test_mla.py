@@ -8,7 +8,7 @@ from scale import DTYPES, at_scale
 
 from triton_attn.mla.schedule import MODES
 
-# NaN is fed on purpose, and numpy speaks up when it computes with it.
+# Inputs contain NaN on purpose, and numpy warns about it.
 pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 of_caches = pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
@@ -31,7 +31,7 @@ def test_decode(seqlen_q, num_heads, is_fp8, dtype):
 @of_dtypes
 @of_caches
 def test_decode_of_what_is_absorbed_already(is_fp8, dtype):
-    """As FlashMLA takes it: a scale of its own, no weights; keys in parts, over small pages."""
+    """In FlashMLA's form: an explicit scale, no weights, keys in splits, small pages."""
     sizes = dict(seqlens_k=CONTEXTS, num_heads=HEADS[0], page_size=16, num_splits=3)
     options = dict(with_uk=False, with_uv=False, softmax_scale=0.07)
     decode_cases.check(decode_cases.Case(dtype=dtype, is_fp8=is_fp8, **sizes, **options, **WIDTHS))

@@ -1,6 +1,6 @@
-"""The decode kernel of mla/hopper.py on a GPU that has its instructions: ragged caches, splits, and random calls.
+"""The decode kernel of mla/hopper.py on a GPU with its instructions: ragged caches, splits, and random calls.
 
-There is no interpreter for Gluon, so that nothing of this runs without such a GPU.
+Gluon has no interpreter, so these tests need such a GPU.
 """
 
 import random
@@ -17,7 +17,7 @@ from triton_attn.mla import absorbed
 IS_HOPPER = AT_SCALE and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
     pytest.mark.skipif(not IS_HOPPER, reason="needs an H100 or H200"),
-    # NaN is fed on purpose, and numpy speaks up when it computes with it.
+    # Inputs contain NaN on purpose, and numpy warns about it.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,7 +28,7 @@ CONTEXTS = (8191, 1, 4096, 333, 0, 2053)
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-    """The kernel, and no other, runs."""
+    """Only this kernel runs."""
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
     launch = mock.Mock(wraps=absorbed.launch_mla_decode_hopper)
     monkeypatch.setattr(absorbed, "launch_mla_decode_hopper", launch)
@@ -55,7 +55,7 @@ def test_with_weights(num_heads, num_splits, dtype):
 @of_dtypes
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_draft(causal, dtype):
-    """Several queries of a sequence, of which the first may see nothing."""
+    """Several queries per sequence; the first may see nothing."""
     sizes = dict(seqlen_q=3, seqlens_k=(1024, 1, 1027, 333, 0, 65), num_heads=64, page_size=64, num_splits=2)
     check(Case(dtype=dtype, causal=causal, **sizes, **WIDTHS))
 
@@ -84,7 +84,7 @@ def test_random_calls(seed):
 
 @of_dtypes
 def test_repeats_bitwise(dtype):
-    """A race would show as a difference, at more programs than the GPU has room for."""
+    """A race would show as a difference. There are more programs than resident ones."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = (96, 1, 128, 576), (3072, 64, 576)
     q, cache = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes)

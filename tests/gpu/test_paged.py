@@ -1,4 +1,5 @@
-"""paged_attention at scale: decode, chunked prefill, mixed batches. What holds no key is NaN (paged_cases.Inputs)."""
+"""paged_attention at scale: decode, chunked prefill, mixed batches. Slots without a key are NaN
+(paged_cases.Inputs)."""
 
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from scale import CACHED_MODELS, DTYPES, at_scale, heads_of
 
 from perf.workloads.models import LLAMA_3_8B
 
-# NaN is fed on purpose, and numpy speaks up when it computes with it.
+# Inputs contain NaN on purpose, and numpy warns about it.
 pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CONTEXTS = at_scale((8191, 1, 4096, 333, 0, 2053), (70, 1, 32, 0))

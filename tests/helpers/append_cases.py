@@ -1,4 +1,4 @@
-"""What calls of both append functions are made of."""
+"""Inputs of calls of both append functions."""
 
 import math
 import os
@@ -12,7 +12,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 LAYOUTS = ["contiguous", "sparse", "slice"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-# (shape of the memory around a cache, the cache in it), of the cache's (num_pages, page_size, width).
+# (shape of the memory around a cache, the cache in it), from the cache's (num_pages, page_size, width).
 CACHE_LAYOUTS = {
     "contiguous": lambda pages, size, width: ((pages, size, width), lambda memory: memory),
     "one layer": lambda pages, size, width: ((3, pages, size, width), lambda memory: memory[1]),
@@ -27,7 +27,7 @@ def bits(x):
 
 
 def strided(shape, dtype, layout, generator):
-    """Random numbers: contiguous, in every other entry of the first dimension, or in a slice of longer rows."""
+    """Random values: contiguous, in every other entry of the first dimension, or in a slice of longer rows."""
     if layout == "contiguous":
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
     if layout == "sparse":
@@ -36,7 +36,7 @@ def strided(shape, dtype, layout, generator):
 
 
 class Cache:
-    """A latent cache: poisoned memory, every byte 0xFF, and the cache that lies in it."""
+    """A latent cache inside poisoned memory, whose bytes are all 0xFF."""
 
     def __init__(self, layout, dtype, *sizes):
         shape, cache_in = CACHE_LAYOUTS[layout](*sizes)
@@ -50,13 +50,14 @@ def rounded(x, dtype):
 
 
 def assert_rotated(actual, x, scale, dtype, rope_cos, rope_sin, positions, rope_interleaved):
-    """The rotated dimensions of rows (n, num_heads, dim): right to what fp32 loses, whether a compiler fuses the
-    product and the sum of a rotation or not, and then rounded once to dtype."""
+    """The rotated dimensions of rows (n, num_heads, dim), with the fp32 error whether or not the compiler fuses
+    multiplications and additions, and then rounded once to dtype.
+    """
     cos, sin = (table[positions].double().unsqueeze(1) for table in (rope_cos, rope_sin))
     x = x[..., : 2 * cos.shape[2]].double()
     truth = rotate(x, cos, sin, rope_interleaved) / scale
     sums = (rotate(x.abs(), cos.abs(), sign * sin.abs(), rope_interleaved) for sign in (1, -1))
-    error = 2**-22 * torch.maximum(*sums) / scale  # of two products, their sum and a quotient that is off by 2 ulp
+    error = 2**-22 * torch.maximum(*sums) / scale  # two multiplications, their sum, a quotient off by 2 ulp
     actual = actual[..., : x.shape[2]].float()
     assert (actual >= rounded(truth - error, dtype)).all()
     assert (actual <= rounded(truth + error, dtype)).all()

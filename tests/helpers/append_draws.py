@@ -1,4 +1,4 @@
-"""What random calls of both append functions are made of."""
+"""Random draws for calls of both append functions."""
 
 import torch
 from append_cases import DEVICE, LAYOUTS, strided
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 
 def draw_slots(draw, num_tokens, num_slots, generator):
-    """A slot of its own for each token, and which tokens are skipped: their slots are below 0."""
+    """A slot for each token, and which tokens are skipped (slots below 0)."""
     slots = torch.randperm(num_slots, generator=generator)[:num_tokens]
     skipped = torch.rand(num_tokens, generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
     slots[skipped] = -1 - slots[skipped]
@@ -14,7 +14,7 @@ def draw_slots(draw, num_tokens, num_slots, generator):
 
 
 def draw_rope(draw, skipped, head_dim, dtype, generator):
-    """Options of a rotation; the positions of skipped tokens have no angle."""
+    """Options of a rotation. The positions of skipped tokens have no angle."""
     num_positions, half = draw(st.integers(1, 50)), draw(st.integers(1, head_dim // 2))
     table_dtype = draw(st.sampled_from([dtype, torch.float32]))
     rope_cos, rope_sin = (

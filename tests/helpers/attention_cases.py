@@ -31,7 +31,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True, kw_only=True)
 class Case(Scores):
-    """One call. A dense call is one whose sequences all have the same lengths."""
+    """One call. In a dense call all sequences have the same lengths."""
 
     varlen: bool
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class Case(Scores):
     head_dim: int
     head_dim_v: int
     layouts: tuple  # of q, k, v: keys of LAYOUTS
-    poison: float  # what fills the rows that may have no effect
+    poison: float  # fills the rows that must have no effect
     poisoned_sequence: int | None
     spare_rows: int  # after the last sequence
     config: FlashConfig
@@ -83,7 +83,7 @@ def _sliced(x, dim_padding):
     return larger[..., 2 : 2 + rows, 1 : 1 + heads, :dim]
 
 
-# Every way in which (..., rows, heads, dim) may lie in memory; "expanded" makes all heads alike.
+# Every memory layout of (..., rows, heads, dim); "expanded" makes all heads equal.
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "heads first": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
@@ -163,7 +163,7 @@ class Inputs:
         return out[kept], lse.T[kept]
 
     def call_with(self, q, k, v, sinks, **options):
-        """out and lse of the public function, with these tensors in place of the given ones."""
+        """out and lse of the public function, with other tensors."""
         case = self.case
         options |= {"alibi_slopes": self.alibi_slopes, "sinks": sinks, "return_lse": True, **case.options}
         if case.dropout_p:
@@ -180,7 +180,8 @@ class Inputs:
 
 @contextlib.contextmanager
 def using(config, backward_config=None):
-    """Kernels run with these tiles, backward ones with config by default; on a GPU with their own, which fit."""
+    """Kernels run with these tiles, and backward ones with config, by default. On a GPU they use their own, which
+    fit."""
     if not INTERPRETED:
         yield
         return
@@ -207,7 +208,7 @@ far_apart = pytest.mark.parametrize(
 
 
 def lying_far_apart(x, dim, stride):
-    """x (any values) with `stride` elements from one index of `dim` to the next, on memory that is never touched."""
+    """x (any values) with `stride` elements between indices of `dim`, in memory that is never touched."""
     strides = list(x.contiguous().stride())
     strides[dim] = stride
     memory = torch.empty((x.shape[dim] - 1) * stride + x.numel(), dtype=x.dtype, device=x.device)
@@ -215,7 +216,7 @@ def lying_far_apart(x, dim, stride):
 
 
 def check(case):
-    """The call is right to the last row, writes each element once, and reads the tiles that somebody sees, no more.
+    """The call is right in every row, writes each element once, and reads exactly the visible tiles.
 
     Returns the largest error over its bound.
     """
@@ -229,7 +230,7 @@ def check(case):
 
 
 def share_of_bound(closeness):
-    """0 where nothing was allowed, and nothing was wrong."""
+    """0 if the bound and the error are 0."""
     return closeness.error / closeness.bound if closeness.bound else 0.0
 
 
@@ -237,8 +238,9 @@ def check_values(case, inputs, out, lse):
     out64, lse64 = inputs.expected(torch.float64, torch.float64)
     torch_out, _ = inputs.expected(case.dtype, case.dtype)
     _, torch_lse = inputs.expected(torch.float32, case.dtype)
-    # Weights sum to 1 and each is rounded once: an output may be off by that much of the values, whatever cancels. In
-    # fp32 the scores' own rounding counts; of half precision, tanh by way of exp2 is exact to that of softcap.
+    # Weights sum to 1 and each is rounded once: an output may be off by this share of the values, even if they cancel.
+    # In fp32 the rounding of the scores counts; in half precision, tanh through exp2 is exact to the rounding of
+    # softcap.
     score_error = torch.finfo(torch.float32).eps * (4 + (case.dtype != torch.float32) * case.softcap)
     largest = max((v.abs().max().item() for v in inputs.clean[2] if v.numel()), default=0.0)
     floor = max(torch.finfo(case.dtype).eps, score_error) * largest
@@ -250,7 +252,7 @@ def check_values(case, inputs, out, lse):
 
 def check_accesses(case, accesses):
     element_size = case.dtype.itemsize
-    # Rows after the last sequence are cleared by the kernel, where there is a sequence.
+    # The kernel clears rows after the last sequence, if there is a sequence.
     spare_rows = case.spare_rows if case.varlen and case.seqlens_q else 0
     num_rows = (sum(case.seqlens_q) + spare_rows) * case.num_heads_q
     assert accesses.bytes_stored["out.ptr"] == num_rows * case.head_dim_v * element_size
@@ -262,17 +264,18 @@ def check_accesses(case, accesses):
 
 
 def of_argument(bytes_by_name, name):
-    """Bytes by pointer or by the descriptors of one or two pieces."""
+    """Bytes read through a pointer or through the descriptors of one or two pieces."""
     return sum(bytes_by_name[key] for key in (f"{name}.ptr", f"{name}_desc", f"{name}_desc_rest"))
 
 
 def rows_loaded(case, config, of_queries=False):
     """Keys read by the programs that own tiles of queries, or queries by those that own tiles of keys.
 
-    Each reads whole tiles from the first row that one of its own sees, or is seen by, to the last, for every head.
+    Each reads whole tiles, from the first to the last row that is visible to one of its own rows (or sees one), for
+    every head.
     """
     block, block_read = (config.block_n, config.block_m) if of_queries else (config.block_m, config.block_n)
-    align = 4 if case.dropout_p and not of_queries else 1  # the mask of dropout is made for four keys at a time
+    align = 4 if case.dropout_p and not of_queries else 1  # the dropout mask is computed for four keys at a time
     num_rows = 0
     for seqlen_q, seqlen_k in zip(case.seqlens_q, case.seqlens_k):
         visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")

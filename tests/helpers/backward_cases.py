@@ -1,4 +1,4 @@
-"""Calls of flash_attention with their backward pass, whose gradients are checked against fp64 autograd."""
+"""Calls of flash_attention with their backward pass. Gradients are checked against fp64 autograd."""
 
 import contextlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
 
-# As autograd hands it over: of a sum, or of what follows a transposed view.
+# Layouts of gradients that autograd passes: from a sum, or from a transposed view.
 DOUT_LAYOUTS = LAYOUTS | {
     "one number": lambda x: x.new_ones(()).expand(x.shape),
     "last dimension apart": lambda x: x.mT.contiguous().mT,
@@ -52,13 +52,13 @@ class BackwardInputs(Inputs):
             self.clean_dlse, self.dlse = [as_lse(x) for x in clean], as_lse(dlse)
 
     def forward(self):
-        """(out, lse), and what they are to be differentiated by: q, k, v, and the sinks where there are any."""
+        """(out, lse), and the tensors to differentiate by: q, k, v, and the sinks if there are any."""
         leaves = [x.detach().requires_grad_() for x in (*self.given, self.sinks) if x is not None]
         sinks = leaves[3] if self.case.sinks else None
         return self.call_with(*leaves[:3], sinks, deterministic=self.case.deterministic), leaves
 
     def expected_gradients(self, dtype):
-        """In dtype by autograd through the definition, for each sequence."""
+        """Gradients in dtype by autograd of the definition, for each sequence."""
         for i, qkv in enumerate(zip(*self.clean)):
             leaves = [x.to(dtype).detach().requires_grad_() for x in qkv]
             sinks = None
@@ -70,12 +70,12 @@ class BackwardInputs(Inputs):
 
 
 def as_lse(x):
-    """(..., rows, heads, 1) in the order of lse, (..., heads, rows), and in its dtype."""
+    """Convert (..., rows, heads, 1) to the layout of lse, (..., heads, rows), and its dtype."""
     return x[..., 0].mT.float()
 
 
 def gradients(outputs, leaves, douts):
-    """Of the leaves, from those of out and lse; None counts as 0."""
+    """Gradients of the leaves from those of out and lse; None counts as 0."""
     pairs = [(output, dout.to(output.dtype)) for output, dout in zip(outputs, douts) if dout is not None]
     outputs, douts = zip(*pairs)
     return torch.autograd.grad(outputs, leaves, douts)
@@ -87,7 +87,7 @@ def by_sequence(case, x, seqlens):
 
 
 def check(case):
-    """The gradients are right to the last row, each element is written once, and only tiles that matter are read.
+    """The gradients are right in every row, each element is written once, and only tiles that matter are read.
 
     Returns the largest error over its bound.
     """
@@ -136,16 +136,16 @@ def assert_close(result, exact, by_torch, floors, name):
 
 
 def rounding(case, inputs, out, clean):
-    """What rounding leaves in a gradient: `relative` to the largest entry, and absolute where large terms cancel."""
-    # Scores are fp32; those of half precision have a tanh by way of exp2, exact to the rounding of softcap.
+    """The rounding error of a gradient: `relative` to the largest entry, and absolute if large terms cancel."""
+    # Scores are fp32. In half precision their tanh is computed through exp2, exact to the rounding of softcap.
     score_eps = torch.finfo(torch.float32).eps * (4 + (case.dtype != torch.float32) * case.softcap)
     eps = max(torch.finfo(case.dtype).eps, score_eps)
     products = by_sequence(case, inputs.dout.double() * out.double(), case.seqlens_q)
     products = torch.cat([out.new_zeros(0, *out.shape[-2:]).double(), *(products[i] for i in clean)])
     if not products.numel():
         return {"relative": eps}
-    # Each row of dS sums to 0: with a single key, nothing is left of its terms but what fp32 lost of dout * out, where
-    # out is that key's value. Dropout scales it and a sink takes of it, so that out is rounded to its dtype as well.
+    # Each row of dS sums to 0. With a single key only the fp32 rounding of dout * out remains, where out is that key's
+    # value. Dropout scales it and a sink changes it, so out is rounded to its dtype as well.
     row_eps = eps if case.dropout_p or case.sinks else score_eps
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
     row = torch.linalg.vector_norm(products, dim=2).max().item() * row_eps * scale
@@ -153,13 +153,13 @@ def rounding(case, inputs, out, clean):
         max((x.abs().max().item() for x in inputs.clean[i] if x.numel()), default=0) for i in (0, 1)
     )
     queries = max(case.seqlens_q) * case.group_size
-    # A sink gathers dout * out over all rows, out as it was rounded.
+    # A sink's gradient sums dout * out over all rows, with rounded out.
     head = torch.linalg.vector_norm(products, dim=(0, 2)).max().item() * eps
     return {"relative": eps, "dq": row * largest_k, "dk": row * largest_q * queries**0.5, "dsinks": head}
 
 
 def check_accesses(case, accesses):
-    """dk, dv and the dq of the split schedule are stored once; two tiles meet if one of the queries sees a key."""
+    """dk, dv and the dq of the split schedule are stored once. Two tiles meet if one of the queries sees a key."""
     fused = not case.deterministic
     size = case.dtype.itemsize
     spare_rows = case.spare_rows if case.varlen and case.seqlens_q else 0  # cleared by kernels
@@ -168,7 +168,7 @@ def check_accesses(case, accesses):
     assert accesses.bytes_stored["dv.ptr"] == num_keys * case.head_dim_v * size
     tile = case.tiles.fused if fused else case.tiles.dkdv
     num_queries = rows_loaded(case, tile, of_queries=True)
-    # What a program owns it loads once: queries in the kernels of delta and dq, keys in that of dkdv.
+    # A program loads its own tile once: queries in the kernels of delta and dq, keys in that of dkdv.
     own_queries = sum(case.seqlens_q) * case.num_heads_q
     own_keys = sum(case.seqlens_k) * case.num_heads_kv
     rows = num_queries if fused else num_queries + own_queries

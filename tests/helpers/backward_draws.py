@@ -15,7 +15,7 @@ def cases(draw, dtype, varlen):
     head_dims = st.sampled_from([dim for dim in HEAD_DIMS if dim <= 256]) | st.integers(1, 256)
 
     def tile(use_tma):
-        # Not below the forward's tiles, by which the lengths were drawn: small tiles take the interpreter long.
+        # At least the forward's tiles, by which lengths are drawn: the interpreter is slow with small tiles.
         block_m = draw(st.sampled_from([16, 32, 64, 128]).filter(lambda block: block >= case.config.block_m))
         block_n = draw(st.sampled_from([16, 32, 64, 128]).filter(lambda block: block >= case.config.block_n))
         return FlashConfig(block_m, block_n, num_warps=4, num_stages=1, use_tma=use_tma)

@@ -24,7 +24,7 @@ DEAD_ENTRY = 2147480000
 TILES = MlaDecodeConfig(16, 32, 4, 1)
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
 
-# Ways in which (batch, rows, heads, dim) may lie in memory.
+# Memory layouts of (batch, rows, heads, dim).
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -54,15 +54,15 @@ class Case:
     rope_interleaved: bool = False
     num_splits: int = 1
     q_layout: str = "contiguous"
-    one_layer: bool = False  # the cache is a slice of one for all layers, with gaps between rows
+    one_layer: bool = False  # the cache is a slice of a cache of all layers, with gaps between rows
     config: MlaDecodeConfig = TILES
     seed: int = 0
 
 
 class Inputs:
-    """What a call is given, and of each sequence the rows (seqlen_k, kv_lora_rank + qk_rope_head_dim) of its cache.
+    """The inputs of a call, and for each sequence the rows (seqlen_k, kv_lora_rank + qk_rope_head_dim) of its cache.
 
-    Slots that hold no key are NaN, entries of the table past a sequence's pages are absurd.
+    Slots without a key are NaN. Entries of the table past a sequence's pages are invalid.
     """
 
     def __init__(self, case):
@@ -72,7 +72,7 @@ class Inputs:
         rows = len(case.seqlens_k), case.seqlen_q, case.num_heads
         self.q_nope = self._randn(*rows, nope if case.with_uk else rank)
         self.q_pe = self._randn(*rows, case.qk_rope_head_dim)
-        # As in a model: views of one weight.
+        # As in models: views of one weight.
         weight = self._randn(case.num_heads, nope + case.v_head_dim, rank) * rank**-0.5
         w_uk, w_uv = weight.split([nope, case.v_head_dim], dim=1)
         self.w_uk, self.w_uv = w_uk if case.with_uk else None, w_uv if case.with_uv else None
@@ -170,13 +170,13 @@ class Inputs:
 
 @contextlib.contextmanager
 def using(config):
-    """The kernel runs with these tiles; on a GPU with its own, which fit."""
+    """The kernel runs with these tiles. On a GPU it uses its own, which fit."""
     if not INTERPRETED:
         yield
         return
     with (
         mock.patch.object(absorbed, "choose", return_value=config),
-        mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 8 warps on 64 rows take the form of sm_90
+        mock.patch.object(absorbed, "has_wgmma", return_value=True),  # with 8 warps, 64 rows use the form of sm_90
     ):
         absorbed._plan.cache_clear()
         yield
@@ -184,7 +184,7 @@ def using(config):
 
 
 def check(case):
-    """The call is right, writes each element once, and reads whole tiles of keys that somebody sees, no others."""
+    """The call is right, writes each element once, and reads exactly the whole tiles of visible keys."""
     inputs = Inputs(case)
     with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext() as accesses:
         out, lse = inputs.call()
@@ -193,7 +193,8 @@ def check(case):
     out64, lse64 = inputs.expected(torch.float64)
     torch_out, torch_lse = inputs.expected(case.dtype)
     eps = max(torch.finfo(case.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-    # Weights sum to 1 and each is rounded once, as are the scores' queries: what that may do, whatever cancels.
+    # Weights sum to 1 and each is rounded once, and so are the queries of the scores: their effect, even if values
+    # cancel.
     largest = max((rows.abs().max().item() for rows in inputs.rows if rows.numel()), default=0.0)
     if case.with_uv:
         largest *= inputs.w_uv.double().abs().sum(-1).max().item() / 2
@@ -208,12 +209,12 @@ def check(case):
 
 
 def cache_bytes(accesses):
-    """Loaded from the cache, whose parts are arguments of their own."""
+    """Bytes loaded from the cache, whose parts are separate arguments."""
     return sum(n for name, n in accesses.bytes_loaded.items() if name.startswith("cache."))
 
 
 def keys_in_tiles(case):
-    """Keys of the tiles of keys that the rows of a tile of rows see, for all of these."""
+    """Keys in the visible tiles of each tile of rows, for all of these."""
     rows = case.seqlen_q * case.num_heads
     total = 0
     for seqlen_k in case.seqlens_k:

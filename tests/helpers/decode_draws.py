@@ -12,7 +12,7 @@ def cases(draw, dtype):
     config = MlaDecodeConfig(*tile, num_warps=draw(st.sampled_from([8, 4])), num_stages=1)
     is_fp8 = draw(st.booleans())
     batch = draw(st.sampled_from([1, 2, 3, 0]))
-    # Few tiles: the interpreter takes its time for each.
+    # Few tiles, since the interpreter is slow.
     lengths = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 3 * config.block_n)
     with_uk = draw(st.sampled_from([True, True, False]))
     rope_dim = draw(st.sampled_from([16, 64, 2, 24, 8]))

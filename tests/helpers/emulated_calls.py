@@ -1,4 +1,4 @@
-"""Small calls of every family, with what is right in fp64, and which of them launches each of the package's kernels."""
+"""Small calls of every family with fp64 results, and which of them launches each kernel of the package."""
 
 import ast
 import contextlib
@@ -16,7 +16,7 @@ import triton_attn as ta
 from triton_attn import reference
 from triton_attn.toolchain.emulator import emulate
 
-# Of a file that opens `emulate` itself.
+# Decorators of a file that opens `emulate` itself.
 MARKS = [
     pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C++ compiler"),
@@ -24,7 +24,7 @@ MARKS = [
 ]
 OLDEST = triton.__version__.startswith("3.6.")
 BF16 = torch.bfloat16
-# The scale of an error: bf16 has 8 digits, and a gradient sums many products.
+# The scale of an error: bf16 has 8 bits of precision, and a gradient sums many terms.
 BOUND = 0.03
 
 
@@ -34,7 +34,7 @@ def normal(*shape, dtype=BF16):
 
 @contextlib.contextmanager
 def placed(which, place):
-    """The tensor of this number that `normal` makes lies where `place` puts it."""
+    """The n-th tensor of `normal` is placed by `place`."""
     numbers, make = itertools.count(), normal
 
     def normal_there(*shape, **options):
@@ -54,7 +54,7 @@ def int32(*values):
 
 
 def flash(head_dim=64, seqlens=(70, 150), num_heads=(4, 2), **options):
-    """Causal, with more keys than queries and a part of a tile at the end of each."""
+    """Causal, with more keys than queries and a partial tile at the end of each."""
     (seqlen_q, seqlen_k), (num_heads_q, num_heads_kv) = seqlens, num_heads
     q, k, v = (
         normal(1, seqlen, heads, head_dim)
@@ -66,7 +66,7 @@ def flash(head_dim=64, seqlens=(70, 150), num_heads=(4, 2), **options):
 
 
 def flash_of_expanded_heads():
-    """Rows suit copies of 16 bytes, but no tensor map: a stride is 0."""
+    """Rows allow copies of 16 bytes but no tensor map, since a stride is 0."""
     q, k, v = (normal(1, 140, 1, 128).expand(1, 140, 2, 128) for _ in range(3))
     computed = ta.flash_attention(q, k, v, causal=True)
     return [computed], [reference.flash_attention(*in_fp64((q, k, v)), causal=True)]
@@ -80,7 +80,7 @@ def flash_varlen():
 
 
 def backward(deterministic, seqlen=100, num_heads=2, expanded=False):
-    """Expanded heads suit no tensor map, as those of `flash_of_expanded_heads`."""
+    """Expanded heads allow no tensor map, as in `flash_of_expanded_heads`."""
     inputs = normal(1, seqlen, 1 if expanded else num_heads, 64), normal(1, seqlen, 1, 64), normal(1, seqlen, 1, 64)
     out_grad = normal(1, seqlen, num_heads, 64)
 
@@ -127,7 +127,7 @@ def append_latent(dtype=BF16):
 
 
 def copy():
-    """The pointers of the caches come in a tuple that the program indexes."""
+    """The pointers of the caches are a tuple that the program indexes."""
     pools, of_pages = (normal(2, 8, 16, 2, 64), normal(2, 8, 16, 2, 64)), (int32(0, 1), int32(6, 7))
 
     def copied(function):
@@ -144,7 +144,7 @@ def merge(num_parts=3):
 
 
 def mla_decode(heads=16, seqlen=200, with_weights=False, **options):
-    """With weights the queries are absorbed and the output is projected."""
+    """With weights, queries are absorbed and outputs projected."""
     num_pages = seqlen // 64 + 1
     cache, where = normal(num_pages, 64, 576), (int32(seqlen), torch.arange(num_pages, dtype=torch.int32)[None])
     inputs = [normal(1, 1, heads, 128 if with_weights else 512), normal(1, 1, heads, 64), cache, *where]
@@ -182,14 +182,14 @@ CALLS = {
     "mla prefill fused": lambda: mla_prefill("fused"),
     "mla prefill absorbed": lambda: mla_prefill("absorbed"),
 }
-# Of their own kernels on sm_90.
+# sm_90 has kernels of its own for these.
 CALLS_OF_HOPPER = {
     "flash 128": lambda: flash(128),
     "flash 128 full": lambda: flash(128, causal=False),
     "mla decode 128": lambda: mla_decode(128),
 }
-# The kernels of a call whose wgmma on sm_90 reads what cp.async copied. Triton 3.6 puts no proxy fence between (triton
-# PR 9610, pytorch issue 181248), so that _jit/workarounds.py does.
+# Kernels whose wgmma on sm_90 reads tiles copied by cp.async. Triton 3.6 omits the proxy fence between them (triton PR
+# 9610, pytorch issue 181248), and _jit/workarounds.py adds it.
 FENCED = {
     "flash of expanded heads": {"_flash_fwd_kernel"},
     "flash backward of expanded heads": {"_flash_fwd_kernel", "_flash_bwd_dkdv_kernel", "_flash_bwd_dq_kernel"},
@@ -199,7 +199,7 @@ FENCED = {
     "mla prefill fused": {"_mla_prefill_kernel"},
     "mla prefill absorbed": {"_absorb_kernel", "_mla_absorbed_kernel"},
 }
-# Of each kernel a call that launches it, and the value of TRITON_ATTN_KERNELS with which it does.
+# For each kernel a call that launches it, and the value of TRITON_ATTN_KERNELS that selects it.
 CALL_OF = {
     "_flash_fwd_kernel": ("flash backward deterministic", "portable"),
     "_flash_bwd_delta_kernel": ("flash backward deterministic", "portable"),
@@ -220,7 +220,7 @@ CALL_OF = {
 
 
 def kernels_of_package():
-    """Names of the package's compiled functions that no other of them uses: those that are launched."""
+    """Names of the package's jit functions that no other one uses: the kernels."""
     compiled, used = set(), set()
     for path in Path(ta.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -231,7 +231,7 @@ def kernels_of_package():
 
 
 def run(name, arch, kernels="portable", **options):
-    """The launches of a call that is right, without a fault."""
+    """The launches of a call whose result is right, without a fault."""
     with mock.patch.dict(os.environ, TRITON_ATTN_KERNELS=kernels), emulate(arch, **options) as log:
         check((CALLS | CALLS_OF_HOPPER)[name])
     assert log

@@ -1,4 +1,4 @@
-"""Cases of a stage that never saw a GPU; a module of its own, which a spawned process can import."""
+"""Cases of a stage without a GPU, in a module that a spawned process can import."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import time
 
 
 def run(case):
-    """One row, unless the case does what its name says."""
+    """One row, unless the name of the case says otherwise."""
     name = case["name"]
     if "log" in case:
         with open(case["log"], "a") as file:

@@ -1,4 +1,5 @@
-"""Tensors whose last index lies past 2^31 elements, on memory that is never touched between, or that no vector fits."""
+"""Tensors whose last index is beyond 2^31 elements, in memory that is mostly never touched, or with unaligned
+strides."""
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -7,7 +8,7 @@ FAR = 2**31 + 64
 
 
 def far(x, dim):
-    """x with its last index of dim past 2^31 elements, and 16 bytes dividing every stride."""
+    """x with its last index of dim beyond 2^31 elements, and strides that are multiples of 16 bytes."""
     strides = list(x.contiguous().stride())
     strides[dim] = -(-FAR // (x.shape[dim] - 1) // 32) * 32
     memory = torch.empty((x.shape[dim] - 1) * strides[dim] + x.numel(), dtype=x.dtype)
@@ -24,7 +25,7 @@ def odd(x, dim):
 
 
 class FarAllocation(TorchFunctionMode):
-    """The k-th tensor that is allocated is far in dim; `allocated` has all their shapes."""
+    """The k-th allocated tensor is far in dim. `allocated` has all shapes."""
 
     def __init__(self, k=None, dim=None):
         super().__init__()

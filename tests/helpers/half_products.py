@@ -1,14 +1,14 @@
-"""What torch does on a processor with AMX, told on any: its half-precision products read on past the end of a row."""
+"""torch's behaviour on CPUs with AMX, reproduced on any CPU: half-precision matmuls read past the end of a row."""
 
 import torch
 from instruments import Instrument
 
-COLUMNS = 32  # rows are read on to a multiple of them
+COLUMNS = 32  # reads extend to a multiple of this many columns
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 
 
 class NoNanIsRead(Instrument):
-    """Fails where a half-precision product on the CPU takes a row with NaN, or one that NaN follow in its memory."""
+    """Fail if a half-precision matmul on the CPU takes a row with NaN in it or after it in memory."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in PRODUCTS:
@@ -19,7 +19,7 @@ class NoNanIsRead(Instrument):
 
 
 def read_on(x):
-    """x, rows along the dimension that is contiguous, with what follows them in memory; zeros where that ends."""
+    """x with rows along its contiguous dimension, extended by the following memory, or zeros at its end."""
     x = x if x.stride(-1) == 1 else x.mT
     size = (*x.shape[:-1], -(-x.shape[-1] // COLUMNS) * COLUMNS)
     end = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(size, x.stride())) + 1

@@ -1,8 +1,10 @@
-"""PTX of small kernels for the emulator, written by hand."""
+"""Hand-written PTX of small kernels for the emulator."""
 
 
 def kernel(body, threads=64, parameters=("x",)):
-    """PTX of a kernel: %tid, %lane and %warp are set, %s is 4 bytes a thread of shared memory, %x.. the parameters."""
+    """PTX of a kernel. %tid, %lane and %warp are set, %s is 4 bytes of shared memory per thread, %x.. are the
+    parameters.
+    """
     names = ", ".join(f".param .u64 k_{name}" for name in parameters)
     loads = "\n".join(f"ld.param.b64 %{name}, [k_{name}];" for name in parameters)
     wide = ", ".join(f"%{name}" for name in parameters)

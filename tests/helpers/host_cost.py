@@ -1,13 +1,13 @@
-"""What a call costs on the host, beside the bare launches that it makes."""
+"""Host cost of a call, beside its bare launches."""
 
 import statistics
 import time
 
 
 def median_microseconds(calls, batches=100, rounds=30):
-    """{name: median of its CPU time in the batch where that is least}, all of them timed in turn.
+    """{name: the least median of its CPU time over the batches}, all of them timed in turn.
 
-    Other processes on the machine slow it down for a while, hence many short batches.
+    Other processes slow the machine down temporarily, hence many short batches.
     """
     medians = [_medians(calls, rounds) for _ in range(batches)]
     return {name: min(batch[name] for batch in medians) for name in calls}

@@ -1,4 +1,4 @@
-"""Modes that see what a public function does inside, where torch's own see one operator."""
+"""Modes that see the operations inside a public function, while torch's own modes see one operator."""
 
 from unittest import mock
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Instrument(TorchDispatchMode):
-    """A dispatch mode under which calls launch directly, as they do where nobody looks."""
+    """A dispatch mode under which calls launch directly, as without a mode."""
 
     def __enter__(self):
         self._nobody = mock.patch.object(torch._C, "_len_torch_dispatch_stack", return_value=0)

@@ -1,4 +1,4 @@
-"""How much is tested in this process, as its environment says: see tests/conftest.py."""
+"""The test level of this process, from its environment: see tests/conftest.py."""
 
 import os
 from collections import Counter
@@ -14,7 +14,7 @@ if LEVEL not in DRAWS:
 
 
 def without(name, items):
-    """Without the tests marked so, but for one of `but_each` cases in their order."""
+    """Remove the tests with this mark, except every `but_each`-th case."""
     seen, kept = Counter(), []
     for item in items:
         each = [marker.kwargs.get("but_each") for marker in item.iter_markers(name)]  # of the test and of the case

@@ -1,4 +1,4 @@
-"""Parts for merge_attention, and what it makes of them in fp64."""
+"""Splits for merge_attention, and their fp64 merge."""
 
 import math
 
@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 def parts_of(seed, num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread):
-    """outs and lses; those without a key, lse = -inf or +inf, hold NaN."""
+    """outs and lses. Those without a key (lse = -inf or +inf) are NaN."""
     generator = torch.Generator().manual_seed(seed)
     outs = torch.randn(num_parts, batch, seqlen_q, num_heads, head_dim_v, generator=generator)
     lses = spread * torch.randn(num_parts, batch, num_heads, seqlen_q, generator=generator)

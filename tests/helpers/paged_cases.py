@@ -80,7 +80,7 @@ PLAIN = Case(
     seed=0,
 )
 
-# Ways in which (batch, rows, heads, dim) or (pages, slots, heads, dim) may lie in memory.
+# Memory layouts of (batch, rows, heads, dim) or (pages, slots, heads, dim).
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "heads first": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
@@ -89,9 +89,9 @@ LAYOUTS = {
 
 
 class Inputs:
-    """What a call is given, and `clean` keys and values (1, seqlen_k, heads, dim) of each sequence.
+    """The inputs of a call, and `clean` keys and values (1, seqlen_k, heads, dim) of each sequence.
 
-    Slots that hold no key are NaN, entries of the table past a sequence's pages are absurd.
+    Slots without a key are NaN. Entries of the table past a sequence's pages are invalid.
     """
 
     def __init__(self, case):
@@ -118,7 +118,7 @@ class Inputs:
         return scale
 
     def _lay_out_pages(self, case, batch, shared):
-        """table, and which (page, slot) each sequence's keys lie in."""
+        """The table, and the (page, slot) of each sequence's keys."""
         if case.page_size is None:
             self.cache_shape = (batch, max(case.seqlens_k, default=0) + 3)
             self.block_table = None
@@ -218,7 +218,7 @@ class Inputs:
 
 
 def lay_out(x, layout):
-    """fp8 moves as uint8: torch cannot pad it."""
+    """fp8 is moved as uint8, since torch cannot pad it."""
     if x.dtype.itemsize == 1:
         return LAYOUTS[layout](x.view(torch.uint8)).view(x.dtype)
     return LAYOUTS[layout](x)
@@ -226,7 +226,7 @@ def lay_out(x, layout):
 
 @contextlib.contextmanager
 def using(config):
-    """The kernel runs with these tiles; on a GPU with its own, which fit."""
+    """The kernel runs with these tiles. On a GPU it uses its own, which fit."""
     if not INTERPRETED:
         yield
         return
@@ -237,7 +237,7 @@ def using(config):
 
 
 def check(case):
-    """The call is right to the last row, writes each element once, and reads the keys that somebody sees, no more."""
+    """The call is right in every row, writes each element once, and reads exactly the visible keys."""
     inputs = Inputs(case)
     with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext() as accesses:
         out, lse = inputs.call()
@@ -251,8 +251,9 @@ def check_values(case, inputs, out, lse):
     out64, lse64 = inputs.expected(torch.float64, torch.float64)
     torch_out, _ = inputs.expected(case.dtype, case.dtype)
     _, torch_lse = inputs.expected(torch.float32, torch.float32)
-    # Weights sum to 1 and each is rounded once: an output may be off by that much of the values, whatever cancels. In
-    # fp32 the scores' own rounding counts; of half precision, tanh by way of exp2 is exact to that of softcap.
+    # Weights sum to 1 and each is rounded once: an output may be off by this share of the values, even if they cancel.
+    # In fp32 the rounding of the scores counts; in half precision, tanh through exp2 is exact to the rounding of
+    # softcap.
     finite = lse64[lse64.isfinite()]
     score_error = torch.finfo(torch.float32).eps * (4 + (case.dtype != torch.float32) * case.softcap)
     largest = max((v.abs().max().item() for v in inputs.clean_v if v.numel()), default=0.0)
@@ -263,7 +264,7 @@ def check_values(case, inputs, out, lse):
 
 
 def check_accesses(case, accesses):
-    """Where one tile holds all rows that a KV head has for a sequence, each key that they see is loaded once."""
+    """If one tile has all rows of a KV head for a sequence, each visible key is loaded once."""
     size = case.cache_dtype.itemsize
     most = keys_loaded(case) * case.num_heads_kv * size
     exactly = not case.shared_prefix_len and max(case.seqlens_q) * case.group_size <= case.config.block_m
@@ -275,8 +276,9 @@ def check_accesses(case, accesses):
 
 
 def keys_loaded(case):
-    """Keys from the first to the last that the rows of a tile see, for all tiles; where tiles lie in one page each, the
-    first is rounded down to a tile."""
+    """Keys from the first to the last visible one for the rows of a tile, over all tiles. If each tile is in one page,
+    the first key is rounded down to a tile.
+    """
     align = 1
     if case.page_size and case.page_size % case.config.block_n == 0:
         align = case.config.block_n

@@ -17,7 +17,7 @@ def cases(draw, dtype, varlen):
     )
     group_size = draw(st.sampled_from([1, 2, 3, 5, 8, 16]))
     batch = draw(st.sampled_from([1, 2, 3, 5, 0]))
-    # Few tiles: the interpreter takes its time for each.
+    # Few tiles, since the interpreter is slow.
     lengths_q = st.sampled_from([1, 1, 0, 2, 5]) | st.integers(0, max(2, 2 * config.block_m // group_size))
     lengths_k = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 4 * config.block_n)
     seqlens_q = draw(st.tuples(*[lengths_q] * batch)) if varlen else (draw(lengths_q),) * batch
@@ -26,7 +26,7 @@ def cases(draw, dtype, varlen):
     shared_prefix_len = 0
     if page_size and draw(st.booleans()):
         shared_prefix_len = draw(st.integers(0, 120))
-        if draw(st.booleans()):  # whole pages, else it may end inside one
+        if draw(st.booleans()):  # whole pages; otherwise it may end inside one
             shared_prefix_len -= shared_prefix_len % page_size
     scale = st.sampled_from([None, 0.5, "one", "per head"])
     return Case(

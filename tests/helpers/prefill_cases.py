@@ -27,7 +27,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call: packed sequences, or a dense batch, all of whose sequences are then as long."""
+    """One call: packed sequences, or a dense batch of sequences with equal lengths."""
 
     mode: str
     dtype: torch.dtype = torch.float16
@@ -43,14 +43,14 @@ class Case:
     softmax_scale: float | None = None
     max_workspace_bytes: int = 2**28
     q_layout: str = "contiguous"
-    one_projection: bool = False  # latent vectors and rotary keys are slices of one tensor, as a model makes them
+    one_projection: bool = False  # latent vectors and rotary keys are slices of one tensor, as in models
     spare_rows: int = 0  # after the last sequence
     config: MlaPrefillConfig = TILES
     seed: int = 0
 
 
 class Inputs:
-    """What a call is given; rows after the last sequence are NaN."""
+    """The inputs of a call. Rows after the last sequence are NaN."""
 
     def __init__(self, case):
         self.case = case
@@ -77,7 +77,7 @@ class Inputs:
 
     @property
     def tensors(self):
-        """As the call takes them."""
+        """The arguments of the call."""
         case = self.case
         q_nope, q_pe, latent, k_pe = self.q_nope, self.q_pe, self.kv_latent, self.k_pe
         if not case.packed:
@@ -108,7 +108,7 @@ class Inputs:
         return out[:rows], lse.mT[:rows]
 
     def expected(self, dtype, tensors=None):
-        """out (rows, heads, dim) and lse (rows, heads) by keys and values of every head, every step in dtype."""
+        """out (rows, heads, dim) and lse (rows, heads), by keys and values of every head, every step in dtype."""
         case = self.case
         rows_q, rows_k = sum(case.seqlens_q), sum(case.seqlens_k)
         q_nope, q_pe, latent, k_pe, w_uk, w_uv = tensors or (
@@ -118,7 +118,7 @@ class Inputs:
         scale = width**-0.5 if case.softmax_scale is None else case.softmax_scale
         outs = [q_nope.new_zeros(0, case.num_heads, case.v_head_dim)]
         lses = [q_nope.new_zeros(0, case.num_heads)]
-        # In memory of their own: with AMX torch's half-precision products read past a row's end, where NaN are.
+        # Copies: with AMX, torch's half-precision matmuls read past a row's end, where NaN are.
         queries = torch.cat([q_nope, q_pe], dim=-1)[:rows_q].clone().split(case.seqlens_q)
         sequences = (x[:rows_k].clone().split(case.seqlens_k) for x in (latent, k_pe))
         for q, latent_i, k_pe_i in zip(queries, *sequences):
@@ -134,7 +134,7 @@ class Inputs:
 
 @contextlib.contextmanager
 def using(config):
-    """The kernels run with these tiles; on a GPU with their own, which fit."""
+    """The kernels run with these tiles. On a GPU they use their own, which fit."""
     if not INTERPRETED:
         yield
         return
@@ -142,7 +142,7 @@ def using(config):
     with (
         mock.patch.object(prefill, "choose", return_value=config),
         mock.patch.object(absorbed, "choose", return_value=rows),
-        mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 64 rows take the form of sm_90
+        mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 64 rows use the form of sm_90
     ):
         absorbed._plan.cache_clear()
         yield
@@ -150,7 +150,7 @@ def using(config):
 
 
 def floor_of(case, inputs):
-    """Weights sum to 1 and each is rounded once, as are the values: what that may do, whatever cancels."""
+    """Weights sum to 1 and each is rounded once, and so are the values: their effect, even if values cancel."""
     eps = max(torch.finfo(case.dtype).eps, 4 * torch.finfo(torch.float32).eps)
     rows = inputs.kv_latent[: sum(case.seqlens_k)].double()
     largest = rows.abs().max().item() if rows.numel() else 0.0
@@ -158,7 +158,7 @@ def floor_of(case, inputs):
 
 
 def check(case):
-    """The call is right to the last row, and writes each element once."""
+    """The call is right in every row, and writes each element once."""
     inputs = Inputs(case)
     with using(case.config), poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext():
         out, lse = mla_prefill(*inputs.tensors, **inputs.options, return_lse=True)
@@ -180,7 +180,7 @@ def check(case):
 
 
 def check_gradients(case):
-    """Against fp64 autograd through the definition, error at most 3 times that of torch in the same dtype.
+    """Gradients against fp64 autograd of the definition, with at most 3 times torch's error in the same dtype.
 
     Returns the closeness of each gradient by the name of its tensor.
     """

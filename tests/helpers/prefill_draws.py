@@ -19,7 +19,7 @@ def cases(draw, mode, dtype):
         seqlens_q, seqlens_k = ((draw(lengths),) * batch for lengths in (lengths_q, lengths_k))
     nope, v, num_heads = (draw(st.sampled_from(x)) for x in ([32, 16, 1, 71, 128], [32, 16, 1, 71, 128], [1, 2, 3, 5]))
     spare_rows = draw(st.sampled_from([0, 5])) if packed else 0
-    # All heads in a chunk, or one or two, or parts of the keys of one.
+    # All heads in a chunk, or one or two, or splits of the keys of one head.
     rows_q, rows_k = sum(seqlens_q) + spare_rows, sum(seqlens_k) + spare_rows
     per_head = rows_k * (nope + v) * dtype.itemsize
     sums = rows_q * (v + num_heads) * 4 + 128 * (nope + v) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Listings as `nvdisasm -c -hex` writes them, from short descriptions."""
+"""Listings in the format of `nvdisasm -c -hex`, from short descriptions."""
 
 
 def listing(lines, name="kernel"):

@@ -1,4 +1,4 @@
-"""What depends on whether kernels run on a GPU, at thousands of tokens, or in the interpreter, at a few."""
+"""Sizes that depend on the device: thousands of tokens on a GPU, a few in the interpreter."""
 
 import torch
 from attention_cases import DEVICE
@@ -18,7 +18,7 @@ def at_scale(on_gpu, interpreted):
 
 
 def heads_of(model):
-    """As a case names them; in the interpreter one KV head with at most two query heads."""
+    """The heads of a case; in the interpreter one KV head with at most two query heads."""
     group_size = model.num_heads_q // model.num_heads_kv
     return {
         "num_heads_kv": at_scale(model.num_heads_kv, 1),
@@ -31,8 +31,9 @@ def heads_of(model):
 
 
 def attend_by_heads(q, k, v, *, alibi_slopes=None, sinks=None, keep=None, **options):
-    """`attend`, a query head at a time, which is kept for the backward pass by its inputs alone: scores of all heads
-    would not fit into memory at the lengths of this suite."""
+    """`attend`, one query head at a time. Only its inputs are kept for the backward pass, since the scores of all heads
+    do not fit in memory at these lengths.
+    """
     group_size = q.shape[2] // k.shape[2]
     outs, lses = [], []
     for head in range(q.shape[2]):

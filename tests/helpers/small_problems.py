@@ -1,4 +1,4 @@
-"""Problems of a few tokens, and times that nobody took, for what measures without a GPU."""
+"""Problems with a few tokens, and invented times, for tests of measurements without a GPU."""
 
 from perf.harness.timing import Percentiles
 from perf.workloads.problems import DecodeProblem, Problem

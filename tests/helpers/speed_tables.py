@@ -1,4 +1,4 @@
-"""Tables of speeds that nobody measured: rows, and files of them."""
+"""Invented tables of speeds: rows, and files of them."""
 
 from dataclasses import astuple, replace
 

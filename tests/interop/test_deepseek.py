@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and -V3 of transformers over the paged latent cache: what they compute and generate by themselves."""
+"""DeepSeek-V2 and -V3 of transformers over the paged latent cache, compared with their own results."""
 
 import contextlib
 import copy
@@ -16,7 +16,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 EOS = 7
 PAGE_SIZE = 16
 NUM_STEPS = 32
-KERNEL_STEPS = 12  # so that the longest prompt fills a page; the interpreter takes its time
+KERNEL_STEPS = 12  # enough for the longest prompt to fill a page; the interpreter is slow
 LENGTHS = (5, 17, 1, 38)
 
 SIZES = dict(
@@ -50,7 +50,7 @@ def yarn(mscale, mscale_all_dim):
 
 
 def v2(rope_parameters=None, **options):
-    """As V2-Lite, whose queries have no low rank."""
+    """V2-Lite's form, whose queries have no low rank."""
     rope_parameters = rope_parameters or yarn(0.707, 0.707)
     sizes = SIZES | dict(q_lora_rank=None, rope_parameters=rope_parameters) | options
     return DeepseekV2ForCausalLM, DeepseekV2Config(**sizes)
@@ -83,7 +83,7 @@ def prompts_of(*lengths):
 
 
 def generated(model, prompt, max_new_tokens):
-    """What transformers generates by itself from one prompt."""
+    """The tokens that transformers generates from one prompt."""
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     return out[0, len(prompt) :].tolist()
@@ -91,12 +91,12 @@ def generated(model, prompt, max_new_tokens):
 
 @torch.no_grad()
 def logits_of(model, tokens):
-    """Of the token after each, by transformers without any cache."""
+    """Logits after each token, by transformers without a cache."""
     return model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
 
 
 def decode(paged, prompts, num_steps):
-    """Greedy tokens of each prompt and the logits (num_steps, vocab_size) that they come from."""
+    """Greedy tokens of each prompt and their logits (num_steps, vocab_size)."""
     seqs = [paged.cache.create(prompt)[0] for prompt in prompts]
     pending, steps = prompts, []
     for _ in range(num_steps):
@@ -110,13 +110,13 @@ def decode(paged, prompts, num_steps):
 
 @pytest.fixture
 def reference_on_cpu(device, monkeypatch):
-    """The interpreter is too slow for long runs; where there is a GPU the kernels run."""
+    """The interpreter is too slow for long runs. On a GPU the kernels run."""
     if device == "cpu":
         monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
 
 
 def check_greedy_decoding(model, paged, num_steps=NUM_STEPS):
-    """Prompts of unequal lengths in one batch, over a cache that starts as NaN: the same tokens, logits within 1e-3.
+    """Prompts of different lengths in one batch, over a cache filled with NaN: equal tokens, logits within 1e-3.
 
     Returns the largest difference of a logit.
     """
@@ -161,7 +161,7 @@ def test_the_scale_is_that_of_transformers(name, device):
 
 
 def test_what_makes_the_logits_would_be_missed(device, monkeypatch):
-    """A scale without YaRN's factor, another convention, angles without theirs: each is far outside of the bound."""
+    """Without YaRN's factor in the scale or the angles, or with another convention, errors are far above the bound."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     model = model_of("V2, with unequal mscales", device)
 
@@ -187,7 +187,7 @@ def test_what_makes_the_logits_would_be_missed(device, monkeypatch):
 @pytest.mark.oldest
 @pytest.mark.parametrize("name", ["V2-Lite", "V3"])
 def test_chunks_of_unequal_lengths_by_the_kernels(name, device, monkeypatch):
-    """After the first, chunks run through decode: several new tokens each, of which the shorter are filled up."""
+    """Later chunks go through decode: several new tokens each, with shorter ones padded."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
     model, prompts = model_of(name, device), prompts_of(23, 9, 40)
     paged = PagedDeepseek(model, 12, PAGE_SIZE)
@@ -205,7 +205,7 @@ def test_chunks_of_unequal_lengths_by_the_kernels(name, device, monkeypatch):
 @pytest.mark.parametrize("name", ["V2-Lite", "V3"])
 def test_generate_ends_at_the_end_token_and_gives_pages_back(name, device):
     model = model_of(name, device)
-    model.lm_head.weight.data[EOS] *= 3  # likely, so that sequences leave the batch one by one
+    model.lm_head.weight.data[EOS] *= 3  # likely, so that sequences end at different steps
     model.generation_config.eos_token_id = EOS
     paged, prompts = PagedDeepseek(model, 40, PAGE_SIZE), prompts_of(4, 9, 13, 21, 33, 2, 7, 11)
     outputs = paged.generate(prompts, 24)
@@ -223,7 +223,7 @@ def test_a_prefix_that_was_computed_before_is_found(device):
     paged, (prompt, other) = PagedDeepseek(model, 16, PAGE_SIZE), prompts_of(38, 6)
     expected = [generated(model, tokens, 8) for tokens in (prompt, other, prompt + other)]
     assert paged.generate([prompt], 1) == [expected[0][:1]]
-    assert paged.generate([prompt, other, prompt + other], 8) == expected  # 32 tokens are there, of two of them
+    assert paged.generate([prompt, other, prompt + other], 8) == expected  # 32 tokens are cached, of two prompts
     assert paged.cache.stats().tokens_found == 2 * 32
     without = PagedDeepseek(model, 16, PAGE_SIZE, prefix_caching=False)
     assert [without.generate([prompt], 8) for _ in range(2)] == [expected[:1]] * 2
@@ -232,7 +232,7 @@ def test_a_prefix_that_was_computed_before_is_found(device):
 
 @pytest.mark.usefixtures("reference_on_cpu")
 def test_forks_and_rejected_drafts(device):
-    """Two continuations of a prompt whose last page they share, and tokens that are taken back."""
+    """Two continuations of a prompt that share its last page, and truncation of tokens."""
     model, (prompt, draft) = model_of("V2-Lite", device), prompts_of(21, 4)
     paged = PagedDeepseek(model, 8, PAGE_SIZE)
     seq, _ = paged.cache.create(prompt)
@@ -249,10 +249,10 @@ def test_forks_and_rejected_drafts(device):
 @pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, device, monkeypatch):
-    """Against the same weights in fp32, ours lose no more than twice what transformers loses in the same dtype."""
+    """Compared with fp32 weights, our error is at most twice that of transformers in the same dtype."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
     torch.manual_seed(0)
-    model_class, config = v3(first_k_dense_replace=3)  # a router's choices would turn a rounding into a jump
+    model_class, config = v3(first_k_dense_replace=3)  # a rounding could change a router's choice
     model, prompt = model_class(config).to(device, dtype), prompts_of(24)[0]
     in_fp32 = logits_of(copy.deepcopy(model).float(), prompt)[20:]
     paged = PagedDeepseek(model, 4, PAGE_SIZE)
@@ -264,7 +264,7 @@ def test_half_precision(dtype, device, monkeypatch):
 
 
 def test_an_fp8_cache(device, monkeypatch):
-    """Prompts are attended as they are, so that the first logits are exact; later ones lose what e4m3 loses."""
+    """Prompts are attended unquantized, so the first logits are exact. Later ones have the error of e4m3."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
     torch.manual_seed(0)
     model_class, config = v3(kv_lora_rank=128, num_hidden_layers=1, first_k_dense_replace=1)

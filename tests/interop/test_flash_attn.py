@@ -1,4 +1,4 @@
-"""flash-attn 2's names: signatures, positional calls, packed tensors, what is refused."""
+"""Names of flash-attn 2: signatures, positional calls, packed tensors, errors."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_dropout_follows_torchs_generator(qkv):
 
 
 def check_weights(s_dmask, out, lse, q, k, v, options):
-    """What flash-attn's tests make of S_dmask: the mask by its signs, and the output from what it says."""
+    """S_dmask as in flash-attn's tests: its signs give the mask, and its values the output."""
     seqlen_q, seqlen_k = len(q), len(k)
     assert not s_dmask[:, seqlen_q:].any()
     assert not s_dmask[:, :, seqlen_k:].any()
@@ -178,7 +178,7 @@ def test_varlen_over_pages(device, options):
     assert torch.equal(call(q, k_pages, v_pages, *lengths, **options), out)
 
 
-def test_what_is_not_served_is_refused_by_name(qkv):
+def test_unsupported_arguments_are_named(qkv):
     q, k, v = qkv.unbind(2)
     cu_seqlens = torch.tensor([0, 37], dtype=torch.int32, device=qkv.device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=qkv.device)
@@ -191,12 +191,12 @@ def test_what_is_not_served_is_refused_by_name(qkv):
         interop.flash_attn_varlen_func(*places[:4], None, 37, 37, block_table=table)
 
 
-# flash_attn_with_kvcache: ragged lengths, one of them 0, over a cache whose other slots hold NaN.
+# flash_attn_with_kvcache: ragged lengths, one of them 0, over a cache whose other slots are NaN.
 SEQLENS, CAPACITY, PAGE_SIZE, ROOM_FOR_ANGLES = (0, 9, 21), 32, 4, 40
 
 
 class Cache:
-    """A contiguous or paged cache, and the keys and values (length, heads, head_dim) that its sequences hold."""
+    """A contiguous or paged cache, and the keys and values (length, heads, head_dim) of its sequences."""
 
     def __init__(self, device, dtype, layout, first_keys=(0, 0, 0)):
         rows = 3 * (CAPACITY // PAGE_SIZE) + 2 if layout == "paged" else 5 if layout == "batch_idx" else 3

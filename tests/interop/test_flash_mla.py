@@ -1,4 +1,4 @@
-"""FlashMLA's names: signatures, its widths and layouts against fp64, hostile caches, what is refused."""
+"""Names of FlashMLA: signatures, its widths and layouts against fp64, hostile caches, errors."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, ROW_BYTES = 576, 512, 64, 656
 DEAD_ENTRY = 2147480000
 BF16, FP16 = torch.bfloat16, torch.float16
 
-# NaN is fed on purpose, and numpy speaks up when it computes with it.
+# Inputs contain NaN on purpose, and numpy warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -42,7 +42,8 @@ def test_signatures_are_flash_mlas():
 
 
 class Inputs:
-    """Queries, and a cache in shuffled pages with NaN where no key is; `rows` are each sequence's keys in fp64."""
+    """Queries, and a cache in shuffled pages with NaN in slots without a key. `rows` are each sequence's keys in
+    fp64."""
 
     def __init__(self, device, dtype=BF16, seqlens=(70, 0, 1), seqlen_q=1, num_heads=16, is_fp8=False):
         torch.manual_seed(0)
@@ -74,7 +75,7 @@ class Inputs:
         return interop.flash_mla_with_kvcache(*self.places, *metadata, is_fp8_kvcache=self.is_fp8, **options)
 
     def expected(self, causal, softmax_scale, dtype=torch.float64):
-        """out and lse of each sequence by itself, with lse +inf where a query sees no key."""
+        """out and lse of each sequence separately, with lse +inf where a query sees no key."""
         outs, lses = [], []
         for q, rows in zip(self.q.to(dtype), self.rows):
             rows = rows.to(dtype)
@@ -95,7 +96,7 @@ def plain_keys(n, dtype):
 
 
 def fp8_keys(n):
-    """n rows as bytes, and what they stand for: 512 e4m3 numbers, a scale for every 128, 64 bf16 numbers."""
+    """n rows as bytes, and their values: 512 e4m3 elements, a scale for every 128, 64 bf16 elements."""
     numbers = (100 * torch.randn(n, HEAD_DIM_V)).clamp(-448, 448).to(torch.float8_e4m3fn)
     scales = 0.002 + 0.02 * torch.rand(n, 4)
     rotary = torch.randn(n, HEAD_DIM - HEAD_DIM_V).to(BF16)
@@ -104,7 +105,7 @@ def fp8_keys(n):
 
 
 def check(inputs, causal=False, softmax_scale=None):
-    """The call is right to what torch loses in the same dtype, writes all of its results and reads nothing dead."""
+    """The call is right to torch's error in the same dtype, writes all of its results and reads no dead slot."""
     with poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext():
         out, lse = inputs.call(causal=causal, softmax_scale=softmax_scale)
     assert (out.dtype, lse.dtype) == (inputs.q.dtype, torch.float32)
@@ -112,7 +113,7 @@ def check(inputs, causal=False, softmax_scale=None):
     out64, lse64 = inputs.expected(causal, scale)
     torch_out, _ = inputs.expected(causal, scale, inputs.q.dtype)
     assert_close_to_reference(out, out64, torch_out=torch_out)
-    # Keys of an fp8 cache are multiplied in q's dtype; of others they are in it, and fp32 sums are all that rounds.
+    # Keys of an fp8 cache are multiplied in q's dtype. Other caches have it already, so only fp32 sums are rounded.
     inputs.rows = [rows.to(inputs.q.dtype).double() for rows in inputs.rows]
     difference = (inputs.expected(causal, scale)[1] - lse64)[lse64.isfinite()]
     assert_close_to_reference(lse, lse64, torch_error=difference.abs().max().item(), floor=1e-5, name="lse")
@@ -163,7 +164,7 @@ def test_fp8_may_be_the_dtype_of_the_cache(device):
 
 @pytest.mark.ci
 def test_every_signature_of_the_past(device):
-    """Metadata by position and by each of their names, tensors among them, handed on by position with the options."""
+    """Metadata by position and by each of their names, also as tensors, passed on by position with the options."""
     inputs = Inputs(device, seqlen_q=2)
     out, lse = inputs.call(causal=True, softmax_scale=0.1)
     first = interop.get_mla_metadata(inputs.seqlens, num_heads_per_head_k=32, num_heads_k=1)
@@ -183,7 +184,7 @@ def test_every_signature_of_the_past(device):
     [("heads inside pages", False), ("heads inside pages", True), ("pages inside heads", True), ("one for all", False)],
 )
 def test_heads_of_keys(device, layout, is_fp8):
-    """Each group of query heads as by a call of its own over its own head of the cache."""
+    """Each group of query heads equals a separate call over its own head of the cache."""
     inputs = Inputs(device, seqlens=(66, 0), seqlen_q=2, num_heads=6, is_fp8=is_fp8)
     if layout == "one for all":
         inputs.cache = inputs.cache.expand(-1, -1, 3, -1)
@@ -209,7 +210,7 @@ def test_heads_of_keys(device, layout, is_fp8):
 @pytest.mark.parametrize("packed", [None, "kv", "qkv"])
 @pytest.mark.parametrize("head_dim", [128, 192])
 def test_varlen_with_gradients(device, head_dim, packed):
-    """192 and 128 are the widths of DeepSeek's prefill, and gradients reach packed tensors whole."""
+    """192 and 128 are the widths of DeepSeek's prefill. The gradients of packed tensors are complete."""
     torch.manual_seed(0)
     cu_seqlens = torch.tensor([0, 11, 11, 37], dtype=torch.int32, device=device)
     qkv = torch.randn(37, 2, 2 * head_dim + 128, device=device, requires_grad=True)
@@ -251,7 +252,7 @@ def test_varlen_names_what_is_wrong(device):
     "name",
     ["indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length"],
 )
-def test_what_is_not_served_is_refused_by_name(device, name):
+def test_unsupported_arguments_are_named(device, name):
     with pytest.raises(NotImplementedError, match=f"^{name}: expected None, since sparse attention"):
         Inputs(device).call(**{name: torch.zeros(3, 1, 4, dtype=torch.int32, device=device)})
 

@@ -18,7 +18,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 HEADS, HEADS_KV, DIM, PAGE_SIZE = 4, 2, 32, 4
 FP16, FP8 = torch.float16, torch.float8_e4m3fn
 
-# NaN is fed on purpose, and numpy speaks up when it computes with it.
+# Inputs contain NaN on purpose, and numpy warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAN_OPTIONS = "rope_scale=None, rope_theta=None"

@@ -1,4 +1,4 @@
-"""A model of transformers that generates over the paged cache: token for token what it generates by itself."""
+"""A transformers model that generates over the paged cache: the same tokens as by itself."""
 
 import copy
 
@@ -16,7 +16,7 @@ PAGE_SIZE = 4
 
 @pytest.fixture(scope="module")
 def plain(device):
-    """A model whose own attention stays. Its weights are large, so that tokens differ from step to step."""
+    """A model with its own attention. Its weights are large, so that tokens differ from step to step."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -35,7 +35,7 @@ def plain(device):
 
 @pytest.fixture
 def reference_on_cpu(device, monkeypatch):
-    """The interpreter is too slow for long runs; where there is a GPU the kernels run."""
+    """The interpreter is too slow for long runs. On a GPU the kernels run."""
     if device == "cpu":
         monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
 
@@ -50,7 +50,7 @@ def prompts(*lengths):
 
 
 def run(generator, *later):
-    """Run to the end; `later[i]` is added after step i. Returns the stats after each step."""
+    """Run to the end. `later[i]` is added after step i. Returns the stats after each step."""
     history, later = [], list(later)
     while later or generator.waiting or generator.running:
         generator.step()
@@ -64,7 +64,7 @@ def run(generator, *later):
 
 
 def generated(plain, prompt, max_new_tokens, **options):
-    """What transformers generates: lists of new tokens, cut after the end token."""
+    """The tokens that transformers generates: lists of new tokens, cut after the end token."""
     ids = torch.tensor([prompt], device=plain.device)
     out = plain.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, **options
@@ -92,7 +92,7 @@ def test_greedy_requests_that_join_and_leave(plain):
     for request in requests[:3]:
         generator.add(request)
     history = run(generator, *requests[3:])
-    assert len({stats.num_sequences for stats in history}) > 2  # they came and went
+    assert len({stats.num_sequences for stats in history}) > 2  # sequences joined and left
     for request, new in zip(requests, news):
         assert request.outputs == generated(plain, request.prompt, new)
 
@@ -101,12 +101,12 @@ def test_greedy_requests_that_join_and_leave(plain):
 def test_requests_wait_for_pages_and_share_a_prompt(plain):
     prompt, other = prompts(18, 3)
     requests = [Samples(prompt, 6), Samples(other, 4), Samples(prompt, 6), Samples([*prompt, *other], 6)]
-    generator = generator_of(plain, num_pages=8)  # room for one of the long ones, or one and the short one
+    generator = generator_of(plain, num_pages=8)  # room for one of the long requests, or one of them and the short one
     for request in requests:
         generator.add(request)
     history = run(generator)
     assert max(stats.pages_held for stats in history) <= 8
-    assert history[-1].tokens_found == 16 + 16  # whole pages, of a sequence that was gone by then
+    assert history[-1].tokens_found == 16 + 16  # whole pages of a sequence that had already ended
     for request in requests:
         assert request.outputs == generated(plain, request.prompt, request.max_new_tokens)
     with pytest.raises(ValueError, match="9 pages"):
@@ -117,7 +117,7 @@ def test_requests_wait_for_pages_and_share_a_prompt(plain):
 
 @pytest.mark.usefixtures("reference_on_cpu")
 def test_parallel_samples_share_the_prompt(plain):
-    """Two prompts, one ending within a page: its last page is copied when the samples part."""
+    """Two prompts, one ending within a page. Its last page is copied when the samples diverge."""
     first, second, greedy = prompts(18, 12, 7)
     requests = [Samples(first, 10, 4, 0.8, seed=1), Samples(second, 8, 4, 1.3, seed=2)]
     generator = generator_of(plain)
@@ -159,7 +159,7 @@ def test_beam_search(plain):
 
 @pytest.mark.usefixtures("reference_on_cpu")
 def test_branches_that_end_early(plain):
-    """An end token that is likely, so that branches end one by one, and a search once it cannot become better."""
+    """A likely end token, so that branches end at different steps, and a search ends once it cannot improve."""
     plain = copy.deepcopy(plain)
     plain.lm_head.weight.data[EOS] *= 3
     generator = generator_of(plain, num_pages=128)
@@ -185,8 +185,8 @@ def test_branches_that_end_early(plain):
     assert min(num_steps) < max(num_steps)
 
 
-def test_the_kernels_serve_it(plain, monkeypatch):
-    """A greedy request, two samples and two beams in one batch, by the kernels of this process."""
+def test_the_kernels_run(plain, monkeypatch):
+    """A greedy request, two samples and two beams in one batch, with the kernels of this process."""
     calls = []
     append_kernel, paged_kernel = append.launch_append_kv_cache, paged_api._kernel()
     monkeypatch.setattr(append, "launch_append_kv_cache", lambda *a: (calls.append("append"), append_kernel(*a)))
@@ -197,7 +197,7 @@ def test_the_kernels_serve_it(plain, monkeypatch):
     generator.add(requests[0])
     generator.add(requests[1])
     history = run(generator, requests[2])
-    num_launches = len(history) * 2  # a layer each
+    num_launches = len(history) * 2  # one per layer
     assert calls.count("append") == calls.count("attend") == num_launches
     assert max(stats.pages_shared for stats in history) > 0
     assert requests[0].outputs == generated(plain, greedy, 4)

@@ -24,7 +24,7 @@ BATCH, NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 2, 2, 1, 16
 
 @pytest.fixture(autouse=True)
 def kernels_only(monkeypatch):
-    """The kernel, never the reference; its memory accesses are checked where they can be."""
+    """The kernel, never the reference. Its memory accesses are checked if possible."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
     with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
         yield accesses
@@ -34,7 +34,7 @@ def kernels_only(monkeypatch):
 
 
 def packed(mask_function, position_ids):
-    """The mask function that transformers makes of rows whose positions start anew with every sequence."""
+    """The mask function that transformers builds for rows whose positions restart with every sequence."""
     ids = masking_utils.find_packed_sequence_indices(position_ids)
     if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # since 5.18 or later
         mask_function = masking_utils.remap_positions_for_packed_sequence(mask_function, position_ids)
@@ -178,7 +178,7 @@ def test_layer_without_a_mask_follows_its_own_window(device):
 
 
 def test_dropout_drops_weights_and_scales_the_others(device):
-    """Values are the identity: outputs are weights."""
+    """Values are the identity, so outputs are the weights."""
     q, k, _ = (x.to(device) for x in layer_inputs({"q_length": 9, "kv_length": HEAD_DIM}))
     v = torch.eye(HEAD_DIM, device=device).expand(BATCH, NUM_HEADS_KV, -1, -1)
     layer = SimpleNamespace(is_causal=False)
@@ -191,7 +191,7 @@ def test_dropout_drops_weights_and_scales_the_others(device):
 
 @pytest.mark.parametrize("max_length", [None, 6])
 def test_bounds_of_packed_sequences(max_length, device):
-    """As a collator for training without padding gives them: all rows one after the other."""
+    """In the form of a collator for padding-free training: all rows concatenated."""
     q, k, v = (x.to(device) for x in layer_inputs(PROMPT))
     layer = SimpleNamespace(is_causal=True)
     out, _ = attention(
@@ -244,7 +244,7 @@ def test_unsupported_masks(mask_function, sizes, padding, message):
     ],
     ids=lambda argument: next(iter(argument)),
 )
-def test_arguments_that_are_not_served(argument):
+def test_unsupported_arguments(argument):
     arguments = {"attention_mask": None, "output_attentions": False, "position_bias": None} | argument
     with pytest.raises(NotImplementedError, match=next(iter(argument))):
         attention(SimpleNamespace(is_causal=True), *layer_inputs(PROMPT), **arguments)
@@ -299,7 +299,7 @@ def model(request, device):
 
 
 def decoder(config):
-    """Weights larger than at the start of a training, so that logits differ from token to token."""
+    """Weights larger than at initialization, so that logits differ from token to token."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, weight in model.named_parameters():
@@ -309,7 +309,7 @@ def decoder(config):
 
 
 def prompts(side, device):
-    """Two prompts, the second shorter than the windows and padded on the given side."""
+    """Two prompts. The second is shorter than the windows and padded on the given side."""
     torch.manual_seed(1)
     attention_mask = torch.ones(2, 13, dtype=torch.int64, device=device)
     attention_mask[1, slice(10) if side == "left" else slice(-10, None)] = 0
@@ -359,7 +359,8 @@ def test_gradients_of_a_training_step(side, device):
 @pytest.mark.parametrize("padding", [NONE, [[1] * 9] * 2])
 @pytest.mark.parametrize("name", ["llama: grouped query heads", "gpt-oss: sinks"])
 def test_positions_that_start_anew_are_packed_sequences(name, padding, device):
-    """As flash_attention_2 serves them: llama tells its mask, gpt-oss its layers alone, and only for one row."""
+    """As with flash_attention_2: llama passes positions to its mask, gpt-oss only to its layers and only for one
+    row."""
     model = decoder(CONFIGS[name]).to(device)
     model.set_attn_implementation("triton_attn")
     torch.manual_seed(1)
@@ -374,7 +375,7 @@ def test_positions_that_start_anew_are_packed_sequences(name, padding, device):
 
 
 def test_rows_after_the_last_packed_sequence_change_no_gradient(device):
-    """A packed batch that is padded to a fixed size: its gradients are those of the batch without the padding."""
+    """A packed batch padded to a fixed size has the gradients of the batch without padding."""
     torch.manual_seed(1)
     tokens = torch.randint(1, 64, (1, 13), device=device)
     bounds = torch.tensor([0, 6, 9], dtype=torch.int32, device=device)

@@ -1,4 +1,6 @@
-"""Models of transformers under torch.compile(fullgraph=True): as with their own attention, or a clear error."""
+"""Models of transformers under torch.compile(fullgraph=True): the same results as with their own attention, or a clear
+error.
+"""
 
 import copy
 
@@ -42,7 +44,7 @@ def one_graph_each(monkeypatch):
 
 
 def decoder(config, device, implementation):
-    """Always with the same weights; of a config of its own, which keeps the implementation."""
+    """Always the same weights, with a separate config object, since the config stores the implementation."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(device).eval()
     for name, weight in model.named_parameters():
@@ -74,7 +76,7 @@ def compiled(model, backend="eager"):
     ],
 )
 def test_padded_prompts(config, lengths, device):
-    """A second length is the last to be compiled for."""
+    """The second length is the last one that is compiled."""
     plain, ours = decoder(config, device, "eager"), compiled(decoder(config, device, "triton_attn"))
     for seqlen in lengths:
         tokens, padding = padded_prompts(seqlen, device)
@@ -123,7 +125,7 @@ POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6, 
     ],
 )
 def test_a_training_step_over_packed_sequences(padding, device):
-    """The mask is told the positions, or the layers alone are."""
+    """Positions are passed to the mask, or only to the layers."""
     tokens, _ = padded_prompts(9, device)
     inputs = {"position_ids": POSITIONS.to(device), "use_cache": False, "labels": tokens}
     inputs["attention_mask"] = None if padding is None else padding.to(device)
@@ -139,7 +141,7 @@ def test_a_training_step_over_packed_sequences(padding, device):
 
 @torch.no_grad()
 def test_padding_between_tokens_under_a_window(device):
-    """What only the values tell is refused when the graph runs."""
+    """Errors that depend on values are raised when the graph runs."""
     tokens, padding = padded_prompts(9, device)
     padding[0, 4] = 0
     ours = compiled(decoder(MISTRAL, device, "triton_attn"))
@@ -156,11 +158,11 @@ def test_a_model_that_reads_its_mask(device):
         compiled(model)(tokens, attention_mask=padding, use_cache=False)
 
 
-# What mask functions show, called with stand-ins for their indices
+# Patterns of mask functions, called with stand-ins for their indices
 
 
 def window_function(left, right):
-    """As models of transformers write it that see `left` keys to the left and `right` to the right of their own."""
+    """In the form of transformers models that see `left` keys to the left and `right` to the right of their own."""
 
     def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
         distance = q_idx - kv_idx
@@ -220,7 +222,7 @@ def test_mask_functions_that_are_refused(mask_function, message):
 
 
 def test_positions_without_their_sequences_are_refused():
-    """On transformers that remap positions: those of another sequence would seem near."""
+    """On transformers that remap positions, tokens of another sequence would seem near."""
     if not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
         pytest.skip("positions are not remapped here")
     remapped = masking_utils.remap_positions_for_packed_sequence(CAUSAL, POSITIONS)

@@ -1,7 +1,7 @@
-"""Every architecture of transformers that reads text: as with its own attention, or a clear refusal.
+"""Every text architecture of transformers: the same results as with its own attention, or a clear refusal.
 
-Each model is made tiny from its default configuration, by the names that sizes have there. The reference computes the
-attention: what is judged is which keys each query is said to see.
+Each model is made tiny from its default configuration, through the names of its sizes. The reference computes the
+attention, so the test checks which keys each query sees.
 """
 
 import inspect
@@ -37,7 +37,7 @@ SIZES = {
     0: "pad_token_id",
 }
 TINY = {name: size for size, names in SIZES.items() for name in names.split()}
-# The defaults of these fit no model, or none that is tiny.
+# The defaults of these fit no tiny model, or no model at all.
 LATENT = {"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 SPECIAL = {
@@ -49,7 +49,7 @@ SPECIAL = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bigbird_pegasus": {"attention_type": "original_full"},
-    "codegen": {"n_head": 4},  # before 5.24 its heads stand in four parts
+    "codegen": {"n_head": 4},  # before 5.24 its heads are in four groups
     "diffllama": {"num_key_value_heads": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "led": {"attention_window": 4},
@@ -79,7 +79,7 @@ def _tiny(config_class, **special):
 
 
 def model_class_of(config):
-    """The class with a head for text, where there is one."""
+    """The class with a text head, if there is one."""
     kinds = ["CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM"]
     if config.is_encoder_decoder:
         kinds[:2] = kinds[1::-1]
@@ -102,7 +102,7 @@ ALL = sorted(
 
 
 class NotMade(Exception):
-    """There is no tiny model of this architecture that its own attention can run."""
+    """This architecture has no tiny model that runs with its own attention."""
 
 
 def models_of(name):
@@ -125,7 +125,7 @@ def models_of(name):
 
 
 def outputs_of(model):
-    """Outputs at the tokens of whole rows and of padded ones, and how earlier ones move with the last token."""
+    """Outputs at the tokens of whole and of padded rows, and the change of earlier ones when the last token changes."""
     torch.manual_seed(1)
     tokens = torch.randint(3, 60, (2, SEQLEN))
     padding = torch.ones_like(tokens)
@@ -144,13 +144,13 @@ def outputs_of(model):
 
     first_tokens = tokens
     whole, padded, moved = call(tokens), call(tokens, attention_mask=padding), call(changed)
-    if not encoder_decoder:  # where the padding is the encoder's, every output counts
+    if not encoder_decoder:  # if the padding is in the encoder, every output counts
         padded = padded[padding.bool()]
     return {"whole": whole, "padded": padded, "moved": (moved - whole)[:, :-1]}
 
 
 def judge(name):
-    """ "right" or the refusal. Fails with anything else, and raises NotMade."""
+    """ "right" or the refusal. Fails for anything else, and raises NotMade."""
     try:
         make = models_of(name)
         expected = outputs_of(make("eager"))
@@ -164,7 +164,7 @@ def judge(name):
         if re.search("triton_attn.*(eager|sdpa)", str(refusal)):
             return str(refusal)
         raise
-    except KeyError as error:  # models with a class of their own for each attention, which transformers looks up
+    except KeyError as error:  # models with a separate class for each attention, which transformers looks up
         if error.args == ("triton_attn",):
             return str(error)
         raise
@@ -212,7 +212,7 @@ def test_refused(name, message):
 
 @pytest.mark.full
 def test_every_architecture(record_property):
-    """None is wrong, none fails otherwise."""
+    """No model is wrong, and none fails otherwise."""
     outcomes, wrong = {}, []
     for name in ALL:
         try:

@@ -11,14 +11,14 @@ from triton_attn import flash_attention, merge_attention, reference
 from triton_attn.testing import assert_close_to_reference
 from triton_attn.toolchain import guard
 
-# NaN is fed on purpose, and numpy speaks up when it computes with it.
+# Inputs contain NaN on purpose, and numpy warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="guards interpreted kernels")
 
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("cuts", [(0, 0, 30), (10,), (1, 2, 3, 29)])
-def test_parts_of_the_keys_give_attention_over_all(cuts):
+def test_splits_merge_to_attention_over_all_keys(cuts):
     q, k, v = (torch.randn(2, rows, heads, 32, device=DEVICE) for rows, heads in ((5, 4), (30, 2), (30, 2)))
     expected, expected_lse = flash_attention(q, k, v, return_lse=True)
     bounds = [0, *cuts, 30]
@@ -28,8 +28,8 @@ def test_parts_of_the_keys_give_attention_over_all(cuts):
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
-def test_more_parts_than_are_loaded_at_once():
-    """Each as heavy as all before it, so that sums of earlier loads shrink."""
+def test_more_splits_than_are_loaded_at_once():
+    """Each is as heavy as all before it, so that sums of earlier loads shrink."""
     outs, _ = parts_of(0, 70, 1, 2, 3, 24, torch.float32, 0.0, 1.0)
     lses = (math.log(2) * torch.arange(70.0)).view(70, 1, 1, 1).expand(70, 1, 3, 2).to(DEVICE)
     for result, exact in zip(merge_attention(outs, lses), in_float64(outs, lses)):

@@ -10,7 +10,7 @@ from triton_attn import merge_attention
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
 
-# NaN is fed on purpose, and numpy speaks up when it computes with it.
+# Inputs contain NaN on purpose, and numpy warns about it.
 pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
@@ -27,14 +27,14 @@ pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWar
     spread=st.sampled_from([1.0, 100.0]),
     seed=st.integers(0, 2**16),
 )
-def test_random_parts(num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread, seed):
+def test_random_splits(num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread, seed):
     outs, lses = parts_of(seed, num_parts, batch, seqlen_q, num_heads, head_dim_v, dtype, share_empty, spread)
     with guard(), poisoned_empty():
         out, lse = merge_attention(outs, lses)
     out64, lse64 = in_float64(outs, lses)
     assert out.dtype == dtype
     largest = outs[outs.isfinite()].abs().amax().item() if outs.isfinite().any() else 0.0
-    # A weight carries the rounding of its exponent, which exp2 takes at up to 4 * spread.
+    # A weight has the rounding error of its exponent, and the argument of exp2 is up to 4 * spread.
     eps = max(torch.finfo(dtype).eps, 8 * spread * torch.finfo(torch.float32).eps)
     assert_close_to_reference(out, out64, floor=eps * largest)
     finite = lse64[lse64.isfinite()]

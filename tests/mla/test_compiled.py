@@ -1,8 +1,8 @@
-"""What MLA compiles to at its defaults: resources, instructions, and how fast the loop can run.
+"""Compiled code of MLA at its defaults: resources, instructions, and the rate of the loop.
 
-`lock` and `bound` are TFLOP/s of perf/model/loop_model.py, useful products only. `TB/s` are the bytes of the cache that
-the loop takes in a second in that model, which knows no memory: above what memory gives, a decode step waits for
-memory.
+`lock` and `bound` are TFLOP/s of perf/model/loop_model.py, counting useful matmuls only. `TB/s` are the cache bytes
+that the loop consumes per second in that model, which does not include memory. A decode step whose TB/s exceed the
+memory bandwidth waits for memory.
 """
 
 import pytest
@@ -46,7 +46,7 @@ def compile_decode(
     weights=True,
     return_lse=False,
 ):
-    """The launches of a call: with weights absorption, attention, merge and projection."""
+    """The launches of a call. With weights: absorption, attention, merge and projection."""
     q_nope = torch.empty(BATCH, seqlen_q, num_heads, NOPE if weights else RANK, dtype=dtype)
     q_pe = torch.empty(BATCH, seqlen_q, num_heads, ROPE, dtype=dtype)
     cache = torch.empty(BATCH * MAX_PAGES, page_size, 656 if is_fp8 else RANK + ROPE, dtype=dtype)
@@ -61,7 +61,7 @@ def compile_decode(
     return launches
 
 
-# Of those with some 100 KB of shared memory sm_120 stands for sm_86 and sm_89 in the slice.
+# Of the GPUs with some 100 KB of shared memory, sm_120 represents sm_86 and sm_89 in the smaller levels.
 SLICE = {(arch, num_heads, "bf16") for arch in ARCHS[:1] + ARCHS[3:] for num_heads in (16, 128)}
 SLICE |= {("sm_90", num_heads, variant) for num_heads in (16, 128) for variant in VARIANTS}
 SLICE |= {("sm_80", 128, "fp8"), ("sm_100", 128, "fp8"), ("gfx942", 128, "fp8"), ("gfx942", 16, "fp32")}
@@ -108,7 +108,7 @@ def test_decode(arch, num_heads, variant, record_property):
     if arch == "sm_90" and num_heads == 128 and variant != "fp32":
         assert decode.uses_wgmma
         assert report.hot.useful == 1  # no warpgroup repeats the other's scores
-        assert report.hot.histogram["WARPGROUP"] < 12  # products do not wait for each other
+        assert report.hot.histogram["WARPGROUP"] < 12  # matmuls do not wait for each other
         assert report.lock >= (360 if "fp8" in variant else 510 if "pages" not in variant else 450)
 
 
@@ -143,7 +143,7 @@ def test_merge_and_projection(arch, num_tokens, splits, record_property):
 
 
 def compile_prefill(arch, mode, dtype=torch.bfloat16, dim=NOPE, packed=False, return_lse=False):
-    """The launches of a call; those of a backward pass too, where there is one."""
+    """The launches of a call, and of its backward pass if there is one."""
     outer = (1024,) if packed else (1, 1024)
     shapes = [(*outer, 4, dim), (*outer, 4, ROPE), (*outer, RANK), (*outer, ROPE), (4, dim, RANK), (4, dim, RANK)]
     options = {"return_lse": return_lse}
@@ -159,7 +159,7 @@ PREFILL_ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDE = {"256": {"dim": 256}, "512": {"dim": 512}}
 PREFILL_VARIANTS = {"bf16": {}, "packed": {"packed": True}, "fp32": {"dtype": torch.float32}, **WIDE}
 PREFILL_VARIANTS |= {"lse": {"return_lse": True}}
-# Bytes spilled around the loop over latent numbers, once for a tile of keys, at the widths of DeepSeek.
+# Bytes spilled around the loop over latent elements, which runs once per tile of keys, at DeepSeek's widths.
 FUSED_SPILLS = {"sm_80": 52, "sm_86": 16, "sm_90": 140, "sm_100": 16, "sm_120": 56, "gfx942": 0}
 PREFILL_SLICE = {(arch, mode, "bf16") for arch in set(PREFILL_ARCHS) - {"sm_86"} for mode in ("fused", "materialized")}
 PREFILL_SLICE |= {(arch, "absorbed", "bf16") for arch in ("sm_80", "sm_86")}
@@ -207,7 +207,7 @@ def test_prefill(arch, mode, variant, record_property):
 
 
 def test_a_new_length_is_no_new_compilation():
-    """But for powers of two between lengths: a tile of the last kernel holds that many tokens and splits."""
+    """Only powers of two matter: a tile of the last kernel holds that many tokens and splits."""
     first, second = (
         compile_decode("sm_90", 128, seqlen_q=seqlen_q, num_splits=num_splits)
         for seqlen_q, num_splits in ((3, 3), (4, 4))
@@ -218,9 +218,9 @@ def test_a_new_length_is_no_new_compilation():
 @pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize(("mode", "bound"), [("fused", 0), ("absorbed", 6_700_000), ("materialized", 1_600_000)])
 def test_a_new_length_of_a_prompt_is_no_new_compilation(mode, bound):
-    """Of 16 heads a chunk has room for 9 or 10, and takes 8 at any of these lengths."""
+    """A chunk has room for 9 or 10 of the 16 heads, and takes 8 at any of these lengths."""
     compiled = set()
-    for seqlen in (302, 304, 330):  # odd ones have strides that 16 does not divide: once more
+    for seqlen in (302, 304, 330):  # odd lengths have strides that 16 does not divide: one more compilation
         shapes = [(1, seqlen, 16, NOPE), (1, seqlen, 16, ROPE), (1, seqlen, RANK), (1, seqlen, ROPE)]
         shapes += [(16, NOPE, RANK), (16, VALUE, RANK)]
         with compile_only("sm_90") as launches:

@@ -1,4 +1,4 @@
-"""Which tiles MLA runs with: defaults fit every GPU, spaces begin with them and hold what can run."""
+"""Tiles of MLA: defaults fit every GPU, search spaces begin with the default and contain only configs that can run."""
 
 import itertools
 

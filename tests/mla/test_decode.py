@@ -1,4 +1,4 @@
-"""mla_decode: each settled semantic in an example one can read."""
+"""mla_decode: one readable example for each convention."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from triton_attn import mla_decode, reference
 from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.toolchain import guard
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -41,7 +41,7 @@ def test_the_widths_of_deepseek(dtype, is_fp8):
 @pytest.mark.parametrize("page_size", [16, 64], ids=["halves", "one piece"])
 @pytest.mark.parametrize("kv_lora_rank", [64, 512])
 def test_the_form_of_sm_90(kv_lora_rank, page_size, causal):
-    """Each product of the scores in a branch of its own: masked and plain tiles, splits that begin in the middle."""
+    """Each matmul of the scores is in a branch of its own: masked and full tiles, splits that begin in the middle."""
     sizes = dict(seqlen_q=3, seqlens_k=(150, 64, 2), num_heads=9, num_splits=2)
     tiles = MlaDecodeConfig(64, 64, 8, 1)
     check(Case(kv_lora_rank=kv_lora_rank, page_size=page_size, causal=causal, config=tiles, **sizes))
@@ -76,7 +76,7 @@ def test_a_query_without_keys():
 @pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_a_sequence_is_the_same_in_any_batch(num_splits):
-    """Bitwise, where the number of splits is given."""
+    """Bitwise, if the number of splits is given."""
     inputs = Inputs(Case(seqlen_q=2, num_heads=20))
     seqlens = torch.tensor(inputs.case.seqlens_k, dtype=torch.int32, device=DEVICE)
 
@@ -118,7 +118,7 @@ def test_the_reference_has_the_same_arguments_and_result():
 @pytest.mark.parametrize("num_splits", [1, 5])
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
 def test_a_key_is_loaded_once_for_the_heads_of_a_tile(num_splits, is_fp8, record_property):
-    """As key and as value at once, for 64 heads; the last tile is filled up with the last key."""
+    """As key and as value at once, for 64 heads. The last tile is padded with the last key."""
     seqlens_k = (569, 315)
     config = MlaDecodeConfig(64, 64, 8, 1)
     case = Case(

@@ -1,4 +1,5 @@
-"""Wrong arguments of the MLA functions: which argument, what was expected, what came, and nothing launched."""
+"""Wrong arguments of the MLA functions: the error names the argument, the expected and the actual value; no
+launches."""
 
 import pytest
 import torch

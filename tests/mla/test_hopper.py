@@ -1,4 +1,6 @@
-"""hopper.py's kernel: which calls it serves, what it compiles to. tests/gpu/test_mla_hopper.py says what it does."""
+"""The kernel of hopper.py: which calls it supports, and its compiled code. tests/gpu/test_mla_hopper.py tests its
+results.
+"""
 
 import json
 import re
@@ -22,7 +24,7 @@ BATCH, PAGES, NOPE, RANK, ROPE, VALUE = 4, 16, 128, 512, 64, 128
 
 @pytest.fixture(autouse=True)
 def no_tables(monkeypatch):
-    """Neither the package's table nor the environment's chooses."""
+    """Without the package's table and the environment's."""
     monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
     use_tuned(None)
     yield
@@ -70,7 +72,7 @@ def decode(
 
 
 def kernel_of(**options):
-    """The name of the one that attends."""
+    """The name of the attention kernel."""
     (name,) = {launch.name for launch in decode(**options)} & {HOPPER, PORTABLE}
     return name
 
@@ -91,7 +93,7 @@ def kernel_of(**options):
     ids=lambda call: " ".join(map(str, call)) or "plain",
 )
 def test_what_it_compiles_to(call, wanted, record_property):
-    """It fits, loads by TMA, spills nothing, and scales no output before all products of a step are under way."""
+    """It fits, loads by TMA, spills nothing, and rescales no output before all matmuls of a step are in flight."""
     (launch,) = (launch for launch in decode(**call) if launch.name == HOPPER)
     report = loop_model.analyze(launch.kernel).row()
     record_property(
@@ -106,12 +108,12 @@ def test_what_it_compiles_to(call, wanted, record_property):
     assert report["spills"] == 0
     assert report["useful share"] == 1.0
     assert report["bound TFLOP/s"] >= 940
-    # In each group's loop the other's output is waited for with the scores still in flight.
+    # In each group's loop the wait for the other's output leaves the scores in flight.
     assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == 2
 
 
 def test_scores_are_under_way_before_anything_is_waited_for(wanted):
-    """In the machine code, where ptxas is free to wait earlier; and weights come before the output that needs them."""
+    """In the machine code, where ptxas may wait earlier; weights come before the output that needs them."""
     launch = next(launch for launch in decode() if launch.name == HOPPER)
     loops = list(sass.disassemble(launch.kernel.asm["cubin"]).mma_loops())
     assert len(loops) == 2
@@ -132,7 +134,7 @@ def test_scores_are_under_way_before_anything_is_waited_for(wanted):
 @pytest.mark.ci(but_each=5)
 @pytest.mark.parametrize("page_size", [64, 128, 192])
 @pytest.mark.parametrize("num_heads", [64, 128, 192])
-def test_which_calls_it_serves(num_heads, page_size, wanted):
+def test_which_calls_it_supports(num_heads, page_size, wanted):
     def one_layer(cache):
         return torch.empty(cache.shape[0], 3, *cache.shape[1:], dtype=cache.dtype)[:, 1]
 
@@ -193,7 +195,7 @@ def test_prefill_is_the_portable_kernels(wanted):
 @pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
-    """By an entry for the dtype; TRITON_ATTN_KERNELS=portable comes before it."""
+    """By an entry for the dtype. TRITON_ATTN_KERNELS=portable takes precedence."""
     assert kernel_of(dtype=dtype) == PORTABLE
     entry = {
         "family": "mla_hopper",

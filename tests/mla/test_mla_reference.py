@@ -1,4 +1,4 @@
-"""The two forms of latent attention are one, and a paged cache changes nothing."""
+"""Both forms of latent attention are equal, and a paged cache does not change the result."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""mla_prefill in each schedule: gradients, memory, and each settled semantic in an example."""
+"""mla_prefill in each schedule: gradients, memory, and one readable example for each convention."""
 
 import inspect
 import itertools
@@ -15,7 +15,7 @@ from triton_attn import mla_prefill, reference
 from triton_attn.mla import autograd
 from triton_attn.mla.schedule import MODES
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -38,15 +38,15 @@ def test_packed_sequences(mode, seqlens):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_products_of_torch_read_no_row_after_the_last(mode, dtype):
-    """Where 32 does not divide the width of a row, AMX reads past it, and what is there may be NaN."""
+def test_matmuls_of_torch_read_no_row_after_the_last(mode, dtype):
+    """AMX reads past the end of a row whose width is not a multiple of 32, and NaN may be there."""
     sizes = dict(packed=True, seqlens_q=(5, 3), seqlens_k=(7, 12), kv_lora_rank=100, spare_rows=3)
     with NoNanIsRead():
         check(Case(mode, dtype, **sizes))
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_head_whose_keys_exceed_the_workspace_is_taken_in_parts(packed):
+def test_a_head_whose_keys_exceed_the_workspace_is_split(packed):
     case = Case("materialized", packed=packed, seqlens_q=(20, 20), seqlens_k=(300, 300), max_workspace_bytes=20_000)
     check(case)
     assert case.max_workspace_bytes < 600 * (32 + 24) * 2
@@ -182,7 +182,7 @@ def test_opcheck_and_compile():
 
 
 class Allocations(Instrument):
-    """Bytes of each tensor that comes to life."""
+    """Bytes of each allocated tensor."""
 
     def __init__(self):
         super().__init__()
@@ -198,7 +198,7 @@ class Allocations(Instrument):
 @pytest.mark.ci(but_each=2)
 @pytest.mark.parametrize("packed", [False, True])
 def test_memory_besides_outputs(packed, record_property):
-    """Of fused none; of the others no more than the bound, whatever the context."""
+    """0 for "fused". For the others at most the bound, at any context."""
     case = Case("fused", packed=packed, seqlens_q=(20, 20), seqlens_k=(400, 400), num_heads=4)
     for mode, bound in (("fused", 0), ("materialized", 2**28), ("materialized", 100_000), ("materialized", 21_000)):
         inputs = Inputs(replace(case, mode=mode, max_workspace_bytes=bound or 2**28))
@@ -216,7 +216,7 @@ def test_memory_besides_outputs(packed, record_property):
 
 
 def test_floor_counts_what_rounding_may_do():
-    """The floor of these tests is far below the values: a kernel that is wrong does not pass by it."""
+    """The floor of these tests is far below the values, so a wrong kernel does not pass by it."""
     case = Case("fused", torch.bfloat16)
     inputs = Inputs(case)
     out64, _ = inputs.expected(torch.float64)

@@ -10,7 +10,7 @@ from hypothesis import given, seed, settings
 
 from triton_attn.mla.schedule import MODES
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 

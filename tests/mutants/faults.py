@@ -1,4 +1,4 @@
-"""Faults that a test must catch: what stands in a file once, and what is planted there."""
+"""Faults that a test must catch: a text that occurs once in a file, and its faulty replacement."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ class Fault:
     file: str  # in the checkout
     old: str
     new: str
-    group: str  # of tests, in GROUPS
+    group: str  # group of tests, in GROUPS
 
 
 @dataclass(frozen=True)
 class Tests:
-    """Arguments of pytest, and whether kernels are compiled there."""
+    """Arguments of pytest, and whether kernels are compiled."""
 
     arguments: tuple
     compiled: bool = False

@@ -26,7 +26,7 @@ PASSED, TESTS_FAILED, NO_TESTS = 0, 1, 5  # exit codes of pytest
 
 
 def copy_checkout(folder):
-    """What git tracks, as it is now."""
+    """The files that git tracks, in their present state."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in files.splitlines():
         if (ROOT / name).is_file():
@@ -35,7 +35,7 @@ def copy_checkout(folder):
 
 
 def run_tests(folder, tests, limit):
-    """(exit code of pytest or None if the time was over, the first test that failed)"""
+    """(exit code of pytest, or None after a timeout; the first failed test)"""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_ATTN_TESTS": "ci"}
     env.pop("TRITON_INTERPRET", None)
     if not tests.compiled:

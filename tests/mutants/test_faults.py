@@ -1,4 +1,4 @@
-"""The table of planted faults is up to date: each can be planted, and its tests are there."""
+"""The table of faults is up to date: each fault can be planted, and its tests exist."""
 
 import ast
 from collections import Counter

@@ -1,8 +1,8 @@
-"""What attention over a cache compiles to at its defaults: resources and instructions; when it compiles; host cost.
+"""Compiled code of attention over a cache at its defaults: resources, instructions, recompilation, host cost.
 
-`TB/s` are the bytes of keys and values that the interior loop takes in a second, in the cycle model of
-perf/model/loop_model.py, which knows no memory: where they exceed what memory gives, a decode step waits for memory
-alone.
+`TB/s` are the bytes of keys and values that the loop over full tiles consumes per second, in the cycle model of
+perf/model/loop_model.py, which does not include memory. A decode step whose TB/s exceed the memory bandwidth waits only
+for memory.
 """
 
 from unittest import mock
@@ -33,7 +33,7 @@ VARIANTS = {
     "varlen": {"varlen": True},
     "contiguous": {"contiguous": True},
 }
-# Bytes spilled, by (arch, head dim, rows, variant): the most of Triton 3.6.0 and 3.9.0. Tiles that spill nothing would
+# Bytes spilled, by (arch, head dim, rows, variant): the maximum of Triton 3.6.0 and 3.9.0. Tiles without spills would
 # cost the other variants 5 to 30 % of `lock`.
 KNOWN_SPILLS = {
     ("sm_80", 40, "decode", "fp8_e5m2"): 4,
@@ -50,7 +50,9 @@ KNOWN_SPILLS = {
 
 
 def loop_rate(launch):
-    """TB/s of keys and values in the interior loop: if everything overlaps, and if products and softmax never do."""
+    """TB/s of keys and values in the loop over full tiles: with full overlap, and without overlap of matmuls and
+    softmax.
+    """
     report, constants = loop_model.analyze(launch.kernel), launch.constexprs
     bytes_per_flop = (1 if constants["FLOAT8"] else 2) / (2 * constants["BLOCK_M"])
     return report.bound * bytes_per_flop, report.lock * bytes_per_flop
@@ -123,8 +125,8 @@ def test_default(arch, head_dim, rows, variant, record_property):
     if rows == "decode" or head_dim <= 256:
         assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
     if rows == "prefill" and head_dim <= 192 and arch in ("sm_80", "sm_90"):
-        assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's products
-    # Heads of 40 fp8 are aligned to 8 bytes alone: nothing is loaded ahead.
+        assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's matmuls
+    # Heads of 40 fp8 elements are aligned to 8 bytes only, so nothing is prefetched.
     by_16_bytes = head_dim * (1 if constants["FLOAT8"] else 2) % 16 == 0
     assert (constants["VECTOR_CACHE"] > 1) == by_16_bytes
     if arch == "gfx942":
@@ -161,9 +163,9 @@ class NoReadBack(Instrument):
 
 @pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("variant", ["plain", "splits", "varlen"])
-def test_nothing_is_read_back(variant):
+def test_no_device_to_host_sync(variant):
     with NoReadBack(), pytest.raises(AssertionError):
-        torch.ones(1).item()  # the test can tell
+        torch.ones(1).item()  # the test can fail
     with NoReadBack():
         compile_default("sm_90", 128, "draft", variant)
         if variant != "splits":
@@ -181,7 +183,7 @@ def test_lengths_and_batches_compile_no_other_kernel():
                 seqlens = torch.empty(batch, dtype=torch.int32)
                 paged_attention(q, cache, cache, seqlens, tables, num_splits=3)
     assert {launch.name for launch in launches} == {"_paged_fwd_kernel", "_merge_kernel"}
-    # The stride of the parts is a multiple of 16 whatever the batch, that of the table is not.
+    # The stride of the splits is a multiple of 16 for any batch, that of the table is not.
     assert len({launch.kernel.hash for launch in launches if launch.name == "_merge_kernel"}) == 1
     assert len({launch.kernel.hash for launch in launches if launch.name == "_paged_fwd_kernel"}) <= 3
 
@@ -189,7 +191,7 @@ def test_lengths_and_batches_compile_no_other_kernel():
 @pytest.mark.oldest
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_host_cost(num_splits, record_property):
-    """A decode call costs at most 2.5 times the bare launches that it makes, with the same arguments at hand."""
+    """A decode call costs at most 2.5 times its bare launches with prepared arguments."""
     given = arguments(128, 1)
     with compile_only("sm_90", every_launch=False):
 
@@ -213,4 +215,4 @@ def test_host_cost(num_splits, record_property):
         cost = median_microseconds(calls)
     figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits, "
     record_property("figure", f"{figure}{cost['bare launches']:.0f} us the bare launches that it makes")
-    assert cost["call"] <= 3 * cost["bare launches"]  # 2.0 on one processor, 2.3 to 2.6 on another
+    assert cost["call"] <= 3 * cost["bare launches"]  # 2.0 on one CPU, 2.3 to 2.6 on another

@@ -1,4 +1,4 @@
-"""Which tiles attention over a cache runs with."""
+"""Tiles of attention over a cache."""
 
 import pytest
 import torch

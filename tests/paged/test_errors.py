@@ -1,4 +1,4 @@
-"""Bad arguments of paged_attention: an error that names the argument, before anything is launched or written."""
+"""Wrong arguments of paged_attention: the error names the argument, before anything is launched or written."""
 
 import pytest
 import torch

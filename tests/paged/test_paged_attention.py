@@ -1,4 +1,4 @@
-"""Attention over a cache: each settled semantic in an example one can read."""
+"""Attention over a cache: one readable example for each convention."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.toolchain import guard
 
-# NaN and infinity are fed on purpose, and numpy speaks up when it computes with them.
+# Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
 
@@ -113,7 +113,7 @@ def test_a_cache_in_pages_is_attention_over_keys_in_a_row():
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_a_sequence_is_the_same_in_any_batch(num_splits):
-    """Bitwise, where the number of splits is given."""
+    """Bitwise, if the number of splits is given."""
     inputs = Inputs(replace(PLAIN, seqlens_q=(2, 2, 2), seqlens_k=(47, 100, 5)))
     q, seqlens = inputs.q.view(3, 2, 8, 64), torch.tensor([47, 100, 5], dtype=torch.int32, device=DEVICE)
 
@@ -129,7 +129,7 @@ def test_a_sequence_is_the_same_in_any_batch(num_splits):
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_a_sequence_is_the_same_in_any_packed_batch(num_splits):
-    """Bitwise, where max_seqlen_q is given too: a decode step, a draft and a chunk of two tiles and more."""
+    """Bitwise, if max_seqlen_q is given too: a decode step, a draft and a chunk of at least two tiles."""
     counts = (1, 5, 40)
     inputs = Inputs(replace(PLAIN, varlen=True, seqlens_q=counts, seqlens_k=(47, 100, 140)))
     queries = inputs.q.split(counts)
@@ -159,7 +159,7 @@ def test_a_sequence_is_the_same_in_any_packed_batch(num_splits):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("varlen", [False, True])
 def test_a_shared_prefix_that_some_sequences_do_not_fill(varlen, causal):
-    """The first among them, whose table ends before the prefix does."""
+    """Including the first one, whose table ends before the prefix does."""
     case = replace(PLAIN, seqlens_q=(2, 2, 2), seqlens_k=(20, 130, 7), shared_prefix_len=96, scales=("one", "per head"))
     case = replace(case, q_layout="heads first")
     for config in (PLAIN.config, PagedConfig(64, 16, 4, 1)):
@@ -182,7 +182,7 @@ def test_a_shared_prefix_is_read_once():
 
 @interpreted
 def test_pages_outside_of_the_window_are_not_touched(record_property):
-    """A decode step reads what it sees, rounded up to a tile at most."""
+    """A decode step reads the visible keys, rounded up to at most a tile."""
     case = replace(PLAIN, seqlens_k=(1000, 513, 64), page_size=64, config=PagedConfig(16, 64, 4, 1))
     for window, seen in ((-1, 1000 + 513 + 64), (99, 100 + 100 + 64)):
         inputs = Inputs(replace(case, window_size=(window, -1)))
@@ -207,7 +207,7 @@ def test_a_shared_prefix_that_ends_inside_a_page():
 
 @pytest.mark.parametrize("where", ["k_cache", "v_cache", "q", "block_table"])
 def test_offsets_past_32_bits(where):
-    """Pages, queries and rows of the table that lie far apart, on memory that is never touched."""
+    """Pages, queries and rows of the table that lie far apart, in memory that is never touched."""
     inputs = Inputs(replace(PLAIN, seqlens_q=(1, 1), seqlens_k=(20, 33), head_dim=16, head_dim_v=16))
     tensors = {
         "q": inputs.q.view(2, 1, 8, 16),
@@ -235,7 +235,7 @@ def test_result_goes_where_it_is_asked_to():
 
 
 @pytest.mark.parametrize(
-    ("num_programs", "num_key_tiles", "num_processors", "expected"),
+    ("num_programs", "num_key_tiles", "num_sms", "expected"),
     [
         (132, 100, 132, 1),  # one whole wave
         (8, 1, 132, 1),  # nothing to split
@@ -249,12 +249,12 @@ def test_result_goes_where_it_is_asked_to():
         (0, 0, 132, 1),
     ],
 )
-def test_number_of_splits(num_programs, num_key_tiles, num_processors, expected):
-    assert choose_num_splits(num_programs, num_key_tiles, num_processors) == expected
+def test_number_of_splits(num_programs, num_key_tiles, num_sms, expected):
+    assert choose_num_splits(num_programs, num_key_tiles, num_sms) == expected
 
 
 def test_splits_follow_from_shapes_alone():
-    """A captured graph stays right as sequences grow: nothing is chosen by what tensors hold."""
+    """A captured graph stays right as sequences grow: no choice depends on the content of tensors."""
     inputs = Inputs(PLAIN)
     chosen = []
     for seqlens in ((47, 100, 1), (1, 1, 1)):

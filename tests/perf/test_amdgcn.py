@@ -16,7 +16,7 @@ MASKED = """
 \tv_cndmask_b32_e32 v0, v1, v2, vcc
 \ts_cbranch_scc0 .LBB0_1
 """
-# The latch stands before the header, the prologue and a block that is in no loop around them.
+# The latch is before the header; around them are the prologue and a block outside all loops.
 INTERIOR = """
 \ts_branch .LBB0_4
 .LBB0_3:                                ;   in Loop: Header=BB0_4 Depth=1
@@ -50,7 +50,7 @@ def opcodes(*parts):
     return amdgcn.analyze("".join(parts) + METADATA, shared_bytes=0).opcodes
 
 
-def test_the_hot_loop_is_the_interior_one_and_its_blocks_need_not_be_in_a_row():
+def test_the_hot_loop_covers_full_tiles_and_its_blocks_need_not_be_contiguous():
     masked = MASKED.replace("s_cbranch", "\tv_add_u32 v0, v1, v2\n" * 3 + "\ts_cbranch")
     assert opcodes(masked, INTERIOR) == {
         "scratch_load_dword": 1,
@@ -61,9 +61,9 @@ def test_the_hot_loop_is_the_interior_one_and_its_blocks_need_not_be_in_a_row():
     }
 
 
-def test_of_nested_loops_the_innermost_with_products_is_hot():
-    product, copy = "v_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]", "ds_read_b64 v[0:1], v2"
-    assert opcodes(NESTED.format(body=product)) == {"v_mfma_f32_32x32x8_bf16": 1, "s_cbranch_scc1": 1}
+def test_of_nested_loops_the_innermost_with_matmuls_is_hot():
+    matmul, copy = "v_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]", "ds_read_b64 v[0:1], v2"
+    assert opcodes(NESTED.format(body=matmul)) == {"v_mfma_f32_32x32x8_bf16": 1, "s_cbranch_scc1": 1}
     assert opcodes(NESTED.format(body=copy)) == {"v_mfma_f32_32x32x8_bf16": 2, "s_cbranch_scc1": 1}
 
 
@@ -73,7 +73,7 @@ def test_a_row_counts_the_loop_and_its_spills():
     assert row["kernel"] == "kernel"
 
 
-def test_without_products_there_is_no_hot_loop():
+def test_without_matmuls_there_is_no_hot_loop():
     report = amdgcn.analyze(INTERIOR.replace("v_mfma_f32_32x32x8_bf16", "v_fma_f32") + METADATA, shared_bytes=0)
     assert not report.opcodes
     assert report.row()["loop instructions"] is None

@@ -1,6 +1,6 @@
 """The default configs against tests/perf/baseline.csv, which `python -m perf inspect --update-baseline` writes.
 
-The figures are those of compiled code, for each Triton version its own; no kernel has run.
+The figures are those of compiled code, separately for each Triton version. No kernel has run.
 """
 
 import pytest
@@ -21,7 +21,7 @@ SAMPLE = (
 
 
 def marked(case):
-    """Everything on sm_90 and the sample elsewhere; on the oldest Triton the sample of two vendors."""
+    """Everything on sm_90 and a sample elsewhere; on the oldest Triton a sample of two vendors."""
     family, shape = case.columns["family"], case.columns["case"]
     in_sample = (family, shape) in SAMPLE
     marks = [] if case.arch == "sm_90" or in_sample else [pytest.mark.full]

@@ -22,7 +22,7 @@ def parse(*arguments):
 
 @pytest.fixture
 def done(monkeypatch):
-    """What was predicted: two lengths, one of which a peer could not do."""
+    """Predictions for two lengths; a peer failed at one of them."""
     rows = [
         row(provider=results.OURS, seqlen_q=512, seqlen_k=512, tflops=301.4),
         row(provider=results.OURS, seqlen_q=1024, seqlen_k=1024, tflops=402.6),

@@ -16,7 +16,7 @@ CONFIGS = [FlashConfig(64, 64, 4, stages, True) for stages in (2, 1, 3)]
 
 
 def static_rows(family, case, predictions, columns=MODEL_COLUMNS):
-    """Of the CONFIGS, with (lock, expected) of each."""
+    """Rows for the CONFIGS, with (lock, expected) of each."""
     for config, (lock, expected) in zip(CONFIGS, predictions):
         made_of = {name: 0 for name in columns} | {"bound TFLOP/s": 900.0, "lock TFLOP/s": lock}
         if "expected TFLOP/s" in columns:
@@ -108,7 +108,7 @@ def test_a_prediction_that_a_sweep_lacks_is_compiled_once(tmp_path, monkeypatch)
 
 
 def test_a_backward_pass_takes_both_of_its_kernels(tmp_path):
-    """The dkdv kernel varies, dq is the first of its space: 4 / 400 + 3 / 300 of the time that 5 products count for."""
+    """The dkdv kernel varies, and dq is the first of its space: 4 / 400 + 3 / 300 is the time of 5 matmuls."""
     dkdv, dq = CASES["flash_backward"], CASES["flash_backward"] | {"kernel": "dq"}
     static = [
         *static_rows("flash_backward", dkdv, [(400.0, 200.0)] * 3),

@@ -1,4 +1,4 @@
-"""The tables of cold starts, of few functions."""
+"""The tables of cold starts, for a few functions."""
 
 import csv
 
@@ -25,7 +25,7 @@ def test_first_calls_compile_and_warm_ones_do_not(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.compiled
 def test_every_function_can_be_called():
-    """What each launches, without compiling it."""
+    """The kernels that each function launches, without compiling them."""
     for name, make in cold.CALLS.items():
         with record_specializations("sm_90") as met:
             make()()

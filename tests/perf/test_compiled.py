@@ -32,7 +32,7 @@ CONFIG = FlashConfig(128, 64, 8, 2, False)
     ("arch", "product"),
     [("sm_80", "HMMA"), ("sm_90", "HGMMA"), pytest.param("sm_89", "HMMA", marks=pytest.mark.full)],
 )
-def test_the_hot_loop_does_the_products_of_one_tile(arch, product):
+def test_the_hot_loop_does_the_matmuls_of_one_tile(arch, product):
     launch = compiled.flash_forward(arch, torch.bfloat16, 64, causal=True, config=CONFIG)
     report = loop_model.analyze(launch.kernel)
     assert compiled.config_of(launch) == CONFIG
@@ -117,7 +117,7 @@ def test_inspect_goes_on_after_a_case_that_does_not_compile(tmp_path, capsys):
 
 @pytest.mark.ci
 def test_inspect_shows_what_changed_since_a_commit(tmp_path, capsys, monkeypatch):
-    """One in which a call had a softcap, and another function was not there."""
+    """A commit in which a call had a softcap and another function was missing."""
     package = tmp_path / "triton_attn"
     copytree(Path(triton_attn.__file__).parent, package, ignore=ignore_patterns("__pycache__"))
     with (package / "__init__.py").open("a") as file:
@@ -165,13 +165,13 @@ MANY_ROWS = {"num_heads_q": 71, "num_heads_kv": 1, "head_dim": 64, "page_size": 
 LATENT = {"num_heads": 128, "cache_dtype": "bfloat16", "page_size": 64}
 PREFILL = {"num_heads": 8, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
 PREFILL |= {"fused": False}
-# Per case: configs in the order of the search space, the reasons to drop them, the order of those that are left.
+# Per case: configs in the order of the search space, the reasons for dropping them, the order of the survivors.
 SWEPT = {
     "flash": (
         FLASH,
         [FlashConfig(64, 64, 4, 2), FlashConfig(128, 256, 8, 4), FlashConfig(128, 128, 4, 2), CONFIG],
         ["", "out of resource: shared memory", "spills in the hot loop", ""],
-        [0, 3],  # CTAs that share an SM fill waits of each other; by `lock` the order is the other
+        [0, 3],  # CTAs that share an SM fill each other's waits; by `lock` the order is reversed
     ),
     "flash_hopper": (
         FLASH,
@@ -236,7 +236,7 @@ def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path
 @pytest.mark.ci
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_compile_the_kernel_of_a_default_call(family):
-    """The first of the search space is the default config, and its code that which a user gets."""
+    """The first config of the search space is the default, and its code is the code of public calls."""
     case = SWEPT[family][0]
     kind = FAMILIES[family]
     default = kind.search_space("sm_90", torch.bfloat16, **case)[0]
@@ -251,7 +251,7 @@ def test_candidates_compile_the_kernel_of_a_default_call(family):
 
 
 @pytest.mark.ci
-def test_products_that_warps_repeat_rank_below():
+def test_matmuls_that_warps_repeat_rank_below():
     """The scores of 16 rows and 16 keys are work for two warps."""
     few, many = (
         Candidate("paged", "sm_80", "bfloat16", DECODE | {"head_dim": 64}, PagedConfig(16, 16, warps, 3)).compile()

@@ -1,7 +1,7 @@
-"""What the default configs do when they run, against tests/perf/counts.csv, which `python -m perf counts
---update-counts` writes; no figure is over its bar without a reason.
+"""The emulator's counts of the default configs against tests/perf/counts.csv, which `python -m perf counts
+--update-counts` writes. No figure is over its bar without a reason.
 
-The figures are exact, for each Triton version its own: the emulator counts what a small call executes.
+The figures are exact, separately for each Triton version: the emulator counts what a small call executes.
 """
 
 import csv
@@ -19,7 +19,7 @@ from perf.results.tables import format_table
 
 UPDATE = "python -m perf counts --update-counts"
 CASES = [case for arch in ARCHS for case in baseline_cases(arch)]
-SAMPLE = (  # of each kind of figure one
+SAMPLE = (  # one for each kind of figure
     ("sm_90", "flash", "head_dim=64 causal=True"),
     ("sm_90", "mla", "num_heads=16 cache_dtype=bfloat16 page_size=64"),
     ("sm_80", "append", "cache_dtype=bfloat16 num_heads_kv=8 head_dim=128 page_size=16 rope=interleaved"),

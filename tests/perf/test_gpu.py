@@ -123,7 +123,7 @@ def test_a_stage_has_its_share_and_what_those_before_it_left(tmp_path, monkeypat
     assert seconds == pytest.approx(expected)
 
 
-def test_a_crashed_case_is_run_in_parts(tmp_path):
+def test_a_crashed_case_is_run_in_pieces(tmp_path):
     def split(case):
         return named(*case["crashing"]) if "crashing" in case else []
 
@@ -304,7 +304,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, monkeypatch):
 
 @pytest.mark.ci
 def test_torch_triton_numpy_and_pytest_are_enough():
-    """Collects the suite and runs a test of it, in a process that finds none of the other packages."""
+    """Collect the suite and run a test of it, in a process without the other packages."""
     code = """
         import sys
 

@@ -1,11 +1,11 @@
-"""The limits of the package's structure hold, and `python -m perf house` says where they do not."""
+"""The structure of the package stays within its limits, and `python -m perf house` reports violations."""
 
 import pytest
 
 from perf.commands import house as command
 from perf.model import house
 
-# Past the limits today, with their arguments and lines: these may only fall.
+# Functions past the limits today, with their arguments and lines. These may only decrease.
 CEILINGS = {
     "cache_rows": {"arguments": 8},
     "load_rotated": {"arguments": 11},
@@ -26,7 +26,7 @@ def test_device_code_keeps_its_limits(function):
 
 @pytest.fixture
 def package(tmp_path):
-    """A function that writes files of a package of its own."""
+    """A function that writes the files of a separate package."""
 
     def write(files):
         for name, source in files.items():

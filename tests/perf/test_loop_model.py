@@ -5,7 +5,7 @@ from perf.model import sass
 from perf.model.gpus import RATES
 from perf.model.loop_model import LoopModel, Report, useful_share
 
-PRODUCTS = {
+MATMULS = {
     "register A": "HGMMA.64x128x16.F32 R24, R88, gdesc[UR8], R24",
     "shared A": "HGMMA.64x128x16.F32 R24, gdesc[UR4], R24",
     "mma.sync": "HMMA.16816.F32 R4, R8, R12, R4",
@@ -44,7 +44,7 @@ def report(loops, threads=256, warp_specialized=False, ctas=1):
 
 
 @pytest.mark.parametrize(
-    ("product", "arch", "flops", "tensor", "smem"),
+    ("matmul", "arch", "flops", "tensor", "smem"),
     [
         ("register A", "sm_90", 2 * 64 * 128 * 16, 64, 128 * 16 * 2 / 128),
         ("shared A", "sm_90", 2 * 64 * 128 * 16, 64, (128 + 64) * 16 * 2 / 128),
@@ -52,8 +52,8 @@ def report(loops, threads=256, warp_specialized=False, ctas=1):
         ("mma.sync", "sm_90", 4 * 2 * 16 * 8 * 16, 4 / 0.62, 0),
     ],
 )
-def test_a_product_costs_its_flops_at_the_rate_of_the_target(product, arch, flops, tensor, smem):
-    (loop,) = models(loop_text(PRODUCTS[product]), arch)
+def test_a_matmul_costs_its_flops_at_the_rate_of_the_target(matmul, arch, flops, tensor, smem):
+    (loop,) = models(loop_text(MATMULS[matmul]), arch)
     assert loop.flops == flops
     assert loop.cycles["tensor"] == pytest.approx(tensor)
     assert loop.cycles["smem"] == smem
@@ -61,7 +61,7 @@ def test_a_product_costs_its_flops_at_the_rate_of_the_target(product, arch, flop
 
 @pytest.mark.parametrize(("arch", "fp32"), [("sm_80", 2), ("sm_90", 1)])
 def test_other_units_are_charged_by_their_lanes(arch, fp32):
-    (loop,) = models(loop_text(PRODUCTS["mma.sync"], SOFTMAX), arch)
+    (loop,) = models(loop_text(MATMULS["mma.sync"], SOFTMAX), arch)
     cycles = loop.cycles
     assert cycles["mufu"] == 8
     assert cycles["alu"] == 2
@@ -83,12 +83,12 @@ def test_other_units_are_charged_by_their_lanes(arch, fp32):
     ],
 )
 def test_shared_memory_accesses_cost_their_bytes(access, bytes_per_warp):
-    (loop,) = models(loop_text(PRODUCTS["mma.sync"], access))
+    (loop,) = models(loop_text(MATMULS["mma.sync"], access))
     assert loop.cycles["smem"] == 4 * bytes_per_warp / 128
 
 
-def test_bound_is_the_busiest_unit_and_lock_adds_products_and_softmax():
-    (loop,) = models(loop_text(PRODUCTS["register A"], SOFTMAX))
+def test_bound_is_the_busiest_unit_and_lock_adds_matmuls_and_softmax():
+    (loop,) = models(loop_text(MATMULS["register A"], SOFTMAX))
     peak = 132 * 1.755e9 * 4096 / 1e12
     assert loop.limiter == "tensor"
     assert loop.bound() == pytest.approx(peak)
@@ -100,18 +100,18 @@ def test_bound_is_the_busiest_unit_and_lock_adds_products_and_softmax():
 
 def test_counts_of_a_trip():
     copy = "@P1 LDGSTS.E.BYPASS.128 [R4], [R6.64]"
-    (loop,) = models(loop_text(PRODUCTS["register A"], "LDL R3, [R1+0x8]", "STL [R1], R2", copy))
+    (loop,) = models(loop_text(MATMULS["register A"], "LDL R3, [R1+0x8]", "STL [R1], R2", copy))
     assert loop.spills == 2
     assert loop.async_copies == 1
     assert loop.mma_shapes == {"HGMMA.64x128x16": 1}
     assert loop.instructions == 5
 
 
-def test_the_hot_loop_is_the_interior_one():
-    interior = loop_text(PRODUCTS["register A"], SOFTMAX, label=".L_x_2")
-    masked = loop_text(PRODUCTS["register A"], SOFTMAX, "FSEL R1, R2, R3, P1", label=".L_x_1")
+def test_the_hot_loop_covers_full_tiles():
+    full = loop_text(MATMULS["register A"], SOFTMAX, label=".L_x_2")
+    masked = loop_text(MATMULS["register A"], SOFTMAX, "FSEL R1, R2, R3, P1", label=".L_x_1")
     small = loop_text("HGMMA.64x64x16.F32 R24, R88, gdesc[UR8], R24", label=".L_x_3")
-    loops = models("\n".join([masked, interior, small, "EXIT"]))
+    loops = models("\n".join([masked, full, small, "EXIT"]))
     assert len(loops) == 3
     assert report(loops).hot is loops[1]
 
@@ -125,7 +125,7 @@ def test_tcgen05_gives_counts_and_no_rates():
     assert kernel.row()["bound by"] is None
 
 
-def test_without_products_there_is_no_hot_loop():
+def test_without_matmuls_there_is_no_hot_loop():
     kernel = report(())
     assert kernel.hot is None
     assert kernel.lock is None
@@ -137,13 +137,13 @@ def test_without_products_there_is_no_hot_loop():
     [(128, False, 2, 2), (256, False, 1, 2), (64, False, 1, 1), (384, True, 1, 2), (256, True, 1, 1)],
 )
 def test_warpgroups_that_run_the_loop(threads, warp_specialized, ctas, warpgroups):
-    loops = models("\n".join(loop_text(PRODUCTS["register A"], label=f".L_x_{i}") for i in range(2)) + "\nEXIT")
+    loops = models("\n".join(loop_text(MATMULS["register A"], label=f".L_x_{i}") for i in range(2)) + "\nEXIT")
     kernel = report(loops, threads, warp_specialized, ctas)
     assert kernel.mma_warpgroups_per_sm == warpgroups
     assert kernel.occupancy_limit == "registers"
 
 
-# One product of 64 x 64 scores and one of 64 x 128 outputs over 64 keys, as Triton writes them for mma.sync and wgmma.
+# One matmul of 64 x 64 scores and one of 64 x 128 outputs over 64 keys, as in Triton's TTGIR for mma.sync and wgmma.
 TTGIR = """
 #blocked = #ttg.blocked<{{sizePerThread = [1, 8], threadsPerWarp = [2, 16], warpsPerCTA = [8, 1], order = [1, 0]}}>
 #mma = #ttg.nvidia_mma<{{versionMajor = {major}, versionMinor = 0, warpsPerCTA = {warps}, instrShape = {shape}}}>
@@ -164,7 +164,7 @@ TTGIR = """
         (3, [8, 1], [16, 128, 16], 0.5),
     ],
 )
-def test_products_that_warps_repeat_count_once(version, warps, shape, share):
+def test_matmuls_that_warps_repeat_count_once(version, warps, shape, share):
     opcode, k = ("tt.dot", "tensor") if version == 2 else ("ttng.warp_group_dot", "!ttg.memdesc")
     text = TTGIR.format(major=version, warps=warps, shape=shape, opcode=opcode, q="tensor", k=k)
     if version == 3 and shape[1] == 128:  # an instruction is never wider than its result
@@ -172,19 +172,19 @@ def test_products_that_warps_repeat_count_once(version, warps, shape, share):
     assert useful_share(text) == pytest.approx(share)
 
 
-def test_a_kernel_without_products_repeats_none():
+def test_a_kernel_without_matmuls_repeats_none():
     assert useful_share("tt.store %x, %y : tensor<64x!tt.ptr<f32>>") == 1.0
 
 
 def test_a_loop_whose_warps_repeat_each_other_is_as_much_slower():
-    (loop,) = models(loop_text(PRODUCTS["mma.sync"], SOFTMAX), "sm_80")
+    (loop,) = models(loop_text(MATMULS["mma.sync"], SOFTMAX), "sm_80")
     half = LoopModel(loop.loop, loop.rates, useful=0.5)
     assert half.bound() == pytest.approx(loop.bound() / 2)
     assert half.lock(4) == pytest.approx(loop.lock(4) / 2)
 
 
 def test_bank_conflicts_cost_shared_memory_and_no_other_unit():
-    (loop,) = models(loop_text(PRODUCTS["shared A"], SOFTMAX), "sm_90")
+    (loop,) = models(loop_text(MATMULS["shared A"], SOFTMAX), "sm_90")
     twice = LoopModel(loop.loop, loop.rates, conflicts=2.0)
     shuffles = 4 * loop.histogram["SHFL"]
     assert twice.cycles["smem"] - shuffles == 2 * (loop.cycles["smem"] - shuffles) > 0

@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 @pytest.fixture
 def codes(monkeypatch):
-    """Exit codes that the parts will have, and the parts that were started."""
+    """Exit codes for the parts, and the parts that were started."""
     codes, started = [], []
 
     def run(command):
@@ -78,7 +78,7 @@ def test_only_who_asks_for_it_writes_what_is_committed(name, on_gpu, monkeypatch
 
 @pytest.mark.ci
 def test_a_run_leaves_the_checkout_as_it_was(tmp_path):
-    """The whole way, from the command line, in a repository of its own."""
+    """The whole way from the command line, in a separate repository."""
     for part in ("perf", "triton_attn", ".gitignore"):
         copy = shutil.copytree if (CHECKOUT / part).is_dir() else shutil.copy
         copy(CHECKOUT / part, tmp_path / part)

@@ -91,7 +91,7 @@ def test_decode_steps_are_checked_before_they_are_timed(problem):
 
 
 def test_a_cache_in_fp8_is_not_judged_by_what_was_written():
-    """An exact step over the rows before they were rounded is outside of the bounds."""
+    """An exact step over the unrounded rows is outside of the bounds."""
 
     def unrounded(problem, q, rows):
         return lambda: reference.flash_attention(q, rows[:, :, None], rows[:, :, None, :128])
@@ -102,7 +102,7 @@ def test_a_cache_in_fp8_is_not_judged_by_what_was_written():
 
 
 def test_flash_mla_is_called_as_it_asks_to_be(monkeypatch):
-    """By its documented interface; here the reference computes."""
+    """Through its documented interface; here the reference computes."""
 
     def get_mla_metadata(cache_seqlens, rows_per_kv_head, num_heads_kv):
         assert (cache_seqlens.tolist(), rows_per_kv_head, num_heads_kv) == ([37] * 3, 8, 1)
@@ -145,7 +145,7 @@ def test_a_head_more_than_a_tile_holds_makes_programs():
     assert predict.split_trips(step, block_m=64, block_n=64, num_slots=2) == (1, [2, 2])
 
 
-def test_parts_of_a_step_are_as_wide_as_its_values():
+def test_splits_of_a_step_are_as_wide_as_its_values():
     time, _ = predict.decode_seconds(STEP, 2, 2, loop_seconds=0, bytes_per_second=1)
     assert time == STEP.bytes(2) + 2 * (2 * 3 * 8 * (128 + 1) * 4)
 
@@ -179,7 +179,7 @@ def test_workspace_is_that_of_a_chunk_of_heads():
     assert columns["materialized"]["workspace_bytes"] == 2**28
     per_head = 1024 * (1088 * 2 + 4)
     assert columns["absorbed"]["all_heads_bytes"] == 128 * per_head
-    assert columns["absorbed"]["workspace_bytes"] == 64 * per_head  # of 120 that there is room for
+    assert columns["absorbed"]["workspace_bytes"] == 64 * per_head  # there is room for 120
 
 
 @pytest.mark.parametrize("problem", latent_prefill_grid())
@@ -207,7 +207,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch, small):
-    """Whose kernels run here and whose clock is made up."""
+    """Kernels run here, and the clock is made up."""
     monkeypatch.setattr(mla, "has_gpu", lambda: True)
     monkeypatch.setattr(mla, "throughput", partial(measure.throughput, device="cpu"))
     monkeypatch.setattr(mla, "copy_bandwidth", lambda: 0.5)

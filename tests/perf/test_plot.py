@@ -15,7 +15,7 @@ PREDICTIONS = [results.BOUND, results.LOCK]
 
 @pytest.fixture
 def draw(tmp_path):
-    """Figures of rows, by the end of their file's name."""
+    """The plots of rows, by the end of their file name."""
     figures = []
 
     def figures_of(rows):
@@ -209,7 +209,7 @@ def test_pictures_lie_beside_their_file_or_where_they_are_asked_to(tmp_path):
 
 
 def test_a_prediction_shows_what_was_measured_of_its_problems(tmp_path, monkeypatch):
-    """Beside it, of its GPU and of us, no matter which config a sweep tried: one of four lengths here."""
+    """Measured rows beside it, of its GPU and ours, from any config: one of four lengths here."""
     h100 = {"gpu": "NVIDIA H100 80GB HBM3"}
     predictions = grid_of(PREDICTIONS, head_dims=(64,), gpu="H100 or H200 SXM at 1.755 GHz", source=results.PREDICTED)
     path = write(tmp_path / "predicted" / "flash.csv", predictions)

@@ -43,7 +43,7 @@ def test_a_program_too_many_costs_a_wave():
 
 
 def test_masked_tiles_cost_whole_trips_at_their_own_rate():
-    # one head, two tiles on one slot: three trips, two of them masked, for half of four trips' FLOP
+    # one head, two tiles on one slot: three trips, two of them masked, for half of the FLOP of four trips
     causal = problem(256, causal=True)
     assert predict.tflops(causal, 128, 128, 1, 600, 300) == pytest.approx(600 * 2 / (1 + 2 * 2))
 
@@ -82,7 +82,7 @@ def test_a_kernel_takes_no_less_time_than_its_memory():
     assert seconds == pytest.approx(4 * tensor / memory), "DRAM: every tensor once"
     assert predict.memory_seconds(full, kernel(read=1.5), 2, gpu) == pytest.approx(1.5 * seconds)
     assert predict.memory_seconds(full, kernel(tensors=6, sums=True), 2, gpu) == pytest.approx(10 * tensor / memory)
-    tiles = 16 * 2 * tensor  # of 16 rows: each walks all keys and values
+    tiles = 16 * 2 * tensor  # of 16 rows: each visits all keys and values
     assert predict.memory_seconds(full, kernel((16, 128)), 2, gpu) == pytest.approx(tiles / l2), "L2: all trips' tiles"
     assert predict.memory_seconds(full, kernel((16, 128), sectors=2.0), 2, gpu) == pytest.approx(2 * tiles / l2)
 
@@ -111,11 +111,11 @@ def test_decode_counts_the_bytes_of_the_cache_and_leaves_out_what_is_too_large()
 @pytest.mark.parametrize(
     ("batch", "seqlen_k", "num_splits", "trips"),
     [
-        (2, 640, 1, [10] * 16),  # 16 programs fill 16 processors
+        (2, 640, 1, [10] * 16),  # 16 programs fill 16 SMs
         (1, 640, 2, [5] * 16),
-        (1, 600, 2, [5] * 16),  # the tenth tile is not full, and counts
+        (1, 600, 2, [5] * 16),  # the tenth tile is partial, and counts as one
         (1, 576, 2, [5, 4] * 8),
-        (1, 64, 1, [1] * 8),  # one tile cannot be cut
+        (1, 64, 1, [1] * 8),  # one tile cannot be split
     ],
 )
 def test_splits_and_their_trips(batch, seqlen_k, num_splits, trips):
@@ -143,7 +143,7 @@ def test_a_decode_step_waits_for_memory_or_for_the_loop():
     assert predict.decode_seconds(step, 2, 1, loop_seconds=1e-3, bytes_per_second=1e12) == (1e-3, "the loop")
 
 
-def test_parts_are_written_and_read_again():
+def test_splits_are_written_and_read_again():
     step = DecodeProblem(batch=1, seqlen_k=1024)
     parts = 10 * 32 * (128 + 1) * 4 / 1e12
     whole, _ = predict.decode_seconds(step, 2, 1, loop_seconds=0, bytes_per_second=1e12)
@@ -164,4 +164,4 @@ def test_long_contexts_are_predicted_to_wait_for_memory(arch):
         assert 0.99 < row.roof_share < 1
         assert row.gbps == pytest.approx(row.roof_share * RATES[arch].memory_gbps)
         assert RATES[arch].memory_gpu in row.gpu
-    assert short.roof_share < long[0].roof_share, "parts weigh more there"
+    assert short.roof_share < long[0].roof_share, "splits weigh more there"

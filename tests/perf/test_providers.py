@@ -1,4 +1,4 @@
-"""Peers that are packages of their own: each is called as its stand-in here, which has the real signature, expects."""
+"""Peers from other packages: each is called as its stand-in expects, which has the real signature."""
 
 import sys
 from types import ModuleType
@@ -25,13 +25,13 @@ def install(monkeypatch):
 
 
 def sequences(cache, bounds, pages, lengths):
-    """Of each sequence the first `length` rows of its pages, which `bounds` cut out of `pages`."""
+    """For each sequence the first `length` rows of its pages, which `bounds` selects from `pages`."""
     for i, length in enumerate(lengths.tolist()):
         yield cache[pages[bounds[i] : bounds[i + 1]].long()].flatten(0, 1)[:length]
 
 
 class Wrapper:
-    """What FlashInfer's wrappers have in common: a plan, then runs."""
+    """The common interface of FlashInfer's wrappers: a plan, then runs."""
 
     def __init__(self, workspace, kv_layout="NHD", use_tensor_cores=False):
         assert workspace.numel() == providers.WORKSPACE_BYTES

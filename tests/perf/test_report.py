@@ -15,14 +15,14 @@ SHAPES = {"seqlen_q": 4096, "seqlen_k": 4096}
 
 
 def measured(speeds, **columns):
-    """Forward at 4k with head_dim 128, causal, as measured: {provider: TFLOP/s}."""
+    """Measured forward at 4k with head_dim 128, causal: {provider: TFLOP/s}."""
     template = grid_of([results.OURS], head_dims=(128,), **MEASURED)[-1]
     return [replace(template, provider=name, tflops=speed, **SHAPES | columns) for name, speed in speeds.items()]
 
 
 @pytest.fixture
 def section(tmp_path):
-    """Of results under tmp_path, without tuned tables."""
+    """The report on results under tmp_path, without tuned tables."""
     return lambda: report.section(tmp_path, tmp_path, tmp_path / "tuned")
 
 
@@ -144,7 +144,7 @@ def test_cold_starts_and_tuned_configs_are_told(tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    """(page, readme) as they were."""
+    """(page, readme) in their present state."""
     page, readme = tmp_path / "performance.md", tmp_path / "README.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     readme.write_text(f"# name\nWhat it is.\n{report.STATUS}old\n\nMore.\n")

@@ -1,4 +1,4 @@
-"""Another commit's package, in a repository of its own."""
+"""Another commit's package, in a separate repository."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def git(folder, *args):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A commit `bare` without the package and one `old` with it; the package has changed since."""
+    """A commit `bare` without the package and one `old` with it. The package has changed since."""
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "nothing")
     git(tmp_path, "tag", "bare")

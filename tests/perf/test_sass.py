@@ -44,7 +44,7 @@ def test_only_the_innermost_loop_counts_and_skipped_instructions_are_conditional
     assert [i.opcode for i in loop.conditional] == ["MUFU"]
 
 
-def test_a_loop_without_products_is_no_mma_loop():
+def test_a_loop_without_matmuls_is_no_mma_loop():
     assert loops_of(".L_x_1:\nFADD R1, R1, R2\n@P0 BRA `(.L_x_1)\nEXIT") == []
 
 
@@ -62,7 +62,7 @@ def test_a_loop_left_in_the_middle_is_one_loop():
     assert loop.conditional == ()
 
 
-def test_products_that_one_elected_thread_issues_belong_to_the_loop():
+def test_matmuls_that_one_elected_thread_issues_belong_to_the_loop():
     (loop,) = loops_of("""
     .L_x_1:
         FADD R1, R1, R2
@@ -75,8 +75,8 @@ def test_products_that_one_elected_thread_issues_belong_to_the_loop():
     assert [i.opcode for i in loop.always] == ["FADD", "BRA", "UTCHMMA", "BRA"]
 
 
-def test_of_two_ways_a_trip_takes_the_one_with_more_products_then_the_shorter():
-    """As where each product lies in an `if`, and the last has a masked and a plain form."""
+def test_of_two_ways_a_trip_takes_the_one_with_more_matmuls_then_the_shorter():
+    """As with matmuls in an `if`, the last of which has a masked and a full form."""
     (loop,) = loops_of("""
     .L_x_1:
         FADD R1, R1, R2

@@ -1,4 +1,4 @@
-"""What a sweep does around its compilations and timings: these are faked, the compiled ones are in test_compiled.py."""
+"""The logic of a sweep around faked compilations and timings. test_compiled.py has compiled sweeps."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ TILE = {
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Candidates that were compiled, or would have been: all have a row, and larger tiles are better."""
+    """Candidates that were compiled, or would have been. All have a row, and larger tiles are better."""
     done = []
 
     def compile_one(candidate):
@@ -220,7 +220,7 @@ TIMED = {
 
 @pytest.fixture
 def timed(monkeypatch):
-    """How often each candidate was launched for timing."""
+    """The number of timing launches of each candidate."""
     launched = []
 
     def time_interleaved(functions, behind):
@@ -239,7 +239,7 @@ def finalists(family, case, *keys):
 
 
 def time_on_cpu(folder, cases, seqlens=(64,), minutes=None):
-    """(entries of a tuned table, how many were left, rows of the CSV)."""
+    """(entries of a tuned table, number of candidates left, rows of the CSV)."""
     path = folder / "measured.csv"
     with Journal(folder / "sweep.jsonl") as journal, results.Table(path, results.COLUMNS) as table:
         found, left = sweep.time_all(table, cases, seqlens, journal, sweep.Budget(minutes), "cpu")

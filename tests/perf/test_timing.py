@@ -6,7 +6,7 @@ from perf.harness import timing
 
 
 class Clock:
-    """A host that launches and a GPU that follows, which begins nothing before it is launched: milliseconds of both."""
+    """A host that launches and a GPU that follows, and starts nothing before its launch: milliseconds of both."""
 
     def __init__(self):
         self.host = self.gpu = 0.0

@@ -1,4 +1,4 @@
-"""The peer that is written here: right in the interpreter, and compiled for the GPU that it is timed on."""
+"""The peer in this repository is right in the interpreter, and compiles for the GPU on which it is timed."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"]
 
 
 def attend(problem, config):
-    """As a provider: heads behind rows."""
+    """In the form of a provider: heads after rows."""
     return lambda *qkv: tutorial.attention(*(x.transpose(1, 2) for x in qkv), problem.causal, config).transpose(1, 2)
 
 
@@ -110,7 +110,7 @@ def test_the_first_call_tries_all_tiles(monkeypatch):
         tried.append(call)
         return [float(len(tried))] * 3
 
-    monkeypatch.setitem(vars(tutorial.forward_kernel), "do_bench", bench)  # a property, which asks for a driver
+    monkeypatch.setitem(vars(tutorial.forward_kernel), "do_bench", bench)  # a property that needs a driver
     monkeypatch.setattr(tutorial.forward_kernel, "cache", {})
     problem = Problem(batch=1, seqlen=256, num_heads=2, head_dim=64, causal=True)
     attention = providers.PROVIDERS["Triton tutorial"](problem, "cpu")

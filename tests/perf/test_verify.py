@@ -61,7 +61,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
 
 
 def test_every_public_kernel_is_verified():
-    """Those with a reference: a name in the package and in `reference`."""
+    """The functions with a reference: names in the package and in `reference`."""
     assert set(verify.CALLS) == set(triton_attn.__all__) & set(triton_attn.reference.__all__)
 
 

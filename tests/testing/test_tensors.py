@@ -1,4 +1,4 @@
-"""Poisoned and padded tensors show what they are there to show, and the error rule is the one it states."""
+"""Poisoned and padded tensors reveal mistakes, and the error rule is the documented one."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.oldest
 
 
 def in_module(name, source):
-    """What `source`, an expression in the module `name`, evaluates to."""
+    """The value of `source`, an expression in the module `name`."""
     return eval(source, {"__name__": name, "torch": torch})
 
 

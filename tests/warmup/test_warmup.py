@@ -1,4 +1,4 @@
-"""After a warm-up nothing that a server does is compiled; what the function and the command say and refuse."""
+"""After a warm-up nothing that a server calls is compiled; also output and errors of the function and the command."""
 
 import inspect
 import os
@@ -23,7 +23,7 @@ ARCH = "sm_90"
 
 @pytest.fixture
 def warmed(monkeypatch):
-    """A warm-up that tells which kernels it would compile."""
+    """A warm-up that records the kernels it would compile."""
 
     def warm(*args, **options):
         kernels = set()
@@ -44,7 +44,7 @@ def indices(*shape, dtype=torch.int32):
 
 
 def serve(model, num_heads_q, num_heads_kv, rng, *, cache_dtype=BF16, page_size=16, **options):
-    """Prompts whole, packed and in chunks, a decode batch that grows and shrinks, drafts, appends, copies, merges."""
+    """Whole, packed and chunked prompts, a decode batch that grows and shrinks, drafts, appends, copies, merges."""
     dim, window = model.head_dim, (-1, -1)
     if model.sinks:
         options["sinks"] = torch.empty(num_heads_q, dtype=BF16)
@@ -79,7 +79,7 @@ def serve(model, num_heads_q, num_heads_kv, rng, *, cache_dtype=BF16, page_size=
 
 
 def serve_latent(model, num_heads, rng, page_size=64):
-    """The same of a model with latent vectors."""
+    """The same for a model with latent vectors."""
     nope, rank, rope, v_dim = model.head_dim - model.qk_rope_head_dim, model.kv_lora_rank, model.qk_rope_head_dim, 128
     w_uk, w_uv = (torch.empty(num_heads, dim, rank, dtype=BF16) for dim in (nope, v_dim))
     cache = torch.empty(99, page_size, rank + rope, dtype=BF16)
@@ -154,7 +154,7 @@ def test_training_compiles_nothing_after_a_warmup(warmed):
 
 @pytest.mark.compiled
 def test_what_was_not_warmed_up_is_noticed(warmed):
-    """The comparison above can fail: another head dimension has kernels of its own."""
+    """The comparison above can fail: another head dimension has other kernels."""
     kernels = warmed(num_heads_q=4, head_dim=64, functions=["flash_attention"], max_seqlen=16)
     with record_specializations(ARCH) as met:
         triton_attn.flash_attention(*[torch.empty(1, 16, 4, 32, dtype=BF16)] * 3, causal=True)
@@ -240,7 +240,7 @@ def test_bad_arguments_are_named_before_anything_happens(options, error, message
 @pytest.mark.ci
 @pytest.mark.compiled
 def test_processes_choose_as_the_first_does(tmp_path, monkeypatch):
-    """A table of the user's is not in the environment, nor is the precision of fp32 products."""
+    """Child processes do not see a table set by the user in Python, nor the precision of fp32 matmuls."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     taken = []
     monkeypatch.setattr(compilation, "settings", lambda: taken.append("tables") or ([], {}))
