@@ -11,6 +11,7 @@ import triton_attn
 
 ROOT = Path(__file__).parent.parent
 MODULES = (
+    "interop.torch",
     "interop.flash_attn",
     "interop.flash_mla",
     "interop.flashinfer",

@@ -78,10 +78,12 @@ def launch_flash_bwd(
     wanted=(True, True, True, True),
     deterministic=False,
     config=None,
+    like_inputs=False,
 ):
     """Gradients of q, k, v and the sinks, None where not wanted. No device-to-host sync.
 
-    dout is as out; dlse as lse, or None. The rest as in launch_flash_fwd. Memory: the gradients, delta (fp32, as lse),
+    dout is as out; dlse as lse, or None. like_inputs: gradients have the strides of torch.empty_like of their inputs,
+    and not those of contiguous tensors. The rest as in launch_flash_fwd. Memory: the gradients, delta (fp32, as lse),
     and in the fused schedule dq in fp32.
     """
     want_dq, want_dk, want_dv, want_dsinks = wanted
@@ -107,13 +109,13 @@ def launch_flash_bwd(
     config = config or _choose_config(problem)
     fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
 
-    contiguous = torch.contiguous_format
-    dk = torch.empty_like(k, memory_format=contiguous) if want_dk else None
-    dv = torch.empty_like(v, memory_format=contiguous) if want_dv else None
-    dq_sum = torch.zeros_like(q, dtype=torch.float32, memory_format=contiguous) if fused else None
+    layout = torch.preserve_format if like_inputs else torch.contiguous_format
+    dk = torch.empty_like(k, memory_format=layout) if want_dk else None
+    dv = torch.empty_like(v, memory_format=layout) if want_dv else None
+    dq_sum = torch.zeros_like(q, dtype=torch.float32, memory_format=layout) if fused else None
     dq = None
     if want_dq:
-        dq = dq_sum if fused and q.dtype == torch.float32 else torch.empty_like(q, memory_format=contiguous)
+        dq = dq_sum if fused and q.dtype == torch.float32 else torch.empty_like(q, memory_format=layout)
     if packed and batch == 0:
         for gradient in (dq, dk, dv):
             if gradient is not None:

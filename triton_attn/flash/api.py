@@ -105,9 +105,9 @@ def flash_attention(
     """
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    options = _options(4, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
+    options = layout_options(4, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
-    dropout_p, dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
+    dropout_p, dropout_seed = check_dropout(q, dropout_p, dropout_seed)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     if not use_kernel(q):
@@ -210,7 +210,7 @@ def flash_attention_varlen(
     """
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    options = _options(3, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
+    options = layout_options(3, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -220,7 +220,7 @@ def flash_attention_varlen(
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     check_values = should_check_values(check_values)
     options = with_tensors(options, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
-    dropout_p, dropout_seed = _check_dropout(q, dropout_p, dropout_seed)
+    dropout_p, dropout_seed = check_dropout(q, dropout_p, dropout_seed)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     if not use_kernel(q):
@@ -243,7 +243,7 @@ def flash_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _options(ndim, layout, causal, softmax_scale, window_size, softcap):
+def layout_options(ndim, layout, causal, softmax_scale, window_size, softcap):
     """The checked options of a call, without its tensors. They are cached, since most calls repeat them."""
     if torch.compiler.is_compiling():
         return _check_options(ndim, layout, causal, softmax_scale, softcap, window_size)
@@ -267,7 +267,7 @@ def _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, righ
     return _check_options(ndim, layout, causal, softmax_scale, softcap, pair((left, right)))
 
 
-def _check_dropout(q, dropout_p, dropout_seed):
+def check_dropout(q, dropout_p, dropout_seed):
     """dropout_p, and the seed as a tensor of one int64 on q's device. None without dropout."""
     dropout_p = check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:

@@ -1,0 +1,17 @@
+"""What a door to another library serves, for the tables of the docs and for the tests that hold them."""
+
+from typing import NamedTuple
+
+
+class Support(NamedTuple):
+    """Each module that is a door has one, named SUPPORT.
+
+    Attributes:
+        functions: names in the module that users call.
+        on_cpu: what of it runs without a GPU.
+        refused: {argument or case: values that raise}; a test raises each.
+    """
+
+    functions: tuple[str, ...]
+    on_cpu: str
+    refused: dict[str, str]
