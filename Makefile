@@ -1,6 +1,6 @@
-# make perf: what the kernels do here.   make test: whether they are right.   make gpu: what only a GPU can tell.
-# The first two need python3 (3.10+) with venv, and make what else they need in .venv; make gpu takes the torch, triton
-# and pytest that python3 has; OUT=folder is where its results go.
+# make perf: errors and speed of the kernels.   make test: the tests.   make gpu: checks and benchmarks that need a GPU.
+# perf and test need python3 (3.10+) with venv, and install everything else into .venv. gpu uses the torch, triton and
+# pytest of python3, and writes its results to the folder OUT.
 
 PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
@@ -14,8 +14,8 @@ perf: .venv/installed
 gpu:
 	$(PYTHON) -m perf gpu --minutes 9 $(if $(OUT),--out $(OUT))
 
-# Triton interprets or compiles for a whole process, so there are two runs. The second also runs the tests of the first
-# on the GPU, where there is one. TRITON_ATTN_TESTS=ci adds what CI runs besides.
+# Triton interprets or compiles for a whole process, so there are two runs. On a machine with a GPU, the second one also
+# runs the tests of the first on it. TRITON_ATTN_TESTS=ci adds the other tests of CI.
 test: .venv/installed
 	TRITON_INTERPRET=1 $(PYTEST) --nbmake tests notebooks
 	$(PYTEST) tests
@@ -27,7 +27,7 @@ test-oldest: .venv-oldest/installed
 	TRITON_INTERPRET=1 $(PYTEST) -m oldest tests
 	$(PYTEST) -m oldest tests
 
-# As compiled, on CPU tensors: other files than those with the marker need not be collected.
+# Tests on compiled code and CPU tensors. Only files with the marker are collected.
 EMULATED = $(shell grep -rl --include='test_*.py' pytest.mark.emulated tests)
 
 test-emulated: .venv/installed .venv-oldest/installed
@@ -35,12 +35,12 @@ test-emulated: .venv/installed .venv-oldest/installed
 	OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal -m emulated --emulate $$arch $(EMULATED) \
 	|| exit; done; done
 
-# Removes a barrier, a wait or a fence at a time.
+# Removes one barrier, wait or fence at a time.
 test-mutations: export TRITON_ATTN_TESTS = full
 test-mutations: .venv/installed
 	$(PYTEST) tests/toolchain/test_emulator_mutations.py
 
-# Plants a fault at a time; it takes an hour or two. NAMES="F01 PAGED" are some of them.
+# Plants one fault at a time, which takes an hour or two. NAMES="F01 PAGED" selects some.
 test-mutants: .venv/installed
 	.venv/bin/python tests/mutants/mutants.py $(NAMES)
 
@@ -49,7 +49,7 @@ lint: .venv/installed
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/basedpyright --pythonpath .venv/bin/python
 
-# The site, in build/site. A page with a link that leads nowhere fails.
+# The site, in build/site. A broken link is an error.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/installed
 	.venv/bin/python -m mkdocs build

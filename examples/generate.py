@@ -161,7 +161,7 @@ class BeamSearch(Request):
 
 
 class Generator:
-    """A causal language model of transformers that serves many requests at once.
+    """A causal language model of transformers that processes many requests at once.
 
     Args:
         model: LlamaForCausalLM, or another decoder with plain attention (no softcap, no sinks). Its attention

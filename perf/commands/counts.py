@@ -139,7 +139,7 @@ class CountedCase:
     def _row(self, launch, work):
         counts = launch.counts
         total, hot = counts.total(), counts.total(counts.hot())
-        served = hot if hot.flops else total
+        counted = hot if hot.flops else total
         return self.columns | {
             "kernel": launch.name,
             "config": config_of(launch),
@@ -147,13 +147,13 @@ class CountedCase:
             "read": _ratio(counts.bytes_read, work.reads),
             "written": _ratio(counts.bytes_written, work.writes),
             "sectors": _ratio(total.sectors, total.least_sectors),
-            "wavefronts": _ratio(served.wavefronts, served.least_wavefronts),
+            "wavefronts": _ratio(counted.wavefronts, counted.least_wavefronts),
             "issued": _ratio(total.flops, work.tiles(launch) if work.tiles else None),
             "useful share": _ratio(work.flops, total.flops),
             "bytes read": counts.bytes_read,
             "bytes written": counts.bytes_written,
             "sectors requested": total.sectors,
-            "wavefronts served": served.wavefronts,
+            "wavefronts counted": counted.wavefronts,
             "FLOP issued": total.flops,
         }
 

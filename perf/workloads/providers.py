@@ -72,9 +72,9 @@ def _flex(problem, device):
 
 
 def _tutorial(problem, device):
-    from perf.workloads.tutorial import attention, serves
+    from perf.workloads.tutorial import attention, supports
 
-    if not serves(problem.seqlen, problem.head_dim):
+    if not supports(problem.seqlen, problem.head_dim):
         raise NotImplementedError("the tutorial's kernel needs head_dim 64 or 128 and seqlen a multiple of 128")
     return lambda q, k, v: attention(*_heads_first(q, k, v), problem.causal).transpose(1, 2)
 

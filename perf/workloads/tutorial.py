@@ -328,7 +328,7 @@ def backward_kernel(
     tl.store(_rows(dq_ptr + first, start, stride_row, BLOCK, HEAD_DIM), (dq * scale).to(q.dtype))
 
 
-def serves(seqlen, head_dim):
+def supports(seqlen, head_dim):
     return head_dim in HEAD_DIMS and seqlen % ROWS == 0
 
 
@@ -363,7 +363,7 @@ def _in_layout_of(like, x):
 def forward(q, k, v, causal, config=None):
     """(out, lse): log-sum-exp in units of log 2, fp32 (batch, heads, seqlen)."""
     batch, num_heads, seqlen, head_dim = q.shape
-    if not serves(seqlen, head_dim):
+    if not supports(seqlen, head_dim):
         raise NotImplementedError(f"seqlen {seqlen}, head_dim {head_dim}")
     out, lse = torch.empty_like(q), q.new_empty((batch, num_heads, seqlen), dtype=torch.float32)
     unset = [1, 1, ROWS, head_dim]

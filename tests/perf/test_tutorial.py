@@ -73,7 +73,7 @@ def test_layouts_may_differ():
 def test_other_shapes_are_refused(seqlen, head_dim):
     with pytest.raises(NotImplementedError, match="head_dim 64 or 128 and seqlen a multiple of 128"):
         providers.PROVIDERS["Triton tutorial"](Problem(1, seqlen, 2, head_dim, True), "cpu")
-    assert not tutorial.serves(PROBLEM.seqlen, PROBLEM.head_dim)
+    assert not tutorial.supports(PROBLEM.seqlen, PROBLEM.head_dim)
 
 
 @pytest.mark.ci
