@@ -56,6 +56,7 @@ PARTS = {
         machine_free=True,
     ),
     "house": Part("size of the device code and the import law", None, machine_free=True),
+    "doors": Part("functions of other libraries: what is supported and what raises", None, machine_free=True),
     "calibrate": Part("predictions of sweeps compared with their measurements", None, machine_free=True),
     "plot": Part("plots of result CSV files", None, machine_free=True),
     "report": Part("the figures of docs/performance.md, from all results", "", machine_free=True, committed=True),

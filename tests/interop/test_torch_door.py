@@ -374,23 +374,40 @@ REFUSED = {
         ValueError,
         "seqused_k: expected a tensor",
     ),
-    "gradients with alibi": (
-        lambda q: dense(q.requires_grad_(), 0.0, False, False, alibi_slopes=torch.ones(3)),
-        NotImplementedError,
-        "alibi_slopes: expected None where gradients",
-    ),
     "gradients of wide heads": (
         lambda q: dense(q.repeat(1, 1, 1, 17).requires_grad_(), 0.0, False, False)[0].sum().backward(),
         NotImplementedError,
         "q: expected a head dimension to 256",
     ),
-    "fp8 queries": (
-        lambda q: aten._scaled_dot_product_flash_attention.quantized(q, q, q, torch.ones(1), None, None),
-        NotImplementedError,
-        "q_descale: expected None",
-    ),
     "a device": (lambda q: interop.register(dispatch_key="XPU"), ValueError, "dispatch_key: expected 'CUDA'"),
 }
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "seqused_k", "block_table"])
+def test_gradients_that_torchs_backward_operator_cannot_compute(ours, draw, device, name):
+    option = torch.ones(1, 2) if name == "alibi_slopes" else ONE[None] if name == "block_table" else ONE
+    with pytest.raises(NotImplementedError, match=f"{name}: expected None where gradients are wanted"):
+        dense(draw(1, 3, 2, 16), 0.0, False, False, **{name: option.to(device)})
+
+
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+def test_fp8_queries_are_refused(ours, draw, device, name):
+    q = draw(1, 3, 2, 16).detach()
+    scales = dict.fromkeys(("q_descale", "k_descale", "v_descale")) | {name: torch.ones(1, device=device)}
+    with pytest.raises(NotImplementedError, match=f"{name}: expected None"):
+        aten._scaled_dot_product_flash_attention.quantized(q, q, q, *scales.values())
+    with pytest.raises(NotImplementedError, match=f"{name}: expected None"):
+        aten._flash_attention_forward.quantized(q, q, q, None, None, 3, 3, 0.0, False, False, *scales.values())
+
+
+def test_the_quantized_operators_without_scales_are_the_plain_ones(ours, draw):
+    q = draw(1, 3, 2, 16).detach()
+    no_scales = None, None, None
+    expected = reference.flash_attention(q, q, q, causal=True)
+    out = aten._scaled_dot_product_flash_attention.quantized(*heads_first(q, q, q), *no_scales, 0.0, True)[0]
+    torch.testing.assert_close(out.transpose(1, 2), expected, **TOLERANCE)
+    out = aten._flash_attention_forward.quantized(q, q, q, None, None, 3, 3, 0.0, True, False, *no_scales)[0]
+    torch.testing.assert_close(out, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -19,7 +19,13 @@ from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Pretraine
 from ..cache import LatentKVCache, append_latent_cache
 from ..mla import mla_decode, mla_prefill, mla_softmax_scale
 from .rope import rotate
+from .support import Support
 
+SUPPORT = Support(
+    functions=("PagedDeepseek",),
+    on_cpu="all, by the references or in the interpreter",
+    refused={"model": 'rope_type "dynamic" or "longrope"'},
+)
 # With these the angles do not depend on the length of the text.
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 

@@ -17,7 +17,25 @@ from ..cache import append_kv_cache
 from ..flash import flash_attention, flash_attention_varlen
 from ..paged import paged_attention
 from .rope import rotate
+from .support import Support
 
+SUPPORT = Support(
+    functions=(
+        "flash_attn_func",
+        "flash_attn_kvpacked_func",
+        "flash_attn_qkvpacked_func",
+        "flash_attn_varlen_func",
+        "flash_attn_varlen_kvpacked_func",
+        "flash_attn_varlen_qkvpacked_func",
+        "flash_attn_with_kvcache",
+    ),
+    on_cpu="all, by the references or in the interpreter",
+    refused={
+        "dropout_p": "above 0 with a block_table",
+        "cache_batch_idx": "a tensor with a block_table",
+        "cache_leftpad": "a tensor with a cache that has gaps between rows",
+    },
+)
 S_DMASK_MULTIPLE = 128  # flash-attn rounds the lengths of S_dmask up to a multiple of this
 
 

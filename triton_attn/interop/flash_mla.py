@@ -17,6 +17,24 @@ from torch import Tensor
 
 from ..flash import flash_attention_varlen
 from ..mla import mla_decode
+from .support import Support
+
+SUPPORT = Support(
+    functions=(
+        "get_mla_metadata",
+        "flash_mla_with_kvcache",
+        "flash_attn_varlen_func",
+        "flash_attn_varlen_qkvpacked_func",
+        "flash_attn_varlen_kvpacked_func",
+    ),
+    on_cpu="all, by the references or in the interpreter",
+    refused={
+        "topk": "a number, for sparse attention",
+        "indices": "a tensor, for sparse attention",
+        "attn_sink": "a tensor",
+        "head_dim_v": "q's head dimension or more",
+    },
+)
 
 
 @dataclass

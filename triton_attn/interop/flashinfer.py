@@ -23,7 +23,31 @@ from ..cache import append_kv_cache
 from ..flash import flash_attention, flash_attention_varlen
 from ..merge import merge_attention
 from ..paged import paged_attention
+from .support import Support
 
+SUPPORT = Support(
+    functions=(
+        "BatchDecodeWithPagedKVCacheWrapper",
+        "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+        "BatchPrefillWithPagedKVCacheWrapper",
+        "BatchPrefillWithRaggedKVCacheWrapper",
+        "single_decode_with_kv_cache",
+        "single_prefill_with_kv_cache",
+        "merge_state",
+        "merge_states",
+        "merge_state_in_place",
+        "get_seq_lens",
+        "get_batch_indices_positions",
+        "append_paged_kv_cache",
+    ),
+    on_cpu="all, by the references or in the interpreter",
+    refused={
+        "custom_mask": "a tensor",
+        "pos_encoding_mode": "ROPE_LLAMA, or ALIBI with a soft cap or without causal",
+        "fixed_split_size": "a number",
+        "kv_cache_sf": "tensors, for NVFP4 caches",
+    },
+)
 LOG2_E = math.log2(math.e)
 CacheLike = Tensor | tuple[Tensor, Tensor]
 DtypeLike = torch.dtype | str

@@ -35,12 +35,12 @@ SUPPORT = Support(
     functions=("register", "override", "scaled_dot_product_attention", "route_sdpa"),
     on_cpu='the operators with dispatch_key="CPU"; gradients in the interpreter only',
     refused={
-        "attn_mask": "a tensor, boolean or additive; CausalBias is supported",
+        "attn_mask": "a tensor, boolean or additive (a CausalBias is supported)",
         "return_debug_mask": "True",
-        "q_descale, k_descale, v_descale": "a tensor: fp8 queries",
+        "q_descale, k_descale, v_descale": "a tensor, for fp8 queries",
         "dropout_p": "above 0 with seqused_k or block_table",
-        "seqused_k, block_table, alibi_slopes": "under autograd: torch's backward operator does not take them",
-        "query": "a nested tensor; fp64, unless the reference computes it",
+        "seqused_k, block_table, alibi_slopes": "a tensor where gradients are wanted",
+        "query": "a nested tensor, or fp64",
     },
 )
 

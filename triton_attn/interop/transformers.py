@@ -30,6 +30,19 @@ from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterfa
 from ..flash import flash_attention
 from .mask_functions import UNLIMITED, pattern_of
 from .packing import Packing, attend_packed, pack
+from .support import Support
+
+SUPPORT = Support(
+    functions=("register", "attention", "token_mask"),
+    on_cpu="all, by the references or in the interpreter",
+    refused={
+        "attention_mask": "a 4-D mask, or an additive bias",
+        "output_attentions": "True",
+        "position_bias": "a tensor",
+        "indices": "a tensor, for sparse attention",
+        "mask_function": "other than a window within the query's sequence",
+    },
+)
 
 
 def register(name: str = "triton_attn") -> None:
