@@ -5,6 +5,8 @@ that the loop consumes per second in that model, which does not include memory. 
 memory bandwidth waits for memory.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -101,7 +103,8 @@ def test_decode(arch, num_heads, variant, record_property):
         figure += f"  {report.lock * bytes_per_flop:.2f} TB/s of {RATES[arch].memory_gbps / 1000:.2f}"
         assert report.hot.spills == 0
         if num_heads == 16 and variant in ("bf16", "fp16") and arch in ("sm_80", "sm_90"):
-            assert report.lock * bytes_per_flop >= RATES[arch].memory_gbps / 1000
+            # A copy on an H100 was measured at 0.89 of the data sheet.
+            assert report.lock * bytes_per_flop >= 0.9 * RATES[arch].memory_gbps / 1000
     record_property("figure", figure)
     if arch != "gfx942" and variant != "fp32":
         assert decode.uses_cp_async
@@ -110,6 +113,23 @@ def test_decode(arch, num_heads, variant, record_property):
         assert report.hot.useful == 1  # no warpgroup repeats the other's scores
         assert report.hot.histogram["WARPGROUP"] < 12  # matmuls do not wait for each other
         assert report.lock >= (360 if "fp8" in variant else 510 if "pages" not in variant else 450)
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
+@pytest.mark.parametrize("page_size", [64, 1])
+@pytest.mark.parametrize("variant", ["bf16", "fp8"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_next_tile_is_copied_while_one_is_multiplied(arch, variant, page_size):
+    """With three stages the wait of a trip leaves the copies of a whole tile of keys in flight."""
+    options = VARIANTS[variant] | {"page_size": page_size, "weights": False, "num_splits": 1}
+    (launch,) = compile_decode(arch, 16, **options)
+    assert launch.num_stages == 3
+    found = re.findall(r"cp\.async\.(commit_group|wait_group\s+\d+)", launch.kernel.asm["ptx"])
+    commits, waits = found.count("commit_group"), [int(x.split()[1]) for x in found if x != "commit_group"]
+    # Two tiles before the loop and one in a trip; no wait before the loop, and one after it for what was not needed.
+    assert commits % 3 == 0
+    assert waits == [commits // 3, 0]
 
 
 # How many splits a call has, their dtype, and that of weights and output.

@@ -42,23 +42,36 @@ class CachedKeys(NamedTuple):
 
 
 @triton.jit
-def find_keys(table_ptr, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
+def pages_of_keys(table_ptr, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
+    """The pages of `find_keys`: one, or one a key; None without a table. No entry is read where start is `end` or more.
+
+    A loop loads them a trip ahead: a load that waits for another one in its trip costs the pipeline a stage.
+    """
+    if table_ptr is None:
+        return None
+    elif ONE_PAGE:
+        return tl.load(table_ptr + start // PAGE_SIZE, mask=start < end, other=0)
+    else:
+        keys = tl.minimum(start + tl.arange(0, ROWS), end - 1)
+        return tl.load(table_ptr + keys // PAGE_SIZE, mask=keys >= start, other=0)
+
+
+@triton.jit
+def find_keys(pages, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
     """The keys start to start + ROWS. From `end` on the last key is repeated: loads need no mask, scores have one.
 
-    table_ptr points to the sequence's pages; without a table the cache is contiguous, and slots are keys. With ONE_PAGE
-    the keys lie in a single page.
+    pages are those of `pages_of_keys`; None: the cache is contiguous, and slots are keys. With ONE_PAGE the keys lie in
+    a single page.
     """
     if ONE_PAGE:
         slots = tl.minimum(tl.arange(0, ROWS), end - 1 - start).to(tl.int64)
-        page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
-        return CachedKeys(page, tl.cast(start % PAGE_SIZE, tl.int64), slots)
+        return CachedKeys(pages.to(tl.int64), tl.cast(start % PAGE_SIZE, tl.int64), slots)
     else:
         keys = tl.minimum(start + tl.arange(0, ROWS), end - 1)
-        if table_ptr is None:
+        if pages is None:
             return CachedKeys(0, 0, keys.to(tl.int64))
         else:
-            slots = (keys % PAGE_SIZE).to(tl.int64)
-            return CachedKeys(tl.load(table_ptr + keys // PAGE_SIZE).to(tl.int64), 0, slots)
+            return CachedKeys(pages.to(tl.int64), 0, (keys % PAGE_SIZE).to(tl.int64))
 
 
 @triton.jit

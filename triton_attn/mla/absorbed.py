@@ -20,7 +20,7 @@ from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import split_blocks, visible_range
 from .._jit.heads import row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
-from .._jit.paging import decode_float8, find_keys, key_pointers
+from .._jit.paging import decode_float8, find_keys, key_pointers, pages_of_keys
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     cast_tile,
@@ -237,8 +237,10 @@ def _mla_absorbed_kernel(
 
     m_i, l_i = softmax_init(None, heads, BLOCK_M)
     acc = _zeros(TILE)
+    pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
-        keys = find_keys(block_table_ptr, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
+        keys = find_keys(pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
+        pages = pages_of_keys(block_table_ptr, start_n + BLOCK_N, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
         latent_ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
         scale_ptrs = None
         if TILE.FLOAT8 is not None:

@@ -1,7 +1,7 @@
 """Tiles of the MLA kernels: the default by look-up, the space that a sweep searches, and what cannot run.
 
 Defaults were chosen from compiled code, not from timings: they fit and spill nothing at 512 + 64, the widths of
-DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode, a tile of up to 16 rows reads latent vectors faster than memory
+DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode, a tile of up to 16 rows reads latent vectors as fast as memory
 delivers them; the tile for more rows has the most `lock` in perf/model. On sm_100 the output of 64 rows alone fills the
 tensor memory, so that mma.sync takes 32.
 """
@@ -75,8 +75,7 @@ class MlaDecodeConfig(
         table = case.gpu.configs
         if case.dtype == torch.float32:
             return _FLOAT
-        config = (_FLOAT8 if case.is_fp8 else _HALF)[table][case.rows > 16]
-        return config if case.is_paged or case.rows <= 16 else _CONTIGUOUS.get(table, config)
+        return (_FLOAT8 if case.is_fp8 else _HALF)[table][case.rows > 16]
 
     @classmethod
     def search_space(cls, case):
@@ -96,7 +95,11 @@ class MlaDecodeConfig(
         keys = self.block_n * width * case.cache_dtype.itemsize
         if case.gpu.is_amd:
             return max(q, keys)
-        return q if case.is_fp8 and self.num_stages == 1 else q + keys
+        if case.is_fp8 and self.num_stages == 1:
+            return q
+        # Fewer than 64 rows are multiplied by mma.sync everywhere.
+        buffers = case.gpu.buffers(self.num_stages) if self.block_m >= 64 else self.num_stages - 1
+        return q + max(buffers, 1) * keys
 
     def programs_per_sm(self, is_fp8):
         """Programs of a decode that splits are to give an SM at once. Tiles of 16 rows leave room for two, which an fp8
@@ -142,11 +145,13 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqle
 # Of hopper.py by (kv_lora_rank, qk_rope_head_dim).
 _HOPPER = {(512, 64): MlaHopperConfig(2)}
 
-# Configs of up to 16 rows and of more, per architecture; 16-bit inputs. sm_120 spills with 32 rows, sm_86 does not.
+# Configs of up to 16 rows and of more, per architecture; 16-bit inputs. Three stages hold two tiles of keys: one is
+# loaded while the other is multiplied. For 32 rows sm_80 and sm_86 have no room for two tiles, and smaller ones have
+# less `lock`. sm_120 spills with 32 rows, sm_86 does not.
 _HALF = {
-    "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
-    "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 32, 4, 3)),
-    "sm_90": (MlaDecodeConfig(16, 64, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
+    "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 2)),
+    "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 32, 4, 2)),
+    "sm_90": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
     "sm_100": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 32, 4, 1), MlaDecodeConfig(32, 32, 4, 1)),
@@ -160,8 +165,6 @@ _FLOAT8 = {
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
-# More than 16 rows over keys in no pages, where latent vectors and rotary keys are tiles of their own.
-_CONTIGUOUS = {"sm_80": MlaDecodeConfig(32, 64, 8, 2), "sm_86": MlaDecodeConfig(32, 32, 4, 2)}
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
 
 
