@@ -572,13 +572,17 @@ FAULTS = (
         "CACHE",
     ),
     Fault(
-        "A01", "triton_attn/cache/kernels/append.py", "        scale_strides[1],", "        scale_strides[0],", "APPEND"
+        "A01",
+        "triton_attn/cache/kernels/append.py",
+        "_store_rows(v_tile, v_cache, scales.v, ",
+        "_store_rows(v_tile, v_cache, scales.k, ",
+        "APPEND",
     ),
     Fault(
         "A02",
         "triton_attn/cache/kernels/append.py",
-        "slots // PAGE_SIZE * strides[0] + slots % PAGE_SIZE * strides[1]",
-        "slots * strides[1]",
+        "row_offsets(slots // TILE.PAGE_SIZE, slots % TILE.PAGE_SIZE, heads, cache.strides)",
+        "row_offsets(0, slots, heads, cache.strides)",
         "APPEND",
     ),
     Fault(
@@ -591,16 +595,16 @@ FAULTS = (
     Fault(
         "A04",
         "triton_attn/cache/kernels/append.py",
-        "rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS",
-        "rows = tl.program_id(0) * BLOCK_ROWS",
+        "rows = tl.program_id(0).to(tl.int64) * TILE.BLOCK_ROWS",
+        "rows = tl.program_id(0) * TILE.BLOCK_ROWS",
         "APPEND",
     ),
     Fault("A05", "triton_attn/cache/kernels/append.py", " - 1) + odd) >> DROPPED", " - 1) + 1) >> DROPPED", "APPEND"),
     Fault(
         "A06",
         "triton_attn/cache/kernels/append_latent.py",
-        "(offs_s < KV_LORA_RANK // SCALE_BLOCK)",
-        "(offs_s <= KV_LORA_RANK // SCALE_BLOCK)",
+        "(offs_s < TILE.KV_LORA_RANK // TILE.SCALE_BLOCK)",
+        "(offs_s <= TILE.KV_LORA_RANK // TILE.SCALE_BLOCK)",
         "APPEND",
     ),
     Fault(

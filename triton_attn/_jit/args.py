@@ -25,6 +25,13 @@ class View(NamedTuple):
     strides: Strides
 
 
+class Splits(NamedTuple):
+    """Results of one split of the keys after the other: the View of the first, and the stride to the next."""
+
+    view: View
+    split_stride: int
+
+
 class Sequences(NamedTuple):
     """Where the sequences of a packed batch start; None and None in a dense batch."""
 
@@ -64,3 +71,33 @@ class Scores(NamedTuple):
     softcap: float | None
     alibi: View | None
     window: Window
+
+
+class Scale(NamedTuple):
+    """A factor: a number, or a pointer to one for each head, with head_stride 0 to one for all.
+
+    No field is None: Triton 3.6 cannot compare a tuple that holds None with None.
+    """
+
+    value: object
+    head_stride: int
+
+
+class Scales(NamedTuple):
+    """Of a cache's keys and values; None is 1."""
+
+    k: Scale | None
+    v: Scale | None
+
+
+def view_of(x):
+    """The View of a tensor (batch, rows, heads, dim), or (rows, heads, dim)."""
+    strides = x.stride()
+    return View(x, Strides(*strides[:-1]) if len(strides) == 4 else Strides(0, *strides[:-1]))
+
+
+def scale_of(scale):
+    """The Scale of a number, or of a tensor of one element or one per head; None of None."""
+    if scale is None:
+        return None
+    return Scale(scale, min(1, scale.numel() - 1) if hasattr(scale, "numel") else 0)

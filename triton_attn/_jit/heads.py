@@ -134,6 +134,12 @@ def row_offsets(batch, rows, heads, strides):
 
 
 @triton.jit
+def lse_offsets(batch, heads, rows, num_heads, num_rows):
+    """64-bit offsets in contiguous log-sum-exps (batch, num_heads, num_rows)."""
+    return (tl.cast(batch, tl.int64) * num_heads + heads) * num_rows + rows
+
+
+@triton.jit
 def find_sequence(
     cu_seqlens_ptr, batch, search_steps, target, MULTIPLY: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr
 ):

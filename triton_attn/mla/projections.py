@@ -9,7 +9,7 @@ from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import INDICES, LSE, row_strides
 from .._jit.args import Strides, View
 from .._jit.heads import row_offsets, row_pointer
-from .._jit.rope import load_rotated
+from .._jit.rope import Rotation, load_rotated, rope_of
 from .._jit.softmax import LN_2, softmax_finish
 from .._jit.tiles import padded_size, row_pointers
 from .._jit.workarounds import fence_copies
@@ -39,10 +39,8 @@ def _absorb_kernel(
     q_pe,
     w_uk,
     q_ptr,
-    cos_ptr,
-    sin_ptr,
+    rope,
     cache_seqlens_ptr,
-    rope_strides,
     num_positions,
     capacity,
     seqlen_q,
@@ -53,7 +51,7 @@ def _absorb_kernel(
     """One program computes BLOCK_C columns of scale * [q_nope @ w_uk, rope(q_pe)] for BLOCK_T tokens and one head.
 
     Grid: (heads * tiles of tokens, blocks of columns and one for the rotary part); a token is one query. q is
-    (tokens, heads, kv_lora_rank + qk_rope_head_dim), contiguous. rope_strides are a position's of cos and sin.
+    (tokens, heads, kv_lora_rank + qk_rope_head_dim), contiguous.
     """
     BLOCK_T: tl.constexpr = TILE.BLOCK_T
     BLOCK_C: tl.constexpr = TILE.BLOCK_C
@@ -87,25 +85,15 @@ def _absorb_kernel(
         tl.store(q_rows + columns[None, :], absorbed, mask=tokens_mask[:, None] & columns_mask[None, :])
     else:
         offs_r = tl.arange(0, padded_size(ROPE_HEAD_DIM))
-        rope_mask = tokens_mask[:, None] & (offs_r < ROPE_HEAD_DIM)[None, :]
         positions = None
         if TILE.ROTARY_DIM > 0:
             seqlens_k = tl.minimum(tl.load(cache_seqlens_ptr + batch, mask=tokens_mask, other=0), capacity)
             positions = seqlens_k - seqlen_q + query
-        rotated = load_rotated(
-            q_pe.ptr + row_offsets(batch, query, head, q_pe.strides),
-            offs_r,
-            rope_mask,
-            positions,
-            tokens_mask,
-            cos_ptr,
-            sin_ptr,
-            rope_strides,
-            num_positions,
-            TILE.ROTARY_DIM,
-            TILE.INTERLEAVED,
-        )
+        rotation = Rotation(rope, positions, num_positions)
+        rows = q_pe.ptr + row_offsets(batch, query, head, q_pe.strides)
+        rotated = load_rotated(rows, tokens_mask, offs_r, rotation, ROPE_HEAD_DIM, TILE.ROTARY_DIM, TILE.INTERLEAVED)
         rotated = (rotated * scale).to(q_ptr.dtype.element_ty)
+        rope_mask = tokens_mask[:, None] & (offs_r < ROPE_HEAD_DIM)[None, :]
         tl.store(q_rows + KV_LORA_RANK + offs_r[None, :], rotated, mask=rope_mask)
 
 
@@ -240,10 +228,8 @@ def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, Fal
         View(q_pe, Strides(*row_strides(q_pe))),
         weight_view(w_uk),
         q,
-        cos,
-        sin,
+        rope_of(cos, sin),
         cache_seqlens,
-        None if cos is None else (cos.stride(0), sin.stride(0)),
         0 if cos is None else cos.shape[0],
         capacity,
         seqlen_q,

@@ -1,15 +1,33 @@
 """Kernel that scatters new keys and values into the slots of a paged cache, and its launcher."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..._host.checks import FLOAT8_MANTISSA_BITS
 from ..._host.device import launch
-from ..._host.layout import INDICES, scale_stride
-from ..._jit.rope import load_rotated
+from ..._host.layout import INDICES
+from ..._jit.args import Scales, scale_of, view_of
+from ..._jit.heads import row_offsets
+from ..._jit.rope import Rotation, load_rotated, rope_of
 
 TILE_ELEMENTS = 4096
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for: BLOCK_ROWS rows of BLOCK_D elements, and what they are."""
+
+    BLOCK_ROWS: int
+    BLOCK_D: int
+    NUM_HEADS: int
+    HEAD_DIM: int
+    HEAD_DIM_V: int
+    ROTARY_DIM: int  # 0: nothing is rotated
+    INTERLEAVED: bool
+    PAGE_SIZE: int
+    MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
 
 
 @triton.jit
@@ -36,161 +54,97 @@ def encode_float8(x, MANTISSA_BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(
-    x,
-    cache_ptr,
-    strides,
-    scale,
-    scale_stride,
-    slots,
-    heads,
-    offs_d,
-    mask,
-    PAGE_SIZE: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-):
-    """Store rows of fp32 x in their slots, divided by the scale.
-
-    The scale is None (1), a number with scale_stride None, or a pointer to one number or one per head. MANTISSA_BITS is
-    0 unless the cache holds fp8, as uint8.
-    """
+def _store_rows(x, cache, scale, slots, heads, mask, TILE: tl.constexpr):
+    """Store rows of fp32 x (BLOCK_ROWS, BLOCK_D) in their slots, divided by the scale."""
     if scale is not None:
-        if scale_stride is not None:
-            scale = tl.load(scale + heads * scale_stride)[:, None]
-        x = tl.math.div_rn(x, scale)
-    x = encode_float8(x, MANTISSA_BITS) if MANTISSA_BITS > 0 else x.to(cache_ptr.dtype.element_ty)
-    offsets = slots // PAGE_SIZE * strides[0] + slots % PAGE_SIZE * strides[1] + heads * strides[2]
-    tl.store(cache_ptr + offsets[:, None] + offs_d[None, :], x, mask=mask)
+        factor = scale.value
+        if factor.dtype.is_ptr():
+            factor = tl.load(scale.value + heads * scale.head_stride)[:, None]
+        x = tl.math.div_rn(x, factor)
+    x = encode_float8(x, TILE.MANTISSA_BITS) if TILE.MANTISSA_BITS > 0 else x.to(cache.ptr.dtype.element_ty)
+    offsets = row_offsets(slots // TILE.PAGE_SIZE, slots % TILE.PAGE_SIZE, heads, cache.strides)
+    tl.store(cache.ptr + offsets[:, None] + tl.arange(0, TILE.BLOCK_D)[None, :], x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_positions", "num_slots", "num_tokens", *INDICES])
 def _append_kv_cache_kernel(
-    k_ptr,
-    v_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
+    k,
+    v,
+    k_cache,
+    v_cache,
     slot_mapping_ptr,
-    k_scale,
-    v_scale,
-    cos_ptr,
-    sin_ptr,
     positions_ptr,
-    k_strides,
-    v_strides,
-    k_cache_strides,
-    v_cache_strides,
-    scale_strides,
-    rope_strides,
+    scales,
+    rope,
     num_positions,
     num_slots,
     num_tokens,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One program writes BLOCK_ROWS rows of keys and of values; a row is one head of one token.
 
-    Grid: num_tokens * NUM_HEADS / BLOCK_ROWS, rounded up. Strides are (token, head) of k and v, (page, offset, head) of
-    the caches, the head's of both scales, and the position's of cos and sin.
+    Grid: num_tokens * NUM_HEADS / BLOCK_ROWS, rounded up. k, v and the caches are Views, of tokens and of
+    slots in pages.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tokens = rows // NUM_HEADS
-    heads = rows % NUM_HEADS
+    rows = tl.program_id(0).to(tl.int64) * TILE.BLOCK_ROWS + tl.arange(0, TILE.BLOCK_ROWS)
+    tokens = rows // TILE.NUM_HEADS
+    heads = rows % TILE.NUM_HEADS
     slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
-    written = (slots >= 0) & (slots < num_slots)
-    offs_d = tl.arange(0, BLOCK_D)
+    written = (slots >= 0) & (slots < num_slots)  # (BLOCK_ROWS,)
+    offs_d = tl.arange(0, TILE.BLOCK_D)
 
-    mask = written[:, None] & (offs_d < HEAD_DIM)[None, :]
-    k_rows = k_ptr + (tokens * k_strides[0] + heads * k_strides[1])
     positions = None
     if positions_ptr is not None:
         positions = tl.load(positions_ptr + tokens, mask=written, other=0)
-    k = load_rotated(
-        k_rows, offs_d, mask, positions, written, cos_ptr, sin_ptr, rope_strides, num_positions, ROTARY_DIM, INTERLEAVED
-    )
-    _store_rows(
-        k,
-        k_cache_ptr,
-        k_cache_strides,
-        k_scale,
-        scale_strides[0],
-        slots,
-        heads,
-        offs_d,
-        mask,
-        PAGE_SIZE,
-        MANTISSA_BITS,
-    )
+    rotation = Rotation(rope, positions, num_positions)
+    k_rows = k.ptr + row_offsets(0, tokens, heads, k.strides)
+    mask = written[:, None] & (offs_d < TILE.HEAD_DIM)[None, :]
+    k_tile = load_rotated(k_rows, written, offs_d, rotation, TILE.HEAD_DIM, TILE.ROTARY_DIM, TILE.INTERLEAVED)
+    _store_rows(k_tile, k_cache, scales.k, slots, heads, mask, TILE)
 
-    mask = written[:, None] & (offs_d < HEAD_DIM_V)[None, :]
-    v_rows = v_ptr + (tokens * v_strides[0] + heads * v_strides[1])[:, None]
-    v = tl.load(v_rows + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_rows(
-        v,
-        v_cache_ptr,
-        v_cache_strides,
-        v_scale,
-        scale_strides[1],
-        slots,
-        heads,
-        offs_d,
-        mask,
-        PAGE_SIZE,
-        MANTISSA_BITS,
-    )
+    mask = written[:, None] & (offs_d < TILE.HEAD_DIM_V)[None, :]
+    v_rows = v.ptr + row_offsets(0, tokens, heads, v.strides)
+    v_tile = tl.load(v_rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    _store_rows(v_tile, v_cache, scales.v, slots, heads, mask, TILE)
 
 
 def launch_append_kv_cache(
     k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, rope_interleaved
 ):
-    """Launch the append kernel: one launch, nothing read back. Arguments as `append_kv_cache`, checked."""
+    """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_kv_cache`, checked."""
     num_tokens, num_heads, head_dim = k.shape
+    num_pages, page_size, *_ = k_cache.shape
     head_dim_v = v.shape[-1]
     block_d = 1 << (max(head_dim, head_dim_v) - 1).bit_length()
     block_rows = max(1, TILE_ELEMENTS // block_d)
     num_programs = -(-num_tokens * num_heads // block_rows)
     if num_programs == 0:
         return
-    dtype = k_cache.dtype
-    if dtype in FLOAT8_MANTISSA_BITS:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    launch(
-        _append_kv_cache_kernel,
-        (num_programs,),
-        k.device,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        k_scale,
-        v_scale,
-        rope_cos,
-        rope_sin,
-        positions,
-        k.stride()[:2],
-        v.stride()[:2],
-        k_cache.stride()[:3],
-        v_cache.stride()[:3],
-        (scale_stride(k_scale), scale_stride(v_scale)),
-        None if rope_cos is None else (rope_cos.stride(0), rope_sin.stride(0)),
-        0 if rope_cos is None else rope_cos.shape[0],
-        k_cache.shape[0] * k_cache.shape[1],
-        num_tokens,
+    tile = Tile(
+        BLOCK_ROWS=block_rows,
+        BLOCK_D=block_d,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         ROTARY_DIM=0 if rope_cos is None else 2 * rope_cos.shape[-1],
         INTERLEAVED=rope_interleaved,
-        PAGE_SIZE=k_cache.shape[1],
-        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(dtype, 0),
-        BLOCK_ROWS=block_rows,
-        BLOCK_D=block_d,
+        PAGE_SIZE=page_size,
+        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(k_cache.dtype, 0),
+    )
+    if tile.MANTISSA_BITS:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    launch(
+        _append_kv_cache_kernel,
+        (num_programs,),
+        k.device,
+        *map(view_of, (k, v, k_cache, v_cache)),
+        slot_mapping,
+        positions,
+        Scales(scale_of(k_scale), scale_of(v_scale)),
+        rope_of(rope_cos, rope_sin),
+        0 if rope_cos is None else rope_cos.shape[0],
+        num_pages * page_size,
+        num_tokens,
+        TILE=tile,
         num_warps=4,
     )

@@ -1,18 +1,35 @@
 """Kernel that scatters new latent vectors and rotary keys into the slots of a latent cache, and its launcher."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..._host.device import launch
 from ..._host.latent import SCALE_BLOCK, latent_parts
 from ..._host.layout import INDICES
-from ..._jit.rope import load_rotated
+from ..._jit.args import Strides, View
+from ..._jit.rope import Rotation, load_rotated, rope_of
 from .append import TILE_ELEMENTS, encode_float8
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for: BLOCK_ROWS rows of BLOCK_D and BLOCK_ROPE elements, and what they are."""
+
+    BLOCK_ROWS: int
+    BLOCK_D: int
+    BLOCK_ROPE: int
+    KV_LORA_RANK: int
+    ROPE_HEAD_DIM: int
+    ROTARY_DIM: int  # 0: nothing is rotated
+    INTERLEAVED: bool
+    PAGE_SIZE: int
+    SCALE_BLOCK: int
 
 
 @triton.jit
 def _quantize(x, BLOCK: tl.constexpr):
-    """Of fp32 (rows, numbers) the e4m3 bits, and a scale for every BLOCK of numbers: (rows, numbers / BLOCK).
+    """Of fp32 (rows, elements) the e4m3 bits, and a scale for every BLOCK of elements: (rows, elements / BLOCK).
 
     A scale is the power of two at or above max(amax / 448, 1e-4).
     """
@@ -29,72 +46,61 @@ def _quantize(x, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_positions", "num_slots", "num_tokens", *INDICES])
 def _append_latent_cache_kernel(
-    kv_latent_ptr,
-    k_pe_ptr,
-    latents_ptr,
+    kv_latent,
+    k_pe,
+    latents,
     scales_ptr,
     rope_keys_ptr,
     slot_mapping_ptr,
-    cos_ptr,
-    sin_ptr,
     positions_ptr,
-    token_strides,
-    cache_strides,
-    rope_strides,
+    rope,
     num_positions,
     num_slots,
     num_tokens,
-    KV_LORA_RANK: tl.constexpr,
-    ROPE_HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_ROPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One program writes the rows of BLOCK_ROWS tokens.
 
-    Grid: num_tokens / BLOCK_ROWS, rounded up. latents, scales (None but in an fp8 cache) and rope_keys are the parts of
-    the cache's rows. Strides are a token's of kv_latent and k_pe, (page, offset) of latents, a position's of cos and
-    sin. Those of scales and rope_keys follow, and so the compiler knows what they are multiples of.
+    Grid: num_tokens / BLOCK_ROWS, rounded up. kv_latent, k_pe and latents are Views without heads, of tokens and
+    of slots in pages. latents, scales (None but in an fp8 cache) and rope_keys are the parts of the cache's rows. The
+    strides of the last two follow from those of latents: so the compiler knows what they are multiples of.
     """
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tokens = tl.program_id(0).to(tl.int64) * TILE.BLOCK_ROWS + tl.arange(0, TILE.BLOCK_ROWS)
     slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
-    written = (slots >= 0) & (slots < num_slots)
-    row_offsets = slots // PAGE_SIZE * cache_strides[0] + slots % PAGE_SIZE * cache_strides[1]
+    written = (slots >= 0) & (slots < num_slots)  # (BLOCK_ROWS,)
+    row_offsets = slots // TILE.PAGE_SIZE * latents.strides.batch + slots % TILE.PAGE_SIZE * latents.strides.row
 
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = written[:, None] & (offs_d < KV_LORA_RANK)[None, :]
-    latents = tl.load(kv_latent_ptr + (tokens * token_strides[0])[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    offs_d = tl.arange(0, TILE.BLOCK_D)
+    mask = written[:, None] & (offs_d < TILE.KV_LORA_RANK)[None, :]
+    rows = kv_latent.ptr + (tokens * kv_latent.strides.row)[:, None]
+    x = tl.load(rows + offs_d[None, :], mask=mask, other=0.0)  # (BLOCK_ROWS, BLOCK_D)
     if scales_ptr is not None:
-        latents, scales = _quantize(latents.to(tl.float32), SCALE_BLOCK)
-        offs_s = tl.arange(0, BLOCK_D // SCALE_BLOCK)
-        scaled = written[:, None] & (offs_s < KV_LORA_RANK // SCALE_BLOCK)[None, :]
+        x, scales = _quantize(x.to(tl.float32), TILE.SCALE_BLOCK)
+        offs_s = tl.arange(0, TILE.BLOCK_D // TILE.SCALE_BLOCK)
+        scaled = written[:, None] & (offs_s < TILE.KV_LORA_RANK // TILE.SCALE_BLOCK)[None, :]
         tl.store(scales_ptr + (row_offsets // 4)[:, None] + offs_s[None, :], scales, mask=scaled)
-    tl.store(latents_ptr + row_offsets[:, None] + offs_d[None, :], latents, mask=mask)
+    tl.store(latents.ptr + row_offsets[:, None] + offs_d[None, :], x, mask=mask)
 
-    offs_r = tl.arange(0, BLOCK_ROPE)
-    mask = written[:, None] & (offs_r < ROPE_HEAD_DIM)[None, :]
-    rows = k_pe_ptr + tokens * token_strides[1]
     positions = None
     if positions_ptr is not None:
         positions = tl.load(positions_ptr + tokens, mask=written, other=0)
-    k_pe = load_rotated(
-        rows, offs_r, mask, positions, written, cos_ptr, sin_ptr, rope_strides, num_positions, ROTARY_DIM, INTERLEAVED
-    )
+    rotation = Rotation(rope, positions, num_positions)
+    offs_r = tl.arange(0, TILE.BLOCK_ROPE)
+    rows = k_pe.ptr + tokens * k_pe.strides.row
+    x = load_rotated(rows, written, offs_r, rotation, TILE.ROPE_HEAD_DIM, TILE.ROTARY_DIM, TILE.INTERLEAVED)
     if scales_ptr is not None:  # from bytes to bf16
         row_offsets = row_offsets // 2
-    k_pe = k_pe.to(rope_keys_ptr.dtype.element_ty)
-    tl.store(rope_keys_ptr + row_offsets[:, None] + offs_r[None, :], k_pe, mask=mask)
+    mask = written[:, None] & (offs_r < TILE.ROPE_HEAD_DIM)[None, :]
+    x = x.to(rope_keys_ptr.dtype.element_ty)  # (BLOCK_ROWS, BLOCK_ROPE)
+    tl.store(rope_keys_ptr + row_offsets[:, None] + offs_r[None, :], x, mask=mask)
 
 
 def launch_append_latent_cache(
     kv_latent, k_pe, latent_cache, slot_mapping, rope_cos, rope_sin, positions, rope_interleaved
 ):
-    """Launch the append kernel: one launch, nothing read back. Arguments as `append_latent_cache`, checked."""
+    """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_latent_cache`, checked."""
     num_tokens, kv_lora_rank = kv_latent.shape
+    num_pages, page_size, _ = latent_cache.shape
     qk_rope_head_dim = k_pe.shape[1]
     block_d = triton.next_power_of_2(kv_lora_rank)
     block_rope = triton.next_power_of_2(qk_rope_head_dim)
@@ -103,33 +109,32 @@ def launch_append_latent_cache(
     if num_programs == 0:
         return
     latents, scales, rope_keys = latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim)
-    launch(
-        _append_latent_cache_kernel,
-        (num_programs,),
-        kv_latent.device,
-        kv_latent,
-        k_pe,
-        latents,
-        scales,
-        rope_keys,
-        slot_mapping,
-        rope_cos,
-        rope_sin,
-        positions,
-        (kv_latent.stride(0), k_pe.stride(0)),
-        latents.stride()[:2],
-        None if rope_cos is None else (rope_cos.stride(0), rope_sin.stride(0)),
-        0 if rope_cos is None else rope_cos.shape[0],
-        latent_cache.shape[0] * latent_cache.shape[1],
-        num_tokens,
+    tile = Tile(
+        BLOCK_ROWS=block_rows,
+        BLOCK_D=block_d,
+        BLOCK_ROPE=block_rope,
         KV_LORA_RANK=kv_lora_rank,
         ROPE_HEAD_DIM=qk_rope_head_dim,
         ROTARY_DIM=0 if rope_cos is None else 2 * rope_cos.shape[1],
         INTERLEAVED=rope_interleaved,
-        PAGE_SIZE=latent_cache.shape[1],
+        PAGE_SIZE=page_size,
         SCALE_BLOCK=SCALE_BLOCK,
-        BLOCK_ROWS=block_rows,
-        BLOCK_D=block_d,
-        BLOCK_ROPE=block_rope,
+    )
+    launch(
+        _append_latent_cache_kernel,
+        (num_programs,),
+        kv_latent.device,
+        View(kv_latent, Strides(0, kv_latent.stride(0), 0)),
+        View(k_pe, Strides(0, k_pe.stride(0), 0)),
+        View(latents, Strides(latents.stride(0), latents.stride(1), 0)),
+        scales,
+        rope_keys,
+        slot_mapping,
+        positions,
+        rope_of(rope_cos, rope_sin),
+        0 if rope_cos is None else rope_cos.shape[0],
+        num_pages * page_size,
+        num_tokens,
+        TILE=tile,
         num_warps=4,
     )
