@@ -20,6 +20,7 @@ from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.mla.prefill import launch_mla_fused, launch_mla_materialized
+from triton_attn.paged.api import PagedCall
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.paged.forward import launch_paged_fwd
 from triton_attn.toolchain import compile_only
@@ -180,8 +181,8 @@ def backward_tiles(arch, dtype, head_dim, causal, kernel, config):
 def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):
     """`paged_attention(q, k_cache, v_cache, cache_seqlens, block_table, out=out)` with a given config."""
     options = _options(q.shape[3], causal=True)
-    tensors = q, k_cache, v_cache, out, None, cache_seqlens, block_table
-    launch_paged_fwd(*tensors, None, q.shape[1], options, config=config)
+    call = PagedCall(q, k_cache, v_cache, cache_seqlens, block_table, None, q.shape[1], options)
+    launch_paged_fwd(call, out, None, config)
     return out
 
 

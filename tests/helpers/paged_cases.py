@@ -268,7 +268,7 @@ def check_accesses(case, accesses):
     size = case.cache_dtype.itemsize
     most = keys_loaded(case) * case.num_heads_kv * size
     exactly = not case.shared_prefix_len and max(case.seqlens_q) * case.group_size <= case.config.block_m
-    for name, head_dim in (("k_ptr", case.head_dim), ("v_ptr", case.head_dim_v)):
+    for name, head_dim in (("k.ptr", case.head_dim), ("v.ptr", case.head_dim_v)):
         loaded = accesses.bytes_loaded[name]
         assert loaded <= most * head_dim
         if exactly:

@@ -54,7 +54,7 @@ def loop_rate(launch):
     softmax.
     """
     report, constants = loop_model.analyze(launch.kernel), launch.constexprs
-    bytes_per_flop = (1 if constants["FLOAT8"] else 2) / (2 * constants["BLOCK_M"])
+    bytes_per_flop = (1 if constants["MANTISSA_BITS"] else 2) / (2 * constants["BLOCK_M"])
     return report.bound * bytes_per_flop, report.lock * bytes_per_flop
 
 
@@ -127,7 +127,7 @@ def test_default(arch, head_dim, rows, variant, record_property):
     if rows == "prefill" and head_dim <= 192 and arch in ("sm_80", "sm_90"):
         assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's matmuls
     # Heads of 40 fp8 elements are aligned to 8 bytes only, so nothing is prefetched.
-    by_16_bytes = head_dim * (1 if constants["FLOAT8"] else 2) % 16 == 0
+    by_16_bytes = head_dim * (1 if constants["MANTISSA_BITS"] else 2) % 16 == 0
     assert (constants["VECTOR_CACHE"] > 1) == by_16_bytes
     if arch == "gfx942":
         assert launch.uses_mfma

@@ -176,7 +176,7 @@ def test_a_shared_prefix_is_read_once():
         inputs.case = replace(case, shared_prefix_len=shared_prefix_len)
         with using(case.config), guard() as accesses:
             inputs.call()
-        loaded[shared_prefix_len] = accesses.bytes_loaded["k_ptr"] / bytes_per_key
+        loaded[shared_prefix_len] = accesses.bytes_loaded["k.ptr"] / bytes_per_key
     assert loaded == {0: sum(case.seqlens_k), 96: 96 + sum(case.seqlens_k) - 4 * 96}
 
 
@@ -188,7 +188,7 @@ def test_pages_outside_of_the_window_are_not_touched(record_property):
         inputs = Inputs(replace(case, window_size=(window, -1)))
         with using(case.config), guard() as accesses:
             inputs.call()
-        loaded = accesses.bytes_loaded["k_ptr"] / (2 * 64 * 2)
+        loaded = accesses.bytes_loaded["k.ptr"] / (2 * 64 * 2)
         tiles = sum(-(-min(n, window + 1 if window >= 0 else n) // 64) * 64 for n in case.seqlens_k)
         figure = f"decode, window {window}: {loaded:.0f} keys loaded, {seen} seen, {tiles} in whole tiles"
         record_property("figure", figure)

@@ -7,13 +7,9 @@ from perf.model import house
 
 # Functions past the limits today, with their arguments and lines. These may only decrease.
 CEILINGS = {
-    "cache_rows": {"arguments": 8},
-    "load_rotated": {"arguments": 11},
-    "_store_rows": {"arguments": 11},
     "_step": {"arguments": 12},
     "_attend": {"arguments": 8},
     "_clear_spare_rows": {"arguments": 8},
-    "_paged_fwd_kernel": {"arguments": 48, "lines": 156},
 }
 
 

@@ -6,31 +6,30 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def cache_rows(
-    table_ptr,
-    batch,
-    start,
-    end,
-    ROWS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ONE_PAGE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """(outer, row) in a cache of the keys start to start + ROWS, int64: a page and a slot in it.
+class Cached(NamedTuple):
+    """Where keys lie, int64: a page and a slot in it, or a sequence and a row of a contiguous cache."""
 
-    table_ptr points to the sequence's pages; without a table the cache is contiguous, and outer is the sequence. With
-    ONE_PAGE the keys lie in a single page. No entry is read for keys from `end` on, where only a MASKED tile goes.
+    outer: object
+    slot: object
+
+
+@triton.jit
+def cache_rows(table_ptr, sequence, start, end, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """Where the keys from start to start + TILE.BLOCK_N are Cached.
+
+    table_ptr points to the sequence's pages of TILE.PAGE_SIZE keys; without a table the cache is contiguous. With
+    TILE.ONE_PAGE the keys lie in a single page. No entry is read for keys from `end` on, where only a MASKED tile goes.
     """
-    keys = start + tl.arange(0, ROWS)
+    keys = start + tl.arange(0, TILE.BLOCK_N)
     if table_ptr is None:
-        return tl.cast(batch, tl.int64), keys.to(tl.int64)
-    elif ONE_PAGE:
-        return tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64), (keys % PAGE_SIZE).to(tl.int64)
+        return Cached(tl.cast(sequence, tl.int64), keys.to(tl.int64))
+    elif TILE.ONE_PAGE:
+        page = tl.load(table_ptr + start // TILE.PAGE_SIZE)
+        return Cached(page.to(tl.int64), (keys % TILE.PAGE_SIZE).to(tl.int64))
     else:
         mask = keys < end if MASKED else None
-        pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=mask, other=0 if MASKED else None)
-        return pages.to(tl.int64), (keys % PAGE_SIZE).to(tl.int64)
+        pages = tl.load(table_ptr + keys // TILE.PAGE_SIZE, mask=mask, other=0 if MASKED else None)
+        return Cached(pages.to(tl.int64), (keys % TILE.PAGE_SIZE).to(tl.int64))
 
 
 class CachedKeys(NamedTuple):
@@ -86,7 +85,7 @@ def key_pointers(pages, SLOT_STRIDE: tl.constexpr, keys, ONE_PAGE: tl.constexpr)
 
 @triton.jit
 def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """fp16 values of e4m3 (3 bits of mantissa) or e5m2 (2) numbers, exact, NaN kept.
+    """fp16 values of e4m3 (3 bits of mantissa) or e5m2 (2) elements, exact, NaN kept.
 
     By the GPU's own conversion where it is NATIVE, otherwise in integers.
     """

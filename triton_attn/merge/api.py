@@ -47,7 +47,7 @@ def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     from .kernel import launch_merge  # the package imports where triton is not installed
 
     out, lse = _new_outputs(outs, lses)
-    launch_merge(outs, lses.transpose(2, 3), out, lse.transpose(1, 2))
+    launch_merge(outs, lses.contiguous(), out, lse)
     return out, lse
 
 

@@ -1,132 +1,117 @@
 """Kernel that merges partial results of attention, and its launcher."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .._host.device import launch
 from .._host.layout import LSE
+from .._jit.args import Splits, Strides, View, view_of
+from .._jit.heads import lse_offsets, row_offsets
 from .._jit.softmax import LOG2_E, softmax_finish
 
-# Parts that are loaded at once, and elements of the tile that they make.
-MAX_PARTS = 32
+# Splits that are loaded at once, and elements of the tile that they make.
+MAX_SPLITS = 32
 TILE_ELEMENTS = 4096
+# A new length must not mean a new compilation.
+LENGTHS = ["lses_ptr", "num_splits", "num_rows", "seqlen_q", *LSE]
 
 
-# Lengths and what follows from them: a new length must not mean a new compilation.
-LENGTHS = [
-    "num_parts",
-    "num_rows",
-    "seqlen_q",
-    "lses_ptr",
-    "lses_part_stride",
-    "lses_batch_stride",
-    "lses_row_stride",
-    "lses_head_stride",
-    *LSE,
-]
+class Tile(NamedTuple):
+    """What the kernel is compiled for: how many elements of (rows, splits, head dim) are loaded at once."""
+
+    BLOCK_ROWS: int
+    BLOCK_SPLITS: int
+    BLOCK_D: int
+    HEAD_DIM_V: int
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _merge_kernel(
-    outs_ptr,
+    outs,
     lses_ptr,
-    out_ptr,
+    out,
     lse_ptr,
-    outs_strides,
-    out_strides,
-    lses_part_stride,
-    lses_batch_stride,
-    lses_row_stride,
-    lses_head_stride,
-    lse_batch_stride,
-    lse_row_stride,
-    lse_head_stride,
-    num_parts,
+    num_splits,
     num_rows,
     seqlen_q,
     num_heads,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One program merges the parts of BLOCK_ROWS rows; a row is one head of one query.
+    """One program merges the splits of BLOCK_ROWS rows; a row is one head of one query.
 
-    Grid: num_rows / BLOCK_ROWS, rounded up. Strides are of (part,) batch, row, head.
+    Grid: num_rows / BLOCK_ROWS, rounded up. Log-sum-exps are contiguous, (split,) batch, head, query.
     """
+    BLOCK_ROWS: tl.constexpr = TILE.BLOCK_ROWS
+    BLOCK_SPLITS: tl.constexpr = TILE.BLOCK_SPLITS
+    BLOCK_D: tl.constexpr = TILE.BLOCK_D
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows_mask = rows < num_rows
     head = rows % num_heads
     query = rows // num_heads % seqlen_q
     batch = rows // num_heads // seqlen_q
-    # Tiles are (row, part), flattened to rows where they are loaded: a batch of small loads, all on their way together.
-    parts = tl.arange(0, BLOCK_PARTS).to(tl.int64)
-    outs_rows = batch * outs_strides[1] + query * outs_strides[2] + head * outs_strides[3]
-    lses_rows = batch * lses_batch_stride + query * lses_row_stride + head * lses_head_stride
+    splits = tl.arange(0, BLOCK_SPLITS).to(tl.int64)
+    outs_rows = row_offsets(batch, query, head, outs.view.strides)
+    lse_rows = lse_offsets(batch, head, query, num_heads, seqlen_q)
     offs_d = tl.arange(0, BLOCK_D)
 
     m_i = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for first in range(0, num_parts, BLOCK_PARTS):
-        mask = rows_mask[:, None] & (first + parts < num_parts)[None, :]
-        ptrs = lses_ptr + lses_rows[:, None] + (first + parts)[None, :] * lses_part_stride
-        lse = tl.load(ptrs, mask=mask, other=float("-inf")) * LOG2_E
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        mask = rows_mask[:, None] & (first + splits < num_splits)[None, :]
+        lses_ptrs = lses_ptr + lse_rows[:, None] + (first + splits)[None, :] * num_rows
+        lse = tl.load(lses_ptrs, mask=mask, other=float("-inf")) * LOG2_E  # (BLOCK_ROWS, BLOCK_SPLITS)
         lse = tl.where(lse == float("inf"), float("-inf"), lse)  # how others write that there is no key
         m_new = tl.maximum(m_i, tl.max(lse, 1))
         m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
         weights = tl.math.exp2(lse - m_sub[:, None])
         alpha = tl.math.exp2(m_i - m_sub)
-        offsets = (outs_rows[:, None] + (first + parts)[None, :] * outs_strides[0])[:, :, None] + offs_d[None, None, :]
-        seen = (lse > float("-inf"))[:, :, None] & (offs_d < HEAD_DIM_V)[None, None, :]
-        outs = tl.load(outs_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
-        acc = acc * alpha[:, None] + tl.sum(outs * weights[:, :, None], 1)
+        offsets = outs_rows[:, None] + (first + splits)[None, :] * outs.split_stride
+        seen = (lse > float("-inf"))[:, :, None] & (offs_d < TILE.HEAD_DIM_V)[None, None, :]
+        tile_ptrs = outs.view.ptr + (offsets[:, :, None] + offs_d[None, None, :])
+        tile = tl.load(tile_ptrs, mask=seen, other=0.0).to(tl.float32)  # (BLOCK_ROWS, BLOCK_SPLITS, BLOCK_D)
+        acc = acc * alpha[:, None] + tl.sum(tile * weights[:, :, None], 1)
         l_i = l_i * alpha + tl.sum(weights, 1)
         m_i = m_new
 
     norm, lse = softmax_finish(m_i, l_i)
     if lse_ptr is not None:
-        offsets = batch * lse_batch_stride + query * lse_row_stride + head * lse_head_stride
-        tl.store(lse_ptr + offsets, lse, mask=rows_mask)
-    offsets = batch * out_strides[0] + query * out_strides[1] + head * out_strides[2]
-    mask = rows_mask[:, None] & (offs_d < HEAD_DIM_V)[None, :]
-    out = (acc * norm[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets[:, None] + offs_d[None, :], out, mask=mask)
+        tl.store(lse_ptr + lse_rows, lse, mask=rows_mask)
+    offsets = row_offsets(batch, query, head, out.strides)
+    mask = rows_mask[:, None] & (offs_d < TILE.HEAD_DIM_V)[None, :]
+    merged = (acc * norm[:, None]).to(out.ptr.dtype.element_ty)  # (BLOCK_ROWS, BLOCK_D)
+    tl.store(out.ptr + offsets[:, None] + offs_d[None, :], merged, mask=mask)
 
 
 def launch_merge(outs, lses, out, lse):
     """Launch the merge kernel: one launch.
 
-    outs is (num_parts, batch, seqlen_q, num_heads_q, head_dim_v), lses (num_parts, batch, seqlen_q, num_heads_q), out
-    and lse as one part of them; lse may be None: not wanted.
+    outs is (num_splits, batch, seqlen_q, num_heads_q, head_dim_v), lses (num_splits, batch, num_heads_q, seqlen_q), out
+    and lse as one of them; lse may be None: not wanted. lses and lse are contiguous.
     """
-    num_parts, batch, seqlen_q, num_heads, head_dim_v = outs.shape
+    num_splits, batch, seqlen_q, num_heads, head_dim_v = outs.shape
     num_rows = batch * seqlen_q * num_heads
     if num_rows == 0:
         return
     # In plain Python: Triton's own functions of these names take longer than all else here.
     block_d = 1 << (head_dim_v - 1).bit_length()
-    block_parts = min(MAX_PARTS, 1 << max(0, num_parts - 1).bit_length())
-    block_rows = max(1, TILE_ELEMENTS // (block_d * block_parts))
+    block_splits = min(MAX_SPLITS, 1 << max(0, num_splits - 1).bit_length())
+    block_rows = max(1, TILE_ELEMENTS // (block_d * block_splits))
+    split_stride, *strides, _ = outs.stride()
     launch(
         _merge_kernel,
         (-(-num_rows // block_rows),),
         outs.device,
-        outs,
+        Splits(View(outs, Strides(*strides)), split_stride),
         lses,
-        out,
+        view_of(out),
         lse,
-        outs.stride()[:4],
-        out.stride()[:3],
-        *lses.stride(),
-        *((None, None, None) if lse is None else lse.stride()),
-        num_parts,
+        num_splits,
         num_rows,
         seqlen_q,
         num_heads,
-        HEAD_DIM_V=head_dim_v,
-        BLOCK_ROWS=block_rows,
-        BLOCK_PARTS=block_parts,
-        BLOCK_D=block_d,
+        TILE=Tile(BLOCK_ROWS=block_rows, BLOCK_SPLITS=block_splits, BLOCK_D=block_d, HEAD_DIM_V=head_dim_v),
         num_warps=4,
     )

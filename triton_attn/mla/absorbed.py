@@ -416,7 +416,7 @@ def _finish(parts, lse_parts, w_uv, out, lse):
     if w_uv is not None:
         launch_merge_project(parts, lse_parts, w_uv, out, lse)
     elif parts.shape[0] > 1:
-        launch_merge(parts, lse_parts.mT, out, None if lse is None else lse.mT)
+        launch_merge(parts, lse_parts, out, lse)
 
 
 def _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits):

@@ -1,7 +1,7 @@
 """Attention over a cache as users call it: argument checks, then the kernel or the reference."""
 
 import functools
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -181,7 +181,8 @@ def paged_attention(
         return (out, lse) if return_lse else out
     out, lse = _outputs(q, v_cache, out, return_lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    _attend(*tensors, max_seqlen_q, options, scales, num_splits, shared_prefix_len, check_values, out, lse)
+    call = PagedCall(*tensors, max_seqlen_q, options, *scales, num_splits, shared_prefix_len)
+    _attend(call, check_values, out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -195,40 +196,40 @@ def _outputs(q, v_cache, out, return_lse):
     return out, lse
 
 
-def _attend(
-    q,
-    k_cache,
-    v_cache,
-    cache_seqlens,
-    block_table,
-    cu_seqlens_q,
-    max_seqlen_q,
-    options,
-    scales,
-    num_splits,
-    shared_prefix_len,
-    check_values,
-    out,
-    lse,
-):
+class PagedCall(NamedTuple):
+    """A call of `paged_attention`, checked."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    cache_seqlens: torch.Tensor
+    block_table: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    max_seqlen_q: int
+    options: AttentionOptions
+    k_scale: float | torch.Tensor | None = None
+    v_scale: float | torch.Tensor | None = None
+    num_splits: int = 0
+    shared_prefix_len: int = 0
+
+
+def _attend(call, check_values, out, lse):
     """Fill out and lse, by the kernel or the reference."""
     if check_values:
-        _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len)
-    if use_kernel(q):
-        tensors = q, k_cache, v_cache, out, lse, cache_seqlens, block_table, cu_seqlens_q
-        _kernel()(*tensors, max_seqlen_q, options, scales, num_splits, shared_prefix_len)
+        _check_values(call)
+    if use_kernel(call.q):
+        _kernel()(call, out, lse)
         return
-    k_scale, v_scale = scales
     _, lse_there = reference.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        block_table,
-        cu_seqlens_q=cu_seqlens_q,
-        **options.as_arguments(),
-        k_scale=k_scale,
-        v_scale=v_scale,
+        call.q,
+        call.k_cache,
+        call.v_cache,
+        call.cache_seqlens,
+        call.block_table,
+        cu_seqlens_q=call.cu_seqlens_q,
+        **call.options.as_arguments(),
+        k_scale=call.k_scale,
+        v_scale=call.v_scale,
         out=out,
         return_lse=True,
     )
@@ -292,7 +293,8 @@ def _attend_flat(
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
     out, lse = _outputs(q, v_cache, out, return_lse)
-    _attend(*tensors, max_seqlen_q, options, scales, num_splits, shared_prefix_len, check_values, out, lse)
+    call = PagedCall(*tensors, max_seqlen_q, options, *scales, num_splits, shared_prefix_len)
+    _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
 
 
@@ -408,20 +410,21 @@ def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
     return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
 
-def _check_values(q, k_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, shared_prefix_len):
-    """Read back: every length within the cache, every page that is used in it, a prefix that is the same for all."""
-    num_pages, page_size = k_cache.shape[:2]
+def _check_values(call):
+    """With a device-to-host sync: lengths and pages are within the cache, and a shared prefix is the same for all."""
+    block_table, cu_seqlens_q = call.block_table, call.cu_seqlens_q
+    num_pages, page_size = call.k_cache.shape[:2]
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
-    seqlens = cache_seqlens.tolist()
+    seqlens = call.cache_seqlens.tolist()
     for i, seqlen in enumerate(seqlens):
         if not 0 <= seqlen <= capacity:
             fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that there is room for", seqlen)
     if cu_seqlens_q is not None:
-        check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, call.q.shape[0], call.max_seqlen_q)
     if block_table is None:
         return
     tables = [pages[: -(-seqlen // page_size)] for pages, seqlen in zip(block_table.tolist(), seqlens)]
-    shared_pages = max(tables, key=len, default=[])[: -(-shared_prefix_len // page_size)]
+    shared_pages = max(tables, key=len, default=[])[: -(-call.shared_prefix_len // page_size)]
     for i, pages in enumerate(tables):
         for entry, page in enumerate(pages):
             if not 0 <= page < num_pages:

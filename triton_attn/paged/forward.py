@@ -1,6 +1,7 @@
 """Kernel of attention over a cache, paged or contiguous, and its launcher: decode, prefill chunks, mixed batches."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,27 +16,22 @@ from .._host.layout import (
     batch_head_strides,
     capacity_of,
     clear_outputs,
-    lse_strides,
-    scale_stride,
     tiles_each,
     vector_elements,
     without_dim,
 )
 from .._host.tuned import choose, remember
-from .._jit.args import View
+from .._jit.args import Scales, Scores, Splits, Strides, View, Window, scale_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
-from .._jit.heads import find_sequence, packed_bounds, row_offsets, slots_left_over, spare_rows
-from .._jit.masks import add_alibi, cap_scores, mask_scores
+from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
+from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_float8
-from .._jit.softmax import softmax_finish, softmax_init, softmax_step
+from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import fence_copies, in_vectors
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import PagedCase, PagedConfig
-
-LOG2_E = math.log2(math.e)
-
 
 # Lengths and what follows from them: a new length must not mean a new compilation.
 LENGTHS = [
@@ -51,43 +47,215 @@ LENGTHS = [
 ]
 
 
+class Tile(NamedTuple):
+    """What a kernel is compiled for: BLOCK_M rows, BLOCK_N keys at a time, and what these are."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    GROUP_SIZE: int
+    HEAD_DIM: int
+    HEAD_DIM_V: int
+    PAGE_SIZE: int  # 0: a contiguous cache
+    ONE_PAGE: bool  # BLOCK_N keys lie in one page
+    SHARED: bool  # rows of any sequence, over the keys that all sequences begin with; otherwise without these keys
+    SEARCH: bool  # the sequence of a program is found by bisection
+    FOLD_SCALE: bool  # scores are scaled in the exponential
+    MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
+    NATIVE_FLOAT8: bool  # the GPU converts fp8
+    VECTOR: int  # divides the strides of q
+    VECTOR_CACHE: int  # divides those of the caches
+    INPUT_PRECISION: str
+
+
+class Batch(NamedTuple):
+    """The sequences: num_rows are the queries of each, or all rows of a packed batch."""
+
+    cu_seqlens_q_ptr: object
+    cache_seqlens_ptr: object
+    num: object
+    num_rows: object
+    capacity: object  # a sequence has no more keys, whatever cache_seqlens say
+    search_steps: object
+    shared_prefix_len: object
+
+
+class Queries(NamedTuple):
+    """The queries that a program's tiles count from: those of a sequence, or all of them where a prefix is shared."""
+
+    sequence: object
+    first: object  # row of a packed batch
+    num: object
+    tile: object
+
+
+class Place(NamedTuple):
+    """Where each row of a tile lies in q, out and lse."""
+
+    batch: object
+    query: object
+    head: object
+    mask: object
+
+
+class Rows(NamedTuple):
+    """A tile of rows and the keys that it sees."""
+
+    place: Place
+    sequence: object  # of the tile, or of each row
+    position: object  # of each row among the keys of its sequence
+    end_key: object  # of the tile, or of each row
+    table_row: object  # the sequence whose pages are read
+    blocks: Blocks
+
+
+class Results(NamedTuple):
+    """Outputs, and log-sum-exps (split, batch, num_heads, num_rows), contiguous, or None; what places rows there."""
+
+    out: Splits
+    lse_ptr: object
+    split: object
+    dense_batch: object
+    num_heads: object
+    num_rows: object
+
+
 @triton.jit
-def _load_cached(ptr, strides, rows, mask, dtype, HEAD_DIM: tl.constexpr, FLOAT8: tl.constexpr):
-    """A tile of keys or values in the dtype of q; fp8, kept as uint8, is decoded."""
-    tile = load_tile(ptr + (rows[0] * strides[0] + rows[1] * strides[1])[:, None], mask, HEAD_DIM)
-    if FLOAT8 is None:
+def _queries_of_sequence(program, num_tiles, batch, TILE: tl.constexpr):
+    """Those of the sequence that a program has a tile of."""
+    if TILE.SEARCH:
+        sequence = find_sequence(
+            batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, program, TILE.GROUP_SIZE, TILE.BLOCK_M, 1
+        )
+        tile = program
+    else:
+        tiles_each = num_tiles // batch.num
+        sequence = program // tiles_each
+        tile = program % tiles_each
+    first = 0
+    num = batch.num_rows
+    if batch.cu_seqlens_q_ptr is not None:
+        first, num = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
+    if TILE.SEARCH:
+        tile -= first * TILE.GROUP_SIZE // TILE.BLOCK_M + sequence
+    return Queries(sequence, first, num, tile)
+
+
+@triton.jit
+def _queries_of_all(program, batch):
+    """Those of all sequences, one after the other."""
+    if batch.cu_seqlens_q_ptr is None:
+        return Queries(0, 0, batch.num * batch.num_rows, program)
+    else:
+        return Queries(0, 0, tl.minimum(tl.load(batch.cu_seqlens_q_ptr + batch.num), batch.num_rows), program)
+
+
+@triton.jit
+def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
+    """Rows of one sequence, over its keys after the shared prefix."""
+    seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
+    first_position = seqlen_k - queries.num
+    first_row = queries.tile * TILE.BLOCK_M
+    rows = first_row + tl.arange(0, TILE.BLOCK_M)
+    query = rows // TILE.GROUP_SIZE  # (BLOCK_M,)
+    head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
+    start = first_row // TILE.GROUP_SIZE + first_position
+    end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
+    ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
+    blocks = visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+    batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
+    place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
+    return Rows(place, queries.sequence, query + first_position, seqlen_k, queries.sequence, blocks)
+
+
+@triton.jit
+def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
+    """Rows of any sequence, over the keys of the shared prefix."""
+    rows = queries.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+    head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
+    # Rows past the last query repeat it.
+    query = tl.minimum(rows // TILE.GROUP_SIZE, queries.num - 1)  # (BLOCK_M,)
+    if batch.cu_seqlens_q_ptr is None:
+        sequence = query // batch.num_rows
+        first_query = sequence * batch.num_rows
+        seqlen_q = batch.num_rows
+    else:
+        sequence = find_sequence(batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, query, 1, 1, 0)
+        first_query, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
+    seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
+    position = query - first_query + seqlen_k - seqlen_q
+    end_key = tl.minimum(seqlen_k, batch.shared_prefix_len)
+    # The pages are those of the tile's longest sequence: others may end before the prefix does.
+    longest = tl.max(end_key, 0)
+    table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
+    ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
+    start, end = tl.min(position, 0), tl.max(position, 0) + 1
+    lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN)
+    full_keys = tl.maximum(tl.minimum(full_hi, tl.min(end_key, 0)) - full_lo, 0)
+    blocks = Blocks(lo, full_lo, full_lo + full_keys // TILE.BLOCK_N * TILE.BLOCK_N, hi)
+    mask = rows < queries.num * TILE.GROUP_SIZE
+    if batch.cu_seqlens_q_ptr is None:
+        place = Place(sequence, query - first_query, head, mask)
+    else:
+        place = Place(0, query, head, mask)
+    return Rows(place, sequence, position, end_key, table_row, blocks)
+
+
+@triton.jit
+def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """A tile of keys or values in the dtype of q."""
+    offsets = cached.outer * cache.strides.batch + cached.slot * cache.strides.row  # (BLOCK_N,)
+    tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM)
+    if TILE.MANTISSA_BITS == 0:
         return tile
     elif len(tile) > 1:
-        first = decode_float8(tile[0], FLOAT8[0], FLOAT8[1]).to(dtype)
-        return first, decode_float8(tile[1], FLOAT8[0], FLOAT8[1]).to(dtype)
+        first = decode_float8(tile[0], TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8).to(dtype)
+        return first, decode_float8(tile[1], TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8).to(dtype)
     else:
-        return (decode_float8(tile[0], FLOAT8[0], FLOAT8[1]).to(dtype),)
+        return (decode_float8(tile[0], TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8).to(dtype),)
+
+
+@triton.jit
+def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr):
+    """Store rows of out, and their log-sum-exps where they are wanted."""
+    out = results.out
+    offsets = tl.cast(results.split, tl.int64) * out.split_stride
+    offsets += row_offsets(place.batch, place.query, place.head, out.view.strides)
+    store_tile(out.view.ptr + offsets[:, None], place.mask, tile, HEAD_DIM)
+    if results.lse_ptr is not None:
+        batch = results.split * results.dense_batch + place.batch
+        offsets = lse_offsets(batch, place.head, place.query, results.num_heads, results.num_rows)
+        tl.store(results.lse_ptr + offsets, lse, mask=place.mask)
+
+
+@triton.jit
+def _clear_spare_rows(results, batch, queries, program, head_kv, TILE: tl.constexpr):
+    """Of the rows after a packed batch's last sequence, those that the program has slots for."""
+    num_own = queries.num * TILE.GROUP_SIZE - queries.tile * TILE.BLOCK_M
+    left_over = slots_left_over(program, queries.first + queries.num, TILE.BLOCK_M, TILE.GROUP_SIZE)
+    spare = spare_rows(
+        batch.cu_seqlens_q_ptr, batch.num, batch.num_rows, left_over, num_own, TILE.BLOCK_M, TILE.GROUP_SIZE
+    )
+    if spare.any:
+        head = head_kv * TILE.GROUP_SIZE + spare.rows % TILE.GROUP_SIZE
+        place = Place(0, spare.rows // TILE.GROUP_SIZE, head, spare.mask)
+        lse = tl.full([TILE.BLOCK_M], float("-inf"), tl.float32)
+        _store_rows(results, place, zeros_tile(TILE.BLOCK_M, TILE.HEAD_DIM_V), lse, TILE.HEAD_DIM_V)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _paged_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
+    q,
+    k,
+    v,
+    out,
     lse_ptr,
     cache_seqlens_ptr,
     block_table_ptr,
+    table_stride,
     cu_seqlens_q_ptr,
     sinks_ptr,
-    alibi_slopes_ptr,
-    scale_ptrs,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    lse_split_stride,
-    lse_batch_stride,
-    lse_row_stride,
-    lse_head_stride,
-    table_stride,
-    alibi_strides,
-    scale_strides,
+    scales,
+    scores,
     seqlen_q,
     capacity,
     batch,
@@ -96,373 +264,304 @@ def _paged_fwd_kernel(
     shared_prefix_len,
     num_heads_kv,
     num_splits,
-    scale_log2,
     out_factor,
-    softcap,
-    window,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ONE_PAGE: tl.constexpr,
-    SHARED: tl.constexpr,
-    SEARCH: tl.constexpr,
-    FOLD_SCALE: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTOR_CACHE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One program computes a tile of rows of out and lse for one KV head, over one split of the keys.
 
     A row is one query head of one query: those of a KV head lie together, query by query, so that its keys and values
     are loaded once for the group. Grid: num_tiles * num_splits * num_heads_kv; num_tiles counts those of all sequences,
     an upper bound in a varlen batch, whose tiles are found by bisection unless there is one per sequence.
-
-    A SHARED program takes rows of any sequence, over the first shared_prefix_len keys, which all sequences begin with;
-    the others leave these out. A sequence has no more than capacity keys, whatever cache_seqlens say. seqlen_q is the
-    queries of each sequence, or all rows of a varlen batch. Strides are (split, batch, row, head) of out and lse,
-    (batch, row, head) of q, (page or batch, slot, head) of the caches. These hold fp8 as uint8 where FLOAT8 is (bits of
-    mantissa, whether the GPU converts it). None is none.
     """
-    q_strides = in_vectors(View(q_ptr, q_strides), VECTOR).strides
-    k_strides = in_vectors(View(k_ptr, k_strides), VECTOR_CACHE).strides
-    v_strides = in_vectors(View(v_ptr, v_strides), VECTOR_CACHE).strides
-    VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
-    num_rows = seqlen_q
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    INPUT_PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    # Triton 3.6 takes the type of a nested tuple before its constants are set, and drops them with the next `if`.
+    scales = Scales(*scales)
+    scores = Scores(*scores)
     program = tl.program_id(0) % num_tiles
-    tile = program
     split = tl.program_id(0) // num_tiles % num_splits
     head_kv = tl.program_id(0) // num_tiles // num_splits
+    q = in_vectors(q, TILE.VECTOR)
+    k = in_vectors(k, TILE.VECTOR_CACHE)
+    v = in_vectors(v, TILE.VECTOR_CACHE)
+    dense_batch = batch if cu_seqlens_q_ptr is None else 1
+    results = Results(out, lse_ptr, split, dense_batch, num_heads_kv * TILE.GROUP_SIZE, seqlen_q)
+    sequences = Batch(cu_seqlens_q_ptr, cache_seqlens_ptr, batch, seqlen_q, capacity, search_steps, shared_prefix_len)
 
-    # What the tile's queries are: rows in the tensor (batch and row), and positions among the keys.
-    sequence = 0
-    first_q = 0
-    if not SHARED:
-        if SEARCH:
-            sequence = find_sequence(cu_seqlens_q_ptr, batch, search_steps, tile, GROUP_SIZE, BLOCK_M, 1)
-        else:
-            tiles_each = num_tiles // batch
-            sequence = tile // tiles_each
-            tile = tile % tiles_each
-        if VARLEN:
-            first_q, seqlen_q = packed_bounds(cu_seqlens_q_ptr, sequence, num_rows)
-        if SEARCH:
-            tile -= first_q * GROUP_SIZE // BLOCK_M + sequence
-        seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), capacity)
-    num_queries = seqlen_q
-    if SHARED:
-        num_queries = tl.minimum(tl.load(cu_seqlens_q_ptr + batch), num_rows) if VARLEN else batch * seqlen_q
-    num_own = num_queries * GROUP_SIZE - tile * BLOCK_M
-    if VARLEN and num_own < BLOCK_M:
-        left_over = slots_left_over(program, first_q + num_queries, BLOCK_M, GROUP_SIZE)
-        spare = spare_rows(cu_seqlens_q_ptr, batch, num_rows, left_over, num_own, BLOCK_M, GROUP_SIZE)
-        if spare.any:
-            spare_queries = spare.rows // GROUP_SIZE
-            spare_heads = head_kv * GROUP_SIZE + spare.rows % GROUP_SIZE
-            offsets = split.to(tl.int64) * out_strides[0] + row_offsets(0, spare_queries, spare_heads, out_strides[1:])
-            store_tile(out_ptr + offsets[:, None], spare.mask, zeros_tile(BLOCK_M, HEAD_DIM_V), HEAD_DIM_V)
-            if lse_ptr is not None:
-                lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
-                lse_ptrs = lse_ptr + split.to(tl.int64) * lse_split_stride
-                lse_ptrs += row_offsets(0, spare_queries, spare_heads, lse_strides)
-                tl.store(lse_ptrs, float("-inf"), mask=spare.mask)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if TILE.SHARED:
+        queries = _queries_of_all(program, sequences)
+    else:
+        queries = _queries_of_sequence(program, num_tiles, sequences, TILE)
+    num_own = queries.num * TILE.GROUP_SIZE - queries.tile * BLOCK_M
+    if cu_seqlens_q_ptr is not None and num_own < BLOCK_M:
+        _clear_spare_rows(results, sequences, queries, program, head_kv, TILE)
     if num_own <= 0:
         return
-    rows_mask = rows < num_queries * GROUP_SIZE
-    queries = rows // GROUP_SIZE
-    heads = head_kv * GROUP_SIZE + rows % GROUP_SIZE
-    if SHARED:
-        # Of another sequence each; rows past the last query repeat it.
-        queries = tl.minimum(queries, num_queries - 1)
-        if VARLEN:
-            sequences = find_sequence(cu_seqlens_q_ptr, batch, search_steps, queries, 1, 1, 0)
-            first_queries, seqlens_q = packed_bounds(cu_seqlens_q_ptr, sequences, num_rows)
-        else:
-            sequences = queries // seqlen_q
-            first_queries = sequences * seqlen_q
-            seqlens_q = seqlen_q
-        seqlens_k = tl.minimum(tl.load(cache_seqlens_ptr + sequences), capacity)
-        positions = queries - first_queries + seqlens_k - seqlens_q
-        end_keys = tl.minimum(seqlens_k, shared_prefix_len)
-        # The pages are those of the tile's longest sequence: others may end before the prefix does.
-        seqlen_k = tl.max(end_keys, 0)
-        table_sequence = tl.max(tl.where(end_keys == seqlen_k, sequences, 0), 0)
-        first_key = 0
-        start_position = tl.min(positions, 0)
-        end_position = tl.max(positions, 0) + 1
-        num_full_keys = tl.min(end_keys, 0)
+    if TILE.SHARED:
+        rows = _rows_of_prefix(queries, head_kv, sequences, scores.window, TILE)
     else:
-        table_sequence = sequence
-        first_key = shared_prefix_len
-        positions = queries + (seqlen_k - seqlen_q)
-        end_keys = seqlen_k
-        start_position = tile * BLOCK_M // GROUP_SIZE + (seqlen_k - seqlen_q)
-        end_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP_SIZE + 1, seqlen_q) + (seqlen_k - seqlen_q)
-        num_full_keys = seqlen_k
+        rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, TILE)
+    blocks = split_blocks(rows.blocks, split, num_splits, BLOCK_N)
 
-    # The keys of this split: of those that the tile sees, an equal share of tiles, cut into the kinds of loop.
-    ALIGN: tl.constexpr = BLOCK_N if ONE_PAGE else 1
-    blocks = visible_range(start_position, end_position, seqlen_k, window, BLOCK_N, ALIGN, first_key)
-    if SHARED:
-        full_keys = tl.maximum(tl.minimum(blocks.full_hi, num_full_keys) - blocks.full_lo, 0)
-        full_hi = blocks.full_lo + full_keys // BLOCK_N * BLOCK_N
-        blocks = Blocks(blocks.lo, blocks.full_lo, full_hi, blocks.hi)
-    blocks = split_blocks(blocks, split, num_splits, BLOCK_N)
-
-    if SHARED and not VARLEN:
-        batch_index, row_index = sequences, queries - first_queries
-    else:
-        batch_index, row_index = sequence, queries + first_q
-    q_rows = row_offsets(batch_index, row_index, heads, q_strides)
-    q = load_tile(q_ptr + q_rows[:, None], rows_mask, HEAD_DIM)
-    k_ptr += tl.cast(head_kv, tl.int64) * k_strides[2]
-    v_ptr += tl.cast(head_kv, tl.int64) * v_strides[2]
+    place = rows.place
+    q_rows = row_offsets(place.batch, place.query, place.head, q.strides)
+    q_tile = load_tile(q.ptr + q_rows[:, None], place.mask, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    k = View(k.ptr + tl.cast(head_kv, tl.int64) * k.strides.head, k.strides)
+    v = View(v.ptr + tl.cast(head_kv, tl.int64) * v.strides.head, v.strides)
     if block_table_ptr is not None:
-        block_table_ptr += tl.cast(table_sequence, tl.int64) * table_stride
-    if scale_ptrs[0] is not None:
-        scale_log2 *= tl.load(scale_ptrs[0] + head_kv * scale_strides[0])
-    if alibi_slopes_ptr is not None:
-        slope_rows = sequences if SHARED else sequence
-        slope_offsets = tl.cast(slope_rows, tl.int64) * alibi_strides[0] + heads.to(tl.int64) * alibi_strides[1]
-        slopes = tl.load(alibi_slopes_ptr + slope_offsets)[:, None]
+        block_table_ptr += tl.cast(rows.table_row, tl.int64) * table_stride
+    if scales.k is not None:
+        scale_log2 = scores.scale_log2 * tl.load(scales.k.value + head_kv * scales.k.head_stride)
+        scores = Scores(scale_log2, scores.softcap, scores.alibi, scores.window)
+    slopes = None
+    if scores.alibi is not None:
+        slopes = _load_slopes(scores.alibi, rows)
 
-    m_i, l_i = softmax_init(sinks_ptr, heads, BLOCK_M)
+    m_i, l_i = softmax_init(sinks_ptr, place.head, BLOCK_M)  # (BLOCK_M,)
     if sinks_ptr is not None:
         # One split of the first keys counts the sink.
-        counts = (split == 0) & (SHARED | (shared_prefix_len == 0))
+        counts = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))
         m_i = tl.where(counts, m_i, float("-inf"))
         l_i = tl.where(counts, l_i, 0.0)
-    acc = zeros_tile(BLOCK_M, HEAD_DIM_V)
+    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V)
     for FULL in tl.static_range(2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N)):
             start_n = block_start(blocks, i, FULL, BLOCK_N)
             keys_mask = None if FULL else start_n + tl.arange(0, BLOCK_N) < blocks.hi
-            cached = cache_rows(block_table_ptr, sequence, start_n, blocks.hi, BLOCK_N, PAGE_SIZE, ONE_PAGE, not FULL)
-            k_tile = _load_cached(k_ptr, k_strides, cached, keys_mask, q[0].dtype, HEAD_DIM, FLOAT8)
+            cached = cache_rows(block_table_ptr, rows.table_row, start_n, blocks.hi, not FULL, TILE)
+            k_tile = _load_cached(k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE)  # (BLOCK_N, HEAD_DIM)
             if BLOCK_M >= 64:
                 fence_copies()
-            s = dot_transposed(q, k_tile, INPUT_PRECISION)
-            if not FOLD_SCALE:
-                s *= scale_log2
-                if softcap is not None:
-                    s = cap_scores(s, softcap, q[0].dtype == tl.float32)
-                if alibi_slopes_ptr is not None:
-                    s = add_alibi(s, positions, start_n, 0, slopes)
+            s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
+            if not TILE.FOLD_SCALE:
+                s = scale_scores(s, scores, slopes, rows.position, start_n, 0, q_tile[0].dtype == tl.float32)
             if not FULL:
-                s = mask_scores(s, positions, start_n, end_keys, 0, window)
-            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2 if FOLD_SCALE else 1.0, not FULL)
-            v_tile = _load_cached(v_ptr, v_strides, cached, keys_mask, q[0].dtype, HEAD_DIM_V, FLOAT8)
+                s = mask_scores(s, rows.position, start_n, rows.end_key, 0, scores.window)
+            p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
+            v_tile = _load_cached(v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
             if BLOCK_M >= 64:
                 fence_copies()
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)
     norm *= out_factor
-    if scale_ptrs[1] is not None:
-        norm *= tl.load(scale_ptrs[1] + head_kv * scale_strides[1])
-    out_ptr += tl.cast(split, tl.int64) * out_strides[0]
-    offsets = row_offsets(batch_index, row_index, heads, out_strides[1:])
-    store_tile(out_ptr + offsets[:, None], rows_mask, scale_rows(acc, norm), HEAD_DIM_V)
-    if lse_ptr is not None:
-        lse_strides = lse_batch_stride, lse_row_stride, lse_head_stride
-        lse_ptr += tl.cast(split, tl.int64) * lse_split_stride
-        tl.store(lse_ptr + row_offsets(batch_index, row_index, heads, lse_strides), lse, mask=rows_mask)
+    if scales.v is not None:
+        norm *= tl.load(scales.v.value + head_kv * scales.v.head_stride)
+    _store_rows(results, place, scale_rows(acc, norm), lse, TILE.HEAD_DIM_V)
 
 
-def launch_paged_fwd(
-    q,
-    k_cache,
-    v_cache,
-    out,
-    lse,
-    cache_seqlens,
-    block_table,
-    cu_seqlens_q,
-    max_seqlen_q,
-    options,
-    scales=(None, None),
-    num_splits=0,
-    shared_prefix_len=0,
-    config=None,
-):
-    """Launch the kernels of one call: attention over the shared prefix if there is one, over the rest, and the merge if
-    there is more than one part. Nothing is read back.
+@triton.jit
+def _load_slopes(alibi, rows):
+    """ALiBi slopes of the rows, (BLOCK_M, 1)."""
+    offsets = tl.cast(rows.sequence, tl.int64) * alibi.strides.batch
+    return tl.load(alibi.ptr + (offsets + rows.place.head.to(tl.int64) * alibi.strides.head))[:, None]
 
-    q and out are (batch, seqlen_q, num_heads_q, dim), or (total_q, num_heads_q, dim) with cu_seqlens_q; lse as
-    `flash_attention` returns it, or None: not wanted. options is an AttentionOptions, scales those of keys and values,
-    config a PagedConfig (None: the default).
+
+class Problem(NamedTuple):
+    """What the kernels of a call and their grids follow from."""
+
+    layout: tuple  # of q, k_cache, v_cache
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    batch: int
+    max_seqlen_q: int
+    table_width: int | None
+    is_packed: bool
+    num_splits: int
+    shared_prefix_len: int
+    fold_scale: bool
+    bases_aligned: bool
+    arch: str
+    precision: str
+    num_sms: int
+    config: PagedConfig | None
+
+
+class Pass(NamedTuple):
+    """One launch: over the shared prefix, or over the other keys."""
+
+    num_tiles: int
+    search_steps: int
+    num_splits: int
+    constants: dict
+
+
+class Plan(NamedTuple):
+    """What is remembered of a call; strides are those of q, k_cache and v_cache."""
+
+    passes: tuple
+    num_splits: int
+    strides: tuple
+
+
+def launch_paged_fwd(call, out, lse, config=None):
+    """Launch the kernels of a PagedCall: attention over the shared prefix if there is one, over the rest, and the merge
+    if there is more than one split. No device-to-host sync.
+
+    out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens_q; lse as
+    `flash_attention` returns it, or None: not wanted. config is a PagedConfig (None: the default).
     """
-    softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
-    arch = arch_of(q)
-    batch = cache_seqlens.shape[0]
-    passes, num_parts, constants = _plan(
-        layout_of(q, k_cache, v_cache),
-        q.dtype,
-        k_cache.dtype,
-        batch,
-        max_seqlen_q,
-        None if block_table is None else block_table.shape[1],
-        cu_seqlens_q is not None,
-        num_splits,
-        shared_prefix_len,
-        softcap is None and alibi_slopes is None and softmax_scale > 0,
-        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
-        arch,
-        input_precision(q.dtype, arch),
-        count_sms(q.device, arch),
-        config,
-    )
+    q, k_cache, v_cache, block_table = call.q, call.k_cache, call.v_cache, call.block_table
+    passes, num_splits, (strides_q, strides_k, strides_v) = _plan(_problem_of(call, config))
     if not passes:
         clear_outputs(out, lse)
         return
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    parts, part_strides = out, (0, *without_dim(out.stride()))
-    lse_parts, lse_part_strides = lse, (None,) * 4 if lse is None else (0, *lse_strides(lse))
-    if num_parts > 1:
-        parts = out.new_empty((num_parts, *out.shape), dtype=torch.float32)
-        lse_parts = out.new_empty((num_parts, *out.shape[:-1]), dtype=torch.float32)
-        part_strides, lse_part_strides = (
-            (part, *without_dim((*rows, 1))) for part, *rows in (parts.stride()[:-1], lse_parts.stride())
-        )
-    scale_log2, out_factor, scale_ptrs, scale_strides = _scales(softmax_scale * LOG2_E, *scales)
-    first_part = 0
-    capacity = capacity_of(k_cache, block_table)
-    for counts, splits, own in passes:
+    outs, lses, split_stride = out, lse, 0
+    if num_splits > 1:
+        outs, lses = _new_splits(num_splits, out)
+        split_stride = outs.stride(0)
+    strides = Strides(*outs.stride()[-4:-1]) if out.ndim == 4 else Strides(0, *outs.stride()[-3:-1])
+    operands = View(q, strides_q), View(k_cache, strides_k), View(v_cache, strides_v)
+    scales, scores = _scales_and_scores(call)
+    num_heads_kv = k_cache.shape[2]
+    first = 0  # split
+    for num_tiles, search_steps, splits_here, constants in passes:
         args = (
-            q,
-            k_cache,
-            v_cache,
-            parts[first_part:] if first_part else parts,
-            lse_parts[first_part:] if first_part else lse_parts,
-            cache_seqlens,
+            *operands,
+            Splits(View(outs[first:] if first else outs, strides), split_stride),
+            lses[first:] if first else lses,
+            call.cache_seqlens,
             block_table,
-            cu_seqlens_q,
-            sinks,
-            alibi_slopes,
-            scale_ptrs,
-            without_dim(q.stride()),
-            k_cache.stride()[:3],
-            v_cache.stride()[:3],
-            part_strides,
-            *lse_part_strides,
             None if block_table is None else block_table.stride(0),
-            None if alibi_slopes is None else batch_head_strides(alibi_slopes),
-            scale_strides,
+            call.cu_seqlens_q,
+            call.options.sinks,
+            scales,
+            scores,
             q.shape[-3],
-            capacity,
-            batch,
-            *counts,
-            shared_prefix_len,
-            k_cache.shape[2],
-            splits,
-            scale_log2,
-            out_factor,
-            softcap,
-            window,
+            capacity_of(k_cache, block_table),
+            call.cache_seqlens.shape[0],
+            num_tiles,
+            search_steps,
+            call.shared_prefix_len,
+            num_heads_kv,
+            splits_here,
+            _factor(call.v_scale),
         )
-        num_programs = counts[0] * splits * k_cache.shape[2]
-        launch_packed(_paged_fwd_kernel, (num_programs,), q.device, args, constants | own)
-        first_part += splits
-    if num_parts > 1:
-        dense = out.ndim == 4
-        lse = None if lse is None else lse.mT
-        launch_merge(
-            parts if dense else parts[:, None],
-            lse_parts if dense else lse_parts[:, None],
-            out if dense else out[None],
-            lse if dense or lse is None else lse[None],
-        )
+        launch_packed(_paged_fwd_kernel, (num_tiles * splits_here * num_heads_kv,), q.device, args, constants)
+        first += splits_here
+    if num_splits > 1:
+        if out.ndim == 3:
+            outs, lses, out, lse = outs[:, None], lses[:, None], out[None], None if lse is None else lse[None]
+        launch_merge(outs, lses, out, lse)
 
 
-def _scales(scale_log2, k_scale, v_scale):
-    """(factor on scores, factor on outputs, tensors of both, their strides): a number is a factor, a tensor is none."""
-    tensors = tuple(scale if isinstance(scale, torch.Tensor) else None for scale in (k_scale, v_scale))
-    k_factor, v_factor = (1.0 if x is None or isinstance(x, torch.Tensor) else float(x) for x in (k_scale, v_scale))
-    return scale_log2 * k_factor, v_factor, tensors, tuple(map(scale_stride, tensors))
+def _new_splits(num_splits, out):
+    """Room for the splits' outputs and log-sum-exps."""
+    *batch, rows, heads, _ = out.shape
+    outs = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
+    return outs, out.new_empty((num_splits, *batch, heads, rows), dtype=torch.float32)
 
 
-def _float8(dtype, arch):
-    """How to decode a cache of this dtype: (bits of mantissa, whether by the GPU's own conversion), or None."""
-    if dtype not in FLOAT8_MANTISSA_BITS:
-        return None
-    bits = FLOAT8_MANTISSA_BITS[dtype]
-    return bits, bits in gpu_of(arch).native_fp8
+def _scales_and_scores(call):
+    """Kernel arguments; a scale that is a number is a factor of others."""
+    softmax_scale, window, softcap, alibi_slopes, *_ = call.options
+    alibi = None
+    if alibi_slopes is not None:
+        batch_stride, head_stride = batch_head_strides(alibi_slopes)
+        alibi = View(alibi_slopes, Strides(batch_stride, 0, head_stride))
+    scale_log2 = softmax_scale * LOG2_E.value * _factor(call.k_scale)
+    return Scales(_tensor(call.k_scale), _tensor(call.v_scale)), Scores(scale_log2, softcap, alibi, Window(*window))
+
+
+def _factor(scale):
+    return 1.0 if scale is None or isinstance(scale, torch.Tensor) else float(scale)
+
+
+def _tensor(scale):
+    return scale_of(scale) if isinstance(scale, torch.Tensor) else None
+
+
+def _problem_of(call, config):
+    q, k_cache, v_cache, options = call.q, call.k_cache, call.v_cache, call.options
+    arch = arch_of(q)
+    # By position, in the order of Problem: keywords take twice as long.
+    return Problem(
+        layout_of(q, k_cache, v_cache),
+        q.dtype,
+        k_cache.dtype,
+        call.cache_seqlens.shape[0],
+        call.max_seqlen_q,
+        None if call.block_table is None else call.block_table.shape[1],
+        call.cu_seqlens_q is not None,
+        call.num_splits,
+        call.shared_prefix_len,
+        options.softcap is None and options.alibi_slopes is None,  # fold_scale
+        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,  # bases_aligned
+        arch,
+        input_precision(q.dtype, arch),
+        count_sms(q.device, arch),
+        config,
+    )
 
 
 @remember
-def _plan(
-    layout,
-    dtype,
-    cache_dtype,
-    batch,
-    max_seqlen_q,
-    table_width,
-    varlen,
-    num_splits,
-    shared_prefix_len,
-    fold_scale,
-    bases_aligned,
-    arch,
-    precision,
-    num_sms,
-    config,
-):
-    """What of a call follows from layouts and options alone, remembered since most calls are like the last.
+def _plan(problem):
+    """The Plan of a call, without a pass where there is nothing to compute; most calls are like the last."""
+    (shape_q, _), _, (shape_v, _) = problem.layout
+    strides = tuple(Strides(*without_dim(one)) for _, one in problem.layout)
+    if math.prod(shape_q[:-1]) == 0 or problem.max_seqlen_q == 0 or problem.batch == 0:
+        return Plan((), 0, strides)
+    check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
+    passes = tuple(_plan_pass(problem, shared) for shared in ((True, False) if problem.shared_prefix_len else (False,)))
+    return Plan(passes, sum(one.num_splits for one in passes), strides)
 
-    Returns (passes, number of parts, constants); a pass is ((num_tiles, search_steps), num_splits, its own constants).
-    """
-    (shape_q, strides_q), (_, strides_k), (shape_v, strides_v) = layout
-    *rows_q, num_heads_q, head_dim = shape_q
+
+def _plan_pass(problem, shared):
+    (shape_q, strides_q), (_, strides_k), (shape_v, strides_v) = problem.layout
+    *_, num_heads_q, head_dim = shape_q
     _, slots, num_heads_kv, head_dim_v = shape_v
     group_size = num_heads_q // num_heads_kv
-    num_queries = math.prod(rows_q)
-    if num_queries == 0 or num_heads_q == 0 or max_seqlen_q == 0 or batch == 0:
-        return (), 0, {}
-    check_rows("q", num_queries * group_size)
-    page_size = 0 if table_width is None else slots
-    capacity = slots if table_width is None else table_width * slots
-    vector_cache = vector_elements(cache_dtype.itemsize, strides_k, strides_v) if bases_aligned else 1
-    common = dict(
+    num_rows = math.prod(shape_q[:-2]) * group_size  # of a KV head
+    longest = num_rows if shared else problem.max_seqlen_q * group_size
+    is_paged = problem.table_width is not None
+    capacity = slots * problem.table_width if is_paged else slots
+    vector_cache = 1
+    if problem.bases_aligned:
+        vector_cache = vector_elements(problem.cache_dtype.itemsize, strides_k, strides_v)
+    case = PagedCase(
+        arch=problem.arch,
+        dtype=problem.dtype,
+        cache_dtype=problem.cache_dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        rows=longest,
+        loads_vectors=vector_cache > 1,
+        is_plain=problem.fold_scale and is_paged,
+        seqlen_k=capacity,
+        page_size=slots,
+    )
+    config = problem.config or choose(PagedConfig, case)
+    search = problem.is_packed and not shared and longest > config.block_m
+    if search:
+        num_tiles = num_rows // config.block_m + problem.batch
+    else:
+        num_sequences = 1 if shared else problem.batch
+        num_tiles = tiles_each(longest, num_rows, num_sequences, config.block_m) * num_sequences
+    first_key = 0 if shared else problem.shared_prefix_len
+    num_keys = problem.shared_prefix_len if shared else max(capacity - first_key, 0)
+    num_splits = problem.num_splits or choose_num_splits(
+        num_tiles * num_heads_kv, -(-num_keys // config.block_n), problem.num_sms
+    )
+    mantissa_bits = FLOAT8_MANTISSA_BITS.get(problem.cache_dtype, 0)
+    tile = Tile(
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
-        PAGE_SIZE=page_size,
-        FOLD_SCALE=fold_scale,
-        FLOAT8=_float8(cache_dtype, arch),
-        VECTOR=vector_elements(dtype.itemsize, strides_q),
+        PAGE_SIZE=slots if is_paged else 0,
+        ONE_PAGE=is_paged and slots % config.block_n == 0 and first_key % config.block_n == 0,
+        SHARED=shared,
+        SEARCH=search,
+        FOLD_SCALE=problem.fold_scale,
+        MANTISSA_BITS=mantissa_bits,
+        NATIVE_FLOAT8=mantissa_bits in gpu_of(problem.arch).native_fp8,
+        VECTOR=vector_elements(problem.dtype.itemsize, strides_q),
         VECTOR_CACHE=vector_cache,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=problem.precision,
     )
-    passes = []
-    rows = max_seqlen_q * group_size
-    for shared in (True, False) if shared_prefix_len else (False,):
-        rows_here = num_queries * group_size if shared else rows
-        how = vector_cache > 1, fold_scale and page_size > 0
-        case = PagedCase(arch, dtype, cache_dtype, head_dim, head_dim_v, rows_here, *how, capacity, slots)
-        tiles = config or choose(PagedConfig, case)
-        search = varlen and not shared and rows > tiles.block_m
-        if search:
-            num_tiles = num_queries * group_size // tiles.block_m + batch
-        else:
-            num_sequences = 1 if shared else batch
-            num_tiles = tiles_each(rows_here, num_queries * group_size, num_sequences, tiles.block_m) * num_sequences
-        first_key = 0 if shared else shared_prefix_len
-        num_keys = shared_prefix_len if shared else max(capacity - shared_prefix_len, 0)
-        splits = num_splits or choose_num_splits(num_tiles * num_heads_kv, -(-num_keys // tiles.block_n), num_sms)
-        own = dict(
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            ONE_PAGE=page_size > 0 and page_size % tiles.block_n == 0 and first_key % tiles.block_n == 0,
-            SHARED=shared,
-            SEARCH=search,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
-        counts = num_tiles, batch.bit_length()
-        passes.append((counts, splits, own))
-    return tuple(passes), sum(splits for _, splits, _ in passes), common
+    constants = dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages)
+    return Pass(num_tiles, problem.batch.bit_length(), num_splits, constants)
