@@ -53,14 +53,16 @@ def append_kv_cache(
         v: (num_tokens, num_heads_kv, head_dim_v), k's dtype.
         k_cache: (num_pages, page_size, num_heads_kv, head_dim), of k's dtype, float8_e4m3fn or float8_e5m2.
         v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), k_cache's dtype.
-        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token whose slot is negative
-            or beyond the cache is skipped, and what its other arguments hold is not read.
-        k_scale, v_scale: what cached numbers are multiplied with to give keys and values: a number above 0, or fp32
-            tensors (1,) or (num_heads_kv,); None is 1.
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token with a negative slot,
+            or with one beyond the cache, is skipped, and its other arguments are not read.
+        k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,). None
+            is 1.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k's dtype; rotary_dim at most head_dim.
-        positions: (num_tokens,) int32 or int64; needed with rope_cos. One without an angle has the nearest one's.
+        positions: (num_tokens,) int32 or int64; needed with rope_cos. A position past the table has its
+            nearest row.
         rope_interleaved: pairs are neighbours (GPT-J), not halves apart (GPT-NeoX, Llama).
-        check_values: read slots and positions back and check them; None follows TRITON_ATTN_CHECK=1.
+        check_values: check slots and positions, which needs a device-to-host sync. None follows
+            TRITON_ATTN_CHECK=1.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a slot outside of
@@ -155,8 +157,8 @@ def append_latent_cache(
         page, offset = divmod(slot_mapping[t], page_size)
 
     with the rotation of `append_kv_cache`, of k_pe alone. A uint8 cache has the fp8 layout of FlashMLA and
-    DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 numbers x / scale, an fp32 scale for every 128 of them, and
-    qk_rope_head_dim bf16 numbers, not scaled; 656 bytes for 512 + 64. With amax the largest magnitude of the 128,
+    DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 elements x / scale, an fp32 scale for every 128 of them, and
+    qk_rope_head_dim bf16 elements, not scaled; 656 bytes for 512 + 64. With amax the largest magnitude of the 128,
 
         scale = 2^ceil(log2(max(amax / 448, 1e-4)))
 
@@ -168,13 +170,14 @@ def append_latent_cache(
         k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection.
         latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of kv_latent's dtype, or uint8 (num_pages,
             page_size, bytes), for which 128 must divide kv_lora_rank, 2 qk_rope_head_dim, and 4 the rows' addresses.
-        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once; a token whose slot is negative
-            or beyond the cache is skipped, and what its other arguments hold is not read.
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token with a negative slot,
+            or with one beyond the cache, is skipped, and its other arguments are not read.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k_pe's dtype; rotary_dim at most
             qk_rope_head_dim.
         positions: (num_tokens,) int32 or int64; needed with rope_cos. One without an angle has the nearest one's.
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
-        check_values: read slots and positions back and check them; None follows TRITON_ATTN_CHECK=1.
+        check_values: check slots and positions, which needs a device-to-host sync. None follows
+            TRITON_ATTN_CHECK=1.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a slot outside of
@@ -255,7 +258,7 @@ def copy_kv_pages(
             latent cache, (num_pages, page_size, width); of all its layers, cache.unsqueeze(3). All have one dtype and
             equal shapes but for the last dimension, which is contiguous.
         src_pages, dst_pages: (num_pairs,) int32 or int64, on the caches' device.
-        check_values: read the pages back and check them; None follows TRITON_ATTN_CHECK=1.
+        check_values: check the pages, which needs a device-to-host sync. None follows TRITON_ATTN_CHECK=1.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a page outside of

@@ -29,7 +29,7 @@ class LatentKVCache(PagedSequences):
             NaN included.
 
     Raises:
-        TypeError, ValueError: a size or the dtype is none that is served.
+        TypeError, ValueError: a size or the dtype is not supported.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434; of the pages, see `PagedKVCache`.
     """

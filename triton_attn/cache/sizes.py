@@ -22,9 +22,9 @@ def kv_cache_bytes_per_token(
         MLA:            num_layers * (kv_lora_rank + qk_rope_head_dim) * bytes of dtype
         MLA in fp8:     num_layers * (kv_lora_rank + kv_lora_rank / 128 * 4 + qk_rope_head_dim * 2)
 
-    MHA has as many KV heads as query heads, MQA has one, GQA a number between; MLA caches one latent vector and one
-    rotary key for all heads, in fp8 with a scale for every 128 numbers of the vector and the key in bf16. The scales of
-    other fp8 caches are a number per tensor or head, not per token, and not counted. A sequence holds whole pages of
+    MHA has as many KV heads as query heads, MQA has one, GQA a number between. MLA caches one latent vector and one
+    rotary key for all heads. In fp8 the vector has a scale for every 128 elements, and the key is bf16. The scales of
+    other fp8 caches are one per tensor or head, not per token, and are not counted. A sequence holds whole pages of
     page_size tokens.
 
     Args:

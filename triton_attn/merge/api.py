@@ -10,13 +10,13 @@ from . import reference
 
 
 def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over a set of keys from attention over its parts.
+    """Attention over a set of keys, merged from attention over parts of the set.
 
         lse[b, h, i] = log sum_p exp(lses[p, b, h, i])
         out[b, i, h] = sum_p exp(lses[p, b, h, i] - lse[b, h, i]) outs[p, b, i, h]
 
-    computed in fp32. A part in which a query sees no key has lse = -inf, the identity: its out is not read. An lse of
-    +inf, which flash-attn, FlashMLA and vLLM give such a query, is read as -inf.
+    computed in fp32. A part in which a query sees no key has lse = -inf, and its out is not read. flash-attn, FlashMLA
+    and vLLM give such a query an lse of +inf: it counts as -inf.
 
     Args:
         outs: (num_parts, batch, seqlen_q, num_heads_q, head_dim_v), fp16, bf16 or fp32; the last dimension contiguous.

@@ -1,4 +1,4 @@
-"""How many parts the keys of a sequence are cut in, to be attended side by side and merged."""
+"""The number of splits of the keys of a sequence. Splits are computed in parallel and merged."""
 
 from .._host.checks import check_length, fail
 
@@ -12,24 +12,24 @@ def check_num_splits(num_splits):
     return num_splits
 
 
-def choose_num_splits(num_programs, num_key_tiles, num_processors, max_splits=128):
-    """Parts to cut the keys in, so that programs fill the processors: the fewest within 85 % of the best efficiency.
+def choose_num_splits(num_programs, num_key_tiles, num_sms, max_splits=128):
+    """The fewest splits within 85 % of the best efficiency: programs fill the SMs.
 
-    efficiency = tiles of all programs / (tiles of the longest split * processors * waves of splits that have keys)
+    efficiency = tiles of all programs / (tiles of the longest split * SMs * waves of splits that have keys)
 
-    Everything is known on the host, the most keys that a cache holds in place of those it does, so that nothing is read
-    back and a captured graph stays right as sequences grow.
+    num_key_tiles is computed from the capacity of the cache, not from cache_seqlens: no device-to-host sync, and a
+    captured graph stays right as sequences grow.
     """
     if num_programs == 0 or num_key_tiles == 0:
         return 1
-    counts = range(1, min(max_splits, num_key_tiles, num_processors) + 1)
-    costs = {n: _cost(num_programs, num_key_tiles, num_processors, n) for n in counts}
+    counts = range(1, min(max_splits, num_key_tiles, num_sms) + 1)
+    costs = {n: _cost(num_programs, num_key_tiles, num_sms, n) for n in counts}
     best = min(costs.values())
     return next(n for n in counts if best >= 0.85 * costs[n])
 
 
-def _cost(num_programs, num_key_tiles, num_processors, num_splits):
-    """Tiles that a processor takes one after the other. A split has whole tiles: some may be left with none."""
+def _cost(num_programs, num_key_tiles, num_sms, num_splits):
+    """Tiles per SM, one after the other. A split has whole tiles, so the last splits may have none."""
     longest = -(-num_key_tiles // num_splits)
     num_splits = -(-num_key_tiles // longest)
-    return longest * -(-num_programs * num_splits // num_processors)
+    return longest * -(-num_programs * num_splits // num_sms)

@@ -1,7 +1,8 @@
 """Attention over a cache as users call it: argument checks, then the kernel or the reference."""
 
 import functools
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -94,8 +95,8 @@ def paged_attention(
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j],  s as in `flash_attention`
         k[b, j] = k_scale[h // group_size] * k_cache[block_table[b, j // page_size], j % page_size, h // group_size]
 
-    and v alike, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence stand at its end:
-    query i at position cache_seqlens[b] - seqlen_q + i, so that their own keys must have been appended before.
+    and v alike, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence are its last tokens:
+    query i has position cache_seqlens[b] - seqlen_q + i. Append their keys and values before the call.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q; fp16, bf16
@@ -103,26 +104,27 @@ def paged_attention(
         k_cache: (num_pages, page_size, num_heads_kv, head_dim) with a block_table, (batch, seqlen_cache, num_heads_kv,
             head_dim) without; q's dtype, float8_e4m3fn or float8_e5m2. num_heads_kv divides num_heads_q.
         v_cache: k_cache's shape but for head_dim_v, 1 to 512, its own; k_cache's dtype.
-        cache_seqlens: (batch,) int32 on q's device, keys of each sequence, new ones included. May be 0.
-            One beyond the room, max_pages * page_size or seqlen_cache, counts as the room.
+        cache_seqlens: (batch,) int32 on q's device, the number of keys of each sequence, new ones included. May be 0.
+            A length above the capacity, max_pages * page_size or seqlen_cache, counts as the capacity.
         block_table: (batch, max_pages) int32 on q's device: the pages of each sequence, in order. Entries past its last
             page, and slots past its last key, are never read.
         cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
-        max_seqlen_q: the most queries of a sequence, an int, needed with cu_seqlens_q; those past it are not computed.
-            A tensor as in `flash_attention_varlen`.
+        max_seqlen_q: the largest number of queries of a sequence, an int, needed with cu_seqlens_q. Queries past it
+            are not computed. A tensor as in `flash_attention_varlen`.
         causal: new tokens do not see later ones. Aligned to the bottom right, as window_size is.
         softmax_scale, window_size, softcap, alibi_slopes, sinks: as in `flash_attention`. Pages that lie outside of the
             window are not touched.
-        k_scale, v_scale: what cached numbers are multiplied with: a number above 0, or fp32 tensors (1,) or
-            (num_heads_kv,); None is 1.
-        num_splits: parts that the keys of a sequence are cut in, computed side by side and merged; 0 chooses by the
-            shapes. With one number and one max_seqlen_q, and without a shared prefix, the result for a sequence is
-            bitwise the same whatever else is in the batch.
-        shared_prefix_len: the first keys of all sequences are the same, page by page, up to this number: they are read
-            once for all queries, and merged with the rest. A sequence that is shorter shares what it has.
+        k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,). None
+            is 1.
+        num_splits: splits of the keys of a sequence, computed in parallel and merged. 0 chooses by the shapes. With the
+            same num_splits and max_seqlen_q, and without a shared prefix, the result for a sequence is bitwise the same
+            in every batch.
+        shared_prefix_len: length of a prefix that all sequences share, page by page. Its keys are read once for all
+            queries, and the results are merged with those of the other keys. A shorter sequence shares all its keys.
         out: where to write the result; q's dtype and shape but for head_dim_v, its last dimension contiguous.
         return_lse: also return the log-sum-exp of the scores, natural log, the sink included.
-        check_values: read lengths and page numbers back and check them; None follows TRITON_ATTN_CHECK=1.
+        check_values: check lengths and page numbers, which needs a device-to-host sync. None follows
+            TRITON_ATTN_CHECK=1.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse (batch, num_heads_q,
@@ -148,45 +150,50 @@ def paged_attention(
     if block_table is not None:
         check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q.device)
         check_last_contiguous("block_table", block_table)
-    max_seqlen_q = _check_queries(q, batch, cu_seqlens_q, max_seqlen_q)
+    longest = _check_queries(q, batch, cu_seqlens_q, max_seqlen_q)
     options = with_tensors(options, q, batch, alibi_slopes, sinks)
-    k_scale = check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device)
-    v_scale = check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device)
+    k_number, k_scale = number_and_tensor(check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device))
+    v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
     num_splits = check_num_splits(num_splits)
     shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
     return_lse = check_bool("return_lse", return_lse)
-    if shared_prefix_len and block_table is None:
-        fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
-    if shared_prefix_len and shared_prefix_len > block_table.shape[1] * k_cache.shape[1]:
-        fail("shared_prefix_len", f"at most the table's {block_table.shape[1] * k_cache.shape[1]}", shared_prefix_len)
+    if shared_prefix_len:
+        _check_shared_prefix(shared_prefix_len, k_cache, block_table)
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
     check_values = should_check_values(check_values)
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
-    k_number, k_scale = number_and_tensor(k_scale)
-    v_number, v_scale = number_and_tensor(v_scale)
     if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, out):
         per_head = alibi_slopes, sinks, k_scale, v_scale
         refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
-        softmax_scale, window, softcap, *_ = options
-        max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
-        numbers = k_number, v_number, max_seqlen_q, softmax_scale, *window, softcap, num_splits, shared_prefix_len
+        num_queries, longest_q = number_and_tensor(longest)
+        numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
+        numbers += num_splits, shared_prefix_len
         more = check_values, return_lse
         if out is None:
-            out, lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
+            result, lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
         else:
             refuse_vmap(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
-            lse = _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
-        return (out, lse) if return_lse else out
-    out, lse = _outputs(q, v_cache, out, return_lse)
+            result, lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
+        return (result, lse) if return_lse else result
+    result, lse = _outputs(q, v_cache, out, return_lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, max_seqlen_q, options, *scales, num_splits, shared_prefix_len)
-    _attend(call, check_values, out, lse)
-    return (out, lse) if return_lse else out
+    call = PagedCall(*tensors, longest, options, *scales, num_splits, shared_prefix_len)
+    _attend(call, check_values, result, lse)
+    return (result, lse) if return_lse else result
 
 
-def _outputs(q, v_cache, out, return_lse):
+def _check_shared_prefix(shared_prefix_len: int, k_cache: Tensor, block_table: Tensor | None) -> None:
+    if block_table is None:
+        fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    if shared_prefix_len > capacity:
+        fail("shared_prefix_len", f"at most the table's {capacity}", shared_prefix_len)
+
+
+def _outputs(q: Tensor, v_cache: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Any]:
+    """(out, lse or None)."""
     if out is None:
         out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
     lse = None
@@ -199,21 +206,21 @@ def _outputs(q, v_cache, out, return_lse):
 class PagedCall(NamedTuple):
     """A call of `paged_attention`, checked."""
 
-    q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    cache_seqlens: torch.Tensor
-    block_table: torch.Tensor | None
-    cu_seqlens_q: torch.Tensor | None
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    cu_seqlens_q: Tensor | None
     max_seqlen_q: int
     options: AttentionOptions
-    k_scale: float | torch.Tensor | None = None
-    v_scale: float | torch.Tensor | None = None
+    k_scale: float | Tensor | None = None
+    v_scale: float | Tensor | None = None
     num_splits: int = 0
     shared_prefix_len: int = 0
 
 
-def _attend(call, check_values, out, lse):
+def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> None:
     """Fill out and lse, by the kernel or the reference."""
     if check_values:
         _check_values(call)
@@ -262,30 +269,30 @@ SCHEMA = ", ".join(
 
 
 def _attend_flat(
-    q,
-    k_cache,
-    v_cache,
-    cache_seqlens,
-    block_table,
-    cu_seqlens_q,
-    alibi_slopes,
-    sinks,
-    k_scale,
-    v_scale,
-    longest_q,
-    k_number,
-    v_number,
-    max_seqlen_q,
-    softmax_scale,
-    left,
-    right,
-    softcap,
-    num_splits,
-    shared_prefix_len,
-    check_values,
-    return_lse,
-    out=None,
-):
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    longest_q: Tensor | None,
+    k_number: float | None,
+    v_number: float | None,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
+    num_splits: int,
+    shared_prefix_len: int,
+    check_values: bool,
+    return_lse: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """`_attend` as an operator: (out, lse)."""
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
@@ -320,21 +327,30 @@ def _(q, k_cache, v_cache, *rest):
     return _or_empty(_outputs(q, v_cache, rest[-1], rest[-2])[1], q)
 
 
-def _or_empty(lse, q):
+def _or_empty(lse: Tensor | None, q: Tensor) -> Tensor:
     """An operator returns tensors only."""
     return q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @functools.cache
-def _kernel():
+def _kernel() -> Callable[..., None]:
     """Loaded with the first call, so that the package imports where triton is not installed."""
     from .forward import launch_paged_fwd
 
     return launch_paged_fwd
 
 
-def _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap):
-    """(batch or None where cu_seqlens_q says it, options); what follows from layouts alone is remembered."""
+def _check_tensors(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> tuple[int | None, AttentionOptions]:
+    """(batch or None where cu_seqlens_q says it, options); results for a layout are cached."""
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(x, torch.Tensor):
             fail(name, "a tensor", type(x).__name__, TypeError)
@@ -392,8 +408,8 @@ def _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size
     return batch, attention_options(shape_q[-1], causal, softmax_scale, softcap, window_size)
 
 
-def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
-    """The most queries of a sequence."""
+def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqlen_q: int | Tensor | None) -> Any:
+    """The largest number of queries of a sequence: an int, or a tensor where the call is traced."""
     if cu_seqlens_q is None:
         if q.ndim != 4:
             fail("cu_seqlens_q", "a tensor, since q is (total_q, num_heads_q, head_dim)", None)
@@ -410,7 +426,7 @@ def _check_queries(q, batch, cu_seqlens_q, max_seqlen_q):
     return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
 
-def _check_values(call):
+def _check_values(call: PagedCall) -> None:
     """With a device-to-host sync: lengths and pages are within the cache, and a shared prefix is the same for all."""
     block_table, cu_seqlens_q = call.block_table, call.cu_seqlens_q
     num_pages, page_size = call.k_cache.shape[:2]

@@ -1,9 +1,9 @@
 """Tiles of attention over a cache: the default by look-up, the space that a sweep searches, and what cannot run.
 
-Defaults were chosen from compiled code, not from timings: they fit and spill nothing on Triton 3.6.0 and 3.9.0. A
-decode step reads each key once, so that bytes in flight count: several programs per SM, with three tiles ahead each.
-Tiles for many rows have the most `lock` in perf/model: 16 rows for each warp of mma.sync, 64 for four warps of wgmma.
-With fewer rows warps repeat each other's matmuls.
+The defaults were chosen from compiled code, not from timings: they fit and spill nothing on Triton 3.6.0 and 3.9.0. A
+decode step reads each key once, so bytes in flight matter: several programs per SM, each with three stages. Tiles for
+many rows have the highest `lock` in perf/model: 16 rows for each warp of mma.sync, 64 for four warps of wgmma. With
+fewer rows, warps repeat each other's matmuls.
 """
 
 import itertools
@@ -93,8 +93,8 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
         return case.gpu.lacks(self._shared_bytes(case))
 
     def _shared_bytes(self, case):
-        """What tiles of q, k and v take at least. However many stages there are, the chain from page numbers to keys
-        leaves one tile of each in flight."""
+        """The least that tiles of q, k and v take. With any number of stages, one tile each of keys and values is in
+        flight, because keys wait for page numbers."""
         q = self.block_m * case.head_dim * case.dtype.itemsize
         k, v = (self.block_n * dim * case.cache_dtype.itemsize for dim in (case.head_dim, case.head_dim_v))
         if case.gpu.is_amd:
