@@ -485,8 +485,8 @@ FAULTS = (
     Fault(
         "M11",
         "triton_attn/_jit/paging.py",
-        "        page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)",
-        "        page = tl.load(table_ptr + start // PAGE_SIZE)",
+        "return CachedKeys(pages.to(tl.int64), tl.cast(",
+        "return CachedKeys(pages, tl.cast(",
         "DECODE",
     ),
     Fault("M13", "triton_attn/mla/scale.py", "mscale**2", "mscale", "LATENT_REFERENCE"),
