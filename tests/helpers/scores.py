@@ -8,7 +8,6 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from hypothesis import strategies as st
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,8 @@ PAIRS = [a | b for a, b in itertools.combinations(ALONE, 2) if not a.keys() & b.
 
 
 def draw_scores(draw, dtype):
+    from hypothesis import strategies as st  # random tests alone need it
+
     side = st.just(-1) | st.sampled_from([0, 1, 5, 17, 64, 10**6])
     return {
         "causal": draw(st.booleans()),

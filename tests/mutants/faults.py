@@ -184,8 +184,8 @@ FAULTS = (
     Fault(
         "F19",
         "triton_attn/_host/layout.py",
-        "return strides_are_wide(num_rows, *(x",
-        "return strides_are_wide(1, *(x",
+        "return any(num_rows * s[-3]",
+        "return any(s[-3]",
         "FLASH",
     ),
     Fault(
@@ -295,6 +295,14 @@ FAULTS = (
         "scores.softcap is None and problem.dropout is None",
         "BACKWARD",
     ),
+    Fault(
+        "B17",
+        "triton_attn/_host/layout.py",
+        "return strides_are_wide(num_rows, *(x",
+        "return strides_are_wide(1, *(x",
+        "BACKWARD",
+    ),
+    Fault("M15", "triton_attn/mla/prefill.py", "num_rows * x.strides.row >=", "x.strides.row >=", "PREFILL"),
     Fault(
         "P01",
         "triton_attn/paged/forward.py",
