@@ -42,13 +42,11 @@ class CachedKeys(NamedTuple):
 
 @triton.jit
 def pages_of_keys(table_ptr, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
-    """The pages of `find_keys`: one, or one a key; None without a table. No entry is read where start is `end` or more.
+    """The pages of `find_keys`: one, or one a key. No entry is read where start is `end` or more.
 
     A loop loads them a trip ahead: a load that waits for another one in its trip costs the pipeline a stage.
     """
-    if table_ptr is None:
-        return None
-    elif ONE_PAGE:
+    if ONE_PAGE:
         return tl.load(table_ptr + start // PAGE_SIZE, mask=start < end, other=0)
     else:
         keys = tl.minimum(start + tl.arange(0, ROWS), end - 1)

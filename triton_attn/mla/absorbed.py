@@ -192,9 +192,8 @@ def _mla_absorbed_kernel(
     num_own = bounds.seqlen_q * NUM_HEADS - tile * BLOCK_M
     if PACKED:
         if num_own < BLOCK_M:
-            cu_seqlens_ptr = seqs.cu_seqlens_q_ptr
             left_over = slots_left_over(sequence * num_tiles + tile, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
-            spare = spare_rows(cu_seqlens_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
+            spare = spare_rows(seqs.cu_seqlens_q_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
             if spare.any:
                 heads = spare.rows % NUM_HEADS
                 ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, spare.rows // NUM_HEADS, NUM_HEADS)
@@ -211,8 +210,7 @@ def _mla_absorbed_kernel(
     end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
     blocks = split_blocks(visible_range(start, end, seqlen_k, window, BLOCK_N, BLOCK_N), split, num_splits, BLOCK_N)
 
-    sequence = sequence * 0 if PACKED else sequence
-    sequence = sequence.to(tl.int64)
+    sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
     q_ptrs = q.ptr + row_offsets(sequence, first_q + queries, heads, q.strides)[:, None]
@@ -232,15 +230,17 @@ def _mla_absorbed_kernel(
         latents = Pages(latents.ptr + latents_row, 0)
         rope_row = sequence * rope_keys.page_stride + first_row * SLOTS.rope_keys
         rope_keys = Pages(rope_keys.ptr + rope_row, 0)
+        pages = None
     else:
         block_table_ptr += sequence * table_stride
+        pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
     m_i, l_i = softmax_init(None, heads, BLOCK_M)
     acc = _zeros(TILE)
-    pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
         keys = find_keys(pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
-        pages = pages_of_keys(block_table_ptr, start_n + BLOCK_N, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
+        if block_table_ptr is not None:  # a loop cannot carry None
+            pages = pages_of_keys(block_table_ptr, start_n + BLOCK_N, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
         latent_ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
         scale_ptrs = None
         if TILE.FLOAT8 is not None:
