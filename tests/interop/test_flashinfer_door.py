@@ -415,6 +415,13 @@ def test_graphs_find_everything_where_it_was(device):
         decode.plan(*first.lists, *first.heads, PAGE_SIZE, q_len_per_req=2)
     with pytest.raises(ValueError, match="longest of qo_indptr: expected what the graph was planned with, None, got 3"):
         prefill.plan(first.qo_indptr, *first.lists, *first.heads, PAGE_SIZE, max_token_per_sequence=3)
+    with pytest.raises(NotImplementedError, match="pos_encoding_mode"):
+        prefill.plan(first.qo_indptr, *first.lists, *first.heads, PAGE_SIZE, pos_encoding_mode="ALIBI")
+    with pytest.raises(ValueError, match=r"block_tables: expected shape \(4, 64 or fewer\)"):
+        decode.plan(*first.lists, *first.heads, PAGE_SIZE, block_tables=torch.zeros(4, 65, dtype=torch.int32))
+    for wrapper in (decode, prefill):  # a plan that failed has left the one before
+        out = wrapper.run(second.q, second.cache)
+        assert_close_to_reference(out, second.expected(False)[0], torch_error=1e-3)
 
 
 def test_tables_and_lengths_that_are_given(device):

@@ -75,12 +75,11 @@ class _PageLists:
         batch = len(indptr) - 1
         if len(seqlens) != batch:
             _fail("last_page_len", f"shape ({batch},), one less than indptr", f"shape {tuple(seqlens.shape)}")
-        if self.fixed is None:
-            self.seqlens = seqlens.to(self.device, torch.int32, non_blocking=True).contiguous()
-        else:
-            if batch != self.fixed[0]:
-                _fail("indptr", f"shape ({self.fixed[0] + 1},), of the buffers' batch", f"shape {tuple(indptr.shape)}")
+        if self.fixed is not None:
+            self._check_fixed(indptr, indices, block_tables)
             self.seqlens.copy_(seqlens, non_blocking=True)
+        else:
+            self.seqlens = seqlens.to(self.device, torch.int32, non_blocking=True).contiguous()
         if block_tables is None:
             self._fill_table(indptr, indices)
         elif self.fixed is None:
@@ -88,12 +87,20 @@ class _PageLists:
         else:
             self.block_table[:, : block_tables.shape[1]].copy_(block_tables, non_blocking=True)
 
+    def _check_fixed(self, indptr, indices, block_tables):
+        """Before anything is written: a failed `plan` leaves the one before."""
+        batch, max_pages = self.block_table.shape
+        if len(indptr) != batch + 1:
+            _fail("indptr", f"shape ({batch + 1},), of the buffers' batch", f"shape {tuple(indptr.shape)}")
+        if block_tables is None and len(indices) > max_pages:
+            _fail("indices", f"at most {max_pages} pages, the length of the buffer", len(indices))
+        if block_tables is not None and (len(block_tables) != batch or block_tables.shape[1] > max_pages):
+            _fail("block_tables", f"shape ({batch}, {max_pages} or fewer)", f"shape {tuple(block_tables.shape)}")
+
     def _fill_table(self, indptr, indices):
         batch = len(indptr) - 1
         if self.fixed is not None:
             storage = self._storage
-            if len(indices) > storage.shape[1]:
-                _fail("indices", f"at most {storage.shape[1]} pages, the length of the buffer", len(indices))
         else:
             max_pages = len(indices)  # a bound that takes no sync
             if indptr.device.type == "cpu" and batch > 0:
@@ -137,15 +144,15 @@ class _Wrapper:
     def end_forward(self) -> None:
         """Nothing, as in FlashInfer."""
 
-    def _plan_sizes(self, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, dtypes):
-        """What `run` compares its tensors with. dtypes are those of q, of keys and values, and of the output."""
+    def _kinds(self, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, dtypes):
+        """What `run` compares q, and keys and values with. dtypes are those of q, of keys and values, of the output."""
         q_dtype, kv_dtype, o_dtype = dtypes
         q_dtype = _dtype(q_dtype)
         kv_dtype = q_dtype if kv_dtype is None else _dtype(kv_dtype)
         if o_dtype is not None and _dtype(o_dtype) != q_dtype:
             raise NotImplementedError(f"o_data_type: q's dtype {q_dtype} is supported, got {o_dtype}")
-        self._q_kind = num_qo_heads, head_dim_qk, q_dtype
-        self._kv_kinds = tuple((page_size, num_kv_heads, d, kv_dtype) for d in (head_dim_qk, head_dim_vo))
+        kv_kinds = tuple((page_size, num_kv_heads, dim, kv_dtype) for dim in (head_dim_qk, head_dim_vo))
+        return (num_qo_heads, head_dim_qk, q_dtype), kv_kinds
 
     def _check_planned(self, q):
         if self._options is None:
@@ -153,12 +160,17 @@ class _Wrapper:
         if (*q.shape[1:], q.dtype) != self._q_kind:
             _fail("q", f"(tokens, heads, head_dim) and dtype as planned {self._q_kind}", f"{(*q.shape, q.dtype)}")
 
-    def _plan_options(self, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale):
-        num_heads, head_dim, _ = self._q_kind
-        self._options = dict(
+    def _options_of(self, q_kind, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale):
+        num_heads, head_dim, _ = q_kind
+        return dict(
             _attention_options(pos_encoding_mode, window_left, logits_soft_cap, causal, num_heads, self.device),
             softmax_scale=_sm_scale(sm_scale, head_dim),
         )
+
+    def _set_plan(self, kinds, options):
+        """The last step of `plan`: one that fails leaves the plan before."""
+        self._q_kind, self._kv_kinds = kinds
+        self._options = options
 
 
 class _PagedWrapper(_Wrapper):
@@ -291,11 +303,12 @@ class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
         if self._use_cuda_graph and self._options is not None and q_len_per_req != self._q_len:
             _fail("q_len_per_req", f"what the graph was planned with, {self._q_len}", q_len_per_req)
         dtypes = q_data_type, kv_data_type, o_data_type
-        self._plan_sizes(num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtypes)
+        kinds = self._kinds(num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtypes)
+        options = self._options_of(kinds[0], True, pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
         self._plan_pages(indptr, indices, last_page_len, page_size, block_tables, seq_lens)
         self._q_len = q_len_per_req
         self._num_splits = int(disable_split_kv)
-        self._plan_options(True, pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        self._set_plan(kinds, options)
 
     begin_forward = plan
 
@@ -374,7 +387,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`run` with other options than were planned; FlashInfer's older name."""
         self._check_planned(q)
-        self._plan_options(True, pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        options = pos_encoding_mode, window_left, logits_soft_cap, sm_scale
+        self._options = self._options_of(self._q_kind, True, *options)
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
@@ -493,13 +507,14 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
         )
         head_dim_vo = head_dim_qk if head_dim_vo is None else head_dim_vo
         dtypes = q_data_type, kv_data_type, o_data_type
-        self._plan_sizes(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, dtypes)
-        self._queries.fill(qo_indptr, max_token_per_sequence)
+        kinds = self._kinds(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, dtypes)
+        options = self._options_of(kinds[0], causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        self._queries.check(qo_indptr, max_token_per_sequence)
         indices = paged_kv_indices
         self._plan_pages(paged_kv_indptr, indices, paged_kv_last_page_len, page_size, block_tables, seq_lens)
+        self._queries.fill(qo_indptr, max_token_per_sequence)
         self._num_splits = int(disable_split_kv)
-        self._causal = bool(causal)
-        self._plan_options(self._causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        self._set_plan(kinds, options)
 
     begin_forward = plan
 
@@ -568,7 +583,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
         """`run` with other options than were planned; FlashInfer's older name."""
         _refuse(use_fp16_qk_reduction=use_fp16_qk_reduction or None)
         self._check_planned(q)
-        self._plan_options(bool(causal), pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        options = pos_encoding_mode, window_left, logits_soft_cap, sm_scale
+        self._options = self._options_of(self._q_kind, causal, *options)
         return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
@@ -655,12 +671,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
             fixed_split_size,
         )
         head_dim_vo = head_dim_qk if head_dim_vo is None else head_dim_vo
-        self._plan_sizes(
-            num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, None, (q_data_type, kv_data_type, o_data_type)
-        )
+        dtypes = q_data_type, kv_data_type, o_data_type
+        kinds = self._kinds(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, None, dtypes)
+        options = self._options_of(kinds[0], causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        self._queries.check(qo_indptr, max_token_per_sequence)
+        self._keys.check(kv_indptr, max_sequence_kv)
         self._queries.fill(qo_indptr, max_token_per_sequence)
         self._keys.fill(kv_indptr, max_sequence_kv)
-        self._plan_options(bool(causal), pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        self._set_plan(kinds, options)
 
     begin_forward = plan
 
@@ -736,7 +754,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
         """`run` with other options than were planned; FlashInfer's older name."""
         _refuse(use_fp16_qk_reduction=use_fp16_qk_reduction or None)
         self._check_planned(q)
-        self._plan_options(bool(causal), pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        options = pos_encoding_mode, window_left, logits_soft_cap, sm_scale
+        self._options = self._options_of(self._q_kind, causal, *options)
         return self.run(q, k, v, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
@@ -930,12 +949,17 @@ class _Bounds:
             _check_buffers({f"{name}_buf": buffer})
             self.indptr = buffer
 
-    def fill(self, indptr, longest):
+    def check(self, indptr, longest):
+        """Before anything is written."""
         if self.use_cuda_graph:
             if indptr.shape != self.indptr.shape:
                 _fail(self.name, f"the buffer's shape {tuple(self.indptr.shape)}", f"shape {tuple(indptr.shape)}")
             if self.is_filled and longest != self.longest:
                 _fail(f"longest of {self.name}", f"what the graph was planned with, {self.longest}", longest)
+
+    def fill(self, indptr, longest):
+        """From an indptr that `check` has seen."""
+        if self.use_cuda_graph:
             self.indptr.copy_(indptr, non_blocking=True)
         else:
             if longest is None and indptr.device.type == "cpu":

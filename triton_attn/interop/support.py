@@ -1,4 +1,4 @@
-"""What a door to another library serves, for the tables of the docs and for the tests that hold them."""
+"""What a door to another library supports, for the tables of the docs and for the tests that hold them."""
 
 from typing import NamedTuple
 

@@ -100,43 +100,7 @@ def _check_dispatch_key(dispatch_key):
         raise ValueError(f"dispatch_key: expected 'CUDA' (ROCm too) or 'CPU', got {dispatch_key!r}")
 
 
-def _flash_forward(
-    query,
-    key,
-    value,
-    cum_seq_q,
-    cum_seq_k,
-    max_q,
-    max_k,
-    dropout_p,
-    is_causal,
-    return_debug_mask,
-    *,
-    scale=None,
-    window_size_left=None,
-    window_size_right=None,
-    seqused_k=None,
-    alibi_slopes=None,
-    block_table=None,
-    num_splits=None,
-):
-    """(batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cum_seq_q."""
-    out = _new_out(query, value)
-    options = scale, (window_size_left, window_size_right), seqused_k, alibi_slopes, block_table, num_splits
-    lengths = cum_seq_q, cum_seq_k, max_q, max_k
-    lse, rng_state = _forward(out, query, key, value, lengths, dropout_p, is_causal, return_debug_mask, *options)
-    return out, lse, rng_state, _offset(rng_state), query.new_empty(0)
-
-
-def _flash_forward_quantized(
-    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *rest, **options
-):
-    _refuse_quantized(query, rest)
-    lengths = cum_seq_q, cum_seq_k, max_q, max_k
-    return _flash_forward(query, key, value, *lengths, dropout_p, is_causal, return_debug_mask, **options)
-
-
-def _flash_forward_inplace(
+def _forward_into(
     out,
     query,
     key,
@@ -157,9 +121,54 @@ def _flash_forward_inplace(
     block_table=None,
     num_splits=None,
 ):
-    options = scale, (window_size_left, window_size_right), seqused_k, alibi_slopes, block_table, num_splits
+    """(lse, rng_state), the output in `out`."""
+    if return_debug_mask:
+        raise NotImplementedError("return_debug_mask: expected False, got True; no matrix of weights is in memory")
+    q, k, v = _with_contiguous_rows(query, key, value)
+    rng_state = _new_rng_state(q, dropout_p > 0)
+    window = _window(window_size_left, window_size_right)
+    options = dict(causal=is_causal, softmax_scale=scale, window_size=window, alibi_slopes=alibi_slopes)
+    if seqused_k is not None or alibi_slopes is not None or block_table is not None:
+        _refuse_gradients((q, k, v), alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
+    if seqused_k is None and block_table is None:
+        dropout_seed = _seed_of(rng_state) if dropout_p > 0 else None
+        lengths = cum_seq_q, cum_seq_k, max_q, max_k
+        lse = forward_pass(q, k, v, lengths, **options, dropout_p=dropout_p, dropout_seed=dropout_seed, out=out)
+        return lse, rng_state
+    if dropout_p > 0:
+        raise NotImplementedError(f"dropout_p: expected 0 with seqused_k or block_table, got {dropout_p}")
+    if seqused_k is None:
+        if cum_seq_k is None:
+            raise ValueError("seqused_k: expected a tensor with block_table, since cum_seq_k is None too")
+        seqused_k = cum_seq_k.diff()
+    elif block_table is None and cum_seq_k is not None:
+        # Each row is a page of one key: sequence i has those from cum_seq_k[i] on.
+        k, v = k.unsqueeze(1), v.unsqueeze(1)
+        block_table = cum_seq_k[:-1, None] + torch.arange(max_k, dtype=torch.int32, device=k.device)
+    options |= dict(cu_seqlens_q=cum_seq_q, max_seqlen_q=None if cum_seq_q is None else max_q)
+    _, lse = paged_attention(
+        q, k, v, seqused_k, block_table, **options, num_splits=num_splits or 0, out=out, return_lse=True
+    )
+    return lse, rng_state
+
+
+def _flash_forward(query, key, value, *arguments, **options):
+    """(batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cum_seq_q."""
+    out = _new_out(query, value)
+    lse, rng_state = _forward_into(out, query, key, value, *arguments, **options)
+    return out, lse, rng_state, _offset(rng_state), query.new_empty(0)
+
+
+def _flash_forward_quantized(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *rest, **options
+):
+    _refuse_quantized(query, rest)
     lengths = cum_seq_q, cum_seq_k, max_q, max_k
-    return _forward(out, query, key, value, lengths, dropout_p, is_causal, return_debug_mask, *options)[0]
+    return _flash_forward(query, key, value, *lengths, dropout_p, is_causal, return_debug_mask, **options)
+
+
+def _flash_forward_inplace(*arguments, **options):
+    return _forward_into(*arguments, **options)[0]
 
 
 def _flash_backward(
@@ -207,8 +216,8 @@ def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debu
     out = _new_out(query, value)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    lengths = None, None, seqlen_q, seqlen_k
-    lse, rng_state = _forward(out.transpose(1, 2), q, k, v, lengths, dropout_p, is_causal, return_debug_mask, scale)
+    arguments = None, None, seqlen_q, seqlen_k, dropout_p, is_causal, return_debug_mask
+    lse, rng_state = _forward_into(out.transpose(1, 2), q, k, v, *arguments, scale=scale)
     return out, lse, None, None, seqlen_q, seqlen_k, rng_state, _offset(rng_state), query.new_empty(0)
 
 
@@ -263,52 +272,6 @@ _OPERATORS = {
     "_scaled_dot_product_flash_attention.quantized": _sdpa_forward_quantized,
     "_scaled_dot_product_flash_attention_backward": _sdpa_backward,
 }
-
-
-def _forward(
-    out,
-    query,
-    key,
-    value,
-    lengths,
-    dropout_p,
-    is_causal,
-    return_debug_mask,
-    scale=None,
-    window=(None, None),
-    seqused_k=None,
-    alibi_slopes=None,
-    block_table=None,
-    num_splits=None,
-):
-    """(lse, rng_state), the output in `out`."""
-    if return_debug_mask:
-        raise NotImplementedError("return_debug_mask: expected False, got True; no matrix of weights is in memory")
-    q, k, v = _with_contiguous_rows(query, key, value)
-    rng_state = _new_rng_state(q, dropout_p > 0)
-    options = dict(causal=is_causal, softmax_scale=scale, window_size=_window(*window), alibi_slopes=alibi_slopes)
-    if seqused_k is not None or alibi_slopes is not None or block_table is not None:
-        _refuse_gradients((q, k, v), alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
-    if seqused_k is None and block_table is None:
-        dropout_seed = _seed_of(rng_state) if dropout_p > 0 else None
-        lse = forward_pass(q, k, v, lengths, **options, dropout_p=dropout_p, dropout_seed=dropout_seed, out=out)
-        return lse, rng_state
-    if dropout_p > 0:
-        raise NotImplementedError(f"dropout_p: expected 0 with seqused_k or block_table, got {dropout_p}")
-    cum_seq_q, cum_seq_k, max_q, max_k = lengths
-    if seqused_k is None:
-        if cum_seq_k is None:
-            raise ValueError("seqused_k: expected a tensor with block_table, since cum_seq_k is None too")
-        seqused_k = cum_seq_k.diff()
-    elif block_table is None and cum_seq_k is not None:
-        # Each row is a page of one key: sequence i has those from cum_seq_k[i] on.
-        k, v = k.unsqueeze(1), v.unsqueeze(1)
-        block_table = cum_seq_k[:-1, None] + torch.arange(max_k, dtype=torch.int32, device=k.device)
-    options |= dict(cu_seqlens_q=cum_seq_q, max_seqlen_q=None if cum_seq_q is None else max_q)
-    _, lse = paged_attention(
-        q, k, v, seqused_k, block_table, **options, num_splits=num_splits or 0, out=out, return_lse=True
-    )
-    return lse, rng_state
 
 
 def _new_out(query, value):
