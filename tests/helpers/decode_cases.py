@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PAGE_SIZES = (1, 5, 16, 32, 48, 64)
 DEAD_ENTRY = 2147480000
-TILES = MlaDecodeConfig(16, 32, 4, 1)
+TILES = MlaDecodeConfig(16, 32, 4, 3)  # three stages: page numbers are loaded a trip ahead
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
 
 # Memory layouts of (batch, rows, heads, dim).

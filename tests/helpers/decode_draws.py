@@ -9,7 +9,8 @@ from triton_attn.mla.configs import MlaDecodeConfig
 @st.composite
 def cases(draw, dtype):
     tile = draw(st.sampled_from([16, 64, 32])), draw(st.sampled_from([32, 64, 16]))
-    config = MlaDecodeConfig(*tile, num_warps=draw(st.sampled_from([8, 4])), num_stages=1)
+    num_warps, num_stages = draw(st.sampled_from([8, 4])), draw(st.sampled_from([3, 1]))
+    config = MlaDecodeConfig(*tile, num_warps, num_stages)
     is_fp8 = draw(st.booleans())
     batch = draw(st.sampled_from([1, 2, 3, 0]))
     # Few tiles, since the interpreter is slow.

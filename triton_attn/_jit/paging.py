@@ -42,10 +42,7 @@ class CachedKeys(NamedTuple):
 
 @triton.jit
 def pages_of_keys(table_ptr, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
-    """The pages of `find_keys`: one, or one a key. No entry is read where start is `end` or more.
-
-    A loop loads them a trip ahead: a load that waits for another one in its trip costs the pipeline a stage.
-    """
+    """The pages of `find_keys`: one, or one a key. No entry is read where start is `end` or more."""
     if ONE_PAGE:
         return tl.load(table_ptr + start // PAGE_SIZE, mask=start < end, other=0)
     else:

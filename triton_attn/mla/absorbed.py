@@ -71,6 +71,7 @@ class AbsorbedTile(NamedTuple):
     ROPE_HEAD_DIM: int
     PAGE_SIZE: int
     ONE_PAGE: bool  # a tile of keys lies in one page
+    PAGES_AHEAD: bool  # page numbers are loaded a trip before their tile
     SLOT_STRIDES: LatentCache  # from one slot of a page to the next
     JOINED: bool  # rotary keys follow the latent vectors in one tensor
     FLOAT8: tuple | None  # (bits of mantissa, whether the GPU converts)
@@ -141,6 +142,20 @@ def _store_output(ptrs, rows_mask, tile, TILE: tl.constexpr):
 def _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, NUM_HEADS: tl.constexpr):
     """Of rows of heads in lse (batch, NUM_HEADS, rows)."""
     return lse_ptr + (tl.cast(batch, tl.int64) * NUM_HEADS + heads) * lse_stride + rows
+
+
+@triton.jit
+def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
+    """(pages of the tile of keys at start, what the next trip gets as `pages`).
+
+    A load that waits for another one in its trip costs the pipeline a stage, so of three stages two hold tiles. Two
+    stages hold one tile either way, and page numbers ahead would only take registers.
+    """
+    if TILE.PAGES_AHEAD:
+        following = start + TILE.BLOCK_N
+        return pages, pages_of_keys(table_ptr, following, end, TILE.BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
+    else:
+        return pages_of_keys(table_ptr, start, end, TILE.BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE), pages
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -230,7 +245,6 @@ def _mla_absorbed_kernel(
         latents = Pages(latents.ptr + latents_row, 0)
         rope_row = sequence * rope_keys.page_stride + first_row * SLOTS.rope_keys
         rope_keys = Pages(rope_keys.ptr + rope_row, 0)
-        pages = None
     else:
         block_table_ptr += sequence * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
@@ -238,9 +252,10 @@ def _mla_absorbed_kernel(
     m_i, l_i = softmax_init(None, heads, BLOCK_M)
     acc = _zeros(TILE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
-        keys = find_keys(pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
+        own_pages = None
         if block_table_ptr is not None:  # a loop cannot carry None
-            pages = pages_of_keys(block_table_ptr, start_n + BLOCK_N, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
+            own_pages, pages = _take_pages(pages, block_table_ptr, start_n, blocks.hi, TILE)
+        keys = find_keys(own_pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
         latent_ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
         scale_ptrs = None
         if TILE.FLOAT8 is not None:
@@ -477,6 +492,7 @@ def _plan(
         ROPE_HEAD_DIM=shape_pe[3],
         PAGE_SIZE=page_size if paged else 1,
         ONE_PAGE=one_page,
+        PAGES_AHEAD=tiles.num_stages > 2,
         SLOT_STRIDES=LatentCache(*rows) if is_fp8 else LatentCache(rows[0], None, rows[1]),
         JOINED=paged and not is_fp8,
         FLOAT8=(3, 3 in gpu_of(arch).native_fp8) if is_fp8 else None,

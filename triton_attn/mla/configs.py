@@ -146,12 +146,12 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqle
 _HOPPER = {(512, 64): MlaHopperConfig(2)}
 
 # Configs of up to 16 rows and of more, per architecture; 16-bit inputs. Three stages hold two tiles of keys: one is
-# loaded while the other is multiplied. For 32 rows sm_80 and sm_86 have no room for two tiles, and smaller ones have
-# less `lock`. sm_120 spills with 32 rows, sm_86 does not.
+# loaded while the other is multiplied. Where two such tiles leave room for one program an SM in place of two, or ask
+# for smaller tiles, `lock` is less, and two stages are the default. sm_120 spills with 32 rows, sm_86 does not.
 _HALF = {
-    "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 2)),
+    "sm_80": (MlaDecodeConfig(16, 32, 4, 2), MlaDecodeConfig(32, 64, 8, 2)),
     "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 32, 4, 2)),
-    "sm_90": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
+    "sm_90": (MlaDecodeConfig(16, 64, 4, 2), MlaDecodeConfig(64, 64, 8, 2)),
     "sm_100": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 64, 8, 3)),
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 32, 4, 1), MlaDecodeConfig(32, 32, 4, 1)),
