@@ -746,8 +746,8 @@ FAULTS = (
     Fault(
         "N04",
         "triton_attn/flash/hopper.py",
-        "l_i = _scale_rows(l_i, alpha) + _partial_sums(weights)",
-        "l_i = l_i + _partial_sums(weights)",
+        "l_i = _scale_rows(state.l_i, alpha) + _partial_sums(weights)",
+        "l_i = state.l_i + _partial_sums(weights)",
         "HOPPER",
     ),
     Fault(

@@ -11,6 +11,7 @@ portable kernel's (forward.py), which computes the same. Gluon has no interprete
 
 import functools
 import math
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,7 +29,7 @@ from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
 from .._host.layout import clear_outputs, heads_in_l2, tiles_each
 from .._host.tuned import remember
-from .._jit.args import Sequences
+from .._jit.args import Sequences, View
 from .._jit.blocks import visible_range
 from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
 from .._jit.softmax import LN_2
@@ -118,6 +119,16 @@ class _Shared:
         self.k_free = k_free
         self.v_full = v_full
         self.v_free = v_free
+
+
+class _Softmax(NamedTuple):
+    """What a group carries from tile to tile: maximum, sums and output of its rows, and the weights of the last tile,
+    whose output is still to come."""
+
+    m_i: object  # (64,), in log2 units
+    l_i: object  # (64, 4)
+    acc: object  # (64, HEAD_DIM)
+    p: object  # (64, BLOCK_N)
 
 
 @gluon.jit
@@ -234,90 +245,95 @@ def _end_of_block():
 
 
 @gluon.jit
-def _issue_scores(shared, q, step, zeros):
+def _issue_scores(GROUP: gl.constexpr, shared, step):
+    """Scores (64, BLOCK_N) of this step's tile, in flight."""
+    BLOCK_N: gl.constexpr = shared.k.shape[4]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage, parity = _stage(shared.k, step)
     mbarrier.wait(shared.k_full.index(stage), parity)
-    return warpgroup_mma(q, _matrix(shared.k, stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
+    keys = _matrix(shared.k, stage).permute([1, 0])
+    zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, SCORES)
+    return warpgroup_mma(_matrix(shared.q, GROUP), keys, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _issue_output(shared, p, step, acc):
+def _issue_output(shared, step, state):
+    """Output (64, HEAD_DIM) of all tiles to this step's, in flight."""
     stage, parity = _stage(shared.v, step)
     mbarrier.wait(shared.v_full.index(stage), parity)
-    return warpgroup_mma(p, _matrix(shared.v, stage), acc, is_async=True)
+    return warpgroup_mma(state.p, _matrix(shared.v, stage), state.acc, is_async=True)
 
 
 @gluon.jit
-def _step(work, shared, q, start_m, step, m_i, l_i, acc, p, zeros, scale_log2, MASKED: gl.constexpr):
+def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2, MASKED: gl.constexpr):
     """Scores of this step's tile, and their softmax beside the output of the tile before."""
-    P_LAYOUT: gl.constexpr = p.type.layout
+    DTYPE: gl.constexpr = state.p.dtype
+    P_LAYOUT: gl.constexpr = state.p.type.layout
     EARLY: gl.constexpr = shared.q.shape[0] == 2  # three groups have not the registers for two P
-    scores = _issue_scores(shared, q, step, zeros)
-    output = _issue_output(shared, p, step - 1, acc)
+    scores = _issue_scores(GROUP, shared, step)
+    output = _issue_output(shared, step - 1, state)
     s = warpgroup_mma_wait(1, [scores])
     stage, _ = _stage(shared.k, step)
     mbarrier.arrive(shared.k_free.index(stage), count=1)
     if MASKED:
-        s = _mask_scores(work, s, start_m, (work.num_tiles - 1 - step) * shared.k.shape[4])
-    weights, m_i, alpha = _softmax_step(s, m_i, scale_log2, MASKED)
-    l_i = _scale_rows(l_i, alpha) + _partial_sums(weights)
+        start_n = (work.num_tiles - 1 - step) * shared.k.shape[4]
+        s = _mask_scores(work, s, work.start_m + GROUP * GROUP_ROWS, start_n)
+    weights, m_i, alpha = _softmax_step(s, state.m_i, scale_log2, MASKED)
+    l_i = _scale_rows(state.l_i, alpha) + _partial_sums(weights)
     if EARLY:
-        p = gl.convert_layout(weights.to(p.dtype), P_LAYOUT)
+        p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
         _end_of_block()
         acc, p = warpgroup_mma_wait(0, [output, p])
     else:
         _end_of_block()
         acc = warpgroup_mma_wait(0, [output])
-        p = gl.convert_layout(weights.to(p.dtype), P_LAYOUT)
+        p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
     stage, _ = _stage(shared.v, step - 1)
     mbarrier.arrive(shared.v_free.index(stage), count=1)
-    return m_i, l_i, _scale_rows(acc, alpha), p
+    return _Softmax(m_i, l_i, _scale_rows(acc, alpha), p)
 
 
 @gluon.jit
-def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
-    """A group of four warps: 64 rows of out and lse."""
+def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse, num_heads, scale_log2):
+    """A group of four warps: 64 rows of out and lse; a stride of lse leads from one head's row to the next."""
     BLOCK_N: gl.constexpr = shared.k.shape[4]
     HEAD_DIM: gl.constexpr = shared.k.shape[5]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     if work.start_m < work.seqlen_q:
         start_m = work.start_m + GROUP * GROUP_ROWS
-        q = _matrix(shared.q, GROUP)
-        zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, SCORES)
-        acc = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, OUTPUT)
-        m_i = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, SCORES))
 
         # The last tile, of which some rows may see nothing.
         mbarrier.wait(shared.q_full.index(GROUP), 0)
-        s = warpgroup_mma_wait(0, [_issue_scores(shared, q, 0, zeros)])
+        s = warpgroup_mma_wait(0, [_issue_scores(GROUP, shared, 0)])
         mbarrier.arrive(shared.k_free.index(0), count=1)
         s = _mask_scores(work, s, start_m, (work.num_tiles - 1) * BLOCK_N)
+        m_i = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, s.type.layout))
         weights, m_i, _ = _softmax_step(s, m_i, scale_log2, True)
-        l_i = _partial_sums(weights)
         p = gl.convert_layout(weights.to(out_desc.dtype), P_LAYOUT)
+        acc = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, OUTPUT)
+        state = _Softmax(m_i, _partial_sums(weights), acc, p)
         masked_tiles = gl.maximum(1, work.num_tiles - work.full_tiles)
         if work.CAUSAL:
             for step in range(1, masked_tiles):
-                m_i, l_i, acc, p = _step(work, shared, q, start_m, step, m_i, l_i, acc, p, zeros, scale_log2, True)
+                state = _step(GROUP, work, shared, step, state, scale_log2, True)
         for step in range(masked_tiles, work.num_tiles):
-            m_i, l_i, acc, p = _step(work, shared, q, start_m, step, m_i, l_i, acc, p, zeros, scale_log2, False)
-        output = _issue_output(shared, p, work.num_tiles - 1, acc)
+            state = _step(GROUP, work, shared, step, state, scale_log2, False)
+        output = _issue_output(shared, work.num_tiles - 1, state)
 
-        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, OUTPUT))
+        l_i = gl.convert_layout(gl.sum(state.l_i, 1), gl.SliceLayout(1, OUTPUT))
         empty = l_i == 0.0
         norm = 1.0 / gl.where(empty, 1.0, l_i)
-        if lse_ptr is not None:
-            m_i = gl.convert_layout(m_i, gl.SliceLayout(1, OUTPUT))
-            lse = gl.where(empty, MINUS_INF, (m_i + gl.log2(gl.where(empty, 1.0, l_i))) * LN_2)
+        if lse.ptr is not None:
+            m_i = gl.convert_layout(state.m_i, gl.SliceLayout(1, OUTPUT))
+            log_sums = gl.where(empty, MINUS_INF, (m_i + gl.log2(gl.where(empty, 1.0, l_i))) * LN_2)
             rows = start_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, OUTPUT))
             lse_row = work.head if work.VARLEN else work.batch * num_heads + work.head
-            lse_ptr += lse_row.to(gl.int64) * lse_stride + work.first_q
-            gl.store(lse_ptr + rows, lse, mask=rows < work.seqlen_q)
+            lse_ptr = lse.ptr + (lse_row.to(gl.int64) * lse.strides + work.first_q)
+            gl.store(lse_ptr + rows, log_sums, mask=rows < work.seqlen_q)
         acc = warpgroup_mma_wait(0, [output])
         # Where the queries were: nothing reads them any more. TMA leaves out rows past the sequence's end.
-        q.store((acc * gl.expand_dims(norm, 1)).to(out_desc.dtype))
+        _matrix(shared.q, GROUP).store((acc * gl.expand_dims(norm, 1)).to(out_desc.dtype))
         fence_async_shared()
         outer, batch, head, row = sequence_coords(work.batch, work.head, work.first_q, work.seqlen_q, work.VARLEN)
         _tma_store(out_desc, [outer, batch, head, row + start_m, 0], shared.q.index(GROUP))
@@ -325,22 +341,22 @@ def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse_ptr, lse_stride, nu
 
 
 @gluon.jit
-def _attend_0(work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
-    _attend(0, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2)
+def _attend_0(work, shared, out_desc, lse, num_heads, scale_log2):
+    _attend(0, work, shared, out_desc, lse, num_heads, scale_log2)
 
 
 @gluon.jit
-def _attend_1(work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
-    _attend(1, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2)
+def _attend_1(work, shared, out_desc, lse, num_heads, scale_log2):
+    _attend(1, work, shared, out_desc, lse, num_heads, scale_log2)
 
 
 @gluon.jit
-def _attend_2(work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2):
-    _attend(2, work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2)
+def _attend_2(work, shared, out_desc, lse, num_heads, scale_log2):
+    _attend(2, work, shared, out_desc, lse, num_heads, scale_log2)
 
 
 @gluon.jit
-def _clear_spare_rows(shared, out_desc, lse_ptr, lse_stride, head, first, num_rows, slot):
+def _clear_spare_rows(shared, out_desc, lse, head, first, num_rows, slot):
     """Clear those rows after a packed batch's last sequence that are this program's, see `spare_rows`: 64 GROUPS from
     slot on, counted from row `first`. They may begin before it, and what comes of slots that hold the program's own
     rows other programs clear as well."""
@@ -358,10 +374,10 @@ def _clear_spare_rows(shared, out_desc, lse_ptr, lse_stride, head, first, num_ro
         for group in gl.static_range(GROUPS):
             start = gl.maximum(slot + group * GROUP_ROWS, 0)
             _tma_store(out_desc, [outer, batch, head_there, row + start, 0], shared.q.index(group))
-            if lse_ptr is not None:
+            if lse.ptr is not None:
                 rows = start + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ROWS))
                 minus_inf = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, ROWS))
-                lse_ptrs = lse_ptr + head.to(gl.int64) * lse_stride + first + rows
+                lse_ptrs = lse.ptr + head.to(gl.int64) * lse.strides + first + rows
                 gl.store(lse_ptrs, minus_inf, mask=rows < num_spare)
         tma.store_wait(0)
 
@@ -432,20 +448,20 @@ def _flash_fwd_hopper_kernel(
         _barriers(STAGES, 1),
         _barriers(STAGES, GROUPS),
     )
+    lse = View(lse_ptr, lse_stride)
     if VARLEN and start_m + GROUPS * GROUP_ROWS > seqlen_q:
         num_sequences = num_batch_heads // num_heads
         _clear_spare_rows(
             shared,
             out_desc,
-            lse_ptr,
-            lse_stride,
+            lse,
             head,
             gl.minimum(gl.load(cu_seqlens_q_ptr + num_sequences), num_rows),
             num_rows,
             slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, GROUPS * GROUP_ROWS),
         )
     loads = work, shared, q_desc, k_desc, v_desc
-    sums = work, shared, out_desc, lse_ptr, lse_stride, num_heads, scale_log2
+    sums = work, shared, out_desc, lse, num_heads, scale_log2
     if GROUPS == 2:
         # Warps and registers of all but the first; the registers of a program's threads are at most 65536.
         gl.warp_specialize([(_attend_0, sums), (_attend_1, sums), (_load_tiles, loads)], [4, 1], [240, 24])
