@@ -8,9 +8,10 @@
 `Counts`, `Tally`    instructions, sectors, wavefronts and FLOP, by source line
 `SCHEDULES`          in what order warps run and when asynchronous work happens
 
-The PTX of a kernel runs, not its machine code: faults of ptxas, spills and time are invisible. Sums are in fp32, and
-approximate functions give rounded results. Lanes of a warp run in lock step where they do not diverge. The programs of
-a launch run one after another. tcgen05 (sm_100), clusters and AMD are not emulated.
+The PTX of a kernel runs, not its machine code: faults of ptxas, spills and time are invisible. Matmuls accumulate in
+fp32, and approximate functions are correctly rounded. The lanes of a warp run in lock step until they diverge, but the
+checks do not rely on it: only barriers order their accesses to shared memory. The programs of a launch run one after
+another. tcgen05 (sm_100), clusters and AMD are not emulated.
 """
 
 from importlib import import_module

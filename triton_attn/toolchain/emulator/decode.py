@@ -10,8 +10,9 @@ from triton_attn.toolchain.emulator import core
 from triton_attn.toolchain.emulator.opcodes import SHARED_BASE, Unsupported, decoder_of
 
 # Rows of 32 lanes hold the registers: one row for up to 32 bits, two for 64. Immediates are registers that are set
-# before a program starts. In this order the core sets the special ones.
-SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ctaid", "nctaid", "ntid") for axis in "xyz"] + ["%laneid", "%warpid"]
+# before a program starts. The core numbers the special ones in this order.
+_AXES = [f"%{name}.{axis}" for name in ("tid", "ctaid", "nctaid", "ntid") for axis in "xyz"]
+SPECIAL = {name: number for number, name in enumerate([*_AXES, "%laneid", "%warpid"])}
 SYNCHRONIZATIONS = {
     "@bar",
     "@warp_sync",
@@ -212,7 +213,10 @@ class _Body:
         return name if name.startswith("$") or len(self.scopes) < 2 else f"{self.scopes[-1]['']}:{name}"
 
     def full_name(self, name):
-        return next((scope[name] for scope in reversed(self.scopes) if name in scope), name)
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+        return name
 
     def bits(self, text):
         """Declared bits of a register, None for what is none."""
@@ -239,7 +243,7 @@ class _Body:
         if text in SPECIAL:
             if text not in program._rows:
                 program._rows[text] = self.new_rows(1)
-                program._special[program._rows[text]] = SPECIAL.index(text)
+                program._special[program._rows[text]] = SPECIAL[text]
             return program._rows[text]
         name = self.full_name(text)
         if declared := program._bits.get(name):
@@ -345,8 +349,13 @@ def _immediate(text):
         raise Unsupported(f"operand {text}") from None
 
 
+_BRACKET = re.compile(r"[{\[(]")
+
+
 def _split(text):
     """Operands, at the commas that stand outside all brackets."""
+    if not _BRACKET.search(text):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "{[(") - (character in "}])")

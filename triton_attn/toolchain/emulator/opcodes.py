@@ -3,6 +3,7 @@
 Instructions of plain arithmetic are not here: the core has one of the same name.
 """
 
+import functools
 import re
 
 from triton_attn.toolchain.emulator import core
@@ -33,6 +34,7 @@ class Unsupported(NotImplementedError):
 _DECODERS = []
 
 
+@functools.lru_cache(maxsize=4096)  # a kernel has thousands of statements, of some fifty opcodes
 def decoder_of(opcode):
     """(function of the body, match and operands; match), or None for an instruction that the core has by its name."""
     for pattern, method in _DECODERS:

@@ -281,8 +281,12 @@ struct Machine {
   u8* local(Warp& w, int pc, int lane, u64 address, u32 bytes);
   bool shared_range(Warp& w, int pc, int lane, u32 address, u32 bytes, u32 alignment);
   // Of one lane, or of the whole warp if `lane` is -1. The result is a mask of unwritten bytes.
+  u32 order_read(const Warp& w, int pc, int lane, u32 offset, u32 bytes);
+  void mark_read(Warp& w, int pc, int lane, u32 offset, u32 bytes);
   u32 read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void read_shared_async(Warp& w, int pc, int lane, u32 offset, u32 bytes, u32 issued);
+  void order_after_writes(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes);
+  void order_after_reads(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void write_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes, const u8* data);
   void mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic, u32 lanes);

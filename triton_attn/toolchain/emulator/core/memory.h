@@ -130,7 +130,8 @@ inline bool Machine::shared_range(Warp& w, int pc, int lane, u32 address, u32 by
   return true;
 }
 
-inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+// Whether the writes of these bytes are over and ordered before the read. The result is a mask of unwritten bytes.
+inline u32 Machine::order_read(const Warp& w, int pc, int lane, u32 offset, u32 bytes) {
   u32 unwritten = 0;
   const u32 by = lane < 0 ? 0 : 1u << lane;
   for (u32 i = 0; i < bytes; i++) {
@@ -153,7 +154,11 @@ inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes
       break;
     }
   }
-  const u32 now = w.clock.at[w.id], synchronized = w.lanes_synchronized;
+  return unwritten;
+}
+
+inline void Machine::mark_read(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  const u32 now = w.clock.at[w.id], synchronized = w.lanes_synchronized, by = lane < 0 ? 0 : 1u << lane;
   Read* reads = reads_of(w.id);
   for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++) {
     const Read before = reads[i];
@@ -162,6 +167,11 @@ inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes
     reads[i] = {now, pc, {2 * i >= offset ? first | by : first, 2 * i + 1 < offset + bytes ? second | by : second}};
   }
   if (by) w.last_access[lane] = now;
+}
+
+inline u32 Machine::read_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  const u32 unwritten = order_read(w, pc, lane, offset, bytes);
+  mark_read(w, pc, lane, offset, bytes);
   return unwritten;
 }
 
@@ -185,8 +195,7 @@ inline void Machine::read_shared_async(Warp& w, int pc, int lane, u32 offset, u3
   }
 }
 
-// A write now, by someone who has seen `seen`: all earlier accesses must be in it.
-inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+inline void Machine::order_after_writes(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
   const u32 others = ~(1u << lane);
   for (u32 i = 0; i < bytes; i++) {
     const Cell& c = cells[offset + i];
@@ -202,6 +211,10 @@ inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u
       break;
     }
   }
+}
+
+inline void Machine::order_after_reads(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  const u32 others = ~(1u << lane);
   for (int k = 0; k < num_warps; k++)
     for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
       if (const Read& read = reads_of(k)[i]; read.clock > seen.at[k])
@@ -212,6 +225,12 @@ inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u
     if (const Read& read = own[i / 2]; read.lanes[i % 2] & others && w.lanes_unordered(w.id, read.clock))
       return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, i, read.pc,
                     "shared address %u, read by lane %d of the same warp", i, only_lane(read.lanes[i % 2] & others));
+}
+
+// A write now, by someone who has seen `seen`: all earlier accesses must be in it.
+inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
+  order_after_writes(seen, w, pc, lane, offset, bytes);
+  order_after_reads(seen, w, pc, lane, offset, bytes);
 }
 
 inline void Machine::mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic, u32 lanes) {
