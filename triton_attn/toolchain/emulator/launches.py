@@ -113,26 +113,26 @@ class EmulatedLaunch(compilation.Launch):
 def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, read_only=(), edit=None, counts=False):
     """Inside it, `kernel[grid](...)` on CPU tensors compiles for `arch` and runs; needs no GPU and no driver.
 
-    The ordinary call path is taken, through Triton's own launcher: a stub of libcuda hands out the parameters and the
-    tensor maps that a GPU's driver would get. This package's public functions run their kernels inside it. A program's
-    shared memory is NaN until it is written. What kernels may touch in global memory is the elements of their tensor
-    arguments, those in tuples and tensor descriptors included. Needs a C++ compiler once.
+    Launches take the ordinary path through Triton's own launcher: a stub of libcuda receives the parameters and tensor
+    maps that a GPU's driver would get. This package's public functions run their kernels inside it. A program's shared
+    memory is NaN until it is written. In global memory kernels may touch only the elements of their tensor arguments,
+    including those in tuples and tensor descriptors. The first use needs a C++ compiler.
 
     Checked: bounds and alignment; use of unwritten shared memory; order of accesses to shared memory by happens-before;
-    asynchronous copies and products against their waits; proxy and wgmma fences; barriers, mbarriers and transaction
+    asynchronous copies and matmuls against their waits; proxy and wgmma fences; barriers, mbarriers and transaction
     bytes; deadlock; divergence; order of accesses to shared memory between the lanes of a warp, by barriers and
     bar.warp.sync; order of accesses to global memory between the programs of a launch, by release and acquire, and,
     each against the last of another warp, between the warps of a program. Not checked: order between lanes in global
     memory, whether a program's other warps are done when one of them releases, everything below PTX.
 
-    Nothing can be timed, so that a kernel under `triton.autotune` runs with the first of its configs, after pruning,
-    that fits. Launch `kernel.fn` with each of `kernel.configs` to have all of them checked.
+    Nothing can be timed, so a kernel under `triton.autotune` runs with the first config that fits, after pruning.
+    Launch `kernel.fn` with each of `kernel.configs` to have all of them checked.
 
     Args:
         arch: "sm_80", "sm_86", "sm_89" or "sm_90".
         schedule: a key of SCHEDULES.
         seed: of the random schedules; the same seed gives the same run.
-        strict: raise EmulationError at a launch with a fault. Otherwise it is in the log alone.
+        strict: raise EmulationError at a launch with a fault. Otherwise the fault is only in the log.
         limit: warp instructions after which a launch is stopped, with a fault.
         read_only: tensors that no launch may write.
         edit: a function of the decoded `Program` that is called before each launch and may change its instructions,
