@@ -430,7 +430,7 @@ def test_autograd_makes_nothing_beside_the_operator():
 def test_second_derivatives_are_refused(varlen):
     f, leaves = make_call({}, varlen)
     (dq,) = torch.autograd.grad(loss_of(*f(*leaves)), leaves[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives of flash attention are not served"):
+    with pytest.raises(NotImplementedError, match="second derivatives of flash attention are not supported"):
         torch.autograd.grad(dq.sum(), leaves[0])
 
 

@@ -81,7 +81,7 @@ DECODE = [
         ValueError,
         "rope_cos: expected None without w_uk",
     ),
-    ({"q_nope": torch.zeros(2, 1, HEADS, NOPE, requires_grad=True)}, NotImplementedError, "q_nope: no gradient"),
+    ({"q_nope": torch.zeros(2, 1, HEADS, NOPE, requires_grad=True)}, NotImplementedError, "q_nope: gradients"),
     (
         {"cache_seqlens": torch.tensor([5, 33], dtype=torch.int32)},
         ValueError,

@@ -75,7 +75,7 @@ CASES = [
     (arguments(out=torch.zeros(2, 3, 4, 16)), ValueError, "out: expected shape"),
     (arguments(out=torch.zeros(2, 3, 4, 24).half()), TypeError, "out: expected torch.float32, got torch.float16"),
     (arguments(out=torch.zeros(2, 3, 24, 4).mT), ValueError, "out: expected a contiguous last dimension"),
-    (arguments(q=torch.zeros(2, 3, 4, 16, requires_grad=True)), NotImplementedError, "q: no gradient is served"),
+    (arguments(q=torch.zeros(2, 3, 4, 16, requires_grad=True)), NotImplementedError, "q: gradients are not supported"),
     (varlen() | {"q": torch.zeros(2, 3, 4, 16)}, ValueError, r"q: expected \(total_q"),
     (varlen() | {"max_seqlen_q": None}, TypeError, "max_seqlen_q: expected an int"),
     (

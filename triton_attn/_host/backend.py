@@ -1,4 +1,4 @@
-"""Kernel or reference: the environment variables, read at each call."""
+"""Kernel or reference: environment variables that are read at each call."""
 
 import os
 
@@ -8,7 +8,7 @@ from .checks import check_bool
 class Variable:
     """An environment variable that is read at each call.
 
-    os.environ.get raises and catches a KeyError where it is not set, as is usual, and takes ten times as long."""
+    os.environ.get raises and catches a KeyError for a variable that is not set, and takes ten times as long."""
 
     def __init__(self, name):
         self._key = os.environ.encodekey(name)
@@ -22,7 +22,7 @@ _BACKEND, _INTERPRET, _CHECK = map(Variable, ("TRITON_ATTN_BACKEND", "TRITON_INT
 
 
 def use_kernel(tensor):
-    """Whether the kernel serves this call: TRITON_ATTN_BACKEND = auto (default), triton or reference."""
+    """Whether this call runs the kernel: TRITON_ATTN_BACKEND = auto (default), triton or reference."""
     backend = _BACKEND.get("auto")
     if backend == "auto":
         return tensor.is_cuda or _INTERPRET.get() == "1"

@@ -1,10 +1,10 @@
-"""What attention and its rotary positions compute, in plain torch: what the references of all families share."""
+"""Attention and rotary positions in plain torch, shared by the references of all families."""
 
 import torch
 
 
 def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
-    """(seqlen_q, seqlen_k) bool, and the distance of each key to the query's own position, bottom right aligned."""
+    """(seqlen_q, seqlen_k): which keys a query sees, and key position minus query position (bottom-right alignment)."""
     left, right = window_size
     if causal:
         right = 0
@@ -19,7 +19,7 @@ def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
 
 
 def packed_bounds(cu_seqlens, num_rows):
-    """Where the sequences of a packed tensor of num_rows rows begin and end: there are no rows beyond."""
+    """cu_seqlens as a list, clamped to the num_rows rows of the packed tensor."""
     return cu_seqlens.clamp(max=num_rows).tolist()
 
 
@@ -38,13 +38,13 @@ def attend(
     keep=None,
     dropout_p=0.0,
 ):
-    """Attention with every product in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
+    """Attention with every matmul in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
 
-    With compute_dtype = q.dtype it makes the error that torch makes in that dtype, the yardstick of the tests.
+    With compute_dtype = q.dtype its error is the one that torch makes in that dtype. Tests compare kernels with it.
     """
     group_size = q.shape[2] // k.shape[2]
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    # With AMX torch's half-precision products read past a row's end, where in memory of others a NaN may be.
+    # On processors with AMX torch's 16-bit matmuls read past the end of a row, which may hold another tensor's NaN.
     copy = compute_dtype.itemsize < 4
     q_heads, k_heads, v_heads = (x.transpose(1, 2).to(compute_dtype, copy=copy) for x in (q, k, v))
     k_heads, v_heads = (x.repeat_interleave(group_size, dim=1) for x in (k_heads, v_heads))
@@ -61,7 +61,7 @@ def attend(
         sink_column = sinks.to(compute_dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         logits = torch.cat([scores, sink_column], dim=3)
 
-    # A row without a single logit has lse = -inf; the shift by 0 keeps its weights at exp(-inf) = 0.
+    # A row without logits has lse = -inf. Shifted by 0 instead, its weights are exp(-inf) = 0.
     lse = torch.logsumexp(logits.to(torch.promote_types(compute_dtype, torch.float32)), dim=3)
     shift = torch.where(lse == float("-inf"), 0.0, lse)
     weights = torch.exp(scores - shift[..., None].to(compute_dtype))
@@ -72,9 +72,10 @@ def attend(
 
 
 def rotate(x, cos, sin, interleaved):
-    """x (..., dim) with its first 2 * cos.shape[-1] dimensions rotated in pairs; cos and sin broadcast to (..., pair).
+    """x (..., dim) with its first rotary_dim = 2 * cos.shape[-1] dimensions rotated in pairs.
 
-    A pair is two neighbours if interleaved, otherwise two dimensions half of the rotated ones apart.
+    cos and sin broadcast to (..., rotary_dim / 2). If interleaved, pair i is the dimensions 2 i and 2 i + 1, otherwise
+    i and i + rotary_dim / 2.
     """
     rotary_dim = 2 * cos.shape[-1]
     rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]

@@ -1,4 +1,4 @@
-"""What a launch must know of the device: its architecture, its arithmetic for fp32, the current device."""
+"""Launches, and what they depend on: the GPU's architecture, the arithmetic for fp32, the current device."""
 
 import torch
 import triton
@@ -24,7 +24,7 @@ def arch_of(tensor):
 
 
 def input_precision(dtype, arch):
-    """How tl.dot multiplies this dtype: fp32 follows torch.get_float32_matmul_precision()."""
+    """The input_precision of tl.dot for a dtype; fp32 follows torch.get_float32_matmul_precision()."""
     if dtype != torch.float32:
         return "ieee"
     wanted = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
@@ -37,7 +37,7 @@ def launch(kernel, grid, device, *args, **constants):
 
 
 def launch_packed(kernel, grid, device, args, constants):
-    """launch for a hot path: nothing is unpacked on the way, and kernel[grid] makes no bound function."""
+    """launch for a hot path: no argument is unpacked, and no kernel[grid] is created."""
     if grid[0] >= 2**31:
         fail("the call's tiles", "fewer than 2**31", grid[0])
     if device.type == "cuda" and device.index != torch.cuda.current_device():

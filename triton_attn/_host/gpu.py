@@ -1,4 +1,4 @@
-"""What the package knows of GPUs: one entry for each architecture, which everything that depends on it asks."""
+"""Facts about GPUs: one entry per architecture, which all other code uses."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -12,9 +12,8 @@ from .checks import fail
 class Gpu:
     """One architecture.
 
-    `configs` names the tables of default configs that it takes, the same in every kernel family: its own, or those of
-    an architecture with the same matrix instructions and no more shared memory. Where no GPU is at hand, calls are
-    planned for the `num_sms` of `device`.
+    `configs` names the architecture whose default configs it takes, in every kernel family: its own, or one with the
+    same matrix instructions and no more shared memory. Without a GPU, calls are planned for the `num_sms` of `device`.
     """
 
     arch: str  # "sm_90", "gfx942"
@@ -25,7 +24,7 @@ class Gpu:
     tma: bool = False
     wgmma: bool = False
     tensor_memory: bool = False  # the accumulators of tcgen05
-    native_fp8: tuple = ()  # mantissa bits of the fp8 formats that it converts by an instruction
+    native_fp8: tuple = ()  # mantissa bits of the fp8 formats that an instruction converts
     warp_size: int = 32
 
     @property
@@ -38,12 +37,12 @@ class Gpu:
         return self.wgmma or self.tensor_memory
 
     def buffers(self, num_stages):
-        """Tiles that a pipelined loop holds in shared memory: mma.sync reads its operands into registers, which frees
-        one."""
+        """Number of tiles that a pipelined loop keeps in shared memory. mma.sync reads its operands into registers,
+        which frees one tile."""
         return num_stages if self.multiplies_shared_memory else num_stages - 1
 
     def lacks(self, shared_bytes):
-        """Why a program cannot have so much shared memory; None if it can."""
+        """Why a program cannot use so many bytes of shared memory; None if it can."""
         if shared_bytes <= self.shared_bytes:
             return None
         return f"{shared_bytes} bytes of shared memory, {self.arch} has {self.shared_bytes}"
@@ -78,7 +77,7 @@ INTERPRETER = Gpu("interpreter", "interpreter", 2**31, "CPU", 132)
 
 @functools.cache
 def gpu_of(arch):
-    """The Gpu of an architecture. One that is not listed is taken for the nearest below it, or for gfx942.
+    """The Gpu of an architecture. One that is not listed counts as the nearest below it, an AMD one as gfx942.
 
     Raises:
         ValueError: a compute capability below 8.0, which Triton does not support.
@@ -107,7 +106,7 @@ def gpu_arch(index):
 
 @functools.cache
 def count_sms(device, arch):
-    """SMs of a device; where it is no GPU, those of the GPU that stands for arch."""
+    """Number of SMs of a device; without a GPU, that of the device listed for arch."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return gpu_of(arch).num_sms

@@ -1,20 +1,20 @@
-"""How a row of a latent KV cache lies in memory: one token's latent vector, then its rotary key."""
+"""Memory layout of a row of a latent KV cache: one token's latent vector, then its rotary key."""
 
 import torch
 
 from .checks import KERNEL_DTYPES, fail
 
-SCALE_BLOCK = 128  # numbers of a latent vector that share an fp8 scale
+SCALE_BLOCK = 128  # elements of a latent vector that share an fp8 scale
 
 
 def latent_row(kv_lora_rank, qk_rope_head_dim):
-    """Of an fp8 row the bytes before the scales, before the rotary key, and in all.
+    """Byte offsets in an fp8 row: of the scales, of the rotary key, and of the end.
 
-    kv_lora_rank e4m3 numbers, one fp32 scale for every 128 of them, qk_rope_head_dim bf16 numbers: the layout of
-    FlashMLA and DeepSeek-V3.2, there 512, 528 and 656.
+    A row has kv_lora_rank e4m3 elements, one fp32 scale for every 128 of them, and qk_rope_head_dim bf16 elements. It
+    is the layout of FlashMLA and DeepSeek-V3.2, where the offsets are 512, 528 and 656.
     """
     if kv_lora_rank % SCALE_BLOCK:
-        fail("kv_lora_rank", f"a multiple of {SCALE_BLOCK}, the numbers that share an fp8 scale", kv_lora_rank)
+        fail("kv_lora_rank", f"a multiple of {SCALE_BLOCK}, the elements that share an fp8 scale", kv_lora_rank)
     if qk_rope_head_dim % 2:
         fail("qk_rope_head_dim", "an even number in the fp8 layout, whose rows are 4-byte aligned", qk_rope_head_dim)
     rope_start = kv_lora_rank + kv_lora_rank // SCALE_BLOCK * torch.float32.itemsize
@@ -22,7 +22,7 @@ def latent_row(kv_lora_rank, qk_rope_head_dim):
 
 
 def latent_storage(kv_lora_rank, qk_rope_head_dim, dtype):
-    """(dtype, elements) of the rows of a cache of the given dtype, where float8_e4m3fn stands for the fp8 layout."""
+    """(dtype, elements) of a row of a cache of the given dtype; float8_e4m3fn means the fp8 layout."""
     if dtype == torch.float8_e4m3fn:
         return torch.uint8, latent_row(kv_lora_rank, qk_rope_head_dim)[2]
     if dtype not in KERNEL_DTYPES:
@@ -31,9 +31,9 @@ def latent_storage(kv_lora_rank, qk_rope_head_dim, dtype):
 
 
 def latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim):
-    """Views of the latent vectors, their scales and the rotary keys: (..., kv_lora_rank or kv_lora_rank / 128, ...).
+    """Views of the latent vectors (..., kv_lora_rank), their scales (..., kv_lora_rank / 128) and the rotary keys.
 
-    Of an fp8 cache, which is uint8, the dtypes are uint8, float32 and bfloat16; of others there are no scales: None.
+    An fp8 cache is uint8; its views are uint8, float32 and bfloat16. Other caches have no scales: None.
     """
     if latent_cache.dtype != torch.uint8:
         latents, rope_keys = latent_cache.split([kv_lora_rank, qk_rope_head_dim], dim=-1)
@@ -47,7 +47,7 @@ def latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim):
 
 
 def read_latent_cache(latent_cache, kv_lora_rank, qk_rope_head_dim, dtype=torch.float32):
-    """What a cache (..., row) of either layout holds: (..., kv_lora_rank + qk_rope_head_dim), computed in dtype."""
+    """The contents of a cache (..., row) of either layout: (..., kv_lora_rank + qk_rope_head_dim) in dtype."""
     latents, scales, rope_keys = latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim)
     if scales is not None:
         latents = latents.view(torch.float8_e4m3fn).to(dtype).unflatten(-1, (-1, SCALE_BLOCK))

@@ -1,12 +1,12 @@
-"""How tensors (batch, rows, heads, dim) or (rows, heads, dim) lie in memory, as kernels need to know it."""
+"""Memory layout of tensors (batch, rows, heads, dim) and (rows, heads, dim), as kernels need it."""
 
 from .checks import MAX_ROWS, check_rows
 
-# Names of kernel arguments that must not mean a new compilation. Strides of lse follow from lengths, and are no tuple
-# because Triton specialises what is in one. Slices of lse and of index tensors may start at any address.
+# Names of kernel arguments whose values must not cause a compilation. Strides of lse depend on lengths; they are not in
+# a tuple because Triton specialises its elements. Slices of lse and of index tensors may start at any address.
 LSE = ["lse_ptr", "lse_split_stride", "lse_batch_stride", "lse_row_stride", "lse_head_stride"]
 INDICES = ["cache_seqlens_ptr", "block_table_ptr", "table_stride", "slot_mapping_ptr", "positions_ptr"]
-# Keys and values that are to stay in the L2 cache together; an H100 has 50 MB, an A100 40 MB.
+# Keys and values that stay in the L2 cache together; an H100 has 50 MB, an A100 40 MB.
 L2_BUDGET_BYTES = 32 << 20
 
 
@@ -20,21 +20,23 @@ def without_dim(strides):
 
 
 def clear_outputs(out, lse):
-    """What rows that belong to no sequence hold, where no program runs."""
+    """Store what rows without a sequence hold, where no program runs: out 0, lse -inf."""
     out.zero_()
     if lse is not None:
         lse.fill_(float("-inf"))
 
 
 def capacity_of(cache, block_table):
-    """Keys that a sequence has room for in a cache (pages or batch, slots, ...): there are no others."""
+    """How many keys of a sequence fit in a cache (pages or batch, slots, ...). Longer lengths are clamped to it."""
     return min(cache.shape[1] * (1 if block_table is None else block_table.shape[1]), MAX_ROWS)
 
 
 def tiles_each(longest, num_rows, batch, block):
-    """Tiles of each sequence of a batch of num_rows rows (of one sequence, where it is dense): those of the longest, or
-    more where the host knows that a packed batch has rows after its last sequence, see `spare_rows`. None is longer
-    than all rows, whatever `longest` says."""
+    """Tiles of each sequence: enough for the longest, which cannot be longer than num_rows.
+
+    num_rows are the rows of the packed tensor, or of one sequence of a dense batch. There are more tiles where the host
+    knows that a packed batch has rows after its last sequence, see `spare_rows`.
+    """
     check_rows("q", num_rows)
     return -(-max(min(longest, num_rows), -(-num_rows // batch)) // block) if batch else 0
 
@@ -45,7 +47,7 @@ def batch_head_strides(x):
 
 
 def scale_stride(scale):
-    """Stride from one head to the next of a scale for all heads or one for each; None where it is no tensor."""
+    """Stride between the heads of a scale: 0 for one that all heads share, 1 for one per head; None for no tensor."""
     return None if scale is None or not hasattr(scale, "numel") else min(1, scale.numel() - 1)
 
 
@@ -55,7 +57,7 @@ def lse_strides(lse):
 
 
 def rows_are_wide(num_rows, *tensors):
-    """Whether num_rows rows span more elements than 32-bit offsets reach."""
+    """Whether num_rows rows span 2^31 elements or more, so that 32-bit offsets do not suffice."""
     return strides_are_wide(num_rows, *(x.stride() for x in tensors))
 
 
@@ -64,7 +66,7 @@ def strides_are_wide(num_rows, *strides):
 
 
 def vector_elements(element_size, *strides):
-    """Elements in the 16 bytes that a thread loads at once, if that divides all strides but the last; otherwise 1."""
+    """Elements that a thread loads at once: 16 bytes if all strides but the last are multiples of that, otherwise 1."""
     vector = 16 // element_size
     return vector if all(stride % vector == 0 for s in strides for stride in s[:-1]) else 1
 
@@ -75,6 +77,9 @@ def l2_section(k, v, seqlen_k, group_size, num_heads):
 
 
 def heads_in_l2(bytes_per_head_kv, group_size, num_heads):
-    """Query heads whose keys and values fit in the L2 cache together: at least one KV head's, at most num_heads, those
-    of all sequences, so that tiles times sections stay within the number of programs (32 bits in a kernel)."""
+    """Number of query heads whose keys and values fit in the L2 cache together.
+
+    At least the group of one KV head. At most num_heads, the heads of all sequences: tiles * heads then stays within
+    the number of programs, which has 32 bits in a kernel.
+    """
     return max(1, min(max(1, L2_BUDGET_BYTES // max(1, bytes_per_head_kv)) * group_size, num_heads))

@@ -1,7 +1,7 @@
-"""Who looks at a call besides its caller: autograd, torch.func, torch.compile, export, fake tensors, autocast.
+"""Observers of a call: autograd, torch.func, torch.compile, torch.export, fake tensors, autocast.
 
-A call that nobody looks at launches its kernel directly. The others go through a torch operator, which costs 10 to 16
-microseconds more, or are refused, since a transform that sees nothing gives wrong derivatives in silence.
+A call without observers launches its kernel directly. An observed call goes through a torch operator, which costs 10 to
+16 microseconds more, or it raises: a transform that does not see the call would silently give wrong derivatives.
 """
 
 import functools
@@ -15,7 +15,7 @@ _DISABLED = torch.Tensor.__torch_dispatch__
 
 
 def is_observed(*tensors):
-    """Whether a call with these tensors, or None, must go through an operator to be seen."""
+    """Whether a call with these tensors (or None) must go through an operator, so that observers see it."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -34,41 +34,44 @@ def is_observed(*tensors):
 
 
 def refuse_gradients(**tensors):
-    """For a function without derivatives: raised at the call, where torch.autograd would give none in silence."""
+    """For a function without derivatives: raise at the call, where torch.autograd would silently give none."""
     refuse_transforms(**tensors)
     if not torch.is_grad_enabled():
         return
     for name, x in tensors.items():
         if x is not None and x.requires_grad:
             raise NotImplementedError(
-                f"{name}: no gradient is served, got a tensor that requires one; use torch.no_grad"
+                f"{name}: gradients are not supported, got a tensor that requires one; use torch.no_grad"
             )
 
 
 def refuse_transforms(**tensors):
-    """What torch's operators do not serve: torch.func fails far from the call, forward mode gives no tangent."""
+    """Raise for transforms that our torch operators do not support: torch.func would fail later, and forward-mode AD
+    would silently lose the tangent."""
     if torch.compiler.is_compiling():
         return
     for name, x in tensors.items():
         if x is None:
             continue
         if any(map(_functorch.is_gradtrackingtensor, _layers(x))):
-            raise NotImplementedError(f"{name}: derivatives by torch.func are not served")
+            raise NotImplementedError(f"{name}: derivatives by torch.func are not supported")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(f"{name}: forward-mode derivatives are not served, got a tensor with a tangent")
+            raise NotImplementedError(
+                f"{name}: forward-mode derivatives are not supported, got a tensor with a tangent"
+            )
 
 
 def refuse_vmap(**tensors):
-    """For a function that writes to its arguments."""
+    """Raise under vmap, for a function that writes to its arguments."""
     if torch.compiler.is_compiling():
         return
     for name, x in tensors.items():
         if x is not None and any(map(_functorch.is_batchedtensor, _layers(x))):
-            raise NotImplementedError(f"{name}: vmap is not served by a function that writes in place")
+            raise NotImplementedError(f"{name}: vmap is not supported by a function that writes in place")
 
 
 def _layers(x):
-    """A tensor as each transform around it sees it."""
+    """The tensor, and what each transform around it wraps."""
     yield x
     while _functorch.is_functorch_wrapped_tensor(x):
         x = _functorch.get_unwrapped(x)
@@ -76,7 +79,7 @@ def _layers(x):
 
 
 def autocast(*tensors):
-    """What torch.autocast does to the inputs of torch's own attention: each but fp64 in its device's dtype.
+    """The tensors, cast as torch.autocast casts those of torch's own attention: to the device's dtype, but not fp64.
 
     Source: the policy lower_precision_fp, aten/src/ATen/autocast_mode.h.
     """
@@ -95,7 +98,7 @@ def _autocast_one(x):
 
 
 def without_autocast(function):
-    """Decorator of a function of tensors that computes with torch's operators, in dtypes of its own choice."""
+    """Decorator: turn autocast off in a function that computes with torch's operators and chooses its own dtypes."""
 
     @functools.wraps(function)
     def in_own_dtypes(x, *args, **kwargs):
@@ -108,5 +111,5 @@ def without_autocast(function):
 
 
 def number_and_tensor(scale):
-    """(number or None, tensor or None), as an operator takes what may be either."""
+    """(number or None, tensor or None): how an operator takes a scale that is either."""
     return (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)

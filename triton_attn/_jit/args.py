@@ -1,17 +1,17 @@
-"""What travels through kernels by name: NamedTuples as kernel arguments, and as arguments of the functions they call.
+"""NamedTuples that kernels and their helper functions take as arguments.
 
-Triton specialises the elements of a tuple one by one and cannot be told not to. So lengths, and what follows from them,
-are arguments of their own: a new length must not mean a new compilation. TMA descriptors are too, because launchers
-before Triton 3.8 expand them nowhere else. A function may return a NamedTuple of tensors alone: Triton 3.6 turns
-constants that are returned into tensors, and has none for None. There a string in a constexpr NamedTuple also needs a
-constexpr of its own before it is passed on.
+Triton specialises each element of a tuple, and no option turns that off. Lengths, and values computed from them, are
+therefore arguments of their own: a new length must not cause a compilation. TMA descriptors are arguments of their own
+too, because launchers before Triton 3.8 do not expand them inside tuples. A function may return a NamedTuple only of
+tensors: Triton 3.6 turns returned constants into tensors and cannot do that with None. On 3.6 a string in a constexpr
+NamedTuple must also be assigned to a constexpr before it is passed on.
 """
 
 from typing import NamedTuple
 
 
 class Strides(NamedTuple):
-    """In elements. A packed tensor has batch stride 0; a cache has pages or sequences, slots and heads."""
+    """Strides in elements. A packed tensor has batch stride 0. In a cache: of pages or sequences, slots, heads."""
 
     batch: int
     row: int
@@ -26,35 +26,35 @@ class View(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Results of one split of the keys after the other: the View of the first, and the stride to the next."""
+    """Results of the splits of the keys: the View of the first split's, and the stride from split to split."""
 
     view: View
     split_stride: int
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a packed batch start; None and None in a dense batch."""
+    """Pointers to the offsets (batch + 1,) at which the sequences of a packed batch start; None in a dense batch."""
 
     cu_seqlens_q_ptr: object
     cu_seqlens_k_ptr: object
 
 
 class Heads(NamedTuple):
-    """Heads of one sequence, and query heads per KV head."""
+    """Number of query heads, and query heads per KV head."""
 
     num: int
     group_size: int
 
 
 class Window(NamedTuple):
-    """Keys that a query sees to the left and to the right of its own position; None is no limit and costs nothing."""
+    """How many keys a query sees left and right of its own position. None is no limit, and no code is generated."""
 
     left: int | None
     right: int | None
 
 
 class Dropout(NamedTuple):
-    """Weights whose 31 random bits reach the threshold are kept, and multiplied with scale."""
+    """A weight whose 31 random bits are at least threshold is kept and multiplied by scale; the others become 0."""
 
     seed_ptr: object
     threshold: int
@@ -62,9 +62,9 @@ class Dropout(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What is done to q . k before the softmax: times scale_log2 = softmax_scale * log2(e), capped, less ALiBi, masked.
+    """Options of the scores: q . k is multiplied by scale_log2 = softmax_scale * log2(e), capped, biased and masked.
 
-    softcap is in natural units. alibi is the View of the slopes, (batch, 0, head). None is none.
+    softcap is in natural units, or None. alibi is the View of the ALiBi slopes, (batch, 0, head), or None.
     """
 
     scale_log2: float
@@ -74,9 +74,9 @@ class Scores(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """A factor: a number, or a pointer to one for each head, with head_stride 0 to one for all.
+    """A factor: a number, or a pointer to one factor per head. With head_stride 0 all heads share one.
 
-    No field is None: Triton 3.6 cannot compare a tuple that holds None with None.
+    No field is None: Triton 3.6 cannot compare a tuple that contains None with None.
     """
 
     value: object
@@ -84,7 +84,7 @@ class Scale(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Of a cache's keys and values; None is 1."""
+    """Factors of a cache's keys and values; None is 1."""
 
     k: Scale | None
     v: Scale | None

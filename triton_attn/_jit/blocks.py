@@ -1,8 +1,7 @@
-"""The tiles of columns that a tile of rows walks over: full ones, which every row sees whole, and partial ones, which
-need a mask.
+"""Full and partial tiles of columns: every row of a program sees every column of a full tile; a partial tile is masked.
 
-Rows may be queries and columns keys, or rows keys and columns queries, as in masks.py. A kernel has one loop body,
-which is compiled twice:
+Rows are queries and columns keys, or the other way round, as in masks.py. A kernel has one loop body, which is compiled
+twice:
 
     for FULL in tl.static_range(2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK)):
@@ -16,8 +15,8 @@ import triton.language as tl
 
 
 class Blocks(NamedTuple):
-    """Columns [lo, hi), of which tiles of [full_lo, full_hi) are full; those of the rest, counted from lo and from
-    full_hi, are partial."""
+    """The columns [lo, hi) of a program. Tiles in [full_lo, full_hi) are full; tiles in [lo, full_lo) and in
+    [full_hi, hi) are partial."""
 
     lo: object
     full_lo: object
@@ -27,10 +26,10 @@ class Blocks(NamedTuple):
 
 @triton.jit
 def visible_range(start, end, num_columns, window, BLOCK: tl.constexpr, ALIGN: tl.constexpr = 1, first_column=0):
-    """Blocks of the columns from first_column to num_columns that rows at the positions [start, end) see.
+    """Blocks of the columns in [first_column, num_columns) that rows at the positions [start, end) see.
 
-    [lo, hi) is seen by at least one row; lo is rounded down to a multiple of ALIGN, as first_column is one. [full_lo,
-    full_hi), a whole number of tiles of BLOCK columns counted from lo, is seen by every row.
+    Every column of [lo, hi) is seen by at least one row, but for lo being rounded down to a multiple of ALIGN, which
+    first_column is too. Every column of [full_lo, full_hi) is seen by every row; both are whole tiles away from lo.
     """
     left, right = window
     lo = first_column
@@ -51,7 +50,7 @@ def visible_range(start, end, num_columns, window, BLOCK: tl.constexpr, ALIGN: t
 
 @triton.jit
 def split_blocks(blocks, split, num_splits, BLOCK: tl.constexpr):
-    """The share of one split: as many tiles as the others have, but for the last ones."""
+    """The Blocks of one split. All splits have the same number of tiles; the last may have fewer, or none."""
     share = tl.cdiv(tl.cdiv(blocks.hi - blocks.lo, BLOCK), num_splits) * BLOCK
     lo = tl.minimum(blocks.lo + split * share, blocks.hi)
     hi = tl.minimum(lo + share, blocks.hi)
@@ -62,14 +61,14 @@ def split_blocks(blocks, split, num_splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def all_partial(blocks, condition):
-    """The same Blocks, without a full tile where the condition holds."""
+    """The same Blocks; where the condition holds, all tiles are partial."""
     full_hi = tl.where(condition, blocks.full_lo, blocks.full_hi)
     return Blocks(blocks.lo, blocks.full_lo, full_hi, blocks.hi)
 
 
 @triton.jit
 def num_blocks(blocks, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Tiles of the loop over full ones, or of that over partial ones."""
+    """Number of full tiles, or of partial tiles."""
     if FULL:
         return (blocks.full_hi - blocks.full_lo) // BLOCK
     else:
@@ -78,12 +77,12 @@ def num_blocks(blocks, FULL: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def block_start(blocks, i, FULL: tl.constexpr, BLOCK: tl.constexpr, LEFT: tl.constexpr = True):
-    """First column of tile i of that loop. Not LEFT: no partial tile lies before the full ones."""
+    """First column of full tile i, or of partial tile i. Not LEFT: no partial tile comes before the full tiles."""
     if FULL:
         return blocks.full_lo + i * BLOCK
     elif not LEFT:
         return blocks.full_hi + i * BLOCK
     else:
-        # full_lo is a whole number of tiles from lo unless it is hi, and then no partial tile follows it.
+        # full_lo is a whole number of tiles away from lo unless it equals hi; then no partial tile follows.
         start = blocks.lo + i * BLOCK
         return tl.where(start < blocks.full_lo, start, start + (blocks.full_hi - blocks.full_lo))

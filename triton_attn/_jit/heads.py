@@ -1,4 +1,4 @@
-"""Which sequence, head and tile a program takes, and where its rows lie."""
+"""Which sequence, head and tile a program computes, and where its rows are in memory."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def assign_tile(pid, num_tiles, num_heads, section_size, LAST_FIRST: tl.constexpr):
-    """Program -> (tile, head), heads counted over the whole batch.
+    """(tile, head) of a program; heads are counted over the whole batch.
 
-    Heads are taken in sections of section_size whose operands fit in the L2 cache together, inside a section tile by
-    tile over all heads. Where the last tiles are the longest, as those of queries under a causal mask, they come
-    first, so that short ones fill the gaps at the end.
+    Programs go through sections of section_size heads whose operands fit in the L2 cache together. Inside a section
+    they go tile by tile over all heads. With LAST_FIRST the last tiles come first: under a causal mask they take
+    longest, and the short ones then fill the gaps at the end.
     """
     section = pid // (section_size * num_tiles)
     first_head = section * section_size
@@ -23,9 +23,9 @@ def assign_tile(pid, num_tiles, num_heads, section_size, LAST_FIRST: tl.constexp
 
 
 class Work(NamedTuple):
-    """What a program computes: the rows from `start` on of one head of one sequence.
+    """What a program computes: the rows from `start` on, of one head of one sequence.
 
-    batch_head counts heads over the whole batch, and `program` the tiles of this head that lie before.
+    batch_head counts heads over the whole batch. program counts the tiles of this head over all sequences.
     """
 
     start: object
@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
 @triton.jit
 def assign_work(num_tiles, section_size, num_heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """The Work of a program of a grid of num_tiles * num_heads * batch, in the order of `assign_tile`."""
+    """The Work of this program, in a grid of num_tiles * num_heads * batch, in the order of `assign_tile`."""
     num_batch_heads = tl.num_programs(0) // num_tiles
     tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, LAST_FIRST)
     batch = batch_head // num_heads
@@ -59,8 +59,8 @@ class Bounds(NamedTuple):
 def sequence_bounds(seqs, batch, seqlen_q, seqlen_k):
     """Bounds of a sequence.
 
-    seqlen_q and seqlen_k are given as the rows of a dense sequence, or as all those of packed tensors: there are no
-    others, whatever cu_seqlens say.
+    In a dense batch seqlen_q and seqlen_k are the lengths of each sequence. In a packed batch they are the rows of the
+    whole tensors, and cu_seqlens are clamped to them.
     """
     first_q = 0
     first_k = 0
@@ -72,13 +72,13 @@ def sequence_bounds(seqs, batch, seqlen_q, seqlen_k):
 
 @triton.jit
 def packed_bounds(cu_seqlens_ptr, sequence, num_rows):
-    """First row and length of a sequence of a packed tensor of num_rows rows."""
+    """First row and length of a sequence in a packed tensor of num_rows rows."""
     first = tl.minimum(tl.load(cu_seqlens_ptr + sequence), num_rows)
     return first, tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_rows) - first
 
 
 class Spare(NamedTuple):
-    """Rows after a packed batch's last sequence that a program is to clear, which of them, and whether there is any."""
+    """Rows after a packed batch's last sequence that a program clears: their indices, a mask, whether there are any."""
 
     rows: object
     mask: object
@@ -89,18 +89,18 @@ class Spare(NamedTuple):
 def spare_rows(cu_seqlens_ptr, num_sequences, num_rows, left_over, num_own, BLOCK: tl.constexpr, ROWS_EACH=1):
     """The Spare rows of a program.
 
-    A program has BLOCK slots, the first num_own of which hold rows of its sequence. The slots that are left over,
-    counted over all programs in the order of sequences and tiles, clear the spare rows one by one: idle programs, and
-    the empty ends of tiles. left_over, int64, were left over before the program's first slot: see `slots_left_over`.
-    The grid has a slot for every row of the tensor (`tiles_each`), so that all are cleared, each by one program, in one
-    store, and programs are added only where the host knows that there are such rows. Where a row has ROWS_EACH, as of
-    the heads of a query, rows and num_own count those.
+    A program has BLOCK slots, of which the first num_own hold rows of its sequence. The other slots are left over: the
+    empty ends of tiles, and all slots of idle programs. Counted over all programs, in the order of sequences and tiles,
+    left-over slot i clears spare row i. left_over (int64) is the count before this program's first slot, see
+    `slots_left_over`. The grid has a slot for every row of the tensor (`tiles_each`), so every spare row is cleared by
+    exactly one program, in one store. Programs are added only where the host knows that there are spare rows. If each
+    row of the tensor stands for ROWS_EACH rows, such as the heads of a query, then rows and num_own count those.
     """
     last = tl.minimum(tl.load(cu_seqlens_ptr + num_sequences), num_rows).to(tl.int64) * ROWS_EACH
     end = tl.cast(num_rows, tl.int64) * ROWS_EACH
     slots = tl.arange(0, BLOCK)
     rows = last + left_over + slots
-    # Without the second condition a sequence that is longer than it was said to be would be overwritten.
+    # rows >= last: if a sequence is longer than max_seqlen, left_over is negative, and its rows must not be cleared.
     mask = (slots >= num_own) & (rows >= last) & (rows < end)
     return Spare(rows, mask, last + left_over + tl.maximum(num_own, 0) < end)
 
@@ -114,20 +114,20 @@ def spare_rows_of(work, cu_seqlens_ptr, num_rows, end_row, num_own, BLOCK: tl.co
 
 @triton.jit
 def slots_left_over(program, end_row, BLOCK: tl.constexpr, ROWS_EACH=1):
-    """Of `program` programs, those before a tile of the sequence that ends before end_row; see `spare_rows`."""
+    """Slots left over before program number `program`, whose sequence ends before end_row; see `spare_rows`."""
     return tl.cast(program, tl.int64) * BLOCK - tl.cast(end_row, tl.int64) * ROWS_EACH
 
 
 @triton.jit
 def row_pointer(view, batch, row, head):
-    """Pointer to the first element of a row; the arithmetic is 64-bit."""
+    """Pointer to the first element of a row, computed in 64 bits."""
     offset = tl.cast(batch, tl.int64) * view.strides.batch + tl.cast(row, tl.int64) * view.strides.row
     return view.ptr + offset + tl.cast(head, tl.int64) * view.strides.head
 
 
 @triton.jit
 def row_offsets(batch, rows, heads, strides):
-    """64-bit offsets of rows in a tensor with these strides of (batch, row, head)."""
+    """64-bit offsets of rows in a tensor with the strides (batch, row, head)."""
     batch_stride, row_stride, head_stride = strides
     offsets = tl.cast(batch, tl.int64) * batch_stride + rows.to(tl.int64) * row_stride
     return offsets + heads.to(tl.int64) * head_stride
@@ -135,7 +135,7 @@ def row_offsets(batch, rows, heads, strides):
 
 @triton.jit
 def lse_offsets(batch, heads, rows, num_heads, num_rows):
-    """64-bit offsets in contiguous log-sum-exps (batch, num_heads, num_rows)."""
+    """64-bit offsets into a contiguous log-sum-exp (batch, num_heads, num_rows)."""
     return (tl.cast(batch, tl.int64) * num_heads + heads) * num_rows + rows
 
 

@@ -1,11 +1,10 @@
-"""Which keys a query sees, and what is done to a score before the softmax.
+"""Masks, and the other changes to a score before the softmax.
 
-Query i stands at key position i + offset, offset = seqlen_k - seqlen_q (aligned to the bottom right), and sees keys j
-with i + offset - left <= j <= i + offset + right, where window = (left, right) and None is no limit and costs nothing.
+Query i has key position i + offset, where offset = seqlen_k - seqlen_q (bottom-right alignment). With window = (left,
+right) it sees the keys j with i + offset - left <= j <= i + offset + right. None is no limit.
 
-Everything here holds with the two sides exchanged: key j is seen by the queries i with j - offset - right <= i <=
-j - offset + left. So rows may be queries and columns keys, or, with -offset and (right, left), rows keys and columns
-queries.
+The rule is symmetric: key j is seen by the queries i with j - offset - right <= i <= j - offset + left. So rows can be
+queries and columns keys, or rows keys and columns queries, with -offset and (right, left).
 """
 
 import triton
@@ -16,9 +15,10 @@ from .softmax import LN_2, LOG2_E
 
 @triton.jit
 def mask_scores(s, rows, start_column, num_columns, offset, window):
-    """Scores s (rows, columns from start_column on), -inf where a row does not see a column.
+    """Scores s (rows, columns), -inf where a row does not see a column; the columns start at start_column.
 
-    Columns counted from 0 are compared with a row's last and first visible column: constants against two registers.
+    The limits of a row are shifted by start_column, not the columns: columns stay constants, and a row needs two
+    registers.
     """
     left, right = window
     columns = tl.arange(0, s.shape[1])[None, :]
@@ -33,7 +33,7 @@ def mask_scores(s, rows, start_column, num_columns, offset, window):
 
 @triton.jit
 def scale_scores(s, scores, slope, rows, start_column, offset, EXACT: tl.constexpr):
-    """Scores in log2 units of the products s = q . k, as Scores says, but for the mask. slope None: no ALiBi."""
+    """Scores in log2 units, not yet masked, from s = q . k; see Scores. slope is None without ALiBi."""
     s *= scores.scale_log2
     if scores.softcap is not None:
         s = cap_scores(s, scores.softcap, EXACT)
@@ -44,10 +44,10 @@ def scale_scores(s, scores, slope, rows, start_column, offset, EXACT: tl.constex
 
 @triton.jit
 def cap_scores(s, softcap, EXACT: tl.constexpr):
-    """softcap * tanh(s / softcap) in log2 units, for s in log2 units and softcap in natural ones.
+    """softcap * tanh(s / softcap) in log2 units; s is in log2 units and softcap in natural units.
 
-    By way of exp2 it is off by softcap * 1e-7, nothing beside scores of half precision; EXACT is right to a few units
-    in the last place of fp32.
+    tanh computed from exp2 has an error of softcap * 1e-7, which is small beside the error of 16-bit scores. With EXACT
+    the error is a few units in the last place of fp32.
     """
     capped, _ = cap_scores_and_derivative(s, softcap, EXACT)
     return capped
@@ -56,8 +56,8 @@ def cap_scores(s, softcap, EXACT: tl.constexpr):
 @triton.jit
 def cap_scores_and_derivative(s, softcap, EXACT: tl.constexpr):
     """cap_scores and its derivative at s."""
-    # tanh(x) = 1 - 2 r and its derivative 4 r (1 - r) with r = 1 / (exp(2 x) + 1), and exp(2 x) is exp2(2 s / softcap):
-    # both saturate at both ends, the derivative at exactly 0.
+    # tanh(x) = 1 - 2 r and tanh'(x) = 4 r (1 - r), with r = 1 / (exp(2 x) + 1) and exp(2 x) = exp2(2 s / softcap).
+    # Both saturate at both ends, the derivative at exactly 0.
     r = 1.0 / (tl.math.exp2(s * (2.0 / softcap)) + 1.0)
     tanh = 1.0 - 2.0 * r
     if EXACT:
@@ -68,7 +68,7 @@ def cap_scores_and_derivative(s, softcap, EXACT: tl.constexpr):
 
 @triton.jit
 def _tanh_near_0(x):
-    """x + x^3 p(x^2), p of least relative error (4e-9) for |x| < 0.625; 1 - 2 r has lost the digits of a small x."""
+    """tanh(x) = x + x^3 p(x^2) with a minimax p: relative error 4e-9 for |x| < 0.625. 1 - 2 r cancels for small x."""
     z = x * x
     p = -5.7049785e-3 * z + 2.0639079e-2
     p = p * z - 5.3739712e-2
@@ -79,7 +79,7 @@ def _tanh_near_0(x):
 
 @triton.jit
 def add_alibi(s, rows, start_column, offset, slope):
-    """Scores in log2 units less slope * |distance of the column to the row's position|."""
+    """s - slope * |column - position of the row|, in log2 units."""
     columns = tl.arange(0, s.shape[1])[None, :]
     distance = tl.abs(columns - (rows + (offset - start_column))[:, None])
     return s - slope * LOG2_E * distance.to(tl.float32)

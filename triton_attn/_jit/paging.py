@@ -1,4 +1,4 @@
-"""Where the keys of a sequence lie in a cache: token -> page and slot through the block table."""
+"""Positions of keys in a cache: the block table gives the page of a token."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 class Cached(NamedTuple):
-    """Where keys lie, int64: a page and a slot in it, or a sequence and a row of a contiguous cache."""
+    """Positions of keys (int64): page and slot, or sequence and row of a contiguous cache."""
 
     outer: object
     slot: object
@@ -15,10 +15,11 @@ class Cached(NamedTuple):
 
 @triton.jit
 def cache_rows(table_ptr, sequence, start, end, MASKED: tl.constexpr, TILE: tl.constexpr):
-    """Where the keys from start to start + TILE.BLOCK_N are Cached.
+    """Cached positions of the keys [start, start + TILE.BLOCK_N).
 
-    table_ptr points to the sequence's pages of TILE.PAGE_SIZE keys; without a table the cache is contiguous. With
-    TILE.ONE_PAGE the keys lie in a single page. No entry is read for keys from `end` on, where only a MASKED tile goes.
+    table_ptr points to the sequence's row of the block table, with TILE.PAGE_SIZE keys a page. It is None for a
+    contiguous cache. With TILE.ONE_PAGE all keys of the tile are in one page. No entry is read for keys from `end` on;
+    only a MASKED tile has such keys.
     """
     keys = start + tl.arange(0, TILE.BLOCK_N)
     if table_ptr is None:
@@ -33,7 +34,7 @@ def cache_rows(table_ptr, sequence, start, end, MASKED: tl.constexpr, TILE: tl.c
 
 
 class CachedKeys(NamedTuple):
-    """A tile of keys in a latent cache: slot + slots of one page, or slots of a page each."""
+    """Positions of a tile of keys in a latent cache: slots slot + slots of one page, or one page and slot per key."""
 
     page: object
     slot: object
@@ -42,7 +43,7 @@ class CachedKeys(NamedTuple):
 
 @triton.jit
 def pages_of_keys(table_ptr, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
-    """The pages of `find_keys`: one, or one a key. No entry is read where start is `end` or more."""
+    """The pages for `find_keys`: one page, or one per key. Nothing is read if start >= end."""
     if ONE_PAGE:
         return tl.load(table_ptr + start // PAGE_SIZE, mask=start < end, other=0)
     else:
@@ -52,10 +53,10 @@ def pages_of_keys(table_ptr, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.const
 
 @triton.jit
 def find_keys(pages, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
-    """The keys start to start + ROWS. From `end` on the last key is repeated: loads need no mask, scores have one.
+    """CachedKeys of [start, start + ROWS). From `end` on the last key is repeated, so loads need no mask; scores do.
 
-    pages are those of `pages_of_keys`; None: the cache is contiguous, and slots are keys. With ONE_PAGE the keys lie in
-    a single page.
+    pages come from `pages_of_keys`. They are None in a contiguous cache, where the slot of a key is its position. With
+    ONE_PAGE all keys are in one page.
     """
     if ONE_PAGE:
         slots = tl.minimum(tl.arange(0, ROWS), end - 1 - start).to(tl.int64)
@@ -70,7 +71,7 @@ def find_keys(pages, start, end, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, ON
 
 @triton.jit
 def key_pointers(pages, SLOT_STRIDE: tl.constexpr, keys, ONE_PAGE: tl.constexpr):
-    """Pointers (keys, 1) to the rows of CachedKeys in pages that are a page_stride apart."""
+    """Pointers (keys, 1) to the rows of CachedKeys."""
     if ONE_PAGE:
         ptr = pages.ptr + (keys.page * pages.page_stride + keys.slot * SLOT_STRIDE)
         return ptr + (keys.slots * SLOT_STRIDE)[:, None]
@@ -80,9 +81,9 @@ def key_pointers(pages, SLOT_STRIDE: tl.constexpr, keys, ONE_PAGE: tl.constexpr)
 
 @triton.jit
 def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """fp16 values of e4m3 (3 bits of mantissa) or e5m2 (2) elements, exact, NaN kept.
+    """Convert e4m3 (3 mantissa bits) or e5m2 (2) elements to fp16, exactly; NaN stays NaN.
 
-    By the GPU's own conversion where it is NATIVE, otherwise in integers.
+    NATIVE: the GPU has an instruction for it. Otherwise integer arithmetic does it.
     """
     if NATIVE:
         return bits.to(tl.float8e4nv if MANTISSA_BITS == 3 else tl.float8e5, bitcast=True).to(tl.float16)
@@ -91,6 +92,6 @@ def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
         return (bits << 8).to(tl.float16, bitcast=True)
     magnitude = bits & 0x7F
     shifted = ((bits & 0x80) << 8) | (magnitude << 7)
-    # fp16 has another bias of the exponent, 15 in place of 7.
+    # The exponent bias is 7 in e4m3 and 15 in fp16.
     values = shifted.to(tl.float16, bitcast=True) * 256.0
     return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)

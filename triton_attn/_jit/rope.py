@@ -1,4 +1,4 @@
-"""Rotary embedding: rows whose first dimensions are rotated, in pairs, by the angles of a position."""
+"""Rotary embedding: the first dimensions of a row are rotated in pairs, by the angles of its position."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 class Rope(NamedTuple):
-    """Tables (positions, rotary_dim / 2) of cosines and sines; strides are a position's."""
+    """Tables (positions, rotary_dim / 2) of cosines and sines; the strides are from position to position."""
 
     cos_ptr: object
     sin_ptr: object
@@ -16,7 +16,7 @@ class Rope(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """What rotates a tile of rows: the tables, the rows' positions, and how many positions the tables have."""
+    """The rotation of a tile of rows: tables, positions of the rows, and the number of positions in the tables."""
 
     rope: Rope | None
     positions: object  # (rows,)
@@ -24,7 +24,7 @@ class Rotation(NamedTuple):
 
 
 def rope_of(cos, sin):
-    """The kernel argument of two tables, None where there are none."""
+    """The Rope of two tables, or None."""
     return None if cos is None else Rope(cos, sin, cos.stride(0), sin.stride(0))
 
 
@@ -44,10 +44,10 @@ def load_rotated(
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Rows of HEAD_DIM elements in fp32, the first ROTARY_DIM rotated by the angles of their positions.
+    """Rows of HEAD_DIM elements in fp32, whose first ROTARY_DIM elements are rotated by the angles of their positions.
 
-    rows point to the first element of each; offs_d counts from 0. What is not in rows_mask is neither read nor
-    rotated. A position without angles has those of the nearest one that has some.
+    rows are pointers to the first elements, and offs_d are columns from 0. Rows outside rows_mask are neither read nor
+    rotated. Positions are clamped to the tables.
     """
     mask = rows_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
     x = tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)  # (rows, BLOCK_D)
@@ -56,13 +56,13 @@ def load_rotated(
         rope = rotation.rope
         position = tl.minimum(tl.maximum(rotation.positions, 0), rotation.num_positions - 1).to(tl.int64)[:, None]
         if INTERLEAVED:
-            # A pair's elements come in the load of the row: loads of partners would be of single elements.
+            # The load of the row brings both elements of a pair. Separate loads would have a stride of two elements.
             offs_a = tl.arange(0, offs_d.shape[0] // 2)
             rotated = rows_mask[:, None] & (offs_a < HALF)[None, :]
             cos = _angles(rope.cos_ptr, rope.cos_stride, position, offs_a, rotated, 1.0)  # (rows, BLOCK_D / 2)
             sin = _angles(rope.sin_ptr, rope.sin_stride, position, offs_a, rotated, 0.0)
             first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-            # What is not rotated must not meet its neighbour: an infinite or NaN one, times 0, is NaN.
+            # Elements that are not rotated must not be multiplied by 0 with inf or NaN neighbours: that gives NaN.
             rotated_first = tl.where(rotated, first * cos - second * sin, first)
             rotated_second = tl.where(rotated, second * cos + first * sin, second)
             x = tl.reshape(tl.join(rotated_first, rotated_second), x.shape)

@@ -1,4 +1,4 @@
-"""Online softmax: running maximum and sum of one tile of query rows, in base 2 and fp32."""
+"""Online softmax: the running maximum and sum of a tile of query rows, in base 2 and fp32."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def softmax_init(sinks_ptr, head, BLOCK_M: tl.constexpr):
-    """Running maximum (log2 units) and sum before the first key: the sink's one logit, or nothing."""
+    """Running maximum (log2 units) and sum before the first key: those of the sink logit, or of nothing."""
     sink = float("-inf")
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
@@ -20,11 +20,11 @@ def softmax_init(sinks_ptr, head, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def softmax_step(s, m_i, l_i, scale_log2, MASKED: tl.constexpr):
-    """Take a tile of scores into the running softmax.
+    """Add a tile of scores to the running softmax.
 
-    s (BLOCK_M, BLOCK_N) holds scores with scale_log2 still to be applied: folded into the exponential it costs one
-    fused multiply-add. Returns p = exp2(s * scale_log2 - m), the factor alpha by which earlier sums and outputs shrink,
-    and the new m_i and l_i. In a MASKED tile a row may have seen no key yet: its maximum is -inf and p must come out 0.
+    The scores s (BLOCK_M, BLOCK_N) are not yet multiplied by scale_log2: in the exponent this takes one fused
+    multiply-add. Returns p = exp2(s * scale_log2 - m), the factor alpha that rescales earlier sums and outputs, and the
+    new m_i and l_i. After a MASKED tile a row may not have seen a key: its maximum is -inf, and p must be 0.
     """
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     m_sub = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
@@ -36,7 +36,7 @@ def softmax_step(s, m_i, l_i, scale_log2, MASKED: tl.constexpr):
 
 @triton.jit
 def softmax_finish(m_i, l_i):
-    """The factor that normalises the output and the natural log-sum-exp; a row without keys has output 0, lse -inf."""
+    """The factor that normalises the output, and the natural log-sum-exp. Without keys: output 0, lse -inf."""
     empty = l_i == 0.0
     norm = 1.0 / tl.where(empty, 1.0, l_i)
     lse = tl.where(empty, m_i, m_i + tl.math.log2(tl.where(empty, 1.0, l_i))) * LN_2

@@ -1,10 +1,10 @@
-"""Tiles of rows: loads, stores and products.
+"""Tiles of rows: loads, stores and matmuls.
 
-A head dimension that is not a power of two is taken in two pieces, 96 = 64 + 32, where that saves work, so a tile is a
-tuple of one or two tensors (rows, piece).
+A tile is a tuple of one or two tensors (rows, piece): a head dimension that is no power of two is split into two
+pieces where that saves work, such as 96 = 64 + 32.
 
-Offsets: a tile is placed with 64-bit arithmetic. Inside a tile 32 bits do, unless WIDE_ROWS says that its rows span
-more than 2^31 elements.
+The address of a tile is computed in 64 bits. Offsets inside a tile are 32-bit, or 64-bit with WIDE_ROWS, for rows that
+span 2^31 elements or more.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ import triton.language as tl
 from .heads import row_pointer
 from .workarounds import fence_copies
 
-# Where every sequence of a packed tensor ends in its TMA descriptors; more rows than such a tensor may have.
+# The row at which every sequence of a packed tensor ends in its TMA descriptors. No packed tensor has as many rows.
 PACKED_END: tl.constexpr = tl.constexpr(2**30)
 
 
 @triton.constexpr_function
 def piece_0(head_dim):
-    """First piece: the largest power of two in head_dim, or all of it padded where no two pieces cover it."""
+    """First piece: the largest power of two up to head_dim, or the padded head_dim if two pieces cannot cover it."""
     padded = max(16, -(-head_dim // 16) * 16)
     first = 1 << (padded.bit_length() - 1)
     rest = padded - first
@@ -38,31 +38,32 @@ def piece_1(head_dim):
 
 @triton.constexpr_function
 def padded_size(size):
-    """A power of two that a product can take."""
+    """The next power of two, at least 16, as tl.dot needs it."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit
 def row_pointers(ptr, rows, stride, WIDE_ROWS: tl.constexpr):
-    """Pointers (rows, 1) to the first elements of rows that are a stride apart."""
+    """Pointers (rows, 1) to the first elements of rows."""
     offsets = rows.to(tl.int64) * stride if WIDE_ROWS else rows * stride
     return ptr + offsets[:, None]
 
 
 @triton.jit
 def tile_pointers(view, batch, row, head, ROWS: tl.constexpr, WIDE_ROWS: tl.constexpr):
-    """`row_pointers` of the ROWS rows from `row` on."""
+    """`row_pointers` of [row, row + ROWS)."""
     return row_pointers(row_pointer(view, batch, row, head), tl.arange(0, ROWS), view.strides.row, WIDE_ROWS)
 
 
 @triton.jit
 def _columns(START: tl.constexpr, BLOCK: tl.constexpr):
+    """(1, BLOCK) column indices from START on."""
     return (START + tl.arange(0, BLOCK))[None, :]
 
 
 @triton.jit
 def _piece_mask(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Which elements of the piece exist; folds to nothing where all do."""
+    """(rows, BLOCK) bool: which elements of the piece exist. The compiler drops it where all do."""
     mask = tl.full([ptrs.shape[0], BLOCK], True, tl.int1)
     if rows_mask is not None:
         mask &= rows_mask[:, None]
@@ -80,7 +81,7 @@ def load_piece(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_D
 
 @triton.jit
 def load_tile(ptrs, rows_mask, HEAD_DIM: tl.constexpr):
-    """The rows at ptrs (rows, 1); zero where rows_mask (None: all) or the head dimension ends."""
+    """Load the rows at ptrs (rows, 1); 0 outside rows_mask (None: all rows exist) and past the head dimension."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
     first = load_piece(ptrs, rows_mask, 0, FIRST, HEAD_DIM)
@@ -92,7 +93,7 @@ def load_tile(ptrs, rows_mask, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def sequence_coords(batch, head, first_row, seqlen, VARLEN: tl.constexpr):
-    """Where a sequence starts in the descriptors of its tensor, see `tma_geometry`; the last coordinate is the row."""
+    """Coordinates (outer, batch, head, row) of a sequence's first row in its TMA descriptors, see `tma_geometry`."""
     if VARLEN:
         return PACKED_END, first_row + seqlen, head, -seqlen + PACKED_END
     else:
@@ -101,6 +102,7 @@ def sequence_coords(batch, head, first_row, seqlen, VARLEN: tl.constexpr):
 
 @triton.jit
 def _load_tile_tma(descs, coords, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """load_tile through descriptors, one per piece: the ROWS rows from start on, counted from coords."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
     outer, batch, head, row = coords
@@ -112,10 +114,10 @@ def _load_tile_tma(descs, coords, start, ROWS: tl.constexpr, HEAD_DIM: tl.conste
 
 
 class Rows(NamedTuple):
-    """The rows of one sequence and head, as a loop loads them.
+    """The rows of one sequence and head, which a loop loads tile by tile.
 
-    source is a pointer to the first row, stride leads to the next, and coords is None; or source has a TMA descriptor
-    for each piece of the head dimension, in which coords place the sequence.
+    With pointers, source points to the first row, stride is from row to row, and coords is None. With TMA, source holds
+    one descriptor per piece of the head dimension, and coords are those of the first row, see `sequence_coords`.
     """
 
     source: object
@@ -126,7 +128,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE_ROWS: tl.constexpr):
-    """[start, start + ROWS) of the Rows x, the tile of a loop; zero past their end, where only a MASKED tile goes."""
+    """The tile [start, start + ROWS) of the Rows x; 0 past their end, which only a MASKED tile may reach."""
     if x.coords is not None:
         return _load_tile_tma(x.source, x.coords, start, ROWS, HEAD_DIM)
     else:
@@ -148,7 +150,7 @@ def store_piece(ptrs, rows_mask, piece, START: tl.constexpr, HEAD_DIM: tl.conste
 
 @triton.jit
 def store_tile(ptrs, rows_mask, tile, HEAD_DIM: tl.constexpr):
-    """Store the rows at ptrs (rows, 1), but for those outside rows_mask."""
+    """Store a tile to the rows at ptrs (rows, 1) that are in rows_mask."""
     store_piece(ptrs, rows_mask, tile[0], 0, HEAD_DIM)
     if len(tile) > 1:
         store_piece(ptrs, rows_mask, tile[1], piece_0(HEAD_DIM), HEAD_DIM)
@@ -164,7 +166,7 @@ def clear_rows(view, head, spare, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def add_tile(ptrs, rows_mask, tile, HEAD_DIM: tl.constexpr):
-    """Atomic addition, in no order."""
+    """Add a tile atomically to the rows at ptrs (rows, 1) that are in rows_mask; the order is not fixed."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
     mask = _piece_mask(ptrs, rows_mask, 0, FIRST, HEAD_DIM)
@@ -188,6 +190,7 @@ def add_tile_tma(descs, coords, start, tile, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """A tile (ROWS, HEAD_DIM) of zeros in fp32."""
     first = tl.zeros([ROWS, piece_0(HEAD_DIM)], tl.float32)
     if piece_1(HEAD_DIM) > 0:
         return first, tl.zeros([ROWS, piece_1(HEAD_DIM)], tl.float32)
@@ -207,6 +210,7 @@ def cast_tile(tile, dtype: tl.constexpr):
 
 @triton.jit
 def scale_rows(tile, factor):
+    """The tile with each row multiplied by its factor (rows,)."""
     first = tile[0] * factor[:, None]
     if len(tile) > 1:
         return first, tile[1] * factor[:, None]
@@ -216,6 +220,7 @@ def scale_rows(tile, factor):
 
 @triton.jit
 def scale_tile(tile, factor):
+    """The tile multiplied by a scalar."""
     if len(tile) > 1:
         return tile[0] * factor, tile[1] * factor
     else:
@@ -224,7 +229,7 @@ def scale_tile(tile, factor):
 
 @triton.jit
 def row_dot(a, b):
-    """Scalar product of each row of a with that of b, fp32."""
+    """Dot product of each row of a with the same row of b, (rows,) in fp32."""
     c = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     if len(a) > 1:
         c += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
@@ -233,7 +238,7 @@ def row_dot(a, b):
 
 @triton.jit
 def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr, start=None):
-    """a @ b.T, summed over the pieces of the head dimension; added to start, which broadcasts, where it is given."""
+    """start + a @ b.T, summed over the pieces of the head dimension. start broadcasts; None is 0."""
     if start is not None:
         start = tl.broadcast_to(start, [a[0].shape[0], b[0].shape[0]])
     c = tl.dot(a[0], b[0].T, start, input_precision=INPUT_PRECISION)

@@ -1,4 +1,4 @@
-"""What kernels do for the compiler's sake: each function says what it works around, and on which Triton versions."""
+"""Workarounds for the compiler. Each function says what it works around, and on which Triton versions."""
 
 import triton
 import triton.language as tl
@@ -12,18 +12,18 @@ _FENCE_MISSING: tl.constexpr = tl.constexpr(
 
 
 def tanh_spills(head_dim):
-    """Whether a loop that takes tanh of its scores must not hoist. For `disable_licm`.
+    """Whether LICM must be off (`disable_licm`) in a loop that computes tanh of its scores.
 
-    LICM hoists tanh's constants. At head_dim > 192 on sm_90 Triton 3.6.0 then spills up to 20 bytes, 3.9.0 none.
+    LICM hoists tanh's constants. At head_dim > 192 on sm_90 Triton 3.6.0 then spills up to 20 bytes; 3.9.0 does not.
     """
     return head_dim > 192
 
 
 def may_hoist(kernel, multiplies_shared_memory, head_dim, head_dim_v):
-    """Whether a loop of the backward pass, "dkdv", "dq" or "fused", may hoist what is the same in every trip: `HOIST`.
+    """Whether LICM may be on (`HOIST`) in a loop of the backward pass: "dkdv", "dq" or "fused".
 
-    Triton hoists all that it can and does not weigh registers (LICM in 3.6 to 3.9). Five matmuls leave none to hold it,
-    nor do wide ones where matmuls read shared memory: on sm_90 at head dim 256 dkdv would spill a kilobyte.
+    Triton 3.6 to 3.9 hoist every invariant and do not count registers. The five matmuls of "fused" leave no registers
+    for them. Nor do wide heads where matmuls read shared memory: on sm_90 dkdv would spill 1 KB at head_dim 256.
     """
     if kernel == "fused":
         return False
@@ -33,16 +33,17 @@ def may_hoist(kernel, multiplies_shared_memory, head_dim, head_dim_v):
 
 @triton.constexpr_function
 def _has_wgmma():
+    """Whether the kernel is compiled for sm_90."""
     target = current_target()
     return target is not None and target.arch == 90
 
 
 @triton.jit
 def fence_copies():
-    """Between the loads of a loop and their matmul, of 64 rows or more: wgmma is to see what cp.async copied.
+    """Fence between the loads of a loop and their matmul of 64 rows or more, so that wgmma sees what cp.async copied.
 
-    Triton 3.6 alone puts no proxy fence there (triton PR 9610). It puts the wait for the copies, and a barrier, where
-    the loads are, so before this one.
+    Only Triton 3.6 leaves this proxy fence out (triton PR 9610). It waits for the copies, and puts a barrier, where the
+    loads are: before this fence.
     """
     if _FENCE_MISSING and _has_wgmma():
         tl.inline_asm_elementwise("fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r", [], tl.int32, False, 1)
@@ -50,9 +51,9 @@ def fence_copies():
 
 @triton.jit
 def in_vectors(view, VECTOR: tl.constexpr):
-    """The View, so that the compiler sees that VECTOR divides its strides.
+    """The same View, with strides that the compiler knows to be multiples of VECTOR.
 
-    Triton looks for the divisor 16 alone, and a stride of 8 elements of 2 bytes would be loaded element by element.
+    Triton specialises on divisibility by 16 only. With a stride of 8 elements of 2 bytes it would load single elements.
     """
     batch_stride, row_stride, head_stride = view.strides
     strides = Strides(batch_stride // VECTOR * VECTOR, row_stride // VECTOR * VECTOR, head_stride // VECTOR * VECTOR)
@@ -61,17 +62,17 @@ def in_vectors(view, VECTOR: tl.constexpr):
 
 @triton.jit
 def multiple_of(stride, VECTOR: tl.constexpr):
-    """A stride that VECTOR divides, so that the compiler sees it, as in `in_vectors`."""
+    """The same stride, known to the compiler to be a multiple of VECTOR, as in `in_vectors`."""
     return stride // VECTOR * VECTOR
 
 
 @triton.jit
 def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
-    """acc + a @ b.T under a condition that always holds, which the compiler cannot know.
+    """acc + a @ b.T under a condition that always holds, but that the compiler cannot evaluate.
 
-    Where wgmma's results feed each other Triton lays all warps along rows: with 64 rows both warpgroups would compute
-    the same scores. An `if` hides one matmul from the next; two with the same condition would become one. Seen on
-    Triton 3.6.0 and 3.9.0.
+    If the result of one wgmma is the input of another, Triton places all warps along the rows: with 64 rows both
+    warpgroups would compute the same scores. The `if` hides one matmul from the next. Two ifs with the same condition
+    would be merged. Seen on Triton 3.6.0 and 3.9.0.
     """
     if always:
         acc = tl.dot(a, b.T, acc, input_precision=INPUT_PRECISION)
@@ -79,8 +80,8 @@ def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
 
 
 def halve_widest(pieces):
-    """The widths of two pieces of a tile; for one of 512 columns 256 and 256, so that fewer registers are live.
+    """Widths of the two pieces of a tile. 512 columns become 256 and 256, so that fewer registers are live.
 
-    No default config of MLA decode spills without it (Triton 3.6.0 and 3.9.0); on gfx942 it halves the shared memory.
+    No default config of MLA decode spills without it on Triton 3.6.0 and 3.9.0. On gfx942 it halves the shared memory.
     """
     return (256, 256) if pieces[0] > 256 else pieces

@@ -1,14 +1,14 @@
 """Backward kernels of dense and varlen attention; backward.py launches them.
 
-The weights are recomputed tile by tile from q, k and the log-sum-exp that the forward kept:
+The weights are recomputed tile by tile from q, k and the log-sum-exp that the forward kernel stored:
 
     P = exp(S - lse)                      dV = P^T dO
     dP = dO V^T                           delta = rowsum(dO * O) - dlse
     dS = P * (dP - delta)                 dQ = scale * dS K        dK = scale * dS^T Q
 
-Split schedule: one kernel owns a tile of keys and gives dK and dV, another owns a tile of queries and gives dQ. Neither
-uses atomics, so results repeat bitwise. Fused schedule: the first kernel also adds its share of dQ to an fp32 buffer,
-five matmuls a tile in place of seven.
+Split schedule: one kernel computes dK and dV of a tile of keys, another computes dQ of a tile of queries. Neither uses
+atomics, so results are bitwise reproducible. Fused schedule: the first kernel also adds its share of dQ to an fp32
+buffer, with five matmuls a tile instead of seven.
 """
 
 from typing import NamedTuple
@@ -43,25 +43,25 @@ from .arguments import LENGTHS
 
 
 class RowSums(NamedTuple):
-    """What the backward knows of each query: the log-sum-exp of its scores, and -delta; fp32, laid out alike."""
+    """Pointers to the log-sum-exp and to -delta of each query, in fp32 with the same layout."""
 
     lse_ptr: object
     minus_delta_ptr: object
 
 
 class FixedRows(NamedTuple):
-    """What stays the same while a tile of rows walks over the columns that it sees."""
+    """What the loop over columns does not change: the rows of a tile and their masks."""
 
     index: object  # (rows,)
     mask: object  # (rows,)
     num_columns: object
-    offset: object  # of a row's position to its index
+    offset: object  # position of a row minus its index
     slope: object  # of ALiBi, or None
 
 
 @triton.jit
 def _load_lse_log2(lse_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
-    """Log-sum-exp in log2 units; +inf, so that its weights are 0, for a row that sees nothing or does not exist."""
+    """Log-sum-exp in log2 units. A row that sees no key, or does not exist, gets +inf: its weights are then 0."""
     if MASKED:
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < seqlen_q, other=float("-inf"))
         return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
@@ -71,6 +71,7 @@ def _load_lse_log2(lse_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
 
 @triton.jit
 def _load_minus_delta(minus_delta_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
+    """-delta of a tile of queries, (BLOCK_M,); 0 for a row that does not exist."""
     if MASKED:
         return tl.load(minus_delta_ptr + offs_m, mask=offs_m < seqlen_q, other=0.0)
     else:
@@ -79,10 +80,10 @@ def _load_minus_delta(minus_delta_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
 
 @triton.jit
 def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.constexpr, EXACT: tl.constexpr):
-    """P from the matmul s = q . k of a tile in either orientation, and the derivative of the softcap at s.
+    """P from s = q . k, and the derivative of the softcap at s, for a tile in either orientation.
 
-    rows are FixedRows; lse_log2 broadcasts against s. Rows outside the mask get no weight: their scores, 0 - lse, may
-    overflow, and inf * 0 would reach the sums.
+    rows are FixedRows; lse_log2 broadcasts against s. Rows outside the mask get weight 0: their scores, 0 - lse, may
+    overflow, and the sums would contain inf * 0.
     """
     s *= scores.scale_log2
     derivative = 1.0
@@ -90,9 +91,9 @@ def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.const
         s, derivative = cap_scores_and_derivative(s, scores.softcap, EXACT)
     if rows.slope is not None:
         s = add_alibi(s, rows.index, start_column, rows.offset, rows.slope)
-    # In fp32 before the mask, so that scale and log-sum-exp are one multiply-add, rounded once, as in the forward
-    # kernel. A score of 500 that is rounded by itself is off by 3e-5, which is nothing in half precision; there it
-    # costs registers.
+    # In fp32 lse is subtracted before the mask: scale and lse are then one multiply-add, rounded once, as in the
+    # forward kernel. A score of 500 rounded by itself has an error of 3e-5. That does not matter in 16 bits, where
+    # this order costs registers.
     if EXACT:
         s -= lse_log2
     if MASKED:
@@ -105,9 +106,9 @@ def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.const
 
 @triton.jit
 def _weight_gradients(a, b, minus_delta, keep, dropout, INPUT_PRECISION: tl.constexpr):
-    """dP - delta of a tile in either orientation, dP = a @ b.T; minus_delta broadcasts against it.
+    """dP - delta with dP = a @ b.T, for a tile in either orientation; minus_delta broadcasts against it.
 
-    The matmul starts from -delta, which then holds no registers of its own and needs no subtraction.
+    The matmul's accumulator starts at -delta, which then needs neither registers of its own nor a subtraction.
     """
     if keep is None:
         return dot_transposed(a, b, INPUT_PRECISION, start=minus_delta)
@@ -135,7 +136,7 @@ def _flash_bwd_delta_kernel(
     BLOCK_M: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
 ):
-    """One program computes -delta = dlse - rowsum(dout * out) for BLOCK_M rows of one head, and their share of dsinks.
+    """One program computes -delta = dlse - rowsum(dout * out) of BLOCK_M rows of one head, and their share of dsinks.
 
     Grid: num_tiles * batch * num_heads. out and dout are Views, sums RowSums. dsinks is (num_tiles * batch, num_heads),
     to be summed over its first axis.
@@ -196,11 +197,11 @@ def _flash_bwd_dkdv_kernel(
     dropout,
     TILE: tl.constexpr,
 ):
-    """One program computes BLOCK_N rows of dk and dv for one KV head, over all query heads of its group.
+    """One program computes BLOCK_N rows of dk and dv of one KV head, over all query heads of its group.
 
-    Grid: num_tiles * num_heads_kv * batch; heads.num is num_heads_kv. Arguments as of the forward kernel, sums RowSums.
-    Tiles are transposed, keys by queries, so that P^T and dS^T are left operands that stay in registers. dk or dv None:
-    not wanted. dq (fp32, zeros) without View and descriptors: not wanted here; else this is the fused schedule.
+    Grid: num_tiles * num_heads_kv * batch; heads.num is num_heads_kv. Arguments as in the forward kernel; sums are
+    RowSums. Tiles are transposed, (keys, queries), so that P^T and dS^T are left operands, which stay in registers. dk
+    or dv is None if not wanted. In the fused schedule dq, fp32 zeros, is given as a View or as descriptors.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -240,7 +241,7 @@ def _flash_bwd_dkdv_kernel(
     scores = Scores(scores.scale_log2, scores.softcap, scores.alibi, seen_by)
     end = tl.minimum(work.start + BLOCK_N, bounds.seqlen_k)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_q, seen_by, BLOCK_M)
-    blocks = all_partial(blocks, num_own < BLOCK_N)  # rows past the last key need the mask
+    blocks = all_partial(blocks, num_own < BLOCK_N)  # rows past the last key need a mask
     dk_tile = zeros_tile(BLOCK_N, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
     dv_tile = zeros_tile(BLOCK_N, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
     for member in tl.range(0, heads.group_size):
@@ -266,7 +267,7 @@ def _flash_bwd_dkdv_kernel(
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
                 q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
                 dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
-                # The scalar start_m moves the pointers: then all loads of a thread are at constant distances from one.
+                # The scalar start_m is added to the pointer, so a thread's loads are at constant offsets from it.
                 queries = tl.arange(0, BLOCK_M)
                 queries_left = bounds.seqlen_q - start_m
                 s = dot_transposed(k_tile, q_tile, PRECISION)  # (BLOCK_N, BLOCK_M)
@@ -277,7 +278,7 @@ def _flash_bwd_dkdv_kernel(
                 if dropout is not None:
                     keep = keep_mask(dropout, batch_head, start_m + queries, work.start, BLOCK_N).T
                     dropped = tl.where(keep, p * dropout.scale, 0.0)
-                # Before dP: its operand, P in the inputs' type, is then gone when dP needs its registers.
+                # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if dv is not None:
                     dv_tile = dot_add(dropped.to(dout_tile[0].dtype), dout_tile, dv_tile, PRECISION)
                 minus_delta_ptr = sums.minus_delta_ptr + sums_row + start_m
@@ -327,8 +328,8 @@ def _flash_bwd_dq_kernel(
     dropout,
     TILE: tl.constexpr,
 ):
-    """One program computes BLOCK_M rows of dq for one query head. Grid, tiles and arguments as of the forward kernel,
-    sums RowSums."""
+    """One program computes BLOCK_M rows of dq of one query head. Grid and arguments are those of the forward kernel;
+    sums are RowSums."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION

@@ -127,7 +127,7 @@ flash_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _second_backward(ctx, *gradients):
-    raise NotImplementedError("second derivatives of flash attention are not served")
+    raise NotImplementedError("second derivatives of flash attention are not supported")
 
 
 flash_attention_backward.register_autograd(_second_backward)

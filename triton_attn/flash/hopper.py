@@ -1,12 +1,12 @@
-"""Forward kernel for Hopper (sm_90) in Gluon, and its launcher: loads, products and softmax run side by side.
+"""Forward kernel for Hopper (sm_90) in Gluon, and its launcher: loads, matmuls and softmax overlap.
 
-Plain Triton waits for each product before it goes on, so its softmax leaves the tensor cores idle. Here a program has a
-warp that only loads, by TMA, and groups of four warps that compute 64 rows of queries each. A group issues the scores
-of the next tile and the output of this one, waits for the scores alone, and computes their softmax while the output is
-still being multiplied. After FlashAttention-3 (2024), arXiv:2407.08608.
+Plain Triton waits for each matmul before it goes on, so its softmax leaves the tensor cores idle. Here one warp of a
+program only loads, by TMA, and groups of four warps compute 64 rows of queries each. A group issues the scores of the
+next tile and the output of this one, waits only for the scores, and computes their softmax while the matmul of the
+output runs. Source: FlashAttention-3 (2024), arXiv:2407.08608.
 
-Serves fp16 and bf16, head dims 64, 128 and 256, causal or not, dense and varlen, GQA, the log-sum-exp. All else is the
-portable kernel's (forward.py), which computes the same. Gluon has no interpreter.
+Supports fp16 and bf16, head dims 64, 128 and 256, causal or not, dense and varlen, GQA, and the log-sum-exp. The
+portable kernel (forward.py), which computes the same, does the rest. Gluon has no interpreter.
 """
 
 import functools
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate  # triton.aggregate, once 3.6 need not be served
+from triton.language.core import _aggregate as aggregate  # triton.aggregate does not exist in Triton 3.6
 
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
@@ -49,8 +49,8 @@ MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
 
 @aggregate
 class _Work:
-    """What one program computes: rows from start_m on of one head; of num_tiles tiles of keys it sees the first
-    full_tiles whole."""
+    """What one program computes: the rows of one head from start_m on. Of its num_tiles tiles of keys the first
+    full_tiles need no mask."""
 
     batch: gl.tensor
     head: gl.tensor
@@ -97,8 +97,8 @@ class _Work:
 
 @aggregate
 class _Shared:
-    """Tiles in shared memory, q one for each group, k and v one for each stage; barriers that say that a tile is there
-    (full) and that all groups are done with it (free)."""
+    """Tiles in shared memory: q one for each group, k and v one for each stage. A barrier `full` completes when a tile
+    has arrived, a barrier `free` when all groups have read it."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -122,8 +122,8 @@ class _Shared:
 
 
 class _Softmax(NamedTuple):
-    """What a group carries from tile to tile: maximum, sums and output of its rows, and the weights of the last tile,
-    whose output is still to come."""
+    """Running state of a group: maxima, sums and output of its rows, and the weights of the last tile, which the output
+    does not contain yet."""
 
     m_i: object  # (64,), in log2 units
     l_i: object  # (64, 4)
@@ -133,6 +133,7 @@ class _Softmax(NamedTuple):
 
 @gluon.jit
 def _barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
+    """NUM barriers, each completed by ARRIVALS arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUM):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
@@ -147,13 +148,14 @@ def _matrix(tiles, i):
 
 @gluon.jit
 def _stage(tiles, step):
-    """Where the tile of a step lies, and the parity of the barriers that its buffer has then."""
+    """Stage of a step's tile, and the parity of its barriers."""
     STAGES: gl.constexpr = tiles.shape[0]
     return step % STAGES, step // STAGES & 1
 
 
 @gluon.jit
 def _load(desc, coords, start, full, buffer):
+    """Start the load of the tile at row start, counted from coords, into buffer; its arrival completes full."""
     outer, batch, head, row = coords
     mbarrier.expect(full, desc.block_type.nbytes)
     _tma_load(desc, [outer, batch, head, row + start, 0], full, buffer)
@@ -161,7 +163,7 @@ def _load(desc, coords, start, full, buffer):
 
 @gluon.jit
 def _load_tiles(work, shared, q_desc, k_desc, v_desc):
-    """The warp that loads: queries of all groups, then keys and values, those of the last tile first."""
+    """The warp that loads: queries of all groups, then keys and values, from the last tile to the first."""
     GROUPS: gl.constexpr = shared.q.shape[0]
     BLOCK_N: gl.constexpr = shared.k.shape[4]
     if work.start_m < work.seqlen_q:
@@ -181,13 +183,13 @@ def _load_tiles(work, shared, q_desc, k_desc, v_desc):
 
 @gluon.jit
 def _by_thread(x):
-    """(rows, columns) as (rows, j, t, e), column 8 j + 2 t + e: in a product's result a thread has one t of a row."""
+    """(rows, columns) as (rows, j, t, e), column 8 j + 2 t + e: in a wgmma's result a thread holds one t of a row."""
     return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
 def _mask_scores(work, s, start_m, start_n):
-    """-inf where a row does not see a column: numbers that all threads share against a limit of the thread's own."""
+    """-inf where a row does not see a column. Each thread compares constants, 8 j + e, with limits of its own."""
     x = _by_thread(s)
     OF_E: gl.constexpr = gl.SliceLayout(3, x.type.layout)
     OF_T: gl.constexpr = gl.SliceLayout(2, OF_E)
@@ -209,10 +211,10 @@ def _mask_scores(work, s, start_m, start_n):
 
 @gluon.jit
 def _softmax_step(s, m_i, scale_log2, MASKED: gl.constexpr):
-    """p = exp2(s * scale_log2 - m), the new maximum (log2 units), and the factor by which earlier sums shrink.
+    """p = exp2(s * scale_log2 - m), the new maximum m (log2 units), and the factor that rescales earlier sums.
 
-    The maximum is kept with its scale: a product in the exponent of the factor would be rounded differently there, and
-    the factor of a maximum that stays would not be 1, in every tile.
+    The maximum is stored scaled. Scaled inside the exponent of the factor it would be rounded differently, and the
+    factor of an unchanged maximum would not be 1.
     """
     m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
     m_sub = gl.where(m_new == MINUS_INF, 0.0, m_new) if MASKED else m_new
@@ -221,23 +223,24 @@ def _softmax_step(s, m_i, scale_log2, MASKED: gl.constexpr):
 
 @gluon.jit
 def _partial_sums(p):
-    """Of each row one for each of the four threads that hold it: they are added up at the end alone."""
+    """Row sums (rows, 4), one for each of the four threads that hold a row. They are added up after the last tile."""
     return gl.sum(gl.sum(_by_thread(p), 3), 1)
 
 
 @gluon.jit
 def _scale_rows(x, factor):
+    """x with each row multiplied by its factor (rows,)."""
     return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
 
 
 @gluon.jit
 def _end_of_block():
-    """Ends a basic block, by a loop that never repeats. Otherwise ptxas waits for the output before the softmax that is
-    to run beside it."""
+    """End a basic block, by a loop that never repeats. Otherwise ptxas waits for the output before the softmax, which
+    must overlap it."""
     gl.inline_asm_elementwise(
         "{ .reg .pred p; AGAIN: activemask.b32 $0; setp.eq.u32 p, $0, $1; @p bra AGAIN; }",
         "=&r,r",
-        [gl.program_id(2)],  # 0, which no mask of active threads is
+        [gl.program_id(2)],  # 0: never a mask of active threads
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -246,7 +249,7 @@ def _end_of_block():
 
 @gluon.jit
 def _issue_scores(GROUP: gl.constexpr, shared, step):
-    """Scores (64, BLOCK_N) of this step's tile, in flight."""
+    """Issue the matmul of the scores (64, BLOCK_N) of this step's tile; nothing waits for it here."""
     BLOCK_N: gl.constexpr = shared.k.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage, parity = _stage(shared.k, step)
@@ -258,7 +261,7 @@ def _issue_scores(GROUP: gl.constexpr, shared, step):
 
 @gluon.jit
 def _issue_output(shared, step, state):
-    """Output (64, HEAD_DIM) of all tiles to this step's, in flight."""
+    """Issue the matmul that adds this step's tile to the output (64, HEAD_DIM); nothing waits for it here."""
     stage, parity = _stage(shared.v, step)
     mbarrier.wait(shared.v_full.index(stage), parity)
     return warpgroup_mma(state.p, _matrix(shared.v, stage), state.acc, is_async=True)
@@ -266,10 +269,10 @@ def _issue_output(shared, step, state):
 
 @gluon.jit
 def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2, MASKED: gl.constexpr):
-    """Scores of this step's tile, and their softmax beside the output of the tile before."""
+    """Scores of this step's tile; their softmax overlaps the matmul of the output of the tile before."""
     DTYPE: gl.constexpr = state.p.dtype
     P_LAYOUT: gl.constexpr = state.p.type.layout
-    EARLY: gl.constexpr = shared.q.shape[0] == 2  # three groups have not the registers for two P
+    EARLY: gl.constexpr = shared.q.shape[0] == 2  # with three groups there are no registers for two P
     scores = _issue_scores(GROUP, shared, step)
     output = _issue_output(shared, step - 1, state)
     s = warpgroup_mma_wait(1, [scores])
@@ -295,7 +298,7 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2, MASKED: gl
 
 @gluon.jit
 def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse, num_heads, scale_log2):
-    """A group of four warps: 64 rows of out and lse; a stride of lse leads from one head's row to the next."""
+    """A group of four warps computes 64 rows of out and lse. lse is a View with the stride between heads."""
     BLOCK_N: gl.constexpr = shared.k.shape[4]
     HEAD_DIM: gl.constexpr = shared.k.shape[5]
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -303,7 +306,7 @@ def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse, num_heads, scale_l
     if work.start_m < work.seqlen_q:
         start_m = work.start_m + GROUP * GROUP_ROWS
 
-        # The last tile, of which some rows may see nothing.
+        # The last tile; some rows may see none of its keys.
         mbarrier.wait(shared.q_full.index(GROUP), 0)
         s = warpgroup_mma_wait(0, [_issue_scores(GROUP, shared, 0)])
         mbarrier.arrive(shared.k_free.index(0), count=1)
@@ -332,7 +335,7 @@ def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse, num_heads, scale_l
             lse_ptr = lse.ptr + (lse_row.to(gl.int64) * lse.strides + work.first_q)
             gl.store(lse_ptr + rows, log_sums, mask=rows < work.seqlen_q)
         acc = warpgroup_mma_wait(0, [output])
-        # Where the queries were: nothing reads them any more. TMA leaves out rows past the sequence's end.
+        # The queries' buffer is free now. TMA does not store rows past the sequence's end.
         _matrix(shared.q, GROUP).store((acc * gl.expand_dims(norm, 1)).to(out_desc.dtype))
         fence_async_shared()
         outer, batch, head, row = sequence_coords(work.batch, work.head, work.first_q, work.seqlen_q, work.VARLEN)
@@ -342,24 +345,27 @@ def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse, num_heads, scale_l
 
 @gluon.jit
 def _attend_0(work, shared, out_desc, lse, num_heads, scale_log2):
+    """Group 0, as a function for warp_specialize."""
     _attend(0, work, shared, out_desc, lse, num_heads, scale_log2)
 
 
 @gluon.jit
 def _attend_1(work, shared, out_desc, lse, num_heads, scale_log2):
+    """Group 1, as a function for warp_specialize."""
     _attend(1, work, shared, out_desc, lse, num_heads, scale_log2)
 
 
 @gluon.jit
 def _attend_2(work, shared, out_desc, lse, num_heads, scale_log2):
+    """Group 2, as a function for warp_specialize."""
     _attend(2, work, shared, out_desc, lse, num_heads, scale_log2)
 
 
 @gluon.jit
 def _clear_spare_rows(shared, out_desc, lse, head, first, num_rows, slot):
-    """Clear those rows after a packed batch's last sequence that are this program's, see `spare_rows`: 64 GROUPS from
-    slot on, counted from row `first`. They may begin before it, and what comes of slots that hold the program's own
-    rows other programs clear as well."""
+    """Clear this program's rows after a packed batch's last sequence, see `spare_rows`: 64 * GROUPS rows from `slot`
+    on, counted from row `first`, but none before it. TMA stores whole tiles: slots that hold rows of the program's own
+    sequence clear rows that other programs clear too."""
     GROUPS: gl.constexpr = shared.q.shape[0]
     HEAD_DIM: gl.constexpr = shared.q.shape[5]
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -434,7 +440,7 @@ def _flash_fwd_hopper_kernel(
         seqlen_k,
         start_m,
         blocks.full_hi // BLOCK_N,
-        gl.maximum(1, gl.cdiv(blocks.hi, BLOCK_N)),  # where nothing is seen one tile is masked whole
+        gl.maximum(1, gl.cdiv(blocks.hi, BLOCK_N)),  # rows that see no key have one tile, all of it masked
         CAUSAL,
         VARLEN,
     )
@@ -463,7 +469,7 @@ def _flash_fwd_hopper_kernel(
     loads = work, shared, q_desc, k_desc, v_desc
     sums = work, shared, out_desc, lse, num_heads, scale_log2
     if GROUPS == 2:
-        # Warps and registers of all but the first; the registers of a program's threads are at most 65536.
+        # Warps and registers of all functions but the first. The threads of a program have 65536 registers.
         gl.warp_specialize([(_attend_0, sums), (_attend_1, sums), (_load_tiles, loads)], [4, 1], [240, 24])
     else:
         gl.warp_specialize(

@@ -221,7 +221,7 @@ mla_prefill.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _second_backward(ctx, *gradients):
-    raise NotImplementedError("second derivatives of mla_prefill are not served")
+    raise NotImplementedError("second derivatives of mla_prefill are not supported")
 
 
 mla_prefill_backward.register_autograd(_second_backward)

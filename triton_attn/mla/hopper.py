@@ -1,13 +1,13 @@
-"""Decode kernel for Hopper (sm_90) in Gluon, and its launcher: two groups of warps take turns at the tiles of keys.
+"""Decode kernel for Hopper (sm_90) in Gluon, and its launcher: two groups of warps alternate over the tiles of keys.
 
-The output of 64 rows, 512 numbers each, fills the registers of two groups of four warps: each has half of the columns,
-and both need the weights of all keys. In plain Triton both make all scores together, step by step. Here a group makes
-scores and weights of every second tile and hands the weights over through shared memory: while one group is at its
-softmax the other multiplies. A warp loads pages by TMA, each key once, as keys and as values. After FlashMLA's "seesaw"
-schedule (2025), https://github.com/deepseek-ai/FlashMLA.
+The output of 64 rows, 512 elements each, fills the registers of two groups of four warps. Each group holds half of the
+columns, and both need the weights of all keys. In plain Triton both groups compute all scores together, step by step.
+Here a group computes the scores and weights of every second tile and passes the weights on through shared memory: one
+group multiplies while the other computes its softmax. A warp loads pages by TMA; each latent vector is loaded once and
+is both key and value. Source: FlashMLA's "seesaw" schedule (2025), https://github.com/deepseek-ai/FlashMLA.
 
-Serves fp16 and bf16 in paged caches of 512 + 64 numbers, pages of a multiple of 64 keys, heads in multiples of 64. All
-else is the portable kernel's (absorbed.py), which computes the same. Gluon has no interpreter.
+Supports fp16 and bf16, paged caches with 512 + 64 elements a row, pages of a multiple of 64 keys, and multiples of 64
+heads. The portable kernel (absorbed.py), which computes the same, does the rest. Gluon has no interpreter.
 """
 
 import functools
@@ -41,14 +41,14 @@ _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 ROWS: gl.constexpr = gl.constexpr(64)  # heads of a query that one program takes
 BLOCK_N: gl.constexpr = gl.constexpr(64)
-HALF: gl.constexpr = gl.constexpr(256)  # of a latent vector: the columns of a group
+HALF: gl.constexpr = gl.constexpr(256)  # columns of a group, half of a latent vector
 ROPE: gl.constexpr = gl.constexpr(64)
 MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
 
 
 class _Work(NamedTuple):
-    """What one program computes: 64 heads of a query, from `head` on, over one split of the keys: num_tiles tiles, of
-    which the last ends with key `end`. A split without keys has one tile, of none."""
+    """What one program computes: 64 heads of a query, from `head` on, over the keys [start, end) of one split, in
+    num_tiles tiles. A split without keys has one empty tile."""
 
     batch: object
     query: object
@@ -60,8 +60,8 @@ class _Work(NamedTuple):
 
 
 class _Queries(NamedTuple):
-    """Queries in shared memory: both halves of what meets a latent vector, the rotary part, and a barrier that says
-    that they are there."""
+    """Queries in shared memory: the two halves that are multiplied with latent vectors, the rotary part, and a barrier
+    for their arrival."""
 
     q_0: object
     q_1: object
@@ -70,8 +70,8 @@ class _Queries(NamedTuple):
 
 
 class _Ring(NamedTuple):
-    """One piece of the keys in shared memory, a tile for each stage. Barriers say that a tile is there (full) and that
-    it was read (free)."""
+    """One piece of the keys in shared memory, a tile for each stage. The barrier `full` completes when a tile has
+    arrived, `free` when it was read."""
 
     tiles: object
     full: object
@@ -79,8 +79,8 @@ class _Ring(NamedTuple):
 
 
 class _Exchange(NamedTuple):
-    """What the groups give each other through shared memory: weights and row maxima of the last tile, row sums of each
-    group. Barriers say that a group's weights are there, and its sums."""
+    """What the groups exchange through shared memory: weights and row maxima of the last tile, row sums of each group.
+    Each group has a barrier for its weights and one for its sums."""
 
     weights: object
     maxima: object
@@ -109,7 +109,7 @@ class _Softmax(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """TMA descriptors of what is loaded, and the sequences' pages: View(block table, its stride)."""
+    """TMA descriptors of the loads, and the block table: View(pointer, stride)."""
 
     q: object
     q_pe: object
@@ -130,6 +130,7 @@ def _output_layout():
 
 @gluon.jit
 def _barriers(NUM: gl.constexpr):
+    """NUM barriers that one arrival completes."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUM):
         mbarrier.init(barriers.index(i), count=1)
@@ -138,6 +139,7 @@ def _barriers(NUM: gl.constexpr):
 
 @gluon.jit
 def _allocate_queries(q_desc, q_pe_desc):
+    """Shared memory for the _Queries."""
     dtype: gl.constexpr = q_desc.dtype
     return _Queries(
         gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, HALF], q_desc.layout),
@@ -149,13 +151,14 @@ def _allocate_queries(q_desc, q_pe_desc):
 
 @gluon.jit
 def _allocate_ring(desc, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory for a _Ring of STAGES tiles (BLOCK_N, COLUMNS)."""
     tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, COLUMNS], desc.layout)
     return _Ring(tiles, _barriers(STAGES), _barriers(STAGES))
 
 
 @gluon.jit
 def _allocate_exchange(dtype: gl.constexpr):
-    """With the weights and maxima of the tile before the first: 0 and -inf."""
+    """Shared memory for the _Exchange, with weights 0 and maxima -inf, those of a tile before the first."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     SCORES: gl.constexpr = _scores_layout()
@@ -178,13 +181,13 @@ def _matrix(tiles, i):
 
 @gluon.jit
 def _stage(step):
-    """Where the tile of a step lies, and the parity of its barriers then; of weights, whose group is the stage, too."""
+    """Stage of a step's tile, and the parity of its barriers. The stage of weights is the group that computes them."""
     return step & 1, (step >> 1) & 1
 
 
 @gluon.jit
 def _load_next(desc, coords, ring, step):
-    """Start to load a step's tile, once the tile that lies in its place was read."""
+    """Start the load of a step's tile, after the tile before it in the same stage was read."""
     stage, parity = _stage(step)
     full = ring.full.index(stage)
     mbarrier.wait(ring.free.index(stage), parity ^ 1)
@@ -194,7 +197,7 @@ def _load_next(desc, coords, ring, step):
 
 @gluon.jit
 def _load_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr):
-    """The warps that load: queries, then keys. Slots past the end may hold anything, NaN too: TMA gives zeros."""
+    """The warps that load: queries, then keys. Slots past the end may hold anything, even NaN; TMA loads 0 there."""
     queries = shared.queries
     q_full = queries.full.index(0)
     mbarrier.expect(q_full, 2 * sources.q.block_type.nbytes + sources.q_pe.block_type.nbytes)
@@ -202,7 +205,7 @@ def _load_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr):
     _tma_load(sources.q, [work.batch, work.query, work.head, HALF], q_full, queries.q_1.index(0))
     _tma_load(sources.q_pe, [work.batch, work.query, work.head, 0], q_full, queries.q_pe.index(0))
     pages_ptr = sources.block_table.ptr + work.batch.to(gl.int64) * sources.block_table.strides
-    # Without keys no page: the table may have no entry. Elsewhere a step ahead, as the load takes its time.
+    # Page numbers are loaded a step ahead, to hide the latency. Without keys none is: the table may have no entry.
     page = gl.load(pages_ptr + work.start // PAGE_SIZE, mask=work.start < work.end, other=0)
     last = work.start + (work.num_tiles - 1) * BLOCK_N
     for step in range(work.num_tiles):
@@ -220,14 +223,14 @@ def _load_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr):
 
 @gluon.jit
 def _by_thread(x):
-    """(rows, columns) as (rows, j, t, e), column 8 j + 2 t + e: in a product's result a thread has one t of a row."""
+    """(rows, columns) as (rows, j, t, e), column 8 j + 2 t + e: in a wgmma's result a thread holds one t of a row."""
     return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
 def _mask_columns(s, count):
-    """-inf from column `count` on: numbers that all threads share against a limit of the thread's own. As columns of
-    the thread's own they would be held in registers through the loop."""
+    """-inf from column `count` on. Each thread compares constants, 8 j + e, with a limit of its own, count - 2 t.
+    Column indices of its own would stay in registers throughout the loop."""
     x = _by_thread(s)
     j = gl.arange(0, x.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, x.type.layout)))) * 8
     t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout)))) * 2
@@ -241,27 +244,28 @@ def _mask_columns(s, count):
 
 @gluon.jit
 def _partial_sums(p):
-    """Of each row one for each of the four threads that hold it: they are added up at the end alone."""
+    """Row sums (rows, 4), one for each of the four threads that hold a row. They are added up after the last tile."""
     return gl.sum(gl.sum(_by_thread(p), 3), 1)
 
 
 @gluon.jit
 def _scale_rows(x, factor):
+    """x with each row multiplied by its factor (rows,)."""
     return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
 
 
 @gluon.jit
 def _shift(m):
-    """What to subtract for a maximum of -inf, that of a row which saw nothing yet, too."""
+    """The maximum to subtract: m, or 0 where m is -inf because the row has seen no key."""
     return gl.where(m == MINUS_INF, 0.0, m)
 
 
 @gluon.jit
 def _issue_scores(shared, step):
-    """Scores (ROWS, BLOCK_N) of a step's tile, not waited for."""
+    """Issue the matmul of the scores (ROWS, BLOCK_N) of a step's tile; nothing waits for it here."""
     queries = shared.queries
     stage, parity = _stage(step)
-    # 0, which the compiler must not know: it would hold the addresses of all parts of q in registers that it spills.
+    # 0, hidden from the compiler: it would keep the addresses of all parts of q in registers, and spill them.
     zero = gl.inline_asm_elementwise("shr.u32 $0, $1, 31;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
     s = gl.zeros([ROWS, BLOCK_N], gl.float32, _scores_layout())
     q_0 = _matrix(queries.q_0, zero)  # (ROWS, HALF)
@@ -280,10 +284,10 @@ def _issue_scores(shared, step):
 
 @gluon.jit
 def _issue_output_of_other(GROUP: gl.constexpr, shared, step, state):
-    """The other group's tile: its weights, and what its maximum does to the sums. The output is not waited for."""
+    """Rescale sums and output by the other group's maximum, and issue the output of its tile from its weights."""
     values = shared.latents_0 if GROUP == 0 else shared.latents_1
     exchange = shared.exchange
-    # Step -1 has weights of 0, for values that are there; its barrier counts as passed.
+    # Step -1 has weights 0 and takes the values of step 0; the parity makes its barrier count as complete.
     stage, parity = _stage(gl.maximum(step, 0))
     mbarrier.wait(values.full.index(stage), parity)
     _, parity = _stage(step)
@@ -297,9 +301,9 @@ def _issue_output_of_other(GROUP: gl.constexpr, shared, step, state):
 
 @gluon.jit
 def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2):
-    """Output of the other group's tile, the one before; then scores, weights and output of one's own.
+    """Output of the other group's tile, which is the one before; then scores, weights and output of this group's tile.
 
-    The weights' one buffer is free to write once that output is there."""
+    There is one buffer for weights. It can be overwritten once the other group's output is complete."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, _output_layout(), 2)
     values = shared.latents_0 if GROUP == 0 else shared.latents_1
     exchange = shared.exchange
@@ -307,6 +311,7 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2):
     other = _issue_output_of_other(GROUP, shared, step - 1, state)
     scores = _issue_scores(shared, step)
     acc = warpgroup_mma_wait(1, [other.acc])
+    # The other group read that tile for its scores before it passed on the weights.
     mbarrier.arrive(values.free.index(stage ^ 1), count=1, pred=step > 0)
     s = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(shared.rope_keys.free.index(stage), count=1)
@@ -325,14 +330,13 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2):
     mbarrier.arrive(exchange.weights_full.index(GROUP), count=1)
     output = warpgroup_mma(p, _matrix(values.tiles, stage), _scale_rows(acc, alpha), is_async=True)
     acc, p = warpgroup_mma_wait(0, [output, p])
-    # The other group's scores, of which these weights came, were read before.
     mbarrier.arrive(values.free.index(stage), count=1)
     return _Softmax(m_new, l_i, acc)
 
 
 @gluon.jit
 def _attend(GROUP: gl.constexpr, work, shared, out, lse, scale_log2):
-    """A group of four warps: 64 rows of out, half of the columns; group 0 the log-sum-exp too."""
+    """A group of four warps computes half of the columns of 64 rows of out; group 0 also stores their log-sum-exp."""
     SCORES: gl.constexpr = _scores_layout()
     state = _Softmax(
         gl.full([ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, SCORES)),
@@ -340,7 +344,7 @@ def _attend(GROUP: gl.constexpr, work, shared, out, lse, scale_log2):
         gl.zeros([ROWS, HALF], gl.float32, _output_layout()),
     )
     mbarrier.wait(shared.queries.full.index(0), 0)
-    # Hidden from the compiler: where ptxas knows that the loop runs it waits for scores before it scales the output.
+    # Hidden from the compiler: if ptxas knows that the loop runs, it waits for scores before it scales the output.
     num_tiles = gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [work.num_tiles], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -354,7 +358,8 @@ def _attend(GROUP: gl.constexpr, work, shared, out, lse, scale_log2):
 
 @gluon.jit
 def _store(GROUP: gl.constexpr, work, exchange, out, lse, state):
-    """out and lse of a group, from the sums of both; lse is that of the query, strides lead from head to head."""
+    """Store a group's part of out, and lse, from the sums of both groups. lse is a View of the query's, with the stride
+    between heads."""
     OUTPUT: gl.constexpr = _output_layout()
     m_i = state.m_i
     total = gl.convert_layout(gl.sum(state.l_i, 1), m_i.type.layout)
@@ -362,7 +367,7 @@ def _store(GROUP: gl.constexpr, work, exchange, out, lse, state):
     mbarrier.arrive(exchange.sums_full.index(GROUP), count=1)
     mbarrier.wait(exchange.sums_full.index(1 - GROUP), 0)
     total += exchange.sums.index(1 - GROUP).load(m_i.type.layout)
-    total = gl.where(total == 0.0, 1.0, total)  # of a row without keys, whose maximum is -inf
+    total = gl.where(total == 0.0, 1.0, total)  # a row without keys; its maximum is -inf
     rows = work.head + gl.arange(0, ROWS, gl.SliceLayout(1, OUTPUT))
     columns = GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(0, OUTPUT))
     out_ptr = row_pointer(out, work.batch, work.query, 0)
@@ -375,11 +380,13 @@ def _store(GROUP: gl.constexpr, work, exchange, out, lse, state):
 
 @gluon.jit
 def _attend_0(work, shared, out, lse, scale_log2):
+    """Group 0, as a function for warp_specialize."""
     _attend(0, work, shared, out, lse, scale_log2)
 
 
 @gluon.jit
 def _attend_1(work, shared, out, lse, scale_log2):
+    """Group 1, as a function for warp_specialize."""
     _attend(1, work, shared, out, lse, scale_log2)
 
 
@@ -439,7 +446,7 @@ def _mla_decode_hopper_kernel(
     out = View(out.ptr + split.to(gl.int64) * out_split_stride, out.strides)
     loads = work, shared, sources, PAGE_SIZE
     sums = work, shared, out, lse, scale_log2
-    # Warps and registers of all but the first, which is left 24 registers a thread of 65536.
+    # Warps and registers of all functions but the first, for which 24 registers a thread remain.
     gl.warp_specialize([(_load_tiles, loads), (_attend_0, sums), (_attend_1, sums)], [4, 4], [240, 240])
 
 
@@ -501,8 +508,9 @@ def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num
 
 
 def _paged_geometry(num_pages, width, page, row, columns):
-    """(shape, strides, block shape) of a descriptor over (outer, page, slot, row, column), zero past any end: rows
-    count as those of a packed tensor in `tma_geometry`, and slots take the place of a sequence's first row."""
+    """(shape, strides, block shape) of a descriptor over (outer, page, slot, row, column), with zeros past any end.
+
+    Rows work as those of a packed tensor in `tma_geometry`; slots take the place of a sequence's first row."""
     end = PACKED_END.value
     shape, strides = [end + 1, num_pages, end, end, width], [2**34 - row, page, row, row, 1]
     return shape, strides, [1, 1, 1, BLOCK_N.value, columns]

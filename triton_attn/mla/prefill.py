@@ -1,4 +1,4 @@
-"""Kernel of prefill over keys and values of every head, and its launchers: up-projected in the kernel, or before it."""
+"""Prefill kernel over keys and values of every head, and its launchers: up-projected in the kernel, or before it."""
 
 import math
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from .._jit.workarounds import fence_copies
 from .configs import MlaPrefillCase, MlaPrefillConfig
 from .projections import weight_view
 
-# A new length must not mean a new compilation.
+# A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", *LSE, "lse_stride"]
 
 
@@ -115,9 +115,9 @@ def _transposed(tile, dtype: tl.constexpr):
 
 @triton.jit
 def _up_project(latents, start_n, rows_mask, w_uk, w_uv, TILE: tl.constexpr):
-    """Keys and values (BLOCK_N, dim) of one head: the weights times the latent vectors from start_n on.
+    """Keys and values (BLOCK_N, dim) of one head: the latent vectors from start_n on times the weights.
 
-    BLOCK_C elements of these at a time, since the weights exceed shared memory.
+    BLOCK_C elements of a latent vector at a time, because the weights do not fit in shared memory.
     """
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     ptr = latents.source + tl.cast(start_n, tl.int64) * latents.stride
@@ -144,7 +144,7 @@ def _load_rows(x, start_n, rows_mask, HEAD_DIM: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def _chunk_of_sequence(start_row, seqlen_k, first_row, end_row):
-    """The keys of a sequence, whose first is start_row of all, that lie in [first_row, end_row)."""
+    """(first, end) of a sequence's keys in [first_row, end_row); its first key is row start_row of all sequences."""
     first_key = tl.minimum(tl.maximum(first_row - start_row, 0), seqlen_k).to(tl.int32)
     end_key = tl.minimum(tl.maximum(end_row - start_row, 0), seqlen_k).to(tl.int32)
     return first_key, end_key
@@ -177,11 +177,11 @@ def _mla_prefill_kernel(
 ):
     """One program computes BLOCK_M rows of out and lse of one head. Grid: num_tiles * batch * NUM_HEADS.
 
-    Keys count from 0 in a sequence, rows over all sequences; seqlen_q and seqlen_k of packed sequences are all their
-    rows. Only keys in [first_row, end_row) are attended. Without weights k and v are keys and values of these rows.
-    With w_uk and w_uv, which have no batch, k is the latent vectors: a tile of keys and values is computed from a tile
-    of them. Latent vectors and k_pe have one head, of stride 0. prior (None: none) is the out of earlier rows, whose
-    lse lies where lse goes.
+    Keys are counted in a sequence, rows over all sequences. seqlen_q and seqlen_k of a packed batch are all its rows.
+    Only keys in the rows [first_row, end_row) are attended. Without weights k and v hold the keys and values of these
+    rows. With w_uk and w_uv (no batch dimension) k holds the latent vectors, from which each tile of keys and values is
+    computed. Latent vectors and k_pe have one head, of stride 0. prior is the out of the rows before, or None; lse then
+    holds their log-sum-exp, and is overwritten.
     """
     FUSED: tl.constexpr = w_uk is not None
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
@@ -207,7 +207,7 @@ def _mla_prefill_kernel(
                 tl.store(head_lse_ptr + spare.rows, float("-inf"), mask=spare.mask)
     if num_own <= 0:
         return
-    # Row of the sequence's first key among those of all sequences.
+    # Row of the sequence's first key, counted over all sequences.
     start_row = bounds.first_k
     if seqs.cu_seqlens_q_ptr is None:
         start_row = batch.to(tl.int64) * seqlen_k
@@ -267,7 +267,7 @@ def _mla_prefill_kernel(
 
 
 def launch_mla_fused(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, config=None):
-    """Launch the kernel that makes keys and values of latent vectors: one launch, no memory but out and lse.
+    """Launch the kernel that computes keys and values from latent vectors: one launch, no memory but out and lse.
 
     Tensors are (batch, seqlen, ...) or packed (total, ...), lse (batch, num_heads, seqlen_q) or (num_heads, total_q),
     or None: not wanted; lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a
@@ -283,7 +283,7 @@ def launch_mla_materialized(
 ):
     """Launch the kernel over keys and values in memory, a chunk (heads, rows of the latent vectors) at a time.
 
-    Arguments as `launch_mla_fused`. Where the rows of a head are cut, the sums so far are kept in fp32 and in lse.
+    Arguments as `launch_mla_fused`. If the rows of a head do not fit in one chunk, the running output is kept in fp32.
     """
     heads_each, rows_each = chunk
     num_heads, nope_dim, _ = w_uk.shape
@@ -324,12 +324,12 @@ def project_rows(kv_latent, start, end, w, out):
             for i in range(start // seqlen, -(-end // seqlen))
         ]
     for rows, first in pieces:
-        _product(rows.expand(len(w), -1, -1), w.mT, out[:, first : first + len(rows)])
+        _matmul(rows.expand(len(w), -1, -1), w.mT, out[:, first : first + len(rows)])
 
 
-def _product(a, b, out):
-    """out = a @ b. With AMX torch's half-precision products on a CPU read past the end of a row whose width 32 does not
-    divide: NaN in rows after the last real one would reach it, so they are made in fp32."""
+def _matmul(a, b, out):
+    """out = a @ b. On CPUs with AMX torch's 16-bit matmuls read past the end of a row whose width is no multiple of 32.
+    NaN in rows after the last real one would reach it, so these matmuls run in fp32."""
     if a.device.type == "cpu" and a.dtype.itemsize < 4 and a.shape[-1] % 32:
         out.copy_(a.float() @ b.float())
     else:
@@ -337,7 +337,7 @@ def _product(a, b, out):
 
 
 class Keys(NamedTuple):
-    """What a launch attends: keys and values (heads, rows, dim), or latent vectors k and the weights that make them."""
+    """Keys of a launch: keys and values (heads, rows, dim), or latent vectors as k and the weights to project them."""
 
     k: torch.Tensor
     v: torch.Tensor | None

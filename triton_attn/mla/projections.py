@@ -1,4 +1,4 @@
-"""Kernels at the ends of the absorbed form, and their launchers: queries absorbed, splits merged and projected."""
+"""Kernels before and after absorbed attention, and their launchers: queries times w_uk, merged splits times w_uv."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from .._jit.softmax import LN_2, softmax_finish
 from .._jit.tiles import padded_size, row_pointers
 from .._jit.workarounds import fence_copies
 
-# A new length must not mean a new compilation.
+# A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "capacity", "num_positions", "num_tokens", "num_splits", *INDICES, *LSE, "lse_stride"]
 
 
@@ -124,7 +124,7 @@ def _merge_project_kernel(
     num_splits,
     TILE: tl.constexpr,
 ):
-    """One program merges the splits of BLOCK_T tokens of one head and multiplies them with BLOCK_V rows of w_uv.
+    """One program merges the splits of BLOCK_T tokens of one head and multiplies the result with BLOCK_V rows of w_uv.
 
     Grid: (heads * tiles of tokens, blocks of rows); a token is one query, a row of out. The splits (splits, tokens,
     heads, kv_lora_rank) and lses (splits, batch, heads, seqlen_q) are contiguous.
@@ -135,7 +135,7 @@ def _merge_project_kernel(
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     KV_LORA_RANK: tl.constexpr = TILE.KV_LORA_RANK
-    ROWS: tl.constexpr = max(16, BLOCK_T)  # of a matmul; fewer tokens are repeated
+    ROWS: tl.constexpr = max(16, BLOCK_T)  # a matmul needs 16; fewer tokens are repeated
     head = tl.program_id(0) % NUM_HEADS
     first_token = tl.program_id(0) // NUM_HEADS * BLOCK_T
     tokens = first_token + tl.arange(0, BLOCK_T)
@@ -144,7 +144,7 @@ def _merge_project_kernel(
     query = tokens % seqlen_q
     splits = tl.arange(0, BLOCK_S)
     split_stride = tl.cast(num_tokens, tl.int64) * NUM_HEADS
-    # Of one split: 2^31 rows would not fit in memory, and 64 bits would take twice the registers.
+    # 32 bits are enough: 2^31 rows of one split would not fit in memory. 64 bits would take twice the registers.
     rows = tokens * NUM_HEADS + head
     lse_rows = (batch * NUM_HEADS + head) * seqlen_q + query
 
@@ -170,7 +170,7 @@ def _merge_project_kernel(
         for first in range(0, num_splits, BLOCK_S):
             lses = _load_lses(lses_ptr, lse_rows, tokens_mask, first + splits, num_splits, split_stride)
             weights = tl.math.exp2(lses - m_i[:, None])  # (BLOCK_T, BLOCK_S)
-            # A split in which a query sees no key is not read.
+            # The output of a split in which a query sees no key is not loaded.
             mask = (lses > float("-inf"))[:, :, None] & inside[None, None, :]
             offsets = rows[:, None] + (first + splits)[None, :].to(tl.int64) * split_stride
             ptrs = splits_ptr + offsets[:, :, None] * KV_LORA_RANK + columns[None, None, :]
@@ -182,7 +182,7 @@ def _merge_project_kernel(
         w = tl.load(w_ptrs + columns[None, :], mask=values_mask[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(latents, w.T, acc, input_precision=TILE.INPUT_PRECISION)  # (ROWS, BLOCK_V)
 
-    # Rows that only repeat a token are not stored.
+    # Repeated rows are not stored.
     repeats = tl.arange(0, ROWS)
     rows = first_token + repeats
     rows_mask = (repeats < BLOCK_T) & (rows < num_tokens)
@@ -195,7 +195,7 @@ def _merge_project_kernel(
 
 @triton.jit
 def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
-    """Log-sum-exps in log2 units, (rows, splits); -inf where there is none."""
+    """Log-sum-exps (rows, splits) in log2 units; -inf outside rows_mask and past the last split."""
     mask = rows_mask[:, None] & (splits < num_splits)[None, :]
     ptrs = lses_ptr + (rows[:, None] + splits[None, :].to(tl.int64) * split_stride)
     return tl.load(ptrs, mask=mask, other=float("-inf")) / LN_2
@@ -279,18 +279,18 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse):
 
 
 def weight_view(w):
-    """The View of a weight (heads, rows, columns), the same for every sequence."""
+    """The View of a weight (heads, rows, columns), with batch stride 0."""
     return View(w, Strides(0, w.stride(1), w.stride(0)))
 
 
 def _block_of_tokens(num_tokens, at_least):
-    """One of few sizes, since it is compiled in: a server meets every one."""
+    """One of a few sizes, because each is a compilation."""
     return next((size for size in (1, 4, 16, 64) if at_least <= size and num_tokens <= size), 64)
 
 
 def _block_of_splits(num_splits, tile_size):
-    """Likewise: one, a few, or as many as make a tile of 4096 elements, which are loaded together. More would take the
-    registers of another program on an SM."""
+    """One of a few sizes: 1, 4, or as many as fill a tile of 4096 elements, which is loaded at once. A larger tile
+    would take the registers of another program on the SM."""
     most = max(1, min(32, 4096 // tile_size))
     if num_splits == 1:
         return 1

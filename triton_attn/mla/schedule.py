@@ -1,4 +1,4 @@
-"""Which schedule a prefill takes, by a cost model that knows shapes alone, and how large its chunks are."""
+"""The schedule of a prefill, chosen by a cost model from shapes alone, and the size of its chunks."""
 
 from dataclasses import dataclass
 from math import prod
@@ -11,12 +11,12 @@ from .._host.checks import fail
 MODES = ("fused", "absorbed", "materialized")
 FLOP_PER_BYTE = 300  # of an H100 in bf16: 989 TFLOP/s over 3.35 TB/s
 QUERIES_PER_TILE = 128
-FEWEST_ROWS = 128  # of a chunk whose keys are cut
+FEWEST_ROWS = 128  # least rows of a chunk that does not hold all keys
 
 
 @dataclass(frozen=True)
 class ProblemSizes:
-    """Sizes of a call of `mla_prefill`: pairs are those of a query and a key that it sees, element_size is in bytes."""
+    """Sizes of a call of `mla_prefill`. pairs counts (query, key) pairs that are not masked; element_size in bytes."""
 
     num_queries: int
     num_keys: int
@@ -41,7 +41,7 @@ class ProblemSizes:
 
 
 class Schedule(NamedTuple):
-    """A mode, and how many heads and rows of latent vectors a chunk has."""
+    """A mode, and the heads and rows of latent vectors of a chunk."""
 
     mode: str
     heads_each: int
@@ -49,7 +49,7 @@ class Schedule(NamedTuple):
 
 
 def causal_pairs(seqlen_q, seqlen_k, causal):
-    """Pairs of a query and a key that it sees."""
+    """Number of (query, key) pairs that are not masked."""
     if not causal:
         return seqlen_q * seqlen_k
     seen = min(seqlen_q, seqlen_k)  # queries that see a key
@@ -57,7 +57,7 @@ def causal_pairs(seqlen_q, seqlen_k, causal):
 
 
 def cost(sizes, mode):
-    """FLOP of one head, bytes counted as FLOP_PER_BYTE: the formulas of `mla_prefill`."""
+    """FLOP of one head by the formulas of `mla_prefill`; a byte counts as FLOP_PER_BYTE."""
     s = sizes
     up_projection = 2 * s.rank * (s.nope + s.v)
     byte_cost = FLOP_PER_BYTE * s.element_size
@@ -71,7 +71,7 @@ def cost(sizes, mode):
 
 
 def workspace_bytes(sizes, mode):
-    """Memory for one head; "fused" takes none."""
+    """Bytes of workspace for one head; "fused" needs none."""
     s = sizes
     if mode == "materialized":
         return s.num_keys * (s.nope + s.v) * s.element_size
@@ -81,9 +81,12 @@ def workspace_bytes(sizes, mode):
 
 
 def choose_schedule(sizes, mode, max_workspace_bytes, wants_grad):
-    """The schedule of a call; ValueError or NotImplementedError where the given mode cannot be."""
+    """The schedule of a call.
+
+    Raises: NotImplementedError, if the mode has no gradient; ValueError, if max_workspace_bytes is too small for it.
+    """
     if mode == "absorbed" and wants_grad:
-        raise NotImplementedError("mode: no gradient is served through 'absorbed'; 'fused' and 'materialized' have one")
+        raise NotImplementedError("mode: 'absorbed' does not support gradients; 'fused' and 'materialized' do")
     if mode != "auto":
         chunk = _chunk(sizes, mode, max_workspace_bytes)
         if chunk is None:
@@ -96,11 +99,11 @@ def choose_schedule(sizes, mode, max_workspace_bytes, wants_grad):
 
 
 def _chunk(sizes, mode, max_workspace_bytes):
-    """(heads, rows) of a chunk within the bound, None where there is none."""
+    """(heads, rows) of the largest chunk within max_workspace_bytes; None if none fits."""
     per_head = workspace_bytes(sizes, mode)
     heads = sizes.num_heads if per_head == 0 else min(sizes.num_heads, max_workspace_bytes // per_head)
     if 0 < heads < sizes.num_heads:
-        # The number of heads is compiled in: a power of two, so that not every length has its own.
+        # The number of heads is a constexpr. A power of two keeps the number of compilations small.
         heads = 1 << (heads.bit_length() - 1)
     if heads > 0 or sizes.num_heads == 0:
         return max(heads, 1), max(sizes.num_keys, 1)
@@ -111,7 +114,7 @@ def _chunk(sizes, mode, max_workspace_bytes):
 
 
 def _sums_bytes(sizes):
-    """Of the sums so far of one head, where its keys are cut: outputs in fp32, and log-sum-exps of all heads."""
+    """Bytes of the running results of one head if its keys are cut: fp32 outputs, and log-sum-exps of all heads."""
     return sizes.num_queries * (sizes.v + sizes.num_heads) * torch.float32.itemsize
 
 
