@@ -18,7 +18,7 @@ from .._host.layout import (
 from .._host.tuned import choose
 from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import block_start, num_blocks, visible_range
-from .._jit.heads import assign_tile, row_pointer, sequence_bounds, slots_left_over, spare_rows
+from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import mask_scores
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
@@ -187,20 +187,16 @@ def _mla_prefill_kernel(
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    num_sequences = tl.num_programs(0) // num_tiles // TILE.NUM_HEADS
-    num_batch_heads = num_sequences * TILE.NUM_HEADS
-    tile, batch_head = assign_tile(tl.program_id(0), num_tiles, num_batch_heads, section_size, window.right is not None)
-    head = batch_head % TILE.NUM_HEADS
-    batch = batch_head // TILE.NUM_HEADS
+    work = assign_work(num_tiles, section_size, TILE.NUM_HEADS, BLOCK_M, window.right is not None)
+    batch, head, start_m = work.batch, work.head, work.start
     bounds = sequence_bounds(seqs, batch, seqlen_q, seqlen_k)
-    start_m = tile * BLOCK_M
     num_own = bounds.seqlen_q - start_m
     head_lse_ptr = None
     if lse_ptr is not None:
         head_lse_ptr = lse_ptr + tl.cast(head, tl.int64) * lse_stride
     if seqs.cu_seqlens_q_ptr is not None and num_own < BLOCK_M:
-        left_over = slots_left_over(batch * num_tiles + tile, bounds.first_q + bounds.seqlen_q, BLOCK_M)
-        spare = spare_rows(seqs.cu_seqlens_q_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M)
+        end_q = bounds.first_q + bounds.seqlen_q
+        spare = spare_rows_of(work, seqs.cu_seqlens_q_ptr, seqlen_q, end_q, num_own, BLOCK_M)
         if spare.any:
             clear_rows(out, head, spare, BLOCK_M, TILE.V_HEAD_DIM)
             if lse_ptr is not None:
