@@ -57,10 +57,10 @@ def test_the_search_space_starts_at_the_default(arch, head_dim, dtype):
     [
         (FlashConfig(128, 128, 8, 2, True), "sm_80", 128, "sm_80 has no TMA"),
         (FlashConfig(128, 128, 8, 2, True), "sm_90", 71, "TMA needs rows in units of 16 bytes"),
-        (FlashConfig(32, 128, 4, 2), "sm_90", 64, "the matrix instructions take 64 rows"),
+        (FlashConfig(32, 128, 4, 2), "sm_90", 64, "the matrix instructions need 64 rows"),
         (FlashConfig(128, 128, 8, 4), "sm_90", 128, "294912 bytes of shared memory, sm_90 has 232448"),
         (FlashConfig(128, 128, 4, 2), "sm_90", 128, "320 registers a thread for tiles, 224 leave room for the rest"),
-        (FlashConfig(128, 64, 8, 1), "sm_100", 512, "576 columns of tensor memory, there are 512"),
+        (FlashConfig(128, 64, 8, 1), "sm_100", 512, "576 columns of tensor memory, the GPU has 512"),
         (FlashConfig(128, 128, 8, 2, True), "sm_90", 128, None),
     ],
 )

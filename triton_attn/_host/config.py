@@ -1,24 +1,24 @@
-"""What the configs of all kernels have in common: their fields, which tables and users name, and what each answers."""
+"""Base class of the configs of all kernels, and checks of the values that tables and users give their fields."""
 
 import typing
 from dataclasses import fields, replace
 
 from .checks import fail
 
-FAMILIES = {}  # {name: Config} of those that tuned tables have entries for
+FAMILIES = {}  # {name: Config} of the families that tuned tables can have
 
 
 class Config:
-    """Base of what kernels run with: frozen dataclasses of ints and bools, or of the Configs of several kernels.
+    """Base class of configs: frozen dataclasses of ints and bools, or of the Configs of several kernels.
 
-    A case is what a config depends on, a NamedTuple with `arch`, `dtype` and more. A subclass answers, side by side:
+    A case is what a config depends on, a NamedTuple with `arch`, `dtype` and more. A subclass defines:
 
-        default(case)         the config of a call, by look-up: equal calls run equal code, and nothing is timed
-        search_space(case)    configs for a sweep to compare, the default first
-        obstacle(case)        why a config cannot run; None if nothing is against it. By estimate: the compiler decides
+        default(case)         the config of a call, from a table: nothing is timed, so equal calls run equal code
+        search_space(case)    the configs that a sweep compares, the default first
+        obstacle(case)        why the config cannot run, by estimate; None if it can. The compiler has the last word
 
-    One with the name of a family has entries in tuned tables, for cases that are `is_tuned`; `case` ({name: type}) and
-    `buckets` say which fields of a case an entry is for.
+    A subclass with a family can have entries in tuned tables, for cases that are `is_tuned`. `case` ({name: type}) and
+    `buckets` are the fields of a case that identify an entry.
     """
 
     def __init_subclass__(cls, family=None, case=None, buckets=("seqlen_k",)):
@@ -28,7 +28,7 @@ class Config:
 
     @classmethod
     def types(cls):
-        """{field: its types}, as JSON has them; of fields that are Configs their class and, where it may lack, None."""
+        """{field: its types}. A field that is a Config has its class, and NoneType if it may be None."""
         return {field.name: typing.get_args(field.type) or (field.type,) for field in fields(cls)}
 
     @classmethod
@@ -37,7 +37,7 @@ class Config:
         return cls(**{name: parts[name].from_dict(x) if isinstance(x, dict) else x for name, x in values.items()})
 
     def with_fields(self, changes):
-        """The same with other values of some fields; of a field that is a Config a dict changes some of its fields."""
+        """The config with new values of some fields. For a field that is a Config a dict changes some of its fields."""
         changes = dict(changes)
         for name, value in changes.items():
             if isinstance(value, dict):
@@ -52,7 +52,7 @@ class Config:
 
 
 def check_config(name, config, values, *, whole):
-    """Refuse values that are no fields of a Config class, or that no kernel takes; whole: all fields must be there."""
+    """Raise for values that are not fields of a Config class, or that no kernel takes. whole: every field is needed."""
     types = config.types()
     if not isinstance(values, dict) or (values.keys() != types.keys() if whole else values.keys() - types.keys()):
         got = ", ".join(values) if isinstance(values, dict) else repr(values)

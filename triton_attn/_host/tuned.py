@@ -1,15 +1,15 @@
-"""Configs that sweeps found best: the tables of triton_attn/tuned/, one per architecture, and the user's own.
+"""Tuned configs: the tables that sweeps write, one per architecture in triton_attn/tuned/, and the user's own.
 
-A table is JSON: `format`, `arch` and `entries`. An entry says what it is for (`family`, `dtype`, and under `case` and
-`buckets` what its Config names), its `config`, and where that comes from, see ABOUT.
+A table is JSON: `format`, `arch` and `entries`. An entry has the calls it is for (`family`, `dtype`, and the fields of
+`case` and `buckets` that its Config names), its `config`, and its origin, see ABOUT.
 
-A call takes the entry that has its dtype and its case, and that was made with the same major and minor version of
-Triton, since another compiler spills elsewhere. Of several, it takes the one with the nearest buckets, by the sum of
-|log2(the call's / the entry's)|, and of two that are equally near the one with smaller buckets.
+A call takes the entry with its dtype and its case that was made with the same major and minor version of Triton,
+because another compiler may spill. Of several it takes the one with the nearest buckets, by the sum of |log2(the call's
+/ the entry's)|; of two that are equally near, the one with smaller buckets.
 
-Tables are searched from the one that was added last to the package's. The first one that has the case decides alone.
-Without an entry a call takes the default of the family's configs.py. The package's tables hold what a GPU measured and
-nothing that was predicted: the model that predicts has chosen the defaults.
+Tables are searched from the one added last to the package's. The first table that has the case decides. Without an
+entry a call takes the default of the family's configs.py. The package's tables contain only configs measured on a GPU:
+predictions are already in the defaults.
 """
 
 import contextlib
@@ -44,25 +44,25 @@ ABOUT = {
 
 _added = []  # indices of the user's tables, the last one first
 _overrides = {}  # {family: {field: value}} of override_config
-_plans = []  # functions that remember what follows from tables
-_generation = object()  # another one each time that tables change
+_plans = []  # functions whose results depend on tables and are remembered
+_generation = object()  # replaced each time that tables change
 
 
 def use_tuned(path: str | os.PathLike[str] | None) -> None:
-    """Use the configs of a table of your own, before those of the package and of tables that were added earlier.
+    """Use the configs of your own table, ahead of the package's and of tables added earlier.
 
-    `python -m perf sweep --table PATH` writes one; the environment variable TRITON_ATTN_TUNED names one that is added
-    before all others. Nothing is searched or timed in a call: a config is a look-up, and equal calls run equal code.
-    Calls with an entry's dtype, head dims and mask take its config; lengths, page sizes and rows go to the nearest
-    (log2). All others, fp32, contiguous caches, and calls with softcap, ALiBi or dropout take the package's defaults.
+    `python -m perf sweep --table PATH` writes one. The environment variable TRITON_ATTN_TUNED names one that is added
+    first. A call only looks its config up; it times nothing, so equal calls run equal code. Calls with an entry's
+    dtype, head dims and mask take its config; of several entries, the one with the nearest lengths, page size and rows
+    (in log2). Other calls, such as those with fp32, contiguous caches, softcap, ALiBi or dropout, take the defaults.
 
     Args:
-        path: of a JSON file; None removes all tables that were added.
+        path: a JSON file; None removes all tables that were added.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no table of ours, an entry is broken, or none is for a GPU and the Triton of this machine.
-            What was in use stays.
+        ValueError: the file is not a table, an entry is invalid, or no entry is for a GPU and the Triton of this
+            machine. The tables in use stay.
     """
     _add_environment()
     if path is None:
@@ -73,13 +73,13 @@ def use_tuned(path: str | os.PathLike[str] | None) -> None:
 
 
 def settings():
-    """The user's tables and overrides, for another process to take."""
+    """The user's tables and overrides, to pass to another process."""
     _add_environment()
     return list(_added), dict(_overrides)
 
 
 def take_settings(tables, overrides):
-    """Use the user's tables and overrides of another process, and no others."""
+    """Use the tables and overrides of another process, and no others."""
     _add_environment()
     _added[:] = tables
     _overrides.clear()
@@ -88,9 +88,10 @@ def take_settings(tables, overrides):
 
 
 def remember(function):
-    """functools.lru_cache for what follows from tables: it forgets when they change.
+    """functools.lru_cache for results that depend on tables: it is cleared when they change.
 
-    What another thread's change of tables overtakes is computed again, since it would be kept after the forgetting.
+    If another thread changes the tables during the computation, the result is computed again. Stored after the
+    clearing, it would stay.
     """
 
     @functools.lru_cache(maxsize=1024)
@@ -114,14 +115,14 @@ def _forget_plans():
 
 
 def rows_class(num_rows):
-    """Rows that a tile is to hold: 16, 32, 64, or 128 for all above."""
+    """Rows of a tile for num_rows rows: 16, 32, 64, or 128 for all above."""
     return next((rows for rows in (16, 32, 64) if num_rows <= rows), 128)
 
 
 @remember
 def choose(config, case):
-    """The config of a call, of the class config: of a tuned table where one has the case, else the default; in both
-    with the fields of `override_config`."""
+    """The config of a call, of the class config: from a tuned table if one has the case, otherwise the default. Fields
+    of `override_config` replace its own."""
     chosen = find(config, case) if case.is_tuned else None
     if chosen is None:
         chosen = config.default(case)
@@ -133,7 +134,7 @@ def choose(config, case):
 
 
 def find(config, case):
-    """The config of the table that has the case, None where none has."""
+    """The config of the first table that has the case; None if none has."""
     _add_environment()
     key = case.arch, config.family, _name(case.dtype), tuple(_name(getattr(case, name)) for name in config.case_types)
     entries = next((table[key] for table in (*_added, _shipped(case.arch)) if key in table), {})
@@ -143,7 +144,7 @@ def find(config, case):
 
 
 def describe(config, case):
-    """What an entry of a table says that it is for."""
+    """The fields of a table's entry that say which calls it is for."""
     return {
         "family": config.family,
         "dtype": _name(case.dtype),
@@ -153,7 +154,7 @@ def describe(config, case):
 
 
 def _name(value):
-    """A dtype as tables name it."""
+    """A value as tables write it: dtypes by name."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
@@ -163,30 +164,30 @@ def is_chosen(config, case):
 
 
 def may_replace(portable, config):
-    """Whether a kernel may replace the portable one: not where the user overrides the config of that one alone."""
+    """Whether a kernel may replace the portable one: not if the user overrides only the portable kernel's config."""
     return portable.family not in _overrides or config.family in _overrides
 
 
 @contextlib.contextmanager
 def override_config(family: str, **fields: int | dict[str, int] | None) -> Iterator[None]:
-    """Inside it, kernels run with these fields in place of those of the config that a call would take.
+    """Context manager in which these fields replace those of the config that a call would take.
 
-        with override_config("flash", num_stages=2):  # the rest as the tables have it
+        with override_config("flash", num_stages=2):  # other fields stay
             out = flash_attention(q, k, v)
 
-    For trying a config; `python -m perf sweep` searches. Of the whole process, as `use_tuned`; contexts nest. The first
-    call inside and the first after it plan anew, and compile what was not compiled before.
+    It is for trying a config; `python -m perf sweep` searches for the best. Like `use_tuned` it holds for the whole
+    process. Contexts nest. The first call inside it, and the first after it, may compile.
 
     Args:
-        family: "flash", "flash_backward" (fields "dkdv", "dq" and "fused", dicts), "paged", "mla", "mla_prefill"; and
-            on sm_90 "flash_hopper" and "mla_hopper". Calls that "flash" and "mla" are overridden for take the portable
-            kernels.
-        fields: of the family's config: block_m, block_n, num_warps, num_stages, ...
+        family: "flash", "flash_backward" (fields "dkdv", "dq" and "fused", which are dicts), "paged", "mla",
+            "mla_prefill"; and on sm_90 "flash_hopper" and "mla_hopper". With "flash" or "mla" overridden, calls take
+            the portable kernels.
+        fields: fields of the family's config: block_m, block_n, num_warps, num_stages, ...
 
     Raises:
-        ValueError: no such family or field, or a value that no kernel takes. By calls inside: the config cannot run,
-            for instance because its tiles do not fit in shared memory (by estimate; what compiles to more still raises
-            triton.runtime.errors.OutOfResources). Nothing was launched.
+        ValueError: unknown family or field, or a value that no kernel takes. Raised by a call inside: the config cannot
+            run, for instance because its tiles do not fit in shared memory. That is an estimate; if the compiled kernel
+            needs more, triton.runtime.errors.OutOfResources is raised. Nothing was launched in either case.
     """
     if family not in FAMILIES:
         fail("family", " or ".join(sorted(FAMILIES)), repr(family))
@@ -208,7 +209,7 @@ def _override(family, fields):
 
 
 def _merged(old, new):
-    """old with the values of new; of two dicts those of both."""
+    """old updated with new; dicts in both are merged."""
     both_dicts = {name for name, x in new.items() if isinstance(x, dict) and isinstance(old.get(name), dict)}
     return old | {name: _merged(old[name], x) if name in both_dicts else x for name, x in new.items()}
 
@@ -233,7 +234,7 @@ def _shipped(arch):
 
 
 def _index_of(path):
-    """The index of a user's table. A table with no entry for this machine is refused."""
+    """The index of a user's table. Raises ValueError if no entry is for this machine."""
     table = read_table(path)
     archs = _archs_here()
     if archs and table["arch"] not in archs:
@@ -266,7 +267,7 @@ def _archs_here():
 
 
 def _triton_version():
-    import triton  # not at the top: the package can be imported without it
+    import triton  # here, so that this module can be imported without it
 
     return triton.__version__
 
@@ -276,7 +277,7 @@ def _series(version):
 
 
 def read_table(path):
-    """A table, checked: ValueError says which entry is broken, and how."""
+    """Read and check a table. Raises ValueError that names the invalid entry and the reason."""
     try:
         table = json.loads(path.read_text())
     except ValueError as error:
@@ -316,7 +317,7 @@ def _check_entry(name, entry, gpu):
 
 
 def _check_fields(name, value, types):
-    """A dict with these names and no others; a bool is no int."""
+    """Check that value is a dict with exactly these names and types. A bool is not an int."""
     if not isinstance(value, dict) or value.keys() != types.keys():
         fail(name, f"an object with {', '.join(types)}", f"{', '.join(value) if isinstance(value, dict) else value!r}")
     for field, expected in types.items():

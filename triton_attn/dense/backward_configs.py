@@ -1,8 +1,8 @@
-"""Tiles of the backward kernels: the default by look-up, the space that a sweep searches, and what cannot run.
+"""Configs of the backward kernels: the defaults, the search space of a sweep, and which configs cannot run.
 
-Defaults were chosen as those of the forward kernel, see configs.py: from compiled code, not from timings. Of the tiles
-that fit and spill nothing on Triton 3.6.0 and 3.9.0 they have the most `lock` in perf/model. Some spill a little for
-more of it: tests/flash/test_backward_compiled.py lists them.
+Defaults were chosen like those of the forward kernel (flash/configs.py), from compiled code, not from timings. Of the
+tiles that fit and do not spill on Triton 3.6.0 and 3.9.0 they have the highest `lock` in perf/model. A few spill, and
+have a higher `lock` than those that do not: tests/flash/test_backward_compiled.py lists them.
 
 TFLOP/s on sm_90, fp16, causal, Triton 3.6.0/3.9.0. The split schedule runs dkdv and dq, which do seven matmuls where
 five are counted: 5 / (4 / dkdv + 3 / dq).
@@ -16,17 +16,17 @@ five are counted: 5 / (4 / dkdv + 3 / dq).
     192         581/588    677/678    442/445    318/314
     256         372/374    689/713    331/335    374/365
 
-So the fused schedule is the default, with three exceptions:
+The fused schedule is therefore the default, with three exceptions:
 
-- Head dim 128 on sm_90. An H100 (Triton 3.6.0, causal, 4 sequences of 4,096 tokens, 16 heads) took 2.22 ms for a fused
-  pass, and 0.99 ms for dkdv and 0.74 ms for dq with the tiles that were fastest, those of the table.
-- Where its transposed dS does not fit in registers: on sm_90 at 192, and at 256 without TMA.
-- With mma.sync. On sm_80 (Triton 3.9.0) the fused schedule has 108 and the split one 111 at head dim 128, 59 and 91 at
-  256.
+- Head dim 128 on sm_90. On an H100 (Triton 3.6.0, causal, 4 sequences of 4,096 tokens, 16 heads) a fused pass took
+  2.22 ms. With the fastest tiles, those of the table, dkdv took 0.99 ms and dq 0.74 ms.
+- Head dim 192 on sm_90, and 256 without TMA: the transposed dS does not fit in registers.
+- GPUs with mma.sync. On sm_80 (Triton 3.9.0) the fused schedule has 108 and the split one 111 at head dim 128, and 59
+  and 91 at 256.
 
-A warp of mma.sync takes 16 rows, four warps of wgmma take 64. Where a tile has more warps than rows for them, as dkdv
-has at 256, warps repeat each other's matmuls. The split schedule also runs for deterministic=True, and for calls that
-want dq alone, or dk and dv alone. Under head dim 128 the loop of dq is bound by exp2 and conversions, not by matmuls.
+A warp needs 16 rows for mma.sync, four warps need 64 for wgmma. If a tile has more warps than that, as dkdv at 256,
+warps repeat each other's matmuls. The split schedule also runs for deterministic=True, and for calls that need only dq,
+or only dk and dv. Below head dim 128 exp2 and conversions bound the loop of dq, not matmuls.
 """
 
 import itertools
@@ -40,9 +40,10 @@ KERNELS = "dkdv", "dq", "fused"
 
 @dataclass(frozen=True)
 class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
-    """dkdv and dq are the split schedule; fused, where it is faster, computes all three in one kernel.
+    """dkdv and dq form the split schedule. fused computes all three gradients in one kernel; None where it is slower.
 
-    In dkdv and fused a program takes block_n keys and walks over queries block_m at a time, in dq the other way round.
+    In dkdv and fused a program computes block_n keys in a loop over tiles of block_m queries; in dq it is the other way
+    round.
     """
 
     dkdv: Tile
@@ -51,8 +52,8 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
 
     @classmethod
     def default(cls, case):
-        """By look-up. The row is the first of the table that reaches the mean of the two head dims, padded as the
-        kernels pad them, and nearly the width of dq. causal chooses nothing so far."""
+        """The first row of the table whose width is at least the mean of the two head dims and 5/6 of head_dim, the
+        width of dq. Head dims are padded as in the kernels. causal has no effect so far."""
         if case.arch == "interpreter":
             return cls(*3 * (Tile(64, 64, 4, 1),))
         if case.is_half:
@@ -66,7 +67,7 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
 
     @classmethod
     def search_space(cls, case, kernel):
-        """Tiles of one kernel, the default's, if it has one, first; those with an `objection` are left out."""
+        """All tiles of one kernel without an `objection`. The default, if there is one, comes first."""
         blocks = (32, 64, 128) if case.is_half else (16, 32, 64)
         stages = (1,) if case.gpu.is_amd else (1, 2, 3)
         use_tma = (True, False) if case.gpu.tma and case.is_half else (False,)
@@ -82,27 +83,28 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
 
 
 def _obstacle(kernel, tile, case):
-    """Of shared memory what no kernel does without: not all that `objection` expects is in it at once."""
+    """Why a kernel cannot run with a tile. This counts the least shared memory: not all tiles that `objection` counts
+    are live at once."""
     row, stay, pass_by = _rows(kernel, tile, case)
     least = max(stay, (tile.num_stages - 1) * pass_by) * row // (2 if case.gpu.is_amd else 1)
     return tma_obstacle(tile, case) or case.gpu.lacks(least)
 
 
 def objection(kernel, tile, case):
-    """Why a kernel cannot run with a tile, or cannot run well; None if nothing is against it."""
+    """Why a kernel cannot run with a tile, or cannot run well; None if it can."""
     if reason := tma_obstacle(tile, case) or case.gpu.lacks(_shared_bytes(kernel, tile, case)):
         return reason
     return None if case.gpu.tensor_memory else case.gpu.lacks_registers(_registers(kernel, tile, case))
 
 
 def _rows(kernel, tile, case):
-    """(bytes of a row of two inputs, rows of those that stay, of those that pass by)."""
+    """(bytes of a row of two inputs, rows that stay throughout the loop, rows that a trip of the loop loads)."""
     row = (padded_head_dim(case.head_dim) + padded_head_dim(case.head_dim_v)) * case.dtype.itemsize
     return row, *((tile.block_m, tile.block_n) if kernel == "dq" else (tile.block_n, tile.block_m))
 
 
 def _shared_bytes(kernel, tile, case):
-    """What the tiles of two inputs that stay and of two that pass by take, and dS where it is transposed."""
+    """Shared memory for the two inputs that stay, the two that the loop loads, and the transposed dS."""
     row, stay, pass_by = _rows(kernel, tile, case)
     if case.gpu.is_amd:
         return max(stay, pass_by) * row // 2

@@ -1,4 +1,4 @@
-"""Tiles of dense attention, of its forward and its backward pass, and what of a call they are chosen by."""
+"""Tiles of dense attention, forward and backward, and the case of a call by which they are chosen."""
 
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from .._host.gpu import gpu_of
 
 @dataclass(frozen=True, eq=False)
 class Tile(Config):
-    """block_m queries and block_n keys, num_warps warps, num_stages tiles in flight, TMA or pointers.
+    """block_m queries and block_n keys, num_warps warps, num_stages tiles in flight, loaded by TMA or by pointers.
 
-    Two are equal if their fields are, whichever kernel's they are.
+    Two tiles are equal if their fields are, also if they belong to different kernels.
     """
 
     block_m: int
@@ -30,11 +30,11 @@ class Tile(Config):
 
 
 class FlashCase(NamedTuple):
-    """What of a call the configs of its kernels depend on.
+    """What the configs of a call depend on.
 
-    access: how k and v (in the backward pass q and dout too) can be loaded: "tma", 16 bytes at a time ("vector"), or
-    element by element ("scalar"). precision: of fp32 matmuls, "ieee", "tf32" or "tf32x3". is_plain: without softcap,
-    ALiBi and dropout, as sweeps time it. seqlen_k: of the longest sequence.
+    access: how k and v (and in the backward pass q and dout) can be loaded: "tma", 16 bytes at a time ("vector"), or
+    element by element ("scalar"). precision: of fp32 matmuls, "ieee", "tf32" or "tf32x3". is_plain: no softcap, ALiBi
+    or dropout; sweeps time only such calls. seqlen_k: keys of the longest sequence.
     """
 
     arch: str
@@ -59,24 +59,24 @@ class FlashCase(NamedTuple):
 
     @property
     def is_tuned(self):
-        """Whether a sweep times such calls: plain ones of tensors that can be loaded in the fastest way."""
+        """Whether sweeps time such calls: plain ones whose tensors can be loaded in the fastest way."""
         return self.is_plain and (self.access == "tma" or (self.access == "vector" and not self.gpu.tma))
 
     @property
     def suits_tma(self):
-        """Whether rows are multiples of 16 bytes, where nothing else is known of the tensors."""
+        """Whether rows are multiples of 16 bytes. Strides and addresses are not known here."""
         return all(dim * self.dtype.itemsize % 16 == 0 for dim in (self.head_dim, self.head_dim_v))
 
 
 def tma_obstacle(config, case):
-    """Why a config cannot load with TMA; None if it can or does not."""
+    """Why a config cannot use TMA; None if it can, or does not use it."""
     if config.use_tma and not case.gpu.tma:
         return f"{case.arch} has no TMA"
     return "TMA needs rows in units of 16 bytes" if config.use_tma and not case.suits_tma else None
 
 
 def padded_head_dim(head_dim):
-    """Columns that the kernel computes: a multiple of 16 that is a power of two or, in two pieces, the sum of two."""
+    """Columns that the kernel computes: the next multiple of 16 that is a power of two, or the sum of two of them."""
     padded = -(-head_dim // 16) * 16
     rest = padded - (1 << (padded.bit_length() - 1))
     return padded if rest & (rest - 1) == 0 else 1 << padded.bit_length()

@@ -1,4 +1,4 @@
-"""What TMA descriptors of dense and packed tensors say, and which tensors can have one."""
+"""TMA descriptors of dense and packed tensors, and which tensors can have one."""
 
 from .._jit.tiles import PACKED_END, piece_0, piece_1
 
@@ -16,10 +16,11 @@ def strides_suit_tma(shape, strides, element_size):
 def tma_geometry(shape, strides, block_rows):
     """(shape, strides, block shape) of descriptors over (outer, batch, head, row, dim), zero past a sequence's end.
 
-    TMA checks each coordinate against a bound, and a packed tensor has one for all its rows. There the row counts from
-    E - seqlen to E = PACKED_END, the bound of every sequence. The address is brought back by batch = first row +
-    seqlen, with the stride of a row, and by outer = E, with stride 2^34 less that of a row: E 2^34 elements are a
-    multiple of 2^64 bytes, nothing, and the rest adds up to first row + row. `triton.tools.ragged_tma` does the same.
+    TMA compares each coordinate with one bound, which in a packed tensor is the same for all sequences. Row coordinates
+    of a sequence therefore run from E - seqlen to the bound E = PACKED_END. Two other coordinates correct the address:
+    batch = first row + seqlen, with the stride of a row, and outer = E, with the stride 2^34 - row stride. E * 2^34
+    elements are a multiple of 2^64 bytes, which is 0, and the rest adds up to first row + row. Source:
+    `triton.tools.ragged_tma`.
     """
     *batch, rows, heads, dim = shape
     *batch_stride, row, head, _ = strides

@@ -1,14 +1,14 @@
-"""Tiles of the forward kernel: those of a call by look-up, the space that a sweep searches, and what cannot run.
+"""Configs of the forward kernel: the defaults, the search space of a sweep, and which configs cannot run.
 
-Defaults were chosen from compiled code, not from timings: of the tiles that fit and spill nothing on Triton 3.6.0 and
-3.9.0, in every variant of the kernel, those with the most `lock` in perf/model. More stages were taken where
-they fit and `lock` is the same within its noise, as they hide a latency that the model does not see. At head dim 128 on
-sm_90 an H100 says so (Triton 3.6.0, causal, 4,096 tokens): 452 TFLOP/s with three stages, 408 with two.
+Defaults were chosen from compiled code, not from timings: of the tiles that fit and do not spill on Triton 3.6.0 and
+3.9.0, in every variant of the kernel, they have the highest `lock` in perf/model. Where more stages fit at the same
+`lock`, within its noise, they were taken, because they hide a latency that the model does not include. An H100 confirms
+it at head dim 128 (Triton 3.6.0, causal, 4,096 tokens): 452 TFLOP/s with three stages, 408 with two.
 
 On sm_90 the descriptor form (TMA) beats the pointer form. fp16, head dim 128, tiles of 128 x 128, 8 warps, 2 stages,
 Triton 3.6.0/3.9.0: 190/188 registers, no spill and `lock` 611/618 TFLOP/s against 254/254 registers, 80/188 bytes
 spilled and 588/603. At head dim 256, 128 x 64: `lock` 655/652 against 621/626. At 64 both are bound by exp2, 462/464
-against 467. On sm_100 the descriptor form of the same tiles spills nothing where the pointer form spills 20/112 bytes.
+against 467. On sm_100 the descriptor form of the same tiles does not spill; the pointer form spills 20/112 bytes.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from ..dense.tiles import Tile, padded_head_dim, tma_obstacle
 
 
 class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
-    """One program takes block_m queries and walks over keys block_n at a time, num_stages tiles ahead."""
+    """One program computes block_m queries in a loop over tiles of block_n keys, which it loads num_stages ahead."""
 
     @classmethod
     def default(cls, case):
-        """By look-up. The row is the first of the table that reaches the width max((head_dim + head_dim_v) / 2,
-        head_dim_v), both padded as the kernel pads them: shared memory holds tiles of both, registers the output alone.
+        """The first row of the table whose width is at least max((head_dim + head_dim_v) / 2, head_dim_v), with head
+        dims padded as in the kernel: shared memory holds tiles of both, registers only the output.
 
-        causal chooses nothing so far: a mask adds partial tiles and leaves the loop over full tiles as it is.
+        causal has no effect so far: a mask adds partial tiles, and the loop over full tiles stays the same.
         """
         if case.arch == "interpreter":
             return cls(64, 64, 4, 1)
@@ -40,7 +40,7 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
 
     @classmethod
     def search_space(cls, case):
-        """Those that `objection` has a reason against are left out."""
+        """All configs without an `objection`."""
         rows, keys = (64, 128), (32, 64, 128)
         if not case.is_half or max(case.head_dim, case.head_dim_v) > 256:
             rows, keys = (16, 32, *rows), (16, *keys)
@@ -53,19 +53,19 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
         return tma_obstacle(self, case) or case.gpu.lacks(self._shared_bytes(case))
 
     def objection(self, case):
-        """Why it cannot run, or cannot run well; None if nothing is against it."""
+        """Why the config cannot run, or cannot run well; None if it can."""
         gpu = case.gpu
         if gpu.multiplies_shared_memory and case.is_half and self.block_m < 64:
-            return "the matrix instructions take 64 rows"
+            return "the matrix instructions need 64 rows"
         if reason := self.obstacle(case) or gpu.lacks_registers(self._registers(case)):
             return reason
         columns = (self.block_n + padded_head_dim(case.head_dim_v)) * self.block_m // 128
         if gpu.tensor_memory and columns > 512:
-            return f"{columns} columns of tensor memory, there are 512"
+            return f"{columns} columns of tensor memory, the GPU has 512"
         return None
 
     def _shared_bytes(self, case):
-        """What the tiles of q, k and v take."""
+        """Shared memory for the tiles of q, k and v."""
         size = case.dtype.itemsize
         q = self.block_m * padded_head_dim(case.head_dim) * size
         k, v = (self.block_n * padded_head_dim(dim) * size for dim in (case.head_dim, case.head_dim_v))
@@ -76,7 +76,7 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
         return q + case.gpu.buffers(self.num_stages) * (k + v)
 
     def _registers(self, case):
-        """32-bit registers per thread that hold scores, weights and, where there is no tensor memory, the output."""
+        """32-bit registers per thread for scores, weights and, without tensor memory, the output."""
         scores = self.block_m * self.block_n
         output = 0 if case.gpu.tensor_memory else self.block_m * padded_head_dim(case.head_dim_v)
         return (scores + scores * case.dtype.itemsize // 4 + output) // (self.num_warps * case.gpu.warp_size)
@@ -84,8 +84,8 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
 
 @dataclass(frozen=True)
 class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal": bool}):
-    """One program of hopper.py takes 64 queries for each of its groups of four warps and walks over keys block_n at a
-    time, num_stages tiles ahead."""
+    """One program of hopper.py computes 64 queries for each of its groups of four warps, in a loop over tiles of
+    block_n keys, which it loads num_stages ahead."""
 
     block_n: int
     groups: int
@@ -102,15 +102,15 @@ class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal
 
     @classmethod
     def default(cls, case):
-        """The fastest on an H100 of those that fit."""
+        """The fastest of those that fit, measured on an H100."""
         return _HOPPER[case.head_dim, case.causal]
 
     @classmethod
     def choose(cls, case, wanted):
-        """The config of a call, None for the portable kernel.
+        """The config of a call; None means the portable kernel.
 
-        wanted: "auto", where a tuned table has one, which says that the kernel was found right and fast on such a GPU
-        with this Triton; "hopper", also where none has; "portable", never.
+        With wanted "auto" a tuned table must have one: it shows that the kernel was right and fast on such a GPU with
+        this Triton. With "hopper" every supported call has one, with "portable" none.
         """
         if wanted == "portable" or not cls.supports(case) or not tuned.may_replace(FlashConfig, cls):
             return None
@@ -118,11 +118,11 @@ class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal
 
     @classmethod
     def search_space(cls, case):
-        """None where the kernel does not support the case."""
+        """Empty if the kernel does not support the case."""
         if not cls.supports(case):
             return []
-        # Scores, weights and output of three groups fit in their registers, 160 a thread, at head dim 64 alone. Tiles
-        # of 64 keys were up to a fifth slower on an H100 where 128 fit.
+        # Three groups have 160 registers a thread, where scores, weights and output fit only at head dim 64. On an H100
+        # tiles of 64 keys were up to 20 % slower where 128 fit.
         default, groups = cls.default(case), (2, 3) if case.head_dim == 64 else (2,)
         candidates = itertools.starmap(cls, itertools.product((default.block_n,), groups, (2, 3, 4)))
         return list(dict.fromkeys([default, *(config for config in candidates if not config.obstacle(case))]))
@@ -130,7 +130,7 @@ class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal
     def obstacle(self, case):
         if self.block_n > 128 or self.groups not in (2, 3):
             return "the kernel has 2 or 3 groups and tiles of at most 128 keys"
-        # Barriers take less than 2 KB.
+        # Barriers need less than 2 KB.
         tiles = (self.block_m + 2 * self.block_n * self.num_stages) * case.head_dim * case.dtype.itemsize
         return case.gpu.lacks(tiles + 2048)
 
@@ -223,7 +223,7 @@ _HALF = {
 _HALF["sm_120"] = _HALF["sm_86"]
 
 HOPPER_HEAD_DIMS = (64, 128, 256)
-# Of hopper.py by (head dim, causal): the fastest on an H100 of those that fit.
+# Configs of hopper.py by (head dim, causal): the fastest of those that fit, measured on an H100.
 _HOPPER = {
     (64, False): HopperConfig(128, 3, 2),
     (64, True): HopperConfig(128, 2, 2),
@@ -233,17 +233,17 @@ _HOPPER = {
     (256, True): HopperConfig(64, 2, 2),
 }
 
-# Tiles that leave registers to tanh, by (architecture, access, largest width of the row). exp2 and tanh bound the loop:
-# `lock` is 427 where the row's own has 429 and spills.
+# Tiles that leave registers for tanh, by (architecture, access, width of the row). exp2 and tanh bound the loop: its
+# `lock` is 427; the row's own tile has 429 and spills.
 _SOFTCAP = {("sm_90", "tma", 160): FlashConfig(128, 64, 8, 3, use_tma=True)}
 
-# Tiles that leave room to the dropout mask: registers, or the 16 KiB of shared memory in which its layout is changed.
+# Tiles that leave room for the dropout mask: registers, or the 16 KiB of shared memory that change its layout.
 _DROPOUT = {
     ("sm_80", "vector", 64): FlashConfig(128, 64, 8, 3),
     ("sm_90", "tma", 128): FlashConfig(128, 128, 8, 2, use_tma=True),
 }
 
-# fp32 inputs, by the precision of their matmuls. NVIDIA has fused multiply-adds alone for ieee.
+# fp32 inputs, by the precision of their matmuls. NVIDIA GPUs do ieee with fused multiply-adds only.
 _FLOAT = {
     "ieee": (
         (64, FlashConfig(64, 32, 8, 1)),
@@ -266,5 +266,6 @@ _FLOAT = {
 
 
 def _width(head_dim, head_dim_v):
+    """What rows of the tables are found by, see `FlashConfig.default`."""
     head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
     return max((head_dim + head_dim_v) / 2, head_dim_v)

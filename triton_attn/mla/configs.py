@@ -1,9 +1,9 @@
-"""Tiles of the MLA kernels: the default by look-up, the space that a sweep searches, and what cannot run.
+"""Configs of the MLA kernels: the defaults, the search space of a sweep, and which configs cannot run.
 
-Defaults were chosen from compiled code, not from timings: they fit and spill nothing at 512 + 64, the widths of
+Defaults were chosen from compiled code, not from timings: they fit and do not spill at 512 + 64, the widths of
 DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode, a tile of up to 16 rows reads latent vectors as fast as memory
-delivers them; the tile for more rows has the most `lock` in perf/model. On sm_100 the output of 64 rows alone fills the
-tensor memory, so that mma.sync takes 32.
+delivers them; the tile for more rows has the highest `lock` in perf/model. On sm_100 the output of 64 rows would fill
+the tensor memory, so tiles have 32 rows and mma.sync multiplies them.
 """
 
 import itertools
@@ -18,10 +18,10 @@ from .._host.gpu import gpu_of
 
 
 class MlaDecodeCase(NamedTuple):
-    """What of a decode step, or of a prefill over latent vectors, the config depends on.
+    """What the config of a decode step, or of an absorbed prefill, depends on.
 
-    rows: seqlen_q * num_heads. is_fp8: the cache. is_paged: it has pages, of page_size, in which a sequence has room
-    for seqlen_k keys; sweeps time such calls.
+    rows is seqlen_q * num_heads; is_fp8 tells of the cache. is_paged: the cache has pages of page_size keys, of which a
+    sequence can have seqlen_k. Sweeps time only such calls.
     """
 
     arch: str
@@ -61,7 +61,7 @@ class MlaDecodeConfig(
     case=_WIDTHS | {"tile_rows": int, "cache_dtype": str},
     buckets=("seqlen_k", "page_size", "rows"),
 ):
-    """One program takes block_m rows, heads of the queries of a sequence, and walks over keys block_n at a time."""
+    """One program computes block_m rows, heads of the queries of a sequence, in a loop over tiles of block_n keys."""
 
     block_m: int
     block_n: int
@@ -89,7 +89,7 @@ class MlaDecodeConfig(
         return case.gpu.lacks(self._shared_bytes(case))
 
     def _shared_bytes(self, case):
-        """What the tiles of queries and keys take at least; fp8 keys of one stage are decoded in registers."""
+        """Least shared memory for the tiles of queries and keys. With one stage fp8 keys are decoded in registers."""
         width = case.kv_lora_rank + case.qk_rope_head_dim
         q = self.block_m * width * case.dtype.itemsize
         keys = self.block_n * width * case.cache_dtype.itemsize
@@ -97,24 +97,25 @@ class MlaDecodeConfig(
             return max(q, keys)
         if case.is_fp8 and self.num_stages == 1:
             return q
-        # Fewer than 64 rows are multiplied by mma.sync everywhere.
+        # mma.sync multiplies fewer than 64 rows on every GPU.
         buffers = case.gpu.buffers(self.num_stages) if self.block_m >= 64 else self.num_stages - 1
         return q + max(buffers, 1) * keys
 
     def programs_per_sm(self, is_fp8):
-        """Programs of a decode that splits are to give an SM at once. Tiles of 16 rows leave room for two, which an fp8
-        cache needs, whose loop is slower than memory; others wait for memory, and more splits are more to merge."""
+        """Programs that the splits of a decode give each SM. Two tiles of 16 rows fit on an SM. An fp8 cache needs two,
+        because its loop is slower than memory. Others wait for memory, and more splits mean more to merge."""
         return 2 if is_fp8 and self.block_m == 16 else 1
 
 
 def has_wgmma(arch):
+    """Whether an architecture has wgmma."""
     return gpu_of(arch).wgmma
 
 
 @dataclass(frozen=True)
 class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqlen_k", "rows")):
-    """One program of hopper.py takes 64 rows and walks over keys 64 at a time, num_stages tiles ahead: two, as its two
-    groups take turns, and no more fit."""
+    """One program of hopper.py computes 64 rows in a loop over tiles of 64 keys, which it loads num_stages ahead: two,
+    because its two groups alternate, and no more fit."""
 
     num_stages: int
 
@@ -129,7 +130,7 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqle
 
     @classmethod
     def choose(cls, case, wanted):
-        """The config of a decode step, None for the portable kernel; wanted as in `HopperConfig.choose` of flash."""
+        """The config of a decode step; None means the portable kernel. wanted as in `HopperConfig.choose` of flash."""
         if wanted == "portable" or not cls.supports(case) or not tuned.may_replace(MlaDecodeConfig, cls):
             return None
         return tuned.choose(cls, case) if wanted == "hopper" or tuned.is_chosen(cls, case) else None
@@ -139,15 +140,16 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqle
         return [cls.default(case)] if cls.supports(case) else []
 
     def obstacle(self, case):
-        return None if self.num_stages == 2 else "the kernel's two groups take turns at two tiles"
+        return None if self.num_stages == 2 else "the kernel's two groups alternate over two tiles"
 
 
-# Of hopper.py by (kv_lora_rank, qk_rope_head_dim).
+# Configs of hopper.py by (kv_lora_rank, qk_rope_head_dim).
 _HOPPER = {(512, 64): MlaHopperConfig(2)}
 
-# Configs of up to 16 rows and of more, per architecture; 16-bit inputs. Three stages hold two tiles of keys: one is
-# loaded while the other is multiplied. Where two such tiles leave room for one program an SM in place of two, or ask
-# for smaller tiles, `lock` is less, and two stages are the default. sm_120 spills with 32 rows, sm_86 does not.
+# Configs for up to 16 rows and for more, per architecture, with 16-bit inputs. With three stages two tiles of keys are
+# in shared memory: one is loaded while the other is multiplied. If only one program then fits on an SM where two did,
+# or tiles have to be smaller, `lock` is lower, and the default has two stages. sm_120 spills with 32 rows, sm_86 does
+# not.
 _HALF = {
     "sm_80": (MlaDecodeConfig(16, 32, 4, 2), MlaDecodeConfig(32, 64, 8, 2)),
     "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(32, 32, 4, 2)),
@@ -198,8 +200,8 @@ _HEAD = {"qk_nope_head_dim": int, "qk_rope_head_dim": int, "v_head_dim": int}
 
 @dataclass(frozen=True)
 class MlaPrefillConfig(Config, family="mla_prefill", case={"fused": bool} | _HEAD):
-    """One program takes block_m queries of a head and walks over keys block_n at a time; where it computes keys from
-    latent vectors, it takes block_c elements of these at a time."""
+    """One program computes block_m queries of a head in a loop over tiles of block_n keys. If it computes keys from
+    latent vectors, it does so with block_c elements of these at a time."""
 
     block_m: int
     block_n: int
@@ -231,7 +233,7 @@ class MlaPrefillConfig(Config, family="mla_prefill", case={"fused": bool} | _HEA
         return case.gpu.lacks(self._shared_bytes(case))
 
     def _shared_bytes(self, case):
-        """What tiles take at least: of queries, and of keys and values, or of latent vectors and weights."""
+        """Least shared memory for the tiles of queries, and of keys and values, or of latent vectors and weights."""
         size = case.dtype.itemsize
         q = self.block_m * (case.qk_nope_head_dim + case.qk_rope_head_dim) * size
         k = self.block_n * (case.qk_nope_head_dim + case.qk_rope_head_dim) * size
@@ -246,8 +248,9 @@ class MlaPrefillConfig(Config, family="mla_prefill", case={"fused": bool} | _HEA
         return q + buffers * (k + v)
 
 
-# (keys and values loaded, computed from latent vectors) of heads up to 128 wide, as in DeepSeek's models; 16-bit
-# inputs. The loop over latent elements spills nothing. Around it, once for a tile of keys, sm_90 spills up to 140 B.
+# Configs for keys and values that are loaded, and for those that are computed from latent vectors, at head dims up to
+# 128, as in DeepSeek's models, with 16-bit inputs. The loop over latent elements does not spill. Around it, once per
+# tile of keys, sm_90 spills up to 140 bytes.
 _PREFILL = {
     "sm_80": (MlaPrefillConfig(128, 32, 8, 3), MlaPrefillConfig(128, 32, 8, 3)),
     "sm_86": (MlaPrefillConfig(128, 32, 8, 2), MlaPrefillConfig(64, 32, 8, 2, 32)),
@@ -256,5 +259,5 @@ _PREFILL = {
     "sm_120": (MlaPrefillConfig(128, 32, 8, 2), MlaPrefillConfig(64, 32, 8, 2, 32)),
     "gfx942": (MlaPrefillConfig(128, 64, 4, 1), MlaPrefillConfig(128, 32, 4, 1, 32)),
 }
-# Of wider heads, by (largest padded dimension, ...) on every architecture: they fit.
+# Configs for wider heads, by the largest padded dimension, on every architecture: they fit.
 _PREFILL_WIDE = ((256, MlaPrefillConfig(64, 32, 8, 1, 32)), (512, MlaPrefillConfig(32, 16, 8, 1, 32)))
