@@ -9,6 +9,7 @@ from perf.model import house
 @pytest.mark.parametrize("function", house.jit_functions(), ids=lambda function: f"{function.file}-{function.name}")
 def test_device_code_keeps_its_limits(function):
     assert function.excesses() == {}
+    assert function.has_docstring
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ def _zeros(TILE: tl.constexpr):
 
 @triton.jit
 def _store_output(ptrs, rows_mask, tile, TILE: tl.constexpr):
+    """Store a tile in its pieces to the rows at ptrs (rows, 1) that are in rows_mask."""
     store_piece(ptrs, rows_mask, tile[0], 0, TILE.KV_LORA_RANK)
     if TILE.PIECE_1 > 0:
         store_piece(ptrs, rows_mask, tile[1], TILE.PIECE_0, TILE.KV_LORA_RANK)
@@ -140,7 +141,7 @@ def _store_output(ptrs, rows_mask, tile, TILE: tl.constexpr):
 
 @triton.jit
 def _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, NUM_HEADS: tl.constexpr):
-    """Of rows of heads in lse (batch, NUM_HEADS, rows)."""
+    """Pointers to the given rows of heads in lse (batch, NUM_HEADS, rows)."""
     return lse_ptr + (tl.cast(batch, tl.int64) * NUM_HEADS + heads) * lse_stride + rows
 
 
