@@ -317,7 +317,7 @@ def flash_attn_with_kvcache(
             rotary = dict(rope_cos=rotary_cos, rope_sin=rotary_sin, rope_interleaved=bool(rotary_interleaved))
             rotary["positions"] = positions.flatten()
         k, v = (_with_contiguous_rows(x).flatten(0, 1) for x in (k, v))
-        append_kv_cache(k, v, k_cache, v_cache, _slots(table, positions, k_cache).flatten(), **rotary)
+        append_kv_cache(k, v, k_cache, v_cache, slots_of(table, positions, k_cache).flatten(), **rotary)
         if rotary_cos is not None and rotary_sin is not None:
             rows = cache_seqlens[:, None]
             if causal or window_size != (-1, -1):
@@ -330,7 +330,7 @@ def flash_attn_with_kvcache(
         # In a table of pages with one key each, a sequence can begin anywhere.
         capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
         positions = cache_leftpad[:, None] + torch.arange(capacity, dtype=torch.int32, device=q.device)
-        table = _slots(table, positions, k_cache).int()
+        table = slots_of(table, positions, k_cache).int()
         cache_seqlens = (cache_seqlens.clamp(max=capacity) - cache_leftpad).clamp(min=0)
         k_cache, v_cache = _one_key_pages(k_cache), _one_key_pages(v_cache)
     elif table is None:
@@ -391,7 +391,7 @@ def _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad
     return cache_seqlens, None if block_table is None else _with_contiguous_rows(block_table)
 
 
-def _slots(table, positions, cache):
+def slots_of(table, positions, cache):
     """Slot of each position (batch, n) in the cache, int64; -1 for a position that the sequence does not have."""
     page_size = cache.shape[1]
     num_pages = 1 if table is None else table.shape[1]

@@ -14,10 +14,17 @@ mask alone says what queries see. It is never guessed from the layer.
 
 torch.compile(fullgraph=True) compiles a model to one graph. The positions of padding and sequences are computed in it:
 for a prompt by an operator with one device-to-host sync per mask, for a decode step without a sync.
+
+Continuous batching accepts only names that contain "flash", so there is a second name for it:
+
+    model.set_attn_implementation(register_for_generate_batch())
+    outputs = model.generate_batch(prompts)
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,15 +32,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
-from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig, __version__
 
+from ..cache import append_kv_cache
 from ..flash import flash_attention
+from ..paged import paged_attention
+from . import flash_attn
 from .mask_functions import UNLIMITED, pattern_of
 from .packing import Packing, attend_packed, pack
 from .support import Support
 
 SUPPORT = Support(
-    functions=("register", "attention", "token_mask"),
+    functions=("register", "register_for_generate_batch", "attention", "token_mask"),
     on_cpu="all, by the references or in the interpreter",
     refused={
         "attention_mask": "a 4-D mask, or an additive bias",
@@ -41,6 +51,7 @@ SUPPORT = Support(
         "position_bias": "a tensor",
         "indices": "a tensor, for sparse attention",
         "mask_function": "other than a window within the query's sequence",
+        "block_table": "a tensor without k_cache and v_cache, or with dropout",
     },
 )
 
@@ -49,6 +60,44 @@ def register(name: str = "triton_attn") -> None:
     """Make `attn_implementation=name` known to transformers: the attention and its mask."""
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, token_mask)
+
+
+FIRST_BATCHING = (5, 24)  # before, the attention itself had to update the cache of continuous batching
+batching_names: set[str] = set()
+
+
+def register_for_generate_batch(name: str = "triton_attn_flash_2") -> str:
+    """`register(name)` for continuous batching too: `model.set_attn_implementation(name)`, `model.generate_batch(...)`.
+
+    Continuous batching accepts a name that contains "flash". On a GPU it decodes over block tables if the name has a 2
+    or a 3 after that. transformers loads the functions behind such a name by load_and_register_attn_kernel of its
+    integrations.hub_kernels. This function is replaced by one that returns `triton_attn.interop.flash_attn` for `name`
+    and calls the replaced function for any other. `generate` and the forward pass are the same as under `register`.
+
+    Returns:
+        name.
+
+    Raises:
+        ImportError: transformers is older than 5.24, or has no such function.
+        ValueError: continuous batching would refuse the name, or decode without block tables.
+    """
+    if tuple(map(int, __version__.split(".")[:2])) < FIRST_BATCHING:
+        raise ImportError(f"transformers: expected 5.24 or later for continuous batching, got {__version__}")
+    from transformers.integrations import hub_kernels
+
+    if re.fullmatch(r"[^/:|]*flash[^/:|]*[23][^/:|]*", name) is None:
+        raise ValueError(f'name: expected "flash" with a 2 or a 3 after it, and none of "/:|", got {name!r}')
+    register(name)
+    if name not in batching_names:
+        load = hub_kernels.load_and_register_attn_kernel
+
+        @functools.wraps(load)
+        def load_ours(attn_implementation, *args, **kwargs):
+            return flash_attn if attn_implementation == name else load(attn_implementation, *args, **kwargs)
+
+        hub_kernels.load_and_register_attn_kernel = load_ours
+        batching_names.add(name)
+    return name
 
 
 def attention(
@@ -69,6 +118,9 @@ def attention(
     max_length_k: int | Tensor | None = None,
     deterministic: bool | None = None,
     position_ids: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it.
@@ -87,13 +139,18 @@ def attention(
         deterministic: gradients repeat bitwise.
         position_ids: (1 or batch, seqlen_q). If the mask has no padding and no packing, a sequence begins wherever the
             smallest position of the row occurs again.
+        block_table, k_cache, v_cache: the pages of each sequence (num_sequences, max_pages), -1 for none, and the
+            cache (num_pages, page_size, num_heads_kv, head_dim). Continuous batching gives them when each sequence
+            has one query. query, key and value are then (1, heads, num_sequences, head_dim), and the new key is
+            written in the cache first. cu_seq_lens_k are the offsets with the new keys included.
 
     Returns:
         (batch, seqlen_q, num_heads_q, head_dim_v), with 0 for causal or windowed queries that are padding; and None for
         the weights, which are never in memory.
 
     Raises:
-        NotImplementedError: the call requests attention weights, a 4-D mask, an additive bias or sparse indices.
+        NotImplementedError: the call requests attention weights, a 4-D mask, an additive bias or sparse indices; or
+            dropout with a block table, or a block table without a cache.
     """
     _refuse(module, {name: kwargs.get(name) for name in UNSUPPORTED})
     if not (attention_mask is None or isinstance(attention_mask, TokenMask)):
@@ -103,6 +160,19 @@ def attention(
             f"got {shape} in {type(module).__name__}; {INSTEAD}"
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if block_table is not None:
+        if k_cache is None or v_cache is None or cu_seq_lens_k is None or dropout > 0:
+            raise NotImplementedError(
+                "block_table: expected k_cache, v_cache, cu_seq_lens_k and no dropout beside it in "
+                f"{type(module).__name__}; {INSTEAD}"
+            )
+        options = {
+            "softmax_scale": scaling,
+            "window_size": _window_without_mask(True, sliding_window),
+            "softcap": softcap or 0.0,
+            "sinks": None if s_aux is None else s_aux.float(),
+        }
+        return _attend_pages(q, k, v, (k_cache, v_cache), cu_seq_lens_k, block_table, options), None
     if attention_mask is None:
         window, packing = _window_without_mask(is_causal, sliding_window), None
     else:
@@ -130,7 +200,7 @@ def attention(
 
 
 # Arguments of layers that change the result, or request more than it.
-UNSUPPORTED = ("position_bias", "head_mask", "output_attentions", "indices", "block_indices", "block_table")
+UNSUPPORTED = ("position_bias", "head_mask", "output_attentions", "indices", "block_indices")
 
 
 INSTEAD = "use attn_implementation='eager', or 'sdpa' where the model has it"
@@ -143,6 +213,16 @@ def _refuse(module, arguments):
             raise NotImplementedError(
                 f"{name}: not supported by triton_attn's attention, got {got} in {type(module).__name__}; {INSTEAD}"
             )
+
+
+def _attend_pages(q, k, v, caches, cu_seqlens_k, block_table, options):
+    """One query of each sequence in a row, (1, num_sequences, heads, head_dim). A sequence of 0 keys is padding."""
+    q, k, v = (x.squeeze(0) for x in (q, k, v))  # (num_sequences, heads, head_dim)
+    seqlens_k = cu_seqlens_k[: len(q) + 1].diff().int()
+    slots = flash_attn.slots_of(block_table, seqlens_k[:, None] - 1, caches[0])
+    append_kv_cache(k, v, *caches, slots.flatten())
+    out = paged_attention(q.unsqueeze(1), *caches, seqlens_k, block_table, **options)
+    return out.transpose(0, 1)
 
 
 def _window_without_mask(is_causal, sliding_window):
