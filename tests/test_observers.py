@@ -144,6 +144,15 @@ CASES = {
             | {"latent_cache": randn(6, PAGE, RANK + ROPE), "softmax_scale": 0.2, "return_lse": True}
         ),
     ),
+    "mla_decode, packed, over two caches": Case(
+        mla_decode,
+        lambda: (
+            {name: x[:, 0] for name, x in mla_queries(RANK).items()}
+            | tables()
+            | {"cu_seqlens_q": torch.arange(3, dtype=torch.int32, device=DEVICE), "max_seqlen_q": 1}
+            | {"latent_cache": randn(6, PAGE, RANK), "rope_cache": randn(6, PAGE, ROPE), "softmax_scale": 0.2}
+        ),
+    ),
     "mla_prefill": Case(mla_prefill, lambda: mla_inputs(2, 5) | {"return_lse": True}, trained=True),
     "mla_prefill, packed": Case(mla_prefill, lambda: mla_inputs(5) | packed() | {"mode": "materialized"}, trained=True),
     "append_kv_cache": Case(

@@ -184,6 +184,15 @@ def mla_decode(num_heads, cache_dtype=BF16, weights=False, **options):
     ta.mla_decode(q_nope, q_pe, cache, int32(400), torch.arange(8, dtype=torch.int32)[None], **options)
 
 
+def mla_decode_packed(rope):
+    """Rotary keys in a cache of their own, or none."""
+    queries = (torch.randn(70, 16, n, dtype=BF16) for n in (512, rope))
+    caches = [torch.zeros(8, 64, n, dtype=BF16) for n in (512, rope)]
+    where = int32(200, 90), torch.arange(8, dtype=torch.int32).view(2, 4)
+    lengths = {"cu_seqlens_q": int32(0, 30, 70), "max_seqlen_q": 70}
+    ta.mla_decode(*queries, caches[0], *where, rope_cache=caches[1], softmax_scale=0.1, **lengths)
+
+
 def mla_prefill(mode, grads=False):
     shapes = (1, 70, 4, 128), (1, 70, 4, 64), (1, 70, 512), (1, 70, 64), (4, 128, 512), (4, 128, 512)
     inputs = [torch.randn(shape, dtype=BF16) for shape in shapes]
@@ -247,6 +256,8 @@ CALLS = {
     "mla decode, rope": lambda: mla_decode(
         16, weights=True, rope_cos=torch.ones(400, 32), rope_sin=torch.ones(400, 32)
     ),
+    "mla decode, packed": lambda: mla_decode_packed(64),
+    "mla decode, packed, no rope": lambda: mla_decode_packed(0),
     "mla prefill, packed": mla_prefill_packed,
     "mla prefill, fused": lambda: mla_prefill("fused"),
     "mla prefill, materialized": lambda: mla_prefill("materialized", grads=True),

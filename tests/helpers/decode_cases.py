@@ -34,13 +34,17 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call. With w_uk queries are absorbed, with w_uv outputs projected."""
+    """One call. With w_uk queries are absorbed, with w_uv outputs projected. With seqlens_q queries are packed, and two
+    rows follow the last sequence; max_seqlen_q is a bound of these lengths, None the longest."""
 
     dtype: torch.dtype = torch.float16
     is_fp8: bool = False
     page_size: int = 16
     seqlen_q: int = 1
     seqlens_k: tuple = (47, 100, 1)
+    seqlens_q: tuple | None = None
+    max_seqlen_q: int | None = None
+    two_tensors: bool = False  # rotary keys have a cache of their own
     num_heads: int = 4
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 16
@@ -70,6 +74,8 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(case.seed)
         nope, rank = case.qk_nope_head_dim, case.kv_lora_rank
         rows = len(case.seqlens_k), case.seqlen_q, case.num_heads
+        if case.seqlens_q is not None:
+            rows = sum(case.seqlens_q) + 2, case.num_heads
         self.q_nope = self._randn(*rows, nope if case.with_uk else rank)
         self.q_pe = self._randn(*rows, case.qk_rope_head_dim)
         # As in models: views of one weight.
@@ -107,11 +113,22 @@ class Inputs:
             keys = torch.arange(n)
             slots = own[keys // case.page_size] * case.page_size + keys % case.page_size
             latents, k_pe = self._randn(n, case.kv_lora_rank), self._randn(n, case.qk_rope_head_dim)
-            with mock.patch.dict("os.environ", TRITON_ATTN_BACKEND="reference"):
-                append_latent_cache(latents, k_pe, self.cache, slots.to(DEVICE))
+            if case.qk_rope_head_dim:
+                with mock.patch.dict("os.environ", TRITON_ATTN_BACKEND="reference"):
+                    append_latent_cache(latents, k_pe, self.cache, slots.to(DEVICE))
+            else:
+                self.cache[own[keys // case.page_size], keys % case.page_size] = latents
             stored = self.cache[own[keys // case.page_size], keys % case.page_size]
             self.rows.append(read_latent_cache(stored, case.kv_lora_rank, case.qk_rope_head_dim, torch.float64))
         self.block_table = self.block_table.to(DEVICE)
+
+    @property
+    def places(self):
+        """Of each sequence in the queries: its row of a batch, its rows of packed tensors."""
+        if self.case.seqlens_q is None:
+            return range(len(self.rows))
+        ends = torch.tensor(self.case.seqlens_q).cumsum(0).tolist()
+        return [slice(end - n, end) for n, end in zip(self.case.seqlens_q, ends)]
 
     @property
     def softmax_scale(self):
@@ -122,10 +139,18 @@ class Inputs:
         case = self.case
         seqlens = torch.tensor(case.seqlens_k, dtype=torch.int32, device=DEVICE)
         options = {"return_lse": True, "num_splits": case.num_splits} | options
+        if case.seqlens_q is not None:
+            longest = max(case.seqlens_q) if case.max_seqlen_q is None else case.max_seqlen_q
+            cu_seqlens_q = torch.tensor([0, *case.seqlens_q], device=DEVICE).cumsum(0, dtype=torch.int32)
+            options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": longest}
+        cache = self.cache
+        if case.two_tensors:
+            cache, rope_cache = (x.contiguous() for x in cache.split([case.kv_lora_rank, case.qk_rope_head_dim], -1))
+            options["rope_cache"] = rope_cache
         return mla_decode(
             LAYOUTS[case.q_layout](self.q_nope),
             LAYOUTS[case.q_layout](self.q_pe),
-            self.cache,
+            cache,
             seqlens,
             self.block_table,
             self.w_uk,
@@ -141,10 +166,10 @@ class Inputs:
         case = self.case
         weights = [x if x is None else x.to(dtype) for x in (self.w_uk, self.w_uv)]
         dim = case.kv_lora_rank if weights[1] is None else case.v_head_dim
-        out = torch.zeros(*self.q_pe.shape[:3], dim, dtype=dtype, device=DEVICE)
-        lse = torch.zeros(len(case.seqlens_k), case.num_heads, case.seqlen_q, dtype=dtype, device=DEVICE)
-        for i, rows in enumerate(self.rows):
-            q_nope, q_pe, rows = self.q_nope[i].to(dtype), self.q_pe[i].to(dtype), rows.to(dtype)
+        out = torch.zeros(*self.q_pe.shape[:-1], dim, dtype=dtype, device=DEVICE)
+        lse = torch.full_like(out[..., 0], -math.inf).mT.contiguous()
+        for own, rows in zip(self.places, self.rows):
+            q_nope, q_pe, rows = self.q_nope[own].to(dtype), self.q_pe[own].to(dtype), rows.to(dtype)
             if self.rope:
                 positions = (torch.arange(case.seqlen_q) + len(rows) - case.seqlen_q).clamp(min=0)
                 cos, sin = (self.rope[name][positions].to(dtype).unsqueeze(1) for name in ("rope_cos", "rope_sin"))
@@ -164,7 +189,8 @@ class Inputs:
             )
             if weights[1] is not None:
                 out_i = torch.einsum("bihc,hvc->bihv", out_i.to(dtype), weights[1])
-            out[i], lse[i] = out_i[0], lse_i[0]
+            out[own] = out_i[0]
+            (lse[own] if case.seqlens_q is None else lse[:, own]).copy_(lse_i[0])
         return out, lse
 
 
@@ -215,11 +241,11 @@ def cache_bytes(accesses):
 
 def keys_in_tiles(case):
     """Keys in the visible tiles of each tile of rows, for all of these."""
-    rows = case.seqlen_q * case.num_heads
     total = 0
-    for seqlen_k in case.seqlens_k:
+    for seqlen_q, seqlen_k in zip(case.seqlens_q or [case.seqlen_q] * len(case.seqlens_k), case.seqlens_k):
+        rows = seqlen_q * case.num_heads
         for start in range(0, rows, case.config.block_m):
             last_query = (min(start + case.config.block_m, rows) - 1) // case.num_heads
-            end = seqlen_k - case.seqlen_q + last_query + 1 if case.causal else seqlen_k
+            end = seqlen_k - seqlen_q + last_query + 1 if case.causal else seqlen_k
             total += -(-max(end, 0) // case.config.block_n) * case.config.block_n
     return total

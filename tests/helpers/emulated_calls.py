@@ -154,6 +154,15 @@ def mla_decode(heads=16, seqlen=200, with_weights=False, **options):
     return ta.mla_decode(*inputs, **same, **options), reference.mla_decode(*in_fp64(inputs), **same)
 
 
+def mla_decode_packed(rope=64):
+    """Programs find their sequence. A row follows the last one, and rotary keys have a cache of their own."""
+    (q_nope, q_pe), (cache, rope_cache) = ([normal(*rows, dim) for dim in (512, rope)] for rows in ((6, 16), (6, 64)))
+    inputs = q_nope, q_pe, cache, int32(70, 9, 100), torch.arange(6, dtype=torch.int32).view(3, 2)
+    same = {"softmax_scale": 0.04, "return_lse": True, "cu_seqlens_q": int32(0, 2, 2, 5), "max_seqlen_q": 6}
+    computed = ta.mla_decode(*inputs, rope_cache=rope_cache, **same)
+    return computed, reference.mla_decode(*in_fp64(inputs), rope_cache=rope_cache.double(), **same)
+
+
 def mla_prefill(mode="auto", seqlen=70, heads=2):
     q_nope, q_pe, latents, rope = (normal(1, seqlen, *rest) for rest in ((heads, 128), (heads, 64), (512,), (64,)))
     inputs = q_nope, q_pe, latents, rope, *(normal(heads, 128, 512) / 512**0.5 for _ in range(2))
@@ -178,6 +187,8 @@ CALLS = {
     "mla decode": mla_decode,
     "mla decode of 64 heads": lambda: mla_decode(64),
     "mla decode with weights": lambda: mla_decode(with_weights=True, num_splits=2),
+    "mla decode packed": mla_decode_packed,
+    "mla decode packed without rope": lambda: mla_decode_packed(0),
     "mla prefill": mla_prefill,
     "mla prefill fused": lambda: mla_prefill("fused"),
     "mla prefill absorbed": lambda: mla_prefill("absorbed"),

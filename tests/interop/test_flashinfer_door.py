@@ -9,7 +9,7 @@ import triton
 from host_cost import median_microseconds
 from signatures import without_annotations
 
-from triton_attn import paged_attention, reference
+from triton_attn import mla_decode, paged_attention, reference
 from triton_attn.interop import flashinfer
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import compile_only, guard
@@ -53,6 +53,15 @@ SIGNATURES = {
     "max_sequence_kv=None, v_indptr=None, o_indptr=None)",
     "BatchPrefillWithRaggedKVCacheWrapper.run": f"(self, q, k, v, *args, {RUN_SCALES}, o_scale=None, {RUN_OUT}, "
     "kv_cache_sf=None)",
+    "BatchMLAPagedAttentionWrapper": "(float_workspace_buffer, use_cuda_graph=False, qo_indptr=None, kv_indptr=None, "
+    "kv_indices=None, kv_len_arr=None, backend='auto')",
+    "BatchMLAPagedAttentionWrapper.plan": "(self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, "
+    "head_dim_ckv, head_dim_kpe, page_size, causal, sm_scale, q_data_type, kv_data_type, use_profiler=False)",
+    "BatchMLAPagedAttentionWrapper.run": "(self, q_nope, q_pe, ckv_cache, kpe_cache, out=None, lse=None, "
+    "return_lse=False, profiler_buffer=None, kv_len=None, page_table=None, return_lse_base_on_e=False, o_scale=None, "
+    "*, ckv_scale=None, ckv_scale_arr=None, kpe_scale=None)",
+    "append_paged_mla_kv_cache": "(append_ckv, append_kpe, batch_indices, positions, ckv_cache, kpe_cache, kv_indices, "
+    "kv_indptr, kv_last_page_len)",
     "single_decode_with_kv_cache": "(q, k, v, kv_layout='NHD', pos_encoding_mode='NONE', use_tensor_cores=False, "
     f"{RUN_SCALES}, window_left=-1, logits_soft_cap=None, sm_scale=None, {PLAN_OPTIONS}, return_lse=False)",
     "single_prefill_with_kv_cache": "(q, k, v, scale_q=None, scale_k=None, scale_v=None, o_dtype=None, "
@@ -381,6 +390,8 @@ def test_plan_takes_no_sync():
         prefill.plan(indptr, *lists, *sizes)
         ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(*start, indptr, indptr)
         ragged.plan(indptr, indptr, *sizes[:3])
+        mla = flashinfer.BatchMLAPagedAttentionWrapper(start[0], graph, indptr, *buffers)
+        mla.plan(indptr, *lists, HEADS, 64, 16, PAGE_SIZE, True, 0.2, FP16, FP16)
 
 
 def test_graphs_find_everything_where_it_was(device):
@@ -435,6 +446,112 @@ def test_tables_and_lengths_that_are_given(device):
     for call in (batch.decode, batch.prefill):
         check(batch, call, False, options=given)
     batch.kv_indices, batch.last_page_len = lists[1:]
+
+
+class LatentBatch:
+    """Absorbed queries, and caches of latent vectors and rotary keys with NaN where no key is."""
+
+    def __init__(self, device, kv_lens=(9, 0, 4, 13), q_lens=(1, 1, 1, 1), rope=16, one_tensor=False):
+        torch.manual_seed(0)
+        self.widths, self.q_lens, self.heads = (64, rope), list(q_lens), 3
+        self.q = torch.randn(sum(q_lens) + 1, self.heads, 64 + rope).to(device, FP16)
+        counts = [-(-n // PAGE_SIZE) for n in kv_lens]
+        self.pages = torch.randperm(sum(counts) + 2).to(device)[: sum(counts)].split(counts)
+        self.indptr, self.kv_indptr = indptr_of(q_lens).to(device), indptr_of(counts).to(device)
+        self.kv_indices, self.kv_lens = torch.cat(self.pages).int(), torch.tensor(kv_lens, dtype=torch.int32).to(device)
+        cache = torch.full((sum(counts) + 2, PAGE_SIZE, 64 + rope), math.nan, device=device, dtype=FP16)
+        self.rows = [torch.randn(n, 64 + rope).to(device, FP16) for n in kv_lens]
+        for own, rows in zip(self.pages, self.rows):
+            places = torch.arange(len(rows), device=device)
+            cache[own[places // PAGE_SIZE], places % PAGE_SIZE] = rows
+        caches = cache.split(self.widths, dim=-1)
+        self.caches = caches if one_tensor else tuple(x.contiguous() for x in caches)
+
+    @property
+    def planned(self):
+        places = self.indptr, self.kv_indptr, self.kv_indices, self.kv_lens, self.heads, *self.widths, PAGE_SIZE
+        return *places, True, 0.2, FP16, FP16
+
+    def run(self, wrapper=None, **options):
+        wrapper = wrapper or flashinfer.BatchMLAPagedAttentionWrapper(workspace(self.q))
+        wrapper.plan(*self.planned)
+        return wrapper.run(*self.q.split(self.widths, dim=-1), *self.caches, **options)
+
+    def expected(self, dtype=torch.float64):
+        outs, lses = [], []
+        for q, rows in zip(self.q[:-1].split(self.q_lens), self.rows):
+            k = rows[None, :, None].to(dtype)
+            tensors = q[None].to(dtype), k, k[..., :64]
+            out, lse = reference.flash_attention(*tensors, causal=True, softmax_scale=0.2, return_lse=True)
+            outs.append(out[0])
+            lses.append(lse[0].T / math.log(2))
+        outs.append(torch.zeros_like(self.q[-1:, :, :64], dtype=dtype))  # a row after the last sequence
+        lses.append(torch.full_like(outs[-1][..., 0], -math.inf))
+        return torch.cat(outs), torch.cat(lses)
+
+
+@pytest.mark.parametrize("case", [{}, {"one_tensor": True}, {"q_lens": (2, 0, 3, 1)}, {"rope": 0}], ids=str)
+def test_mla(device, case):
+    batch = LatentBatch(device, **case)
+    with poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext():
+        out, lse = batch.run(return_lse=True)
+    out64, lse64 = batch.expected()
+    assert_close_to_reference(out, out64, torch_out=batch.expected(torch.float32)[0].half())
+    assert_close_to_reference(lse, lse64, torch_error=0, floor=1e-4, name="lse")
+    given, natural = torch.empty_like(out), torch.empty_like(lse)
+    batch.run(out=given, lse=natural, return_lse=True, return_lse_base_on_e=True)
+    assert torch.equal(given, out)
+    torch.testing.assert_close(natural / math.log(2), lse)
+
+
+def test_mla_graphs_and_appending(device):
+    first, second = LatentBatch(device, q_lens=(2, 0, 3, 1)), LatentBatch(device, (1, 30, 0, 2), (1, 3, 2, 0))
+    buffers = first.indptr.clone(), first.kv_indptr.clone(), torch.empty(64, dtype=torch.int32), first.kv_lens.clone()
+    wrapper = flashinfer.BatchMLAPagedAttentionWrapper(workspace(first.q), True, *buffers)
+    addresses = []
+    for batch in (first, second):
+        kept = [x.clone() for x in batch.caches]
+        lists = batch.kv_indices, batch.kv_indptr, None
+        bounds = indptr_of(batch.kv_lens.tolist()).to(device)
+        places = flashinfer.get_batch_indices_positions(bounds, batch.kv_lens, int(bounds[-1]))
+        batch.caches = tuple(torch.full_like(x, math.nan) for x in kept)
+        new = torch.cat(batch.rows).split(batch.widths, dim=-1)
+        flashinfer.append_paged_mla_kv_cache(*new, *places, *batch.caches, *lists)
+        for x, before in zip(batch.caches, kept):
+            assert torch.equal(x.nan_to_num(9.0), before.nan_to_num(9.0))
+        assert_close_to_reference(batch.run(wrapper), batch.expected()[0], torch_error=1e-3)
+        tensors = wrapper._pages.block_table, wrapper._pages.seqlens, wrapper._queries.indptr
+        addresses.append([x.data_ptr() for x in tensors])
+    assert addresses[0] == addresses[1]
+    start, indptr, _, *rest = first.planned
+    failing = {
+        r"indices: expected at most 64 pages": (start, indptr, torch.zeros(65, dtype=torch.int32), *rest),
+        r"qo_indptr: expected the buffer's shape \(5,\)": (start[:-1], indptr, first.kv_indices, *rest),
+        r"kv_len_arr: expected shape \(3,\)": (start, indptr[:-1], first.kv_indices, *rest),
+    }
+    for message, planned in failing.items():
+        with pytest.raises(ValueError, match=message):
+            wrapper.plan(*planned)
+        out = wrapper.run(*second.q.split(second.widths, dim=-1), *second.caches)  # by the plan before
+        assert_close_to_reference(out, second.expected()[0], torch_error=1e-3)
+    with pytest.raises(ValueError, match=r"kv_indptr: expected a buffer of shape \(5,\), got \(4,\)"):
+        flashinfer.BatchMLAPagedAttentionWrapper(workspace(first.q), True, buffers[0], buffers[1][:-1], *buffers[2:])
+
+
+@pytest.mark.parametrize("name", ["kv_len", "page_table", "ckv_scale", "ckv_scale_arr", "kpe_scale", "o_scale"])
+def test_what_of_mla_is_refused_by_name(device, name):
+    with pytest.raises(NotImplementedError, match=f"^{name}: "):
+        LatentBatch(device).run(**{name: MASK})
+
+
+def test_mla_caches_of_another_kind(device):
+    batch = LatentBatch(device)
+    wrapper = flashinfer.BatchMLAPagedAttentionWrapper(workspace(batch.q))
+    with pytest.raises(NotImplementedError, match=r"kv_data_type: q's dtype torch.float16 is supported"):
+        wrapper.plan(*batch.planned[:-1], FP8)
+    batch.caches = batch.caches[0], batch.caches[1].float()
+    with pytest.raises(ValueError, match=r"kpe_cache: expected .* as planned"):
+        batch.run(wrapper)
 
 
 MASK = torch.ones(1, dtype=torch.bool)
@@ -530,23 +647,41 @@ def test_wrong_arguments(device, case):
         call(Batch(device))
 
 
-@pytest.mark.compiled
-def test_host_cost(record_property):
-    """A decode step costs at most 1.3 times `paged_attention` with the block table at hand."""
+def calls_of_decode():
     q, cache = torch.empty(8, HEADS, DIM, dtype=FP16), torch.empty(32, 2, 16, HEADS_KV, DIM, dtype=FP16)
     k_cache, v_cache = cache.unbind(1)
     table, seqlens = torch.zeros(8, 4, dtype=torch.int32), torch.full((8,), 64, dtype=torch.int32)
     indptr, indices = torch.arange(0, 33, 4, dtype=torch.int32), torch.arange(32, dtype=torch.int32)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(q))
     wrapper.plan(indptr, indices, torch.full((8,), 16), HEADS, HEADS_KV, DIM, 16)
+    return {
+        "direct": lambda: paged_attention(q[:, None], k_cache, v_cache, seqlens, table)[:, 0],
+        "door": lambda: wrapper.run(q, cache),
+    }
+
+
+def calls_of_mla():
+    batch = LatentBatch("cpu", kv_lens=(64,) * 8, q_lens=(1,) * 8)
+    queries, wrapper = batch.q.split(batch.widths, dim=-1), flashinfer.BatchMLAPagedAttentionWrapper(workspace(batch.q))
+    wrapper.plan(*batch.planned)
+    where = batch.kv_lens, wrapper._pages.block_table
+    packed = {"cu_seqlens_q": batch.indptr, "max_seqlen_q": 1, "rope_cache": batch.caches[1]}
+    return {
+        "direct": lambda: mla_decode(*queries, batch.caches[0], *where, softmax_scale=0.2, **packed),
+        "door": lambda: wrapper.run(*queries, *batch.caches),
+    }
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("calls", [calls_of_decode, calls_of_mla], ids=["decode", "MLA"])
+def test_host_cost(calls, record_property, request):
+    """A decode step costs at most 1.3 times the direct call with the block table at hand."""
+    calls = calls()
     with compile_only("sm_90", every_launch=False):
-        calls = {
-            "direct": lambda: paged_attention(q[:, None], k_cache, v_cache, seqlens, table)[:, 0],
-            "door": lambda: wrapper.run(q, cache),
-        }
         cost = median_microseconds(calls)
     ratio = cost["door"] / cost["direct"]
+    name = request.node.callspec.id
     record_property(
-        "figure", f"{cost['door']:.0f} us a run of FlashInfer's decode wrapper, {ratio:.2f} of the direct call"
+        "figure", f"{cost['door']:.0f} us a run of FlashInfer's {name} wrapper, {ratio:.2f} of the direct call"
     )
     assert ratio <= 1.3

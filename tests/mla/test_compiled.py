@@ -161,6 +161,31 @@ def test_merge_and_projection(arch, num_tokens, splits, record_property):
     assert launch.registers <= 65536 // (programs * 32 * launch.num_warps)
 
 
+@pytest.mark.oldest
+@pytest.mark.full(but_each=12)
+@pytest.mark.ci(but_each=2)
+@pytest.mark.parametrize("rope", [ROPE, 0])
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_86", "sm_100", "sm_80", "sm_120", "gfx942"])
+def test_packed_decode_over_two_caches(arch, num_heads, rope):
+    """As FlashInfer's users call it: one query of 16 heads each, or of 128 heads a number that is not known, so that
+    programs find their sequence."""
+    longest, around_the_loop = (1, {}) if num_heads == 16 else (32, {"sm_86": 40, "sm_90": 8})
+    queries = (torch.empty(32, num_heads, width, dtype=torch.bfloat16) for width in (RANK, rope))
+    latents, rope_cache = (torch.empty(64, 64, width, dtype=torch.bfloat16) for width in (RANK, rope))
+    cache_seqlens, table = torch.empty(8, dtype=torch.int32), torch.empty(8, 64, dtype=torch.int32)
+    packed = dict(cu_seqlens_q=torch.empty(9, dtype=torch.int32), max_seqlen_q=longest)
+    with compile_only(arch) as launches:
+        options = dict(rope_cache=rope_cache, softmax_scale=1.0, num_splits=1)
+        mla_decode(*queries, latents, cache_seqlens, table, **packed, **options)
+    (launch,) = launches
+    assert launch.constexprs["SEARCH"] == (longest > 1)
+    assert launch.shared_bytes <= shared_memory_limit(arch)
+    assert launch.spill_bytes <= around_the_loop.get(arch, 0)
+    if arch in RATES:
+        assert loop_model.analyze(launch.kernel).hot.spills == 0
+
+
 def compile_prefill(arch, mode, dtype=torch.bfloat16, dim=NOPE, packed=False, return_lse=False):
     """The launches of a call, and of its backward pass if there is one."""
     outer = (1024,) if packed else (1, 1024)

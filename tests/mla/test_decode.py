@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, Case, Inputs, cache_bytes, check, using
+from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, TILES, Case, Inputs, cache_bytes, check, using
 
 from triton_attn import mla_decode, reference
 from triton_attn.mla.configs import MlaDecodeConfig
@@ -52,6 +52,38 @@ def test_the_form_of_sm_90(kv_lora_rank, page_size, causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_several_new_tokens(seqlen_q, causal):
     check(Case(seqlen_q=seqlen_q, causal=causal, seqlens_k=(40, seqlen_q, 3, 0), num_splits=2))
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
+@pytest.mark.parametrize("max_seqlen_q", [None, 11], ids=["longest known", "found by bisection"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("with_weights", [True, False])
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
+def test_packed_queries(is_fp8, with_weights, num_splits, max_seqlen_q):
+    """Ragged, none of a sequence, more queries than keys, rows after the last sequence."""
+    lengths = dict(seqlens_q=(2, 0, 5, 1, 1), seqlens_k=(40, 9, 3, 33, 0), max_seqlen_q=max_seqlen_q)
+    options = dict(with_uk=with_weights, with_uv=with_weights, num_splits=num_splits, is_fp8=is_fp8, num_heads=5)
+    check(Case(**lengths, **options, kv_lora_rank=128, softmax_scale=0.2))
+
+
+@pytest.mark.ci(but_each=2)
+@pytest.mark.oldest
+@pytest.mark.parametrize("seqlens_q", [None, (2, 0, 3)], ids=["batch", "packed"])
+@pytest.mark.parametrize("page_size", [5, 32])
+def test_rotary_keys_in_a_cache_of_their_own(page_size, seqlens_q):
+    check(Case(two_tensors=True, page_size=page_size, seqlens_q=seqlens_q, seqlen_q=2, num_splits=2))
+    check(Case(two_tensors=True, page_size=page_size, seqlens_q=seqlens_q, with_uv=False, rotary_dim=0))
+
+
+@pytest.mark.ci(but_each=2)
+@pytest.mark.oldest
+@pytest.mark.parametrize("config", [TILES, MlaDecodeConfig(64, 64, 8, 1)], ids=["16 rows", "64 rows"])
+@pytest.mark.parametrize("layout", ["one tensor", "two tensors"])
+def test_no_rotary_part(layout, config):
+    cache = dict(two_tensors=layout == "two tensors", kv_lora_rank=128, page_size=64)
+    check(Case(**cache, qk_rope_head_dim=0, seqlen_q=2, num_heads=9, config=config))
+    check(Case(**cache, qk_rope_head_dim=0, with_uk=False, with_uv=False, softmax_scale=0.2, num_splits=2))
 
 
 @pytest.mark.ci(but_each=2)

@@ -37,6 +37,12 @@ def table(*shape):
     return torch.zeros(shape, dtype=torch.int32)
 
 
+PACKED = {
+    "q_nope": torch.zeros(4, HEADS, NOPE),
+    "q_pe": torch.zeros(4, HEADS, ROPE),
+    "cu_seqlens_q": torch.tensor([0, 1, 3], dtype=torch.int32),
+    "max_seqlen_q": 2,
+}
 DECODE = [
     ({"q_nope": 3}, TypeError, "q_nope: expected a tensor, got int"),
     ({"q_nope": torch.zeros(2, HEADS, NOPE)}, ValueError, "q_nope: expected shape"),
@@ -68,11 +74,33 @@ DECODE = [
     ),
     ({"w_uv": torch.zeros(HEADS, VALUE, RANK + 1)}, ValueError, "w_uv: expected shape"),
     ({"w_uv": torch.zeros(HEADS, 513, RANK)}, ValueError, "w_uv: expected dimensions of 1 to 512"),
+    ({"q_pe": torch.zeros(2, 1, HEADS, 513)}, ValueError, "q_pe: expected dimensions of 0 to 512"),
     ({"causal": 1}, TypeError, "causal: expected a bool, got int"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: expected a finite number"),
     ({"softmax_scale": 0}, ValueError, "softmax_scale: expected a number above 0"),
     ({"num_splits": 257}, ValueError, "num_splits: expected 0 .* to 256, got 257"),
     ({"num_splits": 1.0}, TypeError, "num_splits: expected an int"),
+    ({"max_seqlen_q": 7}, ValueError, "max_seqlen_q: expected q_nope's 1 queries without cu_seqlens_q"),
+    ({"cu_seqlens_q": table(3)}, ValueError, "q_nope: expected shape .total_q"),
+    (PACKED | {"cu_seqlens_q": table(4)}, ValueError, r"cu_seqlens_q: expected shape .3,., one more"),
+    (PACKED | {"max_seqlen_q": None}, TypeError, "max_seqlen_q: expected an int, needed with cu_seqlens_q"),
+    (PACKED | {"max_seqlen_q": 1}, ValueError, "cu_seqlens_q, sequence 1: expected a length of 0 to 1"),
+    (
+        PACKED | {"rope_cos": torch.zeros(33, 2), "rope_sin": torch.zeros(33, 2)},
+        NotImplementedError,
+        "rope_cos: not supported with cu_seqlens_q",
+    ),
+    ({"rope_cache": torch.zeros(4, 16, ROPE)}, ValueError, f"latent_cache: expected shape .*{RANK}"),
+    (
+        {"latent_cache": torch.zeros(4, 16, RANK), "rope_cache": torch.zeros(4, 16, ROPE + 1)},
+        ValueError,
+        "rope_cache: expected shape",
+    ),
+    (
+        {"q_pe": torch.zeros(2, 1, HEADS, 0), "latent_cache": torch.zeros(4, 16, 1, dtype=torch.uint8)},
+        ValueError,
+        "q_pe: expected 1 or more columns with an fp8 cache",
+    ),
     ({"rope_cos": torch.zeros(9, 2)}, TypeError, "rope_cos, rope_sin: expected both or none"),
     ({"rope_cos": torch.zeros(9, 5), "rope_sin": torch.zeros(9, 5)}, ValueError, "rope_cos: expected 1 to 4 columns"),
     (

@@ -41,6 +41,9 @@ class Paged(Masked, total=False):
 
 
 class LatentDecode(Common, total=False):
+    rope_cache: Tensor | None
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: int | Tensor | None
     rope_cos: Tensor | None
     rope_sin: Tensor | None
     rope_interleaved: bool

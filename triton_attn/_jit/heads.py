@@ -66,6 +66,7 @@ def sequence_bounds(seqs, batch, seqlen_q, seqlen_k):
     first_k = 0
     if seqs.cu_seqlens_q_ptr is not None:
         first_q, seqlen_q = packed_bounds(seqs.cu_seqlens_q_ptr, batch, seqlen_q)
+    if seqs.cu_seqlens_k_ptr is not None:
         first_k, seqlen_k = packed_bounds(seqs.cu_seqlens_k_ptr, batch, seqlen_k)
     return Bounds(first_q, first_k, seqlen_q, seqlen_k)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..cache import append_kv_cache
 from ..flash import flash_attention, flash_attention_varlen
 from ..merge import merge_attention
+from ..mla import mla_decode
 from ..paged import paged_attention
 from .support import Support
 
@@ -31,6 +32,7 @@ SUPPORT = Support(
         "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
         "BatchPrefillWithPagedKVCacheWrapper",
         "BatchPrefillWithRaggedKVCacheWrapper",
+        "BatchMLAPagedAttentionWrapper",
         "single_decode_with_kv_cache",
         "single_prefill_with_kv_cache",
         "merge_state",
@@ -39,6 +41,7 @@ SUPPORT = Support(
         "get_seq_lens",
         "get_batch_indices_positions",
         "append_paged_kv_cache",
+        "append_paged_mla_kv_cache",
     ),
     on_cpu="all, by the references or in the interpreter",
     refused={
@@ -46,6 +49,7 @@ SUPPORT = Support(
         "pos_encoding_mode": "ROPE_LLAMA, or ALIBI with a soft cap or without causal",
         "fixed_split_size": "a number",
         "kv_cache_sf": "tensors, for NVFP4 caches",
+        "ckv_scale": "a number, for MLA caches in fp8",
     },
 )
 LOG2_E = math.log2(math.e)
@@ -57,11 +61,11 @@ class _PageLists:
     """CSR page lists as `paged_attention` takes them: block_table (batch, max_pages) and seqlens (batch,), int32.
 
     The table's storage has a row more at either end, for entries of `indices` that belong to no sequence. `fixed` is
-    (batch, max_pages) of a table that every `fill` writes in place.
+    (batch, max_pages) of a table that every `fill` writes in place. `lengths` names the argument that holds lengths.
     """
 
-    def __init__(self, device, fixed=None):
-        self.device, self.fixed = device, fixed
+    def __init__(self, device, fixed=None, lengths="last_page_len"):
+        self.device, self.fixed, self.lengths = device, fixed, lengths
         self.block_table: Any = None
         self.seqlens: Any = None
         if fixed is not None:
@@ -74,7 +78,7 @@ class _PageLists:
         """From indptr (batch + 1,), indices (indptr[-1] or more,) and the lengths; a given table replaces the lists."""
         batch = len(indptr) - 1
         if len(seqlens) != batch:
-            _fail("last_page_len", f"shape ({batch},), one less than indptr", f"shape {tuple(seqlens.shape)}")
+            _fail(self.lengths, f"shape ({batch},), one less than indptr", f"shape {tuple(seqlens.shape)}")
         if self.fixed is not None:
             self._check_fixed(indptr, indices, block_tables)
             self.seqlens.copy_(seqlens, non_blocking=True)
@@ -180,11 +184,7 @@ class _PagedWrapper(_Wrapper):
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
         fixed = None
         if use_cuda_graph:
-            _check_buffers(buffers)
-            indptr, indices, last_page_len = buffers.values()
-            if len(indptr) != len(last_page_len) + 1:
-                _fail("paged_kv_indptr", f"a buffer of shape ({len(last_page_len) + 1},)", tuple(indptr.shape))
-            fixed = len(last_page_len), len(indices)
+            fixed = _sizes_of(buffers)
         self._pages = _PageLists(self.device, fixed)
 
     def _plan_pages(self, indptr, indices, last_page_len, page_size, block_tables, seq_lens):
@@ -761,6 +761,133 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
 
 
+class BatchMLAPagedAttentionWrapper(_Wrapper):
+    """Absorbed MLA queries, any number of each sequence, over latent vectors and rotary keys in pages of two tensors.
+
+    Args:
+        float_workspace_buffer: any tensor on the device of the caches.
+        use_cuda_graph: see the module. The four buffers are needed then: `plan` writes qo_indptr, and of the others
+            only the sizes are read.
+        backend: not read.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: Tensor,
+        use_cuda_graph: bool = False,
+        qo_indptr: Tensor | None = None,
+        kv_indptr: Tensor | None = None,
+        kv_indices: Tensor | None = None,
+        kv_len_arr: Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(float_workspace_buffer, "NHD", use_cuda_graph)
+        fixed = None
+        if use_cuda_graph:
+            buffers = dict(kv_indptr=kv_indptr, kv_indices=kv_indices, kv_len_arr=kv_len_arr)
+            fixed = _sizes_of(buffers)
+        self._pages = _PageLists(self.device, fixed, lengths="kv_len_arr")
+        self._queries = _Bounds("qo_indptr", self.device, use_cuda_graph, qo_indptr)
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_len_arr: Tensor,
+        num_heads: int,
+        head_dim_ckv: int,
+        head_dim_kpe: int,
+        page_size: int,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+        use_profiler: bool = False,
+    ) -> None:
+        """Take the page lists and options of the next `run` calls.
+
+        Args:
+            qo_indptr: (batch + 1,) int32 from 0, where the queries of each sequence begin.
+            kv_indptr, kv_indices: as indptr and indices of `BatchDecodeWithPagedKVCacheWrapper.plan`.
+            kv_len_arr: (batch,) int32, keys of each sequence.
+            num_heads, head_dim_ckv, head_dim_kpe, page_size: those of `run`'s tensors. head_dim_kpe may be 0.
+            causal: query i sees no key after its own position, aligned to the bottom right.
+            sm_scale: of the width of queries and keys before absorption.
+            q_data_type, kv_data_type: fp16, bf16 or fp32, the same.
+            use_profiler: False.
+        """
+        _refuse(use_profiler=use_profiler or None)
+        q_data_type, kv_data_type = _dtype(q_data_type), _dtype(kv_data_type)
+        if kv_data_type != q_data_type:
+            raise NotImplementedError(f"kv_data_type: q's dtype {q_data_type} is supported, got {kv_data_type}")
+        self._queries.check(qo_indptr, None)
+        self._pages.fill(kv_indptr, kv_indices, kv_len_arr)
+        self._queries.fill(qo_indptr, None)
+        kv_kinds = tuple((page_size, dim, kv_data_type) for dim in (head_dim_ckv, head_dim_kpe))
+        kinds = (num_heads, head_dim_ckv, q_data_type), kv_kinds
+        self._set_plan(kinds, dict(causal=bool(causal), softmax_scale=sm_scale))
+
+    def run(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        ckv_cache: Tensor,
+        kpe_cache: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+        profiler_buffer: None = None,
+        kv_len: None = None,
+        page_table: None = None,
+        return_lse_base_on_e: bool = False,
+        o_scale: None = None,
+        *,
+        ckv_scale: None = None,
+        ckv_scale_arr: None = None,
+        kpe_scale: None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`triton_attn.mla_decode` of queries that are absorbed already. The caches are not copied.
+
+        Args:
+            q_nope, q_pe: (qo_indptr[-1] or more, num_heads, head_dim_ckv) and (..., head_dim_kpe).
+            ckv_cache, kpe_cache: (num_pages, page_size, head_dim_ckv) and (num_pages, page_size, head_dim_kpe), which
+                may be slices of one tensor.
+            out, lse: where to write the results; out takes a copy.
+            return_lse_base_on_e: lse is the natural logarithm, not that of base 2.
+            profiler_buffer, kv_len, page_table, o_scale, ckv_scale, ckv_scale_arr, kpe_scale: None.
+
+        Returns:
+            out, q_nope's shape and dtype, and with return_lse lse (tokens, num_heads) fp32; 0 and -inf where a query
+            sees no key.
+        """
+        _refuse(profiler_buffer=profiler_buffer, kv_len=kv_len, page_table=page_table, o_scale=o_scale)
+        _refuse(ckv_scale=ckv_scale, ckv_scale_arr=ckv_scale_arr, kpe_scale=kpe_scale)
+        self._check_planned(q_nope)
+        for name, x, kind in zip(("ckv_cache", "kpe_cache"), (ckv_cache, kpe_cache), self._kv_kinds):
+            if (*x.shape[1:], x.dtype) != kind:
+                _fail(name, f"(num_pages, page_size, head_dim) and dtype as planned {kind}", f"{(*x.shape, x.dtype)}")
+        result: Any = mla_decode(
+            q_nope,
+            q_pe,
+            ckv_cache,
+            self._pages.seqlens,
+            self._pages.block_table,
+            rope_cache=kpe_cache,
+            cu_seqlens_q=self._queries.indptr,
+            max_seqlen_q=self._queries.longest_of(q_nope),
+            return_lse=return_lse,
+            **self._options,
+        )
+        result, natural = result if return_lse else (result, None)
+        result = result if out is None else out.copy_(result)
+        if natural is None:
+            return result
+        return result, _tokens_first(natural.T, 1.0 if return_lse_base_on_e else LOG2_E, lse)
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+
 def single_decode_with_kv_cache(
     q: Tensor,
     k: Tensor,
@@ -930,6 +1057,24 @@ def append_paged_kv_cache(
     append_kv_cache(append_key, append_value, k_cache, v_cache, slots)
 
 
+def append_paged_mla_kv_cache(
+    append_ckv: Tensor,
+    append_kpe: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+) -> None:
+    """`append_paged_kv_cache` of latent vectors (nnz, head_dim_ckv) and rotary keys (nnz, head_dim_kpe), whose caches
+    are those of `BatchMLAPagedAttentionWrapper`."""
+    keys, values = append_ckv[:, None], append_kpe[:, None]
+    cache = ckv_cache.unsqueeze(2), kpe_cache.unsqueeze(2)
+    append_paged_kv_cache(keys, values, batch_indices, positions, cache, kv_indices, kv_indptr, kv_last_page_len)
+
+
 def _slots(batch_indices, positions, kv_indices, kv_indptr, page_size):
     """The slots of tokens, int64; -1 of those that are no sequence's."""
     sequences, positions = batch_indices.long(), positions.long()
@@ -1035,11 +1180,16 @@ def _scales(softmax_scale, q_scale, k_scale, v_scale):
 
 def _base_2(natural, lse):
     """A log-sum-exp (tokens, heads) in base 2, contiguous, or in lse where that is given."""
+    return _tokens_first(natural, LOG2_E, lse)
+
+
+def _tokens_first(natural, factor, lse):
+    """`_base_2` with any factor."""
     if lse is None:
-        return (natural * LOG2_E).contiguous()
+        return (natural * factor).contiguous()
     if lse.shape != natural.shape:
         _fail("lse", f"shape {tuple(natural.shape)}", f"shape {tuple(lse.shape)}")
-    return torch.mul(natural, LOG2_E, out=lse)
+    return torch.mul(natural, factor, out=lse)
 
 
 def _dtype(dtype):
@@ -1062,6 +1212,15 @@ def _check_buffers(buffers):
     for name, buffer in buffers.items():
         if not isinstance(buffer, torch.Tensor):
             _fail(name, "a tensor with use_cuda_graph=True", type(buffer), TypeError)
+
+
+def _sizes_of(buffers):
+    """(batch, max_pages) of buffers of an indptr, indices and a length of each sequence."""
+    _check_buffers(buffers)
+    (name, indptr), (_, indices), (_, lengths) = buffers.items()
+    if len(indptr) != len(lengths) + 1:
+        _fail(name, f"a buffer of shape ({len(lengths) + 1},)", tuple(indptr.shape))
+    return len(lengths), len(indices)
 
 
 def _check_ndim(name, x, ndim):

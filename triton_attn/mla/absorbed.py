@@ -18,7 +18,7 @@ from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
 from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import split_blocks, visible_range
-from .._jit.heads import row_offsets, sequence_bounds, slots_left_over, spare_rows
+from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, find_keys, key_pointers, pages_of_keys
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
@@ -41,7 +41,8 @@ from .hopper import launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
 # A new length must not mean a new compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", *INDICES, *LSE, "lse_stride"]
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "search_steps", "lse_stride"]
+LENGTHS += [*INDICES, *LSE]
 
 
 class LatentCache(NamedTuple):
@@ -68,7 +69,7 @@ class AbsorbedTile(NamedTuple):
     KV_LORA_RANK: int
     PIECE_0: int  # columns of the two pieces of a latent vector; 0: there is no second one
     PIECE_1: int
-    ROPE_HEAD_DIM: int
+    ROPE_HEAD_DIM: int  # 0: there is no rotary part
     PAGE_SIZE: int
     ONE_PAGE: bool  # a tile of keys lies in one page
     PAGES_AHEAD: bool  # page numbers are loaded a trip before their tile
@@ -79,6 +80,7 @@ class AbsorbedTile(NamedTuple):
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
+    SEARCH: bool  # programs find their sequence by bisection
     INPUT_PRECISION: str
 
 
@@ -159,6 +161,54 @@ def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
         return pages_of_keys(table_ptr, start, end, TILE.BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE), pages
 
 
+class Assignment(NamedTuple):
+    """The tile, sequence and split of a program. `program` counts programs of a split, `num_sequences` those of all."""
+
+    program: object
+    tile: object
+    sequence: object
+    split: object
+    num_sequences: object
+
+
+@triton.jit
+def _assign(seqs, num_tiles, num_splits, num_sequences, search_steps, TILE: tl.constexpr):
+    """The Assignment of a program."""
+    tile = tl.program_id(0) % num_tiles
+    split = tl.program_id(0) // num_tiles % num_splits
+    if TILE.SEARCH:
+        cu_seqlens_ptr = seqs.cu_seqlens_q_ptr
+        sequence = find_sequence(cu_seqlens_ptr, num_sequences, search_steps, tile, TILE.NUM_HEADS, TILE.BLOCK_M, 1)
+        first = tl.load(cu_seqlens_ptr + sequence) * TILE.NUM_HEADS // TILE.BLOCK_M + sequence
+        return Assignment(tile, tile - first, sequence, split, num_sequences)
+    else:
+        sequence = tl.program_id(0) // num_tiles // num_splits
+        num_sequences = tl.num_programs(0) // num_tiles // num_splits
+        return Assignment(sequence * num_tiles + tile, tile, sequence, split, num_sequences)
+
+
+@triton.jit
+def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
+    """Store -inf in lse, and 0 in out if it HAS_OUT, of the Spare rows of a packed tensor."""
+    heads = spare.rows % TILE.NUM_HEADS
+    rows = spare.rows // TILE.NUM_HEADS
+    ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, TILE.NUM_HEADS)
+    tl.store(ptrs, float("-inf"), mask=spare.mask)
+    if HAS_OUT:
+        ptrs = out.ptr + row_offsets(0, rows, heads, out.strides)
+        _store_output(ptrs[:, None], spare.mask, _zeros(TILE), TILE)
+
+
+@triton.jit
+def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
+    """s and the scores of the rotary part, where there is one."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 takes no field that is a string as an argument
+    if TILE.ROPE_HEAD_DIM > 0:
+        return dot_transposed(q_pe, k_pe, PRECISION, s)
+    else:
+        return s
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _mla_absorbed_kernel(
     q,
@@ -176,6 +226,8 @@ def _mla_absorbed_kernel(
     seqlen_k,
     num_tiles,
     num_splits,
+    num_sequences,
+    search_steps,
     scale_log2,
     window,
     TILE: tl.constexpr,
@@ -183,37 +235,34 @@ def _mla_absorbed_kernel(
     """One program computes a tile of rows of out and lse, over one split of the keys of a sequence.
 
     A row is one head of one query. All heads share the latent vectors: a tile of them is loaded once, multiplied with
-    the queries as keys and with the weights of the softmax as values. Grid: num_tiles * num_splits * batch, so that
-    the tiles of a sequence, which read the same keys, run side by side.
+    the queries as keys and with the weights of the softmax as values. Grid: num_tiles * num_splits * batch, the
+    tiles of a sequence side by side; with SEARCH num_tiles counts those of all, and is not multiplied with the batch.
 
     cache is a LatentCache of Pages. Without a block_table a page is the tensor's row of a sequence. lse is (num_splits,
     batch, NUM_HEADS, rows). seqlen_k is the most keys that a sequence has, or all rows of packed sequences, as seqlen_q
-    is of queries. Of rows after the last sequence lse is stored and out is not: with -inf there nothing reads it.
+    is of queries. Of rows after the last sequence lse is stored, and out where a user may read it: with a block_table.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
-    tile = tl.program_id(0) % num_tiles
-    sequence = tl.program_id(0) // num_tiles // num_splits
-    split = tl.program_id(0) // num_tiles % num_splits
-    num_sequences = tl.num_programs(0) // num_tiles // num_splits
+    own = _assign(seqs, num_tiles, num_splits, num_sequences, search_steps, TILE)
+    tile, sequence, split, num_sequences = own.tile, own.sequence, own.split, own.num_sequences
     bounds = sequence_bounds(seqs, sequence, seqlen_q, seqlen_k)
     first_q, first_k, seqlen_k = bounds.first_q, bounds.first_k, bounds.seqlen_k
     if cache_seqlens_ptr is not None:
         seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), seqlen_k)
     # Packed tensors have a batch of one.
     batch = split if PACKED else split * num_sequences + sequence
+    out = View(out.ptr + tl.cast(split, tl.int64) * out_split_stride, out.strides)
     num_own = bounds.seqlen_q * NUM_HEADS - tile * BLOCK_M
     if PACKED:
         if num_own < BLOCK_M:
-            left_over = slots_left_over(sequence * num_tiles + tile, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
+            left_over = slots_left_over(own.program, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
             spare = spare_rows(seqs.cu_seqlens_q_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
             if spare.any:
-                heads = spare.rows % NUM_HEADS
-                ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, spare.rows // NUM_HEADS, NUM_HEADS)
-                tl.store(ptrs, float("-inf"), mask=spare.mask)
+                _clear_spare(spare, out, lse_ptr, lse_stride, batch, block_table_ptr is not None, TILE)
         if num_own <= 0:
             return
     first_position = seqlen_k - bounds.seqlen_q
@@ -231,8 +280,11 @@ def _mla_absorbed_kernel(
     q_pe = in_vectors(q_pe, TILE.VECTOR)
     q_ptrs = q.ptr + row_offsets(sequence, first_q + queries, heads, q.strides)[:, None]
     q_tile = _load_queries(q_ptrs, rows_mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
-    q_ptrs = q_pe.ptr + row_offsets(sequence, first_q + queries, heads, q_pe.strides)[:, None]
-    q_pe_tile = load_tile(q_ptrs, rows_mask, TILE.ROPE_HEAD_DIM)  # (BLOCK_M, ROPE_HEAD_DIM)
+    if TILE.ROPE_HEAD_DIM > 0:
+        q_ptrs = q_pe.ptr + row_offsets(sequence, first_q + queries, heads, q_pe.strides)[:, None]
+        q_pe_tile = load_tile(q_ptrs, rows_mask, TILE.ROPE_HEAD_DIM)  # (BLOCK_M, ROPE_HEAD_DIM)
+    else:
+        q_pe_tile, k_pe = q_tile, q_tile  # not read
 
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     latents = Pages(cache.latents.ptr, multiple_of(cache.latents.page_stride, TILE.VECTORS.latents))
@@ -247,7 +299,7 @@ def _mla_absorbed_kernel(
         rope_row = sequence * rope_keys.page_stride + first_row * SLOTS.rope_keys
         rope_keys = Pages(rope_keys.ptr + rope_row, 0)
     else:
-        block_table_ptr += sequence * table_stride
+        block_table_ptr += own.sequence.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
     m_i, l_i = softmax_init(None, heads, BLOCK_M)
@@ -262,8 +314,9 @@ def _mla_absorbed_kernel(
         if TILE.FLOAT8 is not None:
             scale_ptrs = key_pointers(cache.scales, SLOTS.scales, keys, TILE.ONE_PAGE)
         k = _load_latents(latent_ptrs, scale_ptrs, q_tile[0].dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
-        rope_ptrs = key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE)
-        k_pe = cast_tile(load_tile(rope_ptrs, None, TILE.ROPE_HEAD_DIM), q_pe_tile[0].dtype)  # (BLOCK_N, ROPE_HEAD_DIM)
+        if TILE.ROPE_HEAD_DIM > 0:
+            rope_ptrs = key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE)
+            k_pe = cast_tile(load_tile(rope_ptrs, None, TILE.ROPE_HEAD_DIM), q_pe_tile[0].dtype)
         if BLOCK_M >= 64:
             fence_copies()
 
@@ -273,21 +326,20 @@ def _mla_absorbed_kernel(
             if TILE.PIECE_1 > 0:
                 s = dot_in_if(q_tile[1], k[1], s, start_n >= blocks.lo, PRECISION)
             if start_n < blocks.full_hi:
-                s = dot_transposed(q_pe_tile, k_pe, PRECISION, s)
+                s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = dot_transposed(q_pe_tile, k_pe, PRECISION, s)
+                s = _add_rotary(s, q_pe_tile, k_pe, TILE)
                 s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
-            s = dot_transposed(q_pe_tile, k_pe, PRECISION, s)
+            s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
                 s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
-    out_ptr = out.ptr + tl.cast(split, tl.int64) * out_split_stride
-    out_ptrs = out_ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
+    out_ptrs = out.ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
     _store_output(out_ptrs, rows_mask, scale_rows(acc, norm), TILE)
     tl.store(_lse_pointers(lse_ptr, lse_stride, batch, heads, first_q + queries, NUM_HEADS), lse, mask=rows_mask)
 
@@ -307,25 +359,38 @@ def launch_mla_decode(
     causal,
     num_splits=0,
     config=None,
+    rope_cache=None,
+    queries=(None, None),
 ):
     """Launch the kernels of one call: absorption with w_uk, attention, and with w_uv or several splits the merge.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
-    an MlaDecodeConfig (None: the default). Nothing is read back.
+    an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys where latent_cache does not. queries is
+    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). Nothing is read back.
     """
-    if q_pe.numel() == 0:
+    cu_seqlens_q, max_seqlen_q = queries
+    batch = cache_seqlens.shape[0]
+    if q_nope.numel() == 0 or batch == 0:
         clear_outputs(out, lse)
         return
+    if cu_seqlens_q is None:
+        max_seqlen_q = q_nope.shape[1]
+    else:
+        q_nope, q_pe, out, lse = (None if x is None else x[None] for x in (q_nope, q_pe, out, lse))
     kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
-    cache = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
+    if rope_cache is None:
+        cache = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
+    else:
+        cache = latent_cache, None, rope_cache
     if w_uk is None:
         scale_log2 = softmax_scale * LOG2_E.value
     else:
         positions = cache_seqlens, capacity_of(latent_cache, block_table), *rope
         q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
         scale_log2 = 1.0
-    lengths = None, None, cache_seqlens, block_table, q_pe.shape[0], q_pe.shape[1], 0
-    _attend(q_nope, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config)
+    lengths = cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q, 0
+    joined = rope_cache is None and latent_cache.dtype != torch.uint8
+    _attend(q_nope, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config, joined)
 
 
 def launch_mla_absorbed(
@@ -353,17 +418,18 @@ def launch_mla_absorbed(
         _attend(q, q_rope, cache, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], lse_here, num_splits=1)
 
 
-def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None):
+def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None, joined=False):
     """Attention of absorbed queries (batch, seqlen_q, num_heads, dim), and what follows it.
 
     cache is (latent vectors, scales, rotary keys); lengths is (cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table,
-    batch, max_seqlen_q, max_seqlen_k), None for what there is not.
+    batch, max_seqlen_q, max_seqlen_k), None for what there is not. joined: rotary keys follow the latent vectors in one
+    tensor.
     """
     cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k = lengths
     latents, _, rope_keys = cache
     arch = arch_of(q)
     hopper = None
-    if gpu_of(arch).wgmma and config is None and block_table is not None:
+    if gpu_of(arch).wgmma and config is None and joined and cu_seqlens_q is None:
         hopper = _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits)
     if hopper is not None:
         _, num_splits, *_ = hopper
@@ -387,6 +453,8 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         input_precision(q.dtype, arch),
         count_sms(q.device, arch),
         config,
+        joined,
+        cu_seqlens_q is not None,
     )
     parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
     split_stride, *strides, _ = parts.stride()
@@ -404,8 +472,10 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         Sequences(cu_seqlens_q, cu_seqlens_k),
         q.shape[1],
         latents.shape[1] if block_table is None else capacity_of(latents, block_table),
-        num_programs // batch,
+        num_programs if constants["TILE"].SEARCH else num_programs // batch,
         num_splits,
+        batch,
+        batch.bit_length(),
         scale_log2,
         Window(None, 0 if causal else None),
     )
@@ -459,10 +529,14 @@ def _plan(
     precision,
     num_sms,
     config,
+    joined,
+    packed,
 ):
     """(programs of a split, splits, constants of the kernel): what follows from layouts and options alone."""
     (shape_q, strides_q), (shape_pe, strides_pe), *cache = layout
     num_heads, kv_lora_rank = shape_q[2:]
+    if shape_pe[3] == 0:  # strides of nothing
+        strides_pe, cache[-1] = strides_q, cache[0]
     is_fp8 = cache_dtype == torch.uint8
     paged = table_width is not None
     page_size = cache[0][0][1]
@@ -477,6 +551,9 @@ def _plan(
     case = MlaDecodeCase(arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, paged, seqlen_k, page_size)
     tiles = config or choose(MlaDecodeConfig, case)
     num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
+    num_searched = shape_q[1] * num_heads // tiles.block_m + batch
+    search = packed and paged and num_searched < num_programs
+    num_programs = num_searched if search else num_programs
     num_key_tiles = -(-seqlen_k // tiles.block_n)
     one_page = paged and page_size % tiles.block_n == 0
     cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
@@ -495,12 +572,13 @@ def _plan(
         ONE_PAGE=one_page,
         PAGES_AHEAD=tiles.num_stages > 2,
         SLOT_STRIDES=LatentCache(*rows) if is_fp8 else LatentCache(rows[0], None, rows[1]),
-        JOINED=paged and not is_fp8,
+        JOINED=joined,
         FLOAT8=(3, 3 in gpu_of(arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK,
         VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
         VECTORS=LatentCache(16 // sizes[0], None, 16 // sizes[-1]) if aligned else LatentCache(1, None, 1),
         CUT_CHAIN=cut_chain,
+        SEARCH=search,
         INPUT_PRECISION=precision,
     )
     constants = dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)

@@ -13,6 +13,7 @@ from .._host.checks import (
     MAX_HEAD_DIM_BACKWARD,
     check_bool,
     check_cu_seqlens,
+    check_cu_seqlens_values,
     check_int,
     check_last_contiguous,
     check_max_seqlen,
@@ -22,9 +23,10 @@ from .._host.checks import (
     check_rows_aligned,
     check_tensor,
     fail,
+    read_length,
 )
 from .._host.latent import latent_storage
-from .._host.observers import autocast, is_observed, refuse_gradients
+from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
 from ..merge.splits import check_num_splits
 from . import reference
@@ -82,6 +84,9 @@ def mla_decode(
     w_uk: Tensor | None = None,
     w_uv: Tensor | None = None,
     *,
+    rope_cache: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     rope_cos: Tensor | None = None,
@@ -104,8 +109,9 @@ def mla_decode(
 
     Args:
         q_nope: (batch, seqlen_q, num_heads, qk_nope_head_dim), or (..., kv_lora_rank) without w_uk (already absorbed);
-            fp16, bf16 or fp32. Any strides, the last dimension contiguous. Dimensions are 1 to 512.
-        q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), q_nope's dtype.
+            fp16, bf16 or fp32. Any strides, the last dimension contiguous. Dimensions are 1 to 512. With cu_seqlens_q
+            (total_q, num_heads, ...), as q_pe.
+        q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), q_nope's dtype. qk_rope_head_dim may be 0.
         latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of q_nope's dtype, or uint8 (num_pages,
             page_size, bytes), the fp8 layout of `append_latent_cache`. Any strides, the last dimension contiguous.
         cache_seqlens: (batch,) int32 on q_nope's device, number of keys of each sequence, including new ones. May be
@@ -114,12 +120,17 @@ def mla_decode(
             last page, and slots past its last key, are never read.
         w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank), q_nope's dtype, or None; a view of kv_b_proj's weight.
         w_uv: (num_heads, v_head_dim, kv_lora_rank), q_nope's dtype, or None.
+        rope_cache: (num_pages, page_size, qk_rope_head_dim), q_nope's dtype: the rotary keys, where latent_cache has
+            kv_lora_rank columns alone. None: they follow the latent vectors.
+        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
+        max_seqlen_q: the most queries of a sequence, an int, needed with cu_seqlens_q; those past it are not computed.
+            A tensor as in `flash_attention_varlen`.
         causal: new tokens do not see later ones. Aligned to the bottom right.
         softmax_scale: above 0. None means (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. Without w_uk this width is
             unknown, and a number must be given. See `mla_softmax_scale` for models with YaRN.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both q_nope's dtype. They rotate the first
-            rotary_dim dimensions of q_pe by the angles of their positions, in fp32, and need w_uk. None: q_pe is
-            already rotated.
+            rotary_dim dimensions of q_pe by the angles of their positions, in fp32, and need w_uk and no cu_seqlens_q.
+            None: q_pe is already rotated.
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
         num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
             the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
@@ -129,37 +140,57 @@ def mla_decode(
 
     Returns:
         out (batch, seqlen_q, num_heads, v_head_dim), or (..., kv_lora_rank) without w_uv, in q_nope's dtype, and with
-        return_lse also lse (batch, num_heads, seqlen_q) in fp32. A query that sees no key has out = 0, lse = -inf.
+        return_lse also lse (batch, num_heads, seqlen_q) in fp32; (total_q, num_heads, ...) and (num_heads, total_q)
+        with cu_seqlens_q. A query that sees no key, and a row after the last sequence, has out = 0, lse = -inf.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched. If values are checked, also for a length
             beyond the table, a page outside the cache, or a position without an angle.
-        NotImplementedError: an argument requires a gradient or has a tangent.
+        NotImplementedError: an argument requires a gradient or has a tangent; rope_cos is given with cu_seqlens_q.
 
     It is one operator under torch.compile, export and vmap, which loops.
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
     """
-    softmax_scale = _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, softmax_scale)
+    packed = cu_seqlens_q is not None
+    softmax_scale = _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed)
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
-    batch = q_nope.shape[0]
+    batch = "batch" if packed else q_nope.shape[0]
     check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), q_nope.device)
+    batch = cache_seqlens.shape[0]
     check_last_contiguous("cache_seqlens", cache_seqlens)
     check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q_nope.device)
     check_last_contiguous("block_table", block_table)
-    _check_rope(q_pe, w_uk, rope_cos, rope_sin)
+    max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
+    _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
     num_splits = check_num_splits(num_splits)
-    tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin
+    tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
+    tensors = *tensors, cu_seqlens_q
     check_values = should_check_values(check_values)
-    more = softmax_scale, causal, rope_interleaved, num_splits, check_values, return_lse
+    max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
+    more = longest_q, max_seqlen_q, softmax_scale, causal, rope_interleaved, num_splits, check_values, return_lse
     if is_observed(*tensors):
-        names = "q_nope", "q_pe", "latent_cache", "cache_seqlens", "block_table", "w_uk", "w_uv", "rope_cos", "rope_sin"
-        refuse_gradients(**dict(zip(names, tensors)))
+        refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)))
         out, lse = _decode_operator(*tensors, *more)
     else:
         out, lse = _decode(*tensors, *more)
     return (out, lse) if return_lse else out
+
+
+DECODE_INPUTS = (
+    "q_nope",
+    "q_pe",
+    "latent_cache",
+    "cache_seqlens",
+    "block_table",
+    "w_uk",
+    "w_uv",
+    "rope_cos",
+    "rope_sin",
+    "rope_cache",
+    "cu_seqlens_q",
+)
 
 
 def _decode(
@@ -172,6 +203,10 @@ def _decode(
     w_uv: Tensor | None,
     rope_cos: Tensor | None,
     rope_sin: Tensor | None,
+    rope_cache: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    longest_q: Tensor | None,
+    max_seqlen_q: int | None,
     softmax_scale: float,
     causal: bool,
     rope_interleaved: bool,
@@ -182,8 +217,12 @@ def _decode(
     """(out, lse) from the kernels or the reference. lse is empty unless it was requested."""
     if latent_cache.dtype == torch.uint8:
         check_rows_aligned("latent_cache", latent_cache)
+    if longest_q is not None:
+        max_seqlen_q = read_length("max_seqlen_q", longest_q)
     if check_values:
         _check_values(latent_cache, cache_seqlens, block_table, rope_cos)
+        if cu_seqlens_q is not None:
+            check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q_nope.shape[0], max_seqlen_q)
     if not use_kernel(q_nope):
         out, lse = reference.mla_decode(
             q_nope,
@@ -193,6 +232,8 @@ def _decode(
             block_table,
             w_uk,
             w_uv,
+            rope_cache=rope_cache,
+            cu_seqlens_q=cu_seqlens_q,
             causal=causal,
             softmax_scale=softmax_scale,
             rope_cos=rope_cos,
@@ -218,17 +259,19 @@ def _decode(
         softmax_scale,
         causal,
         num_splits,
+        rope_cache=rope_cache,
+        queries=(cu_seqlens_q, max_seqlen_q),
     )
     return out, lse
 
 
 def _decode_outputs(q_nope, w_uk, w_uv, return_lse):
-    batch, seqlen_q, num_heads, latent_dim = q_nope.shape
+    *batch, seqlen_q, num_heads, latent_dim = q_nope.shape
     if w_uk is not None:
         latent_dim = w_uk.shape[2]
-    out = q_nope.new_empty((batch, seqlen_q, num_heads, latent_dim if w_uv is None else w_uv.shape[1]))
+    out = q_nope.new_empty((*batch, seqlen_q, num_heads, latent_dim if w_uv is None else w_uv.shape[1]))
     dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
-    return out, q_nope.new_empty((batch, num_heads, seqlen_q) if return_lse else 0, dtype=dtype)
+    return out, q_nope.new_empty((*batch, num_heads, seqlen_q) if return_lse else 0, dtype=dtype)
 
 
 _decode_operator = torch.library.custom_op("triton_attn::mla_decode", _decode, mutates_args=())
@@ -437,17 +480,19 @@ def _check_prefill(tensors, lengths, mode):
     return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 
 
-def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, softmax_scale):
+def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):
     """The scale."""
     dtypes = KERNEL_DTYPES
     if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
         dtypes = (*KERNEL_DTYPES, torch.float64)
-    check_tensor("q_nope", q_nope, ("batch", "seqlen_q", "num_heads", "dim"), dtypes, None)
+    rows = ("total_q",) if packed else ("batch", "seqlen_q")
+    check_tensor("q_nope", q_nope, (*rows, "num_heads", "dim"), dtypes, None)
     dtype, device = (q_nope.dtype,), q_nope.device
-    check_tensor("q_pe", q_pe, (*q_nope.shape[:3], "qk_rope_head_dim"), dtype, device)
-    num_heads, kv_lora_rank = q_nope.shape[2:]
+    check_tensor("q_pe", q_pe, (*q_nope.shape[:-1], "qk_rope_head_dim"), dtype, device)
+    num_heads, kv_lora_rank = q_nope.shape[-2:]
+    rope_dim = q_pe.shape[-1]
     if w_uk is not None:
-        check_tensor("w_uk", w_uk, (num_heads, q_nope.shape[3], "kv_lora_rank"), dtype, device)
+        check_tensor("w_uk", w_uk, (num_heads, q_nope.shape[-1], "kv_lora_rank"), dtype, device)
         kv_lora_rank = w_uk.shape[2]
     if w_uv is not None:
         check_tensor("w_uv", w_uv, (num_heads, "v_head_dim", kv_lora_rank), dtype, device)
@@ -456,24 +501,49 @@ def _check_decode(q_nope, q_pe, latent_cache, w_uk, w_uv, softmax_scale):
         if x is None:
             continue
         check_last_contiguous(name, x)
+        least = 0 if name == "q_pe" else 1
         for dim in (-2, -1) if name.startswith("w") else (-1,):
-            if not 1 <= x.shape[dim] <= MAX_HEAD_DIM:
-                fail(name, f"dimensions of 1 to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
-    width = kv_lora_rank + q_pe.shape[3]
-    if is_fp8:
-        _, width = latent_storage(kv_lora_rank, q_pe.shape[3], torch.float8_e4m3fn)
-    check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), (*dtype, torch.uint8), device)
+            if not least <= x.shape[dim] <= MAX_HEAD_DIM:
+                fail(name, f"dimensions of {least} to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
+    width, cache_dtypes = kv_lora_rank + rope_dim, (*dtype, torch.uint8)
+    if rope_cache is not None:
+        width, cache_dtypes = kv_lora_rank, dtype
+    elif is_fp8:
+        if rope_dim == 0:
+            fail("q_pe", "1 or more columns with an fp8 cache", 0)
+        _, width = latent_storage(kv_lora_rank, rope_dim, torch.float8_e4m3fn)
+    check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), cache_dtypes, device)
     check_last_contiguous("latent_cache", latent_cache)
+    if rope_cache is not None:
+        check_tensor("rope_cache", rope_cache, (*latent_cache.shape[:2], rope_dim), dtype, device)
+        check_last_contiguous("rope_cache", rope_cache)
     if latent_cache.shape[1] == 0:
         fail("latent_cache", "a page size of 1 or more", 0)
     if softmax_scale is None and w_uk is None:
         fail("softmax_scale", "a number, since without w_uk the width of queries and keys is not known", None)
-    return check_softmax_scale(softmax_scale, q_nope.shape[3] + q_pe.shape[3])
+    return check_softmax_scale(softmax_scale, q_nope.shape[-1] + rope_dim)
 
 
-def _check_rope(q_pe, w_uk, rope_cos, rope_sin):
+def _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch):
+    """The most queries of a sequence of packed tensors, None of others."""
+    if cu_seqlens_q is None:
+        if max_seqlen_q not in (None, q_nope.shape[1]):
+            fail("max_seqlen_q", f"q_nope's {q_nope.shape[1]} queries without cu_seqlens_q, or None", max_seqlen_q)
+        return None
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q_nope.device)
+    if cu_seqlens_q.shape[0] != batch + 1:
+        fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
+    if max_seqlen_q is None:
+        fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
+    check_rows("q_nope", q_nope.shape[0] * q_nope.shape[1])
+    return check_max_seqlen("max_seqlen_q", max_seqlen_q)
+
+
+def _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed):
     if rope_cos is None and rope_sin is None:
         return
+    if packed:
+        raise NotImplementedError("rope_cos: not supported with cu_seqlens_q; rotate q_pe before")
     if rope_cos is None or rope_sin is None:
         fail("rope_cos, rope_sin", "both or none", "one of them", TypeError)
     if w_uk is None:

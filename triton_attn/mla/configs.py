@@ -1,9 +1,10 @@
 """Configs of the MLA kernels: the defaults, the search space of a sweep, and which configs cannot run.
 
 Defaults were chosen from compiled code, not from timings: they fit and do not spill at 512 + 64, the widths of
-DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode, a tile of up to 16 rows reads latent vectors as fast as memory
-delivers them; the tile for more rows has the highest `lock` in perf/model. On sm_100 the output of 64 rows would fill
-the tensor memory, so tiles have 32 rows and mma.sync multiplies them.
+DeepSeek's models, on Triton 3.6.0 and 3.9.0. Packed queries of decode spill up to 40 bytes around the loop on sm_86,
+and 8 on sm_90. In decode, a tile of up to 16 rows reads latent vectors as fast as memory delivers them; the tile for
+more rows has the highest `lock` in perf/model. On sm_100 the output of 64 rows would fill the tensor memory, so tiles
+have 32 rows and mma.sync multiplies them.
 """
 
 import itertools
@@ -75,6 +76,8 @@ class MlaDecodeConfig(
         table = case.gpu.configs
         if case.dtype == torch.float32:
             return _FLOAT
+        if case.qk_rope_head_dim == 0 and table in _WITHOUT_ROPE:
+            return _WITHOUT_ROPE[table][case.rows > 16]
         return (_FLOAT8 if case.is_fp8 else _HALF)[table][case.rows > 16]
 
     @classmethod
@@ -167,6 +170,8 @@ _FLOAT8 = {
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
+# Without rotary keys a 64x64 tile is compiled to 240 KB of shared memory in place of 216, and sm_90 has 227.
+_WITHOUT_ROPE = {"sm_90": (_HALF["sm_90"][0], MlaDecodeConfig(64, 32, 8, 2))}
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
 
 

@@ -60,6 +60,9 @@ def mla_decode(
     w_uk: Tensor | None = None,
     w_uv: Tensor | None = None,
     *,
+    rope_cache: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     rope_cos: Tensor | None = None,
@@ -70,26 +73,32 @@ def mla_decode(
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.mla_decode`."""
-    batch, seqlen_q, num_heads, rope_dim = q_pe.shape
+    num_heads, rope_dim = q_pe.shape[-2:]
     kv_lora_rank = q_nope.shape[-1] if w_uk is None else w_uk.shape[-1]
     if softmax_scale is None:
         softmax_scale = (q_nope.shape[-1] + rope_dim) ** -0.5
     dtype = _compute_dtype(q_nope)
-    out = q_nope.new_zeros(batch, seqlen_q, num_heads, kv_lora_rank if w_uv is None else w_uv.shape[1])
-    lse = q_nope.new_zeros(batch, num_heads, seqlen_q, dtype=dtype)
+    out = q_nope.new_zeros(*q_pe.shape[:-1], kv_lora_rank if w_uv is None else w_uv.shape[1])
+    lse = q_nope.new_full((*q_pe.shape[:-3], num_heads, q_pe.shape[-3]), float("-inf"), dtype=dtype)
     page_size = latent_cache.shape[1]
+    bounds = None if cu_seqlens_q is None else packed_bounds(cu_seqlens_q, len(q_nope))
     for i, seqlen in enumerate(cache_seqlens.clamp(max=block_table.shape[1] * page_size).tolist()):
         pages = block_table[i, : -(-seqlen // page_size)].long()
-        rows = read_latent_cache(latent_cache[pages], kv_lora_rank, rope_dim, dtype).flatten(0, 1)[:seqlen]
-        q_pe_i = q_pe[i]
+        if rope_cache is None:
+            rows = read_latent_cache(latent_cache[pages], kv_lora_rank, rope_dim, dtype)
+        else:
+            rows = torch.cat([latent_cache[pages].to(dtype), rope_cache[pages].to(dtype)], dim=-1)
+        rows = rows.flatten(0, 1)[:seqlen]
+        own = i if bounds is None else slice(*bounds[i : i + 2])
+        q_nope_i, q_pe_i = q_nope[own], q_pe[own]
         if rope_cos is not None:
-            positions = torch.arange(seqlen_q, device=q_pe.device) + seqlen - seqlen_q
+            positions = torch.arange(len(q_pe_i), device=q_pe.device) + seqlen - len(q_pe_i)
             positions = positions.clamp(0, len(rope_cos) - 1)
             cos, sin = (table[positions].to(dtype).unsqueeze(1) for table in (rope_cos, rope_sin))
             q_pe_i = rotate(q_pe_i.to(dtype), cos, sin, rope_interleaved)
         latents, k_pe = rows.split([kv_lora_rank, rope_dim], dim=-1)
         out_i, lse_i = _attend(
-            q_nope[i][None],
+            q_nope_i[None],
             q_pe_i[None],
             latents[None],
             k_pe[None],
@@ -99,7 +108,8 @@ def mla_decode(
             softmax_scale=softmax_scale,
             absorbed=False,
         )
-        out[i], lse[i] = out_i[0], lse_i[0]
+        out[own] = out_i[0]
+        (lse[i] if bounds is None else lse[:, own]).copy_(lse_i[0])
     return (out, lse) if return_lse else out
 
 
