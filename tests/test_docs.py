@@ -20,12 +20,14 @@ from triton_attn.flash.configs import FlashConfig
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NOT_IN_GIT = ("perf/out/",)
-DOORS = sorted(ROOT.glob("docs/doors/*.md"))
 README, TOUR, API = ROOT / "README.md", ROOT / "docs/tour.md", sorted(ROOT.glob("docs/api/*.md"))
 
 
 def code_of(page):
     return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+DOORS = [page for page in sorted(ROOT.glob("docs/doors/*.md")) if code_of(page)]
 
 
 def names_of(page, device):

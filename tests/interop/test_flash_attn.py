@@ -22,16 +22,16 @@ CACHE_OPTIONS = (
 @pytest.mark.parametrize(
     ("name", "signature"),
     [
-        ("flash_attn_func", f"(q, k, v, {DENSE_OPTIONS})"),
+        ("flash_attn_func", f"(q, k, v, {DENSE_OPTIONS}, s_aux=None)"),
         ("flash_attn_kvpacked_func", f"(q, kv, {DENSE_OPTIONS})"),
         ("flash_attn_qkvpacked_func", f"(qkv, {DENSE_OPTIONS})"),
-        ("flash_attn_varlen_func", f"(q, k, v, {LENGTHS}, {DENSE_OPTIONS}, block_table=None)"),
+        ("flash_attn_varlen_func", f"(q, k, v, {LENGTHS}, {DENSE_OPTIONS}, block_table=None, s_aux=None)"),
         ("flash_attn_varlen_kvpacked_func", f"(q, kv, {LENGTHS}, {DENSE_OPTIONS})"),
         ("flash_attn_varlen_qkvpacked_func", f"(qkv, cu_seqlens, max_seqlen, {DENSE_OPTIONS})"),
-        ("flash_attn_with_kvcache", f"(q, k_cache, v_cache, {CACHE_OPTIONS})"),
+        ("flash_attn_with_kvcache", f"(q, k_cache, v_cache, {CACHE_OPTIONS}, s_aux=None)"),
     ],
 )
-def test_signature_is_flash_attn_2s(name, signature):
+def test_signature_is_flash_attn_2s_and_sinks(name, signature):
     assert without_annotations(getattr(interop, name)) == signature
 
 
@@ -83,6 +83,26 @@ def test_varlen_and_its_packed_forms(qkv):
     qkv_packed = interop.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 26, causal=True)
     torch.testing.assert_close(kv_packed, expected, atol=0, rtol=0)
     torch.testing.assert_close(qkv_packed, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"])
+def test_sinks(qkv, name):
+    """In q's dtype or in fp32, as a last argument."""
+    q, k, v = qkv[:1].unbind(2)
+    s_aux = torch.randn(4, device=qkv.device)
+    expected = reference.flash_attention(q, k, v, causal=True, sinks=s_aux)
+    tensors, options = (q, k, v), {}
+    if name == "flash_attn_varlen_func":
+        tensors, lengths = (q[0], k[0], v[0]), torch.tensor([0, 37], dtype=torch.int32, device=qkv.device)
+        options = dict(cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=37, max_seqlen_k=37)
+        table, pages = torch.zeros(1, 1, dtype=torch.int32, device=qkv.device), (q[0], k, v)
+        out = interop.flash_attn_varlen_func(*pages, **options, causal=True, block_table=table, s_aux=s_aux)
+        torch.testing.assert_close(out, expected[0], atol=1e-5, rtol=1e-5)
+    out = getattr(interop, name)(*tensors, **options, causal=True, s_aux=s_aux)
+    torch.testing.assert_close(out.view_as(expected), expected, atol=1e-5, rtol=1e-5)
+    half = [x.half() for x in tensors]
+    out = getattr(interop, name)(*half, **options, causal=True, s_aux=s_aux.half())
+    torch.testing.assert_close(out.view_as(expected).float(), expected, atol=5e-3, rtol=5e-3)
 
 
 def test_negative_windows_are_unlimited_and_columns_may_be_strided(qkv):

@@ -3,7 +3,8 @@ positionally.
 
     from triton_attn.interop.flash_attn import flash_attn_func      # was: from flash_attn import flash_attn_func
 
-No argument is ignored: unsupported values raise NotImplementedError. The signatures are those of flash-attn 2.8.
+No argument is ignored: unsupported values raise NotImplementedError. The signatures are those of flash-attn 2.8. The
+three functions with separate q, k and v also have a last argument, s_aux: sinks (nheads,), as in vLLM's flash-attn 3.
 """
 
 from numbers import Integral
@@ -51,6 +52,7 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`triton_attn.flash_attention`: q (batch, seqlen_q, nheads, headdim), k, v (batch, seqlen_k, nheads_k, headdim).
 
@@ -61,7 +63,7 @@ def flash_attn_func(
     separately from the kernel.
     """
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux)
     seed = _dropout_seed(q, dropout_p) if return_attn_probs else None
     dropout: dict[str, Any] = dict(dropout_p=dropout_p, dropout_seed=seed, deterministic=bool(deterministic))
     if not return_attn_probs:
@@ -145,6 +147,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`triton_attn.flash_attention_varlen` of q (total_q, nheads, headdim) and k, v (total_k, nheads_k, headdim).
 
@@ -156,7 +159,7 @@ def flash_attn_varlen_func(
     with dropout, both lengths rounded up to 128.
     """
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux)
     if block_table is not None:
         if dropout_p != 0:
             raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {dropout_p}")
@@ -270,6 +273,7 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`triton_attn.append_kv_cache` of new keys, in place, then `triton_attn.paged_attention` over all keys.
 
@@ -293,6 +297,7 @@ def flash_attn_with_kvcache(
         block_table: (batch, max_blocks) int32, the pages of each sequence.
         rotary_interleaved: dimensions (2 i, 2 i + 1) are rotated together; False: (i, i + rotary_dim / 2).
         softmax_scale, causal, window_size, softcap, alibi_slopes, num_splits: as in `paged_attention`.
+        s_aux: its sinks.
 
     Returns:
         out (batch, seqlen_q, nheads, headdim), or with return_softmax_lse (out, softmax_lse): (batch, nheads, seqlen_q)
@@ -317,7 +322,7 @@ def flash_attn_with_kvcache(
             rotary = dict(rope_cos=rotary_cos, rope_sin=rotary_sin, rope_interleaved=bool(rotary_interleaved))
             rotary["positions"] = positions.flatten()
         k, v = (_with_contiguous_rows(x).flatten(0, 1) for x in (k, v))
-        append_kv_cache(k, v, k_cache, v_cache, slots_of(table, positions, k_cache).flatten(), **rotary)
+        append_kv_cache(k, v, k_cache, v_cache, _slots(table, positions, k_cache).flatten(), **rotary)
         if rotary_cos is not None and rotary_sin is not None:
             rows = cache_seqlens[:, None]
             if causal or window_size != (-1, -1):
@@ -330,7 +335,7 @@ def flash_attn_with_kvcache(
         # In a table of pages with one key each, a sequence can begin anywhere.
         capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
         positions = cache_leftpad[:, None] + torch.arange(capacity, dtype=torch.int32, device=q.device)
-        table = slots_of(table, positions, k_cache).int()
+        table = _slots(table, positions, k_cache).int()
         cache_seqlens = (cache_seqlens.clamp(max=capacity) - cache_leftpad).clamp(min=0)
         k_cache, v_cache = _one_key_pages(k_cache), _one_key_pages(v_cache)
     elif table is None:
@@ -346,6 +351,7 @@ def flash_attn_with_kvcache(
         window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        sinks=_sinks(s_aux),
         num_splits=max(num_splits, 0),
         return_lse=bool(return_softmax_lse),
     )
@@ -391,7 +397,7 @@ def _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad
     return cache_seqlens, None if block_table is None else _with_contiguous_rows(block_table)
 
 
-def slots_of(table, positions, cache):
+def _slots(table, positions, cache):
     """Slot of each position (batch, n) in the cache, int64; -1 for a position that the sequence does not have."""
     page_size = cache.shape[1]
     num_pages = 1 if table is None else table.shape[1]
@@ -457,7 +463,7 @@ def _signed_weights(q, sequences, num_heads, max_seqlen_q, max_seqlen_k, dropout
     return s_dmask
 
 
-def _options(softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict[str, Any]:
+def _options(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux) -> dict[str, Any]:
     """flash-attn's options in the form of our functions."""
     return dict(
         softmax_scale=softmax_scale,
@@ -465,7 +471,12 @@ def _options(softmax_scale, causal, window_size, softcap, alibi_slopes) -> dict[
         window_size=_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        sinks=_sinks(s_aux),
     )
+
+
+def _sinks(s_aux):
+    return None if s_aux is None else s_aux.float()
 
 
 def _window(window_size) -> Any:

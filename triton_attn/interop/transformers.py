@@ -34,9 +34,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig, __version__
 
-from ..cache import append_kv_cache
 from ..flash import flash_attention
-from ..paged import paged_attention
 from . import flash_attn
 from .mask_functions import UNLIMITED, pattern_of
 from .packing import Packing, attend_packed, pack
@@ -166,13 +164,18 @@ def attention(
                 "block_table: expected k_cache, v_cache, cu_seq_lens_k and no dropout beside it in "
                 f"{type(module).__name__}; {INSTEAD}"
             )
-        options = {
-            "softmax_scale": scaling,
-            "window_size": _window_without_mask(True, sliding_window),
-            "softcap": softcap or 0.0,
-            "sinks": None if s_aux is None else s_aux.float(),
-        }
-        return _attend_pages(q, k, v, (k_cache, v_cache), cu_seq_lens_k, block_table, options), None
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (num_sequences, 1, heads, head_dim)
+        out = flash_attn.flash_attn_with_kvcache(
+            *(q, k_cache, v_cache, k, v),
+            cache_seqlens=cu_seq_lens_k[: len(q) + 1].diff().int() - 1,  # -1 for padding, which is written nowhere
+            block_table=block_table,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=_window_without_mask(True, sliding_window),
+            softcap=softcap or 0.0,
+            s_aux=s_aux,
+        )
+        return out.transpose(0, 1), None
     if attention_mask is None:
         window, packing = _window_without_mask(is_causal, sliding_window), None
     else:
@@ -213,16 +216,6 @@ def _refuse(module, arguments):
             raise NotImplementedError(
                 f"{name}: not supported by triton_attn's attention, got {got} in {type(module).__name__}; {INSTEAD}"
             )
-
-
-def _attend_pages(q, k, v, caches, cu_seqlens_k, block_table, options):
-    """One query of each sequence in a row, (1, num_sequences, heads, head_dim). A sequence of 0 keys is padding."""
-    q, k, v = (x.squeeze(0) for x in (q, k, v))  # (num_sequences, heads, head_dim)
-    seqlens_k = cu_seqlens_k[: len(q) + 1].diff().int()
-    slots = flash_attn.slots_of(block_table, seqlens_k[:, None] - 1, caches[0])
-    append_kv_cache(k, v, *caches, slots.flatten())
-    out = paged_attention(q.unsqueeze(1), *caches, seqlens_k, block_table, **options)
-    return out.transpose(0, 1)
 
 
 def _window_without_mask(is_causal, sliding_window):
