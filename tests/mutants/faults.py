@@ -596,8 +596,8 @@ FAULTS = (
     Fault(
         "A03",
         "triton_attn/cache/kernels/copy.py",
-        "tl.load(src_pages_ptr + pair).to(tl.int64)",
-        "tl.load(src_pages_ptr + pair).to(tl.int32)",
+        "one.slot_stride, tl.cast(other.slot_stride, tl.int64)",
+        "one.slot_stride, other.slot_stride",
         "APPEND",
     ),
     Fault(
