@@ -92,6 +92,18 @@ def test_rows_without_a_partner_have_no_gradient(deterministic):
     assert (dv[:, 6:] != 0).all()
 
 
+def test_a_sink_without_weight_has_no_gradient():
+    """A sink of -inf, as where a model has none for a head: rows that see no key then have no weights at all."""
+    q, k, v = (torch.randn(1, rows, 2, 16, device=DEVICE, requires_grad=True) for rows in (5, 2, 2))
+    sinks = torch.tensor([float("-inf"), 0.5], device=DEVICE, requires_grad=True)
+    out, lse = flash_attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    assert (lse[0, 0, :3] == float("-inf")).all()
+    *_, dsinks = gradients = torch.autograd.grad(out.sum(), (q, k, v, sinks))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert dsinks[0] == 0
+    assert dsinks[1] != 0
+
+
 def gradients_at_scores(scores, deterministic, **options):
     """Gradients of q, k and v and the exact ones, for 33 queries with score scores[j] for key j. v and dout are
     random."""
