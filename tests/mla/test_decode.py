@@ -94,6 +94,23 @@ def test_sizes_at_the_edge(seqlens_k, with_uv, num_splits):
     check(Case(seqlens_k=seqlens_k, with_uv=with_uv, num_splits=num_splits))
 
 
+@pytest.mark.parametrize("num_splits", [7, 40])
+def test_more_splits_than_are_merged_at_once(num_splits):
+    """Four of up to eight are merged at once, else up to 32. Scores rise by 16, so that earlier sums shrink."""
+    num_pages, page_size, rank, rope_dim = 160, 16, 64, 16
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(num_pages, page_size, rank + rope_dim, generator=generator)
+    cache[..., rank:] = torch.linspace(0, 1, num_pages * page_size).view(num_pages, page_size, 1)
+    q_nope, q_pe = torch.randn(1, 1, 2, rank, generator=generator) / rank**0.5, torch.ones(1, 1, 2, rope_dim)
+    w_uv = torch.randn(2, 24, rank, generator=generator)
+    where = torch.tensor([2550], dtype=torch.int32), torch.arange(num_pages, dtype=torch.int32)[None]
+    tensors = [x.to(DEVICE) for x in (q_nope, q_pe, cache, *where)]
+    options = dict(w_uv=w_uv.to(DEVICE), softmax_scale=1.0, return_lse=True)
+    results = mla_decode(*tensors, num_splits=num_splits, **options)
+    for result, expected in zip(results, reference.mla_decode(*tensors, **options)):
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.emulated
 def test_a_query_without_keys():
     inputs = Inputs(Case(seqlen_q=3, seqlens_k=(1, 0)))
