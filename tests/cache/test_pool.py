@@ -61,6 +61,19 @@ def test_freed_pages_are_found_until_they_are_reused():
         pool.allocate(1)
 
 
+def test_a_page_that_many_take_back_at_once_is_not_free():
+    """Sequences that begin with the same free page, together more than there are pages."""
+    for num_sequences in range(1, 10):
+        pool = BlockPool(3)
+        pages = pool.allocate(3)
+        pool.register(pages, "abc")
+        pool.release([0])
+        pool.share([0] * num_sequences)
+        pool.release([1])
+        assert pool.allocate(1).tolist() == [1]
+        assert pool.ref_counts(pages).tolist() == [num_sequences, 1, 1]
+
+
 def test_pages_that_cannot_be_found_are_reused_first():
     pool = BlockPool(7)
     pages = pool.allocate(6)
