@@ -125,6 +125,13 @@ def test_bad_arguments_are_named(given, error, message):
     assert out is None or torch.equal(out, before)
 
 
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "cache_seqlens", "block_table", "cu_seqlens_q"])
+def test_a_tensor_on_another_device_is_named(name):
+    given = varlen()
+    with pytest.raises(ValueError, match=f"^{name}: expected .*device cpu, got meta"):
+        paged_attention(**given | {name: given[name].to("meta")})
+
+
 def test_good_arguments_pass():
     paged_attention(**arguments(check_values=True))
     paged_attention(**varlen(check_values=True))
