@@ -372,6 +372,23 @@ def test_with_kvcache_writes_no_key_that_has_no_room(device, layout):
     assert torch.equal(cache.k.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["all", "causal"])
+def test_with_kvcache_rotates_past_the_table_by_its_last_row(device, options):
+    """Queries and keys of one sequence; the others have their own angles."""
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 3, 4, 16, device=device), torch.randn(3, 3, 2, 16, device=device)
+    angles = torch.rand(22, 8, device=device) * 6.3  # the last sequence goes on to position 23 or 31
+    longer = torch.cat([angles, angles[-1:].expand(20, -1)])
+    for seqlens in (SEQLENS, (0, 9, 29)):
+        results = []
+        for table in (angles, longer):
+            cache = torch.zeros(2, 3, CAPACITY, 2, 16, device=device)
+            where = torch.tensor(seqlens, dtype=torch.int32, device=device)
+            rotary = dict(rotary_cos=table.cos(), rotary_sin=table.sin(), cache_seqlens=where)
+            results.append((interop.flash_attn_with_kvcache(q, *cache, k, k, **rotary, **options), cache))
+        assert all(map(torch.equal, *results))
+
+
 def test_with_kvcache_names_what_is_wrong(device):
     cache = Cache(device, torch.float32, "batch_idx")
     q, k = torch.randn(3, 1, 4, 16, device=device), torch.randn(3, 1, 2, 16, device=device)
