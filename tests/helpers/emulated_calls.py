@@ -143,11 +143,13 @@ def merge(num_parts=3):
     return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
 
 
-def mla_decode(heads=16, seqlen=200, with_weights=False, **options):
+def mla_decode(heads=16, seqlen=200, with_weights=False, dtype=BF16, **options):
     """With weights, queries are absorbed and outputs projected."""
     num_pages = seqlen // 64 + 1
-    cache, where = normal(num_pages, 64, 576), (int32(seqlen), torch.arange(num_pages, dtype=torch.int32)[None])
-    inputs = [normal(1, 1, heads, 128 if with_weights else 512), normal(1, 1, heads, 64), cache, *where]
+    cache = normal(num_pages, 64, 576, dtype=dtype)
+    where = int32(seqlen), torch.arange(num_pages, dtype=torch.int32)[None]
+    queries = (normal(1, 1, heads, dim, dtype=dtype) for dim in (128 if with_weights else 512, 64))
+    inputs = [*queries, cache, *where]
     if with_weights:
         inputs += [normal(heads, 128, 512) / 512**0.5 for _ in range(2)]
     same = {"softmax_scale": 0.04, "return_lse": True}
@@ -198,6 +200,7 @@ CALLS_OF_HOPPER = {
     "flash 128": lambda: flash(128),
     "flash 128 full": lambda: flash(128, causal=False),
     "mla decode 128": lambda: mla_decode(128),
+    "mla decode 128 fp16": lambda: mla_decode(128, dtype=torch.float16),
 }
 # Kernels whose wgmma on sm_90 reads tiles copied by cp.async. Triton 3.6 omits the proxy fence between them (triton PR
 # 9610, pytorch issue 181248), and _jit/workarounds.py adds it.
