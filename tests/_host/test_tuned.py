@@ -326,44 +326,61 @@ def test_calls_heed_tables(family, tmp_path):
     assert launched(call) == before
 
 
-@pytest.mark.ci(but_each=3)
-@pytest.mark.compiled
-@pytest.mark.parametrize(
-    "options",
-    [{"softcap": 20.0}, {"alibi_slopes": torch.ones(2)}, {"dropout_p": 0.5, "dropout_seed": 1}],
-    ids=lambda options: next(iter(options)),
-)
-def test_what_no_sweep_times_has_the_default(options, tmp_path):
-    default = launched(lambda: flash(causal=True, **options))
-    triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry()))
-    assert launched(lambda: flash(causal=True, **options)) == default
-    assert launched(lambda: flash(causal=True)) != default
+def backward(q, k, v, dout, **options):
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.autograd.grad(triton_attn.flash_attention(*leaves, causal=True, **options), leaves, dout)
 
 
-@pytest.mark.compiled
-def test_a_contiguous_cache_has_the_default(tmp_path):
-    """It needs more shared memory than pages do, and only pages are swept."""
-    _, case, config, _ = SERVED["paged"]
-    entry = flash_entry() | {"family": "paged", "case": case, "config": config}
-    entry["buckets"] = {"seqlen_k": 128, "page_size": 128, "rows": 4}
-
-    def call():
-        lengths = torch.ones(1, dtype=torch.int32)
-        triton_attn.paged_attention(half(1, 1, 8, 64), half(1, 128, 2, 64), half(1, 128, 2, 64), lengths)
-
-    default = launched(call)
-    triton_attn.use_tuned(write(tmp_path / "t.json", entry))
-    assert launched(call) == default
-    assert launched(decode) != default
+def paged(q, k_cache, v_cache, is_paged=True, **options):
+    table = torch.zeros(1, 1, dtype=torch.int32, device=q.device) if is_paged else None
+    lengths = torch.ones(1, dtype=torch.int32, device=q.device)
+    triton_attn.paged_attention(q, k_cache, v_cache, lengths, table, **options)
 
 
-@pytest.mark.compiled
-def test_tensors_that_no_sweep_has_have_the_default(tmp_path):
-    """Rows whose strides are not multiples of 16 bytes."""
-    q, k, v = (half(1, 128, 2, 65)[..., :64] for _ in range(3))
-    triton_attn.use_tuned(write(tmp_path / "t.json", flash_entry(block_m=128)))
-    default = FlashConfig.default(FlashCase("sm_90", torch.bfloat16, 64, 64, True, "scalar"))
-    assert launched(lambda: triton_attn.flash_attention(q, k, v, causal=True)) == [asdict(default)]
+SMALL = (1, 16, 2, 16)
+# {family: (call, how many tensors it takes)}
+ASKING = {
+    "flash": (lambda *qkv, **options: triton_attn.flash_attention(*qkv, causal=True, **options), 3),
+    "flash_backward": (backward, 4),
+    "paged": (paged, 3),
+}
+# Tensors whose rows are not loaded 16 bytes at a time.
+SLOW = {
+    "misaligned": lambda device: half(513, device=device)[1:].view(SMALL),
+    "odd strides": lambda device: half(*SMALL[:-1], 17, device=device)[..., :16],
+}
+DROPOUT = {"dropout_p": 0.5, "dropout_seed": 1}
+
+
+def untimed():
+    """Calls that no sweep times: (family, number and kind of the slow tensor if any, options)."""
+    for family, (_, count) in ASKING.items():
+        in_loops = range(count) if family == "flash_backward" else range(1, count)
+        for slow in itertools.product(in_loops, SLOW):
+            yield pytest.param(family, slow, {}, id=f"{family}, tensor {slow[0]} {slow[1]}")
+        # A contiguous cache needs more shared memory than pages do.
+        rest = {"is_paged": False} if family == "paged" else DROPOUT
+        for options in ({"softcap": 20.0}, {"alibi_slopes": [0.5, 0.1]}, rest):
+            yield pytest.param(family, None, options, id=f"{family}, {next(iter(options))}")
+
+
+@pytest.mark.parametrize(("family", "slow", "options"), list(untimed()))
+def test_tables_are_not_asked_for_what_no_sweep_times(family, slow, options, monkeypatch, device):
+    asked = []
+    monkeypatch.setattr(tuned, "find", lambda config, case: asked.append(config.family))
+    call, count = ASKING[family]
+    tensors = [half(*SMALL, device=device).zero_() for _ in range(count)]
+    call(*tensors)
+    assert family in asked
+    asked.clear()
+    triton_attn.use_tuned(None)  # forgets what was chosen
+    if slow is not None:
+        which, kind = slow
+        tensors[which] = SLOW[kind](device).zero_()
+    if slopes := options.get("alibi_slopes"):
+        options = {"alibi_slopes": torch.tensor(slopes, device=device)}
+    call(*tensors, **options)
+    assert family not in asked
 
 
 def test_equal_calls_look_up_once(tmp_path, monkeypatch):

@@ -293,7 +293,7 @@ FAULTS = (
         "triton_attn/dense/backward.py",
         "scores.softcap is None and scores.alibi is None and problem.dropout is None",
         "scores.softcap is None and problem.dropout is None",
-        "BACKWARD",
+        "CONFIGS",
     ),
     Fault(
         "B17",
@@ -670,7 +670,7 @@ FAULTS = (
         "triton_attn/paged/forward.py",
         "        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,",
         "        True,",
-        "PAGED",
+        "CONFIGS",
     ),
     Fault(
         "H11",
