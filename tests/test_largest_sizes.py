@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import triton_attn
+from triton_attn._host.call import call_of
 from triton_attn._host.checks import MAX_ROWS
 from triton_attn._host.layout import heads_in_l2, tiles_each
 from triton_attn._host.options import AttentionOptions
@@ -74,7 +75,7 @@ def test_flash_attention_without_keys(guarded):
 def test_keys_that_no_query_sees_have_gradient_0(guarded):
     q, k = zeros(1, 0, 32, 64), zeros(1, 16384, 4, 64)
     lse = torch.zeros(1, 32, 0)
-    _, dk, dv, _ = launch_flash_bwd(q, None, q, k, k, q, lse, None, None, 0, 16384, CAUSAL)
+    _, dk, dv, _ = launch_flash_bwd(call_of(q, k, k, CAUSAL), q, None, q, lse)
     for row, head in ((0, 0), (16383, 3)):
         assert not dk[0, row, head].any()
         assert not dv[0, row, head].any()
@@ -93,7 +94,7 @@ def test_mla_prefill_without_keys(mode, rows, heads, guarded):
 def test_more_heads_than_a_second_dimension_of_a_grid_has(guarded):
     q = zeros(1, 65, 65536, 1)
     out, lse = triton_attn.flash_attention(q, q, q, causal=True, return_lse=True)
-    launch_flash_bwd(out, None, q, q, q, out, lse, None, None, 65, 65, CAUSAL._replace(sinks=torch.zeros(65536)))
+    launch_flash_bwd(call_of(q, q, q, CAUSAL._replace(sinks=torch.zeros(65536))), out, None, out, lse)
     triton_attn.paged_attention(q, q, q, torch.tensor([65], dtype=torch.int32))
 
 

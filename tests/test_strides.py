@@ -13,6 +13,7 @@ import triton
 from far import FAR, FarAllocation, far, odd
 
 import triton_attn
+from triton_attn._host.call import call_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.flash.forward import launch_flash_fwd
@@ -142,12 +143,11 @@ def flash(which=None, dim=1, lse_rows=65, spread=far, batch=1):
     q, k, v, out, dout = tensors.values()
     lse = torch.empty(batch, 3, lse_rows)
     options = AttentionOptions(0.25, (None, None), None, None, None)
-    launch_flash_fwd(q, k, v, out, lse, None, None, 65, 65, options)
+    call = call_of(q, k, v, options)
+    launch_flash_fwd(call, out, lse)
     results = [out, lse[..., :65]]
     for deterministic in (False, True):
-        gradients = launch_flash_bwd(
-            dout, None, q, k, v, out, lse, None, None, 65, 65, options, (True, True, True, False), deterministic
-        )
+        gradients = launch_flash_bwd(call, dout, None, out, lse, (True, True, True, False), deterministic)
         results += gradients[:3]
     return results
 

@@ -9,8 +9,9 @@ import torch
 import triton_attn
 from perf.results.tables import tile_name
 from perf.workloads import calls
-from triton_attn._host.checks import layout_of
+from triton_attn._host.call import call_of
 from triton_attn._host.options import AttentionOptions
+from triton_attn.dense.arguments import key_of
 from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.dense.tiles import FlashCase, Tile
@@ -63,12 +64,9 @@ def flash_backward_kernel(arch, dtype, kernel, head_dim, causal, config):
     """One compiled kernel of a backward pass, "dkdv", "dq" or "fused", at a given config."""
     q, k, v = calls.flash_inputs(dtype, head_dim)
     out, lse = new_outputs(q, v)
-    lengths = q.shape[1], k.shape[1]
-    options = _options(head_dim, causal)
     with compile_only(arch) as launches:
         tiles = backward_tiles(arch, dtype, head_dim, causal, kernel, config)
-        tensors = torch.empty_like(out), None, q, k, v, out, lse, None, None
-        launch_flash_bwd(*tensors, *lengths, options, _WANTED[kernel], config=tiles)
+        launch_flash_bwd(_call(q, k, v, causal), torch.empty_like(out), None, out, lse, _WANTED[kernel], config=tiles)
     return launches[-1]
 
 
@@ -134,16 +132,15 @@ def config_name(config):
 def launch_config(q, k, v, causal, config):
     """`flash_attention(q, k, v, causal=causal)` with a given config."""
     out, lse = new_outputs(q, v, wants_lse=False)
-    launch_flash_fwd(q, k, v, out, lse, None, None, q.shape[1], k.shape[1], _options(q.shape[3], causal), config)
+    launch_flash_fwd(_call(q, k, v, causal), out, lse, config)
     return out
 
 
 def launch_hopper(q, k, v, causal, config):
     """The same with the kernel of hopper.py and a HopperConfig."""
     out, lse = new_outputs(q, v, wants_lse=False)
-    lengths = q.shape[1], k.shape[1]
-    plan = plan_hopper(layout_of(q, k, v, out), q.dtype, None, *lengths, causal, "hopper", config)
-    launch_flash_fwd_hopper(plan, q, k, v, out, lse, None, None, q.shape[3] ** -0.5)
+    call = _call(q, k, v, causal)
+    launch_flash_fwd_hopper(plan_hopper(key_of(call, out), "hopper", config), call, out, lse)
     return out
 
 
@@ -156,19 +153,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, config):
         out, lse = new_outputs(q, v)
-        options = _options(q.shape[3], causal)
-        launch_flash_fwd(q, k, v, out, lse, None, None, q.shape[1], k.shape[1], options)
+        launch_flash_fwd(_call(q, k, v, causal), out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options, ctx.config = options, config
+        ctx.causal, ctx.config = causal, config
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        lengths = q.shape[1], k.shape[1]
-        dq, dk, dv, _ = launch_flash_bwd(
-            dout, None, q, k, v, out, lse, None, None, *lengths, ctx.options, _WANTED["fused"], config=ctx.config
-        )
+        call = _call(q, k, v, ctx.causal)
+        dq, dk, dv, _ = launch_flash_bwd(call, dout, None, out, lse, _WANTED["fused"], config=ctx.config)
         return dq, dk, dv, None, None
 
 
@@ -205,6 +199,10 @@ def launch_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, fused, config):
     else:
         launch_mla_materialized(*args, (len(w_uk), kv_latent.shape[0] * kv_latent.shape[1]), config)
     return out
+
+
+def _call(q, k, v, causal):
+    return call_of(q, k, v, _options(q.shape[3], causal))
 
 
 def _options(head_dim, causal):

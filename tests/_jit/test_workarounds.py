@@ -11,8 +11,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from perf.model import loop_model
 from triton_attn import flash_attention, mla_decode
+from triton_attn._host.call import call_of
 from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
+from triton_attn._host.tuned import forget_plans
 from triton_attn._jit.args import Strides, View
 from triton_attn._jit.workarounds import fence_copies, in_vectors
 from triton_attn.dense import backward
@@ -70,10 +72,10 @@ def test_triton_3_6_alone_leaves_out_a_proxy_fence(fence):
 
 def spills_of_softcap(hoist):
     q = torch.empty(1, 1024, 4, 256, dtype=torch.float16)
-    forward._plan.cache_clear()  # a plan is cached by the arguments of the call
+    forget_plans()  # a plan is cached by the arguments of the call
     with mock.patch.object(forward, "tanh_spills", return_value=not hoist), compile_only("sm_90") as launches:
         flash_attention(q, q, q, window_size=(256, 256), softcap=30.0)
-    forward._plan.cache_clear()
+    forget_plans()
     (launch,) = launches
     assert launch.constexprs["HOIST"] == hoist
     return launch.spill_bytes
@@ -90,8 +92,10 @@ def spills_of_dkdv(head_dim, hoist):
     q = torch.empty(1, 512, 2, head_dim, dtype=torch.float16)
     options = AttentionOptions(1.0, (None, 0), None, None, None)
     wanted = False, True, True, False
+    forget_plans()
     with mock.patch.object(backward, "may_hoist", return_value=hoist), compile_only("sm_90") as launches:
-        backward.launch_flash_bwd(q, None, q, q, q, q, torch.empty(1, 2, 512), None, None, 512, 512, options, wanted)
+        backward.launch_flash_bwd(call_of(q, q, q, options), q, None, q, torch.empty(1, 2, 512), wanted)
+    forget_plans()
     return launches[-1].spill_bytes
 
 
@@ -118,9 +122,10 @@ def test_matmuls_of_64_rows_that_feed_each_other_are_done_twice(cut_chain):
 def test_descriptors_have_checks_that_cost_and_no_more_fields():
     x = torch.empty(64, 64, dtype=torch.float16)
     checked = TensorDescriptor(x, [64, 64], [64, 1], [16, 64])
-    unchecked = unchecked_descriptor(TensorDescriptor, x, [64, 64], [64, 1], [16, 64])
+    fields = dict(shape=[64, 64], strides=[64, 1], block_shape=[16, 64])
+    unchecked = unchecked_descriptor(TensorDescriptor, x, fields)
     assert {name: getattr(unchecked, name) for name in vars(checked)} == vars(checked)
     with mock.patch.object(TensorDescriptor, "__post_init__", side_effect=AssertionError):
-        unchecked_descriptor(TensorDescriptor, x, [64, 64], [64, 1], [16, 64])
+        unchecked_descriptor(TensorDescriptor, x, fields)
         with pytest.raises(AssertionError):
             TensorDescriptor(x, [64, 64], [64, 1], [16, 64])

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 import triton_attn as ta
 from triton_attn._host import device as host_device
+from triton_attn._host.call import call_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.dense.backward import launch_flash_bwd
 
@@ -135,7 +136,8 @@ def flash(head_dim, dtype=BF16, seqlen_k=256, grads=True, packed=False, **option
 def backward_alone():
     q = torch.randn(1, 256, 4, 64, dtype=BF16)
     lse = torch.zeros(1, 4, 256)
-    launch_flash_bwd(q, None, q, q, q, q, lse, None, None, 256, 256, AttentionOptions(1.0, (None, 0), None, None, None))
+    call = call_of(q, q, q, AttentionOptions(1.0, (None, 0), None, None, None))
+    launch_flash_bwd(call, q, None, q, lse)
 
 
 def many_heads():

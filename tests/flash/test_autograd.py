@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn._host.call import Lengths, call_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.dense import backward
 from triton_attn.dense.backward import launch_flash_bwd
@@ -86,8 +87,8 @@ class Launches(list):
             self.append(kernel.__name__.removeprefix("_flash_bwd_").removesuffix("_kernel"))
             return original(kernel, *args, **kwargs)
 
-        original = backward.launch
-        self.patch = mock.patch.object(backward, "launch", launch)
+        original = backward.launch_packed
+        self.patch = mock.patch.object(backward, "launch_packed", launch)
         self.patch.start()
         return self
 
@@ -402,10 +403,9 @@ def test_memory_of_the_backward_pass(varlen, dtype, deterministic):
     options = AttentionOptions(0.1, (None, 0), None, None, sinks)
     given = (dout, q, k, v, out, lse, sinks)
 
-    with mock.patch.object(backward, "launch") as launch, SeenOperators() as seen:
-        launch_flash_bwd(
-            dout, None, q, k, v, out, lse, cu_seqlens, cu_seqlens, seqlen, seqlen, options, deterministic=deterministic
-        )
+    call = call_of(q, k, v, options, Lengths(cu_seqlens, cu_seqlens, seqlen, seqlen))
+    with mock.patch.object(backward, "launch_packed") as launch, SeenOperators() as seen:
+        launch_flash_bwd(call, dout, None, out, lse, deterministic=deterministic)
     assert launch.call_count in (2, 3)
     fused = launch.call_count == 2
     dq, dk, dv, delta = (x.numel() * x.element_size() for x in (q, k, v, lse))

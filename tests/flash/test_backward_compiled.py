@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perf.model import loop_model
+from triton_attn._host.call import call_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.toolchain import compile_only, shared_memory_limit
@@ -51,10 +52,9 @@ def compile_default(arch, dtype, head_dims, window, schedule):
     q, k = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=dtype) for _ in range(2))
     v, out, dout = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim_v, dtype=dtype) for _ in range(3))
     lse = torch.empty(BATCH, NUM_HEADS, SEQLEN)
-    options = AttentionOptions(head_dim**-0.5, WINDOWS[window], None, None, None, None)
+    options = AttentionOptions(head_dim**-0.5, WINDOWS[window], None, None, None)
     with compile_only(arch) as launches:
-        lengths = (None, None, SEQLEN, SEQLEN)
-        launch_flash_bwd(dout, None, q, k, v, out, lse, *lengths, options, deterministic=schedule == "split")
+        launch_flash_bwd(call_of(q, k, v, options), dout, None, out, lse, deterministic=schedule == "split")
     _, first, *rest = launches
     return {"fused": first} if not rest else {"dkdv": first, "dq": rest[0]}
 

@@ -13,6 +13,7 @@ from host_cost import median_microseconds
 
 from perf.model import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn._host.call import call_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash import forward
@@ -270,7 +271,7 @@ def compiles(arch, head_dim, tile):
     options = AttentionOptions(1.0, (None, None), None, None, None)
     with compile_only(arch) as launches:
         try:
-            launch_flash_fwd(q, q, q, torch.empty_like(q), None, None, None, 256, 256, options, tile)
+            launch_flash_fwd(call_of(q, q, q, options), torch.empty_like(q), None, tile)
         except forward.triton.runtime.errors.OutOfResources:
             return False
     return len(launches) == 1

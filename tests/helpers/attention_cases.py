@@ -13,6 +13,7 @@ from scores import Scores
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.definition import attend, visible_keys
+from triton_attn._host.tuned import forget_plans
 from triton_attn.dense import backward
 from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.flash import forward
@@ -190,9 +191,9 @@ def using(config, backward_config=None):
         mock.patch.object(forward, "choose", return_value=config),
         mock.patch.object(backward, "choose", return_value=backward_config),
     ):
-        forward._plan.cache_clear()
+        forget_plans()
         yield
-    forward._plan.cache_clear()
+    forget_plans()
 
 
 _LARGE = 2**31 + 64

@@ -169,7 +169,7 @@ FAULTS = (
     Fault("F16", "triton_attn/_jit/tiles.py", "x.source + tl.cast(start, tl.int64)", "x.source + start", "FLASH"),
     Fault(
         "F17",
-        "triton_attn/flash/forward.py",
+        "triton_attn/dense/arguments.py",
         "None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1",
         "None if cu_seqlens_q is None else max(1, cu_seqlens_q.shape[0] - 2)",
         "FLASH",
@@ -190,7 +190,7 @@ FAULTS = (
     ),
     Fault(
         "F20",
-        "triton_attn/flash/forward.py",
+        "triton_attn/dense/arguments.py",
         "(k.data_ptr() | v.data_ptr()) % 16 == 0",
         "k.data_ptr() % 16 == 0",
         "FLASH",
@@ -290,9 +290,9 @@ FAULTS = (
     ),
     Fault(
         "B16",
-        "triton_attn/dense/backward.py",
-        "scores.softcap is None and scores.alibi is None and problem.dropout is None",
-        "scores.softcap is None and problem.dropout is None",
+        "triton_attn/dense/arguments.py",
+        "self.softcap is None and not self.has_alibi and not self.has_dropout",
+        "self.softcap is None and not self.has_dropout",
         "CONFIGS",
     ),
     Fault(

@@ -77,14 +77,6 @@ def check_max_seqlen(name: str, value: Any) -> Any:
     return value if is_observed(value) else read_length(name, value)
 
 
-def read_lengths(longest_q, longest_k, max_seqlen_q, max_seqlen_k):
-    """(max_seqlen_q, max_seqlen_k) as ints, each of which an operator got as a number or as a tensor."""
-    return (
-        max_seqlen_q if longest_q is None else read_length("max_seqlen_q", longest_q),
-        max_seqlen_k if longest_k is None else read_length("max_seqlen_k", longest_k),
-    )
-
-
 def read_length(name: str, value: torch.Tensor) -> int:
     return check_length(name, value.item())
 
@@ -206,13 +198,6 @@ def check_cu_seqlens(name, cu_seqlens, device):
         fail(name, "a contiguous tensor of shape (batch + 1,)", f"shape {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != device:
         fail(name, f"q's device {device}", cu_seqlens.device)
-
-
-def check_packed_values(lengths, total_q, total_k):
-    """Of (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), as `check_cu_seqlens_values`."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
-    check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q)
-    check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, total_k, max_seqlen_k)
 
 
 def check_cu_seqlens_values(name, cu_seqlens, total, max_seqlen):

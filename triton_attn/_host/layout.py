@@ -71,11 +71,6 @@ def vector_elements(element_size, *strides):
     return vector if all(stride % vector == 0 for s in strides for stride in s[:-1]) else 1
 
 
-def l2_section(k, v, seqlen_k, group_size, num_heads):
-    """`heads_in_l2` of tensors."""
-    return heads_in_l2(seqlen_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), group_size, num_heads)
-
-
 def heads_in_l2(bytes_per_head_kv, group_size, num_heads):
     """Number of query heads whose keys and values fit in the L2 cache together.
 

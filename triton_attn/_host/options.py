@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .backend import Variable
-from .checks import check_bool, check_number, check_per_head, check_window, fail
+from .checks import check_bool, check_int, check_number, check_per_head, check_window, fail
 
 
 class AttentionOptions(NamedTuple):
@@ -14,10 +14,12 @@ class AttentionOptions(NamedTuple):
     softcap: float | None
     alibi_slopes: object  # tensor (num_heads_q,) or (batch, num_heads_q), or None
     sinks: object  # tensor (num_heads_q,), or None
-    dropout: tuple | None = None  # as dropout_arguments gives it
+    dropout_p: float = 0.0
+    dropout_seed: torch.Tensor | None = None  # of one int64, on the device; None without dropout
 
     def as_arguments(self) -> dict[str, Any]:
-        """The same as arguments of a public function or its reference, but for dropout."""
+        """The same as arguments of a public function or its reference; dropout only if there is any."""
+        dropout = dict(dropout_p=self.dropout_p, dropout_seed=self.dropout_seed) if self.dropout_p else {}
         return dict(
             causal=False,  # the window says it
             softmax_scale=self.softmax_scale,
@@ -25,6 +27,7 @@ class AttentionOptions(NamedTuple):
             softcap=self.softcap or 0.0,
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
+            **dropout,
         )
 
 
@@ -37,11 +40,6 @@ def wanted_kernels():
     if wanted not in ("auto", "hopper", "portable"):
         fail("TRITON_ATTN_KERNELS", "auto, hopper or portable", wanted)
     return wanted
-
-
-def dropout_arguments(dropout_p, dropout_seed):
-    """Dropout as the kernels take it: (seed tensor, threshold of 31 random bits, factor of kept weights), or None."""
-    return (dropout_seed, int(dropout_p * 2**31), 1 / (1 - dropout_p)) if dropout_p > 0 else None
 
 
 def attention_options(head_dim, causal, softmax_scale, softcap, window_size):
@@ -79,3 +77,30 @@ def with_tensors(options, q, batch, alibi_slopes, sinks):
     if sinks is not None:
         check_per_head("sinks", sinks, ((num_heads_q,),), q.device, (torch.float32, q.dtype))
     return options._replace(alibi_slopes=alibi_slopes, sinks=sinks)
+
+
+def with_dropout(options, q, dropout_p, dropout_seed):
+    """The options with dropout, checked; the seed as a tensor of one int64 on q's device."""
+    if dropout_seed is None and type(dropout_p) is float and dropout_p == 0:
+        return options
+    dropout_p = check_number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        fail("dropout_p", "0 <= dropout_p < 1", dropout_p)
+    if isinstance(dropout_seed, torch.Tensor):
+        if dropout_seed.dtype != torch.int64:
+            fail("dropout_seed", "dtype torch.int64", dropout_seed.dtype, TypeError)
+        if dropout_seed.numel() != 1:
+            fail("dropout_seed", "one element", f"shape {tuple(dropout_seed.shape)}")
+        if dropout_seed.device != q.device:
+            fail("dropout_seed", f"q's device {q.device}", dropout_seed.device)
+    elif dropout_seed is not None:
+        dropout_seed = check_int("dropout_seed", dropout_seed, "an int or a tensor")
+        if not -(2**63) <= dropout_seed < 2**63:
+            fail("dropout_seed", "a 64-bit integer", dropout_seed)
+    if dropout_p == 0:
+        return options
+    if dropout_seed is None:
+        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    elif isinstance(dropout_seed, int):
+        dropout_seed = torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)
+    return options._replace(dropout_p=dropout_p, dropout_seed=dropout_seed)

@@ -69,7 +69,7 @@ def use_tuned(path: str | os.PathLike[str] | None) -> None:
         _added.clear()
     else:
         _added.insert(0, _index_of(Path(path)))
-    _forget_plans()
+    forget_plans()
 
 
 def settings():
@@ -84,7 +84,7 @@ def take_settings(tables, overrides):
     _added[:] = tables
     _overrides.clear()
     _overrides.update(overrides)
-    _forget_plans()
+    forget_plans()
 
 
 def remember(function):
@@ -107,7 +107,7 @@ def remember(function):
     return plan
 
 
-def _forget_plans():
+def forget_plans():
     global _generation
     _generation = object()
     for plan in _plans:
@@ -205,7 +205,7 @@ def _override(family, fields):
         _overrides.pop(family, None)
     else:
         _overrides[family] = fields
-    _forget_plans()
+    forget_plans()
 
 
 def _merged(old, new):

@@ -1,11 +1,24 @@
-"""Arguments of the kernels of dense attention, forward and backward."""
+"""Arguments of the kernels of flash attention, forward and backward, and plans, which hold all but the tensors."""
 
 from typing import NamedTuple
 
+import torch
+
+from .._host.call import Call
 from .._host.descriptors import describe
-from .._host.layout import batch_head_strides
-from .._jit.args import Scores, Strides, View
+from .._host.device import arch_of, input_precision
+from .._host.layout import (
+    batch_head_strides,
+    heads_in_l2,
+    strides_are_wide,
+    tiles_each,
+    vector_elements,
+    without_dim,
+)
+from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
 from .._jit.softmax import LOG2_E
+from .tiles import Tile
+from .tma import strides_suit_tma, tma_geometry
 
 # Names of arguments that must not mean a new compilation: lengths and what follows from them.
 LENGTHS = ["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"]
@@ -25,15 +38,167 @@ class FlashTile(NamedTuple):
     HOIST: bool  # see `may_hoist`
 
 
-def operand(x, strides, geometry):
-    """Three arguments of a kernel: a View; or None and the descriptors of a geometry, one for each piece."""
-    return (View(x, strides), None, None) if geometry is None else (None, *describe(x, geometry))
+class CallKey(NamedTuple):
+    """Everything of a call that the plans of its kernels depend on; they are cached by it.
+
+    out is the output or, in the backward pass, its gradient.
+    """
+
+    layout: tuple  # (shape, strides) of q, k and v
+    strides_out: tuple
+    dtype: torch.dtype
+    packed_batch: int | None  # None: dense
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    window: tuple
+    softcap: float | None
+    has_alibi: bool
+    has_sinks: bool
+    has_dropout: bool
+    q_aligned: bool  # q and out start at multiples of 16 bytes
+    kv_aligned: bool  # k and v do
+    arch: str
+    precision: str  # of fp32 matmuls
+
+    @property
+    def batch(self) -> int:
+        return self.layout[0][0][0] if self.packed_batch is None else self.packed_batch
+
+    @property
+    def causal(self) -> bool:
+        return self.window[1] is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Without softcap, ALiBi and dropout."""
+        return self.softcap is None and not self.has_alibi and not self.has_dropout
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of queries and keys, and of values."""
+        return self.layout[0][0][-1], self.layout[2][0][-1]
+
+    @property
+    def layouts(self) -> tuple:
+        """(shape, strides) of q, k, v and out."""
+        *rows, _ = self.layout[0][0]
+        return *self.layout, ((*rows, self.head_dims[1]), self.strides_out)
+
+    @property
+    def vector(self) -> int:
+        return vector_elements(self.dtype.itemsize, *(strides for _, strides in self.layouts))
+
+    def suits_tma(self, *positions: int) -> bool:
+        """Whether TMA can address the strides of these of the layouts."""
+        layouts = self.layouts
+        return all(strides_suit_tma(*layouts[i], self.dtype.itemsize) for i in positions)
 
 
-def scores_of(options, window):
-    """The Scores of an AttentionOptions."""
-    alibi = options.alibi_slopes
-    if alibi is not None:
-        batch_stride, head_stride = batch_head_strides(alibi)
-        alibi = View(alibi, Strides(batch_stride, 0, head_stride))
-    return Scores(options.softmax_scale * LOG2_E.value, options.softcap, alibi, window)
+def key_of(call: Call, out: torch.Tensor) -> CallKey:
+    q, k, v, (cu_seqlens_q, _, max_seqlen_q, max_seqlen_k), options, layout = call
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, _ = options
+    arch = arch_of(q)
+    # By position: keywords take twice as long.
+    return CallKey(
+        layout,
+        out.stride(),
+        q.dtype,
+        None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        window,
+        softcap,
+        alibi_slopes is not None,
+        sinks is not None,
+        dropout_p > 0,
+        (q.data_ptr() | out.data_ptr()) % 16 == 0,
+        (k.data_ptr() | v.data_ptr()) % 16 == 0,
+        arch,
+        input_precision(q.dtype, arch),
+    )
+
+
+class Operand(NamedTuple):
+    """How a kernel addresses a tensor: with TMA by the descriptors of a geometry, otherwise by strides."""
+
+    strides: Strides
+    geometry: list | None
+
+    def arguments(self, x: torch.Tensor) -> tuple:
+        """Three arguments of a kernel: a View; or None and descriptors, one for each piece of the head dimension."""
+        if self.geometry is None:
+            return View(x, self.strides), None, None
+        return None, *describe(x, self.geometry)
+
+
+class Plan(NamedTuple):
+    """A launch of a kernel but for its tensors."""
+
+    num_programs: int
+    operands: tuple[Operand | None, ...]  # of q, k, v, out and further outputs
+    counts: tuple  # arguments from seqlen_q to heads
+    scores: Scores  # without ALiBi
+    constants: dict
+
+
+def plan_kernel(
+    key: CallKey, config: Tile, use_tma: bool, hoist: bool, over_keys: bool = False, outputs: tuple = ()
+) -> Plan:
+    """The Plan of a kernel whose programs take tiles of queries and walk over keys, or over_keys the other way round.
+
+    use_tma: TMA loads what is walked over, k and v or q and out, and adds to the first of outputs. These are (shape,
+    strides) of what is written besides out, with strides None where it is not wanted.
+    """
+    layouts = *key.layouts, *outputs
+    all_strides = [strides for _, strides in layouts if strides is not None]
+    (shape_q, _), (shape_k, _), *_ = layouts
+    head_dim, head_dim_v = key.head_dims
+    num_heads_q, num_heads_kv = shape_q[-2], shape_k[-2]
+    group_size = num_heads_q // num_heads_kv
+    of_q = shape_q[-3], key.max_seqlen_q, config.block_m
+    of_k = shape_k[-3], key.max_seqlen_k, config.block_n
+    (num_rows, longest, block), (_, longest_walked, block_walked) = (of_k, of_q) if over_keys else (of_q, of_k)
+    num_heads, num_sharing = (num_heads_kv, 1) if over_keys else (num_heads_q, group_size)
+    by_tma = () if not use_tma else (0, 3, 4) if over_keys else (1, 2)
+    num_tiles = tiles_each(longest, num_rows, key.batch, block)
+    section_size = 1
+    if key.causal:
+        bytes_per_head = longest_walked * (head_dim + head_dim_v) * key.dtype.itemsize
+        section_size = heads_in_l2(bytes_per_head, num_sharing, num_heads * key.batch)
+    tile = FlashTile(
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        INPUT_PRECISION=key.precision,
+        USE_TMA=use_tma,
+        VECTOR=key.vector,
+        WIDE_ROWS=strides_are_wide(max(config.block_m, config.block_n), *all_strides),
+        HOIST=hoist,
+    )
+    operands = [
+        strides
+        and Operand(Strides(*without_dim(strides)), tma_geometry(shape, strides, block_walked) if i in by_tma else None)
+        for i, (shape, strides) in enumerate(layouts)
+    ]
+    return Plan(
+        num_tiles * num_heads * key.batch,
+        tuple(operands),
+        (shape_q[-3], shape_k[-3], num_tiles, section_size, Heads(num_heads, group_size)),
+        Scores(key.softmax_scale * LOG2_E.value, key.softcap, None, Window(*key.window)),
+        dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages),
+    )
+
+
+def common_arguments(call: Call, plan: Plan) -> tuple:
+    """The last arguments of each kernel before its TILE."""
+    (cu_seqlens_q, cu_seqlens_k, *_), options, scores = call.lengths, call.options, plan.scores
+    if options.alibi_slopes is not None:
+        batch_stride, head_stride = batch_head_strides(options.alibi_slopes)
+        scores = scores._replace(alibi=View(options.alibi_slopes, Strides(batch_stride, 0, head_stride)))
+    dropout, p = None, options.dropout_p
+    if p > 0:
+        dropout = Dropout(options.dropout_seed, int(p * 2**31), 1 / (1 - p))
+    return Sequences(cu_seqlens_q, cu_seqlens_k), *plan.counts, scores, dropout

@@ -7,106 +7,43 @@ from typing import NamedTuple
 
 import torch
 
-from .._host.device import arch_of, input_precision, launch
+from .._host.call import Call
+from .._host.device import launch_packed
 from .._host.gpu import gpu_of
-from .._host.layout import l2_section, lse_strides, row_strides, rows_are_wide, tiles_each, vector_elements
-from .._host.tuned import choose
-from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
+from .._host.layout import lse_strides, rows_are_wide
+from .._host.tuned import choose, remember
+from .._jit.args import View, view_of
 from .._jit.workarounds import may_hoist
-from .arguments import FlashTile, operand, scores_of
+from .arguments import CallKey, common_arguments, key_of, plan_kernel
 from .backward_configs import BackwardConfig
 from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
 from .tiles import FlashCase
-from .tma import tma_geometry, tma_ready
+from .tma import strides_suit_tma
 
 
 class _Problem(NamedTuple):
     """What the kernels of a call share."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    key: CallKey
+    call: Call
     dout: torch.Tensor
     sums: RowSums
-    seqs: Sequences
-    batch: int
-    seqlen_q: int  # of the longest sequence
-    seqlen_k: int
-    scores: Scores
-    dropout: Dropout | None
-    arch: str
-    vector: int
-
-    @property
-    def causal(self):
-        return self.scores.window.right is not None
-
-    @property
-    def lengths(self):
-        return self.q.shape[-3], self.k.shape[-3]
-
-    def constants(self, kernel, tiles, use_tma, outputs):
-        """Constants of a kernel, "dkdv", "dq" or "fused", with tiles (a FlashConfig) and outputs."""
-        head_dims = self.q.shape[-1], self.v.shape[-1]
-        inputs = self.q, self.k, self.v, self.dout
-        tile = FlashTile(
-            *head_dims,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            INPUT_PRECISION=input_precision(self.q.dtype, self.arch),
-            USE_TMA=use_tma,
-            VECTOR=self.vector,
-            WIDE_ROWS=rows_are_wide(max(tiles.block_m, tiles.block_n), *inputs, *outputs),
-            HOIST=may_hoist(kernel, gpu_of(self.arch).multiplies_shared_memory, *head_dims),
-        )
-        return dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 def launch_flash_bwd(
-    dout,
-    dlse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqlen_q,
-    seqlen_k,
-    options,
-    wanted=(True, True, True, True),
-    deterministic=False,
-    config=None,
-    like_inputs=False,
+    call, dout, dlse, out, lse, wanted=(True, True, True, True), deterministic=False, config=None, like_inputs=False
 ):
-    """Gradients of q, k, v and the sinks, None where not wanted. No device-to-host sync.
+    """Gradients of q, k, v and the sinks of a Call, None where not wanted. No device-to-host sync.
 
-    dout is as out; dlse as lse, or None. like_inputs: gradients have the strides of torch.empty_like of their inputs,
-    and not those of contiguous tensors. The rest as in launch_flash_fwd. Memory: the gradients, delta (fp32, as lse),
-    and in the fused schedule dq in fp32.
+    dout is as out; dlse as lse, or None. config is a BackwardConfig (None: the default). like_inputs: gradients have
+    the strides of torch.empty_like of their inputs, and not those of contiguous tensors. The rest as in
+    launch_flash_fwd. Memory: the gradients, delta (fp32, as lse), and in the fused schedule dq in fp32.
     """
+    q, k, v, lengths, options, _ = call
     want_dq, want_dk, want_dv, want_dsinks = wanted
-    packed = cu_seqlens_q is not None
-    batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
-    sinks = options.sinks if want_dsinks else None
-    minus_delta, dsinks = _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks)
-    problem = _Problem(
-        q,
-        k,
-        v,
-        dout,
-        RowSums(lse, minus_delta),
-        Sequences(cu_seqlens_q, cu_seqlens_k),
-        batch,
-        seqlen_q,
-        seqlen_k,
-        scores_of(options, Window(*options.window)),
-        None if options.dropout is None else Dropout(*options.dropout),
-        arch_of(q),
-        vector_elements(q.element_size(), *(x.stride() for x in (q, k, v, dout))),
-    )
-    config = config or _choose_config(problem)
+    minus_delta, dsinks = _minus_delta(dout, dlse, out, lse, call, options.sinks if want_dsinks else None)
+    key = key_of(call, dout)
+    config = config or _config_of(key)
     fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
 
     layout = torch.preserve_format if like_inputs else torch.contiguous_format
@@ -116,10 +53,11 @@ def launch_flash_bwd(
     dq = None
     if want_dq:
         dq = dq_sum if fused and q.dtype == torch.float32 else torch.empty_like(q, memory_format=layout)
-    if packed and batch == 0:
+    if lengths.batch(q) == 0:
         for gradient in (dq, dk, dv):
             if gradient is not None:
                 gradient.zero_()
+    problem = _Problem(key, call, dout, RowSums(lse, minus_delta))
     if want_dk or want_dv:
         _launch_dkdv(problem, config.fused if fused else config.dkdv, dq_sum, dk, dv)
     if fused:
@@ -129,121 +67,101 @@ def launch_flash_bwd(
     return dq, dk, dv, dsinks
 
 
-def _choose_config(problem):
+@remember
+def _config_of(key):
     """The BackwardConfig of a call that brings none."""
-    inputs = problem.q, problem.k, problem.v, problem.dout
-    scalar = problem.vector == 1 or any(x.data_ptr() % 16 for x in inputs)
-    access = "scalar" if scalar else "tma" if all(map(tma_ready, inputs)) else "vector"
-    scores = problem.scores
-    plain = scores.softcap is None and scores.alibi is None and problem.dropout is None
-    head_dims = problem.q.shape[-1], problem.v.shape[-1]
-    shape = problem.q.dtype, *head_dims, problem.causal, access
-    return choose(BackwardConfig, FlashCase(problem.arch, *shape, is_plain=plain, seqlen_k=problem.seqlen_k))
+    aligned = key.q_aligned and key.kv_aligned
+    access = "scalar" if key.vector == 1 or not aligned else "tma" if key.suits_tma(0, 1, 2, 3) else "vector"
+    shape = key.dtype, *key.head_dims, key.causal, access
+    return choose(BackwardConfig, FlashCase(key.arch, *shape, is_plain=key.is_plain, seqlen_k=key.max_seqlen_k))
 
 
 def _launch_dkdv(problem, tiles, dq_sum, dk, dv):
     """dk and dv, None: not wanted; and with dq_sum, fp32 and 0, the fused schedule, which adds dq / softmax_scale."""
-    q, k, v, dout = problem.q, problem.k, problem.v, problem.dout
-    *_, num_rows, num_heads_kv, _ = k.shape
-    num_heads = num_heads_kv * problem.batch
-    num_tiles = tiles_each(problem.seqlen_k, num_rows, problem.batch, tiles.block_n)
-    if num_tiles * num_heads == 0:
+    key, call, dout, sums = problem
+    plan = _plan_dkdv(key, tiles, *[None if x is None else x.stride() for x in (dq_sum, dk, dv)])
+    if plan.num_programs == 0:
         return
-    use_tma = tiles.use_tma and tma_ready(q) and tma_ready(dout) and (dq_sum is None or tma_ready(dq_sum))
-    outputs = [x for x in (dq_sum, dk, dv) if x is not None]
-    launch(
-        _flash_bwd_dkdv_kernel,
-        (num_tiles * num_heads,),
-        q.device,
-        *_operand(q, tiles.block_m if use_tma else None),
-        _view(k),
-        _view(v),
-        *_operand(dout, tiles.block_m if use_tma else None),
-        problem.sums,
-        problem.sums.lse_ptr.shape[-1],
-        *((None, None, None) if dq_sum is None else _operand(dq_sum, tiles.block_m if use_tma else None)),
-        None if dk is None else _view(dk),
-        None if dv is None else _view(dv),
-        problem.seqs,
-        *problem.lengths,
-        num_tiles,
-        l2_section(q, dout, problem.seqlen_q, 1, num_heads) if problem.causal else 1,
-        Heads(num_heads_kv, q.shape[-2] // num_heads_kv),
-        problem.scores,
-        problem.dropout,
-        **problem.constants("dkdv" if dq_sum is None else "fused", tiles, use_tma, outputs),
+    of_q, of_k, of_v, of_dout, of_dq, of_dk, of_dv = plan.operands
+    args = (
+        *of_q.arguments(call.q),
+        View(call.k, of_k.strides),
+        View(call.v, of_v.strides),
+        *of_dout.arguments(dout),
+        sums,
+        sums.lse_ptr.shape[-1],
+        *((None, None, None) if dq_sum is None else of_dq.arguments(dq_sum)),
+        None if dk is None else View(dk, of_dk.strides),
+        None if dv is None else View(dv, of_dv.strides),
+        *common_arguments(call, plan),
     )
+    launch_packed(_flash_bwd_dkdv_kernel, (plan.num_programs,), dout.device, args, plan.constants)
+
+
+@remember
+def _plan_dkdv(key, tiles, dq_sum, dk, dv):
+    """The Plan of a launch; dq_sum, dk and dv are their strides, or None."""
+    fused = dq_sum is not None
+    (shape_q, _), (shape_k, _), (shape_v, _) = key.layout
+    use_tma = tiles.use_tma and key.q_aligned and key.suits_tma(0, 3)
+    use_tma = use_tma and (not fused or strides_suit_tma(shape_q, dq_sum, torch.float32.itemsize))
+    hoist = may_hoist("fused" if fused else "dkdv", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
+    outputs = (shape_q, dq_sum), (shape_k, dk), (shape_v, dv)
+    return plan_kernel(key, tiles, use_tma, hoist, over_keys=True, outputs=outputs)
 
 
 def _launch_dq(problem, tiles, dq):
-    q, k, v = problem.q, problem.k, problem.v
-    *_, num_rows, num_heads_q, _ = q.shape
-    num_heads = num_heads_q * problem.batch
-    group_size = num_heads_q // k.shape[-2]
-    num_tiles = tiles_each(problem.seqlen_q, num_rows, problem.batch, tiles.block_m)
-    if num_tiles * num_heads == 0:
+    key, call, dout, sums = problem
+    plan = _plan_dq(key, tiles, dq.stride())
+    if plan.num_programs == 0:
         return
-    use_tma = tiles.use_tma and tma_ready(k) and tma_ready(v)
-    launch(
-        _flash_bwd_dq_kernel,
-        (num_tiles * num_heads,),
-        q.device,
-        _view(q),
-        *_operand(k, tiles.block_n if use_tma else None),
-        *_operand(v, tiles.block_n if use_tma else None),
-        _view(problem.dout),
-        problem.sums,
-        problem.sums.lse_ptr.shape[-1],
-        _view(dq),
-        problem.seqs,
-        *problem.lengths,
-        num_tiles,
-        l2_section(k, v, problem.seqlen_k, group_size, num_heads) if problem.causal else 1,
-        Heads(num_heads_q, group_size),
-        problem.scores,
-        problem.dropout,
-        **problem.constants("dq", tiles, use_tma, [dq]),
+    of_q, of_k, of_v, of_dout, of_dq = plan.operands
+    args = (
+        View(call.q, of_q.strides),
+        *of_k.arguments(call.k),
+        *of_v.arguments(call.v),
+        View(dout, of_dout.strides),
+        sums,
+        sums.lse_ptr.shape[-1],
+        View(dq, of_dq.strides),
+        *common_arguments(call, plan),
     )
+    launch_packed(_flash_bwd_dq_kernel, (plan.num_programs,), dout.device, args, plan.constants)
 
 
-def _view(x):
-    return View(x, Strides(*row_strides(x)))
+@remember
+def _plan_dq(key, tiles, dq):
+    """The Plan of a launch; dq is its strides."""
+    use_tma = tiles.use_tma and key.kv_aligned and key.suits_tma(1, 2)
+    hoist = may_hoist("dq", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
+    return plan_kernel(key, tiles, use_tma, hoist, outputs=((key.layout[0][0], dq),))
 
 
-def _operand(x, block_rows):
-    """`operand` of a tensor that is tma_ready, in tiles of block_rows; None: a View."""
-    geometry = None if block_rows is None else tma_geometry(x.shape, x.stride(), block_rows)
-    return operand(x, Strides(*row_strides(x)), geometry)
-
-
-def _minus_delta(dout, dlse, out, lse, cu_seqlens_q, batch, seqlen_q, sinks):
+def _minus_delta(dout, dlse, out, lse, call, sinks):
     """-delta = dlse - rowsum(dout * out), fp32 as lse, and the gradient of the sinks where they are given."""
+    batch = call.lengths.batch(call.q)
     num_heads, head_dim_v = out.shape[-2:]
     minus_delta = torch.empty_like(lse)
     block_m = 64
-    num_tiles = -(-min(seqlen_q, out.shape[-3]) // block_m)
+    num_tiles = -(-min(call.lengths.max_seqlen_q, out.shape[-3]) // block_m)
     dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
     num_programs = num_tiles * batch * num_heads
     if num_programs > 0:
-        launch(
-            _flash_bwd_delta_kernel,
-            (num_programs,),
-            out.device,
-            _view(out),
-            _view(dout),
+        args = (
+            view_of(out),
+            view_of(dout),
             RowSums(lse, minus_delta),
             lse.shape[-1],
             dlse,
             *((None, None, None) if dlse is None else lse_strides(dlse)),
             sinks,
             dsinks,
-            cu_seqlens_q,
+            call.lengths.cu_seqlens_q,
             out.shape[-3],
             num_tiles,
             num_heads,
-            HEAD_DIM_V=head_dim_v,
-            BLOCK_M=block_m,
-            WIDE_ROWS=rows_are_wide(block_m, out, dout),
-            num_warps=4,
         )
+        wide_rows = rows_are_wide(block_m, out, dout)
+        constants = dict(HEAD_DIM_V=head_dim_v, BLOCK_M=block_m, WIDE_ROWS=wide_rows, num_warps=4)
+        launch_packed(_flash_bwd_delta_kernel, (num_programs,), out.device, args, constants)
     return minus_delta, None if sinks is None else dsinks.sum(0).to(sinks.dtype)

@@ -26,7 +26,7 @@ class Tile(Config):
         return isinstance(other, Tile) and astuple(self) == astuple(other)
 
     def __hash__(self):
-        return hash(astuple(self))
+        return hash((self.block_m, self.block_n, self.num_warps, self.num_stages, self.use_tma))  # without copies
 
 
 class FlashCase(NamedTuple):

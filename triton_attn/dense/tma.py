@@ -3,18 +3,15 @@
 from .._jit.tiles import PACKED_END, piece_0, piece_1
 
 
-def tma_ready(x):
-    """Whether TMA can address x: base and strides in 16-byte units, nothing empty, broadcast or out of range."""
-    return x.data_ptr() % 16 == 0 and strides_suit_tma(x.shape, x.stride(), x.element_size())
-
-
 def strides_suit_tma(shape, strides, element_size):
+    """Whether TMA can address a tensor that starts at a multiple of 16 bytes: strides in units of these, nothing empty,
+    broadcast or out of range."""
     unit = 16 // element_size
     return 0 not in shape and shape[-3] < PACKED_END.value and all(s > 0 and s % unit == 0 for s in strides[:-1])
 
 
 def tma_geometry(shape, strides, block_rows):
-    """(shape, strides, block shape) of descriptors over (outer, batch, head, row, dim), zero past a sequence's end.
+    """Fields of descriptors over (outer, batch, head, row, dim), one for each piece, zero past a sequence's end.
 
     TMA compares each coordinate with one bound, which in a packed tensor is the same for all sequences. Row coordinates
     of a sequence therefore run from E - seqlen to the bound E = PACKED_END. Two other coordinates correct the address:
@@ -30,4 +27,4 @@ def tma_geometry(shape, strides, block_rows):
         end = PACKED_END.value
         shape, strides = [end + 1, end, heads, end, dim], [2**34 - row, row, head, row, 1]
     pieces = (piece_0(dim), piece_1(dim)) if piece_1(dim) else (piece_0(dim),)
-    return [(shape, strides, [1, 1, 1, block_rows, piece]) for piece in pieces]
+    return [dict(shape=shape, strides=strides, block_shape=[1, 1, 1, block_rows, piece]) for piece in pieces]

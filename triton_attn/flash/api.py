@@ -8,22 +8,17 @@ from torch import Tensor
 
 from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
+from .._host.call import Call, Lengths, packed_lengths
 from .._host.checks import (
     MAX_HEAD_DIM_BACKWARD,
     check_bool,
-    check_cu_seqlens,
-    check_int,
     check_kernel_dtype,
-    check_max_seqlen,
-    check_number,
-    check_packed_values,
     check_qkv_layout,
     check_same_kind,
-    fail,
     layout_of,
 )
-from .._host.observers import autocast, is_observed, number_and_tensor, refuse_transforms
-from .._host.options import attention_options, dropout_arguments, with_tensors
+from .._host.observers import autocast, is_observed, refuse_transforms
+from .._host.options import attention_options, with_dropout, with_tensors
 from . import reference
 
 if TYPE_CHECKING:
@@ -105,24 +100,14 @@ def flash_attention(
     """
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    options = layout_options(4, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
+    layout = layout_of(q, k, v)
+    options = layout_options(4, layout, causal, softmax_scale, window_size, softcap)
     options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
-    dropout_p, dropout_seed = check_dropout(q, dropout_p, dropout_seed)
+    options = with_dropout(options, q, dropout_p, dropout_seed)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
-    if not use_kernel(q):
-        return reference.flash_attention(
-            q,
-            k,
-            v,
-            **options.as_arguments(),
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-            return_lse=return_lse,
-        )
-    lengths = None, None, q.shape[1], k.shape[1]
-    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse)
-    return (out, lse) if return_lse else out
+    lengths = Lengths(None, None, q.shape[1], k.shape[1])
+    return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse)
 
 
 @overload
@@ -210,37 +195,15 @@ def flash_attention_varlen(
     """
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    options = layout_options(3, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape))
-    max_seqlen_q = check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    layout = layout_of(q, k, v)
+    options = layout_options(3, layout, causal, softmax_scale, window_size, softcap)
+    lengths = packed_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
     check_values = should_check_values(check_values)
-    options = with_tensors(options, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
-    dropout_p, dropout_seed = check_dropout(q, dropout_p, dropout_seed)
+    options = with_tensors(options, q, lengths.batch(q), alibi_slopes, sinks)
+    options = with_dropout(options, q, dropout_p, dropout_seed)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
-    if not use_kernel(q):
-        if check_values:
-            check_packed_values(lengths, q.shape[0], k.shape[0])
-        return reference.flash_attention_varlen(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            **options.as_arguments(),
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-            return_lse=return_lse,
-        )
-    out, lse = _attend(q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse, check_values)
-    return (out, lse) if return_lse else out
+    return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse, check_values)
 
 
 def layout_options(ndim, layout, causal, softmax_scale, window_size, softcap):
@@ -267,74 +230,28 @@ def _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, righ
     return _check_options(ndim, layout, causal, softmax_scale, softcap, pair((left, right)))
 
 
-def check_dropout(q, dropout_p, dropout_seed):
-    """dropout_p, and the seed as a tensor of one int64 on q's device. None without dropout."""
-    dropout_p = check_number("dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        fail("dropout_p", "0 <= dropout_p < 1", dropout_p)
-    if isinstance(dropout_seed, torch.Tensor):
-        if dropout_seed.dtype != torch.int64:
-            fail("dropout_seed", "dtype torch.int64", dropout_seed.dtype, TypeError)
-        if dropout_seed.numel() != 1:
-            fail("dropout_seed", "one element", f"shape {tuple(dropout_seed.shape)}")
-        if dropout_seed.device != q.device:
-            fail("dropout_seed", f"q's device {q.device}", dropout_seed.device)
-    elif dropout_seed is not None:
-        dropout_seed = check_int("dropout_seed", dropout_seed, "an int or a tensor")
-        if not -(2**63) <= dropout_seed < 2**63:
-            fail("dropout_seed", "a 64-bit integer", dropout_seed)
-    if dropout_p == 0:
-        return dropout_p, None
-    if dropout_seed is None:
-        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    elif isinstance(dropout_seed, int):
-        dropout_seed = torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)
-    return dropout_p, dropout_seed
-
-
-def _attend(
-    q, k, v, lengths, options, dropout_p, dropout_seed, deterministic, return_lse, check_values=False
-) -> tuple[Tensor, Any]:
-    """out and lse from the kernel. A call that is traced or differentiated goes through an operator."""
-    check_kernel_dtype(q)
-    softmax_scale, window, softcap, alibi_slopes, sinks, _ = options
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
-    if not is_observed(q, k, v, sinks, alibi_slopes):
+def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: bool = False) -> Any:
+    """What a call returns. One that is traced or differentiated goes through an operator."""
+    q, k, v, _, options, _ = call
+    if not use_kernel(q):
         if check_values:
-            check_packed_values(lengths, q.shape[0], k.shape[0])
+            call.check_values()
+        return reference.compute(call, return_lse)
+    check_kernel_dtype(q)
+    if is_observed(q, k, v, options.sinks, options.alibi_slopes):
+        refuse_transforms(q=q, k=k, v=v, sinks=options.sinks, alibi_slopes=options.alibi_slopes)
+        if torch.is_grad_enabled():
+            _check_differentiable(q, k, v, options.sinks, options.alibi_slopes)
+        from .autograd import attend  # the package can be imported without triton
+
+        out, lse = attend(call, deterministic, check_values)
+    else:
+        if check_values:
+            call.check_values()
         new_outputs, launch_flash_fwd = _kernel()
         out, lse = new_outputs(q, v, return_lse)
-        if dropout_p > 0:
-            options = options._replace(dropout=dropout_arguments(dropout_p, dropout_seed))
-        launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
-        return out, lse
-    from . import autograd
-
-    refuse_transforms(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
-    if torch.is_grad_enabled():
-        _check_differentiable(q, k, v, sinks, alibi_slopes)
-    max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
-    max_seqlen_k, longest_k = number_and_tensor(max_seqlen_k)
-    return autograd.flash_attention(
-        q,
-        k,
-        v,
-        sinks,
-        alibi_slopes,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        dropout_seed,
-        longest_q,
-        longest_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        *window,
-        softcap,
-        dropout_p,
-        deterministic,
-        check_values,
-    )
+        launch_flash_fwd(call, out, lse)
+    return (out, lse) if return_lse else out
 
 
 @functools.cache

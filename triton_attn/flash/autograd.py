@@ -1,4 +1,4 @@
-"""The flash kernels as torch operators, for whoever traces or differentiates: autograd, torch.compile, export.
+"""The flash kernels as torch operators, for autograd, torch.compile and export.
 
 A plain call launches the kernel directly; a torch operator costs 10 to 16 microseconds more.
 """
@@ -6,43 +6,49 @@ A plain call launches the kernel directly; a torch operator costs 10 to 16 micro
 import torch
 from torch import Tensor
 
-from .._host.checks import check_packed_values, read_lengths
-from .._host.options import AttentionOptions, dropout_arguments
+from .._host.call import LENGTHS_SCHEMA, Call, call_of, lengths_as_arguments, lengths_of_arguments
+from .._host.options import AttentionOptions
 from ..dense.backward import launch_flash_bwd
 from .forward import launch_flash_fwd, new_outputs
 
+# A Call as arguments of an operator, tensors first.
+_NUM_TENSORS = 10
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
+    f"{LENGTHS_SCHEMA}, float softmax_scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p"
+)
 
-@torch.library.custom_op("triton_attn::flash_attention", mutates_args=())
-def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_seed: Tensor | None,
-    longest_q: Tensor | None,
-    longest_k: Tensor | None,
-    seqlen_q: int | None,
-    seqlen_k: int | None,
-    softmax_scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    check_values: bool,
-) -> tuple[Tensor, Tensor]:
-    """A length is a number, or a tensor that tracing could not read."""
-    seqlen_q, seqlen_k = read_lengths(longest_q, longest_k, seqlen_q, seqlen_k)
+
+def attend(call: Call, deterministic: bool, check_values: bool) -> tuple[Tensor, Tensor]:
+    """out and lse by the operator."""
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed = call.options
+    tensors = call.q, call.k, call.v, sinks, alibi_slopes, dropout_seed
+    numbers = softmax_scale, *window, softcap, dropout_p
+    return flash_attention(*tensors, *lengths_as_arguments(call.lengths), *numbers, deterministic, check_values)
+
+
+def _call_of_arguments(*args):
+    q, k, v, sinks, alibi_slopes, dropout_seed, *lengths, softmax_scale, left, right, softcap, dropout_p = args
+    options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks, dropout_p, dropout_seed)
+    return call_of(q, k, v, options, lengths_of_arguments(*lengths))
+
+
+def _flash_attention(*args):
+    *args, _, check_values = args
+    call = _call_of_arguments(*args)
     if check_values:
-        check_packed_values((cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k), q.shape[0], k.shape[0])
-    out, lse = new_outputs(q, v)
-    dropout = dropout_arguments(dropout_p, dropout_seed)
-    options = AttentionOptions(softmax_scale, (window_left, window_right), softcap, alibi_slopes, sinks, dropout)
-    launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options)
+        call.check_values()
+    out, lse = new_outputs(call.q, call.v)
+    launch_flash_fwd(call, out, lse)
     return out, lse
+
+
+flash_attention = torch.library.custom_op(
+    "triton_attn::flash_attention",
+    _flash_attention,
+    mutates_args=(),
+    schema=f"({_SCHEMA}, bool deterministic, bool check_values) -> (Tensor, Tensor)",
+)
 
 
 @flash_attention.register_fake
@@ -50,53 +56,25 @@ def _(q, k, v, *rest):
     return new_outputs(q, v)
 
 
-@torch.library.custom_op("triton_attn::flash_attention_backward", mutates_args=())
-def flash_attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_seed: Tensor | None,
-    longest_q: Tensor | None,
-    longest_k: Tensor | None,
-    seqlen_q: int | None,
-    seqlen_k: int | None,
-    softmax_scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _flash_attention_backward(dout, dlse, out, lse, *args):
     """Gradients of q, k, v and sinks; an empty tensor for one that is not wanted."""
-    seqlen_q, seqlen_k = read_lengths(longest_q, longest_k, seqlen_q, seqlen_k)
-    dropout = dropout_arguments(dropout_p, dropout_seed)
-    options = AttentionOptions(softmax_scale, (window_left, window_right), softcap, alibi_slopes, sinks, dropout)
-    gradients = launch_flash_bwd(
-        dout if dout.stride(-1) == 1 else dout.contiguous(),
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqlen_q,
-        seqlen_k,
-        options,
-        tuple(wanted),
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-    )
-    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    *args, deterministic, wanted = args
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    call = _call_of_arguments(*args)
+    gradients = launch_flash_bwd(call, dout, dlse, out, lse, tuple(wanted), deterministic)
+    return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+flash_attention_backward = torch.library.custom_op(
+    "triton_attn::flash_attention_backward",
+    _flash_attention_backward,
+    mutates_args=(),
+    schema=(
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}, bool deterministic, bool[] wanted) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 
 
 @flash_attention_backward.register_fake
@@ -108,8 +86,8 @@ def _(dout, dlse, out, lse, q, k, v, sinks, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:10])
-    ctx.scalars = inputs[10:-1]
+    ctx.save_for_backward(*output, *inputs[:_NUM_TENSORS])
+    ctx.numbers = inputs[_NUM_TENSORS:-1]
     ctx.set_materialize_grads(False)
 
 
@@ -118,9 +96,9 @@ def _backward(ctx, dout, dlse):
     if dout is None:
         dout = torch.zeros_like(out)
     wanted = list(ctx.needs_input_grad[:4])
-    gradients = flash_attention_backward(dout, dlse, out, lse, *tensors, *ctx.scalars, wanted)
+    gradients = flash_attention_backward(dout, dlse, out, lse, *tensors, *ctx.numbers, wanted)
     gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)]
-    return (*gradients, *[None] * 15)
+    return (*gradients, *[None] * (len(ctx.needs_input_grad) - 4))
 
 
 flash_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,18 +1,14 @@
 """Forward kernel of dense and varlen attention, and its launcher."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import layout_of
-from .._host.device import arch_of, input_precision, launch_packed
-from .._host.gpu import gpu_of
-from .._host.layout import clear_outputs, heads_in_l2, strides_are_wide, tiles_each, vector_elements, without_dim
+from .._host.device import launch_packed
+from .._host.layout import clear_outputs
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
-from .._jit.args import Dropout, Heads, Sequences, Strides, View, Window
+from .._jit.args import View
 from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.dropout import KEYS_PER_CALL, keep_mask
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
@@ -32,11 +28,10 @@ from .._jit.tiles import (
     zeros_tile,
 )
 from .._jit.workarounds import in_vectors, tanh_spills
-from ..dense.arguments import LENGTHS, FlashTile, operand, scores_of
+from ..dense.arguments import LENGTHS, common_arguments, key_of, plan_kernel
 from ..dense.tiles import FlashCase
-from ..dense.tma import strides_suit_tma, tma_geometry
 from .configs import FlashConfig
-from .hopper import launch_flash_fwd_hopper, plan_hopper
+from .hopper import HopperPlan, launch_flash_fwd_hopper, plan_hopper
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -142,151 +137,51 @@ def _flash_fwd_kernel(
 
 def new_outputs(q, v, wants_lse=True):
     """Uninitialised out, and lse (batch, heads, rows) or (heads, rows) or None."""
-    *batch, rows, heads, head_dim = q.shape
-    like_q = v.shape[-1] == head_dim and q.is_contiguous()
-    out = torch.empty_like(q) if like_q else q.new_empty((*batch, rows, heads, v.shape[-1]))
-    return out, q.new_empty((*batch, heads, rows), dtype=torch.float32) if wants_lse else None
+    shape = q.shape
+    like_q = v.shape[-1] == shape[-1] and q.is_contiguous()
+    out = torch.empty_like(q) if like_q else q.new_empty((*shape[:-1], v.shape[-1]))
+    return out, q.new_empty((*shape[:-3], shape[-2], shape[-3]), dtype=torch.float32) if wants_lse else None
 
 
-def launch_flash_fwd(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, options, config=None):
-    """Launch the forward kernel: one launch, no device-to-host sync.
+def launch_flash_fwd(call, out, lse, config=None):
+    """Launch the forward kernel of a Call: one launch, no device-to-host sync.
 
-    q, k, v and out are (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens; seqlen_q and
-    seqlen_k are then the largest lengths. lse may be None: not wanted. options is an AttentionOptions, config a
-    FlashConfig (None: the default).
+    out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens; lse as
+    `flash_attention` returns it, or None: not wanted. config is a FlashConfig (None: the default).
     """
-    arch = arch_of(q)
-    layout, packed_batch = layout_of(q, k, v, out), None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    if gpu_of(arch).wgmma and config is None:
-        plan = _plan_for_hopper(q, k, v, out, layout, packed_batch, seqlen_q, seqlen_k, options)
-        if plan is not None:
-            tensors = q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k
-            launch_flash_fwd_hopper(plan, *tensors, options.softmax_scale)
-            return
-    plan = _plan(
-        layout,
-        q.dtype,
-        packed_batch,
-        seqlen_q,
-        seqlen_k,
-        options.window,
-        options.softcap is not None,
-        options.alibi_slopes is not None,
-        options.dropout is not None,
-        (k.data_ptr() | v.data_ptr()) % 16 == 0,
-        arch,
-        input_precision(q.dtype, arch),
-        config,
-    )
+    q, k, v, *_ = call
+    plan = _plan(key_of(call, out), wanted_kernels(), config)
     if plan.num_programs == 0:
         clear_outputs(out, lse)
         return
+    if type(plan) is HopperPlan:
+        launch_flash_fwd_hopper(plan, call, out, lse)
+        return
+    of_q, of_k, of_v, of_out = plan.operands
     args = (
-        View(q, plan.strides_q),
-        *operand(k, plan.strides_k, plan.geometry_k),
-        *operand(v, plan.strides_v, plan.geometry_v),
-        View(out, plan.strides_out),
+        View(q, of_q.strides),
+        *of_k.arguments(k),
+        *of_v.arguments(v),
+        View(out, of_out.strides),
         lse,
         0 if lse is None else lse.shape[-1],
-        options.sinks,
-        Sequences(cu_seqlens_q, cu_seqlens_k),
-        q.shape[-3],
-        k.shape[-3],
-        plan.num_tiles,
-        plan.section_size,
-        plan.heads,
-        scores_of(options, plan.window),
-        None if options.dropout is None else Dropout(*options.dropout),
+        call.options.sinks,
+        *common_arguments(call, plan),
     )
     launch_packed(_flash_fwd_kernel, (plan.num_programs,), q.device, args, plan.constants)
 
 
-def _plan_for_hopper(q, k, v, out, layout, packed_batch, seqlen_q, seqlen_k, options):
-    """That of hopper.py's kernel where it supports the call and is wanted, else None."""
-    _, window, softcap, alibi_slopes, sinks, dropout = options
-    wanted = wanted_kernels()
-    plain = softcap is None and alibi_slopes is None and sinks is None and dropout is None and window[0] is None
-    if wanted == "portable" or not plain or window[1] not in (None, 0):
-        return None
-    if any(x.data_ptr() % 16 for x in (q, k, v, out)):
-        return None
-    return plan_hopper(layout, q.dtype, packed_batch, seqlen_q, seqlen_k, window[1] is not None, wanted)
-
-
-class _Plan(NamedTuple):
-    """What of a launch follows from layouts and options alone."""
-
-    num_programs: int
-    strides_q: Strides
-    strides_k: Strides
-    strides_v: Strides
-    strides_out: Strides
-    geometry_k: list | None  # of descriptors; None without TMA
-    geometry_v: list | None
-    num_tiles: int
-    section_size: int
-    heads: Heads
-    window: Window
-    constants: dict
-
-
 @remember
-def _plan(
-    layout,
-    dtype,
-    packed_batch,
-    seqlen_q,
-    seqlen_k,
-    window,
-    has_softcap,
-    has_alibi,
-    has_dropout,
-    bases_aligned,
-    arch,
-    precision,
-    config,
-):
-    """The _Plan of a launch, remembered since most launches are like the last."""
-    (shape_q, _), (shape_k, strides_k), (shape_v, strides_v), _ = layout
-    *_, num_heads, head_dim = shape_q
-    *_, num_heads_kv, head_dim_v = shape_v
-    batch = shape_q[0] if packed_batch is None else packed_batch
-    group_size = num_heads // num_heads_kv
-    causal = window[1] is not None
-    size = dtype.itemsize
-    all_strides = [strides for _, strides in layout]
-    vector = vector_elements(size, *all_strides)
-    suits_tma = strides_suit_tma(shape_k, strides_k, size) and strides_suit_tma(shape_v, strides_v, size)
+def _plan(key, wanted, config):
+    """The Plan of a launch, or the HopperPlan where hopper.py's kernel supports the call and is wanted."""
+    if config is None and (plan := plan_hopper(key, wanted)) is not None:
+        return plan
+    suits_tma = key.suits_tma(1, 2)
+    head_dim, head_dim_v = key.head_dims
     if config is None:
-        access = "scalar" if vector == 1 or not bases_aligned else "tma" if suits_tma else "vector"
-        plain = not (has_softcap or has_alibi or has_dropout)
-        shape = head_dim, head_dim_v, causal
-        case = FlashCase(arch, dtype, *shape, access, precision, has_softcap, has_dropout, plain, seqlen_k)
+        access = "scalar" if key.vector == 1 or not key.kv_aligned else "tma" if suits_tma else "vector"
+        shape = key.dtype, head_dim, head_dim_v, key.causal, access, key.precision
+        case = FlashCase(key.arch, *shape, key.softcap is not None, key.has_dropout, key.is_plain, key.max_seqlen_k)
         config = choose(FlashConfig, case)
-    use_tma = config.use_tma and suits_tma and bases_aligned
-    num_tiles = tiles_each(seqlen_q, shape_q[-3], batch, config.block_m)
-    section_size = 1
-    if causal:
-        section_size = heads_in_l2(seqlen_k * (head_dim + head_dim_v) * size, group_size, num_heads * batch)
-    tile = FlashTile(
-        HEAD_DIM=head_dim,
-        HEAD_DIM_V=head_dim_v,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        INPUT_PRECISION=precision,
-        USE_TMA=use_tma,
-        VECTOR=vector,
-        WIDE_ROWS=strides_are_wide(max(config.block_m, config.block_n), *all_strides),
-        HOIST=not (use_tma and has_softcap and tanh_spills(head_dim)),
-    )
-    return _Plan(
-        num_tiles * num_heads * batch,
-        *(Strides(*without_dim(strides)) for strides in all_strides),
-        tma_geometry(shape_k, strides_k, config.block_n) if use_tma else None,
-        tma_geometry(shape_v, strides_v, config.block_n) if use_tma else None,
-        num_tiles,
-        section_size,
-        Heads(num_heads, group_size),
-        Window(*window),
-        dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages),
-    )
+    use_tma = config.use_tma and suits_tma and key.kv_aligned
+    return plan_kernel(key, config, use_tma, hoist=not (use_tma and key.softcap is not None and tanh_spills(head_dim)))

@@ -9,7 +9,6 @@ Supports fp16 and bf16, head dims 64, 128 and 256, causal or not, dense and varl
 portable kernel (forward.py), which computes the same, does the rest. Gluon has no interpreter.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -27,15 +26,15 @@ from triton.language.core import _aggregate as aggregate  # triton.aggregate doe
 
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
-from .._host.layout import clear_outputs, heads_in_l2, tiles_each
-from .._host.tuned import remember
+from .._host.gpu import gpu_of
+from .._host.layout import heads_in_l2, tiles_each
 from .._jit.args import Sequences, View
 from .._jit.blocks import visible_range
 from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
 from .._jit.softmax import LN_2
 from .._jit.tiles import sequence_coords
 from ..dense.tiles import FlashCase
-from ..dense.tma import strides_suit_tma, tma_geometry
+from ..dense.tma import tma_geometry
 from .configs import HopperConfig
 
 # Renamed in Triton 3.8.
@@ -477,65 +476,61 @@ def _flash_fwd_hopper_kernel(
         )
 
 
-def launch_flash_fwd_hopper(plan, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale):
-    """Launch the kernel by what `plan_hopper` found; the rest as in launch_flash_fwd."""
-    num_programs, geometries, counts, constants = plan
-    if num_programs == 0:
-        clear_outputs(out, lse)
-        return
+class HopperPlan(NamedTuple):
+    """A launch but for its tensors."""
+
+    num_programs: int
+    geometries: list  # fields of the descriptors of q, k, v and out
+    numbers: tuple  # arguments from num_tiles to scale_log2
+    constants: dict
+
+
+def launch_flash_fwd_hopper(plan, call, out, lse):
+    """Launch the kernel of a HopperPlan; the rest as in launch_flash_fwd."""
+    q, k, v, (cu_seqlens_q, cu_seqlens_k, *_), *_ = call
     args = (
-        *(_describe(x, *geometry) for x, geometry in zip((q, k, v, out), geometries)),
+        *(unchecked_descriptor(TensorDescriptor, x, fields) for x, fields in zip((q, k, v, out), plan.geometries)),
         lse,
         cu_seqlens_q,
         cu_seqlens_k,
         q.shape[-3],
         k.shape[-3],
         0 if lse is None else lse.shape[-1],
-        *counts,
-        softmax_scale * LOG2_E,
+        *plan.numbers,
     )
-    launch_packed(_flash_fwd_hopper_kernel, (num_programs,), q.device, args, constants)
+    launch_packed(_flash_fwd_hopper_kernel, (plan.num_programs,), q.device, args, plan.constants)
 
 
-@remember
-def plan_hopper(layout, dtype, varlen_batch, seqlen_q, seqlen_k, causal, wanted, config=None):
-    """(programs, geometries of q, k, v and out, counts, constants) of a call without options but causal, or None where
-    the portable kernel serves it.
+def plan_hopper(key, wanted, config=None):
+    """The HopperPlan of a CallKey, None where the portable kernel runs. Of the options the kernel supports causal.
 
-    layout is that of q, k, v and out, whose bases are aligned to 16 bytes; wanted as in `HopperConfig.choose`, which
-    chooses config if it is None.
+    wanted as in `HopperConfig.choose`, which chooses config if it is None.
     """
-    (shape_q, _), (shape_k, _), (shape_v, _), _ = layout
-    *_, num_heads, head_dim = shape_q
-    if shape_v[-1] != head_dim or not all(strides_suit_tma(*of_tensor, dtype.itemsize) for of_tensor in layout):
+    has_more = not key.is_plain or key.has_sinks or key.window not in ((None, None), (None, 0))
+    if has_more or not gpu_of(key.arch).wgmma or not (key.q_aligned and key.kv_aligned and key.suits_tma(0, 1, 2, 3)):
         return None
-    case = FlashCase("sm_90", dtype, head_dim, head_dim, causal, seqlen_k=seqlen_k)
+    case = FlashCase(key.arch, key.dtype, *key.head_dims, key.causal, seqlen_k=key.max_seqlen_k)
     config = config or HopperConfig.choose(case, wanted)
     if config is None:
         return None
-    batch = shape_q[0] if varlen_batch is None else varlen_batch
+    (shape_q, _), (shape_k, _), *_ = key.layout
+    *_, num_rows, num_heads, head_dim = shape_q
     group_size = num_heads // shape_k[-2]
-    num_tiles = tiles_each(seqlen_q, shape_q[-3], batch, config.block_m)
+    num_tiles = tiles_each(key.max_seqlen_q, num_rows, key.batch, config.block_m)
     section_size = 1
-    if causal:
-        section_size = heads_in_l2(2 * seqlen_k * head_dim * dtype.itemsize, group_size, num_heads * batch)
+    if key.causal:
+        bytes_per_head = 2 * key.max_seqlen_k * head_dim * key.dtype.itemsize
+        section_size = heads_in_l2(bytes_per_head, group_size, num_heads * key.batch)
     rows = GROUP_ROWS.value, config.block_n, config.block_n, GROUP_ROWS.value
-    geometries = [tma_geometry(*of_tensor, count)[0] for of_tensor, count in zip(layout, rows)]
+    layout = {"layout": gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)}
+    geometries = [tma_geometry(*of_tensor, count)[0] | layout for of_tensor, count in zip(key.layouts, rows)]
     constants = dict(
-        CAUSAL=causal,
+        CAUSAL=key.causal,
         HEAD_DIM=head_dim,
         BLOCK_N=config.block_n,
         GROUPS=config.groups,
         STAGES=config.num_stages,
         num_warps=4,
     )
-    return num_tiles * num_heads * batch, geometries, (num_tiles, num_heads, group_size, section_size), constants
-
-
-@functools.cache
-def _tile_layout():
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
-
-
-def _describe(x, shape, strides, block_shape):
-    return unchecked_descriptor(TensorDescriptor, x, shape, strides, block_shape, layout=_tile_layout())
+    numbers = num_tiles, num_heads, group_size, section_size, key.softmax_scale * LOG2_E
+    return HopperPlan(num_tiles * num_heads * key.batch, geometries, numbers, constants)

@@ -1,15 +1,17 @@
 """The two passes of flash attention one by one, for a caller that records gradients itself. Autograd sees neither."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._host.backend import use_kernel
-from .._host.checks import MAX_HEAD_DIM_BACKWARD, check_cu_seqlens, check_kernel_dtype, check_same_kind, fail, layout_of
-from .._host.options import dropout_arguments, with_tensors
+from .._host.call import Call, Lengths, packed_lengths
+from .._host.checks import MAX_HEAD_DIM_BACKWARD, check_kernel_dtype, check_same_kind, fail, layout_of
+from .._host.options import with_dropout, with_tensors
 from . import reference
-from .api import check_dropout, layout_options
+from .api import layout_options
 
 
 def forward_pass(
@@ -37,22 +39,16 @@ def forward_pass(
 
     Raises: as `flash_attention_varlen`.
     """
-    options = _checked_options(q, k, v, lengths, causal, softmax_scale, window_size, alibi_slopes)
-    dropout_p, dropout_seed = check_dropout(q, dropout_p, dropout_seed)
+    call = _checked_call(q, k, v, lengths, causal, softmax_scale, window_size, alibi_slopes, dropout_p, dropout_seed)
     if out.shape != (*q.shape[:-1], v.shape[-1]) or out.dtype != q.dtype:
         fail("out", f"shape {(*q.shape[:-1], v.shape[-1])}, {q.dtype}", f"shape {tuple(out.shape)}, {out.dtype}")
     if not use_kernel(q):
-        dropout = dict(dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=True)
-        if lengths[0] is None:
-            result, lse = reference.flash_attention(q, k, v, **options.as_arguments(), **dropout)
-        else:
-            result, lse = reference.flash_attention_varlen(q, k, v, *lengths, **options.as_arguments(), **dropout)
+        result, lse = reference.compute(call, return_lse=True)
         out.copy_(result)
         return lse
     check_kernel_dtype(q)
     lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
-    options = options._replace(dropout=dropout_arguments(dropout_p, dropout_seed))
-    _launchers()[0](q, k, v, out, lse, *lengths, options)
+    _launchers()[0](call, out, lse)
     return lse
 
 
@@ -79,8 +75,7 @@ def backward_pass(
     Raises:
         NotImplementedError: a head dimension above 256, or tensors on the CPU that no interpreter runs kernels on.
     """
-    options = _checked_options(q, k, v, lengths, causal, softmax_scale, window_size, None)
-    dropout_p, dropout_seed = check_dropout(q, dropout_p, dropout_seed)
+    call = _checked_call(q, k, v, lengths, causal, softmax_scale, window_size, None, dropout_p, dropout_seed)
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM_BACKWARD:
         raise NotImplementedError(
@@ -92,31 +87,26 @@ def backward_pass(
         )
     check_kernel_dtype(q)
     dout, lse = dout if dout.stride(-1) == 1 else dout.contiguous(), lse.contiguous()
-    options = options._replace(dropout=dropout_arguments(dropout_p, dropout_seed))
     wanted = True, True, True, False
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    tensors = dout, None, q, k, v, out, lse
-    *gradients, _ = _launchers()[1](*tensors, *lengths, options, wanted, deterministic, like_inputs=True)
-    return tuple(gradients)
+    dq, dk, dv, _ = _launchers()[1](call, dout, None, out, lse, wanted, deterministic, like_inputs=True)
+    return dq, dk, dv
 
 
-def _checked_options(q, k, v, lengths, causal, softmax_scale, window_size, alibi_slopes):
+def _checked_call(
+    q, k, v, lengths: Any, causal, softmax_scale, window_size, alibi_slopes, dropout_p, dropout_seed
+) -> Call:
     check_same_kind(q, k, v)
-    cu_seqlens_q, cu_seqlens_k, *_ = lengths
-    batch, ndim = q.shape[0], 4
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
-        if cu_seqlens_k.shape != cu_seqlens_q.shape:
-            fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape))
-        batch, ndim = cu_seqlens_q.shape[0] - 1, 3
+    is_packed = lengths[0] is not None or lengths[1] is not None
+    lengths = packed_lengths(*lengths, device=q.device) if is_packed else Lengths(*lengths)
     layout = layout_of(q, k, v)
-    options = layout_options(ndim, layout, causal, softmax_scale, window_size, 0.0)
-    return with_tensors(options, q, batch, alibi_slopes, None)
+    options = layout_options(3 if is_packed else 4, layout, causal, softmax_scale, window_size, 0.0)
+    options = with_tensors(options, q, lengths.batch(q), alibi_slopes, None)
+    return Call(q, k, v, lengths, with_dropout(options, q, dropout_p, dropout_seed), layout)
 
 
 @functools.cache
-def _launchers():
+def _launchers() -> tuple[Any, Any]:
     """Loaded with the first call, so that the package imports where triton is not installed."""
     from ..dense.backward import launch_flash_bwd
     from .forward import launch_flash_fwd

@@ -3,8 +3,18 @@
 import torch
 from torch import Tensor
 
+from .._host.call import Call
 from .._host.definition import attend, packed_bounds
 from .._host.observers import without_autocast
+
+
+def compute(call: Call, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """What a checked call returns."""
+    q, k, v, (cu_seqlens_q, cu_seqlens_k, *longest), options, _ = call
+    arguments = options.as_arguments()
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return flash_attention(q, k, v, **arguments, return_lse=return_lse)
+    return flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, **arguments, return_lse=return_lse)
 
 
 @without_autocast

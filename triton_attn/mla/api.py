@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
+from .._host.call import Lengths, packed_lengths
 from .._host.checks import (
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
@@ -17,7 +18,6 @@ from .._host.checks import (
     check_int,
     check_last_contiguous,
     check_max_seqlen,
-    check_packed_values,
     check_rope_tables,
     check_rows,
     check_rows_aligned,
@@ -404,7 +404,7 @@ def mla_prefill(
         _check_differentiable(q_nope, q_pe, w_uv)
     if not use_kernel(q_nope):
         if check_values:
-            check_packed_values(lengths, q_nope.shape[0], kv_latent.shape[0])
+            lengths.check_values(q_nope.shape[0], kv_latent.shape[0])
         sizes = ProblemSizes.of(*tensors, *lengths, causal)
         return reference.mla_prefill(
             *tensors,
@@ -433,7 +433,7 @@ def _check_differentiable(q_nope, q_pe, w_uv):
 
 
 def _check_prefill(tensors, lengths, mode):
-    """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), with the longest lengths set for a dense batch."""
+    """The Lengths, with the longest lengths set for a dense batch."""
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     dtypes = KERNEL_DTYPES
@@ -467,17 +467,11 @@ def _check_prefill(tensors, lengths, mode):
         for name, given, size in (("max_seqlen_q", max_seqlen_q, rows_q[1]), ("max_seqlen_k", max_seqlen_k, rows_k[1])):
             if given not in (None, size):
                 fail(name, f"{size} without cu_seqlens, or None", given)
-        return None, None, rows_q[1], rows_k[1]
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device)
+        return Lengths(None, None, rows_q[1], rows_k[1])
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is None:
             fail(name, "an int, needed with cu_seqlens", None, TypeError)
-    max_seqlen_q = check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", f"shape {tuple(cu_seqlens_k.shape)}")
-    return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return packed_lengths(*lengths, device)
 
 
 def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):

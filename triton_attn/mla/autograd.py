@@ -7,8 +7,8 @@ and matrix products take these to latent vectors and weights. Memory holds one c
 import torch
 from torch import Tensor
 
-from .._host.checks import check_packed_values, read_lengths
-from .._host.observers import is_observed, number_and_tensor, refuse_transforms, without_autocast
+from .._host.call import call_of, lengths_as_arguments, lengths_of_arguments
+from .._host.observers import is_observed, refuse_transforms, without_autocast
 from .._host.options import AttentionOptions
 from ..dense.backward import launch_flash_bwd
 from .absorbed import launch_mla_absorbed
@@ -27,11 +27,9 @@ def prefill(tensors, lengths, softmax_scale, causal, schedule, check_values, ret
         return out, lse
     names = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv"
     refuse_transforms(**dict(zip(names, tensors)))
-    cu_seqlens_q, cu_seqlens_k, *longest = lengths
-    (max_seqlen_q, longest_q), (max_seqlen_k, longest_k) = map(number_and_tensor, longest)
-    lengths = cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k
     mode, max_workspace_bytes, wants_grad = schedule
-    return mla_prefill(*tensors, *lengths, softmax_scale, causal, max_workspace_bytes, mode, wants_grad, check_values)
+    numbers = softmax_scale, causal, max_workspace_bytes, mode, wants_grad, check_values
+    return mla_prefill(*tensors, *lengths_as_arguments(lengths), *numbers)
 
 
 def _new_outputs(q_nope, w_uv, wants_lse=True):
@@ -45,7 +43,7 @@ def _launch(
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, schedule, check_values
 ):
     if check_values:
-        check_packed_values(lengths, q_nope.shape[0], kv_latent.shape[0])
+        lengths.check_values(q_nope.shape[0], kv_latent.shape[0])
     sizes = ProblemSizes.of(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *lengths, causal)
     mode, heads_each, rows_each = choose_schedule(sizes, *schedule)
     args = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal
@@ -79,7 +77,7 @@ def mla_prefill(
     check_values: bool,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _new_outputs(q_nope, w_uv)
-    lengths = cu_seqlens_q, cu_seqlens_k, *read_lengths(longest_q, longest_k, max_seqlen_q, max_seqlen_k)
+    lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
     schedule = mode, max_workspace_bytes, wants_grad
     _launch(*tensors, out, lse, lengths, softmax_scale, causal, schedule, check_values)
@@ -116,7 +114,7 @@ def mla_prefill_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six inputs; an empty tensor for one that is not wanted."""
-    max_seqlen_q, max_seqlen_k = read_lengths(longest_q, longest_k, max_seqlen_q, max_seqlen_k)
+    lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     inputs = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
     num_heads, nope, _ = w_uk.shape
     options = AttentionOptions(softmax_scale, (None, 0 if causal else None), None, None, None)
@@ -138,18 +136,11 @@ def mla_prefill_backward(
         q = torch.cat([q_nope[..., heads, :], q_pe[..., heads, :]], dim=-1)
         k, v = _keys_and_values(kv_latent, k_pe, w_uk[heads], w_uv[heads])
         dq, dk, dv, _ = launch_flash_bwd(
+            call_of(q, k, v, options, lengths),
             dout[..., heads, :],
             None if dlse is None else dlse[..., heads, :].contiguous(),
-            q,
-            k,
-            v,
             out[..., heads, :],
             lse[..., heads, :].contiguous(),
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            options,
             (wants_q, wants_k, wants_v, False),
             torch.are_deterministic_algorithms_enabled(),
         )

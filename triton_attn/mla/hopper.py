@@ -10,7 +10,6 @@ Supports fp16 and bf16, paged caches with 512 + 64 elements a row, pages of a mu
 heads. The portable kernel (absorbed.py), which computes the same, does the rest. Gluon has no interpreter.
 """
 
-import functools
 from typing import NamedTuple
 
 from triton.experimental import gluon
@@ -458,7 +457,10 @@ def launch_mla_decode_hopper(
     num_programs, num_splits, geometries, constants = plan
     split_stride, *strides, _ = parts.stride()
     args = (
-        *(_describe(x, *geometry) for x, geometry in zip((q, q_pe, latents, rope_keys), geometries)),
+        *(
+            unchecked_descriptor(TensorDescriptor, x, fields)
+            for x, fields in zip((q, q_pe, latents, rope_keys), geometries)
+        ),
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
@@ -499,8 +501,8 @@ def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num
     num_splits = num_splits or choose_num_splits(num_programs, -(-capacity // BLOCK_N.value), num_sms)
     constants = dict(NUM_HEADS=num_heads, PAGE_SIZE=page_size, CAUSAL=causal, STAGES=config.num_stages, num_warps=4)
     geometries = [
-        (shape_q, strides_q, [1, 1, ROWS.value, HALF.value]),
-        (shape_pe, strides_pe, [1, 1, ROWS.value, ROPE.value]),
+        _fields(shape_q, strides_q, [1, 1, ROWS.value, HALF.value]),
+        _fields(shape_pe, strides_pe, [1, 1, ROWS.value, ROPE.value]),
         _paged_geometry(num_pages, kv_lora_rank, *strides_k[:2], HALF.value),
         _paged_geometry(num_pages, shape_pe[3], *strides_k[:2], ROPE.value),
     ]
@@ -508,18 +510,14 @@ def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num
 
 
 def _paged_geometry(num_pages, width, page, row, columns):
-    """(shape, strides, block shape) of a descriptor over (outer, page, slot, row, column), with zeros past any end.
+    """Fields of a descriptor over (outer, page, slot, row, column), with zeros past any end.
 
     Rows work as those of a packed tensor in `tma_geometry`; slots take the place of a sequence's first row."""
     end = PACKED_END.value
     shape, strides = [end + 1, num_pages, end, end, width], [2**34 - row, page, row, row, 1]
-    return shape, strides, [1, 1, 1, BLOCK_N.value, columns]
+    return _fields(shape, strides, [1, 1, 1, BLOCK_N.value, columns])
 
 
-@functools.cache
-def _tile_layout(rank):
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
-
-
-def _describe(x, shape, strides, block_shape):
-    return unchecked_descriptor(TensorDescriptor, x, shape, strides, block_shape, layout=_tile_layout(len(block_shape)))
+def _fields(shape, strides, block_shape):
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block_shape))
+    return dict(shape=shape, strides=strides, block_shape=block_shape, layout=layout)
