@@ -209,7 +209,7 @@ def test_options(device, option):
 
 
 def test_slopes_of_heads_that_are_no_power_of_two(device):
-    slopes = flashinfer._alibi_slopes(6, torch.device(device))
+    slopes = flashinfer.arguments._alibi_slopes(6, torch.device(device))
     expected = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     assert slopes.tolist() == expected
 
@@ -367,7 +367,10 @@ def test_page_lists_become_a_table(device, seed):
     indptr = (indptr_of(counts.tolist()) + first).to(device)
     indices = torch.randperm(first + int(counts.sum()) + more, generator=generator).int().to(device)
     seqlens = torch.zeros(len(counts), dtype=torch.int32, device=device)
-    lists = flashinfer._PageLists(torch.device(device)), flashinfer._PageLists(torch.device(device), (len(counts), 40))
+    lists = (
+        flashinfer.pages.PageLists(torch.device(device)),
+        flashinfer.pages.PageLists(torch.device(device), (len(counts), 40)),
+    )
     for pages in lists:
         pages.fill(indptr, indices, seqlens)
         for i, (start, end) in enumerate(zip(indptr.tolist(), indptr[1:].tolist())):
@@ -437,7 +440,7 @@ def test_graphs_find_everything_where_it_was(device):
 
 def test_tables_and_lengths_that_are_given(device):
     batch = Batch(device)
-    pages = flashinfer._PageLists(torch.device(device))
+    pages = flashinfer.pages.PageLists(torch.device(device))
     pages.fill(batch.kv_indptr, batch.kv_indices, torch.tensor(batch.kv_lens))
     nothing = torch.zeros_like(batch.kv_indices)
     lists = batch.lists
