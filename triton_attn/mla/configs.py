@@ -1,10 +1,9 @@
 """Configs of the MLA kernels: the defaults, the search space of a sweep, and which configs cannot run.
 
 Defaults were chosen from compiled code, not from timings: they fit and do not spill at 512 + 64, the widths of
-DeepSeek's models, on Triton 3.6.0 and 3.9.0. Packed queries of decode spill up to 40 bytes around the loop on sm_86,
-and 8 on sm_90. In decode, a tile of up to 16 rows reads latent vectors as fast as memory delivers them; the tile for
-more rows has the highest `lock` in perf/model. On sm_100 the output of 64 rows would fill the tensor memory, so tiles
-have 32 rows and mma.sync multiplies them.
+DeepSeek's models, on Triton 3.6.0 and 3.9.0. In decode, a tile of up to 16 rows reads latent vectors as fast as memory
+delivers them; the tile for more rows has the highest `lock` in perf/model. On sm_100 the output of 64 rows would fill
+the tensor memory, so tiles have 32 rows and mma.sync multiplies them.
 """
 
 import itertools
@@ -171,6 +170,7 @@ _FLOAT8 = {
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
 # Without rotary keys a 64x64 tile is compiled to 240 KB of shared memory in place of 216, and sm_90 has 227.
+# For more than 16 rows packed queries spill around the loop, not in it: up to 40 bytes on sm_86, 8 on sm_90.
 _WITHOUT_ROPE = {"sm_90": (_HALF["sm_90"][0], MlaDecodeConfig(64, 32, 8, 2))}
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
 
