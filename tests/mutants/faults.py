@@ -70,6 +70,8 @@ GROUPS = {
     "FLASH_ATTN": (_run("tests/interop/test_flash_attn.py"),),
     "FLASH_MLA": (_run("tests/interop/test_flash_mla.py"),),
     "TRANSFORMERS": (_run("tests/interop/test_transformers.py"),),
+    "BATCHING": (_run("tests/interop/test_transformers_batching.py"),),
+    "SGLANG": (_run("tests/interop/test_sglang.py"),),
     # These kernels have no interpreter.
     "HOPPER": (
         _run("tests/toolchain/test_emulated_kernels.py", "-k", "hopper and flash", compiled=True),
@@ -712,6 +714,9 @@ FAULTS = (
         '"softmax_scale": None',
         "TRANSFORMERS",
     ),
+    Fault("I21", "triton_attn/interop/transformers.py", ".diff().int() - 1", ".diff().int()", "BATCHING"),
+    Fault("I22", "triton_attn/interop/sglang.py", "metadata.window_table if in_window_pool else ", "", "SGLANG"),
+    Fault("I23", "triton_attn/interop/sglang.py", "is_scaled = k_cache.dtype != q.dtype", "is_scaled = True", "SGLANG"),
     Fault(
         "L01",
         "triton_attn/mla/hopper.py",
