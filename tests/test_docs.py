@@ -16,6 +16,7 @@ import triton
 import triton_attn
 from triton_attn._host import tuned
 from triton_attn.flash.configs import FlashConfig
+from triton_attn.interop.transformers import FIRST_BATCHING
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -73,6 +74,8 @@ def test_the_code_of_the_tour_runs(device, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", DOORS, ids=lambda page: page.stem)
 def test_the_code_of_a_door_runs(device, page):
+    if page.stem == "transformers" and tuple(map(int, transformers.__version__.split(".")[:2])) < FIRST_BATCHING:
+        pytest.skip("continuous batching needs a newer transformers")
     names = names_of(page, device)
     assert names["out"].isfinite().all()
 
