@@ -1,0 +1,325 @@
+"""The door for vLLM without vLLM: attention, MLA and metadata by its calls; a double of its registry and interface.
+
+tests/engines/test_vllm.py runs the same with vLLM's own classes (`make test-engines`).
+"""
+
+import ast
+import sys
+import types
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm_cases as cases
+from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Batch, randn
+
+from perf.model.house import ROOT
+from triton_attn.interop import vllm
+
+# Caches contain NaN on purpose, and numpy warns about it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy", "ignore:invalid value:RuntimeWarning")
+SCALE = DIM**-0.5
+TOLERANCE = dict(atol=4e-3, rtol=4e-3)
+
+
+def run(batch, layout="HND", kv_cache_dtype="auto", expected=None, **options):
+    """(what `forward` writes, what it should be) in fp64."""
+    impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, kv_cache_dtype=kv_cache_dtype, **options)
+    cache = cases.new_cache(batch, layout, torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
+    cases.fill_cache(impl, batch, cache)
+    metadata = vllm.PagedMetadataBuilder().build(0, batch)
+    q = randn(batch.num_tokens, HEADS, DIM, seed=9)
+    output = torch.full_like(q, torch.nan)
+    assert impl.forward(cases.LAYER, q, None, None, cache, metadata, output) is output
+    written = output[: batch.num_actual_tokens].double()
+    return written, cases.expected_attention(batch, q, cache, kv_cache_dtype, **(expected or {}))
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e5m2"])
+def test_mixed_prefill_and_decode(layout, kv_cache_dtype):
+    torch.testing.assert_close(*run(Batch(MIXED, padding=3), layout, kv_cache_dtype), **TOLERANCE)
+
+
+def test_windows_soft_caps_and_sinks():
+    sinks = torch.nn.Parameter(randn(HEADS, seed=8, dtype=torch.bfloat16))
+    found = run(
+        Batch(MIXED),
+        sliding_window=9,
+        logits_soft_cap=5.0,
+        sinks=sinks,
+        expected=dict(window=9, softcap=5.0, sinks=sinks.detach()),
+    )
+    torch.testing.assert_close(*found, **TOLERANCE)
+
+
+def test_alibi():
+    slopes = [0.5, 0.25, 0.125, 0.0625]
+    torch.testing.assert_close(*run(Batch(MIXED), alibi_slopes=slopes, expected=dict(slopes=slopes)), **TOLERANCE)
+
+
+def test_keys_of_an_encoder_are_all_seen():
+    batch = Batch(((20, 3), (7, 5)))
+    batch.causal = False
+    torch.testing.assert_close(*run(batch, attn_type="encoder_decoder"), **TOLERANCE)
+
+
+def test_a_sequence_is_the_same_in_every_batch(monkeypatch):
+    """As the plugin sets both under VLLM_BATCH_INVARIANT: one split, and the largest number of queries."""
+    monkeypatch.setattr(vllm.PagedAttention, "num_splits", 1)
+    monkeypatch.setattr(vllm.PagedMetadataBuilder, "fixed_query_len", 64)
+    alone, together = Batch(((20, 1),)), Batch(((20, 1), (0, 40)))
+    together.block_table_tensor[0, : alone.width] = alone.block_table_tensor[0]  # the same pages
+    together.block_table_tensor[1] = torch.arange(together.width) + alone.num_blocks
+    together.num_blocks += alone.num_blocks
+    together.slot_mapping = torch.cat([together.slots(0, 20), together.slots(1)])
+    impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV)
+    outs = []
+    for batch in (alone, together):
+        cache = cases.new_cache(batch)
+        cases.fill_cache(impl, batch, cache)
+        keys = (randn(21, HEADS_KV, DIM, seed=seed) for seed in (50, 51))
+        impl.do_kv_cache_update(cases.LAYER, *keys, cache, batch.slots(0))
+        q = randn(batch.num_tokens, HEADS, DIM, seed=9)
+        q[0] = randn(HEADS, DIM, seed=10)
+        metadata = vllm.PagedMetadataBuilder().build(0, batch)
+        assert metadata.max_query_len == 64
+        outs.append(impl.forward(cases.LAYER, q, None, None, cache, metadata, torch.empty_like(q))[0])
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_an_encoder_attends_without_a_cache(window):
+    batch = Batch(((0, 7), (0, 11), (0, 0)), padding=2)
+    impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, attn_type="encoder_only", sliding_window=window)
+    q, k, v = (randn(batch.num_tokens, heads, DIM, seed=i) for i, heads in enumerate((HEADS, HEADS_KV, HEADS_KV)))
+    assert impl.do_kv_cache_update(cases.LAYER, k, v, torch.empty(0), batch.slot_mapping) is None
+    output = torch.full_like(q, torch.nan)
+    impl.forward(cases.LAYER, q, k, v, torch.empty(0), vllm.PagedMetadataBuilder().build(0, batch), output)
+    for i in range(2):
+        rows = batch.queries(i)
+        scores = torch.einsum("ihd,jhd->hij", q[rows].double(), k[rows].double().repeat_interleave(2, 1)) * SCALE
+        distance = torch.arange(len(q[rows])) - torch.arange(len(q[rows]))[:, None]
+        weights = scores.masked_fill(distance.abs() >= (window or 99), -torch.inf).softmax(-1)
+        expected = torch.einsum("hij,jhd->ihd", weights, v[rows].double().repeat_interleave(2, 1))
+        torch.testing.assert_close(output[rows].double(), expected, **TOLERANCE)
+    assert output[batch.num_actual_tokens :].isnan().all()
+
+
+def test_a_profiling_run_gets_zeros():
+    impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV)
+    output = torch.full((3, HEADS, DIM), torch.nan)
+    assert impl.forward(cases.LAYER, output, output, output, torch.empty(0), None, output) is output
+    assert (output == 0).all()
+
+
+def test_metadata_is_vllms_own_tensors():
+    """Captured graphs follow them. Capture itself runs over short sequences."""
+    batch, builder = Batch(MIXED), vllm.PagedMetadataBuilder()
+    metadata = builder.build(0, batch)
+    for ours, theirs in (
+        ("block_table", "block_table_tensor"),
+        *((name, name) for name in ("seq_lens", "slot_mapping")),
+    ):
+        assert getattr(metadata, ours) is getattr(batch, theirs)
+    builder.update_draft_decode_metadata(metadata)
+    captured = builder.build_for_cudagraph_capture(batch)
+    assert captured.seq_lens is batch.seq_lens
+    assert (batch.seq_lens == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("causal", torch.ones(1, dtype=torch.bool)), ("mm_req_doc_ranges", {0: [(0, 3)]})]
+)
+def test_metadata_that_is_not_supported_raises(name, value):
+    batch = Batch(MIXED)
+    setattr(batch, name, value)
+    with pytest.raises(NotImplementedError, match=f"{name}: expected"):
+        vllm.PagedMetadataBuilder().build(0, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_alibi_sqrt", True), ("chunk_lookback", 2), ("kv_cache_dtype", "int8_per_token_head")]
+)
+def test_options_of_a_layer_that_are_not_supported_raise(name, value):
+    with pytest.raises(NotImplementedError, match=f"{name}: "):
+        vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, **{name: value})
+
+
+def test_options_at_their_defaults_are_supported():
+    vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, use_alibi_sqrt=False, chunk_lookback=-1)
+
+
+@pytest.mark.parametrize("name", ["output_scale", "output_block_scale"])
+def test_outputs_are_not_quantized(name):
+    impl, x = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV), torch.empty(1, HEADS, DIM)
+    with pytest.raises(NotImplementedError, match="output_scale"):
+        impl.forward(cases.LAYER, x, x, x, x, None, x, **{name: torch.ones(1)})
+
+
+def test_a_cache_has_the_models_dtype_or_fp8():
+    assert vllm.unsupported_cache_dtype(torch.float16, "fp8") is None
+    assert vllm.unsupported_cache_dtype(torch.float16, None) is None
+    assert vllm.unsupported_cache_dtype(torch.bfloat16, "bfloat16") is None
+    assert vllm.unsupported_cache_dtype(torch.float16, "bfloat16").startswith("kv_cache_dtype: expected")
+
+
+def latent_attention(kv_cache_dtype="auto", dcp_world_size=1, **changes):
+    """A layer as vLLM's own __init__ leaves it."""
+    impl = vllm.LatentAttention()
+    impl.num_heads, impl.scale, impl.kv_cache_dtype = HEADS, (NOPE + ROPE) ** -0.5, kv_cache_dtype
+    impl.kv_lora_rank, impl.qk_nope_head_dim, impl.qk_rope_head_dim, impl.v_head_dim = RANK, NOPE, ROPE, V_DIM
+    impl.kv_b_proj, impl.dcp_world_size = cases.Projection(), dcp_world_size
+    vars(impl).update(changes)
+    return impl
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
+@pytest.mark.parametrize(("num_queries", "causal"), [(1, True), (3, True), (3, False)])
+def test_mla_decode(kv_cache_dtype, num_queries, causal):
+    batch = Batch([(before, num_queries) for before in (0, 15, 40)])
+    impl, cache = latent_attention(kv_cache_dtype, dcp_world_size=2), cases.new_latent_cache(batch, kv_cache_dtype)
+    cases.fill_latent_cache(impl, batch, cache, kv_cache_dtype)
+    q = randn(batch.num_tokens, HEADS, RANK + ROPE, seed=12)
+    decode = SimpleNamespace(block_table=batch.block_table_tensor, seq_lens=batch.seq_lens)
+    metadata = SimpleNamespace(decode=decode, causal=causal)
+    out, lse = impl.forward_mqa(q, cache, metadata, cases.LAYER)
+    expected = cases.expected_latent(batch, *q.split([RANK, ROPE], dim=-1), impl.scale, causal, kv_cache_dtype)
+    for found, wanted in zip((out, lse), expected):
+        torch.testing.assert_close(found.double(), wanted, **TOLERANCE)
+    impl.dcp_world_size = 1
+    again, no_lse = impl.forward_mqa(q.split([RANK, ROPE], dim=-1), cache, metadata, cases.LAYER)
+    assert torch.equal(again, out)
+    assert no_lse is None
+
+
+def test_mla_decodes_have_as_many_queries():
+    impl, decode = latent_attention(), SimpleNamespace(block_table=None, seq_lens=torch.ones(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="q: expected as many queries"):
+        impl.forward_mqa(randn(3, HEADS, RANK + ROPE), None, SimpleNamespace(decode=decode, causal=True), None)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
+def test_mla_prefill_in_chunks(kv_cache_dtype):
+    batch = Batch(((0, 5), (40, 9), (16, 1), (3, 17)))
+    impl, cache = latent_attention(kv_cache_dtype), cases.new_latent_cache(batch, kv_cache_dtype)
+    latents, ropes = cases.fill_latent_cache(impl, batch, cache, kv_cache_dtype)
+    q = randn(batch.num_tokens, HEADS, NOPE + ROPE, seed=13)
+    output = torch.full((batch.num_tokens, HEADS * V_DIM), torch.nan, dtype=q.dtype)
+    impl.forward_mha(q, latents, ropes.unsqueeze(1), cache, cases.prefill_metadata(batch), None, output)
+    expected = cases.expected_prefill(batch, q, impl.kv_b_proj, impl.scale, kv_cache_dtype)
+    torch.testing.assert_close(output.view(-1, HEADS, V_DIM).double(), expected, **TOLERANCE)
+
+
+def test_mla_profiling_writes_nothing():
+    impl = latent_attention()
+    impl.do_kv_cache_update(randn(2, RANK), randn(2, 1, ROPE), torch.empty(0), torch.zeros(2).long(), "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "name"),
+    [
+        (dict(sliding_window=8), {}, "sliding_window"),
+        (dict(logits_soft_cap=30.0), {}, "logits_soft_cap"),
+        ({}, dict(qk_rope_head_dim=0), "qk_rope_head_dim"),
+        ({}, dict(kv_cache_dtype="fp8"), "kv_cache_dtype"),
+    ],
+)
+def test_options_of_an_mla_layer_that_are_not_supported_raise(given, changes, name):
+    with pytest.raises(NotImplementedError, match=f"{name}: "):
+        latent_attention(**changes).check_arguments(**given)
+    latent_attention().check_arguments(sliding_window=None, attn_type="decoder")
+
+
+def vllm_double(version="0.33.0", interface=None, fields=vllm.COMMON_FIELDS):
+    """Modules with the names, signatures and fields that the door reads of vLLM."""
+    backend = types.ModuleType("vllm.v1.attention.backend")
+    for path, arguments in (interface or vllm.INTERFACE).items():
+        class_name, method = path.split(".")
+        if not hasattr(backend, class_name):
+            setattr(backend, class_name, type(class_name, (), {}))
+        names = {}
+        exec(f"def {method}({', '.join(arguments.split())}): pass", names)
+        setattr(getattr(backend, class_name), method, names[method])
+    backend.CommonAttentionMetadata = SimpleNamespace(__dataclass_fields__=dict.fromkeys(fields))
+    registry = types.ModuleType("vllm.v1.attention.backends.registry")
+    registry.AttentionBackendEnum = SimpleNamespace(__members__={})
+    registry.paths = {}
+
+    def register_backend(name, class_path):
+        """As vLLM's: a string is a new name, which must be new."""
+        if isinstance(name, str):
+            assert name not in registry.AttentionBackendEnum.__members__
+            registry.AttentionBackendEnum.__members__[name] = name = SimpleNamespace(name=name)
+        registry.paths[name.name] = class_path
+
+    registry.register_backend = register_backend
+    modules = {"vllm.v1.attention.backend": backend, "vllm.v1.attention.backends.registry": registry}
+    for name in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backends"):
+        modules[name] = types.ModuleType(name)
+        modules[name].__path__ = []
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    modules["vllm"].__version__ = version
+    return modules
+
+
+def test_a_known_interface_is_registered_again_and_again(monkeypatch):
+    for name, module in (modules := vllm_double()).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vllm.register()
+        vllm.register()
+    assert modules["vllm.v1.attention.backends.registry"].paths == {
+        "TRITON_ATTN_PLUS": "triton_attn.interop._vllm_backends.AttentionPlusBackend",
+        "TRITON_ATTN_PLUS_MLA": "triton_attn.interop._vllm_backends.LatentPlusBackend",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(version="0.34.1"), "got version 0.34.1"),
+        (
+            dict(interface=vllm.INTERFACE | {"MLAAttentionImpl.forward_mqa": "self q cache"}),
+            "got MLAAttentionImpl.forward_mqa with self q cache",
+        ),
+        (
+            dict(interface={k: v for k, v in vllm.INTERFACE.items() if k != "AttentionImpl.forward"}),
+            "got AttentionImpl.forward with nothing",
+        ),
+        (dict(fields=vllm.COMMON_FIELDS[1:]), "got CommonAttentionMetadata without query_start_loc"),
+    ],
+)
+def test_another_interface_is_not_registered(monkeypatch, changes, told):
+    for name, module in (modules := vllm_double(**changes)).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.warns(RuntimeWarning, match=told):
+        vllm.register()
+    assert modules["vllm.v1.attention.backends.registry"].paths == {}
+
+
+def test_without_vllm_there_is_a_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.warns(RuntimeWarning, match=r"an import error .*not registered"):
+        vllm.register()
+
+
+def test_the_door_imports_nothing_of_vllm():
+    """Neither vLLM nor the module that does, unless a function is called."""
+    nodes = ast.parse(Path(vllm.__file__).read_text()).body
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    assert imported <= {"torch", *sys.stdlib_module_names}
+    assert not any("_vllm_backends" in ast.unparse(node) for node in nodes if isinstance(node, ast.ImportFrom))
+
+
+def test_the_package_names_its_entry_point():
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    at = lines.index('[project.entry-points."vllm.general_plugins"]')
+    assert lines[at + 1] == 'triton_attn = "triton_attn.interop.vllm:register"'

@@ -1,0 +1,194 @@
+"""The back ends of `interop.vllm` as classes of vLLM, which imports this module when one of them is selected."""
+
+from typing import Any, ClassVar
+
+import torch
+from vllm import envs
+from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonBackend,
+    MLACommonImpl,
+    MLACommonMetadata,
+    MLACommonMetadataBuilder,
+    QueryLenSupport,
+)
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+
+from .vllm import (
+    FP8_DTYPES,
+    PLAIN_DTYPES,
+    LatentAttention,
+    PagedAttention,
+    PagedMetadata,
+    PagedMetadataBuilder,
+    unsupported_cache_dtype,
+)
+
+
+class AttentionPlusBuilder(PagedMetadataBuilder, AttentionMetadataBuilder[PagedMetadata]):
+    """Full CUDA graphs of any batch: launches depend on shapes alone."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    supports_draft_decode_metadata_update = True
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if envs.VLLM_BATCH_INVARIANT:
+            self.fixed_query_len = vllm_config.scheduler_config.max_num_batched_tokens
+
+
+class AttentionPlusImpl(PagedAttention, AttentionImpl[PagedMetadata]):
+    """Queries are never quantized, outputs neither."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        PagedAttention.__init__(self, *args, **kwargs)
+        self.num_splits = 1 if envs.VLLM_BATCH_INVARIANT else 0
+
+
+class _PlusFacts:
+    """What both back ends support."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supports_non_causal(cls):
+        return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability):
+        return capability.major >= 8
+
+    @classmethod
+    def supports_combination(cls, head_size, dtype, kv_cache_dtype, *others, **more):
+        return unsupported_cache_dtype(dtype, kv_cache_dtype)
+
+
+class AttentionPlusBackend(_PlusFacts, AttentionBackend):
+    """TRITON_ATTN_PLUS."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, *FP8_DTYPES]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name():
+        return "TRITON_ATTN_PLUS"
+
+    @staticmethod
+    def get_impl_cls():
+        return AttentionPlusImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return AttentionPlusBuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size):
+        return 32 <= head_size <= 512
+
+    @classmethod
+    def supports_sink(cls):
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls):
+        return True
+
+    @classmethod
+    def supports_per_head_quant_scales(cls):
+        return True
+
+    @classmethod
+    def supports_batch_invariance(cls):
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type):
+        return attn_type in [*AttentionType]
+
+
+class LatentPlusBuilder(MLACommonMetadataBuilder[MLACommonMetadata]):
+    """Full CUDA graphs of decodes that all have the same number of queries."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
+    supports_non_causal_multi_token_decode: ClassVar[bool] = True
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.supports_draft_decode_metadata_update = self.dcp_world_size == 1
+
+    def update_draft_decode_metadata(self, metadata: MLACommonMetadata) -> None:
+        """Nothing to do: its tensors are those that vLLM updates."""
+
+
+class LatentPlusImpl(LatentAttention, MLACommonImpl[MLACommonMetadata]):
+    """With decode context parallelism, prefill is vLLM's own."""
+
+    can_return_lse_for_decode = True
+    lse_base_on_e = True
+    supports_dcp = True
+    supports_pcp = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None,
+        attn_type: str,
+        kv_sharing_target_layer_name: str | None,
+        **mla_args: Any,
+    ) -> None:
+        options = alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name
+        MLACommonImpl.__init__(self, num_heads, head_size, scale, num_kv_heads, *options, **mla_args)
+        self.check_arguments(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type,
+        )
+        self.supports_quant_query_input = False
+        self.num_splits = 1 if envs.VLLM_BATCH_INVARIANT else 0
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return False
+
+    def forward_mha(self, *args: Any, **kwargs: Any) -> None:
+        owner = LatentAttention if self.dcp_world_size == 1 else MLACommonImpl
+        owner.forward_mha(self, *args, **kwargs)
+
+
+class LatentPlusBackend(_PlusFacts, MLACommonBackend):
+    """TRITON_ATTN_PLUS_MLA."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, "fp8_ds_mla"]
+
+    @staticmethod
+    def get_name():
+        return "TRITON_ATTN_PLUS_MLA"
+
+    @staticmethod
+    def get_impl_cls():
+        return LatentPlusImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return LatentPlusBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls):
+        return []  # the dimensions are checked one by one, when a layer is made

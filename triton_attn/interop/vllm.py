@@ -1,0 +1,431 @@
+"""vLLM's attention on our kernels: the back ends TRITON_ATTN_PLUS and TRITON_ATTN_PLUS_MLA.
+
+    vllm serve MODEL --attention-backend TRITON_ATTN_PLUS          # TRITON_ATTN_PLUS_MLA for models with MLA
+
+vLLM finds `register` by the package's entry point. The classes here have the methods and arguments of vLLM's own, and
+do not import it. `_vllm_backends`, which vLLM imports on demand, joins them with its abstract classes. Interface: vLLM
+0.33. Other versions get a warning and no back end.
+
+The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side, in
+any physical layout, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
+qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla").
+"""
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import append_kv_cache, append_latent_cache
+from ..flash import flash_attention_varlen
+from ..merge import merge_attention
+from ..mla import mla_decode
+from ..paged import paged_attention
+from .support import Support
+
+SUPPORT = Support(
+    functions=("register",),
+    on_cpu="the classes without vLLM, by the references or in the interpreter",
+    refused={
+        "output_scale": "a tensor, for fused output quantization",
+        "causal": "a tensor, one mask per request",
+        "mm_req_doc_ranges": "ranges, for prefixes that see both ways",
+        "use_alibi_sqrt": "True",
+        "chunk_lookback": "a number of chunks",
+        "kv_cache_dtype": "neither the model's dtype nor fp8 (attention), fp8_ds_mla (MLA)",
+        "logits_soft_cap": "a number, for MLA",
+        "sliding_window": "a number, for MLA",
+        "qk_rope_head_dim": "0, for MLA",
+    },
+)
+
+VERSION = "0.33"
+BACKENDS = {"TRITON_ATTN_PLUS": "AttentionPlusBackend", "TRITON_ATTN_PLUS_MLA": "LatentPlusBackend"}
+FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+PLAIN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # "auto" is the model's dtype
+SCALE_BLOCK = 128  # elements of a latent vector that share a scale in the fp8_ds_mla layout
+
+# What the classes below take from vLLM, by the names of arguments and fields in vllm.v1.attention.backend.
+INTERFACE = {
+    "AttentionImpl.forward": "self layer query key value kv_cache attn_metadata output output_scale output_block_scale",
+    "AttentionImpl.__init__": "self num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype "
+    "logits_soft_cap attn_type kv_sharing_target_layer_name",
+    "AttentionMetadataBuilder.__init__": "self kv_cache_spec layer_names vllm_config device",
+    "AttentionMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "AttentionMetadataBuilder.build_for_cudagraph_capture": "self common_attn_metadata",
+    "MLAAttentionImpl.forward_mha": "self q kv_c_normed k_pe kv_c_and_k_pe_cache attn_metadata k_scale output "
+    "output_scale",
+    "MLAAttentionImpl.forward_mqa": "self q kv_c_and_k_pe_cache attn_metadata layer",
+    "MLAAttentionImpl.do_kv_cache_update": "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale "
+    "skip_scale",
+}
+COMMON_FIELDS = (
+    "query_start_loc",
+    "seq_lens",
+    "num_reqs",
+    "num_actual_tokens",
+    "max_query_len",
+    "block_table_tensor",
+    "slot_mapping",
+    "causal",
+    "mm_req_doc_ranges",
+)
+
+
+def register() -> None:
+    """Register both back ends with vLLM, if its interface is the known one; a RuntimeWarning says why it is not.
+
+    vLLM calls it in each of its processes. More calls change nothing.
+    """
+    differences = interface_differences()
+    if differences:
+        warnings.warn(
+            f"vllm: expected the attention interface of version {VERSION}, got {'; '.join(differences)}. "
+            f"{' and '.join(BACKENDS)} are not registered",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    for name, class_name in BACKENDS.items():
+        known = AttentionBackendEnum.__members__.get(name, name)  # a name can be added once
+        register_backend(known, f"{__package__}._vllm_backends.{class_name}")
+
+
+def interface_differences() -> list[str]:
+    """What of the installed vLLM is not as in VERSION."""
+    try:
+        import vllm
+        from vllm.v1.attention import backend
+        from vllm.v1.attention.backends import registry
+    except ImportError as error:
+        return [f"an import error ({error})"]
+    found = []
+    if vllm.__version__.split(".")[:2] != VERSION.split("."):
+        found.append(f"version {vllm.__version__}")
+    for path, arguments in INTERFACE.items():
+        class_name, method = path.split(".")
+        function = getattr(getattr(backend, class_name, None), method, None)
+        there = "nothing" if function is None else " ".join(inspect.signature(function).parameters)
+        if there != arguments:
+            found.append(f"{path} with {there}")
+    fields = getattr(getattr(backend, "CommonAttentionMetadata", None), "__dataclass_fields__", {})
+    missing = [name for name in COMMON_FIELDS if name not in fields]
+    if missing:
+        found.append(f"CommonAttentionMetadata without {', '.join(missing)}")
+    if not hasattr(registry, "register_backend"):
+        found.append("no register_backend")
+    return found
+
+
+def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> str | None:
+    """Why a model of this dtype cannot have this cache, or None: a cache that is not fp8 has the model's dtype."""
+    if PLAIN_DTYPES.get(kv_cache_dtype or "auto", dtype) == dtype:
+        return None
+    return f"kv_cache_dtype: expected the model's dtype {dtype} or fp8, got {kv_cache_dtype}"
+
+
+@dataclass
+class PagedMetadata:
+    """A batch, for all layers of a group. Tensors are vLLM's persistent ones, so that captured graphs follow them."""
+
+    num_actual_tokens: int
+    max_query_len: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    causal: bool
+
+
+class PagedMetadataBuilder:
+    """vLLM's batches as PagedMetadata: nothing is computed, and no tensor is copied or read on the host.
+
+    fixed_query_len stands in for the longest query, where results must not depend on the batch.
+    """
+
+    fixed_query_len: int | None = None
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PagedMetadata:
+        common = common_attn_metadata
+        if not isinstance(common.causal, bool):
+            raise NotImplementedError(f"causal: expected True or False, got {type(common.causal).__name__}")
+        if common.mm_req_doc_ranges is not None:
+            raise NotImplementedError("mm_req_doc_ranges: expected None, got ranges of tokens that see both ways")
+        return PagedMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=max(common.max_query_len, self.fixed_query_len or 0),
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            causal=common.causal,
+        )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> PagedMetadata:
+        """Launches depend on shapes alone, so that short sequences capture what long ones replay."""
+        metadata = self.build(0, common_attn_metadata)
+        metadata.seq_lens.fill_(1)
+        return metadata
+
+    def update_draft_decode_metadata(self, metadata: PagedMetadata) -> None:
+        """Nothing to do: its tensors are those that vLLM updates."""
+
+
+class PagedAttention:
+    """One layer of vLLM: `forward` and `do_kv_cache_update` by `paged_attention` and `append_kv_cache`.
+
+    num_splits as in `paged_attention`: 1 where results must not depend on the batch.
+    """
+
+    num_splits = 0
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        for name, value in others.items():  # use_alibi_sqrt, chunk_lookback, and what later versions add
+            if value not in (None, False, -1):
+                raise NotImplementedError(f"{name}: not supported by TRITON_ATTN_PLUS, got {value}")
+        if kv_cache_dtype not in ("auto", *PLAIN_DTYPES, *FP8_DTYPES):
+            known = ", ".join(("auto", *PLAIN_DTYPES, *FP8_DTYPES))
+            raise NotImplementedError(f"kv_cache_dtype: expected {known}, got {kv_cache_dtype}")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype, self.fp8_dtype = kv_cache_dtype, FP8_DTYPES.get(kv_cache_dtype)
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.attn_type, self.is_encoder = attn_type, attn_type in ("encoder", "encoder_only")
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        self.sinks = sinks
+        self.softcap = logits_soft_cap or 0.0
+        self.window = (-1, -1)
+        if sliding_window is not None:
+            self.window = (sliding_window - 1, sliding_window - 1 if self.is_encoder else 0)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: PagedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """output (num_tokens, num_heads, head_size), of which the batch's tokens are written. vLLM's profiling runs
+        have no metadata, and get zeros.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("output_scale, output_block_scale: expected None; outputs are not quantized")
+        if attn_metadata is None:
+            return output.fill_(0)
+        num_tokens = attn_metadata.num_actual_tokens
+        query, options = query[:num_tokens], self._options(query)
+        if self.is_encoder:
+            self._attend_to_encoder(query, key[:num_tokens], value[:num_tokens], attn_metadata, options, output)
+            return output
+        k_cache, v_cache = self._split(kv_cache)
+        paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            cu_seqlens_q=attn_metadata.query_start_loc,
+            max_seqlen_q=attn_metadata.max_query_len,
+            causal=attn_metadata.causal,
+            **options,
+            **self._scales(layer),
+            num_splits=self.num_splits,
+            out=output[:num_tokens],
+        )
+        return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Keys and values of padding, past slot_mapping's end or with slot -1, are not written."""
+        if self.is_encoder:
+            return
+        num_tokens = slot_mapping.shape[0]
+        append_kv_cache(
+            key[:num_tokens], value[:num_tokens], *self._split(kv_cache), slot_mapping, **self._scales(layer)
+        )
+
+    def _attend_to_encoder(self, query, key, value, metadata, options, output):
+        lengths = metadata.query_start_loc, metadata.query_start_loc, metadata.max_query_len, metadata.max_query_len
+        output[: len(query)] = flash_attention_varlen(query, key, value, *lengths, **options)
+
+    def _options(self, query):
+        alibi_slopes = self.alibi_slopes
+        if alibi_slopes is not None and alibi_slopes.device != query.device:
+            alibi_slopes = self.alibi_slopes = alibi_slopes.to(query.device)
+        sinks = self.sinks
+        if sinks is not None:  # a parameter, which is loaded after __init__
+            sinks = sinks.detach() if sinks.dtype == query.dtype else sinks.detach().float()
+        options = dict(softmax_scale=self.scale, window_size=self.window, softcap=self.softcap)
+        return options | dict(alibi_slopes=alibi_slopes, sinks=sinks)
+
+    def _split(self, kv_cache):
+        """Views (num_blocks, block_size, num_kv_heads, head_size) of the keys and of the values."""
+        if self.fp8_dtype is not None:
+            kv_cache = kv_cache.view(self.fp8_dtype)
+        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+
+    def _scales(self, layer):
+        """vLLM's are tensors () or (num_kv_heads,); they are for fp8 caches alone."""
+        if self.fp8_dtype is None:
+            return {}
+        return dict(k_scale=layer._k_scale.reshape(-1), v_scale=layer._v_scale.reshape(-1))
+
+
+class LatentAttention:
+    """One MLA layer of vLLM: decode, prefill and cache updates by `mla_decode`, `flash_attention_varlen` and
+    `append_latent_cache`. num_splits as in `mla_decode`.
+    """
+
+    num_splits = 0
+    # Set by vLLM's own __init__.
+    num_heads: int
+    scale: float
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    kv_b_proj: Any
+    kv_cache_dtype: str
+    dcp_world_size: int
+
+    def check_arguments(self, **given: Any) -> None:
+        """alibi_slopes, sliding_window, logits_soft_cap and attn_type of `__init__`, and what it set."""
+        for name, value in given.items():
+            if value not in (None, 0, "decoder"):
+                raise NotImplementedError(f"{name}: not supported by TRITON_ATTN_PLUS_MLA, got {value}")
+        if self.qk_rope_head_dim == 0:
+            raise NotImplementedError("qk_rope_head_dim: expected 1 or more, got 0")
+        known = ("auto", *PLAIN_DTYPES, "fp8_ds_mla")
+        if self.kv_cache_dtype not in known:
+            raise NotImplementedError(f"kv_cache_dtype: expected {', '.join(known)}, got {self.kv_cache_dtype}")
+
+    def do_kv_cache_update(
+        self,
+        kv_c_normed: Tensor,
+        k_pe: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        kv_cache_dtype: str,
+        k_scale: Tensor,
+        skip_scale: bool = False,
+    ) -> None:
+        """kv_c_normed (num_tokens, kv_lora_rank), k_pe (num_tokens, 1, qk_rope_head_dim). Scales of fp8_ds_mla are in
+        its rows, so that k_scale is not read.
+        """
+        if kv_cache.numel() == 0:  # a profiling run
+            return
+        slots = slot_mapping.flatten()
+        num_tokens = slots.shape[0]
+        append_latent_cache(kv_c_normed[:num_tokens], k_pe[:num_tokens].flatten(1), kv_cache, slots)
+
+    def forward_mqa(
+        self, q: Tensor | tuple[Tensor, Tensor], kv_c_and_k_pe_cache: Tensor, attn_metadata: Any, layer: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out (num_tokens, heads, kv_lora_rank), lse (num_tokens, heads) with context parallelism) of decodes that
+        all have the same number of queries, speculative ones too. q is absorbed.
+        """
+        q_nope, q_pe = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        decode = attn_metadata.decode
+        batch = decode.seq_lens.shape[0]
+        num_queries, rest = divmod(q_nope.shape[0], max(1, batch))
+        if rest:
+            raise ValueError(f"q: expected as many queries for each of {batch} requests, got {q_nope.shape[0]}")
+        shape, return_lse = (batch, num_queries), self.dcp_world_size > 1
+        result = mla_decode(
+            q_nope.unflatten(0, shape),
+            q_pe.unflatten(0, shape),
+            kv_c_and_k_pe_cache,
+            decode.seq_lens,
+            decode.block_table,
+            causal=attn_metadata.causal,
+            softmax_scale=self.scale,
+            num_splits=self.num_splits,
+            return_lse=return_lse,
+        )
+        if not return_lse:
+            return result.flatten(0, 1), None
+        out, lse = result
+        return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
+    def forward_mha(
+        self,
+        q: Tensor,
+        kv_c_normed: Tensor,
+        k_pe: Tensor,
+        kv_c_and_k_pe_cache: Tensor,
+        attn_metadata: Any,
+        k_scale: Tensor,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+    ) -> None:
+        """Prefill: new tokens attend to each other, and to the chunks of cached context that vLLM's builder planned.
+        The parts are merged by their log-sum-exp.
+        """
+        if output_scale is not None:
+            raise NotImplementedError("output_scale: expected None; outputs are not quantized")
+        prefill = attn_metadata.prefill
+        k, v = self._keys_and_values(kv_c_normed, k_pe.flatten(1))
+        starts, longest = prefill.query_start_loc, prefill.max_query_len
+        options = dict(softmax_scale=self.scale, return_lse=True)
+        out, lse = flash_attention_varlen(q, k, v, starts, starts, longest, longest, causal=True, **options)
+        for chunk in () if prefill.chunked_context is None else prefill.chunked_context.chunks:
+            tokens = chunk.token_slice
+            rows = self._read_context(kv_c_and_k_pe_cache, prefill.block_table[chunk.request_slice], chunk, q.dtype)
+            k, v = self._keys_and_values(*rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
+            lengths = chunk.query_start_loc, chunk.cu_seq_lens, chunk.max_query_len, chunk.max_seq_len
+            part, part_lse = flash_attention_varlen(q[tokens], k, v, *lengths, causal=False, **options)
+            outs, lses = torch.stack([out[tokens], part]), torch.stack([lse[:, tokens], part_lse])
+            merged, merged_lse = merge_attention(outs.unsqueeze(1), lses.unsqueeze(1))
+            out[tokens], lse[:, tokens] = merged[0], merged_lse[0]
+        output.view(-1, self.num_heads, self.v_head_dim).copy_(out)
+
+    def _keys_and_values(self, latents, k_pe):
+        """(num_tokens, num_heads, nope + rope) and (num_tokens, num_heads, v_head_dim) by the model's projection."""
+        projected = self.kv_b_proj(latents)[0].unflatten(-1, (self.num_heads, -1))
+        k_nope, v = projected.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        return torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1), v
+
+    def _read_context(self, cache, block_table, chunk, dtype):
+        """(num_context_tokens, kv_lora_rank + qk_rope_head_dim): a chunk's rows of the cache, without a sync."""
+        requests = chunk.token_to_seq.long()
+        rows = torch.arange(chunk.num_context_tokens, device=cache.device)
+        positions = rows - chunk.cu_seq_lens[requests] + chunk.starts[requests]
+        pages = block_table[requests, positions // cache.shape[1]]
+        found = cache[pages.long(), positions % cache.shape[1]]
+        if found.dtype != torch.uint8:
+            return found
+        num_scales = self.kv_lora_rank // SCALE_BLOCK
+        sizes = [
+            self.kv_lora_rank,
+            num_scales * torch.float32.itemsize,
+            self.qk_rope_head_dim * torch.bfloat16.itemsize,
+        ]
+        latents, scales, k_pe = found.split(sizes, dim=-1)
+        latents = latents.view(torch.float8_e4m3fn).float().unflatten(-1, (num_scales, SCALE_BLOCK))
+        latents = (latents * scales.view(torch.float32).unsqueeze(-1)).flatten(-2)
+        return torch.cat([latents.to(dtype), k_pe.view(torch.bfloat16).to(dtype)], dim=-1)
