@@ -6,7 +6,7 @@ PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
 PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical --dist worksteal
 
-.PHONY: perf gpu test test-full test-oldest test-emulated test-mutants test-mutations lint docs clean
+.PHONY: perf gpu test test-full test-oldest test-emulated test-engines test-mutants test-mutations lint docs clean
 
 perf: .venv/installed
 	.venv/bin/python -m perf
@@ -35,6 +35,11 @@ test-emulated: .venv/installed .venv-oldest/installed
 	OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal -m emulated --emulate $$arch $(EMULATED) \
 	|| exit; done; done
 
+# vLLM's own classes on a CPU, in an environment of their own: 340 MB, Python 3.11 or newer. Without visible devices vLLM
+# imports triton where no GPU is.
+test-engines: .venv-engines/installed
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) tests/engines
+
 # Removes one barrier, wait or fence at a time.
 test-mutations: export TRITON_ATTN_TESTS = full
 test-mutations: .venv/installed
@@ -55,7 +60,7 @@ docs: .venv/installed
 	.venv/bin/python -m mkdocs build
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-engines .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml
@@ -67,6 +72,16 @@ clean:
 .venv-oldest/installed: pyproject.toml
 	$(install)
 	$(PIP) triton==3.6.0 'numpy<2.4'
+	touch $@
+
+# vLLM without what it needs a GPU for, and what its attention layers import.
+.venv-engines/installed: EXTRAS = test
+.venv-engines/installed: pyproject.toml
+	$(install)
+	$(PIP) --no-deps vllm==0.33.0 xgrammar==0.2.8 llguidance depyf gguf openai-harmony
+	$(PIP) aiohttp apache-tvm-ffi==0.1.11 blake3 cachetools cbor2 cloudpickle einops fastapi lark msgspec openai \
+	opentelemetry-sdk partial-json-parser prometheus_client psutil py-cpuinfo pybase64 pydantic pydantic-settings \
+	python-json-logger pyzmq regex sentencepiece setproctitle uvloop watchfiles
 	touch $@
 
 PIP = $(@D)/bin/python -m pip install

@@ -26,6 +26,8 @@ def supports():
     """{module: its Support}, of the modules whose library is installed."""
     found = {}
     for module in iter_modules(interop.__path__):
+        if module.name.startswith("_"):
+            continue
         try:
             support = getattr(import_module(f"{interop.__name__}.{module.name}"), "SUPPORT", None)
         except ModuleNotFoundError as error:

@@ -1,0 +1,256 @@
+"""The door for vLLM with vLLM's own abstract classes, registry, builders and layers, on a CPU: `make test-engines`.
+
+Attention is compared with fp64, and with vLLM's unified_attention in the interpreter.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm_cases as cases
+from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Batch, randn
+
+from triton_attn.interop import vllm as door
+
+vllm = pytest.importorskip("vllm", reason="make test-engines installs it")
+
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.model_executor.layers.attention import mla_attention  # noqa: E402
+from vllm.utils import torch_utils  # noqa: E402
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.attention.ops.triton_unified_attention import unified_attention  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+TOLERANCE = dict(atol=4e-3, rtol=4e-3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def backends():
+    """The classes as vLLM finds them by the names that users type."""
+    assert door.interface_differences() == []
+    door.register()
+    door.register()
+    return {name: AttentionBackendEnum[name].get_class() for name in door.BACKENDS}
+
+
+@pytest.fixture
+def config():
+    with set_current_vllm_config(config := VllmConfig(device_config=DeviceConfig("cpu"))):
+        yield config
+
+
+def common_metadata(batch):
+    return CommonAttentionMetadata(
+        query_start_loc=batch.query_start_loc,
+        query_start_loc_cpu=batch.query_start_loc,
+        seq_lens=batch.seq_lens,
+        num_reqs=batch.num_reqs,
+        num_actual_tokens=batch.num_actual_tokens,
+        max_query_len=batch.max_query_len,
+        max_seq_len=batch.max_seq_len,
+        block_table_tensor=batch.block_table_tensor,
+        slot_mapping=batch.slot_mapping,
+        seq_lens_cpu_upper_bound=batch.seq_lens,
+    )
+
+
+def attention_builder(backend, config):
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=HEADS_KV, head_size=DIM, dtype=torch.float16)
+    return backend.get_builder_cls()(spec, ["layer"], config, CPU)
+
+
+def run(backend, config, layout="HND", kv_cache_dtype="auto", batch=None, **options):
+    batch = batch or Batch(MIXED, padding=3)
+    arguments = dict(alibi_slopes=None, sliding_window=None, kv_cache_dtype=kv_cache_dtype) | options
+    impl = backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS_KV, **arguments)
+    cache = cases.new_cache(batch, layout, torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
+    cases.fill_cache(impl, batch, cache)
+    metadata = attention_builder(backend, config).build(0, common_metadata(batch))
+    q = randn(batch.num_tokens, HEADS, DIM, seed=9)
+    output = torch.full_like(q, torch.nan)
+    impl.forward(cases.LAYER, q, None, None, cache, metadata, output)
+    return batch, q, cache, output[: batch.num_actual_tokens]
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e5m2"])
+def test_mixed_prefill_and_decode(backends, config, layout, kv_cache_dtype):
+    batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, layout, kv_cache_dtype)
+    expected = cases.expected_attention(batch, q, cache, kv_cache_dtype)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+
+
+UNIFIED = {
+    "plain": {},
+    "window": dict(sliding_window=9),
+    "softcap and sinks": dict(logits_soft_cap=5.0, sinks=randn(HEADS, seed=8)),
+    "alibi": dict(alibi_slopes=[0.5, 0.25, 0.125, 0.0625]),
+}
+
+
+@pytest.mark.parametrize("options", UNIFIED.values(), ids=UNIFIED)
+def test_as_unified_attention(backends, config, options):
+    """Without empty requests, of which vLLM's kernel writes nothing either."""
+    batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, batch=Batch(MIXED[:-1]), **options)
+    cache = cache.nan_to_num(0)  # vLLM's kernel reads the rest of a page, times 0
+    k_cache, v_cache = cache.transpose(1, 2).split(DIM, dim=-1)
+    slopes, window = options.get("alibi_slopes"), options.get("sliding_window")
+    theirs = torch.full_like(out, torch.nan)
+    segments = [torch.empty(64, HEADS, 16, *shape) for shape in ((DIM,), (), ())]
+    unified_attention(
+        q=q[: batch.num_actual_tokens],
+        k=k_cache,
+        v=v_cache,
+        out=theirs,
+        cu_seqlens_q=batch.query_start_loc,
+        max_seqlen_q=batch.max_query_len,
+        seqused_k=batch.seq_lens,
+        max_seqlen_k=batch.max_seq_len,
+        softmax_scale=DIM**-0.5,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        block_table=batch.block_table_tensor,
+        softcap=options.get("logits_soft_cap", 0),
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        seq_threshold_3D=0,
+        num_par_softmax_segments=16,
+        softmax_segm_output=segments[0],
+        softmax_segm_max=segments[1],
+        softmax_segm_expsum=segments[2],
+        alibi_slopes=None if slopes is None else torch.tensor(slopes),
+        sinks=options.get("sinks"),
+    )
+    torch.testing.assert_close(out, theirs, **TOLERANCE)
+
+
+def test_facts_of_attention(backends):
+    backend = backends["TRITON_ATTN_PLUS"]
+    ask = dict(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="fp8", block_size=16, use_mla=False, has_sink=True)
+    ask |= dict(use_sparse=False, use_mm_prefix=False, use_per_head_quant_scales=True, attn_type=AttentionType.DECODER)
+    ask |= dict(has_sliding_window=True, use_non_causal=True, use_batch_invariant=True, use_kv_connector=True)
+    ask["device_capability"] = SimpleNamespace(major=8, minor=0)
+    assert backend.validate_configuration(**ask) == []
+    for name, value, told in (
+        ("head_size", 513, "head_size"),
+        ("use_mla", True, "MLA"),
+        ("kv_cache_dtype", "float16", "kv_cache_dtype"),
+        ("kv_cache_dtype", "int8_per_token_head", "kv_cache_dtype"),
+        ("device_capability", SimpleNamespace(major=7, minor=5), "compute capability"),
+        ("use_mm_prefix", True, "multimodal"),
+        ("use_dcp", True, "DCP"),
+    ):
+        reasons = backend.validate_configuration(**(ask | {name: value}))
+        assert [told in reason for reason in reasons] == [True], (name, reasons)
+
+
+def test_graphs_are_captured_over_short_sequences(backends, config):
+    batch, builder = Batch(MIXED), attention_builder(backends["TRITON_ATTN_PLUS"], config)
+    assert builder.get_cudagraph_support(config, None) == AttentionCGSupport.ALWAYS
+    metadata = builder.build_for_cudagraph_capture(common_metadata(batch))
+    assert metadata.seq_lens is batch.seq_lens
+    assert (batch.seq_lens == 1).all()
+    assert builder.build_for_drafting(common_metadata(batch), 0).block_table is batch.block_table_tensor
+
+
+def test_batch_invariance_fixes_splits_and_queries(backends, config, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    backend = backends["TRITON_ATTN_PLUS"]
+    metadata = attention_builder(backend, config).build(0, common_metadata(Batch(MIXED)))
+    assert metadata.max_query_len == config.scheduler_config.max_num_batched_tokens
+    assert backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS_KV).num_splits == 1
+
+
+def latent_impl(backend, kv_cache_dtype):
+    dims = dict(kv_lora_rank=RANK, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE, qk_head_dim=NOPE + ROPE)
+    options = None, None, kv_cache_dtype, None, "decoder", None
+    scale = (NOPE + ROPE) ** -0.5
+    return backend.get_impl_cls()(
+        HEADS, RANK + ROPE, scale, 1, *options, q_lora_rank=None, v_head_dim=V_DIM, kv_b_proj=cases.Projection(), **dims
+    )
+
+
+class PrefillBackend:
+    """vLLM's builder asks for one; its kernels are not called."""
+
+    def clone(self):
+        return self
+
+    def get_name(self):
+        return "NONE"
+
+    def prepare_metadata(self, metadata):
+        pass
+
+
+def latent_builder(backend, config, monkeypatch, kv_cache_dtype, num_speculative_tokens=0):
+    layer = SimpleNamespace(q_lora_rank=None, kv_lora_rank=RANK, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE)
+    layer.v_head_dim, layer.num_heads, layer.prefill_backend = V_DIM, HEADS, PrefillBackend()
+    model = SimpleNamespace(dtype=torch.float16, max_model_len=64, get_head_size=lambda: 576)
+    speculative = None
+    if num_speculative_tokens:
+        speculative = SimpleNamespace(num_speculative_tokens=num_speculative_tokens, parallel_drafting=False)
+    whole = SimpleNamespace(
+        model_config=model,
+        speculative_config=speculative,
+        parallel_config=config.parallel_config,
+        scheduler_config=config.scheduler_config,
+        attention_config=config.attention_config,
+        cache_config=SimpleNamespace(block_size=16, cache_dtype=kv_cache_dtype),
+        compilation_config=SimpleNamespace(static_forward_context={"layer": layer}),
+        use_v2_model_runner=True,
+    )
+    monkeypatch.setattr(mla_attention, "get_num_attention_heads_from_layers", lambda *_: HEADS)
+    for module in (mla_attention, torch_utils):
+        monkeypatch.setattr(module, "PIN_MEMORY", False)  # vLLM pins by the platform, torch needs a GPU
+    # A workspace of two pages, so that contexts come in chunks.
+    builder_class = backend.get_builder_cls()
+    monkeypatch.setattr(builder_class, "determine_chunked_prefill_workspace_size", staticmethod(lambda _: 32))
+    spec = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=RANK + ROPE, dtype=torch.float16)
+    return builder_class(spec, ["layer"], whole, CPU)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_mla_decodes_and_prefills(backends, config, monkeypatch, kv_cache_dtype, num_queries):
+    """Two decodes, which may draft, then prefills with and without context in chunks."""
+    backend = backends["TRITON_ATTN_PLUS_MLA"]
+    batch = Batch(((20, num_queries), (33, num_queries), (40, 9), (0, 5), (17, 12)))
+    impl = latent_impl(backend, kv_cache_dtype)
+    builder = latent_builder(backend, config, monkeypatch, kv_cache_dtype, num_queries - 1)
+    metadata = builder.build(0, common_metadata(batch))
+    assert (metadata.num_decodes, metadata.num_prefills) == (2, 3)
+    cache = cases.new_latent_cache(batch, kv_cache_dtype)
+    latents, ropes = cases.fill_latent_cache(impl, batch, cache, kv_cache_dtype)
+    decoded = metadata.num_decode_tokens
+
+    absorbed = randn(decoded, HEADS, RANK + ROPE, seed=12)
+    q_nope, q_pe = absorbed.split([RANK, ROPE], dim=-1)
+    out, lse = impl.forward_mqa((q_nope, q_pe), cache, metadata, cases.LAYER)
+    assert lse is None
+    decodes = Batch(((20, num_queries), (33, num_queries)))
+    expected, _ = cases.expected_latent(decodes, q_nope, q_pe, impl.scale, True, kv_cache_dtype)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+
+    q = randn(batch.num_tokens, HEADS, NOPE + ROPE, seed=13)
+    output = torch.full((batch.num_tokens - decoded, HEADS * V_DIM), torch.nan, dtype=q.dtype)
+    ropes = ropes.unsqueeze(1)
+    impl.forward_mha(q[decoded:], latents[decoded:], ropes[decoded:], cache, metadata, torch.ones(1), output)
+    expected = cases.expected_prefill(batch, q, impl.kv_b_proj, impl.scale, kv_cache_dtype)[decoded:]
+    torch.testing.assert_close(output.view(-1, HEADS, V_DIM).double(), expected, **TOLERANCE)
+
+
+def test_facts_of_mla(backends, config):
+    backend = backends["TRITON_ATTN_PLUS_MLA"]
+    assert backend.is_mla()
+    assert backend.supports_dcp()
+    assert not backend.supports_pcp()
+    assert backend.supports_kv_cache_dtype("fp8_ds_mla")
+    assert not backend.supports_kv_cache_dtype("fp8")
+    assert backend.get_builder_cls().get_cudagraph_support(config, None) == AttentionCGSupport.UNIFORM_BATCH
+    impl = latent_impl(backend, "auto")
+    assert (impl.can_return_lse_for_decode, impl.lse_base_on_e, impl.supports_quant_query_input) == (True, True, False)
