@@ -244,11 +244,20 @@ def test_mla_decodes_and_prefills(backends, config, monkeypatch, kv_cache_dtype,
     torch.testing.assert_close(output.view(-1, HEADS, V_DIM).double(), expected, **TOLERANCE)
 
 
+def test_mla_prefill_with_context_parallelism_is_vllms(backends, config, monkeypatch):
+    impl, calls = latent_impl(backends["TRITON_ATTN_PLUS_MLA"], "auto"), []
+    monkeypatch.setattr(mla_attention.MLACommonImpl, "forward_mha", lambda self, *args: calls.append(args))
+    impl.dcp_world_size = 2
+    impl.forward_mha(1, 2, 3)
+    assert calls == [(1, 2, 3)]
+
+
 def test_facts_of_mla(backends, config):
     backend = backends["TRITON_ATTN_PLUS_MLA"]
     assert backend.is_mla()
     assert backend.supports_dcp()
     assert not backend.supports_pcp()
+    assert not backend.supports_device_cpu_query_lens_mismatch()
     assert backend.supports_kv_cache_dtype("fp8_ds_mla")
     assert not backend.supports_kv_cache_dtype("fp8")
     assert backend.get_builder_cls().get_cudagraph_support(config, None) == AttentionCGSupport.UNIFORM_BATCH

@@ -4,8 +4,6 @@ from types import SimpleNamespace
 
 import torch
 
-from triton_attn.interop import vllm
-
 HEADS, HEADS_KV, DIM, PAGE = 4, 2, 32, 16
 LAYER = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(2.0))
 RANK, ROPE, NOPE, V_DIM = 128, 32, 16, 24
@@ -88,7 +86,7 @@ def attend(q, k, v, scale, causal=True, window=None, softcap=0.0, slopes=None, s
 
 def expected_attention(batch, q, cache, kv_cache_dtype="auto", dim=DIM, **options):
     """What `forward` computes, from the cache's own contents, in fp64."""
-    fp8 = vllm.FP8_DTYPES.get(kv_cache_dtype)
+    fp8 = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(kv_cache_dtype)
     k_scale, v_scale = (1, 1) if fp8 is None else (LAYER._k_scale, LAYER._v_scale)
     cache = cache if fp8 is None else cache.view(fp8)
     k_cache, v_cache = cache.transpose(1, 2).double().flatten(0, 1).split(dim, dim=-1)

@@ -13,10 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm_cases as cases
+from host_cost import median_microseconds
 from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Batch, randn
 
 from perf.model.house import ROOT
+from triton_attn import paged_attention
 from triton_attn.interop import vllm
+from triton_attn.toolchain import compile_only
 
 # Caches contain NaN on purpose, and numpy warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy", "ignore:invalid value:RuntimeWarning")
@@ -164,6 +167,31 @@ def test_a_cache_has_the_models_dtype_or_fp8():
     assert vllm.unsupported_cache_dtype(torch.float16, None) is None
     assert vllm.unsupported_cache_dtype(torch.bfloat16, "bfloat16") is None
     assert vllm.unsupported_cache_dtype(torch.float16, "bfloat16").startswith("kv_cache_dtype: expected")
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_host_cost(record_property, kv_cache_dtype):
+    """A decode step costs at most 1.3 times `paged_attention` over views of the cache."""
+    impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, kv_cache_dtype=kv_cache_dtype, sliding_window=32)
+    q, output = (torch.empty(8, HEADS, DIM, dtype=torch.float16) for _ in range(2))
+    cache = torch.empty(32, HEADS_KV, 16, 2 * DIM, dtype=torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
+    k_cache, v_cache = impl._split(cache)
+    batch = Batch([(63, 1)] * 8)
+    metadata = vllm.PagedMetadataBuilder().build(0, batch)
+    options = dict(cu_seqlens_q=batch.query_start_loc, max_seqlen_q=1, softmax_scale=SCALE, window_size=(31, 0))
+    if kv_cache_dtype == "fp8":
+        options |= dict(k_scale=cases.LAYER._k_scale.view(1), v_scale=cases.LAYER._v_scale.view(1))
+    tensors = k_cache, v_cache, batch.seq_lens, batch.block_table_tensor
+    with compile_only("sm_90", every_launch=False):
+        calls = {
+            "direct": lambda: paged_attention(q, *tensors, **options, out=output),
+            "door": lambda: impl.forward(cases.LAYER, q, None, None, cache, metadata, output),
+        }
+        cost = median_microseconds(calls)
+    ratio = cost["door"] / cost["direct"]
+    record_property("figure", f"{cost['door']:.0f} us a decode step of vLLM, {ratio:.2f} of the direct call")
+    assert ratio <= 1.3
 
 
 def latent_attention(kv_cache_dtype="auto", dcp_world_size=1, **changes):

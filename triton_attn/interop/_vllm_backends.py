@@ -190,5 +190,9 @@ class LatentPlusBackend(_PlusFacts, MLACommonBackend):
         return LatentPlusBuilder
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls):
+        return False  # decodes are taken to have as many queries each, as on the host
+
+    @classmethod
     def get_supported_head_sizes(cls):
         return []  # the dimensions are checked one by one, when a layer is made

@@ -236,10 +236,12 @@ class PagedAttention:
             raise NotImplementedError("output_scale, output_block_scale: expected None; outputs are not quantized")
         if attn_metadata is None:
             return output.fill_(0)
-        num_tokens = attn_metadata.num_actual_tokens
-        query, options = query[:num_tokens], self._options(query)
+        num_tokens, written = attn_metadata.num_actual_tokens, output
+        if num_tokens != query.shape[0]:  # views cost the host time
+            query, written = query[:num_tokens], output[:num_tokens]
+        options = self._options(query)
         if self.is_encoder:
-            self._attend_to_encoder(query, key[:num_tokens], value[:num_tokens], attn_metadata, options, output)
+            self._attend_to_encoder(query, key[:num_tokens], value[:num_tokens], attn_metadata, options, written)
             return output
         k_cache, v_cache = self._split(kv_cache)
         paged_attention(
@@ -254,7 +256,7 @@ class PagedAttention:
             **options,
             **self._scales(layer),
             num_splits=self.num_splits,
-            out=output[:num_tokens],
+            out=written,
         )
         return output
 
@@ -269,19 +271,20 @@ class PagedAttention:
             key[:num_tokens], value[:num_tokens], *self._split(kv_cache), slot_mapping, **self._scales(layer)
         )
 
-    def _attend_to_encoder(self, query, key, value, metadata, options, output):
+    def _attend_to_encoder(self, query, key, value, metadata, options, written):
         lengths = metadata.query_start_loc, metadata.query_start_loc, metadata.max_query_len, metadata.max_query_len
-        output[: len(query)] = flash_attention_varlen(query, key, value, *lengths, **options)
+        written.copy_(flash_attention_varlen(query, key, value, *lengths, **options))
 
     def _options(self, query):
-        alibi_slopes = self.alibi_slopes
-        if alibi_slopes is not None and alibi_slopes.device != query.device:
-            alibi_slopes = self.alibi_slopes = alibi_slopes.to(query.device)
-        sinks = self.sinks
-        if sinks is not None:  # a parameter, which is loaded after __init__
-            sinks = sinks.detach() if sinks.dtype == query.dtype else sinks.detach().float()
         options = dict(softmax_scale=self.scale, window_size=self.window, softcap=self.softcap)
-        return options | dict(alibi_slopes=alibi_slopes, sinks=sinks)
+        if self.alibi_slopes is not None:
+            if self.alibi_slopes.device != query.device:
+                self.alibi_slopes = self.alibi_slopes.to(query.device)
+            options["alibi_slopes"] = self.alibi_slopes
+        if self.sinks is not None:  # a parameter, which is loaded after __init__
+            sinks = self.sinks.detach()
+            options["sinks"] = sinks if sinks.dtype == query.dtype else sinks.float()
+        return options
 
     def _split(self, kv_cache):
         """Views (num_blocks, block_size, num_kv_heads, head_size) of the keys and of the values."""
@@ -293,7 +296,7 @@ class PagedAttention:
         """vLLM's are tensors () or (num_kv_heads,); they are for fp8 caches alone."""
         if self.fp8_dtype is None:
             return {}
-        return dict(k_scale=layer._k_scale.reshape(-1), v_scale=layer._v_scale.reshape(-1))
+        return dict(k_scale=layer._k_scale.view(-1), v_scale=layer._v_scale.view(-1))
 
 
 class LatentAttention:
