@@ -96,14 +96,17 @@ def test_the_import_loads_no_kernel():
 
 @pytest.mark.ci
 def test_every_module_can_be_imported_first():
-    """After importing only the package, which Python does before any of its modules."""
+    """After importing only the package, which Python does before any of its modules.
+
+    vLLM alone imports _vllm_backends: tests/engines.
+    """
     result = run_python(f"""
         import importlib, os, sys, traceback
 
         import pytest, torch, triton, triton_attn
         from transformers import MODEL_MAPPING, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM  # once for all children
 
-        for name in {sorted(MODULES)}:
+        for name in {sorted({*MODULES} - {"triton_attn.interop._vllm_backends"})}:
             child = os.fork()
             if child == 0:
                 try:
