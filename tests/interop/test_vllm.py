@@ -111,6 +111,27 @@ def test_an_encoder_attends_without_a_cache(window):
     assert output[batch.num_actual_tokens :].isnan().all()
 
 
+def test_keys_past_the_slots_are_padding():
+    """vLLM's graphs pad keys, and give slots for the batch's own tokens."""
+    batch, impl = Batch(((0, 5),)), vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV)
+    keys = [randn(8, HEADS_KV, DIM, seed=seed) for seed in (2, 3)]
+    padded, exact = cases.new_cache(batch), cases.new_cache(batch)
+    impl.do_kv_cache_update(cases.LAYER, *keys, padded, batch.slot_mapping)
+    impl.do_kv_cache_update(cases.LAYER, *(x[:5] for x in keys), exact, batch.slot_mapping)
+    assert (~exact.isnan()).sum() == 5 * HEADS_KV * 2 * DIM
+    torch.testing.assert_close(padded, exact, atol=0, rtol=0, equal_nan=True)
+
+
+def test_splits_are_passed_on(monkeypatch):
+    found, whole = {}, vllm.paged_attention
+    monkeypatch.setattr(
+        vllm, "paged_attention", lambda *args, **options: found.update(options) or whole(*args, **options)
+    )
+    monkeypatch.setattr(vllm.PagedAttention, "num_splits", 1)
+    run(Batch(((20, 1),)))
+    assert found["num_splits"] == 1
+
+
 def test_a_profiling_run_gets_zeros():
     impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV)
     output = torch.full((3, HEADS, DIM), torch.nan)
