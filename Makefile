@@ -80,8 +80,8 @@ clean:
 	$(install)
 	$(PIP) --no-deps vllm==0.33.0 xgrammar==0.2.8 llguidance depyf gguf openai-harmony
 	$(PIP) aiohttp apache-tvm-ffi==0.1.11 blake3 cachetools cbor2 cloudpickle einops fastapi lark msgspec openai \
-	opentelemetry-sdk partial-json-parser prometheus_client psutil py-cpuinfo pybase64 pydantic pydantic-settings \
-	python-json-logger pyzmq regex sentencepiece setproctitle uvloop watchfiles
+	opentelemetry-sdk partial-json-parser pillow prometheus_client psutil py-cpuinfo pybase64 pydantic \
+	pydantic-settings python-json-logger pyzmq regex requests sentencepiece setproctitle uvloop watchfiles
 	touch $@
 
 PIP = $(@D)/bin/python -m pip install
