@@ -152,6 +152,13 @@ FUNCTIONS = {
         )
         | CHECKED,
     ),
+    "mla_decode of packed queries": (
+        ta.mla_decode,
+        lambda **options: ta.mla_decode(
+            Q[0, ..., :8], Q[0, ..., 8:], LATENT_CACHE, LENGTHS, TABLE, W_UK, W_UV, cu_seqlens_q=BOUNDS_Q, **options
+        ),
+        dict(max_seqlen_q=(INT, 3), num_splits=(INT, 2)) | CHECKED,
+    ),
     "mla_prefill": (
         ta.mla_prefill,
         mla_prefill,
@@ -263,7 +270,7 @@ TENSORS = {
     "positions",
 }
 TENSORS |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "slot_mapping", "rope_cos", "rope_sin"}
-TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "k_cache", "v_cache", "positions"}
+TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "rope_cache", "k_cache", "v_cache"}
 NOT_SCALARS = TENSORS | {"mode", "dtype", "device"}
 
 
