@@ -212,6 +212,7 @@ class PagedAttention:
         self.attn_type, self.is_encoder = attn_type, attn_type in ("encoder", "encoder_only")
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = sinks
+        self._viewed: tuple[Any, Any, dict[str, Tensor]] = (None, None, {})  # scales of the layer, and their views
         self.softcap = logits_soft_cap or 0.0
         self.window = (-1, -1)
         if sliding_window is not None:
@@ -293,10 +294,13 @@ class PagedAttention:
         return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
 
     def _scales(self, layer):
-        """vLLM's are tensors () or (num_kv_heads,); they are for fp8 caches alone."""
+        """Those of a layer are tensors () or (num_kv_heads,), for fp8 caches only. Views cost time, so they are kept."""
         if self.fp8_dtype is None:
             return {}
-        return dict(k_scale=layer._k_scale.view(-1), v_scale=layer._v_scale.view(-1))
+        k_scale, v_scale = layer._k_scale, layer._v_scale
+        if self._viewed[0] is not k_scale or self._viewed[1] is not v_scale:
+            self._viewed = k_scale, v_scale, dict(k_scale=k_scale.view(-1), v_scale=v_scale.view(-1))
+        return self._viewed[2]
 
 
 class LatentAttention:
