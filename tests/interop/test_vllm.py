@@ -190,6 +190,32 @@ def test_a_cache_has_the_models_dtype_or_fp8():
     assert vllm.unsupported_cache_dtype(torch.float16, "bfloat16").startswith("kv_cache_dtype: expected")
 
 
+def test_scales_are_those_that_the_layer_has_at_the_call():
+    """The layer keeps views of them: it must see new tensors, and new values in the same tensors."""
+    batch = Batch(MIXED)
+    kept, fresh = (vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, kv_cache_dtype="fp8") for _ in range(2))
+    cache = cases.new_cache(batch, dtype=torch.uint8)
+    cases.fill_cache(kept, batch, cache)
+    metadata = vllm.PagedMetadataBuilder().build(0, batch)
+    q = randn(batch.num_tokens, HEADS, DIM, seed=9)
+    layer = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(2.0))
+
+    def outputs():
+        fresh._viewed = (None, None, {})
+        return [impl.forward(layer, q, None, None, cache, metadata, torch.empty_like(q)) for impl in (kept, fresh)]
+
+    for change in ("k in place", "v in place", "k", "v"):
+        before = outputs()[0]
+        name = f"_{change[0]}_scale"
+        if "in place" in change:
+            getattr(layer, name).mul_(2)
+        else:
+            setattr(layer, name, getattr(layer, name) * 2)
+        found, expected = outputs()
+        assert torch.equal(found, expected), change
+        assert not torch.equal(found, before), change
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_host_cost(record_property, kv_cache_dtype):
@@ -209,10 +235,9 @@ def test_host_cost(record_property, kv_cache_dtype):
             "direct": lambda: paged_attention(q, *tensors, **options, out=output),
             "door": lambda: impl.forward(cases.LAYER, q, None, None, cache, metadata, output),
         }
-        # The least of three: on a busy machine the ratio of one measurement is off by up to a tenth.
-        costs = [median_microseconds(calls, batches=40) for _ in range(3)]
-    ratio, cost = min((cost["door"] / cost["direct"], cost["door"]) for cost in costs)
-    record_property("figure", f"{cost:.0f} us a decode step of vLLM, {ratio:.2f} of the direct call")
+        cost = median_microseconds(calls, batches=300)
+    ratio = cost["door"] / cost["direct"]
+    record_property("figure", f"{cost['door']:.0f} us a decode step of vLLM, {ratio:.2f} of the direct call")
     assert ratio <= 1.3
 
 

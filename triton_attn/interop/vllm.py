@@ -294,7 +294,7 @@ class PagedAttention:
         return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
 
     def _scales(self, layer):
-        """Those of a layer are tensors () or (num_kv_heads,), for fp8 caches only. Views take time, so they stay."""
+        """The layer's scales, (1,) or (num_kv_heads,), of an fp8 cache. The views are kept: making them takes time."""
         if self.fp8_dtype is None:
             return {}
         k_scale, v_scale = layer._k_scale, layer._v_scale
