@@ -1,13 +1,15 @@
-"""Site pages and files from outside of docs/. README, CONTRIBUTING and CHANGELOG become pages, and files of the
-repository (plots, tables, code) to which pages link become files of the site. The same links work on GitHub.
+"""Site pages and files from outside of docs/. README, CONTRIBUTING, CHANGELOG and the notebooks become pages, and files
+of the repository (plots, tables, code) to which pages link become files of the site. The same links work on GitHub.
 """
 
+import json
 import re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+from notebook_pages import mathml, page_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -19,17 +21,27 @@ LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 def on_files(files, config):
     """Add the pages, and all files to which they link."""
     docs = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
-    known, new = set(docs), [*docs, *PAGES]
+    notebooks = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")]
+    known, new = {*docs, *notebooks}, [*docs, *notebooks, *PAGES]
     while new:
         path = new.pop()
         if not (ROOT / path).is_file():
             raise PluginError(f"a page links to {path}, which is no file of the repository")
-        if path not in docs:
+        if path in notebooks:
+            _add_notebook(path, files, config)
+        elif path not in docs:
             files.append(File.generated(config, _site_uri(path), abs_src_path=str(ROOT / path)))
-        linked = _linked(path) - known if path.endswith(".md") else set()
+        linked = _linked(path) - known if path.endswith((".md", ".ipynb")) else set()
         known |= linked
         new += linked
     return files
+
+
+def _add_notebook(path, files, config):
+    markdown, pictures = page_of(ROOT / path)
+    files.append(File.generated(config, _site_uri(path), content=markdown))
+    for link, picture in pictures.items():
+        files.append(File.generated(config, _site_uri(_linked_path(path, link)), content=picture))
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -45,9 +57,17 @@ def on_page_markdown(markdown, page, config, files):
     return "".join(part if CODE.fullmatch(part) else LINK.sub(relink, part) for part in CODE.split(markdown))
 
 
+def on_page_content(html, page, config, files):
+    return mathml(html)
+
+
 def _linked(path):
-    """The files to which a Markdown page links."""
-    text = CODE.sub("", (ROOT / path).read_text())
+    """The files to which a page or the text of a notebook links."""
+    text = (ROOT / path).read_text()
+    if path.endswith(".ipynb"):
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    text = CODE.sub("", text)
     return {_linked_path(path, match[2]) for match in LINK.finditer(text)} - {None}
 
 
@@ -61,6 +81,8 @@ def _linked_path(path, link):
 def _site_uri(path):
     if path in PAGES:
         return PAGES[path]
+    if path.startswith("notebooks/") and path.endswith(".ipynb"):
+        return path.removesuffix(".ipynb") + ".md"
     is_page = path.startswith("docs/") and path.endswith(".md")
     return path.removeprefix("docs/") if is_page else f"{FOLDER}/{path}"
 
@@ -69,4 +91,6 @@ def _repository_path(uri):
     for path, page in PAGES.items():
         if uri == page:
             return path
+    if uri.startswith("notebooks/"):
+        return uri.removesuffix(".md") + ".ipynb"
     return uri.removeprefix(f"{FOLDER}/") if uri.startswith(f"{FOLDER}/") else f"docs/{uri}"

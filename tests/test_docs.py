@@ -1,8 +1,11 @@
 """The README and the pages under docs/ are true: their code runs, they contain every public name, links are valid.
 
-docs/testing-without-a-gpu.md and the figures of docs/performance.md have separate tests.
+docs/testing-without-a-gpu.md and the figures of docs/performance.md have separate tests. Notebooks run as tests of
+their own (--nbmake).
 """
 
+import ast
+import importlib
 import json
 import re
 from dataclasses import asdict
@@ -20,12 +23,18 @@ from triton_attn.interop.transformers import FIRST_BATCHING
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 NOT_IN_GIT = ("perf/out/",)
 README, TOUR, API = ROOT / "README.md", ROOT / "docs/tour.md", sorted(ROOT.glob("docs/api/*.md"))
 
 
 def code_of(page):
     return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+def cells_of(notebook, kind):
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
 
 
 DOORS = [page for page in sorted(ROOT.glob("docs/doors/*.md")) if code_of(page)]
@@ -96,9 +105,10 @@ def test_no_other_page_has_python_that_nothing_runs():
     assert [page.name for page in PAGES if page not in (README, TOUR, run_elsewhere, *DOORS) and code_of(page)] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
 def test_what_a_page_links_to_exists(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = "\n".join(cells_of(page, "markdown")) if page in NOTEBOOKS else page.read_text()
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
 
@@ -111,6 +121,50 @@ def test_a_file_that_a_page_names_exists(page):
     there = {name for name in named if any((root / name).exists() for root in roots) or next(ROOT.rglob(name), None)}
     assert len(named) > 8
     assert named - there <= set(NOT_IN_GIT)  # make perf may have created them
+
+
+def test_the_site_and_the_readme_list_the_notebooks_in_the_same_order():
+    listed = [
+        re.findall(pattern, (ROOT / page).read_text(), flags=re.MULTILINE)
+        for page, pattern in (
+            ("mkdocs.yml", r"^ +- .*: notebooks/(\w+)\.md$"),
+            ("README.md", r"\]\(notebooks/(\w+)\.ipynb\)"),
+        )
+    ]
+    assert listed[0] == listed[1]
+    assert sorted(listed[0]) == [notebook.stem for notebook in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_uses_public_names(notebook):
+    used = names_from_the_package("\n".join(cells_of(notebook, "code")))
+    assert used
+    assert [name for name in used if not is_public(*name)] == []
+
+
+def is_public(module, name):
+    if module == "triton_attn":
+        return name in {*triton_attn.__all__, "interop", "models", "testing", "toolchain"}
+    names = getattr(importlib.import_module(module), "__all__", [name])
+    return name in names and not re.search(r"(^|\.)_", f"{module}.{name}")
+
+
+def names_from_the_package(code):
+    """{(module, name)} that the code imports from triton_attn, or writes behind `triton_attn.`."""
+    used = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "triton_attn":
+            used |= {(node.module, alias.name) for alias in node.names}
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "triton_attn":
+            used.add(("triton_attn", node.attr))
+    return used
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_has_no_outputs(notebook):
+    """The site has them. A diff has none."""
+    cells = json.loads(notebook.read_text())["cells"]
+    assert [cell["id"] for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
 
 
 def test_the_readme_is_short():
