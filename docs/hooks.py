@@ -9,7 +9,7 @@ from posixpath import normpath, relpath
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
-from notebook_pages import mathml, page_of
+from notebook_pages import mathml, pages_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -21,14 +21,15 @@ LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 def on_files(files, config):
     """Add the pages, and all files to which they link."""
     docs = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
-    notebooks = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")]
+    notebooks = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("notebooks/*.ipynb")}
+    pages = pages_of(list(notebooks.values()))
     known, new = {*docs, *notebooks}, [*docs, *notebooks, *PAGES]
     while new:
         path = new.pop()
         if not (ROOT / path).is_file():
             raise PluginError(f"a page links to {path}, which is no file of the repository")
         if path in notebooks:
-            _add_notebook(path, files, config)
+            _add_notebook(path, *pages[notebooks[path]], files, config)
         elif path not in docs:
             files.append(File.generated(config, _site_uri(path), abs_src_path=str(ROOT / path)))
         linked = _linked(path) - known if path.endswith((".md", ".ipynb")) else set()
@@ -37,8 +38,7 @@ def on_files(files, config):
     return files
 
 
-def _add_notebook(path, files, config):
-    markdown, pictures = page_of(ROOT / path)
+def _add_notebook(path, markdown, pictures, files, config):
     files.append(File.generated(config, _site_uri(path), content=markdown))
     for link, picture in pictures.items():
         files.append(File.generated(config, _site_uri(_linked_path(path, link)), content=picture))

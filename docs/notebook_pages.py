@@ -2,25 +2,33 @@
 
 import re
 from base64 import b64decode
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from html import unescape
+from subprocess import DEVNULL
 from textwrap import indent
 
 import nbformat
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from nbclient import NotebookClient
 
-# No warnings of the kernel about its port; pictures with twice the pixels, for screens that have them.
-OPTIONS = ["--IPKernelApp.log_level=40", "--InlineBackend.figure_formats={'retina'}"]
+OPTIONS = ["--InlineBackend.figure_formats={'retina'}"]  # twice the pixels, for screens that have them
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-@cache
-def page_of(path):
-    """The Markdown page of a notebook, and {link: bytes} of its pictures."""
-    notebook = nbformat.read(path, as_version=4)
+def pages_of(paths):
+    """{path: (Markdown page of the notebook, {link: bytes} of its pictures)}. Two run at a time."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(paths, pool.map(_page_of, paths, [path.read_text() for path in paths])))
+
+
+@cache  # a server builds the site again whenever any page changes
+def _page_of(path, text):
+    notebook = nbformat.reads(text, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=600, resources=folder, extra_arguments=OPTIONS).execute()
+    # A cell's own errors are raised. The kernel's log, which tells of its port, goes nowhere.
+    NotebookClient(notebook, timeout=600, resources=folder, extra_arguments=OPTIONS).execute(stderr=DEVNULL)
     parts, pictures, heading = [], {}, path.stem
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -55,4 +63,7 @@ def mathml(html):
             return convert(unescape(match[2]))
         return f'<div class="formula">{convert(unescape(match[2]), display="block")}</div>'
 
-    return MATH.sub(formula, html)
+    drawn = MATH.sub(formula, html)
+    if 'class="arithmatex"' in drawn:
+        raise PluginError("a formula has a form that notebook_pages.py does not know")
+    return drawn
