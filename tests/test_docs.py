@@ -160,6 +160,12 @@ def names_from_the_package(code):
     return used
 
 
+def test_figures_that_a_notebook_quotes_are_on_the_performance_page():
+    quoted = re.findall(r"\d+ \(\d+ % of the roof\)", "\n".join(map(Path.read_text, NOTEBOOKS)))
+    assert len(quoted) == 3
+    assert [figure for figure in quoted if figure not in (ROOT / "docs/performance.md").read_text()] == []
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_a_notebook_has_no_outputs(notebook):
     """The site has them. A diff has none."""
