@@ -264,6 +264,7 @@ TENSORS = {
     "out",
     "sinks",
     "alibi_slopes",
+    "shard",
     "caches",
     "src_pages",
     "dst_pages",

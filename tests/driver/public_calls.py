@@ -235,6 +235,7 @@ CALLS = {
     "flash 64, slopes per sequence": lambda: flash(
         64, packed=True, grads=False, causal=True, alibi_slopes=torch.ones(2, 4)
     ),
+    "flash 64, shards": lambda: flash(64, causal=True, dropout_p=0.1, shard=torch.zeros(1, 3, dtype=torch.int32)),
     "flash 64, backward alone": backward_alone,
     "flash 128, no keys": lambda: flash(128, seqlen_k=0, causal=True),
     "flash 32, fp32": lambda: flash(32, torch.float32, causal=True),

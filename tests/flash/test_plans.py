@@ -86,7 +86,7 @@ def call(
         out = flash_attention(q, k, v, **options)
     if like_inputs:
         lse = torch.empty(rows[0], heads[0], rows[1])
-        backward_pass(dout, out.detach(), lse, q, k, v, (None, None, rows[1], rows_k[1]), **options)
+        backward_pass(dout, None, out.detach(), lse, q, k, v, (None, None, rows[1], rows_k[1]), **options)
     elif leaves:
         torch.autograd.grad(out, leaves, dout)
 

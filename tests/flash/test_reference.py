@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from triton_attn import reference
 from triton_attn._host.definition import attend
+from triton_attn.flash import backward_pass
 
 
 def random_qkv(seqlen_q=7, seqlen_k=9, num_heads_q=4, num_heads_kv=2, head_dim=8, head_dim_v=6):
@@ -124,3 +125,37 @@ def test_the_yardstick_in_half_precision_reads_nothing_after_the_last_row(seqlen
     with NoNanIsRead():
         out, _ = attend(*(x[:, :seqlen] for x in (q, k, v)), **case, compute_dtype=torch.bfloat16)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS, {"causal": True, "dropout_p": 0.4, "dropout_seed": 3}],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_gradients_from_results_are_those_of_autograd(options, packed, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    inputs = [x.float().requires_grad_() for x in random_qkv(7, 9)]
+    options = {name: x.float() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    lengths = None, None, 7, 9
+    if packed:
+        inputs = [x.detach().flatten(0, 1).requires_grad_() for x in inputs]
+        lengths = torch.tensor([0, 3, 11], dtype=torch.int32), torch.tensor([0, 9, 13], dtype=torch.int32), 8, 9
+    leaves = list(inputs)
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].clone().requires_grad_()
+        leaves.append(options["sinks"])
+    if packed:
+        results = reference.flash_attention_varlen(*inputs, *lengths, **options, return_lse=True)
+    else:
+        results = reference.flash_attention(*inputs, **options, return_lse=True)
+    douts = [torch.randn_like(x) for x in results]
+    expected = torch.autograd.grad(
+        [x[torch.isfinite(x)] for x in results], leaves, [d[torch.isfinite(x)] for x, d in zip(results, douts)]
+    )
+    out, lse = (x.detach() for x in results)
+    options = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    found = backward_pass(douts[0], douts[1], out, lse, *(x.detach() for x in inputs), lengths, **options)
+    for gradient, of_autograd in zip(found, expected):
+        torch.testing.assert_close(gradient, of_autograd, atol=1e-5, rtol=1e-5)
+    assert (found[3] is None) == ("sinks" not in options)

@@ -49,6 +49,19 @@ class Case(Scores):
     config: FlashConfig
     seed: int
     dropout_p: float = 0.0
+    shards: tuple | None = None  # (query_start, key_start, dropout_row) of each sequence; None: whole sequences
+
+    def shard(self, i):
+        """The shard of sequence i; a whole sequence is one too."""
+        if self.shards is None:
+            return self.seqlens_k[i] - self.seqlens_q[i], 0, i * self.num_heads_q
+        return self.shards[i]
+
+    def visible(self, i, device="cpu"):
+        """(seqlen_q, seqlen_k) bool of sequence i: which keys its queries see."""
+        query_start, key_start, _ = self.shard(i)
+        lengths = self.seqlens_q[i], self.seqlens_k[i]
+        return visible_keys(*lengths, self.causal, self.window_size, device, query_start - key_start)[0]
 
     @property
     def num_heads_q(self):
@@ -143,12 +156,17 @@ class Inputs:
     def attend(self, i, q, k, v, sinks, compute_dtype):
         """out (1, rows, heads, dim) and lse (1, heads, rows) of sequence i, by definition."""
         case = self.case
+        query_start, key_start, row = case.shard(i)
+        offset = query_start - key_start
         keep = None
         if case.dropout_p:
-            lengths = (q.shape[1], k.shape[1])
-            keep = dropout_mask(case.seed, case.dropout_p, i + 1, case.num_heads_q, *lengths)[i:]
+            first_query = 0 if case.shards is None else query_start
+            ends = first_query + q.shape[1], key_start + k.shape[1]
+            whole = dropout_mask(case.seed, case.dropout_p, 1, row + case.num_heads_q, *ends)
+            keep = whole[:, row:, first_query:, key_start:]
         slopes = self.alibi_slopes[i] if case.alibi == "per sequence" else self.alibi_slopes
-        return attend(q, k, v, alibi_slopes=slopes, sinks=sinks, compute_dtype=compute_dtype, keep=keep, **case.options)
+        tensors = dict(alibi_slopes=slopes, sinks=sinks, keep=keep)
+        return attend(q, k, v, compute_dtype=compute_dtype, offset=offset, **tensors, **case.options)
 
     def call(self):
         """out (rows, heads, dim) and lse (rows, heads) of the public function, for sequences that are not poisoned."""
@@ -169,6 +187,9 @@ class Inputs:
         options |= {"alibi_slopes": self.alibi_slopes, "sinks": sinks, "return_lse": True, **case.options}
         if case.dropout_p:
             options["dropout_seed"] = case.seed
+        if case.shards is not None:
+            shard = torch.tensor(case.shards, dtype=torch.int32, device=DEVICE)
+            options["shard"] = shard.reshape(len(case.seqlens_q), 3)
         if not case.varlen:
             return flash_attention(q, k, v, **options)
         cu_seqlens = [
@@ -278,9 +299,8 @@ def rows_loaded(case, config, of_queries=False):
     block, block_read = (config.block_n, config.block_m) if of_queries else (config.block_m, config.block_n)
     align = 4 if case.dropout_p and not of_queries else 1  # the dropout mask is computed for four keys at a time
     num_rows = 0
-    for seqlen_q, seqlen_k in zip(case.seqlens_q, case.seqlens_k):
-        visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
-        visible = visible.T if of_queries else visible
+    for i in range(len(case.seqlens_q)):
+        visible = case.visible(i).T if of_queries else case.visible(i)
         for rows in visible.split(block) if len(visible) else ():
             seen = rows.any(0).nonzero()
             if len(seen):

@@ -7,6 +7,12 @@ from scores import draw_scores
 from triton_attn.flash.configs import FlashConfig
 
 
+def _shards(draw, batch):
+    """Starts of shards: all equal, key after query, query after key, far away, unaligned."""
+    start = st.sampled_from([0, 1, 4, 50, 63]) | st.integers(0, 120)
+    return draw(st.tuples(*[st.tuples(start, start, st.sampled_from([0, 1, 7]))] * batch))
+
+
 def _lengths(block, limit):
     return st.sampled_from([0, 1, block - 1, block, block + 1]) | st.integers(0, limit)
 
@@ -47,4 +53,5 @@ def cases(draw, dtype, varlen):
         config=config,
         seed=draw(st.integers(0, 2**16)),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
+        shards=_shards(draw, batch) if draw(st.sampled_from([False, False, True])) else None,
     )

@@ -7,7 +7,6 @@ import torch
 from attention_cases import DEVICE, INTERPRETED, LAYOUTS, Case, Inputs, of_argument, rows_loaded, share_of_bound, using
 from attention_cases import PLAIN as PLAIN_FORWARD
 
-from triton_attn._host.definition import visible_keys
 from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
@@ -112,7 +111,7 @@ def check_values(case, inputs, out, results):
         *sequences, spare = by_sequence(case, results[which], seqlens)
         assert (spare == 0).all()
         for i in clean:
-            visible, _ = visible_keys(case.seqlens_q[i], case.seqlens_k[i], case.causal, case.window_size, DEVICE)
+            visible = case.visible(i, DEVICE)
             assert (sequences[i][~visible.any(1 if which == 0 else 0)] == 0).all()
         if clean:
             closeness = assert_close(

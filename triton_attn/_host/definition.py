@@ -1,14 +1,20 @@
 """Attention and rotary positions in plain torch, shared by the references of all families."""
 
+from typing import Any
+
 import torch
 
 
-def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
-    """(seqlen_q, seqlen_k): which keys a query sees, and key position minus query position (bottom-right alignment)."""
+def visible_keys(seqlen_q, seqlen_k, causal, window_size, device, offset=None):
+    """(seqlen_q, seqlen_k): which keys a query sees, and key position minus query position.
+
+    offset: the position of query 0, counted from key 0. None is bottom-right alignment.
+    """
     left, right = window_size
     if causal:
         right = 0
-    positions_q = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
+    offset = seqlen_k - seqlen_q if offset is None else offset
+    positions_q = torch.arange(seqlen_q, device=device)[:, None] + offset
     distance = torch.arange(seqlen_k, device=device)[None, :] - positions_q
     visible = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
@@ -21,6 +27,25 @@ def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
 def packed_bounds(cu_seqlens, num_rows):
     """cu_seqlens as a list, clamped to the num_rows rows of the packed tensor."""
     return cu_seqlens.clamp(max=num_rows).tolist()
+
+
+def _scores_and_values(q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset=None):
+    """Masked scores (batch, heads, seqlen_q, seqlen_k), and values (batch, heads, seqlen_k, head_dim_v)."""
+    group_size = q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    # On processors with AMX torch's 16-bit matmuls read past the end of a row, which may hold another tensor's NaN.
+    copy = compute_dtype.itemsize < 4
+    q_heads, k_heads, v_heads = (x.transpose(1, 2).to(compute_dtype, copy=copy) for x in (q, k, v))
+    k_heads, v_heads = (x.repeat_interleave(group_size, dim=1) for x in (k_heads, v_heads))
+
+    scores = q_heads @ k_heads.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device, offset)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(compute_dtype)[..., None, None] * distance.abs()
+    scores = scores.masked_fill(~visible, float("-inf"))
+    return scores, v_heads
 
 
 def attend(
@@ -37,25 +62,16 @@ def attend(
     compute_dtype,
     keep=None,
     dropout_p=0.0,
+    offset=None,
 ):
-    """Attention with every matmul in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
+    """Attention with every matmul in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64). offset as in
+    `visible_keys`.
 
     With compute_dtype = q.dtype its error is the one that torch makes in that dtype. Tests compare kernels with it.
     """
-    group_size = q.shape[2] // k.shape[2]
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    # On processors with AMX torch's 16-bit matmuls read past the end of a row, which may hold another tensor's NaN.
-    copy = compute_dtype.itemsize < 4
-    q_heads, k_heads, v_heads = (x.transpose(1, 2).to(compute_dtype, copy=copy) for x in (q, k, v))
-    k_heads, v_heads = (x.repeat_interleave(group_size, dim=1) for x in (k_heads, v_heads))
-
-    scores = q_heads @ k_heads.transpose(2, 3) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(compute_dtype)[..., None, None] * distance.abs()
-    scores = scores.masked_fill(~visible, float("-inf"))
+    scores, v_heads = _scores_and_values(
+        q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset
+    )
     logits = scores
     if sinks is not None:
         sink_column = sinks.to(compute_dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -69,6 +85,37 @@ def attend(
         weights = weights * keep.to(q.device) / (1 - dropout_p)
     out = (weights @ v_heads).transpose(1, 2).to(q.dtype)
     return out, lse
+
+
+def attention_gradients(
+    q, k, v, dout, dlse, out, lse, *, sinks, compute_dtype, keep=None, dropout_p=0.0, **options
+) -> tuple[Any, Any, Any, Any]:
+    """(dq, dk, dv, dsinks) of `attend`, fp32 or fp64; dlse may be None. k and v may be a part of the keys that lse is
+    over.
+
+    The weights are exp(s - lse), delta = rowsum(dout * out) - dlse, and the gradient of a score is its weight times
+    (dout . v - delta). It is also the gradient of sum(dout * (weights @ v)) - sum(weights * delta) with a constant lse.
+    """
+    leaves = [None if x is None else x.detach().to(compute_dtype).requires_grad_() for x in (q, k, v, sinks)]
+    with torch.enable_grad():
+        scores, v_heads = _scores_and_values(*leaves[:3], compute_dtype=compute_dtype, **options)
+        dout = dout.transpose(1, 2).to(compute_dtype)
+        delta = (dout * out.transpose(1, 2).to(compute_dtype)).sum(3)
+        if dlse is not None:
+            delta = delta - dlse
+        no_key = lse == float("-inf")
+        lse = torch.where(no_key, 0.0, lse).to(compute_dtype)
+        weights = torch.exp(scores - lse[..., None])
+        total = -(weights * delta[..., None]).sum()
+        if keep is not None:
+            weights = weights * keep.to(q.device) / (1 - dropout_p)
+        total = total + (dout * (weights @ v_heads)).sum()
+        if sinks is not None:
+            of_sinks = torch.where(no_key, 0.0, torch.exp(leaves[3][:, None] - lse))
+            total = total - (of_sinks * delta).sum()
+        wanted = [x for x in leaves if x is not None]
+        gradients = torch.autograd.grad(total, wanted)
+    return *gradients[:3], gradients[3] if sinks is not None else None
 
 
 def rotate(x, cos, sin, interleaved):

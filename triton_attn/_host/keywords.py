@@ -23,6 +23,7 @@ class Flash(Masked, total=False):
     dropout_p: float
     dropout_seed: int | Tensor | None
     deterministic: bool
+    shard: Tensor | None
 
 
 class FlashVarlen(Flash, total=False):

@@ -16,10 +16,13 @@ class AttentionOptions(NamedTuple):
     sinks: object  # tensor (num_heads_q,), or None
     dropout_p: float = 0.0
     dropout_seed: torch.Tensor | None = None  # of one int64, on the device; None without dropout
+    shard: torch.Tensor | None = None  # (batch, 3) int32: where a part of a longer sequence starts
 
     def as_arguments(self) -> dict[str, Any]:
-        """The same as arguments of a public function or its reference; dropout only if there is any."""
-        dropout = dict(dropout_p=self.dropout_p, dropout_seed=self.dropout_seed) if self.dropout_p else {}
+        """The same as arguments of a public function or its reference; dropout and shard only if there is any."""
+        more: dict[str, Any] = {} if self.shard is None else dict(shard=self.shard)
+        if self.dropout_p:
+            more |= dict(dropout_p=self.dropout_p, dropout_seed=self.dropout_seed)
         return dict(
             causal=False,  # the window says it
             softmax_scale=self.softmax_scale,
@@ -27,7 +30,7 @@ class AttentionOptions(NamedTuple):
             softcap=self.softcap or 0.0,
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
-            **dropout,
+            **more,
         )
 
 
@@ -77,6 +80,23 @@ def with_tensors(options, q, batch, alibi_slopes, sinks):
     if sinks is not None:
         check_per_head("sinks", sinks, ((num_heads_q,),), q.device, (torch.float32, q.dtype))
     return options._replace(alibi_slopes=alibi_slopes, sinks=sinks)
+
+
+def with_shard(options, q, batch, shard):
+    """The options with the starts of shards, checked but for their values."""
+    if shard is None:
+        return options
+    if not isinstance(shard, torch.Tensor):
+        fail("shard", "a tensor or None", type(shard).__name__, TypeError)
+    if shard.dtype != torch.int32:
+        fail("shard", "dtype torch.int32", shard.dtype, TypeError)
+    if shard.shape != (batch, 3):
+        fail("shard", f"shape (batch, 3) = {(batch, 3)}", tuple(shard.shape))
+    if not shard.is_contiguous():
+        fail("shard", "a contiguous tensor", f"strides {shard.stride()}")
+    if shard.device != q.device:
+        fail("shard", f"q's device {q.device}", shard.device)
+    return options._replace(shard=shard)
 
 
 def with_dropout(options, q, dropout_p, dropout_seed):

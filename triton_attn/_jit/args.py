@@ -33,10 +33,14 @@ class Splits(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Pointers to the offsets (batch + 1,) at which the sequences of a packed batch start; None in a dense batch."""
+    """Pointers to the offsets (batch + 1,) at which the sequences of a packed batch start; None in a dense batch.
+
+    shard_ptr points to (batch, 3): where a part of a longer sequence starts, see `load_shard`. None: whole sequences.
+    """
 
     cu_seqlens_q_ptr: object
     cu_seqlens_k_ptr: object
+    shard_ptr: object
 
 
 class Heads(NamedTuple):

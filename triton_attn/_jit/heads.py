@@ -46,13 +46,30 @@ def assign_work(num_tiles, section_size, num_heads, BLOCK: tl.constexpr, LAST_FI
     return Work(tile * BLOCK, batch, head, batch_head, batch * num_tiles + tile, num_batch_heads // num_heads)
 
 
+class Shard(NamedTuple):
+    """Where a part of a longer sequence starts: the positions of its first query and key, and the number that dropout
+    gives to its first head."""
+
+    query_start: object
+    key_start: object
+    dropout_row: object
+
+
+@triton.jit
+def load_shard(shard_ptr, batch):
+    """The Shard of a sequence."""
+    ptr = shard_ptr + batch * 3
+    return Shard(tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2))
+
+
 class Bounds(NamedTuple):
-    """First row and length of one sequence's queries and keys."""
+    """First row and length of one sequence's queries and keys, and the position of query 0, counted from key 0."""
 
     first_q: object
     first_k: object
     seqlen_q: object
     seqlen_k: object
+    offset: object
 
 
 @triton.jit
@@ -60,7 +77,8 @@ def sequence_bounds(seqs, batch, seqlen_q, seqlen_k):
     """Bounds of a sequence.
 
     In a dense batch seqlen_q and seqlen_k are the lengths of each sequence. In a packed batch they are the rows of the
-    whole tensors, and cu_seqlens are clamped to them.
+    whole tensors, and cu_seqlens are clamped to them. Whole sequences are aligned at their last query and key, shards
+    by their positions.
     """
     first_q = 0
     first_k = 0
@@ -68,7 +86,11 @@ def sequence_bounds(seqs, batch, seqlen_q, seqlen_k):
         first_q, seqlen_q = packed_bounds(seqs.cu_seqlens_q_ptr, batch, seqlen_q)
     if seqs.cu_seqlens_k_ptr is not None:
         first_k, seqlen_k = packed_bounds(seqs.cu_seqlens_k_ptr, batch, seqlen_k)
-    return Bounds(first_q, first_k, seqlen_q, seqlen_k)
+    offset = seqlen_k - seqlen_q
+    if seqs.shard_ptr is not None:
+        shard = load_shard(seqs.shard_ptr, batch)
+        offset = shard.query_start - shard.key_start
+    return Bounds(first_q, first_k, seqlen_q, seqlen_k, offset)
 
 
 @triton.jit

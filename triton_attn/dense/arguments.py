@@ -56,6 +56,7 @@ class CallKey(NamedTuple):
     has_alibi: bool
     has_sinks: bool
     has_dropout: bool
+    has_shard: bool
     q_aligned: bool  # q and out start at multiples of 16 bytes
     kv_aligned: bool  # k and v do
     arch: str
@@ -97,7 +98,7 @@ class CallKey(NamedTuple):
 
 def key_of(call: Call, out: torch.Tensor) -> CallKey:
     q, k, v, (cu_seqlens_q, _, max_seqlen_q, max_seqlen_k), options, layout = call
-    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, _ = options
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, _, shard = options
     arch = arch_of(q)
     # By position: keywords take twice as long.
     return CallKey(
@@ -113,6 +114,7 @@ def key_of(call: Call, out: torch.Tensor) -> CallKey:
         alibi_slopes is not None,
         sinks is not None,
         dropout_p > 0,
+        shard is not None,
         (q.data_ptr() | out.data_ptr()) % 16 == 0,
         (k.data_ptr() | v.data_ptr()) % 16 == 0,
         arch,
@@ -201,4 +203,4 @@ def common_arguments(call: Call, plan: Plan) -> tuple:
     dropout, p = None, options.dropout_p
     if p > 0:
         dropout = Dropout(options.dropout_seed, int(p * 2**31), 1 / (1 - p))
-    return Sequences(cu_seqlens_q, cu_seqlens_k), *plan.counts, scores, dropout
+    return Sequences(cu_seqlens_q, cu_seqlens_k, options.shard), *plan.counts, scores, dropout

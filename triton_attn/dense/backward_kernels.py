@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .._jit.args import Scores, Sequences, Strides, View, Window
 from .._jit.blocks import all_partial, block_start, num_blocks, visible_range
-from .._jit.dropout import KEYS_PER_CALL, keep_mask
+from .._jit.dropout import KEYS_PER_CALL, keep_mask, mask_origin
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores
 from .._jit.softmax import LN_2, LOG2_E
@@ -145,7 +145,7 @@ def _flash_bwd_delta_kernel(
     tile = tl.program_id(0) // num_heads % num_tiles
     batch = tl.program_id(0) // num_heads // num_tiles
     PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
-    bounds = sequence_bounds(Sequences(cu_seqlens_q_ptr, cu_seqlens_q_ptr), batch, seqlen_q, 0)
+    bounds = sequence_bounds(Sequences(cu_seqlens_q_ptr, None, None), batch, seqlen_q, 0)
     start_m = tile * BLOCK_M
     queries = start_m + tl.arange(0, BLOCK_M)
     queries_mask = queries < bounds.seqlen_q
@@ -236,12 +236,13 @@ def _flash_bwd_dkdv_kernel(
         q = in_vectors(q, TILE.VECTOR)
         dout = in_vectors(dout, TILE.VECTOR)
 
-    offset = bounds.seqlen_q - bounds.seqlen_k
+    offset = -bounds.offset
     seen_by = Window(scores.window.right, scores.window.left)
     scores = Scores(scores.scale_log2, scores.softcap, scores.alibi, seen_by)
     end = tl.minimum(work.start + BLOCK_N, bounds.seqlen_k)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_q, seen_by, BLOCK_M)
     blocks = all_partial(blocks, num_own < BLOCK_N)  # rows past the last key need a mask
+    WHOLE: tl.constexpr = seqs.shard_ptr is None
     dk_tile = zeros_tile(BLOCK_N, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
     dv_tile = zeros_tile(BLOCK_N, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
     for member in tl.range(0, heads.group_size):
@@ -261,6 +262,7 @@ def _flash_bwd_dkdv_kernel(
         if scores.alibi is not None:
             slope = tl.load(row_pointer(scores.alibi, work.batch, 0, head))
         rows = FixedRows(keys, keys_mask, bounds.seqlen_q, offset, slope)
+        origin = mask_origin(seqs.shard_ptr, work.batch, head, batch_head)
 
         for FULL in tl.static_range(2):
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
@@ -276,7 +278,7 @@ def _flash_bwd_dkdv_kernel(
                 keep = None
                 dropped = p
                 if dropout is not None:
-                    keep = keep_mask(dropout, batch_head, start_m + queries, work.start, BLOCK_N).T
+                    keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
                     dropped = tl.where(keep, p * dropout.scale, 0.0)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if dv is not None:
@@ -371,10 +373,12 @@ def _flash_bwd_dq_kernel(
     if scores.alibi is not None:
         slope = tl.load(row_pointer(scores.alibi, work.batch, 0, work.head))
 
-    offset = bounds.seqlen_k - bounds.seqlen_q
+    offset = bounds.offset
     rows = FixedRows(queries, queries_mask, bounds.seqlen_k, offset, slope)
     end = tl.minimum(work.start + BLOCK_M, bounds.seqlen_q)
+    WHOLE: tl.constexpr = seqs.shard_ptr is None
     ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
+    origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
     dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
     for FULL in tl.static_range(2):
@@ -384,7 +388,7 @@ def _flash_bwd_dq_kernel(
             v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
-                keep = keep_mask(dropout, work.batch_head, queries, start_n, BLOCK_N)
+                keep = keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE)
             dp = _weight_gradients(dout_tile, v_tile, minus_delta[:, None], keep, dropout, PRECISION)
             s = dot_transposed(q_tile, k_tile, PRECISION)  # (BLOCK_M, BLOCK_N)
             p, derivative = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)

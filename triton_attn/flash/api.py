@@ -18,7 +18,7 @@ from .._host.checks import (
     layout_of,
 )
 from .._host.observers import autocast, is_observed, refuse_transforms
-from .._host.options import attention_options, with_dropout, with_tensors
+from .._host.options import attention_options, with_dropout, with_shard, with_tensors
 from . import reference
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def flash_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
+    shard: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, without the matrix of scores in memory.
@@ -79,6 +80,10 @@ def flash_attention(
             `triton_attn.reference.dropout_mask` gives the mask of a seed.
         deterministic: the backward pass repeats bitwise (no atomics), with seven matmuls per tile instead of five.
             torch.use_deterministic_algorithms has the same effect. The forward pass always repeats bitwise.
+        shard: int32 (batch, 3) on q's device: the call is a part of a longer self-attention, with some of its queries
+            and some of its keys. For each sequence: the position of the first query, the position of the first key, and
+            the index of the first head as dropout counts it, which is sequence * num_heads_q + head in the whole call.
+            Masks, ALiBi and dropout are then those of the whole. None: whole sequences, aligned to the bottom right.
         return_lse: also return the natural log-sum-exp of the scores, including the sink.
 
     Returns:
@@ -104,6 +109,7 @@ def flash_attention(
     options = layout_options(4, layout, causal, softmax_scale, window_size, softcap)
     options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
+    options = with_shard(options, q, q.shape[0], shard)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     lengths = Lengths(None, None, q.shape[1], k.shape[1])
@@ -167,6 +173,7 @@ def flash_attention_varlen(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
+    shard: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -201,6 +208,7 @@ def flash_attention_varlen(
     check_values = should_check_values(check_values)
     options = with_tensors(options, q, lengths.batch(q), alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
+    options = with_shard(options, q, lengths.batch(q), shard)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse, check_values)

@@ -12,24 +12,25 @@ from ..dense.backward import launch_flash_bwd
 from .forward import launch_flash_fwd, new_outputs
 
 # A Call as arguments of an operator, tensors first.
-_NUM_TENSORS = 10
+_NUM_TENSORS = 11
 _SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? shard, "
     f"{LENGTHS_SCHEMA}, float softmax_scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p"
 )
 
 
 def attend(call: Call, deterministic: bool, check_values: bool) -> tuple[Tensor, Tensor]:
     """out and lse by the operator."""
-    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed = call.options
-    tensors = call.q, call.k, call.v, sinks, alibi_slopes, dropout_seed
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, shard = call.options
+    tensors = call.q, call.k, call.v, sinks, alibi_slopes, dropout_seed, shard
     numbers = softmax_scale, *window, softcap, dropout_p
     return flash_attention(*tensors, *lengths_as_arguments(call.lengths), *numbers, deterministic, check_values)
 
 
 def _call_of_arguments(*args):
-    q, k, v, sinks, alibi_slopes, dropout_seed, *lengths, softmax_scale, left, right, softcap, dropout_p = args
-    options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks, dropout_p, dropout_seed)
+    q, k, v, sinks, alibi_slopes, dropout_seed, shard, *lengths, softmax_scale, left, right, softcap, dropout_p = args
+    dropout = dropout_p, dropout_seed
+    options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks, *dropout, shard)
     return call_of(q, k, v, options, lengths_of_arguments(*lengths))
 
 

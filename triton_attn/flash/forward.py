@@ -10,7 +10,7 @@ from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
 from .._jit.args import View
 from .._jit.blocks import block_start, num_blocks, visible_range
-from .._jit.dropout import KEYS_PER_CALL, keep_mask
+from .._jit.dropout import KEYS_PER_CALL, keep_mask, mask_origin
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
@@ -105,9 +105,11 @@ def _flash_fwd_kernel(
     if scores.alibi is not None:
         slope = tl.load(row_pointer(scores.alibi, work.batch, 0, work.head))
 
-    offset = bounds.seqlen_k - bounds.seqlen_q
+    offset = bounds.offset
     end = tl.minimum(work.start + BLOCK_M, bounds.seqlen_q)
+    WHOLE: tl.constexpr = seqs.shard_ptr is None
     ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
+    origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
     m_i, l_i = softmax_init(sinks_ptr, work.head, BLOCK_M)  # (BLOCK_M,)
     acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
@@ -123,7 +125,7 @@ def _flash_fwd_kernel(
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if FOLD_SCALE else 1.0, not FULL)
             v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, TILE.WIDE_ROWS)
             if dropout is not None:
-                p = tl.where(keep_mask(dropout, work.batch_head, queries, start_n, BLOCK_N), p, 0.0)
+                p = tl.where(keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE), p, 0.0)
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)  # (BLOCK_M,)

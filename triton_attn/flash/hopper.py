@@ -421,13 +421,12 @@ def _flash_fwd_hopper_kernel(
     batch = batch_head // num_heads
     head = batch_head % num_heads
     num_rows = seqlen_q
-    first_q, first_k, seqlen_q, seqlen_k = sequence_bounds(
-        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr), batch, seqlen_q, seqlen_k
+    first_q, first_k, seqlen_q, seqlen_k, offset = sequence_bounds(
+        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, None), batch, seqlen_q, seqlen_k
     )
     start_m = tile * (GROUPS * GROUP_ROWS)
     end_m = gl.minimum(start_m + GROUPS * GROUP_ROWS, seqlen_q)
     window = None, 0 if CAUSAL else None
-    offset = seqlen_k - seqlen_q
     blocks = visible_range(start_m + offset, end_m + offset, seqlen_k, window, BLOCK_N)
     work = _Work(
         batch,
@@ -506,7 +505,7 @@ def plan_hopper(key, wanted, config=None):
 
     wanted as in `HopperConfig.choose`, which chooses config if it is None.
     """
-    has_more = not key.is_plain or key.has_sinks or key.window not in ((None, None), (None, 0))
+    has_more = not key.is_plain or key.has_sinks or key.has_shard or key.window not in ((None, None), (None, 0))
     if has_more or not gpu_of(key.arch).wgmma or not (key.q_aligned and key.kv_aligned and key.suits_tma(0, 1, 2, 3)):
         return None
     case = FlashCase(key.arch, key.dtype, *key.head_dims, key.causal, seqlen_k=key.max_seqlen_k)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._host.backend import use_kernel
 from .._host.call import Call, Lengths, packed_lengths
 from .._host.checks import MAX_HEAD_DIM_BACKWARD, check_kernel_dtype, check_same_kind, fail, layout_of
-from .._host.options import with_dropout, with_tensors
+from .._host.options import with_dropout, with_shard, with_tensors
 from . import reference
 from .api import layout_options
 
@@ -20,26 +20,22 @@ def forward_pass(
     v: Tensor,
     lengths: tuple[Tensor | None, Tensor | None, int, int],
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
     out: Tensor,
+    **options: Any,
 ) -> Tensor:
     """`flash_attention` or `flash_attention_varlen` into `out`; returns lse.
 
     Args:
-        q, k, v, the options: as in these functions, without autocast.
+        q, k, v: as in these functions, without autocast.
         lengths: (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k); the first two None for a dense batch.
         out: q's shape but for its last dimension, which is v's; q's dtype; any strides, the last dimension contiguous.
+        options: those of these functions from causal to dropout_seed, and shard.
 
     Returns: lse, (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q), fp32.
 
     Raises: as `flash_attention_varlen`.
     """
-    call = _checked_call(q, k, v, lengths, causal, softmax_scale, window_size, alibi_slopes, dropout_p, dropout_seed)
+    call = _checked_call(q, k, v, lengths, **options)
     if out.shape != (*q.shape[:-1], v.shape[-1]) or out.dtype != q.dtype:
         fail("out", f"shape {(*q.shape[:-1], v.shape[-1])}, {q.dtype}", f"shape {tuple(out.shape)}, {out.dtype}")
     if not use_kernel(q):
@@ -54,6 +50,7 @@ def forward_pass(
 
 def backward_pass(
     dout: Tensor,
+    dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -61,48 +58,56 @@ def backward_pass(
     v: Tensor,
     lengths: tuple[Tensor | None, Tensor | None, int, int],
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of `forward_pass`, given the gradient of out. k and v may be a part of the keys that lse is over.
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsinks) of `forward_pass`, given the gradients of out and lse (None: 0).
 
-    Each gradient has the strides of torch.empty_like of its tensor.
+    k and v may be a part of the keys that out and lse are over. Each gradient has the strides of torch.empty_like of
+    its tensor. dsinks is None without sinks.
 
-    Raises:
-        NotImplementedError: a head dimension above 256, or tensors on the CPU that no interpreter runs kernels on.
+    Raises: as `flash_attention_varlen`.
     """
-    call = _checked_call(q, k, v, lengths, causal, softmax_scale, window_size, None, dropout_p, dropout_seed)
+    call = _checked_call(q, k, v, lengths, **options)
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM_BACKWARD:
         raise NotImplementedError(
             f"q: expected a head dimension to {MAX_HEAD_DIM_BACKWARD} for gradients, got {head_dim}"
         )
     if not use_kernel(q):
-        raise NotImplementedError(
-            f"q: expected a GPU's tensor, or TRITON_INTERPRET=1, for gradients by the kernels, got {q.device}"
-        )
+        return reference.gradients(call, dout, dlse, out, lse)
     check_kernel_dtype(q)
     dout, lse = dout if dout.stride(-1) == 1 else dout.contiguous(), lse.contiguous()
-    wanted = True, True, True, False
+    wanted = True, True, True, call.options.sinks is not None
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv, _ = _launchers()[1](call, dout, None, out, lse, wanted, deterministic, like_inputs=True)
-    return dq, dk, dv
+    return _launchers()[1](call, dout, dlse, out, lse, wanted, deterministic, like_inputs=True)
 
 
 def _checked_call(
-    q, k, v, lengths: Any, causal, softmax_scale, window_size, alibi_slopes, dropout_p, dropout_seed
+    q,
+    k,
+    v,
+    lengths: Any,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    shard: Tensor | None = None,
 ) -> Call:
     check_same_kind(q, k, v)
     is_packed = lengths[0] is not None or lengths[1] is not None
     lengths = packed_lengths(*lengths, device=q.device) if is_packed else Lengths(*lengths)
     layout = layout_of(q, k, v)
-    options = layout_options(3 if is_packed else 4, layout, causal, softmax_scale, window_size, 0.0)
-    options = with_tensors(options, q, lengths.batch(q), alibi_slopes, None)
-    return Call(q, k, v, lengths, with_dropout(options, q, dropout_p, dropout_seed), layout)
+    options = layout_options(3 if is_packed else 4, layout, causal, softmax_scale, window_size, softcap)
+    batch = lengths.batch(q)
+    options = with_tensors(options, q, batch, alibi_slopes, sinks)
+    options = with_shard(with_dropout(options, q, dropout_p, dropout_seed), q, batch, shard)
+    return Call(q, k, v, lengths, options, layout)
 
 
 @functools.cache

@@ -1,10 +1,12 @@
 """What flash attention computes, in plain torch: every dtype up to fp64, any device, differentiable."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._host.call import Call
-from .._host.definition import attend, packed_bounds
+from .._host.definition import attend, attention_gradients, packed_bounds
 from .._host.observers import without_autocast
 
 
@@ -32,26 +34,28 @@ def flash_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
+    shard: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.flash_attention`: the whole matrix of scores, in fp32 (fp64 for fp64 inputs)."""
-    keep = None
-    if dropout_p > 0:
-        keep = dropout_mask(_seed(dropout_seed), dropout_p, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    out, lse = attend(
-        q,
-        k,
-        v,
+    options: dict[str, Any] = dict(
         causal=causal,
         softmax_scale=softmax_scale,
         window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        keep=keep,
         dropout_p=dropout_p,
         compute_dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
     )
+    seed = _seed(dropout_seed) if dropout_p > 0 else None
+    if shard is None or len(q) == 0:
+        batch, seqlen_q, num_heads, _ = q.shape
+        keep = None if seed is None else dropout_mask(seed, dropout_p, batch, num_heads, seqlen_q, k.shape[1])
+        out, lse = attend(q, k, v, keep=keep, **options)
+    else:
+        parts = [_attend_to(i, q[i], k[i], v[i], shard, seed, options) for i in range(len(q))]
+        out, lse = (torch.stack(part) for part in zip(*parts))
     return (out, lse) if return_lse else out
 
 
@@ -74,43 +78,86 @@ def flash_attention_varlen(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
+    shard: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other. Rows after
     the last one are 0, their lse -inf."""
+    options: dict[str, Any] = dict(
+        causal=causal,
+        softmax_scale=softmax_scale,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        compute_dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
+    )
     seed = _seed(dropout_seed) if dropout_p > 0 else None
-    num_heads = q.shape[1]
     bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
-    compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     outs, lses = [], []
     for i in range(len(bounds_q) - 1):
         rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
-        keep = None
-        if dropout_p > 0:
-            batch_heads = i * num_heads + torch.arange(num_heads)[None]
-            keep = _keep_mask(seed, dropout_p, batch_heads, rows_q.stop - rows_q.start, rows_k.stop - rows_k.start)
-        out, lse = attend(
-            q[None, rows_q],
-            k[None, rows_k],
-            v[None, rows_k],
-            causal=causal,
-            softmax_scale=softmax_scale,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
-            sinks=sinks,
-            keep=keep,
-            dropout_p=dropout_p,
-            compute_dtype=compute_dtype,
-        )
-        outs.append(out[0])
-        lses.append(lse[0])
+        out, lse = _attend_to(i, q[rows_q], k[rows_k], v[rows_k], shard, seed, options)
+        outs.append(out)
+        lses.append(lse)
     padding = q.shape[0] - bounds_q[-1]
-    outs.append(q.new_zeros(padding, num_heads, v.shape[2]))
-    lses.append(q.new_full((num_heads, padding), float("-inf"), dtype=compute_dtype))
+    outs.append(q.new_zeros(padding, q.shape[1], v.shape[2]))
+    lses.append(q.new_full((q.shape[1], padding), float("-inf"), dtype=options["compute_dtype"]))
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
+
+
+def _attend_to(i, q, k, v, shard, seed, options):
+    """out (rows, heads, dim) and lse (heads, rows) of sequence i, with its tensors; options are those of the batch."""
+    options = _options_of(i, q, k, shard, seed, options)
+    out, lse = attend(q[None], k[None], v[None], **options)
+    return out[0], lse[0]
+
+
+def _options_of(i, q, k, shard, seed, options):
+    """The options of sequence i, of those of the batch."""
+    query_start, key_start, row = (0, 0, i * q.shape[1]) if shard is None else shard[i].tolist()
+    slopes, keep = options["alibi_slopes"], None
+    if slopes is not None and slopes.ndim == 2:
+        slopes = slopes[i]
+    if seed is not None:
+        batch_heads = row + torch.arange(q.shape[1])[None]
+        keep = _keep_mask(seed, options["dropout_p"], batch_heads, len(q), len(k), query_start, key_start)
+    offset = None if shard is None else query_start - key_start
+    return options | dict(alibi_slopes=slopes, keep=keep, offset=offset)
+
+
+@without_autocast
+def gradients(
+    call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsinks) of a checked call, in the dtypes of its tensors. out and lse may be over more keys."""
+    q, k, v, (cu_seqlens_q, cu_seqlens_k, *_), options, _ = call
+    arguments = options.as_arguments()
+    shard, seed = arguments.pop("shard", None), arguments.pop("dropout_seed", None)
+    arguments = dict(dropout_p=0.0, compute_dtype=torch.promote_types(q.dtype, torch.float32)) | arguments
+    seed = None if seed is None else _seed(seed)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        places = [(i, i, (i,)) for i in range(len(q))]
+    else:
+        bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
+        slices = (map(slice, bounds[:-1], bounds[1:]) for bounds in (bounds_q, bounds_k))
+        places = [(rows_q, rows_k, (slice(None), rows_q)) for rows_q, rows_k in zip(*slices)]
+    sinks: Any = options.sinks
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    dsinks = None if sinks is None else torch.zeros_like(sinks)
+    for i, (rows_q, rows_k, of_lse) in enumerate(places):
+        of_sequence = _options_of(i, q[rows_q], k[rows_k], shard, seed, arguments)
+        given = q[rows_q], k[rows_k], v[rows_k], dout[rows_q], None if dlse is None else dlse[of_lse]
+        given = (None if x is None else x[None] for x in (*given, out[rows_q], lse[of_lse]))
+        *parts, of_sinks = attention_gradients(*given, **of_sequence)
+        for gradient, rows, part in zip((dq, dk, dv), (rows_q, rows_k, rows_k), parts):
+            gradient[rows] = part[0].to(gradient.dtype)
+        if dsinks is not None:
+            dsinks += of_sinks
+    return dq, dk, dv, dsinks
 
 
 def dropout_mask(
@@ -134,10 +181,10 @@ def _seed(dropout_seed):
     return int(dropout_seed)
 
 
-def _keep_mask(seed, dropout_p, batch_heads, seqlen_q, seqlen_k):
+def _keep_mask(seed, dropout_p, batch_heads, seqlen_q, seqlen_k, query_start=0, key_start=0):
     batch_heads = batch_heads[:, :, None, None]
-    queries = torch.arange(seqlen_q)[:, None]
-    keys = torch.arange(seqlen_k)
+    queries = query_start + torch.arange(seqlen_q)[:, None]
+    keys = key_start + torch.arange(seqlen_k)
     counter = torch.broadcast_tensors(keys // 4, queries, batch_heads, torch.zeros((), dtype=torch.int64))
     words = torch.stack(_philox(seed, *counter), dim=-1)
     index = (keys % 4).expand(words.shape[:-1])

@@ -197,6 +197,7 @@ def _flash_backward(
         lengths = None, None, query.shape[1], key.shape[1]  # of ring attention max_k is that of more keys
     return backward_pass(
         grad_out,
+        None,
         out,
         logsumexp,
         q,
@@ -208,7 +209,7 @@ def _flash_backward(
         window_size=_window(window_size_left, window_size_right),
         dropout_p=dropout_p,
         dropout_seed=_seed_of(rng_state) if dropout_p > 0 else None,
-    )
+    )[:3]
 
 
 def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):

@@ -469,7 +469,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         cache_seqlens,
         block_table,
         None if block_table is None else block_table.stride(0),
-        Sequences(cu_seqlens_q, cu_seqlens_k),
+        Sequences(cu_seqlens_q, cu_seqlens_k, None),
         q.shape[1],
         latents.shape[1] if block_table is None else capacity_of(latents, block_table),
         num_programs if constants["TILE"].SEARCH else num_programs // batch,

@@ -208,7 +208,7 @@ def _mla_prefill_kernel(
     if seqs.cu_seqlens_q_ptr is None:
         start_row = batch.to(tl.int64) * seqlen_k
     first_key, end_key = _chunk_of_sequence(start_row, bounds.seqlen_k, first_row, end_row)
-    offset = bounds.seqlen_k - bounds.seqlen_q
+    offset = bounds.offset
     end_m = tl.minimum(start_m + BLOCK_M, bounds.seqlen_q)
     blocks = visible_range(start_m + offset, end_m + offset, end_key, window, BLOCK_N, 1, first_key)
 
@@ -363,7 +363,7 @@ def _launch(q_nope, q_pe, keys, prior, out, lse, lengths, rows, softmax_scale, c
         lse,
         0 if lse is None or lse.ndim == 2 else lse.stride(0),
         0 if lse is None else lse.stride(-2),
-        Sequences(cu_seqlens_q, cu_seqlens_k),
+        Sequences(cu_seqlens_q, cu_seqlens_k, None),
         num_rows,
         keys.k_pe.shape[-2],
         num_tiles,
