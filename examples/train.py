@@ -76,10 +76,10 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, vocabulary_size, bias=False)
 
-    def forward(self, tokens):
+    def forward(self, tokens, positions=None):
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions)
         return self.head(self.norm(x))
 
 
@@ -93,18 +93,18 @@ class Layer(nn.Module):
         self.out = nn.Linear(num_heads_q * head_dim, dim, bias=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
+    def forward(self, x, positions):
         qkv = self.qkv(self.norm_1(x)).unflatten(-1, (sum(self.heads), -1))
         q, k, v = qkv.split(self.heads, dim=2)
-        x = x + self.out(self.attention(rotate(q), rotate(k), v).flatten(2))
+        x = x + self.out(self.attention(rotate(q, positions), rotate(k, positions), v).flatten(2))
         return x + self.mlp(self.norm_2(x))
 
 
-def rotate(x, base=10000.0):
+def rotate(x, positions, base=10000.0):
     """Rotary positions (arXiv:2104.09864) on (batch, seqlen, heads, head_dim), with halves as pairs."""
-    seqlen, half = x.shape[1], x.shape[3] // 2
+    half = x.shape[3] // 2
     frequencies = base ** (-torch.arange(half, device=x.device) / half)
-    angles = torch.arange(seqlen, device=x.device)[:, None, None] * frequencies
+    angles = positions[:, None, None] * frequencies
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
