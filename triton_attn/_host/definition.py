@@ -1,16 +1,25 @@
 """Attention and rotary positions in plain torch, shared by the references of all families."""
 
+from typing import NamedTuple
+
 import torch
 
 
-def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
-    """(seqlen_q, seqlen_k): which keys a query sees, and key position minus query position (bottom-right alignment)."""
+def visible_keys(seqlen_q, seqlen_k, causal, window_size, device, lengths=None):
+    """(seqlen_q, seqlen_k): which keys a query sees, and key position minus query position (bottom-right alignment).
+
+    lengths: (queries, keys) of each sequence, both (batch,), if they are padded to seqlen_q and seqlen_k. The results
+    are then (batch, 1, seqlen_q, seqlen_k).
+    """
     left, right = window_size
     if causal:
         right = 0
-    positions_q = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
-    distance = torch.arange(seqlen_k, device=device)[None, :] - positions_q
+    queries, keys = torch.arange(seqlen_q, device=device)[:, None], torch.arange(seqlen_k, device=device)
+    num_queries, num_keys = (seqlen_q, seqlen_k) if lengths is None else (x.view(-1, 1, 1, 1) for x in lengths)
+    distance = keys - (queries + (num_keys - num_queries))
     visible = torch.ones_like(distance, dtype=torch.bool)
+    if lengths is not None:
+        visible &= (queries < num_queries) & (keys < num_keys)
     if left >= 0:
         visible &= distance >= -left
     if right >= 0:
@@ -21,6 +30,40 @@ def visible_keys(seqlen_q, seqlen_k, causal, window_size, device):
 def packed_bounds(cu_seqlens, num_rows):
     """cu_seqlens as a list, clamped to the num_rows rows of the packed tensor."""
     return cu_seqlens.clamp(max=num_rows).tolist()
+
+
+class Padded(NamedTuple):
+    """Sequences of a packed tensor, to be padded to the longest one without their lengths on the host."""
+
+    starts: torch.Tensor  # (batch,)
+    lengths: torch.Tensor  # (batch,)
+    longest: int
+    num_rows: int  # of the packed tensor
+
+    @classmethod
+    def of(cls, cu_seqlens, longest, num_rows):
+        """longest: an int, or a tensor, which is not read."""
+        bounds = cu_seqlens.long().clamp(max=num_rows)
+        longest = num_rows if isinstance(longest, torch.Tensor) else min(longest, num_rows)
+        return cls(bounds[:-1], bounds.diff(), longest, num_rows)
+
+    def pad(self, x):
+        """(num_rows, ...) as (batch, longest, ...), 0 in the padding."""
+        positions = torch.arange(self.longest, device=x.device)
+        rows = (self.starts[:, None] + positions).clamp(max=self.num_rows - 1)
+        is_padding = positions >= self.lengths[:, None]
+        return x[rows].masked_fill(is_padding.view(*is_padding.shape, *[1] * (x.ndim - 1)), 0)
+
+    def unpad(self, x, fill):
+        """(batch, longest, ...) as (num_rows, ...). Rows after the last sequence are `fill`."""
+        if x.shape[0] == 0 or self.longest == 0:
+            return x.new_full((self.num_rows, *x.shape[2:]), fill)
+        rows = torch.arange(self.num_rows, device=x.device)
+        sequences = torch.searchsorted(self.starts + self.lengths, rows, right=True)
+        is_outside = sequences == x.shape[0]
+        sequences = sequences.clamp(max=x.shape[0] - 1)
+        positions = (rows - self.starts[sequences]).clamp(max=self.longest - 1)
+        return x[sequences, positions].masked_fill(is_outside.view(-1, *[1] * (x.ndim - 2)), fill)
 
 
 def attend(
@@ -37,8 +80,11 @@ def attend(
     compute_dtype,
     keep=None,
     dropout_p=0.0,
+    lengths=None,
 ):
     """Attention with every matmul in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
+
+    lengths: as in `visible_keys`. In the padding out is 0, and lse -inf or the sink.
 
     With compute_dtype = q.dtype its error is the one that torch makes in that dtype. Tests compare kernels with it.
     """
@@ -52,7 +98,7 @@ def attend(
     scores = q_heads @ k_heads.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device)
+    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device, lengths)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(compute_dtype)[..., None, None] * distance.abs()
     scores = scores.masked_fill(~visible, float("-inf"))

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .._host.call import Call
-from .._host.definition import attend, packed_bounds
-from .._host.observers import without_autocast
+from .._host.definition import Padded, attend, packed_bounds
+from .._host.observers import is_observed, without_autocast
 
 
 def compute(call: Call, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -37,7 +37,8 @@ def flash_attention(
     """The definition of `triton_attn.flash_attention`: the whole matrix of scores, in fp32 (fp64 for fp64 inputs)."""
     keep = None
     if dropout_p > 0:
-        keep = dropout_mask(_seed(dropout_seed), dropout_p, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        seed = _seed(dropout_seed)
+        keep = _keep_mask(seed, dropout_p, range(q.shape[0]), q.shape[2], q.shape[1], k.shape[1])
     out, lse = attend(
         q,
         k,
@@ -77,19 +78,44 @@ def flash_attention_varlen(
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other. Rows after
-    the last one are 0, their lse -inf."""
+    """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other, or all at once and padded
+    where a tracer hides the lengths. Rows after the last one are 0, their lse -inf."""
     seed = _seed(dropout_seed) if dropout_p > 0 else None
     num_heads = q.shape[1]
-    bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if is_observed(cu_seqlens_q, cu_seqlens_k):
+        queries = Padded.of(cu_seqlens_q, max_seqlen_q, q.shape[0])
+        keys = Padded.of(cu_seqlens_k, max_seqlen_k, k.shape[0])
+        keep = None
+        if dropout_p > 0:
+            batch = cu_seqlens_q.shape[0] - 1
+            keep = _keep_mask(seed, dropout_p, range(batch), num_heads, queries.longest, keys.longest)
+        out, lse = attend(
+            queries.pad(q),
+            keys.pad(k),
+            keys.pad(v),
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            keep=keep,
+            dropout_p=dropout_p,
+            lengths=(queries.lengths, keys.lengths),
+            compute_dtype=compute_dtype,
+        )
+        out = queries.unpad(out, 0.0)
+        lse = queries.unpad(lse.transpose(1, 2), float("-inf")).T.contiguous()
+        return (out, lse) if return_lse else out
+    bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
     outs, lses = [], []
     for i in range(len(bounds_q) - 1):
         rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
         keep = None
         if dropout_p > 0:
-            batch_heads = i * num_heads + torch.arange(num_heads)[None]
-            keep = _keep_mask(seed, dropout_p, batch_heads, rows_q.stop - rows_q.start, rows_k.stop - rows_k.start)
+            seqlens = rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
+            keep = _keep_mask(seed, dropout_p, range(i, i + 1), num_heads, *seqlens)
         out, lse = attend(
             q[None, rows_q],
             k[None, rows_k],
@@ -124,21 +150,26 @@ def dropout_mask(
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
     """
-    batch_heads = torch.arange(batch)[:, None] * num_heads_q + torch.arange(num_heads_q)
-    return _keep_mask(_seed(dropout_seed), dropout_p, batch_heads, seqlen_q, seqlen_k)
+    seed = _seed(dropout_seed)
+    seed = seed.cpu() if isinstance(seed, Tensor) else seed
+    return _keep_mask(seed, dropout_p, range(batch), num_heads_q, seqlen_q, seqlen_k)
 
 
 def _seed(dropout_seed):
+    """An int, or a tensor (), which tracers do not have to read."""
     if dropout_seed is None:
-        return int(torch.randint(-(2**63), 2**63 - 1, ()))
-    return int(dropout_seed)
+        return torch.randint(-(2**63), 2**63 - 1, ())
+    return dropout_seed.view(()) if isinstance(dropout_seed, Tensor) else int(dropout_seed)
 
 
-def _keep_mask(seed, dropout_p, batch_heads, seqlen_q, seqlen_k):
-    batch_heads = batch_heads[:, :, None, None]
-    queries = torch.arange(seqlen_q)[:, None]
-    keys = torch.arange(seqlen_k)
-    counter = torch.broadcast_tensors(keys // 4, queries, batch_heads, torch.zeros((), dtype=torch.int64))
+def _keep_mask(seed, dropout_p, sequences, num_heads, seqlen_q, seqlen_k):
+    """The `dropout_mask` of a range of sequences, on the seed's device."""
+    device = seed.device if isinstance(seed, Tensor) else None
+    heads = torch.arange(sequences.start * num_heads, sequences.stop * num_heads, device=device)
+    heads = heads.view(len(sequences), num_heads, 1, 1)
+    queries = torch.arange(seqlen_q, device=device)[:, None]
+    keys = torch.arange(seqlen_k, device=device)
+    counter = torch.broadcast_tensors(keys // 4, queries, heads, torch.zeros_like(keys[:1]))
     words = torch.stack(_philox(seed, *counter), dim=-1)
     index = (keys % 4).expand(words.shape[:-1])
     word = words.gather(-1, index[..., None])[..., 0]
