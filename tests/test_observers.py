@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -279,6 +279,9 @@ CASES = {
     "flashinfer.single_prefill_with_kv_cache": Case(
         flashinfer.single_prefill_with_kv_cache, lambda: qkv(5, causal=True, return_lse=True), trained=True
     ),
+    "flashinfer.single_prefill_with_kv_cache, ALiBi": Case(
+        flashinfer.single_prefill_with_kv_cache, lambda: qkv(5, causal=True, pos_encoding_mode="ALIBI"), trained=True
+    ),
     "flashinfer.merge_state": Case(flashinfer.merge_state, two_states),
     "flashinfer.merge_states": Case(
         flashinfer.merge_states, lambda: {"v": randn(4, 3, HEADS, DIM), "s": randn(4, 3, HEADS)}
@@ -435,6 +438,7 @@ def test_vmap(case):
 WITH_TORCH = {
     flash_attn_with_kvcache,
     flashinfer.single_decode_with_kv_cache,
+    flashinfer.single_prefill_with_kv_cache,
     flashinfer.append_paged_kv_cache,
     flashinfer.append_paged_mla_kv_cache,
 }
@@ -453,6 +457,7 @@ def test_tensors_without_memory(case, backend):
         assert [(x.shape, x.dtype) for x in run(case, fake)] == expected
     if backend == "kernel" and case.function not in WITH_TORCH:
         assert [(x.shape, x.dtype) for x in run(case, fake)] == expected
+    assert not any(isinstance(x, FakeTensor) for x in run(case, arguments))  # nothing of these calls is kept
 
 
 @pytest.fixture
