@@ -229,15 +229,19 @@ def test_single_queries_that_decode_does_not_serve(why, device):
     arguments["attention_mask"] = arguments["attention_mask"].to(device)
     mask, layer = token_mask(**arguments, device=device), SimpleNamespace()
     expected, _ = attention(layer, q, k, v, mask)
-    if why == "autocast":
-        with torch.autocast(device, dtype=torch.bfloat16):
-            out, _ = attention(layer, q, k.bfloat16(), v, mask)
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
-        return
-    out, _ = attention(layer, q.requires_grad_(), k, v, mask, dropout=0.5 if why == "dropout" else 0.0)
-    assert torch.autograd.grad(out.square().sum(), q)[0].any()
-    assert torch.allclose(out, expected) == (why == "gradients")
+    if why == "gradients":
+        out, _ = attention(layer, q.requires_grad_(), k, v, mask)
+        assert torch.autograd.grad(out.square().sum(), q)[0].any()
+        torch.testing.assert_close(out, expected)
+    elif why == "dropout":
+        out, _ = attention(layer, q, k, v, mask, dropout=0.5)
+        assert not torch.allclose(out, expected)
+    else:
+        for keys in (k, k.bfloat16()):
+            with torch.autocast(device, dtype=torch.bfloat16):
+                out, _ = attention(layer, q, keys, v, mask)
+            assert out.dtype == torch.bfloat16
+            torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("padding", [NONE, WHOLE])
