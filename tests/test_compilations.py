@@ -10,8 +10,10 @@ from collections import Counter
 import pytest
 import torch
 from levels import FULL
+from transformers.masking_utils import causal_mask_function
 
 import triton_attn
+from triton_attn.interop.transformers import attention, token_mask
 from triton_attn.toolchain import record_specializations
 
 pytestmark = pytest.mark.compiled
@@ -107,6 +109,20 @@ def test_a_contiguous_cache(kernels, heads):
     counts = kernels()
     assert counts["_paged_fwd_kernel"] <= 2
     assert counts["_merge_kernel"] <= 5
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_decode_steps_of_transformers(kernels, heads, is_padded):
+    """Over a cache that grows, and with padding over pages of one key."""
+    for seqlen, batch in itertools.product(EDGES, (1, 3)):
+        padding = torch.ones(batch, seqlen, dtype=torch.bool) if is_padded else None
+        mask = token_mask(batch, 1, seqlen, seqlen - 1, 0, causal_mask_function, padding, "cpu")
+        q, k, v = (tensor(batch, n, rows, DIM) for n, rows in zip((heads[0], heads[1], heads[1]), (1, seqlen, seqlen)))
+        attention(torch.nn.Identity(), q, k, v, mask)
+    counts = kernels()
+    assert 1 <= counts["_paged_fwd_kernel"] <= 2
+    assert counts["_merge_kernel"] <= 5
+    assert counts.keys() <= {"_paged_fwd_kernel", "_merge_kernel"}
 
 
 def test_bookkeeping_of_pages(kernels):

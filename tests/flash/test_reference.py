@@ -1,11 +1,13 @@
 """The reference against torch's own attention, and against its formulas for one query at a time."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from half_products import NoNanIsRead
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_attn import reference
 from triton_attn._host.definition import attend
@@ -113,6 +115,63 @@ def test_varlen_is_each_sequence_by_itself():
         assert torch.equal(lse[:, rows_q], expected_lse[0])
     assert (out[10:] == 0).all()
     assert (lse[:, 10:] == -torch.inf).all()
+
+
+class Observer(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def of_each_sequence_and_padded(function, tensors, **arguments):
+    """Results and gradients with lengths that the host reads, and where an observer hides them. Rows after the last
+    sequence hold NaN."""
+    for observer in (contextlib.nullcontext(), Observer()):
+        xs = [x.clone().requires_grad_() for x in tensors]
+        with observer:
+            results = function(*xs, **arguments, return_lse=True)
+        loss = sum((x.where(x.isfinite(), 0.0) * torch.arange(x.numel()).view(x.shape)).sum() for x in results)
+        yield *results, *(torch.autograd.grad(loss, xs) if loss.requires_grad else ())
+
+
+SEQUENCES = [
+    pytest.param([0, 4, 4, 10], [0, 0, 6, 14], id="an empty one"),
+    pytest.param([0, 4, 4, 12], [0, 0, 6, 15], id="no row after the last one"),
+    pytest.param([0, 0, 0, 0], [0, 0, 0, 0], id="empty ones"),
+    pytest.param([0, 5, 9, 99], [0, 6, 9, 99], id="a length beyond the last row"),
+    pytest.param([0], [0], id="none"),
+]
+
+
+@pytest.mark.parametrize("max_seqlen", [int, torch.tensor])
+@pytest.mark.parametrize("options", [*OPTIONS, {"dropout_p": 0.4, "dropout_seed": 7}], ids=", ".join)
+@pytest.mark.parametrize(("bounds_q", "bounds_k"), SEQUENCES)
+def test_padded_sequences_are_each_by_itself(bounds_q, bounds_k, options, max_seqlen):
+    q, k, v = (x[0] for x in random_qkv(12, 15))
+    q[bounds_q[-1] :] = k[bounds_k[-1] :] = v[bounds_k[-1] :] = float("nan")
+    slopes = options.get("alibi_slopes")
+    if slopes is not None and slopes.ndim == 2:
+        options = options | {"alibi_slopes": torch.arange(12, dtype=torch.float64).view(3, 4)[: len(bounds_q) - 1] / 8}
+    cu_seqlens = (torch.tensor(bounds, dtype=torch.int32) for bounds in (bounds_q, bounds_k))
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    arguments = options | dict(zip(names, (*cu_seqlens, max_seqlen(8), max_seqlen(9))))
+    expected, got = of_each_sequence_and_padded(reference.flash_attention_varlen, (q, k, v), **arguments)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["fused", "absorbed"])
+@pytest.mark.parametrize(("bounds_q", "bounds_k"), SEQUENCES)
+def test_padded_sequences_of_latent_vectors_are_each_by_itself(bounds_q, bounds_k, mode):
+    torch.manual_seed(0)
+    shapes = (12, 3, 8), (12, 3, 4), (15, 16), (15, 4), (3, 8, 16), (3, 6, 16)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    for x, bounds in zip(tensors, (bounds_q, bounds_q, bounds_k, bounds_k)):
+        x[bounds[-1] :] = float("nan")
+    cu_seqlens = (torch.tensor(bounds, dtype=torch.int32) for bounds in (bounds_q, bounds_k))
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    arguments = dict(zip(names, (*cu_seqlens, 8, 9)), mode=mode)
+    expected, got = of_each_sequence_and_padded(reference.mla_prefill, tensors, **arguments)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("seqlen", [7, 40])

@@ -358,6 +358,45 @@ def test_append(device, kv_dtype, layout):
         assert x.count_nonzero() == torch.cat(rows_of).count_nonzero()
 
 
+@pytest.mark.parametrize("append", ["pair", "mla"])
+def test_a_token_beyond_the_pages_of_its_sequence_is_written_nowhere(append, device):
+    """And one before them. The pages there are those of other sequences."""
+    torch.manual_seed(0)
+    sequences, positions = (
+        torch.tensor(x, dtype=torch.int32, device=device)
+        for x in ([0, 0, 1, 1, 2], [PAGE_SIZE - 1, PAGE_SIZE, -1, 0, 0])
+    )
+    lists = (
+        torch.tensor([3, 1, 2], dtype=torch.int32, device=device),
+        torch.tensor([0, 1, 2, 2], dtype=torch.int32, device=device),
+        None,
+    )
+    new = torch.randn(5, 2, DIM, device=device)
+    caches = [torch.zeros(4, PAGE_SIZE, 2, DIM, device=device) for _ in range(2)]
+    if append == "pair":
+        flashinfer.append_paged_kv_cache(new, new, sequences, positions, tuple(caches), *lists)
+    else:
+        flat, views = new.flatten(1), [x.flatten(2) for x in caches]
+        flashinfer.append_paged_mla_kv_cache(flat, flat, sequences, positions, *views, *lists)
+    for x in caches:
+        expected = torch.zeros_like(x)
+        expected[3, -1], expected[1, 0] = new[0], new[3]
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("has_graph", [False, True])
+def test_a_length_beyond_the_pages_of_a_sequence_is_their_end(has_graph, device):
+    """The table's entries there are those of no sequence."""
+    batch = Batch(device, (9, 4), kv_dtype=torch.float32, layout="NHD", is_pair=True)
+    pages = flashinfer.pages.PageLists(torch.device(device), (2, 8) if has_graph else None)
+    pages.fill(batch.kv_indptr, batch.kv_indices, torch.tensor([9, 99]), PAGE_SIZE)
+    rooms = (batch.kv_indptr.diff() * PAGE_SIZE).tolist()
+    assert pages.seqlens.tolist() == [9, rooms[1]]
+    given = torch.zeros(2, 4, dtype=torch.int32)
+    pages.fill(batch.kv_indptr, batch.kv_indices, torch.tensor([9, 15]), PAGE_SIZE, given)
+    assert pages.seqlens.tolist() == [9, 15]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_page_lists_become_a_table(device, seed):
     """Random lists, empty ones, those of later sequences alone (indptr from above 0), and entries past the last."""
@@ -372,7 +411,7 @@ def test_page_lists_become_a_table(device, seed):
         flashinfer.pages.PageLists(torch.device(device), (len(counts), 40)),
     )
     for pages in lists:
-        pages.fill(indptr, indices, seqlens)
+        pages.fill(indptr, indices, seqlens, PAGE_SIZE)
         for i, (start, end) in enumerate(zip(indptr.tolist(), indptr[1:].tolist())):
             assert pages.block_table[i, : end - start].tolist() == indices[start:end].tolist()
     if device == "cpu":
@@ -441,7 +480,7 @@ def test_graphs_find_everything_where_it_was(device):
 def test_tables_and_lengths_that_are_given(device):
     batch = Batch(device)
     pages = flashinfer.pages.PageLists(torch.device(device))
-    pages.fill(batch.kv_indptr, batch.kv_indices, torch.tensor(batch.kv_lens))
+    pages.fill(batch.kv_indptr, batch.kv_indices, torch.tensor(batch.kv_lens), PAGE_SIZE)
     nothing = torch.zeros_like(batch.kv_indices)
     lists = batch.lists
     batch.kv_indices, batch.last_page_len = nothing, torch.zeros_like(batch.last_page_len)

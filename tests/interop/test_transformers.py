@@ -10,6 +10,7 @@ import torch
 import transformers
 import triton
 from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from triton_attn.interop.transformers import attention, register, token_mask
@@ -18,6 +19,7 @@ from triton_attn.toolchain import guard
 
 register()
 
+aten = torch.ops.aten
 INTERPRETED = triton.knobs.runtime.interpret
 BATCH, NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 2, 2, 1, 16
 
@@ -55,6 +57,7 @@ STATIC_PROMPT = {"q_length": 5, "kv_length": 9}
 STATIC_NEXT_TOKEN = {"q_length": 1, "kv_length": 9, "q_offset": 6}
 WINDOW_CACHE = {"q_length": 2, "kv_length": 5, "q_offset": 7, "kv_offset": 4}
 CROSS = {"q_length": 4, "kv_length": 9}
+CROSS_TOKEN = {"q_length": 1, "kv_length": 9}
 
 NONE = None
 LEFT = [[1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1]]
@@ -90,6 +93,10 @@ def layer_inputs(sizes):
         *[(mask, STATIC_NEXT_TOKEN, padding) for mask in (CAUSAL, SLIDING) for padding in (NONE, LEFT)],
         *[(SLIDING, WINDOW_CACHE, padding) for padding in (NONE, LEFT)],
         *[(packed(mask, POSITIONS), PROMPT, NONE) for mask in (CAUSAL, SLIDING)],
+        *[(mask, NEXT_TOKEN, padding) for mask in (CAUSAL, SLIDING) for padding in (BETWEEN, NOTHING)],
+        *[(packed(mask, POSITIONS), NEXT_TOKEN, padding) for mask in (CAUSAL, SLIDING) for padding in (NONE, BETWEEN)],
+        *[(BIDIRECTIONAL, CROSS_TOKEN, padding) for padding in (NONE, LEFT, RIGHT, NOTHING)],
+        (BIDIRECTIONAL_SLIDING, NEXT_TOKEN, LEFT),
         (ONE_CHUNK, PROMPT, LEFT),
     ],
 )
@@ -115,7 +122,129 @@ def test_layer_sees_what_the_mask_shows(mask_function, sizes, padding, device):
     torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("padding", [NONE, [[1] * 9] * 2])
+WHOLE = [[1] * 9] * 2
+
+
+@pytest.mark.parametrize("mask_function", [CAUSAL, SLIDING])
+@pytest.mark.parametrize("padding", [NONE, WHOLE, LEFT, BETWEEN])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_a_static_cache_at_a_position_in_a_tensor(mask_function, padding, num_queries, device):
+    """Slots after the last query, and those of padding, are never read. A single query needs no device-to-host sync."""
+    if padding is BETWEEN and mask_function is SLIDING and num_queries > 1:
+        pytest.skip("padding inside the window of several queries is refused")
+    sizes = {"q_length": num_queries, "kv_length": 9, "q_offset": 6 - num_queries}
+    arguments = mask_arguments(mask_function, sizes, padding)
+    visible = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    q, k, v = layer_inputs(sizes)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+    q, k, v = (x.to(device) for x in (q, k, v))
+    unread = ~visible.any(2)[:, 0].to(device)  # (batch, slots)
+    for x in (k, v):
+        x.transpose(1, 2)[unread] = float("nan")
+    arguments["q_offset"] = torch.tensor([6 - num_queries], device=device)
+    with SizesOfResults() as results:
+        mask = token_mask(**arguments, device=device)
+        out, _ = attention(SimpleNamespace(), q, k, v, mask)
+    real = torch.tensor(WHOLE if padding is NONE else padding)[:, 6 - num_queries : 6].bool()
+    assert not out.cpu()[~real].any()
+    torch.testing.assert_close(out.cpu()[real], expected[real], atol=1e-5, rtol=1e-5)
+    assert num_queries > 1 or aten._local_scalar_dense.default not in results.sizes
+
+
+class SizesOfResults(TorchDispatchMode):
+    """By operator, the most elements of a tensor that it returns and that is no view."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        is_new = isinstance(result, torch.Tensor) and not function.is_view
+        self.sizes[function] = max(self.sizes.get(function, 0), result.numel() if is_new else 0)
+        return result
+
+
+def of_heads(*shape):
+    """Caches as transformers has them: heads outside of slots."""
+    return torch.randn(shape)
+
+
+def of_slots(*shape):
+    """Keys and values as a projection gives them: heads inside of slots."""
+    batch, heads, slots, dim = shape
+    return torch.randn(batch, slots, heads, dim).transpose(1, 2)
+
+
+def expanded(*shape):
+    """The same row in the whole batch."""
+    return torch.randn(shape)[:1].expand(shape)
+
+
+def after_others(*shape):
+    """A part of a longer cache."""
+    batch, heads, slots, dim = shape
+    return torch.randn(batch, heads, slots + 3, dim)[:, :, 3:]
+
+
+def between_others(*shape):
+    """Rows that are no whole number of slots apart."""
+    batch, heads, slots, dim = shape
+    return torch.randn(batch, heads * slots * dim + 4)[:, :-4].unflatten(1, (heads, slots, dim))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "is_copied"),
+    [
+        (of_heads, of_heads, False),
+        (of_slots, of_slots, False),
+        (expanded, expanded, False),
+        (after_others, after_others, False),
+        (of_heads, of_slots, True),
+        (between_others, of_heads, True),
+    ],
+    ids=["heads", "slots", "expanded", "sliced", "mixed", "gaps"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_decode_step_reads_keys_where_they_are(keys, values, is_copied, batch, device):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(batch, 4, 1, 16), keys(batch, 2, 40, 16), values(batch, 2, 40, 24)
+    padding = torch.ones(batch, 40, dtype=torch.bool)
+    padding[-1, :7] = False
+    arguments = {"batch_size": batch, "q_length": 1, "kv_length": 40, "q_offset": 39, "kv_offset": 0}
+    mask = token_mask(**arguments, mask_function=CAUSAL, attention_mask=padding.to(device), device=device)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=padding[:, None, None], enable_gqa=True).transpose(1, 2)
+    with SizesOfResults() as results:
+        out, _ = attention(SimpleNamespace(), *(x.to(device) for x in (q, k, v)), mask)
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-5)
+    if device == "cpu":
+        assert (max(results.sizes.values()) >= k.numel()) == (is_copied and batch > 1)
+
+
+@pytest.mark.parametrize("why", ["gradients", "dropout", "autocast"])
+def test_single_queries_that_decode_does_not_serve(why, device):
+    """They train or cast, with padding as every batch of queries."""
+    q, k, v = (x.to(device) for x in layer_inputs(NEXT_TOKEN))
+    arguments = mask_arguments(CAUSAL, NEXT_TOKEN, LEFT)
+    arguments["attention_mask"] = arguments["attention_mask"].to(device)
+    mask, layer = token_mask(**arguments, device=device), SimpleNamespace()
+    expected, _ = attention(layer, q, k, v, mask)
+    if why == "gradients":
+        out, _ = attention(layer, q.requires_grad_(), k, v, mask)
+        assert torch.autograd.grad(out.square().sum(), q)[0].any()
+        torch.testing.assert_close(out, expected)
+    elif why == "dropout":
+        out, _ = attention(layer, q, k, v, mask, dropout=0.5)
+        assert not torch.allclose(out, expected)
+    else:
+        for keys in (k, k.bfloat16()):
+            with torch.autocast(device, dtype=torch.bfloat16):
+                out, _ = attention(layer, q, keys, v, mask)
+            assert out.dtype == torch.bfloat16
+            torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("padding", [NONE, WHOLE])
 @pytest.mark.parametrize("sizes", [PROMPT, NEXT_TOKEN, NEXT_PART])
 def test_a_mask_without_padding_packs_nothing(sizes, padding):
     assert token_mask(**mask_arguments(CAUSAL, sizes, padding), device="cpu").packing() is None
@@ -167,6 +296,8 @@ def test_a_mask_has_no_values_to_read(read):
 def test_mask_keeps_its_window_on_another_device():
     mask = token_mask(**mask_arguments(SLIDING, PROMPT, LEFT), device="cpu").to("meta")
     assert (mask.device.type, mask.tokens.device.type, mask.window, mask.num_keys) == ("meta", "meta", (3, 0), 9)
+    mask = token_mask(**mask_arguments(SLIDING, NEXT_TOKEN, LEFT), device="cpu").to("meta")
+    assert [x.device.type for x in mask.keys] == ["meta", "meta"]
 
 
 def test_layer_without_a_mask_follows_its_own_window(device):
@@ -356,7 +487,7 @@ def test_gradients_of_a_training_step(side, device):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("padding", [NONE, [[1] * 9] * 2])
+@pytest.mark.parametrize("padding", [NONE, WHOLE])
 @pytest.mark.parametrize("name", ["llama: grouped query heads", "gpt-oss: sinks"])
 def test_positions_that_start_anew_are_packed_sequences(name, padding, device):
     """As with flash_attention_2: llama passes positions to its mask, gpt-oss only to its layers and only for one
@@ -393,15 +524,16 @@ def test_rows_after_the_last_packed_sequence_change_no_gradient(device):
     torch.testing.assert_close(gradients(13), gradients(9), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [PROMPT, NEXT_TOKEN], ids=["prompt", "token"])
 @pytest.mark.parametrize("mask_function", [CAUSAL, SLIDING, BIDIRECTIONAL])
 @pytest.mark.parametrize("padding", [NONE, LEFT])
-def test_a_batch_of_no_rows(mask_function, padding, device):
-    arguments = mask_arguments(mask_function, PROMPT, padding) | {"batch_size": 0}
+def test_a_batch_of_no_rows(mask_function, padding, sizes, device):
+    arguments = mask_arguments(mask_function, sizes, padding) | {"batch_size": 0}
     if padding is not None:
         arguments["attention_mask"] = arguments["attention_mask"][:0].to(device)
     mask = token_mask(**arguments, device=device)
-    out, _ = attention(SimpleNamespace(), *(x[:0].to(device) for x in layer_inputs(PROMPT)), mask)
-    assert out.shape == (0, 9, NUM_HEADS_Q, HEAD_DIM)
+    out, _ = attention(SimpleNamespace(), *(x[:0].to(device) for x in layer_inputs(sizes)), mask)
+    assert out.shape == (0, sizes["q_length"], NUM_HEADS_Q, HEAD_DIM)
 
 
 # An encoder with real weights

@@ -113,6 +113,29 @@ def test_decode_steps(cache, is_padded, device):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.ci(but_each=2)
+@torch.no_grad()
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(
+    ("config", "num_graphs"),
+    [
+        pytest.param(LLAMA, 1, id="llama"),
+        pytest.param(GPT_OSS, 2, id="gpt-oss: one more as the window begins to move", marks=pytest.mark.full),
+    ],
+)
+def test_generate_compiles_its_steps(config, num_graphs, is_padded, device):
+    """generate() makes the masks and calls one compiled forward pass per token, as it does by default on a GPU."""
+    compile_config = transformers.CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    compile_config._compile_all_devices = True
+    tokens, padding = padded_prompts(7, device)
+    padding = padding if is_padded else torch.ones_like(padding)
+    options = {"attention_mask": padding, "max_new_tokens": 7, "do_sample": False, "cache_implementation": "static"}
+    expected = decoder(config, device, "eager").generate(tokens, **options, disable_compile=True)
+    got = decoder(config, device, "triton_attn").generate(tokens, **options, compile_config=compile_config)
+    assert got.tolist() == expected.tolist()
+    assert counters["stats"]["unique_graphs"] == num_graphs
+
+
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
 
 

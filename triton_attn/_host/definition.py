@@ -1,26 +1,30 @@
 """Attention and rotary positions in plain torch, shared by the references of all families."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
-def visible_keys(seqlen_q, seqlen_k, causal, window_size, device, offset=None):
+def visible_keys(seqlen_q, seqlen_k, causal, window_size, device, offset=None, lengths=None):
     """(seqlen_q, seqlen_k): which keys a query sees, and key position minus query position.
 
-    offset: the position of query 0, counted from key 0. None is bottom-right alignment.
+    offset: the position of query 0, counted from key 0; an int, or of each sequence (batch, 1, 1, 1). None is
+    bottom-right alignment. lengths: (queries, keys) of each sequence, both (batch,), if they are padded to seqlen_q and
+    seqlen_k. With either of each sequence the results are (batch, 1, seqlen_q, seqlen_k).
     """
     left, right = window_size
     if causal:
         right = 0
-    offset = seqlen_k - seqlen_q if offset is None else offset
-    positions_q = torch.arange(seqlen_q, device=device)[:, None] + offset
-    distance = torch.arange(seqlen_k, device=device)[None, :] - positions_q
+    queries, keys = torch.arange(seqlen_q, device=device)[:, None], torch.arange(seqlen_k, device=device)
+    num_queries, num_keys = (seqlen_q, seqlen_k) if lengths is None else (x.view(-1, 1, 1, 1) for x in lengths)
+    distance = keys - (queries + (num_keys - num_queries if offset is None else offset))
     visible = torch.ones_like(distance, dtype=torch.bool)
+    if lengths is not None:
+        visible = visible & (queries < num_queries) & (keys < num_keys)
     if left >= 0:
-        visible &= distance >= -left
+        visible = visible & (distance >= -left)
     if right >= 0:
-        visible &= distance <= right
+        visible = visible & (distance <= right)
     return visible, distance
 
 
@@ -29,7 +33,43 @@ def packed_bounds(cu_seqlens, num_rows):
     return cu_seqlens.clamp(max=num_rows).tolist()
 
 
-def _scores_and_values(q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset=None):
+class Padded(NamedTuple):
+    """Sequences of a packed tensor, to be padded to the longest one without their lengths on the host."""
+
+    starts: torch.Tensor  # (batch,)
+    lengths: torch.Tensor  # (batch,)
+    longest: int
+    num_rows: int  # of the packed tensor
+
+    @classmethod
+    def of(cls, cu_seqlens, longest, num_rows):
+        """longest: an int, or a tensor, which is not read."""
+        bounds = cu_seqlens.long().clamp(max=num_rows)
+        longest = num_rows if isinstance(longest, torch.Tensor) else min(longest, num_rows)
+        return cls(bounds[:-1], bounds.diff(), longest, num_rows)
+
+    def pad(self, x):
+        """(num_rows, ...) as (batch, longest, ...), 0 in the padding."""
+        positions = torch.arange(self.longest, device=x.device)
+        rows = (self.starts[:, None] + positions).clamp(max=self.num_rows - 1)
+        is_padding = positions >= self.lengths[:, None]
+        return x[rows].masked_fill(is_padding.view(*is_padding.shape, *[1] * (x.ndim - 1)), 0)
+
+    def unpad(self, x, fill):
+        """(batch, longest, ...) as (num_rows, ...). Rows after the last sequence are `fill`."""
+        if x.shape[0] == 0 or self.longest == 0:
+            return x.new_full((self.num_rows, *x.shape[2:]), fill)
+        rows = torch.arange(self.num_rows, device=x.device)
+        sequences = torch.searchsorted(self.starts + self.lengths, rows, right=True)
+        is_outside = sequences == x.shape[0]
+        sequences = sequences.clamp(max=x.shape[0] - 1)
+        positions = (rows - self.starts[sequences]).clamp(max=self.longest - 1)
+        return x[sequences, positions].masked_fill(is_outside.view(-1, *[1] * (x.ndim - 2)), fill)
+
+
+def _scores_and_values(
+    q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset=None, lengths=None
+):
     """Masked scores (batch, heads, seqlen_q, seqlen_k), and values (batch, heads, seqlen_k, head_dim_v)."""
     group_size = q.shape[2] // k.shape[2]
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
@@ -41,7 +81,7 @@ def _scores_and_values(q, k, v, causal, softmax_scale, window_size, softcap, ali
     scores = q_heads @ k_heads.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device, offset)
+    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device, offset, lengths)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(compute_dtype)[..., None, None] * distance.abs()
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -63,14 +103,16 @@ def attend(
     keep=None,
     dropout_p=0.0,
     offset=None,
+    lengths=None,
 ):
-    """Attention with every matmul in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64). offset as in
-    `visible_keys`.
+    """Attention with every matmul in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
+
+    offset, lengths: as in `visible_keys`. In the padding out is 0, and lse -inf or the sink.
 
     With compute_dtype = q.dtype its error is the one that torch makes in that dtype. Tests compare kernels with it.
     """
     scores, v_heads = _scores_and_values(
-        q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset
+        q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset, lengths
     )
     logits = scores
     if sinks is not None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .._host.call import Call
-from .._host.definition import attend, attention_gradients, packed_bounds
-from .._host.observers import without_autocast
+from .._host.definition import Padded, attend, attention_gradients, packed_bounds
+from .._host.observers import is_observed, without_autocast
 
 
 def compute(call: Call, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -49,13 +49,8 @@ def flash_attention(
         compute_dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
     )
     seed = _seed(dropout_seed) if dropout_p > 0 else None
-    if shard is None or len(q) == 0:
-        batch, seqlen_q, num_heads, _ = q.shape
-        keep = None if seed is None else dropout_mask(seed, dropout_p, batch, num_heads, seqlen_q, k.shape[1])
-        out, lse = attend(q, k, v, keep=keep, **options)
-    else:
-        parts = [_attend_to(i, q[i], k[i], v[i], shard, seed, options) for i in range(len(q))]
-        out, lse = (torch.stack(part) for part in zip(*parts))
+    keep = _keep_mask(seed, dropout_p, range(q.shape[0]), q.shape[2], q.shape[1], k.shape[1], shard)
+    out, lse = attend(q, k, v, keep=keep, offset=_offset(shard), **options)
     return (out, lse) if return_lse else out
 
 
@@ -82,8 +77,8 @@ def flash_attention_varlen(
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other. Rows after
-    the last one are 0, their lse -inf."""
+    """The definition of `triton_attn.flash_attention_varlen`: one sequence after the other, or all at once and padded
+    where a tracer hides the lengths. Rows after the last one are 0, their lse -inf."""
     options: dict[str, Any] = dict(
         causal=causal,
         softmax_scale=softmax_scale,
@@ -95,6 +90,16 @@ def flash_attention_varlen(
         compute_dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
     )
     seed = _seed(dropout_seed) if dropout_p > 0 else None
+    if is_observed(cu_seqlens_q, cu_seqlens_k):
+        queries = Padded.of(cu_seqlens_q, max_seqlen_q, q.shape[0])
+        keys = Padded.of(cu_seqlens_k, max_seqlen_k, k.shape[0])
+        sequences = range(cu_seqlens_q.shape[0] - 1)
+        keep = _keep_mask(seed, dropout_p, sequences, q.shape[1], queries.longest, keys.longest, shard)
+        places = dict(lengths=(queries.lengths, keys.lengths), offset=_offset(shard))
+        out, lse = attend(queries.pad(q), keys.pad(k), keys.pad(v), keep=keep, **places, **options)
+        out = queries.unpad(out, 0.0)
+        lse = queries.unpad(lse.transpose(1, 2), float("-inf")).T.contiguous()
+        return (out, lse) if return_lse else out
     bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
     outs, lses = [], []
     for i in range(len(bounds_q) - 1):
@@ -118,15 +123,16 @@ def _attend_to(i, q, k, v, shard, seed, options):
 
 def _options_of(i, q, k, shard, seed, options):
     """The options of sequence i, of those of the batch."""
-    query_start, key_start, row = (0, 0, i * q.shape[1]) if shard is None else shard[i].tolist()
-    slopes, keep = options["alibi_slopes"], None
+    slopes, shard = options["alibi_slopes"], None if shard is None else shard[i : i + 1]
     if slopes is not None and slopes.ndim == 2:
         slopes = slopes[i]
-    if seed is not None:
-        batch_heads = row + torch.arange(q.shape[1])[None]
-        keep = _keep_mask(seed, options["dropout_p"], batch_heads, len(q), len(k), query_start, key_start)
-    offset = None if shard is None else query_start - key_start
-    return options | dict(alibi_slopes=slopes, keep=keep, offset=offset)
+    keep = _keep_mask(seed, options["dropout_p"], range(i, i + 1), q.shape[1], len(q), len(k), shard)
+    return options | dict(alibi_slopes=slopes, keep=keep, offset=_offset(shard))
+
+
+def _offset(shard):
+    """Of each sequence the position of query 0, counted from key 0: (batch, 1, 1, 1)."""
+    return None if shard is None else (shard[:, 0] - shard[:, 1]).view(-1, 1, 1, 1)
 
 
 @without_autocast
@@ -171,21 +177,32 @@ def dropout_mask(
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
     """
-    batch_heads = torch.arange(batch)[:, None] * num_heads_q + torch.arange(num_heads_q)
-    return _keep_mask(_seed(dropout_seed), dropout_p, batch_heads, seqlen_q, seqlen_k)
+    seed = _seed(dropout_seed)
+    seed = seed.cpu() if isinstance(seed, Tensor) else seed
+    return _keep_mask(seed, dropout_p, range(batch), num_heads_q, seqlen_q, seqlen_k)
 
 
 def _seed(dropout_seed):
+    """An int, or a tensor (), which tracers do not have to read."""
     if dropout_seed is None:
-        return int(torch.randint(-(2**63), 2**63 - 1, ()))
-    return int(dropout_seed)
+        return torch.randint(-(2**63), 2**63 - 1, ())
+    return dropout_seed.view(()) if isinstance(dropout_seed, Tensor) else int(dropout_seed)
 
 
-def _keep_mask(seed, dropout_p, batch_heads, seqlen_q, seqlen_k, query_start=0, key_start=0):
-    batch_heads = batch_heads[:, :, None, None]
-    queries = query_start + torch.arange(seqlen_q)[:, None]
-    keys = key_start + torch.arange(seqlen_k)
-    counter = torch.broadcast_tensors(keys // 4, queries, batch_heads, torch.zeros((), dtype=torch.int64))
+def _keep_mask(seed, dropout_p, sequences, num_heads, seqlen_q, seqlen_k, shard=None):
+    """The `dropout_mask` of a range of sequences, on the seed's device; None without a seed. shard as of the calls."""
+    if seed is None:
+        return None
+    device = seed.device if isinstance(seed, Tensor) else None
+    heads = torch.arange(sequences.start * num_heads, sequences.stop * num_heads, device=device)
+    heads = heads.view(len(sequences), num_heads, 1, 1)
+    queries = torch.arange(seqlen_q, device=device)[:, None]
+    keys = torch.arange(seqlen_k, device=device)
+    if shard is not None:
+        query_start, key_start, row = (x.view(-1, 1, 1, 1) for x in shard.to(heads.device, torch.int64).unbind(1))
+        heads = row + torch.arange(num_heads, device=device)[:, None, None]
+        queries, keys = query_start + queries, key_start + keys
+    counter = torch.broadcast_tensors(keys // 4, queries, heads, torch.zeros_like(keys[..., :1]))
     words = torch.stack(_philox(seed, *counter), dim=-1)
     index = (keys % 4).expand(words.shape[:-1])
     word = words.gather(-1, index[..., None])[..., 0]

@@ -1,4 +1,6 @@
-"""Batches with padding as concatenated sequences for `flash_attention_varlen`."""
+"""Batches with padding: as concatenated sequences for `flash_attention_varlen`, and with one query per row as pages of
+one key for `paged_attention`.
+"""
 
 from typing import NamedTuple
 
@@ -7,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..flash import flash_attention_varlen
+from ..paged import paged_attention
 
 
 class Packing(NamedTuple):
@@ -29,6 +32,77 @@ class Packing(NamedTuple):
         max_seqlen_q = cu_seqlens_q.diff().max() if max_seqlen_q is None else max_seqlen_q
         max_seqlen_k = cu_seqlens_k.diff().max() if max_seqlen_k is None else max_seqlen_k
         return cls(None, None, cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k)
+
+
+class Keys(NamedTuple):
+    """The keys of a single query for each row of a batch.
+
+    `lengths` (batch,) int32 is their number. `slots` (batch, num_slots) int32 are their slots in the row, followed by
+    the other slots. None: they are the first ones.
+    """
+
+    lengths: Tensor
+    slots: Tensor | None
+
+    @classmethod
+    def of(cls, seen):
+        """From seen (batch, num_slots), bool."""
+        slots = (~seen).to(torch.int8).argsort(dim=1, stable=True)
+        return cls(seen.sum(1, dtype=torch.int32), slots.to(torch.int32))
+
+
+def attend_one(q, k, v, keys, window, options):
+    """Queries (batch, 1, heads, head_dim) over their `Keys`. The window is used if these are the first slots."""
+    if keys.slots is None:
+        return paged_attention(q, k, v, keys.lengths, window_size=window, **options)
+    attend = _attend_slots_operator if torch.compiler.is_compiling() else _attend_slots
+    return attend(q, k, v, *keys, options["sinks"], options["softmax_scale"], options["softcap"])
+
+
+def _attend_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    sinks: Tensor | None,
+    softmax_scale: float | None,
+    softcap: float,
+) -> Tensor:
+    """`paged_attention` with a page for each slot of k and v (batch, num_slots, heads, dim), which are not copied."""
+    batch, num_slots = k.shape[:2]
+    apart = _slots_apart(k)
+    if apart is None or _slots_apart(v) != apart:
+        k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
+        apart = num_slots
+    # In memory (batch, heads, slots, dim) the slots of a row follow those of all heads of the row before. Pages between
+    # them overlap, and are not in the table.
+    num_pages = max(0, batch - 1) * apart + num_slots
+    k, v = (x.as_strided((num_pages, 1, *x.shape[2:]), (*[x.stride(1)] * 2, *x.stride()[2:])) for x in (k, v))
+    first_pages = apart * torch.arange(batch, dtype=torch.int32, device=k.device).unsqueeze(1)
+    options = {"sinks": sinks, "softmax_scale": softmax_scale, "softcap": softcap}
+    return paged_attention(q, k, v, lengths, slots + first_pages, **options)
+
+
+# torch.compile may lay out k and v in another way than with the strides that it traces.
+_attend_slots_operator = torch.library.custom_op("triton_attn::attend_slots", _attend_slots, mutates_args=())
+
+
+@_attend_slots_operator.register_fake
+def _(q, k, v, *rest):
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _slots_apart(x):
+    """The distance in memory of two rows of the batch, in slots. None if it is no whole number, or the number of a page
+    would not fit in int32.
+    """
+    batch, num_slots = x.shape[:2]
+    if batch <= 1:
+        return num_slots
+    row, slot = x.stride()[:2]
+    fits = slot > 0 and row % slot == 0 and batch * (row // slot) < 2**31
+    return row // slot if fits else None
 
 
 def attend_packed(q, k, v, packing, options):

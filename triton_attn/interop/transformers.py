@@ -12,8 +12,12 @@ no time on it. Unsupported arguments raise NotImplementedError. So does a model 
 A model calls `token_mask` for its masks once per forward pass, and every layer passes one of them to `attention`. The
 mask alone says what queries see. It is never guessed from the layer.
 
-torch.compile(fullgraph=True) compiles a model to one graph. The positions of padding and sequences are computed in it:
-for a prompt by an operator with one device-to-host sync per mask, for a decode step without a sync.
+A decode step, with one query per row, is `paged_attention` over the cache, without a device-to-host sync. With padding
+every key is a page, so keys are read where they are.
+
+torch.compile(fullgraph=True) compiles a model to one graph, also in generate() with a static cache. The positions of
+padding and sequences are computed in it: for a prompt by an operator with one device-to-host sync per mask, for a
+decode step without a sync.
 
 Continuous batching accepts only names that contain "flash", so there is a second name for it:
 
@@ -30,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig, __version__
@@ -37,7 +42,7 @@ from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterfa
 from ..flash import flash_attention
 from . import flash_attn
 from .mask_functions import UNLIMITED, pattern_of
-from .packing import Packing, attend_packed, pack
+from .packing import Keys, Packing, attend_one, attend_packed, pack
 from .support import Support
 
 SUPPORT = Support(
@@ -176,11 +181,20 @@ def attention(
             s_aux=s_aux,
         )
         return out.transpose(0, 1), None
+    options = {
+        "softmax_scale": scaling,
+        "softcap": softcap or 0.0,
+        "sinks": None if s_aux is None else s_aux.float(),
+    }
+    packing = None
     if attention_mask is None:
-        window, packing = _window_without_mask(is_causal, sliding_window), None
+        window = _window_without_mask(is_causal, sliding_window)
     else:
         attention_mask.check_lengths(q.shape[1], k.shape[1])
-        window, packing = attention_mask.window, None
+        keys, window = attention_mask.keys, attention_mask.window
+        if keys is not None and cu_seq_lens_q is None and _is_decode(q, k, v, s_aux, dropout):
+            return attend_one(q, k, v, keys, window, options), None
+        attention_mask = attention_mask.at_known_position()
         if attention_mask.num_keys < k.shape[1]:
             k, v = (x[:, : attention_mask.num_keys] for x in (k, v))
     if cu_seq_lens_q is not None:
@@ -190,14 +204,7 @@ def attention(
     elif attention_mask is not None:
         packing = attention_mask.packing_with(position_ids)
 
-    options = {
-        "softmax_scale": scaling,
-        "window_size": window,
-        "softcap": softcap or 0.0,
-        "sinks": None if s_aux is None else s_aux.float(),
-        "dropout_p": dropout,
-        "deterministic": bool(deterministic),
-    }
+    options |= {"window_size": window, "dropout_p": dropout, "deterministic": bool(deterministic)}
     out = flash_attention(q, k, v, **options) if packing is None else attend_packed(q, k, v, packing, options)
     return out.contiguous(), None
 
@@ -218,6 +225,15 @@ def _refuse(module, arguments):
             )
 
 
+def _is_decode(q, k, v, sinks, dropout):
+    """Whether `paged_attention` computes the call: it neither trains nor casts."""
+    device = q.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts or dropout > 0 or not q.dtype == k.dtype == v.dtype:
+        return False
+    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)))
+
+
 def _window_without_mask(is_causal, sliding_window):
     side = -1 if sliding_window is None else sliding_window - 1
     return (side, 0 if is_causal else side)
@@ -231,11 +247,14 @@ class TokenMask(torch.Tensor):
         window: (left, right) around each query's own position, -1 unlimited.
         seqlen_q, num_keys, num_slots: the queries are at the last of the keys. Later slots of the cache may contain
             anything.
-        first_query: its position among the keys: an int, or a tensor of one if a static cache is traced. None if the
+        first_query: its position among the keys: an int, or a tensor of one if the cache is static. None if the
             queries are not among the keys; all of them count then.
         is_padded: an attention mask was given.
+        is_whole: every row is one sequence without padding. Tokens then only say which slots are written.
+        keys: the keys of each row's query, if it is one. None otherwise.
         tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row. None if every row is
             one sequence without padding. Layers share the mask, and with it the packing computed from the tokens.
+            A static cache at a position in a tensor: num_keys is num_slots, and slots that are not written are 0.
         config: the model's, for its name in errors.
     """
 
@@ -244,13 +263,13 @@ class TokenMask(torch.Tensor):
         mask = torch.empty((), dtype=torch.bool, device=device).expand(sizes).as_subclass(cls)
         mask.window, mask.tokens, mask.first_query, mask.config = window, tokens, first_query, config
         mask.seqlen_q, mask.num_keys, mask.num_slots = sizes[2], num_keys, sizes[3]
-        mask.is_padded = False
+        mask.is_padded, mask.is_whole, mask.keys, mask.known = False, False, None, None
         mask.is_packed, mask.packing_of_tokens, mask.positions, mask.packing_of_positions = False, None, None, None
         return mask
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function in READS_NO_VALUES:
+        if function in READS_NO_VALUES or _torch_describes_an_input():
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         mask = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, cls))
@@ -264,7 +283,9 @@ class TokenMask(torch.Tensor):
         device = torch.empty((), device=self.device).to(*args, **kwargs).device
         tokens = None if self.tokens is None else self.tokens.to(device)
         mask = self.make(self.shape, device, self.window, tokens, self.num_keys, self.first_query, self.config)
-        mask.is_padded = self.is_padded
+        mask.is_padded, mask.is_whole = self.is_padded, self.is_whole
+        if self.keys is not None:
+            mask.keys = Keys(*(None if x is None else x.to(device) for x in self.keys))
         return mask
 
     def contiguous(self, **kwargs: Any) -> TokenMask:
@@ -280,6 +301,30 @@ class TokenMask(torch.Tensor):
                 f"attention_mask: expected a mask for the layer's {seqlen_q} queries and {num_slots} keys, got one for "
                 f"{self.seqlen_q} and {self.num_slots}"
             )
+
+    def at_known_position(self) -> TokenMask:
+        """The mask whose first_query is an int, which costs a device-to-host sync per mask. Itself in a traced call."""
+        if not isinstance(self.first_query, torch.Tensor) or torch.compiler.is_compiling():
+            return self
+        if self.known is None:
+            first = int(self.first_query)
+            num_keys = first + self.seqlen_q
+            tokens = None if self.is_whole else self.tokens[:, :num_keys]
+            self.known = self.make(self.shape, self.device, self.window, tokens, num_keys, first, self.config)
+            self.known.is_padded = self.is_padded
+        return self.known
+
+    def keys_of_one_query(self) -> Keys:
+        """The keys that the only query of each row sees."""
+        first, left, device = self.first_query, self.window[0], self.device
+        if self.is_whole:
+            num_keys = first + 1 if isinstance(first, torch.Tensor) else self.num_keys
+            return Keys((torch.zeros(self.shape[0], dtype=torch.int32, device=device) + num_keys).to(torch.int32), None)
+        own = self._queries(self.tokens)
+        seen = self.tokens > 0 if own is None else (self.tokens == own) & (own > 0)
+        if left >= 0:  # cut here: between keys that padding separates the window would be too wide
+            seen &= torch.arange(self.num_keys, device=device) >= first - left
+        return Keys.of(seen)
 
     def has_padding(self) -> bool:
         if torch.compiler.is_compiling():
@@ -330,6 +375,13 @@ class TokenMask(torch.Tensor):
         return self.packing_of_positions
 
 
+def _torch_describes_an_input():
+    """Whether torch.compile, and not the model that it traces, calls a function of a mask: the mask was made outside of
+    the graph, as generate() makes it.
+    """
+    return not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None
+
+
 READS_NO_VALUES = {
     torch.Tensor.dim,
     torch.Tensor.size,
@@ -371,7 +423,7 @@ def token_mask(
     except NotImplementedError as error:
         raise NotImplementedError(f"{error}, for {_model_of(config)}; {INSTEAD}") from None
     is_unlimited = pattern.left == pattern.right == UNLIMITED
-    if isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
+    if isinstance(q_offset, torch.Tensor) and pattern.right > 0 and not torch.compiler.is_compiling():
         q_offset = int(q_offset)
     first_query = q_offset - kv_offset
     num_keys = kv_length if isinstance(first_query, torch.Tensor) else first_query + q_length  # up to the last query
@@ -396,6 +448,7 @@ def token_mask(
                 f"{tuple(sequences.shape)}"
             )
         tokens = sequences if tokens is None else sequences * tokens
+    is_whole = tokens is None
     if isinstance(first_query, torch.Tensor) and pattern.right == 0:
         is_written = torch.arange(num_keys, device=device) < first_query + q_length
         tokens = is_written.expand(batch_size, -1).long() if tokens is None else is_written * tokens
@@ -404,5 +457,7 @@ def token_mask(
     window = tuple(-1 if side == UNLIMITED else side for side in (pattern.left, pattern.right))
     sizes = (batch_size, 1, q_length, kv_length)
     mask = TokenMask.make(sizes, device, window, tokens, num_keys, first_query, config)
-    mask.is_padded = attention_mask is not None
+    mask.is_padded, mask.is_whole = attention_mask is not None, is_whole
+    if q_length == 1:
+        mask.keys = mask.keys_of_one_query()
     return mask

@@ -410,6 +410,8 @@ def mla_prefill(
             *tensors,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=lengths.max_seqlen_q,
+            max_seqlen_k=lengths.max_seqlen_k,
             causal=causal,
             softmax_scale=softmax_scale,
             mode=choose_schedule(sizes, mode, max_workspace_bytes, wants_grad).mode,

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._host.definition import attend, packed_bounds, rotate
+from .._host.definition import Padded, attend, packed_bounds, rotate
 from .._host.keywords import Mode
 from .._host.latent import read_latent_cache
-from .._host.observers import without_autocast
+from .._host.observers import is_observed, without_autocast
 
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
 
@@ -37,6 +37,14 @@ def mla_prefill(
     options = dict(causal=causal, softmax_scale=softmax_scale, absorbed=mode == "absorbed")
     if cu_seqlens_q is None:
         out, lse = _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, **options)
+        return (out, lse) if return_lse else out
+    if is_observed(cu_seqlens_q, cu_seqlens_k):  # all at once and padded where a tracer hides the lengths
+        queries = Padded.of(cu_seqlens_q, max_seqlen_q, q_nope.shape[0])
+        keys = Padded.of(cu_seqlens_k, max_seqlen_k, kv_latent.shape[0])
+        inputs = queries.pad(q_nope), queries.pad(q_pe), keys.pad(kv_latent), keys.pad(k_pe)
+        out, lse = _attend(*inputs, w_uk, w_uv, **options, lengths=(queries.lengths, keys.lengths))
+        out = queries.unpad(out, 0.0)
+        lse = queries.unpad(lse.transpose(1, 2), float("-inf")).T.contiguous()
         return (out, lse) if return_lse else out
     out = q_nope.new_zeros(*q_nope.shape[:2], w_uv.shape[1])
     lse = q_nope.new_full((q_nope.shape[1], q_nope.shape[0]), float("-inf"), dtype=_compute_dtype(q_nope))
@@ -113,7 +121,7 @@ def mla_decode(
     return (out, lse) if return_lse else out
 
 
-def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed):
+def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed, lengths=None):
     """out and lse of dense inputs. Without w_uk queries, without w_uv outputs are latent vectors.
 
     absorbed: the weights of keys and values are applied to queries and outputs, which changes nothing but the rounding.
@@ -133,7 +141,8 @@ def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale,
         v = torch.einsum("bjc,hvc->bjhv", kv_latent, w_uv.to(dtype))
     q = torch.cat([q_nope, q_pe], dim=-1)
     k = torch.cat([k_nope, k_pe.unsqueeze(2).expand(-1, -1, q.shape[2], -1)], dim=-1)
-    out, lse = attend(q, k, v, causal=causal, softmax_scale=softmax_scale, compute_dtype=dtype, **PLAIN)
+    options = dict(PLAIN, causal=causal, softmax_scale=softmax_scale, lengths=lengths, compute_dtype=dtype)
+    out, lse = attend(q, k, v, **options)
     if w_out is not None:
         out = torch.einsum("bihc,hvc->bihv", out, w_out)
     return out.to(out_dtype), lse

@@ -94,7 +94,10 @@ def choose_schedule(sizes, mode, max_workspace_bytes, wants_grad):
         return Schedule(mode, *chunk)
     modes = [m for m in MODES if m != "absorbed" or not wants_grad]
     chunks = {m: _chunk(sizes, m, max_workspace_bytes) for m in modes}
-    best = min((m for m in modes if chunks[m]), key=lambda m: cost(sizes, m))
+    best = None
+    for m in modes:  # torch.compile does not trace min with a key
+        if chunks[m] and (best is None or cost(sizes, m) < cost(sizes, best)):
+            best = m
     return Schedule(best, *chunks[best])
 
 

@@ -1,6 +1,5 @@
 """Arguments of FlashInfer's functions: what they become in ours, and which values are refused."""
 
-import functools
 import math
 from typing import Any, NoReturn
 
@@ -28,12 +27,15 @@ def attention_options(pos_encoding_mode, window_left, logits_soft_cap, causal, n
     return options
 
 
-@functools.cache
 def _alibi_slopes(num_heads, device):
-    """2^(-8 i / n) for the power of two n at or below num_heads, then every other one of 2 n. arXiv:2108.12409."""
+    """2^(-8 i / n) for the power of two n at or below num_heads, then every other one of 2 n. arXiv:2108.12409.
+
+    Made on the device at each call: a tensor that is kept would be a fake one after a call with fake tensors.
+    """
     n = 1 << (num_heads.bit_length() - 1)
-    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
-    return torch.tensor(slopes[:num_heads], dtype=torch.float32, device=device)
+    own = torch.arange(1, n + 1, dtype=torch.float32, device=device) * (-8 / n)
+    others = torch.arange(1, 2 * n, 2, dtype=torch.float32, device=device) * (-4 / n)
+    return torch.cat([own, others])[:num_heads].exp2()
 
 
 def softmax_scale_of(sm_scale, head_dim):

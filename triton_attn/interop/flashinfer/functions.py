@@ -86,7 +86,7 @@ def single_prefill_with_kv_cache(
     refuse(scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, kv_cache_sf=kv_cache_sf)
     refuse(use_fp16_qk_reduction=use_fp16_qk_reduction or None, o_dtype=None if o_dtype == q.dtype else o_dtype)
     options = attention_options(pos_encoding_mode, window_left, logits_soft_cap, causal, q.shape[1], q.device)
-    if k.dtype == q.dtype and k_scale is None and v_scale is None:
+    if k.dtype.itemsize > 1 and k_scale is None and v_scale is None:
         k, v = as_nhd("k", k, kv_layout), as_nhd("v", v, kv_layout)
         scale = softmax_scale_of(sm_scale, q.shape[2])
         result = flash_attention(q[None], k[None], v[None], softmax_scale=scale, **options, return_lse=return_lse)

@@ -26,16 +26,23 @@ class PageLists:
             self.block_table = self._storage[1:-1]
             self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
 
-    def fill(self, indptr, indices, seqlens, block_tables=None):
-        """From indptr (batch + 1,), indices (indptr[-1] or more,) and the lengths; a given table replaces the lists."""
+    def fill(self, indptr, indices, seqlens, page_size, block_tables=None):
+        """From indptr (batch + 1,), indices (indptr[-1] or more,) and the lengths; a given table replaces the lists.
+
+        A length beyond the pages of a sequence counts as their end."""
         batch = len(indptr) - 1
         if len(seqlens) != batch:
             fail(self.lengths, f"shape ({batch},), one less than indptr", f"shape {tuple(seqlens.shape)}")
         if self.fixed is not None:
             self._check_fixed(indptr, indices, block_tables)
-            self.seqlens.copy_(seqlens, non_blocking=True)
+        seqlens = seqlens.to(self.device, torch.int32, non_blocking=True)
+        if block_tables is None:
+            room = indptr.diff() * page_size
+            seqlens = torch.minimum(seqlens, room.to(self.device, torch.int32, non_blocking=True))
+        if self.fixed is not None:
+            self.seqlens.copy_(seqlens)
         else:
-            self.seqlens = seqlens.to(self.device, torch.int32, non_blocking=True).contiguous()
+            self.seqlens = seqlens.contiguous()
         if block_tables is None:
             self._fill_table(indptr, indices)
         elif self.fixed is None:
@@ -187,7 +194,7 @@ def append_paged_kv_cache(
     Args:
         append_key, append_value: of the cache's dtype, or fp16, bf16 or fp32 for an fp8 cache.
         batch_indices, positions: (nnz,), as `get_batch_indices_positions` gives them; a token with a sequence below 0
-            is skipped.
+            is skipped, and one beyond the pages of its sequence.
         paged_kv_cache, kv_indices, kv_indptr, kv_layout: as in `BatchDecodeWithPagedKVCacheWrapper`.
         kv_last_page_len: not read; positions say it.
     """
@@ -219,8 +226,10 @@ def append_paged_mla_kv_cache(
 
 
 def _slots(batch_indices, positions, kv_indices, kv_indptr, page_size):
-    """The slots of tokens, int64; -1 of those that are no sequence's."""
+    """The slots of tokens, int64; -1 of those that are no sequence's, or beyond the pages of theirs."""
     sequences, positions = batch_indices.long(), positions.long()
-    entries = kv_indptr[sequences.clamp(min=0)] + positions // page_size
+    own = sequences.clamp(min=0)
+    entries = kv_indptr[own] + positions // page_size
+    is_inside = (sequences >= 0) & (positions >= 0) & (entries < kv_indptr[own + 1])
     pages = kv_indices[entries.clamp(0, len(kv_indices) - 1)].long()
-    return torch.where(sequences < 0, -1, pages * page_size + positions % page_size)
+    return torch.where(is_inside, pages * page_size + positions % page_size, -1)

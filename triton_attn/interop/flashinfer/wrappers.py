@@ -90,7 +90,7 @@ class _PagedWrapper(_Wrapper):
 
     def _plan_pages(self, indptr, indices, last_page_len, page_size, block_tables, seq_lens):
         seqlens = get_seq_lens(indptr, last_page_len, page_size) if seq_lens is None else seq_lens.flatten()
-        self._pages.fill(indptr, indices, seqlens, block_tables)
+        self._pages.fill(indptr, indices, seqlens, page_size, block_tables)
 
     def _caches(self, paged_kv_cache):
         """Keys and values (num_pages, page_size, num_kv_heads, head_dim), as planned."""
@@ -723,7 +723,7 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
         if kv_data_type != q_data_type:
             raise NotImplementedError(f"kv_data_type: q's dtype {q_data_type} is supported, got {kv_data_type}")
         self._queries.check(qo_indptr, None)
-        self._pages.fill(kv_indptr, kv_indices, kv_len_arr)
+        self._pages.fill(kv_indptr, kv_indices, kv_len_arr, page_size)
         self._queries.fill(qo_indptr, None)
         kv_kinds = tuple((page_size, dim, kv_data_type) for dim in (head_dim_ckv, head_dim_kpe))
         kinds = (num_heads, head_dim_ckv, q_data_type), kv_kinds
