@@ -167,7 +167,8 @@ def append_latent_cache(
 
     Args:
         kv_latent: (num_tokens, kv_lora_rank), fp16, bf16 or fp32; the last dimension contiguous; after its norm.
-        k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection.
+        k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection. qk_rope_head_dim
+            may be 0, but with a uint8 cache.
         latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of kv_latent's dtype, or uint8 (num_pages,
             page_size, bytes), for which 128 must divide kv_lora_rank, 2 qk_rope_head_dim, and 4 the rows' addresses.
         slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token with a negative slot,
@@ -329,11 +330,11 @@ def _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping):
     device = kv_latent.device
     check_tensor("k_pe", k_pe, (num_tokens, "qk_rope_head_dim"), (kv_latent.dtype,), device)
     qk_rope_head_dim = k_pe.shape[1]
-    for name, x in (("kv_latent", kv_latent), ("k_pe", k_pe)):
-        check_last_contiguous(name, x)
-        if not 1 <= x.shape[1] <= MAX_HEAD_DIM:
-            fail(name, f"a last dimension of 1 to {MAX_HEAD_DIM}", x.shape[1])
     is_fp8 = isinstance(latent_cache, torch.Tensor) and latent_cache.dtype == torch.uint8
+    for name, x, least in (("kv_latent", kv_latent, 1), ("k_pe", k_pe, int(is_fp8))):
+        check_last_contiguous(name, x)
+        if not least <= x.shape[1] <= MAX_HEAD_DIM:
+            fail(name, f"a last dimension of {least} to {MAX_HEAD_DIM}", x.shape[1])
     _, width = latent_storage(kv_lora_rank, qk_rope_head_dim, torch.float8_e4m3fn if is_fp8 else kv_latent.dtype)
     dtypes = (kv_latent.dtype, torch.uint8)
     check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), dtypes, device)

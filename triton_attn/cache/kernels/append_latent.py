@@ -103,7 +103,7 @@ def launch_append_latent_cache(
     num_pages, page_size, _ = latent_cache.shape
     qk_rope_head_dim = k_pe.shape[1]
     block_d = triton.next_power_of_2(kv_lora_rank)
-    block_rope = triton.next_power_of_2(qk_rope_head_dim)
+    block_rope = triton.next_power_of_2(max(1, qk_rope_head_dim))
     block_rows = max(1, TILE_ELEMENTS // max(block_d, block_rope))
     num_programs = -(-num_tokens // block_rows)
     if num_programs == 0:
