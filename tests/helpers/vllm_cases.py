@@ -20,13 +20,14 @@ class Batch:
     `padding` tokens follow the last one, with slots of -1.
     """
 
-    def __init__(self, requests, page=PAGE, padding=0):
+    def __init__(self, requests, page=PAGE, padding=0, causal=True):
         before, new = (torch.tensor(lengths, dtype=torch.int32) for lengths in zip(*requests))
         self.seq_lens = before + new
         self.query_start_loc = torch.cat([torch.zeros(1, dtype=torch.int32), new.cumsum(0, dtype=torch.int32)])
         self.num_reqs, self.num_actual_tokens = len(requests), int(new.sum())
         self.max_query_len, self.max_seq_len = int(new.max()), int(self.seq_lens.max())
-        self.causal, self.mm_req_doc_ranges = True, None
+        self.causal, self.mm_req_doc_ranges = causal, None
+        self.query_start_loc_cpu, self.seq_lens_cpu_upper_bound = self.query_start_loc, self.seq_lens
         self.page, self.width = page, -(-self.max_seq_len // page) + 1
         self.num_blocks = self.num_reqs * self.width + 1
         pages = torch.randperm(self.num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
@@ -41,6 +42,23 @@ class Batch:
 
     def queries(self, i):
         return slice(int(self.query_start_loc[i]), int(self.query_start_loc[i + 1]))
+
+
+class Shard(Batch):
+    """What one rank holds of a Batch with decode context parallelism: `interleave` keys of each request in turn. The
+    other keys have slots of -1.
+    """
+
+    def __init__(self, requests, rank, world_size, interleave=1, **options):
+        self.rank, self.world_size, self.interleave = rank, world_size, interleave
+        super().__init__(requests, **options)
+
+    def slots(self, i, start=0):
+        positions = torch.arange(start, int(self.seq_lens[i]))
+        turns = positions // self.interleave
+        positions = turns // self.world_size * self.interleave + positions % self.interleave
+        slots = self.block_table_tensor[i].long()[positions // self.page] * self.page + positions % self.page
+        return slots.where(turns % self.world_size == self.rank, -1)
 
 
 def new_cache(batch, layout="HND", dtype=torch.float16, heads_kv=HEADS_KV, dim=DIM):
@@ -71,9 +89,9 @@ def attend(q, k, v, scale, causal=True, window=None, softcap=0.0, slopes=None, s
     distance = torch.arange(len(k)) - (torch.arange(len(q))[:, None] + len(k) - len(q))
     if slopes is not None:
         scores = scores - torch.tensor(slopes).double()[:, None, None] * distance.abs()
-    hidden = (distance > 0) & bool(causal or window)
+    hidden = (distance > 0) & bool(causal)
     if window:
-        hidden = hidden | (distance <= -window)
+        hidden = hidden | (distance.abs() >= window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
         sinks = sinks.double()[:, None, None].expand(-1, len(q), 1)
