@@ -42,7 +42,7 @@ def run(batch, layout="HND", kv_cache_dtype="auto", expected=None, **options):
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("kv_cache_dtype", [pytest.param("auto", marks=pytest.mark.emulated), "fp8", "fp8_e5m2"])
 def test_mixed_prefill_and_decode(layout, kv_cache_dtype):
     torch.testing.assert_close(*run(Batch(MIXED, padding=3), layout, kv_cache_dtype), **TOLERANCE)
 
@@ -385,8 +385,12 @@ def decode_metadata(batch, causal=True, varlen_graphs=False):
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
 @pytest.mark.parametrize(
     ("num_queries", "causal"),
-    [((1, 1, 1), True), ((3, 3, 3), True), ((3, 3, 3), False), ((3, 1, 2, 0), True)],
-    ids=["single", "uniform", "not causal", "ragged"],
+    [
+        pytest.param((1, 1, 1), True, id="single"),
+        pytest.param((3, 3, 3), True, id="uniform"),
+        pytest.param((3, 3, 3), False, id="not causal"),
+        pytest.param((3, 1, 2, 0), True, id="ragged", marks=pytest.mark.emulated),
+    ],
 )
 def test_mla_decode(kv_cache_dtype, num_queries, causal):
     batch = Batch([*zip((0, 15, 40, 0), num_queries)], padding=2 if 0 in num_queries else 0)
