@@ -300,7 +300,7 @@ def latent_builder(backend, config, monkeypatch, kv_cache_dtype, num_speculative
     return builder_class(spec, ["layer"], whole, CPU)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_ds_mla"])
 @pytest.mark.parametrize("num_queries", [(1, 1), (3, 3), (3, 1)], ids=["single", "uniform", "ragged"])
 def test_mla_decodes_and_prefills(backends, config, monkeypatch, kv_cache_dtype, num_queries):
     """Two decodes, which may draft, then prefills with and without context in chunks."""
@@ -326,7 +326,7 @@ def test_mla_decodes_and_prefills(backends, config, monkeypatch, kv_cache_dtype,
     q = randn(batch.num_tokens, HEADS, NOPE + ROPE, seed=13)
     output = torch.full((batch.num_tokens - decoded, HEADS * V_DIM), torch.nan, dtype=q.dtype)
     ropes = ropes.unsqueeze(1)
-    impl.forward_mha(q[decoded:], latents[decoded:], ropes[decoded:], cache, metadata, torch.ones(1), output)
+    impl.forward_mha(q[decoded:], latents[decoded:], ropes[decoded:], cache, metadata, cases.LAYER._k_scale, output)
     expected = cases.expected_prefill(batch, q, impl.kv_b_proj, impl.scale, kv_cache_dtype)[decoded:]
     torch.testing.assert_close(output.view(-1, HEADS, V_DIM).double(), expected, **TOLERANCE)
 
@@ -357,7 +357,8 @@ def test_facts_of_mla(backends, config):
     assert not backend.supports_pcp()
     assert backend.supports_device_cpu_query_lens_mismatch()
     assert backend.supports_kv_cache_dtype("fp8_ds_mla")
-    assert not backend.supports_kv_cache_dtype("fp8")
+    assert backend.supports_kv_cache_dtype("fp8")
+    assert not backend.supports_kv_cache_dtype("fp8_e5m2")
     assert backend.get_builder_cls().get_cudagraph_support(config, None) == AttentionCGSupport.UNIFORM_BATCH
     sizes = SimpleNamespace(
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),

@@ -130,17 +130,22 @@ class Projection(torch.nn.Module):
 
 def new_latent_cache(batch, kv_cache_dtype="auto"):
     width, dtype, fill = RANK + ROPE, torch.float16, torch.nan
+    if kv_cache_dtype != "auto":
+        dtype, fill = torch.uint8, 0x7F
     if kv_cache_dtype == "fp8_ds_mla":
-        width, dtype, fill = RANK + 4 * (RANK // 128) + 2 * ROPE, torch.uint8, 0x7F
+        width = RANK + 4 * (RANK // 128) + 2 * ROPE
     return torch.full((batch.num_blocks, batch.page, width), fill, dtype=dtype)
 
 
 def latents_of(batch, i, kv_cache_dtype="auto"):
-    """The latent vectors and rotary keys of a request; with fp8_ds_mla as they are after rounding."""
+    """The latent vectors and rotary keys of a request, as they are after rounding."""
     seqlen = int(batch.seq_lens[i])
     latents, ropes = randn(seqlen, RANK, seed=20 + i), randn(seqlen, ROPE, seed=40 + i)
     if kv_cache_dtype == "auto":
         return latents, ropes
+    if kv_cache_dtype == "fp8":
+        scale = LAYER._k_scale
+        return tuple((x.float() / scale).to(torch.float8_e4m3fn).float() * scale for x in (latents, ropes))
     blocks = latents.float().unflatten(-1, (-1, 128))
     scales = torch.exp2((blocks.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-4).log2().ceil())
     return ((blocks / scales).to(torch.float8_e4m3fn).float() * scales).flatten(-2), ropes.bfloat16().float()
@@ -151,7 +156,7 @@ def fill_latent_cache(impl, batch, cache, kv_cache_dtype="auto"):
     new_latents, new_ropes = [], []
     for i in range(batch.num_reqs):
         latents, ropes = latents_of(batch, i)
-        impl.do_kv_cache_update(latents, ropes.unsqueeze(1), cache, batch.slots(i), kv_cache_dtype, torch.ones(1))
+        impl.do_kv_cache_update(latents, ropes.unsqueeze(1), cache, batch.slots(i), kv_cache_dtype, LAYER._k_scale)
         rows = batch.queries(i)
         start = len(latents) - (rows.stop - rows.start)
         new_latents.append(latents[start:])

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadataBuilder,
     QueryLenSupport,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -26,6 +27,7 @@ from vllm.v1.attention.ops.dcp import cp_lse_ag_out_rs, dcp_a2a_lse_reduce
 
 from .vllm import (
     FP8_DTYPES,
+    LATENT_FP8_DTYPES,
     PLAIN_DTYPES,
     LatentAttention,
     LatentMetadataBuilder,
@@ -190,6 +192,12 @@ class LatentPlusImpl(LatentAttention, MLACommonImpl[MLACommonMetadata]):
             attn_type=attn_type,
         )
         self.supports_quant_query_input = False
+        dtype = LATENT_FP8_DTYPES.get(kv_cache_dtype)
+        if self.dcp_world_size > 1 and dtype not in (None, current_platform.fp8_dtype()):
+            raise NotImplementedError(
+                f"kv_cache_dtype: expected no fp8 with decode_context_parallel_size > 1, where vLLM's prefill reads "
+                f"{current_platform.fp8_dtype()}, got {kv_cache_dtype}"
+            )
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
@@ -202,7 +210,7 @@ class LatentPlusImpl(LatentAttention, MLACommonImpl[MLACommonMetadata]):
 class LatentPlusBackend(_PlusFacts, MLACommonBackend):
     """TRITON_ATTN_PLUS_MLA."""
 
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, "fp8_ds_mla"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, *LATENT_FP8_DTYPES, "fp8_ds_mla"]
 
     @staticmethod
     def get_name():

@@ -8,7 +8,8 @@ do not import it. `_vllm_backends`, which vLLM imports on demand, joins them wit
 
 The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side, in
 any physical layout, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
-qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla").
+qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). Caches that are fp8 with a scale per tensor
+are uint8 too, or fp8.
 """
 
 import inspect
@@ -36,7 +37,7 @@ SUPPORT = Support(
         "mm_req_doc_ranges": "ranges, for prefixes that see both ways",
         "use_alibi_sqrt": "True",
         "chunk_lookback": "a number of chunks",
-        "kv_cache_dtype": "neither the model's dtype nor fp8 (attention), fp8_ds_mla (MLA)",
+        "kv_cache_dtype": "neither the model's dtype nor fp8, e5m2 with MLA",
         "logits_soft_cap": "a number, for MLA",
         "sliding_window": "a number, for MLA",
         "qk_rope_head_dim": "0, for MLA with fp8_ds_mla",
@@ -48,6 +49,7 @@ SUPPORT = Support(
 VERSION = "0.33"
 BACKENDS = {"TRITON_ATTN_PLUS": "AttentionPlusBackend", "TRITON_ATTN_PLUS_MLA": "LatentPlusBackend"}
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+LATENT_FP8_DTYPES = {name: FP8_DTYPES[name] for name in ("fp8", "fp8_e4m3")}  # as vLLM's layer reads its cache
 PLAIN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # "auto" is the model's dtype
 SCALE_BLOCK = 128  # elements of a latent vector that share a scale in the fp8_ds_mla layout
 
@@ -406,6 +408,12 @@ def _merge(*parts):
     return out[0], lse[0]
 
 
+def _as_fp8(latent_cache, kv_cache_dtype, k_scale):
+    """(cache, its scale (1,)) of fp8 with a scale per tensor; other caches as they are, and None."""
+    dtype = LATENT_FP8_DTYPES.get(kv_cache_dtype)
+    return (latent_cache, None) if dtype is None else (latent_cache.view(dtype), k_scale.view(1))
+
+
 @dataclass
 class LatentDecodeMetadata:
     """The decodes of a batch. query_start_loc is None where all have max_query_len queries, also when a graph is
@@ -472,7 +480,7 @@ class LatentAttention:
                 raise NotImplementedError(f"{name}: not supported by TRITON_ATTN_PLUS_MLA, got {value}")
         if self.qk_rope_head_dim == 0 and self.kv_cache_dtype == "fp8_ds_mla":
             raise NotImplementedError("qk_rope_head_dim: expected 1 or more with fp8_ds_mla, got 0")
-        known = ("auto", *PLAIN_DTYPES, "fp8_ds_mla")
+        known = ("auto", *PLAIN_DTYPES, *LATENT_FP8_DTYPES, "fp8_ds_mla")
         if self.kv_cache_dtype not in known:
             raise NotImplementedError(f"kv_cache_dtype: expected {', '.join(known)}, got {self.kv_cache_dtype}")
 
@@ -486,14 +494,14 @@ class LatentAttention:
         k_scale: Tensor,
         skip_scale: bool = False,
     ) -> None:
-        """kv_c_normed (num_tokens, kv_lora_rank), k_pe (num_tokens, 1, qk_rope_head_dim). Scales of fp8_ds_mla are in
-        its rows, so that k_scale is not read.
+        """kv_c_normed (num_tokens, kv_lora_rank), k_pe (num_tokens, 1, qk_rope_head_dim). k_scale is a tensor of
+        one for fp8 caches, but not fp8_ds_mla, which has scales in its rows.
         """
         if kv_cache.numel() == 0:  # a profiling run
             return
         slots = slot_mapping.flatten()
-        num_tokens = slots.shape[0]
-        append_latent_cache(kv_c_normed[:num_tokens], k_pe[:num_tokens].flatten(1), kv_cache, slots)
+        num_tokens, (kv_cache, scale) = slots.shape[0], _as_fp8(kv_cache, kv_cache_dtype, k_scale)
+        append_latent_cache(kv_c_normed[:num_tokens], k_pe[:num_tokens].flatten(1), kv_cache, slots, k_scale=scale)
 
     def forward_mqa(
         self, q: Tensor | tuple[Tensor, Tensor], kv_c_and_k_pe_cache: Tensor, attn_metadata: Any, layer: Any
@@ -509,12 +517,14 @@ class LatentAttention:
             q_nope, q_pe = q_nope.unflatten(0, shape), q_pe.unflatten(0, shape)
         else:
             lengths = dict(cu_seqlens_q=decode.query_start_loc, max_seqlen_q=decode.max_query_len)
+        cache, scale = _as_fp8(kv_c_and_k_pe_cache, self.kv_cache_dtype, layer._k_scale)
         result = mla_decode(
             q_nope,
             q_pe,
-            kv_c_and_k_pe_cache,
+            cache,
             decode.seq_lens,
             decode.block_table,
+            k_scale=scale,
             **lengths,
             causal=attn_metadata.causal,
             softmax_scale=self.scale,
@@ -545,10 +555,11 @@ class LatentAttention:
         k, v = self._keys_and_values(kv_c_normed, k_pe.flatten(1))
         starts, longest = prefill.query_start_loc, prefill.max_query_len
         options = dict(softmax_scale=self.scale, return_lse=True)
+        cache, scale = _as_fp8(kv_c_and_k_pe_cache, self.kv_cache_dtype, k_scale)
         out, lse = flash_attention_varlen(q, k, v, starts, starts, longest, longest, causal=True, **options)
         for chunk in () if prefill.chunked_context is None else prefill.chunked_context.chunks:
             tokens = chunk.token_slice
-            rows = self._read_context(kv_c_and_k_pe_cache, prefill.block_table[chunk.request_slice], chunk, q.dtype)
+            rows = self._read_context(cache, scale, prefill.block_table[chunk.request_slice], chunk, q.dtype)
             k, v = self._keys_and_values(*rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
             lengths = chunk.query_start_loc, chunk.cu_seq_lens, chunk.max_query_len, chunk.max_seq_len
             part = flash_attention_varlen(q[tokens], k, v, *lengths, causal=False, **options)
@@ -563,15 +574,17 @@ class LatentAttention:
             return k_nope, v
         return torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1), v
 
-    def _read_context(self, cache, block_table, chunk, dtype):
+    def _read_context(self, cache, scale, block_table, chunk, dtype):
         """(num_context_tokens, kv_lora_rank + qk_rope_head_dim): a chunk's rows of the cache, without a sync."""
         requests = chunk.token_to_seq.long()
         rows = torch.arange(chunk.num_context_tokens, device=cache.device)
         positions = rows - chunk.cu_seq_lens[requests] + chunk.starts[requests]
         pages = block_table[requests, positions // cache.shape[1]]
-        found = cache[pages.long(), positions % cache.shape[1]]
-        if found.dtype != torch.uint8:
-            return found
+        found = cache.view(torch.uint8)[pages.long(), positions % cache.shape[1]]  # torch does not index fp8 everywhere
+        if scale is not None:
+            return (found.view(cache.dtype).float() * scale).to(dtype)
+        if cache.dtype != torch.uint8:
+            return found.view(cache.dtype)
         num_scales = self.kv_lora_rank // SCALE_BLOCK
         sizes = [
             self.kv_lora_rank,
