@@ -315,7 +315,7 @@ def test_ranks_that_share_the_keys_are_as_one(world_size, interleave, kv_cache_d
 
 
 def test_ranks_exchange_nothing_without_context():
-    """All know it, by the host's bounds of the lengths. A graph exchanges also if it is captured so."""
+    """All know it, by the host's bounds of the lengths. A graph exchanges also then, and reads current lengths."""
     ranks, requests = Ranks(2), ((0, 7), (0, 1))
     q, sinks = randn(10, 2 * HEADS, DIM, seed=9), randn(2 * HEADS)
     found = attend_on_ranks(ranks, q, sinks, requests)
@@ -326,6 +326,7 @@ def test_ranks_exchange_nothing_without_context():
     shard = Shard(requests, 1, 2)
     builder = builder_of_rank(shard)
     assert builder.build(0, shard).context_lens is None
+    assert builder.context_lens.tolist() == [0, 0, -1, -1]
     captured = builder.build_for_cudagraph_capture(shard).context_lens
     assert captured.tolist() == [0, 0]
     assert captured.data_ptr() == builder.context_lens.data_ptr()

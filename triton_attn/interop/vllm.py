@@ -167,26 +167,13 @@ class PagedMetadataBuilder:
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PagedMetadata:
         common = common_attn_metadata
-        metadata = self._build(common)
-        if self.dcp_world_size > 1 and _has_context(common):
-            metadata.context_lens = self._local_context(common)
-        return metadata
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> PagedMetadata:
-        """A graph reads context even if no request has any while it is captured."""
-        metadata = self._build(common_attn_metadata)
-        if self.dcp_world_size > 1:
-            metadata.context_lens = self._local_context(common_attn_metadata)
-        return metadata
-
-    def update_draft_decode_metadata(self, metadata: PagedMetadata) -> None:
-        """Nothing to do: its tensors are those that vLLM updates."""
-
-    def _build(self, common):
         if not isinstance(common.causal, bool):
             raise NotImplementedError(f"causal: expected True or False, got {type(common.causal).__name__}")
         if common.mm_req_doc_ranges is not None:
             raise NotImplementedError("mm_req_doc_ranges: expected None, got ranges of tokens that see both ways")
+        context_lens = self._local_context(common) if self.dcp_world_size > 1 else None
+        if context_lens is not None and not _has_context(common):
+            context_lens = None
         return PagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=max(common.max_query_len, self.fixed_query_len or 0),
@@ -195,9 +182,21 @@ class PagedMetadataBuilder:
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
+            context_lens=context_lens,
         )
 
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> PagedMetadata:
+        """A graph reads context_lens, also if no request has context when it is captured."""
+        metadata = self.build(0, common_attn_metadata)
+        if self.dcp_world_size > 1:
+            metadata.context_lens = self.context_lens[: metadata.seq_lens.shape[0]]
+        return metadata
+
+    def update_draft_decode_metadata(self, metadata: PagedMetadata) -> None:
+        """Nothing to do: its tensors are those that vLLM updates."""
+
     def _local_context(self, common):
+        """Written also if it is 0 for all, since graphs are replayed then too."""
         starts, found = common.query_start_loc, self.context_lens[: common.seq_lens.shape[0]]
         context = (common.seq_lens - (starts[1:] - starts[:-1])).clamp(min=0)  # graphs are captured over any lengths
         return found.copy_(local_lengths(context, self.dcp_world_size, self.dcp_rank, self.dcp_interleave))
