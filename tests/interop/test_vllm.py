@@ -390,7 +390,7 @@ def decode_metadata(batch, causal=True, varlen_graphs=False):
         pytest.param((1, 1, 1), True, id="single"),
         pytest.param((3, 3, 3), True, id="uniform"),
         pytest.param((3, 3, 3), False, id="not causal"),
-        pytest.param((3, 1, 2, 0), True, id="ragged", marks=pytest.mark.emulated),
+        pytest.param((20, 1, 2, 0), True, id="ragged", marks=pytest.mark.emulated),
     ],
 )
 def test_mla_decode(kv_cache_dtype, num_queries, causal):
