@@ -137,7 +137,7 @@ FUNCTIONS = {
     "append_latent_cache": (
         ta.append_latent_cache,
         append_latent_cache,
-        dict(rope_interleaved=(BOOL, True)) | CHECKED,
+        dict(k_scale=(NUMBER, 2.0), k_pe_scale=(NUMBER, 3.0), rope_interleaved=(BOOL, True)) | CHECKED,
     ),
     "copy_kv_pages": (ta.copy_kv_pages, copy_kv_pages, CHECKED),
     "mla_decode": (
@@ -146,6 +146,8 @@ FUNCTIONS = {
         dict(
             causal=(BOOL, False),
             softmax_scale=(NUMBER, 2.0),
+            k_scale=(NUMBER, 2.0),
+            k_pe_scale=(NUMBER, 3.0),
             rope_interleaved=(BOOL, True),
             num_splits=(INT, 2),
             return_lse=(BOOL, True),

@@ -27,7 +27,7 @@ def problems(draw):
     if is_fp8:
         kv_lora_rank, rope_dim = 128 * draw(st.integers(1, 4)), 2 * draw(st.integers(1, 40))
     else:
-        kv_lora_rank, rope_dim = draw(st.integers(1, 512)), draw(st.integers(2, 80))
+        kv_lora_rank, rope_dim = draw(st.integers(1, 512)), draw(st.sampled_from([0, *range(2, 81)]))
     kv_latent, k_pe = (
         strided((num_tokens, dim), dtype, draw(st.sampled_from(LAYOUTS)), generator) for dim in (kv_lora_rank, rope_dim)
     )
@@ -42,7 +42,7 @@ def problems(draw):
     width = latent_row(kv_lora_rank, rope_dim)[2] if is_fp8 else kv_lora_rank + rope_dim
     layout = draw(st.sampled_from(sorted(CACHE_LAYOUTS)))
     slots, skipped = draw_slots(draw, num_tokens, num_pages * page_size, generator)
-    options = draw_rope(draw, skipped, rope_dim, dtype, generator) if draw(st.booleans()) else {}
+    options = draw_rope(draw, skipped, rope_dim, dtype, generator) if rope_dim and draw(st.booleans()) else {}
     new_cache = (layout, torch.uint8 if is_fp8 else dtype, num_pages, page_size, width)
     return kv_latent, k_pe, new_cache, slots, options
 

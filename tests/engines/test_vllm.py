@@ -8,17 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm_cases as cases
-from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Batch, randn
+from ranks import Group, Ranks
+from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Batch, Shard, randn
 
 from triton_attn.interop import vllm as door
 
 vllm = pytest.importorskip("vllm", reason="make test-engines installs it")
 
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config.attention import AttentionConfig  # noqa: E402
+from vllm.distributed import parallel_state  # noqa: E402
 from vllm.model_executor.layers.attention import mla_attention  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
 from vllm.utils import torch_utils  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.attention.ops import dcp  # noqa: E402
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec  # noqa: E402
 
@@ -42,8 +47,8 @@ def config():
         yield config
 
 
-def common_metadata(batch):
-    return CommonAttentionMetadata(
+def common_metadata(batch, **changes):
+    fields = dict(
         query_start_loc=batch.query_start_loc,
         query_start_loc_cpu=batch.query_start_loc,
         seq_lens=batch.seq_lens,
@@ -54,11 +59,21 @@ def common_metadata(batch):
         block_table_tensor=batch.block_table_tensor,
         slot_mapping=batch.slot_mapping,
         seq_lens_cpu_upper_bound=batch.seq_lens,
+        causal=batch.causal,
     )
+    return CommonAttentionMetadata(**(fields | changes))
+
+
+def test_the_name_that_users_type():
+    """As vLLM reads `--attention-backend`, after the plugins that the environment's packages name."""
+    load_general_plugins()
+    for name in door.BACKENDS:
+        assert AttentionConfig(backend=name).backend.get_class().get_name() == name
 
 
 def attention_builder(backend, config):
     spec = FullAttentionSpec(block_size=16, num_kv_heads=HEADS_KV, head_size=DIM, dtype=torch.float16)
+    assert spec.dcp_sharded
     return backend.get_builder_cls()(spec, ["layer"], config, CPU)
 
 
@@ -81,6 +96,13 @@ def test_mixed_prefill_and_decode(backends, config, layout, kv_cache_dtype):
     batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, layout, kv_cache_dtype)
     expected = cases.expected_attention(batch, q, cache, kv_cache_dtype)
     torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+
+
+def test_a_window_reaches_both_ways_without_causality(backends, config):
+    """By vLLM's mask. Its Triton kernel drops values at the edge of such a window."""
+    batch = Batch(MIXED, causal=False)
+    batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, batch=batch, sliding_window=9)
+    torch.testing.assert_close(out.double(), cases.expected_attention(batch, q, cache, window=9), **TOLERANCE)
 
 
 UNIFIED = {
@@ -133,8 +155,9 @@ def test_facts_of_attention(backends):
     ask = dict(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="fp8", block_size=16, use_mla=False, has_sink=True)
     ask |= dict(use_sparse=False, use_mm_prefix=False, use_per_head_quant_scales=True, attn_type=AttentionType.DECODER)
     ask |= dict(has_sliding_window=True, use_non_causal=True, use_batch_invariant=True, use_kv_connector=True)
-    ask["device_capability"] = SimpleNamespace(major=8, minor=0)
+    ask |= dict(device_capability=SimpleNamespace(major=8, minor=0), use_adaptive_verification=True)
     assert backend.validate_configuration(**ask) == []
+    assert backend.validate_configuration(**ask, use_dcp=True) == []
     for name, value, told in (
         ("head_size", 513, "head_size"),
         ("use_mla", True, "MLA"),
@@ -142,19 +165,81 @@ def test_facts_of_attention(backends):
         ("kv_cache_dtype", "int8_per_token_head", "kv_cache_dtype"),
         ("device_capability", SimpleNamespace(major=7, minor=5), "compute capability"),
         ("use_mm_prefix", True, "multimodal"),
-        ("use_dcp", True, "DCP"),
+        ("use_pcp", True, "PCP"),
     ):
         reasons = backend.validate_configuration(**(ask | {name: value}))
         assert [told in reason for reason in reasons] == [True], (name, reasons)
 
 
-def test_graphs_are_captured_over_short_sequences(backends, config):
+def test_graphs_follow_vllms_tensors(backends, config):
     batch, builder = Batch(MIXED), attention_builder(backends["TRITON_ATTN_PLUS"], config)
     assert builder.get_cudagraph_support(config, None) == AttentionCGSupport.ALWAYS
+    assert builder.supports_draft_decode_metadata_update
     metadata = builder.build_for_cudagraph_capture(common_metadata(batch))
     assert metadata.seq_lens is batch.seq_lens
-    assert (batch.seq_lens == 1).all()
     assert builder.build_for_drafting(common_metadata(batch), 0).block_table is batch.block_table_tensor
+
+
+@pytest.fixture
+def two_ranks(config, monkeypatch):
+    """A function that makes the groups of two ranks, of which vLLM's state has one at a time, and the ranks."""
+    config.parallel_config.decode_context_parallel_size = 2
+    ranks = Ranks(2)
+
+    def on_each(function):
+        made = []
+        for rank in range(2):
+            monkeypatch.setattr(parallel_state, "_DCP", Group(ranks, rank))
+            made.append(function(rank))
+        return made
+
+    return ranks, on_each
+
+
+def correct_out(outputs, new_output, lses, vlse, lse_idx, ctx, is_base_e):
+    """vLLM's kernel without its launcher, which needs compiled code."""
+    strides = *outputs.stride(), *lses.stride()
+    kernel = dcp.CorrectAttnCPOutKernel.kernel[(*outputs.shape[:2], 1)]
+    kernel(outputs, new_output, lses, vlse, *strides, lse_idx, outputs.shape[-1], len(lses), is_base_e)
+
+
+@pytest.mark.parametrize(("interleave", "capture"), [(1, False), (4, True)])
+def test_ranks_that_share_the_keys_are_as_one(backends, config, monkeypatch, two_ranks, interleave, capture):
+    """vLLM's groups are doubles; its exchange and correction run."""
+    monkeypatch.setattr(dcp, "_CORRECT_ATTN_CP_OUT_KERNEL", correct_out)
+    config.parallel_config.cp_kv_cache_interleave_size = interleave
+    backend, (ranks, on_each) = backends["TRITON_ATTN_PLUS"], two_ranks
+    impls = on_each(lambda rank: backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, 1))
+    builders = on_each(lambda rank: attention_builder(backend, config))
+    assert [impl.need_to_return_lse_for_decode for impl in impls] == [True, True]
+    assert [impl.dcp_combine for impl in impls] == [dcp.cp_lse_ag_out_rs] * 2
+    assert [builder.supports_draft_decode_metadata_update for builder in builders] == [False, False]
+    requests = ((1, 2), *MIXED)
+    q = randn(Batch(requests).num_tokens, 2 * HEADS, DIM, seed=9)
+
+    def run_rank(group):
+        rank = group.rank_in_group
+        shard, impl = Shard(requests, rank, 2, interleave), impls[rank]
+        cache = cases.new_cache(shard, heads_kv=1)
+        cases.fill_cache(impl, shard, cache, heads_kv=1)
+        build, common = builders[rank].build_for_cudagraph_capture, common_metadata(shard)
+        metadata = build(common) if capture else builders[rank].build(0, common)
+        new = (randn(shard.num_tokens, 1, DIM, seed=seed) for seed in (4, 5))
+        own = q.chunk(2, dim=1)[rank]
+        return impl.forward(cases.LAYER, own, *new, cache, metadata, torch.full_like(own, torch.nan))
+
+    found = torch.cat(ranks.run(run_rank), dim=1)
+    batch, one = Batch(requests), door.PagedAttention(HEADS, DIM, DIM**-0.5, 1)
+    cache = cases.new_cache(batch, heads_kv=1)
+    cases.fill_cache(one, batch, cache, heads_kv=1)
+    torch.testing.assert_close(found.double(), cases.expected_attention(batch, q, cache), **TOLERANCE)
+
+
+def test_ranks_exchange_as_configured(backends, config, two_ranks):
+    config.parallel_config.dcp_comm_backend = "a2a"
+    make, (_, on_each) = backends["TRITON_ATTN_PLUS"].get_impl_cls(), two_ranks
+    for impl in on_each(lambda rank: make(HEADS, DIM, 1.0, 1)):
+        assert impl.dcp_combine is dcp.dcp_a2a_lse_reduce
 
 
 def test_batch_invariance_fixes_splits_and_queries(backends, config, monkeypatch):
@@ -187,13 +272,14 @@ class PrefillBackend:
         pass
 
 
-def latent_builder(backend, config, monkeypatch, kv_cache_dtype, num_speculative_tokens=0):
+def latent_builder(backend, config, monkeypatch, kv_cache_dtype, num_speculative_tokens=0, is_adaptive=False):
     layer = SimpleNamespace(q_lora_rank=None, kv_lora_rank=RANK, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE)
     layer.v_head_dim, layer.num_heads, layer.prefill_backend = V_DIM, HEADS, PrefillBackend()
     model = SimpleNamespace(dtype=torch.float16, max_model_len=64, get_head_size=lambda: 576)
     speculative = None
     if num_speculative_tokens:
         speculative = SimpleNamespace(num_speculative_tokens=num_speculative_tokens, parallel_drafting=False)
+        speculative.enable_adaptive_verification = is_adaptive
     whole = SimpleNamespace(
         model_config=model,
         speculative_config=speculative,
@@ -214,16 +300,18 @@ def latent_builder(backend, config, monkeypatch, kv_cache_dtype, num_speculative
     return builder_class(spec, ["layer"], whole, CPU)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
-@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_ds_mla"])
+@pytest.mark.parametrize("num_queries", [(1, 1), (3, 3), (3, 1)], ids=["single", "uniform", "ragged"])
 def test_mla_decodes_and_prefills(backends, config, monkeypatch, kv_cache_dtype, num_queries):
     """Two decodes, which may draft, then prefills with and without context in chunks."""
     backend = backends["TRITON_ATTN_PLUS_MLA"]
-    batch = Batch(((20, num_queries), (33, num_queries), (40, 9), (0, 5), (17, 12)))
+    decodes = Batch([*zip((20, 33), num_queries)])
+    batch = Batch([*zip((20, 33), num_queries), (40, 9), (0, 5), (17, 12)])
     impl = latent_impl(backend, kv_cache_dtype)
-    builder = latent_builder(backend, config, monkeypatch, kv_cache_dtype, num_queries - 1)
+    builder = latent_builder(backend, config, monkeypatch, kv_cache_dtype, max(num_queries) - 1)
     metadata = builder.build(0, common_metadata(batch))
     assert (metadata.num_decodes, metadata.num_prefills) == (2, 3)
+    assert (metadata.decode.query_start_loc is None) == (len({*num_queries}) == 1)
     cache = cases.new_latent_cache(batch, kv_cache_dtype)
     latents, ropes = cases.fill_latent_cache(impl, batch, cache, kv_cache_dtype)
     decoded = metadata.num_decode_tokens
@@ -232,14 +320,13 @@ def test_mla_decodes_and_prefills(backends, config, monkeypatch, kv_cache_dtype,
     q_nope, q_pe = absorbed.split([RANK, ROPE], dim=-1)
     out, lse = impl.forward_mqa((q_nope, q_pe), cache, metadata, cases.LAYER)
     assert lse is None
-    decodes = Batch(((20, num_queries), (33, num_queries)))
     expected, _ = cases.expected_latent(decodes, q_nope, q_pe, impl.scale, True, kv_cache_dtype)
     torch.testing.assert_close(out.double(), expected, **TOLERANCE)
 
     q = randn(batch.num_tokens, HEADS, NOPE + ROPE, seed=13)
     output = torch.full((batch.num_tokens - decoded, HEADS * V_DIM), torch.nan, dtype=q.dtype)
     ropes = ropes.unsqueeze(1)
-    impl.forward_mha(q[decoded:], latents[decoded:], ropes[decoded:], cache, metadata, torch.ones(1), output)
+    impl.forward_mha(q[decoded:], latents[decoded:], ropes[decoded:], cache, metadata, cases.LAYER._k_scale, output)
     expected = cases.expected_prefill(batch, q, impl.kv_b_proj, impl.scale, kv_cache_dtype)[decoded:]
     torch.testing.assert_close(output.view(-1, HEADS, V_DIM).double(), expected, **TOLERANCE)
 
@@ -252,14 +339,34 @@ def test_mla_prefill_with_context_parallelism_is_vllms(backends, config, monkeyp
     assert calls == [(1, 2, 3)]
 
 
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_graphs_of_mla_decodes_as_vllm_replays_them(backends, config, monkeypatch, is_adaptive):
+    """With adaptive verification a graph of three queries each is replayed for fewer, whose rows the device knows."""
+    builder = latent_builder(backends["TRITON_ATTN_PLUS_MLA"], config, monkeypatch, "auto", 2, is_adaptive)
+    batch = Batch(((20, 3), (33, 3)))
+    decode = builder.build_for_cudagraph_capture(common_metadata(batch)).decode
+    assert decode.max_query_len == 3
+    assert decode.query_start_loc is None or is_adaptive
+    assert not is_adaptive or decode.query_start_loc.data_ptr() == batch.query_start_loc.data_ptr()
+
+
 def test_facts_of_mla(backends, config):
     backend = backends["TRITON_ATTN_PLUS_MLA"]
     assert backend.is_mla()
     assert backend.supports_dcp()
     assert not backend.supports_pcp()
-    assert not backend.supports_device_cpu_query_lens_mismatch()
+    assert backend.supports_device_cpu_query_lens_mismatch()
     assert backend.supports_kv_cache_dtype("fp8_ds_mla")
-    assert not backend.supports_kv_cache_dtype("fp8")
+    assert backend.supports_kv_cache_dtype("fp8")
+    assert not backend.supports_kv_cache_dtype("fp8_e5m2")
     assert backend.get_builder_cls().get_cudagraph_support(config, None) == AttentionCGSupport.UNIFORM_BATCH
+    sizes = SimpleNamespace(
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        speculative_config=SimpleNamespace(num_speculative_tokens=3, parallel_drafting=False),
+        use_v2_model_runner=True,
+    )
+    assert backend.get_builder_cls().get_varlen_cudagraph_max_query_len(sizes, None) == 4
+    sizes.parallel_config.decode_context_parallel_size = 2
+    assert backend.get_builder_cls().get_varlen_cudagraph_max_query_len(sizes, None) is None
     impl = latent_impl(backend, "auto")
     assert (impl.can_return_lse_for_decode, impl.lse_base_on_e, impl.supports_quant_query_input) == (True, True, False)

@@ -38,7 +38,11 @@ class Case:
     rows follow the last sequence; max_seqlen_q is a bound of these lengths, None the longest."""
 
     dtype: torch.dtype = torch.float16
-    is_fp8: bool = False
+    is_fp8: bool = False  # rows of bytes with scales
+    cache_dtype: torch.dtype | None = None  # else: fp8 with the factors k_scale and k_pe_scale; None is dtype
+    k_scale: float | None = None
+    k_pe_scale: float | None = None
+    scale_tensors: bool = False
     page_size: int = 16
     seqlen_q: int = 1
     seqlens_k: tuple = (47, 100, 1)
@@ -99,7 +103,7 @@ class Inputs:
         num_pages = sum(counts) + 2
         pages = torch.randperm(num_pages, generator=self.generator).tolist()
         self.block_table = torch.full((len(counts), max(counts, default=0) + 2), DEAD_ENTRY, dtype=torch.int32)
-        dtype, width = case.dtype, case.kv_lora_rank + case.qk_rope_head_dim
+        dtype, width = case.cache_dtype or case.dtype, case.kv_lora_rank + case.qk_rope_head_dim
         if case.is_fp8:
             dtype, width = latent_storage(case.kv_lora_rank, case.qk_rope_head_dim, torch.float8_e4m3fn)
         shape = (num_pages, 3, case.page_size, width + 16) if case.one_layer else (num_pages, case.page_size, width)
@@ -113,14 +117,37 @@ class Inputs:
             keys = torch.arange(n)
             slots = own[keys // case.page_size] * case.page_size + keys % case.page_size
             latents, k_pe = self._randn(n, case.kv_lora_rank), self._randn(n, case.qk_rope_head_dim)
+            places = own[keys // case.page_size], keys % case.page_size
             if case.qk_rope_head_dim:
                 with mock.patch.dict("os.environ", TRITON_ATTN_BACKEND="reference"):
-                    append_latent_cache(latents, k_pe, self.cache, slots.to(DEVICE))
+                    append_latent_cache(latents, k_pe, self.cache, slots.to(DEVICE), **self.scales)
+            elif dtype.itemsize == 1:
+                latents = (latents.float() / (case.k_scale or 1.0)).to(dtype)
+                self.cache.view(torch.uint8)[places] = latents.view(torch.uint8)
             else:
-                self.cache[own[keys // case.page_size], keys % case.page_size] = latents
-            stored = self.cache[own[keys // case.page_size], keys % case.page_size]
-            self.rows.append(read_latent_cache(stored, case.kv_lora_rank, case.qk_rope_head_dim, torch.float64))
+                self.cache[places] = latents / (case.k_scale or 1.0)
+            stored = self.cache.view(torch.uint8)[places].view(dtype) if dtype.itemsize == 1 else self.cache[places]
+            self.rows.append(self._read(stored))
         self.block_table = self.block_table.to(DEVICE)
+
+    def _read(self, stored):
+        """Rows of the cache in fp64. Scales of fp32 are exact."""
+        case = self.case
+        rows = read_latent_cache(stored, case.kv_lora_rank, case.qk_rope_head_dim, torch.float64)
+        k_scale = 1.0 if case.k_scale is None else case.k_scale
+        factors = torch.tensor([k_scale, k_scale if case.k_pe_scale is None else case.k_pe_scale]).double()
+        rows[:, : case.kv_lora_rank] *= factors[0].item()
+        rows[:, case.kv_lora_rank :] *= factors[1].item()
+        return rows
+
+    @property
+    def scales(self):
+        """Options of both functions."""
+        numbers = dict(k_scale=self.case.k_scale, k_pe_scale=self.case.k_pe_scale)
+        given = {name: x for name, x in numbers.items() if x is not None}
+        if self.case.scale_tensors:
+            return {name: torch.tensor([x], device=DEVICE) for name, x in given.items()}
+        return given
 
     @property
     def places(self):
@@ -158,6 +185,7 @@ class Inputs:
             causal=case.causal,
             softmax_scale=case.softmax_scale,
             **self.rope,
+            **self.scales,
             **options,
         )
 

@@ -20,13 +20,14 @@ class Batch:
     `padding` tokens follow the last one, with slots of -1.
     """
 
-    def __init__(self, requests, page=PAGE, padding=0):
+    def __init__(self, requests, page=PAGE, padding=0, causal=True):
         before, new = (torch.tensor(lengths, dtype=torch.int32) for lengths in zip(*requests))
         self.seq_lens = before + new
         self.query_start_loc = torch.cat([torch.zeros(1, dtype=torch.int32), new.cumsum(0, dtype=torch.int32)])
         self.num_reqs, self.num_actual_tokens = len(requests), int(new.sum())
         self.max_query_len, self.max_seq_len = int(new.max()), int(self.seq_lens.max())
-        self.causal, self.mm_req_doc_ranges = True, None
+        self.causal, self.mm_req_doc_ranges = causal, None
+        self.query_start_loc_cpu, self.seq_lens_cpu_upper_bound = self.query_start_loc, self.seq_lens
         self.page, self.width = page, -(-self.max_seq_len // page) + 1
         self.num_blocks = self.num_reqs * self.width + 1
         pages = torch.randperm(self.num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
@@ -41,6 +42,23 @@ class Batch:
 
     def queries(self, i):
         return slice(int(self.query_start_loc[i]), int(self.query_start_loc[i + 1]))
+
+
+class Shard(Batch):
+    """What one rank holds of a Batch with decode context parallelism: `interleave` keys of each request in turn. The
+    other keys have slots of -1.
+    """
+
+    def __init__(self, requests, rank, world_size, interleave=1, **options):
+        self.rank, self.world_size, self.interleave = rank, world_size, interleave
+        super().__init__(requests, **options)
+
+    def slots(self, i, start=0):
+        positions = torch.arange(start, int(self.seq_lens[i]))
+        turns = positions // self.interleave
+        positions = turns // self.world_size * self.interleave + positions % self.interleave
+        slots = self.block_table_tensor[i].long()[positions // self.page] * self.page + positions % self.page
+        return slots.where(turns % self.world_size == self.rank, -1)
 
 
 def new_cache(batch, layout="HND", dtype=torch.float16, heads_kv=HEADS_KV, dim=DIM):
@@ -71,9 +89,9 @@ def attend(q, k, v, scale, causal=True, window=None, softcap=0.0, slopes=None, s
     distance = torch.arange(len(k)) - (torch.arange(len(q))[:, None] + len(k) - len(q))
     if slopes is not None:
         scores = scores - torch.tensor(slopes).double()[:, None, None] * distance.abs()
-    hidden = (distance > 0) & bool(causal or window)
+    hidden = (distance > 0) & bool(causal)
     if window:
-        hidden = hidden | (distance <= -window)
+        hidden = hidden | (distance.abs() >= window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
         sinks = sinks.double()[:, None, None].expand(-1, len(q), 1)
@@ -112,17 +130,22 @@ class Projection(torch.nn.Module):
 
 def new_latent_cache(batch, kv_cache_dtype="auto"):
     width, dtype, fill = RANK + ROPE, torch.float16, torch.nan
+    if kv_cache_dtype != "auto":
+        dtype, fill = torch.uint8, 0x7F
     if kv_cache_dtype == "fp8_ds_mla":
-        width, dtype, fill = RANK + 4 * (RANK // 128) + 2 * ROPE, torch.uint8, 0x7F
+        width = RANK + 4 * (RANK // 128) + 2 * ROPE
     return torch.full((batch.num_blocks, batch.page, width), fill, dtype=dtype)
 
 
 def latents_of(batch, i, kv_cache_dtype="auto"):
-    """The latent vectors and rotary keys of a request; with fp8_ds_mla as they are after rounding."""
+    """The latent vectors and rotary keys of a request, as they are after rounding."""
     seqlen = int(batch.seq_lens[i])
     latents, ropes = randn(seqlen, RANK, seed=20 + i), randn(seqlen, ROPE, seed=40 + i)
     if kv_cache_dtype == "auto":
         return latents, ropes
+    if kv_cache_dtype == "fp8":
+        scale = LAYER._k_scale
+        return tuple((x.float() / scale).to(torch.float8_e4m3fn).float() * scale for x in (latents, ropes))
     blocks = latents.float().unflatten(-1, (-1, 128))
     scales = torch.exp2((blocks.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-4).log2().ceil())
     return ((blocks / scales).to(torch.float8_e4m3fn).float() * scales).flatten(-2), ropes.bfloat16().float()
@@ -133,7 +156,7 @@ def fill_latent_cache(impl, batch, cache, kv_cache_dtype="auto"):
     new_latents, new_ropes = [], []
     for i in range(batch.num_reqs):
         latents, ropes = latents_of(batch, i)
-        impl.do_kv_cache_update(latents, ropes.unsqueeze(1), cache, batch.slots(i), kv_cache_dtype, torch.ones(1))
+        impl.do_kv_cache_update(latents, ropes.unsqueeze(1), cache, batch.slots(i), kv_cache_dtype, LAYER._k_scale)
         rows = batch.queries(i)
         start = len(latents) - (rows.stop - rows.start)
         new_latents.append(latents[start:])

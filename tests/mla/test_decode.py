@@ -35,6 +35,37 @@ def test_the_widths_of_deepseek(dtype, is_fp8):
     check(Case(dtype=dtype, is_fp8=is_fp8, seqlen_q=2, seqlens_k=(70, 33), num_heads=16, num_splits=2, **widths))
 
 
+SCALES = {
+    "none": {},
+    "one": dict(k_scale=0.3),
+    "two": dict(k_scale=0.3, k_pe_scale=1.7),
+    "rotary": dict(k_pe_scale=1.7),
+}
+
+
+@pytest.mark.ci(but_each=5)
+@pytest.mark.oldest
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2, None], ids=str)
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("scales", SCALES)
+def test_scales_of_the_whole_cache(scales, as_tensors, cache_dtype, dtype):
+    """fp8 latent vectors and rotary keys with a factor of each; a cache in q's dtype may have them too."""
+    options = dict(dtype=dtype, cache_dtype=cache_dtype, scale_tensors=as_tensors, kv_lora_rank=100)
+    check(Case(**options, **SCALES[scales], num_splits=2, two_tensors=as_tensors))
+    check(Case(**options, **SCALES[scales], with_uk=False, with_uv=False, softmax_scale=0.2))
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
+@pytest.mark.parametrize("rope_dim", [64, 0])
+@pytest.mark.parametrize("config", [TILES, MlaDecodeConfig(64, 64, 8, 1)], ids=["16 rows", "64 rows"])
+def test_plain_fp8_at_the_widths_of_deepseek(config, rope_dim):
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=rope_dim, kv_lora_rank=512, v_head_dim=128)
+    cache = dict(cache_dtype=torch.float8_e4m3fn, k_scale=0.125, page_size=64)
+    check(Case(**cache, **widths, seqlens_k=(70, 33), num_heads=16, seqlens_q=(3, 1), config=config))
+
+
 @pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @pytest.mark.parametrize("causal", [True, False])

@@ -92,6 +92,24 @@ DECODE = [
     ),
     ({"rope_cache": torch.zeros(4, 16, ROPE)}, ValueError, f"latent_cache: expected shape .*{RANK}"),
     (
+        {"latent_cache": torch.zeros(4, 16, RANK).to(torch.float8_e4m3fn), "rope_cache": torch.zeros(4, 16, ROPE)},
+        TypeError,
+        "rope_cache: expected torch.float8_e4m3fn, got torch.float32",
+    ),
+    ({"k_scale": 0.0}, ValueError, "k_scale: expected a number above 0"),
+    ({"k_scale": torch.ones(2)}, ValueError, r"k_scale: expected shape \(1,\), got shape \(2,\)"),
+    ({"k_pe_scale": torch.ones(1).half()}, TypeError, "k_pe_scale: expected torch.float32"),
+    (
+        {"latent_cache": torch.zeros(4, 16, 148, dtype=torch.uint8), "k_scale": 2.0},
+        ValueError,
+        "k_scale: expected None with a uint8 cache",
+    ),
+    (
+        {"latent_cache": torch.zeros(4, 16, 148, dtype=torch.uint8), "k_pe_scale": torch.ones(1)},
+        ValueError,
+        "k_pe_scale: expected None with a uint8 cache",
+    ),
+    (
         {"latent_cache": torch.zeros(4, 16, RANK), "rope_cache": torch.zeros(4, 16, ROPE + 1)},
         ValueError,
         "rope_cache: expected shape",
@@ -99,7 +117,7 @@ DECODE = [
     (
         {"q_pe": torch.zeros(2, 1, HEADS, 0), "latent_cache": torch.zeros(4, 16, 1, dtype=torch.uint8)},
         ValueError,
-        "q_pe: expected 1 or more columns with an fp8 cache",
+        "q_pe: expected 1 or more columns with a uint8 cache",
     ),
     ({"rope_cos": torch.zeros(9, 2)}, TypeError, "rope_cos, rope_sin: expected both or none"),
     ({"rope_cos": torch.zeros(9, 5), "rope_sin": torch.zeros(9, 5)}, ValueError, "rope_cos: expected 1 to 4 columns"),

@@ -163,13 +163,21 @@ def check_cache_scale(name, scale, num_heads_kv, device):
 
     Returns it, a number as a float."""
     if isinstance(scale, torch.Tensor):
-        check_per_head(name, scale, ((1,), (num_heads_kv,)), device, (torch.float32,))
+        check_per_head(name, scale, ((1,),) if num_heads_kv == 1 else ((1,), (num_heads_kv,)), device, (torch.float32,))
         check_last_contiguous(name, scale)
     elif scale is not None:
         scale = check_number(name, scale)
         if scale <= 0:
             fail(name, "a number above 0", scale)
     return scale
+
+
+def check_latent_scales(latent_cache, k_scale, k_pe_scale):
+    """Both, as `check_cache_scale` returns them, of a latent cache that has been checked."""
+    for name, scale in (("k_scale", k_scale), ("k_pe_scale", k_pe_scale)):
+        if scale is not None and latent_cache.dtype == torch.uint8:
+            fail(name, "None with a uint8 cache, whose rows hold scales", type(scale).__name__)
+        yield check_cache_scale(name, scale, 1, latent_cache.device)
 
 
 def check_kernel_dtype(q):

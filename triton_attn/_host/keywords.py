@@ -43,6 +43,8 @@ class Paged(Masked, total=False):
 
 class LatentDecode(Common, total=False):
     rope_cache: Tensor | None
+    k_scale: float | Tensor | None
+    k_pe_scale: float | Tensor | None
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int | Tensor | None
     rope_cos: Tensor | None

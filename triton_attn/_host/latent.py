@@ -1,4 +1,8 @@
-"""Memory layout of a row of a latent KV cache: one token's latent vector, then its rotary key."""
+"""Memory layout of a row of a latent KV cache: one token's latent vector, then its rotary key.
+
+A cache of 16-bit, fp32 or fp8 elements holds these alone. A uint8 cache holds bytes of e4m3 elements with scales of
+their own, then of bf16 rotary keys.
+"""
 
 import torch
 
@@ -22,7 +26,7 @@ def latent_row(kv_lora_rank, qk_rope_head_dim):
 
 
 def latent_storage(kv_lora_rank, qk_rope_head_dim, dtype):
-    """(dtype, elements) of a row of a cache of the given dtype; float8_e4m3fn means the fp8 layout."""
+    """(dtype, elements) of a row of a cache of the given dtype; float8_e4m3fn means rows with scales."""
     if dtype == torch.float8_e4m3fn:
         return torch.uint8, latent_row(kv_lora_rank, qk_rope_head_dim)[2]
     if dtype not in KERNEL_DTYPES:
@@ -33,7 +37,7 @@ def latent_storage(kv_lora_rank, qk_rope_head_dim, dtype):
 def latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim):
     """Views of the latent vectors (..., kv_lora_rank), their scales (..., kv_lora_rank / 128) and the rotary keys.
 
-    An fp8 cache is uint8; its views are uint8, float32 and bfloat16. Other caches have no scales: None.
+    Those of a uint8 cache are uint8, float32 and bfloat16. Other caches have no scales: None.
     """
     if latent_cache.dtype != torch.uint8:
         latents, rope_keys = latent_cache.split([kv_lora_rank, qk_rope_head_dim], dim=-1)
@@ -47,9 +51,21 @@ def latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim):
 
 
 def read_latent_cache(latent_cache, kv_lora_rank, qk_rope_head_dim, dtype=torch.float32):
-    """The contents of a cache (..., row) of either layout: (..., kv_lora_rank + qk_rope_head_dim) in dtype."""
-    latents, scales, rope_keys = latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim)
+    """The contents of a cache (..., row) of any layout: (..., kv_lora_rank + qk_rope_head_dim) in dtype."""
+    return read_latent_parts(latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim), dtype)
+
+
+def read_latent_parts(parts, dtype, k_scale=None, k_pe_scale=None):
+    """[latent vectors, rotary keys] of `latent_parts` in dtype, times k_scale and k_pe_scale: a number, a tensor of
+    one, or None, which is 1, and for rotary keys k_scale."""
+    latents, scales, rope_keys = parts
     if scales is not None:
         latents = latents.view(torch.float8_e4m3fn).to(dtype).unflatten(-1, (-1, SCALE_BLOCK))
         latents = (latents * scales.to(dtype).unsqueeze(-1)).flatten(-2)
-    return torch.cat([latents.to(dtype), rope_keys.to(dtype)], dim=-1)
+    latents, rope_keys = latents.to(dtype), rope_keys.to(dtype)
+    if k_scale is not None:
+        latents = latents * k_scale
+    k_pe_scale = k_scale if k_pe_scale is None else k_pe_scale
+    if k_pe_scale is not None:
+        rope_keys = rope_keys * k_pe_scale
+    return torch.cat([latents, rope_keys], dim=-1)

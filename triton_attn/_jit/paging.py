@@ -95,3 +95,22 @@ def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
     # The exponent bias is 7 in e4m3 and 15 in fp16.
     values = shifted.to(tl.float16, bitcast=True) * 256.0
     return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)
+
+
+@triton.jit
+def decode_tile(tile, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
+    """`decode_float8` of each piece of a tile, in the given dtype."""
+    first = decode_float8(tile[0], MANTISSA_BITS, NATIVE).to(dtype)
+    if len(tile) > 1:
+        return first, decode_float8(tile[1], MANTISSA_BITS, NATIVE).to(dtype)
+    else:
+        return (first,)
+
+
+@triton.jit
+def load_scale(scale):
+    """The factor of a Scale that all heads share."""
+    factor = scale.value
+    if factor.dtype.is_ptr():
+        factor = tl.load(factor)
+    return factor

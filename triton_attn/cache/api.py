@@ -13,6 +13,7 @@ from .._host.checks import (
     check_bool,
     check_cache_scale,
     check_last_contiguous,
+    check_latent_scales,
     check_rope_tables,
     check_rows_aligned,
     check_tensor,
@@ -145,6 +146,8 @@ def append_latent_cache(
     latent_cache: Tensor,
     slot_mapping: Tensor,
     *,
+    k_scale: float | Tensor | None = None,
+    k_pe_scale: float | Tensor | None = None,
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
     positions: Tensor | None = None,
@@ -153,12 +156,13 @@ def append_latent_cache(
 ) -> None:
     """Write the latent vectors and rotary keys of new tokens in their slots of an MLA cache, in place.
 
-        latent_cache[page, offset] = [kv_latent[t], rope(k_pe[t], positions[t])]
+        latent_cache[page, offset] = [kv_latent[t] / k_scale, rope(k_pe[t], positions[t]) / k_pe_scale]
         page, offset = divmod(slot_mapping[t], page_size)
 
-    with the rotation of `append_kv_cache`, of k_pe alone. A uint8 cache has the fp8 layout of FlashMLA and
-    DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 elements x / scale, an fp32 scale for every 128 of them, and
-    qk_rope_head_dim bf16 elements, not scaled; 656 bytes for 512 + 64. With amax the largest magnitude of the 128,
+    with the rotation of `append_kv_cache`, of k_pe alone; fp8 saturates at the largest finite value. A uint8 cache has
+    the fp8 layout of FlashMLA and DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 elements x / scale, an fp32 scale for
+    every 128 of them, and qk_rope_head_dim bf16 elements, not scaled; 656 bytes for 512 + 64. With amax the largest
+    magnitude of the 128,
 
         scale = 2^ceil(log2(max(amax / 448, 1e-4)))
 
@@ -167,11 +171,16 @@ def append_latent_cache(
 
     Args:
         kv_latent: (num_tokens, kv_lora_rank), fp16, bf16 or fp32; the last dimension contiguous; after its norm.
-        k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection.
-        latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of kv_latent's dtype, or uint8 (num_pages,
-            page_size, bytes), for which 128 must divide kv_lora_rank, 2 qk_rope_head_dim, and 4 the rows' addresses.
+        k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection. qk_rope_head_dim
+            may be 0, but with a uint8 cache.
+        latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of kv_latent's dtype, float8_e4m3fn or
+            float8_e5m2, or uint8 (num_pages, page_size, bytes), for which 128 must divide kv_lora_rank, 2
+            qk_rope_head_dim, and 4 the rows' addresses.
         slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token with a negative slot,
             or with one beyond the cache, is skipped, and its other arguments are not read.
+        k_scale: factor of cached elements: a number above 0, or an fp32 tensor (1,). None is 1. A uint8 cache has
+            none.
+        k_pe_scale: that of rotary keys, where it is another one. None is k_scale.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k_pe's dtype; rotary_dim at most
             qk_rope_head_dim.
         positions: (num_tokens,) int32 or int64; needed with rope_cos. One without an angle has the nearest one's.
@@ -189,15 +198,17 @@ def append_latent_cache(
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
     _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
+    scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
+    (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k_pe", k_pe, rope_cos, rope_sin, positions)
-    tensors = kv_latent, k_pe, latent_cache, slot_mapping, rope_cos, rope_sin, positions
-    more = rope_interleaved, should_check_values(check_values)
+    tensors = kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions
+    more = k_number, k_pe_number, rope_interleaved, should_check_values(check_values)
     if not is_observed(*tensors):
         _append_latent_cache(*tensors, *more)
         return
-    names = "kv_latent", "k_pe", "latent_cache", "slot_mapping", "rope_cos", "rope_sin", "positions"
-    _refuse_transforms(names, tensors)
+    names = "kv_latent", "k_pe", "latent_cache", "slot_mapping", "k_scale", "k_pe_scale", "rope_cos", "rope_sin"
+    _refuse_transforms((*names, "positions"), tensors)
     _append_latent_cache_operator(*tensors, *more)
 
 
@@ -206,12 +217,17 @@ def _append_latent_cache(
     k_pe: Tensor,
     latent_cache: Tensor,
     slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    k_pe_scale: Tensor | None,
     rope_cos: Tensor | None,
     rope_sin: Tensor | None,
     positions: Tensor | None,
+    k_number: float | None,
+    k_pe_number: float | None,
     rope_interleaved: bool,
     check_values: bool,
 ) -> None:
+    factors = (k_number if k_scale is None else k_scale), (k_pe_number if k_pe_scale is None else k_pe_scale)
     if latent_cache.dtype == torch.uint8:
         check_rows_aligned("latent_cache", latent_cache)
     if check_values:
@@ -223,6 +239,8 @@ def _append_latent_cache(
             k_pe,
             latent_cache,
             slot_mapping,
+            k_scale=factors[0],
+            k_pe_scale=factors[1],
             rope_cos=rope_cos,
             rope_sin=rope_sin,
             positions=positions,
@@ -231,7 +249,7 @@ def _append_latent_cache(
         return
     from .kernels.append_latent import launch_append_latent_cache
 
-    launch_append_latent_cache(kv_latent, k_pe, latent_cache, slot_mapping, *rope)
+    launch_append_latent_cache(kv_latent, k_pe, latent_cache, slot_mapping, *factors, *rope)
 
 
 _append_latent_cache_operator = torch.library.custom_op(
@@ -329,13 +347,13 @@ def _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping):
     device = kv_latent.device
     check_tensor("k_pe", k_pe, (num_tokens, "qk_rope_head_dim"), (kv_latent.dtype,), device)
     qk_rope_head_dim = k_pe.shape[1]
-    for name, x in (("kv_latent", kv_latent), ("k_pe", k_pe)):
+    has_scales = isinstance(latent_cache, torch.Tensor) and latent_cache.dtype == torch.uint8
+    for name, x, least in (("kv_latent", kv_latent, 1), ("k_pe", k_pe, int(has_scales))):
         check_last_contiguous(name, x)
-        if not 1 <= x.shape[1] <= MAX_HEAD_DIM:
-            fail(name, f"a last dimension of 1 to {MAX_HEAD_DIM}", x.shape[1])
-    is_fp8 = isinstance(latent_cache, torch.Tensor) and latent_cache.dtype == torch.uint8
-    _, width = latent_storage(kv_lora_rank, qk_rope_head_dim, torch.float8_e4m3fn if is_fp8 else kv_latent.dtype)
-    dtypes = (kv_latent.dtype, torch.uint8)
+        if not least <= x.shape[1] <= MAX_HEAD_DIM:
+            fail(name, f"a last dimension of {least} to {MAX_HEAD_DIM}", x.shape[1])
+    _, width = latent_storage(kv_lora_rank, qk_rope_head_dim, torch.float8_e4m3fn if has_scales else kv_latent.dtype)
+    dtypes = (kv_latent.dtype, *FLOAT8_MANTISSA_BITS, torch.uint8)
     check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), dtypes, device)
     check_last_contiguous("latent_cache", latent_cache)
     _check_index("slot_mapping", slot_mapping, (num_tokens,), (torch.int64,), device)

@@ -34,10 +34,8 @@ def append_kv_cache(
         cos, sin = (table[at].float().unsqueeze(1) for table in (rope_cos, rope_sin))
         k = rotate(k, cos, sin, rope_interleaved)
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        if scale is not None:
-            x = x / torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(-1, 1)
         page_size = cache.shape[1]
-        _bits(cache)[slots // page_size, slots % page_size] = _bits(_round(x, cache.dtype))
+        _bits(cache)[slots // page_size, slots % page_size] = _bits(_scaled(x, scale, cache.dtype))
 
 
 @torch.no_grad()
@@ -47,6 +45,8 @@ def append_latent_cache(
     latent_cache: Tensor,
     slot_mapping: Tensor,
     *,
+    k_scale: float | Tensor | None = None,
+    k_pe_scale: float | Tensor | None = None,
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
     positions: Tensor | None = None,
@@ -61,7 +61,7 @@ def append_latent_cache(
     latents, scales, rope_keys = latent_parts(latent_cache, kv_latent.shape[1], k_pe.shape[1])
     kv_latent, k_pe = kv_latent[written], k_pe[written].float()
     if scales is None:
-        latents[places] = kv_latent
+        _bits(latents)[places] = _bits(_scaled(kv_latent, k_scale, latents.dtype))
     else:
         blocks = kv_latent.float().unflatten(1, (-1, SCALE_BLOCK))
         scale = _latent_scale(blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(dim=2))
@@ -71,7 +71,8 @@ def append_latent_cache(
         at = positions[written].clamp(0, len(rope_cos) - 1)
         cos, sin = (table[at].float() for table in (rope_cos, rope_sin))
         k_pe = rotate(k_pe, cos, sin, rope_interleaved)
-    rope_keys[places] = k_pe.to(rope_keys.dtype)
+    k_pe_scale = k_scale if k_pe_scale is None else k_pe_scale
+    _bits(rope_keys)[places] = _bits(_scaled(k_pe, k_pe_scale, rope_keys.dtype))
 
 
 def _latent_scale(amax):
@@ -91,6 +92,13 @@ def copy_kv_pages(
     for cache in (caches,) if isinstance(caches, torch.Tensor) else caches:
         pages = _bits(cache).transpose(0, 1) if cache.ndim == 5 else _bits(cache)
         pages[dst_pages.long()] = pages[src_pages.long()]
+
+
+def _scaled(x, scale, dtype):
+    """x (..., dim) over a scale, a number or a tensor of one or of one per head, in the dtype of a cache."""
+    if scale is not None:
+        x = x.float() / torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(-1, 1)
+    return _round(x, dtype)
 
 
 def _round(x, dtype):

@@ -179,7 +179,8 @@ def dropout_mask(
     """
     seed = _seed(dropout_seed)
     seed = seed.cpu() if isinstance(seed, Tensor) else seed
-    return _keep_mask(seed, dropout_p, range(batch), num_heads_q, seqlen_q, seqlen_k)
+    mask: Any = _keep_mask(seed, dropout_p, range(batch), num_heads_q, seqlen_q, seqlen_k)
+    return mask
 
 
 def _seed(dropout_seed):

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 from vllm import envs
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed.parallel_state import get_dcp_group, get_dcp_world_size_and_rank
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBackend,
     MLACommonImpl,
@@ -11,6 +13,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadataBuilder,
     QueryLenSupport,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -18,12 +21,16 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     MultipleOf,
+    max_decode_query_len,
 )
+from vllm.v1.attention.ops.dcp import cp_lse_ag_out_rs, dcp_a2a_lse_reduce
 
 from .vllm import (
     FP8_DTYPES,
+    LATENT_FP8_DTYPES,
     PLAIN_DTYPES,
     LatentAttention,
+    LatentMetadataBuilder,
     PagedAttention,
     PagedMetadata,
     PagedMetadataBuilder,
@@ -35,10 +42,15 @@ class AttentionPlusBuilder(PagedMetadataBuilder, AttentionMetadataBuilder[PagedM
     """Full CUDA graphs of any batch: launches depend on shapes alone."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
-    supports_draft_decode_metadata_update = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.dcp_world_size, self.dcp_rank = get_dcp_world_size_and_rank(kv_cache_spec.dcp_sharded)
+        self.dcp_interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
+        self.supports_draft_decode_metadata_update = self.dcp_world_size == 1  # context_lens are computed in `build`
+        if self.dcp_world_size > 1:
+            max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+            self.context_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         if envs.VLLM_BATCH_INVARIANT:
             self.fixed_query_len = vllm_config.scheduler_config.max_num_batched_tokens
 
@@ -46,9 +58,18 @@ class AttentionPlusBuilder(PagedMetadataBuilder, AttentionMetadataBuilder[PagedM
 class AttentionPlusImpl(PagedAttention, AttentionImpl[PagedMetadata]):
     """Queries are never quantized, outputs neither."""
 
+    can_return_lse_for_decode = True
+    lse_base_on_e = True
+    supports_dcp = True
+    supports_mtp_with_cp_non_trivial_interleave_size = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         PagedAttention.__init__(self, *args, **kwargs)
         self.num_splits = 1 if envs.VLLM_BATCH_INVARIANT else 0
+        if self.dcp_world_size > 1:
+            config = get_current_vllm_config_or_none()
+            is_a2a = config is not None and config.parallel_config.dcp_comm_backend == "a2a"
+            self.dcp_group, self.dcp_combine = get_dcp_group(), dcp_a2a_lse_reduce if is_a2a else cp_lse_ag_out_rs
 
 
 class _PlusFacts:
@@ -116,16 +137,25 @@ class AttentionPlusBackend(_PlusFacts, AttentionBackend):
         return attn_type in [*AttentionType]
 
 
-class LatentPlusBuilder(MLACommonMetadataBuilder[MLACommonMetadata]):
-    """Full CUDA graphs of decodes that all have the same number of queries."""
+class LatentPlusBuilder(LatentMetadataBuilder, MLACommonMetadataBuilder[MLACommonMetadata]):
+    """Full CUDA graphs of decodes. With decode context parallelism only single tokens are decodes, since a rank does
+    not know the positions of its keys.
+    """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
     supports_non_causal_multi_token_decode: ClassVar[bool] = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.supports_draft_decode_metadata_update = self.dcp_world_size == 1
+        self.varlen_graphs = getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config, kv_cache_spec):
+        if vllm_config.parallel_config.decode_context_parallel_size > 1:
+            return None
+        return max_decode_query_len(vllm_config)
 
     def update_draft_decode_metadata(self, metadata: MLACommonMetadata) -> None:
         """Nothing to do: its tensors are those that vLLM updates."""
@@ -162,7 +192,12 @@ class LatentPlusImpl(LatentAttention, MLACommonImpl[MLACommonMetadata]):
             attn_type=attn_type,
         )
         self.supports_quant_query_input = False
-        self.num_splits = 1 if envs.VLLM_BATCH_INVARIANT else 0
+        dtype = LATENT_FP8_DTYPES.get(kv_cache_dtype)
+        if self.dcp_world_size > 1 and dtype not in (None, current_platform.fp8_dtype()):
+            raise NotImplementedError(
+                f"kv_cache_dtype: expected no fp8 with decode_context_parallel_size > 1, where vLLM's prefill reads "
+                f"{current_platform.fp8_dtype()}, got {kv_cache_dtype}"
+            )
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
@@ -175,7 +210,7 @@ class LatentPlusImpl(LatentAttention, MLACommonImpl[MLACommonMetadata]):
 class LatentPlusBackend(_PlusFacts, MLACommonBackend):
     """TRITON_ATTN_PLUS_MLA."""
 
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, "fp8_ds_mla"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, *LATENT_FP8_DTYPES, "fp8_ds_mla"]
 
     @staticmethod
     def get_name():
@@ -188,10 +223,6 @@ class LatentPlusBackend(_PlusFacts, MLACommonBackend):
     @staticmethod
     def get_builder_cls():
         return LatentPlusBuilder
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls):
-        return False  # decodes are taken to have as many queries each, as on the host
 
     @classmethod
     def get_supported_head_sizes(cls):

@@ -8,11 +8,13 @@ do not import it. `_vllm_backends`, which vLLM imports on demand, joins them wit
 
 The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side, in
 any physical layout, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
-qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla").
+qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). Caches that are fp8 with a scale per tensor
+are uint8 too, or fp8.
 """
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +37,19 @@ SUPPORT = Support(
         "mm_req_doc_ranges": "ranges, for prefixes that see both ways",
         "use_alibi_sqrt": "True",
         "chunk_lookback": "a number of chunks",
-        "kv_cache_dtype": "neither the model's dtype nor fp8 (attention), fp8_ds_mla (MLA)",
+        "kv_cache_dtype": "neither the model's dtype nor fp8, e5m2 with MLA",
         "logits_soft_cap": "a number, for MLA",
         "sliding_window": "a number, for MLA",
-        "qk_rope_head_dim": "0, for MLA",
+        "qk_rope_head_dim": "0, for MLA with fp8_ds_mla",
+        "decode_context_parallel_size": "2 or more, for attention with sliding_window, alibi_slopes, "
+        "kv_sharing_target_layer_name, cross attention, several KV heads, a head_size that is no power of two",
     },
 )
 
 VERSION = "0.33"
 BACKENDS = {"TRITON_ATTN_PLUS": "AttentionPlusBackend", "TRITON_ATTN_PLUS_MLA": "LatentPlusBackend"}
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+LATENT_FP8_DTYPES = {name: FP8_DTYPES[name] for name in ("fp8", "fp8_e4m3")}  # as vLLM's layer reads its cache
 PLAIN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # "auto" is the model's dtype
 SCALE_BLOCK = 128  # elements of a latent vector that share a scale in the fp8_ds_mla layout
 
@@ -64,7 +69,9 @@ INTERFACE = {
 }
 COMMON_FIELDS = (
     "query_start_loc",
+    "query_start_loc_cpu",
     "seq_lens",
+    "seq_lens_cpu_upper_bound",
     "num_reqs",
     "num_actual_tokens",
     "max_query_len",
@@ -131,7 +138,11 @@ def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> s
 
 @dataclass
 class PagedMetadata:
-    """A batch, for all layers of a group. Tensors are vLLM's persistent ones, so that captured graphs follow them."""
+    """A batch, for all layers of a group. Tensors are vLLM's persistent ones, so that captured graphs follow them.
+
+    context_lens: with decode context parallelism, the keys before the batch's that this rank holds; None if no rank
+    holds any.
+    """
 
     num_actual_tokens: int
     max_query_len: int
@@ -140,15 +151,19 @@ class PagedMetadata:
     block_table: Tensor
     slot_mapping: Tensor
     causal: bool
+    context_lens: Tensor | None = None
 
 
 class PagedMetadataBuilder:
-    """vLLM's batches as PagedMetadata: nothing is computed, and no tensor is copied or read on the host.
+    """vLLM's batches as PagedMetadata: no tensor is copied or read on the host. With decode context parallelism the
+    lengths of this rank are computed, otherwise nothing.
 
     fixed_query_len stands in for the longest query, where results must not depend on the batch.
     """
 
     fixed_query_len: int | None = None
+    dcp_world_size, dcp_rank, dcp_interleave = 1, 0, 1
+    context_lens: Tensor  # (max_num_reqs,), with decode context parallelism; graphs read it
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PagedMetadata:
         common = common_attn_metadata
@@ -156,6 +171,9 @@ class PagedMetadataBuilder:
             raise NotImplementedError(f"causal: expected True or False, got {type(common.causal).__name__}")
         if common.mm_req_doc_ranges is not None:
             raise NotImplementedError("mm_req_doc_ranges: expected None, got ranges of tokens that see both ways")
+        context_lens = self._local_context(common) if self.dcp_world_size > 1 else None
+        if context_lens is not None and not _has_context(common):
+            context_lens = None
         return PagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=max(common.max_query_len, self.fixed_query_len or 0),
@@ -164,25 +182,55 @@ class PagedMetadataBuilder:
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
+            context_lens=context_lens,
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> PagedMetadata:
-        """Launches depend on shapes alone, so that short sequences capture what long ones replay."""
+        """A graph reads context_lens, also if no request has context when it is captured."""
         metadata = self.build(0, common_attn_metadata)
-        metadata.seq_lens.fill_(1)
+        if self.dcp_world_size > 1:
+            metadata.context_lens = self.context_lens[: metadata.seq_lens.shape[0]]
         return metadata
 
     def update_draft_decode_metadata(self, metadata: PagedMetadata) -> None:
         """Nothing to do: its tensors are those that vLLM updates."""
+
+    def _local_context(self, common):
+        """Written also if it is 0 for all, since graphs are replayed then too."""
+        starts, found = common.query_start_loc, self.context_lens[: common.seq_lens.shape[0]]
+        context = (common.seq_lens - (starts[1:] - starts[:-1])).clamp(min=0)  # graphs are captured over any lengths
+        return found.copy_(local_lengths(context, self.dcp_world_size, self.dcp_rank, self.dcp_interleave))
+
+
+def local_lengths(lengths: Tensor, world_size: int, rank: int, interleave: int) -> Tensor:
+    """How many keys of each sequence a rank holds, where the ranks hold `interleave` keys in turn."""
+    whole = lengths // (world_size * interleave) * interleave
+    return whole + (lengths - whole * world_size - rank * interleave).clamp(0, interleave)
+
+
+def _has_context(common):
+    """Whether a request has keys before the batch's, by what all ranks know: they must agree to exchange something."""
+    if common.seq_lens_cpu_upper_bound is None:
+        return True
+    starts = common.query_start_loc_cpu
+    return bool((common.seq_lens_cpu_upper_bound > starts[1:] - starts[:-1]).any())
 
 
 class PagedAttention:
     """One layer of vLLM: `forward` and `do_kv_cache_update` by `paged_attention` and `append_kv_cache`.
 
     num_splits as in `paged_attention`: 1 where results must not depend on the batch.
+
+    With decode context parallelism, a group of dcp_world_size ranks shares one KV head, whose keys they hold in turn.
+    dcp_group gathers the queries of all ranks, and dcp_combine, a function of vLLM, returns to each rank its heads'
+    attention over all keys: (out (num_tokens, heads of all, head_size), lse (num_tokens, heads of all), dcp_group,
+    return_lse=True) to the same for its own heads.
     """
 
     num_splits = 0
+    dcp_world_size = 1
+    dcp_group: Any = None
+    dcp_combine: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(
         self,
@@ -214,9 +262,30 @@ class PagedAttention:
         self.sinks = sinks
         self._viewed: tuple[Any, Any, dict[str, Tensor]] = (None, None, {})  # scales of the layer, and their views
         self.softcap = logits_soft_cap or 0.0
-        self.window = (-1, -1)
-        if sliding_window is not None:
-            self.window = (sliding_window - 1, sliding_window - 1 if self.is_encoder else 0)
+        self.reach = -1 if sliding_window is None else sliding_window - 1
+        if self.dcp_world_size > 1 and not self.is_encoder:
+            self._check_context_parallelism()
+
+    def _check_context_parallelism(self):
+        """Ranks know neither the positions of their keys, nor keys that no token of the batch brings."""
+        for name, value in (
+            ("sliding_window", None if self.reach < 0 else self.reach + 1),
+            ("alibi_slopes", self.alibi_slopes),
+            ("kv_sharing_target_layer_name", self.kv_sharing_target_layer_name),
+        ):
+            if value is not None:
+                raise NotImplementedError(f"{name}: expected None with decode_context_parallel_size > 1, got {value}")
+        if self.attn_type == "encoder_decoder":
+            raise NotImplementedError("attn_type: expected no cross attention with decode_context_parallel_size > 1")
+        if self.num_kv_heads > 1:
+            raise NotImplementedError(
+                f"num_kv_heads: expected 1 on a rank with decode_context_parallel_size > 1, got {self.num_kv_heads}"
+            )
+        if self.head_size & (self.head_size - 1):
+            raise NotImplementedError(
+                "head_size: expected a power of two with decode_context_parallel_size > 1, as vLLM's exchange needs, "
+                f"got {self.head_size}"
+            )
 
     def forward(
         self,
@@ -240,25 +309,17 @@ class PagedAttention:
         num_tokens, written = attn_metadata.num_actual_tokens, output
         if num_tokens != query.shape[0]:  # views cost the host time
             query, written = query[:num_tokens], output[:num_tokens]
-        options = self._options(query)
         if self.is_encoder:
-            self._attend_to_encoder(query, key[:num_tokens], value[:num_tokens], attn_metadata, options, written)
-            return output
-        k_cache, v_cache = self._split(kv_cache)
-        paged_attention(
-            query,
-            k_cache,
-            v_cache,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            cu_seqlens_q=attn_metadata.query_start_loc,
-            max_seqlen_q=attn_metadata.max_query_len,
-            causal=attn_metadata.causal,
-            **options,
-            **self._scales(layer),
-            num_splits=self.num_splits,
-            out=written,
-        )
+            written.copy_(self._attend_to_new(query, key[:num_tokens], value[:num_tokens], attn_metadata, causal=False))
+        elif self.dcp_world_size > 1:
+            new = query, key[:num_tokens], value[:num_tokens]
+            written.copy_(self._attend_across_ranks(layer, new, kv_cache, attn_metadata))
+        else:
+            causal = attn_metadata.causal
+            options = self._options(query, causal)
+            self._attend_to_cache(
+                layer, query, kv_cache, attn_metadata, attn_metadata.seq_lens, causal=causal, **options, out=written
+            )
         return output
 
     def do_kv_cache_update(
@@ -272,12 +333,48 @@ class PagedAttention:
             key[:num_tokens], value[:num_tokens], *self._split(kv_cache), slot_mapping, **self._scales(layer)
         )
 
-    def _attend_to_encoder(self, query, key, value, metadata, options, written):
-        lengths = metadata.query_start_loc, metadata.query_start_loc, metadata.max_query_len, metadata.max_query_len
-        written.copy_(flash_attention_varlen(query, key, value, *lengths, **options))
+    def _attend_to_new(self, query, key, value, metadata, causal, return_lse=False):
+        """Attention of the batch's tokens to each other."""
+        starts, longest = metadata.query_start_loc, metadata.max_query_len
+        options = dict(causal=causal, return_lse=return_lse, **self._options(query, causal))
+        return flash_attention_varlen(query, key, value, starts, starts, longest, longest, **options)
 
-    def _options(self, query):
-        options = dict(softmax_scale=self.scale, window_size=self.window, softcap=self.softcap)
+    def _attend_to_cache(self, layer, query, kv_cache, metadata, lengths, **options):
+        """Attention to the first keys of each request in the cache, as many as lengths says."""
+        k_cache, v_cache = self._split(kv_cache)
+        return paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            lengths,
+            metadata.block_table,
+            cu_seqlens_q=metadata.query_start_loc,
+            max_seqlen_q=metadata.max_query_len,
+            num_splits=self.num_splits,
+            **options,
+            **self._scales(layer),
+        )
+
+    def _attend_across_ranks(self, layer, new, kv_cache, metadata):
+        """The batch's tokens attend to each other on their own rank, which has their keys, and to their context on all.
+
+        Sinks count once, beside the new keys.
+        """
+        out, lse = self._attend_to_new(*new, metadata, metadata.causal, return_lse=True)
+        if metadata.context_lens is None:
+            return out
+        queries = self.dcp_group.all_gather(new[0].contiguous(), dim=1)
+        options = dict(causal=False, softmax_scale=self.scale, softcap=self.softcap, return_lse=True)
+        context, context_lse = self._attend_to_cache(
+            layer, queries, kv_cache, metadata, metadata.context_lens, **options
+        )
+        context, context_lse = self.dcp_combine(context, context_lse.T, self.dcp_group, return_lse=True)
+        return _merge((out, lse), (context, context_lse.T))[0]
+
+    def _options(self, query, causal):
+        """A window reaches as far to the right, unless the future is hidden."""
+        window = (self.reach, 0 if causal else self.reach) if self.reach >= 0 else (-1, -1)
+        options = dict(softmax_scale=self.scale, window_size=window, softcap=self.softcap)
         if self.alibi_slopes is not None:
             if self.alibi_slopes.device != query.device:
                 self.alibi_slopes = self.alibi_slopes.to(query.device)
@@ -303,12 +400,67 @@ class PagedAttention:
         return self._viewed[2]
 
 
-class LatentAttention:
-    """One MLA layer of vLLM: decode, prefill and cache updates by `mla_decode`, `flash_attention_varlen` and
-    `append_latent_cache`. num_splits as in `mla_decode`.
+def _merge(*parts):
+    """(out (num_tokens, num_heads, head_size), lse (num_heads, num_tokens)) of all keys from those of parts of them."""
+    outs, lses = (torch.stack(tensors).unsqueeze(1) for tensors in zip(*parts))
+    out, lse = merge_attention(outs, lses)
+    return out[0], lse[0]
+
+
+def _as_fp8(latent_cache, kv_cache_dtype, k_scale):
+    """(cache, its scale (1,)) of fp8 with a scale per tensor; other caches as they are, and None."""
+    dtype = LATENT_FP8_DTYPES.get(kv_cache_dtype)
+    return (latent_cache, None) if dtype is None else (latent_cache.view(dtype), k_scale.view(1))
+
+
+@dataclass
+class LatentDecodeMetadata:
+    """The decodes of a batch. query_start_loc is None where all have max_query_len queries, also when a graph is
+    replayed; otherwise they have up to max_query_len.
     """
 
-    num_splits = 0
+    block_table: Tensor
+    seq_lens: Tensor
+    dcp_tot_seq_lens: Tensor | None
+    query_start_loc: Tensor | None
+    max_query_len: int
+
+
+class LatentMetadataBuilder:
+    """What vLLM's builder of MLA asks of a back end. varlen_graphs: graphs of decodes with max_query_len queries are
+    replayed for decodes with fewer.
+    """
+
+    varlen_graphs = False
+
+    def _build_decode(
+        self,
+        block_table_tensor: Tensor,
+        seq_lens_device: Tensor,
+        max_seq_len: int,
+        query_start_loc_cpu: Tensor,
+        query_start_loc_device: Tensor,
+        num_decode_tokens: int,
+        max_query_len: int,
+        dcp_tot_seq_lens_device: Tensor | None,
+    ) -> LatentDecodeMetadata:
+        is_uniform = num_decode_tokens == max_query_len * seq_lens_device.shape[0]
+        if self.varlen_graphs and max_query_len > 1:
+            is_uniform = False
+        return LatentDecodeMetadata(
+            block_table=block_table_tensor,
+            seq_lens=seq_lens_device,
+            dcp_tot_seq_lens=dcp_tot_seq_lens_device,
+            query_start_loc=None if is_uniform else query_start_loc_device,
+            max_query_len=max_query_len,
+        )
+
+
+class LatentAttention:
+    """One MLA layer of vLLM: decode, prefill and cache updates by `mla_decode`, `flash_attention_varlen` and
+    `append_latent_cache`.
+    """
+
     # Set by vLLM's own __init__.
     num_heads: int
     scale: float
@@ -325,9 +477,9 @@ class LatentAttention:
         for name, value in given.items():
             if value not in (None, 0, "decoder"):
                 raise NotImplementedError(f"{name}: not supported by TRITON_ATTN_PLUS_MLA, got {value}")
-        if self.qk_rope_head_dim == 0:
-            raise NotImplementedError("qk_rope_head_dim: expected 1 or more, got 0")
-        known = ("auto", *PLAIN_DTYPES, "fp8_ds_mla")
+        if self.qk_rope_head_dim == 0 and self.kv_cache_dtype == "fp8_ds_mla":
+            raise NotImplementedError("qk_rope_head_dim: expected 1 or more with fp8_ds_mla, got 0")
+        known = ("auto", *PLAIN_DTYPES, *LATENT_FP8_DTYPES, "fp8_ds_mla")
         if self.kv_cache_dtype not in known:
             raise NotImplementedError(f"kv_cache_dtype: expected {', '.join(known)}, got {self.kv_cache_dtype}")
 
@@ -341,43 +493,46 @@ class LatentAttention:
         k_scale: Tensor,
         skip_scale: bool = False,
     ) -> None:
-        """kv_c_normed (num_tokens, kv_lora_rank), k_pe (num_tokens, 1, qk_rope_head_dim). Scales of fp8_ds_mla are in
-        its rows, so that k_scale is not read.
+        """kv_c_normed (num_tokens, kv_lora_rank), k_pe (num_tokens, 1, qk_rope_head_dim). k_scale is a tensor of
+        one for fp8 caches, but not fp8_ds_mla, which has scales in its rows.
         """
         if kv_cache.numel() == 0:  # a profiling run
             return
         slots = slot_mapping.flatten()
-        num_tokens = slots.shape[0]
-        append_latent_cache(kv_c_normed[:num_tokens], k_pe[:num_tokens].flatten(1), kv_cache, slots)
+        num_tokens, (kv_cache, scale) = slots.shape[0], _as_fp8(kv_cache, kv_cache_dtype, k_scale)
+        append_latent_cache(kv_c_normed[:num_tokens], k_pe[:num_tokens].flatten(1), kv_cache, slots, k_scale=scale)
 
     def forward_mqa(
         self, q: Tensor | tuple[Tensor, Tensor], kv_c_and_k_pe_cache: Tensor, attn_metadata: Any, layer: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(out (num_tokens, heads, kv_lora_rank), lse (num_tokens, heads) with context parallelism) of decodes that
-        all have the same number of queries, speculative ones too. q is absorbed.
+        """(out (num_tokens, heads, kv_lora_rank), lse (num_tokens, heads) with context parallelism) of decodes,
+        speculative tokens among them. q is absorbed.
         """
         q_nope, q_pe = q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        decode = attn_metadata.decode
-        batch = decode.seq_lens.shape[0]
-        num_queries, rest = divmod(q_nope.shape[0], max(1, batch))
-        if rest:
-            raise ValueError(f"q: expected as many queries for each of {batch} requests, got {q_nope.shape[0]}")
-        shape, return_lse = (batch, num_queries), self.dcp_world_size > 1
+        decode, return_lse = attn_metadata.decode, self.dcp_world_size > 1
+        is_uniform, lengths = decode.query_start_loc is None, {}
+        if is_uniform:
+            shape = decode.seq_lens.shape[0], decode.max_query_len
+            q_nope, q_pe = q_nope.unflatten(0, shape), q_pe.unflatten(0, shape)
+        else:
+            lengths = dict(cu_seqlens_q=decode.query_start_loc, max_seqlen_q=decode.max_query_len)
+        cache, scale = _as_fp8(kv_c_and_k_pe_cache, self.kv_cache_dtype, layer._k_scale)
         result = mla_decode(
-            q_nope.unflatten(0, shape),
-            q_pe.unflatten(0, shape),
-            kv_c_and_k_pe_cache,
+            q_nope,
+            q_pe,
+            cache,
             decode.seq_lens,
             decode.block_table,
+            k_scale=scale,
+            **lengths,
             causal=attn_metadata.causal,
             softmax_scale=self.scale,
-            num_splits=self.num_splits,
             return_lse=return_lse,
         )
-        if not return_lse:
-            return result.flatten(0, 1), None
-        out, lse = result
-        return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        out, lse = result if return_lse else (result, None)
+        if is_uniform:
+            return out.flatten(0, 1), None if lse is None else lse.transpose(1, 2).flatten(0, 1)
+        return out, None if lse is None else lse.T
 
     def forward_mha(
         self,
@@ -399,33 +554,36 @@ class LatentAttention:
         k, v = self._keys_and_values(kv_c_normed, k_pe.flatten(1))
         starts, longest = prefill.query_start_loc, prefill.max_query_len
         options = dict(softmax_scale=self.scale, return_lse=True)
+        cache, scale = _as_fp8(kv_c_and_k_pe_cache, self.kv_cache_dtype, k_scale)
         out, lse = flash_attention_varlen(q, k, v, starts, starts, longest, longest, causal=True, **options)
         for chunk in () if prefill.chunked_context is None else prefill.chunked_context.chunks:
             tokens = chunk.token_slice
-            rows = self._read_context(kv_c_and_k_pe_cache, prefill.block_table[chunk.request_slice], chunk, q.dtype)
+            rows = self._read_context(cache, scale, prefill.block_table[chunk.request_slice], chunk, q.dtype)
             k, v = self._keys_and_values(*rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
             lengths = chunk.query_start_loc, chunk.cu_seq_lens, chunk.max_query_len, chunk.max_seq_len
-            part, part_lse = flash_attention_varlen(q[tokens], k, v, *lengths, causal=False, **options)
-            outs, lses = torch.stack([out[tokens], part]), torch.stack([lse[:, tokens], part_lse])
-            merged, merged_lse = merge_attention(outs.unsqueeze(1), lses.unsqueeze(1))
-            out[tokens], lse[:, tokens] = merged[0], merged_lse[0]
+            part = flash_attention_varlen(q[tokens], k, v, *lengths, causal=False, **options)
+            out[tokens], lse[:, tokens] = _merge((out[tokens], lse[:, tokens]), part)
         output.view(-1, self.num_heads, self.v_head_dim).copy_(out)
 
     def _keys_and_values(self, latents, k_pe):
         """(num_tokens, num_heads, nope + rope) and (num_tokens, num_heads, v_head_dim) by the model's projection."""
         projected = self.kv_b_proj(latents)[0].unflatten(-1, (self.num_heads, -1))
         k_nope, v = projected.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        if self.qk_rope_head_dim == 0:
+            return k_nope, v
         return torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1), v
 
-    def _read_context(self, cache, block_table, chunk, dtype):
+    def _read_context(self, cache, scale, block_table, chunk, dtype):
         """(num_context_tokens, kv_lora_rank + qk_rope_head_dim): a chunk's rows of the cache, without a sync."""
         requests = chunk.token_to_seq.long()
         rows = torch.arange(chunk.num_context_tokens, device=cache.device)
         positions = rows - chunk.cu_seq_lens[requests] + chunk.starts[requests]
         pages = block_table[requests, positions // cache.shape[1]]
-        found = cache[pages.long(), positions % cache.shape[1]]
-        if found.dtype != torch.uint8:
-            return found
+        found = cache.view(torch.uint8)[pages.long(), positions % cache.shape[1]]  # torch does not index fp8 everywhere
+        if scale is not None:
+            return (found.view(cache.dtype).float() * scale).to(dtype)
+        if cache.dtype != torch.uint8:
+            return found.view(cache.dtype)
         num_scales = self.kv_lora_rank // SCALE_BLOCK
         sizes = [
             self.kv_lora_rank,

@@ -9,18 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
-from .._jit.args import Sequences, Strides, View, Window
+from .._jit.args import Sequences, Strides, View, Window, scale_of
 from .._jit.blocks import split_blocks, visible_range
 from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
-from .._jit.paging import decode_float8, find_keys, key_pointers, pages_of_keys
+from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     cast_tile,
@@ -31,9 +31,10 @@ from .._jit.tiles import (
     piece_0,
     piece_1,
     scale_rows,
+    scale_tile,
     store_piece,
 )
-from .._jit.workarounds import dot_in_if, fence_copies, halve_widest, in_vectors, multiple_of
+from .._jit.workarounds import decode_once, dot_in_if, fence_copies, halve_widest, in_vectors, multiple_of
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import MlaDecodeCase, MlaDecodeConfig, has_wgmma
@@ -49,8 +50,17 @@ class LatentCache(NamedTuple):
     """One value for each of what a row of a latent cache holds: the latent vector, its fp8 scales, the rotary key."""
 
     latents: object
-    scales: object  # None but in an fp8 cache
+    scales: object  # None where a row holds none
     rope_keys: object
+
+
+class Source(NamedTuple):
+    """Where keys are read: the LatentCache of tensors, and factors (of all, of rotary keys) by which they are scaled:
+    a number, a tensor of one, or None: 1, and for rotary keys the first one."""
+
+    parts: LatentCache
+    joined: bool = False  # rotary keys follow the latent vectors in one tensor
+    factors: tuple = (None, None)
 
 
 class Pages(NamedTuple):
@@ -76,7 +86,7 @@ class AbsorbedTile(NamedTuple):
     SLOT_STRIDES: LatentCache  # from one slot of a page to the next
     JOINED: bool  # rotary keys follow the latent vectors in one tensor
     FLOAT8: tuple | None  # (bits of mantissa, whether the GPU converts)
-    SCALE_BLOCK: int  # elements that share an fp8 scale
+    SCALE_BLOCK: int  # elements that share a scale of their row; 0: rows have no scales
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
@@ -96,10 +106,15 @@ def _load_queries(ptrs, rows_mask, TILE: tl.constexpr):
 
 @triton.jit
 def _load_latent_piece(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Columns [START, START + BLOCK) of latent vectors; those of an fp8 row times their scales, in the given dtype."""
+    """Columns [START, START + BLOCK) of latent vectors, times the scales of their rows; fp8 in the given dtype."""
     tile = load_piece(ptrs, None, START, BLOCK, TILE.KV_LORA_RANK)
     if TILE.FLOAT8 is None:
         return tile
+    elif TILE.SCALE_BLOCK == 0:
+        values = decode_float8(tile, TILE.FLOAT8[0], TILE.FLOAT8[1])
+        if TILE.FLOAT8[1] and dtype == tl.bfloat16:
+            values = values.to(tl.float32)  # these become bf16 two at a time, fp16 one by one
+        return decode_once(values.to(dtype))
     else:
         SCALE_BLOCK: tl.constexpr = TILE.SCALE_BLOCK
         BLOCKS: tl.constexpr = BLOCK // SCALE_BLOCK
@@ -110,13 +125,39 @@ def _load_latent_piece(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _load_latents(ptrs, scale_ptrs, dtype, TILE: tl.constexpr):
-    """The latent vectors of the rows at ptrs (BLOCK_N, 1), (BLOCK_N, KV_LORA_RANK) in two pieces."""
+def _load_latents(latents, scales, keys, dtype, TILE: tl.constexpr):
+    """The latent vectors of CachedKeys, (BLOCK_N, KV_LORA_RANK) in two pieces."""
+    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
+    ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
+    scale_ptrs = None
+    if TILE.SCALE_BLOCK > 0:
+        scale_ptrs = key_pointers(scales, SLOTS.scales, keys, TILE.ONE_PAGE)
     first = _load_latent_piece(ptrs, scale_ptrs, dtype, 0, TILE.PIECE_0, TILE)
     if TILE.PIECE_1 > 0:
         return first, _load_latent_piece(ptrs, scale_ptrs, dtype, TILE.PIECE_0, TILE.PIECE_1, TILE)
     else:
         return (first,)
+
+
+@triton.jit
+def _load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
+    """The rotary keys of CachedKeys, (BLOCK_N, ROPE_HEAD_DIM) in the given dtype."""
+    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
+    tile = load_tile(key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE), None, TILE.ROPE_HEAD_DIM)
+    if TILE.FLOAT8 is not None and TILE.SCALE_BLOCK == 0:
+        return decode_tile(tile, TILE.FLOAT8[0], TILE.FLOAT8[1], dtype)
+    else:
+        return cast_tile(tile, dtype)
+
+
+@triton.jit
+def _load_rope_queries(ptrs, rows_mask, k_scale, k_pe_scale, TILE: tl.constexpr):
+    """Rotary queries, (BLOCK_M, ROPE_HEAD_DIM). They take the factor that only rotary keys have."""
+    tile = load_tile(ptrs, rows_mask, TILE.ROPE_HEAD_DIM)
+    if k_pe_scale is not None:
+        return cast_tile(scale_tile(tile, load_scale(k_pe_scale) / load_scale(k_scale)), tile[0].dtype)
+    else:
+        return tile
 
 
 @triton.jit
@@ -229,6 +270,8 @@ def _mla_absorbed_kernel(
     num_sequences,
     search_steps,
     scale_log2,
+    k_scale,
+    k_pe_scale,
     window,
     TILE: tl.constexpr,
 ):
@@ -241,6 +284,7 @@ def _mla_absorbed_kernel(
     cache is a LatentCache of Pages. Without a block_table a page is the tensor's row of a sequence. lse is (num_splits,
     batch, NUM_HEADS, rows). seqlen_k is the most keys that a sequence has, or all rows of packed sequences, as seqlen_q
     is of queries. Of rows after the last sequence lse is stored, and out where a user may read it: with a block_table.
+    k_scale is the Scale of the cache, k_pe_scale that of rotary keys where it is another one; or None.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -282,7 +326,7 @@ def _mla_absorbed_kernel(
     q_tile = _load_queries(q_ptrs, rows_mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
     if TILE.ROPE_HEAD_DIM > 0:
         q_ptrs = q_pe.ptr + row_offsets(sequence, first_q + queries, heads, q_pe.strides)[:, None]
-        q_pe_tile = load_tile(q_ptrs, rows_mask, TILE.ROPE_HEAD_DIM)  # (BLOCK_M, ROPE_HEAD_DIM)
+        q_pe_tile = _load_rope_queries(q_ptrs, rows_mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
     else:
         q_pe_tile, k_pe = q_tile, q_tile  # not read
 
@@ -302,6 +346,8 @@ def _mla_absorbed_kernel(
         block_table_ptr += own.sequence.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
+    if k_scale is not None:
+        scale_log2 *= load_scale(k_scale)
     m_i, l_i = softmax_init(None, heads, BLOCK_M)
     acc = _zeros(TILE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
@@ -309,14 +355,9 @@ def _mla_absorbed_kernel(
         if block_table_ptr is not None:  # a loop cannot carry None
             own_pages, pages = _take_pages(pages, block_table_ptr, start_n, blocks.hi, TILE)
         keys = find_keys(own_pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
-        latent_ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
-        scale_ptrs = None
-        if TILE.FLOAT8 is not None:
-            scale_ptrs = key_pointers(cache.scales, SLOTS.scales, keys, TILE.ONE_PAGE)
-        k = _load_latents(latent_ptrs, scale_ptrs, q_tile[0].dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
+        k = _load_latents(latents, cache.scales, keys, q_tile[0].dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
         if TILE.ROPE_HEAD_DIM > 0:
-            rope_ptrs = key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE)
-            k_pe = cast_tile(load_tile(rope_ptrs, None, TILE.ROPE_HEAD_DIM), q_pe_tile[0].dtype)
+            k_pe = _load_rope_keys(rope_keys, keys, q_tile[0].dtype, TILE)  # (BLOCK_N, ROPE_HEAD_DIM)
         if BLOCK_M >= 64:
             fence_copies()
 
@@ -339,6 +380,8 @@ def _mla_absorbed_kernel(
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
+    if k_scale is not None:
+        norm *= load_scale(k_scale)
     out_ptrs = out.ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
     _store_output(out_ptrs, rows_mask, scale_rows(acc, norm), TILE)
     tl.store(_lse_pointers(lse_ptr, lse_stride, batch, heads, first_q + queries, NUM_HEADS), lse, mask=rows_mask)
@@ -361,12 +404,13 @@ def launch_mla_decode(
     config=None,
     rope_cache=None,
     queries=(None, None),
+    factors=(None, None),
 ):
     """Launch the kernels of one call: absorption with w_uk, attention, and with w_uv or several splits the merge.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
     an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys where latent_cache does not. queries is
-    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). Nothing is read back.
+    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). Nothing is read back.
     """
     cu_seqlens_q, max_seqlen_q = queries
     batch = cache_seqlens.shape[0]
@@ -379,9 +423,11 @@ def launch_mla_decode(
         q_nope, q_pe, out, lse = (None if x is None else x[None] for x in (q_nope, q_pe, out, lse))
     kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
     if rope_cache is None:
-        cache = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
+        parts = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
     else:
-        cache = latent_cache, None, rope_cache
+        parts = latent_cache, None, rope_cache
+    joined = rope_cache is None and latent_cache.dtype != torch.uint8
+    source = Source(LatentCache(*parts), joined, factors)
     if w_uk is None:
         scale_log2 = softmax_scale * LOG2_E.value
     else:
@@ -389,8 +435,7 @@ def launch_mla_decode(
         q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
         scale_log2 = 1.0
     lengths = cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q, 0
-    joined = rope_cache is None and latent_cache.dtype != torch.uint8
-    _attend(q_nope, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config, joined)
+    _attend(q_nope, q_pe, source, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config)
 
 
 def launch_mla_absorbed(
@@ -414,22 +459,23 @@ def launch_mla_absorbed(
     for first in range(0, q_pe.shape[2], heads_each):
         heads = slice(first, first + heads_each)
         q, q_rope = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
-        cache, lse_here = (kv_latent, None, k_pe), None if lse is None else lse[:, heads]
-        _attend(q, q_rope, cache, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], lse_here, num_splits=1)
+        source = Source(LatentCache(kv_latent, None, k_pe))
+        lse_here = None if lse is None else lse[:, heads]
+        _attend(q, q_rope, source, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], lse_here, num_splits=1)
 
 
-def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None, joined=False):
-    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim), and what follows it.
+def _attend(q, q_pe, source, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None):
+    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim) over a Source, and what follows it.
 
-    cache is (latent vectors, scales, rotary keys); lengths is (cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table,
-    batch, max_seqlen_q, max_seqlen_k), None for what there is not. joined: rotary keys follow the latent vectors in one
-    tensor.
+    lengths is (cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k), None for
+    what there is not.
     """
     cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k = lengths
-    latents, _, rope_keys = cache
+    latents, _, rope_keys = source.parts
+    has_factors = source.factors != (None, None)
     arch = arch_of(q)
     hopper = None
-    if gpu_of(arch).wgmma and config is None and joined and cu_seqlens_q is None:
+    if gpu_of(arch).wgmma and config is None and source.joined and cu_seqlens_q is None and not has_factors:
         hopper = _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits)
     if hopper is not None:
         _, num_splits, *_ = hopper
@@ -440,7 +486,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         _finish(parts, lse_parts, w_uv, out, lse)
         return
     num_programs, num_splits, constants = _plan(
-        layout_of(q, q_pe, *(x for x in cache if x is not None)),
+        layout_of(q, q_pe, *(x for x in source.parts if x is not None)),
         q.dtype,
         latents.dtype,
         latents.data_ptr() % 16 == 0 and rope_keys.data_ptr() % 16 == 0,
@@ -453,7 +499,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         input_precision(q.dtype, arch),
         count_sms(q.device, arch),
         config,
-        joined,
+        source.joined,
         cu_seqlens_q is not None,
     )
     parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
@@ -461,7 +507,7 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
     args = (
         View(q, Strides(*q.stride()[:3])),
         View(q_pe, Strides(*q_pe.stride()[:3])),
-        LatentCache(*(None if x is None else Pages(x, x.stride(0)) for x in cache)),
+        LatentCache(*(None if x is None else Pages(_bytes(x), x.stride(0)) for x in source.parts)),
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
@@ -477,10 +523,23 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         batch,
         batch.bit_length(),
         scale_log2,
+        *_factors(*source.factors, q_pe.shape[-1]),
         Window(None, 0 if causal else None),
     )
     launch_packed(_mla_absorbed_kernel, (num_programs * num_splits,), q.device, args, constants)
     _finish(parts, lse_parts, w_uv, out, lse)
+
+
+def _bytes(x):
+    """fp8 elements as uint8: not every GPU has the type."""
+    return x.view(torch.uint8) if x.dtype in FLOAT8_MANTISSA_BITS else x
+
+
+def _factors(k_scale, k_pe_scale, rope_dim):
+    """The Scales of the kernel."""
+    if k_pe_scale is None or rope_dim == 0:
+        return scale_of(k_scale), None
+    return scale_of(1.0 if k_scale is None else k_scale), scale_of(k_pe_scale)
 
 
 def _results(q, out, lse, w_uv, num_splits):
@@ -537,18 +596,20 @@ def _plan(
     num_heads, kv_lora_rank = shape_q[2:]
     if shape_pe[3] == 0:  # strides of nothing
         strides_pe, cache[-1] = strides_q, cache[0]
-    is_fp8 = cache_dtype == torch.uint8
+    is_fp8, has_scales = cache_dtype.itemsize == 1, len(cache) == 3
     paged = table_width is not None
     page_size = cache[0][0][1]
     rows = [strides[1] for _, strides in cache]
     # Latent vectors and rotary keys in vectors of 16 bytes: rows and pages of both are multiples of it.
-    sizes = (cache_dtype.itemsize, torch.float32.itemsize, torch.bfloat16.itemsize) if is_fp8 else (dtype.itemsize,) * 2
+    sizes = (1, torch.float32.itemsize, torch.bfloat16.itemsize) if has_scales else (cache_dtype.itemsize,) * 2
     aligned = bases_aligned and all(
         stride * size % 16 == 0 for (_, strides), size in zip(cache, sizes) for stride in strides[:2]
     )
     num_rows = max_seqlen_q * num_heads
     seqlen_k = table_width * page_size if paged else max_seqlen_k
-    case = MlaDecodeCase(arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, paged, seqlen_k, page_size)
+    case = MlaDecodeCase(
+        arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, paged, seqlen_k, page_size, has_scales
+    )
     tiles = config or choose(MlaDecodeConfig, case)
     num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
     num_searched = shape_q[1] * num_heads // tiles.block_m + batch
@@ -557,6 +618,7 @@ def _plan(
     num_key_tiles = -(-seqlen_k // tiles.block_n)
     one_page = paged and page_size % tiles.block_n == 0
     cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
+    mantissa_bits = FLOAT8_MANTISSA_BITS.get(cache_dtype, 3)  # rows with scales are uint8, and e4m3
     pieces = piece_0(kv_lora_rank), piece_1(kv_lora_rank)
     if not (cut_chain and one_page):
         pieces = halve_widest(pieces)
@@ -571,10 +633,10 @@ def _plan(
         PAGE_SIZE=page_size if paged else 1,
         ONE_PAGE=one_page,
         PAGES_AHEAD=tiles.num_stages > 2,
-        SLOT_STRIDES=LatentCache(*rows) if is_fp8 else LatentCache(rows[0], None, rows[1]),
+        SLOT_STRIDES=LatentCache(*rows) if has_scales else LatentCache(rows[0], None, rows[1]),
         JOINED=joined,
-        FLOAT8=(3, 3 in gpu_of(arch).native_fp8) if is_fp8 else None,
-        SCALE_BLOCK=SCALE_BLOCK,
+        FLOAT8=(mantissa_bits, mantissa_bits in gpu_of(arch).native_fp8) if is_fp8 else None,
+        SCALE_BLOCK=SCALE_BLOCK if has_scales else 0,
         VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
         VECTORS=LatentCache(16 // sizes[0], None, 16 // sizes[-1]) if aligned else LatentCache(1, None, 1),
         CUT_CHAIN=cut_chain,

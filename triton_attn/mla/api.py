@@ -9,6 +9,7 @@ from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
 from .._host.call import Lengths, packed_lengths
 from .._host.checks import (
+    FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
     MAX_HEAD_DIM_BACKWARD,
@@ -17,6 +18,7 @@ from .._host.checks import (
     check_cu_seqlens_values,
     check_int,
     check_last_contiguous,
+    check_latent_scales,
     check_max_seqlen,
     check_rope_tables,
     check_rows,
@@ -85,6 +87,8 @@ def mla_decode(
     w_uv: Tensor | None = None,
     *,
     rope_cache: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    k_pe_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     causal: bool = True,
@@ -100,7 +104,7 @@ def mla_decode(
 
         s[b, h, i, j] = softmax_scale * ((q_nope[b, i, h] @ w_uk[h]) . c[b, j] + rope(q_pe[b, i, h]) . r[b, j])
         out[b, i, h] = w_uv[h] @ sum_j softmax_j(s[b, h, i, j]) c[b, j]
-        [c[b, j], r[b, j]] = latent_cache[block_table[b, j // page_size], j % page_size]
+        [c[b, j] / k_scale, r[b, j] / k_pe_scale] = latent_cache[block_table[b, j // page_size], j % page_size]
 
     over the keys j < cache_seqlens[b] that query i sees. The queries are the last tokens of a sequence: query i is at
     position cache_seqlens[b] - seqlen_q + i. A key is read once for all heads of a tile. With w_uk, one kernel absorbs,
@@ -112,16 +116,21 @@ def mla_decode(
             fp16, bf16 or fp32. Any strides, the last dimension contiguous. Dimensions are 1 to 512. With cu_seqlens_q
             (total_q, num_heads, ...), as q_pe.
         q_pe: (batch, seqlen_q, num_heads, qk_rope_head_dim), q_nope's dtype. qk_rope_head_dim may be 0.
-        latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of q_nope's dtype, or uint8 (num_pages,
-            page_size, bytes), the fp8 layout of `append_latent_cache`. Any strides, the last dimension contiguous.
+        latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of q_nope's dtype, float8_e4m3fn or
+            float8_e5m2, or uint8 (num_pages, page_size, bytes), the fp8 layout of `append_latent_cache` whose rows hold
+            scales. Any strides, the last dimension contiguous.
         cache_seqlens: (batch,) int32 on q_nope's device, number of keys of each sequence, including new ones. May be
             0. A length beyond the capacity, max_pages * page_size, counts as the capacity.
         block_table: (batch, max_pages) int32 on q_nope's device: the pages of each sequence, in order. Entries past its
             last page, and slots past its last key, are never read.
         w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank), q_nope's dtype, or None; a view of kv_b_proj's weight.
         w_uv: (num_heads, v_head_dim, kv_lora_rank), q_nope's dtype, or None.
-        rope_cache: (num_pages, page_size, qk_rope_head_dim), q_nope's dtype: the rotary keys, where latent_cache has
-            kv_lora_rank columns alone. None: they follow the latent vectors.
+        rope_cache: (num_pages, page_size, qk_rope_head_dim), latent_cache's dtype, not uint8: the rotary keys, where
+            latent_cache has kv_lora_rank columns alone. None: they follow the latent vectors.
+        k_scale: factor of cached elements: a number above 0, or an fp32 tensor (1,). None is 1. A uint8 cache has
+            none. 16-bit queries are not multiplied with it, so that nothing overflows.
+        k_pe_scale: that of rotary keys, where it is another one; rotary queries are multiplied with k_pe_scale /
+            k_scale, and rounded. None is k_scale.
         cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
         max_seqlen_q: the most queries of a sequence, an int, needed with cu_seqlens_q; those past it are not computed.
             A tensor as in `flash_attention_varlen`.
@@ -165,11 +174,14 @@ def mla_decode(
     max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
     _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
     num_splits = check_num_splits(num_splits)
+    scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
+    (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
-    tensors = *tensors, cu_seqlens_q
+    tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale
     check_values = should_check_values(check_values)
     max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
-    more = longest_q, max_seqlen_q, softmax_scale, causal, rope_interleaved, num_splits, check_values, return_lse
+    more = longest_q, max_seqlen_q, k_number, k_pe_number
+    more = *more, softmax_scale, causal, rope_interleaved, num_splits, check_values, return_lse
     if is_observed(*tensors):
         refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)))
         out, lse = _decode_operator(*tensors, *more)
@@ -190,6 +202,8 @@ DECODE_INPUTS = (
     "rope_sin",
     "rope_cache",
     "cu_seqlens_q",
+    "k_scale",
+    "k_pe_scale",
 )
 
 
@@ -205,8 +219,12 @@ def _decode(
     rope_sin: Tensor | None,
     rope_cache: Tensor | None,
     cu_seqlens_q: Tensor | None,
+    k_scale: Tensor | None,
+    k_pe_scale: Tensor | None,
     longest_q: Tensor | None,
     max_seqlen_q: int | None,
+    k_number: float | None,
+    k_pe_number: float | None,
     softmax_scale: float,
     causal: bool,
     rope_interleaved: bool,
@@ -219,6 +237,7 @@ def _decode(
         check_rows_aligned("latent_cache", latent_cache)
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
+    factors = k_number if k_scale is None else k_scale, k_pe_number if k_pe_scale is None else k_pe_scale
     if check_values:
         _check_values(latent_cache, cache_seqlens, block_table, rope_cos)
         if cu_seqlens_q is not None:
@@ -233,6 +252,8 @@ def _decode(
             w_uk,
             w_uv,
             rope_cache=rope_cache,
+            k_scale=factors[0],
+            k_pe_scale=factors[1],
             cu_seqlens_q=cu_seqlens_q,
             causal=causal,
             softmax_scale=softmax_scale,
@@ -261,6 +282,7 @@ def _decode(
         num_splits,
         rope_cache=rope_cache,
         queries=(cu_seqlens_q, max_seqlen_q),
+        factors=factors,
     )
     return out, lse
 
@@ -492,7 +514,7 @@ def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_sc
         kv_lora_rank = w_uk.shape[2]
     if w_uv is not None:
         check_tensor("w_uv", w_uv, (num_heads, "v_head_dim", kv_lora_rank), dtype, device)
-    is_fp8 = isinstance(latent_cache, torch.Tensor) and latent_cache.dtype == torch.uint8
+    has_scales = isinstance(latent_cache, torch.Tensor) and latent_cache.dtype == torch.uint8
     for name, x in (("q_nope", q_nope), ("q_pe", q_pe), ("w_uk", w_uk), ("w_uv", w_uv)):
         if x is None:
             continue
@@ -501,17 +523,17 @@ def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_sc
         for dim in (-2, -1) if name.startswith("w") else (-1,):
             if not least <= x.shape[dim] <= MAX_HEAD_DIM:
                 fail(name, f"dimensions of {least} to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
-    width, cache_dtypes = kv_lora_rank + rope_dim, (*dtype, torch.uint8)
+    width, cache_dtypes = kv_lora_rank + rope_dim, (*dtype, *FLOAT8_MANTISSA_BITS, torch.uint8)
     if rope_cache is not None:
-        width, cache_dtypes = kv_lora_rank, dtype
-    elif is_fp8:
+        width, cache_dtypes = kv_lora_rank, cache_dtypes[:-1]
+    elif has_scales:
         if rope_dim == 0:
-            fail("q_pe", "1 or more columns with an fp8 cache", 0)
+            fail("q_pe", "1 or more columns with a uint8 cache", 0)
         _, width = latent_storage(kv_lora_rank, rope_dim, torch.float8_e4m3fn)
     check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", width), cache_dtypes, device)
     check_last_contiguous("latent_cache", latent_cache)
     if rope_cache is not None:
-        check_tensor("rope_cache", rope_cache, (*latent_cache.shape[:2], rope_dim), dtype, device)
+        check_tensor("rope_cache", rope_cache, (*latent_cache.shape[:2], rope_dim), (latent_cache.dtype,), device)
         check_last_contiguous("rope_cache", rope_cache)
     if latent_cache.shape[1] == 0:
         fail("latent_cache", "a page size of 1 or more", 0)

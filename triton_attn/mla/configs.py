@@ -20,8 +20,8 @@ from .._host.gpu import gpu_of
 class MlaDecodeCase(NamedTuple):
     """What the config of a decode step, or of an absorbed prefill, depends on.
 
-    rows is seqlen_q * num_heads; is_fp8 tells of the cache. is_paged: the cache has pages of page_size keys, of which a
-    sequence can have seqlen_k. Sweeps time only such calls.
+    rows is seqlen_q * num_heads; is_fp8 and has_scales tell of the cache's rows. is_paged: the cache has pages of
+    page_size keys, of which a sequence can have seqlen_k. Sweeps time only such calls, of fp8 rows those with scales.
     """
 
     arch: str
@@ -33,6 +33,7 @@ class MlaDecodeCase(NamedTuple):
     is_paged: bool = True
     seqlen_k: int = 1
     page_size: int = 1
+    has_scales: bool = True
 
     @property
     def gpu(self):
@@ -40,7 +41,11 @@ class MlaDecodeCase(NamedTuple):
 
     @property
     def is_tuned(self):
-        return self.is_paged
+        return self.is_paged and not self.is_plain_fp8
+
+    @property
+    def is_plain_fp8(self):
+        return self.is_fp8 and not self.has_scales
 
     @property
     def tile_rows(self):
@@ -75,9 +80,12 @@ class MlaDecodeConfig(
         table = case.gpu.configs
         if case.dtype == torch.float32:
             return _FLOAT
-        if case.qk_rope_head_dim == 0 and table in _WITHOUT_ROPE:
-            return _WITHOUT_ROPE[table][case.rows > 16]
-        return (_FLOAT8 if case.is_fp8 else _HALF)[table][case.rows > 16]
+        configs = _FLOAT8 if case.is_fp8 else _HALF
+        if case.is_plain_fp8:
+            configs = configs | _PLAIN_FLOAT8
+        elif case.qk_rope_head_dim == 0:
+            configs = configs | _WITHOUT_ROPE
+        return configs[table][case.rows > 16]
 
     @classmethod
     def search_space(cls, case):
@@ -169,6 +177,8 @@ _FLOAT8 = {
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
+# Without scales of its rows it is decoded to shared memory, and one tile fewer leaves room for two programs on an SM.
+_PLAIN_FLOAT8 = {"sm_80": (MlaDecodeConfig(16, 32, 4, 2), MlaDecodeConfig(16, 32, 4, 2))}
 # Without rotary keys a 64x64 tile is compiled to 240 KB of shared memory in place of 216, and sm_90 has 227.
 # For more than 16 rows packed queries spill around the loop, not in it: up to 40 bytes on sm_86, 8 on sm_90.
 _WITHOUT_ROPE = {"sm_90": (_HALF["sm_90"][0], MlaDecodeConfig(64, 32, 8, 2))}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._host.definition import Padded, attend, packed_bounds, rotate
 from .._host.keywords import Mode
-from .._host.latent import read_latent_cache
+from .._host.latent import latent_parts, read_latent_parts
 from .._host.observers import is_observed, without_autocast
 
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
@@ -69,6 +69,8 @@ def mla_decode(
     w_uv: Tensor | None = None,
     *,
     rope_cache: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    k_pe_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     causal: bool = True,
@@ -93,10 +95,10 @@ def mla_decode(
     for i, seqlen in enumerate(cache_seqlens.clamp(max=block_table.shape[1] * page_size).tolist()):
         pages = block_table[i, : -(-seqlen // page_size)].long()
         if rope_cache is None:
-            rows = read_latent_cache(latent_cache[pages], kv_lora_rank, rope_dim, dtype)
+            parts = latent_parts(_take(latent_cache, pages), kv_lora_rank, rope_dim)
         else:
-            rows = torch.cat([latent_cache[pages].to(dtype), rope_cache[pages].to(dtype)], dim=-1)
-        rows = rows.flatten(0, 1)[:seqlen]
+            parts = _take(latent_cache, pages), None, _take(rope_cache, pages)
+        rows = read_latent_parts(parts, dtype, k_scale, k_pe_scale).flatten(0, 1)[:seqlen]
         own = i if bounds is None else slice(*bounds[i : i + 2])
         q_nope_i, q_pe_i = q_nope[own], q_pe[own]
         if rope_cos is not None:
@@ -119,6 +121,11 @@ def mla_decode(
         out[own] = out_i[0]
         (lse[i] if bounds is None else lse[:, own]).copy_(lse_i[0])
     return (out, lse) if return_lse else out
+
+
+def _take(cache, pages):
+    """cache[pages]. torch cannot index fp8 elements on every device, but it can bytes."""
+    return cache[pages] if cache.dtype.itemsize > 1 else cache.view(torch.uint8)[pages].view(cache.dtype)
 
 
 def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed, lengths=None):

@@ -25,7 +25,7 @@ from .._jit.args import Scales, Scores, Splits, Strides, View, Window, scale_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
 from .._jit.masks import mask_scores, scale_scores
-from .._jit.paging import cache_rows, decode_float8
+from .._jit.paging import cache_rows, decode_tile
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import fence_copies, in_vectors
@@ -207,11 +207,8 @@ def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.co
     tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM)
     if TILE.MANTISSA_BITS == 0:
         return tile
-    elif len(tile) > 1:
-        first = decode_float8(tile[0], TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8).to(dtype)
-        return first, decode_float8(tile[1], TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8).to(dtype)
     else:
-        return (decode_float8(tile[0], TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8).to(dtype),)
+        return decode_tile(tile, TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8, dtype)
 
 
 @triton.jit

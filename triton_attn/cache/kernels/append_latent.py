@@ -2,13 +2,16 @@
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
+from ..._host.checks import FLOAT8_MANTISSA_BITS
 from ..._host.device import launch
 from ..._host.latent import SCALE_BLOCK, latent_parts
 from ..._host.layout import INDICES
-from ..._jit.args import Strides, View
+from ..._jit.args import Strides, View, scale_of
+from ..._jit.paging import load_scale
 from ..._jit.rope import Rotation, load_rotated, rope_of
 from .append import TILE_ELEMENTS, encode_float8
 
@@ -25,6 +28,7 @@ class Tile(NamedTuple):
     INTERLEAVED: bool
     PAGE_SIZE: int
     SCALE_BLOCK: int
+    MANTISSA_BITS: int  # of an fp8 cache without scales in its rows, held as uint8; otherwise 0
 
 
 @triton.jit
@@ -44,6 +48,17 @@ def _quantize(x, BLOCK: tl.constexpr):
     return tl.reshape(bits, x.shape), scales
 
 
+@triton.jit
+def _scaled(x, scale, dtype, TILE: tl.constexpr):
+    """x over the Scale, in the dtype of the cache."""
+    if scale is not None:
+        x = tl.math.div_rn(x.to(tl.float32), load_scale(scale))
+    if TILE.MANTISSA_BITS > 0:
+        return encode_float8(x.to(tl.float32), TILE.MANTISSA_BITS)
+    else:
+        return x.to(dtype)
+
+
 @triton.jit(do_not_specialize=["num_positions", "num_slots", "num_tokens", *INDICES])
 def _append_latent_cache_kernel(
     kv_latent,
@@ -53,6 +68,8 @@ def _append_latent_cache_kernel(
     rope_keys_ptr,
     slot_mapping_ptr,
     positions_ptr,
+    k_scale,
+    k_pe_scale,
     rope,
     num_positions,
     num_slots,
@@ -62,7 +79,7 @@ def _append_latent_cache_kernel(
     """One program writes the rows of BLOCK_ROWS tokens.
 
     Grid: num_tokens / BLOCK_ROWS, rounded up. kv_latent, k_pe and latents are Views without heads, of tokens and
-    of slots in pages. latents, scales (None but in an fp8 cache) and rope_keys are the parts of the cache's rows. The
+    of slots in pages. latents, scales (None but in a uint8 cache) and rope_keys are the parts of the cache's rows. The
     strides of the last two follow from those of latents: so the compiler knows what they are multiples of.
     """
     tokens = tl.program_id(0).to(tl.int64) * TILE.BLOCK_ROWS + tl.arange(0, TILE.BLOCK_ROWS)
@@ -79,6 +96,8 @@ def _append_latent_cache_kernel(
         offs_s = tl.arange(0, TILE.BLOCK_D // TILE.SCALE_BLOCK)
         scaled = written[:, None] & (offs_s < TILE.KV_LORA_RANK // TILE.SCALE_BLOCK)[None, :]
         tl.store(scales_ptr + (row_offsets // 4)[:, None] + offs_s[None, :], scales, mask=scaled)
+    else:
+        x = _scaled(x, k_scale, latents.ptr.dtype.element_ty, TILE)
     tl.store(latents.ptr + row_offsets[:, None] + offs_d[None, :], x, mask=mask)
 
     positions = None
@@ -91,19 +110,19 @@ def _append_latent_cache_kernel(
     if scales_ptr is not None:  # from bytes to bf16
         row_offsets = row_offsets // 2
     mask = written[:, None] & (offs_r < TILE.ROPE_HEAD_DIM)[None, :]
-    x = x.to(rope_keys_ptr.dtype.element_ty)  # (BLOCK_ROWS, BLOCK_ROPE)
+    x = _scaled(x, k_pe_scale, rope_keys_ptr.dtype.element_ty, TILE)  # (BLOCK_ROWS, BLOCK_ROPE)
     tl.store(rope_keys_ptr + row_offsets[:, None] + offs_r[None, :], x, mask=mask)
 
 
 def launch_append_latent_cache(
-    kv_latent, k_pe, latent_cache, slot_mapping, rope_cos, rope_sin, positions, rope_interleaved
+    kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions, rope_interleaved
 ):
     """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_latent_cache`, checked."""
     num_tokens, kv_lora_rank = kv_latent.shape
     num_pages, page_size, _ = latent_cache.shape
     qk_rope_head_dim = k_pe.shape[1]
     block_d = triton.next_power_of_2(kv_lora_rank)
-    block_rope = triton.next_power_of_2(qk_rope_head_dim)
+    block_rope = triton.next_power_of_2(max(1, qk_rope_head_dim))
     block_rows = max(1, TILE_ELEMENTS // max(block_d, block_rope))
     num_programs = -(-num_tokens // block_rows)
     if num_programs == 0:
@@ -119,7 +138,10 @@ def launch_append_latent_cache(
         INTERLEAVED=rope_interleaved,
         PAGE_SIZE=page_size,
         SCALE_BLOCK=SCALE_BLOCK,
+        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(latent_cache.dtype, 0),
     )
+    if tile.MANTISSA_BITS:
+        latents, rope_keys = latents.view(torch.uint8), rope_keys.view(torch.uint8)
     launch(
         _append_latent_cache_kernel,
         (num_programs,),
@@ -131,6 +153,8 @@ def launch_append_latent_cache(
         rope_keys,
         slot_mapping,
         positions,
+        scale_of(k_scale),
+        scale_of(k_scale if k_pe_scale is None else k_pe_scale),
         rope_of(rope_cos, rope_sin),
         0 if rope_cos is None else rope_cos.shape[0],
         num_pages * page_size,
