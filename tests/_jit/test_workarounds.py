@@ -110,10 +110,10 @@ def test_matmuls_of_64_rows_that_feed_each_other_are_done_twice(cut_chain):
     q, q_pe = torch.empty(4, 1, 128, 512, dtype=torch.bfloat16), torch.empty(4, 1, 128, 64, dtype=torch.bfloat16)
     cache, table = torch.empty(64, 64, 576, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int32)
     lengths = torch.full((4,), 1000, dtype=torch.int32)
-    absorbed._plan.cache_clear()
+    forget_plans()
     with mock.patch.object(absorbed, "has_wgmma", return_value=cut_chain), compile_only("sm_90") as launches:
         mla_decode(q, q_pe, cache, lengths, table, softmax_scale=0.1)
-    absorbed._plan.cache_clear()
+    forget_plans()
     launch = next(launch for launch in launches if "CUT_CHAIN" in launch.constexprs)
     assert launch.constexprs["CUT_CHAIN"] == cut_chain
     assert (loop_model.analyze(launch.kernel).hot.useful == 1) == cut_chain

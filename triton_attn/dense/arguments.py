@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._host.call import Call
-from .._host.descriptors import describe
+from .._host.descriptors import unchecked_descriptor
 from .._host.device import arch_of, input_precision
 from .._host.layout import (
     batch_head_strides,
@@ -127,10 +128,16 @@ class Operand(NamedTuple):
     geometry: list | None
 
     def arguments(self, x: torch.Tensor) -> tuple:
-        """Three arguments of a kernel: a View; or None and descriptors, one for each piece of the head dimension."""
+        """Three arguments of a kernel: a View; or None and descriptors, one for each piece of the head dimension.
+
+        They are no tuple in one argument: launchers before Triton 3.8 expand no descriptor in a tuple.
+        """
         if self.geometry is None:
             return View(x, self.strides), None, None
-        return None, *describe(x, self.geometry)
+        first = unchecked_descriptor(TensorDescriptor, x, self.geometry[0])
+        if len(self.geometry) == 1:
+            return None, first, None
+        return None, first, unchecked_descriptor(TensorDescriptor, x, self.geometry[1])
 
 
 class Plan(NamedTuple):

@@ -17,6 +17,7 @@ from .._host.checks import (
     check_same_kind,
     layout_of,
 )
+from .._host.layout import new_outputs
 from .._host.observers import autocast, is_observed, refuse_transforms
 from .._host.options import attention_options, with_dropout, with_tensors
 from . import reference
@@ -248,18 +249,17 @@ def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: boo
     else:
         if check_values:
             call.check_values()
-        new_outputs, launch_flash_fwd = _kernel()
         out, lse = new_outputs(q, v, return_lse)
-        launch_flash_fwd(call, out, lse)
+        _kernel()(call, out, lse)
     return (out, lse) if return_lse else out
 
 
 @functools.cache
 def _kernel():
     """Imported at the first call, so that the package can be imported without triton."""
-    from .forward import launch_flash_fwd, new_outputs
+    from .forward import launch_flash_fwd
 
-    return new_outputs, launch_flash_fwd
+    return launch_flash_fwd
 
 
 def _check_differentiable(q, k, v, sinks, alibi_slopes):

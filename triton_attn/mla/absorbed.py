@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import layout_of
+from .._host.checks import MAX_ROWS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of
 from .._host.latent import SCALE_BLOCK, latent_parts
@@ -37,7 +37,7 @@ from .._jit.workarounds import dot_in_if, fence_copies, halve_widest, in_vectors
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import MlaDecodeCase, MlaDecodeConfig, has_wgmma
-from .hopper import launch_mla_decode_hopper, plan_hopper
+from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
 # A new length must not mean a new compilation.
@@ -379,24 +379,25 @@ def launch_mla_decode(
         q_nope, q_pe, out, lse = (None if x is None else x[None] for x in (q_nope, q_pe, out, lse))
     kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
     if rope_cache is None:
-        cache = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
+        cache = LatentCache(*latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3]))
     else:
-        cache = latent_cache, None, rope_cache
+        cache = LatentCache(latent_cache, None, rope_cache)
     if w_uk is None:
         scale_log2 = softmax_scale * LOG2_E.value
     else:
         positions = cache_seqlens, capacity_of(latent_cache, block_table), *rope
         q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
         scale_log2 = 1.0
-    lengths = cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q, 0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
-    _attend(q_nope, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config, joined)
+    sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q, 0)
+    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined)
+    _attend(call, w_uv, out, lse, num_splits, config)
 
 
 def launch_mla_absorbed(
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, heads_each
 ):
-    """Launch the kernels of a prefill, heads_each heads at a time: what is absorbed takes memory for those alone.
+    """Launch the kernels of a prefill for heads_each heads at a time, which limits the memory of absorbed queries.
 
     Tensors are (batch, seqlen, ...) or packed (total, ...), lse (batch, num_heads, seqlen_q) or (num_heads, total_q);
     lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a dense batch.
@@ -410,58 +411,97 @@ def launch_mla_absorbed(
         q_nope, q_pe, kv_latent, k_pe, out, lse = (
             None if x is None else x[None] for x in (q_nope, q_pe, kv_latent, k_pe, out, lse)
         )
-    lengths = cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q, max_seqlen_k
+    sequences = AbsorbedSequences(cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q, max_seqlen_k)
+    cache = LatentCache(kv_latent, None, k_pe)
     for first in range(0, q_pe.shape[2], heads_each):
         heads = slice(first, first + heads_each)
-        q, q_rope = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
-        cache, lse_here = (kv_latent, None, k_pe), None if lse is None else lse[:, heads]
-        _attend(q, q_rope, cache, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], lse_here, num_splits=1)
+        q = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
+        call = AbsorbedCall(*q, cache, sequences, 1.0, causal, joined=False)
+        _attend(call, w_uv[heads], out[:, :, heads], None if lse is None else lse[:, heads], num_splits=1)
 
 
-def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None, joined=False):
-    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim), and what follows it.
+class AbsorbedSequences(NamedTuple):
+    """Sequences of a batch: decode has cache_seqlens and block_table, prefill max_seqlen_k; packed ones cu_seqlens."""
 
-    cache is (latent vectors, scales, rotary keys); lengths is (cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table,
-    batch, max_seqlen_q, max_seqlen_k), None for what there is not. joined: rotary keys follow the latent vectors in one
-    tensor.
-    """
-    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k = lengths
-    latents, _, rope_keys = cache
-    arch = arch_of(q)
-    hopper = None
-    if gpu_of(arch).wgmma and config is None and joined and cu_seqlens_q is None:
-        hopper = _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits)
-    if hopper is not None:
-        _, num_splits, *_ = hopper
-        parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
-        launch_mla_decode_hopper(
-            hopper, q, q_pe, latents, rope_keys, parts, lse_parts, cache_seqlens, block_table, max_seqlen_q, scale_log2
-        )
-        _finish(parts, lse_parts, w_uv, out, lse)
-        return
-    num_programs, num_splits, constants = _plan(
-        layout_of(q, q_pe, *(x for x in cache if x is not None)),
-        q.dtype,
-        latents.dtype,
-        latents.data_ptr() % 16 == 0 and rope_keys.data_ptr() % 16 == 0,
-        None if block_table is None else block_table.shape[1],
-        batch,
-        max_seqlen_q,
-        max_seqlen_k,
-        num_splits,
-        arch,
-        input_precision(q.dtype, arch),
-        count_sms(q.device, arch),
-        config,
-        joined,
-        cu_seqlens_q is not None,
-    )
-    parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    cache_seqlens: torch.Tensor | None
+    block_table: torch.Tensor | None
+    batch: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class AbsorbedCall(NamedTuple):
+    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim); packed ones have a batch of 1."""
+
+    q: torch.Tensor
+    q_pe: torch.Tensor
+    cache: LatentCache  # tensors (pages or batch, slots or rows, dim)
+    sequences: AbsorbedSequences
+    scale_log2: float
+    causal: bool
+    joined: bool  # rotary keys follow the latent vectors in one tensor
+
+
+class AbsorbedKey(NamedTuple):
+    """Everything of a call that the plan of its attention depends on; plans are cached by it."""
+
+    layout: tuple  # (shape, strides) of q, q_pe and latent vectors
+    layout_scales: tuple | None  # None but in an fp8 cache
+    layout_rope: tuple
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    q_aligned: bool  # q and q_pe start at multiples of 16 bytes
+    cache_aligned: bool  # latent vectors and rotary keys do
+    table_width: int | None  # None: keys are rows of a tensor
+    packed: bool
+    batch: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+    joined: bool
+    num_splits: int
+    arch: str
+    precision: str  # of fp32 matmuls
+    num_sms: int
+
+
+class AbsorbedPlan(NamedTuple):
+    """A launch but for its tensors."""
+
+    num_programs: int  # of a split
+    num_splits: int
+    strides: tuple  # Strides of q and q_pe
+    page_strides: LatentCache
+    counts: tuple  # seqlen_q, seqlen_k and num_tiles
+    window: Window
+    constants: dict
+
+
+def _attend(call, w_uv, out, lse, num_splits, config=None):
+    """Attention of an AbsorbedCall, and what follows it."""
+    plan = _plan(_key_of(call, num_splits), wanted_kernels(), config)
+    parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits)
+    if type(plan) is HopperPlan:
+        launch_mla_decode_hopper(plan, call, parts, lse_parts)
+    else:
+        _launch(plan, call, parts, lse_parts)
+    if w_uv is not None:
+        launch_merge_project(parts, lse_parts, w_uv, out, lse)
+    elif plan.num_splits > 1:
+        launch_merge(parts, lse_parts, out, lse)
+
+
+def _launch(plan, call, parts, lse_parts):
+    """Launch the portable kernel into the `_results` of the splits."""
+    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, *_ = call.sequences
     split_stride, *strides, _ = parts.stride()
+    of_q, of_q_pe = plan.strides
     args = (
-        View(q, Strides(*q.stride()[:3])),
-        View(q_pe, Strides(*q_pe.stride()[:3])),
-        LatentCache(*(None if x is None else Pages(x, x.stride(0)) for x in cache)),
+        View(call.q, of_q),
+        View(call.q_pe, of_q_pe),
+        LatentCache._make([x if x is None else Pages(x, stride) for x, stride in zip(call.cache, plan.page_strides)]),
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
@@ -470,17 +510,14 @@ def _attend(q, q_pe, cache, lengths, scale_log2, causal, w_uv, out, lse, num_spl
         block_table,
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k),
-        q.shape[1],
-        latents.shape[1] if block_table is None else capacity_of(latents, block_table),
-        num_programs if constants["TILE"].SEARCH else num_programs // batch,
-        num_splits,
+        *plan.counts,
+        plan.num_splits,
         batch,
         batch.bit_length(),
-        scale_log2,
-        Window(None, 0 if causal else None),
+        call.scale_log2,
+        plan.window,
     )
-    launch_packed(_mla_absorbed_kernel, (num_programs * num_splits,), q.device, args, constants)
-    _finish(parts, lse_parts, w_uv, out, lse)
+    launch_packed(_mla_absorbed_kernel, (plan.num_programs * plan.num_splits,), call.q.device, args, plan.constants)
 
 
 def _results(q, out, lse, w_uv, num_splits):
@@ -497,66 +534,67 @@ def _results(q, out, lse, w_uv, num_splits):
     return out[None], out.new_empty(lse_shape, dtype=torch.float32) if lse is None else lse[None]
 
 
-def _finish(parts, lse_parts, w_uv, out, lse):
-    """Out and lse of the splits', where those are not yet it."""
-    if w_uv is not None:
-        launch_merge_project(parts, lse_parts, w_uv, out, lse)
-    elif parts.shape[0] > 1:
-        launch_merge(parts, lse_parts, out, lse)
-
-
-def _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits):
-    """That of hopper.py's kernel where it serves the call and is wanted, else None."""
-    wanted = wanted_kernels()
-    if wanted == "portable" or any(x.data_ptr() % 16 for x in (q, q_pe, latents, rope_keys)):
-        return None
-    layout, num_sms = layout_of(q, q_pe, latents), count_sms(q.device, arch_of(q))
-    return plan_hopper(layout, q.dtype, latents.dtype, block_table.shape[1], causal, num_splits, num_sms, wanted)
+def _key_of(call, num_splits):
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined = call
+    cu_seqlens_q, _, _, block_table, batch, max_seqlen_q, max_seqlen_k = sequences
+    dtype, arch = q.dtype, arch_of(q)
+    # By position: keywords take twice as long.
+    return AbsorbedKey(
+        layout_of(q, q_pe, latents),
+        None if scales is None else (scales.shape, scales.stride()),
+        (rope_keys.shape, rope_keys.stride()),
+        dtype,
+        latents.dtype,
+        (q.data_ptr() | q_pe.data_ptr()) % 16 == 0,
+        (latents.data_ptr() | rope_keys.data_ptr()) % 16 == 0,
+        None if block_table is None else block_table.shape[1],
+        cu_seqlens_q is not None,
+        batch,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal,
+        joined,
+        num_splits,
+        arch,
+        input_precision(dtype, arch),
+        count_sms(q.device, arch),
+    )
 
 
 @remember
-def _plan(
-    layout,
-    dtype,
-    cache_dtype,
-    bases_aligned,
-    table_width,
-    batch,
-    max_seqlen_q,
-    max_seqlen_k,
-    num_splits,
-    arch,
-    precision,
-    num_sms,
-    config,
-    joined,
-    packed,
-):
-    """(programs of a split, splits, constants of the kernel): what follows from layouts and options alone."""
-    (shape_q, strides_q), (shape_pe, strides_pe), *cache = layout
+def _plan(key, wanted, config):
+    """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
+    if config is None and (plan := plan_hopper(key, wanted)) is not None:
+        return plan
+    (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
+    cache = [of_latents, key.layout_scales, key.layout_rope]
     num_heads, kv_lora_rank = shape_q[2:]
     if shape_pe[3] == 0:  # strides of nothing
-        strides_pe, cache[-1] = strides_q, cache[0]
-    is_fp8 = cache_dtype == torch.uint8
-    paged = table_width is not None
-    page_size = cache[0][0][1]
-    rows = [strides[1] for _, strides in cache]
-    # Latent vectors and rotary keys in vectors of 16 bytes: rows and pages of both are multiples of it.
-    sizes = (cache_dtype.itemsize, torch.float32.itemsize, torch.bfloat16.itemsize) if is_fp8 else (dtype.itemsize,) * 2
-    aligned = bases_aligned and all(
-        stride * size % 16 == 0 for (_, strides), size in zip(cache, sizes) for stride in strides[:2]
+        strides_pe, cache[2] = strides_q, of_latents
+    is_fp8 = key.cache_dtype == torch.uint8
+    paged = key.table_width is not None
+    num_slots = of_latents[0][1]
+    # Latent vectors and rotary keys are loaded 16 bytes at a time if rows and pages of both are multiples of that.
+    item_sizes = LatentCache(*[key.cache_dtype.itemsize] * 3)
+    if is_fp8:
+        item_sizes = LatentCache(key.cache_dtype.itemsize, torch.float32.itemsize, torch.bfloat16.itemsize)
+    page_strides, rows = (LatentCache._make([x and x[1][i] for x in cache]) for i in (0, 1))
+    aligned = key.cache_aligned and all(
+        stride is None or stride * size % 16 == 0
+        for strides in (page_strides, rows)
+        for stride, size in zip(strides, item_sizes)
     )
-    num_rows = max_seqlen_q * num_heads
-    seqlen_k = table_width * page_size if paged else max_seqlen_k
-    case = MlaDecodeCase(arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, paged, seqlen_k, page_size)
+    num_rows = key.max_seqlen_q * num_heads
+    seqlen_k = key.table_width * num_slots if paged else key.max_seqlen_k
+    widths = kv_lora_rank, shape_pe[3]
+    case = MlaDecodeCase(key.arch, key.dtype, *widths, num_rows, is_fp8, paged, seqlen_k, num_slots)
     tiles = config or choose(MlaDecodeConfig, case)
-    num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
-    num_searched = shape_q[1] * num_heads // tiles.block_m + batch
-    search = packed and paged and num_searched < num_programs
-    num_programs = num_searched if search else num_programs
-    num_key_tiles = -(-seqlen_k // tiles.block_n)
-    one_page = paged and page_size % tiles.block_n == 0
-    cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
+    num_tiles = tiles_each(num_rows, shape_q[1] * num_heads, key.batch, tiles.block_m)  # of a sequence
+    num_searched = shape_q[1] * num_heads // tiles.block_m + key.batch  # of all
+    search = key.packed and paged and num_searched < key.batch * num_tiles
+    num_programs = num_searched if search else key.batch * num_tiles
+    one_page = paged and num_slots % tiles.block_n == 0
+    cut_chain = has_wgmma(key.arch) and tiles.block_m >= 64 and tiles.num_warps > 4
     pieces = piece_0(kv_lora_rank), piece_1(kv_lora_rank)
     if not (cut_chain and one_page):
         pieces = halve_widest(pieces)
@@ -568,19 +606,28 @@ def _plan(
         PIECE_0=pieces[0],
         PIECE_1=pieces[1],
         ROPE_HEAD_DIM=shape_pe[3],
-        PAGE_SIZE=page_size if paged else 1,
+        PAGE_SIZE=num_slots if paged else 1,
         ONE_PAGE=one_page,
         PAGES_AHEAD=tiles.num_stages > 2,
-        SLOT_STRIDES=LatentCache(*rows) if is_fp8 else LatentCache(rows[0], None, rows[1]),
-        JOINED=joined,
-        FLOAT8=(3, 3 in gpu_of(arch).native_fp8) if is_fp8 else None,
+        SLOT_STRIDES=rows,
+        JOINED=key.joined,
+        FLOAT8=(3, 3 in gpu_of(key.arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK,
-        VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
-        VECTORS=LatentCache(16 // sizes[0], None, 16 // sizes[-1]) if aligned else LatentCache(1, None, 1),
+        VECTOR=vector_elements(key.dtype.itemsize, strides_q, strides_pe),
+        VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,
         SEARCH=search,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=key.precision,
     )
-    constants = dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    num_slots = num_sms * tiles.programs_per_sm(is_fp8)
-    return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_slots), constants
+    num_splits = key.num_splits or choose_num_splits(
+        num_programs, -(-seqlen_k // tiles.block_n), key.num_sms * tiles.programs_per_sm(is_fp8)
+    )
+    return AbsorbedPlan(
+        num_programs,
+        num_splits,
+        (Strides(*strides_q[:3]), Strides(*strides_pe[:3])),
+        page_strides,
+        (shape_q[1], min(seqlen_k, MAX_ROWS) if paged else num_slots, num_searched if search else num_tiles),
+        Window(None, 0 if key.causal else None),
+        dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+    )

@@ -25,6 +25,7 @@ from .._host.checks import (
     layout_of,
     read_length,
 )
+from .._host.layout import new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
 from ..merge.splits import check_num_splits
@@ -142,7 +143,9 @@ def paged_attention(
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
     prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
-    batch, options = _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap)
+    batch, options, layout = _check_tensors(
+        q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
+    )
     shape = ("batch" if batch is None else batch,)
     check_tensor("cache_seqlens", cache_seqlens, shape, (torch.int32,), q.device)
     check_last_contiguous("cache_seqlens", cache_seqlens)
@@ -177,9 +180,9 @@ def paged_attention(
             refuse_vmap(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
             result, lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
         return (result, lse) if return_lse else result
-    result, lse = _outputs(q, v_cache, out, return_lse)
+    result, lse = new_outputs(q, v_cache, return_lse, out)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, longest, options, *scales, num_splits, shared_prefix_len)
+    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len)
     _attend(call, check_values, result, lse)
     return (result, lse) if return_lse else result
 
@@ -190,17 +193,6 @@ def _check_shared_prefix(shared_prefix_len: int, k_cache: Tensor, block_table: T
     capacity = block_table.shape[1] * k_cache.shape[1]
     if shared_prefix_len > capacity:
         fail("shared_prefix_len", f"at most the table's {capacity}", shared_prefix_len)
-
-
-def _outputs(q: Tensor, v_cache: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Any]:
-    """(out, lse or None)."""
-    if out is None:
-        out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
-    lse = None
-    if return_lse:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32  # of the reference
-        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype)
-    return out, lse
 
 
 class PagedCall(NamedTuple):
@@ -214,6 +206,7 @@ class PagedCall(NamedTuple):
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int
     options: AttentionOptions
+    layout: tuple  # `layout_of` q, k_cache and v_cache
     k_scale: float | Tensor | None = None
     v_scale: float | Tensor | None = None
     num_splits: int = 0
@@ -299,8 +292,9 @@ def _attend_flat(
     options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
-    out, lse = _outputs(q, v_cache, out, return_lse)
-    call = PagedCall(*tensors, max_seqlen_q, options, *scales, num_splits, shared_prefix_len)
+    out, lse = new_outputs(q, v_cache, return_lse, out)
+    layout = layout_of(q, k_cache, v_cache)
+    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len)
     _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
 
@@ -318,13 +312,13 @@ _operator_with_out = torch.library.custom_op(
 
 @_operator.register_fake
 def _(q, k_cache, v_cache, *rest):
-    out, lse = _outputs(q, v_cache, None, rest[-1])
+    out, lse = new_outputs(q, v_cache, rest[-1])
     return out, _or_empty(lse, q)
 
 
 @_operator_with_out.register_fake
 def _(q, k_cache, v_cache, *rest):
-    return _or_empty(_outputs(q, v_cache, rest[-1], rest[-2])[1], q)
+    return _or_empty(new_outputs(q, v_cache, rest[-2], rest[-1])[1], q)
 
 
 def _or_empty(lse: Tensor | None, q: Tensor) -> Tensor:
@@ -349,32 +343,40 @@ def _check_tensors(
     softmax_scale: float | None,
     window_size: tuple[int, int],
     softcap: float,
-) -> tuple[int | None, AttentionOptions]:
-    """(batch or None where cu_seqlens_q says it, options); results for a layout are cached."""
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+) -> tuple[int | None, AttentionOptions, tuple]:
+    """(batch, or None if only cu_seqlens_q says it; options; layout). Results for a layout are cached."""
+    if not isinstance(q, torch.Tensor):
+        fail("q", "a tensor", type(q).__name__, TypeError)
+    dtype, device = q.dtype, q.device
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(x, torch.Tensor):
             fail(name, "a tensor", type(x).__name__, TypeError)
-        if x.device != q.device:
-            fail(name, f"q's device {q.device}", x.device)
-    if q.dtype not in KERNEL_DTYPES and (q.dtype != torch.float64 or use_kernel(q)):
-        fail("q", "float16, bfloat16 or float32", q.dtype, TypeError)
-    if k_cache.dtype not in (q.dtype, *FLOAT8_MANTISSA_BITS):
-        fail("k_cache", f"q's dtype {q.dtype}, float8_e4m3fn or float8_e5m2", k_cache.dtype, TypeError)
-    if v_cache.dtype != k_cache.dtype:
-        fail("v_cache", f"k_cache's dtype {k_cache.dtype}", v_cache.dtype, TypeError)
+        if x.device != device:
+            fail(name, f"q's device {device}", x.device)
+    if dtype not in KERNEL_DTYPES and (dtype != torch.float64 or use_kernel(q)):
+        fail("q", "float16, bfloat16 or float32", dtype, TypeError)
+    cache_dtype = k_cache.dtype
+    if cache_dtype != dtype and cache_dtype not in FLOAT8_MANTISSA_BITS:
+        fail("k_cache", f"q's dtype {dtype}, float8_e4m3fn or float8_e5m2", cache_dtype, TypeError)
+    if v_cache.dtype != cache_dtype:
+        fail("v_cache", f"k_cache's dtype {cache_dtype}", v_cache.dtype, TypeError)
     layout, is_paged = layout_of(q, k_cache, v_cache), block_table is not None
     if torch.compiler.is_compiling():
-        return _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
+        return *_check_options(layout, is_paged, causal, softmax_scale, softcap, window_size), layout
     try:
         left, right = window_size
-        return _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, type(window_size))
-    except (TypeError, ValueError):  # an argument is wrong, and is to be named
-        return _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
+        pair = type(window_size)
+        batch, options = _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, pair)
+    except (TypeError, ValueError):  # an argument is wrong; the uncached check names it
+        batch, options = _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
+    return batch, options, layout
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, pair):
-    """The sides of the window one by one, since only the types of arguments count, not those in a tuple."""
+    """The sides of the window as separate arguments, since lru_cache checks the types of arguments but not inside
+    tuples.
+    """
     return _check_options(layout, is_paged, causal, softmax_scale, softcap, pair((left, right)))
 
 

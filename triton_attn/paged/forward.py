@@ -7,19 +7,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, check_rows, layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of
 from .._host.layout import (
     INDICES,
     LSE,
     batch_head_strides,
-    capacity_of,
     clear_outputs,
     tiles_each,
     vector_elements,
     without_dim,
 )
+from .._host.observers import number_and_tensor
 from .._host.tuned import choose, remember
 from .._jit.args import Scales, Scores, Splits, Strides, View, Window, scale_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
@@ -359,40 +359,57 @@ def _load_slopes(alibi, rows):
 
 
 class Problem(NamedTuple):
-    """What the kernels of a call and their grids follow from."""
+    """Everything of a call that the plan of its launches depends on; plans are cached by it."""
 
-    layout: tuple  # of q, k_cache, v_cache
+    layout: tuple  # (shape, strides) of q, k_cache and v_cache
+    strides_out: tuple
     dtype: torch.dtype
     cache_dtype: torch.dtype
     batch: int
     max_seqlen_q: int
-    table_width: int | None
+    table_width: int | None  # None: a contiguous cache
     is_packed: bool
     num_splits: int
     shared_prefix_len: int
-    fold_scale: bool
-    bases_aligned: bool
+    softmax_scale: float
+    window: tuple
+    softcap: float | None
+    has_alibi: bool
+    bases_aligned: bool  # k_cache and v_cache start at multiples of 16 bytes
     arch: str
-    precision: str
+    precision: str  # of fp32 matmuls
     num_sms: int
     config: PagedConfig | None
 
+    @property
+    def fold_scale(self):
+        """Whether the exponential can apply the scale, since nothing comes between."""
+        return self.softcap is None and not self.has_alibi
+
+    @property
+    def capacity(self):
+        """Keys of the longest sequence that the cache can hold."""
+        slots = self.layout[1][0][1]
+        return min(slots if self.table_width is None else slots * self.table_width, MAX_ROWS)
+
 
 class Pass(NamedTuple):
-    """One launch: over the shared prefix, or over the other keys."""
+    """A launch over the shared prefix, or over the other keys."""
 
+    num_programs: int
     num_tiles: int
-    search_steps: int
     num_splits: int
     constants: dict
 
 
 class Plan(NamedTuple):
-    """What is remembered of a call; strides are those of q, k_cache and v_cache."""
+    """The launches of a call but for its tensors and the scales of its cache."""
 
-    passes: tuple
-    num_splits: int
-    strides: tuple
+    passes: tuple  # none where there is nothing to compute
+    num_splits: int  # of all passes
+    strides: tuple  # Strides of q, k_cache, v_cache, and of out or a split of it
+    capacity: int
+    scores: Scores  # without ALiBi
 
 
 def launch_paged_fwd(call, out, lse, config=None):
@@ -402,47 +419,49 @@ def launch_paged_fwd(call, out, lse, config=None):
     out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens_q; lse as
     `flash_attention` returns it, or None: not wanted. config is a PagedConfig (None: the default).
     """
-    q, k_cache, v_cache, block_table = call.q, call.k_cache, call.v_cache, call.block_table
-    passes, num_splits, (strides_q, strides_k, strides_v) = _plan(_problem_of(call, config))
-    if not passes:
+    q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, *_ = call
+    plan = _plan(_problem_of(call, out, config))
+    if not plan.passes:
         clear_outputs(out, lse)
         return
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     outs, lses, split_stride = out, lse, 0
-    if num_splits > 1:
-        outs, lses = _new_splits(num_splits, out)
+    if plan.num_splits > 1:
+        outs, lses = _new_splits(plan.num_splits, out)
         split_stride = outs.stride(0)
-    strides = Strides(*outs.stride()[-4:-1]) if out.ndim == 4 else Strides(0, *outs.stride()[-3:-1])
+    strides_q, strides_k, strides_v, strides_out = plan.strides
     operands = View(q, strides_q), View(k_cache, strides_k), View(v_cache, strides_v)
-    scales, scores = _scales_and_scores(call)
-    num_heads_kv = k_cache.shape[2]
+    scales, scores, out_factor = _scales_and_scores(call, plan)
+    (*_, num_rows, _, _), (batch, *_) = call.layout[0][0], cache_seqlens.shape
+    num_heads_kv = call.layout[1][0][2]
+    table_stride = None if block_table is None else block_table.stride(0)
     first = 0  # split
-    for num_tiles, search_steps, splits_here, constants in passes:
+    for num_programs, num_tiles, num_splits, constants in plan.passes:
         args = (
             *operands,
-            Splits(View(outs[first:] if first else outs, strides), split_stride),
+            Splits(View(outs[first:] if first else outs, strides_out), split_stride),
             lses[first:] if first else lses,
-            call.cache_seqlens,
+            cache_seqlens,
             block_table,
-            None if block_table is None else block_table.stride(0),
-            call.cu_seqlens_q,
+            table_stride,
+            cu_seqlens_q,
             call.options.sinks,
             scales,
             scores,
-            q.shape[-3],
-            capacity_of(k_cache, block_table),
-            call.cache_seqlens.shape[0],
+            num_rows,
+            plan.capacity,
+            batch,
             num_tiles,
-            search_steps,
+            batch.bit_length(),
             call.shared_prefix_len,
             num_heads_kv,
-            splits_here,
-            _factor(call.v_scale),
+            num_splits,
+            out_factor,
         )
-        launch_packed(_paged_fwd_kernel, (num_tiles * splits_here * num_heads_kv,), q.device, args, constants)
-        first += splits_here
-    if num_splits > 1:
+        launch_packed(_paged_fwd_kernel, (num_programs,), q.device, args, constants)
+        first += num_splits
+    if plan.num_splits > 1:
         if out.ndim == 3:
             outs, lses, out, lse = outs[:, None], lses[:, None], out[None], None if lse is None else lse[None]
         launch_merge(outs, lses, out, lse)
@@ -455,43 +474,46 @@ def _new_splits(num_splits, out):
     return outs, out.new_empty((num_splits, *batch, heads, rows), dtype=torch.float32)
 
 
-def _scales_and_scores(call):
-    """Kernel arguments; a scale that is a number is a factor of others."""
-    softmax_scale, window, softcap, alibi_slopes, *_ = call.options
-    alibi = None
-    if alibi_slopes is not None:
-        batch_stride, head_stride = batch_head_strides(alibi_slopes)
-        alibi = View(alibi_slopes, Strides(batch_stride, 0, head_stride))
-    scale_log2 = softmax_scale * LOG2_E.value * _factor(call.k_scale)
-    return Scales(_tensor(call.k_scale), _tensor(call.v_scale)), Scores(scale_log2, softcap, alibi, Window(*window))
+def _scales_and_scores(call, plan):
+    """Scales, Scores and a factor of out. A scale that is a number multiplies softmax_scale or out."""
+    scores, k_scale, v_scale, alibi = plan.scores, call.k_scale, call.v_scale, call.options.alibi_slopes
+    if alibi is not None:
+        batch_stride, head_stride = batch_head_strides(alibi)
+        scores = scores._replace(alibi=View(alibi, Strides(batch_stride, 0, head_stride)))
+    if k_scale is None and v_scale is None:
+        return NO_SCALES, scores, 1.0
+    (k_number, k_tensor), (v_number, v_tensor) = number_and_tensor(k_scale), number_and_tensor(v_scale)
+    if k_number is not None:
+        scores = scores._replace(scale_log2=scores.scale_log2 * k_number)
+    return Scales(scale_of(k_tensor), scale_of(v_tensor)), scores, 1.0 if v_number is None else v_number
 
 
-def _factor(scale):
-    return 1.0 if scale is None or isinstance(scale, torch.Tensor) else float(scale)
+NO_SCALES = Scales(None, None)
 
 
-def _tensor(scale):
-    return scale_of(scale) if isinstance(scale, torch.Tensor) else None
-
-
-def _problem_of(call, config):
-    q, k_cache, v_cache, options = call.q, call.k_cache, call.v_cache, call.options
-    arch = arch_of(q)
-    # By position, in the order of Problem: keywords take twice as long.
+def _problem_of(call, out, config):
+    q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, options, layout, *_ = call
+    softmax_scale, window, softcap, alibi_slopes, *_ = options
+    dtype, arch = q.dtype, arch_of(q)
+    # By position: keywords take twice as long.
     return Problem(
-        layout_of(q, k_cache, v_cache),
-        q.dtype,
+        layout,
+        out.stride(),
+        dtype,
         k_cache.dtype,
-        call.cache_seqlens.shape[0],
-        call.max_seqlen_q,
-        None if call.block_table is None else call.block_table.shape[1],
-        call.cu_seqlens_q is not None,
+        cache_seqlens.shape[0],
+        max_seqlen_q,
+        None if block_table is None else block_table.shape[1],
+        cu_seqlens_q is not None,
         call.num_splits,
         call.shared_prefix_len,
-        options.softcap is None and options.alibi_slopes is None,  # fold_scale
-        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,  # bases_aligned
+        softmax_scale,
+        window,
+        softcap,
+        alibi_slopes is not None,
+        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
         arch,
-        input_precision(q.dtype, arch),
+        input_precision(dtype, arch),
         count_sms(q.device, arch),
         config,
     )
@@ -499,14 +521,21 @@ def _problem_of(call, config):
 
 @remember
 def _plan(problem):
-    """The Plan of a call, without a pass where there is nothing to compute; most calls are like the last."""
+    """The Plan of a call."""
     (shape_q, _), _, (shape_v, _) = problem.layout
-    strides = tuple(Strides(*without_dim(one)) for _, one in problem.layout)
-    if math.prod(shape_q[:-1]) == 0 or problem.max_seqlen_q == 0 or problem.batch == 0:
-        return Plan((), 0, strides)
-    check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
-    passes = tuple(_plan_pass(problem, shared) for shared in ((True, False) if problem.shared_prefix_len else (False,)))
-    return Plan(passes, sum(one.num_splits for one in passes), strides)
+    scores = Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, Window(*problem.window))
+    passes = ()
+    if math.prod(shape_q[:-1]) > 0 and problem.max_seqlen_q > 0 and problem.batch > 0:
+        check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
+        prefixes = (True, False) if problem.shared_prefix_len else (False,)
+        passes = tuple(_plan_pass(problem, shared) for shared in prefixes)
+    num_splits = sum(one.num_splits for one in passes)
+    strides_out = problem.strides_out
+    if num_splits > 1:  # splits are contiguous
+        rows, heads, dim = *shape_q[-3:-1], shape_v[-1]
+        strides_out = (rows * heads * dim, heads * dim, dim, 1)[-len(shape_q) :]
+    strides = *(one for _, one in problem.layout), strides_out
+    return Plan(passes, num_splits, tuple(Strides(*without_dim(one)) for one in strides), problem.capacity, scores)
 
 
 def _plan_pass(problem, shared):
@@ -517,7 +546,6 @@ def _plan_pass(problem, shared):
     num_rows = math.prod(shape_q[:-2]) * group_size  # of a KV head
     longest = num_rows if shared else problem.max_seqlen_q * group_size
     is_paged = problem.table_width is not None
-    capacity = slots * problem.table_width if is_paged else slots
     vector_cache = 1
     if problem.bases_aligned:
         vector_cache = vector_elements(problem.cache_dtype.itemsize, strides_k, strides_v)
@@ -530,7 +558,7 @@ def _plan_pass(problem, shared):
         rows=longest,
         loads_vectors=vector_cache > 1,
         is_plain=problem.fold_scale and is_paged,
-        seqlen_k=capacity,
+        seqlen_k=problem.capacity,
         page_size=slots,
     )
     config = problem.config or choose(PagedConfig, case)
@@ -541,7 +569,7 @@ def _plan_pass(problem, shared):
         num_sequences = 1 if shared else problem.batch
         num_tiles = tiles_each(longest, num_rows, num_sequences, config.block_m) * num_sequences
     first_key = 0 if shared else problem.shared_prefix_len
-    num_keys = problem.shared_prefix_len if shared else max(capacity - first_key, 0)
+    num_keys = problem.shared_prefix_len if shared else max(problem.capacity - first_key, 0)
     num_splits = problem.num_splits or choose_num_splits(
         num_tiles * num_heads_kv, -(-num_keys // config.block_n), problem.num_sms
     )
@@ -564,4 +592,4 @@ def _plan_pass(problem, shared):
         INPUT_PRECISION=problem.precision,
     )
     constants = dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages)
-    return Pass(num_tiles, problem.batch.bit_length(), num_splits, constants)
+    return Pass(num_tiles * num_splits * num_heads_kv, num_tiles, num_splits, constants)
