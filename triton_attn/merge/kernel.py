@@ -1,6 +1,5 @@
 """Kernel that merges partial results of attention, and its launcher."""
 
-import functools
 from typing import NamedTuple
 
 import triton
@@ -8,6 +7,7 @@ import triton.language as tl
 
 from .._host.device import launch_packed
 from .._host.layout import LSE
+from .._host.tuned import remember
 from .._jit.args import Splits, Strides, View
 from .._jit.heads import lse_offsets, row_offsets
 from .._jit.softmax import LOG2_E, softmax_finish
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
     constants: dict
 
 
-@functools.lru_cache(maxsize=1024)
+@remember
 def _plan(shape, strides_outs, strides_out):
     num_splits, batch, seqlen_q, num_heads, head_dim_v = shape
     num_rows = batch * seqlen_q * num_heads

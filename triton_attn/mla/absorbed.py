@@ -389,7 +389,7 @@ def launch_mla_decode(
         q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
         scale_log2 = 1.0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
-    sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q, 0)
+    sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
     call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined)
     _attend(call, w_uv, out, lse, num_splits, config)
 
@@ -402,7 +402,7 @@ def launch_mla_absorbed(
     Tensors are (batch, seqlen, ...) or packed (total, ...), lse (batch, num_heads, seqlen_q) or (num_heads, total_q);
     lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a dense batch.
     """
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, _ = lengths
     batch = q_pe.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if q_pe.numel() == 0 or batch == 0:
         clear_outputs(out, lse)
@@ -411,7 +411,7 @@ def launch_mla_absorbed(
         q_nope, q_pe, kv_latent, k_pe, out, lse = (
             None if x is None else x[None] for x in (q_nope, q_pe, kv_latent, k_pe, out, lse)
         )
-    sequences = AbsorbedSequences(cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q, max_seqlen_k)
+    sequences = AbsorbedSequences(cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q)
     cache = LatentCache(kv_latent, None, k_pe)
     for first in range(0, q_pe.shape[2], heads_each):
         heads = slice(first, first + heads_each)
@@ -421,7 +421,7 @@ def launch_mla_absorbed(
 
 
 class AbsorbedSequences(NamedTuple):
-    """Sequences of a batch: decode has cache_seqlens and block_table, prefill max_seqlen_k; packed ones cu_seqlens."""
+    """The sequences of a batch. Those of decode have cache_seqlens and a block_table, packed ones cu_seqlens."""
 
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
@@ -429,7 +429,6 @@ class AbsorbedSequences(NamedTuple):
     block_table: torch.Tensor | None
     batch: int
     max_seqlen_q: int
-    max_seqlen_k: int
 
 
 class AbsorbedCall(NamedTuple):
@@ -451,14 +450,12 @@ class AbsorbedKey(NamedTuple):
     layout_scales: tuple | None  # None but in an fp8 cache
     layout_rope: tuple
     dtype: torch.dtype
-    cache_dtype: torch.dtype
     q_aligned: bool  # q and q_pe start at multiples of 16 bytes
     cache_aligned: bool  # latent vectors and rotary keys do
     table_width: int | None  # None: keys are rows of a tensor
     packed: bool
     batch: int
     max_seqlen_q: int
-    max_seqlen_k: int
     causal: bool
     joined: bool
     num_splits: int
@@ -495,7 +492,7 @@ def _attend(call, w_uv, out, lse, num_splits, config=None):
 
 def _launch(plan, call, parts, lse_parts):
     """Launch the portable kernel into the `_results` of the splits."""
-    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, *_ = call.sequences
+    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, _ = call.sequences
     split_stride, *strides, _ = parts.stride()
     of_q, of_q_pe = plan.strides
     args = (
@@ -530,13 +527,13 @@ def _results(q, out, lse, w_uv, num_splits):
         dtype = torch.float32 if num_splits > 1 else out.dtype
         parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
         return parts, out.new_empty(lse_shape, dtype=torch.float32)
-    # Without a place for the log-sum-exp the compiler makes wgmma wait for each other.
+    # The kernel always stores lse. Without the store the loop is the same, and there would be one more variant.
     return out[None], out.new_empty(lse_shape, dtype=torch.float32) if lse is None else lse[None]
 
 
 def _key_of(call, num_splits):
     q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined = call
-    cu_seqlens_q, _, _, block_table, batch, max_seqlen_q, max_seqlen_k = sequences
+    cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
     return AbsorbedKey(
@@ -544,14 +541,12 @@ def _key_of(call, num_splits):
         None if scales is None else (scales.shape, scales.stride()),
         (rope_keys.shape, rope_keys.stride()),
         dtype,
-        latents.dtype,
         (q.data_ptr() | q_pe.data_ptr()) % 16 == 0,
         (latents.data_ptr() | rope_keys.data_ptr()) % 16 == 0,
         None if block_table is None else block_table.shape[1],
         cu_seqlens_q is not None,
         batch,
         max_seqlen_q,
-        max_seqlen_k,
         causal,
         joined,
         num_splits,
@@ -571,13 +566,13 @@ def _plan(key, wanted, config):
     num_heads, kv_lora_rank = shape_q[2:]
     if shape_pe[3] == 0:  # strides of nothing
         strides_pe, cache[2] = strides_q, of_latents
-    is_fp8 = key.cache_dtype == torch.uint8
+    is_fp8 = key.layout_scales is not None
     paged = key.table_width is not None
     num_slots = of_latents[0][1]
     # Latent vectors and rotary keys are loaded 16 bytes at a time if rows and pages of both are multiples of that.
-    item_sizes = LatentCache(*[key.cache_dtype.itemsize] * 3)
+    item_sizes = LatentCache(*[key.dtype.itemsize] * 3)
     if is_fp8:
-        item_sizes = LatentCache(key.cache_dtype.itemsize, torch.float32.itemsize, torch.bfloat16.itemsize)
+        item_sizes = LatentCache(1, torch.float32.itemsize, torch.bfloat16.itemsize)
     page_strides, rows = (LatentCache._make([x and x[1][i] for x in cache]) for i in (0, 1))
     aligned = key.cache_aligned and all(
         stride is None or stride * size % 16 == 0
@@ -585,7 +580,7 @@ def _plan(key, wanted, config):
         for stride, size in zip(strides, item_sizes)
     )
     num_rows = key.max_seqlen_q * num_heads
-    seqlen_k = key.table_width * num_slots if paged else key.max_seqlen_k
+    seqlen_k = min(num_slots * key.table_width, MAX_ROWS) if paged else num_slots  # of the longest sequence, at most
     widths = kv_lora_rank, shape_pe[3]
     case = MlaDecodeCase(key.arch, key.dtype, *widths, num_rows, is_fp8, paged, seqlen_k, num_slots)
     tiles = config or choose(MlaDecodeConfig, case)
@@ -627,7 +622,7 @@ def _plan(key, wanted, config):
         num_splits,
         (Strides(*strides_q[:3]), Strides(*strides_pe[:3])),
         page_strides,
-        (shape_q[1], min(seqlen_k, MAX_ROWS) if paged else num_slots, num_searched if search else num_tiles),
+        (shape_q[1], seqlen_k, num_searched if search else num_tiles),
         Window(None, 0 if key.causal else None),
         dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
     )

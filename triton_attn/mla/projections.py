@@ -1,6 +1,5 @@
 """Kernels before and after absorbed attention, and their launchers: queries times w_uk, merged splits times w_uv."""
 
-import functools
 from typing import NamedTuple
 
 import triton
@@ -9,6 +8,7 @@ import triton.language as tl
 from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import INDICES, LSE
+from .._host.tuned import remember
 from .._jit.args import Strides, View
 from .._jit.heads import row_offsets, row_pointer
 from .._jit.rope import Rotation, load_rotated, rope_of
@@ -237,7 +237,7 @@ def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, Fal
     return q.split(widths, dim=-1)
 
 
-@functools.lru_cache(maxsize=1024)
+@remember
 def _plan_absorb(layout, rotary_dim, interleaved, precision):
     """The Plan of `_absorb_kernel`; layout is that of q_nope, q_pe and w_uk."""
     (shape_q, strides_q), (shape_pe, strides_pe), (shape_w, strides_w) = layout
@@ -283,7 +283,7 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse):
     launch_packed(_merge_project_kernel, plan.grid, out.device, args, plan.constants)
 
 
-@functools.lru_cache(maxsize=1024)
+@remember
 def _plan_merge_project(shape, shape_w, strides_w, strides_out, dtype, precision):
     """The Plan of `_merge_project_kernel`; shape is that of the splits, dtype that of w_uv."""
     num_splits, batch, seqlen_q, num_heads, kv_lora_rank = shape

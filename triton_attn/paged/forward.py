@@ -368,7 +368,6 @@ class Problem(NamedTuple):
     batch: int
     max_seqlen_q: int
     table_width: int | None  # None: a contiguous cache
-    is_packed: bool
     num_splits: int
     shared_prefix_len: int
     softmax_scale: float
@@ -492,7 +491,7 @@ NO_SCALES = Scales(None, None)
 
 
 def _problem_of(call, out, config):
-    q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, options, layout, *_ = call
+    q, k_cache, v_cache, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
     softmax_scale, window, softcap, alibi_slopes, *_ = options
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -504,7 +503,6 @@ def _problem_of(call, out, config):
         cache_seqlens.shape[0],
         max_seqlen_q,
         None if block_table is None else block_table.shape[1],
-        cu_seqlens_q is not None,
         call.num_splits,
         call.shared_prefix_len,
         softmax_scale,
@@ -562,7 +560,7 @@ def _plan_pass(problem, shared):
         page_size=slots,
     )
     config = problem.config or choose(PagedConfig, case)
-    search = problem.is_packed and not shared and longest > config.block_m
+    search = len(shape_q) == 3 and not shared and longest > config.block_m
     if search:
         num_tiles = num_rows // config.block_m + problem.batch
     else:
