@@ -232,7 +232,7 @@ def _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, righ
 
 
 def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: bool = False) -> Any:
-    """What a call returns. One that is traced or differentiated goes through an operator."""
+    """out, or (out, lse). A call that is traced or differentiated goes through an operator."""
     q, k, v, _, options, _ = call
     if not use_kernel(q):
         if check_values:

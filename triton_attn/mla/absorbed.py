@@ -1,6 +1,6 @@
-"""Kernel of attention in the absorbed form, and the launchers of decode and of prefill in that form.
+"""Kernel of MLA in the absorbed form, and its launchers for decode and prefill.
 
-Decode reads latent vectors from pages, prefill from rows of a tensor; all else is the same.
+Decode reads latent vectors from pages, prefill from rows of a tensor.
 """
 
 from typing import NamedTuple
@@ -40,21 +40,21 @@ from .configs import MlaDecodeCase, MlaDecodeConfig, has_wgmma
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
-# A new length must not mean a new compilation.
+# A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "search_steps", "lse_stride"]
 LENGTHS += [*INDICES, *LSE]
 
 
 class LatentCache(NamedTuple):
-    """One value for each of what a row of a latent cache holds: the latent vector, its fp8 scales, the rotary key."""
+    """One value for each part of a row of a latent cache: the latent vector, its fp8 scales, the rotary key."""
 
     latents: object
-    scales: object  # None but in an fp8 cache
+    scales: object  # None unless the cache is fp8
     rope_keys: object
 
 
 class Pages(NamedTuple):
-    """Pages of one part of a latent cache; without a block table a sequence is a page."""
+    """Pages of one part of a latent cache. Without a block table each sequence is a page."""
 
     ptr: object
     page_stride: int
@@ -67,15 +67,15 @@ class AbsorbedTile(NamedTuple):
     BLOCK_N: int
     NUM_HEADS: int
     KV_LORA_RANK: int
-    PIECE_0: int  # columns of the two pieces of a latent vector; 0: there is no second one
+    PIECE_0: int  # columns of the two pieces of a latent vector; PIECE_1 is 0 if there is one piece
     PIECE_1: int
-    ROPE_HEAD_DIM: int  # 0: there is no rotary part
+    ROPE_HEAD_DIM: int  # 0: no rotary part
     PAGE_SIZE: int
     ONE_PAGE: bool  # a tile of keys lies in one page
-    PAGES_AHEAD: bool  # page numbers are loaded a trip before their tile
+    PAGES_AHEAD: bool  # page numbers are loaded one iteration before their tile
     SLOT_STRIDES: LatentCache  # from one slot of a page to the next
-    JOINED: bool  # rotary keys follow the latent vectors in one tensor
-    FLOAT8: tuple | None  # (bits of mantissa, whether the GPU converts)
+    JOINED: bool  # a row of the cache is a latent vector and then its rotary key
+    FLOAT8: tuple | None  # (mantissa bits, whether the GPU converts the format)
     SCALE_BLOCK: int  # elements that share an fp8 scale
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
@@ -96,7 +96,7 @@ def _load_queries(ptrs, rows_mask, TILE: tl.constexpr):
 
 @triton.jit
 def _load_latent_piece(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Columns [START, START + BLOCK) of latent vectors; those of an fp8 row times their scales, in the given dtype."""
+    """Columns [START, START + BLOCK) of latent vectors; fp8 elements times their scales, in dtype."""
     tile = load_piece(ptrs, None, START, BLOCK, TILE.KV_LORA_RANK)
     if TILE.FLOAT8 is None:
         return tile
@@ -122,7 +122,7 @@ def _load_latents(ptrs, scale_ptrs, dtype, TILE: tl.constexpr):
 @triton.jit
 def _zeros(TILE: tl.constexpr):
     """(BLOCK_M, KV_LORA_RANK) in two pieces."""
-    # In names of their own: Triton 3.6 takes no field of a constant in a list.
+    # Triton 3.6 does not support fields of a constexpr in a list.
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     PIECE_0: tl.constexpr = TILE.PIECE_0
     PIECE_1: tl.constexpr = TILE.PIECE_1
@@ -149,10 +149,10 @@ def _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, NUM_HEADS: tl.constex
 
 @triton.jit
 def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
-    """(pages of the tile of keys at start, what the next trip gets as `pages`).
+    """(pages of the tile of keys at start, `pages` of the next iteration).
 
-    A load that waits for another one in its trip costs the pipeline a stage, so of three stages two hold tiles. Two
-    stages hold one tile either way, and page numbers ahead would only take registers.
+    If keys wait for page numbers that are loaded in the same iteration, the pipeline loses a stage. With PAGES_AHEAD
+    they do not wait. With two stages one tile is in flight either way, and page numbers would only take registers.
     """
     if TILE.PAGES_AHEAD:
         following = start + TILE.BLOCK_N
@@ -162,7 +162,7 @@ def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
 
 
 class Assignment(NamedTuple):
-    """The tile, sequence and split of a program. `program` counts programs of a split, `num_sequences` those of all."""
+    """The tile, sequence and split of a program. `program` is its index in the split, num_sequences the batch size."""
 
     program: object
     tile: object
@@ -189,7 +189,7 @@ def _assign(seqs, num_tiles, num_splits, num_sequences, search_steps, TILE: tl.c
 
 @triton.jit
 def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
-    """Store -inf in lse, and 0 in out if it HAS_OUT, of the Spare rows of a packed tensor."""
+    """Store lse = -inf and, with HAS_OUT, out = 0 in the Spare rows of a packed tensor."""
     heads = spare.rows % TILE.NUM_HEADS
     rows = spare.rows // TILE.NUM_HEADS
     ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, TILE.NUM_HEADS)
@@ -201,8 +201,8 @@ def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, 
 
 @triton.jit
 def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
-    """s and the scores of the rotary part, where there is one."""
-    PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 takes no field that is a string as an argument
+    """s plus the scores of the rotary part, if there is one."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 does not pass on strings of a constexpr tuple
     if TILE.ROPE_HEAD_DIM > 0:
         return dot_transposed(q_pe, k_pe, PRECISION, s)
     else:
@@ -234,13 +234,13 @@ def _mla_absorbed_kernel(
 ):
     """One program computes a tile of rows of out and lse, over one split of the keys of a sequence.
 
-    A row is one head of one query. All heads share the latent vectors: a tile of them is loaded once, multiplied with
-    the queries as keys and with the weights of the softmax as values. Grid: num_tiles * num_splits * batch, the
-    tiles of a sequence side by side; with SEARCH num_tiles counts those of all, and is not multiplied with the batch.
+    A row is one head of one query. All heads share the latent vectors. A tile of them is loaded once, and is both keys
+    and values. Grid: num_tiles * num_splits * batch, where num_tiles is that of a sequence. With SEARCH it is that of
+    all sequences, and the grid is num_tiles * num_splits.
 
-    cache is a LatentCache of Pages. Without a block_table a page is the tensor's row of a sequence. lse is (num_splits,
-    batch, NUM_HEADS, rows). seqlen_k is the most keys that a sequence has, or all rows of packed sequences, as seqlen_q
-    is of queries. Of rows after the last sequence lse is stored, and out where a user may read it: with a block_table.
+    cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, rows). seqlen_q and seqlen_k of packed
+    tensors are all their rows; otherwise seqlen_k is an upper bound of the keys of a sequence. In rows after the last
+    sequence lse is stored, and with a block_table out too, since users see it.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -362,11 +362,11 @@ def launch_mla_decode(
     rope_cache=None,
     queries=(None, None),
 ):
-    """Launch the kernels of one call: absorption with w_uk, attention, and with w_uv or several splits the merge.
+    """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
-    an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys where latent_cache does not. queries is
-    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). Nothing is read back.
+    an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys if latent_cache does not. queries is
+    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). No device-to-host sync.
     """
     cu_seqlens_q, max_seqlen_q = queries
     batch = cache_seqlens.shape[0]
@@ -518,12 +518,12 @@ def _launch(plan, call, parts, lse_parts):
 
 
 def _results(q, out, lse, w_uv, num_splits):
-    """Where the splits' outputs go, (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exp (splits, batch,
-    num_heads, seqlen_q)."""
+    """Outputs of the splits (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exps (splits, batch,
+    num_heads, seqlen_q). With one split and no projection they are out and lse."""
     batch, seqlen_q, num_heads, _ = q.shape
     lse_shape = num_splits, batch, num_heads, seqlen_q
     if num_splits > 1 or w_uv is not None:
-        # The sum of one split is rounded before the projection in any case.
+        # A single split is rounded before the projection anyway.
         dtype = torch.float32 if num_splits > 1 else out.dtype
         parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
         return parts, out.new_empty(lse_shape, dtype=torch.float32)
@@ -564,7 +564,7 @@ def _plan(key, wanted, config):
     (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
     cache = [of_latents, key.layout_scales, key.layout_rope]
     num_heads, kv_lora_rank = shape_q[2:]
-    if shape_pe[3] == 0:  # strides of nothing
+    if shape_pe[3] == 0:  # the strides of empty tensors mean nothing
         strides_pe, cache[2] = strides_q, of_latents
     is_fp8 = key.layout_scales is not None
     paged = key.table_width is not None

@@ -1,4 +1,4 @@
-"""Attention over a cache as users call it: argument checks, then the kernel or the reference."""
+"""Public API of attention over a KV cache: argument checks, then the kernel or the reference."""
 
 import functools
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def paged_attention(
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j],  s as in `flash_attention`
         k[b, j] = k_scale[h // group_size] * k_cache[block_table[b, j // page_size], j % page_size, h // group_size]
 
-    and v alike, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence are its last tokens:
+    and v likewise, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence are its last tokens:
     query i has position cache_seqlens[b] - seqlen_q + i. Append their keys and values before the call.
 
     Args:
@@ -109,8 +109,8 @@ def paged_attention(
             A length above the capacity, max_pages * page_size or seqlen_cache, counts as the capacity.
         block_table: (batch, max_pages) int32 on q's device: the pages of each sequence, in order. Entries past its last
             page, and slots past its last key, are never read.
-        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
-        max_seqlen_q: the largest number of queries of a sequence, an int, needed with cu_seqlens_q. Queries past it
+        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), 0 or more.
+        max_seqlen_q: the largest number of queries of a sequence, an int, required with cu_seqlens_q. Queries past it
             are not computed. A tensor as in `flash_attention_varlen`.
         causal: new tokens do not see later ones. Aligned to the bottom right, as window_size is.
         softmax_scale, window_size, softcap, alibi_slopes, sinks: as in `flash_attention`. Pages that lie outside of the
@@ -121,10 +121,10 @@ def paged_attention(
             same num_splits and max_seqlen_q, and without a shared prefix, the result for a sequence is bitwise the same
             in every batch.
         shared_prefix_len: length of a prefix that all sequences share, page by page. Its keys are read once for all
-            queries, and the results are merged with those of the other keys. A shorter sequence shares all its keys.
-        out: where to write the result; q's dtype and shape but for head_dim_v, its last dimension contiguous.
-        return_lse: also return the log-sum-exp of the scores, natural log, the sink included.
-        check_values: check lengths and page numbers, which needs a device-to-host sync. None follows
+            queries, and the results are merged with those of the other keys. A shorter sequence shares all of its keys.
+        out: tensor for the result, q's dtype and shape except for head_dim_v; the last dimension contiguous.
+        return_lse: also return the natural log-sum-exp of the scores, including the sink.
+        check_values: check lengths and page numbers, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
 
     Returns:
@@ -134,11 +134,12 @@ def paged_attention(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or q has more than 10**9 rows for a KV head; nothing was launched
-            or written. With values checked also: a length beyond the cache, a page that is not in it, sequences whose
-            shared prefix is not the same.
+            or written. With values checked also: a length beyond the cache, a page outside the cache, or
+            sequences whose shared prefixes differ.
         NotImplementedError: an argument requires a gradient or has a tangent.
 
-    One operator under torch.compile, export and vmap, which loops; with `out` one that writes to it, without vmap.
+    It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
+    is not supported.
 
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
     prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
@@ -237,7 +238,7 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
         lse.copy_(lse_there)
 
 
-# What the operators take: `INPUTS`, then the options as numbers.
+# Arguments of the operators: `INPUTS`, then the options as numbers.
 INPUTS = (
     "q",
     "k_cache",
@@ -286,7 +287,7 @@ def _attend_flat(
     return_lse: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`_attend` as an operator: (out, lse)."""
+    """`_attend` with the arguments of an operator: (out, lse)."""
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
     options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks)
@@ -328,7 +329,7 @@ def _or_empty(lse: Tensor | None, q: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel() -> Callable[..., None]:
-    """Loaded with the first call, so that the package imports where triton is not installed."""
+    """Imported at the first call, so that the package can be imported without triton."""
     from .forward import launch_paged_fwd
 
     return launch_paged_fwd
@@ -395,7 +396,7 @@ def _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size
         if not 1 <= shape[-1] <= MAX_HEAD_DIM:
             fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", shape[-1])
     if shape_k[:-1] != shape_v[:-1]:
-        fail("v_cache", f"k_cache's shape but for the last dimension, {tuple(shape_k[:-1])}", tuple(shape_v[:-1]))
+        fail("v_cache", f"k_cache's shape except for the last dimension, {tuple(shape_k[:-1])}", tuple(shape_v[:-1]))
     if shape_k[-1] != shape_q[-1]:
         fail("k_cache", f"q's head dimension {shape_q[-1]}", shape_k[-1])
     if shape_k[2] == 0 or shape_q[-2] % shape_k[2]:
@@ -424,19 +425,19 @@ def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqle
     if cu_seqlens_q.shape[0] != batch + 1:
         fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
     if max_seqlen_q is None:
-        fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
+        fail("max_seqlen_q", "an int, required with cu_seqlens_q", None, TypeError)
     return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
 
 def _check_values(call: PagedCall) -> None:
-    """With a device-to-host sync: lengths and pages are within the cache, and a shared prefix is the same for all."""
+    """Raise unless lengths and pages are within the cache and all sequences share the prefix. A device-to-host sync."""
     block_table, cu_seqlens_q = call.block_table, call.cu_seqlens_q
     num_pages, page_size = call.k_cache.shape[:2]
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
     seqlens = call.cache_seqlens.tolist()
     for i, seqlen in enumerate(seqlens):
         if not 0 <= seqlen <= capacity:
-            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that there is room for", seqlen)
+            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that fit in the cache", seqlen)
     if cu_seqlens_q is not None:
         check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, call.q.shape[0], call.max_seqlen_q)
     if block_table is None:

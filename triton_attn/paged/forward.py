@@ -33,7 +33,7 @@ from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import PagedCase, PagedConfig
 
-# Lengths and what follows from them: a new length must not mean a new compilation.
+# Lengths, and values computed from them: a new length must not cause a compilation.
 LENGTHS = [
     "seqlen_q",
     "capacity",
@@ -48,7 +48,7 @@ LENGTHS = [
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for: BLOCK_M rows, BLOCK_N keys at a time, and what these are."""
+    """What the kernel is compiled for: tiles of BLOCK_M rows and BLOCK_N keys, and their layout."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -57,7 +57,9 @@ class Tile(NamedTuple):
     HEAD_DIM_V: int
     PAGE_SIZE: int  # 0: a contiguous cache
     ONE_PAGE: bool  # BLOCK_N keys lie in one page
-    SHARED: bool  # rows of any sequence, over the keys that all sequences begin with; otherwise without these keys
+    SHARED: (
+        bool  # rows of all sequences over the keys of the shared prefix; otherwise of one sequence over its other keys
+    )
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
     MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
@@ -74,13 +76,13 @@ class Batch(NamedTuple):
     cache_seqlens_ptr: object
     num: object
     num_rows: object
-    capacity: object  # a sequence has no more keys, whatever cache_seqlens say
+    capacity: object  # longer lengths in cache_seqlens are clamped to it
     search_steps: object
     shared_prefix_len: object
 
 
 class Queries(NamedTuple):
-    """The queries that a program's tiles count from: those of a sequence, or all of them where a prefix is shared."""
+    """The queries that `tile` is a tile of: those of one sequence, or of all with a shared prefix."""
 
     sequence: object
     first: object  # row of a packed batch
@@ -89,7 +91,7 @@ class Queries(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where each row of a tile lies in q, out and lse."""
+    """Position of each row of a tile in q, out and lse."""
 
     batch: object
     query: object
@@ -109,7 +111,7 @@ class Rows(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Outputs, and log-sum-exps (split, batch, num_heads, num_rows), contiguous, or None; what places rows there."""
+    """Outputs; log-sum-exps (split, batch, num_heads, num_rows), contiguous, or None; what addresses a row of them."""
 
     out: Splits
     lse_ptr: object
@@ -121,7 +123,7 @@ class Results(NamedTuple):
 
 @triton.jit
 def _queries_of_sequence(program, num_tiles, batch, TILE: tl.constexpr):
-    """Those of the sequence that a program has a tile of."""
+    """The Queries of a program: of the sequence that its tile belongs to."""
     if TILE.SEARCH:
         sequence = find_sequence(
             batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, program, TILE.GROUP_SIZE, TILE.BLOCK_M, 1
@@ -142,7 +144,7 @@ def _queries_of_sequence(program, num_tiles, batch, TILE: tl.constexpr):
 
 @triton.jit
 def _queries_of_all(program, batch):
-    """Those of all sequences, one after the other."""
+    """The Queries of a program over the shared prefix: of all sequences."""
     if batch.cu_seqlens_q_ptr is None:
         return Queries(0, 0, batch.num * batch.num_rows, program)
     else:
@@ -151,7 +153,7 @@ def _queries_of_all(program, batch):
 
 @triton.jit
 def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
-    """Rows of one sequence, over its keys after the shared prefix."""
+    """Rows of one sequence and its keys after the shared prefix."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
     first_row = queries.tile * TILE.BLOCK_M
@@ -169,7 +171,7 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
 
 @triton.jit
 def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
-    """Rows of any sequence, over the keys of the shared prefix."""
+    """Rows of several sequences and the keys of the shared prefix."""
     rows = queries.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
     head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
     # Rows past the last query repeat it.
@@ -184,7 +186,7 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
     position = query - first_query + seqlen_k - seqlen_q
     end_key = tl.minimum(seqlen_k, batch.shared_prefix_len)
-    # The pages are those of the tile's longest sequence: others may end before the prefix does.
+    # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
     longest = tl.max(end_key, 0)
     table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
@@ -216,7 +218,7 @@ def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr):
-    """Store rows of out, and their log-sum-exps where they are wanted."""
+    """Store rows of out and, if wanted, their log-sum-exps."""
     out = results.out
     offsets = tl.cast(results.split, tl.int64) * out.split_stride
     offsets += row_offsets(place.batch, place.query, place.head, out.view.strides)
@@ -229,7 +231,7 @@ def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _clear_spare_rows(results, batch, queries, program, head_kv, TILE: tl.constexpr):
-    """Of the rows after a packed batch's last sequence, those that the program has slots for."""
+    """Store out = 0 and lse = -inf in those rows after the last sequence that are the program's (`spare_rows`)."""
     num_own = queries.num * TILE.GROUP_SIZE - queries.tile * TILE.BLOCK_M
     left_over = slots_left_over(program, queries.first + queries.num, TILE.BLOCK_M, TILE.GROUP_SIZE)
     spare = spare_rows(
@@ -269,14 +271,14 @@ def _paged_fwd_kernel(
 ):
     """One program computes a tile of rows of out and lse for one KV head, over one split of the keys.
 
-    A row is one query head of one query: those of a KV head lie together, query by query, so that its keys and values
-    are loaded once for the group. Grid: num_tiles * num_splits * num_heads_kv; num_tiles counts those of all sequences,
-    an upper bound in a varlen batch, whose tiles are found by bisection unless there is one per sequence.
+    A row is one query head of one query. The rows of a tile share a KV head, so that its keys and values are loaded
+    once for the group. Grid: num_tiles * num_splits * num_heads_kv. num_tiles counts the tiles of all sequences. In a
+    packed batch it is an upper bound, and a program finds its sequence by bisection unless each sequence has one tile.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     INPUT_PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    # Triton 3.6 takes the type of a nested tuple before its constants are set, and drops them with the next `if`.
+    # Triton 3.6 loses the constants of a nested tuple at the next `if` unless it is rebuilt.
     scales = Scales(*scales)
     scores = Scores(*scores)
     program = tl.program_id(0) % num_tiles
@@ -320,7 +322,7 @@ def _paged_fwd_kernel(
 
     m_i, l_i = softmax_init(sinks_ptr, place.head, BLOCK_M)  # (BLOCK_M,)
     if sinks_ptr is not None:
-        # One split of the first keys counts the sink.
+        # Only the split with the first keys includes the sink.
         counts = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))
         m_i = tl.where(counts, m_i, float("-inf"))
         l_i = tl.where(counts, l_i, 0.0)
