@@ -10,13 +10,15 @@ import triton_attn
 from perf.results.tables import tile_name
 from perf.workloads import calls
 from triton_attn._host.call import call_of
+from triton_attn._host.checks import layout_of
+from triton_attn._host.layout import new_outputs
 from triton_attn._host.options import AttentionOptions
 from triton_attn.dense.arguments import key_of
 from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.dense.tiles import FlashCase, Tile
 from triton_attn.flash.configs import FlashConfig, HopperConfig
-from triton_attn.flash.forward import launch_flash_fwd, new_outputs
+from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
@@ -175,7 +177,8 @@ def backward_tiles(arch, dtype, head_dim, causal, kernel, config):
 def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):
     """`paged_attention(q, k_cache, v_cache, cache_seqlens, block_table, out=out)` with a given config."""
     options = _options(q.shape[3], causal=True)
-    call = PagedCall(q, k_cache, v_cache, cache_seqlens, block_table, None, q.shape[1], options)
+    layout = layout_of(q, k_cache, v_cache)
+    call = PagedCall(q, k_cache, v_cache, cache_seqlens, block_table, None, q.shape[1], options, layout)
     launch_paged_fwd(call, out, None, config)
     return out
 

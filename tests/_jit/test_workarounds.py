@@ -16,7 +16,7 @@ from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
 from triton_attn._host.tuned import forget_plans
 from triton_attn._jit.args import Strides, View
-from triton_attn._jit.workarounds import fence_copies, in_vectors
+from triton_attn._jit.workarounds import fence_copies, halve_widest, in_vectors, multiple_of
 from triton_attn.dense import backward
 from triton_attn.flash import forward
 from triton_attn.mla import absorbed
@@ -26,19 +26,23 @@ pytestmark = pytest.mark.compiled
 
 
 @triton.jit
-def _sum_kernel(x, out_ptr, VECTOR: tl.constexpr):
-    if VECTOR > 1:
+def _sum_kernel(x, page_stride, out_ptr, OF_VIEW: tl.constexpr, VECTOR: tl.constexpr):
+    """The sum of each row of page 1."""
+    if OF_VIEW and VECTOR > 1:
         x = in_vectors(x, VECTOR)
-    rows = tl.arange(0, 64)[:, None] * x.strides.row
-    tl.store(out_ptr + tl.arange(0, 64), tl.sum(tl.load(x.ptr + rows + tl.arange(0, 64)[None, :]), 1))
+    page = tl.load(out_ptr).to(tl.int32)
+    ptr = x.ptr + page * (x.strides.batch if OF_VIEW else multiple_of(page_stride, VECTOR))
+    rows = tl.arange(0, 64)[:, None] * (x.strides.row if OF_VIEW else 64)
+    tl.store(out_ptr + tl.arange(0, 64), tl.sum(tl.load(ptr + rows + tl.arange(0, 64)[None, :]), 1))
 
 
 @pytest.mark.oldest
+@pytest.mark.parametrize("of_view", [True, False], ids=["in_vectors", "multiple_of"])
 @pytest.mark.parametrize("vector", [1, 8])
-def test_triton_looks_for_strides_that_16_divides_alone(vector):
-    x, out = torch.empty(64, 72, dtype=torch.float16), torch.empty(64, dtype=torch.float16)
+def test_triton_looks_for_strides_that_16_divides_alone(vector, of_view):
+    x, out = torch.empty(2, 64 * 72 + 8, dtype=torch.float16), torch.empty(64, dtype=torch.float16)
     with compile_only("sm_90") as launches:
-        _sum_kernel[(1,)](View(x, Strides(0, 72, 0)), out, VECTOR=vector)
+        _sum_kernel[(1,)](View(x, Strides(*x.stride()[:1], 72, 0)), x.stride(0), out, OF_VIEW=of_view, VECTOR=vector)
     (launch,) = launches
     assert bool(re.search(r"ld\.global\S*\.v4\.b32", launch.kernel.asm["ptx"])) == (vector > 1)
 
@@ -110,13 +114,29 @@ def test_matmuls_of_64_rows_that_feed_each_other_are_done_twice(cut_chain):
     q, q_pe = torch.empty(4, 1, 128, 512, dtype=torch.bfloat16), torch.empty(4, 1, 128, 64, dtype=torch.bfloat16)
     cache, table = torch.empty(64, 64, 576, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int32)
     lengths = torch.full((4,), 1000, dtype=torch.int32)
-    absorbed._plan.cache_clear()
+    forget_plans()
     with mock.patch.object(absorbed, "has_wgmma", return_value=cut_chain), compile_only("sm_90") as launches:
         mla_decode(q, q_pe, cache, lengths, table, softmax_scale=0.1)
-    absorbed._plan.cache_clear()
+    forget_plans()
     launch = next(launch for launch in launches if "CUT_CHAIN" in launch.constexprs)
     assert launch.constexprs["CUT_CHAIN"] == cut_chain
     assert (loop_model.analyze(launch.kernel).hot.useful == 1) == cut_chain
+
+
+@pytest.mark.oldest
+def test_a_tile_of_512_columns_takes_more_shared_memory_on_amd_than_its_halves():
+    q, q_pe = torch.empty(4, 1, 16, 512, dtype=torch.bfloat16), torch.empty(4, 1, 16, 64, dtype=torch.bfloat16)
+    cache, table = torch.empty(64, 64, 576, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int32)
+    lengths = torch.full((4,), 1000, dtype=torch.int32)
+    shared = {}
+    for halve in (halve_widest, lambda pieces: pieces):
+        forget_plans()
+        with mock.patch.object(absorbed, "halve_widest", halve), compile_only("gfx942") as launches:
+            mla_decode(q, q_pe, cache, lengths, table, softmax_scale=0.1, num_splits=1)
+        (launch,) = launches
+        shared[launch.constexprs["PIECE_0"]] = launch.shared_bytes
+    forget_plans()
+    assert shared[512] > shared[256]
 
 
 def test_descriptors_have_checks_that_cost_and_no_more_fields():

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from host_cost import median_microseconds
+from host_cost import median_microseconds, python_calls
 
 from perf.model import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
@@ -281,9 +281,10 @@ def compiles(arch, head_dim, tile):
 @pytest.mark.oldest
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 def test_host_cost(varlen, record_property):
-    """A call costs at most 2.5 times the bare launch of the same kernel with prepared arguments.
+    """The cost of a known call beside the bare launch of its kernel with prepared arguments.
 
-    It was 1.6 times on one CPU, and 2.0 to 2.2 times on another.
+    Python calls repeat exactly. The ratio of times was 1.62 to 1.69 on Triton 3.9.0 and 1.80 to 1.92 on 3.6.0, whose
+    launch takes 18 us in place of 24; other processes on the machine change it.
     """
     q, k, v = (torch.empty(4, 512, heads, 128, dtype=torch.float16) for heads in (32, 8, 8))
     if varlen:
@@ -302,6 +303,9 @@ def test_host_cost(varlen, record_property):
         bare = kernel[grid]
         calls = {"call": call, "bare launch": lambda: bare(*args, enable_fp_fusion=True, **constants)}
         cost = median_microseconds(calls)
+        extra_calls = python_calls(call) - python_calls(calls["bare launch"])
     figure = f"{cost['call']:.0f} us a call of {'flash_attention_varlen' if varlen else 'flash_attention'}, "
-    record_property("figure", f"{figure}{cost['bare launch']:.0f} us the bare launch of its kernel")
-    assert cost["call"] <= 2.5 * cost["bare launch"]
+    figure += f"{cost['bare launch']:.0f} us the bare launch of its kernel, {extra_calls} more Python calls"
+    record_property("figure", figure)
+    assert extra_calls <= (48 if varlen else 38)
+    assert cost["call"] <= 2.2 * cost["bare launch"]

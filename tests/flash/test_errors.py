@@ -98,7 +98,7 @@ WRONG = {
     "k and v of other lengths": (
         {"v": tensor(2, 8, 2, 24)},
         ValueError,
-        "v: expected k's shape but for the last dimension, (2, 7, 2), got (2, 8, 2)",
+        "v: expected k's shape except for the last dimension, (2, 7, 2), got (2, 8, 2)",
     ),
     "another batch": (
         {"k": tensor(3, 7, 2, 16), "v": tensor(3, 7, 2, 24)},

@@ -4,45 +4,24 @@ Each neighbour differs from a call in one thing. Nothing is compiled: launches a
 """
 
 import contextlib
-from unittest import mock
+import functools
 
 import pytest
 import torch
+from plans import check_neighbour, kernels, launches_of, matmul_precision, padded, unaligned
 
 from triton_attn import flash_attention, flash_attention_varlen, override_config
-from triton_attn._host.tuned import forget_plans
 from triton_attn.dense import backward
 from triton_attn.flash import forward, hopper
 from triton_attn.flash.passes import backward_pass, forward_pass
-from triton_attn.toolchain import compile_only
 
 pytestmark = pytest.mark.compiled
 
 BF16 = torch.bfloat16
 
 
-def described(x):
-    """An argument of a kernel, so that those of two calls can be compared."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype, tuple(x.shape), x.stride(), x.data_ptr() % 16
-    if hasattr(x, "block_shape"):  # a TMA descriptor of Triton or Gluon
-        return type(x).__name__, {name: described(value) for name, value in vars(x).items()}
-    if isinstance(x, dict):
-        return {name: described(value) for name, value in x.items()}
-    return tuple(map(described, x)) if isinstance(x, (tuple, list)) else x
-
-
-def unaligned(x):
-    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-
-
 def heads_first(x):
     return torch.empty(x.transpose(-2, -3).shape, dtype=x.dtype).transpose(-2, -3)
-
-
-def padded(x):
-    """Strides that are no multiples of 16 bytes."""
-    return torch.empty(*x.shape[:-1], x.shape[-1] + 2, dtype=x.dtype)[..., :-2]
 
 
 def broadcast(x):
@@ -91,32 +70,6 @@ def call(
         torch.autograd.grad(out, leaves, dout)
 
 
-def launches_of(arch="sm_90", inside=contextlib.nullcontext, **arguments):
-    """(kernel, grid, arguments, constants) of each launch of a call in a context that inside makes."""
-    launches = []
-
-    def record(kernel, grid, device, args, constants):
-        launches.append((kernel.__name__, grid, described(args), described(constants)))
-
-    with contextlib.ExitStack() as stack:
-        for module in (forward, hopper, backward):
-            stack.enter_context(mock.patch.object(module, "launch_packed", record))
-        stack.enter_context(compile_only(arch))
-        stack.enter_context(inside())
-        call(**arguments)
-    return launches
-
-
-@contextlib.contextmanager
-def matmul_precision(precision):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @contextlib.contextmanager
 def deterministic_algorithms():
     torch.use_deterministic_algorithms(True)
@@ -124,10 +77,6 @@ def deterministic_algorithms():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def kernels(wanted):
-    return mock.patch.dict("os.environ", TRITON_ATTN_KERNELS=wanted)
 
 
 @contextlib.contextmanager
@@ -203,11 +152,4 @@ NEIGHBOURS = {
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_a_plan_is_not_that_of_a_neighbour(name):
-    base, more = NEIGHBOURS[name]
-    forget_plans()
-    first = launches_of(**base | more)
-    forget_plans()
-    before = launches_of(**base)
-    assert launches_of(**base | more) == first
-    assert before != first
-    assert launches_of(**base) == before
+    check_neighbour(functools.partial(launches_of, call, (forward, hopper, backward)), *NEIGHBOURS[name])

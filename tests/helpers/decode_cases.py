@@ -11,6 +11,7 @@ import triton
 from triton_attn import append_latent_cache, mla_decode
 from triton_attn._host.definition import attend, rotate
 from triton_attn._host.latent import latent_storage, read_latent_cache
+from triton_attn._host.tuned import forget_plans
 from triton_attn.mla import absorbed
 from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
@@ -232,9 +233,9 @@ def using(config):
         mock.patch.object(absorbed, "choose", return_value=config),
         mock.patch.object(absorbed, "has_wgmma", return_value=True),  # with 8 warps, 64 rows use the form of sm_90
     ):
-        absorbed._plan.cache_clear()
+        forget_plans()
         yield
-    absorbed._plan.cache_clear()
+    forget_plans()
 
 
 def check(case):

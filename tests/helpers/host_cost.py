@@ -1,6 +1,7 @@
 """Host cost of a call, beside its bare launches."""
 
 import statistics
+import sys
 import time
 
 
@@ -11,6 +12,23 @@ def median_microseconds(calls, batches=100, rounds=30):
     """
     medians = [_medians(calls, rounds) for _ in range(batches)]
     return {name: min(batch[name] for batch in medians) for name in calls}
+
+
+def python_calls(call):
+    """Calls of Python functions in a call: a measure of host cost that repeats exactly."""
+    count = 0
+
+    def count_calls(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    call()  # what the first call caches
+    sys.setprofile(count_calls)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def _medians(calls, rounds):

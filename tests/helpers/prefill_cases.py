@@ -10,6 +10,7 @@ from decode_cases import DEVICE, INTERPRETED, PLAIN
 
 from triton_attn import mla_prefill
 from triton_attn._host.definition import attend
+from triton_attn._host.tuned import forget_plans
 from triton_attn.mla import absorbed, prefill
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
@@ -144,9 +145,9 @@ def using(config):
         mock.patch.object(absorbed, "choose", return_value=rows),
         mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 64 rows use the form of sm_90
     ):
-        absorbed._plan.cache_clear()
+        forget_plans()
         yield
-    absorbed._plan.cache_clear()
+    forget_plans()
 
 
 def floor_of(case, inputs):

@@ -62,7 +62,7 @@ def test_the_identity_changes_nothing(no_key):
     ("changes", "error", "message"),
     [
         ({"outs": None}, TypeError, "outs: expected a tensor, got NoneType"),
-        ({"outs": torch.zeros(2, 1, 3, 4)}, ValueError, r"outs: expected shape \(num_parts, batch"),
+        ({"outs": torch.zeros(2, 1, 3, 4)}, ValueError, r"outs: expected shape \(num_splits, batch"),
         ({"outs": torch.zeros(2, 1, 3, 4, 8, dtype=torch.int32)}, TypeError, "outs: expected torch.float16 or"),
         ({"outs": torch.zeros(2, 1, 3, 4, 513)}, ValueError, "outs: expected a head dimension of 1 to 512, got 513"),
         ({"outs": torch.zeros(2, 1, 3, 4, 16)[..., ::2]}, ValueError, "outs: expected a contiguous last dimension"),

@@ -83,7 +83,7 @@ DECODE = [
     ({"max_seqlen_q": 7}, ValueError, "max_seqlen_q: expected q_nope's 1 queries without cu_seqlens_q"),
     ({"cu_seqlens_q": table(3)}, ValueError, "q_nope: expected shape .total_q"),
     (PACKED | {"cu_seqlens_q": table(4)}, ValueError, r"cu_seqlens_q: expected shape .3,., one more"),
-    (PACKED | {"max_seqlen_q": None}, TypeError, "max_seqlen_q: expected an int, needed with cu_seqlens_q"),
+    (PACKED | {"max_seqlen_q": None}, TypeError, "max_seqlen_q: expected an int, required with cu_seqlens_q"),
     (PACKED | {"max_seqlen_q": 1}, ValueError, "cu_seqlens_q, sequence 1: expected a length of 0 to 1"),
     (
         PACKED | {"rope_cos": torch.zeros(33, 2), "rope_sin": torch.zeros(33, 2)},

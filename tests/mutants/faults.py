@@ -304,7 +304,13 @@ FAULTS = (
         "return strides_are_wide(1, *(x",
         "BACKWARD",
     ),
-    Fault("M15", "triton_attn/mla/prefill.py", "num_rows * x.strides.row >=", "x.strides.row >=", "PREFILL"),
+    Fault(
+        "M15",
+        "triton_attn/mla/prefill.py",
+        "max(tiles.block_m, tiles.block_n) * widest_row >=",
+        "widest_row >=",
+        "PREFILL",
+    ),
     Fault(
         "P01",
         "triton_attn/paged/forward.py",
@@ -372,8 +378,8 @@ FAULTS = (
     Fault(
         "P11",
         "triton_attn/paged/forward.py",
-        "softmax_scale * LOG2_E.value * _factor(call.k_scale)",
-        "softmax_scale * LOG2_E.value * _factor(call.v_scale)",
+        "scores.scale_log2 * k_number",
+        "scores.scale_log2 * (v_number or 1.0)",
         "PAGED",
     ),
     Fault(
@@ -401,8 +407,8 @@ FAULTS = (
     Fault(
         "P16",
         "triton_attn/paged/forward.py",
-        "return Pass(num_tiles, problem.batch.bit_length(), num_splits, constants)",
-        "return Pass(num_tiles, problem.batch.bit_length() - 1, num_splits, constants)",
+        "            batch.bit_length(),\n",
+        "            batch.bit_length() - 1,\n",
         "PAGED",
     ),
     Fault("P17", "triton_attn/_jit/paging.py", "return Cached(pages.to(tl.int64), ", "return Cached(pages, ", "PAGED"),
@@ -627,7 +633,7 @@ FAULTS = (
     Fault(
         "H02",
         "triton_attn/_host/checks.py",
-        '        if x.device != q.device:\n            fail(name, f"q\'s device {q.device}", x.device)\n',
+        '        if x.device != device:\n            fail(name, f"q\'s device {device}", x.device)\n',
         "",
         "ERRORS",
     ),
@@ -649,7 +655,7 @@ FAULTS = (
     Fault(
         "H06",
         "triton_attn/paged/api.py",
-        '        if x.device != q.device:\n            fail(name, f"q\'s device {q.device}", x.device)\n',
+        '        if x.device != device:\n            fail(name, f"q\'s device {device}", x.device)\n',
         "",
         "ERRORS",
     ),

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from host_cost import median_microseconds
+from host_cost import median_microseconds, python_calls
 from instruments import Instrument
 
 from perf.model import loop_model
@@ -191,7 +191,11 @@ def test_lengths_and_batches_compile_no_other_kernel():
 @pytest.mark.oldest
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_host_cost(num_splits, record_property):
-    """A decode call costs at most 2.5 times its bare launches with prepared arguments."""
+    """The cost of a known decode step beside its bare launches with prepared arguments.
+
+    Python calls repeat exactly. The ratio of times was 1.75 to 1.88 on Triton 3.6.0 and 3.9.0; other processes on the
+    machine change it.
+    """
     given = arguments(128, 1)
     with compile_only("sm_90", every_launch=False):
 
@@ -199,13 +203,14 @@ def test_host_cost(num_splits, record_property):
             return paged_attention(**given, num_splits=num_splits)
 
         bare = []
-        with mock.patch.object(forward, "launch_packed") as launch_packed, mock.patch.object(merge, "launch") as launch:
+        with (
+            mock.patch.object(forward, "launch_packed") as launch_packed,
+            mock.patch.object(merge, "launch_packed") as launch,
+        ):
             call()
-        kernel, grid, _, args, constants = launch_packed.call_args.args
-        bare.append((kernel[grid], args, constants))
-        if num_splits > 1:
-            kernel, grid, _, *args = launch.call_args.args
-            bare.append((kernel[grid], args, launch.call_args.kwargs))
+        for one in (launch_packed, launch)[: 2 if num_splits > 1 else 1]:
+            kernel, grid, _, args, constants = one.call_args.args
+            bare.append((kernel[grid], args, constants))
 
         def launches():
             for kernel, args, constants in bare:
@@ -213,6 +218,9 @@ def test_host_cost(num_splits, record_property):
 
         calls = {"call": call, "bare launches": launches}
         cost = median_microseconds(calls)
+        extra_calls = python_calls(call) - python_calls(launches)
     figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits, "
-    record_property("figure", f"{figure}{cost['bare launches']:.0f} us the bare launches that it makes")
-    assert cost["call"] <= 3 * cost["bare launches"]  # 2.0 on one CPU, 2.3 to 2.6 on another
+    figure += f"{cost['bare launches']:.0f} us the bare launches that it makes, {extra_calls} more Python calls"
+    record_property("figure", figure)
+    assert extra_calls <= (49 if num_splits > 1 else 44)
+    assert cost["call"] <= 2.3 * cost["bare launches"]

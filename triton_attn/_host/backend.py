@@ -8,14 +8,22 @@ from .checks import check_bool
 class Variable:
     """An environment variable that is read at each call.
 
-    os.environ.get raises and catches a KeyError for a variable that is not set, and takes ten times as long."""
+    os.environ.get raises and catches a KeyError for a variable that is not set, and takes ten times as long. The last
+    value stays decoded."""
 
     def __init__(self, name):
         self._key = os.environ.encodekey(name)
+        self._last = None, None
 
     def get(self, default=None):
-        value = os.environ._data.get(self._key)
-        return default if value is None else os.environ.decodevalue(value)
+        encoded = os.environ._data.get(self._key)
+        if encoded is None:
+            return default
+        known, value = self._last
+        if encoded != known:
+            value = os.environ.decodevalue(encoded)
+            self._last = encoded, value
+        return value
 
 
 _BACKEND, _INTERPRET, _CHECK = map(Variable, ("TRITON_ATTN_BACKEND", "TRITON_INTERPRET", "TRITON_ATTN_CHECK"))

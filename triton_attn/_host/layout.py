@@ -1,5 +1,10 @@
 """Memory layout of tensors (batch, rows, heads, dim) and (rows, heads, dim), as kernels need it."""
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from .checks import MAX_ROWS, check_rows
 
 # Names of kernel arguments whose values must not cause a compilation. Strides of lse depend on lengths; they are not in
@@ -17,6 +22,21 @@ def row_strides(x):
 
 def without_dim(strides):
     return strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
+
+
+def new_outputs(q: Tensor, v: Tensor, wants_lse: bool = True, out: Tensor | None = None) -> tuple[Tensor, Any]:
+    """Uninitialised out (..., rows, heads, v's head dim), or the one given, and lse (..., heads, rows), or None.
+
+    out has q's dtype. lse is fp32; fp64 for a reference in fp64.
+    """
+    shape = q.shape
+    if out is None:
+        like_q = v.shape[-1] == shape[-1] and q.is_contiguous()
+        out = torch.empty_like(q) if like_q else q.new_empty((*shape[:-1], v.shape[-1]))
+    if not wants_lse:
+        return out, None
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty((*shape[:-3], shape[-2], shape[-3]), dtype=dtype)
 
 
 def clear_outputs(out, lse):

@@ -27,10 +27,15 @@ def is_observed(*tensors):
         or forward_ad._current_level >= 0
     ):
         return True
-    for x in tensors:  # noqa: SIM110 - faster than any(); without memory: meta and fake tensors, and whatever else dispatches by itself
-        if x is not None and (x.is_meta or type(x).__torch_dispatch__ is not _DISABLED):
+    for x in tensors:  # noqa: SIM110 - faster than any()
+        if x is not None and (x.is_meta or (type(x) is not torch.Tensor and _dispatches(x))):
             return True
     return False
+
+
+def _dispatches(x):
+    """Whether the tensor's class sees torch's calls, as that of fake tensors."""
+    return type(x).__torch_dispatch__ is not _DISABLED
 
 
 def refuse_gradients(**tensors):

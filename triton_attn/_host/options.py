@@ -1,4 +1,4 @@
-"""What all attention kernels need to know of a call, checked and in one shape."""
+"""The options that all attention functions share, checked."""
 
 from typing import Any, NamedTuple
 
@@ -19,12 +19,12 @@ class AttentionOptions(NamedTuple):
     shard: torch.Tensor | None = None  # (batch, 3) int32: where a part of a longer sequence starts
 
     def as_arguments(self) -> dict[str, Any]:
-        """The same as arguments of a public function or its reference; dropout and shard only if there is any."""
+        """Arguments of a public function or its reference. Without dropout or a shard there are none for it."""
         more: dict[str, Any] = {} if self.shard is None else dict(shard=self.shard)
         if self.dropout_p:
             more |= dict(dropout_p=self.dropout_p, dropout_seed=self.dropout_seed)
         return dict(
-            causal=False,  # the window says it
+            causal=False,  # the window includes it
             softmax_scale=self.softmax_scale,
             window_size=tuple(-1 if side is None else side for side in self.window),
             softcap=self.softcap or 0.0,
@@ -38,7 +38,7 @@ _KERNELS = Variable("TRITON_ATTN_KERNELS")
 
 
 def wanted_kernels():
-    """Of TRITON_ATTN_KERNELS, read at each call: the `choose` of a family's Gluon config says what each does."""
+    """TRITON_ATTN_KERNELS, read at each call. `HopperConfig.choose` defines its values."""
     wanted = _KERNELS.get("auto")
     if wanted not in ("auto", "hopper", "portable"):
         fail("TRITON_ATTN_KERNELS", "auto, hopper or portable", wanted)
@@ -46,21 +46,21 @@ def wanted_kernels():
 
 
 def attention_options(head_dim, causal, softmax_scale, softcap, window_size):
-    """The options of a call but for its tensors; TypeError or ValueError names the argument that is wrong."""
+    """The options of a call without its tensors, checked."""
     causal = check_bool("causal", causal)
     left, right = check_window(window_size)
     softcap = check_number("softcap", softcap)
     if softcap < 0:
         fail("softcap", "0 (none) or more", softcap)
     softmax_scale = check_softmax_scale(softmax_scale, head_dim)
-    # No position is that far away, and its sum with any fits 32 bits.
+    # 2**30 exceeds every distance, and its sum with a position fits in 32 bits.
     left, right = min(left, 2**30), min(right, 2**30)
     window = (left if left >= 0 else None, 0 if causal else right if right >= 0 else None)
     return AttentionOptions(softmax_scale, window, softcap or None, None, None)
 
 
 def check_softmax_scale(softmax_scale, width):
-    """The factor on scores; None is width ** -0.5, of queries and keys of that width."""
+    """softmax_scale, checked. None means width ** -0.5, where width is that of queries and keys."""
     if softmax_scale is None:
         return width**-0.5
     softmax_scale = check_number("softmax_scale", softmax_scale)
@@ -70,7 +70,7 @@ def check_softmax_scale(softmax_scale, width):
 
 
 def with_tensors(options, q, batch, alibi_slopes, sinks):
-    """The options with the tensors of one number per query head, checked."""
+    """The options with alibi_slopes and sinks, checked."""
     if alibi_slopes is None and sinks is None:
         return options
     num_heads_q = q.shape[-2]

@@ -88,7 +88,7 @@ def take_settings(tables, overrides):
 
 
 def remember(function):
-    """functools.lru_cache for results that depend on tables: it is cleared when they change.
+    """functools.lru_cache for the plans of launches, which may depend on tables: it is cleared when they change.
 
     If another thread changes the tables during the computation, the result is computed again. Stored after the
     clearing, it would stay.

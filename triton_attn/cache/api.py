@@ -39,7 +39,7 @@ def append_kv_cache(
     rope_interleaved: bool = False,
     check_values: bool | None = None,
 ) -> None:
-    """Write the keys and values of new tokens in their slots of a paged cache, in place.
+    """Write the keys and values of new tokens to their slots of a paged cache, in place.
 
         k_cache[page, offset, h] = rope(k[t, h], positions[t]) / k_scale[h]
         v_cache[page, offset, h] = v[t, h] / v_scale[h],  page, offset = divmod(slot_mapping[t], page_size)
@@ -54,15 +54,15 @@ def append_kv_cache(
         v: (num_tokens, num_heads_kv, head_dim_v), k's dtype.
         k_cache: (num_pages, page_size, num_heads_kv, head_dim), of k's dtype, float8_e4m3fn or float8_e5m2.
         v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), k_cache's dtype.
-        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token with a negative slot,
-            or with one beyond the cache, is skipped, and its other arguments are not read.
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token whose slot is negative
+            or beyond the cache is skipped, and its other arguments are not read.
         k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,). None
             is 1.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k's dtype; rotary_dim at most head_dim.
-        positions: (num_tokens,) int32 or int64; needed with rope_cos. A position past the table has its
-            nearest row.
+        positions: (num_tokens,) int32 or int64; required with rope_cos. A position past the end of the table uses its
+            last row.
         rope_interleaved: pairs are neighbours (GPT-J), not halves apart (GPT-NeoX, Llama).
-        check_values: check slots and positions, which needs a device-to-host sync. None follows
+        check_values: check slots and positions, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
 
     Raises:
@@ -124,7 +124,7 @@ def _append_kv_cache(
             rope_interleaved=rope_interleaved,
         )
         return
-    # Kernels are loaded with the first call, so that the package imports where triton is not installed.
+    # Imported at the first call, so that the package can be imported without triton.
     from .kernels.append import launch_append_kv_cache
 
     launch_append_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_factor, v_factor, *rope)
@@ -154,38 +154,38 @@ def append_latent_cache(
     rope_interleaved: bool = False,
     check_values: bool | None = None,
 ) -> None:
-    """Write the latent vectors and rotary keys of new tokens in their slots of an MLA cache, in place.
+    """Write the latent vectors and rotary keys of new tokens to their slots of an MLA cache, in place.
 
         latent_cache[page, offset] = [kv_latent[t] / k_scale, rope(k_pe[t], positions[t]) / k_pe_scale]
         page, offset = divmod(slot_mapping[t], page_size)
 
-    with the rotation of `append_kv_cache`, of k_pe alone; fp8 saturates at the largest finite value. A uint8 cache has
-    the fp8 layout of FlashMLA and DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 elements x / scale, an fp32 scale for
-    every 128 of them, and qk_rope_head_dim bf16 elements, not scaled; 656 bytes for 512 + 64. With amax the largest
-    magnitude of the 128,
+    with the rotation of `append_kv_cache`. kv_latent is not rotated. fp8 saturates at the largest finite value. A uint8
+    cache has the fp8 layout of FlashMLA and DeepSeek-V3.2, in bytes: kv_lora_rank e4m3 elements x / scale, an fp32
+    scale for every 128 of them, and qk_rope_head_dim bf16 elements, not scaled; 656 bytes for 512 + 64. With amax the
+    largest magnitude of the 128,
 
         scale = 2^ceil(log2(max(amax / 448, 1e-4)))
 
-    as FlashMLA and vLLM write it, so that no number saturates. All is computed in fp32 and rounded once, to nearest
-    even. NaN stays one number's and is not in amax; a block with an infinity reads as NaN.
+    as in FlashMLA and vLLM, so that no element saturates. Everything is computed in fp32 and rounded once, to nearest
+    even. A NaN is stored as NaN and does not count for amax. If an element is infinite, its 128 elements read as NaN.
 
     Args:
         kv_latent: (num_tokens, kv_lora_rank), fp16, bf16 or fp32; the last dimension contiguous; after its norm.
         k_pe: (num_tokens, qk_rope_head_dim), kv_latent's dtype. Both may be slices of one projection. qk_rope_head_dim
-            may be 0, but with a uint8 cache.
+            may be 0, except with a uint8 cache.
         latent_cache: (num_pages, page_size, kv_lora_rank + qk_rope_head_dim) of kv_latent's dtype, float8_e4m3fn or
             float8_e5m2, or uint8 (num_pages, page_size, bytes), for which 128 must divide kv_lora_rank, 2
             qk_rope_head_dim, and 4 the rows' addresses.
-        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token with a negative slot,
-            or with one beyond the cache, is skipped, and its other arguments are not read.
-        k_scale: factor of cached elements: a number above 0, or an fp32 tensor (1,). None is 1. A uint8 cache has
+        slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token whose slot is negative
+            or beyond the cache is skipped, and its other arguments are not read.
+        k_scale: factor of cached elements: a number above 0, or an fp32 tensor (1,). None is 1. A uint8 cache takes
             none.
-        k_pe_scale: that of rotary keys, where it is another one. None is k_scale.
+        k_pe_scale: the factor of rotary keys, if it differs. None is k_scale.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k_pe's dtype; rotary_dim at most
             qk_rope_head_dim.
-        positions: (num_tokens,) int32 or int64; needed with rope_cos. One without an angle has the nearest one's.
+        positions: (num_tokens,) int32 or int64; required with rope_cos. As in `append_kv_cache`.
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
-        check_values: check slots and positions, which needs a device-to-host sync. None follows
+        check_values: check slots and positions, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
 
     Raises:
@@ -267,16 +267,16 @@ def copy_kv_pages(
 ) -> None:
     """Copy whole pages inside a paged cache, in place: page dst_pages[i] becomes page src_pages[i]. One launch.
 
-    Pages are copied in no defined order: a page may be the source of several copies, but not a destination twice, nor
-    both source and destination.
+    The order of the copies is undefined. A page may be the source of several copies, but not the destination of two,
+    nor both source and destination.
 
     Args:
         caches: a tensor, or a tuple or list of tensors: keys and values, one or all layers. Each is (num_pages,
             page_size, num_heads_kv, head_dim), (num_layers, num_pages, page_size, num_heads_kv, head_dim), or, of a
             latent cache, (num_pages, page_size, width); of all its layers, cache.unsqueeze(3). All have one dtype and
-            equal shapes but for the last dimension, which is contiguous.
+            equal shapes except for the last dimension, which is contiguous.
         src_pages, dst_pages: (num_pairs,) int32 or int64, on the caches' device.
-        check_values: check the pages, which needs a device-to-host sync. None follows TRITON_ATTN_CHECK=1.
+        check_values: check the pages, which costs a device-to-host sync. None follows TRITON_ATTN_CHECK=1.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was written. With values checked also: a page outside of

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._host.call import Call
-from .._host.descriptors import describe
+from .._host.descriptors import unchecked_descriptor
 from .._host.device import arch_of, input_precision
 from .._host.layout import (
     batch_head_strides,
@@ -20,7 +21,7 @@ from .._jit.softmax import LOG2_E
 from .tiles import Tile
 from .tma import strides_suit_tma, tma_geometry
 
-# Names of arguments that must not mean a new compilation: lengths and what follows from them.
+# Names of arguments whose values must not cause a compilation: lengths, and values computed from them.
 LENGTHS = ["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"]
 
 
@@ -129,10 +130,16 @@ class Operand(NamedTuple):
     geometry: list | None
 
     def arguments(self, x: torch.Tensor) -> tuple:
-        """Three arguments of a kernel: a View; or None and descriptors, one for each piece of the head dimension."""
+        """Three arguments of a kernel: a View; or None and descriptors, one for each piece of the head dimension.
+
+        They are separate arguments, because launchers before Triton 3.8 do not expand descriptors in a tuple.
+        """
         if self.geometry is None:
             return View(x, self.strides), None, None
-        return None, *describe(x, self.geometry)
+        first = unchecked_descriptor(TensorDescriptor, x, self.geometry[0])
+        if len(self.geometry) == 1:
+            return None, first, None
+        return None, first, unchecked_descriptor(TensorDescriptor, x, self.geometry[1])
 
 
 class Plan(NamedTuple):
@@ -148,10 +155,10 @@ class Plan(NamedTuple):
 def plan_kernel(
     key: CallKey, config: Tile, use_tma: bool, hoist: bool, over_keys: bool = False, outputs: tuple = ()
 ) -> Plan:
-    """The Plan of a kernel whose programs take tiles of queries and walk over keys, or over_keys the other way round.
+    """The Plan of a kernel whose programs take a tile of queries and loop over keys; with over_keys the reverse.
 
-    use_tma: TMA loads what is walked over, k and v or q and out, and adds to the first of outputs. These are (shape,
-    strides) of what is written besides out, with strides None where it is not wanted.
+    use_tma: TMA loads the tensors of the loop, k and v or q and out, and adds to the first of outputs. outputs are
+    (shape, strides) of what the kernel writes besides out, with strides None for one that is not wanted.
     """
     layouts = *key.layouts, *outputs
     all_strides = [strides for _, strides in layouts if strides is not None]

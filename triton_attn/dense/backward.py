@@ -69,7 +69,7 @@ def launch_flash_bwd(
 
 @remember
 def _config_of(key):
-    """The BackwardConfig of a call that brings none."""
+    """The BackwardConfig of a call."""
     aligned = key.q_aligned and key.kv_aligned
     access = "scalar" if key.vector == 1 or not aligned else "tma" if key.suits_tma(0, 1, 2, 3) else "vector"
     shape = key.dtype, *key.head_dims, key.causal, access

@@ -17,6 +17,7 @@ from .._host.checks import (
     check_same_kind,
     layout_of,
 )
+from .._host.layout import new_outputs
 from .._host.observers import autocast, is_observed, refuse_transforms
 from .._host.options import attention_options, with_dropout, with_shard, with_tensors
 from . import reference
@@ -239,7 +240,7 @@ def _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, righ
 
 
 def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: bool = False) -> Any:
-    """What a call returns. One that is traced or differentiated goes through an operator."""
+    """out, or (out, lse). A call that is traced or differentiated goes through an operator."""
     q, k, v, _, options, _ = call
     if not use_kernel(q):
         if check_values:
@@ -256,18 +257,17 @@ def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: boo
     else:
         if check_values:
             call.check_values()
-        new_outputs, launch_flash_fwd = _kernel()
         out, lse = new_outputs(q, v, return_lse)
-        launch_flash_fwd(call, out, lse)
+        _kernel()(call, out, lse)
     return (out, lse) if return_lse else out
 
 
 @functools.cache
 def _kernel():
     """Imported at the first call, so that the package can be imported without triton."""
-    from .forward import launch_flash_fwd, new_outputs
+    from .forward import launch_flash_fwd
 
-    return new_outputs, launch_flash_fwd
+    return launch_flash_fwd
 
 
 def _check_differentiable(q, k, v, sinks, alibi_slopes):

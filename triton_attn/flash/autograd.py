@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .._host.call import LENGTHS_SCHEMA, Call, call_of, lengths_as_arguments, lengths_of_arguments
+from .._host.layout import new_outputs
 from .._host.options import AttentionOptions
 from ..dense.backward import launch_flash_bwd
-from .forward import launch_flash_fwd, new_outputs
+from .forward import launch_flash_fwd
 
 # A Call as arguments of an operator, tensors first.
 _NUM_TENSORS = 11

@@ -1,6 +1,5 @@
 """Forward kernel of dense and varlen attention, and its launcher."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -137,21 +136,13 @@ def _flash_fwd_kernel(
     store_tile(out_ptrs, queries_mask, scale_rows(acc, norm), TILE.HEAD_DIM_V)
 
 
-def new_outputs(q, v, wants_lse=True):
-    """Uninitialised out, and lse (batch, heads, rows) or (heads, rows) or None."""
-    shape = q.shape
-    like_q = v.shape[-1] == shape[-1] and q.is_contiguous()
-    out = torch.empty_like(q) if like_q else q.new_empty((*shape[:-1], v.shape[-1]))
-    return out, q.new_empty((*shape[:-3], shape[-2], shape[-3]), dtype=torch.float32) if wants_lse else None
-
-
 def launch_flash_fwd(call, out, lse, config=None):
     """Launch the forward kernel of a Call: one launch, no device-to-host sync.
 
     out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens; lse as
     `flash_attention` returns it, or None: not wanted. config is a FlashConfig (None: the default).
     """
-    q, k, v, *_ = call
+    q, k, v, _, options, _ = call
     plan = _plan(key_of(call, out), wanted_kernels(), config)
     if plan.num_programs == 0:
         clear_outputs(out, lse)
@@ -167,7 +158,7 @@ def launch_flash_fwd(call, out, lse, config=None):
         View(out, of_out.strides),
         lse,
         0 if lse is None else lse.shape[-1],
-        call.options.sinks,
+        options.sinks,
         *common_arguments(call, plan),
     )
     launch_packed(_flash_fwd_kernel, (plan.num_programs,), q.device, args, plan.constants)

@@ -9,7 +9,6 @@ Supports fp16 and bf16, head dims 64, 128 and 256, causal or not, dense and varl
 portable kernel (forward.py), which computes the same, does the rest. Gluon has no interpreter.
 """
 
-import math
 from typing import NamedTuple
 
 from triton.experimental import gluon
@@ -31,7 +30,7 @@ from .._host.layout import heads_in_l2, tiles_each
 from .._jit.args import Sequences, View
 from .._jit.blocks import visible_range
 from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
-from .._jit.softmax import LN_2
+from .._jit.softmax import LN_2, LOG2_E
 from .._jit.tiles import sequence_coords
 from ..dense.tiles import FlashCase
 from ..dense.tma import tma_geometry
@@ -41,7 +40,6 @@ from .configs import HopperConfig
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-LOG2_E = math.log2(math.e)
 GROUP_ROWS: gl.constexpr = gl.constexpr(64)
 MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
 
@@ -531,5 +529,5 @@ def plan_hopper(key, wanted, config=None):
         STAGES=config.num_stages,
         num_warps=4,
     )
-    numbers = num_tiles, num_heads, group_size, section_size, key.softmax_scale * LOG2_E
+    numbers = num_tiles, num_heads, group_size, section_size, key.softmax_scale * LOG2_E.value
     return HopperPlan(num_tiles * num_heads * key.batch, geometries, numbers, constants)

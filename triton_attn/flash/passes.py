@@ -1,4 +1,4 @@
-"""The two passes of flash attention one by one, for a caller that records gradients itself. Autograd sees neither."""
+"""The forward and the backward pass of flash attention, for callers that have their own autograd function."""
 
 import functools
 from typing import Any
@@ -112,7 +112,7 @@ def _checked_call(
 
 @functools.cache
 def _launchers() -> tuple[Any, Any]:
-    """Loaded with the first call, so that the package imports where triton is not installed."""
+    """Imported at the first call, so that the package can be imported without triton."""
     from ..dense.backward import launch_flash_bwd
     from .forward import launch_flash_fwd
 

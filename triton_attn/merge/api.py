@@ -10,21 +10,21 @@ from . import reference
 
 
 def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over a set of keys, merged from attention over parts of the set.
+    """Attention over a set of keys, merged from attention over splits of the set.
 
-        lse[b, h, i] = log sum_p exp(lses[p, b, h, i])
-        out[b, i, h] = sum_p exp(lses[p, b, h, i] - lse[b, h, i]) outs[p, b, i, h]
+        lse[b, h, i] = log sum_s exp(lses[s, b, h, i])
+        out[b, i, h] = sum_s exp(lses[s, b, h, i] - lse[b, h, i]) outs[s, b, i, h]
 
-    computed in fp32. A part in which a query sees no key has lse = -inf, and its out is not read. flash-attn, FlashMLA
-    and vLLM give such a query an lse of +inf: it counts as -inf.
+    computed in fp32. A query that sees no key of a split has lse = -inf there, and its out is not read. flash-attn,
+    FlashMLA and vLLM give such a query an lse of +inf: it counts as -inf.
 
     Args:
-        outs: (num_parts, batch, seqlen_q, num_heads_q, head_dim_v), fp16, bf16 or fp32; the last dimension contiguous.
-        lses: (num_parts, batch, num_heads_q, seqlen_q) fp32, natural log, as `return_lse` gives them.
+        outs: (num_splits, batch, seqlen_q, num_heads_q, head_dim_v), fp16, bf16 or fp32; the last dimension contiguous.
+        lses: (num_splits, batch, num_heads_q, seqlen_q) fp32, natural log, as `return_lse` gives them.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in outs' dtype, lse (batch, num_heads_q, seqlen_q) in fp32.
-        Without parts, or where all are empty, out = 0 and lse = -inf.
+        A query that sees no key of any split has out = 0 and lse = -inf; without splits, all do.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
@@ -44,7 +44,7 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     if not use_kernel(outs):
         return reference.merge_attention(outs, lses)
-    from .kernel import launch_merge  # the package imports where triton is not installed
+    from .kernel import launch_merge  # the package can be imported without triton
 
     out, lse = _new_outputs(outs, lses)
     launch_merge(outs, lses.contiguous(), out, lse)
@@ -63,10 +63,10 @@ def _check(outs, lses):
     dtypes = (
         KERNEL_DTYPES if not isinstance(outs, torch.Tensor) or use_kernel(outs) else (*KERNEL_DTYPES, torch.float64)
     )
-    check_tensor("outs", outs, ("num_parts", "batch", "seqlen_q", "num_heads_q", "head_dim_v"), dtypes, None)
+    check_tensor("outs", outs, ("num_splits", "batch", "seqlen_q", "num_heads_q", "head_dim_v"), dtypes, None)
     check_last_contiguous("outs", outs)
-    num_parts, batch, seqlen_q, num_heads_q, head_dim_v = outs.shape
+    num_splits, batch, seqlen_q, num_heads_q, head_dim_v = outs.shape
     if not 1 <= head_dim_v <= MAX_HEAD_DIM:
         fail("outs", f"a head dimension of 1 to {MAX_HEAD_DIM}", head_dim_v)
     lse_dtype = torch.promote_types(outs.dtype, torch.float32)
-    check_tensor("lses", lses, (num_parts, batch, num_heads_q, seqlen_q), (lse_dtype,), outs.device)
+    check_tensor("lses", lses, (num_splits, batch, num_heads_q, seqlen_q), (lse_dtype,), outs.device)

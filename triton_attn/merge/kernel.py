@@ -5,16 +5,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._host.device import launch
+from .._host.device import launch_packed
 from .._host.layout import LSE
-from .._jit.args import Splits, Strides, View, view_of
+from .._host.tuned import remember
+from .._jit.args import Splits, Strides, View
 from .._jit.heads import lse_offsets, row_offsets
 from .._jit.softmax import LOG2_E, softmax_finish
 
 # Splits that are loaded at once, and elements of the tile that they make.
 MAX_SPLITS = 32
 TILE_ELEMENTS = 4096
-# A new length must not mean a new compilation.
+# A new length must not cause a compilation.
 LENGTHS = ["lses_ptr", "num_splits", "num_rows", "seqlen_q", *LSE]
 
 
@@ -91,27 +92,32 @@ def launch_merge(outs, lses, out, lse):
     outs is (num_splits, batch, seqlen_q, num_heads_q, head_dim_v), lses (num_splits, batch, num_heads_q, seqlen_q), out
     and lse as one of them; lse may be None: not wanted. lses and lse are contiguous.
     """
-    num_splits, batch, seqlen_q, num_heads, head_dim_v = outs.shape
-    num_rows = batch * seqlen_q * num_heads
-    if num_rows == 0:
+    plan = _plan(outs.shape, outs.stride(), out.stride())
+    if plan.num_programs == 0:
         return
-    # In plain Python: Triton's own functions of these names take longer than all else here.
-    block_d = 1 << (head_dim_v - 1).bit_length()
-    block_splits = min(MAX_SPLITS, 1 << max(0, num_splits - 1).bit_length())
+    of_outs, split_stride, of_out = plan.strides
+    args = (Splits(View(outs, of_outs), split_stride), lses, View(out, of_out), lse, *plan.counts)
+    launch_packed(_merge_kernel, (plan.num_programs,), outs.device, args, plan.constants)
+
+
+class Plan(NamedTuple):
+    """A launch but for its tensors."""
+
+    num_programs: int
+    strides: tuple  # Strides of a split, the stride between splits, Strides of out
+    counts: tuple  # num_splits, num_rows, seqlen_q, num_heads
+    constants: dict
+
+
+@remember
+def _plan(shape, strides_outs, strides_out):
+    num_splits, batch, seqlen_q, num_heads, head_dim_v = shape
+    num_rows = batch * seqlen_q * num_heads
+    block_d = triton.next_power_of_2(head_dim_v)
+    block_splits = min(MAX_SPLITS, triton.next_power_of_2(max(1, num_splits)))
     block_rows = max(1, TILE_ELEMENTS // (block_d * block_splits))
-    split_stride, *strides, _ = outs.stride()
-    launch(
-        _merge_kernel,
-        (-(-num_rows // block_rows),),
-        outs.device,
-        Splits(View(outs, Strides(*strides)), split_stride),
-        lses,
-        view_of(out),
-        lse,
-        num_splits,
-        num_rows,
-        seqlen_q,
-        num_heads,
-        TILE=Tile(BLOCK_ROWS=block_rows, BLOCK_SPLITS=block_splits, BLOCK_D=block_d, HEAD_DIM_V=head_dim_v),
-        num_warps=4,
-    )
+    split_stride, *of_split, _ = strides_outs
+    strides = Strides(*of_split), split_stride, Strides(*strides_out[:-1])
+    tile = Tile(BLOCK_ROWS=block_rows, BLOCK_SPLITS=block_splits, BLOCK_D=block_d, HEAD_DIM_V=head_dim_v)
+    counts = num_splits, num_rows, seqlen_q, num_heads
+    return Plan(triton.cdiv(num_rows, block_rows), strides, counts, dict(TILE=tile, num_warps=4))

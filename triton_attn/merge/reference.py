@@ -9,7 +9,7 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(outs.dtype, torch.float32)
     lses = lses.to(dtype).masked_fill(lses == float("inf"), float("-inf"))
     lse = torch.logsumexp(lses, dim=0)
-    # Where no part sees a key, the shift by 0 keeps the weights at exp(-inf) = 0.
+    # If no split has a key, a shift by 0 keeps the weights at exp(-inf) = 0.
     weights = torch.exp(lses - torch.where(lse == float("-inf"), 0.0, lse)).transpose(2, 3)[..., None]
-    parts = torch.where(weights == 0, 0.0, outs.to(dtype) * weights)
-    return parts.sum(0).to(outs.dtype), lse
+    scaled = torch.where(weights == 0, 0.0, outs.to(dtype) * weights)
+    return scaled.sum(0).to(outs.dtype), lse

@@ -1,6 +1,6 @@
-"""Kernel of attention in the absorbed form, and the launchers of decode and of prefill in that form.
+"""Kernel of MLA in the absorbed form, and its launchers for decode and prefill.
 
-Decode reads latent vectors from pages, prefill from rows of a tensor; all else is the same.
+Decode reads latent vectors from pages, prefill from rows of a tensor.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of
 from .._host.latent import SCALE_BLOCK, latent_parts
@@ -38,33 +38,24 @@ from .._jit.workarounds import decode_once, dot_in_if, fence_copies, halve_wides
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import MlaDecodeCase, MlaDecodeConfig, has_wgmma
-from .hopper import launch_mla_decode_hopper, plan_hopper
+from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
-# A new length must not mean a new compilation.
+# A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "search_steps", "lse_stride"]
 LENGTHS += [*INDICES, *LSE]
 
 
 class LatentCache(NamedTuple):
-    """One value for each of what a row of a latent cache holds: the latent vector, its fp8 scales, the rotary key."""
+    """One value for each part of a row of a latent cache: the latent vector, its fp8 scales, the rotary key."""
 
     latents: object
-    scales: object  # None where a row holds none
+    scales: object  # None unless rows have scales of their own
     rope_keys: object
 
 
-class Source(NamedTuple):
-    """Where keys are read: the LatentCache of tensors, and factors (of all, of rotary keys) by which they are scaled:
-    a number, a tensor of one, or None: 1, and for rotary keys the first one."""
-
-    parts: LatentCache
-    joined: bool = False  # rotary keys follow the latent vectors in one tensor
-    factors: tuple = (None, None)
-
-
 class Pages(NamedTuple):
-    """Pages of one part of a latent cache; without a block table a sequence is a page."""
+    """Pages of one part of a latent cache. Without a block table each sequence is a page."""
 
     ptr: object
     page_stride: int
@@ -77,16 +68,16 @@ class AbsorbedTile(NamedTuple):
     BLOCK_N: int
     NUM_HEADS: int
     KV_LORA_RANK: int
-    PIECE_0: int  # columns of the two pieces of a latent vector; 0: there is no second one
+    PIECE_0: int  # columns of the two pieces of a latent vector; PIECE_1 is 0 if there is one piece
     PIECE_1: int
-    ROPE_HEAD_DIM: int  # 0: there is no rotary part
+    ROPE_HEAD_DIM: int  # 0: no rotary part
     PAGE_SIZE: int
     ONE_PAGE: bool  # a tile of keys lies in one page
-    PAGES_AHEAD: bool  # page numbers are loaded a trip before their tile
+    PAGES_AHEAD: bool  # page numbers are loaded one iteration before their tile
     SLOT_STRIDES: LatentCache  # from one slot of a page to the next
-    JOINED: bool  # rotary keys follow the latent vectors in one tensor
-    FLOAT8: tuple | None  # (bits of mantissa, whether the GPU converts)
-    SCALE_BLOCK: int  # elements that share a scale of their row; 0: rows have no scales
+    JOINED: bool  # a row of the cache is a latent vector and then its rotary key
+    FLOAT8: tuple | None  # (mantissa bits, whether the GPU converts the format)
+    SCALE_BLOCK: int  # elements that share an fp8 scale of their row; 0: rows have no scales
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
@@ -106,7 +97,7 @@ def _load_queries(ptrs, rows_mask, TILE: tl.constexpr):
 
 @triton.jit
 def _load_latent_piece(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Columns [START, START + BLOCK) of latent vectors, times the scales of their rows; fp8 in the given dtype."""
+    """Columns [START, START + BLOCK) of latent vectors, times the scales of their rows; fp8 elements in dtype."""
     tile = load_piece(ptrs, None, START, BLOCK, TILE.KV_LORA_RANK)
     if TILE.FLOAT8 is None:
         return tile
@@ -163,7 +154,7 @@ def _load_rope_queries(ptrs, rows_mask, k_scale, k_pe_scale, TILE: tl.constexpr)
 @triton.jit
 def _zeros(TILE: tl.constexpr):
     """(BLOCK_M, KV_LORA_RANK) in two pieces."""
-    # In names of their own: Triton 3.6 takes no field of a constant in a list.
+    # Triton 3.6 does not support fields of a constexpr in a list.
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     PIECE_0: tl.constexpr = TILE.PIECE_0
     PIECE_1: tl.constexpr = TILE.PIECE_1
@@ -190,10 +181,10 @@ def _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, NUM_HEADS: tl.constex
 
 @triton.jit
 def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
-    """(pages of the tile of keys at start, what the next trip gets as `pages`).
+    """(pages of the tile of keys at start, `pages` of the next iteration).
 
-    A load that waits for another one in its trip costs the pipeline a stage, so of three stages two hold tiles. Two
-    stages hold one tile either way, and page numbers ahead would only take registers.
+    If keys wait for page numbers that are loaded in the same iteration, the pipeline loses a stage. With PAGES_AHEAD
+    they do not wait. With two stages one tile is in flight either way, and page numbers would only take registers.
     """
     if TILE.PAGES_AHEAD:
         following = start + TILE.BLOCK_N
@@ -203,7 +194,7 @@ def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
 
 
 class Assignment(NamedTuple):
-    """The tile, sequence and split of a program. `program` counts programs of a split, `num_sequences` those of all."""
+    """The tile, sequence and split of a program. `program` is its index in the split, num_sequences the batch size."""
 
     program: object
     tile: object
@@ -230,7 +221,7 @@ def _assign(seqs, num_tiles, num_splits, num_sequences, search_steps, TILE: tl.c
 
 @triton.jit
 def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
-    """Store -inf in lse, and 0 in out if it HAS_OUT, of the Spare rows of a packed tensor."""
+    """Store lse = -inf and, with HAS_OUT, out = 0 in the Spare rows of a packed tensor."""
     heads = spare.rows % TILE.NUM_HEADS
     rows = spare.rows // TILE.NUM_HEADS
     ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, TILE.NUM_HEADS)
@@ -242,8 +233,8 @@ def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, 
 
 @triton.jit
 def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
-    """s and the scores of the rotary part, where there is one."""
-    PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 takes no field that is a string as an argument
+    """s plus the scores of the rotary part, if there is one."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 does not pass on strings of a constexpr tuple
     if TILE.ROPE_HEAD_DIM > 0:
         return dot_transposed(q_pe, k_pe, PRECISION, s)
     else:
@@ -277,14 +268,14 @@ def _mla_absorbed_kernel(
 ):
     """One program computes a tile of rows of out and lse, over one split of the keys of a sequence.
 
-    A row is one head of one query. All heads share the latent vectors: a tile of them is loaded once, multiplied with
-    the queries as keys and with the weights of the softmax as values. Grid: num_tiles * num_splits * batch, the
-    tiles of a sequence side by side; with SEARCH num_tiles counts those of all, and is not multiplied with the batch.
+    A row is one head of one query. All heads share the latent vectors. A tile of them is loaded once, and is both keys
+    and values. Grid: num_tiles * num_splits * batch, where num_tiles is that of a sequence. With SEARCH it is that of
+    all sequences, and the grid is num_tiles * num_splits.
 
-    cache is a LatentCache of Pages. Without a block_table a page is the tensor's row of a sequence. lse is (num_splits,
-    batch, NUM_HEADS, rows). seqlen_k is the most keys that a sequence has, or all rows of packed sequences, as seqlen_q
-    is of queries. Of rows after the last sequence lse is stored, and out where a user may read it: with a block_table.
-    k_scale is the Scale of the cache, k_pe_scale that of rotary keys where it is another one; or None.
+    cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, rows). seqlen_q and seqlen_k of packed
+    tensors are all their rows; otherwise seqlen_k is an upper bound of the keys of a sequence. In rows after the last
+    sequence lse is stored, and with a block_table out too, since users see it. k_scale is the Scale of the cache,
+    k_pe_scale that of rotary keys, if it differs; or None.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -406,11 +397,12 @@ def launch_mla_decode(
     queries=(None, None),
     factors=(None, None),
 ):
-    """Launch the kernels of one call: absorption with w_uk, attention, and with w_uv or several splits the merge.
+    """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
-    an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys where latent_cache does not. queries is
-    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). Nothing is read back.
+    an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys if latent_cache does not. queries is
+    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). No device-to-host
+    sync.
     """
     cu_seqlens_q, max_seqlen_q = queries
     batch = cache_seqlens.shape[0]
@@ -423,30 +415,30 @@ def launch_mla_decode(
         q_nope, q_pe, out, lse = (None if x is None else x[None] for x in (q_nope, q_pe, out, lse))
     kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
     if rope_cache is None:
-        parts = latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3])
+        cache = LatentCache(*latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3]))
     else:
-        parts = latent_cache, None, rope_cache
-    joined = rope_cache is None and latent_cache.dtype != torch.uint8
-    source = Source(LatentCache(*parts), joined, factors)
+        cache = LatentCache(latent_cache, None, rope_cache)
     if w_uk is None:
         scale_log2 = softmax_scale * LOG2_E.value
     else:
         positions = cache_seqlens, capacity_of(latent_cache, block_table), *rope
         q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
         scale_log2 = 1.0
-    lengths = cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q, 0
-    _attend(q_nope, q_pe, source, lengths, scale_log2, causal, w_uv, out, lse, num_splits, config)
+    joined = rope_cache is None and latent_cache.dtype != torch.uint8
+    sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
+    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors)
+    _attend(call, w_uv, out, lse, num_splits, config)
 
 
 def launch_mla_absorbed(
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, heads_each
 ):
-    """Launch the kernels of a prefill, heads_each heads at a time: what is absorbed takes memory for those alone.
+    """Launch the kernels of a prefill for heads_each heads at a time, which limits the memory of absorbed queries.
 
     Tensors are (batch, seqlen, ...) or packed (total, ...), lse (batch, num_heads, seqlen_q) or (num_heads, total_q);
     lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a dense batch.
     """
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, _ = lengths
     batch = q_pe.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if q_pe.numel() == 0 or batch == 0:
         clear_outputs(out, lse)
@@ -455,59 +447,99 @@ def launch_mla_absorbed(
         q_nope, q_pe, kv_latent, k_pe, out, lse = (
             None if x is None else x[None] for x in (q_nope, q_pe, kv_latent, k_pe, out, lse)
         )
-    lengths = cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q, max_seqlen_k
+    sequences = AbsorbedSequences(cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q)
+    cache = LatentCache(kv_latent, None, k_pe)
     for first in range(0, q_pe.shape[2], heads_each):
         heads = slice(first, first + heads_each)
-        q, q_rope = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
-        source = Source(LatentCache(kv_latent, None, k_pe))
-        lse_here = None if lse is None else lse[:, heads]
-        _attend(q, q_rope, source, lengths, 1.0, causal, w_uv[heads], out[:, :, heads], lse_here, num_splits=1)
+        q = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
+        call = AbsorbedCall(*q, cache, sequences, 1.0, causal, joined=False)
+        _attend(call, w_uv[heads], out[:, :, heads], None if lse is None else lse[:, heads], num_splits=1)
 
 
-def _attend(q, q_pe, source, lengths, scale_log2, causal, w_uv, out, lse, num_splits=0, config=None):
-    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim) over a Source, and what follows it.
+class AbsorbedSequences(NamedTuple):
+    """The sequences of a batch. Those of decode have cache_seqlens and a block_table, packed ones cu_seqlens."""
 
-    lengths is (cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k), None for
-    what there is not.
-    """
-    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, max_seqlen_q, max_seqlen_k = lengths
-    latents, _, rope_keys = source.parts
-    has_factors = source.factors != (None, None)
-    arch = arch_of(q)
-    hopper = None
-    if gpu_of(arch).wgmma and config is None and source.joined and cu_seqlens_q is None and not has_factors:
-        hopper = _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits)
-    if hopper is not None:
-        _, num_splits, *_ = hopper
-        parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
-        launch_mla_decode_hopper(
-            hopper, q, q_pe, latents, rope_keys, parts, lse_parts, cache_seqlens, block_table, max_seqlen_q, scale_log2
-        )
-        _finish(parts, lse_parts, w_uv, out, lse)
-        return
-    num_programs, num_splits, constants = _plan(
-        layout_of(q, q_pe, *(x for x in source.parts if x is not None)),
-        q.dtype,
-        latents.dtype,
-        latents.data_ptr() % 16 == 0 and rope_keys.data_ptr() % 16 == 0,
-        None if block_table is None else block_table.shape[1],
-        batch,
-        max_seqlen_q,
-        max_seqlen_k,
-        num_splits,
-        arch,
-        input_precision(q.dtype, arch),
-        count_sms(q.device, arch),
-        config,
-        source.joined,
-        cu_seqlens_q is not None,
-    )
-    parts, lse_parts = _results(q, out, lse, w_uv, num_splits)
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    cache_seqlens: torch.Tensor | None
+    block_table: torch.Tensor | None
+    batch: int
+    max_seqlen_q: int
+
+
+class AbsorbedCall(NamedTuple):
+    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim); packed ones have a batch of 1."""
+
+    q: torch.Tensor
+    q_pe: torch.Tensor
+    cache: LatentCache  # tensors (pages or batch, slots or rows, dim)
+    sequences: AbsorbedSequences
+    scale_log2: float
+    causal: bool
+    joined: bool  # rotary keys follow the latent vectors in one tensor
+    factors: tuple = (None, None)  # (k_scale, k_pe_scale)
+
+
+class AbsorbedKey(NamedTuple):
+    """Everything of a call that the plan of its attention depends on; plans are cached by it."""
+
+    layout: tuple  # (shape, strides) of q, q_pe and latent vectors
+    layout_scales: tuple | None  # None unless rows have scales of their own
+    layout_rope: tuple
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    q_aligned: bool  # q and q_pe start at multiples of 16 bytes
+    cache_aligned: bool  # latent vectors and rotary keys do
+    table_width: int | None  # None: keys are rows of a tensor
+    packed: bool
+    batch: int
+    max_seqlen_q: int
+    causal: bool
+    joined: bool
+    has_factors: bool
+    num_splits: int
+    arch: str
+    precision: str  # of fp32 matmuls
+    num_sms: int
+
+
+class AbsorbedPlan(NamedTuple):
+    """A launch but for its tensors."""
+
+    num_programs: int  # of a split
+    num_splits: int
+    strides: tuple  # Strides of q and q_pe
+    page_strides: LatentCache
+    counts: tuple  # seqlen_q, seqlen_k and num_tiles
+    window: Window
+    constants: dict
+
+
+def _attend(call, w_uv, out, lse, num_splits, config=None):
+    """Attention of an AbsorbedCall, and what follows it."""
+    plan = _plan(_key_of(call, num_splits), wanted_kernels(), config)
+    parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits)
+    if type(plan) is HopperPlan:
+        launch_mla_decode_hopper(plan, call, parts, lse_parts)
+    else:
+        _launch(plan, call, parts, lse_parts)
+    if w_uv is not None:
+        launch_merge_project(parts, lse_parts, w_uv, out, lse)
+    elif plan.num_splits > 1:
+        launch_merge(parts, lse_parts, out, lse)
+
+
+def _launch(plan, call, parts, lse_parts):
+    """Launch the portable kernel into the `_results` of the splits."""
+    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, _ = call.sequences
     split_stride, *strides, _ = parts.stride()
+    of_q, of_q_pe = plan.strides
     args = (
-        View(q, Strides(*q.stride()[:3])),
-        View(q_pe, Strides(*q_pe.stride()[:3])),
-        LatentCache(*(None if x is None else Pages(_bytes(x), x.stride(0)) for x in source.parts)),
+        View(call.q, of_q),
+        View(call.q_pe, of_q_pe),
+        LatentCache._make(
+            [x if x is None else Pages(_bytes(x), stride) for x, stride in zip(call.cache, plan.page_strides)]
+        ),
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
@@ -516,18 +548,15 @@ def _attend(q, q_pe, source, lengths, scale_log2, causal, w_uv, out, lse, num_sp
         block_table,
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
-        q.shape[1],
-        latents.shape[1] if block_table is None else capacity_of(latents, block_table),
-        num_programs if constants["TILE"].SEARCH else num_programs // batch,
-        num_splits,
+        *plan.counts,
+        plan.num_splits,
         batch,
         batch.bit_length(),
-        scale_log2,
-        *_factors(*source.factors, q_pe.shape[-1]),
-        Window(None, 0 if causal else None),
+        call.scale_log2,
+        *_factors(*call.factors, call.q_pe.shape[-1]),
+        plan.window,
     )
-    launch_packed(_mla_absorbed_kernel, (num_programs * num_splits,), q.device, args, constants)
-    _finish(parts, lse_parts, w_uv, out, lse)
+    launch_packed(_mla_absorbed_kernel, (plan.num_programs * plan.num_splits,), call.q.device, args, plan.constants)
 
 
 def _bytes(x):
@@ -543,82 +572,81 @@ def _factors(k_scale, k_pe_scale, rope_dim):
 
 
 def _results(q, out, lse, w_uv, num_splits):
-    """Where the splits' outputs go, (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exp (splits, batch,
-    num_heads, seqlen_q)."""
+    """Outputs of the splits (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exps (splits, batch,
+    num_heads, seqlen_q). With one split and no projection they are out and lse."""
     batch, seqlen_q, num_heads, _ = q.shape
     lse_shape = num_splits, batch, num_heads, seqlen_q
     if num_splits > 1 or w_uv is not None:
-        # The sum of one split is rounded before the projection in any case.
+        # A single split is rounded before the projection anyway.
         dtype = torch.float32 if num_splits > 1 else out.dtype
         parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
         return parts, out.new_empty(lse_shape, dtype=torch.float32)
-    # Without a place for the log-sum-exp the compiler makes wgmma wait for each other.
+    # The kernel always stores lse. Without the store the loop is the same, and there would be one more variant.
     return out[None], out.new_empty(lse_shape, dtype=torch.float32) if lse is None else lse[None]
 
 
-def _finish(parts, lse_parts, w_uv, out, lse):
-    """Out and lse of the splits', where those are not yet it."""
-    if w_uv is not None:
-        launch_merge_project(parts, lse_parts, w_uv, out, lse)
-    elif parts.shape[0] > 1:
-        launch_merge(parts, lse_parts, out, lse)
-
-
-def _plan_for_hopper(q, q_pe, latents, rope_keys, block_table, causal, num_splits):
-    """That of hopper.py's kernel where it serves the call and is wanted, else None."""
-    wanted = wanted_kernels()
-    if wanted == "portable" or any(x.data_ptr() % 16 for x in (q, q_pe, latents, rope_keys)):
-        return None
-    layout, num_sms = layout_of(q, q_pe, latents), count_sms(q.device, arch_of(q))
-    return plan_hopper(layout, q.dtype, latents.dtype, block_table.shape[1], causal, num_splits, num_sms, wanted)
+def _key_of(call, num_splits):
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors = call
+    cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
+    dtype, arch = q.dtype, arch_of(q)
+    # By position: keywords take twice as long.
+    return AbsorbedKey(
+        layout_of(q, q_pe, latents),
+        None if scales is None else (scales.shape, scales.stride()),
+        (rope_keys.shape, rope_keys.stride()),
+        dtype,
+        latents.dtype,
+        (q.data_ptr() | q_pe.data_ptr()) % 16 == 0,
+        (latents.data_ptr() | rope_keys.data_ptr()) % 16 == 0,
+        None if block_table is None else block_table.shape[1],
+        cu_seqlens_q is not None,
+        batch,
+        max_seqlen_q,
+        causal,
+        joined,
+        factors != (None, None),
+        num_splits,
+        arch,
+        input_precision(dtype, arch),
+        count_sms(q.device, arch),
+    )
 
 
 @remember
-def _plan(
-    layout,
-    dtype,
-    cache_dtype,
-    bases_aligned,
-    table_width,
-    batch,
-    max_seqlen_q,
-    max_seqlen_k,
-    num_splits,
-    arch,
-    precision,
-    num_sms,
-    config,
-    joined,
-    packed,
-):
-    """(programs of a split, splits, constants of the kernel): what follows from layouts and options alone."""
-    (shape_q, strides_q), (shape_pe, strides_pe), *cache = layout
+def _plan(key, wanted, config):
+    """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
+    if config is None and (plan := plan_hopper(key, wanted)) is not None:
+        return plan
+    (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
+    cache = [of_latents, key.layout_scales, key.layout_rope]
     num_heads, kv_lora_rank = shape_q[2:]
-    if shape_pe[3] == 0:  # strides of nothing
-        strides_pe, cache[-1] = strides_q, cache[0]
-    is_fp8, has_scales = cache_dtype.itemsize == 1, len(cache) == 3
-    paged = table_width is not None
-    page_size = cache[0][0][1]
-    rows = [strides[1] for _, strides in cache]
-    # Latent vectors and rotary keys in vectors of 16 bytes: rows and pages of both are multiples of it.
-    sizes = (1, torch.float32.itemsize, torch.bfloat16.itemsize) if has_scales else (cache_dtype.itemsize,) * 2
-    aligned = bases_aligned and all(
-        stride * size % 16 == 0 for (_, strides), size in zip(cache, sizes) for stride in strides[:2]
+    if shape_pe[3] == 0:  # the strides of empty tensors mean nothing
+        strides_pe, cache[2] = strides_q, of_latents
+    is_fp8, has_scales = key.cache_dtype.itemsize == 1, key.layout_scales is not None
+    paged = key.table_width is not None
+    num_slots = of_latents[0][1]
+    # Latent vectors and rotary keys are loaded 16 bytes at a time if rows and pages of both are multiples of that.
+    item_sizes = LatentCache(*[key.cache_dtype.itemsize] * 3)
+    if has_scales:
+        item_sizes = LatentCache(1, torch.float32.itemsize, torch.bfloat16.itemsize)
+    page_strides, rows = (LatentCache._make([x and x[1][i] for x in cache]) for i in (0, 1))
+    aligned = key.cache_aligned and all(
+        stride is None or stride * size % 16 == 0
+        for strides in (page_strides, rows)
+        for stride, size in zip(strides, item_sizes)
     )
-    num_rows = max_seqlen_q * num_heads
-    seqlen_k = table_width * page_size if paged else max_seqlen_k
-    case = MlaDecodeCase(
-        arch, dtype, kv_lora_rank, shape_pe[3], num_rows, is_fp8, paged, seqlen_k, page_size, has_scales
-    )
+    num_rows = key.max_seqlen_q * num_heads
+    seqlen_k = min(num_slots * key.table_width, MAX_ROWS) if paged else num_slots  # of the longest sequence, at most
+    widths = kv_lora_rank, shape_pe[3]
+    case = MlaDecodeCase(key.arch, key.dtype, *widths, num_rows, is_fp8, paged, seqlen_k, num_slots, has_scales)
     tiles = config or choose(MlaDecodeConfig, case)
-    num_programs = batch * tiles_each(num_rows, shape_q[1] * num_heads, batch, tiles.block_m)
-    num_searched = shape_q[1] * num_heads // tiles.block_m + batch
-    search = packed and paged and num_searched < num_programs
-    num_programs = num_searched if search else num_programs
-    num_key_tiles = -(-seqlen_k // tiles.block_n)
-    one_page = paged and page_size % tiles.block_n == 0
-    cut_chain = has_wgmma(arch) and tiles.block_m >= 64 and tiles.num_warps > 4
-    mantissa_bits = FLOAT8_MANTISSA_BITS.get(cache_dtype, 3)  # rows with scales are uint8, and e4m3
+    num_tiles = tiles_each(num_rows, shape_q[1] * num_heads, key.batch, tiles.block_m)  # of a sequence
+    num_searched = shape_q[1] * num_heads // tiles.block_m + key.batch  # of all
+    search = key.packed and paged and num_searched < key.batch * num_tiles
+    num_programs = num_searched if search else key.batch * num_tiles
+    one_page = paged and num_slots % tiles.block_n == 0
+    cut_chain = has_wgmma(key.arch) and tiles.block_m >= 64 and tiles.num_warps > 4
+    mantissa_bits = FLOAT8_MANTISSA_BITS.get(key.cache_dtype, 3)  # rows with scales are uint8, and e4m3
     pieces = piece_0(kv_lora_rank), piece_1(kv_lora_rank)
     if not (cut_chain and one_page):
         pieces = halve_widest(pieces)
@@ -630,19 +658,28 @@ def _plan(
         PIECE_0=pieces[0],
         PIECE_1=pieces[1],
         ROPE_HEAD_DIM=shape_pe[3],
-        PAGE_SIZE=page_size if paged else 1,
+        PAGE_SIZE=num_slots if paged else 1,
         ONE_PAGE=one_page,
         PAGES_AHEAD=tiles.num_stages > 2,
-        SLOT_STRIDES=LatentCache(*rows) if has_scales else LatentCache(rows[0], None, rows[1]),
-        JOINED=joined,
-        FLOAT8=(mantissa_bits, mantissa_bits in gpu_of(arch).native_fp8) if is_fp8 else None,
+        SLOT_STRIDES=rows,
+        JOINED=key.joined,
+        FLOAT8=(mantissa_bits, mantissa_bits in gpu_of(key.arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK if has_scales else 0,
-        VECTOR=vector_elements(dtype.itemsize, strides_q, strides_pe),
-        VECTORS=LatentCache(16 // sizes[0], None, 16 // sizes[-1]) if aligned else LatentCache(1, None, 1),
+        VECTOR=vector_elements(key.dtype.itemsize, strides_q, strides_pe),
+        VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,
         SEARCH=search,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=key.precision,
     )
-    constants = dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    num_slots = num_sms * tiles.programs_per_sm(is_fp8)
-    return num_programs, num_splits or choose_num_splits(num_programs, num_key_tiles, num_slots), constants
+    num_splits = key.num_splits or choose_num_splits(
+        num_programs, -(-seqlen_k // tiles.block_n), key.num_sms * tiles.programs_per_sm(is_fp8)
+    )
+    return AbsorbedPlan(
+        num_programs,
+        num_splits,
+        (Strides(*strides_q[:3]), Strides(*strides_pe[:3])),
+        page_strides,
+        (shape_q[1], seqlen_k, num_searched if search else num_tiles),
+        Window(None, 0 if key.causal else None),
+        dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+    )

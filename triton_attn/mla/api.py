@@ -107,7 +107,7 @@ def mla_decode(
         [c[b, j] / k_scale, r[b, j] / k_pe_scale] = latent_cache[block_table[b, j // page_size], j % page_size]
 
     over the keys j < cache_seqlens[b] that query i sees. The queries are the last tokens of a sequence: query i is at
-    position cache_seqlens[b] - seqlen_q + i. A key is read once for all heads of a tile. With w_uk, one kernel absorbs,
+    position cache_seqlens[b] - seqlen_q + i. A tile of heads reads each key once. With w_uk, one kernel absorbs,
     scales and rotates the queries; with w_uv, one kernel merges the splits and projects them. Without both the contract
     is that of FlashMLA: queries (..., kv_lora_rank) in, latent vectors (..., kv_lora_rank) out.
 
@@ -125,21 +125,22 @@ def mla_decode(
             last page, and slots past its last key, are never read.
         w_uk: (num_heads, qk_nope_head_dim, kv_lora_rank), q_nope's dtype, or None; a view of kv_b_proj's weight.
         w_uv: (num_heads, v_head_dim, kv_lora_rank), q_nope's dtype, or None.
-        rope_cache: (num_pages, page_size, qk_rope_head_dim), latent_cache's dtype, not uint8: the rotary keys, where
-            latent_cache has kv_lora_rank columns alone. None: they follow the latent vectors.
-        k_scale: factor of cached elements: a number above 0, or an fp32 tensor (1,). None is 1. A uint8 cache has
-            none. 16-bit queries are not multiplied with it, so that nothing overflows.
-        k_pe_scale: that of rotary keys, where it is another one; rotary queries are multiplied with k_pe_scale /
-            k_scale, and rounded. None is k_scale.
-        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
-        max_seqlen_q: the most queries of a sequence, an int, needed with cu_seqlens_q; those past it are not computed.
-            A tensor as in `flash_attention_varlen`.
+        rope_cache: (num_pages, page_size, qk_rope_head_dim), latent_cache's dtype, not uint8: the rotary keys, if
+            latent_cache has only the kv_lora_rank columns of latent vectors. None: rotary keys follow the latent
+            vectors.
+        k_scale: factor of cached elements: a number above 0, or an fp32 tensor (1,). None is 1. A uint8 cache takes
+            none. 16-bit queries are not multiplied by it, so that nothing overflows.
+        k_pe_scale: the factor of rotary keys, if it differs; rotary queries are multiplied by k_pe_scale / k_scale, and
+            rounded. None is k_scale.
+        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), 0 or more.
+        max_seqlen_q: the largest number of queries of a sequence, an int, required with cu_seqlens_q. Queries past it
+            are not computed. A tensor as in `flash_attention_varlen`.
         causal: new tokens do not see later ones. Aligned to the bottom right.
         softmax_scale: above 0. None means (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. Without w_uk this width is
             unknown, and a number must be given. See `mla_softmax_scale` for models with YaRN.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both q_nope's dtype. They rotate the first
-            rotary_dim dimensions of q_pe by the angles of their positions, in fp32, and need w_uk and no cu_seqlens_q.
-            None: q_pe is already rotated.
+            rotary_dim dimensions of q_pe by the angles of their positions, in fp32, and require w_uk; they are not
+            supported with cu_seqlens_q. None: q_pe is already rotated.
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
         num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
             the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
@@ -263,7 +264,7 @@ def _decode(
             return_lse=True,
         )
         return out, lse if return_lse else lse.new_empty(0)
-    from .absorbed import launch_mla_decode  # the package imports where triton is not installed
+    from .absorbed import launch_mla_decode  # the package can be imported without triton
 
     out, lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse)
     launch_mla_decode(
@@ -439,7 +440,7 @@ def mla_prefill(
             mode=choose_schedule(sizes, mode, max_workspace_bytes, wants_grad).mode,
             return_lse=return_lse,
         )
-    from .autograd import prefill  # the package imports where triton is not installed
+    from .autograd import prefill  # the package can be imported without triton
 
     schedule = mode, max_workspace_bytes, wants_grad
     out, lse = prefill(tensors, lengths, softmax_scale, causal, schedule, check_values, return_lse)
@@ -494,12 +495,12 @@ def _check_prefill(tensors, lengths, mode):
         return Lengths(None, None, rows_q[1], rows_k[1])
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is None:
-            fail(name, "an int, needed with cu_seqlens", None, TypeError)
+            fail(name, "an int, required with cu_seqlens", None, TypeError)
     return packed_lengths(*lengths, device)
 
 
 def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):
-    """The scale."""
+    """Check the tensors; return softmax_scale."""
     dtypes = KERNEL_DTYPES
     if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
         dtypes = (*KERNEL_DTYPES, torch.float64)
@@ -543,7 +544,7 @@ def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_sc
 
 
 def _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch):
-    """The most queries of a sequence of packed tensors, None of others."""
+    """max_seqlen_q, checked; None if queries are not packed."""
     if cu_seqlens_q is None:
         if max_seqlen_q not in (None, q_nope.shape[1]):
             fail("max_seqlen_q", f"q_nope's {q_nope.shape[1]} queries without cu_seqlens_q, or None", max_seqlen_q)
@@ -552,7 +553,7 @@ def _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch):
     if cu_seqlens_q.shape[0] != batch + 1:
         fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
     if max_seqlen_q is None:
-        fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
+        fail("max_seqlen_q", "an int, required with cu_seqlens_q", None, TypeError)
     check_rows("q_nope", q_nope.shape[0] * q_nope.shape[1])
     return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
@@ -577,7 +578,7 @@ def _check_values(latent_cache, cache_seqlens, block_table, rope_cos):
     capacity = page_size * block_table.shape[1]
     for i, (seqlen, pages) in enumerate(zip(cache_seqlens.tolist(), block_table.tolist())):
         if not 0 <= seqlen <= capacity:
-            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that there is room for", seqlen)
+            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that fit in the table", seqlen)
         if rope_cos is not None and seqlen > rope_cos.shape[0]:
             fail(f"cache_seqlens[{i}]", f"at most the {rope_cos.shape[0]} positions of rope_cos", seqlen)
         for entry, page in enumerate(pages[: -(-seqlen // page_size)]):

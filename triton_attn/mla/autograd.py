@@ -1,7 +1,7 @@
-"""mla_prefill as a torch operator, for whoever traces or differentiates; the backward pass by recomputation.
+"""mla_prefill as a torch operator, for tracing and autograd. The backward pass recomputes keys and values.
 
-Keys and values of a chunk of heads are made once more, the backward kernels of flash attention give their gradients,
-and matrix products take these to latent vectors and weights. Memory holds one chunk at a time.
+For a chunk of heads at a time it recomputes them, takes their gradients from the backward kernels of flash attention,
+and multiplies these to gradients of latent vectors and weights.
 """
 
 import torch
@@ -17,9 +17,9 @@ from .schedule import ProblemSizes, choose_schedule
 
 
 def prefill(tensors, lengths, softmax_scale, causal, schedule, check_values, return_lse):
-    """(out, lse): by the operator where somebody traces or differentiates, otherwise by the kernels alone.
+    """(out, lse): by the operator if the call is traced or differentiated, otherwise by the kernels alone.
 
-    schedule is (mode, max_workspace_bytes, whether a gradient is wanted), and chosen where sizes are known.
+    schedule is (mode, max_workspace_bytes, whether a gradient is wanted).
     """
     if not is_observed(*tensors, *lengths[:2]):
         out, lse = _new_outputs(tensors[0], tensors[5], return_lse)
@@ -113,13 +113,13 @@ def mla_prefill_backward(
     max_workspace_bytes: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the six inputs; an empty tensor for one that is not wanted."""
+    """Gradients of the six inputs, an empty tensor for each that is not wanted."""
     lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     inputs = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
     num_heads, nope, _ = w_uk.shape
     options = AttentionOptions(softmax_scale, (None, 0 if causal else None), None, None, None)
     wants_q, wants_k, wants_v = wanted[0] or wanted[1], wanted[2] or wanted[3] or wanted[4], wanted[2] or wanted[5]
-    # Heads add up in fp32.
+    # Contributions of heads are added in fp32.
     dtypes = [torch.float32 if x is kv_latent or x is k_pe else x.dtype for x in inputs]
     dq_nope, dq_pe, dlatent, dk_pe, dw_uk, dw_uv = gradients = [
         torch.zeros(x.shape if is_wanted else 0, dtype=dtype, device=x.device)
@@ -127,7 +127,7 @@ def mla_prefill_backward(
     ]
     heads_each = _heads_of_backward(q_nope, q_pe, kv_latent, w_uv, max_workspace_bytes)
     if cu_seqlens_k is not None:
-        # Products over all rows: those after the last sequence have gradients of 0, which times NaN is NaN.
+        # Matmuls include the rows after the last sequence. Their gradients are 0, but 0 times NaN would be NaN.
         rows = torch.arange(kv_latent.shape[0], device=kv_latent.device)
         kv_latent = kv_latent.masked_fill((rows >= cu_seqlens_k[-1]).unsqueeze(1), 0.0)
     latents = kv_latent.flatten(0, -2)
@@ -173,7 +173,7 @@ def _(dout, dlse, out, lse, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *rest):
 
 
 def _heads_of_backward(q_nope, q_pe, kv_latent, w_uv, max_workspace_bytes):
-    """Heads whose queries, keys, values and gradients of these fit at once, at least one; dq is in fp32 as well."""
+    """Heads whose queries, keys, values and gradients fit in the workspace, at least one. dq exists in fp32 too."""
     dim, v_dim, size = q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1], q_nope.element_size()
     per_query = dim * (2 * size + torch.float32.itemsize)
     per_key = 2 * (dim + v_dim) * size

@@ -23,10 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .._host.checks import MAX_ROWS
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
-from .._host.layout import INDICES, LSE, capacity_of
-from .._host.tuned import remember
+from .._host.gpu import gpu_of
+from .._host.layout import INDICES, LSE
 from .._jit.args import Strides, View
 from .._jit.heads import row_pointer
 from .._jit.softmax import LN_2
@@ -449,64 +450,72 @@ def _mla_decode_hopper_kernel(
     gl.warp_specialize([(_load_tiles, loads), (_attend_0, sums), (_attend_1, sums)], [4, 4], [240, 240])
 
 
-def launch_mla_decode_hopper(
-    plan, q, q_pe, latents, rope_keys, parts, lse_parts, cache_seqlens, block_table, seqlen_q, scale_log2
-):
-    """Launch the kernel by what `plan_hopper` found; parts are (num_splits, *q.shape), lse_parts (num_splits,
-    batch, num_heads, seqlen_q), latents and rope_keys the two parts of the rows of one cache, block_table its pages."""
-    num_programs, num_splits, geometries, constants = plan
+class HopperPlan(NamedTuple):
+    """A launch but for its tensors."""
+
+    num_programs: int  # of a split
+    num_splits: int
+    geometries: list  # fields of the descriptors of q, q_pe, latent vectors and rotary keys
+    counts: tuple  # seqlen_q and capacity
+    constants: dict
+
+
+def launch_mla_decode_hopper(plan, call, parts, lse_parts):
+    """Launch the kernel for an AbsorbedCall by its HopperPlan.
+
+    parts are the outputs of the splits (num_splits, *q.shape), lse_parts (num_splits, batch, num_heads, seqlen_q).
+    """
+    block_table = call.sequences.block_table
+    tensors = call.q, call.q_pe, call.cache.latents, call.cache.rope_keys
     split_stride, *strides, _ = parts.stride()
     args = (
-        *(
-            unchecked_descriptor(TensorDescriptor, x, fields)
-            for x, fields in zip((q, q_pe, latents, rope_keys), geometries)
-        ),
+        *[unchecked_descriptor(TensorDescriptor, x, fields) for x, fields in zip(tensors, plan.geometries)],
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
         lse_parts.stride(-2),
-        cache_seqlens,
+        call.sequences.cache_seqlens,
         block_table,
         block_table.stride(0),
-        seqlen_q,
-        capacity_of(latents, block_table),
-        num_splits,
-        scale_log2,
+        *plan.counts,
+        plan.num_splits,
+        call.scale_log2,
     )
-    launch_packed(_mla_decode_hopper_kernel, (num_programs * num_splits,), q.device, args, constants)
+    grid = (plan.num_programs * plan.num_splits,)
+    launch_packed(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
 
 
-@remember
-def plan_hopper(layout, dtype, cache_dtype, table_width, causal, num_splits, num_sms, wanted):
-    """(programs of a split, splits, geometries of q, q_pe, latent vectors and rotary keys, constants) of a decode step
-    with a positive scale, or None where the portable kernel serves it.
+def plan_hopper(key, wanted):
+    """The HopperPlan of a call with this AbsorbedKey, None where the portable kernel runs.
 
-    layout is that of q, q_pe and latent vectors, whose bases are aligned to 16 bytes, as that of the rotary keys, which
-    lie behind the latent vectors; wanted as in `MlaHopperConfig.choose`.
+    wanted as in `MlaHopperConfig.choose`.
     """
-    (shape_q, strides_q), (shape_pe, strides_pe), (shape_k, strides_k) = layout
+    (shape_q, _), (shape_pe, _), (shape_k, strides_k) = key.layout
     batch, seqlen_q, num_heads, kv_lora_rank = shape_q
     num_pages, page_size, _ = shape_k
-    if cache_dtype != dtype or num_heads % ROWS.value or page_size % BLOCK_N.value or table_width == 0:
+    if not (gpu_of(key.arch).wgmma and key.joined and not key.packed and key.q_aligned and key.cache_aligned):
         return None
-    if not all(strides_suit_tma(*of_tensor, dtype.itemsize) for of_tensor in layout):
+    if key.has_factors or key.cache_dtype != key.dtype:
         return None
-    capacity = table_width * page_size
+    if num_heads % ROWS.value or page_size % BLOCK_N.value or key.table_width == 0:
+        return None
+    if not all(strides_suit_tma(*of_tensor, key.dtype.itemsize) for of_tensor in key.layout):
+        return None
+    capacity = key.table_width * page_size
     rows = seqlen_q * num_heads
-    case = MlaDecodeCase("sm_90", dtype, kv_lora_rank, shape_pe[3], rows, seqlen_k=capacity, page_size=page_size)
+    case = MlaDecodeCase(key.arch, key.dtype, kv_lora_rank, shape_pe[3], rows, seqlen_k=capacity, page_size=page_size)
     config = MlaHopperConfig.choose(case, wanted)
     if config is None:
         return None
     num_programs = batch * seqlen_q * (num_heads // ROWS.value)
-    num_splits = num_splits or choose_num_splits(num_programs, -(-capacity // BLOCK_N.value), num_sms)
-    constants = dict(NUM_HEADS=num_heads, PAGE_SIZE=page_size, CAUSAL=causal, STAGES=config.num_stages, num_warps=4)
+    num_splits = key.num_splits or choose_num_splits(num_programs, -(-capacity // BLOCK_N.value), key.num_sms)
     geometries = [
-        _fields(shape_q, strides_q, [1, 1, ROWS.value, HALF.value]),
-        _fields(shape_pe, strides_pe, [1, 1, ROWS.value, ROPE.value]),
+        *(_fields(*of, [1, 1, ROWS.value, columns.value]) for of, columns in zip(key.layout, (HALF, ROPE))),
         _paged_geometry(num_pages, kv_lora_rank, *strides_k[:2], HALF.value),
         _paged_geometry(num_pages, shape_pe[3], *strides_k[:2], ROPE.value),
     ]
-    return num_programs, num_splits, geometries, constants
+    constants = dict(NUM_HEADS=num_heads, PAGE_SIZE=page_size, CAUSAL=key.causal, STAGES=config.num_stages, num_warps=4)
+    return HopperPlan(num_programs, num_splits, geometries, (seqlen_q, min(capacity, MAX_ROWS)), constants)
 
 
 def _paged_geometry(num_pages, width, page, row, columns):

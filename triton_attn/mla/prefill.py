@@ -1,21 +1,15 @@
 """Prefill kernel over keys and values of every head, and its launchers: up-projected in the kernel, or before it."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch_packed
-from .._host.layout import (
-    LSE,
-    clear_outputs,
-    heads_in_l2,
-    row_strides,
-    tiles_each,
-)
-from .._host.tuned import choose
+from .._host.layout import LSE, clear_outputs, heads_in_l2, tiles_each, without_dim
+from .._host.tuned import choose, remember
 from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
@@ -38,7 +32,7 @@ from .._jit.tiles import (
 )
 from .._jit.workarounds import fence_copies
 from .configs import MlaPrefillCase, MlaPrefillConfig
-from .projections import weight_view
+from .projections import weight_strides
 
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", *LSE, "lse_stride"]
@@ -269,9 +263,9 @@ def launch_mla_fused(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, length
     or None: not wanted; lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a
     dense batch; config an MlaPrefillConfig (None: the default).
     """
-    keys = Keys(kv_latent, None, k_pe, w_uk, w_uv)
+    operands = Operands(q_nope, q_pe, kv_latent, None, k_pe, w_uk, w_uv, None, out)
     rows = 0, math.prod(kv_latent.shape[:-1])
-    _launch(q_nope, q_pe, keys, None, out, lse, lengths, rows, softmax_scale, causal, config)
+    _launch(operands, lse, lengths, rows, softmax_scale, causal, config)
 
 
 def launch_mla_materialized(
@@ -301,9 +295,9 @@ def launch_mla_materialized(
                 project_rows(kv_latent, start, end, w[heads], x[:count])
             prior_here = heads_of(prior, slice(count)) if start else None
             target = out_here if end == num_rows else heads_of(prior, slice(count))
-            keys = Keys(k[:count], v[:count], k_pe)
             q = heads_of(q_nope, heads), heads_of(q_pe, heads)
-            _launch(*q, keys, prior_here, target, lse_here, lengths, (start, end), softmax_scale, causal, config)
+            operands = Operands(*q, k[:count], v[:count], k_pe, None, None, prior_here, target)
+            _launch(operands, lse_here, lengths, (start, end), softmax_scale, causal, config)
 
 
 def project_rows(kv_latent, start, end, w, out):
@@ -332,79 +326,133 @@ def _matmul(a, b, out):
         torch.bmm(a, b, out=out)
 
 
-class Keys(NamedTuple):
-    """Keys of a launch: keys and values (heads, rows, dim), or latent vectors as k and the weights to project them."""
+class Operands(NamedTuple):
+    """One value for each tensor that the kernel takes as a View, in its order; None for one that is not there.
 
-    k: torch.Tensor
-    v: torch.Tensor | None
-    k_pe: torch.Tensor
-    w_uk: torch.Tensor | None = None
-    w_uv: torch.Tensor | None = None
+    With w_uk and w_uv k is the latent vectors (batch, rows, dim) or (rows, dim) and v is None. Without them k and v are
+    the keys and values (heads, rows, dim) of the rows that are attended.
+    """
+
+    q_nope: Any
+    q_pe: Any
+    k: Any
+    v: Any
+    k_pe: Any
+    w_uk: Any
+    w_uv: Any
+    prior: Any
+    out: Any
 
 
-def _launch(q_nope, q_pe, keys, prior, out, lse, lengths, rows, softmax_scale, causal, config):
-    """Attend the rows (first, end) of the keys. Arguments as `launch_mla_fused`; prior as the kernel's."""
+class PrefillKey(NamedTuple):
+    """Everything of a launch that its plan depends on; plans are cached by it."""
+
+    layouts: Operands  # (shape, strides)
+    dtype: torch.dtype
+    packed_batch: int | None  # None: dense
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    causal: bool
+    arch: str
+    precision: str  # of fp32 matmuls
+
+
+class Plan(NamedTuple):
+    """A launch but for its tensors and the rows of the keys that it attends."""
+
+    num_programs: int
+    strides: Operands
+    counts: tuple  # seqlen_q, seqlen_k, num_tiles, section_size
+    scores: tuple  # scale_log2, window
+    constants: dict
+
+
+def _launch(operands, lse, lengths, rows, softmax_scale, causal, config):
+    """Attend the rows (first, end) of the keys. Other arguments as those of `launch_mla_fused`."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
-    *_, num_rows, num_heads, nope_dim = q_nope.shape
-    rope_dim, v_dim = q_pe.shape[-1], out.shape[-1]
-    batch = q_nope.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    if q_pe.numel() == 0 or batch == 0:
+    out, dtype = operands.out, operands.q_nope.dtype
+    arch = arch_of(out)
+    batch = None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    scores = softmax_scale, causal
+    layouts = Operands._make([None if x is None else (x.shape, x.stride()) for x in operands])
+    key = PrefillKey(layouts, dtype, batch, max_seqlen_q, max_seqlen_k, *scores, arch, input_precision(dtype, arch))
+    plan = _plan(key, config)
+    if plan.num_programs == 0:
         clear_outputs(out, lse)
         return
-    arch = arch_of(q_nope)
-    fused = keys.w_uk is not None
-    dims = nope_dim, rope_dim, v_dim
-    case = MlaPrefillCase(arch, q_nope.dtype, fused, *dims, max(map(padded_size, dims)), max_seqlen_k)
-    tiles = config or choose(MlaPrefillConfig, case)
-    num_tiles = tiles_each(max_seqlen_q, num_rows, batch, tiles.block_m)
-    views = _view(q_nope), _view(q_pe), *_views_of_keys(keys), None if prior is None else _view(prior), _view(out)
     args = (
-        *views,
+        *[x if x is None else View(x, strides) for x, strides in zip(operands, plan.strides)],
         lse,
         0 if lse is None or lse.ndim == 2 else lse.stride(0),
         0 if lse is None else lse.stride(-2),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
-        num_rows,
-        keys.k_pe.shape[-2],
-        num_tiles,
-        _section_size(keys, max_seqlen_k, batch * num_heads, nope_dim + v_dim),
+        *plan.counts,
         *rows,
-        softmax_scale * LOG2_E.value,
-        Window(None, 0 if causal else None),
+        *plan.scores,
     )
+    launch_packed(_mla_prefill_kernel, (plan.num_programs,), out.device, args, plan.constants)
+
+
+@remember
+def _plan(key, config):
+    """The Plan of a launch; config as `launch_mla_fused` takes it."""
+    layouts = key.layouts
+    (*_, num_rows, num_heads, nope_dim), _ = layouts.q_nope
+    batch = layouts.q_nope[0][0] if key.packed_batch is None else key.packed_batch
+    fused = layouts.w_uk is not None
+    rank = layouts.k[0][-1] if fused else None
+    dims = nope_dim, layouts.q_pe[0][-1], layouts.out[0][-1]
+    case = MlaPrefillCase(key.arch, key.dtype, fused, *dims, max(map(padded_size, dims)), key.max_seqlen_k)
+    tiles = config or choose(MlaPrefillConfig, case)
+    num_tiles = tiles_each(key.max_seqlen_q, num_rows, batch, tiles.block_m)
+    # Keys and values of as many heads as fit in the L2 cache together, or their weights.
+    bytes_per_head = (rank if fused else key.max_seqlen_k) * (nope_dim + dims[2]) * key.dtype.itemsize
+    section_size = heads_in_l2(bytes_per_head, 1, batch * num_heads)
+    strides = _strides(layouts)
+    widest_row = max(one.row for one in strides if one is not None)
     tile = PrefillTile(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_C=min(tiles.block_c, padded_size(keys.k.shape[-1])) if fused else None,
+        BLOCK_C=min(tiles.block_c, padded_size(rank)) if fused else None,
         NUM_HEADS=num_heads,
         NOPE_HEAD_DIM=nope_dim,
-        ROPE_HEAD_DIM=rope_dim,
-        V_HEAD_DIM=v_dim,
-        KV_LORA_RANK=keys.k.shape[-1] if fused else None,
-        WIDE_ROWS=_rows_are_wide(max(tiles.block_m, tiles.block_n), views),
-        INPUT_PRECISION=input_precision(q_nope.dtype, arch),
+        ROPE_HEAD_DIM=dims[1],
+        V_HEAD_DIM=dims[2],
+        KV_LORA_RANK=rank,
+        WIDE_ROWS=max(tiles.block_m, tiles.block_n) * widest_row >= 2**31,
+        INPUT_PRECISION=key.precision,
     )
-    constants = dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    launch_packed(_mla_prefill_kernel, (num_tiles * batch * num_heads,), out.device, args, constants)
+    return Plan(
+        num_tiles * batch * num_heads,
+        strides,
+        (num_rows, layouts.k_pe[0][-2], num_tiles, section_size),
+        (key.softmax_scale * LOG2_E.value, Window(None, 0 if key.causal else None)),
+        dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+    )
 
 
-def _view(x):
-    return View(x, Strides(*row_strides(x)))
+def _strides(layouts):
+    """The Strides of each of the Operands."""
+    of_k = weight_strides if layouts.w_uk is None else _latent_strides
+    by_operand = Operands(
+        q_nope=_head_strides,
+        q_pe=_head_strides,
+        k=of_k,
+        v=weight_strides,
+        k_pe=_latent_strides,
+        w_uk=weight_strides,
+        w_uv=weight_strides,
+        prior=_head_strides,
+        out=_head_strides,
+    )
+    return Operands._make([layout and of(layout[1]) for of, layout in zip(by_operand, layouts)])
 
 
-def _views_of_keys(keys):
-    """k, v, k_pe, w_uk and w_uv as the kernel takes them."""
-    k_pe = _view(keys.k_pe.unsqueeze(-2))
-    if keys.w_uk is None:
-        return weight_view(keys.k), weight_view(keys.v), k_pe, None, None
-    return _view(keys.k.unsqueeze(-2)), None, k_pe, weight_view(keys.w_uk), weight_view(keys.w_uv)
+def _head_strides(strides):
+    return Strides(*without_dim(strides))
 
 
-def _rows_are_wide(num_rows, views):
-    return any(x is not None and num_rows * x.strides.row >= 2**31 for x in views)
-
-
-def _section_size(keys, max_seqlen_k, num_heads, width):
-    """Heads of the batch whose keys and values, or weights, fit in the L2 cache together."""
-    rows = max_seqlen_k if keys.w_uk is None else keys.w_uk.shape[2]
-    return heads_in_l2(rows * width * keys.k_pe.element_size(), 1, num_heads)
+def _latent_strides(strides):
+    """Those of latent vectors and of k_pe, (batch, rows, dim) or (rows, dim): of one head."""
+    return Strides(0 if len(strides) == 2 else strides[0], strides[-2], 0)

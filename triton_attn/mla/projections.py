@@ -5,8 +5,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed
-from .._host.layout import INDICES, LSE, row_strides
+from .._host.layout import INDICES, LSE
+from .._host.tuned import remember
 from .._jit.args import Strides, View
 from .._jit.heads import row_offsets, row_pointer
 from .._jit.rope import Rotation, load_rotated, rope_of
@@ -201,44 +203,61 @@ def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
     return tl.load(ptrs, mask=mask, other=float("-inf")) / LN_2
 
 
+class Plan(NamedTuple):
+    """A launch but for its tensors."""
+
+    grid: tuple
+    strides: tuple  # Strides of the Views that the kernel takes
+    counts: tuple  # seqlen_q, num_tokens and what follows from shapes besides
+    constants: dict
+
+
 def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, False)):
     """scale * q_nope @ w_uk and scale * rope(q_pe): views of one tensor (batch, seqlen_q, num_heads, dim).
 
     positions is (cache_seqlens, capacity, cos, sin, interleaved), cos None for none.
     """
-    batch, seqlen_q, num_heads, nope_dim = q_nope.shape
-    kv_lora_rank, rope_dim = w_uk.shape[2], q_pe.shape[3]
     cache_seqlens, capacity, cos, sin, interleaved = positions
-    num_tokens = batch * seqlen_q
-    q = q_nope.new_empty((batch, seqlen_q, num_heads, kv_lora_rank + rope_dim))
+    num_positions, rotary_dim = (0, 0) if cos is None else (cos.shape[0], 2 * cos.shape[1])
+    precision = input_precision(q_nope.dtype, arch_of(q_nope))
+    plan = _plan_absorb(layout_of(q_nope, q_pe, w_uk), rotary_dim, interleaved, precision)
+    widths = w_uk.shape[2], q_pe.shape[3]
+    q = q_nope.new_empty((*q_nope.shape[:3], sum(widths)))
+    args = (
+        *map(View, (q_nope, q_pe, w_uk), plan.strides),
+        q,
+        rope_of(cos, sin),
+        cache_seqlens,
+        num_positions,
+        capacity,
+        *plan.counts,
+        scale,
+    )
+    launch_packed(_absorb_kernel, plan.grid, q.device, args, plan.constants)
+    return q.split(widths, dim=-1)
+
+
+@remember
+def _plan_absorb(layout, rotary_dim, interleaved, precision):
+    """The Plan of `_absorb_kernel`; layout is that of q_nope, q_pe and w_uk."""
+    (shape_q, strides_q), (shape_pe, strides_pe), (shape_w, strides_w) = layout
+    batch, seqlen_q, num_heads, nope_dim = shape_q
+    kv_lora_rank, num_tokens = shape_w[2], batch * seqlen_q
     tile = AbsorbTile(
         BLOCK_T=_block_of_tokens(num_tokens, at_least=16),
         BLOCK_C=min(128, padded_size(kv_lora_rank)),
         BLOCK_K=min(64, padded_size(nope_dim)),
         NUM_HEADS=num_heads,
         NOPE_HEAD_DIM=nope_dim,
-        ROPE_HEAD_DIM=rope_dim,
+        ROPE_HEAD_DIM=shape_pe[3],
         KV_LORA_RANK=kv_lora_rank,
-        ROTARY_DIM=0 if cos is None else 2 * cos.shape[1],
+        ROTARY_DIM=rotary_dim,
         INTERLEAVED=interleaved,
-        INPUT_PRECISION=input_precision(q.dtype, arch_of(q)),
-    )
-    args = (
-        View(q_nope, Strides(*row_strides(q_nope))),
-        View(q_pe, Strides(*row_strides(q_pe))),
-        weight_view(w_uk),
-        q,
-        rope_of(cos, sin),
-        cache_seqlens,
-        0 if cos is None else cos.shape[0],
-        capacity,
-        seqlen_q,
-        num_tokens,
-        scale,
+        INPUT_PRECISION=precision,
     )
     grid = num_heads * -(-num_tokens // tile.BLOCK_T), -(-kv_lora_rank // tile.BLOCK_C) + 1
-    launch_packed(_absorb_kernel, grid, q.device, args, dict(TILE=tile, num_warps=4, num_stages=2))
-    return q[..., :kv_lora_rank], q[..., kv_lora_rank:]
+    strides = Strides(*strides_q[:3]), Strides(*strides_pe[:3]), weight_strides(strides_w)
+    return Plan(grid, strides, (seqlen_q, num_tokens), dict(TILE=tile, num_warps=4, num_stages=2))
 
 
 def launch_merge_project(splits, lse_splits, w_uv, out, lse):
@@ -247,10 +266,29 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse):
     splits is (num_splits, batch, seqlen_q, num_heads, kv_lora_rank), lse_splits (num_splits, batch, num_heads,
     seqlen_q), lse as one of these or None: not wanted.
     """
-    num_splits, batch, seqlen_q, num_heads, kv_lora_rank = splits.shape
-    v_head_dim = w_uv.shape[1]
-    num_tokens = batch * seqlen_q
-    half = w_uv.element_size() == 2  # matmuls of fp32 take their operands to registers
+    dtype = w_uv.dtype
+    precision = input_precision(dtype, arch_of(out))
+    plan = _plan_merge_project(splits.shape, w_uv.shape, w_uv.stride(), out.stride(), dtype, precision)
+    of_w, of_out = plan.strides
+    args = (
+        splits,
+        lse_splits,
+        View(w_uv, of_w),
+        View(out, of_out),
+        lse,
+        0 if lse is None else lse.stride(0),
+        0 if lse is None else lse.stride(1),
+        *plan.counts,
+    )
+    launch_packed(_merge_project_kernel, plan.grid, out.device, args, plan.constants)
+
+
+@remember
+def _plan_merge_project(shape, shape_w, strides_w, strides_out, dtype, precision):
+    """The Plan of `_merge_project_kernel`; shape is that of the splits, dtype that of w_uv."""
+    num_splits, batch, seqlen_q, num_heads, kv_lora_rank = shape
+    v_head_dim, num_tokens = shape_w[1], batch * seqlen_q
+    half = dtype.itemsize == 2  # matmuls of fp32 take their operands to registers
     block_t, block_c = _block_of_tokens(num_tokens, at_least=1), min(64 if half else 32, padded_size(kv_lora_rank))
     tile = MergeProjectTile(
         BLOCK_T=block_t,
@@ -260,27 +298,16 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse):
         NUM_HEADS=num_heads,
         KV_LORA_RANK=kv_lora_rank,
         V_HEAD_DIM=v_head_dim,
-        INPUT_PRECISION=input_precision(out.dtype, arch_of(out)),
-    )
-    args = (
-        splits,
-        lse_splits,
-        weight_view(w_uv),
-        View(out, Strides(0, *out.stride()[1:3])),
-        lse,
-        0 if lse is None else lse.stride(0),
-        0 if lse is None else lse.stride(1),
-        seqlen_q,
-        num_tokens,
-        num_splits,
+        INPUT_PRECISION=precision,
     )
     grid = num_heads * -(-num_tokens // block_t), -(-v_head_dim // tile.BLOCK_V)
-    launch_packed(_merge_project_kernel, grid, out.device, args, dict(TILE=tile, num_warps=4, num_stages=2))
+    strides = weight_strides(strides_w), Strides(0, *strides_out[1:3])
+    return Plan(grid, strides, (seqlen_q, num_tokens, num_splits), dict(TILE=tile, num_warps=4, num_stages=2))
 
 
-def weight_view(w):
-    """The View of a weight (heads, rows, columns), with batch stride 0."""
-    return View(w, Strides(0, w.stride(1), w.stride(0)))
+def weight_strides(strides):
+    """The Strides of a weight (heads, rows, columns), or of the keys of heads, without a batch."""
+    return Strides(0, strides[1], strides[0])
 
 
 def _block_of_tokens(num_tokens, at_least):

@@ -1,4 +1,4 @@
-"""Attention over a cache as users call it: argument checks, then the kernel or the reference."""
+"""Public API of attention over a KV cache: argument checks, then the kernel or the reference."""
 
 import functools
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from .._host.checks import (
     layout_of,
     read_length,
 )
+from .._host.layout import new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
 from ..merge.splits import check_num_splits
@@ -95,7 +96,7 @@ def paged_attention(
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j],  s as in `flash_attention`
         k[b, j] = k_scale[h // group_size] * k_cache[block_table[b, j // page_size], j % page_size, h // group_size]
 
-    and v alike, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence are its last tokens:
+    and v likewise, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence are its last tokens:
     query i has position cache_seqlens[b] - seqlen_q + i. Append their keys and values before the call.
 
     Args:
@@ -108,8 +109,8 @@ def paged_attention(
             A length above the capacity, max_pages * page_size or seqlen_cache, counts as the capacity.
         block_table: (batch, max_pages) int32 on q's device: the pages of each sequence, in order. Entries past its last
             page, and slots past its last key, are never read.
-        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), none too.
-        max_seqlen_q: the largest number of queries of a sequence, an int, needed with cu_seqlens_q. Queries past it
+        cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), 0 or more.
+        max_seqlen_q: the largest number of queries of a sequence, an int, required with cu_seqlens_q. Queries past it
             are not computed. A tensor as in `flash_attention_varlen`.
         causal: new tokens do not see later ones. Aligned to the bottom right, as window_size is.
         softmax_scale, window_size, softcap, alibi_slopes, sinks: as in `flash_attention`. Pages that lie outside of the
@@ -120,10 +121,10 @@ def paged_attention(
             same num_splits and max_seqlen_q, and without a shared prefix, the result for a sequence is bitwise the same
             in every batch.
         shared_prefix_len: length of a prefix that all sequences share, page by page. Its keys are read once for all
-            queries, and the results are merged with those of the other keys. A shorter sequence shares all its keys.
-        out: where to write the result; q's dtype and shape but for head_dim_v, its last dimension contiguous.
-        return_lse: also return the log-sum-exp of the scores, natural log, the sink included.
-        check_values: check lengths and page numbers, which needs a device-to-host sync. None follows
+            queries, and the results are merged with those of the other keys. A shorter sequence shares all of its keys.
+        out: tensor for the result, q's dtype and shape except for head_dim_v; the last dimension contiguous.
+        return_lse: also return the natural log-sum-exp of the scores, including the sink.
+        check_values: check lengths and page numbers, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
 
     Returns:
@@ -133,16 +134,19 @@ def paged_attention(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or q has more than 10**9 rows for a KV head; nothing was launched
-            or written. With values checked also: a length beyond the cache, a page that is not in it, sequences whose
-            shared prefix is not the same.
+            or written. With values checked also: a length beyond the cache, a page outside the cache, or
+            sequences whose shared prefixes differ.
         NotImplementedError: an argument requires a gradient or has a tangent.
 
-    One operator under torch.compile, export and vmap, which loops; with `out` one that writes to it, without vmap.
+    It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
+    is not supported.
 
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
     prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
-    batch, options = _check_tensors(q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap)
+    batch, options, layout = _check_tensors(
+        q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
+    )
     shape = ("batch" if batch is None else batch,)
     check_tensor("cache_seqlens", cache_seqlens, shape, (torch.int32,), q.device)
     check_last_contiguous("cache_seqlens", cache_seqlens)
@@ -177,9 +181,9 @@ def paged_attention(
             refuse_vmap(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
             result, lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
         return (result, lse) if return_lse else result
-    result, lse = _outputs(q, v_cache, out, return_lse)
+    result, lse = new_outputs(q, v_cache, return_lse, out)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, longest, options, *scales, num_splits, shared_prefix_len)
+    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len)
     _attend(call, check_values, result, lse)
     return (result, lse) if return_lse else result
 
@@ -190,17 +194,6 @@ def _check_shared_prefix(shared_prefix_len: int, k_cache: Tensor, block_table: T
     capacity = block_table.shape[1] * k_cache.shape[1]
     if shared_prefix_len > capacity:
         fail("shared_prefix_len", f"at most the table's {capacity}", shared_prefix_len)
-
-
-def _outputs(q: Tensor, v_cache: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Any]:
-    """(out, lse or None)."""
-    if out is None:
-        out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
-    lse = None
-    if return_lse:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32  # of the reference
-        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype)
-    return out, lse
 
 
 class PagedCall(NamedTuple):
@@ -214,6 +207,7 @@ class PagedCall(NamedTuple):
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int
     options: AttentionOptions
+    layout: tuple  # `layout_of` q, k_cache and v_cache
     k_scale: float | Tensor | None = None
     v_scale: float | Tensor | None = None
     num_splits: int = 0
@@ -244,7 +238,7 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
         lse.copy_(lse_there)
 
 
-# What the operators take: `INPUTS`, then the options as numbers.
+# Arguments of the operators: `INPUTS`, then the options as numbers.
 INPUTS = (
     "q",
     "k_cache",
@@ -293,14 +287,15 @@ def _attend_flat(
     return_lse: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`_attend` as an operator: (out, lse)."""
+    """`_attend` with the arguments of an operator: (out, lse)."""
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
     options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
-    out, lse = _outputs(q, v_cache, out, return_lse)
-    call = PagedCall(*tensors, max_seqlen_q, options, *scales, num_splits, shared_prefix_len)
+    out, lse = new_outputs(q, v_cache, return_lse, out)
+    layout = layout_of(q, k_cache, v_cache)
+    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len)
     _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
 
@@ -318,13 +313,13 @@ _operator_with_out = torch.library.custom_op(
 
 @_operator.register_fake
 def _(q, k_cache, v_cache, *rest):
-    out, lse = _outputs(q, v_cache, None, rest[-1])
+    out, lse = new_outputs(q, v_cache, rest[-1])
     return out, _or_empty(lse, q)
 
 
 @_operator_with_out.register_fake
 def _(q, k_cache, v_cache, *rest):
-    return _or_empty(_outputs(q, v_cache, rest[-1], rest[-2])[1], q)
+    return _or_empty(new_outputs(q, v_cache, rest[-2], rest[-1])[1], q)
 
 
 def _or_empty(lse: Tensor | None, q: Tensor) -> Tensor:
@@ -334,7 +329,7 @@ def _or_empty(lse: Tensor | None, q: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel() -> Callable[..., None]:
-    """Loaded with the first call, so that the package imports where triton is not installed."""
+    """Imported at the first call, so that the package can be imported without triton."""
     from .forward import launch_paged_fwd
 
     return launch_paged_fwd
@@ -349,32 +344,40 @@ def _check_tensors(
     softmax_scale: float | None,
     window_size: tuple[int, int],
     softcap: float,
-) -> tuple[int | None, AttentionOptions]:
-    """(batch or None where cu_seqlens_q says it, options); results for a layout are cached."""
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+) -> tuple[int | None, AttentionOptions, tuple]:
+    """(batch, or None if only cu_seqlens_q says it; options; layout). Results for a layout are cached."""
+    if not isinstance(q, torch.Tensor):
+        fail("q", "a tensor", type(q).__name__, TypeError)
+    dtype, device = q.dtype, q.device
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(x, torch.Tensor):
             fail(name, "a tensor", type(x).__name__, TypeError)
-        if x.device != q.device:
-            fail(name, f"q's device {q.device}", x.device)
-    if q.dtype not in KERNEL_DTYPES and (q.dtype != torch.float64 or use_kernel(q)):
-        fail("q", "float16, bfloat16 or float32", q.dtype, TypeError)
-    if k_cache.dtype not in (q.dtype, *FLOAT8_MANTISSA_BITS):
-        fail("k_cache", f"q's dtype {q.dtype}, float8_e4m3fn or float8_e5m2", k_cache.dtype, TypeError)
-    if v_cache.dtype != k_cache.dtype:
-        fail("v_cache", f"k_cache's dtype {k_cache.dtype}", v_cache.dtype, TypeError)
+        if x.device != device:
+            fail(name, f"q's device {device}", x.device)
+    if dtype not in KERNEL_DTYPES and (dtype != torch.float64 or use_kernel(q)):
+        fail("q", "float16, bfloat16 or float32", dtype, TypeError)
+    cache_dtype = k_cache.dtype
+    if cache_dtype != dtype and cache_dtype not in FLOAT8_MANTISSA_BITS:
+        fail("k_cache", f"q's dtype {dtype}, float8_e4m3fn or float8_e5m2", cache_dtype, TypeError)
+    if v_cache.dtype != cache_dtype:
+        fail("v_cache", f"k_cache's dtype {cache_dtype}", v_cache.dtype, TypeError)
     layout, is_paged = layout_of(q, k_cache, v_cache), block_table is not None
     if torch.compiler.is_compiling():
-        return _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
+        return *_check_options(layout, is_paged, causal, softmax_scale, softcap, window_size), layout
     try:
         left, right = window_size
-        return _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, type(window_size))
-    except (TypeError, ValueError):  # an argument is wrong, and is to be named
-        return _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
+        pair = type(window_size)
+        batch, options = _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, pair)
+    except (TypeError, ValueError):  # an argument is wrong; the uncached check names it
+        batch, options = _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size)
+    return batch, options, layout
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def _remembered_options(layout, is_paged, causal, softmax_scale, softcap, left, right, pair):
-    """The sides of the window one by one, since only the types of arguments count, not those in a tuple."""
+    """The sides of the window as separate arguments, since lru_cache checks the types of arguments but not inside
+    tuples.
+    """
     return _check_options(layout, is_paged, causal, softmax_scale, softcap, pair((left, right)))
 
 
@@ -393,7 +396,7 @@ def _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size
         if not 1 <= shape[-1] <= MAX_HEAD_DIM:
             fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", shape[-1])
     if shape_k[:-1] != shape_v[:-1]:
-        fail("v_cache", f"k_cache's shape but for the last dimension, {tuple(shape_k[:-1])}", tuple(shape_v[:-1]))
+        fail("v_cache", f"k_cache's shape except for the last dimension, {tuple(shape_k[:-1])}", tuple(shape_v[:-1]))
     if shape_k[-1] != shape_q[-1]:
         fail("k_cache", f"q's head dimension {shape_q[-1]}", shape_k[-1])
     if shape_k[2] == 0 or shape_q[-2] % shape_k[2]:
@@ -422,19 +425,19 @@ def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqle
     if cu_seqlens_q.shape[0] != batch + 1:
         fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
     if max_seqlen_q is None:
-        fail("max_seqlen_q", "an int, needed with cu_seqlens_q", None, TypeError)
+        fail("max_seqlen_q", "an int, required with cu_seqlens_q", None, TypeError)
     return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
 
 def _check_values(call: PagedCall) -> None:
-    """With a device-to-host sync: lengths and pages are within the cache, and a shared prefix is the same for all."""
+    """Raise unless lengths and pages are within the cache and all sequences share the prefix. A device-to-host sync."""
     block_table, cu_seqlens_q = call.block_table, call.cu_seqlens_q
     num_pages, page_size = call.k_cache.shape[:2]
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
     seqlens = call.cache_seqlens.tolist()
     for i, seqlen in enumerate(seqlens):
         if not 0 <= seqlen <= capacity:
-            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that there is room for", seqlen)
+            fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that fit in the cache", seqlen)
     if cu_seqlens_q is not None:
         check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, call.q.shape[0], call.max_seqlen_q)
     if block_table is None:

@@ -1,9 +1,9 @@
-"""Tiles of attention over a cache: the default by look-up, the space that a sweep searches, and what cannot run.
+"""Configs of paged attention: the defaults, the search space of a sweep, and which configs cannot run.
 
-The defaults were chosen from compiled code, not from timings: they fit and spill nothing on Triton 3.6.0 and 3.9.0. A
-decode step reads each key once, so bytes in flight matter: several programs per SM, each with three stages. Tiles for
-many rows have the highest `lock` in perf/model: 16 rows for each warp of mma.sync, 64 for four warps of wgmma. With
-fewer rows, warps repeat each other's matmuls.
+Defaults were chosen from compiled code, not from timings: they fit and do not spill on Triton 3.6.0 and 3.9.0. A decode
+step reads each key once, so bytes in flight matter: several programs per SM, each with three stages. Tiles for many
+rows have the highest `lock` in perf/model. They have 16 rows for each warp of mma.sync, 64 for four warps of wgmma:
+with fewer rows, warps repeat each other's matmuls.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from .._host.tuned import rows_class
 
 
 class PagedCase(NamedTuple):
-    """What of a call the config depends on.
+    """What the config of a call depends on.
 
-    rows: of a sequence for one KV head, seqlen_q * group_size at most: a tile has no more than it needs, but tensor
-    cores take 16. loads_vectors: whether keys and values can be loaded 16 bytes at a time. is_plain: with pages,
-    without softcap and ALiBi, as sweeps time it. seqlen_k: keys that a sequence has room for.
+    rows: of a sequence and KV head, at most seqlen_q * group_size. A tile has no more rows than that, but at least 16,
+    for tensor cores. loads_vectors: whether keys and values can be loaded 16 bytes at a time. is_plain: with pages,
+    without softcap and ALiBi, as sweeps time it. seqlen_k: capacity of the cache for a sequence.
     """
 
     arch: str
@@ -54,7 +54,7 @@ _TABLE_CASE = {"head_dim": int, "head_dim_v": int, "tile_rows": int, "cache_dtyp
 
 @dataclass(frozen=True)
 class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k", "page_size", "rows")):
-    """One program takes block_m rows, query heads of one KV head, and walks over keys block_n at a time."""
+    """One program computes block_m rows, query heads of one KV head, in a loop over tiles of block_n keys."""
 
     block_m: int
     block_n: int
@@ -63,7 +63,7 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
 
     @classmethod
     def default(cls, case):
-        """By look-up; the table's row is the first that reaches the larger head dim."""
+        """From a table, by the larger head dimension."""
         if case.arch == "interpreter":
             return cls(32 if case.rows <= 32 else 64, 64, 4, 1)
         table = _FLOAT if case.dtype == torch.float32 else _HALF[case.gpu.configs]
@@ -82,7 +82,7 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
 
     @classmethod
     def search_space(cls, case):
-        """Those that have an `obstacle` are left out."""
+        """Configs with an `obstacle` are left out."""
         default = cls.default(case)
         stages = (1, 2) if case.gpu.is_amd else (1, 2, 3, 4)
         rows = [rows for rows in (16, 32, 64, 128) if rows <= default.block_m]
@@ -93,8 +93,8 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
         return case.gpu.lacks(self._shared_bytes(case))
 
     def _shared_bytes(self, case):
-        """The least that tiles of q, k and v take. With any number of stages, one tile each of keys and values is in
-        flight, because keys wait for page numbers."""
+        """Least shared memory for tiles of q, k and v. With any number of stages, one tile each of keys and values is
+        in flight, because the loads of keys wait for page numbers."""
         q = self.block_m * case.head_dim * case.dtype.itemsize
         k, v = (self.block_n * dim * case.cache_dtype.itemsize for dim in (case.head_dim, case.head_dim_v))
         if case.gpu.is_amd:
@@ -102,7 +102,7 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
         return q + (max(k, v) if self.num_stages == 1 else k + v)
 
 
-# (largest head dim, config of up to 16 rows, of more) per architecture; 16-bit inputs.
+# (largest head dim, config for up to 16 rows, config for more) per architecture, for 16-bit inputs.
 _HALF = {
     "sm_80": (
         (16, PagedConfig(16, 64, 1, 3), PagedConfig(128, 64, 8, 3)),

@@ -7,19 +7,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, check_rows, layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of
 from .._host.layout import (
     INDICES,
     LSE,
     batch_head_strides,
-    capacity_of,
     clear_outputs,
     tiles_each,
     vector_elements,
     without_dim,
 )
+from .._host.observers import number_and_tensor
 from .._host.tuned import choose, remember
 from .._jit.args import Scales, Scores, Splits, Strides, View, Window, scale_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
@@ -33,7 +33,7 @@ from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import PagedCase, PagedConfig
 
-# Lengths and what follows from them: a new length must not mean a new compilation.
+# Lengths, and values computed from them: a new length must not cause a compilation.
 LENGTHS = [
     "seqlen_q",
     "capacity",
@@ -48,7 +48,7 @@ LENGTHS = [
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for: BLOCK_M rows, BLOCK_N keys at a time, and what these are."""
+    """What the kernel is compiled for: tiles of BLOCK_M rows and BLOCK_N keys, and their layout."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -57,7 +57,9 @@ class Tile(NamedTuple):
     HEAD_DIM_V: int
     PAGE_SIZE: int  # 0: a contiguous cache
     ONE_PAGE: bool  # BLOCK_N keys lie in one page
-    SHARED: bool  # rows of any sequence, over the keys that all sequences begin with; otherwise without these keys
+    SHARED: (
+        bool  # rows of all sequences over the keys of the shared prefix; otherwise of one sequence over its other keys
+    )
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
     MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
@@ -74,13 +76,13 @@ class Batch(NamedTuple):
     cache_seqlens_ptr: object
     num: object
     num_rows: object
-    capacity: object  # a sequence has no more keys, whatever cache_seqlens say
+    capacity: object  # longer lengths in cache_seqlens are clamped to it
     search_steps: object
     shared_prefix_len: object
 
 
 class Queries(NamedTuple):
-    """The queries that a program's tiles count from: those of a sequence, or all of them where a prefix is shared."""
+    """The queries that `tile` is a tile of: those of one sequence, or of all with a shared prefix."""
 
     sequence: object
     first: object  # row of a packed batch
@@ -89,7 +91,7 @@ class Queries(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where each row of a tile lies in q, out and lse."""
+    """Position of each row of a tile in q, out and lse."""
 
     batch: object
     query: object
@@ -109,7 +111,7 @@ class Rows(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Outputs, and log-sum-exps (split, batch, num_heads, num_rows), contiguous, or None; what places rows there."""
+    """Outputs; log-sum-exps (split, batch, num_heads, num_rows), contiguous, or None; what addresses a row of them."""
 
     out: Splits
     lse_ptr: object
@@ -121,7 +123,7 @@ class Results(NamedTuple):
 
 @triton.jit
 def _queries_of_sequence(program, num_tiles, batch, TILE: tl.constexpr):
-    """Those of the sequence that a program has a tile of."""
+    """The Queries of a program: of the sequence that its tile belongs to."""
     if TILE.SEARCH:
         sequence = find_sequence(
             batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, program, TILE.GROUP_SIZE, TILE.BLOCK_M, 1
@@ -142,7 +144,7 @@ def _queries_of_sequence(program, num_tiles, batch, TILE: tl.constexpr):
 
 @triton.jit
 def _queries_of_all(program, batch):
-    """Those of all sequences, one after the other."""
+    """The Queries of a program over the shared prefix: of all sequences."""
     if batch.cu_seqlens_q_ptr is None:
         return Queries(0, 0, batch.num * batch.num_rows, program)
     else:
@@ -151,7 +153,7 @@ def _queries_of_all(program, batch):
 
 @triton.jit
 def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
-    """Rows of one sequence, over its keys after the shared prefix."""
+    """Rows of one sequence and its keys after the shared prefix."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
     first_row = queries.tile * TILE.BLOCK_M
@@ -169,7 +171,7 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
 
 @triton.jit
 def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
-    """Rows of any sequence, over the keys of the shared prefix."""
+    """Rows of several sequences and the keys of the shared prefix."""
     rows = queries.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
     head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
     # Rows past the last query repeat it.
@@ -184,7 +186,7 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
     position = query - first_query + seqlen_k - seqlen_q
     end_key = tl.minimum(seqlen_k, batch.shared_prefix_len)
-    # The pages are those of the tile's longest sequence: others may end before the prefix does.
+    # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
     longest = tl.max(end_key, 0)
     table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
@@ -213,7 +215,7 @@ def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr):
-    """Store rows of out, and their log-sum-exps where they are wanted."""
+    """Store rows of out and, if wanted, their log-sum-exps."""
     out = results.out
     offsets = tl.cast(results.split, tl.int64) * out.split_stride
     offsets += row_offsets(place.batch, place.query, place.head, out.view.strides)
@@ -226,7 +228,7 @@ def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _clear_spare_rows(results, batch, queries, program, head_kv, TILE: tl.constexpr):
-    """Of the rows after a packed batch's last sequence, those that the program has slots for."""
+    """Store out = 0 and lse = -inf in those rows after the last sequence that are the program's (`spare_rows`)."""
     num_own = queries.num * TILE.GROUP_SIZE - queries.tile * TILE.BLOCK_M
     left_over = slots_left_over(program, queries.first + queries.num, TILE.BLOCK_M, TILE.GROUP_SIZE)
     spare = spare_rows(
@@ -266,14 +268,14 @@ def _paged_fwd_kernel(
 ):
     """One program computes a tile of rows of out and lse for one KV head, over one split of the keys.
 
-    A row is one query head of one query: those of a KV head lie together, query by query, so that its keys and values
-    are loaded once for the group. Grid: num_tiles * num_splits * num_heads_kv; num_tiles counts those of all sequences,
-    an upper bound in a varlen batch, whose tiles are found by bisection unless there is one per sequence.
+    A row is one query head of one query. The rows of a tile share a KV head, so that its keys and values are loaded
+    once for the group. Grid: num_tiles * num_splits * num_heads_kv. num_tiles counts the tiles of all sequences. In a
+    packed batch it is an upper bound, and a program finds its sequence by bisection unless each sequence has one tile.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     INPUT_PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    # Triton 3.6 takes the type of a nested tuple before its constants are set, and drops them with the next `if`.
+    # Triton 3.6 loses the constants of a nested tuple at the next `if` unless it is rebuilt.
     scales = Scales(*scales)
     scores = Scores(*scores)
     program = tl.program_id(0) % num_tiles
@@ -317,7 +319,7 @@ def _paged_fwd_kernel(
 
     m_i, l_i = softmax_init(sinks_ptr, place.head, BLOCK_M)  # (BLOCK_M,)
     if sinks_ptr is not None:
-        # One split of the first keys counts the sink.
+        # Only the split with the first keys includes the sink.
         counts = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))
         m_i = tl.where(counts, m_i, float("-inf"))
         l_i = tl.where(counts, l_i, 0.0)
@@ -356,40 +358,56 @@ def _load_slopes(alibi, rows):
 
 
 class Problem(NamedTuple):
-    """What the kernels of a call and their grids follow from."""
+    """Everything of a call that the plan of its launches depends on; plans are cached by it."""
 
-    layout: tuple  # of q, k_cache, v_cache
+    layout: tuple  # (shape, strides) of q, k_cache and v_cache
+    strides_out: tuple
     dtype: torch.dtype
     cache_dtype: torch.dtype
     batch: int
     max_seqlen_q: int
-    table_width: int | None
-    is_packed: bool
+    table_width: int | None  # None: a contiguous cache
     num_splits: int
     shared_prefix_len: int
-    fold_scale: bool
-    bases_aligned: bool
+    softmax_scale: float
+    window: tuple
+    softcap: float | None
+    has_alibi: bool
+    bases_aligned: bool  # k_cache and v_cache start at multiples of 16 bytes
     arch: str
-    precision: str
+    precision: str  # of fp32 matmuls
     num_sms: int
     config: PagedConfig | None
 
+    @property
+    def fold_scale(self):
+        """Whether the exponential can apply the scale, since nothing comes between."""
+        return self.softcap is None and not self.has_alibi
+
+    @property
+    def capacity(self):
+        """Keys of the longest sequence that the cache can hold."""
+        slots = self.layout[1][0][1]
+        return min(slots if self.table_width is None else slots * self.table_width, MAX_ROWS)
+
 
 class Pass(NamedTuple):
-    """One launch: over the shared prefix, or over the other keys."""
+    """A launch over the shared prefix, or over the other keys."""
 
+    num_programs: int
     num_tiles: int
-    search_steps: int
     num_splits: int
     constants: dict
 
 
 class Plan(NamedTuple):
-    """What is remembered of a call; strides are those of q, k_cache and v_cache."""
+    """The launches of a call but for its tensors and the scales of its cache."""
 
-    passes: tuple
-    num_splits: int
-    strides: tuple
+    passes: tuple  # none where there is nothing to compute
+    num_splits: int  # of all passes
+    strides: tuple  # Strides of q, k_cache, v_cache, and of out or a split of it
+    capacity: int
+    scores: Scores  # without ALiBi
 
 
 def launch_paged_fwd(call, out, lse, config=None):
@@ -399,47 +417,49 @@ def launch_paged_fwd(call, out, lse, config=None):
     out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens_q; lse as
     `flash_attention` returns it, or None: not wanted. config is a PagedConfig (None: the default).
     """
-    q, k_cache, v_cache, block_table = call.q, call.k_cache, call.v_cache, call.block_table
-    passes, num_splits, (strides_q, strides_k, strides_v) = _plan(_problem_of(call, config))
-    if not passes:
+    q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, *_ = call
+    plan = _plan(_problem_of(call, out, config))
+    if not plan.passes:
         clear_outputs(out, lse)
         return
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     outs, lses, split_stride = out, lse, 0
-    if num_splits > 1:
-        outs, lses = _new_splits(num_splits, out)
+    if plan.num_splits > 1:
+        outs, lses = _new_splits(plan.num_splits, out)
         split_stride = outs.stride(0)
-    strides = Strides(*outs.stride()[-4:-1]) if out.ndim == 4 else Strides(0, *outs.stride()[-3:-1])
+    strides_q, strides_k, strides_v, strides_out = plan.strides
     operands = View(q, strides_q), View(k_cache, strides_k), View(v_cache, strides_v)
-    scales, scores = _scales_and_scores(call)
-    num_heads_kv = k_cache.shape[2]
+    scales, scores, out_factor = _scales_and_scores(call, plan)
+    (*_, num_rows, _, _), (batch, *_) = call.layout[0][0], cache_seqlens.shape
+    num_heads_kv = call.layout[1][0][2]
+    table_stride = None if block_table is None else block_table.stride(0)
     first = 0  # split
-    for num_tiles, search_steps, splits_here, constants in passes:
+    for num_programs, num_tiles, num_splits, constants in plan.passes:
         args = (
             *operands,
-            Splits(View(outs[first:] if first else outs, strides), split_stride),
+            Splits(View(outs[first:] if first else outs, strides_out), split_stride),
             lses[first:] if first else lses,
-            call.cache_seqlens,
+            cache_seqlens,
             block_table,
-            None if block_table is None else block_table.stride(0),
-            call.cu_seqlens_q,
+            table_stride,
+            cu_seqlens_q,
             call.options.sinks,
             scales,
             scores,
-            q.shape[-3],
-            capacity_of(k_cache, block_table),
-            call.cache_seqlens.shape[0],
+            num_rows,
+            plan.capacity,
+            batch,
             num_tiles,
-            search_steps,
+            batch.bit_length(),
             call.shared_prefix_len,
             num_heads_kv,
-            splits_here,
-            _factor(call.v_scale),
+            num_splits,
+            out_factor,
         )
-        launch_packed(_paged_fwd_kernel, (num_tiles * splits_here * num_heads_kv,), q.device, args, constants)
-        first += splits_here
-    if num_splits > 1:
+        launch_packed(_paged_fwd_kernel, (num_programs,), q.device, args, constants)
+        first += num_splits
+    if plan.num_splits > 1:
         if out.ndim == 3:
             outs, lses, out, lse = outs[:, None], lses[:, None], out[None], None if lse is None else lse[None]
         launch_merge(outs, lses, out, lse)
@@ -452,43 +472,45 @@ def _new_splits(num_splits, out):
     return outs, out.new_empty((num_splits, *batch, heads, rows), dtype=torch.float32)
 
 
-def _scales_and_scores(call):
-    """Kernel arguments; a scale that is a number is a factor of others."""
-    softmax_scale, window, softcap, alibi_slopes, *_ = call.options
-    alibi = None
-    if alibi_slopes is not None:
-        batch_stride, head_stride = batch_head_strides(alibi_slopes)
-        alibi = View(alibi_slopes, Strides(batch_stride, 0, head_stride))
-    scale_log2 = softmax_scale * LOG2_E.value * _factor(call.k_scale)
-    return Scales(_tensor(call.k_scale), _tensor(call.v_scale)), Scores(scale_log2, softcap, alibi, Window(*window))
+def _scales_and_scores(call, plan):
+    """Scales, Scores and a factor of out. A scale that is a number multiplies softmax_scale or out."""
+    scores, k_scale, v_scale, alibi = plan.scores, call.k_scale, call.v_scale, call.options.alibi_slopes
+    if alibi is not None:
+        batch_stride, head_stride = batch_head_strides(alibi)
+        scores = scores._replace(alibi=View(alibi, Strides(batch_stride, 0, head_stride)))
+    if k_scale is None and v_scale is None:
+        return NO_SCALES, scores, 1.0
+    (k_number, k_tensor), (v_number, v_tensor) = number_and_tensor(k_scale), number_and_tensor(v_scale)
+    if k_number is not None:
+        scores = scores._replace(scale_log2=scores.scale_log2 * k_number)
+    return Scales(scale_of(k_tensor), scale_of(v_tensor)), scores, 1.0 if v_number is None else v_number
 
 
-def _factor(scale):
-    return 1.0 if scale is None or isinstance(scale, torch.Tensor) else float(scale)
+NO_SCALES = Scales(None, None)
 
 
-def _tensor(scale):
-    return scale_of(scale) if isinstance(scale, torch.Tensor) else None
-
-
-def _problem_of(call, config):
-    q, k_cache, v_cache, options = call.q, call.k_cache, call.v_cache, call.options
-    arch = arch_of(q)
-    # By position, in the order of Problem: keywords take twice as long.
+def _problem_of(call, out, config):
+    q, k_cache, v_cache, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
+    softmax_scale, window, softcap, alibi_slopes, *_ = options
+    dtype, arch = q.dtype, arch_of(q)
+    # By position: keywords take twice as long.
     return Problem(
-        layout_of(q, k_cache, v_cache),
-        q.dtype,
+        layout,
+        out.stride(),
+        dtype,
         k_cache.dtype,
-        call.cache_seqlens.shape[0],
-        call.max_seqlen_q,
-        None if call.block_table is None else call.block_table.shape[1],
-        call.cu_seqlens_q is not None,
+        cache_seqlens.shape[0],
+        max_seqlen_q,
+        None if block_table is None else block_table.shape[1],
         call.num_splits,
         call.shared_prefix_len,
-        options.softcap is None and options.alibi_slopes is None,  # fold_scale
-        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,  # bases_aligned
+        softmax_scale,
+        window,
+        softcap,
+        alibi_slopes is not None,
+        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
         arch,
-        input_precision(q.dtype, arch),
+        input_precision(dtype, arch),
         count_sms(q.device, arch),
         config,
     )
@@ -496,14 +518,21 @@ def _problem_of(call, config):
 
 @remember
 def _plan(problem):
-    """The Plan of a call, without a pass where there is nothing to compute; most calls are like the last."""
+    """The Plan of a call."""
     (shape_q, _), _, (shape_v, _) = problem.layout
-    strides = tuple(Strides(*without_dim(one)) for _, one in problem.layout)
-    if math.prod(shape_q[:-1]) == 0 or problem.max_seqlen_q == 0 or problem.batch == 0:
-        return Plan((), 0, strides)
-    check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
-    passes = tuple(_plan_pass(problem, shared) for shared in ((True, False) if problem.shared_prefix_len else (False,)))
-    return Plan(passes, sum(one.num_splits for one in passes), strides)
+    scores = Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, Window(*problem.window))
+    passes = ()
+    if math.prod(shape_q[:-1]) > 0 and problem.max_seqlen_q > 0 and problem.batch > 0:
+        check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
+        prefixes = (True, False) if problem.shared_prefix_len else (False,)
+        passes = tuple(_plan_pass(problem, shared) for shared in prefixes)
+    num_splits = sum(one.num_splits for one in passes)
+    strides_out = problem.strides_out
+    if num_splits > 1:  # splits are contiguous
+        rows, heads, dim = *shape_q[-3:-1], shape_v[-1]
+        strides_out = (rows * heads * dim, heads * dim, dim, 1)[-len(shape_q) :]
+    strides = *(one for _, one in problem.layout), strides_out
+    return Plan(passes, num_splits, tuple(Strides(*without_dim(one)) for one in strides), problem.capacity, scores)
 
 
 def _plan_pass(problem, shared):
@@ -514,7 +543,6 @@ def _plan_pass(problem, shared):
     num_rows = math.prod(shape_q[:-2]) * group_size  # of a KV head
     longest = num_rows if shared else problem.max_seqlen_q * group_size
     is_paged = problem.table_width is not None
-    capacity = slots * problem.table_width if is_paged else slots
     vector_cache = 1
     if problem.bases_aligned:
         vector_cache = vector_elements(problem.cache_dtype.itemsize, strides_k, strides_v)
@@ -527,18 +555,18 @@ def _plan_pass(problem, shared):
         rows=longest,
         loads_vectors=vector_cache > 1,
         is_plain=problem.fold_scale and is_paged,
-        seqlen_k=capacity,
+        seqlen_k=problem.capacity,
         page_size=slots,
     )
     config = problem.config or choose(PagedConfig, case)
-    search = problem.is_packed and not shared and longest > config.block_m
+    search = len(shape_q) == 3 and not shared and longest > config.block_m
     if search:
         num_tiles = num_rows // config.block_m + problem.batch
     else:
         num_sequences = 1 if shared else problem.batch
         num_tiles = tiles_each(longest, num_rows, num_sequences, config.block_m) * num_sequences
     first_key = 0 if shared else problem.shared_prefix_len
-    num_keys = problem.shared_prefix_len if shared else max(capacity - first_key, 0)
+    num_keys = problem.shared_prefix_len if shared else max(problem.capacity - first_key, 0)
     num_splits = problem.num_splits or choose_num_splits(
         num_tiles * num_heads_kv, -(-num_keys // config.block_n), problem.num_sms
     )
@@ -561,4 +589,4 @@ def _plan_pass(problem, shared):
         INPUT_PRECISION=problem.precision,
     )
     constants = dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages)
-    return Pass(num_tiles, problem.batch.bit_length(), num_splits, constants)
+    return Pass(num_tiles * num_splits * num_heads_kv, num_tiles, num_splits, constants)

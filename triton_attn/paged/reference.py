@@ -1,4 +1,4 @@
-"""What attention over a cache computes, in plain torch: one sequence after the other, through its block table."""
+"""Definition of attention over a KV cache, in plain torch."""
 
 import torch
 from torch import Tensor
