@@ -35,8 +35,8 @@ test-emulated: .venv/installed .venv-oldest/installed
 	OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal -m emulated --emulate $$arch $(EMULATED) \
 	|| exit; done; done
 
-# vLLM's own classes on a CPU, in an environment of their own: 340 MB, Python 3.11 or newer. Without visible devices vLLM
-# imports triton where no GPU is.
+# vLLM's own classes and diffusers' back ends on a CPU, in an environment of their own: 340 MB, Python 3.11 or newer.
+# Without visible devices vLLM imports triton where no GPU is.
 test-engines: .venv-engines/installed
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) tests/engines
 
@@ -78,8 +78,8 @@ clean:
 .venv-engines/installed: EXTRAS = test
 .venv-engines/installed: pyproject.toml
 	$(install)
-	$(PIP) --no-deps vllm==0.33.0 xgrammar==0.2.8 llguidance depyf gguf openai-harmony
-	$(PIP) aiohttp apache-tvm-ffi==0.1.11 blake3 cachetools cbor2 cloudpickle einops fastapi lark msgspec openai \
+	$(PIP) --no-deps vllm==0.33.0 xgrammar==0.2.8 llguidance depyf gguf openai-harmony diffusers==0.42.1
+	$(PIP) aiohttp apache-tvm-ffi==0.1.11 blake3 cachetools cbor2 cloudpickle einops fastapi importlib_metadata lark msgspec openai \
 	opentelemetry-sdk partial-json-parser pillow prometheus_client psutil py-cpuinfo pybase64 pydantic \
 	pydantic-settings python-json-logger pyzmq regex requests sentencepiece setproctitle uvloop watchfiles
 	touch $@

@@ -115,7 +115,11 @@ WRONG = [
     ({"k_pe": torch.zeros(3, 513)}, ValueError, "k_pe: expected a last dimension of 0 to 512, got 513"),
     ({"latent_cache": 1}, TypeError, "latent_cache: expected a tensor"),
     ({"latent_cache": torch.zeros(5, 4, 128)}, ValueError, r"latent_cache: expected shape \(num_pages, page_size, 136"),
-    ({"latent_cache": torch.zeros(5, 4, 136).half()}, TypeError, "latent_cache: expected torch.float32 or .*torch.uint8"),
+    (
+        {"latent_cache": torch.zeros(5, 4, 136).half()},
+        TypeError,
+        "latent_cache: expected torch.float32 or .*torch.uint8",
+    ),
     ({"latent_cache": torch.zeros(5, 4, 272)[..., ::2]}, ValueError, "latent_cache: expected a contiguous last"),
     (fp8(width=136), ValueError, r"latent_cache: expected shape \(num_pages, page_size, 148\)"),
     (fp8(kv_lora_rank=96), ValueError, "kv_lora_rank: expected a multiple of 128.*got 96"),

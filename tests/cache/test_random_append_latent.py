@@ -6,7 +6,19 @@ import struct
 
 import pytest
 import torch
-from append_cases import CACHE_LAYOUTS, DEVICE, DTYPES, INTERPRETED, LAYOUTS, Cache, assert_rotated, bits, strided
+from append_cases import (
+    CACHE_LAYOUTS,
+    DEVICE,
+    DTYPES,
+    FLOAT8,
+    INTERPRETED,
+    LAYOUTS,
+    Cache,
+    assert_rotated,
+    bits,
+    rounded,
+    strided,
+)
 from append_draws import draw_rope, draw_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +32,7 @@ pytestmark = pytest.mark.random
 
 @st.composite
 def problems(draw):
-    """(kv_latent, k_pe, function that makes a poisoned cache, slots, keyword arguments)."""
+    """(kv_latent, k_pe, function that makes a poisoned cache, slots, options of the rotation, scales)."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     dtype, is_fp8 = draw(st.sampled_from(DTYPES)), draw(st.booleans())
     num_tokens = draw(st.integers(0, 40))
@@ -43,26 +55,43 @@ def problems(draw):
     layout = draw(st.sampled_from(sorted(CACHE_LAYOUTS)))
     slots, skipped = draw_slots(draw, num_tokens, num_pages * page_size, generator)
     options = draw_rope(draw, skipped, rope_dim, dtype, generator) if rope_dim and draw(st.booleans()) else {}
-    new_cache = (layout, torch.uint8 if is_fp8 else dtype, num_pages, page_size, width)
-    return kv_latent, k_pe, new_cache, slots, options
+    cache_dtype = torch.uint8 if is_fp8 else draw(st.sampled_from([dtype, *FLOAT8]))
+    new_cache = (layout, cache_dtype, num_pages, page_size, width)
+    return kv_latent, k_pe, new_cache, slots, options, {} if is_fp8 else draw_scales(draw)
+
+
+def draw_scales(draw):
+    """k_scale and k_pe_scale: none, numbers or tensors."""
+    names = draw(st.sampled_from([(), ("k_scale",), ("k_pe_scale",), ("k_scale", "k_pe_scale")]))
+    scales = {name: draw(st.sampled_from([0.25, 0.3, 7.0])) for name in names}
+    as_tensors = draw(st.booleans())
+    return {name: torch.tensor([scale], device=DEVICE) if as_tensors else scale for name, scale in scales.items()}
+
+
+def factors_of(scales):
+    """(k_scale, k_pe_scale) as numbers of fp32."""
+    k_scale = scales.get("k_scale", 1.0)
+    return [torch.as_tensor(x, dtype=torch.float32).item() for x in (k_scale, scales.get("k_pe_scale", k_scale))]
 
 
 @pytest.mark.oldest
 @settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())
 def test_kernel_writes_what_the_reference_writes(problem):
-    kv_latent, k_pe, new_cache, slots, options = problem
+    kv_latent, k_pe, new_cache, slots, options, scales = problem
     ours, theirs = Cache(*new_cache), Cache(*new_cache)
-    reference.append_latent_cache(kv_latent, k_pe, theirs.cache, slots, **options)
+    reference.append_latent_cache(kv_latent, k_pe, theirs.cache, slots, **options, **scales)
     with guard() if INTERPRETED else contextlib.nullcontext() as accesses:
-        append_latent_cache(kv_latent, k_pe, ours.cache, slots, **options, check_values=True)
+        append_latent_cache(kv_latent, k_pe, ours.cache, slots, **options, **scales, check_values=True)
     if options:
         written = slots >= 0
         places = slots[written] // ours.cache.shape[1], slots[written] % ours.cache.shape[1]
         rope_keys, expected = (latent_parts(x.cache, kv_latent.shape[1], k_pe.shape[1])[2] for x in (ours, theirs))
-        rope = options | {"positions": options["positions"][written]}
-        assert_rotated(rope_keys[places][:, None], k_pe[written][:, None], 1, rope_keys.dtype, **rope)
+        rope, dtype = options | {"positions": options["positions"][written]}, rope_keys.dtype
+        stored = rope_keys.view(torch.uint8)[places].view(dtype) if dtype.itemsize == 1 else rope_keys[places]
+        assert_rotated(stored[:, None], k_pe[written][:, None], factors_of(scales)[1], dtype, **rope)
         for keys in (rope_keys, expected):
+            keys = keys.view(torch.uint8) if dtype.itemsize == 1 else keys
             keys[(*places, slice(2 * options["rope_cos"].shape[1]))] = 0
     assert torch.equal(ours.memory, theirs.memory)
     if INTERPRETED:
@@ -73,10 +102,10 @@ def test_kernel_writes_what_the_reference_writes(problem):
 @given(problems())
 def test_reference_is_the_documented_row(problem):
     """Each row decoded from its bytes, scales and elements one by one; `read_latent_cache` gives the same."""
-    kv_latent, k_pe, new_cache, slots, options = problem
+    kv_latent, k_pe, new_cache, slots, options, scales = problem
     kv_lora_rank, rope_dim = kv_latent.shape[1], k_pe.shape[1]
     cache = Cache(*new_cache).cache
-    reference.append_latent_cache(kv_latent, k_pe, cache, slots, **options)
+    reference.append_latent_cache(kv_latent, k_pe, cache, slots, **options, **scales)
     # The row is decoded on the CPU.
     kv_latent, k_pe, cache, slots = (x.cpu() for x in (kv_latent, k_pe, cache, slots))
     options = {name: x.cpu() if torch.is_tensor(x) else x for name, x in options.items()}
@@ -89,8 +118,9 @@ def test_reference_is_the_documented_row(problem):
         untouched[slot] = False
         key = rotated(t, k_pe, **options)
         if cache.dtype != torch.uint8:
-            expected = torch.cat([kv_latent[t], key.to(cache.dtype)])
-            assert torch.equal(rows[slot], expected)
+            expected = [x.float() / factor for x, factor in zip((kv_latent[t], key), factors_of(scales))]
+            expected = rounded(torch.cat(expected), cache.dtype).to(cache.dtype)
+            assert torch.equal(bits(rows[slot]), bits(expected))
             assert torch.equal(decoded[slot], expected.double())
             continue
         packed = bytes(rows[slot].tolist())
@@ -107,7 +137,7 @@ def test_reference_is_the_documented_row(problem):
         assert torch.equal(keys, key.to(torch.bfloat16))
         values = numbers.double() * scales.double().repeat_interleave(128)
         assert torch.equal(decoded[slot], torch.cat([values, keys.double()]))
-    assert (bits(rows[untouched]) == (255 if cache.dtype == torch.uint8 else -1)).all()
+    assert (bits(rows[untouched]) == (255 if cache.dtype.itemsize == 1 else -1)).all()
 
 
 def rotated(t, k_pe, rope_cos=None, rope_sin=None, positions=None, rope_interleaved=False):

@@ -166,10 +166,10 @@ def append(cache_dtype, **options):
     ta.copy_kv_pages((cache, cache.clone()), int32(0), int32(1))
 
 
-def append_latent(dtype, width):
+def append_latent(dtype, width, **scales):
     latents, rope = torch.randn(5, 512, dtype=BF16), torch.randn(5, 64, dtype=BF16)
     cache = torch.zeros(2, 64, width, dtype=dtype)
-    ta.append_latent_cache(latents, rope, cache, torch.arange(5))
+    ta.append_latent_cache(latents, rope, cache, torch.arange(5), **scales)
     ta.copy_kv_pages((cache,), int32(0), int32(1))
 
 
@@ -186,12 +186,12 @@ def mla_decode(num_heads, cache_dtype=BF16, weights=False, **options):
     ta.mla_decode(q_nope, q_pe, cache, int32(400), torch.arange(8, dtype=torch.int32)[None], **options)
 
 
-def mla_decode_packed(rope):
+def mla_decode_packed(rope, cache_dtype=BF16, **scales):
     """Rotary keys in a cache of their own, or none."""
     queries = (torch.randn(70, 16, n, dtype=BF16) for n in (512, rope))
-    caches = [torch.zeros(8, 64, n, dtype=BF16) for n in (512, rope)]
+    caches = [torch.zeros(8, 64, n, dtype=cache_dtype) for n in (512, rope)]
     where = int32(200, 90), torch.arange(8, dtype=torch.int32).view(2, 4)
-    lengths = {"cu_seqlens_q": int32(0, 30, 70), "max_seqlen_q": 70}
+    lengths = {"cu_seqlens_q": int32(0, 30, 70), "max_seqlen_q": 70} | scales
     ta.mla_decode(*queries, caches[0], *where, rope_cache=caches[1], softmax_scale=0.1, **lengths)
 
 
@@ -252,6 +252,10 @@ CALLS = {
     "append, fp8, scales of heads": lambda: append(torch.float8_e4m3fn, k_scale=torch.ones(2), v_scale=torch.ones(1)),
     "append latent": lambda: append_latent(BF16, 576),
     "append latent, fp8": lambda: append_latent(torch.uint8, 656),
+    "append latent, plain fp8": lambda: append_latent(torch.float8_e4m3fn, 576, k_scale=0.5),
+    "append latent, scales on the device": lambda: append_latent(
+        torch.float8_e5m2, 576, k_scale=torch.ones(1), k_pe_scale=torch.ones(1)
+    ),
     "merge": merge,
     "mla decode, 16 heads": lambda: mla_decode(16),
     "mla decode, 128 heads, splits": lambda: mla_decode(128, num_splits=2, return_lse=True),
@@ -259,7 +263,12 @@ CALLS = {
     "mla decode, rope": lambda: mla_decode(
         16, weights=True, rope_cos=torch.ones(400, 32), rope_sin=torch.ones(400, 32)
     ),
+    "mla decode, plain fp8": lambda: mla_decode(16, torch.float8_e4m3fn, k_scale=0.5),
+    "mla decode, scales on the device": lambda: mla_decode(
+        128, torch.float8_e5m2, weights=True, k_scale=torch.ones(1), k_pe_scale=torch.ones(1)
+    ),
     "mla decode, packed": lambda: mla_decode_packed(64),
+    "mla decode, packed, plain fp8": lambda: mla_decode_packed(64, torch.float8_e4m3fn, k_pe_scale=2.0),
     "mla decode, packed, no rope": lambda: mla_decode_packed(0),
     "mla prefill, packed": mla_prefill_packed,
     "mla prefill, fused": lambda: mla_prefill("fused"),

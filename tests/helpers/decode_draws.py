@@ -1,5 +1,6 @@
 """Random calls of mla_decode."""
 
+import torch
 from decode_cases import LAYOUTS, PAGE_SIZES, Case
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ def cases(draw, dtype):
     num_warps, num_stages = draw(st.sampled_from([8, 4])), draw(st.sampled_from([3, 1]))
     config = MlaDecodeConfig(*tile, num_warps, num_stages)
     is_fp8 = draw(st.booleans())
+    scales = st.none() | st.floats(0.01, 8)
     batch = draw(st.sampled_from([1, 2, 3, 0]))
     # Few tiles, since the interpreter is slow.
     lengths = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 3 * config.block_n)
@@ -21,6 +23,10 @@ def cases(draw, dtype):
     return Case(
         dtype=dtype,
         is_fp8=is_fp8,
+        cache_dtype=None if is_fp8 else draw(st.sampled_from([None, torch.float8_e4m3fn, torch.float8_e5m2])),
+        k_scale=None if is_fp8 else draw(scales),
+        k_pe_scale=None if is_fp8 else draw(scales),
+        scale_tensors=draw(st.booleans()),
         page_size=draw(st.sampled_from(PAGE_SIZES)),
         seqlen_q=draw(st.sampled_from([1, 1, 2, 3, 8, 0])),
         seqlens_k=draw(st.tuples(*[lengths] * batch)),

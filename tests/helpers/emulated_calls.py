@@ -115,13 +115,13 @@ def append():
     return caches(ta.append_kv_cache), caches(reference.append_kv_cache)
 
 
-def append_latent(dtype=BF16):
+def append_latent(dtype=BF16, **scales):
     rows, slots = (normal(20, 512), normal(20, 64)), torch.randperm(64)[:20]
 
     def cache(function):
         pool = torch.zeros(4, 16, 656 if dtype == torch.uint8 else 576, dtype=dtype)
-        function(*rows, pool, slots)
-        return [pool]
+        function(*rows, pool, slots, **scales)
+        return [pool.float() if dtype.itemsize == 1 and dtype.is_floating_point else pool]
 
     return cache(ta.append_latent_cache), cache(reference.append_latent_cache)
 
@@ -143,24 +143,25 @@ def merge(num_parts=3):
     return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
 
 
-def mla_decode(heads=16, seqlen=200, with_weights=False, dtype=BF16, **options):
+def mla_decode(heads=16, seqlen=200, with_weights=False, dtype=BF16, cache_dtype=None, scales=(), **options):
     """With weights, queries are absorbed and outputs projected."""
     num_pages = seqlen // 64 + 1
-    cache = normal(num_pages, 64, 576, dtype=dtype)
+    cache = normal(num_pages, 64, 576, dtype=dtype).to(cache_dtype or dtype)
     where = int32(seqlen), torch.arange(num_pages, dtype=torch.int32)[None]
     queries = (normal(1, 1, heads, dim, dtype=dtype) for dim in (128 if with_weights else 512, 64))
     inputs = [*queries, cache, *where]
     if with_weights:
         inputs += [normal(heads, 128, 512) / 512**0.5 for _ in range(2)]
-    same = {"softmax_scale": 0.04, "return_lse": True}
+    same = {"softmax_scale": 0.04, "return_lse": True} | dict(scales)
     return ta.mla_decode(*inputs, **same, **options), reference.mla_decode(*in_fp64(inputs), **same)
 
 
-def mla_decode_packed(rope=64):
+def mla_decode_packed(rope=64, dtype=BF16, **scales):
     """Programs find their sequence. A row follows the last one, and rotary keys have a cache of their own."""
     (q_nope, q_pe), (cache, rope_cache) = ([normal(*rows, dim) for dim in (512, rope)] for rows in ((6, 16), (6, 64)))
+    cache, rope_cache = cache.to(dtype), rope_cache.to(dtype)
     inputs = q_nope, q_pe, cache, int32(70, 9, 100), torch.arange(6, dtype=torch.int32).view(3, 2)
-    same = {"softmax_scale": 0.04, "return_lse": True, "cu_seqlens_q": int32(0, 2, 2, 5), "max_seqlen_q": 6}
+    same = {"softmax_scale": 0.04, "return_lse": True, "cu_seqlens_q": int32(0, 2, 2, 5), "max_seqlen_q": 6} | scales
     computed = ta.mla_decode(*inputs, rope_cache=rope_cache, **same)
     return computed, reference.mla_decode(*in_fp64(inputs), rope_cache=rope_cache.double(), **same)
 
@@ -184,12 +185,18 @@ CALLS = {
     "append": append,
     "append latent": append_latent,
     "append latent fp8": lambda: append_latent(torch.uint8),
+    "append latent plain fp8": lambda: append_latent(torch.float8_e4m3fn, k_scale=0.3, k_pe_scale=torch.tensor([0.7])),
     "copy": copy,
     "merge": merge,
     "mla decode": mla_decode,
     "mla decode of 64 heads": lambda: mla_decode(64),
     "mla decode with weights": lambda: mla_decode(with_weights=True, num_splits=2),
+    "mla decode plain fp8": lambda: mla_decode(cache_dtype=torch.float8_e4m3fn, scales={"k_scale": 0.5}),
+    "mla decode plain fp8 of 64 heads": lambda: mla_decode(
+        64, cache_dtype=torch.float8_e5m2, scales={"k_scale": torch.tensor([0.5]), "k_pe_scale": 0.25}
+    ),
     "mla decode packed": mla_decode_packed,
+    "mla decode packed plain fp8": lambda: mla_decode_packed(dtype=torch.float8_e4m3fn, k_pe_scale=torch.tensor([2.0])),
     "mla decode packed without rope": lambda: mla_decode_packed(0),
     "mla prefill": mla_prefill,
     "mla prefill fused": lambda: mla_prefill("fused"),

@@ -1,6 +1,7 @@
 """FlashInfer's names: signatures, its own tests' situations against fp64, page lists, graphs, what is refused."""
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -493,36 +494,41 @@ def test_tables_and_lengths_that_are_given(device):
 class LatentBatch:
     """Absorbed queries, and caches of latent vectors and rotary keys with NaN where no key is."""
 
-    def __init__(self, device, kv_lens=(9, 0, 4, 13), q_lens=(1, 1, 1, 1), rope=16, one_tensor=False):
+    def __init__(self, device, kv_lens=(9, 0, 4, 13), q_lens=(1, 1, 1, 1), rope=16, one_tensor=False, scales=()):
+        """With scales, of latent vectors and of rotary keys, caches are in fp8."""
         torch.manual_seed(0)
+        self.dtype, self.scales = FP8 if scales else FP16, dict(zip(("ckv_scale", "kpe_scale"), scales))
         self.widths, self.q_lens, self.heads = (64, rope), list(q_lens), 3
         self.q = torch.randn(sum(q_lens) + 1, self.heads, 64 + rope).to(device, FP16)
         counts = [-(-n // PAGE_SIZE) for n in kv_lens]
         self.pages = torch.randperm(sum(counts) + 2).to(device)[: sum(counts)].split(counts)
         self.indptr, self.kv_indptr = indptr_of(q_lens).to(device), indptr_of(counts).to(device)
         self.kv_indices, self.kv_lens = torch.cat(self.pages).int(), torch.tensor(kv_lens, dtype=torch.int32).to(device)
-        cache = torch.full((sum(counts) + 2, PAGE_SIZE, 64 + rope), math.nan, device=device, dtype=FP16)
-        self.rows = [torch.randn(n, 64 + rope).to(device, FP16) for n in kv_lens]
+        cache = torch.full((sum(counts) + 2, PAGE_SIZE, 64 + rope), math.nan, device=device)
+        self.rows = [torch.randn(n, 64 + rope).to(self.dtype).to(device) for n in kv_lens]
         for own, rows in zip(self.pages, self.rows):
             places = torch.arange(len(rows), device=device)
-            cache[own[places // PAGE_SIZE], places % PAGE_SIZE] = rows
+            cache[own[places // PAGE_SIZE], places % PAGE_SIZE] = rows.float()
+        cache = cache.to(self.dtype)
         caches = cache.split(self.widths, dim=-1)
         self.caches = caches if one_tensor else tuple(x.contiguous() for x in caches)
 
     @property
     def planned(self):
         places = self.indptr, self.kv_indptr, self.kv_indices, self.kv_lens, self.heads, *self.widths, PAGE_SIZE
-        return *places, True, 0.2, FP16, FP16
+        return *places, True, 0.2, FP16, self.dtype
 
     def run(self, wrapper=None, **options):
         wrapper = wrapper or flashinfer.BatchMLAPagedAttentionWrapper(workspace(self.q))
         wrapper.plan(*self.planned)
-        return wrapper.run(*self.q.split(self.widths, dim=-1), *self.caches, **options)
+        return wrapper.run(*self.q.split(self.widths, dim=-1), *self.caches, **self.scales | options)
 
     def expected(self, dtype=torch.float64):
         outs, lses = [], []
+        factors = [float(scale) for scale in self.scales.values()] or [1.0, 1.0]
+        factors = torch.tensor(factors, dtype=dtype).repeat_interleave(torch.tensor(self.widths)).to(self.q.device)
         for q, rows in zip(self.q[:-1].split(self.q_lens), self.rows):
-            k = rows[None, :, None].to(dtype)
+            k = rows[None, :, None].to(dtype) * factors
             tensors = q[None].to(dtype), k, k[..., :64]
             out, lse = reference.flash_attention(*tensors, causal=True, softmax_scale=0.2, return_lse=True)
             outs.append(out[0])
@@ -532,14 +538,21 @@ class LatentBatch:
         return torch.cat(outs), torch.cat(lses)
 
 
-@pytest.mark.parametrize("case", [{}, {"one_tensor": True}, {"q_lens": (2, 0, 3, 1)}, {"rope": 0}], ids=str)
-def test_mla(device, case):
+FP8_CASES = [{"scales": (0.5, 1.7)}, {"scales": (0.3, 0.3), "rope": 0}, {"scales": (2.0, 0.25), "one_tensor": True}]
+
+
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("case", [{}, {"one_tensor": True}, {"q_lens": (2, 0, 3, 1)}, {"rope": 0}, *FP8_CASES], ids=str)
+def test_mla(device, case, as_tensors):
     batch = LatentBatch(device, **case)
+    if as_tensors:
+        batch.scales = {name: torch.tensor([scale], device=device) for name, scale in batch.scales.items()}
     with poisoned_empty(), guard() if INTERPRETED else contextlib.nullcontext():
         out, lse = batch.run(return_lse=True)
     out64, lse64 = batch.expected()
     assert_close_to_reference(out, out64, torch_out=batch.expected(torch.float32)[0].half())
-    assert_close_to_reference(lse, lse64, torch_error=0, floor=1e-4, name="lse")
+    floor = 1e-3 if batch.scales else 1e-4  # rotary queries times the ratio of the scales are rounded
+    assert_close_to_reference(lse, lse64, torch_error=0, floor=floor, name="lse")
     given, natural = torch.empty_like(out), torch.empty_like(lse)
     batch.run(out=given, lse=natural, return_lse=True, return_lse_base_on_e=True)
     assert torch.equal(given, out)
@@ -580,7 +593,38 @@ def test_mla_graphs_and_appending(device):
         flashinfer.BatchMLAPagedAttentionWrapper(workspace(first.q), True, buffers[0], buffers[1][:-1], *buffers[2:])
 
 
-@pytest.mark.parametrize("name", ["kv_len", "page_table", "ckv_scale", "ckv_scale_arr", "kpe_scale", "o_scale"])
+def test_scales_of_mla_caches(device):
+    """fp8 caches need both, others take none, as in FlashInfer."""
+    for name in ("ckv_scale", "kpe_scale"):
+        with pytest.raises(ValueError, match=f"^{name}: expected a number or a tensor with fp8 caches, got None"):
+            LatentBatch(device, scales=(0.5, 2.0)).run(**{name: None})
+        with pytest.raises(ValueError, match=f"^{name}: expected None with caches in torch.float16, got 0.5"):
+            LatentBatch(device).run(**{name: 0.5})
+        with pytest.raises(ValueError, match=f"^{name}: expected a finite number above 0, got -0.5"):
+            LatentBatch(device, scales=(0.5, 2.0)).run(**{name: -0.5})
+    out = LatentBatch(device, scales=(0.5, 0.5), rope=0).run(kpe_scale=None)
+    assert_close_to_reference(out, LatentBatch(device, scales=(0.5, 0.5), rope=0).expected()[0], torch_error=1e-3)
+
+
+@pytest.mark.parametrize("cache_dtype", [FP8, torch.float8_e5m2], ids=str)
+def test_appending_to_fp8_mla_caches(device, cache_dtype):
+    """New rows are rounded once, and saturate."""
+    batch = LatentBatch(device, scales=(0.5, 0.5))
+    caches = tuple(torch.full(x.shape, math.nan, device=device).to(cache_dtype) for x in batch.caches)
+    places = flashinfer.get_batch_indices_positions(
+        indptr_of(batch.kv_lens.tolist()).to(device), batch.kv_lens, int(batch.kv_lens.sum())
+    )
+    new = [torch.randn(len(places[0]), width, device=device) * 1e5 for width in batch.widths]
+    flashinfer.append_paged_mla_kv_cache(*new, *places, *caches, batch.kv_indices, batch.kv_indptr, None)
+    limit = torch.finfo(cache_dtype).max
+    slots = torch.cat([own.repeat_interleave(PAGE_SIZE)[:n] * PAGE_SIZE for own, n in zip(batch.pages, batch.kv_lens)])
+    slots = slots + places[1] % PAGE_SIZE
+    for cache, rows in zip(caches, new):
+        found = cache.view(torch.uint8).flatten(0, 1)[slots].view(cache_dtype)
+        assert torch.equal(found.float(), rows.clamp(-limit, limit).to(cache_dtype).float())
+
+
+@pytest.mark.parametrize("name", ["kv_len", "page_table", "ckv_scale_arr", "o_scale"])
 def test_what_of_mla_is_refused_by_name(device, name):
     with pytest.raises(NotImplementedError, match=f"^{name}: "):
         LatentBatch(device).run(**{name: MASK})
@@ -589,8 +633,8 @@ def test_what_of_mla_is_refused_by_name(device, name):
 def test_mla_caches_of_another_kind(device):
     batch = LatentBatch(device)
     wrapper = flashinfer.BatchMLAPagedAttentionWrapper(workspace(batch.q))
-    with pytest.raises(NotImplementedError, match=r"kv_data_type: q's dtype torch.float16 is supported"):
-        wrapper.plan(*batch.planned[:-1], FP8)
+    with pytest.raises(NotImplementedError, match=r"kv_data_type: q's dtype torch.float16, float8_e4m3fn and"):
+        wrapper.plan(*batch.planned[:-1], torch.float32)
     batch.caches = batch.caches[0], batch.caches[1].float()
     with pytest.raises(ValueError, match=r"kpe_cache: expected .* as planned"):
         batch.run(wrapper)
@@ -702,20 +746,25 @@ def calls_of_decode():
     }
 
 
-def calls_of_mla():
-    batch = LatentBatch("cpu", kv_lens=(64,) * 8, q_lens=(1,) * 8)
+def calls_of_mla(scales=()):
+    batch = LatentBatch("cpu", kv_lens=(64,) * 8, q_lens=(1,) * 8, scales=scales)
     queries, wrapper = batch.q.split(batch.widths, dim=-1), flashinfer.BatchMLAPagedAttentionWrapper(workspace(batch.q))
     wrapper.plan(*batch.planned)
     where = batch.kv_lens, wrapper._pages.block_table
     packed = {"cu_seqlens_q": batch.indptr, "max_seqlen_q": 1, "rope_cache": batch.caches[1]}
+    packed |= dict(zip(("k_scale", "k_pe_scale"), scales))
     return {
         "direct": lambda: mla_decode(*queries, batch.caches[0], *where, softmax_scale=0.2, **packed),
-        "door": lambda: wrapper.run(*queries, *batch.caches),
+        "door": lambda: wrapper.run(*queries, *batch.caches, **batch.scales),
     }
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("calls", [calls_of_decode, calls_of_mla], ids=["decode", "MLA"])
+@pytest.mark.parametrize(
+    "calls",
+    [calls_of_decode, calls_of_mla, functools.partial(calls_of_mla, (0.5, 0.25))],
+    ids=["decode", "MLA", "fp8 MLA"],
+)
 def test_host_cost(calls, record_property, request):
     """A decode step costs at most 1.3 times the direct call with the block table at hand."""
     calls = calls()

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.compiled
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 BATCH, MAX_PAGES, NOPE, ROPE, RANK, VALUE = 4, 16, 128, 64, 512, 128  # DeepSeek-V3
+SCALES = "k_scale", "k_pe_scale"
 VARIANTS = {
     "bf16": {},
     "fp16": {"dtype": torch.float16},
@@ -28,6 +29,9 @@ VARIANTS = {
     "pages of 16": {"page_size": 16},
     "pages of 1": {"page_size": 1},
     "fp8, pages of 1": {"page_size": 1, "is_fp8": True},
+    "plain fp8": {"plain_fp8": torch.float8_e4m3fn, "k_scale": 0.5},
+    "plain fp8, scales on the device": {"plain_fp8": torch.float8_e5m2} | dict.fromkeys(SCALES, torch.empty(1)),
+    "plain fp8, pages of 1": {"plain_fp8": torch.float8_e4m3fn, "page_size": 1},
     "draft": {"seqlen_q": 4},
     "lse": {"return_lse": True},
     "latent": {"weights": False, "num_splits": 1},
@@ -47,15 +51,17 @@ def compile_decode(
     num_splits=4,
     weights=True,
     return_lse=False,
+    plain_fp8=None,
+    **scales,
 ):
     """The launches of a call. With weights: absorption, attention, merge and projection."""
     q_nope = torch.empty(BATCH, seqlen_q, num_heads, NOPE if weights else RANK, dtype=dtype)
     q_pe = torch.empty(BATCH, seqlen_q, num_heads, ROPE, dtype=dtype)
     cache = torch.empty(BATCH * MAX_PAGES, page_size, 656 if is_fp8 else RANK + ROPE, dtype=dtype)
-    cache = cache.to(torch.uint8) if is_fp8 else cache
+    cache = cache.to(torch.uint8) if is_fp8 else cache.to(plain_fp8 or dtype)
     block_table = torch.empty(BATCH, MAX_PAGES, dtype=torch.int32)
     weight = torch.empty(num_heads, NOPE + VALUE, RANK, dtype=dtype)
-    options = {"softmax_scale": 0.1, "num_splits": num_splits, "return_lse": return_lse}
+    options = {"softmax_scale": 0.1, "num_splits": num_splits, "return_lse": return_lse} | scales
     if weights:
         options["w_uk"], options["w_uv"] = weight.split([NOPE, VALUE], dim=1)
     with compile_only(arch) as launches:
@@ -66,6 +72,7 @@ def compile_decode(
 # Of the GPUs with some 100 KB of shared memory, sm_120 represents sm_86 and sm_89 in the smaller levels.
 SLICE = {(arch, num_heads, "bf16") for arch in ARCHS[:1] + ARCHS[3:] for num_heads in (16, 128)}
 SLICE |= {("sm_90", num_heads, variant) for num_heads in (16, 128) for variant in VARIANTS}
+SLICE |= {(arch, 16, "plain fp8") for arch in ("sm_80", "sm_100", "sm_120", "gfx942")}
 SLICE |= {("sm_80", 128, "fp8"), ("sm_100", 128, "fp8"), ("gfx942", 128, "fp8"), ("gfx942", 16, "fp32")}
 SLICE |= {("sm_80", 16, "lse"), ("gfx942", 16, "lse")}
 
@@ -97,7 +104,7 @@ def test_decode(arch, num_heads, variant, record_property):
     figure = f"mla decode {arch:7} {num_heads:3} heads {variant:15} {tile:13} {decode.registers:4} registers "
     figure += f"{decode.shared_bytes:7} B shared"
     if arch in RATES and report.lock:
-        row_bytes = 656 if constants["FLOAT8"] else 2 * (RANK + ROPE)
+        row_bytes = 656 if constants["SCALE_BLOCK"] else (1 if constants["FLOAT8"] else 2) * (RANK + ROPE)
         bytes_per_flop = row_bytes / (2 * constants["BLOCK_M"] * (2 * RANK + ROPE))
         figure += f"  lock {report.lock:.0f} bound {report.bound:.0f} TFLOP/s"
         figure += f"  {report.lock * bytes_per_flop:.2f} TB/s of {RATES[arch].memory_gbps / 1000:.2f}"
@@ -129,6 +136,16 @@ def test_the_next_tile_is_copied_while_one_is_multiplied(arch, variant, page_siz
     # Two tiles before the loop and one in a trip; no wait before the loop, and one after it for what was not needed.
     assert commits % 3 == 0
     assert waits == [commits // 3, 0]
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_plain_fp8_is_decoded_once(arch):
+    """To shared memory, from where matmuls of 16 rows load both operands in words: no single byte is loaded."""
+    (launch,) = compile_decode(arch, 16, weights=False, num_splits=1, **VARIANTS["plain fp8"])
+    ptx = launch.kernel.asm["ptx"]
+    assert len(re.findall(r"ldmatrix\S*trans", ptx)) > 0
+    assert len(re.findall(r"ld\.shared\S*\.[bu]8 ", ptx)) == 0
 
 
 # How many splits a call has, their dtype, and that of weights and output.
@@ -164,19 +181,25 @@ def test_merge_and_projection(arch, num_tokens, splits, record_property):
 @pytest.mark.oldest
 @pytest.mark.full(but_each=12)
 @pytest.mark.ci(but_each=2)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("rope", [ROPE, 0])
 @pytest.mark.parametrize("num_heads", [16, 128])
 @pytest.mark.parametrize("arch", ["sm_90", "sm_86", "sm_100", "sm_80", "sm_120", "gfx942"])
-def test_packed_decode_over_two_caches(arch, num_heads, rope):
+def test_packed_decode_over_two_caches(arch, num_heads, rope, cache_dtype):
     """As FlashInfer's users call it: one query of 16 heads each, or of 128 heads a number that is not known, so that
     programs find their sequence."""
-    longest, around_the_loop = (1, {}) if num_heads == 16 else (32, {"sm_86": 40, "sm_90": 8})
+    longest, around_the_loop = 1, {}
+    if num_heads == 128:
+        longest = 32
+        around_the_loop = {"sm_86": 40, "sm_90": 8} if cache_dtype == torch.bfloat16 else {"sm_90": 68}
     queries = (torch.empty(32, num_heads, width, dtype=torch.bfloat16) for width in (RANK, rope))
-    latents, rope_cache = (torch.empty(64, 64, width, dtype=torch.bfloat16) for width in (RANK, rope))
+    latents, rope_cache = (torch.empty(64, 64, width, dtype=cache_dtype) for width in (RANK, rope))
     cache_seqlens, table = torch.empty(8, dtype=torch.int32), torch.empty(8, 64, dtype=torch.int32)
     packed = dict(cu_seqlens_q=torch.empty(9, dtype=torch.int32), max_seqlen_q=longest)
     with compile_only(arch) as launches:
-        options = dict(rope_cache=rope_cache, softmax_scale=1.0, num_splits=1)
+        options = dict(rope_cache=rope_cache, softmax_scale=1.0, num_splits=1, k_scale=0.5, k_pe_scale=2.0)
+        if cache_dtype == torch.bfloat16:
+            del options["k_scale"], options["k_pe_scale"]
         mla_decode(*queries, latents, cache_seqlens, table, **packed, **options)
     (launch,) = launches
     assert launch.constexprs["SEARCH"] == (longest > 1)

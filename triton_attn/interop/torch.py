@@ -124,7 +124,9 @@ def _forward_into(
     """(lse, rng_state), the output in `out`."""
     if return_debug_mask:
         raise NotImplementedError("return_debug_mask: expected False, got True; no matrix of weights is in memory")
-    q, k, v = _with_contiguous_rows(query, key, value)
+    q, k, v = query, key, value
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        q, k, v = _with_contiguous_rows(q, k, v)
     rng_state = _new_rng_state(q, dropout_p > 0)
     window = _window(window_size_left, window_size_right)
     options = dict(causal=is_causal, softmax_scale=scale, window_size=window, alibi_slopes=alibi_slopes)
@@ -156,7 +158,7 @@ def _flash_forward(query, key, value, *arguments, **options):
     """(batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cum_seq_q."""
     out = _new_out(query, value)
     lse, rng_state = _forward_into(out, query, key, value, *arguments, **options)
-    return out, lse, rng_state, _offset(rng_state), query.new_empty(0)
+    return out, lse, rng_state, _offset(rng_state), _unused((0,), query.dtype, query.device)
 
 
 def _flash_forward_quantized(
@@ -219,7 +221,8 @@ def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debu
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     arguments = None, None, seqlen_q, seqlen_k, dropout_p, is_causal, return_debug_mask
     lse, rng_state = _forward_into(out.transpose(1, 2), q, k, v, *arguments, scale=scale)
-    return out, lse, None, None, seqlen_q, seqlen_k, rng_state, _offset(rng_state), query.new_empty(0)
+    unused = _unused((0,), query.dtype, query.device)
+    return out, lse, None, None, seqlen_q, seqlen_k, rng_state, _offset(rng_state), unused
 
 
 def _sdpa_forward_quantized(
@@ -313,13 +316,20 @@ def _new_rng_state(q, is_drawn):
     else:
         size, dtype = (2,), torch.uint64
     if not is_drawn:
-        return torch.empty(size, dtype=dtype, device=q.device)
+        return _unused(size, dtype, q.device)
     return torch.randint(-(2**63), 2**63 - 1, size, dtype=torch.int64, device=q.device).view(dtype)
 
 
 def _offset(rng_state):
-    """Of no use, but torch's autograd saves it."""
-    return torch.empty((), dtype=rng_state.dtype, device=rng_state.device)
+    return _unused((), rng_state.dtype, rng_state.device)
+
+
+@functools.cache
+def _unused(size, dtype, device):
+    """An output that nobody reads, the same in all calls: three allocations would take a seventh of a call's time.
+    Autograd saves it, and takes no tensor of inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=dtype, device=device)
 
 
 def _seed_of(rng_state):

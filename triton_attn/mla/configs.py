@@ -83,8 +83,8 @@ class MlaDecodeConfig(
         configs = _FLOAT8 if case.is_fp8 else _HALF
         if case.is_plain_fp8:
             configs = configs | _PLAIN_FLOAT8
-        elif case.qk_rope_head_dim == 0:
-            configs = configs | _WITHOUT_ROPE
+        if case.qk_rope_head_dim == 0:
+            configs = configs | (_PLAIN_FLOAT8_WITHOUT_ROPE if case.is_plain_fp8 else _WITHOUT_ROPE)
         return configs[table][case.rows > 16]
 
     @classmethod
@@ -182,6 +182,7 @@ _PLAIN_FLOAT8 = {"sm_80": (MlaDecodeConfig(16, 32, 4, 2), MlaDecodeConfig(16, 32
 # Without rotary keys a 64x64 tile is compiled to 240 KB of shared memory in place of 216, and sm_90 has 227.
 # For more than 16 rows packed queries spill around the loop, not in it: up to 40 bytes on sm_86, 8 on sm_90.
 _WITHOUT_ROPE = {"sm_90": (_HALF["sm_90"][0], MlaDecodeConfig(64, 32, 8, 2))}
+_PLAIN_FLOAT8_WITHOUT_ROPE = {"sm_90": (_FLOAT8["sm_90"][0], MlaDecodeConfig(64, 32, 8, 2))}
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
 
 

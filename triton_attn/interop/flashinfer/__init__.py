@@ -54,6 +54,6 @@ SUPPORT = Support(
         "pos_encoding_mode": "ROPE_LLAMA, or ALIBI with a soft cap or without causal",
         "fixed_split_size": "a number",
         "kv_cache_sf": "tensors, for NVFP4 caches",
-        "ckv_scale": "a number, for MLA caches in fp8",
+        "ckv_scale_arr": "a tensor, for MLA caches with a scale for every 128 elements",
     },
 )

@@ -219,7 +219,7 @@ def append_paged_mla_kv_cache(
     kv_last_page_len: Tensor,
 ) -> None:
     """`append_paged_kv_cache` of latent vectors (nnz, head_dim_ckv) and rotary keys (nnz, head_dim_kpe), whose caches
-    are those of `BatchMLAPagedAttentionWrapper`."""
+    are those of `BatchMLAPagedAttentionWrapper`. For fp8 caches divide by their scales before; numbers saturate."""
     keys, values = append_ckv[:, None], append_kpe[:, None]
     cache = ckv_cache.unsqueeze(2), kpe_cache.unsqueeze(2)
     append_paged_kv_cache(keys, values, batch_indices, positions, cache, kv_indices, kv_indptr, kv_last_page_len)

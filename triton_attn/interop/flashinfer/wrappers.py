@@ -1,6 +1,7 @@
 """Wrappers of batches: `plan` once for a step, `run` for each layer."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -715,13 +716,15 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
             num_heads, head_dim_ckv, head_dim_kpe, page_size: those of `run`'s tensors. head_dim_kpe may be 0.
             causal: query i sees no key after its own position, aligned to the bottom right.
             sm_scale: of the width of queries and keys before absorption.
-            q_data_type, kv_data_type: fp16, bf16 or fp32, the same.
+            q_data_type: fp16, bf16 or fp32.
+            kv_data_type: the same, float8_e4m3fn or float8_e5m2.
             use_profiler: False.
         """
         refuse(use_profiler=use_profiler or None)
         q_data_type, kv_data_type = dtype_of(q_data_type), dtype_of(kv_data_type)
-        if kv_data_type != q_data_type:
-            raise NotImplementedError(f"kv_data_type: q's dtype {q_data_type} is supported, got {kv_data_type}")
+        if kv_data_type not in (q_data_type, torch.float8_e4m3fn, torch.float8_e5m2):
+            kinds = f"q's dtype {q_data_type}, float8_e4m3fn and float8_e5m2 are supported"
+            raise NotImplementedError(f"kv_data_type: {kinds}, got {kv_data_type}")
         self._queries.check(qo_indptr, None)
         self._pages.fill(kv_indptr, kv_indices, kv_len_arr, page_size)
         self._queries.fill(qo_indptr, None)
@@ -744,9 +747,9 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
         return_lse_base_on_e: bool = False,
         o_scale: None = None,
         *,
-        ckv_scale: None = None,
+        ckv_scale: float | Tensor | None = None,
         ckv_scale_arr: None = None,
-        kpe_scale: None = None,
+        kpe_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`triton_attn.mla_decode` of queries that are absorbed already. The caches are not copied.
 
@@ -756,18 +759,21 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
                 may be slices of one tensor.
             out, lse: where to write the results; out takes a copy.
             return_lse_base_on_e: lse is the natural logarithm, not that of base 2.
-            profiler_buffer, kv_len, page_table, o_scale, ckv_scale, ckv_scale_arr, kpe_scale: None.
+            ckv_scale, kpe_scale: factors of fp8 caches, both needed with them and with no others: a number above 0, or
+                an fp32 tensor (1,). kpe_scale may be None without a rotary part.
+            profiler_buffer, kv_len, page_table, o_scale, ckv_scale_arr: None.
 
         Returns:
             out, q_nope's shape and dtype, and with return_lse lse (tokens, num_heads) fp32; 0 and -inf where a query
             sees no key.
         """
         refuse(profiler_buffer=profiler_buffer, kv_len=kv_len, page_table=page_table, o_scale=o_scale)
-        refuse(ckv_scale=ckv_scale, ckv_scale_arr=ckv_scale_arr, kpe_scale=kpe_scale)
+        refuse(ckv_scale_arr=ckv_scale_arr)
         self._check_planned(q_nope)
         for name, x, kind in zip(("ckv_cache", "kpe_cache"), (ckv_cache, kpe_cache), self._kv_kinds):
             if (*x.shape[1:], x.dtype) != kind:
                 fail(name, f"(num_pages, page_size, head_dim) and dtype as planned {kind}", f"{(*x.shape, x.dtype)}")
+        scales = self._scales(ckv_scale, kpe_scale)
         result: Any = mla_decode(
             q_nope,
             q_pe,
@@ -778,6 +784,7 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
             cu_seqlens_q=self._queries.indptr,
             max_seqlen_q=self._queries.longest_of(q_nope),
             return_lse=return_lse,
+            **scales,
             **self._options,
         )
         result, natural = result if return_lse else (result, None)
@@ -787,3 +794,18 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
         return result, tokens_first(natural.T, 1.0 if return_lse_base_on_e else LOG2_E, lse)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def _scales(self, ckv_scale, kpe_scale):
+        """Those of `mla_decode`."""
+        (*_, dtype), (_, head_dim_kpe, _) = self._kv_kinds
+        is_fp8 = dtype.itemsize == 1
+        if not is_fp8 and ckv_scale is kpe_scale is None:
+            return {}
+        for name, scale in (("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
+            if not is_fp8 and scale is not None:
+                fail(name, f"None with caches in {dtype}", scale)
+            if is_fp8 and scale is None and (name == "ckv_scale" or head_dim_kpe):
+                fail(name, "a number or a tensor with fp8 caches", None)
+            if isinstance(scale, (int, float)) and not 0 < scale < math.inf:
+                fail(name, "a finite number above 0", scale)
+        return dict(k_scale=ckv_scale, k_pe_scale=kpe_scale)
