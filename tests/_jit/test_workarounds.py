@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from perf.model import loop_model
 from triton_attn import flash_attention, mla_decode
+from triton_attn._host import gpu
 from triton_attn._host.call import call_of
 from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
@@ -111,7 +112,7 @@ def test_matmuls_of_64_rows_that_feed_each_other_are_done_twice(cut_chain):
     cache, table = torch.empty(64, 64, 576, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int32)
     lengths = torch.full((4,), 1000, dtype=torch.int32)
     absorbed._plan.cache_clear()
-    with mock.patch.object(absorbed, "has_wgmma", return_value=cut_chain), compile_only("sm_90") as launches:
+    with mock.patch.object(gpu, "has_wgmma", return_value=cut_chain), compile_only("sm_90") as launches:
         mla_decode(q, q_pe, cache, lengths, table, softmax_scale=0.1)
     absorbed._plan.cache_clear()
     launch = next(launch for launch in launches if "CUT_CHAIN" in launch.constexprs)
