@@ -3,6 +3,7 @@
 Attention is compared with fp64, and with vLLM's unified_attention in the interpreter.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import vllm_cases as cases
 from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Batch, randn
 
+from perf.workloads import calls
 from triton_attn.interop import vllm as door
 
 vllm = pytest.importorskip("vllm", reason="make test-engines installs it")
@@ -81,6 +83,13 @@ def test_mixed_prefill_and_decode(backends, config, layout, kv_cache_dtype):
     batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, layout, kv_cache_dtype)
     expected = cases.expected_attention(batch, q, cache, kv_cache_dtype)
     torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+
+
+def test_the_call_of_perf_peers_is_one_of_unified_attention():
+    def function(**arguments):
+        inspect.signature(unified_attention).bind(**arguments)
+
+    calls.unified(function, torch.bfloat16, num_heads_q=8, num_heads_kv=2, head_dim=64, page_size=16)
 
 
 UNIFIED = {
