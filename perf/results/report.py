@@ -233,8 +233,8 @@ def beside_vllm(found):
     about = (
         f"`python -m perf peers`: *lock* of our kernel / that of vLLM {first['vllm']}'s `unified_attention`, "
         "in TFLOP/s of the loop over full tiles, and the ratio. Both are compiled for the same calls, each with the "
-        f"config that its library chooses: {first['num_heads_q']} query heads, {first['num_heads_kv']} KV heads, pages of "
-        f"{first['page_size']} tokens. Memory is not in it."
+        f"config that its library chooses: {first['num_heads_q']} query heads, {first['num_heads_kv']} KV heads, pages "
+        f"of {first['page_size']} tokens. Memory is not in it."
     )
     return _block("Paged attention beside vLLM", about, lines, rows.drop(columns="device"))
 
