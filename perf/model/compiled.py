@@ -85,6 +85,13 @@ def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, se
     return launches[0]
 
 
+def unified_attention(function, arch, dtype, **case):
+    """The compiled kernel of vLLM's `unified_attention`, with the config that this function chooses."""
+    with compile_only(arch) as launches:
+        calls.unified(function, dtype, **case)
+    return launches[0]
+
+
 def latent_decode(arch, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=512, qk_rope_head_dim=64, config=None):
     """The compiled kernel of a decode step over a latent cache, from absorbed queries to latent outputs. With `config`
     None it has the default config.

@@ -91,7 +91,7 @@ def _passed(path):
 def section(root, base=PAGE.parent, tuned=TUNED):
     """Markdown of the results under `root`, with links relative to `base`. Sections without results are left out."""
     found = Results(root, base)
-    blocks = [where_measured, targets, prefill, decode, latent_decode, latent_prefill, cold_start]
+    blocks = [where_measured, targets, prefill, decode, beside_vllm, latent_decode, latent_prefill, cold_start]
     blocks += [errors, sizes]
     return "\n\n".join(filter(None, [*(block(found) for block in blocks), tuned_tables(tuned)]))
 
@@ -214,6 +214,29 @@ def latent_prefill(found):
         lines.append({"": f"{WORDS['queries'](of_call)}, {origin}"} | cells)
     about = "`python -m perf mla`: the fastest schedule by context. `auto` chooses by the predictions."
     return _block("MLA prefill", about, lines, rows, found.links(found.pictures("mla", "prefill")))
+
+
+def beside_vllm(found):
+    """A line per kind of call, and our `lock` over vLLM's for each device and Triton version."""
+    paths = sorted(found.root.glob("*/peers-*.csv"))
+    if not paths:
+        return ""
+    rows = pd.concat([pd.read_csv(path) for path in paths])
+    lines = []
+    for (seqlen_q, head_dim), of_call in rows.groupby(["seqlen_q", "head_dim"], sort=False):
+        line = {"": f"{'decode' if seqlen_q == 1 else f'{seqlen_q} queries'}, head_dim {head_dim}"}
+        for _, row in of_call.sort_values(["device", "triton"], ascending=[False, True], kind="stable").iterrows():
+            speeds = f"{row['ours lock']:.0f} / {row['vLLM lock']:.0f}"
+            line[f"{row['device']}, triton {row['triton']}"] = f"{speeds} = {row['ratio']:.2f}"
+        lines.append(line)
+    first = rows.iloc[0]
+    about = (
+        f"`python -m perf peers`: *lock* of our kernel / that of vLLM {first['vllm']}'s `unified_attention`, "
+        "in TFLOP/s of the loop over full tiles, and the ratio. Both are compiled for the same calls, each with the "
+        f"config that its library chooses: {first['num_heads_q']} query heads, {first['num_heads_kv']} KV heads, pages "
+        f"of {first['page_size']} tokens. Memory is not in it."
+    )
+    return _block("Paged attention beside vLLM", about, lines, rows.drop(columns="device"))
 
 
 def cold_start(found):

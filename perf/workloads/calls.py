@@ -10,6 +10,8 @@ import torch
 
 SEQLEN = 1024  # compiled code does not depend on it
 RANK, NOPE, ROPE, VALUE = 512, 128, 64, 128  # the widths of MLA in DeepSeek-V2 and V3
+# What vLLM's backend chooses: keys are split into segments where a grid has fewer programs.
+SEGMENTS, GRID_OF_SEGMENTS = 16, 128
 
 
 def flash_inputs(dtype, head_dim, head_dim_v=None):
@@ -36,6 +38,36 @@ def paged_inputs(dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q
 
 def paged(package, dtype, **case):
     package.paged_attention(*paged_inputs(dtype, **case))
+
+
+def unified(unified_attention, dtype, **case):
+    """The same call of vLLM's function, as its attention backend makes it."""
+    q, k_cache, v_cache, cache_seqlens, block_table = paged_inputs(dtype, **case)
+    _, seqlen_q, num_heads_q, head_dim = q.shape
+    parts = seqlen_q, num_heads_q, SEGMENTS
+    unified_attention(
+        q=q[0],
+        k=k_cache,
+        v=v_cache,
+        out=torch.empty_like(q[0]),
+        cu_seqlens_q=torch.empty(2, dtype=torch.int32),
+        max_seqlen_q=seqlen_q,
+        seqused_k=cache_seqlens,
+        max_seqlen_k=SEQLEN,
+        softmax_scale=head_dim**-0.5,
+        causal=True,
+        window_size=(-1, -1),
+        block_table=block_table,
+        softcap=0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        seq_threshold_3D=GRID_OF_SEGMENTS // k_cache.shape[2],
+        num_par_softmax_segments=SEGMENTS,
+        softmax_segm_output=torch.empty(*parts, head_dim),
+        softmax_segm_max=torch.empty(parts),
+        softmax_segm_expsum=torch.empty(parts),
+    )
 
 
 def latent_inputs(package, dtype, num_heads, cache_dtype, page_size, kv_lora_rank=RANK, qk_rope_head_dim=ROPE):

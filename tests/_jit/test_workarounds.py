@@ -11,12 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from perf.model import loop_model
 from triton_attn import flash_attention, mla_decode
+from triton_attn._host import gpu
 from triton_attn._host.call import call_of
 from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
 from triton_attn._host.tuned import forget_plans
 from triton_attn._jit.args import Strides, View
-from triton_attn._jit.workarounds import fence_copies, halve_widest, in_vectors, multiple_of
+from triton_attn._jit.workarounds import fence_copies, in_vectors, multiple_of
 from triton_attn.dense import backward
 from triton_attn.flash import forward
 from triton_attn.mla import absorbed
@@ -115,7 +116,7 @@ def test_matmuls_of_64_rows_that_feed_each_other_are_done_twice(cut_chain):
     cache, table = torch.empty(64, 64, 576, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int32)
     lengths = torch.full((4,), 1000, dtype=torch.int32)
     forget_plans()
-    with mock.patch.object(absorbed, "has_wgmma", return_value=cut_chain), compile_only("sm_90") as launches:
+    with mock.patch.object(gpu, "has_wgmma", return_value=cut_chain), compile_only("sm_90") as launches:
         mla_decode(q, q_pe, cache, lengths, table, softmax_scale=0.1)
     forget_plans()
     launch = next(launch for launch in launches if "CUT_CHAIN" in launch.constexprs)
@@ -129,9 +130,9 @@ def test_a_tile_of_512_columns_takes_more_shared_memory_on_amd_than_its_halves()
     cache, table = torch.empty(64, 64, 576, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int32)
     lengths = torch.full((4,), 1000, dtype=torch.int32)
     shared = {}
-    for halve in (halve_widest, lambda pieces: pieces):
+    for widest in (absorbed.WIDEST, 512):
         forget_plans()
-        with mock.patch.object(absorbed, "halve_widest", halve), compile_only("gfx942") as launches:
+        with mock.patch.object(absorbed, "WIDEST", widest), compile_only("gfx942") as launches:
             mla_decode(q, q_pe, cache, lengths, table, softmax_scale=0.1, num_splits=1)
         (launch,) = launches
         shared[launch.constexprs["PIECE_0"]] = launch.shared_bytes

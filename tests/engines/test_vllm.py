@@ -3,6 +3,7 @@
 Attention is compared with fp64, and with vLLM's unified_attention in the interpreter.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import vllm_cases as cases
 from ranks import Group, Ranks
 from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Batch, Shard, randn
 
+from perf.workloads import calls
 from triton_attn.interop import vllm as door
 
 vllm = pytest.importorskip("vllm", reason="make test-engines installs it")
@@ -103,6 +105,13 @@ def test_a_window_reaches_both_ways_without_causality(backends, config):
     batch = Batch(MIXED, causal=False)
     batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, batch=batch, sliding_window=9)
     torch.testing.assert_close(out.double(), cases.expected_attention(batch, q, cache, window=9), **TOLERANCE)
+
+
+def test_the_call_of_perf_peers_is_one_of_unified_attention():
+    def function(**arguments):
+        inspect.signature(unified_attention).bind(**arguments)
+
+    calls.unified(function, torch.bfloat16, num_heads_q=8, num_heads_kv=2, head_dim=64, page_size=16)
 
 
 UNIFIED = {

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from triton_attn import append_latent_cache, mla_decode
+from triton_attn._host import gpu
 from triton_attn._host.definition import attend, rotate
 from triton_attn._host.latent import latent_storage, read_latent_cache
 from triton_attn._host.tuned import forget_plans
@@ -231,7 +232,7 @@ def using(config):
         return
     with (
         mock.patch.object(absorbed, "choose", return_value=config),
-        mock.patch.object(absorbed, "has_wgmma", return_value=True),  # with 8 warps, 64 rows use the form of sm_90
+        mock.patch.object(gpu, "has_wgmma", return_value=True),  # with 8 warps, 64 rows use the form of sm_90
     ):
         forget_plans()
         yield

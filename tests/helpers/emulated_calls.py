@@ -95,9 +95,10 @@ def backward(deterministic, seqlen=100, num_heads=2, expanded=False):
     return computed, gradients(reference.flash_attention, torch.float64)
 
 
-def paged(seqlens=(230, 133), seqlen_q=1, **options):
+def paged(seqlens=(230, 133), seqlen_q=1, head_dim=64, **options):
     num_pages = len(seqlens) * (max(seqlens) // 16 + 1)
-    keys, values, q = normal(num_pages, 16, 2, 64), normal(num_pages, 16, 2, 64), normal(len(seqlens), seqlen_q, 8, 64)
+    keys, values = (normal(num_pages, 16, 2, head_dim) for _ in range(2))
+    q = normal(len(seqlens), seqlen_q, 8, head_dim)
     where = int32(*seqlens), torch.randperm(num_pages).to(torch.int32).view(len(seqlens), -1)
     same = {"causal": True, "return_lse": True}
     computed = ta.paged_attention(q, keys, values, *where, **options, **same)
@@ -182,6 +183,8 @@ CALLS = {
     "paged": paged,
     "paged splits": lambda: paged(num_splits=3),
     "paged chunk": lambda: paged(seqlen_q=40),
+    "paged 512": lambda: paged(head_dim=512),
+    "paged 512 chunk": lambda: paged((110, 77), seqlen_q=20, head_dim=512),
     "append": append,
     "append latent": append_latent,
     "append latent fp8": lambda: append_latent(torch.uint8),
@@ -215,6 +218,7 @@ FENCED = {
     "flash of expanded heads": {"_flash_fwd_kernel"},
     "flash backward of expanded heads": {"_flash_fwd_kernel", "_flash_bwd_dkdv_kernel", "_flash_bwd_dq_kernel"},
     "paged chunk": {"_paged_fwd_kernel"},
+    "paged 512 chunk": {"_paged_fwd_kernel"},
     "mla decode of 64 heads": {"_mla_absorbed_kernel"},
     "mla prefill": {"_mla_prefill_kernel"},
     "mla prefill fused": {"_mla_prefill_kernel"},

@@ -11,6 +11,7 @@ import triton
 from scores import Scores
 
 from triton_attn import paged_attention
+from triton_attn._host import gpu
 from triton_attn._host.definition import attend, visible_keys
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
@@ -230,7 +231,10 @@ def using(config):
     if not INTERPRETED:
         yield
         return
-    with mock.patch.object(forward, "choose", return_value=config):
+    with (
+        mock.patch.object(forward, "choose", return_value=config),
+        mock.patch.object(gpu, "has_wgmma", return_value=True),  # with 8 warps, 64 rows use the form of sm_90
+    ):
         forward._plan.cache_clear()
         yield
     forward._plan.cache_clear()

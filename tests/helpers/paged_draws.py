@@ -12,7 +12,7 @@ def cases(draw, dtype, varlen):
     config = PagedConfig(
         block_m=draw(st.sampled_from([16, 32, 64, 128])),
         block_n=draw(st.sampled_from([32, 64, 128, 16])),
-        num_warps=4,
+        num_warps=draw(st.sampled_from([4, 8])),
         num_stages=1,
     )
     group_size = draw(st.sampled_from([1, 2, 3, 5, 8, 16]))

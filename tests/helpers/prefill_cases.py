@@ -9,6 +9,7 @@ import torch
 from decode_cases import DEVICE, INTERPRETED, PLAIN
 
 from triton_attn import mla_prefill
+from triton_attn._host import gpu
 from triton_attn._host.definition import attend
 from triton_attn._host.tuned import forget_plans
 from triton_attn.mla import absorbed, prefill
@@ -143,7 +144,7 @@ def using(config):
     with (
         mock.patch.object(prefill, "choose", return_value=config),
         mock.patch.object(absorbed, "choose", return_value=rows),
-        mock.patch.object(absorbed, "has_wgmma", return_value=True),  # 64 rows use the form of sm_90
+        mock.patch.object(gpu, "has_wgmma", return_value=True),  # 64 rows use the form of sm_90
     ):
         forget_plans()
         yield

@@ -156,6 +156,16 @@ def test_a_sequence_is_the_same_in_any_packed_batch(num_splits):
 
 
 @pytest.mark.oldest
+@pytest.mark.parametrize("options", [{}, {"window_size": (40, -1), "softcap": 5.0}], ids=["plain", "options"])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(512, 512), (448, 320), (64, 512)])
+@pytest.mark.parametrize("config", [PagedConfig(16, 32, 4, 1), PagedConfig(64, 32, 8, 1)], ids=["16 rows", "64 rows"])
+def test_wide_heads(head_dim, head_dim_v, config, options):
+    """In pieces of 256 elements; with 64 rows in the form whose columns are split over the warpgroups."""
+    case = replace(PLAIN, seqlens_q=(17, 17), seqlens_k=(47, 100), head_dim=head_dim, head_dim_v=head_dim_v)
+    check(replace(case, config=config, **options))
+
+
+@pytest.mark.oldest
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("varlen", [False, True])
 def test_a_shared_prefix_that_some_sequences_do_not_fill(varlen, causal):

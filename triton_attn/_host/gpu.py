@@ -95,6 +95,16 @@ def gpu_of(arch):
     return replace(below[-1], arch=arch)
 
 
+def has_wgmma(arch):
+    """Whether an architecture has wgmma."""
+    return gpu_of(arch).wgmma
+
+
+def repeats_chains(arch, rows, num_warps):
+    """Whether the warpgroups of a tile would repeat each other's matmuls, if one fed the next (see `dot_in_if`)."""
+    return has_wgmma(arch) and 64 <= rows < 16 * num_warps
+
+
 @functools.cache
 def gpu_arch(index):
     """The architecture of a GPU of this machine."""

@@ -20,20 +20,26 @@ PACKED_END: tl.constexpr = tl.constexpr(2**30)
 
 
 @triton.constexpr_function
-def piece_0(head_dim):
-    """First piece: the largest power of two up to head_dim, or the padded head_dim if two pieces cannot cover it."""
-    padded = max(16, -(-head_dim // 16) * 16)
-    first = 1 << (padded.bit_length() - 1)
-    rest = padded - first
-    return first if rest & (rest - 1) == 0 else 2 * first
+def _in_multiples(head_dim):
+    """The next multiple of 16."""
+    return max(16, -(-head_dim // 16) * 16)
 
 
 @triton.constexpr_function
-def piece_1(head_dim):
+def piece_0(head_dim, widest=512):
+    """First piece: the largest power of two up to head_dim, or the padded head_dim if two pieces cannot cover it; at
+    most `widest`, a power of two that is at least half of the padded head_dim."""
+    padded = _in_multiples(head_dim)
+    first = 1 << (padded.bit_length() - 1)
+    rest = padded - first
+    return min(first if rest & (rest - 1) == 0 else 2 * first, widest)
+
+
+@triton.constexpr_function
+def piece_1(head_dim, widest=512):
     """Second piece, a power of two, or 0."""
-    padded = max(16, -(-head_dim // 16) * 16)
-    rest = padded - (1 << (padded.bit_length() - 1))
-    return rest if rest & (rest - 1) == 0 else 0
+    rest = _in_multiples(head_dim) - piece_0(head_dim, widest)
+    return 1 << (rest - 1).bit_length() if rest > 0 else 0
 
 
 @triton.constexpr_function
@@ -58,7 +64,7 @@ def tile_pointers(view, batch, row, head, ROWS: tl.constexpr, WIDE_ROWS: tl.cons
 @triton.jit
 def _columns(START: tl.constexpr, BLOCK: tl.constexpr):
     """(1, BLOCK) column indices from START on."""
-    return (START + tl.arange(0, BLOCK))[None, :]
+    return (tl.arange(0, BLOCK) + START)[None, :]
 
 
 @triton.jit
@@ -68,7 +74,7 @@ def _piece_mask(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_
     if rows_mask is not None:
         mask &= rows_mask[:, None]
     if START + BLOCK > HEAD_DIM:
-        mask &= (START + tl.arange(0, BLOCK) < HEAD_DIM)[None, :]
+        mask &= (tl.arange(0, BLOCK) + START < HEAD_DIM)[None, :]
     return mask
 
 
@@ -80,10 +86,13 @@ def load_piece(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_D
 
 
 @triton.jit
-def load_tile(ptrs, rows_mask, HEAD_DIM: tl.constexpr):
-    """Load the rows at ptrs (rows, 1); 0 outside rows_mask (None: all rows exist) and past the head dimension."""
-    FIRST: tl.constexpr = piece_0(HEAD_DIM)
-    SECOND: tl.constexpr = piece_1(HEAD_DIM)
+def load_tile(ptrs, rows_mask, HEAD_DIM: tl.constexpr, WIDEST: tl.constexpr = 512):
+    """Load the rows at ptrs (rows, 1); 0 outside rows_mask (None: all rows exist) and past the head dimension.
+
+    No piece has more than WIDEST columns: with pieces of 256, fewer registers are live than with one of 512.
+    """
+    FIRST: tl.constexpr = piece_0(HEAD_DIM, WIDEST)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM, WIDEST)
     first = load_piece(ptrs, rows_mask, 0, FIRST, HEAD_DIM)
     if SECOND > 0:
         return first, load_piece(ptrs, rows_mask, FIRST, SECOND, HEAD_DIM)
@@ -153,7 +162,7 @@ def store_tile(ptrs, rows_mask, tile, HEAD_DIM: tl.constexpr):
     """Store a tile to the rows at ptrs (rows, 1) that are in rows_mask."""
     store_piece(ptrs, rows_mask, tile[0], 0, HEAD_DIM)
     if len(tile) > 1:
-        store_piece(ptrs, rows_mask, tile[1], piece_0(HEAD_DIM), HEAD_DIM)
+        store_piece(ptrs, rows_mask, tile[1], tile[0].shape[1], HEAD_DIM)
 
 
 @triton.jit
@@ -189,11 +198,11 @@ def add_tile_tma(descs, coords, start, tile, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDEST: tl.constexpr = 512):
     """A tile (ROWS, HEAD_DIM) of zeros in fp32."""
-    first = tl.zeros([ROWS, piece_0(HEAD_DIM)], tl.float32)
-    if piece_1(HEAD_DIM) > 0:
-        return first, tl.zeros([ROWS, piece_1(HEAD_DIM)], tl.float32)
+    first = tl.zeros([ROWS, piece_0(HEAD_DIM, WIDEST)], tl.float32)
+    if piece_1(HEAD_DIM, WIDEST) > 0:
+        return first, tl.zeros([ROWS, piece_1(HEAD_DIM, WIDEST)], tl.float32)
     else:
         return (first,)
 

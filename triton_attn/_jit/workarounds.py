@@ -101,10 +101,10 @@ def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
     return acc
 
 
-def halve_widest(pieces):
-    """Widths of the two pieces of a tile of latent vectors. 512 columns become 256 and 256.
-
-    For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice as much for 512 columns. On NVIDIA
-    GPUs it makes no such difference: registers change by up to 27 either way, and neither form spills.
-    """
-    return (256, 256) if pieces[0] > 256 else pieces
+@triton.jit
+def dot_in_ifs(a, b, acc, start, blocks, INPUT_PRECISION: tl.constexpr):
+    """acc + a @ b.T for a tile of keys that begins at start, one of the Blocks: each piece in a `dot_in_if`."""
+    acc = dot_in_if(a[0], b[0], acc, start < blocks.hi, INPUT_PRECISION)
+    if len(a) > 1:
+        acc = dot_in_if(a[1], b[1], acc, start >= blocks.lo, INPUT_PRECISION)
+    return acc

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed
-from .._host.gpu import count_sms, gpu_of
+from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
@@ -34,13 +34,16 @@ from .._jit.tiles import (
     scale_tile,
     store_piece,
 )
-from .._jit.workarounds import decode_once, dot_in_if, fence_copies, halve_widest, in_vectors, multiple_of
+from .._jit.workarounds import decode_once, dot_in_ifs, fence_copies, in_vectors, multiple_of
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
-from .configs import MlaDecodeCase, MlaDecodeConfig, has_wgmma
+from .configs import MlaDecodeCase, MlaDecodeConfig
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
+# Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice as
+# much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
+WIDEST = 256
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "search_steps", "lse_stride"]
 LENGTHS += [*INDICES, *LSE]
@@ -354,9 +357,7 @@ def _mla_absorbed_kernel(
 
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if TILE.CUT_CHAIN:
-            s = dot_in_if(q_tile[0], k[0], s, start_n < blocks.hi, PRECISION)
-            if TILE.PIECE_1 > 0:
-                s = dot_in_if(q_tile[1], k[1], s, start_n >= blocks.lo, PRECISION)
+            s = dot_in_ifs(q_tile, k, s, start_n, blocks, PRECISION)
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
@@ -645,18 +646,16 @@ def _plan(key, wanted, config):
     search = key.packed and paged and num_searched < key.batch * num_tiles
     num_programs = num_searched if search else key.batch * num_tiles
     one_page = paged and num_slots % tiles.block_n == 0
-    cut_chain = has_wgmma(key.arch) and tiles.block_m >= 64 and tiles.num_warps > 4
+    cut_chain = repeats_chains(key.arch, tiles.block_m, tiles.num_warps)
     mantissa_bits = FLOAT8_MANTISSA_BITS.get(key.cache_dtype, 3)  # rows with scales are uint8, and e4m3
-    pieces = piece_0(kv_lora_rank), piece_1(kv_lora_rank)
-    if not (cut_chain and one_page):
-        pieces = halve_widest(pieces)
+    widest = 512 if cut_chain and one_page else WIDEST
     tile = AbsorbedTile(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         NUM_HEADS=num_heads,
         KV_LORA_RANK=kv_lora_rank,
-        PIECE_0=pieces[0],
-        PIECE_1=pieces[1],
+        PIECE_0=piece_0(kv_lora_rank, widest),
+        PIECE_1=piece_1(kv_lora_rank, widest),
         ROPE_HEAD_DIM=shape_pe[3],
         PAGE_SIZE=num_slots if paged else 1,
         ONE_PAGE=one_page,

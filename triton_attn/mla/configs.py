@@ -117,11 +117,6 @@ class MlaDecodeConfig(
         return 2 if is_fp8 and self.block_m == 16 else 1
 
 
-def has_wgmma(arch):
-    """Whether an architecture has wgmma."""
-    return gpu_of(arch).wgmma
-
-
 @dataclass(frozen=True)
 class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqlen_k", "rows")):
     """One program of hopper.py computes 64 rows in a loop over tiles of 64 keys, which it loads num_stages ahead: two,

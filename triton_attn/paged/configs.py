@@ -75,7 +75,11 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
             if case.rows <= 64 and many.block_m == 128:  # half the rows have work for half the warps
                 config = replace(many, block_m=64, num_warps=many.num_warps // 2)
         elif case.rows > 16:
-            config = replace(few, block_m=32, num_warps=max(2, few.num_warps)) if many.block_m > 32 else many
+            # Rows of more than 256 elements leave no registers for 32 of them.
+            fit = many.block_m > 32 and width <= 256
+            config = replace(few, block_m=32, num_warps=max(2, few.num_warps)) if fit else many
+        if width > 256 and config.block_m == 16 and case.cache_dtype.itemsize == 1:
+            config = replace(config, block_n=16)  # fp8 keys are decoded in registers
         if not case.loads_vectors:
             config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
         return config
@@ -112,13 +116,13 @@ _HALF = {
         (160, PagedConfig(16, 32, 4, 3), PagedConfig(128, 16, 8, 3)),
         (192, PagedConfig(16, 32, 4, 3), PagedConfig(128, 16, 8, 2)),
         (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
-        (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
+        (512, PagedConfig(16, 32, 4, 2), PagedConfig(16, 32, 4, 2)),
     ),
     "sm_90": (
         (16, PagedConfig(16, 64, 1, 3), PagedConfig(128, 64, 8, 3)),
         (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
         (256, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 2)),
-        (512, PagedConfig(16, 16, 4, 3), PagedConfig(32, 16, 8, 3)),
+        (512, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
     ),
     "gfx942": (
         (128, PagedConfig(16, 64, 4, 2), PagedConfig(128, 64, 4, 2)),
@@ -126,7 +130,9 @@ _HALF = {
         (512, PagedConfig(16, 16, 4, 2), PagedConfig(32, 16, 8, 2)),
     ),
 }
-_HALF |= {"sm_86": _HALF["sm_80"], "sm_100": _HALF["sm_90"], "sm_120": _HALF["sm_80"]}
+# On sm_100 the output of 64 rows of 512 would fill the tensor memory.
+_SM_100 = (*_HALF["sm_90"][:-1], (512, PagedConfig(16, 32, 4, 3), PagedConfig(16, 32, 4, 3)))
+_HALF |= {"sm_86": _HALF["sm_80"], "sm_100": _SM_100, "sm_120": _HALF["sm_80"]}
 _FLOAT = (
     (128, PagedConfig(16, 32, 4, 2), PagedConfig(32, 32, 8, 1)),
     (512, PagedConfig(16, 16, 8, 1), PagedConfig(16, 16, 8, 1)),

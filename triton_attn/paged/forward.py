@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
 from .._host.device import arch_of, input_precision, launch_packed
-from .._host.gpu import count_sms, gpu_of
+from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.layout import (
     INDICES,
     LSE,
@@ -28,11 +28,12 @@ from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
-from .._jit.workarounds import fence_copies, in_vectors
+from .._jit.workarounds import dot_in_ifs, fence_copies, in_vectors
 from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits
 from .configs import PagedCase, PagedConfig
 
+WIDEST: tl.constexpr = tl.constexpr(256)  # columns of a piece: no default config spills
 # Lengths, and values computed from them: a new length must not cause a compilation.
 LENGTHS = [
     "seqlen_q",
@@ -64,6 +65,7 @@ class Tile(NamedTuple):
     FOLD_SCALE: bool  # scores are scaled in the exponential
     MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
     NATIVE_FLOAT8: bool  # the GPU converts fp8
+    CUT_CHAIN: bool  # see `dot_in_if`; no registers are left for what LICM would hoist
     VECTOR: int  # divides the strides of q
     VECTOR_CACHE: int  # divides those of the caches
     INPUT_PRECISION: str
@@ -206,7 +208,7 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
 def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
     """A tile of keys or values in the dtype of q."""
     offsets = cached.outer * cache.strides.batch + cached.slot * cache.strides.row  # (BLOCK_N,)
-    tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM)
+    tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM, WIDEST)
     if TILE.MANTISSA_BITS == 0:
         return tile
     else:
@@ -238,7 +240,7 @@ def _clear_spare_rows(results, batch, queries, program, head_kv, TILE: tl.conste
         head = head_kv * TILE.GROUP_SIZE + spare.rows % TILE.GROUP_SIZE
         place = Place(0, spare.rows // TILE.GROUP_SIZE, head, spare.mask)
         lse = tl.full([TILE.BLOCK_M], float("-inf"), tl.float32)
-        _store_rows(results, place, zeros_tile(TILE.BLOCK_M, TILE.HEAD_DIM_V), lse, TILE.HEAD_DIM_V)
+        _store_rows(results, place, zeros_tile(TILE.BLOCK_M, TILE.HEAD_DIM_V, WIDEST), lse, TILE.HEAD_DIM_V)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -305,7 +307,7 @@ def _paged_fwd_kernel(
 
     place = rows.place
     q_rows = row_offsets(place.batch, place.query, place.head, q.strides)
-    q_tile = load_tile(q.ptr + q_rows[:, None], place.mask, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    q_tile = load_tile(q.ptr + q_rows[:, None], place.mask, TILE.HEAD_DIM, WIDEST)  # (BLOCK_M, HEAD_DIM)
     k = View(k.ptr + tl.cast(head_kv, tl.int64) * k.strides.head, k.strides)
     v = View(v.ptr + tl.cast(head_kv, tl.int64) * v.strides.head, v.strides)
     if block_table_ptr is not None:
@@ -323,16 +325,20 @@ def _paged_fwd_kernel(
         counts = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))
         m_i = tl.where(counts, m_i, float("-inf"))
         l_i = tl.where(counts, l_i, 0.0)
-    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V)
+    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)
     for FULL in tl.static_range(2):
-        for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N)):
+        for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=TILE.CUT_CHAIN):
             start_n = block_start(blocks, i, FULL, BLOCK_N)
             keys_mask = None if FULL else start_n + tl.arange(0, BLOCK_N) < blocks.hi
             cached = cache_rows(block_table_ptr, rows.table_row, start_n, blocks.hi, not FULL, TILE)
             k_tile = _load_cached(k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE)  # (BLOCK_N, HEAD_DIM)
             if BLOCK_M >= 64:
                 fence_copies()
-            s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
+            if TILE.CUT_CHAIN:
+                s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                s = dot_in_ifs(q_tile, k_tile, s, start_n, blocks, INPUT_PRECISION)
+            else:
+                s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
             if not TILE.FOLD_SCALE:
                 s = scale_scores(s, scores, slopes, rows.position, start_n, 0, q_tile[0].dtype == tl.float32)
             if not FULL:
@@ -584,6 +590,7 @@ def _plan_pass(problem, shared):
         FOLD_SCALE=problem.fold_scale,
         MANTISSA_BITS=mantissa_bits,
         NATIVE_FLOAT8=mantissa_bits in gpu_of(problem.arch).native_fp8,
+        CUT_CHAIN=repeats_chains(problem.arch, config.block_m, config.num_warps),
         VECTOR=vector_elements(problem.dtype.itemsize, strides_q),
         VECTOR_CACHE=vector_cache,
         INPUT_PRECISION=problem.precision,
