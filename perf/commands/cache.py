@@ -37,18 +37,18 @@ DECODE_CONTEXT = 1024
 MACHINE = ["cpu", "python", "torch", "commit"]
 POOL_COLUMNS = ["operation", "num_pages", "pages_per_call", "calls", "mean_ns", "p20_ns", "p50_ns", "p80_ns", *MACHINE]
 PEER_COLUMNS = ["operation", "num_pages", "ours_us", "vllm_us", "vllm_over_ours", *MACHINE]
-PEER_ROUNDS = 40
+PEER_ROUNDS = 60
 STEP_COLUMNS = ["sequences", "context", "steps", "p20_ms", "p50_ms", "p80_ms", *MACHINE]
 
 
 def run(out_dir, max_pages=POOL_SIZES[-1], peer=False):
     """Print both tables, write them as CSV files, and plot each; or the comparison with a peer."""
+    torch.set_num_threads(1)
     if peer:
         return [compare(out_dir / "cache_peer.csv", max_pages)]
     from perf.results import plot  # an environment with vLLM need not have matplotlib
 
     machine = [cpu_name(), platform.python_version(), torch.__version__, commit()]
-    torch.set_num_threads(1)
     sizes = [size for size in POOL_SIZES if size <= max_pages]
     progress = tqdm(total=2 * len(sizes) + len(BATCH_SIZES), desc="page bookkeeping")
     pool_path, step_path = out_dir / "cache.csv", out_dir / "decode_step.csv"

@@ -297,6 +297,15 @@ def test_truncated_tokens_are_overwritten_and_no_longer_found():
     assert cache.create([1, 2, 3, 4, 5, 6, 7, 8])[1] == 4
 
 
+def test_after_a_truncation_tokens_go_on_at_the_new_end():
+    cache = make()
+    seq = start(cache, [1, 2, 3, 4, 5])
+    cache.extend([seq], [[6]])
+    cache.truncate(seq, 3)
+    assert cache.extend([seq], [[9]]).tolist() == [3]
+    assert cache.extend([seq], [[9]]).tolist() == [4]
+
+
 def test_a_batch_is_extended_whole_or_not_at_all():
     cache = make(num_pages=4)
     seqs = [start(cache, [i, i, i]) for i in range(3)]

@@ -80,8 +80,8 @@ class PagedSequences:
     """Tables of pages for any number of sequences, with prefix sharing and copy-on-write; base class of the caches.
 
     A subclass owns the memory of the pages and says how a page is copied (`_copy_pages`). Everything here lives on the
-    host, in arrays with a row per sequence, so that a batch of any size costs a few array operations; only pages that
-    become full are named one by one. See `PagedKVCache` for the rules of use. Not thread-safe.
+    host, in arrays with a row per sequence: a step costs a few array operations, and a loop over those sequences that
+    need pages or have pages to be named. See `PagedKVCache` for the rules of use. Not thread-safe.
     """
 
     def __init__(
