@@ -30,8 +30,8 @@ def test_a_module_with_kernels_never_imports_a_reference(module):
         assert not any(name.endswith(".reference") for name in imported)
 
 
-def test_the_package_needs_nothing_but_torch_and_triton():
-    allowed = {"torch", "triton", "triton_attn", *sys.stdlib_module_names}
+def test_the_package_needs_nothing_but_torch_triton_and_numpy():
+    allowed = {"torch", "triton", "numpy", "triton_attn", *sys.stdlib_module_names}
     for module in MODULES:
         if part_of(module) in ("interop", "testing", "toolchain"):
             continue

@@ -104,7 +104,7 @@ def latent_kv_cache(**options):
 
 
 def block_pool(num_pages, prefix_caching, n):
-    return ta.BlockPool(num_pages, prefix_caching).allocate(n)
+    return torch.from_numpy(ta.BlockPool(num_pages, prefix_caching).allocate(n))
 
 
 def flash_attn_with_kvcache(**options):

@@ -5,10 +5,13 @@ A line marked `pyright: ignore` must be an error. A needless mark is reported.
 
 from typing import assert_type
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import triton_attn as ta
+from triton_attn.cache.sequences import Sequence
 
 
 def lse_follows_the_argument(x: Tensor, wanted: bool) -> None:
@@ -42,6 +45,7 @@ def caches(x: Tensor) -> None:
     assert_type(cache.extend([sequence, cache.fork(sequence)], [1, [4]]), Tensor)
     assert_type(cache.block_table([sequence]), Tensor)
     assert_type(cache.stats().pages_free, int)
-    assert_type(ta.BlockPool(8).allocate(2), Tensor)
+    assert_type(cache.fork([sequence, sequence]), list[Sequence])
+    assert_type(ta.BlockPool(8).allocate(2), NDArray[np.int64])
     ta.copy_kv_pages((cache.k_cache, cache.v_cache), x, x)
     assert_type(ta.warmup("llama-3-8b", arch="sm_90", report=print).compiled, int)

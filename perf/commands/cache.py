@@ -4,8 +4,12 @@
 whose whole prompt is cached (hashing included). The pools are half full and fragmented by random use. The mean includes
 the rare call that tidies the free list. `decode_step.csv` has the milliseconds of `extend` by one token, `block_table`
 and `cache_seqlens` for a whole batch. Times are CPU time of one thread, so other processes do not count.
+
+With --peer, in an environment with vLLM (`make test-engines` makes one), `cache_peer.csv` compares with vLLM's own
+manager: rounds of ours and of the peer's alternate in one process, and the least of the rounds' medians counts.
 """
 
+import gc
 import platform
 import random
 import re
@@ -19,8 +23,8 @@ from tqdm import tqdm
 from perf import results
 from perf.harness.device import commit
 from perf.harness.timing import percentiles
-from perf.results import plot
 from perf.results.tables import print_table
+from perf.workloads import bookkeeping
 from triton_attn import BlockPool, PagedKVCache
 
 POOL_SIZES = (10**3, 10**4, 10**5, 10**6)
@@ -32,13 +36,19 @@ DECODE_STEPS = 128
 DECODE_CONTEXT = 1024
 MACHINE = ["cpu", "python", "torch", "commit"]
 POOL_COLUMNS = ["operation", "num_pages", "pages_per_call", "calls", "mean_ns", "p20_ns", "p50_ns", "p80_ns", *MACHINE]
+PEER_COLUMNS = ["operation", "num_pages", "ours_us", "vllm_us", "vllm_over_ours", *MACHINE]
+PEER_ROUNDS = 60
 STEP_COLUMNS = ["sequences", "context", "steps", "p20_ms", "p50_ms", "p80_ms", *MACHINE]
 
 
-def run(out_dir, max_pages=POOL_SIZES[-1]):
-    """Print both tables, write them as CSV files, and plot each."""
-    machine = [cpu_name(), platform.python_version(), torch.__version__, commit()]
+def run(out_dir, max_pages=POOL_SIZES[-1], peer=False):
+    """Print both tables, write them as CSV files, and plot each; or the comparison with a peer."""
     torch.set_num_threads(1)
+    if peer:
+        return [compare(out_dir / "cache_peer.csv", max_pages)]
+    from perf.results import plot  # an environment with vLLM need not have matplotlib
+
+    machine = [cpu_name(), platform.python_version(), torch.__version__, commit()]
     sizes = [size for size in POOL_SIZES if size <= max_pages]
     progress = tqdm(total=2 * len(sizes) + len(BATCH_SIZES), desc="page bookkeeping")
     pool_path, step_path = out_dir / "cache.csv", out_dir / "decode_step.csv"
@@ -62,6 +72,29 @@ def run(out_dir, max_pages=POOL_SIZES[-1]):
     print_table([dict(zip(POOL_COLUMNS, row)) for row in sorted(per_page, key=lambda row: (row[0], row[1]))])
     print_table([dict(zip(STEP_COLUMNS, row)) for row in per_step])
     return [pool_path, *plot.draw(pool_path), step_path, *plot.draw(step_path)]
+
+
+def compare(path, num_pages):
+    """Microseconds of the same bookkeeping by each of `bookkeeping.MANAGERS`, in pools of `num_pages`."""
+    versions = [cpu_name(), platform.python_version(), torch.__version__, commit()]
+    managers = {name: manager(num_pages) for name, manager in bookkeeping.MANAGERS.items()}
+    rows = []
+    gc.disable()  # a collection of vLLM's objects would count for whoever is measured
+    with results.Table(path, PEER_COLUMNS) as table:
+        for workload in bookkeeping.WORKLOADS:
+            rounds = {name: workload(manager) for name, manager in managers.items()}
+            medians = {name: [] for name in managers}
+            for _ in range(PEER_ROUNDS):
+                for name, round_of_calls in rounds.items():
+                    medians[name].append(statistics.median(round_of_calls()))
+                gc.collect(0)
+            ours, peers = (1e6 * min(values) for values in medians.values())
+            row = [workload.name, num_pages, ours, peers, peers / ours]
+            table.append(row + versions)
+            rows.append(row)
+    gc.enable()
+    print_table([dict(zip(PEER_COLUMNS, row)) for row in rows])
+    return path
 
 
 def pool_times(num_pages):
@@ -146,6 +179,7 @@ def _summary(values):
 
 
 def add_arguments(parser):
+    parser.add_argument("--peer", action="store_true", help="compare with vLLM's manager, which must be installed")
     parser.add_argument(
         "--max-pages", type=int, default=POOL_SIZES[-1], help="largest pool (default: %(default)s; 1000000 needs 1 GB)"
     )

@@ -4,15 +4,22 @@ import random
 
 import pytest
 
+from triton_attn.cache.free_list import FreeList
 from triton_attn.cache.pool import BlockPool
 from triton_attn.cache.sequences import PagedSequences
+
+
+class OneOrder(FreeList):
+    def put(self, pages, at_head=False):
+        super().put(pages)
 
 
 class LeastRecentlyFreed(BlockPool):
     """All free pages in one order, with and without a known hash."""
 
-    def _push(self, pages, at_head=False):
-        return super()._push(pages)
+    def __init__(self, num_pages):
+        super().__init__(num_pages)
+        self._free = OneOrder(num_pages)
 
 
 def chats(rng):

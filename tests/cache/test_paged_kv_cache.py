@@ -219,6 +219,50 @@ def test_fork_copies_nothing_until_one_writes():
     assert table(cache, forks[1]) == [0, 1]  # the last one needs no copy
 
 
+def test_beams_are_forked_and_freed_as_lists():
+    cache = make()
+    beams = cache.fork([start(cache, [1, 2, 3, 4, 5])] * 3)
+    assert [table(cache, beam) for beam in beams] == [[0, 1]] * 3
+    cache.extend(beams, [[6], [7], [8]])
+    assert [table(cache, beam) for beam in beams] == [[0, 2], [0, 3], [0, 4]]
+    children = cache.fork([beams[2], beams[0], beams[2]])
+    cache.free(beams)
+    assert [table(cache, child) for child in children] == [[0, 4], [0, 2], [0, 4]]
+    assert cache.stats().pages_held == 4
+    assert cache.fork([]) == []
+    cache.free([])
+    cache.free(iter(children))
+    assert cache.stats().pages_held == 2
+
+
+def test_of_a_list_that_is_freed_what_is_shared_is_reused_last():
+    cache = make(num_pages=3)
+    seq = start(cache, [1, 2, 3, 4])
+    fork = cache.fork(seq)
+    cache.extend([seq, fork], [[5, 6, 7, 8], [6, 7, 8, 9]])
+    assert [table(cache, one) for one in (seq, fork)] == [[0, 1], [0, 2]]
+    cache.commit([seq, fork])
+    cache.free([seq, fork])
+    other, _ = cache.create([])
+    cache.extend([other], 12)
+    assert table(cache, other) == [2, 1, 0]
+
+
+def test_a_list_of_sequences_may_change_between_calls():
+    cache = make()
+    seqs = [start(cache, [i] * i) for i in range(1, 4)]
+    assert cache.cache_seqlens(seqs).tolist() == [1, 2, 3]
+    seqs.reverse()
+    assert cache.cache_seqlens(seqs).tolist() == [3, 2, 1]
+    freed = seqs.pop()
+    assert cache.cache_seqlens(seqs).tolist() == [3, 2]
+    cache.free(freed)
+    assert cache.cache_seqlens(seqs).tolist() == [3, 2]
+    cache.free(seqs[0])
+    with pytest.raises(ValueError, match="a freed one"):
+        cache.cache_seqlens(seqs)
+
+
 def test_a_copied_page_is_found_by_its_own_tokens():
     cache = make()
     seq = start(cache, [1, 2])
@@ -251,6 +295,15 @@ def test_truncated_tokens_are_overwritten_and_no_longer_found():
     cache.extend([seq], [[9]])
     assert table(cache, seq) == [0, 1]
     assert cache.create([1, 2, 3, 4, 5, 6, 7, 8])[1] == 4
+
+
+def test_after_a_truncation_tokens_go_on_at_the_new_end():
+    cache = make()
+    seq = start(cache, [1, 2, 3, 4, 5])
+    cache.extend([seq], [[6]])
+    cache.truncate(seq, 3)
+    assert cache.extend([seq], [[9]]).tolist() == [3]
+    assert cache.extend([seq], [[9]]).tolist() == [4]
 
 
 def test_a_batch_is_extended_whole_or_not_at_all():
@@ -291,8 +344,10 @@ def test_copies_read_as_much_as_the_tail():
 USES = {
     "extend": lambda cache, seq: cache.extend([seq], 1),
     "fork": lambda cache, seq: cache.fork(seq),
+    "fork of a list": lambda cache, seq: cache.fork([seq]),
     "truncate": lambda cache, seq: cache.truncate(seq, 0),
     "free": lambda cache, seq: cache.free(seq),
+    "free of a list": lambda cache, seq: cache.free([seq]),
     "commit": lambda cache, seq: cache.commit([seq]),
     "block_table": lambda cache, seq: cache.block_table([seq]),
     "cache_seqlens": lambda cache, seq: cache.cache_seqlens([seq]),
@@ -364,6 +419,7 @@ def test_forms_of_token_ids():
     ("call", "error", "message"),
     [
         (lambda cache, seq: cache.extend([seq, seq], 1), ValueError, "seqs: expected each sequence once"),
+        (lambda cache, seq: cache.free([seq, seq]), ValueError, "seqs: expected each sequence once"),
         (lambda cache, seq: cache.truncate(seq, 4), ValueError, "n: expected at most the sequence's 3 tokens, got 4"),
         (lambda cache, seq: cache.truncate(seq, -1), ValueError, "n: expected 0 to"),
         (lambda cache, seq: cache.create([1], 7), TypeError, "salt: expected str, bytes or None, got int"),

@@ -1,7 +1,10 @@
 """BlockPool: counts, the order of reuse, look-up; and a long random run against lists and dicts."""
 
 import random
+import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +42,7 @@ def test_too_many_pages_change_nothing():
 def test_reuse_is_least_recently_freed_first_and_tail_before_head():
     pool = BlockPool(6)
     first, second = pool.allocate(3), pool.allocate(3)
-    pool.register(torch.cat([first, second]), "abcdef")
+    pool.register(np.concatenate([first, second]), "abcdef")
     pool.release(second)
     pool.release(first)
     assert pool.allocate(6).tolist() == [5, 4, 3, 2, 1, 0]
@@ -125,7 +128,7 @@ def test_a_page_is_found_once_the_one_of_the_same_hash_is_gone(is_free):
     assert pool.allocate(1).tolist() == [0]
     assert pool.allocate(2).tolist() == [3, 1]
     assert pool.lookup([b"10"]).tolist() == []
-    assert not pool._twins
+    assert not pool._names._twins
 
 
 def test_of_two_free_pages_with_one_hash_the_one_that_is_not_found_is_reused_first():
@@ -149,7 +152,7 @@ def test_a_page_that_is_found_in_place_of_another_can_be_shared_and_registered_a
     assert [pool.lookup(digest).tolist() for digest in "abc"] == [[2], [0], [1]]
     pool.register([2], "d")
     assert pool.lookup("a").tolist() == []
-    assert not pool._twins
+    assert not pool._names._twins
 
 
 def test_a_page_is_found_under_its_last_hash_only():
@@ -167,9 +170,10 @@ def test_hashes_do_not_pile_up():
         pages = pool.allocate(8)
         pool.register(pages, [8 * i + j // 2 for j in range(8)])
         pool.release(pages)
-    assert (len(pool._hash_of), len(pool._page_of), len(pool._twins)) == (8, 4, 4)
+    names = pool._names
+    assert (names._hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (0, 4, 4)
     pool.allocate(8)
-    assert (pool._hash_of, pool._page_of, pool._twins) == ({}, {}, {})
+    assert (names._hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (8, 0, 0)
 
 
 def test_without_prefix_caching_nothing_is_found():
@@ -179,7 +183,7 @@ def test_without_prefix_caching_nothing_is_found():
 
 
 def snapshot(pool):
-    return pool.num_free, pool._refs.tolist(), pool._registered.tolist(), pool.lookup("ab").tolist()
+    return pool.num_free, pool._refs.tolist(), pool._names._hash_of.copy(), pool.lookup("ab").tolist()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,7 @@ def snapshot(pool):
         (lambda pool: pool.allocate(1.0), TypeError, "n: expected an int"),
         (lambda pool: pool.share([4]), ValueError, "pages: expected page numbers of 0 to 3, got 4 to 4"),
         (lambda pool: pool.share([-1]), ValueError, "pages: expected page numbers of 0 to 3"),
-        (lambda pool: pool.share([0.5]), TypeError, "pages: expected page numbers, got dtype torch.float32"),
+        (lambda pool: pool.share([0.5]), TypeError, "pages: expected page numbers, got dtype float64"),
         (lambda pool: pool.share([[0]]), ValueError, "pages: expected one dimension"),
         (lambda pool: pool.share([0, 3]), ValueError, "free and found, got 3, which is free"),
         (lambda pool: pool.share([0, 1]), ValueError, "free and found, got 1, which is free"),
@@ -216,6 +220,20 @@ def test_wrong_sizes(num_pages):
         BlockPool(num_pages)
 
 
+def in_order(pool):
+    """The free list from its head to its end, which must be the reverse of the other way round."""
+    free, end = pool._free, pool.num_pages
+    walks = []
+    for links in (free._next, free._previous):
+        pages, page = [], links[end]
+        while page != end:
+            pages.append(int(page))
+            page = links[page]
+        walks.append(pages)
+    assert walks[0] == walks[1][::-1]
+    return walks[0]
+
+
 class NaivePool:
     def __init__(self, num_pages):
         self.refs = [0] * num_pages
@@ -230,7 +248,8 @@ class NaivePool:
         return pages
 
     def put_back(self, pages):
-        """At the end of the free list if a page can be found, otherwise at its head."""
+        """At the end of the free list if a page can be found, otherwise at its head. Of repetitions the last counts."""
+        pages = list(dict.fromkeys(reversed(pages)))[::-1]
         found = {pages[0] for pages in self.pages_of.values()}
         rest = [page for page in self.free if page not in pages]
         self.free = [page for page in pages if page not in found] + rest + [page for page in pages if page in found]
@@ -279,7 +298,6 @@ class NaivePool:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_operations_as_in_lists_and_dicts(seed):
-    """Many more releases than pages, so that the queue of free pages is compacted repeatedly."""
     rng = random.Random(seed)
     num_pages = rng.choice([5, 40, 300])
     pool, naive, held = BlockPool(num_pages), NaivePool(num_pages), []
@@ -293,6 +311,7 @@ def test_random_operations_as_in_lists_and_dicts(seed):
         elif kind == "share":
             digests = rng.sample(range(num_pages), n)
             pages = naive.lookup(digests) or (rng.choice(held) if held else [])
+            pages = pages * rng.randint(1, 2)
             naive.share(pages)
             pool.share(pages)
             held.append(pages)
@@ -301,7 +320,7 @@ def test_random_operations_as_in_lists_and_dicts(seed):
             naive.release(pages)
             pool.release(torch.tensor(pages, dtype=torch.int32))
         elif kind == "register" and held:
-            pages = rng.choice(held)
+            pages = list(dict.fromkeys(rng.choice(held)))
             digests = [rng.randrange(num_pages) for _ in pages]
             naive.register(pages, digests)
             pool.register(pages, digests)
@@ -314,4 +333,68 @@ def test_random_operations_as_in_lists_and_dicts(seed):
             assert pool.lookup(digests).tolist() == naive.lookup(digests)
         assert pool._refs.tolist() == naive.refs
         assert pool.num_free == len(naive.free)
+        assert in_order(pool) == naive.free
     assert pool.allocate(pool.num_free).tolist() == naive.free
+
+
+class Steps:
+    """The most that one call does, whatever the machine: lines of Python, and bytes of memory it holds at once.
+
+    An operation on all pages needs a byte for each of them or more, so does a dict that grows with all its entries.
+    """
+
+    def __init__(self):
+        self.lines = self.bytes = 0
+
+    def __call__(self, operation, *arguments):
+        lines = 0
+
+        def count(frame, event, _):
+            nonlocal lines
+            lines += event == "line"
+            return count
+
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        tracer = sys.gettrace()
+        sys.settrace(count)
+        try:
+            return operation(*arguments)
+        finally:
+            sys.settrace(tracer)
+            self.bytes = max(self.bytes, tracemalloc.get_traced_memory()[1] - before)
+            self.lines = max(self.lines, lines)
+
+
+@pytest.fixture
+def steps():
+    tracemalloc.start()
+    yield Steps()
+    tracemalloc.stop()
+
+
+@pytest.mark.ci
+def test_no_call_pays_for_others(steps):
+    """64 pages a call: the pool is filled, freed and found again but for its ends, so that long runs of the free list
+    are taken out of its middle, and drained."""
+    num_pages, per_call = 2**15, 64
+    pool = BlockPool(num_pages)
+    pages = np.random.default_rng(0).permutation(num_pages)
+    batches = pages.reshape(-1, per_call)
+    for _ in batches:
+        steps(pool.allocate, per_call)
+    for batch in batches:
+        steps(pool.register, batch, batch.tolist())
+    for batch in batches:
+        steps(pool.release, batch)
+    for batch in batches[1:-1]:
+        steps(pool.share, steps(pool.lookup, batch.tolist()))
+    assert steps(pool.allocate, per_call + 1).tolist() == [*batches[0][::-1], batches[-1][-1]]
+    for batch in batches[1:-1]:
+        steps(pool.release, batch)
+        steps(pool.forget, batch[:8])
+    for _ in range(pool.num_free // per_call):
+        steps(pool.allocate, per_call)
+    print(f"{steps.lines} lines, {steps.bytes} bytes for {per_call} pages")
+    assert steps.lines < 20 * per_call
+    assert steps.bytes < num_pages

@@ -149,6 +149,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
+    def fork_many(self, data):
+        """As beam search does: some several times, others not at all."""
+        seqs = data.draw(st.lists(st.sampled_from(list(self.live)), max_size=4), label="seqs")
+        for seq, fork in zip(seqs, self.cache.fork(seqs), strict=True):
+            self.live[fork] = self.live[seq].copy()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
     def truncate(self, data):
         self.write()
         seq = data.draw(st.sampled_from(list(self.live)), label="seq")
@@ -165,6 +173,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.drop(self.live.pop(seq), 0)
         self.dead.append(seq)
 
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def free_many(self, data):
+        self.write()
+        seqs = self.draw_batch(data)
+        self.cache.free(seqs)
+        dropped = [page for seq in seqs for page in self.live.pop(seq).pages]
+        # A page of several sequences counts where it is listed first.
+        self.put_back([page for page in reversed(list(dict.fromkeys(dropped))) if not self.holders(page)])
+        self.dead += seqs
+
     @precondition(lambda self: self.dead)
     @rule(data=st.data())
     def use_after_free(self, data):
@@ -174,6 +193,8 @@ class CacheMachine(RuleBasedStateMachine):
             lambda: self.cache.fork(seq),
             lambda: self.cache.truncate(seq, 0),
             lambda: self.cache.free(seq),
+            lambda: self.cache.fork([*self.live, seq]),
+            lambda: self.cache.free([*self.live, seq]),
             lambda: self.cache.commit([seq]),
             lambda: self.cache.block_table([seq]),
             lambda: self.cache.cache_seqlens([seq]),
@@ -361,7 +382,7 @@ class CacheMachine(RuleBasedStateMachine):
             cache.block_table(self.live).tolist(),
             cache.cache_seqlens(self.live).tolist(),
             [tensor.view(torch.uint8).tolist() for tensor in self.tensors()],
-            {prefix: cache.pool.lookup([digest]).tolist() for prefix, digest in enumerate(cache.pool._page_of)},
+            [cache.pool.lookup([digest]).tolist() for digest in cache.pool._names._hash_of],
         )
 
 

@@ -1,6 +1,7 @@
 import csv
 
 from perf.commands import cache
+from perf.workloads import bookkeeping
 
 
 def test_run_measures_every_operation_and_batch(tmp_path, monkeypatch, capsys):
@@ -15,3 +16,14 @@ def test_run_measures_every_operation_and_batch(tmp_path, monkeypatch, capsys):
     assert [row["sequences"] for row in csv.DictReader(step_csv.open())] == ["1", "5"]
     assert all(picture.stat().st_size > 10_000 for picture in (pool_png, step_png))
     assert "create, all cached" in capsys.readouterr().out
+
+
+def test_a_peer_does_the_same_work(tmp_path, monkeypatch):
+    """Ours stands in for vLLM, which tests/engines tries."""
+    monkeypatch.setattr(bookkeeping, "MANAGERS", {"triton_attn": bookkeeping.Ours, "vllm": bookkeeping.Ours})
+    monkeypatch.setattr(bookkeeping, "WORKLOADS", [bookkeeping.Decode(3, context=40), *bookkeeping.WORKLOADS[4:]])
+    monkeypatch.setattr(cache, "PEER_ROUNDS", 2)
+    (path,) = cache.run(tmp_path, max_pages=2000, peer=True)
+    rows = list(csv.DictReader(path.open()))
+    assert [row["operation"] for row in rows] == [workload.name for workload in bookkeeping.WORKLOADS]
+    assert all(0.2 < float(row["vllm_over_ours"]) < 5 for row in rows)

@@ -7,6 +7,7 @@ import math
 import numbers
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from .observers import is_observed
@@ -26,9 +27,8 @@ def fail(name: str, expected: object, got: object, error: type[Exception] = Valu
 def check_bool(name: str, value: Any, expected: str = "a bool") -> bool:
     if value is True or value is False:
         return value
-    kind = type(value)
-    if kind.__module__ != "numpy" or kind.__name__ not in ("bool", "bool_"):  # numpy itself may not be installed
-        fail(name, expected, kind.__name__, TypeError)
+    if not isinstance(value, np.bool_):
+        fail(name, expected, type(value).__name__, TypeError)
     return bool(value)
 
 

@@ -7,7 +7,6 @@ name: hence a cryptographic hash, not Python's `hash`.
 """
 
 import hashlib
-from array import array
 
 
 def root_hash(salt):
@@ -30,9 +29,9 @@ def page_hashes(parent, token_ids, page_size):
 
     Args:
         parent: the hash of the page before them, or the root.
-        token_ids: list or array of ints; a rest that fills no page is left out.
+        token_ids: int64 array; a rest that fills no page is left out.
     """
-    token_bytes = array("q", token_ids).tobytes()
+    token_bytes = token_ids.tobytes()
     page_bytes = 8 * page_size
     for end in range(page_bytes, len(token_bytes) + 1, page_bytes):
         parent = hashlib.sha256(parent + token_bytes[end - page_bytes : end]).digest()

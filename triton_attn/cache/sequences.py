@@ -1,22 +1,26 @@
 """Sequences of tokens on pages: who holds which page, whatever a page holds."""
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
-from numbers import Integral
-from typing import Any, TypeAlias
+from operator import add, is_
+from typing import NamedTuple, TypeAlias, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._host.checks import check_length, check_size, fail
-from .arrays import empty, from_list, grown, ranges, zeros
+from .arrays import from_list, grown, ranges
 from .hashing import page_hashes, root_hash
 from .pool import BlockPool
+from .token_ids import as_batch, as_ids
 
 NO_LIMIT = 2**62
+# Rows of PagedSequences._states: length, room, next slot, known, named; and what a token adds to them.
+NO_TOKENS = 0, 0, 0, NO_LIMIT, 0
+TOKEN = np.array([1, -1, 1, 0, 0])
 TokenIds: TypeAlias = Tensor | Iterable[int]
 
 
@@ -63,12 +67,21 @@ class CacheStats:
     tokens_found: int
 
 
+class _Batch(NamedTuple):
+    seqs: list[Sequence]
+    rows: NDArray[np.int64]
+    is_distinct: bool
+
+
+NO_BATCH = _Batch([], from_list([]), True)
+
+
 class PagedSequences:
     """Tables of pages for any number of sequences, with prefix sharing and copy-on-write; base class of the caches.
 
     A subclass owns the memory of the pages and says how a page is copied (`_copy_pages`). Everything here lives on the
-    host, in arrays with a row per sequence, so that a batch of any size costs a few array operations; only pages that
-    become full are named one by one. See `PagedKVCache` for the rules of use. Not thread-safe.
+    host, in arrays with a row per sequence: a step costs a few array operations, and a loop over those sequences that
+    need pages or have pages to be named. See `PagedKVCache` for the rules of use. Not thread-safe.
     """
 
     def __init__(
@@ -76,15 +89,16 @@ class PagedSequences:
     ) -> None:
         self.page_size = check_size("page_size", page_size)
         self.device = torch.empty(0, device=device).device  # with its index: "cuda" is another GPU at another time
+        self._on_host = self.device.type == "cpu"
         self.pool = BlockPool(num_pages, prefix_caching)
-        # Rows grow by doubling. Entries of _tables past a sequence's last page are 0.
-        self._tables = zeros(0, 0, dtype=torch.int32)
-        self._lengths = zeros(0)
-        self._known = zeros(0)  # tokens before the first one without an id, NO_LIMIT while all have one
-        self._named = zeros(0)  # leading pages that are full, written and hashed
+        self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)  # entries past a sequence's last page are 0
+        self._states: NDArray[np.int64] = np.zeros((0, 5), np.int64)
+        self._grow_rows(16)
         self._roots = []
         self._unused_rows = []
-        self._page_tokens = empty(self.pool.num_pages, self.page_size)
+        self._page_tokens = np.empty((self.pool.num_pages, self.page_size), np.int64)
+        self._tokens = self._page_tokens.reshape(-1)
+        self._batch = NO_BATCH
         self._tokens_asked = 0
         self._tokens_found = 0
 
@@ -101,16 +115,17 @@ class PagedSequences:
         Returns:
             (sequence, number of tokens already cached).
         """
-        ids = _as_ids(token_ids)
+        ids = as_ids(token_ids)
         root = root_hash(salt)
         pages = self.pool.lookup(page_hashes(root, ids, self.page_size))
-        cached = min(pages.numel() * self.page_size, max(len(ids) - 1, 0))
+        cached = min(pages.size * self.page_size, max(ids.size - 1, 0))
         pages = pages[: self._pages_of(cached)]
         self.pool.share(pages)
-        row = self._new_row(root, cached, known=NO_LIMIT, named=cached // self.page_size)
-        self._widen(pages.numel())
-        self._tables[row, : pages.numel()] = pages
-        self._tokens_asked += len(ids)
+        row = self._new_row(root)
+        self._widen(pages.size)
+        self._tables[row, : pages.size] = pages
+        self._lengths[row], self._named[row] = cached, cached // self.page_size
+        self._tokens_asked += ids.size
         self._tokens_found += cached
         return Sequence(self, row), cached
 
@@ -135,35 +150,21 @@ class PagedSequences:
             OutOfPages: with nothing changed.
             ValueError: a sequence was freed, belongs to another cache, or is listed twice.
         """
-        rows = self._rows(seqs)
-        if len(set(rows.tolist())) != rows.numel():
-            fail("seqs", "each sequence once", "a sequence that is listed twice")
-        counts, ids, unknown = _as_batch(token_ids, rows.numel())
-        lengths = self._lengths[rows]
-        new_lengths = lengths + counts
-        num_pages = self._pages_of(lengths)
-        growth = self._pages_of(new_lengths) - num_pages
-        # Sequences that go on in their last page.
-        reopened = ((num_pages * self.page_size > lengths) & (counts > 0)).nonzero().squeeze(1)
-        tail_entries = rows[reopened], num_pages[reopened] - 1
-        tails = self._tables[tail_entries]
-        must_copy = self._must_copy(tails)
-        num_copied, num_grown = int(must_copy.sum()), int(growth.sum())
-        copies, appended = self.pool.allocate(num_copied + num_grown).split([num_copied, num_grown])
+        rows = self._distinct_rows(seqs)
+        counts, ids, unknown = as_batch(token_ids, rows.size)
+        one_each = isinstance(counts, int)
+        short = self._room[rows] < (counts if one_each else np.maximum(counts, 1))
+        if np.count_nonzero(short):
+            self._make_room(rows[short], np.broadcast_to(counts, rows.shape)[short])
 
         # Nothing fails from here on.
-        self._name_full_pages(rows)
-        self.pool.forget(tails[~must_copy])
-        if num_copied:
-            self._replace(tuple(index[must_copy] for index in tail_entries), copies)
-        if num_grown:
-            self._append(rows, num_pages, growth, appended)
-        self._lengths[rows] = new_lengths
-        slots = self._slots(rows, lengths, counts)
+        slots = self._next_slot[rows] if one_each else self._slots(rows, counts)
         if ids is not None:
-            self._page_tokens.view(-1)[slots] = ids
+            self._tokens[slots] = ids
         if unknown is not None:
-            self._known[rows[unknown]] = torch.minimum(self._known[rows], lengths)[unknown]
+            without = rows[unknown]
+            self._known[without] = np.minimum(self._known[without], self._lengths[without])
+        self._states[rows] += TOKEN if one_each else counts[:, None] * TOKEN
         return self._to_device(slots)
 
     def commit(self, seqs: Iterable[Sequence]) -> None:
@@ -171,16 +172,29 @@ class PagedSequences:
 
         `extend` implies it for the sequences it extends.
         """
-        self._name_full_pages(self._rows(seqs))
+        self._name_full_pages(self._rows(seqs).tolist())
 
-    def fork(self, seq: Sequence) -> Sequence:
-        """A second sequence with the same tokens, on the same pages: the first to write in a shared one copies it."""
-        row = self._row(seq)
-        pages = self._tables[row, : self._pages_of(len(seq))]
-        self.pool.share(pages)
-        fork = self._new_row(self._roots[row], len(seq), int(self._known[row]), int(self._named[row]))
-        self._tables[fork, : pages.numel()] = pages
-        return Sequence(self, fork)
+    @overload
+    def fork(self, seqs: Sequence) -> Sequence: ...
+
+    @overload
+    def fork(self, seqs: Iterable[Sequence]) -> list[Sequence]: ...
+
+    def fork(self, seqs: Sequence | Iterable[Sequence]) -> Sequence | list[Sequence]:
+        """A second sequence with the same tokens, on the same pages: the first to write in a shared one copies it.
+
+        Of a list, the fork of each; a sequence may be listed several times. `[seq] * n` has n forks.
+        """
+        rows = self._rows(_as_iterable(seqs))
+        counts = self._pages_of(self._lengths[rows])
+        self.pool.share(self._pages(rows, counts))
+        self._room[rows] = 0
+        forks = [self._new_row(self._roots[row]) for row in rows.tolist()]
+        width = max(counts.tolist(), default=0)
+        self._tables[forks, :width] = self._tables[rows, :width]
+        self._states[forks] = self._states[rows]
+        forks = [Sequence(self, row) for row in forks]
+        return forks[0] if isinstance(seqs, Sequence) else forks
 
     def truncate(self, seq: Sequence, n: int) -> None:
         """Keep the first n tokens and give up the pages after them: rejected drafts, a prompt that is changed."""
@@ -190,46 +204,56 @@ class PagedSequences:
             fail("n", f"at most the sequence's {length} tokens", n)
         dropped = self._tables[row, self._pages_of(n) : self._pages_of(length)]
         self.pool.release(dropped)
-        dropped.zero_()
+        dropped[:] = 0
         self._lengths[row] = n
+        self._room[row] = 0
         if n <= self._known[row]:
             self._known[row] = NO_LIMIT
-        self._named[row].clamp_(max=n // self.page_size)
+        self._named[row] = min(self._named[row], n // self.page_size)
 
-    def free(self, seq: Sequence) -> None:
-        """End a sequence. Pages that no other holds become free; what was committed can be found until it is reused."""
-        self.truncate(seq, 0)
-        self._roots[seq._row] = None
-        self._unused_rows.append(seq._row)
-        seq._cache = None
+    def free(self, seqs: Sequence | Iterable[Sequence]) -> None:
+        """End a sequence, or each of a list. Pages that no other holds become free.
+
+        What was committed can be found until it is reused: the last pages of a sequence first, and of a list those of
+        the last sequence.
+        """
+        rows = self._distinct_rows(_as_iterable(seqs))
+        counts = self._pages_of(self._lengths[rows])
+        self.pool.release(self._pages(rows, counts))
+        self._tables[rows, : max(counts.tolist(), default=0)] = 0
+        for seq, row in zip(self._batch.seqs, rows.tolist()):
+            self._roots[row] = None
+            seq._cache = None
+        self._unused_rows.extend(rows.tolist())
+        self._batch = NO_BATCH
 
     def block_table(self, seqs: Iterable[Sequence]) -> Tensor:
         """int32 (batch, pages of the longest) on the cache's device: the pages of each sequence, then zeros."""
         rows = self._rows(seqs)
-        width = self._pages_of(int(self._lengths[rows].max())) if rows.numel() else 0
-        return self._to_device(self._tables[:, :width].index_select(0, rows))
+        width = self._pages_of(max(self._lengths[rows].tolist(), default=0))
+        return self._to_device(self._tables[rows, :width])
 
     def cache_seqlens(self, seqs: Iterable[Sequence]) -> Tensor:
         """int32 (batch,) on the cache's device: the number of tokens of each sequence."""
-        return self._to_device(self._lengths[self._rows(seqs)].to(torch.int32))
+        return self._to_device(self._lengths[self._rows(seqs)].astype(np.int32))
 
     def stats(self) -> CacheStats:
         """`CacheStats` of this moment; O(num_pages)."""
         pool = self.pool
         rows = from_list([row for row, root in enumerate(self._roots) if root is not None])
         lengths = self._lengths[rows]
-        num_pages = self._pages_of(lengths)
-        columns = ranges(torch.zeros_like(num_pages), num_pages)
-        pages = self._tables[rows.repeat_interleave(num_pages), columns].to(torch.int64)
-        tokens = (lengths.repeat_interleave(num_pages) - columns * self.page_size).clamp(max=self.page_size)
-        fill = zeros(pool.num_pages).scatter_reduce(0, pages, tokens, "amax")
+        counts = self._pages_of(lengths)
+        starts = self.page_size * ranges(np.zeros_like(counts), counts)
+        tokens = np.minimum(lengths.repeat(counts) - starts, self.page_size)
+        fill = np.zeros(pool.num_pages, np.int64)
+        np.maximum.at(fill, self._pages(rows, counts), tokens)
         return CacheStats(
             num_pages=pool.num_pages,
             pages_held=pool.num_pages - pool.num_free,
             pages_shared=pool.num_shared,
             pages_free=pool.num_free,
             pages_cached=pool.num_cached,
-            num_sequences=rows.numel(),
+            num_sequences=rows.size,
             num_tokens=int(lengths.sum()),
             slots_used=int(fill.sum()),
             tokens_asked=self._tokens_asked,
@@ -240,95 +264,134 @@ class PagedSequences:
         """Copy what pages hold; int32 tensors (n,) on the cache's device, no page in both."""
         raise NotImplementedError
 
-    def _must_copy(self, pages):
-        """Which pages have to be copied by the sequences that are about to write in them, one entry per sequence.
+    def _make_room(self, rows, counts):
+        """Pages for `counts` more tokens of each row, which `extend` adds at once. Raises OutOfPages.
 
-        A page that nobody but these sequences holds is kept by the first of them.
+        Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
-        references = self.pool.ref_counts(pages)
-        must_copy = references > 1
-        if must_copy.any():
-            pages = pages.tolist()
-            writers = Counter(pages)
-            kept = set()
-            for i, (page, count) in enumerate(zip(pages, references.tolist())):
-                if writers[page] == count and page not in kept:
-                    kept.add(page)
-                    must_copy[i] = False
+        rows, lengths, counts = rows.tolist(), self._lengths[rows].tolist(), counts.tolist()
+        num_pages = list(map(self._pages_of, lengths))
+        growth = [self._pages_of(n + count) - pages for n, count, pages in zip(lengths, counts, num_pages)]
+        # Where rows go on in their last page.
+        tails = [
+            (row, n // self.page_size) for row, n, count in zip(rows, lengths, counts) if count and n % self.page_size
+        ]
+        pages = [self._tables.item(tail) for tail in tails]
+        must_copy = self._must_copy(pages) if tails else []
+        num_copied = sum(must_copy)
+        new_pages = self.pool.allocate(num_copied + sum(growth))
+
+        # Nothing fails from here on.
+        self._name_full_pages(rows)
+        if num_copied < len(tails):
+            self.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
+        if num_copied:
+            self._replace([tail for tail, copy in zip(tails, must_copy) if copy], new_pages[:num_copied])
+        self._widen(max(map(add, num_pages, growth)))
+        used = num_copied
+        for row, length, count, first, more in zip(rows, lengths, counts, num_pages, growth):
+            if more:
+                self._tables[row, first : first + more] = new_pages[used : used + more]
+                used += more
+            column, offset = divmod(length, self.page_size)
+            if count:
+                self._next_slot[row] = self._tables.item(row, column) * self.page_size + offset
+            # The tokens themselves take up room. None is left where they fill a page, which has to be named.
+            self._room[row] = self.page_size - offset if 0 < count < self.page_size - offset else count
+
+    def _must_copy(self, pages):
+        """Which pages have to be copied by the rows that are about to write in them, one entry per row.
+
+        A page that nobody but these rows holds is kept by the first of them.
+        """
+        references = self.pool.ref_counts(pages).tolist()
+        writers = Counter(pages) if max(references) > 1 else {}
+        must_copy, kept = [], set()
+        for page, count in zip(pages, references):
+            must_copy.append(count > 1 and (count > writers[page] or page in kept))
+            kept.add(page)
         return must_copy
 
     def _replace(self, entries, copies):
         """Put copies of shared pages in their place in the tables."""
+        entries = tuple(map(list, zip(*entries)))  # rows, columns
         originals = self._tables[entries]
-        self._copy_pages(self._to_device(originals), self._to_device(copies))
+        self._copy_pages(self._to_device(originals), self._to_device(copies.astype(np.int32)))
         self._page_tokens[copies] = self._page_tokens[originals]
-        self._tables[entries] = copies.to(torch.int32)
+        self._tables[entries] = copies
         self.pool.release(originals)
 
-    def _append(self, rows, num_pages, counts, pages):
-        """Put `counts` of the pages after the `num_pages` that each row has."""
-        self._widen(int((num_pages + counts).max()))
-        table_rows = rows.repeat_interleave(counts, output_size=pages.numel())
-        self._tables[table_rows, ranges(num_pages, counts)] = pages.to(torch.int32)
-
-    def _slots(self, rows, starts, counts):
-        """Slots of the tokens at positions start to start + count of each row, one row after the other."""
-        positions = ranges(starts, counts)
+    def _slots(self, rows, counts):
+        """Slots of the next `counts` tokens of each row, one row after the other."""
+        positions = ranges(self._lengths[rows], counts)
         columns = positions // self.page_size
-        pages = self._tables[rows.repeat_interleave(counts, output_size=positions.numel()), columns]
-        return (pages - columns) * self.page_size + positions
+        return (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions
 
     def _name_full_pages(self, rows):
         """Register the pages that became full, and are written by now, under the hash of all tokens up to their end."""
         if not self.pool.prefix_caching:
             return
-        named = self._named[rows]
-        counts = torch.minimum(self._lengths[rows], self._known[rows]) // self.page_size - named
-        todo = counts.nonzero().squeeze(1)
-        if not todo.numel():
-            return
-        rows, named, counts = rows[todo], named[todo], counts[todo]
-        pages = self._tables[rows.repeat_interleave(counts), ranges(named, counts)]
-        tokens = self._page_tokens[pages].view(-1).tolist()
-        last_named = self._tables[rows, named - 1]  # of no meaning where none is
-        hashes = []
-        for row, page, start, count in zip(rows.tolist(), last_named.tolist(), named.tolist(), counts.tolist()):
-            parent = self.pool.hash_of(page) if start else self._roots[row]
-            begin = len(hashes) * self.page_size
-            hashes.extend(page_hashes(parent, tokens[begin : begin + count * self.page_size], self.page_size))
-        self.pool.register(pages, hashes)
-        self._named[rows] += counts
+        pages, hashes = [], []
+        for row, (length, _, _, known, named) in zip(rows, self._states[rows].tolist()):
+            num_full = min(length, known) // self.page_size
+            if num_full > named:
+                full = self._tables[row, named:num_full]
+                parent = self.pool.hash_of(self._tables.item(row, named - 1)) if named else self._roots[row]
+                hashes.extend(page_hashes(parent, self._page_tokens[full], self.page_size))
+                pages.append(full)
+                self._named[row] = num_full
+        if pages:
+            self.pool.register(np.concatenate(pages), hashes)
 
     def _pages_of(self, num_tokens):
-        return -(-num_tokens // self.page_size)
+        return (num_tokens + self.page_size - 1) // self.page_size
+
+    def _pages(self, rows, counts):
+        """The first `counts` pages of each row, one row after the other."""
+        pages = [self._tables[row, :count] for row, count in zip(rows.tolist(), counts.tolist())]
+        return pages[0] if len(pages) == 1 else np.concatenate(pages) if pages else self._tables[0, :0]
 
     def _rows(self, seqs):
-        """Rows of sequences that are alive and of this cache."""
-        return from_list([seq._row if getattr(seq, "_cache", None) is self else self._refuse(seq) for seq in seqs])
+        """Rows of sequences that are alive and of this cache. The calls of one step name the same ones: keep them."""
+        seqs = list(seqs)
+        if len(seqs) != len(self._batch.seqs) or not all(map(is_, seqs, self._batch.seqs)):
+            self._batch = _Batch(seqs, from_list([self._row(seq) for seq in seqs]), len(set(seqs)) == len(seqs))
+        return self._batch.rows
+
+    def _distinct_rows(self, seqs):
+        rows = self._rows(seqs)
+        if not self._batch.is_distinct:
+            fail("seqs", "each sequence once", "a sequence that is listed twice")
+        return rows
 
     def _row(self, seq):
-        return int(self._rows([seq]))
-
-    def _refuse(self, seq):
+        if getattr(seq, "_cache", None) is self:
+            return seq._row
         if not isinstance(seq, Sequence):
             fail("seqs", "sequences of this cache", type(seq).__name__, TypeError)
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
 
-    def _new_row(self, root, length, known, named):
+    def _new_row(self, root):
+        """The row of a sequence without tokens."""
         if self._unused_rows:
             row = self._unused_rows.pop()
             self._roots[row] = root
         else:
             row = len(self._roots)
             self._roots.append(root)
-            if row == self._lengths.numel():
-                capacity = max(16, 2 * row)
-                self._tables = grown(self._tables, capacity, self._tables.shape[1])
-                self._lengths, self._known, self._named = (
-                    grown(x, capacity) for x in (self._lengths, self._known, self._named)
-                )
-        self._lengths[row], self._known[row], self._named[row] = length, known, named
+            if row == self._lengths.size:
+                self._grow_rows(2 * row)
+        self._states[row] = NO_TOKENS
         return row
+
+    def _grow_rows(self, capacity):
+        self._tables = grown(self._tables, capacity, self._tables.shape[1])
+        self._states = grown(self._states, capacity, 5)
+        # _room: tokens that can be added, from _next_slot on, with nothing to do first: they fit on the last page,
+        # which is the sequence's alone and cannot be found, and all full pages are named. 0 where this may not be so.
+        # _known: tokens before the first one without an id, NO_LIMIT while all have one.
+        # _named: leading pages that are full, written and hashed.
+        self._lengths, self._room, self._next_slot, self._known, self._named = self._states.T
 
     def _widen(self, width):
         """Room for `width` pages in every row."""
@@ -336,42 +399,9 @@ class PagedSequences:
             self._tables = grown(self._tables, self._tables.shape[0], max(16, width, 2 * self._tables.shape[1]))
 
     def _to_device(self, x):
-        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
+        x = torch.from_numpy(x)
+        return x if self._on_host else x.pin_memory().to(self.device, non_blocking=True)
 
 
-def _as_batch(token_ids, batch):
-    """What `extend` takes, as (number of new tokens, all ids in a row, mask of sequences without ids).
-
-    Tokens without an id have 0 in its place. ids are None if there are none; the mask is None if all have ids.
-    """
-    if isinstance(token_ids, Integral):
-        token_ids = check_length("token_ids", token_ids)
-        counts = zeros(batch) + token_ids
-        return counts, None, counts > 0
-    if getattr(token_ids, "ndim", 2) != 2:
-        fail("token_ids", f"shape ({batch}, n)", f"shape {tuple(token_ids.shape)}")
-    token_ids = _to_list(token_ids)
-    if len(token_ids) != batch:
-        fail("token_ids", f"one entry for each of {batch} sequences", len(token_ids))
-    unknown = None
-    if set(map(type, token_ids)) != {list}:
-        unknown = from_list([isinstance(item, Integral) and int(item) > 0 for item in token_ids]).bool()
-        token_ids = list(map(_to_list, token_ids))
-    return from_list(list(map(len, token_ids))), from_list(_as_ids(chain.from_iterable(token_ids))), unknown
-
-
-def _as_ids(token_ids):
-    """Token ids as an array of int64."""
-    try:
-        return array("q", list(_to_list(token_ids)))
-    except (TypeError, OverflowError) as error:
-        raise TypeError(f"token_ids: expected a flat list of int64 numbers: {error}") from None
-
-
-def _to_list(token_ids) -> Any:
-    """A list of an array, of a tensor on the host, or of as many zeros as an int says; other things as they are."""
-    if isinstance(token_ids, Integral):
-        return [0] * check_length("token_ids", token_ids)
-    if isinstance(token_ids, torch.Tensor) and token_ids.device.type != "cpu":
-        fail("token_ids", "token ids on the host, or their number", f"a tensor on {token_ids.device}")
-    return token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+def _as_iterable(seqs):
+    return seqs if isinstance(seqs, Iterable) else [seqs]

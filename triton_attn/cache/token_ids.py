@@ -1,0 +1,58 @@
+"""Token ids as callers give them, as arrays."""
+
+from itertools import chain
+from numbers import Integral
+
+import numpy as np
+import torch
+
+from .._host.checks import check_length, fail
+from .arrays import from_list
+
+
+def as_ids(token_ids):
+    """Ids of one sequence, a flat list or array: int64, (n,)."""
+    if isinstance(token_ids, torch.Tensor) and token_ids.device.type != "cpu":
+        fail("token_ids", "token ids on the host, or their number", f"a tensor on {token_ids.device}")
+    try:
+        if hasattr(token_ids, "dtype"):
+            ids = np.asarray(token_ids)
+            if ids.ndim == 1 and np.can_cast(ids.dtype, np.int64):
+                return ids.astype(np.int64)
+            token_ids = ids.tolist()
+        return from_list(token_ids if type(token_ids) is list else list(token_ids))
+    except (TypeError, OverflowError) as error:
+        raise TypeError(f"token_ids: expected a flat list of int64 numbers: {error}") from None
+
+
+def as_batch(token_ids, batch):
+    """What `extend` takes, as (numbers of new tokens, all ids in a row, mask of sequences without ids).
+
+    The numbers are (batch,), or the int 1 if all are. Tokens without an id have 0 in its place. ids are None if there
+    are none; the mask is None if all have ids.
+    """
+    ids = unknown = None
+    if isinstance(token_ids, Integral):
+        count = check_length("token_ids", token_ids)
+        counts, unknown = [count] * batch, np.full(batch, count > 0)
+    elif hasattr(token_ids, "dtype"):
+        if token_ids.ndim != 2:
+            fail("token_ids", f"shape ({batch}, n)", f"shape {tuple(token_ids.shape)}")
+        counts, ids = [token_ids.shape[1]] * len(token_ids), as_ids(token_ids.reshape(-1))
+    else:
+        token_ids = list(token_ids)
+        if set(map(type, token_ids)) != {list}:
+            unknown = np.array([isinstance(item, Integral) and int(item) > 0 for item in token_ids], bool)
+            token_ids = list(map(_as_list, token_ids))
+        counts = list(map(len, token_ids))
+        ids = as_ids(token_ids[0] if len(token_ids) == 1 else list(chain.from_iterable(token_ids)))
+    if len(counts) != batch:
+        fail("token_ids", f"one entry for each of {batch} sequences", len(counts))
+    return 1 if counts.count(1) == batch else from_list(counts), ids, unknown
+
+
+def _as_list(token_ids):
+    """A list of ids, or of as many zeros as an int says."""
+    if isinstance(token_ids, Integral):
+        return [0] * check_length("token_ids", token_ids)
+    return as_ids(token_ids).tolist()
