@@ -41,8 +41,8 @@ from .configs import MlaDecodeCase, MlaDecodeConfig
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
-# Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice as
-# much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
+# Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice
+# as much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
 WIDEST = 256
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "search_steps", "lse_stride"]
