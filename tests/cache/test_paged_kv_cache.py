@@ -172,6 +172,16 @@ def test_a_full_page_is_found_only_after_it_is_written():
     assert cache.create([1, 2, 3, 4, 5])[1] == 4
 
 
+def test_an_extend_by_nothing_names_full_pages():
+    cache = make()
+    seq, _ = cache.create([])
+    for token in (1, 2, 3, 4):
+        cache.extend([seq], [[token]])
+    assert cache.create([1, 2, 3, 4, 5])[1] == 0
+    cache.extend([seq], [[]])
+    assert cache.create([1, 2, 3, 4, 5])[1] == 4
+
+
 def test_a_failed_extend_makes_nothing_findable():
     cache = make(num_pages=1)
     seq, _ = cache.create([])

@@ -373,7 +373,6 @@ def steps():
     tracemalloc.stop()
 
 
-@pytest.mark.ci
 def test_no_call_pays_for_others(steps):
     """64 pages a call: the pool is filled, freed and found again but for its ends, so that long runs of the free list
     are taken out of its middle, and drained."""

@@ -296,8 +296,8 @@ class PagedSequences:
             column, offset = divmod(length, self.page_size)
             if count:
                 self._next_slot[row] = self._tables.item(row, column) * self.page_size + offset
-            # The tokens themselves take up room. None is left where they fill a page, which has to be named.
-            self._room[row] = self.page_size - offset if 0 < count < self.page_size - offset else count
+            # The tokens take it up: nothing is left, or less, where they fill a page, which has to be named.
+            self._room[row] = self.page_size - offset if count else 0
 
     def _must_copy(self, pages):
         """Which pages have to be copied by the rows that are about to write in them, one entry per row.
@@ -388,7 +388,7 @@ class PagedSequences:
         self._tables = grown(self._tables, capacity, self._tables.shape[1])
         self._states = grown(self._states, capacity, 5)
         # _room: tokens that can be added, from _next_slot on, with nothing to do first: they fit on the last page,
-        # which is the sequence's alone and cannot be found, and all full pages are named. 0 where this may not be so.
+        # which is the sequence's alone and cannot be found, and all full pages are named. 0 or less if not.
         # _known: tokens before the first one without an id, NO_LIMIT while all have one.
         # _named: leading pages that are full, written and hashed.
         self._lengths, self._room, self._next_slot, self._known, self._named = self._states.T
