@@ -23,7 +23,8 @@ SYNCHRONIZATIONS = {
     "@cp_commit",
     "@cp_wait",
 }
-SYNCHRONIZATIONS |= {"@mbarrier_init", "@mbarrier_arrive", "@wgmma_fence", "@wgmma_commit", "@wgmma_wait"}
+SYNCHRONIZATIONS |= {"@mbarrier_init", "@mbarrier_arrive", "@mbarrier_try_wait"}
+SYNCHRONIZATIONS |= {"@wgmma_fence", "@wgmma_commit", "@wgmma_wait"}
 
 
 class Program:
@@ -80,8 +81,9 @@ class Program:
         return other
 
     def remove(self, pc: int) -> None:
-        """Make an instruction do nothing."""
-        self.instructions[pc, 0] = core.entries()["@nothing"][0]
+        """Make an instruction do nothing. A wait for an mbarrier says at once that the phase is over."""
+        left = "@mbarrier_not_waited" if self.name_of(pc) == "@mbarrier_try_wait" else "@nothing"
+        self.instructions[pc, 0] = core.entries()[left][0]
 
     def synchronizations(self) -> list[int]:
         """Instructions whose only effect is the order of others: barriers, arrivals, waits, commits and fences."""
@@ -323,6 +325,12 @@ class _Body:
             return method(self, match, operands)
         if opcode not in core.entries():
             raise Unsupported(f"instruction {opcode}")
+        if len(operands) == 4 and _OF_THREE.fullmatch(opcode):
+            first_two = self.new_rows(1)
+            result, *rows = (self.operand(text, "r") for text in operands)
+            self.simple(opcode, first_two, *rows[:2])
+            self.simple(opcode, result, first_two, rows[2])
+            return
         _, signature = core.entries()[opcode]
         if len(signature) != len(operands):
             raise Unsupported(f"{opcode} with {len(operands)} operands")
@@ -349,6 +357,7 @@ def _immediate(text):
         raise Unsupported(f"operand {text}") from None
 
 
+_OF_THREE = re.compile(r"(min|max)(\.ftz)?(\.NaN)?\.f32")  # from sm_100 on they take three operands
 _BRACKET = re.compile(r"[{\[(]")
 
 

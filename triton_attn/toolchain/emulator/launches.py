@@ -18,7 +18,7 @@ from triton_attn.toolchain.emulator import core
 from triton_attn.toolchain.emulator import counts as counting
 from triton_attn.toolchain.emulator.decode import Program, mapped_constants
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 # (when asynchronous work happens, order of the warps), numbered as in the core: Completion and Order.
 SCHEDULES = {
@@ -118,18 +118,24 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
     memory is NaN until it is written. In global memory kernels may touch only the elements of their tensor arguments,
     including those in tuples and tensor descriptors. The first use needs a C++ compiler.
 
-    Checked: bounds and alignment; use of unwritten shared memory; order of accesses to shared memory by happens-before;
-    asynchronous copies and matmuls against their waits; proxy and wgmma fences; barriers, mbarriers and transaction
-    bytes; deadlock; divergence; order of accesses to shared memory between the lanes of a warp, by barriers and
-    bar.warp.sync; order of accesses to global memory between the programs of a launch, by release and acquire, and,
-    each against the last of another warp, between the warps of a program. Not checked: order between lanes in global
-    memory, whether a program's other warps are done when one of them releases, everything below PTX.
+    Checked:
+
+    - bounds and alignment; use of shared memory that nobody has written
+    - the order of accesses to shared memory between warps, by happens-before, and between the lanes of a warp, by
+      barriers, mbarriers and bar.warp.sync
+    - the order of accesses to global memory between the programs of a launch, by release and acquire, and between the
+      warps of a program and the lanes of a warp, each access against the last one before it
+    - asynchronous copies and matmuls against their waits; proxy and wgmma fences
+    - barriers, mbarriers and transaction bytes; deadlock; divergence
+
+    Not checked: whether the other warps of a program, and the other lanes of a warp, have finished their accesses to
+    global memory when one of them releases; everything below PTX.
 
     Nothing can be timed, so a kernel under `triton.autotune` runs with the first config that fits, after pruning.
     Launch `kernel.fn` with each of `kernel.configs` to have all of them checked.
 
     Args:
-        arch: "sm_80", "sm_86", "sm_89" or "sm_90".
+        arch: "sm_80", "sm_86", "sm_89", "sm_90" or "sm_120".
         schedule: a key of SCHEDULES.
         seed: of the random schedules; the same seed gives the same run.
         strict: raise EmulationError at a launch with a fault. Otherwise the fault is only in the log.
@@ -150,8 +156,10 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
             `emulate` or `compile_only` is open; at a launch, a driver would refuse it.
     """
     if arch not in TARGETS:
-        error = NotImplementedError if arch in compilation._TARGETS else ValueError
-        raise error(f"arch: expected {', '.join(TARGETS)}, got {arch!r}")
+        message = f"arch: expected {', '.join(TARGETS)}, got {arch!r}"
+        if arch in compilation._TARGETS:
+            raise NotImplementedError(f"{message}: tcgen05 of sm_100 and sm_103, sm_121 and AMD GPUs are not emulated")
+        raise ValueError(message)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected {', '.join(SCHEDULES)}, got {schedule!r}")
     if triton.knobs.runtime.interpret:
