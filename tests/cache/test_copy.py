@@ -8,7 +8,7 @@ from triton_attn import copy_kv_pages
 from triton_attn.toolchain import compile_only
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.emulated), "reference"])
 def test_layouts(backend, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
     pages = torch.tensor([0], device=DEVICE), torch.tensor([2], device=DEVICE)

@@ -47,6 +47,7 @@ def problems(draw):
     return kv_latent, k_pe, new_cache, slots, options
 
 
+@pytest.mark.emulated
 @pytest.mark.oldest
 @settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())
