@@ -1,4 +1,4 @@
-"""PTX text to the instructions that the core executes. Nothing is guessed: what is unknown raises Unsupported."""
+"""Decodes PTX text into the instructions that the core executes. Everything unknown raises Unsupported."""
 
 import copy
 import ctypes
@@ -75,7 +75,7 @@ class Program:
         return _place(self.lines[pc]) if 0 <= pc < len(self.lines) else _place(None)
 
     def copy(self) -> "Program":
-        """One whose instructions may be changed, with counts of its own."""
+        """A copy whose instructions may be changed, with its own counts."""
         other = copy.copy(self)
         other.instructions, other.executed = self.instructions.copy(), np.zeros_like(self.executed)
         return other
@@ -90,7 +90,7 @@ class Program:
         return [pc for pc in range(len(self.instructions)) if self.name_of(pc) in SYNCHRONIZATIONS]
 
     def loops(self) -> list[tuple[int, int]]:
-        """(first, last) instruction of each, from where a branch goes back to, to the branch."""
+        """(first, last) instruction of each loop: the target of a backward branch, and the branch."""
         branch = core.entries()["@bra"][0]
         backward = (self.instructions[:, 0] == branch) & (self.instructions[:, 8] <= np.arange(len(self.instructions)))
         return [(int(self.instructions[pc, 8]), int(pc)) for pc in np.flatnonzero(backward)]

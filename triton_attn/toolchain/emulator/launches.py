@@ -1,4 +1,4 @@
-"""Ordinary launches on CPU tensors, through Triton's own launcher over a stub driver, to the core."""
+"""Runs ordinary launches on CPU tensors: Triton's own launcher calls a stub driver, which calls the core."""
 
 import contextlib
 import ctypes
@@ -33,7 +33,7 @@ SCHEDULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What was wrong with an instruction of a launch, the first time it was.
+    """A fault of an instruction of a launch, where it first occurred.
 
     Attributes:
         kind: one of `core.FAULTS`.
@@ -43,8 +43,9 @@ class Fault:
         kernel: name of the function.
         program: (x, y, z).
         warp, lane: of the program, of the warp.
-        tensor: name of the argument, of global memory; `index`: its element, None where the address is in no element.
-        detail: the rest in words.
+        tensor, index: for global memory, the name of the argument and the index of its element, or None if the address
+            is in no element.
+        detail: the rest of the report.
     """
 
     kind: str
@@ -70,10 +71,10 @@ class Fault:
 
 
 class EmulationError(AssertionError):
-    """A launch did what it must not do.
+    """A launch has faults.
 
-    The message has the first fault of each kind and source line. `faults` has all that were found, in the order in
-    which they were.
+    The message has the first fault of each kind and source line. `faults` has all of them, in the order in which they
+    were found.
     """
 
     def __init__(self, faults):
@@ -98,8 +99,8 @@ class EmulatedLaunch(compilation.Launch):
         program: the decoded kernel.
         executed: how many warps executed each of its instructions, int64.
         instructions: their sum, of what was executed or skipped by a predicate.
-        faults: what was wrong.
-        counts: what it cost beside time, or None if `emulate` was not asked to count.
+        faults: its faults.
+        counts: its counts, or None without `emulate(counts=True)`.
     """
 
     program: Program
@@ -176,7 +177,7 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
 
 @contextlib.contextmanager
 def _first_configs():
-    """Inside it the autotuner takes the first config that fits, times none, and remembers nothing of it."""
+    """Inside it, the autotuner takes the first config that fits. It times nothing and caches nothing."""
     run = Autotuner.run
 
     def run_first(tuner, *args, **kwargs):
@@ -321,10 +322,10 @@ class _Emulator:
 
 
 def run_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0, schedule="late", seed=0, limit=1_000_000, read_only=()):
-    """Run PTX written by hand: its faults.
+    """Run PTX written by hand; the result is a tuple of its faults.
 
     Args:
-        ptx: has one entry point, whose parameters are as many as the arguments, with .reqntid.
+        ptx: one entry point with .reqntid, and with as many parameters as there are arguments.
         arguments: {name: CPU tensor or integer}, in the order of the parameters.
         grid, shared_bytes: of the launch; the address of shared memory is `global_smem`.
         schedule, seed, limit, read_only: as in `emulate`.
@@ -337,7 +338,7 @@ def run_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0, schedule="late", 
 
 
 def count_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0):
-    """What PTX written by hand costs beside time, `Counts`; arguments as of `run_ptx`.
+    """Run PTX written by hand; the result is its `Counts`. The arguments are those of `run_ptx`.
 
     Raises:
         EmulationError: it has a fault.
