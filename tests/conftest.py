@@ -24,6 +24,9 @@ with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing, and r
 
 
 def pytest_configure(config):
+    if config.getoption("--emulate") and LEVEL == "ci":  # each draw compiles a kernel or more
+        settings.register_profile("emulated", settings.get_profile("triton_attn"), max_examples=DRAWS["quick"])
+        settings.load_profile("emulated")
     if INTERPRETED:
         from triton_attn.toolchain import fix_interpreter
 

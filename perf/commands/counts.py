@@ -171,7 +171,8 @@ def task_of(launch):
     """The key of a launch's `Work`: the kernel's name, and whether it computes dQ too. The dkdv kernel has both
     variants.
     """
-    fused = launch.name == "_flash_bwd_dkdv_kernel" and "dq" in launch.counts.written
+    writes_dq = any(name.startswith("dq") for name in launch.counts.written)  # dq.ptr or dq_desc
+    fused = launch.name == "_flash_bwd_dkdv_kernel" and writes_dq
     return f"{launch.name}, fused" if fused else launch.name
 
 

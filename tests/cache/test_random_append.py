@@ -54,6 +54,7 @@ def written_by(function, args, options):
     return copies
 
 
+@pytest.mark.emulated
 @pytest.mark.oldest
 @settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())

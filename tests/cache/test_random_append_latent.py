@@ -74,6 +74,7 @@ def factors_of(scales):
     return [torch.as_tensor(x, dtype=torch.float32).item() for x in (k_scale, scales.get("k_pe_scale", k_scale))]
 
 
+@pytest.mark.emulated
 @pytest.mark.oldest
 @settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems())

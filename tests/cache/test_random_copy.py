@@ -45,6 +45,7 @@ def problems(draw):
     return caches, draw(st.lists(sources, min_size=num_copies, max_size=num_copies)), pages[:num_copies]
 
 
+@pytest.mark.emulated
 @pytest.mark.oldest
 @settings(max_examples=3 * settings.default.max_examples)  # they take milliseconds
 @given(problems(), st.sampled_from([torch.int32, torch.int64]))

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from attention_cases import (
 )
 
 from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn.flash import forward
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.toolchain import guard
 
@@ -59,6 +61,26 @@ def test_a_bit_of_everything(dtype, use_tma):
             config=replace(PLAIN.config, use_tma=use_tma),
         )
     )
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_kernel_of_hopper(head_dim, monkeypatch, request):
+    """Gluon has no interpreter. An empty sequence, rows that see nothing, rows after the last sequence, a sequence of
+    NaN."""
+    if request.config.getoption("--emulate") != "sm_90":
+        pytest.skip("needs --emulate sm_90")
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
+    launch = mock.Mock(wraps=forward.launch_flash_fwd_hopper)
+    monkeypatch.setattr(forward, "launch_flash_fwd_hopper", launch)
+    lengths = {"seqlens_q": (70, 0, 5, 133), "seqlens_k": (100, 40, 0, 190)}
+    heads = {"num_heads_kv": 2, "group_size": 3, "head_dim": head_dim, "head_dim_v": head_dim}
+    check(
+        replace(
+            PLAIN, varlen=True, dtype=torch.bfloat16, causal=True, poisoned_sequence=1, spare_rows=9, **lengths, **heads
+        )
+    )
+    assert launch.called
 
 
 @pytest.mark.parametrize(

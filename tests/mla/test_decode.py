@@ -1,10 +1,13 @@
 """mla_decode: one readable example for each convention."""
 
+from unittest import mock
+
 import pytest
 import torch
 from decode_cases import DEVICE, DTYPES, INTERPRETED, PAGE_SIZES, TILES, Case, Inputs, cache_bytes, check, using
 
 from triton_attn import mla_decode, reference
+from triton_attn.mla import absorbed
 from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.toolchain import guard
 
@@ -140,6 +143,21 @@ def test_more_splits_than_are_merged_at_once(num_splits):
     results = mla_decode(*tensors, num_splits=num_splits, **options)
     for result, expected in zip(results, reference.mla_decode(*tensors, **options)):
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.emulated
+def test_the_kernel_of_hopper(monkeypatch, request):
+    """Gluon has no interpreter. Slots without a key are NaN; one sequence is empty, one has fewer keys than splits."""
+    if request.config.getoption("--emulate") != "sm_90":
+        pytest.skip("needs --emulate sm_90")
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
+    launch = mock.Mock(wraps=absorbed.launch_mla_decode_hopper)
+    monkeypatch.setattr(absorbed, "launch_mla_decode_hopper", launch)
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
+    absorbed_already = dict(with_uk=False, with_uv=False, softmax_scale=0.07)
+    sizes = dict(seqlens_k=(333, 1, 0), num_heads=64, page_size=64, num_splits=3)
+    check(Case(dtype=torch.bfloat16, **sizes, **absorbed_already, **widths))
+    assert launch.called
 
 
 @pytest.mark.emulated

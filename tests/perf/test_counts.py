@@ -21,6 +21,7 @@ UPDATE = "python -m perf counts --update-counts"
 CASES = [case for arch in ARCHS for case in baseline_cases(arch)]
 SAMPLE = (  # one for each kind of figure
     ("sm_90", "flash", "head_dim=64 causal=True"),
+    ("sm_90", "flash_backward", "head_dim=64 deterministic=False"),
     ("sm_90", "mla", "num_heads=16 cache_dtype=bfloat16 page_size=64"),
     ("sm_80", "append", "cache_dtype=bfloat16 num_heads_kv=8 head_dim=128 page_size=16 rope=interleaved"),
     ("sm_80", "paged", "num_heads_q=71 num_heads_kv=1 head_dim=64 page_size=16"),

@@ -65,6 +65,14 @@ def test_other_targets(arch):
     assert launch.arch == arch
 
 
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, kernels in CALL_OF.values() if kernels == "portable"))
+def test_every_portable_kernel_on_sm_120(name):
+    """It multiplies as sm_80 does, copies by TMA, and adds two f32 or compares three in one instruction."""
+    assert {launch.arch for launch in run(name, "sm_120")} == {"sm_120"}
+
+
 def test_every_kernel_has_a_call():
     assert sorted(CALL_OF) == kernels_of_package()
 

@@ -384,7 +384,7 @@ def test_unwritten_bytes_may_be_copied():
 
 @pytest.mark.parametrize("atomic", [False, True])
 def test_programs_that_write_one_element(atomic):
-    body = "red.global.gpu.relaxed.add.u32 [%x], 1;" if atomic else "st.global.b32 [%x], %tid;"
+    body = "red.global.gpu.relaxed.add.u32 [%x], 1;" if atomic else "st.global.b32 [%x], %r0;"
     found = faults(body, threads=32, grid=(2, 1, 1))
     assert [f.kind for f in found] == ([] if atomic else ["race between programs"])
     assert all((f.program, f.tensor, f.index) == ((1, 0, 0), "x", (0,)) for f in found)
@@ -493,6 +493,65 @@ def test_warps_in_global_memory(kinds, before, after, schedule):
     assert not faults(addresses + before + "bar.sync 0;\n" + after, schedule=schedule)
 
 
+BESIDE = "mad.wide.u32 %a0, %lane, 4, %x;\nxor.b32 %r2, %lane, 1;\nmad.wide.u32 %a1, %r2, 4, %x;\n"
+READ_ASYNC = "cp.async.ca.shared.global [%s], [%a1], 4;\ncp.async.wait_all;\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        pytest.param("race: read after write", WRITE, READ, id="read"),
+        pytest.param("race: read after write", WRITE, READ_ASYNC, id="cp.async"),
+        pytest.param("race: write after read", READ, WRITE, id="write"),
+        pytest.param("race: write after read", READ_ASYNC, WRITE, id="write after cp.async"),
+        pytest.param("race: write after write", WRITE, "st.global.b32 [%a1], %tid;\n", id="writes"),
+    ],
+)
+def test_lanes_in_global_memory(kind, before, after):
+    """%a0 is a lane's own element, %a1 that of the lane beside it."""
+    (fault,) = faults(BESIDE + before + after, threads=32)
+    assert (fault.kind, fault.lane, fault.tensor, fault.index) == (kind, 0, "x", (1 if "%a1" in after else 0,))
+    assert "by lane 1 of the same warp" in fault.detail
+    for ordered in (WARP_SYNC, "bar.sync 0;\n"):
+        assert not faults(BESIDE + before + ordered + after, threads=32)
+    own = [text.replace("%a1", "%a0") for text in (before, after)]
+    assert not faults(BESIDE + "".join(own), threads=32)
+
+
+def test_lanes_that_store_to_one_byte_of_global_memory():
+    """Any may come last: only the same value is the same result."""
+    store = "st.global.b32 [%x], {};\n"
+    assert not faults(store.format("%r0") + "st.global.b16 [%x], 7;\n", threads=32)
+    (fault,) = faults(store.format("%tid"), threads=32)
+    assert (fault.kind, fault.lane, fault.index) == ("race: write after write", 1, (0,))
+    assert "written by lane 0 of the same warp" in fault.detail
+    assert not faults("add.s64 %a0, %x, 0;\nred.global.add.u32 [%a0], %tid;\n", threads=32)
+    half = "setp.lt.u32 %p0, %tid, 16;\n@%p0 "
+    (fault,) = faults(half + store.format("%r0") + "ld.global.b32 %r1, [%x];\n", threads=32)
+    assert (fault.kind, fault.lane) == ("race: read after write", 16)
+
+
+def test_a_program_does_not_wait_for_lanes_of_another():
+    """What a lane of an earlier program did is no concern of this one's lanes."""
+    body = BESIDE.replace("%x;", "%x;\nmul.wide.u32 %a2, %r3, 128;\n") + WRITE.replace("st", "@%p0 st")
+    setup = "mov.u32 %r3, %ctaid.x;\nsetp.eq.u32 %p0, %r3, 0;\n"
+    found = faults(setup + body + READ.replace("ld", "@!%p0 ld"), threads=32, grid=(2, 1, 1))
+    assert [fault.kind for fault in found] == ["race between programs"]
+
+
+def test_the_source_of_a_tensor_copy_is_free_when_it_is_over():
+    """Its reads are as old as its issue: who waits for it has seen them."""
+    copy = MAP + INIT.replace("bar.sync 0;\n", "") + "mov.b32 %r1, global_smem;\nadd.s32 %r2, %r1, 512;\nbar.sync 0;\n"
+    copy += "@%leader mbarrier.arrive.expect_tx.shared::cta.b64 _, [global_smem+512], 64;\n" + LOAD + "\n"
+    wait = "".join(MBARRIER.partition("wait:")[1:]).rpartition("ld.shared")[0]
+    store = "mad.wide.u32 %a0, %tid, 4, %x;\nst.global.b32 [%a0], %r0;\n"
+    buffer = torch.zeros(192, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 64
+    for schedule in SCHEDULES:
+        tensors = {"x": torch.arange(64, dtype=torch.int32), "map": buffer[start : start + 128]}
+        assert not faults(copy + "bar.sync 0;\n" + wait + store, tensors=tensors, schedule=schedule)
+
+
 def test_the_message_has_a_line_of_the_source_once():
     copies = [f"cp.async.ca.shared.global [%s+{8 * i}], [%x], 4;" for i in range(3)]
     found = faults("\n".join(["mov.b32 %r1, 0;", " ".join(copies)]), shared_bytes=4, threads=32)
@@ -521,6 +580,7 @@ def test_what_is_not_emulated_is_refused(error, arch, schedule):
     message = (
         "schedule: expected random, .*, got 'slow'" if schedule == "slow" else f"arch: expected sm_80, .* got '{arch}'"
     )
+    message += ": tcgen05 of sm_100 .* AMD GPUs are not emulated" if error is NotImplementedError else "$"
     with pytest.raises(error, match=message), emulate(arch, schedule=schedule):
         pass
 

@@ -226,11 +226,9 @@ def cases():
             (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne),
         ):
             yield f"setp.{name}.{t}", "p", (t, t), compare
-        if t[1:] != "16":
-            bits = int(t[1:])
-            yield f"mul.hi.{t}", t, (t, t), lambda a, b, n=bits: a * b >> n
-            yield f"div.{t}", t, (t, t), lambda a, b: truncated_division(a, b) if b else -1
-            yield f"rem.{t}", t, (t, t), lambda a, b: a - b * truncated_division(a, b) if b else a
+        yield f"mul.hi.{t}", t, (t, t), lambda a, b, n=int(t[1:]): a * b >> n
+        yield f"div.{t}", t, (t, t), lambda a, b: truncated_division(a, b) if b else -1
+        yield f"rem.{t}", t, (t, t), lambda a, b: a - b * truncated_division(a, b) if b else a
         if t[1:] != "64":
             double = t[0] + str(2 * int(t[1:]))
             yield f"mul.wide.{t}", double, (t, t), operator.mul
@@ -239,7 +237,6 @@ def cases():
             yield f"mad.hi.{t}", t, (t, t, t), lambda a, b, c: (a * b >> 32) + c
     for t in ("s32", "s64", "s16"):
         yield f"neg.{t}", t, (t,), operator.neg
-    for t in ("s32", "s64"):
         yield f"abs.{t}", t, (t,), abs
     yield "min.relu.s32", "s32", ("s32", "s32"), lambda a, b: max(min(a, b), 0)
     yield "max.relu.s32", "s32", ("s32", "s32"), lambda a, b: max(a, b, 0)
@@ -260,8 +257,8 @@ def cases():
     for bits in (32, 64):
         yield f"popc.b{bits}", "u32", (f"u{bits}",), lambda a: bin(a).count("1")
         yield f"clz.b{bits}", "u32", (f"u{bits}",), lambda a, n=bits: n - a.bit_length()
+        yield f"brev.b{bits}", f"u{bits}", (f"u{bits}",), lambda a, n=bits: int(f"{a:0{n}b}"[::-1], 2)
     yield "bfind.u32", "u32", ("u32",), lambda a: a.bit_length() - 1
-    yield "brev.b32", "u32", ("u32",), lambda a: int(f"{a:032b}"[::-1], 2)
     yield "bfe.u32", "u32", ("u32", "u32", "u32"), lambda a, b, c: a >> (b & 255) & ((1 << (c & 255)) - 1)
     yield "bfe.s32", "s32", ("s32", "u32", "u32"), signed_field
     yield "bfi.b32", "u32", ("u32", "u32", "u32", "u32"), inserted
@@ -357,9 +354,12 @@ def cases():
             yield f"fma.rn.{t}x2", f"{t}x2", (f"{t}x2",) * 3, lambda a, b, c, f=f: tuple(map(f, a, b, c))
             yield f"neg.{t}x2", f"{t}x2", (f"{t}x2",), lambda a: (-a[0], -a[1])
             yield f"abs.{t}x2", f"{t}x2", (f"{t}x2",), lambda a: (abs(a[0]), abs(a[1]))
-    for name, function in (("add", operator.add), ("sub", operator.sub), ("mul", operator.mul)):
-        yield f"{name}.ftz.f32", "f32", ("f32", "f32"), flushed(exactly("f32", function))
-    yield "fma.rn.ftz.f32", "f32", ("f32",) * 3, flushed(exactly("f32", lambda a, b, c: a * b + c))
+    sums_of_f32 = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "fma.rn": lambda a, b, c: a * b + c}
+    for name, function in sums_of_f32.items():
+        count, one = 2 + (name == "fma.rn"), exactly("f32", function)
+        yield f"{name}.ftz.f32", "f32", ("f32",) * count, flushed(one)
+        for ftz, f in (("", one), (".ftz", flushed(one))):
+            yield f"{name}{ftz}.f32x2", "f32x2", ("f32x2",) * count, lambda *pairs, f=f: tuple(map(f, *pairs))
     for name, function in (("min", smaller), ("max", larger)):
         yield f"{name}.ftz.f32", "f32", ("f32", "f32"), flushed(function)
         yield f"{name}.ftz.NaN.f32", "f32", ("f32", "f32"), flushed(or_nan(function))
@@ -421,6 +421,11 @@ def looked_up(a, b, c, table):
     return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
 
 
+def width_of(kind):
+    """Bits of a register."""
+    return 32 if kind == "p" else 2 * int(kind[-4:-2]) if kind.endswith("x2") else int(kind[-2:])
+
+
 # The table is the core's, which only a process that compiles must have built.
 CAN_RUN = shutil.which("cc") is not None and not triton.knobs.runtime.interpret
 CASES = {opcode: rest for opcode, *rest in cases()} if CAN_RUN else {}
@@ -429,7 +434,7 @@ MOVED = {"pack.b8": "mov.b32", "pack.b16": "mov.b32", "pack.b32": "mov.b64", "un
 
 def kernel(opcode, target, sources, threads):
     """A kernel that applies an instruction to what each thread loads from inputs 0, 1, ... and stores the result."""
-    widths = [32 if t == "p" else 32 if t.endswith("x2") else int(t[-2:]) for t in (target, *sources)]
+    widths = [width_of(t) for t in (target, *sources)]
     prefix = {16: "%h", 32: "%r", 64: "%d"}
     name = lambda i, t: f"%p{i}" if t == "p" else f"{prefix[widths[i]]}{i}"  # noqa: E731
     names = [name(i, t) for i, t in enumerate((target, *sources))]
@@ -463,13 +468,11 @@ def run(opcode, target, sources):
         pairs = [] if len(sources) == 1 else pairs_of(kind, i)
         patterns = pairs + values_of(kind, i)
         if t.endswith("x2"):
-            patterns = [a | b << 16 for a, b in zip(patterns, pairs[::-1] + values_of(kind, 9 - i))]
+            half = width_of(t) // 2
+            patterns = [a | b << half for a, b in zip(patterns, pairs[::-1] + values_of(kind, 9 - i))]
         inputs.append(patterns)
-    tensors = [
-        signed_tensor(patterns, 32 if t == "p" or t.endswith("x2") else int(t[-2:]))
-        for patterns, t in zip(inputs, sources)
-    ]
-    width = 32 if target == "p" or target.endswith("x2") else int(target[-2:])
+    tensors = [signed_tensor(patterns, width_of(t)) for patterns, t in zip(inputs, sources)]
+    width = width_of(target)
     out = torch.zeros(len(inputs[0]), dtype=getattr(torch, f"int{width}"))
     arguments = {"out": out} | {f"operand {i}": tensor for i, tensor in enumerate(tensors)}
     assert not run_ptx(kernel(opcode, target, sources, len(out)), arguments)
@@ -501,6 +504,19 @@ def test_instruction(opcode):
         expected = number(target, pattern(target, function(*operands)))
         got = number(target, result)
         assert same(target, got, expected, tolerance), f"{opcode} of {operands}: got {got}, expected {expected}"
+
+
+@pytest.mark.parametrize(
+    "opcode", ["min.f32", "max.f32", "min.NaN.f32", "max.NaN.f32", "max.ftz.f32", "max.ftz.NaN.f32"]
+)
+def test_the_least_and_the_greatest_of_three(opcode):
+    """As from sm_100 on."""
+    _, _, of_two = CASES[opcode]
+    inputs, results = run(opcode, "f32", ("f32",) * 3)
+    for patterns, result in zip(zip(*inputs), results):
+        a, b, c = (number("f32", p) for p in patterns)
+        expected, got = of_two(of_two(a, b), c), number("f32", result)
+        assert same("f32", got, expected, 0), f"{opcode} of {a}, {b}, {c}: got {got}, expected {expected}"
 
 
 def test_every_instruction_of_the_table_has_a_case():

@@ -6,12 +6,14 @@ reported: what is listed is redundant together. The calls have so many keys that
 """
 
 from collections import Counter
+from pathlib import Path
 
 import emulated_calls as calls
 import pytest
 import torch
 import triton
 
+from examples import without_a_gpu as example
 from triton_attn.toolchain.emulator import emulate
 
 pytestmark = [
@@ -95,6 +97,12 @@ REDUNDANT = {
             (2, "before free_pe in _step: the loader has waited for values, which are free after a later barrier"),
             (2, BETWEEN_BARRIERS),
         ],
+        "@mbarrier_arrive": [(2, "that frees rotary keys: nothing waits for it, see below")],
+        "@mbarrier_try_wait": [
+            (2, "for the other group's values: that group has waited for them when it passes on its weights"),
+            (1, "of group 1, for the queries: group 0 has waited for them when it passes on its first weights"),
+            (1, "of the loader, for rotary keys: it has waited for values, which their group frees later"),
+        ],
         "@wgmma_commit": [(4, COMMITS)],
         "@wgmma_fence": [(6, UNTOUCHED)],
     },
@@ -143,6 +151,34 @@ def test_each_synchronization_is_reported_when_it_is_removed(kernel, monkeypatch
     found = Counter(program.name_of(pc) for pc in redundant)
     places = "\n".join(f"{program.where(pc)}: {program.text[pc]}" for pc in redundant)
     assert found == listed, f"redundant, each to be read and listed with its reason:\n{places}"
+
+
+def test_kernels_without_a_call_here_have_nothing_to_remove():
+    """Every other kernel of the package is in CALLS."""
+    for kernel in set(calls.CALL_OF) - set(CALLS):
+        (launch,) = calls.run(calls.CALL_OF[kernel][0], "sm_90")
+        assert launch.name == kernel
+        assert launch.program.synchronizations() == []
+
+
+@pytest.mark.parametrize("forgotten", ["full", "free"])
+def test_a_removed_wait_is_as_one_that_was_forgotten(forgotten):
+    """Of an mbarrier: its removal says that the phase is over. What follows differs, the first fault does not."""
+    lines = Path(example.__file__).read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(lines) if f"mbarrier.wait({forgotten}." in text)
+
+    def edit(program):
+        for pc in program.synchronizations():
+            if program.name_of(pc) == "@mbarrier_try_wait" and program.where(pc).endswith(f"py:{line}"):
+                program.remove(pc)
+
+    with emulate("sm_90", schedule="late", strict=False, edit=edit) as removed:
+        example.column_sums()
+    with emulate("sm_90", schedule="late", strict=False) as omitted:
+        example.column_sums(forget=forgotten)
+    first = [log[0].faults[0] for log in (removed, omitted)]
+    assert first[0].kind == first[1].kind
+    assert first[0].where == first[1].where
 
 
 def same(a, b):

@@ -86,3 +86,16 @@ class TestCompiled:
         assert re.search(r"EmulationError: \S*without_a_gpu.py:\d+: race: read after write at x_ptr", done)
         if IS_OF_THIS_TRITON:
             assert [block for block in blocks("text") if block in done] == [blocks("text")[-1]], done
+
+    @pytest.mark.ci
+    def test_tests_that_launch_nothing(self, tmp_path):
+        """They are counted; those that are marked fail."""
+        (tmp_path / "conftest.py").write_text(next(b for b in blocks("python") if b.startswith("# conftest.py")))
+        text = "import pytest\ndef test_a(): pass\n@pytest.mark.emulated\ndef test_b(): pass\n"
+        (tmp_path / "test_nothing.py").write_text(text)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulate", "sm_90"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+        assert "1 failed, 1 passed" in done
+        assert "expected a launch of a test marked emulated, got none" in done
+        assert "0 launches, 0 warp instructions; 2 of 2 tests launched nothing" in done

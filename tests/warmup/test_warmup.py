@@ -263,7 +263,7 @@ def test_what_a_process_does_not_meet_is_an_error(monkeypatch):
 
 @pytest.mark.compiled
 def test_an_unknown_architecture_is_named():
-    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*; got 'sm_99'"):
+    with pytest.raises(ValueError, match=r"arch: expected sm_80, .*, got 'sm_99'"):
         triton_attn.warmup("llama-3-8b", arch="sm_99")
 
 

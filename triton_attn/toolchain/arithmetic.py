@@ -1,4 +1,4 @@
-"""Integer arithmetic of interpreted kernels, checked: numpy wraps and divides by zero without a word."""
+"""Checks of the integer arithmetic of interpreted kernels: numpy wraps and divides by zero silently."""
 
 import functools
 import linecache
@@ -18,10 +18,11 @@ class DeviceArithmeticError(ArithmeticError):
 
 
 def check_fit(numpy_op, symbol, exact_op):
-    """A wrapper for a builder's method: raise where the int32 result is not that of 64-bit arithmetic.
+    """A wrapper for a builder's method: raise if the int32 result differs from that of 64-bit arithmetic.
 
-    Signed numbers alone: unsigned ones wrap on purpose, as in Philox. So do those of 8 and 16 bits, which are bit
-    patterns. Every lane counts, as no operation knows which lanes a later mask leaves out.
+    Only signed numbers are checked: unsigned ones wrap on purpose, as in Philox. Numbers of 8 and 16 bits are bit
+    patterns, and wrap too. Every lane is checked, because an operation does not know which lanes a later mask leaves
+    out.
     """
 
     def wrap(method):
@@ -74,7 +75,7 @@ def _overflow(a, b, symbol, op):
 
 
 def _place():
-    """The program and the line of the kernel, or of the jit function it called, that is being interpreted."""
+    """The program, and the line of the kernel or jit function that is being interpreted."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_KERNELS):
         frame = frame.f_back

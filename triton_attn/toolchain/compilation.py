@@ -28,14 +28,14 @@ def shared_memory_limit(arch: str) -> int:
 
 def _check_arch(arch):
     if arch not in _TARGETS:
-        raise ValueError(f"arch must be one of {', '.join(_TARGETS)}; got {arch!r}")
+        raise ValueError(f"arch: expected {', '.join(_TARGETS)}, got {arch!r}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
     """One launch inside `compile_only`: what was launched, and what its compiled code uses.
 
-    Resources are per thread unless they say otherwise, and are worked out when first asked for.
+    Resources are per thread unless stated otherwise. They are read from the compiled code at first use.
     """
 
     kernel: "triton.compiler.CompiledKernel"
@@ -175,20 +175,20 @@ def compile_only(arch: str, *, every_launch: bool = True, driver=None):
     `TensorDescriptor`s, and tuples of both. Outputs keep what they held. A kernel that does not fit `arch` raises
     `triton.runtime.errors.OutOfResources` at its launch, as on the GPU. The target is what
     `triton.runtime.driver.active.get_current_target()` says. Binaries go to Triton's cache on disk, which tells
-    targets apart. One at a time in a process; other threads of the process see it too.
+    targets apart. One may be open in a process at a time; it affects all threads.
 
     Args:
         arch: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942" or "gfx950".
         every_launch: False records only the first launch of each compiled kernel, and every later launch of it costs
-            no more than the JIT's own call path. For measuring the cost of a call on the host.
-        driver: what makes the driver from the other two; the emulator's own runs what is launched.
+            no more than the JIT's own call path. Use it to measure the host cost of a call.
+        driver: a function of the other two arguments that makes the driver; the emulator's driver runs the launches.
 
     Yields:
         A list of `Launch`, in the order of the launches; it grows while the context is open.
 
     Raises:
         ValueError: `arch` is not in the list.
-        RuntimeError: TRITON_INTERPRET is set (kernels are interpreted, not compiled), or another one is open.
+        RuntimeError: TRITON_INTERPRET is set (kernels are interpreted, not compiled), or a `compile_only` is open.
     """
     _check_arch(arch)
     if triton.knobs.runtime.interpret:
@@ -212,7 +212,7 @@ def compile_only(arch: str, *, every_launch: bool = True, driver=None):
 
 
 class Specialization(NamedTuple):
-    """One of the kernels that a kernel function compiles to: by types, constants and divisibility of its arguments."""
+    """A kernel that a kernel function compiles to, for the types, constants and divisibility of its arguments."""
 
     name: str  # of the function
     data: str  # Triton's own description of it, JSON
@@ -220,24 +220,24 @@ class Specialization(NamedTuple):
 
 @contextlib.contextmanager
 def record_specializations(arch: str, *, compiled: Collection[Specialization] = ()):
-    """`compile_only` that compiles nothing: it tells what would be, a fraction of a millisecond for a launch.
+    """Like `compile_only`, but compiles nothing: it records which kernels the launches would compile.
 
-    For counting what a change of arguments compiles anew. Every launch costs as much, also of what was met before.
+    Use it to count the compilations that a change of arguments causes. A launch takes a fraction of a millisecond, also
+    if its kernel was recorded before.
 
     Args:
         arch: as in `compile_only`.
-        compiled: of those that are met, the ones to compile nevertheless.
+        compiled: specializations to compile nevertheless.
 
     Yields:
-        A dict whose keys are the `Specialization`s met, in the order in which they were; it grows while the context is
-        open.
+        A dict whose keys are the `Specialization`s of the launches, in their order; it grows while the context is open.
     """
     met = {}
 
     def hook(*, fn, compile, **_):
         specialization = Specialization(fn.name, compile["specialization_data"])
         met[specialization] = None
-        return specialization not in compiled  # True: leave it
+        return specialization not in compiled  # True: do not compile
 
     config = triton.knobs.runtime
     previous = config.jit_cache_hook
@@ -250,7 +250,7 @@ def record_specializations(arch: str, *, compiled: Collection[Specialization] = 
 
 
 class _Driver:
-    """A Triton driver (see `triton.backends.driver.DriverBase`) that says what the target is and does nothing else."""
+    """A Triton driver (see `triton.backends.driver.DriverBase`) that names the target and launches nothing."""
 
     def __init__(self, arch, every_launch):
         self.arch = arch
@@ -297,7 +297,7 @@ class _Driver:
         return launch
 
     def close(self):
-        """Make every kernel forget that it was loaded, and its function that it was compiled."""
+        """Unload every kernel, and remove it from the caches of its function."""
         for kernel in self.kernels:
             kernel.module = None
             kernel.src.fn.device_caches.pop(self.device, None)

@@ -51,8 +51,8 @@ def fix_interpreter() -> None:
     - Tensors as loop bounds work with triton 3.6 and numpy >= 2.4.
     - `desc.atomic_add` of fp32 descriptors works.
     - Launches take a third of the time, and leave nothing of `triton.language` patched.
-    - Tensors and their types are made in less time, once for each shape: a kernel takes a fifth less.
-    - Launches of several Python threads wait for each other.
+    - Tensors and types are constructed once per shape, which saves a fifth of a kernel's time.
+    - Launches of several Python threads run one after another.
 
     Not repaired: bf16 atomics, inline assembly and (triton 3.6, 3.7) AMD's own fp8 types, which raise; `tl.dot_scaled`;
     fp8e4b15.
@@ -88,7 +88,7 @@ def _is_narrow(handle) -> bool:
 
 
 def _widen(handle):
-    """The same values in fp32; anything that is not a handle of bf16 or fp8 comes back as it is."""
+    """The same values in fp32; anything but a handle of bf16 or fp8 is returned unchanged."""
     if not _is_narrow(handle):
         return handle
     dtype = handle.dtype.scalar
@@ -217,7 +217,7 @@ def _one_at_a_time(run):
 
 
 def _once_per_launch(patch_lang):
-    """Each call of a jit function patches the language its module sees, and is slow to find that it is patched."""
+    """Each call of a jit function patches the language of its module, and takes long to find that it is patched."""
     launch = None
     patched = set()
 
@@ -237,7 +237,7 @@ def _once_per_launch(patch_lang):
 
 
 def _remember_types():
-    """Constructors of tensors and types run thousands of times in an interpreted program; they work once a type."""
+    """Constructors of tensors and types run thousands of times in an interpreted program; here they run once a type."""
     tl.block_type.__init__ = _made_once(
         tl.block_type.__init__,
         key_of=lambda element_ty, shape: (element_ty.name, *map(_unwrap_if_constexpr, shape)),
@@ -261,7 +261,7 @@ def _remember_types():
 
 
 def _made_once(init, key_of, own_of):
-    """A constructor that copies the attributes of the first object with the same key, all but an object's own."""
+    """A constructor that copies the attributes of the first object with the same key, except each object's own."""
     made = {}
 
     @functools.wraps(init)

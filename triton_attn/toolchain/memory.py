@@ -18,11 +18,11 @@ from .arithmetic import CHECKS, DeviceArithmeticError
 
 
 class MemoryAccessError(AssertionError):
-    """A kernel touched memory that it must not touch.
+    """A kernel accessed memory that it must not access.
 
     Attributes:
-        program: (x, y, z) of the program at fault.
-        tensor: name of the kernel argument; of the nearest one when the address is in none.
+        program: (x, y, z) of the program that made the access.
+        tensor: name of the kernel argument; if the address is in none, of the nearest one.
         shape: shape of that tensor.
         offset: distance of the first bad address from that tensor's first element, in elements.
     """
@@ -42,7 +42,7 @@ class Accesses:
         launches: how many kernels were launched.
         bytes_loaded, bytes_stored: bytes by the name of the kernel argument (`descs[0]` and `pair.key` inside tuples),
             summed over active lanes, programs and launches: an element that is loaded twice counts twice. Atomics count
-            as stores. Of arguments that share memory the first one is charged.
+            as stores. If arguments share memory, the bytes go to the first of them.
     """
 
     def __init__(self):
@@ -58,21 +58,21 @@ def guard(reachable=()):
     Every active lane must be aligned and inside an element of one of the launch's tensor arguments, those inside
     tuples and tensor descriptors included. A view is its elements alone: what lies between them, or before and after
     in the same storage, is out of bounds. No element may be stored to by two programs of a launch, except atomically.
-    What it cannot see is an access to a wrong element of a right tensor: put NaN where nothing may be read.
+    It cannot see an access to the wrong element of the right tensor: put NaN where nothing may be read.
 
     A sum, difference, product or left shift of int32 must fit in 32 bits, and no integer is divided by zero, in any
-    lane: those that a mask leaves out are computed all the same. Unsigned numbers wrap on purpose, as Philox's do, and
-    those of 8 and 16 bits are bit patterns: neither is checked.
+    lane: masked lanes are computed too. Unsigned numbers, which may wrap on purpose, as in Philox, and numbers of 8 and
+    16 bits, which are bit patterns, are not checked.
 
     Args:
-        reachable: further tensors that kernels may touch, because their addresses are stored in an argument.
+        reachable: further tensors that kernels may access, because their addresses are stored in an argument.
 
     Yields:
         `Accesses`: the bytes that went to and from each argument.
 
     Raises:
-        MemoryAccessError: at the faulty access, out of the launch.
-        DeviceArithmeticError: with the line of the kernel.
+        MemoryAccessError: a launch made such an access.
+        DeviceArithmeticError: an integer overflowed or was divided by zero; the message has the line of the kernel.
         RuntimeError: the process does not interpret kernels, so nothing would be checked.
     """
     if not triton.knobs.runtime.interpret:
@@ -236,7 +236,7 @@ class _Elements:
         return np.where(inside & (offsets == 0), numbers, -1)
 
     def claim(self, elements, addresses):
-        """Note that this program stored to `elements`; no other program may have."""
+        """Record that this program stored to `elements`; raise if another program did."""
         grid_x, grid_y, grid_z = interpreter.interpreter_builder.grid_dim
         x, y, z = interpreter.interpreter_builder.grid_idx
         program = 1 + (x * grid_y + y) * grid_z + z

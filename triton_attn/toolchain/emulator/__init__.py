@@ -1,16 +1,16 @@
 """A GPU in software: kernels compiled for one run on CPU tensors, every access and every barrier checked.
 
 `emulate`            ordinary launches run what the compiler made for a GPU that is not there
-`EmulatedLaunch`     one of them: what it executed, what was wrong with it
-`EmulationError`     raised at a launch with a fault
-`run_ptx`            PTX written by hand
-`count_ptx`          what it costs beside time, as `emulate(..., counts=True)` counts launches
+`EmulatedLaunch`     one of these launches: what it executed, and its faults
+`EmulationError`     raised by a launch with a fault
+`run_ptx`            runs PTX written by hand
+`count_ptx`          counts what PTX written by hand executes, as `emulate(..., counts=True)` does for launches
 `Counts`, `Tally`    instructions, sectors, wavefronts and FLOP, by source line
-`SCHEDULES`          in what order warps run and when asynchronous work happens
+`SCHEDULES`          the order of warps, and the time of asynchronous work
 
 The PTX of a kernel runs, not its machine code: faults of ptxas, spills and time are invisible. Matmuls accumulate in
 fp32, and approximate functions are correctly rounded. The lanes of a warp run in lock step until they diverge, but the
-checks do not rely on it: only barriers order their accesses to shared memory. The programs of a launch run one after
+checks do not rely on it: only barriers order their accesses to memory. The programs of a launch run one after
 another. tcgen05 (sm_100), clusters and AMD are not emulated.
 """
 

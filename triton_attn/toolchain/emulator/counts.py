@@ -1,4 +1,4 @@
-"""What a launch cost beside time: exact numbers, by instruction and by source line."""
+"""Exact counts of a launch, by instruction and by source line: instructions, memory requests, FLOP."""
 
 import re
 from typing import NamedTuple
@@ -11,20 +11,22 @@ SECTOR = 32
 
 
 class Tally(NamedTuple):
-    """Of one instruction or of several. A request is what one instruction asks for on behalf of a warp; one of a tensor
-    copy is its box.
+    """Counts of one instruction, or sums over several. A request is one access of a warp by one instruction, or the box
+    of a tensor copy.
 
     Attributes:
-        executed: how many warps executed it, those counted of which a lane took part.
-        lanes: how many lanes of theirs took part.
-        bytes: of global memory, each once in a request.
-        sectors: of 32 bytes in which those lie, each once in a request: what a request moves.
-        least_sectors: how many would hold as many bytes, by request. More sectors than that: they were not full.
-        wavefronts: in how many cycles the shared memory served the requests. 32 lanes go together with up to 4 bytes
-            each, 16 with 8, 8 with 16 or with a row of a matrix; a bank gives one word of 4 bytes a cycle. Operands of
-            wgmma count as matrices of 8 rows, those that four warps share once. Tensor copies have none.
-        least_wavefronts: how many it would have been without a bank conflict.
-        flops: of tensor cores, useful or not.
+        executed: how many warps executed it with at least one active lane.
+        lanes: their active lanes.
+        bytes: bytes of global memory; a byte counts once in a request.
+        sectors: sectors of 32 bytes that hold these bytes; a sector counts once in a request, which moves it.
+        least_sectors: the fewest sectors that hold as many bytes, summed over requests. `sectors` is larger if sectors
+            were not full.
+        wavefronts: cycles in which shared memory served the requests. 32 lanes with up to 4 bytes each are served
+            together, 16 lanes with 8 bytes, 8 lanes with 16 bytes or with a row of a matrix; a bank serves 4 bytes in a
+            cycle. Operands of wgmma count as matrices of 8 rows; an operand that four warps share counts once. Tensor
+            copies count 0.
+        least_wavefronts: the cycles without bank conflicts.
+        flops: FLOP of tensor cores, useful or not.
     """
 
     executed: int
@@ -38,14 +40,14 @@ class Tally(NamedTuple):
 
 
 class Counts:
-    """What a launch cost beside time.
+    """The counts of a launch.
 
     Attributes:
-        program: the decoded kernel, whose instructions `by_instruction` follows.
-        by_instruction: int64 (n, 8), the columns as of Tally.
-        read, written: {tensor: bytes of global memory that the launch read or wrote, each sector of 32 bytes once}, the
-            floor of what DRAM must give and take. What an atomic or a reduction changes it reads and writes. Tensors
-            with a storage in common have one entry, their names joined by commas.
+        program: the decoded kernel.
+        by_instruction: int64 (n, 8), a row for each instruction of `program`, with the columns of Tally.
+        read, written: {tensor: bytes of global memory that the launch read or wrote, each sector of 32 bytes once}: the
+            minimum that DRAM moves. An atomic or a reduction both reads and writes its elements. Tensors that share a
+            storage have one entry, their names joined by commas.
     """
 
     def __init__(self, program, by_instruction, read, written):
@@ -72,7 +74,7 @@ class Counts:
         return self._grouped(lambda pc: (self.program.where(pc), kind_of(self.program.text[pc])))
 
     def hot(self) -> np.ndarray:
-        """Which instructions are in a hot loop, bool: one with products of tensor cores and no such loop inside it."""
+        """bool (n,): which instructions are in a hot loop, an innermost loop with products of tensor cores."""
         products = self.by_instruction[:, Tally._fields.index("flops")] > 0
         loops = sorted(self.program.loops(), key=lambda loop: loop[1] - loop[0])
         chosen = []
@@ -94,8 +96,8 @@ class Counts:
 
 
 def kind_of(text: str) -> str:
-    """Of an instruction of PTX: its first word, with the space of what accesses memory (`ld.global`) and all of what a
-    copy or a product is (`cp.async.bulk.tensor`, `wgmma.mma_async`)."""
+    """The kind of a PTX instruction: the first word of its opcode, with the memory space (`ld.global`) or the kind of a
+    copy or product (`cp.async.bulk.tensor`, `wgmma.mma_async`)."""
     opcode = re.sub(r"^@!?\S+\s+", "", text).split()[0].rstrip(";")
     first, *rest = opcode.split(".")
     telling = _TELLING.get(first, ())
@@ -112,8 +114,8 @@ _TELLING = {
 
 
 def counted(program, executed, of_core, traffic, names) -> Counts:
-    """Of what the core counted. Of the rows that one statement became the last stands for all; what the others count
-    is its."""
+    """The Counts of what the core counted. Of the instructions that one statement became, only the last one counts as
+    executed."""
     by_instruction = np.concatenate([executed[:, None], of_core], axis=1)
     by_instruction[~program.ends, :2] = 0
     read, written = {}, {}

@@ -1,4 +1,4 @@
-"""PTX text to the instructions that the core executes. Nothing is guessed: what is unknown raises Unsupported."""
+"""Decodes PTX text into the instructions that the core executes. Everything unknown raises Unsupported."""
 
 import copy
 import ctypes
@@ -23,7 +23,8 @@ SYNCHRONIZATIONS = {
     "@cp_commit",
     "@cp_wait",
 }
-SYNCHRONIZATIONS |= {"@mbarrier_init", "@mbarrier_arrive", "@wgmma_fence", "@wgmma_commit", "@wgmma_wait"}
+SYNCHRONIZATIONS |= {"@mbarrier_init", "@mbarrier_arrive", "@mbarrier_try_wait"}
+SYNCHRONIZATIONS |= {"@wgmma_fence", "@wgmma_commit", "@wgmma_wait"}
 
 
 class Program:
@@ -74,21 +75,22 @@ class Program:
         return _place(self.lines[pc]) if 0 <= pc < len(self.lines) else _place(None)
 
     def copy(self) -> "Program":
-        """One whose instructions may be changed, with counts of its own."""
+        """A copy whose instructions may be changed, with its own counts."""
         other = copy.copy(self)
         other.instructions, other.executed = self.instructions.copy(), np.zeros_like(self.executed)
         return other
 
     def remove(self, pc: int) -> None:
-        """Make an instruction do nothing."""
-        self.instructions[pc, 0] = core.entries()["@nothing"][0]
+        """Make an instruction do nothing. A wait for an mbarrier says at once that the phase is over."""
+        left = "@mbarrier_not_waited" if self.name_of(pc) == "@mbarrier_try_wait" else "@nothing"
+        self.instructions[pc, 0] = core.entries()[left][0]
 
     def synchronizations(self) -> list[int]:
         """Instructions whose only effect is the order of others: barriers, arrivals, waits, commits and fences."""
         return [pc for pc in range(len(self.instructions)) if self.name_of(pc) in SYNCHRONIZATIONS]
 
     def loops(self) -> list[tuple[int, int]]:
-        """(first, last) instruction of each, from where a branch goes back to, to the branch."""
+        """(first, last) instruction of each loop: the target of a backward branch, and the branch."""
         branch = core.entries()["@bra"][0]
         backward = (self.instructions[:, 0] == branch) & (self.instructions[:, 8] <= np.arange(len(self.instructions)))
         return [(int(self.instructions[pc, 8]), int(pc)) for pc in np.flatnonzero(backward)]
@@ -323,6 +325,12 @@ class _Body:
             return method(self, match, operands)
         if opcode not in core.entries():
             raise Unsupported(f"instruction {opcode}")
+        if len(operands) == 4 and _OF_THREE.fullmatch(opcode):
+            first_two = self.new_rows(1)
+            result, *rows = (self.operand(text, "r") for text in operands)
+            self.simple(opcode, first_two, *rows[:2])
+            self.simple(opcode, result, first_two, rows[2])
+            return
         _, signature = core.entries()[opcode]
         if len(signature) != len(operands):
             raise Unsupported(f"{opcode} with {len(operands)} operands")
@@ -349,6 +357,7 @@ def _immediate(text):
         raise Unsupported(f"operand {text}") from None
 
 
+_OF_THREE = re.compile(r"(min|max)(\.ftz)?(\.NaN)?\.f32")  # from sm_100 on they take three operands
 _BRACKET = re.compile(r"[{\[(]")
 
 

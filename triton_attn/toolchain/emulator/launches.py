@@ -1,4 +1,4 @@
-"""Ordinary launches on CPU tensors, through Triton's own launcher over a stub driver, to the core."""
+"""Runs ordinary launches on CPU tensors: Triton's own launcher calls a stub driver, which calls the core."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ from triton_attn.toolchain.emulator import core
 from triton_attn.toolchain.emulator import counts as counting
 from triton_attn.toolchain.emulator.decode import Program, mapped_constants
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 # (when asynchronous work happens, order of the warps), numbered as in the core: Completion and Order.
 SCHEDULES = {
@@ -33,7 +33,7 @@ SCHEDULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What was wrong with an instruction of a launch, the first time it was.
+    """A fault of an instruction of a launch, where it first occurred.
 
     Attributes:
         kind: one of `core.FAULTS`.
@@ -43,8 +43,9 @@ class Fault:
         kernel: name of the function.
         program: (x, y, z).
         warp, lane: of the program, of the warp.
-        tensor: name of the argument, of global memory; `index`: its element, None where the address is in no element.
-        detail: the rest in words.
+        tensor, index: for global memory, the name of the argument and the index of its element, or None if the address
+            is in no element.
+        detail: the rest of the report.
     """
 
     kind: str
@@ -70,10 +71,10 @@ class Fault:
 
 
 class EmulationError(AssertionError):
-    """A launch did what it must not do.
+    """A launch has faults.
 
-    The message has the first fault of each kind and source line. `faults` has all that were found, in the order in
-    which they were.
+    The message has the first fault of each kind and source line. `faults` has all of them, in the order in which they
+    were found.
     """
 
     def __init__(self, faults):
@@ -98,8 +99,8 @@ class EmulatedLaunch(compilation.Launch):
         program: the decoded kernel.
         executed: how many warps executed each of its instructions, int64.
         instructions: their sum, of what was executed or skipped by a predicate.
-        faults: what was wrong.
-        counts: what it cost beside time, or None if `emulate` was not asked to count.
+        faults: its faults.
+        counts: its counts, or None without `emulate(counts=True)`.
     """
 
     program: Program
@@ -118,18 +119,24 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
     memory is NaN until it is written. In global memory kernels may touch only the elements of their tensor arguments,
     including those in tuples and tensor descriptors. The first use needs a C++ compiler.
 
-    Checked: bounds and alignment; use of unwritten shared memory; order of accesses to shared memory by happens-before;
-    asynchronous copies and matmuls against their waits; proxy and wgmma fences; barriers, mbarriers and transaction
-    bytes; deadlock; divergence; order of accesses to shared memory between the lanes of a warp, by barriers and
-    bar.warp.sync; order of accesses to global memory between the programs of a launch, by release and acquire, and,
-    each against the last of another warp, between the warps of a program. Not checked: order between lanes in global
-    memory, whether a program's other warps are done when one of them releases, everything below PTX.
+    Checked:
+
+    - bounds and alignment; use of shared memory that nobody has written
+    - the order of accesses to shared memory between warps, by happens-before, and between the lanes of a warp, by
+      barriers, mbarriers and bar.warp.sync
+    - the order of accesses to global memory between the programs of a launch, by release and acquire, and between the
+      warps of a program and the lanes of a warp, each access against the last one before it
+    - asynchronous copies and matmuls against their waits; proxy and wgmma fences
+    - barriers, mbarriers and transaction bytes; deadlock; divergence
+
+    Not checked: whether the other warps of a program, and the other lanes of a warp, have finished their accesses to
+    global memory when one of them releases; everything below PTX.
 
     Nothing can be timed, so a kernel under `triton.autotune` runs with the first config that fits, after pruning.
     Launch `kernel.fn` with each of `kernel.configs` to have all of them checked.
 
     Args:
-        arch: "sm_80", "sm_86", "sm_89" or "sm_90".
+        arch: "sm_80", "sm_86", "sm_89", "sm_90" or "sm_120".
         schedule: a key of SCHEDULES.
         seed: of the random schedules; the same seed gives the same run.
         strict: raise EmulationError at a launch with a fault. Otherwise the fault is only in the log.
@@ -150,8 +157,10 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
             `emulate` or `compile_only` is open; at a launch, a driver would refuse it.
     """
     if arch not in TARGETS:
-        error = NotImplementedError if arch in compilation._TARGETS else ValueError
-        raise error(f"arch: expected {', '.join(TARGETS)}, got {arch!r}")
+        message = f"arch: expected {', '.join(TARGETS)}, got {arch!r}"
+        if arch in compilation._TARGETS:
+            raise NotImplementedError(f"{message}: tcgen05 of sm_100 and sm_103, sm_121 and AMD GPUs are not emulated")
+        raise ValueError(message)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected {', '.join(SCHEDULES)}, got {schedule!r}")
     if triton.knobs.runtime.interpret:
@@ -168,7 +177,7 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
 
 @contextlib.contextmanager
 def _first_configs():
-    """Inside it the autotuner takes the first config that fits, times none, and remembers nothing of it."""
+    """Inside it, the autotuner takes the first config that fits. It times nothing and caches nothing."""
     run = Autotuner.run
 
     def run_first(tuner, *args, **kwargs):
@@ -313,10 +322,10 @@ class _Emulator:
 
 
 def run_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0, schedule="late", seed=0, limit=1_000_000, read_only=()):
-    """Run PTX written by hand: its faults.
+    """Run PTX written by hand; the result is a tuple of its faults.
 
     Args:
-        ptx: has one entry point, whose parameters are as many as the arguments, with .reqntid.
+        ptx: one entry point with .reqntid, and with as many parameters as there are arguments.
         arguments: {name: CPU tensor or integer}, in the order of the parameters.
         grid, shared_bytes: of the launch; the address of shared memory is `global_smem`.
         schedule, seed, limit, read_only: as in `emulate`.
@@ -329,7 +338,7 @@ def run_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0, schedule="late", 
 
 
 def count_ptx(ptx, arguments, *, grid=(1, 1, 1), shared_bytes=0):
-    """What PTX written by hand costs beside time, `Counts`; arguments as of `run_ptx`.
+    """Run PTX written by hand; the result is its `Counts`. The arguments are those of `run_ptx`.
 
     Raises:
         EmulationError: it has a fault.

@@ -1,6 +1,6 @@
-"""What each PTX instruction becomes: those of the core, one function for a kind of them.
+"""Decodes PTX instructions into instructions of the core, with one function for each kind.
 
-Instructions of plain arithmetic are not here: the core has one of the same name.
+Plain arithmetic is not here: the core has an instruction of the same name.
 """
 
 import functools
@@ -36,7 +36,7 @@ _DECODERS = []
 
 @functools.lru_cache(maxsize=4096)  # a kernel has thousands of statements, of some fifty opcodes
 def decoder_of(opcode):
-    """(function of the body, match and operands; match), or None for an instruction that the core has by its name."""
+    """(function of the body, the match and the operands; the match), or None if the core has the opcode itself."""
     for pattern, method in _DECODERS:
         if match := pattern.fullmatch(opcode):
             return method, match
@@ -89,7 +89,7 @@ def _bar(body, match, operands):
     r"|fence\.mbarrier_init\S*|fence\.proxy\.tensormap\S*|membar\.cta|fence\.\w+\.cta"
 )
 def _nothing(body, match, operands):
-    """Registers are unlimited, a program's own memory is consistent."""
+    """The emulator has registers without limit, and a program sees its own memory consistently."""
     body.add("@nothing")
 
 

@@ -4,7 +4,8 @@ Loaded by `pytest -p triton_attn.toolchain.emulator.plugin`, or by a line of the
 
     pytest_plugins = ["triton_attn.toolchain.emulator.plugin"]
 
-Tests make CPU tensors, and open neither `emulate` nor `compile_only` themselves.
+Tests make CPU tensors, and open neither `emulate` nor `compile_only` themselves. The last line of a run says how many
+tests launched nothing. Those marked `emulated` fail if they launch nothing.
 """
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 
 def pytest_addoption(parser):
     group = parser.getgroup("emulator", "kernels as compiled, on CPU tensors")
-    group.addoption("--emulate", metavar="ARCH", help="sm_80, sm_86, sm_89 or sm_90")
+    group.addoption("--emulate", metavar="ARCH", help="sm_80, sm_86, sm_89, sm_90 or sm_120")
     group.addoption("--emulate-schedule", default="random", help="a key of triton_attn.toolchain.emulator.SCHEDULES")
     group.addoption("--emulate-seed", type=int, default=0, help="of the random schedules")
 
@@ -58,6 +59,8 @@ class Emulation:
         reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
         counts = [value for report in reports for name, value in report.user_properties if name == "emulated"]
         launches, instructions = (sum(count[i] for count in counts) for i in range(2))
+        without = sum(count[0] == 0 for count in counts)
         terminalreporter.write_line(
             f"emulated {self.arch}, {self.schedule}: {launches} launches, {instructions} warp instructions"
+            + (f"; {without} of {len(counts)} tests launched nothing" if without else "")
         )

@@ -1,4 +1,4 @@
-"""The core in C++: built once, by the host's compiler, and kept in Triton's cache by its content."""
+"""Builds the C++ core with the host's compiler, and keeps it in Triton's cache under a hash of its source."""
 
 import contextlib
 import ctypes
@@ -105,7 +105,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def entries() -> dict[str, tuple[int, str]]:
-    """{opcode as PTX spells it: (number, signature)}; names of instructions that are decoded by hand begin with @."""
+    """{PTX opcode: (number, signature)}; names of instructions that opcodes.py decodes begin with @."""
     loaded = library()
     return {
         spelling: (i, loaded.emulator_signature(i).decode())
@@ -121,10 +121,10 @@ def names() -> list[str]:
 
 
 def built(source: str, name: str, flags: list[str], libraries: list[str] = ()) -> Path:
-    """Path of a shared library from a source in this folder, compiled unless Triton's cache has it.
+    """Path of the shared library of a source in this folder. It is compiled unless Triton's cache has it.
 
     Raises:
-        RuntimeError: it must be compiled, and there is no compiler or it fails.
+        RuntimeError: it must be compiled, and there is no compiler or the compiler fails.
     """
     files = sorted(path for path in HERE.iterdir() if path.suffix in (".c", ".cpp", ".h"))
     content = b"".join(path.name.encode() + path.read_bytes() for path in files)
@@ -150,7 +150,7 @@ def built(source: str, name: str, flags: list[str], libraries: list[str] = ()) -
 
 @contextlib.contextmanager
 def environment(variables, owner):
-    """Sets variables of os.environ inside it."""
+    """Inside it, variables of os.environ have these values."""
     before = {name: owner.get(name) for name in variables}
     owner.update(variables)
     try:

@@ -122,6 +122,18 @@ template <class T> bool unordered(T a, T b) {
   OP("neg." name "x2", pair<type>, (pair<type> a),                                                                 \
         return {type::of(a.low.pattern ^ 0x8000), type::of(a.high.pattern ^ 0x8000)};)
 
+// Two f32 in a register of 64 bits.
+#define TWO_F32(ftz, round)                                                                                          \
+  OP("add" ftz ".f32x2 add.rn" ftz ".f32x2", pair<f32>, (pair<f32> a, pair<f32> b),                                  \
+        return {round(round(a.low) + round(b.low)), round(round(a.high) + round(b.high))};),                         \
+  OP("sub" ftz ".f32x2 sub.rn" ftz ".f32x2", pair<f32>, (pair<f32> a, pair<f32> b),                                  \
+        return {round(round(a.low) - round(b.low)), round(round(a.high) - round(b.high))};),                         \
+  OP("mul" ftz ".f32x2 mul.rn" ftz ".f32x2", pair<f32>, (pair<f32> a, pair<f32> b),                                  \
+        return {round(round(a.low) * round(b.low)), round(round(a.high) * round(b.high))};),                         \
+  OP("fma.rn" ftz ".f32x2", pair<f32>, (pair<f32> a, pair<f32> b, pair<f32> c),                                      \
+        return {round(std::fma(round(a.low), round(b.low), round(c.low))),                                           \
+                round(std::fma(round(a.high), round(b.high), round(c.high)))};)
+
 inline const Entry TABLE[] = {
   // Integer Arithmetic Instructions. Division by zero gives all ones (the ISA leaves it open), the remainder the
   // dividend.
@@ -138,6 +150,8 @@ inline const Entry TABLE[] = {
   OP("mul.hi.u32", u32, (u32 a, u32 b), return u64(a) * b >> 32;),
   OP("mul.hi.s64", s64, (s64 a, s64 b), return s64(__int128(a) * b >> 64);),
   OP("mul.hi.u64", u64, (u64 a, u64 b), return u64((unsigned __int128)(a) * b >> 64);),
+  OP("mul.hi.s16", s16, (s16 a, s16 b), return s32(a) * b >> 16;),
+  OP("mul.hi.u16", u16, (u16 a, u16 b), return u32(a) * b >> 16;),
   OP("mul.wide.s32", s64, (s32 a, s32 b), return s64(a) * b;),
   OP("mul.wide.u32", u64, (u32 a, u32 b), return u64(a) * b;),
   OP("mul.wide.s16", s32, (s16 a, s16 b), return s32(a) * b;),
@@ -155,11 +169,16 @@ inline const Entry TABLE[] = {
   OP("div.u32", u32, (u32 a, u32 b), return b == 0 ? ~0u : a / b;),
   OP("div.s64", s64, (s64 a, s64 b), return b == 0 ? -1 : b == -1 ? s64(0ull - u64(a)) : a / b;),
   OP("div.u64", u64, (u64 a, u64 b), return b == 0 ? ~0ull : a / b;),
+  OP("div.s16", s16, (s16 a, s16 b), return b == 0 ? -1 : a / b;),
+  OP("div.u16", u16, (u16 a, u16 b), return b == 0 ? 0xffff : a / b;),
+  OP("rem.s16", s16, (s16 a, s16 b), return b == 0 ? a : a % b;),
+  OP("rem.u16", u16, (u16 a, u16 b), return b == 0 ? a : a % b;),
   OP("rem.s32", s32, (s32 a, s32 b), return b == 0 ? a : b == -1 ? 0 : a % b;),
   OP("rem.u32", u32, (u32 a, u32 b), return b == 0 ? a : a % b;),
   OP("rem.s64", s64, (s64 a, s64 b), return b == 0 ? a : b == -1 ? 0 : a % b;),
   OP("rem.u64", u64, (u64 a, u64 b), return b == 0 ? a : a % b;),
   OP("abs.s32", u32, (s32 a), return a < 0 ? 0u - u32(a) : u32(a);),
+  OP("abs.s16", u16, (s16 a), return u16(a < 0 ? -a : a);),
   OP("abs.s64", u64, (s64 a), return a < 0 ? 0ull - u64(a) : u64(a);),
   OP("neg.s32", u32, (u32 a), return 0u - a;),
   OP("neg.s64", u64, (u64 a), return 0ull - a;),
@@ -184,6 +203,7 @@ inline const Entry TABLE[] = {
   OP("clz.b64", u32, (u64 a), return u32(std::countl_zero(a));),
   OP("bfind.u32", u32, (u32 a), return a ? 31u - std::countl_zero(a) : ~0u;),
   OP("brev.b32", u32, (u32 a), u32 r = 0; for (int i = 0; i < 32; i++) r |= (a >> i & 1) << (31 - i); return r;),
+  OP("brev.b64", u64, (u64 a), u64 r = 0; for (int i = 0; i < 64; i++) r |= (a >> i & 1) << (63 - i); return r;),
   OP("bfe.u32", u32, (u32 a, u32 b, u32 c), u32 at = b & 255; u32 width = c & 255;
         if (at > 31 || width == 0) return 0u; u32 r = a >> at; return width > 31 ? r : r & ((1u << width) - 1);),
   OP("bfe.s32", u32, (u32 a, u32 b, u32 c), u32 at = b & 255; u32 width = c & 255; u32 r = 0;
@@ -243,6 +263,8 @@ inline const Entry TABLE[] = {
   OP("fma.rn.f64", f64, (f64 a, f64 b, f64 c), return std::fma(a, b, c);),
   OP("div.rn.f64", f64, (f64 a, f64 b), return a / b;),
   OP("sqrt.rn.f64", f64, (f64 a), return std::sqrt(a);),
+  TWO_F32("", canonical),
+  TWO_F32(".ftz", flush_canonical),
   OP("min.f64", f64, (f64 a, f64 b), return minimum(a, b);),
   OP("max.f64", f64, (f64 a, f64 b), return maximum(a, b);),
   OP("neg.f64", u64, (u64 a), return a ^ 1ull << 63;),

@@ -9,7 +9,7 @@ inline void Machine::finish(Warp& w, const CopyAsync& copy) {
   end_flight(offset, copy.bytes);
   std::memset(&shared[offset], 0, copy.bytes);
   if (copy.read)
-    if (u8* source = global(w, copy.pc, copy.lane, copy.source, copy.read, LOAD))
+    if (u8* source = global(w, {copy.pc, copy.lane, copy.source, copy.read, LOAD}))
       std::memcpy(&shared[offset], source, copy.read);
   mark_written(offset, copy.bytes, w.id, w.clock.at[w.id], copy.pc, true, 1u << copy.lane);
   w.last_access[copy.lane] = w.clock.at[w.id];
@@ -64,12 +64,13 @@ inline void Machine::finish_load(const TensorCopy& copy) {
   Mbarrier* b = mbarrier(w, copy.pc, copy.lane, copy.mbarrier);
   int agent = b ? b->agent : copy.warp;
   u32 clock = b ? ++b->copies : 0, size = TENSOR_MAP_BYTES[map.type & 15], bytes = box_bytes(map);
+  const u32 issued = copy.clock.at[copy.warp];  // who waits for the copy knows of the warp up to then
   end_flight(copy.shared - SHARED_BASE, bytes);
   rows_of_box(map, copy.at, [&](u32 place, u64 address, u32 first, u32 last) {
     u8 row[1024];
     std::memset(row, map.nan_fill ? 0xff : 0, sizeof row);
     if (first < last)
-      if (u8* source = global(w, copy.pc, copy.lane, address, (last - first) * size, LOAD))
+      if (u8* source = global(w, {copy.pc, copy.lane, address, (last - first) * size, LOAD, nullptr, issued}))
         std::memcpy(row + first * size, source, (last - first) * size);
     pieces_of_row(map, copy.shared, place, [&](u32 offset, u32 done, u32 count) {
       std::memcpy(&shared[offset], row + done, count);
@@ -105,7 +106,7 @@ inline void Machine::finish_store(Warp& w, const TensorCopy& copy) {
       std::memcpy(row + done, &shared[offset], count);
     });
     if (first == last) return;
-    u8* target = global(w, copy.pc, copy.lane, address, (last - first) * size, adds ? ATOMIC : STORE);
+    u8* target = global(w, {copy.pc, copy.lane, address, (last - first) * size, adds ? ATOMIC : STORE});
     if (!target) return;
     const u8* source = row + first * size;
     if (!adds) {

@@ -1,4 +1,4 @@
-// The machine's clockwork, and what Python calls. The folder above has the way there.
+// The scheduler of a program's warps, and the functions that Python calls. launches.py fills in a Launch.
 #include "arithmetic.h"
 #include "instructions.h"
 

@@ -155,7 +155,7 @@ inline void ld(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     } else if (at % bytes) {
       m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
     } else {
-      from = m.global(w, w.pc, lane, at, bytes, in.m[6] ? Machine::STRONG_LOAD : Machine::LOAD);
+      from = m.global(w, {w.pc, lane, at, bytes, in.m[6] ? Machine::STRONG_LOAD : Machine::LOAD});
       if (in.m[6] == ACQUIRES) m.acquire(w, at);
       if (in.m[6] == RELAXED) m.observed.insert(at);
     }
@@ -204,7 +204,7 @@ inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       if (u8* to = m.local(w, w.pc, lane, at, bytes)) std::memcpy(to, data, bytes);
     } else if (at % bytes) {
       m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
-    } else if (u8* to = m.global(w, w.pc, lane, at, bytes, in.m[6] ? Machine::STRONG_STORE : Machine::STORE)) {
+    } else if (u8* to = m.global(w, {w.pc, lane, at, bytes, in.m[6] ? Machine::STRONG_STORE : Machine::STORE, data})) {
       std::memcpy(to, data, bytes);
       if (in.m[6] == RELEASES || (in.m[6] && m.global_fence)) m.release(w, mask, at, true);
     }
@@ -299,7 +299,7 @@ inline void atom(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       if (at % bytes)
         m.report(MISALIGNED, w.pc, w.id, lane, at, -1, "%u bytes", bytes);
       else if (!in.m[2])
-        to = m.global(w, w.pc, lane, at, bytes, Machine::ATOMIC);
+        to = m.global(w, {w.pc, lane, at, bytes, Machine::ATOMIC});
       else if (m.shared_range(w, w.pc, lane, at, bytes, bytes))
         to = &m.shared[at - SHARED_BASE];
       if (!to) return;
@@ -474,7 +474,7 @@ inline void cp_async(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     m.start_flight(w, w.pc, lane, copy.target - SHARED_BASE, copy.bytes);
     // In flight until it is waited for, even if the data come at once.
     if (m.now() && copy.read)
-      if (u8* source = m.global(w, w.pc, lane, copy.source, copy.read, Machine::LOAD))
+      if (u8* source = m.global(w, {w.pc, lane, copy.source, copy.read, Machine::LOAD}))
         std::memcpy(&m.shared[copy.target - SHARED_BASE], source, copy.read);
     w.open_copies.push_back(copy);
   });
@@ -592,6 +592,11 @@ inline void mbarrier_try_wait(Machine& m, Warp& w, const Instruction& in, u32 ma
   m.yielded = true;
 }
 
+// What is left of a wait that was removed: it says that the phase is over. m: as above
+inline void mbarrier_not_waited(Machine&, Warp& w, const Instruction& in, u32 mask) {
+  set_predicate(w, in.m[1], mask, ALL_LANES);
+}
+
 // ---- Data Movement and Conversion Instructions: cp.async.bulk.tensor
 // operands: shared address, tensor map, mbarrier or -1, coordinates; m: adds, offset
 
@@ -610,7 +615,7 @@ inline void tensor_copy(Machine& m, Warp& w, const Instruction& in, u32 mask) {
                     m.time,
                     w.clock};
     for (int i = 3; i < in.count; i++) copy.at[i - 3] = s32(w.row(o[i])[lane]);
-    const TensorMap* map = (const TensorMap*)m.global(w, w.pc, lane, copy.map, sizeof(TensorMap), Machine::LOAD);
+    const TensorMap* map = (const TensorMap*)m.global(w, {w.pc, lane, copy.map, sizeof(TensorMap), Machine::LOAD});
     if (!map) return;
     if (map->magic != TENSOR_MAP_MAGIC)
       return m.report(TENSOR_MAP, w.pc, w.id, lane, copy.map, -1, "no tensor map there");
@@ -673,7 +678,7 @@ inline void tensormap_replace(Machine& m, Warp& w, const Instruction& in, u32 ma
     if (!m.shared_range(w, w.pc, lane, at, sizeof(TensorMap), 64)) return;
     place = &m.shared[at - SHARED_BASE];
     m.mark_written(at - SHARED_BASE, 128, w.id, w.clock.at[w.id], w.pc, true, 1u << lane);
-  } else if (!(place = m.global(w, w.pc, lane, at, sizeof(TensorMap), Machine::STORE))) {
+  } else if (!(place = m.global(w, {w.pc, lane, at, sizeof(TensorMap), Machine::STORE}))) {
     return;
   }
   TensorMap& map = *(TensorMap*)place;
@@ -723,7 +728,7 @@ inline void tensormap_copy(Machine& m, Warp& w, const Instruction& in, u32 mask)
   int lane = only_lane(mask);
   u32 from = w.row(o[1])[lane];
   if (!m.shared_range(w, w.pc, lane, from, 128, 128)) return;
-  u8* to = m.global(w, w.pc, lane, wide(w, o[0], lane), 128, Machine::STORE);
+  u8* to = m.global(w, {w.pc, lane, wide(w, o[0], lane), 128, Machine::STORE});
   if (to) std::memcpy(to, &m.shared[from - SHARED_BASE], 128);
 }
 
@@ -842,6 +847,7 @@ inline const Entry TABLE[] = {
     {"@mbarrier_inval", "*", mbarrier_inval},
     {"@mbarrier_arrive", "*", mbarrier_arrive},
     {"@mbarrier_try_wait", "*", mbarrier_try_wait},
+    {"@mbarrier_not_waited", "*", mbarrier_not_waited},
     {"@tensor_copy", "*", tensor_copy},
     {"@bulk_commit", "*", bulk_commit},
     {"@bulk_wait", "*", bulk_wait},

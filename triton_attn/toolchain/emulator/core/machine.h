@@ -245,10 +245,12 @@ struct Machine {
   std::set<std::pair<int, int>> reported;
 
   // Who wrote and read a byte of global memory last, by region, in pages that come with the first access. Programs are
-  // stamps, a new one for each and for each release of it, with STRONG_BIT; a warp's clock has its number above.
+  // stamps, a new one for each and for each release of it, with STRONG_BIT; a warp's clock has its number above. Lanes
+  // are those of that warp since they last waited for each other.
   struct Owner {
     u32 writer, reader, written, read;
     s32 write_pc, read_pc;
+    u32 write_lanes, read_lanes;
   };
   static constexpr u64 PAGE = 4096;
   std::vector<std::vector<std::unique_ptr<Owner[]>>> owners;
@@ -274,8 +276,16 @@ struct Machine {
   enum Access { LOAD, STORE, STRONG_LOAD, STRONG_STORE, ATOMIC };
   Read* reads_of(int warp) { return &reads[size_t(warp) * ((cells.size() + 1) / 2)]; }
   static bool reads_only(Access access) { return access == LOAD || access == STRONG_LOAD; }
-  u8* global(Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
-  void global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access);
+  struct GlobalAccess {
+    int pc, lane;
+    u64 address;
+    u32 bytes;
+    Access kind;
+    const u8* stored = nullptr;  // what a store is about to write, where it is known
+    u32 issued = 0;              // in the time of the warp; 0: now
+  };
+  u8* global(Warp& w, const GlobalAccess& access);
+  void global_order(const Region& r, Warp& w, const GlobalAccess& access);
   void acquire(Warp& w, u64 address);
   void release(Warp& w, u32 lanes, u64 address, bool is_store);
   u8* local(Warp& w, int pc, int lane, u64 address, u32 bytes);

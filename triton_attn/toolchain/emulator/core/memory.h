@@ -5,58 +5,66 @@
 
 // ---- global memory
 
-inline u8* Machine::global(Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
-  auto holds = [&](const Region& r) { return address >= r.base && address + bytes <= r.base + r.bytes; };
+inline u8* Machine::global(Warp& w, const GlobalAccess& a) {
+  auto holds = [&](const Region& r) { return a.address >= r.base && a.address + a.bytes <= r.base + r.bytes; };
   if (!last_region || !holds(*last_region)) {
     const Region* end = launch.regions + launch.num_regions;
-    const Region* r = std::upper_bound(launch.regions, end, address, [](u64 a, const Region& r) { return a < r.base; });
+    const Region* r =
+        std::upper_bound(launch.regions, end, a.address, [](u64 at, const Region& r) { return at < r.base; });
     if (r == launch.regions || !holds(*--r)) {
-      report(GLOBAL_BOUNDS, pc, w.id, lane, address, -1, "%u bytes", bytes);
+      report(GLOBAL_BOUNDS, a.pc, w.id, a.lane, a.address, -1, "%u bytes", a.bytes);
       return nullptr;
     }
     last_region = r;
   }
   const Region& r = *last_region;
   if (r.reachable)
-    for (u32 i = 0; i < bytes; i++)
-      if (!r.reachable[address + i - r.base]) {
-        report(GLOBAL_BOUNDS, pc, w.id, lane, address + i, -1, "between the elements of a view");
+    for (u32 i = 0; i < a.bytes; i++)
+      if (!r.reachable[a.address + i - r.base]) {
+        report(GLOBAL_BOUNDS, a.pc, w.id, a.lane, a.address + i, -1, "between the elements of a view");
         return nullptr;
       }
-  if (!reads_only(access) && !r.writable) {
-    report(READ_ONLY, pc, w.id, lane, address, -1, "%u bytes", bytes);
+  if (!reads_only(a.kind) && !r.writable) {
+    report(READ_ONLY, a.pc, w.id, a.lane, a.address, -1, "%u bytes", a.bytes);
     return nullptr;
   }
-  if (r.writable) global_order(r, w, pc, lane, address, bytes, access);
-  return (u8*)address;
+  if (r.writable) global_order(r, w, a);
+  return (u8*)a.address;
 }
 
 // Programs of a launch run in no order: what one writes no other may read or write, unless a release and an acquire are
 // between. Programs run one after another here, so this sees them all. Of a program's own warps it sees each access
-// against the last one of another warp; what a barrier orders it has seen.
-inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u64 address, u32 bytes, Access access) {
+// against the last one of another warp; what a barrier orders it has seen. So it does with the lanes of a warp; of those
+// that store the same value any may come last.
+inline void Machine::global_order(const Region& r, Warp& w, const GlobalAccess& a) {
   constexpr u32 STRONG_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
-  const bool reads = reads_only(access), strong = access >= STRONG_LOAD;
+  constexpr int CLOCK_BITS = 27;
+  constexpr u32 CLOCK = (1u << CLOCK_BITS) - 1;
+  const bool reads = reads_only(a.kind), strong = a.kind >= STRONG_LOAD;
+  const u32 stamp = stamp_cta.size() - 1, by = 1u << a.lane;
+  const u32 now = u32(w.id) << CLOCK_BITS | (a.issued ? a.issued : w.clock.at[w.id]);
   auto& pages = owners[&r - launch.regions];
   if (pages.empty()) pages.resize(r.bytes / PAGE + 1);
-  u32 stamp = stamp_cta.size() - 1;
   auto unordered = [&](u32 other) {
     return other == SEVERAL || (other && stamp_cta[other] != cta && !stamp_seen[other]);
   };
   auto complain = [&](u32 i, u32 other, int other_pc, const char* what) {
     if (other == SEVERAL)
-      report(PROGRAM_RACE, pc, w.id, lane, address + i, -1, "%s several others", what);
+      report(PROGRAM_RACE, a.pc, w.id, a.lane, a.address + i, -1, "%s several others", what);
     else
-      report(PROGRAM_RACE, pc, w.id, lane, address + i, other_pc, "%s program %d", what, stamp_cta[other]);
+      report(PROGRAM_RACE, a.pc, w.id, a.lane, a.address + i, other_pc, "%s program %d", what, stamp_cta[other]);
   };
-  constexpr int CLOCK_BITS = 27;
-  const u32 now = u32(w.id) << CLOCK_BITS | w.clock.at[w.id];
-  auto unordered_warp = [&](u32 stamp_there, u32 then) {
-    int other = then >> CLOCK_BITS;
-    return stamp_cta[stamp_there] == cta && other != w.id && (then & ((1u << CLOCK_BITS) - 1)) > w.clock.at[other];
+  auto here = [&](u32 other) { return other && other != SEVERAL && stamp_cta[other] == cta; };
+  auto unordered_warp = [&](u32 other, u32 then) {
+    int warp = then >> CLOCK_BITS;
+    return here(other) && warp != w.id && (then & CLOCK) > w.clock.at[warp];
   };
-  for (u32 i = 0; i < bytes; i++) {
-    u64 offset = address - r.base + i;
+  // Of the lanes of this warp that an access then was by, those that it has not waited for.
+  auto unordered_lanes = [&](u32 other, u32 then, u32 lanes) {
+    return here(other) && w.lanes_unordered(then >> CLOCK_BITS, then & CLOCK) ? lanes : 0;
+  };
+  for (u32 i = 0; i < a.bytes; i++) {
+    const u64 at = a.address + i, offset = at - r.base;
     auto& page = pages[offset / PAGE];
     if (!page) page.reset(new Owner[PAGE]());
     Owner& o = page[offset % PAGE];
@@ -66,17 +74,33 @@ inline void Machine::global_order(const Region& r, Warp& w, int pc, int lane, u6
       return complain(i, writer, o.write_pc, reads ? "reads what is written by" : "writes what is written by");
     if (!reads && !(strong && strong_read) && unordered(reader))
       return complain(i, reader, o.read_pc, "writes what is read by");
-    if (!strong && !strong_write && unordered_warp(writer, o.written))
-      return report(reads ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE, pc, w.id, lane, address + i,
-                    o.write_pc, "global memory, written by warp %d", o.written >> CLOCK_BITS);
-    if (access == STORE && !strong_read && reader != SEVERAL && unordered_warp(reader, o.read))
-      return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, address + i, o.read_pc, "global memory, read by warp %d",
-                    o.read >> CLOCK_BITS);
+    const bool same = a.stored && a.stored[i] == *(const u8*)at;
+    const u32 writers = unordered_lanes(writer, o.written, o.write_lanes);
+    const u32 readers = unordered_lanes(reader, o.read, o.read_lanes);
+    const Fault after_write = reads ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE;
+    if (!strong && !strong_write) {
+      if (unordered_warp(writer, o.written))
+        return report(after_write, a.pc, w.id, a.lane, at, o.write_pc, "global memory, written by warp %d",
+                      o.written >> CLOCK_BITS);
+      if (reads ? writers && !(writers & by) : writers & ~by && !same)
+        return report(after_write, a.pc, w.id, a.lane, at, o.write_pc,
+                      "global memory, written by lane %d of the same warp", only_lane(writers & ~by));
+    }
+    if (a.kind == STORE && !strong_read) {
+      if (unordered_warp(reader, o.read))
+        return report(RACE_WRITE_AFTER_READ, a.pc, w.id, a.lane, at, o.read_pc, "global memory, read by warp %d",
+                      o.read >> CLOCK_BITS);
+      if (readers & ~by)
+        return report(RACE_WRITE_AFTER_READ, a.pc, w.id, a.lane, at, o.read_pc,
+                      "global memory, read by lane %d of the same warp", only_lane(readers & ~by));
+    }
     if (reads) {
       const bool several = unordered(reader), weak = !strong || (!strong_read && (several || stamp_cta[reader] == cta));
-      o.reader = (several ? SEVERAL : stamp) | (weak ? 0 : STRONG_BIT), o.read = now, o.read_pc = pc;
+      o.reader = (several ? SEVERAL : stamp) | (weak ? 0 : STRONG_BIT), o.read = now, o.read_pc = a.pc;
+      o.read_lanes = readers | by;
     } else {
-      o.writer = stamp | (strong ? STRONG_BIT : 0), o.written = now, o.write_pc = pc;
+      o.writer = stamp | (strong ? STRONG_BIT : 0), o.written = now, o.write_pc = a.pc;
+      o.write_lanes = same ? writers | by : by;
     }
   }
 }

@@ -150,6 +150,7 @@ inline f32 with_sign_of_product(f32 x, f32 a, f32 b) {
   return std::isnan(x) ? x : std::signbit(a) != std::signbit(b) ? -x : x;
 }
 inline f32 canonical(f32 x) { return std::isnan(x) ? from_bits(CANONICAL_NAN) : x; }
+inline f32 flush_canonical(f32 x) { return canonical(flush(x)); }
 
 // Float to integer: NaN is 0, of or from 64 bits the highest bit alone; what does not fit is the nearest that does.
 template <class I, class F>
