@@ -84,8 +84,6 @@ def with_tensors(options, q, batch, alibi_slopes, sinks):
 
 def with_shard(options, q, batch, shard):
     """The options with the starts of shards, checked but for their values."""
-    if shard is None:
-        return options
     if not isinstance(shard, torch.Tensor):
         fail("shard", "a tensor or None", type(shard).__name__, TypeError)
     if shard.dtype != torch.int32:

@@ -110,7 +110,8 @@ def flash_attention(
     options = layout_options(4, layout, causal, softmax_scale, window_size, softcap)
     options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
-    options = with_shard(options, q, q.shape[0], shard)
+    if shard is not None:
+        options = with_shard(options, q, q.shape[0], shard)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     lengths = Lengths(None, None, q.shape[1], k.shape[1])
@@ -209,7 +210,8 @@ def flash_attention_varlen(
     check_values = should_check_values(check_values)
     options = with_tensors(options, q, lengths.batch(q), alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
-    options = with_shard(options, q, lengths.batch(q), shard)
+    if shard is not None:
+        options = with_shard(options, q, lengths.batch(q), shard)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse, check_values)

@@ -106,7 +106,9 @@ def _checked_call(
     options = layout_options(3 if is_packed else 4, layout, causal, softmax_scale, window_size, softcap)
     batch = lengths.batch(q)
     options = with_tensors(options, q, batch, alibi_slopes, sinks)
-    options = with_shard(with_dropout(options, q, dropout_p, dropout_seed), q, batch, shard)
+    options = with_dropout(options, q, dropout_p, dropout_seed)
+    if shard is not None:
+        options = with_shard(options, q, batch, shard)
     return Call(q, k, v, lengths, options, layout)
 
 
