@@ -63,6 +63,8 @@ GROUPS = {
         _run("tests/cache", "-k", "not random and (append or copy)"),
         _run("tests/cache", "tests/test_strides.py", "-k", "test_random_ or append or copy"),
     ),
+    "SHARDS": (_run("tests/flash/test_shards.py"),),
+    "PARALLEL": (_run("tests/parallel"),),
     "ERRORS": (
         _run("tests/flash/test_errors.py", "tests/paged/test_errors.py", "tests/mla/test_errors.py"),
         _run("tests/cache", "tests/merge", "-k", "wrong or values or bad"),
@@ -113,7 +115,7 @@ FAULTS = (
         "hi = tl.minimum(end - 1 + right, num",
         "FLASH",
     ),
-    Fault("F05", "triton_attn/flash/forward.py", "offset = bounds.seqlen_k - bounds.seqlen_q", "offset = 0", "FLASH"),
+    Fault("F05", "triton_attn/flash/forward.py", "offset = bounds.offset", "offset = 0", "FLASH"),
     Fault(
         "F06",
         "triton_attn/flash/forward.py",
@@ -163,8 +165,8 @@ FAULTS = (
     Fault(
         "F14",
         "triton_attn/flash/forward.py",
-        "keep_mask(dropout, work.batch_head, queries",
-        "keep_mask(dropout, work.batch * (heads.num // heads.group_size) + head_kv, queries",
+        "mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)",
+        "mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch * (heads.num // heads.group_size) + head_kv)",
         "DROPOUT",
     ),
     Fault("F15", "triton_attn/_jit/heads.py", "tl.cast(row, tl.int64) * view", "row * view", "FLASH"),
@@ -216,7 +218,7 @@ FAULTS = (
     Fault(
         "B02",
         "triton_attn/dense/backward_kernels.py",
-        "offset = bounds.seqlen_k - bounds.seqlen_q",
+        "offset = bounds.offset",
         "offset = 0",
         "BACKWARD",
     ),
@@ -237,8 +239,8 @@ FAULTS = (
     Fault(
         "B05",
         "triton_attn/dense/backward_kernels.py",
-        "keep_mask(dropout, batch_head, start_m + queries",
-        "keep_mask(dropout, work.batch_head, start_m + queries",
+        "mask_origin(seqs.shard_ptr, work.batch, head, batch_head)",
+        "mask_origin(seqs.shard_ptr, work.batch, head, work.batch_head)",
         "DROPOUT",
     ),
     Fault(
@@ -821,4 +823,16 @@ FAULTS = (
     ),
     Fault("W09", "perf/commands/gpu.py", 'is_current or key["gpu"] != gpu_name()', "is_current", "GPU_RUN"),
     Fault("W10", "perf/__main__.py", "results.ROOT if publish or part.committed", "results.ROOT if True", "GPU_RUN"),
+    Fault("D01", "triton_attn/_jit/heads.py", "shard.query_start - shard.key_start", "shard.query_start", "SHARDS"),
+    Fault("D02", "triton_attn/_jit/dropout.py", "origin.key + start_n", "start_n", "SHARDS"),
+    Fault("D03", "triton_attn/_jit/dropout.py", "row += head", "row += 0", "SHARDS"),
+    Fault("D04", "triton_attn/parallel/ring.py", "rows.sinks if is_own else None", "rows.sinks", "PARALLEL"),
+    Fault("D05", "triton_attn/parallel/gather.py", "found.sort(key=lambda piece: piece[0])", "", "PARALLEL"),
+    Fault(
+        "D06",
+        "triton_attn/parallel/balance.py",
+        "(chunks[r], chunks[-1 - r])",
+        "(chunks[r], chunks[r - 1])",
+        "PARALLEL",
+    ),
 )
