@@ -45,17 +45,19 @@ def context_parallel_attention(
     """`flash_attention` of sequences whose rows are sharded over the ranks of a mesh: the same results and gradients.
 
     Every rank calls it with its own rows, as `shard_sequence` gives them, and with the same options. KV heads are never
-    repeated. Bytes that a rank receives, with R ranks, n keys that its queries see on other ranks, e bytes an element,
-    batch B, query heads H, KV heads G and head dimensions D and E:
+    repeated. A rank receives so many bytes:
 
     | method | forward | backward | memory besides its rows |
     |---|---|---|---|
-    | "all_gather" | n B G (D + E) e | that again, and (R - 1) / R S B G (D + E) 4 of gradients | keys that it sees |
-    | "ring" | (R - 1) / R S B G (D + E) e | that again, and S B G (D + E) 4 | two blocks of keys |
-    | "ulysses" | (R - 1) / R^2 S B (H + G') (D + E) e | the same | its heads of whole sequences |
+    | "all_gather" | n K e | n K e + (1 - 1/R) S K 4 | the keys that it sees |
+    | "ring" | (1 - 1/R) S K e | (1 - 1/R) S K e + S K 4 | two blocks of keys |
+    | "ulysses" | (1 - 1/R) S Q e / R | the same | whole sequences of its heads |
 
-    S is the length of the whole, and G' is max(G, R). The gradients of all_gather are those of the keys that other
-    ranks see, so fewer under a window. The ring overlaps its transfers with attention; the others do not.
+    R is the number of ranks, S the length of the whole sequence, n the number of keys that the rank's queries see and
+    other ranks hold, and e the bytes of an element. One key and value of each sequence are K = batch * num_heads_kv *
+    (head_dim + head_dim_v) elements, and Q = batch * (num_heads_q + max(num_heads_kv, R)) * (head_dim + head_dim_v).
+    Under a window all_gather returns gradients of fewer keys: those that other ranks see. The ring overlaps its
+    transfers with attention; the others do not.
 
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
