@@ -16,7 +16,7 @@ ROWS = {re.search(r"interop\.(\w+)", row)[1]: row for row in SHOWN}
 
 
 def test_the_docs_show_the_doors():
-    assert {"torch", "flash_attn", "flash_mla", "flashinfer", "transformers", "deepseek", "vllm"} <= {*ROWS}
+    assert {"torch", "flash_attn", "flash_mla", "flashinfer", "transformers", "deepseek", "vllm", "sglang"} <= {*ROWS}
 
 
 def test_a_row_of_the_docs_is_what_the_command_prints(capsys):

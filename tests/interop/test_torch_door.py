@@ -503,3 +503,20 @@ def test_context_parallel(world_size, tmp_path):
             for name in ("ring out", "ring lse", "DTensor out", "DTensor dq", "DTensor dk", "DTensor dv")
         }
         assert max(largest.values()) < 1e-5, largest
+
+
+def test_gradients_by_the_reference(ours, draw, monkeypatch):
+    """Inside an operator autograd records nothing: the reference has formulas of its own."""
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    inputs = [draw(1, heads, 9, 16) for heads in (4, 2, 2)]
+    q, k, v = inputs
+    out = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, *(x.repeat_interleave(2, 1) for x in (k, v)), 0.0, True
+    )[0]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in inputs), is_causal=True, enable_gqa=True
+    )
+    dout = torch.randn_like(out)
+    found, exact = (torch.autograd.grad(x, inputs, dout.to(x.dtype)) for x in (out, expected))
+    for gradient, of_torch in zip(found, exact):
+        torch.testing.assert_close(gradient, of_torch, atol=1e-5, rtol=1e-5)

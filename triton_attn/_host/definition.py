@@ -67,25 +67,22 @@ class Padded(NamedTuple):
         return x[sequences, positions].masked_fill(is_outside.view(-1, *[1] * (x.ndim - 2)), fill)
 
 
-def _scores_and_values(
-    q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset=None, lengths=None
-):
-    """Masked scores (batch, heads, seqlen_q, seqlen_k), and values (batch, heads, seqlen_k, head_dim_v)."""
-    group_size = q.shape[2] // k.shape[2]
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+def _heads_of(q, k, v, compute_dtype):
+    """q, k and v as (batch, num_heads_q, rows, dim) in compute_dtype."""
     # On processors with AMX torch's 16-bit matmuls read past the end of a row, which may hold another tensor's NaN.
     copy = compute_dtype.itemsize < 4
+    group_size = q.shape[2] // k.shape[2]
     q_heads, k_heads, v_heads = (x.transpose(1, 2).to(compute_dtype, copy=copy) for x in (q, k, v))
-    k_heads, v_heads = (x.repeat_interleave(group_size, dim=1) for x in (k_heads, v_heads))
+    return q_heads, *(x.repeat_interleave(group_size, dim=1) for x in (k_heads, v_heads))
 
-    scores = q_heads @ k_heads.transpose(2, 3) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    visible, distance = visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device, offset, lengths)
+
+def _masked_scores(products, causal, window_size, softcap, alibi_slopes, offset=None, lengths=None):
+    """Scores (batch, heads, seqlen_q, seqlen_k) from softmax_scale * q . k, -inf where a query does not see a key."""
+    scores = softcap * torch.tanh(products / softcap) if softcap else products
+    visible, distance = visible_keys(*products.shape[2:], causal, window_size, products.device, offset, lengths)
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(compute_dtype)[..., None, None] * distance.abs()
-    scores = scores.masked_fill(~visible, float("-inf"))
-    return scores, v_heads
+        scores = scores - alibi_slopes.to(products.dtype)[..., None, None] * distance.abs()
+    return scores.masked_fill(~visible, float("-inf"))
 
 
 def attend(
@@ -111,9 +108,10 @@ def attend(
 
     With compute_dtype = q.dtype its error is the one that torch makes in that dtype. Tests compare kernels with it.
     """
-    scores, v_heads = _scores_and_values(
-        q, k, v, causal, softmax_scale, window_size, softcap, alibi_slopes, compute_dtype, offset, lengths
-    )
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    q_heads, k_heads, v_heads = _heads_of(q, k, v, compute_dtype)
+    products = q_heads @ k_heads.transpose(2, 3) * scale
+    scores = _masked_scores(products, causal, window_size, softcap, alibi_slopes, offset, lengths)
     logits = scores
     if sinks is not None:
         sink_column = sinks.to(compute_dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -130,34 +128,37 @@ def attend(
 
 
 def attention_gradients(
-    q, k, v, dout, dlse, out, lse, *, sinks, compute_dtype, keep=None, dropout_p=0.0, **options
+    q, k, v, dout, dlse, out, lse, *, softmax_scale, softcap, sinks, compute_dtype, keep=None, dropout_p=0.0, **mask
 ) -> tuple[Any, Any, Any, Any]:
-    """(dq, dk, dv, dsinks) of `attend`, fp32 or fp64; dlse may be None. k and v may be a part of the keys that lse is
-    over.
+    """(dq, dk, dv, dsinks) of `attend`, in compute_dtype; dlse may be None. k and v may be a part of the keys that out
+    and lse are over. Without autograd, so also inside an operator of torch.
 
-    The weights are exp(s - lse), delta = rowsum(dout * out) - dlse, and the gradient of a score is its weight times
-    (dout . v - delta). It is also the gradient of sum(dout * (weights @ v)) - sum(weights * delta) with a constant lse.
+    With the weights P = exp(s - lse) and delta = rowsum(dout * out) - dlse, ds = P * (dout . v - delta).
     """
-    leaves = [None if x is None else x.detach().to(compute_dtype).requires_grad_() for x in (q, k, v, sinks)]
-    with torch.enable_grad():
-        scores, v_heads = _scores_and_values(*leaves[:3], compute_dtype=compute_dtype, **options)
-        dout = dout.transpose(1, 2).to(compute_dtype)
-        delta = (dout * out.transpose(1, 2).to(compute_dtype)).sum(3)
-        if dlse is not None:
-            delta = delta - dlse
-        no_key = lse == float("-inf")
-        lse = torch.where(no_key, 0.0, lse).to(compute_dtype)
-        weights = torch.exp(scores - lse[..., None])
-        total = -(weights * delta[..., None]).sum()
-        if keep is not None:
-            weights = weights * keep.to(q.device) / (1 - dropout_p)
-        total = total + (dout * (weights @ v_heads)).sum()
-        if sinks is not None:
-            of_sinks = torch.where(no_key, 0.0, torch.exp(leaves[3][:, None] - lse))
-            total = total - (of_sinks * delta).sum()
-        wanted = [x for x in leaves if x is not None]
-        gradients = torch.autograd.grad(total, wanted)
-    return *gradients[:3], gradients[3] if sinks is not None else None
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    q_heads, k_heads, v_heads = _heads_of(q, k, v, compute_dtype)
+    dout, out = (x.transpose(1, 2).to(compute_dtype) for x in (dout, out))
+    delta = (dout * out).sum(3) - (0.0 if dlse is None else dlse)
+    no_key = lse == float("-inf")
+    lse = torch.where(no_key, 0.0, lse).to(compute_dtype)
+    products = q_heads @ k_heads.transpose(2, 3) * scale
+    weights = torch.exp(_masked_scores(products, softcap=softcap, **mask) - lse[..., None])
+    kept = 1.0 if keep is None else keep.to(q.device) / (1 - dropout_p)
+    dscores = weights * (dout @ v_heads.transpose(2, 3) * kept - delta[..., None])
+    if softcap:
+        dscores = dscores * (1 - torch.tanh(products / softcap) ** 2)
+
+    def of_rows(x, num_heads):
+        """(batch, rows, num_heads, dim), summed over the heads of a group."""
+        return x.unflatten(1, (num_heads, -1)).sum(2).transpose(1, 2)
+
+    dq = of_rows(dscores @ k_heads * scale, q.shape[2])
+    dk = of_rows(dscores.transpose(2, 3) @ q_heads * scale, k.shape[2])
+    dv = of_rows((weights * kept).transpose(2, 3) @ dout, k.shape[2])
+    if sinks is None:
+        return dq, dk, dv, None
+    of_sinks = torch.where(no_key, 0.0, torch.exp(sinks.to(compute_dtype)[:, None] - lse))
+    return dq, dk, dv, -(of_sinks * delta).sum((0, 2))
 
 
 def rotate(x, cos, sin, interleaved):

@@ -33,7 +33,7 @@ from .support import Support
 
 SUPPORT = Support(
     functions=("register", "override", "scaled_dot_product_attention", "route_sdpa"),
-    on_cpu='the operators with dispatch_key="CPU"; gradients in the interpreter only',
+    on_cpu='the operators with dispatch_key="CPU", by the references or in the interpreter',
     refused={
         "attn_mask": "a tensor, boolean or additive (a CausalBias is supported)",
         "return_debug_mask": "True",
