@@ -12,7 +12,7 @@ from parallel_ranks import Case, check_bytes, check_difference, check_values, ru
 from torch.distributed.device_mesh import init_device_mesh
 
 from triton_attn import flash_attention
-from triton_attn.parallel import context_parallel_attention, shard_sequence, unshard_sequence
+from triton_attn.parallel import context_parallel_attention, local, shard_sequence, unshard_sequence
 from triton_attn.parallel.balance import Sharding
 from triton_attn.parallel.ulysses import check_heads
 
@@ -107,6 +107,20 @@ def mesh(tmp_path_factory):
 def test_one_rank(mesh, method):
     for mask in MASKS:
         check_values(Case(method=method, **mask), mesh)
+
+
+def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
+    """Positions are cached; those of an inference tensor could not be saved for the backward pass."""
+    local.shard_of.cache_clear()
+    options = dict(mesh=mesh, method="ulysses", dropout_p=0.3, dropout_seed=1)
+    x = torch.randn(1, 6, 2, 16)
+    with torch.inference_mode():
+        out = context_parallel_attention(x, x, x, **options)
+    leaf = x.clone().requires_grad_()
+    trained = context_parallel_attention(leaf, leaf, leaf, **options)
+    trained.sum().backward()
+    assert torch.equal(trained, out)
+    assert leaf.grad.isfinite().all()
 
 
 X = torch.randn(1, 6, 2, 16)

@@ -87,7 +87,8 @@ def shard_of(
 ) -> Tensor:
     """The `shard` of flash_attention; num_heads are those of the whole. Cached, since a copy to a GPU waits for it."""
     rows = [(query_start, key_start, i * num_heads + first_head) for i in range(batch)]
-    return torch.tensor(rows, dtype=torch.int32, device=device).reshape(batch, 3)
+    with torch.inference_mode(False):  # a later call may save it for its backward pass
+        return torch.tensor(rows, dtype=torch.int32, device=device).reshape(batch, 3)
 
 
 def zeros_in_fp32(x: Tensor, num_rows: int | None = None) -> Tensor:
