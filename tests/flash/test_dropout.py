@@ -176,6 +176,19 @@ def test_a_query_that_loses_all_its_keys():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("shard", [None, [[0, 0, 0]]], ids=["whole", "shard"])
+def test_a_word_that_equals_the_threshold_keeps_its_weight(shard):
+    """And one that is below by 1 does not: p is that of the word of key 0, and the next larger one."""
+    (word,) = [int(word) >> 1 for word in _philox(SEED, *map(torch.tensor, (0, 0, 0, 0)))[:1]]
+    q, k, v = even_inputs(1, 1)
+    shard = None if shard is None else torch.tensor(shard, dtype=torch.int32, device=DEVICE)
+    for threshold, is_kept in ((word, True), (word + 1, False)):
+        p = threshold / 2**31
+        assert reference.dropout_mask(SEED, p, 1, 1, 1, 1).item() == is_kept
+        out = flash_attention(q, k, v, dropout_p=p, dropout_seed=SEED, shard=shard)
+        torch.testing.assert_close(out.item(), 1 / (1 - p) if is_kept else 0.0)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_weights_are_dropped_at_their_rate_and_independently(p):
     keep = reference.dropout_mask(SEED, p, 2, 8, 128, 128).double()
