@@ -110,6 +110,17 @@ def test_more_tokens_of_mla_than_a_second_dimension_of_a_grid_has(guarded):
     triton_attn.mla_prefill(q, q, latents, latents, w, w, causal=False, mode="absorbed")
 
 
+def test_more_rows_of_new_tokens_than_32_bits_count(guarded):
+    """A row is one head of one token. The last program writes the last heads of the last token."""
+    num_tokens, num_heads = 2**15 + 1, 2**16
+    new = (zeros(1, 1, 1) + 1).expand(num_tokens, num_heads, 1)
+    k_cache, v_cache = zeros(1, 1, num_heads, 1), zeros(1, 1, num_heads, 1)
+    slots = torch.full((num_tokens,), -1)
+    slots[-1] = 0
+    triton_attn.append_kv_cache(new, new, k_cache, v_cache, slots)
+    assert k_cache[0, 0, -1] == v_cache[0, 0, -1] == 1
+
+
 def test_more_layers_than_a_second_dimension_of_a_grid_has(guarded):
     caches = zeros(40000, 2, 1, 1, 1), zeros(40000, 2, 1, 1, 1)
     caches[1][:, 0] = 1.0

@@ -62,6 +62,7 @@ GROUPS = {
     "APPEND": (
         _run("tests/cache", "-k", "not random and (append or copy)"),
         _run("tests/cache", "tests/test_strides.py", "-k", "test_random_ or append or copy"),
+        _run("tests/test_largest_sizes.py", "-k", "new_tokens"),
     ),
     "SHARDS": (_run("tests/flash/test_shards.py"),),
     "PARALLEL": (_run("tests/parallel"),),
