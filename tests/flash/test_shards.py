@@ -118,3 +118,27 @@ def test_errors(shard, error, said, varlen):
     else:
         with pytest.raises(error, match=said):
             call()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("grads", [False, True], ids=["plain", "differentiated"])
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([[0, 0, 0], [-1, 0, 0]], r"shard\[1\], first query: expected 0 to 1000000000, got -1"),
+        ([[0, 10**9 + 1, 0], [0, 0, 0]], r"shard\[0\], first key: expected 0 to 1000000000, got 1000000001"),
+        ([[0, 0, -5], [0, 0, 0]], r"shard\[0\], first head: expected 0 to 2147483647, got -5"),
+    ],
+)
+def test_values_are_checked_where_that_is_wanted(values, said, varlen, grads, backend, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
+    shard = torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    x = torch.randn(2, 5, 2, 16, device=DEVICE, requires_grad=grads)
+    offsets = torch.tensor([0, 5, 10], dtype=torch.int32, device=DEVICE)
+    inputs, function = [x] * 3, ta.flash_attention
+    if varlen:
+        inputs, function = [*[x.flatten(0, 1)] * 3, offsets, offsets, 5, 5], ta.flash_attention_varlen
+    with pytest.raises(ValueError, match=said):
+        function(*inputs, shard=shard)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import check_cu_seqlens, check_cu_seqlens_values, check_max_seqlen, fail, layout_of, read_length
 from .observers import number_and_tensor
-from .options import AttentionOptions
+from .options import AttentionOptions, check_shard_values
 
 
 class Lengths(NamedTuple):
@@ -81,8 +81,11 @@ class Call(NamedTuple):
     layout: tuple  # `layout_of` q, k and v
 
     def check_values(self) -> None:
-        """`Lengths.check_values` of a packed batch."""
-        self.lengths.check_values(self.q.shape[0], self.k.shape[0])
+        """`Lengths.check_values` of a packed batch, and the values of a shard. A device-to-host sync."""
+        if self.lengths.cu_seqlens_q is not None:
+            self.lengths.check_values(self.q.shape[0], self.k.shape[0])
+        if self.options.shard is not None:
+            check_shard_values(self.options.shard)
 
 
 def call_of(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, lengths: Lengths | None = None) -> Call:

@@ -15,12 +15,8 @@ INDICES = ["cache_seqlens_ptr", "block_table_ptr", "table_stride", "slot_mapping
 L2_BUDGET_BYTES = 32 << 20
 
 
-def row_strides(x):
-    """Strides in elements of (batch, row, head); a packed varlen batch has batch stride 0."""
-    return without_dim(x.stride())
-
-
 def without_dim(strides):
+    """Strides (batch, row, head) from those of a tensor; the batch stride of a packed tensor is 0."""
     return strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
 
 
@@ -64,11 +60,6 @@ def tiles_each(longest, num_rows, batch, block):
 def batch_head_strides(x):
     """Strides of (batch, head) of a tensor (batch, heads), or (heads,) for every batch."""
     return x.stride() if x.ndim == 2 else (0, x.stride(0))
-
-
-def scale_stride(scale):
-    """Stride between the heads of a scale: 0 for one that all heads share, 1 for one per head; None for no tensor."""
-    return None if scale is None or not hasattr(scale, "numel") else min(1, scale.numel() - 1)
 
 
 def lse_strides(lse):

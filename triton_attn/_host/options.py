@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .backend import Variable
-from .checks import check_bool, check_int, check_number, check_per_head, check_window, fail
+from .checks import MAX_ROWS, check_bool, check_int, check_number, check_per_head, check_window, fail
 
 
 class AttentionOptions(NamedTuple):
@@ -95,6 +95,18 @@ def with_shard(options, q, batch, shard):
     if shard.device != q.device:
         fail("shard", f"q's device {q.device}", shard.device)
     return options._replace(shard=shard)
+
+
+def check_shard_values(shard):
+    """Positions and the number of a head are 0 or more, and positions at most 10**9. A device-to-host sync."""
+    for i, (query_start, key_start, dropout_row) in enumerate(shard.tolist()):
+        for name, value, most in (
+            ("query", query_start, MAX_ROWS),
+            ("key", key_start, MAX_ROWS),
+            ("head", dropout_row, 2**31 - 1),
+        ):
+            if not 0 <= value <= most:
+                fail(f"shard[{i}], first {name}", f"0 to {most}", value)
 
 
 def with_dropout(options, q, dropout_p, dropout_seed):

@@ -115,7 +115,8 @@ def flash_attention(
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     lengths = Lengths(None, None, q.shape[1], k.shape[1])
-    return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse)
+    check_values = shard is not None and should_check_values(None)
+    return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse, check_values)
 
 
 @overload
@@ -191,8 +192,8 @@ def flash_attention_varlen(
         max_seqlen_q, max_seqlen_k: the longest lengths, ints. Results for queries past max_seqlen_q, and gradients of
             keys past max_seqlen_k, are undefined. A tensor of one int costs a device-to-host sync, also under
             torch.compile, where it does not break the graph.
-        check_values: check cu_seqlens on the host, which costs a device-to-host sync. None follows the environment
-            variable TRITON_ATTN_CHECK=1.
+        check_values: check the values of cu_seqlens and shard on the host, which costs a device-to-host sync. None
+            follows the environment variable TRITON_ATTN_CHECK=1.
         The rest as in `flash_attention`.
 
     Returns:

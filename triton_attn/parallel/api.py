@@ -49,8 +49,8 @@ def context_parallel_attention(
 
     | method | forward | backward | memory besides its rows |
     |---|---|---|---|
-    | "all_gather" | n K e | n K e + (1 - 1/R) S K 4 | the keys that it sees |
-    | "ring" | (1 - 1/R) S K e | (1 - 1/R) S K e + S K 4 | two blocks of keys |
+    | "all_gather" | n K e | n K e + (1 - 1/R) S K 4 | twice the keys that it sees; backward, twice fp32 gradients too |
+    | "ring" | (1 - 1/R) S K e | (1 - 1/R) S K e + S K 4 | two blocks of keys; backward, three of fp32 gradients too |
     | "ulysses" | (1 - 1/R) S Q e / R | the same | whole sequences of its heads |
 
     R is the number of ranks, S the length of the whole sequence, n the number of keys that the rank's queries see and
@@ -135,8 +135,7 @@ def _compare_ranks(problem, method, q, k, v, sinks):
 
 def _choose(problem, k, v):
     """The same on all ranks: by the rank whose queries see most keys."""
-    ranges = (gather.ranges_seen(problem.sharding, problem.window, r) for r in problem.ranks)
-    keys = max(sum(keys.size for keys in of_rank) for of_rank in ranges)
+    keys = gather.most_keys_seen(problem.sharding, problem.window)
     size = keys * k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.dtype.itemsize
     return "all_gather" if size <= MOST_GATHERED else "ring"
 

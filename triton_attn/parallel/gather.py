@@ -74,12 +74,19 @@ class _Route(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _routes(sharding: Sharding, window: tuple[int, int]) -> tuple[_Route, ...]:
-    """The route of each rank."""
+def _route(sharding: Sharding, window: tuple[int, int], rank: int) -> _Route:
+    """The route of a rank."""
     ranks = range(sharding.num_ranks)
-    ranges = [ranges_seen(sharding, window, r) for r in ranks]
-    sent = [tuple(_pieces(sharding.chunks[source], ranges[to]) for to in ranks) for source in ranks]
-    return tuple(_Route(sent[r], tuple(sent[source][r] for source in ranks), ranges[r]) for r in ranks)
+    own = ranges_seen(sharding, window, rank)
+    sent = tuple(_pieces(sharding.chunks[rank], ranges_seen(sharding, window, to)) for to in ranks)
+    return _Route(sent, tuple(_pieces(sharding.chunks[source], own) for source in ranks), own)
+
+
+@functools.lru_cache(maxsize=64)
+def most_keys_seen(sharding: Sharding, window: tuple[int, int]) -> int:
+    """Keys that the queries of one rank see: of the rank that sees most."""
+    ranges = (ranges_seen(sharding, window, rank) for rank in range(sharding.num_ranks))
+    return max(sum(keys.size for keys in of_rank) for of_rank in ranges)
 
 
 def ranges_seen(sharding: Sharding, window: tuple[int, int], rank: int) -> tuple[Chunk, ...]:
@@ -105,7 +112,7 @@ def _pieces(chunks, ranges):
 
 def _fetch(problem: Problem, k: Tensor, v: Tensor) -> _Fetched:
     """The keys and values that this rank's queries see."""
-    route = _routes(problem.sharding, problem.window)[problem.rank]
+    route = _route(problem.sharding, problem.window, problem.rank)
     packed = {pieces: _pack(pieces, k, v) for pieces in set(route.sent)}
     shapes = [(sum(piece.size for _, piece in pieces) * _elements_a_row(k, v),) for pieces in route.received]
     received = exchange([packed[pieces] for pieces in route.sent], shapes, problem.group)
@@ -120,7 +127,7 @@ def _fetch(problem: Problem, k: Tensor, v: Tensor) -> _Fetched:
 
 def _return(problem: Problem, totals: _Fetched, rows: Rows) -> list[Tensor]:
     """Gradients of this rank's keys and values: the sums over the ranks, in fp32 and in the order of the ranks."""
-    route = _routes(problem.sharding, problem.window)[problem.rank]
+    route = _route(problem.sharding, problem.window, problem.rank)
     sent = []
     for pieces in route.received:
         of_pieces = [totals.of(piece) for _, piece in pieces]
