@@ -5,11 +5,9 @@ perf/model/loop_model.py, which does not include memory. A decode step whose TB/
 for memory.
 """
 
-from unittest import mock
-
 import pytest
 import torch
-from host_cost import median_microseconds, python_calls
+from host_cost import bare_launches, median_microseconds, python_calls
 from instruments import Instrument
 
 from perf.model import loop_model
@@ -202,22 +200,8 @@ def test_host_cost(num_splits, record_property):
         def call():
             return paged_attention(**given, num_splits=num_splits)
 
-        bare = []
-        with (
-            mock.patch.object(forward, "launch_packed") as launch_packed,
-            mock.patch.object(merge, "launch_packed") as launch,
-        ):
-            call()
-        for one in (launch_packed, launch)[: 2 if num_splits > 1 else 1]:
-            kernel, grid, _, args, constants = one.call_args.args
-            bare.append((kernel[grid], args, constants))
-
-        def launches():
-            for kernel, args, constants in bare:
-                kernel(*args, enable_fp_fusion=True, **constants)
-
-        calls = {"call": call, "bare launches": launches}
-        cost = median_microseconds(calls)
+        launches = bare_launches(call, (forward, merge))
+        cost = median_microseconds({"call": call, "bare launches": launches})
         extra_calls = python_calls(call) - python_calls(launches)
     figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits, "
     figure += f"{cost['bare launches']:.0f} us the bare launches that it makes, {extra_calls} more Python calls"
