@@ -121,8 +121,8 @@ RESULTS = {
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_a_guide_begins_with_code(page):
-    """Or with the table of what to type."""
-    before = re.split(r"^```|^\|", page.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    """Or with a list or a table of what to type."""
+    before = re.split(r"^```|^\||^- ", page.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
     assert len(before.split()) < 70
 
 
