@@ -38,6 +38,8 @@ def cells_of(notebook, kind):
 
 
 DOORS = [page for page in sorted(ROOT.glob("docs/doors/*.md")) if code_of(page)]
+GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
+OF_AN_EXAMPLE = ROOT / "docs/guides/new-family.md"  # its code is in examples/, and has a test there
 
 
 def names_of(page, device):
@@ -68,15 +70,19 @@ def test_the_code_of_the_readme_runs(device):
     assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v"))
 
 
-def test_the_code_of_the_tour_runs(device, monkeypatch, tmp_path):
+@pytest.fixture
+def of_the_reader(monkeypatch, tmp_path):
+    """What a reader has: tuned.json from a sweep on an H100, and weights to download."""
     (tmp_path / "tuned.json").write_text(tuned_table())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tuned, "_archs_here", lambda: ["sm_90"])
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", small_model)
-    try:
-        names = names_of(TOUR, device)
-    finally:
-        triton_attn.use_tuned(None)
+    yield
+    triton_attn.use_tuned(None)
+
+
+def test_the_code_of_the_tour_runs(device, of_the_reader):
+    names = names_of(TOUR, device)
     assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v", "sinks"))
     assert names["model"].config._attn_implementation == "triton_attn"
 
@@ -87,6 +93,42 @@ def test_the_code_of_a_door_runs(device, page):
         pytest.skip("continuous batching needs a newer transformers")
     names = names_of(page, device)
     assert names["out"].isfinite().all()
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if page != OF_AN_EXAMPLE], ids=lambda page: page.stem)
+def test_the_code_of_a_guide_runs(device, page, of_the_reader, capsys):
+    """Comments behind `print` are what it prints."""
+    names = names_of(page, device)
+    assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", code_of(page))
+    assert page.stem not in RESULTS or RESULTS[page.stem](names)
+
+
+def same_as_generate(names):
+    """The tokens of the guide's paged decode are those of transformers."""
+    model, prompts = names["model"], names["prompts"]
+    model.set_attn_implementation("sdpa")
+    prompts = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+    texts = [model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1) for prompt in prompts]
+    return [text[0, -5:].tolist() for text in texts] == names["outputs"]
+
+
+RESULTS = {
+    "serve-a-llama": same_as_generate,
+    "packed-documents": lambda names: names["loss"].isfinite() and names["q"].grad.isfinite().all(),
+    "deepseek-fp8": lambda names: names["out"].isfinite().all() and list(map(len, names["outputs"])) == [4, 4],
+}
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_begins_with_code(page):
+    """Or with a list or a table of what to type."""
+    before = re.split(r"^```|^\||^- ", page.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    assert len(before.split()) < 70
+
+
+def test_the_site_lists_the_guides():
+    listed = re.findall(r": guides/(\S+)\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == [page.stem for page in GUIDES]
 
 
 def test_the_tour_shows_every_public_name():
@@ -101,7 +143,7 @@ def test_the_api_pages_show_every_public_name():
 
 
 def test_no_other_page_has_python_that_nothing_runs():
-    run = README, TOUR, ROOT / "docs/testing-without-a-gpu.md", ROOT / "docs/many-gpus.md", *DOORS
+    run = README, TOUR, ROOT / "docs/testing-without-a-gpu.md", ROOT / "docs/many-gpus.md", *DOORS, *GUIDES
     assert [page.name for page in PAGES if page not in run and code_of(page)] == []
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._host.backend import use_kernel
 from .._host.call import Call, Lengths, packed_lengths
 from .._host.checks import MAX_HEAD_DIM_BACKWARD, check_kernel_dtype, check_same_kind, fail, layout_of
+from .._host.layout import new_outputs
 from .._host.options import with_dropout, with_shard, with_tensors
 from . import reference
 from .api import layout_options
@@ -43,7 +44,7 @@ def forward_pass(
         out.copy_(result)
         return lse
     check_kernel_dtype(q)
-    lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+    _, lse = new_outputs(q, v, out=out)
     _launchers()[0](call, out, lse)
     return lse
 

@@ -121,24 +121,19 @@ def _forward_into(
     block_table=None,
     num_splits=None,
 ):
-    """(lse, rng_state), the output in `out`."""
-    if return_debug_mask:
-        raise NotImplementedError("return_debug_mask: expected False, got True; no matrix of weights is in memory")
-    q, k, v = query, key, value
-    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
-        q, k, v = _with_contiguous_rows(q, k, v)
-    rng_state = _new_rng_state(q, dropout_p > 0)
+    """(lse, what the operators return behind it), the output in `out`."""
     window = _window(window_size_left, window_size_right)
     options = dict(causal=is_causal, softmax_scale=scale, window_size=window, alibi_slopes=alibi_slopes)
     if seqused_k is not None or alibi_slopes is not None or block_table is not None:
-        _refuse_gradients((q, k, v), alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
+        inputs = query, key, value
+        _refuse_gradients(inputs, alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
     if seqused_k is None and block_table is None:
-        dropout_seed = _seed_of(rng_state) if dropout_p > 0 else None
         lengths = cum_seq_q, cum_seq_k, max_q, max_k
-        lse = forward_pass(q, k, v, lengths, **options, dropout_p=dropout_p, dropout_seed=dropout_seed, out=out)
-        return lse, rng_state
+        return _attend_into(out, query, key, value, lengths, dropout_p, return_debug_mask, **options)
+    _refuse_debug_mask(return_debug_mask)
     if dropout_p > 0:
         raise NotImplementedError(f"dropout_p: expected 0 with seqused_k or block_table, got {dropout_p}")
+    q, k, v = _with_contiguous_rows(query, key, value)
     if seqused_k is None:
         if cum_seq_k is None:
             raise ValueError("seqused_k: expected a tensor with block_table, since cum_seq_k is None too")
@@ -151,14 +146,26 @@ def _forward_into(
     _, lse = paged_attention(
         q, k, v, seqused_k, block_table, **options, num_splits=num_splits or 0, out=out, return_lse=True
     )
-    return lse, rng_state
+    return lse, _unread_outputs(q.dtype, q.device)
+
+
+def _attend_into(out, q, k, v, lengths, dropout_p, return_debug_mask, **options):
+    """`_forward_into` of a dense or packed batch without pages."""
+    _refuse_debug_mask(return_debug_mask)
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        q, k, v = _with_contiguous_rows(q, k, v)
+    rest = _unread_outputs(q.dtype, q.device)
+    if dropout_p > 0:
+        rest = _drawn_like(rest[0]), *rest[1:]
+        options |= dict(dropout_p=dropout_p, dropout_seed=_seed_of(rest[0]))
+    return forward_pass(q, k, v, lengths, out=out, **options), rest
 
 
 def _flash_forward(query, key, value, *arguments, **options):
     """(batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cum_seq_q."""
     out = _new_out(query, value)
-    lse, rng_state = _forward_into(out, query, key, value, *arguments, **options)
-    return out, lse, rng_state, _offset(rng_state), _unused((0,), query.dtype, query.device)
+    lse, rest = _forward_into(out, query, key, value, *arguments, **options)
+    return out, lse, *rest
 
 
 def _flash_forward_quantized(
@@ -216,13 +223,11 @@ def _flash_backward(
 
 def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     """(batch, heads, seqlen, head_dim); causal to the bottom right, as torch's own operator."""
-    out = _new_out(query, value)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    arguments = None, None, seqlen_q, seqlen_k, dropout_p, is_causal, return_debug_mask
-    lse, rng_state = _forward_into(out.transpose(1, 2), q, k, v, *arguments, scale=scale)
-    unused = _unused((0,), query.dtype, query.device)
-    return out, lse, None, None, seqlen_q, seqlen_k, rng_state, _offset(rng_state), unused
+    out = _new_out(q, v)
+    lengths = None, None, q.shape[1], k.shape[1]
+    lse, rest = _attend_into(out, q, k, v, lengths, dropout_p, return_debug_mask, causal=is_causal, softmax_scale=scale)
+    return out.transpose(1, 2), lse, *lengths, *rest
 
 
 def _sdpa_forward_quantized(
@@ -293,6 +298,11 @@ def _with_contiguous_rows(*tensors):
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
+def _refuse_debug_mask(return_debug_mask):
+    if return_debug_mask:
+        raise NotImplementedError("return_debug_mask: expected False, got True; no matrix of weights is in memory")
+
+
 def _refuse_quantized(query, scales):
     for name, scale in zip(("q_descale", "k_descale", "v_descale"), scales):
         if scale is not None:
@@ -310,26 +320,23 @@ def _refuse_gradients(inputs, **options):
 # spare one. So the backward pass has the mask of the forward, and torch.utils.checkpoint draws it again.
 
 
-def _new_rng_state(q, is_drawn):
-    if torch.version.hip:  # as the operators' meta functions say
-        size, dtype = (), torch.int64
-    else:
-        size, dtype = (2,), torch.uint64
-    if not is_drawn:
-        return _unused(size, dtype, q.device)
-    return torch.randint(-(2**63), 2**63 - 1, size, dtype=torch.int64, device=q.device).view(dtype)
-
-
-def _offset(rng_state):
-    return _unused((), rng_state.dtype, rng_state.device)
-
-
 @functools.cache
-def _unused(size, dtype, device):
-    """An output that nobody reads, the same in all calls: three allocations would take a seventh of a call's time.
-    Autograd saves it, and takes no tensor of inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty(size, dtype=dtype, device=device)
+def _unread_outputs(dtype, device):
+    """rng_state and its offset where nothing is dropped, and the matrix of weights: outputs that nobody reads, the same
+    in all calls. Three allocations would take a seventh of a call's time.
+    """
+    if torch.version.hip:  # as the operators' meta functions say
+        size, of_state = (), torch.int64
+    else:
+        size, of_state = (2,), torch.uint64
+    with torch.inference_mode(False):  # autograd saves rng_state, and takes no tensor of inference mode
+        new = functools.partial(torch.empty, device=device)
+        return new(size, dtype=of_state), new((), dtype=of_state), new((0,), dtype=dtype)
+
+
+def _drawn_like(rng_state):
+    seed = torch.randint(-(2**63), 2**63 - 1, rng_state.shape, dtype=torch.int64, device=rng_state.device)
+    return seed.view(rng_state.dtype)
 
 
 def _seed_of(rng_state):
