@@ -49,10 +49,14 @@ from perf.model import compiled, loop_model
 from perf.model.gpus import L2_BYTES_PER_CLOCK, RATES
 from perf.results import MODELLED, OURS, PREDICTED, Row
 from perf.results.baseline import counts_of
+from perf.workloads.problems import LatentDecodeProblem
 from perf.workloads.providers import SCHEDULES
-from triton_attn.merge.splits import choose_num_splits
-from triton_attn.mla.configs import MlaDecodeConfig
+from triton_attn.merge.splits import SplitWork, choose_num_splits, resident_programs
+from triton_attn.mla import configs as mla_configs
+from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig
 from triton_attn.mla.schedule import FLOP_PER_BYTE, cost
+from triton_attn.paged import configs as paged_configs
+from triton_attn.paged.configs import PagedCase
 
 
 def tile_trips(problem, block_m, block_n):
@@ -207,10 +211,10 @@ def _analyzed(compile_kernel, arch, dtype, **shape):
 def _decode_step(problem, dtype, arch, config, report):
     gpu = RATES[arch]
     dtype_bytes = getattr(torch, dtype).itemsize
-    programs = 1
-    if isinstance(config, MlaDecodeConfig):
-        programs = config.programs_per_sm(problem.cache_dtype == "float8_e4m3fn")
-    num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms * programs)
+    case = _case_of(problem, getattr(torch, dtype), arch, config)
+    resident = resident_programs(config.shared_bytes(case), config, case.gpu)
+    element_size = case.cache_dtype.itemsize
+    num_splits, trips = split_trips(problem, config.block_m, config.block_n, gpu.num_sms, resident, element_size)
     resident = min(report.ctas_per_sm, -(-len(trips) // gpu.num_sms))
     warpgroups = resident * report.mma_warpgroups_per_sm // report.ctas_per_sm
     slots = gpu.num_sms * resident
@@ -233,14 +237,37 @@ def _decode_step(problem, dtype, arch, config, report):
         )
 
 
-def split_trips(problem, block_m, block_n, num_slots):
+def _case_of(problem, dtype, arch, config):
+    """The case of the launcher's config."""
+    if isinstance(config, MlaDecodeConfig):
+        widths = problem.kv_lora_rank, problem.qk_rope_head_dim
+        is_fp8 = getattr(torch, problem.cache_dtype).itemsize == 1
+        return MlaDecodeCase(arch, dtype, *widths, problem.num_heads_q, is_fp8, page_size=problem.page_size)
+    rows = problem.num_heads_q // problem.num_heads_kv
+    return PagedCase(arch, dtype, dtype, problem.head_dim, problem.head_dim_v, rows)
+
+
+def split_trips(problem, block_m, block_n, num_sms, resident, element_size):
     """(num_splits, trips of each program) of a decode step with the default number of splits. Each split has an equal
     share of tiles, the last one the rest.
     """
     key_tiles = -(-problem.seqlen_k // block_n)
     row_tiles = -(-problem.num_heads_q // problem.num_heads_kv // block_m)
     programs = problem.batch * problem.num_heads_kv * row_tiles
-    num_splits = choose_num_splits(programs, key_tiles, num_slots)
+    values_are_keys = isinstance(problem, LatentDecodeProblem)
+    work = SplitWork(
+        programs,
+        key_tiles,
+        tile_elements=block_n * (problem.head_dim + (0 if values_are_keys else problem.head_dim_v)),
+        element_size=element_size,
+        program_rate=(mla_configs if values_are_keys else paged_configs).PROGRAM_RATE,
+        tile_flops=2 * block_m * block_n * (problem.head_dim + problem.head_dim_v),
+        num_rows=problem.batch * problem.num_heads_q,
+        row_elements=problem.head_dim_v,
+        num_sms=num_sms,
+        resident=resident,
+    )
+    num_splits = choose_num_splits(work)
     share = -(-key_tiles // num_splits)
     return num_splits, [min(share, key_tiles - i * share) for i in range(num_splits)] * programs
 

@@ -9,7 +9,6 @@ import torch
 from paged_cases import DEVICE, DTYPES, FLOAT8, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, Inputs, check, using
 
 from triton_attn import flash_attention, paged_attention
-from triton_attn.merge.splits import choose_num_splits
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.toolchain import guard
@@ -242,25 +241,6 @@ def test_result_goes_where_it_is_asked_to():
         out = torch.zeros(3, 1, 8, 64, dtype=torch.float16, device=DEVICE)
         assert paged_attention(*arguments, num_splits=num_splits, out=out) is out
         assert torch.equal(out, paged_attention(*arguments, num_splits=num_splits))
-
-
-@pytest.mark.parametrize(
-    ("num_programs", "num_key_tiles", "num_sms", "expected"),
-    [
-        (132, 100, 132, 1),  # one whole wave
-        (8, 1, 132, 1),  # nothing to split
-        (8, 1000, 132, 14),  # 72 tiles after each other; the least is 62, in eight waves of 125 splits
-        (8, 16, 132, 16),  # a tile each, where 14 splits would have two and leave six without any
-        (8, 64, 132, 16),
-        (66, 100, 132, 2),
-        (100, 100, 132, 5),  # 4 waves of 20 tiles; 4 splits have 4 waves of 25
-        (1, 10**6, 132, 109),  # 85 % of 128, the most
-        (1000, 100, 132, 1),
-        (0, 0, 132, 1),
-    ],
-)
-def test_number_of_splits(num_programs, num_key_tiles, num_sms, expected):
-    assert choose_num_splits(num_programs, num_key_tiles, num_sms) == expected
 
 
 def test_splits_follow_from_shapes_alone():

@@ -108,6 +108,9 @@ def test_decode_counts_the_bytes_of_the_cache_and_leaves_out_what_is_too_large()
     assert contexts == {1: 128, 8: 128, 32: 64, 128: 16}, "up to 8 GiB of 4 KiB per token"
 
 
+ON_16_SMS = dict(block_m=16, block_n=64, num_sms=16, resident=1, element_size=2)
+
+
 @pytest.mark.parametrize(
     ("batch", "seqlen_k", "num_splits", "trips"),
     [
@@ -120,19 +123,19 @@ def test_decode_counts_the_bytes_of_the_cache_and_leaves_out_what_is_too_large()
 )
 def test_splits_and_their_trips(batch, seqlen_k, num_splits, trips):
     step = DecodeProblem(batch, seqlen_k)
-    assert predict.split_trips(step, block_m=16, block_n=64, num_slots=16) == (num_splits, trips)
+    assert predict.split_trips(step, **ON_16_SMS) == (num_splits, trips)
 
 
 @pytest.mark.parametrize("seqlen_k", [1, 64, 1000, 1024, 2048, 4096, 5000, 2**17])
 def test_no_split_is_without_keys(seqlen_k):
     for batch in (1, 2, 5, 32):
-        _, trips = predict.split_trips(DecodeProblem(batch, seqlen_k), block_m=16, block_n=64, num_slots=132)
+        _, trips = predict.split_trips(DecodeProblem(batch, seqlen_k), **ON_16_SMS | {"num_sms": 132, "resident": 3})
         assert min(trips) >= 1
         assert sum(trips) == batch * 8 * -(-seqlen_k // 64)
 
 
 def test_more_rows_than_a_tile_make_more_programs():
-    _, trips = predict.split_trips(DecodeProblem(1, 64, num_heads_kv=1), block_m=16, block_n=64, num_slots=16)
+    _, trips = predict.split_trips(DecodeProblem(1, 64, num_heads_kv=1), **ON_16_SMS)
     assert trips == [1, 1]
 
 

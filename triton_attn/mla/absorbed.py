@@ -36,8 +36,8 @@ from .._jit.tiles import (
 )
 from .._jit.workarounds import decode_once, dot_in_ifs, fence_copies, in_vectors, multiple_of
 from ..merge.kernel import launch_merge
-from ..merge.splits import choose_num_splits
-from .configs import MlaDecodeCase, MlaDecodeConfig
+from ..merge.splits import choose_num_splits, resident_programs
+from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project
 
@@ -498,6 +498,7 @@ class AbsorbedKey(NamedTuple):
     causal: bool
     joined: bool
     has_factors: bool
+    is_projected: bool  # a launch that multiplies with w_uv follows
     num_splits: int
     arch: str
     precision: str  # of fp32 matmuls
@@ -518,7 +519,7 @@ class AbsorbedPlan(NamedTuple):
 
 def _attend(call, w_uv, out, lse, num_splits, config=None):
     """Attention of an AbsorbedCall, and what follows it."""
-    plan = _plan(_key_of(call, num_splits), wanted_kernels(), config)
+    plan = _plan(_key_of(call, w_uv is not None, num_splits), wanted_kernels(), config)
     parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits)
     if type(plan) is HopperPlan:
         launch_mla_decode_hopper(plan, call, parts, lse_parts)
@@ -586,7 +587,7 @@ def _results(q, out, lse, w_uv, num_splits):
     return out[None], out.new_empty(lse_shape, dtype=torch.float32) if lse is None else lse[None]
 
 
-def _key_of(call, num_splits):
+def _key_of(call, is_projected, num_splits):
     q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors = call
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
@@ -606,6 +607,7 @@ def _key_of(call, num_splits):
         causal,
         joined,
         factors != (None, None),
+        is_projected,
         num_splits,
         arch,
         input_precision(dtype, arch),
@@ -670,9 +672,10 @@ def _plan(key, wanted, config):
         SEARCH=search,
         INPUT_PRECISION=key.precision,
     )
-    num_splits = key.num_splits or choose_num_splits(
-        num_programs, -(-seqlen_k // tiles.block_n), key.num_sms * tiles.programs_per_sm(is_fp8)
-    )
+    num_splits = key.num_splits
+    if num_splits == 0:
+        resident = resident_programs(tiles.shared_bytes(case), tiles, case.gpu)
+        num_splits = choose_num_splits(split_work(key, tiles.block_m, tiles.block_n, num_programs, seqlen_k, resident))
     return AbsorbedPlan(
         num_programs,
         num_splits,

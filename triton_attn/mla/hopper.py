@@ -34,7 +34,7 @@ from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
 from ..dense.tma import strides_suit_tma
 from ..merge.splits import choose_num_splits
-from .configs import MlaDecodeCase, MlaHopperConfig
+from .configs import MlaDecodeCase, MlaHopperConfig, split_work
 
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -508,7 +508,9 @@ def plan_hopper(key, wanted):
     if config is None:
         return None
     num_programs = batch * seqlen_q * (num_heads // ROWS.value)
-    num_splits = key.num_splits or choose_num_splits(num_programs, -(-capacity // BLOCK_N.value), key.num_sms)
+    num_splits = key.num_splits
+    if num_splits == 0:
+        num_splits = choose_num_splits(split_work(key, ROWS.value, BLOCK_N.value, num_programs, capacity))
     geometries = [
         *(_fields(*of, [1, 1, ROWS.value, columns.value]) for of, columns in zip(key.layout, (HALF, ROPE))),
         _paged_geometry(num_pages, kv_lora_rank, *strides_k[:2], HALF.value),

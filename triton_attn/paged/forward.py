@@ -30,8 +30,8 @@ from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import dot_in_ifs, fence_copies, in_vectors
 from ..merge.kernel import launch_merge
-from ..merge.splits import choose_num_splits
-from .configs import PagedCase, PagedConfig
+from ..merge.splits import SplitWork, choose_num_splits, resident_programs
+from .configs import PROGRAM_RATE, PagedCase, PagedConfig
 
 WIDEST: tl.constexpr = tl.constexpr(256)  # columns of a piece: no default config spills
 # Lengths, and values computed from them: a new length must not cause a compilation.
@@ -573,9 +573,9 @@ def _plan_pass(problem, shared):
         num_tiles = tiles_each(longest, num_rows, num_sequences, config.block_m) * num_sequences
     first_key = 0 if shared else problem.shared_prefix_len
     num_keys = problem.shared_prefix_len if shared else max(problem.capacity - first_key, 0)
-    num_splits = problem.num_splits or choose_num_splits(
-        num_tiles * num_heads_kv, -(-num_keys // config.block_n), problem.num_sms
-    )
+    num_splits = problem.num_splits
+    if num_splits == 0:
+        num_splits = choose_num_splits(_work_of(problem, case, config, num_tiles * num_heads_kv, num_keys))
     mantissa_bits = FLOAT8_MANTISSA_BITS.get(problem.cache_dtype, 0)
     tile = Tile(
         BLOCK_M=config.block_m,
@@ -597,3 +597,25 @@ def _plan_pass(problem, shared):
     )
     constants = dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages)
     return Pass(num_tiles * num_splits * num_heads_kv, num_tiles, num_splits, constants)
+
+
+def _work_of(problem, case, config, num_programs, num_keys):
+    """The SplitWork of a pass over num_keys keys, of which a window shows the last."""
+    left = problem.window[0]
+    if left is not None:
+        num_keys = min(num_keys, left + 1 + problem.max_seqlen_q)
+    dims = case.head_dim + case.head_dim_v
+    (shape_q, _), *_ = problem.layout
+    return SplitWork(
+        num_programs,
+        num_key_tiles=-(-num_keys // config.block_n),
+        tile_elements=config.block_n * dims,
+        element_size=problem.cache_dtype.itemsize,
+        program_rate=PROGRAM_RATE,
+        tile_flops=2 * config.block_m * config.block_n * dims,
+        num_rows=math.prod(shape_q[:-1]),
+        row_elements=case.head_dim_v,
+        num_sms=problem.num_sms,
+        resident=resident_programs(config.shared_bytes(case), config, case.gpu),
+        has_merge=problem.shared_prefix_len > 0,
+    )
