@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from triton_attn import reference
 from triton_attn.parallel import context_parallel_attention, shard_sequence, unshard_sequence
+from triton_attn.parallel.balance import Sharding
+from triton_attn.parallel.cost import costs, sizes_of
 from triton_attn.testing import assert_close_to_reference
 
 TIMEOUT = datetime.timedelta(seconds=240)
@@ -165,6 +167,28 @@ def check_bytes(case, mesh):
     assert (forward, sum(received) - forward) == case.bytes(mesh.get_local_rank(), mesh.size()), (
         f"{forward}, {sum(received) - forward}"
     )
+
+
+def check_bytes_of_model(case, mesh):
+    """The most bytes that a rank receives are those of the cost model; with a causal mask, backward at most those."""
+    inputs, rank = Inputs(case), mesh.get_local_rank()
+    with _counted(rank) as received:
+        outputs, leaves = inputs.attend(mesh)
+        forward = sum(received)
+        inputs.gradients(outputs, leaves, lambda x, dim=1: inputs.own(x, mesh, dim))
+    most = torch.tensor([forward, sum(received) - forward])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    left, right = case.options.get("window_size", (-1, -1))
+    right = 0 if case.options.get("causal") else right
+    sharding = Sharding(case.seqlen, mesh.size(), case.load_balance)
+    found = costs(sizes_of(*leaves[:3], sharding, (left, right), mesh.get_group()))[case.method]
+    expected = tuple(each.bytes for each in found)
+    most, text = most.tolist(), f"{most.tolist()} of {expected}"
+    assert most[0] == expected[0], text
+    if case.method == "all_gather" and right == 0 and left < 0:
+        assert 0.7 * expected[1] < most[1] <= expected[1], text
+    else:
+        assert most[1] == expected[1], text
 
 
 def check_difference(cases, mesh):

@@ -11,13 +11,11 @@ from .._host.backend import should_check_values
 from .._host.checks import check_bool, check_number, check_same_kind, fail
 from .._host.observers import autocast
 from .._host.options import attention_options
-from . import gather, ring, ulysses
+from . import cost, gather, ring, ulysses
 from .balance import check_mesh, check_sharding
 from .local import Problem, Results, Rows
 
 METHODS = ("auto", "all_gather", "ring", "ulysses")
-# "auto" gathers no more keys and values than this on a rank.
-MOST_GATHERED = 2**30
 
 
 @torch.compiler.disable
@@ -51,21 +49,22 @@ def context_parallel_attention(
     |---|---|---|---|
     | "all_gather" | n K e | n K e + (1 - 1/R) S K 4 | twice the keys that it sees; backward, twice fp32 gradients too |
     | "ring" | (1 - 1/R) S K e | (1 - 1/R) S K e + S K 4 | two blocks of keys; backward, three of fp32 gradients too |
-    | "ulysses" | (1 - 1/R) S Q e / R | the same | whole sequences of its heads |
+    | "ulysses" | (1 - 1/R) S (Q e + 4 L) / R | the same | twice whole sequences of its heads |
 
     R is the number of ranks, S the length of the whole sequence, n the number of keys that the rank's queries see and
     other ranks hold, and e the bytes of an element. One key and value of each sequence are K = batch * num_heads_kv *
-    (head_dim + head_dim_v) elements, and Q = batch * (num_heads_q + max(num_heads_kv, R)) * (head_dim + head_dim_v).
-    Under a window all_gather returns gradients of fewer keys: those that other ranks see. The ring overlaps its
-    transfers with attention; the others do not.
+    (head_dim + head_dim_v) elements, Q = batch * (num_heads_q + max(num_heads_kv, R)) * (head_dim + head_dim_v), and
+    L = batch * num_heads_q. Under a causal mask or a window all_gather returns gradients of fewer keys: those that
+    other ranks see. The ring overlaps its transfers with attention; the others do not.
 
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
             the same positions.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"].
-        method: "auto" is "ring" if the keys and values that this rank's queries see would take more than 1 GiB, and
-            "all_gather" otherwise. "ulysses" needs query heads in multiples of the ranks, and KV heads that divide the
-            ranks or are multiples of them.
+        method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
+            need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.
+            `python -m perf parallel` prints the predictions. "ulysses" needs query heads in multiples of the ranks, and
+            KV heads that divide the ranks or are multiples of them.
         load_balance: how `shard_sequence` has sharded the rows.
         seqlen: the length of the whole sequence. None: all ranks hold the same number of rows.
         check_values: compare the call with that of the other ranks first, which costs a collective of its own and a
@@ -109,7 +108,7 @@ def context_parallel_attention(
     if should_check_values(check_values):
         _compare_ranks(problem, method, q, k, v, sinks)
     if method == "auto":
-        method = _choose(problem, k, v)
+        method = cost.choose(cost.sizes_of(q, k, v, problem.sharding, problem.window, problem.group))
     if method == "ulysses":
         out, lse = ulysses.attend(problem, Rows(q, k, v, sinks))
     else:
@@ -131,13 +130,6 @@ def _compare_ranks(problem, method, q, k, v, sinks):
         for name, value in calls[0].items():
             if call[name] != value:
                 fail(name, f"the same on all ranks, {value} as on rank 0", f"{call[name]} on rank {rank}")
-
-
-def _choose(problem, k, v):
-    """The same on all ranks: by the rank whose queries see most keys."""
-    keys = gather.most_keys_seen(problem.sharding, problem.window)
-    size = keys * k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.dtype.itemsize
-    return "all_gather" if size <= MOST_GATHERED else "ring"
 
 
 class _Attention(torch.autograd.Function):
