@@ -1,15 +1,14 @@
 """Calls over a mesh of gloo processes on a CPU, each held against one process in fp64."""
 
-import contextlib
 import datetime
 import traceback
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from perf.harness.traffic import counted
 from triton_attn import reference
 from triton_attn.parallel import context_parallel_attention, shard_sequence, unshard_sequence
 from triton_attn.parallel.balance import Sharding
@@ -160,7 +159,7 @@ def check_values(case, mesh):
 def check_bytes(case, mesh):
     """The bytes that this rank receives from others are those of the docstring's table."""
     inputs = Inputs(case)
-    with _counted(mesh.get_local_rank()) as received:
+    with counted(mesh.get_local_rank()) as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
         inputs.gradients(outputs, leaves, lambda x, dim=1: inputs.own(x, mesh, dim))
@@ -172,7 +171,7 @@ def check_bytes(case, mesh):
 def check_bytes_of_model(case, mesh):
     """The most bytes that a rank receives are those of the cost model; with a causal mask, backward at most those."""
     inputs, rank = Inputs(case), mesh.get_local_rank()
-    with _counted(rank) as received:
+    with counted(rank) as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
         inputs.gradients(outputs, leaves, lambda x, dim=1: inputs.own(x, mesh, dim))
@@ -197,24 +196,3 @@ def check_difference(cases, mesh):
         Inputs(cases[mesh.get_local_rank()]).attend(mesh)
     except ValueError as error:
         raise AssertionError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _counted(rank):
-    """A list, to which each collective adds the bytes that this rank receives from other ranks."""
-    received = []
-    all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
-
-    def count_exchange(output, x, output_sizes, *args, **options):
-        received.append((sum(output_sizes) - output_sizes[rank]) * output.element_size())
-        return all_to_all_single(output, x, output_sizes, *args, **options)
-
-    def count_shift(operations):
-        received.append(sum(op.tensor.nbytes for op in operations if op.op is dist.irecv))
-        return batch_isend_irecv(operations)
-
-    with (
-        mock.patch.object(dist, "all_to_all_single", count_exchange),
-        mock.patch.object(dist, "batch_isend_irecv", count_shift),
-    ):
-        yield received

@@ -35,7 +35,7 @@ class Cluster(NamedTuple):
     node_bytes: float = 0.8 * 450e9
     network_bytes: float = 0.8 * 50e9
     message: float = 2e-6
-    launch: float = 50e-6  # by the host: attention with the small operations around it, or a collective
+    launch: float = 50e-6  # by the host, of attention with the small operations around it, or of a collective
     workspace: float = 8 * 2**30  # bytes that "auto" may allocate on a GPU beside its rows
 
 
@@ -172,8 +172,8 @@ def _all_gather(s, cluster):
     """The keys arrive, then attention; backward they arrive again, and their gradients leave at the end."""
     keys, sums = s.keys * s.element_size, s.keys * SUMS
     keys_arrive, sums_leave = (_all_to_all(s, cluster, s.others * size, s.outside * size) for size in (keys, sums))
-    forward = keys_arrive + _forward(s, cluster, s.pairs) + 2 * cluster.launch
-    backward = keys_arrive + _backward(s, cluster, s.pairs) + 2 * cluster.launch + sums_leave
+    forward = max(keys_arrive + _forward(s, cluster, s.pairs), 3 * cluster.launch)
+    backward = max(keys_arrive + _backward(s, cluster, s.pairs) + sums_leave, 4 * cluster.launch)
     return Cost(
         Pass(s.others * keys, forward, 2 * s.keys_seen * keys),
         Pass(s.others * (keys + sums), backward, 2 * s.keys_seen * (keys + sums)),
@@ -184,11 +184,11 @@ def _ring(s, cluster):
     """A block arrives while another one is attended to. The gradients of a block follow it, and arrive a step later."""
     ranks, keys, sums = s.num_ranks, s.rows * s.keys * s.element_size, s.rows * s.keys * SUMS
     link = cluster.node_bytes if s.outside == 0 else cluster.network_bytes
-    keys_arrive, sums_arrive = (cluster.message + cluster.launch + size / link for size in (keys, sums))
+    keys_arrive, sums_arrive = (cluster.message + size / link for size in (keys, sums))
     merged = s.rows * s.outputs * (MERGED + s.element_size)
     added = s.rows * (s.queries * (ADDED + s.element_size) + s.keys * (MERGED + s.element_size))
-    step = _forward(s, cluster, s.pairs) / ranks + merged / cluster.memory_bytes + 2 * cluster.launch
-    back = _backward(s, cluster, s.pairs) / ranks + added / cluster.memory_bytes + 2 * cluster.launch
+    step = max(_forward(s, cluster, s.pairs) / ranks + merged / cluster.memory_bytes, 3 * cluster.launch)
+    back = max(_backward(s, cluster, s.pairs) / ranks + added / cluster.memory_bytes, 3 * cluster.launch)
     if ranks == 1:
         forward, backward, received = step, back, (0, 0)
     else:
@@ -210,7 +210,7 @@ def _ulysses(s, cluster):
     # q, k, v, out and lse, one after the other
     moved = _all_to_all(s, cluster, size, s.outside * (row + of_lse)) + 4 * _all_to_all(s, cluster, 0, 0)
     pairs, workspace = s.all_pairs / s.num_ranks, 2 * s.seqlen * row
-    forward, backward = (moved + attend(s, cluster, pairs) + cluster.launch for attend in (_forward, _backward))
+    forward, backward = (max(moved + attend(s, cluster, pairs), 6 * cluster.launch) for attend in (_forward, _backward))
     return Cost(Pass(size, forward, workspace), Pass(size, backward, workspace))
 
 
@@ -218,7 +218,7 @@ def _all_to_all(s, cluster, size, outside):
     """Seconds until so many bytes, of which other nodes send so many, have arrived and are unpacked."""
     outside = min(outside, size)
     links = max(outside / cluster.network_bytes, (size - outside) / cluster.node_bytes)
-    return links + (s.num_ranks - 1) * cluster.message + cluster.launch + COPIED * size / cluster.memory_bytes
+    return links + (s.num_ranks - 1) * cluster.message + COPIED * size / cluster.memory_bytes
 
 
 def _forward(s, cluster, pairs):
