@@ -1,16 +1,15 @@
 """Calls over a mesh of gloo processes on a CPU, each held against one process in fp64."""
 
-import contextlib
 import datetime
 import itertools
 import traceback
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from perf.harness.traffic import counted
 from triton_attn import reference
 from triton_attn.parallel import (
     context_parallel_attention,
@@ -18,6 +17,9 @@ from triton_attn.parallel import (
     shard_sequence,
     unshard_sequence,
 )
+from triton_attn.parallel.balance import sharding_of_batch
+from triton_attn.parallel.cost import costs, sizes_of
+from triton_attn.parallel.local import Mask
 from triton_attn.testing import assert_close_to_reference
 
 TIMEOUT = datetime.timedelta(seconds=240)
@@ -195,7 +197,7 @@ def check_values(case, mesh):
 def check_bytes(case, mesh):
     """The bytes that this rank receives from others are those of the docstring's table."""
     inputs = Inputs(case)
-    with _counted(mesh.get_local_rank()) as received:
+    with counted(mesh.get_local_rank()) as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
         inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
@@ -204,30 +206,33 @@ def check_bytes(case, mesh):
     )
 
 
+def check_bytes_of_model(case, mesh):
+    """The most bytes that a rank receives are those of the cost model; with a causal mask, backward at most those."""
+    inputs, rank = Inputs(case), mesh.get_local_rank()
+    with counted(rank) as received:
+        outputs, leaves = inputs.attend(mesh)
+        forward = sum(received)
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    most = torch.tensor([forward, sum(received) - forward])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    left, right = case.options.get("window_size", (-1, -1))
+    right = 0 if case.options.get("causal") else right
+    sharding = sharding_of_batch(case.batch, case.seqlen, mesh.size(), case.load_balance)
+    k, v = (x.flatten(0, 1) for x in leaves[1:3])
+    mask = Mask(left, right, False, False)
+    found = costs(sizes_of(k, v, case.num_heads_q, sharding, mask, mesh.get_group()))[case.method]
+    expected = tuple(each.bytes for each in found)
+    most, text = most.tolist(), f"{most.tolist()} of {expected}"
+    assert most[0] == expected[0], text
+    if case.method == "all_gather" and right == 0 and left < 0:
+        assert 0.7 * expected[1] < most[1] <= expected[1], text
+    else:
+        assert most[1] == expected[1], text
+
+
 def check_difference(cases, mesh):
     """Fails with what the call raises; cases are those of the ranks."""
     try:
         Inputs(cases[mesh.get_local_rank()]).attend(mesh)
     except ValueError as error:
         raise AssertionError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _counted(rank):
-    """A list, to which each collective adds the bytes that this rank receives from other ranks."""
-    received = []
-    all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
-
-    def count_exchange(output, x, output_sizes, *args, **options):
-        received.append(output[: sum(output_sizes) - output_sizes[rank]].nbytes)
-        return all_to_all_single(output, x, output_sizes, *args, **options)
-
-    def count_shift(operations):
-        received.append(sum(op.tensor.nbytes for op in operations if op.op is dist.irecv))
-        return batch_isend_irecv(operations)
-
-    with (
-        mock.patch.object(dist, "all_to_all_single", count_exchange),
-        mock.patch.object(dist, "batch_isend_irecv", count_shift),
-    ):
-        yield received

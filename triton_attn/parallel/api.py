@@ -12,7 +12,7 @@ from .._host.observers import autocast, is_observed, number_and_tensor, refuse_t
 from .._host.options import with_dropout, with_tensors
 from ..flash.api import check_differentiable, layout_options
 from .agreement import refuse
-from .autograd import Inputs, Settings, attend, compute
+from .autograd import Inputs, Settings, attend, compute, with_method
 from .balance import check_load_balance, check_mesh, check_seqlen
 
 METHODS = ("auto", "all_gather", "ring", "ulysses")
@@ -48,21 +48,22 @@ def context_parallel_attention(
     |---|---|---|---|
     | "all_gather" | n K e | n K e + (1 - 1/R) S K 4 | twice the keys that it sees; backward, twice fp32 gradients too |
     | "ring" | (1 - 1/R) S K e | (1 - 1/R) S K e + S K 4 | two blocks of keys; backward, three of fp32 gradients too |
-    | "ulysses" | (1 - 1/R) S (Q e + L 4) / R | the same | whole sequences of its heads, kept for the backward pass |
+    | "ulysses" | (1 - 1/R) S (Q e + 4 L) / R | the same | twice whole sequences of its heads; one is kept |
 
     R is the number of ranks, S the length of the whole sequence, n the number of keys that the rank's queries see and
     other ranks hold, and e the bytes of an element. One key and value of each sequence are K = batch * num_heads_kv *
-    (head_dim + head_dim_v) elements, L = batch * num_heads_q, and Q = batch * (num_heads_q + max(num_heads_kv, R)) *
-    (head_dim + head_dim_v). Under a window all_gather returns gradients of fewer keys: those that other ranks see. The
-    ring overlaps its transfers with attention; the others do not.
+    (head_dim + head_dim_v) elements, Q = batch * (num_heads_q + max(num_heads_kv, R)) * (head_dim + head_dim_v), and
+    L = batch * num_heads_q. Under a causal mask or a window all_gather returns gradients of fewer keys: those that
+    other ranks see. The ring overlaps its transfers with attention; the others do not.
 
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"].
-        method: "auto" is "ring" if the keys and values that this rank's queries see would take more than 1 GiB, and
-            "all_gather" otherwise. "ulysses" needs query heads in multiples of the ranks, and KV heads that divide the
-            ranks or are multiples of them.
+        method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
+            need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.
+            `python -m perf parallel` prints the predictions. Under torch.compile it is never "ulysses", which needs
+            query heads in multiples of the ranks, and KV heads that divide the ranks or are multiples of them.
         load_balance: how `shard_sequence` has sharded the rows.
         seqlen: the length of the whole sequence. None: all ranks hold the same number of rows.
         check_values: compare all of the call with that of the other ranks first, values of tensors too, which costs a
@@ -263,6 +264,8 @@ def _refuse(mesh, error):
 
 def _attend(inputs, settings):
     """out and lse. A call that is traced or differentiated goes through an operator."""
+    if settings.method == "auto" and not torch.compiler.is_compiling():
+        settings = with_method(inputs, settings)
     tensors = dict(zip(Inputs._fields[:5], inputs))
     if not is_observed(*tensors.values()):
         return compute(inputs, settings)[:2]

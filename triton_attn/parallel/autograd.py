@@ -15,10 +15,8 @@ from .._host.checks import fail
 from . import gather, ring, ulysses
 from .agreement import agreement_of, compare, digest_of, kind_of, refuse
 from .balance import bounds_of, check_num_rows, sharding_of, sharding_of_batch
+from .cost import choose, sizes_of
 from .local import Mask, Problem, Rows, dtype_of_sums
-
-# "auto" gathers no more keys and values than this on a rank.
-MOST_GATHERED = 2**30
 
 
 class Inputs(NamedTuple):
@@ -76,13 +74,25 @@ def compute(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, list[Te
     return *_method(problem, settings, k, v).forward(problem, rows), []
 
 
+def with_method(inputs: Inputs, settings: Settings) -> Settings:
+    """The settings with the method that "auto" takes, which is the same on all ranks."""
+    group = _group_of(settings)
+    try:
+        sharding = _checked_sharding(inputs, settings, group)
+    except (TypeError, ValueError) as error:
+        refuse(group, error)
+        raise
+    sizes = sizes_of(inputs.k, inputs.v, inputs.q.shape[1], sharding, _mask_of(settings, inputs.alibi_slopes), group)
+    return settings._replace(method=choose(sizes))
+
+
 def _method(problem: Problem, settings: Settings, k: Tensor, v: Tensor) -> Any:
-    """The module of "all_gather" or "ring"; that of "auto" is the same on all ranks."""
+    """The module of "all_gather" or "ring". "auto" comes here from compiled graphs alone, whose tensors had to be known
+    before the lengths: without "ulysses"."""
     method = settings.method
     if method == "auto":
-        seen = max(place.num_rows for place in gather.keys_seen(problem.sharding, problem.mask))
-        size = seen * (k.shape[1:].numel() + v.shape[1:].numel()) * k.dtype.itemsize
-        method = "all_gather" if size <= MOST_GATHERED else "ring"
+        sizes = sizes_of(k, v, problem.num_heads, problem.sharding, problem.mask, problem.group)
+        method = choose(sizes, with_ulysses=False)
     return gather if method == "all_gather" else ring
 
 
@@ -125,10 +135,14 @@ def _problem_of(sharding, settings, tensors, device, heads, group):
         dropout_p=settings.dropout_p,
         dropout_seed=seed,
     )
-    mask = Mask(settings.window_left, settings.window_right, slopes is not None, settings.dropout_p > 0)
+    mask = _mask_of(settings, slopes)
     num_heads, num_heads_kv = heads
     rank = dist.get_rank(group)
     return Problem(sharding, mask, options, settings.deterministic, num_heads, num_heads_kv, group, rank)
+
+
+def _mask_of(settings, slopes):
+    return Mask(settings.window_left, settings.window_right, slopes is not None, settings.dropout_p > 0)
 
 
 def _agree(sharding, inputs, settings, group):
@@ -153,6 +167,7 @@ def _described(sharding, settings, kinds):
     description |= dict(window_size=(settings.window_left, settings.window_right), num_ranks=sharding.num_ranks)
     if settings.batch is None:
         description["cu_seqlens"] = sharding.bounds
+    description["method"] = description.pop("method")  # last: "auto" follows from the others
     return description, digest_of(description)
 
 

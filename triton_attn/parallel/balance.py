@@ -34,6 +34,9 @@ class Chunk(NamedTuple):
     def rows(self) -> slice:
         return slice(self.start, self.end)
 
+    def shifted(self, rows: int) -> "Chunk":
+        return Chunk(self.start + rows, self.end + rows)
+
     def overlap(self, other: "Chunk") -> "Chunk":
         start = max(self.start, other.start)
         return Chunk(start, max(start, min(self.end, other.end)))
