@@ -33,19 +33,38 @@ lengths = st.integers(1, 70)
 sides = st.none() | st.integers(0, 40)
 
 
+@st.composite
+def shards(draw):
+    """() for all keys, or (rank, num_ranks, interleave)."""
+    if draw(st.booleans()):
+        return ()
+    num_ranks = draw(st.integers(1, 5))
+    return draw(st.integers(0, num_ranks - 1)), num_ranks, draw(st.sampled_from([1, 2, 4, 16]))
+
+
+def own_columns(visible, shard):
+    """The columns of a shard."""
+    if not shard:
+        return visible
+    rank, num_ranks, interleave = shard
+    return visible[:, torch.arange(visible.shape[1]) // interleave % num_ranks == rank]
+
+
 @pytest.mark.oldest
 @settings(max_examples=20 * settings.default.max_examples)
-@given(lengths, lengths, st.tuples(sides, sides), st.sampled_from([1, 4, 16]), st.integers(0, 40), st.data())
-def test_visible_range(device, seqlen_q, seqlen_k, window, align, first, data):
+@given(lengths, lengths, st.tuples(sides, sides), shards(), st.sampled_from([1, 4, 16]), st.integers(0, 40), st.data())
+def test_visible_range(device, seqlen_q, seqlen_k, window, shard, align, first, data):
     first = first // align * align
     start = data.draw(st.integers(0, seqlen_q - 1))
     end = data.draw(st.integers(start + 1, seqlen_q))
     bounds = torch.empty(4, dtype=torch.int32, device=device)
-    _range_kernel[(1,)](bounds, start, end, seqlen_k, seqlen_k - seqlen_q, window, first, BLOCK=16, ALIGN=align)
-    lo, full_lo, full_hi, hi = bounds.tolist()
-
     left, right = (-1 if side is None else side for side in window)
     visible, _ = visible_keys(seqlen_q, seqlen_k, False, (left, right), "cpu")
+    visible = own_columns(visible, shard)
+    columns, offset = visible.shape[1], seqlen_k - seqlen_q
+    _range_kernel[(1,)](bounds, start, end, columns, offset, window + shard, first, BLOCK=16, ALIGN=align)
+    lo, full_lo, full_hi, hi = bounds.tolist()
+
     rows = visible[start:end]
     rows[:, :first] = False
     seen = rows.any(0).nonzero().flatten().tolist()
@@ -68,15 +87,17 @@ def test_visible_range(device, seqlen_q, seqlen_k, window, align, first, data):
 
 @pytest.mark.oldest
 @settings(max_examples=20 * settings.default.max_examples)
-@given(lengths, lengths, st.tuples(sides, sides), st.data())
-def test_mask_scores(device, seqlen_q, seqlen_k, window, data):
+@given(lengths, lengths, st.tuples(sides, sides), shards(), st.data())
+def test_mask_scores(device, seqlen_q, seqlen_k, window, shard, data):
     start_row = data.draw(st.integers(0, seqlen_q - 1))
-    start_column = data.draw(st.integers(0, seqlen_k - 1))
-    out = torch.empty(16, 32, device=device)
-    _mask_kernel[(1,)](out, start_row, start_column, seqlen_k, seqlen_k - seqlen_q, window, ROWS=16, COLS=32)
-
     left, right = (-1 if side is None else side for side in window)
     visible, _ = visible_keys(seqlen_q, seqlen_k, False, (left, right), "cpu")
+    visible = own_columns(visible, shard)
+    start_column = data.draw(st.integers(0, max(visible.shape[1] - 1, 0)))
+    out = torch.empty(16, 32, device=device)
+    arguments = start_row, start_column, visible.shape[1], seqlen_k - seqlen_q, window + shard
+    _mask_kernel[(1,)](out, *arguments, ROWS=16, COLS=32)
+
     visible = visible[start_row : start_row + 16, start_column : start_column + 32]
     masked = torch.full((16, 32), float("-inf"))
     num_rows, num_columns = visible.shape

@@ -37,6 +37,7 @@ class Paged(Masked, total=False):
     v_scale: float | Tensor | None
     num_splits: int
     shared_prefix_len: int
+    key_shard: tuple[int, int, int] | None
     out: Tensor | None
     check_values: bool | None
 
@@ -51,6 +52,7 @@ class LatentDecode(Common, total=False):
     rope_sin: Tensor | None
     rope_interleaved: bool
     num_splits: int
+    key_shard: tuple[int, int, int] | None
     check_values: bool | None
 
 

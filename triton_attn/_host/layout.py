@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_ROWS, check_rows
+from .key_shard import num_ranks_of
 
 # Names of kernel arguments whose values must not cause a compilation. Strides of lse depend on lengths; they are not in
 # a tuple because Triton specialises its elements. Slices of lse and of index tensors may start at any address.
@@ -42,9 +43,12 @@ def clear_outputs(out, lse):
         lse.fill_(float("-inf"))
 
 
-def capacity_of(cache, block_table):
-    """How many keys of a sequence fit in a cache (pages or batch, slots, ...). Longer lengths are clamped to it."""
-    return min(cache.shape[1] * (1 if block_table is None else block_table.shape[1]), MAX_ROWS)
+def capacity_of(cache, block_table, key_shard=None):
+    """How many keys of a sequence fit in a cache (pages or batch, slots, ...), or in those of all ranks. Longer lengths
+    are clamped to it.
+    """
+    width = 1 if block_table is None else block_table.shape[1]
+    return min(cache.shape[1] * width * num_ranks_of(key_shard), MAX_ROWS)
 
 
 def tiles_each(longest, num_rows, batch, block):

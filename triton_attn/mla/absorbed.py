@@ -12,12 +12,13 @@ import triton.language as tl
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of, repeats_chains
+from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
-from .._jit.args import Sequences, Strides, View, Window, scale_of
-from .._jit.blocks import split_blocks, visible_range
+from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
+from .._jit.blocks import columns_before, split_blocks, visible_range
 from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
@@ -276,9 +277,8 @@ def _mla_absorbed_kernel(
     all sequences, and the grid is num_tiles * num_splits.
 
     cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, rows). seqlen_q and seqlen_k of packed
-    tensors are all their rows; otherwise seqlen_k is an upper bound of the keys of a sequence. In rows after the last
-    sequence lse is stored, and with a block_table out too, since users see it. k_scale is the Scale of the cache,
-    k_pe_scale that of rotary keys, if it differs; or None.
+    tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence lse is
+    stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or None.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -304,6 +304,7 @@ def _mla_absorbed_kernel(
         if num_own <= 0:
             return
     first_position = seqlen_k - bounds.seqlen_q
+    seqlen_k = columns_before(seqlen_k, window)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_mask = rows < bounds.seqlen_q * NUM_HEADS
     queries = rows // NUM_HEADS
@@ -397,13 +398,14 @@ def launch_mla_decode(
     rope_cache=None,
     queries=(None, None),
     factors=(None, None),
+    key_shard=None,
 ):
     """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
     an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys if latent_cache does not. queries is
-    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). No device-to-host
-    sync.
+    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). key_shard is the
+    KeyShard of the cache, or None. No device-to-host sync.
     """
     cu_seqlens_q, max_seqlen_q = queries
     batch = cache_seqlens.shape[0]
@@ -422,12 +424,12 @@ def launch_mla_decode(
     if w_uk is None:
         scale_log2 = softmax_scale * LOG2_E.value
     else:
-        positions = cache_seqlens, capacity_of(latent_cache, block_table), *rope
+        positions = cache_seqlens, capacity_of(latent_cache, block_table, key_shard), *rope
         q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
         scale_log2 = 1.0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
-    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors)
+    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, key_shard)
     _attend(call, w_uv, out, lse, num_splits, config)
 
 
@@ -479,6 +481,7 @@ class AbsorbedCall(NamedTuple):
     causal: bool
     joined: bool  # rotary keys follow the latent vectors in one tensor
     factors: tuple = (None, None)  # (k_scale, k_pe_scale)
+    key_shard: KeyShard | None = None
 
 
 class AbsorbedKey(NamedTuple):
@@ -499,6 +502,7 @@ class AbsorbedKey(NamedTuple):
     joined: bool
     has_factors: bool
     is_projected: bool  # a launch that multiplies with w_uv follows
+    key_shard: KeyShard | None
     num_splits: int
     arch: str
     precision: str  # of fp32 matmuls
@@ -513,7 +517,7 @@ class AbsorbedPlan(NamedTuple):
     strides: tuple  # Strides of q and q_pe
     page_strides: LatentCache
     counts: tuple  # seqlen_q, seqlen_k and num_tiles
-    window: Window
+    window: Window | ShardWindow
     constants: dict
 
 
@@ -588,7 +592,7 @@ def _results(q, out, lse, w_uv, num_splits):
 
 
 def _key_of(call, is_projected, num_splits):
-    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors = call
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, key_shard = call
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -608,6 +612,7 @@ def _key_of(call, is_projected, num_splits):
         joined,
         factors != (None, None),
         is_projected,
+        key_shard,
         num_splits,
         arch,
         input_precision(dtype, arch),
@@ -681,7 +686,7 @@ def _plan(key, wanted, config):
         num_splits,
         (Strides(*strides_q[:3]), Strides(*strides_pe[:3])),
         page_strides,
-        (shape_q[1], seqlen_k, num_searched if search else num_tiles),
-        Window(None, 0 if key.causal else None),
+        (shape_q[1], min(seqlen_k * num_ranks_of(key.key_shard), MAX_ROWS), num_searched if search else num_tiles),
+        window_of((None, 0 if key.causal else None), key.key_shard),
         dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
     )

@@ -27,6 +27,7 @@ from .._host.checks import (
     fail,
     read_length,
 )
+from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
@@ -97,6 +98,7 @@ def mla_decode(
     rope_sin: Tensor | None = None,
     rope_interleaved: bool = False,
     num_splits: int = 0,
+    key_shard: tuple[int, int, int] | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -144,6 +146,9 @@ def mla_decode(
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
         num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
             the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
+        key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns, as in
+            `paged_attention`: the result is that over the keys in this cache, while cache_seqlens and the capacity
+            count those of all ranks.
         return_lse: also return the natural log-sum-exp of the scores.
         check_values: check lengths and page numbers on the host, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
@@ -174,7 +179,7 @@ def mla_decode(
     check_last_contiguous("block_table", block_table)
     max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
     _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
-    num_splits = check_num_splits(num_splits)
+    num_splits, key_shard = check_num_splits(num_splits), check_key_shard(key_shard, latent_cache.shape[1])
     scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
     (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
@@ -182,7 +187,7 @@ def mla_decode(
     check_values = should_check_values(check_values)
     max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
     more = longest_q, max_seqlen_q, k_number, k_pe_number
-    more = *more, softmax_scale, causal, rope_interleaved, num_splits, check_values, return_lse
+    more = *more, softmax_scale, causal, rope_interleaved, num_splits, key_shard, check_values, return_lse
     if is_observed(*tensors):
         refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)))
         out, lse = _decode_operator(*tensors, *more)
@@ -230,6 +235,7 @@ def _decode(
     causal: bool,
     rope_interleaved: bool,
     num_splits: int,
+    key_shard: list[int] | None,
     check_values: bool,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -238,9 +244,10 @@ def _decode(
         check_rows_aligned("latent_cache", latent_cache)
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
+    shard = None if key_shard is None else KeyShard(*key_shard)
     factors = k_number if k_scale is None else k_scale, k_pe_number if k_pe_scale is None else k_pe_scale
     if check_values:
-        _check_values(latent_cache, cache_seqlens, block_table, rope_cos)
+        _check_values(latent_cache, cache_seqlens, block_table, rope_cos, shard)
         if cu_seqlens_q is not None:
             check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q_nope.shape[0], max_seqlen_q)
     if not use_kernel(q_nope):
@@ -261,6 +268,7 @@ def _decode(
             rope_cos=rope_cos,
             rope_sin=rope_sin,
             rope_interleaved=rope_interleaved,
+            key_shard=shard,
             return_lse=True,
         )
         return out, lse if return_lse else lse.new_empty(0)
@@ -284,6 +292,7 @@ def _decode(
         rope_cache=rope_cache,
         queries=(cu_seqlens_q, max_seqlen_q),
         factors=factors,
+        key_shard=shard,
     )
     return out, lse
 
@@ -570,11 +579,11 @@ def _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed):
     check_rope_tables("q_pe", q_pe, rope_cos, rope_sin)
 
 
-def _check_values(latent_cache, cache_seqlens, block_table, rope_cos):
+def _check_values(latent_cache, cache_seqlens, block_table, rope_cos, key_shard):
     """Check on the host, after a device-to-host sync, that every length fits the table, every used page is in the
     cache, and every position has an angle.
     """
-    num_pages, page_size = latent_cache.shape[:2]
+    num_pages, page_size = latent_cache.shape[0], latent_cache.shape[1] * num_ranks_of(key_shard)
     capacity = page_size * block_table.shape[1]
     for i, (seqlen, pages) in enumerate(zip(cache_seqlens.tolist(), block_table.tolist())):
         if not 0 <= seqlen <= capacity:

@@ -25,6 +25,7 @@ from .._host.checks import (
     layout_of,
     read_length,
 )
+from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.layout import new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
@@ -87,6 +88,7 @@ def paged_attention(
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
     shared_prefix_len: int = 0,
+    key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
@@ -122,6 +124,11 @@ def paged_attention(
             in every batch.
         shared_prefix_len: length of a prefix that all sequences share, page by page. Its keys are read once for all
             queries, and the results are merged with those of the other keys. A shorter sequence shares all of its keys.
+        key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns: this one holds the keys
+            j with j // interleave % num_ranks = rank, in their order, and the result is that over these keys.
+            cache_seqlens, shared_prefix_len, window_size and the capacity still count the keys of all ranks. interleave
+            divides page_size (seqlen_cache). Merge the results of the ranks with `merge_attention`; sinks go to one of
+            them. See `parallel.context_parallel_paged_attention`.
         out: tensor for the result, q's dtype and shape except for head_dim_v; the last dimension contiguous.
         return_lse: also return the natural log-sum-exp of the scores, including the sink.
         check_values: check lengths and page numbers, which costs a device-to-host sync. None follows
@@ -160,9 +167,10 @@ def paged_attention(
     v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
     num_splits = check_num_splits(num_splits)
     shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
+    key_shard = check_key_shard(key_shard, k_cache.shape[1])
     return_lse = check_bool("return_lse", return_lse)
     if shared_prefix_len:
-        _check_shared_prefix(shared_prefix_len, k_cache, block_table)
+        _check_shared_prefix(shared_prefix_len, k_cache, block_table, key_shard)
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
@@ -173,7 +181,7 @@ def paged_attention(
         refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
         num_queries, longest_q = number_and_tensor(longest)
         numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
-        numbers += num_splits, shared_prefix_len
+        numbers += num_splits, shared_prefix_len, key_shard
         more = check_values, return_lse
         if out is None:
             result, lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
@@ -183,15 +191,17 @@ def paged_attention(
         return (result, lse) if return_lse else result
     result, lse = new_outputs(q, v_cache, return_lse, out)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len)
+    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len, key_shard)
     _attend(call, check_values, result, lse)
     return (result, lse) if return_lse else result
 
 
-def _check_shared_prefix(shared_prefix_len: int, k_cache: Tensor, block_table: Tensor | None) -> None:
+def _check_shared_prefix(
+    shared_prefix_len: int, k_cache: Tensor, block_table: Tensor | None, key_shard: KeyShard | None
+) -> None:
     if block_table is None:
         fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
-    capacity = block_table.shape[1] * k_cache.shape[1]
+    capacity = block_table.shape[1] * k_cache.shape[1] * num_ranks_of(key_shard)
     if shared_prefix_len > capacity:
         fail("shared_prefix_len", f"at most the table's {capacity}", shared_prefix_len)
 
@@ -212,6 +222,7 @@ class PagedCall(NamedTuple):
     v_scale: float | Tensor | None = None
     num_splits: int = 0
     shared_prefix_len: int = 0
+    key_shard: KeyShard | None = None
 
 
 def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> None:
@@ -231,6 +242,7 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
         **call.options.as_arguments(),
         k_scale=call.k_scale,
         v_scale=call.v_scale,
+        key_shard=call.key_shard,
         out=out,
         return_lse=True,
     )
@@ -257,7 +269,8 @@ SCHEMA = ", ".join(
         *(f"Tensor {name}" for name in INPUTS[:4]),
         *(f"Tensor? {name}" for name in INPUTS[4:]),
         "float? k_number, float? v_number, SymInt? max_seqlen_q, float softmax_scale, SymInt? left, SymInt? right",
-        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool check_values, bool return_lse",
+        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, int[]? key_shard",
+        "bool check_values, bool return_lse",
     ]
 )
 
@@ -283,6 +296,7 @@ def _attend_flat(
     softcap: float | None,
     num_splits: int,
     shared_prefix_len: int,
+    key_shard: list[int] | None,
     check_values: bool,
     return_lse: bool,
     out: Tensor | None = None,
@@ -295,7 +309,8 @@ def _attend_flat(
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
     out, lse = new_outputs(q, v_cache, return_lse, out)
     layout = layout_of(q, k_cache, v_cache)
-    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len)
+    shard = None if key_shard is None else KeyShard(*key_shard)
+    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len, shard)
     _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
 
@@ -432,7 +447,7 @@ def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqle
 def _check_values(call: PagedCall) -> None:
     """Raise unless lengths and pages are within the cache and all sequences share the prefix. A device-to-host sync."""
     block_table, cu_seqlens_q = call.block_table, call.cu_seqlens_q
-    num_pages, page_size = call.k_cache.shape[:2]
+    num_pages, page_size = call.k_cache.shape[0], call.k_cache.shape[1] * num_ranks_of(call.key_shard)
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
     seqlens = call.cache_seqlens.tolist()
     for i, seqlen in enumerate(seqlens):

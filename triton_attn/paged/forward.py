@@ -10,6 +10,7 @@ import triton.language as tl
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of, repeats_chains
+from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.layout import (
     INDICES,
     LSE,
@@ -21,8 +22,8 @@ from .._host.layout import (
 )
 from .._host.observers import number_and_tensor
 from .._host.tuned import choose, remember
-from .._jit.args import Scales, Scores, Splits, Strides, View, Window, scale_of
-from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
+from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
+from .._jit.blocks import Blocks, block_start, columns_before, num_blocks, split_blocks, visible_range
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
@@ -72,7 +73,9 @@ class Tile(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The sequences: num_rows are the queries of each, or all rows of a packed batch."""
+    """The sequences: num_rows are the queries of each, or all rows of a packed batch. shared_prefix_len counts the keys
+    in this cache, cache_seqlens and capacity those of all ranks.
+    """
 
     cu_seqlens_q_ptr: object
     cache_seqlens_ptr: object
@@ -106,7 +109,7 @@ class Rows(NamedTuple):
 
     place: Place
     sequence: object  # of the tile, or of each row
-    position: object  # of each row among the keys of its sequence
+    position: object  # of each row among the keys of its sequence, those of all ranks
     end_key: object  # of the tile, or of each row
     table_row: object  # the sequence whose pages are read
     blocks: Blocks
@@ -158,6 +161,7 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     """Rows of one sequence and its keys after the shared prefix."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
+    num_keys = columns_before(seqlen_k, window)
     first_row = queries.tile * TILE.BLOCK_M
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     query = rows // TILE.GROUP_SIZE  # (BLOCK_M,)
@@ -165,10 +169,10 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
-    blocks = visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+    blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
     batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
     place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
-    return Rows(place, queries.sequence, query + first_position, seqlen_k, queries.sequence, blocks)
+    return Rows(place, queries.sequence, query + first_position, num_keys, queries.sequence, blocks)
 
 
 @triton.jit
@@ -187,7 +191,7 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
         first_query, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
     position = query - first_query + seqlen_k - seqlen_q
-    end_key = tl.minimum(seqlen_k, batch.shared_prefix_len)
+    end_key = tl.minimum(columns_before(seqlen_k, window), batch.shared_prefix_len)
     # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
     longest = tl.max(end_key, 0)
     table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
@@ -379,6 +383,7 @@ class Problem(NamedTuple):
     window: tuple
     softcap: float | None
     has_alibi: bool
+    key_shard: KeyShard | None
     bases_aligned: bool  # k_cache and v_cache start at multiples of 16 bytes
     arch: str
     precision: str  # of fp32 matmuls
@@ -396,6 +401,11 @@ class Problem(NamedTuple):
         slots = self.layout[1][0][1]
         return min(slots if self.table_width is None else slots * self.table_width, MAX_ROWS)
 
+    @property
+    def capacity_of_all(self):
+        """The same of the caches of all ranks."""
+        return min(self.capacity * num_ranks_of(self.key_shard), MAX_ROWS)
+
 
 class Pass(NamedTuple):
     """A launch over the shared prefix, or over the other keys."""
@@ -412,7 +422,8 @@ class Plan(NamedTuple):
     passes: tuple  # none where there is nothing to compute
     num_splits: int  # of all passes
     strides: tuple  # Strides of q, k_cache, v_cache, and of out or a split of it
-    capacity: int
+    capacity: int  # of all ranks
+    shared_prefix_len: int  # of the keys in this cache
     scores: Scores  # without ALiBi
 
 
@@ -458,7 +469,7 @@ def launch_paged_fwd(call, out, lse, config=None):
             batch,
             num_tiles,
             batch.bit_length(),
-            call.shared_prefix_len,
+            plan.shared_prefix_len,
             num_heads_kv,
             num_splits,
             out_factor,
@@ -497,6 +508,7 @@ NO_SCALES = Scales(None, None)
 
 def _problem_of(call, out, config):
     q, k_cache, v_cache, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
+    prefix = call.shared_prefix_len
     softmax_scale, window, softcap, alibi_slopes, *_ = options
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -509,11 +521,12 @@ def _problem_of(call, out, config):
         max_seqlen_q,
         None if block_table is None else block_table.shape[1],
         call.num_splits,
-        call.shared_prefix_len,
+        prefix if call.key_shard is None else call.key_shard.num_keys(prefix),
         softmax_scale,
         window,
         softcap,
         alibi_slopes is not None,
+        call.key_shard,
         (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
         arch,
         input_precision(dtype, arch),
@@ -526,7 +539,8 @@ def _problem_of(call, out, config):
 def _plan(problem):
     """The Plan of a call."""
     (shape_q, _), _, (shape_v, _) = problem.layout
-    scores = Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, Window(*problem.window))
+    window = window_of(problem.window, problem.key_shard)
+    scores = Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, window)
     passes = ()
     if math.prod(shape_q[:-1]) > 0 and problem.max_seqlen_q > 0 and problem.batch > 0:
         check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
@@ -538,7 +552,8 @@ def _plan(problem):
         rows, heads, dim = *shape_q[-3:-1], shape_v[-1]
         strides_out = (rows * heads * dim, heads * dim, dim, 1)[-len(shape_q) :]
     strides = *(one for _, one in problem.layout), strides_out
-    return Plan(passes, num_splits, tuple(Strides(*without_dim(one)) for one in strides), problem.capacity, scores)
+    strides = tuple(Strides(*without_dim(one)) for one in strides)
+    return Plan(passes, num_splits, strides, problem.capacity_of_all, problem.shared_prefix_len, scores)
 
 
 def _plan_pass(problem, shared):
