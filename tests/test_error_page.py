@@ -1,21 +1,18 @@
 """docs/guides/errors.md: every error of the package is on the page, as a text with which its message can be found."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import triton_attn
+from docs import error_pages
 from triton_attn import models
 from triton_attn.interop import flash_attn, flash_mla
 from triton_attn.parallel import shard_sequence
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
-import error_pages
-
 ERRORS = error_pages.errors_of_package()
 RAISES = re.compile(r"^\s*raise (?=\S)|(?<!def )(?<![.\w])_?fail\(")
 # They pass on an exception, or make one whose text stands where they call.

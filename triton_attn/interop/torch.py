@@ -49,6 +49,14 @@ def register(name: str = "triton_attn", dispatch_key: str = "CUDA") -> None:
     """Make `torch.nn.attention.activate_flash_attention_impl(name)` call `override(dispatch_key)`.
 
     Raises: as `override`; RuntimeError where torch has no registry of flash attention implementations.
+
+    Example:
+        >>> from triton_attn.interop.torch import register
+        >>> register("triton_attn", dispatch_key="CPU")
+        >>> torch.nn.attention.activate_flash_attention_impl("triton_attn")
+        >>> torch.nn.attention.current_flash_attention_impl()
+        'triton_attn'
+        >>> torch.nn.attention.restore_flash_attention_impl()
     """
     _check_dispatch_key(dispatch_key)
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
@@ -61,7 +69,12 @@ def register(name: str = "triton_attn", dispatch_key: str = "CUDA") -> None:
 
 
 class Override:
-    """Torch's flash operators are ours until `remove()`."""
+    """Torch's flash operators are ours until `remove()`.
+
+    Example:
+        >>> from triton_attn.interop.torch import override
+        >>> override("CPU").remove()
+    """
 
     def __init__(self, library: Library) -> None:
         self._library: Library | None = library
@@ -85,6 +98,14 @@ def override(dispatch_key: str = "CUDA") -> Override:
         ValueError: dispatch_key is another one.
 
     Of several overrides the newest is in force; where it ends, the one before is.
+
+    Example:
+        >>> from triton_attn.interop.torch import override
+        >>> ours = override("CPU")
+        >>> q = torch.randn(1, 2, 16, 64)  # (batch, heads, seqlen, head_dim)
+        >>> torch.ops.aten._scaled_dot_product_flash_attention(q, q, q)[0].shape
+        torch.Size([1, 2, 16, 64])
+        >>> ours.remove()
     """
     _check_dispatch_key(dispatch_key)
     library = Library("aten", "IMPL")
@@ -370,6 +391,12 @@ def scaled_dot_product_attention(
     Raises:
         NotImplementedError: attn_mask is a tensor, boolean or additive; an input is a nested tensor.
         TypeError, ValueError: as `flash_attention`; is_causal beside attn_mask.
+
+    Example:
+        >>> from triton_attn.interop.torch import scaled_dot_product_attention
+        >>> q, (k, v) = torch.randn(1, 8, 16, 64), torch.randn(2, 1, 2, 16, 64)  # (batch, heads, seqlen, head_dim)
+        >>> scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).shape
+        torch.Size([1, 8, 16, 64])
     """
     if query.dim() != 4:
         return _sdpa_of_other_shape(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -434,6 +461,12 @@ def route_sdpa() -> Iterator[None]:
     exception. It holds for the whole process and not for one thread, because autograd recomputes checkpointed layers in
     threads of its own; run the backward pass of a checkpointed model within it. A caller that has imported torch's
     function under a name of its own is not reached. A call with a mask raises, and does not fall back.
+
+    Example:
+        >>> from triton_attn.interop.torch import route_sdpa
+        >>> q = torch.randn(1, 2, 16, 64)
+        >>> with route_sdpa():
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     """
     global _route_depth, _route_before
     functional = torch.nn.functional

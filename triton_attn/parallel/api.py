@@ -81,6 +81,14 @@ def context_parallel_attention(
     rank: ranks differ in a shape, a dtype or an option. Without check_values the results of such ranks are undefined.
 
     torch.compile breaks the graph here.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_attention, shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> own = [shard_sequence(x, mesh) for x in torch.randn(3, 1, 100, 4, 64)]
+        >>> out = context_parallel_attention(*own, mesh=mesh, seqlen=100, causal=True)
+        >>> out.shape == own[0].shape
+        True
     """
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
