@@ -1,5 +1,4 @@
-"""The functions of flash-attn 2 on our kernels, with the same signatures, defaults and return values, also
-positionally.
+"""The functions of flash-attn 2 on our kernels. Names and order of arguments, defaults and return values are the same.
 
     from triton_attn.interop.flash_attn import flash_attn_func      # was: from flash_attn import flash_attn_func
 
