@@ -129,9 +129,8 @@ FAMILIES = [
 ]
 
 
-def page_of_errors():
+def page_of(errors):
     """The Markdown of all families with their errors, the most general first."""
-    errors = errors_of_package()
     return "\n\n".join(_section(family, [x for x in errors if family_of(x) is family]) for family in FAMILIES[::-1])
 
 
