@@ -59,17 +59,17 @@ FAMILIES = [
         "Page bookkeeping",
         "cache/(pool|sequences|token_ids|hashing)",
         "",
-        "`OutOfPages` means that the cache is full. Nothing has changed: free a sequence and call again. The other errors "
-        "mean that a sequence or a page was freed twice or belongs to another cache, or that the token ids do not fit "
-        "the sequences.",
+        "`OutOfPages` means that the cache is full. Nothing has changed: free a sequence and call again. The other "
+        "errors mean that a sequence or a page was freed twice or belongs to another cache, or that the token ids do "
+        "not fit the sequences.",
     ),
     Family(
         "Values of lengths, positions and page numbers",
         "_host|cache|mla|paged",
         r"^(?!caches)[\w…]+(\[|, sequence )",
         "Such values are checked with `check_values=True` or `TRITON_ATTN_CHECK=1` alone, since reading them costs a "
-        "device-to-host sync. The message names the sequence and the entry. Set the variable once if results look wrong: "
-        "without the check such a value gives an undefined result.",
+        "device-to-host sync. The message names the sequence and the entry. Set the variable once if results look "
+        "wrong: without the check such a value gives an undefined result.",
     ),
     Family(
         "Configs, tuned tables, environment variables, warm-up",
@@ -82,8 +82,8 @@ FAMILIES = [
         "Many GPUs",
         "parallel",
         "",
-        "All ranks make the same call, each with its own rows. [Many GPUs](../many-gpus.md) shows how rows are sharded. "
-        "`TRITON_ATTN_CHECK=1` compares the calls of the ranks.",
+        "All ranks make the same call, each with its own rows. [Many GPUs](../many-gpus.md) shows how rows are "
+        "sharded. `TRITON_ATTN_CHECK=1` compares the calls of the ranks.",
     ),
     Family(
         "Other libraries' names",
@@ -129,9 +129,8 @@ FAMILIES = [
 ]
 
 
-def page_of_errors():
+def page_of(errors):
     """The Markdown of all families with their errors, the most general first."""
-    errors = errors_of_package()
     return "\n\n".join(_section(family, [x for x in errors if family_of(x) is family]) for family in FAMILIES[::-1])
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
-from error_pages import page_of_errors
+from error_pages import errors_of_package, page_of
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from notebook_pages import mathml, pages_of
@@ -49,7 +49,7 @@ def _add_notebook(path, markdown, pictures, files, config):
 def on_page_markdown(markdown, page, config, files):
     """Rewrite the links of the page for the site, and add what is written from the source."""
     uri = page.file.src_uri
-    markdown = ERRORS.sub(lambda match: page_of_errors(), markdown)
+    markdown = ERRORS.sub(lambda match: page_of(errors_of_package()), markdown)
 
     def relink(match):
         path = _linked_path(_repository_path(uri), match[2])

@@ -1,4 +1,4 @@
-"""A kernel of its own from the parts that all families share, tested without a GPU. docs/guides/new-family.md explains it.
+"""A kernel of the parts that all families share, tested without a GPU. docs/guides/new-family.md explains it.
 
     TRITON_INTERPRET=1 python examples/new_family.py    # interpreted, under guard
     python examples/new_family.py                       # compiled for three GPUs, then emulated

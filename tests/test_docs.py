@@ -8,17 +8,14 @@ import ast
 import importlib
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-import triton
+from reader import at_the_desk_of_a_reader
 
 import triton_attn
-from triton_attn._host import tuned
-from triton_attn.flash.configs import FlashConfig
 from triton_attn.interop.transformers import FIRST_BATCHING
 
 ROOT = Path(__file__).parent.parent
@@ -49,39 +46,18 @@ def names_of(page, device):
     return names
 
 
-def small_model(name, **options):
-    """A model instead of downloaded weights."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes, **options)
-    return transformers.LlamaForCausalLM(config)
-
-
-def tuned_table():
-    """A table as a sweep writes it."""
-    case, tile = {"head_dim": 64, "head_dim_v": 64, "causal": True}, FlashConfig(64, 64, 4, 2)
-    about = {"figure": 1.0, "unit": "TFLOP/s", "source": "measured", "device": "a test", "commit": None}
-    about |= {"triton": triton.__version__, "torch": torch.__version__}
-    entry = {"family": "flash", "dtype": "bfloat16", "case": case, "buckets": {"seqlen_k": 64}, "config": asdict(tile)}
-    return json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry | about]})
-
-
 def test_the_code_of_the_readme_runs(device):
     names = names_of(README, device)
     assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v"))
 
 
 @pytest.fixture
-def of_the_reader(monkeypatch, tmp_path):
-    """What a reader has: tuned.json from a sweep on an H100, and weights to download."""
-    (tmp_path / "tuned.json").write_text(tuned_table())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuned, "_archs_here", lambda: ["sm_90"])
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", small_model)
-    yield
-    triton_attn.use_tuned(None)
+def reader(tmp_path):
+    with at_the_desk_of_a_reader(tmp_path):
+        yield
 
 
-def test_the_code_of_the_tour_runs(device, of_the_reader):
+def test_the_code_of_the_tour_runs(device, reader):
     names = names_of(TOUR, device)
     assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v", "sinks"))
     assert names["model"].config._attn_implementation == "triton_attn"
@@ -96,7 +72,7 @@ def test_the_code_of_a_door_runs(device, page):
 
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if page != OF_AN_EXAMPLE], ids=lambda page: page.stem)
-def test_the_code_of_a_guide_runs(device, page, of_the_reader, capsys):
+def test_the_code_of_a_guide_runs(device, page, reader, capsys):
     """Comments behind `print` are what it prints."""
     names = names_of(page, device)
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", code_of(page))

@@ -31,6 +31,12 @@ class LatentKVCache(PagedSequences):
     Raises:
         TypeError, ValueError: a size or the dtype is not supported.
 
+    Example:
+        >>> size = dict(num_layers=1, kv_lora_rank=512, qk_rope_head_dim=64)
+        >>> cache = triton_attn.LatentKVCache(4, **size, dtype=torch.float8_e4m3fn, device="cpu")
+        >>> cache.latent_cache.shape
+        torch.Size([1, 4, 64, 656])
+
     Source: DeepSeek-V2 (2024), arXiv:2405.04434; of the pages, see `PagedKVCache`.
     """
 

@@ -36,6 +36,14 @@ class PagedKVCache(PagedSequences):
         v_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim_v). Slots that were never written hold
             anything, NaN included.
 
+    Example:
+        >>> cache = triton_attn.PagedKVCache(8, num_layers=1, num_kv_heads=2, head_dim=64, device="cpu")
+        >>> seq, found = cache.create(range(20))
+        >>> slots = cache.extend([seq], [range(20)])  # two pages of 16 tokens; their keys are to be written
+        >>> other = cache.fork(seq)
+        >>> len(other), cache.stats().pages_shared
+        (20, 2)
+
     Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention (2023),
     arXiv:2309.06180.
     """

@@ -16,7 +16,15 @@ Pages: TypeAlias = NDArray[np.integer] | Tensor | Sequence[int]
 
 
 class OutOfPages(RuntimeError):
-    """More pages are needed than are free. Nothing was changed: free a sequence and call again."""
+    """More pages are needed than are free. Nothing was changed: free a sequence and call again.
+
+    Example:
+        >>> try:
+        ...     pages = triton_attn.BlockPool(num_pages=2).allocate(3)
+        ... except triton_attn.OutOfPages as error:
+        ...     print(error)
+        3 pages are needed, 2 of 2 are free
+    """
 
 
 class BlockPool:
@@ -35,6 +43,14 @@ class BlockPool:
         prefix_caching: False makes `register` do nothing, so that `lookup` finds nothing.
 
     Page numbers are taken as a list, array or host tensor of integers, and returned as int64 arrays of numpy.
+
+    Example:
+        >>> pool = triton_attn.BlockPool(num_pages=8)
+        >>> pages = pool.allocate(3)
+        >>> pool.share(pages[:1])  # two references
+        >>> pool.release(pages)
+        >>> pool.num_free
+        7
     """
 
     def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:

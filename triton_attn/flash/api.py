@@ -101,6 +101,13 @@ def flash_attention(
         NotImplementedError: gradients for a head dimension above 256 or of alibi_slopes, second derivatives, forward
             mode, and torch.func, except vmap, which loops.
 
+    Example:
+        >>> q = torch.randn(2, 100, 8, 64)
+        >>> k = v = torch.randn(2, 100, 2, 64)
+        >>> out, lse = triton_attn.flash_attention(q, k, v, causal=True, window_size=(31, 0), return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 100, 8, 64]), torch.Size([2, 8, 100]))
+
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
     """
@@ -202,6 +209,13 @@ def flash_attention_varlen(
         their lse is -inf. Lengths beyond the last row count as ending there.
 
     Raises: as `flash_attention`; ValueError for bad values in cu_seqlens if they are checked.
+
+    Example:
+        >>> q = k = v = torch.randn(60, 2, 64)  # two sequences, of 40 and 20 tokens
+        >>> cu_seqlens = torch.tensor([0, 40, 60], dtype=torch.int32)
+        >>> out = triton_attn.flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 40, 40, causal=True)
+        >>> out.shape
+        torch.Size([60, 2, 64])
     """
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)

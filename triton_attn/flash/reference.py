@@ -185,6 +185,11 @@ def dropout_mask(
     if the upper 31 bits of word key % 4 reach dropout_p * 2^31. Each sequence of a packed batch counts its own queries
     and keys from 0. dropout_seed is an int or a tensor of one int64.
 
+    Example:
+        >>> mask = triton_attn.reference.dropout_mask(7, 0.25, batch=1, num_heads_q=2, seqlen_q=64, seqlen_k=64)
+        >>> mask.shape, abs(mask.float().mean().item() - 0.75) < 0.05
+        (torch.Size([1, 2, 64, 64]), True)
+
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
     """
     seed = _seed(dropout_seed)

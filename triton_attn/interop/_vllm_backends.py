@@ -56,7 +56,7 @@ class AttentionPlusBuilder(PagedMetadataBuilder, AttentionMetadataBuilder[PagedM
 
 
 class AttentionPlusImpl(PagedAttention, AttentionImpl[PagedMetadata]):
-    """Queries are never quantized, outputs neither."""
+    """Neither queries nor outputs are quantized."""
 
     can_return_lse_for_decode = True
     lse_base_on_e = True

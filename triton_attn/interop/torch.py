@@ -1,4 +1,4 @@
-"""torch's own attention on our kernels: its flash back end through its registry, and scaled_dot_product_attention.
+"""torch's own attention on our kernels: its flash back end, through its registry, and scaled_dot_product_attention.
 
     import torch.nn.attention
     from triton_attn.interop.torch import register
@@ -6,14 +6,14 @@
     register()
     torch.nn.attention.activate_flash_attention_impl("triton_attn")
 
-From then on torch's flash operators are ours, and with them whatever calls them: F.scaled_dot_product_attention where
-torch chooses its flash back end, torch.nn.attention.varlen, causal_lower_right, context parallelism (ring attention).
-torch.nn.attention.restore_flash_attention_impl() gives torch's own back. Forward and backward run on every GPU from
-compute capability 8.0 and on ROCm, whose dispatch key is CUDA too.
+From then on torch's flash operators run our kernels, and so does whatever calls the operators:
+F.scaled_dot_product_attention where torch chooses its flash back end, torch.nn.attention.varlen, causal_lower_right,
+context parallelism (ring attention). torch.nn.attention.restore_flash_attention_impl() restores torch's kernels.
+Forward and backward run on every GPU from compute capability 8.0, and on ROCm, whose dispatch key is CUDA too.
 
-In torch's words: the operators are causal to the bottom right, as flash attention is; scaled_dot_product_attention is
-causal to the top left. Nothing is ignored but num_splits without pages, where keys are never split: what is not
-supported raises. Signatures: torch 2.13.
+As in torch, causal masks of the operators are aligned to the bottom right, and those of scaled_dot_product_attention to
+the top left. One argument is ignored: num_splits without pages, where keys are never split. What is not supported
+raises. The signatures are those of torch 2.13.
 """
 
 import functools
@@ -49,6 +49,14 @@ def register(name: str = "triton_attn", dispatch_key: str = "CUDA") -> None:
     """Make `torch.nn.attention.activate_flash_attention_impl(name)` call `override(dispatch_key)`.
 
     Raises: as `override`; RuntimeError where torch has no registry of flash attention implementations.
+
+    Example:
+        >>> from triton_attn.interop.torch import register
+        >>> register("triton_attn", dispatch_key="CPU")
+        >>> torch.nn.attention.activate_flash_attention_impl("triton_attn")
+        >>> torch.nn.attention.current_flash_attention_impl()
+        'triton_attn'
+        >>> torch.nn.attention.restore_flash_attention_impl()
     """
     _check_dispatch_key(dispatch_key)
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
@@ -61,13 +69,18 @@ def register(name: str = "triton_attn", dispatch_key: str = "CUDA") -> None:
 
 
 class Override:
-    """Torch's flash operators are ours until `remove()`."""
+    """Torch's flash operators run our kernels until `remove()`.
+
+    Example:
+        >>> from triton_attn.interop.torch import override
+        >>> override("CPU").remove()
+    """
 
     def __init__(self, library: Library) -> None:
         self._library: Library | None = library
 
     def remove(self) -> None:
-        """Give torch's own operators back. A second call does nothing."""
+        """Restore torch's operators. A second call does nothing."""
         self._library = None
 
 
@@ -78,13 +91,21 @@ def override(dispatch_key: str = "CUDA") -> Override:
     _scaled_dot_product_flash_attention, its backward, and the quantized forms.
 
     Args:
-        dispatch_key: "CUDA" for GPUs of NVIDIA and AMD, or "CPU", where torch has no such operators: for tests. Torch's
-            scaled_dot_product_attention does not choose them on a CPU; its callers that name them do.
+        dispatch_key: "CUDA" for GPUs of NVIDIA and AMD. "CPU" is for tests: torch has no such operators there. Callers
+            that name an operator reach it, but torch's scaled_dot_product_attention does not choose it on a CPU.
 
     Raises:
         ValueError: dispatch_key is another one.
 
-    Of several overrides the newest is in force; where it ends, the one before is.
+    The newest of several overrides is in force. When it ends, the one before it is again.
+
+    Example:
+        >>> from triton_attn.interop.torch import override
+        >>> ours = override("CPU")
+        >>> q = torch.randn(1, 2, 16, 64)  # (batch, heads, seqlen, head_dim)
+        >>> torch.ops.aten._scaled_dot_product_flash_attention(q, q, q)[0].shape
+        torch.Size([1, 2, 16, 64])
+        >>> ours.remove()
     """
     _check_dispatch_key(dispatch_key)
     library = Library("aten", "IMPL")
@@ -310,14 +331,15 @@ def _refuse_quantized(query, scales):
 
 
 def _refuse_gradients(inputs, **options):
-    """An operator runs below autograd. That calls the backward operator, which does not take these options."""
+    """Autograd calls torch's backward operator, which does not take these options."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         name = next(name for name, value in options.items() if value is not None)
         raise NotImplementedError(f"{name}: expected None where gradients are wanted, got a tensor; use torch.no_grad")
 
 
-# Of the generator's state torch's operators hand out two words; ours are the seed, drawn from torch's generator, and a
-# spare one. So the backward pass has the mask of the forward, and torch.utils.checkpoint draws it again.
+# torch's operators return two words of the generator's state as rng_state. Ours are a seed, drawn from torch's
+# generator, and an unused word. So the backward pass has the mask of the forward pass, and torch.utils.checkpoint draws
+# the same mask.
 
 
 @functools.cache
@@ -370,6 +392,12 @@ def scaled_dot_product_attention(
     Raises:
         NotImplementedError: attn_mask is a tensor, boolean or additive; an input is a nested tensor.
         TypeError, ValueError: as `flash_attention`; is_causal beside attn_mask.
+
+    Example:
+        >>> from triton_attn.interop.torch import scaled_dot_product_attention
+        >>> q, (k, v) = torch.randn(1, 8, 16, 64), torch.randn(2, 1, 2, 16, 64)  # (batch, heads, seqlen, head_dim)
+        >>> scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).shape
+        torch.Size([1, 8, 16, 64])
     """
     if query.dim() != 4:
         return _sdpa_of_other_shape(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -430,10 +458,16 @@ _route_lock, _route_depth, _route_before = threading.Lock(), 0, None
 def route_sdpa() -> Iterator[None]:
     """Within it torch.nn.functional.scaled_dot_product_attention is `scaled_dot_product_attention` of this module.
 
-    Can be entered again, by the same thread or by others: the last to leave gives torch's function back, also after an
-    exception. It holds for the whole process and not for one thread, because autograd recomputes checkpointed layers in
-    threads of its own; run the backward pass of a checkpointed model within it. A caller that has imported torch's
-    function under a name of its own is not reached. A call with a mask raises, and does not fall back.
+    It holds for the whole process and not for one thread, because autograd recomputes checkpointed layers in its own
+    threads. Run the backward pass of a checkpointed model within it, too. It can be nested, and entered by several
+    threads: torch's function is restored when the last one leaves, also after an exception. Code that has imported
+    torch's function under a name of its own is not affected. A call with a mask raises and does not fall back.
+
+    Example:
+        >>> from triton_attn.interop.torch import route_sdpa
+        >>> q = torch.randn(1, 2, 16, 64)
+        >>> with route_sdpa():
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     """
     global _route_depth, _route_before
     functional = torch.nn.functional

@@ -2,14 +2,15 @@
 
     vllm serve MODEL --attention-backend TRITON_ATTN_PLUS          # TRITON_ATTN_PLUS_MLA for models with MLA
 
-vLLM finds `register` by the package's entry point. The classes here have the methods and arguments of vLLM's own, and
-do not import it. `_vllm_backends`, which vLLM imports on demand, joins them with its abstract classes. Interface: vLLM
-0.33. Other versions get a warning and no back end.
+vLLM finds `register` by the package's entry point. The classes of this module have the methods and arguments of vLLM's
+classes, but do not import vLLM. vLLM imports `_vllm_backends` when one of the back ends is selected; there they inherit
+from its abstract classes. The interface is that of vLLM 0.33. With another version `register` warns and registers
+nothing.
 
 The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side, in
 any physical layout, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
-qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). Caches that are fp8 with a scale per tensor
-are uint8 too, or fp8.
+qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). A
+cache in fp8 with one scale per tensor is passed as uint8 or as fp8.
 """
 
 import inspect
@@ -83,9 +84,9 @@ COMMON_FIELDS = (
 
 
 def register() -> None:
-    """Register both back ends with vLLM, if its interface is the known one; a RuntimeWarning says why it is not.
+    """Register both back ends with vLLM. With another interface than that of VERSION, warn and register none.
 
-    vLLM calls it in each of its processes. More calls change nothing.
+    vLLM calls it in each of its processes. Repeated calls change nothing. The RuntimeWarning names the differences.
     """
     differences = interface_differences()
     if differences:
@@ -104,7 +105,7 @@ def register() -> None:
 
 
 def interface_differences() -> list[str]:
-    """What of the installed vLLM is not as in VERSION."""
+    """Differences between the installed vLLM and the interface of VERSION."""
     try:
         import vllm
         from vllm.v1.attention import backend
@@ -130,7 +131,7 @@ def interface_differences() -> list[str]:
 
 
 def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> str | None:
-    """Why a model of this dtype cannot have this cache, or None: a cache that is not fp8 has the model's dtype."""
+    """Why a model of this dtype cannot have this cache, or None. A cache that is not fp8 has the model's dtype."""
     if PLAIN_DTYPES.get(kv_cache_dtype or "auto", dtype) == dtype:
         return None
     return f"kv_cache_dtype: expected the model's dtype {dtype} or fp8, got {kv_cache_dtype}"
@@ -140,8 +141,8 @@ def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> s
 class PagedMetadata:
     """A batch, for all layers of a group. Tensors are vLLM's persistent ones, so that captured graphs follow them.
 
-    context_lens: with decode context parallelism, the keys before the batch's that this rank holds; None if no rank
-    holds any.
+    context_lens: with decode context parallelism, how many keys of each request this rank holds, without those of the
+    batch. None if no rank holds any.
     """
 
     num_actual_tokens: int
@@ -155,8 +156,8 @@ class PagedMetadata:
 
 
 class PagedMetadataBuilder:
-    """vLLM's batches as PagedMetadata: no tensor is copied or read on the host. With decode context parallelism the
-    lengths of this rank are computed, otherwise nothing.
+    """Makes PagedMetadata of vLLM's batches. No tensor is copied or read on the host. With decode context parallelism
+    the lengths on this rank are computed; otherwise nothing is.
 
     fixed_query_len stands in for the longest query, where results must not depend on the batch.
     """
@@ -196,7 +197,7 @@ class PagedMetadataBuilder:
         """Nothing to do: its tensors are those that vLLM updates."""
 
     def _local_context(self, common):
-        """Written also if it is 0 for all, since graphs are replayed then too."""
+        """Written even if all are 0, since a replayed graph reads them."""
         starts, found = common.query_start_loc, self.context_lens[: common.seq_lens.shape[0]]
         context = (common.seq_lens - (starts[1:] - starts[:-1])).clamp(min=0)  # graphs are captured over any lengths
         return found.copy_(local_lengths(context, self.dcp_world_size, self.dcp_rank, self.dcp_interleave))
@@ -209,7 +210,7 @@ def local_lengths(lengths: Tensor, world_size: int, rank: int, interleave: int) 
 
 
 def _has_context(common):
-    """Whether a request has keys before the batch's, by what all ranks know: they must agree to exchange something."""
+    """Whether a request has keys from before this batch. All ranks decide alike, since all must join an exchange."""
     if common.seq_lens_cpu_upper_bound is None:
         return True
     starts = common.query_start_loc_cpu
@@ -267,7 +268,7 @@ class PagedAttention:
             self._check_context_parallelism()
 
     def _check_context_parallelism(self):
-        """Ranks know neither the positions of their keys, nor keys that no token of the batch brings."""
+        """A rank knows neither the positions of its keys nor keys that the batch does not bring."""
         for name, value in (
             ("sliding_window", None if self.reach < 0 else self.reach + 1),
             ("alibi_slopes", self.alibi_slopes),
@@ -299,8 +300,8 @@ class PagedAttention:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """output (num_tokens, num_heads, head_size), of which the batch's tokens are written. vLLM's profiling runs
-        have no metadata, and get zeros.
+        """Write the rows of the batch's tokens in output (num_tokens, num_heads, head_size), and return it. vLLM's
+        profiling runs have no metadata and get zeros.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("output_scale, output_block_scale: expected None; outputs are not quantized")
@@ -325,7 +326,7 @@ class PagedAttention:
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Keys and values of padding, past slot_mapping's end or with slot -1, are not written."""
+        """Padding is not written: tokens after the end of slot_mapping, and those with slot -1."""
         if self.is_encoder:
             return
         num_tokens = slot_mapping.shape[0]
@@ -340,7 +341,7 @@ class PagedAttention:
         return flash_attention_varlen(query, key, value, starts, starts, longest, longest, **options)
 
     def _attend_to_cache(self, layer, query, kv_cache, metadata, lengths, **options):
-        """Attention to the first keys of each request in the cache, as many as lengths says."""
+        """Attention to the first lengths[i] keys of each request i in the cache."""
         k_cache, v_cache = self._split(kv_cache)
         return paged_attention(
             query,
@@ -356,7 +357,7 @@ class PagedAttention:
         )
 
     def _attend_across_ranks(self, layer, new, kv_cache, metadata):
-        """The batch's tokens attend to each other on their own rank, which has their keys, and to their context on all.
+        """New tokens attend to each other on their own rank, which has their keys, and to their context on all ranks.
 
         Sinks count once, beside the new keys.
         """
@@ -372,7 +373,7 @@ class PagedAttention:
         return _merge((out, lse), (context, context_lse.T))[0]
 
     def _options(self, query, causal):
-        """A window reaches as far to the right, unless the future is hidden."""
+        """Without causality a window extends to the right as far as to the left."""
         window = (self.reach, 0 if causal else self.reach) if self.reach >= 0 else (-1, -1)
         options = dict(softmax_scale=self.scale, window_size=window, softcap=self.softcap)
         if self.alibi_slopes is not None:
@@ -401,7 +402,7 @@ class PagedAttention:
 
 
 def _merge(*parts):
-    """(out (num_tokens, num_heads, head_size), lse (num_heads, num_tokens)) of all keys from those of parts of them."""
+    """(out (num_tokens, num_heads, head_size), lse (num_heads, num_tokens)) of all keys, merged from those of parts."""
     outs, lses = (torch.stack(tensors).unsqueeze(1) for tensors in zip(*parts))
     out, lse = merge_attention(outs, lses)
     return out[0], lse[0]

@@ -165,6 +165,14 @@ def mla_decode(
 
     It is one operator under torch.compile, export and vmap, which loops.
 
+    Example:
+        >>> q_nope, q_pe = torch.randn(1, 1, 4, 48).split([32, 16], dim=-1)
+        >>> latent_cache = torch.randn(3, 16, 64 + 16)  # three pages of 16 tokens
+        >>> w_uk, w_uv = torch.randn(2, 4, 32, 64)
+        >>> cache_seqlens, block_table = torch.tensor([20]).int(), torch.tensor([[2, 0]]).int()
+        >>> triton_attn.mla_decode(q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv).shape
+        torch.Size([1, 1, 4, 32])
+
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
     """
     packed = cu_seqlens_q is not None
@@ -421,6 +429,13 @@ def mla_prefill(
             more than 10**9 rows; nothing was launched.
         NotImplementedError: a gradient is required through "absorbed", or for a head dimension (nope + rope, v) above
             256.
+
+    Example:
+        >>> q_nope, q_pe = torch.randn(1, 20, 4, 48).split([32, 16], dim=-1)
+        >>> kv_latent, k_pe = torch.randn(1, 20, 80).split([64, 16], dim=-1)
+        >>> w_uk, w_uv = torch.randn(2, 4, 32, 64)
+        >>> triton_attn.mla_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv).shape
+        torch.Size([1, 20, 4, 32])
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """

@@ -148,6 +148,14 @@ def paged_attention(
     It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
     is not supported.
 
+    Example:
+        >>> k_cache = v_cache = torch.randn(8, 16, 2, 64)  # eight pages of 16 tokens
+        >>> block_table = torch.tensor([[5, 0], [2, 7]], dtype=torch.int32)
+        >>> cache_seqlens = torch.tensor([9, 30], dtype=torch.int32)
+        >>> q = torch.randn(2, 1, 8, 64)  # one new token of each sequence
+        >>> triton_attn.paged_attention(q, k_cache, v_cache, cache_seqlens, block_table).shape
+        torch.Size([2, 1, 8, 64])
+
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
     prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """

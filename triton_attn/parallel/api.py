@@ -86,6 +86,14 @@ def context_parallel_attention(
 
     Raises: as `flash_attention`; ValueError: the rows are not those of `shard_sequence`, or ranks differ;
     RuntimeError, by torch.distributed: a rank has died, or has not come within the timeout of the process group.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_attention, shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> own = [shard_sequence(x, mesh) for x in torch.randn(3, 1, 100, 4, 64)]
+        >>> out = context_parallel_attention(*own, mesh=mesh, seqlen=100, causal=True)
+        >>> out.shape == own[0].shape
+        True
     """
     options = dict(
         causal=causal,
@@ -162,6 +170,15 @@ def context_parallel_attention_varlen(
     each rank whose keys arrive, however many documents there are.
 
     Raises: as `context_parallel_attention`; ValueError for bad values in cu_seqlens, which are always checked.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_attention_varlen, shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> cu_seqlens = torch.tensor([0, 30, 100], dtype=torch.int32)
+        >>> own = [shard_sequence(x, mesh, 0) for x in torch.randn(3, 100, 4, 64)]
+        >>> out = context_parallel_attention_varlen(*own, cu_seqlens, mesh=mesh, seqlen=100, causal=True)
+        >>> out.shape == own[0].shape
+        True
     """
     options = dict(
         causal=causal,

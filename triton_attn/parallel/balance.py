@@ -239,6 +239,12 @@ def shard_sequence(
     Returns: a new tensor. Its gradient is that of these rows.
 
     Raises: TypeError, ValueError: an argument is wrong.
+
+    Example:
+        >>> from triton_attn.parallel import shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> shard_sequence(torch.arange(8)[None], mesh)  # of one rank; of two, rank 0 has 0, 1, 6, 7
+        tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
     """
     rank, num_ranks = check_mesh(mesh)
     sharding = _sharding_of_rows(x.shape[dim], cu_seqlens, num_ranks, load_balance)
@@ -266,6 +272,13 @@ def unshard_sequence(
     ranks.
 
     Raises: TypeError, ValueError: an argument is wrong, or x has not the rows of a sequence of this length.
+
+    Example:
+        >>> from triton_attn.parallel import shard_sequence, unshard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> x = torch.randn(1, 10, 64)
+        >>> torch.equal(unshard_sequence(shard_sequence(x, mesh), mesh, seqlen=10), x)
+        True
     """
     rank, num_ranks = check_mesh(mesh)
     seqlen = check_seqlen(seqlen, x.shape[dim], num_ranks)
