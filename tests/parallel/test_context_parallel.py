@@ -8,12 +8,32 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_ranks import Case, check_bytes, check_difference, check_values, run
+from parallel_ranks import (
+    Case,
+    check_bytes,
+    check_calls,
+    check_difference,
+    check_difference_later,
+    check_training,
+    check_values,
+    run,
+    run_without_a_rank,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
-from triton_attn import flash_attention
-from triton_attn.parallel import context_parallel_attention, shard_sequence, ulysses, unshard_sequence
-from triton_attn.parallel.balance import sharding_of
+from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn.parallel import (
+    balance,
+    context_parallel_attention,
+    context_parallel_attention_varlen,
+    gather,
+    ring,
+    shard_sequence,
+    ulysses,
+    unshard_sequence,
+)
+from triton_attn.parallel.balance import check_load_balance, sharding_of
+from triton_attn.parallel.local import Mask
 from triton_attn.parallel.ulysses import check_heads
 
 METHODS = ("all_gather", "ring", "ulysses")
@@ -96,19 +116,75 @@ def test_bytes_that_ranks_receive(tmp_path, monkeypatch):
     [
         (dict(options=dict(causal=False)), r"window_size: expected the same on all ranks, \(-1, 0\) as on rank 0, got"),
         (dict(alibi=True), "alibi_slopes: expected the same on all ranks, None as on rank 0, got"),
-        (dict(num_heads_q=2), r"q: expected the same on all ranks, \(\(1, 4, 16\), torch.float32\) as on rank 0, got"),
+        (dict(num_heads_q=2), r"q: expected the same on all ranks, \(\(4, 16\), torch.float32\) as on rank 0, got"),
         (dict(method="ring"), "method: expected the same on all ranks, all_gather as on rank 0, got ring on rank 1"),
         (dict(seqlen=49), "seqlen: expected the same on all ranks, 50 as on rank 0, got 49 on rank 1"),
+        (
+            dict(documents=(20, 30)),
+            r"batch: expected the same on all ranks, 1 as on rank 0, got None on rank 1",
+        ),
+        (dict(dtype=torch.float16), r"q: expected the same on all ranks, .*float32.* rank 0, got .*float16.* rank 1"),
+        # What one rank refuses:
+        (dict(num_heads_kv=3), r"k: expected a number of heads that divides q's 4, got 3( \(on rank 1\))?$"),
+        (dict(method="tree"), r"method: expected .*, got 'tree'"),
+        (dict(method="ulysses", num_heads_q=3, num_heads_kv=1), r"q: expected query heads in multiples of 2 ranks"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 @pytest.mark.ci(but_each=5)
-def test_ranks_that_differ_are_named_on_every_rank(rank_1, said, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
+def test_ranks_that_differ_are_named_on_every_rank(rank_1, said, tmp_path):
     case = Case(load_balance=None)
     (_, _, first), (_, _, second) = run(check_difference, [(case, replace(case, **rank_1))], 2, tmp_path / "store")
     assert re.search(said, first), first
     assert re.search(said, second), second
+
+
+@pytest.mark.ci
+def test_values_are_compared_where_they_are_checked(tmp_path, monkeypatch):
+    case = Case(alibi=True)
+    cases = [(case, replace(case, seed=1))]
+    assert run(check_difference, cases, 2, tmp_path / "store") == []
+    monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
+    found = run(check_difference, cases, 2, tmp_path / "another store")
+    assert [said.startswith("alibi_slopes: expected the same on all ranks") for *_, said in found] == [True, True]
+
+
+def test_where_no_transfer_is_waited_for_the_next_call_names_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    case = Case(method="ring", documents=(20, 31))
+    cases = [(case, replace(case, options=dict(causal=True, softcap=3.0)))]
+    found = run(check_difference_later, cases, 2, tmp_path / "store")
+    assert len(found) == 2
+    for *_, said in found:
+        assert re.search(r"softcap: expected the same on all ranks, 0.0 as on rank 0, got 3.0 on rank 1", said), said
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "stays away"])
+@pytest.mark.ci(but_each=2)
+def test_a_rank_that_does_not_come_ends_the_others(dies, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    found = run_without_a_rank(Case(), 3, tmp_path, dies, timeout=100 if dies else 20)
+    for rank in (0, 1):
+        assert found[rank] is not None, "no end"
+        assert re.search("(?i)connection|timed out|timeout", found[rank]), found[rank]
+
+
+def test_calls_of_the_ring(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    cases = [
+        Case(method="ring"),
+        Case(method="ring", batch=3, options={}),
+        Case(method="ring", documents=(40, 33, 1, 50), load_balance="per_document"),
+    ]
+    assert run(check_calls, cases, 2, tmp_path / "store") == []
+
+
+def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    options = dict(causal=True, window_size=(12, -1), dropout_p=0.2, dropout_seed=3)
+    cases = [Case(method=method, sinks=True, options=options) for method in METHODS]
+    cases += [replace(PACKED[0], method=method, alibi=True, slopes_each=True) for method in METHODS]
+    assert run(check_training, cases, 2, tmp_path / "store") == []
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +219,10 @@ def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
 X = torch.randn(1, 6, 2, 16)
 
 
+def bounds(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -166,6 +246,77 @@ def test_errors(mesh, arguments, said):
     arguments = dict(q=X, k=X, v=X, mesh=mesh) | arguments
     with pytest.raises((TypeError, ValueError), match=said):
         context_parallel_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (dict(cu_seqlens=[0, 6]), "cu_seqlens: expected a tensor, got list"),
+        (dict(cu_seqlens=torch.tensor([0, 6])), "cu_seqlens: expected dtype torch.int32, got torch.int64"),
+        (dict(cu_seqlens=bounds(1, 6)), r"cu_seqlens\[0\]: expected 0, got 1"),
+        (dict(cu_seqlens=bounds(0, 4, 3, 6)), r"cu_seqlens\[2\]: expected 4 or more, got 3"),
+        (dict(cu_seqlens=bounds(0, 7)), r"cu_seqlens\[-1\]: expected at most the 6 rows of the whole, got 7"),
+        (dict(load_balance="zigzag"), "load_balance: expected 'head_tail', 'per_document' or None, got 'zigzag'"),
+        (dict(q=X), r"q: expected \(total, heads, head_dim\), got shape \(1, 6, 2, 16\)"),
+        (dict(alibi_slopes=torch.zeros(3, 2)), r"alibi_slopes: expected shape \(2,\) or shape \(2, 2\), got"),
+        (dict(seqlen=5), "seqlen: expected the length of a sequence of which rank 0 of 1 has 6 rows, got 5"),
+        (dict(seqlen=10**9 + 1), r"seqlen: expected at most 10\*\*9, got"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_errors_of_packed_documents(mesh, arguments, said):
+    arguments = dict(q=X[0], k=X[0], v=X[0], cu_seqlens=bounds(0, 3, 5), mesh=mesh) | arguments
+    with pytest.raises((TypeError, ValueError), match=said):
+        context_parallel_attention_varlen(**arguments)
+
+
+def test_lengths_on_a_gpu_are_read_once_until_they_change(monkeypatch):
+    cu_seqlens, reads = bounds(0, 2, 6), []
+    monkeypatch.setattr(balance, "_is_on_host", lambda x: False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or [0, 2, len(reads) + 5])
+    assert balance.bounds_of(cu_seqlens, 9) == balance.bounds_of(cu_seqlens, 9) == (0, 2, 6)
+    cu_seqlens[2] = 7
+    assert balance.bounds_of(cu_seqlens, 9) == (0, 2, 7)
+    assert len(reads) == 2
+
+
+def test_balancers_of_torch(mesh):
+    from torch.distributed.tensor.experimental._context_parallel import _load_balancer as of_torch
+
+    x, balancer = torch.arange(48), of_torch._HeadTailLoadBalancer(48, 4, "cpu")
+    assert check_load_balance(balancer, is_packed=False) == "head_tail"
+    order = sharding_of((0, 48), 48, 4, "head_tail").order_of_ranks
+    assert torch.equal(order.take(x), balancer._generate_indices()[0].long())
+    assert torch.equal(shard_sequence(x, mesh, 0, balancer), x)
+    by_documents = of_torch._PerDocumentHeadTailLoadBalancer([[16, 32]], 4, "cpu")
+    with pytest.raises(ValueError, match="load_balance: expected 'head_tail', 'per_document' or None, got <torch"):
+        shard_sequence(x, mesh, 0, by_documents, cu_seqlens=bounds(0, 16, 48))
+
+
+def test_few_calls_for_many_documents():
+    """Under a causal mask a rank has one for its head chunks and one for its tail chunks, and at a step of the ring
+    one; with positions (ALiBi) two."""
+    sharding = sharding_of(tuple(range(0, 30001, 30)), 30000, 4, "per_document")
+    mask = Mask(-1, 0, False, False)
+    for rank in range(4):
+        assert len(gather._parts(sharding, mask, rank)) <= 2
+        for source in range(4):
+            assert len(ring._parts(sharding, mask, rank, source)) == 1
+            assert len(ring._parts(sharding, mask._replace(has_alibi=True), rank, source)) <= 2
+            assert len(ring._parts(sharding, Mask(50, 50, True, False), rank, source)) <= 3
+
+
+def test_plain_causal_calls_need_no_positions():
+    """So Hopper's kernel takes them."""
+    for load_balance in ("head_tail", "per_document", None):
+        sharding = sharding_of((0, 200, 650, 1000), 1000, 4, load_balance)
+        for mask in (Mask(-1, 0, False, False), Mask(-1, -1, False, False)):
+            for rank in range(4):
+                parts = [*gather._parts(sharding, mask, rank)]
+                for source in range(4):
+                    parts += ring._parts(sharding, mask, rank, source)
+                assert not any(part.needs_positions for part in parts)
+        assert all(part.needs_positions for part in gather._parts(sharding, Mask(-1, 0, False, True), 1))
 
 
 def test_a_mesh_of_two_dimensions_is_refused(mesh):
@@ -237,9 +388,13 @@ def test_gradients_of_shards(mesh):
 def test_the_page_runs(mesh, device):
     page = Path(__file__).parents[2] / "docs/many-gpus.md"
     code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     names = {"device": device}
-    exec("\n".join(code), names)
+    exec(code[0], names)
     q, k, v = (names[name] for name in "qkv")
     found = unshard_sequence(names["out"].detach(), mesh, seqlen=q.shape[1])
     torch.testing.assert_close(found, flash_attention(q, k, v, causal=True), atol=1e-5, rtol=1e-5)
+    exec("\n".join(code[1:]), names)
+    cu_seqlens = names["cu_seqlens"].to(device)
+    expected = flash_attention_varlen(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 300, 300, causal=True)
+    torch.testing.assert_close(names["documents"].detach(), expected, atol=1e-5, rtol=1e-5)
