@@ -8,7 +8,7 @@ sends what its digest is of, and raises the same error.
 """
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,40 +20,35 @@ from .._host.checks import fail
 Description = dict[str, Any]  # of a call: what all ranks must agree on, by name
 
 
-class Agreement:
-    """Of the ranks of a group."""
+class _Posted(NamedTuple):
+    """A digest that has been sent."""
 
-    def __init__(self, group: dist.ProcessGroup):
-        self._group = _host_group(group)
-        self._pending: Any = None  # (work, digests of all ranks, description of this rank's call)
-
-    def post(self, description: Description, digest: int) -> None:
-        """Send the digest of a call to all ranks. Raises if they differed at the call before."""
-        self.settle()
-        own = torch.tensor([digest], dtype=torch.int64)
-        digests = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        work = dist.all_gather(digests, own, group=self._group, async_op=True)
-        self._pending = work, digests, description
-
-    def settle(self) -> None:
-        """Raise on every rank if the digests of the last call differ."""
-        if self._pending is None:
-            return
-        work, digests, description = self._pending
-        self._pending = None
-        work.wait()
-        if len({digest.item() for digest in digests}) > 1:
-            compare(description, self._group)
+    work: Any
+    digests: list[Tensor]  # of all ranks, when the work is done
+    description: Description  # of this rank's call
 
 
-_AGREEMENTS: WeakKeyDictionary[dist.ProcessGroup, Agreement] = WeakKeyDictionary()
+_HOST_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup | None] = WeakKeyDictionary()
+_POSTED: WeakKeyDictionary[dist.ProcessGroup, _Posted] = WeakKeyDictionary()
 
 
-def agreement_of(group: dist.ProcessGroup) -> Agreement:
-    """Where it is the first of a group without host memory, all ranks of the group make a gloo group."""
-    if group not in _AGREEMENTS:
-        _AGREEMENTS[group] = Agreement(group)
-    return _AGREEMENTS[group]
+def post(group: dist.ProcessGroup, description: Description, digest: int) -> None:
+    """Send the digest of a call to all ranks of a group. Raises if they differed at the call before."""
+    settle(group)
+    own = torch.tensor([digest], dtype=torch.int64)
+    digests = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    work = dist.all_gather(digests, own, group=_host_group(group), async_op=True)
+    _POSTED[group] = _Posted(work, digests, description)
+
+
+def settle(group: dist.ProcessGroup) -> None:
+    """Raise on every rank if the digests of the last call differ."""
+    posted = _POSTED.pop(group, None)
+    if posted is None:
+        return
+    posted.work.wait()
+    if len({digest.item() for digest in posted.digests}) > 1:
+        compare(posted.description, _host_group(group))
 
 
 def digest_of(description: Description) -> int:
@@ -68,22 +63,22 @@ def refuse(group: dist.ProcessGroup, error: Exception) -> None:
     """
     if dist.get_world_size(group) == 1:
         return
-    description = {"call": f"refused: {error}"}
-    agreement = agreement_of(group)
-    agreement.post(description, digest_of(description))
-    agreement.settle()
+    description = dict(refused=str(error))
+    post(group, description, digest_of(description))
+    settle(group)
 
 
 def compare(description: Description, group: dist.ProcessGroup) -> None:
     """Raise on every rank for the first thing in which the ranks differ. A round of messages."""
     described: list[Description] = [{} for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(described, description, group=group)
-    names = dict.fromkeys(name for of_rank in described for name in of_rank)
-    for name in sorted(names, key=lambda name: name != "call"):  # a refusal says what is wrong
-        first = described[0].get(name)
+    for rank, of_rank in enumerate(described):
+        if "refused" in of_rank:
+            raise ValueError(f"{of_rank['refused']} (on rank {rank})")
+    for name, first in described[0].items():
         for rank, of_rank in enumerate(described):
-            if of_rank.get(name) != first:
-                fail(name, f"the same on all ranks, {first} as on rank 0", f"{of_rank.get(name)} on rank {rank}")
+            if of_rank[name] != first:
+                fail(name, f"the same on all ranks, {first} as on rank 0", f"{of_rank[name]} on rank {rank}")
 
 
 def kind_of(x: Tensor | None) -> Any:
@@ -91,10 +86,23 @@ def kind_of(x: Tensor | None) -> Any:
     return None if x is None else (tuple(x.shape), x.dtype)
 
 
+def waits_for_transfers(device: torch.device) -> bool:
+    """Whether the host waits for the transfers of tensors on the device."""
+    return device.type == "cpu"
+
+
 def _host_group(group):
-    """A group of the same ranks that sends tensors on CPUs."""
-    if torch.device("cpu") in group._device_types:
-        return group
+    """A group of the same ranks that sends tensors on CPUs. All ranks make one, over gloo, where the group does not."""
+    if group not in _HOST_GROUPS:
+        _HOST_GROUPS[group] = None if _sends_from_host(group) else _gloo_group_of(group)
+    return _HOST_GROUPS[group] or group
+
+
+def _sends_from_host(group):
+    return torch.device("cpu") in group._device_types
+
+
+def _gloo_group_of(group):
     timeout = group._get_backend(group._device_types[0]).options._timeout
     ranks = dist.get_process_group_ranks(group)
     return dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)

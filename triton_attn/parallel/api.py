@@ -116,7 +116,7 @@ def context_parallel_attention(
     out, lse = _attend(inputs, settings)
     shape = q.shape[:2]
     out = out.unflatten(0, shape)
-    return (out, lse.unflatten(1, shape).transpose(0, 1)) if return_lse else out
+    return (out, lse.unflatten(1, shape).transpose(0, 1).contiguous()) if return_lse else out
 
 
 def context_parallel_attention_varlen(
@@ -244,12 +244,11 @@ def _checked(
     if seqlen > MAX_ROWS:
         fail("seqlen", "at most 10**9", seqlen)
     options = with_tensors(options, q, documents, alibi_slopes, sinks)
-    seed, dropout_seed = number_and_tensor(dropout_seed)
-    options = with_dropout(options, q, dropout_p, seed if dropout_seed is None else dropout_seed)
-    if options.dropout_p > 0 and seed is None and dropout_seed is None:
+    options = with_dropout(options, q, dropout_p, dropout_seed)
+    if options.dropout_p > 0 and dropout_seed is None:
         fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)
     settings = Settings(
-        seed if options.dropout_p > 0 else None,
+        number_and_tensor(dropout_seed)[0] if options.dropout_p > 0 else None,
         batch,
         seqlen,
         load_balance,
@@ -264,7 +263,7 @@ def _checked(
     )
     if not is_packed:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return Inputs(q, k, v, sinks, alibi_slopes, dropout_seed if options.dropout_p > 0 else None, cu_seqlens), settings
+    return Inputs(q, k, v, sinks, alibi_slopes, options.dropout_seed, cu_seqlens), settings
 
 
 def _check_cu_seqlens(cu_seqlens, device):

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from .._host.checks import fail
 from . import gather, ring, ulysses
-from .agreement import agreement_of, compare, digest_of, kind_of, refuse
+from .agreement import compare, digest_of, kind_of, post, refuse, settle, waits_for_transfers
 from .balance import bounds_of, check_num_rows, sharding_of, sharding_of_batch
 from .cost import choose, sizes_of
 from .local import Mask, Problem, Rows, dtype_of_sums
@@ -34,7 +33,7 @@ class Inputs(NamedTuple):
 class Settings(NamedTuple):
     """The other arguments of a call, checked."""
 
-    seed: int | None  # of dropout, if it is not a tensor
+    seed: int | None  # of dropout, if it was not given as a tensor: for ranks to compare
     batch: int | None  # sequences of one length; None: packed documents
     seqlen: int  # of each of them, or rows of the whole packed batch
     load_balance: str | None
@@ -67,7 +66,7 @@ def compute(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, list[Te
         raise
     if sharding.num_ranks > 1:
         _agree(sharding, inputs, settings, group)
-    problem = _problem_of(sharding, settings, inputs[3:], q.device, (q.shape[1], k.shape[1]), group)
+    problem = _problem_of(sharding, settings, inputs[3:], (q.shape[1], k.shape[1]), group)
     rows = Rows(q, k, v, inputs.sinks)
     if settings.method == "ulysses":
         return ulysses.forward(problem, rows)
@@ -116,18 +115,12 @@ def _checked_sharding(inputs, settings, group):
     check_num_rows(sharding, rank, inputs.q.shape[0] // max(batch, 1), batch)
     if settings.method == "ulysses":
         ulysses.check_heads(inputs.q.shape[1], inputs.k.shape[1], num_ranks)
-    slopes = inputs.alibi_slopes
-    if slopes is not None and slopes.ndim == 2 and slopes.shape[0] != len(sharding.documents):
-        shape = len(sharding.documents), slopes.shape[1]
-        fail("alibi_slopes", f"shape {shape[1:]} or {shape}", f"shape {tuple(slopes.shape)}")
     return sharding
 
 
-def _problem_of(sharding, settings, tensors, device, heads, group):
+def _problem_of(sharding, settings, tensors, heads, group):
     """tensors: sinks, alibi_slopes, dropout_seed and cu_seqlens. heads: how many of queries and of keys."""
     _, slopes, seed, _ = tensors
-    if settings.seed is not None:
-        seed = torch.full((1,), settings.seed, dtype=torch.int64, device=device)
     options = dict(
         softmax_scale=settings.softmax_scale,
         softcap=settings.softcap,
@@ -152,10 +145,9 @@ def _agree(sharding, inputs, settings, group):
     if settings.check_values:
         values = zip(Inputs._fields[3:6], inputs[3:6])
         compare(description | {name: x.tolist() for name, x in values if x is not None}, group)
-    agreement = agreement_of(group)
-    agreement.post(description, digest)
-    if inputs.q.device.type == "cpu":
-        agreement.settle()
+    post(group, description, digest)
+    if waits_for_transfers(inputs.q.device):
+        settle(group)
 
 
 @functools.lru_cache(maxsize=256)
@@ -209,11 +201,10 @@ def _compute_gradients(dout, dlse, kept, sinks, alibi_slopes, dropout_seed, cu_s
     settings = Settings(*settings)
     group = _group_of(settings)
     if dist.get_world_size(group) > 1:
-        agreement_of(group).settle()
-    dout = dout.contiguous()
+        settle(group)
     sharding = _sharding(cu_seqlens, settings, dist.get_world_size(group))
     tensors = sinks, alibi_slopes, dropout_seed, cu_seqlens
-    problem = _problem_of(sharding, settings, tensors, dout.device, (dout.shape[1], heads_kv), group)
+    problem = _problem_of(sharding, settings, tensors, (dout.shape[1], heads_kv), group)
     if settings.method == "ulysses":
         *gradients, dsinks = ulysses.backward(problem, kept, sinks, dout, dlse)
     else:

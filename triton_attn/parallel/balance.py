@@ -230,8 +230,8 @@ def shard_sequence(
             same work for documents of any length; the rows after the last one are cut too. A rank holds its rows of
             each document after those of the document before. Documents shorter than 2 R rows give some ranks a row
             more than others.
-            torch's _HeadTailLoadBalancer and _PerDocumentHeadTailLoadBalancer stand for these names; their lengths are
-            those of x.
+            torch's _HeadTailLoadBalancer is "head_tail", with the length of x for its own. Its other balancers are
+            refused: they give a rank rows of any places, and the one for documents does not cut each over all ranks.
         cu_seqlens: (documents + 1,) int32, where the documents of a packed batch begin and end; needed by
             "per_document", and without effect otherwise. On the CPU it costs nothing. On a GPU it is read at its first
             use, a device-to-host sync, and again if an operator of torch has written to it.
@@ -310,15 +310,10 @@ def check_mesh(mesh: Any) -> tuple[int, int]:
     return mesh.get_local_rank(), mesh.size()
 
 
-_TORCH_BALANCERS = {"_HeadTailLoadBalancer": "head_tail", "_PerDocumentHeadTailLoadBalancer": "per_document"}
-
-
 def check_load_balance(load_balance: Any, is_packed: bool) -> str | None:
-    """The name, of a name or of one of torch's balancers."""
+    """The name, of a name or of torch's _HeadTailLoadBalancer, whose class is private and may move."""
     names = LOAD_BALANCES if is_packed else ("head_tail", None)
-    name = load_balance
-    if name is not None and not isinstance(name, str):
-        name = _TORCH_BALANCERS.get(type(name).__name__, name)
+    name = "head_tail" if type(load_balance).__name__ == "_HeadTailLoadBalancer" else load_balance
     if name not in names:
         fail("load_balance", f"{', '.join(map(repr, names[:-1]))} or None", repr(load_balance))
     return name
@@ -371,12 +366,16 @@ def bounds_of(cu_seqlens: Any, seqlen: int) -> tuple[int, ...]:
 
 
 def _read(cu_seqlens):
-    if cu_seqlens.is_cpu or cu_seqlens.is_inference():  # an inference tensor does not count its writes
+    if _is_on_host(cu_seqlens) or cu_seqlens.is_inference():  # an inference tensor does not count its writes
         return tuple(cu_seqlens.tolist())
     known = _READ.get(cu_seqlens)
     if known is None or known[0] != cu_seqlens._version:
         _READ[cu_seqlens] = known = cu_seqlens._version, tuple(cu_seqlens.tolist())
     return known[1]
+
+
+def _is_on_host(x):
+    return x.is_cpu
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:

@@ -141,4 +141,4 @@ def _split(problem, joined, head_dim_v, dim=1):
 
 def _as(dtype, x):
     """The bits of x in elements of another dtype, more or fewer of them in the last dimension."""
-    return x.contiguous().view(dtype)
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)  # a contiguous x may have a last stride above 1
