@@ -174,10 +174,7 @@ def may_replace(portable, config):
 
 @contextlib.contextmanager
 def override_config(family: str, **fields: int | dict[str, int] | None) -> Iterator[None]:
-    """Context manager in which these fields replace those of the config that a call would take.
-
-        with override_config("flash", num_stages=2):  # other fields stay
-            out = flash_attention(q, k, v)
+    """Context manager in which these fields replace those of the config that a call would take. Other fields stay.
 
     It is for trying a config; `python -m perf sweep` searches for the best. Like `use_tuned` it holds for the whole
     process. Contexts nest. The first call inside it, and the first after it, may compile.
