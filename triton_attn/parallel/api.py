@@ -13,11 +13,13 @@ from .._host.observers import autocast
 from .._host.options import attention_options
 from . import cost, gather, ring, ulysses
 from .balance import check_mesh, check_sharding
+from .dtensors import on_dtensors
 from .local import Problem, Results, Rows
 
 METHODS = ("auto", "all_gather", "ring", "ulysses")
 
 
+@on_dtensors
 @torch.compiler.disable
 def context_parallel_attention(
     q: Tensor,
@@ -59,7 +61,9 @@ def context_parallel_attention(
 
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
-            the same positions.
+            the same positions. Or DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other
+            dimensions as in `flash_attention`. Their rows are in the order of the ranks' rows, and with "head_tail" of
+            a length in multiples of 2 * ranks. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"].
         method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
             need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.
