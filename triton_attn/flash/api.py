@@ -17,6 +17,7 @@ from .._host.checks import (
     check_same_kind,
     layout_of,
 )
+from .._host.dtensors import DENSE, PACKED, on_dtensors
 from .._host.layout import new_outputs
 from .._host.observers import autocast, is_observed, refuse_transforms
 from .._host.options import attention_options, with_dropout, with_shard, with_tensors
@@ -38,6 +39,7 @@ def flash_attention(
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: "Unpack[keywords.Flash]"
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@on_dtensors(DENSE)
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -90,6 +92,12 @@ def flash_attention(
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse
         (batch, num_heads_q, seqlen_q) in fp32. A query that sees no key has out = 0 and lse = -inf, or the sink.
+
+    DTensors: q, k and v are all Shard(0), all Shard(2), or all Replicate() on each dimension of their mesh; beside q
+    with Shard(2), k and v may be Replicate(). Each rank attends for its sequences and heads, nothing is moved, and out
+    and lse are DTensors placed like q. sinks and alibi_slopes are whole plain tensors, or DTensors with Replicate() or
+    with Shard on the heads. The ranks divide the query heads and, if they are sharded, the KV heads. Any other
+    placement raises; for sharded sequences see `triton_attn.parallel.context_parallel_attention`.
 
     First derivatives of out and lse are supported with respect to q, k, v and sinks, for head dimensions up to 256.
     Under torch.autocast q, k and v are cast as for torch's own attention. Autograd, torch.compile and export see one
@@ -165,6 +173,7 @@ def flash_attention_varlen(
     return_lse: bool,
     **options: "Unpack[keywords.FlashVarlen]",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@on_dtensors(PACKED)
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,

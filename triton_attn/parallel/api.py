@@ -14,10 +14,12 @@ from ..flash.api import check_differentiable, layout_options
 from .agreement import refuse
 from .autograd import Inputs, Settings, attend, compute, with_method
 from .balance import check_load_balance, check_mesh, check_seqlen
+from .dtensors import on_dtensors
 
 METHODS = ("auto", "all_gather", "ring", "ulysses")
 
 
+@on_dtensors
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -58,7 +60,10 @@ def context_parallel_attention(
 
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
-            the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied.
+            the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
+            DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
+            `flash_attention`. Their rows are in the order of the ranks' rows, and with "head_tail" of a length in
+            multiples of 2 * ranks. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"].
         method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
             need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.
