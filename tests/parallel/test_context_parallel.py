@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from parallel_ranks import Case, check_bytes, check_difference, check_values, run
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -92,15 +91,6 @@ def test_ranks_that_differ_are_named_on_every_rank(rank_1, said, tmp_path, monke
     (_, _, first), (_, _, second) = run(check_difference, [(case, replace(case, **rank_1))], 2, tmp_path / "store")
     assert re.search(said, first), first
     assert re.search(said, second), second
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    """Of this process alone."""
-    store = tmp_path_factory.mktemp("mesh") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.backend import should_check_values
 from .._host.checks import check_bool, check_number, check_same_kind, fail
+from .._host.mesh import compare_ranks
 from .._host.observers import autocast
 from .._host.options import attention_options
 from . import gather, ring, ulysses
@@ -125,12 +125,7 @@ def _compare_ranks(problem, method, q, k, v, sinks):
         batch, _, *shape = x.shape
         own[name] = (batch, *shape), x.dtype
     own |= {name: x.tolist() for name, x in (own | dict(sinks=sinks)).items() if isinstance(x, Tensor)}
-    calls: list[dict[str, Any]] = [{} for _ in problem.ranks]
-    dist.all_gather_object(calls, own, group=problem.group)
-    for rank, call in enumerate(calls):
-        for name, value in calls[0].items():
-            if call[name] != value:
-                fail(name, f"the same on all ranks, {value} as on rank 0", f"{call[name]} on rank {rank}")
+    compare_ranks(own, problem.group)
 
 
 def _choose(problem, k, v):

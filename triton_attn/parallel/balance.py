@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.checks import check_int, fail
+from .._host.mesh import check_mesh
 from .exchange import exchange
 
 
@@ -128,15 +129,6 @@ class _Unshard(torch.autograd.Function):
     def backward(ctx, gradient):
         rank, dim, sharding = ctx.place
         return sharding.own_rows(gradient, rank, dim), None, None, None, None
-
-
-def check_mesh(mesh: Any) -> tuple[int, int]:
-    """(rank, number of ranks) of a mesh of one dimension."""
-    if not isinstance(mesh, DeviceMesh):
-        fail("mesh", "a DeviceMesh", type(mesh).__name__, TypeError)
-    if mesh.ndim != 1:
-        fail("mesh", "one dimension, such as mesh['cp']", f"{mesh.ndim}")
-    return mesh.get_local_rank(), mesh.size()
 
 
 def check_load_balance(load_balance: Any) -> str | None:
