@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import traceback
 from dataclasses import dataclass, field
 from unittest import mock
@@ -11,7 +12,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from triton_attn import reference
-from triton_attn.parallel import context_parallel_attention, shard_sequence, unshard_sequence
+from triton_attn.parallel import (
+    context_parallel_attention,
+    context_parallel_attention_varlen,
+    shard_sequence,
+    unshard_sequence,
+)
 from triton_attn.testing import assert_close_to_reference
 
 TIMEOUT = datetime.timedelta(seconds=240)
@@ -25,6 +31,8 @@ class Case:
     load_balance: str | None = "head_tail"
     batch: int = 1
     seqlen: int = 50
+    documents: tuple | None = None  # their lengths in a packed batch; batch and seqlen are then not used
+    rows_of_none: int = 0  # after the last document
     num_heads_q: int = 4
     num_heads_kv: int = 2
     head_dim: int = 16
@@ -32,10 +40,20 @@ class Case:
     dtype: torch.dtype = torch.float32
     options: dict = field(default_factory=lambda: dict(causal=True))
     alibi: bool = False
+    slopes_each: bool = False  # of each sequence or document
     sinks: bool = False
     dlse: bool = True
     seed: int = 0
     rows_from_others: tuple | None = None  # keys that a rank needs of others, and others of it, by rank; None: all
+
+    @property
+    def rows(self):
+        """(batch, seqlen) of the whole, or (rows,) of a packed batch."""
+        return (self.batch, self.seqlen) if self.documents is None else (sum(self.documents) + self.rows_of_none,)
+
+    @property
+    def cu_seqlens(self):
+        return torch.tensor([0, *itertools.accumulate(self.documents)], dtype=torch.int32)
 
     def bytes(self, rank, ranks):
         """(forward, backward) that a rank receives, by the table of `context_parallel_attention`, of even shards."""
@@ -96,35 +114,50 @@ class Inputs:
             self._draw(case.num_heads_kv, case.head_dim_v),
             self._draw(case.num_heads_q, case.head_dim_v),
         )
-        dlse = self._draw(case.num_heads_q, 1)[..., 0].transpose(1, 2).float()
+        dlse = self._draw(case.num_heads_q, 1)[..., 0].transpose(-1, -2).float()
         self.dlse = dlse if case.dlse else None
         self.options = dict(case.options)
         if case.alibi:
-            self.options["alibi_slopes"] = torch.rand(case.num_heads_q, generator=self.generator)
+            batch = case.batch if case.documents is None else len(case.documents)
+            shape = (batch, case.num_heads_q) if case.slopes_each else (case.num_heads_q,)
+            self.options["alibi_slopes"] = torch.rand(shape, generator=self.generator)
         self.sinks = torch.randn(case.num_heads_q, generator=self.generator) if case.sinks else None
+        self.dim = len(case.rows) - 1  # of the sequence
+        self.packing = {} if case.documents is None else dict(cu_seqlens=case.cu_seqlens)
 
     def _draw(self, heads, dim):
-        shape = self.case.batch, self.case.seqlen, heads, dim
+        shape = *self.case.rows, heads, dim
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.case.dtype)
 
-    def attend(self, mesh):
-        """out and lse of this rank, and the leaves: its q, k, v, and the sinks."""
+    def leaves(self, mesh):
+        """This rank's q, k and v, and the sinks."""
         leaves = [self.own(x, mesh) for x in (self.q, self.k, self.v)]
         leaves += [] if self.sinks is None else [self.sinks.clone()]
-        leaves = [x.requires_grad_() for x in leaves]
-        placing = dict(mesh=mesh, method=self.case.method, load_balance=self.case.load_balance, seqlen=self.case.seqlen)
+        return [x.requires_grad_() for x in leaves]
+
+    def attend_to(self, leaves, mesh):
+        """out and lse of this rank."""
+        case = self.case
+        attend = context_parallel_attention if case.documents is None else context_parallel_attention_varlen
+        placing = dict(mesh=mesh, method=case.method, load_balance=case.load_balance, seqlen=case.rows[-1])
         sinks = None if self.sinks is None else leaves[3]
-        return context_parallel_attention(*leaves[:3], **placing, return_lse=True, sinks=sinks, **self.options), leaves
+        return attend(*leaves[:3], **self.packing, **placing, return_lse=True, sinks=sinks, **self.options)
 
-    def own(self, x, mesh, dim=1):
-        return shard_sequence(x, mesh, dim, self.case.load_balance)
+    def attend(self, mesh):
+        """out and lse of this rank, and the leaves."""
+        leaves = self.leaves(mesh)
+        return self.attend_to(leaves, mesh), leaves
 
-    def whole(self, x, mesh, dim=1):
-        return unshard_sequence(x.detach(), mesh, dim, self.case.load_balance, self.case.seqlen)
+    def own(self, x, mesh, dim=None):
+        return shard_sequence(x, mesh, self.dim if dim is None else dim, self.case.load_balance, **self.packing)
 
-    def gradients(self, outputs, leaves, own=lambda x, dim=1: x):
+    def whole(self, x, mesh, dim=None):
+        placing = self.case.load_balance, self.case.rows[-1]
+        return unshard_sequence(x.detach(), mesh, self.dim if dim is None else dim, *placing, **self.packing)
+
+    def gradients(self, outputs, leaves, own=lambda x, dim=None: x):
         """Of the leaves; own gives this rank's rows of the gradients of out and lse."""
-        douts = [own(self.dout)] if self.dlse is None else [own(self.dout), own(self.dlse, 2)]
+        douts = [own(self.dout)] if self.dlse is None else [own(self.dout), own(self.dlse, -1)]
         douts = [x.to(output.dtype) for x, output in zip(douts, outputs)]
         return list(torch.autograd.grad(outputs[: len(douts)], leaves, douts))
 
@@ -133,8 +166,12 @@ class Inputs:
         leaves = [x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
         if self.sinks is not None:
             leaves.append(self.sinks.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
-        sinks = None if self.sinks is None else leaves[3]
-        outputs = reference.flash_attention(*leaves[:3], return_lse=True, sinks=sinks, **self.options)
+        options = dict(sinks=None if self.sinks is None else leaves[3], return_lse=True, **self.options)
+        if self.case.documents is None:
+            outputs = reference.flash_attention(*leaves[:3], **options)
+        else:
+            lengths = self.case.cu_seqlens, self.case.cu_seqlens, self.case.rows[0], self.case.rows[0]
+            outputs = reference.flash_attention_varlen(*leaves[:3], *lengths, **options)
         return *(x.detach() for x in outputs), *self.gradients(outputs, leaves)
 
 
@@ -143,8 +180,8 @@ def check_values(case, mesh):
     inputs = Inputs(case)
     exact, by_torch = (inputs.by_reference(dtype) for dtype in (torch.float64, case.dtype))
     outputs, leaves = inputs.attend(mesh)
-    gradients = inputs.gradients(outputs, leaves, lambda x, dim=1: inputs.own(x, mesh, dim))
-    parts = zip((*outputs, *gradients[:3]), (1, 2, 1, 1, 1))
+    gradients = inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    parts = zip((*outputs, *gradients[:3]), (None, -1, None, None, None))
     results = [inputs.whole(x, mesh, dim) for x, dim in parts]
     if case.sinks:
         dist.all_reduce(gradients[3])
@@ -161,7 +198,7 @@ def check_bytes(case, mesh):
     with _counted(mesh.get_local_rank()) as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
-        inputs.gradients(outputs, leaves, lambda x, dim=1: inputs.own(x, mesh, dim))
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
     assert (forward, sum(received) - forward) == case.bytes(mesh.get_local_rank(), mesh.size()), (
         f"{forward}, {sum(received) - forward}"
     )
@@ -182,7 +219,7 @@ def _counted(rank):
     all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
 
     def count_exchange(output, x, output_sizes, *args, **options):
-        received.append((sum(output_sizes) - output_sizes[rank]) * output.element_size())
+        received.append(output[: sum(output_sizes) - output_sizes[rank]].nbytes)
         return all_to_all_single(output, x, output_sizes, *args, **options)
 
     def count_shift(operations):

@@ -11,8 +11,8 @@ from parallel_ranks import Case, check_bytes, check_difference, check_values, ru
 from torch.distributed.device_mesh import init_device_mesh
 
 from triton_attn import flash_attention
-from triton_attn.parallel import context_parallel_attention, local, shard_sequence, unshard_sequence
-from triton_attn.parallel.balance import Sharding
+from triton_attn.parallel import context_parallel_attention, shard_sequence, ulysses, unshard_sequence
+from triton_attn.parallel.balance import sharding_of
 from triton_attn.parallel.ulysses import check_heads
 
 METHODS = ("all_gather", "ring", "ulysses")
@@ -31,6 +31,20 @@ def readable(num_ranks):
     return [Case(method=method, seqlen=37, num_heads_kv=num_ranks, **mask) for method in METHODS for mask in MASKS]
 
 
+PACKED = [
+    Case(documents=(17, 0, 3, 1, 30), rows_of_none=4, load_balance="per_document"),
+    Case(documents=(5, 40, 2), load_balance="head_tail", rows_of_none=9),
+    Case(documents=(23, 19, 1), load_balance=None, sinks=True),
+]
+
+
+def packed(num_ranks):
+    """Each mask by each method, over packed documents."""
+    for i, (method, mask) in enumerate(itertools.product(METHODS, MASKS)):
+        case = replace(PACKED[i % 3], method=method, num_heads_kv=num_ranks if i % 2 else 1, **mask)
+        yield replace(case, slopes_each=i % 2 == 0)
+
+
 def more(num_ranks):
     """One KV head for all ranks, several sequences, lengths at the edge, 16 bits."""
     for method, mask in itertools.product(METHODS, MASKS):
@@ -47,6 +61,9 @@ def more(num_ranks):
     [
         pytest.param(2, readable, "triton", id="2 ranks"),
         pytest.param(4, readable, "reference", id="4 ranks by reference"),
+        pytest.param(2, packed, "triton", id="2 ranks, packed"),
+        pytest.param(4, packed, "reference", id="4 ranks by reference, packed"),
+        pytest.param(4, packed, "triton", id="4 ranks, packed", marks=pytest.mark.ci),
         pytest.param(2, more, "triton", id="2 ranks, more", marks=pytest.mark.ci),
         pytest.param(3, more, "reference", id="3 ranks by reference, more", marks=pytest.mark.ci),
         pytest.param(4, readable, "triton", id="4 ranks", marks=pytest.mark.ci),
@@ -101,7 +118,7 @@ def test_one_rank(mesh, method):
 
 def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
     """Positions are cached; those of an inference tensor could not be saved for the backward pass."""
-    local.shard_of.cache_clear()
+    ulysses._parts.cache_clear()
     options = dict(mesh=mesh, method="ulysses", dropout_p=0.3, dropout_seed=1)
     x = torch.randn(1, 6, 2, 16)
     with torch.inference_mode():
@@ -122,9 +139,10 @@ X = torch.randn(1, 6, 2, 16)
         (dict(method="tree"), "method: expected 'auto' or 'all_gather' or 'ring' or 'ulysses', got 'tree'"),
         (dict(load_balance="zigzag"), "load_balance: expected 'head_tail' or None, got 'zigzag'"),
         (dict(seqlen=7), "seqlen: expected the length of a sequence of which rank 0 of 1 has 6 rows, got 7"),
-        (dict(seqlen=-1), "seqlen: expected the length of a sequence .*, got -1"),
-        (dict(k=X[:, :5]), "k: expected q's 6 rows, got 5"),
-        (dict(v=X[0]), r"v: expected 4 dimensions \(batch, rows, heads, dim\), got shape \(6, 2, 16\)"),
+        (dict(seqlen=-1), "seqlen: expected 0 or more, got -1"),
+        (dict(k=X[:, :5]), "v: expected k's shape except for the last dimension, .*, got"),
+        (dict(k=X[:, :5], v=X[:, :5]), "k: expected q's 6 rows, got 5"),
+        (dict(v=X[0]), r"v: expected \(batch, seqlen, heads, head_dim\), got shape \(6, 2, 16\)"),
         (
             dict(dropout_p=0.5),
             "dropout_seed: expected an int or a tensor, the same on all ranks, with dropout, got None",
@@ -163,19 +181,39 @@ def test_heads_of_ulysses(heads, said):
             check_heads(*heads)
 
 
-def test_shards_of_each_length():
-    """Every row is in one chunk, and no rank has more than its share and one chunk's rounding."""
-    for seqlen, num_ranks, load_balance in itertools.product((0, 1, 5, 16, 37), (1, 2, 3, 8), ("head_tail", None)):
-        sharding = Sharding(seqlen, num_ranks, load_balance)
-        rows = [row for chunks in sharding.chunks for chunk in chunks for row in range(*chunk)]
-        assert sorted(rows) == list(range(seqlen))
-        whole = torch.arange(seqlen)
-        assert torch.equal(sharding.in_order([sharding.own_rows(whole, r, 0) for r in range(num_ranks)], 0), whole)
+@pytest.mark.parametrize("load_balance", ["head_tail", "per_document", None])
+def test_shards_of_each_length(load_balance):
+    """Every row is in one chunk."""
+    for bounds, rest, num_ranks in itertools.product(
+        ((0, 0), (0, 1), (0, 5), (0, 16), (0, 37), (0, 0, 3, 20, 20, 31)), (0, 7), (1, 2, 3, 8)
+    ):
+        sharding = sharding_of(bounds, bounds[-1] + rest, num_ranks, load_balance)
+        rows = [row for place in sharding.places for chunk in place.chunks for row in range(*chunk)]
+        assert sorted(rows) == list(range(sharding.seqlen))
+        assert [row for chunk in sharding.order_of_ranks.chunks for row in range(*chunk)] == rows
+        assert torch.equal(sharding.order.take(torch.tensor(rows, dtype=torch.int32)), torch.arange(sharding.seqlen))
+        number = 1 if load_balance == "per_document" else 0  # a row more of each document, and of the rest
+        assert max(sharding.num_rows) - min(sharding.num_rows) <= 2 + 2 * number * len(bounds)
 
 
-def test_head_tail_gives_all_ranks_the_same_causal_work():
-    chunks = Sharding(64, 4, "head_tail").chunks
-    assert {sum(row + 1 for chunk in of_rank for row in range(*chunk)) for of_rank in chunks} == {64 * 65 // 2 // 4}
+def test_each_row_has_its_document():
+    sharding = sharding_of((0, 0, 3, 20, 20, 31), 40, 3, "per_document")
+    for place, segments in zip(sharding.places, sharding.segments):
+        rows = [row for chunk in place.chunks for row in range(*chunk)]
+        for document, chunk, row in segments:
+            assert rows[row : row + chunk.size] == list(range(*chunk))
+            assert sharding.bounds[document] <= chunk.start < chunk.end <= sharding.bounds[document + 1]
+        assert sum(segment.chunk.size for segment in segments) == sum(row < 31 for row in rows)
+
+
+@pytest.mark.parametrize(("bounds", "load_balance"), [((0, 64), "head_tail"), ((0, 16, 56, 64), "per_document")])
+def test_all_ranks_have_the_same_causal_work(bounds, load_balance):
+    segments = sharding_of(bounds, 64, 4, load_balance).segments
+    work = [
+        sum(row + 1 - bounds[document] for document, chunk, _ in of_rank for row in range(*chunk))
+        for of_rank in segments
+    ]
+    assert len(set(work)) == 1
 
 
 def test_gradients_of_shards(mesh):

@@ -131,24 +131,34 @@ def attend(
     return out, lse
 
 
-def attention_gradients(
-    q, k, v, dout, dlse, out, lse, *, softmax_scale, softcap, sinks, compute_dtype, keep=None, dropout_p=0.0, **mask
-) -> tuple[Any, Any, Any, Any]:
-    """(dq, dk, dv, dsinks) of `attend`, in compute_dtype; dlse may be None. k and v may be a part of the keys that out
-    and lse are over. Without autograd, so also inside an operator of torch.
+def row_sums(dout, dlse, out, lse, sinks, compute_dtype) -> tuple[Any, Any]:
+    """-delta = dlse - rowsum(dout * out), (batch, heads, rows), and the gradient of the sinks; dlse and sinks may be
+    None."""
+    minus_delta = -(dout.to(compute_dtype) * out.to(compute_dtype)).sum(3).transpose(1, 2)
+    minus_delta = minus_delta if dlse is None else minus_delta + dlse
+    if sinks is None:
+        return minus_delta, None
+    no_key = lse == float("-inf")
+    of_sinks = torch.exp(sinks.to(compute_dtype)[:, None] - torch.where(no_key, 0.0, lse).to(compute_dtype))
+    return minus_delta, (torch.where(no_key, 0.0, of_sinks) * minus_delta).sum((0, 2))
 
-    With the weights P = exp(s - lse) and delta = rowsum(dout * out) - dlse, ds = P * (dout . v - delta).
+
+def attention_gradients(
+    q, k, v, dout, lse, minus_delta, *, softmax_scale, softcap, compute_dtype, keep=None, dropout_p=0.0, **mask
+) -> tuple[Any, Any, Any]:
+    """(dq, dk, dv) of `attend`, in compute_dtype. k and v may be a part of the keys that lse and minus_delta, of
+    `row_sums`, are over. Without autograd, so also inside an operator of torch.
+
+    With the weights P = exp(s - lse), ds = P * (dout . v - delta).
     """
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     q_heads, k_heads, v_heads = _heads_of(q, k, v, compute_dtype)
-    dout, out = (x.transpose(1, 2).to(compute_dtype) for x in (dout, out))
-    delta = (dout * out).sum(3) - (0.0 if dlse is None else dlse)
-    no_key = lse == float("-inf")
-    lse = torch.where(no_key, 0.0, lse).to(compute_dtype)
+    dout = dout.transpose(1, 2).to(compute_dtype)
+    lse = torch.where(lse == float("-inf"), 0.0, lse).to(compute_dtype)
     products = q_heads @ k_heads.transpose(2, 3) * scale
     weights = torch.exp(_masked_scores(products, softcap=softcap, **mask) - lse[..., None])
     kept = 1.0 if keep is None else keep.to(q.device) / (1 - dropout_p)
-    dscores = weights * (dout @ v_heads.transpose(2, 3) * kept - delta[..., None])
+    dscores = weights * (dout @ v_heads.transpose(2, 3) * kept + minus_delta.to(compute_dtype)[..., None])
     if softcap:
         dscores = dscores * (1 - torch.tanh(products / softcap) ** 2)
 
@@ -159,10 +169,7 @@ def attention_gradients(
     dq = of_rows(dscores @ k_heads * scale, q.shape[2])
     dk = of_rows(dscores.transpose(2, 3) @ q_heads * scale, k.shape[2])
     dv = of_rows((weights * kept).transpose(2, 3) @ dout, k.shape[2])
-    if sinks is None:
-        return dq, dk, dv, None
-    of_sinks = torch.where(no_key, 0.0, torch.exp(sinks.to(compute_dtype)[:, None] - lse))
-    return dq, dk, dv, -(of_sinks * delta).sum((0, 2))
+    return dq, dk, dv
 
 
 def rotate(x, cos, sin, interleaved):

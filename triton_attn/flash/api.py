@@ -253,7 +253,7 @@ def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: boo
     if is_observed(q, k, v, options.sinks, options.alibi_slopes):
         refuse_transforms(q=q, k=k, v=v, sinks=options.sinks, alibi_slopes=options.alibi_slopes)
         if torch.is_grad_enabled():
-            _check_differentiable(q, k, v, options.sinks, options.alibi_slopes)
+            check_differentiable(q, k, v, options.sinks, options.alibi_slopes)
         from .autograd import attend  # the package can be imported without triton
 
         out, lse = attend(call, deterministic, check_values)
@@ -273,7 +273,7 @@ def _kernel():
     return launch_flash_fwd
 
 
-def _check_differentiable(q, k, v, sinks, alibi_slopes):
+def check_differentiable(q, k, v, sinks, alibi_slopes):
     """Raise at the call and not in the backward pass, where the cause would be hard to find."""
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise NotImplementedError(
