@@ -207,6 +207,7 @@ FUNCTIONS = {
             num_kv_heads=(INT, 2),
             head_dim=(INT, 16),
             head_dim_v=(INT, 8),
+            interleave=(INT, 2),
             prefix_caching=(BOOL, True),
         ),
     ),
@@ -219,6 +220,7 @@ FUNCTIONS = {
             num_layers=(INT, 1),
             kv_lora_rank=(INT, 16),
             qk_rope_head_dim=(INT, 8),
+            interleave=(INT, 2),
             prefix_caching=(BOOL, True),
         ),
     ),
@@ -278,7 +280,7 @@ TENSORS = {
 }
 TENSORS |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "slot_mapping", "rope_cos", "rope_sin"}
 TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "rope_cache", "k_cache", "v_cache"}
-NOT_SCALARS = TENSORS | {"mode", "dtype", "device"}
+NOT_SCALARS = TENSORS | {"mode", "dtype", "device", "mesh"}
 
 
 def plain(scalars):

@@ -46,7 +46,7 @@ def test_the_widths_of_deepseek(dtype, is_fp8):
         dict(seqlen_q=3, num_splits=3, rotary_dim=8),
         dict(seqlen_q=3, causal=False, with_uk=False, with_uv=False, softmax_scale=0.1),
         dict(seqlens_q=(5, 0, 33), seqlens_k=(40, 3, 37)),
-        dict(is_fp8=True, kv_lora_rank=128),
+        dict(is_fp8=True, kv_lora_rank=128, seqlens_k=(300, 5)),
     ],
     ids=str,
 )

@@ -50,8 +50,10 @@ SHARDED = [
 @pytest.mark.parametrize("options", SHARDED, ids=str)
 @pytest.mark.parametrize("key_shard", [(0, 2, 1), (1, 2, 4), (2, 3, 1), (3, 4, 16), (0, 1, 1)], ids=str)
 def test_keys_of_one_rank(key_shard, options):
-    """Several queries, so that each sees another number of the rank's keys; a sequence with keys on one rank alone."""
-    rows = dict(seqlens_q=(5, 0, 33, 2), seqlens_k=(40, 3, 37, 2), varlen=True, spare_rows=2)
+    """Several queries, so that each sees another number of the rank's keys; a sequence with keys on one rank alone, and
+    one with more keys than fit in the cache of a rank.
+    """
+    rows = dict(seqlens_q=(5, 0, 33, 2), seqlens_k=(140, 3, 37, 2), varlen=True, spare_rows=2, spare_entries=0)
     check(replace(PLAIN, key_shard=key_shard, **rows, **options))
 
 

@@ -25,52 +25,29 @@ class Blocks(NamedTuple):
 
 
 @triton.jit
-def columns_of_rank(position, rank, num_ranks, interleave):
-    """Columns that a rank holds of those before a position, where ranks take turns of `interleave` columns."""
-    position = tl.maximum(position, 0)
-    turns = position // (num_ranks * interleave)
-    rest = position - turns * (num_ranks * interleave) - rank * interleave
-    return turns * interleave + tl.minimum(tl.maximum(rest, 0), interleave)
-
-
-@triton.jit
-def columns_before(position, window):
-    """Columns before a position. Those of a ShardWindow are those of its rank."""
-    if len(window) == 2:
-        return position
-    else:
-        return columns_of_rank(position, window[2], window[3], window[4])
-
-
-@triton.jit
-def position_of(columns, window):
-    """Positions of columns, see `columns_before`."""
-    if len(window) == 2:
-        return columns
-    else:
-        turns = columns // window[4]
-        return (turns * window[3] + window[2]) * window[4] + columns % window[4]
-
-
-@triton.jit
 def visible_range(start, end, num_columns, window, BLOCK: tl.constexpr, ALIGN: tl.constexpr = 1, first_column=0):
     """Blocks of the columns in [first_column, num_columns) that rows at the positions [start, end) see.
 
-    window is a Window, or the ShardWindow of a rank's columns. Every column of [lo, hi) is seen by at least one row,
-    but for lo being rounded down to a multiple of ALIGN, which first_column is too. Every column of [full_lo, full_hi)
-    is seen by every row; both are whole tiles away from lo.
+    Every column of [lo, hi) is seen by at least one row, but for lo being rounded down to a multiple of ALIGN, which
+    first_column is too. Every column of [full_lo, full_hi) is seen by every row; both are whole tiles away from lo.
     """
-    left, right = window[0], window[1]
+    left, right = window
     lo = first_column
     hi = num_columns
     full_lo = first_column
     full_hi = num_columns
     if left is not None:
-        lo = tl.maximum(columns_before(start - left, window), first_column) // ALIGN * ALIGN
-        full_lo = tl.maximum(columns_before(end - 1 - left, window), first_column)
+        lo = tl.maximum(start - left, first_column) // ALIGN * ALIGN
+        full_lo = tl.maximum(end - 1 - left, first_column)
     if right is not None:
-        hi = tl.minimum(columns_before(end + right, window), num_columns)
-        full_hi = tl.minimum(columns_before(start + right + 1, window), num_columns)
+        hi = tl.minimum(end + right, num_columns)
+        full_hi = tl.minimum(start + right + 1, num_columns)
+    return whole_tiles(lo, full_lo, full_hi, hi, BLOCK)
+
+
+@triton.jit
+def whole_tiles(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
+    """The Blocks of [lo, hi), of which every row sees [full_lo, full_hi): full tiles are whole tiles from lo."""
     hi = tl.maximum(hi, lo)
     full_lo = tl.minimum(lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK, hi)
     full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK * BLOCK

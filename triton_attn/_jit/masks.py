@@ -1,8 +1,7 @@
 """Masks, and the other changes to a score before the softmax.
 
 Query i has key position i + offset, where offset = seqlen_k - seqlen_q (bottom-right alignment). With window = (left,
-right) it sees the keys j with i + offset - left <= j <= i + offset + right. None is no limit. With a ShardWindow
-columns are the keys of one rank, and rows have the positions of queries among the keys of all.
+right) it sees the keys j with i + offset - left <= j <= i + offset + right. None is no limit.
 
 The rule is symmetric: key j is seen by the queries i with j - offset - right <= i <= j - offset + left. So rows can be
 queries and columns keys, or rows keys and columns queries, with -offset and (right, left).
@@ -11,7 +10,6 @@ queries and columns keys, or rows keys and columns queries, with -offset and (ri
 import triton
 import triton.language as tl
 
-from .blocks import columns_before, position_of
 from .softmax import LN_2, LOG2_E
 
 
@@ -22,25 +20,15 @@ def mask_scores(s, rows, start_column, num_columns, offset, window):
     The limits of a row are shifted by start_column, not the columns: columns stay constants, and a row needs two
     registers.
     """
-    left, right = window[0], window[1]
+    left, right = window
     columns = tl.arange(0, s.shape[1])[None, :]
     last = tl.zeros_like(rows) + (num_columns - 1 - start_column)
     if right is not None:
-        last = tl.minimum(_limit(rows, offset + right, start_column, window), last)
+        last = tl.minimum(rows + (offset + right - start_column), last)
     visible = columns <= last[:, None]
     if left is not None:
-        visible &= columns >= _limit(rows, offset - left, start_column, window, 0)[:, None]
+        visible &= columns >= (rows + (offset - left - start_column))[:, None]
     return tl.where(visible, s, float("-inf"))
-
-
-@triton.jit
-def _limit(rows, offset, start_column, window, LAST: tl.constexpr = 1):
-    """The last column with a position of at most rows + offset, or with LAST = 0 the first with at least that one;
-    counted from start_column."""
-    if len(window) == 2:
-        return rows + (offset - start_column)
-    else:
-        return columns_before(rows + (offset + LAST), window) - (start_column + LAST)
 
 
 @triton.jit
@@ -50,11 +38,7 @@ def scale_scores(s, scores, slope, rows, start_column, offset, EXACT: tl.constex
     if scores.softcap is not None:
         s = cap_scores(s, scores.softcap, EXACT)
     if slope is not None:
-        if len(scores.window) == 2:
-            s = add_alibi(s, rows, start_column, offset, slope)
-        else:
-            columns = position_of(start_column + tl.arange(0, s.shape[1]), scores.window)
-            s = _subtract_distance(s, columns[None, :] - (rows + offset)[:, None], slope)
+        s = add_alibi(s, rows, start_column, offset, slope)
     return s
 
 
@@ -97,10 +81,10 @@ def _tanh_near_0(x):
 def add_alibi(s, rows, start_column, offset, slope):
     """s - slope * |column - position of the row|, in log2 units."""
     columns = tl.arange(0, s.shape[1])[None, :]
-    return _subtract_distance(s, columns - (rows + (offset - start_column))[:, None], slope)
+    return subtract_distance(s, columns - (rows + (offset - start_column))[:, None], slope)
 
 
 @triton.jit
-def _subtract_distance(s, distance, slope):
+def subtract_distance(s, distance, slope):
     """s - slope * |distance|, in log2 units."""
     return s - slope * LOG2_E * tl.abs(distance).to(tl.float32)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._host.checks import check_length, check_size, fail
+from .._host.key_shard import KeyShard, num_ranks_of
 from .arrays import from_list, grown, ranges
 from .hashing import page_hashes, root_hash
 from .pool import BlockPool
@@ -85,9 +86,16 @@ class PagedSequences:
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, device: torch.device | str | int | None, prefix_caching: bool
+        self,
+        num_pages: int,
+        page_size: int,
+        device: torch.device | str | int | None,
+        prefix_caching: bool,
+        key_shard: KeyShard | None = None,
     ) -> None:
-        self.page_size = check_size("page_size", page_size)
+        self.key_shard = key_shard
+        self._page_slots = check_size("page_size", page_size)
+        self.page_size = self._page_slots * num_ranks_of(key_shard)
         self.device = torch.empty(0, device=device).device  # with its index: "cuda" is another GPU at another time
         self._on_host = self.device.type == "cpu"
         self.pool = BlockPool(num_pages, prefix_caching)
@@ -143,8 +151,8 @@ class PagedSequences:
 
         Returns:
             slot_mapping: int64 on the cache's device, page * page_size + offset of each new token, sequence by
-            sequence. Write them, with `append_kv_cache` or `append_latent_cache`, before these sequences or forks of
-            them are extended again.
+            sequence; with a mesh those of this rank's pages, and -1 for tokens of other ranks. Write them, with
+            `append_kv_cache` or `append_latent_cache`, before these sequences or forks of them are extended again.
 
         Raises:
             OutOfPages: with nothing changed.
@@ -165,7 +173,7 @@ class PagedSequences:
             without = rows[unknown]
             self._known[without] = np.minimum(self._known[without], self._lengths[without])
         self._states[rows] += TOKEN if one_each else counts[:, None] * TOKEN
-        return self._to_device(slots)
+        return self._to_device(self._own_slots(slots))
 
     def commit(self, seqs: Iterable[Sequence]) -> None:
         """Say that the tokens of these sequences are written: their full pages can be found from now on.
@@ -320,6 +328,10 @@ class PagedSequences:
         self._page_tokens[copies] = self._page_tokens[originals]
         self._tables[entries] = copies
         self.pool.release(originals)
+
+    def _own_slots(self, slots):
+        """Slots of tokens as kernels take them: with a mesh those of this rank, -1 for tokens of others."""
+        return slots if self.key_shard is None else self.key_shard.slots_of(slots, self._page_slots)
 
     def _slots(self, rows, counts):
         """Slots of the next `counts` tokens of each row, one row after the other."""

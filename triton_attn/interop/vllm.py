@@ -42,8 +42,8 @@ SUPPORT = Support(
         "logits_soft_cap": "a number, for MLA",
         "sliding_window": "a number, for MLA",
         "qk_rope_head_dim": "0, for MLA with fp8_ds_mla",
-        "decode_context_parallel_size": "2 or more, for attention with sliding_window, alibi_slopes, "
-        "kv_sharing_target_layer_name, cross attention, several KV heads, a head_size that is no power of two",
+        "decode_context_parallel_size": "2 or more, for cross attention, several KV heads, a head_size that is no "
+        "power of two",
     },
 )
 
@@ -141,8 +141,8 @@ def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> s
 class PagedMetadata:
     """A batch, for all layers of a group. Tensors are vLLM's persistent ones, so that captured graphs follow them.
 
-    context_lens: with decode context parallelism, how many keys of each request this rank holds, without those of the
-    batch. None if no rank holds any.
+    key_shard: with decode context parallelism, which keys this rank holds, as `paged_attention` takes it.
+    has_context: whether a request may have keys before the batch's, as all ranks know it.
     """
 
     num_actual_tokens: int
@@ -152,19 +152,18 @@ class PagedMetadata:
     block_table: Tensor
     slot_mapping: Tensor
     causal: bool
-    context_lens: Tensor | None = None
+    key_shard: tuple[int, int, int] | None = None
+    has_context: bool = True
 
 
 class PagedMetadataBuilder:
-    """Makes PagedMetadata of vLLM's batches. No tensor is copied or read on the host. With decode context parallelism
-    the lengths on this rank are computed; otherwise nothing is.
+    """Makes PagedMetadata of vLLM's batches. No tensor is copied or read on the host, and nothing is computed.
 
     fixed_query_len stands in for the longest query, where results must not depend on the batch.
     """
 
     fixed_query_len: int | None = None
-    dcp_world_size, dcp_rank, dcp_interleave = 1, 0, 1
-    context_lens: Tensor  # (max_num_reqs,), with decode context parallelism; graphs read it
+    key_shard: tuple[int, int, int] | None = None
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PagedMetadata:
         common = common_attn_metadata
@@ -172,9 +171,6 @@ class PagedMetadataBuilder:
             raise NotImplementedError(f"causal: expected True or False, got {type(common.causal).__name__}")
         if common.mm_req_doc_ranges is not None:
             raise NotImplementedError("mm_req_doc_ranges: expected None, got ranges of tokens that see both ways")
-        context_lens = self._local_context(common) if self.dcp_world_size > 1 else None
-        if context_lens is not None and not _has_context(common):
-            context_lens = None
         return PagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=max(common.max_query_len, self.fixed_query_len or 0),
@@ -183,30 +179,18 @@ class PagedMetadataBuilder:
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
-            context_lens=context_lens,
+            key_shard=self.key_shard,
+            has_context=self.key_shard is None or _has_context(common),
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> PagedMetadata:
-        """A graph reads context_lens, also if no request has context when it is captured."""
+        """A graph is replayed for requests with context, also if none has any when it is captured."""
         metadata = self.build(0, common_attn_metadata)
-        if self.dcp_world_size > 1:
-            metadata.context_lens = self.context_lens[: metadata.seq_lens.shape[0]]
+        metadata.has_context = True
         return metadata
 
     def update_draft_decode_metadata(self, metadata: PagedMetadata) -> None:
         """Nothing to do: its tensors are those that vLLM updates."""
-
-    def _local_context(self, common):
-        """Written even if all are 0, since a replayed graph reads them."""
-        starts, found = common.query_start_loc, self.context_lens[: common.seq_lens.shape[0]]
-        context = (common.seq_lens - (starts[1:] - starts[:-1])).clamp(min=0)  # graphs are captured over any lengths
-        return found.copy_(local_lengths(context, self.dcp_world_size, self.dcp_rank, self.dcp_interleave))
-
-
-def local_lengths(lengths: Tensor, world_size: int, rank: int, interleave: int) -> Tensor:
-    """How many keys of each sequence a rank holds, where the ranks hold `interleave` keys in turn."""
-    whole = lengths // (world_size * interleave) * interleave
-    return whole + (lengths - whole * world_size - rank * interleave).clamp(0, interleave)
 
 
 def _has_context(common):
@@ -261,6 +245,7 @@ class PagedAttention:
         self.attn_type, self.is_encoder = attn_type, attn_type in ("encoder", "encoder_only")
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = sinks
+        self._all_slopes: Tensor | None = None
         self._viewed: tuple[Any, Any, dict[str, Tensor]] = (None, None, {})  # scales of the layer, and their views
         self.softcap = logits_soft_cap or 0.0
         self.reach = -1 if sliding_window is None else sliding_window - 1
@@ -268,14 +253,6 @@ class PagedAttention:
             self._check_context_parallelism()
 
     def _check_context_parallelism(self):
-        """A rank knows neither the positions of its keys nor keys that the batch does not bring."""
-        for name, value in (
-            ("sliding_window", None if self.reach < 0 else self.reach + 1),
-            ("alibi_slopes", self.alibi_slopes),
-            ("kv_sharing_target_layer_name", self.kv_sharing_target_layer_name),
-        ):
-            if value is not None:
-                raise NotImplementedError(f"{name}: expected None with decode_context_parallel_size > 1, got {value}")
         if self.attn_type == "encoder_decoder":
             raise NotImplementedError("attn_type: expected no cross attention with decode_context_parallel_size > 1")
         if self.num_kv_heads > 1:
@@ -312,7 +289,7 @@ class PagedAttention:
             query, written = query[:num_tokens], output[:num_tokens]
         if self.is_encoder:
             written.copy_(self._attend_to_new(query, key[:num_tokens], value[:num_tokens], attn_metadata, causal=False))
-        elif self.dcp_world_size > 1:
+        elif attn_metadata.key_shard is not None:
             new = query, key[:num_tokens], value[:num_tokens]
             written.copy_(self._attend_across_ranks(layer, new, kv_cache, attn_metadata))
         else:
@@ -334,10 +311,10 @@ class PagedAttention:
             key[:num_tokens], value[:num_tokens], *self._split(kv_cache), slot_mapping, **self._scales(layer)
         )
 
-    def _attend_to_new(self, query, key, value, metadata, causal, return_lse=False):
+    def _attend_to_new(self, query, key, value, metadata, causal):
         """Attention of the batch's tokens to each other."""
         starts, longest = metadata.query_start_loc, metadata.max_query_len
-        options = dict(causal=causal, return_lse=return_lse, **self._options(query, causal))
+        options = dict(causal=causal, **self._options(query, causal))
         return flash_attention_varlen(query, key, value, starts, starts, longest, longest, **options)
 
     def _attend_to_cache(self, layer, query, kv_cache, metadata, lengths, **options):
@@ -357,20 +334,30 @@ class PagedAttention:
         )
 
     def _attend_across_ranks(self, layer, new, kv_cache, metadata):
-        """New tokens attend to each other on their own rank, which has their keys, and to their context on all ranks.
+        """Each rank attends with the heads of all to its keys, and gets its heads' attention to all keys.
 
-        Sinks count once, beside the new keys.
+        A batch without context attends to its own keys, which all ranks have, without an exchange.
         """
-        out, lse = self._attend_to_new(*new, metadata, metadata.causal, return_lse=True)
-        if metadata.context_lens is None:
-            return out
-        queries = self.dcp_group.all_gather(new[0].contiguous(), dim=1)
-        options = dict(causal=False, softmax_scale=self.scale, softcap=self.softcap, return_lse=True)
-        context, context_lse = self._attend_to_cache(
-            layer, queries, kv_cache, metadata, metadata.context_lens, **options
-        )
-        context, context_lse = self.dcp_combine(context, context_lse.T, self.dcp_group, return_lse=True)
-        return _merge((out, lse), (context, context_lse.T))[0]
+        query, key, value = new
+        if not metadata.has_context and self.kv_sharing_target_layer_name is None:
+            return self._attend_to_new(query, key, value, metadata, metadata.causal)
+        queries = self.dcp_group.all_gather(query.contiguous(), dim=1)
+        options = self._options(query, metadata.causal)
+        sinks = options.pop("sinks", None)
+        if "alibi_slopes" in options:
+            options["alibi_slopes"] = self._slopes_of_all_ranks()
+        options |= dict(causal=metadata.causal, key_shard=metadata.key_shard, return_lse=True)
+        out, lse = self._attend_to_cache(layer, queries, kv_cache, metadata, metadata.seq_lens, **options)
+        out, lse = self.dcp_combine(out, lse.T, self.dcp_group, return_lse=True)
+        if sinks is not None:  # once, and of this rank's heads
+            out = out * torch.sigmoid(lse - sinks.float()).unsqueeze(-1)
+        return out
+
+    def _slopes_of_all_ranks(self):
+        """Gathered at the first call, a profiling or warm-up run of vLLM's."""
+        if self._all_slopes is None:
+            self._all_slopes = self.dcp_group.all_gather(self.alibi_slopes, dim=0)
+        return self._all_slopes
 
     def _options(self, query, causal):
         """Without causality a window extends to the right as far as to the left."""

@@ -18,10 +18,11 @@ from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each,
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
-from .._jit.blocks import columns_before, split_blocks, visible_range
+from .._jit.blocks import split_blocks, visible_range
 from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
+from .._jit.shards import columns_before, mask_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     cast_tile,
@@ -85,6 +86,7 @@ class AbsorbedTile(NamedTuple):
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
+    SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # programs find their sequence by bisection
     INPUT_PRECISION: str
 
@@ -245,6 +247,25 @@ def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
         return s
 
 
+@triton.jit
+def _visible_keys(start, end, seqlen_k, window, TILE: tl.constexpr):
+    """How many keys of a sequence are in the cache, and the Blocks that rows at the positions [start, end) see."""
+    if TILE.SHARDED:
+        num_keys = columns_before(seqlen_k, window)
+        return num_keys, visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, 0)
+    else:
+        return seqlen_k, visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, TILE.BLOCK_N)
+
+
+@triton.jit
+def _mask(s, positions, start_n, num_keys, window, TILE: tl.constexpr):
+    """Scores, -inf where a row at one of the positions does not see a key."""
+    if TILE.SHARDED:
+        return mask_scores_of_rank(s, positions, start_n, num_keys, window)
+    else:
+        return mask_scores(s, positions, start_n, num_keys, 0, window)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _mla_absorbed_kernel(
     q,
@@ -304,7 +325,6 @@ def _mla_absorbed_kernel(
         if num_own <= 0:
             return
     first_position = seqlen_k - bounds.seqlen_q
-    seqlen_k = columns_before(seqlen_k, window)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_mask = rows < bounds.seqlen_q * NUM_HEADS
     queries = rows // NUM_HEADS
@@ -312,7 +332,8 @@ def _mla_absorbed_kernel(
     positions = queries + first_position
     start = tile * BLOCK_M // NUM_HEADS + first_position
     end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
-    blocks = split_blocks(visible_range(start, end, seqlen_k, window, BLOCK_N, BLOCK_N), split, num_splits, BLOCK_N)
+    seqlen_k, blocks = _visible_keys(start, end, seqlen_k, window, TILE)
+    blocks = split_blocks(blocks, split, num_splits, BLOCK_N)
 
     sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
     q = in_vectors(q, TILE.VECTOR)
@@ -362,13 +383,12 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _add_rotary(s, q_pe_tile, k_pe, TILE)
-                s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
+                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), positions, start_n, seqlen_k, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
+                s = _mask(s, positions, start_n, seqlen_k, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
@@ -674,6 +694,7 @@ def _plan(key, wanted, config):
         VECTOR=vector_elements(key.dtype.itemsize, strides_q, strides_pe),
         VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,
+        SHARDED=key.key_shard is not None,
         SEARCH=search,
         INPUT_PRECISION=key.precision,
     )

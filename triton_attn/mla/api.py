@@ -441,14 +441,14 @@ def mla_prefill(
     """
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    lengths = _check_prefill(tensors, lengths, mode)
+    lengths = check_prefill(tensors, lengths, mode)
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
     softmax_scale = check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
-        _check_differentiable(q_nope, q_pe, w_uv)
+        check_differentiable(q_nope, q_pe, w_uv)
     if not use_kernel(q_nope):
         if check_values:
             lengths.check_values(q_nope.shape[0], kv_latent.shape[0])
@@ -471,7 +471,7 @@ def mla_prefill(
     return (out, lse) if return_lse else out
 
 
-def _check_differentiable(q_nope, q_pe, w_uv):
+def check_differentiable(q_nope, q_pe, w_uv):
     """Raise at the call and not in the backward pass, where the cause would be hard to find."""
     head_dim = max(q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1])
     if head_dim > MAX_HEAD_DIM_BACKWARD:
@@ -481,7 +481,7 @@ def _check_differentiable(q_nope, q_pe, w_uv):
         )
 
 
-def _check_prefill(tensors, lengths, mode):
+def check_prefill(tensors, lengths, mode):
     """The Lengths, with the longest lengths set for a dense batch."""
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths

@@ -30,8 +30,8 @@ from .._host.gpu import gpu_of
 from .._host.key_shard import num_ranks_of
 from .._host.layout import INDICES, LSE
 from .._jit.args import Strides, View
-from .._jit.blocks import columns_of_rank
 from .._jit.heads import row_pointer
+from .._jit.shards import columns_of_rank
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
 from ..dense.tma import strides_suit_tma

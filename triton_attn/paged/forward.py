@@ -23,10 +23,11 @@ from .._host.layout import (
 from .._host.observers import number_and_tensor
 from .._host.tuned import choose, remember
 from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
-from .._jit.blocks import Blocks, block_start, columns_before, num_blocks, split_blocks, visible_range
+from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
+from .._jit.shards import columns_before, mask_scores_of_rank, scale_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import dot_in_ifs, fence_copies, in_vectors
@@ -62,6 +63,7 @@ class Tile(NamedTuple):
     SHARED: (
         bool  # rows of all sequences over the keys of the shared prefix; otherwise of one sequence over its other keys
     )
+    SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
     MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
@@ -157,11 +159,20 @@ def _queries_of_all(program, batch):
 
 
 @triton.jit
+def _num_cached(seqlen_k, window, TILE: tl.constexpr):
+    """How many of the first keys of a sequence are in the cache."""
+    if TILE.SHARDED:
+        return columns_before(seqlen_k, window)
+    else:
+        return seqlen_k
+
+
+@triton.jit
 def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     """Rows of one sequence and its keys after the shared prefix."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
-    num_keys = columns_before(seqlen_k, window)
+    num_keys = _num_cached(seqlen_k, window, TILE)
     first_row = queries.tile * TILE.BLOCK_M
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     query = rows // TILE.GROUP_SIZE  # (BLOCK_M,)
@@ -169,7 +180,10 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
-    blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+    if TILE.SHARDED:
+        blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+    else:
+        blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
     batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
     place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
     return Rows(place, queries.sequence, query + first_position, num_keys, queries.sequence, blocks)
@@ -191,13 +205,16 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
         first_query, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
     position = query - first_query + seqlen_k - seqlen_q
-    end_key = tl.minimum(columns_before(seqlen_k, window), batch.shared_prefix_len)
+    end_key = tl.minimum(_num_cached(seqlen_k, window, TILE), batch.shared_prefix_len)
     # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
     longest = tl.max(end_key, 0)
     table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
     start, end = tl.min(position, 0), tl.max(position, 0) + 1
-    lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN)
+    if TILE.SHARDED:
+        lo, full_lo, full_hi, hi = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, 0)
+    else:
+        lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN)
     full_keys = tl.maximum(tl.minimum(full_hi, tl.min(end_key, 0)) - full_lo, 0)
     blocks = Blocks(lo, full_lo, full_lo + full_keys // TILE.BLOCK_N * TILE.BLOCK_N, hi)
     mask = rows < queries.num * TILE.GROUP_SIZE
@@ -206,6 +223,24 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
     else:
         place = Place(0, query, head, mask)
     return Rows(place, sequence, position, end_key, table_row, blocks)
+
+
+@triton.jit
+def _scale(s, scores, slopes, rows, start_n, EXACT: tl.constexpr, TILE: tl.constexpr):
+    """Scores of Rows in log2 units, not yet masked."""
+    if TILE.SHARDED:
+        return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
+    else:
+        return scale_scores(s, scores, slopes, rows.position, start_n, 0, EXACT)
+
+
+@triton.jit
+def _mask(s, rows, start_n, window, TILE: tl.constexpr):
+    """Scores of Rows, -inf where a row does not see a key."""
+    if TILE.SHARDED:
+        return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
+    else:
+        return mask_scores(s, rows.position, start_n, rows.end_key, 0, window)
 
 
 @triton.jit
@@ -344,9 +379,9 @@ def _paged_fwd_kernel(
             else:
                 s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
             if not TILE.FOLD_SCALE:
-                s = scale_scores(s, scores, slopes, rows.position, start_n, 0, q_tile[0].dtype == tl.float32)
+                s = _scale(s, scores, slopes, rows, start_n, q_tile[0].dtype == tl.float32, TILE)
             if not FULL:
-                s = mask_scores(s, rows.position, start_n, rows.end_key, 0, scores.window)
+                s = _mask(s, rows, start_n, scores.window, TILE)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
             v_tile = _load_cached(v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
             if BLOCK_M >= 64:
@@ -601,6 +636,7 @@ def _plan_pass(problem, shared):
         PAGE_SIZE=slots if is_paged else 0,
         ONE_PAGE=is_paged and slots % config.block_n == 0 and first_key % config.block_n == 0,
         SHARED=shared,
+        SHARDED=problem.key_shard is not None,
         SEARCH=search,
         FOLD_SCALE=problem.fold_scale,
         MANTISSA_BITS=mantissa_bits,

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._host.checks import check_cu_seqlens, check_int, fail
+from .._host.mesh import check_mesh
 from .exchange import exchange
 
 LOAD_BALANCES = ("head_tail", "per_document", None)
@@ -299,15 +300,6 @@ class _Unshard(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Any:
         rank, dim, sharding = ctx.place
         return Pieces(sharding.places[rank].chunks).take(gradient, dim), None, None, None, None
-
-
-def check_mesh(mesh: Any) -> tuple[int, int]:
-    """(rank, number of ranks) of a mesh of one dimension."""
-    if not isinstance(mesh, DeviceMesh):
-        fail("mesh", "a DeviceMesh", type(mesh).__name__, TypeError)
-    if mesh.ndim != 1:
-        fail("mesh", "one dimension, such as mesh['cp']", f"{mesh.ndim}")
-    return mesh.get_local_rank(), mesh.size()
 
 
 def check_load_balance(load_balance: Any, is_packed: bool) -> str | None:
