@@ -38,8 +38,11 @@ MASKS = [
 
 
 def readable(num_ranks):
-    """Each mask by each method."""
-    return [Case(method=method, seqlen=37, num_heads_kv=num_ranks, **mask) for method in METHODS for mask in MASKS]
+    """Each mask by each method, and padding, of which sinks must not see the gradients."""
+    padded = [replace(PACKED[0], method=method, sinks=True) for method in METHODS]
+    return padded + [
+        Case(method=method, seqlen=37, num_heads_kv=num_ranks, **mask) for method in METHODS for mask in MASKS
+    ]
 
 
 PACKED = [
@@ -54,7 +57,7 @@ def packed(num_ranks):
     """Each mask by each method, over packed documents."""
     for i, (method, mask) in enumerate(itertools.product(METHODS, MASKS)):
         case = replace(PACKED[i % 4], method=method, num_heads_kv=num_ranks if i % 2 else 1, **mask)
-        yield replace(case, slopes_each=i % 2 == 0)
+        yield replace(case, slopes_each=True)
 
 
 def both(num_ranks):

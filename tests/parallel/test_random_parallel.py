@@ -7,6 +7,8 @@ from levels import FULL
 from parallel_draws import draw
 from parallel_ranks import check_values, run
 
+pytestmark = pytest.mark.random
+
 # New draws at each full run; a Case that fails has its seed.
 FIRST = random.randrange(10**9) if FULL else 0
 
