@@ -199,7 +199,7 @@ def test_gradients_of_shards(mesh):
 def test_the_page_runs(mesh, device):
     page = Path(__file__).parents[2] / "docs/many-gpus.md"
     code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     names = {"device": device}
     exec("\n".join(code), names)
     q, k, v = (names[name] for name in "qkv")
