@@ -10,6 +10,7 @@ from dtensor_ranks import S0, S1, S2, Case, R, check_block, check_error, check_v
 from parallel_ranks import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn.parallel import context_parallel_attention
@@ -119,6 +120,7 @@ def dtensor(x, mesh, *placements):
             Shard(3),
             r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) on dimension 0 of the mesh, got S\(3\)",
         ),
+        (_StridedShard(2, split_factor=2), Shard(2), r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) .*, got _S"),
         (Partial(), Replicate(), r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) .*, got P"),
         (Shard(0), Shard(2), r"k: expected q's S\(0\) on dimension 0 of the mesh, got S\(2\)"),
         (Shard(0), Replicate(), r"k: expected q's S\(0\) on dimension 0 of the mesh, got R"),

@@ -4,10 +4,9 @@ Nothing is redistributed: placements that would need another rank's values raise
 used, since it gathers inputs whose placements it does not find.)
 """
 
-import functools
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +39,6 @@ def is_dtensor(x: Any) -> bool:
 
 
 def has_dtensor(q: Any, k: Any, v: Any) -> bool:
-    if type(q) is Tensor and type(k) is Tensor and type(v) is Tensor:
-        return False
     return is_dtensor(q) or is_dtensor(k) or is_dtensor(v)
 
 
@@ -54,24 +51,6 @@ class Share(NamedTuple):
 
     def of(self, x: Tensor, dim: int) -> Tensor:
         return x.narrow(dim, self.first, self.number)
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def on_dtensors(layout: Layout) -> Callable[[Function], Function]:
-    """A decorator of attention functions, for which DTensors go to `attend_shards`."""
-
-    def decorate(attend):
-        @functools.wraps(attend)
-        def attend_any(q, k, v, *lengths, **options):
-            if has_dtensor(q, k, v):
-                return attend_shards(attend, layout, (q, k, v), lengths, options)
-            return attend(q, k, v, *lengths, **options)
-
-        return attend_any
-
-    return decorate
 
 
 def attend_shards(

@@ -17,7 +17,7 @@ from .._host.checks import (
     check_same_kind,
     layout_of,
 )
-from .._host.dtensors import DENSE, PACKED, on_dtensors
+from .._host.dtensors import DENSE, PACKED, attend_shards, has_dtensor
 from .._host.layout import new_outputs
 from .._host.observers import autocast, is_observed, refuse_transforms
 from .._host.options import attention_options, with_dropout, with_shard, with_tensors
@@ -39,7 +39,6 @@ def flash_attention(
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: "Unpack[keywords.Flash]"
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@on_dtensors(DENSE)
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -119,6 +118,21 @@ def flash_attention(
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
     """
+    if not (type(q) is type(k) is type(v) is Tensor) and has_dtensor(q, k, v):
+        options = dict(
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            deterministic=deterministic,
+            shard=shard,
+            return_lse=return_lse,
+        )
+        return attend_shards(flash_attention, DENSE, (q, k, v), (), options)
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
     layout = layout_of(q, k, v)
@@ -173,7 +187,6 @@ def flash_attention_varlen(
     return_lse: bool,
     **options: "Unpack[keywords.FlashVarlen]",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@on_dtensors(PACKED)
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -226,6 +239,23 @@ def flash_attention_varlen(
         >>> out.shape
         torch.Size([60, 2, 64])
     """
+    if not (type(q) is type(k) is type(v) is Tensor) and has_dtensor(q, k, v):
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        options = dict(
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            deterministic=deterministic,
+            shard=shard,
+            return_lse=return_lse,
+            check_values=check_values,
+        )
+        return attend_shards(flash_attention_varlen, PACKED, (q, k, v), lengths, options)
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
     layout = layout_of(q, k, v)
