@@ -59,7 +59,7 @@ class BlockPool:
         if n > self.num_free:
             raise OutOfPages(f"{n} pages are needed, {self.num_free} of {self.num_pages} are free")
         numbers = self._free.pop(n)
-        pages = from_list(numbers)
+        pages = np.array(numbers, np.int64)
         self._refs[pages] = 1
         self.num_free -= n
         self._forget(numbers)
@@ -127,8 +127,7 @@ class BlockPool:
         if np.count_nonzero(references) < pages.size:
             fail("pages", "pages that are held", f"{pages[references == 0][0]}, which is free")
         if self.prefix_caching:
-            for promoted in self._names.name(pages.tolist(), hashes):
-                self._keep_longer(promoted)
+            self._register(pages.tolist(), hashes)
 
     def forget(self, pages: Pages) -> None:
         """Let pages, about to be overwritten, no longer be found; those that are free are the next to be reused."""
@@ -154,7 +153,7 @@ class BlockPool:
 
     def hash_of(self, page: int) -> bytes | None:
         """The hash that a page is registered under, whether it is the one found by it or not; None if it is not."""
-        return self._names.hash_of(page)
+        return self._names.hash_of[page]
 
     @property
     def num_shared(self) -> int:
@@ -166,9 +165,16 @@ class BlockPool:
         """Free pages that can be found by their hash; O(num_pages)."""
         return int((self._names.is_found & (self._refs == 0)).sum())
 
+    def _register(self, numbers, hashes):
+        """`register` a list of pages that are known to be held."""
+        for promoted in self._names.name(numbers, hashes):
+            self._keep_longer(promoted)
+
     def _forget(self, numbers):
-        for page in self._names.named(numbers):
-            self._keep_longer(self._names.forget(page))
+        hash_of = self._names.hash_of
+        for page in numbers:
+            if hash_of[page] is not None:
+                self._keep_longer(self._names.forget(page))
 
     def _keep_longer(self, page):
         """Move a page that can be found from now on, if it is one and free, to the end of the free list."""
