@@ -22,7 +22,6 @@ from triton_attn import (
 from triton_attn.cache import step as step_module
 
 pytestmark = pytest.mark.oldest
-EVENTS = ["decode"] * 6 + ["admit", "admit", "free", "shuffle", "fork", "truncate", "outside", "ragged"]
 STAGED = pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
 
 
@@ -53,39 +52,60 @@ def check(step, cache, seqs, counts):
     assert (step.batch, step.num_tokens, step.max_seqlen_q) == (batch, tokens, max(counts, default=0))
 
 
+class Server:
+    """Sequences of a cache, to which something happens."""
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+        self.cache = make(num_pages=2000, page_size=self.rng.choice([1, 3, 4]))
+        self.seqs = []
+
+    def admit(self):
+        self.seqs.append(start(self.cache, self.ids(self.rng.randrange(1, 12))))
+
+    def free(self):
+        self.cache.free(self.seqs.pop(self.rng.choice([-1, 0])))
+
+    def shuffle(self):
+        self.rng.shuffle(self.seqs)
+
+    def fork(self):
+        self.seqs.append(self.cache.fork(self.rng.choice(self.seqs)))
+
+    def truncate(self):
+        seq = self.rng.choice(self.seqs)
+        self.cache.truncate(seq, self.rng.randrange(len(seq) + 1))
+
+    def extend(self):
+        self.cache.extend(self.rng.sample(self.seqs, self.rng.randrange(len(self.seqs))), 2)
+
+    def happen(self):
+        event = self.rng.choice([self.admit, self.free, self.shuffle, self.fork, self.truncate, self.extend])
+        (event if self.seqs else self.admit)()
+
+    def ids(self, n):
+        return [self.rng.randrange(2) for _ in range(n)]
+
+
 @STAGED
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kept", [2**14, 8])
-def test_a_server(staged, seed, kept, monkeypatch):
+def test_buffers_follow_a_server(staged, seed, kept, monkeypatch):
     """Sequences come, go, change places, fork, lose tokens, and grow outside of the step; addresses stay."""
     monkeypatch.setattr(step_module, "CHANGES_KEPT", kept)
-    rng = random.Random(seed)
-    cache = make(num_pages=2000, page_size=rng.choice([1, 3, 4]))
+    server = Server(seed)
+    rng, cache = server.rng, server.cache
     steps = [make_step(cache, 8, 50, 30, staged=staged) for _ in range(2)]
     addresses = [[getattr(step, name).data_ptr() for name in contents(step)] for step in steps]
-    seqs = []
     for _ in range(150):
+        for _ in range(rng.choice([0, 0, 1, 2, 3])):
+            server.happen()
+        cache.free([seq for seq in server.seqs if len(seq) > 40])
+        server.seqs = [seq for seq in server.seqs if seq._cache]
+        now = server.seqs[: rng.choice([3, 8, 8, 8])]
+        counts = [rng.choice([0, 1, 3]) for _ in now] if rng.random() < 0.2 else [1] * len(now)
         step = steps[rng.random() < 0.2]
-        event = rng.choice(EVENTS)
-        if event == "admit" or not seqs:
-            seqs.append(start(cache, [rng.randrange(2) for _ in range(rng.randrange(1, 12))]))
-        elif event == "free":
-            cache.free(seqs.pop(rng.randrange(len(seqs))))
-        elif event == "shuffle":
-            rng.shuffle(seqs)
-        elif event == "fork":
-            seqs.append(cache.fork(rng.choice(seqs)))
-        elif event == "truncate":
-            seq = rng.choice(seqs)
-            cache.truncate(seq, rng.randrange(len(seq) + 1))
-        elif event == "outside":
-            cache.extend(rng.sample(seqs, rng.randrange(len(seqs))), 2)
-        for seq in [seq for seq in seqs if len(seq) > 40]:
-            seqs.remove(seq)
-            cache.free(seq)
-        now = seqs[: rng.choice([3, 8, 8, 8])]
-        counts = [rng.randrange(4) if event == "ragged" else 1 for _ in now]
-        step.extend(now, [[rng.randrange(2) for _ in range(n)] for n in counts])
+        step.extend(now, list(map(server.ids, counts)))
         check(step, cache, now, counts)
     assert [[getattr(step, name).data_ptr() for name in contents(step)] for step in steps] == addresses
     assert all(address % 16 == 0 for of_step in addresses for address in of_step)

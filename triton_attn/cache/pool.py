@@ -70,17 +70,7 @@ class BlockPool:
 
         Raises: ValueError, where a page does not exist, or is free and cannot be found: what it holds is nobody's.
         """
-        pages = self._check_pages(pages)
-        references = self._refs[pages]
-        if np.count_nonzero(references) < pages.size:
-            is_free = references == 0
-            lost = is_free & ~self._names.is_found[pages]
-            if lost.any():
-                fail("pages", "pages that are held, or free and found", f"{pages[lost][0]}, which is free")
-            revived = self._distinct(pages[is_free])
-            self._free.cut(revived)
-            self.num_free -= revived.size
-        np.add.at(self._refs, pages, 1)
+        self._share(self._check_pages(pages))
 
     def release(self, pages: Pages) -> None:
         """Count one reference less to each page, given from the head of a sequence to its tail.
@@ -88,23 +78,7 @@ class BlockPool:
         Of the pages that become free, the last listed is the first to be reused: a prefix is worth more than what
         follows it. Raises: ValueError, where a page does not exist or has fewer references than are released.
         """
-        pages = self._check_pages(pages)
-        before = self._refs[pages]
-        np.subtract.at(self._refs, pages, 1)
-        references = self._refs[pages]
-        freed = pages[::-1]
-        if np.count_nonzero(references):
-            if np.count_nonzero(references < 0):
-                np.add.at(self._refs, pages, 1)
-                excess = pages[references < 0][0]
-                fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
-            freed = pages[references == 0][::-1]
-        if np.count_nonzero(before > 1):  # otherwise no page is listed twice
-            freed = self._distinct(freed)
-        found = self._names.is_found[freed]
-        self._free.put(freed[found])
-        self._free.put(freed[~found], at_head=True)
-        self.num_free += freed.size
+        self._release(self._check_pages(pages))
 
     def ref_count(self, page: int) -> int:
         """References to a page; 0: free."""
@@ -165,8 +139,39 @@ class BlockPool:
         """Free pages that can be found by their hash; O(num_pages)."""
         return int((self._names.is_found & (self._refs == 0)).sum())
 
+    # What the public functions do once pages are checked. The pages of a cache's own tables need no check.
+
+    def _share(self, pages):
+        references = self._refs[pages]
+        if np.count_nonzero(references) < pages.size:
+            is_free = references == 0
+            lost = is_free & ~self._names.is_found[pages]
+            if lost.any():
+                fail("pages", "pages that are held, or free and found", f"{pages[lost][0]}, which is free")
+            revived = self._distinct(pages[is_free])
+            self._free.cut(revived)
+            self.num_free -= revived.size
+        np.add.at(self._refs, pages, 1)
+
+    def _release(self, pages):
+        before = self._refs[pages]
+        np.subtract.at(self._refs, pages, 1)
+        references = self._refs[pages]
+        freed = pages[::-1]
+        if np.count_nonzero(references):
+            if np.count_nonzero(references < 0):
+                np.add.at(self._refs, pages, 1)
+                excess = pages[references < 0][0]
+                fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
+            freed = pages[references == 0][::-1]
+        if np.count_nonzero(before > 1):  # otherwise no page is listed twice
+            freed = self._distinct(freed)
+        found = self._names.is_found[freed]
+        self._free.put(freed[found])
+        self._free.put(freed[~found], at_head=True)
+        self.num_free += freed.size
+
     def _register(self, numbers, hashes):
-        """`register` a list of pages that are known to be held."""
         for promoted in self._names.name(numbers, hashes):
             self._keep_longer(promoted)
 

@@ -120,8 +120,9 @@ class PagedSequences:
         pages = self.pool.lookup(page_hashes(root, ids, self.page_size))
         cached = min(pages.size * self.page_size, max(ids.size - 1, 0))
         pages = pages[: self._pages_of(cached)]
-        self.pool.share(pages)
+        self.pool._share(pages)
         row = self._new_row(root)
+        self._states[:, row] = NO_TOKENS
         self._widen(pages.size)
         self._tables[row, : pages.size] = pages
         self._lengths[row], self._named[row] = cached, cached // self.page_size
@@ -185,7 +186,7 @@ class PagedSequences:
         """
         rows = self._rows(_as_iterable(seqs))
         counts = self._pages_of(self._lengths[rows])
-        self.pool.share(self._pages(rows, counts))
+        self.pool._share(self._pages(rows, counts))
         self._limits[rows] = 0
         forks = [self._new_row(self._roots[row]) for row in rows.tolist()]
         width = max(counts.tolist(), default=0)
@@ -201,7 +202,7 @@ class PagedSequences:
         if n > length:
             fail("n", f"at most the sequence's {length} tokens", n)
         dropped = self._tables[row, self._pages_of(n) : self._pages_of(length)]
-        self.pool.release(dropped)
+        self.pool._release(dropped)
         dropped[:] = 0
         self._lengths[row] = n
         self._limits[row] = 0
@@ -218,7 +219,7 @@ class PagedSequences:
         """
         rows = self._distinct_rows(_as_iterable(seqs))
         counts = self._pages_of(self._lengths[rows])
-        self.pool.release(self._pages(rows, counts))
+        self.pool._release(self._pages(rows, counts))
         self._tables[rows, : max(counts.tolist(), default=0)] = 0
         for seq, row in zip(self._batch.seqs, rows.tolist()):
             self._roots[row] = None
@@ -329,7 +330,7 @@ class PagedSequences:
 
         A page that nobody but these rows holds is kept by the first of them.
         """
-        references = self.pool.ref_counts(pages).tolist()
+        references = self.pool._refs[pages].tolist()
         writers = Counter(pages) if max(references) > 1 else {}
         must_copy, kept = [], set()
         for page, count in zip(pages, references):
@@ -344,7 +345,7 @@ class PagedSequences:
         self._copy_pages(self._to_device(originals), self._to_device(copies.astype(np.int32)))
         self._page_tokens[copies] = self._page_tokens[originals]
         self._tables[entries] = copies
-        self.pool.release(originals)
+        self.pool._release(originals)
 
     def _name_full_pages(self, rows):
         """Register the pages that became full, and are written by now, under the hash of all tokens up to their end."""
@@ -391,7 +392,7 @@ class PagedSequences:
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
 
     def _new_row(self, root):
-        """The row of a sequence without tokens."""
+        """A row for a sequence. Its table is all 0, and its states are those of its last owner."""
         if self._unused_rows:
             row = self._unused_rows.pop()
             self._roots[row] = root
@@ -400,7 +401,6 @@ class PagedSequences:
             self._roots.append(root)
             if row == self._lengths.size:
                 self._grow_rows(2 * row)
-        self._states[:, row] = NO_TOKENS
         self._changes.append(row, 0)
         return row
 

@@ -179,7 +179,7 @@ class CacheStep:
         for row, column in changes:
             place = self._places.get(row)
             if place is not None:
-                firsts[place] = min(column, firsts.get(place, column))
+                firsts[place] = min(column, firsts[place]) if place in firsts else column
         return firsts
 
     def _send(self, entries, pages):
