@@ -38,6 +38,8 @@ class Paged(Masked, total=False):
     num_splits: int
     shared_prefix_len: int
     out: Tensor | None
+    lse: Tensor | None
+    workspace: Tensor | None
     check_values: bool | None
 
 
@@ -51,6 +53,9 @@ class LatentDecode(Common, total=False):
     rope_sin: Tensor | None
     rope_interleaved: bool
     num_splits: int
+    out: Tensor | None
+    lse: Tensor | None
+    workspace: Tensor | None
     check_values: bool | None
 
 
