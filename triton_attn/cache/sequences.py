@@ -206,7 +206,6 @@ class PagedSequences:
         dropped[:] = 0
         self._lengths[row] = n
         self._limits[row] = 0
-        self._changes.append(row, n // self.page_size)
         if n <= self._known[row]:
             self._known[row] = NO_LIMIT
         self._named[row] = min(self._named[row], n // self.page_size)
