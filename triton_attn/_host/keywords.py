@@ -39,6 +39,8 @@ class Paged(Masked, total=False):
     shared_prefix_len: int
     key_shard: tuple[int, int, int] | None
     out: Tensor | None
+    lse: Tensor | None
+    workspace: Tensor | None
     check_values: bool | None
 
 
@@ -53,6 +55,9 @@ class LatentDecode(Common, total=False):
     rope_interleaved: bool
     num_splits: int
     key_shard: tuple[int, int, int] | None
+    out: Tensor | None
+    lse: Tensor | None
+    workspace: Tensor | None
     check_values: bool | None
 
 

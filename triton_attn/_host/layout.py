@@ -21,8 +21,16 @@ def without_dim(strides):
     return strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
 
 
-def new_outputs(q: Tensor, v: Tensor, wants_lse: bool = True, out: Tensor | None = None) -> tuple[Tensor, Any]:
-    """Uninitialised out (..., rows, heads, v's head dim), or the one given, and lse (..., heads, rows), or None.
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """(..., heads, rows) for q (..., rows, heads, dim)."""
+    *batch, rows, heads, _ = q.shape
+    return *batch, heads, rows
+
+
+def new_outputs(
+    q: Tensor, v: Tensor, wants_lse: bool = True, out: Tensor | None = None, lse: Any = None
+) -> tuple[Tensor, Any]:
+    """Uninitialised out (..., rows, heads, v's head dim) and lse (..., heads, rows), or those given; lse may be None.
 
     out has q's dtype. lse is fp32; fp64 for a reference in fp64.
     """
@@ -30,8 +38,8 @@ def new_outputs(q: Tensor, v: Tensor, wants_lse: bool = True, out: Tensor | None
     if out is None:
         like_q = v.shape[-1] == shape[-1] and q.is_contiguous()
         out = torch.empty_like(q) if like_q else q.new_empty((*shape[:-1], v.shape[-1]))
-    if not wants_lse:
-        return out, None
+    if lse is not None or not wants_lse:
+        return out, lse
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, q.new_empty((*shape[:-3], shape[-2], shape[-3]), dtype=dtype)
 

@@ -17,6 +17,7 @@ from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
+from .._host.workspace import empty, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
 from .._jit.blocks import split_blocks, visible_range
 from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
@@ -41,7 +42,7 @@ from ..merge.kernel import launch_merge
 from ..merge.splits import choose_num_splits, resident_programs
 from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
-from .projections import launch_absorb, launch_merge_project
+from .projections import launch_absorb, launch_merge_project, prepare_absorb
 
 # Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice
 # as much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
@@ -419,6 +420,7 @@ def launch_mla_decode(
     queries=(None, None),
     factors=(None, None),
     key_shard=None,
+    workspace=None,
 ):
     """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
 
@@ -428,9 +430,10 @@ def launch_mla_decode(
     KeyShard of the cache, or None. No device-to-host sync.
     """
     cu_seqlens_q, max_seqlen_q = queries
-    batch = cache_seqlens.shape[0]
+    batch, absorb = cache_seqlens.shape[0], None
     if q_nope.numel() == 0 or batch == 0:
-        clear_outputs(out, lse)
+        if not only_counts(workspace):
+            clear_outputs(out, lse)
         return
     if cu_seqlens_q is None:
         max_seqlen_q = q_nope.shape[1]
@@ -445,12 +448,13 @@ def launch_mla_decode(
         scale_log2 = softmax_scale * LOG2_E.value
     else:
         positions = cache_seqlens, capacity_of(latent_cache, block_table, key_shard), *rope
-        q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, softmax_scale * LOG2_E.value, positions)
+        scale = softmax_scale * LOG2_E.value
+        absorb, (q_nope, q_pe) = prepare_absorb(q_nope, q_pe, w_uk, scale, positions, workspace)
         scale_log2 = 1.0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
     call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, key_shard)
-    _attend(call, w_uv, out, lse, num_splits, config)
+    _attend(call, w_uv, out, lse, num_splits, config, absorb, workspace)
 
 
 def launch_mla_absorbed(
@@ -541,10 +545,17 @@ class AbsorbedPlan(NamedTuple):
     constants: dict
 
 
-def _attend(call, w_uv, out, lse, num_splits, config=None):
-    """Attention of an AbsorbedCall, and what follows it."""
+def _attend(call, w_uv, out, lse, num_splits, config=None, absorb=None, workspace=None):
+    """Attention of an AbsorbedCall, and what follows it. absorb launches what fills its queries.
+
+    The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
+    """
     plan = _plan(_key_of(call, w_uv is not None, num_splits), wanted_kernels(), config)
-    parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits)
+    parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits, workspace)
+    if only_counts(workspace):
+        return
+    if absorb is not None:
+        absorb()
     if type(plan) is HopperPlan:
         launch_mla_decode_hopper(plan, call, parts, lse_parts)
     else:
@@ -597,7 +608,7 @@ def _factors(k_scale, k_pe_scale, rope_dim):
     return scale_of(1.0 if k_scale is None else k_scale), scale_of(k_pe_scale)
 
 
-def _results(q, out, lse, w_uv, num_splits):
+def _results(q, out, lse, w_uv, num_splits, workspace):
     """Outputs of the splits (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exps (splits, batch,
     num_heads, seqlen_q). With one split and no projection they are out and lse."""
     batch, seqlen_q, num_heads, _ = q.shape
@@ -605,10 +616,10 @@ def _results(q, out, lse, w_uv, num_splits):
     if num_splits > 1 or w_uv is not None:
         # A single split is rounded before the projection anyway.
         dtype = torch.float32 if num_splits > 1 else out.dtype
-        parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
-        return parts, out.new_empty(lse_shape, dtype=torch.float32)
+        parts = empty(workspace, out, (num_splits, *q.shape), dtype)
+        return parts, empty(workspace, out, lse_shape, torch.float32)
     # The kernel always stores lse. Without the store the loop is the same, and there would be one more variant.
-    return out[None], out.new_empty(lse_shape, dtype=torch.float32) if lse is None else lse[None]
+    return out[None], empty(workspace, out, lse_shape, torch.float32) if lse is None else lse[None]
 
 
 def _key_of(call, is_projected, num_splits):

@@ -29,8 +29,10 @@ from .._host.checks import (
 )
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
+from .._host.layout import lse_shape
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
+from .._host.workspace import Workspace, as_workspace, check_lse, check_out, only_counts
 from ..merge.splits import check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
@@ -99,6 +101,9 @@ def mla_decode(
     rope_interleaved: bool = False,
     num_splits: int = 0,
     key_shard: tuple[int, int, int] | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -149,6 +154,9 @@ def mla_decode(
         key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns, as in
             `paged_attention`: the result is that over the keys in this cache, while cache_seqlens and the capacity
             count those of all ranks.
+        out: contiguous tensor for the result.
+        lse: contiguous tensor for the lse that return_lse asks for.
+        workspace: as in `paged_attention`: memory for absorbed queries and results of splits.
         return_lse: also return the natural log-sum-exp of the scores.
         check_values: check lengths and page numbers on the host, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
@@ -192,15 +200,22 @@ def mla_decode(
     (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
     tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale
+    if out is not None:
+        check_out(out, _decode_out_shape(q_nope, w_uk, w_uv), q_nope.dtype, q_nope.device)
+    if lse is not None:
+        check_lse(lse, lse_shape(q_nope), return_lse, q_nope.device)
+    room = None if workspace is None else as_workspace(workspace, q_nope.device)
     check_values = should_check_values(check_values)
     max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
     more = longest_q, max_seqlen_q, k_number, k_pe_number
     more = *more, softmax_scale, causal, rope_interleaved, num_splits, key_shard, check_values, return_lse
-    if is_observed(*tensors):
-        refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)))
-        out, lse = _decode_operator(*tensors, *more)
+    if is_observed(*tensors, out, lse):
+        refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)), out=out, lse=lse)
+        new_out, new_lse = _decode_operator(*tensors, *more)
+        out, lse = (new if x is None else x.copy_(new) for x, new in ((out, new_out), (lse, new_lse)))
     else:
-        out, lse = _decode(*tensors, *more)
+        new_out, new_lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse, out, lse)
+        out, lse = _decode(*tensors, *more, new_out, new_lse, room)
     return (out, lse) if return_lse else out
 
 
@@ -246,8 +261,11 @@ def _decode(
     key_shard: list[int] | None,
     check_values: bool,
     return_lse: bool,
+    out: Tensor,
+    lse: Tensor,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) from the kernels or the reference. lse is empty unless it was requested."""
+    """Fill out and lse by the kernels or the reference, and return them. lse is empty unless it was requested."""
     if latent_cache.dtype == torch.uint8:
         check_rows_aligned("latent_cache", latent_cache)
     if longest_q is not None:
@@ -259,7 +277,9 @@ def _decode(
         if cu_seqlens_q is not None:
             check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q_nope.shape[0], max_seqlen_q)
     if not use_kernel(q_nope):
-        out, lse = reference.mla_decode(
+        if only_counts(workspace):
+            return out, lse
+        reference.mla_decode(
             q_nope,
             q_pe,
             latent_cache,
@@ -277,12 +297,12 @@ def _decode(
             rope_sin=rope_sin,
             rope_interleaved=rope_interleaved,
             key_shard=shard,
-            return_lse=True,
+            out=out,
+            lse=lse if return_lse else None,
         )
-        return out, lse if return_lse else lse.new_empty(0)
+        return out, lse
     from .absorbed import launch_mla_decode  # the package can be imported without triton
 
-    out, lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse)
     launch_mla_decode(
         q_nope,
         q_pe,
@@ -301,20 +321,41 @@ def _decode(
         queries=(cu_seqlens_q, max_seqlen_q),
         factors=factors,
         key_shard=shard,
+        workspace=workspace,
     )
     return out, lse
 
 
-def _decode_outputs(q_nope, w_uk, w_uv, return_lse):
-    *batch, seqlen_q, num_heads, latent_dim = q_nope.shape
-    if w_uk is not None:
-        latent_dim = w_uk.shape[2]
-    out = q_nope.new_empty((*batch, seqlen_q, num_heads, latent_dim if w_uv is None else w_uv.shape[1]))
-    dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
-    return out, q_nope.new_empty((*batch, num_heads, seqlen_q) if return_lse else 0, dtype=dtype)
+def _decode_out_shape(q_nope, w_uk, w_uv):
+    if w_uv is not None:
+        return *q_nope.shape[:-1], w_uv.shape[1]
+    return *q_nope.shape[:-1], q_nope.shape[-1] if w_uk is None else w_uk.shape[2]
 
 
-_decode_operator = torch.library.custom_op("triton_attn::mla_decode", _decode, mutates_args=())
+def _decode_outputs(q_nope, w_uk, w_uv, return_lse, out=None, lse=None):
+    """out, and lse or, if it is not wanted, an empty tensor, which operators return: those given, or new ones."""
+    if out is None:
+        out = q_nope.new_empty(_decode_out_shape(q_nope, w_uk, w_uv))
+    if lse is None:
+        dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
+        lse = q_nope.new_empty(lse_shape(q_nope) if return_lse else 0, dtype=dtype)
+    return out, lse
+
+
+DECODE_SCHEMA = ", ".join(
+    [
+        *(f"Tensor {name}" for name in DECODE_INPUTS[:5]),
+        *(f"Tensor? {name}" for name in (*DECODE_INPUTS[5:], "longest_q")),
+        "SymInt? max_seqlen_q, float? k_number, float? k_pe_number, float softmax_scale, bool causal",
+        "bool rope_interleaved, SymInt num_splits, SymInt[]? key_shard, bool check_values, bool return_lse",
+    ]
+)
+_decode_operator = torch.library.custom_op(
+    "triton_attn::mla_decode",
+    lambda *args: _decode(*args, *_decode_outputs(args[0], *args[5:7], args[-1])),
+    mutates_args=(),
+    schema=f"({DECODE_SCHEMA}) -> (Tensor, Tensor)",
+)
 
 
 @_decode_operator.register_fake

@@ -81,6 +81,9 @@ def mla_decode(
     rope_interleaved: bool = False,
     num_splits: int = 0,
     key_shard: tuple[int, int, int] | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -90,8 +93,12 @@ def mla_decode(
     if softmax_scale is None:
         softmax_scale = (q_nope.shape[-1] + rope_dim) ** -0.5
     dtype = _compute_dtype(q_nope)
-    out = q_nope.new_zeros(*q_pe.shape[:-1], kv_lora_rank if w_uv is None else w_uv.shape[1])
-    lse = q_nope.new_full((*q_pe.shape[:-3], num_heads, q_pe.shape[-3]), float("-inf"), dtype=dtype)
+    if out is None:
+        out = q_nope.new_empty(*q_pe.shape[:-1], kv_lora_rank if w_uv is None else w_uv.shape[1])
+    if lse is None:
+        lse = q_nope.new_empty((*q_pe.shape[:-3], num_heads, q_pe.shape[-3]), dtype=dtype)
+    out.zero_()
+    lse.fill_(float("-inf"))
     page_size = latent_cache.shape[1]
     bounds = None if cu_seqlens_q is None else packed_bounds(cu_seqlens_q, len(q_nope))
     shard = check_key_shard(key_shard, page_size)

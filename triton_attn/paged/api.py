@@ -26,9 +26,10 @@ from .._host.checks import (
     read_length,
 )
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
-from .._host.layout import new_outputs
+from .._host.layout import lse_shape, new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
+from .._host.workspace import Workspace, as_workspace, check_lse, only_counts
 from ..merge.splits import check_num_splits
 from . import reference
 
@@ -90,6 +91,8 @@ def paged_attention(
     shared_prefix_len: int = 0,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -130,6 +133,10 @@ def paged_attention(
             divides page_size (seqlen_cache). Merge the results of the ranks with `merge_attention`; sinks go to one of
             them. See `parallel.context_parallel_paged_attention`.
         out: tensor for the result, q's dtype and shape except for head_dim_v; the last dimension contiguous.
+        lse: contiguous tensor for the lse that return_lse asks for.
+        workspace: (bytes,) uint8 on q's device, aligned to 16 bytes: memory for results of splits, so that with out and
+            lse nothing is allocated. `workspace_bytes` says how many; a tracer uses memory of its own. Calls that
+            run at the same time need one each.
         return_lse: also return the natural log-sum-exp of the scores, including the sink.
         check_values: check lengths and page numbers, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
@@ -182,26 +189,30 @@ def paged_attention(
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
+    if lse is not None:
+        check_lse(lse, lse_shape(q), return_lse, q.device)
+    room = None if workspace is None else as_workspace(workspace, q.device)
     check_values = should_check_values(check_values)
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
-    if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, out):
+    if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, out, lse):
         per_head = alibi_slopes, sinks, k_scale, v_scale
-        refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
+        refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out, lse=lse)
         num_queries, longest_q = number_and_tensor(longest)
         numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
         numbers += num_splits, shared_prefix_len, key_shard
         more = check_values, return_lse
         if out is None:
-            result, lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
+            result, new_lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
         else:
             refuse_vmap(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
-            result, lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
-        return (result, lse) if return_lse else result
-    result, lse = new_outputs(q, v_cache, return_lse, out)
+            result, new_lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
+        new_lse = new_lse if lse is None else lse.copy_(new_lse)
+        return (result, new_lse) if return_lse else result
+    result, new_lse = new_outputs(q, v_cache, return_lse, out, lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len, key_shard)
-    _attend(call, check_values, result, lse)
-    return (result, lse) if return_lse else result
+    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len, key_shard, room)
+    _attend(call, check_values, result, new_lse)
+    return (result, new_lse) if return_lse else result
 
 
 def _check_shared_prefix(
@@ -231,6 +242,7 @@ class PagedCall(NamedTuple):
     num_splits: int = 0
     shared_prefix_len: int = 0
     key_shard: KeyShard | None = None
+    workspace: Workspace | None = None
 
 
 def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> None:
@@ -240,7 +252,9 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
     if use_kernel(call.q):
         _kernel()(call, out, lse)
         return
-    _, lse_there = reference.paged_attention(
+    if only_counts(call.workspace):
+        return
+    reference.paged_attention(
         call.q,
         call.k_cache,
         call.v_cache,
@@ -252,10 +266,8 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
         v_scale=call.v_scale,
         key_shard=call.key_shard,
         out=out,
-        return_lse=True,
+        lse=lse,
     )
-    if lse is not None:
-        lse.copy_(lse_there)
 
 
 # Arguments of the operators: `INPUTS`, then the options as numbers.

@@ -1,6 +1,7 @@
 """Kernel of attention over a cache, paged or contiguous, and its launcher: decode, prefill chunks, mixed batches."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .._host.layout import (
 )
 from .._host.observers import number_and_tensor
 from .._host.tuned import choose, remember
+from .._host.workspace import only_counts
 from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
@@ -471,15 +473,17 @@ def launch_paged_fwd(call, out, lse, config=None):
     """
     q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, *_ = call
     plan = _plan(_problem_of(call, out, config))
+    outs, lses, split_stride = out, lse, 0
+    if plan.num_splits > 1:
+        outs, lses = _new_splits(plan.num_splits, out, call.workspace)
+        split_stride = outs.stride(0)
+    if call.workspace is not None and only_counts(call.workspace):
+        return
     if not plan.passes:
         clear_outputs(out, lse)
         return
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    outs, lses, split_stride = out, lse, 0
-    if plan.num_splits > 1:
-        outs, lses = _new_splits(plan.num_splits, out)
-        split_stride = outs.stride(0)
     strides_q, strides_k, strides_v, strides_out = plan.strides
     operands = View(q, strides_q), View(k_cache, strides_k), View(v_cache, strides_v)
     scales, scores, out_factor = _scales_and_scores(call, plan)
@@ -517,11 +521,12 @@ def launch_paged_fwd(call, out, lse, config=None):
         launch_merge(outs, lses, out, lse)
 
 
-def _new_splits(num_splits, out):
+def _new_splits(num_splits, out, workspace):
     """Room for the splits' outputs and log-sum-exps."""
     *batch, rows, heads, _ = out.shape
-    outs = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
-    return outs, out.new_empty((num_splits, *batch, heads, rows), dtype=torch.float32)
+    empty = out.new_empty if workspace is None else partial(workspace.take, out)
+    outs = empty((num_splits, *out.shape), dtype=torch.float32)
+    return outs, empty((num_splits, *batch, heads, rows), dtype=torch.float32)
 
 
 def _scales_and_scores(call, plan):

@@ -30,13 +30,17 @@ def paged_attention(
     shared_prefix_len: int = 0,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0, their lse -inf."""
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out.zero_()
-    lse = q.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), float("-inf"), dtype=compute_dtype)
+    if lse is None:
+        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=compute_dtype)
+    lse.fill_(float("-inf"))
     bounds = None if cu_seqlens_q is None else packed_bounds(cu_seqlens_q, len(q))
     shard = check_key_shard(key_shard, k_cache.shape[1])
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1]) * num_ranks_of(shard)
