@@ -95,12 +95,13 @@ def backward(deterministic, seqlen=100, num_heads=2, expanded=False):
     return computed, gradients(reference.flash_attention, torch.float64)
 
 
-def paged(seqlens=(230, 133), seqlen_q=1, head_dim=64, **options):
+def paged(seqlens=(230, 133), seqlen_q=1, head_dim=64, shard=None, **options):
+    """shard: options that the reference needs too."""
     num_pages = len(seqlens) * (max(seqlens) // 16 + 1)
     keys, values = (normal(num_pages, 16, 2, head_dim) for _ in range(2))
     q = normal(len(seqlens), seqlen_q, 8, head_dim)
     where = int32(*seqlens), torch.randperm(num_pages).to(torch.int32).view(len(seqlens), -1)
-    same = {"causal": True, "return_lse": True}
+    same = {"causal": True, "return_lse": True} | (shard or {})
     computed = ta.paged_attention(q, keys, values, *where, **options, **same)
     return computed, reference.paged_attention(*in_fp64((q, keys, values)), *where, **same)
 
@@ -183,7 +184,7 @@ CALLS = {
     "paged": paged,
     "paged splits": lambda: paged(num_splits=3),
     "paged chunk": lambda: paged(seqlen_q=40),
-    "paged of one rank": lambda: paged(seqlen_q=40, key_shard=(1, 2, 4), window_size=(60, -1)),
+    "paged of one rank": lambda: paged(seqlen_q=40, shard={"key_shard": (1, 2, 4), "window_size": (60, -1)}),
     "paged 512": lambda: paged(head_dim=512),
     "paged 512 chunk": lambda: paged((110, 77), seqlen_q=20, head_dim=512),
     "append": append,

@@ -19,13 +19,23 @@ def check_mesh(mesh: Any) -> tuple[int, int]:
 
 
 def compare_ranks(own: dict[str, Any], group: Any) -> None:
-    """Raise a ValueError on every rank of a process group that names what is not the same on all of them.
+    """Raise a ValueError on every rank of a process group that names the first thing in which its ranks differ.
 
     A collective, with a device-to-host sync.
     """
+    check_same(gather_objects(own, group))
+
+
+def gather_objects(own: dict[str, Any], group: Any) -> list[dict[str, Any]]:
+    """Those of all ranks, in a collective with a device-to-host sync."""
     given: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(given, own, group=group)
-    for rank, of_rank in enumerate(given):
-        for name, value in given[0].items():
+    return given
+
+
+def check_same(given: list[dict[str, Any]]) -> None:
+    """Raise for the first thing that is not the same on all ranks."""
+    for name, value in given[0].items():
+        for rank, of_rank in enumerate(given):
             if of_rank[name] != value:
                 fail(name, f"the same on all ranks, {value} as on rank 0", f"{of_rank[name]} on rank {rank}")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._host.checks import fail
+from .._host.mesh import check_same, gather_objects
 
 Description = dict[str, Any]  # of a call: what all ranks must agree on, by name
 
@@ -70,15 +70,11 @@ def refuse(group: dist.ProcessGroup, error: Exception) -> None:
 
 def compare(description: Description, group: dist.ProcessGroup) -> None:
     """Raise on every rank for the first thing in which the ranks differ. A round of messages."""
-    described: list[Description] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(described, description, group=group)
+    described = gather_objects(description, group)
     for rank, of_rank in enumerate(described):
         if "refused" in of_rank:
             raise ValueError(f"{of_rank['refused']} (on rank {rank})")
-    for name, first in described[0].items():
-        for rank, of_rank in enumerate(described):
-            if of_rank[name] != first:
-                fail(name, f"the same on all ranks, {first} as on rank 0", f"{of_rank[name]} on rank {rank}")
+    check_same(described)
 
 
 def kind_of(x: Tensor | None) -> Any:
