@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from triton_attn import flash_attention, flash_attention_varlen, reference
 from triton_attn.parallel import context_parallel_attention
-from triton_attn.parallel.balance import Sharding
+from triton_attn.parallel.balance import sharding_of_batch
 from triton_attn.testing import assert_close_to_reference
 
 S0, S1, S2, R = Shard(0), Shard(1), Shard(2), Replicate()
@@ -117,8 +117,9 @@ def _order(case):
     """The rows of all ranks, in the order of the ranks; None: that of the sequence."""
     if case.context_parallel is None:
         return None
-    sharding = Sharding(case.seqlen, case.mesh_shape[-1], case.context_parallel.get("load_balance", "head_tail"))
-    return [row for chunks in sharding.chunks for chunk in chunks for row in range(*chunk)]
+    load_balance = case.context_parallel.get("load_balance", "head_tail")
+    sharding = sharding_of_batch(1, case.seqlen, case.mesh_shape[-1], load_balance)
+    return [row for place in sharding.places for chunk in place.chunks for row in range(*chunk)]
 
 
 def _compare(inputs, results):

@@ -46,13 +46,16 @@ KNOWN_SPILLS = {
     ("sm_80", 40, "prefill", "contiguous"): 24,
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
-    ("sm_80", 192, "prefill", "everything"): 32,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
-    ("sm_80", 256, "prefill", "fp8"): 12,
     ("gfx942", 128, "prefill", "fp8"): 64,
     ("gfx942", 128, "prefill", "fp8_e5m2"): 112,
 }
+
+
+# On sm_80 tiles of drafts and chunks fill the registers, which takes up to so many bytes outside the loop. Those that
+# spill nothing have 60 to 80 % of their `lock`.
+OUTSIDE_THE_LOOP = 150
 
 
 def loop_rate(launch):
@@ -98,6 +101,7 @@ SLICE = [
     *(case(arch, 512, rows) for arch in ARCHS for rows in ("decode", "prefill")),
     *(case(arch, 128, "prefill", "varlen", pytest.mark.oldest) for arch in ARCHS),
     *(case(arch, 128, "decode") for arch in ("sm_86", "sm_89", "sm_120")),
+    *(case("sm_80", d, "prefill", "plain", pytest.mark.oldest) for d in (192, 256)),
     case("sm_90", 128, "draft"),
     case("sm_90", 128, "decode", "contiguous"),
     *(case(arch, 128, "draft", "shard", pytest.mark.oldest) for arch in ("sm_80", "sm_90")),
@@ -131,8 +135,11 @@ def test_default(arch, head_dim, rows, variant, record_property):
     record_property("figure", figure)
     assert launch.shared_bytes <= shared_memory_limit(arch)
     if rows == "decode" or head_dim <= 256 or variant == "plain":
-        assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
-    if rows == "prefill" and (head_dim <= 192 or head_dim == 512) and arch in ("sm_80", "sm_90"):
+        fills_registers = arch == "sm_80" and rows != "decode" and head_dim >= 128
+        known = OUTSIDE_THE_LOOP if fills_registers else KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
+        assert launch.spill_bytes <= known
+        assert not fills_registers or loop_model.analyze(launch.kernel).hot.spills == 0
+    if rows == "prefill" and arch in ("sm_80", "sm_90"):
         assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's matmuls
     # Heads of 40 fp8 elements are aligned to 8 bytes only, so nothing is prefetched.
     by_16_bytes = head_dim * (1 if constants["MANTISSA_BITS"] else 2) % 16 == 0

@@ -109,8 +109,7 @@ def _check_placements(layout, mesh_dim, qkv, sequence_mesh_dim):
     if mesh_dim == sequence_mesh_dim:
         kinds = {layout.sequence: "sequence"}
     names = [f"Shard({dim})" for dim in kinds if dim is not None]
-    expected = ", ".join(names) + ("" if mesh_dim == sequence_mesh_dim else " or Replicate()")
-    expected += f" on dimension {mesh_dim} of the mesh"
+    expected, hint = ", ".join(names) + ("" if mesh_dim == sequence_mesh_dim else " or Replicate()"), ""
     found = []
     for name, x in zip("qkv", qkv):
         placement = x.placements[mesh_dim]
@@ -121,8 +120,8 @@ def _check_placements(layout, mesh_dim, qkv, sequence_mesh_dim):
             found.append("")
         else:
             if dim == layout.sequence:
-                expected += ", or triton_attn.parallel.context_parallel_attention for shards of sequences"
-            fail(name, expected, placement)
+                hint = ", or triton_attn.parallel.context_parallel_attention for shards of sequences"
+            fail(name, f"{expected} on dimension {mesh_dim} of the mesh{hint}", placement)
     of_q, *of_keys = found
     allowed = {"heads", ""} if of_q == "heads" else {of_q}
     if of_keys[0] not in allowed:

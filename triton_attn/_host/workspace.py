@@ -90,6 +90,13 @@ def workspace_bytes(function: Callable[..., Any], *args: Any, **options: Any) ->
 
     Raises:
         TypeError, ValueError, NotImplementedError: as the call.
+
+    Example:
+        >>> q, cache = torch.randn(2, 1, 8, 64), torch.randn(4, 16, 2, 64)
+        >>> lengths, table = torch.tensor([20, 9], dtype=torch.int32), torch.arange(4, dtype=torch.int32).view(2, 2)
+        >>> call = triton_attn.paged_attention, q, cache, cache, lengths, table
+        >>> workspace = torch.empty(triton_attn.workspace_bytes(*call, num_splits=4), dtype=torch.uint8)
+        >>> out = triton_attn.paged_attention(*call[1:], num_splits=4, workspace=workspace)
     """
     workspace = Workspace()
     function(*args, **options, workspace=workspace)

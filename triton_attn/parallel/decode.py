@@ -79,6 +79,14 @@ def context_parallel_paged_attention(
         length or a page. Without check_values the results of such ranks are undefined.
 
     torch.compile traces it, collectives included.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_paged_attention
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> q, cache = torch.randn(1, 1, 8, 64), torch.randn(4, 16, 2, 64)
+        >>> places = torch.tensor([60], dtype=torch.int32), torch.arange(4, dtype=torch.int32)[None]
+        >>> context_parallel_paged_attention(q, cache, cache, *places, mesh=mesh).shape
+        torch.Size([1, 1, 8, 64])
     """
     rank, num_ranks = check_mesh(mesh)
     _check(q, "q", heads, num_ranks)
@@ -169,6 +177,14 @@ def context_parallel_mla_decode(
         heads.
 
     torch.compile traces it, collectives included.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_mla_decode
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> q_nope, q_pe, cache = torch.randn(1, 1, 16, 512), torch.randn(1, 1, 16, 64), torch.randn(2, 64, 576)
+        >>> places = torch.tensor([100], dtype=torch.int32), torch.arange(2, dtype=torch.int32)[None]
+        >>> context_parallel_mla_decode(q_nope, q_pe, cache, *places, mesh=mesh, softmax_scale=0.05).shape
+        torch.Size([1, 1, 16, 512])
     """
     rank, num_ranks = check_mesh(mesh)
     _check(q_nope, "q_nope", heads, num_ranks)

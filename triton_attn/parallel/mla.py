@@ -83,6 +83,14 @@ def context_parallel_mla_prefill(
         ranks differ in a shape, a dtype or an option. Without check_values the results of such ranks are undefined.
 
     torch.compile breaks the graph here.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_mla_prefill, shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> shapes = (1, 40, 4, 32), (1, 40, 4, 16), (1, 40, 64), (1, 40, 16)
+        >>> rows = [shard_sequence(torch.randn(shape), mesh) for shape in shapes]
+        >>> context_parallel_mla_prefill(*rows, *torch.randn(2, 4, 32, 64), mesh=mesh, seqlen=40).shape
+        torch.Size([1, 40, 4, 32])
     """
     tensors = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     rank, num_ranks = check_mesh(mesh)
