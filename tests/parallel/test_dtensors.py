@@ -47,7 +47,7 @@ def of_four():
             options = dict(causal=balance is not None)
             yield Case(mesh_shape=(2, 2), **places, sinks=sinks, options=options, context_parallel=cp)
     yield Case(
-        mesh_shape=(4,), of_q=(S1,), of_keys=(S1,), seqlen=10, options={}, context_parallel=dict(load_balance=None)
+        mesh_shape=(4,), of_q=(S1,), of_keys=(S1,), seqlen=12, options={}, context_parallel=dict(load_balance=None)
     )
 
 
@@ -77,7 +77,8 @@ ERRORS = [
         Case(mesh_shape=(2,), of_q=(S2,), of_keys=(S2,), num_heads_kv=1),
         "k: expected KV heads in multiples of 2 ranks, or",
     ),
-    (Case(**CP, seqlen=10, context_parallel={}), r"q: expected a sequence in multiples of 4 rows .*, got 10"),
+    (Case(**CP, seqlen=11, context_parallel=dict(load_balance=None)), r"q: expected .* multiples of 2 rows .*, got 11"),
+    (Case(**CP, seqlen=3, context_parallel={}), r"q: expected a sequence in multiples of 4 rows .*, got 3"),
     (Case(**CP, context_parallel=dict(seqlen=12)), "seqlen: expected None, or 24 as of the DTensors, got 12"),
 ]
 

@@ -62,8 +62,8 @@ def context_parallel_attention(
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
-            `flash_attention`. Their rows are in the order of the ranks' rows, and with "head_tail" of a length in
-            multiples of 2 * ranks. Results are then DTensors placed like q.
+            `flash_attention`. Their rows are in the order of the ranks' rows, so the ranks must have as many as DTensor
+            gives them: any length in multiples of 2 * ranks. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"].
         method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
             need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.

@@ -46,8 +46,9 @@ def _check_rows(q, mesh, seqlen, load_balance):
     whole, number = q.shape[DENSE.sequence], mesh.size()
     if seqlen not in (None, whole):
         fail("seqlen", f"None, or {whole} as of the DTensors", seqlen)
-    sharding = sharding_of_batch(1, whole, number, check_load_balance(load_balance, is_packed=False))
-    even = sharding_of_batch(1, whole, number, None)  # DTensor's rule
-    if sharding.num_rows != even.num_rows:
-        fail("q", f"a sequence in multiples of {2 * number} rows for load_balance='head_tail' on DTensors", whole)
+    load_balance = check_load_balance(load_balance, is_packed=False)
+    sharding, each = sharding_of_batch(1, whole, number, load_balance), -(-whole // number)
+    if sharding.num_rows != [min(max(whole - rank * each, 0), each) for rank in range(number)]:  # DTensor's rule
+        multiple = number if load_balance is None else 2 * number
+        fail("q", f"a sequence in multiples of {multiple} rows for load_balance={load_balance!r} on DTensors", whole)
     return whole
