@@ -152,8 +152,8 @@ FAULTS = (
     Fault(
         "F11",
         "triton_attn/_jit/masks.py",
-        "tl.abs(columns - (rows + (offset - start_column))[:, None])",
-        "(columns - (rows + (offset - start_column))[:, None])",
+        "tl.abs(distance).to(tl.float32)",
+        "distance.to(tl.float32)",
         "FLASH",
     ),
     Fault("F12", "triton_attn/_jit/masks.py", "return s - slope * LOG2_E", "return s + slope * LOG2_E", "FLASH"),
@@ -520,8 +520,8 @@ FAULTS = (
     Fault(
         "C01",
         "triton_attn/cache/sequences.py",
-        "self.pool.share(self._pages(rows, counts))",
-        "self.pool.share(self._pages(rows, self._lengths[rows] // self.page_size))",
+        "self.pool._share(self._pages(rows, counts))",
+        "self.pool._share(self._pages(rows, self._lengths[rows] // self.page_size))",
         "CACHE",
     ),
     Fault("C02", "triton_attn/cache/sequences.py", "append(count > 1 and", "append(count > 2 and", "CACHE"),
