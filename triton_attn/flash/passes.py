@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.call import Call, Lengths, packed_lengths
-from .._host.checks import MAX_HEAD_DIM_BACKWARD, check_kernel_dtype, check_same_kind, fail, layout_of
+from .._host.checks import check_kernel_dtype, check_same_kind, fail, layout_of
 from .._host.options import with_dropout, with_shard, with_tensors
 from . import reference
 from .api import layout_options
@@ -69,11 +69,6 @@ def backward_pass(
     Raises: as `flash_attention_varlen`.
     """
     call = _checked_call(q, k, v, lengths, **options)
-    head_dim = max(q.shape[-1], v.shape[-1])
-    if head_dim > MAX_HEAD_DIM_BACKWARD:
-        raise NotImplementedError(
-            f"q: expected a head dimension to {MAX_HEAD_DIM_BACKWARD} for gradients, got {head_dim}"
-        )
     if not use_kernel(q):
         return reference.gradients(call, dout, dlse, out, lse)
     check_kernel_dtype(q)
