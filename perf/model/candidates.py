@@ -110,7 +110,7 @@ def _hopper_provider(dtype, head_dim, causal):
 
 
 def _backward_cases(dtype, head_dims):
-    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])  # wider ones have no backward
+    cases = _flash_cases(dtype, head_dims)
     return [{"kernel": kernel} | case for case in cases for kernel in KERNELS]
 
 

@@ -467,16 +467,6 @@ def test_inputs_that_share_memory():
     torch.testing.assert_close(result.sum(2), expected)
 
 
-@dense_and_varlen
-def test_head_dims_that_have_no_backward(varlen):
-    f, leaves = make_call({}, varlen, head_dim=257)
-    with pytest.raises(NotImplementedError, match="gradients are supported for head dimensions up to 256, got 257"):
-        f(*leaves)
-    with torch.no_grad():
-        f(*leaves)
-    f(*[leaf.detach() for leaf in leaves])
-
-
 def test_slopes_have_no_gradient():
     slopes = torch.rand(4, device=DEVICE, requires_grad=True)
     f, leaves = make_call({})

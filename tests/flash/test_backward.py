@@ -11,6 +11,7 @@ from backward_cases import PLAIN, TILE, BackwardInputs, alike, check, gradients
 from triton.runtime import interpreter
 
 from triton_attn import flash_attention, reference
+from triton_attn._host.gpu import repeats_rows
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.testing import assert_close_to_reference
 
@@ -24,9 +25,39 @@ both_schedules = pytest.mark.parametrize("deterministic", [False, True], ids=["f
 @pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
 @both_schedules
-@pytest.mark.parametrize("head_dim", [dim for dim in HEAD_DIMS if dim <= 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim(head_dim, deterministic):
     check(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim, deterministic=deterministic))
+
+
+@pytest.mark.ci(but_each=6)
+@pytest.mark.parametrize("use_tma", [False, True])
+@pytest.mark.parametrize("num_warps", [4, 8], ids=["", "cut"])
+@pytest.mark.parametrize("head_dims", [(512, 512), (512, 256), (256, 512), (320, 128), (257, 300), (16, 511)], ids=str)
+def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps, use_tma):
+    """dk and dv in launches of their own, or in one; with 8 warps in pieces that take the same shared memory."""
+    case = replace(
+        PLAIN,
+        varlen=True,
+        dtype=torch.bfloat16,
+        seqlens_q=(70, 0, 5),
+        seqlens_k=(100, 40, 7),
+        group_size=2,
+        head_dim=head_dims[0],
+        head_dim_v=head_dims[1],
+        window_size=(30, 0),
+        softcap=20.0,
+        alibi="per head",
+        sinks=torch.float32,
+        dropout_p=0.2,
+        poisoned_sequence=1,
+        spare_rows=9,
+        tiles=alike(replace(TILE, block_m=64, block_n=64, num_warps=num_warps, use_tma=use_tma)),
+        deterministic=False,
+        dlse_layout="contiguous",
+    )
+    assert repeats_rows("interpreter", 64, num_warps) == (num_warps == 8)
+    check(case)
 
 
 @pytest.mark.ci(but_each=5)

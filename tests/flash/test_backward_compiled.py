@@ -23,6 +23,8 @@ WINDOWS = {"plain": (None, None), "causal": (None, 0), "window": (1000, 0)}
 # TFLOP/s on sm_90 by (schedule, head dim): floors below the values of Triton 3.6.0 and 3.9.0. At 128 the default has
 # only the split schedule, with the fastest tiles on an H100.
 LOCK = {("split", 64): 400, ("split", 128): 470, ("fused", 64): 560, ("fused", 128): 470}
+LOCK |= {("split", 512): 320, ("fused", 512): 320}
+MATMULS = {"fused": 5, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
 
 # Bytes spilled, and spill loads and stores per trip of the loop over full tiles, by (arch, head dims, kernel): the
 # maximum of Triton 3.6.0 and 3.9.0. Tiles without spills would cost 6 % of `lock` and more, or a quarter if the loop
@@ -37,6 +39,7 @@ KNOWN_SPILLS = {
     ("sm_90", (160, 160), "fused"): (36, 4),
     ("sm_90", (192, 128), "fused"): (96, 12),
     ("sm_90", (192, 192), "dkdv"): (8, 0),
+    ("sm_90", (512, 512), "dq"): (160, 0),
     ("gfx942", (48, 48), "fused"): (36, 0),
     ("gfx942", (64, 256), "fused"): (8, 0),
     ("gfx942", (160, 160), "fused"): (8, 0),
@@ -47,7 +50,7 @@ KNOWN_SPILLS = {
 
 
 def compile_default(arch, dtype, head_dims, window, schedule):
-    """{"dkdv", "dq" or "fused": launch} of one backward pass, without the kernel of delta."""
+    """{"dkdv", "dk", "dv", "dq" or "fused": launch} of one backward pass, without the kernel of delta."""
     head_dim, head_dim_v = head_dims
     q, k = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=dtype) for _ in range(2))
     v, out, dout = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim_v, dtype=dtype) for _ in range(3))
@@ -55,8 +58,8 @@ def compile_default(arch, dtype, head_dims, window, schedule):
     options = AttentionOptions(head_dim**-0.5, WINDOWS[window], None, None, None)
     with compile_only(arch) as launches:
         launch_flash_bwd(call_of(q, k, v, options), dout, None, out, lse, deterministic=schedule == "split")
-    _, first, *rest = launches
-    return {"fused": first} if not rest else {"dkdv": first, "dq": rest[0]}
+    names = {1: ("fused",), 2: ("dkdv", "dq"), 3: ("dk", "dv", "dq")}
+    return dict(zip(names[len(launches) - 1], launches[1:], strict=True))
 
 
 def describe(kernel, launch, report):
@@ -72,10 +75,8 @@ def describe(kernel, launch, report):
 
 
 def five_products(reports):
-    """`lock` of a schedule. The split one does seven matmuls for the work of five."""
-    if "fused" in reports:
-        return reports["fused"].lock
-    return 5 / (4 / reports["dkdv"].lock + 3 / reports["dq"].lock)
+    """`lock` of a schedule. The split one does seven matmuls for the work of five, or eight with dk apart from dv."""
+    return 5 / sum(MATMULS[kernel] / report.lock for kernel, report in reports.items())
 
 
 def case(arch, dtype, head_dims, window, schedule, *marks):
@@ -85,12 +86,13 @@ def case(arch, dtype, head_dims, window, schedule, *marks):
 
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 160, 192, (192, 128), (128, 64), (64, 256), 256)
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 160, 192, (192, 128), (128, 64), (64, 256), 256, 320, (512, 256), 512)
 SCHEDULES = ("split", "fused")
 SLICE = [
     *(case("sm_90", torch.float16, d, "causal", s, pytest.mark.oldest) for d in (64, 128) for s in SCHEDULES),
     *(case("sm_90", torch.bfloat16, d, "plain", "fused") for d in (64, 128)),
     case("sm_90", torch.float16, 256, "causal", "split"),
+    *(case(arch, torch.float16, 512, "causal", "split", pytest.mark.oldest) for arch in ("sm_80", "sm_90")),
     *(case(arch, torch.float16, 128, "causal", "fused") for arch in ("sm_80", "sm_100", "gfx942", "sm_120")),
     *(
         case("sm_80", torch.float16, d, w, "split", pytest.mark.oldest)
@@ -147,3 +149,13 @@ def test_default(arch, dtype, head_dims, window, schedule, record_property):
     floor = LOCK.get((schedule, head_dims[0])) if arch == "sm_90" and head_dims[0] == head_dims[1] else None
     if floor is not None and dtype != torch.float32:
         assert five_products(reports) >= floor
+
+
+def test_fp32_gradients_that_do_not_fit_are_refused():
+    q = torch.empty(1, 64, 1, 512)
+    options = AttentionOptions(1.0, (None, None), None, None, None)
+    with (
+        compile_only("sm_86"),
+        pytest.raises(NotImplementedError, match=r"head dimensions \(512, 512\) in torch.float32: dkdv: 114688 bytes"),
+    ):
+        launch_flash_bwd(call_of(q, q, q, options), q, None, q, torch.empty(1, 1, 64))

@@ -7,7 +7,7 @@ import torch
 from attention_cases import DEVICE, INTERPRETED, LAYOUTS, Case, Inputs, of_argument, rows_loaded, share_of_bound, using
 from attention_cases import PLAIN as PLAIN_FORWARD
 
-from triton_attn.dense.backward_configs import BackwardConfig
+from triton_attn.dense.backward_configs import BackwardConfig, dk_apart_from_dv
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
 
@@ -159,17 +159,19 @@ def rounding(case, inputs, out, clean):
 
 def check_accesses(case, accesses):
     """dk, dv and the dq of the split schedule are stored once. Two tiles meet if one of the queries sees a key."""
-    fused = not case.deterministic
+    apart = dk_apart_from_dv(case.head_dim, case.head_dim_v)
+    fused = not case.deterministic and not apart
+    launches = 2 if apart else 1  # of dkdv
     size = case.dtype.itemsize
     spare_rows = case.spare_rows if case.varlen and case.seqlens_q else 0  # cleared by kernels
     num_keys = (sum(case.seqlens_k) + spare_rows) * case.num_heads_kv
     assert accesses.bytes_stored["dk.ptr"] == num_keys * case.head_dim * size
     assert accesses.bytes_stored["dv.ptr"] == num_keys * case.head_dim_v * size
     tile = case.tiles.fused if fused else case.tiles.dkdv
-    num_queries = rows_loaded(case, tile, of_queries=True)
+    num_queries = rows_loaded(case, tile, of_queries=True) * launches
     # A program loads its own tile once: queries in the kernels of delta and dq, keys in that of dkdv.
     own_queries = sum(case.seqlens_q) * case.num_heads_q
-    own_keys = sum(case.seqlens_k) * case.num_heads_kv
+    own_keys = sum(case.seqlens_k) * case.num_heads_kv * launches
     rows = num_queries if fused else num_queries + own_queries
     assert of_argument(accesses.bytes_loaded, "q") == rows * case.head_dim * size
     assert of_argument(accesses.bytes_loaded, "dout") == (rows + own_queries) * case.head_dim_v * size

@@ -375,11 +375,6 @@ REFUSED = {
         ValueError,
         "seqused_k: expected a tensor",
     ),
-    "gradients of wide heads": (
-        lambda q: dense(q.repeat(1, 1, 1, 17).requires_grad_(), 0.0, False, False)[0].sum().backward(),
-        NotImplementedError,
-        "q: expected a head dimension to 256",
-    ),
     "a device": (lambda q: interop.register(dispatch_key="XPU"), ValueError, "dispatch_key: expected 'CUDA'"),
 }
 

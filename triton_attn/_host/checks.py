@@ -15,7 +15,6 @@ from .observers import is_observed
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # further dtypes of caches
 MAX_HEAD_DIM = 512
-MAX_HEAD_DIM_BACKWARD = 256
 # Rows of a tensor, or keys of a sequence. Kernels add two positions and a window size in 32 bits.
 MAX_ROWS = 10**9
 

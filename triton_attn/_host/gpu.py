@@ -105,6 +105,13 @@ def repeats_chains(arch, rows, num_warps):
     return has_wgmma(arch) and 64 <= rows < 16 * num_warps
 
 
+def repeats_rows(arch, rows, num_warps):
+    """Whether so few rows have work for a part of the warps only, if one matmul feeds the next. With tensor memory, and
+    on AMD GPUs, the warps share a matmul in another way."""
+    gpu = gpu_of(arch)
+    return not (gpu.is_amd or gpu.tensor_memory) and rows < 16 * num_warps
+
+
 @functools.cache
 def gpu_arch(index):
     """The architecture of a GPU of this machine."""

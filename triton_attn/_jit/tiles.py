@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 
 from .heads import row_pointer
-from .workarounds import fence_copies
+from .workarounds import dot_once, fence_copies
 
 # The row at which every sequence of a packed tensor ends in its TMA descriptors. No packed tensor has as many rows.
 PACKED_END: tl.constexpr = tl.constexpr(2**30)
+# Columns of a piece where two pieces of a tile take the same shared memory, one after the other.
+HALF: tl.constexpr = tl.constexpr(256)
 
 
 @triton.constexpr_function
@@ -110,14 +112,20 @@ def sequence_coords(batch, head, first_row, seqlen, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def _load_piece_tma(desc, coords, start, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr):
+    """load_piece through a descriptor: the ROWS rows from start on, counted from coords."""
+    outer, batch, head, row = coords
+    return desc.load([outer, batch, head, row + start, START]).reshape(ROWS, BLOCK)
+
+
+@triton.jit
 def _load_tile_tma(descs, coords, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """load_tile through descriptors, one per piece: the ROWS rows from start on, counted from coords."""
+    """load_tile through descriptors, one per piece."""
     FIRST: tl.constexpr = piece_0(HEAD_DIM)
     SECOND: tl.constexpr = piece_1(HEAD_DIM)
-    outer, batch, head, row = coords
-    first = descs[0].load([outer, batch, head, row + start, 0]).reshape(ROWS, FIRST)
+    first = _load_piece_tma(descs[0], coords, start, ROWS, 0, FIRST)
     if SECOND > 0:
-        return first, descs[1].load([outer, batch, head, row + start, FIRST]).reshape(ROWS, SECOND)
+        return first, _load_piece_tma(descs[1], coords, start, ROWS, FIRST, SECOND)
     else:
         return (first,)
 
@@ -150,6 +158,37 @@ def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
+def _load_half(x, start, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, TILE):
+    """Columns [START, START + BLOCK) of the rows [start, start + ROWS) of the Rows x, which are HEAD_DIM_V wide."""
+    if x.coords is not None:
+        return _load_piece_tma(x.source[0 if START == 0 else 1], x.coords, start, ROWS, START, BLOCK)
+    else:
+        rows = tl.arange(0, ROWS)
+        rows_mask = start + rows < x.seqlen if MASKED else None
+        ptr = x.source + tl.cast(start, tl.int64) * x.stride
+        piece = load_piece(row_pointers(ptr, rows, x.stride, TILE.WIDE_ROWS), rows_mask, START, BLOCK, TILE.HEAD_DIM_V)
+        fence_copies()
+        return piece
+
+
+@triton.jit
+def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """acc + a @ b.T for the rows b from start on of the Rows x, HEAD_DIM_V wide, each piece in a `dot_once`.
+
+    A piece has HALF columns at most, as in a, and is loaded when the last one has been read: both take the same shared
+    memory.
+    """
+    ROWS: tl.constexpr = acc.shape[1]
+    FIRST: tl.constexpr = piece_0(TILE.HEAD_DIM_V, HALF)
+    SECOND: tl.constexpr = piece_1(TILE.HEAD_DIM_V, HALF)
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    acc = dot_once(a[0], _load_half(x, start, ROWS, 0, FIRST, MASKED, TILE), acc, one, PRECISION)
+    if SECOND > 0:
+        acc = dot_once(a[1], _load_half(x, start, ROWS, FIRST, SECOND, MASKED, TILE), acc, one, PRECISION)
+    return acc
+
+
+@triton.jit
 def store_piece(ptrs, rows_mask, piece, START: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Store the columns from START on of the rows of `store_tile`."""
     BLOCK: tl.constexpr = piece.shape[1]
@@ -167,10 +206,11 @@ def store_tile(ptrs, rows_mask, tile, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def clear_rows(view, head, spare, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store 0 in the Spare rows of a packed tensor."""
-    ptr = view.ptr + tl.cast(head, tl.int64) * view.strides.head
-    ptrs = row_pointers(ptr, spare.rows, view.strides.row, True)
-    store_tile(ptrs, spare.mask, zeros_tile(ROWS, HEAD_DIM), HEAD_DIM)
+    """Store 0 in the Spare rows of a packed tensor, a View; None: there is none."""
+    if view is not None:
+        ptr = view.ptr + tl.cast(head, tl.int64) * view.strides.head
+        ptrs = row_pointers(ptr, spare.rows, view.strides.row, True)
+        store_tile(ptrs, spare.mask, zeros_tile(ROWS, HEAD_DIM), HEAD_DIM)
 
 
 @triton.jit
@@ -246,14 +286,22 @@ def row_dot(a, b):
 
 
 @triton.jit
-def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr, start=None):
-    """start + a @ b.T, summed over the pieces of the head dimension. start broadcasts; None is 0."""
+def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr, start=None, one=None):
+    """start + a @ b.T, summed over the pieces of the head dimension. start broadcasts; None is 0. With one each matmul
+    is a `dot_once`."""
     if start is not None:
         start = tl.broadcast_to(start, [a[0].shape[0], b[0].shape[0]])
-    c = tl.dot(a[0], b[0].T, start, input_precision=INPUT_PRECISION)
-    if len(a) > 1:
-        c = tl.dot(a[1], b[1].T, c, input_precision=INPUT_PRECISION)
-    return c
+    if one is None:
+        c = tl.dot(a[0], b[0].T, start, input_precision=INPUT_PRECISION)
+        if len(a) > 1:
+            c = tl.dot(a[1], b[1].T, c, input_precision=INPUT_PRECISION)
+        return c
+    else:
+        c = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32) if start is None else start
+        c = dot_once(a[0], b[0], c, one, INPUT_PRECISION)
+        if len(a) > 1:
+            c = dot_once(a[1], b[1], c, one, INPUT_PRECISION)
+        return c
 
 
 @triton.jit

@@ -102,6 +102,24 @@ def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
+def one_trip(start, blocks):
+    """`one` of `dot_once` for a tile that begins at start, one of the Blocks."""
+    return (start < blocks.hi).to(tl.int32)
+
+
+@triton.jit
+def dot_once(a, b, acc, one, INPUT_PRECISION: tl.constexpr):
+    """acc + a @ b.T in a loop of one trip: `one` is 1, but the compiler cannot know it.
+
+    It does what `dot_in_if` does, for a loop without software pipeline. Triton 3.6 moves changes of layout into an
+    `if`: the backward pass would convert S and dP in fp32, and both warpgroups would compute all of dS.
+    """
+    for _ in tl.range(0, one, num_stages=1):
+        acc = tl.dot(a, b.T, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
 def dot_in_ifs(a, b, acc, start, blocks, INPUT_PRECISION: tl.constexpr):
     """acc + a @ b.T for a tile of keys that begins at start, one of the Blocks: each piece in a `dot_in_if`."""
     acc = dot_in_if(a[0], b[0], acc, start < blocks.hi, INPUT_PRECISION)

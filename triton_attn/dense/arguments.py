@@ -1,5 +1,6 @@
 """Arguments of the kernels of flash attention, forward and backward, and plans, which hold all but the tensors."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._host.call import Call
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import arch_of, input_precision
+from .._host.gpu import repeats_chains
 from .._host.layout import (
     batch_head_strides,
     heads_in_l2,
@@ -18,6 +20,7 @@ from .._host.layout import (
 )
 from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
 from .._jit.softmax import LOG2_E
+from .._jit.tiles import HALF
 from .tiles import Tile
 from .tma import strides_suit_tma, tma_geometry
 
@@ -37,6 +40,7 @@ class FlashTile(NamedTuple):
     VECTOR: int  # elements of a load, which divide all strides
     WIDE_ROWS: bool
     HOIST: bool  # see `may_hoist`
+    CUT_CHAIN: bool  # see `dot_once`
 
 
 class CallKey(NamedTuple):
@@ -153,12 +157,20 @@ class Plan(NamedTuple):
 
 
 def plan_kernel(
-    key: CallKey, config: Tile, use_tma: bool, hoist: bool, over_keys: bool = False, outputs: tuple = ()
+    key: CallKey,
+    config: Tile,
+    use_tma: bool,
+    hoist: bool,
+    over_keys: bool = False,
+    outputs: tuple = (),
+    repeats: Callable = repeats_chains,
+    halved: int | None = None,
 ) -> Plan:
     """The Plan of a kernel whose programs take a tile of queries and loop over keys; with over_keys the reverse.
 
     use_tma: TMA loads the tensors of the loop, k and v or q and out, and adds to the first of outputs. outputs are
-    (shape, strides) of what the kernel writes besides out, with strides None for one that is not wanted.
+    (shape, strides) of what the kernel writes besides out, with strides None for one that is not wanted. repeats
+    says for which tiles to cut the chain of matmuls, and halved which of the layouts `dot_halves` then loads.
     """
     layouts = *key.layouts, *outputs
     all_strides = [strides for _, strides in layouts if strides is not None]
@@ -171,6 +183,8 @@ def plan_kernel(
     (num_rows, longest, block), (_, longest_walked, block_walked) = (of_k, of_q) if over_keys else (of_q, of_k)
     num_heads, num_sharing = (num_heads_kv, 1) if over_keys else (num_heads_q, group_size)
     by_tma = () if not use_tma else (0, 3, 4) if over_keys else (1, 2)
+    # Tiles of narrower heads have more rows.
+    cut_chain = max(key.head_dims) > HALF.value and repeats(key.arch, block, config.num_warps)
     num_tiles = tiles_each(longest, num_rows, key.batch, block)
     section_size = 1
     if key.causal:
@@ -185,11 +199,15 @@ def plan_kernel(
         USE_TMA=use_tma,
         VECTOR=key.vector,
         WIDE_ROWS=strides_are_wide(max(config.block_m, config.block_n), *all_strides),
-        HOIST=hoist,
+        HOIST=hoist and not cut_chain,
+        CUT_CHAIN=cut_chain,
     )
     operands = [
         strides
-        and Operand(Strides(*without_dim(strides)), tma_geometry(shape, strides, block_walked) if i in by_tma else None)
+        and Operand(
+            Strides(*without_dim(strides)),
+            tma_geometry(shape, strides, block_walked, cut_chain and i == halved) if i in by_tma else None,
+        )
         for i, (shape, strides) in enumerate(layouts)
     ]
     return Plan(

@@ -9,13 +9,13 @@ import torch
 
 from .._host.call import Call
 from .._host.device import launch_packed
-from .._host.gpu import gpu_of
+from .._host.gpu import gpu_of, repeats_rows
 from .._host.layout import lse_strides, rows_are_wide
 from .._host.tuned import choose, remember
 from .._jit.args import View, view_of
 from .._jit.workarounds import may_hoist
 from .arguments import CallKey, common_arguments, key_of, plan_kernel
-from .backward_configs import BackwardConfig
+from .backward_configs import BackwardConfig, dk_apart_from_dv, lacks_apart
 from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
 from .tiles import FlashCase
 from .tma import strides_suit_tma
@@ -51,7 +51,8 @@ def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, conf
     want_dq, want_dk, want_dv = wanted
     key = key_of(call, dout)
     config = config or _config_of(key)
-    fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
+    apart = dk_apart_from_dv(*key.head_dims)
+    fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic and not apart
 
     layout = torch.preserve_format if like_inputs else torch.contiguous_format
     dk = torch.empty_like(k, memory_format=layout) if want_dk else None
@@ -65,8 +66,9 @@ def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, conf
             if gradient is not None:
                 gradient.zero_()
     problem = _Problem(key, call, dout, RowSums(*sums))
-    if want_dk or want_dv:
-        _launch_dkdv(problem, config.fused if fused else config.dkdv, dq_sum, dk, dv)
+    for outputs in ((dk, None), (None, dv)) if apart else ((dk, dv),):
+        if any(x is not None for x in outputs):
+            _launch_dkdv(problem, config.fused if fused else config.dkdv, dq_sum, *outputs)
     if fused:
         torch.mul(dq_sum, options.softmax_scale, out=dq)
     elif want_dq:
@@ -80,7 +82,12 @@ def _config_of(key):
     aligned = key.q_aligned and key.kv_aligned
     access = "scalar" if key.vector == 1 or not aligned else "tma" if key.suits_tma(0, 1, 2, 3) else "vector"
     shape = key.dtype, *key.head_dims, key.causal, access
-    return choose(BackwardConfig, FlashCase(key.arch, *shape, is_plain=key.is_plain, seqlen_k=key.max_seqlen_k))
+    case = FlashCase(key.arch, *shape, is_plain=key.is_plain, seqlen_k=key.max_seqlen_k)
+    config = choose(BackwardConfig, case)
+    # In fp32 even the smallest tiles of the widest heads take 112 KiB of shared memory.
+    if dk_apart_from_dv(*key.head_dims) and (reason := lacks_apart(config, case)) is not None:
+        raise NotImplementedError(f"gradients of head dimensions {key.head_dims} in {key.dtype}: {reason}")
+    return config
 
 
 def _launch_dkdv(problem, tiles, dq_sum, dk, dv):
@@ -114,7 +121,16 @@ def _plan_dkdv(key, tiles, dq_sum, dk, dv):
     use_tma = use_tma and (not fused or strides_suit_tma(shape_q, dq_sum, torch.float32.itemsize))
     hoist = may_hoist("fused" if fused else "dkdv", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
     outputs = (shape_q, dq_sum), (shape_k, dk), (shape_v, dv)
-    return plan_kernel(key, tiles, use_tma, hoist, over_keys=True, outputs=outputs)
+    return plan_kernel(
+        key,
+        tiles,
+        use_tma,
+        hoist,
+        over_keys=True,
+        outputs=outputs,
+        repeats=repeats_rows,
+        halved=3 if dv is None else None,
+    )
 
 
 def _launch_dq(problem, tiles, dq):
@@ -141,7 +157,7 @@ def _plan_dq(key, tiles, dq):
     """The Plan of a launch; dq is its strides."""
     use_tma = tiles.use_tma and key.kv_aligned and key.suits_tma(1, 2)
     hoist = may_hoist("dq", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
-    return plan_kernel(key, tiles, use_tma, hoist, outputs=((key.layout[0][0], dq),))
+    return plan_kernel(key, tiles, use_tma, hoist, outputs=((key.layout[0][0], dq),), repeats=repeats_rows, halved=2)
 
 
 def launch_row_sums(dout, dlse, out, lse, lengths, sinks):

@@ -33,9 +33,15 @@ import itertools
 from dataclasses import dataclass
 
 from .._host.config import Config
-from .tiles import Tile, padded_head_dim, tma_obstacle
+from .._host.gpu import repeats_rows
+from .tiles import HALF, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
+
+
+def dk_apart_from_dv(head_dim, head_dim_v):
+    """Whether dkdv is launched twice, for dk and for dv, and never fused: registers hold 64 rows of 512 columns."""
+    return padded_head_dim(head_dim) + padded_head_dim(head_dim_v) > 512
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,23 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
 
 def _obstacle(kernel, tile, case):
     """Why a kernel cannot run with a tile. This counts the least shared memory: not all tiles that `objection` counts
-    are live at once."""
+    are live at once, unless dk and dv are apart."""
     row, stay, pass_by = _rows(kernel, tile, case)
     least = max(stay, (tile.num_stages - 1) * pass_by) * row // (2 if case.gpu.is_amd else 1)
+    if kernel != "fused" and dk_apart_from_dv(case.head_dim, case.head_dim_v):
+        least = shared_bytes(kernel, tile, case)
     return tma_obstacle(tile, case) or case.gpu.lacks(least)
+
+
+def lacks_apart(config, case):
+    """Why dkdv cannot run where dk and dv are apart, for lack of shared memory; None if it can."""
+    reason = case.gpu.lacks(shared_bytes("dkdv", config.dkdv, case))
+    return reason and f"dkdv: {reason}"
 
 
 def objection(kernel, tile, case):
     """Why a kernel cannot run with a tile, or cannot run well; None if it can."""
-    if reason := tma_obstacle(tile, case) or case.gpu.lacks(_shared_bytes(kernel, tile, case)):
+    if reason := tma_obstacle(tile, case) or case.gpu.lacks(shared_bytes(kernel, tile, case)):
         return reason
     return None if case.gpu.tensor_memory else case.gpu.lacks_registers(_registers(kernel, tile, case))
 
@@ -103,13 +117,22 @@ def _rows(kernel, tile, case):
     return row, *((tile.block_m, tile.block_n) if kernel == "dq" else (tile.block_n, tile.block_m))
 
 
-def _shared_bytes(kernel, tile, case):
+def shared_bytes(kernel, tile, case):
     """Shared memory for the two inputs that stay, the two that the loop loads, and the transposed dS."""
     row, stay, pass_by = _rows(kernel, tile, case)
     if case.gpu.is_amd:
         return max(stay, pass_by) * row // 2
     scores = tile.block_m * tile.block_n * case.dtype.itemsize if kernel == "fused" else 0
-    return (stay + max(1, case.gpu.buffers(tile.num_stages)) * pass_by) * row + scores
+    passing = pass_by * (row - _halved_away(kernel, stay, tile, case) * case.dtype.itemsize)
+    return stay * row + max(1, case.gpu.buffers(tile.num_stages)) * passing + scores
+
+
+def _halved_away(kernel, rows, tile, case):
+    """Columns of dO or V that the loop never holds together with the others, see `dot_halves`."""
+    if kernel == "fused" or not repeats_rows(case.arch, rows, tile.num_warps):
+        return 0
+    halved = kernel == "dq" or dk_apart_from_dv(case.head_dim, case.head_dim_v)
+    return max(0, padded_head_dim(case.head_dim_v) - HALF) if halved else 0
 
 
 def _registers(kernel, tile, case):
@@ -121,7 +144,8 @@ def _registers(kernel, tile, case):
         return (scores + tile.block_m * head_dim) // threads
     if kernel == "fused":
         scores = max(scores, tile.block_m * head_dim)
-    return (scores + tile.block_n * (head_dim + head_dim_v)) // threads
+    columns = max(head_dim, head_dim_v) if dk_apart_from_dv(head_dim, head_dim_v) else head_dim + head_dim_v
+    return (scores + tile.block_n * columns) // threads
 
 
 def _tma(*tile):
@@ -138,10 +162,12 @@ _HALF = {
             (160, Tile(16, 128, 8, 2), Tile(128, 32, 8, 3), None),
             (192, Tile(64, 32, 8, 2), Tile(128, 32, 8, 3), None),
             (256, Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), None),
+            (512, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), None),
         ),
         "scalar": (
             (80, Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), None),
             (256, *3 * (Tile(32, 32, 8, 1),)),
+            (512, Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), None),
         ),
     },
     "sm_86": {
@@ -152,10 +178,12 @@ _HALF = {
             (160, Tile(16, 128, 8, 2), Tile(64, 32, 4, 2), None),
             (192, Tile(64, 32, 8, 1), Tile(64, 32, 4, 2), None),
             (256, Tile(32, 32, 8, 1), Tile(32, 64, 8, 1), None),
+            (512, Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), None),
         ),
         "scalar": (
             (80, Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), None),
             (256, *3 * (Tile(32, 32, 8, 1),)),
+            (512, Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), None),
         ),
     },
     "sm_90": {
@@ -168,15 +196,18 @@ _HALF = {
             (160, _tma(64, 128, 8, 1), _tma(128, 64, 8, 2), _tma(64, 128, 8, 1)),
             (192, _tma(32, 128, 8, 2), _tma(128, 64, 8, 2), None),
             (256, _tma(64, 64, 8, 1), _tma(128, 64, 8, 1), _tma(64, 64, 8, 1)),
+            (512, _tma(64, 64, 8, 1), _tma(64, 64, 8, 1), None),
         ),
         "vector": (
             (64, Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
             (128, Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
             (256, Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), None),
+            (512, Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), None),
         ),
         "scalar": (
             (80, Tile(16, 64, 4, 1), Tile(64, 16, 4, 1), None),
             (256, *3 * (Tile(32, 32, 8, 1),)),
+            (512, Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), None),
         ),
     },
     "sm_100": {
@@ -187,14 +218,17 @@ _HALF = {
             (128, _tma(64, 128, 8, 2), _tma(128, 64, 4, 2), _tma(64, 64, 4, 2)),
             (160, _tma(32, 128, 8, 1), _tma(128, 64, 8, 1), None),  # fused: 8 KB spilled in the loop
             (256, _tma(64, 64, 4, 1), _tma(128, 64, 8, 1), _tma(64, 32, 8, 1)),
+            (512, _tma(32, 64, 8, 1), _tma(64, 32, 8, 1), None),
         ),
         "vector": (
             (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
             (256, Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)),
+            (512, Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), None),
         ),
         "scalar": (
             (80, Tile(16, 64, 4, 1), Tile(64, 16, 4, 1), None),
             (256, *3 * (Tile(32, 32, 8, 1),)),
+            (512, Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), None),
         ),
     },
     "gfx942": {
@@ -202,8 +236,12 @@ _HALF = {
             (64, *3 * (Tile(64, 64, 4, 1),)),
             (128, Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
             (256, *3 * (Tile(32, 32, 4, 1),)),
+            (512, *2 * (Tile(16, 16, 4, 1),), None),
         ),
-        "scalar": ((256, *3 * (Tile(32, 32, 4, 1),)),),
+        "scalar": (
+            (256, *3 * (Tile(32, 32, 4, 1),)),
+            (512, *2 * (Tile(16, 16, 4, 1),), None),
+        ),
     },
 }
 _HALF["sm_120"] = _HALF["sm_86"]
@@ -211,4 +249,5 @@ _HALF["sm_120"] = _HALF["sm_86"]
 _FLOAT = (
     (64, *3 * (Tile(32, 32, 8, 1),)),
     (256, *3 * (Tile(16, 16, 8, 1),)),
+    (512, *2 * (Tile(16, 16, 8, 1),), None),
 )

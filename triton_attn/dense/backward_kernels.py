@@ -23,11 +23,13 @@ from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_o
 from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores
 from .._jit.softmax import LN_2, LOG2_E
 from .._jit.tiles import (
+    HALF,
     Rows,
     add_tile,
     add_tile_tma,
     clear_rows,
     dot_add,
+    dot_halves,
     dot_transposed,
     load_rows,
     load_tile,
@@ -38,7 +40,7 @@ from .._jit.tiles import (
     tile_pointers,
     zeros_tile,
 )
-from .._jit.workarounds import in_vectors
+from .._jit.workarounds import in_vectors, one_trip
 from .arguments import LENGTHS
 
 
@@ -105,15 +107,32 @@ def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.const
 
 
 @triton.jit
-def _weight_gradients(a, b, minus_delta, keep, dropout, INPUT_PRECISION: tl.constexpr):
-    """dP - delta with dP = a @ b.T, for a tile in either orientation; minus_delta broadcasts against it.
+def _first_dp(minus_delta, dropout, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the matmul of dP starts at, for a tile in either orientation; minus_delta broadcasts against it.
 
-    The matmul's accumulator starts at -delta, which then needs neither registers of its own nor a subtraction.
+    Without dropout it is -delta, which then needs neither registers of its own nor a subtraction.
     """
-    if keep is None:
-        return dot_transposed(a, b, INPUT_PRECISION, start=minus_delta)
+    if dropout is None:
+        return tl.broadcast_to(minus_delta, [ROWS, COLUMNS])
     else:
-        return tl.where(keep, dot_transposed(a, b, INPUT_PRECISION) * dropout.scale, 0.0) + minus_delta
+        return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def _weight_gradients(dp, minus_delta, keep, dropout):
+    """dP - delta from the matmul that started at `_first_dp`."""
+    if keep is None:
+        return dp
+    else:
+        return tl.where(keep, dp * dropout.scale, 0.0) + minus_delta
+
+
+@triton.jit
+def _store_gradient(gradient, work, first_row, mask, tile, HEAD_DIM: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    """Store a tile to the rows from first_row on of a gradient, a View; None: not wanted."""
+    if gradient is not None:
+        ptrs = tile_pointers(gradient, work.batch, first_row, work.head, tile[0].shape[0], WIDE_ROWS)
+        store_tile(ptrs, mask, tile, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "dlse_ptr", "dlse_batch_stride", "dlse_row_stride", "dlse_head_stride"])
@@ -218,10 +237,8 @@ def _flash_bwd_dkdv_kernel(
         end_row = bounds.first_k + bounds.seqlen_k
         spare = spare_rows_of(work, seqs.cu_seqlens_k_ptr, seqlen_k, end_row, num_own, BLOCK_N)
         if spare.any:
-            if dk is not None:
-                clear_rows(dk, work.head, spare, BLOCK_N, HEAD_DIM)
-            if dv is not None:
-                clear_rows(dv, work.head, spare, BLOCK_N, HEAD_DIM_V)
+            clear_rows(dk, work.head, spare, BLOCK_N, HEAD_DIM)
+            clear_rows(dv, work.head, spare, BLOCK_N, HEAD_DIM_V)
     if num_own <= 0:
         return
 
@@ -230,7 +247,8 @@ def _flash_bwd_dkdv_kernel(
     k_ptrs = tile_pointers(in_vectors(k, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
     v_ptrs = tile_pointers(in_vectors(v, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
     k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
-    v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
+    HALVED: tl.constexpr = TILE.CUT_CHAIN and dv is None
+    v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
     EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
     if not TILE.USE_TMA:
         q = in_vectors(q, TILE.VECTOR)
@@ -268,11 +286,13 @@ def _flash_bwd_dkdv_kernel(
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
                 q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
-                dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
+                if not HALVED:
+                    dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 # The scalar start_m is added to the pointer, so a thread's loads are at constant offsets from it.
                 queries = tl.arange(0, BLOCK_M)
                 queries_left = bounds.seqlen_q - start_m
-                s = dot_transposed(k_tile, q_tile, PRECISION)  # (BLOCK_N, BLOCK_M)
+                one = one_trip(start_m, blocks) if TILE.CUT_CHAIN else None
+                s = dot_transposed(k_tile, q_tile, PRECISION, None, one)  # (BLOCK_N, BLOCK_M)
                 lse_log2 = _load_lse_log2(sums.lse_ptr + sums_row + start_m, queries, queries_left, not FULL)
                 p, derivative = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 keep = None
@@ -282,10 +302,15 @@ def _flash_bwd_dkdv_kernel(
                     dropped = tl.where(keep, p * dropout.scale, 0.0)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if dv is not None:
-                    dv_tile = dot_add(dropped.to(dout_tile[0].dtype), dout_tile, dv_tile, PRECISION)
+                    dv_tile = dot_add(dropped.to(v_tile[0].dtype), dout_tile, dv_tile, PRECISION)
                 minus_delta_ptr = sums.minus_delta_ptr + sums_row + start_m
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
-                dp = _weight_gradients(v_tile, dout_tile, minus_delta[None, :], keep, dropout, PRECISION)
+                dp = _first_dp(minus_delta[None, :], dropout, BLOCK_N, BLOCK_M)
+                if HALVED:
+                    dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, TILE)
+                else:
+                    dp = dot_transposed(v_tile, dout_tile, PRECISION, dp, one)
+                dp = _weight_gradients(dp, minus_delta[None, :], keep, dropout)
                 ds = (p * dp * derivative).to(q_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
                 if dk is not None:
                     dk_tile = dot_add(ds, q_tile, dk_tile, PRECISION)
@@ -299,12 +324,8 @@ def _flash_bwd_dkdv_kernel(
                         dq_ptrs = tile_pointers(dq, work.batch, dq_row, head, BLOCK_M, WIDE_ROWS)
                         add_tile(dq_ptrs, dq_mask, dq_tile, HEAD_DIM)
 
-    if dk is not None:
-        dk_ptrs = tile_pointers(dk, work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
-        store_tile(dk_ptrs, keys_mask, scale_tile(dk_tile, scores.scale_log2 * LN_2), HEAD_DIM)
-    if dv is not None:
-        dv_ptrs = tile_pointers(dv, work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
-        store_tile(dv_ptrs, keys_mask, dv_tile, HEAD_DIM_V)
+    _store_gradient(dk, work, first_row, keys_mask, scale_tile(dk_tile, scores.scale_log2 * LN_2), HEAD_DIM, WIDE_ROWS)
+    _store_gradient(dv, work, first_row, keys_mask, dv_tile, HEAD_DIM_V, WIDE_ROWS)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -354,7 +375,8 @@ def _flash_bwd_dq_kernel(
     q_ptrs = tile_pointers(in_vectors(q, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
     dout_ptrs = tile_pointers(in_vectors(dout, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
     q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
-    dout_tile = load_tile(dout_ptrs, queries_mask, TILE.HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
+    WIDEST: tl.constexpr = HALF if TILE.CUT_CHAIN else 512
+    dout_tile = load_tile(dout_ptrs, queries_mask, TILE.HEAD_DIM_V, WIDEST)  # (BLOCK_M, HEAD_DIM_V)
     EXACT: tl.constexpr = q_tile[0].dtype == tl.float32
     sums_row = tl.cast(work.head if PACKED else work.batch_head, tl.int64) * lse_stride + bounds.first_q
     lse_log2 = _load_lse_log2(sums.lse_ptr + sums_row, queries, bounds.seqlen_q, True)  # (BLOCK_M,)
@@ -385,15 +407,22 @@ def _flash_bwd_dq_kernel(
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
-            v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
+            if not TILE.CUT_CHAIN:
+                v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
                 keep = keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE)
-            dp = _weight_gradients(dout_tile, v_tile, minus_delta[:, None], keep, dropout, PRECISION)
-            s = dot_transposed(q_tile, k_tile, PRECISION)  # (BLOCK_M, BLOCK_N)
+            one = one_trip(start_n, blocks) if TILE.CUT_CHAIN else None
+            dp = _first_dp(minus_delta[:, None], dropout, BLOCK_M, BLOCK_N)
+            if TILE.CUT_CHAIN:
+                dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE)
+            else:
+                dp = dot_transposed(dout_tile, v_tile, PRECISION, dp)
+            dp = _weight_gradients(dp, minus_delta[:, None], keep, dropout)
+            s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
             p, derivative = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
             ds = (p * dp * derivative).to(k_tile[0].dtype)  # (BLOCK_M, BLOCK_N)
             dq_tile = dot_add(ds, k_tile, dq_tile, PRECISION)
 
-    dq_ptrs = tile_pointers(dq, work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
-    store_tile(dq_ptrs, queries_mask, scale_tile(dq_tile, scores.scale_log2 * LN_2), TILE.HEAD_DIM)
+    dq_tile = scale_tile(dq_tile, scores.scale_log2 * LN_2)
+    _store_gradient(dq, work, first_row, queries_mask, dq_tile, TILE.HEAD_DIM, WIDE_ROWS)

@@ -8,6 +8,8 @@ import torch
 from .._host.config import Config
 from .._host.gpu import gpu_of
 
+HALF = 256  # columns of a piece of `dot_halves`, as in _jit/tiles.py, which needs triton
+
 
 @dataclass(frozen=True, eq=False)
 class Tile(Config):
@@ -39,7 +41,7 @@ class FlashCase(NamedTuple):
 
     arch: str
     dtype: torch.dtype
-    head_dim: int  # 1 to 512, in the backward pass to 256
+    head_dim: int  # 1 to 512
     head_dim_v: int
     causal: bool
     access: str = "tma"

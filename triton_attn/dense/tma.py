@@ -1,6 +1,6 @@
 """TMA descriptors of dense and packed tensors, and which tensors can have one."""
 
-from .._jit.tiles import PACKED_END, piece_0, piece_1
+from .._jit.tiles import HALF, PACKED_END, piece_0, piece_1
 
 
 def strides_suit_tma(shape, strides, element_size):
@@ -10,8 +10,9 @@ def strides_suit_tma(shape, strides, element_size):
     return 0 not in shape and shape[-3] < PACKED_END.value and all(s > 0 and s % unit == 0 for s in strides[:-1])
 
 
-def tma_geometry(shape, strides, block_rows):
+def tma_geometry(shape, strides, block_rows, halved=False):
     """Fields of descriptors over (outer, batch, head, row, dim), one for each piece, zero past a sequence's end.
+    halved: the pieces of `dot_halves`.
 
     TMA compares each coordinate with one bound, which in a packed tensor is the same for all sequences. Row coordinates
     of a sequence therefore run from E - seqlen to the bound E = PACKED_END. Two other coordinates correct the address:
@@ -26,5 +27,6 @@ def tma_geometry(shape, strides, block_rows):
     else:
         end = PACKED_END.value
         shape, strides = [end + 1, end, heads, end, dim], [2**34 - row, row, head, row, 1]
-    pieces = (piece_0(dim), piece_1(dim)) if piece_1(dim) else (piece_0(dim),)
+    widest = HALF.value if halved else 512
+    pieces = [piece for piece in (piece_0(dim, widest), piece_1(dim, widest)) if piece]
     return [dict(shape=shape, strides=strides, block_shape=[1, 1, 1, block_rows, piece]) for piece in pieces]

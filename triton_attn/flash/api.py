@@ -10,7 +10,6 @@ from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
 from .._host.call import Call, Lengths, packed_lengths
 from .._host.checks import (
-    MAX_HEAD_DIM_BACKWARD,
     check_bool,
     check_kernel_dtype,
     check_qkv_layout,
@@ -98,14 +97,14 @@ def flash_attention(
     with Shard on the heads. The ranks divide the query heads and, if they are sharded, the KV heads. Any other
     placement raises; for sharded sequences see `triton_attn.parallel.context_parallel_attention`.
 
-    First derivatives of out and lse are supported with respect to q, k, v and sinks, for head dimensions up to 256.
+    First derivatives of out and lse are supported with respect to q, k, v and sinks.
     Under torch.autocast q, k and v are cast as for torch's own attention. Autograd, torch.compile and export see one
     operator.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a sequence or packed batch has more than 10**9 rows; nothing was
             launched.
-        NotImplementedError: gradients for a head dimension above 256 or of alibi_slopes, second derivatives, forward
+        NotImplementedError: gradients of alibi_slopes, second derivatives, forward
             mode, and torch.func, except vmap, which loops.
 
     Example:
@@ -331,9 +330,4 @@ def check_differentiable(q, k, v, sinks, alibi_slopes):
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise NotImplementedError(
             "alibi_slopes: gradients are not supported, got a tensor that requires one; detach it"
-        )
-    head_dim = max(q.shape[-1], v.shape[-1])
-    if head_dim > MAX_HEAD_DIM_BACKWARD and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
-        raise NotImplementedError(
-            f"gradients are supported for head dimensions up to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}"
         )

@@ -145,7 +145,7 @@ _HALF = {
             (96, FlashConfig(128, 64, 8, 3)),
             (192, FlashConfig(128, 32, 8, 3)),
             (256, FlashConfig(64, 64, 8, 2)),
-            (512, FlashConfig(64, 32, 8, 2)),
+            (512, FlashConfig(32, 64, 8, 1)),
         ),
         "scalar": (
             (128, FlashConfig(128, 32, 8, 1)),
@@ -175,7 +175,7 @@ _HALF = {
             (192, FlashConfig(128, 64, 8, 3, use_tma=True)),
             (256, FlashConfig(128, 64, 8, 2, use_tma=True)),
             (320, FlashConfig(128, 32, 8, 2, use_tma=True)),
-            (512, FlashConfig(64, 32, 8, 2, use_tma=True)),
+            (512, FlashConfig(64, 64, 8, 1, use_tma=True)),
         ),
         "vector": (
             (192, FlashConfig(128, 64, 8, 3)),

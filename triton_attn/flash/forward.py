@@ -26,7 +26,7 @@ from .._jit.tiles import (
     tile_pointers,
     zeros_tile,
 )
-from .._jit.workarounds import in_vectors, tanh_spills
+from .._jit.workarounds import in_vectors, one_trip, tanh_spills
 from ..dense.arguments import LENGTHS, common_arguments, key_of, plan_kernel
 from ..dense.tiles import FlashCase
 from .configs import FlashConfig
@@ -116,7 +116,8 @@ def _flash_fwd_kernel(
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, TILE.WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
-            s = dot_transposed(q_tile, k_tile, PRECISION)  # (BLOCK_M, BLOCK_N)
+            one = one_trip(start_n, blocks) if TILE.CUT_CHAIN else None
+            s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
             if not FOLD_SCALE:
                 s = scale_scores(s, scores, slope, queries, start_n, offset, q_tile[0].dtype == tl.float32)
             if not FULL:

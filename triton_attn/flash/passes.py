@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.call import Call, Lengths, packed_lengths
-from .._host.checks import MAX_HEAD_DIM_BACKWARD, check_kernel_dtype, check_same_kind, fail, layout_of
+from .._host.checks import check_kernel_dtype, check_same_kind, fail, layout_of
 from .._host.layout import new_outputs
 from .._host.options import with_dropout, with_shard, with_tensors
 from . import reference
@@ -128,11 +128,6 @@ def _with_rows(dout):
 
 def _checked_call_backward(q, k, v, lengths: Any, **options: Any) -> Call:
     call = _checked_call(q, k, v, lengths, **options)
-    head_dim = max(q.shape[-1], v.shape[-1])
-    if head_dim > MAX_HEAD_DIM_BACKWARD:
-        raise NotImplementedError(
-            f"q: expected a head dimension to {MAX_HEAD_DIM_BACKWARD} for gradients, got {head_dim}"
-        )
     if use_kernel(q):
         check_kernel_dtype(q)
     return call

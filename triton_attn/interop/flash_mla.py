@@ -181,8 +181,8 @@ def flash_attn_varlen_func(
 ) -> tuple[Tensor, Tensor]:
     """`triton_attn.flash_attention_varlen` for q (total_q, num_heads_q, head_dim), k and v: MLA prefill, up-projected.
 
-    DeepSeek's head_dim is 192 and its head_dim_v 128. All values up to 512 are supported, with gradients up to 256. So
-    are fewer KV heads than query heads, dropout and deterministic, which FlashMLA refuses in whole or in part.
+    DeepSeek's head_dim is 192 and its head_dim_v 128. All values up to 512 are supported. So are fewer KV heads than
+    query heads, dropout and deterministic, which FlashMLA refuses in whole or in part.
 
     Args:
         is_varlen: ignored. False says that all sequences have the lengths max_seqlen_qo and max_seqlen_kv.

@@ -12,7 +12,6 @@ from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
-    MAX_HEAD_DIM_BACKWARD,
     check_bool,
     check_cu_seqlens,
     check_cu_seqlens_values,
@@ -469,7 +468,7 @@ def mla_prefill(
         TypeError, ValueError: an argument is wrong, max_workspace_bytes is too small, or a sequence or packed batch has
             more than 10**9 rows; nothing was launched.
         NotImplementedError: a gradient is required through "absorbed", or for a head dimension (nope + rope, v) above
-            256.
+            512.
 
     Example:
         >>> q_nope, q_pe = torch.randn(1, 20, 4, 48).split([32, 16], dim=-1)
@@ -515,10 +514,9 @@ def mla_prefill(
 def check_differentiable(q_nope, q_pe, w_uv):
     """Raise at the call and not in the backward pass, where the cause would be hard to find."""
     head_dim = max(q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1])
-    if head_dim > MAX_HEAD_DIM_BACKWARD:
+    if head_dim > MAX_HEAD_DIM:
         raise NotImplementedError(
-            f"gradients are supported for head dimensions up to {MAX_HEAD_DIM_BACKWARD}, got {head_dim}; use "
-            "torch.no_grad"
+            f"gradients are supported for head dimensions up to {MAX_HEAD_DIM}, got {head_dim}; use torch.no_grad"
         )
 
 
