@@ -37,6 +37,7 @@ class Paged(Masked, total=False):
     v_scale: float | Tensor | None
     num_splits: int
     shared_prefix_len: int
+    batch_invariant: bool | None
     out: Tensor | None
     check_values: bool | None
 
@@ -51,6 +52,7 @@ class LatentDecode(Common, total=False):
     rope_sin: Tensor | None
     rope_interleaved: bool
     num_splits: int
+    batch_invariant: bool | None
     check_values: bool | None
 
 

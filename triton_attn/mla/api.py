@@ -30,7 +30,7 @@ from .._host.checks import (
 from .._host.latent import latent_storage
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
-from ..merge.splits import check_num_splits
+from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
 
@@ -97,6 +97,7 @@ def mla_decode(
     rope_sin: Tensor | None = None,
     rope_interleaved: bool = False,
     num_splits: int = 0,
+    batch_invariant: bool | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -144,6 +145,7 @@ def mla_decode(
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
         num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
             the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
+        batch_invariant: as in `paged_attention`; num_splits must be 0. Rotations and projections are part of it.
         return_lse: also return the natural log-sum-exp of the scores.
         check_values: check lengths and page numbers on the host, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
@@ -175,6 +177,7 @@ def mla_decode(
     max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
     _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
     num_splits = check_num_splits(num_splits)
+    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
     (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
@@ -182,7 +185,8 @@ def mla_decode(
     check_values = should_check_values(check_values)
     max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
     more = longest_q, max_seqlen_q, k_number, k_pe_number
-    more = *more, softmax_scale, causal, rope_interleaved, num_splits, check_values, return_lse
+    more = *more, softmax_scale, causal, rope_interleaved, num_splits, batch_invariant, check_values
+    more = *more, return_lse
     if is_observed(*tensors):
         refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)))
         out, lse = _decode_operator(*tensors, *more)
@@ -230,6 +234,7 @@ def _decode(
     causal: bool,
     rope_interleaved: bool,
     num_splits: int,
+    batch_invariant: bool,
     check_values: bool,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -284,6 +289,7 @@ def _decode(
         rope_cache=rope_cache,
         queries=(cu_seqlens_q, max_seqlen_q),
         factors=factors,
+        batch_invariant=batch_invariant,
     )
     return out, lse
 

@@ -28,7 +28,7 @@ from .._host.checks import (
 from .._host.layout import new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
-from ..merge.splits import check_num_splits
+from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def paged_attention(
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
     shared_prefix_len: int = 0,
+    batch_invariant: bool | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
@@ -122,6 +123,10 @@ def paged_attention(
             in every batch.
         shared_prefix_len: length of a prefix that all sequences share, page by page. Its keys are read once for all
             queries, and the results are merged with those of the other keys. A shorter sequence shares all of its keys.
+        batch_invariant: the result for a query is bitwise the same whatever else the call has: other sequences, other
+            queries of its own, a wider table. A prompt in chunks gets what the whole prompt gets, and a decoded token
+            what it gets as part of a prompt. Keys are split every 1024, and tiles do not follow the shapes, which costs
+            time. num_splits and shared_prefix_len must be 0. None follows TRITON_ATTN_BATCH_INVARIANT=1.
         out: tensor for the result, q's dtype and shape except for head_dim_v; the last dimension contiguous.
         return_lse: also return the natural log-sum-exp of the scores, including the sink.
         check_values: check lengths and page numbers, which costs a device-to-host sync. None follows
@@ -160,6 +165,7 @@ def paged_attention(
     v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
     num_splits = check_num_splits(num_splits)
     shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
+    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits, shared_prefix_len=shared_prefix_len)
     return_lse = check_bool("return_lse", return_lse)
     if shared_prefix_len:
         _check_shared_prefix(shared_prefix_len, k_cache, block_table)
@@ -174,7 +180,7 @@ def paged_attention(
         num_queries, longest_q = number_and_tensor(longest)
         numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
         numbers += num_splits, shared_prefix_len
-        more = check_values, return_lse
+        more = batch_invariant, check_values, return_lse
         if out is None:
             result, lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
         else:
@@ -183,7 +189,7 @@ def paged_attention(
         return (result, lse) if return_lse else result
     result, lse = new_outputs(q, v_cache, return_lse, out)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len)
+    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len, batch_invariant)
     _attend(call, check_values, result, lse)
     return (result, lse) if return_lse else result
 
@@ -212,6 +218,7 @@ class PagedCall(NamedTuple):
     v_scale: float | Tensor | None = None
     num_splits: int = 0
     shared_prefix_len: int = 0
+    batch_invariant: bool = False
 
 
 def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> None:
@@ -257,7 +264,8 @@ SCHEMA = ", ".join(
         *(f"Tensor {name}" for name in INPUTS[:4]),
         *(f"Tensor? {name}" for name in INPUTS[4:]),
         "float? k_number, float? v_number, SymInt? max_seqlen_q, float softmax_scale, SymInt? left, SymInt? right",
-        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool check_values, bool return_lse",
+        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool batch_invariant",
+        "bool check_values, bool return_lse",
     ]
 )
 
@@ -283,6 +291,7 @@ def _attend_flat(
     softcap: float | None,
     num_splits: int,
     shared_prefix_len: int,
+    batch_invariant: bool,
     check_values: bool,
     return_lse: bool,
     out: Tensor | None = None,
@@ -295,7 +304,7 @@ def _attend_flat(
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
     out, lse = new_outputs(q, v_cache, return_lse, out)
     layout = layout_of(q, k_cache, v_cache)
-    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len)
+    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len, batch_invariant)
     _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
 

@@ -27,6 +27,7 @@ def paged_attention(
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
     shared_prefix_len: int = 0,
+    batch_invariant: bool | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
