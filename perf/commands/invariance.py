@@ -1,8 +1,8 @@
 """What batch_invariant costs, by the model of `triton_attn.merge.splits`. Needs no GPU, and nothing is measured.
 
 With it the tile of a call does not follow from its shapes, and keys are split every 1024. `in turn`: one program
-computes all splits of its rows; otherwise each has its own. The cost is that of sequences which fill the capacity. It leaves out
-that all tiles of keys are masked, and the launches between the rounds of a latent step.
+computes all splits of its rows; otherwise each has its own. The cost is that of sequences which fill the capacity. It
+leaves out that all tiles of keys are masked, and the launches between the rounds of a latent step.
 """
 
 import torch
