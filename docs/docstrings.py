@@ -2,13 +2,14 @@
 
 A docstring has sections. `Args`, `Attributes` and `Raises` contain entries, `name, name: text`, which continue on
 indented lines. `Returns` and `Source` contain text. Text after a section name and colon on the same line is text too.
+`Example` contains a session of Python.
 """
 
 import re
 
 import griffe
 
-SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Source[\w ]*):(?: (.+))?$")
+SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Example|Source[\w ]*):(?: (.+))?$")
 ENTRY = re.compile(r"([\w*][\w*, .]*): (.*)", re.DOTALL)
 
 
@@ -43,7 +44,9 @@ def as_markdown(text):
 
 
 def _body(title, lines):
-    """Text unchanged; entries as a list, one per line."""
+    """Text unchanged; entries as a list, one per line; a session as a block of code."""
+    if title == "Example":
+        return ["```pycon", *"\n".join(lines).strip("\n").split("\n"), "```"]
     if title not in ("Args", "Attributes", "Raises"):
         return [_escaped(line) for line in lines]
     entries = []

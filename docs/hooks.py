@@ -7,6 +7,7 @@ import re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
+from error_pages import errors_of_package, page_of
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from notebook_pages import mathml, pages_of
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 FOLDER = "repository"  # folder of the site for files that are not pages
 CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+ERRORS = re.compile(r"<!-- every error of the package -->.*", re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 
 
@@ -45,8 +47,9 @@ def _add_notebook(path, markdown, pictures, files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrite the links of the page for the site."""
+    """Rewrite the links of the page for the site, and add what is written from the source."""
     uri = page.file.src_uri
+    markdown = ERRORS.sub(lambda match: page_of(errors_of_package()), markdown)
 
     def relink(match):
         path = _linked_path(_repository_path(uri), match[2])

@@ -17,10 +17,13 @@ pytest_plugins = ["triton_attn.toolchain.emulator.plugin"]
 
 torch.set_num_threads(1)
 with contextlib.suppress(ModuleNotFoundError):  # tests/gpu draws nothing, and runs where only pytest is installed
-    from hypothesis import settings
+    from hypothesis import Phase, settings
 
     settings.register_profile("triton_attn", max_examples=DRAWS[LEVEL], derandomize=not FULL, deadline=None)
     settings.load_profile("triton_attn")
+    # For tests/mutants: that a test fails is all it asks, not for the smallest example.
+    phases = set(Phase) - {Phase.shrink, Phase.explain}
+    settings.register_profile("first_failure", settings.get_profile("triton_attn"), phases=phases)
 
 
 def pytest_configure(config):

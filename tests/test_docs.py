@@ -8,17 +8,14 @@ import ast
 import importlib
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-import triton
+from reader import at_the_desk_of_a_reader
 
 import triton_attn
-from triton_attn._host import tuned
-from triton_attn.flash.configs import FlashConfig
 from triton_attn.interop.transformers import FIRST_BATCHING
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +35,8 @@ def cells_of(notebook, kind):
 
 
 DOORS = [page for page in sorted(ROOT.glob("docs/doors/*.md")) if code_of(page)]
+GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
+OF_AN_EXAMPLE = ROOT / "docs/guides/new-family.md"  # its code is in examples/, and has a test there
 
 
 def names_of(page, device):
@@ -47,36 +46,19 @@ def names_of(page, device):
     return names
 
 
-def small_model(name, **options):
-    """A model instead of downloaded weights."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes, **options)
-    return transformers.LlamaForCausalLM(config)
-
-
-def tuned_table():
-    """A table as a sweep writes it."""
-    case, tile = {"head_dim": 64, "head_dim_v": 64, "causal": True}, FlashConfig(64, 64, 4, 2)
-    about = {"figure": 1.0, "unit": "TFLOP/s", "source": "measured", "device": "a test", "commit": None}
-    about |= {"triton": triton.__version__, "torch": torch.__version__}
-    entry = {"family": "flash", "dtype": "bfloat16", "case": case, "buckets": {"seqlen_k": 64}, "config": asdict(tile)}
-    return json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry | about]})
-
-
 def test_the_code_of_the_readme_runs(device):
     names = names_of(README, device)
     assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v"))
 
 
-def test_the_code_of_the_tour_runs(device, monkeypatch, tmp_path):
-    (tmp_path / "tuned.json").write_text(tuned_table())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuned, "_archs_here", lambda: ["sm_90"])
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", small_model)
-    try:
-        names = names_of(TOUR, device)
-    finally:
-        triton_attn.use_tuned(None)
+@pytest.fixture
+def reader(tmp_path):
+    with at_the_desk_of_a_reader(tmp_path):
+        yield
+
+
+def test_the_code_of_the_tour_runs(device, reader):
+    names = names_of(TOUR, device)
     assert all(names[tensor].grad.isfinite().all() for tensor in ("q", "k", "v", "sinks"))
     assert names["model"].config._attn_implementation == "triton_attn"
 
@@ -87,6 +69,42 @@ def test_the_code_of_a_door_runs(device, page):
         pytest.skip("continuous batching needs a newer transformers")
     names = names_of(page, device)
     assert names["out"].isfinite().all()
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if page != OF_AN_EXAMPLE], ids=lambda page: page.stem)
+def test_the_code_of_a_guide_runs(device, page, reader, capsys):
+    """Comments behind `print` are what it prints."""
+    names = names_of(page, device)
+    assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", code_of(page))
+    assert page.stem not in RESULTS or RESULTS[page.stem](names)
+
+
+def same_as_generate(names):
+    """The tokens of the guide's paged decode are those of transformers."""
+    model, prompts = names["model"], names["prompts"]
+    model.set_attn_implementation("sdpa")
+    prompts = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+    texts = [model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1) for prompt in prompts]
+    return [text[0, -5:].tolist() for text in texts] == names["outputs"]
+
+
+RESULTS = {
+    "serve-a-llama": same_as_generate,
+    "packed-documents": lambda names: names["loss"].isfinite() and names["q"].grad.isfinite().all(),
+    "deepseek-fp8": lambda names: names["out"].isfinite().all() and list(map(len, names["outputs"])) == [4, 4],
+}
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_begins_with_code(page):
+    """Or with a list or a table of what to type."""
+    before = re.split(r"^```|^\||^- ", page.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    assert len(before.split()) < 70
+
+
+def test_the_site_lists_the_guides():
+    listed = re.findall(r": guides/(\S+)\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == [page.stem for page in GUIDES]
 
 
 def test_the_tour_shows_every_public_name():
@@ -101,7 +119,7 @@ def test_the_api_pages_show_every_public_name():
 
 
 def test_no_other_page_has_python_that_nothing_runs():
-    run = README, TOUR, ROOT / "docs/testing-without-a-gpu.md", ROOT / "docs/many-gpus.md", *DOORS
+    run = README, TOUR, ROOT / "docs/testing-without-a-gpu.md", ROOT / "docs/many-gpus.md", *DOORS, *GUIDES
     assert [page.name for page in PAGES if page not in run and code_of(page)] == []
 
 

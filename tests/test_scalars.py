@@ -11,18 +11,20 @@ import triton_attn as ta
 from triton_attn.interop import flash_attn as fa
 from triton_attn.interop import flash_mla
 
-BOOL, INT, NUMBER, PAIR = "a bool", "an int", "a number", "a pair"
+BOOL, INT, NUMBER, PAIR, TRIPLE = "a bool", "an int", "a number", "a pair", "three ints"
 OTHERS = {  # plain value: equal values of other types
     BOOL: [np.bool_],
     INT: [np.int64, np.int32],
     NUMBER: [int, np.float32, np.float64, np.int64, Fraction],
     PAIR: [lambda pair: [np.int64(side) for side in pair], lambda pair: tuple(np.int32(side) for side in pair)],
+    TRIPLE: [lambda triple: [np.int64(x) for x in triple], lambda triple: tuple(np.int32(x) for x in triple)],
 }
 WRONG = {
     BOOL: [1, 0.0, "yes", torch.tensor(True)],
     INT: [True, 1.0, "1", np.bool_(True), Fraction(1), torch.tensor(1)],
     NUMBER: [True, "1", np.bool_(True), 1j, torch.tensor(1.0)],
     PAIR: [3, (1, 2, 3), (2.0, 1), (2, True), (2, None)],
+    TRIPLE: [3, (0, 2), (0.0, 2, 1), (0, 2, True), (0, None, 1), (2, 2, 1), (0, 2, 3)],
 }
 
 Q, K = torch.randn(1, 3, 2, 16), torch.randn(1, 5, 1, 16)
@@ -58,6 +60,7 @@ PAGED = dict(
     v_scale=(NUMBER, 3.0),
     num_splits=(INT, 2),
     shared_prefix_len=(INT, 4),
+    key_shard=(TRIPLE, (1, 2, 4)),
     return_lse=(BOOL, True),
 )
 
@@ -150,6 +153,7 @@ FUNCTIONS = {
             k_pe_scale=(NUMBER, 3.0),
             rope_interleaved=(BOOL, True),
             num_splits=(INT, 2),
+            key_shard=(TRIPLE, (1, 2, 4)),
             return_lse=(BOOL, True),
         )
         | CHECKED,
@@ -159,7 +163,7 @@ FUNCTIONS = {
         lambda **options: ta.mla_decode(
             Q[0, ..., :8], Q[0, ..., 8:], LATENT_CACHE, LENGTHS, TABLE, W_UK, W_UV, cu_seqlens_q=BOUNDS_Q, **options
         ),
-        dict(max_seqlen_q=(INT, 3), num_splits=(INT, 2)) | CHECKED,
+        dict(max_seqlen_q=(INT, 3), num_splits=(INT, 2), key_shard=(TRIPLE, (1, 2, 4))) | CHECKED,
     ),
     "mla_prefill": (
         ta.mla_prefill,
@@ -203,6 +207,7 @@ FUNCTIONS = {
             num_kv_heads=(INT, 2),
             head_dim=(INT, 16),
             head_dim_v=(INT, 8),
+            interleave=(INT, 2),
             prefix_caching=(BOOL, True),
         ),
     ),
@@ -215,6 +220,7 @@ FUNCTIONS = {
             num_layers=(INT, 1),
             kv_lora_rank=(INT, 16),
             qk_rope_head_dim=(INT, 8),
+            interleave=(INT, 2),
             prefix_caching=(BOOL, True),
         ),
     ),
@@ -264,6 +270,8 @@ TENSORS = {
     "outs",
     "lses",
     "out",
+    "lse",
+    "workspace",
     "sinks",
     "alibi_slopes",
     "shard",
@@ -274,7 +282,7 @@ TENSORS = {
 }
 TENSORS |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "slot_mapping", "rope_cos", "rope_sin"}
 TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "rope_cache", "k_cache", "v_cache"}
-NOT_SCALARS = TENSORS | {"mode", "dtype", "device"}
+NOT_SCALARS = TENSORS | {"mode", "dtype", "device", "mesh"}
 
 
 def plain(scalars):
@@ -324,7 +332,7 @@ def test_equal_scalars_of_other_types_give_the_same_launch_and_result(name, laun
 def _converted(kind, value, i):
     """The value in its i-th other type, or the last one."""
     converted = OTHERS[kind][: i + 1][-1](value)
-    return converted if kind == PAIR or converted == value else value  # no int is 0.5
+    return converted if kind in (PAIR, TRIPLE) or converted == value else value  # no int is 0.5
 
 
 def _tensors(result):
@@ -346,11 +354,12 @@ def test_scalars_of_wrong_types_are_named(name, scalar):
 
 def test_every_scalar_of_every_public_function_is_here():
     public = {name: getattr(ta, name) for name in ta.__all__}
+    others = "OutOfPages", "override_config", "use_tuned", "warmup", "workspace_bytes"
     listed = {}
     for function, _, scalars in FUNCTIONS.values():
         listed.setdefault(function, set()).update(scalars)
     for name, function in public.items():
-        if not callable(function) or name in ("OutOfPages", "override_config", "use_tuned", "warmup"):
+        if not callable(function) or name in others:
             continue
         missing = set(inspect.signature(function).parameters) - NOT_SCALARS - listed.get(function, set())
         assert not missing, f"{name}: {missing}"

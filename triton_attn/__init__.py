@@ -2,6 +2,7 @@
 
 from . import reference
 from ._host.tuned import override_config, use_tuned
+from ._host.workspace import workspace_bytes
 from ._warmup import warmup
 from .cache import (
     BlockPool,
@@ -38,5 +39,6 @@ __all__ = [
     "reference",
     "use_tuned",
     "warmup",
+    "workspace_bytes",
 ]
 __version__ = "0.1.0"

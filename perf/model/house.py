@@ -18,7 +18,7 @@ ALLOWED = {
     "interop": {*FAMILIES, "reference"},  # public names only
     "": {*FAMILIES, "reference", "_host", "_warmup"},
     "models": {"_host"},
-    "parallel": {"_host", "flash"},
+    "parallel": {"_host", "flash", "paged", "mla", "merge"},
     "_warmup": {*FAMILIES, "_host", "models", "toolchain"},  # it compiles for GPUs that are not present
     "__main__": {"_warmup", "models"},
     **{family: {"_jit", "_host", "merge"} for family in FAMILIES},

@@ -18,6 +18,8 @@ BOUND, LOCK = f"{OURS}, bound", f"{OURS}, lock"  # predicted: matmuls and softma
 MEASURED = "measured"
 PREDICTED = "predicted from compiled code, not measured"
 MODELLED = "predicted by the cost model of mla_prefill, not measured"
+MODELLED_PARALLEL = "predicted by the cost model of triton_attn.parallel, not measured"
+PUBLISHED = "published by ring-flash-attention, measured by its authors"
 SOURCES = (MEASURED, PREDICTED, MODELLED)
 SPEEDS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 
@@ -72,6 +74,36 @@ class LatentPrefillRow(Row):
     workspace_bytes: int | None
     all_heads_bytes: int | None
     is_auto: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRow:
+    """One row of a results CSV of context-parallel attention: one layer, one causal sequence in bf16.
+
+    A share is the time that one GPU would take for its part of the FLOPs, over the time of the call. received: bytes
+    that a rank receives from others. memory: bytes on a GPU at the peak, its rows included and, for both passes, their
+    gradients. None is an empty cell.
+    """
+
+    model: str
+    num_gpus: int
+    seqlen: int
+    method: str
+    is_auto: bool  # whether the cost model chooses the method
+    forward_ms: float
+    both_ms: float
+    forward_share: float
+    both_share: float
+    forward_received: int | None = None
+    both_received: int | None = None
+    forward_memory: int | None = None
+    both_memory: int | None = None
+    gpu: str
+    driver: str | None = None
+    torch: str | None = None
+    triton: str | None = None
+    commit: str | None = None
+    source: str  # MEASURED, MODELLED_PARALLEL or PUBLISHED
 
 
 def columns_of(row_type):

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from perf import results
-from perf.results import OURS, speed_plots
+from perf.results import OURS, parallel_plots, speed_plots
 from perf.results.calibration_plot import calibration
 from perf.results.style import (
     BLACK,
@@ -58,8 +58,8 @@ def pictures(csv_path):
     if results.holds_speeds(csv_path):
         return speed_plots.pictures(results.read(csv_path), _measured_beside(csv_path))
     data = pd.read_csv(csv_path)
-    picture = next((picture for column, picture in PICTURES.items() if column in data), None)
-    return {"": (picture, data)} if picture else {}
+    found = next((found for column, found in PICTURES.items() if column in data), {})
+    return {name: (picture, data) for name, picture in found.items()}
 
 
 def _measured_beside(csv_path):
@@ -149,9 +149,10 @@ def decode_step(data):
     return figure
 
 
-PICTURES = {  # keyed by a column that only this kind of table has
-    "bytes_per_element": kv_cache,
-    "operation": pool_operations,
-    "sequences": decode_step,
-    "measured/lock": calibration,
+PICTURES = {  # {end of the file name: function}, keyed by a column that only this kind of table has
+    "bytes_per_element": {"": kv_cache},
+    "operation": {"": pool_operations},
+    "sequences": {"": decode_step},
+    "measured/lock": {"": calibration},
+    "both_share": {"": parallel_plots.share, "_time": parallel_plots.time, "_memory": parallel_plots.memory},
 }

@@ -14,7 +14,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from perf import results
-from perf.results import BOUND, LOCK, MEASURED, OURS, SOURCES, plot, speed_plots
+from perf.results import BOUND, LOCK, MEASURED, OURS, PUBLISHED, SOURCES, plot, speed_plots
 from perf.results.speed_plots import WORDS
 from perf.results.style import short_length
 from perf.results.targets import TARGETS, judge
@@ -92,7 +92,7 @@ def section(root, base=PAGE.parent, tuned=TUNED):
     """Markdown of the results under `root`, with links relative to `base`. Sections without results are left out."""
     found = Results(root, base)
     blocks = [where_measured, targets, prefill, decode, beside_vllm, latent_decode, latent_prefill, cold_start]
-    blocks += [errors, sizes]
+    blocks += [errors, sizes, many_gpus]
     return "\n\n".join(filter(None, [*(block(found) for block in blocks), tuned_tables(tuned)]))
 
 
@@ -293,6 +293,52 @@ def sizes(found):
     if path is not None:
         blocks.append(found.image([("KV cache against context length", path.with_suffix(".png"))]))
     return "\n\n".join(blocks) if len(blocks) > 1 else ""
+
+
+def many_gpus(found):
+    """What the cost model chooses, by model, number of GPUs and length; then what others have measured."""
+    path, data = found.table("parallel.csv")
+    if path is None:
+        return ""
+    published = data["source"] == PUBLISHED
+    rows = data[data["gpu"] == data["gpu"].iloc[0]]
+    shown = rows[rows["is_auto"] & rows["num_gpus"].isin([8, 64, 512]) & rows["seqlen"].isin([2**15, 2**17, 2**20])]
+    lines = []
+    for (model, gpus), of_line in shown.groupby(["model", "num_gpus"], sort=False):
+        cells = {
+            f"{short_length(row['seqlen'])} tokens": f"{row['method']}, {_duration(row['both_ms'])}, "
+            f"{_percent(row['both_share'])}"
+            for _, row in of_line.iterrows()
+        }
+        lines.append({"": f"{model}, {gpus} GPUs"} | cells)
+    about = (
+        "`python -m perf parallel`: attention of one layer, forward and backward, of one causal sequence in bf16 over "
+        "the GPUs. The table has the method that the cost model chooses, its time, and the share of a GPU's speed: the "
+        "time that one GPU would take for its part of the FLOPs, over the time of the call."
+    )
+    anchors = [_anchor(row, data[~published & (data["gpu"] == row["gpu"])]) for _, row in data[published].iterrows()]
+    plots = [(f"{what}, predicted", path.with_name(f"parallel{end}.png")) for what, end in MANY_GPUS]
+    pictures = found.image(plots), found.links(plots[1:])
+    provenance = rows.rename(columns={"gpu": "device"}).drop(columns="driver")
+    return _block("Many GPUs", about, lines, provenance, *pictures, _wrap(*anchors))
+
+
+def _duration(ms):
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
+
+
+MANY_GPUS = (("share of a GPU's speed", ""), ("time", "_time"), ("memory", "_memory"))
+
+
+def _anchor(row, predicted):
+    """A sentence about a measurement of others, and what the cost model says of it."""
+    ours = predicted[predicted["model"] == row["model"]].iloc[0]
+    return (
+        f"The zigzag ring of ring-flash-attention at {row['model']}, {short_length(row['seqlen'])} tokens, on "
+        f"{row['num_gpus']} {row['gpu']}, measured by its authors: {row['forward_share']:.1%} forward and "
+        f"{row['both_share']:.1%} of both passes; the cost model, given the speed of one of these GPUs: "
+        f"{ours['forward_share']:.1%} and {ours['both_share']:.1%}."
+    )
 
 
 def tuned_tables(folder):

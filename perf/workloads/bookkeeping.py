@@ -24,6 +24,7 @@ class Ours:
         shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1}
         self.cache = PagedKVCache(num_pages, PAGE_SIZE, **shape, dtype=torch.float16, device="cpu")
         self.cache._copy_pages = lambda src_pages, dst_pages: None  # it is the GPU's work
+        self.step = self.cache.step(max_batch=256, max_seqlen=2**13)
 
     def admit(self, prompt):
         seq, cached = self.cache.create(prompt)
@@ -32,9 +33,7 @@ class Ours:
         return seq
 
     def decode(self, seqs, tokens):
-        self.cache.extend(seqs, [[token] for token in tokens])
-        self.cache.block_table(seqs)
-        self.cache.cache_seqlens(seqs)
+        self.step.extend(seqs, [[token] for token in tokens])
 
     def free(self, seqs):
         self.cache.free(seqs)

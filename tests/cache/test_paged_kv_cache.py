@@ -1,34 +1,17 @@
 """PagedKVCache rule by rule: prefix reuse, copy-on-write, atomic operations, errors; sizes; the cost of a step."""
 
-import os
 import statistics
 import time
 
 import numpy as np
 import pytest
 import torch
+from small_caches import DEVICE, make, start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_attn import OutOfPages, PagedKVCache, kv_cache_bytes_per_token
 
 pytestmark = pytest.mark.oldest
-DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
-
-
-def make(num_pages=16, page_size=4, device=DEVICE, **options):
-    shape = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2}
-    return PagedKVCache(num_pages, page_size, **shape, dtype=torch.float32, device=device, **options)
-
-
-def start(cache, tokens, salt=None):
-    """A sequence whose tokens are written as their own ids and can be found by others."""
-    seq, cached = cache.create(tokens, salt)
-    slots = cache.extend([seq], [tokens[cached:]])
-    contents = torch.tensor(tokens[cached:], dtype=torch.float32, device=cache.device).view(1, -1, 1, 1)
-    for caches in (cache.k_cache, cache.v_cache):
-        caches.flatten(1, 2)[:, slots] = contents
-    cache.commit([seq])
-    return seq
 
 
 def read(cache, seq):

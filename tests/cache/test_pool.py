@@ -171,9 +171,9 @@ def test_hashes_do_not_pile_up():
         pool.register(pages, [8 * i + j // 2 for j in range(8)])
         pool.release(pages)
     names = pool._names
-    assert (names._hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (0, 4, 4)
+    assert (names.hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (0, 4, 4)
     pool.allocate(8)
-    assert (names._hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (8, 0, 0)
+    assert (names.hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (8, 0, 0)
 
 
 def test_without_prefix_caching_nothing_is_found():
@@ -183,7 +183,7 @@ def test_without_prefix_caching_nothing_is_found():
 
 
 def snapshot(pool):
-    return pool.num_free, pool._refs.tolist(), pool._names._hash_of.copy(), pool.lookup("ab").tolist()
+    return pool.num_free, pool._refs.tolist(), pool._names.hash_of.copy(), pool.lookup("ab").tolist()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from levels import LEVEL
+from small_caches import contents, make_step
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache
@@ -24,6 +25,7 @@ from triton_attn._host.latent import read_latent_cache
 pytestmark = pytest.mark.random
 TIMES = {"quick": 1, "ci": 3, "full": 100}[LEVEL]
 NUM_LAYERS = 2
+STEPS = st.sampled_from([None, 0, 1])
 
 
 class NaiveSequence:
@@ -68,6 +70,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = self.make_cache(num_pages, page_size, num_layers=NUM_LAYERS, prefix_caching=prefix_caching)
         for tensor in self.tensors():
             tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
+        self.cache_steps = [make_step(self.cache, 64, 200, 512, staged=staged) for staged in (False, True)]
         self.free_pages = list(range(num_pages))  # in the order of use
         self.named = {}  # (salt, tokens) -> pages that contain the last of them; the first one is found
         self.live = {}  # handle -> NaiveSequence
@@ -100,14 +103,16 @@ class CacheMachine(RuleBasedStateMachine):
     def extend(self, data):
         seqs = self.draw_batch(data)
         new_ids = st.lists(st.integers(0, 1), max_size=2 * self.page_size)
-        self.extend_batch(seqs, [data.draw(st.integers(0, 3) | new_ids, label="new tokens") for _ in seqs])
+        new_tokens = [data.draw(st.integers(0, 3) | new_ids, label="new tokens") for _ in seqs]
+        self.extend_batch(seqs, new_tokens, data.draw(STEPS))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def decode(self, data):
-        self.extend_batch(list(self.live), [[data.draw(st.integers(0, 1), label="token")] for _ in self.live])
+        new_tokens = [[data.draw(st.integers(0, 1), label="token")] for _ in self.live]
+        self.extend_batch(list(self.live), new_tokens, data.draw(STEPS))
 
-    def extend_batch(self, seqs, new_tokens):
+    def extend_batch(self, seqs, new_tokens, step=None):
         self.write()
         counts = [tokens if isinstance(tokens, int) else len(tokens) for tokens in new_tokens]
         grown = [self.pages_of(len(self.live[seq].tokens) + n) for seq, n in zip(seqs, counts)]
@@ -116,10 +121,10 @@ class CacheMachine(RuleBasedStateMachine):
         if num_new + len(copied) > len(self.free_pages):
             before = self.snapshot()
             with pytest.raises(OutOfPages):
-                self.cache.extend(seqs, new_tokens)
+                self.call_extend(seqs, new_tokens, step)
             assert self.snapshot() == before
             return
-        slots = self.cache.extend(seqs, new_tokens).tolist()
+        slots = self.call_extend(seqs, new_tokens, step)
         # Pages are taken before others are registered. A name whose page is taken moves to the next page with that
         # content.
         taken = self.take_pages(num_new + len(copied))
@@ -132,6 +137,17 @@ class CacheMachine(RuleBasedStateMachine):
             slots = self.append(self.live[seq], tokens, n, slots)
             self.history = [*self.history, [max(0, token) for token in self.live[seq].tokens]][-8:]
         assert not slots
+        if step is not None:
+            check_step(self.cache_steps[step], [self.live[seq] for seq in seqs])
+
+    def call_extend(self, seqs, new_tokens, step):
+        """Slots, from the cache or through one of its steps."""
+        if step is None:
+            return self.cache.extend(seqs, new_tokens).tolist()
+        step = self.cache_steps[step]
+        step.extend(seqs, new_tokens)
+        assert (step.slot_mapping[step.num_tokens :] == -1).all()
+        return step.slot_mapping[: step.num_tokens].tolist()
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -382,8 +398,17 @@ class CacheMachine(RuleBasedStateMachine):
             cache.block_table(self.live).tolist(),
             cache.cache_seqlens(self.live).tolist(),
             [tensor.view(torch.uint8).tolist() for tensor in self.tensors()],
-            [cache.pool.lookup([digest]).tolist() for digest in cache.pool._names._hash_of],
+            [cache.pool.lookup([digest]).tolist() for digest in cache.pool._names.hash_of],
+            [contents(step) for step in self.cache_steps],
         )
+
+
+def check_step(step, naives):
+    """Lengths, and pages of the rows."""
+    lengths = [len(naive.tokens) for naive in naives]
+    assert step.cache_seqlens.tolist() == lengths + [0] * (len(step.cache_seqlens) - len(lengths))
+    for row, naive in zip(step.block_table.tolist(), naives):
+        assert row[: len(naive.pages)] == naive.pages
 
 
 class PagedKVMachine(CacheMachine):
@@ -445,6 +470,7 @@ class Float8LatentMachine(LatentMachine):
 )
 def test_random_operations(machine, examples, min_steps, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     CacheMachine.steps = 0
     run_state_machine_as_test(machine, settings=settings(max_examples=TIMES * examples, stateful_step_count=50))
     print(f"{CacheMachine.steps} steps")

@@ -222,7 +222,7 @@ def test_ranks_that_share_the_keys_are_as_one(backends, config, monkeypatch, two
     builders = on_each(lambda rank: attention_builder(backend, config))
     assert [impl.need_to_return_lse_for_decode for impl in impls] == [True, True]
     assert [impl.dcp_combine for impl in impls] == [dcp.cp_lse_ag_out_rs] * 2
-    assert [builder.supports_draft_decode_metadata_update for builder in builders] == [False, False]
+    assert [builder.supports_draft_decode_metadata_update for builder in builders] == [True, True]
     requests = ((1, 2), *MIXED)
     q = randn(Batch(requests).num_tokens, 2 * HEADS, DIM, seed=9)
 

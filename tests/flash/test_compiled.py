@@ -5,11 +5,9 @@ recompilation.
 No kernel has run here. The summary of the test run prints them with registers and spills.
 """
 
-from unittest import mock
-
 import pytest
 import torch
-from host_cost import median_microseconds, python_calls
+from host_cost import bare_launches, median_microseconds, python_calls
 
 from perf.model import loop_model
 from triton_attn import flash_attention, flash_attention_varlen
@@ -297,13 +295,9 @@ def test_host_cost(varlen, record_property):
                 return flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 512, 512, causal=True)
             return flash_attention(q, k, v, causal=True)
 
-        with mock.patch.object(forward, "launch_packed") as launch:
-            call()
-        kernel, grid, _, args, constants = launch.call_args.args
-        bare = kernel[grid]
-        calls = {"call": call, "bare launch": lambda: bare(*args, enable_fp_fusion=True, **constants)}
-        cost = median_microseconds(calls)
-        extra_calls = python_calls(call) - python_calls(calls["bare launch"])
+        launch = bare_launches(call, [forward])
+        cost = median_microseconds({"call": call, "bare launch": launch})
+        extra_calls = python_calls(call) - python_calls(launch)
     figure = f"{cost['call']:.0f} us a call of {'flash_attention_varlen' if varlen else 'flash_attention'}, "
     figure += f"{cost['bare launch']:.0f} us the bare launch of its kernel, {extra_calls} more Python calls"
     record_property("figure", figure)

@@ -9,7 +9,15 @@ from scale import CACHED_MODELS, DTYPES, MODELS, at_scale
 
 from perf.commands.verify import verify
 from perf.workloads.models import DEEPSEEK_V3, LLAMA_3_8B
-from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, mla_decode, paged_attention, reference
+from triton_attn import (
+    PagedKVCache,
+    append_kv_cache,
+    append_latent_cache,
+    copy_kv_pages,
+    mla_decode,
+    paged_attention,
+    reference,
+)
 
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SEQLEN = at_scale(4093, 24)
@@ -63,3 +71,32 @@ def test_a_large_latent_cache():
         torch.cat([q_latent, q_pe], dim=3), rows, latents[None, :, None], softmax_scale=0.07
     )
     torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
+def test_a_captured_step_replays():
+    """A graph of four rows follows sequences that join, leave and change places, while the host runs ahead."""
+    cache = PagedKVCache(64, 4, num_layers=1, num_kv_heads=2, head_dim=64, device=DEVICE)
+    step = cache.step(max_batch=4, max_seqlen=128)
+    k, q = torch.randn(4, 2, 64, device=DEVICE).bfloat16(), torch.randn(4, 1, 8, 64, device=DEVICE).bfloat16()
+
+    def decode():
+        append_kv_cache(k, k, cache.k_cache[0], cache.v_cache[0], step.slot_mapping)
+        return paged_attention(q, cache.k_cache[0], cache.v_cache[0], step.cache_seqlens, step.block_table)
+
+    decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode()
+    seqs, results = [cache.create([])[0] for _ in range(4)], []
+    for i in range(20):
+        batch = seqs[: 1 + i % 4][:: 1 if i % 2 else -1]
+        step.extend(batch, 1)
+        graph.replay()
+        alone = paged_attention(
+            q[: len(batch)], cache.k_cache[0], cache.v_cache[0], cache.cache_seqlens(batch), cache.block_table(batch)
+        )
+        results.append((captured.clone(), alone))
+    for out, alone in results:
+        torch.testing.assert_close(out[: len(alone)], alone, atol=1e-2, rtol=1e-2)
+        assert not out[len(alone) :].any()

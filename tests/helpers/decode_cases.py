@@ -67,10 +67,19 @@ class Case:
     one_layer: bool = False  # the cache is a slice of a cache of all layers, with gaps between rows
     config: MlaDecodeConfig = TILES
     seed: int = 0
+    key_shard: tuple | None = None  # (rank, num_ranks, interleave): the cache has the rank's keys alone
+
+    def own(self, seqlen):
+        """Positions of the first seqlen keys that are in the cache."""
+        positions = torch.arange(max(seqlen, 0))
+        if self.key_shard is None:
+            return positions
+        rank, num_ranks, interleave = self.key_shard
+        return positions[positions // interleave % num_ranks == rank]
 
 
 class Inputs:
-    """The inputs of a call, and for each sequence the rows (seqlen_k, kv_lora_rank + qk_rope_head_dim) of its cache.
+    """The inputs of a call, and for each sequence the rows (keys, kv_lora_rank + qk_rope_head_dim) of its cache.
 
     Slots without a key are NaN. Entries of the table past a sequence's pages are invalid.
     """
@@ -101,7 +110,8 @@ class Inputs:
 
     def _fill_cache(self):
         case = self.case
-        counts = [-(-n // case.page_size) for n in case.seqlens_k]
+        seqlens = [len(case.own(n)) for n in case.seqlens_k]
+        counts = [-(-n // case.page_size) for n in seqlens]
         num_pages = sum(counts) + 2
         pages = torch.randperm(num_pages, generator=self.generator).tolist()
         self.block_table = torch.full((len(counts), max(counts, default=0) + 2), DEAD_ENTRY, dtype=torch.int32)
@@ -113,7 +123,7 @@ class Inputs:
         memory = memory.view(dtype).view(shape)
         self.cache = memory[:, 1, :, 4 : 4 + width] if case.one_layer else memory
         self.rows = []
-        for i, (n, count) in enumerate(zip(case.seqlens_k, counts)):
+        for i, (n, count) in enumerate(zip(seqlens, counts)):
             own = torch.tensor([pages.pop() for _ in range(count)], dtype=torch.long)
             self.block_table[i, :count] = own
             keys = torch.arange(n)
@@ -186,6 +196,7 @@ class Inputs:
             self.w_uv,
             causal=case.causal,
             softmax_scale=case.softmax_scale,
+            key_shard=case.key_shard,
             **self.rope,
             **self.scales,
             **options,
@@ -198,10 +209,10 @@ class Inputs:
         dim = case.kv_lora_rank if weights[1] is None else case.v_head_dim
         out = torch.zeros(*self.q_pe.shape[:-1], dim, dtype=dtype, device=DEVICE)
         lse = torch.full_like(out[..., 0], -math.inf).mT.contiguous()
-        for own, rows in zip(self.places, self.rows):
+        for own, seqlen, rows in zip(self.places, case.seqlens_k, self.rows):
             q_nope, q_pe, rows = self.q_nope[own].to(dtype), self.q_pe[own].to(dtype), rows.to(dtype)
             if self.rope:
-                positions = (torch.arange(case.seqlen_q) + len(rows) - case.seqlen_q).clamp(min=0)
+                positions = (torch.arange(case.seqlen_q) + seqlen - case.seqlen_q).clamp(min=0)
                 cos, sin = (self.rope[name][positions].to(dtype).unsqueeze(1) for name in ("rope_cos", "rope_sin"))
                 q_pe = rotate(q_pe, cos, sin, case.rope_interleaved)
             if weights[0] is not None:
@@ -215,6 +226,8 @@ class Inputs:
                 causal=case.causal,
                 softmax_scale=self.softmax_scale,
                 compute_dtype=dtype,
+                offset=seqlen - len(q),
+                key_positions=case.own(seqlen).to(DEVICE),
                 **PLAIN,
             )
             if weights[1] is not None:
@@ -276,6 +289,6 @@ def keys_in_tiles(case):
         rows = seqlen_q * case.num_heads
         for start in range(0, rows, case.config.block_m):
             last_query = (min(start + case.config.block_m, rows) - 1) // case.num_heads
-            end = seqlen_k - seqlen_q + last_query + 1 if case.causal else seqlen_k
-            total += -(-max(end, 0) // case.config.block_n) * case.config.block_n
+            end = len(case.own(seqlen_k - seqlen_q + last_query + 1 if case.causal else seqlen_k))
+            total += -(-end // case.config.block_n) * case.config.block_n
     return total

@@ -3,6 +3,7 @@
 import torch
 from decode_cases import LAYOUTS, PAGE_SIZES, Case
 from hypothesis import strategies as st
+from scores import draw_key_shard
 
 from triton_attn.mla.configs import MlaDecodeConfig
 
@@ -19,6 +20,7 @@ def cases(draw, dtype):
     lengths = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 3 * config.block_n)
     with_uk = draw(st.sampled_from([True, True, False]))
     rope_dim = draw(st.sampled_from([16, 64, 2, 24, 8]))
+    page_size = draw(st.sampled_from(PAGE_SIZES))
     rank = draw(st.sampled_from([128, 384, 128, 512] if is_fp8 else [64, 16, 40, 100, 300, 512]))
     return Case(
         dtype=dtype,
@@ -27,7 +29,7 @@ def cases(draw, dtype):
         k_scale=None if is_fp8 else draw(scales),
         k_pe_scale=None if is_fp8 else draw(scales),
         scale_tensors=draw(st.booleans()),
-        page_size=draw(st.sampled_from(PAGE_SIZES)),
+        page_size=page_size,
         seqlen_q=draw(st.sampled_from([1, 1, 2, 3, 8, 0])),
         seqlens_k=draw(st.tuples(*[lengths] * batch)),
         num_heads=draw(st.sampled_from([1, 3, 9, 16])),
@@ -46,4 +48,5 @@ def cases(draw, dtype):
         one_layer=draw(st.booleans()),
         config=config,
         seed=draw(st.integers(0, 2**16)),
+        key_shard=draw_key_shard(draw, page_size),
     )

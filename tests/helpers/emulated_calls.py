@@ -95,12 +95,13 @@ def backward(deterministic, seqlen=100, num_heads=2, expanded=False):
     return computed, gradients(reference.flash_attention, torch.float64)
 
 
-def paged(seqlens=(230, 133), seqlen_q=1, head_dim=64, **options):
+def paged(seqlens=(230, 133), seqlen_q=1, head_dim=64, shard=None, **options):
+    """shard: options that the reference needs too."""
     num_pages = len(seqlens) * (max(seqlens) // 16 + 1)
     keys, values = (normal(num_pages, 16, 2, head_dim) for _ in range(2))
     q = normal(len(seqlens), seqlen_q, 8, head_dim)
     where = int32(*seqlens), torch.randperm(num_pages).to(torch.int32).view(len(seqlens), -1)
-    same = {"causal": True, "return_lse": True}
+    same = {"causal": True, "return_lse": True} | (shard or {})
     computed = ta.paged_attention(q, keys, values, *where, **options, **same)
     return computed, reference.paged_attention(*in_fp64((q, keys, values)), *where, **same)
 
@@ -153,7 +154,7 @@ def mla_decode(heads=16, seqlen=200, with_weights=False, dtype=BF16, cache_dtype
     inputs = [*queries, cache, *where]
     if with_weights:
         inputs += [normal(heads, 128, 512) / 512**0.5 for _ in range(2)]
-    same = {"softmax_scale": 0.04, "return_lse": True} | dict(scales)
+    same = {"softmax_scale": 0.04, "return_lse": True, "key_shard": options.pop("key_shard", None)} | dict(scales)
     return ta.mla_decode(*inputs, **same, **options), reference.mla_decode(*in_fp64(inputs), **same)
 
 
@@ -183,6 +184,7 @@ CALLS = {
     "paged": paged,
     "paged splits": lambda: paged(num_splits=3),
     "paged chunk": lambda: paged(seqlen_q=40),
+    "paged of one rank": lambda: paged(seqlen_q=40, shard={"key_shard": (1, 2, 4), "window_size": (60, -1)}),
     "paged 512": lambda: paged(head_dim=512),
     "paged 512 chunk": lambda: paged((110, 77), seqlen_q=20, head_dim=512),
     "append": append,
@@ -211,6 +213,7 @@ CALLS_OF_HOPPER = {
     "flash 128 full": lambda: flash(128, causal=False),
     "mla decode 128": lambda: mla_decode(128),
     "mla decode 128 fp16": lambda: mla_decode(128, dtype=torch.float16),
+    "mla decode 128 of one rank": lambda: mla_decode(128, seqlen=300, key_shard=(1, 3, 4)),
 }
 # Kernels whose wgmma on sm_90 reads tiles copied by cp.async. Triton 3.6 omits the proxy fence between them (triton PR
 # 9610, pytorch issue 181248), and _jit/workarounds.py adds it.

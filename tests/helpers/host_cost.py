@@ -1,8 +1,10 @@
 """Host cost of a call, beside its bare launches."""
 
+import contextlib
 import statistics
 import sys
 import time
+from unittest import mock
 
 
 def median_microseconds(calls, batches=100, rounds=30):
@@ -29,6 +31,25 @@ def python_calls(call):
     finally:
         sys.setprofile(None)
     return count
+
+
+def bare_launches(call, modules):
+    """A function that repeats the launches of a call from these modules, with prepared arguments."""
+    launches = []
+
+    def record(kernel, grid, device, args, constants):
+        launches.append((kernel[grid], args, constants))
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "launch_packed", record))
+        call()
+
+    def repeat():
+        for kernel, args, constants in launches:
+            kernel(*args, enable_fp_fusion=True, **constants)
+
+    return repeat
 
 
 def _medians(calls, rounds):

@@ -52,10 +52,19 @@ class Case(Scores):
     gives_out: bool
     config: PagedConfig
     seed: int
+    key_shard: tuple | None = None  # (rank, num_ranks, interleave): the cache has the rank's keys alone
 
     @property
     def num_heads_q(self):
         return self.num_heads_kv * self.group_size
+
+    def own(self, seqlen):
+        """Positions of the first seqlen keys that are in the cache."""
+        positions = torch.arange(seqlen)
+        if self.key_shard is None:
+            return positions
+        rank, num_ranks, interleave = self.key_shard
+        return positions[positions // interleave % num_ranks == rank]
 
 
 PLAIN = Case(
@@ -100,7 +109,8 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(case.seed)
         batch = len(case.seqlens_q)
         self.q = self._randn(sum(case.seqlens_q) + case.spare_rows, case.num_heads_q, case.head_dim).to(case.dtype)
-        shared = min(case.shared_prefix_len, max(case.seqlens_k, default=0))
+        self.own = [case.own(n) for n in case.seqlens_k]
+        shared = len(case.own(min(case.shared_prefix_len, max(case.seqlens_k, default=0))))
         self._lay_out_pages(case, batch, shared)
         self.k_scale, self.v_scale = map(self._scale, case.scales)
         self.k_cache, self.clean_k = self._cache(case.head_dim, self.k_scale)
@@ -120,23 +130,26 @@ class Inputs:
 
     def _lay_out_pages(self, case, batch, shared):
         """The table, and the (page, slot) of each sequence's keys."""
+        seqlens, num_ranks = [len(own) for own in self.own], case.key_shard[1] if case.key_shard else 1
         if case.page_size is None:
-            self.cache_shape = (batch, max(case.seqlens_k, default=0) + 3)
+            self.cache_shape = (batch, max(seqlens, default=0) + 3)
+            if case.key_shard:  # turns end with the cache
+                self.cache_shape = (batch, -(-self.cache_shape[1] // case.key_shard[2]) * case.key_shard[2])
             self.block_table = None
             self.places = [
-                (torch.full((n,), i, device=DEVICE), torch.arange(n, device=DEVICE))
-                for i, n in enumerate(case.seqlens_k)
+                (torch.full((n,), i, device=DEVICE), torch.arange(n, device=DEVICE)) for i, n in enumerate(seqlens)
             ]
             return
-        counts = [-(-n // case.page_size) for n in case.seqlens_k]
-        width = max(max(counts, default=0), -(-case.shared_prefix_len // case.page_size)) + case.spare_entries
+        counts = [-(-n // case.page_size) for n in seqlens]
+        width = max(case.shared_prefix_len, *case.seqlens_k, 0)  # keys of all ranks: tables are as wide on each
+        width = -(-width // (case.page_size * num_ranks)) + case.spare_entries
         num_pages = sum(counts) + 3
         pages = torch.randperm(num_pages, generator=self.generator).tolist()
         common = [pages.pop() for _ in range(-(-shared // case.page_size))]
         self.cache_shape = (num_pages, case.page_size)
         table = torch.full((batch, width), DEAD_ENTRY, dtype=torch.int32)
         self.places = []
-        for i, (n, count) in enumerate(zip(case.seqlens_k, counts)):
+        for i, (n, count) in enumerate(zip(seqlens, counts)):
             own = common[:count] + [pages.pop() for _ in range(count - len(common))]
             table[i, :count] = torch.tensor(own, dtype=torch.int32)
             keys = torch.arange(n)
@@ -167,6 +180,7 @@ class Inputs:
         queries = self.q.split((*self.case.seqlens_q, self.case.spare_rows))
         for i, (k, v) in enumerate(zip(self.clean_k, self.clean_v)):
             slopes = self.alibi_slopes[i] if self.case.alibi == "per sequence" else self.alibi_slopes
+            own, offset = self.own[i].to(DEVICE), self.case.seqlens_k[i] - self.case.seqlens_q[i]
             out, lse = attend(
                 queries[i][None].to(upcast),
                 k.to(upcast),
@@ -174,6 +188,8 @@ class Inputs:
                 alibi_slopes=slopes,
                 sinks=self.sinks,
                 compute_dtype=dtype,
+                offset=offset,
+                key_positions=own,
                 **self.case.options,
             )
             outs.append(out[0])
@@ -204,6 +220,7 @@ class Inputs:
             v_scale=self.v_scale,
             num_splits=case.num_splits,
             shared_prefix_len=case.shared_prefix_len,
+            key_shard=case.key_shard,
             return_lse=True,
             **case.options,
             **options,
@@ -289,6 +306,7 @@ def keys_loaded(case):
     total = 0
     for seqlen_q, seqlen_k in zip(case.seqlens_q, case.seqlens_k):
         visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
+        visible = visible[:, case.own(seqlen_k)]
         rows = visible.repeat_interleave(case.group_size, dim=0)
         for tile in rows.split(case.config.block_m) if len(rows) else ():
             seen = tile.any(0).nonzero()
@@ -296,5 +314,5 @@ def keys_loaded(case):
                 total += int(seen[-1]) + 1 - int(seen[0]) // align * align
     if case.shared_prefix_len:  # once more for each tile of all queries
         num_tiles = math.ceil(sum(case.seqlens_q) * case.group_size / case.config.block_m)
-        total += num_tiles * min(case.shared_prefix_len, max(case.seqlens_k))
+        total += num_tiles * len(case.own(min(case.shared_prefix_len, max(case.seqlens_k))))
     return total

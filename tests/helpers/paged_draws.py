@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 from paged_cases import FLOAT8, HEAD_DIMS, LAYOUTS, PAGE_SIZES, Case
-from scores import draw_scores
+from scores import draw_key_shard, draw_scores
 
 from triton_attn.paged.configs import PagedConfig
 
@@ -51,4 +51,5 @@ def cases(draw, dtype, varlen):
         gives_out=draw(st.booleans()),
         config=config,
         seed=draw(st.integers(0, 2**16)),
+        key_shard=draw_key_shard(draw, page_size or 1),
     )

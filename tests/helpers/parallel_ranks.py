@@ -2,16 +2,32 @@
 
 import contextlib
 import datetime
+import itertools
+import os
+import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
+from perf.harness.traffic import counted
 from triton_attn import reference
-from triton_attn.parallel import context_parallel_attention, shard_sequence, unshard_sequence
+from triton_attn.parallel import (
+    agreement,
+    autograd,
+    context_parallel_attention,
+    context_parallel_attention_varlen,
+    local,
+    shard_sequence,
+    unshard_sequence,
+)
+from triton_attn.parallel.balance import sharding_of_batch
+from triton_attn.parallel.cost import costs, sizes_of
+from triton_attn.parallel.local import Mask
 from triton_attn.testing import assert_close_to_reference
 
 TIMEOUT = datetime.timedelta(seconds=240)
@@ -25,6 +41,8 @@ class Case:
     load_balance: str | None = "head_tail"
     batch: int = 1
     seqlen: int = 50
+    documents: tuple | None = None  # their lengths in a packed batch; batch and seqlen are then not used
+    rows_of_none: int = 0  # after the last document
     num_heads_q: int = 4
     num_heads_kv: int = 2
     head_dim: int = 16
@@ -32,10 +50,20 @@ class Case:
     dtype: torch.dtype = torch.float32
     options: dict = field(default_factory=lambda: dict(causal=True))
     alibi: bool = False
+    slopes_each: bool = False  # of each sequence or document
     sinks: bool = False
     dlse: bool = True
     seed: int = 0
     rows_from_others: tuple | None = None  # keys that a rank needs of others, and others of it, by rank; None: all
+
+    @property
+    def rows(self):
+        """(batch, seqlen) of the whole, or (rows,) of a packed batch."""
+        return (self.batch, self.seqlen) if self.documents is None else (sum(self.documents) + self.rows_of_none,)
+
+    @property
+    def cu_seqlens(self):
+        return torch.tensor([0, *itertools.accumulate(self.documents)], dtype=torch.int32)
 
     def bytes(self, rank, ranks):
         """(forward, backward) that a rank receives, by the table of `context_parallel_attention`, of even shards."""
@@ -96,35 +124,50 @@ class Inputs:
             self._draw(case.num_heads_kv, case.head_dim_v),
             self._draw(case.num_heads_q, case.head_dim_v),
         )
-        dlse = self._draw(case.num_heads_q, 1)[..., 0].transpose(1, 2).float()
+        dlse = self._draw(case.num_heads_q, 1)[..., 0].transpose(-1, -2).float()
         self.dlse = dlse if case.dlse else None
         self.options = dict(case.options)
         if case.alibi:
-            self.options["alibi_slopes"] = torch.rand(case.num_heads_q, generator=self.generator)
+            batch = case.batch if case.documents is None else len(case.documents)
+            shape = (batch, case.num_heads_q) if case.slopes_each else (case.num_heads_q,)
+            self.options["alibi_slopes"] = torch.rand(shape, generator=self.generator)
         self.sinks = torch.randn(case.num_heads_q, generator=self.generator) if case.sinks else None
+        self.dim = len(case.rows) - 1  # of the sequence
+        self.packing = {} if case.documents is None else dict(cu_seqlens=case.cu_seqlens)
 
     def _draw(self, heads, dim):
-        shape = self.case.batch, self.case.seqlen, heads, dim
+        shape = *self.case.rows, heads, dim
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.case.dtype)
 
-    def attend(self, mesh):
-        """out and lse of this rank, and the leaves: its q, k, v, and the sinks."""
+    def leaves(self, mesh):
+        """This rank's q, k and v, and the sinks."""
         leaves = [self.own(x, mesh) for x in (self.q, self.k, self.v)]
         leaves += [] if self.sinks is None else [self.sinks.clone()]
-        leaves = [x.requires_grad_() for x in leaves]
-        placing = dict(mesh=mesh, method=self.case.method, load_balance=self.case.load_balance, seqlen=self.case.seqlen)
+        return [x.requires_grad_() for x in leaves]
+
+    def attend_to(self, leaves, mesh):
+        """out and lse of this rank."""
+        case = self.case
+        attend = context_parallel_attention if case.documents is None else context_parallel_attention_varlen
+        placing = dict(mesh=mesh, method=case.method, load_balance=case.load_balance, seqlen=case.rows[-1])
         sinks = None if self.sinks is None else leaves[3]
-        return context_parallel_attention(*leaves[:3], **placing, return_lse=True, sinks=sinks, **self.options), leaves
+        return attend(*leaves[:3], **self.packing, **placing, return_lse=True, sinks=sinks, **self.options)
 
-    def own(self, x, mesh, dim=1):
-        return shard_sequence(x, mesh, dim, self.case.load_balance)
+    def attend(self, mesh):
+        """out and lse of this rank, and the leaves."""
+        leaves = self.leaves(mesh)
+        return self.attend_to(leaves, mesh), leaves
 
-    def whole(self, x, mesh, dim=1):
-        return unshard_sequence(x.detach(), mesh, dim, self.case.load_balance, self.case.seqlen)
+    def own(self, x, mesh, dim=None):
+        return shard_sequence(x, mesh, self.dim if dim is None else dim, self.case.load_balance, **self.packing)
 
-    def gradients(self, outputs, leaves, own=lambda x, dim=1: x):
+    def whole(self, x, mesh, dim=None):
+        placing = self.case.load_balance, self.case.rows[-1]
+        return unshard_sequence(x.detach(), mesh, self.dim if dim is None else dim, *placing, **self.packing)
+
+    def gradients(self, outputs, leaves, own=lambda x, dim=None: x):
         """Of the leaves; own gives this rank's rows of the gradients of out and lse."""
-        douts = [own(self.dout)] if self.dlse is None else [own(self.dout), own(self.dlse, 2)]
+        douts = [own(self.dout)] if self.dlse is None else [own(self.dout), own(self.dlse, -1)]
         douts = [x.to(output.dtype) for x, output in zip(douts, outputs)]
         return list(torch.autograd.grad(outputs[: len(douts)], leaves, douts))
 
@@ -133,8 +176,12 @@ class Inputs:
         leaves = [x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
         if self.sinks is not None:
             leaves.append(self.sinks.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
-        sinks = None if self.sinks is None else leaves[3]
-        outputs = reference.flash_attention(*leaves[:3], return_lse=True, sinks=sinks, **self.options)
+        options = dict(sinks=None if self.sinks is None else leaves[3], return_lse=True, **self.options)
+        if self.case.documents is None:
+            outputs = reference.flash_attention(*leaves[:3], **options)
+        else:
+            lengths = self.case.cu_seqlens, self.case.cu_seqlens, self.case.rows[0], self.case.rows[0]
+            outputs = reference.flash_attention_varlen(*leaves[:3], *lengths, **options)
         return *(x.detach() for x in outputs), *self.gradients(outputs, leaves)
 
 
@@ -143,28 +190,70 @@ def check_values(case, mesh):
     inputs = Inputs(case)
     exact, by_torch = (inputs.by_reference(dtype) for dtype in (torch.float64, case.dtype))
     outputs, leaves = inputs.attend(mesh)
-    gradients = inputs.gradients(outputs, leaves, lambda x, dim=1: inputs.own(x, mesh, dim))
-    parts = zip((*outputs, *gradients[:3]), (1, 2, 1, 1, 1))
+    gradients = inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    parts = zip((*outputs, *gradients[:3]), (None, -1, None, None, None))
     results = [inputs.whole(x, mesh, dim) for x, dim in parts]
     if case.sinks:
         dist.all_reduce(gradients[3])
         results.append(gradients[3])
-    eps = torch.finfo(case.dtype).eps
+    floors = rounding(inputs, exact[0])
     for name, result, of_exact, of_torch in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), results, exact, by_torch):
-        floor = 8 * eps * max(1.0, of_exact.abs().max().item()) if of_exact.numel() else 0.0
+        largest = max(1.0, of_exact.abs().max().item()) if of_exact.numel() else 0.0
+        floor = max(8 * torch.finfo(case.dtype).eps * largest, floors.get(name, 0.0))
         assert_close_to_reference(result, of_exact, torch_out=of_torch, factor=3.0, floor=floor, name=name)
+
+
+def rounding(inputs, out):
+    """The rounding errors of gradients whose large terms cancel, as of rows that see one key: see `backward_cases`."""
+    case, products = inputs.case, inputs.dout.double() * out.double()
+    if not products.numel():
+        return {}
+    eps, eps_of_sums = torch.finfo(case.dtype).eps, 4 * torch.finfo(torch.float32).eps
+    rounds_out = case.sinks or "dropout_p" in case.options
+    scale = case.options.get("softmax_scale", case.head_dim**-0.5)
+    row = torch.linalg.vector_norm(products, dim=-1).max().item() * (
+        max(eps, eps_of_sums) if rounds_out else eps_of_sums
+    )
+    largest_q, largest_k = (x.abs().max().item() for x in (inputs.q, inputs.k))
+    queries = case.rows[-1] * case.num_heads_q // case.num_heads_kv
+    of_heads = torch.linalg.vector_norm(products.transpose(0, -2).flatten(1), dim=1).max().item()
+    return dict(dq=row * scale * largest_k, dk=row * scale * largest_q * queries**0.5, dsinks=of_heads * eps)
 
 
 def check_bytes(case, mesh):
     """The bytes that this rank receives from others are those of the docstring's table."""
     inputs = Inputs(case)
-    with _counted(mesh.get_local_rank()) as received:
+    with counted(mesh.get_local_rank()) as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
-        inputs.gradients(outputs, leaves, lambda x, dim=1: inputs.own(x, mesh, dim))
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
     assert (forward, sum(received) - forward) == case.bytes(mesh.get_local_rank(), mesh.size()), (
         f"{forward}, {sum(received) - forward}"
     )
+
+
+def check_bytes_of_model(case, mesh):
+    """The most bytes that a rank receives are those of the cost model; with a causal mask, backward at most those."""
+    inputs, rank = Inputs(case), mesh.get_local_rank()
+    with counted(rank) as received:
+        outputs, leaves = inputs.attend(mesh)
+        forward = sum(received)
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    most = torch.tensor([forward, sum(received) - forward])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    left, right = case.options.get("window_size", (-1, -1))
+    right = 0 if case.options.get("causal") else right
+    sharding = sharding_of_batch(case.batch, case.seqlen, mesh.size(), case.load_balance)
+    k, v = (x.flatten(0, 1) for x in leaves[1:3])
+    mask = Mask(left, right, False, False)
+    found = costs(sizes_of(k, v, case.num_heads_q, sharding, mask, mesh.get_group()))[case.method]
+    expected = tuple(each.bytes for each in found)
+    most, text = most.tolist(), f"{most.tolist()} of {expected}"
+    assert most[0] == expected[0], text
+    if case.method == "all_gather" and right == 0 and left < 0:
+        assert 0.7 * expected[1] < most[1] <= expected[1], text
+    else:
+        assert most[1] == expected[1], text
 
 
 def check_difference(cases, mesh):
@@ -175,22 +264,94 @@ def check_difference(cases, mesh):
         raise AssertionError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _counted(rank):
-    """A list, to which each collective adds the bytes that this rank receives from other ranks."""
-    received = []
-    all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
-
-    def count_exchange(output, x, output_sizes, *args, **options):
-        received.append((sum(output_sizes) - output_sizes[rank]) * output.element_size())
-        return all_to_all_single(output, x, output_sizes, *args, **options)
-
-    def count_shift(operations):
-        received.append(sum(op.tensor.nbytes for op in operations if op.op is dist.irecv))
-        return batch_isend_irecv(operations)
-
+def check_difference_later(cases, mesh):
+    """Fails with what the next call raises, where the host waits for no transfer; cases are those of the ranks. A
+    group of the ranks' hosts is made for it."""
+    inputs = Inputs(cases[mesh.get_local_rank()])
     with (
-        mock.patch.object(dist, "all_to_all_single", count_exchange),
-        mock.patch.object(dist, "batch_isend_irecv", count_shift),
+        mock.patch.object(autograd, "waits_for_transfers", return_value=False),
+        mock.patch.object(agreement, "_sends_from_host", return_value=False),
     ):
-        yield received
+        outputs, leaves = inputs.attend(mesh)
+        try:
+            if mesh.get_local_rank() == 0:
+                inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+            else:
+                inputs.attend(mesh)
+        except ValueError as error:
+            raise AssertionError(str(error)) from error
+
+
+def check_calls(case, mesh):
+    """Of the ring under a causal mask: each step makes one call, and the backward pass forms its row sums once."""
+    inputs, names = Inputs(case), ("forward_pass", "row_sums_pass", "gradients_pass")
+    with contextlib.ExitStack() as patches:
+        spies = [patches.enter_context(mock.patch.object(local, x, wraps=getattr(local, x))) for x in names]
+        outputs, leaves = inputs.attend(mesh)
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    assert [spy.call_count for spy in spies] == [mesh.size(), 1, mesh.size()]
+
+
+def check_training(case, mesh):
+    """A compiled call without a graph break and a checkpoint give what a plain call gives; gradients accumulate."""
+    inputs = Inputs(case)
+    torch.compiler.reset()  # each case compiles anew
+
+    def attend(*leaves):
+        return inputs.attend_to(leaves, mesh)
+
+    def gradients(function):
+        leaves = inputs.leaves(mesh)
+        outputs = function(*leaves)
+        return *outputs, *inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+
+    plain = gradients(attend)
+    compiled = gradients(torch.compile(attend, fullgraph=True, backend="aot_eager"))
+    recomputed = gradients(lambda *leaves: checkpoint(attend, *leaves, use_reentrant=False))
+    for name, other in (("compiled", compiled), ("recomputed", recomputed)):
+        assert all(map(torch.equal, plain, other)), name
+
+    leaves, other = inputs.leaves(mesh), Inputs(replace(case, seed=case.seed + 1))
+    for of_step in (inputs, other):  # two steps with the same inputs and other gradients
+        outputs = attend(*leaves)
+        douts = [of_step.own(x, mesh, dim) for x, dim in ((of_step.dout, None), (of_step.dlse, -1))]
+        torch.autograd.backward(outputs, douts)
+    inputs.dout, inputs.dlse = other.dout, other.dlse
+    expected = [a + b for a, b in zip(plain[2:], gradients(attend)[2:])]
+    assert all(map(torch.equal, (leaf.grad for leaf in leaves), expected)), "accumulated"
+
+
+def run_without_a_rank(case, num_ranks, folder, dies, timeout):
+    """{rank: what it raised} where the last rank makes one call and then dies, or stays away; None: it did not end."""
+    context = torch.multiprocessing.get_context("spawn")
+    arguments = [(case, rank, num_ranks, folder, dies, timeout) for rank in range(num_ranks)]
+    processes = [context.Process(target=_run_without_a_rank, args=of_rank) for of_rank in arguments]
+    for process in processes:
+        process.start()
+    for process in processes[:-1]:
+        process.join(TIMEOUT.total_seconds())
+    found = {}
+    for rank, process in enumerate(processes):
+        said = folder / f"rank {rank}"
+        found[rank] = said.read_text() if said.exists() and not process.is_alive() else None
+        process.kill()
+    return {rank: said for rank, said in found.items() if rank < num_ranks - 1}
+
+
+def _run_without_a_rank(case, rank, num_ranks, folder, dies, timeout):
+    torch.set_num_threads(1)
+    options = dict(rank=rank, world_size=num_ranks, timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+    mesh, inputs = init_device_mesh("cpu", (num_ranks,)), Inputs(case)
+    inputs.attend(mesh)
+    if rank == num_ranks - 1:
+        if dies:
+            os._exit(1)
+        time.sleep(TIMEOUT.total_seconds())
+    try:
+        inputs.attend(mesh)
+        said = "nothing"
+    except RuntimeError as error:
+        said = str(error)
+    (folder / f"rank {rank}").write_text(said)
+    os._exit(0)

@@ -49,3 +49,14 @@ def draw_scores(draw, dtype):
         "alibi": draw(st.sampled_from([None, None, "per head", "per sequence"])),
         "sinks": draw(st.sampled_from([None, None, torch.float32, dtype])),
     }
+
+
+def draw_key_shard(draw, page_size):
+    """(rank, num_ranks, interleave) of a cache, or None."""
+    from hypothesis import strategies as st
+
+    num_ranks = draw(st.sampled_from([1, 1, 2, 3, 8]))
+    if num_ranks == 1:
+        return None
+    interleave = draw(st.sampled_from([n for n in range(1, page_size + 1) if page_size % n == 0]))
+    return draw(st.integers(0, num_ranks - 1)), num_ranks, interleave

@@ -441,7 +441,7 @@ def test_host_cost(record_property, monkeypatch):
     """scaled_dot_product_attention costs at most 1.1 times flash_attention whose caller transposes.
 
     torch's operator cannot: it returns a log-sum-exp, and torch's dispatcher calls a Python function, which takes 4
-    microseconds where that does nothing. Less these 4 it costs at most 1.25 times flash_attention with return_lse.
+    microseconds where that does nothing. Less these 4 it costs at most 1.2 times flash_attention with return_lse.
     """
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
     q, k, v = (torch.empty(4, 512, heads, 128, dtype=torch.float16) for heads in (32, 8, 8))
@@ -468,7 +468,7 @@ def test_host_cost(record_property, monkeypatch):
     figure += f"where it does nothing), {cost['direct']:.0f} us flash_attention, {cost['lse']:.0f} us with lse"
     record_property("figure", figure)
     assert cost["function"] <= 1.1 * cost["direct"]
-    assert cost["operator"] - nothing <= 1.25 * cost["lse"]
+    assert cost["operator"] - nothing <= 1.2 * cost["lse"]
 
 
 def run_processes(world_size, store):

@@ -247,6 +247,7 @@ def test_host_cost(record_property, kv_cache_dtype):
 
 # As MIXED, and a context that some ranks have no key of.
 SHARED = ((1, 2), *MIXED)
+NEW = ((0, 7), (0, 1))
 
 
 def layer_of_rank(group, **options):
@@ -259,8 +260,7 @@ def layer_of_rank(group, **options):
 
 def builder_of_rank(shard):
     builder = vllm.PagedMetadataBuilder()
-    builder.dcp_world_size, builder.dcp_rank, builder.dcp_interleave = shard.world_size, shard.rank, shard.interleave
-    builder.context_lens = torch.full((shard.num_reqs + 2,), -1, dtype=torch.int32)
+    builder.key_shard = shard.rank, shard.world_size, shard.interleave
     return builder
 
 
@@ -269,86 +269,88 @@ def new_keys_and_values(batch):
     return (randn(batch.num_tokens, 1, DIM, seed=seed) for seed in (4, 5))
 
 
-def attend_on_ranks(ranks, q, sinks, requests, interleave=1, kv_cache_dtype="auto", **options):
-    """What the ranks write, each for its heads and with its share of the keys, side by side."""
+def attend_on_ranks(ranks, q, requests, interleave=1, causal=True, capture=False, **options):
+    """What the ranks write, each for its heads and with its share of the keys, side by side. sinks and alibi_slopes are
+    of all heads.
+    """
 
     def run_rank(group):
-        shard = Shard(requests, group.rank_in_group, group.world_size, interleave, padding=2, **options)
-        own_q, own_sinks = (x.chunk(group.world_size, dim=-2 if x is q else 0)[shard.rank] for x in (q, sinks))
-        layer = layer_of_rank(group, kv_cache_dtype=kv_cache_dtype, logits_soft_cap=5.0, sinks=own_sinks)
-        cache = cases.new_cache(shard, dtype=torch.float16 if kv_cache_dtype == "auto" else torch.uint8, heads_kv=1)
+        rank, world_size = group.rank_in_group, group.world_size
+        shard = Shard(requests, rank, world_size, interleave, padding=2, causal=causal)
+        own = {name: x[rank * HEADS : (rank + 1) * HEADS] for name, x in options.items() if name in PER_HEAD}
+        layer = layer_of_rank(group, **(options | own))
+        is_fp8 = options.get("kv_cache_dtype") == "fp8"
+        cache = cases.new_cache(shard, dtype=torch.uint8 if is_fp8 else torch.float16, heads_kv=1)
         cases.fill_cache(layer, shard, cache, heads_kv=1)
-        metadata, output = builder_of_rank(shard).build(0, shard), torch.full_like(own_q, torch.nan)
+        builder = builder_of_rank(shard)
+        metadata = builder.build_for_cudagraph_capture(shard) if capture else builder.build(0, shard)
+        own_q = q.chunk(world_size, dim=1)[rank]
+        output = torch.full_like(own_q, torch.nan)
         layer.forward(cases.LAYER, own_q, *new_keys_and_values(shard), cache, metadata, output)
         return output[: shard.num_actual_tokens]
 
     return torch.cat(ranks.run(run_rank), dim=1)
 
 
-def cache_of_one_rank(batch, kv_cache_dtype):
-    """What the ranks attend to: new keys are exact, also where the context is fp8."""
-    plain, cache = vllm.PagedAttention(HEADS, DIM, SCALE, 1), cases.new_cache(batch, heads_kv=1)
-    cases.fill_cache(plain, batch, cache, heads_kv=1)
-    if kv_cache_dtype == "fp8":
-        rounding, rounded = vllm.PagedAttention(HEADS, DIM, SCALE, 1, kv_cache_dtype="fp8"), cache.to(torch.uint8)
-        cases.fill_cache(rounding, batch, rounded, heads_kv=1)
-        keys, values = rounded.view(torch.float8_e4m3fn).half().split(DIM, dim=-1)
-        cache.copy_(torch.cat([keys * cases.LAYER._k_scale, values * cases.LAYER._v_scale], dim=-1))
-        plain.do_kv_cache_update(cases.LAYER, *new_keys_and_values(batch), cache, batch.slot_mapping)
-    return cache
+PER_HEAD = "sinks", "alibi_slopes"
+OPTIONS_OF_RANKS = [
+    pytest.param(2, 1, True, dict(logits_soft_cap=5.0), id="softcap"),
+    pytest.param(2, 4, True, dict(kv_cache_dtype="fp8"), id="fp8"),
+    pytest.param(3, 16, True, dict(sliding_window=11), id="window"),
+    pytest.param(2, 1, False, dict(sliding_window=11, logits_soft_cap=5.0), id="not causal"),
+    pytest.param(2, 2, True, dict(alibi_slopes=[0.5 - 0.05 * i for i in range(2 * HEADS)]), id="alibi"),
+    pytest.param(2, 1, True, dict(kv_sharing_target_layer_name="first"), id="shared keys"),
+]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "interleave", "kv_cache_dtype", "causal"),
-    [(2, 1, "auto", True), (2, 4, "fp8", True), (3, 16, "auto", True), (2, 1, "auto", False)],
-)
-def test_ranks_that_share_the_keys_are_as_one(world_size, interleave, kv_cache_dtype, causal):
+@pytest.mark.parametrize(("world_size", "interleave", "causal", "options"), OPTIONS_OF_RANKS)
+def test_ranks_that_share_the_keys_are_as_one(world_size, interleave, causal, options):
+    """Also in a batch without context, as a captured graph attends to it."""
     q, sinks = (randn(*shape, seed=9) for shape in ((200, world_size * HEADS, DIM), (world_size * HEADS,)))
-    batch = Batch(SHARED, padding=2, causal=causal)
-    q = q[: batch.num_tokens]
-    ranks = Ranks(world_size)
-    found = attend_on_ranks(ranks, q, sinks, SHARED, interleave, kv_cache_dtype, causal=causal)
-    cache = cache_of_one_rank(batch, kv_cache_dtype)
-    expected = cases.expected_attention(batch, q, cache, softcap=5.0, sinks=sinks)
-    torch.testing.assert_close(found.double(), expected, **TOLERANCE)
-    assert ranks.num_exchanges == 3  # queries, outs, lses
+    for requests, capture in ((SHARED, False), (NEW, True)):
+        batch, ranks = Batch(requests, padding=2, causal=causal), Ranks(world_size)
+        rows = q[: batch.num_tokens]
+        found = attend_on_ranks(ranks, rows, requests, interleave, causal, capture, sinks=sinks, **options)
+        expected = expected_of_ranks(batch, rows, sinks=sinks, **options)
+        torch.testing.assert_close(found.double(), expected, **TOLERANCE)
+        assert ranks.num_exchanges == 3 + ("alibi_slopes" in options)  # queries, outs, lses
+
+
+def expected_of_ranks(batch, q, sinks, kv_cache_dtype="auto", **options):
+    names = dict(logits_soft_cap="softcap", sliding_window="window", alibi_slopes="slopes")
+    named = {names[name]: x for name, x in options.items() if name in names}
+    one = vllm.PagedAttention(HEADS, DIM, SCALE, 1, kv_cache_dtype=kv_cache_dtype)
+    cache = cases.new_cache(batch, dtype=torch.uint8 if kv_cache_dtype == "fp8" else torch.float16, heads_kv=1)
+    cases.fill_cache(one, batch, cache, heads_kv=1)
+    return cases.expected_attention(batch, q, cache, kv_cache_dtype, sinks=sinks, **named)
 
 
 def test_ranks_exchange_nothing_without_context():
-    """All know it, by the host's bounds of the lengths. A graph exchanges also then, and reads current lengths."""
-    ranks, requests = Ranks(2), ((0, 7), (0, 1))
-    q, sinks = randn(10, 2 * HEADS, DIM, seed=9), randn(2 * HEADS)
-    found = attend_on_ranks(ranks, q, sinks, requests)
-    batch = Batch(requests, padding=2)
-    expected = cases.expected_attention(batch, q, cache_of_one_rank(batch, "auto"), softcap=5.0, sinks=sinks)
+    """All know it, by the host's bounds of the lengths. A graph exchanges also then, since it is replayed later."""
+    ranks, q, sinks = Ranks(2), randn(10, 2 * HEADS, DIM, seed=9), randn(2 * HEADS)
+    found = attend_on_ranks(ranks, q, NEW, sinks=sinks)
+    expected = expected_of_ranks(Batch(NEW, padding=2), q, sinks)
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
     assert ranks.num_exchanges == 0
-    shard = Shard(requests, 1, 2)
+    shard = Shard(NEW, 1, 2)
     builder = builder_of_rank(shard)
-    assert builder.build(0, shard).context_lens is None
-    assert builder.context_lens.tolist() == [0, 0, -1, -1]
-    captured = builder.build_for_cudagraph_capture(shard).context_lens
-    assert captured.tolist() == [0, 0]
-    assert captured.data_ptr() == builder.context_lens.data_ptr()
+    assert not builder.build(0, shard).has_context
+    assert builder.build_for_cudagraph_capture(shard).has_context
     shard.seq_lens_cpu_upper_bound = None  # not known: there may be context
-    assert builder.build(0, shard).context_lens.data_ptr() == captured.data_ptr()
+    assert builder.build(0, shard).has_context
 
 
-def test_lengths_of_ranks():
-    lengths = torch.arange(60, dtype=torch.int32)
-    for world_size, interleave in ((1, 1), (2, 1), (3, 4), (4, 16)):
-        owners = torch.arange(60) // interleave % world_size
-        for rank in range(world_size):
-            found = vllm.local_lengths(lengths, world_size, rank, interleave)
-            assert found.tolist() == [int((owners[:n] == rank).sum()) for n in range(60)]
+def test_keys_of_another_layer_are_read_from_the_cache():
+    """The layer has no new keys, so that an exchange is needed without context too."""
+    ranks, q, sinks = Ranks(2), randn(10, 2 * HEADS, DIM, seed=9), randn(2 * HEADS)
+    found = attend_on_ranks(ranks, q, NEW, sinks=sinks, kv_sharing_target_layer_name="first")
+    torch.testing.assert_close(found.double(), expected_of_ranks(Batch(NEW, padding=2), q, sinks), **TOLERANCE)
+    assert ranks.num_exchanges == 3
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("sliding_window", dict(sliding_window=8)),
-        ("alibi_slopes", dict(alibi_slopes=[0.5] * HEADS)),
-        ("kv_sharing_target_layer_name", dict(kv_sharing_target_layer_name="first")),
         ("attn_type", dict(attn_type="encoder_decoder")),
         ("num_kv_heads", dict(num_kv_heads=2)),
         ("head_size", dict(head_size=80)),
@@ -429,7 +431,7 @@ def test_mla_decode_on_ranks_that_share_the_keys(kv_cache_dtype):
         shard, impl = Shard(requests, group.rank_in_group, 2), latent_attention(kv_cache_dtype, dcp_world_size=2)
         cache = cases.new_latent_cache(shard, kv_cache_dtype)
         cases.fill_latent_cache(impl, shard, cache, kv_cache_dtype)
-        shard.seq_lens = vllm.local_lengths(shard.seq_lens, 2, shard.rank, 1)
+        shard.seq_lens = (shard.seq_lens + 1 - shard.rank) // 2
         return combine(*impl.forward_mqa(q, cache, decode_metadata(shard), cases.LAYER), group, return_lse=True)
 
     found = (torch.cat(parts, dim=1).double() for parts in zip(*Ranks(2).run(run_rank)))

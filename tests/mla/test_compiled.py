@@ -33,6 +33,7 @@ VARIANTS = {
     "plain fp8, scales on the device": {"plain_fp8": torch.float8_e5m2} | dict.fromkeys(SCALES, torch.empty(1)),
     "plain fp8, pages of 1": {"plain_fp8": torch.float8_e4m3fn, "page_size": 1},
     "draft": {"seqlen_q": 4},
+    "shard": {"seqlen_q": 4, "key_shard": (2, 4, 1)},
     "lse": {"return_lse": True},
     "latent": {"weights": False, "num_splits": 1},
     "latent, splits": {"weights": False},

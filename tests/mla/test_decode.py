@@ -38,6 +38,24 @@ def test_the_widths_of_deepseek(dtype, is_fp8):
     check(Case(dtype=dtype, is_fp8=is_fp8, seqlen_q=2, seqlens_k=(70, 33), num_heads=16, num_splits=2, **widths))
 
 
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(seqlen_q=3, num_splits=3, rotary_dim=8),
+        dict(seqlen_q=3, causal=False, with_uk=False, with_uv=False, softmax_scale=0.1),
+        dict(seqlens_q=(5, 0, 33), seqlens_k=(40, 3, 37)),
+        dict(is_fp8=True, kv_lora_rank=128, seqlens_k=(300, 5)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("key_shard", [(0, 2, 1), (1, 2, 4), (2, 3, 1), (3, 4, 16), (0, 1, 1)], ids=str)
+def test_keys_of_one_rank(key_shard, options):
+    """Of several queries each sees another number of the rank's keys. Rotary angles are those of all keys."""
+    check(Case(key_shard=key_shard, **options))
+
+
 SCALES = {
     "none": {},
     "one": dict(k_scale=0.3),

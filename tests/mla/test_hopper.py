@@ -89,6 +89,7 @@ def kernel_of(**options):
         {"num_heads": 64, "page_size": 128},
         {"seqlen_q": 4},
         {"seqlen_q": 2, "causal": False},
+        {"seqlen_q": 4, "key_shard": (2, 4, 1)},
     ],
     ids=lambda call: " ".join(map(str, call)) or "plain",
 )

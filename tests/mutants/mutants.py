@@ -40,7 +40,8 @@ def run_tests(folder, tests, limit):
     env.pop("TRITON_INTERPRET", None)
     if not tests.compiled:
         env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests.arguments]
+    options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile", "first_failure"]
+    command = [sys.executable, "-m", "pytest", *options, *tests.arguments]
     process = subprocess.Popen(
         command,
         cwd=folder,

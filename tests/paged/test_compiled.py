@@ -5,11 +5,9 @@ perf/model/loop_model.py, which does not include memory. A decode step whose TB/
 for memory.
 """
 
-from unittest import mock
-
 import pytest
 import torch
-from host_cost import median_microseconds, python_calls
+from host_cost import bare_launches, median_microseconds, python_calls
 from instruments import Instrument
 
 from perf.model import loop_model
@@ -32,6 +30,14 @@ VARIANTS = {
     "splits": {"num_splits": 4},
     "varlen": {"varlen": True},
     "contiguous": {"contiguous": True},
+    "shard": {"key_shard": (2, 4, 1)},
+    "shard, everything": {
+        "key_shard": (2, 4, 1),
+        "window_size": (1000, 0),
+        "alibi_slopes": torch.ones(NUM_HEADS),
+        "softcap": 30.0,
+        "sinks": torch.ones(NUM_HEADS),
+    },
 }
 # Bytes spilled, by (arch, head dim, rows, variant): the maximum of Triton 3.6.0 and 3.9.0. Tiles without spills would
 # cost the other variants 5 to 30 % of `lock`.
@@ -40,13 +46,16 @@ KNOWN_SPILLS = {
     ("sm_80", 40, "prefill", "contiguous"): 24,
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
-    ("sm_80", 192, "prefill", "everything"): 32,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
-    ("sm_80", 256, "prefill", "fp8"): 12,
     ("gfx942", 128, "prefill", "fp8"): 64,
     ("gfx942", 128, "prefill", "fp8_e5m2"): 112,
 }
+
+
+# On sm_80 tiles of drafts and chunks fill the registers, which takes up to so many bytes outside the loop. Those that
+# spill nothing have 60 to 80 % of their `lock`.
+OUTSIDE_THE_LOOP = 150
 
 
 def loop_rate(launch):
@@ -92,8 +101,11 @@ SLICE = [
     *(case(arch, 512, rows) for arch in ARCHS for rows in ("decode", "prefill")),
     *(case(arch, 128, "prefill", "varlen", pytest.mark.oldest) for arch in ARCHS),
     *(case(arch, 128, "decode") for arch in ("sm_86", "sm_89", "sm_120")),
+    *(case("sm_80", d, "prefill", "plain", pytest.mark.oldest) for d in (192, 256)),
     case("sm_90", 128, "draft"),
     case("sm_90", 128, "decode", "contiguous"),
+    *(case(arch, 128, "draft", "shard", pytest.mark.oldest) for arch in ("sm_80", "sm_90")),
+    case("sm_90", 128, "decode", "shard, everything", pytest.mark.oldest),
 ]
 SLICE_IDS = {param.id for param in SLICE}
 HEAD_DIMS = (16, 40, 64, 71, 80, 96, 128, 160, 192, 256, 512)
@@ -119,12 +131,15 @@ def test_default(arch, head_dim, rows, variant, record_property):
         bound, lock = loop_rate(launch)
         memory = RATES[arch].memory_gbps / 1000
         figure += f"  {lock:.2f} to {bound:.2f} TB/s of {memory:.2f}"
-        assert variant in ("fp8", "fp8_e5m2", "everything") or head_dim % 16 or lock >= memory
+        assert variant in ("fp8", "fp8_e5m2") or "everything" in variant or head_dim % 16 or lock >= memory
     record_property("figure", figure)
     assert launch.shared_bytes <= shared_memory_limit(arch)
     if rows == "decode" or head_dim <= 256 or variant == "plain":
-        assert launch.spill_bytes <= KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
-    if rows == "prefill" and (head_dim <= 192 or head_dim == 512) and arch in ("sm_80", "sm_90"):
+        fills_registers = arch == "sm_80" and rows != "decode" and head_dim >= 128
+        known = OUTSIDE_THE_LOOP if fills_registers else KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
+        assert launch.spill_bytes <= known
+        assert not fills_registers or loop_model.analyze(launch.kernel).hot.spills == 0
+    if rows == "prefill" and arch in ("sm_80", "sm_90"):
         assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's matmuls
     # Heads of 40 fp8 elements are aligned to 8 bytes only, so nothing is prefetched.
     by_16_bytes = head_dim * (1 if constants["MANTISSA_BITS"] else 2) % 16 == 0
@@ -202,22 +217,8 @@ def test_host_cost(num_splits, record_property):
         def call():
             return paged_attention(**given, num_splits=num_splits)
 
-        bare = []
-        with (
-            mock.patch.object(forward, "launch_packed") as launch_packed,
-            mock.patch.object(merge, "launch_packed") as launch,
-        ):
-            call()
-        for one in (launch_packed, launch)[: 2 if num_splits > 1 else 1]:
-            kernel, grid, _, args, constants = one.call_args.args
-            bare.append((kernel[grid], args, constants))
-
-        def launches():
-            for kernel, args, constants in bare:
-                kernel(*args, enable_fp_fusion=True, **constants)
-
-        calls = {"call": call, "bare launches": launches}
-        cost = median_microseconds(calls)
+        launches = bare_launches(call, (forward, merge))
+        cost = median_microseconds({"call": call, "bare launches": launches})
         extra_calls = python_calls(call) - python_calls(launches)
     figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits, "
     figure += f"{cost['bare launches']:.0f} us the bare launches that it makes, {extra_calls} more Python calls"

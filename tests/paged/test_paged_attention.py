@@ -33,6 +33,30 @@ def test_every_page_size(page_size, num_splits):
     check(replace(PLAIN, page_size=page_size, num_splits=num_splits, window_size=(70, -1)))
 
 
+SHARDED = [
+    {},
+    dict(window_size=(7, 3)),
+    dict(causal=False, window_size=(4, 6)),
+    dict(alibi="per sequence", window_size=(20, -1)),
+    dict(alibi="per head", softcap=0.7, sinks=torch.float32),
+    dict(num_splits=3, shared_prefix_len=32),
+    dict(shared_prefix_len=30, window_size=(12, -1)),
+    dict(page_size=None),
+]
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
+@pytest.mark.parametrize("options", SHARDED, ids=str)
+@pytest.mark.parametrize("key_shard", [(0, 2, 1), (1, 2, 4), (2, 3, 1), (3, 4, 16), (0, 1, 1)], ids=str)
+def test_keys_of_one_rank(key_shard, options):
+    """Several queries, so that each sees another number of the rank's keys; a sequence with keys on one rank alone, and
+    one with more keys than fit in the cache of a rank.
+    """
+    rows = dict(seqlens_q=(5, 0, 33, 2), seqlens_k=(140, 3, 37, 2), varlen=True, spare_rows=2, spare_entries=0)
+    check(replace(PLAIN, key_shard=key_shard, **rows, **options))
+
+
 @pytest.mark.ci(but_each=5)
 @pytest.mark.oldest
 @pytest.mark.parametrize("cache_dtype", [None, *FLOAT8], ids=str)

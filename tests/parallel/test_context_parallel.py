@@ -7,14 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from parallel_ranks import Case, check_bytes, check_difference, check_values, run
-from torch.distributed.device_mesh import init_device_mesh
+from parallel_ranks import (
+    Case,
+    check_bytes,
+    check_calls,
+    check_difference,
+    check_difference_later,
+    check_training,
+    check_values,
+    run,
+    run_without_a_rank,
+)
 
-from triton_attn import flash_attention
-from triton_attn.parallel import context_parallel_attention, local, shard_sequence, unshard_sequence
-from triton_attn.parallel.balance import Sharding
-from triton_attn.parallel.ulysses import check_heads
+from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn.parallel import (
+    context_parallel_attention,
+    ulysses,
+    unshard_sequence,
+)
 
 METHODS = ("all_gather", "ring", "ulysses")
 MASKS = [
@@ -28,8 +38,30 @@ MASKS = [
 
 
 def readable(num_ranks):
-    """Each mask by each method."""
-    return [Case(method=method, seqlen=37, num_heads_kv=num_ranks, **mask) for method in METHODS for mask in MASKS]
+    """Each mask by each method, and padding, of which sinks must not see the gradients."""
+    padded = [replace(PACKED[0], method=method, sinks=True) for method in METHODS]
+    return padded + [
+        Case(method=method, seqlen=37, num_heads_kv=num_ranks, **mask) for method in METHODS for mask in MASKS
+    ]
+
+
+PACKED = [
+    Case(documents=(17, 0, 3, 1, 30), rows_of_none=4, load_balance="per_document"),
+    Case(documents=(5, 40, 2), load_balance="head_tail", rows_of_none=9),
+    Case(documents=(23, 19, 1), load_balance=None, sinks=True),
+    Case(documents=(3, 5, 0, 7, 1) * 4, load_balance="per_document", rows_of_none=1),  # rows taken by index
+]
+
+
+def packed(num_ranks):
+    """Each mask by each method, over packed documents."""
+    for i, (method, mask) in enumerate(itertools.product(METHODS, MASKS)):
+        case = replace(PACKED[i % 4], method=method, num_heads_kv=num_ranks if i % 2 else 1, **mask)
+        yield replace(case, slopes_each=True)
+
+
+def both(num_ranks):
+    return [*readable(num_ranks), *packed(num_ranks)]
 
 
 def more(num_ranks):
@@ -47,7 +79,9 @@ def more(num_ranks):
     ("num_ranks", "cases", "backend"),
     [
         pytest.param(2, readable, "triton", id="2 ranks"),
-        pytest.param(4, readable, "reference", id="4 ranks by reference"),
+        pytest.param(4, both, "reference", id="4 ranks by reference"),
+        pytest.param(2, packed, "triton", id="2 ranks, packed", marks=pytest.mark.ci),
+        pytest.param(4, packed, "triton", id="4 ranks, packed", marks=pytest.mark.ci),
         pytest.param(2, more, "triton", id="2 ranks, more", marks=pytest.mark.ci),
         pytest.param(3, more, "reference", id="3 ranks by reference, more", marks=pytest.mark.ci),
         pytest.param(4, readable, "triton", id="4 ranks", marks=pytest.mark.ci),
@@ -79,28 +113,75 @@ def test_bytes_that_ranks_receive(tmp_path, monkeypatch):
     [
         (dict(options=dict(causal=False)), r"window_size: expected the same on all ranks, \(-1, 0\) as on rank 0, got"),
         (dict(alibi=True), "alibi_slopes: expected the same on all ranks, None as on rank 0, got"),
-        (dict(num_heads_q=2), r"q: expected the same on all ranks, \(\(1, 4, 16\), torch.float32\) as on rank 0, got"),
+        (dict(num_heads_q=2), r"q: expected the same on all ranks, \(\(4, 16\), torch.float32\) as on rank 0, got"),
         (dict(method="ring"), "method: expected the same on all ranks, all_gather as on rank 0, got ring on rank 1"),
         (dict(seqlen=49), "seqlen: expected the same on all ranks, 50 as on rank 0, got 49 on rank 1"),
+        (
+            dict(documents=(20, 30)),
+            r"batch: expected the same on all ranks, 1 as on rank 0, got None on rank 1",
+        ),
+        (dict(dtype=torch.float16), r"q: expected the same on all ranks, .*float32.* rank 0, got .*float16.* rank 1"),
+        # What one rank refuses:
+        (dict(num_heads_kv=3), r"k: expected a number of heads that divides q's 4, got 3( \(on rank 1\))?$"),
+        (dict(method="tree"), r"method: expected .*, got 'tree'"),
+        (dict(method="ulysses", num_heads_q=3, num_heads_kv=1), r"q: expected query heads in multiples of 2 ranks"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 @pytest.mark.ci(but_each=5)
-def test_ranks_that_differ_are_named_on_every_rank(rank_1, said, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
+def test_ranks_that_differ_are_named_on_every_rank(rank_1, said, tmp_path):
     case = Case(load_balance=None)
     (_, _, first), (_, _, second) = run(check_difference, [(case, replace(case, **rank_1))], 2, tmp_path / "store")
     assert re.search(said, first), first
     assert re.search(said, second), second
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    """Of this process alone."""
-    store = tmp_path_factory.mktemp("mesh") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+@pytest.mark.ci
+def test_values_are_compared_where_they_are_checked(tmp_path, monkeypatch):
+    case = Case(alibi=True)
+    cases = [(case, replace(case, seed=1))]
+    assert run(check_difference, cases, 2, tmp_path / "store") == []
+    monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
+    found = run(check_difference, cases, 2, tmp_path / "another store")
+    assert [said.startswith("alibi_slopes: expected the same on all ranks") for *_, said in found] == [True, True]
+
+
+def test_where_no_transfer_is_waited_for_the_next_call_names_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    case = Case(method="ring", documents=(20, 31))
+    cases = [(case, replace(case, options=dict(causal=True, softcap=3.0)))]
+    found = run(check_difference_later, cases, 2, tmp_path / "store")
+    assert len(found) == 2
+    for *_, said in found:
+        assert re.search(r"softcap: expected the same on all ranks, 0.0 as on rank 0, got 3.0 on rank 1", said), said
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "stays away"])
+@pytest.mark.ci(but_each=2)
+def test_a_rank_that_does_not_come_ends_the_others(dies, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    found = run_without_a_rank(Case(), 3, tmp_path, dies, timeout=100 if dies else 20)
+    for rank in (0, 1):
+        assert found[rank] is not None, "no end"
+        assert re.search("(?i)connection|timed out|timeout", found[rank]), found[rank]
+
+
+def test_calls_of_the_ring(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    cases = [
+        Case(method="ring"),
+        Case(method="ring", batch=3, options={}),
+        Case(method="ring", documents=(40, 33, 1, 50), load_balance="per_document"),
+    ]
+    assert run(check_calls, cases, 2, tmp_path / "store") == []
+
+
+def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    options = dict(causal=True, window_size=(12, -1), dropout_p=0.2, dropout_seed=3)
+    cases = [Case(method=method, sinks=True, options=options) for method in METHODS]
+    cases += [replace(PACKED[0], method=method, alibi=True, slopes_each=True) for method in METHODS]
+    assert run(check_training, cases, 2, tmp_path / "store") == []
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
@@ -111,7 +192,7 @@ def test_one_rank(mesh, method):
 
 def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
     """Positions are cached; those of an inference tensor could not be saved for the backward pass."""
-    local.shard_of.cache_clear()
+    ulysses._parts.cache_clear()
     options = dict(mesh=mesh, method="ulysses", dropout_p=0.3, dropout_seed=1)
     x = torch.randn(1, 6, 2, 16)
     with torch.inference_mode():
@@ -123,85 +204,16 @@ def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
     assert leaf.grad.isfinite().all()
 
 
-X = torch.randn(1, 6, 2, 16)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (dict(method="tree"), "method: expected 'auto' or 'all_gather' or 'ring' or 'ulysses', got 'tree'"),
-        (dict(load_balance="zigzag"), "load_balance: expected 'head_tail' or None, got 'zigzag'"),
-        (dict(seqlen=7), "seqlen: expected the length of a sequence of which rank 0 of 1 has 6 rows, got 7"),
-        (dict(seqlen=-1), "seqlen: expected the length of a sequence .*, got -1"),
-        (dict(k=X[:, :5]), "k: expected q's 6 rows, got 5"),
-        (dict(v=X[0]), r"v: expected 4 dimensions \(batch, rows, heads, dim\), got shape \(6, 2, 16\)"),
-        (
-            dict(dropout_p=0.5),
-            "dropout_seed: expected an int or a tensor, the same on all ranks, with dropout, got None",
-        ),
-        (dict(softcap=-1.0), "softcap: expected 0"),
-        (dict(mesh="cp"), "mesh: expected a DeviceMesh, got str"),
-    ],
-    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
-)
-def test_errors(mesh, arguments, said):
-    arguments = dict(q=X, k=X, v=X, mesh=mesh) | arguments
-    with pytest.raises((TypeError, ValueError), match=said):
-        context_parallel_attention(**arguments)
-
-
-def test_a_mesh_of_two_dimensions_is_refused(mesh):
-    two = init_device_mesh("cpu", (1, 1))
-    with pytest.raises(ValueError, match="mesh: expected one dimension"):
-        shard_sequence(X, two)
-
-
-@pytest.mark.parametrize(
-    ("heads", "said"),
-    [
-        ((6, 2, 4), "q: expected query heads in multiples of 4 ranks for 'ulysses', got 6"),
-        ((12, 3, 4), "k: expected KV heads that divide 4 ranks or are a multiple of them for 'ulysses', got 3"),
-        ((8, 2, 4), None),
-        ((8, 8, 4), None),
-    ],
-)
-def test_heads_of_ulysses(heads, said):
-    if said is None:
-        check_heads(*heads)
-    else:
-        with pytest.raises(ValueError, match=said):
-            check_heads(*heads)
-
-
-def test_shards_of_each_length():
-    """Every row is in one chunk, and no rank has more than its share and one chunk's rounding."""
-    for seqlen, num_ranks, load_balance in itertools.product((0, 1, 5, 16, 37), (1, 2, 3, 8), ("head_tail", None)):
-        sharding = Sharding(seqlen, num_ranks, load_balance)
-        rows = [row for chunks in sharding.chunks for chunk in chunks for row in range(*chunk)]
-        assert sorted(rows) == list(range(seqlen))
-        whole = torch.arange(seqlen)
-        assert torch.equal(sharding.in_order([sharding.own_rows(whole, r, 0) for r in range(num_ranks)], 0), whole)
-
-
-def test_head_tail_gives_all_ranks_the_same_causal_work():
-    chunks = Sharding(64, 4, "head_tail").chunks
-    assert {sum(row + 1 for chunk in of_rank for row in range(*chunk)) for of_rank in chunks} == {64 * 65 // 2 // 4}
-
-
-def test_gradients_of_shards(mesh):
-    x = X.clone().requires_grad_()
-    whole = unshard_sequence(shard_sequence(x, mesh), mesh)
-    assert torch.equal(whole, x)
-    dout = torch.randn_like(X)
-    assert torch.equal(torch.autograd.grad(whole, x, dout)[0], dout)
-
-
 def test_the_page_runs(mesh, device):
     page = Path(__file__).parents[2] / "docs/many-gpus.md"
     code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 5
     names = {"device": device}
-    exec("\n".join(code), names)
+    exec(code[0], names)
     q, k, v = (names[name] for name in "qkv")
     found = unshard_sequence(names["out"].detach(), mesh, seqlen=q.shape[1])
     torch.testing.assert_close(found, flash_attention(q, k, v, causal=True), atol=1e-5, rtol=1e-5)
+    exec("\n".join(code[1:]), names)
+    cu_seqlens = names["cu_seqlens"].to(device)
+    expected = flash_attention_varlen(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 300, 300, causal=True)
+    torch.testing.assert_close(names["documents"].detach(), expected, atol=1e-5, rtol=1e-5)

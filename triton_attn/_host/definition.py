@@ -5,17 +5,19 @@ from typing import Any, NamedTuple
 import torch
 
 
-def visible_keys(seqlen_q, seqlen_k, causal, window_size, device, offset=None, lengths=None):
+def visible_keys(seqlen_q, seqlen_k, causal, window_size, device, offset=None, lengths=None, key_positions=None):
     """(seqlen_q, seqlen_k): which keys a query sees, and key position minus query position.
 
     offset: the position of query 0, counted from key 0; an int, or of each sequence (batch, 1, 1, 1). None is
     bottom-right alignment. lengths: (queries, keys) of each sequence, both (batch,), if they are padded to seqlen_q and
-    seqlen_k. With either of each sequence the results are (batch, 1, seqlen_q, seqlen_k).
+    seqlen_k. With either of each sequence the results are (batch, 1, seqlen_q, seqlen_k). key_positions: (seqlen_k,) of
+    keys that do not follow each other, counted as offset is, which must be given.
     """
     left, right = window_size
     if causal:
         right = 0
     queries, keys = torch.arange(seqlen_q, device=device)[:, None], torch.arange(seqlen_k, device=device)
+    keys = keys if key_positions is None else key_positions
     num_queries, num_keys = (seqlen_q, seqlen_k) if lengths is None else (x.view(-1, 1, 1, 1) for x in lengths)
     distance = keys - (queries + (num_keys - num_queries if offset is None else offset))
     visible = torch.ones_like(distance, dtype=torch.bool)
@@ -76,10 +78,11 @@ def _heads_of(q, k, v, compute_dtype):
     return q_heads, *(x.repeat_interleave(group_size, dim=1) for x in (k_heads, v_heads))
 
 
-def _masked_scores(products, causal, window_size, softcap, alibi_slopes, offset=None, lengths=None):
+def _masked_scores(products, causal, window_size, softcap, alibi_slopes, offset=None, lengths=None, key_positions=None):
     """Scores (batch, heads, seqlen_q, seqlen_k) from softmax_scale * q . k, -inf where a query does not see a key."""
     scores = softcap * torch.tanh(products / softcap) if softcap else products
-    visible, distance = visible_keys(*products.shape[2:], causal, window_size, products.device, offset, lengths)
+    places = offset, lengths, key_positions
+    visible, distance = visible_keys(*products.shape[2:], causal, window_size, products.device, *places)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(products.dtype)[..., None, None] * distance.abs()
     return scores.masked_fill(~visible, float("-inf"))
@@ -101,17 +104,18 @@ def attend(
     dropout_p=0.0,
     offset=None,
     lengths=None,
+    key_positions=None,
 ):
     """Attention with every matmul in compute_dtype: out in q's dtype, lse in fp32 (fp64 for fp64).
 
-    offset, lengths: as in `visible_keys`. In the padding out is 0, and lse -inf or the sink.
+    offset, lengths, key_positions: as in `visible_keys`. In the padding out is 0, and lse -inf or the sink.
 
     With compute_dtype = q.dtype its error is the one that torch makes in that dtype. Tests compare kernels with it.
     """
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     q_heads, k_heads, v_heads = _heads_of(q, k, v, compute_dtype)
     products = q_heads @ k_heads.transpose(2, 3) * scale
-    scores = _masked_scores(products, causal, window_size, softcap, alibi_slopes, offset, lengths)
+    scores = _masked_scores(products, causal, window_size, softcap, alibi_slopes, offset, lengths, key_positions)
     logits = scores
     if sinks is not None:
         sink_column = sinks.to(compute_dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -127,24 +131,34 @@ def attend(
     return out, lse
 
 
-def attention_gradients(
-    q, k, v, dout, dlse, out, lse, *, softmax_scale, softcap, sinks, compute_dtype, keep=None, dropout_p=0.0, **mask
-) -> tuple[Any, Any, Any, Any]:
-    """(dq, dk, dv, dsinks) of `attend`, in compute_dtype; dlse may be None. k and v may be a part of the keys that out
-    and lse are over. Without autograd, so also inside an operator of torch.
+def row_sums(dout, dlse, out, lse, sinks, compute_dtype) -> tuple[Any, Any]:
+    """-delta = dlse - rowsum(dout * out), (batch, heads, rows), and the gradient of the sinks; dlse and sinks may be
+    None."""
+    minus_delta = -(dout.to(compute_dtype) * out.to(compute_dtype)).sum(3).transpose(1, 2)
+    minus_delta = minus_delta if dlse is None else minus_delta + dlse
+    if sinks is None:
+        return minus_delta, None
+    no_key = lse == float("-inf")
+    of_sinks = torch.exp(sinks.to(compute_dtype)[:, None] - torch.where(no_key, 0.0, lse).to(compute_dtype))
+    return minus_delta, (torch.where(no_key, 0.0, of_sinks) * minus_delta).sum((0, 2))
 
-    With the weights P = exp(s - lse) and delta = rowsum(dout * out) - dlse, ds = P * (dout . v - delta).
+
+def attention_gradients(
+    q, k, v, dout, lse, minus_delta, *, softmax_scale, softcap, compute_dtype, keep=None, dropout_p=0.0, **mask
+) -> tuple[Any, Any, Any]:
+    """(dq, dk, dv) of `attend`, in compute_dtype. k and v may be a part of the keys that lse and minus_delta, of
+    `row_sums`, are over. Without autograd, so also inside an operator of torch.
+
+    With the weights P = exp(s - lse), ds = P * (dout . v - delta).
     """
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     q_heads, k_heads, v_heads = _heads_of(q, k, v, compute_dtype)
-    dout, out = (x.transpose(1, 2).to(compute_dtype) for x in (dout, out))
-    delta = (dout * out).sum(3) - (0.0 if dlse is None else dlse)
-    no_key = lse == float("-inf")
-    lse = torch.where(no_key, 0.0, lse).to(compute_dtype)
+    dout = dout.transpose(1, 2).to(compute_dtype)
+    lse = torch.where(lse == float("-inf"), 0.0, lse).to(compute_dtype)
     products = q_heads @ k_heads.transpose(2, 3) * scale
     weights = torch.exp(_masked_scores(products, softcap=softcap, **mask) - lse[..., None])
     kept = 1.0 if keep is None else keep.to(q.device) / (1 - dropout_p)
-    dscores = weights * (dout @ v_heads.transpose(2, 3) * kept - delta[..., None])
+    dscores = weights * (dout @ v_heads.transpose(2, 3) * kept + minus_delta.to(compute_dtype)[..., None])
     if softcap:
         dscores = dscores * (1 - torch.tanh(products / softcap) ** 2)
 
@@ -155,10 +169,7 @@ def attention_gradients(
     dq = of_rows(dscores @ k_heads * scale, q.shape[2])
     dk = of_rows(dscores.transpose(2, 3) @ q_heads * scale, k.shape[2])
     dv = of_rows((weights * kept).transpose(2, 3) @ dout, k.shape[2])
-    if sinks is None:
-        return dq, dk, dv, None
-    of_sinks = torch.where(no_key, 0.0, torch.exp(sinks.to(compute_dtype)[:, None] - lse))
-    return dq, dk, dv, -(of_sinks * delta).sum((0, 2))
+    return dq, dk, dv
 
 
 def rotate(x, cos, sin, interleaved):

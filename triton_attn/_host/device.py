@@ -31,13 +31,8 @@ def input_precision(dtype, arch):
     return "ieee" if gpu_of(arch).is_amd and wanted == "tf32x3" else wanted
 
 
-def launch(kernel, grid, device, *args, **constants):
-    """kernel[grid](*args, **constants) on the given device."""
-    launch_packed(kernel, grid, device, args, constants)
-
-
 def launch_packed(kernel, grid, device, args, constants):
-    """launch for a hot path: no argument is unpacked, and no kernel[grid] is created."""
+    """kernel[grid](*args, **constants) on the given device, without the cost of creating kernel[grid]."""
     if grid[0] >= 2**31:
         fail("the call's tiles", "fewer than 2**31", grid[0])
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -38,7 +38,10 @@ class Paged(Masked, total=False):
     num_splits: int
     shared_prefix_len: int
     batch_invariant: bool | None
+    key_shard: tuple[int, int, int] | None
     out: Tensor | None
+    lse: Tensor | None
+    workspace: Tensor | None
     check_values: bool | None
 
 
@@ -53,6 +56,10 @@ class LatentDecode(Common, total=False):
     rope_interleaved: bool
     num_splits: int
     batch_invariant: bool | None
+    key_shard: tuple[int, int, int] | None
+    out: Tensor | None
+    lse: Tensor | None
+    workspace: Tensor | None
     check_values: bool | None
 
 

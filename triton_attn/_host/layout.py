@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_ROWS, check_rows
+from .key_shard import num_ranks_of
 
 # Names of kernel arguments whose values must not cause a compilation. Strides of lse depend on lengths; they are not in
 # a tuple because Triton specialises its elements. Slices of lse and of index tensors may start at any address.
@@ -20,8 +21,16 @@ def without_dim(strides):
     return strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
 
 
-def new_outputs(q: Tensor, v: Tensor, wants_lse: bool = True, out: Tensor | None = None) -> tuple[Tensor, Any]:
-    """Uninitialised out (..., rows, heads, v's head dim), or the one given, and lse (..., heads, rows), or None.
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """(..., heads, rows) for q (..., rows, heads, dim)."""
+    *batch, rows, heads, _ = q.shape
+    return *batch, heads, rows
+
+
+def new_outputs(
+    q: Tensor, v: Tensor, wants_lse: bool = True, out: Tensor | None = None, lse: Any = None
+) -> tuple[Tensor, Any]:
+    """Uninitialised out (..., rows, heads, v's head dim) and lse (..., heads, rows), or those given; lse may be None.
 
     out has q's dtype. lse is fp32; fp64 for a reference in fp64.
     """
@@ -29,8 +38,8 @@ def new_outputs(q: Tensor, v: Tensor, wants_lse: bool = True, out: Tensor | None
     if out is None:
         like_q = v.shape[-1] == shape[-1] and q.is_contiguous()
         out = torch.empty_like(q) if like_q else q.new_empty((*shape[:-1], v.shape[-1]))
-    if not wants_lse:
-        return out, None
+    if lse is not None or not wants_lse:
+        return out, lse
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, q.new_empty((*shape[:-3], shape[-2], shape[-3]), dtype=dtype)
 
@@ -42,9 +51,12 @@ def clear_outputs(out, lse):
         lse.fill_(float("-inf"))
 
 
-def capacity_of(cache, block_table):
-    """How many keys of a sequence fit in a cache (pages or batch, slots, ...). Longer lengths are clamped to it."""
-    return min(cache.shape[1] * (1 if block_table is None else block_table.shape[1]), MAX_ROWS)
+def capacity_of(cache, block_table, key_shard=None):
+    """How many keys of a sequence fit in a cache (pages or batch, slots, ...), or in those of all ranks. Longer lengths
+    are clamped to it.
+    """
+    width = 1 if block_table is None else block_table.shape[1]
+    return min(cache.shape[1] * width * num_ranks_of(key_shard), MAX_ROWS)
 
 
 def tiles_each(longest, num_rows, batch, block):

@@ -63,6 +63,10 @@ def use_tuned(path: str | os.PathLike[str] | None) -> None:
         OSError: the file cannot be read.
         ValueError: the file is not a table, an entry is invalid, or no entry is for a GPU and the Triton of this
             machine. The tables in use stay.
+
+    Example:
+        >>> triton_attn.use_tuned("tuned.json")  # that a sweep has written
+        >>> triton_attn.use_tuned(None)
     """
     _add_environment()
     if path is None:
@@ -170,10 +174,7 @@ def may_replace(portable, config):
 
 @contextlib.contextmanager
 def override_config(family: str, **fields: int | dict[str, int] | None) -> Iterator[None]:
-    """Context manager in which these fields replace those of the config that a call would take.
-
-        with override_config("flash", num_stages=2):  # other fields stay
-            out = flash_attention(q, k, v)
+    """Context manager in which these fields replace those of the config that a call would take. Other fields stay.
 
     It is for trying a config; `python -m perf sweep` searches for the best. Like `use_tuned` it holds for the whole
     process. Contexts nest. The first call inside it, and the first after it, may compile.
@@ -188,6 +189,11 @@ def override_config(family: str, **fields: int | dict[str, int] | None) -> Itera
         ValueError: unknown family or field, or a value that no kernel takes. Raised by a call inside: the config cannot
             run, for instance because its tiles do not fit in shared memory. That is an estimate; if the compiled kernel
             needs more, triton.runtime.errors.OutOfResources is raised. Nothing was launched in either case.
+
+    Example:
+        >>> q = torch.randn(1, 64, 2, 64)
+        >>> with triton_attn.override_config("flash", block_m=32, num_warps=4):
+        ...     out = triton_attn.flash_attention(q, q, q)
     """
     if family not in FAMILIES:
         fail("family", " or ".join(sorted(FAMILIES)), repr(family))

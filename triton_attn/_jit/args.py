@@ -57,6 +57,16 @@ class Window(NamedTuple):
     right: int | None
 
 
+class ShardWindow(NamedTuple):
+    """A Window over the keys of one rank, which takes turns with others: see `KeyShard`."""
+
+    left: int | None
+    right: int | None
+    rank: int
+    num_ranks: int
+    interleave: int
+
+
 class Dropout(NamedTuple):
     """A weight whose 31 random bits are at least threshold is kept and multiplied by scale; the others become 0."""
 
@@ -74,7 +84,7 @@ class Scores(NamedTuple):
     scale_log2: float
     softcap: float | None
     alibi: View | None
-    window: Window
+    window: Window | ShardWindow
 
 
 class Scale(NamedTuple):
@@ -98,6 +108,11 @@ def view_of(x):
     """The View of a tensor (batch, rows, heads, dim), or (rows, heads, dim)."""
     strides = x.stride()
     return View(x, Strides(*strides[:-1]) if len(strides) == 4 else Strides(0, *strides[:-1]))
+
+
+def window_of(window, key_shard):
+    """The Window (left, right) of all keys, or the ShardWindow of a KeyShard."""
+    return Window(*window) if key_shard is None else ShardWindow(*window, *key_shard)
 
 
 def scale_of(scale):

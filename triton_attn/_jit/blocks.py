@@ -42,6 +42,12 @@ def visible_range(start, end, num_columns, window, BLOCK: tl.constexpr, ALIGN: t
     if right is not None:
         hi = tl.minimum(end + right, num_columns)
         full_hi = tl.minimum(start + right + 1, num_columns)
+    return whole_tiles(lo, full_lo, full_hi, hi, BLOCK)
+
+
+@triton.jit
+def whole_tiles(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
+    """The Blocks of [lo, hi), of which every row sees [full_lo, full_hi): full tiles are whole tiles from lo."""
     hi = tl.maximum(hi, lo)
     full_lo = tl.minimum(lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK, hi)
     full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK * BLOCK

@@ -81,5 +81,10 @@ def _tanh_near_0(x):
 def add_alibi(s, rows, start_column, offset, slope):
     """s - slope * |column - position of the row|, in log2 units."""
     columns = tl.arange(0, s.shape[1])[None, :]
-    distance = tl.abs(columns - (rows + (offset - start_column))[:, None])
-    return s - slope * LOG2_E * distance.to(tl.float32)
+    return subtract_distance(s, columns - (rows + (offset - start_column))[:, None], slope)
+
+
+@triton.jit
+def subtract_distance(s, distance, slope):
+    """s - slope * |distance|, in log2 units."""
+    return s - slope * LOG2_E * tl.abs(distance).to(tl.float32)

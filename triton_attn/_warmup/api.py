@@ -105,6 +105,12 @@ def warmup(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was compiled.
         RuntimeError: TRITON_INTERPRET is set, or arch is None and there is no GPU.
+
+    Example:
+        >>> heads = dict(num_heads_q=8, num_heads_kv=2, head_dim=64)
+        >>> result = triton_attn.warmup(**heads, functions=["merge_attention"], arch="sm_90")
+        >>> result.compiled + result.cached > 0
+        True
     """
     shape = dict(
         num_heads_q=num_heads_q,

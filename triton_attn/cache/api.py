@@ -72,6 +72,14 @@ def append_kv_cache(
 
     One operator that writes to the cache under torch.compile and export.
 
+    Example:
+        >>> k_cache, v_cache = torch.zeros(2, 8, 16, 2, 64)  # eight pages of 16 tokens
+        >>> k = v = torch.ones(3, 2, 64)
+        >>> slots = torch.tensor([16, 17, 64])  # page 1, page 1, page 4
+        >>> triton_attn.append_kv_cache(k, v, k_cache, v_cache, slots)
+        >>> k_cache[4, 0].sum().item()
+        128.0
+
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
     _check_append(k, v, k_cache, v_cache, slot_mapping)
@@ -195,6 +203,13 @@ def append_latent_cache(
 
     One operator that writes to the cache under torch.compile and export.
 
+    Example:
+        >>> latent_cache = torch.zeros(4, 16, 512 + 64)
+        >>> kv_latent, k_pe = torch.ones(2, 576).split([512, 64], dim=1)
+        >>> triton_attn.append_latent_cache(kv_latent, k_pe, latent_cache, torch.tensor([0, 40]))
+        >>> latent_cache[2, 8].sum().item()
+        576.0
+
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
     _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
@@ -284,6 +299,13 @@ def copy_kv_pages(
         NotImplementedError: as `append_kv_cache`.
 
     One operator that writes to the caches under torch.compile and export.
+
+    Example:
+        >>> k_cache, v_cache = torch.randn(2, 3, 8, 16, 2, 64)  # three layers of eight pages
+        >>> src_pages, dst_pages = torch.tensor([[0, 1], [6, 7]], dtype=torch.int32)
+        >>> triton_attn.copy_kv_pages((k_cache, v_cache), src_pages, dst_pages)
+        >>> torch.equal(v_cache[:, 6:], v_cache[:, :2])
+        True
     """
     caches = (caches,) if isinstance(caches, torch.Tensor) else caches
     layered = _as_layered(caches)

@@ -14,31 +14,24 @@ class PageNames:
 
     Attributes:
         is_found: (num_pages,) bool.
+        hash_of: list of the hash of each page, found or not; None if it has none.
     """
 
     def __init__(self, num_pages):
         self.is_found: NDArray[np.bool_] = np.zeros(num_pages, np.bool_)
         self._is_found = self.is_found.data  # single numbers are written several times faster
-        self._hash_of = [None] * num_pages
+        self.hash_of = [None] * num_pages
         # A dict moves all its entries when it grows: with many small ones, no call waits for long.
         self._page_of = [{} for _ in range(num_pages // PAGES_PER_DICT + 1)]
         self._twins = {}  # {hash: {page: None}} where there are any
-
-    def hash_of(self, page):
-        """The hash of a page, found or not; None if it has none."""
-        return self._hash_of[page]
 
     def find(self, digest):
         """The page that is found under a hash, or None."""
         return self._pages_near(digest).get(digest)
 
-    def named(self, pages):
-        """Those of a list of pages that have a hash."""
-        return [page for page in pages if self._hash_of[page] is not None]
-
     def name(self, pages, hashes):
         """Give each page of a list its hash; yields what `forget` returns for those that had another."""
-        hash_of, num_dicts = self._hash_of, len(self._page_of)
+        hash_of, num_dicts = self.hash_of, len(self._page_of)
         for page, digest in zip(pages, hashes):
             old = hash_of[page]
             if old == digest:
@@ -53,7 +46,7 @@ class PageNames:
 
     def forget(self, page):
         """Take a page's hash from it; returns the twin that is found in its place, or None."""
-        digest, self._hash_of[page] = self._hash_of[page], None
+        digest, self.hash_of[page] = self.hash_of[page], None
         twins, promoted = self._twins.get(digest, {}), None
         if not self._is_found[page]:
             del twins[page]

@@ -1,10 +1,16 @@
 """The KV cache of a model whose layers keep keys and values per head: MHA, GQA, MQA."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from .._host.checks import check_size
 from .api import copy_kv_pages
 from .sequences import PagedSequences
+from .sharding import shard_pages
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class PagedKVCache(PagedSequences):
@@ -23,18 +29,37 @@ class PagedKVCache(PagedSequences):
     is merely dropped keeps its pages.
 
     Args:
-        num_pages: pages in every layer.
+        num_pages: pages in every layer, of which the smallest number of a mesh counts.
         page_size: tokens on a page.
         num_layers, num_kv_heads, head_dim: of the model.
         head_dim_v: of values; None is head_dim.
         dtype: of what is stored; with torch.float8_e4m3fn or float8_e5m2 `append_kv_cache` quantises.
         device: where; None is torch's default device.
         prefix_caching: False: `create` finds nothing.
+        mesh: a DeviceMesh of one dimension, whose ranks share the keys: the token at position t is on rank
+            t // interleave % ranks, as with vLLM's decode context parallelism. Each rank makes its part of the cache.
+            All ranks make the same calls with the same tokens, and append all tokens: those of other ranks have slot
+            -1. A page then has page_size tokens of each rank, and its number is the same on all. Attend with
+            `parallel.context_parallel_paged_attention`. None: this process has all keys.
+        interleave: tokens in a row that a rank holds. It divides page_size.
 
     Attributes:
         k_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim); k_cache[layer] is what kernels take.
         v_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim_v). Slots that were never written hold
             anything, NaN included.
+        page_size: tokens on a page, those of all ranks together.
+        key_shard: (rank, ranks, interleave) as `paged_attention` takes it; None if this process has all keys.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; on every rank, ranks differ in an argument other than num_pages.
+
+    Example:
+        >>> cache = triton_attn.PagedKVCache(8, num_layers=1, num_kv_heads=2, head_dim=64, device="cpu")
+        >>> seq, found = cache.create(range(20))
+        >>> slots = cache.extend([seq], [range(20)])  # two pages of 16 tokens; their keys are to be written
+        >>> other = cache.fork(seq)
+        >>> len(other), cache.stats().pages_shared
+        (20, 2)
 
     Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention (2023),
     arXiv:2309.06180.
@@ -52,12 +77,15 @@ class PagedKVCache(PagedSequences):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | int | None = None,
         prefix_caching: bool = True,
+        mesh: "DeviceMesh | None" = None,
+        interleave: int = 1,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
         num_layers, num_kv_heads, head_dim, head_dim_v = (check_size(*item) for item in sizes.items())
-        super().__init__(num_pages, page_size, device, prefix_caching)
-        shape = (num_layers, self.pool.num_pages, self.page_size, num_kv_heads)
+        num_pages, key_shard = shard_pages(mesh, interleave, num_pages, page_size, **sizes, dtype=dtype)
+        super().__init__(num_pages, page_size, device, prefix_caching, key_shard)
+        shape = (num_layers, num_pages, self._page_slots, num_kv_heads)
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
         self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
 

@@ -16,7 +16,15 @@ Pages: TypeAlias = NDArray[np.integer] | Tensor | Sequence[int]
 
 
 class OutOfPages(RuntimeError):
-    """More pages are needed than are free. Nothing was changed: free a sequence and call again."""
+    """More pages are needed than are free. Nothing was changed: free a sequence and call again.
+
+    Example:
+        >>> try:
+        ...     pages = triton_attn.BlockPool(num_pages=2).allocate(3)
+        ... except triton_attn.OutOfPages as error:
+        ...     print(error)
+        3 pages are needed, 2 of 2 are free
+    """
 
 
 class BlockPool:
@@ -35,6 +43,14 @@ class BlockPool:
         prefix_caching: False makes `register` do nothing, so that `lookup` finds nothing.
 
     Page numbers are taken as a list, array or host tensor of integers, and returned as int64 arrays of numpy.
+
+    Example:
+        >>> pool = triton_attn.BlockPool(num_pages=8)
+        >>> pages = pool.allocate(3)
+        >>> pool.share(pages[:1])  # two references
+        >>> pool.release(pages)
+        >>> pool.num_free
+        7
     """
 
     def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
@@ -59,7 +75,7 @@ class BlockPool:
         if n > self.num_free:
             raise OutOfPages(f"{n} pages are needed, {self.num_free} of {self.num_pages} are free")
         numbers = self._free.pop(n)
-        pages = from_list(numbers)
+        pages = np.array(numbers, np.int64)
         self._refs[pages] = 1
         self.num_free -= n
         self._forget(numbers)
@@ -70,17 +86,7 @@ class BlockPool:
 
         Raises: ValueError, where a page does not exist, or is free and cannot be found: what it holds is nobody's.
         """
-        pages = self._check_pages(pages)
-        references = self._refs[pages]
-        if np.count_nonzero(references) < pages.size:
-            is_free = references == 0
-            lost = is_free & ~self._names.is_found[pages]
-            if lost.any():
-                fail("pages", "pages that are held, or free and found", f"{pages[lost][0]}, which is free")
-            revived = self._distinct(pages[is_free])
-            self._free.cut(revived)
-            self.num_free -= revived.size
-        np.add.at(self._refs, pages, 1)
+        self._share(self._check_pages(pages))
 
     def release(self, pages: Pages) -> None:
         """Count one reference less to each page, given from the head of a sequence to its tail.
@@ -88,23 +94,7 @@ class BlockPool:
         Of the pages that become free, the last listed is the first to be reused: a prefix is worth more than what
         follows it. Raises: ValueError, where a page does not exist or has fewer references than are released.
         """
-        pages = self._check_pages(pages)
-        before = self._refs[pages]
-        np.subtract.at(self._refs, pages, 1)
-        references = self._refs[pages]
-        freed = pages[::-1]
-        if np.count_nonzero(references):
-            if np.count_nonzero(references < 0):
-                np.add.at(self._refs, pages, 1)
-                excess = pages[references < 0][0]
-                fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
-            freed = pages[references == 0][::-1]
-        if np.count_nonzero(before > 1):  # otherwise no page is listed twice
-            freed = self._distinct(freed)
-        found = self._names.is_found[freed]
-        self._free.put(freed[found])
-        self._free.put(freed[~found], at_head=True)
-        self.num_free += freed.size
+        self._release(self._check_pages(pages))
 
     def ref_count(self, page: int) -> int:
         """References to a page; 0: free."""
@@ -127,8 +117,7 @@ class BlockPool:
         if np.count_nonzero(references) < pages.size:
             fail("pages", "pages that are held", f"{pages[references == 0][0]}, which is free")
         if self.prefix_caching:
-            for promoted in self._names.name(pages.tolist(), hashes):
-                self._keep_longer(promoted)
+            self._register(pages.tolist(), hashes)
 
     def forget(self, pages: Pages) -> None:
         """Let pages, about to be overwritten, no longer be found; those that are free are the next to be reused."""
@@ -154,7 +143,7 @@ class BlockPool:
 
     def hash_of(self, page: int) -> bytes | None:
         """The hash that a page is registered under, whether it is the one found by it or not; None if it is not."""
-        return self._names.hash_of(page)
+        return self._names.hash_of[page]
 
     @property
     def num_shared(self) -> int:
@@ -166,9 +155,47 @@ class BlockPool:
         """Free pages that can be found by their hash; O(num_pages)."""
         return int((self._names.is_found & (self._refs == 0)).sum())
 
+    # What the public functions do once pages are checked. The pages of a cache's own tables need no check.
+
+    def _share(self, pages):
+        references = self._refs[pages]
+        if np.count_nonzero(references) < pages.size:
+            is_free = references == 0
+            lost = is_free & ~self._names.is_found[pages]
+            if lost.any():
+                fail("pages", "pages that are held, or free and found", f"{pages[lost][0]}, which is free")
+            revived = self._distinct(pages[is_free])
+            self._free.cut(revived)
+            self.num_free -= revived.size
+        np.add.at(self._refs, pages, 1)
+
+    def _release(self, pages):
+        before = self._refs[pages]
+        np.subtract.at(self._refs, pages, 1)
+        references = self._refs[pages]
+        freed = pages[::-1]
+        if np.count_nonzero(references):
+            if np.count_nonzero(references < 0):
+                np.add.at(self._refs, pages, 1)
+                excess = pages[references < 0][0]
+                fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
+            freed = pages[references == 0][::-1]
+        if np.count_nonzero(before > 1):  # otherwise no page is listed twice
+            freed = self._distinct(freed)
+        found = self._names.is_found[freed]
+        self._free.put(freed[found])
+        self._free.put(freed[~found], at_head=True)
+        self.num_free += freed.size
+
+    def _register(self, numbers, hashes):
+        for promoted in self._names.name(numbers, hashes):
+            self._keep_longer(promoted)
+
     def _forget(self, numbers):
-        for page in self._names.named(numbers):
-            self._keep_longer(self._names.forget(page))
+        hash_of = self._names.hash_of
+        for page in numbers:
+            if hash_of[page] is not None:
+                self._keep_longer(self._names.forget(page))
 
     def _keep_longer(self, page):
         """Move a page that can be found from now on, if it is one and free, to the end of the free list."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import add, is_
+from operator import is_
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._host.checks import check_length, check_size, fail
+from .._host.key_shard import KeyShard, num_ranks_of
 from .arrays import from_list, grown, ranges
 from .hashing import page_hashes, root_hash
 from .pool import BlockPool
-from .token_ids import as_batch, as_ids
+from .step import CacheStep, ChangeLog
+from .token_ids import ONE_EACH, as_batch, as_ids
 
 NO_LIMIT = 2**62
-# Rows of PagedSequences._states: length, room, next slot, known, named; and what a token adds to them.
-NO_TOKENS = 0, 0, 0, NO_LIMIT, 0
-TOKEN = np.array([1, -1, 1, 0, 0])
+NO_TOKENS = 0, 0, 0, NO_LIMIT, 0  # what PagedSequences._states has of a sequence without tokens
 TokenIds: TypeAlias = Tensor | Iterable[int]
 
 
@@ -85,15 +85,23 @@ class PagedSequences:
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, device: torch.device | str | int | None, prefix_caching: bool
+        self,
+        num_pages: int,
+        page_size: int,
+        device: torch.device | str | int | None,
+        prefix_caching: bool,
+        key_shard: KeyShard | None = None,
     ) -> None:
-        self.page_size = check_size("page_size", page_size)
+        self.key_shard = key_shard
+        self._page_slots = check_size("page_size", page_size)
+        self.page_size = self._page_slots * num_ranks_of(key_shard)
         self.device = torch.empty(0, device=device).device  # with its index: "cuda" is another GPU at another time
         self._on_host = self.device.type == "cpu"
         self.pool = BlockPool(num_pages, prefix_caching)
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)  # entries past a sequence's last page are 0
-        self._states: NDArray[np.int64] = np.zeros((0, 5), np.int64)
+        self._states: NDArray[np.int64] = np.zeros((len(NO_TOKENS), 0), np.int64)
         self._grow_rows(16)
+        self._changes = ChangeLog()
         self._roots = []
         self._unused_rows = []
         self._page_tokens = np.empty((self.pool.num_pages, self.page_size), np.int64)
@@ -120,8 +128,9 @@ class PagedSequences:
         pages = self.pool.lookup(page_hashes(root, ids, self.page_size))
         cached = min(pages.size * self.page_size, max(ids.size - 1, 0))
         pages = pages[: self._pages_of(cached)]
-        self.pool.share(pages)
+        self.pool._share(pages)
         row = self._new_row(root)
+        self._states[:, row] = NO_TOKENS
         self._widen(pages.size)
         self._tables[row, : pages.size] = pages
         self._lengths[row], self._named[row] = cached, cached // self.page_size
@@ -143,29 +152,27 @@ class PagedSequences:
 
         Returns:
             slot_mapping: int64 on the cache's device, page * page_size + offset of each new token, sequence by
-            sequence. Write them, with `append_kv_cache` or `append_latent_cache`, before these sequences or forks of
-            them are extended again.
+            sequence; with a mesh those of this rank's pages, and -1 for tokens of other ranks. Write them, with
+            `append_kv_cache` or `append_latent_cache`, before these sequences or forks of them are extended again.
 
         Raises:
             OutOfPages: with nothing changed.
             ValueError: a sequence was freed, belongs to another cache, or is listed twice.
         """
         rows = self._distinct_rows(seqs)
-        counts, ids, unknown = as_batch(token_ids, rows.size)
-        one_each = isinstance(counts, int)
-        short = self._room[rows] < (counts if one_each else np.maximum(counts, 1))
-        if np.count_nonzero(short):
-            self._make_room(rows[short], np.broadcast_to(counts, rows.shape)[short])
-
-        # Nothing fails from here on.
-        slots = self._next_slot[rows] if one_each else self._slots(rows, counts)
-        if ids is not None:
-            self._tokens[slots] = ids
-        if unknown is not None:
-            without = rows[unknown]
-            self._known[without] = np.minimum(self._known[without], self._lengths[without])
-        self._states[rows] += TOKEN if one_each else counts[:, None] * TOKEN
+        new, lengths = as_batch(token_ids, rows.size), self._lengths[rows]
+        slots, _ = self._extend(rows, lengths, lengths + new[0], new)
         return self._to_device(slots)
+
+    def step(self, max_batch: int, max_seqlen: int, max_tokens: int | None = None) -> CacheStep:
+        """A `CacheStep`: slots, lengths and block tables at addresses that stay, so that a CUDA graph replays.
+
+        Args:
+            max_batch: most sequences of a call.
+            max_seqlen: most tokens of a sequence; block tables are that wide.
+            max_tokens: most new tokens of a call, all sequences together; None is max_batch, one each.
+        """
+        return CacheStep(self, max_batch, max_seqlen, max_tokens)
 
     def commit(self, seqs: Iterable[Sequence]) -> None:
         """Say that the tokens of these sequences are written: their full pages can be found from now on.
@@ -187,12 +194,12 @@ class PagedSequences:
         """
         rows = self._rows(_as_iterable(seqs))
         counts = self._pages_of(self._lengths[rows])
-        self.pool.share(self._pages(rows, counts))
-        self._room[rows] = 0
+        self.pool._share(self._pages(rows, counts))
+        self._limits[rows] = 0
         forks = [self._new_row(self._roots[row]) for row in rows.tolist()]
         width = max(counts.tolist(), default=0)
         self._tables[forks, :width] = self._tables[rows, :width]
-        self._states[forks] = self._states[rows]
+        self._states[:, forks] = self._states[:, rows]
         forks = [Sequence(self, row) for row in forks]
         return forks[0] if isinstance(seqs, Sequence) else forks
 
@@ -203,10 +210,10 @@ class PagedSequences:
         if n > length:
             fail("n", f"at most the sequence's {length} tokens", n)
         dropped = self._tables[row, self._pages_of(n) : self._pages_of(length)]
-        self.pool.release(dropped)
+        self.pool._release(dropped)
         dropped[:] = 0
         self._lengths[row] = n
-        self._room[row] = 0
+        self._limits[row] = 0
         if n <= self._known[row]:
             self._known[row] = NO_LIMIT
         self._named[row] = min(self._named[row], n // self.page_size)
@@ -219,7 +226,7 @@ class PagedSequences:
         """
         rows = self._distinct_rows(_as_iterable(seqs))
         counts = self._pages_of(self._lengths[rows])
-        self.pool.release(self._pages(rows, counts))
+        self.pool._release(self._pages(rows, counts))
         self._tables[rows, : max(counts.tolist(), default=0)] = 0
         for seq, row in zip(self._batch.seqs, rows.tolist()):
             self._roots[row] = None
@@ -264,22 +271,47 @@ class PagedSequences:
         """Copy what pages hold; int32 tensors (n,) on the cache's device, no page in both."""
         raise NotImplementedError
 
-    def _make_room(self, rows, counts):
-        """Pages for `counts` more tokens of each row, which `extend` adds at once. Raises OutOfPages.
+    def _extend(self, rows, lengths, ends, new):
+        """`extend` rows from these lengths to `ends` by what `as_batch` returns: slots and positions of new tokens."""
+        counts, ids, unknown = new
+        one_each = counts is ONE_EACH
+        # An extension by nothing names full pages too.
+        short = (ends if one_each else np.maximum(ends, lengths + 1)) > self._limits[rows]
+        if np.count_nonzero(short):
+            self._make_room(rows[short].tolist(), lengths[short].tolist(), ends[short].tolist())
+
+        # Nothing fails from here on.
+        if one_each:
+            positions, slots = lengths, self._bases[rows] + lengths
+        else:
+            positions = ranges(lengths, counts)
+            columns = positions // self.page_size
+            slots = (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions
+        if ids is not None:
+            self._tokens[slots] = ids
+        if unknown is not None:
+            self._known[rows[unknown]] = np.minimum(self._known[rows], lengths)[unknown]
+        self._lengths[rows] = ends
+        return self._own_slots(slots), positions
+
+    def _make_room(self, rows, lengths, ends):
+        """Pages for lists of rows that are about to grow from `lengths` to `ends`. Raises OutOfPages.
 
         Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
-        rows, lengths, counts = rows.tolist(), self._lengths[rows].tolist(), counts.tolist()
-        num_pages = list(map(self._pages_of, lengths))
-        growth = [self._pages_of(n + count) - pages for n, count, pages in zip(lengths, counts, num_pages)]
-        # Where rows go on in their last page.
-        tails = [
-            (row, n // self.page_size) for row, n, count in zip(rows, lengths, counts) if count and n % self.page_size
-        ]
+        page_size, tails, growths, growth, width = self.page_size, [], [], 0, 0
+        for row, length, end in zip(rows, lengths, ends):
+            column, offset = divmod(length, page_size)
+            first, last = column + (offset > 0), self._pages_of(end)
+            if end > length and offset:  # it goes on in its last page
+                tails.append((row, column))
+            if last > first:
+                growths.append((row, first, last))
+                growth, width = growth + last - first, max(width, last)
         pages = [self._tables.item(tail) for tail in tails]
         must_copy = self._must_copy(pages) if tails else []
         num_copied = sum(must_copy)
-        new_pages = self.pool.allocate(num_copied + sum(growth))
+        new_pages = self.pool.allocate(num_copied + growth)
 
         # Nothing fails from here on.
         self._name_full_pages(rows)
@@ -287,24 +319,25 @@ class PagedSequences:
             self.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
         if num_copied:
             self._replace([tail for tail, copy in zip(tails, must_copy) if copy], new_pages[:num_copied])
-        self._widen(max(map(add, num_pages, growth)))
+        self._widen(width)
         used = num_copied
-        for row, length, count, first, more in zip(rows, lengths, counts, num_pages, growth):
-            if more:
-                self._tables[row, first : first + more] = new_pages[used : used + more]
-                used += more
-            column, offset = divmod(length, self.page_size)
-            if count:
-                self._next_slot[row] = self._tables.item(row, column) * self.page_size + offset
-            # The tokens take it up: nothing is left, or less, where they fill a page, which has to be named.
-            self._room[row] = self.page_size - offset if count else 0
+        for row, first, last in growths:
+            self._tables[row, first:last] = new_pages[used : used + last - first]
+            used += last - first
+        for row, length, end in zip(rows, lengths, ends):
+            column = length // page_size
+            if end > length:
+                self._bases[row] = (self._tables.item(row, column) - column) * page_size
+            # Tokens that fill a page go up to it or beyond, and then the page has to be named.
+            self._limits[row] = (column + 1) * page_size if end > length else 0
+            self._changes.append(row, column)
 
     def _must_copy(self, pages):
         """Which pages have to be copied by the rows that are about to write in them, one entry per row.
 
         A page that nobody but these rows holds is kept by the first of them.
         """
-        references = self.pool.ref_counts(pages).tolist()
+        references = self.pool._refs[pages].tolist()
         writers = Counter(pages) if max(references) > 1 else {}
         must_copy, kept = [], set()
         for page, count in zip(pages, references):
@@ -319,29 +352,27 @@ class PagedSequences:
         self._copy_pages(self._to_device(originals), self._to_device(copies.astype(np.int32)))
         self._page_tokens[copies] = self._page_tokens[originals]
         self._tables[entries] = copies
-        self.pool.release(originals)
+        self.pool._release(originals)
 
-    def _slots(self, rows, counts):
-        """Slots of the next `counts` tokens of each row, one row after the other."""
-        positions = ranges(self._lengths[rows], counts)
-        columns = positions // self.page_size
-        return (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions
+    def _own_slots(self, slots):
+        """Slots of tokens as kernels take them: with a mesh those of this rank, -1 for tokens of others."""
+        return slots if self.key_shard is None else self.key_shard.slots_of(slots, self._page_slots)
 
     def _name_full_pages(self, rows):
         """Register the pages that became full, and are written by now, under the hash of all tokens up to their end."""
         if not self.pool.prefix_caching:
             return
         pages, hashes = [], []
-        for row, (length, _, _, known, named) in zip(rows, self._states[rows].tolist()):
-            num_full = min(length, known) // self.page_size
+        for row in rows:
+            named = self._named.item(row)
+            num_full = min(self._lengths.item(row), self._known.item(row)) // self.page_size
             if num_full > named:
                 full = self._tables[row, named:num_full]
                 parent = self.pool.hash_of(self._tables.item(row, named - 1)) if named else self._roots[row]
                 hashes.extend(page_hashes(parent, self._page_tokens[full], self.page_size))
-                pages.append(full)
+                pages.extend(full.tolist())
                 self._named[row] = num_full
-        if pages:
-            self.pool.register(np.concatenate(pages), hashes)
+        self.pool._register(pages, hashes)
 
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size
@@ -372,7 +403,7 @@ class PagedSequences:
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
 
     def _new_row(self, root):
-        """The row of a sequence without tokens."""
+        """A row for a sequence. Its table is all 0, and its states are those of its last owner."""
         if self._unused_rows:
             row = self._unused_rows.pop()
             self._roots[row] = root
@@ -381,17 +412,18 @@ class PagedSequences:
             self._roots.append(root)
             if row == self._lengths.size:
                 self._grow_rows(2 * row)
-        self._states[row] = NO_TOKENS
+        self._changes.append(row, 0)
         return row
 
     def _grow_rows(self, capacity):
         self._tables = grown(self._tables, capacity, self._tables.shape[1])
-        self._states = grown(self._states, capacity, 5)
-        # _room: tokens that can be added, from _next_slot on, with nothing to do first: they fit on the last page,
-        # which is the sequence's alone and cannot be found, and all full pages are named. 0 or less if not.
+        self._states = grown(self._states, len(NO_TOKENS), capacity)
+        # _limits: up to this length tokens can be added with nothing to do first: they fit on the last page, which is
+        # the sequence's alone and cannot be found, and all full pages are named. 0 where there is something to do.
+        # _bases: below the limit, the slot of a token is its position plus this.
         # _known: tokens before the first one without an id, NO_LIMIT while all have one.
         # _named: leading pages that are full, written and hashed.
-        self._lengths, self._room, self._next_slot, self._known, self._named = self._states.T
+        self._lengths, self._limits, self._bases, self._known, self._named = self._states
 
     def _widen(self, width):
         """Room for `width` pages in every row."""

@@ -38,6 +38,12 @@ def kv_cache_bytes_per_token(
         TypeError: neither form is given, or both; a dtype that no latent cache has.
         ValueError: a latent cache in fp8 whose kv_lora_rank is no multiple of 128, or qk_rope_head_dim is odd.
 
+    Example:
+        >>> triton_attn.kv_cache_bytes_per_token(num_layers=32, num_kv_heads=8, head_dim=128)  # Llama-3-8B
+        131072
+        >>> triton_attn.kv_cache_bytes_per_token(num_layers=61, kv_lora_rank=512, qk_rope_head_dim=64)  # DeepSeek-V3
+        70272
+
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, table 1.
     """
     heads = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}

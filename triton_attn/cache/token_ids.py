@@ -9,18 +9,23 @@ import torch
 from .._host.checks import check_length, fail
 from .arrays import from_list
 
+ONE_EACH = np.ones(1, np.int64)
+ONE_EACH.flags.writeable = False
+
 
 def as_ids(token_ids):
     """Ids of one sequence, a flat list or array: int64, (n,)."""
-    if isinstance(token_ids, torch.Tensor) and token_ids.device.type != "cpu":
-        fail("token_ids", "token ids on the host, or their number", f"a tensor on {token_ids.device}")
     try:
+        if type(token_ids) is list:
+            return from_list(token_ids)
+        if isinstance(token_ids, torch.Tensor) and token_ids.device.type != "cpu":
+            fail("token_ids", "token ids on the host, or their number", f"a tensor on {token_ids.device}")
         if hasattr(token_ids, "dtype"):
             ids = np.asarray(token_ids)
             if ids.ndim == 1 and np.can_cast(ids.dtype, np.int64):
                 return ids.astype(np.int64)
             token_ids = ids.tolist()
-        return from_list(token_ids if type(token_ids) is list else list(token_ids))
+        return from_list(list(token_ids))
     except (TypeError, OverflowError) as error:
         raise TypeError(f"token_ids: expected a flat list of int64 numbers: {error}") from None
 
@@ -28,11 +33,13 @@ def as_ids(token_ids):
 def as_batch(token_ids, batch):
     """What `extend` takes, as (numbers of new tokens, all ids in a row, mask of sequences without ids).
 
-    The numbers are (batch,), or the int 1 if all are. Tokens without an id have 0 in its place. ids are None if there
+    The numbers are (batch,), or ONE_EACH if all are 1. Tokens without an id have 0 in its place. ids are None if there
     are none; the mask is None if all have ids.
     """
     ids = unknown = None
-    if isinstance(token_ids, Integral):
+    if _is_list_of_lists(token_ids):  # the form of most calls
+        counts, ids = _concatenated(token_ids)
+    elif isinstance(token_ids, Integral):
         count = check_length("token_ids", token_ids)
         counts, unknown = [count] * batch, np.full(batch, count > 0)
     elif hasattr(token_ids, "dtype"):
@@ -41,14 +48,23 @@ def as_batch(token_ids, batch):
         counts, ids = [token_ids.shape[1]] * len(token_ids), as_ids(token_ids.reshape(-1))
     else:
         token_ids = list(token_ids)
-        if set(map(type, token_ids)) != {list}:
-            unknown = np.array([isinstance(item, Integral) and int(item) > 0 for item in token_ids], bool)
-            token_ids = list(map(_as_list, token_ids))
-        counts = list(map(len, token_ids))
-        ids = as_ids(token_ids[0] if len(token_ids) == 1 else list(chain.from_iterable(token_ids)))
+        unknown = np.array([isinstance(item, Integral) and int(item) > 0 for item in token_ids], bool)
+        counts, ids = _concatenated(list(map(_as_list, token_ids)))
     if len(counts) != batch:
         fail("token_ids", f"one entry for each of {batch} sequences", len(counts))
-    return 1 if counts.count(1) == batch else from_list(counts), ids, unknown
+    return ONE_EACH if counts.count(1) == batch else from_list(counts), ids, unknown
+
+
+def _is_list_of_lists(x):
+    return type(x) is list and set(map(type, x)) == {list}
+
+
+def _concatenated(lists):
+    """Lists of ids as (their lengths, all ids in a row)."""
+    counts = list(map(len, lists))
+    if counts.count(1) == len(counts):
+        return counts, as_ids([token_id for (token_id,) in lists])  # twice as fast as a chain
+    return counts, as_ids(lists[0] if len(lists) == 1 else list(chain.from_iterable(lists)))
 
 
 def _as_list(token_ids):

@@ -39,9 +39,16 @@ def launch_flash_bwd(
     the strides of torch.empty_like of their inputs, and not those of contiguous tensors. The rest as in
     launch_flash_fwd. Memory: the gradients, delta (fp32, as lse), and in the fused schedule dq in fp32.
     """
+    sinks = call.options.sinks if wanted[3] else None
+    minus_delta, dsinks = launch_row_sums(dout, dlse, out, lse, call.lengths, sinks)
+    sums = lse, minus_delta
+    return *launch_flash_bwd_of_sums(call, dout, sums, wanted[:3], deterministic, config, like_inputs), dsinks
+
+
+def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, config=None, like_inputs=False):
+    """Gradients of q, k and v, as `launch_flash_bwd`, from sums: lse, and -delta of `launch_row_sums`."""
     q, k, v, lengths, options, _ = call
-    want_dq, want_dk, want_dv, want_dsinks = wanted
-    minus_delta, dsinks = _minus_delta(dout, dlse, out, lse, call, options.sinks if want_dsinks else None)
+    want_dq, want_dk, want_dv = wanted
     key = key_of(call, dout)
     config = config or _config_of(key)
     fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic
@@ -57,14 +64,14 @@ def launch_flash_bwd(
         for gradient in (dq, dk, dv):
             if gradient is not None:
                 gradient.zero_()
-    problem = _Problem(key, call, dout, RowSums(lse, minus_delta))
+    problem = _Problem(key, call, dout, RowSums(*sums))
     if want_dk or want_dv:
         _launch_dkdv(problem, config.fused if fused else config.dkdv, dq_sum, dk, dv)
     if fused:
         torch.mul(dq_sum, options.softmax_scale, out=dq)
     elif want_dq:
         _launch_dq(problem, config.dq, dq)
-    return dq, dk, dv, dsinks
+    return dq, dk, dv
 
 
 @remember
@@ -137,13 +144,13 @@ def _plan_dq(key, tiles, dq):
     return plan_kernel(key, tiles, use_tma, hoist, outputs=((key.layout[0][0], dq),))
 
 
-def _minus_delta(dout, dlse, out, lse, call, sinks):
+def launch_row_sums(dout, dlse, out, lse, lengths, sinks):
     """-delta = dlse - rowsum(dout * out), fp32 as lse, and the gradient of the sinks where they are given."""
-    batch = call.lengths.batch(call.q)
+    batch = lengths.batch(out)
     num_heads, head_dim_v = out.shape[-2:]
     minus_delta = torch.empty_like(lse)
     block_m = 64
-    num_tiles = -(-min(call.lengths.max_seqlen_q, out.shape[-3]) // block_m)
+    num_tiles = -(-min(lengths.max_seqlen_q, out.shape[-3]) // block_m)
     dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
     num_programs = num_tiles * batch * num_heads
     if num_programs > 0:
@@ -156,7 +163,7 @@ def _minus_delta(dout, dlse, out, lse, call, sinks):
             *((None, None, None) if dlse is None else lse_strides(dlse)),
             sinks,
             dsinks,
-            call.lengths.cu_seqlens_q,
+            lengths.cu_seqlens_q,
             out.shape[-3],
             num_tiles,
             num_heads,

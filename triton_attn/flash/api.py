@@ -17,6 +17,7 @@ from .._host.checks import (
     check_same_kind,
     layout_of,
 )
+from .._host.dtensors import DENSE, PACKED, attend_shards, has_dtensor
 from .._host.layout import new_outputs
 from .._host.observers import autocast, is_observed, refuse_transforms
 from .._host.options import attention_options, with_dropout, with_shard, with_tensors
@@ -91,6 +92,12 @@ def flash_attention(
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype, and with return_lse also lse
         (batch, num_heads_q, seqlen_q) in fp32. A query that sees no key has out = 0 and lse = -inf, or the sink.
 
+    DTensors: q, k and v are all Shard(0), all Shard(2), or all Replicate() on each dimension of their mesh; beside q
+    with Shard(2), k and v may be Replicate(). Each rank attends for its sequences and heads, nothing is moved, and out
+    and lse are DTensors placed like q. sinks and alibi_slopes are whole plain tensors, or DTensors with Replicate() or
+    with Shard on the heads. The ranks divide the query heads and, if they are sharded, the KV heads. Any other
+    placement raises; for sharded sequences see `triton_attn.parallel.context_parallel_attention`.
+
     First derivatives of out and lse are supported with respect to q, k, v and sinks, for head dimensions up to 256.
     Under torch.autocast q, k and v are cast as for torch's own attention. Autograd, torch.compile and export see one
     operator.
@@ -101,9 +108,31 @@ def flash_attention(
         NotImplementedError: gradients for a head dimension above 256 or of alibi_slopes, second derivatives, forward
             mode, and torch.func, except vmap, which loops.
 
+    Example:
+        >>> q = torch.randn(2, 100, 8, 64)
+        >>> k = v = torch.randn(2, 100, 2, 64)
+        >>> out, lse = triton_attn.flash_attention(q, k, v, causal=True, window_size=(31, 0), return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 100, 8, 64]), torch.Size([2, 8, 100]))
+
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691; online softmax: Milakov and Gimelshein (2018),
     arXiv:1805.02867; ALiBi: arXiv:2108.12409; sinks: arXiv:2309.17453.
     """
+    if not (type(q) is type(k) is type(v) is Tensor) and has_dtensor(q, k, v):
+        options = dict(
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            deterministic=deterministic,
+            shard=shard,
+            return_lse=return_lse,
+        )
+        return attend_shards(flash_attention, DENSE, (q, k, v), (), options)
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
     layout = layout_of(q, k, v)
@@ -202,7 +231,31 @@ def flash_attention_varlen(
         their lse is -inf. Lengths beyond the last row count as ending there.
 
     Raises: as `flash_attention`; ValueError for bad values in cu_seqlens if they are checked.
+
+    Example:
+        >>> q = k = v = torch.randn(60, 2, 64)  # two sequences, of 40 and 20 tokens
+        >>> cu_seqlens = torch.tensor([0, 40, 60], dtype=torch.int32)
+        >>> out = triton_attn.flash_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 40, 40, causal=True)
+        >>> out.shape
+        torch.Size([60, 2, 64])
     """
+    if not (type(q) is type(k) is type(v) is Tensor) and has_dtensor(q, k, v):
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        options = dict(
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            deterministic=deterministic,
+            shard=shard,
+            return_lse=return_lse,
+            check_values=check_values,
+        )
+        return attend_shards(flash_attention_varlen, PACKED, (q, k, v), lengths, options)
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
     layout = layout_of(q, k, v)
@@ -253,7 +306,7 @@ def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: boo
     if is_observed(q, k, v, options.sinks, options.alibi_slopes):
         refuse_transforms(q=q, k=k, v=v, sinks=options.sinks, alibi_slopes=options.alibi_slopes)
         if torch.is_grad_enabled():
-            _check_differentiable(q, k, v, options.sinks, options.alibi_slopes)
+            check_differentiable(q, k, v, options.sinks, options.alibi_slopes)
         from .autograd import attend  # the package can be imported without triton
 
         out, lse = attend(call, deterministic, check_values)
@@ -273,7 +326,7 @@ def _kernel():
     return launch_flash_fwd
 
 
-def _check_differentiable(q, k, v, sinks, alibi_slopes):
+def check_differentiable(q, k, v, sinks, alibi_slopes):
     """Raise at the call and not in the backward pass, where the cause would be hard to find."""
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise NotImplementedError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._host.backend import use_kernel
 from .._host.call import Call, Lengths, packed_lengths
 from .._host.checks import MAX_HEAD_DIM_BACKWARD, check_kernel_dtype, check_same_kind, fail, layout_of
+from .._host.layout import new_outputs
 from .._host.options import with_dropout, with_shard, with_tensors
 from . import reference
 from .api import layout_options
@@ -43,7 +44,7 @@ def forward_pass(
         out.copy_(result)
         return lse
     check_kernel_dtype(q)
-    lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+    _, lse = new_outputs(q, v, out=out)
     _launchers()[0](call, out, lse)
     return lse
 
@@ -68,19 +69,73 @@ def backward_pass(
 
     Raises: as `flash_attention_varlen`.
     """
+    call = _checked_call_backward(q, k, v, lengths, **options)
+    minus_delta, dsinks = _row_sums(dout, dlse, out, lse, call.lengths, call.options.sinks)
+    dq, dk, dv = _gradients(dout, lse, minus_delta, call, deterministic)
+    return dq, dk, dv, dsinks
+
+
+def row_sums_pass(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(minus_delta, dsinks) of queries: dlse - rowsum(dout * out), and the gradient of the sinks.
+
+    out and dout are (rows, heads, dim), lse, dlse and minus_delta (heads, rows); dlse and sinks may be None. Every row
+    of out is a query. `gradients_pass` takes minus_delta.
+    """
+    lengths = Lengths(None, None, out.shape[0], 0)
+    dlse = None if dlse is None else dlse[None]
+    minus_delta, dsinks = _row_sums(dout[None], dlse, out[None], lse[None], lengths, sinks)
+    return minus_delta[0], dsinks
+
+
+def gradients_pass(
+    dout: Tensor,
+    lse: Tensor,
+    minus_delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[Tensor | None, Tensor | None, int, int],
+    *,
+    deterministic: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `forward_pass` over a part of the keys that lse and minus_delta of `row_sums_pass` are over.
+
+    The rest as in `backward_pass`.
+    """
+    return _gradients(dout, lse, minus_delta, _checked_call_backward(q, k, v, lengths, **options), deterministic)
+
+
+def _row_sums(dout, dlse, out, lse, lengths, sinks):
+    if not use_kernel(out):
+        return reference.row_sums(dout, dlse, out, lse, sinks)
+    return _launchers()[1](_with_rows(dout), dlse, out, lse.contiguous(), lengths, sinks)
+
+
+def _gradients(dout, lse, minus_delta, call, deterministic):
+    if not use_kernel(call.q):
+        return reference.gradients(dout, lse, minus_delta, call)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    sums = lse.contiguous(), minus_delta.contiguous()
+    return _launchers()[2](call, _with_rows(dout), sums, (True, True, True), deterministic, like_inputs=True)
+
+
+def _with_rows(dout):
+    return dout if dout.stride(-1) == 1 else dout.contiguous()
+
+
+def _checked_call_backward(q, k, v, lengths: Any, **options: Any) -> Call:
     call = _checked_call(q, k, v, lengths, **options)
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM_BACKWARD:
         raise NotImplementedError(
             f"q: expected a head dimension to {MAX_HEAD_DIM_BACKWARD} for gradients, got {head_dim}"
         )
-    if not use_kernel(q):
-        return reference.gradients(call, dout, dlse, out, lse)
-    check_kernel_dtype(q)
-    dout, lse = dout if dout.stride(-1) == 1 else dout.contiguous(), lse.contiguous()
-    wanted = True, True, True, call.options.sinks is not None
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    return _launchers()[1](call, dout, dlse, out, lse, wanted, deterministic, like_inputs=True)
+    if use_kernel(q):
+        check_kernel_dtype(q)
+    return call
 
 
 def _checked_call(
@@ -113,9 +168,9 @@ def _checked_call(
 
 
 @functools.cache
-def _launchers() -> tuple[Any, Any]:
+def _launchers() -> tuple[Any, Any, Any]:
     """Imported at the first call, so that the package can be imported without triton."""
-    from ..dense.backward import launch_flash_bwd
+    from ..dense.backward import launch_flash_bwd_of_sums, launch_row_sums
     from .forward import launch_flash_fwd
 
-    return launch_flash_fwd, launch_flash_bwd
+    return launch_flash_fwd, launch_row_sums, launch_flash_bwd_of_sums

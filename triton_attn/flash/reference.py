@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._host import definition
 from .._host.call import Call
 from .._host.definition import Padded, attend, attention_gradients, packed_bounds
 from .._host.observers import is_observed, without_autocast
@@ -136,14 +137,28 @@ def _offset(shard):
 
 
 @without_autocast
-def gradients(
-    call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dsinks) of a checked call, in the dtypes of its tensors. out and lse may be over more keys."""
+def row_sums(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """-delta = dlse - rowsum(dout * out), as lse, and the gradient of the sinks; dense or packed."""
+    compute_dtype = torch.promote_types(out.dtype, torch.float32)
+    if out.ndim == 4:
+        minus_delta, dsinks = definition.row_sums(dout, dlse, out, lse, sinks, compute_dtype)
+    else:
+        dlse = None if dlse is None else dlse[None]
+        minus_delta, dsinks = definition.row_sums(dout[None], dlse, out[None], lse[None], sinks, compute_dtype)
+        minus_delta = minus_delta[0]
+    return minus_delta, None if sinks is None else dsinks.to(sinks.dtype)
+
+
+@without_autocast
+def gradients(dout: Tensor, lse: Tensor, minus_delta: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a checked call, in its dtype. lse and minus_delta, of `row_sums`, may be over more keys."""
     q, k, v, (cu_seqlens_q, cu_seqlens_k, *_), options, _ = call
     arguments = options.as_arguments()
     shard, seed = arguments.pop("shard", None), arguments.pop("dropout_seed", None)
     arguments = dict(dropout_p=0.0, compute_dtype=torch.promote_types(q.dtype, torch.float32)) | arguments
+    del arguments["sinks"]  # lse includes them
     seed = None if seed is None else _seed(seed)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         places = [(i, i, (i,)) for i in range(len(q))]
@@ -151,19 +166,14 @@ def gradients(
         bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
         slices = (map(slice, bounds[:-1], bounds[1:]) for bounds in (bounds_q, bounds_k))
         places = [(rows_q, rows_k, (slice(None), rows_q)) for rows_q, rows_k in zip(*slices)]
-    sinks: Any = options.sinks
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    dsinks = None if sinks is None else torch.zeros_like(sinks)
     for i, (rows_q, rows_k, of_lse) in enumerate(places):
         of_sequence = _options_of(i, q[rows_q], k[rows_k], shard, seed, arguments)
-        given = q[rows_q], k[rows_k], v[rows_k], dout[rows_q], None if dlse is None else dlse[of_lse]
-        given = (None if x is None else x[None] for x in (*given, out[rows_q], lse[of_lse]))
-        *parts, of_sinks = attention_gradients(*given, **of_sequence)
+        given = q[rows_q], k[rows_k], v[rows_k], dout[rows_q], lse[of_lse], minus_delta[of_lse]
+        parts = attention_gradients(*(x[None] for x in given), **of_sequence)
         for gradient, rows, part in zip((dq, dk, dv), (rows_q, rows_k, rows_k), parts):
             gradient[rows] = part[0].to(gradient.dtype)
-        if dsinks is not None:
-            dsinks += of_sinks
-    return dq, dk, dv, dsinks
+    return dq, dk, dv
 
 
 def dropout_mask(
@@ -174,6 +184,11 @@ def dropout_mask(
     Philox-4x32-10 with the seed as key and the counter (key // 4, query, batch * num_heads_q + head, 0); a weight stays
     if the upper 31 bits of word key % 4 reach dropout_p * 2^31. Each sequence of a packed batch counts its own queries
     and keys from 0. dropout_seed is an int or a tensor of one int64.
+
+    Example:
+        >>> mask = triton_attn.reference.dropout_mask(7, 0.25, batch=1, num_heads_q=2, seqlen_q=64, seqlen_k=64)
+        >>> mask.shape, abs(mask.float().mean().item() - 0.75) < 0.05
+        (torch.Size([1, 2, 64, 64]), True)
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
     """

@@ -45,18 +45,16 @@ class AttentionPlusBuilder(PagedMetadataBuilder, AttentionMetadataBuilder[PagedM
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.dcp_world_size, self.dcp_rank = get_dcp_world_size_and_rank(kv_cache_spec.dcp_sharded)
-        self.dcp_interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
-        self.supports_draft_decode_metadata_update = self.dcp_world_size == 1  # context_lens are computed in `build`
-        if self.dcp_world_size > 1:
-            max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-            self.context_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        world_size, rank = get_dcp_world_size_and_rank(kv_cache_spec.dcp_sharded)
+        self.supports_draft_decode_metadata_update = True
+        if world_size > 1:
+            self.key_shard = rank, world_size, vllm_config.parallel_config.cp_kv_cache_interleave_size
         if envs.VLLM_BATCH_INVARIANT:
             self.fixed_query_len = vllm_config.scheduler_config.max_num_batched_tokens
 
 
 class AttentionPlusImpl(PagedAttention, AttentionImpl[PagedMetadata]):
-    """Queries are never quantized, outputs neither."""
+    """Neither queries nor outputs are quantized."""
 
     can_return_lse_for_decode = True
     lse_base_on_e = True

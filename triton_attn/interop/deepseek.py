@@ -45,6 +45,15 @@ class PagedDeepseek:
     Raises:
         TypeError: the model has another class.
         NotImplementedError: the angles change with the length of the text ("dynamic", "longrope").
+
+    Example:
+        >>> from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+        >>> from triton_attn.interop.deepseek import PagedDeepseek
+        >>> sizes = dict(vocab_size=32, hidden_size=32, num_hidden_layers=1, first_k_dense_replace=1)
+        >>> heads = dict(num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+        >>> paged = PagedDeepseek(DeepseekV2ForCausalLM(DeepseekV2Config(**sizes, **heads)), num_pages=4)
+        >>> len(paged.generate([[1, 2, 3]], max_new_tokens=2)[0])
+        2
     """
 
     def __init__(

@@ -1,5 +1,4 @@
-"""The functions of flash-attn 2 on our kernels, with the same signatures, defaults and return values, also
-positionally.
+"""The functions of flash-attn 2 on our kernels. Names and order of arguments, defaults and return values are the same.
 
     from triton_attn.interop.flash_attn import flash_attn_func      # was: from flash_attn import flash_attn_func
 
@@ -61,6 +60,12 @@ def flash_attn_func(
     seqlen_k) in q's dtype, both lengths rounded up to a multiple of 128, with the normalized softmax before dropout.
     An entry is below 0 where the weight is dropped, and 0 or more where it is kept or masked. torch computes it,
     separately from the kernel.
+
+    Example:
+        >>> from triton_attn.interop.flash_attn import flash_attn_func
+        >>> q, k, v = torch.randn(3, 1, 16, 2, 64)
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([1, 16, 2, 64])
     """
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux)
@@ -85,7 +90,14 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` with kv (batch, seqlen_k, 2, nheads_k, headdim), whose gradient is one tensor."""
+    """`flash_attn_func` with kv (batch, seqlen_k, 2, nheads_k, headdim), whose gradient is one tensor.
+
+    Example:
+        >>> from triton_attn.interop.flash_attn import flash_attn_kvpacked_func
+        >>> q, kv = torch.randn(1, 16, 8, 64), torch.randn(1, 16, 2, 2, 64)
+        >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
+        torch.Size([1, 16, 8, 64])
+    """
     k, v = kv.unbind(dim=-3)
     return flash_attn_func(
         q,
@@ -113,7 +125,13 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` with qkv (batch, seqlen, 3, nheads, headdim), whose gradient is one tensor."""
+    """`flash_attn_func` with qkv (batch, seqlen, 3, nheads, headdim), whose gradient is one tensor.
+
+    Example:
+        >>> from triton_attn.interop.flash_attn import flash_attn_qkvpacked_func
+        >>> flash_attn_qkvpacked_func(torch.randn(1, 16, 3, 2, 64), causal=True).shape
+        torch.Size([1, 16, 2, 64])
+    """
     q, k, v = qkv.unbind(dim=-3)
     return flash_attn_func(
         q,
@@ -157,6 +175,13 @@ def flash_attn_varlen_func(
 
     Returns as `flash_attn_func`: softmax_lse (nheads, total_q), S_dmask (batch, nheads, max_seqlen_q, max_seqlen_k)
     with dropout, both lengths rounded up to 128.
+
+    Example:
+        >>> from triton_attn.interop.flash_attn import flash_attn_varlen_func
+        >>> q, k, v = torch.randn(3, 16, 2, 64)  # two sequences, of 6 and 10 tokens
+        >>> cu_seqlens = torch.tensor([0, 6, 16], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 10, 10, causal=True).shape
+        torch.Size([16, 2, 64])
     """
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux)
@@ -198,7 +223,15 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` with kv (total_k, 2, nheads_k, headdim), whose gradient is one tensor."""
+    """`flash_attn_varlen_func` with kv (total_k, 2, nheads_k, headdim), whose gradient is one tensor.
+
+    Example:
+        >>> from triton_attn.interop.flash_attn import flash_attn_varlen_kvpacked_func
+        >>> q, kv = torch.randn(16, 8, 64), torch.randn(16, 2, 2, 64)
+        >>> cu_seqlens = torch.tensor([0, 6, 16], dtype=torch.int32)
+        >>> flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens, 10, 10).shape
+        torch.Size([16, 8, 64])
+    """
     k, v = kv.unbind(dim=-3)
     return flash_attn_varlen_func(
         q,
@@ -232,7 +265,14 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` with qkv (total, 3, nheads, headdim), whose gradient is one tensor."""
+    """`flash_attn_varlen_func` with qkv (total, 3, nheads, headdim), whose gradient is one tensor.
+
+    Example:
+        >>> from triton_attn.interop.flash_attn import flash_attn_varlen_qkvpacked_func
+        >>> cu_seqlens = torch.tensor([0, 6, 16], dtype=torch.int32)
+        >>> flash_attn_varlen_qkvpacked_func(torch.randn(16, 3, 2, 64), cu_seqlens, 10).shape
+        torch.Size([16, 2, 64])
+    """
     q, k, v = qkv.unbind(dim=-3)
     return flash_attn_varlen_func(
         q,
@@ -308,6 +348,14 @@ def flash_attn_with_kvcache(
             call may be repeated.
         NotImplementedError: cache_batch_idx is given with block_table, as in flash-attn; cache_leftpad with a cache
             that has gaps between rows; or an argument requires a gradient.
+
+    Example:
+        >>> from triton_attn.interop.flash_attn import flash_attn_with_kvcache
+        >>> k_cache, v_cache = torch.randn(2, 1, 128, 2, 64)  # 40 keys are there
+        >>> q, k, v = torch.randn(1, 1, 8, 64), torch.ones(1, 1, 2, 64), torch.ones(1, 1, 2, 64)
+        >>> out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=40)
+        >>> out.shape, k_cache[0, 40].sum().item()  # the new key is in its place
+        (torch.Size([1, 1, 8, 64]), 128.0)
     """
     batch, seqlen_q = q.shape[:2]
     cache_seqlens, table = _check_cache(q, k_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)

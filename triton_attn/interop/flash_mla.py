@@ -56,6 +56,11 @@ def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta
 
     Arguments of older signatures (cache_seqlens, num_q_tokens_per_head_k, num_heads_k, num_heads_q, is_fp8_kvcache,
     topk) are accepted and ignored, except topk: it requests sparse attention, which raises NotImplementedError.
+
+    Example:
+        >>> from triton_attn.interop.flash_mla import get_mla_metadata
+        >>> get_mla_metadata()[1] is None
+        True
     """
     _refuse(topk=kwargs.get("topk", args[5] if len(args) > 5 else None))
     return FlashMLASchedMeta(), None
@@ -113,6 +118,14 @@ def flash_mla_with_kvcache(
         TypeError, ValueError: an argument is wrong; nothing was launched.
         NotImplementedError: sparse attention, a sink, head_dim_v not below head_dim, or an argument that requires a
             gradient.
+
+    Example:
+        >>> from triton_attn.interop.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+        >>> q, k_cache = torch.randn(1, 1, 16, 576), torch.randn(4, 64, 1, 576)
+        >>> block_table, cache_seqlens = torch.tensor([[3, 1]]).int(), torch.tensor([70]).int()
+        >>> out, lse = flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, 512, *get_mla_metadata())
+        >>> out.shape
+        torch.Size([1, 1, 16, 512])
     """
     _refuse(
         indices=indices,
@@ -178,6 +191,14 @@ def flash_attn_varlen_func(
     Returns:
         out (total_q, num_heads_q, head_dim_v) and lse (total_q, num_heads_q) fp32 with strides (1, total_q), natural
         log. Both are always returned. A query that sees no key has out = 0 and lse = -inf.
+
+    Example:
+        >>> from triton_attn.interop.flash_mla import flash_attn_varlen_func
+        >>> q, k, v = torch.randn(16, 4, 192), torch.randn(16, 4, 192), torch.randn(16, 4, 128)
+        >>> cu_seqlens = torch.tensor([0, 6, 16], dtype=torch.int32)
+        >>> out, lse = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 10, 10, causal=True)
+        >>> out.shape
+        torch.Size([16, 4, 128])
     """
     out, lse = flash_attention_varlen(
         q,
@@ -207,7 +228,16 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`flash_attn_varlen_func` with qkv (total, num_heads, 2 head_dim_qk + head_dim_v). Its gradient is one tensor."""
+    """`flash_attn_varlen_func` with qkv (total, num_heads, 2 head_dim_qk + head_dim_v). Its gradient is one tensor.
+
+    Example:
+        >>> from triton_attn.interop.flash_mla import flash_attn_varlen_qkvpacked_func
+        >>> cu_seqlens = torch.tensor([0, 6, 16], dtype=torch.int32)
+        >>> qkv = torch.randn(16, 4, 192 + 192 + 128)
+        >>> out, lse = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 10, 192, causal=True)
+        >>> out.shape
+        torch.Size([16, 4, 128])
+    """
     q, k, v = _split_packed("qkv", qkv, head_dim_qk, 2)
     options = (dropout_p, softmax_scale, causal, deterministic, is_varlen)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options)
@@ -227,7 +257,16 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`flash_attn_varlen_func` with kv (total_k, num_heads_k, head_dim_qk + head_dim_v). Its gradient is one tensor."""
+    """`flash_attn_varlen_func` with kv (total_k, num_heads_k, head_dim_qk + head_dim_v). Its gradient is one tensor.
+
+    Example:
+        >>> from triton_attn.interop.flash_mla import flash_attn_varlen_kvpacked_func
+        >>> cu_seqlens = torch.tensor([0, 6, 16], dtype=torch.int32)
+        >>> q, kv = torch.randn(16, 4, 192), torch.randn(16, 4, 192 + 128)
+        >>> out, lse = flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens, 10, 10, 192, causal=True)
+        >>> out.shape
+        torch.Size([16, 4, 128])
+    """
     k, v = _split_packed("kv", kv, head_dim_qk, 1)
     lengths = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
     return flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal, deterministic, is_varlen)

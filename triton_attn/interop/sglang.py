@@ -7,11 +7,11 @@ abstract class of SGLang 0.5.23 and tested against a double of that class. It ha
 
 Supported: models with MHA, GQA or MQA; prompts, chunks of prompts, mixed batches and decode, with CUDA graphs for
 decode; pools of any --page-size, slot by slot or by heads (SGLANG_USE_HND_KVCACHE), 16 bit or fp8 with scales, and
-hybrid pools with slots of their own for window layers; windows, soft cap, sinks, values of a width of their own.
+hybrid pools with slots of their own for window layers; windows, soft cap, sinks, values with another head dimension.
 Everything else raises NotImplementedError: speculative decoding, MLA, cross attention, context parallelism, unified and
 quantized pools, CUDA graphs of prompts.
 
-SGLang is imported when it calls `register` or makes a back end, never with this module.
+This module does not import SGLang. `register` and `create_backend`, which SGLang calls, do.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Metadata:
 
 
 class PagedBackend:
-    """The methods of the back end. SGLang's `AttentionBackend` is the other base of the class that `create_backend`
-    makes, and its `forward` calls these. Of a layer's keywords only sinks (num_heads,) is supported, and not score_mod.
+    """The methods of the back end. `create_backend` makes a class of it and of SGLang's `AttentionBackend`, whose
+    `forward` calls these methods. Of a layer's keywords only sinks (num_heads,) is supported, and not score_mod.
     """
 
     needs_cpu_seq_lens = False

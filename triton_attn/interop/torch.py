@@ -1,4 +1,4 @@
-"""torch's own attention on our kernels: its flash back end through its registry, and scaled_dot_product_attention.
+"""torch's own attention on our kernels: its flash back end, through its registry, and scaled_dot_product_attention.
 
     import torch.nn.attention
     from triton_attn.interop.torch import register
@@ -6,14 +6,14 @@
     register()
     torch.nn.attention.activate_flash_attention_impl("triton_attn")
 
-From then on torch's flash operators are ours, and with them whatever calls them: F.scaled_dot_product_attention where
-torch chooses its flash back end, torch.nn.attention.varlen, causal_lower_right, context parallelism (ring attention).
-torch.nn.attention.restore_flash_attention_impl() gives torch's own back. Forward and backward run on every GPU from
-compute capability 8.0 and on ROCm, whose dispatch key is CUDA too.
+From then on torch's flash operators run our kernels, and so does whatever calls the operators:
+F.scaled_dot_product_attention where torch chooses its flash back end, torch.nn.attention.varlen, causal_lower_right,
+context parallelism (ring attention). torch.nn.attention.restore_flash_attention_impl() restores torch's kernels.
+Forward and backward run on every GPU from compute capability 8.0, and on ROCm, whose dispatch key is CUDA too.
 
-In torch's words: the operators are causal to the bottom right, as flash attention is; scaled_dot_product_attention is
-causal to the top left. Nothing is ignored but num_splits without pages, where keys are never split: what is not
-supported raises. Signatures: torch 2.13.
+As in torch, causal masks of the operators are aligned to the bottom right, and those of scaled_dot_product_attention to
+the top left. One argument is ignored: num_splits without pages, where keys are never split. What is not supported
+raises. The signatures are those of torch 2.13.
 """
 
 import functools
@@ -49,6 +49,14 @@ def register(name: str = "triton_attn", dispatch_key: str = "CUDA") -> None:
     """Make `torch.nn.attention.activate_flash_attention_impl(name)` call `override(dispatch_key)`.
 
     Raises: as `override`; RuntimeError where torch has no registry of flash attention implementations.
+
+    Example:
+        >>> from triton_attn.interop.torch import register
+        >>> register("triton_attn", dispatch_key="CPU")
+        >>> torch.nn.attention.activate_flash_attention_impl("triton_attn")
+        >>> torch.nn.attention.current_flash_attention_impl()
+        'triton_attn'
+        >>> torch.nn.attention.restore_flash_attention_impl()
     """
     _check_dispatch_key(dispatch_key)
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
@@ -61,13 +69,18 @@ def register(name: str = "triton_attn", dispatch_key: str = "CUDA") -> None:
 
 
 class Override:
-    """Torch's flash operators are ours until `remove()`."""
+    """Torch's flash operators run our kernels until `remove()`.
+
+    Example:
+        >>> from triton_attn.interop.torch import override
+        >>> override("CPU").remove()
+    """
 
     def __init__(self, library: Library) -> None:
         self._library: Library | None = library
 
     def remove(self) -> None:
-        """Give torch's own operators back. A second call does nothing."""
+        """Restore torch's operators. A second call does nothing."""
         self._library = None
 
 
@@ -78,13 +91,21 @@ def override(dispatch_key: str = "CUDA") -> Override:
     _scaled_dot_product_flash_attention, its backward, and the quantized forms.
 
     Args:
-        dispatch_key: "CUDA" for GPUs of NVIDIA and AMD, or "CPU", where torch has no such operators: for tests. Torch's
-            scaled_dot_product_attention does not choose them on a CPU; its callers that name them do.
+        dispatch_key: "CUDA" for GPUs of NVIDIA and AMD. "CPU" is for tests: torch has no such operators there. Callers
+            that name an operator reach it, but torch's scaled_dot_product_attention does not choose it on a CPU.
 
     Raises:
         ValueError: dispatch_key is another one.
 
-    Of several overrides the newest is in force; where it ends, the one before is.
+    The newest of several overrides is in force. When it ends, the one before it is again.
+
+    Example:
+        >>> from triton_attn.interop.torch import override
+        >>> ours = override("CPU")
+        >>> q = torch.randn(1, 2, 16, 64)  # (batch, heads, seqlen, head_dim)
+        >>> torch.ops.aten._scaled_dot_product_flash_attention(q, q, q)[0].shape
+        torch.Size([1, 2, 16, 64])
+        >>> ours.remove()
     """
     _check_dispatch_key(dispatch_key)
     library = Library("aten", "IMPL")
@@ -121,24 +142,19 @@ def _forward_into(
     block_table=None,
     num_splits=None,
 ):
-    """(lse, rng_state), the output in `out`."""
-    if return_debug_mask:
-        raise NotImplementedError("return_debug_mask: expected False, got True; no matrix of weights is in memory")
-    q, k, v = query, key, value
-    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
-        q, k, v = _with_contiguous_rows(q, k, v)
-    rng_state = _new_rng_state(q, dropout_p > 0)
+    """(lse, what the operators return behind it), the output in `out`."""
     window = _window(window_size_left, window_size_right)
     options = dict(causal=is_causal, softmax_scale=scale, window_size=window, alibi_slopes=alibi_slopes)
     if seqused_k is not None or alibi_slopes is not None or block_table is not None:
-        _refuse_gradients((q, k, v), alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
+        inputs = query, key, value
+        _refuse_gradients(inputs, alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
     if seqused_k is None and block_table is None:
-        dropout_seed = _seed_of(rng_state) if dropout_p > 0 else None
         lengths = cum_seq_q, cum_seq_k, max_q, max_k
-        lse = forward_pass(q, k, v, lengths, **options, dropout_p=dropout_p, dropout_seed=dropout_seed, out=out)
-        return lse, rng_state
+        return _attend_into(out, query, key, value, lengths, dropout_p, return_debug_mask, **options)
+    _refuse_debug_mask(return_debug_mask)
     if dropout_p > 0:
         raise NotImplementedError(f"dropout_p: expected 0 with seqused_k or block_table, got {dropout_p}")
+    q, k, v = _with_contiguous_rows(query, key, value)
     if seqused_k is None:
         if cum_seq_k is None:
             raise ValueError("seqused_k: expected a tensor with block_table, since cum_seq_k is None too")
@@ -151,14 +167,26 @@ def _forward_into(
     _, lse = paged_attention(
         q, k, v, seqused_k, block_table, **options, num_splits=num_splits or 0, out=out, return_lse=True
     )
-    return lse, rng_state
+    return lse, _unread_outputs(q.dtype, q.device)
+
+
+def _attend_into(out, q, k, v, lengths, dropout_p, return_debug_mask, **options):
+    """`_forward_into` of a dense or packed batch without pages."""
+    _refuse_debug_mask(return_debug_mask)
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        q, k, v = _with_contiguous_rows(q, k, v)
+    rest = _unread_outputs(q.dtype, q.device)
+    if dropout_p > 0:
+        rest = _drawn_like(rest[0]), *rest[1:]
+        options |= dict(dropout_p=dropout_p, dropout_seed=_seed_of(rest[0]))
+    return forward_pass(q, k, v, lengths, out=out, **options), rest
 
 
 def _flash_forward(query, key, value, *arguments, **options):
     """(batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cum_seq_q."""
     out = _new_out(query, value)
-    lse, rng_state = _forward_into(out, query, key, value, *arguments, **options)
-    return out, lse, rng_state, _offset(rng_state), _unused((0,), query.dtype, query.device)
+    lse, rest = _forward_into(out, query, key, value, *arguments, **options)
+    return out, lse, *rest
 
 
 def _flash_forward_quantized(
@@ -216,13 +244,11 @@ def _flash_backward(
 
 def _sdpa_forward(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     """(batch, heads, seqlen, head_dim); causal to the bottom right, as torch's own operator."""
-    out = _new_out(query, value)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    arguments = None, None, seqlen_q, seqlen_k, dropout_p, is_causal, return_debug_mask
-    lse, rng_state = _forward_into(out.transpose(1, 2), q, k, v, *arguments, scale=scale)
-    unused = _unused((0,), query.dtype, query.device)
-    return out, lse, None, None, seqlen_q, seqlen_k, rng_state, _offset(rng_state), unused
+    out = _new_out(q, v)
+    lengths = None, None, q.shape[1], k.shape[1]
+    lse, rest = _attend_into(out, q, k, v, lengths, dropout_p, return_debug_mask, causal=is_causal, softmax_scale=scale)
+    return out.transpose(1, 2), lse, *lengths, *rest
 
 
 def _sdpa_forward_quantized(
@@ -293,6 +319,11 @@ def _with_contiguous_rows(*tensors):
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
+def _refuse_debug_mask(return_debug_mask):
+    if return_debug_mask:
+        raise NotImplementedError("return_debug_mask: expected False, got True; no matrix of weights is in memory")
+
+
 def _refuse_quantized(query, scales):
     for name, scale in zip(("q_descale", "k_descale", "v_descale"), scales):
         if scale is not None:
@@ -300,36 +331,34 @@ def _refuse_quantized(query, scales):
 
 
 def _refuse_gradients(inputs, **options):
-    """An operator runs below autograd. That calls the backward operator, which does not take these options."""
+    """Autograd calls torch's backward operator, which does not take these options."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         name = next(name for name, value in options.items() if value is not None)
         raise NotImplementedError(f"{name}: expected None where gradients are wanted, got a tensor; use torch.no_grad")
 
 
-# Of the generator's state torch's operators hand out two words; ours are the seed, drawn from torch's generator, and a
-# spare one. So the backward pass has the mask of the forward, and torch.utils.checkpoint draws it again.
-
-
-def _new_rng_state(q, is_drawn):
-    if torch.version.hip:  # as the operators' meta functions say
-        size, dtype = (), torch.int64
-    else:
-        size, dtype = (2,), torch.uint64
-    if not is_drawn:
-        return _unused(size, dtype, q.device)
-    return torch.randint(-(2**63), 2**63 - 1, size, dtype=torch.int64, device=q.device).view(dtype)
-
-
-def _offset(rng_state):
-    return _unused((), rng_state.dtype, rng_state.device)
+# torch's operators return two words of the generator's state as rng_state. Ours are a seed, drawn from torch's
+# generator, and an unused word. So the backward pass has the mask of the forward pass, and torch.utils.checkpoint draws
+# the same mask.
 
 
 @functools.cache
-def _unused(size, dtype, device):
-    """An output that nobody reads, the same in all calls: three allocations would take a seventh of a call's time.
-    Autograd saves it, and takes no tensor of inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty(size, dtype=dtype, device=device)
+def _unread_outputs(dtype, device):
+    """rng_state and its offset where nothing is dropped, and the matrix of weights: outputs that nobody reads, the same
+    in all calls. Three allocations would take a seventh of a call's time.
+    """
+    if torch.version.hip:  # as the operators' meta functions say
+        size, of_state = (), torch.int64
+    else:
+        size, of_state = (2,), torch.uint64
+    with torch.inference_mode(False):  # autograd saves rng_state, and takes no tensor of inference mode
+        new = functools.partial(torch.empty, device=device)
+        return new(size, dtype=of_state), new((), dtype=of_state), new((0,), dtype=dtype)
+
+
+def _drawn_like(rng_state):
+    seed = torch.randint(-(2**63), 2**63 - 1, rng_state.shape, dtype=torch.int64, device=rng_state.device)
+    return seed.view(rng_state.dtype)
 
 
 def _seed_of(rng_state):
@@ -363,6 +392,12 @@ def scaled_dot_product_attention(
     Raises:
         NotImplementedError: attn_mask is a tensor, boolean or additive; an input is a nested tensor.
         TypeError, ValueError: as `flash_attention`; is_causal beside attn_mask.
+
+    Example:
+        >>> from triton_attn.interop.torch import scaled_dot_product_attention
+        >>> q, (k, v) = torch.randn(1, 8, 16, 64), torch.randn(2, 1, 2, 16, 64)  # (batch, heads, seqlen, head_dim)
+        >>> scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).shape
+        torch.Size([1, 8, 16, 64])
     """
     if query.dim() != 4:
         return _sdpa_of_other_shape(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -423,10 +458,16 @@ _route_lock, _route_depth, _route_before = threading.Lock(), 0, None
 def route_sdpa() -> Iterator[None]:
     """Within it torch.nn.functional.scaled_dot_product_attention is `scaled_dot_product_attention` of this module.
 
-    Can be entered again, by the same thread or by others: the last to leave gives torch's function back, also after an
-    exception. It holds for the whole process and not for one thread, because autograd recomputes checkpointed layers in
-    threads of its own; run the backward pass of a checkpointed model within it. A caller that has imported torch's
-    function under a name of its own is not reached. A call with a mask raises, and does not fall back.
+    It holds for the whole process and not for one thread, because autograd recomputes checkpointed layers in its own
+    threads. Run the backward pass of a checkpointed model within it, too. It can be nested, and entered by several
+    threads: torch's function is restored when the last one leaves, also after an exception. Code that has imported
+    torch's function under a name of its own is not affected. A call with a mask raises and does not fall back.
+
+    Example:
+        >>> from triton_attn.interop.torch import route_sdpa
+        >>> q = torch.randn(1, 2, 16, 64)
+        >>> with route_sdpa():
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     """
     global _route_depth, _route_before
     functional = torch.nn.functional

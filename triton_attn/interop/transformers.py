@@ -60,7 +60,17 @@ SUPPORT = Support(
 
 
 def register(name: str = "triton_attn") -> None:
-    """Make `attn_implementation=name` known to transformers: the attention and its mask."""
+    """Make `attn_implementation=name` known to transformers: the attention and its mask.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from triton_attn.interop.transformers import register
+        >>> register()
+        >>> sizes = dict(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation="triton_attn")
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 32])
+    """
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, token_mask)
 
@@ -83,6 +93,11 @@ def register_for_generate_batch(name: str = "triton_attn_flash_2") -> str:
     Raises:
         ImportError: transformers is older than 5.24, or has no such function.
         ValueError: continuous batching would refuse the name, or decode without block tables.
+
+    Example:
+        >>> from triton_attn.interop.transformers import register_for_generate_batch
+        >>> register_for_generate_batch()
+        'triton_attn_flash_2'
     """
     if tuple(map(int, __version__.split(".")[:2])) < FIRST_BATCHING:
         raise ImportError(f"transformers: expected 5.24 or later for continuous batching, got {__version__}")
@@ -154,6 +169,12 @@ def attention(
     Raises:
         NotImplementedError: the call requests attention weights, a 4-D mask, an additive bias or sparse indices; or
             dropout with a block table, or a block table without a cache.
+
+    Example:
+        >>> from triton_attn.interop.transformers import attention
+        >>> q, (k, v) = torch.randn(1, 8, 16, 64), torch.randn(2, 1, 2, 16, 64)  # (batch, heads, seqlen, head_dim)
+        >>> attention(torch.nn.Module(), q, k, v, None, is_causal=True)[0].shape
+        torch.Size([1, 16, 8, 64])
     """
     _refuse(module, {name: kwargs.get(name) for name in UNSUPPORTED})
     if not (attention_mask is None or isinstance(attention_mask, TokenMask)):
@@ -417,6 +438,13 @@ def token_mask(
 
     Raises:
         NotImplementedError: the mask function is not a window around the query within the query's sequence.
+
+    Example:
+        >>> from triton_attn.interop.transformers import token_mask
+        >>> from transformers.masking_utils import causal_mask_function
+        >>> padding = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        >>> token_mask(2, 3, 3, 0, 0, causal_mask_function, padding, device="cpu").shape
+        torch.Size([2, 1, 3, 3])
     """
     try:
         pattern = pattern_of(mask_function, kv_offset + kv_length)

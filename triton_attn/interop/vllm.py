@@ -2,14 +2,15 @@
 
     vllm serve MODEL --attention-backend TRITON_ATTN_PLUS          # TRITON_ATTN_PLUS_MLA for models with MLA
 
-vLLM finds `register` by the package's entry point. The classes here have the methods and arguments of vLLM's own, and
-do not import it. `_vllm_backends`, which vLLM imports on demand, joins them with its abstract classes. Interface: vLLM
-0.33. Other versions get a warning and no back end.
+vLLM finds `register` by the package's entry point. The classes of this module have the methods and arguments of vLLM's
+classes, but do not import vLLM. vLLM imports `_vllm_backends` when one of the back ends is selected; there they inherit
+from its abstract classes. The interface is that of vLLM 0.33. With another version `register` warns and registers
+nothing.
 
 The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side, in
 any physical layout, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
-qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). Caches that are fp8 with a scale per tensor
-are uint8 too, or fp8.
+qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). A
+cache in fp8 with one scale per tensor is passed as uint8 or as fp8.
 """
 
 import inspect
@@ -41,8 +42,8 @@ SUPPORT = Support(
         "logits_soft_cap": "a number, for MLA",
         "sliding_window": "a number, for MLA",
         "qk_rope_head_dim": "0, for MLA with fp8_ds_mla",
-        "decode_context_parallel_size": "2 or more, for attention with sliding_window, alibi_slopes, "
-        "kv_sharing_target_layer_name, cross attention, several KV heads, a head_size that is no power of two",
+        "decode_context_parallel_size": "2 or more, for cross attention, several KV heads, a head_size that is no "
+        "power of two",
     },
 )
 
@@ -83,9 +84,9 @@ COMMON_FIELDS = (
 
 
 def register() -> None:
-    """Register both back ends with vLLM, if its interface is the known one; a RuntimeWarning says why it is not.
+    """Register both back ends with vLLM. With another interface than that of VERSION, warn and register none.
 
-    vLLM calls it in each of its processes. More calls change nothing.
+    vLLM calls it in each of its processes. Repeated calls change nothing. The RuntimeWarning names the differences.
     """
     differences = interface_differences()
     if differences:
@@ -104,7 +105,7 @@ def register() -> None:
 
 
 def interface_differences() -> list[str]:
-    """What of the installed vLLM is not as in VERSION."""
+    """Differences between the installed vLLM and the interface of VERSION."""
     try:
         import vllm
         from vllm.v1.attention import backend
@@ -130,7 +131,7 @@ def interface_differences() -> list[str]:
 
 
 def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> str | None:
-    """Why a model of this dtype cannot have this cache, or None: a cache that is not fp8 has the model's dtype."""
+    """Why a model of this dtype cannot have this cache, or None. A cache that is not fp8 has the model's dtype."""
     if PLAIN_DTYPES.get(kv_cache_dtype or "auto", dtype) == dtype:
         return None
     return f"kv_cache_dtype: expected the model's dtype {dtype} or fp8, got {kv_cache_dtype}"
@@ -140,8 +141,8 @@ def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> s
 class PagedMetadata:
     """A batch, for all layers of a group. Tensors are vLLM's persistent ones, so that captured graphs follow them.
 
-    context_lens: with decode context parallelism, the keys before the batch's that this rank holds; None if no rank
-    holds any.
+    key_shard: with decode context parallelism, which keys this rank holds, as `paged_attention` takes it.
+    has_context: whether a request may have keys before the batch's, as all ranks know it.
     """
 
     num_actual_tokens: int
@@ -151,19 +152,18 @@ class PagedMetadata:
     block_table: Tensor
     slot_mapping: Tensor
     causal: bool
-    context_lens: Tensor | None = None
+    key_shard: tuple[int, int, int] | None = None
+    has_context: bool = True
 
 
 class PagedMetadataBuilder:
-    """vLLM's batches as PagedMetadata: no tensor is copied or read on the host. With decode context parallelism the
-    lengths of this rank are computed, otherwise nothing.
+    """Makes PagedMetadata of vLLM's batches. No tensor is copied or read on the host, and nothing is computed.
 
     fixed_query_len stands in for the longest query, where results must not depend on the batch.
     """
 
     fixed_query_len: int | None = None
-    dcp_world_size, dcp_rank, dcp_interleave = 1, 0, 1
-    context_lens: Tensor  # (max_num_reqs,), with decode context parallelism; graphs read it
+    key_shard: tuple[int, int, int] | None = None
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> PagedMetadata:
         common = common_attn_metadata
@@ -171,9 +171,6 @@ class PagedMetadataBuilder:
             raise NotImplementedError(f"causal: expected True or False, got {type(common.causal).__name__}")
         if common.mm_req_doc_ranges is not None:
             raise NotImplementedError("mm_req_doc_ranges: expected None, got ranges of tokens that see both ways")
-        context_lens = self._local_context(common) if self.dcp_world_size > 1 else None
-        if context_lens is not None and not _has_context(common):
-            context_lens = None
         return PagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=max(common.max_query_len, self.fixed_query_len or 0),
@@ -182,34 +179,22 @@ class PagedMetadataBuilder:
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
-            context_lens=context_lens,
+            key_shard=self.key_shard,
+            has_context=self.key_shard is None or _has_context(common),
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> PagedMetadata:
-        """A graph reads context_lens, also if no request has context when it is captured."""
+        """A graph is replayed for requests with context, also if none has any when it is captured."""
         metadata = self.build(0, common_attn_metadata)
-        if self.dcp_world_size > 1:
-            metadata.context_lens = self.context_lens[: metadata.seq_lens.shape[0]]
+        metadata.has_context = True
         return metadata
 
     def update_draft_decode_metadata(self, metadata: PagedMetadata) -> None:
         """Nothing to do: its tensors are those that vLLM updates."""
 
-    def _local_context(self, common):
-        """Written also if it is 0 for all, since graphs are replayed then too."""
-        starts, found = common.query_start_loc, self.context_lens[: common.seq_lens.shape[0]]
-        context = (common.seq_lens - (starts[1:] - starts[:-1])).clamp(min=0)  # graphs are captured over any lengths
-        return found.copy_(local_lengths(context, self.dcp_world_size, self.dcp_rank, self.dcp_interleave))
-
-
-def local_lengths(lengths: Tensor, world_size: int, rank: int, interleave: int) -> Tensor:
-    """How many keys of each sequence a rank holds, where the ranks hold `interleave` keys in turn."""
-    whole = lengths // (world_size * interleave) * interleave
-    return whole + (lengths - whole * world_size - rank * interleave).clamp(0, interleave)
-
 
 def _has_context(common):
-    """Whether a request has keys before the batch's, by what all ranks know: they must agree to exchange something."""
+    """Whether a request has keys from before this batch. All ranks decide alike, since all must join an exchange."""
     if common.seq_lens_cpu_upper_bound is None:
         return True
     starts = common.query_start_loc_cpu
@@ -260,6 +245,7 @@ class PagedAttention:
         self.attn_type, self.is_encoder = attn_type, attn_type in ("encoder", "encoder_only")
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = sinks
+        self._all_slopes: Tensor | None = None
         self._viewed: tuple[Any, Any, dict[str, Tensor]] = (None, None, {})  # scales of the layer, and their views
         self.softcap = logits_soft_cap or 0.0
         self.reach = -1 if sliding_window is None else sliding_window - 1
@@ -267,14 +253,6 @@ class PagedAttention:
             self._check_context_parallelism()
 
     def _check_context_parallelism(self):
-        """Ranks know neither the positions of their keys, nor keys that no token of the batch brings."""
-        for name, value in (
-            ("sliding_window", None if self.reach < 0 else self.reach + 1),
-            ("alibi_slopes", self.alibi_slopes),
-            ("kv_sharing_target_layer_name", self.kv_sharing_target_layer_name),
-        ):
-            if value is not None:
-                raise NotImplementedError(f"{name}: expected None with decode_context_parallel_size > 1, got {value}")
         if self.attn_type == "encoder_decoder":
             raise NotImplementedError("attn_type: expected no cross attention with decode_context_parallel_size > 1")
         if self.num_kv_heads > 1:
@@ -299,8 +277,8 @@ class PagedAttention:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """output (num_tokens, num_heads, head_size), of which the batch's tokens are written. vLLM's profiling runs
-        have no metadata, and get zeros.
+        """Write the rows of the batch's tokens in output (num_tokens, num_heads, head_size), and return it. vLLM's
+        profiling runs have no metadata and get zeros.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("output_scale, output_block_scale: expected None; outputs are not quantized")
@@ -311,7 +289,7 @@ class PagedAttention:
             query, written = query[:num_tokens], output[:num_tokens]
         if self.is_encoder:
             written.copy_(self._attend_to_new(query, key[:num_tokens], value[:num_tokens], attn_metadata, causal=False))
-        elif self.dcp_world_size > 1:
+        elif attn_metadata.key_shard is not None:
             new = query, key[:num_tokens], value[:num_tokens]
             written.copy_(self._attend_across_ranks(layer, new, kv_cache, attn_metadata))
         else:
@@ -325,7 +303,7 @@ class PagedAttention:
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Keys and values of padding, past slot_mapping's end or with slot -1, are not written."""
+        """Padding is not written: tokens after the end of slot_mapping, and those with slot -1."""
         if self.is_encoder:
             return
         num_tokens = slot_mapping.shape[0]
@@ -333,14 +311,14 @@ class PagedAttention:
             key[:num_tokens], value[:num_tokens], *self._split(kv_cache), slot_mapping, **self._scales(layer)
         )
 
-    def _attend_to_new(self, query, key, value, metadata, causal, return_lse=False):
+    def _attend_to_new(self, query, key, value, metadata, causal):
         """Attention of the batch's tokens to each other."""
         starts, longest = metadata.query_start_loc, metadata.max_query_len
-        options = dict(causal=causal, return_lse=return_lse, **self._options(query, causal))
+        options = dict(causal=causal, **self._options(query, causal))
         return flash_attention_varlen(query, key, value, starts, starts, longest, longest, **options)
 
     def _attend_to_cache(self, layer, query, kv_cache, metadata, lengths, **options):
-        """Attention to the first keys of each request in the cache, as many as lengths says."""
+        """Attention to the first lengths[i] keys of each request i in the cache."""
         k_cache, v_cache = self._split(kv_cache)
         return paged_attention(
             query,
@@ -356,23 +334,33 @@ class PagedAttention:
         )
 
     def _attend_across_ranks(self, layer, new, kv_cache, metadata):
-        """The batch's tokens attend to each other on their own rank, which has their keys, and to their context on all.
+        """Each rank attends with the heads of all to its keys, and gets its heads' attention to all keys.
 
-        Sinks count once, beside the new keys.
+        A batch without context attends to its own keys, which all ranks have, without an exchange.
         """
-        out, lse = self._attend_to_new(*new, metadata, metadata.causal, return_lse=True)
-        if metadata.context_lens is None:
-            return out
-        queries = self.dcp_group.all_gather(new[0].contiguous(), dim=1)
-        options = dict(causal=False, softmax_scale=self.scale, softcap=self.softcap, return_lse=True)
-        context, context_lse = self._attend_to_cache(
-            layer, queries, kv_cache, metadata, metadata.context_lens, **options
-        )
-        context, context_lse = self.dcp_combine(context, context_lse.T, self.dcp_group, return_lse=True)
-        return _merge((out, lse), (context, context_lse.T))[0]
+        query, key, value = new
+        if not metadata.has_context and self.kv_sharing_target_layer_name is None:
+            return self._attend_to_new(query, key, value, metadata, metadata.causal)
+        queries = self.dcp_group.all_gather(query.contiguous(), dim=1)
+        options = self._options(query, metadata.causal)
+        sinks = options.pop("sinks", None)
+        if "alibi_slopes" in options:
+            options["alibi_slopes"] = self._slopes_of_all_ranks()
+        options |= dict(causal=metadata.causal, key_shard=metadata.key_shard, return_lse=True)
+        out, lse = self._attend_to_cache(layer, queries, kv_cache, metadata, metadata.seq_lens, **options)
+        out, lse = self.dcp_combine(out, lse.T, self.dcp_group, return_lse=True)
+        if sinks is not None:  # once, and of this rank's heads
+            out = out * torch.sigmoid(lse - sinks.float()).unsqueeze(-1)
+        return out
+
+    def _slopes_of_all_ranks(self):
+        """Gathered at the first call, a profiling or warm-up run of vLLM's."""
+        if self._all_slopes is None:
+            self._all_slopes = self.dcp_group.all_gather(self.alibi_slopes, dim=0)
+        return self._all_slopes
 
     def _options(self, query, causal):
-        """A window reaches as far to the right, unless the future is hidden."""
+        """Without causality a window extends to the right as far as to the left."""
         window = (self.reach, 0 if causal else self.reach) if self.reach >= 0 else (-1, -1)
         options = dict(softmax_scale=self.scale, window_size=window, softcap=self.softcap)
         if self.alibi_slopes is not None:
@@ -401,7 +389,7 @@ class PagedAttention:
 
 
 def _merge(*parts):
-    """(out (num_tokens, num_heads, head_size), lse (num_heads, num_tokens)) of all keys from those of parts of them."""
+    """(out (num_tokens, num_heads, head_size), lse (num_heads, num_tokens)) of all keys, merged from those of parts."""
     outs, lses = (torch.stack(tensors).unsqueeze(1) for tensors in zip(*parts))
     out, lse = merge_attention(outs, lses)
     return out[0], lse[0]

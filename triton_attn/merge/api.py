@@ -32,6 +32,13 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
     One operator under torch.compile, export and vmap, which loops.
 
+    Example:
+        >>> q, (k, v) = torch.randn(1, 8, 2, 64), torch.randn(2, 1, 40, 2, 64)
+        >>> halves = zip(k.chunk(2, dim=1), v.chunk(2, dim=1))
+        >>> parts = [triton_attn.flash_attention(q, *half, return_lse=True) for half in halves]
+        >>> out, lse = triton_attn.merge_attention(*(torch.stack(part) for part in zip(*parts)))
+        >>> torch.testing.assert_close(out, triton_attn.flash_attention(q, k, v))
+
     Source: Ye et al., Cascade Inference (2024); Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
     _check(outs, lses)

@@ -12,15 +12,18 @@ import triton.language as tl
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of, repeats_chains
+from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
-from .._jit.args import Sequences, Strides, View, Window, scale_of
+from .._host.workspace import empty, only_counts
+from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
 from .._jit.blocks import split_blocks, visible_range
 from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
+from .._jit.shards import columns_before, mask_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     cast_tile,
@@ -39,7 +42,7 @@ from ..merge.kernel import launch_merge
 from ..merge.splits import FIXED_KEYS, MAX_WORKSPACE_BYTES, choose_num_splits, resident_programs
 from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
-from .projections import launch_absorb, launch_merge_project
+from .projections import launch_absorb, launch_merge_project, prepare_absorb
 
 # Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice
 # as much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
@@ -85,6 +88,7 @@ class AbsorbedTile(NamedTuple):
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
+    SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # programs find their sequence by bisection
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
     INPUT_PRECISION: str
@@ -251,6 +255,25 @@ def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
         return s
 
 
+@triton.jit
+def _visible_keys(start, end, seqlen_k, window, TILE: tl.constexpr):
+    """How many keys of a sequence are in the cache, and the Blocks that rows at the positions [start, end) see."""
+    if TILE.SHARDED:
+        num_keys = columns_before(seqlen_k, window)
+        return num_keys, visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, 0)
+    else:
+        return seqlen_k, visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, TILE.BLOCK_N)
+
+
+@triton.jit
+def _mask(s, positions, start_n, num_keys, window, TILE: tl.constexpr):
+    """Scores, -inf where a row at one of the positions does not see a key."""
+    if TILE.SHARDED:
+        return mask_scores_of_rank(s, positions, start_n, num_keys, window)
+    else:
+        return mask_scores(s, positions, start_n, num_keys, 0, window)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _mla_absorbed_kernel(
     q,
@@ -284,10 +307,10 @@ def _mla_absorbed_kernel(
     all sequences, and the grid is num_tiles * num_splits.
 
     cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, rows). seqlen_q and seqlen_k of packed
-    tensors are all their rows; otherwise seqlen_k is an upper bound of the keys of a sequence. In rows after the last
-    sequence lse is stored, and with a block_table out too, since users see it. k_scale is the Scale of the cache,
-    k_pe_scale that of rotary keys, if it differs; or None. first_split is the first of the launch, if splits are fixed:
-    most of a short sequence have no keys then, and no one reads their output.
+    tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence lse is
+    stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or None.
+    first_split is the first of the launch, if splits are fixed: most of a short sequence have no keys then, and no one
+    reads their output.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -319,7 +342,7 @@ def _mla_absorbed_kernel(
     positions = queries + first_position
     start = tile * BLOCK_M // NUM_HEADS + first_position
     end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
-    blocks = visible_range(start, end, seqlen_k, window, BLOCK_N, BLOCK_N)
+    seqlen_k, blocks = _visible_keys(start, end, seqlen_k, window, TILE)
     blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
 
     sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
@@ -370,13 +393,12 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _add_rotary(s, q_pe_tile, k_pe, TILE)
-                s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
+                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), positions, start_n, seqlen_k, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = mask_scores(s, positions, start_n, seqlen_k, 0, window)
+                s = _mask(s, positions, start_n, seqlen_k, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
@@ -408,18 +430,21 @@ def launch_mla_decode(
     queries=(None, None),
     factors=(None, None),
     batch_invariant=False,
+    key_shard=None,
+    workspace=None,
 ):
     """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
     an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys if latent_cache does not. queries is
-    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). No device-to-host
-    sync.
+    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). key_shard is the
+    KeyShard of the cache, or None. No device-to-host sync.
     """
     cu_seqlens_q, max_seqlen_q = queries
-    batch = cache_seqlens.shape[0]
+    batch, absorb = cache_seqlens.shape[0], None
     if q_nope.numel() == 0 or batch == 0:
-        clear_outputs(out, lse)
+        if not only_counts(workspace):
+            clear_outputs(out, lse)
         return
     if cu_seqlens_q is None:
         max_seqlen_q = q_nope.shape[1]
@@ -433,14 +458,14 @@ def launch_mla_decode(
     if w_uk is None:
         scale_log2 = softmax_scale * LOG2_E.value
     else:
-        positions = cache_seqlens, capacity_of(latent_cache, block_table), *rope
+        positions = cache_seqlens, capacity_of(latent_cache, block_table, key_shard), *rope
         scale = softmax_scale * LOG2_E.value
-        q_nope, q_pe = launch_absorb(q_nope, q_pe, w_uk, scale, positions, batch_invariant)
+        absorb, (q_nope, q_pe) = prepare_absorb(q_nope, q_pe, w_uk, scale, positions, workspace, batch_invariant)
         scale_log2 = 1.0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
-    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, batch_invariant)
-    _attend(call, w_uv, out, lse, num_splits, config)
+    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, batch_invariant, key_shard)
+    _attend(call, w_uv, out, lse, num_splits, config, absorb, workspace)
 
 
 def launch_mla_absorbed(
@@ -492,6 +517,7 @@ class AbsorbedCall(NamedTuple):
     joined: bool  # rotary keys follow the latent vectors in one tensor
     factors: tuple = (None, None)  # (k_scale, k_pe_scale)
     batch_invariant: bool = False
+    key_shard: KeyShard | None = None
 
 
 class AbsorbedKey(NamedTuple):
@@ -512,6 +538,7 @@ class AbsorbedKey(NamedTuple):
     joined: bool
     has_factors: bool
     is_projected: bool  # a launch that multiplies with w_uv follows
+    key_shard: KeyShard | None
     num_splits: int
     batch_invariant: bool
     arch: str
@@ -527,47 +554,61 @@ class AbsorbedPlan(NamedTuple):
     strides: tuple  # Strides of q and q_pe
     page_strides: LatentCache
     counts: tuple  # seqlen_q, seqlen_k and num_tiles
-    window: Window
+    window: Window | ShardWindow
     constants: dict
 
 
-def _attend(call, w_uv, out, lse, num_splits, config=None):
-    """Attention of an AbsorbedCall, and what follows it."""
+def _attend(call, w_uv, out, lse, num_splits, config=None, absorb=None, workspace=None):
+    """Attention of an AbsorbedCall, and what follows it. absorb launches what fills its queries.
+
+    The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
+    """
     plan = _plan(_key_of(call, w_uv is not None, num_splits), wanted_kernels(), config)
-    if call.batch_invariant and plan.num_splits > 1:
-        parts, lse_parts = _merge_in_rounds(plan, call, out, lse, w_uv is not None)
+    in_rounds = call.batch_invariant and plan.num_splits > 1
+    if in_rounds:
+        parts, lse_parts = _results_of_round(call.q, plan.num_splits, workspace)
     else:
-        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits)
-        if type(plan) is HopperPlan:
-            launch_mla_decode_hopper(plan, call, parts, lse_parts)
-        else:
-            _launch(plan, call, parts, lse_parts)
+        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits, workspace)
+    if only_counts(workspace):
+        return
+    if absorb is not None:
+        absorb()
+    if in_rounds:
+        merged = (out, lse) if w_uv is None else (parts[0], lse_parts[0])
+        _merge_in_rounds(plan, call, parts, lse_parts, merged)
+        parts, lse_parts = parts[:1], lse_parts[:1]
+    elif type(plan) is HopperPlan:
+        launch_mla_decode_hopper(plan, call, parts, lse_parts)
+    else:
+        _launch(plan, call, parts, lse_parts)
     if w_uv is not None:
         launch_merge_project(parts, lse_parts, w_uv, out, lse, call.batch_invariant)
-    elif plan.num_splits > 1 and not call.batch_invariant:
+    elif plan.num_splits > 1 and not in_rounds:
         launch_merge(parts, lse_parts, out, lse)
 
 
-def _merge_in_rounds(plan, call, out, lse, is_projected):
-    """Attention merged over fixed splits, one after the other, into out and lse or, if it is projected, into the first
-    of the parts that are returned.
+def _results_of_round(q, num_splits, workspace):
+    """Room for the merged results of fixed splits, then for those of as many splits as MAX_WORKSPACE_BYTES hold."""
+    batch, seqlen_q, num_heads, rank = q.shape
+    split_bytes = torch.float32.itemsize * (rank + 1) * batch * seqlen_q * num_heads
+    places = 1 + max(1, min(num_splits, MAX_WORKSPACE_BYTES // split_bytes))
+    parts = empty(workspace, q, (places, *q.shape), torch.float32)
+    return parts, empty(workspace, q, (places, batch, num_heads, seqlen_q), torch.float32)
 
-    The capacity of the cache decides how many splits there are. A round computes those for which there is room, and
-    merges them with the result of the rounds before.
+
+def _merge_in_rounds(plan, call, parts, lses, merged):
+    """Attention merged over fixed splits, one after the other, into merged, (out, lse).
+
+    The capacity of the cache decides how many splits there are. A round computes those for which parts has room, and
+    merges them with the result of the rounds before, which is parts[0].
     """
-    batch, seqlen_q, num_heads, rank = call.q.shape
-    row_bytes = torch.float32.itemsize * (rank + 1)
-    each = max(1, min(plan.num_splits, MAX_WORKSPACE_BYTES // (row_bytes * batch * seqlen_q * num_heads)))
-    parts = call.q.new_empty((1 + each, *call.q.shape), dtype=torch.float32)
-    lses = call.q.new_empty((1 + each, batch, num_heads, seqlen_q), dtype=torch.float32)
+    each = len(parts) - 1
     for first in range(0, plan.num_splits, each):
         end = 1 + min(each, plan.num_splits - first)
         _launch(plan, call, parts[1:end], lses[1:end], first)
         rounds = slice(1 if first == 0 else 0, end)
-        is_last = first + each >= plan.num_splits
-        target = (out, lse) if is_last and not is_projected else (parts[0], lses[0])
+        target = merged if first + each >= plan.num_splits else (parts[0], lses[0])
         launch_merge(parts[rounds], lses[rounds], *target, in_order=True)
-    return parts[:1], lses[:1]
 
 
 def _launch(plan, call, parts, lse_parts, first_split=0):
@@ -613,7 +654,7 @@ def _factors(k_scale, k_pe_scale, rope_dim):
     return scale_of(1.0 if k_scale is None else k_scale), scale_of(k_pe_scale)
 
 
-def _results(q, out, lse, w_uv, num_splits):
+def _results(q, out, lse, w_uv, num_splits, workspace):
     """Outputs of the splits (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exps (splits, batch,
     num_heads, seqlen_q). With one split and no projection they are out and lse."""
     batch, seqlen_q, num_heads, _ = q.shape
@@ -621,14 +662,14 @@ def _results(q, out, lse, w_uv, num_splits):
     if num_splits > 1 or w_uv is not None:
         # A single split is rounded before the projection anyway.
         dtype = torch.float32 if num_splits > 1 else out.dtype
-        parts = out.new_empty((num_splits, *q.shape), dtype=dtype)
-        return parts, out.new_empty(lse_shape, dtype=torch.float32)
+        parts = empty(workspace, out, (num_splits, *q.shape), dtype)
+        return parts, empty(workspace, out, lse_shape, torch.float32)
     # The kernel always stores lse. Without the store the loop is the same, and there would be one more variant.
-    return out[None], out.new_empty(lse_shape, dtype=torch.float32) if lse is None else lse[None]
+    return out[None], empty(workspace, out, lse_shape, torch.float32) if lse is None else lse[None]
 
 
 def _key_of(call, is_projected, num_splits):
-    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant = call
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant, key_shard = call
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -648,6 +689,7 @@ def _key_of(call, is_projected, num_splits):
         joined,
         factors != (None, None),
         is_projected,
+        key_shard,
         num_splits,
         batch_invariant,
         arch,
@@ -711,6 +753,7 @@ def _plan(key, wanted, config):
         VECTOR=vector_elements(key.dtype.itemsize, strides_q, strides_pe),
         VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,
+        SHARDED=key.key_shard is not None,
         SEARCH=search,
         SPLIT_KEYS=FIXED_KEYS if key.batch_invariant else 0,
         INPUT_PRECISION=key.precision,
@@ -726,7 +769,7 @@ def _plan(key, wanted, config):
         num_splits,
         (Strides(*strides_q[:3]), Strides(*strides_pe[:3])),
         page_strides,
-        (shape_q[1], seqlen_k, num_searched if search else num_tiles),
-        Window(None, 0 if key.causal else None),
+        (shape_q[1], min(seqlen_k * num_ranks_of(key.key_shard), MAX_ROWS), num_searched if search else num_tiles),
+        window_of((None, 0 if key.causal else None), key.key_shard),
         dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
     )

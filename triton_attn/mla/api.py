@@ -27,9 +27,12 @@ from .._host.checks import (
     fail,
     read_length,
 )
+from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
+from .._host.layout import lse_shape
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
+from .._host.workspace import Workspace, as_workspace, check_lse, check_out, only_counts
 from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
@@ -98,6 +101,10 @@ def mla_decode(
     rope_interleaved: bool = False,
     num_splits: int = 0,
     batch_invariant: bool | None = None,
+    key_shard: tuple[int, int, int] | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -146,6 +153,12 @@ def mla_decode(
         num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
             the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
         batch_invariant: as in `paged_attention`; num_splits must be 0. Rotations and projections are part of it.
+        key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns, as in
+            `paged_attention`: the result is that over the keys in this cache, while cache_seqlens and the capacity
+            count those of all ranks.
+        out: contiguous tensor for the result.
+        lse: contiguous tensor for the lse that return_lse asks for.
+        workspace: as in `paged_attention`: memory for absorbed queries and results of splits.
         return_lse: also return the natural log-sum-exp of the scores.
         check_values: check lengths and page numbers on the host, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
@@ -162,6 +175,14 @@ def mla_decode(
 
     It is one operator under torch.compile, export and vmap, which loops.
 
+    Example:
+        >>> q_nope, q_pe = torch.randn(1, 1, 4, 48).split([32, 16], dim=-1)
+        >>> latent_cache = torch.randn(3, 16, 64 + 16)  # three pages of 16 tokens
+        >>> w_uk, w_uv = torch.randn(2, 4, 32, 64)
+        >>> cache_seqlens, block_table = torch.tensor([20]).int(), torch.tensor([[2, 0]]).int()
+        >>> triton_attn.mla_decode(q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv).shape
+        torch.Size([1, 1, 4, 32])
+
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
     """
     packed = cu_seqlens_q is not None
@@ -176,22 +197,29 @@ def mla_decode(
     check_last_contiguous("block_table", block_table)
     max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
     _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
-    num_splits = check_num_splits(num_splits)
+    num_splits, key_shard = check_num_splits(num_splits), check_key_shard(key_shard, latent_cache.shape[1])
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
     (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
     tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale
+    if out is not None:
+        check_out(out, _decode_out_shape(q_nope, w_uk, w_uv), q_nope.dtype, q_nope.device)
+    if lse is not None:
+        check_lse(lse, lse_shape(q_nope), return_lse, q_nope.device)
+    room = None if workspace is None else as_workspace(workspace, q_nope.device)
     check_values = should_check_values(check_values)
     max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
     more = longest_q, max_seqlen_q, k_number, k_pe_number
-    more = *more, softmax_scale, causal, rope_interleaved, num_splits, batch_invariant, check_values
-    more = *more, return_lse
-    if is_observed(*tensors):
-        refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)))
-        out, lse = _decode_operator(*tensors, *more)
+    more = *more, softmax_scale, causal, rope_interleaved, num_splits, batch_invariant, key_shard
+    more = *more, check_values, return_lse
+    if is_observed(*tensors, out, lse):
+        refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)), out=out, lse=lse)
+        new_out, new_lse = _decode_operator(*tensors, *more)
+        out, lse = (new if x is None else x.copy_(new) for x, new in ((out, new_out), (lse, new_lse)))
     else:
-        out, lse = _decode(*tensors, *more)
+        new_out, new_lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse, out, lse)
+        out, lse = _decode(*tensors, *more, new_out, new_lse, room)
     return (out, lse) if return_lse else out
 
 
@@ -235,21 +263,28 @@ def _decode(
     rope_interleaved: bool,
     num_splits: int,
     batch_invariant: bool,
+    key_shard: list[int] | None,
     check_values: bool,
     return_lse: bool,
+    out: Tensor,
+    lse: Tensor,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) from the kernels or the reference. lse is empty unless it was requested."""
+    """Fill out and lse by the kernels or the reference, and return them. lse is empty unless it was requested."""
     if latent_cache.dtype == torch.uint8:
         check_rows_aligned("latent_cache", latent_cache)
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
+    shard = None if key_shard is None else KeyShard(*key_shard)
     factors = k_number if k_scale is None else k_scale, k_pe_number if k_pe_scale is None else k_pe_scale
     if check_values:
-        _check_values(latent_cache, cache_seqlens, block_table, rope_cos)
+        _check_values(latent_cache, cache_seqlens, block_table, rope_cos, shard)
         if cu_seqlens_q is not None:
             check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q_nope.shape[0], max_seqlen_q)
     if not use_kernel(q_nope):
-        out, lse = reference.mla_decode(
+        if only_counts(workspace):
+            return out, lse
+        reference.mla_decode(
             q_nope,
             q_pe,
             latent_cache,
@@ -266,12 +301,13 @@ def _decode(
             rope_cos=rope_cos,
             rope_sin=rope_sin,
             rope_interleaved=rope_interleaved,
-            return_lse=True,
+            key_shard=shard,
+            out=out,
+            lse=lse if return_lse else None,
         )
-        return out, lse if return_lse else lse.new_empty(0)
+        return out, lse
     from .absorbed import launch_mla_decode  # the package can be imported without triton
 
-    out, lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse)
     launch_mla_decode(
         q_nope,
         q_pe,
@@ -290,20 +326,43 @@ def _decode(
         queries=(cu_seqlens_q, max_seqlen_q),
         factors=factors,
         batch_invariant=batch_invariant,
+        key_shard=shard,
+        workspace=workspace,
     )
     return out, lse
 
 
-def _decode_outputs(q_nope, w_uk, w_uv, return_lse):
-    *batch, seqlen_q, num_heads, latent_dim = q_nope.shape
-    if w_uk is not None:
-        latent_dim = w_uk.shape[2]
-    out = q_nope.new_empty((*batch, seqlen_q, num_heads, latent_dim if w_uv is None else w_uv.shape[1]))
-    dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
-    return out, q_nope.new_empty((*batch, num_heads, seqlen_q) if return_lse else 0, dtype=dtype)
+def _decode_out_shape(q_nope, w_uk, w_uv):
+    if w_uv is not None:
+        return *q_nope.shape[:-1], w_uv.shape[1]
+    return *q_nope.shape[:-1], q_nope.shape[-1] if w_uk is None else w_uk.shape[2]
 
 
-_decode_operator = torch.library.custom_op("triton_attn::mla_decode", _decode, mutates_args=())
+def _decode_outputs(q_nope, w_uk, w_uv, return_lse, out=None, lse=None):
+    """out, and lse or, if it is not wanted, an empty tensor, which operators return: those given, or new ones."""
+    if out is None:
+        out = q_nope.new_empty(_decode_out_shape(q_nope, w_uk, w_uv))
+    if lse is None:
+        dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
+        lse = q_nope.new_empty(lse_shape(q_nope) if return_lse else 0, dtype=dtype)
+    return out, lse
+
+
+DECODE_SCHEMA = ", ".join(
+    [
+        *(f"Tensor {name}" for name in DECODE_INPUTS[:5]),
+        *(f"Tensor? {name}" for name in (*DECODE_INPUTS[5:], "longest_q")),
+        "SymInt? max_seqlen_q, float? k_number, float? k_pe_number, float softmax_scale, bool causal",
+        "bool rope_interleaved, SymInt num_splits, bool batch_invariant, SymInt[]? key_shard",
+        "bool check_values, bool return_lse",
+    ]
+)
+_decode_operator = torch.library.custom_op(
+    "triton_attn::mla_decode",
+    lambda *args: _decode(*args, *_decode_outputs(args[0], *args[5:7], args[-1])),
+    mutates_args=(),
+    schema=f"({DECODE_SCHEMA}) -> (Tensor, Tensor)",
+)
 
 
 @_decode_operator.register_fake
@@ -419,18 +478,25 @@ def mla_prefill(
         NotImplementedError: a gradient is required through "absorbed", or for a head dimension (nope + rope, v) above
             256.
 
+    Example:
+        >>> q_nope, q_pe = torch.randn(1, 20, 4, 48).split([32, 16], dim=-1)
+        >>> kv_latent, k_pe = torch.randn(1, 20, 80).split([64, 16], dim=-1)
+        >>> w_uk, w_uv = torch.randn(2, 4, 32, 64)
+        >>> triton_attn.mla_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv).shape
+        torch.Size([1, 20, 4, 32])
+
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    lengths = _check_prefill(tensors, lengths, mode)
+    lengths = check_prefill(tensors, lengths, mode)
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
     softmax_scale = check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
-        _check_differentiable(q_nope, q_pe, w_uv)
+        check_differentiable(q_nope, q_pe, w_uv)
     if not use_kernel(q_nope):
         if check_values:
             lengths.check_values(q_nope.shape[0], kv_latent.shape[0])
@@ -453,7 +519,7 @@ def mla_prefill(
     return (out, lse) if return_lse else out
 
 
-def _check_differentiable(q_nope, q_pe, w_uv):
+def check_differentiable(q_nope, q_pe, w_uv):
     """Raise at the call and not in the backward pass, where the cause would be hard to find."""
     head_dim = max(q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1])
     if head_dim > MAX_HEAD_DIM_BACKWARD:
@@ -463,7 +529,7 @@ def _check_differentiable(q_nope, q_pe, w_uv):
         )
 
 
-def _check_prefill(tensors, lengths, mode):
+def check_prefill(tensors, lengths, mode):
     """The Lengths, with the longest lengths set for a dense batch."""
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
@@ -576,11 +642,11 @@ def _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed):
     check_rope_tables("q_pe", q_pe, rope_cos, rope_sin)
 
 
-def _check_values(latent_cache, cache_seqlens, block_table, rope_cos):
+def _check_values(latent_cache, cache_seqlens, block_table, rope_cos, key_shard):
     """Check on the host, after a device-to-host sync, that every length fits the table, every used page is in the
     cache, and every position has an angle.
     """
-    num_pages, page_size = latent_cache.shape[:2]
+    num_pages, page_size = latent_cache.shape[0], latent_cache.shape[1] * num_ranks_of(key_shard)
     capacity = page_size * block_table.shape[1]
     for i, (seqlen, pages) in enumerate(zip(cache_seqlens.tolist(), block_table.tolist())):
         if not 0 <= seqlen <= capacity:

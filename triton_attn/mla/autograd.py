@@ -116,6 +116,22 @@ def mla_prefill_backward(
     """Gradients of the six inputs, an empty tensor for each that is not wanted."""
     lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     inputs = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    results = dout, dlse, out, lse
+    gradients = prefill_gradients(results, inputs, lengths, softmax_scale, causal, max_workspace_bytes, wanted)
+    return tuple(
+        gradient.to(x.dtype) if is_wanted else x.new_empty(0)
+        for gradient, x, is_wanted in zip(gradients, inputs, wanted)
+    )
+
+
+def prefill_gradients(results, inputs, lengths, softmax_scale, causal, max_workspace_bytes, wanted):
+    """Gradients of the six inputs, those of kv_latent and k_pe in fp32; empty where they are not wanted.
+
+    results are (dout, dlse or None, out, lse), where out and lse may be over more keys than kv_latent has.
+    """
+    dout, dlse, out, lse = results
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = inputs
+    cu_seqlens_k = lengths.cu_seqlens_k
     num_heads, nope, _ = w_uk.shape
     options = AttentionOptions(softmax_scale, (None, 0 if causal else None), None, None, None)
     wants_q, wants_k, wants_v = wanted[0] or wanted[1], wanted[2] or wanted[3] or wanted[4], wanted[2] or wanted[5]
@@ -158,10 +174,7 @@ def mla_prefill_backward(
                 dlatent += torch.einsum("rhd,hdc->rc", x, w[heads]).view_as(kv_latent)
             if wants_w:
                 dw[heads] = torch.einsum("rhd,rc->hdc", x, latents)
-    return tuple(
-        gradient.to(x.dtype) if is_wanted else x.new_empty(0)
-        for gradient, x, is_wanted in zip(gradients, inputs, wanted)
-    )
+    return gradients
 
 
 @mla_prefill_backward.register_fake

@@ -27,9 +27,11 @@ from .._host.checks import MAX_ROWS
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch_packed
 from .._host.gpu import gpu_of
+from .._host.key_shard import num_ranks_of
 from .._host.layout import INDICES, LSE
 from .._jit.args import Strides, View
 from .._jit.heads import row_pointer
+from .._jit.shards import columns_of_rank
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
 from ..dense.tma import strides_suit_tma
@@ -407,6 +409,7 @@ def _mla_decode_hopper_kernel(
     capacity,
     num_splits,
     scale_log2,
+    key_shard,
     NUM_HEADS: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -415,7 +418,8 @@ def _mla_decode_hopper_kernel(
     """One program computes 64 heads of a query in out and lse, over one split of the keys of a sequence.
 
     Grid: tiles of heads * seqlen_q * num_splits * batch, in the order of the portable kernel. Descriptors are those of
-    `plan_hopper`. lse is (num_splits, batch, NUM_HEADS, seqlen_q). A sequence has no more than capacity keys.
+    `plan_hopper`. lse is (num_splits, batch, NUM_HEADS, seqlen_q). A sequence has no more than capacity keys, of which
+    the cache holds those of key_shard, a KeyShard, or all.
     """
     gl.static_assert(STAGES == 2, "groups and buffers take turns alike")
     TILES: gl.constexpr = NUM_HEADS // ROWS
@@ -426,6 +430,8 @@ def _mla_decode_hopper_kernel(
     seqlen_k = gl.minimum(gl.load(cache_seqlens_ptr + batch), capacity)
     if CAUSAL:  # all rows of a program see the same keys
         seqlen_k = gl.maximum(seqlen_k - seqlen_q + query + 1, 0)
+    if key_shard is not None:
+        seqlen_k = columns_of_rank(seqlen_k, key_shard[0], key_shard[1], key_shard[2])
     share = gl.cdiv(gl.cdiv(seqlen_k, BLOCK_N), num_splits) * BLOCK_N
     start = gl.minimum(split * share, seqlen_k)
     end = gl.minimum(start + share, seqlen_k)
@@ -456,7 +462,7 @@ class HopperPlan(NamedTuple):
     num_programs: int  # of a split
     num_splits: int
     geometries: list  # fields of the descriptors of q, q_pe, latent vectors and rotary keys
-    counts: tuple  # seqlen_q and capacity
+    counts: tuple  # seqlen_q and capacity of all ranks
     constants: dict
 
 
@@ -480,6 +486,7 @@ def launch_mla_decode_hopper(plan, call, parts, lse_parts):
         *plan.counts,
         plan.num_splits,
         call.scale_log2,
+        call.key_shard,
     )
     grid = (plan.num_programs * plan.num_splits,)
     launch_packed(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
@@ -517,7 +524,8 @@ def plan_hopper(key, wanted):
         _paged_geometry(num_pages, shape_pe[3], *strides_k[:2], ROPE.value),
     ]
     constants = dict(NUM_HEADS=num_heads, PAGE_SIZE=page_size, CAUSAL=key.causal, STAGES=config.num_stages, num_warps=4)
-    return HopperPlan(num_programs, num_splits, geometries, (seqlen_q, min(capacity, MAX_ROWS)), constants)
+    counts = seqlen_q, min(capacity * num_ranks_of(key.key_shard), MAX_ROWS)
+    return HopperPlan(num_programs, num_splits, geometries, counts, constants)
 
 
 def _paged_geometry(num_pages, width, page, row, columns):

@@ -1,5 +1,6 @@
 """Kernels before and after absorbed attention, and their launchers: queries times w_uk, merged splits times w_uv."""
 
+from functools import partial
 from typing import NamedTuple
 
 import triton
@@ -9,6 +10,7 @@ from .._host.checks import layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.layout import INDICES, LSE
 from .._host.tuned import remember
+from .._host.workspace import empty
 from .._jit.args import Strides, View
 from .._jit.heads import row_offsets, row_pointer
 from .._jit.rope import Rotation, load_rotated, rope_of
@@ -204,6 +206,9 @@ def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
     return tl.load(ptrs, mask=mask, other=float("-inf")) / LN_2
 
 
+NO_POSITIONS = (None, 0, None, None, False)
+
+
 class Plan(NamedTuple):
     """A launch but for its tensors."""
 
@@ -213,8 +218,15 @@ class Plan(NamedTuple):
     constants: dict
 
 
-def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, False), batch_invariant=False):
-    """scale * q_nope @ w_uk and scale * rope(q_pe): views of one tensor (batch, seqlen_q, num_heads, dim).
+def launch_absorb(q_nope, q_pe, w_uk, scale):
+    """scale * q_nope @ w_uk and scale * q_pe: views of one tensor (batch, seqlen_q, num_heads, dim)."""
+    launch, q = prepare_absorb(q_nope, q_pe, w_uk, scale)
+    launch()
+    return q
+
+
+def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=NO_POSITIONS, workspace=None, batch_invariant=False):
+    """A function that launches the kernel, and what it fills: `launch_absorb`'s result, with rotated q_pe.
 
     positions is (cache_seqlens, capacity, cos, sin, interleaved), cos None for none.
     """
@@ -223,7 +235,7 @@ def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, Fal
     precision = input_precision(q_nope.dtype, arch_of(q_nope))
     plan = _plan_absorb(layout_of(q_nope, q_pe, w_uk), rotary_dim, interleaved, precision, batch_invariant)
     widths = w_uk.shape[2], q_pe.shape[3]
-    q = q_nope.new_empty((*q_nope.shape[:3], sum(widths)))
+    q = empty(workspace, q_nope, (*q_nope.shape[:3], sum(widths)), q_nope.dtype)
     args = (
         *map(View, (q_nope, q_pe, w_uk), plan.strides),
         q,
@@ -234,8 +246,8 @@ def launch_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, Fal
         *plan.counts,
         scale,
     )
-    launch_packed(_absorb_kernel, plan.grid, q.device, args, plan.constants)
-    return q.split(widths, dim=-1)
+    launch = partial(launch_packed, _absorb_kernel, plan.grid, q.device, args, plan.constants)
+    return launch, q.split(widths, dim=-1)
 
 
 @remember

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._host.definition import Padded, attend, packed_bounds, rotate
+from .._host.key_shard import check_key_shard, num_ranks_of
 from .._host.keywords import Mode
 from .._host.latent import latent_parts, read_latent_parts
 from .._host.observers import is_observed, without_autocast
@@ -80,6 +81,10 @@ def mla_decode(
     rope_interleaved: bool = False,
     num_splits: int = 0,
     batch_invariant: bool | None = None,
+    key_shard: tuple[int, int, int] | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -89,17 +94,24 @@ def mla_decode(
     if softmax_scale is None:
         softmax_scale = (q_nope.shape[-1] + rope_dim) ** -0.5
     dtype = _compute_dtype(q_nope)
-    out = q_nope.new_zeros(*q_pe.shape[:-1], kv_lora_rank if w_uv is None else w_uv.shape[1])
-    lse = q_nope.new_full((*q_pe.shape[:-3], num_heads, q_pe.shape[-3]), float("-inf"), dtype=dtype)
+    if out is None:
+        out = q_nope.new_empty(*q_pe.shape[:-1], kv_lora_rank if w_uv is None else w_uv.shape[1])
+    if lse is None:
+        lse = q_nope.new_empty((*q_pe.shape[:-3], num_heads, q_pe.shape[-3]), dtype=dtype)
+    out.zero_()
+    lse.fill_(float("-inf"))
     page_size = latent_cache.shape[1]
     bounds = None if cu_seqlens_q is None else packed_bounds(cu_seqlens_q, len(q_nope))
-    for i, seqlen in enumerate(cache_seqlens.clamp(max=block_table.shape[1] * page_size).tolist()):
-        pages = block_table[i, : -(-seqlen // page_size)].long()
+    shard = check_key_shard(key_shard, page_size)
+    capacity = block_table.shape[1] * page_size * num_ranks_of(shard)
+    for i, seqlen in enumerate(cache_seqlens.clamp(max=capacity).tolist()):
+        num_keys = seqlen if shard is None else shard.num_keys(seqlen)
+        pages = block_table[i, : -(-num_keys // page_size)].long()
         if rope_cache is None:
             parts = latent_parts(_take(latent_cache, pages), kv_lora_rank, rope_dim)
         else:
             parts = _take(latent_cache, pages), None, _take(rope_cache, pages)
-        rows = read_latent_parts(parts, dtype, k_scale, k_pe_scale).flatten(0, 1)[:seqlen]
+        rows = read_latent_parts(parts, dtype, k_scale, k_pe_scale).flatten(0, 1)[:num_keys]
         own = i if bounds is None else slice(*bounds[i : i + 2])
         q_nope_i, q_pe_i = q_nope[own], q_pe[own]
         if rope_cos is not None:
@@ -108,6 +120,7 @@ def mla_decode(
             cos, sin = (table[positions].to(dtype).unsqueeze(1) for table in (rope_cos, rope_sin))
             q_pe_i = rotate(q_pe_i.to(dtype), cos, sin, rope_interleaved)
         latents, k_pe = rows.split([kv_lora_rank, rope_dim], dim=-1)
+        places = {} if shard is None else shard.places(seqlen, len(q_pe_i), q_pe.device)
         out_i, lse_i = _attend(
             q_nope_i[None],
             q_pe_i[None],
@@ -118,6 +131,7 @@ def mla_decode(
             causal=causal,
             softmax_scale=softmax_scale,
             absorbed=False,
+            **places,
         )
         out[own] = out_i[0]
         (lse[i] if bounds is None else lse[:, own]).copy_(lse_i[0])
@@ -129,10 +143,11 @@ def _take(cache, pages):
     return cache[pages] if cache.dtype.itemsize > 1 else cache.view(torch.uint8)[pages].view(cache.dtype)
 
 
-def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed, lengths=None):
+def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed, **places):
     """out and lse of dense inputs. Without w_uk queries, without w_uv outputs are latent vectors.
 
     absorbed: the weights of keys and values are applied to queries and outputs, which changes nothing but the rounding.
+    places: lengths, or offset and key_positions, as in `attend`.
     """
     dtype = _compute_dtype(q_nope)
     out_dtype = q_nope.dtype
@@ -149,7 +164,7 @@ def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale,
         v = torch.einsum("bjc,hvc->bjhv", kv_latent, w_uv.to(dtype))
     q = torch.cat([q_nope, q_pe], dim=-1)
     k = torch.cat([k_nope, k_pe.unsqueeze(2).expand(-1, -1, q.shape[2], -1)], dim=-1)
-    options = dict(PLAIN, causal=causal, softmax_scale=softmax_scale, lengths=lengths, compute_dtype=dtype)
+    options = dict(PLAIN, causal=causal, softmax_scale=softmax_scale, compute_dtype=dtype, **places)
     out, lse = attend(q, k, v, **options)
     if w_out is not None:
         out = torch.einsum("bihc,hvc->bihv", out, w_out)

@@ -23,6 +23,12 @@ def mla_softmax_scale(
     Raises:
         TypeError, ValueError: an argument is no number, or no head dimension.
 
+    Example:
+        >>> round(triton_attn.mla_softmax_scale(128, 64), 6)
+        0.072169
+        >>> round(triton_attn.mla_softmax_scale(128, 64, rope_factor=40, mscale_all_dim=1), 6)  # DeepSeek-V3
+        0.135234
+
     Source: Peng et al., YaRN (2023), arXiv:2309.00071; DeepSeek-V2 (2024), arXiv:2405.04434.
     """
     qk_nope_head_dim = check_length("qk_nope_head_dim", qk_nope_head_dim)

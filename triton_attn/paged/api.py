@@ -25,9 +25,11 @@ from .._host.checks import (
     layout_of,
     read_length,
 )
-from .._host.layout import new_outputs
+from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
+from .._host.layout import lse_shape, new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
+from .._host.workspace import Workspace, as_workspace, check_lse, only_counts
 from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 
@@ -88,7 +90,10 @@ def paged_attention(
     num_splits: int = 0,
     shared_prefix_len: int = 0,
     batch_invariant: bool | None = None,
+    key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -127,7 +132,16 @@ def paged_attention(
             queries of its own, a wider table. A prompt in chunks gets what the whole prompt gets, and a decoded token
             what it gets as part of a prompt. Keys are split every 1024, and tiles do not follow the shapes, which costs
             time. num_splits and shared_prefix_len must be 0. None follows TRITON_ATTN_BATCH_INVARIANT=1.
+        key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns: this one holds the keys
+            j with j // interleave % num_ranks = rank, in their order, and the result is that over these keys.
+            cache_seqlens, shared_prefix_len, window_size and the capacity still count the keys of all ranks. interleave
+            divides page_size (seqlen_cache). Merge the results of the ranks with `merge_attention`; sinks go to one of
+            them. See `parallel.context_parallel_paged_attention`.
         out: tensor for the result, q's dtype and shape except for head_dim_v; the last dimension contiguous.
+        lse: contiguous tensor for the lse that return_lse asks for.
+        workspace: (bytes,) uint8 on q's device, aligned to 16 bytes: memory for results of splits, so that with out and
+            lse nothing is allocated. `workspace_bytes` says how many; a tracer uses memory of its own. Calls that
+            run at the same time need one each.
         return_lse: also return the natural log-sum-exp of the scores, including the sink.
         check_values: check lengths and page numbers, which costs a device-to-host sync. None follows
             TRITON_ATTN_CHECK=1.
@@ -145,6 +159,14 @@ def paged_attention(
 
     It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
     is not supported.
+
+    Example:
+        >>> k_cache = v_cache = torch.randn(8, 16, 2, 64)  # eight pages of 16 tokens
+        >>> block_table = torch.tensor([[5, 0], [2, 7]], dtype=torch.int32)
+        >>> cache_seqlens = torch.tensor([9, 30], dtype=torch.int32)
+        >>> q = torch.randn(2, 1, 8, 64)  # one new token of each sequence
+        >>> triton_attn.paged_attention(q, k_cache, v_cache, cache_seqlens, block_table).shape
+        torch.Size([2, 1, 8, 64])
 
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
     prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
@@ -166,38 +188,46 @@ def paged_attention(
     num_splits = check_num_splits(num_splits)
     shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits, shared_prefix_len=shared_prefix_len)
+    key_shard = check_key_shard(key_shard, k_cache.shape[1])
     return_lse = check_bool("return_lse", return_lse)
     if shared_prefix_len:
-        _check_shared_prefix(shared_prefix_len, k_cache, block_table)
+        _check_shared_prefix(shared_prefix_len, k_cache, block_table, key_shard)
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
+    if lse is not None:
+        check_lse(lse, lse_shape(q), return_lse, q.device)
+    room = None if workspace is None else as_workspace(workspace, q.device)
     check_values = should_check_values(check_values)
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
-    if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, out):
+    if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, out, lse):
         per_head = alibi_slopes, sinks, k_scale, v_scale
-        refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
+        refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out, lse=lse)
         num_queries, longest_q = number_and_tensor(longest)
         numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
-        numbers += num_splits, shared_prefix_len
-        more = batch_invariant, check_values, return_lse
+        numbers += num_splits, shared_prefix_len, batch_invariant, key_shard
+        more = check_values, return_lse
         if out is None:
-            result, lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
+            result, new_lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
         else:
             refuse_vmap(**dict(zip(INPUTS, (*tensors, *per_head))), out=out)
-            result, lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
-        return (result, lse) if return_lse else result
-    result, lse = new_outputs(q, v_cache, return_lse, out)
+            result, new_lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
+        new_lse = new_lse if lse is None else lse.copy_(new_lse)
+        return (result, new_lse) if return_lse else result
+    result, new_lse = new_outputs(q, v_cache, return_lse, out, lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len, batch_invariant)
-    _attend(call, check_values, result, lse)
-    return (result, lse) if return_lse else result
+    splits = num_splits, shared_prefix_len, batch_invariant
+    call = PagedCall(*tensors, longest, options, layout, *scales, *splits, key_shard, room)
+    _attend(call, check_values, result, new_lse)
+    return (result, new_lse) if return_lse else result
 
 
-def _check_shared_prefix(shared_prefix_len: int, k_cache: Tensor, block_table: Tensor | None) -> None:
+def _check_shared_prefix(
+    shared_prefix_len: int, k_cache: Tensor, block_table: Tensor | None, key_shard: KeyShard | None
+) -> None:
     if block_table is None:
         fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
-    capacity = block_table.shape[1] * k_cache.shape[1]
+    capacity = block_table.shape[1] * k_cache.shape[1] * num_ranks_of(key_shard)
     if shared_prefix_len > capacity:
         fail("shared_prefix_len", f"at most the table's {capacity}", shared_prefix_len)
 
@@ -219,6 +249,8 @@ class PagedCall(NamedTuple):
     num_splits: int = 0
     shared_prefix_len: int = 0
     batch_invariant: bool = False
+    key_shard: KeyShard | None = None
+    workspace: Workspace | None = None
 
 
 def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> None:
@@ -228,7 +260,9 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
     if use_kernel(call.q):
         _kernel()(call, out, lse)
         return
-    _, lse_there = reference.paged_attention(
+    if only_counts(call.workspace):
+        return
+    reference.paged_attention(
         call.q,
         call.k_cache,
         call.v_cache,
@@ -238,11 +272,10 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
         **call.options.as_arguments(),
         k_scale=call.k_scale,
         v_scale=call.v_scale,
+        key_shard=call.key_shard,
         out=out,
-        return_lse=True,
+        lse=lse,
     )
-    if lse is not None:
-        lse.copy_(lse_there)
 
 
 # Arguments of the operators: `INPUTS`, then the options as numbers.
@@ -264,7 +297,7 @@ SCHEMA = ", ".join(
         *(f"Tensor {name}" for name in INPUTS[:4]),
         *(f"Tensor? {name}" for name in INPUTS[4:]),
         "float? k_number, float? v_number, SymInt? max_seqlen_q, float softmax_scale, SymInt? left, SymInt? right",
-        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool batch_invariant",
+        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool batch_invariant, int[]? key_shard",
         "bool check_values, bool return_lse",
     ]
 )
@@ -292,6 +325,7 @@ def _attend_flat(
     num_splits: int,
     shared_prefix_len: int,
     batch_invariant: bool,
+    key_shard: list[int] | None,
     check_values: bool,
     return_lse: bool,
     out: Tensor | None = None,
@@ -304,7 +338,9 @@ def _attend_flat(
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
     out, lse = new_outputs(q, v_cache, return_lse, out)
     layout = layout_of(q, k_cache, v_cache)
-    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len, batch_invariant)
+    shard = None if key_shard is None else KeyShard(*key_shard)
+    splits = num_splits, shared_prefix_len, batch_invariant
+    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, *splits, shard)
     _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
 
@@ -441,7 +477,7 @@ def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqle
 def _check_values(call: PagedCall) -> None:
     """Raise unless lengths and pages are within the cache and all sequences share the prefix. A device-to-host sync."""
     block_table, cu_seqlens_q = call.block_table, call.cu_seqlens_q
-    num_pages, page_size = call.k_cache.shape[:2]
+    num_pages, page_size = call.k_cache.shape[0], call.k_cache.shape[1] * num_ranks_of(call.key_shard)
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
     seqlens = call.cache_seqlens.tolist()
     for i, seqlen in enumerate(seqlens):

@@ -1,9 +1,9 @@
 """Configs of paged attention: the defaults, the search space of a sweep, and which configs cannot run.
 
-Defaults were chosen from compiled code, not from timings: they fit and do not spill on Triton 3.6.0 and 3.9.0. A decode
-step reads each key once, so bytes in flight matter: several programs per SM, each with three stages. Tiles for many
-rows have the highest `lock` in perf/model. They have 16 rows for each warp of mma.sync, 64 for four warps of wgmma:
-with fewer rows, warps repeat each other's matmuls.
+Defaults were chosen from compiled code, not from timings: they fit, and spill nothing in the loop, on Triton 3.6.0 and
+3.9.0. A decode step reads each key once, so bytes in flight matter: several programs per SM, each with three stages.
+Tiles for many rows have the highest `lock` in perf/model. They have 16 rows for each warp of mma.sync, 64 for four
+warps of wgmma: with fewer rows, warps repeat each other's matmuls.
 """
 
 import itertools
@@ -81,8 +81,8 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
             # Rows of more than 256 elements leave no registers for 32 of them.
             fit = many.block_m > 32 and width <= 256
             config = replace(few, block_m=32, num_warps=max(2, few.num_warps)) if fit else many
-        if width > 256 and config.block_m == 16 and case.cache_dtype.itemsize == 1:
-            config = replace(config, block_n=16)  # fp8 keys are decoded in registers
+        if case.cache_dtype.itemsize == 1 and config.block_n > _most_float8_keys(config, width, case.gpu):
+            config = replace(config, block_n=16)
         if not case.loads_vectors:
             config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
         return config
@@ -115,16 +115,23 @@ def fixed_rows(width):
     return 64 if width <= 128 else 32 if width <= 256 else 16
 
 
+def _most_float8_keys(config, width, gpu):
+    """Keys of a tile, above which decoding them takes more registers than there are."""
+    if width > 256 and config.block_m == 16:
+        return 16
+    return 16 if 96 < width <= 192 and config.block_m > 32 and gpu.configs in ("sm_80", "sm_86", "sm_120") else 128
+
+
 # (largest head dim, config for up to 16 rows, config for more) per architecture, for 16-bit inputs.
 _HALF = {
     "sm_80": (
         (16, PagedConfig(16, 64, 1, 3), PagedConfig(128, 64, 8, 3)),
         (64, PagedConfig(16, 64, 4, 3), PagedConfig(128, 64, 8, 3)),
         (96, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 3)),
-        (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 16, 8, 3)),
-        (160, PagedConfig(16, 32, 4, 3), PagedConfig(128, 16, 8, 3)),
-        (192, PagedConfig(16, 32, 4, 3), PagedConfig(128, 16, 8, 2)),
-        (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)),
+        (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 32, 8, 3)),
+        (160, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 2)),
+        (192, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 2)),
+        (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 64, 8, 2)),
         (512, PagedConfig(16, 32, 4, 2), PagedConfig(16, 32, 4, 2)),
     ),
     "sm_90": (
@@ -141,7 +148,9 @@ _HALF = {
 }
 # On sm_100 the output of 64 rows of 512 would fill the tensor memory.
 _SM_100 = (*_HALF["sm_90"][:-1], (512, PagedConfig(16, 32, 4, 3), PagedConfig(16, 32, 4, 3)))
-_HALF |= {"sm_86": _HALF["sm_80"], "sm_100": _SM_100, "sm_120": _HALF["sm_80"]}
+# On sm_86 and sm_120 tiles of 64 keys of 256 do not fit in shared memory.
+_SM_86 = (*_HALF["sm_80"][:-2], (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)), _HALF["sm_80"][-1])
+_HALF |= {"sm_86": _SM_86, "sm_100": _SM_100, "sm_120": _SM_86}
 _FLOAT = (
     (128, PagedConfig(16, 32, 4, 2), PagedConfig(32, 32, 8, 1)),
     (512, PagedConfig(16, 16, 8, 1), PagedConfig(16, 16, 8, 1)),

@@ -1,6 +1,7 @@
 """Kernel of attention over a cache, paged or contiguous, and its launcher: decode, prefill chunks, mixed batches."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of, repeats_chains
+from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.layout import (
     INDICES,
     LSE,
@@ -21,11 +23,13 @@ from .._host.layout import (
 )
 from .._host.observers import number_and_tensor
 from .._host.tuned import choose, remember
-from .._jit.args import Scales, Scores, Splits, Strides, View, Window, scale_of
+from .._host.workspace import only_counts
+from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
+from .._jit.shards import columns_before, mask_scores_of_rank, scale_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, merge_weights, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, merge_rows, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import dot_in_ifs, fence_copies, in_vectors
@@ -61,6 +65,7 @@ class Tile(NamedTuple):
     SHARED: (
         bool  # rows of all sequences over the keys of the shared prefix; otherwise of one sequence over its other keys
     )
+    SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
@@ -74,7 +79,9 @@ class Tile(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The sequences: num_rows are the queries of each, or all rows of a packed batch."""
+    """The sequences: num_rows are the queries of each, or all rows of a packed batch. shared_prefix_len counts the keys
+    in this cache, cache_seqlens and capacity those of all ranks.
+    """
 
     cu_seqlens_q_ptr: object
     cache_seqlens_ptr: object
@@ -108,7 +115,7 @@ class Rows(NamedTuple):
 
     place: Place
     sequence: object  # of the tile, or of each row
-    position: object  # of each row among the keys of its sequence
+    position: object  # of each row among the keys of its sequence, those of all ranks
     end_key: object  # of the tile, or of each row
     table_row: object  # the sequence whose pages are read
     blocks: Blocks
@@ -156,10 +163,20 @@ def _queries_of_all(program, batch):
 
 
 @triton.jit
+def _num_cached(seqlen_k, window, TILE: tl.constexpr):
+    """How many of the first keys of a sequence are in the cache."""
+    if TILE.SHARDED:
+        return columns_before(seqlen_k, window)
+    else:
+        return seqlen_k
+
+
+@triton.jit
 def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     """Rows of one sequence and its keys after the shared prefix."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
+    num_keys = _num_cached(seqlen_k, window, TILE)
     first_row = queries.tile * TILE.BLOCK_M
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     query = rows // TILE.GROUP_SIZE  # (BLOCK_M,)
@@ -167,10 +184,13 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
-    blocks = visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+    if TILE.SHARDED:
+        blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+    else:
+        blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
     batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
     place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
-    return Rows(place, queries.sequence, query + first_position, seqlen_k, queries.sequence, blocks)
+    return Rows(place, queries.sequence, query + first_position, num_keys, queries.sequence, blocks)
 
 
 @triton.jit
@@ -189,13 +209,16 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
         first_query, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
     position = query - first_query + seqlen_k - seqlen_q
-    end_key = tl.minimum(seqlen_k, batch.shared_prefix_len)
+    end_key = tl.minimum(_num_cached(seqlen_k, window, TILE), batch.shared_prefix_len)
     # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
     longest = tl.max(end_key, 0)
     table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
     start, end = tl.min(position, 0), tl.max(position, 0) + 1
-    lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN)
+    if TILE.SHARDED:
+        lo, full_lo, full_hi, hi = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, 0)
+    else:
+        lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN)
     full_keys = tl.maximum(tl.minimum(full_hi, tl.min(end_key, 0)) - full_lo, 0)
     blocks = Blocks(lo, full_lo, full_lo + full_keys // TILE.BLOCK_N * TILE.BLOCK_N, hi)
     mask = rows < queries.num * TILE.GROUP_SIZE
@@ -204,6 +227,24 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
     else:
         place = Place(0, query, head, mask)
     return Rows(place, sequence, position, end_key, table_row, blocks)
+
+
+@triton.jit
+def _scale(s, scores, slopes, rows, start_n, EXACT: tl.constexpr, TILE: tl.constexpr):
+    """Scores of Rows in log2 units, not yet masked."""
+    if TILE.SHARDED:
+        return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
+    else:
+        return scale_scores(s, scores, slopes, rows.position, start_n, 0, EXACT)
+
+
+@triton.jit
+def _mask(s, rows, start_n, window, TILE: tl.constexpr):
+    """Scores of Rows, -inf where a row does not see a key."""
+    if TILE.SHARDED:
+        return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
+    else:
+        return mask_scores(s, rows.position, start_n, rows.end_key, 0, window)
 
 
 @triton.jit
@@ -393,9 +434,9 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
             else:
                 s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
             if not TILE.FOLD_SCALE:
-                s = scale_scores(s, scores, scoring.slopes, rows.position, start_n, 0, q_tile[0].dtype == tl.float32)
+                s = _scale(s, scores, scoring.slopes, rows, start_n, q_tile[0].dtype == tl.float32, TILE)
             if not FULL:
-                s = mask_scores(s, rows.position, start_n, rows.end_key, 0, scores.window)
+                s = _mask(s, rows, start_n, scores.window, TILE)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
             v_tile = _load_cached(keys.v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
             if BLOCK_M >= 64:
@@ -429,6 +470,7 @@ class Problem(NamedTuple):
     window: tuple
     softcap: float | None
     has_alibi: bool
+    key_shard: KeyShard | None
     bases_aligned: bool  # k_cache and v_cache start at multiples of 16 bytes
     arch: str
     precision: str  # of fp32 matmuls
@@ -446,6 +488,11 @@ class Problem(NamedTuple):
         slots = self.layout[1][0][1]
         return min(slots if self.table_width is None else slots * self.table_width, MAX_ROWS)
 
+    @property
+    def capacity_of_all(self):
+        """The same of the caches of all ranks."""
+        return min(self.capacity * num_ranks_of(self.key_shard), MAX_ROWS)
+
 
 class Pass(NamedTuple):
     """A launch over the shared prefix, or over the other keys."""
@@ -462,7 +509,8 @@ class Plan(NamedTuple):
     passes: tuple  # none where there is nothing to compute
     num_splits: int  # of all passes
     strides: tuple  # Strides of q, k_cache, v_cache, and of out or a split of it
-    capacity: int
+    capacity: int  # of all ranks
+    shared_prefix_len: int  # of the keys in this cache
     scores: Scores  # without ALiBi
 
 
@@ -475,15 +523,17 @@ def launch_paged_fwd(call, out, lse, config=None):
     """
     q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, *_ = call
     plan = _plan(_problem_of(call, out, config))
+    outs, lses, split_stride = out, lse, 0
+    if plan.num_splits > 1:
+        outs, lses = _new_splits(plan.num_splits, out, call.workspace)
+        split_stride = outs.stride(0)
+    if call.workspace is not None and only_counts(call.workspace):
+        return
     if not plan.passes:
         clear_outputs(out, lse)
         return
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    outs, lses, split_stride = out, lse, 0
-    if plan.num_splits > 1:
-        outs, lses = _new_splits(plan.num_splits, out)
-        split_stride = outs.stride(0)
     strides_q, strides_k, strides_v, strides_out = plan.strides
     operands = View(q, strides_q), View(k_cache, strides_k), View(v_cache, strides_v)
     scales, scores, out_factor = _scales_and_scores(call, plan)
@@ -508,7 +558,7 @@ def launch_paged_fwd(call, out, lse, config=None):
             batch,
             num_tiles,
             batch.bit_length(),
-            call.shared_prefix_len,
+            plan.shared_prefix_len,
             num_heads_kv,
             num_splits,
             out_factor,
@@ -521,11 +571,12 @@ def launch_paged_fwd(call, out, lse, config=None):
         launch_merge(outs, lses, out, lse, call.batch_invariant)
 
 
-def _new_splits(num_splits, out):
+def _new_splits(num_splits, out, workspace):
     """Room for the splits' outputs and log-sum-exps."""
     *batch, rows, heads, _ = out.shape
-    outs = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
-    return outs, out.new_empty((num_splits, *batch, heads, rows), dtype=torch.float32)
+    empty = out.new_empty if workspace is None else partial(workspace.take, out)
+    outs = empty((num_splits, *out.shape), dtype=torch.float32)
+    return outs, empty((num_splits, *batch, heads, rows), dtype=torch.float32)
 
 
 def _scales_and_scores(call, plan):
@@ -547,6 +598,7 @@ NO_SCALES = Scales(None, None)
 
 def _problem_of(call, out, config):
     q, k_cache, v_cache, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
+    prefix = call.shared_prefix_len
     softmax_scale, window, softcap, alibi_slopes, *_ = options
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -560,11 +612,12 @@ def _problem_of(call, out, config):
         None if block_table is None else block_table.shape[1],
         call.num_splits,
         call.batch_invariant,
-        call.shared_prefix_len,
+        prefix if call.key_shard is None else call.key_shard.num_keys(prefix),
         softmax_scale,
         window,
         softcap,
         alibi_slopes is not None,
+        call.key_shard,
         (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
         arch,
         input_precision(dtype, arch),
@@ -577,7 +630,8 @@ def _problem_of(call, out, config):
 def _plan(problem):
     """The Plan of a call."""
     (shape_q, _), _, (shape_v, _) = problem.layout
-    scores = Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, Window(*problem.window))
+    window = window_of(problem.window, problem.key_shard)
+    scores = Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, window)
     passes = ()
     if math.prod(shape_q[:-1]) > 0 and problem.max_seqlen_q > 0 and problem.batch > 0:
         check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
@@ -589,7 +643,8 @@ def _plan(problem):
         rows, heads, dim = *shape_q[-3:-1], shape_v[-1]
         strides_out = (rows * heads * dim, heads * dim, dim, 1)[-len(shape_q) :]
     strides = *(one for _, one in problem.layout), strides_out
-    return Plan(passes, num_splits, tuple(Strides(*without_dim(one)) for one in strides), problem.capacity, scores)
+    strides = tuple(Strides(*without_dim(one)) for one in strides)
+    return Plan(passes, num_splits, strides, problem.capacity_of_all, problem.shared_prefix_len, scores)
 
 
 def _plan_pass(problem, shared):
@@ -643,6 +698,7 @@ def _plan_pass(problem, shared):
         PAGE_SIZE=slots if is_paged else 0,
         ONE_PAGE=is_paged and slots % config.block_n == 0 and first_key % config.block_n == 0,
         SHARED=shared,
+        SHARDED=problem.key_shard is not None,
         SEARCH=search,
         FOLD_SCALE=problem.fold_scale,
         SPLIT_KEYS=FIXED_KEYS if problem.batch_invariant else 0,

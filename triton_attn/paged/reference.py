@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._host.definition import attend, packed_bounds
+from .._host.key_shard import check_key_shard, num_ranks_of
 from .._host.observers import without_autocast
 
 
@@ -28,22 +29,30 @@ def paged_attention(
     num_splits: int = 0,
     shared_prefix_len: int = 0,
     batch_invariant: bool | None = None,
+    key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0, their lse -inf."""
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out.zero_()
-    lse = q.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), float("-inf"), dtype=compute_dtype)
+    if lse is None:
+        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=compute_dtype)
+    lse.fill_(float("-inf"))
     bounds = None if cu_seqlens_q is None else packed_bounds(cu_seqlens_q, len(q))
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    shard = check_key_shard(key_shard, k_cache.shape[1])
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1]) * num_ranks_of(shard)
     for i, seqlen in enumerate(cache_seqlens.clamp(max=capacity).tolist()):
         rows = i if bounds is None else slice(*bounds[i : i + 2])
+        num_keys = seqlen if shard is None else shard.num_keys(seqlen)
+        places = {} if shard is None else shard.places(seqlen, q[rows].shape[0], q.device)
         out_i, lse_i = attend(
             q[rows][None],
-            _cached(k_cache, i, seqlen, block_table, k_scale, compute_dtype)[None],
-            _cached(v_cache, i, seqlen, block_table, v_scale, compute_dtype)[None],
+            _cached(k_cache, i, num_keys, block_table, k_scale, compute_dtype)[None],
+            _cached(v_cache, i, num_keys, block_table, v_scale, compute_dtype)[None],
             causal=causal,
             softmax_scale=softmax_scale,
             window_size=window_size,
@@ -51,6 +60,7 @@ def paged_attention(
             alibi_slopes=alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
             sinks=sinks,
             compute_dtype=compute_dtype,
+            **places,
         )
         result[rows] = out_i[0]
         lse[rows if bounds is None else (slice(None), rows)] = lse_i[0]

@@ -1,26 +1,25 @@
-"""Public API of context parallelism: argument checks, and which method a call takes."""
+"""Public API of context parallelism: argument checks, then the operator."""
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.backend import should_check_values
-from .._host.checks import check_bool, check_number, check_same_kind, fail
-from .._host.observers import autocast
-from .._host.options import attention_options
-from . import gather, ring, ulysses
-from .balance import check_mesh, check_sharding
-from .local import Problem, Results, Rows
+from .._host.checks import MAX_ROWS, check_bool, check_cu_seqlens, check_same_kind, fail, layout_of
+from .._host.observers import autocast, is_observed, number_and_tensor, refuse_transforms
+from .._host.options import with_dropout, with_tensors
+from ..flash.api import check_differentiable, layout_options
+from .agreement import refuse
+from .autograd import Inputs, Settings, attend, compute, with_method
+from .balance import check_load_balance, check_mesh, check_seqlen
+from .dtensors import on_dtensors
 
 METHODS = ("auto", "all_gather", "ring", "ulysses")
-# "auto" gathers no more keys and values than this on a rank.
-MOST_GATHERED = 2**30
 
 
-@torch.compiler.disable
+@on_dtensors
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -28,7 +27,7 @@ def context_parallel_attention(
     *,
     mesh: DeviceMesh,
     method: str = "auto",
-    load_balance: str | None = "head_tail",
+    load_balance: Any = "head_tail",
     seqlen: int | None = None,
     causal: bool = False,
     softmax_scale: float | None = None,
@@ -51,25 +50,29 @@ def context_parallel_attention(
     |---|---|---|---|
     | "all_gather" | n K e | n K e + (1 - 1/R) S K 4 | twice the keys that it sees; backward, twice fp32 gradients too |
     | "ring" | (1 - 1/R) S K e | (1 - 1/R) S K e + S K 4 | two blocks of keys; backward, three of fp32 gradients too |
-    | "ulysses" | (1 - 1/R) S Q e / R | the same | whole sequences of its heads |
+    | "ulysses" | (1 - 1/R) S (Q e + 4 L) / R | the same | twice whole sequences of its heads; one is kept |
 
     R is the number of ranks, S the length of the whole sequence, n the number of keys that the rank's queries see and
     other ranks hold, and e the bytes of an element. One key and value of each sequence are K = batch * num_heads_kv *
-    (head_dim + head_dim_v) elements, and Q = batch * (num_heads_q + max(num_heads_kv, R)) * (head_dim + head_dim_v).
-    Under a window all_gather returns gradients of fewer keys: those that other ranks see. The ring overlaps its
-    transfers with attention; the others do not.
+    (head_dim + head_dim_v) elements, Q = batch * (num_heads_q + max(num_heads_kv, R)) * (head_dim + head_dim_v), and
+    L = batch * num_heads_q. Under a causal mask or a window all_gather returns gradients of fewer keys: those that
+    other ranks see. The ring overlaps its transfers with attention; the others do not.
 
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
-            the same positions.
+            the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
+            DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
+            `flash_attention`. Their rows are in the order of the ranks' rows, so the ranks must have as many as DTensor
+            gives them: any length in multiples of 2 * ranks. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"].
-        method: "auto" is "ring" if the keys and values that this rank's queries see would take more than 1 GiB, and
-            "all_gather" otherwise. "ulysses" needs query heads in multiples of the ranks, and KV heads that divide the
-            ranks or are multiples of them.
+        method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
+            need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.
+            `python -m perf parallel` prints the predictions. Under torch.compile it is never "ulysses", which needs
+            query heads in multiples of the ranks, and KV heads that divide the ranks or are multiples of them.
         load_balance: how `shard_sequence` has sharded the rows.
         seqlen: the length of the whole sequence. None: all ranks hold the same number of rows.
-        check_values: compare the call with that of the other ranks first, which costs a collective of its own and a
-            device-to-host sync. None follows the environment variable TRITON_ATTN_CHECK=1.
+        check_values: compare all of the call with that of the other ranks first, values of tensors too, which costs a
+            round of messages and a device-to-host sync. None follows the environment variable TRITON_ATTN_CHECK=1.
         dropout_seed: needed with dropout, and the same on all ranks: the mask is the one of a single GPU.
         The rest as in `flash_attention`.
 
@@ -77,83 +80,217 @@ def context_parallel_attention(
         out and lse of this rank's rows, as `flash_attention`. The gradient of sinks is this rank's part; sum it over
         the mesh, as of any parameter that all ranks have.
 
-    Raises: as `flash_attention`; ValueError: the rows are not those of `shard_sequence`; with check_values, on every
-    rank: ranks differ in a shape, a dtype or an option. Without check_values the results of such ranks are undefined.
+    Ranks that differ in a shape, a dtype or an option get an error on every rank that names the difference, and so do
+    all ranks if one of them has refused its arguments. For that a digest of 8 bytes goes to all ranks beside the call's
+    transfers, in host memory. A GPU never waits for it: it is looked at before the next call over this mesh, or
+    the next backward pass, which raises for the call before. On a CPU this call raises. Values of alibi_slopes, sinks
+    and a seed that is a tensor are compared with check_values alone.
 
-    torch.compile breaks the graph here.
+    Autograd, activation checkpoints and torch.compile see one operator. Under torch.compile errors of arguments are
+    those of one rank, until the operator runs.
+
+    Raises: as `flash_attention`; ValueError: the rows are not those of `shard_sequence`, or ranks differ;
+    RuntimeError, by torch.distributed: a rank has died, or has not come within the timeout of the process group.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_attention, shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> own = [shard_sequence(x, mesh) for x in torch.randn(3, 1, 100, 4, 64)]
+        >>> out = context_parallel_attention(*own, mesh=mesh, seqlen=100, causal=True)
+        >>> out.shape == own[0].shape
+        True
     """
-    q, k, v = autocast(q, k, v)
-    check_same_kind(q, k, v)
-    rank, num_ranks = check_mesh(mesh)
-    if method not in METHODS:
-        fail("method", " or ".join(map(repr, METHODS)), repr(method))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            fail(name, "4 dimensions (batch, rows, heads, dim)", f"shape {tuple(x.shape)}")
-        if x.shape[1] != q.shape[1]:
-            fail(name, f"q's {q.shape[1]} rows", x.shape[1])
-    sharding = check_sharding(seqlen, q.shape[1], rank, num_ranks, load_balance)
-    checked = attention_options(q.shape[-1], causal, softmax_scale, softcap, window_size)
-    if check_number("dropout_p", dropout_p) > 0 and dropout_seed is None:
-        fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)
-    left, right = (-1 if side is None else side for side in checked.window)
     options = dict(
-        softmax_scale=checked.softmax_scale,
-        softcap=checked.softcap or 0.0,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        window_size=window_size,
+        softcap=softcap,
         alibi_slopes=alibi_slopes,
+        sinks=sinks,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        deterministic=deterministic,
     )
-    deterministic, return_lse = check_bool("deterministic", deterministic), check_bool("return_lse", return_lse)
-    problem = Problem(sharding, (left, right), options, deterministic, mesh.get_group(), rank)
-    if should_check_values(check_values):
-        _compare_ranks(problem, method, q, k, v, sinks)
-    if method == "auto":
-        method = _choose(problem, k, v)
-    if method == "ulysses":
-        out, lse = ulysses.attend(problem, Rows(q, k, v, sinks))
-    else:
-        out, lse = _Attention.apply(q, k, v, sinks, problem, gather if method == "all_gather" else ring)
+    placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    try:
+        return_lse = check_bool("return_lse", return_lse)
+        inputs, settings = _checked(4, q, k, v, None, **placing, **options)
+    except (TypeError, ValueError) as error:
+        _refuse(mesh, error)
+        raise
+    out, lse = _attend(inputs, settings)
+    shape = q.shape[:2]
+    out = out.unflatten(0, shape)
+    return (out, lse.unflatten(1, shape).transpose(0, 1).contiguous()) if return_lse else out
+
+
+def context_parallel_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mesh: DeviceMesh,
+    method: str = "auto",
+    load_balance: Any = "head_tail",
+    seqlen: int | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    check_values: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention_varlen` of packed documents whose rows are sharded over the ranks of a mesh.
+
+    Document i is the rows [cu_seqlens[i], cu_seqlens[i + 1]) of the whole batch, of which `shard_sequence(x, mesh, 0,
+    load_balance, cu_seqlens=cu_seqlens)` gives a rank its rows. A document may lie on any number of ranks. The rest is
+    as in `context_parallel_attention`, whose table holds with the length of the whole batch for S.
+
+    Args:
+        q, k, v: this rank's rows, (rows, heads, dim).
+        cu_seqlens: (documents + 1,) int32, of the whole batch and the same on all ranks; on q's device or on the CPU.
+            The host needs the lengths, to know what travels and which calls to make. On the CPU they cost nothing. On a
+            GPU the tensor is read at its first use, a device-to-host sync, and not in the calls after it, such as the
+            other layers and the backward pass, unless an operator of torch writes to it; under torch.compile once per
+            call. Each new batch also takes the host some microseconds for each document and rank.
+        load_balance: how `shard_sequence` has sharded the rows: "head_tail" (the default) and None cut the whole batch,
+            "per_document" cuts each document. Under a causal mask "per_document" gives all ranks the same work;
+            "head_tail" does so for one document, and moves fewer keys if documents are short.
+        seqlen: the rows of the whole batch, those after the last document included. None: all ranks hold the same
+            number of rows.
+        alibi_slopes: (num_heads_q,) or (documents, num_heads_q).
+
+    Returns:
+        out (rows, num_heads_q, head_dim_v), and with return_lse also lse (num_heads_q, rows) in fp32. Rows after
+        cu_seqlens[-1] belong to no document: they influence nothing, their out and gradients are 0 and their lse is
+        -inf.
+
+    A rank makes one call of attention for its head chunks and one for its tail chunks, or with "ring" one to three for
+    each rank whose keys arrive, however many documents there are.
+
+    Raises: as `context_parallel_attention`; ValueError for bad values in cu_seqlens, which are always checked.
+
+    Example:
+        >>> from triton_attn.parallel import context_parallel_attention_varlen, shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> cu_seqlens = torch.tensor([0, 30, 100], dtype=torch.int32)
+        >>> own = [shard_sequence(x, mesh, 0) for x in torch.randn(3, 100, 4, 64)]
+        >>> out = context_parallel_attention_varlen(*own, cu_seqlens, mesh=mesh, seqlen=100, causal=True)
+        >>> out.shape == own[0].shape
+        True
+    """
+    options = dict(
+        causal=causal,
+        softmax_scale=softmax_scale,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        deterministic=deterministic,
+    )
+    placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    try:
+        return_lse = check_bool("return_lse", return_lse)
+        inputs, settings = _checked(3, q, k, v, cu_seqlens, **placing, **options)
+    except (TypeError, ValueError) as error:
+        _refuse(mesh, error)
+        raise
+    out, lse = _attend(inputs, settings)
     return (out, lse) if return_lse else out
 
 
-def _compare_ranks(problem, method, q, k, v, sinks):
-    """Raise on every rank if the calls of the ranks differ."""
-    own = dict(method=method, **problem.sharding._asdict(), window_size=problem.window, **problem.options)
-    own |= dict(deterministic=problem.deterministic)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        batch, _, *shape = x.shape
-        own[name] = (batch, *shape), x.dtype
-    own |= {name: x.tolist() for name, x in (own | dict(sinks=sinks)).items() if isinstance(x, Tensor)}
-    calls: list[dict[str, Any]] = [{} for _ in problem.ranks]
-    dist.all_gather_object(calls, own, group=problem.group)
-    for rank, call in enumerate(calls):
-        for name, value in calls[0].items():
-            if call[name] != value:
-                fail(name, f"the same on all ranks, {value} as on rank 0", f"{call[name]} on rank {rank}")
+def _checked(
+    ndim: int,
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens: Any,
+    *,
+    mesh: Any,
+    method: Any,
+    load_balance: Any,
+    seqlen: Any,
+    check_values: Any,
+    causal: Any,
+    softmax_scale: Any,
+    window_size: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    dropout_p: Any,
+    dropout_seed: Any,
+    deterministic: Any,
+) -> tuple[Inputs, Settings]:
+    """A call of (rows, heads, dim). Checks all that needs no other rank and no values; a batch is flattened."""
+    q, k, v = autocast(q, k, v)
+    check_same_kind(q, k, v)
+    _, num_ranks = check_mesh(mesh)
+    if method not in METHODS:
+        fail("method", " or ".join(map(repr, METHODS)), repr(method))
+    is_packed = ndim == 3
+    load_balance = check_load_balance(load_balance, is_packed)
+    options = layout_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
+    if k.shape[-3] != q.shape[-3]:
+        fail("k", f"q's {q.shape[-3]} rows", k.shape[-3])
+    batch = None if is_packed else q.shape[0]
+    documents = batch
+    if is_packed:
+        _check_cu_seqlens(cu_seqlens, q.device)
+        documents = cu_seqlens.shape[0] - 1
+    seqlen = check_seqlen(seqlen, q.shape[-3], num_ranks)
+    if seqlen > MAX_ROWS:
+        fail("seqlen", "at most 10**9", seqlen)
+    options = with_tensors(options, q, documents, alibi_slopes, sinks)
+    options = with_dropout(options, q, dropout_p, dropout_seed)
+    if options.dropout_p > 0 and dropout_seed is None:
+        fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)
+    settings = Settings(
+        number_and_tensor(dropout_seed)[0] if options.dropout_p > 0 else None,
+        batch,
+        seqlen,
+        load_balance,
+        mesh.get_group().group_name,
+        method,
+        options.softmax_scale,
+        *(-1 if side is None else side for side in options.window),
+        options.softcap or 0.0,
+        options.dropout_p,
+        check_bool("deterministic", deterministic),
+        should_check_values(check_values),
+    )
+    if not is_packed:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return Inputs(q, k, v, sinks, alibi_slopes, options.dropout_seed, cu_seqlens), settings
 
 
-def _choose(problem, k, v):
-    """The same on all ranks: by the rank whose queries see most keys."""
-    keys = gather.most_keys_seen(problem.sharding, problem.window)
-    size = keys * k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.dtype.itemsize
-    return "all_gather" if size <= MOST_GATHERED else "ring"
+def _check_cu_seqlens(cu_seqlens, device):
+    check_cu_seqlens("cu_seqlens", cu_seqlens, getattr(cu_seqlens, "device", None))
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        fail("cu_seqlens", f"the CPU or q's device {device}", cu_seqlens.device)
 
 
-class _Attention(torch.autograd.Function):
-    """The passes of a method, a module with `forward` and `backward`."""
+def _refuse(mesh, error):
+    """Tell the other ranks, where there are some."""
+    if not torch.compiler.is_compiling() and isinstance(mesh, DeviceMesh) and mesh.ndim == 1:
+        refuse(mesh.get_group(), error)
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, problem: Problem, method: Any) -> Any:
-        out, lse = method.forward(problem, Rows(q, k, v, sinks))
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        ctx.problem, ctx.method = problem, method
-        ctx.set_materialize_grads(False)
-        return out, lse
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        *rows, out, lse = ctx.saved_tensors
-        results = Results(out, lse, torch.zeros_like(out) if dout is None else dout, dlse)
-        return *ctx.method.backward(ctx.problem, Rows(*rows), results), None, None
+def _attend(inputs, settings):
+    """out and lse. A call that is traced or differentiated goes through an operator."""
+    if settings.method == "auto" and not torch.compiler.is_compiling():
+        settings = with_method(inputs, settings)
+    tensors = dict(zip(Inputs._fields[:5], inputs))
+    if not is_observed(*tensors.values()):
+        return compute(inputs, settings)[:2]
+    refuse_transforms(**tensors)
+    if torch.is_grad_enabled():
+        check_differentiable(*tensors.values())
+    return attend(inputs, settings)

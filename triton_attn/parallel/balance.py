@@ -1,18 +1,28 @@
 """Which rows of a sequence a rank holds."""
 
 import functools
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._host.checks import check_int, fail
+from .._host.checks import check_cu_seqlens, check_int, fail
+from .._host.mesh import check_mesh
 from .exchange import exchange
+
+LOAD_BALANCES = ("head_tail", "per_document", None)
+# Rows are taken slice by slice if there are no more slices than this, and by an index tensor otherwise.
+MOST_SLICES = 16
 
 
 class Chunk(NamedTuple):
-    """The rows [start, end) of a sequence."""
+    """The rows [start, end) of a tensor or of the whole sequence."""
 
     start: int
     end: int
@@ -21,83 +31,236 @@ class Chunk(NamedTuple):
     def size(self) -> int:
         return self.end - self.start
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.end)
+
+    def shifted(self, rows: int) -> "Chunk":
+        return Chunk(self.start + rows, self.end + rows)
+
     def overlap(self, other: "Chunk") -> "Chunk":
         start = max(self.start, other.start)
         return Chunk(start, max(start, min(self.end, other.end)))
 
 
-class Sharding(NamedTuple):
-    """How a sequence lies over the ranks."""
+def joined(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+    """The chunks without empty ones, and with one for two that follow each other."""
+    found: list[Chunk] = []
+    for chunk in chunks:
+        if found and chunk.start == found[-1].end:
+            found[-1] = Chunk(found[-1].start, chunk.end)
+        elif chunk.size:
+            found.append(chunk)
+    return tuple(found)
 
-    seqlen: int
-    num_ranks: int
-    load_balance: str | None
+
+def overlaps(chunks: Sequence[Chunk], others: Sequence[Chunk]) -> list[Chunk]:
+    """What two lists of chunks, each in order, have in common: in order, cut where either is."""
+    found, i, j = [], 0, 0
+    while i < len(chunks) and j < len(others):
+        common = chunks[i].overlap(others[j])
+        if common.size:
+            found.append(common)
+        if chunks[i].end <= others[j].end:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+class Pieces:
+    """Rows of a tensor in the order in which they are taken from it; no row comes twice."""
+
+    def __init__(self, chunks: Iterable[Chunk]):
+        self.chunks = joined(chunks)
+        self._indices: dict[torch.device, Tensor] = {}
+
+    def take(self, x: Tensor, dim: int = 0) -> Tensor:
+        """These rows of x; a view if they are one chunk."""
+        if len(self.chunks) > MOST_SLICES:
+            return x.index_select(dim, self._index(x.device))
+        slices = [x.narrow(dim, chunk.start, chunk.size) for chunk in self.chunks or (Chunk(0, 0),)]
+        return slices[0] if len(slices) == 1 else torch.cat(slices, dim)
+
+    def add_to(self, total: Tensor, rows: Tensor) -> None:
+        """Add to these rows of total what `rows` has in this order."""
+        if len(self.chunks) > MOST_SLICES:
+            total.index_add_(0, self._index(total.device), rows)
+            return
+        for chunk, part in zip(self.chunks, rows.split([chunk.size for chunk in self.chunks])):
+            total[chunk.rows] += part
+
+    def _index(self, device):
+        if device not in self._indices:
+            rows = torch.cat([torch.arange(*chunk, dtype=torch.int32) for chunk in self.chunks])
+            self._indices[device] = on_device(rows, device)
+        return self._indices[device]
+
+
+class Place:
+    """Chunks of the whole sequence, in order, that are the rows of a tensor, one after the other."""
+
+    def __init__(self, chunks: Iterable[Chunk]):
+        self.chunks = joined(chunks)
+        self.num_rows = 0
+        self._starts, self._firsts = [], []
+        for chunk in self.chunks:
+            self._starts.append(chunk.start)
+            self._firsts.append(self.num_rows)
+            self.num_rows += chunk.size
+
+    def row_of(self, position: int) -> int:
+        i = bisect_right(self._starts, position) - 1
+        return self._firsts[i] + position - self._starts[i]
+
+    def rows_of(self, chunks: Iterable[Chunk]) -> list[Chunk]:
+        """The rows of chunks, each of which lies in one of this place's."""
+        firsts = ((self.row_of(chunk.start), chunk.size) for chunk in chunks)
+        return [Chunk(first, first + size) for first, size in firsts]
+
+
+class Segment(NamedTuple):
+    """Rows of one document that a rank holds one after the other."""
+
+    document: int
+    chunk: Chunk  # of the whole
+    row: int  # the first of them among the rank's rows
 
     @property
-    def chunks(self) -> tuple[tuple[Chunk, ...], ...]:
-        """The chunks of each rank, in the order of its rows."""
-        return _chunks(self)
-
-    def num_rows(self, rank: int) -> int:
-        return sum(chunk.size for chunk in self.chunks[rank])
-
-    def in_order(self, parts: list[Tensor], dim: int) -> Tensor:
-        """The whole sequence from the rows of each rank."""
-        found = []
-        for part, chunks in zip(parts, self.chunks):
-            found += zip(chunks, split_rows(part, chunks, dim))
-        return torch.cat([rows for _, rows in sorted(found, key=lambda pair: pair[0])], dim)
-
-    def own_rows(self, x: Tensor, rank: int, dim: int) -> Tensor:
-        """The rows of a rank from the whole sequence."""
-        return torch.cat([x.narrow(dim, chunk.start, chunk.size) for chunk in self.chunks[rank]], dim)
+    def rows(self) -> Chunk:
+        return Chunk(self.row, self.row + self.chunk.size)
 
 
-@functools.lru_cache(maxsize=256)
-def _chunks(sharding):
-    seqlen, num_ranks, load_balance = sharding
-    number = num_ranks if load_balance is None else 2 * num_ranks
-    size = -(-seqlen // number)
-    chunks = [Chunk(min(i * size, seqlen), min((i + 1) * size, seqlen)) for i in range(number)]
-    if load_balance is None:
-        return tuple((chunk,) for chunk in chunks)
-    return tuple((chunks[r], chunks[-1 - r]) for r in range(num_ranks))
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """How a sequence of seqlen rows lies over the ranks; see `sharding_of`.
+
+    Document i is the rows [bounds[i], bounds[i + 1]); the rows after the last bound belong to none. Either each of them
+    is cut (cut_each) or the whole is, into one chunk a rank or (head_tail) two.
+    """
+
+    bounds: tuple[int, ...]
+    seqlen: int
+    num_ranks: int
+    cut_each: bool
+    head_tail: bool
+
+    @functools.cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The rows of each rank."""
+        ends = (*self.bounds, self.seqlen) if self.cut_each else (0, self.seqlen)
+        chunks: list[list[Chunk]] = [[] for _ in range(self.num_ranks)]
+        number = 2 * self.num_ranks if self.head_tail else self.num_ranks
+        for start, end in itertools.pairwise(ends):
+            cuts = [start + (end - start) * i // number for i in range(number + 1)]
+            for rank, of_rank in enumerate(chunks):
+                which = (rank, number - 1 - rank) if self.head_tail else (rank,)
+                of_rank += [Chunk(cuts[i], cuts[i + 1]) for i in which]
+        return tuple(map(Place, chunks))
+
+    @property
+    def num_rows(self) -> list[int]:
+        """Of each rank."""
+        return [place.num_rows for place in self.places]
+
+    @functools.cached_property
+    def documents(self) -> tuple[Chunk, ...]:
+        return tuple(itertools.starmap(Chunk, itertools.pairwise(self.bounds)))
+
+    @functools.cached_property
+    def segments(self) -> tuple[tuple[Segment, ...], ...]:
+        """Of each rank, in the order of its rows."""
+        return tuple(tuple(self._segments_of(place)) for place in self.places)
+
+    def _segments_of(self, place):
+        for chunk in overlaps(place.chunks, self.documents):
+            # The last of the documents that start here: those before it are empty.
+            document = bisect_right(self.bounds, chunk.start) - 1
+            yield Segment(document, chunk, place.row_of(chunk.start))
+
+    @functools.cached_property
+    def order(self) -> Pieces:
+        """The whole sequence, from the rows of all ranks one after the other."""
+        found, first = [], 0
+        for place in self.places:
+            found += [(chunk, Chunk(first + row.start, first + row.end)) for chunk, row in _chunks_and_rows(place)]
+            first += place.num_rows
+        return Pieces(rows for _, rows in sorted(found))
+
+    @functools.cached_property
+    def order_of_ranks(self) -> Pieces:
+        """The rows of all ranks one after the other, from the whole sequence."""
+        return Pieces(chunk for place in self.places for chunk in place.chunks)
 
 
-def keys_seen_by(queries: Chunk, window: tuple[int, int], seqlen: int) -> Chunk:
-    """The keys that some of the queries see; window is (left, right), and -1 is unlimited."""
-    left, right = window
-    if queries.size == 0:
-        return Chunk(queries.start, queries.start)
-    start = 0 if left < 0 else max(queries.start - left, 0)
-    return Chunk(start, seqlen if right < 0 else min(queries.end + right, seqlen))
+def _chunks_and_rows(place):
+    return zip(place.chunks, place.rows_of(place.chunks))
 
 
-def split_rows(x: Tensor, chunks: tuple[Chunk, ...], dim: int = 1) -> tuple[Tensor, ...]:
-    """The rows of each chunk, of a rank's rows."""
-    return x.split([chunk.size for chunk in chunks], dim)
+@functools.lru_cache(maxsize=64)
+def sharding_of(bounds: tuple[int, ...], seqlen: int, num_ranks: int, load_balance: str | None) -> Sharding:
+    """A packed batch, sharded as `shard_sequence` says. The same object for the same arguments: others remember it."""
+    return Sharding(bounds, seqlen, num_ranks, load_balance == "per_document", load_balance is not None)
 
 
-def shard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, load_balance: str | None = "head_tail") -> Tensor:
+@functools.lru_cache(maxsize=64)
+def sharding_of_batch(batch: int, seqlen: int, num_ranks: int, load_balance: str | None) -> Sharding:
+    """Sequences of one length that are sharded alike: each rank's rows are (batch, rows), flattened."""
+    bounds = tuple(range(0, (batch + 1) * seqlen, seqlen)) if seqlen else (0,) * (batch + 1)
+    return Sharding(bounds, batch * seqlen, num_ranks, True, load_balance is not None)
+
+
+def shard_sequence(
+    x: Tensor,
+    mesh: DeviceMesh,
+    dim: int = 1,
+    load_balance: Any = "head_tail",
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """The rows of a whole tensor that this rank holds.
 
     Args:
         x: a tensor that every rank has whole, with the sequence in `dim`. Any length, also less than the ranks.
         mesh: a DeviceMesh of one dimension.
-        load_balance: "head_tail", for causal attention: the sequence has 2 * ranks chunks of ceil(seqlen / (2 * ranks))
-            rows, of which the last may be short or empty. Rank r holds chunk r and, after it, chunk 2 * ranks - 1 - r,
-            so that all ranks have the same work. None: rank r holds chunk r of as many chunks as ranks.
+        load_balance: which rows of seqlen.
+            None: rank r of R holds chunk r of R, the rows from r seqlen // R to (r + 1) seqlen // R.
+            "head_tail", for causal attention: of 2 R such chunks rank r holds chunk r and, after it, chunk 2 R - 1 - r,
+            so that all ranks have the same work.
+            "per_document", for packed documents: as "head_tail", but each document is cut, so that all ranks have the
+            same work for documents of any length; the rows after the last one are cut too. A rank holds its rows of
+            each document after those of the document before. Documents shorter than 2 R rows give some ranks a row
+            more than others.
+            torch's _HeadTailLoadBalancer is "head_tail", with the length of x for its own. Its other balancers are
+            refused: they give a rank rows of any places, and the one for documents does not cut each over all ranks.
+        cu_seqlens: (documents + 1,) int32, where the documents of a packed batch begin and end; needed by
+            "per_document", and without effect otherwise. On the CPU it costs nothing. On a GPU it is read at its first
+            use, a device-to-host sync, and again if an operator of torch has written to it.
 
     Returns: a new tensor. Its gradient is that of these rows.
 
     Raises: TypeError, ValueError: an argument is wrong.
+
+    Example:
+        >>> from triton_attn.parallel import shard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> shard_sequence(torch.arange(8)[None], mesh)  # of one rank; of two, rank 0 has 0, 1, 6, 7
+        tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
     """
     rank, num_ranks = check_mesh(mesh)
-    return Sharding(x.shape[dim], num_ranks, check_load_balance(load_balance)).own_rows(x, rank, dim)
+    sharding = _sharding_of_rows(x.shape[dim], cu_seqlens, num_ranks, load_balance)
+    rows = Pieces(sharding.places[rank].chunks).take(x, dim)
+    return rows.clone(memory_format=torch.contiguous_format) if rows._is_view() else rows
 
 
 def unshard_sequence(
-    x: Tensor, mesh: DeviceMesh, dim: int = 1, load_balance: str | None = "head_tail", seqlen: int | None = None
+    x: Tensor,
+    mesh: DeviceMesh,
+    dim: int = 1,
+    load_balance: Any = "head_tail",
+    seqlen: int | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The whole tensor, on every rank, of which `shard_sequence` gave this rank the rows x.
 
@@ -110,9 +273,18 @@ def unshard_sequence(
     ranks.
 
     Raises: TypeError, ValueError: an argument is wrong, or x has not the rows of a sequence of this length.
+
+    Example:
+        >>> from triton_attn.parallel import shard_sequence, unshard_sequence
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # under torchrun
+        >>> x = torch.randn(1, 10, 64)
+        >>> torch.equal(unshard_sequence(shard_sequence(x, mesh), mesh, seqlen=10), x)
+        True
     """
     rank, num_ranks = check_mesh(mesh)
-    sharding = check_sharding(seqlen, x.shape[dim], rank, num_ranks, load_balance)
+    seqlen = check_seqlen(seqlen, x.shape[dim], num_ranks)
+    sharding = _sharding_of_rows(seqlen, cu_seqlens, num_ranks, load_balance)
+    check_num_rows(sharding, rank, x.shape[dim])
     return _Unshard.apply(x, mesh.get_group(), rank, dim % x.ndim, sharding)
 
 
@@ -120,36 +292,86 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, rank, dim, sharding):
         ctx.place = rank, dim, sharding
-        ranks = range(sharding.num_ranks)
-        shapes = [(*x.shape[:dim], sharding.num_rows(r), *x.shape[dim + 1 :]) for r in ranks]
-        return sharding.in_order(exchange([x for _ in ranks], shapes, group), dim)
+        shapes = [(*x.shape[:dim], num_rows, *x.shape[dim + 1 :]) for num_rows in sharding.num_rows]
+        whole = torch.cat(exchange([x for _ in shapes], shapes, group), dim)
+        return sharding.order.take(whole, dim).contiguous()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: Tensor) -> Any:
         rank, dim, sharding = ctx.place
-        return sharding.own_rows(gradient, rank, dim), None, None, None, None
+        return Pieces(sharding.places[rank].chunks).take(gradient, dim), None, None, None, None
 
 
-def check_mesh(mesh: Any) -> tuple[int, int]:
-    """(rank, number of ranks) of a mesh of one dimension."""
-    if not isinstance(mesh, DeviceMesh):
-        fail("mesh", "a DeviceMesh", type(mesh).__name__, TypeError)
-    if mesh.ndim != 1:
-        fail("mesh", "one dimension, such as mesh['cp']", f"{mesh.ndim}")
-    return mesh.get_local_rank(), mesh.size()
+def check_load_balance(load_balance: Any, is_packed: bool) -> str | None:
+    """The name, of a name or of torch's _HeadTailLoadBalancer, whose class is private and may move."""
+    names = LOAD_BALANCES if is_packed else ("head_tail", None)
+    name = "head_tail" if type(load_balance).__name__ == "_HeadTailLoadBalancer" else load_balance
+    if name not in names:
+        fail("load_balance", f"{', '.join(map(repr, names[:-1]))} or None", repr(load_balance))
+    return name
 
 
-def check_load_balance(load_balance: Any) -> str | None:
-    if load_balance not in ("head_tail", None):
-        fail("load_balance", "'head_tail' or None", repr(load_balance))
-    return load_balance
+def check_seqlen(seqlen: Any, num_rows: int, num_ranks: int) -> int:
+    """The length of the whole sequence; None: all ranks hold num_rows rows."""
+    if seqlen is None:
+        return num_rows * num_ranks
+    seqlen = check_int("seqlen", seqlen, "an int or None")
+    if seqlen < 0:
+        fail("seqlen", "0 or more", seqlen)
+    return seqlen
 
 
-def check_sharding(seqlen: Any, num_rows: int, rank: int, num_ranks: int, load_balance: Any) -> Sharding:
-    """The Sharding of a sequence, of which this rank has num_rows rows."""
-    seqlen = num_rows * num_ranks if seqlen is None else check_int("seqlen", seqlen, "an int or None")
-    sharding = Sharding(seqlen, num_ranks, check_load_balance(load_balance))
-    if seqlen < 0 or sharding.num_rows(rank) != num_rows:
-        expected = f"the length of a sequence of which rank {rank} of {num_ranks} has {num_rows} rows"
-        fail("seqlen", expected, seqlen if seqlen < 0 else f"{seqlen}, of which it has {sharding.num_rows(rank)}")
-    return sharding
+def check_num_rows(sharding: Sharding, rank: int, num_rows: int, batch: int = 1) -> None:
+    """Raise unless a rank has num_rows rows of each of `batch` sequences."""
+    expected = sharding.num_rows[rank] // max(batch, 1)
+    if num_rows != expected:
+        seqlen, which = sharding.seqlen // batch, f"rank {rank} of {sharding.num_ranks}"
+        fail(
+            "seqlen",
+            f"the length of a sequence of which {which} has {num_rows} rows",
+            f"{seqlen}, of which it has {expected}",
+        )
+
+
+def _sharding_of_rows(seqlen, cu_seqlens, num_ranks, load_balance):
+    """The Sharding of one dimension."""
+    load_balance = check_load_balance(load_balance, cu_seqlens is not None)
+    bounds = (0, seqlen) if cu_seqlens is None else bounds_of(cu_seqlens, seqlen)
+    return sharding_of(bounds, seqlen, num_ranks, load_balance)
+
+
+_READ: Any = WeakTensorKeyDictionary()
+
+
+def bounds_of(cu_seqlens: Any, seqlen: int) -> tuple[int, ...]:
+    """cu_seqlens as ints, checked. A device-to-host sync where a GPU tensor is new or has changed."""
+    check_cu_seqlens("cu_seqlens", cu_seqlens, getattr(cu_seqlens, "device", None))
+    bounds = _read(cu_seqlens)
+    if bounds[0] != 0:
+        fail("cu_seqlens[0]", "0", bounds[0])
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if start > end:
+            fail(f"cu_seqlens[{i + 1}]", f"{start} or more", end)
+    if bounds[-1] > seqlen:
+        fail("cu_seqlens[-1]", f"at most the {seqlen} rows of the whole", bounds[-1])
+    return bounds
+
+
+def _read(cu_seqlens):
+    if _is_on_host(cu_seqlens) or cu_seqlens.is_inference():  # an inference tensor does not count its writes
+        return tuple(cu_seqlens.tolist())
+    known = _READ.get(cu_seqlens)
+    if known is None or known[0] != cu_seqlens._version:
+        _READ[cu_seqlens] = known = cu_seqlens._version, tuple(cu_seqlens.tolist())
+    return known[1]
+
+
+def _is_on_host(x):
+    return x.is_cpu
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without a wait for the device."""
+    if device.type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

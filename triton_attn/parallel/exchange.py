@@ -1,7 +1,5 @@
 """The collectives of this package, each of them one of torch.distributed's."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,25 +12,15 @@ def exchange(parts: list[Tensor], shapes: list[tuple[int, ...]], group: dist.Pro
     """
     sizes = [torch.Size(shape).numel() for shape in shapes]
     flat = torch.cat([part.flatten() for part in parts])  # gloo takes no list of tensors with different sizes
-    received = flat.new_empty(sum(sizes))
-    dist.all_to_all_single(received, flat, sizes, [part.numel() for part in parts], group=group)
+    received = exchange_rows(flat, [part.numel() for part in parts], sizes, group)
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]
 
 
-class Exchange(torch.autograd.Function):
-    """`exchange` of the parts of a flat tensor, whose sizes are `sent`; gradients travel back."""
-
-    @staticmethod
-    def forward(ctx, flat: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = (sent, received), group
-        result = flat.new_empty(sum(received))
-        dist.all_to_all_single(result, flat, received, sent, group=group)
-        return result
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Any:
-        sent, received = ctx.sizes
-        return Exchange.apply(gradient.contiguous(), received, sent, ctx.group), None, None, None
+def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send sent[r] rows of x to rank r, in the order of the ranks, and receive received[r] rows like them from it."""
+    result = x.new_empty((sum(received), *x.shape[1:]))
+    dist.all_to_all_single(result, x.contiguous(), received, sent, group=group)
+    return result
 
 
 class Shift:

@@ -10,151 +10,123 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .balance import Chunk, Sharding, keys_seen_by, split_rows
-from .exchange import exchange
-from .local import Problem, Results, Rows, zeros_in_fp32
+from .balance import Chunk, Pieces, Place, Sharding, overlaps
+from .exchange import exchange_rows
+from .local import (
+    Mask,
+    Pair,
+    Part,
+    Problem,
+    Rows,
+    attend_once,
+    copies,
+    dtype_of_sums,
+    gradients_of,
+    join_heads,
+    parts_of,
+    results_of,
+    split_heads,
+)
 
 
 def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
     """out and lse of this rank's rows."""
-    fetched = _fetch(problem, rows.k, rows.v)
-    parts = []
-    for queries, q in zip(problem.chunks, split_rows(rows.q, problem.chunks)):
-        keys = problem.keys_of(queries)
-        parts.append(problem.forward(Rows(q, *fetched.of(keys), rows.sinks), queries, keys))
-    outs, lses = zip(*parts)
-    return torch.cat(outs, 1), torch.cat(lses, 2)
+    k, v = split_heads(_fetch(problem, rows), rows.k, rows.v)
+    return attend_once(problem, _parts(problem.sharding, problem.mask, problem.rank), rows._replace(k=k, v=v))
 
 
-def backward(problem: Problem, rows: Rows, results: Results) -> tuple[Tensor | None, ...]:
+def backward(problem: Problem, rows: Rows, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple:
     """Gradients of the rows and, of the sinks, this rank's part."""
-    fetched = _fetch(problem, rows.k, rows.v)
-    totals = _Fetched(fetched.ranges, *(zeros_in_fp32(x) for x in fetched[1:]))
-    dqs, dsinks = [], None if rows.sinks is None else torch.zeros_like(rows.sinks)
-    for queries, q, of_queries in zip(
-        problem.chunks, split_rows(rows.q, problem.chunks), results.split(problem.chunks)
-    ):
-        keys = problem.keys_of(queries)
-        given = Rows(q, *fetched.of(keys), rows.sinks)
-        dq, dk, dv, part = problem.backward(of_queries, given, queries, keys)
-        dqs.append(dq)
-        for total, gradient in zip(totals.of(keys), (dk, dv)):
+    fetched = _fetch(problem, rows)
+    results, dsinks = results_of(problem.num_queries, dout, dlse, out, lse, rows.sinks)
+    totals = torch.zeros_like(fetched, dtype=dtype_of_sums(fetched))
+    dq = torch.zeros_like(rows.q, memory_format=torch.contiguous_format)
+    given = rows._replace(**dict(zip("kv", split_heads(fetched, rows.k, rows.v))))
+    for part in _parts(problem.sharding, problem.mask, problem.rank):
+        places = dq[part.queries.rows], *(x[part.keys.rows] for x in split_heads(totals, rows.k, rows.v))
+        for total, gradient in zip(places, gradients_of(problem, part, results, given)):
             total += gradient
-        if dsinks is not None:
-            dsinks += part
     dk, dv = _return(problem, totals, rows)
-    return torch.cat(dqs, 1), dk, dv, dsinks
+    return dq, dk, dv, dsinks
 
 
-class _Fetched(NamedTuple):
-    """Keys and values, or their gradients, of disjoint ranges of the sequence, one after the other."""
+class Route(NamedTuple):
+    """What a rank sends to each rank, and receives from it."""
 
-    ranges: tuple[Chunk, ...]
-    k: Tensor
-    v: Tensor
-
-    def of(self, keys: Chunk) -> list[Tensor]:
-        """Views of those of keys that lie in one of the ranges."""
-        first = 0
-        for among in self.ranges:
-            if among.start <= keys.start and keys.end <= among.end:
-                break
-            first += among.size
-        else:
-            return [x[:, :0] for x in self[1:]]  # of no key
-        return [x.narrow(1, first + keys.start - among.start, keys.size) for x in self[1:]]
-
-
-class _Route(NamedTuple):
-    """What a rank sends to each rank, and receives from it. A piece is (first among the sender's rows, Chunk)."""
-
-    sent: tuple[tuple[tuple[int, Chunk], ...], ...]
-    received: tuple[tuple[tuple[int, Chunk], ...], ...]
-    ranges: tuple[Chunk, ...]  # of the keys that this rank's queries see
+    sent: Pieces  # of its rows; those for each rank follow each other
+    num_sent: list[int]
+    num_received: list[int]
+    in_order: Pieces  # of the received rows
+    as_received: Pieces  # of the rows in order
+    sent_to: list[Pieces]  # of its rows, for each rank
 
 
 @functools.lru_cache(maxsize=64)
-def _route(sharding: Sharding, window: tuple[int, int], rank: int) -> _Route:
-    """The route of a rank."""
-    ranks = range(sharding.num_ranks)
-    own = ranges_seen(sharding, window, rank)
-    sent = tuple(_pieces(sharding.chunks[rank], ranges_seen(sharding, window, to)) for to in ranks)
-    return _Route(sent, tuple(_pieces(sharding.chunks[source], own) for source in ranks), own)
-
-
-@functools.lru_cache(maxsize=64)
-def most_keys_seen(sharding: Sharding, window: tuple[int, int]) -> int:
-    """Keys that the queries of one rank see: of the rank that sees most."""
-    ranges = (ranges_seen(sharding, window, rank) for rank in range(sharding.num_ranks))
-    return max(sum(keys.size for keys in of_rank) for of_rank in ranges)
-
-
-def ranges_seen(sharding: Sharding, window: tuple[int, int], rank: int) -> tuple[Chunk, ...]:
-    """The disjoint ranges of keys that the queries of a rank see, in order."""
-    ranges: list[Chunk] = []
-    for keys in sorted(keys_seen_by(queries, window, sharding.seqlen) for queries in sharding.chunks[rank]):
-        if ranges and keys.start <= ranges[-1].end:
-            ranges[-1] = Chunk(ranges[-1].start, max(keys.end, ranges[-1].end))
-        elif keys.size:
-            ranges.append(keys)
-    return tuple(ranges)
-
-
-def _pieces(chunks, ranges):
-    """The pieces of a rank's chunks that lie in the ranges."""
-    pieces, first = [], 0
-    for chunk in chunks:
-        found = (chunk.overlap(keys) for keys in ranges)
-        pieces += [(first + piece.start - chunk.start, piece) for piece in found if piece.size]
-        first += chunk.size
-    return tuple(pieces)
-
-
-def _fetch(problem: Problem, k: Tensor, v: Tensor) -> _Fetched:
-    """The keys and values that this rank's queries see."""
-    route = _route(problem.sharding, problem.window, problem.rank)
-    packed = {pieces: _pack(pieces, k, v) for pieces in set(route.sent)}
-    shapes = [(sum(piece.size for _, piece in pieces) * _elements_a_row(k, v),) for pieces in route.received]
-    received = exchange([packed[pieces] for pieces in route.sent], shapes, problem.group)
+def keys_seen(sharding: Sharding, mask: Mask) -> tuple[Place, ...]:
+    """The keys that the queries of each rank see."""
     found = []
-    for flat, pieces in zip(received, route.received):
-        views = _unpack(flat, [piece.size for _, piece in pieces], k, v)
-        found += zip([piece for _, piece in pieces], *views)
-    found.sort(key=lambda piece: piece[0])
-    gathered = [torch.cat([x[:, :0], *(piece[i] for piece in found)], 1) for i, x in ((1, k), (2, v))]
-    return _Fetched(route.ranges, *gathered)
+    for segments in sharding.segments:
+        keys = [mask.keys_of(segment.chunk, sharding.documents[segment.document]) for segment in segments]
+        found.append(Place(_united(keys)))
+    return tuple(found)
 
 
-def _return(problem: Problem, totals: _Fetched, rows: Rows) -> list[Tensor]:
+def _united(chunks):
+    """Disjoint chunks, from chunks in the order of their starts."""
+    end = 0
+    for chunk in chunks:
+        yield Chunk(max(chunk.start, end), max(chunk.end, end))
+        end = max(chunk.end, end)
+
+
+@functools.lru_cache(maxsize=64)
+def _route(sharding: Sharding, mask: Mask, rank: int) -> Route:
+    seen, own = keys_seen(sharding, mask), sharding.places[rank]
+    sent_to = [own.rows_of(overlaps(own.chunks, place.chunks)) for place in seen]
+    received = [overlaps(place.chunks, seen[rank].chunks) for place in sharding.places]
+    arrived, first = [], 0
+    for chunk in (chunk for chunks in received for chunk in chunks):
+        arrived.append((chunk, Chunk(first, first + chunk.size)))
+        first += chunk.size
+    return Route(
+        Pieces(chunk for chunks in sent_to for chunk in chunks),
+        [sum(chunk.size for chunk in chunks) for chunks in sent_to],
+        [sum(chunk.size for chunk in chunks) for chunks in received],
+        Pieces(rows for _, rows in sorted(arrived)),
+        Pieces(seen[rank].rows_of(chunk for chunk, _ in arrived)),
+        [Pieces(chunks) for chunks in sent_to],
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(sharding: Sharding, mask: Mask, rank: int) -> tuple[Part, ...]:
+    seen = keys_seen(sharding, mask)[rank]
+    pairs: list[Pair] = []
+    for segment in sharding.segments[rank]:
+        document = sharding.documents[segment.document]
+        chunk = mask.keys_of(segment.chunk, document)
+        (keys,) = seen.rows_of([chunk])
+        pair = Pair(
+            segment.document, segment.rows, keys, segment.chunk.start - document.start, chunk.start - document.start
+        )
+        if mask.is_full and pairs and pairs[-1].document == pair.document:  # all its queries see all its keys
+            pair = pairs.pop().with_queries_of(pair)
+        pairs.append(pair)
+    return parts_of(pairs, mask)
+
+
+def _fetch(problem: Problem, rows: Rows) -> Tensor:
+    """The keys and values that this rank's queries see, in order and as `join_heads` joins them."""
+    route = _route(problem.sharding, problem.mask, problem.rank)
+    sent = route.sent.take(join_heads(rows.k, rows.v))
+    return route.in_order.take(exchange_rows(sent, route.num_sent, route.num_received, problem.group))
+
+
+def _return(problem: Problem, totals: Tensor, rows: Rows) -> list[Tensor]:
     """Gradients of this rank's keys and values: the sums over the ranks, in fp32 and in the order of the ranks."""
-    route = _route(problem.sharding, problem.window, problem.rank)
-    sent = []
-    for pieces in route.received:
-        of_pieces = [totals.of(piece) for _, piece in pieces]
-        sent.append(torch.cat([totals.k.new_empty(0), *(x.flatten() for views in zip(*of_pieces) for x in views)]))
-    shapes = [(sum(piece.size for _, piece in pieces) * _elements_a_row(*totals[1:]),) for pieces in route.sent]
-    sums = [zeros_in_fp32(x) for x in (rows.k, rows.v)]
-    for flat, pieces in zip(exchange(sent, shapes, problem.group), route.sent):
-        for total, views in zip(sums, _unpack(flat, [piece.size for _, piece in pieces], *totals[1:])):
-            for (first, piece), gradient in zip(pieces, views):
-                total.narrow(1, first, piece.size).add_(gradient)
-    return [total.to(x.dtype) for total, x in zip(sums, (rows.k, rows.v))]
-
-
-def _pack(pieces, k, v):
-    """The keys of pieces and, after them, the values, as one flat tensor."""
-    rows = [x.narrow(1, first, piece.size) for x in (k, v) for first, piece in pieces]
-    return torch.cat([k.new_empty(0), *(x.flatten() for x in rows)])
-
-
-def _unpack(flat, sizes, k, v):
-    """Views (batch, rows, heads, dim) of the keys, and of the values, of pieces with so many rows."""
-    shapes = [(x.shape[0], size, *x.shape[2:]) for x in (k, v) for size in sizes]
-    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
-    views = [part.view(shape) for part, shape in zip(parts, shapes)]
-    return views[: len(sizes)], views[len(sizes) :]
-
-
-def _elements_a_row(k, v):
-    """Elements of the key and the value of one row, of all sequences."""
-    return k.shape[0] * (k.shape[2:].numel() + v.shape[2:].numel())
+    route = _route(problem.sharding, problem.mask, problem.rank)
+    gradients = exchange_rows(route.as_received.take(totals), route.num_received, route.num_sent, problem.group)
+    sums = totals.new_zeros((rows.k.shape[0], totals.shape[1]))
+    for pieces, part in zip(route.sent_to, gradients.split(route.num_sent)):
+        pieces.add_to(sums, part)
+    return copies(split_heads(sums, rows.k, rows.v), rows.k.dtype)

@@ -1,18 +1,21 @@
 """What one rank computes: attention of some of its queries over some keys, from wherever they came."""
 
 import functools
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..flash import backward_pass, forward_pass
-from .balance import Chunk, Sharding, keys_seen_by, split_rows
+from ..flash import forward_pass, gradients_pass, row_sums_pass
+from .balance import Chunk, Segment, Sharding, on_device
 
 
 class Rows(NamedTuple):
-    """A rank's rows, (batch, rows, heads, dim), and the sinks."""
+    """Rows of queries, and of keys and values, (rows, heads, dim), and the sinks."""
 
     q: Tensor
     k: Tensor
@@ -21,27 +24,49 @@ class Rows(NamedTuple):
 
 
 class Results(NamedTuple):
-    """out and lse of queries over all keys that they see, and their gradients; dlse may be None."""
+    """Of the queries of documents: the gradient of out, lse over all keys, and what `row_sums_pass` makes of them."""
 
-    out: Tensor
-    lse: Tensor
     dout: Tensor
-    dlse: Tensor | None
+    lse: Tensor
+    minus_delta: Tensor
 
-    def split(self, chunks: tuple[Chunk, ...]) -> list["Results"]:
-        """Of each chunk of a rank's rows."""
-        dlses = [None] * len(chunks) if self.dlse is None else split_rows(self.dlse, chunks, 2)
-        outs, lses, douts = (split_rows(x, chunks, dim) for x, dim in ((self.out, 1), (self.lse, 2), (self.dout, 1)))
-        return [Results(*results) for results in zip(outs, lses, douts, dlses)]
+
+class Mask(NamedTuple):
+    """What decides which keys a query sees, and whether more than this depends on their positions."""
+
+    left: int  # -1: unlimited
+    right: int  # of a causal mask 0
+    has_alibi: bool
+    has_dropout: bool
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.left, self.right
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all queries see all keys alike, wherever they are."""
+        return self.window == (-1, -1) and not self.has_alibi and not self.has_dropout
+
+    @property
+    def is_plainly_causal(self) -> bool:
+        return self.window == (-1, 0) and not self.has_alibi and not self.has_dropout
+
+    def keys_of(self, queries: Chunk, document: Chunk) -> Chunk:
+        """The keys of the document that some of the queries see."""
+        start = document.start if self.left < 0 else max(queries.start - self.left, document.start)
+        return Chunk(start, document.end if self.right < 0 else min(queries.end + self.right, document.end))
 
 
 class Problem(NamedTuple):
     """A call as all ranks know it, and which of them this is."""
 
     sharding: Sharding
-    window: tuple[int, int]  # (left, right); causal sets right to 0, and -1 is unlimited
-    options: dict[str, Any]  # of flash_attention, without its mask and sinks
+    mask: Mask
+    options: dict[str, Any]  # softmax_scale, softcap, alibi_slopes, dropout_p and dropout_seed of flash_attention
     deterministic: bool
+    num_heads: int  # of the queries
+    num_heads_kv: int
     group: dist.ProcessGroup
     rank: int
 
@@ -50,48 +75,221 @@ class Problem(NamedTuple):
         return range(self.sharding.num_ranks)
 
     @property
-    def chunks(self) -> tuple[Chunk, ...]:
+    def segments(self) -> tuple[Segment, ...]:
         """Of this rank."""
-        return self.sharding.chunks[self.rank]
+        return self.sharding.segments[self.rank]
 
-    def keys_of(self, queries: Chunk) -> Chunk:
-        """The keys that some of the queries see."""
-        return keys_seen_by(queries, self.window, self.sharding.seqlen)
-
-    def forward(self, rows: Rows, queries: Chunk, keys: Chunk) -> tuple[Tensor, Tensor]:
-        """out and lse of queries over keys, whose rows these are."""
-        q, k, v, sinks = rows
-        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-        lengths = None, None, q.shape[1], k.shape[1]
-        return out, forward_pass(q, k, v, lengths, out=out, sinks=sinks, **self._options(queries, keys, q))
-
-    def backward(self, results: Results, rows: Rows, queries: Chunk, keys: Chunk) -> tuple[Tensor | None, ...]:
-        """The share of these keys in the gradients of the rows; dsinks is None without sinks."""
-        out, lse, dout, dlse = results
-        q, k, v, sinks = rows
-        lengths = None, None, q.shape[1], k.shape[1]
-        options = self._options(queries, keys, q) | dict(sinks=sinks, deterministic=self.deterministic)
-        return backward_pass(dout, dlse, out, lse, q, k, v, lengths, **options)
-
-    def _options(self, queries, keys, q):
-        options = self.options | dict(window_size=self.window)
-        if queries.end == keys.end and not options["dropout_p"]:
-            return options  # aligned to the bottom right
-        batch, _, num_heads, _ = q.shape
-        return options | dict(shard=shard_of(queries.start, keys.start, 0, num_heads, batch, q.device))
+    @property
+    def num_queries(self) -> int:
+        """This rank's rows without those that belong to no document, which are its last."""
+        return self.segments[-1].rows.end if self.segments else 0
 
 
-@functools.lru_cache(maxsize=1024)
-def shard_of(
-    query_start: int, key_start: int, first_head: int, num_heads: int, batch: int, device: torch.device
-) -> Tensor:
-    """The `shard` of flash_attention; num_heads are those of the whole. Cached, since a copy to a GPU waits for it."""
-    rows = [(query_start, key_start, i * num_heads + first_head) for i in range(batch)]
-    with torch.inference_mode(False):  # a later call may save it for its backward pass
-        return torch.tensor(rows, dtype=torch.int32, device=device).reshape(batch, 3)
+class Pair(NamedTuple):
+    """Queries of one document, among the rows of a rank, that attend to keys, among the rows of a tensor of keys."""
+
+    document: int
+    queries: Chunk
+    keys: Chunk
+    query: int  # the position in the document of the first query
+    key: int
+
+    def with_queries_of(self, other: "Pair") -> "Pair":
+        """Of the queries of both, of which the other's follow these."""
+        return self._replace(queries=Chunk(self.queries.start, other.queries.end))
+
+    @property
+    def is_aligned(self) -> bool:
+        """To the bottom right."""
+        return self.query + self.queries.size == self.key + self.keys.size
+
+    def sees_all(self, mask: Mask) -> bool:
+        """Whether each query sees each key."""
+        last_query, last_key = self.query + self.queries.size - 1, self.key + self.keys.size - 1
+        return (mask.left < 0 or last_query - self.key <= mask.left) and (
+            mask.right < 0 or last_key - self.query <= mask.right
+        )
 
 
-def zeros_in_fp32(x: Tensor, num_rows: int | None = None) -> Tensor:
-    """Sums of parts of a tensor like x (batch, rows, ...), fp64 for fp64; with as many rows as x, or num_rows."""
-    shape = (x.shape[0], x.shape[1] if num_rows is None else num_rows, *x.shape[2:])
-    return torch.zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+class _Entry(NamedTuple):
+    """A sequence of a packed call: so many queries and keys."""
+
+    num_queries: int
+    num_keys: int
+    pair: Pair | None  # None: rows between those of two pairs; there are queries or keys alone
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One call of attention; see `parts_of`."""
+
+    queries: Chunk  # the rows of q that it takes
+    keys: Chunk
+    entries: tuple[_Entry, ...]
+    window: tuple[int, int]
+    needs_positions: bool
+
+    @property
+    def is_dense(self) -> bool:
+        return len(self.entries) == 1
+
+    @functools.cached_property
+    def _longest(self) -> tuple[int, int]:
+        return max(entry.num_queries for entry in self.entries), max(entry.num_keys for entry in self.entries)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[Any, Tensor]:
+        return {}
+
+    def _tensor(self, device, name, values_of, *args):
+        """values_of(*args) in int32 on the device, made and copied once."""
+        key = device, name, args
+        if key not in self._tensors:
+            with torch.inference_mode(False):  # a later call may save it for its backward pass
+                self._tensors[key] = on_device(torch.tensor(values_of(*args), dtype=torch.int32), device)
+        return self._tensors[key]
+
+    def lengths(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, int, int]:
+        """Those of `forward_pass`."""
+        if self.is_dense:
+            return None, None, *self._longest
+        queries, keys = (self._tensor(device, "cu_seqlens", self._cu_seqlens, side) for side in (0, 1))
+        return queries, keys, *self._longest
+
+    def _cu_seqlens(self, side):
+        return list(itertools.accumulate((entry[side] for entry in self.entries), initial=0))
+
+    def documents(self, device: torch.device) -> Tensor:
+        """Of each entry."""
+        return self._tensor(device, "documents", self._documents)
+
+    def _documents(self):
+        return [entry.pair.document if entry.pair else 0 for entry in self.entries]
+
+    def shard(self, device: torch.device, num_heads: int, first_head: int) -> Tensor:
+        """That of `flash_attention`; num_heads are those of the whole."""
+        return self._tensor(device, "shard", self._shard, num_heads, first_head)
+
+    def _shard(self, num_heads, first_head):
+        pairs = (entry.pair for entry in self.entries)
+        return [(p.query, p.key, p.document * num_heads + first_head) if p else (0, 0, 0) for p in pairs]
+
+
+def parts_of(pairs: Iterable[Pair], mask: Mask) -> tuple[Part, ...]:
+    """The fewest calls for the pairs, which are in the order of their queries.
+
+    Sequences of a packed call follow each other in q and in k, so pairs with common queries or keys need several calls.
+    """
+    groups: list[list[Pair]] = []
+    for pair in pairs:
+        for group in groups:
+            if group[-1].queries.end <= pair.queries.start and group[-1].keys.end <= pair.keys.start:
+                group.append(pair)
+                break
+        else:
+            groups.append([pair])
+    return tuple(_part_of(group, mask) for group in groups)
+
+
+def _part_of(pairs, mask):
+    entries = []
+    end_q, end_k = pairs[0].queries.start, pairs[0].keys.start
+    for pair in pairs:
+        gap_q, gap_k = pair.queries.start - end_q, pair.keys.start - end_k
+        entries += [entry for entry in (_Entry(gap_q, 0, None), _Entry(0, gap_k, None)) if any(entry[:2])]
+        entries.append(_Entry(pair.queries.size, pair.keys.size, pair))
+        end_q, end_k = pair.queries.end, pair.keys.end
+    # Without positions Hopper's kernel takes the call.
+    window, needs_positions = mask.window, mask.has_dropout
+    if not mask.has_dropout and not mask.has_alibi and all(pair.sees_all(mask) for pair in pairs):
+        window = -1, -1
+    else:
+        needs_positions = needs_positions or not all(pair.is_aligned for pair in pairs)
+    queries, keys = Chunk(pairs[0].queries.start, end_q), Chunk(pairs[0].keys.start, end_k)
+    return Part(queries, keys, tuple(entries), window, needs_positions)
+
+
+def forward_of(problem: Problem, part: Part, rows: Rows, out: Tensor | None = None, first_head: int = 0) -> Any:
+    """(out, lse) of the part's queries over its keys; into `out` if it is given. first_head: q's, among all."""
+    q, k, v = _rows_of(part, rows)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1])) if out is None else out[None] if part.is_dense else out
+    options = _options(problem, part, q.device, first_head)
+    lse = forward_pass(q, k, v, part.lengths(q.device), out=out, sinks=rows.sinks, **options)
+    return (out[0], lse[0]) if part.is_dense else (out, lse)
+
+
+def gradients_of(problem: Problem, part: Part, results: Results, rows: Rows, first_head: int = 0) -> list[Tensor]:
+    """The part's share of dq, of its queries, and of dk and dv, of its keys."""
+    q, k, v = _rows_of(part, rows)
+    dout, lse, minus_delta = results
+    given = dout[part.queries.rows], lse[:, part.queries.rows], minus_delta[:, part.queries.rows]
+    if part.is_dense:
+        given = [x[None] for x in given]
+    options = _options(problem, part, q.device, first_head) | dict(deterministic=problem.deterministic)
+    gradients = gradients_pass(*given, q, k, v, part.lengths(q.device), **options)
+    return [x[0] if part.is_dense else x for x in gradients]
+
+
+def _rows_of(part, rows):
+    given = rows.q[part.queries.rows], rows.k[part.keys.rows], rows.v[part.keys.rows]
+    return [x[None] if part.is_dense else x for x in given]
+
+
+def _options(problem, part, device, first_head):
+    options = problem.options | dict(window_size=part.window)
+    if part.needs_positions:
+        options["shard"] = part.shard(device, problem.num_heads, first_head)
+    slopes = options["alibi_slopes"]
+    if slopes is not None and slopes.ndim == 2:
+        options["alibi_slopes"] = slopes.index_select(0, part.documents(device))
+    return options
+
+
+def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows, first_head: int = 0) -> tuple[Tensor, Tensor]:
+    """out and lse of all rows of q, whose keys are in one part each."""
+    q, v = rows.q, rows.v
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype_of_sums(q), device=q.device)
+    end = 0
+    for part in parts:
+        own_out, own_lse = out[part.queries.rows], lse[:, part.queries.rows]
+        if part.queries.start >= end:
+            own_lse.copy_(forward_of(problem, part, rows, own_out, first_head)[1])
+        else:  # Queries of other parts lie between those of this one. Their out is 0, and their lse no key's.
+            of_part = forward_of(problem, part, rows, None, first_head)
+            own_out += of_part[0]
+            torch.maximum(own_lse, of_part[1], out=own_lse)
+        end = max(end, part.queries.end)
+    return out, lse
+
+
+def results_of(
+    num_queries: int, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Results, Tensor | None]:
+    """(Results, dsinks), computed once for all keys. The rows after the first num_queries belong to no document."""
+    queries = slice(num_queries)
+    lse = lse[:, queries].contiguous()
+    dlse = None if dlse is None else dlse[:, queries]
+    minus_delta, dsinks = row_sums_pass(dout[queries], dlse, out[queries], lse, sinks)
+    return Results(dout, lse, minus_delta), dsinks
+
+
+def dtype_of_sums(x: Tensor) -> torch.dtype:
+    """fp32, and fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def join_heads(k: Tensor, v: Tensor) -> Tensor:
+    """(rows, elements of a key and its value): what travels."""
+    return torch.cat([k.flatten(1), v.flatten(1)], 1)
+
+
+def split_heads(joined: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of `join_heads`, with the heads and dims of k and v."""
+    keys, values = joined.split([k.shape[1:].numel(), v.shape[1:].numel()], 1)
+    return keys.unflatten(1, k.shape[1:]), values.unflatten(1, v.shape[1:])
+
+
+def copies(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Contiguous tensors of their own in this dtype: outputs of an operator share no memory."""
+    return [x.to(dtype, copy=True, memory_format=torch.contiguous_format) for x in tensors]

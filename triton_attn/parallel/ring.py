@@ -7,104 +7,151 @@ when they are back at its owner.
 Source: Liu et al., Ring Attention with Blockwise Transformers (2023), arXiv:2310.01889.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .balance import Chunk, split_rows
+from .balance import Chunk, Segment, Sharding
 from .exchange import Shift
-from .local import Problem, Results, Rows, zeros_in_fp32
+from .local import (
+    Mask,
+    Pair,
+    Part,
+    Problem,
+    Rows,
+    copies,
+    dtype_of_sums,
+    forward_of,
+    gradients_of,
+    join_heads,
+    parts_of,
+    results_of,
+    split_heads,
+)
 
 
 def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
     """out and lse of this rank's rows."""
-    q, k, v, _ = rows
-    out = zeros_in_fp32(q[..., :1].expand(*q.shape[:-1], v.shape[-1]))
-    lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"))
-    outs, lses = split_rows(out, problem.chunks), split_rows(lse, problem.chunks, 2)
-    for source, block in _round(problem, k, v):
-        for i, queries, keys, given in _pairs(problem, source, block, rows):
-            _merge(outs[i], lses[i], *problem.forward(given, queries, keys))
+    q, v = rows.q, rows.v
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype_of_sums(q))
+    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=out.dtype, device=q.device)
+    for source, block in _round(problem, rows):
+        for i, part in enumerate(_parts(problem.sharding, problem.mask, problem.rank, source)):
+            has_sinks = source == problem.rank and i == 0  # all queries are in this part
+            given = _with_keys(rows, block)._replace(sinks=rows.sinks if has_sinks else None)
+            results = forward_of(problem, part, given)
+            own = out[part.queries.rows], lse[:, part.queries.rows]
+            if has_sinks:
+                for total, result in zip(own, results):
+                    total.copy_(result)
+            else:
+                _merge(*own, *results)
     return out.to(q.dtype), lse
 
 
-def backward(problem: Problem, rows: Rows, results: Results) -> tuple[Tensor | None, ...]:
+def backward(problem: Problem, rows: Rows, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple:
     """Gradients of the rows and, of the sinks, this rank's part."""
-    q, k, v, sinks = rows
-    dq, dsinks = zeros_in_fp32(q), None if sinks is None else torch.zeros_like(sinks)
-    dqs, of_chunks = split_rows(dq, problem.chunks), results.split(problem.chunks)
-    gradients = None
-    for source, block in _round(problem, k, v):
-        part = torch.zeros_like(block, dtype=dq.dtype)
-        for i, queries, keys, given in _pairs(problem, source, block, rows):
-            *found, of_sinks = problem.backward(of_chunks[i], given, queries, keys)
-            for total, gradient in zip((dqs[i], *_rows_of(problem, source, keys, part, k, v)), found):
+    results, dsinks = results_of(problem.num_queries, dout, dlse, out, lse, rows.sinks)
+    dq = torch.zeros_like(rows.q, dtype=dtype_of_sums(rows.q), memory_format=torch.contiguous_format)
+    arriving = None
+    for source, block in _round(problem, rows):
+        given, gradients = _with_keys(rows, block), torch.zeros_like(block, dtype=dq.dtype)
+        for part in _parts(problem.sharding, problem.mask, problem.rank, source):
+            of_keys = (x[part.keys.rows] for x in split_heads(gradients, rows.k, rows.v))
+            for total, gradient in zip((dq[part.queries.rows], *of_keys), gradients_of(problem, part, results, given)):
                 total += gradient
-            if dsinks is not None and of_sinks is not None:
-                dsinks += of_sinks
-        if gradients is not None:
-            part += gradients.wait()
-        gradients = Shift(part, problem.group)
-    dk, dv = _unpack(gradients.wait(), k.shape[1], k, v)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+        if arriving is not None:
+            gradients += arriving.wait()
+        arriving = Shift(gradients, problem.group)
+    own = arriving.wait()[: rows.k.shape[0]]  # type: ignore[union-attr]
+    dk, dv = copies(split_heads(own, rows.k, rows.v), rows.k.dtype)
+    return dq.to(rows.q.dtype), dk, dv, dsinks
 
 
-def _round(problem: Problem, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(owner, block) of all blocks, this rank's first; the next is on its way while one is in use."""
-    block = _pack(problem, k, v)
+def _round(problem: Problem, rows: Rows) -> Iterator[tuple[int, Tensor]]:
+    """(owner, block) of all blocks, this rank's first; the next is on its way while one is in use.
+
+    A block has the rows that `join_heads` makes, and room for those of any rank.
+    """
+    block = join_heads(rows.k, rows.v)
+    most = max(problem.sharding.num_rows)
+    if most > block.shape[0]:
+        block = torch.cat([block, block.new_zeros((most - block.shape[0], block.shape[1]))])
     for step in problem.ranks:
         shift = Shift(block, problem.group) if step + 1 < len(problem.ranks) else None
         yield (problem.rank - step) % len(problem.ranks), block
         block = shift.wait() if shift else block
 
 
-def _pairs(problem: Problem, source: int, block: Tensor, rows: Rows) -> Iterator[tuple[int, Chunk, Chunk, Rows]]:
-    """(i, queries, keys, their Rows) of chunk i of this rank, and keys of the block that it sees.
-
-    The sinks are with one of the blocks: each chunk's own keys.
-    """
-    qs = split_rows(rows.q, problem.chunks)
-    for i, queries in enumerate(problem.chunks):
-        for j, chunk in enumerate(problem.sharding.chunks[source]):
-            keys = chunk.overlap(problem.keys_of(queries))
-            if queries.size and keys.size:
-                k, v = _rows_of(problem, source, keys, block, rows.k, rows.v)
-                is_own = source == problem.rank and i == j
-                yield i, queries, keys, Rows(qs[i], k, v, rows.sinks if is_own else None)
+def _with_keys(rows, block):
+    k, v = split_heads(block, rows.k, rows.v)
+    return rows._replace(k=k, v=v)
 
 
-def _pack(problem, k, v):
-    """This rank's keys and values in one flat tensor, which has room for those of any rank."""
-    most = max(map(problem.sharding.num_rows, problem.ranks))
-    block = k.new_zeros(most * k.shape[0] * (k.shape[2:].numel() + v.shape[2:].numel()))
-    for view, x in zip(_unpack(block, k.shape[1], k, v), (k, v)):
-        view.copy_(x)
-    return block
+@functools.lru_cache(maxsize=512)
+def _parts(sharding: Sharding, mask: Mask, rank: int, source: int) -> tuple[Part, ...]:
+    """Of a rank's queries over the keys of a source. All queries are in the first part over the rank's own keys."""
+    keys = _by_document(sharding.segments[source])
+    pairs: list[Pair] = []
+    for document, queries in _by_document(sharding.segments[rank]).items():
+        start = sharding.bounds[document]
+        if document not in keys:
+            continue
+        elif mask.is_full or (mask.is_plainly_causal and source == rank):  # rows are in the order of positions
+            pairs.append(Pair(document, _all(queries), _all(keys[document]), 0, 0))
+        elif mask.is_plainly_causal:
+            pairs += _pairs_of_earlier_keys(queries, keys[document], start)
+        else:
+            pairs += _pairs_by_position(queries, keys[document], mask, sharding)
+    return parts_of(pairs, mask)
 
 
-def _unpack(block, num_rows, k, v):
-    """Views (batch, num_rows, heads, dim) of the keys and values in a block."""
-    shapes = [(x.shape[0], num_rows, *x.shape[2:]) for x in (k, v)]
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    return [part.view(shape) for part, shape in zip(block[: sum(sizes)].split(sizes), shapes)]
+def _by_document(segments):
+    """{document: its segments}."""
+    found: dict[int, list[Segment]] = {}
+    for segment in segments:
+        found.setdefault(segment.document, []).append(segment)
+    return found
 
 
-def _rows_of(problem, source, keys, block, k, v):
-    """Views of some keys of a rank's block, and of their values."""
-    first = 0
-    for chunk in problem.sharding.chunks[source]:
-        if chunk.start <= keys.start and keys.end <= chunk.end:
-            break
-        first += chunk.size
-    views = _unpack(block, problem.sharding.num_rows(source), k, v)
-    return [x.narrow(1, first + keys.start - chunk.start, keys.size) for x in views]
+def _all(segments):
+    """The rows of one document on one rank, which follow each other."""
+    return Chunk(segments[0].row, segments[-1].rows.end)
+
+
+def _pairs_of_earlier_keys(queries, keys, start):
+    """Of another rank, whose segments are wholly before or wholly after those of the queries."""
+    pairs: list[Pair] = []
+    for segment in queries:
+        earlier = [of_keys for of_keys in keys if of_keys.chunk.end <= segment.chunk.start]
+        if not earlier:
+            continue
+        positions = segment.chunk.start - start, earlier[0].chunk.start - start
+        pair = Pair(segment.document, segment.rows, _all(earlier), *positions)
+        if pairs and pairs[-1].keys == pair.keys:
+            pair = pairs.pop().with_queries_of(pair)
+        pairs.append(pair)
+    return pairs
+
+
+def _pairs_by_position(queries, keys, mask, sharding):
+    """Of each segment of the queries and each of the keys that it sees."""
+    for segment in queries:
+        document = sharding.documents[segment.document]
+        seen = mask.keys_of(segment.chunk, document)
+        for of_keys in keys:
+            chunk = of_keys.chunk.overlap(seen)
+            if chunk.size:
+                first = of_keys.row + chunk.start - of_keys.chunk.start
+                rows = Chunk(first, first + chunk.size)
+                positions = segment.chunk.start - document.start, chunk.start - document.start
+                yield Pair(segment.document, segment.rows, rows, *positions)
 
 
 def _merge(out, lse, part, part_lse):
-    """Add a part to out (batch, rows, heads, dim) and lse (batch, heads, rows), in place."""
-    total = torch.logaddexp(lse, part_lse)
-    shift = torch.where(total == float("-inf"), 0.0, total)
-    old, new = (torch.exp(x - shift).transpose(1, 2)[..., None] for x in (lse, part_lse))
-    out.mul_(old).addcmul_(part.to(out.dtype), new)
-    lse.copy_(total)
+    """Add a part to out (rows, heads, dim) and lse (heads, rows), in place."""
+    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)  # NaN: neither has a key
+    out.lerp_(part.to(out.dtype), weight.T[..., None])
+    torch.logaddexp(lse, part_lse, out=lse)

@@ -17,6 +17,13 @@ def poisoned_empty(package: str = "triton_attn"):
     `torch.empty`, `torch.empty_like`, `torch.empty_strided` and `Tensor.new_empty`, called by these names from a module
     of `package`, fill floats with NaN, integers with the largest value of their type, booleans with True. Callers
     outside `package` and code that `torch.compile` traces are not affected.
+
+    Example:
+        >>> from triton_attn.testing import poisoned_empty
+        >>> with poisoned_empty(package="__main__"):
+        ...     x = torch.empty(2)
+        >>> x
+        tensor([nan, nan])
     """
 
     def poisoned(make, make_traced):
@@ -59,6 +66,15 @@ def padded(shape, dtype=torch.float32, device="cpu", *, padding: int = 256) -> t
 
     Returns:
         (tensor, check): `check()` raises AssertionError with the distance of the first changed byte.
+
+    Example:
+        >>> from triton_attn.testing import padded
+        >>> x, check = padded((4, 3))
+        >>> x.as_strided((1,), (1,), x.storage_offset() + 12).fill_(1.0)  # behind the last element
+        tensor([1.])
+        >>> check()
+        Traceback (most recent call last):
+        AssertionError: 4 bytes written after the tensor, the nearest 0 bytes from it
     """
     sizes = [n * dtype.itemsize for n in (padding, math.prod(shape), padding)]
     before, inside, after = torch.full((sum(sizes),), 0xFF, dtype=torch.uint8, device=device).split(sizes)
@@ -74,7 +90,13 @@ def padded(shape, dtype=torch.float32, device="cpu", *, padding: int = 256) -> t
 
 
 class Closeness(NamedTuple):
-    """Largest absolute error of an output against fp64, the error of torch's own output, and the bound on the first."""
+    """Largest absolute error of an output against fp64, the error of torch's own output, and the bound on the first.
+
+    Example:
+        >>> from triton_attn.testing import assert_close_to_reference
+        >>> assert_close_to_reference(torch.ones(2), torch.ones(2).double())
+        Closeness(error=0.0, torch_error=0.0, bound=4.76837158203125e-07)
+    """
 
     error: float
     torch_error: float
@@ -105,6 +127,13 @@ def assert_close_to_reference(out, ref64, *, torch_out=None, torch_error=None, f
     Raises:
         AssertionError: the rule is broken, or shapes or dtypes differ. The message has the worst index and both errors.
         TypeError, ValueError: ref64 is not fp64 or has NaN, or both torch_out and torch_error are given.
+
+    Example:
+        >>> from triton_attn.testing import assert_close_to_reference
+        >>> x = torch.randn(64, 64)
+        >>> closeness = assert_close_to_reference(x @ x, x.double() @ x.double(), torch_out=x @ x)
+        >>> closeness.error <= closeness.bound
+        True
     """
     if ref64.dtype != torch.float64:
         raise TypeError(f"ref64: expected torch.float64, got {ref64.dtype}")

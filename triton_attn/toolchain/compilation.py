@@ -189,6 +189,14 @@ def compile_only(arch: str, *, every_launch: bool = True, driver=None):
     Raises:
         ValueError: `arch` is not in the list.
         RuntimeError: TRITON_INTERPRET is set (kernels are interpreted, not compiled), or a `compile_only` is open.
+
+    Example:
+        >>> from triton_attn.toolchain import compile_only
+        >>> q = torch.empty(1, 64, 2, 64, dtype=torch.float16)
+        >>> with compile_only("sm_80") as launches:
+        ...     out = triton_attn.flash_attention(q, q, q)  # computes nothing
+        >>> launches[0].spill_bytes
+        0
     """
     _check_arch(arch)
     if triton.knobs.runtime.interpret:
@@ -231,6 +239,14 @@ def record_specializations(arch: str, *, compiled: Collection[Specialization] = 
 
     Yields:
         A dict whose keys are the `Specialization`s of the launches, in their order; it grows while the context is open.
+
+    Example:
+        >>> from triton_attn.toolchain import record_specializations
+        >>> x = [torch.empty(1, n, 2, 64, dtype=torch.float16) for n in (64, 90)]
+        >>> with record_specializations("sm_80") as kernels:
+        ...     outs = [triton_attn.flash_attention(q, q, q) for q in x]
+        >>> len(kernels)  # another length compiles nothing
+        1
     """
     met = {}
 

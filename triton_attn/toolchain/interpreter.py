@@ -56,6 +56,10 @@ def fix_interpreter() -> None:
 
     Not repaired: bf16 atomics, inline assembly and (triton 3.6, 3.7) AMD's own fp8 types, which raise; `tl.dot_scaled`;
     fp8e4b15.
+
+    Example:
+        >>> from triton_attn.toolchain import fix_interpreter
+        >>> fix_interpreter()  # before the first launch, with TRITON_INTERPRET=1
     """
     with _LAUNCH:
         _fix_once()

@@ -74,6 +74,14 @@ def guard(reachable=()):
         MemoryAccessError: a launch made such an access.
         DeviceArithmeticError: an integer overflowed or was divided by zero; the message has the line of the kernel.
         RuntimeError: the process does not interpret kernels, so nothing would be checked.
+
+    Example:
+        >>> from triton_attn.toolchain import guard  # in a process with TRITON_INTERPRET=1
+        >>> q = torch.randn(1, 64, 2, 64)
+        >>> with guard() as accesses:
+        ...     out = triton_attn.flash_attention(q, q, q)
+        >>> accesses.launches
+        1
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("guard checks interpreted kernels: start the process with TRITON_INTERPRET=1")

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from ..._host.checks import FLOAT8_MANTISSA_BITS
-from ..._host.device import launch
-from ..._host.layout import INDICES
-from ..._jit.args import Scales, scale_of, view_of
+from ..._host.device import launch_packed
+from ..._host.layout import INDICES, without_dim
+from ..._host.tuned import remember
+from ..._jit.args import Scales, Strides, View, scale_of
 from ..._jit.heads import row_offsets
 from ..._jit.rope import Rotation, load_rotated, rope_of
 
@@ -112,39 +113,51 @@ def launch_append_kv_cache(
     k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, rope_interleaved
 ):
     """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_kv_cache`, checked."""
-    num_tokens, num_heads, head_dim = k.shape
-    num_pages, page_size, *_ = k_cache.shape
-    head_dim_v = v.shape[-1]
-    block_d = 1 << (max(head_dim, head_dim_v) - 1).bit_length()
-    block_rows = max(1, TILE_ELEMENTS // block_d)
-    num_programs = -(-num_tokens * num_heads // block_rows)
-    if num_programs == 0:
+    num_positions, rotary_dim = (0, 0) if rope_cos is None else (rope_cos.shape[0], 2 * rope_cos.shape[1])
+    layout = (k.shape, k.stride()), (v.shape, v.stride()), k_cache.shape, k_cache.stride(), v_cache.stride()
+    plan = _plan(layout, FLOAT8_MANTISSA_BITS.get(k_cache.dtype, 0), rotary_dim, rope_interleaved)
+    if plan.num_programs == 0:
         return
-    tile = Tile(
-        BLOCK_ROWS=block_rows,
-        BLOCK_D=block_d,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_V=head_dim_v,
-        ROTARY_DIM=0 if rope_cos is None else 2 * rope_cos.shape[-1],
-        INTERLEAVED=rope_interleaved,
-        PAGE_SIZE=page_size,
-        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(k_cache.dtype, 0),
-    )
-    if tile.MANTISSA_BITS:
+    if k_cache.dtype in FLOAT8_MANTISSA_BITS:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    launch(
-        _append_kv_cache_kernel,
-        (num_programs,),
-        k.device,
-        *map(view_of, (k, v, k_cache, v_cache)),
+    args = (
+        *map(View, (k, v, k_cache, v_cache), plan.strides),
         slot_mapping,
         positions,
         Scales(scale_of(k_scale), scale_of(v_scale)),
         rope_of(rope_cos, rope_sin),
-        0 if rope_cos is None else rope_cos.shape[0],
-        num_pages * page_size,
-        num_tokens,
-        TILE=tile,
-        num_warps=4,
+        num_positions,
+        *plan.counts,
     )
+    launch_packed(_append_kv_cache_kernel, (plan.num_programs,), k.device, args, plan.constants)
+
+
+class Plan(NamedTuple):
+    """A launch but for its tensors."""
+
+    num_programs: int
+    strides: tuple  # Strides of the Views that the kernel takes
+    counts: tuple  # num_slots, num_tokens
+    constants: dict
+
+
+@remember
+def _plan(layout, mantissa_bits, rotary_dim, interleaved):
+    """The Plan of a launch; layout is (shape, strides) of k and v, the shape of k_cache, strides of the caches."""
+    (shape_k, strides_k), (shape_v, strides_v), (num_pages, page_size, *_), *of_caches = layout
+    num_tokens, num_heads, head_dim = shape_k
+    block_d = triton.next_power_of_2(max(head_dim, shape_v[2]))
+    tile = Tile(
+        BLOCK_ROWS=max(1, TILE_ELEMENTS // block_d),
+        BLOCK_D=block_d,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=shape_v[2],
+        ROTARY_DIM=rotary_dim,
+        INTERLEAVED=interleaved,
+        PAGE_SIZE=page_size,
+        MANTISSA_BITS=mantissa_bits,
+    )
+    strides = [Strides(*without_dim(strides)) for strides in (strides_k, strides_v, *of_caches)]
+    num_programs = -(-num_tokens * num_heads // tile.BLOCK_ROWS)
+    return Plan(num_programs, tuple(strides), (num_pages * page_size, num_tokens), dict(TILE=tile, num_warps=4))

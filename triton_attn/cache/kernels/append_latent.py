@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from ..._host.checks import FLOAT8_MANTISSA_BITS
-from ..._host.device import launch
+from ..._host.device import launch_packed
 from ..._host.latent import SCALE_BLOCK, latent_parts
 from ..._host.layout import INDICES
+from ..._host.tuned import remember
 from ..._jit.args import Strides, View, scale_of
 from ..._jit.paging import load_scale
 from ..._jit.rope import Rotation, load_rotated, rope_of
-from .append import TILE_ELEMENTS, encode_float8
+from .append import TILE_ELEMENTS, Plan, encode_float8
 
 
 class Tile(NamedTuple):
@@ -118,37 +119,16 @@ def launch_append_latent_cache(
     kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions, rope_interleaved
 ):
     """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_latent_cache`, checked."""
-    num_tokens, kv_lora_rank = kv_latent.shape
-    num_pages, page_size, _ = latent_cache.shape
-    qk_rope_head_dim = k_pe.shape[1]
-    block_d = triton.next_power_of_2(kv_lora_rank)
-    block_rope = triton.next_power_of_2(max(1, qk_rope_head_dim))
-    block_rows = max(1, TILE_ELEMENTS // max(block_d, block_rope))
-    num_programs = -(-num_tokens // block_rows)
-    if num_programs == 0:
+    num_positions, rotary_dim = (0, 0) if rope_cos is None else (rope_cos.shape[0], 2 * rope_cos.shape[1])
+    latents, scales, rope_keys = latent_parts(latent_cache, kv_latent.shape[1], k_pe.shape[1])
+    layout = (kv_latent.shape, kv_latent.stride()), (k_pe.shape, k_pe.stride()), latents.shape, latents.stride()
+    plan = _plan(layout, FLOAT8_MANTISSA_BITS.get(latent_cache.dtype, 0), rotary_dim, rope_interleaved)
+    if plan.num_programs == 0:
         return
-    latents, scales, rope_keys = latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim)
-    tile = Tile(
-        BLOCK_ROWS=block_rows,
-        BLOCK_D=block_d,
-        BLOCK_ROPE=block_rope,
-        KV_LORA_RANK=kv_lora_rank,
-        ROPE_HEAD_DIM=qk_rope_head_dim,
-        ROTARY_DIM=0 if rope_cos is None else 2 * rope_cos.shape[1],
-        INTERLEAVED=rope_interleaved,
-        PAGE_SIZE=page_size,
-        SCALE_BLOCK=SCALE_BLOCK,
-        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(latent_cache.dtype, 0),
-    )
-    if tile.MANTISSA_BITS:
+    if latent_cache.dtype in FLOAT8_MANTISSA_BITS:
         latents, rope_keys = latents.view(torch.uint8), rope_keys.view(torch.uint8)
-    launch(
-        _append_latent_cache_kernel,
-        (num_programs,),
-        kv_latent.device,
-        View(kv_latent, Strides(0, kv_latent.stride(0), 0)),
-        View(k_pe, Strides(0, k_pe.stride(0), 0)),
-        View(latents, Strides(latents.stride(0), latents.stride(1), 0)),
+    args = (
+        *map(View, (kv_latent, k_pe, latents), plan.strides),
         scales,
         rope_keys,
         slot_mapping,
@@ -156,9 +136,30 @@ def launch_append_latent_cache(
         scale_of(k_scale),
         scale_of(k_scale if k_pe_scale is None else k_pe_scale),
         rope_of(rope_cos, rope_sin),
-        0 if rope_cos is None else rope_cos.shape[0],
-        num_pages * page_size,
-        num_tokens,
-        TILE=tile,
-        num_warps=4,
+        num_positions,
+        *plan.counts,
     )
+    launch_packed(_append_latent_cache_kernel, (plan.num_programs,), kv_latent.device, args, plan.constants)
+
+
+@remember
+def _plan(layout, mantissa_bits, rotary_dim, interleaved):
+    """The Plan of a launch; layout is (shape, strides) of kv_latent and k_pe, and those of the latents in the cache."""
+    (shape, strides), (shape_pe, strides_pe), (num_pages, page_size, _), strides_cache = layout
+    num_tokens, kv_lora_rank = shape
+    block_d, block_rope = (triton.next_power_of_2(max(1, size)) for size in (kv_lora_rank, shape_pe[1]))
+    tile = Tile(
+        BLOCK_ROWS=max(1, TILE_ELEMENTS // max(block_d, block_rope)),
+        BLOCK_D=block_d,
+        BLOCK_ROPE=block_rope,
+        KV_LORA_RANK=kv_lora_rank,
+        ROPE_HEAD_DIM=shape_pe[1],
+        ROTARY_DIM=rotary_dim,
+        INTERLEAVED=interleaved,
+        PAGE_SIZE=page_size,
+        SCALE_BLOCK=SCALE_BLOCK,
+        MANTISSA_BITS=mantissa_bits,
+    )
+    views = Strides(0, strides[0], 0), Strides(0, strides_pe[0], 0), Strides(*strides_cache[:2], 0)
+    num_programs = -(-num_tokens // tile.BLOCK_ROWS)
+    return Plan(num_programs, views, (num_pages * page_size, num_tokens), dict(TILE=tile, num_warps=4))

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._host.device import launch
+from ..._host.device import launch_packed
+from ..._host.tuned import remember
 
 TILE_ELEMENTS = 4096
 
@@ -74,22 +75,30 @@ def launch_copy_kv_pages(caches, src_pages, dst_pages):
 
     caches are tensors (num_layers, num_pages, page_size, num_heads, head_dim) of one dtype, equal in all but head_dim.
     """
-    num_layers, _, page_size, num_heads, _ = caches[0].shape
-    block_d = triton.next_power_of_2(max(cache.shape[-1] for cache in caches))
-    block_rows = min(max(1, TILE_ELEMENTS // block_d), triton.next_power_of_2(page_size * num_heads))
-    num_programs = src_pages.numel() * num_layers * len(caches)
+    plan = _plan(tuple([cache.shape for cache in caches]))
+    num_programs = src_pages.shape[0] * plan.programs_per_pair
     if num_programs == 0:
         return
     if caches[0].itemsize == 1:  # bytes: not every GPU has the dtypes of fp8
-        caches = tuple(cache.view(torch.uint8) for cache in caches)
-    launch(
-        _copy_kv_pages_kernel,
-        (num_programs,),
-        src_pages.device,
-        src_pages,
-        dst_pages,
-        tuple(Pages(cache, *cache.stride()[:-1], cache.shape[-1]) for cache in caches),
-        num_layers,
-        TILE=Tile(BLOCK_ROWS=block_rows, BLOCK_D=block_d, PAGE_SIZE=page_size, NUM_HEADS=num_heads),
-        num_warps=4,
-    )
+        caches = [cache.view(torch.uint8) for cache in caches]
+    pages = tuple([Pages(cache, *cache.stride()[:-1], cache.shape[-1]) for cache in caches])
+    args = src_pages, dst_pages, pages, plan.num_layers
+    launch_packed(_copy_kv_pages_kernel, (num_programs,), src_pages.device, args, plan.constants)
+
+
+class Plan(NamedTuple):
+    """A launch but for its tensors and the number of pairs."""
+
+    programs_per_pair: int
+    num_layers: int
+    constants: dict
+
+
+@remember
+def _plan(shapes):
+    """The Plan of a launch; shapes are those of the caches."""
+    num_layers, _, page_size, num_heads, _ = shapes[0]
+    block_d = triton.next_power_of_2(max(shape[-1] for shape in shapes))
+    block_rows = min(max(1, TILE_ELEMENTS // block_d), triton.next_power_of_2(page_size * num_heads))
+    tile = Tile(BLOCK_ROWS=block_rows, BLOCK_D=block_d, PAGE_SIZE=page_size, NUM_HEADS=num_heads)
+    return Plan(num_layers * len(shapes), num_layers, dict(TILE=tile, num_warps=4))

@@ -40,6 +40,12 @@ def single_decode_with_kv_cache(
 
     Options as those of `BatchDecodeWithPagedKVCacheWrapper`; k and v of q's dtype or fp8. Returns out, q's shape, and
     with return_lse lse (num_qo_heads,) fp32, base 2.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> q, k, v = torch.randn(8, 64), torch.randn(40, 2, 64), torch.randn(40, 2, 64)
+        >>> flashinfer.single_decode_with_kv_cache(q, k, v).shape
+        torch.Size([8, 64])
     """
     check_ndim("q", q, 2)
     options = attention_options(pos_encoding_mode, window_left, logits_soft_cap, True, q.shape[0], q.device)
@@ -80,6 +86,12 @@ def single_prefill_with_kv_cache(
 
     Returns out (qo_len, num_qo_heads, head_dim_vo), and with return_lse lse (qo_len, num_qo_heads) fp32, base 2; 0 and
     -inf where a query sees no key.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> q, k, v = torch.randn(10, 8, 64), torch.randn(40, 2, 64), torch.randn(40, 2, 64)
+        >>> flashinfer.single_prefill_with_kv_cache(q, k, v, causal=True).shape
+        torch.Size([10, 8, 64])
     """
     check_ndim("q", q, 3)
     refuse_custom_masks(custom_mask=custom_mask, packed_custom_mask=packed_custom_mask)
@@ -112,13 +124,28 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
         s_a, s_b: (tokens, num_heads) fp32, its log-sum-exp, base 2; -inf where a query sees no key of the part.
 
     Returns: v and s over both parts, of these shapes.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> v, s = torch.randn(2, 10, 8, 64), torch.randn(2, 10, 8)  # outputs and lse of two parts of the keys
+        >>> out, lse = flashinfer.merge_state(v[0], s[0], v[1], s[1])
+        >>> out.shape, lse.shape
+        (torch.Size([10, 8, 64]), torch.Size([10, 8]))
     """
     return merge_states(torch.stack((v_a, v_b), dim=1), torch.stack((s_a, s_b), dim=1))
 
 
 def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """`merge_state` of any number of parts: v (tokens, num_parts, num_heads, head_dim), s (tokens, num_parts,
-    num_heads)."""
+    num_heads).
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> v, s = torch.randn(10, 3, 8, 64), torch.randn(10, 3, 8)  # outputs and lse of three parts of the keys
+        >>> out, lse = flashinfer.merge_states(v, s)
+        >>> out.shape
+        torch.Size([10, 8, 64])
+    """
     check_ndim("v", v, 4)
     check_ndim("s", s, 3)
     natural = (s.float() / LOG2_E).permute(1, 2, 0)
@@ -127,7 +154,15 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None = None) -> None:
-    """`merge_state` into v and s, of the tokens where mask (tokens,) is True; None is all."""
+    """`merge_state` into v and s, of the tokens where mask (tokens,) is True; None is all.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> v, s, v_other, s_other = torch.zeros(1, 2, 4), torch.zeros(1, 2), torch.ones(1, 2, 4), torch.zeros(1, 2)
+        >>> flashinfer.merge_state_in_place(v, s, v_other, s_other)
+        >>> v.mean().item()  # both have the same weight
+        0.5
+    """
     merged_v, merged_s = merge_state(v, s, v_other, s_other)
     if mask is not None:
         merged_v = torch.where(mask[:, None, None].bool(), merged_v, v)

@@ -150,7 +150,14 @@ def split_cache(paged_kv_cache, kv_layout):
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
-    """(batch,) keys of each sequence: all of its pages are full but the last. A sequence without pages has none."""
+    """(batch,) keys of each sequence: all of its pages are full but the last. A sequence without pages has none.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> kv_indptr, kv_last_page_len = torch.tensor([0, 3, 4]), torch.tensor([5, 16])
+        >>> flashinfer.get_seq_lens(kv_indptr, kv_last_page_len, page_size=16)
+        tensor([37, 16])
+    """
     num_pages = kv_indptr.diff()
     return torch.where(num_pages > 0, (num_pages - 1) * page_size + kv_last_page_len.to(num_pages.device), 0)
 
@@ -165,6 +172,12 @@ def get_batch_indices_positions(
     """Sequence and position of each of nnz new tokens, (nnz,) int32 both; -1 and 0 past append_indptr[-1].
 
     The new tokens of a sequence, append_indptr[i + 1] - append_indptr[i] of them, are the last of its seq_lens[i].
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> append_indptr, seq_lens = torch.tensor([0, 1, 3]), torch.tensor([9, 2])  # one and two new tokens
+        >>> flashinfer.get_batch_indices_positions(append_indptr, seq_lens, nnz=3)
+        (tensor([0, 1, 1], dtype=torch.int32), tensor([8, 0, 1], dtype=torch.int32))
     """
     batch = len(append_indptr) - 1
     tokens = torch.arange(nnz, dtype=append_indptr.dtype, device=append_indptr.device)
@@ -197,6 +210,15 @@ def append_paged_kv_cache(
             is skipped, and one beyond the pages of its sequence.
         paged_kv_cache, kv_indices, kv_indptr, kv_layout: as in `BatchDecodeWithPagedKVCacheWrapper`.
         kv_last_page_len: not read; positions say it.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> cache, k = torch.zeros(4, 2, 16, 2, 64), torch.ones(1, 2, 64)  # the ninth token of a sequence, on page 3
+        >>> indptr, indices, last = torch.tensor([[0, 1], [3, 0], [9, 0]], dtype=torch.int32)
+        >>> token = torch.tensor([0], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+        >>> flashinfer.append_paged_kv_cache(k, k, *token, cache, indices[:1], indptr, last[:1])
+        >>> cache[3, 0, 8].sum().item()
+        128.0
     """
     k_cache, v_cache = split_cache(paged_kv_cache, check_layout(kv_layout))
     if append_key.shape[0] == 0 or len(kv_indices) == 0:
@@ -219,7 +241,17 @@ def append_paged_mla_kv_cache(
     kv_last_page_len: Tensor,
 ) -> None:
     """`append_paged_kv_cache` of latent vectors (nnz, head_dim_ckv) and rotary keys (nnz, head_dim_kpe), whose caches
-    are those of `BatchMLAPagedAttentionWrapper`. For fp8 caches divide by their scales before; numbers saturate."""
+    are those of `BatchMLAPagedAttentionWrapper`. For fp8 caches divide by their scales before; numbers saturate.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> indptr, indices, last = torch.tensor([[0, 1], [3, 0], [9, 0]], dtype=torch.int32)
+        >>> token = torch.tensor([0], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+        >>> new, cache = (torch.ones(1, 512), torch.ones(1, 64)), (torch.zeros(4, 16, 512), torch.zeros(4, 16, 64))
+        >>> flashinfer.append_paged_mla_kv_cache(*new, *token, *cache, indices[:1], indptr, last[:1])
+        >>> cache[0][3, 8].sum().item()
+        512.0
+    """
     keys, values = append_ckv[:, None], append_kpe[:, None]
     cache = ckv_cache.unsqueeze(2), kpe_cache.unsqueeze(2)
     append_paged_kv_cache(keys, values, batch_indices, positions, cache, kv_indices, kv_indptr, kv_last_page_len)

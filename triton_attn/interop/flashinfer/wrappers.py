@@ -122,6 +122,14 @@ class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
             that of paged_kv_last_page_len_buffer, and the table takes (batch + 2) len(paged_kv_indices_buffer) int32.
         use_tensor_cores, backend: not read.
         jit_args: None.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> indptr, indices, last = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 3], [4, 1, 0], [5, 16]))
+        >>> decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(0, dtype=torch.uint8))
+        >>> decode.plan(indptr, indices, last, 8, 2, 64, page_size=16)
+        >>> decode.run(torch.randn(2, 8, 64).half(), torch.randn(6, 2, 16, 2, 64).half()).shape
+        torch.Size([2, 8, 64])
     """
 
     def __init__(
@@ -297,7 +305,16 @@ class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
-    """`BatchDecodeWithPagedKVCacheWrapper` with use_cuda_graph=True."""
+    """`BatchDecodeWithPagedKVCacheWrapper` with use_cuda_graph=True.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> lists = [torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 3], [4, 1, 0], [5, 16])]
+        >>> decode = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(torch.empty(0, dtype=torch.uint8), *lists)
+        >>> decode.plan(*lists, 8, 2, 64, page_size=16)
+        >>> decode.run(torch.randn(2, 8, 64).half(), torch.randn(6, 2, 16, 2, 64).half()).shape
+        torch.Size([2, 8, 64])
+    """
 
     def __init__(
         self,
@@ -320,6 +337,14 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
         use_cuda_graph: see the module. The four buffers are needed then: `plan` writes qo_indptr_buf, and of the others
             only the sizes are read. `run` takes as many rows of q at every replay; those past qo_indptr[-1] are 0.
         custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs: None.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> lists = [torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 9], [0, 2, 3], [4, 1, 0], [5, 16])]
+        >>> prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(0, dtype=torch.uint8))
+        >>> prefill.plan(*lists, 8, 2, 64, page_size=16, causal=True)
+        >>> prefill.run(torch.randn(9, 8, 64).half(), torch.randn(6, 2, 16, 2, 64).half()).shape
+        torch.Size([9, 8, 64])
     """
 
     def __init__(
@@ -500,6 +525,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
             (num_kv_heads, total_k, head_dim).
         use_cuda_graph: see the module. qo_indptr_buf and kv_indptr_buf are needed then, and written by `plan`.
         custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs: None.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> indptr = torch.tensor([0, 4, 9], dtype=torch.int32)
+        >>> prefill = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(torch.empty(0, dtype=torch.uint8))
+        >>> prefill.plan(indptr, indptr, 8, 2, 64, causal=True)
+        >>> prefill.run(torch.randn(9, 8, 64).half(), *torch.randn(2, 9, 2, 64).half()).shape
+        torch.Size([9, 8, 64])
     """
 
     def __init__(
@@ -671,6 +704,14 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
         use_cuda_graph: see the module. The four buffers are needed then: `plan` writes qo_indptr, and of the others
             only the sizes are read.
         backend: not read.
+
+    Example:
+        >>> from triton_attn.interop import flashinfer
+        >>> lists = [torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2], [0, 2, 3], [4, 1, 0], [21, 16])]
+        >>> mla = flashinfer.BatchMLAPagedAttentionWrapper(torch.empty(0, dtype=torch.uint8))
+        >>> mla.plan(*lists, 16, 512, 64, 16, True, 192**-0.5, torch.float16, torch.float16)
+        >>> mla.run(*(torch.randn(n, 16, d).half() for n in (2, 6) for d in (512, 64))).shape
+        torch.Size([2, 16, 512])
     """
 
     def __init__(

@@ -155,6 +155,13 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
         ValueError: `schedule` or `arch` is in no list.
         RuntimeError: TRITON_INTERPRET is set, the process has a GPU or a real libcuda, there is no C++ compiler, or
             `emulate` or `compile_only` is open; at a launch, a driver would refuse it.
+
+    Example:
+        >>> from triton_attn.toolchain import emulate
+        >>> q = torch.randn(1, 16, 1, 16)
+        >>> with emulate("sm_80") as launches:
+        ...     out = triton_attn.flash_attention(q, q, q)
+        >>> torch.testing.assert_close(out, triton_attn.reference.flash_attention(q, q, q), atol=1e-5, rtol=1e-5)
     """
     if arch not in TARGETS:
         message = f"arch: expected {', '.join(TARGETS)}, got {arch!r}"

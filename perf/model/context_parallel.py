@@ -1,0 +1,120 @@
+"""Context-parallel attention of real models, by the cost model with which `method="auto"` chooses."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+from perf import results
+from perf.results import ParallelRow
+from perf.workloads.models import DEEPSEEK_V3, LLAMA_3_8B, LLAMA_3_70B, Model
+from triton_attn.parallel import cost
+from triton_attn.parallel.balance import sharding_of_batch
+from triton_attn.parallel.local import Mask
+
+MODELS = (LLAMA_3_8B, LLAMA_3_70B, DEEPSEEK_V3)
+SEQLENS = tuple(8192 * 2**i for i in range(8))
+GPUS = tuple(8 * 2**i for i in range(7))
+CAUSAL = Mask(-1, 0, has_alibi=False, has_dropout=False)
+BF16 = 2
+
+
+H100S = "H100 in nodes of 8, 400 Gb/s each between nodes"
+H800S = "H800"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A ring with the load balance "head_tail" on 8 H800, one causal sequence in bf16, head_dim 128, as its authors
+    measured it: calls a second and shares of a GPU's speed, each forward and of both passes. alone: calls a second of
+    flash-attn on one GPU, with 1/64 of the FLOPs.
+    """
+
+    model: Model
+    rates: tuple[float, float]
+    shares: tuple[float, float]
+    alone: tuple[float, float]
+    num_gpus: int = 8
+    seqlen: int = 65536
+
+    def rows(self):
+        """What was published, and what the cost model says of a GPU with that speed alone."""
+        measured = ParallelRow(
+            model=self.model.name,
+            num_gpus=self.num_gpus,
+            seqlen=self.seqlen,
+            method="ring",
+            is_auto=False,
+            forward_ms=1e3 / self.rates[0],
+            both_ms=1e3 / self.rates[1],
+            forward_share=self.shares[0],
+            both_share=self.shares[1],
+            gpu=H800S,
+            source=results.PUBLISHED,
+        )
+        rows = predict(self.model, self.num_gpus, self.seqlen, self._cluster())
+        return [measured, *(replace(row, gpu=H800S) for row in rows if row.method == "ring")]
+
+    def _cluster(self):
+        """An H800, whose NVLink has 200 GB/s in one direction instead of 450, at the speeds of attention alone."""
+        pairs = self.seqlen**2 / 2 / self.num_gpus**2
+        flops = 4 * self.model.num_heads_q * self.model.head_dim * pairs
+        forward, both = self.alone
+        rates = {"forward_flops": flops * forward, "backward_flops": 2.5 * flops / (1 / both - 1 / forward)}
+        return cost.H100._replace(**rates, node_bytes=cost.H100.node_bytes * 200 / 450)
+
+
+# The tables of github.com/zhuzilin/ring-flash-attention, "batch api": since October 2024, and before, with other heads.
+PUBLISHED = (
+    Published(LLAMA_3_8B, (63.0, 17.4), (0.852, 0.902), (591.5, 154.7)),
+    Published(Model("5 heads, MHA", 1, 5, 5, 128), (283.0, 75.7), (0.936, 0.859), (2418.4, 705.2)),
+)
+
+
+@cache
+def sizes_of(model: Model, num_gpus: int, seqlen: int) -> cost.Sizes:
+    """One causal sequence in bf16, load balance "head_tail", nodes of 8 GPUs."""
+    heads = model.num_heads_q, model.num_heads_kv, model.head_dim, model.head_dim_v or model.head_dim
+    work = cost.work_of(sharding_of_batch(1, seqlen, num_gpus, "head_tail"), CAUSAL)
+    latent = {}
+    if model.kv_lora_rank is not None:
+        up_projection = model.num_heads_q * (model.head_dim - model.qk_rope_head_dim + heads[3])
+        latent["latent"] = model.kv_lora_rank + model.qk_rope_head_dim
+        latent["key_flops"] = 2 * model.kv_lora_rank * up_projection
+    return cost.Sizes(num_gpus, min(num_gpus, cost.GPUS_PER_NODE), seqlen, *heads, BF16, *work, **latent)
+
+
+def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = cost.H100) -> list[ParallelRow]:
+    """A row for each method that can take the call."""
+    sizes = sizes_of(model, num_gpus, seqlen)
+    alone = _of_one_gpu(sizes, cluster)
+    auto = cost.choose(sizes, cluster)
+    rows = sizes.rows * (sizes.queries + sizes.keys + sizes.outputs) * BF16
+    saved = rows + sizes.rows * model.num_heads_q * cost.SUMS  # lse
+    return [
+        ParallelRow(
+            model=model.name,
+            num_gpus=num_gpus,
+            seqlen=seqlen,
+            method=method,
+            is_auto=method == auto,
+            forward_ms=1e3 * forward.seconds,
+            both_ms=1e3 * (forward.seconds + backward.seconds),
+            forward_share=alone[0] / forward.seconds,
+            both_share=sum(alone) / (forward.seconds + backward.seconds),
+            forward_received=forward.bytes,
+            both_received=forward.bytes + backward.bytes,
+            forward_memory=saved + forward.workspace,
+            both_memory=saved + max(forward.workspace, rows + backward.workspace),
+            gpu=H100S,
+            source=results.MODELLED_PARALLEL,
+        )
+        for method, (forward, backward) in cost.costs(sizes, cluster).items()
+    ]
+
+
+def _of_one_gpu(sizes, cluster):
+    """Seconds of one GPU's share of the FLOPs, forward and backward, with nothing to wait for."""
+    flops_of_pair = 2 * sizes.num_heads_q
+    of_keys = sizes.key_flops * sizes.seqlen
+    forward = flops_of_pair * (sizes.head_dim + sizes.head_dim_v) * sizes.all_pairs + of_keys
+    backward = flops_of_pair * (3 * sizes.head_dim + 2 * sizes.head_dim_v) * sizes.all_pairs + 3 * of_keys
+    return forward / sizes.num_ranks / cluster.forward_flops, backward / sizes.num_ranks / cluster.backward_flops

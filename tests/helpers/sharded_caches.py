@@ -1,0 +1,423 @@
+"""Caches that are sharded over gloo processes on a CPU, each held against one process with all keys."""
+
+import contextlib
+import math
+import random
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from triton_attn import (
+    LatentKVCache,
+    OutOfPages,
+    PagedKVCache,
+    append_kv_cache,
+    append_latent_cache,
+    mla_decode,
+    paged_attention,
+    reference,
+)
+from triton_attn.parallel import context_parallel_mla_decode, context_parallel_paged_attention, merging
+from triton_attn.testing import assert_close_to_reference
+
+NOPE, ROPE, RANK, V_DIM = 24, 8, 128, 20
+HEADS = ("replicated", "scattered", "sharded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step of sequences with seqlens_k keys, of which the last seqlens_q are new."""
+
+    latent: bool = False
+    heads: str = "replicated"
+    page_size: int = 4
+    interleave: int = 1
+    seqlens_q: tuple = (3, 3, 3, 3)
+    seqlens_k: tuple = (50, 3, 33, 4)
+    packed: bool = False
+    num_heads_q: int = 8
+    num_heads_kv: int = 2
+    head_dim: int = 16
+    head_dim_v: int = 24
+    dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype | None = None
+    weights: bool = True  # of latents: absorption and projection are in the call
+    options: dict = field(default_factory=dict)
+    alibi: bool = False
+    sinks: bool = False
+    fork: bool = True  # the first sequence is attended a second time, by a fork that has written one token more
+    seed: int = 0
+
+    @property
+    def width(self):
+        """Elements of a row of out, and of the queries that sharded heads gather."""
+        if not self.latent:
+            return self.head_dim_v, self.head_dim
+        return RANK if self.heads == "sharded" or not self.weights else V_DIM, RANK + ROPE
+
+    def bytes(self, num_ranks):
+        """What a rank receives, by the table of `context_parallel_paged_attention`."""
+        queries, (dim_v, dim) = sum(self.seqlens_q), self.width
+        share = 1 if self.heads == "replicated" else num_ranks
+        part = queries * self.num_heads_q * (dim_v * self.dtype.itemsize + 4) // share
+        received = (num_ranks - 1) * (-(-part // 16) * 16)
+        if self.heads == "sharded":
+            received += (num_ranks - 1) * queries * self.num_heads_q * dim * self.dtype.itemsize // num_ranks
+        return received
+
+
+class Step:
+    """The tensors of a case, the same on all ranks, and its calls."""
+
+    def __init__(self, case):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.seed)
+        self.q = self._draw(sum(case.seqlens_q), case.num_heads_q, NOPE + ROPE if case.latent else case.head_dim)
+        if case.latent and not case.weights:
+            self.q = self._draw(sum(case.seqlens_q), case.num_heads_q, RANK + ROPE)
+        self.w_uk, self.w_uv = (self._draw(case.num_heads_q, n, RANK) * RANK**-0.5 for n in (NOPE, V_DIM))
+        self.new = [self._rows(n) for n in case.seqlens_k]
+        self.per_head = {}
+        if case.alibi:
+            self.per_head["alibi_slopes"] = torch.rand(case.num_heads_q, generator=self.generator)
+        if case.sinks:
+            self.per_head["sinks"] = torch.randn(case.num_heads_q, generator=self.generator)
+        starts = torch.tensor([0, *case.seqlens_q]).cumsum(0, dtype=torch.int32)
+        self.packing = dict(cu_seqlens_q=starts, max_seqlen_q=max(case.seqlens_q)) if case.packed else {}
+
+    def _draw(self, *shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.case.dtype)
+
+    def _rows(self, n):
+        case = self.case
+        if case.latent:
+            return self._draw(n, RANK), self._draw(n, ROPE)
+        return self._draw(n, case.num_heads_kv, case.head_dim), self._draw(n, case.num_heads_kv, case.head_dim_v)
+
+    def fill(self, mesh=None):
+        """A cache with the keys of all sequences, in two writes each, and the sequences."""
+        case = self.case
+        over = {} if mesh is None else dict(mesh=mesh, interleave=case.interleave)
+        page_size = case.page_size if mesh is not None else case.page_size * 3
+        sizes = dict(num_layers=1, dtype=case.cache_dtype or case.dtype, device="cpu")
+        if case.latent:
+            cache = LatentKVCache(64, page_size, kv_lora_rank=RANK, qk_rope_head_dim=ROPE, **sizes, **over)
+        else:
+            heads = dict(num_kv_heads=case.num_heads_kv, head_dim=case.head_dim, head_dim_v=case.head_dim_v)
+            cache = PagedKVCache(64, page_size, **heads, **sizes, **over)
+        for x in tensors_of(cache):
+            x.view(torch.uint8).fill_(0xFF)  # NaN
+        seqs = [cache.create([])[0] for _ in case.seqlens_k]
+        for seq, rows in zip(seqs, self.new):
+            half = len(rows[0]) // 2
+            for part in (slice(half), slice(half, None)):
+                write(cache, [x[part] for x in rows], cache.extend([seq], [len(rows[0][part])]))
+        if case.fork:
+            seqs.append(cache.fork(seqs[0]))
+            cache.truncate(seqs[-1], len(seqs[-1]) - 1)
+            write(cache, [x[:1] for x in self.new[1]], cache.extend([seqs[-1]], [1]))
+            seqs = [seqs[-1], *seqs[1:-1]]
+        return cache, seqs
+
+    def operands(self, cache, seqs, rank=0, num_ranks=1):
+        """Arguments of the call; of a rank's heads, if they are sharded."""
+        case, own = self.case, slice(None)
+        if case.heads == "sharded" and num_ranks > 1:
+            share = case.num_heads_q // num_ranks
+            own = slice(rank * share, (rank + 1) * share)
+        q = self.q[:, own]
+        if not case.packed:
+            q = q.unflatten(0, (len(case.seqlens_q), -1))
+        places = cache.cache_seqlens(seqs), cache.block_table(seqs)
+        if not case.latent:
+            return q, cache.k_cache[0], cache.v_cache[0], *places
+        q = q.split([q.shape[-1] - ROPE, ROPE], dim=-1)
+        weights = (self.w_uk[own], self.w_uv[own]) if case.weights else ()
+        return *q, cache.latent_cache[0], *places, *weights
+
+    @property
+    def options(self):
+        return dict(self.packing, return_lse=True, **self.case.options, **self.per_head)
+
+    def attend(self, mesh, cache, seqs, **more):
+        """out and lse of this rank's share of a sharded cache."""
+        attend = context_parallel_mla_decode if self.case.latent else context_parallel_paged_attention
+        placing = dict(mesh=mesh, interleave=self.case.interleave, heads=self.case.heads)
+        operands = self.operands(cache, seqs, mesh.get_local_rank(), mesh.size())
+        return attend(*operands, **placing, **self.options, **more)
+
+    def expected(self, dtype=None):
+        """out and lse of one process, by the definition in a dtype, or by the kernel."""
+        cache, seqs = self.fill()
+        operands, options = self.operands(cache, seqs), self.options
+        name = "mla_decode" if self.case.latent else "paged_attention"
+        if dtype is None:
+            return (mla_decode if self.case.latent else paged_attention)(*operands, **options)
+        operands = [x.to(dtype) if x.is_floating_point() else x for x in operands]
+        if "sinks" in options:
+            options["sinks"] = options["sinks"].to(dtype)
+        return getattr(reference, name)(*operands, **options)
+
+    def own(self, x, dim, mesh):
+        """This rank's heads, unless it has all."""
+        if self.case.heads == "replicated":
+            return x
+        return x.chunk(mesh.size(), dim)[mesh.get_local_rank()]
+
+
+def tensors_of(cache):
+    return (cache.latent_cache,) if isinstance(cache, LatentKVCache) else (cache.k_cache, cache.v_cache)
+
+
+def write(cache, rows, slots):
+    append = append_latent_cache if isinstance(cache, LatentKVCache) else append_kv_cache
+    append(*rows, *(x[0] for x in tensors_of(cache)), slots)
+
+
+def check_values(case, mesh):
+    """out and lse are those of one process."""
+    step = Step(case)
+    found = step.attend(mesh, *step.fill(mesh))
+    exact, by_torch, by_kernel = (step.expected(dtype) for dtype in (torch.float64, torch.float32, None))
+    eps = torch.finfo(case.dtype).eps
+    for name, dim, *results in zip(("out", "lse"), (-2, -2), found, exact, by_torch, by_kernel):
+        result, of_exact, *others = results
+        of_exact, *others = (step.own(x, dim, mesh) for x in (of_exact, *others))
+        # The definition in the dtype of the cache has no error in its products; the kernel on one process has that too.
+        error = max(largest(x.double() - of_exact) for x in others)
+        assert result.shape == of_exact.shape, f"{name}: {result.shape}"
+        floor = 8 * eps * max(1.0, largest(of_exact))
+        assert_close_to_reference(result, of_exact, torch_error=error, factor=3.0, floor=floor, name=name)
+
+
+def largest(x):
+    """The largest magnitude of the finite elements, 0 if there is none."""
+    finite = x[x.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def check_bytes(case, mesh):
+    """The bytes that this rank receives are those of the docstring's table."""
+    step = Step(case)
+    cache, seqs = step.fill(mesh)
+    with received_bytes(mesh) as received:
+        step.attend(mesh, cache, seqs)
+    assert sum(received) == case.bytes(mesh.size()), f"{received}, expected {case.bytes(mesh.size())} in all"
+
+
+@contextlib.contextmanager
+def received_bytes(mesh):
+    """A list, to which each collective adds the bytes that it brings from other ranks, whose parts are all as large."""
+    received = []
+
+    def counting(owner, name):
+        collective = getattr(owner, name)
+
+        def call(output, x, **options):
+            received.append(output.nbytes * (mesh.size() - 1) // mesh.size())
+            return collective(output, x, **options)
+
+        return mock.patch.object(owner, name, call)
+
+    with counting(merging, "_all_gather"), counting(dist, "all_to_all_single"):
+        yield received
+
+
+def check_trace(seed, mesh):
+    """Random operations on a sharded cache do what they do on one with pages of the same tokens: the same tables,
+    lengths, prefixes found and OutOfPages; and the pages of a rank hold its tokens, and nothing else."""
+    draw, num_ranks = random.Random(seed), mesh.size()
+    page_size, interleave = draw.choice([(1, 1), (2, 1), (4, 2), (4, 4), (3, 1)])
+    num_pages, heads = draw.randint(4, 12), dict(num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32)
+    heads["device"] = "cpu"
+    # The rank with the fewest pages decides for all.
+    own_pages = num_pages + (mesh.get_local_rank() + seed) % num_ranks
+    caches = [PagedKVCache(num_pages, page_size * num_ranks, **heads)]
+    caches.append(PagedKVCache(own_pages, page_size, mesh=mesh, interleave=interleave, **heads))
+    live, contents = [], []  # pairs of sequences, and the contents of their tokens
+    for _ in range(60):
+        action = draw.choice(["create", "extend", "extend", "decode", "fork", "truncate", "free"])
+        i = draw.randrange(len(live)) if live else None
+        if action == "create" or i is None:
+            tokens = [draw.randint(0, 1) for _ in range(draw.randint(0, 3 * page_size * num_ranks))]
+            created = [cache.create(tokens) for cache in caches]
+            assert created[0][1] == created[1][1]
+            live.append([seq for seq, _ in created])
+            contents.append(prefixes(tokens[: created[0][1]]))
+        elif action in ("extend", "decode"):
+            chosen = range(len(live)) if action == "decode" else [i]
+            new = [[draw.randint(0, 1) for _ in range(1 if action == "decode" else draw.randint(0, 9))] for _ in chosen]
+            before = [cache.stats() for cache in caches], [tables(cache, live, j) for j, cache in enumerate(caches)]
+            slots = []
+            for j, cache in enumerate(caches):
+                with contextlib.suppress(OutOfPages):
+                    slots.append(cache.extend([live[k][j] for k in chosen], new))
+            assert len(slots) in (0, 2)
+            if not slots:
+                after = [cache.stats() for cache in caches], [tables(cache, live, j) for j, cache in enumerate(caches)]
+                assert before == after
+                continue
+            grown = [prefixes(list(tokens), contents[k]) for k, tokens in zip(chosen, new)]
+            added = [x for k, of in zip(chosen, grown) for x in of[len(contents[k]) :]]
+            for cache, where in zip(caches, slots):
+                rows = torch.tensor(added, dtype=torch.float32).view(-1, 1, 1).repeat(1, 1, 2)
+                write(cache, (rows, rows), where)
+            for k, of in zip(chosen, grown):
+                contents[k] = of
+        elif action == "fork":
+            live.append([cache.fork(live[i][j]) for j, cache in enumerate(caches)])
+            contents.append(list(contents[i]))
+        elif action == "truncate":
+            n = draw.randint(0, len(contents[i]))
+            for cache, seq in zip(caches, live[i]):
+                cache.truncate(seq, n)
+            contents[i] = contents[i][:n]
+        else:
+            for cache, seq in zip(caches, live.pop(i)):
+                cache.free(seq)
+            contents.pop(i)
+        compare(caches, live, contents, mesh.get_local_rank(), num_ranks, interleave)
+
+
+def prefixes(tokens, before=()):
+    """A content for each token that says all tokens up to it, as an fp32 number holds exactly."""
+    found = list(before)
+    for token in tokens:
+        found.append(hash((found[-1] if found else 0, token)) % 2**20)
+    return found
+
+
+def tables(cache, live, j):
+    seqs = [pair[j] for pair in live]
+    return cache.cache_seqlens(seqs).tolist(), cache.block_table(seqs).tolist()
+
+
+def compare(caches, live, contents, rank, num_ranks, interleave):
+    whole, sharded = caches
+    assert whole.stats() == sharded.stats()
+    assert tables(whole, live, 0) == tables(sharded, live, 1)
+    slots = sharded.k_cache.shape[2]
+    for (_, seq), content in zip(live, contents):
+        pages = sharded.block_table([seq])[0].long()
+        own = [x for t, x in enumerate(content) if t // interleave % num_ranks == rank]
+        for cache in (sharded.k_cache, sharded.v_cache):
+            assert cache[0, pages, :, 0, 1].reshape(-1)[: len(own)].tolist() == own
+        assert len(pages) == math.ceil(len(content) / (slots * num_ranks))
+
+
+class Decoder:
+    """A model of two layers with random weights, which decodes greedily over any cache."""
+
+    def __init__(self, latent):
+        self.latent, generator = latent, torch.Generator().manual_seed(7)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator) * shape[-2] ** -0.5
+
+        self.embedding = torch.randn(50, 32, generator=generator)
+        new = 16 + 8 if latent else 2 * 2 * 16
+        of_q = 4 * (12 + 8) if latent else 4 * 16
+        self.layers = [(draw(32, of_q), draw(32, new), draw(4 * 16, 32)) for _ in range(2)]
+        self.weights = draw(4, 12, 16), draw(4, 16, 16)  # of latents
+
+    def cache(self, page_size, mesh=None):
+        over = dict(num_layers=2, dtype=torch.float32, device="cpu", mesh=mesh)
+        if self.latent:
+            return LatentKVCache(60, page_size, kv_lora_rank=16, qk_rope_head_dim=8, **over)
+        return PagedKVCache(60, page_size, num_kv_heads=2, head_dim=16, **over)
+
+    def logits(self, cache, seqs, tokens, mesh=None):
+        """Of the last token of each sequence, after these new tokens of each."""
+        slots = cache.extend(seqs, tokens)
+        counts = torch.tensor([len(of_one) for of_one in tokens])
+        ends = counts.cumsum(0, dtype=torch.int32)
+        starts = torch.nn.functional.pad(ends, (1, 0))
+        options = dict(cu_seqlens_q=starts, max_seqlen_q=int(counts.max()))
+        if mesh is not None:
+            options |= dict(mesh=mesh)
+        places = cache.cache_seqlens(seqs), cache.block_table(seqs)
+        x = self.embedding[torch.tensor([token for of_one in tokens for token in of_one])]
+        for i, (w_q, w_new, w_out) in enumerate(self.layers):
+            q, new = (x @ w_q).unflatten(1, (4, -1)), x @ w_new
+            if self.latent:
+                append_latent_cache(*new.split([16, 8], dim=1), cache.latent_cache[i], slots)
+                attend = mla_decode if mesh is None else context_parallel_mla_decode
+                out = attend(*q.split([12, 8], dim=2), cache.latent_cache[i], *places, *self.weights, **options)
+            else:
+                k, v = new.unflatten(1, (2, 2, 16)).unbind(1)
+                append_kv_cache(k, v, cache.k_cache[i], cache.v_cache[i], slots)
+                attend = paged_attention if mesh is None else context_parallel_paged_attention
+                out = attend(q, cache.k_cache[i], cache.v_cache[i], *places, **options)
+            x = x + torch.tanh(out.flatten(1) @ w_out)
+        return (x @ self.embedding.T)[ends - 1]
+
+    def generate(self, cache, mesh=None):
+        """All tokens of all sequences: of two prompts, of a fork of each, which goes on with another token, and of a
+        prompt whose beginning is cached."""
+        prompts = [[(7 * i + 3 * j) % 50 for i in range(n)] for j, n in enumerate((21, 13))]
+        seqs = [cache.create(prompt)[0] for prompt in prompts]
+        best = self.logits(cache, seqs, prompts, mesh).topk(2).indices.tolist()
+        seqs += cache.fork(seqs)
+        texts = [[*prompt, first] for prompt, (first, _) in zip(prompts, best)]
+        texts += [[*prompt, second] for prompt, (_, second) in zip(prompts, best)]
+        for step in range(12):
+            found = self.logits(cache, seqs, [[text[-1]] for text in texts], mesh).argmax(1).tolist()
+            for text, token in zip(texts, found):
+                text.append(token)
+            if step == 4:
+                cache.free(seqs.pop(1))
+                text = [*texts.pop(1)[:9], 11, 12]
+                seq, cached = cache.create(text)
+                assert cached == 8  # a page
+                first = self.logits(cache, [seq], [text[cached:]], mesh).argmax(1).tolist()
+                seqs.append(seq)
+                texts.append(text + first)
+        return texts
+
+
+def check_generation(latent, mesh):
+    model, page_size = Decoder(latent), 8 // mesh.size()
+    expected = model.generate(model.cache(8))
+    assert model.generate(model.cache(page_size, mesh), mesh) == expected
+    assert len({tuple(text[-6:]) for text in expected}) == len(expected)  # they do differ
+
+
+def check_out_of_pages(num_pages, mesh):
+    """The rank with the fewest pages decides: all raise at the same call, and go on alike."""
+    rank = mesh.get_local_rank()
+    cache = PagedKVCache(num_pages[rank], 4, num_layers=1, num_kv_heads=1, head_dim=8, device="cpu", mesh=mesh)
+    first, _ = cache.create([])
+    fork = cache.fork(first)
+    cache.extend([first], [4 * mesh.size() * (min(num_pages) - 1)])
+    before = cache.stats(), cache.block_table([first, fork]).tolist()
+    failed = False
+    try:
+        cache.extend([first, fork], [1, 4 * mesh.size()])
+    except OutOfPages:
+        failed = True
+    assert failed
+    assert (cache.stats(), cache.block_table([first, fork]).tolist()) == before
+    cache.extend([fork], [1])
+    assert cache.stats().pages_free == 0
+
+
+def check_difference(changes, mesh):
+    """Fails with what the call raises; changes are those of the ranks: fields of the case, or options of the call."""
+    change = changes[mesh.get_local_rank()]
+    step = Step(Case(**{name: x for name, x in change.items() if name != "table"}))
+    cache, seqs = step.fill(mesh)
+    try:
+        step.attend(mesh, cache, list(reversed(seqs)) if change.get("table") else seqs)
+    except ValueError as error:
+        raise AssertionError(str(error)) from error
+
+
+def check_cache_difference(sizes, mesh):
+    """Fails with what the making of the cache raises."""
+    own = dict(num_layers=1, num_kv_heads=1, head_dim=8, device="cpu") | sizes[mesh.get_local_rank()]
+    try:
+        PagedKVCache(4, 4, mesh=mesh, **own)
+    except ValueError as error:
+        raise AssertionError(str(error)) from error

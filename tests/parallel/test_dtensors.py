@@ -1,0 +1,233 @@
+"""Attention on DTensors: what one process gives, without a transfer, or an error that names the placement."""
+
+import itertools
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from dtensor_ranks import S0, S1, S2, Case, R, check_block, check_error, check_values
+from parallel_ranks import run
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn.parallel import context_parallel_attention
+
+
+def of_two():
+    for keys in (S2, R):
+        yield Case(mesh_shape=(2,), of_q=(S2,), of_keys=(keys,), sinks=(S0,), alibi=True)
+        yield Case(mesh_shape=(2,), of_q=(S2,), of_keys=(keys,), sinks=(R,), options=dict(window_size=(5, 3)))
+        yield Case(mesh_shape=(2,), of_q=(S2,), of_keys=(keys,), options=dict(dropout_p=0.4, dropout_seed=7))
+    yield Case(mesh_shape=(2,), of_q=(S2,), of_keys=(R,), num_heads_kv=1)
+    yield Case(mesh_shape=(2,), of_q=(S0,), of_keys=(S0,), sinks=(R,))  # one rank has a sequence more
+    yield Case(mesh_shape=(2,), of_q=(S0,), of_keys=(S0,), batch=1, options=dict(dropout_p=0.4, dropout_seed=7))
+    yield Case(mesh_shape=(2,), of_q=(R,), of_keys=(R,), sinks=(R,), options=dict(dropout_p=0.4, dropout_seed=7))
+    for keys, options in itertools.product((S1, R), (dict(causal=True), dict(dropout_p=0.4, dropout_seed=7))):
+        yield Case(mesh_shape=(2,), of_q=(S1,), of_keys=(keys,), packed=True, sinks=(S0,), options=options)
+    yield Case(mesh_shape=(2,), of_q=(S1,), of_keys=(S1,), context_parallel={}, sinks=(R,))
+    yield Case(mesh_shape=(2,), of_q=(S2,), of_keys=(S2,), dtype=torch.bfloat16)
+
+
+def of_four():
+    dropout = dict(dropout_p=0.4, dropout_seed=7)
+    yield Case(mesh_shape=(4,), of_q=(S2,), of_keys=(S2,), sinks=(S0,), options=dropout)
+    for heads in (1, 2, 4):
+        yield Case(mesh_shape=(4,), of_q=(S2,), of_keys=(R,), num_heads_kv=heads)
+    for keys in (S2, R):
+        yield Case(mesh_shape=(2, 2), of_q=(S0, S2), of_keys=(S0, keys), sinks=(R, S0), alibi=True, options=dropout)
+        yield Case(mesh_shape=(2, 2), of_q=(S2, R), of_keys=(keys, R), sinks=(R, R), options=dict(softcap=3.0))
+    for method, balance in (("all_gather", "head_tail"), ("ring", None), ("ulysses", "head_tail")):
+        cp = dict(method=method, load_balance=balance)
+        for outer in (S2, S0, R):
+            places = dict(of_q=(outer, S1), of_keys=(outer, S1))
+            sinks = (S0 if outer == S2 else R, R)
+            options = dict(causal=balance is not None)
+            yield Case(mesh_shape=(2, 2), **places, sinks=sinks, options=options, context_parallel=cp)
+    yield Case(
+        mesh_shape=(4,), of_q=(S1,), of_keys=(S1,), seqlen=12, options={}, context_parallel=dict(load_balance=None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "cases", "backend"),
+    [
+        pytest.param(2, of_two, "triton", id="2 ranks"),
+        pytest.param(4, of_four, "reference", id="4 ranks by reference", marks=pytest.mark.ci),
+        pytest.param(4, of_four, "triton", id="4 ranks", marks=pytest.mark.full),
+    ],
+)
+def test_what_one_process_gives(num_ranks, cases, backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
+    assert run(check_values, list(cases()), num_ranks, tmp_path / "store") == []
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.ci)])
+def test_a_tensor_parallel_layer(num_ranks, tmp_path, monkeypatch):
+    """ColwiseParallel and RowwiseParallel, with attention on DTensors and on local tensors."""
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    assert run(check_block, [False, True], num_ranks, tmp_path / "store") == []
+
+
+CP = dict(mesh_shape=(2,), of_q=(S1,), of_keys=(S1,))
+ERRORS = [
+    (
+        Case(mesh_shape=(2,), of_q=(S2,), of_keys=(S2,), num_heads_kv=1),
+        "k: expected KV heads in multiples of 2 ranks, or",
+    ),
+    (Case(**CP, seqlen=11, context_parallel=dict(load_balance=None)), r"q: expected .* multiples of 2 rows .*, got 11"),
+    (Case(**CP, seqlen=3, context_parallel={}), r"q: expected a sequence in multiples of 4 rows .*, got 3"),
+    (Case(**CP, context_parallel=dict(seqlen=12)), "seqlen: expected None, or 24 as of the DTensors, got 12"),
+]
+
+
+def test_errors_of_two_ranks(tmp_path, monkeypatch):
+    """All ranks raise: no rank waits for another."""
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    failures = run(check_error, [case for case, _ in ERRORS], 2, tmp_path / "store")
+    assert len(failures) == 2 * len(ERRORS)
+    for rank in range(2):
+        texts = [text for of, _, text in failures if of == rank]
+        for text, (_, said) in zip(texts, ERRORS):
+            assert re.search(said, text), text
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory):
+    """Of this process alone: one and two dimensions."""
+    store = tmp_path_factory.mktemp("mesh") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,)), init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "cp"))
+    dist.destroy_process_group()
+
+
+def dtensor(x, mesh, *placements):
+    return DTensor.from_local(x, mesh, placements)
+
+
+@pytest.mark.parametrize(
+    ("of_q", "of_k", "said"),
+    [
+        (
+            Shard(1),
+            Shard(1),
+            r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) on dimension 0 of the mesh, or "
+            r"triton_attn.parallel.context_parallel_attention for shards of sequences, got S\(1\)",
+        ),
+        (
+            Shard(3),
+            Shard(3),
+            r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) on dimension 0 of the mesh, got S\(3\)",
+        ),
+        (_StridedShard(2, split_factor=2), Shard(2), r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) .*, got _S"),
+        (Partial(), Replicate(), r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) .*, got P"),
+        (Shard(0), Shard(2), r"k: expected q's S\(0\) on dimension 0 of the mesh, got S\(2\)"),
+        (Shard(0), Replicate(), r"k: expected q's S\(0\) on dimension 0 of the mesh, got R"),
+        (Replicate(), Shard(2), r"k: expected q's R on dimension 0 of the mesh, got S\(2\)"),
+    ],
+)
+def test_placements_that_would_need_a_transfer(meshes, of_q, of_k, said):
+    x = torch.randn(2, 6, 4, 16)
+    q, k = dtensor(x, meshes[0], of_q), dtensor(x, meshes[0], of_k)
+    with pytest.raises(ValueError, match=said):
+        flash_attention(q, k, k)
+
+
+def test_errors_of_one_process(meshes):
+    one, two = meshes
+    plain = torch.randn(2, 6, 4, 16)
+    x, y = dtensor(plain, one, Shard(2)), dtensor(plain, two, Shard(2), Shard(0))
+    sinks = torch.randn(4, requires_grad=True)
+    whole_keys = dtensor(plain, one, Replicate())
+    for call, error, said in [
+        (
+            lambda: flash_attention(x, plain, plain),
+            TypeError,
+            "k: expected a DTensor, as others of q, k and v are, got Tensor",
+        ),
+        (
+            lambda: flash_attention(plain, x, x),
+            TypeError,
+            "q: expected a DTensor, as others of q, k and v are, got Tensor",
+        ),
+        (lambda: flash_attention(x, y, y), ValueError, "k: expected q's mesh"),
+        (lambda: flash_attention(x, x, whole_keys), ValueError, "v: expected k's S"),
+        (lambda: flash_attention(x, x, x[:, :, :3]), ValueError, "v: expected k's shape"),
+        (
+            lambda: flash_attention(x, x, x, sinks=sinks),
+            TypeError,
+            "sinks: expected a DTensor, since gradients are wanted",
+        ),
+        (
+            lambda: flash_attention(x, x, x, sinks=dtensor(sinks, one, Partial())),
+            ValueError,
+            r"sinks: expected Replicate\(\) on",
+        ),
+        (lambda: flash_attention(x, x, x, sinks=dtensor(sinks, two, R, R)), ValueError, "sinks: expected q's mesh"),
+        (
+            lambda: flash_attention(x, x, x, dropout_p=0.1),
+            ValueError,
+            "dropout_seed: expected an int or a tensor, the same",
+        ),
+        (
+            lambda: flash_attention(x, x[:, :5], x[:, :5], dropout_p=0.1, dropout_seed=1),
+            ValueError,
+            "dropout_p: expected 0 for DTensors whose queries and keys have different lengths",
+        ),
+        (
+            lambda: flash_attention(x, x, x, shard=torch.zeros(2, 3, dtype=torch.int32)),
+            ValueError,
+            "shard: expected None with",
+        ),
+        (
+            lambda: flash_attention(*[dtensor(plain, two, S2, S2)] * 3),
+            ValueError,
+            r"q: expected S\(2\) on one dimension of the mesh",
+        ),
+        (lambda: context_parallel_attention(x, x, x, mesh=one), ValueError, r"q: expected Shard\(1\) on dimension 0"),
+        (
+            lambda: context_parallel_attention(*[whole_keys] * 3, mesh=one),
+            ValueError,
+            r"q: expected Shard\(1\) .*, got R",
+        ),
+        (lambda: context_parallel_attention(y, y, y, mesh=one), ValueError, "mesh: expected a dimension of q's mesh"),
+        (lambda: context_parallel_attention(x, x, x, mesh=two), ValueError, "mesh: expected one dimension"),
+        (lambda: context_parallel_attention(plain, x, x, mesh=one), TypeError, "q: expected a DTensor"),
+        (
+            lambda: context_parallel_attention(
+                *[dtensor(plain, two, S2, S1)] * 3, mesh=two["cp"], dropout_p=0.1, dropout_seed=1
+            ),
+            ValueError,
+            "dropout_p: expected 0 where sequences and heads, or batches, are sharded, got 0.1",
+        ),
+    ]:
+        with pytest.raises(error, match=said):
+            call()
+
+
+def test_packed_sequences_have_no_sharded_tokens(meshes):
+    x = dtensor(torch.randn(6, 4, 16), meshes[0], Shard(0))
+    cu_seqlens = torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"q: expected Shard\(1\) or Replicate\(\) on dimension 0 of the mesh, or triton"
+    ):
+        flash_attention_varlen(x, x, x, cu_seqlens, cu_seqlens, 6, 6)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(2), Replicate()], ids=str)
+def test_one_graph_under_compile(meshes, placement):
+    torch._dynamo.reset()
+    leaf = torch.randn(2, 6, 4, 16, requires_grad=True)
+
+    def attend(x):
+        q = dtensor(x, meshes[0], placement)
+        return flash_attention(q, q, q, causal=True).to_local()
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    out, expected = compiled(leaf), attend(leaf)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    for found, of_eager in zip(torch.autograd.grad(out, leaf, dout), torch.autograd.grad(expected, leaf, dout)):
+        torch.testing.assert_close(found, of_eager)

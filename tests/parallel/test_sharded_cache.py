@@ -1,0 +1,167 @@
+"""A cache that is sharded over 2 and 4 processes is as one: out, lse, pages, and the tokens that a model generates."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import sharded_caches
+import torch
+from parallel_ranks import run
+from sharded_caches import Case
+
+from triton_attn import PagedKVCache
+from triton_attn.parallel import context_parallel_mla_decode, context_parallel_paged_attention
+from triton_attn.parallel.merging import check_heads
+
+ATTEND = {False: context_parallel_paged_attention, True: context_parallel_mla_decode}
+MASKS = [
+    dict(),
+    dict(options=dict(causal=False)),
+    dict(options=dict(window_size=(9, -1)), sinks=True),
+    dict(options=dict(causal=False, window_size=(7, 5), softcap=2.0), alibi=True),
+    dict(options=dict(num_splits=3), alibi=True, sinks=True, interleave=4),
+]
+
+
+def readable(num_ranks):
+    """Each mask, and each way of sharing the heads."""
+    yield from (Case(interleave=2, **mask) if "interleave" not in mask else Case(**mask) for mask in MASKS)
+    for heads in ("scattered", "sharded"):
+        yield Case(heads=heads, sinks=True, seqlens_q=(5, 0, 33, 1), packed=True)
+        yield Case(heads=heads, latent=True)
+        yield Case(heads=heads, latent=True, weights=False, options=dict(softmax_scale=0.2), packed=True)
+    yield Case(latent=True, interleave=2, options=dict(causal=False))
+    yield Case(latent=True, seqlens_q=(5, 0, 33, 1), packed=True)
+
+
+def more(num_ranks):
+    """16 bits and fp8, one query, a page for each turn, more ranks than keys, no sequence."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for heads in sharded_caches.HEADS:
+            yield Case(dtype=dtype, heads=heads, head_dim_v=18)
+            yield Case(dtype=dtype, heads=heads, latent=True)
+    yield Case(dtype=torch.float16, cache_dtype=torch.float8_e5m2)
+    yield Case(dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, latent=True)
+    for interleave in (1, 4):
+        yield Case(seqlens_q=(1, 1), seqlens_k=(1, 40), interleave=interleave, fork=False, options=dict(causal=True))
+    yield Case(seqlens_q=(1,), seqlens_k=(1,), page_size=1, fork=False, sinks=True)
+    yield Case(seqlens_q=(0, 0), seqlens_k=(5, 9), fork=False)
+    yield Case(seqlens_q=(2,), seqlens_k=(1,), fork=False, heads="scattered")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "cases", "backend"),
+    [
+        pytest.param(2, readable, "triton", id="2 ranks"),
+        pytest.param(4, readable, "reference", id="4 ranks by reference"),
+        pytest.param(2, more, "triton", id="2 ranks, more", marks=pytest.mark.ci),
+        pytest.param(4, more, "reference", id="4 ranks by reference, more", marks=pytest.mark.ci),
+        pytest.param(4, readable, "triton", id="4 ranks", marks=pytest.mark.ci),
+    ],
+)
+def test_what_one_process_gives(num_ranks, cases, backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
+    assert run(sharded_caches.check_values, list(cases(num_ranks)), num_ranks, tmp_path / "store") == []
+
+
+def test_bytes_that_ranks_receive(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    shape = dict(dtype=torch.bfloat16, seqlens_q=(3, 3), seqlens_k=(20, 9), fork=False)
+    given = [Case(heads=heads, head_dim_v=21, **shape) for heads in sharded_caches.HEADS]
+    for case, weights in itertools.product(given[:], (True, False)):
+        given.append(replace(case, latent=True, weights=weights, options=dict(softmax_scale=0.1)))
+    assert run(sharded_caches.check_bytes, given, 4, tmp_path / "store") == []
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.ci)])
+def test_random_operations(num_ranks, tmp_path):
+    assert run(sharded_caches.check_trace, list(range(12)), num_ranks, tmp_path / "store") == []
+
+
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.ci), 4])
+def test_ranks_generate_the_tokens_of_one(num_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    assert run(sharded_caches.check_generation, [False, True], num_ranks, tmp_path / "store") == []
+
+
+def test_all_ranks_run_out_of_pages_together(tmp_path):
+    assert run(sharded_caches.check_out_of_pages, [(6, 9), (9, 6), (3, 3)], 2, tmp_path / "store") == []
+
+
+@pytest.mark.parametrize(
+    ("check", "rank_1", "said"),
+    [
+        (sharded_caches.check_difference, dict(heads="scattered"), "heads: expected the same on all ranks, replicated"),
+        (sharded_caches.check_difference, dict(sinks=True), "sinks: expected the same on all ranks, None as on rank 0"),
+        (sharded_caches.check_difference, dict(table=True), r"cache_seqlens: expected the same on all ranks, \[50, 3,"),
+        (sharded_caches.check_cache_difference, dict(head_dim=9), "head_dim: expected the same on all ranks, 8 as on"),
+        (sharded_caches.check_cache_difference, dict(interleave=2), "interleave: expected the same on all ranks, 1 as"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+@pytest.mark.ci(but_each=5)
+def test_ranks_that_differ_are_named_on_every_rank(check, rank_1, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    (_, _, first), (_, _, second) = run(check, [({}, rank_1)], 2, tmp_path / "store")
+    assert re.search(said, first), first
+    assert re.search(said, second), second
+
+
+def test_one_rank(mesh):
+    for case in (Case(sinks=True, alibi=True, heads="sharded"), Case(latent=True, heads="sharded")):
+        sharded_caches.check_values(case, mesh)
+    cache, _ = sharded_caches.Step(Case()).fill(mesh)
+    assert cache.key_shard is None
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_one_graph(mesh, latent):
+    step = sharded_caches.Step(Case(latent=latent, heads="sharded"))
+    cache, seqs = step.fill(mesh)
+    expected = step.attend(mesh, cache, seqs)
+    operands, attend = step.operands(cache, seqs), ATTEND[latent]
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(compiled(*operands, mesh=mesh, heads="sharded", return_lse=True), expected):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (dict(heads="own"), "heads: expected 'replicated' or 'scattered' or 'sharded', got 'own'"),
+        (dict(mesh="dcp"), "mesh: expected a DeviceMesh, got str"),
+        (dict(interleave=3), "key_shard: expected an interleave that divides the 4 keys of a page, got 3"),
+        (
+            dict(q=torch.zeros(3, 16)),
+            r"q: expected a tensor \(batch, seqlen_q, .*, got shape \(3, 16\)",
+        ),
+        (dict(sinks=torch.zeros(3)), "sinks: expected shape"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_errors(mesh, arguments, said):
+    step = sharded_caches.Step(Case())
+    names = "q", "k_cache", "v_cache", "cache_seqlens", "block_table"
+    given = dict(zip(names, step.operands(*step.fill(mesh)))) | dict(mesh=mesh)
+    with pytest.raises((TypeError, ValueError), match=said):
+        context_parallel_paged_attention(**(given | arguments))
+
+
+def test_heads_that_ranks_cannot_share():
+    with pytest.raises(ValueError, match="q: expected heads in multiples of 4 ranks with heads='scattered', got 6"):
+        check_heads("scattered", 6, 4)
+    check_heads("replicated", 6, 4)
+
+
+def test_rotation_of_sharded_heads_is_refused(mesh):
+    step = sharded_caches.Step(Case(latent=True, heads="sharded"))
+    angles = torch.zeros(60, 4)
+    with pytest.raises(NotImplementedError, match="rope_cos: not supported with heads='sharded'; rotate q_pe before"):
+        step.attend(mesh, *step.fill(mesh), rope_cos=angles, rope_sin=angles)
+
+
+def test_the_page_of_a_cache_without_a_mesh_has_whole_turns():
+    with pytest.raises(ValueError, match="interleave: expected an interleave that divides the 16 keys"):
+        PagedKVCache(4, num_layers=1, num_kv_heads=1, head_dim=8, interleave=3)

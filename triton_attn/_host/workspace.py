@@ -1,0 +1,103 @@
+"""Memory for what the kernels of a call pass to each other."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .checks import check_tensor, fail
+from .observers import is_observed
+
+ALIGNMENT = 256  # bytes, as of tensors that torch allocates
+
+
+class Workspace:
+    """Pieces of a caller's memory, or a count of the bytes that they would need: then nothing is launched.
+
+    Attributes:
+        memory: (bytes,) uint8, or None: only count.
+        used: bytes, with those that align the pieces.
+    """
+
+    def __init__(self, memory=None):
+        self.memory = memory
+        self.used = 0
+
+    def take(self, like, shape, dtype):
+        first = -(-self.used // ALIGNMENT) * ALIGNMENT
+        self.used = first + math.prod(shape) * dtype.itemsize
+        if self.memory is None:
+            return like.new_empty(shape, dtype=dtype)
+        if self.used > self.memory.numel():
+            expected = f"the bytes that workspace_bytes returns for this call, {self.used} or more"
+            fail("workspace", expected, self.memory.numel())
+        return self.memory[first : self.used].view(dtype).view(shape)
+
+
+def empty(workspace, like, shape, dtype):
+    """An uninitialised tensor on the device of `like`, from the Workspace if there is one."""
+    return like.new_empty(shape, dtype=dtype) if workspace is None else workspace.take(like, shape, dtype)
+
+
+def only_counts(workspace):
+    return workspace is not None and workspace.memory is None
+
+
+def check_lse(lse, shape, return_lse, device):
+    """The kernels compute the strides of the caller's lse."""
+    if not return_lse:
+        fail("lse", "None without return_lse", "a tensor")
+    check_tensor("lse", lse, shape, (torch.float32,), device)
+    _check_contiguous("lse", lse)
+
+
+def check_out(out, shape, dtype, device):
+    check_tensor("out", out, shape, (dtype,), device)
+    _check_contiguous("out", out)
+
+
+def as_workspace(workspace: Any, device: torch.device) -> Workspace | None:
+    """The Workspace of a caller's tensor, or the one that `workspace_bytes` gives. A traced tensor has no address."""
+    if type(workspace) is Workspace:
+        return workspace
+    check_tensor("workspace", workspace, ("bytes",), (torch.uint8,), device)
+    _check_contiguous("workspace", workspace)
+    if is_observed(workspace):
+        return None
+    if workspace.data_ptr() % 16:
+        fail("workspace", "an address that is a multiple of 16", f"{workspace.data_ptr():#x}")
+    return Workspace(workspace)
+
+
+def _check_contiguous(name, x):
+    if not x.is_contiguous():
+        fail(name, "a contiguous tensor", f"strides {x.stride()}")
+
+
+def workspace_bytes(function: Callable[..., Any], *args: Any, **options: Any) -> int:
+    """Bytes of workspace that a call of `paged_attention` or `mla_decode` needs. Nothing is launched or written.
+
+        workspace = torch.empty(workspace_bytes(paged_attention, *args, **options), dtype=torch.uint8, device="cuda")
+        paged_attention(*args, **options, out=out, workspace=workspace)
+
+    The shapes, strides and dtypes of the arguments decide, not what they hold: any later call with the same ones, and
+    the same options, needs as much. It is 0 where a call passes nothing between kernels, and for the references.
+
+    Args:
+        function: `paged_attention` or `mla_decode`.
+        args, options: those of the call.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as the call.
+
+    Example:
+        >>> q, cache = torch.randn(2, 1, 8, 64), torch.randn(4, 16, 2, 64)
+        >>> lengths, table = torch.tensor([20, 9], dtype=torch.int32), torch.arange(4, dtype=torch.int32).view(2, 2)
+        >>> call = triton_attn.paged_attention, q, cache, cache, lengths, table
+        >>> workspace = torch.empty(triton_attn.workspace_bytes(*call, num_splits=4), dtype=torch.uint8)
+        >>> out = triton_attn.paged_attention(*call[1:], num_splits=4, workspace=workspace)
+    """
+    workspace = Workspace()
+    function(*args, **options, workspace=workspace)
+    return workspace.used

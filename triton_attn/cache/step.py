@@ -1,0 +1,213 @@
+"""What a step of a server reads on the GPU, at addresses that stay."""
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._host.checks import check_size, fail
+from .token_ids import ONE_EACH, as_batch
+
+if TYPE_CHECKING:
+    from .sequences import Sequence, TokenIds
+
+ALIGNMENT = 256  # bytes, as torch aligns tensors: kernels are compiled for aligned addresses
+CHANGES_KEPT = 2**14
+
+
+class ChangeLog:
+    """The last changes of the tables: pairs of a row and the first of its entries that may have changed.
+
+    A reader keeps the count up to which it has read.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self._last = deque(maxlen=CHANGES_KEPT)
+
+    def append(self, row, column):
+        self.count += 1
+        self._last.append((row, column))
+
+    def since(self, count):
+        """The changes after the first `count` ones, in any order; None if some are no longer kept."""
+        missed = self.count - count
+        return None if missed > len(self._last) else islice(reversed(self._last), missed)
+
+
+class CacheStep:
+    """Slots, lengths and block tables of a batch, at addresses that stay: a CUDA graph that reads them replays.
+
+        step = cache.step(max_batch=64, max_seqlen=8192)
+        # Once for each captured batch size, as a CUDA graph:
+        for each layer:
+            append_kv_cache(k, v, cache.k_cache[layer], cache.v_cache[layer], step.slot_mapping[:batch])
+            paged_attention(q, cache.k_cache[layer], cache.v_cache[layer], step.cache_seqlens[:batch],
+                            step.block_table[:batch])
+        # A step of the server, with len(seqs) <= batch:
+        step.extend(seqs, [[token] for token in tokens])
+        graph.replay()
+
+    `extend` is that of the cache, and fills the buffers. It compares the sequences with those of the call before: they
+    may be any, in any order. Only what changed is sent, from pinned memory, in one transfer on the current stream of
+    the caller, without a sync: rows and tokens, and the entries of the block table that changed. Of a sequence that has
+    its row of the call before these are the pages that it got since; of another one, all its pages. A call that changes
+    more than 2 * max(max_batch, max pages) entries makes a second transfer.
+
+    Rows from len(seqs) on are padding: their length is 0, and slots past the last token are -1, so that nothing is
+    written for them and their out is 0. A graph of a larger batch needs nothing else. A cache may have several steps,
+    such as one for decode and one with more tokens for prompts, and sequences may move between them. Work that reads
+    the buffers must be on the same stream, or ordered before the next call by the caller.
+
+    Attributes:
+        slot_mapping: (max_tokens,) int64, of each new token, sequence by sequence.
+        positions: (max_tokens,) int64, of each new token in its sequence; 0 in padding.
+        cache_seqlens: (max_batch,) int32, new tokens included.
+        cu_seqlens_q: (max_batch + 1,) int32, where the new tokens of each sequence begin; num_tokens in padding.
+        block_table: (max_batch, max pages) int32. Entries past the last page of a sequence are undefined.
+        batch, num_tokens, max_seqlen_q: ints of the last call: sequences, new tokens, most new tokens of a sequence.
+    """
+
+    def __init__(self, cache, max_batch, max_seqlen, max_tokens):
+        max_batch, max_seqlen = check_size("max_batch", max_batch), check_size("max_seqlen", max_seqlen)
+        max_tokens = max_batch if max_tokens is None else check_size("max_tokens", max_tokens)
+        self._cache, self._max_seqlen = cache, max_seqlen
+        max_pages = cache._pages_of(max_seqlen)
+        self._max_changes = 2 * max(max_batch, max_pages)
+        fields = {
+            "slot_mapping": (torch.int64, max_tokens),
+            "positions": (torch.int64, max_tokens),
+            "cache_seqlens": (torch.int32, max_batch),
+            "cu_seqlens_q": (torch.int32, max_batch + 1),
+            "changes": (torch.int64, 2 * self._max_changes),  # pairs of an entry of the table and its page
+        }
+        with torch.inference_mode(False):
+            self.block_table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=cache.device)
+            self._there, there = _fields(fields, cache.device)
+            self._here, here = (self._there, there) if cache._on_host else _fields(fields, torch.device("cpu"))
+        self.slot_mapping, self.positions, self.cache_seqlens, self.cu_seqlens_q, changes = there.values()
+        self._slots, self._positions, self._seqlens, self._starts, self._changes = (x.numpy() for x in here.values())
+        self._changes = self._changes.reshape(-1, 2)
+        self._changes_there = changes.view(-1, 2)
+        self._header = changes.data_ptr() - self._there.data_ptr()  # bytes before the changes
+        self._flat_table = self.block_table.view(-1)
+        self._slots[:] = -1
+        self.batch = self.num_tokens = self.max_seqlen_q = 0
+        self._batch = None  # of the cache, at the last call
+        self._rows = np.full(max_batch, -1)  # of the cache, by row of the block table
+        self._places = {}  # the inverse
+        self._num_read = 0  # of the cache's changes
+        self._send([], [])
+
+    def extend(self, seqs: "Iterable[Sequence]", token_ids: "int | Tensor | Iterable[int | TokenIds]") -> None:
+        """Room for new tokens at the end of each sequence, as the cache's `extend`; then fill the buffers.
+
+        Args:
+            seqs: sequences, each at most once. Row i of the buffers is the i-th.
+            token_ids: as the cache's `extend` takes them.
+
+        Raises:
+            OutOfPages, ValueError, TypeError: as the cache's `extend`, and ValueError for more sequences, tokens or a
+                longer sequence than the step was made for; with nothing changed, in the buffers either.
+        """
+        cache = self._cache
+        rows = cache._distinct_rows(seqs)
+        new, lengths = as_batch(token_ids, rows.size), cache._lengths[rows]
+        counts = new[0]
+        ends = lengths + counts
+        num_tokens = rows.size if counts is ONE_EACH else int(counts.sum())
+        self._check_room(rows.size, num_tokens, ends)
+        slots, positions = cache._extend(rows, lengths, ends, new)
+        self._fill(counts, num_tokens, slots, positions, ends)
+        if cache._batch is self._batch and cache._changes.count == self._num_read:
+            self._send((), ())
+        else:
+            self._send(*self._changed_entries(rows, ends))
+
+    def _check_room(self, batch, num_tokens, ends):
+        if batch > self._seqlens.size:
+            fail("seqs", f"at most max_batch = {self._seqlens.size} sequences", batch)
+        if num_tokens > self._slots.size:
+            fail("token_ids", f"at most max_tokens = {self._slots.size} new tokens", num_tokens)
+        longest = max(ends.tolist(), default=0)
+        if longest > self._max_seqlen:
+            fail("token_ids", f"sequences of at most max_seqlen = {self._max_seqlen} tokens", longest)
+
+    def _fill(self, counts, num_tokens, slots, positions, ends):
+        """Write all but the table to the host's memory; the rest of it is padding already."""
+        batch, one_each = ends.size, counts is ONE_EACH
+        self._slots[:num_tokens] = slots
+        self._positions[:num_tokens] = positions
+        self._seqlens[:batch] = ends
+        if num_tokens < self.num_tokens:
+            self._slots[num_tokens : self.num_tokens] = -1
+            self._positions[num_tokens : self.num_tokens] = 0
+        if batch < self.batch:
+            self._seqlens[batch : self.batch] = 0
+        longest = min(1, batch) if one_each else int(counts.max())
+        if not one_each or (batch, num_tokens, longest) != (self.batch, self.num_tokens, self.max_seqlen_q):
+            self._starts[1 : batch + 1] = np.broadcast_to(counts, ends.shape).cumsum()
+            self._starts[batch + 1 :] = num_tokens
+        self.batch, self.num_tokens, self.max_seqlen_q = batch, num_tokens, longest
+
+    def _changed_entries(self, rows, ends):
+        """(entries of the table as if it were flat, their pages), two lists: what the device does not have."""
+        tables, width = self._cache._tables, self.block_table.shape[1]
+        entries, pages = [], []
+        for place, first in self._changed_rows(rows).items():
+            last = self._cache._pages_of(ends.item(place))
+            entries.extend(range(place * width + first, place * width + last))
+            pages.extend(tables[rows.item(place), first:last].tolist())
+        return entries, pages
+
+    def _changed_rows(self, rows):
+        """{row of the block table: its first entry that the device may not have}"""
+        log, batch = self._cache._changes, self._cache._batch
+        changes, self._num_read = log.since(self._num_read), log.count
+        if changes is None:
+            changes, self._batch, self._rows[:] = (), None, -1
+        firsts = {}
+        if batch is not self._batch:
+            others = (self._rows[: rows.size] != rows).nonzero()[0]
+            firsts = {place: 0 for place in others.tolist()}
+            self._batch, self._places = batch, dict(zip(rows.tolist(), range(rows.size)))
+            self._rows[: rows.size], self._rows[rows.size :] = rows, -1
+        for row, column in changes:
+            place = self._places.get(row)
+            if place is not None:
+                firsts[place] = min(column, firsts[place]) if place in firsts else column
+        return firsts
+
+    def _send(self, entries, pages):
+        """Bring the device up to date: copy what `_fill` wrote, and put pages in these entries of the table."""
+        if self._there is self._here:
+            if entries:
+                self._flat_table.numpy()[entries] = pages
+            return
+        together = min(len(entries), self._max_changes)
+        self._changes[:together, 0] = entries[:together]
+        self._changes[:together, 1] = pages[:together]
+        used = slice(self._header + 16 * together)
+        # Torch gives pinned memory to others only after transfers from it, so that calls can run ahead of the GPU.
+        self._there[used].copy_(self._here[used].pin_memory(), non_blocking=True)
+        self._put(self._changes_there[:together])
+        if together:
+            self._put(self._changes_there[:together])
+        if together < len(entries):
+            self._put(self._cache._to_device(np.array([entries[together:], pages[together:]]).T.copy()))
+
+    def _put(self, changes):
+        """Apply changes that are on the device. Of a little-endian int64, the int32 is the first half."""
+        self._flat_table.scatter_(0, changes[:, 0], changes.view(torch.int32)[:, 2])
+
+
+def _fields(fields, device):
+    """One piece of memory of zeros, and a tensor in it for each {name: (dtype, size)}."""
+    sizes = [-(-dtype.itemsize * size // ALIGNMENT) * ALIGNMENT for dtype, size in fields.values()]
+    memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    pieces = zip(fields.items(), memory.split(sizes))
+    return memory, {name: piece[: dtype.itemsize * size].view(dtype) for (name, (dtype, size)), piece in pieces}
