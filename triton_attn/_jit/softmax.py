@@ -35,12 +35,18 @@ def softmax_step(s, m_i, l_i, scale_log2, MASKED: tl.constexpr):
 
 
 @triton.jit
-def softmax_finish(m_i, l_i):
-    """The factor that normalises the output, and the natural log-sum-exp. Without keys: output 0, lse -inf."""
+def softmax_finish(m_i, l_i, ROUNDED: tl.constexpr = False):
+    """The factor that normalises the output, and the natural log-sum-exp. Without keys: output 0, lse -inf.
+
+    ROUNDED: lse has the bits that a store would give it, since the compiler cannot fuse its product with what follows.
+    """
     empty = l_i == 0.0
     norm = 1.0 / tl.where(empty, 1.0, l_i)
-    lse = tl.where(empty, m_i, m_i + tl.math.log2(tl.where(empty, 1.0, l_i))) * LN_2
-    return norm, lse
+    lse = tl.where(empty, m_i, m_i + tl.math.log2(tl.where(empty, 1.0, l_i)))
+    if ROUNDED:
+        return norm, tl.fma(lse, tl.full(lse.shape, LN_2, tl.float32), tl.zeros_like(lse))
+    else:
+        return norm, lse * LN_2
 
 
 @triton.jit

@@ -59,6 +59,7 @@ def _merge_kernel(
     results = Results(outs.view.ptr, outs.split_stride, lses_ptr, outs_rows, lse_rows, rows_mask, num_rows, num_splits)
     if TILE.IN_ORDER:
         merged, lse = _merge_in_order(results, offs_d, TILE)
+        tl.debug_barrier()  # out and lse may be those of the first split: all threads have read them
     else:
         merged, lse = _merge_at_once(results, offs_d, TILE)
     if lse_ptr is not None:
@@ -147,7 +148,8 @@ def launch_merge(outs, lses, out, lse, in_order=False):
     """Launch the merge kernel: one launch.
 
     outs is (num_splits, batch, seqlen_q, num_heads_q, head_dim_v), lses (num_splits, batch, num_heads_q, seqlen_q), out
-    and lse as one of them; lse may be None: not wanted. lses and lse are contiguous. in_order: see `merge_weights`.
+    and lse as one of them; lse may be None: not wanted. lses and lse are contiguous. in_order: see `merge_weights`;
+    out and lse may then be those of the first split.
     """
     plan = _plan(outs.shape, outs.stride(), out.stride(), in_order)
     if plan.num_programs == 0:

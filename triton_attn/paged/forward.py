@@ -423,9 +423,8 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
                 if TILE.SPLIT_KEYS > 0 and not TILE.ONE_PAGE:  # pages before the window may be gone
                     keys_mask &= start_n + tl.arange(0, BLOCK_N) >= rows.blocks.lo
             cached = cache_rows(keys.table_ptr, rows.table_row, start_n, keys_mask, TILE)
-            k_tile = _load_cached(
-                keys.k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE
-            )  # (BLOCK_N, HEAD_DIM)
+            # (BLOCK_N, HEAD_DIM)
+            k_tile = _load_cached(keys.k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE)
             if BLOCK_M >= 64:
                 fence_copies()
             if TILE.CUT_CHAIN:
@@ -442,7 +441,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
             if BLOCK_M >= 64:
                 fence_copies()
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
-    norm, lse = softmax_finish(m_i, l_i)
+    norm, lse = softmax_finish(m_i, l_i, TILE.FOLD)
     return scale_rows(acc, norm * scoring.out_factor), lse
 
 
