@@ -149,7 +149,7 @@ DECODE = {
     "one split": ({}, {"num_splits": 1}),
     "batch-invariant": ({}, {"batch_invariant": True}),
     "batch-invariant, with weights": (WITH_WEIGHTS, {"batch_invariant": True}),
-    "projection": (WITH_WEIGHTS | {"table_width": 4}, {"change": {"w_uv": lambda x: None}}),
+    "projection": (WITH_WEIGHTS | {"table_width": 2}, {"change": {"w_uv": lambda x: None}}),
     "SMs": ({}, {"inside": few_sms}),
     "architecture": ({"inside": few_sms}, {"arch": "sm_80"}),
     "fp32": ({"num_splits": 1}, FP32),
