@@ -60,6 +60,7 @@ PAGED = dict(
     v_scale=(NUMBER, 3.0),
     num_splits=(INT, 2),
     shared_prefix_len=(INT, 4),
+    batch_invariant=(BOOL, False),
     key_shard=(TRIPLE, (1, 2, 4)),
     return_lse=(BOOL, True),
 )
@@ -153,6 +154,7 @@ FUNCTIONS = {
             k_pe_scale=(NUMBER, 3.0),
             rope_interleaved=(BOOL, True),
             num_splits=(INT, 2),
+            batch_invariant=(BOOL, False),
             key_shard=(TRIPLE, (1, 2, 4)),
             return_lse=(BOOL, True),
         )

@@ -20,16 +20,21 @@ def int32(*numbers):
     return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
 
 
-def paged(**options):
-    seqlens, table = int32(*LENGTHS), torch.arange(9, dtype=torch.int32, device=DEVICE).view(3, 3)
+def table_of(width):
+    table = torch.arange(9, dtype=torch.int32, device=DEVICE).view(3, 3)
+    return torch.nn.functional.pad(table, (0, width - 3), value=2**31 - 1)
+
+
+def paged(width=3, **options):
+    seqlens, table = int32(*LENGTHS), table_of(width)
     q, cache = torch.randn(3, 2, 4, 24, device=DEVICE), torch.randn(9, 16, 2, 24, device=DEVICE)
     if "cu_seqlens_q" in options:
         q = q.flatten(0, 1)
     return paged_attention, (q, cache, cache, seqlens, table), options
 
 
-def latent(weights=(True, True), **options):
-    seqlens, table = int32(*LENGTHS), torch.arange(9, dtype=torch.int32, device=DEVICE).view(3, 3)
+def latent(weights=(True, True), width=3, **options):
+    seqlens, table = int32(*LENGTHS), table_of(width)
     has_w_uk, has_w_uv = weights
     q_nope, q_pe = torch.randn(3, 1, 4, 20 if has_w_uk else 32, device=DEVICE), torch.randn(3, 1, 4, 8, device=DEVICE)
     if "cu_seqlens_q" in options:
@@ -53,6 +58,9 @@ CALLS = {
     "mla, latent": lambda: latent((False, False), num_splits=1),
     "mla, absorbed alone": lambda: latent((True, False), num_splits=2),
     "mla, packed": lambda: latent(**PACKED, num_splits=2),
+    "paged, batch-invariant": lambda: paged(130, batch_invariant=True),
+    "mla, batch-invariant": lambda: latent(width=130, batch_invariant=True),
+    "mla, batch-invariant, latent": lambda: latent((False, False), width=130, batch_invariant=True),
 }
 OF_CALLS = pytest.mark.parametrize("name", CALLS)
 

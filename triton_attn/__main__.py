@@ -62,7 +62,7 @@ def _parser():
     parser.add_argument("--window-size", type=int, nargs=2, metavar=("LEFT", "RIGHT"))
     for name in ("causal", "sinks"):
         parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction)
-    for name in ("alibi", "rope_interleaved", "deterministic"):
+    for name in ("alibi", "rope_interleaved", "deterministic", "batch_invariant"):
         parser.add_argument(_flag(name), action="store_true")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count(), help="default: %(default)s")
     return commands

@@ -247,29 +247,34 @@ def _case_of(problem, dtype, arch, config):
     return PagedCase(arch, dtype, dtype, problem.head_dim, problem.head_dim_v, rows)
 
 
-def split_trips(problem, block_m, block_n, num_sms, resident, element_size):
-    """(num_splits, trips of each program) of a decode step with the default number of splits. Each split has an equal
-    share of tiles, the last one the rest.
-    """
+def split_work(problem, block_m, block_n, num_sms, resident, element_size):
+    """The SplitWork of a step over a cache."""
     key_tiles = -(-problem.seqlen_k // block_n)
-    row_tiles = -(-problem.num_heads_q // problem.num_heads_kv // block_m)
-    programs = problem.batch * problem.num_heads_kv * row_tiles
+    seqlen_q = getattr(problem, "seqlen_q", 1)
+    row_tiles = -(-seqlen_q * problem.num_heads_q // problem.num_heads_kv // block_m)
     values_are_keys = isinstance(problem, LatentDecodeProblem)
-    work = SplitWork(
-        programs,
+    return SplitWork(
+        problem.batch * problem.num_heads_kv * row_tiles,
         key_tiles,
         tile_elements=block_n * (problem.head_dim + (0 if values_are_keys else problem.head_dim_v)),
         element_size=element_size,
         program_rate=(mla_configs if values_are_keys else paged_configs).PROGRAM_RATE,
         tile_flops=2 * block_m * block_n * (problem.head_dim + problem.head_dim_v),
-        num_rows=problem.batch * problem.num_heads_q,
+        num_rows=problem.batch * seqlen_q * problem.num_heads_q,
         row_elements=problem.head_dim_v,
         num_sms=num_sms,
         resident=resident,
     )
+
+
+def split_trips(problem, *tiles, **others):
+    """(num_splits, trips of each program) of a decode step with the default number of splits. Each split has an equal
+    share of tiles, the last one the rest. Arguments are those of `split_work`.
+    """
+    work = split_work(problem, *tiles, **others)
     num_splits = choose_num_splits(work)
-    share = -(-key_tiles // num_splits)
-    return num_splits, [min(share, key_tiles - i * share) for i in range(num_splits)] * programs
+    share = -(-work.num_key_tiles // num_splits)
+    return num_splits, [min(share, work.num_key_tiles - i * share) for i in range(num_splits)] * work.num_programs
 
 
 def decode_seconds(problem, element_size, num_splits, loop_seconds, bytes_per_second):

@@ -251,12 +251,12 @@ def test_ranks_exchange_as_configured(backends, config, two_ranks):
         assert impl.dcp_combine is dcp.dcp_a2a_lse_reduce
 
 
-def test_batch_invariance_fixes_splits_and_queries(backends, config, monkeypatch):
+def test_batch_invariance_is_passed_on(backends, config, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     backend = backends["TRITON_ATTN_PLUS"]
     metadata = attention_builder(backend, config).build(0, common_metadata(Batch(MIXED)))
     assert metadata.max_query_len == config.scheduler_config.max_num_batched_tokens
-    assert backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS_KV).num_splits == 1
+    assert backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS_KV).batch_invariant is True
 
 
 def latent_impl(backend, kv_cache_dtype):

@@ -76,8 +76,8 @@ def test_keys_of_an_encoder_are_all_seen():
 
 
 def test_a_sequence_is_the_same_in_every_batch(monkeypatch):
-    """As the plugin sets both under VLLM_BATCH_INVARIANT: one split, and the largest number of queries."""
-    monkeypatch.setattr(vllm.PagedAttention, "num_splits", 1)
+    """As the plugin sets both under VLLM_BATCH_INVARIANT: the option, and the largest number of queries."""
+    monkeypatch.setattr(vllm.PagedAttention, "batch_invariant", True)
     monkeypatch.setattr(vllm.PagedMetadataBuilder, "fixed_query_len", 64)
     alone, together = Batch(((20, 1),)), Batch(((20, 1), (0, 40)))
     together.block_table_tensor[0, : alone.width] = alone.block_table_tensor[0]  # the same pages
@@ -128,14 +128,14 @@ def test_keys_past_the_slots_are_padding():
     torch.testing.assert_close(padded, exact, atol=0, rtol=0, equal_nan=True)
 
 
-def test_splits_are_passed_on(monkeypatch):
+def test_batch_invariance_is_passed_on(monkeypatch):
     found, whole = {}, vllm.paged_attention
     monkeypatch.setattr(
         vllm, "paged_attention", lambda *args, **options: found.update(options) or whole(*args, **options)
     )
-    monkeypatch.setattr(vllm.PagedAttention, "num_splits", 1)
+    monkeypatch.setattr(vllm.PagedAttention, "batch_invariant", True)
     run(Batch(((20, 1),)))
-    assert found["num_splits"] == 1
+    assert found["batch_invariant"] is True
 
 
 def test_a_profiling_run_gets_zeros():

@@ -10,7 +10,8 @@ import torch
 
 from triton_attn import merge_attention, paged_attention
 from triton_attn._host.definition import attend
-from triton_attn.merge.splits import MAX_SPLITS, TOLERANCE, choose_num_splits, split_cost
+from triton_attn.merge import splits
+from triton_attn.merge.splits import MAX_SPLITS, TOLERANCE, check_batch_invariant, choose_num_splits, split_cost
 from triton_attn.mla import absorbed
 from triton_attn.paged import forward
 from triton_attn.testing import assert_close_to_reference
@@ -37,6 +38,7 @@ def paged_work(batch, seqlen_q, seqlen_k, heads=HEADS[0], cache_dtype=torch.bflo
         max_seqlen_q=seqlen_q,
         table_width=-(-seqlen_k // 16),
         num_splits=0,
+        batch_invariant=False,
         shared_prefix_len=0,
         softmax_scale=0.1,
         window=window,
@@ -77,6 +79,7 @@ def latent_work(batch, seqlen_k, num_heads, cache_dtype=torch.bfloat16, is_proje
         key_shard=None,
         is_projected=is_projected,
         num_splits=0,
+        batch_invariant=False,
         arch="sm_90",
         precision="ieee",
         num_sms=132,
@@ -184,3 +187,22 @@ def test_partial_results_in_the_dtype_of_q_would_break_the_rule():
     closeness = assert_close_to_reference(out, exact, torch_out=torch_out)
     with pytest.raises(AssertionError, match="out: error"):
         assert_close_to_reference(rounded, exact, torch_error=closeness.torch_error)
+
+
+def test_batch_invariance_follows_the_argument_then_the_environment(monkeypatch):
+    assert check_batch_invariant(None) is False
+    monkeypatch.setenv("TRITON_ATTN_BATCH_INVARIANT", "1")
+    assert check_batch_invariant(None, num_splits=0) is True
+    assert check_batch_invariant(False, num_splits=3) is False
+    with pytest.raises(ValueError, match=r"num_splits: expected 0 with batch_invariant, .*, got 3"):
+        check_batch_invariant(None, num_splits=3)
+
+
+def test_fixed_splits_follow_the_keys_and_partial_results_have_a_limit():
+    """However much faster they are at once."""
+    work, _ = paged_work(batch=1, seqlen_q=1, seqlen_k=10 * splits.FIXED_KEYS)
+    assert splits.fixed_splits(work, 10 * splits.FIXED_KEYS) == (10, False)
+    assert splits.fixed_splits(work, 10 * splits.FIXED_KEYS - 1) == (10, False)
+    assert splits.fixed_splits(work, 0) == (1, False)
+    rows = splits.MAX_WORKSPACE_BYTES // (10 * 4 * (work.row_elements + 1))
+    assert splits.fixed_splits(work._replace(num_rows=rows + 1), 10 * splits.FIXED_KEYS) == (10, True)

@@ -80,6 +80,8 @@ DECODE = [
     ({"softmax_scale": 0}, ValueError, "softmax_scale: expected a number above 0"),
     ({"num_splits": 257}, ValueError, "num_splits: expected 0 .* to 256, got 257"),
     ({"num_splits": 1.0}, TypeError, "num_splits: expected an int"),
+    ({"batch_invariant": 1}, TypeError, "batch_invariant: expected a bool"),
+    ({"batch_invariant": True, "num_splits": 2}, ValueError, "num_splits: expected 0 with batch_invariant"),
     ({"max_seqlen_q": 7}, ValueError, "max_seqlen_q: expected q_nope's 1 queries without cu_seqlens_q"),
     ({"cu_seqlens_q": table(3)}, ValueError, "q_nope: expected shape .total_q"),
     (PACKED | {"cu_seqlens_q": table(4)}, ValueError, r"cu_seqlens_q: expected shape .3,., one more"),

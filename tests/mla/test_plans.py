@@ -4,6 +4,7 @@ Each neighbour differs from a call in one thing. Nothing is compiled: launches a
 """
 
 import functools
+import itertools
 from unittest import mock
 
 import pytest
@@ -146,6 +147,9 @@ DECODE = {
     "softmax_scale": ({}, {"softmax_scale": 0.5}),
     "splits": ({}, {"num_splits": 3}),
     "one split": ({}, {"num_splits": 1}),
+    "batch-invariant": ({}, {"batch_invariant": True}),
+    "batch-invariant, with weights": (WITH_WEIGHTS, {"batch_invariant": True}),
+    "projection": (WITH_WEIGHTS | {"table_width": 2}, {"change": {"w_uv": lambda x: None}}),
     "SMs": ({}, {"inside": few_sms}),
     "architecture": ({"inside": few_sms}, {"arch": "sm_80"}),
     "fp32": ({"num_splits": 1}, FP32),
@@ -211,6 +215,22 @@ PREFILL = {
 @pytest.mark.parametrize("name", DECODE)
 def test_a_plan_of_decode_is_not_that_of_a_neighbour(name):
     check_neighbour(functools.partial(launches_of, decode, MODULES), *DECODE[name])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_batch_invariant_tiles_do_not_follow_the_batch(arch):
+    """Of attention, absorption, merge and projection; but for SEARCH, which says how a program finds its rows."""
+    tiles = {}
+    for batch, seqlen_q, width in itertools.product((1, 2, 300), (1, 5, 70), (1, 32, 4096)):
+        for packed in (None, seqlen_q):
+            options = WITH_WEIGHTS | dict(batch=batch, seqlen_q=seqlen_q, table_width=width, packed=packed)
+            for kernel, _, _, constants in launches_of(decode, MODULES, arch, batch_invariant=True, **options):
+                tile = constants.pop("TILE")
+                if kernel == "_mla_absorbed_kernel":
+                    tile = absorbed.AbsorbedTile._make(tile)._replace(SEARCH=None)
+                tiles.setdefault(kernel, set()).add((tile, *constants.items()))
+    assert {kernel: len(of_kernel) for kernel, of_kernel in tiles.items()} == dict.fromkeys(tiles, 1)
+    assert len(tiles) == 4
 
 
 @pytest.mark.parametrize("name", PREFILL)

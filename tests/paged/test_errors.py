@@ -68,6 +68,9 @@ CASES = [
     (arguments(num_splits=-1), ValueError, "num_splits: expected 0"),
     (arguments(num_splits=257), ValueError, "num_splits: expected 0 .chosen. to 256"),
     (arguments(num_splits=1.5), TypeError, "num_splits: expected an int"),
+    (arguments(batch_invariant=1), TypeError, "batch_invariant: expected a bool"),
+    (arguments(batch_invariant=True, num_splits=2), ValueError, "num_splits: expected 0 with batch_invariant"),
+    (arguments(batch_invariant=True, shared_prefix_len=8), ValueError, "shared_prefix_len: expected 0 with batch_inv"),
     (arguments(shared_prefix_len=25), ValueError, "shared_prefix_len: expected at most the table's 24"),
     (
         arguments(

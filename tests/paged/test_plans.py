@@ -4,6 +4,7 @@ Each neighbour differs from a call in one thing. Nothing is compiled: launches a
 """
 
 import functools
+import itertools
 from unittest import mock
 
 import pytest
@@ -84,6 +85,7 @@ NEIGHBOURS = {
     "packed": ({}, {"packed": 1}),
     "max_seqlen_q": ({"packed": 1, "seqlen_q": 64}, {"packed": 64}),
     "splits": ({}, {"num_splits": 3}),
+    "batch-invariant": ({}, {"batch_invariant": True}),
     "shared prefix": ({}, {"shared_prefix_len": 64}),
     "length of a shared prefix": ({"shared_prefix_len": 64}, {"shared_prefix_len": 72}),
     "causal": ({"seqlen_q": 2}, {"causal": False}),
@@ -110,3 +112,19 @@ NEIGHBOURS = {
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_a_plan_is_not_that_of_a_neighbour(name):
     check_neighbour(functools.partial(launches_of, call, (forward, merge)), *NEIGHBOURS[name])
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_batch_invariant_tiles_do_not_follow_the_batch(arch, dim):
+    """Whatever a query is computed with is the same beside other queries, other sequences and a wider table. SEARCH and
+    FOLD say where a program finds its rows, and which program computes a split."""
+    of_batch = dict(SEARCH=None, FOLD=None)
+    tiles = set()
+    for batch, seqlen_q, width in itertools.product((1, 2, 300), (1, 5, 300), (1, 32, 4096)):
+        for packed in (None, seqlen_q):
+            options = dict(batch=batch, seqlen_q=seqlen_q, table_width=width, packed=packed, batch_invariant=True)
+            (_, _, _, constants), *_ = launches_of(call, (forward, merge), arch, head_dims=(dim, dim), **options)
+            tile = forward.Tile._make(constants.pop("TILE"))._replace(**of_batch)
+            tiles.add((tile, *constants.items()))
+    assert len(tiles) == 1

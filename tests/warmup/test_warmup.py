@@ -139,6 +139,21 @@ def test_serving_latent_vectors_compiles_nothing_after_a_warmup(warmed, name):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("name", ["gpt-oss-120b", "llama-3-8b", "deepseek-v2-lite"])
+def test_a_batch_invariant_server_compiles_nothing_after_a_warmup(warmed, name, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BATCH_INVARIANT", "1")
+    model = model_named(name)
+    kernels = warmed(name, max_seqlen=4096)
+    with record_specializations(ARCH) as met:
+        if model.kv_lora_rank is None:
+            serve(model, model.num_heads_q, model.num_heads_kv, random.Random(0))
+        else:
+            serve_latent(model, model.num_heads_q, random.Random(0))
+    assert set(met) <= kernels
+    assert len(met) > 10
+
+
+@pytest.mark.compiled
 def test_training_compiles_nothing_after_a_warmup(warmed):
     options = {"sinks": torch.float32, "functions": ["flash_attention_backward"], "max_seqlen": 4096}
     kernels = warmed(num_heads_q=8, num_heads_kv=2, head_dim=64, **options)

@@ -27,6 +27,7 @@ class Variable:
 
 
 _BACKEND, _INTERPRET, _CHECK = map(Variable, ("TRITON_ATTN_BACKEND", "TRITON_INTERPRET", "TRITON_ATTN_CHECK"))
+_INVARIANT = Variable("TRITON_ATTN_BATCH_INVARIANT")
 
 
 def use_kernel(tensor):
@@ -44,3 +45,10 @@ def should_check_values(check_values):
     if check_values is None:
         return _CHECK.get() == "1"
     return check_bool("check_values", check_values)
+
+
+def is_batch_invariant(batch_invariant):
+    """batch_invariant, or TRITON_ATTN_BATCH_INVARIANT=1 where it is None."""
+    if batch_invariant is None:
+        return _INVARIANT.get() == "1"
+    return check_bool("batch_invariant", batch_invariant)

@@ -37,6 +37,7 @@ class Paged(Masked, total=False):
     v_scale: float | Tensor | None
     num_splits: int
     shared_prefix_len: int
+    batch_invariant: bool | None
     key_shard: tuple[int, int, int] | None
     out: Tensor | None
     lse: Tensor | None
@@ -54,6 +55,7 @@ class LatentDecode(Common, total=False):
     rope_sin: Tensor | None
     rope_interleaved: bool
     num_splits: int
+    batch_invariant: bool | None
     key_shard: tuple[int, int, int] | None
     out: Tensor | None
     lse: Tensor | None

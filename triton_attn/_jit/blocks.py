@@ -55,14 +55,23 @@ def whole_tiles(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def split_blocks(blocks, split, num_splits, BLOCK: tl.constexpr):
-    """The Blocks of one split. All splits have the same number of tiles; the last may have fewer, or none."""
-    share = tl.cdiv(tl.cdiv(blocks.hi - blocks.lo, BLOCK), num_splits) * BLOCK
-    lo = tl.minimum(blocks.lo + split * share, blocks.hi)
-    hi = tl.minimum(lo + share, blocks.hi)
-    full_lo = tl.minimum(tl.maximum(blocks.full_lo, lo), hi)
-    full_hi = tl.minimum(tl.maximum(blocks.full_hi, full_lo), hi)
-    return Blocks(lo, full_lo, full_hi, hi)
+def split_blocks(blocks, split, num_splits, BLOCK: tl.constexpr, KEYS: tl.constexpr = 0):
+    """The Blocks of one split. All splits have the same number of tiles; the last may have fewer, or none.
+
+    With KEYS, a multiple of BLOCK, a split has so many columns, counted from column 0. All its tiles are partial and
+    begin at multiples of BLOCK: neither where they lie nor how they are computed depends on the rows.
+    """
+    if KEYS > 0:
+        lo = tl.maximum(blocks.lo // BLOCK * BLOCK, split * KEYS)
+        hi = tl.maximum(tl.minimum(blocks.hi, (split + 1) * KEYS), lo)
+        return Blocks(lo, lo, lo, hi)
+    else:
+        share = tl.cdiv(tl.cdiv(blocks.hi - blocks.lo, BLOCK), num_splits) * BLOCK
+        lo = tl.minimum(blocks.lo + split * share, blocks.hi)
+        hi = tl.minimum(lo + share, blocks.hi)
+        full_lo = tl.minimum(tl.maximum(blocks.full_lo, lo), hi)
+        full_hi = tl.minimum(tl.maximum(blocks.full_hi, full_lo), hi)
+        return Blocks(lo, full_lo, full_hi, hi)
 
 
 @triton.jit

@@ -14,12 +14,12 @@ class Cached(NamedTuple):
 
 
 @triton.jit
-def cache_rows(table_ptr, sequence, start, end, MASKED: tl.constexpr, TILE: tl.constexpr):
+def cache_rows(table_ptr, sequence, start, mask, TILE: tl.constexpr):
     """Cached positions of the keys [start, start + TILE.BLOCK_N).
 
     table_ptr points to the sequence's row of the block table, with TILE.PAGE_SIZE keys a page. It is None for a
-    contiguous cache. With TILE.ONE_PAGE all keys of the tile are in one page. No entry is read for keys from `end` on;
-    only a MASKED tile has such keys.
+    contiguous cache. With TILE.ONE_PAGE all keys of the tile are in one page. No entry is read for keys outside of mask
+    (BLOCK_N,), None if there are none.
     """
     keys = start + tl.arange(0, TILE.BLOCK_N)
     if table_ptr is None:
@@ -28,8 +28,7 @@ def cache_rows(table_ptr, sequence, start, end, MASKED: tl.constexpr, TILE: tl.c
         page = tl.load(table_ptr + start // TILE.PAGE_SIZE)
         return Cached(page.to(tl.int64), (keys % TILE.PAGE_SIZE).to(tl.int64))
     else:
-        mask = keys < end if MASKED else None
-        pages = tl.load(table_ptr + keys // TILE.PAGE_SIZE, mask=mask, other=0 if MASKED else None)
+        pages = tl.load(table_ptr + keys // TILE.PAGE_SIZE, mask=mask, other=None if mask is None else 0)
         return Cached(pages.to(tl.int64), (keys % TILE.PAGE_SIZE).to(tl.int64))
 
 

@@ -35,9 +35,33 @@ def softmax_step(s, m_i, l_i, scale_log2, MASKED: tl.constexpr):
 
 
 @triton.jit
-def softmax_finish(m_i, l_i):
-    """The factor that normalises the output, and the natural log-sum-exp. Without keys: output 0, lse -inf."""
+def softmax_finish(m_i, l_i, ROUNDED: tl.constexpr = False):
+    """The factor that normalises the output, and the natural log-sum-exp. Without keys: output 0, lse -inf.
+
+    ROUNDED: lse has the bits that a store would give it, since the compiler cannot fuse its product with what follows.
+    """
     empty = l_i == 0.0
     norm = 1.0 / tl.where(empty, 1.0, l_i)
-    lse = tl.where(empty, m_i, m_i + tl.math.log2(tl.where(empty, 1.0, l_i))) * LN_2
-    return norm, lse
+    lse = tl.where(empty, m_i, m_i + tl.math.log2(tl.where(empty, 1.0, l_i)))
+    if ROUNDED:
+        return norm, tl.fma(lse, tl.full(lse.shape, LN_2, tl.float32), tl.zeros_like(lse))
+    else:
+        return norm, lse * LN_2
+
+
+@triton.jit
+def merge_weights(lse_a, lse_b):
+    """Weights of two results of the same rows over different keys, and the natural log-sum-exp over both.
+
+    A result without keys changes no bit of the other. So results that are merged one after the other, with `merge_rows`
+    for outputs, are the same however many without keys are among them. No operation is left for the compiler to fuse.
+    """
+    m = tl.maximum(lse_a, lse_b)
+    m_sub = tl.where(m == float("-inf"), 0.0, m)
+    a = tl.math.exp2((lse_a - m_sub) * LOG2_E)
+    b = tl.math.exp2((lse_b - m_sub) * LOG2_E)
+    total = a + b
+    alone = (total == 1.0) | (total == 0.0)
+    norm = tl.where(alone, 1.0, 1.0 / tl.where(alone, 1.0, total))
+    lse = tl.where(alone, m, tl.fma(tl.math.log2(total), tl.zeros_like(m) + LN_2, m_sub))
+    return a * norm, b * norm, lse

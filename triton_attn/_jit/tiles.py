@@ -268,6 +268,16 @@ def scale_rows(tile, factor):
 
 
 @triton.jit
+def merge_rows(a, weights_a, b, weights_b):
+    """Two tiles in fp32, each row times its weight (rows,), and added; see `merge_weights`."""
+    first = tl.fma(b[0], tl.broadcast_to(weights_b[:, None], b[0].shape), a[0] * weights_a[:, None])
+    if len(a) > 1:
+        return first, tl.fma(b[1], tl.broadcast_to(weights_b[:, None], b[1].shape), a[1] * weights_a[:, None])
+    else:
+        return (first,)
+
+
+@triton.jit
 def scale_tile(tile, factor):
     """The tile multiplied by a scalar."""
     if len(tile) > 1:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._host.backend import is_batch_invariant
 from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
@@ -52,6 +53,7 @@ def warmup(
     rope_interleaved: bool = False,
     dropout_p: float = 0.0,
     deterministic: bool = False,
+    batch_invariant: bool | None = None,
     max_seqlen: int = 16384,
     functions: Sequence[str] | None = None,
     arch: str | None = None,
@@ -82,6 +84,8 @@ def warmup(
         rotary_dim, rope_interleaved: rotary positions in the append kernels and in MLA decode, with angles in fp32 and
             positions in int64. 0 means none.
         dropout_p, deterministic: of flash_attention. MLA has neither these nor window_size, softcap, sinks and alibi.
+        batch_invariant: whether calls of paged_attention and mla_decode pass it: they have kernels of their own. None
+            follows TRITON_ATTN_BATCH_INVARIANT=1. "shared_prefix" has no such calls.
         max_seqlen: the longest prompt and context, in tokens.
         functions: names of the called functions. None means the functions that serving calls:
             "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries each,
@@ -137,6 +141,7 @@ def warmup(
         rope_interleaved=check_bool("rope_interleaved", rope_interleaved),
         dropout_p=check_number("dropout_p", dropout_p),
         deterministic=check_bool("deterministic", deterministic),
+        batch_invariant=is_batch_invariant(batch_invariant),
         max_seqlen=check_size("max_seqlen", max_seqlen),
     )
     shape = _check_shape(tensor_parallel_size, **shape)
@@ -152,6 +157,8 @@ def warmup(
 
     known = OF_ANY_HEADS if shape["kv_lora_rank"] is None else OF_LATENT_VECTORS
     functions = _check_functions(functions, known, page_size)
+    if options["batch_invariant"] and "shared_prefix" in functions:
+        fail("functions", "no shared_prefix with batch_invariant", "shared_prefix")
     works = [Workload(**shape, **options, page_size=page_size, window_size=window or (-1, -1)) for window in windows]
     jobs = [(known[name], work) for work in works for name in functions]
     start = time.monotonic()

@@ -14,10 +14,12 @@ from .._host.latent import latent_storage
 from ..cache import append_kv_cache, append_latent_cache, copy_kv_pages
 from ..flash import flash_attention, flash_attention_varlen
 from ..merge import merge_attention
+from ..merge.splits import FIXED_KEYS
 from ..mla import mla_decode, mla_prefill
 from ..paged import paged_attention
 
 MAX_DRAFTS = 8  # queries of a sequence that a decode step verifies at once, with the new token
+FIXED_ROWS = 64  # a batch-invariant tile has no more
 MAX_TILED_PARTS = 128  # with more splits the merge uses the same kernels
 WORKSPACE_BYTES = 2**28  # the default of mla_prefill
 
@@ -44,6 +46,7 @@ class Workload:
     rope_interleaved: bool
     dropout_p: float
     deterministic: bool
+    batch_invariant: bool
     max_seqlen: int
 
     @property
@@ -161,12 +164,24 @@ def call_flash_attention_backward(work):
 
 def call_paged_attention(work):
     """Decode with drafts, chunks of prompts, dense and packed, with one split and several, and all merges."""
+    if work.batch_invariant:
+        _attend_invariantly(work)
+        return
     variants = itertools.product(work.cached_lengths, (1, 2), (False, True), work.cache_scales)
     for (seqlen_q, seqlen_k), num_splits, return_lse, scale in variants:
         options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
-        _attend_cached(work, seqlen_q, seqlen_k, **options)
+        _attend_cached(work, seqlen_q, seqlen_k, batch_invariant=False, **options)
     for num_splits, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), (False, True)):
-        _attend_cached(work, 1, 1, num_splits=num_splits, return_lse=return_lse, **work.masks)
+        options = dict(num_splits=num_splits, return_lse=return_lse, batch_invariant=False)
+        _attend_cached(work, 1, 1, **options, **work.masks)
+
+
+def _attend_invariantly(work):
+    """Batch-invariant calls: one split, several at once and, from some batch size on, in turn."""
+    batches = itertools.product(powers_of_two(256), (1, FIXED_ROWS + 1), (1, 2 * FIXED_KEYS))
+    for (batch, seqlen_q, seqlen_k), return_lse, scale in itertools.product(batches, (False, True), work.cache_scales):
+        options = dict(return_lse=return_lse, k_scale=scale, v_scale=scale, batch_invariant=True, **work.masks)
+        _attend_cached(work, seqlen_q, seqlen_k, batch, **options)
 
 
 def call_shared_prefix(work):
@@ -175,18 +190,19 @@ def call_shared_prefix(work):
     for seqlen_q, seqlen_k, num_splits, return_lse, scale in variants:
         options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
         seqlen_k = max(seqlen_k, 2 * work.page_size)
+        options["batch_invariant"] = False
         _attend_cached(work, seqlen_q, seqlen_k, shared_prefix_len=work.page_size, **options)
 
 
-def _attend_cached(work, seqlen_q, seqlen_k, **options):
-    """paged_attention for one sequence, dense and packed."""
+def _attend_cached(work, seqlen_q, seqlen_k, batch=1, **options):
+    """paged_attention for sequences of one length, dense and packed."""
     if work.page_size is None:
-        cache = *work.kv_caches(1, seqlen_k), indices(1)
+        cache = *work.kv_caches(batch, seqlen_k), indices(batch)
     else:
-        cache = *work.kv_caches(1, work.page_size), indices(1), indices(1, -(-seqlen_k // work.page_size))
-    q, _, _ = work.qkv(1, seqlen_q)
+        cache = *work.kv_caches(1, work.page_size), indices(batch), indices(batch, -(-seqlen_k // work.page_size))
+    q, _, _ = work.qkv(batch, seqlen_q)
     paged_attention(q, *cache, **options)
-    paged_attention(q[0], *cache, cu_seqlens_q=indices(2), max_seqlen_q=seqlen_q, **options)
+    paged_attention(q.flatten(0, 1), *cache, cu_seqlens_q=indices(batch + 1), max_seqlen_q=seqlen_q, **options)
 
 
 def call_append_kv_cache(work):
@@ -225,8 +241,14 @@ def call_mla_decode(work):
         table = indices(batch, -(-seqlen_k // work.page_size))
         queries = work.latent_queries(batch, seqlen_q)
         options = dict(num_splits=num_splits, return_lse=return_lse, causal=work.causal, **work.rope)
+        options["batch_invariant"] = work.batch_invariant
         mla_decode(*queries, work.latent_cache(), indices(batch), table, *weights, **options)
 
+    if work.batch_invariant:
+        for seqlen_k, return_lse in itertools.product((1, FIXED_KEYS + 1), (False, True)):
+            for batch, seqlen_q in ((1, 1), (1, MAX_DRAFTS), (2, 1)):
+                decode(batch, seqlen_q, seqlen_k, 0, return_lse)
+        return
     drafts = [(seqlen_q, seqlen_k) for seqlen_q, seqlen_k in work.cached_lengths if seqlen_q <= MAX_DRAFTS]
     for (seqlen_q, seqlen_k), num_splits, return_lse in itertools.product(drafts, (1, 2), (False, True)):
         decode(1, seqlen_q, seqlen_k, num_splits, return_lse)

@@ -63,7 +63,7 @@ class AttentionPlusImpl(PagedAttention, AttentionImpl[PagedMetadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         PagedAttention.__init__(self, *args, **kwargs)
-        self.num_splits = 1 if envs.VLLM_BATCH_INVARIANT else 0
+        self.batch_invariant = True if envs.VLLM_BATCH_INVARIANT else None
         if self.dcp_world_size > 1:
             config = get_current_vllm_config_or_none()
             is_a2a = config is not None and config.parallel_config.dcp_comm_backend == "a2a"

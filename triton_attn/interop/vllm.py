@@ -204,7 +204,7 @@ def _has_context(common):
 class PagedAttention:
     """One layer of vLLM: `forward` and `do_kv_cache_update` by `paged_attention` and `append_kv_cache`.
 
-    num_splits as in `paged_attention`: 1 where results must not depend on the batch.
+    batch_invariant as in `paged_attention`.
 
     With decode context parallelism, a group of dcp_world_size ranks shares one KV head, whose keys they hold in turn.
     dcp_group gathers the queries of all ranks, and dcp_combine, a function of vLLM, returns to each rank its heads'
@@ -212,7 +212,7 @@ class PagedAttention:
     return_lse=True) to the same for its own heads.
     """
 
-    num_splits = 0
+    batch_invariant: bool | None = None
     dcp_world_size = 1
     dcp_group: Any = None
     dcp_combine: Callable[..., tuple[Tensor, Tensor]]
@@ -328,7 +328,7 @@ class PagedAttention:
             metadata.block_table,
             cu_seqlens_q=metadata.query_start_loc,
             max_seqlen_q=metadata.max_query_len,
-            num_splits=self.num_splits,
+            batch_invariant=self.batch_invariant,
             **options,
             **self._scales(layer),
         )

@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
+from .._host.backend import is_batch_invariant
 from .._host.checks import check_length, fail
 
 MAX_SPLITS = 256
+FIXED_KEYS = 1024  # keys of a split whose place follows from the sequence alone; tiles of keys divide it
+MAX_WORKSPACE_BYTES = 2**28  # of the partial results of such splits
 
 # Rates of an SM and costs of a launch, of an H100. Their ratios decide, and on other GPUs these are similar.
 BYTES_PER_NS = 22.0  # an SM's share of 2.9 TB/s, which decode of a full GPU was measured to reach (data sheet: 3.35)
@@ -21,6 +24,16 @@ def check_num_splits(num_splits):
     if num_splits > MAX_SPLITS:
         fail("num_splits", f"0 (chosen) to {MAX_SPLITS}", num_splits)
     return num_splits
+
+
+def check_batch_invariant(batch_invariant, **splits):
+    """Whether a call is batch-invariant. Raises if the caller also says how its keys are split."""
+    batch_invariant = is_batch_invariant(batch_invariant)
+    if batch_invariant:
+        for name, value in splits.items():
+            if value:
+                fail(name, "0 with batch_invariant, which splits keys by their positions", value)
+    return batch_invariant
 
 
 class SplitWork(NamedTuple):
@@ -61,6 +74,18 @@ def choose_num_splits(work):
             costs[num_splits] = split_cost(work, num_splits)
     enough = TOLERANCE * min(costs.values())
     return next(num_splits for num_splits, cost in costs.items() if cost <= enough)
+
+
+def fixed_splits(work, num_keys):
+    """(number of splits of FIXED_KEYS keys, whether one program computes all splits of its rows, in order).
+
+    Both ways give the same bits. The first has one program for every split, and a merge. The number grows with the
+    capacity: the second is chosen where it costs less, or where partial results would need too much memory.
+    """
+    num_splits = max(1, -(-num_keys // FIXED_KEYS))
+    in_turn = split_cost(work, 1) <= split_cost(work, num_splits)
+    num_bytes = num_splits * work.num_rows * 4 * (work.row_elements + 1)
+    return num_splits, num_splits > 1 and (in_turn or num_bytes > MAX_WORKSPACE_BYTES)
 
 
 def split_cost(work, num_splits):

@@ -39,7 +39,7 @@ from .._jit.tiles import (
 )
 from .._jit.workarounds import decode_once, dot_in_ifs, fence_copies, in_vectors, multiple_of
 from ..merge.kernel import launch_merge
-from ..merge.splits import choose_num_splits, resident_programs
+from ..merge.splits import FIXED_KEYS, MAX_WORKSPACE_BYTES, choose_num_splits, resident_programs
 from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .projections import launch_absorb, launch_merge_project, prepare_absorb
@@ -48,7 +48,8 @@ from .projections import launch_absorb, launch_merge_project, prepare_absorb
 # as much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
 WIDEST = 256
 # A new length must not cause a compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "search_steps", "lse_stride"]
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "first_split", "search_steps"]
+LENGTHS += ["lse_stride"]
 LENGTHS += [*INDICES, *LSE]
 
 
@@ -89,6 +90,7 @@ class AbsorbedTile(NamedTuple):
     CUT_CHAIN: bool  # see `dot_in_if`
     SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # programs find their sequence by bisection
+    SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
     INPUT_PRECISION: str
 
 
@@ -201,29 +203,34 @@ def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
 
 
 class Assignment(NamedTuple):
-    """The tile, sequence and split of a program. `program` is its index in the split, num_sequences the batch size."""
+    """The tile, sequence and split of a program. `program` is its index in the split, num_sequences the batch size.
+
+    split counts the splits of the launch, key_split all splits of the keys.
+    """
 
     program: object
     tile: object
     sequence: object
     split: object
+    key_split: object
     num_sequences: object
 
 
 @triton.jit
-def _assign(seqs, num_tiles, num_splits, num_sequences, search_steps, TILE: tl.constexpr):
+def _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE: tl.constexpr):
     """The Assignment of a program."""
     tile = tl.program_id(0) % num_tiles
     split = tl.program_id(0) // num_tiles % num_splits
+    key_split = split if first_split is None else first_split + split
     if TILE.SEARCH:
         cu_seqlens_ptr = seqs.cu_seqlens_q_ptr
         sequence = find_sequence(cu_seqlens_ptr, num_sequences, search_steps, tile, TILE.NUM_HEADS, TILE.BLOCK_M, 1)
         first = tl.load(cu_seqlens_ptr + sequence) * TILE.NUM_HEADS // TILE.BLOCK_M + sequence
-        return Assignment(tile, tile - first, sequence, split, num_sequences)
+        return Assignment(tile, tile - first, sequence, split, key_split, num_sequences)
     else:
         sequence = tl.program_id(0) // num_tiles // num_splits
         num_sequences = tl.num_programs(0) // num_tiles // num_splits
-        return Assignment(sequence * num_tiles + tile, tile, sequence, split, num_sequences)
+        return Assignment(sequence * num_tiles + tile, tile, sequence, split, key_split, num_sequences)
 
 
 @triton.jit
@@ -285,6 +292,7 @@ def _mla_absorbed_kernel(
     num_tiles,
     num_splits,
     num_sequences,
+    first_split,
     search_steps,
     scale_log2,
     k_scale,
@@ -301,13 +309,15 @@ def _mla_absorbed_kernel(
     cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, rows). seqlen_q and seqlen_k of packed
     tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence lse is
     stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or None.
+    first_split is the first of the launch, if splits are fixed: most of a short sequence have no keys then, and no one
+    reads their output.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
-    own = _assign(seqs, num_tiles, num_splits, num_sequences, search_steps, TILE)
+    own = _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE)
     tile, sequence, split, num_sequences = own.tile, own.sequence, own.split, own.num_sequences
     bounds = sequence_bounds(seqs, sequence, seqlen_q, seqlen_k)
     first_q, first_k, seqlen_k = bounds.first_q, bounds.first_k, bounds.seqlen_k
@@ -328,13 +338,12 @@ def _mla_absorbed_kernel(
     first_position = seqlen_k - bounds.seqlen_q
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_mask = rows < bounds.seqlen_q * NUM_HEADS
-    queries = rows // NUM_HEADS
-    heads = rows % NUM_HEADS
+    queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
     positions = queries + first_position
     start = tile * BLOCK_M // NUM_HEADS + first_position
     end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
     seqlen_k, blocks = _visible_keys(start, end, seqlen_k, window, TILE)
-    blocks = split_blocks(blocks, split, num_splits, BLOCK_N)
+    blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
 
     sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
     q = in_vectors(q, TILE.VECTOR)
@@ -397,7 +406,8 @@ def _mla_absorbed_kernel(
     if k_scale is not None:
         norm *= load_scale(k_scale)
     out_ptrs = out.ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
-    _store_output(out_ptrs, rows_mask, scale_rows(acc, norm), TILE)
+    is_read = True if first_split is None else (blocks.lo < blocks.hi) | (num_splits == 1)
+    _store_output(out_ptrs, rows_mask & is_read, scale_rows(acc, norm), TILE)
     tl.store(_lse_pointers(lse_ptr, lse_stride, batch, heads, first_q + queries, NUM_HEADS), lse, mask=rows_mask)
 
 
@@ -419,6 +429,7 @@ def launch_mla_decode(
     rope_cache=None,
     queries=(None, None),
     factors=(None, None),
+    batch_invariant=False,
     key_shard=None,
     workspace=None,
 ):
@@ -449,11 +460,11 @@ def launch_mla_decode(
     else:
         positions = cache_seqlens, capacity_of(latent_cache, block_table, key_shard), *rope
         scale = softmax_scale * LOG2_E.value
-        absorb, (q_nope, q_pe) = prepare_absorb(q_nope, q_pe, w_uk, scale, positions, workspace)
+        absorb, (q_nope, q_pe) = prepare_absorb(q_nope, q_pe, w_uk, scale, positions, workspace, batch_invariant)
         scale_log2 = 1.0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
-    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, key_shard)
+    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, batch_invariant, key_shard)
     _attend(call, w_uv, out, lse, num_splits, config, absorb, workspace)
 
 
@@ -505,6 +516,7 @@ class AbsorbedCall(NamedTuple):
     causal: bool
     joined: bool  # rotary keys follow the latent vectors in one tensor
     factors: tuple = (None, None)  # (k_scale, k_pe_scale)
+    batch_invariant: bool = False
     key_shard: KeyShard | None = None
 
 
@@ -528,6 +540,7 @@ class AbsorbedKey(NamedTuple):
     is_projected: bool  # a launch that multiplies with w_uv follows
     key_shard: KeyShard | None
     num_splits: int
+    batch_invariant: bool
     arch: str
     precision: str  # of fp32 matmuls
     num_sms: int
@@ -551,23 +564,55 @@ def _attend(call, w_uv, out, lse, num_splits, config=None, absorb=None, workspac
     The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
     """
     plan = _plan(_key_of(call, w_uv is not None, num_splits), wanted_kernels(), config)
-    parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits, workspace)
+    in_rounds = call.batch_invariant and plan.num_splits > 1
+    if in_rounds:
+        parts, lse_parts = _results_of_round(call.q, plan.num_splits, workspace)
+    else:
+        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits, workspace)
     if only_counts(workspace):
         return
     if absorb is not None:
         absorb()
-    if type(plan) is HopperPlan:
+    if in_rounds:
+        merged = (out, lse) if w_uv is None else (parts[0], lse_parts[0])
+        _merge_in_rounds(plan, call, parts, lse_parts, merged)
+        parts, lse_parts = parts[:1], lse_parts[:1]
+    elif type(plan) is HopperPlan:
         launch_mla_decode_hopper(plan, call, parts, lse_parts)
     else:
         _launch(plan, call, parts, lse_parts)
     if w_uv is not None:
-        launch_merge_project(parts, lse_parts, w_uv, out, lse)
-    elif plan.num_splits > 1:
+        launch_merge_project(parts, lse_parts, w_uv, out, lse, call.batch_invariant)
+    elif plan.num_splits > 1 and not in_rounds:
         launch_merge(parts, lse_parts, out, lse)
 
 
-def _launch(plan, call, parts, lse_parts):
-    """Launch the portable kernel into the `_results` of the splits."""
+def _results_of_round(q, num_splits, workspace):
+    """Room for the merged results of fixed splits, then for those of as many splits as MAX_WORKSPACE_BYTES hold."""
+    batch, seqlen_q, num_heads, rank = q.shape
+    split_bytes = torch.float32.itemsize * (rank + 1) * batch * seqlen_q * num_heads
+    places = 1 + max(1, min(num_splits, MAX_WORKSPACE_BYTES // split_bytes))
+    parts = empty(workspace, q, (places, *q.shape), torch.float32)
+    return parts, empty(workspace, q, (places, batch, num_heads, seqlen_q), torch.float32)
+
+
+def _merge_in_rounds(plan, call, parts, lses, merged):
+    """Attention merged over fixed splits, one after the other, into merged, (out, lse).
+
+    The capacity of the cache decides how many splits there are. A round computes those for which parts has room, and
+    merges them with the result of the rounds before, which is parts[0].
+    """
+    each = len(parts) - 1
+    for first in range(0, plan.num_splits, each):
+        end = 1 + min(each, plan.num_splits - first)
+        _launch(plan, call, parts[1:end], lses[1:end], first)
+        rounds = slice(1 if first == 0 else 0, end)
+        target = merged if first + each >= plan.num_splits else (parts[0], lses[0])
+        launch_merge(parts[rounds], lses[rounds], *target, in_order=True)
+
+
+def _launch(plan, call, parts, lse_parts, first_split=0):
+    """Launch the portable kernel for the splits that have room in parts, from first_split on."""
     cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, _ = call.sequences
     split_stride, *strides, _ = parts.stride()
     of_q, of_q_pe = plan.strides
@@ -586,14 +631,15 @@ def _launch(plan, call, parts, lse_parts):
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
         *plan.counts,
-        plan.num_splits,
+        len(parts),
         batch,
+        first_split if call.batch_invariant else None,
         batch.bit_length(),
         call.scale_log2,
         *_factors(*call.factors, call.q_pe.shape[-1]),
         plan.window,
     )
-    launch_packed(_mla_absorbed_kernel, (plan.num_programs * plan.num_splits,), call.q.device, args, plan.constants)
+    launch_packed(_mla_absorbed_kernel, (plan.num_programs * len(parts),), call.q.device, args, plan.constants)
 
 
 def _bytes(x):
@@ -623,7 +669,7 @@ def _results(q, out, lse, w_uv, num_splits, workspace):
 
 
 def _key_of(call, is_projected, num_splits):
-    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, key_shard = call
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant, key_shard = call
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -645,6 +691,7 @@ def _key_of(call, is_projected, num_splits):
         is_projected,
         key_shard,
         num_splits,
+        batch_invariant,
         arch,
         input_precision(dtype, arch),
         count_sms(q.device, arch),
@@ -677,7 +724,8 @@ def _plan(key, wanted, config):
     num_rows = key.max_seqlen_q * num_heads
     seqlen_k = min(num_slots * key.table_width, MAX_ROWS) if paged else num_slots  # of the longest sequence, at most
     widths = kv_lora_rank, shape_pe[3]
-    case = MlaDecodeCase(key.arch, key.dtype, *widths, num_rows, is_fp8, paged, seqlen_k, num_slots, has_scales)
+    tile_rows, longest = (num_heads, 1) if key.batch_invariant else (num_rows, seqlen_k)
+    case = MlaDecodeCase(key.arch, key.dtype, *widths, tile_rows, is_fp8, paged, longest, num_slots, has_scales)
     tiles = config or choose(MlaDecodeConfig, case)
     num_tiles = tiles_each(num_rows, shape_q[1] * num_heads, key.batch, tiles.block_m)  # of a sequence
     num_searched = shape_q[1] * num_heads // tiles.block_m + key.batch  # of all
@@ -707,10 +755,13 @@ def _plan(key, wanted, config):
         CUT_CHAIN=cut_chain,
         SHARDED=key.key_shard is not None,
         SEARCH=search,
+        SPLIT_KEYS=FIXED_KEYS if key.batch_invariant else 0,
         INPUT_PRECISION=key.precision,
     )
     num_splits = key.num_splits
-    if num_splits == 0:
+    if key.batch_invariant:
+        num_splits = max(1, -(-seqlen_k // FIXED_KEYS))
+    elif num_splits == 0:
         resident = resident_programs(tiles.shared_bytes(case), tiles, case.gpu)
         num_splits = choose_num_splits(split_work(key, tiles.block_m, tiles.block_n, num_programs, seqlen_k, resident))
     return AbsorbedPlan(

@@ -32,7 +32,7 @@ from .._host.layout import lse_shape
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
 from .._host.workspace import Workspace, as_workspace, check_lse, check_out, only_counts
-from ..merge.splits import check_num_splits
+from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
 
@@ -99,6 +99,7 @@ def mla_decode(
     rope_sin: Tensor | None = None,
     rope_interleaved: bool = False,
     num_splits: int = 0,
+    batch_invariant: bool | None = None,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -150,6 +151,7 @@ def mla_decode(
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
         num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
             the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
+        batch_invariant: as in `paged_attention`; num_splits must be 0. Rotations and projections are part of it.
         key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns, as in
             `paged_attention`: the result is that over the keys in this cache, while cache_seqlens and the capacity
             count those of all ranks.
@@ -195,6 +197,7 @@ def mla_decode(
     max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
     _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
     num_splits, key_shard = check_num_splits(num_splits), check_key_shard(key_shard, latent_cache.shape[1])
+    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
     (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
@@ -207,7 +210,8 @@ def mla_decode(
     check_values = should_check_values(check_values)
     max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
     more = longest_q, max_seqlen_q, k_number, k_pe_number
-    more = *more, softmax_scale, causal, rope_interleaved, num_splits, key_shard, check_values, return_lse
+    more = *more, softmax_scale, causal, rope_interleaved, num_splits, batch_invariant, key_shard
+    more = *more, check_values, return_lse
     if is_observed(*tensors, out, lse):
         refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)), out=out, lse=lse)
         new_out, new_lse = _decode_operator(*tensors, *more)
@@ -257,6 +261,7 @@ def _decode(
     causal: bool,
     rope_interleaved: bool,
     num_splits: int,
+    batch_invariant: bool,
     key_shard: list[int] | None,
     check_values: bool,
     return_lse: bool,
@@ -319,6 +324,7 @@ def _decode(
         rope_cache=rope_cache,
         queries=(cu_seqlens_q, max_seqlen_q),
         factors=factors,
+        batch_invariant=batch_invariant,
         key_shard=shard,
         workspace=workspace,
     )
@@ -346,7 +352,8 @@ DECODE_SCHEMA = ", ".join(
         *(f"Tensor {name}" for name in DECODE_INPUTS[:5]),
         *(f"Tensor? {name}" for name in (*DECODE_INPUTS[5:], "longest_q")),
         "SymInt? max_seqlen_q, float? k_number, float? k_pe_number, float softmax_scale, bool causal",
-        "bool rope_interleaved, SymInt num_splits, SymInt[]? key_shard, bool check_values, bool return_lse",
+        "bool rope_interleaved, SymInt num_splits, bool batch_invariant, SymInt[]? key_shard",
+        "bool check_values, bool return_lse",
     ]
 )
 _decode_operator = torch.library.custom_op(

@@ -502,7 +502,7 @@ def plan_hopper(key, wanted):
     num_pages, page_size, _ = shape_k
     if not (gpu_of(key.arch).wgmma and key.joined and not key.packed and key.q_aligned and key.cache_aligned):
         return None
-    if key.has_factors or key.cache_dtype != key.dtype:
+    if key.has_factors or key.batch_invariant or key.cache_dtype != key.dtype:
         return None
     if num_heads % ROWS.value or page_size % BLOCK_N.value or key.table_width == 0:
         return None

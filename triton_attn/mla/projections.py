@@ -20,6 +20,7 @@ from .._jit.workarounds import fence_copies
 
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "capacity", "num_positions", "num_tokens", "num_splits", *INDICES, *LSE, "lse_stride"]
+FIXED_TOKENS = 16  # of a tile in a batch-invariant call
 
 
 class AbsorbTile(NamedTuple):
@@ -205,6 +206,9 @@ def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
     return tl.load(ptrs, mask=mask, other=float("-inf")) / LN_2
 
 
+NO_POSITIONS = (None, 0, None, None, False)
+
+
 class Plan(NamedTuple):
     """A launch but for its tensors."""
 
@@ -221,7 +225,7 @@ def launch_absorb(q_nope, q_pe, w_uk, scale):
     return q
 
 
-def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, False), workspace=None):
+def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=NO_POSITIONS, workspace=None, batch_invariant=False):
     """A function that launches the kernel, and what it fills: `launch_absorb`'s result, with rotated q_pe.
 
     positions is (cache_seqlens, capacity, cos, sin, interleaved), cos None for none.
@@ -229,7 +233,7 @@ def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, Fa
     cache_seqlens, capacity, cos, sin, interleaved = positions
     num_positions, rotary_dim = (0, 0) if cos is None else (cos.shape[0], 2 * cos.shape[1])
     precision = input_precision(q_nope.dtype, arch_of(q_nope))
-    plan = _plan_absorb(layout_of(q_nope, q_pe, w_uk), rotary_dim, interleaved, precision)
+    plan = _plan_absorb(layout_of(q_nope, q_pe, w_uk), rotary_dim, interleaved, precision, batch_invariant)
     widths = w_uk.shape[2], q_pe.shape[3]
     q = empty(workspace, q_nope, (*q_nope.shape[:3], sum(widths)), q_nope.dtype)
     args = (
@@ -247,13 +251,13 @@ def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=(None, 0, None, None, Fa
 
 
 @remember
-def _plan_absorb(layout, rotary_dim, interleaved, precision):
+def _plan_absorb(layout, rotary_dim, interleaved, precision, batch_invariant):
     """The Plan of `_absorb_kernel`; layout is that of q_nope, q_pe and w_uk."""
     (shape_q, strides_q), (shape_pe, strides_pe), (shape_w, strides_w) = layout
     batch, seqlen_q, num_heads, nope_dim = shape_q
     kv_lora_rank, num_tokens = shape_w[2], batch * seqlen_q
     tile = AbsorbTile(
-        BLOCK_T=_block_of_tokens(num_tokens, at_least=16),
+        BLOCK_T=FIXED_TOKENS if batch_invariant else _block_of_tokens(num_tokens, at_least=16),
         BLOCK_C=min(128, padded_size(kv_lora_rank)),
         BLOCK_K=min(64, padded_size(nope_dim)),
         NUM_HEADS=num_heads,
@@ -269,7 +273,7 @@ def _plan_absorb(layout, rotary_dim, interleaved, precision):
     return Plan(grid, strides, (seqlen_q, num_tokens), dict(TILE=tile, num_warps=4, num_stages=2))
 
 
-def launch_merge_project(splits, lse_splits, w_uv, out, lse):
+def launch_merge_project(splits, lse_splits, w_uv, out, lse, batch_invariant=False):
     """out[t, h] = w_uv[h] @ (sum of the splits of token t and head h).
 
     splits is (num_splits, batch, seqlen_q, num_heads, kv_lora_rank), lse_splits (num_splits, batch, num_heads,
@@ -277,7 +281,7 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse):
     """
     dtype = w_uv.dtype
     precision = input_precision(dtype, arch_of(out))
-    plan = _plan_merge_project(splits.shape, w_uv.shape, w_uv.stride(), out.stride(), dtype, precision)
+    plan = _plan_merge_project(splits.shape, w_uv.shape, w_uv.stride(), out.stride(), dtype, precision, batch_invariant)
     of_w, of_out = plan.strides
     args = (
         splits,
@@ -293,12 +297,13 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse):
 
 
 @remember
-def _plan_merge_project(shape, shape_w, strides_w, strides_out, dtype, precision):
+def _plan_merge_project(shape, shape_w, strides_w, strides_out, dtype, precision, batch_invariant):
     """The Plan of `_merge_project_kernel`; shape is that of the splits, dtype that of w_uv."""
     num_splits, batch, seqlen_q, num_heads, kv_lora_rank = shape
     v_head_dim, num_tokens = shape_w[1], batch * seqlen_q
     half = dtype.itemsize == 2  # matmuls of fp32 take their operands to registers
-    block_t, block_c = _block_of_tokens(num_tokens, at_least=1), min(64 if half else 32, padded_size(kv_lora_rank))
+    block_t = FIXED_TOKENS if batch_invariant else _block_of_tokens(num_tokens, at_least=1)
+    block_c = min(64 if half else 32, padded_size(kv_lora_rank))
     tile = MergeProjectTile(
         BLOCK_T=block_t,
         BLOCK_S=_block_of_splits(num_splits, block_t * block_c),

@@ -30,7 +30,7 @@ from .._host.layout import lse_shape, new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
 from .._host.workspace import Workspace, as_workspace, check_lse, only_counts
-from ..merge.splits import check_num_splits
+from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def paged_attention(
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
     shared_prefix_len: int = 0,
+    batch_invariant: bool | None = None,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -127,6 +128,10 @@ def paged_attention(
             in every batch.
         shared_prefix_len: length of a prefix that all sequences share, page by page. Its keys are read once for all
             queries, and the results are merged with those of the other keys. A shorter sequence shares all of its keys.
+        batch_invariant: the result for a query is bitwise the same whatever else the call has: other sequences, other
+            queries of its own, a wider table. A prompt in chunks gets what the whole prompt gets, and a decoded token
+            what it gets as part of a prompt. Keys are split every 1024, and tiles do not follow the shapes, which costs
+            time. num_splits and shared_prefix_len must be 0. None follows TRITON_ATTN_BATCH_INVARIANT=1.
         key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns: this one holds the keys
             j with j // interleave % num_ranks = rank, in their order, and the result is that over these keys.
             cache_seqlens, shared_prefix_len, window_size and the capacity still count the keys of all ranks. interleave
@@ -182,6 +187,7 @@ def paged_attention(
     v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
     num_splits = check_num_splits(num_splits)
     shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
+    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits, shared_prefix_len=shared_prefix_len)
     key_shard = check_key_shard(key_shard, k_cache.shape[1])
     return_lse = check_bool("return_lse", return_lse)
     if shared_prefix_len:
@@ -199,7 +205,7 @@ def paged_attention(
         refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out, lse=lse)
         num_queries, longest_q = number_and_tensor(longest)
         numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
-        numbers += num_splits, shared_prefix_len, key_shard
+        numbers += num_splits, shared_prefix_len, batch_invariant, key_shard
         more = check_values, return_lse
         if out is None:
             result, new_lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
@@ -210,7 +216,8 @@ def paged_attention(
         return (result, new_lse) if return_lse else result
     result, new_lse = new_outputs(q, v_cache, return_lse, out, lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    call = PagedCall(*tensors, longest, options, layout, *scales, num_splits, shared_prefix_len, key_shard, room)
+    splits = num_splits, shared_prefix_len, batch_invariant
+    call = PagedCall(*tensors, longest, options, layout, *scales, *splits, key_shard, room)
     _attend(call, check_values, result, new_lse)
     return (result, new_lse) if return_lse else result
 
@@ -241,6 +248,7 @@ class PagedCall(NamedTuple):
     v_scale: float | Tensor | None = None
     num_splits: int = 0
     shared_prefix_len: int = 0
+    batch_invariant: bool = False
     key_shard: KeyShard | None = None
     workspace: Workspace | None = None
 
@@ -289,7 +297,7 @@ SCHEMA = ", ".join(
         *(f"Tensor {name}" for name in INPUTS[:4]),
         *(f"Tensor? {name}" for name in INPUTS[4:]),
         "float? k_number, float? v_number, SymInt? max_seqlen_q, float softmax_scale, SymInt? left, SymInt? right",
-        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, int[]? key_shard",
+        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool batch_invariant, int[]? key_shard",
         "bool check_values, bool return_lse",
     ]
 )
@@ -316,6 +324,7 @@ def _attend_flat(
     softcap: float | None,
     num_splits: int,
     shared_prefix_len: int,
+    batch_invariant: bool,
     key_shard: list[int] | None,
     check_values: bool,
     return_lse: bool,
@@ -330,7 +339,8 @@ def _attend_flat(
     out, lse = new_outputs(q, v_cache, return_lse, out)
     layout = layout_of(q, k_cache, v_cache)
     shard = None if key_shard is None else KeyShard(*key_shard)
-    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, num_splits, shared_prefix_len, shard)
+    splits = num_splits, shared_prefix_len, batch_invariant
+    call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, *splits, shard)
     _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
 

@@ -109,6 +109,12 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
         return q + (max(k, v) if self.num_stages == 1 else k + v)
 
 
+def fixed_rows(width):
+    """Rows of the tile for which a batch-invariant call takes its config, whatever it has itself. A program keeps two
+    outputs, of a split and of all, in registers."""
+    return 64 if width <= 128 else 32 if width <= 256 else 16
+
+
 def _most_float8_keys(config, width, gpu):
     """Keys of a tile, above which decoding them takes more registers than there are."""
     if width > 256 and config.block_m == 16:

@@ -30,12 +30,12 @@ from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets,
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
 from .._jit.shards import columns_before, mask_scores_of_rank, scale_scores_of_rank, visible_range_of_rank
-from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import dot_add, dot_transposed, load_tile, scale_rows, store_tile, zeros_tile
+from .._jit.softmax import LOG2_E, merge_weights, softmax_finish, softmax_init, softmax_step
+from .._jit.tiles import dot_add, dot_transposed, load_tile, merge_rows, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import dot_in_ifs, fence_copies, in_vectors
 from ..merge.kernel import launch_merge
-from ..merge.splits import SplitWork, choose_num_splits, resident_programs
-from .configs import PROGRAM_RATE, PagedCase, PagedConfig
+from ..merge.splits import FIXED_KEYS, SplitWork, choose_num_splits, fixed_splits, resident_programs
+from .configs import PROGRAM_RATE, PagedCase, PagedConfig, fixed_rows
 
 WIDEST: tl.constexpr = tl.constexpr(256)  # columns of a piece: no default config spills
 # Lengths, and values computed from them: a new length must not cause a compilation.
@@ -68,6 +68,8 @@ class Tile(NamedTuple):
     SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
+    SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
+    FOLD: bool  # one program computes all splits of its rows, in order
     MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
     NATIVE_FLOAT8: bool  # the GPU converts fp8
     CUT_CHAIN: bool  # see `dot_in_if`; no registers are left for what LICM would hoist
@@ -257,12 +259,12 @@ def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.co
 
 
 @triton.jit
-def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr):
-    """Store rows of out and, if wanted, their log-sum-exps."""
+def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr, is_read=True):
+    """Store rows of out, unless no one reads them, and, if wanted, their log-sum-exps."""
     out = results.out
     offsets = tl.cast(results.split, tl.int64) * out.split_stride
     offsets += row_offsets(place.batch, place.query, place.head, out.view.strides)
-    store_tile(out.view.ptr + offsets[:, None], place.mask, tile, HEAD_DIM)
+    store_tile(out.view.ptr + offsets[:, None], place.mask & is_read, tile, HEAD_DIM)
     if results.lse_ptr is not None:
         batch = results.split * results.dense_batch + place.batch
         offsets = lse_offsets(batch, place.head, place.query, results.num_heads, results.num_rows)
@@ -317,7 +319,6 @@ def _paged_fwd_kernel(
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    INPUT_PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     # Triton 3.6 loses the constants of a nested tuple at the next `if` unless it is rebuilt.
     scales = Scales(*scales)
     scores = Scores(*scores)
@@ -344,7 +345,9 @@ def _paged_fwd_kernel(
         rows = _rows_of_prefix(queries, head_kv, sequences, scores.window, TILE)
     else:
         rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, TILE)
-    blocks = split_blocks(rows.blocks, split, num_splits, BLOCK_N)
+    blocks = split_blocks(rows.blocks, split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
+    # Most fixed splits of a short sequence have no keys, and no one reads their output.
+    is_read = True if TILE.SPLIT_KEYS == 0 else (split == 0) | (blocks.lo < blocks.hi)
 
     place = rows.place
     q_rows = row_offsets(place.batch, place.query, place.head, q.strides)
@@ -359,20 +362,69 @@ def _paged_fwd_kernel(
     slopes = None
     if scores.alibi is not None:
         slopes = _load_slopes(scores.alibi, rows)
+    if scales.v is not None:
+        out_factor *= tl.load(scales.v.value + head_kv * scales.v.head_stride)
+    keys = Keys(k, v, block_table_ptr, sinks_ptr)
+    scoring = Scoring(scores, slopes, out_factor)
+    if TILE.FOLD:
+        out_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)
+        lse = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        first = rows.blocks.lo // TILE.SPLIT_KEYS
+        before = 0 if sinks_ptr is None else (first > 0).to(tl.int32)  # the first split has the sinks
+        for i in range(0, before + tl.cdiv(rows.blocks.hi, TILE.SPLIT_KEYS) - first):
+            split = tl.where(i < before, 0, first + i - before)
+            blocks = split_blocks(rows.blocks, split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
+            tile, lse_here = _attend(q_tile, keys, rows, blocks, scoring, split == 0, TILE)
+            kept, added, lse = merge_weights(lse, lse_here)
+            out_tile = merge_rows(out_tile, kept, tile, added)
+        _store_rows(results, place, out_tile, lse, TILE.HEAD_DIM_V)
+    else:
+        has_sinks = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))
+        tile, lse = _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE)
+        _store_rows(results, place, tile, lse, TILE.HEAD_DIM_V, is_read)
 
-    m_i, l_i = softmax_init(sinks_ptr, place.head, BLOCK_M)  # (BLOCK_M,)
-    if sinks_ptr is not None:
-        # Only the split with the first keys includes the sink.
-        counts = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))
-        m_i = tl.where(counts, m_i, float("-inf"))
-        l_i = tl.where(counts, l_i, 0.0)
+
+class Keys(NamedTuple):
+    """Keys and values of a head, and what finds them."""
+
+    k: object
+    v: object
+    table_ptr: object
+    sinks_ptr: object
+
+
+class Scoring(NamedTuple):
+    """Scores, the ALiBi slopes of the rows or None, and a factor of the output."""
+
+    scores: object
+    slopes: object
+    out_factor: object
+
+
+@triton.jit
+def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
+    """(tile of out, lse) of the rows over the keys of blocks; with has_sinks the sinks are among them."""
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    INPUT_PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    scores = Scores(*scoring.scores)
+    m_i, l_i = softmax_init(keys.sinks_ptr, rows.place.head, BLOCK_M)  # (BLOCK_M,)
+    if keys.sinks_ptr is not None:
+        m_i = tl.where(has_sinks, m_i, float("-inf"))
+        l_i = tl.where(has_sinks, l_i, 0.0)
     acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)
-    for FULL in tl.static_range(2):
+    # With fixed splits one loop body, which masks, takes all tiles in order: which are full depends on other rows.
+    for FULL in tl.static_range(1 if TILE.SPLIT_KEYS > 0 else 2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=TILE.CUT_CHAIN):
             start_n = block_start(blocks, i, FULL, BLOCK_N)
-            keys_mask = None if FULL else start_n + tl.arange(0, BLOCK_N) < blocks.hi
-            cached = cache_rows(block_table_ptr, rows.table_row, start_n, blocks.hi, not FULL, TILE)
-            k_tile = _load_cached(k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE)  # (BLOCK_N, HEAD_DIM)
+            keys_mask = None
+            if not FULL:
+                keys_mask = start_n + tl.arange(0, BLOCK_N) < blocks.hi
+                if TILE.SPLIT_KEYS > 0 and not TILE.ONE_PAGE:  # pages before the window may be gone
+                    keys_mask &= start_n + tl.arange(0, BLOCK_N) >= rows.blocks.lo
+            cached = cache_rows(keys.table_ptr, rows.table_row, start_n, keys_mask, TILE)
+            # (BLOCK_N, HEAD_DIM)
+            k_tile = _load_cached(keys.k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE)
             if BLOCK_M >= 64:
                 fence_copies()
             if TILE.CUT_CHAIN:
@@ -381,20 +433,16 @@ def _paged_fwd_kernel(
             else:
                 s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
             if not TILE.FOLD_SCALE:
-                s = _scale(s, scores, slopes, rows, start_n, q_tile[0].dtype == tl.float32, TILE)
+                s = _scale(s, scores, scoring.slopes, rows, start_n, q_tile[0].dtype == tl.float32, TILE)
             if not FULL:
                 s = _mask(s, rows, start_n, scores.window, TILE)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
-            v_tile = _load_cached(v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
+            v_tile = _load_cached(keys.v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
             if BLOCK_M >= 64:
                 fence_copies()
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
-
-    norm, lse = softmax_finish(m_i, l_i)
-    norm *= out_factor
-    if scales.v is not None:
-        norm *= tl.load(scales.v.value + head_kv * scales.v.head_stride)
-    _store_rows(results, place, scale_rows(acc, norm), lse, TILE.HEAD_DIM_V)
+    norm, lse = softmax_finish(m_i, l_i, TILE.FOLD)
+    return scale_rows(acc, norm * scoring.out_factor), lse
 
 
 @triton.jit
@@ -415,6 +463,7 @@ class Problem(NamedTuple):
     max_seqlen_q: int
     table_width: int | None  # None: a contiguous cache
     num_splits: int
+    batch_invariant: bool
     shared_prefix_len: int
     softmax_scale: float
     window: tuple
@@ -518,7 +567,7 @@ def launch_paged_fwd(call, out, lse, config=None):
     if plan.num_splits > 1:
         if out.ndim == 3:
             outs, lses, out, lse = outs[:, None], lses[:, None], out[None], None if lse is None else lse[None]
-        launch_merge(outs, lses, out, lse)
+        launch_merge(outs, lses, out, lse, call.batch_invariant)
 
 
 def _new_splits(num_splits, out, workspace):
@@ -561,6 +610,7 @@ def _problem_of(call, out, config):
         max_seqlen_q,
         None if block_table is None else block_table.shape[1],
         call.num_splits,
+        call.batch_invariant,
         prefix if call.key_shard is None else call.key_shard.num_keys(prefix),
         softmax_scale,
         window,
@@ -613,10 +663,10 @@ def _plan_pass(problem, shared):
         cache_dtype=problem.cache_dtype,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        rows=longest,
+        rows=fixed_rows(max(head_dim, head_dim_v)) if problem.batch_invariant else longest,
         loads_vectors=vector_cache > 1,
         is_plain=problem.fold_scale and is_paged,
-        seqlen_k=problem.capacity,
+        seqlen_k=1 if problem.batch_invariant else problem.capacity,
         page_size=slots,
     )
     config = problem.config or choose(PagedConfig, case)
@@ -628,9 +678,15 @@ def _plan_pass(problem, shared):
         num_tiles = tiles_each(longest, num_rows, num_sequences, config.block_m) * num_sequences
     first_key = 0 if shared else problem.shared_prefix_len
     num_keys = problem.shared_prefix_len if shared else max(problem.capacity - first_key, 0)
-    num_splits = problem.num_splits
+    num_splits, in_turn = problem.num_splits, False
     if num_splits == 0:
-        num_splits = choose_num_splits(_work_of(problem, case, config, num_tiles * num_heads_kv, num_keys))
+        work = _work_of(problem, case, config, num_tiles * num_heads_kv, num_keys)
+        if problem.batch_invariant:
+            num_splits, in_turn = fixed_splits(work, num_keys)
+        else:
+            num_splits = choose_num_splits(work)
+    if in_turn:
+        num_splits = 1
     mantissa_bits = FLOAT8_MANTISSA_BITS.get(problem.cache_dtype, 0)
     tile = Tile(
         BLOCK_M=config.block_m,
@@ -644,6 +700,8 @@ def _plan_pass(problem, shared):
         SHARDED=problem.key_shard is not None,
         SEARCH=search,
         FOLD_SCALE=problem.fold_scale,
+        SPLIT_KEYS=FIXED_KEYS if problem.batch_invariant else 0,
+        FOLD=in_turn,
         MANTISSA_BITS=mantissa_bits,
         NATIVE_FLOAT8=mantissa_bits in gpu_of(problem.arch).native_fp8,
         CUT_CHAIN=repeats_chains(problem.arch, config.block_m, config.num_warps),

@@ -28,6 +28,7 @@ def paged_attention(
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
     shared_prefix_len: int = 0,
+    batch_invariant: bool | None = None,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
