@@ -188,7 +188,7 @@ def paged_attention(
     num_splits = check_num_splits(num_splits)
     shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits, shared_prefix_len=shared_prefix_len)
-    key_shard = check_key_shard(key_shard, k_cache.shape[1])
+    key_shard = None if key_shard is None else check_key_shard(key_shard, k_cache.shape[1])
     return_lse = check_bool("return_lse", return_lse)
     if shared_prefix_len:
         _check_shared_prefix(shared_prefix_len, k_cache, block_table, key_shard)
