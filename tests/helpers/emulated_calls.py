@@ -79,10 +79,11 @@ def flash_varlen():
     return [computed], [reference.flash_attention_varlen(*in_fp64((q, k, v)), *options[:4], causal=True)]
 
 
-def backward(deterministic, seqlen=100, num_heads=2, expanded=False):
+def backward(deterministic, seqlen=100, num_heads=2, expanded=False, head_dim=64):
     """Expanded heads allow no tensor map, as in `flash_of_expanded_heads`."""
-    inputs = normal(1, seqlen, 1 if expanded else num_heads, 64), normal(1, seqlen, 1, 64), normal(1, seqlen, 1, 64)
-    out_grad = normal(1, seqlen, num_heads, 64)
+    heads = 1 if expanded else num_heads, 1, 1
+    inputs = [normal(1, seqlen, each, head_dim) for each in heads]
+    out_grad = normal(1, seqlen, num_heads, head_dim)
 
     def gradients(function, dtype, **options):
         leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
@@ -181,6 +182,7 @@ CALLS = {
     "flash backward": lambda: backward(False),
     "flash backward of expanded heads": lambda: backward(True, expanded=True),
     "flash backward deterministic": lambda: backward(True),
+    "flash backward 512": lambda: backward(False, head_dim=512),  # dk and dv apart
     "paged": paged,
     "paged splits": lambda: paged(num_splits=3),
     "paged chunk": lambda: paged(seqlen_q=40),

@@ -88,6 +88,7 @@ GRADIENT_CASES += [
     Case("fused", torch.bfloat16, seqlens_q=(20,), seqlens_k=(9,), q_layout="wide"),  # queries without keys
     Case("materialized", torch.float16, max_workspace_bytes=50_000, q_layout="heads first"),
     Case("materialized", torch.float32, packed=True, seqlens_q=(7, 0, 5), seqlens_k=(9, 4, 0), spare_rows=0),
+    Case("fused", torch.float16, num_heads=1, qk_nope_head_dim=300, v_head_dim=260),  # dk and dv apart
     Case(
         "fused",
         torch.bfloat16,
@@ -147,8 +148,8 @@ def test_what_has_no_gradient_says_so():
         mla_prefill(*tensors, **inputs.options)
     with torch.no_grad():
         mla_prefill(*tensors, **inputs.options)
-    wide = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32, qk_nope_head_dim=250)).tensors]
-    with pytest.raises(NotImplementedError, match="256, got 266"):
+    wide = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32, qk_nope_head_dim=500)).tensors]
+    with pytest.raises(NotImplementedError, match="512, got 516"):
         mla_prefill(*wide)
     tensors = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32)).tensors]
     (gradient,) = torch.autograd.grad(mla_prefill(*tensors).sum(), tensors[0], create_graph=True)

@@ -40,6 +40,7 @@ MASKS = [
 def readable(num_ranks):
     """Each mask by each method, and padding, of which sinks must not see the gradients."""
     padded = [replace(PACKED[0], method=method, sinks=True) for method in METHODS]
+    padded += [Case(method=method, seqlen=9, num_heads_kv=2, head_dim=264, head_dim_v=272) for method in METHODS]
     return padded + [
         Case(method=method, seqlen=37, num_heads_kv=num_ranks, **mask) for method in METHODS for mask in MASKS
     ]

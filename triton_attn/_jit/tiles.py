@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .heads import row_pointer
-from .workarounds import dot_once, fence_copies
+from .workarounds import apart, dot_once, fence_copies
 
 # The row at which every sequence of a packed tensor ends in its TMA descriptors. No packed tensor has as many rows.
 PACKED_END: tl.constexpr = tl.constexpr(2**30)
@@ -308,7 +308,7 @@ def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr, start=None, one=None):
         return c
     else:
         c = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32) if start is None else start
-        c = dot_once(a[0], b[0], c, one, INPUT_PRECISION)
+        c = dot_once(a[0], b[0], apart(c), one, INPUT_PRECISION)
         if len(a) > 1:
             c = dot_once(a[1], b[1], c, one, INPUT_PRECISION)
         return c

@@ -108,6 +108,19 @@ def one_trip(start, blocks):
 
 
 @triton.jit
+def apart(acc):
+    """The same accumulator of a first `dot_once`, each element in a register of its own.
+
+    Equal elements, such as zeros, would be one register, and LLVM copies it after wgmma.fence, which has to follow such
+    copies. The compiler does not join what it cannot read.
+    """
+    if _has_wgmma():
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, False, 1)
+    else:
+        return acc
+
+
+@triton.jit
 def dot_once(a, b, acc, one, INPUT_PRECISION: tl.constexpr):
     """acc + a @ b.T in a loop of one trip: `one` is 1, but the compiler cannot know it.
 
