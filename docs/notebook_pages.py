@@ -2,7 +2,6 @@
 
 import re
 from base64 import b64decode
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from html import unescape
 from subprocess import DEVNULL
@@ -18,9 +17,11 @@ MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re
 
 
 def pages_of(paths):
-    """{path: (Markdown page of the notebook, {link: bytes} of its pictures)}. Two run at a time."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(paths, pool.map(_page_of, paths, [path.read_text() for path in paths])))
+    """{path: (Markdown page of the notebook, {link: bytes} of its pictures)}.
+
+    One runs at a time: two kernels that start at once can choose the same port.
+    """
+    return {path: _page_of(path, path.read_text()) for path in paths}
 
 
 @cache  # a server builds the site again whenever any page changes
