@@ -5,7 +5,6 @@ import itertools
 from unittest import mock
 
 import torch
-from hypothesis import strategies as st
 
 from triton_attn.merge import splits
 
@@ -29,18 +28,6 @@ def short_splits(launcher, in_turn):
         launcher._plan.cache_clear()
         yield
     launcher._plan.cache_clear()
-
-
-@st.composite
-def batches(draw, lengths):
-    """[(sequence, first query, end of its keys)], and how many entries its table has to spare."""
-    chosen = draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, max_size=4))
-    parts = []
-    for sequence in chosen:
-        end = draw(st.integers(1, lengths[sequence]))
-        count = draw(st.sampled_from([0, 1, 1, 2, 17, 70]))
-        parts.append((sequence, max(0, end - count), end))
-    return parts, draw(st.sampled_from([0, 1, 40]))
 
 
 def packed(parts, tables, tensors, device, spare):

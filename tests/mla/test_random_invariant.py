@@ -7,7 +7,8 @@ import torch
 from decode_cases import DEVICE, Case, Inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invariance import KEYS, batches, packed
+from invariance import KEYS, packed
+from invariance_draws import batches
 
 from triton_attn import mla_decode, reference
 from triton_attn.mla import absorbed

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invariance import KEYS, batches, packed, short_splits
+from invariance import KEYS, packed, short_splits
+from invariance_draws import batches
 from paged_cases import DEVICE
 
 from triton_attn import paged_attention, reference

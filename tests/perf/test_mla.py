@@ -142,7 +142,7 @@ def test_a_wrong_prefill_is_not_timed():
 
 def test_a_head_more_than_a_tile_holds_makes_programs():
     step = LatentDecodeProblem(batch=1, seqlen_k=128, num_heads_q=128)
-    assert predict.split_trips(step, block_m=64, block_n=64, num_slots=2) == (1, [2, 2])
+    assert predict.split_trips(step, 64, 64, num_sms=2, resident=1, element_size=2) == (1, [2, 2])
 
 
 def test_splits_of_a_step_are_as_wide_as_its_values():
