@@ -87,8 +87,7 @@ def _load_lses(results, splits):
     """Log-sum-exps (BLOCK_ROWS, splits), -inf past the last row and split."""
     mask = results.rows_mask[:, None] & (splits < results.num_splits)[None, :]
     lses_ptrs = results.lses_ptr + results.lse_rows[:, None] + splits[None, :] * results.num_rows
-    lse = tl.load(lses_ptrs, mask=mask, other=float("-inf"))
-    return tl.where(lse == float("inf"), float("-inf"), lse)  # how others write that there is no key
+    return tl.load(lses_ptrs, mask=mask, other=float("-inf"))
 
 
 @triton.jit
@@ -103,6 +102,7 @@ def _merge_at_once(results, offs_d, TILE: tl.constexpr):
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for first in range(0, results.num_splits, BLOCK_SPLITS):
         lse = _load_lses(results, first + splits) * LOG2_E  # (BLOCK_ROWS, BLOCK_SPLITS)
+        lse = tl.where(lse == float("inf"), float("-inf"), lse)  # how others write that there is no key
         m_new = tl.maximum(m_i, tl.max(lse, 1))
         m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
         weights = tl.math.exp2(lse - m_sub[:, None])
