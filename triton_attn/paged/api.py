@@ -183,8 +183,11 @@ def paged_attention(
         check_last_contiguous("block_table", block_table)
     longest = _check_queries(q, batch, cu_seqlens_q, max_seqlen_q)
     options = with_tensors(options, q, batch, alibi_slopes, sinks)
-    k_number, k_scale = number_and_tensor(check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device))
-    v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
+    k_number = v_number = None
+    if k_scale is not None:
+        k_number, k_scale = number_and_tensor(check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device))
+    if v_scale is not None:
+        v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
     num_splits = check_num_splits(num_splits)
     shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits, shared_prefix_len=shared_prefix_len)
