@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perf.model import loop_model
+from triton_attn import flash_attention, mla_prefill
 from triton_attn._host.call import call_of
 from triton_attn._host.options import AttentionOptions
 from triton_attn.dense.backward import launch_flash_bwd
@@ -151,7 +152,24 @@ def test_default(arch, dtype, head_dims, window, schedule, record_property):
         assert five_products(reports) >= floor
 
 
-def test_fp32_gradients_that_do_not_fit_are_refused():
+def test_fp32_gradients_that_do_not_fit_are_refused_at_the_call():
+    q = torch.empty(1, 64, 1, 512, requires_grad=True)
+    q_nope, q_pe = torch.empty(1, 64, 1, 448, requires_grad=True), torch.empty(1, 64, 1, 64)
+    latents = torch.empty(1, 64, 64), torch.empty(1, 64, 64), torch.empty(1, 448, 64), torch.empty(1, 512, 64)
+    said = r"head dimensions \(512, 512\) in torch.float32: dkdv: 114688 bytes"
+    with compile_only("sm_86") as launches:
+        with pytest.raises(NotImplementedError, match=said):
+            flash_attention(q, q, q)
+        with pytest.raises(NotImplementedError, match=said):
+            mla_prefill(q_nope, q_pe, *latents)
+        assert not launches
+        with torch.no_grad():
+            flash_attention(q, q, q)
+        assert launches
+
+
+def test_a_backward_pass_that_does_not_fit_is_refused():
+    """Callers of the pass have no call of ours before it."""
     q = torch.empty(1, 64, 1, 512)
     options = AttentionOptions(1.0, (None, None), None, None, None)
     with (

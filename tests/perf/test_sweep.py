@@ -166,7 +166,7 @@ def test_a_case_without_survivors_is_told(compiled, tmp_path, monkeypatch, capsy
         ("flash", {"models": ["Llama-3-8B"]}, "has no --model"),
         ("mla", {"head_dims": [64]}, "has no --head-dim"),
         ("paged", {"models": ["DeepSeek-V3"]}, "has no DeepSeek-V3; it has Llama-2-7B"),
-        ("flash_hopper", {"head_dims": [512]}, "nothing to do"),
+        ("flash_backward", {"head_dims": [512]}, "nothing to do"),
     ],
 )
 def test_shapes_that_a_family_lacks_are_refused(family, shapes, said, tmp_path):

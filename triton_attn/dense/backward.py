@@ -15,7 +15,7 @@ from .._host.tuned import choose, remember
 from .._jit.args import View, view_of
 from .._jit.workarounds import may_hoist
 from .arguments import CallKey, common_arguments, key_of, plan_kernel
-from .backward_configs import BackwardConfig, dk_apart_from_dv, lacks_apart
+from .backward_configs import BackwardConfig, check_shared_memory, dk_apart_from_dv
 from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
 from .tiles import FlashCase
 from .tma import strides_suit_tma
@@ -84,9 +84,7 @@ def _config_of(key):
     shape = key.dtype, *key.head_dims, key.causal, access
     case = FlashCase(key.arch, *shape, is_plain=key.is_plain, seqlen_k=key.max_seqlen_k)
     config = choose(BackwardConfig, case)
-    # In fp32 even the smallest tiles of the widest heads take 112 KiB of shared memory.
-    if dk_apart_from_dv(*key.head_dims) and (reason := lacks_apart(config, case)) is not None:
-        raise NotImplementedError(f"gradients of head dimensions {key.head_dims} in {key.dtype}: {reason}")
+    check_shared_memory(config, case)
     return config
 
 

@@ -32,9 +32,12 @@ or only dk and dv. Below head dim 128 exp2 and conversions bound the loop of dq,
 import itertools
 from dataclasses import dataclass
 
+import torch
+
+from .._host.backend import use_kernel
 from .._host.config import Config
 from .._host.gpu import repeats_rows
-from .tiles import HALF, Tile, padded_head_dim, tma_obstacle
+from .tiles import HALF, FlashCase, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
 
@@ -98,10 +101,24 @@ def _obstacle(kernel, tile, case):
     return tma_obstacle(tile, case) or case.gpu.lacks(least)
 
 
-def lacks_apart(config, case):
-    """Why dkdv cannot run where dk and dv are apart, for lack of shared memory; None if it can."""
-    reason = case.gpu.lacks(shared_bytes("dkdv", config.dkdv, case))
-    return reason and f"dkdv: {reason}"
+def check_gradients_fit(x, head_dims):
+    """Raise NotImplementedError at a call whose gradients would find too little shared memory on the GPU of x.
+
+    Under torch.compile the backward pass raises.
+    """
+    if x.dtype == torch.float32 and use_kernel(x) and not torch.compiler.is_compiling():
+        from .._host.device import arch_of  # the package can be imported without triton
+
+        case = FlashCase(arch_of(x), x.dtype, *head_dims, causal=True)  # no mask and no access has smaller tiles
+        check_shared_memory(BackwardConfig.default(case), case)
+
+
+def check_shared_memory(config, case):
+    """Raise if dkdv does not fit where dk and dv are apart: in fp32 the widest heads need 112 KiB or more."""
+    head_dims = case.head_dim, case.head_dim_v
+    reason = case.gpu.lacks(shared_bytes("dkdv", config.dkdv, case)) if dk_apart_from_dv(*head_dims) else None
+    if reason:
+        raise NotImplementedError(f"gradients of head dimensions {head_dims} in {case.dtype}: dkdv: {reason}")
 
 
 def objection(kernel, tile, case):

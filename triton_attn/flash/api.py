@@ -20,6 +20,7 @@ from .._host.dtensors import DENSE, PACKED, attend_shards, has_dtensor
 from .._host.layout import new_outputs
 from .._host.observers import autocast, is_observed, refuse_transforms
 from .._host.options import attention_options, with_dropout, with_shard, with_tensors
+from ..dense.backward_configs import check_gradients_fit
 from . import reference
 
 if TYPE_CHECKING:
@@ -331,3 +332,5 @@ def check_differentiable(q, k, v, sinks, alibi_slopes):
         raise NotImplementedError(
             "alibi_slopes: gradients are not supported, got a tensor that requires one; detach it"
         )
+    if any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        check_gradients_fit(q, (q.shape[-1], v.shape[-1]))

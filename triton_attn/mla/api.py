@@ -32,6 +32,7 @@ from .._host.layout import lse_shape
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
 from .._host.workspace import Workspace, as_workspace, check_lse, check_out, only_counts
+from ..dense.backward_configs import check_gradients_fit
 from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 from .schedule import MODES, ProblemSizes, choose_schedule
@@ -520,11 +521,12 @@ def mla_prefill(
 
 def check_differentiable(q_nope, q_pe, w_uv):
     """Raise at the call and not in the backward pass, where the cause would be hard to find."""
-    head_dim = max(q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1])
-    if head_dim > MAX_HEAD_DIM:
+    head_dims = q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1]
+    if (head_dim := max(head_dims)) > MAX_HEAD_DIM:
         raise NotImplementedError(
             f"gradients are supported for head dimensions up to {MAX_HEAD_DIM}, got {head_dim}; use torch.no_grad"
         )
+    check_gradients_fit(q_nope, head_dims)
 
 
 def check_prefill(tensors, lengths, mode):
