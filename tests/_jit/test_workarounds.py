@@ -1,6 +1,7 @@
 """Each compiler workaround is still needed on the Tritons that it names. One that is not needed must be removed."""
 
 import re
+import shutil
 from unittest import mock
 
 import pytest
@@ -17,11 +18,12 @@ from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
 from triton_attn._host.tuned import forget_plans
 from triton_attn._jit.args import Strides, View
-from triton_attn._jit.workarounds import fence_copies, in_vectors, multiple_of
+from triton_attn._jit.workarounds import apart, dot_once, fence_copies, in_vectors, multiple_of
 from triton_attn.dense import backward
 from triton_attn.flash import forward
 from triton_attn.mla import absorbed
 from triton_attn.toolchain import compile_only
+from triton_attn.toolchain.emulator import emulate
 
 pytestmark = pytest.mark.compiled
 
@@ -59,6 +61,35 @@ def _multiply_kernel(a_ptr, b_ptr, out_ptr, num_tiles, stride, FENCE: tl.constex
             fence_copies()
         acc = tl.dot(a, b, acc)
     tl.store(out_ptr + rows * stride + columns, acc)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "end"])
+def _cut_chain_kernel(x_ptr, out_ptr, num_tiles, end, APART: tl.constexpr):
+    """The sum over tiles y of exp2 of x @ y.T + y @ x.T, each matmul in a `dot_once`."""
+    rows, columns = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    x = tl.load(x_ptr + rows * 64 + columns)
+    total = tl.zeros([64, 64], tl.float32)
+    for i in tl.range(0, num_tiles):
+        one = (i * 64 < end).to(tl.int32)
+        y = tl.load(x_ptr + (i * 64 + rows) * 64 + columns)
+        acc = tl.zeros([64, 64], tl.float32)
+        if APART:
+            acc = apart(acc)
+        acc = dot_once(x, y, acc, one, "ieee")
+        total += tl.math.exp2(dot_once(y, x, acc, one, "ieee"))
+    tl.store(out_ptr + rows * 64 + columns, total)
+
+
+@pytest.mark.oldest
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stub driver cannot stand beside a real one")
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_llvm_copies_zeros_after_the_fence_of_wgmma(is_apart):
+    x, out = torch.randn(192, 64, dtype=torch.bfloat16), torch.empty(64, 64)
+    with emulate("sm_90", strict=False) as log:
+        _cut_chain_kernel[(1,)](x, out, 3, 192, APART=is_apart, num_warps=4)
+    kinds = {fault.kind for launch in log for fault in launch.faults}
+    assert kinds == (set() if is_apart else {"no wgmma.fence since a register was accessed"})
 
 
 @pytest.mark.oldest

@@ -79,7 +79,7 @@ def flash_varlen():
     return [computed], [reference.flash_attention_varlen(*in_fp64((q, k, v)), *options[:4], causal=True)]
 
 
-def backward(deterministic, seqlen=100, num_heads=2, expanded=False, head_dim=64):
+def backward(deterministic, seqlen=100, num_heads=2, expanded=False, head_dim=64, **more):
     """Expanded heads allow no tensor map, as in `flash_of_expanded_heads`."""
     heads = 1 if expanded else num_heads, 1, 1
     inputs = [normal(1, seqlen, each, head_dim) for each in heads]
@@ -88,7 +88,7 @@ def backward(deterministic, seqlen=100, num_heads=2, expanded=False, head_dim=64
     def gradients(function, dtype, **options):
         leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
         heads = num_heads if expanded else -1
-        out = function(*(x.expand(-1, -1, heads, -1) for x in leaves), causal=True, **options)
+        out = function(*(x.expand(-1, -1, heads, -1) for x in leaves), causal=True, **options, **more)
         out.backward(out_grad.to(dtype))
         return [out.detach(), *(x.grad for x in leaves)]
 
@@ -183,6 +183,10 @@ CALLS = {
     "flash backward of expanded heads": lambda: backward(True, expanded=True),
     "flash backward deterministic": lambda: backward(True),
     "flash backward 512": lambda: backward(False, head_dim=512),  # dk and dv apart
+    "flash backward 512 with dropout": lambda: backward(False, head_dim=512, dropout_p=0.3, dropout_seed=1),
+    "flash backward 320 with dropout": lambda: backward(
+        True, expanded=True, head_dim=320, dropout_p=0.3, dropout_seed=1
+    ),
     "paged": paged,
     "paged splits": lambda: paged(num_splits=3),
     "paged chunk": lambda: paged(seqlen_q=40),

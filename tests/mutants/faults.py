@@ -64,6 +64,12 @@ GROUPS = {
         _run("tests/cache", "tests/test_strides.py", "-k", "test_random_ or append or copy"),
         _run("tests/test_largest_sizes.py", "-k", "new_tokens"),
     ),
+    "INVARIANT": (
+        _run("tests/test_batch_invariant.py", compiled=True),
+        _run("tests/paged/test_random_invariant.py", "tests/mla/test_random_invariant.py"),
+    ),
+    "WORKSPACE": (_run("tests/test_workspace.py"),),
+    "EMULATED_WIDE": (_run("tests/toolchain/test_emulated_kernels.py", "-k", "chains", compiled=True),),
     "SHARDS": (_run("tests/flash/test_shards.py"),),
     "PARALLEL": (_run("tests/parallel"),),
     "SHARDING": (_run("tests/parallel/test_sharding.py"),),
@@ -234,8 +240,8 @@ FAULTS = (
     Fault(
         "B04",
         "triton_attn/dense/backward_kernels.py",
-        "INPUT_PRECISION) * dropout.scale, 0.0)",
-        "INPUT_PRECISION), 0.0)",
+        "tl.where(keep, dp * dropout.scale, 0.0)",
+        "tl.where(keep, dp, 0.0)",
         "DROPOUT",
     ),
     Fault(
@@ -333,15 +339,15 @@ FAULTS = (
     Fault(
         "P04",
         "triton_attn/paged/forward.py",
-        "counts = (split == 0) & (TILE.SHARED |",
-        "counts = (split >= 0) & (TILE.SHARED |",
+        "has_sinks = (split == 0) & (TILE.SHARED |",
+        "has_sinks = (split >= 0) & (TILE.SHARED |",
         "PAGED",
     ),
     Fault(
         "P05",
         "triton_attn/paged/forward.py",
-        "counts = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))",
-        "counts = split == 0",
+        "has_sinks = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))",
+        "has_sinks = split == 0",
         "PAGED",
     ),
     Fault(
@@ -866,7 +872,7 @@ FAULTS = (
     ),
     Fault("D16", "triton_attn/parallel/balance.py", "total.index_add_(", "total.index_copy_(", "PARALLEL"),
     Fault("D17", "triton_attn/parallel/local.py", "for group in groups:", "for group in ():", "SHARDING"),
-    Fault("D18", "triton_attn/parallel/local.py", "window = -1, -1", "pass", "SHARDING"),
+    Fault("D18", "triton_attn/parallel/local.py", "window = -1, -1", "pass", "PARALLEL"),
     Fault(
         "D19",
         "triton_attn/parallel/balance.py",
@@ -887,5 +893,25 @@ FAULTS = (
         "if waits_for_transfers(inputs.q.device):",
         "if not waits_for_transfers(inputs.q.device):",
         "PARALLEL",
+    ),
+    Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
+    Fault(
+        "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"
+    ),
+    Fault("K03", "triton_attn/_jit/shards.py", "columns % window.interleave", "0", "PAGED"),
+    Fault("V01", "triton_attn/_jit/blocks.py", "blocks.lo // BLOCK * BLOCK, split", "blocks.lo, split", "INVARIANT"),
+    Fault("V02", "triton_attn/merge/kernel.py", "        tl.debug_barrier()", "        pass", "INVARIANT"),
+    Fault(
+        "V03",
+        "triton_attn/paged/forward.py",
+        "rows=fixed_rows(max(head_dim, head_dim_v)) if problem.batch_invariant else longest",
+        "rows=longest",
+        "INVARIANT",
+    ),
+    Fault(
+        "K04", "triton_attn/_host/workspace.py", "self.used > self.memory", "self.used > 1 + self.memory", "WORKSPACE"
+    ),
+    Fault(
+        "B30", "triton_attn/dense/backward_kernels.py", "apart(zeros) if HALVED else zeros", "zeros", "EMULATED_WIDE"
     ),
 )

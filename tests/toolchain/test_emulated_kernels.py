@@ -4,6 +4,7 @@ What the interpreter cannot see: layouts, barriers, asynchronous copies, tensor 
 """
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def fixed_draws():
 def test_portable_kernels(name, arch):
     log = run(name, arch)
     assert all(launch.executed.sum() for launch in log)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("name", [name for name in CALLS if re.search("320|512", name)])
+def test_chains_that_are_cut(name):
+    """Heads wider than 256 on sm_90, whose matmuls are each in a loop or a branch of their own."""
+    run(name, "sm_90")
 
 
 @pytest.mark.ci(but_each=7)

@@ -144,15 +144,20 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def _pointers_from(x, start, ROWS: tl.constexpr, WIDE_ROWS: tl.constexpr):
+    """Pointers (ROWS, 1) to the rows from start on of the Rows x."""
+    ptr = x.source + tl.cast(start, tl.int64) * x.stride
+    return row_pointers(ptr, tl.arange(0, ROWS), x.stride, WIDE_ROWS)
+
+
+@triton.jit
 def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE_ROWS: tl.constexpr):
     """The tile [start, start + ROWS) of the Rows x; 0 past their end, which only a MASKED tile may reach."""
     if x.coords is not None:
         return _load_tile_tma(x.source, x.coords, start, ROWS, HEAD_DIM)
     else:
-        rows = tl.arange(0, ROWS)
-        rows_mask = start + rows < x.seqlen if MASKED else None
-        ptr = x.source + tl.cast(start, tl.int64) * x.stride
-        tile = load_tile(row_pointers(ptr, rows, x.stride, WIDE_ROWS), rows_mask, HEAD_DIM)
+        rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
+        tile = load_tile(_pointers_from(x, start, ROWS, WIDE_ROWS), rows_mask, HEAD_DIM)
         fence_copies()
         return tile
 
@@ -163,10 +168,8 @@ def _load_half(x, start, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.cons
     if x.coords is not None:
         return _load_piece_tma(x.source[0 if START == 0 else 1], x.coords, start, ROWS, START, BLOCK)
     else:
-        rows = tl.arange(0, ROWS)
-        rows_mask = start + rows < x.seqlen if MASKED else None
-        ptr = x.source + tl.cast(start, tl.int64) * x.stride
-        piece = load_piece(row_pointers(ptr, rows, x.stride, TILE.WIDE_ROWS), rows_mask, START, BLOCK, TILE.HEAD_DIM_V)
+        rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
+        piece = load_piece(_pointers_from(x, start, ROWS, TILE.WIDE_ROWS), rows_mask, START, BLOCK, TILE.HEAD_DIM_V)
         fence_copies()
         return piece
 

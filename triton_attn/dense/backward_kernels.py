@@ -40,7 +40,7 @@ from .._jit.tiles import (
     tile_pointers,
     zeros_tile,
 )
-from .._jit.workarounds import in_vectors, one_trip
+from .._jit.workarounds import apart, in_vectors, one_trip
 from .arguments import LENGTHS
 
 
@@ -107,7 +107,7 @@ def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.const
 
 
 @triton.jit
-def _first_dp(minus_delta, dropout, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _first_dp(minus_delta, dropout, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVED: tl.constexpr):
     """What the matmul of dP starts at, for a tile in either orientation; minus_delta broadcasts against it.
 
     Without dropout it is -delta, which then needs neither registers of its own nor a subtraction.
@@ -115,7 +115,8 @@ def _first_dp(minus_delta, dropout, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     if dropout is None:
         return tl.broadcast_to(minus_delta, [ROWS, COLUMNS])
     else:
-        return tl.zeros([ROWS, COLUMNS], tl.float32)
+        zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
+        return apart(zeros) if HALVED else zeros  # `dot_transposed` does so itself
 
 
 @triton.jit
@@ -305,7 +306,7 @@ def _flash_bwd_dkdv_kernel(
                     dv_tile = dot_add(dropped.to(v_tile[0].dtype), dout_tile, dv_tile, PRECISION)
                 minus_delta_ptr = sums.minus_delta_ptr + sums_row + start_m
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
-                dp = _first_dp(minus_delta[None, :], dropout, BLOCK_N, BLOCK_M)
+                dp = _first_dp(minus_delta[None, :], dropout, BLOCK_N, BLOCK_M, HALVED)
                 if HALVED:
                     dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, TILE)
                 else:
@@ -413,7 +414,7 @@ def _flash_bwd_dq_kernel(
             if dropout is not None:
                 keep = keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE)
             one = one_trip(start_n, blocks) if TILE.CUT_CHAIN else None
-            dp = _first_dp(minus_delta[:, None], dropout, BLOCK_M, BLOCK_N)
+            dp = _first_dp(minus_delta[:, None], dropout, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
             if TILE.CUT_CHAIN:
                 dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE)
             else:
