@@ -17,6 +17,7 @@ from triton_attn.paged.configs import PagedCase, PagedConfig, fixed_rows
 
 CONTEXTS = (1024, 8192, 131072)
 DTYPE = torch.bfloat16
+ARCH = "sm_90"
 
 
 def problems():
@@ -27,7 +28,7 @@ def problems():
         yield from (LatentDecodeProblem(batch, seqlen, heads) for heads in (16, 128) for seqlen in CONTEXTS)
 
 
-def prices(problem, arch="sm_90"):
+def prices(problem, arch=ARCH):
     """(splits, us) without and with batch_invariant."""
     free, fixed = (_work(problem, arch, invariant) for invariant in (False, True))
     num_splits = choose_num_splits(free)
@@ -62,6 +63,7 @@ def run(out_dir):
         }
         costs = {"splits": splits, "us": f"{free:.1f}", "fixed splits": fixed_splits_, "us, fixed": f"{fixed:.1f}"}
         rows.append(shape | costs | {"price": f"{fixed / free - 1:+.0%}"})
+    print(f"us of a call on {RATES[ARCH].name}, predicted by the model of triton_attn.merge.splits, not measured")
     print_table(rows)
 
 
