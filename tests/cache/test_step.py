@@ -139,6 +139,19 @@ def test_only_changes_are_sent_in_one_transfer(transfers):
     assert header <= 4 * 256
 
 
+def test_the_table_is_written_once_where_it_changed(monkeypatch):
+    """Each write is a launch on a GPU."""
+    written = []
+    put = step_module.CacheStep._put
+    monkeypatch.setattr(step_module.CacheStep, "_put", lambda step, x: (written.append(len(x)), put(step, x)))
+    cache = make(num_pages=64, page_size=4)
+    step = make_step(cache, 4, 64, staged=True)
+    seqs = [start(cache, list(range(n))) for n in (17, 18)]
+    step.extend(seqs, 1)  # 10 entries of the table are new
+    step.extend(seqs, 1)  # on the same pages
+    assert written == [10]
+
+
 def test_more_changes_than_there_is_room_for(transfers):
     cache = make(num_pages=64, page_size=1)
     step = make_step(cache, 4, 8, staged=True)

@@ -194,7 +194,6 @@ class CacheStep:
         used = slice(self._header + 16 * together)
         # Torch gives pinned memory to others only after transfers from it, so that calls can run ahead of the GPU.
         self._there[used].copy_(self._here[used].pin_memory(), non_blocking=True)
-        self._put(self._changes_there[:together])
         if together:
             self._put(self._changes_there[:together])
         if together < len(entries):
