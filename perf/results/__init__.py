@@ -111,12 +111,20 @@ def columns_of(row_type):
 
 
 COLUMNS = columns_of(Row)
+VERSIONS = ["driver", "torch", "triton", "commit"]
 
 
 def holds_speeds(path):
     """Whether a CSV is a table of speeds, valid or not. Only such tables have the columns family and provider."""
     with open(path, newline="") as file:
         return {"family", "provider"} <= set(next(csv.reader(file), ()))
+
+
+def read_any(path):
+    """Any CSV of results as a pandas DataFrame. Versions are text: a commit may be all digits, or look like 1.2e34."""
+    import pandas as pd  # here, since a GPU run writes rows and may have no pandas
+
+    return pd.read_csv(path, dtype=dict.fromkeys(VERSIONS, str))
 
 
 def read(path):

@@ -57,7 +57,7 @@ def pictures(csv_path):
     """{end of the file name: (function that draws, its data)}."""
     if results.holds_speeds(csv_path):
         return speed_plots.pictures(results.read(csv_path), _measured_beside(csv_path))
-    data = pd.read_csv(csv_path)
+    data = results.read_any(csv_path)
     found = next((found for column, found in PICTURES.items() if column in data), {})
     return {name: (picture, data) for name, picture in found.items()}
 

@@ -14,7 +14,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from perf import results
-from perf.results import BOUND, LOCK, MEASURED, OURS, PUBLISHED, SOURCES, plot, speed_plots
+from perf.results import BOUND, LOCK, MEASURED, OURS, PUBLISHED, SOURCES, VERSIONS, plot, speed_plots
 from perf.results.speed_plots import WORDS
 from perf.results.style import short_length
 from perf.results.targets import TARGETS, judge
@@ -25,7 +25,6 @@ PAGE = README.parent / "docs" / "performance.md"
 TUNED = README.parent / "triton_attn" / "tuned"
 STATUS = "> **Status**: "  # the beginning of the README's third line
 BEGIN, END = "<!-- from here on written by `python -m perf report` -->", "<!-- up to here -->"
-VERSIONS = ["driver", "torch", "triton", "commit"]
 NONE = pd.Series(dtype=str)
 
 
@@ -118,7 +117,7 @@ class Results:
         none.
         """
         paths = sorted(self.root.glob(f"*/{pattern}"), key=lambda path: (path.parent.name == "interpreter", path))
-        return (paths[0], pd.read_csv(paths[0])) if paths else (None, None)
+        return (paths[0], results.read_any(paths[0])) if paths else (None, None)
 
     def pictures(self, family, direction):
         """[(caption, path)] of the plots that exist, measured ones first."""
@@ -221,7 +220,7 @@ def beside_vllm(found):
     paths = sorted(found.root.glob("*/peers-*.csv"))
     if not paths:
         return ""
-    rows = pd.concat([pd.read_csv(path) for path in paths])
+    rows = pd.concat([results.read_any(path) for path in paths])
     lines = []
     for (seqlen_q, head_dim), of_call in rows.groupby(["seqlen_q", "head_dim"], sort=False):
         line = {"": f"{'decode' if seqlen_q == 1 else f'{seqlen_q} queries'}, head_dim {head_dim}"}

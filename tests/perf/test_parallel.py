@@ -20,7 +20,8 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def table(tmp_path):
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "commit", lambda: "7789948")  # a number to those who do not know better
     path, *pictures = parallel.run(tmp_path / "predicted", seqlens=(2**15, 2**17, 2**20))
     assert [picture.name for picture in pictures] == ["parallel.png", "parallel_time.png", "parallel_memory.png"]
     assert all(picture.stat().st_size > 10_000 for picture in pictures)

@@ -25,6 +25,14 @@ def test_a_table_replaces_the_one_before(tmp_path):
     assert (tmp_path / "table.csv").read_text() == "value\n2\n"
 
 
+@pytest.mark.parametrize("commit", ["7789948", "77899e4", "0012345", "1bc2d3e+"])
+def test_versions_are_text_in_every_table(tmp_path, commit):
+    (tmp_path / "table.csv").write_text(f"driver,triton,commit,ms\n,3.10,,1\n580.10,3.10,{commit},2\n")
+    rows = results.read_any(tmp_path / "table.csv")
+    assert rows.iloc[1].tolist() == ["580.10", "3.10", commit, 2]
+    assert rows.iloc[0][["driver", "commit"]].isna().all()
+
+
 def write(path, *rows):
     with results.Table(path, results.COLUMNS) as table:
         for each in rows:

@@ -58,7 +58,8 @@ def guard(reachable=()):
     Every active lane must be aligned and inside an element of one of the launch's tensor arguments, those inside
     tuples and tensor descriptors included. A view is its elements alone: what lies between them, or before and after
     in the same storage, is out of bounds. No element may be stored to by two programs of a launch, except atomically.
-    It cannot see an access to the wrong element of the right tensor: put NaN where nothing may be read.
+    It cannot see an access to the wrong element of the right tensor, or past a tensor's end and into another argument
+    that lies there: put NaN where nothing may be read, and make tensors views of longer ones.
 
     A sum, difference, product or left shift of int32 must fit in 32 bits, and no integer is divided by zero, in any
     lane: masked lanes are computed too. Unsigned numbers, which may wrap on purpose, as in Philox, and numbers of 8 and
