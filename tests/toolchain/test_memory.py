@@ -6,6 +6,7 @@ import operator
 import tracemalloc
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -53,6 +54,17 @@ def test_one_element_past_the_end(kind, shared):
         copy(x, y, 14)
     name = "x_ptr" if kind == "load" else "y_ptr"
     assert (e.value.program, e.value.tensor, e.value.shape, e.value.offset) == ((1, 0, 0), name, (13,), 13)
+
+
+@pytest.mark.parametrize("kind", ["load", "store"])
+def test_past_the_end_where_another_argument_lies(kind):
+    """A pointer is good for the tensor that it comes from."""
+    memory = np.zeros(32, np.float32)
+    first, second = torch.frombuffer(memory, dtype=torch.float32, count=13), torch.from_numpy(memory[13:])
+    x, y = (first, second) if kind == "load" else (second, first)
+    with guard(), pytest.raises(MemoryAccessError, match=f"{kind} out of bounds in 3 of 8 active lanes") as e:
+        copy(x, y, 16)
+    assert (e.value.tensor, e.value.offset) == (f"{'x' if kind == 'load' else 'y'}_ptr", 13)
 
 
 def test_before_the_start():

@@ -22,7 +22,7 @@ class MemoryAccessError(AssertionError):
 
     Attributes:
         program: (x, y, z) of the program that made the access.
-        tensor: name of the kernel argument; if the address is in none, of the nearest one.
+        tensor: name of the kernel argument; of an address that was loaded from memory, the nearest one.
         shape: shape of that tensor.
         offset: distance of the first bad address from that tensor's first element, in elements.
     """
@@ -42,7 +42,7 @@ class Accesses:
         launches: how many kernels were launched.
         bytes_loaded, bytes_stored: bytes by the name of the kernel argument (`descs[0]` and `pair.key` inside tuples),
             summed over active lanes, programs and launches: an element that is loaded twice counts twice. Atomics count
-            as stores. If arguments share memory, the bytes go to the first of them.
+            as stores. If arguments share memory, the bytes go to the one that the pointer comes from.
     """
 
     def __init__(self):
@@ -55,11 +55,11 @@ class Accesses:
 def guard(reachable=()):
     """Check each load, store and atomic, and integers, of the kernels launched inside; for TRITON_INTERPRET=1.
 
-    Every active lane must be aligned and inside an element of one of the launch's tensor arguments, those inside
-    tuples and tensor descriptors included. A view is its elements alone: what lies between them, or before and after
-    in the same storage, is out of bounds. No element may be stored to by two programs of a launch, except atomically.
-    It cannot see an access to the wrong element of the right tensor, or past a tensor's end and into another argument
-    that lies there: put NaN where nothing may be read, and make tensors views of longer ones.
+    Every active lane must be aligned and inside an element of the tensor argument that its pointer comes from, those
+    inside tuples and tensor descriptors included, or of another argument in the same storage. A view is its elements
+    alone: what lies between them, or before and after in the same storage, is out of bounds. No element may be stored
+    to by two programs of a launch, except atomically. It cannot see an access to the wrong element of the right tensor:
+    put NaN where nothing may be read.
 
     A sum, difference, product or left shift of int32 must fit in 32 bits, and no integer is divided by zero, in any
     lane: masked lanes are computed too. Unsigned numbers, which may wrap on purpose, as in Philox, and numbers of 8 and
@@ -88,6 +88,7 @@ def guard(reachable=()):
         raise RuntimeError("guard checks interpreted kernels: start the process with TRITON_INTERPRET=1")
     checker = _Checker(list(reachable))
     wraps = {
+        (interpreter, "_implicit_cvt"): checker.wrap_implicit_cvt,
         (GridExecutor, "__call__"): _unwrap_error,
         (GridExecutor, "_init_args_hst"): checker.wrap_init_args,
         (InterpreterBuilder, "create_masked_load"): checker.wrap_load,
@@ -118,87 +119,128 @@ def _unwrap_error(call):
     return wrapper
 
 
+# Addresses have 47 bits on the hosts that Triton supports. While a kernel computes with a pointer, the bits above hold
+# the number of the tensor argument that it comes from, from 1 on. Addresses that were loaded from memory have 0 there.
+_ADDRESS_BITS = 48
+_ADDRESS = np.uint64(2**_ADDRESS_BITS - 1)
+
+
 class _Checker:
     def __init__(self, reachable):
         self.reachable = reachable
         self.accesses = Accesses()
         self.tensors = []
+        self.number_of = {}  # by the identity of an argument
 
     def wrap_init_args(self, init_args):
         def wrapper(executor, args, kwargs):
             # The interpreter works on copies in host memory if the arguments are elsewhere.
             args, kwargs = init_args(executor, args, kwargs)
             named = [*zip(executor.arg_names, args), *kwargs.items(), ("reachable", self.reachable)]
-            self.tensors = [_Elements(*item) for name, value in named for item in _tensors_in(name, value)]
+            tensors = [item for name, value in named for item in _tensors_in(name, value)]
+            self.tensors = [_Elements(*item) for item in tensors]
+            self.number_of = {id(tensor): number for number, (_, tensor) in enumerate(tensors, start=1)}
             self.accesses.launches += 1
             return args, kwargs
 
         return wrapper
 
+    def wrap_implicit_cvt(self, implicit_cvt):
+        def wrapper(arg):
+            value = implicit_cvt(arg)
+            if hasattr(arg, "data_ptr"):
+                number = self.number_of[id(_without_wrapper(arg))]
+                value.handle.data = value.handle.data | np.uint64(number << _ADDRESS_BITS)
+            return value
+
+        return wrapper
+
     def wrap_load(self, load):
         def wrapper(builder, pointers, mask, *args, **kwargs):
-            self.check("load", pointers, mask, self.accesses.bytes_loaded)
+            pointers, _ = self.check("load", pointers, mask, self.accesses.bytes_loaded)
             return load(builder, pointers, mask, *args, **kwargs)
 
         return wrapper
 
     def wrap_store(self, store):
         def wrapper(builder, pointers, value, mask, *args, **kwargs):
-            for tensor, elements, addresses in self.check("store", pointers, mask, self.accesses.bytes_stored):
-                tensor.claim(elements, addresses)
+            pointers, addresses = self.check("store", pointers, mask, self.accesses.bytes_stored)
+            found, _ = self.find(addresses, _width(pointers), self.tensors)
+            for tensor, elements, covered in found:
+                tensor.claim(elements, covered)
             return store(builder, pointers, value, mask, *args, **kwargs)
 
         return wrapper
 
     def wrap_atomic_store(self, _):
         def wrapper(builder, pointers, value, mask, *args):
-            self.check("atomic store", pointers, mask, self.accesses.bytes_stored)
+            pointers, _ = self.check("atomic store", pointers, mask, self.accesses.bytes_stored)
             return interpreter._interpreter.store(pointers.data, value.data, mask.data)
 
         return wrapper
 
     def wrap_atomic_rmw(self, atomic_rmw):
         def wrapper(builder, op, pointers, value, mask, *args):
-            self.check("atomic", pointers, mask, self.accesses.bytes_stored)
+            pointers, _ = self.check("atomic", pointers, mask, self.accesses.bytes_stored)
             return atomic_rmw(builder, op, pointers, value, mask, *args)
 
         return wrapper
 
     def wrap_atomic_cas(self, atomic_cas):
         def wrapper(builder, pointers, *args):
-            self.check("atomic", pointers, True, self.accesses.bytes_stored)
+            pointers, _ = self.check("atomic", pointers, True, self.accesses.bytes_stored)
             return atomic_cas(builder, pointers, *args)
 
         return wrapper
 
     def check(self, kind, pointers, mask, bytes_by_name):
-        """Count the bytes; return (tensor, elements, addresses) for each tensor that active lanes point into."""
-        width = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
+        """Count the bytes. Return the pointers without numbers of arguments, and the addresses of active lanes."""
         # Triton 3.6 passes the mask of a tensor descriptor as a bare array.
         active = mask.data if isinstance(mask, TensorHandle) else mask
-        addresses, active = np.broadcast_arrays(pointers.data, np.asarray(active, dtype=bool))
-        addresses = addresses[active].view(np.int64)
-        num_active = addresses.size
-        touched = []
-        for tensor in self.tensors:
+        pointers = TensorHandle(pointers.data.astype(np.uint64, copy=False), pointers.dtype)
+        lanes, active = np.broadcast_arrays(pointers.data, np.asarray(active, dtype=bool))
+        lanes = lanes[active]
+        numbers, addresses = lanes >> _ADDRESS_BITS, (lanes & _ADDRESS).view(np.int64)
+        for number in np.unique(numbers).tolist():
+            own = self.tensors[number - 1 : number]
+            tensors = own + [x for x in self.tensors if not own or x.storage == own[0].storage]
+            self.check_argument(kind, tensors, addresses[numbers == number], _width(pointers), bytes_by_name)
+        return TensorHandle(pointers.data & _ADDRESS, pointers.dtype), addresses
+
+    def check_argument(self, kind, tensors, addresses, width, bytes_by_name):
+        found, outside = self.find(addresses, width, tensors)
+        for tensor, _, covered in found:
+            bytes_by_name[tensor.name] += width * covered.size
+        if outside.size:
+            what = f"{kind} out of bounds in {outside.size} of {addresses.size} active lanes, the first"
+            nearest = min(tensors, key=lambda tensor: tensor.distance(outside[0]))
+            raise nearest.error(what, outside[0])
+
+    @staticmethod
+    def find(addresses, width, tensors):
+        """(tensor, elements, addresses) for each tensor that some of the addresses point into, and the other addresses."""
+        found = []
+        for tensor in tensors:
             if not addresses.size:
                 break
             elements, inside = tensor.locate(addresses, width)
             if inside.any():
-                touched.append((tensor, elements[:, inside], addresses[inside]))
-                bytes_by_name[tensor.name] += width * int(inside.sum())
+                found.append((tensor, elements[:, inside], addresses[inside]))
                 addresses = addresses[~inside]
-        if addresses.size:
-            what = f"{kind} out of bounds in {addresses.size} of {num_active} active lanes, the first"
-            nearest = min(self.tensors, key=lambda tensor: tensor.distance(addresses[0]))
-            raise nearest.error(what, addresses[0])
-        return touched
+        return found, addresses
+
+
+def _width(pointers):
+    return interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
+
+
+def _without_wrapper(value):
+    return value.base if isinstance(value, (TensorDescriptor, TensorWrapper)) else value
 
 
 def _tensors_in(name, value):
     """(name, tensor) of every tensor in a kernel argument."""
-    if isinstance(value, (TensorDescriptor, TensorWrapper)):
-        value = value.base
+    value = _without_wrapper(value)
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, (tuple, list)):
@@ -220,6 +262,7 @@ class _Elements:
         self.shape = tuple(tensor.shape)
         self.stride = tensor.stride()
         self.start = tensor.data_ptr()
+        self.storage = tensor.untyped_storage().data_ptr()
         self.itemsize = tensor.element_size()
         self.dims = _nested_dims(self.shape, self.stride)
         self.table = None if self.dims is not None else _element_offsets(self.shape, self.stride)
