@@ -218,7 +218,7 @@ class _Checker:
 
     @staticmethod
     def find(addresses, width, tensors):
-        """(tensor, elements, addresses) for each tensor that some of the addresses point into, and the other addresses."""
+        """(tensor, elements, addresses) for each tensor that some addresses point into, and the other addresses."""
         found = []
         for tensor in tensors:
             if not addresses.size:
