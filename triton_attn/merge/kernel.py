@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._host.device import launch_packed
+from .._host.device import launch
 from .._host.layout import LSE
 from .._host.tuned import remember
 from .._jit.args import Splits, Strides, View
@@ -156,7 +156,7 @@ def launch_merge(outs, lses, out, lse, in_order=False):
         return
     of_outs, split_stride, of_out = plan.strides
     args = (Splits(View(outs, of_outs), split_stride), lses, View(out, of_out), lse, *plan.counts)
-    launch_packed(_merge_kernel, (plan.num_programs,), outs.device, args, plan.constants)
+    launch(_merge_kernel, (plan.num_programs,), outs.device, args, plan.constants)
 
 
 class Plan(NamedTuple):

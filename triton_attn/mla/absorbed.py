@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
-from .._host.device import arch_of, input_precision, launch_packed
+from .._host.device import arch_of, input_precision, launch
 from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.latent import SCALE_BLOCK, latent_parts
@@ -639,7 +639,7 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         *_factors(*call.factors, call.q_pe.shape[-1]),
         plan.window,
     )
-    launch_packed(_mla_absorbed_kernel, (plan.num_programs * len(parts),), call.q.device, args, plan.constants)
+    launch(_mla_absorbed_kernel, (plan.num_programs * len(parts),), call.q.device, args, plan.constants)
 
 
 def _bytes(x):

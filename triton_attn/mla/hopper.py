@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._host.checks import MAX_ROWS
 from .._host.descriptors import unchecked_descriptor
-from .._host.device import launch_packed
+from .._host.device import launch
 from .._host.gpu import gpu_of
 from .._host.key_shard import num_ranks_of
 from .._host.layout import INDICES, LSE
@@ -489,7 +489,7 @@ def launch_mla_decode_hopper(plan, call, parts, lse_parts):
         call.key_shard,
     )
     grid = (plan.num_programs * plan.num_splits,)
-    launch_packed(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
+    launch(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
 
 
 def plan_hopper(key, wanted):

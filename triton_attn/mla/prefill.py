@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.device import arch_of, input_precision, launch_packed
+from .._host.device import arch_of, input_precision, launch
 from .._host.layout import LSE, clear_outputs, heads_in_l2, tiles_each, without_dim
 from .._host.tuned import choose, remember
 from .._jit.args import Sequences, Strides, View, Window
@@ -391,7 +391,7 @@ def _launch(operands, lse, lengths, rows, softmax_scale, causal, config):
         *rows,
         *plan.scores,
     )
-    launch_packed(_mla_prefill_kernel, (plan.num_programs,), out.device, args, plan.constants)
+    launch(_mla_prefill_kernel, (plan.num_programs,), out.device, args, plan.constants)
 
 
 @remember

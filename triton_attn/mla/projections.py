@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .._host.checks import layout_of
-from .._host.device import arch_of, input_precision, launch_packed
+from .._host.device import arch_of, input_precision, launch
 from .._host.layout import INDICES, LSE
 from .._host.tuned import remember
 from .._host.workspace import empty
@@ -220,8 +220,8 @@ class Plan(NamedTuple):
 
 def launch_absorb(q_nope, q_pe, w_uk, scale):
     """scale * q_nope @ w_uk and scale * q_pe: views of one tensor (batch, seqlen_q, num_heads, dim)."""
-    launch, q = prepare_absorb(q_nope, q_pe, w_uk, scale)
-    launch()
+    absorb, q = prepare_absorb(q_nope, q_pe, w_uk, scale)
+    absorb()
     return q
 
 
@@ -246,8 +246,8 @@ def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=NO_POSITIONS, workspace=
         *plan.counts,
         scale,
     )
-    launch = partial(launch_packed, _absorb_kernel, plan.grid, q.device, args, plan.constants)
-    return launch, q.split(widths, dim=-1)
+    absorb = partial(launch, _absorb_kernel, plan.grid, q.device, args, plan.constants)
+    return absorb, q.split(widths, dim=-1)
 
 
 @remember
@@ -293,7 +293,7 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse, batch_invariant=Fal
         0 if lse is None else lse.stride(1),
         *plan.counts,
     )
-    launch_packed(_merge_project_kernel, plan.grid, out.device, args, plan.constants)
+    launch(_merge_project_kernel, plan.grid, out.device, args, plan.constants)
 
 
 @remember
