@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .._host.device import launch
-from .._host.layout import LSE
 from .._host.tuned import remember
 from .._jit.args import Splits, Strides, View
 from .._jit.heads import lse_offsets, row_offsets
@@ -17,7 +16,7 @@ from .._jit.tiles import merge_rows
 MAX_SPLITS = 32
 TILE_ELEMENTS = 4096
 # A new length must not cause a compilation.
-LENGTHS = ["lses_ptr", "num_splits", "num_rows", "seqlen_q", *LSE]
+LENGTHS = ["lses_ptr", "num_splits", "num_rows", "seqlen_q", "lse_ptr"]
 
 
 class Tile(NamedTuple):

@@ -14,7 +14,6 @@ from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.layout import (
     INDICES,
-    LSE,
     batch_head_strides,
     clear_outputs,
     tiles_each,
@@ -48,7 +47,7 @@ LENGTHS = [
     "search_steps",
     "shared_prefix_len",
     *INDICES,
-    *LSE,
+    "lse_ptr",
 ]
 
 
