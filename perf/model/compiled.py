@@ -9,7 +9,7 @@ import torch
 import triton_attn
 from perf.results.tables import tile_name
 from perf.workloads import calls
-from triton_attn._host.call import call_of
+from triton_attn._host.call import Lengths, call_of
 from triton_attn._host.checks import layout_of
 from triton_attn._host.layout import new_outputs
 from triton_attn._host.options import AttentionOptions
@@ -21,6 +21,7 @@ from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
+from triton_attn.mla.api import DecodeCall, PrefillCall
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.mla.prefill import launch_mla_fused, launch_mla_materialized
 from triton_attn.paged.api import PagedCall
@@ -193,21 +194,21 @@ def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):
 def launch_latent(q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale, config):
     """`mla_decode` from absorbed queries to latent outputs, with a given config."""
     out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
-    tensors = q_nope, q_pe, latent_cache, out, None, cache_seqlens, block_table
-    launch_mla_decode(*tensors, None, None, (None, None, False), softmax_scale, True, config=config)
+    call = DecodeCall(q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale)
+    launch_mla_decode(call, out, None, config)
     return out
 
 
 def launch_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, fused, config):
     """`mla_prefill` with mode "fused", or "materialized" with all heads at once, and a given config."""
     out = q_nope.new_empty(*q_nope.shape[:3], w_uv.shape[1])
-    lengths = None, None, q_nope.shape[1], kv_latent.shape[1]
+    lengths = Lengths(None, None, q_nope.shape[1], kv_latent.shape[1])
     scale = (q_nope.shape[3] + q_pe.shape[3]) ** -0.5
-    args = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, None, lengths, scale, True
+    call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, scale, causal=True)
     if fused:
-        launch_mla_fused(*args, config)
+        launch_mla_fused(call, out, None, config)
     else:
-        launch_mla_materialized(*args, (len(w_uk), kv_latent.shape[0] * kv_latent.shape[1]), config)
+        launch_mla_materialized(call, out, None, (len(w_uk), kv_latent.shape[0] * kv_latent.shape[1]), config)
     return out
 
 

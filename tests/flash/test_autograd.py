@@ -87,8 +87,8 @@ class Launches(list):
             self.append(kernel.__name__.removeprefix("_flash_bwd_").removesuffix("_kernel"))
             return original(kernel, *args, **kwargs)
 
-        original = backward.launch_packed
-        self.patch = mock.patch.object(backward, "launch_packed", launch)
+        original = backward.launch
+        self.patch = mock.patch.object(backward, "launch", launch)
         self.patch.start()
         return self
 
@@ -404,7 +404,7 @@ def test_memory_of_the_backward_pass(varlen, dtype, deterministic):
     given = (dout, q, k, v, out, lse, sinks)
 
     call = call_of(q, k, v, options, Lengths(cu_seqlens, cu_seqlens, seqlen, seqlen))
-    with mock.patch.object(backward, "launch_packed") as launch, SeenOperators() as seen:
+    with mock.patch.object(backward, "launch") as launch, SeenOperators() as seen:
         launch_flash_bwd(call, dout, None, out, lse, deterministic=deterministic)
     assert launch.call_count in (2, 3)
     fused = launch.call_count == 2

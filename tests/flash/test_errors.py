@@ -16,7 +16,7 @@ from triton_attn.flash import forward
 def launches(monkeypatch):
     """The launches of the forward kernel, which the kernel backend runs here on any device."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
-    with mock.patch.object(forward, "launch_packed") as launch:
+    with mock.patch.object(forward, "launch") as launch:
         yield launch
 
 
@@ -318,7 +318,7 @@ def test_the_backend_of_a_cpu_tensor(backend, interpreted, by_kernel, monkeypatc
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
-    with mock.patch.object(forward, "launch_packed") as launch:
+    with mock.patch.object(forward, "launch") as launch:
         flash_attention(**dense())
     assert launch.called == by_kernel
 

@@ -42,7 +42,7 @@ def bare_launches(call, modules):
 
     with contextlib.ExitStack() as stack:
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "launch_packed", record))
+            stack.enter_context(mock.patch.object(module, "launch", record))
         call()
 
     def repeat():

@@ -55,7 +55,7 @@ def launches_of(call, modules, arch="sm_90", inside=contextlib.nullcontext, **ar
 
     with contextlib.ExitStack() as stack:
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "launch_packed", record))
+            stack.enter_context(mock.patch.object(module, "launch", record))
         stack.enter_context(compile_only(arch))
         stack.enter_context(inside())
         call(**arguments)

@@ -13,6 +13,7 @@ from perf.model import loop_model, sass
 from triton_attn import mla_decode, mla_prefill, use_tuned
 from triton_attn._host import tuned
 from triton_attn.mla.absorbed import launch_mla_decode
+from triton_attn.mla.api import DecodeCall
 from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
@@ -179,9 +180,7 @@ def test_a_config_is_the_portable_kernels(wanted):
     table = torch.empty(1, 4, dtype=torch.int32)
     parts, config = q.split([RANK, ROPE], dim=3), MlaDecodeConfig(64, 64, 8, 2)
     with compile_only("sm_90") as launches:
-        launch_mla_decode(
-            *parts, cache, torch.empty_like(parts[0]), None, table[:, 0], table, None, None, None, 0.1, True, 1, config
-        )
+        launch_mla_decode(DecodeCall(*parts, cache, table[:, 0], table, 0.1), torch.empty_like(parts[0]), None, config)
     assert [launch.name for launch in launches] == [PORTABLE]
 
 

@@ -31,7 +31,7 @@ def input_precision(dtype, arch):
     return "ieee" if gpu_of(arch).is_amd and wanted == "tf32x3" else wanted
 
 
-def launch_packed(kernel, grid, device, args, constants):
+def launch(kernel, grid, device, args, constants):
     """kernel[grid](*args, **constants) on the given device, without the cost of creating kernel[grid]."""
     if grid[0] >= 2**31:
         fail("the call's tiles", "fewer than 2**31", grid[0])

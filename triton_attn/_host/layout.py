@@ -8,9 +8,7 @@ from torch import Tensor
 from .checks import MAX_ROWS, check_rows
 from .key_shard import num_ranks_of
 
-# Names of kernel arguments whose values must not cause a compilation. Strides of lse depend on lengths; they are not in
-# a tuple because Triton specialises its elements. Slices of lse and of index tensors may start at any address.
-LSE = ["lse_ptr", "lse_split_stride", "lse_batch_stride", "lse_row_stride", "lse_head_stride"]
+# Names of kernel arguments whose values must not cause a compilation: slices of index tensors may start at any address.
 INDICES = ["cache_seqlens_ptr", "block_table_ptr", "table_stride", "slot_mapping_ptr", "positions_ptr"]
 # Keys and values that stay in the L2 cache together; an H100 has 50 MB, an A100 40 MB.
 L2_BUDGET_BYTES = 32 << 20
@@ -72,6 +70,11 @@ def tiles_each(longest, num_rows, batch, block):
 def batch_head_strides(x):
     """Strides of (batch, head) of a tensor (batch, heads), or (heads,) for every batch."""
     return x.stride() if x.ndim == 2 else (0, x.stride(0))
+
+
+def heads_of_lse(lse):
+    """How many heads the contiguous log-sum-exp (batch, heads, rows) has of which lse has all or some heads."""
+    return lse.stride(0) // max(1, lse.shape[-1])
 
 
 def lse_strides(lse):

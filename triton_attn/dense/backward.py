@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .._host.call import Call
-from .._host.device import launch_packed
+from .._host.device import launch
 from .._host.gpu import gpu_of, repeats_rows
 from .._host.layout import lse_strides, rows_are_wide
 from .._host.tuned import choose, remember
@@ -107,7 +107,7 @@ def _launch_dkdv(problem, tiles, dq_sum, dk, dv):
         None if dv is None else View(dv, of_dv.strides),
         *common_arguments(call, plan),
     )
-    launch_packed(_flash_bwd_dkdv_kernel, (plan.num_programs,), dout.device, args, plan.constants)
+    launch(_flash_bwd_dkdv_kernel, (plan.num_programs,), dout.device, args, plan.constants)
 
 
 @remember
@@ -147,7 +147,7 @@ def _launch_dq(problem, tiles, dq):
         View(dq, of_dq.strides),
         *common_arguments(call, plan),
     )
-    launch_packed(_flash_bwd_dq_kernel, (plan.num_programs,), dout.device, args, plan.constants)
+    launch(_flash_bwd_dq_kernel, (plan.num_programs,), dout.device, args, plan.constants)
 
 
 @remember
@@ -184,5 +184,5 @@ def launch_row_sums(dout, dlse, out, lse, lengths, sinks):
         )
         wide_rows = rows_are_wide(block_m, out, dout)
         constants = dict(HEAD_DIM_V=head_dim_v, BLOCK_M=block_m, WIDE_ROWS=wide_rows, num_warps=4)
-        launch_packed(_flash_bwd_delta_kernel, (num_programs,), out.device, args, constants)
+        launch(_flash_bwd_delta_kernel, (num_programs,), out.device, args, constants)
     return minus_delta, None if sinks is None else dsinks.sum(0).to(sinks.dtype)

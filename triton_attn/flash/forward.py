@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._host.device import launch_packed
+from .._host.device import launch
 from .._host.layout import clear_outputs
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
@@ -162,7 +162,7 @@ def launch_flash_fwd(call, out, lse, config=None):
         options.sinks,
         *common_arguments(call, plan),
     )
-    launch_packed(_flash_fwd_kernel, (plan.num_programs,), q.device, args, plan.constants)
+    launch(_flash_fwd_kernel, (plan.num_programs,), q.device, args, plan.constants)
 
 
 @remember

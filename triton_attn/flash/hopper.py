@@ -24,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # triton.aggregate does not exist in Triton 3.6
 
 from .._host.descriptors import unchecked_descriptor
-from .._host.device import launch_packed
+from .._host.device import launch
 from .._host.gpu import gpu_of
 from .._host.layout import heads_in_l2, tiles_each
 from .._jit.args import Sequences, View
@@ -495,7 +495,7 @@ def launch_flash_fwd_hopper(plan, call, out, lse):
         0 if lse is None else lse.shape[-1],
         *plan.numbers,
     )
-    launch_packed(_flash_fwd_hopper_kernel, (plan.num_programs,), q.device, args, plan.constants)
+    launch(_flash_fwd_hopper_kernel, (plan.num_programs,), q.device, args, plan.constants)
 
 
 def plan_hopper(key, wanted, config=None):

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._host.device import launch_packed
-from .._host.layout import LSE
+from .._host.device import launch
 from .._host.tuned import remember
 from .._jit.args import Splits, Strides, View
 from .._jit.heads import lse_offsets, row_offsets
@@ -17,7 +16,7 @@ from .._jit.tiles import merge_rows
 MAX_SPLITS = 32
 TILE_ELEMENTS = 4096
 # A new length must not cause a compilation.
-LENGTHS = ["lses_ptr", "num_splits", "num_rows", "seqlen_q", *LSE]
+LENGTHS = ["lses_ptr", "num_splits", "num_rows", "seqlen_q", "lse_ptr"]
 
 
 class Tile(NamedTuple):
@@ -156,7 +155,7 @@ def launch_merge(outs, lses, out, lse, in_order=False):
         return
     of_outs, split_stride, of_out = plan.strides
     args = (Splits(View(outs, of_outs), split_stride), lses, View(out, of_out), lse, *plan.counts)
-    launch_packed(_merge_kernel, (plan.num_programs,), outs.device, args, plan.constants)
+    launch(_merge_kernel, (plan.num_programs,), outs.device, args, plan.constants)
 
 
 class Plan(NamedTuple):

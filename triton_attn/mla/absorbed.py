@@ -10,17 +10,17 @@ import triton
 import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
-from .._host.device import arch_of, input_precision, launch_packed
+from .._host.device import arch_of, input_precision, launch
 from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.latent import SCALE_BLOCK, latent_parts
-from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
+from .._host.layout import INDICES, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
-from .._host.workspace import empty, only_counts
+from .._host.workspace import Workspace, empty, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
 from .._jit.blocks import split_blocks, visible_range
-from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
+from .._jit.heads import find_sequence, lse_offsets, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
 from .._jit.shards import columns_before, mask_scores_of_rank, visible_range_of_rank
@@ -49,8 +49,7 @@ from .projections import launch_absorb, launch_merge_project, prepare_absorb
 WIDEST = 256
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "first_split", "search_steps"]
-LENGTHS += ["lse_stride"]
-LENGTHS += [*INDICES, *LSE]
+LENGTHS += [*INDICES, "lse_ptr"]
 
 
 class LatentCache(NamedTuple):
@@ -183,12 +182,6 @@ def _store_output(ptrs, rows_mask, tile, TILE: tl.constexpr):
 
 
 @triton.jit
-def _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, NUM_HEADS: tl.constexpr):
-    """Pointers to the given rows of heads in lse (batch, NUM_HEADS, rows)."""
-    return lse_ptr + (tl.cast(batch, tl.int64) * NUM_HEADS + heads) * lse_stride + rows
-
-
-@triton.jit
 def _take_pages(pages, table_ptr, start, end, TILE: tl.constexpr):
     """(pages of the tile of keys at start, `pages` of the next iteration).
 
@@ -234,11 +227,11 @@ def _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_step
 
 
 @triton.jit
-def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
-    """Store lse = -inf and, with HAS_OUT, out = 0 in the Spare rows of a packed tensor."""
+def _clear_spare(spare, out, lse_ptr, num_rows, batch, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
+    """Store lse = -inf and, with HAS_OUT, out = 0 in the Spare rows of a packed tensor of num_rows rows."""
     heads = spare.rows % TILE.NUM_HEADS
     rows = spare.rows // TILE.NUM_HEADS
-    ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, TILE.NUM_HEADS)
+    ptrs = lse_ptr + lse_offsets(batch, heads, rows, TILE.NUM_HEADS, num_rows)
     tl.store(ptrs, float("-inf"), mask=spare.mask)
     if HAS_OUT:
         ptrs = out.ptr + row_offsets(0, rows, heads, out.strides)
@@ -282,7 +275,6 @@ def _mla_absorbed_kernel(
     out,
     out_split_stride,
     lse_ptr,
-    lse_stride,
     cache_seqlens_ptr,
     block_table_ptr,
     table_stride,
@@ -306,7 +298,7 @@ def _mla_absorbed_kernel(
     and values. Grid: num_tiles * num_splits * batch, where num_tiles is that of a sequence. With SEARCH it is that of
     all sequences, and the grid is num_tiles * num_splits.
 
-    cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, rows). seqlen_q and seqlen_k of packed
+    cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, seqlen_q). seqlen_q and seqlen_k of packed
     tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence lse is
     stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or None.
     first_split is the first of the launch, if splits are fixed: most of a short sequence have no keys then, and no one
@@ -332,7 +324,7 @@ def _mla_absorbed_kernel(
             left_over = slots_left_over(own.program, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
             spare = spare_rows(seqs.cu_seqlens_q_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
             if spare.any:
-                _clear_spare(spare, out, lse_ptr, lse_stride, batch, block_table_ptr is not None, TILE)
+                _clear_spare(spare, out, lse_ptr, seqlen_q, batch, block_table_ptr is not None, TILE)
         if num_own <= 0:
             return
     first_position = seqlen_k - bounds.seqlen_q
@@ -408,42 +400,21 @@ def _mla_absorbed_kernel(
     out_ptrs = out.ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
     is_read = True if first_split is None else (blocks.lo < blocks.hi) | (num_splits == 1)
     _store_output(out_ptrs, rows_mask & is_read, scale_rows(acc, norm), TILE)
-    tl.store(_lse_pointers(lse_ptr, lse_stride, batch, heads, first_q + queries, NUM_HEADS), lse, mask=rows_mask)
+    lse_ptrs = lse_ptr + lse_offsets(batch, heads, first_q + queries, NUM_HEADS, seqlen_q)
+    tl.store(lse_ptrs, lse, mask=rows_mask)
 
 
-def launch_mla_decode(
-    q_nope,
-    q_pe,
-    latent_cache,
-    out,
-    lse,
-    cache_seqlens,
-    block_table,
-    w_uk,
-    w_uv,
-    rope,
-    softmax_scale,
-    causal,
-    num_splits=0,
-    config=None,
-    rope_cache=None,
-    queries=(None, None),
-    factors=(None, None),
-    batch_invariant=False,
-    key_shard=None,
-    workspace=None,
-):
-    """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
+def launch_mla_decode(call, out, lse, config=None):
+    """Launch the kernels of a DecodeCall: absorption with w_uk, attention, merge and projection of the splits.
 
-    lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
-    an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys if latent_cache does not. queries is
-    (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). key_shard is the
-    KeyShard of the cache, or None. No device-to-host sync.
+    out and lse are those that `mla_decode` returns; lse may be None: not wanted. config is an MlaDecodeConfig (None:
+    the default). No device-to-host sync.
     """
-    cu_seqlens_q, max_seqlen_q = queries
+    q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale, causal, w_uk, w_uv, *_ = call
+    cu_seqlens_q, max_seqlen_q = call.cu_seqlens_q, call.max_seqlen_q
     batch, absorb = cache_seqlens.shape[0], None
     if q_nope.numel() == 0 or batch == 0:
-        if not only_counts(workspace):
+        if not only_counts(call.workspace):
             clear_outputs(out, lse)
         return
     if cu_seqlens_q is None:
@@ -451,33 +422,45 @@ def launch_mla_decode(
     else:
         q_nope, q_pe, out, lse = (None if x is None else x[None] for x in (q_nope, q_pe, out, lse))
     kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
-    if rope_cache is None:
+    if call.rope_cache is None:
         cache = LatentCache(*latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3]))
     else:
-        cache = LatentCache(latent_cache, None, rope_cache)
-    if w_uk is None:
-        scale_log2 = softmax_scale * LOG2_E.value
-    else:
-        positions = cache_seqlens, capacity_of(latent_cache, block_table, key_shard), *rope
-        scale = softmax_scale * LOG2_E.value
-        absorb, (q_nope, q_pe) = prepare_absorb(q_nope, q_pe, w_uk, scale, positions, workspace, batch_invariant)
+        cache = LatentCache(latent_cache, None, call.rope_cache)
+    scale_log2 = softmax_scale * LOG2_E.value
+    if w_uk is not None:
+        rope = call.rope_cos, call.rope_sin, call.rope_interleaved
+        positions = cache_seqlens, capacity_of(latent_cache, block_table, call.key_shard), *rope
+        absorb, (q_nope, q_pe) = prepare_absorb(
+            q_nope, q_pe, w_uk, scale_log2, positions, call.workspace, call.batch_invariant
+        )
         scale_log2 = 1.0
-    joined = rope_cache is None and latent_cache.dtype != torch.uint8
+    joined = call.rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
-    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, batch_invariant, key_shard)
-    _attend(call, w_uv, out, lse, num_splits, config, absorb, workspace)
+    attention = AbsorbedCall(
+        q_nope,
+        q_pe,
+        cache,
+        sequences,
+        scale_log2,
+        causal,
+        joined,
+        (call.k_scale, call.k_pe_scale),
+        call.num_splits,
+        call.batch_invariant,
+        call.key_shard,
+        call.workspace,
+    )
+    _attend(attention, w_uv, out, lse, config, absorb)
 
 
-def launch_mla_absorbed(
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, heads_each
-):
-    """Launch the kernels of a prefill for heads_each heads at a time, which limits the memory of absorbed queries.
+def launch_mla_absorbed(call, out, lse, heads_each):
+    """Launch the kernels of a PrefillCall for heads_each heads at a time, which limits the memory of absorbed queries.
 
-    Tensors are (batch, seqlen, ...) or packed (total, ...), lse (batch, num_heads, seqlen_q) or (num_heads, total_q);
-    lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a dense batch.
+    out and lse are those that `mla_prefill` returns; lse may be None: not wanted.
     """
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal = call
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, _ = lengths
-    batch = q_pe.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    batch = lengths.batch(q_pe)
     if q_pe.numel() == 0 or batch == 0:
         clear_outputs(out, lse)
         return
@@ -490,8 +473,8 @@ def launch_mla_absorbed(
     for first in range(0, q_pe.shape[2], heads_each):
         heads = slice(first, first + heads_each)
         q = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
-        call = AbsorbedCall(*q, cache, sequences, 1.0, causal, joined=False)
-        _attend(call, w_uv[heads], out[:, :, heads], None if lse is None else lse[:, heads], num_splits=1)
+        attention = AbsorbedCall(*q, cache, sequences, 1.0, causal, joined=False)
+        _attend(attention, w_uv[heads], out[:, :, heads], None if lse is None else lse[:, heads])
 
 
 class AbsorbedSequences(NamedTuple):
@@ -516,8 +499,10 @@ class AbsorbedCall(NamedTuple):
     causal: bool
     joined: bool  # rotary keys follow the latent vectors in one tensor
     factors: tuple = (None, None)  # (k_scale, k_pe_scale)
+    num_splits: int = 1  # 0 chooses it
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
+    workspace: Workspace | None = None
 
 
 class AbsorbedKey(NamedTuple):
@@ -558,12 +543,12 @@ class AbsorbedPlan(NamedTuple):
     constants: dict
 
 
-def _attend(call, w_uv, out, lse, num_splits, config=None, absorb=None, workspace=None):
+def _attend(call, w_uv, out, lse, config=None, absorb=None):
     """Attention of an AbsorbedCall, and what follows it. absorb launches what fills its queries.
 
     The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
     """
-    plan = _plan(_key_of(call, w_uv is not None, num_splits), wanted_kernels(), config)
+    plan, workspace = _plan(_key_of(call, w_uv is not None), wanted_kernels(), config), call.workspace
     in_rounds = call.batch_invariant and plan.num_splits > 1
     if in_rounds:
         parts, lse_parts = _results_of_round(call.q, plan.num_splits, workspace)
@@ -625,7 +610,6 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
-        lse_parts.stride(-2),
         cache_seqlens,
         block_table,
         None if block_table is None else block_table.stride(0),
@@ -639,7 +623,7 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         *_factors(*call.factors, call.q_pe.shape[-1]),
         plan.window,
     )
-    launch_packed(_mla_absorbed_kernel, (plan.num_programs * len(parts),), call.q.device, args, plan.constants)
+    launch(_mla_absorbed_kernel, (plan.num_programs * len(parts),), call.q.device, args, plan.constants)
 
 
 def _bytes(x):
@@ -668,8 +652,9 @@ def _results(q, out, lse, w_uv, num_splits, workspace):
     return out[None], empty(workspace, out, lse_shape, torch.float32) if lse is None else lse[None]
 
 
-def _key_of(call, is_projected, num_splits):
-    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant, key_shard = call
+def _key_of(call, is_projected):
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, *options, _ = call
+    num_splits, batch_invariant, key_shard = options
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.

@@ -1,6 +1,6 @@
 """Public API of multi-head latent attention: argument checks, then the kernels or the reference."""
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -240,6 +240,32 @@ DECODE_INPUTS = (
 )
 
 
+class DecodeCall(NamedTuple):
+    """A call of `mla_decode`, checked."""
+
+    q_nope: Tensor
+    q_pe: Tensor
+    latent_cache: Tensor
+    cache_seqlens: Tensor
+    block_table: Tensor
+    softmax_scale: float
+    causal: bool = True
+    w_uk: Tensor | None = None
+    w_uv: Tensor | None = None
+    rope_cos: Tensor | None = None
+    rope_sin: Tensor | None = None
+    rope_interleaved: bool = False
+    rope_cache: Tensor | None = None
+    k_scale: float | Tensor | None = None
+    k_pe_scale: float | Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int | None = None  # None without cu_seqlens_q
+    num_splits: int = 0
+    batch_invariant: bool = False
+    key_shard: KeyShard | None = None
+    workspace: Workspace | None = None
+
+
 def _decode(
     q_nope: Tensor,
     q_pe: Tensor,
@@ -275,61 +301,64 @@ def _decode(
         check_rows_aligned("latent_cache", latent_cache)
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
-    shard = None if key_shard is None else KeyShard(*key_shard)
-    factors = k_number if k_scale is None else k_scale, k_pe_number if k_pe_scale is None else k_pe_scale
-    if check_values:
-        _check_values(latent_cache, cache_seqlens, block_table, rope_cos, shard)
-        if cu_seqlens_q is not None:
-            check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q_nope.shape[0], max_seqlen_q)
-    if not use_kernel(q_nope):
-        if only_counts(workspace):
-            return out, lse
-        reference.mla_decode(
-            q_nope,
-            q_pe,
-            latent_cache,
-            cache_seqlens,
-            block_table,
-            w_uk,
-            w_uv,
-            rope_cache=rope_cache,
-            k_scale=factors[0],
-            k_pe_scale=factors[1],
-            cu_seqlens_q=cu_seqlens_q,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            rope_cos=rope_cos,
-            rope_sin=rope_sin,
-            rope_interleaved=rope_interleaved,
-            key_shard=shard,
-            out=out,
-            lse=lse if return_lse else None,
-        )
-        return out, lse
-    from .absorbed import launch_mla_decode  # the package can be imported without triton
-
-    launch_mla_decode(
+    # By position: keywords take twice as long.
+    call = DecodeCall(
         q_nope,
         q_pe,
         latent_cache,
-        out,
-        lse if return_lse else None,
         cache_seqlens,
         block_table,
-        w_uk,
-        w_uv,
-        (rope_cos, rope_sin, rope_interleaved),
         softmax_scale,
         causal,
+        w_uk,
+        w_uv,
+        rope_cos,
+        rope_sin,
+        rope_interleaved,
+        rope_cache,
+        k_number if k_scale is None else k_scale,
+        k_pe_number if k_pe_scale is None else k_pe_scale,
+        cu_seqlens_q,
+        max_seqlen_q,
         num_splits,
-        rope_cache=rope_cache,
-        queries=(cu_seqlens_q, max_seqlen_q),
-        factors=factors,
-        batch_invariant=batch_invariant,
-        key_shard=shard,
-        workspace=workspace,
+        batch_invariant,
+        None if key_shard is None else KeyShard(*key_shard),
+        workspace,
     )
+    if check_values:
+        _check_values(call)
+    wanted_lse = lse if return_lse else None
+    if use_kernel(q_nope):
+        from .absorbed import launch_mla_decode  # the package can be imported without triton
+
+        launch_mla_decode(call, out, wanted_lse)
+    elif not only_counts(workspace):
+        _decode_by_reference(call, out, wanted_lse)
     return out, lse
+
+
+def _decode_by_reference(call: DecodeCall, out: Tensor, lse: Tensor | None) -> None:
+    reference.mla_decode(
+        call.q_nope,
+        call.q_pe,
+        call.latent_cache,
+        call.cache_seqlens,
+        call.block_table,
+        call.w_uk,
+        call.w_uv,
+        rope_cache=call.rope_cache,
+        k_scale=call.k_scale,
+        k_pe_scale=call.k_pe_scale,
+        cu_seqlens_q=call.cu_seqlens_q,
+        causal=call.causal,
+        softmax_scale=call.softmax_scale,
+        rope_cos=call.rope_cos,
+        rope_sin=call.rope_sin,
+        rope_interleaved=call.rope_interleaved,
+        key_shard=call.key_shard,
+        out=out,
+        lse=lse,
+    )
 
 
 def _decode_out_shape(q_nope, w_uk, w_uv):
@@ -497,10 +526,10 @@ def mla_prefill(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         check_differentiable(q_nope, q_pe, w_uv)
+    call = PrefillCall(*tensors, lengths, softmax_scale, causal)
     if not use_kernel(q_nope):
         if check_values:
             lengths.check_values(q_nope.shape[0], kv_latent.shape[0])
-        sizes = ProblemSizes.of(*tensors, *lengths, causal)
         return reference.mla_prefill(
             *tensors,
             cu_seqlens_q=cu_seqlens_q,
@@ -509,14 +538,32 @@ def mla_prefill(
             max_seqlen_k=lengths.max_seqlen_k,
             causal=causal,
             softmax_scale=softmax_scale,
-            mode=choose_schedule(sizes, mode, max_workspace_bytes, wants_grad).mode,
+            mode=choose_schedule(ProblemSizes.of(call), mode, max_workspace_bytes, wants_grad).mode,
             return_lse=return_lse,
         )
     from .autograd import prefill  # the package can be imported without triton
 
     schedule = mode, max_workspace_bytes, wants_grad
-    out, lse = prefill(tensors, lengths, softmax_scale, causal, schedule, check_values, return_lse)
+    out, lse = prefill(call, schedule, check_values, return_lse)
     return (out, lse) if return_lse else out
+
+
+class PrefillCall(NamedTuple):
+    """A call of `mla_prefill`, checked. torch.autocast has already cast the tensors."""
+
+    q_nope: Tensor
+    q_pe: Tensor
+    kv_latent: Tensor
+    k_pe: Tensor
+    w_uk: Tensor
+    w_uv: Tensor
+    lengths: Lengths
+    softmax_scale: float
+    causal: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self[:6]
 
 
 def check_differentiable(q_nope, q_pe, w_uv):
@@ -642,13 +689,14 @@ def _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed):
     check_rope_tables("q_pe", q_pe, rope_cos, rope_sin)
 
 
-def _check_values(latent_cache, cache_seqlens, block_table, rope_cos, key_shard):
+def _check_values(call):
     """Check on the host, after a device-to-host sync, that every length fits the table, every used page is in the
-    cache, and every position has an angle.
+    cache, every position has an angle, and cu_seqlens_q fits q_nope.
     """
-    num_pages, page_size = latent_cache.shape[0], latent_cache.shape[1] * num_ranks_of(key_shard)
-    capacity = page_size * block_table.shape[1]
-    for i, (seqlen, pages) in enumerate(zip(cache_seqlens.tolist(), block_table.tolist())):
+    latent_cache, rope_cos = call.latent_cache, call.rope_cos
+    num_pages, page_size = latent_cache.shape[0], latent_cache.shape[1] * num_ranks_of(call.key_shard)
+    capacity = page_size * call.block_table.shape[1]
+    for i, (seqlen, pages) in enumerate(zip(call.cache_seqlens.tolist(), call.block_table.tolist())):
         if not 0 <= seqlen <= capacity:
             fail(f"cache_seqlens[{i}]", f"0 to the {capacity} keys that fit in the table", seqlen)
         if rope_cos is not None and seqlen > rope_cos.shape[0]:
@@ -656,3 +704,5 @@ def _check_values(latent_cache, cache_seqlens, block_table, rope_cos, key_shard)
         for entry, page in enumerate(pages[: -(-seqlen // page_size)]):
             if not 0 <= page < num_pages:
                 fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)
+    if call.cu_seqlens_q is not None:
+        check_cu_seqlens_values("cu_seqlens_q", call.cu_seqlens_q, call.q_nope.shape[0], call.max_seqlen_q)

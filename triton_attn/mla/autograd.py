@@ -12,24 +12,24 @@ from .._host.observers import is_observed, refuse_transforms, without_autocast
 from .._host.options import AttentionOptions
 from ..dense.backward import launch_flash_bwd
 from .absorbed import launch_mla_absorbed
+from .api import PrefillCall
 from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
 from .schedule import ProblemSizes, choose_schedule
 
 
-def prefill(tensors, lengths, softmax_scale, causal, schedule, check_values, return_lse):
-    """(out, lse): by the operator if the call is traced or differentiated, otherwise by the kernels alone.
+def prefill(call, schedule, check_values, return_lse):
+    """(out, lse) of a PrefillCall: by the operator if it is traced or differentiated, otherwise by the kernels alone.
 
     schedule is (mode, max_workspace_bytes, whether a gradient is wanted).
     """
-    if not is_observed(*tensors, *lengths[:2]):
-        out, lse = _new_outputs(tensors[0], tensors[5], return_lse)
-        _launch(*tensors, out, lse, lengths, softmax_scale, causal, schedule, check_values)
+    if not is_observed(*call.tensors, *call.lengths[:2]):
+        out, lse = _new_outputs(call.q_nope, call.w_uv, return_lse)
+        _launch(call, out, lse, schedule, check_values)
         return out, lse
-    names = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv"
-    refuse_transforms(**dict(zip(names, tensors)))
+    refuse_transforms(**dict(zip(call._fields, call.tensors)))
     mode, max_workspace_bytes, wants_grad = schedule
-    numbers = softmax_scale, causal, max_workspace_bytes, mode, wants_grad, check_values
-    return mla_prefill(*tensors, *lengths_as_arguments(lengths), *numbers)
+    numbers = call.softmax_scale, call.causal, max_workspace_bytes, mode, wants_grad, check_values
+    return mla_prefill(*call.tensors, *lengths_as_arguments(call.lengths), *numbers)
 
 
 def _new_outputs(q_nope, w_uv, wants_lse=True):
@@ -39,20 +39,16 @@ def _new_outputs(q_nope, w_uv, wants_lse=True):
 
 
 @without_autocast
-def _launch(
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, schedule, check_values
-):
+def _launch(call, out, lse, schedule, check_values):
     if check_values:
-        lengths.check_values(q_nope.shape[0], kv_latent.shape[0])
-    sizes = ProblemSizes.of(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *lengths, causal)
-    mode, heads_each, rows_each = choose_schedule(sizes, *schedule)
-    args = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal
+        call.lengths.check_values(call.q_nope.shape[0], call.kv_latent.shape[0])
+    mode, heads_each, rows_each = choose_schedule(ProblemSizes.of(call), *schedule)
     if mode == "fused":
-        launch_mla_fused(*args)
+        launch_mla_fused(call, out, lse)
     elif mode == "absorbed":
-        launch_mla_absorbed(*args, heads_each)
+        launch_mla_absorbed(call, out, lse, heads_each)
     else:
-        launch_mla_materialized(*args, (heads_each, rows_each))
+        launch_mla_materialized(call, out, lse, (heads_each, rows_each))
 
 
 @torch.library.custom_op("triton_attn::mla_prefill", mutates_args=())
@@ -78,9 +74,8 @@ def mla_prefill(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _new_outputs(q_nope, w_uv)
     lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
-    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
-    schedule = mode, max_workspace_bytes, wants_grad
-    _launch(*tensors, out, lse, lengths, softmax_scale, causal, schedule, check_values)
+    call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal)
+    _launch(call, out, lse, (mode, max_workspace_bytes, wants_grad), check_values)
     return out, lse
 
 
@@ -115,25 +110,24 @@ def mla_prefill_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six inputs, an empty tensor for each that is not wanted."""
     lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
-    inputs = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
-    results = dout, dlse, out, lse
-    gradients = prefill_gradients(results, inputs, lengths, softmax_scale, causal, max_workspace_bytes, wanted)
+    call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal)
+    gradients = prefill_gradients(call, (dout, dlse, out, lse), max_workspace_bytes, wanted)
     return tuple(
         gradient.to(x.dtype) if is_wanted else x.new_empty(0)
-        for gradient, x, is_wanted in zip(gradients, inputs, wanted)
+        for gradient, x, is_wanted in zip(gradients, call.tensors, wanted)
     )
 
 
-def prefill_gradients(results, inputs, lengths, softmax_scale, causal, max_workspace_bytes, wanted):
-    """Gradients of the six inputs, those of kv_latent and k_pe in fp32; empty where they are not wanted.
+def prefill_gradients(call, results, max_workspace_bytes, wanted):
+    """Gradients of the six tensors of a PrefillCall, of kv_latent and k_pe in fp32; empty where they are not wanted.
 
     results are (dout, dlse or None, out, lse), where out and lse may be over more keys than kv_latent has.
     """
     dout, dlse, out, lse = results
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = inputs
-    cu_seqlens_k = lengths.cu_seqlens_k
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = inputs = call.tensors
+    cu_seqlens_k = call.lengths.cu_seqlens_k
     num_heads, nope, _ = w_uk.shape
-    options = AttentionOptions(softmax_scale, (None, 0 if causal else None), None, None, None)
+    options = AttentionOptions(call.softmax_scale, (None, 0 if call.causal else None), None, None, None)
     wants_q, wants_k, wants_v = wanted[0] or wanted[1], wanted[2] or wanted[3] or wanted[4], wanted[2] or wanted[5]
     # Contributions of heads are added in fp32.
     dtypes = [torch.float32 if x is kv_latent or x is k_pe else x.dtype for x in inputs]
@@ -152,7 +146,7 @@ def prefill_gradients(results, inputs, lengths, softmax_scale, causal, max_works
         q = torch.cat([q_nope[..., heads, :], q_pe[..., heads, :]], dim=-1)
         k, v = _keys_and_values(kv_latent, k_pe, w_uk[heads], w_uv[heads])
         dq, dk, dv, _ = launch_flash_bwd(
-            call_of(q, k, v, options, lengths),
+            call_of(q, k, v, options, call.lengths),
             dout[..., heads, :],
             None if dlse is None else dlse[..., heads, :].contiguous(),
             out[..., heads, :],

@@ -25,12 +25,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._host.checks import MAX_ROWS
 from .._host.descriptors import unchecked_descriptor
-from .._host.device import launch_packed
+from .._host.device import launch
 from .._host.gpu import gpu_of
 from .._host.key_shard import num_ranks_of
-from .._host.layout import INDICES, LSE
+from .._host.layout import INDICES
 from .._jit.args import Strides, View
-from .._jit.heads import row_pointer
+from .._jit.heads import lse_offsets, row_pointer
 from .._jit.shards import columns_of_rank
 from .._jit.softmax import LN_2
 from .._jit.tiles import PACKED_END
@@ -392,7 +392,7 @@ def _attend_1(work, shared, out, lse, scale_log2):
     _attend(1, work, shared, out, lse, scale_log2)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "capacity", "num_splits", *INDICES, *LSE, "lse_stride"])
+@gluon.jit(do_not_specialize=["seqlen_q", "capacity", "num_splits", *INDICES, "lse_ptr"])
 def _mla_decode_hopper_kernel(
     q_desc,
     q_pe_desc,
@@ -401,7 +401,6 @@ def _mla_decode_hopper_kernel(
     out,
     out_split_stride,
     lse_ptr,
-    lse_stride,
     cache_seqlens_ptr,
     block_table_ptr,
     table_stride,
@@ -447,8 +446,8 @@ def _mla_decode_hopper_kernel(
     )
     sources = _Sources(q_desc, q_pe_desc, latent_desc, rope_desc, View(block_table_ptr, table_stride))
     num_sequences = gl.num_programs(0) // (TILES * seqlen_q) // num_splits
-    lse_ptr += (split * num_sequences + batch).to(gl.int64) * NUM_HEADS * lse_stride + query
-    lse = View(lse_ptr, lse_stride)
+    lse_ptr += lse_offsets(split * num_sequences + batch, 0, query, NUM_HEADS, seqlen_q)
+    lse = View(lse_ptr, seqlen_q)
     out = View(out.ptr + split.to(gl.int64) * out_split_stride, out.strides)
     loads = work, shared, sources, PAGE_SIZE
     sums = work, shared, out, lse, scale_log2
@@ -479,7 +478,6 @@ def launch_mla_decode_hopper(plan, call, parts, lse_parts):
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
-        lse_parts.stride(-2),
         call.sequences.cache_seqlens,
         block_table,
         block_table.stride(0),
@@ -489,7 +487,7 @@ def launch_mla_decode_hopper(plan, call, parts, lse_parts):
         call.key_shard,
     )
     grid = (plan.num_programs * plan.num_splits,)
-    launch_packed(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
+    launch(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
 
 
 def plan_hopper(key, wanted):

@@ -7,6 +7,7 @@ from .._host.backend import use_kernel
 from .._host.call import Lengths
 from .._host.observers import without_autocast
 from . import reference
+from .api import PrefillCall
 
 
 @without_autocast
@@ -30,8 +31,8 @@ def backward_pass(
 
         results = dout if dout.stride(-1) == 1 else dout.contiguous(), dlse, out, lse
         lengths = Lengths(None, None, out.shape[1], tensors[2].shape[1])
-        wanted = [True] * len(tensors)
-        return prefill_gradients(results, tensors, lengths, softmax_scale, causal, max_workspace_bytes, wanted)
+        call = PrefillCall(*tensors, lengths, softmax_scale, causal)
+        return prefill_gradients(call, results, max_workspace_bytes, [True] * len(tensors))
     dtype = torch.promote_types(dout.dtype, torch.float32)
     leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
     with torch.enable_grad():

@@ -7,12 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.device import arch_of, input_precision, launch_packed
-from .._host.layout import LSE, clear_outputs, heads_in_l2, tiles_each, without_dim
+from .._host.device import arch_of, input_precision, launch
+from .._host.layout import clear_outputs, heads_in_l2, heads_of_lse, tiles_each, without_dim
 from .._host.tuned import choose, remember
 from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import block_start, num_blocks, visible_range
-from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
+from .._jit.heads import assign_work, lse_offsets, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import mask_scores
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
@@ -35,7 +35,7 @@ from .configs import MlaPrefillCase, MlaPrefillConfig
 from .projections import weight_strides
 
 # A new length must not cause a compilation.
-LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", *LSE, "lse_stride"]
+LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "section_size", "first_row", "end_row", "lse_ptr", "lse_heads"]
 
 
 class PrefillTile(NamedTuple):
@@ -156,8 +156,7 @@ def _mla_prefill_kernel(
     prior,
     out,
     lse_ptr,
-    lse_batch_stride,
-    lse_stride,
+    lse_heads,
     seqs,
     seqlen_q,
     seqlen_k,
@@ -185,16 +184,14 @@ def _mla_prefill_kernel(
     batch, head, start_m = work.batch, work.head, work.start
     bounds = sequence_bounds(seqs, batch, seqlen_q, seqlen_k)
     num_own = bounds.seqlen_q - start_m
-    head_lse_ptr = None
-    if lse_ptr is not None:
-        head_lse_ptr = lse_ptr + tl.cast(head, tl.int64) * lse_stride
     if seqs.cu_seqlens_q_ptr is not None and num_own < BLOCK_M:
         end_q = bounds.first_q + bounds.seqlen_q
         spare = spare_rows_of(work, seqs.cu_seqlens_q_ptr, seqlen_q, end_q, num_own, BLOCK_M)
         if spare.any:
             clear_rows(out, head, spare, BLOCK_M, TILE.V_HEAD_DIM)
             if lse_ptr is not None:
-                tl.store(head_lse_ptr + spare.rows, float("-inf"), mask=spare.mask)
+                lse_ptrs = lse_ptr + lse_offsets(0, head, spare.rows, lse_heads, seqlen_q)
+                tl.store(lse_ptrs, float("-inf"), mask=spare.mask)
     if num_own <= 0:
         return
     # Row of the sequence's first key, counted over all sequences.
@@ -225,7 +222,8 @@ def _mla_prefill_kernel(
     m_i, l_i = softmax_init(None, head, BLOCK_M)
     acc = zeros_tile(BLOCK_M, TILE.V_HEAD_DIM)
     if lse_ptr is not None:
-        lse_ptrs = head_lse_ptr + tl.cast(batch, tl.int64) * lse_batch_stride + bounds.first_q + queries
+        lse_batch = 0 if seqs.cu_seqlens_q_ptr is not None else batch
+        lse_ptrs = lse_ptr + lse_offsets(lse_batch, head, bounds.first_q + queries, lse_heads, seqlen_q)
     if prior is not None:
         ptrs = tile_pointers(prior, batch, first, head, BLOCK_M, TILE.WIDE_ROWS)
         acc = load_tile(ptrs, rows_mask, TILE.V_HEAD_DIM)
@@ -256,25 +254,23 @@ def _mla_prefill_kernel(
         tl.store(lse_ptrs, lse, mask=rows_mask)
 
 
-def launch_mla_fused(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, config=None):
+def launch_mla_fused(call, out, lse, config=None):
     """Launch the kernel that computes keys and values from latent vectors: one launch, no memory but out and lse.
 
-    Tensors are (batch, seqlen, ...) or packed (total, ...), lse (batch, num_heads, seqlen_q) or (num_heads, total_q),
-    or None: not wanted; lengths is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), the first two None in a
-    dense batch; config an MlaPrefillConfig (None: the default).
+    call is a PrefillCall, out and lse are those that `mla_prefill` returns; lse may be None: not wanted. config is an
+    MlaPrefillConfig (None: the default).
     """
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *_ = call
     operands = Operands(q_nope, q_pe, kv_latent, None, k_pe, w_uk, w_uv, None, out)
-    rows = 0, math.prod(kv_latent.shape[:-1])
-    _launch(operands, lse, lengths, rows, softmax_scale, causal, config)
+    _launch(call, operands, lse, (0, math.prod(kv_latent.shape[:-1])), config)
 
 
-def launch_mla_materialized(
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, out, lse, lengths, softmax_scale, causal, chunk, config=None
-):
+def launch_mla_materialized(call, out, lse, chunk, config=None):
     """Launch the kernel over keys and values in memory, a chunk (heads, rows of the latent vectors) at a time.
 
     Arguments as `launch_mla_fused`. If the rows of a head do not fit in one chunk, the running output is kept in fp32.
     """
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *_ = call
     heads_each, rows_each = chunk
     num_heads, nope_dim, _ = w_uk.shape
     v_dim = w_uv.shape[1]
@@ -297,7 +293,7 @@ def launch_mla_materialized(
             target = out_here if end == num_rows else heads_of(prior, slice(count))
             q = heads_of(q_nope, heads), heads_of(q_pe, heads)
             operands = Operands(*q, k[:count], v[:count], k_pe, None, None, prior_here, target)
-            _launch(operands, lse_here, lengths, (start, end), softmax_scale, causal, config)
+            _launch(call, operands, lse_here, (start, end), config)
 
 
 def project_rows(kv_latent, start, end, w, out):
@@ -368,13 +364,13 @@ class Plan(NamedTuple):
     constants: dict
 
 
-def _launch(operands, lse, lengths, rows, softmax_scale, causal, config):
-    """Attend the rows (first, end) of the keys. Other arguments as those of `launch_mla_fused`."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+def _launch(call, operands, lse, rows, config):
+    """Attend the rows (first, end) of the keys. lse is that of the heads of operands.out, or None: not wanted."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = call.lengths
     out, dtype = operands.out, operands.q_nope.dtype
     arch = arch_of(out)
     batch = None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    scores = softmax_scale, causal
+    scores = call.softmax_scale, call.causal
     layouts = Operands._make([None if x is None else (x.shape, x.stride()) for x in operands])
     key = PrefillKey(layouts, dtype, batch, max_seqlen_q, max_seqlen_k, *scores, arch, input_precision(dtype, arch))
     plan = _plan(key, config)
@@ -384,14 +380,13 @@ def _launch(operands, lse, lengths, rows, softmax_scale, causal, config):
     args = (
         *[x if x is None else View(x, strides) for x, strides in zip(operands, plan.strides)],
         lse,
-        0 if lse is None or lse.ndim == 2 else lse.stride(0),
-        0 if lse is None else lse.stride(-2),
+        0 if lse is None else heads_of_lse(lse),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
         *plan.counts,
         *rows,
         *plan.scores,
     )
-    launch_packed(_mla_prefill_kernel, (plan.num_programs,), out.device, args, plan.constants)
+    launch(_mla_prefill_kernel, (plan.num_programs,), out.device, args, plan.constants)
 
 
 @remember

@@ -7,19 +7,19 @@ import triton
 import triton.language as tl
 
 from .._host.checks import layout_of
-from .._host.device import arch_of, input_precision, launch_packed
-from .._host.layout import INDICES, LSE
+from .._host.device import arch_of, input_precision, launch
+from .._host.layout import INDICES, heads_of_lse
 from .._host.tuned import remember
 from .._host.workspace import empty
 from .._jit.args import Strides, View
-from .._jit.heads import row_offsets, row_pointer
+from .._jit.heads import lse_offsets, row_offsets, row_pointer
 from .._jit.rope import Rotation, load_rotated, rope_of
 from .._jit.softmax import LN_2, softmax_finish
 from .._jit.tiles import padded_size, row_pointers
 from .._jit.workarounds import fence_copies
 
 # A new length must not cause a compilation.
-LENGTHS = ["seqlen_q", "capacity", "num_positions", "num_tokens", "num_splits", *INDICES, *LSE, "lse_stride"]
+LENGTHS = ["seqlen_q", "capacity", "num_positions", "num_tokens", "num_splits", *INDICES, "lse_ptr", "lse_heads"]
 FIXED_TOKENS = 16  # of a tile in a batch-invariant call
 
 
@@ -122,8 +122,7 @@ def _merge_project_kernel(
     w_uv,
     out,
     lse_ptr,
-    lse_batch_stride,
-    lse_stride,
+    lse_heads,
     seqlen_q,
     num_tokens,
     num_splits,
@@ -194,7 +193,7 @@ def _merge_project_kernel(
     out_ptrs = row_pointers(row_pointer(out, 0, 0, head), rows, out.strides.row, True) + values[None, :]
     tl.store(out_ptrs, acc.to(out.ptr.dtype.element_ty), mask=rows_mask[:, None] & values_mask[None, :])
     if lse_ptr is not None and tl.program_id(1) == 0:
-        lse_ptrs = lse_ptr + tl.cast(head, tl.int64) * lse_stride + batch.to(tl.int64) * lse_batch_stride + query
+        lse_ptrs = lse_ptr + lse_offsets(batch, head, query, lse_heads, seqlen_q)
         tl.store(lse_ptrs, lse, mask=tokens_mask)
 
 
@@ -220,8 +219,8 @@ class Plan(NamedTuple):
 
 def launch_absorb(q_nope, q_pe, w_uk, scale):
     """scale * q_nope @ w_uk and scale * q_pe: views of one tensor (batch, seqlen_q, num_heads, dim)."""
-    launch, q = prepare_absorb(q_nope, q_pe, w_uk, scale)
-    launch()
+    absorb, q = prepare_absorb(q_nope, q_pe, w_uk, scale)
+    absorb()
     return q
 
 
@@ -246,8 +245,8 @@ def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=NO_POSITIONS, workspace=
         *plan.counts,
         scale,
     )
-    launch = partial(launch_packed, _absorb_kernel, plan.grid, q.device, args, plan.constants)
-    return launch, q.split(widths, dim=-1)
+    absorb = partial(launch, _absorb_kernel, plan.grid, q.device, args, plan.constants)
+    return absorb, q.split(widths, dim=-1)
 
 
 @remember
@@ -277,7 +276,7 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse, batch_invariant=Fal
     """out[t, h] = w_uv[h] @ (sum of the splits of token t and head h).
 
     splits is (num_splits, batch, seqlen_q, num_heads, kv_lora_rank), lse_splits (num_splits, batch, num_heads,
-    seqlen_q), lse as one of these or None: not wanted.
+    seqlen_q). lse is one of these, a slice of the heads of a larger one, or None: not wanted.
     """
     dtype = w_uv.dtype
     precision = input_precision(dtype, arch_of(out))
@@ -289,11 +288,10 @@ def launch_merge_project(splits, lse_splits, w_uv, out, lse, batch_invariant=Fal
         View(w_uv, of_w),
         View(out, of_out),
         lse,
-        0 if lse is None else lse.stride(0),
-        0 if lse is None else lse.stride(1),
+        0 if lse is None else heads_of_lse(lse),
         *plan.counts,
     )
-    launch_packed(_merge_project_kernel, plan.grid, out.device, args, plan.constants)
+    launch(_merge_project_kernel, plan.grid, out.device, args, plan.constants)
 
 
 @remember

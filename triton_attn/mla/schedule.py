@@ -29,14 +29,13 @@ class ProblemSizes:
     element_size: int
 
     @classmethod
-    def of(
-        cls, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal
-    ):
-        num_queries, num_keys = prod(q_nope.shape[:-2]), prod(kv_latent.shape[:-1])
-        batch = q_nope.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        num_heads, nope, rank = w_uk.shape
-        pairs = causal_pairs(num_queries / max(batch, 1), num_keys / max(batch, 1), causal) * batch
-        sizes = num_heads, nope, q_pe.shape[-1], w_uv.shape[1], rank, q_nope.element_size()
+    def of(cls, call):
+        """Those of a PrefillCall."""
+        num_queries, num_keys = prod(call.q_nope.shape[:-2]), prod(call.kv_latent.shape[:-1])
+        batch = call.lengths.batch(call.q_nope)
+        num_heads, nope, rank = call.w_uk.shape
+        pairs = causal_pairs(num_queries / max(batch, 1), num_keys / max(batch, 1), call.causal) * batch
+        sizes = num_heads, nope, call.q_pe.shape[-1], call.w_uv.shape[1], rank, call.q_nope.element_size()
         return cls(num_queries, num_keys, pairs, *sizes)
 
 

@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 
 from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
-from .._host.device import arch_of, input_precision, launch_packed
+from .._host.device import arch_of, input_precision, launch
 from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.layout import (
     INDICES,
-    LSE,
     batch_head_strides,
     clear_outputs,
     tiles_each,
@@ -48,7 +47,7 @@ LENGTHS = [
     "search_steps",
     "shared_prefix_len",
     *INDICES,
-    *LSE,
+    "lse_ptr",
 ]
 
 
@@ -562,7 +561,7 @@ def launch_paged_fwd(call, out, lse, config=None):
             num_splits,
             out_factor,
         )
-        launch_packed(_paged_fwd_kernel, (num_programs,), q.device, args, constants)
+        launch(_paged_fwd_kernel, (num_programs,), q.device, args, constants)
         first += num_splits
     if plan.num_splits > 1:
         if out.ndim == 3:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..._host.checks import FLOAT8_MANTISSA_BITS
-from ..._host.device import launch_packed
+from ..._host.device import launch
 from ..._host.layout import INDICES, without_dim
 from ..._host.tuned import remember
 from ..._jit.args import Scales, Strides, View, scale_of
@@ -129,7 +129,7 @@ def launch_append_kv_cache(
         num_positions,
         *plan.counts,
     )
-    launch_packed(_append_kv_cache_kernel, (plan.num_programs,), k.device, args, plan.constants)
+    launch(_append_kv_cache_kernel, (plan.num_programs,), k.device, args, plan.constants)
 
 
 class Plan(NamedTuple):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..._host.checks import FLOAT8_MANTISSA_BITS
-from ..._host.device import launch_packed
+from ..._host.device import launch
 from ..._host.latent import SCALE_BLOCK, latent_parts
 from ..._host.layout import INDICES
 from ..._host.tuned import remember
@@ -139,7 +139,7 @@ def launch_append_latent_cache(
         num_positions,
         *plan.counts,
     )
-    launch_packed(_append_latent_cache_kernel, (plan.num_programs,), kv_latent.device, args, plan.constants)
+    launch(_append_latent_cache_kernel, (plan.num_programs,), kv_latent.device, args, plan.constants)
 
 
 @remember

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._host.device import launch_packed
+from ..._host.device import launch
 from ..._host.tuned import remember
 
 TILE_ELEMENTS = 4096
@@ -83,7 +83,7 @@ def launch_copy_kv_pages(caches, src_pages, dst_pages):
         caches = [cache.view(torch.uint8) for cache in caches]
     pages = tuple([Pages(cache, *cache.stride()[:-1], cache.shape[-1]) for cache in caches])
     args = src_pages, dst_pages, pages, plan.num_layers
-    launch_packed(_copy_kv_pages_kernel, (num_programs,), src_pages.device, args, plan.constants)
+    launch(_copy_kv_pages_kernel, (num_programs,), src_pages.device, args, plan.constants)
 
 
 class Plan(NamedTuple):
