@@ -4,9 +4,11 @@ import contextlib
 import datetime
 import itertools
 import os
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
 from unittest import mock
 
 import torch
@@ -84,20 +86,34 @@ class Case:
 
 def run(check, cases, num_ranks, store):
     """What `check(case, mesh)` found wrong on each rank: [(rank, case, text)]."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = [(results, check, cases, rank, num_ranks, store) for rank in range(num_ranks)]
-    processes = [context.Process(target=_run_rank, args=of_rank) for of_rank in arguments]
-    for process in processes:
-        process.start()
+    results = torch.multiprocessing.get_context("forkserver").SimpleQueue()
+    processes = _start(_run_rank, [(results, check, cases, rank, num_ranks, store) for rank in range(num_ranks)])
     found = [results.get() for _ in processes]
     for process in processes:
         process.join()
     return [failure for of_rank in found for failure in of_rank]
 
 
-def _run_rank(results, check, cases, rank, num_ranks, store):
+def _start(target, arguments):
+    """A process for each rank, forked from one that has imported what they need: imports take seconds."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch.testing", __name__])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    processes = [context.Process(target=_of_rank, args=(dict(os.environ), target, of_rank)) for of_rank in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _of_rank(environment, target, arguments):
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
+    target(*arguments)
+
+
+def _run_rank(results, check, cases, rank, num_ranks, store):
     failures = []
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=TIMEOUT)
@@ -323,11 +339,8 @@ def check_training(case, mesh):
 
 def run_without_a_rank(case, num_ranks, folder, dies, timeout):
     """{rank: what it raised} where the last rank makes one call and then dies, or stays away; None: it did not end."""
-    context = torch.multiprocessing.get_context("spawn")
     arguments = [(case, rank, num_ranks, folder, dies, timeout) for rank in range(num_ranks)]
-    processes = [context.Process(target=_run_without_a_rank, args=of_rank) for of_rank in arguments]
-    for process in processes:
-        process.start()
+    processes = _start(_run_without_a_rank, arguments)
     for process in processes[:-1]:
         process.join(TIMEOUT.total_seconds())
     found = {}
@@ -339,7 +352,6 @@ def run_without_a_rank(case, num_ranks, folder, dies, timeout):
 
 
 def _run_without_a_rank(case, rank, num_ranks, folder, dies, timeout):
-    torch.set_num_threads(1)
     options = dict(rank=rank, world_size=num_ranks, timeout=datetime.timedelta(seconds=timeout))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
     mesh, inputs = init_device_mesh("cpu", (num_ranks,)), Inputs(case)
