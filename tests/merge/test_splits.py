@@ -39,7 +39,7 @@ def paged_work(batch, seqlen_q, seqlen_k, heads=HEADS[0], cache_dtype=torch.bflo
         table_width=-(-seqlen_k // 16),
         num_splits=0,
         batch_invariant=False,
-        shared_prefix_len=0,
+        tree=None,
         softmax_scale=0.1,
         window=window,
         softcap=None,

@@ -339,15 +339,15 @@ FAULTS = (
     Fault(
         "P04",
         "triton_attn/paged/forward.py",
-        "has_sinks = (split == 0) & (TILE.SHARED |",
-        "has_sinks = (split >= 0) & (TILE.SHARED |",
+        "_attend(q_tile, keys, rows, blocks, scoring, split == 0, TILE)\n        _store",
+        "_attend(q_tile, keys, rows, blocks, scoring, split >= 0, TILE)\n        _store",
         "PAGED",
     ),
     Fault(
         "P05",
         "triton_attn/paged/forward.py",
-        "has_sinks = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))",
-        "has_sinks = split == 0",
+        'None if constants["TILE"].SHARED else call.options.sinks,',
+        "call.options.sinks,",
         "PAGED",
     ),
     Fault(

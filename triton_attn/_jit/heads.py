@@ -179,3 +179,30 @@ def find_sequence(
         lo = tl.where(below, middle, lo)
         hi = tl.where(below, hi, middle)
     return lo
+
+
+class Node(NamedTuple):
+    """A program's tile of the queries of a `PrefixTree`'s node. The query of row i is order_ptr[i]."""
+
+    order_ptr: object
+    num: object  # queries
+    tile: object
+    first_page: object
+    end_page: object
+    slot: object
+
+
+@triton.jit
+def find_node(tree_ptr, batch, num_nodes, search_steps, program, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The Node of a program; num_nodes tiles and those of all queries are an upper bound of programs.
+
+    tree_ptr points to the memory of a `PrefixTree`, and a query has GROUP_SIZE rows.
+    """
+    starts_ptr = tree_ptr + 2 * batch
+    index = find_sequence(starts_ptr, num_nodes, search_steps, program, GROUP_SIZE, BLOCK, 1)
+    first = tl.load(starts_ptr + index)
+    tile = program - (first * GROUP_SIZE // BLOCK + index)
+    node_ptr = starts_ptr + num_nodes + 1 + 4 * index
+    order_ptr = starts_ptr + 5 * num_nodes + 1 + tl.load(node_ptr)
+    num = tl.load(starts_ptr + index + 1) - first
+    return Node(order_ptr, num, tile, tl.load(node_ptr + 1), tl.load(node_ptr + 2), tl.load(node_ptr + 3))
