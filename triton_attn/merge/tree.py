@@ -329,6 +329,12 @@ def tree_of_nodes(order, nodes, part, queries, sizes=None):
     return HostTree(suffixes, starts, np.array(rows, np.int64).reshape(-1, 4), places, sizes)
 
 
+def empty_tree(batch, total_q, sizes):
+    """A HostTree without nodes."""
+    nothing = np.zeros((0, 4), np.int64)
+    return HostTree(np.zeros((batch, 2), np.int64), np.zeros(1, np.int64), nothing, np.arange(total_q), sizes)
+
+
 def _rounded_up(n):
     """n with at most three bits that are set."""
     step = 1 << max(0, n.bit_length() - 3)

@@ -26,13 +26,16 @@ from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
 from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
-from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
+from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
 from .._jit.heads import (
+    Batch,
     find_node,
     find_sequence,
+    longest_of,
     lse_offsets,
     packed_bounds,
     row_offsets,
+    rows_of_node,
     slots_left_over,
     spare_rows,
 )
@@ -84,21 +87,6 @@ class Tile(NamedTuple):
     VECTOR: int  # divides the strides of q
     VECTOR_CACHE: int  # divides those of the caches
     INPUT_PRECISION: str
-
-
-class Batch(NamedTuple):
-    """The sequences: num_rows are the queries of each, or all rows of a packed batch. cache_seqlens and capacity count
-    the keys of all ranks. tree_ptr points to the memory of a `PrefixTree`, or is None.
-    """
-
-    cu_seqlens_q_ptr: object
-    cache_seqlens_ptr: object
-    num: object
-    num_rows: object
-    capacity: object  # longer lengths in cache_seqlens are clamped to it
-    search_steps: object
-    tree_ptr: object
-    num_nodes: object
 
 
 class Queries(NamedTuple):
@@ -199,38 +187,20 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
 @triton.jit
 def _rows_of_node(node, head_kv, batch, window, TILE: tl.constexpr):
     """Rows of the sequences below a node, and its keys."""
-    rows = node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
-    head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
-    # Rows past the last query repeat it.
-    query = tl.load(node.order_ptr + tl.minimum(rows // TILE.GROUP_SIZE, node.num - 1))  # (BLOCK_M,)
-    if batch.cu_seqlens_q_ptr is None:
-        sequence = query // batch.num_rows
-        first_query = sequence * batch.num_rows
-        seqlen_q = batch.num_rows
-    else:
-        sequence = find_sequence(batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, query, 1, 1, 0)
-        first_query, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
-    seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
-    position = query - first_query + seqlen_k - seqlen_q
-    end_key = tl.minimum(_num_cached(seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
+    rows = rows_of_node(node, batch, TILE.GROUP_SIZE, TILE.BLOCK_M)
+    head = head_kv * TILE.GROUP_SIZE + (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.GROUP_SIZE
+    end_key = tl.minimum(_num_cached(rows.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
     first_key = node.first_page * TILE.PAGE_SIZE
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
-    longest = tl.max(end_key, 0)
-    table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
+    longest, table_row = longest_of(end_key, rows.sequence)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
-    start, end = tl.min(position, 0), tl.max(position, 0) + 1
+    start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
     if TILE.SHARDED:
-        lo, full_lo, full_hi, hi = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
+        blocks = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
     else:
-        lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
-    full_keys = tl.maximum(tl.minimum(full_hi, tl.min(end_key, 0)) - full_lo, 0)
-    blocks = Blocks(lo, full_lo, full_lo + full_keys // TILE.BLOCK_N * TILE.BLOCK_N, hi)
-    mask = rows < node.num * TILE.GROUP_SIZE
-    if batch.cu_seqlens_q_ptr is None:
-        place = Place(sequence, query - first_query, head, mask)
-    else:
-        place = Place(0, query, head, mask)
-    return Rows(place, sequence, position, end_key, table_row, blocks)
+        blocks = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
+    place = Place(rows.batch, rows.query, head, rows.mask)
+    return Rows(place, rows.sequence, rows.position, end_key, table_row, end_full(blocks, end_key, TILE.BLOCK_N))
 
 
 @triton.jit
@@ -350,7 +320,7 @@ def _paged_fwd_kernel(
     sequences = Batch(cu_seqlens_q_ptr, cache_seqlens_ptr, batch, seqlen_q, capacity, search_steps, tree_ptr, num_nodes)
     place_of_result = split
     if TILE.SHARED:
-        node = find_node(tree_ptr, batch, num_nodes, search_steps, program, TILE.GROUP_SIZE, BLOCK_M)
+        node = find_node(sequences, program, TILE.GROUP_SIZE, BLOCK_M)
         if node.tile * BLOCK_M >= node.num * TILE.GROUP_SIZE:
             return
         rows = _rows_of_node(node, head_kv, sequences, scores.window, TILE)
