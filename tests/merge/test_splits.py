@@ -77,6 +77,7 @@ def latent_work(batch, seqlen_k, num_heads, cache_dtype=torch.bfloat16, is_proje
         joined=not is_fp8,
         has_factors=False,
         key_shard=None,
+        tree=None,
         is_projected=is_projected,
         num_splits=0,
         batch_invariant=False,

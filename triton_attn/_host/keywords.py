@@ -57,6 +57,7 @@ class LatentDecode(Common, total=False):
     rope_sin: Tensor | None
     rope_interleaved: bool
     num_splits: int
+    prefix_tree: PrefixTree | None
     batch_invariant: bool | None
     key_shard: tuple[int, int, int] | None
     out: Tensor | None

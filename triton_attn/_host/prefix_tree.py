@@ -86,9 +86,12 @@ def check_prefix_tree(tree, batch, block_table, is_batch_invariant, device):
         fail("prefix_tree", f"a tree on q's device {device}", tree.memory.device)
 
 
-def check_tree_values(tree, tables, bounds):
-    """Raise unless the tree is one of a call whose sequences have the lists of pages `tables` and the query rows
-    [bounds[i], bounds[i + 1]). A device-to-host sync."""
+def check_tree_values(tree, block_table, cache_seqlens, page_size, q, cu_seqlens_q):
+    """Raise unless the tree is one of this call, whose lengths and pages are right. A device-to-host sync."""
+    seqlens = cache_seqlens.tolist()
+    tables = [pages[: -(-seqlen // page_size)] for pages, seqlen in zip(block_table.tolist(), seqlens)]
+    # Queries of sequence i are [bounds[i], bounds[i + 1]).
+    bounds = [i * q.shape[1] for i in range(len(seqlens) + 1)] if cu_seqlens_q is None else cu_seqlens_q.tolist()
     if tree.total_q != bounds[-1]:
         fail("prefix_tree", f"a tree of {bounds[-1]} queries", tree.total_q)
     first_pages, counts, parts = read_tree(tree)

@@ -83,7 +83,7 @@ def all_partial(blocks, condition):
 
 @triton.jit
 def end_full(blocks, end_column, BLOCK: tl.constexpr):
-    """The same Blocks for rows that end at columns of their own, end_column (rows,): full tiles end before all of them."""
+    """The same Blocks for rows that end at columns of their own, end_column (rows,): full tiles end before all."""
     full = tl.maximum(tl.minimum(blocks.full_hi, tl.min(end_column, 0)) - blocks.full_lo, 0)
     return Blocks(blocks.lo, blocks.full_lo, blocks.full_lo + full // BLOCK * BLOCK, blocks.hi)
 

@@ -9,18 +9,29 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows, layout_of
 from .._host.device import arch_of, input_precision, launch_packed
 from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
+from .._host.prefix_tree import PrefixTree, TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import empty, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
-from .._jit.blocks import split_blocks, visible_range
-from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
+from .._jit.blocks import end_full, split_blocks, visible_range
+from .._jit.heads import (
+    Batch,
+    find_node,
+    find_sequence,
+    longest_of,
+    row_offsets,
+    rows_of_node,
+    sequence_bounds,
+    slots_left_over,
+    spare_rows,
+)
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
 from .._jit.shards import columns_before, mask_scores_of_rank, visible_range_of_rank
@@ -49,7 +60,7 @@ from .projections import launch_absorb, launch_merge_project, prepare_absorb
 WIDEST = 256
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "first_split", "search_steps"]
-LENGTHS += ["lse_stride"]
+LENGTHS += ["lse_stride", "num_nodes", "num_slots"]
 LENGTHS += [*INDICES, *LSE]
 
 
@@ -91,6 +102,7 @@ class AbsorbedTile(NamedTuple):
     SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # programs find their sequence by bisection
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
+    SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
     INPUT_PRECISION: str
 
 
@@ -246,6 +258,25 @@ def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, 
 
 
 @triton.jit
+def _clear_lses(lse_ptr, lse_stride, place, mask, end_slot, TILE: tl.constexpr):
+    """Store lse = -inf for the slots of a tree's nodes up to end_slot; place is the LsePlace of the first of them."""
+    for slot in range(place.first_slot, end_slot):
+        batch = slot * place.dense_batch + place.batch
+        ptrs = _lse_pointers(lse_ptr, lse_stride, batch, place.heads, place.rows, TILE.NUM_HEADS)
+        tl.store(ptrs, float("-inf"), mask=mask)
+
+
+class LsePlace(NamedTuple):
+    """Where rows are in the log-sum-exps (slot, batch, heads, rows) of nodes."""
+
+    first_slot: object
+    dense_batch: object  # sequences of a slot; 1 for packed tensors
+    batch: object
+    heads: object
+    rows: object
+
+
+@triton.jit
 def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
     """s plus the scores of the rotary part, if there is one."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 does not pass on strings of a constexpr tuple
@@ -256,13 +287,21 @@ def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
 
 
 @triton.jit
-def _visible_keys(start, end, seqlen_k, window, TILE: tl.constexpr):
-    """How many keys of a sequence are in the cache, and the Blocks that rows at the positions [start, end) see."""
+def _num_cached(seqlen_k, window, TILE: tl.constexpr):
+    """How many of the first keys of a sequence are in the cache."""
     if TILE.SHARDED:
-        num_keys = columns_before(seqlen_k, window)
-        return num_keys, visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, 0)
+        return columns_before(seqlen_k, window)
     else:
-        return seqlen_k, visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, TILE.BLOCK_N)
+        return seqlen_k
+
+
+@triton.jit
+def _visible_keys(start, end, first_key, num_keys, window, TILE: tl.constexpr):
+    """The Blocks of the keys [first_key, num_keys) that rows at the positions [start, end) see."""
+    if TILE.SHARDED:
+        return visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, first_key)
+    else:
+        return visible_range(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, first_key)
 
 
 @triton.jit
@@ -294,6 +333,9 @@ def _mla_absorbed_kernel(
     num_sequences,
     first_split,
     search_steps,
+    tree_ptr,
+    num_nodes,
+    num_slots,
     scale_log2,
     k_scale,
     k_pe_scale,
@@ -310,48 +352,90 @@ def _mla_absorbed_kernel(
     tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence lse is
     stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or None.
     first_split is the first of the launch, if splits are fixed: most of a short sequence have no keys then, and no one
-    reads their output.
+    reads their output. With a tree, results of nodes are in the first num_slots splits, and if SHARED num_tiles is not
+    used: a program finds its node.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
-    own = _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE)
-    tile, sequence, split, num_sequences = own.tile, own.sequence, own.split, own.num_sequences
-    bounds = sequence_bounds(seqs, sequence, seqlen_q, seqlen_k)
-    first_q, first_k, seqlen_k = bounds.first_q, bounds.first_k, bounds.seqlen_k
-    if cache_seqlens_ptr is not None:
-        seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), seqlen_k)
-    # Packed tensors have a batch of one.
-    batch = split if PACKED else split * num_sequences + sequence
-    out = View(out.ptr + tl.cast(split, tl.int64) * out_split_stride, out.strides)
-    num_own = bounds.seqlen_q * NUM_HEADS - tile * BLOCK_M
-    if PACKED:
-        if num_own < BLOCK_M:
-            left_over = slots_left_over(own.program, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
-            spare = spare_rows(seqs.cu_seqlens_q_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
-            if spare.any:
-                _clear_spare(spare, out, lse_ptr, lse_stride, batch, block_table_ptr is not None, TILE)
-        if num_own <= 0:
+    if TILE.SHARED:
+        seqs_of_tree = Batch(
+            seqs.cu_seqlens_q_ptr,
+            cache_seqlens_ptr,
+            num_sequences,
+            seqlen_q,
+            seqlen_k,
+            search_steps,
+            tree_ptr,
+            num_nodes,
+        )
+        node = find_node(seqs_of_tree, tl.program_id(0), NUM_HEADS, BLOCK_M)
+        if node.tile * BLOCK_M >= node.num * NUM_HEADS:
             return
-    first_position = seqlen_k - bounds.seqlen_q
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_mask = rows < bounds.seqlen_q * NUM_HEADS
-    queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
-    positions = queries + first_position
-    start = tile * BLOCK_M // NUM_HEADS + first_position
-    end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
-    seqlen_k, blocks = _visible_keys(start, end, seqlen_k, window, TILE)
-    blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
+        of_node = rows_of_node(node, seqs_of_tree, NUM_HEADS, BLOCK_M)
+        heads = (node.tile * BLOCK_M + tl.arange(0, BLOCK_M)) % NUM_HEADS
+        rows_mask, positions, tensor_batch, tensor_rows = of_node.mask, of_node.position, of_node.batch, of_node.query
+        seqlen_k = tl.minimum(_num_cached(of_node.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
+        longest, table_row = longest_of(seqlen_k, of_node.sequence)
+        start, end = tl.min(positions, 0), tl.max(positions, 0) + 1
+        blocks = _visible_keys(start, end, node.first_page * TILE.PAGE_SIZE, longest, window, TILE)
+        blocks = end_full(blocks, seqlen_k, BLOCK_N)
+        first_k = 0
+        place = node.slot
+        lse_batch = place + 0 * tensor_batch if PACKED else place * num_sequences + tensor_batch
+    else:
+        own = _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE)
+        tile, table_row, place, num_sequences = own.tile, own.sequence, own.split, own.num_sequences
+        if tree_ptr is not None:
+            place += num_slots
+        bounds = sequence_bounds(seqs, table_row, seqlen_q, seqlen_k)
+        first_q, first_k, seqlen_k = bounds.first_q, bounds.first_k, bounds.seqlen_k
+        if cache_seqlens_ptr is not None:
+            seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + table_row), seqlen_k)
+        # Packed tensors have a batch of one.
+        lse_batch = place if PACKED else place * num_sequences + table_row
+        num_cleared = tl.where(own.split == 0, num_slots, 0)
+        num_own = bounds.seqlen_q * NUM_HEADS - tile * BLOCK_M
+        if PACKED:
+            if num_own < BLOCK_M:
+                left_over = slots_left_over(own.program, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
+                cu_seqlens_ptr = seqs.cu_seqlens_q_ptr
+                spare = spare_rows(cu_seqlens_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
+                if spare.any:
+                    of_split = View(out.ptr + tl.cast(place, tl.int64) * out_split_stride, out.strides)
+                    _clear_spare(spare, of_split, lse_ptr, lse_stride, lse_batch, block_table_ptr is not None, TILE)
+                    if tree_ptr is not None:
+                        spare_place = LsePlace(0, 1, 0, spare.rows % NUM_HEADS, spare.rows // NUM_HEADS)
+                        _clear_lses(lse_ptr, lse_stride, spare_place, spare.mask, num_cleared, TILE)
+            if num_own <= 0:
+                return
+        first_position = seqlen_k - bounds.seqlen_q
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows_mask = rows < bounds.seqlen_q * NUM_HEADS
+        queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
+        positions, tensor_rows = queries + first_position, first_q + queries
+        start = tile * BLOCK_M // NUM_HEADS + first_position
+        end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
+        seqlen_k = _num_cached(seqlen_k, window, TILE)
+        first_key = 0
+        tensor_batch = (table_row * 0 if PACKED else table_row).to(tl.int64)
+        if tree_ptr is not None:
+            first_key = tl.load(tree_ptr + 2 * table_row) * TILE.PAGE_SIZE
+            num_above = tl.load(tree_ptr + 2 * table_row + 1)
+            own_place = LsePlace(num_above, 1 if PACKED else num_sequences, tensor_batch, heads, tensor_rows)
+            _clear_lses(lse_ptr, lse_stride, own_place, rows_mask, num_cleared, TILE)
+        blocks = _visible_keys(start, end, first_key, seqlen_k, window, TILE)
+        blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
 
-    sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
+    out = View(out.ptr + tl.cast(place, tl.int64) * out_split_stride, out.strides)
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
-    q_ptrs = q.ptr + row_offsets(sequence, first_q + queries, heads, q.strides)[:, None]
+    q_ptrs = q.ptr + row_offsets(tensor_batch, tensor_rows, heads, q.strides)[:, None]
     q_tile = _load_queries(q_ptrs, rows_mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
     if TILE.ROPE_HEAD_DIM > 0:
-        q_ptrs = q_pe.ptr + row_offsets(sequence, first_q + queries, heads, q_pe.strides)[:, None]
+        q_ptrs = q_pe.ptr + row_offsets(tensor_batch, tensor_rows, heads, q_pe.strides)[:, None]
         q_pe_tile = _load_rope_queries(q_ptrs, rows_mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
     else:
         q_pe_tile, k_pe = q_tile, q_tile  # not read
@@ -364,12 +448,12 @@ def _mla_absorbed_kernel(
         rope_keys = Pages(cache.rope_keys.ptr, multiple_of(cache.rope_keys.page_stride, TILE.VECTORS.rope_keys))
     if block_table_ptr is None:
         first_row = tl.cast(first_k, tl.int64)
-        latents_row = sequence * latents.page_stride + first_row * SLOTS.latents
+        latents_row = tensor_batch * latents.page_stride + first_row * SLOTS.latents
         latents = Pages(latents.ptr + latents_row, 0)
-        rope_row = sequence * rope_keys.page_stride + first_row * SLOTS.rope_keys
+        rope_row = tensor_batch * rope_keys.page_stride + first_row * SLOTS.rope_keys
         rope_keys = Pages(rope_keys.ptr + rope_row, 0)
     else:
-        block_table_ptr += own.sequence.to(tl.int64) * table_stride
+        block_table_ptr += table_row.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
     if k_scale is not None:
@@ -405,10 +489,10 @@ def _mla_absorbed_kernel(
     norm, lse = softmax_finish(m_i, l_i)
     if k_scale is not None:
         norm *= load_scale(k_scale)
-    out_ptrs = out.ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
+    out_ptrs = out.ptr + row_offsets(tensor_batch, tensor_rows, heads, out.strides)[:, None]
     is_read = True if first_split is None else (blocks.lo < blocks.hi) | (num_splits == 1)
     _store_output(out_ptrs, rows_mask & is_read, scale_rows(acc, norm), TILE)
-    tl.store(_lse_pointers(lse_ptr, lse_stride, batch, heads, first_q + queries, NUM_HEADS), lse, mask=rows_mask)
+    tl.store(_lse_pointers(lse_ptr, lse_stride, lse_batch, heads, tensor_rows, NUM_HEADS), lse, mask=rows_mask)
 
 
 def launch_mla_decode(
@@ -432,13 +516,14 @@ def launch_mla_decode(
     batch_invariant=False,
     key_shard=None,
     workspace=None,
+    tree=None,
 ):
     """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
     an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys if latent_cache does not. queries is
     (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). key_shard is the
-    KeyShard of the cache, or None. No device-to-host sync.
+    KeyShard of the cache, or None. tree is a PrefixTree or None. No device-to-host sync.
     """
     cu_seqlens_q, max_seqlen_q = queries
     batch, absorb = cache_seqlens.shape[0], None
@@ -464,7 +549,9 @@ def launch_mla_decode(
         scale_log2 = 1.0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
-    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, batch_invariant, key_shard)
+    tree = tree if tree is not None and tree.sizes.num_slots > 0 else None
+    options = factors, batch_invariant, key_shard, tree
+    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, *options)
     _attend(call, w_uv, out, lse, num_splits, config, absorb, workspace)
 
 
@@ -518,6 +605,7 @@ class AbsorbedCall(NamedTuple):
     factors: tuple = (None, None)  # (k_scale, k_pe_scale)
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
+    tree: PrefixTree | None = None
 
 
 class AbsorbedKey(NamedTuple):
@@ -539,6 +627,7 @@ class AbsorbedKey(NamedTuple):
     has_factors: bool
     is_projected: bool  # a launch that multiplies with w_uv follows
     key_shard: KeyShard | None
+    tree: TreeSizes | None
     num_splits: int
     batch_invariant: bool
     arch: str
@@ -556,6 +645,7 @@ class AbsorbedPlan(NamedTuple):
     counts: tuple  # seqlen_q, seqlen_k and num_tiles
     window: Window | ShardWindow
     constants: dict
+    nodes: tuple | None  # (number of programs, constants) of the launch over a tree's nodes
 
 
 def _attend(call, w_uv, out, lse, num_splits, config=None, absorb=None, workspace=None):
@@ -564,11 +654,11 @@ def _attend(call, w_uv, out, lse, num_splits, config=None, absorb=None, workspac
     The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
     """
     plan = _plan(_key_of(call, w_uv is not None, num_splits), wanted_kernels(), config)
-    in_rounds = call.batch_invariant and plan.num_splits > 1
+    in_rounds, num_slots = call.batch_invariant and plan.num_splits > 1, _num_slots(call.tree)
     if in_rounds:
         parts, lse_parts = _results_of_round(call.q, plan.num_splits, workspace)
     else:
-        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits, workspace)
+        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits + num_slots, workspace)
     if only_counts(workspace):
         return
     if absorb is not None:
@@ -583,7 +673,7 @@ def _attend(call, w_uv, out, lse, num_splits, config=None, absorb=None, workspac
         _launch(plan, call, parts, lse_parts)
     if w_uv is not None:
         launch_merge_project(parts, lse_parts, w_uv, out, lse, call.batch_invariant)
-    elif plan.num_splits > 1 and not in_rounds:
+    elif len(parts) > 1 and not in_rounds:
         launch_merge(parts, lse_parts, out, lse)
 
 
@@ -612,10 +702,12 @@ def _merge_in_rounds(plan, call, parts, lses, merged):
 
 
 def _launch(plan, call, parts, lse_parts, first_split=0):
-    """Launch the portable kernel for the splits that have room in parts, from first_split on."""
+    """Launch the portable kernel for a tree's nodes, and for the splits that have room in parts from first_split on."""
     cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, _ = call.sequences
     split_stride, *strides, _ = parts.stride()
     of_q, of_q_pe = plan.strides
+    num_slots = _num_slots(call.tree)
+    num_splits, num_nodes = len(parts) - num_slots, 0 if call.tree is None else call.tree.sizes.num_nodes
     args = (
         View(call.q, of_q),
         View(call.q_pe, of_q_pe),
@@ -631,15 +723,26 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
         *plan.counts,
-        len(parts),
+        num_splits,
         batch,
         first_split if call.batch_invariant else None,
-        batch.bit_length(),
+        max(batch, num_nodes).bit_length(),
+        None if call.tree is None else call.tree.memory,
+        num_nodes,
+        num_slots,
         call.scale_log2,
         *_factors(*call.factors, call.q_pe.shape[-1]),
         plan.window,
     )
-    launch_packed(_mla_absorbed_kernel, (plan.num_programs * len(parts),), call.q.device, args, plan.constants)
+    if plan.nodes is not None:
+        num_programs, constants = plan.nodes
+        launch_packed(_mla_absorbed_kernel, (num_programs,), call.q.device, args, constants)
+    launch_packed(_mla_absorbed_kernel, (plan.num_programs * num_splits,), call.q.device, args, plan.constants)
+
+
+def _num_slots(tree):
+    """Results that a query may have of a tree's nodes, besides those of splits."""
+    return 0 if tree is None else tree.sizes.num_slots
 
 
 def _bytes(x):
@@ -669,7 +772,9 @@ def _results(q, out, lse, w_uv, num_splits, workspace):
 
 
 def _key_of(call, is_projected, num_splits):
-    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant, key_shard = call
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant, key_shard, tree = (
+        call
+    )
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -690,6 +795,7 @@ def _key_of(call, is_projected, num_splits):
         factors != (None, None),
         is_projected,
         key_shard,
+        None if tree is None else tree.sizes,
         num_splits,
         batch_invariant,
         arch,
@@ -701,8 +807,18 @@ def _key_of(call, is_projected, num_splits):
 @remember
 def _plan(key, wanted, config):
     """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
-    if config is None and (plan := plan_hopper(key, wanted)) is not None:
+    if config is None and key.tree is None and (plan := plan_hopper(key, wanted)) is not None:
         return plan
+    plan = _plan_portable(key, config, None)
+    if key.tree is None:
+        return plan
+    check_rows("prefix_tree", key.tree.num_queries * key.layout[0][0][2])
+    of_nodes = _plan_portable(key, config, key.tree)
+    return plan._replace(nodes=(of_nodes.num_programs, of_nodes.constants))
+
+
+def _plan_portable(key, config, nodes):
+    """The AbsorbedPlan of a launch over the keys of sequences, or of the launch over a tree's nodes, its TreeSizes."""
     (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
     cache = [of_latents, key.layout_scales, key.layout_rope]
     num_heads, kv_lora_rank = shape_q[2:]
@@ -721,7 +837,7 @@ def _plan(key, wanted, config):
         for strides in (page_strides, rows)
         for stride, size in zip(strides, item_sizes)
     )
-    num_rows = key.max_seqlen_q * num_heads
+    num_rows = (key.max_seqlen_q if nodes is None else nodes.longest) * num_heads
     seqlen_k = min(num_slots * key.table_width, MAX_ROWS) if paged else num_slots  # of the longest sequence, at most
     widths = kv_lora_rank, shape_pe[3]
     tile_rows, longest = (num_heads, 1) if key.batch_invariant else (num_rows, seqlen_k)
@@ -731,6 +847,8 @@ def _plan(key, wanted, config):
     num_searched = shape_q[1] * num_heads // tiles.block_m + key.batch  # of all
     search = key.packed and paged and num_searched < key.batch * num_tiles
     num_programs = num_searched if search else key.batch * num_tiles
+    if nodes is not None:
+        search, num_programs = False, nodes.num_queries * num_heads // tiles.block_m + nodes.num_nodes
     one_page = paged and num_slots % tiles.block_n == 0
     cut_chain = repeats_chains(key.arch, tiles.block_m, tiles.num_warps)
     mantissa_bits = FLOAT8_MANTISSA_BITS.get(key.cache_dtype, 3)  # rows with scales are uint8, and e4m3
@@ -756,6 +874,7 @@ def _plan(key, wanted, config):
         SHARDED=key.key_shard is not None,
         SEARCH=search,
         SPLIT_KEYS=FIXED_KEYS if key.batch_invariant else 0,
+        SHARED=nodes is not None,
         INPUT_PRECISION=key.precision,
     )
     num_splits = key.num_splits
@@ -772,4 +891,5 @@ def _plan(key, wanted, config):
         (shape_q[1], min(seqlen_k * num_ranks_of(key.key_shard), MAX_ROWS), num_searched if search else num_tiles),
         window_of((None, 0 if key.causal else None), key.key_shard),
         dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        None,
     )

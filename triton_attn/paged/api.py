@@ -494,6 +494,4 @@ def _check_values(call: PagedCall) -> None:
             if not 0 <= page < num_pages:
                 fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)
     if call.prefix_tree is not None:
-        batch, rows = len(seqlens), call.q.shape[1]
-        bounds = range(0, batch * rows + 1, rows or 1) if cu_seqlens_q is None else cu_seqlens_q.tolist()
-        check_tree_values(call.prefix_tree, tables, bounds if len(bounds) > batch else [0] * (batch + 1))
+        check_tree_values(call.prefix_tree, block_table, call.cache_seqlens, page_size, call.q, cu_seqlens_q)
