@@ -20,7 +20,7 @@ from .._host.prefix_tree import PrefixTree, TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import empty, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
-from .._jit.blocks import end_full, split_blocks, visible_range
+from .._jit.blocks import Blocks, end_full, split_blocks, visible_range
 from .._jit.heads import (
     Batch,
     find_node,
@@ -246,37 +246,6 @@ def _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_step
 
 
 @triton.jit
-def _clear_spare(spare, out, lse_ptr, lse_stride, batch, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
-    """Store lse = -inf and, with HAS_OUT, out = 0 in the Spare rows of a packed tensor."""
-    heads = spare.rows % TILE.NUM_HEADS
-    rows = spare.rows // TILE.NUM_HEADS
-    ptrs = _lse_pointers(lse_ptr, lse_stride, batch, heads, rows, TILE.NUM_HEADS)
-    tl.store(ptrs, float("-inf"), mask=spare.mask)
-    if HAS_OUT:
-        ptrs = out.ptr + row_offsets(0, rows, heads, out.strides)
-        _store_output(ptrs[:, None], spare.mask, _zeros(TILE), TILE)
-
-
-@triton.jit
-def _clear_lses(lse_ptr, lse_stride, place, mask, end_slot, TILE: tl.constexpr):
-    """Store lse = -inf for the slots of a tree's nodes up to end_slot; place is the LsePlace of the first of them."""
-    for slot in range(place.first_slot, end_slot):
-        batch = slot * place.dense_batch + place.batch
-        ptrs = _lse_pointers(lse_ptr, lse_stride, batch, place.heads, place.rows, TILE.NUM_HEADS)
-        tl.store(ptrs, float("-inf"), mask=mask)
-
-
-class LsePlace(NamedTuple):
-    """Where rows are in the log-sum-exps (slot, batch, heads, rows) of nodes."""
-
-    first_slot: object
-    dense_batch: object  # sequences of a slot; 1 for packed tensors
-    batch: object
-    heads: object
-    rows: object
-
-
-@triton.jit
 def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
     """s plus the scores of the rotary part, if there is one."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 does not pass on strings of a constexpr tuple
@@ -311,6 +280,97 @@ def _mask(s, positions, start_n, num_keys, window, TILE: tl.constexpr):
         return mask_scores_of_rank(s, positions, start_n, num_keys, window)
     else:
         return mask_scores(s, positions, start_n, num_keys, 0, window)
+
+
+class Rows(NamedTuple):
+    """A tile of rows: where they are in tensors (batch, query, head), and the keys that they see."""
+
+    mask: object
+    batch: object  # 0 if packed
+    query: object
+    head: object
+    position: object  # among the keys of the row's sequence, those of all ranks
+    end_key: object  # of the tile, or of each row
+    table_row: object  # the sequence whose pages are read
+    blocks: Blocks
+
+
+@triton.jit
+def _rows_of_sequence(own, bounds, batch, num_splits, window, TILE: tl.constexpr):
+    """Rows of one sequence and its keys in a split, with a tree those that no node has."""
+    NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
+    first_row = own.tile * TILE.BLOCK_M
+    rows = first_row + tl.arange(0, TILE.BLOCK_M)
+    seqlen_k = bounds.seqlen_k
+    if batch.cache_seqlens_ptr is not None:
+        seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + own.sequence), seqlen_k)
+    first_position = seqlen_k - bounds.seqlen_q
+    start = first_row // NUM_HEADS + first_position
+    end = tl.minimum((first_row + TILE.BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
+    num_keys = _num_cached(seqlen_k, window, TILE)
+    first_key = 0
+    if batch.tree_ptr is not None:
+        first_key = tl.load(batch.tree_ptr + 2 * own.sequence) * TILE.PAGE_SIZE
+    blocks = _visible_keys(start, end, first_key, num_keys, window, TILE)
+    blocks = split_blocks(blocks, own.key_split, num_splits, TILE.BLOCK_N, TILE.SPLIT_KEYS)
+    queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
+    mask = rows < bounds.seqlen_q * NUM_HEADS
+    of_tensor = (own.sequence * 0 if batch.cu_seqlens_q_ptr is not None else own.sequence).to(tl.int64)
+    query = bounds.first_q + queries
+    return Rows(mask, of_tensor, query, heads, queries + first_position, num_keys, own.sequence, blocks)
+
+
+@triton.jit
+def _rows_of_node(node, batch, window, TILE: tl.constexpr):
+    """Rows of the sequences below a node, and its keys."""
+    rows = rows_of_node(node, batch, TILE.NUM_HEADS, TILE.BLOCK_M)
+    heads = (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.NUM_HEADS
+    end_key = tl.minimum(_num_cached(rows.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
+    # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
+    longest, table_row = longest_of(end_key, rows.sequence)
+    start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
+    blocks = _visible_keys(start, end, node.first_page * TILE.PAGE_SIZE, longest, window, TILE)
+    blocks = end_full(blocks, end_key, TILE.BLOCK_N)
+    return Rows(rows.mask, rows.batch, rows.query, heads, rows.position, end_key, table_row, blocks)
+
+
+class Results(NamedTuple):
+    """Outputs and log-sum-exps (splits, batch, NUM_HEADS, rows), and where those of a program are."""
+
+    out: View  # of its split
+    lse_ptr: object
+    lse_stride: object
+    split: object
+    dense_batch: object  # 1 if packed
+    num_cleared: object  # slots of a tree's nodes that it clears, where a row has none
+
+
+@triton.jit
+def _clear_slots(results, batch, heads, rows, mask, first_slot, TILE: tl.constexpr):
+    """Store lse = -inf in the slots of a tree's nodes from first_slot on."""
+    for slot in range(first_slot, results.num_cleared):
+        index = slot * results.dense_batch + batch
+        ptrs = _lse_pointers(results.lse_ptr, results.lse_stride, index, heads, rows, TILE.NUM_HEADS)
+        tl.store(ptrs, float("-inf"), mask=mask)
+
+
+@triton.jit
+def _clear_spare(own, bounds, num_own, batch, results, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
+    """Store lse = -inf and, with HAS_OUT, out = 0 in those rows of a packed tensor after the last sequence that are the
+    program's (`spare_rows`)."""
+    NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
+    left_over = slots_left_over(own.program, bounds.first_q + bounds.seqlen_q, TILE.BLOCK_M, NUM_HEADS)
+    cu_seqlens_ptr, num_rows = batch.cu_seqlens_q_ptr, batch.num_rows
+    spare = spare_rows(cu_seqlens_ptr, own.num_sequences, num_rows, left_over, num_own, TILE.BLOCK_M, NUM_HEADS)
+    if spare.any:
+        heads, rows = spare.rows % NUM_HEADS, spare.rows // NUM_HEADS
+        ptrs = _lse_pointers(results.lse_ptr, results.lse_stride, results.split, heads, rows, NUM_HEADS)
+        tl.store(ptrs, float("-inf"), mask=spare.mask)
+        if HAS_OUT:
+            ptrs = results.out.ptr + row_offsets(0, rows, heads, results.out.strides)
+            _store_output(ptrs[:, None], spare.mask, _zeros(TILE), TILE)
+        if batch.tree_ptr is not None:
+            _clear_slots(results, 0, heads, rows, spare.mask, 0, TILE)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -360,83 +420,40 @@ def _mla_absorbed_kernel(
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
+    batch = Batch(
+        seqs.cu_seqlens_q_ptr, cache_seqlens_ptr, num_sequences, seqlen_q, seqlen_k, search_steps, tree_ptr, num_nodes
+    )
     if TILE.SHARED:
-        seqs_of_tree = Batch(
-            seqs.cu_seqlens_q_ptr,
-            cache_seqlens_ptr,
-            num_sequences,
-            seqlen_q,
-            seqlen_k,
-            search_steps,
-            tree_ptr,
-            num_nodes,
-        )
-        node = find_node(seqs_of_tree, tl.program_id(0), NUM_HEADS, BLOCK_M)
+        node = find_node(batch, tl.program_id(0), NUM_HEADS, BLOCK_M)
         if node.tile * BLOCK_M >= node.num * NUM_HEADS:
             return
-        of_node = rows_of_node(node, seqs_of_tree, NUM_HEADS, BLOCK_M)
-        heads = (node.tile * BLOCK_M + tl.arange(0, BLOCK_M)) % NUM_HEADS
-        rows_mask, positions, tensor_batch, tensor_rows = of_node.mask, of_node.position, of_node.batch, of_node.query
-        seqlen_k = tl.minimum(_num_cached(of_node.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
-        longest, table_row = longest_of(seqlen_k, of_node.sequence)
-        start, end = tl.min(positions, 0), tl.max(positions, 0) + 1
-        blocks = _visible_keys(start, end, node.first_page * TILE.PAGE_SIZE, longest, window, TILE)
-        blocks = end_full(blocks, seqlen_k, BLOCK_N)
-        first_k = 0
-        place = node.slot
-        lse_batch = place + 0 * tensor_batch if PACKED else place * num_sequences + tensor_batch
+        split = node.slot
+        rows = _rows_of_node(node, batch, window, TILE)
     else:
         own = _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE)
-        tile, table_row, place, num_sequences = own.tile, own.sequence, own.split, own.num_sequences
-        if tree_ptr is not None:
-            place += num_slots
-        bounds = sequence_bounds(seqs, table_row, seqlen_q, seqlen_k)
-        first_q, first_k, seqlen_k = bounds.first_q, bounds.first_k, bounds.seqlen_k
-        if cache_seqlens_ptr is not None:
-            seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + table_row), seqlen_k)
-        # Packed tensors have a batch of one.
-        lse_batch = place if PACKED else place * num_sequences + table_row
+        split = own.split if tree_ptr is None else num_slots + own.split
+        bounds = sequence_bounds(seqs, own.sequence, seqlen_q, seqlen_k)
+        num_own = bounds.seqlen_q * NUM_HEADS - own.tile * BLOCK_M
+        of_split = View(out.ptr + tl.cast(split, tl.int64) * out_split_stride, out.strides)
         num_cleared = tl.where(own.split == 0, num_slots, 0)
-        num_own = bounds.seqlen_q * NUM_HEADS - tile * BLOCK_M
-        if PACKED:
-            if num_own < BLOCK_M:
-                left_over = slots_left_over(own.program, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
-                cu_seqlens_ptr = seqs.cu_seqlens_q_ptr
-                spare = spare_rows(cu_seqlens_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
-                if spare.any:
-                    of_split = View(out.ptr + tl.cast(place, tl.int64) * out_split_stride, out.strides)
-                    _clear_spare(spare, of_split, lse_ptr, lse_stride, lse_batch, block_table_ptr is not None, TILE)
-                    if tree_ptr is not None:
-                        spare_place = LsePlace(0, 1, 0, spare.rows % NUM_HEADS, spare.rows // NUM_HEADS)
-                        _clear_lses(lse_ptr, lse_stride, spare_place, spare.mask, num_cleared, TILE)
-            if num_own <= 0:
-                return
-        first_position = seqlen_k - bounds.seqlen_q
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        rows_mask = rows < bounds.seqlen_q * NUM_HEADS
-        queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
-        positions, tensor_rows = queries + first_position, first_q + queries
-        start = tile * BLOCK_M // NUM_HEADS + first_position
-        end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
-        seqlen_k = _num_cached(seqlen_k, window, TILE)
-        first_key = 0
-        tensor_batch = (table_row * 0 if PACKED else table_row).to(tl.int64)
+        results = Results(of_split, lse_ptr, lse_stride, split, 1 if PACKED else num_sequences, num_cleared)
+        if PACKED and num_own < BLOCK_M:
+            _clear_spare(own, bounds, num_own, batch, results, block_table_ptr is not None, TILE)
+        if PACKED and num_own <= 0:
+            return
+        rows = _rows_of_sequence(own, bounds, batch, num_splits, window, TILE)
         if tree_ptr is not None:
-            first_key = tl.load(tree_ptr + 2 * table_row) * TILE.PAGE_SIZE
-            num_above = tl.load(tree_ptr + 2 * table_row + 1)
-            own_place = LsePlace(num_above, 1 if PACKED else num_sequences, tensor_batch, heads, tensor_rows)
-            _clear_lses(lse_ptr, lse_stride, own_place, rows_mask, num_cleared, TILE)
-        blocks = _visible_keys(start, end, first_key, seqlen_k, window, TILE)
-        blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
+            num_above = tl.load(tree_ptr + 2 * own.sequence + 1)
+            _clear_slots(results, rows.batch, rows.head, rows.query, rows.mask, num_above, TILE)
+    blocks = rows.blocks
 
-    out = View(out.ptr + tl.cast(place, tl.int64) * out_split_stride, out.strides)
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
-    q_ptrs = q.ptr + row_offsets(tensor_batch, tensor_rows, heads, q.strides)[:, None]
-    q_tile = _load_queries(q_ptrs, rows_mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
+    q_ptrs = q.ptr + row_offsets(rows.batch, rows.query, rows.head, q.strides)[:, None]
+    q_tile = _load_queries(q_ptrs, rows.mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
     if TILE.ROPE_HEAD_DIM > 0:
-        q_ptrs = q_pe.ptr + row_offsets(tensor_batch, tensor_rows, heads, q_pe.strides)[:, None]
-        q_pe_tile = _load_rope_queries(q_ptrs, rows_mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
+        q_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
+        q_pe_tile = _load_rope_queries(q_ptrs, rows.mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
     else:
         q_pe_tile, k_pe = q_tile, q_tile  # not read
 
@@ -447,18 +464,18 @@ def _mla_absorbed_kernel(
     else:
         rope_keys = Pages(cache.rope_keys.ptr, multiple_of(cache.rope_keys.page_stride, TILE.VECTORS.rope_keys))
     if block_table_ptr is None:
-        first_row = tl.cast(first_k, tl.int64)
-        latents_row = tensor_batch * latents.page_stride + first_row * SLOTS.latents
+        first_row = tl.cast(bounds.first_k, tl.int64)
+        latents_row = rows.batch * latents.page_stride + first_row * SLOTS.latents
         latents = Pages(latents.ptr + latents_row, 0)
-        rope_row = tensor_batch * rope_keys.page_stride + first_row * SLOTS.rope_keys
+        rope_row = rows.batch * rope_keys.page_stride + first_row * SLOTS.rope_keys
         rope_keys = Pages(rope_keys.ptr + rope_row, 0)
     else:
-        block_table_ptr += table_row.to(tl.int64) * table_stride
+        block_table_ptr += rows.table_row.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
     if k_scale is not None:
         scale_log2 *= load_scale(k_scale)
-    m_i, l_i = softmax_init(None, heads, BLOCK_M)
+    m_i, l_i = softmax_init(None, rows.head, BLOCK_M)
     acc = _zeros(TILE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
         own_pages = None
@@ -477,22 +494,24 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), positions, start_n, seqlen_k, window, TILE)
+                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), rows.position, start_n, rows.end_key, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = _mask(s, positions, start_n, seqlen_k, window, TILE)
+                s = _mask(s, rows.position, start_n, rows.end_key, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
     if k_scale is not None:
         norm *= load_scale(k_scale)
-    out_ptrs = out.ptr + row_offsets(tensor_batch, tensor_rows, heads, out.strides)[:, None]
+    out_ptrs = out.ptr + row_offsets(rows.batch, rows.query, rows.head, out.strides)[:, None]
+    out_ptrs += tl.cast(split, tl.int64) * out_split_stride
     is_read = True if first_split is None else (blocks.lo < blocks.hi) | (num_splits == 1)
-    _store_output(out_ptrs, rows_mask & is_read, scale_rows(acc, norm), TILE)
-    tl.store(_lse_pointers(lse_ptr, lse_stride, lse_batch, heads, tensor_rows, NUM_HEADS), lse, mask=rows_mask)
+    _store_output(out_ptrs, rows.mask & is_read, scale_rows(acc, norm), TILE)
+    lse_batch = split if PACKED else split * num_sequences + rows.batch
+    tl.store(_lse_pointers(lse_ptr, lse_stride, lse_batch, rows.head, rows.query, NUM_HEADS), lse, mask=rows.mask)
 
 
 def launch_mla_decode(
