@@ -6,11 +6,13 @@ same function for correct lengths, or for tensors that end there.
 """
 
 import contextlib
+import itertools
 import math
 
 import pytest
 import torch
 import triton
+from trees import tree_of, tree_of_all
 
 import triton_attn
 from triton_attn import reference
@@ -54,11 +56,11 @@ def assert_same(results, expected):
 
 @pytest.mark.ci(but_each=3)
 @by_both
-@pytest.mark.parametrize("options", [{}, {"num_splits": 2}, {"shared_prefix_len": 20}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_splits": 2}, {"prefix_tree": 3}], ids=str)
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 def test_paged_attention_has_no_keys_beyond_the_cache(paged, options, library):
     """The slots after a full sequence belong to the next sequence, or to another tensor."""
-    if options.get("shared_prefix_len") and not paged:
+    if "prefix_tree" in options and not paged:
         pytest.skip("nothing is shared in a contiguous cache")
     q, table = randn(3, 2, 4, 24), None
     k_cache, v_cache = (randn(3, 32, 2, 24) for _ in "kv")
@@ -69,8 +71,9 @@ def test_paged_attention_has_no_keys_beyond_the_cache(paged, options, library):
             torch.cat([x.unflatten(1, (4, 8)).flatten(0, 1), randn(1, 8, 2, 24) * NAN]) for x in (k_cache, v_cache)
         )
         table = torch.arange(12, dtype=torch.int32, device=DEVICE).view(3, 4)
-        if options.get("shared_prefix_len"):
+        if "prefix_tree" in options:
             table[1:, :3] = table[0, :3]
+            options = {"prefix_tree": tree_of_all(3, options["prefix_tree"], 2, DEVICE)}
     lengths = ints(33, 2**31 - 1, 5)
 
     def call(lengths):
@@ -221,7 +224,7 @@ def test_flash_attention_varlen(bounds, longest, total, deterministic):
 @packed(
     "some spare rows", "no sequence", "more rows than the longest would fill", "a sequence that ends beyond the rows"
 )
-@pytest.mark.parametrize("options", [{}, {"num_splits": 3}, {"shared_prefix_len": 24}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_splits": 3}, {"prefix_tree": 2}], ids=str)
 def test_paged_attention(bounds, longest, total, options):
     end = min(bounds[-1], total)
     batch = len(bounds) - 1
@@ -230,6 +233,9 @@ def test_paged_attention(bounds, longest, total, options):
     table[1:, :2] = table[:1, :2]
     lengths = ints(70, 64, 40, 33)[:batch]
     q = after(randn(total, 4, 24), end)
+    if "prefix_tree" in options:
+        seqlens_q = [min(b, total) - min(a, total) for a, b in itertools.pairwise(bounds)]
+        options = {"prefix_tree": tree_of(table.tolist(), seqlens_q, DEVICE, part=1)}
     options = {"cu_seqlens_q": ints(*bounds), "max_seqlen_q": longest, "return_lse": True, **options}
     with guarded():
         out, lse = triton_attn.paged_attention(q, k_cache, v_cache, lengths, table, **options)

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map_only
+from trees import tree_of
 
 import triton_attn
 from triton_attn import (
@@ -144,7 +145,7 @@ CASES = {
             cu_seqlens_q=int32(0, 2, 3),
             max_seqlen_q=plus_tensor(2),
             k_scale=randn(HEADS_KV).abs(),
-            shared_prefix_len=0,
+            prefix_tree=tree_of([[3, 1], [3, 2]], (2, 1), DEVICE),
             num_splits=2,
         ),
     ),

@@ -59,7 +59,6 @@ PAGED = dict(
     k_scale=(NUMBER, 2.0),
     v_scale=(NUMBER, 3.0),
     num_splits=(INT, 2),
-    shared_prefix_len=(INT, 4),
     batch_invariant=(BOOL, False),
     key_shard=(TRIPLE, (1, 2, 4)),
     return_lse=(BOOL, True),
@@ -199,6 +198,19 @@ FUNCTIONS = {
         lambda **options: torch.tensor(ta.kv_cache_bytes_per_token(**options)),
         dict(num_layers=(INT, 61), kv_lora_rank=(INT, 128), qk_rope_head_dim=(INT, 64)),
     ),
+    "prefix_tree": (
+        ta.prefix_tree,
+        lambda **options: ta.prefix_tree([[0, 1, 2], [0, 1, 3]], [12, 11], device="cpu", **options).memory,
+        dict(
+            page_size=(INT, 4),
+            num_heads_q=(INT, 4),
+            num_heads_kv=(INT, 2),
+            head_dim_v=(INT, 16),
+            token_bytes=(INT, 128),
+            seqlens_q=(INT, 2),
+            always=(BOOL, True),
+        ),
+    ),
     "PagedKVCache": (
         ta.PagedKVCache,
         paged_kv_cache,
@@ -284,7 +296,7 @@ TENSORS = {
 }
 TENSORS |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "slot_mapping", "rope_cos", "rope_sin"}
 TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "rope_cache", "k_cache", "v_cache"}
-NOT_SCALARS = TENSORS | {"mode", "dtype", "device", "mesh"}
+NOT_SCALARS = TENSORS | {"mode", "dtype", "device", "mesh", "prefix_tree"}
 
 
 def plain(scalars):
@@ -356,7 +368,7 @@ def test_scalars_of_wrong_types_are_named(name, scalar):
 
 def test_every_scalar_of_every_public_function_is_here():
     public = {name: getattr(ta, name) for name in ta.__all__}
-    others = "OutOfPages", "override_config", "use_tuned", "warmup", "workspace_bytes"
+    others = "OutOfPages", "PrefixTree", "override_config", "use_tuned", "warmup", "workspace_bytes"
     listed = {}
     for function, _, scalars in FUNCTIONS.values():
         listed.setdefault(function, set()).update(scalars)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from trees import tree_of_all
 
 from triton_attn import mla_decode, paged_attention, workspace_bytes
 
@@ -49,7 +50,7 @@ PACKED = {"cu_seqlens_q": int32(0, 1, 1, 2), "max_seqlen_q": 2}
 CALLS = {
     "paged": lambda: paged(num_splits=1),
     "paged, splits": lambda: paged(num_splits=3),
-    "paged, prefix": lambda: paged(shared_prefix_len=16, num_splits=2),
+    "paged, prefix": lambda: paged(prefix_tree=tree_of_all(3, 1, 2, DEVICE), num_splits=2),
     "paged, packed": lambda: paged(**PACKED, num_splits=2),
     "paged, splits that it chooses": lambda: paged(),
     "mla": lambda: latent(num_splits=1),

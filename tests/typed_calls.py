@@ -21,7 +21,7 @@ def lse_follows_the_argument(x: Tensor, wanted: bool) -> None:
     assert_type(ta.flash_attention_varlen(x, x, x, x, x, 7, x, dropout_p=0.1, dropout_seed=x), Tensor)
     assert_type(ta.flash_attention_varlen(x, x, x, x, x, 7, 7, return_lse=True), tuple[Tensor, Tensor])
     assert_type(ta.paged_attention(x, x, x, x, x, k_scale=0.5, v_scale=x), Tensor)
-    assert_type(ta.paged_attention(x, x, x, x, shared_prefix_len=3, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(ta.paged_attention(x, x, x, x, prefix_tree=None, return_lse=True), tuple[Tensor, Tensor])
     assert_type(ta.mla_prefill(x, x, x, x, x, x, mode="fused"), Tensor)
     assert_type(ta.mla_prefill(x, x, x, x, x, x, return_lse=True), tuple[Tensor, Tensor])
     assert_type(ta.mla_decode(x, x, x, x, x, x, x), Tensor)

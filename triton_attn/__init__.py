@@ -15,7 +15,7 @@ from .cache import (
     kv_cache_bytes_per_token,
 )
 from .flash import flash_attention, flash_attention_varlen
-from .merge import merge_attention
+from .merge import PrefixTree, merge_attention, prefix_tree
 from .mla import mla_decode, mla_prefill, mla_softmax_scale
 from .paged import paged_attention
 
@@ -24,6 +24,7 @@ __all__ = [
     "LatentKVCache",
     "OutOfPages",
     "PagedKVCache",
+    "PrefixTree",
     "append_kv_cache",
     "append_latent_cache",
     "copy_kv_pages",
@@ -36,6 +37,7 @@ __all__ = [
     "mla_softmax_scale",
     "override_config",
     "paged_attention",
+    "prefix_tree",
     "reference",
     "use_tuned",
     "warmup",

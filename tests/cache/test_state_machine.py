@@ -18,13 +18,16 @@ from hypothesis.stateful import (
 )
 from levels import LEVEL
 from small_caches import contents, make_step
+from trees import check_tree, every_group, levels_of, nodes_of
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache
+from triton_attn.cache import prefix_groups
 
 pytestmark = pytest.mark.random
 TIMES = {"quick": 1, "ci": 3, "full": 100}[LEVEL]
 NUM_LAYERS = 2
+MAX_NODES, MAX_SLOTS = 5, 2  # of a tree in memory that stays
 STEPS = st.sampled_from([None, 0, 1])
 
 
@@ -71,6 +74,8 @@ class CacheMachine(RuleBasedStateMachine):
         for tensor in self.tensors():
             tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
         self.cache_steps = [make_step(self.cache, 64, 200, 512, staged=staged) for staged in (False, True)]
+        static = dict(max_batch=256, max_nodes=MAX_NODES, max_slots=MAX_SLOTS)
+        self.groups = [self.cache.prefix_groups(4, **options) for options in ({}, {}, static)]
         self.free_pages = list(range(num_pages))  # in the order of use
         self.named = {}  # (salt, tokens) -> pages that contain the last of them; the first one is found
         self.live = {}  # handle -> NaiveSequence
@@ -230,6 +235,24 @@ class CacheMachine(RuleBasedStateMachine):
         width = max((len(naive.pages) for naive in self.live.values()), default=0)
         assert table == [naive.pages + [0] * (width - len(naive.pages)) for naive in self.live.values()]
         assert self.cache.cache_seqlens(self.live).tolist() == [len(naive.tokens) for naive in self.live.values()]
+
+    @invariant()
+    def trees_are_those_of_the_tables(self):
+        """Of all sequences and of some, and in memory with room for few nodes."""
+        seqs = list(self.live)
+        for groups, own in zip(self.groups, (seqs, seqs[::2][::-1], seqs)):
+            tree, tables = groups.tree(own), [self.live[seq].pages for seq in own]
+            assert groups.tree(own) is tree
+            nodes = nodes_of(tables)
+            if groups.static is not None:
+                tables += [[]] * (groups.static.batch - len(tables))
+                fits = len(nodes) <= MAX_NODES and max(levels_of(nodes, tables)) <= MAX_SLOTS
+                assert tree is (groups.static if nodes and fits else None)
+                check_tree(groups.static, nodes if fits else [], tables)
+            elif nodes:
+                check_tree(tree, nodes, tables)
+            else:
+                assert tree is None
 
     @invariant()
     def references_are_table_entries(self):
@@ -471,6 +494,7 @@ class Float8LatentMachine(LatentMachine):
 def test_random_operations(machine, examples, min_steps, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(prefix_groups, "plan_tree", every_group)
     CacheMachine.steps = 0
     run_state_machine_as_test(machine, settings=settings(max_examples=TIMES * examples, stateful_step_count=50))
     print(f"{CacheMachine.steps} steps")

@@ -158,6 +158,12 @@ def paged(seqlen_q, cache_dtype=BF16, head_dim=128, contiguous=False, packed=Fal
     ta.paged_attention(q, cache, cache, int32(300, 5), table, **options)
 
 
+def prefix_tree(seqlens_q):
+    """Of two sequences that share three pages of 16 tokens."""
+    shape = dict(num_heads_q=8, num_heads_kv=2, head_dim_v=128, token_bytes=1024, device="cpu")
+    return ta.prefix_tree([[0, 1, 2, 3], [0, 1, 2, 4]], [64, 64], 16, seqlens_q=seqlens_q, always=True, **shape)
+
+
 def append(cache_dtype, **options):
     k, cache = torch.randn(5, 2, 128, dtype=BF16), torch.zeros(4, 16, 2, 128).to(cache_dtype)
     angles = torch.randn(64, 32)
@@ -243,10 +249,10 @@ CALLS = {
     "paged decode": lambda: paged(1),
     "paged decode, four splits": lambda: paged(1, num_splits=4, return_lse=True),
     "paged chunk, fp8": lambda: paged(40, torch.float8_e4m3fn, k_scale=torch.ones(1), v_scale=torch.ones(1)),
-    "paged, shared prefix": lambda: paged(1, shared_prefix_len=16),
+    "paged, prefix tree": lambda: paged(1, prefix_tree=prefix_tree(1)),
     "paged, contiguous": lambda: paged(1, head_dim=64, contiguous=True),
     "paged, packed": lambda: paged(20, head_dim=64, packed=True, alibi_slopes=torch.ones(2, 8)),
-    "paged, packed, shared prefix": lambda: paged(20, head_dim=64, packed=True, shared_prefix_len=16),
+    "paged, packed, prefix tree": lambda: paged(20, head_dim=64, packed=True, prefix_tree=prefix_tree((1, 39))),
     "append": lambda: append(BF16),
     "append, fp8": lambda: append(torch.float8_e4m3fn, k_scale=0.5, v_scale=0.5),
     "append, fp8, scales of heads": lambda: append(torch.float8_e4m3fn, k_scale=torch.ones(2), v_scale=torch.ones(1)),

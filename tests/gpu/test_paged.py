@@ -56,8 +56,10 @@ def test_fp8_cache(batch, cache_dtype, dtype):
 
 @of_dtypes
 @pytest.mark.parametrize("batch", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_shared_prefix(batch, dtype):
-    check(case_of(dtype, shared_prefix_len=at_scale(1024, 32), num_splits=0, **batch, **LLAMA))
+def test_prefix_tree(batch, dtype):
+    num_pages = at_scale(1024, 32) // PLAIN.page_size
+    forks = tuple((0, max(0, num_pages - i // 2)) if i else None for i in range(len(batch["seqlens_q"])))
+    check(case_of(dtype, forks=forks, part=at_scale(16, 1), num_splits=0, **batch, **LLAMA))
 
 
 @of_dtypes

@@ -47,7 +47,8 @@ def _families():
     yield "backward fused packed", Family(replace(packed, deterministic=False), backward_cases.check, dense=False)
     yield "paged", Family(paged, paged_cases.check)
     yield "paged splits", Family(replace(paged, num_splits=3), paged_cases.check)
-    yield "paged packed", Family(_packed(paged, varlen=True, shared_prefix_len=16), paged_cases.check, dense=False)
+    tree = dict(forks=(None, (0, 1), (0, 2)), part=1)
+    yield "paged packed", Family(_packed(paged, varlen=True, **tree), paged_cases.check, dense=False)
     yield "mla decode", Family(decode_cases.Case(), decode_cases.check)
     yield "mla decode splits", Family(decode_cases.Case(num_splits=3), decode_cases.check)
     for mode in MODES:

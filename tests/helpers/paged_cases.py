@@ -9,10 +9,12 @@ from unittest import mock
 import torch
 import triton
 from scores import Scores
+from trees import tree_of
 
 from triton_attn import paged_attention
 from triton_attn._host import gpu
 from triton_attn._host.definition import attend, visible_keys
+from triton_attn._host.prefix_tree import read_tree
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
@@ -44,7 +46,8 @@ class Case(Scores):
     head_dim_v: int
     scales: tuple  # of k and v: None, a number, "one" or "per head"
     num_splits: int
-    shared_prefix_len: int
+    forks: tuple  # of each sequence: None, or (an earlier sequence, how many of its first pages it has)
+    part: int | None  # pages of the parts of a tree's nodes; None: a call without a tree
     q_layout: str  # keys of LAYOUTS
     cache_layout: str
     spare_rows: int  # after the last sequence
@@ -80,7 +83,8 @@ PLAIN = Case(
     head_dim_v=64,
     scales=(None, None),
     num_splits=1,
-    shared_prefix_len=0,
+    forks=(),
+    part=None,
     q_layout="contiguous",
     cache_layout="contiguous",
     spare_rows=0,
@@ -110,8 +114,7 @@ class Inputs:
         batch = len(case.seqlens_q)
         self.q = self._randn(sum(case.seqlens_q) + case.spare_rows, case.num_heads_q, case.head_dim).to(case.dtype)
         self.own = [case.own(n) for n in case.seqlens_k]
-        shared = len(case.own(min(case.shared_prefix_len, max(case.seqlens_k, default=0))))
-        self._lay_out_pages(case, batch, shared)
+        self._lay_out_pages(case, batch)
         self.k_scale, self.v_scale = map(self._scale, case.scales)
         self.k_cache, self.clean_k = self._cache(case.head_dim, self.k_scale)
         self.v_cache, self.clean_v = self._cache(case.head_dim_v, self.v_scale)
@@ -128,7 +131,7 @@ class Inputs:
             return (torch.rand(shape, generator=self.generator) + 0.5).to(DEVICE)
         return scale
 
-    def _lay_out_pages(self, case, batch, shared):
+    def _lay_out_pages(self, case, batch):
         """The table, and the (page, slot) of each sequence's keys."""
         seqlens, num_ranks = [len(own) for own in self.own], case.key_shard[1] if case.key_shard else 1
         if case.page_size is None:
@@ -141,21 +144,29 @@ class Inputs:
             ]
             return
         counts = [-(-n // case.page_size) for n in seqlens]
-        width = max(case.shared_prefix_len, *case.seqlens_k, 0)  # keys of all ranks: tables are as wide on each
+        width = max(*case.seqlens_k, 0, 0)  # keys of all ranks: tables are as wide on each
         width = -(-width // (case.page_size * num_ranks)) + case.spare_entries
         num_pages = sum(counts) + 3
         pages = torch.randperm(num_pages, generator=self.generator).tolist()
-        common = [pages.pop() for _ in range(-(-shared // case.page_size))]
+        tables = []
         self.cache_shape = (num_pages, case.page_size)
         table = torch.full((batch, width), DEAD_ENTRY, dtype=torch.int32)
         self.places = []
         for i, (n, count) in enumerate(zip(seqlens, counts)):
-            own = common[:count] + [pages.pop() for _ in range(count - len(common))]
+            parent, num_shared = (case.forks and case.forks[i]) or (i, 0)
+            own = tables[parent][: min(num_shared, count)] if num_shared else []
+            own += [pages.pop() for _ in range(count - len(own))]
+            tables.append(own)
             table[i, :count] = torch.tensor(own, dtype=torch.int32)
             keys = torch.arange(n)
             places = torch.tensor(own, dtype=torch.long)[keys // case.page_size], keys % case.page_size
             self.places.append(tuple(x.to(DEVICE) for x in places))
         self.block_table = table.to(DEVICE)
+        self.tables = tables
+
+    def tree(self):
+        """A PrefixTree with a node for every group of sequences that share pages, whether or not it pays."""
+        return tree_of(self.tables, self.case.seqlens_q, DEVICE, self.case.part)
 
     def _cache(self, dim, scale):
         case = self.case
@@ -219,7 +230,7 @@ class Inputs:
             k_scale=self.k_scale,
             v_scale=self.v_scale,
             num_splits=case.num_splits,
-            shared_prefix_len=case.shared_prefix_len,
+            prefix_tree=None if case.part is None else self.tree(),
             key_shard=case.key_shard,
             return_lse=True,
             **case.options,
@@ -265,7 +276,7 @@ def check(case):
     if out.numel():
         check_values(case, inputs, out, lse)
     if INTERPRETED and out.numel():
-        check_accesses(case, accesses)
+        check_accesses(case, inputs, accesses)
 
 
 def check_values(case, inputs, out, lse):
@@ -284,11 +295,15 @@ def check_values(case, inputs, out, lse):
     assert_close_to_reference(lse, lse64, torch_out=torch_lse, floor=floor, name="lse")
 
 
-def check_accesses(case, accesses):
-    """If one tile has all rows of a KV head for a sequence, each visible key is loaded once."""
+def check_accesses(case, inputs, accesses):
+    """If one tile has all rows of a KV head for a sequence, each visible key is loaded once, with a tree once for each
+    tile of a node's rows."""
     size = case.cache_dtype.itemsize
-    most = keys_loaded(case) * case.num_heads_kv * size
-    exactly = not case.shared_prefix_len and max(case.seqlens_q) * case.group_size <= case.config.block_m
+    tree = None if case.part is None else read_tree(inputs.tree())
+    most = keys_loaded(case, tree) * case.num_heads_kv * size
+    exactly = max(case.seqlens_q) * case.group_size <= case.config.block_m
+    if tree is not None and (case.window_size != (-1, -1) or case.causal):  # a tile has rows that see fewer keys
+        exactly = exactly and all(n <= 1 for n in case.seqlens_q) and case.window_size == (-1, -1)
     for name, head_dim in (("k.ptr", case.head_dim), ("v.ptr", case.head_dim_v)):
         loaded = accesses.bytes_loaded[name]
         assert loaded <= most * head_dim
@@ -296,23 +311,29 @@ def check_accesses(case, accesses):
             assert loaded == most * head_dim
 
 
-def keys_loaded(case):
+def keys_loaded(case, tree=None):
     """Keys from the first to the last visible one for the rows of a tile, over all tiles. If each tile is in one page,
-    the first key is rounded down to a tile.
+    the first key is rounded down to a tile. With a tree, all keys of its nodes for each tile of their rows, and of the
+    sequences those that no node has.
     """
     align = 1
     if case.page_size and case.page_size % case.config.block_n == 0:
         align = case.config.block_n
-    total = 0
-    for seqlen_q, seqlen_k in zip(case.seqlens_q, case.seqlens_k):
+    total, first_pages = 0, [0] * len(case.seqlens_q)
+    if tree is not None:
+        first_pages, _, parts = tree
+        of_query = [i for i, n in enumerate(case.seqlens_q) for _ in range(n)]
+        for part in parts:
+            longest = max(len(case.own(case.seqlens_k[of_query[query]])) for query in part.queries)
+            num_keys = min(part.end_page * case.page_size, longest) - part.first_page * case.page_size
+            total += math.ceil(len(part.queries) * case.group_size / case.config.block_m) * num_keys
+    for seqlen_q, seqlen_k, first_page in zip(case.seqlens_q, case.seqlens_k, first_pages):
         visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
         visible = visible[:, case.own(seqlen_k)]
+        visible[:, : first_page * (case.page_size or 0)] = False
         rows = visible.repeat_interleave(case.group_size, dim=0)
         for tile in rows.split(case.config.block_m) if len(rows) else ():
             seen = tile.any(0).nonzero()
             if len(seen):
                 total += int(seen[-1]) + 1 - int(seen[0]) // align * align
-    if case.shared_prefix_len:  # once more for each tile of all queries
-        num_tiles = math.ceil(sum(case.seqlens_q) * case.group_size / case.config.block_m)
-        total += num_tiles * len(case.own(min(case.shared_prefix_len, max(case.seqlens_k))))
     return total

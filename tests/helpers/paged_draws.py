@@ -3,6 +3,7 @@
 from hypothesis import strategies as st
 from paged_cases import FLOAT8, HEAD_DIMS, LAYOUTS, PAGE_SIZES, Case
 from scores import draw_key_shard, draw_scores
+from trees import WHOLE
 
 from triton_attn.paged.configs import PagedConfig
 
@@ -16,18 +17,17 @@ def cases(draw, dtype, varlen):
         num_stages=1,
     )
     group_size = draw(st.sampled_from([1, 2, 3, 5, 8, 16]))
-    batch = draw(st.sampled_from([1, 2, 3, 5, 0]))
+    batch = draw(st.sampled_from([1, 2, 3, 5, 0, 7]))
     # Few tiles, since the interpreter is slow.
     lengths_q = st.sampled_from([1, 1, 0, 2, 5]) | st.integers(0, max(2, 2 * config.block_m // group_size))
     lengths_k = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 4 * config.block_n)
     seqlens_q = draw(st.tuples(*[lengths_q] * batch)) if varlen else (draw(lengths_q),) * batch
     page_size = draw(st.sampled_from([*PAGE_SIZES, None]))
     seqlens_k = draw(st.tuples(*[lengths_k] * batch))
-    shared_prefix_len = 0
+    forks, part = (), None
     if page_size and draw(st.booleans()):
-        shared_prefix_len = draw(st.integers(0, 120))
-        if draw(st.booleans()):  # whole pages; otherwise it may end inside one
-            shared_prefix_len -= shared_prefix_len % page_size
+        forks = tuple(draw_fork(draw, i, 120 // page_size + 1) for i in range(batch))
+        part = draw(st.sampled_from([WHOLE, 1, 2, 5]))
     scale = st.sampled_from([None, 0.5, "one", "per head"])
     return Case(
         varlen=varlen,
@@ -43,7 +43,8 @@ def cases(draw, dtype, varlen):
         **draw_scores(draw, dtype),
         scales=draw(st.tuples(scale, scale)),
         num_splits=draw(st.sampled_from([1, 1, 0, 2, 3, 7])),
-        shared_prefix_len=shared_prefix_len,
+        forks=forks,
+        part=part,
         q_layout=draw(st.sampled_from(list(LAYOUTS))),
         cache_layout=draw(st.sampled_from(list(LAYOUTS))),
         spare_rows=draw(st.sampled_from([0, 1, 40])) if varlen else 0,
@@ -53,3 +54,10 @@ def cases(draw, dtype, varlen):
         seed=draw(st.integers(0, 2**16)),
         key_shard=draw_key_shard(draw, page_size or 1),
     )
+
+
+def draw_fork(draw, i, most):
+    """An earlier sequence whose first pages sequence i has, and how many; None for the first ones and some others."""
+    if i == 0 or draw(st.integers(0, 4)) == 0:
+        return None
+    return draw(st.integers(0, i - 1)), draw(st.integers(0, most))

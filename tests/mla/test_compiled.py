@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from trees import tree_of_all
 
 from perf.model import loop_model
 from perf.model.gpus import RATES
@@ -120,6 +121,24 @@ def test_decode(arch, num_heads, variant, record_property):
         assert report.hot.useful == 1  # no warpgroup repeats the other's scores
         assert report.hot.histogram["WARPGROUP"] < 12  # matmuls do not wait for each other
         assert report.lock >= (360 if "fp8" in variant else 510 if "pages" not in variant else 450)
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
+@pytest.mark.parametrize("variant", ["bf16", "fp8", "plain fp8", "pages of 16"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_prefix_tree(arch, variant, record_property):
+    """A node of 128 beams with 16 heads, and the keys that each has alone, in two launches whatever the tree."""
+    tree = tree_of_all(128, 4)._replace(batch=BATCH, total_q=BATCH)
+    launches = compile_decode(arch, 16, num_splits=1, prefix_tree=tree, **VARIANTS[variant])
+    assert [x.name for x in launches] == ["_absorb_kernel", *2 * ["_mla_absorbed_kernel"], "_merge_project_kernel"]
+    for name, launch in zip(("nodes", "own"), launches[1:3]):
+        figure = f"mla {arch:7} {variant:11} {name:5} {launch.constexprs['BLOCK_M']:3} rows"
+        record_property("figure", f"{figure} {launch.registers} registers, {launch.spill_bytes} B spilled")
+        # Nodes of a plain fp8 cache spill around the loop.
+        assert launch.spill_bytes <= (100 if (arch, variant, name) == ("sm_90", "plain fp8", "nodes") else 8)
+        assert arch == "gfx942" or loop_model.analyze(launch.kernel).hot.spills == 0
+        assert launch.shared_bytes <= shared_memory_limit(arch)
 
 
 @pytest.mark.ci(but_each=3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from host_cost import bare_launches, median_microseconds, python_calls
 from instruments import Instrument
+from trees import tree_of_all
 
 from perf.model import loop_model
 from perf.model.gpus import RATES
@@ -153,6 +154,24 @@ def test_default(arch, head_dim, rows, variant, record_property):
 
 @pytest.mark.ci(but_each=4)
 @pytest.mark.oldest
+@pytest.mark.parametrize("variant", ["plain", "varlen", "fp8", "everything"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_prefix_tree(arch, variant, record_property):
+    """A node of 128 beams, and the keys that each has alone, in two launches whatever the tree."""
+    tree = tree_of_all(128, 4)._replace(batch=BATCH, total_q=BATCH)
+    nodes, own, merge = compile_default(arch, 128, "decode", variant, prefix_tree=tree)
+    assert [launch.name for launch in (nodes, own, merge)] == 2 * ["_paged_fwd_kernel"] + ["_merge_kernel"]
+    for name, launch in (("nodes", nodes), ("own", own)):
+        rows = launch.constexprs["BLOCK_M"]
+        figure = f"paged {arch:7} {variant:10} {name:5} {rows:3} rows {launch.registers} registers"
+        record_property("figure", f"{figure}, {launch.spill_bytes} B spilled")
+        assert launch.spill_bytes <= (OUTSIDE_THE_LOOP if name == "nodes" else 0)
+        assert loop_model.analyze(launch.kernel).hot.spills == 0 if arch in ("sm_80", "sm_90") else True
+    assert nodes.constexprs["BLOCK_M"] >= 64
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
 @pytest.mark.parametrize("arch", ARCHS)
 def test_merge(arch, record_property):
     _, launch = compile_default(arch, 128, "decode", "splits")
@@ -184,7 +203,7 @@ def test_no_device_to_host_sync(variant):
     with NoReadBack():
         compile_default("sm_90", 128, "draft", variant)
         if variant != "splits":
-            compile_default("sm_90", 128, "draft", variant, shared_prefix_len=64)
+            compile_default("sm_90", 128, "draft", variant, prefix_tree=tree_of_all(BATCH, 4, ROWS["draft"]))
 
 
 @pytest.mark.oldest

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+from trees import tree_of_all
 
 from triton_attn import paged_attention
+
+TREE = tree_of_all(2, 1, 3)
+SHARED = torch.tensor([[0, 1, 2], [0, 99, 99]], dtype=torch.int32)
+
+
+def changed_tree(place, number):
+    """TREE with another number in a place of its memory."""
+    memory = TREE.memory.clone()
+    memory[place] = number
+    return TREE._replace(memory=memory)
 
 
 def arguments(**changes):
@@ -70,14 +81,20 @@ CASES = [
     (arguments(num_splits=1.5), TypeError, "num_splits: expected an int"),
     (arguments(batch_invariant=1), TypeError, "batch_invariant: expected a bool"),
     (arguments(batch_invariant=True, num_splits=2), ValueError, "num_splits: expected 0 with batch_invariant"),
-    (arguments(batch_invariant=True, shared_prefix_len=8), ValueError, "shared_prefix_len: expected 0 with batch_inv"),
-    (arguments(shared_prefix_len=25), ValueError, "shared_prefix_len: expected at most the table's 24"),
+    (arguments(batch_invariant=True, prefix_tree=TREE), ValueError, "prefix_tree: expected None with batch_inv"),
+    (arguments(prefix_tree=[]), TypeError, "prefix_tree: expected a PrefixTree or None, got list"),
+    (arguments(prefix_tree=tree_of_all(3, 1, 3)), ValueError, "prefix_tree: expected a tree of 2 sequences"),
+    (
+        arguments(prefix_tree=TREE._replace(memory=TREE.memory.to("meta"))),
+        ValueError,
+        "prefix_tree: expected a tree on q's device cpu, got meta",
+    ),
     (
         arguments(
-            block_table=None, k_cache=torch.zeros(2, 8, 2, 16), v_cache=torch.zeros(2, 8, 2, 24), shared_prefix_len=8
+            block_table=None, k_cache=torch.zeros(2, 8, 2, 16), v_cache=torch.zeros(2, 8, 2, 24), prefix_tree=TREE
         ),
         ValueError,
-        "shared_prefix_len: expected 0 without a block_table",
+        "prefix_tree: expected None without a block_table",
     ),
     (arguments(out=torch.zeros(2, 3, 4, 16)), ValueError, "out: expected shape"),
     (arguments(out=torch.zeros(2, 3, 4, 24).half()), TypeError, "out: expected torch.float32, got torch.float16"),
@@ -101,19 +118,29 @@ CASES = [
         r"cache_seqlens\[0\]",
     ),
     (
-        arguments(check_values=True, shared_prefix_len=8),
+        arguments(check_values=True, prefix_tree=TREE),
         ValueError,
-        r"block_table\[1, 0\]: expected page 0 of the shared",
+        r"block_table\[1, 0:1\]: expected pages \[0\], which a node of prefix_tree shares, got \[3\]",
     ),
     (
-        arguments(
-            check_values=True,
-            shared_prefix_len=8,
-            cache_seqlens=torch.tensor([3, 20], dtype=torch.int32),
-            block_table=torch.tensor([[3, 99, 99], [0, 1, 2]], dtype=torch.int32),
-        ),
+        arguments(check_values=True, prefix_tree=tree_of_all(2, 1, 2), block_table=SHARED),
         ValueError,
-        r"block_table\[0, 0\]: expected page 0 of the shared",
+        "prefix_tree: expected a tree of 6 queries, got 4",
+    ),
+    (
+        arguments(check_values=True, prefix_tree=tree_of_all(2, 2, 3), block_table=SHARED),
+        ValueError,
+        r"block_table\[1, 0:2\]: expected pages \[0, 1\], which a node of prefix_tree shares, got \[0\]",
+    ),
+    (
+        arguments(check_values=True, prefix_tree=changed_tree(-1, 1), block_table=SHARED),
+        ValueError,
+        r"prefix_tree: expected nodes with all queries of sequence 0, once, got \[0, 1, 2, 1\]",
+    ),
+    (
+        arguments(check_values=True, prefix_tree=changed_tree(7, 1), block_table=SHARED),
+        ValueError,
+        r"prefix_tree: expected nodes that have the first 1 pages of sequence 0 once, got \[\(1, 1, 0\)\]",
     ),
     (
         varlen(check_values=True) | {"max_seqlen_q": 3},

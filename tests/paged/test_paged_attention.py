@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from paged_cases import DEVICE, DTYPES, FLOAT8, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, Inputs, check, using
+from trees import WHOLE
 
 from triton_attn import flash_attention, paged_attention
 from triton_attn.paged import forward
@@ -39,8 +40,8 @@ SHARDED = [
     dict(causal=False, window_size=(4, 6)),
     dict(alibi="per sequence", window_size=(20, -1)),
     dict(alibi="per head", softcap=0.7, sinks=torch.float32),
-    dict(num_splits=3, shared_prefix_len=32),
-    dict(shared_prefix_len=30, window_size=(12, -1)),
+    dict(num_splits=3, forks=(None, (0, 2), (0, 2), (0, 1)), part=1),
+    dict(forks=(None, (0, 2), (0, 2), (0, 1)), part=WHOLE, window_size=(12, -1)),
     dict(page_size=None),
 ]
 
@@ -79,7 +80,8 @@ def test_a_bit_of_everything(dtype, cache_dtype):
             sinks=dtype,
             scales=("per head", 0.5),
             num_splits=2,
-            shared_prefix_len=32,
+            forks=(None, (0, 2), (1, 1), (1, 1)),
+            part=1,
             spare_rows=3,
         )
     )
@@ -99,8 +101,8 @@ def test_heads_of_real_models(case):
 
 
 @pytest.mark.ci(but_each=2)
-@pytest.mark.parametrize("shared_prefix_len", [0, pytest.param(32, marks=pytest.mark.emulated)])
-def test_mixed_batch(shared_prefix_len):
+@pytest.mark.parametrize("part", [None, pytest.param(1, marks=pytest.mark.emulated)])
+def test_mixed_batch(part):
     """A prefill chunk, decodes, a draft, an idle slot, a sequence that is all new."""
     check(
         replace(
@@ -108,7 +110,8 @@ def test_mixed_batch(shared_prefix_len):
             varlen=True,
             seqlens_q=(40, 1, 1, 4, 0, 33),
             seqlens_k=(140, 100, 1, 77, 0, 33),
-            shared_prefix_len=shared_prefix_len,
+            forks=(None, (0, 4), None, (1, 2), (1, 1), (3, 2)),
+            part=part,
         )
     )
 
@@ -188,29 +191,41 @@ def test_wide_heads(head_dim, head_dim_v, config, options):
     check(replace(case, config=config, **options))
 
 
+TREES = {
+    "one prefix": (None, (0, 5), (0, 5), (0, 5), (0, 5), (0, 5)),
+    "forks of forks": (None, (0, 5), (1, 3), (2, 2), (3, 1), (0, 4)),
+    "two groups and one alone": (None, (0, 3), None, (2, 4), None, (2, 1)),
+    "forks that have nothing of their own": (None, (0, 9), (0, 9), (1, 6), (3, 9), (0, 0)),
+}
+
+
 @pytest.mark.oldest
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.ci(but_each=3)
+@pytest.mark.parametrize("options", [{}, dict(causal=False), dict(window_size=(20, -1), sinks=torch.float32)], ids=str)
+@pytest.mark.parametrize("forks", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("part", [WHOLE, 2])
 @pytest.mark.parametrize("varlen", [False, True])
-def test_a_shared_prefix_that_some_sequences_do_not_fill(varlen, causal):
-    """Including the first one, whose table ends before the prefix does."""
-    case = replace(PLAIN, seqlens_q=(2, 2, 2), seqlens_k=(20, 130, 7), shared_prefix_len=96, scales=("one", "per head"))
-    case = replace(case, q_layout="heads first")
+def test_prefix_trees(varlen, part, forks, options):
+    """Of some sequences the last shared page is not full, so that they end inside a node."""
+    case = replace(PLAIN, seqlens_q=(2,) * 6, seqlens_k=(90, 130, 85, 84, 70, 0), forks=forks, part=part)
+    case = replace(case, scales=("one", "per head"), q_layout="heads first", varlen=varlen, **options)
     for config in (PLAIN.config, PagedConfig(64, 16, 4, 1)):
-        check(replace(case, varlen=varlen, causal=causal, config=config))
+        check(replace(case, config=config))
 
 
 @interpreted
-def test_a_shared_prefix_is_read_once():
-    case = replace(PLAIN, seqlens_q=(1,) * 4, seqlens_k=(100, 101, 97, 120), num_heads_kv=1, group_size=2)
-    bytes_per_key = 64 * 2
-    loaded = {}
-    for shared_prefix_len in (0, 96):
-        inputs = Inputs(replace(case, shared_prefix_len=96))
-        inputs.case = replace(case, shared_prefix_len=shared_prefix_len)
+@pytest.mark.parametrize("part", [WHOLE, 1])
+def test_shared_pages_are_read_once(part):
+    """All rows of a node fit in a tile: as many pages are loaded as the sequences have, each once."""
+    case = replace(PLAIN, seqlens_q=(1,) * 8, seqlens_k=(96, 96, 96, 80, 64, 48, 32, 16), num_heads_kv=1, group_size=2)
+    case = replace(case, forks=(None, (0, 5), (1, 4), (2, 3), (3, 3), (4, 2), (5, 1), None), part=part)
+    inputs, loaded = Inputs(case), {}
+    for inputs.case in (replace(case, part=None), case):
         with using(case.config), guard() as accesses:
             inputs.call()
-        loaded[shared_prefix_len] = accesses.bytes_loaded["k.ptr"] / bytes_per_key
-    assert loaded == {0: sum(case.seqlens_k), 96: 96 + sum(case.seqlens_k) - 4 * 96}
+        loaded[inputs.case.part] = accesses.bytes_loaded["k.ptr"] / (16 * 64 * 2)
+    unique = len({page for table in inputs.tables for page in table})
+    assert loaded == {None: sum(map(len, inputs.tables)), part: unique}
 
 
 @interpreted
@@ -232,10 +247,6 @@ def test_pages_outside_of_the_window_are_not_touched(record_property):
 @pytest.mark.parametrize("page_size", [48, 80])
 def test_pages_that_a_tile_does_not_divide(page_size):
     check(replace(PLAIN, page_size=page_size))
-
-
-def test_a_shared_prefix_that_ends_inside_a_page():
-    check(replace(PLAIN, page_size=32, seqlens_k=(47, 100, 70), shared_prefix_len=40))
 
 
 @pytest.mark.parametrize("where", ["k_cache", "v_cache", "q", "block_table"])

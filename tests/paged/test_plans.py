@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from plans import check_neighbour, launches_of, matmul_precision, padded, unaligned
+from trees import tree_of_all
 
 from triton_attn import override_config, paged_attention
 from triton_attn.merge import kernel as merge
@@ -86,8 +87,8 @@ NEIGHBOURS = {
     "max_seqlen_q": ({"packed": 1, "seqlen_q": 64}, {"packed": 64}),
     "splits": ({}, {"num_splits": 3}),
     "batch-invariant": ({}, {"batch_invariant": True}),
-    "shared prefix": ({}, {"shared_prefix_len": 64}),
-    "length of a shared prefix": ({"shared_prefix_len": 64}, {"shared_prefix_len": 72}),
+    "tree": ({}, {"prefix_tree": tree_of_all(2, 4)}),
+    "nodes of a tree": ({"prefix_tree": tree_of_all(2, 4)}, {"prefix_tree": tree_of_all(2, 4, part=1)}),
     "causal": ({"seqlen_q": 2}, {"causal": False}),
     "left": ({}, {"window_size": (64, 0)}),
     "softmax_scale": ({}, {"softmax_scale": 0.5}),

@@ -4,6 +4,8 @@ from typing import Literal, TypedDict
 
 from torch import Tensor
 
+from .prefix_tree import PrefixTree
+
 Mode = Literal["auto", "fused", "materialized", "absorbed"]
 
 
@@ -36,7 +38,7 @@ class Paged(Masked, total=False):
     k_scale: float | Tensor | None
     v_scale: float | Tensor | None
     num_splits: int
-    shared_prefix_len: int
+    prefix_tree: PrefixTree | None
     batch_invariant: bool | None
     key_shard: tuple[int, int, int] | None
     out: Tensor | None
@@ -55,6 +57,7 @@ class LatentDecode(Common, total=False):
     rope_sin: Tensor | None
     rope_interleaved: bool
     num_splits: int
+    prefix_tree: PrefixTree | None
     batch_invariant: bool | None
     key_shard: tuple[int, int, int] | None
     out: Tensor | None

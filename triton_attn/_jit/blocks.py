@@ -82,6 +82,13 @@ def all_partial(blocks, condition):
 
 
 @triton.jit
+def end_full(blocks, end_column, BLOCK: tl.constexpr):
+    """The same Blocks for rows that end at columns of their own, end_column (rows,): full tiles end before all."""
+    full = tl.maximum(tl.minimum(blocks.full_hi, tl.min(end_column, 0)) - blocks.full_lo, 0)
+    return Blocks(blocks.lo, blocks.full_lo, blocks.full_lo + full // BLOCK * BLOCK, blocks.hi)
+
+
+@triton.jit
 def num_blocks(blocks, FULL: tl.constexpr, BLOCK: tl.constexpr):
     """Number of full tiles, or of partial tiles."""
     if FULL:

@@ -179,3 +179,86 @@ def find_sequence(
         lo = tl.where(below, middle, lo)
         hi = tl.where(below, hi, middle)
     return lo
+
+
+class Node(NamedTuple):
+    """A program's tile of the queries of a `PrefixTree`'s node. The query of row i is order_ptr[i]."""
+
+    order_ptr: object
+    num: object  # queries
+    tile: object
+    first_page: object
+    end_page: object
+    slot: object
+
+
+class Batch(NamedTuple):
+    """The sequences: num_rows are the queries of each, or all rows of a packed batch. cache_seqlens and capacity count
+    the keys of all ranks. tree_ptr points to the memory of a `PrefixTree`, or is None.
+    """
+
+    cu_seqlens_q_ptr: object
+    cache_seqlens_ptr: object
+    num: object
+    num_rows: object
+    capacity: object  # longer lengths in cache_seqlens are clamped to it
+    search_steps: object
+    tree_ptr: object
+    num_nodes: object
+
+
+@triton.jit
+def find_node(batch, program, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The Node of a program; a tile for each node and those of all queries are an upper bound of programs.
+
+    A query has GROUP_SIZE rows.
+    """
+    num_nodes = batch.num_nodes
+    starts_ptr = batch.tree_ptr + 2 * batch.num
+    index = find_sequence(starts_ptr, num_nodes, batch.search_steps, program, GROUP_SIZE, BLOCK, 1)
+    first = tl.load(starts_ptr + index)
+    tile = program - (first * GROUP_SIZE // BLOCK + index)
+    node_ptr = starts_ptr + num_nodes + 1 + 4 * index
+    order_ptr = starts_ptr + 5 * num_nodes + 1 + tl.load(node_ptr)
+    num = tl.load(starts_ptr + index + 1) - first
+    return Node(order_ptr, num, tile, tl.load(node_ptr + 1), tl.load(node_ptr + 2), tl.load(node_ptr + 3))
+
+
+class NodeRows(NamedTuple):
+    """Rows of a Node's tile: a mask, where their queries are in a tensor, their sequences, positions among the keys of
+    these, and lengths of these. Rows past the last query repeat it."""
+
+    mask: object
+    batch: object
+    query: object
+    sequence: object
+    position: object
+    seqlen_k: object
+
+
+@triton.jit
+def rows_of_node(node, batch, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The NodeRows of a Node; a row is one of the GROUP_SIZE heads of a query."""
+    rows = node.tile * BLOCK + tl.arange(0, BLOCK)
+    query = tl.load(node.order_ptr + tl.minimum(rows // GROUP_SIZE, node.num - 1))
+    if batch.cu_seqlens_q_ptr is None:
+        sequence = query // batch.num_rows
+        first = sequence * batch.num_rows
+        seqlen_q = batch.num_rows
+        batch_index = sequence
+        row = query - first
+    else:
+        sequence = find_sequence(batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, query, 1, 1, 0)
+        first, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
+        batch_index = sequence * 0
+        row = query
+    seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
+    mask = rows < node.num * GROUP_SIZE
+    return NodeRows(mask, batch_index, row, sequence, query - first + seqlen_k - seqlen_q, seqlen_k)
+
+
+@triton.jit
+def longest_of(end_key, sequence):
+    """The largest of end_key (rows,), and a sequence of those rows that have it."""
+    longest = tl.max(end_key, 0)
+    return longest, tl.max(tl.where(end_key == longest, sequence, 0), 0)

@@ -19,8 +19,8 @@ from .._host.checks import (
 )
 from ..models import model_named
 
-NOT_BY_DEFAULT = ("flash_attention_backward", "shared_prefix")
-NEED_PAGES = ("shared_prefix", "append_kv_cache", "copy_kv_pages")
+NOT_BY_DEFAULT = ("flash_attention_backward", "prefix_tree")
+NEED_PAGES = ("prefix_tree", "append_kv_cache", "copy_kv_pages")
 
 
 class WarmupResult(NamedTuple):
@@ -85,14 +85,14 @@ def warmup(
             positions in int64. 0 means none.
         dropout_p, deterministic: of flash_attention. MLA has neither these nor window_size, softcap, sinks and alibi.
         batch_invariant: whether calls of paged_attention and mla_decode pass it: they have kernels of their own. None
-            follows TRITON_ATTN_BATCH_INVARIANT=1. "shared_prefix" has no such calls.
+            follows TRITON_ATTN_BATCH_INVARIANT=1. "prefix_tree" has no such calls.
         max_seqlen: the longest prompt and context, in tokens.
         functions: names of the called functions. None means the functions that serving calls:
             "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries each,
             chunks of prompts), "append_kv_cache", "copy_kv_pages", "merge_attention";
             for MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
-            Also available: "flash_attention_backward" for training, "shared_prefix" for paged_attention with
-            shared_prefix_len.
+            Also available: "flash_attention_backward" for training, "prefix_tree" for paged_attention with
+            one.
         arch: the target, as in `triton_attn.toolchain.compile_only`: "sm_90", "gfx942", ... None: the present GPU.
         num_workers: processes that compile in parallel. With more than 1, processes are spawned, and a script needs the
             usual `if __name__ == "__main__":`.
@@ -157,8 +157,8 @@ def warmup(
 
     known = OF_ANY_HEADS if shape["kv_lora_rank"] is None else OF_LATENT_VECTORS
     functions = _check_functions(functions, known, page_size)
-    if options["batch_invariant"] and "shared_prefix" in functions:
-        fail("functions", "no shared_prefix with batch_invariant", "shared_prefix")
+    if options["batch_invariant"] and "prefix_tree" in functions:
+        fail("functions", "no prefix_tree with batch_invariant", "prefix_tree")
     works = [Workload(**shape, **options, page_size=page_size, window_size=window or (-1, -1)) for window in windows]
     jobs = [(known[name], work) for work in works for name in functions]
     start = time.monotonic()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .._host.latent import latent_storage
+from .._host.prefix_tree import PrefixTree, TreeSizes
 from ..cache import append_kv_cache, append_latent_cache, copy_kv_pages
 from ..flash import flash_attention, flash_attention_varlen
 from ..merge import merge_attention
@@ -184,14 +185,21 @@ def _attend_invariantly(work):
         _attend_cached(work, seqlen_q, seqlen_k, batch, **options)
 
 
-def call_shared_prefix(work):
-    """paged_attention with shared_prefix_len, a multiple of the page size."""
-    variants = itertools.product(work.lengths, work.lengths, (1, 2), (False, True), work.cache_scales)
-    for seqlen_q, seqlen_k, num_splits, return_lse, scale in variants:
-        options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
-        seqlen_k = max(seqlen_k, 2 * work.page_size)
-        options["batch_invariant"] = False
-        _attend_cached(work, seqlen_q, seqlen_k, shared_prefix_len=work.page_size, **options)
+def call_prefix_tree(work):
+    """paged_attention with a prefix tree, for few and many queries below a node, and all merges."""
+    lengths = [(n, 1) for n, _ in work.cached_lengths] + [(1, n) for n in powers_of_two(256)]
+    for (seqlen_q, below), num_splits, scale in itertools.product(lengths, (1, 2), work.cache_scales):
+        options = dict(num_splits=num_splits, k_scale=scale, v_scale=scale, batch_invariant=False, **work.masks)
+        tree = tree_of_one_node(seqlen_q, below)
+        _attend_cached(work, seqlen_q, 2 * work.page_size, prefix_tree=tree, **options)
+    for num_slots, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), (False, True)):
+        options = dict(num_splits=1, return_lse=return_lse, batch_invariant=False, **work.masks)
+        _attend_cached(work, 1, 1, prefix_tree=tree_of_one_node(1, 1, num_slots), **options)
+
+
+def tree_of_one_node(seqlen_q, below, num_slots=1):
+    """A PrefixTree of one sequence; a call compiles what it does for nodes with so many queries below them."""
+    return PrefixTree(indices(8 + seqlen_q), 1, seqlen_q, TreeSizes(1, num_slots, max(seqlen_q, below), below))
 
 
 def _attend_cached(work, seqlen_q, seqlen_k, batch=1, **options):
@@ -285,7 +293,7 @@ OF_ANY_HEADS = {
     "flash_attention_varlen": call_flash_attention_varlen,
     "flash_attention_backward": call_flash_attention_backward,
     "paged_attention": call_paged_attention,
-    "shared_prefix": call_shared_prefix,
+    "prefix_tree": call_prefix_tree,
     "append_kv_cache": call_append_kv_cache,
     "copy_kv_pages": call_copy_kv_pages,
     "merge_attention": call_merge_attention,

@@ -64,11 +64,15 @@ class LatentKVCache(PagedSequences):
     ) -> None:
         sizes = {"num_layers": num_layers, "kv_lora_rank": kv_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
         num_layers, kv_lora_rank, qk_rope_head_dim = (check_size(*item) for item in sizes.items())
+        self._kv_lora_rank = kv_lora_rank
         dtype, width = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
         num_pages, key_shard = shard_pages(mesh, interleave, num_pages, page_size, **sizes, dtype=dtype)
         super().__init__(num_pages, page_size, device, prefix_caching, key_shard)
         shape = (num_layers, num_pages, self._page_slots, width)
         self.latent_cache = torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _tree_shape(self):
+        return 1, self._kv_lora_rank, self.latent_cache.shape[-1] * self.latent_cache.dtype.itemsize
 
     def _copy_pages(self, src_pages, dst_pages):
         copy_kv_pages(self.latent_cache.unsqueeze(3), src_pages, dst_pages)

@@ -89,5 +89,10 @@ class PagedKVCache(PagedSequences):
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
         self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
 
+    def _tree_shape(self):
+        *_, num_kv_heads, head_dim = self.k_cache.shape
+        head_dim_v = self.v_cache.shape[-1]
+        return num_kv_heads, head_dim_v, num_kv_heads * (head_dim + head_dim_v) * self.k_cache.dtype.itemsize
+
     def _copy_pages(self, src_pages, dst_pages):
         copy_kv_pages((self.k_cache, self.v_cache), src_pages, dst_pages)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from .._host.checks import check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
+from ..merge.tree import tree_work
 from .arrays import from_list, grown, ranges
 from .hashing import page_hashes, root_hash
 from .pool import BlockPool
+from .prefix_groups import PrefixGroups
 from .step import CacheStep, ChangeLog
 from .token_ids import ONE_EACH, as_batch, as_ids
 
@@ -174,6 +176,26 @@ class PagedSequences:
         """
         return CacheStep(self, max_batch, max_seqlen, max_tokens)
 
+    def prefix_groups(
+        self,
+        num_heads_q: int,
+        max_batch: int | None = None,
+        seqlen_q: int = 1,
+        max_nodes: int = 64,
+        max_slots: int = 8,
+    ) -> PrefixGroups:
+        """A `PrefixGroups`: the prefix trees of batches, for `paged_attention` and `mla_decode`.
+
+        Args:
+            num_heads_q: query heads of a call, on this GPU.
+            max_batch: sequences of a tree at an address that stays, for CUDA graphs; None: each tree is a new one.
+            seqlen_q: queries of each sequence, if max_batch is given.
+            max_nodes, max_slots: nodes of the tree and most of them above a sequence, if max_batch is given. A graph
+                has a program for each, and memory for results of max_slots nodes. Trees that need more are not made.
+        """
+        work = tree_work(self.page_size, num_heads_q, *self._tree_shape(), self.device)
+        return PrefixGroups(self, work, max_batch, seqlen_q, max_nodes, max_slots)
+
     def commit(self, seqs: Iterable[Sequence]) -> None:
         """Say that the tokens of these sequences are written: their full pages can be found from now on.
 
@@ -212,6 +234,8 @@ class PagedSequences:
         dropped = self._tables[row, self._pages_of(n) : self._pages_of(length)]
         self.pool._release(dropped)
         dropped[:] = 0
+        if dropped.size:
+            self._changes.append(row, self._pages_of(n))
         self._lengths[row] = n
         self._limits[row] = 0
         if n <= self._known[row]:
@@ -266,6 +290,10 @@ class PagedSequences:
             tokens_asked=self._tokens_asked,
             tokens_found=self._tokens_found,
         )
+
+    def _tree_shape(self) -> tuple[int, int, int]:
+        """KV heads, elements of a row of the results, and bytes of a token in one layer."""
+        raise NotImplementedError
 
     def _copy_pages(self, src_pages, dst_pages):
         """Copy what pages hold; int32 tensors (n,) on the cache's device, no page in both."""

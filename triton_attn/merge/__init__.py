@@ -1,3 +1,5 @@
+from .._host.prefix_tree import PrefixTree
 from .api import merge_attention
+from .tree import prefix_tree
 
-__all__ = ["merge_attention"]
+__all__ = ["PrefixTree", "merge_attention", "prefix_tree"]

@@ -9,18 +9,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows, layout_of
 from .._host.device import arch_of, input_precision, launch
 from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES, capacity_of, clear_outputs, tiles_each, vector_elements
 from .._host.options import wanted_kernels
+from .._host.prefix_tree import PrefixTree, TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import Workspace, empty, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
-from .._jit.blocks import split_blocks, visible_range
-from .._jit.heads import find_sequence, lse_offsets, row_offsets, sequence_bounds, slots_left_over, spare_rows
+from .._jit.blocks import Blocks, end_full, split_blocks, visible_range
+from .._jit.heads import (
+    Batch,
+    find_node,
+    find_sequence,
+    longest_of,
+    lse_offsets,
+    row_offsets,
+    rows_of_node,
+    sequence_bounds,
+    slots_left_over,
+    spare_rows,
+)
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
 from .._jit.shards import columns_before, mask_scores_of_rank, visible_range_of_rank
@@ -49,7 +61,7 @@ from .projections import launch_absorb, launch_merge_project, prepare_absorb
 WIDEST = 256
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "first_split", "search_steps"]
-LENGTHS += [*INDICES, "lse_ptr"]
+LENGTHS += ["num_nodes", "num_slots", *INDICES, "lse_ptr"]
 
 
 class LatentCache(NamedTuple):
@@ -90,6 +102,7 @@ class AbsorbedTile(NamedTuple):
     SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # programs find their sequence by bisection
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
+    SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
     INPUT_PRECISION: str
 
 
@@ -227,18 +240,6 @@ def _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_step
 
 
 @triton.jit
-def _clear_spare(spare, out, lse_ptr, num_rows, batch, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
-    """Store lse = -inf and, with HAS_OUT, out = 0 in the Spare rows of a packed tensor of num_rows rows."""
-    heads = spare.rows % TILE.NUM_HEADS
-    rows = spare.rows // TILE.NUM_HEADS
-    ptrs = lse_ptr + lse_offsets(batch, heads, rows, TILE.NUM_HEADS, num_rows)
-    tl.store(ptrs, float("-inf"), mask=spare.mask)
-    if HAS_OUT:
-        ptrs = out.ptr + row_offsets(0, rows, heads, out.strides)
-        _store_output(ptrs[:, None], spare.mask, _zeros(TILE), TILE)
-
-
-@triton.jit
 def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
     """s plus the scores of the rotary part, if there is one."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 does not pass on strings of a constexpr tuple
@@ -249,13 +250,21 @@ def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
 
 
 @triton.jit
-def _visible_keys(start, end, seqlen_k, window, TILE: tl.constexpr):
-    """How many keys of a sequence are in the cache, and the Blocks that rows at the positions [start, end) see."""
+def _num_cached(seqlen_k, window, TILE: tl.constexpr):
+    """How many of the first keys of a sequence are in the cache."""
     if TILE.SHARDED:
-        num_keys = columns_before(seqlen_k, window)
-        return num_keys, visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, 0)
+        return columns_before(seqlen_k, window)
     else:
-        return seqlen_k, visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, TILE.BLOCK_N)
+        return seqlen_k
+
+
+@triton.jit
+def _visible_keys(start, end, first_key, num_keys, window, TILE: tl.constexpr):
+    """The Blocks of the keys [first_key, num_keys) that rows at the positions [start, end) see."""
+    if TILE.SHARDED:
+        return visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, first_key)
+    else:
+        return visible_range(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, first_key)
 
 
 @triton.jit
@@ -265,6 +274,97 @@ def _mask(s, positions, start_n, num_keys, window, TILE: tl.constexpr):
         return mask_scores_of_rank(s, positions, start_n, num_keys, window)
     else:
         return mask_scores(s, positions, start_n, num_keys, 0, window)
+
+
+class Rows(NamedTuple):
+    """A tile of rows: where they are in tensors (batch, query, head), and the keys that they see."""
+
+    mask: object
+    batch: object  # 0 if packed
+    query: object
+    head: object
+    position: object  # among the keys of the row's sequence, those of all ranks
+    end_key: object  # of the tile, or of each row
+    table_row: object  # the sequence whose pages are read
+    blocks: Blocks
+
+
+@triton.jit
+def _rows_of_sequence(own, bounds, batch, num_splits, window, TILE: tl.constexpr):
+    """Rows of one sequence and its keys in a split, with a tree those that no node has."""
+    NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
+    first_row = own.tile * TILE.BLOCK_M
+    rows = first_row + tl.arange(0, TILE.BLOCK_M)
+    seqlen_k = bounds.seqlen_k
+    if batch.cache_seqlens_ptr is not None:
+        seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + own.sequence), seqlen_k)
+    first_position = seqlen_k - bounds.seqlen_q
+    start = first_row // NUM_HEADS + first_position
+    end = tl.minimum((first_row + TILE.BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
+    num_keys = _num_cached(seqlen_k, window, TILE)
+    first_key = 0
+    if batch.tree_ptr is not None:
+        first_key = tl.load(batch.tree_ptr + 2 * own.sequence) * TILE.PAGE_SIZE
+    blocks = _visible_keys(start, end, first_key, num_keys, window, TILE)
+    blocks = split_blocks(blocks, own.key_split, num_splits, TILE.BLOCK_N, TILE.SPLIT_KEYS)
+    queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
+    mask = rows < bounds.seqlen_q * NUM_HEADS
+    of_tensor = (own.sequence * 0 if batch.cu_seqlens_q_ptr is not None else own.sequence).to(tl.int64)
+    query = bounds.first_q + queries
+    return Rows(mask, of_tensor, query, heads, queries + first_position, num_keys, own.sequence, blocks)
+
+
+@triton.jit
+def _rows_of_node(node, batch, window, TILE: tl.constexpr):
+    """Rows of the sequences below a node, and its keys."""
+    rows = rows_of_node(node, batch, TILE.NUM_HEADS, TILE.BLOCK_M)
+    heads = (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.NUM_HEADS
+    end_key = tl.minimum(_num_cached(rows.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
+    # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
+    longest, table_row = longest_of(end_key, rows.sequence)
+    start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
+    blocks = _visible_keys(start, end, node.first_page * TILE.PAGE_SIZE, longest, window, TILE)
+    blocks = end_full(blocks, end_key, TILE.BLOCK_N)
+    return Rows(rows.mask, rows.batch, rows.query, heads, rows.position, end_key, table_row, blocks)
+
+
+class Results(NamedTuple):
+    """Outputs and log-sum-exps (splits, batch, NUM_HEADS, rows), and where those of a program are."""
+
+    out: View  # of its split
+    lse_ptr: object
+    num_rows: object
+    split: object
+    dense_batch: object  # 1 if packed
+    num_cleared: object  # slots of a tree's nodes that it clears, where a row has none
+
+
+@triton.jit
+def _clear_slots(results, batch, heads, rows, mask, first_slot, TILE: tl.constexpr):
+    """Store lse = -inf in the slots of a tree's nodes from first_slot on."""
+    for slot in range(first_slot, results.num_cleared):
+        index = slot * results.dense_batch + batch
+        ptrs = results.lse_ptr + lse_offsets(index, heads, rows, TILE.NUM_HEADS, results.num_rows)
+        tl.store(ptrs, float("-inf"), mask=mask)
+
+
+@triton.jit
+def _clear_spare(own, bounds, num_own, batch, results, HAS_OUT: tl.constexpr, TILE: tl.constexpr):
+    """Store lse = -inf and, with HAS_OUT, out = 0 in those rows of a packed tensor after the last sequence that are the
+    program's (`spare_rows`)."""
+    NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
+    left_over = slots_left_over(own.program, bounds.first_q + bounds.seqlen_q, TILE.BLOCK_M, NUM_HEADS)
+    cu_seqlens_ptr, num_rows = batch.cu_seqlens_q_ptr, batch.num_rows
+    spare = spare_rows(cu_seqlens_ptr, own.num_sequences, num_rows, left_over, num_own, TILE.BLOCK_M, NUM_HEADS)
+    if spare.any:
+        heads, rows = spare.rows % NUM_HEADS, spare.rows // NUM_HEADS
+        ptrs = results.lse_ptr + lse_offsets(results.split, heads, rows, NUM_HEADS, results.num_rows)
+        tl.store(ptrs, float("-inf"), mask=spare.mask)
+        if HAS_OUT:
+            ptrs = results.out.ptr + row_offsets(0, rows, heads, results.out.strides)
+            _store_output(ptrs[:, None], spare.mask, _zeros(TILE), TILE)
+        if batch.tree_ptr is not None:
+            _clear_slots(results, 0, heads, rows, spare.mask, 0, TILE)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -286,6 +386,9 @@ def _mla_absorbed_kernel(
     num_sequences,
     first_split,
     search_steps,
+    tree_ptr,
+    num_nodes,
+    num_slots,
     scale_log2,
     k_scale,
     k_pe_scale,
@@ -302,49 +405,48 @@ def _mla_absorbed_kernel(
     tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence lse is
     stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or None.
     first_split is the first of the launch, if splits are fixed: most of a short sequence have no keys then, and no one
-    reads their output.
+    reads their output. With a tree, results of nodes are in the first num_slots splits, and if SHARED num_tiles is not
+    used: a program finds its node.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
-    own = _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE)
-    tile, sequence, split, num_sequences = own.tile, own.sequence, own.split, own.num_sequences
-    bounds = sequence_bounds(seqs, sequence, seqlen_q, seqlen_k)
-    first_q, first_k, seqlen_k = bounds.first_q, bounds.first_k, bounds.seqlen_k
-    if cache_seqlens_ptr is not None:
-        seqlen_k = tl.minimum(tl.load(cache_seqlens_ptr + sequence), seqlen_k)
-    # Packed tensors have a batch of one.
-    batch = split if PACKED else split * num_sequences + sequence
-    out = View(out.ptr + tl.cast(split, tl.int64) * out_split_stride, out.strides)
-    num_own = bounds.seqlen_q * NUM_HEADS - tile * BLOCK_M
-    if PACKED:
-        if num_own < BLOCK_M:
-            left_over = slots_left_over(own.program, first_q + bounds.seqlen_q, BLOCK_M, NUM_HEADS)
-            spare = spare_rows(seqs.cu_seqlens_q_ptr, num_sequences, seqlen_q, left_over, num_own, BLOCK_M, NUM_HEADS)
-            if spare.any:
-                _clear_spare(spare, out, lse_ptr, seqlen_q, batch, block_table_ptr is not None, TILE)
-        if num_own <= 0:
+    batch = Batch(
+        seqs.cu_seqlens_q_ptr, cache_seqlens_ptr, num_sequences, seqlen_q, seqlen_k, search_steps, tree_ptr, num_nodes
+    )
+    if TILE.SHARED:
+        node = find_node(batch, tl.program_id(0), NUM_HEADS, BLOCK_M)
+        if node.tile * BLOCK_M >= node.num * NUM_HEADS:
             return
-    first_position = seqlen_k - bounds.seqlen_q
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_mask = rows < bounds.seqlen_q * NUM_HEADS
-    queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
-    positions = queries + first_position
-    start = tile * BLOCK_M // NUM_HEADS + first_position
-    end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
-    seqlen_k, blocks = _visible_keys(start, end, seqlen_k, window, TILE)
-    blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
+        split = node.slot
+        rows = _rows_of_node(node, batch, window, TILE)
+    else:
+        own = _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE)
+        split = own.split if tree_ptr is None else num_slots + own.split
+        bounds = sequence_bounds(seqs, own.sequence, seqlen_q, seqlen_k)
+        num_own = bounds.seqlen_q * NUM_HEADS - own.tile * BLOCK_M
+        of_split = View(out.ptr + tl.cast(split, tl.int64) * out_split_stride, out.strides)
+        num_cleared = tl.where(own.split == 0, num_slots, 0)
+        results = Results(of_split, lse_ptr, seqlen_q, split, 1 if PACKED else num_sequences, num_cleared)
+        if PACKED and num_own < BLOCK_M:
+            _clear_spare(own, bounds, num_own, batch, results, block_table_ptr is not None, TILE)
+        if PACKED and num_own <= 0:
+            return
+        rows = _rows_of_sequence(own, bounds, batch, num_splits, window, TILE)
+        if tree_ptr is not None:
+            num_above = tl.load(tree_ptr + 2 * own.sequence + 1)
+            _clear_slots(results, rows.batch, rows.head, rows.query, rows.mask, num_above, TILE)
+    blocks = rows.blocks
 
-    sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
-    q_ptrs = q.ptr + row_offsets(sequence, first_q + queries, heads, q.strides)[:, None]
-    q_tile = _load_queries(q_ptrs, rows_mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
+    q_ptrs = q.ptr + row_offsets(rows.batch, rows.query, rows.head, q.strides)[:, None]
+    q_tile = _load_queries(q_ptrs, rows.mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
     if TILE.ROPE_HEAD_DIM > 0:
-        q_ptrs = q_pe.ptr + row_offsets(sequence, first_q + queries, heads, q_pe.strides)[:, None]
-        q_pe_tile = _load_rope_queries(q_ptrs, rows_mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
+        q_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
+        q_pe_tile = _load_rope_queries(q_ptrs, rows.mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
     else:
         q_pe_tile, k_pe = q_tile, q_tile  # not read
 
@@ -355,18 +457,18 @@ def _mla_absorbed_kernel(
     else:
         rope_keys = Pages(cache.rope_keys.ptr, multiple_of(cache.rope_keys.page_stride, TILE.VECTORS.rope_keys))
     if block_table_ptr is None:
-        first_row = tl.cast(first_k, tl.int64)
-        latents_row = sequence * latents.page_stride + first_row * SLOTS.latents
+        first_row = tl.cast(bounds.first_k, tl.int64)
+        latents_row = rows.batch * latents.page_stride + first_row * SLOTS.latents
         latents = Pages(latents.ptr + latents_row, 0)
-        rope_row = sequence * rope_keys.page_stride + first_row * SLOTS.rope_keys
+        rope_row = rows.batch * rope_keys.page_stride + first_row * SLOTS.rope_keys
         rope_keys = Pages(rope_keys.ptr + rope_row, 0)
     else:
-        block_table_ptr += own.sequence.to(tl.int64) * table_stride
+        block_table_ptr += rows.table_row.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
     if k_scale is not None:
         scale_log2 *= load_scale(k_scale)
-    m_i, l_i = softmax_init(None, heads, BLOCK_M)
+    m_i, l_i = softmax_init(None, rows.head, BLOCK_M)
     acc = _zeros(TILE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
         own_pages = None
@@ -385,23 +487,25 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), positions, start_n, seqlen_k, window, TILE)
+                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), rows.position, start_n, rows.end_key, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = _mask(s, positions, start_n, seqlen_k, window, TILE)
+                s = _mask(s, rows.position, start_n, rows.end_key, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
     if k_scale is not None:
         norm *= load_scale(k_scale)
-    out_ptrs = out.ptr + row_offsets(sequence, first_q + queries, heads, out.strides)[:, None]
+    out_ptrs = out.ptr + row_offsets(rows.batch, rows.query, rows.head, out.strides)[:, None]
+    out_ptrs += tl.cast(split, tl.int64) * out_split_stride
     is_read = True if first_split is None else (blocks.lo < blocks.hi) | (num_splits == 1)
-    _store_output(out_ptrs, rows_mask & is_read, scale_rows(acc, norm), TILE)
-    lse_ptrs = lse_ptr + lse_offsets(batch, heads, first_q + queries, NUM_HEADS, seqlen_q)
-    tl.store(lse_ptrs, lse, mask=rows_mask)
+    _store_output(out_ptrs, rows.mask & is_read, scale_rows(acc, norm), TILE)
+    lse_batch = split if PACKED else split * num_sequences + rows.batch
+    lse_ptrs = lse_ptr + lse_offsets(lse_batch, rows.head, rows.query, NUM_HEADS, seqlen_q)
+    tl.store(lse_ptrs, lse, mask=rows.mask)
 
 
 def launch_mla_decode(call, out, lse, config=None):
@@ -436,6 +540,7 @@ def launch_mla_decode(call, out, lse, config=None):
         scale_log2 = 1.0
     joined = call.rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
+    tree = call.prefix_tree
     attention = AbsorbedCall(
         q_nope,
         q_pe,
@@ -448,6 +553,7 @@ def launch_mla_decode(call, out, lse, config=None):
         call.num_splits,
         call.batch_invariant,
         call.key_shard,
+        tree if tree is not None and tree.sizes.num_slots > 0 else None,
         call.workspace,
     )
     _attend(attention, w_uv, out, lse, config, absorb)
@@ -502,6 +608,7 @@ class AbsorbedCall(NamedTuple):
     num_splits: int = 1  # 0 chooses it
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
+    tree: PrefixTree | None = None
     workspace: Workspace | None = None
 
 
@@ -524,6 +631,7 @@ class AbsorbedKey(NamedTuple):
     has_factors: bool
     is_projected: bool  # a launch that multiplies with w_uv follows
     key_shard: KeyShard | None
+    tree: TreeSizes | None
     num_splits: int
     batch_invariant: bool
     arch: str
@@ -541,6 +649,7 @@ class AbsorbedPlan(NamedTuple):
     counts: tuple  # seqlen_q, seqlen_k and num_tiles
     window: Window | ShardWindow
     constants: dict
+    nodes: tuple | None  # (number of programs, constants) of the launch over a tree's nodes
 
 
 def _attend(call, w_uv, out, lse, config=None, absorb=None):
@@ -549,11 +658,11 @@ def _attend(call, w_uv, out, lse, config=None, absorb=None):
     The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
     """
     plan, workspace = _plan(_key_of(call, w_uv is not None), wanted_kernels(), config), call.workspace
-    in_rounds = call.batch_invariant and plan.num_splits > 1
+    in_rounds, num_slots = call.batch_invariant and plan.num_splits > 1, _num_slots(call.tree)
     if in_rounds:
         parts, lse_parts = _results_of_round(call.q, plan.num_splits, workspace)
     else:
-        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits, workspace)
+        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits + num_slots, workspace)
     if only_counts(workspace):
         return
     if absorb is not None:
@@ -568,7 +677,7 @@ def _attend(call, w_uv, out, lse, config=None, absorb=None):
         _launch(plan, call, parts, lse_parts)
     if w_uv is not None:
         launch_merge_project(parts, lse_parts, w_uv, out, lse, call.batch_invariant)
-    elif plan.num_splits > 1 and not in_rounds:
+    elif len(parts) > 1 and not in_rounds:
         launch_merge(parts, lse_parts, out, lse)
 
 
@@ -597,10 +706,12 @@ def _merge_in_rounds(plan, call, parts, lses, merged):
 
 
 def _launch(plan, call, parts, lse_parts, first_split=0):
-    """Launch the portable kernel for the splits that have room in parts, from first_split on."""
+    """Launch the portable kernel for a tree's nodes, and for the splits that have room in parts from first_split on."""
     cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, _ = call.sequences
     split_stride, *strides, _ = parts.stride()
     of_q, of_q_pe = plan.strides
+    num_slots = _num_slots(call.tree)
+    num_splits, num_nodes = len(parts) - num_slots, 0 if call.tree is None else call.tree.sizes.num_nodes
     args = (
         View(call.q, of_q),
         View(call.q_pe, of_q_pe),
@@ -615,15 +726,26 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
         *plan.counts,
-        len(parts),
+        num_splits,
         batch,
         first_split if call.batch_invariant else None,
-        batch.bit_length(),
+        max(batch, num_nodes).bit_length(),
+        None if call.tree is None else call.tree.memory,
+        num_nodes,
+        num_slots,
         call.scale_log2,
         *_factors(*call.factors, call.q_pe.shape[-1]),
         plan.window,
     )
-    launch(_mla_absorbed_kernel, (plan.num_programs * len(parts),), call.q.device, args, plan.constants)
+    if plan.nodes is not None:
+        num_programs, constants = plan.nodes
+        launch(_mla_absorbed_kernel, (num_programs,), call.q.device, args, constants)
+    launch(_mla_absorbed_kernel, (plan.num_programs * num_splits,), call.q.device, args, plan.constants)
+
+
+def _num_slots(tree):
+    """Results that a query may have of a tree's nodes, besides those of splits."""
+    return 0 if tree is None else tree.sizes.num_slots
 
 
 def _bytes(x):
@@ -654,7 +776,7 @@ def _results(q, out, lse, w_uv, num_splits, workspace):
 
 def _key_of(call, is_projected):
     q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, *options, _ = call
-    num_splits, batch_invariant, key_shard = options
+    num_splits, batch_invariant, key_shard, tree = options
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -675,6 +797,7 @@ def _key_of(call, is_projected):
         factors != (None, None),
         is_projected,
         key_shard,
+        None if tree is None else tree.sizes,
         num_splits,
         batch_invariant,
         arch,
@@ -686,8 +809,18 @@ def _key_of(call, is_projected):
 @remember
 def _plan(key, wanted, config):
     """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
-    if config is None and (plan := plan_hopper(key, wanted)) is not None:
+    if config is None and key.tree is None and (plan := plan_hopper(key, wanted)) is not None:
         return plan
+    plan = _plan_portable(key, config, None)
+    if key.tree is None:
+        return plan
+    check_rows("prefix_tree", key.tree.num_queries * key.layout[0][0][2])
+    of_nodes = _plan_portable(key, config, key.tree)
+    return plan._replace(nodes=(of_nodes.num_programs, of_nodes.constants))
+
+
+def _plan_portable(key, config, nodes):
+    """The AbsorbedPlan of a launch over the keys of sequences, or of the launch over a tree's nodes, its TreeSizes."""
     (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
     cache = [of_latents, key.layout_scales, key.layout_rope]
     num_heads, kv_lora_rank = shape_q[2:]
@@ -706,7 +839,7 @@ def _plan(key, wanted, config):
         for strides in (page_strides, rows)
         for stride, size in zip(strides, item_sizes)
     )
-    num_rows = key.max_seqlen_q * num_heads
+    num_rows = (key.max_seqlen_q if nodes is None else nodes.longest) * num_heads
     seqlen_k = min(num_slots * key.table_width, MAX_ROWS) if paged else num_slots  # of the longest sequence, at most
     widths = kv_lora_rank, shape_pe[3]
     tile_rows, longest = (num_heads, 1) if key.batch_invariant else (num_rows, seqlen_k)
@@ -716,6 +849,8 @@ def _plan(key, wanted, config):
     num_searched = shape_q[1] * num_heads // tiles.block_m + key.batch  # of all
     search = key.packed and paged and num_searched < key.batch * num_tiles
     num_programs = num_searched if search else key.batch * num_tiles
+    if nodes is not None:
+        search, num_programs = False, nodes.num_queries * num_heads // tiles.block_m + nodes.num_nodes
     one_page = paged and num_slots % tiles.block_n == 0
     cut_chain = repeats_chains(key.arch, tiles.block_m, tiles.num_warps)
     mantissa_bits = FLOAT8_MANTISSA_BITS.get(key.cache_dtype, 3)  # rows with scales are uint8, and e4m3
@@ -741,6 +876,7 @@ def _plan(key, wanted, config):
         SHARDED=key.key_shard is not None,
         SEARCH=search,
         SPLIT_KEYS=FIXED_KEYS if key.batch_invariant else 0,
+        SHARED=nodes is not None,
         INPUT_PRECISION=key.precision,
     )
     num_splits = key.num_splits
@@ -757,4 +893,5 @@ def _plan(key, wanted, config):
         (shape_q[1], min(seqlen_k * num_ranks_of(key.key_shard), MAX_ROWS), num_searched if search else num_tiles),
         window_of((None, 0 if key.causal else None), key.key_shard),
         dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        None,
     )

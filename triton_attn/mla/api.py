@@ -31,6 +31,13 @@ from .._host.latent import latent_storage
 from .._host.layout import lse_shape
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.options import check_softmax_scale
+from .._host.prefix_tree import (
+    PrefixTree,
+    check_prefix_tree,
+    check_tree_values,
+    operands_of_tree,
+    tree_of_operands,
+)
 from .._host.workspace import Workspace, as_workspace, check_lse, check_out, only_counts
 from ..dense.backward_configs import check_gradients_fit
 from ..merge.splits import check_batch_invariant, check_num_splits
@@ -100,6 +107,7 @@ def mla_decode(
     rope_sin: Tensor | None = None,
     rope_interleaved: bool = False,
     num_splits: int = 0,
+    prefix_tree: PrefixTree | None = None,
     batch_invariant: bool | None = None,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
@@ -152,7 +160,10 @@ def mla_decode(
         rope_interleaved: pairs are neighbours (DeepSeek's checkpoints), not halves apart.
         num_splits: number of splits of a sequence's keys, which are computed concurrently and merged. 0 chooses it by
             the shapes. With a given number, the result for a sequence is bitwise independent of the rest of the batch.
-        batch_invariant: as in `paged_attention`; num_splits must be 0. Rotations and projections are part of it.
+        prefix_tree: as in `paged_attention`, from `LatentKVCache.prefix_groups`, or `prefix_tree` with one KV head.
+            Where the heads of a sequence alone fill tiles, no tree pays.
+        batch_invariant: as in `paged_attention`; num_splits must be 0, prefix_tree None. Rotations and projections are
+            part of it.
         key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns, as in
             `paged_attention`: the result is that over the keys in this cache, while cache_seqlens and the capacity
             count those of all ranks.
@@ -170,7 +181,8 @@ def mla_decode(
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched. If values are checked, also for a length
-            beyond the table, a page outside the cache, or a position without an angle.
+            beyond the table, a page outside the cache, a position without an angle, or a prefix_tree of other pages
+            or queries.
         NotImplementedError: an argument requires a gradient or has a tangent; rope_cos is given with cu_seqlens_q.
 
     It is one operator under torch.compile, export and vmap, which loops.
@@ -199,6 +211,8 @@ def mla_decode(
     _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
     num_splits, key_shard = check_num_splits(num_splits), check_key_shard(key_shard, latent_cache.shape[1])
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
+    if prefix_tree is not None:
+        check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q_nope.device)
     scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
     (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
@@ -212,7 +226,7 @@ def mla_decode(
     max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
     more = longest_q, max_seqlen_q, k_number, k_pe_number
     more = *more, softmax_scale, causal, rope_interleaved, num_splits, batch_invariant, key_shard
-    more = *more, check_values, return_lse
+    more = *more, *operands_of_tree(prefix_tree), check_values, return_lse
     if is_observed(*tensors, out, lse):
         refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)), out=out, lse=lse)
         new_out, new_lse = _decode_operator(*tensors, *more)
@@ -263,6 +277,7 @@ class DecodeCall(NamedTuple):
     num_splits: int = 0
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
+    prefix_tree: PrefixTree | None = None
     workspace: Workspace | None = None
 
 
@@ -290,6 +305,8 @@ def _decode(
     num_splits: int,
     batch_invariant: bool,
     key_shard: list[int] | None,
+    tree: Tensor | None,
+    tree_sizes: list[int] | None,
     check_values: bool,
     return_lse: bool,
     out: Tensor,
@@ -323,6 +340,7 @@ def _decode(
         num_splits,
         batch_invariant,
         None if key_shard is None else KeyShard(*key_shard),
+        tree_of_operands(tree, tree_sizes),
         workspace,
     )
     if check_values:
@@ -383,7 +401,7 @@ DECODE_SCHEMA = ", ".join(
         *(f"Tensor? {name}" for name in (*DECODE_INPUTS[5:], "longest_q")),
         "SymInt? max_seqlen_q, float? k_number, float? k_pe_number, float softmax_scale, bool causal",
         "bool rope_interleaved, SymInt num_splits, bool batch_invariant, SymInt[]? key_shard",
-        "bool check_values, bool return_lse",
+        "Tensor? tree, SymInt[]? tree_sizes, bool check_values, bool return_lse",
     ]
 )
 _decode_operator = torch.library.custom_op(
@@ -691,7 +709,7 @@ def _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed):
 
 def _check_values(call):
     """Check on the host, after a device-to-host sync, that every length fits the table, every used page is in the
-    cache, every position has an angle, and cu_seqlens_q fits q_nope.
+    cache, every position has an angle, cu_seqlens_q fits q_nope, and the tree is one of the table's.
     """
     latent_cache, rope_cos = call.latent_cache, call.rope_cos
     num_pages, page_size = latent_cache.shape[0], latent_cache.shape[1] * num_ranks_of(call.key_shard)
@@ -706,3 +724,6 @@ def _check_values(call):
                 fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)
     if call.cu_seqlens_q is not None:
         check_cu_seqlens_values("cu_seqlens_q", call.cu_seqlens_q, call.q_nope.shape[0], call.max_seqlen_q)
+    if call.prefix_tree is not None:
+        of_batch = call.block_table, call.cache_seqlens, page_size, call.q_nope, call.cu_seqlens_q
+        check_tree_values(call.prefix_tree, *of_batch)

@@ -8,6 +8,7 @@ from .._host.key_shard import check_key_shard, num_ranks_of
 from .._host.keywords import Mode
 from .._host.latent import latent_parts, read_latent_parts
 from .._host.observers import is_observed, without_autocast
+from .._host.prefix_tree import PrefixTree
 
 PLAIN = dict(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None)
 
@@ -80,6 +81,7 @@ def mla_decode(
     rope_sin: Tensor | None = None,
     rope_interleaved: bool = False,
     num_splits: int = 0,
+    prefix_tree: PrefixTree | None = None,
     batch_invariant: bool | None = None,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,

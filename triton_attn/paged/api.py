@@ -18,7 +18,6 @@ from .._host.checks import (
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_last_contiguous,
-    check_length,
     check_max_seqlen,
     check_tensor,
     fail,
@@ -29,6 +28,13 @@ from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.layout import lse_shape, new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import AttentionOptions, attention_options, with_tensors
+from .._host.prefix_tree import (
+    PrefixTree,
+    check_prefix_tree,
+    check_tree_values,
+    operands_of_tree,
+    tree_of_operands,
+)
 from .._host.workspace import Workspace, as_workspace, check_lse, only_counts
 from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
@@ -88,7 +94,7 @@ def paged_attention(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
-    shared_prefix_len: int = 0,
+    prefix_tree: PrefixTree | None = None,
     batch_invariant: bool | None = None,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
@@ -124,18 +130,20 @@ def paged_attention(
         k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,). None
             is 1.
         num_splits: splits of the keys of a sequence, computed in parallel and merged. 0 chooses by the shapes. With the
-            same num_splits and max_seqlen_q, and without a shared prefix, the result for a sequence is bitwise the same
+            same num_splits and max_seqlen_q, and without a prefix_tree, the result for a sequence is bitwise the same
             in every batch.
-        shared_prefix_len: length of a prefix that all sequences share, page by page. Its keys are read once for all
-            queries, and the results are merged with those of the other keys. A shorter sequence shares all of its keys.
+        prefix_tree: which leading pages sequences share, from `prefix_tree` or a cache's `prefix_groups`. The keys of a
+            node are read once for all sequences below it, and the results are merged with those of each sequence's own
+            keys, which num_splits is about: three launches, whatever the number of levels. It changes no result but for
+            rounding. None: each sequence reads all of its keys.
         batch_invariant: the result for a query is bitwise the same whatever else the call has: other sequences, other
             queries of its own, a wider table. A prompt in chunks gets what the whole prompt gets, and a decoded token
             what it gets as part of a prompt. Keys are split every 1024, and tiles do not follow the shapes, which costs
-            time. num_splits and shared_prefix_len must be 0. None follows TRITON_ATTN_BATCH_INVARIANT=1.
+            time. num_splits must be 0, prefix_tree None. None follows TRITON_ATTN_BATCH_INVARIANT=1.
         key_shard: (rank, num_ranks, interleave) of a cache that is sharded over ranks by turns: this one holds the keys
             j with j // interleave % num_ranks = rank, in their order, and the result is that over these keys.
-            cache_seqlens, shared_prefix_len, window_size and the capacity still count the keys of all ranks. interleave
-            divides page_size (seqlen_cache). Merge the results of the ranks with `merge_attention`; sinks go to one of
+            cache_seqlens, window_size and the capacity still count the keys of all ranks. interleave divides page_size
+            (seqlen_cache). Merge the results of the ranks with `merge_attention`; sinks go to one of
             them. See `parallel.context_parallel_paged_attention`.
         out: tensor for the result, q's dtype and shape except for head_dim_v; the last dimension contiguous.
         lse: contiguous tensor for the lse that return_lse asks for.
@@ -154,7 +162,7 @@ def paged_attention(
     Raises:
         TypeError, ValueError: an argument is wrong, or q has more than 10**9 rows for a KV head; nothing was launched
             or written. With values checked also: a length beyond the cache, a page outside the cache, or
-            sequences whose shared prefixes differ.
+            a prefix_tree of other pages or queries.
         NotImplementedError: an argument requires a gradient or has a tangent.
 
     It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
@@ -169,7 +177,7 @@ def paged_attention(
         torch.Size([2, 1, 8, 64])
 
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
-    prefix: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
+    prefixes: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
     batch, options, layout = _check_tensors(
         q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
@@ -189,12 +197,11 @@ def paged_attention(
     if v_scale is not None:
         v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
     num_splits = check_num_splits(num_splits)
-    shared_prefix_len = check_length("shared_prefix_len", shared_prefix_len)
-    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits, shared_prefix_len=shared_prefix_len)
+    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     key_shard = None if key_shard is None else check_key_shard(key_shard, k_cache.shape[1])
     return_lse = check_bool("return_lse", return_lse)
-    if shared_prefix_len:
-        _check_shared_prefix(shared_prefix_len, k_cache, block_table, key_shard)
+    if prefix_tree is not None:
+        check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q.device)
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
@@ -208,8 +215,8 @@ def paged_attention(
         refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out, lse=lse)
         num_queries, longest_q = number_and_tensor(longest)
         numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
-        numbers += num_splits, shared_prefix_len, batch_invariant, key_shard
-        more = check_values, return_lse
+        numbers += num_splits, batch_invariant, key_shard
+        more = *operands_of_tree(prefix_tree), check_values, return_lse
         if out is None:
             result, new_lse = _operator(*tensors, *per_head, longest_q, *numbers, *more)
         else:
@@ -219,20 +226,10 @@ def paged_attention(
         return (result, new_lse) if return_lse else result
     result, new_lse = new_outputs(q, v_cache, return_lse, out, lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
-    splits = num_splits, shared_prefix_len, batch_invariant
+    splits = num_splits, prefix_tree, batch_invariant
     call = PagedCall(*tensors, longest, options, layout, *scales, *splits, key_shard, room)
     _attend(call, check_values, result, new_lse)
     return (result, new_lse) if return_lse else result
-
-
-def _check_shared_prefix(
-    shared_prefix_len: int, k_cache: Tensor, block_table: Tensor | None, key_shard: KeyShard | None
-) -> None:
-    if block_table is None:
-        fail("shared_prefix_len", "0 without a block_table: nothing is shared in a contiguous cache", shared_prefix_len)
-    capacity = block_table.shape[1] * k_cache.shape[1] * num_ranks_of(key_shard)
-    if shared_prefix_len > capacity:
-        fail("shared_prefix_len", f"at most the table's {capacity}", shared_prefix_len)
 
 
 class PagedCall(NamedTuple):
@@ -250,7 +247,7 @@ class PagedCall(NamedTuple):
     k_scale: float | Tensor | None = None
     v_scale: float | Tensor | None = None
     num_splits: int = 0
-    shared_prefix_len: int = 0
+    prefix_tree: PrefixTree | None = None
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
     workspace: Workspace | None = None
@@ -300,8 +297,8 @@ SCHEMA = ", ".join(
         *(f"Tensor {name}" for name in INPUTS[:4]),
         *(f"Tensor? {name}" for name in INPUTS[4:]),
         "float? k_number, float? v_number, SymInt? max_seqlen_q, float softmax_scale, SymInt? left, SymInt? right",
-        "float? softcap, SymInt num_splits, SymInt shared_prefix_len, bool batch_invariant, int[]? key_shard",
-        "bool check_values, bool return_lse",
+        "float? softcap, SymInt num_splits, bool batch_invariant, int[]? key_shard",
+        "Tensor? tree, SymInt[]? tree_sizes, bool check_values, bool return_lse",
     ]
 )
 
@@ -326,9 +323,10 @@ def _attend_flat(
     right: int | None,
     softcap: float | None,
     num_splits: int,
-    shared_prefix_len: int,
     batch_invariant: bool,
     key_shard: list[int] | None,
+    tree: Tensor | None,
+    tree_sizes: list[int] | None,
     check_values: bool,
     return_lse: bool,
     out: Tensor | None = None,
@@ -342,7 +340,7 @@ def _attend_flat(
     out, lse = new_outputs(q, v_cache, return_lse, out)
     layout = layout_of(q, k_cache, v_cache)
     shard = None if key_shard is None else KeyShard(*key_shard)
-    splits = num_splits, shared_prefix_len, batch_invariant
+    splits = num_splits, tree_of_operands(tree, tree_sizes), batch_invariant
     call = PagedCall(*tensors, max_seqlen_q, options, layout, *scales, *splits, shard)
     _attend(call, check_values, out, lse)
     return out, _or_empty(lse, q)
@@ -478,7 +476,7 @@ def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqle
 
 
 def _check_values(call: PagedCall) -> None:
-    """Raise unless lengths and pages are within the cache and all sequences share the prefix. A device-to-host sync."""
+    """Raise unless lengths and pages are within the cache and the tree is of these pages. A device-to-host sync."""
     block_table, cu_seqlens_q = call.block_table, call.cu_seqlens_q
     num_pages, page_size = call.k_cache.shape[0], call.k_cache.shape[1] * num_ranks_of(call.key_shard)
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
@@ -491,11 +489,9 @@ def _check_values(call: PagedCall) -> None:
     if block_table is None:
         return
     tables = [pages[: -(-seqlen // page_size)] for pages, seqlen in zip(block_table.tolist(), seqlens)]
-    shared_pages = max(tables, key=len, default=[])[: -(-call.shared_prefix_len // page_size)]
     for i, pages in enumerate(tables):
         for entry, page in enumerate(pages):
             if not 0 <= page < num_pages:
                 fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)
-        for entry, (page, shared) in enumerate(zip(pages, shared_pages)):
-            if page != shared:
-                fail(f"block_table[{i}, {entry}]", f"page {shared} of the shared prefix", page)
+    if call.prefix_tree is not None:
+        check_tree_values(call.prefix_tree, block_table, call.cache_seqlens, page_size, call.q, cu_seqlens_q)

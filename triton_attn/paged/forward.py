@@ -21,11 +21,23 @@ from .._host.layout import (
     without_dim,
 )
 from .._host.observers import number_and_tensor
+from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
 from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
-from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
-from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
+from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
+from .._jit.heads import (
+    Batch,
+    find_node,
+    find_sequence,
+    longest_of,
+    lse_offsets,
+    packed_bounds,
+    row_offsets,
+    rows_of_node,
+    slots_left_over,
+    spare_rows,
+)
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
 from .._jit.shards import columns_before, mask_scores_of_rank, scale_scores_of_rank, visible_range_of_rank
@@ -45,7 +57,8 @@ LENGTHS = [
     "num_tiles",
     "num_splits",
     "search_steps",
-    "shared_prefix_len",
+    "num_nodes",
+    "num_slots",
     *INDICES,
     "lse_ptr",
 ]
@@ -61,9 +74,7 @@ class Tile(NamedTuple):
     HEAD_DIM_V: int
     PAGE_SIZE: int  # 0: a contiguous cache
     ONE_PAGE: bool  # BLOCK_N keys lie in one page
-    SHARED: (
-        bool  # rows of all sequences over the keys of the shared prefix; otherwise of one sequence over its other keys
-    )
+    SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
     SHARDED: bool  # the cache has one rank's keys
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
@@ -77,22 +88,8 @@ class Tile(NamedTuple):
     INPUT_PRECISION: str
 
 
-class Batch(NamedTuple):
-    """The sequences: num_rows are the queries of each, or all rows of a packed batch. shared_prefix_len counts the keys
-    in this cache, cache_seqlens and capacity those of all ranks.
-    """
-
-    cu_seqlens_q_ptr: object
-    cache_seqlens_ptr: object
-    num: object
-    num_rows: object
-    capacity: object  # longer lengths in cache_seqlens are clamped to it
-    search_steps: object
-    shared_prefix_len: object
-
-
 class Queries(NamedTuple):
-    """The queries that `tile` is a tile of: those of one sequence, or of all with a shared prefix."""
+    """The queries of the sequence that `tile` is a tile of."""
 
     sequence: object
     first: object  # row of a packed batch
@@ -153,15 +150,6 @@ def _queries_of_sequence(program, num_tiles, batch, TILE: tl.constexpr):
 
 
 @triton.jit
-def _queries_of_all(program, batch):
-    """The Queries of a program over the shared prefix: of all sequences."""
-    if batch.cu_seqlens_q_ptr is None:
-        return Queries(0, 0, batch.num * batch.num_rows, program)
-    else:
-        return Queries(0, 0, tl.minimum(tl.load(batch.cu_seqlens_q_ptr + batch.num), batch.num_rows), program)
-
-
-@triton.jit
 def _num_cached(seqlen_k, window, TILE: tl.constexpr):
     """How many of the first keys of a sequence are in the cache."""
     if TILE.SHARDED:
@@ -172,7 +160,7 @@ def _num_cached(seqlen_k, window, TILE: tl.constexpr):
 
 @triton.jit
 def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
-    """Rows of one sequence and its keys after the shared prefix."""
+    """Rows of one sequence and its keys, with a tree those that no node has."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
     num_keys = _num_cached(seqlen_k, window, TILE)
@@ -183,49 +171,35 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
+    first_key = 0
+    if batch.tree_ptr is not None:
+        first_key = tl.load(batch.tree_ptr + 2 * queries.sequence) * TILE.PAGE_SIZE
     if TILE.SHARDED:
-        blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+        blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
     else:
-        blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
+        blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
     batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
     place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
     return Rows(place, queries.sequence, query + first_position, num_keys, queries.sequence, blocks)
 
 
 @triton.jit
-def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
-    """Rows of several sequences and the keys of the shared prefix."""
-    rows = queries.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
-    head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
-    # Rows past the last query repeat it.
-    query = tl.minimum(rows // TILE.GROUP_SIZE, queries.num - 1)  # (BLOCK_M,)
-    if batch.cu_seqlens_q_ptr is None:
-        sequence = query // batch.num_rows
-        first_query = sequence * batch.num_rows
-        seqlen_q = batch.num_rows
-    else:
-        sequence = find_sequence(batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, query, 1, 1, 0)
-        first_query, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
-    seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
-    position = query - first_query + seqlen_k - seqlen_q
-    end_key = tl.minimum(_num_cached(seqlen_k, window, TILE), batch.shared_prefix_len)
-    # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
-    longest = tl.max(end_key, 0)
-    table_row = tl.max(tl.where(end_key == longest, sequence, 0), 0)
+def _rows_of_node(node, head_kv, batch, window, TILE: tl.constexpr):
+    """Rows of the sequences below a node, and its keys."""
+    rows = rows_of_node(node, batch, TILE.GROUP_SIZE, TILE.BLOCK_M)
+    head = head_kv * TILE.GROUP_SIZE + (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.GROUP_SIZE
+    end_key = tl.minimum(_num_cached(rows.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
+    first_key = node.first_page * TILE.PAGE_SIZE
+    # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
+    longest, table_row = longest_of(end_key, rows.sequence)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
-    start, end = tl.min(position, 0), tl.max(position, 0) + 1
+    start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
     if TILE.SHARDED:
-        lo, full_lo, full_hi, hi = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, 0)
+        blocks = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
     else:
-        lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN)
-    full_keys = tl.maximum(tl.minimum(full_hi, tl.min(end_key, 0)) - full_lo, 0)
-    blocks = Blocks(lo, full_lo, full_lo + full_keys // TILE.BLOCK_N * TILE.BLOCK_N, hi)
-    mask = rows < queries.num * TILE.GROUP_SIZE
-    if batch.cu_seqlens_q_ptr is None:
-        place = Place(sequence, query - first_query, head, mask)
-    else:
-        place = Place(0, query, head, mask)
-    return Rows(place, sequence, position, end_key, table_row, blocks)
+        blocks = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
+    place = Place(rows.batch, rows.query, head, rows.mask)
+    return Rows(place, rows.sequence, rows.position, end_key, table_row, end_full(blocks, end_key, TILE.BLOCK_N))
 
 
 @triton.jit
@@ -271,7 +245,16 @@ def _store_rows(results, place, tile, lse, HEAD_DIM: tl.constexpr, is_read=True)
 
 
 @triton.jit
-def _clear_spare_rows(results, batch, queries, program, head_kv, TILE: tl.constexpr):
+def _clear_lses(results, place, first_split, end_split):
+    """Store lse = -inf for splits that rows do not have, with a tree for nodes that are not above them."""
+    for split in range(first_split, end_split):
+        batch = split * results.dense_batch + place.batch
+        offsets = lse_offsets(batch, place.head, place.query, results.num_heads, results.num_rows)
+        tl.store(results.lse_ptr + offsets, float("-inf"), mask=place.mask)
+
+
+@triton.jit
+def _clear_spare_rows(results, batch, queries, program, head_kv, num_slots, TILE: tl.constexpr):
     """Store out = 0 and lse = -inf in those rows after the last sequence that are the program's (`spare_rows`)."""
     num_own = queries.num * TILE.GROUP_SIZE - queries.tile * TILE.BLOCK_M
     left_over = slots_left_over(program, queries.first + queries.num, TILE.BLOCK_M, TILE.GROUP_SIZE)
@@ -283,6 +266,8 @@ def _clear_spare_rows(results, batch, queries, program, head_kv, TILE: tl.conste
         place = Place(0, spare.rows // TILE.GROUP_SIZE, head, spare.mask)
         lse = tl.full([TILE.BLOCK_M], float("-inf"), tl.float32)
         _store_rows(results, place, zeros_tile(TILE.BLOCK_M, TILE.HEAD_DIM_V, WIDEST), lse, TILE.HEAD_DIM_V)
+        if batch.tree_ptr is not None:
+            _clear_lses(results, place, 0, num_slots)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -304,7 +289,9 @@ def _paged_fwd_kernel(
     batch,
     num_tiles,
     search_steps,
-    shared_prefix_len,
+    tree_ptr,
+    num_nodes,
+    num_slots,
     num_heads_kv,
     num_splits,
     out_factor,
@@ -315,6 +302,7 @@ def _paged_fwd_kernel(
     A row is one query head of one query. The rows of a tile share a KV head, so that its keys and values are loaded
     once for the group. Grid: num_tiles * num_splits * num_heads_kv. num_tiles counts the tiles of all sequences. In a
     packed batch it is an upper bound, and a program finds its sequence by bisection unless each sequence has one tile.
+    With a tree it is that of all nodes, if SHARED, and results of nodes are in the first num_slots splits.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -328,22 +316,29 @@ def _paged_fwd_kernel(
     k = in_vectors(k, TILE.VECTOR_CACHE)
     v = in_vectors(v, TILE.VECTOR_CACHE)
     dense_batch = batch if cu_seqlens_q_ptr is None else 1
-    results = Results(out, lse_ptr, split, dense_batch, num_heads_kv * TILE.GROUP_SIZE, seqlen_q)
-    sequences = Batch(cu_seqlens_q_ptr, cache_seqlens_ptr, batch, seqlen_q, capacity, search_steps, shared_prefix_len)
-
+    sequences = Batch(cu_seqlens_q_ptr, cache_seqlens_ptr, batch, seqlen_q, capacity, search_steps, tree_ptr, num_nodes)
+    place_of_result = split
     if TILE.SHARED:
-        queries = _queries_of_all(program, sequences)
-    else:
+        node = find_node(sequences, program, TILE.GROUP_SIZE, BLOCK_M)
+        if node.tile * BLOCK_M >= node.num * TILE.GROUP_SIZE:
+            return
+        rows = _rows_of_node(node, head_kv, sequences, scores.window, TILE)
+        place_of_result = node.slot
+    elif tree_ptr is not None:
+        place_of_result = num_slots + split
+    results = Results(out, lse_ptr, place_of_result, dense_batch, num_heads_kv * TILE.GROUP_SIZE, seqlen_q)
+    if not TILE.SHARED:
         queries = _queries_of_sequence(program, num_tiles, sequences, TILE)
-    num_own = queries.num * TILE.GROUP_SIZE - queries.tile * BLOCK_M
-    if cu_seqlens_q_ptr is not None and num_own < BLOCK_M:
-        _clear_spare_rows(results, sequences, queries, program, head_kv, TILE)
-    if num_own <= 0:
-        return
-    if TILE.SHARED:
-        rows = _rows_of_prefix(queries, head_kv, sequences, scores.window, TILE)
-    else:
+        num_own = queries.num * TILE.GROUP_SIZE - queries.tile * BLOCK_M
+        num_cleared = tl.where(split == 0, num_slots, 0)
+        if cu_seqlens_q_ptr is not None and num_own < BLOCK_M:
+            _clear_spare_rows(results, sequences, queries, program, head_kv, num_cleared, TILE)
+        if num_own <= 0:
+            return
         rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, TILE)
+        if tree_ptr is not None:
+            num_nodes_above = tl.load(tree_ptr + 2 * queries.sequence + 1)
+            _clear_lses(results, rows.place, num_nodes_above, num_cleared)
     blocks = split_blocks(rows.blocks, split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
     # Most fixed splits of a short sequence have no keys, and no one reads their output.
     is_read = True if TILE.SPLIT_KEYS == 0 else (split == 0) | (blocks.lo < blocks.hi)
@@ -378,8 +373,7 @@ def _paged_fwd_kernel(
             out_tile = merge_rows(out_tile, kept, tile, added)
         _store_rows(results, place, out_tile, lse, TILE.HEAD_DIM_V)
     else:
-        has_sinks = (split == 0) & (TILE.SHARED | (shared_prefix_len == 0))
-        tile, lse = _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE)
+        tile, lse = _attend(q_tile, keys, rows, blocks, scoring, split == 0, TILE)
         _store_rows(results, place, tile, lse, TILE.HEAD_DIM_V, is_read)
 
 
@@ -463,7 +457,7 @@ class Problem(NamedTuple):
     table_width: int | None  # None: a contiguous cache
     num_splits: int
     batch_invariant: bool
-    shared_prefix_len: int
+    tree: TreeSizes | None
     softmax_scale: float
     window: tuple
     softcap: float | None
@@ -493,11 +487,12 @@ class Problem(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A launch over the shared prefix, or over the other keys."""
+    """A launch over the nodes of a tree, or over the keys that no node has."""
 
     num_programs: int
     num_tiles: int
     num_splits: int
+    num_results: int  # of a row
     constants: dict
 
 
@@ -508,13 +503,13 @@ class Plan(NamedTuple):
     num_splits: int  # of all passes
     strides: tuple  # Strides of q, k_cache, v_cache, and of out or a split of it
     capacity: int  # of all ranks
-    shared_prefix_len: int  # of the keys in this cache
     scores: Scores  # without ALiBi
+    has_nodes: bool  # of a tree
 
 
 def launch_paged_fwd(call, out, lse, config=None):
-    """Launch the kernels of a PagedCall: attention over the shared prefix if there is one, over the rest, and the merge
-    if there is more than one split. No device-to-host sync.
+    """Launch the kernels of a PagedCall: attention over the nodes of its tree if there is one, over the rest, and the
+    merge if there is more than one split. No device-to-host sync.
 
     out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens_q; lse as
     `flash_attention` returns it, or None: not wanted. config is a PagedConfig (None: the default).
@@ -538,31 +533,35 @@ def launch_paged_fwd(call, out, lse, config=None):
     (*_, num_rows, _, _), (batch, *_) = call.layout[0][0], cache_seqlens.shape
     num_heads_kv = call.layout[1][0][2]
     table_stride = None if block_table is None else block_table.stride(0)
-    first = 0  # split
-    for num_programs, num_tiles, num_splits, constants in plan.passes:
+    tree, num_nodes, num_slots = None, 0, 0
+    if plan.has_nodes:
+        tree, (num_nodes, num_slots, *_) = call.prefix_tree.memory, call.prefix_tree.sizes
+    results = Splits(View(outs, strides_out), split_stride)
+    for num_programs, num_tiles, num_splits, _, constants in plan.passes:
         args = (
             *operands,
-            Splits(View(outs[first:] if first else outs, strides_out), split_stride),
-            lses[first:] if first else lses,
+            results,
+            lses,
             cache_seqlens,
             block_table,
             table_stride,
             cu_seqlens_q,
-            call.options.sinks,
+            None if constants["TILE"].SHARED else call.options.sinks,  # they count once
             scales,
             scores,
             num_rows,
             plan.capacity,
             batch,
             num_tiles,
-            batch.bit_length(),
-            plan.shared_prefix_len,
+            max(batch, num_nodes).bit_length(),
+            tree,
+            num_nodes,
+            num_slots,
             num_heads_kv,
             num_splits,
             out_factor,
         )
         launch(_paged_fwd_kernel, (num_programs,), q.device, args, constants)
-        first += num_splits
     if plan.num_splits > 1:
         if out.ndim == 3:
             outs, lses, out, lse = outs[:, None], lses[:, None], out[None], None if lse is None else lse[None]
@@ -596,7 +595,6 @@ NO_SCALES = Scales(None, None)
 
 def _problem_of(call, out, config):
     q, k_cache, v_cache, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
-    prefix = call.shared_prefix_len
     softmax_scale, window, softcap, alibi_slopes, *_ = options
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -610,7 +608,7 @@ def _problem_of(call, out, config):
         None if block_table is None else block_table.shape[1],
         call.num_splits,
         call.batch_invariant,
-        prefix if call.key_shard is None else call.key_shard.num_keys(prefix),
+        None if call.prefix_tree is None else call.prefix_tree.sizes,
         softmax_scale,
         window,
         softcap,
@@ -630,19 +628,18 @@ def _plan(problem):
     (shape_q, _), _, (shape_v, _) = problem.layout
     window = window_of(problem.window, problem.key_shard)
     scores = Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, window)
-    passes = ()
+    passes, has_nodes = (), problem.tree is not None and problem.tree.num_slots > 0
     if math.prod(shape_q[:-1]) > 0 and problem.max_seqlen_q > 0 and problem.batch > 0:
         check_rows("q", math.prod(shape_q[:-1]) // shape_v[2])
-        prefixes = (True, False) if problem.shared_prefix_len else (False,)
-        passes = tuple(_plan_pass(problem, shared) for shared in prefixes)
-    num_splits = sum(one.num_splits for one in passes)
+        passes = tuple(_plan_pass(problem, shared) for shared in ((True, False) if has_nodes else (False,)))
+    num_splits = sum(one.num_results for one in passes)
     strides_out = problem.strides_out
     if num_splits > 1:  # splits are contiguous
         rows, heads, dim = *shape_q[-3:-1], shape_v[-1]
         strides_out = (rows * heads * dim, heads * dim, dim, 1)[-len(shape_q) :]
     strides = *(one for _, one in problem.layout), strides_out
     strides = tuple(Strides(*without_dim(one)) for one in strides)
-    return Plan(passes, num_splits, strides, problem.capacity_of_all, problem.shared_prefix_len, scores)
+    return Plan(passes, num_splits, strides, problem.capacity_of_all, scores, has_nodes)
 
 
 def _plan_pass(problem, shared):
@@ -651,7 +648,7 @@ def _plan_pass(problem, shared):
     _, slots, num_heads_kv, head_dim_v = shape_v
     group_size = num_heads_q // num_heads_kv
     num_rows = math.prod(shape_q[:-2]) * group_size  # of a KV head
-    longest = num_rows if shared else problem.max_seqlen_q * group_size
+    longest = (problem.tree.longest if shared else problem.max_seqlen_q) * group_size
     is_paged = problem.table_width is not None
     vector_cache = 1
     if problem.bases_aligned:
@@ -670,18 +667,20 @@ def _plan_pass(problem, shared):
     )
     config = problem.config or choose(PagedConfig, case)
     search = len(shape_q) == 3 and not shared and longest > config.block_m
-    if search:
+    if shared:
+        check_rows("prefix_tree", problem.tree.num_queries * group_size)
+        num_tiles = problem.tree.num_queries * group_size // config.block_m + problem.tree.num_nodes
+    elif search:
         num_tiles = num_rows // config.block_m + problem.batch
     else:
-        num_sequences = 1 if shared else problem.batch
-        num_tiles = tiles_each(longest, num_rows, num_sequences, config.block_m) * num_sequences
-    first_key = 0 if shared else problem.shared_prefix_len
-    num_keys = problem.shared_prefix_len if shared else max(problem.capacity - first_key, 0)
+        num_tiles = tiles_each(longest, num_rows, problem.batch, config.block_m) * problem.batch
     num_splits, in_turn = problem.num_splits, False
-    if num_splits == 0:
-        work = _work_of(problem, case, config, num_tiles * num_heads_kv, num_keys)
+    if shared:
+        num_splits = 1
+    elif num_splits == 0:
+        work = _work_of(problem, case, config, num_tiles * num_heads_kv)
         if problem.batch_invariant:
-            num_splits, in_turn = fixed_splits(work, num_keys)
+            num_splits, in_turn = fixed_splits(work, problem.capacity)
         else:
             num_splits = choose_num_splits(work)
     if in_turn:
@@ -694,7 +693,7 @@ def _plan_pass(problem, shared):
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         PAGE_SIZE=slots if is_paged else 0,
-        ONE_PAGE=is_paged and slots % config.block_n == 0 and first_key % config.block_n == 0,
+        ONE_PAGE=is_paged and slots % config.block_n == 0,
         SHARED=shared,
         SHARDED=problem.key_shard is not None,
         SEARCH=search,
@@ -709,12 +708,13 @@ def _plan_pass(problem, shared):
         INPUT_PRECISION=problem.precision,
     )
     constants = dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages)
-    return Pass(num_tiles * num_splits * num_heads_kv, num_tiles, num_splits, constants)
+    num_results = problem.tree.num_slots if shared else num_splits
+    return Pass(num_tiles * num_splits * num_heads_kv, num_tiles, num_splits, num_results, constants)
 
 
-def _work_of(problem, case, config, num_programs, num_keys):
-    """The SplitWork of a pass over num_keys keys, of which a window shows the last."""
-    left = problem.window[0]
+def _work_of(problem, case, config, num_programs):
+    """The SplitWork of a pass over the sequences, of which a window shows the last keys."""
+    num_keys, left = problem.capacity, problem.window[0]
     if left is not None:
         num_keys = min(num_keys, left + 1 + problem.max_seqlen_q)
     dims = case.head_dim + case.head_dim_v
@@ -730,5 +730,5 @@ def _work_of(problem, case, config, num_programs, num_keys):
         row_elements=case.head_dim_v,
         num_sms=problem.num_sms,
         resident=resident_programs(config.shared_bytes(case), config, case.gpu),
-        has_merge=problem.shared_prefix_len > 0,
+        has_merge=problem.tree is not None,
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 from .._host.definition import attend, packed_bounds
 from .._host.key_shard import check_key_shard, num_ranks_of
 from .._host.observers import without_autocast
+from .._host.prefix_tree import PrefixTree
 
 
 @without_autocast
@@ -27,7 +28,7 @@ def paged_attention(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
-    shared_prefix_len: int = 0,
+    prefix_tree: PrefixTree | None = None,
     batch_invariant: bool | None = None,
     key_shard: tuple[int, int, int] | None = None,
     out: Tensor | None = None,
@@ -36,7 +37,8 @@ def paged_attention(
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0, their lse -inf."""
+    """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0, their lse -inf. A
+    prefix_tree does not change the result, and is not read."""
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out.zero_()
     if lse is None:

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .._host.backend import should_check_values
 from .._host.checks import check_per_head, fail
 from .._host.mesh import check_mesh, compare_ranks
+from .._host.prefix_tree import PrefixTree
 from ..mla import mla_decode
 from ..paged import paged_attention
 from .merging import check_heads, gather_heads, merge_ranks
@@ -34,7 +35,7 @@ def context_parallel_paged_attention(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
-    shared_prefix_len: int = 0,
+    prefix_tree: PrefixTree | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -101,12 +102,13 @@ def context_parallel_paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         num_splits=num_splits,
-        shared_prefix_len=shared_prefix_len,
+        prefix_tree=prefix_tree,
     )
     if should_check_values(check_values):
         tensors = dict(q=q, k_cache=k_cache, v_cache=v_cache)
         others = dict(cache_seqlens=cache_seqlens, block_table=block_table, sinks=sinks)
-        _compare(mesh, tensors, dict(options, interleave=interleave, heads=heads, **others))
+        others["prefix_tree"] = None if prefix_tree is None else prefix_tree.memory
+        _compare(mesh, tensors, options | dict(interleave=interleave, heads=heads, **others))
     if heads == "sharded":
         q = gather_heads(q, mesh)
     if sinks is not None:

@@ -1,0 +1,161 @@
+"""Which sequences of a batch share leading pages, kept up to date as they fork, grow and end."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._host.checks import check_size, fail
+from .._host.prefix_tree import PrefixTree, TreeSizes
+from ..merge.tree import HostTree, empty_tree, key_of, lengths_q, num_shared, plan_tree
+
+if TYPE_CHECKING:
+    from .sequences import Sequence
+
+
+class PrefixGroups:
+    """The prefix tree of a batch of a cache's sequences, step by step.
+
+        groups = cache.prefix_groups(num_heads_q=32)
+        # A step of the server:
+        slots = cache.extend(seqs, tokens)
+        tree = groups.tree(seqs)  # one for all layers; None where sharing does not pay
+        paged_attention(q, cache.k_cache[layer], cache.v_cache[layer], cache.cache_seqlens(seqs),
+                        cache.block_table(seqs), prefix_tree=tree)
+
+    The sequences are kept in the order of their pages, in which those that share pages are neighbours. A call takes
+    out and puts back those whose pages changed, and looks at their neighbours alone: O(changes) and their pages. Where
+    groups are as they were, as in most steps of a decode, the tree of the call before is returned, and nothing is sent.
+
+    With max_batch, trees are in memory of their own for CUDA graphs: `static` is their PrefixTree, for a batch of
+    max_batch sequences of which the last may be padding of length 0. `tree` fills it in one transfer on the current
+    stream, and where it returns None no node is left in it, so that a captured graph stays right.
+
+    Attributes:
+        static: a PrefixTree at an address that stays; None without max_batch.
+    """
+
+    def __init__(self, cache, work, max_batch, seqlen_q, max_nodes, max_slots):
+        self._cache, self._work = cache, work
+        self._batch = None  # of the cache, at the last call
+        self._num_read = 0  # of the cache's changes
+        self._sorted = []  # (key, row), see `key_of`
+        self._shared = []  # leading pages in common with the one before
+        self._keys = {}  # {row: key}
+        self._queries: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._tree = None
+        self.static: PrefixTree | None = None
+        if max_batch is not None:
+            max_batch, seqlen_q = check_size("max_batch", max_batch), check_size("seqlen_q", seqlen_q)
+            total_q = max_batch * seqlen_q
+            num_slots = check_size("max_slots", max_slots)
+            sizes = TreeSizes(check_size("max_nodes", max_nodes), num_slots, num_slots * total_q, total_q)
+            with torch.inference_mode(False):
+                self.static = empty_tree(max_batch, total_q, sizes).on(cache.device)
+
+    def tree(self, seqs: "Iterable[Sequence]", seqlens_q: int | Tensor | NDArray[Any] | Iterable[int] = 1):
+        """The `PrefixTree` of a batch, None where sharing does not pay.
+
+        Args:
+            seqs: sequences, each at most once, in the order of the call's.
+            seqlens_q: queries of each: one number, or one for each on the host. With max_batch it is seqlen_q of all.
+
+        Raises:
+            TypeError, ValueError: as `cache.extend`, and for more sequences or other queries than max_batch.
+        """
+        cache = self._cache
+        rows = cache._distinct_rows(seqs)
+        queries = self._queries_of(seqlens_q, rows.size)
+        is_known = cache._batch is self._batch and np.array_equal(queries, self._queries)
+        if self._update(rows.tolist()) or not is_known:
+            self._batch, self._queries = cache._batch, queries
+            self._tree = self._plan(rows)
+        return self._tree
+
+    def _queries_of(self, seqlens_q, batch):
+        queries = lengths_q(seqlens_q, batch)
+        if self.static is None:
+            return queries
+        max_batch, total_q = self.static.batch, self.static.total_q
+        if batch > max_batch:
+            fail("seqs", f"at most max_batch = {max_batch} sequences", batch)
+        if (queries != total_q // max_batch).any():
+            fail("seqlens_q", f"seqlen_q = {total_q // max_batch} of each sequence", seqlens_q)
+        return np.full(max_batch, total_q // max_batch)
+
+    def _update(self, rows):
+        """Bring the order up to date with the cache's tables; whether groups may be others than before."""
+        log = self._cache._changes
+        if self._num_read == log.count and self._cache._batch is self._batch:
+            return False
+        changes, self._num_read = log.since(self._num_read), log.count
+        present = set(rows)
+        stale = present if changes is None else {row for row, _ in changes} & self._keys.keys()
+        gone = self._keys.keys() - present
+        changed = bool(gone)
+        for row in gone:
+            self._take_out(row)
+        for row in present - self._keys.keys():
+            changed = True
+            self._put_in(row, self._key(row))
+        for row in stale & present:
+            changed |= self._renew(row)
+        return changed
+
+    def _key(self, row):
+        cache = self._cache
+        return key_of(cache._tables[row, : cache._pages_of(cache._lengths.item(row))])
+
+    def _renew(self, row):
+        """Take the pages that a row has now; whether it shares others than before."""
+        key, old = self._key(row), self._keys[row]
+        if key == old:
+            return False
+        place = bisect_left(self._sorted, (old, row))
+        around = self._shared[place : place + 2]
+        if len(around) < 2:
+            around = [*around, 0]
+        if max(around) < num_shared(old, key):  # what makes it differ from its neighbours is as it was
+            self._sorted[place], self._keys[row] = (key, row), key
+            return False
+        self._take_out(row)
+        self._put_in(row, key)
+        return True
+
+    def _take_out(self, row):
+        place = bisect_left(self._sorted, (self._keys.pop(row), row))
+        del self._sorted[place]
+        shared = self._shared.pop(place)
+        if place < len(self._shared):
+            self._shared[place] = min(self._shared[place], shared)
+
+    def _put_in(self, row, key):
+        place = bisect_left(self._sorted, (key, row))
+        self._sorted.insert(place, (key, row))
+        self._keys[row] = key
+        self._shared.insert(place, num_shared(self._sorted[place - 1][0], key) if place else 0)
+        if place + 1 < len(self._sorted):
+            self._shared[place + 1] = num_shared(key, self._sorted[place + 1][0])
+
+    def _plan(self, rows):
+        """The tree of the groups as they are."""
+        places = dict(zip(rows.tolist(), range(rows.size)))
+        order = [places[row] for _, row in self._sorted]
+        if self.static is None:
+            tree = plan_tree(np.array(order, np.int64), self._shared, self._queries, self._work)
+            return None if tree is None else tree.on(self._cache.device)
+        padding = range(rows.size, self.static.batch)
+        order, shared = np.array([*order, *padding], np.int64), [*self._shared, *[0] * len(padding)]
+        tree = plan_tree(order, shared, self._queries, self._work, sizes=self.static.sizes)
+        filled = tree or empty_tree(self.static.batch, self.static.total_q, self.static.sizes)
+        _send(filled, self.static.memory)
+        return None if tree is None else self.static
+
+
+def _send(tree: HostTree, there: Tensor) -> None:
+    memory = torch.from_numpy(tree.array())
+    there.copy_(memory if there.device.type == "cpu" else memory.pin_memory(), non_blocking=True)
