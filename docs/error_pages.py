@@ -53,7 +53,7 @@ FAMILIES = [
         "",
         "gradient|derivatives|vmap is",
         "For inference, call the function under `torch.no_grad()` or detach the tensor. `flash_attention`, "
-        "`flash_attention_varlen` and `mla_prefill` have gradients, for head dimensions to 256.",
+        "`flash_attention_varlen` and `mla_prefill` have gradients, for head dimensions up to 512.",
     ),
     Family(
         "Page bookkeeping",

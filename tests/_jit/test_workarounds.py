@@ -18,7 +18,7 @@ from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
 from triton_attn._host.tuned import forget_plans
 from triton_attn._jit.args import Strides, View
-from triton_attn._jit.workarounds import apart, dot_once, fence_copies, in_vectors, multiple_of
+from triton_attn._jit.workarounds import apart, computed_again, dot_once, fence_copies, in_vectors, multiple_of
 from triton_attn.dense import backward
 from triton_attn.flash import forward
 from triton_attn.mla import absorbed
@@ -48,6 +48,40 @@ def test_triton_looks_for_strides_that_16_divides_alone(vector, of_view):
         _sum_kernel[(1,)](View(x, Strides(*x.stride()[:1], 72, 0)), x.stride(0), out, OF_VIEW=of_view, VECTOR=vector)
     (launch,) = launches
     assert bool(re.search(r"ld\.global\S*\.v4\.b32", launch.kernel.asm["ptx"])) == (vector > 1)
+
+
+@triton.jit
+def _rows_of(tile, stride):
+    """Offsets of 128 rows, heads of a query."""
+    rows = tile * 128 + tl.arange(0, 128)
+    return (rows // 71).to(tl.int64) * stride + (rows % 71).to(tl.int64) * 64
+
+
+@triton.jit
+def _loop_between_rows_kernel(x_ptr, out_ptr, num_tiles, stride, AGAIN: tl.constexpr):
+    """The rows are those of the loads before the loop, and of the stores after it."""
+    tile, columns = tl.program_id(0), tl.arange(0, 64)[None, :]
+    offsets = _rows_of(tile, stride)
+    q = tl.load(x_ptr + (offsets[:, None] + columns))
+    acc = tl.zeros([128, 64], tl.float32)
+    for i in tl.range(0, num_tiles):
+        k = tl.load(x_ptr + ((i * 64 + tl.arange(0, 64))[:, None] * 64 + columns))
+        fence_copies()
+        acc = tl.dot(tl.math.exp2(tl.dot(q, k.T)).to(q.dtype), k, acc)
+    if AGAIN:
+        offsets = _rows_of(computed_again(tile), stride)
+    tl.store(out_ptr + (offsets[:, None] + columns), acc.to(out_ptr.dtype.element_ty))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("again", [True, False])
+def test_rows_of_loads_before_a_loop_are_kept_for_stores_after_it(again):
+    x = torch.empty(1, 64, dtype=torch.bfloat16)
+    with compile_only("sm_90") as launches:
+        _loop_between_rows_kernel[(1,)](x, x, 3, 71 * 64, AGAIN=again, num_warps=8)
+    (launch,) = launches
+    *_, after_loop = launch.kernel.asm["ptx"].split("wgmma.mma_async")
+    assert ("mul.hi" in after_loop) == again  # of the division by 71
 
 
 @triton.jit

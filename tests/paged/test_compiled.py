@@ -113,6 +113,18 @@ HEAD_DIMS = (16, 40, 64, 71, 80, 96, 128, 160, 192, 256, 512)
 REST = [case(arch, d, rows, v) for arch in ARCHS for d in HEAD_DIMS for rows in ROWS for v in VARIANTS]
 
 
+@pytest.mark.oldest
+def test_two_programs_of_a_chunk_fit_on_an_sm():
+    """At head dimension 64, where each has 128 rows and 8 warps."""
+    q = torch.empty(BATCH, 512, 71, 64, dtype=torch.bfloat16)
+    given = arguments(64, 512, torch.bfloat16) | {"q": q}
+    cache = given["k_cache"][:, :, :1]
+    with compile_only("sm_90") as launches:
+        paged_attention(**given | {"k_cache": cache, "v_cache": cache}, num_splits=1)
+    (launch,) = launches
+    assert 2 * launch.num_warps * 32 * launch.registers <= 65536
+
+
 def full(param):
     return pytest.param(*param.values, id=param.id, marks=pytest.mark.full)
 

@@ -40,7 +40,8 @@ class FreeList:
     def cut(self, pages):
         """Take an array of distinct pages, all of them in the list, out of it.
 
-        A sequence is freed from its tail: its pages stand here in reverse, and such a run is cut out as a whole.
+        A sequence is freed from its tail, so its pages are in the list in reverse order. Such a run is cut out as a
+        whole.
         """
         if not pages.size:
             return

@@ -2,15 +2,15 @@
 
     hash of page i = SHA-256(hash of page i - 1, token ids of page i as int64),  hash of page -1 = SHA-256(salt)
 
-Users choose token ids, and who can make two prefixes collide can read another user's cache through the page that both
-name: hence a cryptographic hash, not Python's `hash`.
+Users choose token ids. If they could make two prefixes collide, one could read another's keys on the page that both
+names stand for. The hash is therefore cryptographic, unlike Python's `hash`.
 """
 
 import hashlib
 
 
 def root_hash(salt):
-    """What the chain of a sequence begins with: sequences find each other's pages only under one salt.
+    """The hash that a sequence's chain begins with. Sequences find each other's pages only if their salts are equal.
 
     Args:
         salt: str, bytes, or None; "a", b"a" and None are all different.
@@ -25,11 +25,11 @@ def root_hash(salt):
 
 
 def page_hashes(parent, token_ids, page_size):
-    """Hashes of full pages, one after the other, computed only as far as they are asked for.
+    """Yield the hashes of full pages, each computed when it is asked for.
 
     Args:
         parent: the hash of the page before them, or the root.
-        token_ids: int64 array; a rest that fills no page is left out.
+        token_ids: int64 array; ids after the last full page are ignored.
     """
     token_bytes = token_ids.tobytes()
     page_bytes = 8 * page_size

@@ -1,4 +1,4 @@
-"""Names of pages: hashes of what they hold, by which they are found."""
+"""Pages are found by their names, which are hashes of their content."""
 
 import numpy as np
 from numpy.typing import NDArray

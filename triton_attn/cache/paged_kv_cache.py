@@ -29,7 +29,7 @@ class PagedKVCache(PagedSequences):
     is merely dropped keeps its pages.
 
     Args:
-        num_pages: pages in every layer, of which the smallest number of a mesh counts.
+        num_pages: pages in every layer. Over a mesh, the smallest number of all ranks counts.
         page_size: tokens on a page.
         num_layers, num_kv_heads, head_dim: of the model.
         head_dim_v: of values; None is head_dim.

@@ -1,4 +1,4 @@
-"""Pages by number: who counts on them, which are free, which can be found by what they hold."""
+"""Reference counts of pages, the list of free pages, and the lookup of pages by their content."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -65,9 +65,9 @@ class BlockPool:
         self._order = np.zeros(num_pages, np.int64)  # for _distinct
 
     def allocate(self, n: int) -> NDArray[np.int64]:
-        """Take n free pages, those that cannot be found before those that can, of these the longest free first.
+        """Take n free pages: first those that cannot be found, then those that have been free longest.
 
-        What they held can no longer be found in them.
+        Their old content can no longer be found.
 
         Returns: (n,). Raises: OutOfPages.
         """
@@ -105,10 +105,10 @@ class BlockPool:
         return self._refs[self._check_pages(pages)]
 
     def register(self, pages: Pages, hashes: Sequence[bytes]) -> None:
-        """Let held pages be found by hashes of what they hold.
+        """Let held pages be found by the hashes of their content.
 
-        Of pages with one hash, the first stays the one found; once it is reused or forgotten, the last of the others
-        is. Raises: ValueError, where a page is free, or the numbers of pages and hashes differ.
+        If several pages have one hash, the first is found. Once it is reused or forgotten, the last of the others is
+        found. Raises: ValueError, where a page is free, or the numbers of pages and hashes differ.
         """
         pages = self._check_pages(pages)
         if pages.size != len(hashes):

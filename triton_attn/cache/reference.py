@@ -25,7 +25,7 @@ def append_kv_cache(
     rope_interleaved: bool = False,
     check_values: bool | None = None,
 ) -> None:
-    """See `triton_attn.append_kv_cache`; arguments are taken as right."""
+    """See `triton_attn.append_kv_cache`; arguments are not checked."""
     written = (slot_mapping >= 0) & (slot_mapping < k_cache.shape[0] * k_cache.shape[1])
     slots = slot_mapping[written]
     k, v = k[written].float(), v[written].float()
@@ -53,7 +53,7 @@ def append_latent_cache(
     rope_interleaved: bool = False,
     check_values: bool | None = None,
 ) -> None:
-    """See `triton_attn.append_latent_cache`; arguments are taken as right."""
+    """See `triton_attn.append_latent_cache`; arguments are not checked."""
     page_size = latent_cache.shape[1]
     written = (slot_mapping >= 0) & (slot_mapping < latent_cache.shape[0] * page_size)
     slots = slot_mapping[written]
@@ -88,7 +88,7 @@ def _latent_scale(amax):
 def copy_kv_pages(
     caches: Tensor | Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, *, check_values: bool | None = None
 ) -> None:
-    """See `triton_attn.copy_kv_pages`; arguments are taken as right."""
+    """See `triton_attn.copy_kv_pages`; arguments are not checked."""
     for cache in (caches,) if isinstance(caches, torch.Tensor) else caches:
         pages = _bits(cache).transpose(0, 1) if cache.ndim == 5 else _bits(cache)
         pages[dst_pages.long()] = pages[src_pages.long()]

@@ -1,4 +1,4 @@
-"""Sequences of tokens on pages: who holds which page, whatever a page holds."""
+"""Which sequence holds which pages. What a page stores is left to the caches."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -141,7 +141,7 @@ class PagedSequences:
         return Sequence(self, row), cached
 
     def extend(self, seqs: Iterable[Sequence], token_ids: int | Tensor | Iterable[int | TokenIds]) -> Tensor:
-        """Room for new tokens at the end of each sequence, for the whole batch or not at all.
+        """Reserve slots for new tokens at the end of each sequence, for the whole batch or not at all.
 
         What the sequences held before counts as written: pages that are full can be found from now on. A sequence
         whose last page is shared and not full gets a copy of it first.

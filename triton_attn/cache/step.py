@@ -1,4 +1,4 @@
-"""What a step of a server reads on the GPU, at addresses that stay."""
+"""The buffers that a server's step reads on the GPU, at fixed addresses."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -40,7 +40,8 @@ class ChangeLog:
 
 
 class CacheStep:
-    """Slots, lengths and block tables of a batch, at addresses that stay: a CUDA graph that reads them replays.
+    """Slots, lengths and block tables of a batch at fixed addresses, so that a CUDA graph that reads them can be
+    replayed.
 
         step = cache.step(max_batch=64, max_seqlen=8192)
         # Once for each captured batch size, as a CUDA graph:

@@ -1,4 +1,4 @@
-"""Arguments of the kernels of flash attention, forward and backward, and plans, which hold all but the tensors."""
+"""The arguments of the forward and backward kernels, and the plan of a launch, which holds all but the tensors."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,6 +1,6 @@
-"""The launcher of the backward pass of dense and varlen attention: which kernels, with which tiles and buffers.
+"""Launch the backward pass of dense and varlen attention: choose the kernels, their tiles and buffers.
 
-backward_kernels.py says what they compute, and by which two schedules.
+backward_kernels.py describes what they compute, and the two schedules.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """Configs of the backward kernels: the defaults, the search space of a sweep, and which configs cannot run.
 
-Defaults were chosen like those of the forward kernel (flash/configs.py), from compiled code, not from timings. Of the
-tiles that fit and do not spill on Triton 3.6.0 and 3.9.0 they have the highest `lock` in perf/model. A few spill, and
-have a higher `lock` than those that do not: tests/flash/test_backward_compiled.py lists them.
+Defaults were chosen like those of the forward kernel (flash/configs.py), from compiled code, not from timings. They
+have the highest `lock` in perf/model among the tiles that fit and do not spill on Triton 3.6.0 and 3.9.0. A few do
+spill, where their `lock` is higher all the same: tests/flash/test_backward_compiled.py lists them.
 
 TFLOP/s on sm_90, fp16, causal, Triton 3.6.0/3.9.0. The split schedule runs dkdv and dq, which do seven matmuls where
 five are counted: 5 / (4 / dkdv + 3 / dq).
@@ -24,9 +24,9 @@ The fused schedule is therefore the default, with three exceptions:
 - GPUs with mma.sync. On sm_80 (Triton 3.9.0) the fused schedule has 108 and the split one 111 at head dim 128, and 59
   and 91 at 256.
 
-A warp needs 16 rows for mma.sync, four warps need 64 for wgmma. If a tile has more warps than that, as dkdv at 256,
-warps repeat each other's matmuls. The split schedule also runs for deterministic=True, and for calls that need only dq,
-or only dk and dv. Below head dim 128 exp2 and conversions bound the loop of dq, not matmuls.
+A warp needs 16 rows for mma.sync, and four warps need 64 rows for wgmma. If a tile has fewer rows for its warps, as in
+dkdv at 256, warps repeat each other's matmuls. The split schedule also runs for deterministic=True, and for calls that
+need only dq, or only dk and dv. Below head dim 128 the loop of dq is bound by exp2 and conversions, not by matmuls.
 """
 
 import itertools

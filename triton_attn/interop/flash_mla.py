@@ -39,9 +39,9 @@ SUPPORT = Support(
 
 @dataclass
 class FlashMLASchedMeta:
-    """The result of `get_mla_metadata`, which is empty: our kernels are scheduled by the shapes of each call.
+    """The result of `get_mla_metadata`. It is empty: our kernels choose their schedule by the shapes of each call.
 
-    One object can be used for calls of any shape and length, unlike FlashMLA's, which holds one schedule.
+    One object can be used for calls of any shape and length. FlashMLA's object holds a single schedule.
 
     Attributes:
         tile_scheduler_metadata, num_splits: None, and not read.

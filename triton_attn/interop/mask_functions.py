@@ -1,8 +1,8 @@
 """The pattern of a transformers mask function: it is called once, with stand-ins for its indices.
 
 A mask function says whether the query at q_idx of row batch_idx sees the key at kv_idx. Its comparisons are recorded as
-a window around the query and a table of sequences. Other patterns are refused. The function is called and its source is
-not inspected, since torch.compile traces calls but not closures.
+a window around the query and a table of sequences. Other patterns are refused. The function is called rather than
+inspected, because torch.compile traces calls but not closures.
 """
 
 import math

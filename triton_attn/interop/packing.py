@@ -1,5 +1,5 @@
-"""Batches with padding: as concatenated sequences for `flash_attention_varlen`, and with one query per row as pages of
-one key for `paged_attention`.
+"""Batches with padding. Their sequences are concatenated for `flash_attention_varlen`. If each row has one query, every
+key is a page of its own for `paged_attention`.
 """
 
 from typing import NamedTuple
@@ -124,8 +124,8 @@ def pack(tokens, queries, seqlen_q, window):
 
     Args:
         tokens: (batch, num_keys), 0 for padding, n for a token of the n-th sequence of its row.
-        queries: (batch, seqlen_q), the entries of the tokens that are queries. None: queries are other tokens, and all
-            count.
+        queries: (batch, seqlen_q), the entries of the tokens that are queries. None: the queries are other tokens,
+            without padding.
     """
     if torch.compiler.is_compiling():
         return _pack_traced(tokens, queries, seqlen_q, window)

@@ -194,7 +194,7 @@ class PagedBackend:
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        """New tokens of all requests, one after the other: q (num_tokens, num_heads * head_dim). Returns (num_tokens,
+        """New tokens of all requests, concatenated: q (num_tokens, num_heads * head_dim). Returns (num_tokens,
         num_heads * v_head_dim), with 0 for tokens after the last request.
         """
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, kwargs)

@@ -1,4 +1,4 @@
-"""What a door to another library supports, for the tables of the docs and for the tests that hold them."""
+"""What a door to another library supports. The tables of the docs are made from it, and tests check it."""
 
 from typing import NamedTuple
 

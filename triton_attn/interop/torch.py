@@ -1,4 +1,4 @@
-"""torch's own attention on our kernels: its flash back end, through its registry, and scaled_dot_product_attention.
+"""Our kernels behind torch's own attention: its flash back end, through its registry, and scaled_dot_product_attention.
 
     import torch.nn.attention
     from triton_attn.interop.torch import register
@@ -6,7 +6,7 @@
     register()
     torch.nn.attention.activate_flash_attention_impl("triton_attn")
 
-From then on torch's flash operators run our kernels, and so does whatever calls the operators:
+From then on torch's flash operators run our kernels. So does everything that calls these operators:
 F.scaled_dot_product_attention where torch chooses its flash back end, torch.nn.attention.varlen, causal_lower_right,
 context parallelism (ring attention). torch.nn.attention.restore_flash_attention_impl() restores torch's kernels.
 Forward and backward run on every GPU from compute capability 8.0, and on ROCm, whose dispatch key is CUDA too.
@@ -375,7 +375,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention by `triton_attn.flash_attention`, on every device alike.
+    """torch.nn.functional.scaled_dot_product_attention, computed by `triton_attn.flash_attention` on every device.
 
     Args:
         query: (..., num_heads_q, seqlen_q, head_dim), or (seqlen_q, head_dim); fp16, bf16, fp32.
@@ -456,7 +456,8 @@ _route_lock, _route_depth, _route_before = threading.Lock(), 0, None
 
 @contextmanager
 def route_sdpa() -> Iterator[None]:
-    """Within it torch.nn.functional.scaled_dot_product_attention is `scaled_dot_product_attention` of this module.
+    """A context in which torch.nn.functional.scaled_dot_product_attention is the function of the same name in this
+    module.
 
     It holds for the whole process and not for one thread, because autograd recomputes checkpointed layers in its own
     threads. Run the backward pass of a checkpointed model within it, too. It can be nested, and entered by several

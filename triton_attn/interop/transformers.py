@@ -12,14 +12,13 @@ no time on it. Unsupported arguments raise NotImplementedError. So does a model 
 A model calls `token_mask` for its masks once per forward pass, and every layer passes one of them to `attention`. The
 mask alone says what queries see. It is never guessed from the layer.
 
-A decode step, with one query per row, is `paged_attention` over the cache, without a device-to-host sync. With padding
-every key is a page, so keys are read where they are.
+A decode step has one query per row and runs `paged_attention` over the cache, without a device-to-host sync. If rows
+have padding, every key is a page of its own, and the kernel reads keys in place.
 
-torch.compile(fullgraph=True) compiles a model to one graph, also in generate() with a static cache. The positions of
-padding and sequences are computed in it: for a prompt by an operator with one device-to-host sync per mask, for a
-decode step without a sync.
+torch.compile(fullgraph=True) compiles a model to one graph, also in generate() with a static cache. The graph computes
+the positions of padding and sequences. A prompt takes one device-to-host sync per mask for this, a decode step none.
 
-Continuous batching accepts only names that contain "flash", so there is a second name for it:
+Continuous batching accepts only names that contain "flash". The kernels have a second name for it:
 
     model.set_attn_implementation(register_for_generate_batch())
     outputs = model.generate_batch(prompts)

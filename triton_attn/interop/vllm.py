@@ -7,10 +7,10 @@ classes, but do not import vLLM. vLLM imports `_vllm_backends` when one of the b
 from its abstract classes. The interface is that of vLLM 0.33. With another version `register` warns and registers
 nothing.
 
-The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side, in
-any physical layout, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
-qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). A
-cache in fp8 with one scale per tensor is passed as uint8 or as fp8.
+The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side. Any
+physical layout is supported, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
+qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). A cache in fp8 with one scale per tensor is
+passed as uint8 or as fp8.
 """
 
 import inspect
@@ -84,7 +84,7 @@ COMMON_FIELDS = (
 
 
 def register() -> None:
-    """Register both back ends with vLLM. With another interface than that of VERSION, warn and register none.
+    """Register both back ends with vLLM. If vLLM's interface differs from that of VERSION, warn and register neither.
 
     vLLM calls it in each of its processes. Repeated calls change nothing. The RuntimeWarning names the differences.
     """
@@ -206,10 +206,10 @@ class PagedAttention:
 
     batch_invariant as in `paged_attention`.
 
-    With decode context parallelism, a group of dcp_world_size ranks shares one KV head, whose keys they hold in turn.
-    dcp_group gathers the queries of all ranks, and dcp_combine, a function of vLLM, returns to each rank its heads'
-    attention over all keys: (out (num_tokens, heads of all, head_size), lse (num_tokens, heads of all), dcp_group,
-    return_lse=True) to the same for its own heads.
+    With decode context parallelism, dcp_world_size ranks share one KV head and hold its keys in turn. dcp_group gathers
+    the queries of all ranks. dcp_combine is a function of vLLM that merges results over the keys of each rank. It takes
+    out (num_tokens, heads of all ranks, head_size), lse (num_tokens, heads of all ranks), dcp_group and
+    return_lse=True. It returns out and lse of this rank's heads over all keys.
     """
 
     batch_invariant: bool | None = None

@@ -24,7 +24,7 @@ def prefill(call, schedule, check_values, return_lse):
     """
     if not is_observed(*call.tensors, *call.lengths[:2]):
         out, lse = _new_outputs(call.q_nope, call.w_uv, return_lse)
-        _launch(call, out, lse, schedule, check_values)
+        _launch(out, lse, call, schedule, check_values)
         return out, lse
     refuse_transforms(**dict(zip(call._fields, call.tensors)))
     mode, max_workspace_bytes, wants_grad = schedule
@@ -39,7 +39,7 @@ def _new_outputs(q_nope, w_uv, wants_lse=True):
 
 
 @without_autocast
-def _launch(call, out, lse, schedule, check_values):
+def _launch(out, lse, call, schedule, check_values):
     if check_values:
         call.lengths.check_values(call.q_nope.shape[0], call.kv_latent.shape[0])
     mode, heads_each, rows_each = choose_schedule(ProblemSizes.of(call), *schedule)
@@ -75,7 +75,7 @@ def mla_prefill(
     out, lse = _new_outputs(q_nope, w_uv)
     lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal)
-    _launch(call, out, lse, (mode, max_workspace_bytes, wants_grad), check_values)
+    _launch(out, lse, call, (mode, max_workspace_bytes, wants_grad), check_values)
     return out, lse
 
 

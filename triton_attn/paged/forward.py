@@ -43,7 +43,7 @@ from .._jit.paging import cache_rows, decode_tile
 from .._jit.shards import columns_before, mask_scores_of_rank, scale_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, merge_weights, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, merge_rows, scale_rows, store_tile, zeros_tile
-from .._jit.workarounds import dot_in_ifs, fence_copies, in_vectors
+from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors
 from ..merge.kernel import launch_merge
 from ..merge.splits import FIXED_KEYS, SplitWork, choose_num_splits, fixed_splits, resident_programs
 from .configs import PROGRAM_RATE, PagedCase, PagedConfig, fixed_rows
@@ -159,15 +159,22 @@ def _num_cached(seqlen_k, window, TILE: tl.constexpr):
 
 
 @triton.jit
+def _place_in_sequence(tile, queries, head_kv, batch, TILE: tl.constexpr):
+    """The Place of a tile's rows, of one sequence."""
+    rows = tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+    batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
+    head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
+    return Place(batch_index, queries.first + rows // TILE.GROUP_SIZE, head, rows < queries.num * TILE.GROUP_SIZE)
+
+
+@triton.jit
 def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     """Rows of one sequence and its keys, with a tree those that no node has."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
     num_keys = _num_cached(seqlen_k, window, TILE)
     first_row = queries.tile * TILE.BLOCK_M
-    rows = first_row + tl.arange(0, TILE.BLOCK_M)
-    query = rows // TILE.GROUP_SIZE  # (BLOCK_M,)
-    head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
+    query = (first_row + tl.arange(0, TILE.BLOCK_M)) // TILE.GROUP_SIZE  # (BLOCK_M,)
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
@@ -178,8 +185,7 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
         blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
     else:
         blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
-    batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
-    place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
+    place = _place_in_sequence(queries.tile, queries, head_kv, batch, TILE)
     return Rows(place, queries.sequence, query + first_position, num_keys, queries.sequence, blocks)
 
 
@@ -374,6 +380,8 @@ def _paged_fwd_kernel(
         _store_rows(results, place, out_tile, lse, TILE.HEAD_DIM_V)
     else:
         tile, lse = _attend(q_tile, keys, rows, blocks, scoring, split == 0, TILE)
+        if not TILE.SHARED:
+            place = _place_in_sequence(computed_again(queries.tile), queries, head_kv, sequences, TILE)
         _store_rows(results, place, tile, lse, TILE.HEAD_DIM_V, is_read)
 
 

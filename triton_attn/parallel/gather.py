@@ -1,7 +1,7 @@
 """Method "all_gather": each rank fetches the keys and values that its queries see, and attends to them at once.
 
-A rank sends a key only to the ranks that have a query that sees it: under a window, to its neighbours. Keys and values
-are fetched again in the backward pass, so between the passes a rank holds its own rows alone.
+A rank sends a key only to ranks whose queries see it; under a window these are its neighbours. Keys and values are
+fetched again in the backward pass. Between the passes a rank holds only its own rows.
 """
 
 import functools

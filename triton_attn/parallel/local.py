@@ -1,4 +1,4 @@
-"""What one rank computes: attention of some of its queries over some keys, from wherever they came."""
+"""What one rank computes: attention of some of its queries over some keys, its own or received ones."""
 
 import functools
 import itertools

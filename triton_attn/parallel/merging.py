@@ -1,4 +1,4 @@
-"""Results over the keys of each rank, brought together: one collective, and a merge by log-sum-exps."""
+"""Merge the results over each rank's keys: one collective, then a merge by log-sum-exps."""
 
 import torch
 import torch.distributed as dist

@@ -1,8 +1,7 @@
 """Multi-head latent attention over sequences that are sharded over a mesh: the latent vectors of all keys are gathered.
 
-A key has one latent vector and one rotary key for all heads, 576 numbers in DeepSeek's models, where its keys and
-values of 128 heads have 40960. They are fetched again in the backward pass, so between the passes a rank holds its own
-rows alone.
+A token has one latent vector and one rotary key for all heads: 576 elements in DeepSeek's models, whose keys and values
+of 128 heads have 40960. They are fetched again in the backward pass. Between the passes a rank holds only its own rows.
 """
 
 from typing import Any, NamedTuple

@@ -1,8 +1,8 @@
 """Method "ring": keys and values go round from rank to rank, and each rank attends to those that it has at the moment.
 
-The next block is on its way while this one is attended to, so a rank holds two blocks. The parts of a row's result are
-merged by their log-sum-exps in fp32. In the backward pass the gradients of a block follow it, in fp32, and are complete
-when they are back at its owner.
+A rank receives the next block while it attends to this one, so it holds two blocks. The results of a row over all
+blocks are merged by their log-sum-exps in fp32. In the backward pass the fp32 gradients of a block go round with it.
+They are complete when they are back at its owner.
 
 Source: Liu et al., Ring Attention with Blockwise Transformers (2023), arXiv:2310.01889.
 """

@@ -1,7 +1,7 @@
 """Method "ulysses": ranks exchange rows for heads, and each attends to whole sequences for some of the heads.
 
-A KV head goes to the ranks that have a query head of its group, and to no other. What a rank receives for the forward
-pass stays for the backward pass, in place of its rows.
+A KV head goes only to ranks that have a query head of its group. A rank keeps what it receives in the forward pass for
+the backward pass, instead of its own rows.
 
 Source: Jacobs et al., DeepSpeed Ulysses (2023), arXiv:2309.14509.
 """

@@ -2,14 +2,14 @@
 
     from triton_attn.interop import flashinfer      # was: import flashinfer
 
-`plan` turns CSR page lists into a block table on the device, without a device-to-host sync, and `run` is one call of
+`plan` turns CSR page lists into a block table on the device, without a device-to-host sync. `run` is one call of
 `paged_attention` or `flash_attention_varlen`. lse has base 2 and shape (tokens, heads), as in FlashInfer. Options that
-choose among FlashInfer's kernels (backend, use_tensor_cores, enable_pdl, non_blocking) have no effect, and of workspace
-buffers only the device is read. No other argument is ignored: what is not supported raises NotImplementedError. The
-signatures are those of FlashInfer 0.6.
+choose among FlashInfer's kernels (backend, use_tensor_cores, enable_pdl, non_blocking) have no effect. A workspace
+buffer is not used; only its device is read. No other argument is ignored: unsupported values raise NotImplementedError.
+The signatures are those of FlashInfer 0.6.
 
-With use_cuda_graph=True the block table, lengths and indptrs stay where they are, `plan` writes them in place, and a
-captured `run` follows each later `plan`. `plan` with device tensors makes no sync, so that it can be captured too.
+With use_cuda_graph=True the block table, lengths and indptrs keep their addresses. `plan` writes them in place, and a
+replayed `run` uses those of the last `plan`. `plan` with device tensors has no sync, so it can be captured too.
 """
 
 from ..support import Support

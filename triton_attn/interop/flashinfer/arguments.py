@@ -1,4 +1,4 @@
-"""Arguments of FlashInfer's functions: what they become in ours, and which values are refused."""
+"""FlashInfer's arguments, translated to those of our functions. Unsupported values are refused."""
 
 import math
 from typing import Any, NoReturn

@@ -1,4 +1,4 @@
-"""Attention of one sequence, and merged attention over parts of the keys."""
+"""FlashInfer's functions for one sequence, and for merging attention over parts of the keys."""
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def _attend_to_one(q, k, v, kv_layout, scales, sm_scale, options, return_lse):
 
 
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two parts of the keys from that over each, by `triton_attn.merge_attention`.
+    """Merge attention over two parts of the keys, by `triton_attn.merge_attention`.
 
     Args:
         v_a, v_b: (tokens, num_heads, head_dim), attention over a part.

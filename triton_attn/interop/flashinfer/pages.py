@@ -1,4 +1,4 @@
-"""CSR page lists and indptrs on the device, and new keys and values in pages."""
+"""CSR page lists and indptrs on the device, and functions that append keys and values to pages."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .arguments import CacheLike, check_layout, fail
 class PageLists:
     """CSR page lists as `paged_attention` takes them: block_table (batch, max_pages) and seqlens (batch,), int32.
 
-    The table's storage has a row more at either end, for entries of `indices` that belong to no sequence. `fixed` is
+    The table's storage has one more row at each end, for entries of `indices` that belong to no sequence. `fixed` is
     (batch, max_pages) of a table that every `fill` writes in place. `lengths` names the argument that holds lengths.
     """
 
@@ -206,10 +206,10 @@ def append_paged_kv_cache(
 
     Args:
         append_key, append_value: of the cache's dtype, or fp16, bf16 or fp32 for an fp8 cache.
-        batch_indices, positions: (nnz,), as `get_batch_indices_positions` gives them; a token with a sequence below 0
-            is skipped, and one beyond the pages of its sequence.
+        batch_indices, positions: (nnz,), as `get_batch_indices_positions` gives them. A token is skipped if its
+            sequence is below 0, or if its position is beyond the pages of its sequence.
         paged_kv_cache, kv_indices, kv_indptr, kv_layout: as in `BatchDecodeWithPagedKVCacheWrapper`.
-        kv_last_page_len: not read; positions say it.
+        kv_last_page_len: not read; positions imply it.
 
     Example:
         >>> from triton_attn.interop import flashinfer
@@ -240,8 +240,9 @@ def append_paged_mla_kv_cache(
     kv_indptr: Tensor,
     kv_last_page_len: Tensor,
 ) -> None:
-    """`append_paged_kv_cache` of latent vectors (nnz, head_dim_ckv) and rotary keys (nnz, head_dim_kpe), whose caches
-    are those of `BatchMLAPagedAttentionWrapper`. For fp8 caches divide by their scales before; numbers saturate.
+    """`append_paged_kv_cache` of latent vectors (nnz, head_dim_ckv) and rotary keys (nnz, head_dim_kpe). The caches are
+    those of `BatchMLAPagedAttentionWrapper`. Values for fp8 caches must already be divided by the scales; they
+    saturate.
 
     Example:
         >>> from triton_attn.interop import flashinfer

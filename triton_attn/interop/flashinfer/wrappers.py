@@ -1,4 +1,4 @@
-"""Wrappers of batches: `plan` once for a step, `run` for each layer."""
+"""FlashInfer's wrappers for batches. `plan` is called once per step, `run` once per layer."""
 
 import functools
 import math
@@ -45,10 +45,10 @@ class _Wrapper:
         return self._use_cuda_graph
 
     def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor | None) -> None:
-        """Nothing: our kernels take no workspace."""
+        """Do nothing: our kernels take no workspace."""
 
     def end_forward(self) -> None:
-        """Nothing, as in FlashInfer."""
+        """Do nothing, as in FlashInfer."""
 
     def _kinds(self, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, dtypes):
         """What `run` compares q, and keys and values with. dtypes are those of q, of keys and values, of the output."""
@@ -113,13 +113,14 @@ class _PagedWrapper(_Wrapper):
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
-    """One query, or q_len_per_req of them, of each sequence over a paged cache: `plan` per step, `run` per layer.
+    """Attention of one query, or q_len_per_req queries, of each sequence over a paged cache.
 
     Args:
         float_workspace_buffer: any tensor on the device of the cache.
         kv_layout: "NHD", pages (page_size, num_kv_heads, head_dim), or "HND", (num_kv_heads, page_size, head_dim).
-        use_cuda_graph: see the module. The buffers, of which only the sizes are read, are needed then: the batch is
-            that of paged_kv_last_page_len_buffer, and the table takes (batch + 2) len(paged_kv_indices_buffer) int32.
+        use_cuda_graph: see the module. It needs the buffers, of which only the sizes are read.
+            paged_kv_last_page_len_buffer gives the batch size. The block table takes (batch + 2)
+            len(paged_kv_indices_buffer) int32.
         use_tensor_cores, backend: not read.
         jit_args: None.
 
@@ -188,8 +189,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
         """Take the page lists and options of the next `run` calls.
 
         Args:
-            indptr: (batch + 1,) int32, where the pages of each sequence begin in indices. On the CPU it gives the
-                block table its exact width; on the device the width is len(indices), which takes memory, not time.
+            indptr: (batch + 1,) int32, where the pages of each sequence begin in indices. If it is on the CPU, the
+                block table has its exact width. If it is on the device, the width is len(indices), which costs memory
+                but no time.
             indices: (indptr[-1],) int32 or more, the pages.
             last_page_len: (batch,) int32, keys in the last page of each sequence.
             pos_encoding_mode: "NONE" or "ALIBI", with FlashInfer's slopes. "ROPE_LLAMA" raises NotImplementedError:
@@ -330,12 +332,12 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
-    """Any number of queries of each sequence, the last of its tokens or, not causal, any, over a paged cache.
+    """Attention of any number of queries of each sequence over a paged cache. With causal they are its last tokens.
 
     Args:
         float_workspace_buffer, kv_layout, backend: as in `BatchDecodeWithPagedKVCacheWrapper`.
-        use_cuda_graph: see the module. The four buffers are needed then: `plan` writes qo_indptr_buf, and of the others
-            only the sizes are read. `run` takes as many rows of q at every replay; those past qo_indptr[-1] are 0.
+        use_cuda_graph: see the module. It needs the four buffers: `plan` writes qo_indptr_buf, and reads only the sizes
+            of the others. q has the same number of rows at every replay; rows past qo_indptr[-1] have out = 0.
         custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs: None.
 
     Example:
@@ -416,9 +418,10 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
             head_dim_vo: of values and outputs; None is head_dim_qk.
             causal: query i sees no key after its own position, aligned to the bottom right. False with ALIBI raises
                 NotImplementedError: FlashInfer's bias grows with keys after the query, ours falls with any distance.
-            max_token_per_sequence: the most queries of a sequence; by it tiles are chosen. None is read from a
-                qo_indptr on the CPU, and is otherwise the rows of q. Under a CUDA graph every plan has the same.
-            seq_lens_q, max_sequence_kv: not read; the indptrs say it.
+            max_token_per_sequence: the largest number of queries of a sequence, by which tiles are chosen. None:
+                computed from a qo_indptr on the CPU, otherwise the rows of q. Under a CUDA graph it is the same for
+                every plan.
+            seq_lens_q, max_sequence_kv: not read; the indptrs imply them.
             custom_mask, packed_custom_mask, prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len,
                 max_item_len_ptr, use_fp16_qk_reduction: their defaults.
         """
@@ -518,12 +521,12 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
-    """Queries over keys and values that are packed too, without pages; `triton_attn.flash_attention_varlen`.
+    """Packed queries over packed keys and values, without pages, by `triton_attn.flash_attention_varlen`.
 
     Args:
         float_workspace_buffer, kv_layout, backend: as in `BatchDecodeWithPagedKVCacheWrapper`; "HND" keys are
             (num_kv_heads, total_k, head_dim).
-        use_cuda_graph: see the module. qo_indptr_buf and kv_indptr_buf are needed then, and written by `plan`.
+        use_cuda_graph: see the module. It needs qo_indptr_buf and kv_indptr_buf, which `plan` writes.
         custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs: None.
 
     Example:
@@ -591,8 +594,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
     ) -> None:
         """As `BatchPrefillWithPagedKVCacheWrapper.plan`, with kv_indptr (batch + 1,), where keys begin in k and v.
 
-        kv_data_type is q's dtype, max_sequence_kv for keys what max_token_per_sequence is for queries; keys are never
-        split, whatever disable_split_kv says; seq_lens is not read, v_indptr and o_indptr are None.
+        kv_data_type is q's dtype. max_sequence_kv is for keys what max_token_per_sequence is for queries. Keys are
+        never split, whatever disable_split_kv says. seq_lens is not read. v_indptr and o_indptr are None.
         """
         refuse(v_indptr=v_indptr, o_indptr=o_indptr)
         refuse_prefill(
@@ -697,12 +700,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
 
 
 class BatchMLAPagedAttentionWrapper(_Wrapper):
-    """Absorbed MLA queries, any number of each sequence, over latent vectors and rotary keys in pages of two tensors.
+    """Attention of absorbed MLA queries, any number of each sequence, over pages of latent vectors and of rotary keys.
 
     Args:
         float_workspace_buffer: any tensor on the device of the caches.
-        use_cuda_graph: see the module. The four buffers are needed then: `plan` writes qo_indptr, and of the others
-            only the sizes are read.
+        use_cuda_graph: see the module. It needs the four buffers: `plan` writes qo_indptr, and reads only the sizes of
+            the others.
         backend: not read.
 
     Example:
@@ -756,7 +759,7 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
             kv_len_arr: (batch,) int32, keys of each sequence.
             num_heads, head_dim_ckv, head_dim_kpe, page_size: those of `run`'s tensors. head_dim_kpe may be 0.
             causal: query i sees no key after its own position, aligned to the bottom right.
-            sm_scale: of the width of queries and keys before absorption.
+            sm_scale: based on the width of queries and keys before absorption.
             q_data_type: fp16, bf16 or fp32.
             kv_data_type: the same, float8_e4m3fn or float8_e5m2.
             use_profiler: False.
@@ -792,7 +795,7 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
         ckv_scale_arr: None = None,
         kpe_scale: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`triton_attn.mla_decode` of queries that are absorbed already. The caches are not copied.
+        """`triton_attn.mla_decode` of absorbed queries. The caches are not copied.
 
         Args:
             q_nope, q_pe: (qo_indptr[-1] or more, num_heads, head_dim_ckv) and (..., head_dim_kpe).
@@ -800,8 +803,8 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
                 may be slices of one tensor.
             out, lse: where to write the results; out takes a copy.
             return_lse_base_on_e: lse is the natural logarithm, not that of base 2.
-            ckv_scale, kpe_scale: factors of fp8 caches, both needed with them and with no others: a number above 0, or
-                an fp32 tensor (1,). kpe_scale may be None without a rotary part.
+            ckv_scale, kpe_scale: factors of fp8 caches, a number above 0 or an fp32 tensor (1,). An fp8 cache needs
+                both, but kpe_scale may be None without a rotary part. Other caches take none.
             profiler_buffer, kv_len, page_table, o_scale, ckv_scale_arr: None.
 
         Returns:
