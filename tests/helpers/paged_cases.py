@@ -9,10 +9,11 @@ from unittest import mock
 import torch
 import triton
 from scores import Scores
+from trees import bits_of
 
 from triton_attn import paged_attention
 from triton_attn._host import gpu
-from triton_attn._host.definition import attend, visible_keys
+from triton_attn._host.definition import attend, attend_tree, visible_keys
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
@@ -53,6 +54,7 @@ class Case(Scores):
     config: PagedConfig
     seed: int
     key_shard: tuple | None = None  # (rank, num_ranks, interleave): the cache has the rank's keys alone
+    tree: str | None = None  # of KINDS of trees: bits say which of its last keys a query sees
 
     @property
     def num_heads_q(self):
@@ -118,6 +120,10 @@ class Inputs:
         slopes_shape = (batch, case.num_heads_q) if case.alibi == "per sequence" else (case.num_heads_q,)
         self.alibi_slopes = torch.rand(slopes_shape, generator=self.generator).to(DEVICE) if case.alibi else None
         self.sinks = self._randn(case.num_heads_q).to(case.sinks) if case.sinks else None
+        lengths = (*case.seqlens_q, case.spare_rows)
+        self.bits = None
+        if case.tree:
+            self.bits = [bits_of(case.tree, n, self.generator).to(DEVICE) for n in lengths]
 
     def _randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(DEVICE)
@@ -181,15 +187,15 @@ class Inputs:
         for i, (k, v) in enumerate(zip(self.clean_k, self.clean_v)):
             slopes = self.alibi_slopes[i] if self.case.alibi == "per sequence" else self.alibi_slopes
             own, offset = self.own[i].to(DEVICE), self.case.seqlens_k[i] - self.case.seqlens_q[i]
-            out, lse = attend(
+            places = dict(offset=offset, key_positions=own) if self.bits is None else dict(tree_mask=self.bits[i])
+            out, lse = (attend if self.bits is None else attend_tree)(
                 queries[i][None].to(upcast),
                 k.to(upcast),
                 v.to(upcast),
                 alibi_slopes=slopes,
                 sinks=self.sinks,
                 compute_dtype=dtype,
-                offset=offset,
-                key_positions=own,
+                **places,
                 **self.case.options,
             )
             outs.append(out[0])
@@ -205,6 +211,8 @@ class Inputs:
             options["cu_seqlens_q"] = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
             options["max_seqlen_q"] = max(case.seqlens_q, default=0)
         q = lay_out(q, case.q_layout)
+        if case.tree:
+            options["tree_mask"] = torch.cat(self.bits).view(q.shape[:-2])
         if case.gives_out:
             larger = torch.full((*q.shape[:-1], case.head_dim_v + 3), NAN, dtype=case.dtype, device=DEVICE)
             options["out"] = larger[..., : case.head_dim_v]
@@ -265,7 +273,7 @@ def check(case):
     if out.numel():
         check_values(case, inputs, out, lse)
     if INTERPRETED and out.numel():
-        check_accesses(case, accesses)
+        check_accesses(case, inputs, accesses)
 
 
 def check_values(case, inputs, out, lse):
@@ -284,10 +292,10 @@ def check_values(case, inputs, out, lse):
     assert_close_to_reference(lse, lse64, torch_out=torch_lse, floor=floor, name="lse")
 
 
-def check_accesses(case, accesses):
+def check_accesses(case, inputs, accesses):
     """If one tile has all rows of a KV head for a sequence, each visible key is loaded once."""
     size = case.cache_dtype.itemsize
-    most = keys_loaded(case) * case.num_heads_kv * size
+    most = keys_loaded(case, inputs) * case.num_heads_kv * size
     exactly = not case.shared_prefix_len and max(case.seqlens_q) * case.group_size <= case.config.block_m
     for name, head_dim in (("k.ptr", case.head_dim), ("v.ptr", case.head_dim_v)):
         loaded = accesses.bytes_loaded[name]
@@ -296,7 +304,7 @@ def check_accesses(case, accesses):
             assert loaded == most * head_dim
 
 
-def keys_loaded(case):
+def keys_loaded(case, inputs):
     """Keys from the first to the last visible one for the rows of a tile, over all tiles. If each tile is in one page,
     the first key is rounded down to a tile.
     """
@@ -304,7 +312,10 @@ def keys_loaded(case):
     if case.page_size and case.page_size % case.config.block_n == 0:
         align = case.config.block_n
     total = 0
-    for seqlen_q, seqlen_k in zip(case.seqlens_q, case.seqlens_k):
+    for i, (seqlen_q, seqlen_k) in enumerate(zip(case.seqlens_q, case.seqlens_k)):
+        if case.tree:
+            total += _keys_of_tree(case, inputs.bits[i], seqlen_k, align)
+            continue
         visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
         visible = visible[:, case.own(seqlen_k)]
         rows = visible.repeat_interleave(case.group_size, dim=0)
@@ -315,4 +326,16 @@ def keys_loaded(case):
     if case.shared_prefix_len:  # once more for each tile of all queries
         num_tiles = math.ceil(sum(case.seqlens_q) * case.group_size / case.config.block_m)
         total += num_tiles * len(case.own(min(case.shared_prefix_len, max(case.seqlens_k))))
+    return total
+
+
+def _keys_of_tree(case, bits, seqlen_k, align):
+    """Of one sequence: all keys, since any may be a draft that is seen, but for those before the window."""
+    left, total = case.window_size[0], 0
+    first = seqlen_k - len(bits)
+    counts = torch.tensor([bin(x % 2 ** len(bits)).count("1") for x in bits.tolist()])
+    positions = (first + counts - 1).repeat_interleave(case.group_size)
+    for tile in positions.split(case.config.block_m) if len(bits) else ():
+        lo = max(int(tile.min()) - left, 0) // align * align if left >= 0 else 0
+        total += max(seqlen_k - lo, 0)
     return total

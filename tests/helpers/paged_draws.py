@@ -3,7 +3,9 @@
 from hypothesis import strategies as st
 from paged_cases import FLOAT8, HEAD_DIMS, LAYOUTS, PAGE_SIZES, Case
 from scores import draw_key_shard, draw_scores
+from trees import KINDS
 
+from triton_attn._host.options import MAX_DRAFTS
 from triton_attn.paged.configs import PagedConfig
 
 
@@ -28,6 +30,10 @@ def cases(draw, dtype, varlen):
         shared_prefix_len = draw(st.integers(0, 120))
         if draw(st.booleans()):  # whole pages; otherwise it may end inside one
             shared_prefix_len -= shared_prefix_len % page_size
+    key_shard = draw_key_shard(draw, page_size or 1)
+    tree = None
+    if key_shard is None and max(seqlens_q, default=0) <= MAX_DRAFTS:
+        tree = draw(st.sampled_from([None, None, *KINDS]))
     scale = st.sampled_from([None, 0.5, "one", "per head"])
     return Case(
         varlen=varlen,
@@ -51,5 +57,6 @@ def cases(draw, dtype, varlen):
         gives_out=draw(st.booleans()),
         config=config,
         seed=draw(st.integers(0, 2**16)),
-        key_shard=draw_key_shard(draw, page_size or 1),
+        key_shard=key_shard,
+        tree=tree,
     )

@@ -70,5 +70,8 @@ class LatentKVCache(PagedSequences):
         shape = (num_layers, num_pages, self._page_slots, width)
         self.latent_cache = torch.empty(shape, dtype=dtype, device=self.device)
 
+    def _tensors(self):
+        return (self.latent_cache,)
+
     def _copy_pages(self, src_pages, dst_pages):
         copy_kv_pages(self.latent_cache.unsqueeze(3), src_pages, dst_pages)

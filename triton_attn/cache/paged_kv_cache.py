@@ -89,5 +89,8 @@ class PagedKVCache(PagedSequences):
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
         self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
 
+    def _tensors(self):
+        return self.k_cache, self.v_cache
+
     def _copy_pages(self, src_pages, dst_pages):
         copy_kv_pages((self.k_cache, self.v_cache), src_pages, dst_pages)

@@ -18,8 +18,9 @@ from .._host.layout import INDICES, LSE, capacity_of, clear_outputs, tiles_each,
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
 from .._host.workspace import empty, only_counts
-from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
+from .._jit.args import Sequences, ShardWindow, Strides, View, Window, bits_of_rows, scale_of, window_of
 from .._jit.blocks import split_blocks, visible_range
+from .._jit.drafts import load_bits, mask_scores_of_tree, without_drafts
 from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
@@ -89,6 +90,7 @@ class AbsorbedTile(NamedTuple):
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
     SHARDED: bool  # the cache has one rank's keys
+    TREE: bool  # bits say which of the last keys a query sees
     SEARCH: bool  # programs find their sequence by bisection
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
     INPUT_PRECISION: str
@@ -255,6 +257,14 @@ def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
         return s
 
 
+class Sight(NamedTuple):
+    """What decides which keys the rows of a tile see: their positions, and with TREE their bits from a key on."""
+
+    positions: object
+    bits: object
+    first_draft: object
+
+
 @triton.jit
 def _visible_keys(start, end, seqlen_k, window, TILE: tl.constexpr):
     """How many keys of a sequence are in the cache, and the Blocks that rows at the positions [start, end) see."""
@@ -266,9 +276,12 @@ def _visible_keys(start, end, seqlen_k, window, TILE: tl.constexpr):
 
 
 @triton.jit
-def _mask(s, positions, start_n, num_keys, window, TILE: tl.constexpr):
-    """Scores, -inf where a row at one of the positions does not see a key."""
-    if TILE.SHARDED:
+def _mask(s, seen_by, start_n, num_keys, window, TILE: tl.constexpr):
+    """Scores, -inf where a row does not see a key."""
+    positions = seen_by.positions
+    if TILE.TREE:
+        return mask_scores_of_tree(s, positions, seen_by.bits, start_n, num_keys, seen_by.first_draft, window)
+    elif TILE.SHARDED:
         return mask_scores_of_rank(s, positions, start_n, num_keys, window)
     else:
         return mask_scores(s, positions, start_n, num_keys, 0, window)
@@ -287,6 +300,7 @@ def _mla_absorbed_kernel(
     block_table_ptr,
     table_stride,
     seqs,
+    tree,
     seqlen_q,
     seqlen_k,
     num_tiles,
@@ -343,9 +357,15 @@ def _mla_absorbed_kernel(
     start = tile * BLOCK_M // NUM_HEADS + first_position
     end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
     seqlen_k, blocks = _visible_keys(start, end, seqlen_k, window, TILE)
+    if TILE.TREE:
+        blocks = without_drafts(blocks, first_position, BLOCK_N)
     blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
 
     sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
+    bits = positions  # not read
+    if TILE.TREE:
+        bits = load_bits(tree, sequence, first_q + queries, rows_mask, bounds.seqlen_q)
+    sight = Sight(positions, bits, first_position)
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
     q_ptrs = q.ptr + row_offsets(sequence, first_q + queries, heads, q.strides)[:, None]
@@ -393,12 +413,12 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), positions, start_n, seqlen_k, window, TILE)
+                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), sight, start_n, seqlen_k, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = _mask(s, positions, start_n, seqlen_k, window, TILE)
+                s = _mask(s, sight, start_n, seqlen_k, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
@@ -432,13 +452,14 @@ def launch_mla_decode(
     batch_invariant=False,
     key_shard=None,
     workspace=None,
+    tree_mask=None,
 ):
     """Launch the kernels of `mla_decode`: absorption with w_uk, attention, merge and projection of the splits.
 
     lse is (batch, num_heads, seqlen_q) or None: not wanted. rope is (cos, sin, interleaved), cos None for none; config
     an MlaDecodeConfig (None: the default). rope_cache holds the rotary keys if latent_cache does not. queries is
     (cu_seqlens_q, max_seqlen_q) of packed tensors (total, ...). factors is (k_scale, k_pe_scale). key_shard is the
-    KeyShard of the cache, or None. No device-to-host sync.
+    KeyShard of the cache, or None. tree_mask is that of `mla_decode`. No device-to-host sync.
     """
     cu_seqlens_q, max_seqlen_q = queries
     batch, absorb = cache_seqlens.shape[0], None
@@ -464,7 +485,8 @@ def launch_mla_decode(
         scale_log2 = 1.0
     joined = rope_cache is None and latent_cache.dtype != torch.uint8
     sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
-    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal, joined, factors, batch_invariant, key_shard)
+    call = AbsorbedCall(q_nope, q_pe, cache, sequences, scale_log2, causal and tree_mask is None, joined, factors)
+    call = call._replace(batch_invariant=batch_invariant, key_shard=key_shard, tree_mask=tree_mask)
     _attend(call, w_uv, out, lse, num_splits, config, absorb, workspace)
 
 
@@ -518,6 +540,7 @@ class AbsorbedCall(NamedTuple):
     factors: tuple = (None, None)  # (k_scale, k_pe_scale)
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
+    tree_mask: torch.Tensor | None = None
 
 
 class AbsorbedKey(NamedTuple):
@@ -535,6 +558,7 @@ class AbsorbedKey(NamedTuple):
     batch: int
     max_seqlen_q: int
     causal: bool
+    has_tree: bool
     joined: bool
     has_factors: bool
     is_projected: bool  # a launch that multiplies with w_uv follows
@@ -630,6 +654,7 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         block_table,
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
+        None if call.tree_mask is None else bits_of_rows(call.tree_mask),
         *plan.counts,
         len(parts),
         batch,
@@ -669,7 +694,7 @@ def _results(q, out, lse, w_uv, num_splits, workspace):
 
 
 def _key_of(call, is_projected, num_splits):
-    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant, key_shard = call
+    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, batch_invariant, key_shard, *_ = call
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -686,6 +711,7 @@ def _key_of(call, is_projected, num_splits):
         batch,
         max_seqlen_q,
         causal,
+        call.tree_mask is not None,
         joined,
         factors != (None, None),
         is_projected,
@@ -701,7 +727,7 @@ def _key_of(call, is_projected, num_splits):
 @remember
 def _plan(key, wanted, config):
     """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
-    if config is None and (plan := plan_hopper(key, wanted)) is not None:
+    if config is None and not key.has_tree and (plan := plan_hopper(key, wanted)) is not None:
         return plan
     (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
     cache = [of_latents, key.layout_scales, key.layout_rope]
@@ -754,6 +780,7 @@ def _plan(key, wanted, config):
         VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,
         SHARDED=key.key_shard is not None,
+        TREE=key.has_tree,
         SEARCH=search,
         SPLIT_KEYS=FIXED_KEYS if key.batch_invariant else 0,
         INPUT_PRECISION=key.precision,

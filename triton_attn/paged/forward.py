@@ -24,8 +24,9 @@ from .._host.layout import (
 from .._host.observers import number_and_tensor
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
-from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
+from .._jit.args import Scales, Scores, Splits, Strides, View, bits_of_rows, scale_of, window_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
+from .._jit.drafts import count_bits, load_bits, mask_scores_of_tree, scale_scores_of_tree, without_drafts
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
@@ -66,6 +67,7 @@ class Tile(NamedTuple):
         bool  # rows of all sequences over the keys of the shared prefix; otherwise of one sequence over its other keys
     )
     SHARDED: bool  # the cache has one rank's keys
+    TREE: bool  # bits say which of the last keys a query sees
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
@@ -117,6 +119,8 @@ class Rows(NamedTuple):
     sequence: object  # of the tile, or of each row
     position: object  # of each row among the keys of its sequence, those of all ranks
     end_key: object  # of the tile, or of each row
+    first_draft: object  # with TREE: the key from which on bits decide, of the tile or of each row
+    bits: object  # with TREE: of each row
     table_row: object  # the sequence whose pages are read
     blocks: Blocks
 
@@ -172,7 +176,17 @@ def _num_cached(seqlen_k, window, TILE: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
+def _load_bits(place, position, first_draft, num_drafts, tree, TILE: tl.constexpr):
+    """The bits of rows, and their positions, which follow from how many drafts they see."""
+    if TILE.TREE:
+        bits = load_bits(tree, place.batch, place.query, place.mask, num_drafts)
+        return bits, first_draft + count_bits(bits) - 1
+    else:
+        return position, position  # bits are not read
+
+
+@triton.jit
+def _rows_of_sequence(queries, head_kv, batch, window, tree, TILE: tl.constexpr):
     """Rows of one sequence and its keys after the shared prefix."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
@@ -181,20 +195,26 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     query = rows // TILE.GROUP_SIZE  # (BLOCK_M,)
     head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
+    batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
+    place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
+    bits, position = _load_bits(place, query + first_position, first_position, queries.num, tree, TILE)
+    if TILE.TREE:
+        start = tl.min(position, 0)
+        end = tl.max(position, 0) + 1
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
     if TILE.SHARDED:
         blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
     else:
         blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
-    batch_index = 0 if batch.cu_seqlens_q_ptr is not None else queries.sequence
-    place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
-    return Rows(place, queries.sequence, query + first_position, num_keys, queries.sequence, blocks)
+    if TILE.TREE:
+        blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
+    return Rows(place, queries.sequence, position, num_keys, first_position, bits, queries.sequence, blocks)
 
 
 @triton.jit
-def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
+def _rows_of_prefix(queries, head_kv, batch, window, tree, TILE: tl.constexpr):
     """Rows of several sequences and the keys of the shared prefix."""
     rows = queries.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
     head = head_kv * TILE.GROUP_SIZE + rows % TILE.GROUP_SIZE
@@ -208,7 +228,13 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
         sequence = find_sequence(batch.cu_seqlens_q_ptr, batch.num, batch.search_steps, query, 1, 1, 0)
         first_query, seqlen_q = packed_bounds(batch.cu_seqlens_q_ptr, sequence, batch.num_rows)
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
-    position = query - first_query + seqlen_k - seqlen_q
+    mask = rows < queries.num * TILE.GROUP_SIZE
+    if batch.cu_seqlens_q_ptr is None:
+        place = Place(sequence, query - first_query, head, mask)
+    else:
+        place = Place(0, query, head, mask)
+    first_draft = seqlen_k - seqlen_q
+    bits, position = _load_bits(place, query - first_query + first_draft, first_draft, seqlen_q, tree, TILE)
     end_key = tl.minimum(_num_cached(seqlen_k, window, TILE), batch.shared_prefix_len)
     # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
     longest = tl.max(end_key, 0)
@@ -221,18 +247,18 @@ def _rows_of_prefix(queries, head_kv, batch, window, TILE: tl.constexpr):
         lo, full_lo, full_hi, hi = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN)
     full_keys = tl.maximum(tl.minimum(full_hi, tl.min(end_key, 0)) - full_lo, 0)
     blocks = Blocks(lo, full_lo, full_lo + full_keys // TILE.BLOCK_N * TILE.BLOCK_N, hi)
-    mask = rows < queries.num * TILE.GROUP_SIZE
-    if batch.cu_seqlens_q_ptr is None:
-        place = Place(sequence, query - first_query, head, mask)
-    else:
-        place = Place(0, query, head, mask)
-    return Rows(place, sequence, position, end_key, table_row, blocks)
+    if TILE.TREE:
+        blocks = without_drafts(blocks, tl.min(first_draft, 0), TILE.BLOCK_N)
+    return Rows(place, sequence, position, end_key, first_draft, bits, table_row, blocks)
 
 
 @triton.jit
-def _scale(s, scores, slopes, rows, start_n, EXACT: tl.constexpr, TILE: tl.constexpr):
-    """Scores of Rows in log2 units, not yet masked."""
-    if TILE.SHARDED:
+def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr, TILE: tl.constexpr):
+    """Scores of Rows in log2 units, not yet masked. DRAFTS: some keys may be drafts of a tree."""
+    scores, slopes = Scores(*scoring.scores), scoring.slopes
+    if DRAFTS:
+        return scale_scores_of_tree(s, scores, slopes, rows.position, rows.bits, start_n, rows.first_draft, EXACT)
+    elif TILE.SHARDED:
         return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
     else:
         return scale_scores(s, scores, slopes, rows.position, start_n, 0, EXACT)
@@ -241,7 +267,9 @@ def _scale(s, scores, slopes, rows, start_n, EXACT: tl.constexpr, TILE: tl.const
 @triton.jit
 def _mask(s, rows, start_n, window, TILE: tl.constexpr):
     """Scores of Rows, -inf where a row does not see a key."""
-    if TILE.SHARDED:
+    if TILE.TREE:
+        return mask_scores_of_tree(s, rows.position, rows.bits, start_n, rows.end_key, rows.first_draft, window)
+    elif TILE.SHARDED:
         return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
     else:
         return mask_scores(s, rows.position, start_n, rows.end_key, 0, window)
@@ -297,6 +325,7 @@ def _paged_fwd_kernel(
     block_table_ptr,
     table_stride,
     cu_seqlens_q_ptr,
+    tree,
     sinks_ptr,
     scales,
     scores,
@@ -342,9 +371,9 @@ def _paged_fwd_kernel(
     if num_own <= 0:
         return
     if TILE.SHARED:
-        rows = _rows_of_prefix(queries, head_kv, sequences, scores.window, TILE)
+        rows = _rows_of_prefix(queries, head_kv, sequences, scores.window, tree, TILE)
     else:
-        rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, TILE)
+        rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, tree, TILE)
     blocks = split_blocks(rows.blocks, split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
     # Most fixed splits of a short sequence have no keys, and no one reads their output.
     is_read = True if TILE.SPLIT_KEYS == 0 else (split == 0) | (blocks.lo < blocks.hi)
@@ -433,7 +462,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
             else:
                 s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
             if not TILE.FOLD_SCALE:
-                s = _scale(s, scores, scoring.slopes, rows, start_n, q_tile[0].dtype == tl.float32, TILE)
+                s = _scale(s, scoring, rows, start_n, q_tile[0].dtype == tl.float32, TILE.TREE and not FULL, TILE)
             if not FULL:
                 s = _mask(s, rows, start_n, scores.window, TILE)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
@@ -469,6 +498,7 @@ class Problem(NamedTuple):
     window: tuple
     softcap: float | None
     has_alibi: bool
+    has_tree: bool
     key_shard: KeyShard | None
     bases_aligned: bool  # k_cache and v_cache start at multiples of 16 bytes
     arch: str
@@ -539,6 +569,7 @@ def launch_paged_fwd(call, out, lse, config=None):
     (*_, num_rows, _, _), (batch, *_) = call.layout[0][0], cache_seqlens.shape
     num_heads_kv = call.layout[1][0][2]
     table_stride = None if block_table is None else block_table.stride(0)
+    tree = None if call.options.tree_mask is None else bits_of_rows(call.options.tree_mask)
     first = 0  # split
     for num_programs, num_tiles, num_splits, constants in plan.passes:
         args = (
@@ -549,6 +580,7 @@ def launch_paged_fwd(call, out, lse, config=None):
             block_table,
             table_stride,
             cu_seqlens_q,
+            tree,
             call.options.sinks,
             scales,
             scores,
@@ -616,6 +648,7 @@ def _problem_of(call, out, config):
         window,
         softcap,
         alibi_slopes is not None,
+        options.tree_mask is not None,
         call.key_shard,
         (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
         arch,
@@ -698,6 +731,7 @@ def _plan_pass(problem, shared):
         ONE_PAGE=is_paged and slots % config.block_n == 0 and first_key % config.block_n == 0,
         SHARED=shared,
         SHARDED=problem.key_shard is not None,
+        TREE=problem.has_tree,
         SEARCH=search,
         FOLD_SCALE=problem.fold_scale,
         SPLIT_KEYS=FIXED_KEYS if problem.batch_invariant else 0,
