@@ -5,6 +5,8 @@ keys before them, and then those drafts, as if nothing else were in the cache: t
 many drafts the row sees before it, and the position of the row is that of the last one.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -12,6 +14,13 @@ from .blocks import Blocks
 from .masks import mask_scores, scale_scores, subtract_distance
 
 MAX_DRAFTS: tl.constexpr = tl.constexpr(64)  # bits of an int64
+
+
+class Drafts(NamedTuple):
+    """The first draft, of a tile of rows or of each row, and the bits of each row. Not read without a tree."""
+
+    first: object
+    bits: object
 
 
 @triton.jit
@@ -59,24 +68,24 @@ def _drafts_after(bits, draft):
 
 
 @triton.jit
-def mask_scores_of_tree(s, rows, bits, start_column, num_columns, first_draft, window):
+def mask_scores_of_tree(s, rows, drafts, start_column, num_columns, window):
     """`mask_scores` of rows at these positions: of the drafts they see those whose bits are set."""
-    draft = _drafts_of(s, rows, start_column, first_draft)
-    is_set = (bits[:, None] >> tl.minimum(tl.maximum(draft, 0), MAX_DRAFTS - 1).to(tl.int64)) & 1
+    draft = _drafts_of(s, rows, start_column, drafts.first)
+    is_set = (drafts.bits[:, None] >> tl.minimum(tl.maximum(draft, 0), MAX_DRAFTS - 1).to(tl.int64)) & 1
     visible = (draft < 0) | (is_set != 0)
     if window.left is not None:
-        near = tl.where(draft < 0, draft >= (rows - window.left - first_draft)[:, None], True)
-        visible &= near & ((draft < 0) | (_drafts_after(bits, draft) <= window.left))
+        near = tl.where(draft < 0, draft >= (rows - window.left - drafts.first)[:, None], True)
+        visible &= near & ((draft < 0) | (_drafts_after(drafts.bits, draft) <= window.left))
     s = tl.where(visible, s, float("-inf"))
     return mask_scores(s, rows, start_column, num_columns, 0, (None, None))
 
 
 @triton.jit
-def scale_scores_of_tree(s, scores, slope, rows, bits, start_column, first_draft, EXACT: tl.constexpr):
+def scale_scores_of_tree(s, scores, slope, rows, drafts, start_column, EXACT: tl.constexpr):
     """`scale_scores` of rows at these positions."""
     s = scale_scores(s, scores, None, rows, start_column, 0, EXACT)
     if slope is not None:
-        draft = _drafts_of(s, rows, start_column, first_draft)
-        before = (rows - first_draft)[:, None] - draft
-        s = subtract_distance(s, tl.where(draft < 0, before, _drafts_after(bits, draft)), slope)
+        draft = _drafts_of(s, rows, start_column, drafts.first)
+        before = (rows - drafts.first)[:, None] - draft
+        s = subtract_distance(s, tl.where(draft < 0, before, _drafts_after(drafts.bits, draft)), slope)
     return s

@@ -20,7 +20,7 @@ from .._host.tuned import choose, remember
 from .._host.workspace import empty, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, bits_of_rows, scale_of, window_of
 from .._jit.blocks import split_blocks, visible_range
-from .._jit.drafts import load_bits, mask_scores_of_tree, without_drafts
+from .._jit.drafts import Drafts, load_bits, mask_scores_of_tree, without_drafts
 from .._jit.heads import find_sequence, row_offsets, sequence_bounds, slots_left_over, spare_rows
 from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
@@ -257,30 +257,33 @@ def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
         return s
 
 
-class Sight(NamedTuple):
-    """What decides which keys the rows of a tile see: their positions, and with TREE their bits from a key on."""
-
-    positions: object
-    bits: object
-    first_draft: object
+@triton.jit
+def _load_drafts(tree, batch, rows, mask, num_drafts, first_draft, TILE: tl.constexpr):
+    """The Drafts of a tile of rows. Without a tree they are not read."""
+    bits = rows
+    if TILE.TREE:
+        bits = load_bits(tree, batch, rows, mask, num_drafts)
+    return Drafts(first_draft, bits)
 
 
 @triton.jit
-def _visible_keys(start, end, seqlen_k, window, TILE: tl.constexpr):
+def _visible_keys(start, end, seqlen_k, first_draft, window, TILE: tl.constexpr):
     """How many keys of a sequence are in the cache, and the Blocks that rows at the positions [start, end) see."""
     if TILE.SHARDED:
         num_keys = columns_before(seqlen_k, window)
         return num_keys, visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.BLOCK_N, 0)
+    elif TILE.TREE:
+        blocks = visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, TILE.BLOCK_N)
+        return seqlen_k, without_drafts(blocks, first_draft, TILE.BLOCK_N)
     else:
         return seqlen_k, visible_range(start, end, seqlen_k, window, TILE.BLOCK_N, TILE.BLOCK_N)
 
 
 @triton.jit
-def _mask(s, seen_by, start_n, num_keys, window, TILE: tl.constexpr):
-    """Scores, -inf where a row does not see a key."""
-    positions = seen_by.positions
+def _mask(s, positions, drafts, start_n, num_keys, window, TILE: tl.constexpr):
+    """Scores, -inf where a row at one of the positions, or with one of the Drafts' bits, does not see a key."""
     if TILE.TREE:
-        return mask_scores_of_tree(s, positions, seen_by.bits, start_n, num_keys, seen_by.first_draft, window)
+        return mask_scores_of_tree(s, positions, drafts, start_n, num_keys, window)
     elif TILE.SHARDED:
         return mask_scores_of_rank(s, positions, start_n, num_keys, window)
     else:
@@ -356,16 +359,11 @@ def _mla_absorbed_kernel(
     positions = queries + first_position
     start = tile * BLOCK_M // NUM_HEADS + first_position
     end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
-    seqlen_k, blocks = _visible_keys(start, end, seqlen_k, window, TILE)
-    if TILE.TREE:
-        blocks = without_drafts(blocks, first_position, BLOCK_N)
+    seqlen_k, blocks = _visible_keys(start, end, seqlen_k, first_position, window, TILE)
     blocks = split_blocks(blocks, own.key_split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
 
     sequence = (sequence * 0 if PACKED else sequence).to(tl.int64)
-    bits = positions  # not read
-    if TILE.TREE:
-        bits = load_bits(tree, sequence, first_q + queries, rows_mask, bounds.seqlen_q)
-    sight = Sight(positions, bits, first_position)
+    drafts = _load_drafts(tree, sequence, first_q + queries, rows_mask, bounds.seqlen_q, first_position, TILE)
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
     q_ptrs = q.ptr + row_offsets(sequence, first_q + queries, heads, q.strides)[:, None]
@@ -413,12 +411,12 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), sight, start_n, seqlen_k, window, TILE)
+                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), positions, drafts, start_n, seqlen_k, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = _mask(s, sight, start_n, seqlen_k, window, TILE)
+                s = _mask(s, positions, drafts, start_n, seqlen_k, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 

@@ -26,7 +26,7 @@ from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
 from .._jit.args import Scales, Scores, Splits, Strides, View, bits_of_rows, scale_of, window_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
-from .._jit.drafts import count_bits, load_bits, mask_scores_of_tree, scale_scores_of_tree, without_drafts
+from .._jit.drafts import Drafts, count_bits, load_bits, mask_scores_of_tree, scale_scores_of_tree, without_drafts
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
@@ -119,8 +119,7 @@ class Rows(NamedTuple):
     sequence: object  # of the tile, or of each row
     position: object  # of each row among the keys of its sequence, those of all ranks
     end_key: object  # of the tile, or of each row
-    first_draft: object  # with TREE: the key from which on bits decide, of the tile or of each row
-    bits: object  # with TREE: of each row
+    drafts: Drafts
     table_row: object  # the sequence whose pages are read
     blocks: Blocks
 
@@ -210,7 +209,7 @@ def _rows_of_sequence(queries, head_kv, batch, window, tree, TILE: tl.constexpr)
         blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, batch.shared_prefix_len)
     if TILE.TREE:
         blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
-    return Rows(place, queries.sequence, position, num_keys, first_position, bits, queries.sequence, blocks)
+    return Rows(place, queries.sequence, position, num_keys, Drafts(first_position, bits), queries.sequence, blocks)
 
 
 @triton.jit
@@ -249,7 +248,7 @@ def _rows_of_prefix(queries, head_kv, batch, window, tree, TILE: tl.constexpr):
     blocks = Blocks(lo, full_lo, full_lo + full_keys // TILE.BLOCK_N * TILE.BLOCK_N, hi)
     if TILE.TREE:
         blocks = without_drafts(blocks, tl.min(first_draft, 0), TILE.BLOCK_N)
-    return Rows(place, sequence, position, end_key, first_draft, bits, table_row, blocks)
+    return Rows(place, sequence, position, end_key, Drafts(first_draft, bits), table_row, blocks)
 
 
 @triton.jit
@@ -257,7 +256,7 @@ def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr,
     """Scores of Rows in log2 units, not yet masked. DRAFTS: some keys may be drafts of a tree."""
     scores, slopes = Scores(*scoring.scores), scoring.slopes
     if DRAFTS:
-        return scale_scores_of_tree(s, scores, slopes, rows.position, rows.bits, start_n, rows.first_draft, EXACT)
+        return scale_scores_of_tree(s, scores, slopes, rows.position, rows.drafts, start_n, EXACT)
     elif TILE.SHARDED:
         return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
     else:
@@ -268,7 +267,7 @@ def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr,
 def _mask(s, rows, start_n, window, TILE: tl.constexpr):
     """Scores of Rows, -inf where a row does not see a key."""
     if TILE.TREE:
-        return mask_scores_of_tree(s, rows.position, rows.bits, start_n, rows.end_key, rows.first_draft, window)
+        return mask_scores_of_tree(s, rows.position, rows.drafts, start_n, rows.end_key, window)
     elif TILE.SHARDED:
         return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
     else:
