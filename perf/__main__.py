@@ -56,6 +56,7 @@ PARTS = {
         machine_free=True,
     ),
     "peers": Part("our paged kernel and vLLM's, compiled and compared", "peers", machine_free=True),
+    "tree": Part("what a tree of drafts costs beside a chain", None, machine_free=True),
     "invariance": Part("what batch_invariant costs by the model of splits", None, machine_free=True),
     "parallel": Part("context parallelism by method, on 8 to 512 GPUs", "predicted-sm_90"),
     "house": Part("size of the device code and the import law", None, machine_free=True),

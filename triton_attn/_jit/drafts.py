@@ -47,6 +47,15 @@ def count_bits(x):
 
 
 @triton.jit
+def bits_in_window(bits, left):
+    """The bits without those of drafts that are more than `left` before the last one. Most windows hold all drafts."""
+    too_many = count_bits(bits) - 1 - left
+    for i in range(0, tl.max(too_many, 0)):
+        bits = tl.where(i < too_many, bits & (bits - 1), bits)
+    return bits
+
+
+@triton.jit
 def without_drafts(blocks, first_draft, BLOCK: tl.constexpr):
     """The same Blocks with no full tile that has a key from first_draft on."""
     full = tl.maximum(tl.minimum(blocks.full_hi, first_draft) - blocks.full_lo, 0)
@@ -69,13 +78,14 @@ def _drafts_after(bits, draft):
 
 @triton.jit
 def mask_scores_of_tree(s, rows, drafts, start_column, num_columns, window):
-    """`mask_scores` of rows at these positions: of the drafts they see those whose bits are set."""
+    """`mask_scores` of rows at these positions: of the drafts they see those whose bits are set, if they are in the
+    window."""
     draft = _drafts_of(s, rows, start_column, drafts.first)
     is_set = (drafts.bits[:, None] >> tl.minimum(tl.maximum(draft, 0), MAX_DRAFTS - 1).to(tl.int64)) & 1
-    visible = (draft < 0) | (is_set != 0)
+    in_context = draft < 0
     if window.left is not None:
-        near = tl.where(draft < 0, draft >= (rows - window.left - drafts.first)[:, None], True)
-        visible &= near & ((draft < 0) | (_drafts_after(drafts.bits, draft) <= window.left))
+        in_context &= draft >= (rows - window.left - drafts.first)[:, None]
+    visible = in_context | ((draft >= 0) & (is_set != 0))
     s = tl.where(visible, s, float("-inf"))
     return mask_scores(s, rows, start_column, num_columns, 0, (None, None))
 

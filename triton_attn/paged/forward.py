@@ -26,7 +26,15 @@ from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
 from .._jit.args import Scales, Scores, Splits, Strides, View, bits_of_rows, scale_of, window_of
 from .._jit.blocks import Blocks, block_start, num_blocks, split_blocks, visible_range
-from .._jit.drafts import Drafts, count_bits, load_bits, mask_scores_of_tree, scale_scores_of_tree, without_drafts
+from .._jit.drafts import (
+    Drafts,
+    bits_in_window,
+    count_bits,
+    load_bits,
+    mask_scores_of_tree,
+    scale_scores_of_tree,
+    without_drafts,
+)
 from .._jit.heads import find_sequence, lse_offsets, packed_bounds, row_offsets, slots_left_over, spare_rows
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.paging import cache_rows, decode_tile
@@ -175,11 +183,14 @@ def _num_cached(seqlen_k, window, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_bits(place, position, first_draft, num_drafts, tree, TILE: tl.constexpr):
-    """The bits of rows, and their positions, which follow from how many drafts they see."""
+def _load_bits(place, position, first_draft, num_drafts, tree, left, TILE: tl.constexpr):
+    """The bits of rows in a window, and their positions, which follow from how many drafts a row sees without it."""
     if TILE.TREE:
         bits = load_bits(tree, place.batch, place.query, place.mask, num_drafts)
-        return bits, first_draft + count_bits(bits) - 1
+        position = first_draft + count_bits(bits) - 1
+        if left is not None:
+            bits = bits_in_window(bits, left)
+        return bits, position
     else:
         return position, position  # bits are not read
 
@@ -198,7 +209,7 @@ def _rows_of_sequence(queries, head_kv, batch, window, tree, TILE: tl.constexpr)
     place = Place(batch_index, queries.first + query, head, rows < queries.num * TILE.GROUP_SIZE)
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
-    bits, position = _load_bits(place, query + first_position, first_position, queries.num, tree, TILE)
+    bits, position = _load_bits(place, query + first_position, first_position, queries.num, tree, window.left, TILE)
     if TILE.TREE:
         start = tl.min(position, 0)
         end = tl.max(position, 0) + 1
@@ -233,7 +244,9 @@ def _rows_of_prefix(queries, head_kv, batch, window, tree, TILE: tl.constexpr):
     else:
         place = Place(0, query, head, mask)
     first_draft = seqlen_k - seqlen_q
-    bits, position = _load_bits(place, query - first_query + first_draft, first_draft, seqlen_q, tree, TILE)
+    bits, position = _load_bits(
+        place, query - first_query + first_draft, first_draft, seqlen_q, tree, window.left, TILE
+    )
     end_key = tl.minimum(_num_cached(seqlen_k, window, TILE), batch.shared_prefix_len)
     # Pages are those of the longest sequence of the tile, since a shorter one may end inside the prefix.
     longest = tl.max(end_key, 0)
