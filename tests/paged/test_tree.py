@@ -67,7 +67,7 @@ def test_the_formula_of_the_docstring():
     """Scores written out, with positions that are the depths in the tree."""
     q, k_cache, v_cache, seqlens, table = inputs(64, (96, 64))
     generator = torch.Generator().manual_seed(1)
-    slopes, left, cap = torch.rand(4, generator=generator).to(DEVICE), 9, 3.0
+    slopes, left, cap = torch.rand(4, generator=generator).to(DEVICE), 2, 3.0
     parents = [random_parents(64, generator) for _ in range(2)]
     tree_mask = torch.stack(list(map(bits_of_tree, parents))).to(DEVICE)
     options = dict(alibi_slopes=slopes, window_size=(left, -1), softcap=cap)
