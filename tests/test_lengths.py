@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 import triton
-from trees import tree_of, tree_of_all
+from prefix_trees import tree_of, tree_of_all
 
 import triton_attn
 from triton_attn import reference

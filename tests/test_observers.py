@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from prefix_trees import tree_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map_only
-from trees import tree_of
 
 import triton_attn
 from triton_attn import (

@@ -287,6 +287,7 @@ TENSORS = {
     "lse",
     "workspace",
     "sinks",
+    "tree_mask",
     "alibi_slopes",
     "shard",
     "caches",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from trees import tree_of_all
+from prefix_trees import tree_of_all
 
 from triton_attn import mla_decode, paged_attention, workspace_bytes
 

@@ -17,8 +17,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from levels import LEVEL
+from prefix_trees import check_tree, every_group, levels_of, nodes_of
 from small_caches import contents, make_step
-from trees import check_tree, every_group, levels_of, nodes_of
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache
@@ -186,6 +186,60 @@ class CacheMachine(RuleBasedStateMachine):
         self.drop(self.live[seq], n)
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), gives_ids=st.booleans())
+    def keep(self, data, gives_ids):
+        self.write()
+        seqs = self.draw_batch(data)
+        num_drafts = data.draw(st.integers(0, min(len(self.live[seq].tokens) for seq in seqs)), label="drafts")
+        drafts = st.lists(st.integers(0, max(0, num_drafts - 1)), unique=True, max_size=num_drafts)
+        paths = [data.draw(drafts, label="path") for _ in seqs]
+        starts = [len(self.live[seq].tokens) - num_drafts for seq in seqs]
+        firsts, ids = [], []
+        for start, path in zip(starts, paths):
+            same = next((i for i, draft in enumerate(path) if i != draft), len(path))
+            firsts.append(start if gives_ids else start + same)
+            ids.append([100 + self.num_unknown + i for i in range(len(path))])  # others do not have their content
+            self.num_unknown += len(path)
+        writers = {}
+        for seq, start, path, first in zip(seqs, starts, paths, firsts):
+            end = start + len(path)
+            for page in self.live[seq].pages[first // self.page_size : self.pages_of(end)] if first < end else ():
+                writers.setdefault(page, []).append(seq)
+        copied = {(seq, page) for page, own in writers.items() for seq in own[self.holders(page) == len(own) :]}
+        if len(copied) > len(self.free_pages):
+            before = self.snapshot()
+            with pytest.raises(OutOfPages):
+                self.cache.keep(seqs, num_drafts, paths, ids if gives_ids else None)
+            assert self.snapshot() == before
+            return
+        self.cache.keep(seqs, num_drafts, paths, ids if gives_ids else None)
+        taken = self.take_pages(len(copied))
+        self.forget([page for page, own in writers.items() if self.holders(page) == len(own)])
+        before = [
+            [self.content(self.live[seq], start + i) for i in path] for seq, start, path in zip(seqs, starts, paths)
+        ]
+        for seq, start, path, first, own, kept in zip(seqs, starts, paths, firsts, ids, before):
+            naive, end = self.live[seq], start + len(path)
+            table = self.cache.block_table([seq]).tolist()[0]
+            for i, page in enumerate(table):
+                if (seq, naive.pages[i]) in copied:
+                    taken.remove(page)
+                    naive.pages[i] = page
+            if gives_ids:
+                naive.known = end if naive.known >= start else naive.known
+            else:
+                own = naive.tokens[start:first] + [-1 - self.num_unknown - i for i in range(end - first)]
+                self.num_unknown += len(path)
+                naive.known = min(naive.known, first)
+            naive.tokens[start:end] = own
+            for i, content in enumerate(kept):
+                self.contents[naive.prefix(start + i + 1)] = content
+            naive.named = min(naive.named, first // self.page_size)
+        assert not taken
+        for seq, start, path in zip(seqs, starts, paths):
+            self.drop(self.live[seq], start + len(path))
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def free(self, data):
         self.write()
@@ -217,6 +271,7 @@ class CacheMachine(RuleBasedStateMachine):
             lambda: self.cache.fork([*self.live, seq]),
             lambda: self.cache.free([*self.live, seq]),
             lambda: self.cache.commit([seq]),
+            lambda: self.cache.keep([*self.live, seq], 0, [[]] * (1 + len(self.live))),
             lambda: self.cache.block_table([seq]),
             lambda: self.cache.cache_seqlens([seq]),
         ]

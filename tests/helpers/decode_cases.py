@@ -7,10 +7,11 @@ from unittest import mock
 
 import torch
 import triton
+from draft_trees import bits_of
 
 from triton_attn import append_latent_cache, mla_decode
 from triton_attn._host import gpu
-from triton_attn._host.definition import attend, rotate
+from triton_attn._host.definition import attend, attend_tree, rotate
 from triton_attn._host.latent import latent_storage, read_latent_cache
 from triton_attn._host.tuned import forget_plans
 from triton_attn.mla import absorbed
@@ -68,6 +69,7 @@ class Case:
     config: MlaDecodeConfig = TILES
     seed: int = 0
     key_shard: tuple | None = None  # (rank, num_ranks, interleave): the cache has the rank's keys alone
+    tree: str | None = None  # of KINDS of trees: bits say which of its last keys a query sees
 
     def own(self, seqlen):
         """Positions of the first seqlen keys that are in the cache."""
@@ -104,6 +106,11 @@ class Inputs:
             tables = {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
             self.rope = tables | {"rope_interleaved": case.rope_interleaved}
         self._fill_cache()
+        self.bits = None
+        if case.tree:
+            lengths = (*case.seqlens_q, 2) if case.seqlens_q is not None else [case.seqlen_q] * len(case.seqlens_k)
+            bits = [bits_of(case.tree, n, self.generator) for n in lengths]
+            self.bits = torch.cat([torch.empty(0, dtype=torch.int64), *bits]).view(rows[:-1]).to(DEVICE)
 
     def _randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(DEVICE, self.case.dtype)
@@ -183,6 +190,8 @@ class Inputs:
             cu_seqlens_q = torch.tensor([0, *case.seqlens_q], device=DEVICE).cumsum(0, dtype=torch.int32)
             options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": longest}
         cache = self.cache
+        if case.tree:
+            options["tree_mask"] = self.bits
         if case.two_tensors:
             cache, rope_cache = (x.contiguous() for x in cache.split([case.kv_lora_rank, case.qk_rope_head_dim], -1))
             options["rope_cache"] = rope_cache
@@ -219,15 +228,16 @@ class Inputs:
                 q_nope = torch.einsum("ihn,hnc->ihc", q_nope, weights[0])
             q = torch.cat([q_nope, q_pe], dim=-1)
             k = rows.unsqueeze(1).expand(-1, case.num_heads, -1)
-            out_i, lse_i = attend(
+            places = dict(offset=seqlen - len(q), key_positions=case.own(seqlen).to(DEVICE))
+            places = dict(tree_mask=self.bits[own]) if case.tree else places
+            out_i, lse_i = (attend_tree if case.tree else attend)(
                 q[None],
                 k[None],
                 k[None, :, :, : case.kv_lora_rank],
                 causal=case.causal,
                 softmax_scale=self.softmax_scale,
                 compute_dtype=dtype,
-                offset=seqlen - len(q),
-                key_positions=case.own(seqlen).to(DEVICE),
+                **places,
                 **PLAIN,
             )
             if weights[1] is not None:
@@ -289,6 +299,6 @@ def keys_in_tiles(case):
         rows = seqlen_q * case.num_heads
         for start in range(0, rows, case.config.block_m):
             last_query = (min(start + case.config.block_m, rows) - 1) // case.num_heads
-            end = len(case.own(seqlen_k - seqlen_q + last_query + 1 if case.causal else seqlen_k))
+            end = len(case.own(seqlen_k - seqlen_q + last_query + 1 if case.causal and not case.tree else seqlen_k))
             total += -(-end // case.config.block_n) * case.config.block_n
     return total

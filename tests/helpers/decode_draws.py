@@ -2,6 +2,7 @@
 
 import torch
 from decode_cases import LAYOUTS, PAGE_SIZES, Case
+from draft_trees import KINDS
 from hypothesis import strategies as st
 from scores import draw_key_shard
 
@@ -21,6 +22,11 @@ def cases(draw, dtype):
     with_uk = draw(st.sampled_from([True, True, False]))
     rope_dim = draw(st.sampled_from([16, 64, 2, 24, 8]))
     page_size = draw(st.sampled_from(PAGE_SIZES))
+    key_shard = draw_key_shard(draw, page_size)
+    tree = draw(st.sampled_from([None, None, *KINDS])) if key_shard is None else None
+    seqlens_q, seqlen_q = None, draw(st.sampled_from([1, 1, 2, 3, 8, 0] if tree is None else [3, 8, 64, 1]))
+    if tree and batch and draw(st.booleans()):
+        seqlens_q = draw(st.tuples(*[st.sampled_from([1, 0, 8, 23])] * batch))
     rank = draw(st.sampled_from([128, 384, 128, 512] if is_fp8 else [64, 16, 40, 100, 300, 512]))
     return Case(
         dtype=dtype,
@@ -30,7 +36,8 @@ def cases(draw, dtype):
         k_pe_scale=None if is_fp8 else draw(scales),
         scale_tensors=draw(st.booleans()),
         page_size=page_size,
-        seqlen_q=draw(st.sampled_from([1, 1, 2, 3, 8, 0])),
+        seqlen_q=seqlen_q,
+        seqlens_q=seqlens_q,
         seqlens_k=draw(st.tuples(*[lengths] * batch)),
         num_heads=draw(st.sampled_from([1, 3, 9, 16])),
         qk_nope_head_dim=draw(st.sampled_from([32, 16, 1, 71, 128])),
@@ -41,12 +48,13 @@ def cases(draw, dtype):
         with_uv=draw(st.sampled_from([True, True, False])),
         causal=draw(st.booleans()),
         softmax_scale=draw(st.sampled_from([1e-9, 0.07, 0.2] + [None] * with_uk)),
-        rotary_dim=2 * draw(st.integers(0, rope_dim // 2)) if with_uk else 0,
+        rotary_dim=2 * draw(st.integers(0, rope_dim // 2)) if with_uk and not tree else 0,
         rope_interleaved=draw(st.booleans()),
         num_splits=draw(st.sampled_from([1, 1, 0, 2, 3, 7])),
-        q_layout=draw(st.sampled_from(list(LAYOUTS))),
+        q_layout=draw(st.sampled_from(list(LAYOUTS))) if seqlens_q is None else "contiguous",
         one_layer=draw(st.booleans()),
         config=config,
         seed=draw(st.integers(0, 2**16)),
-        key_shard=draw_key_shard(draw, page_size),
+        key_shard=key_shard,
+        tree=tree,
     )

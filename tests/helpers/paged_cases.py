@@ -8,12 +8,13 @@ from unittest import mock
 
 import torch
 import triton
+from draft_trees import bits_of
+from prefix_trees import tree_of
 from scores import Scores
-from trees import tree_of
 
 from triton_attn import paged_attention
 from triton_attn._host import gpu
-from triton_attn._host.definition import attend, visible_keys
+from triton_attn._host.definition import attend, attend_tree, visible_keys
 from triton_attn._host.prefix_tree import read_tree
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
@@ -56,6 +57,7 @@ class Case(Scores):
     config: PagedConfig
     seed: int
     key_shard: tuple | None = None  # (rank, num_ranks, interleave): the cache has the rank's keys alone
+    tree: str | None = None  # of KINDS of trees: bits say which of its last keys a query sees
 
     @property
     def num_heads_q(self):
@@ -121,6 +123,10 @@ class Inputs:
         slopes_shape = (batch, case.num_heads_q) if case.alibi == "per sequence" else (case.num_heads_q,)
         self.alibi_slopes = torch.rand(slopes_shape, generator=self.generator).to(DEVICE) if case.alibi else None
         self.sinks = self._randn(case.num_heads_q).to(case.sinks) if case.sinks else None
+        lengths = (*case.seqlens_q, case.spare_rows)
+        self.bits = None
+        if case.tree:
+            self.bits = [bits_of(case.tree, n, self.generator).to(DEVICE) for n in lengths]
 
     def _randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(DEVICE)
@@ -192,15 +198,15 @@ class Inputs:
         for i, (k, v) in enumerate(zip(self.clean_k, self.clean_v)):
             slopes = self.alibi_slopes[i] if self.case.alibi == "per sequence" else self.alibi_slopes
             own, offset = self.own[i].to(DEVICE), self.case.seqlens_k[i] - self.case.seqlens_q[i]
-            out, lse = attend(
+            places = dict(offset=offset, key_positions=own) if self.bits is None else dict(tree_mask=self.bits[i])
+            out, lse = (attend if self.bits is None else attend_tree)(
                 queries[i][None].to(upcast),
                 k.to(upcast),
                 v.to(upcast),
                 alibi_slopes=slopes,
                 sinks=self.sinks,
                 compute_dtype=dtype,
-                offset=offset,
-                key_positions=own,
+                **places,
                 **self.case.options,
             )
             outs.append(out[0])
@@ -216,6 +222,8 @@ class Inputs:
             options["cu_seqlens_q"] = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
             options["max_seqlen_q"] = max(case.seqlens_q, default=0)
         q = lay_out(q, case.q_layout)
+        if case.tree:
+            options["tree_mask"] = torch.cat(self.bits).view(q.shape[:-2])
         if case.gives_out:
             larger = torch.full((*q.shape[:-1], case.head_dim_v + 3), NAN, dtype=case.dtype, device=DEVICE)
             options["out"] = larger[..., : case.head_dim_v]
@@ -296,11 +304,11 @@ def check_values(case, inputs, out, lse):
 
 
 def check_accesses(case, inputs, accesses):
-    """If one tile has all rows of a KV head for a sequence, each visible key is loaded once, with a tree once for each
-    tile of a node's rows."""
+    """If one tile has all rows of a KV head for a sequence, each visible key is loaded once, with a prefix tree once for
+    each tile of a node's rows."""
     size = case.cache_dtype.itemsize
     tree = None if case.part is None else read_tree(inputs.tree())
-    most = keys_loaded(case, tree) * case.num_heads_kv * size
+    most = keys_loaded(case, inputs, tree) * case.num_heads_kv * size
     exactly = max(case.seqlens_q) * case.group_size <= case.config.block_m
     if tree is not None and (case.window_size != (-1, -1) or case.causal):  # a tile has rows that see fewer keys
         exactly = exactly and all(n <= 1 for n in case.seqlens_q) and case.window_size == (-1, -1)
@@ -311,7 +319,7 @@ def check_accesses(case, inputs, accesses):
             assert loaded == most * head_dim
 
 
-def keys_loaded(case, tree=None):
+def keys_loaded(case, inputs, tree=None):
     """Keys from the first to the last visible one for the rows of a tile, over all tiles. If each tile is in one page,
     the first key is rounded down to a tile. With a tree, all keys of its nodes for each tile of their rows, and of the
     sequences those that no node has.
@@ -327,7 +335,10 @@ def keys_loaded(case, tree=None):
             longest = max(len(case.own(case.seqlens_k[of_query[query]])) for query in part.queries)
             num_keys = min(part.end_page * case.page_size, longest) - part.first_page * case.page_size
             total += math.ceil(len(part.queries) * case.group_size / case.config.block_m) * num_keys
-    for seqlen_q, seqlen_k, first_page in zip(case.seqlens_q, case.seqlens_k, first_pages):
+    for i, (seqlen_q, seqlen_k, first_page) in enumerate(zip(case.seqlens_q, case.seqlens_k, first_pages)):
+        if case.tree:
+            total += _keys_of_tree(case, inputs.bits[i], seqlen_k, align)
+            continue
         visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
         visible = visible[:, case.own(seqlen_k)]
         visible[:, : first_page * (case.page_size or 0)] = False
@@ -336,4 +347,16 @@ def keys_loaded(case, tree=None):
             seen = tile.any(0).nonzero()
             if len(seen):
                 total += int(seen[-1]) + 1 - int(seen[0]) // align * align
+    return total
+
+
+def _keys_of_tree(case, bits, seqlen_k, align):
+    """Of one sequence: all keys, since any may be a draft that is seen, but for those before the window."""
+    left, total = case.window_size[0], 0
+    first = seqlen_k - len(bits)
+    counts = torch.tensor([bin(x % 2 ** len(bits)).count("1") for x in bits.tolist()])
+    positions = (first + counts - 1).repeat_interleave(case.group_size)
+    for tile in positions.split(case.config.block_m) if len(bits) else ():
+        lo = max(int(tile.min()) - left, 0) // align * align if left >= 0 else 0
+        total += max(seqlen_k - lo, 0)
     return total

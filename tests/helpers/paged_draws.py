@@ -1,10 +1,12 @@
 """Random calls of paged_attention."""
 
+from draft_trees import KINDS
 from hypothesis import strategies as st
 from paged_cases import FLOAT8, HEAD_DIMS, LAYOUTS, PAGE_SIZES, Case
+from prefix_trees import WHOLE
 from scores import draw_key_shard, draw_scores
-from trees import WHOLE
 
+from triton_attn._host.options import MAX_DRAFTS
 from triton_attn.paged.configs import PagedConfig
 
 
@@ -27,7 +29,11 @@ def cases(draw, dtype, varlen):
     forks, part = (), None
     if page_size and draw(st.booleans()):
         forks = tuple(draw_fork(draw, i, 120 // page_size + 1) for i in range(batch))
-        part = draw(st.sampled_from([WHOLE, 1, 2, 5]))
+        part = draw(st.sampled_from([None, WHOLE, 1, 2, 5]))
+    key_shard = draw_key_shard(draw, page_size or 1)
+    tree = None
+    if key_shard is None and part is None and max(seqlens_q, default=0) <= MAX_DRAFTS:
+        tree = draw(st.sampled_from([None, None, *KINDS]))
     scale = st.sampled_from([None, 0.5, "one", "per head"])
     return Case(
         varlen=varlen,
@@ -52,7 +58,8 @@ def cases(draw, dtype, varlen):
         gives_out=draw(st.booleans()),
         config=config,
         seed=draw(st.integers(0, 2**16)),
-        key_shard=draw_key_shard(draw, page_size or 1),
+        key_shard=key_shard,
+        tree=tree,
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import check_tree, nodes_of, tree_of
+from prefix_trees import check_tree, nodes_of, tree_of
 
 from triton_attn._host.prefix_tree import read_tree
 from triton_attn.merge import tree as planning

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from perf.commands import trees
+from perf.commands import prefixes
 from triton_attn import prefix_tree
 from triton_attn.merge import tree as planning
 from triton_attn.merge.tree import TreeWork, sorted_tables
@@ -26,17 +26,17 @@ def test_no_tree_where_nothing_is_shared(batch, num_pages):
 def test_a_tree_where_it_pays_alone():
     """By the model a call with a tree is faster in every case for which one is made."""
     made = 0
-    for case in trees.cases():
-        row = trees.predict(case)
+    for case in prefixes.cases():
+        row = prefixes.predict(case)
         made += row.is_made
         assert row.with_tree <= row.without
         assert row.is_made or row.bytes_with == row.bytes_without
-    assert 0 < made < len(list(trees.cases()))
+    assert 0 < made < len(list(prefixes.cases()))
 
 
 def test_beams_over_a_prompt_load_25_times_fewer_bytes(record_property):
     """Four tiles of 128 rows read the prompt in place of 128 sequences; with partial results it is 19 times."""
-    row = trees.predict(trees.Case("128 beams", 128, 4096, 16))
+    row = prefixes.predict(prefixes.Case("128 beams", 128, 4096, 16))
     fewer, with_results = (row.bytes_without / (row.bytes_with + extra) for extra in (0, row.result_bytes))
     figure = f"128 beams over 4k, predicted: {fewer:.1f} times fewer bytes, {with_results:.1f} with partial results"
     record_property("figure", figure)

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from trees import tree_of_all
+from prefix_trees import tree_of_all
 
 from perf.model import loop_model
 from perf.model.gpus import RATES

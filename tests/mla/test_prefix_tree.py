@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from trees import WHOLE, tree_of
+from prefix_trees import WHOLE, tree_of
 
 from triton_attn import mla_decode, reference
 from triton_attn.testing import poisoned_empty

@@ -44,6 +44,8 @@ GROUPS = {
         _run("tests/paged/test_random.py", "tests/paged/test_errors.py", "tests/_jit"),
         _run("tests/test_strides.py", "-k", "paged"),
     ),
+    "TREE": (_run("tests/paged/test_tree.py"), _run("tests/mla/test_tree.py")),
+    "KEEP": (_run("tests/cache/test_keep.py"), _run("tests/cache/test_state_machine.py")),
     "DECODE": (
         _run("tests/mla/test_decode.py", "tests/mla/test_mla_reference.py"),
         _run("tests/test_contract.py", "-k", "decode"),
@@ -917,6 +919,12 @@ FAULTS = (
     Fault(
         "K04", "triton_attn/_host/workspace.py", "self.used > self.memory", "self.used > 1 + self.memory", "WORKSPACE"
     ),
+    Fault("E01", "triton_attn/_jit/drafts.py", "count_bits(bits) - 1 - left", "count_bits(bits) - left", "TREE"),
+    Fault("E02", "triton_attn/_jit/drafts.py", "bits & ~beyond, bits", "bits, bits", "TREE"),
+    Fault("E03", "triton_attn/_jit/drafts.py", "tl.minimum(blocks.full_hi, first_draft)", "blocks.full_hi", "TREE"),
+    Fault("E04", "triton_attn/_jit/drafts.py", "& from_here) - 1", "& from_here)", "TREE"),
+    Fault("E05", "triton_attn/cache/sequences.py", "rows.index_select(1, sources)", "rows[:, sources.flip(0)]", "KEEP"),
+    Fault("E06", "triton_attn/cache/sequences.py", "        self._own_pages(entries)\n", "\n", "KEEP"),
     Fault(
         "B30", "triton_attn/dense/backward_kernels.py", "apart(zeros) if HALVED else zeros", "zeros", "EMULATED_WIDE"
     ),

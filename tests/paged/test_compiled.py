@@ -9,7 +9,7 @@ import pytest
 import torch
 from host_cost import bare_launches, median_microseconds, python_calls
 from instruments import Instrument
-from trees import tree_of_all
+from prefix_trees import tree_of_all
 
 from perf.model import loop_model
 from perf.model.gpus import RATES

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trees import tree_of_all
+from prefix_trees import tree_of_all
 
 from triton_attn import paged_attention
 

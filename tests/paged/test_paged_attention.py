@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from paged_cases import DEVICE, DTYPES, FLOAT8, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, Inputs, check, using
-from trees import WHOLE
+from prefix_trees import WHOLE
 
 from triton_attn import flash_attention, paged_attention
 from triton_attn.paged import forward

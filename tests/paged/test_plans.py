@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from plans import check_neighbour, launches_of, matmul_precision, padded, unaligned
-from trees import tree_of_all
+from prefix_trees import tree_of_all
 
 from triton_attn import override_config, paged_attention
 from triton_attn.merge import kernel as merge

@@ -131,6 +131,27 @@ def attend(
     return out, lse
 
 
+def attend_tree(q, k, v, *, tree_mask, causal, window_size, **options):
+    """`attend` of one sequence whose last keys are a tree of drafts, one for each query; None is plain `attend`.
+
+    tree_mask: (seqlen_q,) int64. A query sees the keys before the drafts, then the drafts j whose bit j it has, and is
+    at the end of these keys.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if tree_mask is None or seqlen_q == 0:
+        return attend(q, k, v, causal=causal, window_size=window_size, **options)
+    drafts = torch.arange(seqlen_q, device=q.device)
+    first, outs, lses = seqlen_k - seqlen_q, [], []
+    for i, bits in enumerate(tree_mask):
+        seen = first + drafts[(bits >> drafts) & 1 == 1]
+        keys = torch.cat([torch.arange(max(first, 0), device=q.device), seen[seen >= 0]])
+        one = q[:, i : i + 1], k[:, keys], v[:, keys]
+        out, lse = attend(*one, causal=True, window_size=(window_size[0], -1), **options)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
 def row_sums(dout, dlse, out, lse, sinks, compute_dtype) -> tuple[Any, Any]:
     """-delta = dlse - rowsum(dout * out), (batch, heads, rows), and the gradient of the sinks; dlse and sinks may be
     None."""

@@ -35,6 +35,7 @@ class FlashVarlen(Flash, total=False):
 class Paged(Masked, total=False):
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int | Tensor | None
+    tree_mask: Tensor | None
     k_scale: float | Tensor | None
     v_scale: float | Tensor | None
     num_splits: int
@@ -53,6 +54,7 @@ class LatentDecode(Common, total=False):
     k_pe_scale: float | Tensor | None
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int | Tensor | None
+    tree_mask: Tensor | None
     rope_cos: Tensor | None
     rope_sin: Tensor | None
     rope_interleaved: bool

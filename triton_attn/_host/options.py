@@ -5,7 +5,19 @@ from typing import Any, NamedTuple
 import torch
 
 from .backend import Variable
-from .checks import MAX_ROWS, check_bool, check_int, check_number, check_per_head, check_window, fail
+from .checks import (
+    MAX_ROWS,
+    check_bool,
+    check_int,
+    check_last_contiguous,
+    check_number,
+    check_per_head,
+    check_tensor,
+    check_window,
+    fail,
+)
+
+MAX_DRAFTS = 64  # of a sequence: the bits of an int64
 
 
 class AttentionOptions(NamedTuple):
@@ -17,10 +29,13 @@ class AttentionOptions(NamedTuple):
     dropout_p: float = 0.0
     dropout_seed: torch.Tensor | None = None  # of one int64, on the device; None without dropout
     shard: torch.Tensor | None = None  # (batch, 3) int32: where a part of a longer sequence starts
+    tree_mask: torch.Tensor | None = None  # int64 of each query: which drafts it sees
 
     def as_arguments(self) -> dict[str, Any]:
-        """Arguments of a public function or its reference. Without dropout or a shard there are none for it."""
+        """Arguments of a public function or its reference. Without dropout, a shard or a tree there are none for it."""
         more: dict[str, Any] = {} if self.shard is None else dict(shard=self.shard)
+        if self.tree_mask is not None:
+            more |= dict(tree_mask=self.tree_mask)
         if self.dropout_p:
             more |= dict(dropout_p=self.dropout_p, dropout_seed=self.dropout_seed)
         return dict(
@@ -107,6 +122,30 @@ def check_shard_values(shard):
         ):
             if not 0 <= value <= most:
                 fail(f"shard[{i}], first {name}", f"0 to {most}", value)
+
+
+def check_tree_mask(tree_mask: Any, q: torch.Tensor, max_seqlen_q: Any, **others: Any) -> None:
+    """tree_mask of queries (batch, seqlen_q, heads, dim) or (total_q, heads, dim). max_seqlen_q may be a tensor.
+
+    others must be None beside it.
+    """
+    check_tensor("tree_mask", tree_mask, q.shape[:-2], (torch.int64,), q.device)
+    check_last_contiguous("tree_mask", tree_mask)
+    if not isinstance(max_seqlen_q, torch.Tensor):
+        check_num_drafts(max_seqlen_q)
+    for name, value in others.items():
+        if value is not None:
+            raise NotImplementedError(f"tree_mask: not supported with {name}, got both")
+
+
+def check_num_drafts(max_seqlen_q: int) -> None:
+    if max_seqlen_q > MAX_DRAFTS:
+        fail("tree_mask", f"at most {MAX_DRAFTS} queries of a sequence", max_seqlen_q)
+
+
+def with_tree_mask(options: AttentionOptions, tree_mask: torch.Tensor) -> AttentionOptions:
+    """The options with a checked tree_mask, which takes the place of the right side of the window."""
+    return options._replace(tree_mask=tree_mask, window=(options.window[0], None))
 
 
 def with_dropout(options, q, dropout_p, dropout_seed):

@@ -94,5 +94,8 @@ class PagedKVCache(PagedSequences):
         head_dim_v = self.v_cache.shape[-1]
         return num_kv_heads, head_dim_v, num_kv_heads * (head_dim + head_dim_v) * self.k_cache.dtype.itemsize
 
+    def _tensors(self):
+        return self.k_cache, self.v_cache
+
     def _copy_pages(self, src_pages, dst_pages):
         copy_kv_pages((self.k_cache, self.v_cache), src_pages, dst_pages)

@@ -78,6 +78,27 @@ class _Batch(NamedTuple):
 NO_BATCH = _Batch([], from_list([]), True)
 
 
+class _Path(NamedTuple):
+    """Drafts that stay: those at `kept` (indices), from position start on; positions before first_moved stay as they
+    are."""
+
+    start: int
+    first_moved: int
+    end: int
+    kept: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, start, num_drafts, accepted):
+        kept = as_ids(accepted)
+        if start < 0:
+            fail("num_drafts", "at most the tokens of each sequence", num_drafts)
+        numbers = kept.tolist()
+        if len(set(numbers)) < len(numbers) or not all(0 <= i < num_drafts for i in numbers):
+            fail("accepted", f"different indices of 0 to {num_drafts - 1}", numbers)
+        moved = (kept != np.arange(kept.size)).nonzero()[0]
+        return cls(start, start + (int(moved[0]) if moved.size else kept.size), start + kept.size, kept)
+
+
 class PagedSequences:
     """Tables of pages for any number of sequences, with prefix sharing and copy-on-write; base class of the caches.
 
@@ -242,6 +263,70 @@ class PagedSequences:
             self._known[row] = NO_LIMIT
         self._named[row] = min(self._named[row], n // self.page_size)
 
+    def keep(
+        self,
+        seqs: Iterable[Sequence],
+        num_drafts: int,
+        accepted: Iterable[Iterable[int]],
+        token_ids: Iterable[TokenIds] | None = None,
+    ) -> None:
+        """Of the last num_drafts tokens of each sequence keep a path, for the whole batch or not at all.
+
+        What the cache holds of these tokens moves to follow the tokens before them, in every layer: a step after the
+        verification of a tree of drafts (`tree_mask` of `paged_attention`). Extend a sequence by the *number* of its
+        drafts, not their ids: tokens of a tree do not follow each other, and must not be found as a prefix. Pages that
+        are written and shared are copied first.
+
+        Args:
+            seqs: sequences, each at most once.
+            num_drafts: how many of the last tokens of each sequence are drafts.
+            accepted: for each sequence the indices, 0 to num_drafts - 1, of the drafts that stay, in their new order;
+                may be empty.
+            token_ids: for each sequence the ids of these tokens, so that they can be found once they fill pages. None
+                where they are not known.
+
+        Raises:
+            OutOfPages: with nothing changed.
+            ValueError: a sequence was freed, belongs to another cache, is listed twice, or has fewer tokens; an index
+                is out of range or listed twice.
+            NotImplementedError: the cache is sharded over a mesh.
+        """
+        rows = self._distinct_rows(seqs).tolist()
+        if self.key_shard is not None:
+            raise NotImplementedError("keep: not supported for a cache that is sharded over a mesh, got a mesh")
+        num_drafts = check_length("num_drafts", num_drafts)
+        paths = [_Path.of(self._lengths.item(row) - num_drafts, num_drafts, path) for row, path in _zip(rows, accepted)]
+        ids = (
+            [None] * len(rows) if token_ids is None else [as_ids(own) for _, own in _zip(rows, token_ids, "token_ids")]
+        )
+        for path, own in zip(paths, ids):
+            if own is not None and own.size != path.kept.size:
+                fail("token_ids", f"an id for each of {path.kept.size} accepted tokens", own.size)
+        firsts = [path.first_moved if own is None else path.start for path, own in zip(paths, ids)]
+        entries = [
+            (row, column)
+            for row, path, first in zip(rows, paths, firsts)
+            if first < path.end
+            for column in range(first // self.page_size, self._pages_of(path.end))
+        ]
+        self._own_pages(entries)
+
+        # Nothing fails from here on.
+        sources, targets = [from_list([])], [from_list([])]
+        for row, path, own, first in zip(rows, paths, ids, firsts):
+            moved = path.kept[path.first_moved - path.start :]
+            sources.append(self._slots_of(row, path.start + moved))
+            targets.append(self._slots_of(row, np.arange(path.first_moved, path.end)))
+            if own is not None:
+                self._tokens[self._slots_of(row, np.arange(path.start, path.end))] = own
+                self._known[row] = NO_LIMIT if self._known[row] >= path.start else self._known[row]
+            else:
+                self._known[row] = min(self._known[row], NO_LIMIT if first == path.end else first)
+            self._named[row] = min(self._named[row], first // self.page_size)
+        self._move(np.concatenate(sources), np.concatenate(targets))
+        for seq, path in zip(self._batch.seqs, paths):
+            self.truncate(seq, path.end)
+
     def free(self, seqs: Sequence | Iterable[Sequence]) -> None:
         """End a sequence, or each of a list. Pages that no other holds become free.
 
@@ -294,6 +379,36 @@ class PagedSequences:
     def _tree_shape(self) -> tuple[int, int, int]:
         """KV heads, elements of a row of the results, and bytes of a token in one layer."""
         raise NotImplementedError
+
+    def _tensors(self):
+        """What pages hold: tensors (layers, pages, slots, ...)."""
+        raise NotImplementedError
+
+    def _move(self, sources, targets):
+        """Copy what the slots `sources` hold to the slots `targets`, in all layers; a slot may be in both."""
+        if sources.size:
+            sources, targets = self._to_device(sources), self._to_device(targets)
+            for cache in self._tensors():
+                bits = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
+                rows = bits.flatten(1, 2)
+                rows.index_copy_(1, targets, rows.index_select(1, sources))
+
+    def _slots_of(self, row, positions):
+        columns = positions // self.page_size
+        return (self._tables[row, columns].astype(np.int64) - columns) * self.page_size + positions
+
+    def _own_pages(self, entries):
+        """Copy those of the pages at these (row, column) that others hold, and let the others not be found. Raises
+        OutOfPages."""
+        pages = [self._tables.item(entry) for entry in entries]
+        must_copy = self._must_copy(pages) if pages else []
+        copies = self.pool.allocate(sum(must_copy))
+        self.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
+        if copies.size:
+            copied = [entry for entry, copy in zip(entries, must_copy) if copy]
+            self._replace(copied, copies)
+            for row, column in copied:
+                self._changes.append(row, column)
 
     def _copy_pages(self, src_pages, dst_pages):
         """Copy what pages hold; int32 tensors (n,) on the cache's device, no page in both."""
@@ -461,6 +576,14 @@ class PagedSequences:
     def _to_device(self, x):
         x = torch.from_numpy(x)
         return x if self._on_host else x.pin_memory().to(self.device, non_blocking=True)
+
+
+def _zip(rows, entries, name="accepted"):
+    """Pairs of rows and what a caller gives for each."""
+    entries = list(entries)
+    if len(entries) != len(rows):
+        fail(name, f"one entry for each of {len(rows)} sequences", len(entries))
+    return zip(rows, entries)
 
 
 def _as_iterable(seqs):

@@ -103,7 +103,7 @@ class CallKey(NamedTuple):
 
 def key_of(call: Call, out: torch.Tensor) -> CallKey:
     q, k, v, (cu_seqlens_q, _, max_seqlen_q, max_seqlen_k), options, layout = call
-    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, _, shard = options
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, _, shard, _ = options
     arch = arch_of(q)
     # By position: keywords take twice as long.
     return CallKey(

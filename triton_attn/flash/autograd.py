@@ -22,7 +22,7 @@ _SCHEMA = (
 
 def attend(call: Call, deterministic: bool, check_values: bool) -> tuple[Tensor, Tensor]:
     """out and lse by the operator."""
-    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, shard = call.options
+    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, shard, _ = call.options
     tensors = call.q, call.k, call.v, sinks, alibi_slopes, dropout_seed, shard
     numbers = softmax_scale, *window, softcap, dropout_p
     return flash_attention(*tensors, *lengths_as_arguments(call.lengths), *numbers, deterministic, check_values)

@@ -19,8 +19,9 @@ from .._host.options import wanted_kernels
 from .._host.prefix_tree import PrefixTree, TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import Workspace, empty, only_counts
-from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
+from .._jit.args import Sequences, ShardWindow, Strides, View, Window, bits_of_rows, scale_of, window_of
 from .._jit.blocks import Blocks, end_full, split_blocks, visible_range
+from .._jit.drafts import Drafts, load_bits, mask_scores_of_tree, without_drafts
 from .._jit.heads import (
     Batch,
     find_node,
@@ -100,6 +101,7 @@ class AbsorbedTile(NamedTuple):
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
     SHARDED: bool  # the cache has one rank's keys
+    TREE: bool  # bits say which of the last keys a query sees
     SEARCH: bool  # programs find their sequence by bisection
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
     SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
@@ -268,12 +270,23 @@ def _visible_keys(start, end, first_key, num_keys, window, TILE: tl.constexpr):
 
 
 @triton.jit
-def _mask(s, positions, start_n, num_keys, window, TILE: tl.constexpr):
-    """Scores, -inf where a row at one of the positions does not see a key."""
-    if TILE.SHARDED:
-        return mask_scores_of_rank(s, positions, start_n, num_keys, window)
+def _load_drafts(tree_mask, batch, rows, mask, num_drafts, first_draft, TILE: tl.constexpr):
+    """The Drafts of a tile of rows. Without a tree of drafts they are not read."""
+    bits = rows
+    if TILE.TREE:
+        bits = load_bits(tree_mask, batch, rows, mask, num_drafts)
+    return Drafts(first_draft, bits)
+
+
+@triton.jit
+def _mask(s, rows, start_n, window, TILE: tl.constexpr):
+    """Scores of Rows, -inf where a row does not see a key."""
+    if TILE.TREE:
+        return mask_scores_of_tree(s, rows.position, rows.drafts, start_n, rows.end_key, window)
+    elif TILE.SHARDED:
+        return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
     else:
-        return mask_scores(s, positions, start_n, num_keys, 0, window)
+        return mask_scores(s, rows.position, start_n, rows.end_key, 0, window)
 
 
 class Rows(NamedTuple):
@@ -285,13 +298,14 @@ class Rows(NamedTuple):
     head: object
     position: object  # among the keys of the row's sequence, those of all ranks
     end_key: object  # of the tile, or of each row
+    drafts: Drafts
     table_row: object  # the sequence whose pages are read
     blocks: Blocks
 
 
 @triton.jit
-def _rows_of_sequence(own, bounds, batch, num_splits, window, TILE: tl.constexpr):
-    """Rows of one sequence and its keys in a split, with a tree those that no node has."""
+def _rows_of_sequence(own, bounds, batch, num_splits, window, tree_mask, TILE: tl.constexpr):
+    """Rows of one sequence and its keys in a split, with a prefix tree those that no node has."""
     NUM_HEADS: tl.constexpr = TILE.NUM_HEADS
     first_row = own.tile * TILE.BLOCK_M
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
@@ -306,12 +320,15 @@ def _rows_of_sequence(own, bounds, batch, num_splits, window, TILE: tl.constexpr
     if batch.tree_ptr is not None:
         first_key = tl.load(batch.tree_ptr + 2 * own.sequence) * TILE.PAGE_SIZE
     blocks = _visible_keys(start, end, first_key, num_keys, window, TILE)
+    if TILE.TREE:
+        blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
     blocks = split_blocks(blocks, own.key_split, num_splits, TILE.BLOCK_N, TILE.SPLIT_KEYS)
     queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
     mask = rows < bounds.seqlen_q * NUM_HEADS
     of_tensor = (own.sequence * 0 if batch.cu_seqlens_q_ptr is not None else own.sequence).to(tl.int64)
     query = bounds.first_q + queries
-    return Rows(mask, of_tensor, query, heads, queries + first_position, num_keys, own.sequence, blocks)
+    drafts = _load_drafts(tree_mask, of_tensor, query, mask, bounds.seqlen_q, first_position, TILE)
+    return Rows(mask, of_tensor, query, heads, queries + first_position, num_keys, drafts, own.sequence, blocks)
 
 
 @triton.jit
@@ -325,7 +342,8 @@ def _rows_of_node(node, batch, window, TILE: tl.constexpr):
     start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
     blocks = _visible_keys(start, end, node.first_page * TILE.PAGE_SIZE, longest, window, TILE)
     blocks = end_full(blocks, end_key, TILE.BLOCK_N)
-    return Rows(rows.mask, rows.batch, rows.query, heads, rows.position, end_key, table_row, blocks)
+    no_drafts = Drafts(0, rows.query)  # not read
+    return Rows(rows.mask, rows.batch, rows.query, heads, rows.position, end_key, no_drafts, table_row, blocks)
 
 
 class Results(NamedTuple):
@@ -379,6 +397,7 @@ def _mla_absorbed_kernel(
     block_table_ptr,
     table_stride,
     seqs,
+    tree_mask,
     seqlen_q,
     seqlen_k,
     num_tiles,
@@ -434,7 +453,7 @@ def _mla_absorbed_kernel(
             _clear_spare(own, bounds, num_own, batch, results, block_table_ptr is not None, TILE)
         if PACKED and num_own <= 0:
             return
-        rows = _rows_of_sequence(own, bounds, batch, num_splits, window, TILE)
+        rows = _rows_of_sequence(own, bounds, batch, num_splits, window, tree_mask, TILE)
         if tree_ptr is not None:
             num_above = tl.load(tree_ptr + 2 * own.sequence + 1)
             _clear_slots(results, rows.batch, rows.head, rows.query, rows.mask, num_above, TILE)
@@ -487,12 +506,12 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), rows.position, start_n, rows.end_key, window, TILE)
+                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), rows, start_n, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = _mask(s, rows.position, start_n, rows.end_key, window, TILE)
+                s = _mask(s, rows, start_n, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
@@ -547,13 +566,14 @@ def launch_mla_decode(call, out, lse, config=None):
         cache,
         sequences,
         scale_log2,
-        causal,
+        causal and call.tree_mask is None,
         joined,
         (call.k_scale, call.k_pe_scale),
         call.num_splits,
         call.batch_invariant,
         call.key_shard,
         tree if tree is not None and tree.sizes.num_slots > 0 else None,
+        call.tree_mask,
         call.workspace,
     )
     _attend(attention, w_uv, out, lse, config, absorb)
@@ -609,6 +629,7 @@ class AbsorbedCall(NamedTuple):
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
     tree: PrefixTree | None = None
+    tree_mask: torch.Tensor | None = None
     workspace: Workspace | None = None
 
 
@@ -627,6 +648,7 @@ class AbsorbedKey(NamedTuple):
     batch: int
     max_seqlen_q: int
     causal: bool
+    has_tree_mask: bool
     joined: bool
     has_factors: bool
     is_projected: bool  # a launch that multiplies with w_uv follows
@@ -725,6 +747,7 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         block_table,
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
+        None if call.tree_mask is None else bits_of_rows(call.tree_mask),
         *plan.counts,
         num_splits,
         batch,
@@ -776,7 +799,7 @@ def _results(q, out, lse, w_uv, num_splits, workspace):
 
 def _key_of(call, is_projected):
     q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, *options, _ = call
-    num_splits, batch_invariant, key_shard, tree = options
+    num_splits, batch_invariant, key_shard, tree, tree_mask = options
     cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
     dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
@@ -793,6 +816,7 @@ def _key_of(call, is_projected):
         batch,
         max_seqlen_q,
         causal,
+        tree_mask is not None,
         joined,
         factors != (None, None),
         is_projected,
@@ -809,7 +833,8 @@ def _key_of(call, is_projected):
 @remember
 def _plan(key, wanted, config):
     """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
-    if config is None and key.tree is None and (plan := plan_hopper(key, wanted)) is not None:
+    has_tree = key.tree is not None or key.has_tree_mask
+    if config is None and not has_tree and (plan := plan_hopper(key, wanted)) is not None:
         return plan
     plan = _plan_portable(key, config, None)
     if key.tree is None:
@@ -874,6 +899,7 @@ def _plan_portable(key, config, nodes):
         VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,
         SHARDED=key.key_shard is not None,
+        TREE=key.has_tree_mask,
         SEARCH=search,
         SPLIT_KEYS=FIXED_KEYS if key.batch_invariant else 0,
         SHARED=nodes is not None,

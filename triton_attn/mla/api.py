@@ -30,7 +30,7 @@ from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
 from .._host.layout import lse_shape
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
-from .._host.options import check_softmax_scale
+from .._host.options import check_num_drafts, check_softmax_scale, check_tree_mask
 from .._host.prefix_tree import (
     PrefixTree,
     check_prefix_tree,
@@ -101,6 +101,7 @@ def mla_decode(
     k_pe_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
+    tree_mask: Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     rope_cos: Tensor | None = None,
@@ -151,7 +152,11 @@ def mla_decode(
         cu_seqlens_q: (batch + 1,) int32: sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]), 0 or more.
         max_seqlen_q: the largest number of queries of a sequence, an int, required with cu_seqlens_q. Queries past it
             are not computed. A tensor as in `flash_attention_varlen`.
-        causal: new tokens do not see later ones. Aligned to the bottom right.
+        tree_mask: (batch, seqlen_q) int64 on q_nope's device, (total_q,) with cu_seqlens_q: the queries of a sequence
+            are a tree of at most 64 drafts, and bit j of query i says whether it sees the j-th, as in
+            `paged_attention`. A position in the tree, by which q_pe and the cached keys are to be rotated, is that of
+            `paged_attention` too; rope_cos, which rotates by the order of the queries, is not supported with it.
+        causal: new tokens do not see later ones. Aligned to the bottom right. Means nothing with a tree_mask.
         softmax_scale: above 0. None means (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. Without w_uk this width is
             unknown, and a number must be given. See `mla_softmax_scale` for models with YaRN.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both q_nope's dtype. They rotate the first
@@ -183,7 +188,8 @@ def mla_decode(
         TypeError, ValueError: an argument is wrong; nothing was launched. If values are checked, also for a length
             beyond the table, a page outside the cache, a position without an angle, or a prefix_tree of other pages
             or queries.
-        NotImplementedError: an argument requires a gradient or has a tangent; rope_cos is given with cu_seqlens_q.
+        NotImplementedError: an argument requires a gradient or has a tangent; rope_cos is given with cu_seqlens_q or
+            tree_mask, or tree_mask with key_shard or prefix_tree.
 
     It is one operator under torch.compile, export and vmap, which loops.
 
@@ -208,15 +214,18 @@ def mla_decode(
     check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q_nope.device)
     check_last_contiguous("block_table", block_table)
     max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
-    _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed)
+    _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed, tree_mask)
     num_splits, key_shard = check_num_splits(num_splits), check_key_shard(key_shard, latent_cache.shape[1])
+    if tree_mask is not None:
+        longest = max_seqlen_q if packed else q_nope.shape[1]
+        check_tree_mask(tree_mask, q_nope, longest, key_shard=key_shard, prefix_tree=prefix_tree)
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     if prefix_tree is not None:
         check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q_nope.device)
     scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
     (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
-    tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale
+    tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale, tree_mask
     if out is not None:
         check_out(out, _decode_out_shape(q_nope, w_uk, w_uv), q_nope.dtype, q_nope.device)
     if lse is not None:
@@ -251,6 +260,7 @@ DECODE_INPUTS = (
     "cu_seqlens_q",
     "k_scale",
     "k_pe_scale",
+    "tree_mask",
 )
 
 
@@ -278,6 +288,7 @@ class DecodeCall(NamedTuple):
     batch_invariant: bool = False
     key_shard: KeyShard | None = None
     prefix_tree: PrefixTree | None = None
+    tree_mask: Tensor | None = None
     workspace: Workspace | None = None
 
 
@@ -295,6 +306,7 @@ def _decode(
     cu_seqlens_q: Tensor | None,
     k_scale: Tensor | None,
     k_pe_scale: Tensor | None,
+    tree_mask: Tensor | None,
     longest_q: Tensor | None,
     max_seqlen_q: int | None,
     k_number: float | None,
@@ -318,6 +330,8 @@ def _decode(
         check_rows_aligned("latent_cache", latent_cache)
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
+        if tree_mask is not None:
+            check_num_drafts(max_seqlen_q)
     # By position: keywords take twice as long.
     call = DecodeCall(
         q_nope,
@@ -341,6 +355,7 @@ def _decode(
         batch_invariant,
         None if key_shard is None else KeyShard(*key_shard),
         tree_of_operands(tree, tree_sizes),
+        tree_mask,
         workspace,
     )
     if check_values:
@@ -368,6 +383,7 @@ def _decode_by_reference(call: DecodeCall, out: Tensor, lse: Tensor | None) -> N
         k_scale=call.k_scale,
         k_pe_scale=call.k_pe_scale,
         cu_seqlens_q=call.cu_seqlens_q,
+        tree_mask=call.tree_mask,
         causal=call.causal,
         softmax_scale=call.softmax_scale,
         rope_cos=call.rope_cos,
@@ -695,11 +711,13 @@ def _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch):
     return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
 
-def _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed):
+def _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed, tree_mask):
     if rope_cos is None and rope_sin is None:
         return
     if packed:
         raise NotImplementedError("rope_cos: not supported with cu_seqlens_q; rotate q_pe before")
+    if tree_mask is not None:
+        raise NotImplementedError("rope_cos: not supported with tree_mask; rotate q_pe before, by depth in the tree")
     if rope_cos is None or rope_sin is None:
         fail("rope_cos, rope_sin", "both or none", "one of them", TypeError)
     if w_uk is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._host.definition import Padded, attend, packed_bounds, rotate
+from .._host.definition import Padded, attend_tree, packed_bounds, rotate
 from .._host.key_shard import check_key_shard, num_ranks_of
 from .._host.keywords import Mode
 from .._host.latent import latent_parts, read_latent_parts
@@ -75,6 +75,7 @@ def mla_decode(
     k_pe_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
+    tree_mask: Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     rope_cos: Tensor | None = None,
@@ -133,6 +134,7 @@ def mla_decode(
             causal=causal,
             softmax_scale=softmax_scale,
             absorbed=False,
+            tree_mask=None if tree_mask is None else tree_mask[own],
             **places,
         )
         out[own] = out_i[0]
@@ -145,11 +147,11 @@ def _take(cache, pages):
     return cache[pages] if cache.dtype.itemsize > 1 else cache.view(torch.uint8)[pages].view(cache.dtype)
 
 
-def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed, **places):
+def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale, absorbed, tree_mask=None, **places):
     """out and lse of dense inputs. Without w_uk queries, without w_uv outputs are latent vectors.
 
     absorbed: the weights of keys and values are applied to queries and outputs, which changes nothing but the rounding.
-    places: lengths, or offset and key_positions, as in `attend`.
+    tree_mask: of one sequence, as in `attend_tree`. places: lengths, or offset and key_positions, as in `attend`.
     """
     dtype = _compute_dtype(q_nope)
     out_dtype = q_nope.dtype
@@ -167,7 +169,7 @@ def _attend(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *, causal, softmax_scale,
     q = torch.cat([q_nope, q_pe], dim=-1)
     k = torch.cat([k_nope, k_pe.unsqueeze(2).expand(-1, -1, q.shape[2], -1)], dim=-1)
     options = dict(PLAIN, causal=causal, softmax_scale=softmax_scale, compute_dtype=dtype, **places)
-    out, lse = attend(q, k, v, **options)
+    out, lse = attend_tree(q, k, v, tree_mask=tree_mask, **options)
     if w_out is not None:
         out = torch.einsum("bihc,hvc->bihv", out, w_out)
     return out.to(out_dtype), lse

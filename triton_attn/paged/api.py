@@ -27,7 +27,14 @@ from .._host.checks import (
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.layout import lse_shape, new_outputs
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
-from .._host.options import AttentionOptions, attention_options, with_tensors
+from .._host.options import (
+    AttentionOptions,
+    attention_options,
+    check_num_drafts,
+    check_tree_mask,
+    with_tensors,
+    with_tree_mask,
+)
 from .._host.prefix_tree import (
     PrefixTree,
     check_prefix_tree,
@@ -91,6 +98,7 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
@@ -127,6 +135,14 @@ def paged_attention(
         causal: new tokens do not see later ones. Aligned to the bottom right, as window_size is.
         softmax_scale, window_size, softcap, alibi_slopes, sinks: as in `flash_attention`. Pages that lie outside of the
             window are not touched.
+        tree_mask: (batch, seqlen_q) int64 on q's device, (total_q,) with cu_seqlens_q; the last dimension contiguous.
+            The queries of a sequence, at most 64, are then the tokens of a tree of drafts. Bit j of query i says
+            whether it sees the j-th of them, whose key is cache_seqlens[b] - seqlen_q + j; all see the keys before.
+            Query i gets what a single query gets whose sequence ends with the drafts that it sees: it has position
+            p = cache_seqlens[b] - seqlen_q + popcount(bits) - 1, and draft j, seen by it, p + 1 -
+            popcount(bits >> j). Where the order of the drafts puts parents first, that is their depth in the tree.
+            window_size and alibi_slopes count from these positions, and causal and the right side of the window have
+            nothing to hide. Bits from seqlen_q on do not count.
         k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,). None
             is 1.
         num_splits: splits of the keys of a sequence, computed in parallel and merged. 0 chooses by the shapes. With the
@@ -163,7 +179,8 @@ def paged_attention(
         TypeError, ValueError: an argument is wrong, or q has more than 10**9 rows for a KV head; nothing was launched
             or written. With values checked also: a length beyond the cache, a page outside the cache, or
             a prefix_tree of other pages or queries.
-        NotImplementedError: an argument requires a gradient or has a tangent.
+        NotImplementedError: an argument requires a gradient or has a tangent; tree_mask is given with key_shard or
+            prefix_tree.
 
     It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
     is not supported.
@@ -177,7 +194,8 @@ def paged_attention(
         torch.Size([2, 1, 8, 64])
 
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
-    prefixes: Juravsky et al., Hydragen (2024), arXiv:2402.05099.
+    prefixes: Juravsky et al., Hydragen (2024), arXiv:2402.05099; trees of drafts: Miao et al., SpecInfer (2024),
+    arXiv:2305.09781.
     """
     batch, options, layout = _check_tensors(
         q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
@@ -202,6 +220,9 @@ def paged_attention(
     return_lse = check_bool("return_lse", return_lse)
     if prefix_tree is not None:
         check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q.device)
+    if tree_mask is not None:
+        check_tree_mask(tree_mask, q, longest, key_shard=key_shard, prefix_tree=prefix_tree)
+        options = with_tree_mask(options, tree_mask)
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
         check_last_contiguous("out", out)
@@ -210,8 +231,8 @@ def paged_attention(
     room = None if workspace is None else as_workspace(workspace, q.device)
     check_values = should_check_values(check_values)
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
-    if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, out, lse):
-        per_head = alibi_slopes, sinks, k_scale, v_scale
+    if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, tree_mask, out, lse):
+        per_head = alibi_slopes, sinks, k_scale, v_scale, tree_mask
         refuse_gradients(**dict(zip(INPUTS, (*tensors, *per_head))), out=out, lse=lse)
         num_queries, longest_q = number_and_tensor(longest)
         numbers = k_number, v_number, num_queries, options.softmax_scale, *options.window, options.softcap
@@ -290,6 +311,7 @@ INPUTS = (
     "sinks",
     "k_scale",
     "v_scale",
+    "tree_mask",
     "longest_q",
 )
 SCHEMA = ", ".join(
@@ -314,6 +336,7 @@ def _attend_flat(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    tree_mask: Tensor | None,
     longest_q: Tensor | None,
     k_number: float | None,
     v_number: float | None,
@@ -334,7 +357,9 @@ def _attend_flat(
     """`_attend` with the arguments of an operator: (out, lse)."""
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
-    options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks)
+        if tree_mask is not None:
+            check_num_drafts(max_seqlen_q)
+    options = AttentionOptions(softmax_scale, (left, right), softcap, alibi_slopes, sinks, tree_mask=tree_mask)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
     out, lse = new_outputs(q, v_cache, return_lse, out)

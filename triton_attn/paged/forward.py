@@ -24,8 +24,17 @@ from .._host.observers import number_and_tensor
 from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
-from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
+from .._jit.args import Scales, Scores, Splits, Strides, View, bits_of_rows, scale_of, window_of
 from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
+from .._jit.drafts import (
+    Drafts,
+    bits_in_window,
+    count_bits,
+    load_bits,
+    mask_scores_of_tree,
+    scale_scores_of_tree,
+    without_drafts,
+)
 from .._jit.heads import (
     Batch,
     find_node,
@@ -76,6 +85,7 @@ class Tile(NamedTuple):
     ONE_PAGE: bool  # BLOCK_N keys lie in one page
     SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
     SHARDED: bool  # the cache has one rank's keys
+    TREE: bool  # bits say which of the last keys a query sees
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
@@ -113,6 +123,7 @@ class Rows(NamedTuple):
     sequence: object  # of the tile, or of each row
     position: object  # of each row among the keys of its sequence, those of all ranks
     end_key: object  # of the tile, or of each row
+    drafts: Drafts
     table_row: object  # the sequence whose pages are read
     blocks: Blocks
 
@@ -168,15 +179,35 @@ def _place_in_sequence(tile, queries, head_kv, batch, TILE: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
-    """Rows of one sequence and its keys, with a tree those that no node has."""
+def _load_bits(place, position, first_draft, num_drafts, tree_mask, left, TILE: tl.constexpr):
+    """The bits of rows in a window, and their positions, which follow from how many drafts a row sees without it."""
+    if TILE.TREE:
+        bits = load_bits(tree_mask, place.batch, place.query, place.mask, num_drafts)
+        position = first_draft + count_bits(bits) - 1
+        if left is not None:
+            bits = bits_in_window(bits, left)
+        return bits, position
+    else:
+        return position, position  # bits are not read
+
+
+@triton.jit
+def _rows_of_sequence(queries, head_kv, batch, window, tree_mask, TILE: tl.constexpr):
+    """Rows of one sequence and its keys, with a prefix tree those that no node has."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
     num_keys = _num_cached(seqlen_k, window, TILE)
     first_row = queries.tile * TILE.BLOCK_M
     query = (first_row + tl.arange(0, TILE.BLOCK_M)) // TILE.GROUP_SIZE  # (BLOCK_M,)
+    place = _place_in_sequence(queries.tile, queries, head_kv, batch, TILE)
     start = first_row // TILE.GROUP_SIZE + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // TILE.GROUP_SIZE + 1, queries.num) + first_position
+    bits, position = _load_bits(
+        place, query + first_position, first_position, queries.num, tree_mask, window.left, TILE
+    )
+    if TILE.TREE:
+        start = tl.min(position, 0)
+        end = tl.max(position, 0) + 1
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
     first_key = 0
     if batch.tree_ptr is not None:
@@ -185,8 +216,9 @@ def _rows_of_sequence(queries, head_kv, batch, window, TILE: tl.constexpr):
         blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
     else:
         blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
-    place = _place_in_sequence(queries.tile, queries, head_kv, batch, TILE)
-    return Rows(place, queries.sequence, query + first_position, num_keys, queries.sequence, blocks)
+    if TILE.TREE:
+        blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
+    return Rows(place, queries.sequence, position, num_keys, Drafts(first_position, bits), queries.sequence, blocks)
 
 
 @triton.jit
@@ -205,13 +237,18 @@ def _rows_of_node(node, head_kv, batch, window, TILE: tl.constexpr):
     else:
         blocks = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
     place = Place(rows.batch, rows.query, head, rows.mask)
-    return Rows(place, rows.sequence, rows.position, end_key, table_row, end_full(blocks, end_key, TILE.BLOCK_N))
+    blocks = end_full(blocks, end_key, TILE.BLOCK_N)
+    no_drafts = Drafts(0, rows.position)  # not read
+    return Rows(place, rows.sequence, rows.position, end_key, no_drafts, table_row, blocks)
 
 
 @triton.jit
-def _scale(s, scores, slopes, rows, start_n, EXACT: tl.constexpr, TILE: tl.constexpr):
-    """Scores of Rows in log2 units, not yet masked."""
-    if TILE.SHARDED:
+def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr, TILE: tl.constexpr):
+    """Scores of Rows in log2 units, not yet masked. DRAFTS: some keys may be drafts of a tree."""
+    scores, slopes = Scores(*scoring.scores), scoring.slopes
+    if DRAFTS:
+        return scale_scores_of_tree(s, scores, slopes, rows.position, rows.drafts, start_n, EXACT)
+    elif TILE.SHARDED:
         return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
     else:
         return scale_scores(s, scores, slopes, rows.position, start_n, 0, EXACT)
@@ -220,7 +257,9 @@ def _scale(s, scores, slopes, rows, start_n, EXACT: tl.constexpr, TILE: tl.const
 @triton.jit
 def _mask(s, rows, start_n, window, TILE: tl.constexpr):
     """Scores of Rows, -inf where a row does not see a key."""
-    if TILE.SHARDED:
+    if TILE.TREE:
+        return mask_scores_of_tree(s, rows.position, rows.drafts, start_n, rows.end_key, window)
+    elif TILE.SHARDED:
         return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
     else:
         return mask_scores(s, rows.position, start_n, rows.end_key, 0, window)
@@ -287,6 +326,7 @@ def _paged_fwd_kernel(
     block_table_ptr,
     table_stride,
     cu_seqlens_q_ptr,
+    tree_mask,
     sinks_ptr,
     scales,
     scores,
@@ -341,7 +381,7 @@ def _paged_fwd_kernel(
             _clear_spare_rows(results, sequences, queries, program, head_kv, num_cleared, TILE)
         if num_own <= 0:
             return
-        rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, TILE)
+        rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, tree_mask, TILE)
         if tree_ptr is not None:
             num_nodes_above = tl.load(tree_ptr + 2 * queries.sequence + 1)
             _clear_lses(results, rows.place, num_nodes_above, num_cleared)
@@ -434,7 +474,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
             else:
                 s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
             if not TILE.FOLD_SCALE:
-                s = _scale(s, scores, scoring.slopes, rows, start_n, q_tile[0].dtype == tl.float32, TILE)
+                s = _scale(s, scoring, rows, start_n, q_tile[0].dtype == tl.float32, TILE.TREE and not FULL, TILE)
             if not FULL:
                 s = _mask(s, rows, start_n, scores.window, TILE)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
@@ -470,6 +510,7 @@ class Problem(NamedTuple):
     window: tuple
     softcap: float | None
     has_alibi: bool
+    has_tree_mask: bool
     key_shard: KeyShard | None
     bases_aligned: bool  # k_cache and v_cache start at multiples of 16 bytes
     arch: str
@@ -541,6 +582,7 @@ def launch_paged_fwd(call, out, lse, config=None):
     (*_, num_rows, _, _), (batch, *_) = call.layout[0][0], cache_seqlens.shape
     num_heads_kv = call.layout[1][0][2]
     table_stride = None if block_table is None else block_table.stride(0)
+    tree_mask = None if call.options.tree_mask is None else bits_of_rows(call.options.tree_mask)
     tree, num_nodes, num_slots = None, 0, 0
     if plan.has_nodes:
         tree, (num_nodes, num_slots, *_) = call.prefix_tree.memory, call.prefix_tree.sizes
@@ -554,6 +596,7 @@ def launch_paged_fwd(call, out, lse, config=None):
             block_table,
             table_stride,
             cu_seqlens_q,
+            tree_mask,
             None if constants["TILE"].SHARED else call.options.sinks,  # they count once
             scales,
             scores,
@@ -621,6 +664,7 @@ def _problem_of(call, out, config):
         window,
         softcap,
         alibi_slopes is not None,
+        options.tree_mask is not None,
         call.key_shard,
         (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
         arch,
@@ -704,6 +748,7 @@ def _plan_pass(problem, shared):
         ONE_PAGE=is_paged and slots % config.block_n == 0,
         SHARED=shared,
         SHARDED=problem.key_shard is not None,
+        TREE=problem.has_tree_mask,
         SEARCH=search,
         FOLD_SCALE=problem.fold_scale,
         SPLIT_KEYS=FIXED_KEYS if problem.batch_invariant else 0,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._host.definition import attend, packed_bounds
+from .._host.definition import attend_tree, packed_bounds
 from .._host.key_shard import check_key_shard, num_ranks_of
 from .._host.observers import without_autocast
 from .._host.prefix_tree import PrefixTree
@@ -25,6 +25,7 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
@@ -51,7 +52,7 @@ def paged_attention(
         rows = i if bounds is None else slice(*bounds[i : i + 2])
         num_keys = seqlen if shard is None else shard.num_keys(seqlen)
         places = {} if shard is None else shard.places(seqlen, q[rows].shape[0], q.device)
-        out_i, lse_i = attend(
+        out_i, lse_i = attend_tree(
             q[rows][None],
             _cached(k_cache, i, num_keys, block_table, k_scale, compute_dtype)[None],
             _cached(v_cache, i, num_keys, block_table, v_scale, compute_dtype)[None],
@@ -62,6 +63,7 @@ def paged_attention(
             alibi_slopes=alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
             sinks=sinks,
             compute_dtype=compute_dtype,
+            tree_mask=None if tree_mask is None else tree_mask[rows],
             **places,
         )
         result[rows] = out_i[0]
