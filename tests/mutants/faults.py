@@ -56,7 +56,7 @@ GROUPS = {
     ),
     "LATENT_REFERENCE": (_run("tests/mla/test_mla_reference.py"),),
     "CACHE": (
-        _run("tests/cache", "-k", "pool or free_list or paged_kv_cache or latent_kv_cache"),
+        _run("tests/cache", "-k", "pool or free_list or paged_kv_cache or latent_kv_cache or layer_windows"),
         _run("tests/cache/test_state_machine.py"),
     ),
     "APPEND": (
