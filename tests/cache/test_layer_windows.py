@@ -131,7 +131,7 @@ def test_what_one_sequence_gives_back_another_keeps():
 
 def forget(cache, seq_tokens, group, columns):
     """Let pages of a group no longer be found, as if they had been reused."""
-    hashes = list(page_hashes(root_hash(None), torch.tensor(seq_tokens).numpy(), PAGE))
+    hashes = list(page_hashes([root_hash(None)], torch.tensor(seq_tokens).numpy(), PAGE))
     cache.pool.forget([cache._find(group, hashes[column]) for column in columns])
 
 
@@ -222,12 +222,12 @@ def test_events_have_what_a_router_needs():
     cache = make([-1, 3], num_pages=11, record_events=True)
     tokens = list(range(9))
     seq = start(cache, tokens)
-    first, second = page_hashes(root_hash(None), torch.tensor(tokens).numpy(), PAGE)
+    first, second = page_hashes([root_hash(None)], torch.tensor(tokens).numpy(), PAGE)
     stored = dict(hashes=[first, second], parent=None, root=root_hash(None), token_ids=tokens[:8], page_size=PAGE)
     assert cache.take_events() == [PagesStored(**stored, group=group) for group in (0, 1)]
     assert cache.take_events() == []
     cache.extend([seq], [[9, 10, 11, 12]])  # page 0 of group 1 is given back, and can still be found
-    (third,) = list(page_hashes(second, torch.tensor([8, 9, 10, 11]).numpy(), PAGE))
+    (third,) = list(page_hashes([second], torch.tensor([8, 9, 10, 11]).numpy(), PAGE))
     cache.commit([seq])
     events = cache.take_events()
     assert [(event.hashes, event.parent, event.token_ids) for event in events] == [

@@ -624,8 +624,8 @@ FAULTS = (
     Fault(
         "C28",
         "triton_attn/cache/sequences.py",
-        "elif chain[named + 1 : named + 1 + len(hashes)] != hashes:",
-        "elif False:",
+        "if chain is not others and others[: len(chain)] != chain:",
+        "if False:",
         "CACHE",
     ),
     Fault("C29", "triton_attn/cache/sequences.py", "        self._known[self._lengths > 0] = 0\n", "", "CACHE"),

@@ -4,7 +4,7 @@ from .arrays import from_list
 
 
 def find_in_groups(find, hashes, windows, no_window, page_size, usable):
-    """(number of cached tokens, hashes of the full pages that were read, an array of pages for each group).
+    """(number of cached tokens, an array of pages for each group).
 
     A prefix is cached if all its pages are found in the groups without a window, and in the others those that the
     first token after the prefix sees, whatever became of the pages before. The pages of each group go up to the last
@@ -44,4 +44,4 @@ def find_in_groups(find, hashes, windows, no_window, page_size, usable):
     last = -(-num_tokens // page_size)
     firsts = [0 if window == no_window else max(0, num_tokens - window) // page_size for window in windows]
     pages = [from_list([find(group, digest) for digest in read[first:last]]) for group, first in enumerate(firsts)]
-    return num_tokens, read, pages
+    return num_tokens, pages

@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from operator import is_
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from .._host.checks import check_bool, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
-from .arrays import from_list, grown, ranges
+from .arrays import from_list, grown, largest, ranges
 from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash
 from .layers import LayerGroups
@@ -153,23 +151,25 @@ class PagedSequences:
         ids = as_ids(token_ids)
         num_dropped = int(check_bool("recompute_last_page", recompute_last_page))
         root, page_size = root_hash(salt), self.page_size
-        hashes, usable = page_hashes(root, ids, page_size), partial(_usable_tokens, ids.size, page_size, num_dropped)
+        chain = [root]
+        hashes, usable = page_hashes(chain, ids, page_size), partial(_usable_tokens, ids.size, page_size, num_dropped)
         if self._is_plain:
             found = self.pool.lookup(hashes)
             cached = usable(found.size)
             pages = [found[: self._pages_of(cached)]]
-            read = map(self.pool._names.hash_of.__getitem__, found[: cached // page_size].tolist())
             self.pool._share(pages[0])
         else:
-            cached, read, pages = find_in_groups(self._find, hashes, self._windows, NO_LIMIT, page_size, usable)
+            cached, pages = find_in_groups(self._find, hashes, self._windows, NO_LIMIT, page_size, usable)
             self.pool._share(np.concatenate(pages))
         num_full, width = cached // page_size, self._pages_of(cached)
-        row = self._new_row([root, *islice(read, num_full)])
+        del chain[1 + num_full :]
+        row = self._new_row(chain)
         self._widen(width)
         for group_row, of_group in enumerate(pages, row):
             first = width - of_group.size
             self._tables[group_row, first:width] = of_group
-            self._states[:, group_row] = cached, 0, 0, NO_LIMIT, num_full, first
+            self._lengths[group_row], self._limits[group_row], self._known[group_row] = cached, 0, NO_LIMIT
+            self._named[group_row], self._firsts[group_row] = num_full, first
         self._tokens_asked += ids.size
         self._tokens_found += cached
         return Sequence(self, row), cached
@@ -236,7 +236,7 @@ class PagedSequences:
         originals = rows.tolist()[: len(self._batch.seqs)]
         forks = [self._new_row(self._chains[row // self._num_groups]) for row in originals]
         copies = forks if self._num_groups == 1 else self._rows_of_groups(forks)
-        width = max(counts.tolist(), default=0)
+        width = largest(counts)
         self._tables[copies, :width] = self._tables[rows, :width]
         self._states[:, copies] = self._states[:, rows]
         forks = [Sequence(self, row) for row in forks]
@@ -275,7 +275,7 @@ class PagedSequences:
         rows = self._distinct_rows(_as_iterable(seqs))
         counts = self._pages_of(self._lengths[rows])
         self.pool._release(self._pages(rows, counts))
-        self._tables[rows, : max(counts.tolist(), default=0)] = 0
+        self._tables[rows, : largest(counts)] = 0
         freed = rows.tolist()[: len(self._batch.seqs)]
         for seq, row in zip(self._batch.seqs, freed):
             self._chains[row // self._num_groups] = None
@@ -308,7 +308,7 @@ class PagedSequences:
         window were given back.
         """
         rows = self._rows(seqs)
-        width = self._pages_of(max(self._lengths[rows].tolist(), default=0))
+        width = self._pages_of(largest(self._lengths[rows]))
         tables = self._tables[rows, :width]
         return self._to_device(self._by_group(tables) if self._shape_of_groups else tables)
 
@@ -376,7 +376,7 @@ class PagedSequences:
         page_size, tails, growths, growth, width = self.page_size, [], [], 0, 0
         for row, length, end in zip(rows, lengths, ends):
             column, offset = divmod(length, page_size)
-            first, last = column + (offset > 0), self._pages_of(end)
+            first, last = column + (offset > 0), (end + page_size - 1) // page_size
             if end > length and offset:  # it goes on in its last page
                 tails.append((row, column))
             if last > first:
@@ -491,12 +491,12 @@ class PagedSequences:
     def _hash(self, row, named, pages):
         """Hashes of the full pages of a row that come after so many named ones; they become part of its chain."""
         seq = row // self._num_groups
-        chain = self._chains[seq]
-        hashes = list(page_hashes(chain[named], self._page_tokens[pages], self.page_size))
-        if len(chain) == named + 1:
-            chain += hashes
-        elif chain[named + 1 : named + 1 + len(hashes)] != hashes:
-            self._chains[seq] = chain[: named + 1] + hashes
+        chain = others = self._chains[seq]
+        if len(chain) > named + 1:
+            chain = chain[: named + 1]
+        hashes = list(page_hashes(chain, self._page_tokens[pages], self.page_size))
+        if chain is not others and others[: len(chain)] != chain:
+            self._chains[seq] = chain
         return hashes
 
     def _names_in_group(self, row, named, pages, hashes):
@@ -553,7 +553,7 @@ class PagedSequences:
     def _rows(self, seqs):
         """Rows of sequences that are alive and of this cache. The calls of one step name the same ones: keep them."""
         seqs = list(seqs)
-        if len(seqs) != len(self._batch.seqs) or not all(map(is_, seqs, self._batch.seqs)):
+        if seqs != self._batch.seqs:  # sequences are equal if they are the same
             rows = from_list([self._row(seq) for seq in seqs])
             if self._num_groups > 1:
                 rows = self._rows_of_groups(rows)

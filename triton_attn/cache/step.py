@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._host.checks import check_size, fail
+from .arrays import largest
 from .token_ids import ONE_EACH
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class CacheStep:
             fail("seqs", f"at most max_batch = {self._seqlens.size} sequences", batch)
         if num_tokens > self._positions.size:
             fail("token_ids", f"at most max_tokens = {self._positions.size} new tokens", num_tokens)
-        longest = max(ends.tolist(), default=0)
+        longest = largest(ends)
         if longest > self._max_seqlen:
             fail("token_ids", f"sequences of at most max_seqlen = {self._max_seqlen} tokens", longest)
 
