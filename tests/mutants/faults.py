@@ -555,8 +555,8 @@ FAULTS = (
     Fault(
         "C08",
         "triton_attn/cache/sequences.py",
-        "        self.pool._check_free(num",
-        "        self._name_full_pages(rows)\n        self.pool._check_free(num",
+        "        if num_copied + growth > self.pool.num_free:\n",
+        "        self._name_full_pages(rows)\n        if num_copied + growth > self.pool.num_free:\n",
         "CACHE",
     ),
     Fault(

@@ -23,6 +23,7 @@ from .step import CacheStep, ChangeLog
 from .token_ids import ONE_EACH, as_batch, as_ids
 
 NO_LIMIT = 2**62
+NOTHING_BEHIND = [], NO_PAGES
 NUM_STATES = 6  # see _grow_rows
 TokenIds: TypeAlias = Tensor | Iterable[int]
 
@@ -385,8 +386,9 @@ class PagedSequences:
         pages = [self._tables.item(tail) for tail in tails]
         must_copy = self._must_copy(pages) if tails else []
         num_copied = sum(must_copy)
-        behind, released = ([], NO_PAGES) if self._is_plain else self._pages_behind(rows, lengths)
-        self.pool._check_free(num_copied + growth, released)
+        behind, released = NOTHING_BEHIND if self._is_plain else self._pages_behind(rows, lengths)
+        if num_copied + growth > self.pool.num_free:
+            self.pool._check_free(num_copied + growth, released)
 
         # Nothing fails from here on. What is given back was named first, and can be found.
         self._name_full_pages(rows)
@@ -469,41 +471,40 @@ class PagedSequences:
         """Register the pages that became full, and are written by now, under the hash of all tokens up to their end."""
         if not self.pool.prefix_caching:
             return
-        pages, names, hashes = [], [], {}
+        pages, names, hashes, log = [], [], {}, self._log
+        names_of = self._hash if self._is_plain else partial(self._names_in_group, hashes)
         for row in rows:
             named = self._named.item(row)
             num_full = min(self._lengths.item(row), self._known.item(row)) // self.page_size
             if num_full > named:
                 full = self._tables[row, named:num_full]
-                new_names = (
-                    self._hash(row, named, full) if self._is_plain else self._names_in_group(row, named, full, hashes)
-                )
-                if self._log is not None:
-                    chain = self._chains[row // self._num_groups]
-                    self._log.describe(new_names, chain[0], chain[named:num_full], self._page_tokens[full])
-                names += new_names
+                token_ids = self._page_tokens[full]
+                names += names_of(row, named, token_ids)
                 pages += full.tolist()
                 self._named[row] = num_full
+                if log is not None:
+                    chain = self._chains[row // self._num_groups]
+                    log.describe(names[-full.size :], chain[0], chain[named:num_full], token_ids)
         self.pool._register(pages, names)
-        if self._log is not None:
-            self._log.forget_descriptions()
+        if log is not None:
+            log.forget_descriptions()
 
-    def _hash(self, row, named, pages):
+    def _hash(self, row, named, token_ids):
         """Hashes of the full pages of a row that come after so many named ones; they become part of its chain."""
         seq = row // self._num_groups
         chain = others = self._chains[seq]
         if len(chain) > named + 1:
             chain = chain[: named + 1]
-        hashes = list(page_hashes(chain, self._page_tokens[pages], self.page_size))
+        hashes = list(page_hashes(chain, token_ids, self.page_size))
         if chain is not others and others[: len(chain)] != chain:
             self._chains[seq] = chain
         return hashes
 
-    def _names_in_group(self, row, named, pages, hashes):
+    def _names_in_group(self, hashes, row, named, token_ids):
         """Names of pages of a row: hashes, which are computed once for all groups, with the suffix of the group."""
         seq, group = divmod(row, self._num_groups)
         if (seq, named) not in hashes:
-            hashes[seq, named] = self._hash(row, named, pages)
+            hashes[seq, named] = self._hash(row, named, token_ids)
         return [digest + self._suffixes[group] for digest in hashes[seq, named]]
 
     def _find(self, group, digest):

@@ -171,13 +171,14 @@ class CacheStep:
     def _changed_entries(self, rows, ends):
         """(entries of the table as if it were flat, their pages), two lists: what the device does not have."""
         cache, width, max_batch = self._cache, self.block_table.shape[-1], self._seqlens.size
+        tables, held_from, page_size = cache._tables, cache._firsts, cache.page_size
         entries, pages = [], []
         for place, first in self._changed_rows(rows).items():
-            row = self._rows.item(place)
-            first = max(first, cache._firsts.item(row))
-            last = cache._pages_of(ends.item(place % max_batch))
-            entries.extend(range(place * width + first, place * width + last))
-            pages.extend(cache._tables[row, first:last].tolist())
+            row, start = self._rows.item(place), place * width
+            first = max(first, held_from.item(row))
+            last = (ends.item(place % max_batch) + page_size - 1) // page_size
+            entries += range(start + first, start + last)
+            pages += tables[row, first:last].tolist()
         return entries, pages
 
     def _changed_rows(self, rows):
