@@ -223,6 +223,7 @@ FUNCTIONS = {
             head_dim_v=(INT, 8),
             interleave=(INT, 2),
             prefix_caching=(BOOL, True),
+            record_events=(BOOL, True),
         ),
     ),
     "LatentKVCache": (
@@ -236,6 +237,7 @@ FUNCTIONS = {
             qk_rope_head_dim=(INT, 8),
             interleave=(INT, 2),
             prefix_caching=(BOOL, True),
+            record_events=(BOOL, True),
         ),
     ),
     "BlockPool": (
@@ -297,7 +299,8 @@ TENSORS = {
 }
 TENSORS |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "slot_mapping", "rope_cos", "rope_sin"}
 TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "rope_cache", "k_cache", "v_cache"}
-NOT_SCALARS = TENSORS | {"mode", "dtype", "device", "mesh", "prefix_tree"}
+# The entries of layer_windows have tests in tests/cache/test_layer_windows.py.
+NOT_SCALARS = TENSORS | {"mode", "dtype", "device", "mesh", "prefix_tree", "layer_windows"}
 
 
 def plain(scalars):
