@@ -304,8 +304,8 @@ def check_values(case, inputs, out, lse):
 
 
 def check_accesses(case, inputs, accesses):
-    """If one tile has all rows of a KV head for a sequence, each visible key is loaded once. With a prefix tree, a key of
-    a node is loaded once for each tile of the node's rows."""
+    """If one tile has all rows of a KV head for a sequence, each visible key is loaded once. With a prefix tree, a key
+    of a node is loaded once for each tile of the node's rows."""
     size = case.cache_dtype.itemsize
     tree = None if case.part is None else read_tree(inputs.tree())
     most = keys_loaded(case, inputs, tree) * case.num_heads_kv * size

@@ -344,8 +344,8 @@ class PagedSequences:
                 is out of range or listed twice.
             NotImplementedError: the cache is sharded over a mesh, or has layer_windows.
         """
-        self._check_plain("keep")
         rows = self._distinct_rows(seqs).tolist()
+        self._check_plain("keep")
         if self.key_shard is not None:
             raise NotImplementedError("keep: not supported for a cache that is sharded over a mesh, got a mesh")
         num_drafts = check_length("num_drafts", num_drafts)
