@@ -57,7 +57,7 @@ FAMILIES = [
     ),
     Family(
         "Page bookkeeping",
-        "cache/(pool|sequences|token_ids|hashing)",
+        "cache/(pool|sequences|token_ids|hashing|layers)",
         "",
         "`OutOfPages` means that the cache is full. Nothing has changed: free a sequence and call again. The other "
         "errors mean that a sequence or a page was freed twice or belongs to another cache, or that the token ids do "

@@ -4,6 +4,9 @@ The cached content of a token identifies all tokens up to it and the salt. If a 
 early, or not copied before a write, a sequence finds the content of another.
 """
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -21,30 +24,40 @@ from small_caches import contents, make_step
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache
+from triton_attn.cache.events import PagesCleared, PagesStored
+from triton_attn.cache.hashing import root_hash
+from triton_attn.cache.layers import group_layers
 
 pytestmark = pytest.mark.random
 TIMES = {"quick": 1, "ci": 3, "full": 100}[LEVEL]
 NUM_LAYERS = 2
+# Windows of layers: keys before a query that are seen, -1 for all, None for a layer without keys.
+LAYOUTS = [None, [-1], [2], [0, -1], [3, 3, -1, -1], [5, None, -1], [1, 1, 1, -1], [4, 7], [-1, 2, -1]]
 STEPS = st.sampled_from([None, 0, 1])
 
 
 class NaiveSequence:
-    """Tokens (below 0 if the cache was not told them), and their pages."""
+    """Tokens (below 0 if the cache was not told them), and for each group their pages: None once given back."""
 
     def __init__(self, salt, tokens, pages, known, named):
         self.salt, self.tokens, self.pages, self.known, self.named = salt, tokens, pages, known, named
 
     def copy(self):
-        return NaiveSequence(self.salt, list(self.tokens), list(self.pages), self.known, self.named)
+        return NaiveSequence(self.salt, list(self.tokens), list(map(list, self.pages)), self.known, list(self.named))
 
     def prefix(self, length):
         return self.salt, tuple(self.tokens[:length])
+
+    def held(self, first=0):
+        """Pages of all groups from a column on, column by column."""
+        columns = list(zip(*self.pages))[first:]
+        return [page for column in columns for page in column if page is not None]
 
 
 class CacheMachine(RuleBasedStateMachine):
     """The content of a token is one integer, plus the index of the layer. Subclasses define how a cache stores it."""
 
-    steps = 0
+    steps, has_layouts = 0, False
 
     def make_cache(self, *args, **options):
         raise NotImplementedError
@@ -63,16 +76,35 @@ class CacheMachine(RuleBasedStateMachine):
         num_pages=st.integers(4, 24),
         page_size=st.sampled_from([1, 2, 3, 4]),
         prefix_caching=st.integers(0, 7).map(bool),
+        layout=st.none() | st.sampled_from(LAYOUTS),
+        record_events=st.booleans(),
     )
-    def make(self, num_pages, page_size, prefix_caching):
+    def make(self, num_pages, page_size, prefix_caching, layout, record_events):
         self.page_size = page_size
         self.prefix_caching = prefix_caching
-        self.cache = self.make_cache(num_pages, page_size, num_layers=NUM_LAYERS, prefix_caching=prefix_caching)
+        layout = layout if self.has_layouts else None
+        num_pages *= 1 if layout is None else len(group_layers(layout, len(layout)).windows)
+        self.cache = self.make_cache(
+            num_pages,
+            page_size,
+            num_layers=NUM_LAYERS if layout is None else len(layout),
+            prefix_caching=prefix_caching,
+            record_events=record_events,
+            **({} if layout is None else {"layer_windows": layout}),
+        )
+        self.places = [(0, layer) for layer in range(NUM_LAYERS)]  # the group of each layer with keys, and its tensors
+        self.windows = [-1]  # of each group
+        if layout is not None:
+            places = [place for place in self.cache.layers if place is not None]
+            self.places = [(place.group, place.cache_layer) for place in places]
+            self.windows = [window for _, window in sorted({(place.group, place.window) for place in places})]
+        self.is_grouped = layout is not None
+        self.announced = set()  # by the events: (group, hash)
         for tensor in self.tensors():
             tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
         self.cache_steps = [make_step(self.cache, 64, 200, 512, staged=staged) for staged in (False, True)]
         self.free_pages = list(range(num_pages))  # in the order of use
-        self.named = {}  # (salt, tokens) -> pages that contain the last of them; the first one is found
+        self.named = {}  # (group, salt, tokens) -> pages that contain the last of them; the first one is found
         self.live = {}  # handle -> NaiveSequence
         self.dead = []
         self.contents = {}  # (salt, tokens) -> content of the last of them
@@ -82,19 +114,19 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Operations on the cache, and their expected results.
 
-    @rule(data=st.data(), salt=st.sampled_from([None, "a"]), prefill=st.booleans())
-    def create(self, data, salt, prefill):
-        tokens = self.draw_prompt(data)
-        expected = 0
-        while self.prefix_is_findable(salt, tokens, expected + self.page_size):
-            expected += self.page_size
-        expected = min(expected, max(0, len(tokens) - 1))
-        seq, cached = self.cache.create(tokens, salt)
+    @rule(data=st.data(), salt=st.sampled_from([None, "a"]), prefill=st.booleans(), recompute=st.integers(0, 3))
+    def create(self, data, salt, prefill, recompute):
+        tokens, recompute = self.draw_prompt(data), recompute == 0
+        expected, firsts = self.findable_prefix(salt, tokens, recompute)
+        seq, cached = self.cache.create(tokens, salt, recompute_last_page=recompute)
         assert cached == expected
-        ends = range(self.page_size, cached + self.page_size, self.page_size)
-        pages = [self.named[salt, tuple(tokens[:end])][0] for end in ends]
-        self.free_pages = [page for page in self.free_pages if page not in pages]
-        self.live[seq] = NaiveSequence(salt, tokens[:cached], pages, cached, cached // self.page_size)
+        pages = [[None] * first for first in firsts]
+        for group, of_group in enumerate(pages):
+            for column in range(len(of_group), self.pages_of(cached)):
+                of_group.append(self.named[self.name(group, salt, tokens, column)][0])
+        naive = NaiveSequence(salt, tokens[:cached], pages, cached, [cached // self.page_size] * len(pages))
+        self.free_pages = [page for page in self.free_pages if page not in naive.held()]
+        self.live[seq] = naive
         if prefill:
             self.extend_batch([seq], [tokens[cached:]])
 
@@ -116,38 +148,64 @@ class CacheMachine(RuleBasedStateMachine):
         self.write()
         counts = [tokens if isinstance(tokens, int) else len(tokens) for tokens in new_tokens]
         grown = [self.pages_of(len(self.live[seq].tokens) + n) for seq, n in zip(seqs, counts)]
-        num_new = sum(pages - len(self.live[seq].pages) for seq, pages in zip(seqs, grown))
+        num_new = sum(pages - len(self.live[seq].pages[0]) for seq, pages in zip(seqs, grown)) * len(self.windows)
         copied = self.tails_to_copy(seqs, counts)
-        if num_new + len(copied) > len(self.free_pages):
+        behind = self.behind(seqs)
+        if num_new + len(copied) > len(self.free_pages) + len(self.last_held(behind)):
             before = self.snapshot()
             with pytest.raises(OutOfPages):
                 self.call_extend(seqs, new_tokens, step)
             assert self.snapshot() == before
             return
         slots = self.call_extend(seqs, new_tokens, step)
-        # Pages are taken before others are registered. A name whose page is taken moves to the next page with that
-        # content.
-        taken = self.take_pages(num_new + len(copied))
+        # Full pages are named, those behind windows given back, and only then others taken. A name whose page is taken
+        # moves to the next page with that content.
         self.name_full_pages(seqs)
+        last_held = self.last_held(behind)
+        for seq, group, column in behind:
+            self.live[seq].pages[group][column] = None
+        self.put_back(last_held)
+        taken = self.take_pages(num_new + len(copied))
         for seq, n, num_pages in zip(seqs, counts, grown):
             self.grow(seq, n, num_pages, copied, taken)
         assert not taken
         assert not copied
+        starts = []
         for seq, tokens, n in zip(seqs, new_tokens, counts):
-            slots = self.append(self.live[seq], tokens, n, slots)
+            starts.append(len(self.live[seq].tokens))
+            self.append(self.live[seq], tokens, n)
             self.history = [*self.history, [max(0, token) for token in self.live[seq].tokens]][-8:]
-        assert not slots
+        self.check_slots(seqs, starts, slots)
         if step is not None:
-            check_step(self.cache_steps[step], [self.live[seq] for seq in seqs])
+            check_step(self.cache_steps[step], [self.live[seq] for seq in seqs], self.is_grouped)
+
+    def behind(self, seqs):
+        """(seq, group, column) of the pages that no new token sees, group by group."""
+        behind = []
+        for group, window in enumerate(self.windows):
+            for seq in seqs if window >= 0 else ():
+                naive = self.live[seq]
+                for column, page in enumerate(naive.pages[group]):
+                    if page is not None and (column + 1) * self.page_size + window <= len(naive.tokens):
+                        behind.append((seq, group, column))
+        return behind
+
+    def last_held(self, entries):
+        """Distinct pages that are free once these entries of tables are given up, the last listed first."""
+        pages = [self.live[seq].pages[group][column] for seq, group, column in entries]
+        return [page for page in reversed(list(dict.fromkeys(pages))) if pages.count(page) == self.holders(page)]
 
     def call_extend(self, seqs, new_tokens, step):
-        """Slots, from the cache or through one of its steps."""
+        """Slots of each group, from the cache or through one of its steps."""
         if step is None:
-            return self.cache.extend(seqs, new_tokens).tolist()
-        step = self.cache_steps[step]
-        step.extend(seqs, new_tokens)
-        assert (step.slot_mapping[step.num_tokens :] == -1).all()
-        return step.slot_mapping[: step.num_tokens].tolist()
+            slots = self.cache.extend(seqs, new_tokens)
+        else:
+            step = self.cache_steps[step]
+            step.extend(seqs, new_tokens)
+            assert (step.slot_mapping[..., step.num_tokens :] == -1).all()
+            slots = step.slot_mapping[..., : step.num_tokens]
+        assert slots.dim() == 1 + self.is_grouped
+        return self.by_group(slots)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -177,8 +235,24 @@ class CacheMachine(RuleBasedStateMachine):
         self.write()
         seq = data.draw(st.sampled_from(list(self.live)), label="seq")
         n = data.draw(st.integers(0, len(self.live[seq].tokens)), label="n")
+        if self.sees_what_is_gone(self.live[seq], n):
+            before = self.snapshot()
+            with pytest.raises(ValueError, match="earlier pages were given back"):
+                self.cache.truncate(seq, n)
+            assert self.snapshot() == before
+            return
         self.cache.truncate(seq, n)
         self.drop(self.live[seq], n)
+
+    @rule(now=st.sampled_from([False] * 9 + [True]))
+    def reset_prefix_cache(self, now):
+        if not now:
+            return
+        self.write()
+        self.cache.reset_prefix_cache()
+        self.named = {}
+        for naive in self.live.values():
+            naive.known, naive.named = 0, [0] * len(naive.pages)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -195,7 +269,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.write()
         seqs = self.draw_batch(data)
         self.cache.free(seqs)
-        dropped = [page for seq in seqs for page in self.live.pop(seq).pages]
+        dropped = [page for seq in seqs for page in self.live.pop(seq).held()]
         # A page of several sequences counts where it is listed first.
         self.put_back([page for page in reversed(list(dict.fromkeys(dropped))) if not self.holders(page)])
         self.dead += seqs
@@ -226,14 +300,17 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def tables_are_the_models(self):
         CacheMachine.steps += 1
-        table = self.cache.block_table(self.live).tolist()
-        width = max((len(naive.pages) for naive in self.live.values()), default=0)
-        assert table == [naive.pages + [0] * (width - len(naive.pages)) for naive in self.live.values()]
+        tables = self.cache.block_table(self.live)
+        width = max((len(naive.pages[0]) for naive in self.live.values()), default=0)
+        assert tables.shape == (*[len(self.windows)] * self.is_grouped, len(self.live), width)
+        for group, table in enumerate(self.by_group(tables)):
+            pages = [naive.pages[group] for naive in self.live.values()]
+            assert table == [[page or 0 for page in row] + [0] * (width - len(row)) for row in pages]
         assert self.cache.cache_seqlens(self.live).tolist() == [len(naive.tokens) for naive in self.live.values()]
 
     @invariant()
     def references_are_table_entries(self):
-        entries = [page for naive in self.live.values() for page in naive.pages]
+        entries = [page for naive in self.live.values() for page in naive.held()]
         pool = self.cache.pool
         assert [pool.ref_count(page) for page in range(pool.num_pages)] == [
             entries.count(page) for page in range(pool.num_pages)
@@ -248,26 +325,71 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.num_tokens == sum(len(naive.tokens) for naive in self.live.values())
         fill = {}
         for naive in self.live.values():
-            for i, page in enumerate(naive.pages):
-                fill[page] = max(fill.get(page, 0), min(self.page_size, len(naive.tokens) - i * self.page_size))
+            for pages in naive.pages:
+                for i, page in enumerate(pages):
+                    tokens = min(self.page_size, len(naive.tokens) - i * self.page_size)
+                    fill[page] = max(fill.get(page, 0), tokens)
+        fill.pop(None, None)
         assert stats.slots_used == sum(fill.values())
 
     @invariant()
-    def every_token_is_read_back(self):
-        unwritten = {slot for slot, _ in self.unwritten}
-        slots, contents = [], []
+    def pages_in_windows_are_held(self):
+        """Those that the next token sees."""
         for naive in self.live.values():
-            for position in range(len(naive.tokens)):
-                slot = self.slot(naive, position)
-                if slot not in unwritten:
-                    slots.append(slot)
-                    contents.append(self.content(naive, position))
-        contents = torch.tensor(contents)
-        slots = torch.tensor(slots, dtype=torch.long)
-        for layer in range(NUM_LAYERS):
-            assert torch.equal(self.read_layer(layer, slots), contents + layer)
+            assert not self.sees_what_is_gone(naive, len(naive.tokens))
+
+    @invariant()
+    def every_token_is_read_back(self):
+        for layer, (group, index) in enumerate(self.places):
+            unwritten = {slots[group] for slots, _ in self.unwritten}
+            slots, contents = [], []
+            for naive in self.live.values():
+                for position in range(len(naive.tokens)):
+                    slot = self.slot(naive, group, position)
+                    if slot is not None and slot not in unwritten:
+                        slots.append(slot)
+                        contents.append(self.content(naive, position))
+            contents = torch.tensor(contents)
+            slots = torch.tensor(slots, dtype=torch.long)
+            assert torch.equal(self.read_layer(index, slots), contents + layer)
+
+    @invariant()
+    def events_say_what_can_be_found(self):
+        if self.cache._log is None:
+            return
+        for event in self.cache.take_events():
+            self.replay(event)
+        found = {(group, self.hash(salt, tokens)) for group, salt, tokens in self.named}
+        assert self.announced == found
+
+    def replay(self, event):
+        if isinstance(event, PagesCleared):
+            self.announced.clear()
+            return
+        names = {(event.group, digest) for digest in event.hashes}
+        if not isinstance(event, PagesStored):
+            assert names <= self.announced
+            self.announced -= names
+            return
+        assert not names & self.announced
+        self.announced |= names
+        assert len(event.token_ids) == len(event.hashes) * event.page_size
+        assert event.root in (root_hash(None), root_hash("a"))
+        parent = event.parent or event.root
+        for i, digest in enumerate(event.hashes):
+            parent = page_hash(parent, event.token_ids[i * event.page_size : (i + 1) * event.page_size])
+            assert parent == digest
+
+    def hash(self, salt, tokens):
+        digest = root_hash(salt)
+        for start in range(0, len(tokens), self.page_size):
+            digest = page_hash(digest, tokens[start : start + self.page_size])
+        return digest
 
     # The model.
+
+    def by_group(self, x):
+        return (x if self.is_grouped else x[None]).tolist()
 
     def draw_prompt(self, data):
         """Mostly a prefix of a present or past sequence, with zeros for unknown tokens."""
@@ -282,8 +404,29 @@ class CacheMachine(RuleBasedStateMachine):
         seqs = data.draw(st.permutations(list(self.live)), label="seqs")
         return seqs[: data.draw(st.integers(1, 2 * len(seqs)), label="number of seqs")]
 
-    def prefix_is_findable(self, salt, tokens, length):
-        return length <= len(tokens) and (salt, tuple(tokens[:length])) in self.named
+    def name(self, group, salt, tokens, column):
+        return group, salt, tuple(tokens[: (column + 1) * self.page_size])
+
+    def findable_prefix(self, salt, tokens, recompute):
+        """(tokens, first column of each group) of the longest one whose pages are all there that are needed."""
+        for num_pages in range(len(tokens) // self.page_size, -1, -1):
+            length = max(0, min((num_pages - recompute) * self.page_size, len(tokens) - 1))
+            firsts = [max(0, length - window) // self.page_size if window >= 0 else 0 for window in self.windows]
+            if all(
+                self.name(group, salt, tokens, column) in self.named
+                for group, first in enumerate(firsts)
+                for column in range(first, num_pages)
+            ):
+                return length, firsts
+        raise AssertionError("no page is a prefix, too")
+
+    def sees_what_is_gone(self, naive, n):
+        """Whether the token after the first n sees a page that was given back, or would begin on it."""
+        for pages, window in zip(naive.pages, self.windows):
+            first = max(0, n - window) // self.page_size if window >= 0 else 0
+            if n and None in pages[first : max(first + 1, self.pages_of(n))]:
+                return True
+        return False
 
     def findable(self):
         return {pages[0] for pages in self.named.values()}
@@ -291,22 +434,24 @@ class CacheMachine(RuleBasedStateMachine):
     def pages_of(self, num_tokens):
         return -(-num_tokens // self.page_size)
 
-    def slot(self, naive, position):
-        return naive.pages[position // self.page_size] * self.page_size + position % self.page_size
+    def slot(self, naive, group, position):
+        page = naive.pages[group][position // self.page_size]
+        return None if page is None else page * self.page_size + position % self.page_size
 
     def content(self, naive, position):
         return float(self.contents.setdefault(naive.prefix(position + 1), 10 * len(self.contents)))
 
     def holders(self, page):
-        return sum(page in naive.pages for naive in self.live.values())
+        return sum(page in pages for naive in self.live.values() for pages in naive.pages)
 
     def tails_to_copy(self, seqs, counts):
-        """{seq: its last page, which it must copy}. The first writer keeps a page that only writers hold."""
+        """{(seq, group): its last page, which it must copy}. The first writer keeps a page that only writers hold."""
         writers = {}
         for seq, n in zip(seqs, counts):
             naive = self.live[seq]
             if n and len(naive.tokens) % self.page_size:
-                writers.setdefault(naive.pages[-1], []).append(seq)
+                for group, pages in enumerate(naive.pages):
+                    writers.setdefault(pages[-1], []).append((seq, group))
         copied = {}
         for page, writing in writers.items():
             kept = 1 if self.holders(page) == len(writing) else 0
@@ -339,18 +484,20 @@ class CacheMachine(RuleBasedStateMachine):
     def grow(self, seq, n, num_pages, copied, taken):
         """A sequence's table shows which pages it got. All other entries must be unchanged."""
         naive = self.live[seq]
-        table = self.cache.block_table([seq]).tolist()[0]
-        keeps = len(naive.pages) - (copied.pop(seq, None) is not None)
-        assert table[:keeps] == naive.pages[:keeps]
-        assert len(table) == num_pages
-        for page in table[keeps:]:
-            taken.remove(page)
-        if n and len(naive.tokens) % self.page_size and keeps == len(naive.pages):
-            self.forget([naive.pages[-1]])
-        naive.pages = table
+        table = self.cache.block_table([seq])
+        for group, row in enumerate(self.by_group(table)):
+            (row,), pages = row, naive.pages[group]
+            keeps = len(pages) - (copied.pop((seq, group), None) is not None)
+            assert row[:keeps] == [page or 0 for page in pages[:keeps]]
+            assert len(row) == num_pages
+            for page in row[keeps:]:
+                taken.remove(page)
+            if n and len(naive.tokens) % self.page_size and keeps == len(pages):
+                self.forget([pages[-1]])
+            pages[keeps:] = row[keeps:]
 
-    def append(self, naive, tokens, n, slots):
-        """Write the new tokens to the first of the slots. Returns the other slots."""
+    def append(self, naive, tokens, n):
+        """Write the new tokens, which have slots in each group."""
         if not isinstance(tokens, int) and naive.known == len(naive.tokens):
             naive.known += n
         elif isinstance(tokens, int):
@@ -359,36 +506,43 @@ class CacheMachine(RuleBasedStateMachine):
         for token in tokens:
             naive.tokens.append(token)
             position = len(naive.tokens) - 1
-            assert slots[0] == self.slot(naive, position)
-            assert self.holders(slots[0] // self.page_size) == 1
-            self.unwritten.append((slots[0], self.content(naive, position)))
-            slots = slots[1:]
-        return slots
+            slots = [self.slot(naive, group, position) for group in range(len(self.windows))]
+            assert all(self.holders(slot // self.page_size) == 1 for slot in slots)
+            self.unwritten.append((slots, self.content(naive, position)))
+
+    def check_slots(self, seqs, starts, slots):
+        new = [
+            (self.live[seq], p) for seq, start in zip(seqs, starts) for p in range(start, len(self.live[seq].tokens))
+        ]
+        for group, of_group in enumerate(slots):
+            assert of_group == [self.slot(naive, group, position) for naive, position in new]
 
     def write(self):
         """The writes of a model between two calls of `extend`."""
         if not self.unwritten:
             return
         slots, contents = map(torch.tensor, zip(*self.unwritten))
-        for layer in range(NUM_LAYERS):
-            self.write_layer(layer, contents + layer, slots)
+        for layer, (group, index) in enumerate(self.places):
+            self.write_layer(index, contents + layer, slots[:, group].contiguous())
         self.unwritten = []
 
     def name_full_pages(self, seqs):
-        for seq in seqs if self.prefix_caching else ():
-            naive = self.live[seq]
-            for i in range(naive.named, naive.known // self.page_size):
-                named = self.named.get(naive.prefix((i + 1) * self.page_size), [])
-                if naive.pages[i] not in named:
-                    self.forget([naive.pages[i]])
-                    self.named[naive.prefix((i + 1) * self.page_size)] = [*named, naive.pages[i]]
-                naive.named = i + 1
+        for group in range(len(self.windows)):
+            for seq in seqs if self.prefix_caching else ():
+                naive = self.live[seq]
+                for i in range(naive.named[group], naive.known // self.page_size):
+                    name, page = (group, *naive.prefix((i + 1) * self.page_size)), naive.pages[group][i]
+                    named = self.named.get(name, [])
+                    if page not in named:
+                        self.forget([page])
+                        self.named[name] = [*named, page]
+                    naive.named[group] = i + 1
 
     def drop(self, naive, n):
         keep = self.pages_of(n)
-        dropped, naive.pages = naive.pages[keep:], naive.pages[:keep]
+        dropped, naive.pages = naive.held(keep), [pages[:keep] for pages in naive.pages]
         naive.tokens = naive.tokens[:n]
-        naive.known, naive.named = min(naive.known, n), min(naive.named, n // self.page_size)
+        naive.known, naive.named = min(naive.known, n), [min(named, n // self.page_size) for named in naive.named]
         self.put_back([page for page in reversed(dropped) if not self.holders(page)])
 
     def snapshot(self):
@@ -400,18 +554,27 @@ class CacheMachine(RuleBasedStateMachine):
             [tensor.view(torch.uint8).tolist() for tensor in self.tensors()],
             [cache.pool.lookup([digest]).tolist() for digest in cache.pool._names.hash_of],
             [contents(step) for step in self.cache_steps],
+            cache._log and list(cache._log._events),
         )
 
 
-def check_step(step, naives):
+def check_step(step, naives, is_grouped):
     """Lengths, and pages of the rows."""
     lengths = [len(naive.tokens) for naive in naives]
     assert step.cache_seqlens.tolist() == lengths + [0] * (len(step.cache_seqlens) - len(lengths))
-    for row, naive in zip(step.block_table.tolist(), naives):
-        assert row[: len(naive.pages)] == naive.pages
+    for group, table in enumerate((step.block_table if is_grouped else step.block_table[None]).tolist()):
+        for row, naive in zip(table, naives):
+            pages = naive.pages[group]
+            assert [page if is_there is not None else None for page, is_there in zip(row, pages)] == pages
+
+
+def page_hash(parent, token_ids):
+    return hashlib.sha256(parent + np.array(token_ids, np.int64).tobytes()).digest()
 
 
 class PagedKVMachine(CacheMachine):
+    has_layouts = True
+
     def make_cache(self, *args, **options):
         return PagedKVCache(*args, num_kv_heads=1, head_dim=1, head_dim_v=2, dtype=torch.float32, **options)
 

@@ -56,7 +56,7 @@ GROUPS = {
     ),
     "LATENT_REFERENCE": (_run("tests/mla/test_mla_reference.py"),),
     "CACHE": (
-        _run("tests/cache", "-k", "pool or free_list or paged_kv_cache or latent_kv_cache"),
+        _run("tests/cache", "-k", "pool or free_list or paged_kv_cache or latent_kv_cache or layer_windows"),
         _run("tests/cache/test_state_machine.py"),
     ),
     "APPEND": (
@@ -534,8 +534,8 @@ FAULTS = (
     Fault(
         "C03",
         "triton_attn/cache/sequences.py",
-        "dropped = self._tables[row, self._pages_of(n) :",
-        "dropped = self._tables[row, self._pages_of(n + 1) :",
+        "first, last = self._pages_of(n), self._pages_of(length)",
+        "first, last = self._pages_of(n + 1), self._pages_of(length)",
         "CACHE",
     ),
     Fault(
@@ -555,8 +555,8 @@ FAULTS = (
     Fault(
         "C08",
         "triton_attn/cache/sequences.py",
-        "        new_pages = self.pool.allocate(num",
-        "        self._name_full_pages(rows)\n        new_pages = self.pool.allocate(num",
+        "        self.pool._check_free(num",
+        "        self._name_full_pages(rows)\n        self.pool._check_free(num",
         "CACHE",
     ),
     Fault(
@@ -567,19 +567,19 @@ FAULTS = (
         "CACHE",
     ),
     Fault("C10", "triton_attn/cache/sequences.py", "if num_copied < len(tails):", "if num_copied < 0:", "CACHE"),
-    Fault("C11", "triton_attn/cache/sequences.py", "max(ids.size - 1, 0)", "ids.size", "CACHE"),
+    Fault("C11", "triton_attn/cache/sequences.py", "num_tokens - 1))", "num_tokens))", "CACHE"),
     Fault(
         "C12",
         "triton_attn/cache/sequences.py",
-        "        self._named[row] = min(self._named[row], n // self.page_size)\n",
+        "            self._named[group_row] = min(self._named[group_row], n // self.page_size)\n",
         "",
         "CACHE",
     ),
     Fault(
         "C13",
         "triton_attn/cache/sequences.py",
-        "        if n <= self._known[row]:\n            self._known[row] = NO_LIMIT\n",
-        "        self._known[row] = NO_LIMIT\n",
+        "            if n <= self._known[group_row]:\n                self._known[group_row] = NO_LIMIT\n",
+        "            self._known[group_row] = NO_LIMIT\n",
         "CACHE",
     ),
     Fault(
@@ -593,12 +593,12 @@ FAULTS = (
     Fault(
         "C16",
         "triton_attn/cache/sequences.py",
-        "self._states[:, forks] = self._states[:, rows]\n",
-        "self._states[:, forks] = self._states[:, rows]\n        self._known[forks] = NO_LIMIT\n",
+        "self._states[:, copies] = self._states[:, rows]\n",
+        "self._states[:, copies] = self._states[:, rows]\n        self._known[copies] = NO_LIMIT\n",
         "CACHE",
     ),
     Fault("C17", "triton_attn/cache/sequences.py", "        self._limits[rows] = 0\n", "", "CACHE"),
-    Fault("C18", "triton_attn/cache/sequences.py", "        self._limits[row] = 0\n", "", "CACHE"),
+    Fault("C18", "triton_attn/cache/sequences.py", "            self._limits[group_row] = 0\n", "", "CACHE"),
     Fault("C19", "triton_attn/cache/sequences.py", "        self._batch = NO_BATCH\n\n", "\n", "CACHE"),
     Fault("C20", "triton_attn/cache/sequences.py", "np.maximum(ends, lengths + 1)", "ends", "CACHE"),
     Fault("C22", "triton_attn/cache/pool.py", "np.count_nonzero(before > 1)", "False", "CACHE"),
@@ -608,6 +608,41 @@ FAULTS = (
         "triton_attn/cache/free_list.py",
         "(self._next[pages[1:]] != pages[:-1])",
         "(self._next[pages[1:]] < 0)",
+        "CACHE",
+    ),
+    Fault(
+        "C25",
+        "triton_attn/cache/sequences.py",
+        "(length - self._windows[row % self._num_groups]) // self.page_size",
+        "(length - self._windows[row % self._num_groups] + 1) // self.page_size",
+        "CACHE",
+    ),
+    Fault(
+        "C26", "triton_attn/cache/prefix.py", "found_from = min(looked_up[group], num_pages)", "found_from = 0", "CACHE"
+    ),
+    Fault("C27", "triton_attn/cache/prefix.py", "if any(find(group", "if all(find(group", "CACHE"),
+    Fault(
+        "C28",
+        "triton_attn/cache/sequences.py",
+        "if chain is not others and others[: len(chain)] != chain:",
+        "if False:",
+        "CACHE",
+    ),
+    Fault("C29", "triton_attn/cache/sequences.py", "        self._known[self._lengths > 0] = 0\n", "", "CACHE"),
+    Fault("C30", "triton_attn/cache/sequences.py", "num_copied + growth, released)", "num_copied + growth)", "CACHE"),
+    Fault("C31", "triton_attn/cache/names.py", "self.log.removed(digest)", "pass", "CACHE"),
+    Fault(
+        "C32",
+        "triton_attn/cache/sequences.py",
+        "self._limits[row] = min(self._limits.item(row), next_length)",
+        "pass",
+        "CACHE",
+    ),
+    Fault(
+        "C33",
+        "triton_attn/cache/sequences.py",
+        "        if n and not self._is_plain:\n            self._check_windows(row, n)\n",
+        "",
         "CACHE",
     ),
     Fault(

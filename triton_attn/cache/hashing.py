@@ -8,6 +8,8 @@ name: hence a cryptographic hash, not Python's `hash`.
 
 import hashlib
 
+NO_SALT = hashlib.sha256(b"").digest()
+
 
 def root_hash(salt):
     """What the chain of a sequence begins with: sequences find each other's pages only under one salt.
@@ -16,7 +18,7 @@ def root_hash(salt):
         salt: str, bytes, or None; "a", b"a" and None are all different.
     """
     if salt is None:
-        return hashlib.sha256(b"").digest()
+        return NO_SALT
     if isinstance(salt, str):
         return hashlib.sha256(b"s" + salt.encode()).digest()
     if isinstance(salt, bytes):
@@ -24,15 +26,16 @@ def root_hash(salt):
     raise TypeError(f"salt: expected str, bytes or None, got {type(salt).__name__}")
 
 
-def page_hashes(parent, token_ids, page_size):
+def page_hashes(chain, token_ids, page_size):
     """Hashes of full pages, one after the other, computed only as far as they are asked for.
 
     Args:
-        parent: the hash of the page before them, or the root.
+        chain: list of the root and the hashes of all pages before them; each hash is added before it is given out.
         token_ids: int64 array; a rest that fills no page is left out.
     """
-    token_bytes = token_ids.tobytes()
+    token_bytes, parent = token_ids.tobytes(), chain[-1]
     page_bytes = 8 * page_size
     for end in range(page_bytes, len(token_bytes) + 1, page_bytes):
         parent = hashlib.sha256(parent + token_bytes[end - page_bytes : end]).digest()
+        chain.append(parent)
         yield parent

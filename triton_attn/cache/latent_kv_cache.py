@@ -29,6 +29,7 @@ class LatentKVCache(PagedSequences):
         device: where; None is torch's default device.
         prefix_caching: False: `create` finds nothing.
         mesh, interleave: as in `PagedKVCache`. Attend with `parallel.context_parallel_mla_decode`.
+        record_events: as in `PagedKVCache`.
 
     Attributes:
         latent_cache: (num_layers, num_pages, page_size, kv_lora_rank + qk_rope_head_dim), or the bytes of an fp8 row as
@@ -61,12 +62,13 @@ class LatentKVCache(PagedSequences):
         prefix_caching: bool = True,
         mesh: "DeviceMesh | None" = None,
         interleave: int = 1,
+        record_events: bool = False,
     ) -> None:
         sizes = {"num_layers": num_layers, "kv_lora_rank": kv_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
         num_layers, kv_lora_rank, qk_rope_head_dim = (check_size(*item) for item in sizes.items())
         dtype, width = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
         num_pages, key_shard = shard_pages(mesh, interleave, num_pages, page_size, **sizes, dtype=dtype)
-        super().__init__(num_pages, page_size, device, prefix_caching, key_shard)
+        super().__init__(num_pages, page_size, device, prefix_caching, key_shard, record_events=record_events)
         shape = (num_layers, num_pages, self._page_slots, width)
         self.latent_cache = torch.empty(shape, dtype=dtype, device=self.device)
 

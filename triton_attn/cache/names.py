@@ -15,9 +15,11 @@ class PageNames:
     Attributes:
         is_found: (num_pages,) bool.
         hash_of: list of the hash of each page, found or not; None if it has none.
+        log: is told when a hash is found from now on, and when it is no more; or None.
     """
 
-    def __init__(self, num_pages):
+    def __init__(self, num_pages, log=None):
+        self.log = log
         self.is_found: NDArray[np.bool_] = np.zeros(num_pages, np.bool_)
         self._is_found = self.is_found.data  # single numbers are written several times faster
         self.hash_of = [None] * num_pages
@@ -31,7 +33,7 @@ class PageNames:
 
     def name(self, pages, hashes):
         """Give each page of a list its hash; yields what `forget` returns for those that had another."""
-        hash_of, num_dicts = self.hash_of, len(self._page_of)
+        hash_of, num_dicts, log = self.hash_of, len(self._page_of), self.log
         for page, digest in zip(pages, hashes):
             old = hash_of[page]
             if old == digest:
@@ -41,6 +43,8 @@ class PageNames:
             hash_of[page] = digest
             if self._page_of[hash(digest) % num_dicts].setdefault(digest, page) == page:
                 self._is_found[page] = True
+                if log is not None:
+                    log.stored(digest)
             else:
                 self._twins.setdefault(digest, {})[page] = None
 
@@ -57,6 +61,8 @@ class PageNames:
         else:
             del self._pages_near(digest)[digest]
             self._is_found[page] = False
+            if self.log is not None:
+                self.log.removed(digest)
         if not twins:
             self._twins.pop(digest, None)
         return promoted

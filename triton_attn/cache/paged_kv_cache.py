@@ -1,11 +1,13 @@
 """The KV cache of a model whose layers keep keys and values per head: MHA, GQA, MQA."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from .._host.checks import check_size
 from .api import copy_kv_pages
+from .layers import group_layers
 from .sequences import PagedSequences
 from .sharding import shard_pages
 
@@ -29,7 +31,8 @@ class PagedKVCache(PagedSequences):
     is merely dropped keeps its pages.
 
     Args:
-        num_pages: pages in every layer, of which the smallest number of a mesh counts.
+        num_pages: pages in every layer, of which the smallest number of a mesh counts. With layer_windows pages of all
+            groups together.
         page_size: tokens on a page.
         num_layers, num_kv_heads, head_dim: of the model.
         head_dim_v: of values; None is head_dim.
@@ -42,12 +45,23 @@ class PagedKVCache(PagedSequences):
             -1. A page then has page_size tokens of each rank, and its number is the same on all. Attend with
             `parallel.context_parallel_paged_attention`. None: this process has all keys.
         interleave: tokens in a row that a rank holds. It divides page_size.
+        layer_windows: an entry for each layer: the keys before a query that it sees, as in window_size (left, 0) of
+            `paged_attention`; -1 if it sees all; None if it keeps nothing, as layers that use another layer's keys.
+            Layers are put into groups of one window and one size. A sequence has pages of its own for each group, all
+            from one pool: a page has the bytes of page_size tokens in the layers of a group. `extend` gives back the
+            pages that are wholly behind the window of the tokens before the call, so that tokens of that call may
+            still be truncated. Others find a prefix as long as the pages are there that the next token sees. None: all
+            layers see all keys, and tables and slots have no dimension of groups.
+        record_events: keep what `take_events` returns.
 
     Attributes:
         k_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim); k_cache[layer] is what kernels take.
         v_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim_v). Slots that were never written hold
             anything, NaN included.
         page_size: tokens on a page, those of all ranks together.
+        layers: a `LayerPlace` (group, cache_layer, window) for each layer, None where it keeps nothing; None without
+            layer_windows. Then `k_cache[place.cache_layer]` is what kernels take, with the slots and the block table of
+            place.group. Group 0 is one that sees all keys, if there is any.
         key_shard: (rank, ranks, interleave) as `paged_attention` takes it; None if this process has all keys.
 
     Raises:
@@ -79,13 +93,18 @@ class PagedKVCache(PagedSequences):
         prefix_caching: bool = True,
         mesh: "DeviceMesh | None" = None,
         interleave: int = 1,
+        layer_windows: Sequence[int | None] | None = None,
+        record_events: bool = False,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
         num_layers, num_kv_heads, head_dim, head_dim_v = (check_size(*item) for item in sizes.items())
-        num_pages, key_shard = shard_pages(mesh, interleave, num_pages, page_size, **sizes, dtype=dtype)
-        super().__init__(num_pages, page_size, device, prefix_caching, key_shard)
-        shape = (num_layers, num_pages, self._page_slots, num_kv_heads)
+        num_pages, key_shard = shard_pages(
+            mesh, interleave, num_pages, page_size, **sizes, dtype=dtype, layer_windows=layer_windows
+        )
+        groups = None if layer_windows is None else group_layers(layer_windows, num_layers)
+        super().__init__(num_pages, page_size, device, prefix_caching, key_shard, groups, record_events)
+        shape = (num_layers if groups is None else groups.num_cache_layers, num_pages, self._page_slots, num_kv_heads)
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
         self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
 

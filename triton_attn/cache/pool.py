@@ -12,6 +12,7 @@ from .arrays import from_list
 from .free_list import FreeList
 from .names import PageNames
 
+NO_PAGES = from_list([])
 Pages: TypeAlias = NDArray[np.integer] | Tensor | Sequence[int]
 
 
@@ -73,7 +74,7 @@ class BlockPool:
         """
         n = check_length("n", n)
         if n > self.num_free:
-            raise OutOfPages(f"{n} pages are needed, {self.num_free} of {self.num_pages} are free")
+            self._check_free(n)
         numbers = self._free.pop(n)
         pages = np.array(numbers, np.int64)
         self._refs[pages] = 1
@@ -127,6 +128,12 @@ class BlockPool:
         self._free.cut(free)
         self._free.put(free, at_head=True)
 
+    def forget_all(self) -> None:
+        """Let no page be found any more, whatever it holds; O(num_pages)."""
+        self._names = PageNames(self.num_pages, self._names.log)
+        if self._names.log is not None:
+            self._names.log.cleared()
+
     def lookup(self, hashes: Iterable[bytes]) -> NDArray[np.int64]:
         """The pages of the longest prefix of `hashes` that is registered; no reference is taken.
 
@@ -156,6 +163,15 @@ class BlockPool:
         return int((self._names.is_found & (self._refs == 0)).sum())
 
     # What the public functions do once pages are checked. The pages of a cache's own tables need no check.
+
+    def _check_free(self, n: int, released: NDArray[np.integer] = NO_PAGES) -> None:
+        """Raise OutOfPages unless n pages are free as soon as these are released."""
+        num_free = self.num_free
+        if n > num_free and released.size:
+            pages, counts = np.unique(released, return_counts=True)
+            num_free += np.count_nonzero(self._refs[pages] == counts)
+        if n > num_free:
+            raise OutOfPages(f"{n} pages are needed, {num_free} of {self.num_pages} are free")
 
     def _share(self, pages):
         references = self._refs[pages]

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import is_
+from functools import partial
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -11,16 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._host.checks import check_length, check_size, fail
+from .._host.checks import check_bool, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
-from .arrays import from_list, grown, ranges
+from .arrays import from_list, grown, largest, ranges
+from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash
-from .pool import BlockPool
+from .layers import LayerGroups
+from .pool import NO_PAGES, BlockPool
+from .prefix import find_in_groups
 from .step import CacheStep, ChangeLog
 from .token_ids import ONE_EACH, as_batch, as_ids
 
 NO_LIMIT = 2**62
-NO_TOKENS = 0, 0, 0, NO_LIMIT, 0  # what PagedSequences._states has of a sequence without tokens
+NUM_STATES = 6  # see _grow_rows
 TokenIds: TypeAlias = Tensor | Iterable[int]
 
 
@@ -44,7 +47,7 @@ class CacheStats:
     """What a cache holds at one moment. Pages are counted once, however many sequences share them.
 
     Attributes:
-        num_pages: all pages; pages_held + pages_free.
+        num_pages: all pages; pages_held + pages_free. With groups of layers, a page is one of one group.
         pages_held: held by sequences.
         pages_shared: held by more than one.
         pages_free: can be allocated now.
@@ -69,7 +72,7 @@ class CacheStats:
 
 class _Batch(NamedTuple):
     seqs: list[Sequence]
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int64]  # those of all sequences in the first group, then those in the second
     is_distinct: bool
 
 
@@ -81,7 +84,9 @@ class PagedSequences:
 
     A subclass owns the memory of the pages and says how a page is copied (`_copy_pages`). Everything here lives on the
     host, in arrays with a row per sequence: a step costs a few array operations, and a loop over those sequences that
-    need pages or have pages to be named. See `PagedKVCache` for the rules of use. Not thread-safe.
+    need pages or have pages to be named. With groups of layers a sequence has a row for each group, one after the
+    other, which grow together and are named, copied and given back each on its own. See `PagedKVCache` for the rules of
+    use. Not thread-safe.
     """
 
     def __init__(
@@ -91,6 +96,8 @@ class PagedSequences:
         device: torch.device | str | int | None,
         prefix_caching: bool,
         key_shard: KeyShard | None = None,
+        groups: LayerGroups | None = None,
+        record_events: bool = False,
     ) -> None:
         self.key_shard = key_shard
         self._page_slots = check_size("page_size", page_size)
@@ -98,42 +105,71 @@ class PagedSequences:
         self.device = torch.empty(0, device=device).device  # with its index: "cuda" is another GPU at another time
         self._on_host = self.device.type == "cpu"
         self.pool = BlockPool(num_pages, prefix_caching)
+        self.layers = None if groups is None else groups.places
+        self._shape_of_groups = () if groups is None else (len(groups.windows),)
+        # Keys before a query that it sees, by group.
+        self._windows = [NO_LIMIT] if groups is None else [NO_LIMIT if n < 0 else n for n in groups.windows]
+        self._num_groups = len(self._windows)
+        self._is_plain = self._windows == [NO_LIMIT]
+        self._suffixes = list(map(group_suffix, range(self._num_groups)))
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)  # entries past a sequence's last page are 0
-        self._states: NDArray[np.int64] = np.zeros((len(NO_TOKENS), 0), np.int64)
-        self._grow_rows(16)
+        self._states: NDArray[np.int64] = np.zeros((NUM_STATES, 0), np.int64)
+        self._grow_rows(16 * self._num_groups)
         self._changes = ChangeLog()
-        self._roots = []
-        self._unused_rows = []
+        # Of each sequence, or None: its root and the hashes of its first pages, as many as are named. Forks share the
+        # list; what comes after is another's.
+        self._chains = []
+        self._unused_rows = []  # the first of each sequence
         self._page_tokens = np.empty((self.pool.num_pages, self.page_size), np.int64)
         self._tokens = self._page_tokens.reshape(-1)
+        self._log = EventLog(self.page_size) if check_bool("record_events", record_events) else None
+        self.pool._names.log = self._log
         self._batch = NO_BATCH
         self._tokens_asked = 0
         self._tokens_found = 0
 
-    def create(self, token_ids: TokenIds, salt: str | bytes | None = None) -> tuple[Sequence, int]:
+    def create(
+        self, token_ids: TokenIds, salt: str | bytes | None = None, *, recompute_last_page: bool = False
+    ) -> tuple[Sequence, int]:
         """Begin a sequence with as much of `token_ids` as is cached.
 
         The longest prefix of full pages that other sequences wrote under the same salt is shared, but at most all
-        tokens but one: the model must compute at least one to go on. No page is allocated; `extend` with the rest.
+        tokens but one: the model must compute at least one to go on. With `layer_windows` these are all pages of the
+        layers that see all keys, and of the others those in the window of the first token that is not cached. No page
+        is allocated; `extend` with the rest.
 
         Args:
             token_ids: list, or host array or tensor of integers; may be empty.
             salt: str, bytes or None. Only sequences of one salt share pages: a tenant, an adapter, an image.
+            recompute_last_page: leave the last page that is found to be computed again. Draft models like EAGLE's need
+                the model's hidden states of the tokens before the first new one, and what they cached at the end of a
+                page depends on the next token.
 
         Returns:
             (sequence, number of tokens already cached).
         """
         ids = as_ids(token_ids)
-        root = root_hash(salt)
-        pages = self.pool.lookup(page_hashes(root, ids, self.page_size))
-        cached = min(pages.size * self.page_size, max(ids.size - 1, 0))
-        pages = pages[: self._pages_of(cached)]
-        self.pool._share(pages)
-        row = self._new_row(root)
-        self._states[:, row] = NO_TOKENS
-        self._widen(pages.size)
-        self._tables[row, : pages.size] = pages
-        self._lengths[row], self._named[row] = cached, cached // self.page_size
+        num_dropped = int(check_bool("recompute_last_page", recompute_last_page))
+        root, page_size = root_hash(salt), self.page_size
+        chain = [root]
+        hashes, usable = page_hashes(chain, ids, page_size), partial(_usable_tokens, ids.size, page_size, num_dropped)
+        if self._is_plain:
+            found = self.pool.lookup(hashes)
+            cached = usable(found.size)
+            pages = [found[: self._pages_of(cached)]]
+            self.pool._share(pages[0])
+        else:
+            cached, pages = find_in_groups(self._find, hashes, self._windows, NO_LIMIT, page_size, usable)
+            self.pool._share(np.concatenate(pages))
+        num_full, width = cached // page_size, self._pages_of(cached)
+        del chain[1 + num_full :]
+        row = self._new_row(chain)
+        self._widen(width)
+        for group_row, of_group in enumerate(pages, row):
+            first = width - of_group.size
+            self._tables[group_row, first:width] = of_group
+            self._lengths[group_row], self._limits[group_row], self._known[group_row] = cached, 0, NO_LIMIT
+            self._named[group_row], self._firsts[group_row] = num_full, first
         self._tokens_asked += ids.size
         self._tokens_found += cached
         return Sequence(self, row), cached
@@ -154,15 +190,16 @@ class PagedSequences:
             slot_mapping: int64 on the cache's device, page * page_size + offset of each new token, sequence by
             sequence; with a mesh those of this rank's pages, and -1 for tokens of other ranks. Write them, with
             `append_kv_cache` or `append_latent_cache`, before these sequences or forks of them are extended again.
+            With `layer_windows` (groups, tokens), a row for each group of layers.
 
         Raises:
             OutOfPages: with nothing changed.
             ValueError: a sequence was freed, belongs to another cache, or is listed twice.
         """
         rows = self._distinct_rows(seqs)
-        new, lengths = as_batch(token_ids, rows.size), self._lengths[rows]
+        new, lengths = self._new_tokens(token_ids, rows), self._lengths[rows]
         slots, _ = self._extend(rows, lengths, lengths + new[0], new)
-        return self._to_device(slots)
+        return self._to_device(self._by_group(slots) if self._shape_of_groups else slots)
 
     def step(self, max_batch: int, max_seqlen: int, max_tokens: int | None = None) -> CacheStep:
         """A `CacheStep`: slots, lengths and block tables at addresses that stay, so that a CUDA graph replays.
@@ -196,27 +233,38 @@ class PagedSequences:
         counts = self._pages_of(self._lengths[rows])
         self.pool._share(self._pages(rows, counts))
         self._limits[rows] = 0
-        forks = [self._new_row(self._roots[row]) for row in rows.tolist()]
-        width = max(counts.tolist(), default=0)
-        self._tables[forks, :width] = self._tables[rows, :width]
-        self._states[:, forks] = self._states[:, rows]
+        originals = rows.tolist()[: len(self._batch.seqs)]
+        forks = [self._new_row(self._chains[row // self._num_groups]) for row in originals]
+        copies = forks if self._num_groups == 1 else self._rows_of_groups(forks)
+        width = largest(counts)
+        self._tables[copies, :width] = self._tables[rows, :width]
+        self._states[:, copies] = self._states[:, rows]
         forks = [Sequence(self, row) for row in forks]
         return forks[0] if isinstance(seqs, Sequence) else forks
 
     def truncate(self, seq: Sequence, n: int) -> None:
-        """Keep the first n tokens and give up the pages after them: rejected drafts, a prompt that is changed."""
+        """Keep the first n tokens and give up the pages after them: rejected drafts, a prompt that is changed.
+
+        With `layer_windows` pages behind a window are gone: n is 0, or at least such that the next token sees only
+        pages that are there. Tokens since the last `extend` can always be given up.
+        """
         row, length = self._row(seq), len(seq)
         n = check_length("n", n)
         if n > length:
             fail("n", f"at most the sequence's {length} tokens", n)
-        dropped = self._tables[row, self._pages_of(n) : self._pages_of(length)]
-        self.pool._release(dropped)
-        dropped[:] = 0
-        self._lengths[row] = n
-        self._limits[row] = 0
-        if n <= self._known[row]:
-            self._known[row] = NO_LIMIT
-        self._named[row] = min(self._named[row], n // self.page_size)
+        if n and not self._is_plain:
+            self._check_windows(row, n)
+        first, last = self._pages_of(n), self._pages_of(length)
+        self.pool._release(self._pages_between(row, first, last))
+        for group_row in range(row, row + self._num_groups):
+            self._tables[group_row, first:last] = 0
+            self._lengths[group_row] = n
+            self._limits[group_row] = 0
+            if n <= self._known[group_row]:
+                self._known[group_row] = NO_LIMIT
+            self._named[group_row] = min(self._named[group_row], n // self.page_size)
+            if n == 0:
+                self._firsts[group_row] = 0
 
     def free(self, seqs: Sequence | Iterable[Sequence]) -> None:
         """End a sequence, or each of a list. Pages that no other holds become free.
@@ -227,40 +275,66 @@ class PagedSequences:
         rows = self._distinct_rows(_as_iterable(seqs))
         counts = self._pages_of(self._lengths[rows])
         self.pool._release(self._pages(rows, counts))
-        self._tables[rows, : max(counts.tolist(), default=0)] = 0
-        for seq, row in zip(self._batch.seqs, rows.tolist()):
-            self._roots[row] = None
+        self._tables[rows, : largest(counts)] = 0
+        freed = rows.tolist()[: len(self._batch.seqs)]
+        for seq, row in zip(self._batch.seqs, freed):
+            self._chains[row // self._num_groups] = None
             seq._cache = None
-        self._unused_rows.extend(rows.tolist())
+        self._unused_rows.extend(freed)
         self._batch = NO_BATCH
 
+    def reset_prefix_cache(self) -> None:
+        """Let nothing that is cached by now be found: after a change of the weights. O(num_pages).
+
+        Sequences go on as they are. What they hold, and what they write after it, is not found by others either.
+        """
+        self.pool.forget_all()
+        self._known[self._lengths > 0] = 0
+        self._named[:] = self._limits[:] = 0
+
+    def take_events(self) -> list[PageEvent]:
+        """What can be found from now on and what no longer, since the last call, in order; see `record_events`.
+
+        Replayed, `PagesStored`, `PagesRemoved` and `PagesCleared` give the hashes of all prefixes that `create` finds.
+        """
+        if self._log is None:
+            fail("take_events", "a cache that was made with record_events=True", "one without")
+        return self._log.take()
+
     def block_table(self, seqs: Iterable[Sequence]) -> Tensor:
-        """int32 (batch, pages of the longest) on the cache's device: the pages of each sequence, then zeros."""
+        """int32 (batch, pages of the longest) on the cache's device: the pages of each sequence, then zeros.
+
+        With `layer_windows` (groups, batch, pages of the longest), with zeros also where pages behind the group's
+        window were given back.
+        """
         rows = self._rows(seqs)
-        width = self._pages_of(max(self._lengths[rows].tolist(), default=0))
-        return self._to_device(self._tables[rows, :width])
+        width = self._pages_of(largest(self._lengths[rows]))
+        tables = self._tables[rows, :width]
+        return self._to_device(self._by_group(tables) if self._shape_of_groups else tables)
 
     def cache_seqlens(self, seqs: Iterable[Sequence]) -> Tensor:
         """int32 (batch,) on the cache's device: the number of tokens of each sequence."""
-        return self._to_device(self._lengths[self._rows(seqs)].astype(np.int32))
+        rows = self._rows(seqs)[: len(self._batch.seqs)]
+        return self._to_device(self._lengths[rows].astype(np.int32))
 
     def stats(self) -> CacheStats:
         """`CacheStats` of this moment; O(num_pages)."""
         pool = self.pool
-        rows = from_list([row for row, root in enumerate(self._roots) if root is not None])
-        lengths = self._lengths[rows]
-        counts = self._pages_of(lengths)
-        starts = self.page_size * ranges(np.zeros_like(counts), counts)
-        tokens = np.minimum(lengths.repeat(counts) - starts, self.page_size)
+        seqs = from_list([i for i, chain in enumerate(self._chains) if chain is not None])
+        lengths = self._lengths[seqs * self._num_groups]
+        rows = (seqs[:, None] * self._num_groups + np.arange(self._num_groups)).ravel()
+        counts = self._pages_of(self._lengths[rows]) - self._firsts[rows]
+        columns = ranges(self._firsts[rows], counts)
+        tokens = np.minimum(self._lengths[rows].repeat(counts) - self.page_size * columns, self.page_size)
         fill = np.zeros(pool.num_pages, np.int64)
-        np.maximum.at(fill, self._pages(rows, counts), tokens)
+        np.maximum.at(fill, self._tables[rows.repeat(counts), columns], tokens)
         return CacheStats(
             num_pages=pool.num_pages,
             pages_held=pool.num_pages - pool.num_free,
             pages_shared=pool.num_shared,
             pages_free=pool.num_free,
             pages_cached=pool.num_cached,
-            num_sequences=rows.size,
+            num_sequences=seqs.size,
             num_tokens=int(lengths.sum()),
             slots_used=int(fill.sum()),
             tokens_asked=self._tokens_asked,
@@ -302,7 +376,7 @@ class PagedSequences:
         page_size, tails, growths, growth, width = self.page_size, [], [], 0, 0
         for row, length, end in zip(rows, lengths, ends):
             column, offset = divmod(length, page_size)
-            first, last = column + (offset > 0), self._pages_of(end)
+            first, last = column + (offset > 0), (end + page_size - 1) // page_size
             if end > length and offset:  # it goes on in its last page
                 tails.append((row, column))
             if last > first:
@@ -311,10 +385,14 @@ class PagedSequences:
         pages = [self._tables.item(tail) for tail in tails]
         must_copy = self._must_copy(pages) if tails else []
         num_copied = sum(must_copy)
-        new_pages = self.pool.allocate(num_copied + growth)
+        behind, released = ([], NO_PAGES) if self._is_plain else self._pages_behind(rows, lengths)
+        self.pool._check_free(num_copied + growth, released)
 
-        # Nothing fails from here on.
+        # Nothing fails from here on. What is given back was named first, and can be found.
         self._name_full_pages(rows)
+        if behind:
+            self._give_back(behind, released)
+        new_pages = self.pool.allocate(num_copied + growth)
         if num_copied < len(tails):
             self.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
         if num_copied:
@@ -331,6 +409,35 @@ class PagedSequences:
             # Tokens that fill a page go up to it or beyond, and then the page has to be named.
             self._limits[row] = (column + 1) * page_size if end > length else 0
             self._changes.append(row, column)
+        if not self._is_plain:
+            self._limit_by_windows(rows)
+
+    def _pages_behind(self, rows, lengths):
+        """([(row, slice of columns)], their pages): what is held, and no token from these lengths on sees."""
+        behind = []
+        for row, length in zip(rows, lengths):
+            first, last = self._firsts.item(row), (length - self._windows[row % self._num_groups]) // self.page_size
+            if last > first:
+                behind.append((row, slice(first, last)))
+        return behind, np.concatenate([self._tables[span] for span in behind]) if behind else NO_PAGES
+
+    def _give_back(self, behind, pages):
+        self.pool._release(pages)
+        for row, columns in behind:
+            self._tables[row, columns] = 0
+            self._firsts[row] = columns.stop
+
+    def _limit_by_windows(self, rows):
+        """Rows have to do something from the length on at which their next page is behind the window."""
+        for row in rows:
+            next_length = (self._firsts.item(row) + 1) * self.page_size + self._windows[row % self._num_groups]
+            self._limits[row] = min(self._limits.item(row), next_length)
+
+    def _check_windows(self, row, n):
+        """Raise unless the pages are there that the token after the first n of a sequence sees, in all groups."""
+        for first, window in zip(self._firsts[row : row + self._num_groups].tolist(), self._windows):
+            if first and n < first * self.page_size + window:
+                fail("n", f"0, or at least {first * self.page_size + window}: earlier pages were given back", n)
 
     def _must_copy(self, pages):
         """Which pages have to be copied by the rows that are about to write in them, one entry per row.
@@ -362,31 +469,95 @@ class PagedSequences:
         """Register the pages that became full, and are written by now, under the hash of all tokens up to their end."""
         if not self.pool.prefix_caching:
             return
-        pages, hashes = [], []
+        pages, names, hashes = [], [], {}
         for row in rows:
             named = self._named.item(row)
             num_full = min(self._lengths.item(row), self._known.item(row)) // self.page_size
             if num_full > named:
                 full = self._tables[row, named:num_full]
-                parent = self.pool.hash_of(self._tables.item(row, named - 1)) if named else self._roots[row]
-                hashes.extend(page_hashes(parent, self._page_tokens[full], self.page_size))
-                pages.extend(full.tolist())
+                new_names = (
+                    self._hash(row, named, full) if self._is_plain else self._names_in_group(row, named, full, hashes)
+                )
+                if self._log is not None:
+                    chain = self._chains[row // self._num_groups]
+                    self._log.describe(new_names, chain[0], chain[named:num_full], self._page_tokens[full])
+                names += new_names
+                pages += full.tolist()
                 self._named[row] = num_full
-        self.pool._register(pages, hashes)
+        self.pool._register(pages, names)
+        if self._log is not None:
+            self._log.forget_descriptions()
+
+    def _hash(self, row, named, pages):
+        """Hashes of the full pages of a row that come after so many named ones; they become part of its chain."""
+        seq = row // self._num_groups
+        chain = others = self._chains[seq]
+        if len(chain) > named + 1:
+            chain = chain[: named + 1]
+        hashes = list(page_hashes(chain, self._page_tokens[pages], self.page_size))
+        if chain is not others and others[: len(chain)] != chain:
+            self._chains[seq] = chain
+        return hashes
+
+    def _names_in_group(self, row, named, pages, hashes):
+        """Names of pages of a row: hashes, which are computed once for all groups, with the suffix of the group."""
+        seq, group = divmod(row, self._num_groups)
+        if (seq, named) not in hashes:
+            hashes[seq, named] = self._hash(row, named, pages)
+        return [digest + self._suffixes[group] for digest in hashes[seq, named]]
+
+    def _find(self, group, digest):
+        """The page of a group that is found under a hash, or None."""
+        return self.pool._names.find(digest + self._suffixes[group])
 
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size
 
     def _pages(self, rows, counts):
-        """The first `counts` pages of each row, one row after the other."""
-        pages = [self._tables[row, :count] for row, count in zip(rows.tolist(), counts.tolist())]
+        """The first `counts` pages of each sequence, one after the other; rows of all groups, as `_rows` gives them."""
+        if not self._is_plain:
+            num_seqs = rows.size // self._num_groups
+            pages = [self._pages_between(row, 0, n) for row, n in zip(rows[:num_seqs].tolist(), counts.tolist())]
+        else:
+            pages = [self._tables[row, :count] for row, count in zip(rows.tolist(), counts.tolist())]
         return pages[0] if len(pages) == 1 else np.concatenate(pages) if pages else self._tables[0, :0]
+
+    def _pages_between(self, row, first, last):
+        """The pages of a sequence in these columns: all groups' pages of a column, then those of the next.
+
+        So the ends of all groups are reused before their beginnings: a prefix needs pages of all.
+        """
+        if self._is_plain:
+            return self._tables[row, first:last]
+        rows = slice(row, row + self._num_groups)
+        is_held = np.arange(first, last)[:, None] >= self._firsts[rows]
+        return self._tables[rows, first:last].T[is_held]
+
+    def _new_tokens(self, token_ids, rows):
+        """What `as_batch` returns for the sequences of these rows, once for each group."""
+        num_groups = self._num_groups
+        if num_groups == 1:
+            return as_batch(token_ids, rows.size)
+        counts, ids, unknown = as_batch(token_ids, rows.size // num_groups)
+        counts = counts if counts is ONE_EACH else np.tile(counts, num_groups)
+        return counts, *(None if x is None else np.tile(x, num_groups) for x in (ids, unknown))
+
+    def _by_group(self, x):
+        """(groups * n, ...) as (groups, n, ...)."""
+        return x.reshape(self._num_groups, x.shape[0] // self._num_groups, *x.shape[1:])
+
+    def _rows_of_groups(self, rows):
+        """From the first rows of sequences, those of all groups as `_Batch` has them."""
+        return (np.asarray(rows, np.int64) + np.arange(self._num_groups)[:, None]).ravel()
 
     def _rows(self, seqs):
         """Rows of sequences that are alive and of this cache. The calls of one step name the same ones: keep them."""
         seqs = list(seqs)
-        if len(seqs) != len(self._batch.seqs) or not all(map(is_, seqs, self._batch.seqs)):
-            self._batch = _Batch(seqs, from_list([self._row(seq) for seq in seqs]), len(set(seqs)) == len(seqs))
+        if seqs != self._batch.seqs:  # sequences are equal if they are the same
+            rows = from_list([self._row(seq) for seq in seqs])
+            if self._num_groups > 1:
+                rows = self._rows_of_groups(rows)
+            self._batch = _Batch(seqs, rows, len(set(seqs)) == len(seqs))
         return self._batch.rows
 
     def _distinct_rows(self, seqs):
@@ -402,28 +573,31 @@ class PagedSequences:
             fail("seqs", "sequences of this cache", type(seq).__name__, TypeError)
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
 
-    def _new_row(self, root):
-        """A row for a sequence. Its table is all 0, and its states are those of its last owner."""
+    def _new_row(self, chain):
+        """The first row of a sequence. Tables are all 0, and states are those of their last owner."""
         if self._unused_rows:
             row = self._unused_rows.pop()
-            self._roots[row] = root
+            self._chains[row // self._num_groups] = chain
         else:
-            row = len(self._roots)
-            self._roots.append(root)
+            row = self._num_groups * len(self._chains)
+            self._chains.append(chain)
             if row == self._lengths.size:
                 self._grow_rows(2 * row)
         self._changes.append(row, 0)
+        for group in range(1, self._num_groups):
+            self._changes.append(row + group, 0)
         return row
 
     def _grow_rows(self, capacity):
         self._tables = grown(self._tables, capacity, self._tables.shape[1])
-        self._states = grown(self._states, len(NO_TOKENS), capacity)
+        self._states = grown(self._states, NUM_STATES, capacity)
         # _limits: up to this length tokens can be added with nothing to do first: they fit on the last page, which is
         # the sequence's alone and cannot be found, and all full pages are named. 0 where there is something to do.
         # _bases: below the limit, the slot of a token is its position plus this.
         # _known: tokens before the first one without an id, NO_LIMIT while all have one.
         # _named: leading pages that are full, written and hashed.
-        self._lengths, self._limits, self._bases, self._known, self._named = self._states
+        # _firsts: the first page that is held; those before it are behind the window and were given back.
+        self._lengths, self._limits, self._bases, self._known, self._named, self._firsts = self._states
 
     def _widen(self, width):
         """Room for `width` pages in every row."""
@@ -437,3 +611,8 @@ class PagedSequences:
 
 def _as_iterable(seqs):
     return seqs if isinstance(seqs, Iterable) else [seqs]
+
+
+def _usable_tokens(num_tokens, page_size, num_dropped, num_pages):
+    """How many of a prompt's tokens need no computing if so many of its pages are found."""
+    return max(0, min((num_pages - num_dropped) * page_size, num_tokens - 1))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._host.checks import check_size, fail
-from .token_ids import ONE_EACH, as_batch
+from .arrays import largest
+from .token_ids import ONE_EACH
 
 if TYPE_CHECKING:
     from .sequences import Sequence, TokenIds
@@ -64,11 +65,13 @@ class CacheStep:
     the buffers must be on the same stream, or ordered before the next call by the caller.
 
     Attributes:
-        slot_mapping: (max_tokens,) int64, of each new token, sequence by sequence.
+        slot_mapping: (max_tokens,) int64, of each new token, sequence by sequence; with `layer_windows`
+            (groups, max_tokens).
         positions: (max_tokens,) int64, of each new token in its sequence; 0 in padding.
         cache_seqlens: (max_batch,) int32, new tokens included.
         cu_seqlens_q: (max_batch + 1,) int32, where the new tokens of each sequence begin; num_tokens in padding.
-        block_table: (max_batch, max pages) int32. Entries past the last page of a sequence are undefined.
+        block_table: (max_batch, max pages) int32; with `layer_windows` (groups, max_batch, max pages). Entries past the
+            last page of a sequence, and those of pages that were given back behind a window, are undefined.
         batch, num_tokens, max_seqlen_q: ints of the last call: sequences, new tokens, most new tokens of a sequence.
     """
 
@@ -76,21 +79,23 @@ class CacheStep:
         max_batch, max_seqlen = check_size("max_batch", max_batch), check_size("max_seqlen", max_seqlen)
         max_tokens = max_batch if max_tokens is None else check_size("max_tokens", max_tokens)
         self._cache, self._max_seqlen = cache, max_seqlen
-        max_pages = cache._pages_of(max_seqlen)
-        self._max_changes = 2 * max(max_batch, max_pages)
+        max_pages, groups, num_groups = cache._pages_of(max_seqlen), cache._shape_of_groups, cache._num_groups
+        self._max_changes = 2 * num_groups * max(max_batch, max_pages)
         fields = {
-            "slot_mapping": (torch.int64, max_tokens),
+            "slot_mapping": (torch.int64, num_groups * max_tokens),
             "positions": (torch.int64, max_tokens),
             "cache_seqlens": (torch.int32, max_batch),
             "cu_seqlens_q": (torch.int32, max_batch + 1),
             "changes": (torch.int64, 2 * self._max_changes),  # pairs of an entry of the table and its page
         }
         with torch.inference_mode(False):
-            self.block_table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=cache.device)
+            self.block_table = torch.zeros(*groups, max_batch, max_pages, dtype=torch.int32, device=cache.device)
             self._there, there = _fields(fields, cache.device)
             self._here, here = (self._there, there) if cache._on_host else _fields(fields, torch.device("cpu"))
-        self.slot_mapping, self.positions, self.cache_seqlens, self.cu_seqlens_q, changes = there.values()
+        slots, self.positions, self.cache_seqlens, self.cu_seqlens_q, changes = there.values()
+        self.slot_mapping = slots.view(*groups, max_tokens)
         self._slots, self._positions, self._seqlens, self._starts, self._changes = (x.numpy() for x in here.values())
+        self._slots = self._slots.reshape(num_groups, max_tokens).T if num_groups > 1 else self._slots  # tokens first
         self._changes = self._changes.reshape(-1, 2)
         self._changes_there = changes.view(-1, 2)
         self._header = changes.data_ptr() - self._there.data_ptr()  # bytes before the changes
@@ -98,7 +103,8 @@ class CacheStep:
         self._slots[:] = -1
         self.batch = self.num_tokens = self.max_seqlen_q = 0
         self._batch = None  # of the cache, at the last call
-        self._rows = np.full(max_batch, -1)  # of the cache, by row of the block table
+        # Rows of the cache, by row of the block table; of one group after the other.
+        self._rows = np.full((num_groups, max_batch), -1)
         self._places = {}  # the inverse
         self._num_read = 0  # of the cache's changes
         self._send([], [])
@@ -116,11 +122,12 @@ class CacheStep:
         """
         cache = self._cache
         rows = cache._distinct_rows(seqs)
-        new, lengths = as_batch(token_ids, rows.size), cache._lengths[rows]
+        new, lengths, num_groups = cache._new_tokens(token_ids, rows), cache._lengths[rows], cache._num_groups
         counts = new[0]
         ends = lengths + counts
-        num_tokens = rows.size if counts is ONE_EACH else int(counts.sum())
-        self._check_room(rows.size, num_tokens, ends)
+        batch = rows.size // num_groups
+        num_tokens = batch if counts is ONE_EACH else int(counts.sum()) // num_groups
+        self._check_room(batch, num_tokens, ends)
         slots, positions = cache._extend(rows, lengths, ends, new)
         self._fill(counts, num_tokens, slots, positions, ends)
         if cache._batch is self._batch and cache._changes.count == self._num_read:
@@ -131,14 +138,21 @@ class CacheStep:
     def _check_room(self, batch, num_tokens, ends):
         if batch > self._seqlens.size:
             fail("seqs", f"at most max_batch = {self._seqlens.size} sequences", batch)
-        if num_tokens > self._slots.size:
-            fail("token_ids", f"at most max_tokens = {self._slots.size} new tokens", num_tokens)
-        longest = max(ends.tolist(), default=0)
+        if num_tokens > self._positions.size:
+            fail("token_ids", f"at most max_tokens = {self._positions.size} new tokens", num_tokens)
+        longest = largest(ends)
         if longest > self._max_seqlen:
             fail("token_ids", f"sequences of at most max_seqlen = {self._max_seqlen} tokens", longest)
 
     def _fill(self, counts, num_tokens, slots, positions, ends):
-        """Write all but the table to the host's memory; the rest of it is padding already."""
+        """Write all but the table to the host's memory; the rest of it is padding already.
+
+        All groups have the same positions, lengths and counts: those of the first are taken.
+        """
+        num_groups = self._cache._num_groups
+        if num_groups > 1:
+            ends, slots = ends[: ends.size // num_groups], slots.reshape(num_groups, num_tokens).T
+            counts, positions = counts if counts is ONE_EACH else counts[: ends.size], positions[:num_tokens]
         batch, one_each = ends.size, counts is ONE_EACH
         self._slots[:num_tokens] = slots
         self._positions[:num_tokens] = positions
@@ -156,12 +170,14 @@ class CacheStep:
 
     def _changed_entries(self, rows, ends):
         """(entries of the table as if it were flat, their pages), two lists: what the device does not have."""
-        tables, width = self._cache._tables, self.block_table.shape[1]
+        cache, width, max_batch = self._cache, self.block_table.shape[-1], self._seqlens.size
         entries, pages = [], []
         for place, first in self._changed_rows(rows).items():
-            last = self._cache._pages_of(ends.item(place))
+            row = self._rows.item(place)
+            first = max(first, cache._firsts.item(row))
+            last = cache._pages_of(ends.item(place % max_batch))
             entries.extend(range(place * width + first, place * width + last))
-            pages.extend(tables[rows.item(place), first:last].tolist())
+            pages.extend(cache._tables[row, first:last].tolist())
         return entries, pages
 
     def _changed_rows(self, rows):
@@ -172,10 +188,12 @@ class CacheStep:
             changes, self._batch, self._rows[:] = (), None, -1
         firsts = {}
         if batch is not self._batch:
-            others = (self._rows[: rows.size] != rows).nonzero()[0]
-            firsts = {place: 0 for place in others.tolist()}
-            self._batch, self._places = batch, dict(zip(rows.tolist(), range(rows.size)))
-            self._rows[: rows.size], self._rows[rows.size :] = rows, -1
+            rows = rows.reshape(len(self._rows), -1)
+            places = np.arange(self._rows.size).reshape(self._rows.shape)[:, : rows.shape[1]]
+            here = self._rows[:, : rows.shape[1]]
+            firsts = dict.fromkeys(places[here != rows].tolist(), 0)
+            self._batch, self._places = batch, dict(zip(rows.ravel().tolist(), places.ravel().tolist()))
+            self._rows[:, : rows.shape[1]], self._rows[:, rows.shape[1] :] = rows, -1
         for row, column in changes:
             place = self._places.get(row)
             if place is not None:
