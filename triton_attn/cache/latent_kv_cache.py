@@ -6,7 +6,6 @@ import torch
 
 from .._host.checks import check_size
 from .._host.latent import latent_storage
-from .api import copy_kv_pages
 from .sequences import PagedSequences
 from .sharding import shard_pages
 
@@ -72,5 +71,5 @@ class LatentKVCache(PagedSequences):
         shape = (num_layers, num_pages, self._page_slots, width)
         self.latent_cache = torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _copy_pages(self, src_pages, dst_pages):
-        copy_kv_pages(self.latent_cache.unsqueeze(3), src_pages, dst_pages)
+    def _page_tensors(self):
+        return (self.latent_cache.unsqueeze(3),)

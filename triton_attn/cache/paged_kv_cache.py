@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from .._host.checks import check_size
-from .api import copy_kv_pages
 from .layers import group_layers
 from .sequences import PagedSequences
 from .sharding import shard_pages
@@ -108,5 +107,5 @@ class PagedKVCache(PagedSequences):
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
         self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
 
-    def _copy_pages(self, src_pages, dst_pages):
-        copy_kv_pages((self.k_cache, self.v_cache), src_pages, dst_pages)
+    def _page_tensors(self):
+        return self.k_cache, self.v_cache
