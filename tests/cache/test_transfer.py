@@ -70,12 +70,13 @@ def test_another_cache_finds_what_was_imported():
     assert target.create(PROMPT, salt="other")[1] == 0
 
 
-def test_pages_that_are_found_are_shared_and_only_the_rest_is_needed():
+@pytest.mark.parametrize("first_page", [0, 1, 2])
+def test_pages_that_are_found_are_shared_and_only_the_rest_is_needed(first_page):
     source, target = new_cache(), new_cache(4)
     seq, _ = source.create(PROMPT)
     write(source, seq, PROMPT)
     first = target.import_pages(source.export_pages(seq), PROMPT)
-    second = target.import_pages(source.export_pages(seq, first_page=2), PROMPT)
+    second = target.import_pages(source.export_pages(seq, first_page=first_page), PROMPT)
     assert (target.stats().pages_shared, target.stats().pages_free) == (2, 0)
     assert torch.equal(attend(target, second), attend(source, seq))
     before = bookkeeping(target)
