@@ -55,6 +55,21 @@ def test_wrong_arguments(args, error, message):
 
 
 @pytest.mark.parametrize(
+    ("to", "error", "message"),
+    [
+        (1, TypeError, "to: expected a tensor, or a tuple or list"),
+        ([CACHE, CACHE], ValueError, "to: expected 1 tensors, one for each of caches, got 2"),
+        (torch.zeros(7, 4, 2, 9), ValueError, r"to\[0\]: expected shape \(1, num_pages, 4, 2, 8\)"),
+        (CACHE.half(), TypeError, r"to\[0\]: expected torch.float32"),
+        (CACHE.to("meta"), ValueError, r"to\[0\]: expected a tensor on cpu or in pinned host memory, got one on meta"),
+    ],
+)
+def test_wrong_destinations(to, error, message):
+    with pytest.raises(error, match=message):
+        copy_kv_pages(CACHE, ONE, TWO, to=to)
+
+
+@pytest.mark.parametrize(
     ("sources", "destinations", "message"),
     [
         ([0, 5], [1, 2], r"src_pages\[1\]: expected a page of 0 to 4, got 5"),
@@ -78,7 +93,9 @@ def test_compiles_without_spills(arch):
         copy_kv_pages(caches[0], ONE, TWO)
         copy_kv_pages(latent_cache, ONE, TWO)
         copy_kv_pages([cache.to(torch.float8_e4m3fn) for cache in caches], ONE, TWO)
-    assert [launch.spill_bytes for launch in launches] == [0, 0, 0, 0]
+        copy_kv_pages(caches, ONE, TWO, to=[cache[:, :3].clone() for cache in caches])
+        copy_kv_pages(latent_cache, ONE, TWO, to=latent_cache.clone())
+    assert [launch.spill_bytes for launch in launches] == [0] * 6
     assert launches[0].grid == (8, 1, 1)  # layers of two caches, page by page
     if not arch.startswith("gfx"):
         assert all("ld.global.v4.b32" in launch.kernel.asm["ptx"] for launch in launches)

@@ -65,3 +65,25 @@ def test_pages_are_copied_in_one_launch(problem, index_dtype):
         assert torch.equal(bits(ours), bits(theirs))
     for _, check in caches:
         check()
+
+
+@pytest.mark.emulated
+@pytest.mark.oldest
+@given(problems(), st.integers(1, 7), st.data())
+def test_pages_are_copied_to_another_cache(problem, num_targets, data):
+    """Its number of pages and its strides differ, and a page may have the same number on both sides."""
+    caches, sources, _ = problem
+    tensors, sources = [cache for cache, _ in caches], sources[:num_targets]
+    shapes = [(*x.shape[:-4], num_targets, *x.shape[-3:]) for x in tensors]
+    targets = [random_cache(x, tensors[0].dtype, 50 + i, data.draw(st.booleans())) for i, x in enumerate(shapes)]
+    destinations = data.draw(st.permutations(range(num_targets)))[: len(sources)]
+    untouched, expected = [x.clone() for x in tensors], [x.clone() for x, _ in targets]
+    for cache, target in zip(tensors, expected):
+        for source, destination in zip(sources, destinations):
+            target[..., destination, :, :, :] = cache[..., source, :, :, :]
+    pages = [torch.tensor(x, dtype=torch.int64, device=DEVICE) for x in (sources, destinations)]
+    copy_kv_pages(tensors, *pages, to=[x for x, _ in targets], check_values=True)
+    for ours, theirs in zip([*tensors, *[x for x, _ in targets]], [*untouched, *expected]):
+        assert torch.equal(bits(ours), bits(theirs))
+    for _, check in (*caches, *targets):
+        check()

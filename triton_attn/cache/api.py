@@ -278,19 +278,29 @@ def _(*args):
 
 
 def copy_kv_pages(
-    caches: Tensor | Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, *, check_values: bool | None = None
+    caches: Tensor | Sequence[Tensor],
+    src_pages: Tensor,
+    dst_pages: Tensor,
+    *,
+    to: Tensor | Sequence[Tensor] | None = None,
+    check_values: bool | None = None,
 ) -> None:
-    """Copy whole pages inside a paged cache, in place: page dst_pages[i] becomes page src_pages[i]. One launch.
+    """Copy whole pages inside a paged cache or to another one: page dst_pages[i] becomes page src_pages[i]. One launch.
 
     The order of the copies is undefined. A page may be the source of several copies, but not the destination of two,
-    nor both source and destination.
+    nor, inside one cache, both source and destination.
 
     Args:
         caches: a tensor, or a tuple or list of tensors: keys and values, one or all layers. Each is (num_pages,
             page_size, num_heads_kv, head_dim), (num_layers, num_pages, page_size, num_heads_kv, head_dim), or, of a
             latent cache, (num_pages, page_size, width); of all its layers, cache.unsqueeze(3). All have one dtype and
             equal shapes except for the last dimension, which is contiguous.
-        src_pages, dst_pages: (num_pairs,) int32 or int64, on the caches' device.
+        src_pages, dst_pages: (num_pairs,) int32 or int64, on the device that copies: the caches', or that of either
+            side.
+        to: the caches that are written, which share no memory with those that are read: as many, of the same dtype and
+            shapes except for num_pages. None writes to `caches` themselves. One side may be in pinned host memory,
+            which the GPU then reads or writes in the order of the current stream: pages that were copied to the host
+            are there once the stream got so far.
         check_values: check the pages, which costs a device-to-host sync. None follows TRITON_ATTN_CHECK=1.
 
     Raises:
@@ -308,36 +318,57 @@ def copy_kv_pages(
         True
     """
     caches = (caches,) if isinstance(caches, torch.Tensor) else caches
-    layered = _as_layered(caches)
+    layered = _as_layered("caches", caches)
+    device, targets = layered[0].device, None
+    if to is not None:
+        targets = _as_layered("to", (to,) if isinstance(to, torch.Tensor) else to)
+        device = _check_targets(layered, targets)
     for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
-        _check_index(name, pages, ("num_pairs",), (torch.int32, torch.int64), layered[0].device)
+        _check_index(name, pages, ("num_pairs",), (torch.int32, torch.int64), device)
     if src_pages.shape != dst_pages.shape:
         fail("dst_pages", f"src_pages' shape {tuple(src_pages.shape)}", tuple(dst_pages.shape))
-    check_values = should_check_values(check_values)
-    if not is_observed(*layered, src_pages, dst_pages):
-        _copy_kv_pages(layered, src_pages, dst_pages, check_values)
+    check_values, written = should_check_values(check_values), () if targets is None else targets
+    if not is_observed(*layered, *written, src_pages, dst_pages):
+        _copy(layered, src_pages, dst_pages, targets, check_values)
         return
-    names = [f"caches[{i}]" for i in range(len(layered))]
-    _refuse_transforms([*names, "src_pages", "dst_pages"], [*layered, src_pages, dst_pages])
-    _copy_kv_pages_operator(layered, src_pages, dst_pages, check_values)
+    names = [f"{side}[{i}]" for side, tensors in (("caches", layered), ("to", written)) for i in range(len(tensors))]
+    _refuse_transforms([*names, "src_pages", "dst_pages"], [*layered, *written, src_pages, dst_pages])
+    if targets is None:
+        _copy_kv_pages_operator(layered, src_pages, dst_pages, check_values)
+    else:
+        _copy_kv_pages_to_operator(layered, src_pages, dst_pages, targets, check_values)
 
 
-def _copy_kv_pages(caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, check_values: bool) -> None:
+def _copy(caches, src_pages, dst_pages, targets, check_values):
     if check_values:
-        _check_page_pairs(src_pages.tolist(), dst_pages.tolist(), caches[0].shape[1])
-    if not use_kernel(caches[0]):
-        reference.copy_kv_pages(caches, src_pages, dst_pages)
+        _check_page_pairs(src_pages.tolist(), dst_pages.tolist(), caches, targets)
+    if not use_kernel(src_pages):
+        reference.copy_kv_pages(caches, src_pages, dst_pages, to=targets)
         return
     from .kernels.copy import launch_copy_kv_pages
 
-    launch_copy_kv_pages(tuple(caches), src_pages, dst_pages)
+    launch_copy_kv_pages(tuple(caches), src_pages, dst_pages, targets)
+
+
+def _copy_kv_pages(caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, check_values: bool) -> None:
+    _copy(caches, src_pages, dst_pages, None, check_values)
+
+
+def _copy_kv_pages_to(
+    caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, targets: Sequence[Tensor], check_values: bool
+) -> None:
+    _copy(caches, src_pages, dst_pages, targets, check_values)
 
 
 _copy_kv_pages_operator = torch.library.custom_op(
     "triton_attn::copy_kv_pages", _copy_kv_pages, mutates_args=("caches",)
 )
+_copy_kv_pages_to_operator = torch.library.custom_op(
+    "triton_attn::copy_kv_pages_to", _copy_kv_pages_to, mutates_args=("targets",)
+)
 
 
+@_copy_kv_pages_to_operator.register_fake
 @_copy_kv_pages_operator.register_fake
 def _(*args):
     pass
@@ -391,16 +422,32 @@ def _check_rope(name, k, rope_cos, rope_sin, positions):
     _check_index("positions", positions, (k.shape[0],), (torch.int32, torch.int64), k.device)
 
 
-def _as_layered(caches):
+def _as_layered(side, caches):
     """The caches as tensors (num_layers, num_pages, page_size, num_heads, head_dim)."""
     if not isinstance(caches, (tuple, list)) or not caches:
-        fail("caches", "a tensor, or a tuple or list of them", type(caches).__name__, TypeError)
-    layered = tuple(_as_layered_one(f"caches[{i}]", cache) for i, cache in enumerate(caches))
+        fail(side, "a tensor, or a tuple or list of them", type(caches).__name__, TypeError)
+    layered = tuple(_as_layered_one(f"{side}[{i}]", cache) for i, cache in enumerate(caches))
     first = layered[0]
     for i, cache in enumerate(layered):
-        check_tensor(f"caches[{i}]", cache, (*first.shape[:4], "head_dim"), (first.dtype,), first.device)
-        check_last_contiguous(f"caches[{i}]", cache)
+        check_tensor(f"{side}[{i}]", cache, (*first.shape[:4], "head_dim"), (first.dtype,), first.device)
+        check_last_contiguous(f"{side}[{i}]", cache)
     return layered
+
+
+def _check_targets(caches, targets):
+    """Check the caches that are written against those that are read; the device that copies."""
+    if len(targets) != len(caches):
+        fail("to", f"{len(caches)} tensors, one for each of caches", len(targets))
+    for i, (cache, target) in enumerate(zip(caches, targets)):
+        num_layers, _, *rest = cache.shape
+        check_tensor(f"to[{i}]", target, (num_layers, "num_pages", *rest), (cache.dtype,), target.device)
+    sides = {"caches": caches, "to": targets}
+    device = next((x[0].device for x in sides.values() if x[0].is_cuda), caches[0].device)
+    for side, tensors in sides.items():
+        for i, x in enumerate(tensors):
+            if x.device != device and not (x.device.type == "cpu" and x.is_pinned()):
+                fail(f"{side}[{i}]", f"a tensor on {device} or in pinned host memory", f"one on {x.device}")
+    return device
 
 
 def _as_layered_one(name, cache):
@@ -442,12 +489,13 @@ def _check_positions(positions, written, num_positions):
             fail(f"positions[{token}]", f"0 to {num_positions - 1}", position)
 
 
-def _check_page_pairs(src_pages, dst_pages, num_pages):
-    for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
+def _check_page_pairs(src_pages, dst_pages, caches, targets):
+    read, written = caches[0].shape[1], (caches if targets is None else targets)[0].shape[1]
+    for name, pages, num_pages in (("src_pages", src_pages, read), ("dst_pages", dst_pages, written)):
         for i, page in enumerate(pages):
             if not 0 <= page < num_pages:
                 fail(f"{name}[{i}]", f"a page of 0 to {num_pages - 1}", page)
-    seen = set(src_pages)
+    seen = set(src_pages if targets is None else ())
     for i, page in enumerate(dst_pages):
         if page in seen:
             fail(f"dst_pages[{i}]", "a page that is no source and no other destination", page)

@@ -6,7 +6,6 @@ import torch
 
 from .._host.checks import check_size
 from .._host.latent import latent_storage
-from .api import copy_kv_pages
 from .sequences import PagedSequences
 from .sharding import shard_pages
 
@@ -76,8 +75,5 @@ class LatentKVCache(PagedSequences):
     def _tree_shape(self):
         return 1, self._kv_lora_rank, self.latent_cache.shape[-1] * self.latent_cache.dtype.itemsize
 
-    def _tensors(self):
-        return (self.latent_cache,)
-
-    def _copy_pages(self, src_pages, dst_pages):
-        copy_kv_pages(self.latent_cache.unsqueeze(3), src_pages, dst_pages)
+    def _page_tensors(self):
+        return (self.latent_cache.unsqueeze(3),)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from .._host.checks import check_size
-from .api import copy_kv_pages
 from .layers import group_layers
 from .sequences import PagedSequences
 from .sharding import shard_pages
@@ -113,8 +112,5 @@ class PagedKVCache(PagedSequences):
         head_dim_v = self.v_cache.shape[-1]
         return num_kv_heads, head_dim_v, num_kv_heads * (head_dim + head_dim_v) * self.k_cache.dtype.itemsize
 
-    def _tensors(self):
+    def _page_tensors(self):
         return self.k_cache, self.v_cache
-
-    def _copy_pages(self, src_pages, dst_pages):
-        copy_kv_pages((self.k_cache, self.v_cache), src_pages, dst_pages)

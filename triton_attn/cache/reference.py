@@ -86,12 +86,23 @@ def _latent_scale(amax):
 
 @torch.no_grad()
 def copy_kv_pages(
-    caches: Tensor | Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, *, check_values: bool | None = None
+    caches: Tensor | Sequence[Tensor],
+    src_pages: Tensor,
+    dst_pages: Tensor,
+    *,
+    to: Tensor | Sequence[Tensor] | None = None,
+    check_values: bool | None = None,
 ) -> None:
     """See `triton_attn.copy_kv_pages`; arguments are not checked."""
-    for cache in (caches,) if isinstance(caches, torch.Tensor) else caches:
-        pages = _bits(cache).transpose(0, 1) if cache.ndim == 5 else _bits(cache)
-        pages[dst_pages.long()] = pages[src_pages.long()]
+    caches = (caches,) if isinstance(caches, torch.Tensor) else caches
+    targets = caches if to is None else (to,) if isinstance(to, torch.Tensor) else to
+    for cache, target in zip(caches, targets):
+        moved = _pages_first(cache)[src_pages.to(cache.device, torch.int64)]
+        _pages_first(target)[dst_pages.to(target.device, torch.int64)] = moved.to(target.device)
+
+
+def _pages_first(cache):
+    return _bits(cache).transpose(0, 1) if cache.ndim == 5 else _bits(cache)
 
 
 def _scaled(x, scale, dtype):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._host.checks import check_bool, check_length, check_size, fail
+from .._host.checks import check_bool, check_last_contiguous, check_length, check_size, check_tensor, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
+from .api import copy_kv_pages
 from .arrays import from_list, grown, largest, ranges
 from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash
@@ -106,7 +108,7 @@ class _Path(NamedTuple):
 class PagedSequences:
     """Tables of pages for any number of sequences, with prefix sharing and copy-on-write; base class of the caches.
 
-    A subclass owns the memory of the pages and says how a page is copied (`_copy_pages`). Everything here lives on the
+    A subclass owns the memory of the pages and names it (`_page_tensors`). Everything here lives on the
     host, in arrays with a row per sequence: a step costs a few array operations, and a loop over those sequences that
     need pages or have pages to be named. With groups of layers a sequence has a row for each group, one after the
     other, which grow together and are named, copied and given back each on its own. See `PagedKVCache` for the rules of
@@ -255,7 +257,7 @@ class PagedSequences:
         Raises:
             NotImplementedError: the cache has layer_windows.
         """
-        self._check_plain("prefix_groups")
+        self._refuse_windows("prefix_groups")
         work = tree_work(self.page_size, num_heads_q, *self._tree_shape(), self.device)
         return PrefixGroups(self, work, max_batch, seqlen_q, max_nodes, max_slots)
 
@@ -345,7 +347,7 @@ class PagedSequences:
             NotImplementedError: the cache is sharded over a mesh, or has layer_windows.
         """
         rows = self._distinct_rows(seqs).tolist()
-        self._check_plain("keep")
+        self._refuse_windows("keep")
         if self.key_shard is not None:
             raise NotImplementedError("keep: not supported for a cache that is sharded over a mesh, got a mesh")
         num_drafts = check_length("num_drafts", num_drafts)
@@ -416,6 +418,99 @@ class PagedSequences:
             fail("take_events", "a cache that was made with record_events=True", "one without")
         return self._log.take()
 
+    def page_hashes(self, token_ids: TokenIds, salt: str | bytes | None = None) -> list[bytes]:
+        """The names of the full pages of a prompt, under which they are found: equal in every cache of this page_size.
+
+        A name follows from the salt, the page's tokens and all before them; it is the key of a page in a store outside.
+        """
+        return list(page_hashes([root_hash(salt)], as_ids(token_ids), self.page_size))
+
+    def export_pages(
+        self, seq: Sequence, first_page: int = 0, *, to: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Copy a sequence's pages from `first_page` on out of the cache, all layers in one launch.
+
+        The copy runs on the current stream: read it once the stream got so far. The sequence stays as it is, and may
+        be freed at once.
+
+        Args:
+            first_page: pages before it are left out: another tier has them.
+            to: tensors that are written, of the shapes that are returned, on the cache's device or in pinned host
+                memory. None allocates them, pinned.
+
+        Returns:
+            keys and values, or latents: tensors (num_layers, pages, page_size, num_heads_kv, width) as the cache stores
+            them. num_heads_kv of latents is 1. Slots past the last token hold anything.
+
+        Raises:
+            ValueError: as `extend`; first_page is beyond the sequence's last page; `to` has other shapes.
+            NotImplementedError: the cache has `layer_windows`.
+        """
+        self._refuse_windows("export_pages")
+        row, num_pages = self._row(seq), self._pages_of(len(seq))
+        first_page = check_length("first_page", first_page)
+        if first_page > num_pages:
+            fail("first_page", f"at most the sequence's {num_pages} pages", first_page)
+        pages = self._tables[row, first_page:num_pages]
+        sources = self._page_tensors()
+        if to is None:
+            to = tuple([self._host_pages(x, pages.size) for x in sources])
+        self._check_exported("to", to, pages.size)
+        copy_kv_pages(sources, self._to_device(pages), self._to_device(np.arange(pages.size, dtype=np.int32)), to=to)
+        return to
+
+    def import_pages(
+        self, pages: tuple[Tensor, ...], token_ids: int | TokenIds, salt: str | bytes | None = None
+    ) -> Sequence:
+        """Begin a sequence whose last pages come from elsewhere: from a host tier, a store, another cache.
+
+        Full pages that this cache can find are shared, and only the others are copied, all layers in one launch on the
+        current stream. The sequence goes on as if its tokens had been computed here. Its full pages can be found at
+        once: `cache.free(cache.import_pages(...))` makes them a cached prefix.
+
+        Args:
+            pages: what `export_pages` returned for the last pages of these tokens, on the cache's device or in pinned
+                host memory; those before them have to be found here. They may be overwritten once the stream got so
+                far.
+            token_ids: ids of all tokens of the sequence, or their number where ids are not known.
+            salt: as in `create`.
+
+        Raises:
+            OutOfPages: with nothing changed.
+            ValueError: pages do not fit the cache or the tokens, or pages before them are not found; nothing changed.
+            NotImplementedError: the cache has `layer_windows`.
+        """
+        self._refuse_windows("import_pages")
+        is_known = not isinstance(token_ids, Integral)
+        ids = as_ids(token_ids) if is_known else np.zeros(check_length("token_ids", token_ids), np.int64)
+        num_pages = self._pages_of(ids.size)
+        num_given = self._check_exported("pages", pages, None)
+        chain = [root_hash(salt)]
+        found = self.pool.lookup(page_hashes(chain, ids, self.page_size) if is_known else ())
+        if not num_pages - found.size <= num_given <= num_pages:
+            fail("pages", f"{num_pages - found.size} to {num_pages} pages: {found.size} are found", num_given)
+        num_new, num_revived = num_pages - found.size, int((self.pool._refs[found] == 0).sum())
+        self.pool._check_free(num_new + num_revived)
+        self.pool._share(found)
+        new_pages = self.pool.allocate(num_new)
+
+        # Nothing fails from here on.
+        del chain[1 + found.size :]
+        row = self._new_row(chain)
+        self._widen(num_pages)
+        self._tables[row, :num_pages] = np.concatenate([found, new_pages])
+        self._lengths[row], self._limits[row], self._known[row] = ids.size, 0, NO_LIMIT if is_known else 0
+        self._named[row], self._firsts[row] = found.size, 0
+        positions = np.arange(found.size * self.page_size, ids.size)
+        columns = positions // self.page_size
+        self._tokens[(self._tables[row, columns] - columns) * self.page_size + positions] = ids[positions]
+        given = np.arange(num_given - num_new, num_given, dtype=np.int32)
+        destinations = self._to_device(new_pages.astype(np.int32))
+        pages = tuple([x.detach() for x in pages])
+        copy_kv_pages(pages, self._to_device(given), destinations, to=self._page_tensors())
+        self._name_full_pages([row])
+        return Sequence(self, row)
+
     def block_table(self, seqs: Iterable[Sequence]) -> Tensor:
         """int32 (batch, pages of the longest) on the cache's device: the pages of each sequence, then zeros.
 
@@ -460,15 +555,15 @@ class PagedSequences:
         """KV heads, elements of a row of the results, and bytes of a token in one layer."""
         raise NotImplementedError
 
-    def _tensors(self):
-        """What pages hold: tensors (layers, pages, slots, ...)."""
+    def _page_tensors(self):
+        """The memory of the pages: tensors (num_layers, num_pages, page_size, ...), as `copy_kv_pages` takes them."""
         raise NotImplementedError
 
     def _move(self, sources, targets):
         """Copy what the slots `sources` hold to the slots `targets`, in all layers; a slot may be in both."""
         if sources.size:
             sources, targets = self._to_device(sources), self._to_device(targets)
-            for cache in self._tensors():
+            for cache in self._page_tensors():
                 bits = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
                 rows = bits.flatten(1, 2)
                 rows.index_copy_(1, targets, rows.index_select(1, sources))
@@ -492,7 +587,7 @@ class PagedSequences:
 
     def _copy_pages(self, src_pages, dst_pages):
         """Copy what pages hold; int32 tensors (n,) on the cache's device, no page in both."""
-        raise NotImplementedError
+        copy_kv_pages(self._page_tensors(), src_pages, dst_pages)
 
     def _extend(self, rows, lengths, ends, new):
         """`extend` rows from these lengths to `ends` by what `as_batch` returns: slots and positions of new tokens."""
@@ -589,10 +684,6 @@ class PagedSequences:
             if first and n < first * self.page_size + window:
                 fail("n", f"0, or at least {first * self.page_size + window}: earlier pages were given back", n)
 
-    def _check_plain(self, what):
-        if not self._is_plain:
-            raise NotImplementedError(f"{what}: not supported for a cache with windows in layer_windows, got windows")
-
     def _must_copy(self, pages):
         """Which pages have to be copied by the rows that are about to write in them, one entry per row.
 
@@ -662,6 +753,30 @@ class PagedSequences:
     def _find(self, group, digest):
         """The page of a group that is found under a hash, or None."""
         return self.pool._names.find(digest + self._suffixes[group])
+
+    def _refuse_windows(self, name):
+        if not self._is_plain:
+            raise NotImplementedError(f"{name}: a cache without layer_windows is supported, got one with groups")
+
+    def _host_pages(self, tensor, num_pages):
+        """Memory for so many pages of one of the cache's tensors, which its device reads and writes."""
+        shape = (tensor.shape[0], num_pages, *tensor.shape[2:])
+        return torch.empty(shape, dtype=tensor.dtype, device="cpu", pin_memory=not self._on_host)
+
+    def _check_exported(self, name, tensors, num_pages):
+        """Check tensors of pages outside of the cache, before anything changes; their number of pages."""
+        own = self._page_tensors()
+        if not isinstance(tensors, (tuple, list)) or len(tensors) != len(own):
+            got = f"{len(tensors)} of them" if isinstance(tensors, (tuple, list)) else type(tensors).__name__
+            fail(name, f"a tuple of {len(own)} tensors", got, TypeError)
+        check_tensor(f"{name}[0]", tensors[0], (own[0].shape[0], "pages", *own[0].shape[2:]), (own[0].dtype,), None)
+        num_pages = tensors[0].shape[1] if num_pages is None else num_pages
+        for i, (x, like) in enumerate(zip(tensors, own)):
+            check_tensor(f"{name}[{i}]", x, (like.shape[0], num_pages, *like.shape[2:]), (like.dtype,), None)
+            check_last_contiguous(f"{name}[{i}]", x)
+            if x.device != self.device and not (x.device.type == "cpu" and x.is_pinned()):
+                fail(f"{name}[{i}]", f"a tensor on {self.device} or in pinned host memory", f"one on {x.device}")
+        return num_pages
 
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size

@@ -1,4 +1,4 @@
-"""Kernel that copies pages, of all layers and of keys and values in one launch, and its launcher."""
+"""Kernel that copies pages inside a cache or to another, of all layers, keys and values in one launch; its launcher."""
 
 from typing import NamedTuple
 
@@ -45,35 +45,45 @@ def _choose(condition, one, other):
     )
 
 
+@triton.jit
+def _choose_one(caches, index):
+    """The Pages of a tuple at an index that a program computes."""
+    chosen = caches[0]
+    for i in tl.static_range(len(caches)):
+        chosen = _choose(index == i, caches[i], chosen)
+    return chosen
+
+
 @triton.jit(do_not_specialize=["num_layers", "src_pages_ptr", "dst_pages_ptr"])
-def _copy_kv_pages_kernel(src_pages_ptr, dst_pages_ptr, caches, num_layers, TILE: tl.constexpr):
+def _copy_kv_pages_kernel(src_pages_ptr, dst_pages_ptr, caches, targets, num_layers, TILE: tl.constexpr):
     """One program copies one page of one layer of one cache.
 
-    Grid: pairs of pages * num_layers * caches, a tuple of Pages.
+    Grid: pairs of pages * num_layers * caches, a tuple of Pages. targets is such a tuple, or None for the same caches.
     """
     num_pairs = tl.num_programs(0) // (len(caches) * num_layers)
     pair = tl.program_id(0) % num_pairs
     layer = (tl.program_id(0) // num_pairs % num_layers).to(tl.int64)
     index = tl.program_id(0) // num_pairs // num_layers
-    cache = caches[0]
-    for i in tl.static_range(len(caches)):
-        cache = _choose(index == i, caches[i], cache)
+    cache = _choose_one(caches, index)
+    target = cache if targets is None else _choose_one(targets, index)
 
-    layer_ptr = cache.ptr + layer * cache.layer_stride
-    src = layer_ptr + tl.load(src_pages_ptr + pair).to(tl.int64) * cache.page_stride
-    dst = layer_ptr + tl.load(dst_pages_ptr + pair).to(tl.int64) * cache.page_stride
+    src = cache.ptr + layer * cache.layer_stride + tl.load(src_pages_ptr + pair).to(tl.int64) * cache.page_stride
+    dst = target.ptr + layer * target.layer_stride + tl.load(dst_pages_ptr + pair).to(tl.int64) * target.page_stride
     offs_d = tl.arange(0, TILE.BLOCK_D)[None, :]
     for start in tl.range(0, TILE.PAGE_SIZE * TILE.NUM_HEADS, TILE.BLOCK_ROWS):
         rows = start + tl.arange(0, TILE.BLOCK_ROWS)[:, None]
-        offsets = rows // TILE.NUM_HEADS * cache.slot_stride + rows % TILE.NUM_HEADS * cache.head_stride + offs_d
+        slots, heads = rows // TILE.NUM_HEADS, rows % TILE.NUM_HEADS
         mask = (rows < TILE.PAGE_SIZE * TILE.NUM_HEADS) & (offs_d < cache.head_dim)  # (BLOCK_ROWS, BLOCK_D)
-        tl.store(dst + offsets, tl.load(src + offsets, mask=mask), mask=mask)
+        x = tl.load(src + slots * cache.slot_stride + heads * cache.head_stride + offs_d, mask=mask)
+        tl.store(dst + slots * target.slot_stride + heads * target.head_stride + offs_d, x, mask=mask)
 
 
-def launch_copy_kv_pages(caches, src_pages, dst_pages):
+def launch_copy_kv_pages(caches, src_pages, dst_pages, targets=None):
     """Launch the copy kernel: one launch, no device-to-host sync.
 
     caches are tensors (num_layers, num_pages, page_size, num_heads, head_dim) of one dtype, equal in all but head_dim.
+    targets are as many, equal in all but num_pages and strides; None copies inside the caches. Host memory is pinned,
+    so that the GPU of src_pages reads and writes it.
     """
     plan = _plan(tuple([cache.shape for cache in caches]))
     num_programs = src_pages.shape[0] * plan.programs_per_pair
@@ -81,8 +91,11 @@ def launch_copy_kv_pages(caches, src_pages, dst_pages):
         return
     if caches[0].itemsize == 1:  # bytes: not every GPU has the dtypes of fp8
         caches = [cache.view(torch.uint8) for cache in caches]
+        targets = None if targets is None else [target.view(torch.uint8) for target in targets]
     pages = tuple([Pages(cache, *cache.stride()[:-1], cache.shape[-1]) for cache in caches])
-    args = src_pages, dst_pages, pages, plan.num_layers
+    if targets is not None:
+        targets = tuple([Pages(target, *target.stride()[:-1], target.shape[-1]) for target in targets])
+    args = src_pages, dst_pages, pages, targets, plan.num_layers
     launch(_copy_kv_pages_kernel, (num_programs,), src_pages.device, args, plan.constants)
 
 
