@@ -523,8 +523,7 @@ def _mla_absorbed_kernel(
     is_read = True if first_split is None else (blocks.lo < blocks.hi) | (num_splits == 1)
     _store_output(out_ptrs, rows.mask & is_read, scale_rows(acc, norm), TILE)
     lse_batch = split if PACKED else split * num_sequences + rows.batch
-    lse_ptrs = lse_ptr + lse_offsets(lse_batch, rows.head, rows.query, NUM_HEADS, seqlen_q)
-    tl.store(lse_ptrs, lse, mask=rows.mask)
+    tl.store(lse_ptr + lse_offsets(lse_batch, rows.head, rows.query, NUM_HEADS, seqlen_q), lse, mask=rows.mask)
 
 
 def launch_mla_decode(call, out, lse, config=None):
