@@ -332,9 +332,12 @@ def keys_loaded(case, inputs, tree=None):
         first_pages, _, parts = tree
         of_query = [i for i, n in enumerate(case.seqlens_q) for _ in range(n)]
         for part in parts:
-            longest = max(len(case.own(case.seqlens_k[of_query[query]])) for query in part.queries)
-            num_keys = min(part.end_page * case.page_size, longest) - part.first_page * case.page_size
-            total += math.ceil(len(part.queries) * case.group_size / case.config.block_m) * num_keys
+            ends = [
+                min(part.end_page * case.page_size, len(case.own(case.seqlens_k[of_query[q]]))) for q in part.queries
+            ]
+            rows = torch.tensor(ends).repeat_interleave(case.group_size)
+            for tile in rows.split(case.config.block_m):
+                total += max(int(tile.max()) - part.first_page * case.page_size, 0)
     for i, (seqlen_q, seqlen_k, first_page) in enumerate(zip(case.seqlens_q, case.seqlens_k, first_pages)):
         if case.tree:
             total += _keys_of_tree(case, inputs.bits[i], seqlen_k, align)

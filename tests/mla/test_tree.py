@@ -6,6 +6,7 @@ import pytest
 import torch
 from decode_cases import DEVICE, Case, Inputs, check
 from draft_trees import KINDS, bits_of_tree
+from prefix_trees import tree_of_all
 
 from triton_attn import mla_decode
 from triton_attn.mla.configs import MlaDecodeConfig
@@ -65,6 +66,11 @@ ERRORS = [
     (dict(tree_mask=torch.zeros(2, 8).int()), TypeError, "tree_mask: expected torch.int64, got torch.int32"),
     (dict(tree_mask=torch.zeros(8).long()), ValueError, r"tree_mask: expected shape \(2, 8\), got shape \(8,\)"),
     (dict(tree_mask=torch.zeros(2, 8).long(), key_shard=(0, 2, 1)), NotImplementedError, "tree_mask: not supported"),
+    (
+        dict(tree_mask=torch.zeros(2, 8).long(), prefix_tree=tree_of_all(2, 1, 8)),
+        NotImplementedError,
+        "tree_mask: not supported with prefix_tree",
+    ),
     (
         dict(tree_mask=torch.zeros(2, 8).long(), w_uk=torch.zeros(16, 512, 512).bfloat16())
         | dict(rope_cos=torch.zeros(300, 32), rope_sin=torch.zeros(300, 32)),

@@ -7,6 +7,7 @@ import torch
 from draft_trees import KINDS, bits_of, bits_of_tree, random_parents, signed
 from invariance import short_splits
 from paged_cases import DEVICE, FLOAT8, PLAIN, Inputs, check, using
+from prefix_trees import tree_of_all
 
 from triton_attn import paged_attention, reference, workspace_bytes
 from triton_attn.paged import forward
@@ -26,8 +27,6 @@ OPTIONS = [
     dict(alibi="per head", num_splits=2),
     dict(softcap=0.7, sinks=torch.float32),
     dict(cache_dtype=FLOAT8[0], scales=("per head", 0.5)),
-    dict(shared_prefix_len=48),
-    dict(shared_prefix_len=80, alibi="per head", window_size=(60, -1)),  # holds the drafts of a sequence
     dict(page_size=None),
     dict(page_size=64, window_size=(50, -1)),  # a tile lies in one page
     dict(dtype=torch.bfloat16, cache_dtype=torch.bfloat16, group_size=3, config=PagedConfig(64, 64, 4, 1)),
@@ -184,6 +183,11 @@ ERRORS = [
         dict(tree_mask=torch.zeros(2, 8).long(), key_shard=(0, 2, 1)),
         NotImplementedError,
         "tree_mask: not supported with key_shard",
+    ),
+    (
+        dict(tree_mask=torch.zeros(2, 8).long(), prefix_tree=tree_of_all(2, 1, 8)),
+        NotImplementedError,
+        "tree_mask: not supported with prefix_tree",
     ),
 ]
 

@@ -33,12 +33,13 @@ def visible_range_of_rank(start, end, num_columns, window, BLOCK: tl.constexpr, 
     hi = num_columns
     full_lo = first_column
     full_hi = num_columns
-    if window.left is not None:
-        lo = tl.maximum(columns_before(start - window.left, window), first_column) // ALIGN * ALIGN
-        full_lo = tl.maximum(columns_before(end - 1 - window.left, window), first_column)
     if window.right is not None:
         hi = tl.minimum(columns_before(end + window.right, window), num_columns)
         full_hi = tl.minimum(columns_before(start + window.right + 1, window), num_columns)
+    if window.left is not None:
+        lo = tl.maximum(columns_before(start - window.left, window), first_column)
+        lo = tl.where(lo < hi, lo // ALIGN * ALIGN, lo)  # a rank may have nothing that the rows see
+        full_lo = tl.maximum(columns_before(end - 1 - window.left, window), first_column)
     return whole_tiles(lo, full_lo, full_hi, hi, BLOCK)
 
 
