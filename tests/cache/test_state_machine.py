@@ -320,6 +320,8 @@ class CacheMachine(RuleBasedStateMachine):
         """Pages leave the cache and come back, as another sequence or, freed before, as the same one."""
         self.write()
         seq = data.draw(st.sampled_from(list(self.live)), label="seq")
+        self.cache.commit([seq])
+        self.name_full_pages([seq])
         source = self.live[seq].copy()
         num_pages = self.pages_of(len(source.tokens))
         first = data.draw(st.integers(0, num_pages), label="first page")
