@@ -21,12 +21,15 @@ DESCRIBED_ELSEWHERE = {"reference", *(f"toolchain.{name}" for name in toolchain.
 DESCRIBED_ELSEWHERE |= {"toolchain.shared_memory_limit"}
 # The library is not installed here. The pages of these doors, and their tests, have code that runs.
 NEED_A_LIBRARY = ("interop.vllm.", "interop.sglang.")
+# Methods that are a subject of their own.
+METHODS = "keep", "prefix_groups", "export_pages", "import_pages", "page_hashes"
 MOST_LINES = 6
 
 
 def public_objects():
     found = {name: getattr(triton_attn, name) for name in triton_attn.__all__}
     found["reference.dropout_mask"] = triton_attn.reference.dropout_mask
+    found |= {f"PagedKVCache.{name}": getattr(triton_attn.PagedKVCache, name) for name in METHODS}
     for module in (parallel, testing, toolchain):
         prefix = module.__name__.removeprefix("triton_attn.")
         found |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}

@@ -20,6 +20,8 @@ from triton_attn import (
     copy_kv_pages,
     flash_attention,
     flash_attention_varlen,
+    gather_kv_cache,
+    gather_latent_cache,
     merge_attention,
     mla_decode,
     mla_prefill,
@@ -237,6 +239,38 @@ CASES = {
         lambda: {"caches": (cache(), cache()), "src_pages": int32(0, 3), "dst_pages": int32(1, 5)},
         written=("caches",),
     ),
+    "copy_kv_pages, to another cache": Case(
+        copy_kv_pages,
+        lambda: {
+            "caches": (cache(), cache()),
+            "src_pages": int32(0, 3),
+            "dst_pages": int32(1, 7),
+            "to": (randn(8, PAGE, HEADS_KV, DIM), randn(8, PAGE, HEADS_KV, DIM)),
+        },
+        written=("to",),
+    ),
+    "gather_kv_cache": Case(
+        gather_kv_cache,
+        lambda: caches(
+            block_table=tables()["block_table"],
+            cu_seqlens_k=int32(0, 5, 8),
+            num_tokens=10,
+            seq_starts=int32(1, 0),
+            k_scale=0.5,
+            v_scale=randn(HEADS_KV).abs(),
+        ),
+    ),
+    "gather_latent_cache, fp8": Case(
+        gather_latent_cache,
+        lambda: {
+            "latent_cache": torch.zeros(6, PAGE, 132 + 2 * ROPE, dtype=torch.uint8, device=DEVICE),
+            "block_table": tables()["block_table"],
+            "cu_seqlens_k": int32(0, 5, 8),
+            "num_tokens": 8,
+            "kv_lora_rank": 128,
+            "qk_rope_head_dim": ROPE,
+        },
+    ),
     "read_latent_cache": Case(
         read_latent_cache,
         lambda: {"latent_cache": randn(6, PAGE, RANK + ROPE), "kv_lora_rank": RANK, "qk_rope_head_dim": ROPE},
@@ -435,6 +469,8 @@ def test_vmap(case):
             torch.testing.assert_close(outs, torch.stack([f(x) for x in xs]))
 
 
+# Functions of torch's own operators alone.
+PLAIN = read_latent_cache, gather_kv_cache, gather_latent_cache
 # Functions in which torch's own operators make tensors, as in every reference. With fake tensors they need the mode.
 WITH_TORCH = {
     flash_attn_with_kvcache,
@@ -442,6 +478,8 @@ WITH_TORCH = {
     flashinfer.single_prefill_with_kv_cache,
     flashinfer.append_paged_kv_cache,
     flashinfer.append_paged_mla_kv_cache,
+    gather_kv_cache,
+    gather_latent_cache,
 }
 
 
@@ -503,7 +541,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 def test_opcheck(case):
     with Calls() as calls:
         run(case, case.arguments())
-    assert calls.seen or case.function is read_latent_cache
+    assert calls.seen or case.function in PLAIN
     for operator, args in calls.seen:
         torch.library.opcheck(operator, args)
         written = {argument.name for argument in operator._schema.arguments if argument.alias_info is not None}

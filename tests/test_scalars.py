@@ -84,6 +84,12 @@ def copy_kv_pages(**options):
     return cache
 
 
+def copy_kv_pages_to(**options):
+    target = torch.zeros_like(CACHE)
+    ta.copy_kv_pages(CACHE, torch.tensor([0]), torch.tensor([3]), to=target, **options)
+    return target
+
+
 def mla_decode(**options):
     inputs = Q[..., :8], Q[..., 8:], LATENT_CACHE, LENGTHS, TABLE, W_UK, W_UV
     return ta.mla_decode(*inputs, **ROPE, **options)
@@ -143,6 +149,24 @@ FUNCTIONS = {
         dict(k_scale=(NUMBER, 2.0), k_pe_scale=(NUMBER, 3.0), rope_interleaved=(BOOL, True)) | CHECKED,
     ),
     "copy_kv_pages": (ta.copy_kv_pages, copy_kv_pages, CHECKED),
+    "copy_kv_pages, to another cache": (ta.copy_kv_pages, copy_kv_pages_to, CHECKED),
+    "gather_kv_cache": (
+        ta.gather_kv_cache,
+        lambda **options: ta.gather_kv_cache(CACHE, CACHE, TABLE, BOUNDS_K, **options),
+        dict(num_tokens=(INT, 6), k_scale=(NUMBER, 2.0), v_scale=(NUMBER, 3.0)) | CHECKED,
+    ),
+    "gather_latent_cache": (
+        ta.gather_latent_cache,
+        lambda **options: ta.gather_latent_cache(LATENT_CACHE, TABLE, BOUNDS_K, **options),
+        dict(
+            num_tokens=(INT, 6),
+            kv_lora_rank=(INT, 16),
+            qk_rope_head_dim=(INT, 8),
+            k_scale=(NUMBER, 2.0),
+            k_pe_scale=(NUMBER, 3.0),
+        )
+        | CHECKED,
+    ),
     "mla_decode": (
         ta.mla_decode,
         mla_decode,
@@ -296,6 +320,8 @@ TENSORS = {
     "src_pages",
     "dst_pages",
     "positions",
+    "to",
+    "seq_starts",
 }
 TENSORS |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "slot_mapping", "rope_cos", "rope_sin"}
 TENSORS |= {"q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "latent_cache", "rope_cache", "k_cache", "v_cache"}

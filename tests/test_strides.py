@@ -91,6 +91,15 @@ def copied():
     return dict(cache=randn(3, 4, 3, 3, 16)), call
 
 
+def copied_to_another():
+    def call(cache, target):
+        pages = torch.tensor([0, 2, 3, 1], dtype=torch.int32)
+        triton_attn.copy_kv_pages(cache, pages[:2], pages[2:], to=target)
+        return (target,)
+
+    return dict(cache=randn(3, 4, 3, 3, 16), target=randn(3, 5, 3, 3, 16)), call
+
+
 CALLS = {
     "paged_attention, small pages": lambda: paged(8),
     "paged_attention, a page holds a tile": lambda: paged(64),
@@ -102,6 +111,7 @@ CALLS = {
     "append_kv_cache": appended,
     "append_latent_cache": appended_latents,
     "copy_kv_pages": copied,
+    "copy_kv_pages, to another cache": copied_to_another,
 }
 
 

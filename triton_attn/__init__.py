@@ -12,6 +12,8 @@ from .cache import (
     append_kv_cache,
     append_latent_cache,
     copy_kv_pages,
+    gather_kv_cache,
+    gather_latent_cache,
     kv_cache_bytes_per_token,
 )
 from .flash import flash_attention, flash_attention_varlen
@@ -30,6 +32,8 @@ __all__ = [
     "copy_kv_pages",
     "flash_attention",
     "flash_attention_varlen",
+    "gather_kv_cache",
+    "gather_latent_cache",
     "kv_cache_bytes_per_token",
     "merge_attention",
     "mla_decode",

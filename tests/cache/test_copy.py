@@ -30,6 +30,19 @@ def test_layouts(backend, monkeypatch):
     assert [cache[:, 3, 1, 7].tolist() for cache in per_layer] == [[1, 1, 0], [4, 4, 3]] * 2
 
 
+@pytest.mark.parametrize("backend", [pytest.param(None, marks=pytest.mark.emulated, id="kernel"), "reference"])
+def test_both_sides_have_strides_of_their_own(backend, monkeypatch):
+    if backend:
+        monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
+    source = torch.randn(2, 3, 4, 2, 8, device=DEVICE)
+    target = torch.zeros(5, 2, 6, 3, 16, device=DEVICE).transpose(0, 1)[:, :, :4, :2, :8]
+    pages = torch.tensor([0, 2], device=DEVICE), torch.tensor([4, 1], device=DEVICE)
+    for caches, to in ((source, target), (target, source.clone())):
+        copy_kv_pages(caches, *pages, to=to)
+        assert torch.equal(to[:, pages[1]], caches[:, pages[0]])
+        pages = pages[::-1]
+
+
 CACHE = torch.zeros(5, 4, 2, 8)
 ONE, TWO = torch.tensor([1]), torch.tensor([2])
 WRONG = [

@@ -314,6 +314,64 @@ class CacheMachine(RuleBasedStateMachine):
         for seq, start, path in zip(seqs, starts, paths):
             self.drop(self.live[seq], start + len(path))
 
+    @precondition(lambda self: self.live and self.is_plain)
+    @rule(data=st.data(), frees=st.booleans(), gives_ids=st.booleans())
+    def move(self, data, frees, gives_ids):
+        """Pages leave the cache and come back, as another sequence or, freed before, as the same one."""
+        self.write()
+        seq = data.draw(st.sampled_from(list(self.live)), label="seq")
+        self.cache.commit([seq])
+        self.name_full_pages([seq])
+        source = self.live[seq].copy()
+        num_pages = self.pages_of(len(source.tokens))
+        first = data.draw(st.integers(0, num_pages), label="first page")
+        before = self.snapshot()
+        exported = self.cache.export_pages(seq, first)
+        assert self.snapshot() == before
+        if frees:
+            self.cache.free(seq)
+            self.drop(self.live.pop(seq), 0)
+            self.dead.append(seq)
+        gives_ids = gives_ids and min(source.tokens, default=0) >= 0
+        found = self.found_pages(source) if gives_ids else []
+        num_new = num_pages - len(found)
+        revived = [page for page in found if page in self.free_pages]
+        arguments = exported, source.tokens if gives_ids else len(source.tokens), source.salt
+        if first > len(found) or num_new + len(revived) > len(self.free_pages):
+            before = self.snapshot()
+            with pytest.raises(ValueError if first > len(found) else OutOfPages):
+                self.cache.import_pages(*arguments)
+            assert self.snapshot() == before
+            return
+        back = self.cache.import_pages(*arguments)
+        self.free_pages = [page for page in self.free_pages if page not in found]
+        taken = self.take_pages(num_new)
+        table = self.by_group(self.cache.block_table([back]))[0][0]
+        assert (table[: len(found)], set(table[len(found) :])) == (found, taken)
+        self.live[back] = self.moved(source, table, len(found), gives_ids)
+        self.name_full_pages([back])
+
+    def found_pages(self, naive):
+        """The pages that a prompt of these tokens finds, the last full one too."""
+        found = []
+        for column in range(len(naive.tokens) // self.page_size):
+            name = self.name(0, naive.salt, naive.tokens, column)
+            if name not in self.named:
+                break
+            found.append(self.named[name][0])
+        return found
+
+    def moved(self, source, table, num_found, gives_ids):
+        """The model of an imported sequence. Tokens without ids are new ones, with the content of the old."""
+        tokens = list(source.tokens)
+        if not gives_ids:
+            tokens = [-1 - self.num_unknown - i for i in range(len(tokens))]
+            self.num_unknown += len(tokens)
+        naive = NaiveSequence(source.salt, tokens, [table], len(tokens) if gives_ids else 0, [num_found])
+        for position in range(len(tokens)):
+            self.contents[naive.prefix(position + 1)] = self.content(source, position)
+        return naive
+
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def free(self, data):

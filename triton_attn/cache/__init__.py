@@ -1,4 +1,5 @@
 from .api import append_kv_cache, append_latent_cache, copy_kv_pages
+from .gather import gather_kv_cache, gather_latent_cache
 from .latent_kv_cache import LatentKVCache
 from .paged_kv_cache import PagedKVCache
 from .pool import BlockPool, OutOfPages
@@ -12,5 +13,7 @@ __all__ = [
     "append_kv_cache",
     "append_latent_cache",
     "copy_kv_pages",
+    "gather_kv_cache",
+    "gather_latent_cache",
     "kv_cache_bytes_per_token",
 ]

@@ -316,6 +316,9 @@ def copy_kv_pages(
         >>> triton_attn.copy_kv_pages((k_cache, v_cache), src_pages, dst_pages)
         >>> torch.equal(v_cache[:, 6:], v_cache[:, :2])
         True
+        >>> triton_attn.copy_kv_pages(k_cache, dst_pages, src_pages, to=(host := torch.zeros(3, 2, 16, 2, 64)))
+        >>> torch.equal(host, k_cache[:, 6:])
+        True
     """
     caches = (caches,) if isinstance(caches, torch.Tensor) else caches
     layered = _as_layered("caches", caches)

@@ -256,6 +256,14 @@ class PagedSequences:
 
         Raises:
             NotImplementedError: the cache has layer_windows.
+
+        Example:
+            >>> cache = triton_attn.PagedKVCache(257, 16, num_layers=1, num_kv_heads=8, head_dim=64)
+            >>> seq, _ = cache.create([])
+            >>> slots = cache.extend([seq], [4096])
+            >>> groups, seqs = cache.prefix_groups(num_heads_q=32), cache.fork([seq] * 16)
+            >>> groups.tree(seqs) is not None  # for prefix_tree of paged_attention; None where none pays
+            True
         """
         self._refuse_windows("prefix_groups")
         work = tree_work(self.page_size, num_heads_q, *self._tree_shape(), self.device)
@@ -345,6 +353,15 @@ class PagedSequences:
             ValueError: a sequence was freed, belongs to another cache, is listed twice, or has fewer tokens; an index
                 is out of range or listed twice.
             NotImplementedError: the cache is sharded over a mesh, or has layer_windows.
+
+        Example:
+            >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
+            >>> seq, _ = cache.create([])
+            >>> slots = cache.extend([seq], [10])
+            >>> slots = cache.extend([seq], [4])  # drafts, which the model writes and verifies
+            >>> cache.keep([seq], 4, [[0, 2]])  # the first and the third are right
+            >>> len(seq)
+            12
         """
         rows = self._distinct_rows(seqs).tolist()
         self._refuse_windows("keep")
@@ -422,6 +439,14 @@ class PagedSequences:
         """The names of the full pages of a prompt, under which they are found: equal in every cache of this page_size.
 
         A name follows from the salt, the page's tokens and all before them; it is the key of a page in a store outside.
+
+        Example:
+            >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
+            >>> names = cache.page_hashes(range(40))
+            >>> len(names), len(names[0]), names == cache.page_hashes(range(32))  # two full pages
+            (2, 32, True)
+            >>> names[0] == cache.page_hashes(range(40), salt="tenant")[0]
+            False
         """
         return list(page_hashes([root_hash(salt)], as_ids(token_ids), self.page_size))
 
@@ -445,6 +470,14 @@ class PagedSequences:
         Raises:
             ValueError: as `extend`; first_page is beyond the sequence's last page; `to` has other shapes.
             NotImplementedError: the cache has `layer_windows`.
+
+        Example:
+            >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
+            >>> seq, _ = cache.create([])
+            >>> slots = cache.extend([seq], [range(40)])  # three pages, which the model writes
+            >>> k, v = cache.export_pages(seq, first_page=1)
+            >>> k.shape
+            torch.Size([2, 2, 16, 1, 64])
         """
         self._refuse_windows("export_pages")
         row, num_pages = self._row(seq), self._pages_of(len(seq))
@@ -479,6 +512,15 @@ class PagedSequences:
             OutOfPages: with nothing changed.
             ValueError: pages do not fit the cache or the tokens, or pages before them are not found; nothing changed.
             NotImplementedError: the cache has `layer_windows`.
+
+        Example:
+            >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
+            >>> pages = torch.randn(2, 2, 3, 16, 1, 64).bfloat16().unbind()  # keys and values of three pages
+            >>> seq = cache.import_pages(pages, range(40))
+            >>> len(seq), torch.equal(cache.v_cache[:, cache.block_table([seq])[0]], pages[1])
+            (40, True)
+            >>> cache.create(range(40))[1]  # tokens that a second prompt finds
+            32
         """
         self._refuse_windows("import_pages")
         is_known = not isinstance(token_ids, Integral)

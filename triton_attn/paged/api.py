@@ -187,11 +187,13 @@ def paged_attention(
 
     Example:
         >>> k_cache = v_cache = torch.randn(8, 16, 2, 64)  # eight pages of 16 tokens
-        >>> block_table = torch.tensor([[5, 0], [2, 7]], dtype=torch.int32)
-        >>> cache_seqlens = torch.tensor([9, 30], dtype=torch.int32)
+        >>> lengths, table = torch.tensor([9, 30]).int(), torch.tensor([[5, 0], [2, 7]]).int()
         >>> q = torch.randn(2, 1, 8, 64)  # one new token of each sequence
-        >>> triton_attn.paged_attention(q, k_cache, v_cache, cache_seqlens, block_table).shape
+        >>> triton_attn.paged_attention(q, k_cache, v_cache, lengths, table).shape
         torch.Size([2, 1, 8, 64])
+        >>> drafts, tree_mask = torch.randn(2, 3, 8, 64), torch.tensor([[0b001, 0b011, 0b101]] * 2)  # two after one
+        >>> triton_attn.paged_attention(drafts, k_cache, v_cache, lengths, table, tree_mask=tree_mask).shape
+        torch.Size([2, 3, 8, 64])
 
     Source: Kwon et al., PagedAttention (2023), arXiv:2309.06180; split keys: Dao et al., Flash-Decoding (2023); shared
     prefixes: Juravsky et al., Hydragen (2024), arXiv:2402.05099; trees of drafts: Miao et al., SpecInfer (2024),
