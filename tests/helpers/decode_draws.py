@@ -54,7 +54,7 @@ def cases(draw, dtype):
         with_uv=draw(st.sampled_from([True, True, False])),
         causal=draw(st.booleans()),
         softmax_scale=draw(st.sampled_from([1e-9, 0.07, 0.2] + [None] * with_uk)),
-        rotary_dim=2 * draw(st.integers(0, rope_dim // 2)) if with_uk and not tree else 0,
+        rotary_dim=2 * draw(st.integers(0, rope_dim // 2)) if with_uk and not tree and seqlens_q is None else 0,
         rope_interleaved=draw(st.booleans()),
         num_splits=draw(st.sampled_from([1, 1, 0, 2, 3, 7])),
         q_layout=draw(st.sampled_from(list(LAYOUTS))) if seqlens_q is None else "contiguous",
