@@ -3,7 +3,9 @@
 `cache.csv` has the nanoseconds per page of `BlockPool.allocate`, `share` and `release`, and of a `PagedKVCache.create`
 whose whole prompt is cached (hashing included). The pools are half full and fragmented by random use. The mean includes
 the rare call that tidies the free list. `decode_step.csv` has the milliseconds of `extend` by one token, `block_table`
-and `cache_seqlens` for a whole batch. Times are CPU time of one thread, so other processes do not count.
+and `cache_seqlens` for a whole batch. `prefix_groups.csv` has the microseconds of `PrefixGroups.tree` in such a step,
+for beams over one prompt: where nothing is new but a token of each, and where one sequence gives way to a fork of
+another. Times are CPU time of one thread, so other processes do not count.
 
 With --peer, in an environment with vLLM (`make test-engines` makes one), `cache_peer.csv` compares with vLLM's own
 manager: rounds of ours and of the peer's alternate in one process, and the least of the rounds' medians counts.
@@ -34,15 +36,17 @@ PAGE_SIZE = 16
 MIN_CALLS = 500
 DECODE_STEPS = 128
 DECODE_CONTEXT = 1024
+TREE_STEPS, HEADS_OF_TREE = 64, 32
 MACHINE = ["cpu", "python", "torch", "commit"]
 POOL_COLUMNS = ["operation", "num_pages", "pages_per_call", "calls", "mean_ns", "p20_ns", "p50_ns", "p80_ns", *MACHINE]
 PEER_COLUMNS = ["operation", "num_pages", "ours_us", "vllm_us", "vllm_over_ours", *MACHINE]
 PEER_ROUNDS = 60
+TREE_COLUMNS = ["sequences", "context", "change", "steps", "p20_us", "p50_us", "p80_us", *MACHINE]
 STEP_COLUMNS = ["sequences", "context", "steps", "p20_ms", "p50_ms", "p80_ms", *MACHINE]
 
 
 def run(out_dir, max_pages=POOL_SIZES[-1], peer=False):
-    """Print both tables, write them as CSV files, and plot each; or the comparison with a peer."""
+    """Print the tables and write them as CSV files, with plots; or the comparison with a peer."""
     torch.set_num_threads(1)
     if peer:
         return [compare(out_dir / "cache_peer.csv", max_pages)]
@@ -50,9 +54,10 @@ def run(out_dir, max_pages=POOL_SIZES[-1], peer=False):
 
     machine = [cpu_name(), platform.python_version(), torch.__version__, commit()]
     sizes = [size for size in POOL_SIZES if size <= max_pages]
-    progress = tqdm(total=2 * len(sizes) + len(BATCH_SIZES), desc="page bookkeeping")
+    progress = tqdm(total=2 * len(sizes) + 2 * len(BATCH_SIZES), desc="page bookkeeping")
     pool_path, step_path = out_dir / "cache.csv", out_dir / "decode_step.csv"
-    per_page, per_step = [], []
+    tree_path = out_dir / "prefix_groups.csv"
+    per_page, per_step, per_tree = [], [], []
     with results.Table(pool_path, POOL_COLUMNS) as table:
         for num_pages in sizes:
             for measure in (pool_times, create_times):
@@ -68,10 +73,19 @@ def run(out_dir, max_pages=POOL_SIZES[-1], peer=False):
             table.append(row + machine)
             per_step.append(row)
             progress.update()
+    with results.Table(tree_path, TREE_COLUMNS) as table:
+        for num_sequences in BATCH_SIZES:
+            for change, microseconds in tree_times(num_sequences).items():
+                _, *spread = _summary(microseconds)
+                row = [num_sequences, DECODE_CONTEXT, change, len(microseconds), *spread]
+                table.append(row + machine)
+                per_tree.append(row)
+            progress.update()
     progress.close()
     print_table([dict(zip(POOL_COLUMNS, row)) for row in sorted(per_page, key=lambda row: (row[0], row[1]))])
     print_table([dict(zip(STEP_COLUMNS, row)) for row in per_step])
-    return [pool_path, *plot.draw(pool_path), step_path, *plot.draw(step_path)]
+    print_table([dict(zip(TREE_COLUMNS, row)) for row in per_tree])
+    return [pool_path, *plot.draw(pool_path), step_path, *plot.draw(step_path), tree_path]
 
 
 def compare(path, num_pages):
@@ -158,6 +172,27 @@ def decode_step_times(num_sequences):
         cache.block_table(seqs)
         cache.cache_seqlens(seqs)
         times.append(1e3 * (time.thread_time() - start))
+    return times
+
+
+def tree_times(num_sequences):
+    """{what changed since the step before: microseconds of each `PrefixGroups.tree`}."""
+    cache = small_cache(num_sequences * 2 * DECODE_CONTEXT // PAGE_SIZE)
+    prompt, _ = cache.create([])
+    cache.extend([prompt], [range(DECODE_CONTEXT)])
+    seqs, groups = cache.fork([prompt] * num_sequences), cache.prefix_groups(num_heads_q=HEADS_OF_TREE)
+    times = {"none": [], "one fork": []}
+    cache.extend(seqs, 1)
+    groups.tree(seqs)
+    for step in range(TREE_STEPS):
+        for change, own in times.items():
+            if change == "one fork":
+                cache.free(seqs.pop(step % num_sequences))
+                seqs.append(cache.fork(prompt))
+            cache.extend(seqs, 1)
+            start = time.thread_time_ns()
+            groups.tree(seqs)
+            own.append((time.thread_time_ns() - start) / 1000)
     return times
 
 

@@ -8,11 +8,14 @@ from unittest import mock
 import torch
 import triton
 from draft_trees import bits_of
+from prefix_trees import tree_of
 
 from triton_attn import append_latent_cache, mla_decode
 from triton_attn._host import gpu
+from triton_attn._host.checks import MAX_ROWS
 from triton_attn._host.definition import attend, attend_tree, rotate
 from triton_attn._host.latent import latent_storage, read_latent_cache
+from triton_attn._host.prefix_tree import read_tree
 from triton_attn._host.tuned import forget_plans
 from triton_attn.mla import absorbed
 from triton_attn.mla.configs import MlaDecodeConfig
@@ -70,6 +73,13 @@ class Case:
     seed: int = 0
     key_shard: tuple | None = None  # (rank, num_ranks, interleave): the cache has the rank's keys alone
     tree: str | None = None  # of KINDS of trees: bits say which of its last keys a query sees
+    forks: tuple = ()  # of each sequence: None, or (an earlier sequence, how many of its first pages it has)
+    part: int | None = None  # pages of the parts of a prefix tree's nodes; None: a call without one
+
+    @property
+    def lengths_q(self):
+        """Queries of each sequence."""
+        return [self.seqlen_q] * len(self.seqlens_k) if self.seqlens_q is None else self.seqlens_q
 
     def own(self, seqlen):
         """Positions of the first seqlen keys that are in the cache."""
@@ -108,8 +118,8 @@ class Inputs:
         self._fill_cache()
         self.bits = None
         if case.tree:
-            lengths = (*case.seqlens_q, 2) if case.seqlens_q is not None else [case.seqlen_q] * len(case.seqlens_k)
-            bits = [bits_of(case.tree, n, self.generator) for n in lengths]
+            spare = () if case.seqlens_q is None else (2,)
+            bits = [bits_of(case.tree, n, self.generator) for n in (*case.lengths_q, *spare)]
             self.bits = torch.cat([torch.empty(0, dtype=torch.int64), *bits]).view(rows[:-1]).to(DEVICE)
 
     def _randn(self, *shape):
@@ -129,9 +139,13 @@ class Inputs:
         memory = torch.full((math.prod(shape) * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=DEVICE)
         memory = memory.view(dtype).view(shape)
         self.cache = memory[:, 1, :, 4 : 4 + width] if case.one_layer else memory
-        self.rows = []
+        self.tables, all_places = [], []
         for i, (n, count) in enumerate(zip(seqlens, counts)):
-            own = torch.tensor([pages.pop() for _ in range(count)], dtype=torch.long)
+            parent, num_shared = (case.forks and case.forks[i]) or (i, 0)
+            table = self.tables[parent][: min(num_shared, count)] if num_shared else []
+            table += [pages.pop() for _ in range(count - len(table))]
+            self.tables.append(table)
+            own = torch.tensor(table, dtype=torch.long)
             self.block_table[i, :count] = own
             keys = torch.arange(n)
             slots = own[keys // case.page_size] * case.page_size + keys % case.page_size
@@ -145,9 +159,17 @@ class Inputs:
                 self.cache.view(torch.uint8)[places] = latents.view(torch.uint8)
             else:
                 self.cache[places] = latents / (case.k_scale or 1.0)
-            stored = self.cache.view(torch.uint8)[places].view(dtype) if dtype.itemsize == 1 else self.cache[places]
-            self.rows.append(self._read(stored))
+            all_places.append(places)
+        # A fork has written its keys over those of the pages that it shares.
+        self.rows = [
+            self._read(self.cache.view(torch.uint8)[x].view(dtype) if dtype.itemsize == 1 else self.cache[x])
+            for x in all_places
+        ]
         self.block_table = self.block_table.to(DEVICE)
+
+    def prefix_tree(self):
+        """A PrefixTree with a node for every group of sequences that share pages; None in a call without one."""
+        return None if self.case.part is None else tree_of(self.tables, self.case.lengths_q, DEVICE, self.case.part)
 
     def _read(self, stored):
         """Rows of the cache in fp64. Scales of fp32 are exact."""
@@ -206,6 +228,7 @@ class Inputs:
             causal=case.causal,
             softmax_scale=case.softmax_scale,
             key_shard=case.key_shard,
+            prefix_tree=self.prefix_tree(),
             **self.rope,
             **self.scales,
             **options,
@@ -284,7 +307,7 @@ def check(case):
     assert_close_to_reference(lse, lse64, torch_error=torch_error, floor=eps * scale, name="lse")
     if INTERPRETED:
         row_bytes = inputs.cache.shape[2] * inputs.cache.element_size()
-        assert cache_bytes(accesses) == keys_in_tiles(case) * row_bytes
+        assert cache_bytes(accesses) == keys_in_tiles(case, inputs.prefix_tree()) * row_bytes
 
 
 def cache_bytes(accesses):
@@ -292,13 +315,27 @@ def cache_bytes(accesses):
     return sum(n for name, n in accesses.bytes_loaded.items() if name.startswith("cache."))
 
 
-def keys_in_tiles(case):
-    """Keys in the visible tiles of each tile of rows, for all of these."""
-    total = 0
-    for seqlen_q, seqlen_k in zip(case.seqlens_q or [case.seqlen_q] * len(case.seqlens_k), case.seqlens_k):
-        rows = seqlen_q * case.num_heads
-        for start in range(0, rows, case.config.block_m):
-            last_query = (min(start + case.config.block_m, rows) - 1) // case.num_heads
-            end = len(case.own(seqlen_k - seqlen_q + last_query + 1 if case.causal and not case.tree else seqlen_k))
-            total += -(-end // case.config.block_n) * case.config.block_n
+def keys_in_tiles(case, tree=None):
+    """Keys in the visible tiles of each tile of rows, for all of these: of a prefix tree's nodes, and of sequences."""
+    queries = [(i, j) for i, n in enumerate(case.lengths_q) for j in range(n)]
+    first_pages, _, parts = ([0] * len(case.seqlens_k), [], []) if tree is None else read_tree(tree)
+    total = sum(
+        _keys_of_rows(case, [queries[q] for q in part.queries], part.first_page, part.end_page) for part in parts
+    )
+    for i, (seqlen_q, first_page) in enumerate(zip(case.lengths_q, first_pages)):
+        total += _keys_of_rows(case, [(i, j) for j in range(seqlen_q)], first_page, MAX_ROWS)
+    return total
+
+
+def _keys_of_rows(case, queries, first_page, end_page):
+    """Keys in the visible tiles of these columns for all heads of queries, (sequence, query), in tiles of rows."""
+    total, lengths_q = 0, case.lengths_q
+    rows = [query for query in queries for _ in range(case.num_heads)]
+    for start in range(0, len(rows), case.config.block_m):
+        tile = rows[start : start + case.config.block_m]
+        end = max(len(case.own(case.seqlens_k[i])) for i, _ in tile)
+        if case.causal and not case.tree:
+            end = min(end, len(case.own(max(case.seqlens_k[i] - lengths_q[i] + j + 1 for i, j in tile))))
+        num_keys = max(0, min(end, end_page * case.page_size) - first_page * case.page_size)
+        total += -(-num_keys // case.config.block_n) * case.config.block_n
     return total

@@ -4,6 +4,8 @@ import torch
 from decode_cases import LAYOUTS, PAGE_SIZES, Case
 from draft_trees import KINDS
 from hypothesis import strategies as st
+from paged_draws import draw_fork
+from prefix_trees import WHOLE
 from scores import draw_key_shard
 
 from triton_attn.mla.configs import MlaDecodeConfig
@@ -16,16 +18,20 @@ def cases(draw, dtype):
     config = MlaDecodeConfig(*tile, num_warps, num_stages)
     is_fp8 = draw(st.booleans())
     scales = st.none() | st.floats(0.01, 8)
-    batch = draw(st.sampled_from([1, 2, 3, 0]))
+    batch = draw(st.sampled_from([1, 2, 3, 5, 0]))
     # Few tiles, since the interpreter is slow.
     lengths = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 3 * config.block_n)
     with_uk = draw(st.sampled_from([True, True, False]))
     rope_dim = draw(st.sampled_from([16, 64, 2, 24, 8]))
     page_size = draw(st.sampled_from(PAGE_SIZES))
     key_shard = draw_key_shard(draw, page_size)
-    tree = draw(st.sampled_from([None, None, *KINDS])) if key_shard is None else None
+    forks, part = (), None
+    if draw(st.booleans()):
+        forks = tuple(draw_fork(draw, i, 96 // page_size + 1) for i in range(batch))
+        part = draw(st.sampled_from([None, WHOLE, 1, 3]))
+    tree = draw(st.sampled_from([None, None, *KINDS])) if key_shard is None and part is None else None
     seqlens_q, seqlen_q = None, draw(st.sampled_from([1, 1, 2, 3, 8, 0] if tree is None else [3, 8, 64, 1]))
-    if tree and batch and draw(st.booleans()):
+    if (tree or part) and batch and draw(st.booleans()):
         seqlens_q = draw(st.tuples(*[st.sampled_from([1, 0, 8, 23])] * batch))
     rank = draw(st.sampled_from([128, 384, 128, 512] if is_fp8 else [64, 16, 40, 100, 300, 512]))
     return Case(
@@ -48,7 +54,7 @@ def cases(draw, dtype):
         with_uv=draw(st.sampled_from([True, True, False])),
         causal=draw(st.booleans()),
         softmax_scale=draw(st.sampled_from([1e-9, 0.07, 0.2] + [None] * with_uk)),
-        rotary_dim=2 * draw(st.integers(0, rope_dim // 2)) if with_uk and not tree else 0,
+        rotary_dim=2 * draw(st.integers(0, rope_dim // 2)) if with_uk and not tree and seqlens_q is None else 0,
         rope_interleaved=draw(st.booleans()),
         num_splits=draw(st.sampled_from([1, 1, 0, 2, 3, 7])),
         q_layout=draw(st.sampled_from(list(LAYOUTS))) if seqlens_q is None else "contiguous",
@@ -57,4 +63,6 @@ def cases(draw, dtype):
         seed=draw(st.integers(0, 2**16)),
         key_shard=key_shard,
         tree=tree,
+        forks=forks,
+        part=part,
     )

@@ -44,6 +44,29 @@ def test_beams_over_a_prompt_load_25_times_fewer_bytes(record_property):
     assert with_results >= 19
 
 
+@pytest.mark.parametrize(("num_pages", "num_nodes"), [(1, 1), (2, 65)])
+def test_a_node_that_does_not_pay_is_left_out_of_a_tree_that_does(num_pages, num_nodes):
+    """128 beams in pairs: a page that a pair shares is fewer bytes than its partial results, two are more."""
+    pairs = [[*range(256), *range(256 + 9 * i, 256 + 9 * i + num_pages)] for i in range(64)]
+    table = [[*pages, 2000 + 2 * i + j] for i, pages in enumerate(pairs) for j in range(2)]
+    _, shared = sorted_tables(np.array(table), np.full(128, len(table[0])))
+    assert len(planning.groups(shared)) == 65
+    assert len(planning.choose_nodes(shared, np.ones(128, np.int64), work_of()).first) == num_nodes
+
+
+@pytest.mark.parametrize("batch", [4, 128])
+@pytest.mark.parametrize("num_pages", [24, 256, 4000])
+def test_parts_are_nearly_the_best(batch, num_pages):
+    """Against parts of every size that has as many keys as a part must."""
+    one = np.ones(1, np.int64)
+    nodes = planning.Nodes(0 * one, batch * one, 0 * one, num_pages * one, batch * one, batch * one)
+    part, cost = planning.choose_part(nodes, batch, work_of())
+    assert cost == planning.tree_cost(nodes, part, work_of())
+    sizes = range(planning.MIN_KEYS // 16, num_pages + 1)
+    sizes = [n for n in sizes if planning.num_parts(num_pages, n) <= planning.MAX_SPLITS]
+    assert cost <= 1.1 * min(planning.tree_cost(nodes, n, work_of()) for n in sizes)
+
+
 def test_a_tree_that_needs_more_room_than_there_is():
     table = [[*range(256), 256 + i] for i in range(64)]
     order, shared = sorted_tables(np.array(table), np.full(64, 257))

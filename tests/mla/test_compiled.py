@@ -143,6 +143,22 @@ def test_prefix_tree(arch, variant, record_property):
 
 @pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
+@pytest.mark.parametrize("variant", ["bf16", "fp8", "plain fp8", "pages of 16"])
+@pytest.mark.parametrize(("num_heads", "num_drafts"), [(16, 8), (128, 64)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_tree_of_drafts(arch, num_heads, num_drafts, variant, record_property):
+    tree_mask = torch.empty(BATCH, num_drafts, dtype=torch.int64)
+    options = VARIANTS[variant] | dict(seqlen_q=num_drafts, num_splits=1, tree_mask=tree_mask)
+    _, launch, _ = compile_decode(arch, num_heads, **options)
+    assert launch.constexprs["TREE"]
+    figure = f"mla {arch} {variant:11} {num_heads:3} heads, {num_drafts:2} drafts {launch.registers} registers"
+    record_property("figure", f"{figure}, {launch.spill_bytes} B spilled")
+    assert loop_model.analyze(launch.kernel).hot.spills == 0
+    assert launch.shared_bytes <= shared_memory_limit(arch)
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
 @pytest.mark.parametrize("page_size", [64, 1])
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

@@ -1,5 +1,6 @@
 """mla_decode: one readable example for each convention."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -247,3 +248,18 @@ def test_a_key_is_loaded_once_for_the_heads_of_a_tile(num_splits, is_fp8, record
     loaded = cache_bytes(accesses)
     record_property("figure", f"MLA decode, {num_splits} splits: {loaded} bytes loaded, {seen} seen")
     assert seen <= loaded <= 1.05 * seen
+
+
+@pytest.mark.oldest
+@pytest.mark.ci(but_each=2)
+@pytest.mark.parametrize("part", [pytest.param(1, marks=pytest.mark.emulated), 2**31 - 1])
+@pytest.mark.parametrize(
+    "options",
+    [dict(causal=False), dict(is_fp8=True, kv_lora_rank=128), dict(cache_dtype=torch.float8_e5m2, k_scale=0.5)],
+    ids=str,
+)
+def test_prefix_trees(options, part):
+    """Every format of the cache, in a packed batch whose sequences end inside nodes."""
+    forks = None, (0, 4), (1, 2), None, (1, 9)
+    case = Case(seqlens_q=(2, 1, 0, 5, 3), seqlens_k=(77, 70, 33, 40, 61), forks=forks, part=part, num_splits=2)
+    check(replace(case, **options))

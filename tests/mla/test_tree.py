@@ -33,6 +33,12 @@ def test_every_option(kind, options):
     check(replace(TREE, tree=kind, **options))
 
 
+@pytest.mark.emulated
+def test_a_small_tree():
+    """In two splits; one sequence has fewer keys than drafts."""
+    check(replace(TREE, seqlen_q=5, seqlens_k=(40, 3), num_splits=2))
+
+
 def test_a_chain_is_causal():
     inputs = Inputs(replace(TREE, tree="chain", seqlens_k=(77, 40)))
     out, lse = inputs.call()

@@ -83,10 +83,11 @@ def arguments(head_dim, seqlen_q, dtype=torch.float16, cache_dtype=None, page_si
 
 
 def compile_default(arch, head_dim, rows, variant, **changes):
+    """rows: new tokens of a sequence, or their name in ROWS."""
     options = {"num_splits": 1} | VARIANTS[variant] | changes
     shape = {name: options.pop(name) for name in ("dtype", "cache_dtype", "varlen", "contiguous") if name in options}
     with compile_only(arch) as launches:
-        paged_attention(**arguments(head_dim, ROWS[rows], **shape), **options)
+        paged_attention(**arguments(head_dim, ROWS.get(rows, rows), **shape), **options)
     return launches
 
 
@@ -184,6 +185,22 @@ def test_prefix_tree(arch, variant, record_property):
 
 @pytest.mark.ci(but_each=4)
 @pytest.mark.oldest
+@pytest.mark.parametrize("variant", ["plain", "varlen", "fp8", "everything"])
+@pytest.mark.parametrize("num_drafts", [8, 64])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_tree_of_drafts(arch, num_drafts, variant, record_property):
+    """Bits take registers around the loop over full tiles, and none in it: it has no drafts."""
+    shape = (BATCH * num_drafts,) if variant == "varlen" else (BATCH, num_drafts)
+    tree_mask = torch.empty(shape, dtype=torch.int64)
+    launch, *_ = compile_default(arch, 128, num_drafts, variant, tree_mask=tree_mask)
+    assert launch.constexprs["TREE"]
+    figure = f"paged {arch} {variant:10} {num_drafts:2} drafts {launch.registers} registers"
+    record_property("figure", f"{figure}, {launch.spill_bytes} B spilled")
+    assert loop_model.analyze(launch.kernel).hot.spills == 0
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
 @pytest.mark.parametrize("arch", ARCHS)
 def test_merge(arch, record_property):
     _, launch = compile_default(arch, 128, "decode", "splits")
@@ -235,8 +252,10 @@ def test_lengths_and_batches_compile_no_other_kernel():
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_host_cost(num_splits, record_property):
+@pytest.mark.parametrize(
+    ("num_splits", "prefix_tree"), [(1, None), (4, None), (1, tree_of_all(BATCH, 4))], ids=["1", "4", "prefix tree"]
+)
+def test_host_cost(num_splits, prefix_tree, record_property):
     """The cost of a known decode step beside its bare launches with prepared arguments.
 
     Python calls repeat exactly. The ratio of times was 1.75 to 1.88 on Triton 3.6.0 and 3.9.0; other processes on the
@@ -246,13 +265,14 @@ def test_host_cost(num_splits, record_property):
     with compile_only("sm_90", every_launch=False):
 
         def call():
-            return paged_attention(**given, num_splits=num_splits)
+            return paged_attention(**given, num_splits=num_splits, prefix_tree=prefix_tree)
 
         launches = bare_launches(call, (forward, merge))
         cost = median_microseconds({"call": call, "bare launches": launches})
         extra_calls = python_calls(call) - python_calls(launches)
-    figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits, "
+    figure = f"{cost['call']:.0f} us a call of paged_attention, {num_splits} splits"
+    figure += ", " if prefix_tree is None else " and a prefix tree, "
     figure += f"{cost['bare launches']:.0f} us the bare launches that it makes, {extra_calls} more Python calls"
     record_property("figure", figure)
-    assert extra_calls <= (48 if num_splits > 1 else 43)
+    assert extra_calls <= (48 if num_splits > 1 or prefix_tree else 43)
     assert cost["call"] <= 2.3 * cost["bare launches"]

@@ -41,6 +41,12 @@ def test_every_option(kind, options):
     check(replace(TREE, tree=kind, **options))
 
 
+@pytest.mark.emulated
+def test_a_window_in_a_small_tree():
+    """In two splits; one sequence has no drafts."""
+    check(replace(TREE, seqlens_q=(5, 0, 9), seqlens_k=(40, 3, 21), window_size=(20, -1), num_splits=2))
+
+
 @pytest.mark.parametrize(
     ("seqlens_q", "seqlens_k"), [((), ()), ((0, 0), (3, 0)), ((5,), (5,)), ((64,), (64,)), ((9, 4), (3, 0))]
 )

@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import torch
 from levels import INTERPRETED
+from prefix_trees import tree_of_all
 
 import triton_attn
 from triton_attn import __main__ as command
@@ -151,6 +152,45 @@ def test_a_batch_invariant_server_compiles_nothing_after_a_warmup(warmed, name, 
             serve_latent(model, model.num_heads_q, random.Random(0))
     assert set(met) <= kernels
     assert len(met) > 10
+
+
+def serve_trees(model, rng, batch_invariant):
+    """Decode steps over prefix trees, and the verification of trees of drafts."""
+    is_latent = model.kv_lora_rank is not None
+    page_size = 64 if is_latent else 16
+    for _ in range(30):
+        batch, width, drafts, shared = rng.randint(2, 64), rng.randint(2, 200), rng.randint(1, 64), rng.randint(1, 60)
+        own = dict(tree_mask=indices(batch, drafts, dtype=torch.int64))
+        calls = [(drafts, own)]
+        if not batch_invariant:
+            tree = tree_of_all(batch, shared, part=rng.choice([shared, -(-shared // 4)]))
+            calls.append((1, dict(prefix_tree=tree)))
+        for seqlen_q, options in calls:
+            options |= dict(return_lse=rng.random() < 0.5)
+            lens, table = indices(batch), indices(batch, width + shared)
+            if is_latent:
+                nope, rope, rank = model.head_dim - model.qk_rope_head_dim, model.qk_rope_head_dim, model.kv_lora_rank
+                q = torch.empty(batch, seqlen_q, model.num_heads_q, nope + rope, dtype=BF16).split([nope, rope], -1)
+                cache = torch.empty(9, page_size, rank + rope, dtype=BF16)
+                weights = (torch.empty(model.num_heads_q, dim, rank, dtype=BF16) for dim in (nope, 128))
+                triton_attn.mla_decode(*q, cache, lens, table, *weights, **options)
+            else:
+                q = torch.empty(batch, seqlen_q, model.num_heads_q, model.head_dim, dtype=BF16)
+                cache = torch.empty(9, page_size, model.num_heads_kv, model.head_dim, dtype=BF16)
+                triton_attn.paged_attention(q, cache, cache, lens, table, **options)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("name", ["llama-3-8b", "deepseek-v2-lite"])
+def test_trees_compile_nothing_after_a_warmup(warmed, name, batch_invariant, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BATCH_INVARIANT", str(int(batch_invariant)))
+    functions = ["tree_mask"] if batch_invariant else ["prefix_tree", "tree_mask"]
+    kernels = warmed(name, functions=functions, max_seqlen=4096)
+    with record_specializations(ARCH) as met:
+        serve_trees(model_named(name), random.Random(0), batch_invariant)
+    assert set(met) <= kernels
+    assert len(met) >= 4
 
 
 @pytest.mark.compiled

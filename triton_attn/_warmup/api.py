@@ -19,7 +19,7 @@ from .._host.checks import (
 )
 from ..models import model_named
 
-NOT_BY_DEFAULT = ("flash_attention_backward", "prefix_tree")
+NOT_BY_DEFAULT = ("flash_attention_backward", "prefix_tree", "tree_mask")
 NEED_PAGES = ("prefix_tree", "append_kv_cache", "copy_kv_pages")
 
 
@@ -91,8 +91,8 @@ def warmup(
             "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries each,
             chunks of prompts), "append_kv_cache", "copy_kv_pages", "merge_attention";
             for MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
-            Also available: "flash_attention_backward" for training, "prefix_tree" for paged_attention with
-            one.
+            Also available: "flash_attention_backward" for training; "prefix_tree" and "tree_mask" for calls of
+            paged_attention or mla_decode with one.
         arch: the target, as in `triton_attn.toolchain.compile_only`: "sm_90", "gfx942", ... None: the present GPU.
         num_workers: processes that compile in parallel. With more than 1, processes are spawned, and a script needs the
             usual `if __name__ == "__main__":`.

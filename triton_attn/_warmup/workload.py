@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .._host.latent import latent_storage
+from .._host.options import MAX_DRAFTS
 from .._host.prefix_tree import PrefixTree, TreeSizes
 from ..cache import append_kv_cache, append_latent_cache, copy_kv_pages
 from ..flash import flash_attention, flash_attention_varlen
@@ -19,7 +20,7 @@ from ..merge.splits import FIXED_KEYS
 from ..mla import mla_decode, mla_prefill
 from ..paged import paged_attention
 
-MAX_DRAFTS = 8  # queries of a sequence that a decode step verifies at once, with the new token
+MAX_CHAIN = 8  # queries of a sequence that a decode step verifies at once without a tree, with the new token
 FIXED_ROWS = 64  # a batch-invariant tile has no more
 MAX_TILED_PARTS = 128  # with more splits the merge uses the same kernels
 WORKSPACE_BYTES = 2**28  # the default of mla_prefill
@@ -57,7 +58,13 @@ class Workload:
     @property
     def cached_lengths(self):
         """(queries, keys) over a cache: decode, drafts and chunks, from few keys to many."""
-        return itertools.product(sorted({*range(1, MAX_DRAFTS + 1), *self.lengths}), self.lengths)
+        return itertools.product(sorted({*range(1, MAX_CHAIN + 1), *self.lengths}), self.lengths)
+
+    @property
+    def tree_lengths(self):
+        """The same with trees of drafts. The stride of their bits may be a multiple of 16 or not."""
+        drafts = {*range(1, MAX_CHAIN + 1), *(n - odd for n in (16, 32, MAX_DRAFTS) for odd in (0, 1))}
+        return itertools.product(sorted(drafts), self.lengths)
 
     @property
     def masks(self):
@@ -163,26 +170,35 @@ def call_flash_attention_backward(work):
         torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
 
 
-def call_paged_attention(work):
+def call_paged_attention(work, tree_mask=False):
     """Decode with drafts, chunks of prompts, dense and packed, with one split and several, and all merges."""
     if work.batch_invariant:
-        _attend_invariantly(work)
+        _attend_invariantly(work, tree_mask)
         return
-    variants = itertools.product(work.cached_lengths, (1, 2), (False, True), work.cache_scales)
+    masks = dict(batch_invariant=False, tree_mask=tree_mask, **work.masks)
+    variants = itertools.product(
+        work.tree_lengths if tree_mask else work.cached_lengths, (1, 2), (False, True), work.cache_scales
+    )
     for (seqlen_q, seqlen_k), num_splits, return_lse, scale in variants:
-        options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **work.masks)
-        _attend_cached(work, seqlen_q, seqlen_k, batch_invariant=False, **options)
+        options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **masks)
+        _attend_cached(work, seqlen_q, seqlen_k, **options)
     for num_splits, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), (False, True)):
-        options = dict(num_splits=num_splits, return_lse=return_lse, batch_invariant=False)
-        _attend_cached(work, 1, 1, **options, **work.masks)
+        _attend_cached(work, 1, 1, num_splits=num_splits, return_lse=return_lse, **masks)
 
 
-def _attend_invariantly(work):
+def _attend_invariantly(work, tree_mask):
     """Batch-invariant calls: one split, several at once and, from some batch size on, in turn."""
-    batches = itertools.product(powers_of_two(256), (1, FIXED_ROWS + 1), (1, 2 * FIXED_KEYS))
+    longest = (MAX_DRAFTS - 1, MAX_DRAFTS) if tree_mask else (FIXED_ROWS + 1,)
+    batches = itertools.product(powers_of_two(256), (1, *longest), (1, 2 * FIXED_KEYS))
+    masks = dict(batch_invariant=True, tree_mask=tree_mask, **work.masks)
     for (batch, seqlen_q, seqlen_k), return_lse, scale in itertools.product(batches, (False, True), work.cache_scales):
-        options = dict(return_lse=return_lse, k_scale=scale, v_scale=scale, batch_invariant=True, **work.masks)
+        options = dict(return_lse=return_lse, k_scale=scale, v_scale=scale, **masks)
         _attend_cached(work, seqlen_q, seqlen_k, batch, **options)
+
+
+def call_tree_mask(work):
+    """paged_attention with trees of drafts."""
+    call_paged_attention(work, tree_mask=True)
 
 
 def call_prefix_tree(work):
@@ -197,20 +213,25 @@ def call_prefix_tree(work):
         _attend_cached(work, 1, 1, prefix_tree=tree_of_one_node(1, 1, num_slots), **options)
 
 
-def tree_of_one_node(seqlen_q, below, num_slots=1):
-    """A PrefixTree of one sequence; a call compiles what it does for nodes with so many queries below them."""
-    return PrefixTree(indices(8 + seqlen_q), 1, seqlen_q, TreeSizes(1, num_slots, max(seqlen_q, below), below))
+def tree_of_one_node(seqlen_q, below, num_slots=1, batch=1):
+    """A PrefixTree; a call compiles what it does for nodes with so many queries below them."""
+    total_q = batch * seqlen_q
+    sizes = TreeSizes(1, num_slots, max(total_q, below), below)
+    return PrefixTree(indices(2 * batch + 6 + total_q), batch, total_q, sizes)
 
 
-def _attend_cached(work, seqlen_q, seqlen_k, batch=1, **options):
+def _attend_cached(work, seqlen_q, seqlen_k, batch=1, tree_mask=False, **options):
     """paged_attention for sequences of one length, dense and packed."""
     if work.page_size is None:
         cache = *work.kv_caches(batch, seqlen_k), indices(batch)
     else:
         cache = *work.kv_caches(1, work.page_size), indices(batch), indices(batch, -(-seqlen_k // work.page_size))
     q, _, _ = work.qkv(batch, seqlen_q)
-    paged_attention(q, *cache, **options)
-    paged_attention(q.flatten(0, 1), *cache, cu_seqlens_q=indices(batch + 1), max_seqlen_q=seqlen_q, **options)
+    packed = dict(cu_seqlens_q=indices(batch + 1), max_seqlen_q=seqlen_q)
+    bits = indices(batch, seqlen_q, dtype=torch.int64) if tree_mask else None
+    paged_attention(q, *cache, tree_mask=bits, **options)
+    bits = bits.flatten() if tree_mask else None
+    paged_attention(q.flatten(0, 1), *cache, tree_mask=bits, **packed, **options)
 
 
 def call_append_kv_cache(work):
@@ -241,28 +262,47 @@ def call_append_latent_cache(work):
     append_latent_cache(*work.latents(1), work.latent_cache(), indices(1, dtype=torch.int64), **work.rope, **positions)
 
 
-def call_mla_decode(work):
+def call_mla_decode(work, tree_mask=False):
     """Decode with drafts. The kernels around the absorbed form depend on the number of tokens and of splits."""
-    weights = work.latent_weights()
-
-    def decode(batch, seqlen_q, seqlen_k, num_splits, return_lse):
-        table = indices(batch, -(-seqlen_k // work.page_size))
-        queries = work.latent_queries(batch, seqlen_q)
-        options = dict(num_splits=num_splits, return_lse=return_lse, causal=work.causal, **work.rope)
-        options["batch_invariant"] = work.batch_invariant
-        mla_decode(*queries, work.latent_cache(), indices(batch), table, *weights, **options)
-
+    longest = (MAX_DRAFTS - 1, MAX_DRAFTS) if tree_mask else (MAX_CHAIN,)
     if work.batch_invariant:
         for seqlen_k, return_lse in itertools.product((1, FIXED_KEYS + 1), (False, True)):
-            for batch, seqlen_q in ((1, 1), (1, MAX_DRAFTS), (2, 1)):
-                decode(batch, seqlen_q, seqlen_k, 0, return_lse)
+            for batch, seqlen_q in ((1, 1), (2, 1), *((1, n) for n in longest)):
+                _decode_latents(work, batch, seqlen_q, seqlen_k, tree_mask, return_lse=return_lse)
         return
-    drafts = [(seqlen_q, seqlen_k) for seqlen_q, seqlen_k in work.cached_lengths if seqlen_q <= MAX_DRAFTS]
+    drafts = [(n, k) for n, k in work.tree_lengths if n <= longest[-1]]
     for (seqlen_q, seqlen_k), num_splits, return_lse in itertools.product(drafts, (1, 2), (False, True)):
-        decode(1, seqlen_q, seqlen_k, num_splits, return_lse)
-    for batch, num_splits in itertools.product(powers_of_two(64), powers_of_two(MAX_TILED_PARTS)):
+        _decode_latents(work, 1, seqlen_q, seqlen_k, tree_mask, num_splits=num_splits, return_lse=return_lse)
+    tokens = powers_of_two(64 * MAX_DRAFTS if tree_mask else 64)
+    for batch, num_splits in itertools.product(tokens, powers_of_two(MAX_TILED_PARTS)):
         for return_lse in (False, True):
-            decode(batch, 1, 1, num_splits, return_lse)
+            _decode_latents(work, batch, 1, 1, tree_mask, num_splits=num_splits, return_lse=return_lse)
+
+
+def _decode_latents(work, batch, seqlen_q, seqlen_k, tree_mask=False, **options):
+    """mla_decode for sequences of one length. A tree of drafts has no rotary positions."""
+    table = indices(batch, -(-seqlen_k // work.page_size))
+    options |= dict(tree_mask=indices(batch, seqlen_q, dtype=torch.int64)) if tree_mask else work.rope
+    options |= dict(causal=work.causal, batch_invariant=work.batch_invariant)
+    cache, queries = (work.latent_cache(), indices(batch), table), work.latent_queries(batch, seqlen_q)
+    mla_decode(*queries, *cache, *work.latent_weights(), **options)
+
+
+def call_tree_mask_of_latents(work):
+    """mla_decode with trees of drafts."""
+    call_mla_decode(work, tree_mask=True)
+
+
+def call_prefix_tree_of_latents(work):
+    """mla_decode with a prefix tree, for few and many queries below a node, and all that follow it."""
+    lengths = [(n, 1) for n in range(1, MAX_CHAIN + 1)] + [(1, n) for n in powers_of_two(256)]
+    for (seqlen_q, below), num_splits in itertools.product(lengths, (1, 2)):
+        tree = tree_of_one_node(seqlen_q, below)
+        _decode_latents(work, 1, seqlen_q, 2 * work.page_size, num_splits=num_splits, prefix_tree=tree)
+    counts = powers_of_two(64 * MAX_CHAIN), powers_of_two(MAX_TILED_PARTS), (False, True)
+    for batch, num_slots, return_lse in itertools.product(*counts):
+        tree = tree_of_one_node(1, 1, num_slots, batch)
+        _decode_latents(work, batch, 1, work.page_size, num_splits=1, return_lse=return_lse, prefix_tree=tree)
 
 
 def call_mla_prefill(work):
@@ -294,6 +334,7 @@ OF_ANY_HEADS = {
     "flash_attention_backward": call_flash_attention_backward,
     "paged_attention": call_paged_attention,
     "prefix_tree": call_prefix_tree,
+    "tree_mask": call_tree_mask,
     "append_kv_cache": call_append_kv_cache,
     "copy_kv_pages": call_copy_kv_pages,
     "merge_attention": call_merge_attention,
@@ -301,6 +342,8 @@ OF_ANY_HEADS = {
 OF_LATENT_VECTORS = {
     "mla_prefill": call_mla_prefill,
     "mla_decode": call_mla_decode,
+    "prefix_tree": call_prefix_tree_of_latents,
+    "tree_mask": call_tree_mask_of_latents,
     "append_latent_cache": call_append_latent_cache,
     "copy_kv_pages": call_copy_kv_pages,
 }

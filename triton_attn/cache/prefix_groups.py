@@ -88,7 +88,7 @@ class PrefixGroups:
         return np.full(max_batch, total_q // max_batch)
 
     def _update(self, rows):
-        """Bring the order up to date with the cache's tables; whether groups may be others than before."""
+        """Bring the order up to date with the cache's tables; whether a sequence that stays shares other pages."""
         log = self._cache._changes
         if self._num_read == log.count and self._cache._batch is self._batch:
             return False
@@ -96,15 +96,11 @@ class PrefixGroups:
         present = set(rows)
         stale = present if changes is None else {row for row, _ in changes} & self._keys.keys()
         gone = self._keys.keys() - present
-        changed = bool(gone)
         for row in gone:
             self._take_out(row)
         for row in present - self._keys.keys():
-            changed = True
             self._put_in(row, self._key(row))
-        for row in stale & present:
-            changed |= self._renew(row)
-        return changed
+        return any([self._renew(row) for row in stale & present])
 
     def _key(self, row):
         cache = self._cache
