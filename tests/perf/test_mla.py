@@ -16,6 +16,8 @@ from perf.results import plot, style
 from perf.workloads import models, providers
 from perf.workloads.problems import LatentDecodeProblem, LatentPrefillProblem, latent_decode_grid, latent_prefill_grid
 from triton_attn import mla_prefill, reference
+from triton_attn._host.call import Lengths
+from triton_attn.mla.api import PrefillCall
 from triton_attn.mla.schedule import MODES, choose_schedule
 
 STEP = LatentDecodeProblem(3, 37, 8, kv_lora_rank=128, qk_rope_head_dim=16, page_size=8)
@@ -51,7 +53,7 @@ def test_prefill_counts_the_pairs_that_are_seen():
     assert PREFILL.bytes(2) == 2 * (24 * 3 * 24 + 40 * 40 + 3 * 32 * 32 + 24 * 3 * 16)
     inputs = [torch.empty(shape, dtype=torch.bfloat16) for shape in PREFILL.shapes]
     sizes = PREFILL.sizes(2)
-    assert sizes == type(sizes).of(*inputs, None, None, 24, 40, True)
+    assert sizes == type(sizes).of(PrefillCall(*inputs, Lengths(None, None, 24, 40), 1.0, causal=True))
 
 
 def test_grids_have_both_caches_and_no_chunk_without_a_past():
