@@ -180,7 +180,9 @@ def test_a_config_is_the_portable_kernels(wanted):
     table = torch.empty(1, 4, dtype=torch.int32)
     parts, config = q.split([RANK, ROPE], dim=3), MlaDecodeConfig(64, 64, 8, 2)
     with compile_only("sm_90") as launches:
-        launch_mla_decode(DecodeCall(*parts, cache, table[:, 0], table, 0.1), torch.empty_like(parts[0]), None, config)
+        launch_mla_decode(
+            DecodeCall(*parts, cache, table[:, 0], table, 0.1, num_splits=1), torch.empty_like(parts[0]), None, config
+        )
     assert [launch.name for launch in launches] == [PORTABLE]
 
 

@@ -201,7 +201,7 @@ SWEPT = {
         DECODE | {"seqlen_q": 512},
         [PagedConfig(64, 64, 4, 3), PagedConfig(128, 64, 8, 1), PagedConfig(128, 64, 8, 3)],
         ["", "no asynchronous copies", ""],
-        [2, 0],
+        [0, 2],
     ),
     "mla_prefill": (
         PREFILL,
