@@ -110,11 +110,6 @@ def view_of(x):
     return View(x, Strides(*strides[:-1]) if len(strides) == 4 else Strides(0, *strides[:-1]))
 
 
-def bits_of_rows(tree_mask):
-    """The View of a tree_mask (batch, rows) or (rows,), whose last dimension is contiguous."""
-    return View(tree_mask, Strides(tree_mask.stride(0) if tree_mask.ndim == 2 else 0, 1, 0))
-
-
 def window_of(window, key_shard):
     """The Window (left, right) of all keys, or the ShardWindow of a KeyShard."""
     return Window(*window) if key_shard is None else ShardWindow(*window, *key_shard)

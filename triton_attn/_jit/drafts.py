@@ -12,8 +12,16 @@ import triton.language as tl
 
 from .blocks import Blocks
 from .masks import mask_scores, scale_scores, subtract_distance
+from .shards import mask_scores_of_rank
 
 MAX_DRAFTS: tl.constexpr = tl.constexpr(64)  # bits of an int64
+
+
+class TreeMask(NamedTuple):
+    """The bits of all queries: (batch, rows), or (rows,) with a stride of 0."""
+
+    ptr: object
+    batch_stride: object
 
 
 class Drafts(NamedTuple):
@@ -24,10 +32,10 @@ class Drafts(NamedTuple):
 
 
 @triton.jit
-def load_bits(tree, batch, query, mask, num_drafts):
+def load_bits(tree_mask, batch, query, mask, num_drafts):
     """The bits of rows, of which only the first num_drafts count; -1 where a row is not in the mask."""
-    offsets = tl.cast(batch, tl.int64) * tree.strides.batch + query
-    bits = tl.load(tree.ptr + offsets, mask=mask, other=-1)
+    offsets = tl.cast(batch, tl.int64) * tree_mask.batch_stride + query
+    bits = tl.load(tree_mask.ptr + offsets, mask=mask, other=-1)
     # A shift of -1, whose sign fills up from the left, by 64 would be undefined.
     num_drafts = tl.minimum(num_drafts, MAX_DRAFTS)
     beyond = tl.full([1], -1, tl.int64) << tl.minimum(num_drafts, MAX_DRAFTS - 1).to(tl.int64)
@@ -35,14 +43,19 @@ def load_bits(tree, batch, query, mask, num_drafts):
 
 
 @triton.jit
+def _count_in_nibbles(x):
+    """How many bits of each four of a uint32 are set."""
+    x -= (x >> 1) & 0x55555555
+    return (x & 0x33333333) + ((x >> 2) & 0x33333333)
+
+
+@triton.jit
 def count_bits(x):
-    """How many bits of an int64 are set. The shifts repeat the sign, in bits that the constants leave out."""
-    x = x - ((x >> 1) & 0x5555555555555555)
-    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    """How many bits of an int64 are set. In halves: a GPU has no 64-bit integer operations."""
+    x = _count_in_nibbles(x.to(tl.uint32)) + _count_in_nibbles((x >> 32).to(tl.uint32))
+    x = (x & 0x0F0F0F0F) + ((x >> 4) & 0x0F0F0F0F)
     x += x >> 8
     x += x >> 16
-    x += x >> 32
     return (x & 127).to(tl.int32)
 
 
@@ -99,3 +112,14 @@ def scale_scores_of_tree(s, scores, slope, rows, drafts, start_column, EXACT: tl
         before = (rows - drafts.first)[:, None] - draft
         s = subtract_distance(s, tl.where(draft < 0, before, _drafts_after(drafts.bits, draft)), slope)
     return s
+
+
+@triton.jit
+def mask_scores_of_rows(s, rows, start_column, window, TILE: tl.constexpr):
+    """Scores of a kernel's Rows over a cache, -inf where a row does not see a key."""
+    if TILE.TREE:
+        return mask_scores_of_tree(s, rows.position, rows.drafts, start_column, rows.end_key, window)
+    elif TILE.SHARDED:
+        return mask_scores_of_rank(s, rows.position, start_column, rows.end_key, window)
+    else:
+        return mask_scores(s, rows.position, start_column, rows.end_key, 0, window)

@@ -27,6 +27,15 @@ def columns_before(position, window):
 
 
 @triton.jit
+def num_cached(seqlen_k, window, SHARDED: tl.constexpr):
+    """How many of the first keys of a sequence are in the cache."""
+    if SHARDED:
+        return columns_before(seqlen_k, window)
+    else:
+        return seqlen_k
+
+
+@triton.jit
 def visible_range_of_rank(start, end, num_columns, window, BLOCK: tl.constexpr, ALIGN: tl.constexpr, first_column):
     """`visible_range` of a rank's columns."""
     lo = first_column

@@ -62,9 +62,8 @@ class Workload:
 
     @property
     def tree_lengths(self):
-        """The same with trees of drafts. The stride of their bits may be a multiple of 16 or not."""
-        drafts = {*range(1, MAX_CHAIN + 1), *(n - odd for n in (16, 32, MAX_DRAFTS) for odd in (0, 1))}
-        return itertools.product(sorted(drafts), self.lengths)
+        """The same with trees of drafts, which may be longer than chains."""
+        return itertools.product(sorted({*range(1, MAX_CHAIN + 1), *powers_of_two(MAX_DRAFTS)}), self.lengths)
 
     @property
     def masks(self):
@@ -188,7 +187,7 @@ def call_paged_attention(work, tree_mask=False):
 
 def _attend_invariantly(work, tree_mask):
     """Batch-invariant calls: one split, several at once and, from some batch size on, in turn."""
-    longest = (MAX_DRAFTS - 1, MAX_DRAFTS) if tree_mask else (FIXED_ROWS + 1,)
+    longest = (MAX_DRAFTS,) if tree_mask else (FIXED_ROWS + 1,)
     batches = itertools.product(powers_of_two(256), (1, *longest), (1, 2 * FIXED_KEYS))
     masks = dict(batch_invariant=True, tree_mask=tree_mask, **work.masks)
     for (batch, seqlen_q, seqlen_k), return_lse, scale in itertools.product(batches, (False, True), work.cache_scales):
@@ -264,7 +263,7 @@ def call_append_latent_cache(work):
 
 def call_mla_decode(work, tree_mask=False):
     """Decode with drafts. The kernels around the absorbed form depend on the number of tokens and of splits."""
-    longest = (MAX_DRAFTS - 1, MAX_DRAFTS) if tree_mask else (MAX_CHAIN,)
+    longest = (MAX_DRAFTS,) if tree_mask else (MAX_CHAIN,)
     if work.batch_invariant:
         for seqlen_k, return_lse in itertools.product((1, FIXED_KEYS + 1), (False, True)):
             for batch, seqlen_q in ((1, 1), (2, 1), *((1, n) for n in longest)):

@@ -19,9 +19,9 @@ from .._host.options import wanted_kernels
 from .._host.prefix_tree import PrefixTree, TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import Workspace, empty, only_counts
-from .._jit.args import Sequences, ShardWindow, Strides, View, Window, bits_of_rows, scale_of, window_of
+from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
 from .._jit.blocks import Blocks, end_full, split_blocks, visible_range
-from .._jit.drafts import Drafts, load_bits, mask_scores_of_tree, without_drafts
+from .._jit.drafts import Drafts, TreeMask, load_bits, mask_scores_of_rows, without_drafts
 from .._jit.heads import (
     Batch,
     find_node,
@@ -34,9 +34,8 @@ from .._jit.heads import (
     slots_left_over,
     spare_rows,
 )
-from .._jit.masks import mask_scores
 from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
-from .._jit.shards import columns_before, mask_scores_of_rank, visible_range_of_rank
+from .._jit.shards import num_cached, visible_range_of_rank
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     cast_tile,
@@ -62,7 +61,7 @@ from .projections import launch_absorb, launch_merge_project, prepare_absorb
 WIDEST = 256
 # A new length must not cause a compilation.
 LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "first_split", "search_steps"]
-LENGTHS += ["num_nodes", "num_slots", *INDICES, "lse_ptr"]
+LENGTHS += ["num_nodes", "num_slots", "tree_mask_ptr", "tree_mask_stride", *INDICES, "lse_ptr"]
 
 
 class LatentCache(NamedTuple):
@@ -252,15 +251,6 @@ def _add_rotary(s, q_pe, k_pe, TILE: tl.constexpr):
 
 
 @triton.jit
-def _num_cached(seqlen_k, window, TILE: tl.constexpr):
-    """How many of the first keys of a sequence are in the cache."""
-    if TILE.SHARDED:
-        return columns_before(seqlen_k, window)
-    else:
-        return seqlen_k
-
-
-@triton.jit
 def _visible_keys(start, end, first_key, num_keys, window, TILE: tl.constexpr):
     """The Blocks of the keys [first_key, num_keys) that rows at the positions [start, end) see."""
     if TILE.SHARDED:
@@ -276,17 +266,6 @@ def _load_drafts(tree_mask, batch, rows, mask, num_drafts, first_draft, TILE: tl
     if TILE.TREE:
         bits = load_bits(tree_mask, batch, rows, mask, num_drafts)
     return Drafts(first_draft, bits)
-
-
-@triton.jit
-def _mask(s, rows, start_n, window, TILE: tl.constexpr):
-    """Scores of Rows, -inf where a row does not see a key."""
-    if TILE.TREE:
-        return mask_scores_of_tree(s, rows.position, rows.drafts, start_n, rows.end_key, window)
-    elif TILE.SHARDED:
-        return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
-    else:
-        return mask_scores(s, rows.position, start_n, rows.end_key, 0, window)
 
 
 class Rows(NamedTuple):
@@ -315,7 +294,7 @@ def _rows_of_sequence(own, bounds, batch, num_splits, window, tree_mask, TILE: t
     first_position = seqlen_k - bounds.seqlen_q
     start = first_row // NUM_HEADS + first_position
     end = tl.minimum((first_row + TILE.BLOCK_M - 1) // NUM_HEADS + 1, bounds.seqlen_q) + first_position
-    num_keys = _num_cached(seqlen_k, window, TILE)
+    num_keys = num_cached(seqlen_k, window, TILE.SHARDED)
     first_key = 0
     if batch.tree_ptr is not None:
         first_key = tl.load(batch.tree_ptr + 2 * own.sequence) * TILE.PAGE_SIZE
@@ -336,7 +315,7 @@ def _rows_of_node(node, batch, window, TILE: tl.constexpr):
     """Rows of the sequences below a node, and its keys."""
     rows = rows_of_node(node, batch, TILE.NUM_HEADS, TILE.BLOCK_M)
     heads = (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.NUM_HEADS
-    end_key = tl.minimum(_num_cached(rows.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
+    end_key = tl.minimum(num_cached(rows.seqlen_k, window, TILE.SHARDED), node.end_page * TILE.PAGE_SIZE)
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
     longest, table_row = longest_of(end_key, rows.sequence)
     start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
@@ -397,7 +376,8 @@ def _mla_absorbed_kernel(
     block_table_ptr,
     table_stride,
     seqs,
-    tree_mask,
+    tree_mask_ptr,
+    tree_mask_stride,
     seqlen_q,
     seqlen_k,
     num_tiles,
@@ -453,6 +433,7 @@ def _mla_absorbed_kernel(
             _clear_spare(own, bounds, num_own, batch, results, block_table_ptr is not None, TILE)
         if PACKED and num_own <= 0:
             return
+        tree_mask = TreeMask(tree_mask_ptr, tree_mask_stride)
         rows = _rows_of_sequence(own, bounds, batch, num_splits, window, tree_mask, TILE)
         if tree_ptr is not None:
             num_above = tl.load(tree_ptr + 2 * own.sequence + 1)
@@ -477,10 +458,8 @@ def _mla_absorbed_kernel(
         rope_keys = Pages(cache.rope_keys.ptr, multiple_of(cache.rope_keys.page_stride, TILE.VECTORS.rope_keys))
     if block_table_ptr is None:
         first_row = tl.cast(bounds.first_k, tl.int64)
-        latents_row = rows.batch * latents.page_stride + first_row * SLOTS.latents
-        latents = Pages(latents.ptr + latents_row, 0)
-        rope_row = rows.batch * rope_keys.page_stride + first_row * SLOTS.rope_keys
-        rope_keys = Pages(rope_keys.ptr + rope_row, 0)
+        latents = Pages(latents.ptr + rows.batch * latents.page_stride + first_row * SLOTS.latents, 0)
+        rope_keys = Pages(rope_keys.ptr + rows.batch * rope_keys.page_stride + first_row * SLOTS.rope_keys, 0)
     else:
         block_table_ptr += rows.table_row.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
@@ -506,12 +485,12 @@ def _mla_absorbed_kernel(
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
-                s = _mask(_add_rotary(s, q_pe_tile, k_pe, TILE), rows, start_n, window, TILE)
+                s = mask_scores_of_rows(_add_rotary(s, q_pe_tile, k_pe, TILE), rows, start_n, window, TILE)
         else:
             s = dot_transposed(q_tile, k, PRECISION, s)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
-                s = _mask(s, rows, start_n, window, TILE)
+                s = mask_scores_of_rows(s, rows, start_n, window, TILE)
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
@@ -746,7 +725,8 @@ def _launch(plan, call, parts, lse_parts, first_split=0):
         block_table,
         None if block_table is None else block_table.stride(0),
         Sequences(cu_seqlens_q, cu_seqlens_k, None),
-        None if call.tree_mask is None else bits_of_rows(call.tree_mask),
+        call.tree_mask,
+        call.tree_mask.stride(0) if call.tree_mask is not None and call.tree_mask.ndim == 2 else 0,
         *plan.counts,
         num_splits,
         batch,

@@ -24,14 +24,15 @@ from .._host.observers import number_and_tensor
 from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
-from .._jit.args import Scales, Scores, Splits, Strides, View, bits_of_rows, scale_of, window_of
+from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
 from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
 from .._jit.drafts import (
     Drafts,
+    TreeMask,
     bits_in_window,
     count_bits,
     load_bits,
-    mask_scores_of_tree,
+    mask_scores_of_rows,
     scale_scores_of_tree,
     without_drafts,
 )
@@ -47,9 +48,9 @@ from .._jit.heads import (
     slots_left_over,
     spare_rows,
 )
-from .._jit.masks import mask_scores, scale_scores
+from .._jit.masks import scale_scores
 from .._jit.paging import cache_rows, decode_tile
-from .._jit.shards import columns_before, mask_scores_of_rank, scale_scores_of_rank, visible_range_of_rank
+from .._jit.shards import num_cached, scale_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, merge_weights, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, merge_rows, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors
@@ -68,6 +69,8 @@ LENGTHS = [
     "search_steps",
     "num_nodes",
     "num_slots",
+    "tree_mask_ptr",
+    "tree_mask_stride",
     *INDICES,
     "lse_ptr",
 ]
@@ -161,15 +164,6 @@ def _queries_of_sequence(program, num_tiles, batch, TILE: tl.constexpr):
 
 
 @triton.jit
-def _num_cached(seqlen_k, window, TILE: tl.constexpr):
-    """How many of the first keys of a sequence are in the cache."""
-    if TILE.SHARDED:
-        return columns_before(seqlen_k, window)
-    else:
-        return seqlen_k
-
-
-@triton.jit
 def _place_in_sequence(tile, queries, head_kv, batch, TILE: tl.constexpr):
     """The Place of a tile's rows, of one sequence."""
     rows = tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
@@ -196,7 +190,7 @@ def _rows_of_sequence(queries, head_kv, batch, window, tree_mask, TILE: tl.const
     """Rows of one sequence and its keys, with a prefix tree those that no node has."""
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + queries.sequence), batch.capacity)
     first_position = seqlen_k - queries.num
-    num_keys = _num_cached(seqlen_k, window, TILE)
+    num_keys = num_cached(seqlen_k, window, TILE.SHARDED)
     first_row = queries.tile * TILE.BLOCK_M
     query = (first_row + tl.arange(0, TILE.BLOCK_M)) // TILE.GROUP_SIZE  # (BLOCK_M,)
     place = _place_in_sequence(queries.tile, queries, head_kv, batch, TILE)
@@ -226,7 +220,7 @@ def _rows_of_node(node, head_kv, batch, window, TILE: tl.constexpr):
     """Rows of the sequences below a node, and its keys."""
     rows = rows_of_node(node, batch, TILE.GROUP_SIZE, TILE.BLOCK_M)
     head = head_kv * TILE.GROUP_SIZE + (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.GROUP_SIZE
-    end_key = tl.minimum(_num_cached(rows.seqlen_k, window, TILE), node.end_page * TILE.PAGE_SIZE)
+    end_key = tl.minimum(num_cached(rows.seqlen_k, window, TILE.SHARDED), node.end_page * TILE.PAGE_SIZE)
     first_key = node.first_page * TILE.PAGE_SIZE
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
     longest, table_row = longest_of(end_key, rows.sequence)
@@ -252,17 +246,6 @@ def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr,
         return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
     else:
         return scale_scores(s, scores, slopes, rows.position, start_n, 0, EXACT)
-
-
-@triton.jit
-def _mask(s, rows, start_n, window, TILE: tl.constexpr):
-    """Scores of Rows, -inf where a row does not see a key."""
-    if TILE.TREE:
-        return mask_scores_of_tree(s, rows.position, rows.drafts, start_n, rows.end_key, window)
-    elif TILE.SHARDED:
-        return mask_scores_of_rank(s, rows.position, start_n, rows.end_key, window)
-    else:
-        return mask_scores(s, rows.position, start_n, rows.end_key, 0, window)
 
 
 @triton.jit
@@ -326,7 +309,8 @@ def _paged_fwd_kernel(
     block_table_ptr,
     table_stride,
     cu_seqlens_q_ptr,
-    tree_mask,
+    tree_mask_ptr,
+    tree_mask_stride,
     sinks_ptr,
     scales,
     scores,
@@ -381,6 +365,7 @@ def _paged_fwd_kernel(
             _clear_spare_rows(results, sequences, queries, program, head_kv, num_cleared, TILE)
         if num_own <= 0:
             return
+        tree_mask = TreeMask(tree_mask_ptr, tree_mask_stride)
         rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, tree_mask, TILE)
         if tree_ptr is not None:
             num_nodes_above = tl.load(tree_ptr + 2 * queries.sequence + 1)
@@ -476,7 +461,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
             if not TILE.FOLD_SCALE:
                 s = _scale(s, scoring, rows, start_n, q_tile[0].dtype == tl.float32, TILE.TREE and not FULL, TILE)
             if not FULL:
-                s = _mask(s, rows, start_n, scores.window, TILE)
+                s = mask_scores_of_rows(s, rows, start_n, scores.window, TILE)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
             v_tile = _load_cached(keys.v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
             if BLOCK_M >= 64:
@@ -582,7 +567,8 @@ def launch_paged_fwd(call, out, lse, config=None):
     (*_, num_rows, _, _), (batch, *_) = call.layout[0][0], cache_seqlens.shape
     num_heads_kv = call.layout[1][0][2]
     table_stride = None if block_table is None else block_table.stride(0)
-    tree_mask = None if call.options.tree_mask is None else bits_of_rows(call.options.tree_mask)
+    tree_mask = call.options.tree_mask
+    mask_stride = tree_mask.stride(0) if tree_mask is not None and tree_mask.ndim == 2 else 0
     tree, num_nodes, num_slots = None, 0, 0
     if plan.has_nodes:
         tree, (num_nodes, num_slots, *_) = call.prefix_tree.memory, call.prefix_tree.sizes
@@ -597,6 +583,7 @@ def launch_paged_fwd(call, out, lse, config=None):
             table_stride,
             cu_seqlens_q,
             tree_mask,
+            mask_stride,
             None if constants["TILE"].SHARED else call.options.sinks,  # they count once
             scales,
             scores,
