@@ -123,8 +123,8 @@ def test_decode(arch, num_heads, variant, record_property):
         assert report.lock >= (360 if "fp8" in variant else 510 if "pages" not in variant else 450)
 
 
-# Bytes, of the worse of the two Tritons. With tiles of 64 keys and one stage, or of fewer rows, it is more.
-SPILLED_BY_NODES = {("sm_90", "bf16"): 68, ("sm_90", "fp8"): 308, ("sm_90", "plain fp8"): 68, ("sm_80", "fp8"): 36}
+# Bytes, around the loop, of the worse of the two Tritons.
+SPILLED_BY_NODES = {("sm_90", "fp8"): 12, ("sm_80", "fp8"): 36}
 
 
 @pytest.mark.ci(but_each=3)

@@ -75,8 +75,9 @@ def computed_again(x):
     """The same int32, which the compiler takes for another number: what follows from it is computed again.
 
     Without it LLVM keeps in registers, throughout a loop, what is computed from x before the loop and used after it. In
-    paged attention these are the rows of the output. On sm_90, Triton 3.6.0 and 3.9.0, they take up to 38 registers:
-    with 128 rows of 64 columns two programs do not fit on an SM. On sm_80 it changes little, in both directions.
+    paged attention and MLA decode these are the rows of the output. On sm_90, Triton 3.6.0 and 3.9.0, they take up to
+    38 registers: with 128 rows of 64 columns two programs do not fit on an SM, and MLA's nodes of a prefix tree spill
+    up to 308 bytes. On sm_80 it changes little, in both directions.
     """
     if _has_wgmma():
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)

@@ -187,8 +187,8 @@ def call_paged_attention(work, tree_mask=False):
 
 def _attend_invariantly(work, tree_mask):
     """Batch-invariant calls: one split, several at once and, from some batch size on, in turn."""
-    longest = (MAX_DRAFTS,) if tree_mask else (FIXED_ROWS + 1,)
-    batches = itertools.product(powers_of_two(256), (1, *longest), (1, 2 * FIXED_KEYS))
+    longest = MAX_DRAFTS if tree_mask else FIXED_ROWS + 1
+    batches = itertools.product(powers_of_two(256), (1, longest), (1, 2 * FIXED_KEYS))
     masks = dict(batch_invariant=True, tree_mask=tree_mask, **work.masks)
     for (batch, seqlen_q, seqlen_k), return_lse, scale in itertools.product(batches, (False, True), work.cache_scales):
         options = dict(return_lse=return_lse, k_scale=scale, v_scale=scale, **masks)
@@ -263,13 +263,13 @@ def call_append_latent_cache(work):
 
 def call_mla_decode(work, tree_mask=False):
     """Decode with drafts. The kernels around the absorbed form depend on the number of tokens and of splits."""
-    longest = (MAX_DRAFTS,) if tree_mask else (MAX_CHAIN,)
+    longest = MAX_DRAFTS if tree_mask else MAX_CHAIN
     if work.batch_invariant:
         for seqlen_k, return_lse in itertools.product((1, FIXED_KEYS + 1), (False, True)):
-            for batch, seqlen_q in ((1, 1), (2, 1), *((1, n) for n in longest)):
+            for batch, seqlen_q in ((1, 1), (2, 1), (1, longest)):
                 _decode_latents(work, batch, seqlen_q, seqlen_k, tree_mask, return_lse=return_lse)
         return
-    drafts = [(n, k) for n, k in work.tree_lengths if n <= longest[-1]]
+    drafts = [(n, k) for n, k in work.tree_lengths if n <= longest]
     for (seqlen_q, seqlen_k), num_splits, return_lse in itertools.product(drafts, (1, 2), (False, True)):
         _decode_latents(work, 1, seqlen_q, seqlen_k, tree_mask, num_splits=num_splits, return_lse=return_lse)
     tokens = powers_of_two(64 * MAX_DRAFTS if tree_mask else 64)

@@ -49,7 +49,7 @@ from .._jit.tiles import (
     scale_tile,
     store_piece,
 )
-from .._jit.workarounds import decode_once, dot_in_ifs, fence_copies, in_vectors, multiple_of
+from .._jit.workarounds import computed_again, decode_once, dot_in_ifs, fence_copies, in_vectors, multiple_of
 from ..merge.kernel import launch_merge
 from ..merge.splits import FIXED_KEYS, MAX_WORKSPACE_BYTES, choose_num_splits, resident_programs
 from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
@@ -398,14 +398,13 @@ def _mla_absorbed_kernel(
 
     A row is one head of one query. All heads share the latent vectors. A tile of them is loaded once, and is both keys
     and values. Grid: num_tiles * num_splits * batch, where num_tiles is that of a sequence. With SEARCH it is that of
-    all sequences, and the grid is num_tiles * num_splits.
+    all sequences, and the grid is num_tiles * num_splits. With SHARED a program finds its node.
 
-    cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, seqlen_q). seqlen_q and seqlen_k of packed
-    tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence lse is
-    stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or None.
-    first_split is the first of the launch, if splits are fixed: most of a short sequence have no keys then, and no one
-    reads their output. With a tree, results of nodes are in the first num_slots splits, and if SHARED num_tiles is not
-    used: a program finds its node.
+    cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, seqlen_q); results of a tree's nodes are in
+    its first num_slots splits. seqlen_q and seqlen_k of packed tensors are all their rows; otherwise seqlen_k bounds
+    the keys of a sequence. In rows after the last sequence lse is stored, and with a block_table out too. k_scale is
+    the Scale of the cache, k_pe_scale that of rotary keys; or None. first_split is the first of the launch, if splits
+    are fixed. Most of a short sequence have no keys then, and no one reads their output.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -439,7 +438,6 @@ def _mla_absorbed_kernel(
             num_above = tl.load(tree_ptr + 2 * own.sequence + 1)
             _clear_slots(results, rows.batch, rows.head, rows.query, rows.mask, num_above, TILE)
     blocks = rows.blocks
-
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
     q_ptrs = q.ptr + row_offsets(rows.batch, rows.query, rows.head, q.strides)[:, None]
@@ -495,6 +493,9 @@ def _mla_absorbed_kernel(
         acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
+    if TILE.SHARED:
+        node = find_node(batch, computed_again(tl.program_id(0)), NUM_HEADS, BLOCK_M)
+        rows = _rows_of_node(node, batch, window, TILE)
     if k_scale is not None:
         norm *= load_scale(k_scale)
     out_ptrs = out.ptr + row_offsets(rows.batch, rows.query, rows.head, out.strides)[:, None]
