@@ -100,3 +100,27 @@ def test_a_captured_step_replays():
     for out, alone in results:
         torch.testing.assert_close(out[: len(alone)], alone, atol=1e-2, rtol=1e-2)
         assert not out[len(alone) :].any()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no pinned memory that is given to others")
+def test_pages_may_be_dropped_while_they_are_on_their_way():
+    """Pinned memory of an import goes to others only after the copy, which waits behind what the stream has to do."""
+    size = dict(num_layers=4, num_kv_heads=8, head_dim=128, device=DEVICE)
+    source, target = PagedKVCache(64, 16, **size), PagedKVCache(64, 16, **size)
+    source.k_cache.normal_()
+    source.v_cache.normal_()
+    prompt = list(range(1000))
+    seq, _ = source.create(prompt)
+    source.extend([seq], [prompt])
+    torch.cuda.synchronize()
+    pages = source.export_pages(seq)
+    torch.cuda.synchronize()
+    shapes = [(x.shape, x.dtype) for x in pages]
+    torch.cuda._sleep(10**9)
+    moved = target.import_pages(pages, prompt)
+    del pages
+    for shape, dtype in shapes:
+        torch.full(shape, math.nan, dtype=dtype, pin_memory=True)
+    columns = source.block_table([seq])[0].long(), target.block_table([moved])[0].long()
+    assert torch.equal(*(cache.k_cache[:, pages] for cache, pages in zip((source, target), columns)))
+    assert torch.equal(*(cache.v_cache[:, pages] for cache, pages in zip((source, target), columns)))

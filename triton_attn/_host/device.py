@@ -40,3 +40,14 @@ def launch(kernel, grid, device, args, constants):
             kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
     else:
         kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+
+
+def hold_pinned(tensors, device):
+    """Keep pinned memory from being allocated again before the device's current stream got so far.
+
+    torch's allocator waits for transfers to and from such memory, but does not know of kernels that use it. So this
+    transfers one element of each tensor that is not on the device.
+    """
+    for x in tensors:
+        if x.device != device and x.numel():
+            x.as_strided((1,), (1,)).to(device, non_blocking=True)

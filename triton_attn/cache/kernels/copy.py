@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._host.device import launch
+from ..._host.device import hold_pinned, launch
 from ..._host.tuned import remember
 
 TILE_ELEMENTS = 4096
@@ -93,10 +93,13 @@ def launch_copy_kv_pages(caches, src_pages, dst_pages, targets=None):
         caches = [cache.view(torch.uint8) for cache in caches]
         targets = None if targets is None else [target.view(torch.uint8) for target in targets]
     pages = tuple([Pages(cache, *cache.stride()[:-1], cache.shape[-1]) for cache in caches])
+    views = None
     if targets is not None:
-        targets = tuple([Pages(target, *target.stride()[:-1], target.shape[-1]) for target in targets])
-    args = src_pages, dst_pages, pages, targets, plan.num_layers
+        views = tuple([Pages(target, *target.stride()[:-1], target.shape[-1]) for target in targets])
+    args = src_pages, dst_pages, pages, views, plan.num_layers
     launch(_copy_kv_pages_kernel, (num_programs,), src_pages.device, args, plan.constants)
+    if targets is not None:
+        hold_pinned((*caches, *targets), src_pages.device)
 
 
 class Plan(NamedTuple):
