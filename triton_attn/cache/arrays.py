@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+NO_LIMIT = 2**62  # above any number of tokens
+
 
 def grown(x: NDArray[Any], *shape: int) -> NDArray[Any]:
     """A copy of x in the first corner of larger zeros."""

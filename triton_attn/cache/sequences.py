@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -12,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._host.checks import check_bool, check_last_contiguous, check_length, check_size, check_tensor, fail
+from .._host.checks import check_bool, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
 from .api import copy_kv_pages
-from .arrays import from_list, grown, largest, ranges
+from .arrays import NO_LIMIT, from_list, grown, largest, ranges
+from .drafts import keep_drafts
 from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash
 from .layers import LayerGroups
@@ -25,8 +25,8 @@ from .prefix import find_in_groups
 from .prefix_groups import PrefixGroups
 from .step import CacheStep, ChangeLog
 from .token_ids import ONE_EACH, as_batch, as_ids
+from .transfer import export_pages, import_pages
 
-NO_LIMIT = 2**62
 NOTHING_BEHIND = [], NO_PAGES
 NUM_STATES = 6  # see _grow_rows
 TokenIds: TypeAlias = Tensor | Iterable[int]
@@ -82,27 +82,6 @@ class _Batch(NamedTuple):
 
 
 NO_BATCH = _Batch([], from_list([]), True)
-
-
-class _Path(NamedTuple):
-    """Drafts that stay: those at `kept` (indices), from position start on; positions before first_moved stay as they
-    are."""
-
-    start: int
-    first_moved: int
-    end: int
-    kept: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, start, num_drafts, accepted):
-        kept = as_ids(accepted)
-        if start < 0:
-            fail("num_drafts", "at most the tokens of each sequence", num_drafts)
-        numbers = kept.tolist()
-        if len(set(numbers)) < len(numbers) or not all(0 <= i < num_drafts for i in numbers):
-            fail("accepted", f"different indices of 0 to {num_drafts - 1}", numbers)
-        moved = (kept != np.arange(kept.size)).nonzero()[0]
-        return cls(start, start + (int(moved[0]) if moved.size else kept.size), start + kept.size, kept)
 
 
 class PagedSequences:
@@ -363,42 +342,7 @@ class PagedSequences:
             >>> len(seq)
             12
         """
-        rows = self._distinct_rows(seqs).tolist()
-        self._refuse_windows("keep")
-        if self.key_shard is not None:
-            raise NotImplementedError("keep: not supported for a cache that is sharded over a mesh, got a mesh")
-        num_drafts = check_length("num_drafts", num_drafts)
-        paths = [_Path.of(self._lengths.item(row) - num_drafts, num_drafts, path) for row, path in _zip(rows, accepted)]
-        ids = (
-            [None] * len(rows) if token_ids is None else [as_ids(own) for _, own in _zip(rows, token_ids, "token_ids")]
-        )
-        for path, own in zip(paths, ids):
-            if own is not None and own.size != path.kept.size:
-                fail("token_ids", f"an id for each of {path.kept.size} accepted tokens", own.size)
-        firsts = [path.first_moved if own is None else path.start for path, own in zip(paths, ids)]
-        entries = [
-            (row, column)
-            for row, path, first in zip(rows, paths, firsts)
-            if first < path.end
-            for column in range(first // self.page_size, self._pages_of(path.end))
-        ]
-        self._own_pages(entries)
-
-        # Nothing fails from here on.
-        sources, targets = [from_list([])], [from_list([])]
-        for row, path, own, first in zip(rows, paths, ids, firsts):
-            moved = path.kept[path.first_moved - path.start :]
-            sources.append(self._slots_of(row, path.start + moved))
-            targets.append(self._slots_of(row, np.arange(path.first_moved, path.end)))
-            if own is not None:
-                self._tokens[self._slots_of(row, np.arange(path.start, path.end))] = own
-                self._known[row] = NO_LIMIT if self._known[row] >= path.start else self._known[row]
-            else:
-                self._known[row] = min(self._known[row], NO_LIMIT if first == path.end else first)
-            self._named[row] = min(self._named[row], first // self.page_size)
-        self._move(np.concatenate(sources), np.concatenate(targets))
-        for seq, path in zip(self._batch.seqs, paths):
-            self.truncate(seq, path.end)
+        keep_drafts(self, seqs, num_drafts, accepted, token_ids)
 
     def free(self, seqs: Sequence | Iterable[Sequence]) -> None:
         """End a sequence, or each of a list. Pages that no other holds become free.
@@ -479,18 +423,7 @@ class PagedSequences:
             >>> k.shape
             torch.Size([2, 2, 16, 1, 64])
         """
-        self._refuse_windows("export_pages")
-        row, num_pages = self._row(seq), self._pages_of(len(seq))
-        first_page = check_length("first_page", first_page)
-        if first_page > num_pages:
-            fail("first_page", f"at most the sequence's {num_pages} pages", first_page)
-        pages = self._tables[row, first_page:num_pages]
-        sources = self._page_tensors()
-        if to is None:
-            to = tuple([self._host_pages(x, pages.size) for x in sources])
-        self._check_exported("to", to, pages.size)
-        copy_kv_pages(sources, self._to_device(pages), self._to_device(np.arange(pages.size, dtype=np.int32)), to=to)
-        return to
+        return export_pages(self, seq, first_page, to)
 
     def import_pages(
         self, pages: tuple[Tensor, ...], token_ids: int | TokenIds, salt: str | bytes | None = None
@@ -522,36 +455,7 @@ class PagedSequences:
             >>> cache.create(range(40))[1]  # tokens that a second prompt finds
             32
         """
-        self._refuse_windows("import_pages")
-        is_known = not isinstance(token_ids, Integral)
-        ids = as_ids(token_ids) if is_known else np.zeros(check_length("token_ids", token_ids), np.int64)
-        num_pages = self._pages_of(ids.size)
-        num_given = self._check_exported("pages", pages, None)
-        chain = [root_hash(salt)]
-        found = self.pool.lookup(page_hashes(chain, ids, self.page_size) if is_known else ())
-        if not num_pages - found.size <= num_given <= num_pages:
-            fail("pages", f"{num_pages - found.size} to {num_pages} pages: {found.size} are found", num_given)
-        num_new, num_revived = num_pages - found.size, int((self.pool._refs[found] == 0).sum())
-        self.pool._check_free(num_new + num_revived)
-        self.pool._share(found)
-        new_pages = self.pool.allocate(num_new)
-
-        # Nothing fails from here on.
-        del chain[1 + found.size :]
-        row = self._new_row(chain)
-        self._widen(num_pages)
-        self._tables[row, :num_pages] = np.concatenate([found, new_pages])
-        self._lengths[row], self._limits[row], self._known[row] = ids.size, 0, NO_LIMIT if is_known else 0
-        self._named[row], self._firsts[row] = found.size, 0
-        positions = np.arange(found.size * self.page_size, ids.size)
-        columns = positions // self.page_size
-        self._tokens[(self._tables[row, columns] - columns) * self.page_size + positions] = ids[positions]
-        given = np.arange(num_given - num_new, num_given, dtype=np.int32)
-        destinations = self._to_device(new_pages.astype(np.int32))
-        pages = tuple([x.detach() for x in pages])
-        copy_kv_pages(pages, self._to_device(given), destinations, to=self._page_tensors())
-        self._name_full_pages([row])
-        return Sequence(self, row)
+        return Sequence(self, import_pages(self, pages, token_ids, salt))
 
     def block_table(self, seqs: Iterable[Sequence]) -> Tensor:
         """int32 (batch, pages of the longest) on the cache's device: the pages of each sequence, then zeros.
@@ -600,32 +504,6 @@ class PagedSequences:
     def _page_tensors(self):
         """The memory of the pages: tensors (num_layers, num_pages, page_size, ...), as `copy_kv_pages` takes them."""
         raise NotImplementedError
-
-    def _move(self, sources, targets):
-        """Copy what the slots `sources` hold to the slots `targets`, in all layers; a slot may be in both."""
-        if sources.size:
-            sources, targets = self._to_device(sources), self._to_device(targets)
-            for cache in self._page_tensors():
-                bits = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
-                rows = bits.flatten(1, 2)
-                rows.index_copy_(1, targets, rows.index_select(1, sources))
-
-    def _slots_of(self, row, positions):
-        columns = positions // self.page_size
-        return (self._tables[row, columns].astype(np.int64) - columns) * self.page_size + positions
-
-    def _own_pages(self, entries):
-        """Copy those of the pages at these (row, column) that others hold, and let the others not be found. Raises
-        OutOfPages."""
-        pages = [self._tables.item(entry) for entry in entries]
-        must_copy = self._must_copy(pages) if pages else []
-        copies = self.pool.allocate(sum(must_copy))
-        self.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
-        if copies.size:
-            copied = [entry for entry, copy in zip(entries, must_copy) if copy]
-            self._replace(copied, copies)
-            for row, column in copied:
-                self._changes.append(row, column)
 
     def _copy_pages(self, src_pages, dst_pages):
         """Copy what pages hold; int32 tensors (n,) on the cache's device, no page in both."""
@@ -748,6 +626,11 @@ class PagedSequences:
         self._tables[entries] = copies
         self.pool._release(originals)
 
+    def _slots_of(self, row, positions):
+        """The slots of a sequence's tokens at these positions."""
+        columns = positions // self.page_size
+        return (self._tables[row, columns].astype(np.int64) - columns) * self.page_size + positions
+
     def _own_slots(self, slots):
         """Slots of tokens as kernels take them: with a mesh those of this rank, -1 for tokens of others."""
         return slots if self.key_shard is None else self.key_shard.slots_of(slots, self._page_slots)
@@ -799,26 +682,6 @@ class PagedSequences:
     def _refuse_windows(self, name):
         if not self._is_plain:
             raise NotImplementedError(f"{name}: a cache without layer_windows is supported, got one with groups")
-
-    def _host_pages(self, tensor, num_pages):
-        """Memory for so many pages of one of the cache's tensors, which its device reads and writes."""
-        shape = (tensor.shape[0], num_pages, *tensor.shape[2:])
-        return torch.empty(shape, dtype=tensor.dtype, device="cpu", pin_memory=not self._on_host)
-
-    def _check_exported(self, name, tensors, num_pages):
-        """Check tensors of pages outside of the cache, before anything changes; their number of pages."""
-        own = self._page_tensors()
-        if not isinstance(tensors, (tuple, list)) or len(tensors) != len(own):
-            got = f"{len(tensors)} of them" if isinstance(tensors, (tuple, list)) else type(tensors).__name__
-            fail(name, f"a tuple of {len(own)} tensors", got, TypeError)
-        check_tensor(f"{name}[0]", tensors[0], (own[0].shape[0], "pages", *own[0].shape[2:]), (own[0].dtype,), None)
-        num_pages = tensors[0].shape[1] if num_pages is None else num_pages
-        for i, (x, like) in enumerate(zip(tensors, own)):
-            check_tensor(f"{name}[{i}]", x, (like.shape[0], num_pages, *like.shape[2:]), (like.dtype,), None)
-            check_last_contiguous(f"{name}[{i}]", x)
-            if x.device != self.device and not (x.device.type == "cpu" and x.is_pinned()):
-                fail(f"{name}[{i}]", f"a tensor on {self.device} or in pinned host memory", f"one on {x.device}")
-        return num_pages
 
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size
@@ -917,14 +780,6 @@ class PagedSequences:
     def _to_device(self, x):
         x = torch.from_numpy(x)
         return x if self._on_host else x.pin_memory().to(self.device, non_blocking=True)
-
-
-def _zip(rows, entries, name="accepted"):
-    """Pairs of rows and what a caller gives for each."""
-    entries = list(entries)
-    if len(entries) != len(rows):
-        fail(name, f"one entry for each of {len(rows)} sequences", len(entries))
-    return zip(rows, entries)
 
 
 def _as_iterable(seqs):
