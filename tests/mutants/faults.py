@@ -1047,6 +1047,14 @@ FAULTS = (
     Fault("E02", "triton_attn/_jit/drafts.py", "bits & ~beyond, bits", "bits, bits", "TREE"),
     Fault("E03", "triton_attn/_jit/drafts.py", "tl.minimum(blocks.full_hi, first_draft)", "blocks.full_hi", "TREE"),
     Fault("E04", "triton_attn/_jit/drafts.py", "& from_here) - 1", "& from_here)", "TREE"),
+    Fault("E07", "triton_attn/_jit/drafts.py", "(x >> 32).to(tl.uint32)", "(x >> 63).to(tl.uint32)", "TREE"),
+    Fault(
+        "E08",
+        "triton_attn/_jit/shards.py",
+        "tl.where(lo < hi, lo // ALIGN * ALIGN, lo)",
+        "lo // ALIGN * ALIGN",
+        "PAGED",
+    ),
     Fault("E05", "triton_attn/cache/drafts.py", "rows.index_select(1, sources)", "rows[:, sources.flip(0)]", "KEEP"),
     Fault("E06", "triton_attn/cache/drafts.py", "    _own_pages(cache, entries)\n", "", "KEEP"),
     Fault(

@@ -191,6 +191,12 @@ def test_wide_heads(head_dim, head_dim_v, config, options):
     check(replace(case, config=config, **options))
 
 
+def test_a_rank_whose_keys_no_row_sees_loads_none():
+    """The last key, which alone is in the window, is the other rank's. Tiles begin at multiples of their size."""
+    case = replace(PLAIN, seqlens_q=(1,), seqlens_k=(33,), page_size=32, key_shard=(1, 2, 1))
+    check(replace(case, causal=False, window_size=(0, -1), config=PagedConfig(16, 32, 4, 1)))
+
+
 TREES = {
     "one prefix": (None, (0, 5), (0, 5), (0, 5), (0, 5), (0, 5)),
     "forks of forks": (None, (0, 5), (1, 3), (2, 2), (3, 1), (0, 4)),
