@@ -51,11 +51,11 @@ from perf.results import MODELLED, OURS, PREDICTED, Row
 from perf.results.baseline import counts_of
 from perf.workloads.problems import LatentDecodeProblem
 from perf.workloads.providers import SCHEDULES
+from triton_attn.merge import splits
 from triton_attn.merge.splits import SplitWork, choose_num_splits, resident_programs
 from triton_attn.mla import configs as mla_configs
 from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig
 from triton_attn.mla.schedule import FLOP_PER_BYTE, cost
-from triton_attn.paged import configs as paged_configs
 from triton_attn.paged.configs import PagedCase
 
 
@@ -258,7 +258,7 @@ def split_work(problem, block_m, block_n, num_sms, resident, element_size):
         key_tiles,
         tile_elements=block_n * (problem.head_dim + (0 if values_are_keys else problem.head_dim_v)),
         element_size=element_size,
-        program_rate=(mla_configs if values_are_keys else paged_configs).PROGRAM_RATE,
+        program_rate=(mla_configs if values_are_keys else splits).PROGRAM_RATE,
         tile_flops=2 * block_m * block_n * (problem.head_dim + problem.head_dim_v),
         num_rows=problem.batch * seqlen_q * problem.num_heads_q,
         row_elements=problem.head_dim_v,

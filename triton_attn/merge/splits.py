@@ -12,6 +12,7 @@ MAX_WORKSPACE_BYTES = 2**28  # of the partial results of such splits
 # Rates of an SM and costs of a launch, of an H100. Their ratios decide, and on other GPUs these are similar.
 BYTES_PER_NS = 22.0  # an SM's share of 2.9 TB/s, which decode of a full GPU was measured to reach (data sheet: 3.35)
 FLOP_PER_NS = 3700.0  # an SM's share of 489 TFLOP/s, measured in the forward pass (data sheet: 989)
+PROGRAM_RATE = 15.0  # bytes in a ns that one program of paged attention alone on an SM loads: measured at batch 1
 FLOAT8_BYTES = 2.6  # an fp8 element takes a program as long as so many bytes, since it is decoded: measured for MLA
 PROGRAM_NS = 1500.0  # a program before its first and after its last tile; an estimate
 LAUNCH_NS = 4000.0  # a launch that waits for the one before it; an estimate

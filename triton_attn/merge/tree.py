@@ -12,10 +12,9 @@ from torch import Tensor
 from .._host.checks import check_bool, check_int, check_length, check_size, fail
 from .._host.gpu import count_sms, gpu_arch
 from .._host.prefix_tree import PrefixTree, TreeSizes
-from .splits import BYTES_PER_NS, FLOP_PER_NS, LAUNCH_NS, MAX_SPLITS, MAX_WORKSPACE_BYTES, PROGRAM_NS
+from .splits import BYTES_PER_NS, FLOP_PER_NS, LAUNCH_NS, MAX_SPLITS, MAX_WORKSPACE_BYTES, PROGRAM_NS, PROGRAM_RATE
 
 TILE_ROWS = 128  # of a tile that reads the keys of a node; 64 for rows of more than 256 elements
-PROGRAM_RATE = 15.0  # bytes in a nanosecond that one program alone on an SM loads: measured for paged attention
 MIN_KEYS = 128  # of a part of a node
 
 

@@ -16,9 +16,6 @@ from .._host.config import Config
 from .._host.gpu import gpu_of
 from .._host.tuned import rows_class
 
-# Bytes in a nanosecond that one program alone on an SM of an H100 loads: measured from 8k to 64k keys at batch 1.
-PROGRAM_RATE = 15.0
-
 
 class PagedCase(NamedTuple):
     """What the config of a call depends on.

@@ -55,8 +55,8 @@ from .._jit.softmax import LOG2_E, merge_weights, softmax_finish, softmax_init, 
 from .._jit.tiles import dot_add, dot_transposed, load_tile, merge_rows, scale_rows, store_tile, zeros_tile
 from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors
 from ..merge.kernel import launch_merge
-from ..merge.splits import FIXED_KEYS, SplitWork, choose_num_splits, fixed_splits, resident_programs
-from .configs import PROGRAM_RATE, PagedCase, PagedConfig, fixed_rows
+from ..merge.splits import FIXED_KEYS, PROGRAM_RATE, SplitWork, choose_num_splits, fixed_splits, resident_programs
+from .configs import PagedCase, PagedConfig, fixed_rows
 
 WIDEST: tl.constexpr = tl.constexpr(256)  # columns of a piece: no default config spills
 # Lengths, and values computed from them: a new length must not cause a compilation.
