@@ -79,7 +79,7 @@ def test_without_triton_the_reference_runs():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_import_loads_no_kernel():
+def test_the_import_loads_no_kernel_and_no_compiler():
     result = run_python("""
         import sys
 
@@ -90,6 +90,7 @@ def test_the_import_loads_no_kernel():
 
         loaded = set(sys.modules) - before
         assert not [name for name in loaded if name.split(".")[0] == "triton" or "_jit" in name], loaded
+        assert "torch._dynamo" not in loaded  # torch's compiler takes as long as all the rest
     """)
     assert result.returncode == 0, result.stderr
 

@@ -3,7 +3,9 @@
 Derivatives of each kind, torch.func, vmap, meta and fake tensors, torch.compile, export, autocast.
 """
 
+import contextlib
 import os
+import re
 from typing import NamedTuple
 
 import pytest
@@ -521,6 +523,45 @@ def test_compile(case, compiled):
         xs = [arguments[name].clone().requires_grad_() for _ in range(2)]
         outs = [with_argument(f, arguments, name)(x) for f, x in zip((case, there), xs)]
         assert_same(*(torch.autograd.grad(out.square().sum(), x) for out, x in zip(outs, xs)))
+
+
+def in_forward_mode(f):
+    def with_tangent(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).primal
+
+    return with_tangent
+
+
+OBSERVERS = {
+    "gradient": lambda f: f,
+    "forward mode": in_forward_mode,
+    "grad": lambda f: torch.func.grad(lambda x: f(x).sum()),
+    "jvp": jvp,
+    "vmap": lambda f: lambda x: torch.func.vmap(f)(x[None]),
+}
+
+
+@pytest.mark.ci(but_each=11)
+@pytest.mark.parametrize("observer", OBSERVERS)
+@every_case
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_compile_refuses_what_a_call_refuses(case, observer, compiled):
+    arguments = case.arguments()
+    for name in floats(arguments):
+        f = OBSERVERS[observer](with_argument(case, arguments, name))
+        x = arguments[name].clone().requires_grad_(observer == "gradient")
+        refused = contextlib.nullcontext()
+        try:
+            f(x)
+        except NotImplementedError as error:
+            refused = pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(str(error)))
+        except RuntimeError:  # torch's own, of copy_
+            assert case.function is merge_state_in_place
+            refused = pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="vmap")
+        with refused:
+            compiled(f)(x)
+        torch._dynamo.reset()
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):

@@ -5,6 +5,8 @@ has run here. A schedule's figure counts five matmuls per tile. The summary of t
 spills.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -166,6 +168,26 @@ def test_fp32_gradients_that_do_not_fit_are_refused_at_the_call():
         with torch.no_grad():
             flash_attention(q, q, q)
         assert launches
+
+
+@pytest.mark.parametrize(
+    ("arch", "fullgraph", "dynamic"),
+    [("sm_80", True, None), *itertools.product(["sm_86"], [True, False], [None, True])],
+)
+def test_fp32_gradients_that_do_not_fit_are_refused_by_torch_compile(arch, fullgraph, dynamic):
+    q = torch.empty(1, 64, 1, 512, requires_grad=True)
+    torch._dynamo.reset()
+    attend = torch.compile(flash_attention, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic)
+    with compile_only(arch) as launches:
+        if arch == "sm_80":
+            attend(q, q, q).sum().backward()
+            assert {x.name for x in launches} >= {"_flash_fwd_kernel", "_flash_bwd_dkdv_kernel"}
+        else:
+            error = torch._dynamo.exc.Unsupported if fullgraph else NotImplementedError
+            with pytest.raises(error, match=r"head dimensions \(512, 512\) in torch.float32: dkdv: 114688 bytes"):
+                attend(q, q, q)
+            assert not launches
+    torch._dynamo.reset()
 
 
 def test_a_backward_pass_that_does_not_fit_is_refused():

@@ -38,6 +38,15 @@ def _dispatches(x):
     return type(x).__torch_dispatch__ is not _DISABLED
 
 
+def constant_if_traced(function):
+    """Decorator: a tracer of torch calls the function and takes its result for a constant.
+
+    torch.compiler.assume_constant_result is the same, but imports torch's compiler with the package.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def refuse_gradients(**tensors):
     """For a function without derivatives: raise at the call, where torch.autograd would silently give none."""
     refuse_transforms(**tensors)
@@ -53,26 +62,55 @@ def refuse_gradients(**tensors):
 def refuse_transforms(**tensors):
     """Raise for transforms that our torch operators do not support: torch.func would fail later, and forward-mode AD
     would silently lose the tangent."""
-    if torch.compiler.is_compiling():
-        return
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if any(map(_functorch.is_gradtrackingtensor, _layers(x))):
-            raise NotImplementedError(f"{name}: derivatives by torch.func are not supported")
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: forward-mode derivatives are not supported, got a tensor with a tangent"
-            )
+    _refuse(tensors, _takes_derivatives, _derivative_of)
 
 
 def refuse_vmap(**tensors):
     """Raise under vmap, for a function that writes to its arguments."""
-    if torch.compiler.is_compiling():
+    _refuse(tensors, _maps, _vmap_of)
+
+
+def _refuse(tensors, is_active, transform_of):
+    """Raise with what transform_of says of one of the tensors.
+
+    Tracers of torch cannot look into the two functions and call them. They compute a tensor's value for that, which is
+    slow, so is_active comes first.
+    """
+    if torch.compiler.is_compiling() and not is_active():
         return
     for name, x in tensors.items():
-        if x is not None and any(map(_functorch.is_batchedtensor, _layers(x))):
-            raise NotImplementedError(f"{name}: vmap is not supported by a function that writes in place")
+        if x is not None and (unsupported := transform_of(x)):
+            raise NotImplementedError(f"{name}: {unsupported}")
+
+
+@constant_if_traced
+def _takes_derivatives():
+    return forward_ad._current_level >= 0 or _has_level(_functorch.TransformType.Grad)
+
+
+@constant_if_traced
+def _maps():
+    return _has_level(_functorch.TransformType.Vmap)
+
+
+def _has_level(transform):
+    return any(level.key() == transform for level in _functorch.get_interpreter_stack() or ())
+
+
+@constant_if_traced
+def _derivative_of(x):
+    if any(map(_functorch.is_gradtrackingtensor, _layers(x))):
+        return "derivatives by torch.func are not supported"
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return "forward-mode derivatives are not supported, got a tensor with a tangent"
+    return None
+
+
+@constant_if_traced
+def _vmap_of(x):
+    if any(map(_functorch.is_batchedtensor, _layers(x))):
+        return "vmap is not supported by a function that writes in place"
+    return None
 
 
 def _layers(x):

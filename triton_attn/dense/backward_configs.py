@@ -30,6 +30,7 @@ need only dq, or only dk and dv. Below head dim 128 the loop of dq is bound by e
 """
 
 import itertools
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,7 @@ import torch
 from .._host.backend import use_kernel
 from .._host.config import Config
 from .._host.gpu import repeats_rows
+from .._host.observers import constant_if_traced
 from .tiles import HALF, FlashCase, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
@@ -102,23 +104,33 @@ def _obstacle(kernel, tile, case):
 
 
 def check_gradients_fit(x, head_dims):
-    """Raise NotImplementedError at a call whose gradients would find too little shared memory on the GPU of x.
+    """Raise NotImplementedError at a call whose gradients would find too little shared memory on the GPU of x."""
+    if x.dtype == torch.float32 and use_kernel(x):
+        _refuse(_lack_of_default(x.device, x.dtype, *map(operator.index, head_dims)), x.dtype, head_dims)
 
-    Under torch.compile the backward pass raises.
-    """
-    if x.dtype == torch.float32 and use_kernel(x) and not torch.compiler.is_compiling():
-        from .._host.device import arch_of  # the package can be imported without triton
 
-        case = FlashCase(arch_of(x), x.dtype, *head_dims, causal=True)  # no mask and no access has smaller tiles
-        check_shared_memory(BackwardConfig.default(case), case)
+@constant_if_traced
+def _lack_of_default(device, dtype, head_dim, head_dim_v):
+    from .._host.device import arch_of_device  # the package can be imported without triton
+
+    case = FlashCase(arch_of_device(device), dtype, head_dim, head_dim_v, causal=True)
+    return _lack(BackwardConfig.default(case), case)
 
 
 def check_shared_memory(config, case):
     """Raise if dkdv does not fit where dk and dv are apart: in fp32 the widest heads need 112 KiB or more."""
-    head_dims = case.head_dim, case.head_dim_v
-    reason = case.gpu.lacks(shared_bytes("dkdv", config.dkdv, case)) if dk_apart_from_dv(*head_dims) else None
+    _refuse(_lack(config, case), case.dtype, (case.head_dim, case.head_dim_v))
+
+
+def _lack(config, case):
+    if not dk_apart_from_dv(case.head_dim, case.head_dim_v):
+        return None
+    return case.gpu.lacks(shared_bytes("dkdv", config.dkdv, case))
+
+
+def _refuse(reason, dtype, head_dims):
     if reason:
-        raise NotImplementedError(f"gradients of head dimensions {head_dims} in {case.dtype}: dkdv: {reason}")
+        raise NotImplementedError(f"gradients of head dimensions {head_dims} in {dtype}: dkdv: {reason}")
 
 
 def objection(kernel, tile, case):
