@@ -21,6 +21,8 @@ NUMBERS = {
     "kv_lora_rank": int,
     "qk_rope_head_dim": int,
     "tensor_parallel_size": int,
+    "context_parallel_size": int,
+    "interleave": int,
     "page_size": int,
     "softcap": float,
     "rotary_dim": int,

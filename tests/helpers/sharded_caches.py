@@ -62,7 +62,7 @@ class Case:
         queries, (dim_v, dim) = sum(self.seqlens_q), self.width
         share = 1 if self.heads == "replicated" else num_ranks
         part = queries * self.num_heads_q * (dim_v * self.dtype.itemsize + 4) // share
-        received = (num_ranks - 1) * (-(-part // 16) * 16)
+        received = (num_ranks - 1) * (-(-part // 64) * 64)
         if self.heads == "sharded":
             received += (num_ranks - 1) * queries * self.num_heads_q * dim * self.dtype.itemsize // num_ranks
         return received

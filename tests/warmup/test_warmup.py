@@ -9,13 +9,18 @@ import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
 from levels import INTERPRETED
 from prefix_trees import tree_of_all
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import triton_attn
 from triton_attn import __main__ as command
+from triton_attn import parallel
 from triton_attn._warmup import compilation
 from triton_attn.models import MODELS, model_named
+from triton_attn.parallel.balance import sharding_of_batch
 from triton_attn.toolchain import record_specializations
 
 BF16 = torch.bfloat16
@@ -207,6 +212,84 @@ def test_training_compiles_nothing_after_a_warmup(warmed):
     assert {kernel.name for kernel in met} >= {"_flash_fwd_kernel", "_flash_bwd_delta_kernel"}
 
 
+@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.ci), 1, pytest.param(3, marks=pytest.mark.ci)])
+def rank_of_four(request, monkeypatch):
+    """A mesh of four ranks, of which this process is one, and messages do not arrive."""
+    dist.init_process_group("fake", rank=request.param, world_size=4, store=FakeStore())
+    for name in ("post", "settle"):  # they read what other ranks send
+        monkeypatch.setattr(parallel.autograd, name, lambda *_: None)
+    yield init_device_mesh("cpu", (4,))
+    dist.destroy_process_group()
+
+
+def train_over_ranks(mesh, method, sinks, dropout_p):
+    """Both passes over sequences and packed documents of which each rank has a part."""
+    options = dict(mesh=mesh, method=method, dropout_p=dropout_p, dropout_seed=0)
+    for batch, seqlen, balance in ((1, 40, "head_tail"), (2, 801, None), (1, 4097, None)):
+        shares = sharding_of_batch(batch, seqlen, 4, balance).num_rows[mesh.get_local_rank()]
+        q, k, v = (torch.empty(shares, n, 64, dtype=BF16, requires_grad=True) for n in (8, 4, 4))
+        shared = dict(options, sinks=sinks, load_balance=balance)
+        of_batch = [x.unflatten(0, (batch, -1)) for x in (q, k, v)]
+        outs = [parallel.context_parallel_attention(*of_batch, seqlen=seqlen, causal=True, **shared)]
+        cu_seqlens = torch.tensor([0, seqlen // 3, batch * seqlen], dtype=torch.int32)
+        if batch == 1:
+            outs.append(
+                parallel.context_parallel_attention_varlen(q, k, v, cu_seqlens, seqlen=seqlen, causal=True, **shared)
+            )
+        for out in outs:
+            torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("sinks", "dropout_p"), [(None, 0.0), (BF16, 0.0), (None, 0.1)])
+@pytest.mark.parametrize("method", ["all_gather", "ring", "ulysses"])
+def test_context_parallel_training_compiles_nothing_after_a_warmup(warmed, rank_of_four, method, sinks, dropout_p):
+    share = 4 if method == "ulysses" else 1
+    shape = dict(num_heads_q=8, num_heads_kv=4, head_dim=64, tensor_parallel_size=share, context_parallel_size=4)
+    functions = ["flash_attention_backward"]
+    kernels = warmed(**shape, sinks=sinks, dropout_p=dropout_p, functions=functions, max_seqlen=4096)
+    with record_specializations(ARCH) as met:
+        train_over_ranks(rank_of_four, method, sinks and torch.empty(8, dtype=sinks, requires_grad=True), dropout_p)
+    assert set(met) <= kernels
+    assert {kernel.name for kernel in met} >= {"_flash_fwd_kernel", "_flash_bwd_delta_kernel"}
+    assert len(met) > 3
+
+
+def decode_over_ranks(model, mesh, rng, interleave):
+    """Decode steps and chunks of prompts over caches of which each rank has some keys."""
+    is_latent = model.kv_lora_rank is not None
+    for _ in range(30):
+        batch, width, seqlen_q = rng.randint(1, 64), rng.randint(1, 200), rng.choice([1, rng.randint(1, 8)])
+        places = indices(batch), indices(batch, width)
+        options = dict(mesh=mesh, interleave=interleave, heads=rng.choice(["replicated", "scattered", "sharded"]))
+        num_heads = model.num_heads_q // (4 if options["heads"] == "sharded" else 1)
+        if is_latent:
+            nope, rope, rank = model.head_dim - model.qk_rope_head_dim, model.qk_rope_head_dim, model.kv_lora_rank
+            q = torch.empty(batch, seqlen_q, num_heads, nope + rope, dtype=BF16).split([nope, rope], -1)
+            cache = torch.empty(9, 64, rank + rope, dtype=BF16)
+            weights = (torch.empty(num_heads, dim, rank, dtype=BF16) for dim in (nope, 128))
+            parallel.context_parallel_mla_decode(*q, cache, *places, *weights, **options)
+        else:
+            sinks = torch.empty(model.num_heads_q, dtype=BF16) if model.sinks else None
+            q = torch.empty(batch, seqlen_q, num_heads, model.head_dim, dtype=BF16)
+            cache = torch.empty(9, 16, model.num_heads_kv, model.head_dim, dtype=BF16)
+            parallel.context_parallel_paged_attention(q, cache, cache, *places, sinks=sinks, **options)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("interleave", [1, 16])
+@pytest.mark.parametrize("name", ["llama-3-8b", "gpt-oss-120b", "deepseek-v2-lite"])
+def test_context_parallel_decode_compiles_nothing_after_a_warmup(warmed, rank_of_four, name, interleave):
+    model = model_named(name)
+    function = "mla_decode" if model.kv_lora_rank else "paged_attention"
+    sizes = dict(context_parallel_size=4, interleave=interleave, window_size=(-1, -1) if model.window else None)
+    kernels = warmed(name, functions=[function], max_seqlen=4096, **sizes)
+    with record_specializations(ARCH) as met:
+        decode_over_ranks(model, rank_of_four, random.Random(0), interleave)
+    assert set(met) <= kernels
+    assert len(met) > 3
+
+
 @pytest.mark.compiled
 def test_what_was_not_warmed_up_is_noticed(warmed):
     """The comparison above can fail: another head dimension has other kernels."""
@@ -267,6 +350,17 @@ def test_another_process_finds_the_kernels_on_disk(tmp_path):
         ({"model": "llama-3-8b", "functions": "flash_attention"}, TypeError, "functions: expected a list of names"),
         ({"model": "llama-3-8b", "page_size": 0, "functions": ["append_kv_cache"]}, ValueError, "page_size: expec"),
         ({"model": "llama-3-8b", "num_workers": 0}, ValueError, "num_workers: expected 1 or more, got 0"),
+        ({"model": "llama-3-8b", "context_parallel_size": 0}, ValueError, "context_parallel_size: expected 1 or more"),
+        (
+            {"model": "llama-3-8b", "interleave": 3},
+            ValueError,
+            "interleave: expected an interleave that divides the 16",
+        ),
+        (
+            {"model": "llama-3-8b", "context_parallel_size": 2, "functions": ["tree_mask"]},
+            ValueError,
+            "functions: expected no tree_mask with context_parallel_size",
+        ),
         ({"model": "llama-3-8b", "window_size": 5}, TypeError, "window_size: expected a pair"),
         (
             {"model": "gpt-oss-120b", "sinks": 1},

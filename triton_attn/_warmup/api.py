@@ -17,6 +17,7 @@ from .._host.checks import (
     check_window,
     fail,
 )
+from .._host.key_shard import check_interleave
 from ..models import model_named
 
 NOT_BY_DEFAULT = ("flash_attention_backward", "prefix_tree", "tree_mask")
@@ -41,6 +42,8 @@ def warmup(
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
     tensor_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    interleave: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     kv_cache_dtype: torch.dtype | None = None,
     page_size: int | None = None,
@@ -74,6 +77,11 @@ def warmup(
         head_dim_v: of values; None means head_dim.
         kv_lora_rank, qk_rope_head_dim: for MLA; head_dim is then qk_nope_head_dim + qk_rope_head_dim.
         tensor_parallel_size: GPUs that share the heads. Each has num_heads / tensor_parallel_size, and at least one.
+        context_parallel_size: GPUs that share the keys, as in `triton_attn.parallel`. Calls over a cache then have a
+            key_shard, of every rank, and flash_attention is also called for the parts of a sequence, with `shard` and
+            without. The heads are those that a rank attends with: all of them for heads="sharded", and for "ulysses"
+            its share, by tensor_parallel_size.
+        interleave: of key_shard: keys in a row that a rank holds. It divides page_size.
         dtype: of queries: fp16, bf16 or fp32.
         kv_cache_dtype: None means dtype. Otherwise float8_e4m3fn or float8_e5m2, with every kind of scale.
         page_size: tokens per page. None means 16, and 64 for MLA. 0 means a contiguous cache, without block tables.
@@ -143,12 +151,14 @@ def warmup(
         deterministic=check_bool("deterministic", deterministic),
         batch_invariant=is_batch_invariant(batch_invariant),
         max_seqlen=check_size("max_seqlen", max_seqlen),
+        context_parallel_size=check_size("context_parallel_size", context_parallel_size),
     )
     shape = _check_shape(tensor_parallel_size, **shape)
     _check_dtypes(**options)
     if shape["kv_lora_rank"] is not None:
         _refuse_of_latent_vectors(options | {"window_size": None if windows == [None] else windows})
     page_size = _check_page_size(shape["kv_lora_rank"] is not None, page_size)
+    options["interleave"] = check_interleave("interleave", interleave, page_size or interleave)
     num_workers = check_size("num_workers", num_workers)
     windows = [None if window is None else check_window(window) for window in windows]
 
@@ -159,6 +169,8 @@ def warmup(
     functions = _check_functions(functions, known, page_size)
     if options["batch_invariant"] and "prefix_tree" in functions:
         fail("functions", "no prefix_tree with batch_invariant", "prefix_tree")
+    if options["context_parallel_size"] > 1 and "tree_mask" in functions:
+        fail("functions", "no tree_mask with context_parallel_size", "tree_mask")
     works = [Workload(**shape, **options, page_size=page_size, window_size=window or (-1, -1)) for window in windows]
     jobs = [(known[name], work) for work in works for name in functions]
     start = time.monotonic()

@@ -50,6 +50,8 @@ class Workload:
     deterministic: bool
     batch_invariant: bool
     max_seqlen: int
+    context_parallel_size: int
+    interleave: int
 
     @property
     def lengths(self):
@@ -75,6 +77,32 @@ class Workload:
             sinks=torch.empty(self.num_heads_q, dtype=self.sinks) if self.sinks else None,
             alibi_slopes=torch.empty(self.num_heads_q) if self.alibi else None,
         )
+
+    @property
+    def key_shards(self):
+        """Of one rank of each kind: 1 and the multiples of 16 are constants to Triton. None: all keys."""
+        if self.context_parallel_size == 1:
+            return [None]
+        ranks = (rank for rank in (0, 1, 2, 16) if rank < self.context_parallel_size)
+        return [(rank, self.context_parallel_size, self.interleave) for rank in ranks]
+
+    @property
+    def lse_choices(self):
+        """return_lse of calls over a cache. Results over the keys of a rank are merged by it."""
+        return (False, True) if self.context_parallel_size == 1 else (True,)
+
+    @property
+    def parts(self):
+        """Options of flash attention: of a whole call, and of the parts that `triton_attn.parallel` makes of it. Parts
+        are with or without positions and sinks, and in some of them every query sees every key."""
+        whole = dict(dropout_p=self.dropout_p, **self.masks)
+        if self.context_parallel_size == 1:
+            return [whole]
+        variants = [{}, dict(shard=indices(1, 3))]
+        if not self.alibi and self.dropout_p == 0:
+            variants.append(dict(causal=False, window_size=(-1, -1)))
+        with_sinks = [{}, dict(sinks=None)] if self.sinks else [{}]
+        return [whole | variant | sinks for variant, sinks in itertools.product(variants, with_sinks)]
 
     @property
     def rope(self):
@@ -124,6 +152,11 @@ class Workload:
         widths = [self.head_dim - self.qk_rope_head_dim, self.qk_rope_head_dim]
         return torch.empty(*rows, self.num_heads_q, sum(widths), dtype=self.dtype).split(widths, dim=-1)
 
+    def absorbed_queries(self, *rows):
+        """The same of queries that are multiplied by w_uk."""
+        widths = [self.kv_lora_rank, self.qk_rope_head_dim]
+        return torch.empty(*rows, self.num_heads_q, sum(widths), dtype=self.dtype).split(widths, dim=-1)
+
     def latent_weights(self):
         """w_uk and w_uv, as views of kv_b_proj's weight."""
         widths = [self.head_dim - self.qk_rope_head_dim, self.head_dim_v]
@@ -140,26 +173,26 @@ def indices(*shape, dtype=torch.int32):
 
 
 def call_flash_attention(work):
-    for seqlen, return_lse in itertools.product(work.lengths, (False, True)):
-        flash_attention(*work.qkv(1, seqlen), dropout_p=work.dropout_p, return_lse=return_lse, **work.masks)
+    for seqlen, return_lse, options in itertools.product(work.lengths, (False, True), work.parts):
+        flash_attention(*work.qkv(1, seqlen), return_lse=return_lse, **options)
 
 
 def call_flash_attention_varlen(work):
     cu_seqlens = indices(2)
-    for seqlen, return_lse in itertools.product(work.lengths, (False, True)):
+    for seqlen, return_lse, options in itertools.product(work.lengths, (False, True), work.parts):
         lengths = cu_seqlens, cu_seqlens, seqlen, seqlen
-        qkv = work.qkv(seqlen)
-        flash_attention_varlen(*qkv, *lengths, dropout_p=work.dropout_p, return_lse=return_lse, **work.masks)
+        flash_attention_varlen(*work.qkv(seqlen), *lengths, return_lse=return_lse, **options)
 
 
 def call_flash_attention_backward(work):
     """Training: both passes, dense and packed, with and without a gradient of lse."""
     cu_seqlens = indices(2)
-    for seqlen, packed, use_lse in itertools.product(work.lengths, (False, True), (False, True)):
+    variants = itertools.product(work.lengths, (False, True), (False, True), work.parts)
+    for seqlen, packed, use_lse, options in variants:
         inputs = [x.requires_grad_() for x in work.qkv(*((seqlen,) if packed else (1, seqlen)))]
-        options = work.masks | dict(dropout_p=work.dropout_p, deterministic=work.deterministic, return_lse=True)
+        options = options | dict(deterministic=work.deterministic, return_lse=True)
         qkv = tuple(inputs)
-        if work.sinks:
+        if options["sinks"] is not None:
             inputs.append(options["sinks"].requires_grad_())
         if packed:
             outputs = flash_attention_varlen(*qkv, cu_seqlens, cu_seqlens, seqlen, seqlen, **options)
@@ -171,17 +204,18 @@ def call_flash_attention_backward(work):
 
 def call_paged_attention(work, tree_mask=False):
     """Decode with drafts, chunks of prompts, dense and packed, with one split and several, and all merges."""
+    _merge_ranks(work, work.head_dim_v)
     if work.batch_invariant:
         _attend_invariantly(work, tree_mask)
         return
     masks = dict(batch_invariant=False, tree_mask=tree_mask, **work.masks)
     variants = itertools.product(
-        work.tree_lengths if tree_mask else work.cached_lengths, (1, 2), (False, True), work.cache_scales
+        work.tree_lengths if tree_mask else work.cached_lengths, (1, 2), work.lse_choices, work.cache_scales
     )
     for (seqlen_q, seqlen_k), num_splits, return_lse, scale in variants:
         options = dict(num_splits=num_splits, return_lse=return_lse, k_scale=scale, v_scale=scale, **masks)
         _attend_cached(work, seqlen_q, seqlen_k, **options)
-    for num_splits, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), (False, True)):
+    for num_splits, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), work.lse_choices):
         _attend_cached(work, 1, 1, num_splits=num_splits, return_lse=return_lse, **masks)
 
 
@@ -190,7 +224,9 @@ def _attend_invariantly(work, tree_mask):
     longest = MAX_DRAFTS if tree_mask else FIXED_ROWS + 1
     batches = itertools.product(powers_of_two(256), (1, longest), (1, 2 * FIXED_KEYS))
     masks = dict(batch_invariant=True, tree_mask=tree_mask, **work.masks)
-    for (batch, seqlen_q, seqlen_k), return_lse, scale in itertools.product(batches, (False, True), work.cache_scales):
+    for (batch, seqlen_q, seqlen_k), return_lse, scale in itertools.product(
+        batches, work.lse_choices, work.cache_scales
+    ):
         options = dict(return_lse=return_lse, k_scale=scale, v_scale=scale, **masks)
         _attend_cached(work, seqlen_q, seqlen_k, batch, **options)
 
@@ -207,7 +243,7 @@ def call_prefix_tree(work):
         options = dict(num_splits=num_splits, k_scale=scale, v_scale=scale, batch_invariant=False, **work.masks)
         tree = tree_of_one_node(seqlen_q, below)
         _attend_cached(work, seqlen_q, 2 * work.page_size, prefix_tree=tree, **options)
-    for num_slots, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), (False, True)):
+    for num_slots, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), work.lse_choices):
         options = dict(num_splits=1, return_lse=return_lse, batch_invariant=False, **work.masks)
         _attend_cached(work, 1, 1, prefix_tree=tree_of_one_node(1, 1, num_slots), **options)
 
@@ -220,7 +256,7 @@ def tree_of_one_node(seqlen_q, below, num_slots=1, batch=1):
 
 
 def _attend_cached(work, seqlen_q, seqlen_k, batch=1, tree_mask=False, **options):
-    """paged_attention for sequences of one length, dense and packed."""
+    """paged_attention for sequences of one length, dense and packed, over the keys of all ranks or of each."""
     if work.page_size is None:
         cache = *work.kv_caches(batch, seqlen_k), indices(batch)
     else:
@@ -228,9 +264,12 @@ def _attend_cached(work, seqlen_q, seqlen_k, batch=1, tree_mask=False, **options
     q, _, _ = work.qkv(batch, seqlen_q)
     packed = dict(cu_seqlens_q=indices(batch + 1), max_seqlen_q=seqlen_q)
     bits = indices(batch, seqlen_q, dtype=torch.int64) if tree_mask else None
-    paged_attention(q, *cache, tree_mask=bits, **options)
-    bits = bits.flatten() if tree_mask else None
-    paged_attention(q.flatten(0, 1), *cache, tree_mask=bits, **packed, **options)
+    of_rows = bits.flatten() if tree_mask else None
+    for shard in work.key_shards:
+        if shard is not None and shard[0] > 0:
+            options |= dict(sinks=None)  # they count once
+        paged_attention(q, *cache, tree_mask=bits, key_shard=shard, **options)
+        paged_attention(q.flatten(0, 1), *cache, tree_mask=of_rows, key_shard=shard, **packed, **options)
 
 
 def call_append_kv_cache(work):
@@ -252,8 +291,20 @@ def call_copy_kv_pages(work):
 
 def call_merge_attention(work):
     for num_parts in powers_of_two(MAX_TILED_PARTS):
-        outs = torch.empty(num_parts, 1, 1, work.num_heads_q, work.head_dim_v, dtype=work.dtype)
-        merge_attention(outs, torch.empty(num_parts, 1, work.num_heads_q, 1))
+        _merge(work, num_parts, work.num_heads_q, work.head_dim_v)
+
+
+def _merge(work, num_parts, num_heads, head_dim_v):
+    outs = torch.empty(num_parts, 1, 1, num_heads, head_dim_v, dtype=work.dtype)
+    merge_attention(outs, torch.empty(num_parts, 1, num_heads, 1))
+
+
+def _merge_ranks(work, head_dim_v):
+    """Over the keys of all ranks, of all heads and of a rank's."""
+    num_ranks = work.context_parallel_size
+    if num_ranks > 1:
+        for num_heads in {work.num_heads_q, -(-work.num_heads_q // num_ranks)}:
+            _merge(work, num_ranks, num_heads, head_dim_v)
 
 
 def call_append_latent_cache(work):
@@ -264,17 +315,19 @@ def call_append_latent_cache(work):
 def call_mla_decode(work, tree_mask=False):
     """Decode with drafts. The kernels around the absorbed form depend on the number of tokens and of splits."""
     longest = MAX_DRAFTS if tree_mask else MAX_CHAIN
+    _merge_ranks(work, work.head_dim_v)
+    _merge_ranks(work, work.kv_lora_rank)
     if work.batch_invariant:
-        for seqlen_k, return_lse in itertools.product((1, FIXED_KEYS + 1), (False, True)):
+        for seqlen_k, return_lse in itertools.product((1, FIXED_KEYS + 1), work.lse_choices):
             for batch, seqlen_q in ((1, 1), (2, 1), (1, longest)):
                 _decode_latents(work, batch, seqlen_q, seqlen_k, tree_mask, return_lse=return_lse)
         return
     drafts = [(n, k) for n, k in work.tree_lengths if n <= longest]
-    for (seqlen_q, seqlen_k), num_splits, return_lse in itertools.product(drafts, (1, 2), (False, True)):
+    for (seqlen_q, seqlen_k), num_splits, return_lse in itertools.product(drafts, (1, 2), work.lse_choices):
         _decode_latents(work, 1, seqlen_q, seqlen_k, tree_mask, num_splits=num_splits, return_lse=return_lse)
     tokens = powers_of_two(64 * MAX_DRAFTS if tree_mask else 64)
     for batch, num_splits in itertools.product(tokens, powers_of_two(MAX_TILED_PARTS)):
-        for return_lse in (False, True):
+        for return_lse in work.lse_choices:
             _decode_latents(work, batch, 1, 1, tree_mask, num_splits=num_splits, return_lse=return_lse)
 
 
@@ -284,7 +337,11 @@ def _decode_latents(work, batch, seqlen_q, seqlen_k, tree_mask=False, **options)
     options |= dict(tree_mask=indices(batch, seqlen_q, dtype=torch.int64)) if tree_mask else work.rope
     options |= dict(causal=work.causal, batch_invariant=work.batch_invariant)
     cache, queries = (work.latent_cache(), indices(batch), table), work.latent_queries(batch, seqlen_q)
-    mla_decode(*queries, *cache, *work.latent_weights(), **options)
+    for shard in work.key_shards:
+        mla_decode(*queries, *cache, *work.latent_weights(), key_shard=shard, **options)
+        if shard is not None:  # with the heads of all ranks, whose weights no rank has
+            queries_of_all = work.absorbed_queries(batch, seqlen_q)
+            mla_decode(*queries_of_all, *cache, key_shard=shard, softmax_scale=1.0, **options)
 
 
 def call_tree_mask_of_latents(work):
@@ -298,7 +355,7 @@ def call_prefix_tree_of_latents(work):
     for (seqlen_q, below), num_splits in itertools.product(lengths, (1, 2)):
         tree = tree_of_one_node(seqlen_q, below)
         _decode_latents(work, 1, seqlen_q, 2 * work.page_size, num_splits=num_splits, prefix_tree=tree)
-    counts = powers_of_two(64 * MAX_CHAIN), powers_of_two(MAX_TILED_PARTS), (False, True)
+    counts = powers_of_two(64 * MAX_CHAIN), powers_of_two(MAX_TILED_PARTS), work.lse_choices
     for batch, num_slots, return_lse in itertools.product(*counts):
         tree = tree_of_one_node(1, 1, num_slots, batch)
         _decode_latents(work, batch, 1, work.page_size, num_splits=1, return_lse=return_lse, prefix_tree=tree)

@@ -56,7 +56,7 @@ def context_parallel_paged_attention(
     | "sharded" | all-gather of q, all-to-all | (R - 1) (P + queries * H * head_dim * e) / R |
 
     H is the number of query heads of all ranks, e the bytes of an element, and P = queries * H * (head_dim_v * e + 4),
-    or P / R of a share of the heads, rounded up to a multiple of 16.
+    or P / R of a share of the heads, rounded up to a multiple of 64.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or packed, as in `paged_attention`; the same on all ranks unless

@@ -11,7 +11,7 @@ from ..merge import merge_attention
 # Renamed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 HEADS = ("replicated", "scattered", "sharded")
-ALIGNMENT = 16  # bytes that a thread loads at once
+ALIGNMENT = 64  # bytes: multiples of 16 elements from rank to rank, so that the merge is the same kernel for any batch
 
 
 def check_heads(heads: str, num_heads: int, num_ranks: int) -> None:

@@ -50,7 +50,9 @@ def backward(
     dlse_by_rank = _as(dout.dtype, dlse.unflatten(0, (num_ranks, -1)).transpose(1, 2))
     douts = _exchange_for_heads(problem, [_heads_by_rank(dout, num_ranks).flatten(2), dlse_by_rank])
     num_elements = out.shape[1:].numel()
-    dout, dlse = douts[:, :num_elements].unflatten(1, out.shape[1:]), _as(lse.dtype, douts[:, num_elements:]).T
+    # A copy: beside dlse, rows of dout begin at addresses that suit neither TMA nor wide loads.
+    dout = douts[:, :num_elements].contiguous().unflatten(1, out.shape[1:])
+    dlse = _as(lse.dtype, douts[:, num_elements:]).T
 
     first_head, own_sinks, problem = _of_own_heads(problem, sinks)
     q, k, v = _split(problem, joined, out.shape[-1])
@@ -84,11 +86,13 @@ def _own_heads(problem):
 
 
 def _of_own_heads(problem, sinks):
-    """(first head, sinks, Problem) of this rank's heads."""
+    """(first head, sinks, Problem) of this rank's heads. Copies are aligned as whole tensors are."""
     own, slopes = _own_heads(problem), problem.options["alibi_slopes"]
     if slopes is not None:
-        problem = problem._replace(options=problem.options | dict(alibi_slopes=slopes[..., own].contiguous()))
-    return own.start, None if sinks is None else sinks[own], problem
+        problem = problem._replace(
+            options=problem.options | dict(alibi_slopes=slopes[..., own].clone(memory_format=torch.contiguous_format))
+        )
+    return own.start, None if sinks is None else sinks[own].clone(), problem
 
 
 def _to_heads(problem, tensors):
