@@ -30,7 +30,7 @@ from perf.workloads.problems import (
 from perf.workloads.providers import latent_step, paged_step
 from triton_attn._host.gpu import gpu_of
 from triton_attn._jit.tiles import padded_size
-from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, dk_apart_from_dv
+from triton_attn.dense.backward_configs import KERNELS, BackwardConfig
 from triton_attn.dense.tiles import FlashCase, Tile
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
@@ -110,8 +110,8 @@ def _hopper_provider(dtype, head_dim, causal):
 
 
 def _backward_cases(dtype, head_dims):
-    # Wider heads run one config in two launches, for dk and for dv, whose figures a row could not hold.
-    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if not dk_apart_from_dv(head_dim, head_dim)])
+    # Tiles of wider heads run in two launches, for dk and for dv, whose figures a row could not hold.
+    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])
     return [{"kernel": kernel} | case for case in cases for kernel in KERNELS]
 
 

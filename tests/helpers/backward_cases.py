@@ -159,7 +159,7 @@ def rounding(case, inputs, out, clean):
 
 def check_accesses(case, accesses):
     """dk, dv and the dq of the split schedule are stored once. Two tiles meet if one of the queries sees a key."""
-    apart = dk_apart_from_dv(case.head_dim, case.head_dim_v)
+    apart = dk_apart_from_dv("interpreter", (case.head_dim, case.head_dim_v), case.tiles.dkdv)
     fused = not case.deterministic and not apart
     launches = 2 if apart else 1  # of dkdv
     size = case.dtype.itemsize

@@ -51,7 +51,7 @@ def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, conf
     want_dq, want_dk, want_dv = wanted
     key = key_of(call, dout)
     config = config or _config_of(key)
-    apart = dk_apart_from_dv(*key.head_dims)
+    apart = dk_apart_from_dv(key.arch, key.head_dims, config.dkdv)
     fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic and not apart
 
     layout = torch.preserve_format if like_inputs else torch.contiguous_format

@@ -15,6 +15,7 @@ five are counted: 5 / (4 / dkdv + 3 / dq).
     192, 128    619/624    668/663    456/457    599/599
     192         581/588    677/678    442/445    318/314
     256         372/374    689/713    331/335    374/365
+    320         483/447    535/527    360/341    -
 
 The fused schedule is therefore the default, with three exceptions:
 
@@ -37,16 +38,21 @@ import torch
 
 from .._host.backend import use_kernel
 from .._host.config import Config
-from .._host.gpu import repeats_rows
+from .._host.gpu import gpu_of, repeats_rows
 from .._host.observers import constant_if_traced
 from .tiles import HALF, FlashCase, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
 
 
-def dk_apart_from_dv(head_dim, head_dim_v):
-    """Whether dkdv is launched twice, for dk and for dv, and never fused: registers hold 64 rows of 512 columns."""
-    return padded_head_dim(head_dim) + padded_head_dim(head_dim_v) > 512
+def dk_apart_from_dv(arch, head_dims, tile):
+    """Whether dkdv is launched twice, for dk and for dv, and never fused: registers hold 64 rows of 512 columns.
+
+    With TMA, which needs no registers for addresses, wgmma has room for the sums of both up to head dim 320.
+    """
+    padded = [padded_head_dim(head_dim) for head_dim in head_dims]
+    fits = gpu_of(arch).wgmma and tile.use_tma and max(padded) <= 320
+    return sum(padded) > 512 and not fits
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,16 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
         return next((f"{kernel}: {reason}" for kernel, reason in reasons if reason), None)
 
 
+def _is_apart(tile, case):
+    return dk_apart_from_dv(case.arch, (case.head_dim, case.head_dim_v), tile)
+
+
 def _obstacle(kernel, tile, case):
     """Why a kernel cannot run with a tile. This counts the least shared memory: not all tiles that `objection` counts
     are live at once, unless dk and dv are apart."""
     row, stay, pass_by = _rows(kernel, tile, case)
     least = max(stay, (tile.num_stages - 1) * pass_by) * row // (2 if case.gpu.is_amd else 1)
-    if kernel != "fused" and dk_apart_from_dv(case.head_dim, case.head_dim_v):
+    if kernel != "fused" and _is_apart(tile, case):
         least = shared_bytes(kernel, tile, case)
     return tma_obstacle(tile, case) or case.gpu.lacks(least)
 
@@ -123,7 +133,7 @@ def check_shared_memory(config, case):
 
 
 def _lack(config, case):
-    if not dk_apart_from_dv(case.head_dim, case.head_dim_v):
+    if not _is_apart(config.dkdv, case):
         return None
     return case.gpu.lacks(shared_bytes("dkdv", config.dkdv, case))
 
@@ -160,7 +170,7 @@ def _halved_away(kernel, rows, tile, case):
     """Columns of dO or V that the loop never holds together with the others, see `dot_halves`."""
     if kernel == "fused" or not repeats_rows(case.arch, rows, tile.num_warps):
         return 0
-    halved = kernel == "dq" or dk_apart_from_dv(case.head_dim, case.head_dim_v)
+    halved = kernel == "dq" or _is_apart(tile, case)
     return max(0, padded_head_dim(case.head_dim_v) - HALF) if halved else 0
 
 
@@ -173,7 +183,7 @@ def _registers(kernel, tile, case):
         return (scores + tile.block_m * head_dim) // threads
     if kernel == "fused":
         scores = max(scores, tile.block_m * head_dim)
-    columns = max(head_dim, head_dim_v) if dk_apart_from_dv(head_dim, head_dim_v) else head_dim + head_dim_v
+    columns = max(head_dim, head_dim_v) if _is_apart(tile, case) else head_dim + head_dim_v
     return (scores + tile.block_n * columns) // threads
 
 
@@ -225,6 +235,7 @@ _HALF = {
             (160, _tma(64, 128, 8, 1), _tma(128, 64, 8, 2), _tma(64, 128, 8, 1)),
             (192, _tma(32, 128, 8, 2), _tma(128, 64, 8, 2), None),
             (256, _tma(64, 64, 8, 1), _tma(128, 64, 8, 1), _tma(64, 64, 8, 1)),
+            (320, _tma(64, 64, 8, 1), _tma(128, 32, 8, 1), None),
             (512, _tma(64, 64, 8, 1), _tma(64, 64, 8, 1), None),
         ),
         "vector": (
