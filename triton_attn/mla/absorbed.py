@@ -47,15 +47,11 @@ from .latents import (
     LatentCache,
     Pages,
     add_latents,
-    fit_queries,
     latent_scores,
     latent_softmax,
     load_latents,
     load_queries,
     load_rope_keys,
-    load_rope_queries,
-    load_scales,
-    scale_pointers,
     store_outputs,
     undo_weights,
     zero_outputs,
@@ -345,12 +341,9 @@ def _mla_absorbed_kernel(
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
     q_ptrs = q.ptr + row_offsets(rows.batch, rows.query, rows.head, q.strides)[:, None]
-    q_tile = load_queries(q_ptrs, rows.mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
-    if TILE.ROPE_HEAD_DIM > 0:
-        q_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
-        q_pe_tile = load_rope_queries(q_ptrs, rows.mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
-    else:
-        q_pe_tile, k_pe = q_tile, q_tile  # not read
+    q_pe_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
+    q_tile, q_pe_tile, scale_log2 = load_queries(q_ptrs, q_pe_ptrs, rows.mask, k_scale, k_pe_scale, scale_log2, TILE)
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
 
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     latents = Pages(cache.latents.ptr, multiple_of(cache.latents.page_stride, TILE.VECTORS.latents))
@@ -366,10 +359,6 @@ def _mla_absorbed_kernel(
         block_table_ptr += rows.table_row.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
-    if k_scale is not None:
-        scale_log2 *= load_scale(k_scale)
-    if TILE.PAIRS:
-        q_tile, q_pe_tile, scale_log2 = fit_queries(q_tile, q_pe_tile, scale_log2, TILE)
     m_i, l_i = softmax_init(None, rows.head, BLOCK_M)
     acc = zero_outputs(TILE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
@@ -377,11 +366,8 @@ def _mla_absorbed_kernel(
         if block_table_ptr is not None:  # a loop cannot carry None
             own_pages, pages = _take_pages(pages, block_table_ptr, start_n, blocks.hi, TILE)
         keys = find_keys(own_pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
-        scale_ptrs = scale_pointers(cache.scales, keys, TILE)
-        k = load_latents(latents, keys, scale_ptrs, q_tile[0].dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
-        scales = load_scales(scale_ptrs, TILE)
-        if TILE.ROPE_HEAD_DIM > 0:
-            k_pe = load_rope_keys(rope_keys, keys, q_pe_tile[0].dtype, TILE)  # (BLOCK_N, ROPE_HEAD_DIM)
+        k, scales = load_latents(latents, cache.scales, keys, dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
+        k_pe = load_rope_keys(rope_keys, keys, dtype, TILE)  # (BLOCK_N, ROPE_HEAD_DIM)
         if BLOCK_M >= 64:
             fence_copies()
 
@@ -397,7 +383,7 @@ def _mla_absorbed_kernel(
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
                 s = mask_scores_of_rows(s, rows, start_n, window, TILE)
-        weights, alpha, m_i, l_i = latent_softmax(s, scales, m_i, l_i, scale_log2, k[0].dtype, TILE)
+        weights, alpha, m_i, l_i = latent_softmax(s, scales, m_i, l_i, scale_log2, dtype, TILE)
         acc = add_latents(weights, k, scale_rows(acc, alpha), TILE)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)

@@ -1,31 +1,30 @@
-"""Tiles of latent vectors: what the kernel of the absorbed form loads, decodes and multiplies.
+"""Tiles of latent vectors: how the kernel of the absorbed form loads, decodes and multiplies them.
 
 A tile is a tuple of pieces (rows, columns), and tiles of queries and of outputs have the same ones. Their columns are
-loaded in groups. A group is a piece, or, if TILE.PAIRS, two: fp8 elements are loaded two at a time, and those with even
-columns are one piece, those with odd columns the other.
+loaded in groups. A group is one piece. If TILE.PAIRS it is two: fp8 elements are loaded two at a time, those with even
+columns are one piece and those with odd columns the other.
 
-Elements of fp8 that are loaded alone are converted in the layout of the load. From there a matmul's operand goes through
-shared memory, and copies cannot run ahead of the loop. An instruction that takes a 16-bit pair from each of two rows
-or columns, and returns the same half of both, is elementwise on 16-bit numbers: Triton converts layouts above it, which
-are then those of 16-bit copies in flight, and the matmul's operand is decoded where ldmatrix has put it.
+Why pairs: Triton converts single fp8 elements in registers, in the layout of their load. A matmul then reads them
+through shared memory as 16-bit numbers, and no copy runs ahead of the loop. Pairs are 16-bit numbers already. They are
+copied ahead, ldmatrix loads them as operands, and an elementwise instruction of 16-bit numbers decodes them there.
 
-Pairs are decoded to fp16, which holds every e4m3 and e5m2 number and takes one instruction for two of them. In bf16 it
-would be four. Queries and weights have to fit into fp16 then:
+Pairs are decoded to fp16, which has every e4m3 and e5m2 number and which one instruction makes of two elements; bf16
+would take four. Queries and weights must fit into fp16 too:
 
-- A row of queries is multiplied by a power of two (`fit_queries`): its largest element is at most 2^15.
-- The running maximum of the softmax is that of weights times the largest scale of their key. So weights times scales are
-  at most 1, however large scales are, and are stored as numbers up to WEIGHT.
+- `_fit_queries` multiplies a row of queries by a power of two: its largest element is below 2^15.
+- The running maximum of the softmax is that of a weight times the largest scale of its key. Weights times scales are
+  thus at most 1, however large scales are, and are stored in units of 1 / WEIGHT.
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 from .._jit.paging import decode_float8, decode_tile, key_pointers, load_scale
 from .._jit.softmax import softmax_step
 from .._jit.tiles import cast_tile, dot_add, dot_transposed, load_piece, scale_tile, store_piece
-from .._jit.workarounds import decode_once, is_nvidia
 
 # What a weight of 1 is in fp16: weights down to 2^-29 have all bits of their mantissa.
 WEIGHT: tl.constexpr = tl.constexpr(2.0**15)
@@ -49,6 +48,13 @@ class Pages(NamedTuple):
 
 
 @triton.constexpr_function
+def _is_nvidia():
+    """Whether the kernel is compiled for an NVIDIA GPU."""
+    target = current_target()
+    return target is not None and target.backend == "cuda"
+
+
+@triton.constexpr_function
 def pairs_are_scaled(TILE):
     """Whether weights of each group of columns have scales of their own."""
     return TILE.PAIRS and TILE.SCALE_BLOCK > 0
@@ -58,7 +64,7 @@ def pairs_are_scaled(TILE):
 def unit_of_pairs(TILE):
     """What a decoded 1.0 stands for. Where integer instructions move the bits of e4m3 to those of fp16, whose exponent
     has another bias, the factor is left to scales."""
-    return 256.0 if is_nvidia() and TILE.FLOAT8[0] == 3 and not TILE.FLOAT8[1] else 1.0
+    return 256.0 if _is_nvidia() and TILE.FLOAT8[0] == 3 and not TILE.FLOAT8[1] else 1.0
 
 
 @triton.constexpr_function
@@ -81,7 +87,7 @@ def _decode_instructions(TILE, ODD):
 @triton.jit
 def _decode_half(pairs, ODD: tl.constexpr, TILE: tl.constexpr):
     """The elements of pairs (uint16) with even or with odd columns in fp16, divided by `unit_of_pairs`."""
-    if is_nvidia():
+    if _is_nvidia():
         asm: tl.constexpr = _decode_instructions(TILE, ODD)
         return tl.inline_asm_elementwise(asm, "=r,r", [pairs], tl.float16, True, 2)
     else:
@@ -96,6 +102,7 @@ def _groups(TILE, ROPE):
 
 @triton.constexpr_function
 def _width(TILE, ROPE):
+    """The columns of a rotary key, or of a latent vector."""
     return TILE.ROPE_HEAD_DIM if ROPE else TILE.KV_LORA_RANK
 
 
@@ -142,7 +149,7 @@ def _load_elements(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.const
         values = decode_float8(tile, TILE.FLOAT8[0], TILE.FLOAT8[1])
         if TILE.FLOAT8[1] and dtype == tl.bfloat16:
             values = values.to(tl.float32)  # these become bf16 two at a time, fp16 one by one
-        return decode_once(values.to(dtype))
+        return values.to(dtype)
     else:
         SCALE_BLOCK: tl.constexpr = TILE.SCALE_BLOCK
         BLOCKS: tl.constexpr = BLOCK // SCALE_BLOCK
@@ -153,44 +160,46 @@ def _load_elements(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def load_latents(latents, keys, scale_ptrs, dtype, TILE: tl.constexpr):
-    """The latent vectors of CachedKeys, (BLOCK_N, KV_LORA_RANK): in fp16 without their scales if TILE.PAIRS, otherwise in
-    dtype. scale_ptrs are those of `scale_pointers`."""
-    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
-    GROUPS: tl.constexpr = TILE.GROUPS
-    ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
-    if TILE.PAIRS:
-        return _load_pairs(ptrs, False, TILE)
-    else:
-        tile = ()
-        for i in tl.static_range(len(GROUPS)):
-            tile += (_load_elements(ptrs, scale_ptrs, dtype, GROUPS[i][0], GROUPS[i][1], TILE),)
-        return tile
-
-
-@triton.jit
-def scale_pointers(scales, keys, TILE: tl.constexpr):
-    """Pointers (BLOCK_N, 1) to the scales of CachedKeys; None if rows have none."""
-    if TILE.SCALE_BLOCK > 0:
-        SLOTS: tl.constexpr = TILE.SLOT_STRIDES
-        return key_pointers(scales, SLOTS.scales, keys, TILE.ONE_PAGE)
-
-
-@triton.jit
-def load_scales(scale_ptrs, TILE: tl.constexpr):
-    """The scales (BLOCK_N,) of each group of columns that is loaded in pairs; () if there are none."""
+def _load_scales(scale_ptrs, TILE: tl.constexpr):
+    """The scales (BLOCK_N,) of each group of columns, for what `_load_pairs` returns."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N  # Triton 3.6 does not support fields of a constexpr in a list
+    ptrs = tl.reshape(scale_ptrs, [BLOCK_N])
     scales = ()
-    if pairs_are_scaled(TILE):
-        ptrs = tl.reshape(scale_ptrs, (TILE.BLOCK_N,))
-        for i in tl.static_range(len(TILE.GROUPS)):
-            scales += (tl.load(ptrs + i) * unit_of_pairs(TILE),)
+    for i in tl.static_range(len(TILE.GROUPS)):
+        scales += (tl.load(ptrs + i) * unit_of_pairs(TILE),)
     return scales
 
 
 @triton.jit
-def load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
-    """The rotary keys of CachedKeys, (BLOCK_N, ROPE_HEAD_DIM) in the given dtype, or in fp16 like `load_latents`."""
+def load_latents(latents, scales, keys, dtype, TILE: tl.constexpr):
+    """The latent vectors of CachedKeys, (BLOCK_N, KV_LORA_RANK), and the scales (BLOCK_N,) of each group of columns.
+
+    Without TILE.PAIRS they are in dtype, and scales are () because they are applied; the same if there are none.
+    """
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
+    GROUPS: tl.constexpr = TILE.GROUPS
+    ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
+    scale_ptrs = None
+    if TILE.SCALE_BLOCK > 0:
+        scale_ptrs = key_pointers(scales, SLOTS.scales, keys, TILE.ONE_PAGE)
+    if pairs_are_scaled(TILE):
+        return _load_pairs(ptrs, False, TILE), _load_scales(scale_ptrs, TILE)
+    elif TILE.PAIRS:
+        return _load_pairs(ptrs, False, TILE), ()
+    else:
+        tile = ()
+        for i in tl.static_range(len(GROUPS)):
+            tile += (_load_elements(ptrs, scale_ptrs, dtype, GROUPS[i][0], GROUPS[i][1], TILE),)
+        return tile, ()
+
+
+@triton.jit
+def load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
+    """The rotary keys of CachedKeys, (BLOCK_N, ROPE_HEAD_DIM) in the given dtype, or in fp16 like `load_latents`; () if
+    there is no rotary part."""
+    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
+    if TILE.ROPE_HEAD_DIM == 0:
+        return ()
     ptrs = key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE)
     if _in_pairs(TILE, True):
         return _load_pairs(ptrs, True, TILE)
@@ -203,19 +212,20 @@ def load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_queries(ptrs, rows_mask, TILE: tl.constexpr):
-    """Absorbed queries, (BLOCK_M, KV_LORA_RANK) in the pieces of latent vectors."""
-    return _load_pieces(ptrs, rows_mask, False, TILE)
-
-
-@triton.jit
-def load_rope_queries(ptrs, rows_mask, k_scale, k_pe_scale, TILE: tl.constexpr):
-    """Rotary queries, (BLOCK_M, ROPE_HEAD_DIM). They take the factor that only rotary keys have."""
-    tile = _load_pieces(ptrs, rows_mask, True, TILE)
-    if k_pe_scale is not None:
-        return cast_tile(scale_tile(tile, load_scale(k_pe_scale) / load_scale(k_scale)), tile[0].dtype)
+def load_queries(ptrs, rope_ptrs, rows_mask, k_scale, k_pe_scale, scale_log2, TILE: tl.constexpr):
+    """(q, q_pe, scale_log2): absorbed and rotary queries in the pieces of keys, () if there is no rotary part, and the
+    factor of their scores, (BLOCK_M,) if TILE.PAIRS."""
+    q, q_pe = _load_pieces(ptrs, rows_mask, False, TILE), ()
+    if TILE.ROPE_HEAD_DIM > 0:
+        q_pe = _load_pieces(rope_ptrs, rows_mask, True, TILE)
+        if k_pe_scale is not None:
+            q_pe = cast_tile(scale_tile(q_pe, load_scale(k_pe_scale) / load_scale(k_scale)), q[0].dtype)
+    if k_scale is not None:
+        scale_log2 *= load_scale(k_scale)
+    if TILE.PAIRS:
+        return _fit_queries(q, q_pe, scale_log2, TILE)
     else:
-        return tile
+        return q, q_pe, scale_log2
 
 
 @triton.jit
@@ -227,11 +237,11 @@ def _largest(tile, most):
 
 
 @triton.jit
-def fit_queries(q, q_pe, scale_log2, TILE: tl.constexpr):
+def _fit_queries(q, q_pe, scale_log2, TILE: tl.constexpr):
     """(q, q_pe, scale_log2) for keys in pairs: q in fp16, and scale_log2 (BLOCK_M,).
 
-    q of a dtype with other exponents is multiplied by a power of two, as is q_pe, and scale_log2 is divided by it. Below
-    2^-29 of its row's largest element an element loses bits, which is far below the last bit of the scores.
+    Queries of another dtype than fp16 are multiplied by a power of two, and scale_log2 is divided by it. An element
+    loses bits below 2^-29 of its row's largest one, which changes no bit of the scores.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M  # Triton 3.6 does not support fields of a constexpr in a list
     row_scale = tl.zeros([BLOCK_M], tl.float32) + scale_log2
@@ -239,15 +249,13 @@ def fit_queries(q, q_pe, scale_log2, TILE: tl.constexpr):
         row_scale *= unit_of_pairs(TILE)
     if q[0].dtype != tl.float16:
         most = _largest(q, tl.zeros([BLOCK_M], tl.float32))
-        if TILE.ROPE_HEAD_DIM > 0:
-            most = _largest(q_pe, most)
+        most = _largest(q_pe, most)
         # 2^14 / 2^floor(log2(most)), from 2^-64 to 2^64, as the bits of its exponent
         exponent = tl.minimum(tl.maximum(268 - (most.to(tl.int32, bitcast=True) >> 23), 63), 191)
         factor = (exponent << 23).to(tl.float32, bitcast=True)
         row_scale *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         q = _scale_rows_as(q, factor, tl.float16)
-        if TILE.ROPE_HEAD_DIM > 0:
-            q_pe = _scale_rows_as(q_pe, factor, tl.float16 if _in_pairs(TILE, True) else q_pe[0].dtype)
+        q_pe = _scale_rows_as(q_pe, factor, tl.float16 if _in_pairs(TILE, True) else tl.bfloat16)
     return q, q_pe, row_scale
 
 
@@ -262,7 +270,7 @@ def _scale_rows_as(tile, factor, dtype: tl.constexpr):
 
 @triton.jit
 def latent_scores(q, k, scales, TILE: tl.constexpr):
-    """q @ k.T (BLOCK_M, BLOCK_N), with the scales of `load_scales`."""
+    """q @ k.T (BLOCK_M, BLOCK_N), times the scales of `load_latents`."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 does not pass on strings of a constexpr tuple
     s = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
     if pairs_are_scaled(TILE):
@@ -325,6 +333,7 @@ def undo_weights(norm, TILE: tl.constexpr):
 
 @triton.jit
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) in fp32."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
