@@ -200,11 +200,10 @@ def load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     if TILE.ROPE_HEAD_DIM == 0:
         return ()
-    ptrs = key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE)
-    if _in_pairs(TILE, True):
-        return _load_pairs(ptrs, True, TILE)
+    elif _in_pairs(TILE, True):
+        return _load_pairs(key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE), True, TILE)
     else:
-        tile = _load_pieces(ptrs, None, True, TILE)
+        tile = _load_pieces(key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE), None, True, TILE)
         if TILE.FLOAT8 is not None and TILE.SCALE_BLOCK == 0:
             return decode_tile(tile, TILE.FLOAT8[0], TILE.FLOAT8[1], dtype)
         else:
