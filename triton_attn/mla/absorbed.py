@@ -84,6 +84,8 @@ class AbsorbedTile(NamedTuple):
     FLOAT8: tuple | None  # (mantissa bits, whether the GPU converts the format)
     SCALE_BLOCK: int  # elements that share an fp8 scale of their row; 0: rows have no scales
     PAIRS: bool  # fp8 elements are loaded two at a time, see latents.py
+    PAIR_SCALES: bool  # their scales are applied after matmuls
+    ROPE_PAIRS: bool  # rotary keys are fp8 too
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
@@ -783,6 +785,8 @@ def _plan_portable(key, config, nodes):
         FLOAT8=(mantissa_bits, mantissa_bits in gpu_of(key.arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK if has_scales else 0,
         PAIRS=pairs,
+        PAIR_SCALES=pairs and has_scales,
+        ROPE_PAIRS=pairs and not has_scales,
         VECTOR=vector_elements(key.dtype.itemsize, strides_q, strides_pe),
         VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,

@@ -55,25 +55,19 @@ def _is_nvidia():
 
 
 @triton.constexpr_function
-def pairs_are_scaled(TILE):
-    """Whether weights of each group of columns have scales of their own."""
-    return TILE.PAIRS and TILE.SCALE_BLOCK > 0
-
-
-@triton.constexpr_function
-def unit_of_pairs(TILE):
+def unit_of_pairs(MANTISSA_BITS, NATIVE):
     """What a decoded 1.0 stands for. Where integer instructions move the bits of e4m3 to those of fp16, whose exponent
     has another bias, the factor is left to scales."""
-    return 256.0 if _is_nvidia() and TILE.FLOAT8[0] == 3 and not TILE.FLOAT8[1] else 1.0
+    return 256.0 if _is_nvidia() and MANTISSA_BITS == 3 and not NATIVE else 1.0
 
 
 @triton.constexpr_function
-def _decode_instructions(TILE, ODD):
+def _decode_instructions(MANTISSA_BITS, NATIVE, ODD):
     """PTX that decodes the even or the odd ones of two pairs of fp8 elements."""
-    if TILE.FLOAT8[0] == 2:  # the upper half of an fp16 number
+    if MANTISSA_BITS == 2:  # the upper half of an fp16 number
         shift = "mov.b32 a, $1;" if ODD else "shl.b32 a, $1, 8;"
         return "{.reg .b32 a; " + shift + " and.b32 $0, a, 0xff00ff00;}"
-    if TILE.FLOAT8[1]:
+    if NATIVE:
         half = "b" if ODD else "a"
         select = "{.reg .b32 x; .reg .b16 a, b; prmt.b32 x, $1, 0, 0x3120; mov.b32 {a, b}, x; "
         return select + "cvt.rn.f16x2.e4m3x2 $0, " + half + ";}"
@@ -88,38 +82,21 @@ def _decode_instructions(TILE, ODD):
 def _decode_half(pairs, ODD: tl.constexpr, TILE: tl.constexpr):
     """The elements of pairs (uint16) with even or with odd columns in fp16, divided by `unit_of_pairs`."""
     if _is_nvidia():
-        asm: tl.constexpr = _decode_instructions(TILE, ODD)
+        asm: tl.constexpr = _decode_instructions(TILE.FLOAT8[0], TILE.FLOAT8[1], ODD)
         return tl.inline_asm_elementwise(asm, "=r,r", [pairs], tl.float16, True, 2)
     else:
         return decode_float8((pairs >> (8 if ODD else 0)).to(tl.uint8), TILE.FLOAT8[0], TILE.FLOAT8[1])
 
 
-@triton.constexpr_function
-def _groups(TILE, ROPE):
-    """The groups of a rotary key, or of a latent vector. Triton 3.6 does not pass on a tuple of a constexpr."""
-    return TILE.ROPE_GROUPS if ROPE else TILE.GROUPS
-
-
-@triton.constexpr_function
-def _width(TILE, ROPE):
-    """The columns of a rotary key, or of a latent vector."""
-    return TILE.ROPE_HEAD_DIM if ROPE else TILE.KV_LORA_RANK
-
-
-@triton.constexpr_function
-def _in_pairs(TILE, ROPE):
-    """Whether a rotary key, or a latent vector, is loaded in pairs. Rotary keys of rows with scales are not fp8."""
-    return TILE.PAIRS and not (ROPE and TILE.SCALE_BLOCK > 0)
-
-
 @triton.jit
 def _load_pieces(ptrs, rows_mask, ROPE: tl.constexpr, TILE: tl.constexpr):
     """Rows at ptrs (rows, 1) in pieces; 0 outside rows_mask."""
-    GROUPS: tl.constexpr = _groups(TILE, ROPE)
+    GROUPS: tl.constexpr = TILE.ROPE_GROUPS if ROPE else TILE.GROUPS
+    WIDTH: tl.constexpr = TILE.ROPE_HEAD_DIM if ROPE else TILE.KV_LORA_RANK
     tile = ()
     for i in tl.static_range(len(GROUPS)):
-        group = load_piece(ptrs, rows_mask, GROUPS[i][0], GROUPS[i][1], _width(TILE, ROPE))
-        if _in_pairs(TILE, ROPE):
+        group = load_piece(ptrs, rows_mask, GROUPS[i][0], GROUPS[i][1], WIDTH)
+        if TILE.ROPE_PAIRS if ROPE else TILE.PAIRS:
             even, odd = tl.split(tl.reshape(group, (group.shape[0], group.shape[1] // 2, 2)))
             tile += (even, odd)
         else:
@@ -130,11 +107,12 @@ def _load_pieces(ptrs, rows_mask, ROPE: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _load_pairs(ptrs, ROPE: tl.constexpr, TILE: tl.constexpr):
     """Rows of fp8 elements at ptrs (rows, 1) in pieces, in fp16."""
-    GROUPS: tl.constexpr = _groups(TILE, ROPE)
+    GROUPS: tl.constexpr = TILE.ROPE_GROUPS if ROPE else TILE.GROUPS
+    WIDTH: tl.constexpr = TILE.ROPE_HEAD_DIM if ROPE else TILE.KV_LORA_RANK
     ptrs = ptrs.to(tl.pointer_type(tl.uint16))
     tile = ()
     for i in tl.static_range(len(GROUPS)):
-        pairs = load_piece(ptrs, None, GROUPS[i][0] // 2, GROUPS[i][1] // 2, _width(TILE, ROPE) // 2)
+        pairs = load_piece(ptrs, None, GROUPS[i][0] // 2, GROUPS[i][1] // 2, WIDTH // 2)
         tile += (_decode_half(pairs, False, TILE), _decode_half(pairs, True, TILE))
     return tile
 
@@ -166,7 +144,7 @@ def _load_scales(scale_ptrs, TILE: tl.constexpr):
     ptrs = tl.reshape(scale_ptrs, [BLOCK_N])
     scales = ()
     for i in tl.static_range(len(TILE.GROUPS)):
-        scales += (tl.load(ptrs + i) * unit_of_pairs(TILE),)
+        scales += (tl.load(ptrs + i) * unit_of_pairs(TILE.FLOAT8[0], TILE.FLOAT8[1]),)
     return scales
 
 
@@ -182,7 +160,7 @@ def load_latents(latents, scales, keys, dtype, TILE: tl.constexpr):
     scale_ptrs = None
     if TILE.SCALE_BLOCK > 0:
         scale_ptrs = key_pointers(scales, SLOTS.scales, keys, TILE.ONE_PAGE)
-    if pairs_are_scaled(TILE):
+    if TILE.PAIR_SCALES:
         return _load_pairs(ptrs, False, TILE), _load_scales(scale_ptrs, TILE)
     elif TILE.PAIRS:
         return _load_pairs(ptrs, False, TILE), ()
@@ -200,7 +178,7 @@ def load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     if TILE.ROPE_HEAD_DIM == 0:
         return ()
-    elif _in_pairs(TILE, True):
+    elif TILE.ROPE_PAIRS:
         return _load_pairs(key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE), True, TILE)
     else:
         tile = _load_pieces(key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE), None, True, TILE)
@@ -244,8 +222,8 @@ def _fit_queries(q, q_pe, scale_log2, TILE: tl.constexpr):
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M  # Triton 3.6 does not support fields of a constexpr in a list
     row_scale = tl.zeros([BLOCK_M], tl.float32) + scale_log2
-    if _in_pairs(TILE, True):
-        row_scale *= unit_of_pairs(TILE)
+    if TILE.ROPE_PAIRS:
+        row_scale *= unit_of_pairs(TILE.FLOAT8[0], TILE.FLOAT8[1])
     if q[0].dtype != tl.float16:
         most = _largest(q, tl.zeros([BLOCK_M], tl.float32))
         most = _largest(q_pe, most)
@@ -254,7 +232,7 @@ def _fit_queries(q, q_pe, scale_log2, TILE: tl.constexpr):
         factor = (exponent << 23).to(tl.float32, bitcast=True)
         row_scale *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         q = _scale_rows_as(q, factor, tl.float16)
-        q_pe = _scale_rows_as(q_pe, factor, tl.float16 if _in_pairs(TILE, True) else tl.bfloat16)
+        q_pe = _scale_rows_as(q_pe, factor, tl.float16 if TILE.ROPE_PAIRS else tl.bfloat16)
     return q, q_pe, row_scale
 
 
@@ -272,7 +250,7 @@ def latent_scores(q, k, scales, TILE: tl.constexpr):
     """q @ k.T (BLOCK_M, BLOCK_N), times the scales of `load_latents`."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION  # Triton 3.6 does not pass on strings of a constexpr tuple
     s = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
-    if pairs_are_scaled(TILE):
+    if TILE.PAIR_SCALES:
         for i in tl.static_range(len(scales)):
             of_group = tl.dot(q[2 * i], k[2 * i].T)
             s += tl.dot(q[2 * i + 1], k[2 * i + 1].T, of_group) * scales[i][None, :]
@@ -291,7 +269,7 @@ def latent_softmax(s, scales, m_i, l_i, scale_log2, dtype, TILE: tl.constexpr):
     if not TILE.PAIRS:
         p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
         return (p.to(dtype),), alpha, m_i, l_i
-    elif not pairs_are_scaled(TILE):
+    elif not TILE.PAIR_SCALES:
         p, alpha, m_i, l_i = softmax_step(s * scale_log2[:, None], m_i, l_i, 1.0, True)
         return ((p * WEIGHT).to(tl.float16),), alpha, m_i, l_i
     else:
@@ -311,7 +289,7 @@ def latent_softmax(s, scales, m_i, l_i, scale_log2, dtype, TILE: tl.constexpr):
 def add_latents(weights, k, acc, TILE: tl.constexpr):
     """acc plus weights @ k, piece by piece, with the weights of a piece's group."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    if pairs_are_scaled(TILE):
+    if TILE.PAIR_SCALES:
         added = ()
         for i in tl.static_range(len(k)):
             added += (tl.dot(weights[i // 2], k[i], acc[i]),)
@@ -324,7 +302,7 @@ def add_latents(weights, k, acc, TILE: tl.constexpr):
 def undo_weights(norm, TILE: tl.constexpr):
     """The factor that normalises the output, without what WEIGHT and `unit_of_pairs` have added to weights."""
     if TILE.PAIRS:
-        UNIT: tl.constexpr = 1.0 if pairs_are_scaled(TILE) else unit_of_pairs(TILE)
+        UNIT: tl.constexpr = 1.0 if TILE.PAIR_SCALES else unit_of_pairs(TILE.FLOAT8[0], TILE.FLOAT8[1])
         return norm * (UNIT / WEIGHT)
     else:
         return norm
