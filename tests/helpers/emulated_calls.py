@@ -159,6 +159,18 @@ def mla_decode(heads=16, seqlen=200, with_weights=False, dtype=BF16, cache_dtype
     return ta.mla_decode(*inputs, **same, **options), reference.mla_decode(*in_fp64(inputs), **same)
 
 
+def mla_decode_scaled(heads=16, seqlens=(200, 33), scale=1.0, dtype=BF16, **options):
+    """Rows with scales of their own: those of each token and group of columns differ by powers of two."""
+    magnitudes = 2.0 ** torch.randint(-8, 3, (8 * 64, 4)).repeat_interleave(128, 1)
+    rows = normal(8 * 64, 512) * magnitudes.to(BF16) * scale, normal(8 * 64, 64)
+    cache = torch.zeros(8, 64, 656, dtype=torch.uint8)
+    reference.append_latent_cache(*rows, cache, torch.arange(8 * 64))
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    inputs = *(normal(2, 1, heads, dim, dtype=dtype) for dim in (512, 64)), cache, int32(*seqlens), table
+    same = {"softmax_scale": 0.01 / scale, "return_lse": True}
+    return ta.mla_decode(*inputs, **same, **options), reference.mla_decode(*in_fp64(inputs), **same)
+
+
 def mla_decode_packed(rope=64, dtype=BF16, **scales):
     """Programs find their sequence. A row follows the last one, and rotary keys have a cache of their own."""
     (q_nope, q_pe), (cache, rope_cache) = ([normal(*rows, dim) for dim in (512, rope)] for rows in ((6, 16), (6, 64)))
@@ -206,6 +218,9 @@ CALLS = {
     "mla decode plain fp8 of 64 heads": lambda: mla_decode(
         64, cache_dtype=torch.float8_e5m2, scales={"k_scale": torch.tensor([0.5]), "k_pe_scale": 0.25}
     ),
+    "mla decode scaled fp8": mla_decode_scaled,
+    "mla decode scaled fp8 of 64 heads": lambda: mla_decode_scaled(64),
+    "mla decode scaled fp8, fp16": lambda: mla_decode_scaled(3, dtype=torch.float16, num_splits=3),
     "mla decode packed": mla_decode_packed,
     "mla decode packed plain fp8": lambda: mla_decode_packed(dtype=torch.float8_e4m3fn, k_pe_scale=torch.tensor([2.0])),
     "mla decode packed without rope": lambda: mla_decode_packed(0),

@@ -111,7 +111,8 @@ def test_decode(arch, num_heads, variant, record_property):
         figure += f"  lock {report.lock:.0f} bound {report.bound:.0f} TFLOP/s"
         figure += f"  {report.lock * bytes_per_flop:.2f} TB/s of {RATES[arch].memory_gbps / 1000:.2f}"
         assert report.hot.spills == 0
-        if num_heads == 16 and variant in ("bf16", "fp16") and arch in ("sm_80", "sm_90"):
+        waits_for_memory = ("bf16", "fp16", "fp8", "plain fp8") if arch == "sm_90" else ("bf16", "fp16")
+        if num_heads == 16 and variant in waits_for_memory and arch in ("sm_80", "sm_90"):
             assert report.lock * bytes_per_flop >= RATES[arch].memory_gbps / 1000
     record_property("figure", figure)
     if arch != "gfx942" and variant != "fp32":
@@ -182,13 +183,18 @@ def test_the_next_tile_is_copied_while_one_is_multiplied(arch, variant, page_siz
 
 
 @pytest.mark.oldest
+@pytest.mark.parametrize("variant", ["fp8", "plain fp8"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_plain_fp8_is_decoded_once(arch):
-    """To shared memory, from where matmuls of 16 rows load both operands in words: no single byte is loaded."""
-    (launch,) = compile_decode(arch, 16, weights=False, num_splits=1, **VARIANTS["plain fp8"])
+def test_fp8_is_decoded_where_matmuls_have_it(arch, variant):
+    """Shared memory has the pairs of the cache, which are copied 16 bytes at a time and loaded as both operands."""
+    (launch,) = compile_decode(arch, 16, weights=False, num_splits=1, **VARIANTS[variant])
+    hot = loop_model.analyze(launch.kernel).hot
+    tile = launch.constexprs["BLOCK_N"] * (launch.constexprs["KV_LORA_RANK"] + ROPE * (2 if variant == "fp8" else 1))
+    assert sum(n for name, n in hot.histogram.items() if name == "LDGSTS") >= tile / 16 / 128
     ptx = launch.kernel.asm["ptx"]
     assert len(re.findall(r"ldmatrix\S*trans", ptx)) > 0
     assert len(re.findall(r"ld\.shared\S*\.[bu]8 ", ptx)) == 0
+    assert hot.histogram["LDG"] <= 1  # the page of a later tile
 
 
 # How many splits a call has, their dtype, and that of weights and output.

@@ -263,3 +263,85 @@ def test_prefix_trees(options, part):
     forks = None, (0, 4), (1, 2), None, (1, 9)
     case = Case(seqlens_q=(2, 1, 0, 5, 3), seqlens_k=(77, 70, 33, 40, 61), forks=forks, part=part, num_splits=2)
     check(replace(case, **options))
+
+
+@pytest.mark.oldest
+@pytest.mark.emulated
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_fp8_number(dtype, cache_dtype):
+    """Over one key the output is its latent vector, exactly; a NaN makes it NaN."""
+    codes = torch.arange(512).to(torch.uint8).view(cache_dtype)
+    finite = codes.float().isfinite()
+    latents = torch.stack([torch.where(finite, codes.float(), 0.0).to(cache_dtype), codes]).view(2, 1, 512)
+    cache = torch.cat([latents.float(), torch.ones(2, 1, 64)], -1).to(cache_dtype).to(DEVICE)
+    queries = (torch.ones(2, 1, 16, dim, dtype=dtype, device=DEVICE) for dim in (512, 64))
+    table = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    out = mla_decode(*queries, cache, torch.ones_like(table), table[:, None], softmax_scale=1e-3).cpu()
+    for head in range(16):
+        torch.testing.assert_close(out[0, 0, head].float(), latents[0, 0].float(), atol=0, rtol=0)
+    assert out[1].isnan().all()
+
+
+def scaled_cache(scales):
+    """A cache of 64 slots whose fp8 rows have these scales (64, 4), and its rows in fp64."""
+    latents = torch.randn(64, 4, 128).clamp(-4, 4).to(torch.float8_e4m3fn)
+    rope_keys = torch.randn(64, 64).to(torch.bfloat16)
+    parts = latents.view(torch.uint8).flatten(1), scales.view(torch.uint8), rope_keys.view(torch.uint8)
+    rows = (latents.double() * scales.double()[..., None]).flatten(1)
+    return torch.cat(parts, 1)[None].contiguous(), rows, rope_keys.double()
+
+
+@pytest.mark.oldest
+@pytest.mark.emulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["small", "large", "mixed", "zero", "not powers of two"])
+def test_scales_of_rows_of_any_size(kind, dtype):
+    """fp16 has no number for most of these scales; each group of columns is compared by its own size."""
+    exponents = {"small": -40.0, "large": 40.0}.get(kind, 0.0) + torch.zeros(64, 4)
+    if kind == "mixed":
+        exponents = torch.tensor([-12.0, 0.0, 3.0, 9.0]).expand(64, 4) + torch.randint(-3, 4, (64, 4))
+    scales = 2.0**exponents
+    if kind == "zero":
+        scales[::3], scales[1] = 0.0, torch.tensor([0.0, 1.0, 0.0, 2.0])
+    if kind == "not powers of two":
+        scales = torch.rand(64, 4) + 0.01
+    cache, latents, rope_keys = scaled_cache(scales)
+    q_nope, q_pe = (torch.randn(1, 1, 16, dim).to(dtype) for dim in (512, 64))
+    softmax_scale = 0.05 / max(1.0, scales.max().item())
+    where = torch.tensor([50], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    tensors = [x.to(DEVICE) for x in (q_nope, q_pe, cache, *where)]
+    with using(TILES):
+        out, lse = (x.cpu() for x in mla_decode(*tensors, softmax_scale=softmax_scale, return_lse=True))
+    s = (q_nope[0, 0].double() @ latents[:50].T + q_pe[0, 0].double() @ rope_keys[:50].T) * softmax_scale
+    torch.testing.assert_close(lse[0, :, 0].double(), s.logsumexp(-1), atol=1e-4, rtol=1e-4)
+    expected, error = s.softmax(-1) @ latents[:50], torch.finfo(dtype).eps
+    groups = range(4) if dtype == torch.bfloat16 else [i for i in range(4) if 1e-3 < scales[:, i].max() < 1e3]
+    for group in groups:
+        columns = slice(128 * group, 128 * group + 128)
+        largest = latents[:50, columns].abs().max().item()
+        torch.testing.assert_close(
+            out[0, 0, :, columns].double(), expected[:, columns], atol=error * largest, rtol=error
+        )
+
+
+@pytest.mark.oldest
+@pytest.mark.emulated
+@pytest.mark.parametrize("cache_dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_queries_of_any_size_over_fp8_keys(cache_dtype):
+    """fp16 has no number for most of these, and rows of a tile differ as much."""
+    magnitudes = (2.0 ** torch.linspace(-40, 40, 16))[:, None]
+    q_nope, q_pe = (torch.randn(1, 1, 16, dim) * magnitudes for dim in (512, 64))
+    cache, latents, rope_keys = scaled_cache(torch.ones(64, 4))
+    if cache_dtype != torch.uint8:
+        rope_keys = rope_keys.to(cache_dtype)
+        cache = torch.cat([latents, rope_keys.double()], 1).to(cache_dtype)[None]
+    where = torch.tensor([50], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    tensors = [x.to(DEVICE) for x in (q_nope.bfloat16(), q_pe.bfloat16(), cache, *where)]
+    for head in range(16):  # so that the scores of one row are of order 1
+        softmax_scale = 0.05 / magnitudes[head].item()
+        with using(TILES):
+            _, lse = mla_decode(*tensors, softmax_scale=softmax_scale, return_lse=True)
+        s = q_nope[0, 0, head].bfloat16().double() @ latents[:50].T
+        s = (s + q_pe[0, 0, head].bfloat16().double() @ rope_keys.double()[:50].T) * softmax_scale
+        torch.testing.assert_close(lse[0, head, 0].cpu().double(), s.logsumexp(-1), atol=1e-4, rtol=1e-4)

@@ -477,7 +477,7 @@ FAULTS = (
     ),
     Fault(
         "M02",
-        "triton_attn/mla/absorbed.py",
+        "triton_attn/mla/latents.py",
         "(START // SCALE_BLOCK + tl.arange(0, BLOCKS))",
         "(tl.arange(0, BLOCKS))",
         "DECODE",

@@ -253,21 +253,19 @@ def zeros_tile(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDEST: tl.constexpr 
 @triton.jit
 def cast_tile(tile, dtype: tl.constexpr):
     """The tile in another dtype."""
-    first = tile[0].to(dtype)
-    if len(tile) > 1:
-        return first, tile[1].to(dtype)
-    else:
-        return (first,)
+    cast = ()
+    for i in tl.static_range(len(tile)):
+        cast += (tile[i].to(dtype),)
+    return cast
 
 
 @triton.jit
 def scale_rows(tile, factor):
     """The tile with each row multiplied by its factor (rows,)."""
-    first = tile[0] * factor[:, None]
-    if len(tile) > 1:
-        return first, tile[1] * factor[:, None]
-    else:
-        return (first,)
+    scaled = ()
+    for i in tl.static_range(len(tile)):
+        scaled += (tile[i] * factor[:, None],)
+    return scaled
 
 
 @triton.jit

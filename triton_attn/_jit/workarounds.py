@@ -49,27 +49,6 @@ def fence_copies():
         tl.inline_asm_elementwise("fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r", [], tl.int32, False, 1)
 
 
-@triton.constexpr_function
-def _is_nvidia():
-    """Whether the kernel is compiled for an NVIDIA GPU."""
-    target = current_target()
-    return target is not None and target.backend == "cuda"
-
-
-@triton.jit
-def decode_once(tile):
-    """The same tile of decoded fp8 numbers.
-
-    Matmuls of fewer than 64 rows take their operands in registers, in a layout of each. Triton 3.6 to 3.9 decode fp8 in
-    that layout: twice if two matmuls read the tile, and from single bytes of shared memory. In MLA decode that spills,
-    and takes a third of the speed. The compiler does not move an instruction that it cannot read.
-    """
-    if _is_nvidia() and tile.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, False, 2)
-    else:
-        return tile
-
-
 @triton.jit
 def computed_again(x):
     """The same int32, which the compiler takes for another number: what follows from it is computed again.

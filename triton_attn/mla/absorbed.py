@@ -34,26 +34,28 @@ from .._jit.heads import (
     slots_left_over,
     spare_rows,
 )
-from .._jit.paging import decode_float8, decode_tile, find_keys, key_pointers, load_scale, pages_of_keys
+from .._jit.paging import find_keys, load_scale, pages_of_keys
 from .._jit.shards import num_cached, visible_range_of_rank
-from .._jit.softmax import LOG2_E, softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import (
-    cast_tile,
-    dot_add,
-    dot_transposed,
-    load_piece,
-    load_tile,
-    piece_0,
-    piece_1,
-    scale_rows,
-    scale_tile,
-    store_piece,
-)
-from .._jit.workarounds import computed_again, decode_once, dot_in_ifs, fence_copies, in_vectors, multiple_of
+from .._jit.softmax import LOG2_E, softmax_finish, softmax_init
+from .._jit.tiles import dot_transposed, piece_0, piece_1, scale_rows
+from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors, multiple_of
 from ..merge.kernel import launch_merge
 from ..merge.splits import FIXED_KEYS, MAX_WORKSPACE_BYTES, choose_num_splits, resident_programs
 from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
+from .latents import (
+    LatentCache,
+    Pages,
+    add_latents,
+    latent_scores,
+    latent_softmax,
+    load_latents,
+    load_queries,
+    load_rope_keys,
+    store_outputs,
+    undo_weights,
+    zero_outputs,
+)
 from .projections import launch_absorb, launch_merge_project, prepare_absorb
 
 # Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice
@@ -64,21 +66,6 @@ LENGTHS = ["seqlen_q", "seqlen_k", "num_tiles", "num_splits", "num_sequences", "
 LENGTHS += ["num_nodes", "num_slots", "tree_mask_ptr", "tree_mask_stride", *INDICES, "lse_ptr"]
 
 
-class LatentCache(NamedTuple):
-    """One value for each part of a row of a latent cache: the latent vector, its fp8 scales, the rotary key."""
-
-    latents: object
-    scales: object  # None unless rows have scales of their own
-    rope_keys: object
-
-
-class Pages(NamedTuple):
-    """Pages of one part of a latent cache. Without a block table each sequence is a page."""
-
-    ptr: object
-    page_stride: int
-
-
 class AbsorbedTile(NamedTuple):
     """What `_mla_absorbed_kernel` is compiled for."""
 
@@ -86,9 +73,9 @@ class AbsorbedTile(NamedTuple):
     BLOCK_N: int
     NUM_HEADS: int
     KV_LORA_RANK: int
-    PIECE_0: int  # columns of the two pieces of a latent vector; PIECE_1 is 0 if there is one piece
-    PIECE_1: int
+    GROUPS: tuple  # (first column, columns) of the groups of a latent vector, see latents.py
     ROPE_HEAD_DIM: int  # 0: no rotary part
+    ROPE_GROUPS: tuple
     PAGE_SIZE: int
     ONE_PAGE: bool  # a tile of keys lies in one page
     PAGES_AHEAD: bool  # page numbers are loaded one iteration before their tile
@@ -96,6 +83,9 @@ class AbsorbedTile(NamedTuple):
     JOINED: bool  # a row of the cache is a latent vector and then its rotary key
     FLOAT8: tuple | None  # (mantissa bits, whether the GPU converts the format)
     SCALE_BLOCK: int  # elements that share an fp8 scale of their row; 0: rows have no scales
+    PAIRS: bool  # fp8 elements are loaded two at a time, see latents.py
+    PAIR_SCALES: bool  # their scales are applied after matmuls
+    ROPE_PAIRS: bool  # rotary keys are fp8 too
     VECTOR: int  # divides the strides of q and q_pe
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
@@ -105,94 +95,6 @@ class AbsorbedTile(NamedTuple):
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
     SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
     INPUT_PRECISION: str
-
-
-@triton.jit
-def _load_queries(ptrs, rows_mask, TILE: tl.constexpr):
-    """Absorbed queries, (BLOCK_M, KV_LORA_RANK) in two pieces."""
-    first = load_piece(ptrs, rows_mask, 0, TILE.PIECE_0, TILE.KV_LORA_RANK)
-    if TILE.PIECE_1 > 0:
-        return first, load_piece(ptrs, rows_mask, TILE.PIECE_0, TILE.PIECE_1, TILE.KV_LORA_RANK)
-    else:
-        return (first,)
-
-
-@triton.jit
-def _load_latent_piece(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Columns [START, START + BLOCK) of latent vectors, times the scales of their rows; fp8 elements in dtype."""
-    tile = load_piece(ptrs, None, START, BLOCK, TILE.KV_LORA_RANK)
-    if TILE.FLOAT8 is None:
-        return tile
-    elif TILE.SCALE_BLOCK == 0:
-        values = decode_float8(tile, TILE.FLOAT8[0], TILE.FLOAT8[1])
-        if TILE.FLOAT8[1] and dtype == tl.bfloat16:
-            values = values.to(tl.float32)  # these become bf16 two at a time, fp16 one by one
-        return decode_once(values.to(dtype))
-    else:
-        SCALE_BLOCK: tl.constexpr = TILE.SCALE_BLOCK
-        BLOCKS: tl.constexpr = BLOCK // SCALE_BLOCK
-        scales = tl.load(scale_ptrs + (START // SCALE_BLOCK + tl.arange(0, BLOCKS))[None, :])  # (BLOCK_N, BLOCKS)
-        values = decode_float8(tile, TILE.FLOAT8[0], TILE.FLOAT8[1]).to(tl.float32)
-        values = tl.reshape(values, (tile.shape[0], BLOCKS, SCALE_BLOCK)) * scales[:, :, None]
-        return tl.reshape(values, tile.shape).to(dtype)
-
-
-@triton.jit
-def _load_latents(latents, scales, keys, dtype, TILE: tl.constexpr):
-    """The latent vectors of CachedKeys, (BLOCK_N, KV_LORA_RANK) in two pieces."""
-    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
-    ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
-    scale_ptrs = None
-    if TILE.SCALE_BLOCK > 0:
-        scale_ptrs = key_pointers(scales, SLOTS.scales, keys, TILE.ONE_PAGE)
-    first = _load_latent_piece(ptrs, scale_ptrs, dtype, 0, TILE.PIECE_0, TILE)
-    if TILE.PIECE_1 > 0:
-        return first, _load_latent_piece(ptrs, scale_ptrs, dtype, TILE.PIECE_0, TILE.PIECE_1, TILE)
-    else:
-        return (first,)
-
-
-@triton.jit
-def _load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
-    """The rotary keys of CachedKeys, (BLOCK_N, ROPE_HEAD_DIM) in the given dtype."""
-    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
-    tile = load_tile(key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE), None, TILE.ROPE_HEAD_DIM)
-    if TILE.FLOAT8 is not None and TILE.SCALE_BLOCK == 0:
-        return decode_tile(tile, TILE.FLOAT8[0], TILE.FLOAT8[1], dtype)
-    else:
-        return cast_tile(tile, dtype)
-
-
-@triton.jit
-def _load_rope_queries(ptrs, rows_mask, k_scale, k_pe_scale, TILE: tl.constexpr):
-    """Rotary queries, (BLOCK_M, ROPE_HEAD_DIM). They take the factor that only rotary keys have."""
-    tile = load_tile(ptrs, rows_mask, TILE.ROPE_HEAD_DIM)
-    if k_pe_scale is not None:
-        return cast_tile(scale_tile(tile, load_scale(k_pe_scale) / load_scale(k_scale)), tile[0].dtype)
-    else:
-        return tile
-
-
-@triton.jit
-def _zeros(TILE: tl.constexpr):
-    """(BLOCK_M, KV_LORA_RANK) in two pieces."""
-    # Triton 3.6 does not support fields of a constexpr in a list.
-    BLOCK_M: tl.constexpr = TILE.BLOCK_M
-    PIECE_0: tl.constexpr = TILE.PIECE_0
-    PIECE_1: tl.constexpr = TILE.PIECE_1
-    first = tl.zeros([BLOCK_M, PIECE_0], tl.float32)
-    if PIECE_1 > 0:
-        return first, tl.zeros([BLOCK_M, PIECE_1], tl.float32)
-    else:
-        return (first,)
-
-
-@triton.jit
-def _store_output(ptrs, rows_mask, tile, TILE: tl.constexpr):
-    """Store a tile in its pieces to the rows at ptrs (rows, 1) that are in rows_mask."""
-    store_piece(ptrs, rows_mask, tile[0], 0, TILE.KV_LORA_RANK)
-    if TILE.PIECE_1 > 0:
-        store_piece(ptrs, rows_mask, tile[1], TILE.PIECE_0, TILE.KV_LORA_RANK)
 
 
 @triton.jit
@@ -359,7 +261,7 @@ def _clear_spare(own, bounds, num_own, batch, results, HAS_OUT: tl.constexpr, TI
         tl.store(ptrs, float("-inf"), mask=spare.mask)
         if HAS_OUT:
             ptrs = results.out.ptr + row_offsets(0, rows, heads, results.out.strides)
-            _store_output(ptrs[:, None], spare.mask, _zeros(TILE), TILE)
+            store_outputs(ptrs[:, None], spare.mask, zero_outputs(TILE), TILE)
         if batch.tree_ptr is not None:
             _clear_slots(results, 0, heads, rows, spare.mask, 0, TILE)
 
@@ -441,12 +343,9 @@ def _mla_absorbed_kernel(
     q = in_vectors(q, TILE.VECTOR)
     q_pe = in_vectors(q_pe, TILE.VECTOR)
     q_ptrs = q.ptr + row_offsets(rows.batch, rows.query, rows.head, q.strides)[:, None]
-    q_tile = _load_queries(q_ptrs, rows.mask, TILE)  # (BLOCK_M, KV_LORA_RANK)
-    if TILE.ROPE_HEAD_DIM > 0:
-        q_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
-        q_pe_tile = _load_rope_queries(q_ptrs, rows.mask, k_scale, k_pe_scale, TILE)  # (BLOCK_M, ROPE_HEAD_DIM)
-    else:
-        q_pe_tile, k_pe = q_tile, q_tile  # not read
+    q_pe_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
+    q_tile, q_pe_tile, scale_log2 = load_queries(q_ptrs, q_pe_ptrs, rows.mask, k_scale, k_pe_scale, scale_log2, TILE)
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
 
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     latents = Pages(cache.latents.ptr, multiple_of(cache.latents.page_stride, TILE.VECTORS.latents))
@@ -462,37 +361,35 @@ def _mla_absorbed_kernel(
         block_table_ptr += rows.table_row.to(tl.int64) * table_stride
         pages = pages_of_keys(block_table_ptr, blocks.lo, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
 
-    if k_scale is not None:
-        scale_log2 *= load_scale(k_scale)
     m_i, l_i = softmax_init(None, rows.head, BLOCK_M)
-    acc = _zeros(TILE)
+    acc = zero_outputs(TILE)
     for start_n in tl.range(blocks.lo, blocks.hi, BLOCK_N):
         own_pages = None
         if block_table_ptr is not None:  # a loop cannot carry None
             own_pages, pages = _take_pages(pages, block_table_ptr, start_n, blocks.hi, TILE)
         keys = find_keys(own_pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
-        k = _load_latents(latents, cache.scales, keys, q_tile[0].dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
-        if TILE.ROPE_HEAD_DIM > 0:
-            k_pe = _load_rope_keys(rope_keys, keys, q_tile[0].dtype, TILE)  # (BLOCK_N, ROPE_HEAD_DIM)
+        k, scales = load_latents(latents, cache.scales, keys, dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
+        k_pe = load_rope_keys(rope_keys, keys, dtype, TILE)  # (BLOCK_N, ROPE_HEAD_DIM)
         if BLOCK_M >= 64:
             fence_copies()
 
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if TILE.CUT_CHAIN:
+            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = dot_in_ifs(q_tile, k, s, start_n, blocks, PRECISION)
             if start_n < blocks.full_hi:
                 s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             else:
                 s = mask_scores_of_rows(_add_rotary(s, q_pe_tile, k_pe, TILE), rows, start_n, window, TILE)
         else:
-            s = dot_transposed(q_tile, k, PRECISION, s)
+            s = latent_scores(q_tile, k, scales, TILE)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
                 s = mask_scores_of_rows(s, rows, start_n, window, TILE)
-        p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scale_log2, True)
-        acc = dot_add(p.to(k[0].dtype), k, scale_rows(acc, alpha), PRECISION)  # (BLOCK_M, KV_LORA_RANK)
+        weights, alpha, m_i, l_i = latent_softmax(s, scales, m_i, l_i, scale_log2, dtype, TILE)
+        acc = add_latents(weights, k, scale_rows(acc, alpha), TILE)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
+    norm = undo_weights(norm, TILE)
     if TILE.SHARED:
         node = find_node(batch, computed_again(tl.program_id(0)), NUM_HEADS, BLOCK_M)
         rows = _rows_of_node(node, batch, window, TILE)
@@ -501,7 +398,7 @@ def _mla_absorbed_kernel(
     out_ptrs = out.ptr + row_offsets(rows.batch, rows.query, rows.head, out.strides)[:, None]
     out_ptrs += tl.cast(split, tl.int64) * out_split_stride
     is_read = True if first_split is None else (blocks.lo < blocks.hi) | (num_splits == 1)
-    _store_output(out_ptrs, rows.mask & is_read, scale_rows(acc, norm), TILE)
+    store_outputs(out_ptrs, rows.mask & is_read, scale_rows(acc, norm), TILE)
     lse_batch = split if PACKED else split * num_sequences + rows.batch
     tl.store(lse_ptr + lse_offsets(lse_batch, rows.head, rows.query, NUM_HEADS, seqlen_q), lse, mask=rows.mask)
 
@@ -810,6 +707,15 @@ def _key_of(call, is_projected):
     )
 
 
+def _groups(width, widest, pairs, scale_block=0):
+    """(first column, columns) of the groups of a row: those that share a scale, or the one or two of tiles.py."""
+    if pairs and scale_block > 0:
+        return tuple((start, scale_block) for start in range(0, width, scale_block))
+    each = 2 if pairs else 1
+    first, second = (each * piece(width // each, widest) for piece in (piece_0, piece_1))
+    return ((0, first), (first, second)) if second > 0 else ((0, first),)
+
+
 @remember
 def _plan(key, wanted, config):
     """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
@@ -859,15 +765,18 @@ def _plan_portable(key, config, nodes):
     one_page = paged and num_slots % tiles.block_n == 0
     cut_chain = repeats_chains(key.arch, tiles.block_m, tiles.num_warps)
     mantissa_bits = FLOAT8_MANTISSA_BITS.get(key.cache_dtype, 3)  # rows with scales are uint8, and e4m3
+    # wgmma reads keys from shared memory, where each element has to be decoded anyway.
+    pairs = is_fp8 and key.dtype.itemsize == 2 and aligned and tiles.block_m < 64 and kv_lora_rank % 2 == 0
+    pairs = pairs and (has_scales or shape_pe[3] % 2 == 0)
     widest = 512 if cut_chain and one_page else WIDEST
     tile = AbsorbedTile(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         NUM_HEADS=num_heads,
         KV_LORA_RANK=kv_lora_rank,
-        PIECE_0=piece_0(kv_lora_rank, widest),
-        PIECE_1=piece_1(kv_lora_rank, widest),
+        GROUPS=_groups(kv_lora_rank, widest, pairs, SCALE_BLOCK if has_scales else 0),
         ROPE_HEAD_DIM=shape_pe[3],
+        ROPE_GROUPS=_groups(shape_pe[3], 512, pairs and not has_scales),
         PAGE_SIZE=num_slots if paged else 1,
         ONE_PAGE=one_page,
         PAGES_AHEAD=tiles.num_stages > 2,
@@ -875,6 +784,9 @@ def _plan_portable(key, config, nodes):
         JOINED=key.joined,
         FLOAT8=(mantissa_bits, mantissa_bits in gpu_of(key.arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK if has_scales else 0,
+        PAIRS=pairs,
+        PAIR_SCALES=pairs and has_scales,
+        ROPE_PAIRS=pairs and not has_scales,
         VECTOR=vector_elements(key.dtype.itemsize, strides_q, strides_pe),
         VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,

@@ -85,10 +85,8 @@ class MlaDecodeConfig(
         if case.dtype == torch.float32:
             return _FLOAT
         configs = _FLOAT8 if case.is_fp8 else _HALF
-        if case.is_plain_fp8:
-            configs = configs | _PLAIN_FLOAT8
         if case.qk_rope_head_dim == 0:
-            configs = configs | (_PLAIN_FLOAT8_WITHOUT_ROPE if case.is_plain_fp8 else _WITHOUT_ROPE)
+            configs = configs | _WITHOUT_ROPE
         return configs[table][case.rows > 16]
 
     @classmethod
@@ -162,21 +160,19 @@ _HALF = {
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 32, 4, 1), MlaDecodeConfig(32, 32, 4, 1)),
 }
-# An fp8 cache is decoded in registers, which mma.sync needs itself.
+# fp8 elements take half the room in shared memory, and are decoded in registers: see latents.py. sm_86 and sm_120 spill
+# with 32 rows.
 _FLOAT8 = {
-    "sm_80": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
+    "sm_80": (MlaDecodeConfig(16, 32, 4, 2), MlaDecodeConfig(32, 64, 8, 2)),
     "sm_86": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
-    "sm_90": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(64, 64, 8, 2)),
-    "sm_100": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
+    "sm_90": (MlaDecodeConfig(16, 64, 4, 2), MlaDecodeConfig(64, 64, 8, 2)),
+    "sm_100": (MlaDecodeConfig(16, 64, 4, 2), MlaDecodeConfig(32, 64, 8, 2)),
     "sm_120": (MlaDecodeConfig(16, 32, 4, 3), MlaDecodeConfig(16, 32, 4, 3)),
     "gfx942": (MlaDecodeConfig(16, 16, 4, 1), MlaDecodeConfig(16, 16, 4, 1)),
 }
-# Without scales of its rows it is decoded to shared memory, and one tile fewer leaves room for two programs on an SM.
-_PLAIN_FLOAT8 = {"sm_80": (MlaDecodeConfig(16, 32, 4, 2), MlaDecodeConfig(16, 32, 4, 2))}
 # Without rotary keys a 64x64 tile is compiled to 240 KB of shared memory in place of 216, and sm_90 has 227.
 # For more than 16 rows packed queries spill around the loop, not in it: up to 40 bytes on sm_86, 8 on sm_90.
 _WITHOUT_ROPE = {"sm_90": (_HALF["sm_90"][0], MlaDecodeConfig(64, 32, 8, 2))}
-_PLAIN_FLOAT8_WITHOUT_ROPE = {"sm_90": (_FLOAT8["sm_90"][0], MlaDecodeConfig(64, 32, 8, 2))}
 _FLOAT = MlaDecodeConfig(16, 16, 4, 1)
 
 
