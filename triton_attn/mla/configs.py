@@ -117,7 +117,7 @@ class MlaDecodeConfig(
 
 
 @dataclass(frozen=True)
-class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqlen_k", "rows")):
+class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS | {"cache_dtype": str}, buckets=("seqlen_k", "rows")):
     """One program of hopper.py computes 64 rows in a loop over tiles of 64 keys, which it loads num_stages ahead: two,
     because its two groups alternate, and no more fit."""
 
@@ -125,8 +125,8 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqle
 
     @classmethod
     def supports(cls, case):
-        is_half = case.dtype != torch.float32 and not case.is_fp8
-        return case.gpu.wgmma and case.is_paged and is_half and (case.kv_lora_rank, case.qk_rope_head_dim) in _HOPPER
+        widths, fits = (case.kv_lora_rank, case.qk_rope_head_dim), case.gpu.wgmma and case.is_paged
+        return fits and widths in _HOPPER and case.dtype != torch.float32 and not case.is_plain_fp8
 
     @classmethod
     def default(cls, case):
