@@ -125,8 +125,11 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS | {"cache_dtype"
 
     @classmethod
     def supports(cls, case):
-        widths, fits = (case.kv_lora_rank, case.qk_rope_head_dim), case.gpu.wgmma and case.is_paged
-        return fits and widths in _HOPPER and case.dtype != torch.float32 and not case.is_plain_fp8
+        if not (case.gpu.wgmma and case.is_paged and (case.kv_lora_rank, case.qk_rope_head_dim) in _HOPPER):
+            return False
+        if case.is_fp8:  # rotary keys of rows with scales are bf16
+            return case.has_scales and case.dtype == torch.bfloat16
+        return case.dtype != torch.float32
 
     @classmethod
     def default(cls, case):

@@ -14,7 +14,6 @@ does the rest. Gluon has no interpreter.
 
 from typing import NamedTuple
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -673,7 +672,7 @@ def plan_hopper(key, wanted):
         return None
     if key.packed or key.has_factors or key.batch_invariant:
         return None
-    if key.dtype != (torch.bfloat16 if is_fp8 else key.cache_dtype):  # rotary keys of fp8 rows are bf16
+    if key.cache_dtype != key.dtype and not is_fp8:
         return None
     if num_heads % ROWS.value or page_size % BLOCK_N.value or key.table_width == 0:
         return None
