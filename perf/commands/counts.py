@@ -95,6 +95,12 @@ REASONS = (
     (
         "_mla_decode_hopper_kernel",
         "sectors",
+        FLOAT8,
+        f"{_ROWS_OF_656}, their scales are loaded one by one, and out half a sector a request; the rest hits L1 or L2",
+    ),
+    (
+        "_mla_decode_hopper_kernel",
+        "sectors",
         "num_heads",
         "out is stored in the accumulator layout, half a sector per request; the next request has the other half",
     ),
@@ -217,7 +223,7 @@ def baseline_cases(arch):
     cases = [CountedCase(family, arch, DTYPE, shape) for family in shapes for shape in shapes[family]]
     if arch == "sm_90":
         hopper = [("flash", shape) for shape in FAMILIES["flash_hopper"].cases(DTYPE, HOPPER_HEAD_DIMS)]
-        hopper.append(("mla", {"num_heads": 128, "cache_dtype": DTYPE, "page_size": 64}))
+        hopper += [("mla", {"num_heads": 128, "cache_dtype": x, "page_size": 64}) for x in (DTYPE, FLOAT8)]
         cases += [CountedCase(family, arch, DTYPE, shape, kernels="hopper") for family, shape in hopper]
     return cases
 

@@ -265,6 +265,7 @@ CALLS = {
     "merge": merge,
     "mla decode, 16 heads": lambda: mla_decode(16),
     "mla decode, 128 heads, splits": lambda: mla_decode(128, num_splits=2, return_lse=True),
+    "mla decode, 64 heads, fp8 rows": lambda: mla_decode(64, torch.uint8, num_splits=2),
     "mla decode, fp8, weights": lambda: mla_decode(16, torch.uint8, weights=True),
     "mla decode, rope": lambda: mla_decode(
         16, weights=True, rope_cos=torch.ones(400, 32), rope_sin=torch.ones(400, 32)

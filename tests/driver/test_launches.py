@@ -61,6 +61,7 @@ def test_every_public_function_launches(stub, arch, pattern, record_property):
     [
         pytest.param("64, packed", "_flash_fwd_hopper_kernel", marks=pytest.mark.ci),
         ("128 heads", "_mla_decode_hopper_kernel"),
+        ("64 heads, fp8 rows", "_mla_decode_hopper_kernel"),
     ],
 )
 def test_the_kernels_of_hopper_launch(word, kernel, stub):

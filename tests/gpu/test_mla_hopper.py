@@ -3,15 +3,15 @@
 Gluon has no interpreter, so these tests need such a GPU.
 """
 
-import random
 from unittest import mock
 
 import pytest
 import torch
 from decode_cases import Case, check
+from decode_draws import WIDTHS_OF_HOPPER, case_of_hopper
 from scale import AT_SCALE, DTYPES
 
-from triton_attn import mla_decode
+from triton_attn import append_latent_cache, mla_decode
 from triton_attn.mla import absorbed
 
 IS_HOPPER = AT_SCALE and torch.cuda.get_device_capability() == (9, 0)
@@ -20,8 +20,9 @@ pytestmark = [
     # Inputs contain NaN on purpose, and numpy warns about it.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-WIDTHS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
+of_caches = pytest.mark.parametrize(
+    "cache", [*(dict(dtype=dtype) for dtype in DTYPES), dict(dtype=torch.bfloat16, is_fp8=True)], ids=str
+)
 ABSORBED = dict(with_uk=False, with_uv=False, softmax_scale=0.07)
 CONTEXTS = (8191, 1, 4096, 333, 0, 2053)
 
@@ -36,58 +37,46 @@ def on_hopper(monkeypatch):
     assert launch.called
 
 
-@of_dtypes
+@of_caches
 @pytest.mark.parametrize(("num_heads", "page_size"), [(128, 64), (64, 128)])
 @pytest.mark.parametrize("num_splits", [0, 1, 3, 7])
-def test_what_is_absorbed_already(num_splits, num_heads, page_size, dtype):
+def test_what_is_absorbed_already(num_splits, num_heads, page_size, cache):
     """Slots without a key are NaN; one sequence is empty, another has fewer keys than splits."""
     sizes = dict(seqlens_k=CONTEXTS, num_heads=num_heads, page_size=page_size, num_splits=num_splits)
-    check(Case(dtype=dtype, **sizes, **ABSORBED, **WIDTHS))
+    check(Case(**cache, **sizes, **ABSORBED, **WIDTHS_OF_HOPPER))
 
 
-@of_dtypes
+@of_caches
 @pytest.mark.parametrize(("num_heads", "num_splits"), [(64, 0), (128, 1)])
-def test_with_weights(num_heads, num_splits, dtype):
+def test_with_weights(num_heads, num_splits, cache):
     sizes = dict(seqlens_k=CONTEXTS, num_heads=num_heads, page_size=64, num_splits=num_splits)
-    check(Case(dtype=dtype, **sizes, **WIDTHS))
+    check(Case(**cache, **sizes, **WIDTHS_OF_HOPPER))
 
 
-@of_dtypes
+@of_caches
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_draft(causal, dtype):
+def test_draft(causal, cache):
     """Several queries per sequence; the first may see nothing."""
     sizes = dict(seqlen_q=3, seqlens_k=(1024, 1, 1027, 333, 0, 65), num_heads=64, page_size=64, num_splits=2)
-    check(Case(dtype=dtype, causal=causal, **sizes, **WIDTHS))
+    check(Case(causal=causal, **cache, **sizes, **WIDTHS_OF_HOPPER))
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_random_calls(seed):
-    draw = random.Random(seed)
-    lengths = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 257, 500, 1000)
-    weights = draw.random() < 0.4
-    case = Case(
-        dtype=draw.choice(DTYPES),
-        page_size=draw.choice((64, 128, 192)),
-        seqlen_q=draw.choice((1, 1, 2, 5)),
-        seqlens_k=tuple(draw.choice(lengths) for _ in range(draw.randint(1, 5))),
-        num_heads=draw.choice((64, 128, 192)),
-        causal=draw.random() < 0.7,
-        num_splits=draw.choice((0, 1, 2, 5, 20)),
-        q_layout=draw.choice(("contiguous", "heads first")),
-        rotary_dim=draw.choice((0, 64)) if weights else 0,
-        seed=seed,
-        **(ABSORBED | {"softmax_scale": draw.choice((0.01, 0.07, 1.0))} if not weights else {}),
-        **WIDTHS,
-    )
-    check(case)
+@pytest.mark.parametrize("number", range(32))
+def test_random_calls(number):
+    check(case_of_hopper(number, (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 257, 500, 1000)))
 
 
-@of_dtypes
-def test_repeats_bitwise(dtype):
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.uint8], ids=str)
+def test_repeats_bitwise(cache_dtype):
     """A race would show as a difference. There are more programs than resident ones."""
     generator = torch.Generator("cuda").manual_seed(0)
+    dtype = torch.bfloat16 if cache_dtype == torch.uint8 else cache_dtype
     shapes = (96, 1, 128, 576), (3072, 64, 576)
     q, cache = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes)
+    if cache_dtype == torch.uint8:
+        rows = cache.flatten(0, 1).split([512, 64], dim=1)
+        cache = torch.zeros(3072, 64, 656, dtype=torch.uint8, device="cuda")
+        append_latent_cache(*rows, cache, torch.arange(3072 * 64, device="cuda"))
     block_table = torch.randperm(3072, generator=generator, device="cuda").int().view(96, 32)
     lengths = torch.randint(0, 2049, (96,), generator=generator, device="cuda", dtype=torch.int32)
     for num_splits in (1, 3):

@@ -146,10 +146,24 @@ def merge(num_parts=3):
     return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
 
 
+def float8_rows(num_pages):
+    """A cache of rows of 656 bytes. Its scales are no powers of two, so that rounded ones are seen."""
+    rows, slots = normal(num_pages, 64, 656, dtype=torch.uint8), torch.arange(64 * num_pages)
+    reference.append_latent_cache(normal(len(slots), 512), normal(len(slots), 64), rows, slots)
+    rows[..., 512:528].view(torch.float32).mul_(1 + torch.rand(num_pages, 64, 4))
+    return rows
+
+
 def mla_decode(heads=16, seqlen=200, with_weights=False, dtype=BF16, cache_dtype=None, scales=(), **options):
-    """With weights, queries are absorbed and outputs projected."""
+    """With weights, queries are absorbed and outputs projected. A cache_dtype of uint8 stands for fp8 rows. Slots past
+    the end are NaN."""
     num_pages = seqlen // 64 + 1
-    cache = normal(num_pages, 64, 576, dtype=dtype).to(cache_dtype or dtype)
+    if cache_dtype == torch.uint8:
+        cache = float8_rows(num_pages)
+    else:
+        cache = normal(num_pages, 64, 576, dtype=dtype).to(cache_dtype or dtype)
+    if options.get("key_shard") is None:
+        cache[seqlen // 64, seqlen % 64 :].view(torch.uint8).fill_(0xFF)
     where = int32(seqlen), torch.arange(num_pages, dtype=torch.int32)[None]
     queries = (normal(1, 1, heads, dim, dtype=dtype) for dim in (128 if with_weights else 512, 64))
     inputs = [*queries, cache, *where]
@@ -232,9 +246,11 @@ CALLS = {
 CALLS_OF_HOPPER = {
     "flash 128": lambda: flash(128),
     "flash 128 full": lambda: flash(128, causal=False),
-    "mla decode 128": lambda: mla_decode(128),
+    "mla decode 128": lambda: mla_decode(128, seqlen=330, num_splits=1),  # each buffer of a ring three times
     "mla decode 128 fp16": lambda: mla_decode(128, dtype=torch.float16),
     "mla decode 128 of one rank": lambda: mla_decode(128, seqlen=300, key_shard=(1, 3, 4)),
+    "mla decode 128 fp8": lambda: mla_decode(128, seqlen=330, cache_dtype=torch.uint8, num_splits=1),
+    "mla decode 128 fp8 of one rank": lambda: mla_decode(128, seqlen=300, cache_dtype=torch.uint8, key_shard=(1, 3, 4)),
 }
 # Kernels whose wgmma on sm_90 reads tiles copied by cp.async. Triton 3.6 omits the proxy fence between them (triton PR
 # 9610, pytorch issue 181248), and _jit/workarounds.py adds it.

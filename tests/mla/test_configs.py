@@ -53,5 +53,7 @@ def test_what_does_not_fit_is_named():
 def test_hopper_has_two_tiles_in_flight():
     assert MlaHopperConfig.search_space(decode("sm_90")) == [MlaHopperConfig(2)]
     assert MlaHopperConfig(3).obstacle(decode("sm_90")) is not None
-    others = decode("sm_100"), decode("sm_90", torch.float32), decode("sm_90", is_fp8=True)
-    assert [MlaHopperConfig.search_space(case) for case in others] == [[], [], []]
+    assert MlaHopperConfig.search_space(decode("sm_90", is_fp8=True)) == [MlaHopperConfig(2)]
+    others = [decode("sm_100"), decode("sm_90", torch.float32), decode("sm_90", is_fp8=True, has_scales=False)]
+    others += [decode("sm_90", torch.float16, is_fp8=True), decode("sm_90", is_fp8=True, is_paged=False)]
+    assert not any(MlaHopperConfig.search_space(case) for case in others)

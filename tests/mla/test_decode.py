@@ -165,7 +165,8 @@ def test_more_splits_than_are_merged_at_once(num_splits):
 
 
 @pytest.mark.emulated
-def test_the_kernel_of_hopper(monkeypatch, request):
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["half", "fp8"])
+def test_the_kernel_of_hopper(is_fp8, monkeypatch, request):
     """Gluon has no interpreter. Slots without a key are NaN; one sequence is empty, one has fewer keys than splits."""
     if request.config.getoption("--emulate") != "sm_90":
         pytest.skip("needs --emulate sm_90")
@@ -175,7 +176,7 @@ def test_the_kernel_of_hopper(monkeypatch, request):
     widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
     absorbed_already = dict(with_uk=False, with_uv=False, softmax_scale=0.07)
     sizes = dict(seqlens_k=(333, 1, 0), num_heads=64, page_size=64, num_splits=3)
-    check(Case(dtype=torch.bfloat16, **sizes, **absorbed_already, **widths))
+    check(Case(dtype=torch.bfloat16, is_fp8=is_fp8, **sizes, **absorbed_already, **widths))
     assert launch.called
 
 

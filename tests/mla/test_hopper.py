@@ -4,12 +4,14 @@ results.
 
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
 import triton
 
 from perf.model import loop_model, sass
+from perf.model.gpus import RATES
 from triton_attn import mla_decode, mla_prefill, use_tuned
 from triton_attn._host import tuned
 from triton_attn.mla.absorbed import launch_mla_decode
@@ -91,6 +93,9 @@ def kernel_of(**options):
         {"seqlen_q": 4},
         {"seqlen_q": 2, "causal": False},
         {"seqlen_q": 4, "key_shard": (2, 4, 1)},
+        {"is_fp8": True},
+        {"is_fp8": True, "seqlen_q": 4, "key_shard": (2, 4, 1)},
+        {"is_fp8": True, "num_heads": 64, "page_size": 128, "weights": True},
     ],
     ids=lambda call: " ".join(map(str, call)) or "plain",
 )
@@ -114,9 +119,10 @@ def test_what_it_compiles_to(call, wanted, record_property):
     assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == 2
 
 
-def test_scores_are_under_way_before_anything_is_waited_for(wanted):
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_scores_are_under_way_before_anything_is_waited_for(is_fp8, wanted):
     """In the machine code, where ptxas may wait earlier; weights come before the output that needs them."""
-    launch = next(launch for launch in decode() if launch.name == HOPPER)
+    launch = next(launch for launch in decode(is_fp8=is_fp8) if launch.name == HOPPER)
     loops = list(sass.disassemble(launch.kernel.asm["cubin"]).mma_loops())
     assert len(loops) == 2
     for loop in loops:
@@ -132,15 +138,47 @@ def test_scores_are_under_way_before_anything_is_waited_for(wanted):
         assert sum(waits[1] < i < products[40] for i in exponentials) >= 32
 
 
+def test_fp8_rows_are_decoded_beside_the_matmuls(wanted, record_property):
+    """Once for all heads: loads and stores have 16 bytes, elements are converted in pairs and scaled one by one. The
+    loop of the warps that do it and that of a group leave issue slots free while the matmuls of a tile run."""
+    launch = next(launch for launch in decode(is_fp8=True) if launch.name == HOPPER)
+    code = sass.disassemble(launch.kernel.asm["cubin"])
+    groups = code.mma_loops()
+    trip = loop_with(code, "F2FP.F16.E4M3.UNPACK_B")
+    counts = Counter(instruction.mnemonic for instruction in trip)
+    elements = 64 * RANK // 128  # of a tile, for a thread
+    assert counts["LDG.E.128"] == elements // 16
+    assert counts["STS.128"] == elements // 8
+    assert counts["F2FP.F16.E4M3.UNPACK_B"] == counts["F2FP.BF16.F32.PACK_AB"] == elements // 2
+    assert counts["FMUL"] == elements
+    rates = RATES["sm_90"]
+    loader = loop_model.unit_cycles(trip, rates)
+    group, *_ = sorted((loop_model.unit_cycles(loop.always, rates) for loop in groups), key=lambda x: -x["issue"])
+    busy = {unit: loader[unit] + group[unit] for unit in ("issue", "alu", "fma", "mufu")}
+    record_property("figure", f"mla hopper fp8: {len(trip)} instructions decode a tile, cycles with a group {busy}")
+    assert max(busy.values()) <= 0.85 * group["tensor"]
+    assert loader["stall"] <= 0.85 * group["tensor"]
+
+
+def loop_with(code, mnemonic):
+    """Instructions of the smallest loop that has all those of a mnemonic."""
+    where = [i for i, instruction in enumerate(code.instructions) if instruction.mnemonic == mnemonic]
+    jumps = ((i, re.search(r"\.L_\w+", x.operands)) for i, x in enumerate(code.instructions) if x.opcode == "BRA")
+    loops = [(code.labels[to.group()], i + 1) for i, to in jumps if to]
+    start, end = min((x for x in loops if x[0] <= where[0] and where[-1] < x[1]), key=lambda x: x[1] - x[0])
+    return code.instructions[start:end]
+
+
 @pytest.mark.full(but_each=2)
 @pytest.mark.ci(but_each=5)
+@pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("page_size", [64, 128, 192])
 @pytest.mark.parametrize("num_heads", [64, 128, 192])
-def test_which_calls_it_supports(num_heads, page_size, wanted):
+def test_which_calls_it_supports(num_heads, page_size, is_fp8, wanted):
     def one_layer(cache):
         return torch.empty(cache.shape[0], 3, *cache.shape[1:], dtype=cache.dtype)[:, 1]
 
-    call = {"num_heads": num_heads, "page_size": page_size}
+    call = {"num_heads": num_heads, "page_size": page_size, "is_fp8": is_fp8}
     assert kernel_of(**call) == HOPPER
     assert kernel_of(**call, change_cache=one_layer) == HOPPER
     assert kernel_of(**call, change_q=lambda q: torch.empty_like(q.transpose(1, 2)).transpose(1, 2)) == HOPPER
@@ -158,7 +196,11 @@ def test_which_calls_it_supports(num_heads, page_size, wanted):
         {"page_size": 96},
         {"dims": (256, 64)},
         {"dims": (512, 32)},
-        {"is_fp8": True},
+        {"is_fp8": True, "dtype": torch.float16},  # rotary keys are bf16
+        {"is_fp8": True, "num_heads": 96},
+        {"is_fp8": True, "change_cache": lambda c: torch.empty(*c.shape[:2], 672, dtype=c.dtype)[..., 4:660]},
+        {"is_fp8": True, "change_cache": lambda c: torch.empty(*c.shape[:2], 660, dtype=c.dtype)[..., :656]},
+        {"change_cache": lambda c: c.to(torch.float8_e4m3fn)},
         {"dtype": torch.float32},
         {"max_pages": 0},
         {"arch": "sm_80"},
@@ -195,14 +237,23 @@ def test_prefill_is_the_portable_kernels(wanted):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
-    """By an entry for the dtype. TRITON_ATTN_KERNELS=portable takes precedence."""
-    assert kernel_of(dtype=dtype) == PORTABLE
+@pytest.mark.parametrize(
+    "call",
+    [{"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "is_fp8": True}],
+    ids=lambda call: " ".join(map(str, call.values())),
+)
+def test_a_tuned_table_makes_it_the_default(call, tmp_path, monkeypatch):
+    """By an entry for the dtypes of queries and cache. TRITON_ATTN_KERNELS=portable takes precedence."""
+    assert kernel_of(**call) == PORTABLE
+    dtype, is_fp8 = call["dtype"], call.get("is_fp8", False)
     entry = {
         "family": "mla_hopper",
         "dtype": str(dtype).removeprefix("torch."),
-        "case": {"kv_lora_rank": RANK, "qk_rope_head_dim": ROPE},
+        "case": {
+            "kv_lora_rank": RANK,
+            "qk_rope_head_dim": ROPE,
+            "cache_dtype": "float8_e4m3fn" if is_fp8 else str(dtype).removeprefix("torch."),
+        },
         "buckets": {"seqlen_k": 8192, "rows": 128},
         "config": {"num_stages": 2},
         "figure": 475.0,
@@ -216,12 +267,14 @@ def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
     path = tmp_path / "sm_90.json"
     path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry]}))
     use_tuned(path)
-    assert kernel_of(dtype=dtype) == HOPPER
-    assert kernel_of(dtype=dtype, weights=True) == HOPPER
-    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    assert kernel_of(dtype=other) == PORTABLE
+    assert kernel_of(**call) == HOPPER
+    assert kernel_of(**call, weights=True) == HOPPER
+    others = [torch.float16, torch.bfloat16]
+    others.remove(dtype)
+    assert kernel_of(dtype=others[0]) == PORTABLE
+    assert kernel_of(dtype=torch.bfloat16, is_fp8=not is_fp8) == PORTABLE
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
-    assert kernel_of(dtype=dtype) == PORTABLE
+    assert kernel_of(**call) == PORTABLE
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):

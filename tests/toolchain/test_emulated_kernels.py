@@ -97,15 +97,30 @@ def test_every_kernel_in_every_schedule(arch, name, kernels):
 
 @pytest.mark.ci
 @pytest.mark.oldest
-@pytest.mark.parametrize("name", ["flash 128 full", "mla decode 128 fp16"])
+@pytest.mark.parametrize("name", ["flash 128 full", "mla decode 128 fp16", "mla decode 128 fp8 of one rank"])
 def test_other_calls_of_kernels_of_hopper(name):
     """Without a mask, and in fp16: weights that are not relative to the largest score leave its range, not bf16's."""
     run(name, "sm_90", "hopper")
 
 
+SEEDS = [(schedule, 0) for schedule in SCHEDULES]
+SEEDS += [(schedule, seed) for schedule in ("random", "shuffled") for seed in range(1, 8)]
+
+
+@pytest.mark.ci(but_each=10)
+@pytest.mark.oldest
+@pytest.mark.parametrize(("schedule", "seed"), SEEDS)
+@pytest.mark.parametrize("name", ["mla decode 128", "mla decode 128 fp8"])
+def test_mla_decode_of_hopper_in_many_schedules(name, schedule, seed):
+    """Tiles that wgmma reads are copied by TMA, of fp8 rows they are stored by warps that decode them."""
+    log = run(name, "sm_90", "hopper", schedule=schedule, seed=seed)
+    assert log[0].name == "_mla_decode_hopper_kernel"
+
+
 # Tensors in the order in which the calls make them; of one dimension the last row, head or page lies far off.
 FAR_OF_HOPPER = [("flash 128", x, dim) for x in range(3) for dim in (1, 2)]
 FAR_OF_HOPPER += [("mla decode 128", 0, 0), ("mla decode 128", 1, 2), ("mla decode 128", 2, 2)]
+FAR_OF_HOPPER += [("mla decode 128 fp8", 0, 0)]
 
 
 @pytest.mark.parametrize(("name", "which", "dim"), FAR_OF_HOPPER)

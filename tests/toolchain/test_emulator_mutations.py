@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="how many are redundant is the compiler's"),
 ]
 
+# By the name of a kernel, and of a variant of it.
 CALLS = {
     "_flash_fwd_hopper_kernel": lambda: calls.flash(128, (130, 700), (1, 1)),
     "_append_latent_cache_kernel": lambda: calls.append_latent(torch.uint8),
@@ -35,6 +36,7 @@ CALLS = {
     "_flash_bwd_dq_kernel": lambda: calls.backward(True, 400, 1),
     "_mla_prefill_kernel": lambda: calls.mla_prefill(seqlen=300, heads=1),
     "_mla_decode_hopper_kernel": lambda: calls.mla_decode(64, 330, num_splits=1),
+    "_mla_decode_hopper_kernel fp8": lambda: calls.mla_decode(64, 330, cache_dtype=torch.uint8, num_splits=1),
 }
 
 BETWEEN_BARRIERS = "the compiler's, by buffer: another barrier, or a warp that reads what it wrote, orders the same"
@@ -106,6 +108,20 @@ REDUNDANT = {
         "@wgmma_commit": [(4, COMMITS)],
         "@wgmma_fence": [(6, UNTOUCHED)],
     },
+    "_mla_decode_hopper_kernel fp8": {
+        "@bar": [
+            (6, "of the loader: around each thing that one of its threads does for a copy"),
+            (2, BETWEEN_BARRIERS),
+        ],
+        "@fence_proxy_async": [(1, FENCED)],
+        "@mbarrier_try_wait": [
+            (2, "for the other group's values: that group has waited for them when it passes on its weights"),
+            (1, "of group 1, for the queries: group 0 has waited for them when it passes on its first weights"),
+        ],
+        "@warp_sync": [(8, "orders instructions for ptxas, and no accesses: see _in_order")],
+        "@wgmma_commit": [(4, COMMITS)],
+        "@wgmma_fence": [(6, UNTOUCHED)],
+    },
 }  # fmt: skip
 QUICK = ("_append_latent_cache_kernel", "_merge_kernel")
 SCHEDULES = ("late", "random")
@@ -113,16 +129,17 @@ SCHEDULES = ("late", "random")
 
 def launched(kernel, schedule, removed=(), limit=100_000_000):
     """(launches of the kernel, results of the call)"""
+    name = kernel.split()[0]
 
     def edit(program):
-        if program.name == kernel:
+        if program.name == name:
             for pc in removed:
                 program.remove(pc)
 
     torch.manual_seed(0)
     with emulate("sm_90", schedule=schedule, strict=False, limit=limit, edit=edit) as log:
         computed, _ = CALLS[kernel]()
-    return [launch for launch in log if launch.name == kernel], computed
+    return [launch for launch in log if launch.name == name], computed
 
 
 def marked(kernel):
@@ -132,7 +149,7 @@ def marked(kernel):
 
 @pytest.mark.parametrize("kernel", [marked(kernel) for kernel in CALLS])
 def test_each_synchronization_is_reported_when_it_is_removed(kernel, monkeypatch, record_property):
-    monkeypatch.setenv("TRITON_ATTN_KERNELS", calls.CALL_OF[kernel][1])
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", calls.CALL_OF[kernel.split()[0]][1])
     launches, right = launched(kernel, "late")
     assert [fault for launch in launches for fault in launch.faults] == []
     program, limit = launches[0].program, 8 * max(launch.instructions for launch in launches) + 100_000

@@ -115,7 +115,7 @@ class MlaDecodeConfig(
 
 
 @dataclass(frozen=True)
-class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqlen_k", "rows")):
+class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS | {"cache_dtype": str}, buckets=("seqlen_k", "rows")):
     """One program of hopper.py computes 64 rows in a loop over tiles of 64 keys, which it loads num_stages ahead: two,
     because its two groups alternate, and no more fit."""
 
@@ -123,8 +123,11 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS, buckets=("seqle
 
     @classmethod
     def supports(cls, case):
-        is_half = case.dtype != torch.float32 and not case.is_fp8
-        return case.gpu.wgmma and case.is_paged and is_half and (case.kv_lora_rank, case.qk_rope_head_dim) in _HOPPER
+        if not (case.gpu.wgmma and case.is_paged and (case.kv_lora_rank, case.qk_rope_head_dim) in _HOPPER):
+            return False
+        if case.is_fp8:  # rotary keys of rows with scales are bf16
+            return case.has_scales and case.dtype == torch.bfloat16
+        return case.dtype != torch.float32
 
     @classmethod
     def default(cls, case):

@@ -3,11 +3,13 @@
 The output of 64 rows, 512 elements each, fills the registers of two groups of four warps. Each group holds half of the
 columns, and both need the weights of all keys. In plain Triton both groups compute all scores together, step by step.
 Here a group computes the scores and weights of every second tile and passes the weights on through shared memory: one
-group multiplies while the other computes its softmax. A warp loads pages by TMA; each latent vector is loaded once and
-is both key and value. Source: FlashMLA's "seesaw" schedule (2025), https://github.com/deepseek-ai/FlashMLA.
+group multiplies while the other computes its softmax. Other warps load pages; each latent vector is loaded once and is
+both key and value. 16-bit pages are loaded by TMA. Rows of fp8 elements are decoded on the way, once for all heads.
+Source: FlashMLA's "seesaw" schedule (2025), https://github.com/deepseek-ai/FlashMLA.
 
-Supports fp16 and bf16, paged caches with 512 + 64 elements a row, pages of a multiple of 64 keys, and multiples of 64
-heads. The portable kernel (absorbed.py), which computes the same, does the rest. Gluon has no interpreter.
+Supports fp16 and bf16, fp8 rows with scales of their own for bf16 queries, paged caches with 512 + 64 elements a row,
+pages of a multiple of 64 keys, and multiples of 64 heads. The portable kernel (absorbed.py), which computes the same,
+does the rest. Gluon has no interpreter.
 """
 
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch
 from .._host.gpu import gpu_of
 from .._host.key_shard import num_ranks_of
+from .._host.latent import SCALE_BLOCK
 from .._host.layout import INDICES
 from .._jit.args import Strides, View
 from .._jit.heads import lse_offsets, row_pointer
@@ -45,7 +48,32 @@ ROWS: gl.constexpr = gl.constexpr(64)  # heads of a query that one program takes
 BLOCK_N: gl.constexpr = gl.constexpr(64)
 HALF: gl.constexpr = gl.constexpr(256)  # columns of a group, half of a latent vector
 ROPE: gl.constexpr = gl.constexpr(64)
+PART: gl.constexpr = gl.constexpr(64)  # columns of fp8 rows that are loaded and decoded together
+SCALED: gl.constexpr = gl.constexpr(SCALE_BLOCK)  # columns of fp8 rows that share a scale
 MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
+# Four e4m3 elements ($4) times their scale ($5), in bf16.
+DECODE: gl.constexpr = gl.constexpr("""{
+    .reg .b16 pair<2>, half<4>;
+    .reg .b32 halves<2>;
+    .reg .f32 value<4>;
+    mov.b32 {pair0, pair1}, $4;
+    cvt.rn.f16x2.e4m3x2 halves0, pair0;
+    cvt.rn.f16x2.e4m3x2 halves1, pair1;
+    mov.b32 {half0, half1}, halves0;
+    mov.b32 {half2, half3}, halves1;
+    cvt.f32.f16 value0, half0;
+    cvt.f32.f16 value1, half1;
+    cvt.f32.f16 value2, half2;
+    cvt.f32.f16 value3, half3;
+    mul.f32 value0, value0, $5;
+    mul.f32 value1, value1, $5;
+    mul.f32 value2, value2, $5;
+    mul.f32 value3, value3, $5;
+    cvt.rn.bf16x2.f32 halves0, value1, value0;
+    cvt.rn.bf16x2.f32 halves1, value3, value2;
+    mov.b32 {$0, $1}, halves0;
+    mov.b32 {$2, $3}, halves1;
+}""")
 
 
 class _Work(NamedTuple):
@@ -110,12 +138,28 @@ class _Softmax(NamedTuple):
     acc: object  # (ROWS, HALF)
 
 
+class Float8Rows(NamedTuple):
+    """Rows of e4m3 elements and their scales, from the first row of a cache or of a tile on."""
+
+    ptr: object
+    scales_ptr: object
+    page_stride: object  # in bytes
+
+
+class _Part(NamedTuple):
+    """PART columns of a tile of Float8Rows, in words of four elements (BLOCK_N, PART / 4), and their scales
+    (BLOCK_N,)."""
+
+    words: object
+    scales: object
+
+
 class _Sources(NamedTuple):
     """TMA descriptors of the loads, and the block table: View(pointer, stride)."""
 
     q: object
     q_pe: object
-    latents: object
+    latents: object  # Float8Rows of an fp8 cache
     rope_keys: object
     block_table: object
 
@@ -153,7 +197,7 @@ def _allocate_queries(q_desc, q_pe_desc):
 
 @gluon.jit
 def _allocate_ring(desc, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory for a _Ring of STAGES tiles (BLOCK_N, COLUMNS)."""
+    """Shared memory for a _Ring of STAGES tiles (BLOCK_N, COLUMNS), in the dtype and layout of a descriptor."""
     tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, COLUMNS], desc.layout)
     return _Ring(tiles, _barriers(STAGES), _barriers(STAGES))
 
@@ -198,14 +242,126 @@ def _load_next(desc, coords, ring, step):
 
 
 @gluon.jit
-def _load_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr):
-    """The warps that load: queries, then keys. Slots past the end may hold anything, even NaN; TMA loads 0 there."""
-    queries = shared.queries
+def _load_part(rows, count, INDEX: gl.constexpr, SLOT_STRIDE: gl.constexpr):
+    """A _Part of a tile of rows, 0 from row `count` on. The columns of the first start at INDEX * PART."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])  # stores of 16 bytes without conflicts
+    offsets = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)) * (SLOT_STRIDE // 4)
+    columns = INDEX * (PART // 4) + gl.arange(0, PART // 4, gl.SliceLayout(0, LAYOUT))
+    is_key = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)) < count
+    words_ptr = rows.ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    offsets_of_words = gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    words = gl.load(words_ptr + offsets_of_words, mask=gl.expand_dims(is_key, 1), other=0)
+    scales = gl.load(rows.scales_ptr + offsets + INDEX * PART // SCALED, mask=is_key, other=0.0)
+    return _Part(words, scales)
+
+
+@gluon.jit
+def _decode(part, tile, INDEX: gl.constexpr):
+    """Store a _Part, times its scales, to the columns of a tile from INDEX * PART on.
+
+    Carried through the loop as words: a tensor of fp8 elements would take a register for each."""
+    e0, e1, e2, e3 = gl.inline_asm_elementwise(
+        DECODE,
+        "=h,=h,=h,=h,r,f",
+        [part.words, gl.expand_dims(part.scales, 1)],
+        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+    values = gl.join(gl.join(e0, e2), gl.join(e1, e3))  # (BLOCK_N, PART / 4, 2, 2)
+    tile.slice(INDEX * PART, PART, dim=1).store(values.reshape([BLOCK_N, PART]))
+
+
+@gluon.jit
+def _in_order(x):
+    """x, which a warp has once it executed all before. Otherwise ptxas decodes several parts at a time, and spills."""
+    return gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _decode_half(ring, step, parts, rows, count, NEXT: gl.constexpr, SLOT_STRIDE: gl.constexpr):
+    """Decode four _Parts to a step's tile in a ring. Returns the four from NEXT on of the first `count` rows, whose
+    loads are under way."""
+    stage, parity = _stage(step)
+    mbarrier.wait(ring.free.index(stage), parity ^ 1)
+    tile = _matrix(ring.tiles, stage)  # (BLOCK_N, HALF)
+    _decode(parts[0], tile, 0)
+    count = _in_order(count)
+    part_0 = _load_part(rows, count, NEXT, SLOT_STRIDE)
+    _decode(parts[1], tile, 1)
+    count = _in_order(count)
+    part_1 = _load_part(rows, count, NEXT + 1, SLOT_STRIDE)
+    _decode(parts[2], tile, 2)
+    count = _in_order(count)
+    part_2 = _load_part(rows, count, NEXT + 2, SLOT_STRIDE)
+    _decode(parts[3], tile, 3)
+    count = _in_order(count)
+    part_3 = _load_part(rows, count, NEXT + 3, SLOT_STRIDE)
+    fence_async_shared()
+    mbarrier.arrive(ring.full.index(stage), count=1)
+    return part_0, part_1, part_2, part_3
+
+
+@gluon.jit
+def _rows_of_tile(rows, page, slot, SLOT_STRIDE: gl.constexpr):
+    """Float8Rows from a slot of a page on."""
+    offset = page.to(gl.int64) * rows.page_stride + slot * SLOT_STRIDE
+    return Float8Rows(rows.ptr + offset, rows.scales_ptr + offset // 4, rows.page_stride)
+
+
+@gluon.jit
+def _load_float8_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr, SLOT_STRIDE: gl.constexpr):
+    """The warps that load a cache of fp8 rows, which have SLOT_STRIDE bytes, and decode them.
+
+    While one half of a tile is decoded the next half is on its way to registers: beside the decoded tiles shared memory
+    has no room. Slots past the end may hold anything, even NaN; they are not loaded."""
+    _load_queries(work, shared.queries, sources)
+    pages_ptr = sources.block_table.ptr + work.batch.to(gl.int64) * sources.block_table.strides
+    page = gl.load(pages_ptr + work.start // PAGE_SIZE, mask=work.start < work.end, other=0)
+    last = work.start + (work.num_tiles - 1) * BLOCK_N
+    rows = _rows_of_tile(sources.latents, page, work.start % PAGE_SIZE, SLOT_STRIDE)
+    count = work.end - work.start
+    parts = (
+        _load_part(rows, count, 0, SLOT_STRIDE),
+        _load_part(rows, count, 1, SLOT_STRIDE),
+        _load_part(rows, count, 2, SLOT_STRIDE),
+        _load_part(rows, count, 3, SLOT_STRIDE),
+    )
+    for step in range(work.num_tiles):
+        start = work.start + step * BLOCK_N
+        following = gl.minimum(start + BLOCK_N, last)
+        next_page = gl.load(pages_ptr + following // PAGE_SIZE, mask=following < work.end, other=0)
+        _load_next(sources.rope_keys, _coordinates(page, start, work.end, PAGE_SIZE, 0), shared.rope_keys, step)
+        parts = _decode_half(shared.latents_0, step, parts, rows, work.end - start, 4, SLOT_STRIDE)
+        page = next_page
+        rows = _rows_of_tile(sources.latents, page, following % PAGE_SIZE, SLOT_STRIDE)
+        parts = _decode_half(shared.latents_1, step, parts, rows, work.end - start - BLOCK_N, 0, SLOT_STRIDE)
+
+
+@gluon.jit
+def _load_queries(work, queries, sources):
+    """Start the loads of the _Queries."""
     q_full = queries.full.index(0)
     mbarrier.expect(q_full, 2 * sources.q.block_type.nbytes + sources.q_pe.block_type.nbytes)
     _tma_load(sources.q, [work.batch, work.query, work.head, 0], q_full, queries.q_0.index(0))
     _tma_load(sources.q, [work.batch, work.query, work.head, HALF], q_full, queries.q_1.index(0))
     _tma_load(sources.q_pe, [work.batch, work.query, work.head, 0], q_full, queries.q_pe.index(0))
+
+
+@gluon.jit
+def _coordinates(page, start, end, PAGE_SIZE: gl.constexpr, COLUMN: gl.constexpr):
+    """Coordinates of the tile of keys at `start` in `_paged_geometry`, from a column on, with zeros from `end` on."""
+    count = gl.minimum(end - start, BLOCK_N)
+    # In this order: Triton 3.6 cannot subtract from a constant.
+    return [PACKED_END, page, start % PAGE_SIZE + count, -count + PACKED_END, COLUMN]
+
+
+@gluon.jit
+def _load_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr):
+    """The warps that load: queries, then keys. Slots past the end may hold anything, even NaN; TMA loads 0 there."""
+    _load_queries(work, shared.queries, sources)
     pages_ptr = sources.block_table.ptr + work.batch.to(gl.int64) * sources.block_table.strides
     # Page numbers are loaded a step ahead, to hide the latency. Without keys none is: the table may have no entry.
     page = gl.load(pages_ptr + work.start // PAGE_SIZE, mask=work.start < work.end, other=0)
@@ -214,12 +370,9 @@ def _load_tiles(work, shared, sources, PAGE_SIZE: gl.constexpr):
         start = work.start + step * BLOCK_N
         following = gl.minimum(start + BLOCK_N, last)
         following = gl.load(pages_ptr + following // PAGE_SIZE, mask=following < work.end, other=0)
-        count = gl.minimum(work.end - start, BLOCK_N)
-        slot = start % PAGE_SIZE + count
-        row = -count + PACKED_END  # in this order: Triton 3.6 cannot subtract from a constant
-        _load_next(sources.latents, [PACKED_END, page, slot, row, 0], shared.latents_0, step)
-        _load_next(sources.latents, [PACKED_END, page, slot, row, HALF], shared.latents_1, step)
-        _load_next(sources.rope_keys, [PACKED_END, page, slot, row, 0], shared.rope_keys, step)
+        _load_next(sources.latents, _coordinates(page, start, work.end, PAGE_SIZE, 0), shared.latents_0, step)
+        _load_next(sources.latents, _coordinates(page, start, work.end, PAGE_SIZE, HALF), shared.latents_1, step)
+        _load_next(sources.rope_keys, _coordinates(page, start, work.end, PAGE_SIZE, 0), shared.rope_keys, step)
         page = following
 
 
@@ -263,12 +416,14 @@ def _shift(m):
 
 
 @gluon.jit
-def _issue_scores(shared, step):
+def _issue_scores(FLOAT8: gl.constexpr, shared, step):
     """Issue the matmul of the scores (ROWS, BLOCK_N) of a step's tile; nothing waits for it here."""
     queries = shared.queries
     stage, parity = _stage(step)
     # 0, hidden from the compiler: it would keep the addresses of all parts of q in registers, and spill them.
     zero = gl.inline_asm_elementwise("shr.u32 $0, $1, 31;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
+    if FLOAT8:  # so are those of a group's keys, which are always in the same stage: the loader needs the registers
+        stage += zero
     s = gl.zeros([ROWS, BLOCK_N], gl.float32, _scores_layout())
     q_0 = _matrix(queries.q_0, zero)  # (ROWS, HALF)
     q_1 = _matrix(queries.q_1, zero)
@@ -302,7 +457,7 @@ def _issue_output_of_other(GROUP: gl.constexpr, shared, step, state):
 
 
 @gluon.jit
-def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2):
+def _step(GROUP: gl.constexpr, FLOAT8: gl.constexpr, work, shared, step, state, scale_log2):
     """Output of the other group's tile, which is the one before; then scores, weights and output of this group's tile.
 
     There is one buffer for weights. It can be overwritten once the other group's output is complete."""
@@ -311,7 +466,7 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2):
     exchange = shared.exchange
     stage, _ = _stage(step)
     other = _issue_output_of_other(GROUP, shared, step - 1, state)
-    scores = _issue_scores(shared, step)
+    scores = _issue_scores(FLOAT8, shared, step)
     acc = warpgroup_mma_wait(1, [other.acc])
     # The other group read that tile for its scores before it passed on the weights.
     mbarrier.arrive(values.free.index(stage ^ 1), count=1, pred=step > 0)
@@ -337,7 +492,7 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2):
 
 
 @gluon.jit
-def _attend(GROUP: gl.constexpr, work, shared, out, lse, scale_log2):
+def _attend(GROUP: gl.constexpr, work, shared, out, lse, scale_log2, FLOAT8: gl.constexpr):
     """A group of four warps computes half of the columns of 64 rows of out; group 0 also stores their log-sum-exp."""
     SCORES: gl.constexpr = _scores_layout()
     state = _Softmax(
@@ -351,7 +506,7 @@ def _attend(GROUP: gl.constexpr, work, shared, out, lse, scale_log2):
         "mov.b32 $0, $1;", "=r,r", [work.num_tiles], dtype=gl.int32, is_pure=False, pack=1
     )
     for step in range(GROUP, num_tiles, 2):
-        state = _step(GROUP, work, shared, step, state, scale_log2)
+        state = _step(GROUP, FLOAT8, work, shared, step, state, scale_log2)
     if (num_tiles - 1) % 2 != GROUP:
         other = _issue_output_of_other(GROUP, shared, num_tiles - 1, state)
         state = _Softmax(other.m_i, other.l_i, warpgroup_mma_wait(0, [other.acc]))
@@ -381,22 +536,22 @@ def _store(GROUP: gl.constexpr, work, exchange, out, lse, state):
 
 
 @gluon.jit
-def _attend_0(work, shared, out, lse, scale_log2):
+def _attend_0(work, shared, out, lse, scale_log2, FLOAT8: gl.constexpr):
     """Group 0, as a function for warp_specialize."""
-    _attend(0, work, shared, out, lse, scale_log2)
+    _attend(0, work, shared, out, lse, scale_log2, FLOAT8)
 
 
 @gluon.jit
-def _attend_1(work, shared, out, lse, scale_log2):
+def _attend_1(work, shared, out, lse, scale_log2, FLOAT8: gl.constexpr):
     """Group 1, as a function for warp_specialize."""
-    _attend(1, work, shared, out, lse, scale_log2)
+    _attend(1, work, shared, out, lse, scale_log2, FLOAT8)
 
 
 @gluon.jit(do_not_specialize=["seqlen_q", "capacity", "num_splits", *INDICES, "lse_ptr"])
 def _mla_decode_hopper_kernel(
     q_desc,
     q_pe_desc,
-    latent_desc,
+    latents,
     rope_desc,
     out,
     out_split_stride,
@@ -413,12 +568,14 @@ def _mla_decode_hopper_kernel(
     PAGE_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
+    SLOT_STRIDE: gl.constexpr,
 ):
     """One program computes 64 heads of a query in out and lse, over one split of the keys of a sequence.
 
     Grid: tiles of heads * seqlen_q * num_splits * batch, in the order of the portable kernel. Descriptors are those of
-    `plan_hopper`. lse is (num_splits, batch, NUM_HEADS, seqlen_q). A sequence has no more than capacity keys, of which
-    the cache holds those of key_shard, a KeyShard, or all.
+    `plan_hopper`. latents are a descriptor, or the Float8Rows of a cache whose rows have SLOT_STRIDE bytes. lse is
+    (num_splits, batch, NUM_HEADS, seqlen_q). A sequence has no more than capacity keys, of which the cache holds those
+    of key_shard, a KeyShard, or all.
     """
     gl.static_assert(STAGES == 2, "groups and buffers take turns alike")
     TILES: gl.constexpr = NUM_HEADS // ROWS
@@ -439,20 +596,24 @@ def _mla_decode_hopper_kernel(
 
     shared = _Shared(
         _allocate_queries(q_desc, q_pe_desc),
-        _allocate_ring(latent_desc, HALF, STAGES),
-        _allocate_ring(latent_desc, HALF, STAGES),
+        _allocate_ring(rope_desc, HALF, STAGES),
+        _allocate_ring(rope_desc, HALF, STAGES),
         _allocate_ring(rope_desc, ROPE, STAGES),
         _allocate_exchange(q_desc.dtype),
     )
-    sources = _Sources(q_desc, q_pe_desc, latent_desc, rope_desc, View(block_table_ptr, table_stride))
+    sources = _Sources(q_desc, q_pe_desc, latents, rope_desc, View(block_table_ptr, table_stride))
     num_sequences = gl.num_programs(0) // (TILES * seqlen_q) // num_splits
     lse_ptr += lse_offsets(split * num_sequences + batch, 0, query, NUM_HEADS, seqlen_q)
     lse = View(lse_ptr, seqlen_q)
     out = View(out.ptr + split.to(gl.int64) * out_split_stride, out.strides)
-    loads = work, shared, sources, PAGE_SIZE
-    sums = work, shared, out, lse, scale_log2
-    # Warps and registers of all functions but the first, for which 24 registers a thread remain.
-    gl.warp_specialize([(_load_tiles, loads), (_attend_0, sums), (_attend_1, sums)], [4, 4], [240, 240])
+    sums = work, shared, out, lse, scale_log2, SLOT_STRIDE is not None
+    # Warps and registers of all functions but the first, for which 24 registers a thread remain, or 72 to decode.
+    if SLOT_STRIDE is None:
+        loads = work, shared, sources, PAGE_SIZE
+        gl.warp_specialize([(_load_tiles, loads), (_attend_0, sums), (_attend_1, sums)], [4, 4], [240, 240])
+    else:
+        loads = work, shared, sources, PAGE_SIZE, SLOT_STRIDE
+        gl.warp_specialize([(_load_float8_tiles, loads), (_attend_0, sums), (_attend_1, sums)], [4, 4], [216, 216])
 
 
 class HopperPlan(NamedTuple):
@@ -460,7 +621,7 @@ class HopperPlan(NamedTuple):
 
     num_programs: int  # of a split
     num_splits: int
-    geometries: list  # fields of the descriptors of q, q_pe, latent vectors and rotary keys
+    geometries: list  # fields of the descriptors of q, q_pe, latent vectors (None: Float8Rows) and rotary keys
     counts: tuple  # seqlen_q and capacity of all ranks
     constants: dict
 
@@ -472,9 +633,17 @@ def launch_mla_decode_hopper(plan, call, parts, lse_parts):
     """
     block_table = call.sequences.block_table
     tensors = call.q, call.q_pe, call.cache.latents, call.cache.rope_keys
+    q, q_pe, latents, rope_keys = (
+        fields and unchecked_descriptor(TensorDescriptor, x, fields) for x, fields in zip(tensors, plan.geometries)
+    )
+    if latents is None:
+        latents = Float8Rows(call.cache.latents, call.cache.scales, call.cache.latents.stride(0))
     split_stride, *strides, _ = parts.stride()
     args = (
-        *[unchecked_descriptor(TensorDescriptor, x, fields) for x, fields in zip(tensors, plan.geometries)],
+        q,
+        q_pe,
+        latents,
+        rope_keys,
         View(parts, Strides(*strides)),
         split_stride,
         lse_parts,
@@ -498,17 +667,21 @@ def plan_hopper(key, wanted):
     (shape_q, _), (shape_pe, _), (shape_k, strides_k) = key.layout
     batch, seqlen_q, num_heads, kv_lora_rank = shape_q
     num_pages, page_size, _ = shape_k
-    if not (gpu_of(key.arch).wgmma and key.joined and not key.packed and key.q_aligned and key.cache_aligned):
+    is_fp8 = key.layout_scales is not None
+    if not (gpu_of(key.arch).wgmma and key.q_aligned and key.cache_aligned and (key.joined or is_fp8)):
         return None
-    if key.has_factors or key.batch_invariant or key.cache_dtype != key.dtype:
+    if key.packed or key.has_factors or key.batch_invariant:
+        return None
+    if key.cache_dtype != key.dtype and not is_fp8:
         return None
     if num_heads % ROWS.value or page_size % BLOCK_N.value or key.table_width == 0:
         return None
-    if not all(strides_suit_tma(*of_tensor, key.dtype.itemsize) for of_tensor in key.layout):
+    of_tensors = *key.layout[:2], key.layout_rope
+    if not all(strides_suit_tma(*of_tensor, key.dtype.itemsize) for of_tensor in of_tensors):
         return None
     capacity = key.table_width * page_size
     rows = seqlen_q * num_heads
-    case = MlaDecodeCase(key.arch, key.dtype, kv_lora_rank, shape_pe[3], rows, seqlen_k=capacity, page_size=page_size)
+    case = MlaDecodeCase(key.arch, key.dtype, kv_lora_rank, shape_pe[3], rows, is_fp8, True, capacity, page_size)
     config = MlaHopperConfig.choose(case, wanted)
     if config is None:
         return None
@@ -518,10 +691,11 @@ def plan_hopper(key, wanted):
         num_splits = choose_num_splits(split_work(key, ROWS.value, BLOCK_N.value, num_programs, capacity))
     geometries = [
         *(_fields(*of, [1, 1, ROWS.value, columns.value]) for of, columns in zip(key.layout, (HALF, ROPE))),
-        _paged_geometry(num_pages, kv_lora_rank, *strides_k[:2], HALF.value),
-        _paged_geometry(num_pages, shape_pe[3], *strides_k[:2], ROPE.value),
+        None if is_fp8 else _paged_geometry(num_pages, kv_lora_rank, *strides_k[:2], HALF.value),
+        _paged_geometry(num_pages, shape_pe[3], *key.layout_rope[1][:2], ROPE.value),
     ]
     constants = dict(NUM_HEADS=num_heads, PAGE_SIZE=page_size, CAUSAL=key.causal, STAGES=config.num_stages, num_warps=4)
+    constants["SLOT_STRIDE"] = strides_k[1] if is_fp8 else None
     counts = seqlen_q, min(capacity * num_ranks_of(key.key_shard), MAX_ROWS)
     return HopperPlan(num_programs, num_splits, geometries, counts, constants)
 
