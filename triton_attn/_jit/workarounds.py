@@ -50,7 +50,7 @@ def fence_copies():
 
 
 @triton.constexpr_function
-def _is_nvidia():
+def is_nvidia():
     """Whether the kernel is compiled for an NVIDIA GPU."""
     target = current_target()
     return target is not None and target.backend == "cuda"
@@ -64,7 +64,7 @@ def decode_once(tile):
     that layout: twice if two matmuls read the tile, and from single bytes of shared memory. In MLA decode that spills,
     and takes a third of the speed. The compiler does not move an instruction that it cannot read.
     """
-    if _is_nvidia() and tile.dtype.primitive_bitwidth == 16:
+    if is_nvidia() and tile.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, False, 2)
     else:
         return tile
@@ -101,6 +101,19 @@ def in_vectors(view, VECTOR: tl.constexpr):
     batch_stride, row_stride, head_stride = view.strides
     strides = multiple_of(batch_stride, VECTOR), multiple_of(row_stride, VECTOR), multiple_of(head_stride, VECTOR)
     return View(view.ptr, Strides(strides[0], strides[1], strides[2]))
+
+
+@triton.jit
+def of_head(view, head, VECTOR: tl.constexpr):
+    """The View of one head, whose addresses the compiler then knows to be multiples of VECTOR elements.
+
+    Triton 3.6 to 3.9 specialise pointers on divisibility by 16 bytes only. From others they load single elements.
+    """
+    ptr = view.ptr + tl.cast(head, tl.int64) * view.strides.head
+    BYTES: tl.constexpr = VECTOR * ptr.dtype.element_ty.primitive_bitwidth // 8
+    if VECTOR > 1 and BYTES < 16:
+        ptr = tl.multiple_of(ptr, BYTES)
+    return View(ptr, view.strides)
 
 
 @triton.jit
