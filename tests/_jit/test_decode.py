@@ -12,9 +12,7 @@ from triton_attn._jit.decode import decode
 @triton.jit
 def _decode_kernel(bits_ptr, out_ptr, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, SIZE: tl.constexpr):
     offs = tl.arange(0, SIZE)
-    tl.store(
-        out_ptr + offs, decode(tl.load(bits_ptr + offs), MANTISSA_BITS, NATIVE, dtype=out_ptr.dtype.element_ty)
-    )
+    tl.store(out_ptr + offs, decode(tl.load(bits_ptr + offs), MANTISSA_BITS, NATIVE, dtype=out_ptr.dtype.element_ty))
 
 
 @pytest.mark.emulated

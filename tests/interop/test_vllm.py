@@ -31,7 +31,7 @@ TOLERANCE = dict(atol=4e-3, rtol=4e-3)
 def run(batch, layout="HND", kv_cache_dtype="auto", expected=None, **options):
     """(what `forward` writes, what it should be) in fp64."""
     impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, kv_cache_dtype=kv_cache_dtype, **options)
-    cache = cases.new_cache(batch, layout, torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
+    cache = cases.cache_of(batch, layout, kv_cache_dtype)
     cases.fill_cache(impl, batch, cache)
     metadata = vllm.PagedMetadataBuilder().build(0, batch)
     q = randn(batch.num_tokens, HEADS, DIM, seed=9)
@@ -42,7 +42,15 @@ def run(batch, layout="HND", kv_cache_dtype="auto", expected=None, **options):
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("kv_cache_dtype", [pytest.param("auto", marks=pytest.mark.emulated), "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize(
+    "kv_cache_dtype",
+    [
+        *(pytest.param(name, marks=pytest.mark.emulated) for name in ("auto", "int8_per_token_head")),
+        "fp8",
+        "fp8_e5m2",
+        "fp8_per_token_head",
+    ],
+)
 def test_mixed_prefill_and_decode(layout, kv_cache_dtype):
     torch.testing.assert_close(*run(Batch(MIXED, padding=3), layout, kv_cache_dtype), **TOLERANCE)
 
@@ -169,7 +177,7 @@ def test_metadata_that_is_not_supported_raises(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("use_alibi_sqrt", True), ("chunk_lookback", 2), ("kv_cache_dtype", "int8_per_token_head")]
+    ("name", "value"), [("use_alibi_sqrt", True), ("chunk_lookback", 2), ("kv_cache_dtype", "int4_per_token_head")]
 )
 def test_options_of_a_layer_that_are_not_supported_raise(name, value):
     with pytest.raises(NotImplementedError, match=f"{name}: "):

@@ -16,6 +16,7 @@ from prefix_trees import tree_of_all
 from perf.model import loop_model
 from perf.model.gpus import RATES
 from triton_attn import paged_attention
+from triton_attn.interop.vllm import inline_scales
 from triton_attn.merge import kernel as merge
 from triton_attn.paged import forward
 from triton_attn.toolchain import compile_only, shared_memory_limit

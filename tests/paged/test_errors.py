@@ -81,7 +81,11 @@ CASES = [
     (arguments(v_scale=torch.ones(3)), ValueError, "v_scale: expected shape"),
     (arguments(v_scale=torch.ones(2, dtype=torch.float16)), TypeError, "v_scale: expected torch.float32"),
     (arguments(k_scale=torch.ones(4)[::2]), ValueError, "k_scale: expected a contiguous last dimension"),
-    (arguments(v_scale=torch.ones(5, 8, 2)), ValueError, "v_scale: expected no scales per token with a cache of torch.fl"),
+    (
+        arguments(v_scale=torch.ones(5, 8, 2)),
+        ValueError,
+        "v_scale: expected no scales per token with a cache",
+    ),
     (quantized(k_scale=torch.ones(5, 8, 1)), ValueError, r"k_scale: expected shape \(5, 8, 2\)"),
     (quantized(v_scale=torch.ones(5, 8, 2).half()), TypeError, "v_scale: expected torch.float32, got torch.float16"),
     (quantized(v_cache=torch.zeros(5, 8, 2, 24).to(torch.float8_e5m2)), TypeError, "v_cache: expected k_cache's dtype"),

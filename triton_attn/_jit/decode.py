@@ -1,16 +1,16 @@
 """Elements of quantized caches, decoded in registers: int8, and fp8 (e4m3 or e5m2) held as uint8.
 
-On NVIDIA GPUs inline PTX decodes four elements at a time. The compiler does not move code that it cannot read: tiles are
-decoded in the layout in which they were loaded, 16 bytes a thread. Triton 3.6 to 3.9 move other code behind the change
-of layout to that of a matmul's operand, where they load single bytes from shared memory, and where warps of small tiles
-decode the same elements.
+On NVIDIA GPUs inline PTX decodes four elements at a time. The compiler does not move code that it cannot read: tiles
+are decoded in the layout in which they were loaded, 16 bytes a thread. Triton 3.6 to 3.9 move other code behind the
+change of layout to that of a matmul's operand, where they load single bytes from shared memory, and where warps of
+small tiles decode the same elements.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 from .paging import decode_float8
-from .workarounds import is_nvidia
 
 # PTX from the bytes of $2 to two pairs of numbers, $0 and $1: what comes first, then the code of a pair. LOW and HIGH
 # select the pair's bytes for the lower and upper halves of 16 bits, beside bytes of a second operand.
@@ -31,8 +31,8 @@ _INT8_TO_FP16: tl.constexpr = _ptx(
     "xor.b32 x, $2, 0x80808080; mov.b32 c, 0x64646464; mov.b32 b, 0x64806480; ",
     "prmt.b32 a, x, c, LOW; sub.f16x2 OUT, a, b; ",
 )
-# x is its lower seven bits minus 128 times the highest one. Bits of 128 + the former, minus 128 or 256: 0x4300 and 0x4380
-# differ in the highest bit of x.
+# x is its lower seven bits minus 128 times the highest one. Bits of 128 + the former, minus 128 or 256: 0x4300 and
+# 0x4380 differ in the highest bit of x.
 _INT8_TO_BF16: tl.constexpr = _ptx(
     "mov.b32 c, 0xBF80BF80; ",
     "prmt.b32 a, $2, 0, LOW; lop3.b32 b, a, 0x00800080, 0x43004300, 0xEA; "
@@ -42,11 +42,9 @@ _INT8_TO_BF16: tl.constexpr = _ptx(
 _E5M2_TO_FP16: tl.constexpr = _ptx("", "prmt.b32 OUT, $2, 0, HIGH; ")
 _E5M2_TO_BF16: tl.constexpr = _ptx("", "prmt.b32 a, $2, 0, HIGH; " + _HALVES_TO_BF16)
 _NATIVE_E4M3_TO_FP16: tl.constexpr = _ptx("mov.b32 {u, v}, $2; ", "cvt.rn.f16x2.e4m3x2 OUT, HALF; ")
-_NATIVE_E4M3_TO_BF16: tl.constexpr = _ptx(
-    "mov.b32 {u, v}, $2; ", "cvt.rn.f16x2.e4m3x2 a, HALF; " + _HALVES_TO_BF16
-)
-# The bits of the number times 2^-8 or 2^-120, since the exponent has another bias. NaN becomes 480, and gets the missing
-# bits of its exponent, if the magnitude plus one carries.
+_NATIVE_E4M3_TO_BF16: tl.constexpr = _ptx("mov.b32 {u, v}, $2; ", "cvt.rn.f16x2.e4m3x2 a, HALF; " + _HALVES_TO_BF16)
+# The bits of the number times 2^-8 or 2^-120, since the exponent has another bias. NaN becomes 480, and gets the
+# missing bits of its exponent, if the magnitude plus one carries.
 _E4M3_TO_FP16: tl.constexpr = _ptx(
     "mov.b32 c, 0x5C005C00; ",
     "prmt.b32 a, $2, 0, HIGH; shr.u32 b, a, 1; and.b32 b, b, 0x3F803F80; "
@@ -61,8 +59,16 @@ _E4M3_TO_BF16: tl.constexpr = _ptx(
 )
 
 
+@triton.constexpr_function
+def is_nvidia():
+    """Whether the kernel is compiled for an NVIDIA GPU."""
+    target = current_target()
+    return target is not None and target.backend == "cuda"
+
+
 @triton.jit
 def _by_ptx(bits, TO_FP16: tl.constexpr, TO_BF16: tl.constexpr, dtype: tl.constexpr):
+    """`decode` by one of two codes."""
     if dtype == tl.float16:
         return tl.inline_asm_elementwise(TO_FP16, "=r,=r,r", [bits], tl.float16, False, 4)
     else:
@@ -91,7 +97,7 @@ def decode(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.co
 
 
 @triton.jit
-def decode_tile(tile, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
+def decode_pieces(tile, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
     """`decode` of each piece of a tile."""
     first = decode(tile[0], MANTISSA_BITS, NATIVE, dtype)
     if len(tile) > 1:

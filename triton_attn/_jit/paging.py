@@ -105,6 +105,16 @@ def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def decode_tile(tile, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
+    """`decode_float8` of each piece of a tile, in the given dtype."""
+    first = decode_float8(tile[0], MANTISSA_BITS, NATIVE).to(dtype)
+    if len(tile) > 1:
+        return first, decode_float8(tile[1], MANTISSA_BITS, NATIVE).to(dtype)
+    else:
+        return (first,)
+
+
+@triton.jit
 def load_scale(scale):
     """The factor of a Scale that all heads share."""
     factor = scale.value

@@ -50,7 +50,7 @@ def fence_copies():
 
 
 @triton.constexpr_function
-def is_nvidia():
+def _is_nvidia():
     """Whether the kernel is compiled for an NVIDIA GPU."""
     target = current_target()
     return target is not None and target.backend == "cuda"
@@ -64,7 +64,7 @@ def decode_once(tile):
     that layout: twice if two matmuls read the tile, and from single bytes of shared memory. In MLA decode that spills,
     and takes a third of the speed. The compiler does not move an instruction that it cannot read.
     """
-    if is_nvidia() and tile.dtype.primitive_bitwidth == 16:
+    if _is_nvidia() and tile.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, False, 2)
     else:
         return tile

@@ -130,8 +130,8 @@ def _append_kv_cache(
     rope_interleaved: bool,
     check_values: bool,
 ) -> None:
-    k_scale, v_scale = (k_token_scales if k_scale is None else k_scale), (v_token_scales if v_scale is None else v_scale)
-    k_factor, v_factor = (k_number if k_scale is None else k_scale), (v_number if v_scale is None else v_scale)
+    k_factor = next((x for x in (k_number, k_scale, k_token_scales) if x is not None), None)
+    v_factor = next((x for x in (v_number, v_scale, v_token_scales) if x is not None), None)
     rope = rope_cos, rope_sin, positions, rope_interleaved
     if check_values:
         _check_append_values(slot_mapping, k_cache, rope_cos, positions)

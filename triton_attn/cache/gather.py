@@ -81,7 +81,7 @@ def gather_kv_cache(
     dtype = _result_dtype(dtype, k_cache)
     refuse_gradients(k_cache=k_cache, v_cache=v_cache, k_scale=_tensor(k_scale), v_scale=_tensor(v_scale))
     places = _places(k_cache, block_table, cu_seqlens_k, num_tokens, seq_starts, check_values)
-    k, v = (_scaled(_rows(cache, places), _own(scale, places), dtype) for cache, scale in zip((k_cache, v_cache), scales))
+    k, v = (_read(cache, scale, places, dtype) for cache, scale in zip((k_cache, v_cache), scales))
     return k, v
 
 
@@ -203,13 +203,15 @@ def _rows(cache, places):
     return rows.view(cache.dtype)
 
 
-def _own(scale, places):
-    """Of a scale for each slot and head those at these places, (tokens, heads, 1)."""
-    return _rows(scale, places).unsqueeze(2) if isinstance(scale, Tensor) and scale.ndim == 3 else scale
+def _read(cache, scale, places, dtype):
+    """Rows (tokens, heads, dim) at these places times their scale."""
+    if isinstance(scale, Tensor) and scale.ndim == 3:
+        return (_rows(cache, places).float() * _rows(scale, places).unsqueeze(2)).to(dtype)
+    return _scaled(_rows(cache, places), scale, dtype)
 
 
 def _scaled(x, scale, dtype):
     """x (tokens, heads, dim) times a scale, a number or a tensor of one or of one per head, in dtype."""
     if scale is None:
         return x.to(dtype)
-    return (x.float() * (scale.view(-1, 1) if isinstance(scale, Tensor) and scale.ndim == 1 else scale)).to(dtype)
+    return (x.float() * (scale.view(-1, 1) if isinstance(scale, Tensor) else scale)).to(dtype)

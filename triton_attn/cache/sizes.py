@@ -37,7 +37,8 @@ def kv_cache_bytes_per_token(
 
     Raises:
         TypeError: neither form is given, or both; a dtype that no latent cache has.
-        ValueError: token_scales with a latent cache; one in fp8 whose kv_lora_rank is no multiple of 128, or qk_rope_head_dim is odd.
+        ValueError: token_scales with a latent cache; one in fp8 whose kv_lora_rank is no multiple of 128, or whose
+            qk_rope_head_dim is odd.
 
     Example:
         >>> triton_attn.kv_cache_bytes_per_token(num_layers=32, num_kv_heads=8, head_dim=128)  # Llama-3-8B

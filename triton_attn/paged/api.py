@@ -116,8 +116,9 @@ def paged_attention(
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j],  s as in `flash_attention`
         k[b, j] = k_scale[h // group_size] * k_cache[block_table[b, j // page_size], j % page_size, h // group_size]
 
-    and v likewise (a k_scale of each token has the indices of k_cache), over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence are its last tokens:
-    query i has position cache_seqlens[b] - seqlen_q + i. Append their keys and values before the call.
+    and v likewise, over the keys j < cache_seqlens[b] that query i sees. A k_scale of each token has the indices of
+    k_cache. The queries of a sequence are its last tokens: query i has position cache_seqlens[b] - seqlen_q + i. Append
+    their keys and values before the call.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q; fp16, bf16

@@ -27,7 +27,7 @@ from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
 from .._jit.args import Scales, Scores, Splits, Strides, View, scales_of, window_of
 from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
-from .._jit.decode import decode_tile
+from .._jit.decode import decode_pieces
 from .._jit.drafts import (
     Drafts,
     TreeMask,
@@ -260,7 +260,7 @@ def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.co
     if TILE.MANTISSA_BITS == 0:
         return tile
     else:
-        return decode_tile(tile, TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8, dtype)
+        return decode_pieces(tile, TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8, dtype)
 
 
 @triton.jit

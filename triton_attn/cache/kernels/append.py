@@ -73,6 +73,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def _offsets_of(rows, strides, TILE: tl.constexpr):
+    """Offsets of Rows in a cache with these strides."""
     return row_offsets(rows.slots // TILE.PAGE_SIZE, rows.slots % TILE.PAGE_SIZE, rows.heads, strides)
 
 
