@@ -611,3 +611,17 @@ def test_the_package_names_its_entry_point():
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     at = lines.index('[project.entry-points."vllm.general_plugins"]')
     assert lines[at + 1] == 'triton_attn = "triton_attn.interop.vllm:register"'
+
+
+@pytest.mark.parametrize(
+    ("cache", "error", "message"),
+    [
+        (torch.zeros(2, 2, 16, 136), TypeError, "kv_cache: expected an int8 or uint8 tensor, got torch.float32"),
+        (torch.zeros(2, 2, 16, 134, dtype=torch.int8), ValueError, r"kv_cache: expected \(num_blocks, num_kv_heads"),
+        (torch.zeros(16, 136, dtype=torch.int8), ValueError, r"got shape \(16, 136\)"),
+        (torch.zeros(2, 2, 16, 138, dtype=torch.int8)[..., 1:137], ValueError, "rows at multiples of 4 bytes"),
+    ],
+)
+def test_caches_that_have_no_scales_in_their_rows(cache, error, message):
+    with pytest.raises(error, match=message):
+        vllm.inline_scales(cache)
