@@ -102,7 +102,8 @@ def append_kv_cache(
         _append_kv_cache(*tensors, *more)
         return
     names = "k", "v", "k_cache", "v_cache", "slot_mapping", "k_scale", "v_scale", "k_scale", "v_scale"
-    _refuse_transforms((*names, "rope_cos", "rope_sin", "positions"), tensors)
+    names += "rope_cos", "rope_sin", "positions"
+    _refuse_transforms(*zip(*((name, x) for name, x in zip(names, tensors) if x is not None)))
     _append_kv_cache_operator(*tensors, *more)
 
 

@@ -136,7 +136,7 @@ class PagedKVCache(PagedSequences):
     def _page_tensors(self):
         """Scales as the bytes of a last dimension, so that they are copied with the elements."""
         caches = self.k_cache, self.v_cache
-        if self.k_scale is None:
+        if self.k_scale is None or self.v_scale is None:
             return caches
         dtype = self.k_cache.dtype
-        return *caches, self.k_scale.unsqueeze(4).view(dtype), self.v_scale.unsqueeze(4).view(dtype)
+        return *caches, *(x.unsqueeze(4).view(dtype) for x in (self.k_scale, self.v_scale))

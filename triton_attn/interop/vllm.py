@@ -31,7 +31,7 @@ from ..paged import paged_attention
 from .support import Support
 
 SUPPORT = Support(
-    functions=("register",),
+    functions=("register", "inline_scales"),
     on_cpu="the classes without vLLM, by the references or in the interpreter",
     refused={
         "output_scale": "a tensor, for fused output quantization",
