@@ -215,7 +215,8 @@ FUNCTIONS = {
     "kv_cache_bytes_per_token": (
         ta.kv_cache_bytes_per_token,
         lambda **options: torch.tensor(ta.kv_cache_bytes_per_token(**options)),
-        dict(num_layers=(INT, 61), num_kv_heads=(INT, 128), head_dim=(INT, 192), head_dim_v=(INT, 128)),
+        dict(num_layers=(INT, 61), num_kv_heads=(INT, 128), head_dim=(INT, 192), head_dim_v=(INT, 128))
+        | dict(token_scales=(BOOL, True)),
     ),
     "kv_cache_bytes_per_token, MLA": (
         ta.kv_cache_bytes_per_token,
@@ -248,6 +249,7 @@ FUNCTIONS = {
             interleave=(INT, 2),
             prefix_caching=(BOOL, True),
             record_events=(BOOL, True),
+            token_scales=(BOOL, False),
         ),
     ),
     "LatentKVCache": (

@@ -25,11 +25,21 @@ from vllm.plugins import load_general_plugins  # noqa: E402
 from vllm.utils import torch_utils  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl  # noqa: E402
 from vllm.v1.attention.ops import dcp  # noqa: E402
+from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (  # noqa: E402
+    triton_reshape_and_cache_flash_per_token_head_quant,
+)
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    get_kv_quant_mode,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+PER_TOKEN = "int8_per_token_head", "fp8_per_token_head"
 TOLERANCE = dict(atol=4e-3, rtol=4e-3)
 CPU = torch.device("cpu")
 
@@ -83,7 +93,7 @@ def run(backend, config, layout="HND", kv_cache_dtype="auto", batch=None, **opti
     batch = batch or Batch(MIXED, padding=3)
     arguments = dict(alibi_slopes=None, sliding_window=None, kv_cache_dtype=kv_cache_dtype) | options
     impl = backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS_KV, **arguments)
-    cache = cases.new_cache(batch, layout, torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
+    cache = cases.cache_of(batch, layout, kv_cache_dtype)
     cases.fill_cache(impl, batch, cache)
     metadata = attention_builder(backend, config).build(0, common_metadata(batch))
     q = randn(batch.num_tokens, HEADS, DIM, seed=9)
@@ -93,7 +103,7 @@ def run(backend, config, layout="HND", kv_cache_dtype="auto", batch=None, **opti
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e5m2", *PER_TOKEN])
 def test_mixed_prefill_and_decode(backends, config, layout, kv_cache_dtype):
     batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, layout, kv_cache_dtype)
     expected = cases.expected_attention(batch, q, cache, kv_cache_dtype)
@@ -127,15 +137,64 @@ def test_as_unified_attention(backends, config, options):
     """Without empty requests, of which vLLM's kernel writes nothing either."""
     batch, q, cache, out = run(backends["TRITON_ATTN_PLUS"], config, batch=Batch(MIXED[:-1]), **options)
     cache = cache.nan_to_num(0)  # vLLM's kernel reads the rest of a page, times 0
-    k_cache, v_cache = cache.transpose(1, 2).split(DIM, dim=-1)
-    slopes, window = options.get("alibi_slopes"), options.get("sliding_window")
-    theirs = torch.full_like(out, torch.nan)
+    theirs = unified(batch, q, *cache.transpose(1, 2).split(DIM, dim=-1), **options)
+    torch.testing.assert_close(out, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", PER_TOKEN)
+def test_rows_with_scales_are_those_of_vllm(backends, config, kv_cache_dtype):
+    """vLLM's kernels read what we wrote, and we read what they wrote, through the views that vLLM makes."""
+    backend, batch = backends["TRITON_ATTN_PLUS"], Batch(MIXED[:-1])
+    mode, spec = get_kv_quant_mode(kv_cache_dtype), dict(block_size=16, num_kv_heads=HEADS_KV, head_size=DIM)
+    spec = FullAttentionSpec(**spec, dtype=torch.uint8, kv_quant_mode=mode)
+    own, others = backend.customize_spec(spec), AttentionBackendEnum.TRITON_ATTN.get_class().customize_spec(spec)
+    assert own == others != spec
+    cache = cases.cache_of(batch, "NHD", kv_cache_dtype).zero_()
+    their_cache = cases.cache_of(batch, "NHD", kv_cache_dtype).zero_()
+    impl = backend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS_KV, None, None, kv_cache_dtype)
+    theirs = SimpleNamespace(_k_scale_cache=None, _kv_quant_mode=mode, fp8_dtype=torch.float8_e4m3fn)
+    theirs._ensure_scale_caches = lambda cache: TritonAttentionImpl._ensure_scale_caches(theirs, cache)
+
+    def update(layer, key, value, cache, slots):
+        caches = TritonAttentionImpl._pth_key_value_caches(theirs, cache)
+        scales = theirs._k_scale_cache, theirs._v_scale_cache
+        triton_reshape_and_cache_flash_per_token_head_quant(key, value, *caches, *scales, slots, mode)
+
+    cases.fill_cache(impl, batch, cache)
+    cases.fill_cache(SimpleNamespace(do_kv_cache_update=update), batch, their_cache)
+    slots = torch.cat([batch.slots(i) for i in range(batch.num_reqs)])
+    views, their_views = ([x.flatten(0, 1)[slots].float() for x in door.inline_scales(x)] for x in (cache, their_cache))
+    for i in (0, 1):
+        torch.testing.assert_close(views[2 + i], their_views[2 + i])
+        # They round by the reciprocal of the scale, in int8 halves away from 0.
+        step = 1 if mode == KVQuantMode.INT8_PER_TOKEN_HEAD else views[i].abs() / 8
+        assert ((views[i] - their_views[i]).abs() <= step).all()
+        assert (views[i] != their_views[i]).float().mean() < 0.01
+    q, metadata = randn(batch.num_tokens, HEADS, DIM, seed=9), attention_builder(backend, config)
+    metadata, outs = metadata.build(0, common_metadata(batch)), []
+    for x in (cache, their_cache):
+        outs.append(impl.forward(cases.LAYER, q, None, None, x, metadata, torch.full_like(q, torch.nan)))
+        theirs._k_scale_cache = None
+        fill, torch.Tensor.fill_ = torch.Tensor.fill_, lambda x, _: x  # it fills a new cache's scales with 1
+        try:
+            k_cache, v_cache = TritonAttentionImpl._pth_key_value_caches(theirs, x)
+        finally:
+            torch.Tensor.fill_ = fill
+        scales = dict(k_scale_cache=theirs._k_scale_cache, v_scale_cache=theirs._v_scale_cache, kv_quant_mode=mode)
+        torch.testing.assert_close(outs[-1], unified(batch, q, k_cache, v_cache, **scales), **TOLERANCE)
+    torch.testing.assert_close(*outs, atol=0.02, rtol=0.02)
+
+
+def unified(batch, q, k_cache, v_cache, **options):
+    """vLLM's kernel."""
+    slopes, window = options.pop("alibi_slopes", None), options.pop("sliding_window", None)
+    out = torch.full_like(q[: batch.num_actual_tokens], torch.nan)
     segments = [torch.empty(64, HEADS, 16, *shape) for shape in ((DIM,), (), ())]
     unified_attention(
         q=q[: batch.num_actual_tokens],
         k=k_cache,
         v=v_cache,
-        out=theirs,
+        out=out,
         cu_seqlens_q=batch.query_start_loc,
         max_seqlen_q=batch.max_query_len,
         seqused_k=batch.seq_lens,
@@ -144,7 +203,7 @@ def test_as_unified_attention(backends, config, options):
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
         block_table=batch.block_table_tensor,
-        softcap=options.get("logits_soft_cap", 0),
+        softcap=options.pop("logits_soft_cap", 0),
         q_descale=None,
         k_descale=None,
         v_descale=None,
@@ -154,9 +213,9 @@ def test_as_unified_attention(backends, config, options):
         softmax_segm_max=segments[1],
         softmax_segm_expsum=segments[2],
         alibi_slopes=None if slopes is None else torch.tensor(slopes),
-        sinks=options.get("sinks"),
+        **options,
     )
-    torch.testing.assert_close(out, theirs, **TOLERANCE)
+    return out
 
 
 def test_facts_of_attention(backends):
@@ -171,7 +230,7 @@ def test_facts_of_attention(backends):
         ("head_size", 513, "head_size"),
         ("use_mla", True, "MLA"),
         ("kv_cache_dtype", "float16", "kv_cache_dtype"),
-        ("kv_cache_dtype", "int8_per_token_head", "kv_cache_dtype"),
+        ("kv_cache_dtype", "int4_per_token_head", "kv_cache_dtype"),
         ("device_capability", SimpleNamespace(major=7, minor=5), "compute capability"),
         ("use_mm_prefix", True, "multimodal"),
         ("use_pcp", True, "PCP"),

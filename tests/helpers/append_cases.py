@@ -9,6 +9,7 @@ from triton_attn._host.definition import rotate
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+QUANTIZED = [*FLOAT8, torch.int8]
 LAYOUTS = ["contiguous", "sparse", "slice"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -28,6 +29,8 @@ def bits(x):
 
 def strided(shape, dtype, layout, generator):
     """Random values: contiguous, in every other entry of the first dimension, or in a slice of longer rows."""
+    if dtype == torch.int8:
+        return (40 * strided(shape, torch.float32, layout, generator)).to(dtype)
     if layout == "contiguous":
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
     if layout == "sparse":
@@ -45,6 +48,8 @@ class Cache:
 
 
 def rounded(x, dtype):
+    if dtype == torch.int8:
+        return x.round().clamp(-128, 127)
     limit = torch.finfo(dtype).max if dtype in FLOAT8 else math.inf
     return x.clamp(-limit, limit).to(dtype).float()
 

@@ -14,6 +14,7 @@ import triton
 
 import triton_attn as ta
 from triton_attn import reference
+from triton_attn.interop.vllm import inline_scales
 from triton_attn.toolchain.emulator import emulate
 
 # Decorators of a file that opens `emulate` itself.
@@ -105,6 +106,39 @@ def paged(seqlens=(230, 133), seqlen_q=1, head_dim=64, shard=None, **options):
     same = {"causal": True, "return_lse": True} | (shard or {})
     computed = ta.paged_attention(q, keys, values, *where, **options, **same)
     return computed, reference.paged_attention(*in_fp64((q, keys, values)), *where, **same)
+
+
+def paged_per_token(dtype, **shape):
+    """A cache of integers, exact in each dtype; in int8 with scales in the rows of elements, as vLLM's."""
+    seqlens, num_pages = (230, 133), 30
+    memory = torch.randint(-8, 9, (num_pages, 2, 16, 2 * 64 + 8), dtype=torch.int8)
+    scales = torch.rand(2, num_pages, 2, 16) / 4
+    views = inline_scales(memory)
+    for view, scale in zip(views[2:], scales):
+        view.copy_(scale.transpose(1, 2))
+    caches = [view.float().to(dtype) for view in views[:2]]
+    scales = [scale.transpose(1, 2) for scale in scales]
+    given = views if dtype == torch.int8 else (*caches, *scales)
+    q = normal(2, shape.get("seqlen_q", 1), 8, 64)
+    where = int32(*seqlens), torch.randperm(num_pages).to(torch.int32).view(2, -1)
+
+    def attend(function, q, k, v, k_scale, v_scale):
+        return function(q, k, v, *where, k_scale=k_scale, v_scale=v_scale, causal=True, return_lse=True)
+
+    exact = in_fp64((q, *(x.float() for x in caches), *scales))
+    return attend(ta.paged_attention, q, *given), attend(reference.paged_attention, *exact)
+
+
+def append_per_token(dtype):
+    rows, slots = (normal(20, 2, 64), normal(20, 2, 48)), torch.randperm(64)[:20]
+
+    def written(function):
+        caches = [torch.zeros(4, 16, 2, dim).to(dtype) for dim in (64, 48)]
+        scales = [torch.zeros(4, 2, 16).transpose(1, 2) for _ in caches]
+        function(*rows, *caches, slots, k_scale=scales[0], v_scale=scales[1])
+        return [x.float() for x in (*caches, *scales)]
+
+    return written(ta.append_kv_cache), written(reference.append_kv_cache)
 
 
 def append():
@@ -219,7 +253,12 @@ CALLS = {
     "paged of one rank": lambda: paged(seqlen_q=40, shard={"key_shard": (1, 2, 4), "window_size": (60, -1)}),
     "paged 512": lambda: paged(head_dim=512),
     "paged 512 chunk": lambda: paged((110, 77), seqlen_q=20, head_dim=512),
+    "paged int8 per token": lambda: paged_per_token(torch.int8),
+    "paged e4m3 per token, chunk": lambda: paged_per_token(torch.float8_e4m3fn, seqlen_q=40),
+    "paged e5m2 per token": lambda: paged_per_token(torch.float8_e5m2),
     "append": append,
+    "append int8 per token": lambda: append_per_token(torch.int8),
+    "append e4m3 per token": lambda: append_per_token(torch.float8_e4m3fn),
     "append latent": append_latent,
     "append latent fp8": lambda: append_latent(torch.uint8),
     "append latent plain fp8": lambda: append_latent(torch.float8_e4m3fn, k_scale=0.3, k_pe_scale=torch.tensor([0.7])),

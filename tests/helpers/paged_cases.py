@@ -25,6 +25,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+QUANTIZED = (*FLOAT8, torch.int8)
 PAGE_SIZES = (1, 5, 8, 16, 32, 48, 64, 80, 128, 256)  # 48 and 80: no tile divides them, and they divide no tile
 HEAD_DIMS = (1, 16, 40, 64, 71, 80, 96, 128, 192, 256, 512)
 DEAD_ENTRY = 2147480000
@@ -45,7 +46,7 @@ class Case(Scores):
     group_size: int
     head_dim: int
     head_dim_v: int
-    scales: tuple  # of k and v: None, a number, "one" or "per head"
+    scales: tuple  # of k and v: None, a number, "one", "per head" or "per token"
     num_splits: int
     forks: tuple  # of each sequence: None, or (an earlier sequence, how many of its first pages it has)
     part: int | None  # pages of the parts of a tree's nodes; None: a call without a tree
@@ -132,6 +133,13 @@ class Inputs:
         return torch.randn(shape, generator=self.generator).to(DEVICE)
 
     def _scale(self, scale):
+        if scale == "per token" and self.case.cache_dtype not in QUANTIZED:
+            return None
+        if scale == "per token":
+            scales = (torch.rand(*self.cache_shape, self.case.num_heads_kv, generator=self.generator) + 0.1) / 16
+            scales[self._is_unused()] = NAN
+            # With the layout "heads first", one after the other for a head; never of stride 1 for heads.
+            return lay_out(scales[..., None], self.case.cache_layout)[..., 0].to(DEVICE)
         if isinstance(scale, str):
             shape = (1 if scale == "one" else self.case.num_heads_kv,)
             return (torch.rand(shape, generator=self.generator) + 0.5).to(DEVICE)
@@ -176,19 +184,26 @@ class Inputs:
 
     def _cache(self, dim, scale):
         case = self.case
-        values = self._randn(*self.cache_shape, case.num_heads_kv, dim).to(case.cache_dtype)
+        values = self._randn(*self.cache_shape, case.num_heads_kv, dim)
+        per_token = getattr(scale, "ndim", 0) == 3
+        values = (24 * values if per_token else values).to(case.cache_dtype)
         exact = values.double()
         if scale is not None:
-            exact *= torch.as_tensor(scale, dtype=torch.float64, device=DEVICE).reshape(-1, 1)
+            scale = torch.as_tensor(scale, dtype=torch.float64, device=DEVICE)
+            exact *= scale.unsqueeze(-1) if per_token else scale.reshape(-1, 1)
         clean = [exact[place][None] for place in self.places]
+        if case.cache_dtype.itemsize == 1:
+            values.view(torch.uint8)[self._is_unused()] = 0x7F  # NaN in both formats of fp8
+        else:
+            values[self._is_unused()] = NAN
+        return lay_out(values, case.cache_layout), clean
+
+    def _is_unused(self):
+        """Slots without a key."""
         unused = torch.ones(self.cache_shape, dtype=torch.bool, device=DEVICE)
         for place in self.places:
             unused[place] = False
-        if case.cache_dtype.itemsize == 1:
-            values.view(torch.uint8)[unused] = 0x7F  # NaN in both formats
-        else:
-            values[unused] = NAN
-        return lay_out(values, case.cache_layout), clean
+        return unused
 
     def expected(self, dtype, upcast):
         """out (rows, heads, dim) and lse (rows, heads) of all sequences, computed in dtype."""
@@ -308,15 +323,19 @@ def check_accesses(case, inputs, accesses):
     of a node is loaded once for each tile of the node's rows."""
     size = case.cache_dtype.itemsize
     tree = None if case.part is None else read_tree(inputs.tree())
-    most = keys_loaded(case, inputs, tree) * case.num_heads_kv * size
+    most = keys_loaded(case, inputs, tree) * case.num_heads_kv
     exactly = max(case.seqlens_q) * case.group_size <= case.config.block_m
     if tree is not None and (case.window_size != (-1, -1) or case.causal):  # a tile has rows that see fewer keys
         exactly = exactly and all(n <= 1 for n in case.seqlens_q) and case.window_size == (-1, -1)
-    for name, head_dim in (("k.ptr", case.head_dim), ("v.ptr", case.head_dim_v)):
+    bytes_of_key = {"k.ptr": size * case.head_dim, "v.ptr": size * case.head_dim_v}
+    for name, scale in (("scales.k_tokens.ptr", inputs.k_scale), ("scales.v_tokens.ptr", inputs.v_scale)):
+        if getattr(scale, "ndim", 0) == 3:
+            bytes_of_key[name] = 4
+    for name, of_key in bytes_of_key.items():
         loaded = accesses.bytes_loaded[name]
-        assert loaded <= most * head_dim
+        assert loaded <= most * of_key
         if exactly:
-            assert loaded == most * head_dim
+            assert loaded == most * of_key
 
 
 def keys_loaded(case, inputs, tree=None):

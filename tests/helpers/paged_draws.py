@@ -2,7 +2,7 @@
 
 from draft_trees import KINDS
 from hypothesis import strategies as st
-from paged_cases import FLOAT8, HEAD_DIMS, LAYOUTS, PAGE_SIZES, Case
+from paged_cases import HEAD_DIMS, LAYOUTS, PAGE_SIZES, QUANTIZED, Case
 from prefix_trees import WHOLE
 from scores import draw_key_shard, draw_scores
 
@@ -34,11 +34,11 @@ def cases(draw, dtype, varlen):
     tree = None
     if key_shard is None and part is None and max(seqlens_q, default=0) <= MAX_DRAFTS:
         tree = draw(st.sampled_from([None, None, *KINDS]))
-    scale = st.sampled_from([None, 0.5, "one", "per head"])
+    scale = st.sampled_from([None, 0.5, "one", "per head", "per token", "per token"])
     return Case(
         varlen=varlen,
         dtype=dtype,
-        cache_dtype=draw(st.sampled_from([dtype, dtype, *FLOAT8])),
+        cache_dtype=draw(st.sampled_from([dtype, dtype, *QUANTIZED])),
         page_size=page_size,
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,

@@ -61,6 +61,14 @@ class Shard(Batch):
         return slots.where(turns % self.world_size == self.rank, -1)
 
 
+def cache_of(batch, layout="HND", kv_cache_dtype="auto"):
+    """A `new_cache` as vLLM makes it for a kv_cache_dtype. With scales in its rows all bytes are those of NaN."""
+    if not kv_cache_dtype.endswith("per_token_head"):
+        return new_cache(batch, layout, torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
+    cache = new_cache(batch, layout, torch.uint8, dim=DIM + 4).fill_(0xFF)
+    return cache.view(torch.int8) if kv_cache_dtype.startswith("int8") else cache
+
+
 def new_cache(batch, layout="HND", dtype=torch.float16, heads_kv=HEADS_KV, dim=DIM):
     """(num_blocks, heads, page, 2 * dim) of NaN in either physical layout; uint8 is fp8."""
     shape = batch.num_blocks, heads_kv, batch.page, 2 * dim
@@ -106,8 +114,14 @@ def expected_attention(batch, q, cache, kv_cache_dtype="auto", dim=DIM, **option
     """What `forward` computes, from the cache's own contents, in fp64."""
     fp8 = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(kv_cache_dtype)
     k_scale, v_scale = (1, 1) if fp8 is None else (LAYER._k_scale, LAYER._v_scale)
-    cache = cache if fp8 is None else cache.view(fp8)
-    k_cache, v_cache = cache.transpose(1, 2).double().flatten(0, 1).split(dim, dim=-1)
+    if kv_cache_dtype.endswith("per_token_head"):  # elements and the bytes of a scale, for keys and for values
+        k_cache, k_scale, v_cache, v_scale = cache.transpose(1, 2).flatten(0, 1).split([dim, 4, dim, 4], dim=-1)
+        dtype = torch.int8 if kv_cache_dtype.startswith("int8") else torch.float8_e4m3fn
+        k_cache, v_cache = (x.contiguous().view(dtype).double() for x in (k_cache, v_cache))
+        k_scale, v_scale = (x.contiguous().view(torch.float32).double() for x in (k_scale, v_scale))
+    else:
+        cache = cache if fp8 is None else cache.view(fp8)
+        k_cache, v_cache = cache.transpose(1, 2).double().flatten(0, 1).split(dim, dim=-1)
     out = torch.zeros(batch.num_actual_tokens, *q.shape[1:], dtype=torch.float64)
     for i in range(batch.num_reqs):
         rows, slots = batch.queries(i), batch.slots(i)

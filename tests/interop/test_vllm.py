@@ -31,7 +31,7 @@ TOLERANCE = dict(atol=4e-3, rtol=4e-3)
 def run(batch, layout="HND", kv_cache_dtype="auto", expected=None, **options):
     """(what `forward` writes, what it should be) in fp64."""
     impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, kv_cache_dtype=kv_cache_dtype, **options)
-    cache = cases.new_cache(batch, layout, torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
+    cache = cases.cache_of(batch, layout, kv_cache_dtype)
     cases.fill_cache(impl, batch, cache)
     metadata = vllm.PagedMetadataBuilder().build(0, batch)
     q = randn(batch.num_tokens, HEADS, DIM, seed=9)
@@ -42,7 +42,15 @@ def run(batch, layout="HND", kv_cache_dtype="auto", expected=None, **options):
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("kv_cache_dtype", [pytest.param("auto", marks=pytest.mark.emulated), "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize(
+    "kv_cache_dtype",
+    [
+        *(pytest.param(name, marks=pytest.mark.emulated) for name in ("auto", "int8_per_token_head")),
+        "fp8",
+        "fp8_e5m2",
+        "fp8_per_token_head",
+    ],
+)
 def test_mixed_prefill_and_decode(layout, kv_cache_dtype):
     torch.testing.assert_close(*run(Batch(MIXED, padding=3), layout, kv_cache_dtype), **TOLERANCE)
 
@@ -169,7 +177,7 @@ def test_metadata_that_is_not_supported_raises(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("use_alibi_sqrt", True), ("chunk_lookback", 2), ("kv_cache_dtype", "int8_per_token_head")]
+    ("name", "value"), [("use_alibi_sqrt", True), ("chunk_lookback", 2), ("kv_cache_dtype", "int4_per_token_head")]
 )
 def test_options_of_a_layer_that_are_not_supported_raise(name, value):
     with pytest.raises(NotImplementedError, match=f"{name}: "):
@@ -603,3 +611,17 @@ def test_the_package_names_its_entry_point():
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     at = lines.index('[project.entry-points."vllm.general_plugins"]')
     assert lines[at + 1] == 'triton_attn = "triton_attn.interop.vllm:register"'
+
+
+@pytest.mark.parametrize(
+    ("cache", "error", "message"),
+    [
+        (torch.zeros(2, 2, 16, 136), TypeError, "kv_cache: expected an int8 or uint8 tensor, got torch.float32"),
+        (torch.zeros(2, 2, 16, 134, dtype=torch.int8), ValueError, r"kv_cache: expected \(num_blocks, num_kv_heads"),
+        (torch.zeros(16, 136, dtype=torch.int8), ValueError, r"got shape \(16, 136\)"),
+        (torch.zeros(2, 2, 16, 138, dtype=torch.int8)[..., 1:137], ValueError, "rows at multiples of 4 bytes"),
+    ],
+)
+def test_caches_that_have_no_scales_in_their_rows(cache, error, message):
+    with pytest.raises(error, match=message):
+        vllm.inline_scales(cache)

@@ -5,6 +5,8 @@ perf/model/loop_model.py, which does not include memory. A decode step whose TB/
 for memory.
 """
 
+import math
+
 import pytest
 import torch
 from host_cost import bare_launches, median_microseconds, python_calls
@@ -14,6 +16,7 @@ from prefix_trees import tree_of_all
 from perf.model import loop_model
 from perf.model.gpus import RATES
 from triton_attn import paged_attention
+from triton_attn.interop.vllm import inline_scales
 from triton_attn.merge import kernel as merge
 from triton_attn.paged import forward
 from triton_attn.toolchain import compile_only, shared_memory_limit
@@ -28,6 +31,9 @@ VARIANTS = {
     "everything": {"alibi_slopes": torch.ones(NUM_HEADS), "softcap": 30.0, "sinks": torch.ones(NUM_HEADS)},
     "fp8": {"cache_dtype": torch.float8_e4m3fn},
     "fp8_e5m2": {"cache_dtype": torch.float8_e5m2},
+    "fp8, token": {"cache_dtype": torch.float8_e4m3fn, "per_token": "apart"},
+    "int8, token": {"cache_dtype": torch.int8, "per_token": "apart"},
+    "int8, inline": {"cache_dtype": torch.int8, "per_token": "inline"},
     "splits": {"num_splits": 4},
     "varlen": {"varlen": True},
     "contiguous": {"contiguous": True},
@@ -47,6 +53,7 @@ KNOWN_SPILLS = {
     ("sm_80", 40, "prefill", "contiguous"): 24,
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
+    ("sm_90", 128, "prefill", "int8, inline"): 16,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
     ("gfx942", 128, "prefill", "fp8"): 64,
@@ -68,7 +75,17 @@ def loop_rate(launch):
     return report.bound * bytes_per_flop, report.lock * bytes_per_flop
 
 
-def arguments(head_dim, seqlen_q, dtype=torch.float16, cache_dtype=None, page_size=16, varlen=False, contiguous=False):
+def arguments(
+    head_dim,
+    seqlen_q,
+    dtype=torch.float16,
+    cache_dtype=None,
+    page_size=16,
+    varlen=False,
+    contiguous=False,
+    per_token=None,
+):
+    """per_token: where scales for each token are, as in `PagedKVCache` ("apart") or as in vLLM's rows ("inline")."""
     q = torch.empty(BATCH, seqlen_q, NUM_HEADS, head_dim, dtype=dtype)
     cache = torch.empty(BATCH * MAX_PAGES, page_size, NUM_HEADS_KV, head_dim, dtype=cache_dtype or dtype)
     given = {"cache_seqlens": torch.empty(BATCH, dtype=torch.int32)}
@@ -79,13 +96,21 @@ def arguments(head_dim, seqlen_q, dtype=torch.float16, cache_dtype=None, page_si
         cache = cache.view(BATCH, -1, NUM_HEADS_KV, head_dim)
     else:
         given["block_table"] = torch.empty(BATCH, MAX_PAGES, dtype=torch.int32)
-    return given | {"q": q, "k_cache": cache, "v_cache": cache}
+    caches = {"k_cache": cache, "v_cache": cache}
+    if per_token == "apart":
+        scales = torch.empty(len(cache), NUM_HEADS_KV, page_size).transpose(1, 2)
+        caches |= {"k_scale": scales, "v_scale": scales}
+    elif per_token == "inline":
+        rows = torch.empty(len(cache), NUM_HEADS_KV, page_size, 2 * head_dim + 8, dtype=cache_dtype)
+        caches = dict(zip(("k_cache", "v_cache", "k_scale", "v_scale"), inline_scales(rows)))
+    return given | {"q": q} | caches
 
 
 def compile_default(arch, head_dim, rows, variant, **changes):
     """rows: new tokens of a sequence, or their name in ROWS."""
     options = {"num_splits": 1} | VARIANTS[variant] | changes
-    shape = {name: options.pop(name) for name in ("dtype", "cache_dtype", "varlen", "contiguous") if name in options}
+    names = "dtype", "cache_dtype", "varlen", "contiguous", "per_token"
+    shape = {name: options.pop(name) for name in names if name in options}
     with compile_only(arch) as launches:
         paged_attention(**arguments(head_dim, ROWS.get(rows, rows), **shape), **options)
     return launches
@@ -100,6 +125,12 @@ SLICE = [
     *(case(arch, d, "decode", "plain", pytest.mark.oldest) for arch in ARCHS for d in (64, 128, 256)),
     *(case(arch, 128, "decode", variant) for arch in ("sm_80", "sm_90") for variant in ("everything", "fp8", "varlen")),
     *(case(arch, 128, "decode", "fp8_e5m2") for arch in ("sm_80", "sm_90", "gfx942")),
+    *(
+        case(arch, 128, rows, variant, pytest.mark.oldest)
+        for arch in ("sm_80", "sm_90")
+        for rows in ("decode", "prefill")
+        for variant in ("fp8, token", "int8, token", "int8, inline")
+    ),
     *(case(arch, 512, rows) for arch in ARCHS for rows in ("decode", "prefill")),
     *(case(arch, 128, "prefill", "varlen", pytest.mark.oldest) for arch in ARCHS),
     *(case(arch, 128, "decode") for arch in ("sm_86", "sm_89", "sm_120")),
@@ -145,7 +176,7 @@ def test_default(arch, head_dim, rows, variant, record_property):
         bound, lock = loop_rate(launch)
         memory = RATES[arch].memory_gbps / 1000
         figure += f"  {lock:.2f} to {bound:.2f} TB/s of {memory:.2f}"
-        assert variant in ("fp8", "fp8_e5m2") or "everything" in variant or head_dim % 16 or lock >= memory
+        assert "8" in variant or "everything" in variant or head_dim % 16 or lock >= memory
     record_property("figure", figure)
     assert launch.shared_bytes <= shared_memory_limit(arch)
     if rows == "decode" or head_dim <= 256 or variant == "plain":
@@ -155,12 +186,11 @@ def test_default(arch, head_dim, rows, variant, record_property):
         assert not fills_registers or loop_model.analyze(launch.kernel).hot.spills == 0
     if rows == "prefill" and arch in ("sm_80", "sm_90"):
         assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's matmuls
-    # Heads of 40 fp8 elements are aligned to 8 bytes only, so nothing is prefetched.
-    by_16_bytes = head_dim * (1 if constants["MANTISSA_BITS"] else 2) % 16 == 0
-    assert (constants["VECTOR_CACHE"] > 1) == by_16_bytes
+    size = 1 if constants["MANTISSA_BITS"] else 2
+    assert constants["VECTOR_CACHE"] == math.gcd(16, 4 if "inline" in variant else 16, head_dim * size) // size
     if arch == "gfx942":
         assert launch.uses_mfma
-    elif by_16_bytes:
+    elif head_dim * size % 4 == 0:  # otherwise nothing is prefetched
         assert launch.uses_cp_async
         assert rows != "prefill" or arch != "sm_90" or launch.uses_wgmma
 

@@ -28,6 +28,11 @@ def arguments(**changes):
     return given | changes
 
 
+def quantized(**changes):
+    caches = {"k_cache": torch.zeros(5, 8, 2, 16).to(torch.int8), "v_cache": torch.zeros(5, 8, 2, 24).to(torch.int8)}
+    return arguments(**caches | changes)
+
+
 def varlen(**changes):
     return arguments(
         q=torch.zeros(6, 4, 16), cu_seqlens_q=torch.tensor([0, 2, 6], dtype=torch.int32), max_seqlen_q=4, **changes
@@ -76,6 +81,14 @@ CASES = [
     (arguments(v_scale=torch.ones(3)), ValueError, "v_scale: expected shape"),
     (arguments(v_scale=torch.ones(2, dtype=torch.float16)), TypeError, "v_scale: expected torch.float32"),
     (arguments(k_scale=torch.ones(4)[::2]), ValueError, "k_scale: expected a contiguous last dimension"),
+    (
+        arguments(v_scale=torch.ones(5, 8, 2)),
+        ValueError,
+        "v_scale: expected no scales per token with a cache",
+    ),
+    (quantized(k_scale=torch.ones(5, 8, 1)), ValueError, r"k_scale: expected shape \(5, 8, 2\)"),
+    (quantized(v_scale=torch.ones(5, 8, 2).half()), TypeError, "v_scale: expected torch.float32, got torch.float16"),
+    (quantized(v_cache=torch.zeros(5, 8, 2, 24).to(torch.float8_e5m2)), TypeError, "v_cache: expected k_cache's dtype"),
     (arguments(num_splits=-1), ValueError, "num_splits: expected 0"),
     (arguments(num_splits=257), ValueError, "num_splits: expected 0 .chosen. to 256"),
     (arguments(num_splits=1.5), TypeError, "num_splits: expected an int"),

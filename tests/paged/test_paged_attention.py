@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import DEVICE, DTYPES, FLOAT8, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, Inputs, check, using
+from paged_cases import DEVICE, DTYPES, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, QUANTIZED, Inputs, check, using
 from prefix_trees import WHOLE
 
 from triton_attn import flash_attention, paged_attention
@@ -60,9 +60,10 @@ def test_keys_of_one_rank(key_shard, options):
 
 @pytest.mark.ci(but_each=5)
 @pytest.mark.oldest
-@pytest.mark.parametrize("cache_dtype", [None, *FLOAT8], ids=str)
+@pytest.mark.parametrize("scales", [("per head", 0.5), ("per token", "per token")], ids=str)
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTIZED], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_bit_of_everything(dtype, cache_dtype):
+def test_a_bit_of_everything(dtype, cache_dtype, scales):
     check(
         replace(
             PLAIN,
@@ -78,13 +79,59 @@ def test_a_bit_of_everything(dtype, cache_dtype):
             softcap=20.0,
             alibi="per sequence",
             sinks=dtype,
-            scales=("per head", 0.5),
+            scales=scales,
             num_splits=2,
             forks=(None, (0, 2), (1, 1), (1, 1)),
             part=1,
             spare_rows=3,
         )
     )
+
+
+PER_TOKEN = [
+    {},
+    dict(scales=("per token", None)),
+    dict(scales=(0.5, "per token"), num_splits=3),
+    dict(page_size=1, window_size=(20, 3)),
+    dict(page_size=64, window_size=(20, -1)),
+    dict(page_size=None, cache_layout="heads first"),
+    dict(cache_layout="heads first", dtype=torch.bfloat16, num_splits=0),
+    dict(cache_layout="wide", dtype=torch.float32, head_dim=256, head_dim_v=71),
+    dict(key_shard=(1, 2, 4), window_size=(40, -1)),
+    dict(tree="any", window_size=(30, 0), alibi="per head"),
+    dict(forks=(None, (0, 2), (0, 2)), part=1, softcap=9.0),
+    dict(config=PagedConfig(64, 32, 8, 1)),
+]
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
+@pytest.mark.parametrize("options", PER_TOKEN, ids=str)
+@pytest.mark.parametrize("cache_dtype", QUANTIZED, ids=str)
+def test_a_scale_for_each_token_and_head(cache_dtype, options):
+    """Scales of slots without a key are NaN, and are not read."""
+    rows = dict(seqlens_q=(3, 3, 3), seqlens_k=(47, 100, 64), scales=("per token", "per token"))
+    check(replace(PLAIN, cache_dtype=cache_dtype, **rows | options))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 6e4])
+@pytest.mark.parametrize("cache_dtype", QUANTIZED, ids=str)
+def test_values_of_any_size_in_fp16(cache_dtype, size):
+    """Weights times scales stay in the range of fp16, and keep their bits."""
+    torch.manual_seed(0)
+    rows = torch.randn(2, 64, 1, 32, device=DEVICE)
+    largest = torch.iinfo(torch.int8).max if cache_dtype == torch.int8 else torch.finfo(cache_dtype).max
+    scales = rows.abs().amax(3) / largest
+    cache = (rows / scales[..., None]).round().to(cache_dtype) if cache_dtype == torch.int8 else None
+    cache = (rows / scales[..., None]).to(cache_dtype) if cache is None else cache
+    scales[..., 0] *= size / rows.abs().max()
+    lengths = torch.tensor([64, 50], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(2, 1, 1, 32, device=DEVICE).half()
+    out = paged_attention(q, cache, cache, lengths, k_scale=1 / largest, v_scale=scales)
+    k, v = cache.double() / largest, cache.double() * scales.double()[..., None]
+    for i, n in enumerate(lengths.tolist()):
+        weights = (q[i, 0, 0].double() @ k[i, :n, 0].T / 32**0.5).softmax(0)
+        torch.testing.assert_close(out[i, 0, 0].double(), weights @ v[i, :n, 0], rtol=2e-3, atol=2e-3 * size)
 
 
 @pytest.mark.parametrize(

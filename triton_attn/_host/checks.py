@@ -14,9 +14,15 @@ from .observers import is_observed
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # further dtypes of caches
+QUANTIZED_BITS = FLOAT8_MANTISSA_BITS | {torch.int8: 7}  # those of keys and values; int8 has no exponent
 MAX_HEAD_DIM = 512
 # Rows of a tensor, or keys of a sequence. Kernels add two positions and a window size in 32 bits.
 MAX_ROWS = 10**9
+
+
+def largest_of(dtype):
+    """The largest finite number of a dtype."""
+    return (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype).max
 
 
 def fail(name: str, expected: object, got: object, error: type[Exception] = ValueError) -> NoReturn:
@@ -183,6 +189,17 @@ def check_cache_scale(name, scale, num_heads_kv, device):
         scale = check_number(name, scale)
         if scale <= 0:
             fail(name, "a number above 0", scale)
+    return scale
+
+
+def check_kv_scale(name, scale, cache):
+    """A factor of a cache (pages, slots, heads, dim), as `check_cache_scale` has it or, of a quantized cache, an fp32
+    tensor (pages, slots, heads) of one for each token and head."""
+    if not isinstance(scale, torch.Tensor) or scale.ndim != 3:
+        return check_cache_scale(name, scale, cache.shape[2], cache.device)
+    if cache.dtype not in QUANTIZED_BITS:
+        fail(name, f"no scales per token with a cache of {cache.dtype}", f"shape {tuple(scale.shape)}")
+    check_tensor(name, scale, tuple(cache.shape[:3]), (torch.float32,), cache.device)
     return scale
 
 

@@ -1,5 +1,6 @@
 """Memory layout of tensors (batch, rows, heads, dim) and (rows, heads, dim), as kernels need it."""
 
+import math
 from typing import Any
 
 import torch
@@ -95,6 +96,11 @@ def vector_elements(element_size, *strides):
     """Elements that a thread loads at once: 16 bytes if all strides but the last are multiples of that, otherwise 1."""
     vector = 16 // element_size
     return vector if all(stride % vector == 0 for s in strides for stride in s[:-1]) else 1
+
+
+def aligned_elements(element_size, base, *strides):
+    """Elements of at most 16 bytes together whose size divides all strides but the last, and base in bytes."""
+    return max(1, math.gcd(16, base, *(stride * element_size for s in strides for stride in s[:-1])) // element_size)
 
 
 def heads_in_l2(bytes_per_head_kv, group_size, num_heads):

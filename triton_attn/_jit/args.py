@@ -98,10 +98,15 @@ class Scale(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Factors of a cache's keys and values; None is 1."""
+    """Factors of a cache's keys and values; None is 1. Of each, one of the two is None: k or k_tokens, v or v_tokens.
+
+    k_tokens and v_tokens are Views of a factor for each slot and head.
+    """
 
     k: Scale | None
     v: Scale | None
+    k_tokens: View | None = None
+    v_tokens: View | None = None
 
 
 def view_of(x):
@@ -113,6 +118,15 @@ def view_of(x):
 def window_of(window, key_shard):
     """The Window (left, right) of all keys, or the ShardWindow of a KeyShard."""
     return Window(*window) if key_shard is None else ShardWindow(*window, *key_shard)
+
+
+def scales_of(k_scale, v_scale):
+    """The Scales of two numbers or tensors, or None. Tensors with three dimensions have a factor for each slot."""
+    k_tokens, v_tokens = (
+        View(x, Strides(*x.stride())) if getattr(x, "ndim", 0) == 3 else None for x in (k_scale, v_scale)
+    )
+    k, v = (k_scale if k_tokens is None else None), (v_scale if v_tokens is None else None)
+    return Scales(scale_of(k), scale_of(v), k_tokens, v_tokens)
 
 
 def scale_of(scale):

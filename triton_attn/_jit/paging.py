@@ -79,6 +79,14 @@ def key_pointers(pages, SLOT_STRIDE: tl.constexpr, keys, ONE_PAGE: tl.constexpr)
 
 
 @triton.jit
+def load_token_scales(scales, cached, mask, head):
+    """The factors of a head of the keys at these Cached positions, (keys,); 0 outside of mask. scales is a View."""
+    offsets = cached.outer * scales.strides.batch + cached.slot * scales.strides.row
+    ptr = scales.ptr + tl.cast(head, tl.int64) * scales.strides.head
+    return tl.load(ptr + offsets, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
 def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
     """Convert e4m3 (3 mantissa bits) or e5m2 (2) elements to fp16, exactly; NaN stays NaN.
 

@@ -83,6 +83,19 @@ def in_vectors(view, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def of_head(view, head, VECTOR: tl.constexpr):
+    """The View of one head, whose addresses the compiler then knows to be multiples of VECTOR elements.
+
+    Triton 3.6 to 3.9 specialise pointers on divisibility by 16 bytes only. From others they load single elements.
+    """
+    ptr = view.ptr + tl.cast(head, tl.int64) * view.strides.head
+    BYTES: tl.constexpr = VECTOR * ptr.dtype.element_ty.primitive_bitwidth // 8
+    if VECTOR > 1 and BYTES < 16:
+        ptr = tl.multiple_of(ptr, BYTES)
+    return View(ptr, view.strides)
+
+
+@triton.jit
 def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
     """acc + a @ b.T under a condition that always holds, but that the compiler cannot evaluate.
 

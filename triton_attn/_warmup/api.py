@@ -8,8 +8,8 @@ import torch
 
 from .._host.backend import is_batch_invariant
 from .._host.checks import (
-    FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
+    QUANTIZED_BITS,
     check_bool,
     check_length,
     check_number,
@@ -83,7 +83,8 @@ def warmup(
             its share, by tensor_parallel_size.
         interleave: of key_shard: keys in a row that a rank holds. It divides page_size.
         dtype: of queries: fp16, bf16 or fp32.
-        kv_cache_dtype: None means dtype. Otherwise float8_e4m3fn or float8_e5m2, with every kind of scale.
+        kv_cache_dtype: None means dtype. Otherwise float8_e4m3fn, float8_e5m2 or int8, with every kind of scale; with
+            scales for each token and head as `PagedKVCache` holds them.
         page_size: tokens per page. None means 16, and 64 for MLA. 0 means a contiguous cache, without block tables.
         causal, window_size, softcap: as calls pass them. A window_size of None means the model's window (window - 1
             keys to the left), or none.
@@ -156,6 +157,8 @@ def warmup(
     shape = _check_shape(tensor_parallel_size, **shape)
     _check_dtypes(**options)
     if shape["kv_lora_rank"] is not None:
+        if options["kv_cache_dtype"] == torch.int8:
+            fail("kv_cache_dtype", "a dtype of latent caches", torch.int8, TypeError)
         _refuse_of_latent_vectors(options | {"window_size": None if windows == [None] else windows})
     page_size = _check_page_size(shape["kv_lora_rank"] is not None, page_size)
     options["interleave"] = check_interleave("interleave", interleave, page_size or interleave)
@@ -222,8 +225,8 @@ def _refuse_of_latent_vectors(options):
 def _check_dtypes(dtype, kv_cache_dtype, **_):
     if dtype not in KERNEL_DTYPES:
         fail("dtype", "float16, bfloat16 or float32", dtype, TypeError)
-    if kv_cache_dtype not in (dtype, *FLOAT8_MANTISSA_BITS):
-        fail("kv_cache_dtype", f"{dtype}, float8_e4m3fn or float8_e5m2", kv_cache_dtype, TypeError)
+    if kv_cache_dtype not in (dtype, *QUANTIZED_BITS):
+        fail("kv_cache_dtype", f"{dtype}, float8_e4m3fn, float8_e5m2 or int8", kv_cache_dtype, TypeError)
 
 
 def _check_page_size(is_mla, page_size):

@@ -114,10 +114,14 @@ class Workload:
 
     @property
     def cache_scales(self):
-        """None, a number, one scale for all heads and one per head. A cache in q's dtype has no scales."""
+        """None, a number, one scale for all heads, one per head, and with pages one per token and head. A cache in q's
+        dtype has no scales."""
         if self.kv_cache_dtype == self.dtype:
             return (None,)
-        return (None, 1.0, torch.empty(1), torch.empty(self.num_heads_kv))
+        scales = None, 1.0, torch.empty(1), torch.empty(self.num_heads_kv)
+        if self.page_size is None:
+            return scales
+        return *scales, torch.empty(1, self.num_heads_kv, self.page_size).transpose(1, 2)  # as in `PagedKVCache`
 
     def qkv(self, *rows):
         heads_and_dims = (

@@ -10,8 +10,9 @@ from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
+    QUANTIZED_BITS,
     check_bool,
-    check_cache_scale,
+    check_kv_scale,
     check_last_contiguous,
     check_latent_scales,
     check_rope_tables,
@@ -44,20 +45,27 @@ def append_kv_cache(
         k_cache[page, offset, h] = rope(k[t, h], positions[t]) / k_scale[h]
         v_cache[page, offset, h] = v[t, h] / v_scale[h],  page, offset = divmod(slot_mapping[t], page_size)
 
-    computed in fp32 and rounded once, to nearest even; fp8 saturates at the largest finite value. With rope_cos and
-    rope_sin, the pair of dimensions (i, i + rotary_dim / 2) of k, or (2 i, 2 i + 1) with rope_interleaved, is rotated
-    by the angle in row positions[t], column i: (a, b) -> (a cos - b sin, b cos + a sin). Dimensions from rotary_dim on
-    stay as they are.
+    computed in fp32 and rounded once, to nearest even; fp8 saturates at the largest finite value, int8 at both ends.
+    Where a scale has three dimensions, it is written too, in the slots of the tokens, from the row after its rotation:
+
+        k_scale[page, offset, h] = max(max |rope(k[t, h])| / largest, 1e-6)
+
+    with the largest number of the dtype, 127, 448 (e4m3) or 57344 (e5m2). A row with NaN or infinity then reads as NaN.
+    In other int8 caches NaN is 0.
+
+    With rope_cos and rope_sin, the pair of dimensions (i, i + rotary_dim / 2) of k, or (2 i, 2 i + 1) with
+    rope_interleaved, is rotated by the angle in row positions[t], column i: (a, b) -> (a cos - b sin, b cos + a sin).
+    Dimensions from rotary_dim on stay as they are.
 
     Args:
         k: (num_tokens, num_heads_kv, head_dim), fp16, bf16 or fp32; the last dimension contiguous.
         v: (num_tokens, num_heads_kv, head_dim_v), k's dtype.
-        k_cache: (num_pages, page_size, num_heads_kv, head_dim), of k's dtype, float8_e4m3fn or float8_e5m2.
+        k_cache: (num_pages, page_size, num_heads_kv, head_dim), of k's dtype, float8_e4m3fn, float8_e5m2 or int8.
         v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), k_cache's dtype.
         slot_mapping: (num_tokens,) int64, page * page_size + offset, each at most once. A token whose slot is negative
             or beyond the cache is skipped, and its other arguments are not read.
-        k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,). None
-            is 1.
+        k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,), or of a
+            cache in fp8 or int8 (num_pages, page_size, num_heads_kv), of any strides, which are written. None is 1.
         rope_cos, rope_sin: (num_positions, rotary_dim / 2), both fp32 or both k's dtype; rotary_dim at most head_dim.
         positions: (num_tokens,) int32 or int64; required with rope_cos. A position past the end of the table uses its
             last row.
@@ -83,18 +91,26 @@ def append_kv_cache(
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
     _check_append(k, v, k_cache, v_cache, slot_mapping)
-    k_number, k_scale = number_and_tensor(check_cache_scale("k_scale", k_scale, k.shape[1], k.device))
-    v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k.shape[1], k.device))
+    k_number, k_scale, k_token_scales = _scale_operands(check_kv_scale("k_scale", k_scale, k_cache))
+    v_number, v_scale, v_token_scales = _scale_operands(check_kv_scale("v_scale", v_scale, v_cache))
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k", k, rope_cos, rope_sin, positions)
-    tensors = k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions
+    scales = k_scale, v_scale, k_token_scales, v_token_scales
+    tensors = k, v, k_cache, v_cache, slot_mapping, *scales, rope_cos, rope_sin, positions
     more = k_number, v_number, rope_interleaved, should_check_values(check_values)
     if not is_observed(*tensors):
         _append_kv_cache(*tensors, *more)
         return
-    names = "k", "v", "k_cache", "v_cache", "slot_mapping", "k_scale", "v_scale", "rope_cos", "rope_sin", "positions"
-    _refuse_transforms(names, tensors)
+    names = "k", "v", "k_cache", "v_cache", "slot_mapping", "k_scale", "v_scale", "k_scale", "v_scale"
+    names += "rope_cos", "rope_sin", "positions"
+    _refuse_transforms(*zip(*((name, x) for name, x in zip(names, tensors) if x is not None)))
     _append_kv_cache_operator(*tensors, *more)
+
+
+def _scale_operands(scale):
+    """(number, tensor that is read, tensor that is written), of which at most one is not None."""
+    number, scale = number_and_tensor(scale)
+    return (number, None, scale) if scale is not None and scale.ndim == 3 else (number, scale, None)
 
 
 def _append_kv_cache(
@@ -105,6 +121,8 @@ def _append_kv_cache(
     slot_mapping: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    k_token_scales: Tensor | None,
+    v_token_scales: Tensor | None,
     rope_cos: Tensor | None,
     rope_sin: Tensor | None,
     positions: Tensor | None,
@@ -113,7 +131,8 @@ def _append_kv_cache(
     rope_interleaved: bool,
     check_values: bool,
 ) -> None:
-    k_factor, v_factor = (k_number if k_scale is None else k_scale), (v_number if v_scale is None else v_scale)
+    k_factor = next((x for x in (k_number, k_scale, k_token_scales) if x is not None), None)
+    v_factor = next((x for x in (v_number, v_scale, v_token_scales) if x is not None), None)
     rope = rope_cos, rope_sin, positions, rope_interleaved
     if check_values:
         _check_append_values(slot_mapping, k_cache, rope_cos, positions)
@@ -139,7 +158,9 @@ def _append_kv_cache(
 
 
 _append_kv_cache_operator = torch.library.custom_op(
-    "triton_attn::append_kv_cache", _append_kv_cache, mutates_args=("k_cache", "v_cache")
+    "triton_attn::append_kv_cache",
+    _append_kv_cache,
+    mutates_args=("k_cache", "v_cache", "k_token_scales", "v_token_scales"),
 )
 
 
@@ -387,7 +408,7 @@ def _check_append(k, v, k_cache, v_cache, slot_mapping):
     check_tensor("k", k, ("num_tokens", "num_heads_kv", "head_dim"), KERNEL_DTYPES, None)
     num_tokens, num_heads_kv, head_dim = k.shape
     check_tensor("v", v, (num_tokens, num_heads_kv, "head_dim_v"), (k.dtype,), k.device)
-    cache_dtypes = (k.dtype, *FLOAT8_MANTISSA_BITS)
+    cache_dtypes = (k.dtype, *QUANTIZED_BITS)
     check_tensor("k_cache", k_cache, ("num_pages", "page_size", num_heads_kv, head_dim), cache_dtypes, k.device)
     check_tensor("v_cache", v_cache, (*k_cache.shape[:3], v.shape[2]), (k_cache.dtype,), k.device)
     for name, x in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):

@@ -95,8 +95,8 @@ def _own_pages(cache, entries):
 def _move(cache, sources, targets):
     """Copy what the slots `sources` hold to the slots `targets`, in all layers; a slot may be in both."""
     if sources.size:
-        sources, targets = cache._to_device(sources), cache._to_device(targets)
+        source_pages, source_slots = map(cache._to_device, np.divmod(sources, cache.page_size))
+        pages, slots = map(cache._to_device, np.divmod(targets, cache.page_size))
         for x in cache._page_tensors():
             bits = x.view(torch.uint8) if x.dtype.itemsize == 1 else x
-            rows = bits.flatten(1, 2)
-            rows.index_copy_(1, targets, rows.index_select(1, sources))
+            bits[:, pages, slots] = bits[:, source_pages, source_slots]

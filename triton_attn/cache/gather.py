@@ -7,9 +7,10 @@ from .._host.backend import should_check_values
 from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
-    check_cache_scale,
+    QUANTIZED_BITS,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_kv_scale,
     check_last_contiguous,
     check_latent_scales,
     check_length,
@@ -42,15 +43,15 @@ def gather_kv_cache(
     table or the cache, are 0.
 
     Args:
-        k_cache: (num_pages, page_size, num_heads_kv, head_dim), fp16, bf16, fp32, float8_e4m3fn or float8_e5m2; the
-            last dimension contiguous.
+        k_cache: (num_pages, page_size, num_heads_kv, head_dim), fp16, bf16, fp32, float8_e4m3fn, float8_e5m2 or int8;
+            the last dimension contiguous.
         v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), k_cache's dtype.
         block_table: (batch, max_pages) int32.
         cu_seqlens_k: (batch + 1,) int32: tokens of sequence b are the rows from cu_seqlens_k[b] to cu_seqlens_k[b + 1].
         num_tokens: rows of the result, at least cu_seqlens_k[-1]. None reads that, with a device-to-host sync.
         seq_starts: (batch,) int32, the first token that is read of each sequence, for chunks of a context. None is 0.
         k_scale, v_scale: factors of cached elements, as in `paged_attention`.
-        dtype: of the result: float16, bfloat16 or float32. None is the cache's, of an fp8 cache bfloat16.
+        dtype: of the result: float16, bfloat16 or float32. None is the cache's, of fp8 and int8 caches bfloat16.
         check_values: check lengths and pages, which costs a device-to-host sync. None follows TRITON_ATTN_CHECK=1.
 
     Returns:
@@ -71,19 +72,16 @@ def gather_kv_cache(
         >>> k.dtype, torch.equal(k[25:], k_cache[7, :14].bfloat16() * 0.5)
         (torch.bfloat16, True)
     """
-    cache_dtypes = (*KERNEL_DTYPES, *FLOAT8_MANTISSA_BITS)
+    cache_dtypes = (*KERNEL_DTYPES, *QUANTIZED_BITS)
     check_tensor("k_cache", k_cache, ("num_pages", "page_size", "num_heads_kv", "head_dim"), cache_dtypes, None)
     check_tensor("v_cache", v_cache, (*k_cache.shape[:3], "head_dim_v"), (k_cache.dtype,), k_cache.device)
     check_last_contiguous("k_cache", k_cache)
     check_last_contiguous("v_cache", v_cache)
-    scales = [
-        check_cache_scale(name, scale, k_cache.shape[2], k_cache.device)
-        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
-    ]
+    scales = check_kv_scale("k_scale", k_scale, k_cache), check_kv_scale("v_scale", v_scale, v_cache)
     dtype = _result_dtype(dtype, k_cache)
     refuse_gradients(k_cache=k_cache, v_cache=v_cache, k_scale=_tensor(k_scale), v_scale=_tensor(v_scale))
     places = _places(k_cache, block_table, cu_seqlens_k, num_tokens, seq_starts, check_values)
-    k, v = (_scaled(_rows(cache, places), scale, dtype) for cache, scale in zip((k_cache, v_cache), scales))
+    k, v = (_read(cache, scale, places, dtype) for cache, scale in zip((k_cache, v_cache), scales))
     return k, v
 
 
@@ -203,6 +201,13 @@ def _rows(cache, places):
     else:
         rows = bits[pages, offsets].masked_fill(~is_token.view(-1, *[1] * (cache.ndim - 2)), 0)
     return rows.view(cache.dtype)
+
+
+def _read(cache, scale, places, dtype):
+    """Rows (tokens, heads, dim) at these places times their scale."""
+    if isinstance(scale, Tensor) and scale.ndim == 3:
+        return (_rows(cache, places).float() * _rows(scale, places).unsqueeze(2)).to(dtype)
+    return _scaled(_rows(cache, places), scale, dtype)
 
 
 def _scaled(x, scale, dtype):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._host.checks import check_size
+from .._host.checks import QUANTIZED_BITS, check_bool, check_size, fail
 from .layers import group_layers
 from .sequences import PagedSequences
 from .sharding import shard_pages
@@ -35,7 +35,7 @@ class PagedKVCache(PagedSequences):
         page_size: tokens on a page.
         num_layers, num_kv_heads, head_dim: of the model.
         head_dim_v: of values; None is head_dim.
-        dtype: of what is stored; with torch.float8_e4m3fn or float8_e5m2 `append_kv_cache` quantises.
+        dtype: of what is stored; with torch.float8_e4m3fn, float8_e5m2 or int8 `append_kv_cache` quantises.
         device: where; None is torch's default device.
         prefix_caching: False: `create` finds nothing.
         mesh: a DeviceMesh of one dimension, whose ranks share the keys: the token at position t is on rank
@@ -52,11 +52,15 @@ class PagedKVCache(PagedSequences):
             still be truncated. Others find a prefix as long as the pages are there that the next token sees. None: all
             layers see all keys, and tables and slots have no dimension of groups.
         record_events: keep what `take_events` returns.
+        token_scales: of a cache in fp8 or int8: keep a scale for each token and head of the keys and of the values.
 
     Attributes:
         k_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim); k_cache[layer] is what kernels take.
         v_cache: (num_layers, num_pages, page_size, num_kv_heads, head_dim_v). Slots that were never written hold
             anything, NaN included.
+        k_scale, v_scale: with token_scales (num_layers, num_pages, page_size, num_kv_heads) fp32, otherwise None;
+            k_scale[layer] is what `append_kv_cache` writes, and what `paged_attention` and `gather_kv_cache` read.
+            They move with their pages.
         page_size: tokens on a page, those of all ranks together.
         layers: a `LayerPlace` (group, cache_layer, window) for each layer, None where it keeps nothing; None without
             layer_windows. Then `k_cache[place.cache_layer]` is what kernels take, with the slots and the block table of
@@ -94,23 +98,45 @@ class PagedKVCache(PagedSequences):
         interleave: int = 1,
         layer_windows: Sequence[int | None] | None = None,
         record_events: bool = False,
+        token_scales: bool = False,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
         num_layers, num_kv_heads, head_dim, head_dim_v = (check_size(*item) for item in sizes.items())
         num_pages, key_shard = shard_pages(
-            mesh, interleave, num_pages, page_size, **sizes, dtype=dtype, layer_windows=layer_windows
+            mesh,
+            interleave,
+            num_pages,
+            page_size,
+            **sizes,
+            dtype=dtype,
+            layer_windows=layer_windows,
+            token_scales=token_scales,
         )
+        if check_bool("token_scales", token_scales) and dtype not in QUANTIZED_BITS:
+            fail("dtype", "int8, float8_e4m3fn or float8_e5m2 with token_scales", dtype, TypeError)
         groups = None if layer_windows is None else group_layers(layer_windows, num_layers)
         super().__init__(num_pages, page_size, device, prefix_caching, key_shard, groups, record_events)
         shape = (num_layers if groups is None else groups.num_cache_layers, num_pages, self._page_slots, num_kv_heads)
         self.k_cache = torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
         self.v_cache = torch.empty((*shape, head_dim_v), dtype=dtype, device=self.device)
+        self.k_scale = self._new_scales(shape) if token_scales else None
+        self.v_scale = self._new_scales(shape) if token_scales else None
+
+    def _new_scales(self, shape):
+        """A kernel reads those of one head: on a page they follow each other."""
+        *pages, slots, heads = shape
+        return torch.empty(*pages, heads, slots, dtype=torch.float32, device=self.device).transpose(2, 3)
 
     def _tree_shape(self):
-        *_, num_kv_heads, head_dim = self.k_cache.shape
-        head_dim_v = self.v_cache.shape[-1]
-        return num_kv_heads, head_dim_v, num_kv_heads * (head_dim + head_dim_v) * self.k_cache.dtype.itemsize
+        num_kv_heads = self.k_cache.shape[-2]
+        token_bytes = sum(num_kv_heads * x.shape[-1] * x.dtype.itemsize for x in self._page_tensors())
+        return num_kv_heads, self.v_cache.shape[-1], token_bytes
 
     def _page_tensors(self):
-        return self.k_cache, self.v_cache
+        """Scales as the bytes of a last dimension, so that they are copied with the elements."""
+        caches = self.k_cache, self.v_cache
+        if self.k_scale is None or self.v_scale is None:
+            return caches
+        dtype = self.k_cache.dtype
+        return *caches, *(x.unsqueeze(4).view(dtype) for x in (self.k_scale, self.v_scale))

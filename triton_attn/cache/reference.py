@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._host.checks import largest_of
 from .._host.definition import rotate
 from .._host.latent import SCALE_BLOCK, latent_parts
 
@@ -33,9 +34,13 @@ def append_kv_cache(
         at = positions[written].clamp(0, len(rope_cos) - 1)
         cos, sin = (table[at].float().unsqueeze(1) for table in (rope_cos, rope_sin))
         k = rotate(k, cos, sin, rope_interleaved)
+    places = slots // k_cache.shape[1], slots % k_cache.shape[1]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        page_size = cache.shape[1]
-        _bits(cache)[slots // page_size, slots % page_size] = _bits(_scaled(x, scale, cache.dtype))
+        if isinstance(scale, Tensor) and scale.ndim == 3:
+            scale[places] = own = _token_scale(x, cache.dtype)
+            _bits(cache)[places] = _bits(_round(x / own.unsqueeze(2), cache.dtype))
+        else:
+            _bits(cache)[places] = _bits(_scaled(x, scale, cache.dtype))
 
 
 @torch.no_grad()
@@ -73,6 +78,13 @@ def append_latent_cache(
         k_pe = rotate(k_pe, cos, sin, rope_interleaved)
     k_pe_scale = k_scale if k_pe_scale is None else k_pe_scale
     _bits(rope_keys)[places] = _bits(_scaled(k_pe, k_pe_scale, rope_keys.dtype))
+
+
+def _token_scale(x, dtype):
+    """Scales (tokens, heads) with which the largest elements of x are those of the dtype; infinity where not all are
+    finite."""
+    largest = torch.full(x.shape[:2], largest_of(dtype), device=x.device)  # by a number, a GPU multiplies
+    return (x.abs().nan_to_num(torch.inf, posinf=torch.inf).amax(dim=2) / largest).clamp(min=1e-6)
 
 
 def _latent_scale(amax):
@@ -113,8 +125,10 @@ def _scaled(x, scale, dtype):
 
 
 def _round(x, dtype):
-    """fp32 to the dtype of a cache; fp8 saturates at its largest finite value, NaN stays NaN."""
-    if dtype.itemsize == 1:
+    """fp32 to the dtype of a cache; fp8 saturates at its largest finite value, NaN stays NaN, in int8 it is 0."""
+    if dtype == torch.int8:
+        x = x.nan_to_num(0.0, posinf=127.0, neginf=-128.0).round().clamp(-128, 127)
+    elif dtype.itemsize == 1:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
     return x.to(dtype)

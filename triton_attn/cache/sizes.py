@@ -2,7 +2,7 @@
 
 import torch
 
-from .._host.checks import check_length
+from .._host.checks import check_bool, check_length, fail
 from .._host.latent import latent_storage
 
 
@@ -15,16 +15,17 @@ def kv_cache_bytes_per_token(
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    token_scales: bool = False,
 ) -> int:
     """Bytes that one token keeps in the KV cache, all layers together.
 
-        MHA, GQA, MQA:  num_layers * num_kv_heads * (head_dim + head_dim_v) * bytes of dtype
+        MHA, GQA, MQA:  num_layers * num_kv_heads * ((head_dim + head_dim_v) * bytes of dtype + 8 with token_scales)
         MLA:            num_layers * (kv_lora_rank + qk_rope_head_dim) * bytes of dtype
         MLA in fp8:     num_layers * (kv_lora_rank + kv_lora_rank / 128 * 4 + qk_rope_head_dim * 2)
 
     MHA has as many KV heads as query heads, MQA has one, GQA a number between. MLA caches one latent vector and one
-    rotary key for all heads. In fp8 the vector has a scale for every 128 elements, and the key is bf16. The scales of
-    other fp8 caches are one per tensor or head, not per token, and are not counted. A sequence holds whole pages of
+    rotary key for all heads. In fp8 the vector has a scale for every 128 elements, and the key is bf16. Scales of
+    other caches are counted if there is one per token. A sequence holds whole pages of
     page_size tokens.
 
     Args:
@@ -32,11 +33,12 @@ def kv_cache_bytes_per_token(
         num_kv_heads, head_dim: of keys and values.
         head_dim_v: of values; None is head_dim.
         kv_lora_rank, qk_rope_head_dim: of MLA, in place of num_kv_heads and head_dim.
-        dtype: of the cache, as `PagedKVCache` and `LatentKVCache` take it.
+        dtype, token_scales: of the cache, as `PagedKVCache` and `LatentKVCache` take them.
 
     Raises:
         TypeError: neither form is given, or both; a dtype that no latent cache has.
-        ValueError: a latent cache in fp8 whose kv_lora_rank is no multiple of 128, or qk_rope_head_dim is odd.
+        ValueError: token_scales with a latent cache; one in fp8 whose kv_lora_rank is no multiple of 128, or whose
+            qk_rope_head_dim is odd.
 
     Example:
         >>> triton_attn.kv_cache_bytes_per_token(num_layers=32, num_kv_heads=8, head_dim=128)  # Llama-3-8B
@@ -54,10 +56,13 @@ def kv_cache_bytes_per_token(
     if head_dim_v is None:
         heads["head_dim_v"] = head_dim
     num_layers = check_length("num_layers", num_layers)
+    token_scales = check_bool("token_scales", token_scales)
     if is_mla:
+        if token_scales:
+            fail("token_scales", "False with kv_lora_rank", True)
         kv_lora_rank, qk_rope_head_dim = (check_length(*item) for item in latent.items())
         dtype, elements = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
-    else:
-        num_kv_heads, head_dim, head_dim_v = (check_length(*item) for item in heads.items())
-        elements = num_kv_heads * (head_dim + head_dim_v)
-    return num_layers * elements * dtype.itemsize
+        return num_layers * elements * dtype.itemsize
+    num_kv_heads, head_dim, head_dim_v = (check_length(*item) for item in heads.items())
+    scale_bytes = 2 * torch.float32.itemsize if token_scales else 0
+    return num_layers * num_kv_heads * ((head_dim + head_dim_v) * dtype.itemsize + scale_bytes)

@@ -1,5 +1,6 @@
 """The back ends of `interop.vllm` as classes of vLLM, which imports this module when one of them is selected."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +25,14 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 from vllm.v1.attention.ops.dcp import cp_lse_ag_out_rs, dcp_a2a_lse_reduce
+from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
 from .vllm import (
     FP8_DTYPES,
     LATENT_FP8_DTYPES,
     PLAIN_DTYPES,
+    SCALE_BYTES,
+    TOKEN_DTYPES,
     LatentAttention,
     LatentMetadataBuilder,
     PagedAttention,
@@ -36,6 +40,8 @@ from .vllm import (
     PagedMetadataBuilder,
     unsupported_cache_dtype,
 )
+
+TOKEN_MODES = KVQuantMode.INT8_PER_TOKEN_HEAD, KVQuantMode.FP8_PER_TOKEN_HEAD
 
 
 class AttentionPlusBuilder(PagedMetadataBuilder, AttentionMetadataBuilder[PagedMetadata]):
@@ -95,7 +101,7 @@ class _PlusFacts:
 class AttentionPlusBackend(_PlusFacts, AttentionBackend):
     """TRITON_ATTN_PLUS."""
 
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, *FP8_DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *PLAIN_DTYPES, *FP8_DTYPES, *TOKEN_DTYPES]
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -109,6 +115,14 @@ class AttentionPlusBackend(_PlusFacts, AttentionBackend):
     @staticmethod
     def get_builder_cls():
         return AttentionPlusBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Room for the scales of a cache with one for each token and head, see `inline_scales`."""
+        if spec.state_content_bytes is not None or spec.kv_quant_mode not in TOKEN_MODES:
+            return spec
+        content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize + 2 * SCALE_BYTES
+        return replace(spec, state_content_bytes=content)
 
     @classmethod
     def supports_head_size(cls, head_size):

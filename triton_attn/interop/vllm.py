@@ -8,7 +8,8 @@ from its abstract classes. The interface is that of vLLM 0.33. With another vers
 nothing.
 
 The cache of attention is (num_blocks, num_kv_heads, block_size, 2 * head_size), a key and its value side by side. Any
-physical layout is supported, HND and NHD among them. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
+physical layout is supported, HND and NHD among them. With a scale for each token and head, `inline_scales` says what
+it holds. The cache of MLA is (num_blocks, block_size, kv_lora_rank +
 qk_rope_head_dim), or uint8 with 656 bytes for each token ("fp8_ds_mla"). A cache in fp8 with one scale per tensor is
 passed as uint8 or as fp8.
 """
@@ -30,7 +31,7 @@ from ..paged import paged_attention
 from .support import Support
 
 SUPPORT = Support(
-    functions=("register",),
+    functions=("register", "inline_scales"),
     on_cpu="the classes without vLLM, by the references or in the interpreter",
     refused={
         "output_scale": "a tensor, for fused output quantization",
@@ -38,7 +39,7 @@ SUPPORT = Support(
         "mm_req_doc_ranges": "ranges, for prefixes that see both ways",
         "use_alibi_sqrt": "True",
         "chunk_lookback": "a number of chunks",
-        "kv_cache_dtype": "neither the model's dtype nor fp8, e5m2 with MLA",
+        "kv_cache_dtype": "int4, other plain dtypes than the model's; for MLA e5m2, and scales per token",
         "logits_soft_cap": "a number, for MLA",
         "sliding_window": "a number, for MLA",
         "qk_rope_head_dim": "0, for MLA with fp8_ds_mla",
@@ -51,6 +52,8 @@ VERSION = "0.33"
 BACKENDS = {"TRITON_ATTN_PLUS": "AttentionPlusBackend", "TRITON_ATTN_PLUS_MLA": "LatentPlusBackend"}
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 LATENT_FP8_DTYPES = {name: FP8_DTYPES[name] for name in ("fp8", "fp8_e4m3")}  # as vLLM's layer reads its cache
+TOKEN_DTYPES = {"int8_per_token_head": torch.int8, "fp8_per_token_head": torch.float8_e4m3fn}
+SCALE_BYTES = torch.float32.itemsize
 PLAIN_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # "auto" is the model's dtype
 SCALE_BLOCK = 128  # elements of a latent vector that share a scale in the fp8_ds_mla layout
 
@@ -135,6 +138,50 @@ def unsupported_cache_dtype(dtype: torch.dtype, kv_cache_dtype: str | None) -> s
     if PLAIN_DTYPES.get(kv_cache_dtype or "auto", dtype) == dtype:
         return None
     return f"kv_cache_dtype: expected the model's dtype {dtype} or fp8, got {kv_cache_dtype}"
+
+
+def inline_scales(kv_cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views (k_cache, v_cache, k_scale, v_scale) of a cache in int8_per_token_head or fp8_per_token_head.
+
+    A row of the cache is [key, its scale, value, its scale]: head_size elements of a byte, an fp32 number, and the same
+    again. Nothing is copied: `append_kv_cache`, `paged_attention` and `gather_kv_cache` take the views.
+
+    Args:
+        kv_cache: (num_blocks, num_kv_heads, block_size, 2 * (head_size + 4)), int8, or uint8 for fp8 (e4m3), of any
+            strides that are multiples of 4, the last dimension contiguous. head_size is a multiple of 4.
+
+    Returns:
+        k_cache, v_cache (num_blocks, block_size, num_kv_heads, head_size) in int8 or float8_e4m3fn; k_scale, v_scale
+        (num_blocks, block_size, num_kv_heads) in float32.
+
+    Raises:
+        TypeError, ValueError: kv_cache is no such tensor.
+
+    Example:
+        >>> from triton_attn.interop.vllm import inline_scales
+        >>> k_cache, v_cache, k_scale, v_scale = inline_scales(torch.zeros(8, 2, 16, 2 * (64 + 4), dtype=torch.int8))
+        >>> v_cache.shape, v_scale.shape, v_scale.stride()
+        (torch.Size([8, 16, 2, 64]), torch.Size([8, 16, 2]), (1088, 34, 544))
+    """
+    if not isinstance(kv_cache, Tensor) or kv_cache.dtype not in (torch.int8, torch.uint8):
+        got = kv_cache.dtype if isinstance(kv_cache, Tensor) else type(kv_cache).__name__
+        raise TypeError(f"kv_cache: expected an int8 or uint8 tensor, got {got}")
+    if kv_cache.ndim != 4 or kv_cache.shape[3] <= 2 * SCALE_BYTES or kv_cache.shape[3] % (2 * SCALE_BYTES):
+        raise ValueError(
+            "kv_cache: expected (num_blocks, num_kv_heads, block_size, 2 * (head_size + 4)) with a head_size that 4 "
+            f"divides, got shape {tuple(kv_cache.shape)}"
+        )
+    if kv_cache.stride(3) != 1 or any(n % SCALE_BYTES for n in (kv_cache.data_ptr(), *kv_cache.stride()[:3])):
+        raise ValueError(
+            f"kv_cache: expected rows at multiples of {SCALE_BYTES} bytes, got address {kv_cache.data_ptr():#x}, "
+            f"strides {kv_cache.stride()}"
+        )
+    width = kv_cache.shape[3] // 2 - SCALE_BYTES
+    rows = kv_cache.transpose(1, 2)
+    elements = rows if kv_cache.dtype == torch.int8 else rows.view(torch.float8_e4m3fn)
+    numbers = rows.view(torch.float32)
+    v_start, k_end = width + SCALE_BYTES, width // SCALE_BYTES
+    return elements[..., :width], elements[..., v_start : v_start + width], numbers[..., k_end], numbers[..., -1]
 
 
 @dataclass
@@ -235,8 +282,8 @@ class PagedAttention:
         for name, value in others.items():  # use_alibi_sqrt, chunk_lookback, and what later versions add
             if value not in (None, False, -1):
                 raise NotImplementedError(f"{name}: not supported by TRITON_ATTN_PLUS, got {value}")
-        if kv_cache_dtype not in ("auto", *PLAIN_DTYPES, *FP8_DTYPES):
-            known = ", ".join(("auto", *PLAIN_DTYPES, *FP8_DTYPES))
+        if kv_cache_dtype not in ("auto", *PLAIN_DTYPES, *FP8_DTYPES, *TOKEN_DTYPES):
+            known = ", ".join(("auto", *PLAIN_DTYPES, *FP8_DTYPES, *TOKEN_DTYPES))
             raise NotImplementedError(f"kv_cache_dtype: expected {known}, got {kv_cache_dtype}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -307,9 +354,8 @@ class PagedAttention:
         if self.is_encoder:
             return
         num_tokens = slot_mapping.shape[0]
-        append_kv_cache(
-            key[:num_tokens], value[:num_tokens], *self._split(kv_cache), slot_mapping, **self._scales(layer)
-        )
+        caches, scales = self._split(layer, kv_cache)
+        append_kv_cache(key[:num_tokens], value[:num_tokens], *caches, slot_mapping, **scales)
 
     def _attend_to_new(self, query, key, value, metadata, causal):
         """Attention of the batch's tokens to each other."""
@@ -319,18 +365,17 @@ class PagedAttention:
 
     def _attend_to_cache(self, layer, query, kv_cache, metadata, lengths, **options):
         """Attention to the first lengths[i] keys of each request i in the cache."""
-        k_cache, v_cache = self._split(kv_cache)
+        caches, scales = self._split(layer, kv_cache)
         return paged_attention(
             query,
-            k_cache,
-            v_cache,
+            *caches,
             lengths,
             metadata.block_table,
             cu_seqlens_q=metadata.query_start_loc,
             max_seqlen_q=metadata.max_query_len,
             batch_invariant=self.batch_invariant,
             **options,
-            **self._scales(layer),
+            **scales,
         )
 
     def _attend_across_ranks(self, layer, new, kv_cache, metadata):
@@ -372,11 +417,14 @@ class PagedAttention:
             options["sinks"] = sinks if sinks.dtype == query.dtype else sinks.float()
         return options
 
-    def _split(self, kv_cache):
-        """Views (num_blocks, block_size, num_kv_heads, head_size) of the keys and of the values."""
+    def _split(self, layer, kv_cache):
+        """Views (num_blocks, block_size, num_kv_heads, head_size) of the keys and of the values, and their scales."""
+        if self.kv_cache_dtype in TOKEN_DTYPES:
+            *caches, k_scale, v_scale = inline_scales(kv_cache)
+            return caches, dict(k_scale=k_scale, v_scale=v_scale)
         if self.fp8_dtype is not None:
             kv_cache = kv_cache.view(self.fp8_dtype)
-        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1), self._scales(layer)
 
     def _scales(self, layer):
         """The layer's scales, (1,) or (num_kv_heads,), of an fp8 cache. The views are kept: making them takes time."""

@@ -10,13 +10,13 @@ from torch import Tensor
 from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
 from .._host.checks import (
-    FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
+    QUANTIZED_BITS,
     check_bool,
-    check_cache_scale,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_kv_scale,
     check_last_contiguous,
     check_max_seqlen,
     check_tensor,
@@ -116,14 +116,15 @@ def paged_attention(
         out[b, i, h] = sum_j softmax_j(s[b, h, i, j]) v[b, j],  s as in `flash_attention`
         k[b, j] = k_scale[h // group_size] * k_cache[block_table[b, j // page_size], j % page_size, h // group_size]
 
-    and v likewise, over the keys j < cache_seqlens[b] that query i sees. The queries of a sequence are its last tokens:
-    query i has position cache_seqlens[b] - seqlen_q + i. Append their keys and values before the call.
+    and v likewise, over the keys j < cache_seqlens[b] that query i sees. A k_scale of each token has the indices of
+    k_cache. The queries of a sequence are its last tokens: query i has position cache_seqlens[b] - seqlen_q + i. Append
+    their keys and values before the call.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q; fp16, bf16
             or fp32; head_dim 1 to 512. Any strides, the last dimension contiguous.
         k_cache: (num_pages, page_size, num_heads_kv, head_dim) with a block_table, (batch, seqlen_cache, num_heads_kv,
-            head_dim) without; q's dtype, float8_e4m3fn or float8_e5m2. num_heads_kv divides num_heads_q.
+            head_dim) without; q's dtype, float8_e4m3fn, float8_e5m2 or int8. num_heads_kv divides num_heads_q.
         v_cache: k_cache's shape but for head_dim_v, 1 to 512, its own; k_cache's dtype.
         cache_seqlens: (batch,) int32 on q's device, the number of keys of each sequence, new ones included. May be 0.
             A length above the capacity, max_pages * page_size or seqlen_cache, counts as the capacity.
@@ -143,8 +144,10 @@ def paged_attention(
             popcount(bits >> j). Where the order of the drafts puts parents first, that is their depth in the tree.
             window_size and alibi_slopes count from these positions, and causal and the right side of the window have
             nothing to hide. Bits from seqlen_q on do not count.
-        k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,). None
-            is 1.
+        k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,), or, of
+            a cache in fp8 or int8, (num_pages, page_size, num_heads_kv), (batch, seqlen_cache, num_heads_kv) without a
+            block_table, of any strides: one for each token and head. None is 1. With fp16 queries, such a v_scale times
+            the largest number of the cache's dtype is in the range of fp16, as those are that `append_kv_cache` writes.
         num_splits: splits of the keys of a sequence, computed in parallel and merged. 0 chooses by the shapes. With the
             same num_splits and max_seqlen_q, and without a prefix_tree, the result for a sequence is bitwise the same
             in every batch.
@@ -213,9 +216,9 @@ def paged_attention(
     options = with_tensors(options, q, batch, alibi_slopes, sinks)
     k_number = v_number = None
     if k_scale is not None:
-        k_number, k_scale = number_and_tensor(check_cache_scale("k_scale", k_scale, k_cache.shape[2], q.device))
+        k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))
     if v_scale is not None:
-        v_number, v_scale = number_and_tensor(check_cache_scale("v_scale", v_scale, k_cache.shape[2], q.device))
+        v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
     num_splits = check_num_splits(num_splits)
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     key_shard = None if key_shard is None else check_key_shard(key_shard, k_cache.shape[1])
@@ -430,8 +433,8 @@ def _check_tensors(
     if dtype not in KERNEL_DTYPES and (dtype != torch.float64 or use_kernel(q)):
         fail("q", "float16, bfloat16 or float32", dtype, TypeError)
     cache_dtype = k_cache.dtype
-    if cache_dtype != dtype and cache_dtype not in FLOAT8_MANTISSA_BITS:
-        fail("k_cache", f"q's dtype {dtype}, float8_e4m3fn or float8_e5m2", cache_dtype, TypeError)
+    if cache_dtype != dtype and cache_dtype not in QUANTIZED_BITS:
+        fail("k_cache", f"q's dtype {dtype}, float8_e4m3fn, float8_e5m2 or int8", cache_dtype, TypeError)
     if v_cache.dtype != cache_dtype:
         fail("v_cache", f"k_cache's dtype {cache_dtype}", v_cache.dtype, TypeError)
     layout, is_paged = layout_of(q, k_cache, v_cache), block_table is not None

@@ -21,8 +21,8 @@ class PagedCase(NamedTuple):
     """What the config of a call depends on.
 
     rows: of a sequence and KV head, at most seqlen_q * group_size. A tile has no more rows than that, but at least 16,
-    for tensor cores. loads_vectors: whether keys and values can be loaded 16 bytes at a time. is_plain: with pages,
-    without softcap and ALiBi, as sweeps time it. seqlen_k: capacity of the cache for a sequence.
+    for tensor cores. loads_vectors: whether keys and values can be loaded 4 bytes or more at a time. is_plain: with
+    pages, without softcap and ALiBi, as sweeps time it. seqlen_k: capacity of the cache for a sequence.
     """
 
     arch: str

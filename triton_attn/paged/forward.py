@@ -8,12 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
+from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, QUANTIZED_BITS, check_rows, largest_of
 from .._host.device import arch_of, input_precision, launch
 from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.layout import (
     INDICES,
+    aligned_elements,
     batch_head_strides,
     clear_outputs,
     tiles_each,
@@ -24,8 +25,9 @@ from .._host.observers import number_and_tensor
 from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
-from .._jit.args import Scales, Scores, Splits, Strides, View, scale_of, window_of
+from .._jit.args import Scales, Scores, Splits, Strides, View, scales_of, window_of
 from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
+from .._jit.decode import decode_pieces
 from .._jit.drafts import (
     Drafts,
     TreeMask,
@@ -49,15 +51,16 @@ from .._jit.heads import (
     spare_rows,
 )
 from .._jit.masks import scale_scores
-from .._jit.paging import cache_rows, decode_tile
+from .._jit.paging import cache_rows, load_token_scales
 from .._jit.shards import num_cached, scale_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, merge_weights, softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import dot_add, dot_transposed, load_tile, merge_rows, scale_rows, store_tile, zeros_tile
-from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors
+from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors, of_head
 from ..merge.kernel import launch_merge
 from ..merge.splits import FIXED_KEYS, PROGRAM_RATE, SplitWork, choose_num_splits, fixed_splits, resident_programs
 from .configs import PagedCase, PagedConfig, fixed_rows
 
+ASYNC_BYTES = 4  # that a thread can copy to shared memory while others compute
 WIDEST: tl.constexpr = tl.constexpr(256)  # columns of a piece: no default config spills
 # Lengths, and values computed from them: a new length must not cause a compilation.
 LENGTHS = [
@@ -93,7 +96,8 @@ class Tile(NamedTuple):
     FOLD_SCALE: bool  # scores are scaled in the exponential
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
     FOLD: bool  # one program computes all splits of its rows, in order
-    MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
+    MANTISSA_BITS: int  # of an fp8 cache, held as uint8, or int8; otherwise 0
+    V_UNIT: int  # see `_unit_of`
     NATIVE_FLOAT8: bool  # the GPU converts fp8
     CUT_CHAIN: bool  # see `dot_in_if`; no registers are left for what LICM would hoist
     VECTOR: int  # divides the strides of q
@@ -256,7 +260,7 @@ def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.co
     if TILE.MANTISSA_BITS == 0:
         return tile
     else:
-        return decode_tile(tile, TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8, dtype)
+        return decode_pieces(tile, TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8, dtype)
 
 
 @triton.jit
@@ -377,8 +381,8 @@ def _paged_fwd_kernel(
     place = rows.place
     q_rows = row_offsets(place.batch, place.query, place.head, q.strides)
     q_tile = load_tile(q.ptr + q_rows[:, None], place.mask, TILE.HEAD_DIM, WIDEST)  # (BLOCK_M, HEAD_DIM)
-    k = View(k.ptr + tl.cast(head_kv, tl.int64) * k.strides.head, k.strides)
-    v = View(v.ptr + tl.cast(head_kv, tl.int64) * v.strides.head, v.strides)
+    k = of_head(k, head_kv, TILE.VECTOR_CACHE)
+    v = of_head(v, head_kv, TILE.VECTOR_CACHE)
     if block_table_ptr is not None:
         block_table_ptr += tl.cast(rows.table_row, tl.int64) * table_stride
     if scales.k is not None:
@@ -389,7 +393,9 @@ def _paged_fwd_kernel(
         slopes = _load_slopes(scores.alibi, rows)
     if scales.v is not None:
         out_factor *= tl.load(scales.v.value + head_kv * scales.v.head_stride)
-    keys = Keys(k, v, block_table_ptr, sinks_ptr)
+    if scales.v_tokens is not None:
+        out_factor /= TILE.V_UNIT
+    keys = Keys(k, v, scales.k_tokens, scales.v_tokens, head_kv, block_table_ptr, sinks_ptr)
     scoring = Scoring(scores, slopes, out_factor)
     if TILE.FOLD:
         out_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)
@@ -415,6 +421,9 @@ class Keys(NamedTuple):
 
     k: object
     v: object
+    k_scales: object  # Views of all heads, or None
+    v_scales: object
+    head: object
     table_ptr: object
     sinks_ptr: object
 
@@ -458,11 +467,15 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
                 s = dot_in_ifs(q_tile, k_tile, s, start_n, blocks, INPUT_PRECISION)
             else:
                 s = dot_transposed(q_tile, k_tile, INPUT_PRECISION)  # (BLOCK_M, BLOCK_N)
+            if keys.k_scales is not None:
+                s *= load_token_scales(keys.k_scales, cached, keys_mask, keys.head)[None, :]
             if not TILE.FOLD_SCALE:
                 s = _scale(s, scoring, rows, start_n, q_tile[0].dtype == tl.float32, TILE.TREE and not FULL, TILE)
             if not FULL:
                 s = mask_scores_of_rows(s, rows, start_n, scores.window, TILE)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
+            if keys.v_scales is not None:
+                p *= (load_token_scales(keys.v_scales, cached, keys_mask, keys.head) * TILE.V_UNIT)[None, :]
             v_tile = _load_cached(keys.v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
             if BLOCK_M >= 64:
                 fence_copies()
@@ -497,7 +510,7 @@ class Problem(NamedTuple):
     has_alibi: bool
     has_tree_mask: bool
     key_shard: KeyShard | None
-    bases_aligned: bool  # k_cache and v_cache start at multiples of 16 bytes
+    base: int  # up to 16 bytes of which k_cache and v_cache start at multiples
     arch: str
     precision: str  # of fp32 matmuls
     num_sms: int
@@ -625,7 +638,7 @@ def _scales_and_scores(call, plan):
     (k_number, k_tensor), (v_number, v_tensor) = number_and_tensor(k_scale), number_and_tensor(v_scale)
     if k_number is not None:
         scores = scores._replace(scale_log2=scores.scale_log2 * k_number)
-    return Scales(scale_of(k_tensor), scale_of(v_tensor)), scores, 1.0 if v_number is None else v_number
+    return scales_of(k_tensor, v_tensor), scores, 1.0 if v_number is None else v_number
 
 
 NO_SCALES = Scales(None, None)
@@ -653,7 +666,7 @@ def _problem_of(call, out, config):
         alibi_slopes is not None,
         options.tree_mask is not None,
         call.key_shard,
-        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,
+        math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16),
         arch,
         input_precision(dtype, arch),
         count_sms(q.device, arch),
@@ -689,9 +702,7 @@ def _plan_pass(problem, shared):
     num_rows = math.prod(shape_q[:-2]) * group_size  # of a KV head
     longest = (problem.tree.longest if shared else problem.max_seqlen_q) * group_size
     is_paged = problem.table_width is not None
-    vector_cache = 1
-    if problem.bases_aligned:
-        vector_cache = vector_elements(problem.cache_dtype.itemsize, strides_k, strides_v)
+    vector_cache = aligned_elements(problem.cache_dtype.itemsize, problem.base, strides_k, strides_v)
     case = PagedCase(
         arch=problem.arch,
         dtype=problem.dtype,
@@ -699,7 +710,7 @@ def _plan_pass(problem, shared):
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         rows=fixed_rows(max(head_dim, head_dim_v)) if problem.batch_invariant else longest,
-        loads_vectors=vector_cache > 1,
+        loads_vectors=vector_cache * problem.cache_dtype.itemsize >= ASYNC_BYTES,
         is_plain=problem.fold_scale and is_paged,
         seqlen_k=1 if problem.batch_invariant else problem.capacity,
         page_size=slots,
@@ -724,7 +735,7 @@ def _plan_pass(problem, shared):
             num_splits = choose_num_splits(work)
     if in_turn:
         num_splits = 1
-    mantissa_bits = FLOAT8_MANTISSA_BITS.get(problem.cache_dtype, 0)
+    mantissa_bits = QUANTIZED_BITS.get(problem.cache_dtype, 0)
     tile = Tile(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -741,6 +752,7 @@ def _plan_pass(problem, shared):
         SPLIT_KEYS=FIXED_KEYS if problem.batch_invariant else 0,
         FOLD=in_turn,
         MANTISSA_BITS=mantissa_bits,
+        V_UNIT=_unit_of(problem.cache_dtype),
         NATIVE_FLOAT8=mantissa_bits in gpu_of(problem.arch).native_fp8,
         CUT_CHAIN=repeats_chains(problem.arch, config.block_m, config.num_warps),
         VECTOR=vector_elements(problem.dtype.itemsize, strides_q),
@@ -750,6 +762,17 @@ def _plan_pass(problem, shared):
     constants = dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages)
     num_results = problem.tree.num_slots if shared else num_splits
     return Pass(num_tiles * num_splits * num_heads_kv, num_tiles, num_splits, num_results, constants)
+
+
+def _unit_of(cache_dtype):
+    """The power of two by which weights are larger in the matmul with values that have a scale per token.
+
+    Such a scale is the largest of its elements over the largest number of the dtype, so that with this factor a weight
+    times its scale is about as large as that element. Without it fp16 has no bits for the weights of small values.
+    """
+    if cache_dtype not in QUANTIZED_BITS:
+        return 1
+    return 1 << (int(largest_of(cache_dtype)).bit_length() - 1)
 
 
 def _work_of(problem, case, config, num_programs):

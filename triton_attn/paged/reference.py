@@ -73,13 +73,18 @@ def paged_attention(
 
 def _cached(cache, i, seqlen, block_table, scale, dtype):
     """(seqlen, heads, dim) of sequence i."""
+    rows = _rows_of(cache, i, seqlen, block_table).to(dtype)
+    if scale is None:
+        return rows
+    if isinstance(scale, Tensor) and scale.ndim == 3:
+        return rows * _rows_of(scale, i, seqlen, block_table).to(dtype).unsqueeze(2)
+    return rows * torch.as_tensor(scale, dtype=dtype, device=cache.device).reshape(-1, 1)
+
+
+def _rows_of(cache, i, seqlen, block_table):
+    """(seqlen, heads, ...) of sequence i, as they are cached."""
     if block_table is None:
-        rows = cache[i, :seqlen].to(dtype)
-    else:
-        page_size = cache.shape[1]
-        pages = block_table[i, : -(-seqlen // page_size)].long()
-        bits = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
-        rows = bits[pages].view(cache.dtype).flatten(0, 1)[:seqlen].to(dtype)
-    if scale is not None:
-        rows = rows * torch.as_tensor(scale, dtype=dtype, device=cache.device).reshape(-1, 1)
-    return rows
+        return cache[i, :seqlen]
+    pages = block_table[i, : -(-seqlen // cache.shape[1])].long()
+    bits = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
+    return bits[pages].view(cache.dtype).flatten(0, 1)[:seqlen]

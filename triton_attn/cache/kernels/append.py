@@ -6,15 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._host.checks import FLOAT8_MANTISSA_BITS
+from ..._host.checks import FLOAT8_MANTISSA_BITS, QUANTIZED_BITS
 from ..._host.device import launch
 from ..._host.layout import INDICES, without_dim
 from ..._host.tuned import remember
-from ..._jit.args import Scales, Strides, View, scale_of
+from ..._jit.args import Strides, View, scales_of
 from ..._jit.heads import row_offsets
 from ..._jit.rope import Rotation, load_rotated, rope_of
 
 TILE_ELEMENTS = 4096
+LEAST_SCALE: tl.constexpr = tl.constexpr(1e-6)
 
 
 class Tile(NamedTuple):
@@ -28,7 +29,7 @@ class Tile(NamedTuple):
     ROTARY_DIM: int  # 0: nothing is rotated
     INTERLEAVED: bool
     PAGE_SIZE: int
-    MANTISSA_BITS: int  # of an fp8 cache, held as uint8; otherwise 0
+    MANTISSA_BITS: int  # of an fp8 cache, held as uint8, or int8; otherwise 0
 
 
 @triton.jit
@@ -55,16 +56,57 @@ def encode_float8(x, MANTISSA_BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(x, cache, scale, slots, heads, mask, TILE: tl.constexpr):
-    """Store rows of fp32 x (BLOCK_ROWS, BLOCK_D) in their slots, divided by the scale."""
-    if scale is not None:
+def _encode_int8(x):
+    """fp32 x to the nearest int8, ties to the even one; NaN to 0."""
+    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -128.0), 127.0)
+    # The last bit of 1.5 * 2^23 is worth 1: the sum is rounded to an integer, whose byte is the lowest one.
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+class Rows(NamedTuple):
+    """Where rows go, and which are written."""
+
+    slots: object
+    heads: object
+    written: object
+
+
+@triton.jit
+def _offsets_of(rows, strides, TILE: tl.constexpr):
+    """Offsets of Rows in a cache with these strides."""
+    return row_offsets(rows.slots // TILE.PAGE_SIZE, rows.slots % TILE.PAGE_SIZE, rows.heads, strides)
+
+
+@triton.jit
+def _store_scales(x, scales, rows, TILE: tl.constexpr):
+    """Store and return the scales of rows, (BLOCK_ROWS,): with them the largest element is that of the dtype. Infinity
+    or NaN in a row gives infinity, so that all of it reads as NaN."""
+    LARGEST: tl.constexpr = 127.0 if TILE.MANTISSA_BITS == 7 else 448.0 if TILE.MANTISSA_BITS == 3 else 57344.0
+    amax = tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1)
+    factors = tl.maximum(tl.math.div_rn(amax, LARGEST), LEAST_SCALE)
+    tl.store(scales.ptr + _offsets_of(rows, scales.strides, TILE), factors, mask=rows.written)
+    return factors
+
+
+@triton.jit
+def _store_rows(x, cache, scale, token_scales, rows, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """Store Rows of fp32 x (BLOCK_ROWS, BLOCK_D), divided by the scale or by their own, which are stored too."""
+    if token_scales is not None:
+        x = tl.math.div_rn(x, _store_scales(x, token_scales, rows, TILE)[:, None])
+    elif scale is not None:
         factor = scale.value
         if factor.dtype.is_ptr():
-            factor = tl.load(scale.value + heads * scale.head_stride)[:, None]
+            factor = tl.load(scale.value + rows.heads * scale.head_stride)[:, None]
         x = tl.math.div_rn(x, factor)
-    x = encode_float8(x, TILE.MANTISSA_BITS) if TILE.MANTISSA_BITS > 0 else x.to(cache.ptr.dtype.element_ty)
-    offsets = row_offsets(slots // TILE.PAGE_SIZE, slots % TILE.PAGE_SIZE, heads, cache.strides)
-    tl.store(cache.ptr + offsets[:, None] + tl.arange(0, TILE.BLOCK_D)[None, :], x, mask=mask)
+    if TILE.MANTISSA_BITS == 0:
+        x = x.to(cache.ptr.dtype.element_ty)
+    elif TILE.MANTISSA_BITS == 7:
+        x = _encode_int8(x)
+    else:
+        x = encode_float8(x, TILE.MANTISSA_BITS)
+    offs_d = tl.arange(0, TILE.BLOCK_D)[None, :]
+    ptrs = cache.ptr + _offsets_of(rows, cache.strides, TILE)[:, None] + offs_d
+    tl.store(ptrs, x, mask=rows.written[:, None] & (offs_d < HEAD_DIM))
 
 
 @triton.jit(do_not_specialize=["num_positions", "num_slots", "num_tokens", *INDICES])
@@ -99,14 +141,14 @@ def _append_kv_cache_kernel(
         positions = tl.load(positions_ptr + tokens, mask=written, other=0)
     rotation = Rotation(rope, positions, num_positions)
     k_rows = k.ptr + row_offsets(0, tokens, heads, k.strides)
-    mask = written[:, None] & (offs_d < TILE.HEAD_DIM)[None, :]
+    to = Rows(slots, heads, written)
     k_tile = load_rotated(k_rows, written, offs_d, rotation, TILE.HEAD_DIM, TILE.ROTARY_DIM, TILE.INTERLEAVED)
-    _store_rows(k_tile, k_cache, scales.k, slots, heads, mask, TILE)
+    _store_rows(k_tile, k_cache, scales.k, scales.k_tokens, to, TILE.HEAD_DIM, TILE)
 
     mask = written[:, None] & (offs_d < TILE.HEAD_DIM_V)[None, :]
     v_rows = v.ptr + row_offsets(0, tokens, heads, v.strides)
     v_tile = tl.load(v_rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_rows(v_tile, v_cache, scales.v, slots, heads, mask, TILE)
+    _store_rows(v_tile, v_cache, scales.v, scales.v_tokens, to, TILE.HEAD_DIM_V, TILE)
 
 
 def launch_append_kv_cache(
@@ -115,7 +157,7 @@ def launch_append_kv_cache(
     """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_kv_cache`, checked."""
     num_positions, rotary_dim = (0, 0) if rope_cos is None else (rope_cos.shape[0], 2 * rope_cos.shape[1])
     layout = (k.shape, k.stride()), (v.shape, v.stride()), k_cache.shape, k_cache.stride(), v_cache.stride()
-    plan = _plan(layout, FLOAT8_MANTISSA_BITS.get(k_cache.dtype, 0), rotary_dim, rope_interleaved)
+    plan = _plan(layout, QUANTIZED_BITS.get(k_cache.dtype, 0), rotary_dim, rope_interleaved)
     if plan.num_programs == 0:
         return
     if k_cache.dtype in FLOAT8_MANTISSA_BITS:
@@ -124,7 +166,7 @@ def launch_append_kv_cache(
         *map(View, (k, v, k_cache, v_cache), plan.strides),
         slot_mapping,
         positions,
-        Scales(scale_of(k_scale), scale_of(v_scale)),
+        scales_of(k_scale, v_scale),
         rope_of(rope_cos, rope_sin),
         num_positions,
         *plan.counts,
