@@ -59,7 +59,8 @@ class BlockPool:
         self.num_pages = num_pages
         self.prefix_caching = check_bool("prefix_caching", prefix_caching)
         self.num_free = num_pages
-        self._refs = np.zeros(num_pages, np.int64)
+        self._refs: NDArray[np.int64] = np.zeros(num_pages, np.int64)
+        self._refs_of = self._refs.data  # the same memory, of which Python reads and writes single numbers faster
         # Pages that can be found are put at its end, others at its head, so that all of these come before all of those.
         self._free = FreeList(num_pages)
         self._names = PageNames(num_pages)
@@ -75,12 +76,13 @@ class BlockPool:
         n = check_length("n", n)
         if n > self.num_free:
             self._check_free(n)
-        numbers = self._free.pop(n)
-        pages = np.array(numbers, np.int64)
-        self._refs[pages] = 1
+        pages, refs_of, hash_of = self._free.pop(n), self._refs_of, self._names.hash_of
         self.num_free -= n
-        self._forget(numbers)
-        return pages
+        for page in pages:
+            refs_of[page] = 1
+            if hash_of[page] is not None:
+                self._keep_longer(self._names.forget(page))
+        return np.array(pages, np.int64)
 
     def share(self, pages: Pages) -> None:
         """Count one more reference to each page; a page listed twice counts twice.
@@ -189,19 +191,27 @@ class BlockPool:
         before = self._refs[pages]
         np.subtract.at(self._refs, pages, 1)
         references = self._refs[pages]
-        freed = pages[::-1]
-        if np.count_nonzero(references):
+        num_held = np.count_nonzero(references)
+        if num_held:
             if np.count_nonzero(references < 0):
                 np.add.at(self._refs, pages, 1)
                 excess = pages[references < 0][0]
                 fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
-            freed = pages[references == 0][::-1]
-        if np.count_nonzero(before > 1):  # otherwise no page is listed twice
-            freed = self._distinct(freed)
-        found = self._names.is_found[freed]
-        self._free.put(freed[found])
-        self._free.put(freed[~found], at_head=True)
-        self.num_free += freed.size
+            is_free = np.logical_not(references)
+            pages, before = pages[is_free], before[is_free]
+        if pages.size:
+            pages = pages[::-1]
+            self._put_back(self._distinct(pages) if np.count_nonzero(before > 1) else pages)
+
+    def _put_back(self, pages):
+        """Put distinct pages that became free into the list."""
+        found = self._names.is_found[pages]
+        num_found = np.count_nonzero(found)
+        if num_found:
+            self._free.put(pages[found])
+        if num_found < pages.size:
+            self._free.put(pages[~found], at_head=True)
+        self.num_free += pages.size
 
     def _register(self, numbers, hashes):
         for promoted in self._names.name(numbers, hashes):
