@@ -88,8 +88,7 @@ def _own_pages(cache, entries):
     if copies.size:
         copied = [entry for entry, copy in zip(entries, must_copy) if copy]
         cache._replace(copied, copies)
-        for row, column in copied:
-            cache._changes.append(row, column)
+        cache._changes.extend(copied)
 
 
 def _move(cache, sources, targets):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._host.checks import check_bool, check_length, fail
-from .arrays import from_list
+from .arrays import INT64, from_list
 from .free_list import FreeList
 from .names import PageNames
 
@@ -82,7 +82,7 @@ class BlockPool:
             refs_of[page] = 1
             if hash_of[page] is not None:
                 self._keep_longer(self._names.forget(page))
-        return np.array(pages, np.int64)
+        return np.array(pages, INT64)
 
     def share(self, pages: Pages) -> None:
         """Count one more reference to each page; a page listed twice counts twice.
@@ -97,7 +97,13 @@ class BlockPool:
         Of the pages that become free, the last listed is the first to be reused: a prefix is worth more than what
         follows it. Raises: ValueError, where a page does not exist or has fewer references than are released.
         """
-        self._release(self._check_pages(pages))
+        pages = self._check_pages(pages)
+        if np.count_nonzero(self._refs[pages]) < pages.size or self._distinct(pages).size < pages.size:
+            listed, counts = np.unique(pages, return_counts=True)
+            excess = listed[counts > self._refs[listed]]
+            if excess.size:
+                fail("pages", "pages that are held", f"{excess[0]}, which was released more often than taken")
+        self._release(pages)
 
     def ref_count(self, page: int) -> int:
         """References to a page; 0: free."""
@@ -188,30 +194,23 @@ class BlockPool:
         np.add.at(self._refs, pages, 1)
 
     def _release(self, pages):
-        before = self._refs[pages]
-        np.subtract.at(self._refs, pages, 1)
-        references = self._refs[pages]
-        num_held = np.count_nonzero(references)
-        if num_held:
-            if np.count_nonzero(references < 0):
-                np.add.at(self._refs, pages, 1)
-                excess = pages[references < 0][0]
-                fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
-            is_free = np.logical_not(references)
-            pages, before = pages[is_free], before[is_free]
-        if pages.size:
-            pages = pages[::-1]
-            self._put_back(self._distinct(pages) if np.count_nonzero(before > 1) else pages)
-
-    def _put_back(self, pages):
-        """Put distinct pages that became free into the list."""
-        found = self._names.is_found[pages]
+        if np.count_nonzero(self._refs[pages] > 1):
+            np.subtract.at(self._refs, pages, 1)
+            freed = self._distinct(pages[np.logical_not(self._refs[pages])][::-1])
+        else:  # no page is listed twice
+            self._refs[pages] = 0
+            freed = pages[::-1]
+        found = self._names.is_found[freed]
         num_found = np.count_nonzero(found)
         if num_found:
-            self._free.put(pages[found])
-        if num_found < pages.size:
-            self._free.put(pages[~found], at_head=True)
-        self.num_free += pages.size
+            self._free.put(freed[found])
+        if num_found < freed.size:
+            self._free.put(freed[~found], at_head=True)
+        self.num_free += freed.size
+
+    def _unshare(self, pages):
+        """`_release` pages of which none becomes free."""
+        np.subtract.at(self._refs, pages, 1)
 
     def _register(self, numbers, hashes):
         for promoted in self._names.name(numbers, hashes):

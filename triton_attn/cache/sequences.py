@@ -14,7 +14,7 @@ from .._host.checks import check_bool, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
 from .api import copy_kv_pages
-from .arrays import NO_LIMIT, from_list, grown, largest, ranges
+from .arrays import INT64, NO_LIMIT, from_list, grown, largest, ranges
 from .drafts import keep_drafts
 from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash
@@ -167,7 +167,7 @@ class PagedSequences:
             self.pool._share(np.concatenate(pages))
         num_full, width = cached // page_size, self._pages_of(cached)
         del chain[1 + num_full :]
-        (row,) = self._new_rows([chain])
+        row = self._new_rows([chain]).item(0)
         self._widen(width)
         for group_row, of_group in enumerate(pages, row):
             first = width - of_group.size
@@ -252,7 +252,7 @@ class PagedSequences:
 
         `extend` implies it for the sequences it extends.
         """
-        self._name_full_pages(self._rows(seqs))
+        self._name_full_pages(self._rows(seqs).tolist())
 
     @overload
     def fork(self, seqs: Sequence) -> Sequence: ...
@@ -266,15 +266,15 @@ class PagedSequences:
         Of a list, the fork of each; a sequence may be listed several times. `[seq] * n` has n forks.
         """
         rows = self._rows(_as_iterable(seqs))
-        pages, width = self._pages(rows)
+        tables, pages = self._held(rows)
         self.pool._share(pages)
         self._limits[rows] = 0
-        originals = rows.tolist()[: len(self._batch.seqs)]
-        forks = self._new_rows([self._chains[row // self._num_groups] for row in originals])
-        copies = self._rows_of_groups(forks)
-        self._tables[copies, :width] = self._tables[rows, :width]
+        num_seqs = len(self._batch.seqs)
+        copies = self._new_rows([self._chains[row // self._num_groups] for row in rows.tolist()[:num_seqs]])
+        self._tables[copies, : tables.shape[1]] = tables
         self._states[:, copies] = self._states.take(rows, axis=1)
-        forks = [Sequence(self, row) for row in forks]
+        forks = [Sequence(self, row) for row in copies.tolist()[:num_seqs]]
+        self._batch = _Batch(list(forks), copies, True)  # they are likely to be extended next
         return forks[0] if isinstance(seqs, Sequence) else forks
 
     def truncate(self, seq: Sequence, n: int) -> None:
@@ -294,7 +294,7 @@ class PagedSequences:
         for group_row in range(row, row + self._num_groups):
             self._tables[group_row, first:last] = 0
             if first < last:
-                self._changes.append(group_row, first)
+                self._changes.extend([(group_row, first)])
             self._lengths[group_row] = n
             self._limits[group_row] = 0
             if n <= self._known[group_row]:
@@ -349,9 +349,9 @@ class PagedSequences:
         the last sequence.
         """
         rows = self._distinct_rows(_as_iterable(seqs))
-        pages, width = self._pages(rows)
+        tables, pages = self._held(rows)
         self.pool._release(pages)
-        self._tables[rows, :width] = 0
+        self._tables[rows, : tables.shape[1]] = 0
         freed = rows.tolist()[: len(self._batch.seqs)]
         for seq, row in zip(self._batch.seqs, freed):
             self._chains[row // self._num_groups] = None
@@ -513,8 +513,9 @@ class PagedSequences:
         counts, ids, unknown = new
         one_each = counts is ONE_EACH
         # An extension by nothing names full pages too.
-        short = ((ends if one_each else np.maximum(ends, lengths + 1)) > self._limits[rows]).nonzero()[0]
-        if short.size:
+        short = (ends if one_each else np.maximum(ends, lengths + 1)) > self._limits[rows]
+        if np.count_nonzero(short):
+            short = short.nonzero()[0]  # it indexes faster than a mask
             self._make_room(rows[short], lengths[short].tolist(), ends[short].tolist())
 
         # Nothing fails from here on.
@@ -536,29 +537,32 @@ class PagedSequences:
 
         Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
-        array_of_rows, rows = rows, rows.tolist()
-        page_size, tails, growths, growth, width = self.page_size, [], [], 0, 0
-        for row, length, end in zip(rows, lengths, ends):
-            column, offset = divmod(length, page_size)
-            first, last = column + (offset > 0), (end + page_size - 1) // page_size
-            if end > length and offset:  # it goes on in its last page
+        page_size, tails, growths, full, growth, width = self.page_size, [], [], [], 0, 0
+        named, rows = self._named[rows].tolist(), rows.tolist()
+        for row, length, end, num_named in zip(rows, lengths, ends, named):
+            column, first, last = length // page_size, -(-length // page_size), -(-end // page_size)
+            if end > length and first > column:  # it goes on in its last page
                 tails.append((row, column))
             if last > first:
                 growths.append((row, first, last))
                 growth, width = growth + last - first, max(width, last)
+            if column > num_named:
+                full.append(row)
         pages = [self._tables.item(tail) for tail in tails]
-        must_copy = self._must_copy(pages)
+        must_copy = self._must_copy(pages) if tails else []
         num_copied = sum(must_copy)
         behind, released = NOTHING_BEHIND if self._is_plain else self._pages_behind(rows, lengths)
         if num_copied + growth > self.pool.num_free:
             self.pool._check_free(num_copied + growth, released)
 
         # Nothing fails from here on. What is given back was named first, and can be found.
-        self._name_full_pages(array_of_rows)
+        if full:
+            self._name_full_pages(full)
         if behind:
             self._give_back(behind, released)
         new_pages = self.pool.allocate(num_copied + growth)
-        self.pool._forget([page for page, copy in zip(pages, must_copy) if not copy])
+        if num_copied < len(tails):
+            self.pool._forget([page for page, copy in zip(pages, must_copy) if not copy])
         if num_copied:
             self._replace([tail for tail, copy in zip(tails, must_copy) if copy], new_pages[:num_copied])
         self._widen(width)
@@ -566,13 +570,13 @@ class PagedSequences:
         for row, first, last in growths:
             self._tables[row, first:last] = new_pages[used : used + last - first]
             used += last - first
-        for row, length, end in zip(rows, lengths, ends):
-            column = length // page_size
-            if end > length:
-                self._bases[row] = (self._tables.item(row, column) - column) * page_size
+        changes = [(row, length // page_size) for row, length in zip(rows, lengths)]
+        self._changes.extend(changes)
+        for (row, column), length, end in zip(changes, lengths, ends):
             # Tokens that fill a page go up to it or beyond, and then the page has to be named.
             self._limits[row] = (column + 1) * page_size if end > length else 0
-            self._changes.append(row, column)
+            if end > length:
+                self._bases[row] = (self._tables.item(row, column) - column) * page_size
         if not self._is_plain:
             self._limit_by_windows(rows)
 
@@ -617,12 +621,12 @@ class PagedSequences:
 
     def _replace(self, entries, copies):
         """Put copies of shared pages in their place in the tables."""
-        originals = np.array([self._tables.item(entry) for entry in entries], np.int64)
+        originals = np.array([self._tables.item(entry) for entry in entries], INT64)
         self._copy_pages(originals, copies)
         self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)
         for entry, copy in zip(entries, copies.tolist()):
             self._tables[entry] = copy
-        self.pool._release(originals)
+        self.pool._unshare(originals)
 
     def _slots_of(self, row, positions):
         """The slots of a sequence's tokens at these positions."""
@@ -639,9 +643,9 @@ class PagedSequences:
             return
         pages, names, hashes, log = [], [], {}, self._log
         names_of = self._hash if self._is_plain else partial(self._names_in_group, hashes)
-        lengths, known = self._lengths[rows].tolist(), self._known[rows].tolist()
-        for row, named, length, num_known in zip(rows.tolist(), self._named[rows].tolist(), lengths, known):
-            num_full = min(length, num_known) // self.page_size
+        for row in rows:
+            named = self._named.item(row)
+            num_full = min(self._lengths.item(row), self._known.item(row)) // self.page_size
             if num_full > named:
                 full = self._tables[row, named:num_full]
                 token_ids = self._page_tokens.take(full, axis=0)
@@ -684,13 +688,21 @@ class PagedSequences:
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size
 
-    def _pages(self, rows):
-        """(all pages of the sequences, one after the other, the most of one); rows of all groups, as of `_rows`."""
-        num_seqs = rows.size // self._num_groups
-        counts = [self._pages_of(length) for length in self._lengths[rows[:num_seqs]].tolist()]
-        pages = [self._pages_between(row, 0, count) for row, count in zip(rows.tolist(), counts)]
-        pages = pages[0] if len(pages) == 1 else np.concatenate(pages or [NO_PAGES])
-        return pages.astype(np.int64), max(counts, default=0)  # with int64 numpy indexes several times faster
+    def _held(self, rows):
+        """(tables, as wide as the longest, and the pages in them, sequence by sequence); rows of all groups.
+
+        Of one sequence these are all groups' pages of a column, then those of the next: see `_pages_between`.
+        """
+        counts = [-(-length // self.page_size) for length in self._lengths[rows].tolist()]
+        width = max(counts, default=0)
+        tables = self._tables[rows, :width]
+        if self._is_plain and min(counts, default=0) == width:
+            return tables, tables.ravel().astype(INT64)  # with int64 numpy indexes several times faster
+        columns = np.arange(width)
+        is_held = (columns >= self._firsts[rows, None]) & (columns < np.array(counts)[:, None])
+        by_sequence = (self._by_group(x).transpose(1, 2, 0) for x in (tables, is_held))
+        pages, is_held = by_sequence
+        return tables, pages[is_held].astype(INT64)
 
     def _pages_between(self, row, first, last):
         """The pages of a sequence in these columns: all groups' pages of a column, then those of the next.
@@ -718,7 +730,7 @@ class PagedSequences:
 
     def _rows_of_groups(self, rows):
         """From the first rows of sequences, those of all groups as `_Batch` has them."""
-        rows = np.array(rows, np.int64)
+        rows = np.array(rows, INT64)
         return rows if self._num_groups == 1 else (rows + np.arange(self._num_groups)[:, None]).ravel()
 
     def _rows(self, seqs):
@@ -743,15 +755,14 @@ class PagedSequences:
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
 
     def _new_rows(self, chains):
-        """The first row of a sequence for each of these chains. Tables are all 0, states those of their last owners."""
-        unused, num_groups = self._unused_rows, self._num_groups
-        while len(unused) < len(chains):
+        """Rows of all groups for a sequence with each of these chains. Tables are all 0, states their last owners'."""
+        while len(self._unused_rows) < len(chains):
             self._grow_rows(2 * self._lengths.size)
-        rows = [unused.pop() for _ in chains]
-        for row, chain in zip(rows, chains):
-            self._chains[row // num_groups] = chain
-            for group_row in range(row, row + num_groups):
-                self._changes.append(group_row, 0)
+        firsts = [self._unused_rows.pop() for _ in chains]
+        for row, chain in zip(firsts, chains):
+            self._chains[row // self._num_groups] = chain
+        rows = self._rows_of_groups(firsts)
+        self._changes.extend([(row, 0) for row in rows.tolist()])
         return rows
 
     def _grow_rows(self, capacity):
@@ -779,7 +790,7 @@ class PagedSequences:
 
 
 def _as_iterable(seqs):
-    return seqs if isinstance(seqs, Iterable) else [seqs]
+    return seqs if isinstance(seqs, (list, Iterable)) else [seqs]  # asked first, list is several times faster
 
 
 def _usable_tokens(num_tokens, page_size, num_dropped, num_pages):

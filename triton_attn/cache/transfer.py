@@ -46,7 +46,7 @@ def import_pages(cache, pages, token_ids, salt):
 
     # Nothing fails from here on.
     del chain[1 + found.size :]
-    (row,) = cache._new_rows([chain])
+    row = cache._new_rows([chain]).item(0)
     cache._widen(num_pages)
     cache._tables[row, :num_pages] = np.concatenate([found, new_pages])
     cache._lengths[row], cache._limits[row], cache._known[row] = ids.size, 0, NO_LIMIT if is_known else 0
@@ -57,7 +57,7 @@ def import_pages(cache, pages, token_ids, salt):
     destinations = cache._to_device(new_pages.astype(np.int32))
     pages = tuple([x.detach() for x in pages])
     copy_kv_pages(pages, cache._to_device(given), destinations, to=cache._page_tensors())
-    cache._name_full_pages(np.array([row]))
+    cache._name_full_pages([row])
     return row
 
 
