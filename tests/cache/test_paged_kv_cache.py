@@ -254,6 +254,9 @@ def test_a_list_of_sequences_may_change_between_calls():
     cache.free(seqs[0])
     with pytest.raises(ValueError, match="a freed one"):
         cache.cache_seqlens(seqs)
+    forks = cache.fork([start(cache, [4] * n) for n in (5, 6)])
+    assert forks.pop() is not forks[0]
+    assert cache.cache_seqlens(forks).tolist() == [5]
 
 
 def test_a_copied_page_is_found_by_its_own_tokens():

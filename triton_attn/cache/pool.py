@@ -196,7 +196,10 @@ class BlockPool:
     def _release(self, pages):
         if np.count_nonzero(self._refs[pages] > 1):
             np.subtract.at(self._refs, pages, 1)
-            freed = self._distinct(pages[np.logical_not(self._refs[pages])][::-1])
+            is_free = np.logical_not(self._refs[pages])
+            if np.count_nonzero(is_free) == 0:
+                return
+            freed = self._distinct(pages[is_free][::-1])
         else:  # no page is listed twice
             self._refs[pages] = 0
             freed = pages[::-1]
@@ -207,10 +210,6 @@ class BlockPool:
         if num_found < freed.size:
             self._free.put(freed[~found], at_head=True)
         self.num_free += freed.size
-
-    def _unshare(self, pages):
-        """`_release` pages of which none becomes free."""
-        np.subtract.at(self._refs, pages, 1)
 
     def _register(self, numbers, hashes):
         for promoted in self._names.name(numbers, hashes):

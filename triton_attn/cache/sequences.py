@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -167,7 +168,7 @@ class PagedSequences:
             self.pool._share(np.concatenate(pages))
         num_full, width = cached // page_size, self._pages_of(cached)
         del chain[1 + num_full :]
-        row = self._new_rows([chain]).item(0)
+        row = self._new_row(chain)
         self._widen(width)
         for group_row, of_group in enumerate(pages, row):
             first = width - of_group.size
@@ -564,19 +565,21 @@ class PagedSequences:
         if num_copied < len(tails):
             self.pool._forget([page for page, copy in zip(pages, must_copy) if not copy])
         if num_copied:
-            self._replace([tail for tail, copy in zip(tails, must_copy) if copy], new_pages[:num_copied])
+            self._replace(list(compress(tails, must_copy)), new_pages[:num_copied])
         self._widen(width)
         used = num_copied
         for row, first, last in growths:
             self._tables[row, first:last] = new_pages[used : used + last - first]
             used += last - first
-        changes = [(row, length // page_size) for row, length in zip(rows, lengths)]
-        self._changes.extend(changes)
-        for (row, column), length, end in zip(changes, lengths, ends):
-            # Tokens that fill a page go up to it or beyond, and then the page has to be named.
-            self._limits[row] = (column + 1) * page_size if end > length else 0
+        changes = []
+        for row, length, end in zip(rows, lengths, ends):
+            column = length // page_size
+            changes.append((row, column))
             if end > length:
                 self._bases[row] = (self._tables.item(row, column) - column) * page_size
+            # Tokens that fill a page go up to it or beyond, and then the page has to be named.
+            self._limits[row] = (column + 1) * page_size if end > length else 0
+        self._changes.extend(changes)
         if not self._is_plain:
             self._limit_by_windows(rows)
 
@@ -626,7 +629,7 @@ class PagedSequences:
         self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)
         for entry, copy in zip(entries, copies.tolist()):
             self._tables[entry] = copy
-        self.pool._unshare(originals)
+        self.pool._release(originals)
 
     def _slots_of(self, row, positions):
         """The slots of a sequence's tokens at these positions."""
@@ -753,6 +756,10 @@ class PagedSequences:
         if not isinstance(seq, Sequence):
             fail("seqs", "sequences of this cache", type(seq).__name__, TypeError)
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
+
+    def _new_row(self, chain):
+        """The first row of a sequence, see `_new_rows`."""
+        return self._new_rows([chain]).item(0)
 
     def _new_rows(self, chains):
         """Rows of all groups for a sequence with each of these chains. Tables are all 0, states their last owners'."""

@@ -37,8 +37,8 @@ def as_batch(token_ids, batch):
     are none; the mask is None if all have ids.
     """
     lists = ids = unknown = None
-    if type(token_ids) is list and set(map(type, token_ids)) == {list}:  # the form of most calls
-        lists = token_ids
+    if _is_list_of_lists(token_ids):  # the form of most calls
+        lists, counts = token_ids, list(map(len, token_ids))
     elif isinstance(token_ids, Integral):
         count = check_length("token_ids", token_ids)
         counts, unknown = [count] * batch, np.full(batch, count > 0)
@@ -50,7 +50,6 @@ def as_batch(token_ids, batch):
         token_ids = list(token_ids)
         unknown = np.array([isinstance(item, Integral) and int(item) > 0 for item in token_ids], bool)
         lists = list(map(_as_list, token_ids))
-    if lists is not None:
         counts = list(map(len, lists))
     if len(counts) != batch:
         fail("token_ids", f"one entry for each of {batch} sequences", len(counts))
@@ -58,6 +57,10 @@ def as_batch(token_ids, batch):
     if lists is not None:  # the ids of one each are taken twice as fast as by a chain
         ids = as_ids([token_id for (token_id,) in lists] if one_each else _in_a_row(lists))
     return ONE_EACH if one_each else from_list(counts), ids, unknown
+
+
+def _is_list_of_lists(x):
+    return type(x) is list and set(map(type, x)) == {list}
 
 
 def _in_a_row(lists):

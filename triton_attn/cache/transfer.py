@@ -46,7 +46,7 @@ def import_pages(cache, pages, token_ids, salt):
 
     # Nothing fails from here on.
     del chain[1 + found.size :]
-    row = cache._new_rows([chain]).item(0)
+    row = cache._new_row(chain)
     cache._widen(num_pages)
     cache._tables[row, :num_pages] = np.concatenate([found, new_pages])
     cache._lengths[row], cache._limits[row], cache._known[row] = ids.size, 0, NO_LIMIT if is_known else 0
