@@ -87,7 +87,7 @@ def _own_pages(cache, entries):
     cache.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
     if copies.size:
         copied = [entry for entry, copy in zip(entries, must_copy) if copy]
-        cache._replace(copied, copies)
+        cache._replace(copied, np.array([cache._tables.item(entry) for entry in copied]), copies)
         cache._changes.extend(copied)
 
 

@@ -13,6 +13,7 @@ from .free_list import FreeList
 from .names import PageNames
 
 NO_PAGES = from_list([])
+ONE = np.ones(1, np.int64)  # numpy compares with an array faster than with an int
 Pages: TypeAlias = NDArray[np.integer] | Tensor | Sequence[int]
 
 
@@ -194,7 +195,7 @@ class BlockPool:
         np.add.at(self._refs, pages, 1)
 
     def _release(self, pages):
-        if np.count_nonzero(self._refs[pages] > 1):
+        if np.count_nonzero(self._refs[pages] > ONE):
             np.subtract.at(self._refs, pages, 1)
             is_free = np.logical_not(self._refs[pages])
             if np.count_nonzero(is_free) == 0:

@@ -565,7 +565,8 @@ class PagedSequences:
         if num_copied < len(tails):
             self.pool._forget([page for page, copy in zip(pages, must_copy) if not copy])
         if num_copied:
-            self._replace(list(compress(tails, must_copy)), new_pages[:num_copied])
+            originals = np.array(list(compress(pages, must_copy)), INT64)
+            self._replace(list(compress(tails, must_copy)), originals, new_pages[:num_copied])
         self._widen(width)
         used = num_copied
         for row, first, last in growths:
@@ -622,9 +623,8 @@ class PagedSequences:
             must_copy.append(references > 1)
         return must_copy[::-1]
 
-    def _replace(self, entries, copies):
-        """Put copies of shared pages in their place in the tables."""
-        originals = np.array([self._tables.item(entry) for entry in entries], INT64)
+    def _replace(self, entries, originals, copies):
+        """Put copies of shared pages, which are at these (row, column) of the tables, in their place."""
         self._copy_pages(originals, copies)
         self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)
         for entry, copy in zip(entries, copies.tolist()):
