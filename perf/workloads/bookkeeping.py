@@ -137,6 +137,7 @@ class Decode:
     """A token for each of `batch` sequences, which end at different places of their pages."""
 
     batch: int
+    bar: float
     context: int = 1024
 
     @property
@@ -160,6 +161,7 @@ class Admit:
     """A prompt that is found whole, or not at all; or its end."""
 
     what: str
+    bar: float = 1.3
     length: int = 4096
 
     @property
@@ -186,6 +188,7 @@ class Beams:
     """A step of beam search: forks of some beams replace all, and each gets a token."""
 
     width: int = 8
+    bar: float = 1.0
     context: int = 1029
 
     @property
@@ -215,6 +218,7 @@ class Allocate:
     """One page."""
 
     name = "allocate, 1 page"
+    bar = 0.5
 
     def __call__(self, manager):
         def measure():
@@ -235,8 +239,12 @@ class Tokens:
         return [self.rng.randrange(2**17) for _ in range(n)]
 
 
+# The peer's time is to be at least `bar` of ours.
 WORKLOADS = [
-    *map(Decode, (1, 8, 64, 256)),
+    Decode(1, bar=0.8),
+    Decode(8, bar=1.0),
+    Decode(64, bar=2.0),
+    Decode(256, bar=5.0),
     *map(Admit, ("admit, new", "admit, found", "free")),
     Beams(),
     Allocate(),

@@ -198,6 +198,18 @@ def test_a_full_pool_goes_on_where_a_window_gives_pages_back():
     assert (cache.stats(), tables(cache, seq), tables(cache, fork)) == before
 
 
+def test_a_page_that_one_copies_while_another_gives_it_back_is_free():
+    cache = make([4])
+    longer = start(cache, list(range(12)))
+    seq = cache.fork(longer)
+    cache.truncate(seq, 6)
+    cache.extend([seq, longer], [[6], [12]])
+    assert tables(cache, longer) == [[0, 0, 2, 4]]
+    assert tables(cache, seq) == [[0, 3]]
+    stats = cache.stats()
+    assert (stats.pages_held, stats.pages_shared) == (4, 0)
+
+
 def test_after_a_reset_nothing_old_is_found():
     for layer_windows in ([-1, 3], [-1]):
         cache = make(layer_windows)

@@ -228,6 +228,17 @@ def test_beams_are_forked_and_freed_as_lists():
     assert cache.stats().pages_held == 2
 
 
+def test_sequences_of_different_lengths_are_forked_and_freed_together():
+    cache = make()
+    seqs = [start(cache, [i] * n) for i, n in ((1, 3), (2, 9))]
+    forks = cache.fork(seqs)
+    cache.free(seqs)
+    assert [table(cache, fork) for fork in forks] == [[0], [1, 2, 3]]
+    assert (cache.stats().pages_held, cache.stats().pages_shared) == (4, 0)
+    cache.free(forks)
+    assert cache.stats().pages_held == 0
+
+
 def test_of_a_list_that_is_freed_what_is_shared_is_reused_last():
     cache = make(num_pages=3)
     seq = start(cache, [1, 2, 3, 4])
@@ -254,6 +265,9 @@ def test_a_list_of_sequences_may_change_between_calls():
     cache.free(seqs[0])
     with pytest.raises(ValueError, match="a freed one"):
         cache.cache_seqlens(seqs)
+    forks = cache.fork([start(cache, [4] * n) for n in (5, 6)])
+    assert forks.pop() is not forks[0]
+    assert cache.block_table(forks).shape == (1, 2)
 
 
 def test_a_copied_page_is_found_by_its_own_tokens():

@@ -152,6 +152,14 @@ def test_the_table_is_written_once_where_it_changed(monkeypatch):
     assert written == [10]
 
 
+def test_as_many_tokens_as_sequences_may_be_one_of_each_or_not():
+    cache = make()
+    seqs, step = [start(cache, [1]), start(cache, [2])], make_step(cache, 4, 16)
+    for counts in ([1, 1], [2, 0], [1, 1], [0, 2]):
+        step.extend(seqs, [[5] * n for n in counts])
+        check(step, cache, seqs, counts)
+
+
 def test_more_changes_than_there_is_room_for(transfers):
     cache = make(num_pages=64, page_size=1)
     step = make_step(cache, 4, 8, staged=True)

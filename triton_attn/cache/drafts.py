@@ -87,9 +87,8 @@ def _own_pages(cache, entries):
     cache.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
     if copies.size:
         copied = [entry for entry, copy in zip(entries, must_copy) if copy]
-        cache._replace(copied, copies)
-        for row, column in copied:
-            cache._changes.append(row, column)
+        cache._replace(copied, np.array([cache._tables.item(entry) for entry in copied]), copies)
+        cache._changes.extend(copied)
 
 
 def _move(cache, sources, targets):

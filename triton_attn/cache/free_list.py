@@ -30,8 +30,8 @@ class FreeList:
         """Insert an array of distinct pages, none of them in the list, in their order at one end."""
         if not pages.size:
             return
-        self._next[pages[:-1]] = pages[1:]
-        self._previous[pages[1:]] = pages[:-1]
+        ahead, behind = pages[:-1], pages[1:]
+        self._next[ahead], self._previous[behind] = behind, ahead
         before = self._end if at_head else self._previous_of[self._end]
         after = self._next_of[before]
         self._link(before, pages.item(0))

@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._host.checks import check_bool, check_length, fail
-from .arrays import from_list
+from .arrays import INT64, from_list
 from .free_list import FreeList
 from .names import PageNames
 
 NO_PAGES = from_list([])
+ONE = np.ones(1, np.int64)  # numpy compares with an array faster than with an int
 Pages: TypeAlias = NDArray[np.integer] | Tensor | Sequence[int]
 
 
@@ -59,7 +60,8 @@ class BlockPool:
         self.num_pages = num_pages
         self.prefix_caching = check_bool("prefix_caching", prefix_caching)
         self.num_free = num_pages
-        self._refs = np.zeros(num_pages, np.int64)
+        self._refs: NDArray[np.int64] = np.zeros(num_pages, np.int64)
+        self._refs_of = self._refs.data  # the same memory, of which Python reads and writes single numbers faster
         # Pages that can be found are put at its end, others at its head, so that all of these come before all of those.
         self._free = FreeList(num_pages)
         self._names = PageNames(num_pages)
@@ -75,12 +77,13 @@ class BlockPool:
         n = check_length("n", n)
         if n > self.num_free:
             self._check_free(n)
-        numbers = self._free.pop(n)
-        pages = np.array(numbers, np.int64)
-        self._refs[pages] = 1
+        pages, refs_of, hash_of = self._free.pop(n), self._refs_of, self._names.hash_of
         self.num_free -= n
-        self._forget(numbers)
-        return pages
+        for page in pages:
+            refs_of[page] = 1
+            if hash_of[page] is not None:
+                self._keep_longer(self._names.forget(page))
+        return np.array(pages, INT64)
 
     def share(self, pages: Pages) -> None:
         """Count one more reference to each page; a page listed twice counts twice.
@@ -95,7 +98,13 @@ class BlockPool:
         Of the pages that become free, the last listed is the first to be reused: a prefix is worth more than what
         follows it. Raises: ValueError, where a page does not exist or has fewer references than are released.
         """
-        self._release(self._check_pages(pages))
+        pages = self._check_pages(pages)
+        if np.count_nonzero(self._refs[pages]) < pages.size or self._distinct(pages).size < pages.size:
+            listed, counts = np.unique(pages, return_counts=True)
+            excess = listed[counts > self._refs[listed]]
+            if excess.size:
+                fail("pages", "pages that are held", f"{excess[0]}, which was released more often than taken")
+        self._release(pages)
 
     def ref_count(self, page: int) -> int:
         """References to a page; 0: free."""
@@ -186,21 +195,21 @@ class BlockPool:
         np.add.at(self._refs, pages, 1)
 
     def _release(self, pages):
-        before = self._refs[pages]
-        np.subtract.at(self._refs, pages, 1)
-        references = self._refs[pages]
-        freed = pages[::-1]
-        if np.count_nonzero(references):
-            if np.count_nonzero(references < 0):
-                np.add.at(self._refs, pages, 1)
-                excess = pages[references < 0][0]
-                fail("pages", "pages that are held", f"{excess}, which was released more often than taken")
-            freed = pages[references == 0][::-1]
-        if np.count_nonzero(before > 1):  # otherwise no page is listed twice
-            freed = self._distinct(freed)
+        if np.count_nonzero(self._refs[pages] > ONE):
+            np.subtract.at(self._refs, pages, 1)
+            is_free = np.logical_not(self._refs[pages])
+            if np.count_nonzero(is_free) == 0:
+                return
+            freed = self._distinct(pages[is_free][::-1])
+        else:  # no page is listed twice
+            self._refs[pages] = 0
+            freed = pages[::-1]
         found = self._names.is_found[freed]
-        self._free.put(freed[found])
-        self._free.put(freed[~found], at_head=True)
+        num_found = np.count_nonzero(found)
+        if num_found:
+            self._free.put(freed[found])
+        if num_found < freed.size:
+            self._free.put(freed[~found], at_head=True)
         self.num_free += freed.size
 
     def _register(self, numbers, hashes):

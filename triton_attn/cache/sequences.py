@@ -1,9 +1,9 @@
 """Which sequence holds which pages. What a page stores is left to the caches."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -15,7 +15,7 @@ from .._host.checks import check_bool, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
 from .api import copy_kv_pages
-from .arrays import NO_LIMIT, from_list, grown, largest, ranges
+from .arrays import INT64, NO_LIMIT, from_list, grown, largest, ranges
 from .drafts import keep_drafts
 from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash
@@ -119,12 +119,12 @@ class PagedSequences:
         self._suffixes = list(map(group_suffix, range(self._num_groups)))
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)  # entries past a sequence's last page are 0
         self._states: NDArray[np.int64] = np.zeros((NUM_STATES, 0), np.int64)
-        self._grow_rows(16 * self._num_groups)
         self._changes = ChangeLog()
         # Of each sequence, or None: its root and the hashes of its first pages, as many as are named. Forks share the
         # list; what comes after is another's.
         self._chains = []
         self._unused_rows = []  # the first of each sequence
+        self._grow_rows(16 * self._num_groups)
         self._page_tokens = np.empty((self.pool.num_pages, self.page_size), np.int64)
         self._tokens = self._page_tokens.reshape(-1)
         self._log = EventLog(self.page_size) if check_bool("record_events", record_events) else None
@@ -267,16 +267,15 @@ class PagedSequences:
         Of a list, the fork of each; a sequence may be listed several times. `[seq] * n` has n forks.
         """
         rows = self._rows(_as_iterable(seqs))
-        counts = self._pages_of(self._lengths[rows])
-        self.pool._share(self._pages(rows, counts))
+        tables, pages = self._held(rows)
+        self.pool._share(pages)
         self._limits[rows] = 0
-        originals = rows.tolist()[: len(self._batch.seqs)]
-        forks = [self._new_row(self._chains[row // self._num_groups]) for row in originals]
-        copies = forks if self._num_groups == 1 else self._rows_of_groups(forks)
-        width = largest(counts)
-        self._tables[copies, :width] = self._tables[rows, :width]
-        self._states[:, copies] = self._states[:, rows]
-        forks = [Sequence(self, row) for row in forks]
+        num_seqs = len(self._batch.seqs)
+        copies = self._new_rows([self._chains[row // self._num_groups] for row in rows.tolist()[:num_seqs]])
+        self._tables[copies, : tables.shape[1]] = tables
+        self._states[:, copies] = self._states.take(rows, axis=1)
+        forks = [Sequence(self, row) for row in copies.tolist()[:num_seqs]]
+        self._batch = _Batch(list(forks), copies, True)  # they are likely to be extended next
         return forks[0] if isinstance(seqs, Sequence) else forks
 
     def truncate(self, seq: Sequence, n: int) -> None:
@@ -296,7 +295,7 @@ class PagedSequences:
         for group_row in range(row, row + self._num_groups):
             self._tables[group_row, first:last] = 0
             if first < last:
-                self._changes.append(group_row, first)
+                self._changes.extend([(group_row, first)])
             self._lengths[group_row] = n
             self._limits[group_row] = 0
             if n <= self._known[group_row]:
@@ -351,9 +350,9 @@ class PagedSequences:
         the last sequence.
         """
         rows = self._distinct_rows(_as_iterable(seqs))
-        counts = self._pages_of(self._lengths[rows])
-        self.pool._release(self._pages(rows, counts))
-        self._tables[rows, : largest(counts)] = 0
+        tables, pages = self._held(rows)
+        self.pool._release(pages)
+        self._tables[_index_of(rows), : tables.shape[1]] = 0
         freed = rows.tolist()[: len(self._batch.seqs)]
         for seq, row in zip(self._batch.seqs, freed):
             self._chains[row // self._num_groups] = None
@@ -507,8 +506,9 @@ class PagedSequences:
         raise NotImplementedError
 
     def _copy_pages(self, src_pages, dst_pages):
-        """Copy what pages hold; int32 tensors (n,) on the cache's device, no page in both."""
-        copy_kv_pages(self._page_tensors(), src_pages, dst_pages)
+        """Copy what pages hold; int64 arrays (n,), no page in both."""
+        pages = [self._to_device(pages.astype(np.int32)) for pages in (src_pages, dst_pages)]
+        copy_kv_pages(self._page_tensors(), *pages)
 
     def _extend(self, rows, lengths, ends, new):
         """`extend` rows from these lengths to `ends` by what `as_batch` returns: slots and positions of new tokens."""
@@ -517,7 +517,8 @@ class PagedSequences:
         # An extension by nothing names full pages too.
         short = (ends if one_each else np.maximum(ends, lengths + 1)) > self._limits[rows]
         if np.count_nonzero(short):
-            self._make_room(rows[short].tolist(), lengths[short].tolist(), ends[short].tolist())
+            short = short.nonzero()[0]  # it indexes faster than a mask
+            self._make_room(rows[short], lengths[short].tolist(), ends[short].tolist())
 
         # Nothing fails from here on.
         if one_each:
@@ -534,19 +535,21 @@ class PagedSequences:
         return self._own_slots(slots), positions
 
     def _make_room(self, rows, lengths, ends):
-        """Pages for lists of rows that are about to grow from `lengths` to `ends`. Raises OutOfPages.
+        """Pages for rows that are about to grow from `lengths` to `ends`, which are lists. Raises OutOfPages.
 
         Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
-        page_size, tails, growths, growth, width = self.page_size, [], [], 0, 0
-        for row, length, end in zip(rows, lengths, ends):
-            column, offset = divmod(length, page_size)
-            first, last = column + (offset > 0), (end + page_size - 1) // page_size
-            if end > length and offset:  # it goes on in its last page
+        page_size, tails, growths, full, growth, width = self.page_size, [], [], [], 0, 0
+        named, rows = self._named[rows].tolist(), rows.tolist()
+        for row, length, end, num_named in zip(rows, lengths, ends, named):
+            column, first, last = length // page_size, -(-length // page_size), -(-end // page_size)
+            if end > length and first > column:  # it goes on in its last page
                 tails.append((row, column))
             if last > first:
                 growths.append((row, first, last))
                 growth, width = growth + last - first, max(width, last)
+            if column > num_named:
+                full.append(row)
         pages = [self._tables.item(tail) for tail in tails]
         must_copy = self._must_copy(pages) if tails else []
         num_copied = sum(must_copy)
@@ -555,26 +558,30 @@ class PagedSequences:
             self.pool._check_free(num_copied + growth, released)
 
         # Nothing fails from here on. What is given back was named first, and can be found.
-        self._name_full_pages(rows)
+        if full:
+            self._name_full_pages(full)
         if behind:
             self._give_back(behind, released)
         new_pages = self.pool.allocate(num_copied + growth)
         if num_copied < len(tails):
-            self.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
+            self.pool._forget([page for page, copy in zip(pages, must_copy) if not copy])
         if num_copied:
-            self._replace([tail for tail, copy in zip(tails, must_copy) if copy], new_pages[:num_copied])
+            originals = np.array(list(compress(pages, must_copy)), INT64)
+            self._replace(list(compress(tails, must_copy)), originals, new_pages[:num_copied])
         self._widen(width)
         used = num_copied
         for row, first, last in growths:
             self._tables[row, first:last] = new_pages[used : used + last - first]
             used += last - first
+        changes = []
         for row, length, end in zip(rows, lengths, ends):
             column = length // page_size
+            changes.append((row, column))
             if end > length:
                 self._bases[row] = (self._tables.item(row, column) - column) * page_size
             # Tokens that fill a page go up to it or beyond, and then the page has to be named.
             self._limits[row] = (column + 1) * page_size if end > length else 0
-            self._changes.append(row, column)
+        self._changes.extend(changes)
         if not self._is_plain:
             self._limit_by_windows(rows)
 
@@ -608,23 +615,21 @@ class PagedSequences:
     def _must_copy(self, pages):
         """Which pages have to be copied by the rows that are about to write in them, one entry per row.
 
-        A page that nobody but these rows holds is kept by the first of them.
+        A page that nobody but these rows holds is kept by the first of them: it is the last one to be asked.
         """
-        references = self.pool._refs[pages].tolist()
-        writers = Counter(pages) if max(references) > 1 else {}
-        must_copy, kept = [], set()
-        for page, count in zip(pages, references):
-            must_copy.append(count > 1 and (count > writers[page] or page in kept))
-            kept.add(page)
-        return must_copy
+        refs_of, left, must_copy = self.pool._refs_of, {}, []
+        for page in reversed(pages):
+            references = left.get(page) or refs_of[page]
+            left[page] = references - 1
+            must_copy.append(references > 1)
+        return must_copy[::-1]
 
-    def _replace(self, entries, copies):
-        """Put copies of shared pages in their place in the tables."""
-        entries = tuple(map(list, zip(*entries)))  # rows, columns
-        originals = self._tables[entries]
-        self._copy_pages(self._to_device(originals), self._to_device(copies.astype(np.int32)))
-        self._page_tokens[copies] = self._page_tokens[originals]
-        self._tables[entries] = copies
+    def _replace(self, entries, originals, copies):
+        """Put copies of shared pages, which are at these (row, column) of the tables, in their place."""
+        self._copy_pages(originals, copies)
+        self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)
+        for entry, copy in zip(entries, copies.tolist()):
+            self._tables[entry] = copy
         self.pool._release(originals)
 
     def _slots_of(self, row, positions):
@@ -647,7 +652,7 @@ class PagedSequences:
             num_full = min(self._lengths.item(row), self._known.item(row)) // self.page_size
             if num_full > named:
                 full = self._tables[row, named:num_full]
-                token_ids = self._page_tokens[full]
+                token_ids = self._page_tokens.take(full, axis=0)
                 names += names_of(row, named, token_ids)
                 pages += full.tolist()
                 self._named[row] = num_full
@@ -687,14 +692,21 @@ class PagedSequences:
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size
 
-    def _pages(self, rows, counts):
-        """The first `counts` pages of each sequence, one after the other; rows of all groups, as `_rows` gives them."""
-        if not self._is_plain:
-            num_seqs = rows.size // self._num_groups
-            pages = [self._pages_between(row, 0, n) for row, n in zip(rows[:num_seqs].tolist(), counts.tolist())]
-        else:
-            pages = [self._tables[row, :count] for row, count in zip(rows.tolist(), counts.tolist())]
-        return pages[0] if len(pages) == 1 else np.concatenate(pages) if pages else self._tables[0, :0]
+    def _held(self, rows):
+        """(tables, as wide as the longest, and the pages in them, sequence by sequence); rows of all groups.
+
+        Of one sequence these are all groups' pages of a column, then those of the next: see `_pages_between`.
+        """
+        counts = [-(-length // self.page_size) for length in self._lengths[rows].tolist()]
+        width = max(counts, default=0)
+        tables = self._tables[_index_of(rows), :width]
+        if self._is_plain and min(counts, default=0) == width:
+            return tables, tables.ravel().astype(INT64)  # with int64 numpy indexes several times faster
+        columns = np.arange(width)
+        is_held = (columns >= self._firsts[rows, None]) & (columns < np.array(counts)[:, None])
+        by_sequence = (self._by_group(x).transpose(1, 2, 0) for x in (tables, is_held))
+        pages, is_held = by_sequence
+        return tables, pages[is_held].astype(INT64)
 
     def _pages_between(self, row, first, last):
         """The pages of a sequence in these columns: all groups' pages of a column, then those of the next.
@@ -722,16 +734,15 @@ class PagedSequences:
 
     def _rows_of_groups(self, rows):
         """From the first rows of sequences, those of all groups as `_Batch` has them."""
-        return (np.asarray(rows, np.int64) + np.arange(self._num_groups)[:, None]).ravel()
+        rows = np.array(rows, INT64)
+        return rows if self._num_groups == 1 else (rows + np.arange(self._num_groups)[:, None]).ravel()
 
     def _rows(self, seqs):
         """Rows of sequences that are alive and of this cache. The calls of one step name the same ones: keep them."""
         seqs = list(seqs)
         if seqs != self._batch.seqs:  # sequences are equal if they are the same
-            rows = from_list([self._row(seq) for seq in seqs])
-            if self._num_groups > 1:
-                rows = self._rows_of_groups(rows)
-            self._batch = _Batch(seqs, rows, len(set(seqs)) == len(seqs))
+            rows = [seq._row if type(seq) is Sequence and seq._cache is self else self._row(seq) for seq in seqs]
+            self._batch = _Batch(seqs, self._rows_of_groups(rows), len(set(rows)) == len(rows))
         return self._batch.rows
 
     def _distinct_rows(self, seqs):
@@ -748,23 +759,26 @@ class PagedSequences:
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
 
     def _new_row(self, chain):
-        """The first row of a sequence. Tables are all 0, and states are those of their last owner."""
-        if self._unused_rows:
-            row = self._unused_rows.pop()
+        """The first row of a sequence, see `_new_rows`."""
+        return self._new_rows([chain]).item(0)
+
+    def _new_rows(self, chains):
+        """Rows of all groups for a sequence with each of these chains. Tables are all 0, states their last owners'."""
+        while len(self._unused_rows) < len(chains):
+            self._grow_rows(2 * self._lengths.size)
+        firsts = [self._unused_rows.pop() for _ in chains]
+        for row, chain in zip(firsts, chains):
             self._chains[row // self._num_groups] = chain
-        else:
-            row = self._num_groups * len(self._chains)
-            self._chains.append(chain)
-            if row == self._lengths.size:
-                self._grow_rows(2 * row)
-        self._changes.append(row, 0)
-        for group in range(1, self._num_groups):
-            self._changes.append(row + group, 0)
-        return row
+        rows = self._rows_of_groups(firsts)
+        self._changes.extend([(row, 0) for row in rows.tolist()])
+        return rows
 
     def _grow_rows(self, capacity):
+        num_rows, num_groups = self._states.shape[1], self._num_groups
         self._tables = grown(self._tables, capacity, self._tables.shape[1])
         self._states = grown(self._states, NUM_STATES, capacity)
+        self._unused_rows[:0] = range(capacity - num_groups, num_rows - 1, -num_groups)
+        self._chains += [None] * ((capacity - num_rows) // num_groups)
         # _limits: up to this length tokens can be added with nothing to do first: they fit on the last page, which is
         # the sequence's alone and cannot be found, and all full pages are named. 0 where there is something to do.
         # _bases: below the limit, the slot of a token is its position plus this.
@@ -783,8 +797,13 @@ class PagedSequences:
         return x if self._on_host else x.pin_memory().to(self.device, non_blocking=True)
 
 
+def _index_of(rows):
+    """What picks rows of a table: numpy takes a slice several times faster than a list of one."""
+    return slice(rows.item(), rows.item() + 1) if rows.size == 1 else rows
+
+
 def _as_iterable(seqs):
-    return seqs if isinstance(seqs, Iterable) else [seqs]
+    return seqs if isinstance(seqs, (list, Iterable)) else [seqs]  # asked first, list is several times faster
 
 
 def _usable_tokens(num_tokens, page_size, num_dropped, num_pages):

@@ -30,9 +30,10 @@ class ChangeLog:
         self.count = 0
         self._last = deque(maxlen=CHANGES_KEPT)
 
-    def append(self, row, column):
-        self.count += 1
-        self._last.append((row, column))
+    def extend(self, changes):
+        """Add a list of changes."""
+        self.count += len(changes)
+        self._last.extend(changes)
 
     def since(self, count):
         """The changes after the first `count` ones, in any order; None if some are no longer kept."""
@@ -101,6 +102,7 @@ class CacheStep:
         self._changes_there = changes.view(-1, 2)
         self._header = changes.data_ptr() - self._there.data_ptr()  # bytes before the changes
         self._flat_table = self.block_table.view(-1)
+        self._table_here = self._flat_table.numpy() if self._there is self._here else None
         self._slots[:] = -1
         self.batch = self.num_tokens = self.max_seqlen_q = 0
         self._batch = None  # of the cache, at the last call
@@ -141,9 +143,8 @@ class CacheStep:
             fail("seqs", f"at most max_batch = {self._seqlens.size} sequences", batch)
         if num_tokens > self._positions.size:
             fail("token_ids", f"at most max_tokens = {self._positions.size} new tokens", num_tokens)
-        longest = largest(ends)
-        if longest > self._max_seqlen:
-            fail("token_ids", f"sequences of at most max_seqlen = {self._max_seqlen} tokens", longest)
+        if largest(ends) > self._max_seqlen:
+            fail("token_ids", f"sequences of at most max_seqlen = {self._max_seqlen} tokens", largest(ends))
 
     def _fill(self, counts, num_tokens, slots, positions, ends):
         """Write all but the table to the host's memory; the rest of it is padding already.
@@ -158,15 +159,16 @@ class CacheStep:
         self._slots[:num_tokens] = slots
         self._positions[:num_tokens] = positions
         self._seqlens[:batch] = ends
+        if one_each and batch == self.batch == self.num_tokens and self.max_seqlen_q <= 1:
+            return  # as in the call before
         if num_tokens < self.num_tokens:
             self._slots[num_tokens : self.num_tokens] = -1
             self._positions[num_tokens : self.num_tokens] = 0
         if batch < self.batch:
             self._seqlens[batch : self.batch] = 0
         longest = min(1, batch) if one_each else int(counts.max())
-        if not one_each or (batch, num_tokens, longest) != (self.batch, self.num_tokens, self.max_seqlen_q):
-            self._starts[1 : batch + 1] = np.broadcast_to(counts, ends.shape).cumsum()
-            self._starts[batch + 1 :] = num_tokens
+        self._starts[1 : batch + 1] = np.broadcast_to(counts, ends.shape).cumsum()
+        self._starts[batch + 1 :] = num_tokens
         self.batch, self.num_tokens, self.max_seqlen_q = batch, num_tokens, longest
 
     def _changed_entries(self, rows, ends):
@@ -204,9 +206,9 @@ class CacheStep:
 
     def _send(self, entries, pages):
         """Bring the device up to date: copy what `_fill` wrote, and put pages in these entries of the table."""
-        if self._there is self._here:
+        if self._table_here is not None:
             if entries:
-                self._flat_table.numpy()[entries] = pages
+                self._table_here[entries] = pages
             return
         together = min(len(entries), self._max_changes)
         self._changes[:together, 0] = entries[:together]

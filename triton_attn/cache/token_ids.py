@@ -36,9 +36,9 @@ def as_batch(token_ids, batch):
     The numbers are (batch,), or ONE_EACH if all are 1. Tokens without an id have 0 in its place. ids are None if there
     are none; the mask is None if all have ids.
     """
-    ids = unknown = None
+    lists = ids = unknown = None
     if _is_list_of_lists(token_ids):  # the form of most calls
-        counts, ids = _concatenated(token_ids)
+        lists, counts = token_ids, list(map(len, token_ids))
     elif isinstance(token_ids, Integral):
         count = check_length("token_ids", token_ids)
         counts, unknown = [count] * batch, np.full(batch, count > 0)
@@ -49,22 +49,22 @@ def as_batch(token_ids, batch):
     else:
         token_ids = list(token_ids)
         unknown = np.array([isinstance(item, Integral) and int(item) > 0 for item in token_ids], bool)
-        counts, ids = _concatenated(list(map(_as_list, token_ids)))
+        lists = list(map(_as_list, token_ids))
+        counts = list(map(len, lists))
     if len(counts) != batch:
         fail("token_ids", f"one entry for each of {batch} sequences", len(counts))
-    return ONE_EACH if counts.count(1) == batch else from_list(counts), ids, unknown
+    one_each = counts.count(1) == batch
+    if lists is not None:  # the ids of one each are taken twice as fast as by a chain
+        ids = as_ids([token_id for (token_id,) in lists] if one_each else _in_a_row(lists))
+    return ONE_EACH if one_each else from_list(counts), ids, unknown
 
 
 def _is_list_of_lists(x):
     return type(x) is list and set(map(type, x)) == {list}
 
 
-def _concatenated(lists):
-    """Lists of ids as (their lengths, all ids in a row)."""
-    counts = list(map(len, lists))
-    if counts.count(1) == len(counts):
-        return counts, as_ids([token_id for (token_id,) in lists])  # twice as fast as a chain
-    return counts, as_ids(lists[0] if len(lists) == 1 else list(chain.from_iterable(lists)))
+def _in_a_row(lists):
+    return lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
 
 
 def _as_list(token_ids):
