@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from levels import LEVEL
-from prefix_trees import check_tree, every_group, levels_of, nodes_of
+from prefix_trees import check_shared, check_tree, every_group, levels_of, nodes_of
 from small_caches import contents, make_step
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
@@ -114,8 +114,11 @@ class CacheMachine(RuleBasedStateMachine):
             tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
         self.cache_steps = [make_step(self.cache, 64, 200, 512, staged=staged) for staged in (False, True)]
         static = dict(max_batch=256, max_nodes=MAX_NODES, max_slots=MAX_SLOTS)
-        self.is_plain = self.windows == [-1]
-        self.groups = [self.cache.prefix_groups(4, **options) for options in ({}, {}, static) if self.is_plain]
+        numbers = range(len(self.windows)) if self.is_grouped else [None]
+        self.groups = [
+            [self.cache.prefix_groups(4, layer_group=number, **options) for options in ({}, {}, static)]
+            for number in numbers
+        ]
         self.free_pages = list(range(num_pages))  # in the order of use
         self.named = {}  # (group, salt, tokens) -> pages that contain the last of them; the first one is found
         self.live = {}  # handle -> NaiveSequence
@@ -473,19 +476,26 @@ class CacheMachine(RuleBasedStateMachine):
     def trees_are_those_of_the_tables(self):
         """Of all sequences and of some, and in memory with room for few nodes."""
         seqs = list(self.live)
-        for groups, own in zip(self.groups, (seqs, seqs[::2][::-1], seqs)):
-            tree, tables = groups.tree(own), [self.live[seq].pages[0] for seq in own]
-            assert groups.tree(own) is tree
-            nodes = nodes_of(tables)
-            if groups.static is not None:
-                tables += [[]] * (groups.static.batch - len(tables))
-                fits = len(nodes) <= MAX_NODES and max(levels_of(nodes, tables)) <= MAX_SLOTS
-                assert tree is (groups.static if nodes and fits else None)
-                check_tree(groups.static, nodes if fits else [], tables)
-            elif nodes:
-                check_tree(tree, nodes, tables)
-            else:
-                assert tree is None
+        for group, batches in enumerate(self.groups):
+            for groups, own in zip(batches, (seqs, seqs[::2][::-1], seqs), strict=True):
+                self.check_tree(groups, own, group)
+
+    def check_tree(self, groups, own, group):
+        tree, tables = groups.tree(own), [self.live[seq].pages[group] for seq in own]
+        assert groups.tree(own) is tree
+        if self.windows[group] >= 0:
+            check_shared(groups.static or tree, tables)
+            return
+        nodes = nodes_of(tables)
+        if groups.static is not None:
+            tables += [[]] * (groups.static.batch - len(tables))
+            fits = len(nodes) <= MAX_NODES and max(levels_of(nodes, tables)) <= MAX_SLOTS
+            assert tree is (groups.static if nodes and fits else None)
+            check_tree(groups.static, nodes if fits else [], tables)
+        elif nodes:
+            check_tree(tree, nodes, tables)
+        else:
+            assert tree is None
 
     @invariant()
     def references_are_table_entries(self):

@@ -260,6 +260,13 @@ def rows_of_node(node, batch, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sequence_of_first(position, sequence):
+    """A sequence of those rows (rows,) whose position is the smallest. None of the others sees a key that is before
+    its window, whose page it may have given back."""
+    return tl.max(tl.where(position == tl.min(position, 0), sequence, 0), 0)
+
+
+@triton.jit
 def longest_of(end_key, sequence):
     """The largest of end_key (rows,), and a sequence of those rows that have it."""
     longest = tl.max(end_key, 0)

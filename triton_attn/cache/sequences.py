@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._host.checks import check_bool, check_length, check_size, fail
+from .._host.checks import check_bool, check_int, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
 from .api import copy_kv_pages
@@ -223,6 +223,7 @@ class PagedSequences:
         seqlen_q: int = 1,
         max_nodes: int = 64,
         max_slots: int = 8,
+        layer_group: int | None = None,
     ) -> PrefixGroups:
         """A `PrefixGroups`: the prefix trees of batches, for `paged_attention` and `mla_decode`.
 
@@ -232,9 +233,8 @@ class PagedSequences:
             seqlen_q: queries of each sequence, if max_batch is given.
             max_nodes, max_slots: nodes of the tree and most of them above a sequence, if max_batch is given. A graph
                 has a program for each, and memory for results of max_slots nodes. Trees that need more are not made.
-
-        Raises:
-            NotImplementedError: the cache has layer_windows.
+            layer_group: with `layer_windows` the group of layers, `group` of a `LayerPlace`, whose pages are compared.
+                None without.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(257, 16, num_layers=1, num_kv_heads=8, head_dim=64)
@@ -244,9 +244,13 @@ class PagedSequences:
             >>> groups.tree(seqs) is not None  # for prefix_tree of paged_attention; None where none pays
             True
         """
-        self._refuse_windows("prefix_groups")
+        if self.layers is None and layer_group is not None:
+            fail("layer_group", "None without layer_windows", layer_group)
+        group = 0 if self.layers is None else check_int("layer_group", layer_group, "an int with layer_windows")
+        if not 0 <= group < self._num_groups:
+            fail("layer_group", f"0 to {self._num_groups - 1}", layer_group)
         work = tree_work(self.page_size, num_heads_q, *self._tree_shape(), self.device)
-        return PrefixGroups(self, work, max_batch, seqlen_q, max_nodes, max_slots)
+        return PrefixGroups(self, group, work, max_batch, seqlen_q, max_nodes, max_slots)
 
     def commit(self, seqs: Iterable[Sequence]) -> None:
         """Say that the tokens of these sequences are written: their full pages can be found from now on.
@@ -693,10 +697,6 @@ class PagedSequences:
     def _find(self, group, digest):
         """The page of a group that is found under a hash, or None."""
         return self.pool._names.find(digest + self._suffixes[group])
-
-    def _refuse_windows(self, name):
-        if not self._is_plain:
-            raise NotImplementedError(f"{name}: a cache without layer_windows is supported, got one with groups")
 
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size

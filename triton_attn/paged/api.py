@@ -521,4 +521,5 @@ def _check_values(call: PagedCall) -> None:
             if not 0 <= page < num_pages:
                 fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)
     if call.prefix_tree is not None:
-        check_tree_values(call.prefix_tree, block_table, call.cache_seqlens, page_size, call.q, cu_seqlens_q)
+        of_batch = block_table, call.cache_seqlens, page_size, call.q, cu_seqlens_q
+        check_tree_values(call.prefix_tree, *of_batch, call.options.window[0])

@@ -46,6 +46,7 @@ from .._jit.heads import (
     packed_bounds,
     row_offsets,
     rows_of_node,
+    sequence_of_first,
     slots_left_over,
     spare_rows,
 )
@@ -232,6 +233,8 @@ def _rows_of_node(node, head_kv, batch, window, tree_mask, TILE: tl.constexpr):
     first_key = node.first_page * TILE.PAGE_SIZE
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
     longest, table_row = longest_of(end_key, rows.sequence)
+    if window.left is not None:
+        table_row = sequence_of_first(position, rows.sequence)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
     start, end = tl.min(position, 0), tl.max(position, 0) + 1
     if TILE.SHARDED:
