@@ -77,7 +77,9 @@ class PrefixGroups:
             TypeError, ValueError: as `cache.extend`, and for more sequences or other queries than max_batch.
         """
         cache = self._cache
-        rows = cache._by_group(cache._distinct_rows(seqs))[self._group]
+        rows = cache._distinct_rows(seqs)
+        if cache._num_groups > 1:
+            rows = cache._by_group(rows)[self._group]
         queries = self._queries_of(seqlens_q, rows.size)
         is_known = cache._batch is self._batch and np.array_equal(queries, self._queries)
         if self._update(rows.tolist()) or not is_known or self._gave_back(rows):

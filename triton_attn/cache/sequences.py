@@ -620,6 +620,8 @@ class PagedSequences:
 
     def _least_length(self, row):
         """From how many tokens on the next one sees only pages that are there, in all groups of a sequence."""
+        if self._is_plain:
+            return 0
         firsts = self._firsts[row : row + self._num_groups].tolist()
         return max(first and first * self.page_size + window for first, window in zip(firsts, self._windows))
 

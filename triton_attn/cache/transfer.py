@@ -82,6 +82,8 @@ def _first_pages(cache, num_tokens):
 
 def _find(cache, hashes, starts):
     """For each group the pages that are found from its first column on, as far as none is missing."""
+    if starts == [0]:
+        return [cache.pool.lookup(hashes).tolist()]
     found = [[] for _ in starts]
     for column, digest in enumerate(hashes):
         is_done = True
