@@ -79,7 +79,7 @@ def predict(case):
         return Row(False, num_bytes, num_bytes, 0, alone, alone)
     part, cost = best
     pages = nodes.end_page - nodes.first_page
-    saved = ((nodes.tiles_alone - work.tiles(nodes.queries)) * pages).sum() * work.page_bytes
+    saved = (nodes.loads_alone - work.tiles(nodes.queries) * pages).sum() * work.page_bytes
     results = (work.result_bytes(nodes.queries) * num_parts(pages, part)).sum()
     return Row(True, num_bytes, int(num_bytes - saved), int(results), alone, cost)
 

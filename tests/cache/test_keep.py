@@ -113,6 +113,68 @@ def test_a_step_sees_the_new_page():
     cache.free([seq, fork])
 
 
+def test_groups_of_layers():
+    """A path moves on the pages of each group; the group with a window has given back what is before them."""
+    cache = PagedKVCache(24, 4, num_layers=2, num_kv_heads=1, head_dim=1, layer_windows=[-1, 5], device="cpu")
+    seq, _ = cache.create(PROMPT)
+    for start, ids in ((0, [*PROMPT, 6, 7, 8, 9]), (10, [10, 11, 12]), (13, 7)):
+        slots = cache.extend([seq], [ids])
+        for group, layer, _ in cache.layers:
+            new = torch.arange(start, start + slots.shape[1]) + 100 * group
+            cache.k_cache[layer].flatten()[slots[group]] = new.to(cache.k_cache.dtype)
+    before = cache.block_table([seq]).tolist()
+    assert before[1][0][:2] == [0, 0]  # given back
+    fork = cache.fork(seq)
+    cache.keep([seq], 7, [[0, 2, 4, 5]], [[90, 92, 94, 95]])
+    assert len(seq) == 17
+    for group, layer, _ in cache.layers:
+        table = cache.block_table([seq])[group, 0]
+        first = 8 if group else 0
+        positions = torch.arange(first, 17)
+        read = cache.k_cache[layer].flatten()[table[positions // 4].long() * 4 + positions % 4]
+        assert read.tolist() == [100 * group + i for i in [*range(first, 14), 15, 17, 18]]
+    assert cache.block_table([fork]).tolist() == before
+    cache.commit([seq])
+    tokens = [*range(13), 90, 92, 94, 95]
+    assert cache.create([*tokens, 1])[1] == 16
+
+
+def test_drafts_that_were_given_back_do_not_move():
+    """Drafts of several steps, of which a small window has given back the first."""
+    cache = PagedKVCache(24, 4, num_layers=2, num_kv_heads=1, head_dim=1, layer_windows=[-1, 1], device="cpu")
+    seq, _ = cache.create([])
+    cache.extend([seq], [[0, 1, 2, 3]])
+    for _ in range(10):
+        cache.extend([seq], [1])
+    before = cache.stats(), cache.block_table([seq]).tolist()
+    assert before[1][1][0][:3] == [0, 0, 0]
+    for path, message in (
+        ([9, 1], "accepted: expected paths that leave 0 tokens, or at least 13"),
+        ([*range(1, 10), 0], "accepted: expected drafts from position 12 on: earlier pages were given back, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.keep([seq], 10, [path])
+        assert (cache.stats(), cache.block_table([seq]).tolist()) == before
+    cache.keep([seq], 10, [[*range(8), 9, 8]], [list(range(4, 14))])  # what moves is there
+    cache.commit([seq])
+    assert len(seq) == 14
+
+
+def test_old_weights_are_not_found_after_a_reset():
+    """Drafts at the begin of a sequence were computed before it; ids given later are no reason to find them."""
+    cache = make_cache()
+    seq, _ = cache.create([])
+    cache.extend([seq], [4])
+    cache.reset_prefix_cache()
+    cache.keep([seq], 4, [[0, 1, 2, 3]], [[0, 1, 2, 3]])
+    cache.commit([seq])
+    assert cache.create([0, 1, 2, 3, 4])[1] == 0
+    cache.truncate(seq, 0)
+    cache.extend([seq], [PROMPT])
+    cache.commit([seq])
+    assert cache.create(PROMPT)[1] == 4  # what is written after the reset is
+
+
 def test_latent_vectors():
     cache = LatentKVCache(4, 4, num_layers=1, kv_lora_rank=3, qk_rope_head_dim=2, device="cpu")
     seq, _ = cache.create(PROMPT)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from levels import LEVEL
-from prefix_trees import check_tree, every_group, levels_of, nodes_of
+from prefix_trees import check_shared, check_tree, every_group, levels_of, nodes_of
 from small_caches import contents, make_step
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
@@ -40,16 +40,23 @@ STEPS = st.sampled_from([None, 0, 1])
 
 
 class NaiveSequence:
-    """Tokens (below 0 if the cache was not told them), and for each group their pages: None once given back."""
+    """Tokens (below 0 if the cache was not told them), and for each group their pages: None once given back. known and
+    named are numbers of tokens and pages of each group."""
 
     def __init__(self, salt, tokens, pages, known, named):
         self.salt, self.tokens, self.pages, self.known, self.named = salt, tokens, pages, known, named
 
     def copy(self):
-        return NaiveSequence(self.salt, list(self.tokens), list(map(list, self.pages)), self.known, list(self.named))
+        return NaiveSequence(
+            self.salt, list(self.tokens), list(map(list, self.pages)), list(self.known), list(self.named)
+        )
 
     def prefix(self, length):
         return self.salt, tuple(self.tokens[:length])
+
+    def first_held(self, group):
+        """The first column of a group that was not given back."""
+        return self.pages[group].count(None)
 
     def held(self, first=0):
         """Pages of all groups from a column on, column by column."""
@@ -107,8 +114,11 @@ class CacheMachine(RuleBasedStateMachine):
             tensor.view(torch.uint8).fill_(0xFF)  # NaN in all of them
         self.cache_steps = [make_step(self.cache, 64, 200, 512, staged=staged) for staged in (False, True)]
         static = dict(max_batch=256, max_nodes=MAX_NODES, max_slots=MAX_SLOTS)
-        self.is_plain = self.windows == [-1]
-        self.groups = [self.cache.prefix_groups(4, **options) for options in ({}, {}, static) if self.is_plain]
+        numbers = range(len(self.windows)) if self.is_grouped else [None]
+        self.groups = [
+            [self.cache.prefix_groups(4, layer_group=number, **options) for options in ({}, {}, static)]
+            for number in numbers
+        ]
         self.free_pages = list(range(num_pages))  # in the order of use
         self.named = {}  # (group, salt, tokens) -> pages that contain the last of them; the first one is found
         self.live = {}  # handle -> NaiveSequence
@@ -130,7 +140,10 @@ class CacheMachine(RuleBasedStateMachine):
         for group, of_group in enumerate(pages):
             for column in range(len(of_group), self.pages_of(cached)):
                 of_group.append(self.named[self.name(group, salt, tokens, column)][0])
-        naive = NaiveSequence(salt, tokens[:cached], pages, cached, [cached // self.page_size] * len(pages))
+        num_groups = len(pages)
+        naive = NaiveSequence(
+            salt, tokens[:cached], pages, [cached] * num_groups, [cached // self.page_size] * num_groups
+        )
         self.free_pages = [page for page in self.free_pages if page not in naive.held()]
         self.live[seq] = naive
         if prefill:
@@ -258,9 +271,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.reset_prefix_cache()
         self.named = {}
         for naive in self.live.values():
-            naive.known, naive.named = 0, [0] * len(naive.pages)
+            naive.known, naive.named = [-1 if naive.tokens else 0] * len(naive.pages), [0] * len(naive.pages)
 
-    @precondition(lambda self: self.live and self.is_plain)
+    @precondition(lambda self: self.live)
     @rule(data=st.data(), gives_ids=st.booleans())
     def keep(self, data, gives_ids):
         self.write()
@@ -277,13 +290,16 @@ class CacheMachine(RuleBasedStateMachine):
             self.num_unknown += len(path)
         writers = {}
         for seq, start, path, first in zip(seqs, starts, paths, firsts):
-            end = start + len(path)
-            for page in self.live[seq].pages[0][first // self.page_size : self.pages_of(end)] if first < end else ():
-                writers.setdefault(page, []).append(seq)
-        copied = {(seq, page) for page, own in writers.items() for seq in own[self.holders(page) == len(own) :]}
-        if len(copied) > len(self.free_pages):
+            for group, pages in enumerate(self.live[seq].pages):
+                columns = range(first // self.page_size, self.pages_of(start + len(path)))
+                for column in columns if first < start + len(path) else ():
+                    if pages[column] is not None:
+                        writers.setdefault(pages[column], []).append((seq, group))
+        copied = {(*writer, page) for page, own in writers.items() for writer in own[self.holders(page) == len(own) :]}
+        is_gone = any(self.loses_drafts(self.live[seq], start, path) for seq, start, path in zip(seqs, starts, paths))
+        if is_gone or len(copied) > len(self.free_pages):
             before = self.snapshot()
-            with pytest.raises(OutOfPages):
+            with pytest.raises(ValueError if is_gone else OutOfPages, match="were given back" if is_gone else "needed"):
                 self.cache.keep(seqs, num_drafts, paths, ids if gives_ids else None)
             assert self.snapshot() == before
             return
@@ -295,17 +311,21 @@ class CacheMachine(RuleBasedStateMachine):
         ]
         for seq, start, path, first, own, kept in zip(seqs, starts, paths, firsts, ids, before):
             naive, end = self.live[seq], start + len(path)
-            table = self.by_group(self.cache.block_table([seq]))[0][0]
-            for i, page in enumerate(table):
-                if (seq, naive.pages[0][i]) in copied:
-                    taken.remove(page)
-                    naive.pages[0][i] = page
-            if gives_ids:
-                naive.known = end if naive.known >= start else naive.known
-            else:
+            for group, (table,) in enumerate(self.by_group(self.cache.block_table([seq]))):
+                for i, page in enumerate(table):
+                    if (seq, group, naive.pages[group][i]) in copied:
+                        taken.remove(page)
+                        naive.pages[group][i] = page
+                known = naive.known[group]
+                if not gives_ids:
+                    naive.known[group] = min(known, first)
+                elif known >= start and naive.first_held(group) <= start // self.page_size:
+                    naive.known[group] = end
+                else:
+                    naive.known[group] = min(known, start)
+            if not gives_ids:
                 own = naive.tokens[start:first] + [-1 - self.num_unknown - i for i in range(end - first)]
                 self.num_unknown += len(path)
-                naive.known = min(naive.known, first)
             naive.tokens[start:end] = own
             for i, content in enumerate(kept):
                 self.contents[naive.prefix(start + i + 1)] = content
@@ -314,7 +334,16 @@ class CacheMachine(RuleBasedStateMachine):
         for seq, start, path in zip(seqs, starts, paths):
             self.drop(self.live[seq], start + len(path))
 
-    @precondition(lambda self: self.live and self.is_plain)
+    def loses_drafts(self, naive, start, path):
+        """Whether a draft would move from a page that is gone to one that is not, or the next token miss a page."""
+        moves = [(start + draft, start + i) for i, draft in enumerate(path) if path[: i + 1] != list(range(i + 1))]
+        return self.sees_what_is_gone(naive, start + len(path)) or any(
+            pages[read // self.page_size] is None and pages[written // self.page_size] is not None
+            for pages in naive.pages
+            for read, written in moves
+        )
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data(), frees=st.booleans(), gives_ids=st.booleans())
     def move(self, data, frees, gives_ids):
         """Pages leave the cache and come back, as another sequence or, freed before, as the same one."""
@@ -333,41 +362,57 @@ class CacheMachine(RuleBasedStateMachine):
             self.drop(self.live.pop(seq), 0)
             self.dead.append(seq)
         gives_ids = gives_ids and min(source.tokens, default=0) >= 0
-        found = self.found_pages(source) if gives_ids else []
-        num_new = num_pages - len(found)
-        revived = [page for page in found if page in self.free_pages]
+        starts = self.first_seen(len(source.tokens))
+        places = [(group, column) for group, own in enumerate(starts) for column in range(max(own, first), num_pages)]
+        assert self.cache.page_places(len(source.tokens), first) == places
+        assert all(tensor.shape[1] == len(places) for tensor in exported)
+        found = [self.found_pages(source, group, own) if gives_ids else [] for group, own in enumerate(starts)]
+        ends = [start + len(own) for start, own in zip(starts, found)]
+        num_new = sum(num_pages - end for end in ends)
+        revived = [page for own in found for page in own if page in self.free_pages]
         arguments = exported, source.tokens if gives_ids else len(source.tokens), source.salt
-        if first > len(found) or num_new + len(revived) > len(self.free_pages):
+        # What is neither found nor given: exports from a column that no group has are equal to those from the first.
+        is_lost = any(end < min(num_pages, max(first, start)) for start, end in zip(starts, ends))
+        if is_lost or num_new + len(revived) > len(self.free_pages):
             before = self.snapshot()
-            with pytest.raises(ValueError if first > len(found) else OutOfPages):
+            with pytest.raises(ValueError if is_lost else OutOfPages):
                 self.cache.import_pages(*arguments)
             assert self.snapshot() == before
             return
         back = self.cache.import_pages(*arguments)
-        self.free_pages = [page for page in self.free_pages if page not in found]
-        taken = self.take_pages(num_new)
-        table = self.by_group(self.cache.block_table([back]))[0][0]
-        assert (table[: len(found)], set(table[len(found) :])) == (found, taken)
-        self.live[back] = self.moved(source, table, len(found), gives_ids)
+        self.free_pages = [page for page in self.free_pages if page not in revived]
+        taken, pages = self.take_pages(num_new), []
+        tables = self.by_group(self.cache.block_table([back]))
+        for (table,), start, end, own in zip(tables, starts, ends, found, strict=True):
+            assert (table[:start], table[start:end]) == ([0] * start, own)
+            taken -= set(table[end:])
+            pages.append([None] * start + table[start:])
+        assert not taken
+        self.live[back] = self.moved(source, pages, ends, gives_ids)
         self.name_full_pages([back])
 
-    def found_pages(self, naive):
-        """The pages that a prompt of these tokens finds, the last full one too."""
+    def first_seen(self, n):
+        """The first column of each group that the token after the first n sees."""
+        return [max(0, n - window) // self.page_size if window >= 0 else 0 for window in self.windows]
+
+    def found_pages(self, naive, group, start):
+        """The pages of a group that a prompt of these tokens finds from a column on, the last full one too."""
         found = []
-        for column in range(len(naive.tokens) // self.page_size):
-            name = self.name(0, naive.salt, naive.tokens, column)
+        for column in range(start, len(naive.tokens) // self.page_size):
+            name = self.name(group, naive.salt, naive.tokens, column)
             if name not in self.named:
                 break
             found.append(self.named[name][0])
         return found
 
-    def moved(self, source, table, num_found, gives_ids):
+    def moved(self, source, pages, ends, gives_ids):
         """The model of an imported sequence. Tokens without ids are new ones, with the content of the old."""
         tokens = list(source.tokens)
         if not gives_ids:
             tokens = [-1 - self.num_unknown - i for i in range(len(tokens))]
             self.num_unknown += len(tokens)
-        naive = NaiveSequence(source.salt, tokens, [table], len(tokens) if gives_ids else 0, [num_found])
+        num_known, named = (len(tokens), ends) if gives_ids else (0, [0] * len(pages))
+        naive = NaiveSequence(source.salt, tokens, pages, [num_known] * len(pages), named)
         for position in range(len(tokens)):
             self.contents[naive.prefix(position + 1)] = self.content(source, position)
         return naive
@@ -431,19 +476,26 @@ class CacheMachine(RuleBasedStateMachine):
     def trees_are_those_of_the_tables(self):
         """Of all sequences and of some, and in memory with room for few nodes."""
         seqs = list(self.live)
-        for groups, own in zip(self.groups, (seqs, seqs[::2][::-1], seqs)):
-            tree, tables = groups.tree(own), [self.live[seq].pages[0] for seq in own]
-            assert groups.tree(own) is tree
-            nodes = nodes_of(tables)
-            if groups.static is not None:
-                tables += [[]] * (groups.static.batch - len(tables))
-                fits = len(nodes) <= MAX_NODES and max(levels_of(nodes, tables)) <= MAX_SLOTS
-                assert tree is (groups.static if nodes and fits else None)
-                check_tree(groups.static, nodes if fits else [], tables)
-            elif nodes:
-                check_tree(tree, nodes, tables)
-            else:
-                assert tree is None
+        for group, batches in enumerate(self.groups):
+            for groups, own in zip(batches, (seqs, seqs[::2][::-1], seqs), strict=True):
+                self.check_tree(groups, own, group)
+
+    def check_tree(self, groups, own, group):
+        tree, tables = groups.tree(own), [self.live[seq].pages[group] for seq in own]
+        assert groups.tree(own) is tree
+        if self.windows[group] >= 0:
+            check_shared(groups.static or tree, tables)
+            return
+        nodes = nodes_of(tables)
+        if groups.static is not None:
+            tables += [[]] * (groups.static.batch - len(tables))
+            fits = len(nodes) <= MAX_NODES and max(levels_of(nodes, tables)) <= MAX_SLOTS
+            assert tree is (groups.static if nodes and fits else None)
+            check_tree(groups.static, nodes if fits else [], tables)
+        elif nodes:
+            check_tree(tree, nodes, tables)
+        else:
+            assert tree is None
 
     @invariant()
     def references_are_table_entries(self):
@@ -548,7 +600,7 @@ class CacheMachine(RuleBasedStateMachine):
         """(tokens, first column of each group) of the longest one whose pages are all there that are needed."""
         for num_pages in range(len(tokens) // self.page_size, -1, -1):
             length = max(0, min((num_pages - recompute) * self.page_size, len(tokens) - 1))
-            firsts = [max(0, length - window) // self.page_size if window >= 0 else 0 for window in self.windows]
+            firsts = self.first_seen(length)
             if all(
                 self.name(group, salt, tokens, column) in self.named
                 for group, first in enumerate(firsts)
@@ -559,8 +611,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def sees_what_is_gone(self, naive, n):
         """Whether the token after the first n sees a page that was given back, or would begin on it."""
-        for pages, window in zip(naive.pages, self.windows):
-            first = max(0, n - window) // self.page_size if window >= 0 else 0
+        for pages, first in zip(naive.pages, self.first_seen(n)):
             if n and None in pages[first : max(first + 1, self.pages_of(n))]:
                 return True
         return False
@@ -635,9 +686,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def append(self, naive, tokens, n):
         """Write the new tokens, which have slots in each group."""
-        if not isinstance(tokens, int) and naive.known == len(naive.tokens):
-            naive.known += n
-        elif isinstance(tokens, int):
+        if not isinstance(tokens, int):
+            naive.known = [known + n if known == len(naive.tokens) else known for known in naive.known]
+        if isinstance(tokens, int):
             tokens = [-1 - self.num_unknown - i for i in range(n)]
             self.num_unknown += n
         for token in tokens:
@@ -667,7 +718,7 @@ class CacheMachine(RuleBasedStateMachine):
         for group in range(len(self.windows)):
             for seq in seqs if self.prefix_caching else ():
                 naive = self.live[seq]
-                for i in range(naive.named[group], naive.known // self.page_size):
+                for i in range(naive.named[group], naive.known[group] // self.page_size):
                     name, page = (group, *naive.prefix((i + 1) * self.page_size)), naive.pages[group][i]
                     named = self.named.get(name, [])
                     if page not in named:
@@ -679,7 +730,8 @@ class CacheMachine(RuleBasedStateMachine):
         keep = self.pages_of(n)
         dropped, naive.pages = naive.held(keep), [pages[:keep] for pages in naive.pages]
         naive.tokens = naive.tokens[:n]
-        naive.known, naive.named = min(naive.known, n), [min(named, n // self.page_size) for named in naive.named]
+        naive.known = [n if n == 0 else min(known, n) for known in naive.known]
+        naive.named = [min(named, n // self.page_size) for named in naive.named]
         self.put_back([page for page in reversed(dropped) if not self.holders(page)])
 
     def snapshot(self):

@@ -103,6 +103,92 @@ def test_tokens_without_ids_are_never_found():
     assert target.stats().pages_cached == 0
 
 
+WINDOWS = SIZE | dict(layer_windows=[-1, 4])
+
+
+def write_with_windows(cache, seq, ids):
+    """As `write`, in the slots of each layer's group."""
+    slots = cache.extend([seq], [ids])
+    for group, layer, window in cache.layers:
+        generators = [torch.Generator().manual_seed(1000 * window + token) for token in ids]
+        k, v = (torch.stack([torch.randn(2, dim, generator=g) for g in generators]).to(DEVICE) for dim in (32, 16))
+        append_kv_cache(k, v, cache.k_cache[layer], cache.v_cache[layer], slots[group])
+
+
+def attend_with_windows(cache, seq):
+    q = torch.randn(1, 1, 4, 32, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    lengths, tables = cache.cache_seqlens([seq]), cache.block_table([seq])
+    outs = [
+        paged_attention(q, cache.k_cache[layer], cache.v_cache[layer], lengths, tables[group], window_size=(window, 0))
+        for group, layer, window in cache.layers
+    ]
+    return torch.stack(outs)
+
+
+def test_a_sequence_of_a_model_with_windows_goes_on_where_it_stopped():
+    """Of the layer with a window only the pages leave that the next token sees."""
+    cache, stays = (PagedKVCache(12, 4, **WINDOWS) for _ in range(2))
+    seqs = [owner.create(PROMPT)[0] for owner in (cache, stays)]
+    for owner, seq in zip((cache, stays), seqs):
+        write_with_windows(owner, seq, [*PROMPT, 1, 2, 3, 4, 5, 6])
+        write_with_windows(owner, seq, [7])
+    pages = cache.export_pages(seqs[0])
+    places = cache.page_places(17)
+    assert places == [*((0, column) for column in range(5)), (1, 3), (1, 4)]
+    tables = cache.block_table(seqs[:1])[:, 0].tolist()
+    for x, own in zip(pages, (cache.k_cache, cache.v_cache)):
+        assert x.shape[1] == len(places)
+        for i, (group, column) in enumerate(places):
+            filled = 1 if column == 4 else 4
+            assert torch.equal(x[:, i, :filled], own[:, tables[group][column], :filled])
+    cache.free(seqs[0])
+    other, _ = cache.create([])
+    write_with_windows(cache, other, list(range(24)))  # nothing of the first sequence is left
+    cache.free(other)
+    back = cache.import_pages(pages, [*PROMPT, 1, 2, 3, 4, 5, 6, 7])
+    for token in range(20, 30):
+        assert torch.equal(attend_with_windows(cache, back), attend_with_windows(stays, seqs[1]))
+        write_with_windows(cache, back, [token])
+        write_with_windows(stays, seqs[1], [token])
+
+
+def test_a_cut_of_a_prompt_becomes_a_prefix_for_all_groups():
+    """A fork that ends with the full pages is exported, and another cache finds it; the rest of a group is shared."""
+    source, target = (PagedKVCache(12, 4, **WINDOWS) for _ in range(2))
+    seq, _ = source.create(PROMPT)
+    write_with_windows(source, seq, PROMPT)
+    cut = source.fork(seq)
+    source.truncate(cut, 8)
+    pages = source.export_pages(cut)
+    assert source.page_places(8) == [(0, 0), (0, 1), (1, 1)]
+    target.free(target.import_pages(pages, PROMPT[:8]))
+    assert target.stats().pages_cached == 3
+    hit, cached = target.create(PROMPT)
+    assert cached == 8
+    write_with_windows(target, hit, PROMPT[8:])
+    assert torch.equal(attend_with_windows(target, hit), attend_with_windows(source, seq))
+    before = bookkeeping(target)
+    rest = source.export_pages(seq, first_page=2)
+    with pytest.raises(ValueError, match="pages: expected 5 to 5 pages"):
+        target.import_pages(rest, [0, *PROMPT[1:], 1, 2, 3, 4, 5, 6])
+    assert bookkeeping(target) == before
+    # All but the last page of each group is found.
+    again = target.import_pages(rest, PROMPT)
+    assert torch.equal(attend_with_windows(target, again), attend_with_windows(source, seq))
+    assert target.stats().pages_shared == 3
+
+
+def test_nothing_imported_is_something_known():
+    """A sequence without tokens goes on as a new one, whether its ids were given or their number, 0."""
+    cache = new_cache()
+    seq = cache.import_pages(
+        (torch.zeros(2, 0, 4, 2, 32, device=DEVICE), torch.zeros(2, 0, 4, 2, 16, device=DEVICE)), 0
+    )
+    write(cache, seq, PROMPT)
+    cache.commit([seq])
+    assert cache.create(PROMPT)[1] == 8
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_latents(dtype):
     size = dict(num_layers=2, kv_lora_rank=128, qk_rope_head_dim=16, dtype=dtype, device=DEVICE)
@@ -130,8 +216,16 @@ def test_wrong_arguments_change_nothing():
         (lambda: cache.import_pages((k, k), PROMPT), ValueError, r"pages\[1\]: expected shape"),
         (lambda: cache.import_pages((k.half(), v), PROMPT), TypeError, r"pages\[0\]: expected torch.float32"),
         (lambda: cache.import_pages((k[:, :2], v), PROMPT), ValueError, r"pages\[1\]: expected shape"),
-        (lambda: cache.import_pages((k, v), [1] * 13), ValueError, "pages: expected 4 to 4 pages: 0 are found, got 3"),
-        (lambda: cache.import_pages((k, v), [1] * 8), ValueError, "pages: expected 2 to 2 pages: 0 are found, got 3"),
+        (
+            lambda: cache.import_pages((k, v), [1] * 13),
+            ValueError,
+            "pages: expected 4 to 4 pages, those from a column of 0 to 0 on: 0 are found, got 3",
+        ),
+        (
+            lambda: cache.import_pages((k, v), [1] * 8),
+            ValueError,
+            "pages: expected 2 to 2 pages, those from a column of 0 to 0 on: 0 are found, got 3",
+        ),
         (lambda: cache.export_pages(seq, 4), ValueError, "first_page: expected at most the sequence's 3 pages, got 4"),
         (lambda: cache.export_pages(seq, 1, to=(k, v)), ValueError, r"to\[0\]: expected shape"),
     ]
@@ -139,7 +233,3 @@ def test_wrong_arguments_change_nothing():
         with pytest.raises(error, match=message):
             call()
         assert bookkeeping(cache) == before
-    windows = PagedKVCache(8, 4, **SIZE, layer_windows=[-1, 4])
-    for call in (lambda: windows.export_pages(windows.create([])[0]), lambda: windows.import_pages((k, v), PROMPT)):
-        with pytest.raises(NotImplementedError, match="without layer_windows is supported"):
-            call()

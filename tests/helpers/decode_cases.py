@@ -320,14 +320,21 @@ def keys_in_tiles(case, tree=None):
     queries = [(i, j) for i, n in enumerate(case.lengths_q) for j in range(n)]
     first_pages, _, parts = ([0] * len(case.seqlens_k), [], []) if tree is None else read_tree(tree)
     total = sum(
-        _keys_of_rows(case, [queries[q] for q in part.queries], part.first_page, part.end_page) for part in parts
+        _keys_of_rows(case, [queries[q] for q in part.queries], part.first_page, part.end_page, in_node=True)
+        for part in parts
     )
     for i, (seqlen_q, first_page) in enumerate(zip(case.lengths_q, first_pages)):
+        if case.tree:
+            first_page = min(first_page, _pages_before_drafts(case, i))
         total += _keys_of_rows(case, [(i, j) for j in range(seqlen_q)], first_page, MAX_ROWS)
     return total
 
 
-def _keys_of_rows(case, queries, first_page, end_page):
+def _pages_before_drafts(case, i):
+    return max(0, case.seqlens_k[i] - case.lengths_q[i]) // case.page_size
+
+
+def _keys_of_rows(case, queries, first_page, end_page, in_node=False):
     """Keys in the visible tiles of these columns for all heads of queries, (sequence, query), in tiles of rows."""
     total, lengths_q = 0, case.lengths_q
     rows = [query for query in queries for _ in range(case.num_heads)]
@@ -336,6 +343,8 @@ def _keys_of_rows(case, queries, first_page, end_page):
         end = max(len(case.own(case.seqlens_k[i])) for i, _ in tile)
         if case.causal and not case.tree:
             end = min(end, len(case.own(max(case.seqlens_k[i] - lengths_q[i] + j + 1 for i, j in tile))))
+        if case.tree and in_node:
+            end = max(_pages_before_drafts(case, i) for i, _ in tile) * case.page_size
         num_keys = max(0, min(end, end_page * case.page_size) - first_page * case.page_size)
         total += -(-num_keys // case.config.block_n) * case.config.block_n
     return total

@@ -33,7 +33,7 @@ def cases(draw, dtype):
     if draw(st.booleans()):
         forks = tuple(draw_fork(draw, i, 96 // page_size + 1) for i in range(batch))
         part = draw(st.sampled_from([None, WHOLE, 1, 3]))
-    tree = draw(st.sampled_from([None, None, *KINDS])) if key_shard is None and part is None else None
+    tree = draw(st.sampled_from([None, None, *KINDS])) if key_shard is None else None
     seqlens_q, seqlen_q = None, draw(st.sampled_from([1, 1, 2, 3, 8, 0] if tree is None else [3, 8, 64, 1]))
     if (tree or part) and batch and draw(st.booleans()):
         seqlens_q = draw(st.tuples(*[st.sampled_from([1, 0, 8, 23])] * batch))

@@ -325,7 +325,9 @@ def check_accesses(case, inputs, accesses):
     tree = None if case.part is None else read_tree(inputs.tree())
     most = keys_loaded(case, inputs, tree) * case.num_heads_kv
     exactly = max(case.seqlens_q) * case.group_size <= case.config.block_m
-    if tree is not None and (case.window_size != (-1, -1) or case.causal):  # a tile has rows that see fewer keys
+    if tree is not None and (
+        case.window_size != (-1, -1) or (case.causal and not case.tree)
+    ):  # a tile has rows that see fewer keys
         exactly = exactly and all(n <= 1 for n in case.seqlens_q) and case.window_size == (-1, -1)
     bytes_of_key = {"k.ptr": size * case.head_dim, "v.ptr": size * case.head_dim_v}
     for name, scale in (("scales.k_tokens.ptr", inputs.k_scale), ("scales.v_tokens.ptr", inputs.v_scale)):
@@ -354,12 +356,20 @@ def keys_loaded(case, inputs, tree=None):
             ends = [
                 min(part.end_page * case.page_size, len(case.own(case.seqlens_k[of_query[q]]))) for q in part.queries
             ]
+            if case.tree:
+                ends = [min(end, _keys_before_drafts(case, of_query[q])) for end, q in zip(ends, part.queries)]
             rows = torch.tensor(ends).repeat_interleave(case.group_size)
             for tile in rows.split(case.config.block_m):
                 total += max(int(tile.max()) - part.first_page * case.page_size, 0)
     for i, (seqlen_q, seqlen_k, first_page) in enumerate(zip(case.seqlens_q, case.seqlens_k, first_pages)):
         if case.tree:
-            total += _keys_of_tree(case, inputs.bits[i], seqlen_k, align)
+            total += _keys_of_tree(
+                case,
+                inputs.bits[i],
+                seqlen_k,
+                align,
+                min(first_page * (case.page_size or 0), _keys_before_drafts(case, i)),
+            )
             continue
         visible, _ = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size, "cpu")
         visible = visible[:, case.own(seqlen_k)]
@@ -372,13 +382,20 @@ def keys_loaded(case, inputs, tree=None):
     return total
 
 
-def _keys_of_tree(case, bits, seqlen_k, align):
-    """Of one sequence: all keys, since any may be a draft that is seen, but for those before the window."""
+def _keys_before_drafts(case, i):
+    """Those on the full pages before the drafts of a sequence: a prefix tree's nodes have no others."""
+    page_size = case.page_size or 1
+    return max(0, case.seqlens_k[i] - case.seqlens_q[i]) // page_size * page_size
+
+
+def _keys_of_tree(case, bits, seqlen_k, align, first_key):
+    """Of one sequence: all keys from first_key on, since any may be a draft that is seen, but for those before the
+    window."""
     left, total = case.window_size[0], 0
     first = seqlen_k - len(bits)
     counts = torch.tensor([bin(x % 2 ** len(bits)).count("1") for x in bits.tolist()])
     positions = (first + counts - 1).repeat_interleave(case.group_size)
     for tile in positions.split(case.config.block_m) if len(bits) else ():
-        lo = max(int(tile.min()) - left, 0) // align * align if left >= 0 else 0
+        lo = max(int(tile.min()) - left, first_key) // align * align if left >= 0 else first_key
         total += max(seqlen_k - lo, 0)
     return total

@@ -32,7 +32,7 @@ def cases(draw, dtype, varlen):
         part = draw(st.sampled_from([None, WHOLE, 1, 2, 5]))
     key_shard = draw_key_shard(draw, page_size or 1)
     tree = None
-    if key_shard is None and part is None and max(seqlens_q, default=0) <= MAX_DRAFTS:
+    if key_shard is None and max(seqlens_q, default=0) <= MAX_DRAFTS:
         tree = draw(st.sampled_from([None, None, *KINDS]))
     scale = st.sampled_from([None, 0.5, "one", "per head", "per token", "per token"])
     return Case(

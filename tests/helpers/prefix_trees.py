@@ -17,9 +17,9 @@ def tree_of(tables, seqlens_q, device="cpu", part=WHOLE):
     return tree_of_nodes(order, choose_nodes(shared, queries[order], None), part, queries).on(torch.device(device))
 
 
-def every_group(order, shared, queries, work, sizes=None):
+def every_group(order, shared, queries, work, sizes=None, starts=None):
     """`plan_tree` with a node for every group."""
-    nodes = choose_nodes(shared, queries[order], None)
+    nodes = choose_nodes(shared, queries[order], None, starts)
     return tree_of_nodes(order, nodes, WHOLE, queries, sizes) if nodes.first.size else None
 
 
@@ -57,6 +57,28 @@ def check_tree(tree, nodes, tables, num_queries=1):
     for i, count in enumerate(counts):
         slots = [part.slot for part in parts for q in part.queries if q == i * num_queries]
         assert sorted(slots) == list(range(count))
+
+
+def check_shared(tree, tables):
+    """A tree, or None, of sequences with a query each whose pages are None where they were given back: in the columns
+    of a node all have one page or none, and each page of a sequence is in one node or after all."""
+    if tree is None:
+        return
+    first_pages, counts, parts = read_tree(tree)
+    seen = [[column for column, page in enumerate(pages) if page is not None] for pages in tables]
+    covered = [[] for _ in tables]
+    for part in parts:
+        members = [i for i in part.queries if i < len(tables)]
+        assert len(members) > 1
+        for column in range(part.first_page, part.end_page):
+            assert len({tables[i][column] for i in members} - {None}) <= 1
+            for i in members:
+                covered[i].append(column)
+    for i, own in enumerate(covered):
+        assert len(own) == len(set(own))
+        assert [column for column in seen[i] if column < first_pages[i]] == sorted(set(own) & set(seen[i]))
+    slots = [sorted(part.slot for part in parts if i in part.queries) for i in range(len(tables))]
+    assert slots == [list(range(count)) for count in counts[: len(tables)]]
 
 
 def tree_of_all(batch, num_pages, seqlen_q=1, device="cpu", part=WHOLE):

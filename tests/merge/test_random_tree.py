@@ -58,7 +58,8 @@ def costs(tables, kept, work):
     covered, chosen = np.zeros(len(tables), np.int64), []
     for keep, (end_page, first, end) in zip(kept, found):
         if keep:
-            chosen.append((first, end, covered[first], end_page, end - first, work.tiles(queries[first:end]).sum()))
+            loads_alone = work.tiles(queries[first:end]).sum() * (end_page - covered[first])
+            chosen.append((first, end, covered[first], end_page, end - first, loads_alone))
             covered[first:end] = end_page
     nodes = planning.Nodes._make(np.array(chosen, np.int64).reshape(-1, 6).T)
     if not chosen:

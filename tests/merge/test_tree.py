@@ -59,7 +59,7 @@ def test_a_node_that_does_not_pay_is_left_out_of_a_tree_that_does(num_pages, num
 def test_parts_are_nearly_the_best(batch, num_pages):
     """Against parts of every size that has as many keys as a part must."""
     one = np.ones(1, np.int64)
-    nodes = planning.Nodes(0 * one, batch * one, 0 * one, num_pages * one, batch * one, batch * one)
+    nodes = planning.Nodes(0 * one, batch * one, 0 * one, num_pages * one, batch * one, batch * num_pages * one)
     part, cost = planning.choose_part(nodes, batch, work_of())
     assert cost == planning.tree_cost(nodes, part, work_of())
     sizes = range(planning.MIN_KEYS // 16, num_pages + 1)

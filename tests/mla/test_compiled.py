@@ -167,6 +167,25 @@ def test_tree_of_drafts(arch, num_heads, num_drafts, variant, record_property):
 
 @pytest.mark.ci(but_each=3)
 @pytest.mark.oldest
+@pytest.mark.parametrize("variant", ["bf16", "fp8", "plain fp8", "pages of 16"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_tree_of_drafts_with_a_shared_prefix(arch, variant, record_property):
+    """The launch over nodes has no bits."""
+    num_drafts = 8
+    tree = tree_of_all(128, 4)._replace(batch=BATCH, total_q=BATCH * num_drafts)
+    options = dict(seqlen_q=num_drafts, tree_mask=torch.empty(BATCH, num_drafts, dtype=torch.int64), prefix_tree=tree)
+    _, nodes, own, _ = compile_decode(arch, 16, num_splits=1, **options, **VARIANTS[variant])
+    assert [launch.constexprs["TREE"] for launch in (nodes, own)] == [False, True]
+    for name, launch in (("nodes", nodes), ("own", own)):
+        figure = f"mla {arch} {variant:11} {num_drafts} drafts, {name:5} {launch.registers} registers"
+        record_property("figure", f"{figure}, {launch.spill_bytes} B spilled")
+        assert launch.spill_bytes <= SPILLED_BY_NODES.get((arch, variant), 8) or name == "own"
+        hot = loop_model.analyze(launch.kernel).hot
+        assert (arch, name) == ("sm_90", "nodes") if hot is None else hot.spills == 0
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
 @pytest.mark.parametrize("page_size", [64, 1])
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

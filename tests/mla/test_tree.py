@@ -6,7 +6,7 @@ import pytest
 import torch
 from decode_cases import DEVICE, Case, Inputs, check
 from draft_trees import KINDS, bits_of_tree
-from prefix_trees import tree_of_all
+from prefix_trees import WHOLE
 
 from triton_attn import mla_decode
 from triton_attn.mla.configs import MlaDecodeConfig
@@ -37,6 +37,36 @@ def test_every_option(kind, options):
 def test_a_small_tree():
     """In two splits; one sequence has fewer keys than drafts."""
     check(replace(TREE, seqlen_q=5, seqlens_k=(40, 3), num_splits=2))
+
+
+SHARED = replace(
+    TREE, seqlen_q=7, seqlens_k=(77, 80, 70, 66, 4), forks=(None, (0, 4), (1, 3), (0, 9), None), part=WHOLE
+)
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(num_splits=3, part=1),
+        dict(page_size=64, seqlens_k=(270, 270, 200, 66, 4)),
+        dict(seqlens_q=(64, 0, 9, 5, 3), config=MlaDecodeConfig(64, 32, 8, 1), num_splits=2),
+        dict(forks=(None, *[(0, 9)] * 4), seqlens_k=(77, 77, 70, 60, 77)),  # drafts are on shared pages too
+        dict(is_fp8=True, kv_lora_rank=128, with_uk=False, with_uv=False, softmax_scale=0.1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_prefixes(kind, options):
+    """Nodes have the keys before the drafts for all rows; `check` counts that their pages are read once for these."""
+    check(replace(SHARED, tree=kind, **options))
+
+
+@pytest.mark.emulated
+def test_a_small_tree_with_a_shared_prefix():
+    check(replace(SHARED, seqlen_q=3, seqlens_k=(40, 37), forks=(None, (0, 2))))
 
 
 def test_a_chain_is_causal():
@@ -72,11 +102,6 @@ ERRORS = [
     (dict(tree_mask=torch.zeros(2, 8).int()), TypeError, "tree_mask: expected torch.int64, got torch.int32"),
     (dict(tree_mask=torch.zeros(8).long()), ValueError, r"tree_mask: expected shape \(2, 8\), got shape \(8,\)"),
     (dict(tree_mask=torch.zeros(2, 8).long(), key_shard=(0, 2, 1)), NotImplementedError, "tree_mask: not supported"),
-    (
-        dict(tree_mask=torch.zeros(2, 8).long(), prefix_tree=tree_of_all(2, 1, 8)),
-        NotImplementedError,
-        "tree_mask: not supported with prefix_tree",
-    ),
     (
         dict(tree_mask=torch.zeros(2, 8).long(), w_uk=torch.zeros(16, 512, 512).bfloat16())
         | dict(rope_cos=torch.zeros(300, 32), rope_sin=torch.zeros(300, 32)),

@@ -231,6 +231,25 @@ def test_tree_of_drafts(arch, num_drafts, variant, record_property):
 
 @pytest.mark.ci(but_each=4)
 @pytest.mark.oldest
+@pytest.mark.parametrize("variant", ["plain", "varlen", "fp8", "everything", "window"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_tree_of_drafts_with_a_shared_prefix(arch, variant, record_property):
+    """The launch over nodes has no bits in its loops; it is the one of a call without them, but for positions."""
+    num_drafts = 8
+    shape = (BATCH * num_drafts,) if variant == "varlen" else (BATCH, num_drafts)
+    tree = tree_of_all(128, 4)._replace(batch=BATCH, total_q=BATCH * num_drafts)
+    options = dict(prefix_tree=tree, tree_mask=torch.empty(shape, dtype=torch.int64))
+    nodes, own, _ = compile_default(arch, 128, num_drafts, variant, **options)
+    assert [launch.constexprs["TREE"] for launch in (nodes, own)] == [False, True]
+    for name, launch in (("nodes", nodes), ("own", own)):
+        figure = f"paged {arch} {variant:10} {num_drafts} drafts, {name:5} {launch.registers} registers"
+        record_property("figure", f"{figure}, {launch.spill_bytes} B spilled")
+        assert loop_model.analyze(launch.kernel).hot.spills == 0
+    assert nodes.spill_bytes <= OUTSIDE_THE_LOOP
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
 @pytest.mark.parametrize("arch", ARCHS)
 def test_merge(arch, record_property):
     _, launch = compile_default(arch, 128, "decode", "splits")

@@ -7,11 +7,12 @@ import torch
 from draft_trees import KINDS, bits_of, bits_of_tree, random_parents, signed
 from invariance import short_splits
 from paged_cases import DEVICE, FLOAT8, PLAIN, Inputs, check, using
-from prefix_trees import tree_of_all
+from prefix_trees import WHOLE, tree_of
 
 from triton_attn import paged_attention, reference, workspace_bytes
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
+from triton_attn.toolchain import guard
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -179,6 +180,71 @@ def test_the_kernel_reads_no_draft_twice_and_no_key_past_the_last():
         assert Inputs(case).call()[0].isfinite().all()
 
 
+SHARED = replace(
+    TREE,
+    seqlens_q=(5, 3, 5, 0, 9, 2),
+    seqlens_k=(90, 99, 85, 70, 84, 40),
+    forks=(None, (0, 5), (1, 3), (2, 2), (0, 4), None),
+    part=WHOLE,
+)
+SHARING = [
+    {},
+    dict(num_splits=3, part=1),
+    dict(window_size=(40, -1), alibi="per sequence"),
+    dict(window_size=(2, -1)),
+    dict(alibi="per head", softcap=0.7, sinks=torch.float32),
+    dict(page_size=64, seqlens_k=(290, 299, 285, 70, 284, 40), window_size=(150, -1)),
+    dict(varlen=False, spare_rows=0, seqlens_q=(7,) * 6, num_splits=2),
+    dict(forks=(None, *[(0, 9)] * 5), seqlens_k=(90, 90, 85, 90, 84, 40)),  # drafts are on shared pages too
+]
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.oldest
+@pytest.mark.parametrize("options", SHARING, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_prefixes(kind, options):
+    """Nodes have the keys before the drafts for all rows, and each sequence's own launch has the bits."""
+    check(replace(SHARED, tree=kind, **options))
+
+
+@pytest.mark.emulated
+def test_a_small_tree_with_a_shared_prefix():
+    check(replace(SHARED, seqlens_q=(2, 3), seqlens_k=(40, 37), forks=(None, (0, 2)), window_size=(35, -1)))
+
+
+def test_pages_that_are_loaded_are_the_unique_ones():
+    """Six sequences with drafts of 3 tokens share four pages, and have one of their own each."""
+    case = replace(
+        PLAIN, tree="tree", seqlens_q=(3,) * 6, seqlens_k=(70,) * 6, forks=(None, *[(0, 4)] * 5), num_heads_kv=1
+    )
+    case = replace(case, group_size=2, config=PagedConfig(64, 16, 4, 1))
+    loaded = {}
+    for part in (None, WHOLE, 1):
+        inputs = Inputs(replace(case, part=part))
+        with using(case.config), guard() as accesses:
+            inputs.call()
+        key_bytes = case.head_dim * case.cache_dtype.itemsize
+        loaded[part] = accesses.bytes_loaded["k.ptr"] / key_bytes
+    assert loaded == {None: 6 * 70, WHOLE: 64 + 6 * 6, 1: 64 + 6 * 6}
+
+
+def test_the_operator_takes_both():
+    """Under a compiler, and with a workspace of the caller's."""
+    q, k_cache, v_cache, seqlens, table = inputs(8, (70, 61))
+    table[1, :3] = table[0, :3]
+    tree = tree_of([pages[:5] for pages in table.tolist()], [8, 8], DEVICE)
+    bits = bits_of_tree([-1, 0, 0, 1, 2, 2, 5, -1]).expand(2, -1).to(DEVICE)
+    arguments = q, k_cache, v_cache, seqlens, table
+    options = dict(tree_mask=bits, prefix_tree=tree, check_values=True, window_size=(30, -1))
+    out = paged_attention(*arguments, **options)
+    expected = reference.paged_attention(*arguments, tree_mask=bits, window_size=(30, -1))
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+    workspace = torch.empty(workspace_bytes(paged_attention, *arguments, **options), dtype=torch.uint8, device=DEVICE)
+    assert torch.equal(paged_attention(*arguments, **options, workspace=workspace), out)
+    assert torch.equal(torch.compile(paged_attention, backend="eager", fullgraph=True)(*arguments, **options), out)
+
+
 ERRORS = [
     (dict(tree_mask=[[0]]), TypeError, "tree_mask: expected a tensor"),
     (dict(tree_mask=torch.zeros(2, 8).int()), TypeError, "tree_mask: expected torch.int64, got torch.int32"),
@@ -189,11 +255,6 @@ ERRORS = [
         dict(tree_mask=torch.zeros(2, 8).long(), key_shard=(0, 2, 1)),
         NotImplementedError,
         "tree_mask: not supported with key_shard",
-    ),
-    (
-        dict(tree_mask=torch.zeros(2, 8).long(), prefix_tree=tree_of_all(2, 1, 8)),
-        NotImplementedError,
-        "tree_mask: not supported with prefix_tree",
     ),
 ]
 

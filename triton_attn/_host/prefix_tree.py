@@ -86,8 +86,11 @@ def check_prefix_tree(tree, batch, block_table, is_batch_invariant, device):
         fail("prefix_tree", f"a tree on q's device {device}", tree.memory.device)
 
 
-def check_tree_values(tree, block_table, cache_seqlens, page_size, q, cu_seqlens_q):
-    """Raise unless the tree is one of this call, whose lengths and pages are right. A device-to-host sync."""
+def check_tree_values(tree, block_table, cache_seqlens, page_size, q, cu_seqlens_q, left=None):
+    """Raise unless the tree is one of this call, whose lengths and pages are right. A device-to-host sync.
+
+    Pages before all windows of a sequence, which show `left` keys before a query, may be any.
+    """
     seqlens = cache_seqlens.tolist()
     tables = [pages[: -(-seqlen // page_size)] for pages, seqlen in zip(block_table.tolist(), seqlens)]
     # Queries of sequence i are [bounds[i], bounds[i + 1]).
@@ -95,6 +98,11 @@ def check_tree_values(tree, block_table, cache_seqlens, page_size, q, cu_seqlens
     if tree.total_q != bounds[-1]:
         fail("prefix_tree", f"a tree of {bounds[-1]} queries", tree.total_q)
     first_pages, counts, parts = read_tree(tree)
+    first_seen = [0] * len(seqlens)
+    if left is not None:
+        first_seen = [
+            max(0, seqlen - (b - a) - left) // page_size for seqlen, (a, b) in zip(seqlens, itertools.pairwise(bounds))
+        ]
     of_query = [i for i, (a, b) in enumerate(itertools.pairwise(bounds)) for _ in range(a, b)]
     ranges = [[] for _ in tables]
     for part in parts:
@@ -106,15 +114,19 @@ def check_tree_values(tree, block_table, cache_seqlens, page_size, q, cu_seqlens
             if sorted(queries) != list(range(bounds[i], bounds[i + 1])):
                 fail("prefix_tree", f"nodes with all queries of sequence {i}, once", queries)
             own = tables[i][part.first_page : part.end_page]
-            pages = own if pages is None else pages
-            if own != pages or len(own) != part.end_page - part.first_page:
+            num_unseen = min(max(first_seen[i] - part.first_page, 0), len(own))
+            seen = [None] * num_unseen + own[num_unseen:]
+            pages = seen if pages is None else pages
+            differ = any(a != b and None not in (a, b) for a, b in zip(seen, pages))
+            if differ or not len(pages) == len(own) == part.end_page - part.first_page:
                 columns = f"{part.first_page}:{part.end_page}"
                 fail(f"block_table[{i}, {columns}]", f"pages {pages}, which a node of prefix_tree shares", own)
+            pages = [b if a is None else a for a, b in zip(pages, seen)]
             ranges[i].append((part.first_page, part.end_page, part.slot))
     for i, own in enumerate(ranges):
         ends = [0]
         for first, end, _ in sorted(own):
-            ends.append(end if first == ends[-1] else -1)
+            ends.append(end if first == ends[-1] or ends[-1] < first <= first_seen[i] else -1)
         has_queries = bounds[i] < bounds[i + 1]
         slots = sorted(slot for *_, slot in own)
         if has_queries and (ends[-1] != first_pages[i] or -1 in ends or slots != list(range(counts[i]))):

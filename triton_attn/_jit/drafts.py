@@ -69,6 +69,13 @@ def bits_in_window(bits, left):
 
 
 @triton.jit
+def keys_before_drafts(first_draft, PAGE_SIZE: tl.constexpr):
+    """Keys on the pages before that of the first draft. A prefix tree's nodes have no others: each row sees all of
+    them that are in its window, and needs no bits."""
+    return tl.maximum(first_draft, 0) // PAGE_SIZE * PAGE_SIZE
+
+
+@triton.jit
 def without_drafts(blocks, first_draft, BLOCK: tl.constexpr):
     """The same Blocks with no full tile that has a key from first_draft on."""
     full = tl.maximum(tl.minimum(blocks.full_hi, first_draft) - blocks.full_lo, 0)

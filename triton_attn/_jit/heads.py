@@ -226,13 +226,14 @@ def find_node(batch, program, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 class NodeRows(NamedTuple):
     """Rows of a Node's tile: a mask, where their queries are in a tensor, their sequences, positions among the keys of
-    these, and lengths of these. Rows past the last query repeat it."""
+    these, numbers of queries and of keys of these. Rows past the last query repeat it."""
 
     mask: object
     batch: object
     query: object
     sequence: object
     position: object
+    seqlen_q: object
     seqlen_k: object
 
 
@@ -254,7 +255,15 @@ def rows_of_node(node, batch, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):
         row = query
     seqlen_k = tl.minimum(tl.load(batch.cache_seqlens_ptr + sequence), batch.capacity)
     mask = rows < node.num * GROUP_SIZE
-    return NodeRows(mask, batch_index, row, sequence, query - first + seqlen_k - seqlen_q, seqlen_k)
+    position = query - first + seqlen_k - seqlen_q
+    return NodeRows(mask, batch_index, row, sequence, position, seqlen_q, seqlen_k)
+
+
+@triton.jit
+def sequence_of_first(position, sequence):
+    """A sequence of those rows (rows,) whose position is the smallest. None of the others sees a key that is before
+    its window, whose page it may have given back."""
+    return tl.max(tl.where(position == tl.min(position, 0), sequence, 0), 0)
 
 
 @triton.jit

@@ -34,8 +34,7 @@ class _Path(NamedTuple):
 
 def keep_drafts(cache, seqs, num_drafts, accepted, token_ids):
     """`keep` of a cache."""
-    rows = cache._distinct_rows(seqs).tolist()
-    cache._refuse_windows("keep")
+    rows = cache._distinct_rows(seqs)[: len(cache._batch.seqs)].tolist()
     if cache.key_shard is not None:
         raise NotImplementedError("keep: not supported for a cache that is sharded over a mesh, got a mesh")
     num_drafts = check_length("num_drafts", num_drafts)
@@ -45,29 +44,62 @@ def keep_drafts(cache, seqs, num_drafts, accepted, token_ids):
         if own is not None and own.size != path.kept.size:
             fail("token_ids", f"an id for each of {path.kept.size} accepted tokens", own.size)
     firsts = [path.first_moved if own is None else path.start for path, own in zip(paths, ids)]
+    # A sequence has a row for each group of layers.
+    changes = [
+        (row + group, path, own, first)
+        for row, path, own, first in zip(rows, paths, ids, firsts)
+        for group in range(cache._num_groups)
+    ]
+    moves = [_moves_in_row(cache, row, path) for row, path, _, _ in changes]
+    for row, path in zip(rows, paths):
+        least = cache._least_length(row)
+        if 0 < path.end < least:
+            fail("accepted", f"paths that leave 0 tokens, or at least {least}: pages were given back", path.end)
     entries = [
         (row, column)
-        for row, path, first in zip(rows, paths, firsts)
+        for row, path, _, first in changes
         if first < path.end
-        for column in range(first // cache.page_size, cache._pages_of(path.end))
+        for column in range(max(first // cache.page_size, cache._firsts.item(row)), cache._pages_of(path.end))
     ]
     _own_pages(cache, entries)
 
     # Nothing fails from here on.
+    for row, path, own, first in changes:
+        _rename(cache, row, path, own, first)
     sources, targets = [from_list([])], [from_list([])]
-    for row, path, own, first in zip(rows, paths, ids, firsts):
-        moved = path.kept[path.first_moved - path.start :]
-        sources.append(cache._slots_of(row, path.start + moved))
-        targets.append(cache._slots_of(row, np.arange(path.first_moved, path.end)))
-        if own is not None:
-            cache._tokens[cache._slots_of(row, np.arange(path.start, path.end))] = own
-            cache._known[row] = NO_LIMIT if cache._known[row] >= path.start else cache._known[row]
-        else:
-            cache._known[row] = min(cache._known[row], NO_LIMIT if first == path.end else first)
-        cache._named[row] = min(cache._named[row], first // cache.page_size)
+    for (row, *_), (read, written) in zip(changes, moves):
+        sources.append(cache._slots_of(row, read))
+        targets.append(cache._slots_of(row, written))
     _move(cache, np.concatenate(sources), np.concatenate(targets))
     for seq, path in zip(cache._batch.seqs, paths):
         cache.truncate(seq, path.end)
+
+
+def _moves_in_row(cache, row, path):
+    """(positions that are read, positions that are written) in the pages that a row still holds."""
+    moved = path.kept[path.first_moved - path.start :]
+    sources, targets = path.start + moved, np.arange(path.first_moved, path.end)
+    first_held = cache._firsts.item(row) * cache.page_size
+    if first_held:
+        is_held = targets >= first_held
+        sources, targets = sources[is_held], targets[is_held]
+        if sources.size and sources.min() < first_held:
+            fail("accepted", f"drafts from position {first_held} on: earlier pages were given back", int(sources.min()))
+    return sources, targets
+
+
+def _rename(cache, row, path, own, first):
+    """What is known of the tokens of a row: from position first on they are others, or have other ids."""
+    page_size, first_page = cache.page_size, cache._firsts.item(row)
+    if own is None:
+        cache._known[row] = min(cache._known[row], NO_LIMIT if first == path.end else first)
+    else:
+        positions = np.arange(max(path.start, first_page * page_size), path.end)
+        cache._tokens[cache._slots_of(row, positions)] = own[positions - path.start]
+        # Pages that are gone cannot be named, and with them none that follows.
+        is_known = cache._known[row] >= path.start and first_page <= path.start // page_size
+        cache._known[row] = NO_LIMIT if is_known else min(cache._known[row], path.start)
+    cache._named[row] = min(cache._named[row], first // page_size)
 
 
 def _zip(rows, entries, name="accepted"):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 class LatentKVCache(PagedSequences):
     """Latent vectors and rotary keys of many sequences, on pages that sequences share; used as `PagedKVCache` is.
 
+    It has all methods of `PagedKVCache`, but no `layer_windows`: `mla_decode` has no window, so that all layers see all
+    keys.
+
         for each layer:
             append_latent_cache(kv_latent, k_pe, cache.latent_cache[layer], slots)
 

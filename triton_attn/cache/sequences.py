@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._host.checks import check_bool, check_length, check_size, fail
+from .._host.checks import check_bool, check_int, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
 from .api import copy_kv_pages
@@ -25,7 +25,7 @@ from .prefix import find_in_groups
 from .prefix_groups import PrefixGroups
 from .step import CacheStep, ChangeLog
 from .token_ids import ONE_EACH, as_batch, as_ids
-from .transfer import export_pages, import_pages
+from .transfer import export_pages, import_pages, page_places
 
 NOTHING_BEHIND = [], NO_PAGES
 NUM_STATES = 6  # see _grow_rows
@@ -223,6 +223,7 @@ class PagedSequences:
         seqlen_q: int = 1,
         max_nodes: int = 64,
         max_slots: int = 8,
+        layer_group: int | None = None,
     ) -> PrefixGroups:
         """A `PrefixGroups`: the prefix trees of batches, for `paged_attention` and `mla_decode`.
 
@@ -232,9 +233,8 @@ class PagedSequences:
             seqlen_q: queries of each sequence, if max_batch is given.
             max_nodes, max_slots: nodes of the tree and most of them above a sequence, if max_batch is given. A graph
                 has a program for each, and memory for results of max_slots nodes. Trees that need more are not made.
-
-        Raises:
-            NotImplementedError: the cache has layer_windows.
+            layer_group: with `layer_windows` the group of layers, `group` of a `LayerPlace`, whose pages are compared.
+                None without.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(257, 16, num_layers=1, num_kv_heads=8, head_dim=64)
@@ -244,9 +244,13 @@ class PagedSequences:
             >>> groups.tree(seqs) is not None  # for prefix_tree of paged_attention; None where none pays
             True
         """
-        self._refuse_windows("prefix_groups")
+        if self.layers is None and layer_group is not None:
+            fail("layer_group", "None without layer_windows", layer_group)
+        group = 0 if self.layers is None else check_int("layer_group", layer_group, "an int with layer_windows")
+        if not 0 <= group < self._num_groups:
+            fail("layer_group", f"0 to {self._num_groups - 1}", layer_group)
         work = tree_work(self.page_size, num_heads_q, *self._tree_shape(), self.device)
-        return PrefixGroups(self, work, max_batch, seqlen_q, max_nodes, max_slots)
+        return PrefixGroups(self, group, work, max_batch, seqlen_q, max_nodes, max_slots)
 
     def commit(self, seqs: Iterable[Sequence]) -> None:
         """Say that the tokens of these sequences are written: their full pages can be found from now on.
@@ -288,8 +292,9 @@ class PagedSequences:
         n = check_length("n", n)
         if n > length:
             fail("n", f"at most the sequence's {length} tokens", n)
-        if n and not self._is_plain:
-            self._check_windows(row, n)
+        least = self._least_length(row)
+        if 0 < n < least:
+            fail("n", f"0, or at least {least}: earlier pages were given back", n)
         first, last = self._pages_of(n), self._pages_of(length)
         self.pool._release(self._pages_between(row, first, last))
         for group_row in range(row, row + self._num_groups):
@@ -298,7 +303,7 @@ class PagedSequences:
                 self._changes.extend([(group_row, first)])
             self._lengths[group_row] = n
             self._limits[group_row] = 0
-            if n <= self._known[group_row]:
+            if n == 0 or n <= self._known[group_row]:
                 self._known[group_row] = NO_LIMIT
             self._named[group_row] = min(self._named[group_row], n // self.page_size)
             if n == 0:
@@ -313,10 +318,10 @@ class PagedSequences:
     ) -> None:
         """Of the last num_drafts tokens of each sequence keep a path, for the whole batch or not at all.
 
-        What the cache holds of these tokens moves to follow the tokens before them, in every layer: a step after the
-        verification of a tree of drafts (`tree_mask` of `paged_attention`). Extend a sequence by the *number* of its
-        drafts, not their ids: tokens of a tree do not follow each other, and must not be found as a prefix. Pages that
-        are written and shared are copied first.
+        What the cache holds of these tokens moves to follow the tokens before them, in every layer and on the pages of
+        every group of layers: a step after the verification of a tree of drafts (`tree_mask` of `paged_attention`).
+        Extend a sequence by the *number* of its drafts, not their ids: tokens of a tree do not follow each other, and
+        must not be found as a prefix. Pages that are written and shared are copied first.
 
         Args:
             seqs: sequences, each at most once.
@@ -329,8 +334,9 @@ class PagedSequences:
         Raises:
             OutOfPages: with nothing changed.
             ValueError: a sequence was freed, belongs to another cache, is listed twice, or has fewer tokens; an index
-                is out of range or listed twice.
-            NotImplementedError: the cache is sharded over a mesh, or has layer_windows.
+                is out of range or listed twice; with `layer_windows` also if pages of the drafts were given back, which
+                those since the last `extend` have not been.
+            NotImplementedError: the cache is sharded over a mesh.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
@@ -366,7 +372,7 @@ class PagedSequences:
         Sequences go on as they are. What they hold, and what they write after it, is not found by others either.
         """
         self.pool.forget_all()
-        self._known[self._lengths > 0] = 0
+        self._known[self._lengths > 0] = -1  # not 0, up to which `keep` may learn ids
         self._named[:] = self._limits[:] = 0
 
     def take_events(self) -> list[PageEvent]:
@@ -393,13 +399,28 @@ class PagedSequences:
         """
         return list(page_hashes([root_hash(salt)], as_ids(token_ids), self.page_size))
 
+    def page_places(self, num_tokens: int, first_page: int = 0) -> list[tuple[int, int]]:
+        """(group, column of the block table) of each page that `export_pages` gives of a sequence of so many tokens.
+
+        Without `layer_windows` the columns from first_page on, of group 0. With it group by group: all of a group that
+        sees all keys, and of one with a window those that the next token sees.
+
+        Example:
+            >>> size = dict(num_layers=2, num_kv_heads=1, head_dim=64)
+            >>> cache = triton_attn.PagedKVCache(16, 16, **size, layer_windows=[-1, 30])
+            >>> cache.page_places(80)
+            [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 3), (1, 4)]
+        """
+        return page_places(self, num_tokens, first_page)
+
     def export_pages(
         self, seq: Sequence, first_page: int = 0, *, to: tuple[Tensor, ...] | None = None
     ) -> tuple[Tensor, ...]:
         """Copy a sequence's pages from `first_page` on out of the cache, all layers in one launch.
 
         The copy runs on the current stream: read it once the stream got so far. The sequence stays as it is, and may
-        be freed at once.
+        be freed at once. With `layer_windows` the pages of all groups follow each other, as `page_places` says: of a
+        group with a window those that the next token sees.
 
         Args:
             first_page: pages before it are left out: another tier has them.
@@ -408,12 +429,12 @@ class PagedSequences:
 
         Returns:
             keys and values, or latents: tensors (num_layers, pages, page_size, num_heads_kv, width) as the cache stores
-            them. num_heads_kv of latents is 1. With token_scales two more, whose width is the bytes of a scale: view
-            them as torch.float32. Slots past the last token hold anything.
+            them. num_heads_kv of latents is 1, and with `layer_windows` num_layers is that of a group. With token_scales
+            two more, whose width is the bytes of a scale: view them as torch.float32. Slots past the last token hold
+            anything.
 
         Raises:
             ValueError: as `extend`; first_page is beyond the sequence's last page; `to` has other shapes.
-            NotImplementedError: the cache has `layer_windows`.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
@@ -436,15 +457,14 @@ class PagedSequences:
 
         Args:
             pages: what `export_pages` returned for the last pages of these tokens, on the cache's device or in pinned
-                host memory; those before them have to be found here. They may be overwritten once the stream got so
-                far.
+                host memory; those of `page_places` before them have to be found here. They may be overwritten once the
+                stream got so far.
             token_ids: ids of all tokens of the sequence, or their number where ids are not known.
             salt: as in `create`.
 
         Raises:
             OutOfPages: with nothing changed.
             ValueError: pages do not fit the cache or the tokens, or pages before them are not found; nothing changed.
-            NotImplementedError: the cache has `layer_windows`.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
@@ -606,11 +626,12 @@ class PagedSequences:
             next_length = (self._firsts.item(row) + 1) * self.page_size + self._windows[row % self._num_groups]
             self._limits[row] = min(self._limits.item(row), next_length)
 
-    def _check_windows(self, row, n):
-        """Raise unless the pages are there that the token after the first n of a sequence sees, in all groups."""
-        for first, window in zip(self._firsts[row : row + self._num_groups].tolist(), self._windows):
-            if first and n < first * self.page_size + window:
-                fail("n", f"0, or at least {first * self.page_size + window}: earlier pages were given back", n)
+    def _least_length(self, row):
+        """From how many tokens on the next one sees only pages that are there, in all groups of a sequence."""
+        if self._is_plain:
+            return 0
+        firsts = self._firsts[row : row + self._num_groups].tolist()
+        return max(first and first * self.page_size + window for first, window in zip(firsts, self._windows))
 
     def _must_copy(self, pages):
         """Which pages have to be copied by the rows that are about to write in them, one entry per row.
@@ -684,10 +705,6 @@ class PagedSequences:
     def _find(self, group, digest):
         """The page of a group that is found under a hash, or None."""
         return self.pool._names.find(digest + self._suffixes[group])
-
-    def _refuse_windows(self, name):
-        if not self._is_plain:
-            raise NotImplementedError(f"{name}: a cache without layer_windows is supported, got one with groups")
 
     def _pages_of(self, num_tokens):
         return (num_tokens + self.page_size - 1) // self.page_size

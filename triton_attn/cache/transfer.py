@@ -1,5 +1,6 @@
 """Pages that leave a cache for host memory or another cache, and come back."""
 
+from bisect import bisect_left
 from numbers import Integral
 
 import numpy as np
@@ -7,19 +8,27 @@ import torch
 
 from .._host.checks import check_last_contiguous, check_length, check_tensor, fail
 from .api import copy_kv_pages
-from .arrays import NO_LIMIT
+from .arrays import NO_LIMIT, from_list
 from .hashing import page_hashes, root_hash
 from .token_ids import as_ids
 
 
+def page_places(cache, num_tokens, first_page):
+    """`page_places` of a cache."""
+    num_tokens, first_page = check_length("num_tokens", num_tokens), check_length("first_page", first_page)
+    end = cache._pages_of(num_tokens)
+    starts = enumerate(_first_pages(cache, num_tokens))
+    return [(group, column) for group, start in starts for column in range(max(start, first_page), end)]
+
+
 def export_pages(cache, seq, first_page, to):
     """`export_pages` of a cache."""
-    cache._refuse_windows("export_pages")
     row, num_pages = cache._row(seq), cache._pages_of(len(seq))
     first_page = check_length("first_page", first_page)
     if first_page > num_pages:
         fail("first_page", f"at most the sequence's {num_pages} pages", first_page)
-    pages = cache._tables[row, first_page:num_pages]
+    firsts = [max(first_page, start) for start in _first_pages(cache, len(seq))]
+    pages = np.concatenate([cache._tables[own, first:num_pages] for own, first in enumerate(firsts, row)])
     sources = cache._page_tensors()
     if to is None:
         to = tuple([_host_pages(cache, x, pages.size) for x in sources])
@@ -29,36 +38,77 @@ def export_pages(cache, seq, first_page, to):
 
 
 def import_pages(cache, pages, token_ids, salt):
-    """`import_pages` of a cache; the row of the sequence."""
-    cache._refuse_windows("import_pages")
-    is_known = not isinstance(token_ids, Integral)
-    ids = as_ids(token_ids) if is_known else np.zeros(check_length("token_ids", token_ids), np.int64)
-    num_pages = cache._pages_of(ids.size)
+    """`import_pages` of a cache; the first row of the sequence."""
+    has_ids = not isinstance(token_ids, Integral)
+    ids = as_ids(token_ids) if has_ids else np.zeros(check_length("token_ids", token_ids), np.int64)
+    is_known = has_ids or ids.size == 0
+    num_pages, starts = cache._pages_of(ids.size), _first_pages(cache, ids.size)
     num_given = _check_exported(cache, "pages", pages, None)
     chain = [root_hash(salt)]
-    found = cache.pool.lookup(page_hashes(chain, ids, cache.page_size) if is_known else ())
-    if not num_pages - found.size <= num_given <= num_pages:
-        fail("pages", f"{num_pages - found.size} to {num_pages} pages: {found.size} are found", num_given)
-    num_new, num_revived = num_pages - found.size, int((cache.pool._refs[found] == 0).sum())
-    cache.pool._check_free(num_new + num_revived)
-    cache.pool._share(found)
+    found = _find(cache, page_hashes(chain, ids, cache.page_size), starts) if is_known else [[] for _ in starts]
+    ends = [start + len(own) for start, own in zip(starts, found)]  # of the columns that are found, by group
+    given_from = _given_from(starts, ends, num_pages, num_given, sum(map(len, found)))
+    shared, num_new = from_list([page for own in found for page in own]), sum(num_pages - end for end in ends)
+    cache.pool._check_free(num_new + int((cache.pool._refs[shared] == 0).sum()))
+    cache.pool._share(shared)
     new_pages = cache.pool.allocate(num_new)
 
     # Nothing fails from here on.
-    del chain[1 + found.size :]
+    del chain[1 + max(ends) :]
     row = cache._new_row(chain)
     cache._widen(num_pages)
-    cache._tables[row, :num_pages] = np.concatenate([found, new_pages])
-    cache._lengths[row], cache._limits[row], cache._known[row] = ids.size, 0, NO_LIMIT if is_known else 0
-    cache._named[row], cache._firsts[row] = found.size, 0
-    positions = np.arange(found.size * cache.page_size, ids.size)
-    cache._tokens[cache._slots_of(row, positions)] = ids[positions]
-    given = np.arange(num_given - num_new, num_given, dtype=np.int32)
-    destinations = cache._to_device(new_pages.astype(np.int32))
-    pages = tuple([x.detach() for x in pages])
-    copy_kv_pages(pages, cache._to_device(given), destinations, to=cache._page_tensors())
-    cache._name_full_pages([row])
+    given, num_before, num_used = [], 0, 0
+    for group_row, (start, end, own) in enumerate(zip(starts, ends, found), row):
+        new = new_pages[num_used : num_used + num_pages - end]
+        cache._tables[group_row, start:num_pages] = np.concatenate([from_list(own), new])
+        cache._lengths[group_row], cache._limits[group_row] = ids.size, 0
+        cache._known[group_row], cache._named[group_row] = (NO_LIMIT, end) if is_known else (0, 0)
+        cache._firsts[group_row] = start
+        positions = np.arange(end * cache.page_size, ids.size)
+        cache._tokens[cache._slots_of(group_row, positions)] = ids[positions]
+        num_used, first = num_used + new.size, max(given_from, start)
+        given.append(np.arange(end - first, num_pages - first) + num_before)
+        num_before += num_pages - first
+    given, destinations = (cache._to_device(x.astype(np.int32)) for x in (np.concatenate(given), new_pages))
+    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())
+    cache._name_full_pages(range(row, row + cache._num_groups))
     return row
+
+
+def _first_pages(cache, num_tokens):
+    """The first page of each group that the token after so many sees; it is at most the page of that token."""
+    return [max(0, num_tokens - window) // cache.page_size for window in cache._windows]
+
+
+def _find(cache, hashes, starts):
+    """For each group the pages that are found from its first column on, as far as none is missing."""
+    if starts == [0]:
+        return [cache.pool.lookup(hashes).tolist()]
+    found = [[] for _ in starts]
+    for column, digest in enumerate(hashes):
+        is_done = True
+        for group, (start, own) in enumerate(zip(starts, found)):
+            if column == start + len(own) and (page := cache._find(group, digest)) is not None:
+                own.append(page)
+            is_done &= start + len(own) <= column
+        if is_done:
+            break
+    return found
+
+
+def _given_from(starts, ends, num_pages, num_given, num_found):
+    """The column from which on so many pages are given, if these are enough."""
+
+    def count(first):
+        return sum(num_pages - max(first, start) for start in starts)
+
+    last = min([end for end in ends if end < num_pages], default=num_pages)
+    columns = range(last + 1)
+    given_from = bisect_left(columns, -num_given, key=lambda first: -count(first))
+    if given_from > last or count(given_from) != num_given:
+        expected = f"{count(last)} to {count(0)} pages, those from a column of 0 to {last} on: {num_found} are found"
+        fail("pages", expected, num_given)
+    return given_from
 
 
 def _host_pages(cache, tensor, num_pages):

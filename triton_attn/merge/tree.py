@@ -49,7 +49,7 @@ class Nodes(NamedTuple):
     first_page: NDArray[np.int64]
     end_page: NDArray[np.int64]
     queries: NDArray[np.int64]
-    tiles_alone: NDArray[np.int64]  # tiles of rows of the members, if each reads the keys by itself
+    loads_alone: NDArray[np.int64]  # pages, for each tile of rows of a member, if each reads its own by itself
 
 
 def prefix_tree(
@@ -179,26 +179,31 @@ def groups(shared):
     return sorted(found)
 
 
-def choose_nodes(shared, queries, work):
+def choose_nodes(shared, queries, work, starts=None):
     """The Nodes that save more bytes than their partial results take; all groups if work is None.
 
-    Groups are taken from the root on. The pages of a group that is not chosen count for the groups below it.
+    Groups are taken from the root on. The pages of a group that is not chosen count for the groups below it. starts are
+    the first pages that members have, 0 if None: a node begins at the first page that any of its members has.
     """
     before = np.concatenate([[0], queries.cumsum()])
-    tiles_before = 0 * before if work is None else np.concatenate([[0], work.tiles(queries).cumsum()])
-    before, tiles_before = before.tolist(), tiles_before.tolist()
+    tiles = 0 * queries if work is None else work.tiles(queries)
+    before, tiles_before = before.tolist(), np.concatenate([[0], tiles.cumsum()]).tolist()
     covered = np.zeros(len(queries), np.int64)
     chosen = []
     for end_page, first, end in groups(shared):
-        num, tiles_alone = before[end] - before[first], tiles_before[end] - tiles_before[first]
-        first_page = covered.item(first)
+        num, first_page = before[end] - before[first], covered.item(first)
+        loads_alone = (tiles_before[end] - tiles_before[first]) * (end_page - first_page)
+        if starts is not None:
+            first_page = max(first_page, starts[first:end].min())
+            own = end_page - np.maximum(starts[first:end], first_page)
+            loads_alone = int((tiles[first:end] * np.maximum(own, 0)).sum())
         if work is None:
-            pays = num > 0
+            pays = num > 0 and first_page < end_page
         else:
-            saved = (tiles_alone - work.tiles(num)) * (end_page - first_page) * work.page_bytes
+            saved = (loads_alone - work.tiles(num) * (end_page - first_page)) * work.page_bytes
             pays = saved > work.result_bytes(num)
         if pays:
-            chosen.append((first, end, first_page, end_page, num, tiles_alone))
+            chosen.append((first, end, first_page, end_page, num, loads_alone))
             covered[first:end] = end_page
     return Nodes._make(np.array(chosen, np.int64).reshape(-1, len(Nodes._fields)).T)
 
@@ -228,8 +233,7 @@ def tree_cost(nodes, part, work):
 
 def alone_cost(nodes, work):
     """Nanoseconds that a call without a tree takes for the keys of nodes: each sequence loads them for its own rows."""
-    pages = nodes.end_page - nodes.first_page
-    return (nodes.tiles_alone * pages).sum() * work.page_bytes / (BYTES_PER_NS * work.num_sms)
+    return nodes.loads_alone.sum() * work.page_bytes / (BYTES_PER_NS * work.num_sms)
 
 
 def num_parts(pages, part):
@@ -286,13 +290,13 @@ class HostTree(NamedTuple):
         return PrefixTree(memory, len(self.suffixes), len(self.order), self.sizes)
 
 
-def plan_tree(order, shared, queries, work, always=False, sizes=None):
+def plan_tree(order, shared, queries, work, always=False, sizes=None, starts=None):
     """The HostTree of sequences in an order that puts those together which share pages; None if it does not pay.
 
     queries (batch,) are those of each sequence, in the order of the batch. sizes are limits that the tree has to keep,
-    and has.
+    and has. starts are as in `choose_nodes`, in the order given.
     """
-    nodes = choose_nodes(shared, queries[order], None if always else work)
+    nodes = choose_nodes(shared, queries[order], None if always else work, starts)
     if nodes.first.size == 0:
         return None
     best = choose_part(nodes, len(order), work, MAX_SPLITS if sizes is None else sizes.num_slots)

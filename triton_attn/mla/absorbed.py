@@ -21,7 +21,14 @@ from .._host.tuned import choose, remember
 from .._host.workspace import Workspace, empty, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
 from .._jit.blocks import Blocks, end_full, split_blocks, visible_range
-from .._jit.drafts import Drafts, TreeMask, load_bits, mask_scores_of_rows, without_drafts
+from .._jit.drafts import (
+    Drafts,
+    TreeMask,
+    keys_before_drafts,
+    load_bits,
+    mask_scores_of_rows,
+    without_drafts,
+)
 from .._jit.heads import (
     Batch,
     find_node,
@@ -90,7 +97,7 @@ class AbsorbedTile(NamedTuple):
     VECTORS: LatentCache  # divide those of the cache's pages
     CUT_CHAIN: bool  # see `dot_in_if`
     SHARDED: bool  # the cache has one rank's keys
-    TREE: bool  # bits say which of the last keys a query sees
+    TREE: bool  # bits say which of the last keys a query sees; nodes have none of these keys
     SEARCH: bool  # programs find their sequence by bisection
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
     SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
@@ -200,6 +207,8 @@ def _rows_of_sequence(own, bounds, batch, num_splits, window, tree_mask, TILE: t
     first_key = 0
     if batch.tree_ptr is not None:
         first_key = tl.load(batch.tree_ptr + 2 * own.sequence) * TILE.PAGE_SIZE
+        if TILE.TREE:
+            first_key = tl.minimum(first_key, keys_before_drafts(first_position, TILE.PAGE_SIZE))
     blocks = _visible_keys(start, end, first_key, num_keys, window, TILE)
     if TILE.TREE:
         blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
@@ -213,11 +222,13 @@ def _rows_of_sequence(own, bounds, batch, num_splits, window, tree_mask, TILE: t
 
 
 @triton.jit
-def _rows_of_node(node, batch, window, TILE: tl.constexpr):
+def _rows_of_node(node, batch, window, HAS_DRAFTS: tl.constexpr, TILE: tl.constexpr):
     """Rows of the sequences below a node, and its keys."""
     rows = rows_of_node(node, batch, TILE.NUM_HEADS, TILE.BLOCK_M)
     heads = (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.NUM_HEADS
     end_key = tl.minimum(num_cached(rows.seqlen_k, window, TILE.SHARDED), node.end_page * TILE.PAGE_SIZE)
+    if HAS_DRAFTS:
+        end_key = tl.minimum(end_key, keys_before_drafts(rows.seqlen_k - rows.seqlen_q, TILE.PAGE_SIZE))
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
     longest, table_row = longest_of(end_key, rows.sequence)
     start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
@@ -321,7 +332,7 @@ def _mla_absorbed_kernel(
         if node.tile * BLOCK_M >= node.num * NUM_HEADS:
             return
         split = node.slot
-        rows = _rows_of_node(node, batch, window, TILE)
+        rows = _rows_of_node(node, batch, window, tree_mask_ptr is not None, TILE)
     else:
         own = _assign(seqs, num_tiles, num_splits, num_sequences, first_split, search_steps, TILE)
         split = own.split if tree_ptr is None else num_slots + own.split
@@ -392,7 +403,7 @@ def _mla_absorbed_kernel(
     norm = undo_weights(norm, TILE)
     if TILE.SHARED:
         node = find_node(batch, computed_again(tl.program_id(0)), NUM_HEADS, BLOCK_M)
-        rows = _rows_of_node(node, batch, window, TILE)
+        rows = _rows_of_node(node, batch, window, tree_mask_ptr is not None, TILE)
     if k_scale is not None:
         norm *= load_scale(k_scale)
     out_ptrs = out.ptr + row_offsets(rows.batch, rows.query, rows.head, out.strides)[:, None]
@@ -791,7 +802,7 @@ def _plan_portable(key, config, nodes):
         VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
         CUT_CHAIN=cut_chain,
         SHARDED=key.key_shard is not None,
-        TREE=key.has_tree_mask,
+        TREE=key.has_tree_mask and nodes is None,
         SEARCH=search,
         SPLIT_KEYS=FIXED_KEYS if key.batch_invariant else 0,
         SHARED=nodes is not None,

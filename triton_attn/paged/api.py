@@ -154,7 +154,8 @@ def paged_attention(
         prefix_tree: which leading pages sequences share, from `prefix_tree` or a cache's `prefix_groups`. The keys of a
             node are read once for all sequences below it, and the results are merged with those of each sequence's own
             keys, which num_splits is about: three launches, whatever the number of levels. It changes no result but for
-            rounding. None: each sequence reads all of its keys.
+            rounding. Beside a tree_mask nodes end before the page of a sequence's first draft. None: each sequence
+            reads all of its keys.
         batch_invariant: the result for a query is bitwise the same whatever else the call has: other sequences, other
             queries of its own, a wider table. A prompt in chunks gets what the whole prompt gets, and a decoded token
             what it gets as part of a prompt. Keys are split every 1024, and tiles do not follow the shapes, which costs
@@ -182,8 +183,7 @@ def paged_attention(
         TypeError, ValueError: an argument is wrong, or q has more than 10**9 rows for a KV head; nothing was launched
             or written. With values checked also: a length beyond the cache, a page outside the cache, or
             a prefix_tree of other pages or queries.
-        NotImplementedError: an argument requires a gradient or has a tangent; tree_mask is given with key_shard or
-            prefix_tree.
+        NotImplementedError: an argument requires a gradient or has a tangent; tree_mask is given with key_shard.
 
     It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
     is not supported.
@@ -226,7 +226,7 @@ def paged_attention(
     if prefix_tree is not None:
         check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q.device)
     if tree_mask is not None:
-        check_tree_mask(tree_mask, q, longest, key_shard=key_shard, prefix_tree=prefix_tree)
+        check_tree_mask(tree_mask, q, longest, key_shard=key_shard)
         options = with_tree_mask(options, tree_mask)
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)
@@ -524,4 +524,5 @@ def _check_values(call: PagedCall) -> None:
             if not 0 <= page < num_pages:
                 fail(f"block_table[{i}, {entry}]", f"a page of 0 to {num_pages - 1}", page)
     if call.prefix_tree is not None:
-        check_tree_values(call.prefix_tree, block_table, call.cache_seqlens, page_size, call.q, cu_seqlens_q)
+        of_batch = block_table, call.cache_seqlens, page_size, call.q, cu_seqlens_q
+        check_tree_values(call.prefix_tree, *of_batch, call.options.window[0])

@@ -33,6 +33,7 @@ from .._jit.drafts import (
     TreeMask,
     bits_in_window,
     count_bits,
+    keys_before_drafts,
     load_bits,
     mask_scores_of_rows,
     scale_scores_of_tree,
@@ -47,6 +48,7 @@ from .._jit.heads import (
     packed_bounds,
     row_offsets,
     rows_of_node,
+    sequence_of_first,
     slots_left_over,
     spare_rows,
 )
@@ -91,7 +93,7 @@ class Tile(NamedTuple):
     ONE_PAGE: bool  # BLOCK_N keys lie in one page
     SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
     SHARDED: bool  # the cache has one rank's keys
-    TREE: bool  # bits say which of the last keys a query sees
+    TREE: bool  # bits say which of the last keys a query sees; nodes have none of these keys
     SEARCH: bool  # the sequence of a program is found by bisection
     FOLD_SCALE: bool  # scores are scaled in the exponential
     SPLIT_KEYS: int  # splits have so many keys, from key 0 on; 0: the keys of a tile of rows have equal splits
@@ -210,6 +212,8 @@ def _rows_of_sequence(queries, head_kv, batch, window, tree_mask, TILE: tl.const
     first_key = 0
     if batch.tree_ptr is not None:
         first_key = tl.load(batch.tree_ptr + 2 * queries.sequence) * TILE.PAGE_SIZE
+        if TILE.TREE:
+            first_key = tl.minimum(first_key, keys_before_drafts(first_position, TILE.PAGE_SIZE))
     if TILE.SHARDED:
         blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
     else:
@@ -220,24 +224,31 @@ def _rows_of_sequence(queries, head_kv, batch, window, tree_mask, TILE: tl.const
 
 
 @triton.jit
-def _rows_of_node(node, head_kv, batch, window, TILE: tl.constexpr):
+def _rows_of_node(node, head_kv, batch, window, tree_mask, TILE: tl.constexpr):
     """Rows of the sequences below a node, and its keys."""
     rows = rows_of_node(node, batch, TILE.GROUP_SIZE, TILE.BLOCK_M)
     head = head_kv * TILE.GROUP_SIZE + (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.GROUP_SIZE
     end_key = tl.minimum(num_cached(rows.seqlen_k, window, TILE.SHARDED), node.end_page * TILE.PAGE_SIZE)
+    position = rows.position
+    if tree_mask.ptr is not None:
+        first_draft = rows.seqlen_k - rows.seqlen_q
+        end_key = tl.minimum(end_key, keys_before_drafts(first_draft, TILE.PAGE_SIZE))
+        position = first_draft + count_bits(load_bits(tree_mask, rows.batch, rows.query, rows.mask, rows.seqlen_q)) - 1
     first_key = node.first_page * TILE.PAGE_SIZE
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
     longest, table_row = longest_of(end_key, rows.sequence)
+    if window.left is not None:
+        table_row = sequence_of_first(position, rows.sequence)
     ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
-    start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1
+    start, end = tl.min(position, 0), tl.max(position, 0) + 1
     if TILE.SHARDED:
         blocks = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
     else:
         blocks = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
     place = Place(rows.batch, rows.query, head, rows.mask)
     blocks = end_full(blocks, end_key, TILE.BLOCK_N)
-    no_drafts = Drafts(0, rows.position)  # not read
-    return Rows(place, rows.sequence, rows.position, end_key, no_drafts, table_row, blocks)
+    no_drafts = Drafts(0, position)  # not read
+    return Rows(place, rows.sequence, position, end_key, no_drafts, table_row, blocks)
 
 
 @triton.jit
@@ -352,11 +363,12 @@ def _paged_fwd_kernel(
     dense_batch = batch if cu_seqlens_q_ptr is None else 1
     sequences = Batch(cu_seqlens_q_ptr, cache_seqlens_ptr, batch, seqlen_q, capacity, search_steps, tree_ptr, num_nodes)
     place_of_result = split
+    tree_mask = TreeMask(tree_mask_ptr, tree_mask_stride)
     if TILE.SHARED:
         node = find_node(sequences, program, TILE.GROUP_SIZE, BLOCK_M)
         if node.tile * BLOCK_M >= node.num * TILE.GROUP_SIZE:
             return
-        rows = _rows_of_node(node, head_kv, sequences, scores.window, TILE)
+        rows = _rows_of_node(node, head_kv, sequences, scores.window, tree_mask, TILE)
         place_of_result = node.slot
     elif tree_ptr is not None:
         place_of_result = num_slots + split
@@ -369,7 +381,6 @@ def _paged_fwd_kernel(
             _clear_spare_rows(results, sequences, queries, program, head_kv, num_cleared, TILE)
         if num_own <= 0:
             return
-        tree_mask = TreeMask(tree_mask_ptr, tree_mask_stride)
         rows = _rows_of_sequence(queries, head_kv, sequences, scores.window, tree_mask, TILE)
         if tree_ptr is not None:
             num_nodes_above = tl.load(tree_ptr + 2 * queries.sequence + 1)
@@ -746,7 +757,7 @@ def _plan_pass(problem, shared):
         ONE_PAGE=is_paged and slots % config.block_n == 0,
         SHARED=shared,
         SHARDED=problem.key_shard is not None,
-        TREE=problem.has_tree_mask,
+        TREE=problem.has_tree_mask and not shared,
         SEARCH=search,
         FOLD_SCALE=problem.fold_scale,
         SPLIT_KEYS=FIXED_KEYS if problem.batch_invariant else 0,
