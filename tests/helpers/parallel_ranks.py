@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import itertools
 import os
 import sys
@@ -39,7 +40,8 @@ TIMEOUT = datetime.timedelta(seconds=240)
 class Case:
     """A call of whole sequences."""
 
-    method: str = "all_gather"
+    method: str | tuple = "all_gather"
+    inner: int | None = None  # ranks of the second dimension of a mesh of two
     load_balance: str | None = "head_tail"
     batch: int = 1
     seqlen: int = 50
@@ -69,6 +71,12 @@ class Case:
 
     def bytes(self, rank, ranks):
         """(forward, backward) that a rank receives, by the table of `context_parallel_attention`, of even shards."""
+        if self.inner is not None:
+            outer, inner = ranks // self.inner, self.inner
+            exchanged = replace(self, method="ulysses", inner=None, seqlen=self.seqlen // outer).bytes(0, inner)
+            shares = dict(num_heads_q=self.num_heads_q // inner, num_heads_kv=max(self.num_heads_kv // inner, 1))
+            inside = replace(self, method=self.method[0], inner=None, **shares).bytes(0, outer)
+            return tuple(a + b for a, b in zip(exchanged, inside))
         of_rows = self.batch * self.seqlen * (ranks - 1) // ranks
         of_a_key = self.num_heads_kv * (self.head_dim + self.head_dim_v)
         size = self.dtype.itemsize
@@ -129,6 +137,11 @@ def _run_rank(results, check, cases, rank, num_ranks, store):
     results.put(failures)
 
 
+@functools.cache
+def mesh_of_two(*shape):
+    return init_device_mesh("cpu", shape)
+
+
 class Inputs:
     """The whole tensors of a case, the same on all ranks."""
 
@@ -165,7 +178,7 @@ class Inputs:
         """out and lse of this rank."""
         case = self.case
         attend = context_parallel_attention if case.documents is None else context_parallel_attention_varlen
-        placing = dict(mesh=mesh, method=case.method, load_balance=case.load_balance, seqlen=case.rows[-1])
+        placing = dict(mesh=self.over(mesh), method=case.method, load_balance=case.load_balance, seqlen=case.rows[-1])
         sinks = None if self.sinks is None else leaves[3]
         return attend(*leaves[:3], **self.packing, **placing, return_lse=True, sinks=sinks, **self.options)
 
@@ -174,12 +187,20 @@ class Inputs:
         leaves = self.leaves(mesh)
         return self.attend_to(leaves, mesh), leaves
 
+    def over(self, mesh):
+        """The mesh of the call, of all ranks."""
+        if self.case.inner is None or mesh.ndim == 2:
+            return mesh
+        return mesh_of_two(mesh.size() // self.case.inner, self.case.inner)
+
     def own(self, x, mesh, dim=None):
-        return shard_sequence(x, mesh, self.dim if dim is None else dim, self.case.load_balance, **self.packing)
+        return shard_sequence(
+            x, self.over(mesh), self.dim if dim is None else dim, self.case.load_balance, **self.packing
+        )
 
     def whole(self, x, mesh, dim=None):
         placing = self.case.load_balance, self.case.rows[-1]
-        return unshard_sequence(x.detach(), mesh, self.dim if dim is None else dim, *placing, **self.packing)
+        return unshard_sequence(x.detach(), self.over(mesh), self.dim if dim is None else dim, *placing, **self.packing)
 
     def gradients(self, outputs, leaves, own=lambda x, dim=None: x):
         """Of the leaves; own gives this rank's rows of the gradients of out and lse."""
@@ -239,7 +260,7 @@ def rounding(inputs, out):
 def check_bytes(case, mesh):
     """The bytes that this rank receives from others are those of the docstring's table."""
     inputs = Inputs(case)
-    with counted(mesh.get_local_rank()) as received:
+    with counted() as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
         inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
@@ -250,8 +271,8 @@ def check_bytes(case, mesh):
 
 def check_bytes_of_model(case, mesh):
     """The most bytes that a rank receives are those of the cost model; with a causal mask, backward at most those."""
-    inputs, rank = Inputs(case), mesh.get_local_rank()
-    with counted(rank) as received:
+    inputs = Inputs(case)
+    with counted() as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
         inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
@@ -260,13 +281,15 @@ def check_bytes_of_model(case, mesh):
     left, right = case.options.get("window_size", (-1, -1))
     right = 0 if case.options.get("causal") else right
     sharding = sharding_of_batch(case.batch, case.seqlen, mesh.size(), case.load_balance)
-    k, v = (x.flatten(0, 1) for x in leaves[1:3])
     mask = Mask(left, right, False, False)
-    found = costs(sizes_of(k, v, case.num_heads_q, sharding, mask, mesh.get_group()))[case.method]
+    head_dims = case.num_heads_q, case.num_heads_kv, case.head_dim, case.head_dim_v
+    groups = inputs.over(mesh).get_all_groups()
+    method = case.method if case.inner is None else case.method[0]
+    found = costs(sizes_of(head_dims, case.dtype, sharding, mask, *groups))[method]
     expected = tuple(each.bytes for each in found)
     most, text = most.tolist(), f"{most.tolist()} of {expected}"
     assert most[0] == expected[0], text
-    if case.method == "all_gather" and right == 0 and left < 0:
+    if method == "all_gather" and right == 0 and left < 0:
         assert 0.7 * expected[1] < most[1] <= expected[1], text
     else:
         assert most[1] == expected[1], text
@@ -311,6 +334,7 @@ def check_calls(case, mesh):
 def check_training(case, mesh):
     """A compiled call without a graph break and a checkpoint give what a plain call gives; gradients accumulate."""
     inputs = Inputs(case)
+    mesh = inputs.over(mesh)
     torch.compiler.reset()  # each case compiles anew
 
     def attend(*leaves):

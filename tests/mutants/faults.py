@@ -1026,6 +1026,8 @@ FAULTS = (
         "if not waits_for_transfers(inputs.q.device):",
         "PARALLEL",
     ),
+    Fault("D22", "triton_attn/parallel/ulysses.py", "first_head=own.start)", "first_head=0)", "PARALLEL"),
+    Fault("D23", "triton_attn/parallel/balance.py", "for _, rows in sorted(found)", "for _, rows in found", "SHARDING"),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
         "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"

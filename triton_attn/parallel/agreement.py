@@ -29,6 +29,7 @@ class _Posted(NamedTuple):
 
 
 _HOST_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup | None] = WeakKeyDictionary()
+_WHOLE: WeakKeyDictionary[dist.ProcessGroup, WeakKeyDictionary[dist.ProcessGroup, Any]] = WeakKeyDictionary()
 _POSTED: WeakKeyDictionary[dist.ProcessGroup, _Posted] = WeakKeyDictionary()
 
 
@@ -87,10 +88,28 @@ def waits_for_transfers(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def group_of_mesh(outer: dist.ProcessGroup, inner: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh, from this rank's groups by its dimensions; it sends from host memory alone.
+
+    The mesh is regular, so the rank of row r and column c is as far from that of row r as this row's of column c.
+    """
+    if inner is None:
+        return outer
+    known = _WHOLE.setdefault(outer, WeakKeyDictionary())
+    if inner not in known:
+        rows, columns = map(dist.get_process_group_ranks, (outer, inner))
+        ranks = sorted(row + column - dist.get_rank() for row in rows for column in columns)
+        is_all = len(ranks) == dist.get_world_size()
+        known[inner] = dist.group.WORLD if is_all else _gloo_group(ranks, outer)
+    return known[inner]
+
+
 def _host_group(group):
     """A group of the same ranks that sends tensors on CPUs. All ranks make one, over gloo, where the group does not."""
     if group not in _HOST_GROUPS:
-        _HOST_GROUPS[group] = None if _sends_from_host(group) else _gloo_group_of(group)
+        _HOST_GROUPS[group] = (
+            None if _sends_from_host(group) else _gloo_group(dist.get_process_group_ranks(group), group)
+        )
     return _HOST_GROUPS[group] or group
 
 
@@ -98,7 +117,7 @@ def _sends_from_host(group):
     return torch.device("cpu") in group._device_types
 
 
-def _gloo_group_of(group):
-    timeout = group._get_backend(group._device_types[0]).options._timeout
-    ranks = dist.get_process_group_ranks(group)
+def _gloo_group(ranks, like):
+    """With the timeout of another group."""
+    timeout = like._get_backend(like._device_types[0]).options._timeout
     return dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)

@@ -11,12 +11,13 @@ from .._host.checks import MAX_ROWS, check_bool, check_cu_seqlens, check_same_ki
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_transforms
 from .._host.options import with_dropout, with_tensors
 from ..flash.api import check_differentiable, layout_options
-from .agreement import refuse
+from .agreement import group_of_mesh, refuse
 from .autograd import Inputs, Settings, attend, compute, with_method
 from .balance import check_load_balance, check_mesh, check_seqlen
 from .dtensors import on_dtensors
 
 METHODS = ("auto", "all_gather", "ring", "ulysses")
+METHODS_OF_TWO = ("auto", ("all_gather", "ulysses"), ("ring", "ulysses"))  # by dimension of the mesh
 
 
 @on_dtensors
@@ -26,7 +27,7 @@ def context_parallel_attention(
     v: Tensor,
     *,
     mesh: DeviceMesh,
-    method: str = "auto",
+    method: str | tuple[str, str] = "auto",
     load_balance: Any = "head_tail",
     seqlen: int | None = None,
     causal: bool = False,
@@ -58,17 +59,24 @@ def context_parallel_attention(
     L = batch * num_heads_q. Under a causal mask or a window all_gather returns gradients of fewer keys: those that
     other ranks see. The ring overlaps its transfers with attention; the others do not.
 
+    A mesh of two dimensions is R nodes of G GPUs each. The GPUs of a node exchange rows for heads. Then each attends
+    with the rows of its node, together with the GPUs of other nodes that have its heads. A rank receives what the table
+    says of "ulysses" with G ranks and a node's rows for S, and what it says of "ring" or "all_gather" with R ranks and
+    max(num_heads_kv / G, 1) KV heads.
+
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
             `flash_attention`. Their rows are in the order of the ranks' rows, so the ranks must have as many as DTensor
             gives them: any length in multiples of 2 * ranks. Results are then DTensors placed like q.
-        mesh: a DeviceMesh of one dimension, such as mesh["cp"].
-        method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
-            need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.
-            `python -m perf parallel` prints the predictions. Under torch.compile it is never "ulysses", which needs
-            query heads in multiples of the ranks, and KV heads that divide the ranks or are multiples of them.
+        mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"], whose ranks are
+            counted row by row: in ascending order, and as far apart in each row. On DTensors of one.
+        method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
+            needs query heads in multiples of the ranks that exchange them, and KV heads that divide these ranks or are
+            multiples of them. "auto" is the method with the least predicted time of both passes on H100s in nodes of 8,
+            of those that need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks
+            choose alike. `python -m perf parallel` prints the predictions. Under torch.compile it is never "ulysses".
         load_balance: how `shard_sequence` has sharded the rows.
         seqlen: the length of the whole sequence. None: all ranks hold the same number of rows.
         check_values: compare all of the call with that of the other ranks first, values of tensors too, which costs a
@@ -131,7 +139,7 @@ def context_parallel_attention_varlen(
     cu_seqlens: Tensor,
     *,
     mesh: DeviceMesh,
-    method: str = "auto",
+    method: str | tuple[str, str] = "auto",
     load_balance: Any = "head_tail",
     seqlen: int | None = None,
     causal: bool = False,
@@ -232,9 +240,10 @@ def _checked(
     """A call of (rows, heads, dim). Checks all that needs no other rank and no values; a batch is flattened."""
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    _, num_ranks = check_mesh(mesh)
-    if method not in METHODS:
-        fail("method", " or ".join(map(repr, METHODS)), repr(method))
+    _, num_ranks = check_mesh(mesh, 2)
+    methods = METHODS if mesh.ndim == 1 else METHODS_OF_TWO
+    if method not in methods:
+        fail("method", " or ".join(map(repr, methods)), repr(method))
     is_packed = ndim == 3
     load_balance = check_load_balance(load_balance, is_packed)
     options = layout_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
@@ -257,8 +266,9 @@ def _checked(
         batch,
         seqlen,
         load_balance,
-        mesh.get_group().group_name,
-        method,
+        mesh.get_group(0).group_name,
+        mesh.get_group(1).group_name if mesh.ndim == 2 else None,
+        method if isinstance(method, str) else method[0],
         options.softmax_scale,
         *(-1 if side is None else side for side in options.window),
         options.softcap or 0.0,
@@ -279,8 +289,8 @@ def _check_cu_seqlens(cu_seqlens, device):
 
 def _refuse(mesh, error):
     """Tell the other ranks, where there are some."""
-    if not torch.compiler.is_compiling() and isinstance(mesh, DeviceMesh) and mesh.ndim == 1:
-        refuse(mesh.get_group(), error)
+    if not torch.compiler.is_compiling() and isinstance(mesh, DeviceMesh) and mesh.ndim <= 2:
+        refuse(group_of_mesh(mesh.get_group(0), mesh.get_group(1) if mesh.ndim == 2 else None), error)
 
 
 def _attend(inputs, settings):

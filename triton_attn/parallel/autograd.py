@@ -4,6 +4,7 @@ A call that nothing observes makes do without them.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from . import gather, ring, ulysses
-from .agreement import compare, digest_of, kind_of, post, refuse, settle, waits_for_transfers
-from .balance import bounds_of, check_num_rows, sharding_of, sharding_of_batch
+from . import gather, ring, ulysses, whole
+from .agreement import compare, digest_of, group_of_mesh, kind_of, post, refuse, settle, waits_for_transfers
+from .balance import bounds_of, check_num_rows, in_teams, rows_at_most, rows_of_rank, sharding_of, sharding_of_batch
 from .cost import choose, sizes_of
 from .local import Mask, Problem, Rows, dtype_of_sums
 
@@ -38,7 +39,8 @@ class Settings(NamedTuple):
     seqlen: int  # of each of them, or rows of the whole packed batch
     load_balance: str | None
     group: str  # the name of a process group
-    method: str
+    inner: str | None  # of that of the mesh's second dimension, over which heads are exchanged; None: there is one
+    method: str  # over the first dimension
     softmax_scale: float
     window_left: int
     window_right: int
@@ -50,54 +52,89 @@ class Settings(NamedTuple):
 
 _NUM_TENSORS = len(Inputs._fields)
 _SETTINGS = (
-    "SymInt? seed, SymInt? batch, SymInt seqlen, str? load_balance, str group, str method, float softmax_scale, "
-    "SymInt window_left, SymInt window_right, float softcap, float dropout_p, bool deterministic, bool check_values"
+    "SymInt? seed, SymInt? batch, SymInt seqlen, str? load_balance, str group, str? inner, str method, "
+    "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, float dropout_p, bool deterministic, "
+    "bool check_values"
 )
+
+
+class _Groups(NamedTuple):
+    """Of the dimensions of a mesh, which this rank is in."""
+
+    outer: dist.ProcessGroup
+    inner: dist.ProcessGroup | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(dist.get_world_size(group) for group in self if group is not None)
+
+    @property
+    def rank(self) -> int:
+        rank = dist.get_rank(self.outer)
+        return rank if self.inner is None else rank * self.shape[1] + dist.get_rank(self.inner)
+
+    @property
+    def whole(self) -> dist.ProcessGroup:
+        return group_of_mesh(*self)
+
+
+def _groups_of(settings: Settings) -> _Groups:
+    names: Any = settings.group, settings.inner
+    return _Groups(*(None if name is None else _resolve_process_group(name) for name in names))
 
 
 def compute(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out, lse, and what the backward pass of Ulysses needs."""
     q, k, v, *_ = inputs
-    group = _group_of(settings)
-    try:
-        sharding = _checked_sharding(inputs, settings, group)
-    except (TypeError, ValueError) as error:
-        refuse(group, error)
-        raise
+    groups = _groups_of(settings)
+    sharding = _checked_sharding(inputs, settings, groups)
     if sharding.num_ranks > 1:
-        _agree(sharding, inputs, settings, group)
-    problem = _problem_of(sharding, settings, inputs[3:], (q.shape[1], k.shape[1]), group)
+        _agree(sharding, inputs, settings, groups)
+    settings = _with_choice(sharding, settings, _head_dims(inputs), q, inputs.alibi_slopes, with_ulysses=False)
+    problem, method, exchange = _problem_of(sharding, settings, inputs[3:], _head_dims(inputs)[:2], groups)
     rows = Rows(q, k, v, inputs.sinks)
-    if settings.method == "ulysses":
-        return ulysses.forward(problem, rows)
-    return *_method(problem, settings, k, v).forward(problem, rows), []
+    if exchange is None:
+        return *method.forward(problem, rows), []
+    out, lse, kept = ulysses.forward(problem, rows, exchange)
+    number = _num_kept(settings, inputs.cu_seqlens)
+    return out, lse, [_with_rows(x, number) for x in kept[:2]] + [_with_rows(kept[2].T, number).T]
 
 
 def with_method(inputs: Inputs, settings: Settings) -> Settings:
     """The settings with the method that "auto" takes, which is the same on all ranks."""
-    group = _group_of(settings)
-    try:
-        sharding = _checked_sharding(inputs, settings, group)
-    except (TypeError, ValueError) as error:
-        refuse(group, error)
-        raise
-    sizes = sizes_of(inputs.k, inputs.v, inputs.q.shape[1], sharding, _mask_of(settings, inputs.alibi_slopes), group)
-    return settings._replace(method=choose(sizes))
+    sharding = _checked_sharding(inputs, settings, _groups_of(settings))
+    return _with_choice(sharding, settings, _head_dims(inputs), inputs.q, inputs.alibi_slopes)
 
 
-def _method(problem: Problem, settings: Settings, k: Tensor, v: Tensor) -> Any:
-    """The module of "all_gather" or "ring". "auto" comes here from compiled graphs alone, whose tensors had to be known
-    before the lengths: without "ulysses"."""
-    method = settings.method
-    if method == "auto":
-        sizes = sizes_of(k, v, problem.num_heads, problem.sharding, problem.mask, problem.group)
-        method = choose(sizes, with_ulysses=False)
-    return gather if method == "all_gather" else ring
+def _head_dims(inputs):
+    """(num_heads_q, num_heads_kv, head_dim, head_dim_v)"""
+    return inputs.q.shape[1], *inputs.k.shape[1:], inputs.v.shape[2]
 
 
-def _group_of(settings: Settings) -> dist.ProcessGroup:
-    name: Any = settings.group
-    return _resolve_process_group(name)
+def _with_choice(sharding, settings, head_dims, like, slopes, with_ulysses=True):
+    """Settings without "auto". A compiled graph chooses at run time without ulysses: it had to know the sizes of what
+    that keeps before."""
+    if settings.method != "auto":
+        return settings
+    sizes = sizes_of(head_dims, like.dtype, sharding, _mask_of(settings, slopes), *_groups_of(settings))
+    return settings._replace(method=choose(sizes, with_ulysses=with_ulysses))
+
+
+def _num_kept(settings, cu_seqlens):
+    """Rows of the tensors that Ulysses keeps: those that the ranks of the inner dimension have together, or with
+    per_document, where these depend on values of cu_seqlens, a bound."""
+    outer, inner = _groups_of(settings)
+    seqlen, batch = settings.seqlen, 1 if settings.batch is None else settings.batch
+    if inner is None:
+        return seqlen * batch
+    if settings.load_balance == "per_document":
+        return rows_at_most(seqlen, dist.get_world_size(outer), cu_seqlens.shape[0])
+    place = dist.get_rank(outer), dist.get_world_size(outer)
+    return batch * rows_of_rank(seqlen, *place, settings.load_balance is not None)
+
+
+def _with_rows(x, number):
+    return x if x.shape[0] == number else torch.cat([x, x.new_zeros((number - x.shape[0], *x.shape[1:]))])
 
 
 def _sharding(cu_seqlens, settings, num_ranks):
@@ -107,19 +144,27 @@ def _sharding(cu_seqlens, settings, num_ranks):
     return sharding_of_batch(settings.batch, settings.seqlen, num_ranks, settings.load_balance)
 
 
-def _checked_sharding(inputs, settings, group):
-    """The Sharding. Raises where this rank's tensors do not suit it."""
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    sharding = _sharding(inputs.cu_seqlens, settings, num_ranks)
-    batch = 1 if settings.batch is None else settings.batch
-    check_num_rows(sharding, rank, inputs.q.shape[0] // max(batch, 1), batch)
-    if settings.method == "ulysses":
-        ulysses.check_heads(inputs.q.shape[1], inputs.k.shape[1], num_ranks)
+def _checked_sharding(inputs, settings, groups):
+    """The Sharding. Raises where this rank's tensors do not suit it, and tells the other ranks."""
+    num_ranks = math.prod(groups.shape)
+    try:
+        sharding = _sharding(inputs.cu_seqlens, settings, num_ranks)
+        batch = 1 if settings.batch is None else settings.batch
+        check_num_rows(sharding, groups.rank, inputs.q.shape[0] // max(batch, 1), batch)
+        if settings.method == "ulysses" or settings.inner is not None:
+            ulysses.check_heads(inputs.q.shape[1], inputs.k.shape[1], groups.shape[-1])
+    except (TypeError, ValueError) as error:
+        refuse(groups.whole, error)
+        raise
     return sharding
 
 
-def _problem_of(sharding, settings, tensors, heads, group):
-    """tensors: sinks, alibi_slopes, dropout_seed and cu_seqlens. heads: how many of queries and of keys."""
+def _problem_of(sharding, settings, tensors, heads, groups):
+    """(Problem, module of the method, ulysses.Exchange or None). The Problem is that of the method, so with an Exchange
+    of a mesh's first dimension, whose ranks are all of the second together.
+
+    tensors: sinks, alibi_slopes, dropout_seed and cu_seqlens. heads: how many of queries and of keys.
+    """
     _, slopes, seed, _ = tensors
     options = dict(
         softmax_scale=settings.softmax_scale,
@@ -128,35 +173,40 @@ def _problem_of(sharding, settings, tensors, heads, group):
         dropout_p=settings.dropout_p,
         dropout_seed=seed,
     )
-    mask = _mask_of(settings, slopes)
-    num_heads, num_heads_kv = heads
-    rank = dist.get_rank(group)
-    return Problem(sharding, mask, options, settings.deterministic, num_heads, num_heads_kv, group, rank)
+    mask, deterministic = _mask_of(settings, slopes), settings.deterministic
+    outer, inner, exchange = *groups, None
+    method, rank = {"all_gather": gather, "ring": ring, "ulysses": whole}[settings.method], dist.get_rank(outer)
+    if inner is not None or method is whole:
+        number, rank = (1, 0) if inner is None else (groups.shape[0], rank)
+        sharding, teams = in_teams(sharding, number)
+        of_heads = outer if inner is None else inner
+        exchange = ulysses.Exchange(of_heads, dist.get_rank(of_heads), teams[rank], method)
+    return Problem(sharding, mask, options, deterministic, *heads, outer, rank), method, exchange
 
 
 def _mask_of(settings, slopes):
     return Mask(settings.window_left, settings.window_right, slopes is not None, settings.dropout_p > 0)
 
 
-def _agree(sharding, inputs, settings, group):
+def _agree(sharding, inputs, settings, groups):
     """Find out whether all ranks make the same call, see agreement.py."""
     kinds = [(tuple(x.shape[1:]), x.dtype) for x in inputs[:3]] + [kind_of(x) for x in inputs[3:6]]
-    description, digest = _described(sharding, settings, tuple(kinds))
+    description, digest = _described(sharding, settings, tuple(kinds), groups.shape)
     if settings.check_values:
         values = zip(Inputs._fields[3:6], inputs[3:6])
-        compare(description | {name: x.tolist() for name, x in values if x is not None}, group)
-    post(group, description, digest)
+        compare(description | {name: x.tolist() for name, x in values if x is not None}, groups.whole)
+    post(groups.whole, description, digest)
     if waits_for_transfers(inputs.q.device):
-        settle(group)
+        settle(groups.whole)
 
 
 @functools.lru_cache(maxsize=256)
-def _described(sharding, settings, kinds):
+def _described(sharding, settings, kinds, mesh_shape):
     """(description, digest) of a call."""
     description = settings._asdict() | dict(zip(Inputs._fields, kinds))
-    for name in ("group", "check_values", "window_left", "window_right"):
+    for name in ("group", "inner", "check_values", "window_left", "window_right"):
         del description[name]
-    description |= dict(window_size=(settings.window_left, settings.window_right), num_ranks=sharding.num_ranks)
+    description |= dict(window_size=(settings.window_left, settings.window_right), mesh=mesh_shape)
     if settings.batch is None:
         description["cu_seqlens"] = sharding.bounds
     description["method"] = description.pop("method")  # last: "auto" follows from the others
@@ -185,10 +235,10 @@ def _(*args):
     settings = Settings(*args[_NUM_TENSORS:])
     num_rows, num_heads, head_dim = q.shape
     dtype, kept = dtype_of_sums(q), []
-    if settings.method == "ulysses":
-        num_ranks = dist.get_world_size(_group_of(settings))
+    if settings.method == "ulysses" or settings.inner is not None:
+        num_ranks = _groups_of(settings).shape[-1]
         heads, heads_kv = num_heads // num_ranks, max(k.shape[1] // num_ranks, 1)
-        seqlen = settings.seqlen * (1 if settings.batch is None else settings.batch)
+        seqlen = _num_kept(settings, args[_NUM_TENSORS - 1])
         num_elements = heads * head_dim + heads_kv * (head_dim + v.shape[2])
         shapes = ((seqlen, num_elements), q.dtype), ((seqlen, heads, v.shape[2]), q.dtype), ((heads, seqlen), dtype)
         kept = [q.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
@@ -199,18 +249,20 @@ def _compute_gradients(dout, dlse, kept, sinks, alibi_slopes, dropout_seed, cu_s
     """dq, dk and dv, and dsinks or an empty tensor. kept: q, k, v, out and lse, or what the forward pass of Ulysses
     returned. heads_kv and head_dim are those of k."""
     settings = Settings(*settings)
-    group = _group_of(settings)
-    if dist.get_world_size(group) > 1:
-        settle(group)
-    sharding = _sharding(cu_seqlens, settings, dist.get_world_size(group))
+    groups = _groups_of(settings)
+    if math.prod(groups.shape) > 1:
+        settle(groups.whole)
+    sharding = _sharding(cu_seqlens, settings, math.prod(groups.shape))
+    head_dims = dout.shape[1], heads_kv, head_dim, dout.shape[2]
+    settings = _with_choice(sharding, settings, head_dims, dout, alibi_slopes, with_ulysses=False)
     tensors = sinks, alibi_slopes, dropout_seed, cu_seqlens
-    problem = _problem_of(sharding, settings, tensors, (dout.shape[1], heads_kv), group)
-    if settings.method == "ulysses":
-        *gradients, dsinks = ulysses.backward(problem, kept, sinks, dout, dlse)
-    else:
+    problem, method, exchange = _problem_of(sharding, settings, tensors, head_dims[:2], groups)
+    if exchange is None:
         q, k, v, out, lse = kept
-        method = _method(problem, settings, k, v)
         *gradients, dsinks = method.backward(problem, Rows(q, k, v, sinks), dout, dlse, out, lse)
+    else:
+        joined, out, lse = (x.narrow(dim, 0, exchange.num_rows) for x, dim in zip(kept, (0, 0, 1)))
+        *gradients, dsinks = ulysses.backward(problem, [joined, out, lse], sinks, dout, dlse, exchange)
     return *gradients, dout.new_empty(0) if dsinks is None else dsinks
 
 

@@ -69,6 +69,7 @@ class Problem(NamedTuple):
     num_heads_kv: int
     group: dist.ProcessGroup
     rank: int
+    first_head: int = 0  # of the queries that this rank attends with, among num_heads
 
     @property
     def ranks(self) -> range:
@@ -209,23 +210,23 @@ def _part_of(pairs, mask):
     return Part(queries, keys, tuple(entries), window, needs_positions)
 
 
-def forward_of(problem: Problem, part: Part, rows: Rows, out: Tensor | None = None, first_head: int = 0) -> Any:
-    """(out, lse) of the part's queries over its keys; into `out` if it is given. first_head: q's, among all."""
+def forward_of(problem: Problem, part: Part, rows: Rows, out: Tensor | None = None) -> Any:
+    """(out, lse) of the part's queries over its keys; into `out` if it is given."""
     q, k, v = _rows_of(part, rows)
     out = q.new_empty((*q.shape[:-1], v.shape[-1])) if out is None else out[None] if part.is_dense else out
-    options = _options(problem, part, q.device, first_head)
+    options = _options(problem, part, q.device)
     lse = forward_pass(q, k, v, part.lengths(q.device), out=out, sinks=rows.sinks, **options)
     return (out[0], lse[0]) if part.is_dense else (out, lse)
 
 
-def gradients_of(problem: Problem, part: Part, results: Results, rows: Rows, first_head: int = 0) -> list[Tensor]:
+def gradients_of(problem: Problem, part: Part, results: Results, rows: Rows) -> list[Tensor]:
     """The part's share of dq, of its queries, and of dk and dv, of its keys."""
     q, k, v = _rows_of(part, rows)
     dout, lse, minus_delta = results
     given = dout[part.queries.rows], lse[:, part.queries.rows], minus_delta[:, part.queries.rows]
     if part.is_dense:
         given = [x[None] for x in given]
-    options = _options(problem, part, q.device, first_head) | dict(deterministic=problem.deterministic)
+    options = _options(problem, part, q.device) | dict(deterministic=problem.deterministic)
     gradients = gradients_pass(*given, q, k, v, part.lengths(q.device), **options)
     return [x[0] if part.is_dense else x for x in gradients]
 
@@ -235,17 +236,17 @@ def _rows_of(part, rows):
     return [x[None] if part.is_dense else x for x in given]
 
 
-def _options(problem, part, device, first_head):
+def _options(problem, part, device):
     options = problem.options | dict(window_size=part.window)
     if part.needs_positions:
-        options["shard"] = part.shard(device, problem.num_heads, first_head)
+        options["shard"] = part.shard(device, problem.num_heads, problem.first_head)
     slopes = options["alibi_slopes"]
     if slopes is not None and slopes.ndim == 2:
         options["alibi_slopes"] = slopes.index_select(0, part.documents(device))
     return options
 
 
-def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows, first_head: int = 0) -> tuple[Tensor, Tensor]:
+def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows) -> tuple[Tensor, Tensor]:
     """out and lse of all rows of q, whose keys are in one part each."""
     q, v = rows.q, rows.v
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
@@ -254,9 +255,9 @@ def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows, first_head:
     for part in parts:
         own_out, own_lse = out[part.queries.rows], lse[:, part.queries.rows]
         if part.queries.start >= end:
-            own_lse.copy_(forward_of(problem, part, rows, own_out, first_head)[1])
+            own_lse.copy_(forward_of(problem, part, rows, own_out)[1])
         else:  # Queries of other parts lie between those of this one. Their out is 0, and their lse no key's.
-            of_part = forward_of(problem, part, rows, None, first_head)
+            of_part = forward_of(problem, part, rows)
             own_out += of_part[0]
             torch.maximum(own_lse, of_part[1], out=own_lse)
         end = max(end, part.queries.end)

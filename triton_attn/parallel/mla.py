@@ -26,6 +26,7 @@ from .balance import (
     check_mesh,
     check_num_rows,
     check_seqlen,
+    in_teams,
     sharding_of,
 )
 from .exchange import exchange
@@ -139,7 +140,8 @@ class _Problem(NamedTuple):
         own = torch.cat([kv_latent, k_pe], dim=2)
         shapes = [(own.shape[0], num_rows, own.shape[2]) for num_rows in self.sharding.num_rows]
         parts = exchange([own for _ in shapes], shapes, self.group)
-        return self.sharding.order.take(torch.cat(parts, 1), 1).split([kv_latent.shape[2], k_pe.shape[2]], dim=2)
+        _, (all_ranks,) = in_teams(self.sharding, 1)
+        return all_ranks.order.take(torch.cat(parts, 1), 1).split([kv_latent.shape[2], k_pe.shape[2]], dim=2)
 
     def sum_of_own_rows(self, gradients: Tensor) -> Tensor:
         """This rank's rows of the sum, over the ranks and in their order, of gradients (batch, seqlen, dim)."""

@@ -6,15 +6,34 @@ the backward pass, instead of its own rows.
 Source: Jacobs et al., DeepSpeed Ulysses (2023), arXiv:2309.14509.
 """
 
-import functools
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._host.checks import fail
-from .balance import Chunk, Sharding
+from .balance import Team
 from .exchange import exchange_rows
-from .local import Mask, Pair, Part, Problem, Rows, attend_once, dtype_of_sums, gradients_of, parts_of, results_of
+from .local import Problem, Rows, dtype_of_sums
+
+
+class Exchange(NamedTuple):
+    """The ranks that exchange rows for heads, and the module of the method by which each attends for its heads then:
+    whole sequences, or those of the ranks together, whose other rows other such ranks have."""
+
+    group: dist.ProcessGroup
+    rank: int
+    team: Team
+    method: Any
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.team.num_rows)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.team.num_rows)
 
 
 def check_heads(num_heads_q: int, num_heads_kv: int, num_ranks: int) -> None:
@@ -24,15 +43,14 @@ def check_heads(num_heads_q: int, num_heads_kv: int, num_ranks: int) -> None:
         fail("k", f"KV heads that divide {num_ranks} ranks or are a multiple of them for 'ulysses'", num_heads_kv)
 
 
-def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor, list[Tensor]]:
+def forward(problem: Problem, rows: Rows, over: Exchange) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out and lse of this rank's rows, and of its heads what `backward` needs: q, k and v side by side, out and lse."""
-    check_heads(problem.num_heads, problem.num_heads_kv, len(problem.ranks))
-    joined = _to_heads(problem, rows[:3])
-    first_head, sinks, problem = _of_own_heads(problem, rows.sinks)
-    q, k, v = _split(problem, joined, rows.v.shape[-1])
-    own = Rows(q, k, v, sinks)
-    out, lse = attend_once(problem, _parts(problem.sharding, problem.mask), own, first_head)
-    of_rows = _to_rows(problem, torch.cat([out.flatten(1), _as(out.dtype, lse.T)], 1))
+    check_heads(problem.num_heads, problem.num_heads_kv, over.num_ranks)
+    joined = _exchange_for_heads(over, [_heads_by_rank(x, over.num_ranks).flatten(2) for x in rows[:3]])
+    q, k, v = _split(problem, over, joined, rows.v.shape[-1])
+    sinks, own_problem = _of_own_heads(problem, over, rows.sinks)
+    out, lse = over.method.forward(own_problem, Rows(q, k, v, sinks))
+    of_rows = _to_rows(over, torch.cat([out.flatten(1), _as(out.dtype, lse.T)], 1))
     num_elements = out.shape[1:].numel()
     own_out = _heads_together(of_rows[..., :num_elements].unflatten(2, out.shape[1:]))
     own_lse = torch.cat(list(_as(lse.dtype, of_rows[..., num_elements:])), 1).T.contiguous()
@@ -40,76 +58,55 @@ def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor, list[Tensor]]
 
 
 def backward(
-    problem: Problem, kept: list[Tensor], sinks: Tensor | None, dout: Tensor, dlse: Tensor | None
+    problem: Problem, kept: list[Tensor], sinks: Tensor | None, dout: Tensor, dlse: Tensor | None, over: Exchange
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the rows and, of the sinks, this rank's part."""
     joined, out, lse = kept
-    num_ranks = len(problem.ranks)
     if dlse is None:  # of this rank; others may have one
         dlse = lse.new_zeros((dout.shape[1], dout.shape[0]))
-    dlse_by_rank = _as(dout.dtype, dlse.unflatten(0, (num_ranks, -1)).transpose(1, 2))
-    douts = _exchange_for_heads(problem, [_heads_by_rank(dout, num_ranks).flatten(2), dlse_by_rank])
+    dlse_by_rank = _as(dout.dtype, dlse.unflatten(0, (over.num_ranks, -1)).transpose(1, 2))
+    douts = _exchange_for_heads(over, [_heads_by_rank(dout, over.num_ranks).flatten(2), dlse_by_rank])
     num_elements = out.shape[1:].numel()
     dout, dlse = douts[:, :num_elements].unflatten(1, out.shape[1:]), _as(lse.dtype, douts[:, num_elements:]).T
 
-    first_head, own_sinks, problem = _of_own_heads(problem, sinks)
-    q, k, v = _split(problem, joined, out.shape[-1])
-    rows = Rows(q, k, v, own_sinks)
-    results, of_own_sinks = results_of(problem.sharding.bounds[-1], dout, dlse, out, lse, own_sinks)
-    totals = torch.zeros_like(joined)
-    for part in _parts(problem.sharding, problem.mask):  # one at most
-        dq, dk, dv = _split(problem, totals, out.shape[-1])
-        places = dq[part.queries.rows], dk[part.keys.rows], dv[part.keys.rows]
-        for place, gradient in zip(places, gradients_of(problem, part, results, rows, first_head)):
-            place.copy_(gradient)
-    by_rank = _split(problem, _to_rows(problem, totals), out.shape[-1], 2)
+    own_sinks, own_problem = _of_own_heads(problem, over, sinks)
+    rows = Rows(*_split(problem, over, joined, out.shape[-1]), own_sinks)
+    *gradients, of_own_sinks = over.method.backward(own_problem, rows, dout, dlse, out, lse)
+    by_rank = _to_rows(over, torch.cat([x.flatten(1) for x in gradients], 1))
     dsinks = None
     if sinks is not None and of_own_sinks is not None:
         dsinks = torch.zeros_like(sinks)
-        dsinks[_own_heads(problem)] = of_own_sinks
-    dq, dk, dv = map(_heads_together, by_rank)
+        dsinks[_own_heads(problem, over)] = of_own_sinks
+    dq, dk, dv = map(_heads_together, _split(problem, over, by_rank, out.shape[-1], 2))
     return dq, _sum_of_copies(dk, problem.num_heads_kv), _sum_of_copies(dv, problem.num_heads_kv), dsinks
 
 
-@functools.lru_cache(maxsize=64)
-def _parts(sharding: Sharding, mask: Mask) -> tuple[Part, ...]:
-    """Whole documents: one call."""
-    documents = [(i, Chunk(*chunk)) for i, chunk in enumerate(sharding.documents) if chunk.size]
-    return parts_of((Pair(i, chunk, chunk, 0, 0) for i, chunk in documents), mask)
+def _own_heads(problem, over):
+    share = problem.num_heads // over.num_ranks
+    return slice(over.rank * share, (over.rank + 1) * share)
 
 
-def _own_heads(problem):
-    share = problem.num_heads // len(problem.ranks)
-    return slice(problem.rank * share, (problem.rank + 1) * share)
+def _of_own_heads(problem, over, sinks):
+    """(sinks, Problem) of this rank's heads."""
+    own, options = _own_heads(problem, over), problem.options
+    if options["alibi_slopes"] is not None:
+        options = options | dict(alibi_slopes=options["alibi_slopes"][..., own].contiguous())
+    return None if sinks is None else sinks[own], problem._replace(options=options, first_head=own.start)
 
 
-def _of_own_heads(problem, sinks):
-    """(first head, sinks, Problem) of this rank's heads."""
-    own, slopes = _own_heads(problem), problem.options["alibi_slopes"]
-    if slopes is not None:
-        problem = problem._replace(options=problem.options | dict(alibi_slopes=slopes[..., own].contiguous()))
-    return own.start, None if sinks is None else sinks[own], problem
+def _exchange_for_heads(over, by_rank):
+    """All rows of what other ranks have for this one; by_rank are (ranks, rows, elements)."""
+    sent, num_rows = torch.cat(by_rank, 2).flatten(0, 1), over.team.num_rows
+    received = exchange_rows(sent, [num_rows[over.rank]] * len(num_rows), num_rows, over.group)
+    return over.team.order.take(received)
 
 
-def _to_heads(problem, tensors):
-    """(seqlen, elements): whole sequences of this rank's heads of the tensors, side by side."""
-    return _exchange_for_heads(problem, [_heads_by_rank(x, len(problem.ranks)).flatten(2) for x in tensors])
-
-
-def _exchange_for_heads(problem, by_rank):
-    """Whole sequences of what other ranks have for this one; by_rank are (ranks, rows, elements)."""
-    sent = torch.cat(by_rank, 2).flatten(0, 1)
-    num_rows = problem.sharding.num_rows
-    received = exchange_rows(sent, [num_rows[problem.rank]] * len(num_rows), num_rows, problem.group)
-    return problem.sharding.order.take(received)
-
-
-def _to_rows(problem, x):
-    """(ranks, rows of this rank, elements) from whole sequences (seqlen, elements) of each rank's heads."""
-    num_rows = problem.sharding.num_rows
-    own = num_rows[problem.rank]
-    sent = problem.sharding.order_of_ranks.take(x)
-    return exchange_rows(sent, num_rows, [own] * len(num_rows), problem.group).unflatten(0, (len(num_rows), own))
+def _to_rows(over, x):
+    """(ranks, rows of this rank, elements) from all rows (rows, elements) of each rank's heads."""
+    num_rows = over.team.num_rows
+    own = num_rows[over.rank]
+    sent = over.team.order_of_ranks.take(x)
+    return exchange_rows(sent, num_rows, [own] * len(num_rows), over.group).unflatten(0, (len(num_rows), own))
 
 
 def _heads_by_rank(x, num_ranks):
@@ -130,9 +127,9 @@ def _sum_of_copies(x, num_heads):
     return x.unflatten(1, (num_heads, -1)).sum(2, dtype=dtype_of_sums(x)).to(x.dtype)
 
 
-def _split(problem, joined, head_dim_v, dim=1):
+def _split(problem, over, joined, head_dim_v, dim=1):
     """Views of q, k and v of a rank's heads, which are side by side in `dim`."""
-    num_ranks = len(problem.ranks)
+    num_ranks = over.num_ranks
     heads, heads_kv = problem.num_heads // num_ranks, max(problem.num_heads_kv // num_ranks, 1)
     head_dim = (joined.shape[dim] - heads_kv * head_dim_v) // (heads + heads_kv)
     shapes = (heads, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v)
