@@ -21,7 +21,6 @@ from perf.harness.traffic import counted
 from triton_attn import reference
 from triton_attn.parallel import (
     agreement,
-    autograd,
     context_parallel_attention,
     context_parallel_attention_varlen,
     local,
@@ -308,7 +307,7 @@ def check_difference_later(cases, mesh):
     group of the ranks' hosts is made for it."""
     inputs = Inputs(cases[mesh.get_local_rank()])
     with (
-        mock.patch.object(autograd, "waits_for_transfers", return_value=False),
+        mock.patch.object(agreement, "waits_for_transfers", return_value=False),
         mock.patch.object(agreement, "_sends_from_host", return_value=False),
     ):
         outputs, leaves = inputs.attend(mesh)

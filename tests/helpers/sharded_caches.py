@@ -19,7 +19,7 @@ from triton_attn import (
     paged_attention,
     reference,
 )
-from triton_attn.parallel import context_parallel_mla_decode, context_parallel_paged_attention, merging
+from triton_attn.parallel import agreement, context_parallel_mla_decode, context_parallel_paged_attention, merging
 from triton_attn.testing import assert_close_to_reference
 
 NOPE, ROPE, RANK, V_DIM = 24, 8, 128, 20
@@ -146,7 +146,7 @@ class Step:
         attend = context_parallel_mla_decode if self.case.latent else context_parallel_paged_attention
         placing = dict(mesh=mesh, interleave=self.case.interleave, heads=self.case.heads)
         operands = self.operands(cache, seqs, mesh.get_local_rank(), mesh.size())
-        return attend(*operands, **placing, **self.options, **more)
+        return attend(*operands, **(placing | self.options | more))
 
     def expected(self, dtype=None):
         """out and lse of one process, by the definition in a dtype, or by the kernel."""
@@ -404,14 +404,29 @@ def check_out_of_pages(num_pages, mesh):
 
 
 def check_difference(changes, mesh):
-    """Fails with what the call raises; changes are those of the ranks: fields of the case, or options of the call."""
-    change = changes[mesh.get_local_rank()]
-    step = Step(Case(**{name: x for name, x in change.items() if name != "table"}))
+    """Fails with what the call raises; changes are those of the ranks: fields of the case, or `table` or `given` of the
+    call alone."""
+    change = dict(changes[mesh.get_local_rank()])
+    reorders, given = change.pop("table", False), change.pop("given", {})
+    step = Step(Case(**change))
     cache, seqs = step.fill(mesh)
     try:
-        step.attend(mesh, cache, list(reversed(seqs)) if change.get("table") else seqs)
-    except ValueError as error:
+        step.attend(mesh, cache, list(reversed(seqs)) if reorders else seqs, **given)
+    except (TypeError, ValueError) as error:
         raise AssertionError(str(error)) from error
+
+
+def check_difference_later(changes, mesh):
+    """Fails with what the next call raises, where the host waits for no transfer."""
+    change = changes[mesh.get_local_rank()]
+    with mock.patch.object(agreement, "waits_for_transfers", return_value=False):
+        step = Step(Case(**change))
+        cache, seqs = step.fill(mesh)
+        step.attend(mesh, cache, seqs)
+        try:
+            step.attend(mesh, cache, seqs)
+        except ValueError as error:
+            raise AssertionError(str(error)) from error
 
 
 def check_cache_difference(sizes, mesh):

@@ -1021,9 +1021,9 @@ FAULTS = (
     ),
     Fault(
         "D21",
-        "triton_attn/parallel/autograd.py",
-        "if waits_for_transfers(inputs.q.device):",
-        "if not waits_for_transfers(inputs.q.device):",
+        "triton_attn/parallel/agreement.py",
+        "if waits_for_transfers(device):",
+        "if not waits_for_transfers(device):",
         "PARALLEL",
     ),
     Fault("D22", "triton_attn/parallel/ulysses.py", "first_head=own.start)", "first_head=0)", "PARALLEL"),

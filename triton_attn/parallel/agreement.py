@@ -33,6 +33,13 @@ _WHOLE: WeakKeyDictionary[dist.ProcessGroup, WeakKeyDictionary[dist.ProcessGroup
 _POSTED: WeakKeyDictionary[dist.ProcessGroup, _Posted] = WeakKeyDictionary()
 
 
+def agree(group: dist.ProcessGroup, description: Description, digest: int, device: torch.device) -> None:
+    """Post the digest of a call with tensors on a device, and look at the others' where the host waits anyway."""
+    post(group, description, digest)
+    if waits_for_transfers(device):
+        settle(group)
+
+
 def post(group: dist.ProcessGroup, description: Description, digest: int) -> None:
     """Send the digest of a call to all ranks of a group. Raises if they differed at the call before."""
     settle(group)
@@ -78,9 +85,9 @@ def compare(description: Description, group: dist.ProcessGroup) -> None:
     check_same(described)
 
 
-def kind_of(x: Tensor | None) -> Any:
-    """What a description has of a tensor that all ranks hold whole."""
-    return None if x is None else (tuple(x.shape), x.dtype)
+def kind_of(x: Any) -> Any:
+    """What a description has of an argument that is the same on all ranks: of a tensor no values."""
+    return (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x
 
 
 def waits_for_transfers(device: torch.device) -> bool:

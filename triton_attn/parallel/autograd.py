@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from . import gather, ring, ulysses, whole
-from .agreement import compare, digest_of, group_of_mesh, kind_of, post, refuse, settle, waits_for_transfers
+from .agreement import agree, compare, digest_of, group_of_mesh, kind_of, refuse, settle
 from .balance import bounds_of, check_num_rows, in_teams, rows_at_most, rows_of_rank, sharding_of, sharding_of_batch
 from .cost import choose, sizes_of
 from .local import Mask, Problem, Rows, dtype_of_sums
@@ -195,9 +195,7 @@ def _agree(sharding, inputs, settings, groups):
     if settings.check_values:
         values = zip(Inputs._fields[3:6], inputs[3:6])
         compare(description | {name: x.tolist() for name, x in values if x is not None}, groups.whole)
-    post(groups.whole, description, digest)
-    if waits_for_transfers(inputs.q.device):
-        settle(groups.whole)
+    agree(groups.whole, description, digest, inputs.q.device)
 
 
 @functools.lru_cache(maxsize=256)
