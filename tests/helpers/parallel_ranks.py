@@ -12,9 +12,14 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from perf.harness.traffic import counted
@@ -28,7 +33,7 @@ from triton_attn.parallel import (
     unshard_sequence,
 )
 from triton_attn.parallel.balance import sharding_of_batch
-from triton_attn.parallel.cost import costs, sizes_of
+from triton_attn.parallel.cost import costs, ranks_of, sizes_of
 from triton_attn.parallel.local import Mask
 from triton_attn.testing import assert_close_to_reference
 
@@ -256,6 +261,42 @@ def rounding(inputs, out):
     return dict(dq=row * scale * largest_k, dk=row * scale * largest_q * queries**0.5, dsinks=of_heads * eps)
 
 
+class BesideFakes(TorchDispatchMode):
+    """Finds out whether results of our operators have the shapes, strides and dtypes of their fake kernels'."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.differ = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if function.namespace == "triton_attn":
+            self.operators.append(function.name())
+            with FakeTensorMode() as mode:
+                fakes = function(*tree_map_only(Tensor, mode.from_tensor, args), **(kwargs or {}))
+            of_real, of_fake = (list(map(_layout, tree_leaves(each))) for each in (results, fakes))
+            if of_real != of_fake:
+                self.differ.append(f"{function.name()}: {of_real}, fake {of_fake}")
+        return results
+
+
+def _layout(x):
+    """Shape, dtype, and the strides that matter."""
+    strides = [stride for size, stride in zip(x.shape, x.stride()) if size > 1] if x.numel() else []
+    return tuple(x.shape), x.dtype, strides
+
+
+def check_fakes(case, mesh):
+    """Graphs are compiled for what the operators return."""
+    inputs = Inputs(case)
+    with BesideFakes() as fakes:
+        outputs, leaves = inputs.attend(mesh)
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    name = "triton_attn::context_parallel_attention"
+    assert fakes.operators == [name, f"{name}_backward"]
+    assert not fakes.differ, fakes.differ
+
+
 def check_bytes(case, mesh):
     """The bytes that this rank receives from others are those of the docstring's table."""
     inputs = Inputs(case)
@@ -282,9 +323,9 @@ def check_bytes_of_model(case, mesh):
     sharding = sharding_of_batch(case.batch, case.seqlen, mesh.size(), case.load_balance)
     mask = Mask(left, right, False, False)
     head_dims = case.num_heads_q, case.num_heads_kv, case.head_dim, case.head_dim_v
-    groups = inputs.over(mesh).get_all_groups()
+    ranks = map(ranks_of, inputs.over(mesh).get_all_groups())
     method = case.method if case.inner is None else case.method[0]
-    found = costs(sizes_of(head_dims, case.dtype, sharding, mask, *groups))[method]
+    found = costs(sizes_of(head_dims, case.dtype, sharding, mask, *ranks))[method]
     expected = tuple(each.bytes for each in found)
     most, text = most.tolist(), f"{most.tolist()} of {expected}"
     assert most[0] == expected[0], text
@@ -300,6 +341,17 @@ def check_difference(cases, mesh):
         Inputs(cases[mesh.get_local_rank()]).attend(mesh)
     except ValueError as error:
         raise AssertionError(str(error)) from error
+
+
+def check_irregular_mesh(ranks, mesh):
+    """Each rank raises by itself: such a mesh does not say who the others are."""
+    with pytest.raises(ValueError, match="mesh: expected ranks in ascending order, row by row, as far apart in each"):
+        attend_over(DeviceMesh("cpu", ranks))
+
+
+def attend_over(mesh):
+    x = torch.randn(1, 4, 4, 16)
+    return context_parallel_attention(x, x, x, mesh=mesh)
 
 
 def check_difference_later(cases, mesh):

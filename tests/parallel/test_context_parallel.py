@@ -13,6 +13,7 @@ from parallel_ranks import (
     check_calls,
     check_difference,
     check_difference_later,
+    check_irregular_mesh,
     check_training,
     check_values,
     run,
@@ -225,6 +226,11 @@ def test_ranks_of_two_dimensions_that_differ_are_named_on_every_rank(tmp_path, m
     assert sum("q: expected query heads in multiples of 2 ranks for 'ulysses', got 3" in text for text in said) == 4, (
         said
     )
+
+
+def test_irregular_meshes(tmp_path):
+    given = [[[0, 1], [3, 2]], [[0, 2], [1, 3]], [[1, 0], [3, 2]]]
+    assert run(check_irregular_mesh, given, 4, tmp_path / "store") == []
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from triton_attn._host.mesh import _are_regular
 from triton_attn.parallel import (
     balance,
     context_parallel_attention,
@@ -16,7 +15,14 @@ from triton_attn.parallel import (
     shard_sequence,
     unshard_sequence,
 )
-from triton_attn.parallel.balance import check_load_balance, in_teams, rows_at_most, rows_of_rank, sharding_of
+from triton_attn.parallel.balance import (
+    are_regular,
+    check_load_balance,
+    in_teams,
+    rows_at_most,
+    rows_of_rank,
+    sharding_of,
+)
 from triton_attn.parallel.local import Mask
 from triton_attn.parallel.ulysses import check_heads
 
@@ -144,9 +150,9 @@ def test_errors_of_a_mesh_of_two_dimensions(mesh, arguments, said):
 
 
 def test_ranks_of_a_mesh_are_in_order(mesh):
-    assert _are_regular([(1, 4, 7), (10, 13, 16)])
+    assert are_regular([(1, 4, 7), (10, 13, 16)])
     for ranks in ([(0, 2), (1, 3)], [(0, 1), (3, 2)], [(0, 1), (3, 5)]):
-        assert not _are_regular(ranks)
+        assert not are_regular(ranks)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_nodes_that_exchange_heads():
     assert methods >= {"ring", "ring+ulysses", "all_gather+ulysses"}
     assert "ring+ulysses" not in {row.method for row in predict(LLAMA_3_8B, 8, 2**20)}
     sizes = sizes_of(LLAMA_3_8B, 64, 2**20, by_node=True)
-    assert (sizes.num_ranks, sizes.ranks_per_node, sizes.rows, sizes.inner) == (8, 1, 2**17, (8, 8, 2**14))
+    assert (sizes.num_ranks, sizes.ranks_per_node, sizes.rows, sizes.inner) == (8, 1, 2**17, ((8, 8), 2**14))
     inside = 7 / 8 * 2**20 * 2 * 128 * 2  # one KV head in bf16
     exchanged = 7 / 8 * 2**17 * ((32 + 8) * 2 * 128 * 2 + 32 * 4) / 8
     assert cost.costs(sizes)["ring"].forward.bytes == inside + exchanged

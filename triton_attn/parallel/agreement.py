@@ -96,13 +96,15 @@ def waits_for_transfers(device: torch.device) -> bool:
 
 
 def group_of_mesh(outer: dist.ProcessGroup, inner: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group of all ranks of a mesh, from this rank's groups by its dimensions; it sends from host memory alone.
+    """The group of all ranks of a mesh, from this rank's groups by its dimensions, for what is sent from host memory.
 
-    The mesh is regular, so the rank of row r and column c is as far from that of row r as this row's of column c.
+    The ranks of each row are as far apart as in this rank's, see `check_mesh_dims`.
     """
     if inner is None:
         return outer
-    known = _WHOLE.setdefault(outer, WeakKeyDictionary())
+    known = _WHOLE.get(outer)
+    if known is None:
+        known = _WHOLE[outer] = WeakKeyDictionary()
     if inner not in known:
         rows, columns = map(dist.get_process_group_ranks, (outer, inner))
         ranks = sorted(row + column - dist.get_rank() for row in rows for column in columns)
@@ -114,9 +116,8 @@ def group_of_mesh(outer: dist.ProcessGroup, inner: dist.ProcessGroup | None) -> 
 def _host_group(group):
     """A group of the same ranks that sends tensors on CPUs. All ranks make one, over gloo, where the group does not."""
     if group not in _HOST_GROUPS:
-        _HOST_GROUPS[group] = (
-            None if _sends_from_host(group) else _gloo_group(dist.get_process_group_ranks(group), group)
-        )
+        ranks = dist.get_process_group_ranks(group)
+        _HOST_GROUPS[group] = None if _sends_from_host(group) else _gloo_group(ranks, group)
     return _HOST_GROUPS[group] or group
 
 

@@ -13,7 +13,7 @@ from .._host.options import with_dropout, with_tensors
 from ..flash.api import check_differentiable, layout_options
 from .agreement import group_of_mesh, refuse
 from .autograd import Inputs, Settings, attend, compute, with_method
-from .balance import check_load_balance, check_mesh, check_seqlen
+from .balance import check_load_balance, check_mesh_dims, check_seqlen
 from .dtensors import on_dtensors
 
 METHODS = ("auto", "all_gather", "ring", "ulysses")
@@ -70,8 +70,8 @@ def context_parallel_attention(
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
             `flash_attention`. Their rows are in the order of the ranks' rows, so the ranks must have as many as DTensor
             gives them: any length in multiples of 2 * ranks. Results are then DTensors placed like q.
-        mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"], whose ranks are
-            counted row by row: in ascending order, and as far apart in each row. On DTensors of one.
+        mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"]; with DTensors
+            of one. Ranks are counted row by row. Those of two dimensions ascend, and are as far apart in each row.
         method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
             needs query heads in multiples of the ranks that exchange them, and KV heads that divide these ranks or are
             multiples of them. "auto" is the method with the least predicted time of both passes on H100s in nodes of 8,
@@ -120,6 +120,7 @@ def context_parallel_attention(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    check_mesh_dims(mesh)
     try:
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(4, q, k, v, None, **placing, **options)
@@ -205,6 +206,7 @@ def context_parallel_attention_varlen(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    check_mesh_dims(mesh)
     try:
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(3, q, k, v, cu_seqlens, **placing, **options)
@@ -240,7 +242,6 @@ def _checked(
     """A call of (rows, heads, dim). Checks all that needs no other rank and no values; a batch is flattened."""
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    _, num_ranks = check_mesh(mesh, 2)
     methods = METHODS if mesh.ndim == 1 else METHODS_OF_TWO
     if method not in methods:
         fail("method", " or ".join(map(repr, methods)), repr(method))
@@ -254,20 +255,21 @@ def _checked(
     if is_packed:
         _check_cu_seqlens(cu_seqlens, q.device)
         documents = cu_seqlens.shape[0] - 1
-    seqlen = check_seqlen(seqlen, q.shape[-3], num_ranks)
+    seqlen = check_seqlen(seqlen, q.shape[-3], mesh.size())
     if seqlen > MAX_ROWS:
         fail("seqlen", "at most 10**9", seqlen)
     options = with_tensors(options, q, documents, alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
     if options.dropout_p > 0 and dropout_seed is None:
         fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)
+    group, inner = _groups(mesh)
     settings = Settings(
         number_and_tensor(dropout_seed)[0] if options.dropout_p > 0 else None,
         batch,
         seqlen,
         load_balance,
-        mesh.get_group(0).group_name,
-        mesh.get_group(1).group_name if mesh.ndim == 2 else None,
+        group.group_name,
+        None if inner is None else inner.group_name,
         method if isinstance(method, str) else method[0],
         options.softmax_scale,
         *(-1 if side is None else side for side in options.window),
@@ -288,9 +290,14 @@ def _check_cu_seqlens(cu_seqlens, device):
 
 
 def _refuse(mesh, error):
-    """Tell the other ranks, where there are some."""
-    if not torch.compiler.is_compiling() and isinstance(mesh, DeviceMesh) and mesh.ndim <= 2:
-        refuse(group_of_mesh(mesh.get_group(0), mesh.get_group(1) if mesh.ndim == 2 else None), error)
+    """Tell the other ranks."""
+    if not torch.compiler.is_compiling():
+        refuse(group_of_mesh(*_groups(mesh)), error)
+
+
+def _groups(mesh):
+    """Of the first dimension of a mesh, and of the second or None."""
+    return mesh.get_group(0), mesh.get_group(1) if mesh.ndim == 2 else None
 
 
 def _attend(inputs, settings):

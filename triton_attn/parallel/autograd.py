@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.nn.functional import pad
 
 from . import gather, ring, ulysses, whole
 from .agreement import agree, compare, digest_of, group_of_mesh, kind_of, refuse, settle
 from .balance import bounds_of, check_num_rows, in_teams, rows_at_most, rows_of_rank, sharding_of, sharding_of_batch
-from .cost import choose, sizes_of
+from .cost import choose, ranks_of, sizes_of
 from .local import Mask, Problem, Rows, dtype_of_sums
 
 
@@ -95,9 +96,7 @@ def compute(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, list[Te
     rows = Rows(q, k, v, inputs.sinks)
     if exchange is None:
         return *method.forward(problem, rows), []
-    out, lse, kept = ulysses.forward(problem, rows, exchange)
-    number = _num_kept(settings, inputs.cu_seqlens)
-    return out, lse, [_with_rows(x, number) for x in kept[:2]] + [_with_rows(kept[2].T, number).T]
+    return ulysses.forward(problem, rows, exchange)
 
 
 def with_method(inputs: Inputs, settings: Settings) -> Settings:
@@ -116,7 +115,8 @@ def _with_choice(sharding, settings, head_dims, like, slopes, with_ulysses=True)
     that keeps before."""
     if settings.method != "auto":
         return settings
-    sizes = sizes_of(head_dims, like.dtype, sharding, _mask_of(settings, slopes), *_groups_of(settings))
+    ranks = (ranks_of(group) for group in _groups_of(settings) if group is not None)
+    sizes = sizes_of(head_dims, like.dtype, sharding, _mask_of(settings, slopes), *ranks)
     return settings._replace(method=choose(sizes, with_ulysses=with_ulysses))
 
 
@@ -131,10 +131,6 @@ def _num_kept(settings, cu_seqlens):
         return rows_at_most(seqlen, dist.get_world_size(outer), cu_seqlens.shape[0])
     place = dist.get_rank(outer), dist.get_world_size(outer)
     return batch * rows_of_rank(seqlen, *place, settings.load_balance is not None)
-
-
-def _with_rows(x, number):
-    return x if x.shape[0] == number else torch.cat([x, x.new_zeros((number - x.shape[0], *x.shape[1:]))])
 
 
 def _sharding(cu_seqlens, settings, num_ranks):
@@ -216,9 +212,22 @@ def attend(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     return context_parallel_attention(*inputs, *settings)[:2]
 
 
+def _compute(*args):
+    """What Ulysses keeps has the rows that the fake kernel says."""
+    inputs, settings = Inputs(*args[:_NUM_TENSORS]), Settings(*args[_NUM_TENSORS:])
+    out, lse, kept = compute(inputs, settings)
+    if kept:
+        joined, out_of_heads, lse_of_heads = kept
+        missing = _num_kept(settings, inputs.cu_seqlens) - joined.shape[0]
+        if missing:
+            kept = [pad(joined, (0, 0, 0, missing)), pad(out_of_heads, (0, 0, 0, 0, 0, missing))]
+            kept.append(pad(lse_of_heads, (0, missing)))
+    return out, lse, kept
+
+
 context_parallel_attention = torch.library.custom_op(
     "triton_attn::context_parallel_attention",
-    lambda *args: compute(Inputs(*args[:_NUM_TENSORS]), Settings(*args[_NUM_TENSORS:])),
+    _compute,
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "

@@ -272,7 +272,7 @@ def shard_sequence(
         >>> shard_sequence(torch.arange(8)[None], mesh)  # of one rank; of two, rank 0 has 0, 1, 6, 7
         tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
     """
-    rank, num_ranks = check_mesh(mesh, 2)
+    rank, num_ranks = check_mesh_dims(mesh)
     sharding = _sharding_of_rows(x.shape[dim], cu_seqlens, num_ranks, load_balance)
     rows = Pieces(sharding.places[rank].chunks).take(x, dim)
     return rows.clone(memory_format=torch.contiguous_format) if rows._is_view() else rows
@@ -306,7 +306,7 @@ def unshard_sequence(
         >>> torch.equal(unshard_sequence(shard_sequence(x, mesh), mesh, seqlen=10), x)
         True
     """
-    rank, num_ranks = check_mesh(mesh, 2)
+    rank, num_ranks = check_mesh_dims(mesh)
     seqlen = check_seqlen(seqlen, x.shape[dim], num_ranks)
     sharding = _sharding_of_rows(seqlen, cu_seqlens, num_ranks, load_balance)
     check_num_rows(sharding, rank, x.shape[dim])
@@ -329,6 +329,34 @@ class _Unshard(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Any:
         rank, dim, sharding = ctx.place
         return Pieces(sharding.places[rank].chunks).take(gradient, dim), None, None, None, None
+
+
+def check_mesh_dims(mesh: Any) -> tuple[int, int]:
+    """(rank, number of ranks) of a mesh of one dimension, or of two, whose ranks are counted row by row."""
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim == 1:
+        return check_mesh(mesh)
+    if mesh.ndim > 2:
+        fail("mesh", "one or two dimensions", mesh.ndim)
+    if not _is_regular(mesh):
+        fail("mesh", "ranks in ascending order, row by row, as far apart in each row", mesh.mesh.tolist())
+    return mesh.get_local_rank(0) * mesh.size(1) + mesh.get_local_rank(1), mesh.size()
+
+
+@torch.compiler.assume_constant_result
+def _is_regular(mesh):
+    return _has_regular_ranks(mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def _has_regular_ranks(mesh):
+    return are_regular(mesh.mesh.tolist())
+
+
+def are_regular(rows: list[list[int]]) -> bool:
+    """Whether ranks ascend, row by row, and are as far apart in each row."""
+    ranks = [rank for row in rows for rank in row]
+    steps = {tuple(rank - row[0] for rank in row) for row in rows}
+    return len(steps) == 1 and ranks == sorted(ranks)
 
 
 def check_load_balance(load_balance: Any, is_packed: bool) -> str | None:

@@ -7,6 +7,7 @@ alike. `python -m perf parallel` prints them for real models.
 import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -43,11 +44,17 @@ class Cluster(NamedTuple):
 H100 = Cluster()
 
 
+class Ranks(NamedTuple):
+    """Of one dimension of a mesh."""
+
+    number: int
+    per_node: int
+
+
 class Inner(NamedTuple):
     """Ranks that exchange rows for heads, of which each has so many rows at most."""
 
-    num_ranks: int
-    ranks_per_node: int
+    ranks: Ranks
     rows: int
 
 
@@ -131,24 +138,26 @@ def sizes_of(
     dtype: torch.dtype,
     sharding: Sharding,
     mask: Mask,
-    outer: dist.ProcessGroup,
-    inner: dist.ProcessGroup | None = None,
+    outer: Ranks,
+    inner: Ranks | None = None,
 ) -> Sizes:
-    """Of a call over the groups of a mesh's dimensions: the same on all ranks. head_dims: (num_heads_q, num_heads_kv,
-    head_dim, head_dim_v).
-    """
+    """Of a call over a mesh of one dimension or two. head_dims: (num_heads_q, num_heads_kv, head_dim, head_dim_v)."""
     of_inner = None
     if inner is not None:
-        number = dist.get_world_size(inner)
-        of_inner = Inner(number, _ranks_per_node(inner), max(sharding.num_rows))
-        sharding, _ = in_teams(sharding, sharding.num_ranks // number)
-    of_call = sharding.num_ranks, _ranks_per_node(outer), sharding.seqlen, *head_dims, dtype.itemsize
-    return Sizes(*of_call, *work_of(sharding, mask), inner=of_inner)
+        of_inner = Inner(inner, max(sharding.num_rows))
+        sharding, _ = in_teams(sharding, outer.number)
+    return Sizes(*outer, sharding.seqlen, *head_dims, dtype.itemsize, *work_of(sharding, mask), inner=of_inner)
 
 
-def _ranks_per_node(group):
-    nodes = [rank // GPUS_PER_NODE for rank in dist.get_process_group_ranks(group)]
-    return min(map(nodes.count, set(nodes)))
+_RANKS: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
+
+
+def ranks_of(group: dist.ProcessGroup) -> Ranks:
+    """The same on all ranks of a mesh."""
+    if group not in _RANKS:
+        nodes = [rank // GPUS_PER_NODE for rank in dist.get_process_group_ranks(group)]
+        _RANKS[group] = Ranks(len(nodes), min(map(nodes.count, set(nodes))))
+    return _RANKS[group]
 
 
 @functools.lru_cache(maxsize=256)
@@ -193,9 +202,10 @@ def choose(sizes: Sizes, cluster: Cluster = H100, with_ulysses: bool = True) -> 
 def costs(sizes: Sizes, cluster: Cluster = H100) -> dict[str, Cost]:
     """Of each method that can take a call of these sizes; over the first dimension of a mesh of two."""
     if sizes.inner is not None:
-        if not sizes.takes_ulysses(sizes.inner.num_ranks):
+        number = sizes.inner.ranks.number
+        if not sizes.takes_ulysses(number):
             return {}
-        inside = costs(_of_own_heads(sizes, sizes.inner.num_ranks), cluster)
+        inside = costs(_of_own_heads(sizes, number), cluster)
         inside.pop("ulysses", None)
         return {method: _exchanged(sizes, cluster, sizes.inner, sizes.rows, cost) for method, cost in inside.items()}
     found = {"all_gather": _all_gather(sizes, cluster), "ring": _ring(sizes, cluster)}
@@ -247,25 +257,25 @@ def _ring(s, cluster):
 
 def _ulysses(s, cluster):
     """Whole sequences of a rank's heads."""
-    own, whole = _of_own_heads(s, s.num_ranks), Inner(s.num_ranks, s.ranks_per_node, s.rows)
+    own, whole = _of_own_heads(s, s.num_ranks), Inner(Ranks(s.num_ranks, s.ranks_per_node), s.rows)
     inside = Cost(*(Pass(0, attend(own, cluster, s.all_pairs), 0) for attend in (_forward, _backward)))
     return _exchanged(s, cluster, whole, s.seqlen, inside)
 
 
 def _exchanged(s, cluster, inner, rows, inside):
     """Rows of all heads leave, so many rows of some arrive; attention as `inside`; and back. Backward the same."""
-    heads = s.num_heads_q + max(s.num_heads_kv, inner.num_ranks)
-    row = heads * (s.head_dim + s.head_dim_v) * s.element_size // inner.num_ranks
-    of_lse = s.num_heads_q * SUMS // inner.num_ranks
+    number, per_node = inner.ranks
+    heads = s.num_heads_q + max(s.num_heads_kv, number)
+    row = heads * (s.head_dim + s.head_dim_v) * s.element_size // number
+    of_lse = s.num_heads_q * SUMS // number
     size = max(rows - inner.rows, 0) * (row + of_lse)
-    outside = max(rows - inner.rows * inner.ranks_per_node, 0) * (row + of_lse)
-    # q, k, v, out and lse, one after the other
-    moved = _all_to_all(inner.num_ranks, cluster, size, outside) + 4 * _all_to_all(inner.num_ranks, cluster, 0, 0)
+    outside = max(rows - inner.rows * per_node, 0) * (row + of_lse)
+    moved = _all_to_all(number, cluster, size, outside) + _all_to_all(number, cluster, 0, 0)  # there and back
     return Cost(*(_with_exchange(each, cluster, size, moved, 2 * rows * row) for each in inside))
 
 
 def _with_exchange(inside, cluster, size, moved, workspace):
-    seconds = max(moved + inside.seconds, 6 * cluster.launch)
+    seconds = max(moved + inside.seconds, 3 * cluster.launch)
     return Pass(size + inside.bytes, seconds, workspace + inside.workspace)
 
 
