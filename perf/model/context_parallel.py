@@ -10,6 +10,7 @@ from perf.results import ParallelRow
 from perf.workloads.models import DEEPSEEK_V3, LLAMA_3_8B, LLAMA_3_70B, Model
 from triton_attn.parallel import cost
 from triton_attn.parallel.balance import sharding_of_batch
+from triton_attn.parallel.latent import LATENTS
 from triton_attn.parallel.local import Mask
 
 MODELS = (LLAMA_3_8B, LLAMA_3_70B, DEEPSEEK_V3)
@@ -75,17 +76,19 @@ PUBLISHED = (
 def sizes_of(model: Model, num_gpus: int, seqlen: int, by_node: bool = False) -> cost.Sizes:
     """One causal sequence in bf16, load balance "head_tail", nodes of 8 GPUs; by_node: over a mesh of two dimensions,
     whose second is a node."""
-    heads = model.num_heads_q, model.num_heads_kv, model.head_dim, model.head_dim_v or model.head_dim
     sharding, per_node = sharding_of_batch(1, seqlen, num_gpus, "head_tail"), cost.GPUS_PER_NODE
     ranks = [cost.Ranks(num_gpus, min(num_gpus, per_node))]
     if by_node:
         ranks = [cost.Ranks(num_gpus // per_node, 1), cost.Ranks(per_node, per_node)]
-    sizes = cost.sizes_of(heads, torch.bfloat16, sharding, CAUSAL, *ranks)
+    return cost.sizes_of(_head_dims(model), torch.bfloat16, sharding, CAUSAL, *ranks)
+
+
+def _head_dims(model):
+    dim, dim_v = model.head_dim, model.head_dim_v or model.head_dim
     if model.kv_lora_rank is None:
-        return sizes
-    up_projection = model.num_heads_q * (model.head_dim - model.qk_rope_head_dim + heads[3])
-    latent = model.kv_lora_rank + model.qk_rope_head_dim
-    return replace(sizes, latent=latent, key_flops=2 * model.kv_lora_rank * up_projection)
+        return cost.HeadDims(model.num_heads_q, model.num_heads_kv, dim, dim_v)
+    rope = model.qk_rope_head_dim
+    return LATENTS.costs_of((model.num_heads_q, dim - rope, rope, model.kv_lora_rank, dim_v))
 
 
 def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = cost.H100) -> list[ParallelRow]:

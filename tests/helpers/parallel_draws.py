@@ -22,7 +22,7 @@ def draw(seed, num_ranks):
     return Case(
         method=method,
         inner=inner,
-        **_rows(rng, num_ranks),
+        **rows(rng, num_ranks),
         num_heads_q=heads[0],
         num_heads_kv=heads[1],
         head_dim=dims[0],
@@ -37,7 +37,7 @@ def draw(seed, num_ranks):
     )
 
 
-def _rows(rng, num_ranks):
+def rows(rng, num_ranks):
     """Of a batch, or of packed documents. No number of ranks divides most of the lengths."""
     if rng.random() < 0.35:
         seqlen = rng.choice([0, 1, num_ranks - 1, rng.randint(2, 90), rng.randint(2, 90)])

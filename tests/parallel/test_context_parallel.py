@@ -20,7 +20,7 @@ from parallel_ranks import (
     run_without_a_rank,
 )
 
-from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn import flash_attention, flash_attention_varlen, mla_prefill
 from triton_attn.parallel import (
     context_parallel_attention,
     unshard_sequence,
@@ -256,7 +256,7 @@ def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
 def test_the_page_runs(mesh, device):
     page = Path(__file__).parents[2] / "docs/many-gpus.md"
     code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(code) == 6
+    assert len(code) == 7
     names = {"device": device}
     exec(code[0], names)
     q, k, v = (names[name] for name in "qkv")
@@ -267,3 +267,6 @@ def test_the_page_runs(mesh, device):
     cu_seqlens = names["cu_seqlens"].to(device)
     expected = flash_attention_varlen(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 300, 300, causal=True)
     torch.testing.assert_close(names["documents"].detach(), expected, atol=1e-5, rtol=1e-5)
+    lengths = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=300, max_seqlen_k=300)
+    expected = mla_prefill(*names["latent_rows"], names["w_uk"], names["w_uv"], **lengths)
+    torch.testing.assert_close(names["latent_whole"], expected, atol=1e-4, rtol=1e-4)

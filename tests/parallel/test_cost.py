@@ -176,7 +176,7 @@ def test_ranks_of_a_node(ranks, per_node):
         outer = cost.ranks_of(mock.Mock())
     assert outer == (len(ranks), per_node)
     sharding = sharding_of_batch(2, 4 * len(ranks), len(ranks), None)
-    found = cost.sizes_of((8, 8, 64, 32), torch.bfloat16, sharding, FULL, outer)
+    found = cost.sizes_of(cost.HeadDims(8, 8, 64, 32), torch.bfloat16, sharding, FULL, outer)
     assert (found.num_ranks, found.ranks_per_node) == outer
     assert (found.seqlen, found.rows, found.keys_seen) == (8 * len(ranks), 8, 8 * len(ranks))
     assert (found.num_heads_q, found.num_heads_kv, found.head_dim, found.head_dim_v, found.element_size) == (

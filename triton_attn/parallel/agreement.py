@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .._host.mesh import check_same, gather_objects
 
+MOST_LISTED = 4096  # elements of a tensor whose values are sent
+
 Description = dict[str, Any]  # of a call: what all ranks must agree on, by name
 
 
@@ -88,6 +90,14 @@ def compare(description: Description, group: dist.ProcessGroup) -> None:
 def kind_of(x: Any) -> Any:
     """What a description has of an argument that is the same on all ranks: of a tensor no values."""
     return (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x
+
+
+def values_of(x: Tensor) -> Any:
+    """What ranks compare of a tensor's values: a list, or for a large one a digest. A device-to-host sync."""
+    if x.numel() <= MOST_LISTED:
+        return x.tolist()
+    content = x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    return f"values with digest {hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
 
 def waits_for_transfers(device: torch.device) -> bool:

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._host.backend import should_check_values
-from .._host.checks import MAX_ROWS, check_bool, check_cu_seqlens, check_same_kind, fail, layout_of
-from .._host.observers import autocast, is_observed, number_and_tensor, refuse_transforms
+from .._host.checks import check_bool, check_same_kind, fail, layout_of
+from .._host.observers import autocast, is_observed, number_and_tensor
 from .._host.options import with_dropout, with_tensors
 from ..flash.api import check_differentiable, layout_options
-from .agreement import group_of_mesh, refuse
-from .autograd import Inputs, Settings, attend, compute, with_method
-from .balance import check_load_balance, check_mesh_dims, check_seqlen
+from .arguments import check_method, errors_for_all, settings_of
 from .dtensors import on_dtensors
+from .heads import HEADS, Inputs, Options
+from .operators import Settings, attend
 
-METHODS = ("auto", "all_gather", "ring", "ulysses")
-METHODS_OF_TWO = ("auto", ("all_gather", "ulysses"), ("ring", "ulysses"))  # by dimension of the mesh
+METHODS = {  # by the number of dimensions of the mesh
+    1: ("auto", "all_gather", "ring", "ulysses"),
+    2: ("auto", ("all_gather", "ulysses"), ("ring", "ulysses")),
+}
 
 
 @on_dtensors
@@ -120,14 +121,10 @@ def context_parallel_attention(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
-    check_mesh_dims(mesh)
-    try:
+    with errors_for_all(mesh, METHODS):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(4, q, k, v, None, **placing, **options)
-    except (TypeError, ValueError) as error:
-        _refuse(mesh, error)
-        raise
-    out, lse = _attend(inputs, settings)
+    out, lse = attend(HEADS, inputs, settings)
     shape = q.shape[:2]
     out = out.unflatten(0, shape)
     return (out, lse.unflatten(1, shape).transpose(0, 1).contiguous()) if return_lse else out
@@ -206,14 +203,10 @@ def context_parallel_attention_varlen(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
-    check_mesh_dims(mesh)
-    try:
+    with errors_for_all(mesh, METHODS):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(3, q, k, v, cu_seqlens, **placing, **options)
-    except (TypeError, ValueError) as error:
-        _refuse(mesh, error)
-        raise
-    out, lse = _attend(inputs, settings)
+    out, lse = attend(HEADS, inputs, settings)
     return (out, lse) if return_lse else out
 
 
@@ -224,11 +217,6 @@ def _checked(
     v: Any,
     cu_seqlens: Any,
     *,
-    mesh: Any,
-    method: Any,
-    load_balance: Any,
-    seqlen: Any,
-    check_values: Any,
     causal: Any,
     softmax_scale: Any,
     window_size: Any,
@@ -238,76 +226,31 @@ def _checked(
     dropout_p: Any,
     dropout_seed: Any,
     deterministic: Any,
+    **placing: Any,
 ) -> tuple[Inputs, Settings]:
     """A call of (rows, heads, dim). Checks all that needs no other rank and no values; a batch is flattened."""
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    methods = METHODS if mesh.ndim == 1 else METHODS_OF_TWO
-    if method not in methods:
-        fail("method", " or ".join(map(repr, methods)), repr(method))
-    is_packed = ndim == 3
-    load_balance = check_load_balance(load_balance, is_packed)
+    check_method(placing["mesh"], METHODS, placing["method"])
     options = layout_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     if k.shape[-3] != q.shape[-3]:
         fail("k", f"q's {q.shape[-3]} rows", k.shape[-3])
-    batch = None if is_packed else q.shape[0]
-    documents = batch
-    if is_packed:
-        _check_cu_seqlens(cu_seqlens, q.device)
-        documents = cu_seqlens.shape[0] - 1
-    seqlen = check_seqlen(seqlen, q.shape[-3], mesh.size())
-    if seqlen > MAX_ROWS:
-        fail("seqlen", "at most 10**9", seqlen)
-    options = with_tensors(options, q, documents, alibi_slopes, sinks)
+    settings = settings_of(q, cu_seqlens, **placing)
+    options = with_tensors(options, q, q.shape[0] if ndim == 4 else len(cu_seqlens) - 1, alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
     if options.dropout_p > 0 and dropout_seed is None:
         fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)
-    group, inner = _groups(mesh)
-    settings = Settings(
+    of_kind = Options(
         number_and_tensor(dropout_seed)[0] if options.dropout_p > 0 else None,
-        batch,
-        seqlen,
-        load_balance,
-        group.group_name,
-        None if inner is None else inner.group_name,
-        method if isinstance(method, str) else method[0],
         options.softmax_scale,
         *(-1 if side is None else side for side in options.window),
         options.softcap or 0.0,
         options.dropout_p,
         check_bool("deterministic", deterministic),
-        should_check_values(check_values),
     )
-    if not is_packed:
+    tensors = q, k, v, sinks, alibi_slopes, options.dropout_seed
+    if torch.is_grad_enabled() and is_observed(*tensors):
+        check_differentiable(*tensors[:5])
+    if ndim == 4:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return Inputs(q, k, v, sinks, alibi_slopes, options.dropout_seed, cu_seqlens), settings
-
-
-def _check_cu_seqlens(cu_seqlens, device):
-    check_cu_seqlens("cu_seqlens", cu_seqlens, getattr(cu_seqlens, "device", None))
-    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
-        fail("cu_seqlens", f"the CPU or q's device {device}", cu_seqlens.device)
-
-
-def _refuse(mesh, error):
-    """Tell the other ranks."""
-    if not torch.compiler.is_compiling():
-        refuse(group_of_mesh(*_groups(mesh)), error)
-
-
-def _groups(mesh):
-    """Of the first dimension of a mesh, and of the second or None."""
-    return mesh.get_group(0), mesh.get_group(1) if mesh.ndim == 2 else None
-
-
-def _attend(inputs, settings):
-    """out and lse. A call that is traced or differentiated goes through an operator."""
-    if settings.method == "auto" and not torch.compiler.is_compiling():
-        settings = with_method(inputs, settings)
-    tensors = dict(zip(Inputs._fields[:5], inputs))
-    if not is_observed(*tensors.values()):
-        return compute(inputs, settings)[:2]
-    refuse_transforms(**tensors)
-    if torch.is_grad_enabled():
-        check_differentiable(*tensors.values())
-    return attend(inputs, settings)
+    return Inputs(q, k, v, *tensors[3:], cu_seqlens), settings._replace(options=of_kind)

@@ -58,6 +58,17 @@ class Inner(NamedTuple):
     rows: int
 
 
+class HeadDims(NamedTuple):
+    """Sizes of a row, see Sizes."""
+
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    latent: int | None = None
+    key_flops: int = 0
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of a call. pairs, rows and keys_seen are those of the rank that has most; pairs are (query, key) of one
@@ -134,19 +145,21 @@ class Cost(NamedTuple):
 
 
 def sizes_of(
-    head_dims: tuple[int, int, int, int],
+    head_dims: HeadDims,
     dtype: torch.dtype,
     sharding: Sharding,
     mask: Mask,
     outer: Ranks,
     inner: Ranks | None = None,
 ) -> Sizes:
-    """Of a call over a mesh of one dimension or two. head_dims: (num_heads_q, num_heads_kv, head_dim, head_dim_v)."""
+    """Of a call over a mesh of one dimension or two."""
+    *heads, latent, key_flops = head_dims
     of_inner = None
     if inner is not None:
         of_inner = Inner(inner, max(sharding.num_rows))
         sharding, _ = in_teams(sharding, outer.number)
-    return Sizes(*outer, sharding.seqlen, *head_dims, dtype.itemsize, *work_of(sharding, mask), inner=of_inner)
+    of_call = *outer, sharding.seqlen, *heads, dtype.itemsize
+    return Sizes(*of_call, *work_of(sharding, mask), latent, key_flops, of_inner)
 
 
 _RANKS: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()

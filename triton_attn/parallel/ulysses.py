@@ -15,7 +15,7 @@ from torch import Tensor
 from .._host.checks import fail
 from .balance import Team
 from .exchange import exchange_rows
-from .local import Problem, Rows, dtype_of_sums
+from .local import Gradients, Problem, Rows, dtype_of_sums
 
 
 class Exchange(NamedTuple):
@@ -45,11 +45,10 @@ def check_heads(num_heads_q: int, num_heads_kv: int, num_ranks: int) -> None:
 
 def forward(problem: Problem, rows: Rows, over: Exchange) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out and lse of this rank's rows, and of its heads what `backward` needs: q, k and v side by side, out and lse."""
-    check_heads(problem.num_heads, problem.num_heads_kv, over.num_ranks)
-    joined = _exchange_for_heads(over, [_heads_by_rank(x, over.num_ranks).flatten(2) for x in rows[:3]])
-    q, k, v = _split(problem, over, joined, rows.v.shape[-1])
-    sinks, own_problem = _of_own_heads(problem, over, rows.sinks)
-    out, lse = over.method.forward(own_problem, Rows(q, k, v, sinks))
+    check_heads(problem.attention.num_heads, problem.attention.num_heads_kv, over.num_ranks)
+    tensors = *rows.queries, *rows.keys
+    joined = _exchange_for_heads(over, [_heads_by_rank(x, over.num_ranks).flatten(2) for x in tensors])
+    out, lse = over.method.forward(_of_own_heads(problem, over), _split_rows(problem, over, joined))
     of_rows = _to_rows(over, torch.cat([out.flatten(1), _as(out.dtype, lse.T)], 1))
     num_elements = out.shape[1:].numel()
     own_out = _heads_together(of_rows[..., :num_elements].unflatten(2, out.shape[1:]))
@@ -57,10 +56,8 @@ def forward(problem: Problem, rows: Rows, over: Exchange) -> tuple[Tensor, Tenso
     return own_out, own_lse, [joined, out, lse]
 
 
-def backward(
-    problem: Problem, kept: list[Tensor], sinks: Tensor | None, dout: Tensor, dlse: Tensor | None, over: Exchange
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the rows and, of the sinks, this rank's part."""
+def backward(problem: Problem, kept: list[Tensor], dout: Tensor, dlse: Tensor | None, over: Exchange) -> Gradients:
+    """Gradients of the rows and, of the sinks, this rank's part, where there are some."""
     joined, out, lse = kept
     if dlse is None:  # of this rank; others may have one
         dlse = lse.new_zeros((dout.shape[1], dout.shape[0]))
@@ -69,29 +66,24 @@ def backward(
     num_elements = out.shape[1:].numel()
     dout, dlse = douts[:, :num_elements].unflatten(1, out.shape[1:]), _as(lse.dtype, douts[:, num_elements:]).T
 
-    own_sinks, own_problem = _of_own_heads(problem, over, sinks)
-    rows = Rows(*_split(problem, over, joined, out.shape[-1]), own_sinks)
-    *gradients, of_own_sinks = over.method.backward(own_problem, rows, dout, dlse, out, lse)
-    by_rank = _to_rows(over, torch.cat([x.flatten(1) for x in gradients], 1))
-    dsinks = None
-    if sinks is not None and of_own_sinks is not None:
-        dsinks = torch.zeros_like(sinks)
-        dsinks[_own_heads(problem, over)] = of_own_sinks
-    dq, dk, dv = map(_heads_together, _split(problem, over, by_rank, out.shape[-1], 2))
-    return dq, _sum_of_copies(dk, problem.num_heads_kv), _sum_of_copies(dv, problem.num_heads_kv), dsinks
+    rows = _split_rows(problem, over, joined)
+    of_queries, of_keys, of_sinks = over.method.backward(_of_own_heads(problem, over), rows, dout, dlse, out, lse)
+    by_rank = _to_rows(over, torch.cat([x.flatten(1) for x in (*of_queries, *of_keys)], 1))
+    attention = problem.attention
+    for i, of_own in enumerate(of_sinks):
+        of_sinks[i] = torch.zeros_like(attention.sinks)
+        of_sinks[i][_own_heads(problem, over)] = of_own
+    dq, *of_keys = map(_heads_together, _split(problem, over, by_rank, 2))
+    return [dq], [_sum_of_copies(x, attention.num_heads_kv) for x in of_keys], of_sinks
 
 
 def _own_heads(problem, over):
-    share = problem.num_heads // over.num_ranks
+    share = problem.attention.num_heads // over.num_ranks
     return slice(over.rank * share, (over.rank + 1) * share)
 
 
-def _of_own_heads(problem, over, sinks):
-    """(sinks, Problem) of this rank's heads."""
-    own, options = _own_heads(problem, over), problem.options
-    if options["alibi_slopes"] is not None:
-        options = options | dict(alibi_slopes=options["alibi_slopes"][..., own].contiguous())
-    return None if sinks is None else sinks[own], problem._replace(options=options, first_head=own.start)
+def _of_own_heads(problem, over):
+    return problem._replace(attention=problem.attention.of_heads(_own_heads(problem, over)))
 
 
 def _exchange_for_heads(over, by_rank):
@@ -127,10 +119,16 @@ def _sum_of_copies(x, num_heads):
     return x.unflatten(1, (num_heads, -1)).sum(2, dtype=dtype_of_sums(x)).to(x.dtype)
 
 
-def _split(problem, over, joined, head_dim_v, dim=1):
+def _split_rows(problem, over, joined):
+    """The Rows of a rank's heads, whose q, k and v are side by side."""
+    q, *keys = _split(problem, over, joined)
+    return Rows((q,), tuple(keys))
+
+
+def _split(problem, over, joined, dim=1):
     """Views of q, k and v of a rank's heads, which are side by side in `dim`."""
-    num_ranks = over.num_ranks
-    heads, heads_kv = problem.num_heads // num_ranks, max(problem.num_heads_kv // num_ranks, 1)
+    attention, head_dim_v = problem.attention, problem.attention.head_dim_v
+    heads, heads_kv = attention.num_heads // over.num_ranks, max(attention.num_heads_kv // over.num_ranks, 1)
     head_dim = (joined.shape[dim] - heads_kv * head_dim_v) // (heads + heads_kv)
     shapes = (heads, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v)
     return [x.unflatten(dim, shape) for x, shape in zip(joined.split([a * b for a, b in shapes], dim), shapes)]

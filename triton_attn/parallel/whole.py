@@ -1,13 +1,14 @@
 """Attention of a rank that has all rows: no keys travel."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .balance import Sharding
-from .local import Mask, Pair, Part, Problem, Rows, attend_once, gradients_of, parts_of, results_of
+from .local import Gradients, Mask, Pair, Part, Problem, Rows, attend_once, parts_of, results_of
 
 
 def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -15,14 +16,15 @@ def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
     return attend_once(problem, _parts(problem.sharding, problem.mask), rows)
 
 
-def backward(problem: Problem, rows: Rows, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple:
-    """Gradients of the rows and of the sinks."""
-    results, dsinks = results_of(problem.num_queries, dout, dlse, out, lse, rows.sinks)
-    found = [torch.zeros_like(x) for x in rows[:3]]
+def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
+    """Gradients of the rows and of the parameters; results are dout, dlse, out and lse."""
+    given, dsinks = results_of(problem, *results)
+    found = [torch.zeros_like(x) for x in (*rows.queries, *rows.keys)]
     for part in _parts(problem.sharding, problem.mask):  # one at most, from the first row on
-        gradients = gradients_of(problem, part, results, rows)
-        found = [pad(x, (0, 0, 0, 0, 0, rows.q.shape[0] - x.shape[0])) for x in gradients]
-    return *found, dsinks
+        of_queries, of_keys, _ = problem.attention.gradients(part, given, rows)
+        found = [pad(x, (0, 0, 0, 0, 0, rows.queries[0].shape[0] - x.shape[0])) for x in (*of_queries, *of_keys)]
+    number = len(rows.queries)
+    return found[:number], found[number:], [] if dsinks is None else [dsinks]
 
 
 @functools.lru_cache(maxsize=64)
