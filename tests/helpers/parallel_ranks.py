@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from sharded_caches import largest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -280,12 +281,6 @@ def check_values(case, mesh):
         error = max(largest(x.double() - of_exact) for x in of_others)
         floor = max(8 * torch.finfo(case.dtype).eps * max(1.0, largest(of_exact)), floors.get(name, 0.0))
         assert_close_to_reference(result, of_exact, torch_error=error, factor=3.0, floor=floor, name=name)
-
-
-def largest(x):
-    """The largest magnitude of the finite elements, 0 if there is none."""
-    finite = x[x.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
 
 
 def rounding(inputs, out):

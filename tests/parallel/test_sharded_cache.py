@@ -8,6 +8,7 @@ import pytest
 import sharded_caches
 import torch
 from parallel_ranks import run
+from prefix_trees import tree_of_all
 from sharded_caches import Case
 
 from triton_attn import PagedKVCache
@@ -33,6 +34,9 @@ def readable(num_ranks):
         yield Case(heads=heads, latent=True, weights=False, options=dict(softmax_scale=0.2), packed=True)
     yield Case(latent=True, interleave=2, options=dict(causal=False))
     yield Case(latent=True, seqlens_q=(5, 0, 33, 1), packed=True)
+    tree = dict(shared=17, seqlens_k=(40, 23, 33, 20), fork=False, page_size=2)
+    for heads in sharded_caches.HEADS:
+        yield from (Case(heads=heads, latent=latent, **tree) for latent in (False, True))
 
 
 def more(num_ranks):
@@ -181,6 +185,13 @@ def test_errors(mesh, arguments, said):
     given = dict(zip(names, step.operands(*step.fill(mesh)))) | dict(mesh=mesh)
     with pytest.raises((TypeError, ValueError), match=said):
         context_parallel_paged_attention(**(given | arguments))
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_prefix_tree_of_another_batch(mesh, latent):
+    step = sharded_caches.Step(Case(latent=latent))
+    with pytest.raises(ValueError, match="prefix_tree: expected a tree of 4 sequences, as cache_seqlens, got 3"):
+        step.attend(mesh, *step.fill(mesh), prefix_tree=tree_of_all(3, 1))
 
 
 def test_heads_that_ranks_cannot_share():

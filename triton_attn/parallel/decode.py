@@ -156,6 +156,7 @@ def context_parallel_mla_decode(
     rope_sin: Tensor | None = None,
     rope_interleaved: bool = False,
     num_splits: int = 0,
+    prefix_tree: PrefixTree | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -204,8 +205,10 @@ def context_parallel_mla_decode(
         rope_sin=rope_sin,
         rope_interleaved=rope_interleaved,
         num_splits=num_splits,
+        prefix_tree=prefix_tree,
     )
     others = dict(cache_seqlens=cache_seqlens, block_table=block_table)
+    others["prefix_tree"] = None if prefix_tree is None else prefix_tree.memory
     tensors = dict(q_nope=q_nope, q_pe=q_pe, w_uk=w_uk, w_uv=w_uv)
     caches = dict(latent_cache=latent_cache, rope_cache=rope_cache)
     _agree(mesh, tensors, caches, options | dict(interleave=interleave, heads=heads, **others), check_values)
