@@ -1,9 +1,7 @@
 """Cases of context-parallel MLA, for the checks of parallel_ranks."""
 
-import random
 from dataclasses import dataclass, field, replace
 
-import parallel_draws
 import parallel_ranks
 import torch
 import torch.distributed as dist
@@ -115,24 +113,3 @@ def check_fsdp(case, mesh):
         dist.all_reduce(gradient, group=grid["cp"].get_group())
         expected = exact[0][index] + exact[1][index]
         torch.testing.assert_close(gradient.double(), expected, atol=1e-4, rtol=1e-4, msg=name)
-
-
-def draw(seed, num_ranks):
-    """A random Case."""
-    rng = random.Random(seed)
-    options = dict(causal=rng.random() < 0.7, mode=rng.choice(["auto", "fused", "materialized"]))
-    if rng.random() < 0.2:
-        options["softmax_scale"] = rng.choice([0.07, 1.3])
-    if rng.random() < 0.3:
-        options["max_workspace_bytes"] = 2**16  # a chunk of heads, or of keys
-    dims = rng.choice([(16, 8, 32, 12), (32, 16, 48, 32), (8, 4, 24, 40), (33, 16, 64, 16)])
-    return Case(
-        method=rng.choice(["all_gather", "ring", "auto"]),
-        **parallel_draws.rows(rng, num_ranks),
-        num_heads_q=rng.choice([1, 2, 3, 8]),
-        **dict(zip(("head_dim", "rope", "rank", "head_dim_v"), dims)),
-        dtype=rng.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
-        options=options,
-        dlse=rng.random() < 0.7,
-        seed=seed,
-    )

@@ -1,21 +1,18 @@
 """MLA over 2, 3 and 4 processes gives what one process gives: out, lse and the gradients of all six inputs."""
 
 import itertools
-import random
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-from levels import FULL
-from mla_over_ranks import Case, check_fsdp, draw
+from mla_over_ranks import Case, check_fsdp
 from parallel_ranks import (
     check_bytes,
     check_bytes_of_model,
     check_calls,
     check_difference,
     check_difference_later,
-    check_fakes,
     check_training,
     check_values,
     run,
@@ -74,27 +71,6 @@ def test_what_one_process_gives(num_ranks, cases, backend, tmp_path, monkeypatch
     assert run(check_values, list(cases(num_ranks)), num_ranks, tmp_path / "store") == []
 
 
-# New draws at each full run; a Case that fails has its seed.
-FIRST = random.randrange(10**9) if FULL else 0
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "number", "backend"),
-    [
-        pytest.param(2, 8, "triton", id="2 ranks"),
-        pytest.param(3, 100, "reference", id="3 ranks by reference", marks=pytest.mark.ci),
-        pytest.param(4, 100, "reference", id="4 ranks by reference", marks=pytest.mark.ci),
-        pytest.param(2, 100, "triton", id="2 ranks, more", marks=pytest.mark.full),
-        pytest.param(4, 100, "triton", id="4 ranks, more", marks=pytest.mark.full),
-    ],
-)
-@pytest.mark.random
-def test_draws(num_ranks, number, backend, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
-    cases = [draw(FIRST + i, num_ranks) for i in range(number)]
-    assert run(check_values, cases, num_ranks, tmp_path / "store") == []
-
-
 def test_bytes_that_ranks_receive(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     shape = dict(batch=2, seqlen=64, dtype=torch.bfloat16, options=FULL_MASK)
@@ -126,13 +102,6 @@ def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):
 def test_beside_fsdp(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     assert run(check_fsdp, [Case(method=method) for method in METHODS], 4, tmp_path / "store") == []
-
-
-@pytest.mark.ci
-def test_draws_have_the_shapes_that_compilers_are_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
-    cases = [draw(FIRST + i, 2) for i in range(60)]
-    assert run(check_fakes, cases, 2, tmp_path / "store") == []
 
 
 @pytest.mark.parametrize(
