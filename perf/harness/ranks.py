@@ -17,6 +17,7 @@ from perf.model.context_parallel import predict
 from perf.results import MEASURED
 from triton_attn import flash_attention
 from triton_attn.parallel import context_parallel_attention, shard_sequence
+from triton_attn.parallel.cost import GPUS_PER_NODE
 
 WARMUPS, ROUNDS = 3, 10
 
@@ -50,7 +51,7 @@ def measure(model, seqlen, mesh):
     alone = _time_alone([x.detach().requires_grad_() for x in own], mesh)
     rows, first = [], None
     for row in predict(model, mesh.size(), seqlen):
-        attend = partial(context_parallel_attention, mesh=mesh, method=row.method, seqlen=seqlen, causal=True)
+        attend = partial(context_parallel_attention, **_placing(row.method, mesh), seqlen=seqlen, causal=True)
         found = _measure(attend, own, mesh)
         out = found.pop("out")
         first = out if first is None else first
@@ -59,6 +60,14 @@ def measure(model, seqlen, mesh):
         figures = found | {f"{name}_share": share for name, share in shares.items()}
         rows.append(replace(row, **figures, **versions(), gpu=gpu_name() or "CPU", source=MEASURED))
     return rows
+
+
+def _placing(method, mesh):
+    """Rows lie over a mesh of two dimensions, nodes and their GPUs, as over that of all ranks."""
+    if "+" not in method:
+        return dict(mesh=mesh, method=method)
+    nodes = init_device_mesh(mesh.device_type, (mesh.size() // GPUS_PER_NODE, GPUS_PER_NODE))
+    return dict(mesh=nodes, method=tuple(method.split("+")))
 
 
 def _measure(attend, own, mesh):
@@ -74,7 +83,7 @@ def _measure(attend, own, mesh):
 
     found = {"out": forward()}
     for name, function in (("forward", forward), ("both", both)):
-        with counted(mesh.get_local_rank()) as received:
+        with counted() as received:
             found[f"{name}_memory"] = _peak_memory(function)
         found[f"{name}_received"] = _most(sum(received), mesh)
         found[f"{name}_ms"] = _time(function, mesh)

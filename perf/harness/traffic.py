@@ -7,15 +7,15 @@ import torch.distributed as dist
 
 
 @contextlib.contextmanager
-def counted(rank):
+def counted():
     """A list, to which each collective of `triton_attn.parallel` adds the bytes that this rank receives from others."""
     received = []
     all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
 
-    def count_exchange(output, x, output_sizes, *args, **options):
-        whole = sum(output_sizes)  # in elements or in rows
+    def count_exchange(output, x, output_sizes, *args, group, **options):
+        whole, rank = sum(output_sizes), dist.get_rank(group)  # in elements or in rows
         received.append(output.nbytes * (whole - output_sizes[rank]) // whole if whole else 0)
-        return all_to_all_single(output, x, output_sizes, *args, **options)
+        return all_to_all_single(output, x, output_sizes, *args, group=group, **options)
 
     def count_shift(operations):
         received.append(sum(op.tensor.nbytes for op in operations if op.op is dist.irecv))

@@ -3,11 +3,14 @@
 from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
+
 from perf import results
 from perf.results import ParallelRow
 from perf.workloads.models import DEEPSEEK_V3, LLAMA_3_8B, LLAMA_3_70B, Model
 from triton_attn.parallel import cost
 from triton_attn.parallel.balance import sharding_of_batch
+from triton_attn.parallel.latent import LATENTS
 from triton_attn.parallel.local import Mask
 
 MODELS = (LLAMA_3_8B, LLAMA_3_70B, DEEPSEEK_V3)
@@ -70,23 +73,34 @@ PUBLISHED = (
 
 
 @cache
-def sizes_of(model: Model, num_gpus: int, seqlen: int) -> cost.Sizes:
-    """One causal sequence in bf16, load balance "head_tail", nodes of 8 GPUs."""
-    heads = model.num_heads_q, model.num_heads_kv, model.head_dim, model.head_dim_v or model.head_dim
-    work = cost.work_of(sharding_of_batch(1, seqlen, num_gpus, "head_tail"), CAUSAL)
-    latent = {}
-    if model.kv_lora_rank is not None:
-        up_projection = model.num_heads_q * (model.head_dim - model.qk_rope_head_dim + heads[3])
-        latent["latent"] = model.kv_lora_rank + model.qk_rope_head_dim
-        latent["key_flops"] = 2 * model.kv_lora_rank * up_projection
-    return cost.Sizes(num_gpus, min(num_gpus, cost.GPUS_PER_NODE), seqlen, *heads, BF16, *work, **latent)
+def sizes_of(model: Model, num_gpus: int, seqlen: int, by_node: bool = False) -> cost.Sizes:
+    """One causal sequence in bf16, load balance "head_tail", nodes of 8 GPUs; by_node: over a mesh of two dimensions,
+    whose second is a node."""
+    sharding, per_node = sharding_of_batch(1, seqlen, num_gpus, "head_tail"), cost.GPUS_PER_NODE
+    ranks = [cost.Ranks(num_gpus, min(num_gpus, per_node))]
+    if by_node:
+        ranks = [cost.Ranks(num_gpus // per_node, 1), cost.Ranks(per_node, per_node)]
+    return cost.sizes_of(_head_dims(model), torch.bfloat16, sharding, CAUSAL, *ranks)
+
+
+def _head_dims(model):
+    dim, dim_v = model.head_dim, model.head_dim_v or model.head_dim
+    if model.kv_lora_rank is None:
+        return cost.HeadDims(model.num_heads_q, model.num_heads_kv, dim, dim_v)
+    rope = model.qk_rope_head_dim
+    return LATENTS.costs_of((model.num_heads_q, dim - rope, rope, model.kv_lora_rank, dim_v))
 
 
 def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = cost.H100) -> list[ParallelRow]:
-    """A row for each method that can take the call."""
+    """A row for each method that can take the call; over several nodes also with Ulysses inside them, such as
+    "ring+ulysses"."""
     sizes = sizes_of(model, num_gpus, seqlen)
+    found, chosen = cost.costs(sizes, cluster), [cost.choose(sizes, cluster)]
+    if num_gpus > cost.GPUS_PER_NODE and model.kv_lora_rank is None:
+        of_nodes = sizes_of(model, num_gpus, seqlen, by_node=True)
+        found |= {f"{method}+ulysses": each for method, each in cost.costs(of_nodes, cluster).items()}
+        chosen.append(f"{cost.choose(of_nodes, cluster)}+ulysses")
     alone = _of_one_gpu(sizes, cluster)
-    auto = cost.choose(sizes, cluster)
     rows = sizes.rows * (sizes.queries + sizes.keys + sizes.outputs) * BF16
     saved = rows + sizes.rows * model.num_heads_q * cost.SUMS  # lse
     return [
@@ -95,7 +109,7 @@ def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = co
             num_gpus=num_gpus,
             seqlen=seqlen,
             method=method,
-            is_auto=method == auto,
+            is_auto=method in chosen,
             forward_ms=1e3 * forward.seconds,
             both_ms=1e3 * (forward.seconds + backward.seconds),
             forward_share=alone[0] / forward.seconds,
@@ -107,7 +121,7 @@ def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = co
             gpu=H100S,
             source=results.MODELLED_PARALLEL,
         )
-        for method, (forward, backward) in cost.costs(sizes, cluster).items()
+        for method, (forward, backward) in found.items()
     ]
 
 

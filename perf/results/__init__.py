@@ -82,14 +82,14 @@ class ParallelRow:
 
     A share is the time that one GPU would take for its part of the FLOPs, over the time of the call. received: bytes
     that a rank receives from others. memory: bytes on a GPU at the peak, its rows included and, for both passes, their
-    gradients. None is an empty cell.
+    gradients. None is an empty cell. With "ring+ulysses" the mesh has two dimensions, and the second is a node.
     """
 
     model: str
     num_gpus: int
     seqlen: int
     method: str
-    is_auto: bool  # whether the cost model chooses the method
+    is_auto: bool  # whether the cost model chooses the method, of those with its mesh
     forward_ms: float
     both_ms: float
     forward_share: float

@@ -4,9 +4,10 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from perf.results import PUBLISHED
-from perf.results.style import BLACK, BLUE, GREEN, VERMILION, head, legend_below, length_ticks
+from perf.results.style import BLACK, BLUE, GREEN, SPARE_COLOURS, VERMILION, head, legend_below, length_ticks
 
 METHODS = {"all_gather": (BLUE, "s"), "ring": (VERMILION, "o"), "ulysses": (GREEN, "^")}
+METHODS |= {"all_gather+ulysses": (SPARE_COLOURS[1], "D"), "ring+ulysses": (SPARE_COLOURS[3], "v")}
 MOST_COLUMNS = 3  # of numbers of GPUs: the first, the middle and the last
 
 

@@ -303,17 +303,19 @@ def many_gpus(found):
     rows = data[data["gpu"] == data["gpu"].iloc[0]]
     shown = rows[rows["is_auto"] & rows["num_gpus"].isin([8, 64, 512]) & rows["seqlen"].isin([2**15, 2**17, 2**20])]
     lines = []
-    for (model, gpus), of_line in shown.groupby(["model", "num_gpus"], sort=False):
+    of_nodes = shown["method"].str.contains("+", regex=False)
+    for (model, gpus, is_of_nodes), of_line in shown.groupby(["model", "num_gpus", of_nodes], sort=False):
         cells = {
             f"{short_length(row['seqlen'])} tokens": f"{row['method']}, {_duration(row['both_ms'])}, "
             f"{_percent(row['both_share'])}"
             for _, row in of_line.iterrows()
         }
-        lines.append({"": f"{model}, {gpus} GPUs"} | cells)
+        lines.append({"": f"{model}, {gpus} GPUs{' by node' if is_of_nodes else ''}"} | cells)
     about = (
         "`python -m perf parallel`: attention of one layer, forward and backward, of one causal sequence in bf16 over "
         "the GPUs. The table has the method that the cost model chooses, its time, and the share of a GPU's speed: the "
-        "time that one GPU would take for its part of the FLOPs, over the time of the call."
+        "time that one GPU would take for its part of the FLOPs, over the time of the call. By node: the mesh has two "
+        "dimensions, and the GPUs of a node exchange rows for heads."
     )
     anchors = [_anchor(row, data[~published & (data["gpu"] == row["gpu"])]) for _, row in data[published].iterrows()]
     plots = [(f"{what}, predicted", path.with_name(f"parallel{end}.png")) for what, end in MANY_GPUS]

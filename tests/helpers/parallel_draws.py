@@ -1,4 +1,4 @@
-"""Random calls over a mesh."""
+"""Random calls over a mesh of one dimension or two."""
 
 import random
 
@@ -6,19 +6,23 @@ import torch
 from parallel_ranks import Case
 
 METHODS = ("all_gather", "ring", "ulysses", "auto")
+METHODS_OF_TWO = (("all_gather", "ulysses"), ("ring", "ulysses"), "auto")
 
 
 def draw(seed, num_ranks):
     """A Case."""
     rng = random.Random(seed)
-    method = rng.choice(METHODS)
+    method, inner = rng.choice(METHODS), None
+    if rng.random() < 0.3:
+        method, inner = rng.choice(METHODS_OF_TWO), rng.choice([n for n in (1, 2, 2, 4) if num_ranks % n == 0])
     heads = rng.choice([(4, 4), (4, 2), (4, 1), (8, 2), (6, 3), (3, 1)])
-    if method == "ulysses":
+    if method == "ulysses" or inner is not None:
         heads = rng.choice([(4, 4), (4, 2), (4, 1), (8, 2), (8, 4)])
     dims = rng.choice([(16, 16), (24, 24), (8, 40), (33, 16), (64, 64)])
     return Case(
         method=method,
-        **_rows(rng, num_ranks),
+        inner=inner,
+        **rows(rng, num_ranks),
         num_heads_q=heads[0],
         num_heads_kv=heads[1],
         head_dim=dims[0],
@@ -33,7 +37,7 @@ def draw(seed, num_ranks):
     )
 
 
-def _rows(rng, num_ranks):
+def rows(rng, num_ranks):
     """Of a batch, or of packed documents. No number of ranks divides most of the lengths."""
     if rng.random() < 0.35:
         seqlen = rng.choice([0, 1, num_ranks - 1, rng.randint(2, 90), rng.randint(2, 90)])
@@ -43,6 +47,7 @@ def _rows(rng, num_ranks):
             [rng.randint(0, 40) for _ in range(rng.randint(1, 5))],
             [rng.randint(0, 7) for _ in range(rng.randint(18, 24))],
             [rng.randint(60, 100), 0, rng.randint(0, 9)],
+            [rng.randint(0, 2) for _ in range(rng.randint(1, 3))],  # fewer rows than ranks
         ]
     )
     return dict(

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import itertools
 import os
 import sys
@@ -11,24 +12,30 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from sharded_caches import largest
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from perf.harness.traffic import counted
 from triton_attn import reference
 from triton_attn.parallel import (
     agreement,
-    autograd,
     context_parallel_attention,
     context_parallel_attention_varlen,
+    heads,
     local,
     shard_sequence,
     unshard_sequence,
 )
 from triton_attn.parallel.balance import sharding_of_batch
-from triton_attn.parallel.cost import costs, sizes_of
+from triton_attn.parallel.cost import HeadDims, costs, ranks_of, sizes_of
 from triton_attn.parallel.local import Mask
 from triton_attn.testing import assert_close_to_reference
 
@@ -39,7 +46,8 @@ TIMEOUT = datetime.timedelta(seconds=240)
 class Case:
     """A call of whole sequences."""
 
-    method: str = "all_gather"
+    method: str | tuple = "all_gather"
+    inner: int | None = None  # ranks of the second dimension of a mesh of two
     load_balance: str | None = "head_tail"
     batch: int = 1
     seqlen: int = 50
@@ -67,11 +75,35 @@ class Case:
     def cu_seqlens(self):
         return torch.tensor([0, *itertools.accumulate(self.documents)], dtype=torch.int32)
 
+    @property
+    def elements_of_key(self):
+        """What travels of a token."""
+        return self.num_heads_kv * (self.head_dim + self.head_dim_v)
+
+    @property
+    def head_dims(self):
+        return HeadDims(self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v)
+
+    def inputs(self):
+        return Inputs(self)
+
+    operator = "context_parallel_attention"
+
+    @property
+    def passes(self):
+        """The module that calls attention."""
+        return heads
+
     def bytes(self, rank, ranks):
         """(forward, backward) that a rank receives, by the table of `context_parallel_attention`, of even shards."""
+        if self.inner is not None:
+            outer, inner = ranks // self.inner, self.inner
+            exchanged = replace(self, method="ulysses", inner=None, seqlen=self.seqlen // outer).bytes(0, inner)
+            shares = dict(num_heads_q=self.num_heads_q // inner, num_heads_kv=max(self.num_heads_kv // inner, 1))
+            inside = replace(self, method=self.method[0], inner=None, **shares).bytes(0, outer)
+            return tuple(a + b for a, b in zip(exchanged, inside))
         of_rows = self.batch * self.seqlen * (ranks - 1) // ranks
-        of_a_key = self.num_heads_kv * (self.head_dim + self.head_dim_v)
-        size = self.dtype.itemsize
+        of_a_key, size = self.elements_of_key, self.dtype.itemsize
         if self.rows_from_others is not None:
             of_rows = self.batch * self.rows_from_others[rank]
         if self.method == "all_gather":
@@ -129,57 +161,57 @@ def _run_rank(results, check, cases, rank, num_ranks, store):
     results.put(failures)
 
 
-class Inputs:
-    """The whole tensors of a case, the same on all ranks."""
+@functools.cache
+def mesh_of_two(*shape):
+    return init_device_mesh("cpu", shape)
+
+
+class WholeTensors:
+    """The whole tensors of a case, the same on all ranks. Subclasses have `rows`, tensors of which ranks have shards,
+    `parameters`, which all have, and dout and dlse."""
 
     def __init__(self, case):
-        self.case = case
-        self.generator = torch.Generator().manual_seed(case.seed)
-        self.q, self.k = self._draw(case.num_heads_q, case.head_dim), self._draw(case.num_heads_kv, case.head_dim)
-        self.v, self.dout = (
-            self._draw(case.num_heads_kv, case.head_dim_v),
-            self._draw(case.num_heads_q, case.head_dim_v),
-        )
-        dlse = self._draw(case.num_heads_q, 1)[..., 0].transpose(-1, -2).float()
-        self.dlse = dlse if case.dlse else None
-        self.options = dict(case.options)
-        if case.alibi:
-            batch = case.batch if case.documents is None else len(case.documents)
-            shape = (batch, case.num_heads_q) if case.slopes_each else (case.num_heads_q,)
-            self.options["alibi_slopes"] = torch.rand(shape, generator=self.generator)
-        self.sinks = torch.randn(case.num_heads_q, generator=self.generator) if case.sinks else None
+        self.case, self.generator = case, torch.Generator().manual_seed(case.seed)
         self.dim = len(case.rows) - 1  # of the sequence
         self.packing = {} if case.documents is None else dict(cu_seqlens=case.cu_seqlens)
 
-    def _draw(self, heads, dim):
-        shape = *self.case.rows, heads, dim
+    def draw(self, *shape):
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.case.dtype)
 
-    def leaves(self, mesh):
-        """This rank's q, k and v, and the sinks."""
-        leaves = [self.own(x, mesh) for x in (self.q, self.k, self.v)]
-        leaves += [] if self.sinks is None else [self.sinks.clone()]
-        return [x.requires_grad_() for x in leaves]
+    def draw_dlse(self):
+        """(..., heads, rows), or None"""
+        dlse = self.draw(*self.case.rows, self.case.num_heads_q).transpose(-1, -2).float()
+        return dlse if self.case.dlse else None
 
-    def attend_to(self, leaves, mesh):
-        """out and lse of this rank."""
-        case = self.case
-        attend = context_parallel_attention if case.documents is None else context_parallel_attention_varlen
-        placing = dict(mesh=mesh, method=case.method, load_balance=case.load_balance, seqlen=case.rows[-1])
-        sinks = None if self.sinks is None else leaves[3]
-        return attend(*leaves[:3], **self.packing, **placing, return_lse=True, sinks=sinks, **self.options)
+    def leaves(self, mesh):
+        """This rank's rows, and the parameters."""
+        leaves = [self.own(x, mesh) for x in self.rows] + [x.clone() for x in self.parameters]
+        return [x.requires_grad_() for x in leaves]
 
     def attend(self, mesh):
         """out and lse of this rank, and the leaves."""
         leaves = self.leaves(mesh)
         return self.attend_to(leaves, mesh), leaves
 
+    def placing(self, mesh):
+        """How the rows lie over the ranks."""
+        case = self.case
+        return dict(mesh=self.over(mesh), method=case.method, load_balance=case.load_balance, seqlen=case.rows[-1])
+
+    def over(self, mesh):
+        """The mesh of the call, of all ranks."""
+        if self.case.inner is None or mesh.ndim == 2:
+            return mesh
+        return mesh_of_two(mesh.size() // self.case.inner, self.case.inner)
+
     def own(self, x, mesh, dim=None):
-        return shard_sequence(x, mesh, self.dim if dim is None else dim, self.case.load_balance, **self.packing)
+        return shard_sequence(
+            x, self.over(mesh), self.dim if dim is None else dim, self.case.load_balance, **self.packing
+        )
 
     def whole(self, x, mesh, dim=None):
         placing = self.case.load_balance, self.case.rows[-1]
-        return unshard_sequence(x.detach(), mesh, self.dim if dim is None else dim, *placing, **self.packing)
+        return unshard_sequence(x.detach(), self.over(mesh), self.dim if dim is None else dim, *placing, **self.packing)
 
     def gradients(self, outputs, leaves, own=lambda x, dim=None: x):
         """Of the leaves; own gives this rank's rows of the gradients of out and lse."""
@@ -187,12 +219,35 @@ class Inputs:
         douts = [x.to(output.dtype) for x, output in zip(douts, outputs)]
         return list(torch.autograd.grad(outputs[: len(douts)], leaves, douts))
 
+
+class Inputs(WholeTensors):
+    """Of flash attention."""
+
+    names = "out", "lse", "dq", "dk", "dv", "dsinks"
+
+    def __init__(self, case):
+        super().__init__(case)
+        heads, heads_kv = case.num_heads_q, case.num_heads_kv
+        q, k = (self.draw(*case.rows, number, case.head_dim) for number in (heads, heads_kv))
+        v, self.dout = (self.draw(*case.rows, number, case.head_dim_v) for number in (heads_kv, heads))
+        self.rows, self.dlse, self.options = [q, k, v], self.draw_dlse(), dict(case.options)
+        if case.alibi:
+            batch = case.batch if case.documents is None else len(case.documents)
+            shape = (batch, case.num_heads_q) if case.slopes_each else (case.num_heads_q,)
+            self.options["alibi_slopes"] = torch.rand(shape, generator=self.generator)
+        self.parameters = [torch.randn(case.num_heads_q, generator=self.generator)] if case.sinks else []
+
+    def attend_to(self, leaves, mesh):
+        """out and lse of this rank."""
+        attend = context_parallel_attention if self.case.documents is None else context_parallel_attention_varlen
+        sinks = leaves[3] if self.case.sinks else None
+        return attend(*leaves[:3], **self.packing, **self.placing(mesh), return_lse=True, sinks=sinks, **self.options)
+
     def by_reference(self, dtype):
         """out, lse and gradients of one process."""
-        leaves = [x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
-        if self.sinks is not None:
-            leaves.append(self.sinks.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
-        options = dict(sinks=None if self.sinks is None else leaves[3], return_lse=True, **self.options)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in self.rows]
+        leaves += [x.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_() for x in self.parameters]
+        options = dict(sinks=leaves[3] if self.case.sinks else None, return_lse=True, **self.options)
         if self.case.documents is None:
             outputs = reference.flash_attention(*leaves[:3], **options)
         else:
@@ -200,23 +255,32 @@ class Inputs:
             outputs = reference.flash_attention_varlen(*leaves[:3], *lengths, **options)
         return *(x.detach() for x in outputs), *self.gradients(outputs, leaves)
 
+    def of_one_process(self):
+        """In fp64, and what shows the accuracy that the inputs allow."""
+        return self.by_reference(torch.float64), [self.by_reference(self.case.dtype)]
+
+    def rounding(self, out):
+        return rounding(self, out)
+
 
 def check_values(case, mesh):
     """out, lse and gradients are those of one process."""
-    inputs = Inputs(case)
-    exact, by_torch = (inputs.by_reference(dtype) for dtype in (torch.float64, case.dtype))
+    inputs = case.inputs()
+    exact, others = inputs.of_one_process()
     outputs, leaves = inputs.attend(mesh)
     gradients = inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
-    parts = zip((*outputs, *gradients[:3]), (None, -1, None, None, None))
+    number = len(inputs.rows)
+    parts = zip((*outputs, *gradients[:number]), (None, -1, *[None] * number))
     results = [inputs.whole(x, mesh, dim) for x, dim in parts]
-    if case.sinks:
-        dist.all_reduce(gradients[3])
-        results.append(gradients[3])
-    floors = rounding(inputs, exact[0])
-    for name, result, of_exact, of_torch in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), results, exact, by_torch):
-        largest = max(1.0, of_exact.abs().max().item()) if of_exact.numel() else 0.0
-        floor = max(8 * torch.finfo(case.dtype).eps * largest, floors.get(name, 0.0))
-        assert_close_to_reference(result, of_exact, torch_out=of_torch, factor=3.0, floor=floor, name=name)
+    for of_parameter in gradients[number:]:
+        dist.all_reduce(of_parameter)
+        results.append(of_parameter)
+    floors = inputs.rounding(exact[0])
+    for name, result, of_exact, *of_others in zip(inputs.names, results, exact, *others):
+        assert {x.dtype for x in of_others} == {result.dtype}, name
+        error = max(largest(x.double() - of_exact) for x in of_others)
+        floor = max(8 * torch.finfo(case.dtype).eps * max(1.0, largest(of_exact)), floors.get(name, 0.0))
+        assert_close_to_reference(result, of_exact, torch_error=error, factor=3.0, floor=floor, name=name)
 
 
 def rounding(inputs, out):
@@ -230,16 +294,52 @@ def rounding(inputs, out):
     row = torch.linalg.vector_norm(products, dim=-1).max().item() * (
         max(eps, eps_of_sums) if rounds_out else eps_of_sums
     )
-    largest_q, largest_k = (x.abs().max().item() for x in (inputs.q, inputs.k))
+    largest_q, largest_k = (x.abs().max().item() for x in inputs.rows[:2])
     queries = case.rows[-1] * case.num_heads_q // case.num_heads_kv
     of_heads = torch.linalg.vector_norm(products.transpose(0, -2).flatten(1), dim=1).max().item()
     return dict(dq=row * scale * largest_k, dk=row * scale * largest_q * queries**0.5, dsinks=of_heads * eps)
 
 
+class BesideFakes(TorchDispatchMode):
+    """Finds out whether results of our operators have the shapes, strides and dtypes of their fake kernels'."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.differ = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if function.namespace == "triton_attn":
+            self.operators.append(function.name())
+            with FakeTensorMode() as mode:
+                fakes = function(*tree_map_only(Tensor, mode.from_tensor, args), **(kwargs or {}))
+            of_real, of_fake = (list(map(_layout, tree_leaves(each))) for each in (results, fakes))
+            if of_real != of_fake:
+                self.differ.append(f"{function.name()}: {of_real}, fake {of_fake}")
+        return results
+
+
+def _layout(x):
+    """Shape, dtype, and the strides that matter."""
+    strides = [stride for size, stride in zip(x.shape, x.stride()) if size > 1] if x.numel() else []
+    return tuple(x.shape), x.dtype, strides
+
+
+def check_fakes(case, mesh):
+    """Graphs are compiled for what the operators return."""
+    inputs = case.inputs()
+    with BesideFakes() as fakes:
+        outputs, leaves = inputs.attend(mesh)
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    name = f"triton_attn::{case.operator}"
+    assert fakes.operators == [name, f"{name}_backward"]
+    assert not fakes.differ, fakes.differ
+
+
 def check_bytes(case, mesh):
     """The bytes that this rank receives from others are those of the docstring's table."""
-    inputs = Inputs(case)
-    with counted(mesh.get_local_rank()) as received:
+    inputs = case.inputs()
+    with counted() as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
         inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
@@ -250,8 +350,8 @@ def check_bytes(case, mesh):
 
 def check_bytes_of_model(case, mesh):
     """The most bytes that a rank receives are those of the cost model; with a causal mask, backward at most those."""
-    inputs, rank = Inputs(case), mesh.get_local_rank()
-    with counted(rank) as received:
+    inputs = case.inputs()
+    with counted() as received:
         outputs, leaves = inputs.attend(mesh)
         forward = sum(received)
         inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
@@ -260,13 +360,14 @@ def check_bytes_of_model(case, mesh):
     left, right = case.options.get("window_size", (-1, -1))
     right = 0 if case.options.get("causal") else right
     sharding = sharding_of_batch(case.batch, case.seqlen, mesh.size(), case.load_balance)
-    k, v = (x.flatten(0, 1) for x in leaves[1:3])
     mask = Mask(left, right, False, False)
-    found = costs(sizes_of(k, v, case.num_heads_q, sharding, mask, mesh.get_group()))[case.method]
+    ranks = map(ranks_of, inputs.over(mesh).get_all_groups())
+    method = case.method if case.inner is None else case.method[0]
+    found = costs(sizes_of(case.head_dims, case.dtype, sharding, mask, *ranks))[method]
     expected = tuple(each.bytes for each in found)
     most, text = most.tolist(), f"{most.tolist()} of {expected}"
     assert most[0] == expected[0], text
-    if case.method == "all_gather" and right == 0 and left < 0:
+    if method == "all_gather" and right == 0 and left < 0:
         assert 0.7 * expected[1] < most[1] <= expected[1], text
     else:
         assert most[1] == expected[1], text
@@ -275,17 +376,28 @@ def check_bytes_of_model(case, mesh):
 def check_difference(cases, mesh):
     """Fails with what the call raises; cases are those of the ranks."""
     try:
-        Inputs(cases[mesh.get_local_rank()]).attend(mesh)
+        cases[mesh.get_local_rank()].inputs().attend(mesh)
     except ValueError as error:
         raise AssertionError(str(error)) from error
+
+
+def check_irregular_mesh(ranks, mesh):
+    """Each rank raises by itself: such a mesh does not say who the others are."""
+    with pytest.raises(ValueError, match="mesh: expected ranks in ascending order, row by row, as far apart in each"):
+        attend_over(DeviceMesh("cpu", ranks))
+
+
+def attend_over(mesh):
+    x = torch.randn(1, 4, 4, 16)
+    return context_parallel_attention(x, x, x, mesh=mesh)
 
 
 def check_difference_later(cases, mesh):
     """Fails with what the next call raises, where the host waits for no transfer; cases are those of the ranks. A
     group of the ranks' hosts is made for it."""
-    inputs = Inputs(cases[mesh.get_local_rank()])
+    inputs = cases[mesh.get_local_rank()].inputs()
     with (
-        mock.patch.object(autograd, "waits_for_transfers", return_value=False),
+        mock.patch.object(agreement, "waits_for_transfers", return_value=False),
         mock.patch.object(agreement, "_sends_from_host", return_value=False),
     ):
         outputs, leaves = inputs.attend(mesh)
@@ -300,9 +412,10 @@ def check_difference_later(cases, mesh):
 
 def check_calls(case, mesh):
     """Of the ring under a causal mask: each step makes one call, and the backward pass forms its row sums once."""
-    inputs, names = Inputs(case), ("forward_pass", "row_sums_pass", "gradients_pass")
+    inputs = case.inputs()
+    passes = (case.passes, "forward_pass"), (local, "row_sums_pass"), (case.passes, "gradients_pass")
     with contextlib.ExitStack() as patches:
-        spies = [patches.enter_context(mock.patch.object(local, x, wraps=getattr(local, x))) for x in names]
+        spies = [patches.enter_context(mock.patch.object(x, name, wraps=getattr(x, name))) for x, name in passes]
         outputs, leaves = inputs.attend(mesh)
         inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
     assert [spy.call_count for spy in spies] == [mesh.size(), 1, mesh.size()]
@@ -310,7 +423,8 @@ def check_calls(case, mesh):
 
 def check_training(case, mesh):
     """A compiled call without a graph break and a checkpoint give what a plain call gives; gradients accumulate."""
-    inputs = Inputs(case)
+    inputs = case.inputs()
+    mesh = inputs.over(mesh)
     torch.compiler.reset()  # each case compiles anew
 
     def attend(*leaves):
@@ -327,7 +441,7 @@ def check_training(case, mesh):
     for name, other in (("compiled", compiled), ("recomputed", recomputed)):
         assert all(map(torch.equal, plain, other)), name
 
-    leaves, other = inputs.leaves(mesh), Inputs(replace(case, seed=case.seed + 1))
+    leaves, other = inputs.leaves(mesh), replace(case, seed=case.seed + 1).inputs()
     for of_step in (inputs, other):  # two steps with the same inputs and other gradients
         outputs = attend(*leaves)
         douts = [of_step.own(x, mesh, dim) for x, dim in ((of_step.dout, None), (of_step.dlse, -1))]
@@ -354,7 +468,7 @@ def run_without_a_rank(case, num_ranks, folder, dies, timeout):
 def _run_without_a_rank(case, rank, num_ranks, folder, dies, timeout):
     options = dict(rank=rank, world_size=num_ranks, timeout=datetime.timedelta(seconds=timeout))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
-    mesh, inputs = init_device_mesh("cpu", (num_ranks,)), Inputs(case)
+    mesh, inputs = init_device_mesh("cpu", (num_ranks,)), case.inputs()
     inputs.attend(mesh)
     if rank == num_ranks - 1:
         if dies:

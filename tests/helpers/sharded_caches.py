@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from prefix_trees import tree_of
 
 from triton_attn import (
     LatentKVCache,
@@ -19,7 +20,7 @@ from triton_attn import (
     paged_attention,
     reference,
 )
-from triton_attn.parallel import context_parallel_mla_decode, context_parallel_paged_attention, merging
+from triton_attn.parallel import agreement, context_parallel_mla_decode, context_parallel_paged_attention, merging
 from triton_attn.testing import assert_close_to_reference
 
 NOPE, ROPE, RANK, V_DIM = 24, 8, 128, 20
@@ -47,6 +48,7 @@ class Case:
     options: dict = field(default_factory=dict)
     alibi: bool = False
     sinks: bool = False
+    shared: int = 0  # keys that all sequences have from the first one, with a prefix tree
     fork: bool = True  # the first sequence is attended a second time, by a fork that has written one token more
     seed: int = 0
 
@@ -109,10 +111,13 @@ class Step:
             cache = PagedKVCache(64, page_size, **heads, **sizes, **over)
         for x in tensors_of(cache):
             x.view(torch.uint8).fill_(0xFF)  # NaN
-        seqs = [cache.create([])[0] for _ in case.seqlens_k]
-        for seq, rows in zip(seqs, self.new):
-            half = len(rows[0]) // 2
-            for part in (slice(half), slice(half, None)):
+        seqs = []
+        for rows in self.new:
+            first = case.shared if seqs else 0
+            seqs.append(cache.fork(seqs[0]) if first else cache.create([])[0])
+            cache.truncate(seqs[-1], first)
+            seq, half = seqs[-1], max(len(rows[0]) // 2, first)
+            for part in (slice(first, half), slice(half, None)):
                 write(cache, [x[part] for x in rows], cache.extend([seq], [len(rows[0][part])]))
         if case.fork:
             seqs.append(cache.fork(seqs[0]))
@@ -146,7 +151,11 @@ class Step:
         attend = context_parallel_mla_decode if self.case.latent else context_parallel_paged_attention
         placing = dict(mesh=mesh, interleave=self.case.interleave, heads=self.case.heads)
         operands = self.operands(cache, seqs, mesh.get_local_rank(), mesh.size())
-        return attend(*operands, **placing, **self.options, **more)
+        if self.case.shared:
+            pages = [cache.block_table([seq])[0].tolist() for seq in seqs]
+            placing["prefix_tree"] = tree_of(pages, self.case.seqlens_q)
+            assert placing["prefix_tree"].sizes.num_nodes > 0
+        return attend(*operands, **(placing | self.options | more))
 
     def expected(self, dtype=None):
         """out and lse of one process, by the definition in a dtype, or by the kernel."""
@@ -404,14 +413,29 @@ def check_out_of_pages(num_pages, mesh):
 
 
 def check_difference(changes, mesh):
-    """Fails with what the call raises; changes are those of the ranks: fields of the case, or options of the call."""
-    change = changes[mesh.get_local_rank()]
-    step = Step(Case(**{name: x for name, x in change.items() if name != "table"}))
+    """Fails with what the call raises; changes are those of the ranks: fields of the case, or `table` or `given` of the
+    call alone."""
+    change = dict(changes[mesh.get_local_rank()])
+    reorders, given = change.pop("table", False), change.pop("given", {})
+    step = Step(Case(**change))
     cache, seqs = step.fill(mesh)
     try:
-        step.attend(mesh, cache, list(reversed(seqs)) if change.get("table") else seqs)
-    except ValueError as error:
+        step.attend(mesh, cache, list(reversed(seqs)) if reorders else seqs, **given)
+    except (TypeError, ValueError) as error:
         raise AssertionError(str(error)) from error
+
+
+def check_difference_later(changes, mesh):
+    """Fails with what the next call raises, where the host waits for no transfer."""
+    change = changes[mesh.get_local_rank()]
+    with mock.patch.object(agreement, "waits_for_transfers", return_value=False):
+        step = Step(Case(**change))
+        cache, seqs = step.fill(mesh)
+        step.attend(mesh, cache, seqs)
+        try:
+            step.attend(mesh, cache, seqs)
+        except ValueError as error:
+            raise AssertionError(str(error)) from error
 
 
 def check_cache_difference(sizes, mesh):

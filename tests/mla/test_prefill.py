@@ -124,13 +124,13 @@ def test_only_the_gradients_that_are_wanted(wanted):
 
 def test_gradients_repeat_where_torch_is_to_be_deterministic(monkeypatch):
     asked = []
-    launch = autograd.launch_flash_bwd
+    launch = autograd.launch_flash_bwd_of_sums
 
     def record(*args):
         asked.append(inspect.signature(launch).bind(*args).arguments["deterministic"])
         return launch(*args)
 
-    monkeypatch.setattr(autograd, "launch_flash_bwd", record)
+    monkeypatch.setattr(autograd, "launch_flash_bwd_of_sums", record)
     for deterministic in (False, True):
         tensors = [x.detach().requires_grad_() for x in Inputs(Case("fused", torch.float32)).tensors]
         torch.use_deterministic_algorithms(deterministic)

@@ -13,17 +13,18 @@ from parallel_ranks import (
     check_calls,
     check_difference,
     check_difference_later,
+    check_irregular_mesh,
     check_training,
     check_values,
     run,
     run_without_a_rank,
 )
 
-from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn import flash_attention, flash_attention_varlen, mla_prefill
 from triton_attn.parallel import (
     context_parallel_attention,
-    ulysses,
     unshard_sequence,
+    whole,
 )
 
 METHODS = ("all_gather", "ring", "ulysses")
@@ -76,11 +77,27 @@ def more(num_ranks):
         yield Case(method=method, dtype=dtype, head_dim=24, head_dim_v=32, seqlen=64, num_heads_kv=4)
 
 
+def over_two(num_ranks):
+    """Each mask by each method over a mesh of two dimensions, dense and packed; fewer KV heads than inner ranks, and
+    lengths at the edge."""
+    for i, (first, mask) in enumerate(itertools.product(("all_gather", "ring"), MASKS)):
+        place = dict(method=(first, "ulysses"), inner=2)
+        yield Case(seqlen=37, batch=1 + i % 2, num_heads_kv=(1, 2, 4)[i % 3], **place, **mask)
+        yield replace(PACKED[i % 4], num_heads_kv=(4, 1, 2)[i % 3], slopes_each=True, **place, **mask)
+    for inner in (1, num_ranks):
+        yield Case(method=("ring", "ulysses"), inner=inner, sinks=True)
+    for seqlen in (0, 1, num_ranks - 1):
+        yield Case(method=("ring", "ulysses"), inner=2, seqlen=seqlen, sinks=True)
+    yield Case(method="auto", inner=2, dtype=torch.bfloat16, head_dim=24, head_dim_v=32, seqlen=64, load_balance=None)
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "cases", "backend"),
     [
         pytest.param(2, readable, "triton", id="2 ranks"),
         pytest.param(4, both, "reference", id="4 ranks by reference"),
+        pytest.param(4, over_two, "reference", id="2 x 2 ranks by reference"),
+        pytest.param(4, over_two, "triton", id="2 x 2 ranks", marks=pytest.mark.ci),
         pytest.param(2, packed, "triton", id="2 ranks, packed", marks=pytest.mark.ci),
         pytest.param(4, packed, "triton", id="4 ranks, packed", marks=pytest.mark.ci),
         pytest.param(2, more, "triton", id="2 ranks, more", marks=pytest.mark.ci),
@@ -103,6 +120,7 @@ def test_bytes_that_ranks_receive(tmp_path, monkeypatch):
         for method in METHODS
         for heads in (2, 4, 8)
     ]
+    given += [replace(case, method=(case.method, "ulysses"), inner=2) for case in given if case.method != "ulysses"]
     # Chunks 0 to 7 are of the ranks 0 1 2 3 3 2 1 0, and each needs 15 keys of the chunk before it.
     window = dict(causal=True, window_size=(15, -1))
     given.append(Case(seqlen=128, options=window, rows_from_others=(15, 30, 30, 15)))
@@ -185,6 +203,36 @@ def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):
     assert run(check_training, cases, 2, tmp_path / "store") == []
 
 
+@pytest.mark.ci
+def test_compiled_over_two_dimensions(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    place = dict(inner=2, sinks=True, num_heads_kv=1)
+    cases = [Case(method=("ring", "ulysses"), batch=2, seqlen=37, **place)]
+    cases += [replace(case, method="auto", **place) for case in PACKED[:2]]
+    assert run(check_training, cases, 4, tmp_path / "store") == []
+
+
+@pytest.mark.ci
+def test_ranks_of_two_dimensions_that_differ_are_named_on_every_rank(tmp_path, monkeypatch):
+    """Rank 3 shares no dimension with rank 0."""
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    case = Case(method="auto", inner=2)
+    cases = [
+        (case, case, case, other) for other in (replace(case, options={}), replace(case, num_heads_q=3, num_heads_kv=1))
+    ]
+    found = run(check_difference, cases, 4, tmp_path / "store")
+    said = [text for _, _, text in found]
+    assert sum(text.startswith("window_size: expected the same on all ranks") for text in said) == 4, said
+    assert sum("q: expected query heads in multiples of 2 ranks for 'ulysses', got 3" in text for text in said) == 4, (
+        said
+    )
+
+
+def test_irregular_meshes(tmp_path):
+    given = [[[0, 1], [3, 2]], [[0, 2], [1, 3]], [[1, 0], [3, 2]]]
+    assert run(check_irregular_mesh, given, 4, tmp_path / "store") == []
+
+
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_one_rank(mesh, method):
     for mask in MASKS:
@@ -193,7 +241,7 @@ def test_one_rank(mesh, method):
 
 def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
     """Positions are cached; those of an inference tensor could not be saved for the backward pass."""
-    ulysses._parts.cache_clear()
+    whole._parts.cache_clear()
     options = dict(mesh=mesh, method="ulysses", dropout_p=0.3, dropout_seed=1)
     x = torch.randn(1, 6, 2, 16)
     with torch.inference_mode():
@@ -208,13 +256,17 @@ def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
 def test_the_page_runs(mesh, device):
     page = Path(__file__).parents[2] / "docs/many-gpus.md"
     code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(code) == 5
+    assert len(code) == 7
     names = {"device": device}
     exec(code[0], names)
     q, k, v = (names[name] for name in "qkv")
     found = unshard_sequence(names["out"].detach(), mesh, seqlen=q.shape[1])
     torch.testing.assert_close(found, flash_attention(q, k, v, causal=True), atol=1e-5, rtol=1e-5)
     exec("\n".join(code[1:]), names)
+    torch.testing.assert_close(names["again"], found, atol=1e-5, rtol=1e-5)
     cu_seqlens = names["cu_seqlens"].to(device)
     expected = flash_attention_varlen(q[0], k[0], v[0], cu_seqlens, cu_seqlens, 300, 300, causal=True)
     torch.testing.assert_close(names["documents"].detach(), expected, atol=1e-5, rtol=1e-5)
+    lengths = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=300, max_seqlen_k=300)
+    expected = mla_prefill(*names["latent_rows"], names["w_uk"], names["w_uv"], **lengths)
+    torch.testing.assert_close(names["latent_whole"], expected, atol=1e-4, rtol=1e-4)

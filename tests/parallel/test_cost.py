@@ -68,6 +68,10 @@ def test_bytes_are_those_that_ranks_receive(tmp_path, monkeypatch):
     given += [Case(method=method, seqlen=40, load_balance=None, options={}) for method in METHODS]
     given += [Case(method=method, seqlen=64) for method in METHODS]
     given += [Case(seqlen=128, options=dict(causal=True, window_size=(15, -1)))]
+    over_two = [
+        Case(method=(method, "ulysses"), inner=2, num_heads_kv=n, **shape) for method in METHODS[:2] for n in (1, 4)
+    ]
+    given += [*over_two, Case(method=("all_gather", "ulysses"), inner=2, seqlen=64)]
     assert run(check_bytes_of_model, given, 4, tmp_path / "store") == []
 
 
@@ -102,7 +106,7 @@ def simulated(ranks, compute, keys, sums):
 @pytest.mark.parametrize(
     ("call", "method"),
     [
-        (dict(seqlen=2048), "all_gather"),  # short: fewest steps
+        (dict(seqlen=2048), "ulysses"),  # short: fewest steps
         (dict(seqlen=8192, num_ranks=64), "all_gather"),
         (dict(seqlen=2**17, mask=window(1024), num_ranks=64), "all_gather"),  # keys of neighbours alone
         (dict(seqlen=2**17), "ulysses"),  # a node with many heads
@@ -111,7 +115,7 @@ def simulated(ranks, compute, keys, sums):
         (dict(model=LLAMA_3_70B, seqlen=2**18, num_ranks=64), "ulysses"),
         (dict(model=LLAMA_2_7B, seqlen=2**20, num_heads_q=36, num_heads_kv=36), "ring"),  # 8 ranks divide no 36 heads
         (dict(num_ranks=1, seqlen=4096), "all_gather"),
-        (dict(seqlen=0), "all_gather"),
+        (dict(seqlen=0), "ulysses"),
     ],
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x,
 )
@@ -168,11 +172,12 @@ def test_heads_that_ulysses_takes():
     ids=str,
 )
 def test_ranks_of_a_node(ranks, per_node):
-    x = torch.empty(8, 8, 64, dtype=torch.bfloat16)
-    sharding = sharding_of_batch(2, 4 * len(ranks), len(ranks), None)
     with mock.patch.object(dist, "get_process_group_ranks", return_value=list(ranks)):
-        found = cost.sizes_of(x, x[..., :32], 8, sharding, FULL, group=None)
-    assert (found.num_ranks, found.ranks_per_node) == (len(ranks), per_node)
+        outer = cost.ranks_of(mock.Mock())
+    assert outer == (len(ranks), per_node)
+    sharding = sharding_of_batch(2, 4 * len(ranks), len(ranks), None)
+    found = cost.sizes_of(cost.HeadDims(8, 8, 64, 32), torch.bfloat16, sharding, FULL, outer)
+    assert (found.num_ranks, found.ranks_per_node) == outer
     assert (found.seqlen, found.rows, found.keys_seen) == (8 * len(ranks), 8, 8 * len(ranks))
     assert (found.num_heads_q, found.num_heads_kv, found.head_dim, found.head_dim_v, found.element_size) == (
         8,

@@ -5,7 +5,7 @@ import random
 import pytest
 from levels import FULL
 from parallel_draws import draw
-from parallel_ranks import check_values, run
+from parallel_ranks import check_fakes, check_values, run
 
 pytestmark = pytest.mark.random
 
@@ -27,3 +27,11 @@ def test_draws(num_ranks, number, backend, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
     cases = [draw(FIRST + i, num_ranks) for i in range(number)]
     assert run(check_values, cases, num_ranks, tmp_path / "store") == []
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.ci(but_each=2)
+def test_draws_have_the_shapes_that_compilers_are_told(num_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    cases = [draw(FIRST + i, num_ranks) for i in range(100)]
+    assert run(check_fakes, cases, num_ranks, tmp_path / "store") == []

@@ -8,6 +8,7 @@ import pytest
 import sharded_caches
 import torch
 from parallel_ranks import run
+from prefix_trees import tree_of_all
 from sharded_caches import Case
 
 from triton_attn import PagedKVCache
@@ -33,6 +34,9 @@ def readable(num_ranks):
         yield Case(heads=heads, latent=True, weights=False, options=dict(softmax_scale=0.2), packed=True)
     yield Case(latent=True, interleave=2, options=dict(causal=False))
     yield Case(latent=True, seqlens_q=(5, 0, 33, 1), packed=True)
+    tree = dict(shared=17, seqlens_k=(40, 23, 33, 20), fork=False, page_size=2)
+    for heads in sharded_caches.HEADS:
+        yield from (Case(heads=heads, latent=latent, **tree) for latent in (False, True))
 
 
 def more(num_ranks):
@@ -109,6 +113,40 @@ def test_ranks_that_differ_are_named_on_every_rank(check, rank_1, said, tmp_path
     assert re.search(said, second), second
 
 
+DIFFERENCES = [
+    (dict(heads="scattered"), "heads: expected the same on all ranks, replicated"),
+    (dict(heads="sharded"), "(q|heads): expected the same on all ranks"),
+    (dict(sinks=True), "sinks: expected the same on all ranks, None as on rank 0"),
+    (dict(options=dict(softcap=2.0)), "softcap: expected the same on all ranks, 0.0 as on rank 0, got 2.0 on rank 1"),
+    (
+        dict(seqlens_q=(1, 1, 1, 1)),
+        r"q: expected the same on all ranks, \(\(4, 3, 8, 16\), torch.float32\) as on rank 0",
+    ),
+    (dict(given=dict(interleave=2)), "interleave: expected the same on all ranks, 1 as on rank 0, got 2 on rank 1"),
+    (dict(latent=True, options=dict(causal=False)), "causal: expected the same on all ranks, True as on rank 0"),
+    (dict(given=dict(heads="own")), "heads: expected 'replicated' or 'scattered' or 'sharded', got 'own'"),
+]
+
+
+def test_a_digest_tells_every_rank_in_what_ranks_differ(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    changes = [({name: x for name, x in rank_1.items() if name == "latent"}, rank_1) for rank_1, _ in DIFFERENCES]
+    found = run(sharded_caches.check_difference, changes, 2, tmp_path / "store")
+    for rank in (0, 1):
+        of_rank = [text for who, _, text in found if who == rank]
+        assert len(of_rank) == len(DIFFERENCES), of_rank
+        for (_, said), text in zip(DIFFERENCES, of_rank):
+            assert re.match(said, text), text
+
+
+def test_on_gpus_the_next_step_names_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    changes = [({}, dict(options=dict(softcap=2.0)))]
+    found = [said for _, _, said in run(sharded_caches.check_difference_later, changes, 2, tmp_path / "store")]
+    assert len(found) == 2
+    assert all(said.startswith("softcap: expected the same on all ranks, 0.0 as on rank 0") for said in found), found
+
+
 def test_one_rank(mesh):
     for case in (Case(sinks=True, alibi=True, heads="sharded"), Case(latent=True, heads="sharded")):
         sharded_caches.check_values(case, mesh)
@@ -147,6 +185,13 @@ def test_errors(mesh, arguments, said):
     given = dict(zip(names, step.operands(*step.fill(mesh)))) | dict(mesh=mesh)
     with pytest.raises((TypeError, ValueError), match=said):
         context_parallel_paged_attention(**(given | arguments))
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_prefix_tree_of_another_batch(mesh, latent):
+    step = sharded_caches.Step(Case(latent=latent))
+    with pytest.raises(ValueError, match="prefix_tree: expected a tree of 4 sequences, as cache_seqlens, got 3"):
+        step.attend(mesh, *step.fill(mesh), prefix_tree=tree_of_all(3, 1))
 
 
 def test_heads_that_ranks_cannot_share():

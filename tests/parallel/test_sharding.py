@@ -15,7 +15,14 @@ from triton_attn.parallel import (
     shard_sequence,
     unshard_sequence,
 )
-from triton_attn.parallel.balance import check_load_balance, sharding_of
+from triton_attn.parallel.balance import (
+    are_regular,
+    check_load_balance,
+    in_teams,
+    rows_at_most,
+    rows_of_rank,
+    sharding_of,
+)
 from triton_attn.parallel.local import Mask
 from triton_attn.parallel.ulysses import check_heads
 
@@ -88,8 +95,8 @@ def test_balancers_of_torch(mesh):
 
     x, balancer = torch.arange(48), of_torch._HeadTailLoadBalancer(48, 4, "cpu")
     assert check_load_balance(balancer, is_packed=False) == "head_tail"
-    order = sharding_of((0, 48), 48, 4, "head_tail").order_of_ranks
-    assert torch.equal(order.take(x), balancer._generate_indices()[0].long())
+    _, (team,) = in_teams(sharding_of((0, 48), 48, 4, "head_tail"), 1)
+    assert torch.equal(team.order_of_ranks.take(x), balancer._generate_indices()[0].long())
     assert torch.equal(shard_sequence(x, mesh, 0, balancer), x)
     by_documents = of_torch._PerDocumentHeadTailLoadBalancer([[16, 32]], 4, "cpu")
     with pytest.raises(ValueError, match="load_balance: expected 'head_tail', 'per_document' or None, got <torch"):
@@ -122,10 +129,30 @@ def test_plain_causal_calls_need_no_positions():
         assert all(part.needs_positions for part in gather._parts(sharding, Mask(-1, 0, False, True), 1))
 
 
-def test_a_mesh_of_two_dimensions_is_refused(mesh):
-    two = init_device_mesh("cpu", (1, 1))
-    with pytest.raises(ValueError, match="mesh: expected one dimension"):
-        shard_sequence(X, two)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            dict(method="ring"),
+            r"method: expected 'auto' or \('all_gather', 'ulysses'\) or \('ring', 'ulysses'\), got 'ring'",
+        ),
+        (dict(method=("ulysses", "ring")), r"method: expected .*, got \('ulysses', 'ring'\)"),
+        (dict(method=["ring", "ulysses"]), r"method: expected .*, got \['ring', 'ulysses'\]"),
+        (dict(shape=(1, 1, 1)), "mesh: expected one or two dimensions, got 3"),
+    ],
+    ids=str,
+)
+def test_errors_of_a_mesh_of_two_dimensions(mesh, arguments, said):
+    arguments = dict(arguments)
+    two = init_device_mesh("cpu", arguments.pop("shape", (1, 1)))
+    with pytest.raises(ValueError, match=said):
+        context_parallel_attention(X, X, X, mesh=two, **arguments)
+
+
+def test_ranks_of_a_mesh_are_in_order(mesh):
+    assert are_regular([(1, 4, 7), (10, 13, 16)])
+    for ranks in ([(0, 2), (1, 3)], [(0, 1), (3, 2)], [(0, 1), (3, 5)]):
+        assert not are_regular(ranks)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +181,18 @@ def test_shards_of_each_length(load_balance):
         sharding = sharding_of(bounds, bounds[-1] + rest, num_ranks, load_balance)
         rows = [row for place in sharding.places for chunk in place.chunks for row in range(*chunk)]
         assert sorted(rows) == list(range(sharding.seqlen))
-        assert [row for chunk in sharding.order_of_ranks.chunks for row in range(*chunk)] == rows
-        assert torch.equal(sharding.order.take(torch.tensor(rows, dtype=torch.int32)), torch.arange(sharding.seqlen))
+        for number in (n for n in (1, 2, 4) if num_ranks % n == 0):
+            of_teams, teams = in_teams(sharding, number)
+            assert of_teams.places[0].num_rows <= rows_at_most(sharding.seqlen, number, len(bounds))
+            for i, (whole, team) in enumerate(zip(of_teams.places, teams)):
+                size = num_ranks // number
+                places = sharding.places[i * size : (i + 1) * size]
+                own = torch.tensor([row for chunk in whole.chunks for row in range(*chunk)], dtype=torch.int32)
+                of_ranks = [row for place in places for chunk in place.chunks for row in range(*chunk)]
+                assert team.order_of_ranks.take(own).tolist() == of_ranks
+                assert torch.equal(team.order.take(torch.tensor(of_ranks, dtype=torch.int32)), own)
+                if load_balance != "per_document":
+                    assert len(own) == rows_of_rank(sharding.seqlen, i, number, load_balance is not None)
         number = 1 if load_balance == "per_document" else 0  # a row more of each document, and of the rest
         assert max(sharding.num_rows) - min(sharding.num_rows) <= 2 + 2 * number * len(bounds)
 

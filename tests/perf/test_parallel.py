@@ -39,14 +39,27 @@ def test_predictions_are_those_of_the_cost_model(table, capsys):
     for row in rows:
         if row["model"] != LLAMA_3_70B.name:
             continue
-        sizes = sizes_of(LLAMA_3_70B, int(row["num_gpus"]), int(row["seqlen"]))
-        forward, backward = cost.costs(sizes)[row["method"]]
+        method, *inner = row["method"].split("+")
+        sizes = sizes_of(LLAMA_3_70B, int(row["num_gpus"]), int(row["seqlen"]), by_node=bool(inner))
+        forward, backward = cost.costs(sizes)[method]
         assert float(row["forward_ms"]) == pytest.approx(1e3 * forward.seconds)
         assert float(row["both_ms"]) == pytest.approx(1e3 * (forward.seconds + backward.seconds))
         assert int(row["both_received"]) == forward.bytes + backward.bytes
-        assert (row["is_auto"] == "True") == (cost.choose(sizes) == row["method"])
+        assert (row["is_auto"] == "True") == (cost.choose(sizes) == method)
         assert 0 < float(row["forward_share"]) < 1
         assert row["source"] == results.MODELLED_PARALLEL
+
+
+def test_nodes_that_exchange_heads():
+    """A node receives what a GPU of as many nodes would, of its heads; heads that 8 do not divide have no such rows."""
+    methods = {row.method for row in predict(LLAMA_3_8B, 64, 2**20)}
+    assert methods >= {"ring", "ring+ulysses", "all_gather+ulysses"}
+    assert "ring+ulysses" not in {row.method for row in predict(LLAMA_3_8B, 8, 2**20)}
+    sizes = sizes_of(LLAMA_3_8B, 64, 2**20, by_node=True)
+    assert (sizes.num_ranks, sizes.ranks_per_node, sizes.rows, sizes.inner) == (8, 1, 2**17, ((8, 8), 2**14))
+    inside = 7 / 8 * 2**20 * 2 * 128 * 2  # one KV head in bf16
+    exchanged = 7 / 8 * 2**17 * ((32 + 8) * 2 * 128 * 2 + 32 * 4) / 8
+    assert cost.costs(sizes)["ring"].forward.bytes == inside + exchanged
 
 
 def test_memory_holds_rows_and_workspace():

@@ -563,7 +563,7 @@ def mla_prefill(
     call = PrefillCall(*tensors, lengths, softmax_scale, causal)
     if not use_kernel(q_nope):
         if check_values:
-            lengths.check_values(q_nope.shape[0], kv_latent.shape[0])
+            call.check_values()
         return reference.mla_prefill(
             *tensors,
             cu_seqlens_q=cu_seqlens_q,
@@ -599,6 +599,10 @@ class PrefillCall(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         return self[:6]
 
+    def check_values(self) -> None:
+        """`Lengths.check_values` of a packed batch. A device-to-host sync."""
+        self.lengths.check_values(self.q_nope.shape[0], self.kv_latent.shape[0])
+
 
 def check_differentiable(q_nope, q_pe, w_uv):
     """Raise at the call and not in the backward pass, where the cause would be hard to find."""
@@ -612,14 +616,29 @@ def check_differentiable(q_nope, q_pe, w_uv):
 
 def check_prefill(tensors, lengths, mode):
     """The Lengths, with the longest lengths set for a dense batch."""
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
-    dtypes = KERNEL_DTYPES
-    if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
-        dtypes = (*KERNEL_DTYPES, torch.float64)
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
         fail("cu_seqlens_q, cu_seqlens_k", "both or none", "one of them", TypeError)
+    check_prefill_tensors(tensors, packed, mode)
+    if not packed:
+        rows_q, rows_k = tensors[0].shape[1], tensors[2].shape[1]
+        for name, given, size in (("max_seqlen_q", max_seqlen_q, rows_q), ("max_seqlen_k", max_seqlen_k, rows_k)):
+            if given not in (None, size):
+                fail(name, f"{size} without cu_seqlens, or None", given)
+        return Lengths(None, None, rows_q, rows_k)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is None:
+            fail(name, "an int, required with cu_seqlens", None, TypeError)
+    return packed_lengths(*lengths, tensors[0].device)
+
+
+def check_prefill_tensors(tensors, packed, mode):
+    """Check the six tensors, and the mode."""
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = tensors
+    dtypes = KERNEL_DTYPES
+    if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
+        dtypes = (*KERNEL_DTYPES, torch.float64)
     outer_q, outer_k = (("total_q",), ("total_k",)) if packed else (("batch", "seqlen_q"), ("batch", "seqlen_k"))
     check_tensor("q_nope", q_nope, (*outer_q, "num_heads", "qk_nope_head_dim"), dtypes, None)
     dtype, device = (q_nope.dtype,), q_nope.device
@@ -641,15 +660,6 @@ def check_prefill(tensors, lengths, mode):
             fail(name, f"dimensions of 1 to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
     if mode not in ("auto", *MODES):
         fail("mode", f"auto, {', '.join(MODES)}", repr(mode))
-    if not packed:
-        for name, given, size in (("max_seqlen_q", max_seqlen_q, rows_q[1]), ("max_seqlen_k", max_seqlen_k, rows_k[1])):
-            if given not in (None, size):
-                fail(name, f"{size} without cu_seqlens, or None", given)
-        return Lengths(None, None, rows_q[1], rows_k[1])
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is None:
-            fail(name, "an int, required with cu_seqlens", None, TypeError)
-    return packed_lengths(*lengths, device)
 
 
 def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._host.call import call_of, lengths_as_arguments, lengths_of_arguments
 from .._host.observers import is_observed, refuse_transforms, without_autocast
 from .._host.options import AttentionOptions
-from ..dense.backward import launch_flash_bwd
+from ..dense.backward import launch_flash_bwd_of_sums, launch_row_sums
 from .absorbed import launch_mla_absorbed
 from .api import PrefillCall
 from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
@@ -24,7 +24,9 @@ def prefill(call, schedule, check_values, return_lse):
     """
     if not is_observed(*call.tensors, *call.lengths[:2]):
         out, lse = _new_outputs(call.q_nope, call.w_uv, return_lse)
-        _launch(out, lse, call, schedule, check_values)
+        if check_values:
+            call.check_values()
+        launch_prefill(out, lse, call, schedule)
         return out, lse
     refuse_transforms(**dict(zip(call._fields, call.tensors)))
     mode, max_workspace_bytes, wants_grad = schedule
@@ -39,9 +41,8 @@ def _new_outputs(q_nope, w_uv, wants_lse=True):
 
 
 @without_autocast
-def _launch(out, lse, call, schedule, check_values):
-    if check_values:
-        call.lengths.check_values(call.q_nope.shape[0], call.kv_latent.shape[0])
+def launch_prefill(out, lse, call, schedule):
+    """Fill out and lse (None: not wanted)."""
     mode, heads_each, rows_each = choose_schedule(ProblemSizes.of(call), *schedule)
     if mode == "fused":
         launch_mla_fused(call, out, lse)
@@ -75,7 +76,9 @@ def mla_prefill(
     out, lse = _new_outputs(q_nope, w_uv)
     lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal)
-    _launch(out, lse, call, (mode, max_workspace_bytes, wants_grad), check_values)
+    if check_values:
+        call.check_values()
+    launch_prefill(out, lse, call, (mode, max_workspace_bytes, wants_grad))
     return out, lse
 
 
@@ -111,7 +114,8 @@ def mla_prefill_backward(
     """Gradients of the six inputs, an empty tensor for each that is not wanted."""
     lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
     call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal)
-    gradients = prefill_gradients(call, (dout, dlse, out, lse), max_workspace_bytes, wanted)
+    minus_delta, _ = launch_row_sums(dout, dlse, out, lse, lengths, None)
+    gradients = prefill_gradients(call, (dout, lse, minus_delta), max_workspace_bytes, wanted)
     return tuple(
         gradient.to(x.dtype) if is_wanted else x.new_empty(0)
         for gradient, x, is_wanted in zip(gradients, call.tensors, wanted)
@@ -121,9 +125,9 @@ def mla_prefill_backward(
 def prefill_gradients(call, results, max_workspace_bytes, wanted):
     """Gradients of the six tensors of a PrefillCall, of kv_latent and k_pe in fp32; empty where they are not wanted.
 
-    results are (dout, dlse or None, out, lse), where out and lse may be over more keys than kv_latent has.
+    results are (dout, lse, -delta of `launch_row_sums`); the last two may be over more keys than kv_latent has.
     """
-    dout, dlse, out, lse = results
+    dout, *sums = results
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = inputs = call.tensors
     cu_seqlens_k = call.lengths.cu_seqlens_k
     num_heads, nope, _ = w_uk.shape
@@ -145,13 +149,11 @@ def prefill_gradients(call, results, max_workspace_bytes, wanted):
         heads = slice(first, first + heads_each)
         q = torch.cat([q_nope[..., heads, :], q_pe[..., heads, :]], dim=-1)
         k, v = _keys_and_values(kv_latent, k_pe, w_uk[heads], w_uv[heads])
-        dq, dk, dv, _ = launch_flash_bwd(
+        dq, dk, dv = launch_flash_bwd_of_sums(
             call_of(q, k, v, options, call.lengths),
             dout[..., heads, :],
-            None if dlse is None else dlse[..., heads, :].contiguous(),
-            out[..., heads, :],
-            lse[..., heads, :].contiguous(),
-            (wants_q, wants_k, wants_v, False),
+            [x[..., heads, :].contiguous() for x in sums],
+            (wants_q, wants_k, wants_v),
             torch.are_deterministic_algorithms_enabled(),
         )
         if wanted[0]:

@@ -1,41 +1,76 @@
-"""The backward pass of a prefill as a function: callers that save their own tensors need no autograd of ours."""
+"""The forward and the backward pass of a prefill, for callers that have their own autograd function."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.call import Lengths
+from .._host.layout import lse_shape
 from .._host.observers import without_autocast
 from . import reference
 from .api import PrefillCall
+from .schedule import ProblemSizes, choose_schedule
+
+
+def forward_pass(
+    tensors: list[Tensor],
+    lengths: tuple[Any, ...],
+    *,
+    causal: bool,
+    softmax_scale: float,
+    schedule: tuple[str, int, bool],
+    out: Tensor,
+) -> Tensor:
+    """`mla_prefill` of six checked tensors into `out`; returns lse.
+
+    lengths: (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k); the first two None for a dense batch. schedule:
+    (mode, max_workspace_bytes, whether a gradient is wanted).
+    """
+    call = PrefillCall(*tensors, Lengths(*lengths), softmax_scale, causal)
+    if use_kernel(out):
+        from .autograd import launch_prefill  # the package can be imported without triton
+
+        lse = out.new_empty(lse_shape(out), dtype=torch.float32)
+        launch_prefill(out, lse, call, schedule)
+        return lse
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = call.lengths
+    result, lse = reference.mla_prefill(
+        *tensors,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        mode=choose_schedule(ProblemSizes.of(call), *schedule).mode,
+        return_lse=True,
+    )
+    out.copy_(result)
+    return lse
 
 
 @without_autocast
-def backward_pass(
+def gradients_pass(
     dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
     lse: Tensor,
-    tensors: tuple[Tensor, ...],
+    minus_delta: Tensor,
+    tensors: list[Tensor],
+    lengths: tuple[Any, ...],
     *,
     causal: bool,
     softmax_scale: float,
     max_workspace_bytes: int,
 ) -> list[Tensor]:
-    """Gradients of the six tensors of a dense `mla_prefill`, of which out and lse are the results.
+    """Gradients of the six tensors of `forward_pass`, those of kv_latent and k_pe in fp32 (fp64 for fp64).
 
-    Those of kv_latent and k_pe are in fp32 (fp64 for fp64), so that callers can add them up.
+    lse and minus_delta, dlse - rowsum(dout * out), may be over more keys than kv_latent has.
     """
-    if use_kernel(dout):
-        from .autograd import prefill_gradients  # the package can be imported without triton
+    call = PrefillCall(*tensors, Lengths(*lengths), softmax_scale, causal)
+    if not use_kernel(dout):
+        return reference.prefill_gradients(dout, lse, minus_delta, call)
+    from .autograd import prefill_gradients
 
-        results = dout if dout.stride(-1) == 1 else dout.contiguous(), dlse, out, lse
-        lengths = Lengths(None, None, out.shape[1], tensors[2].shape[1])
-        call = PrefillCall(*tensors, lengths, softmax_scale, causal)
-        return prefill_gradients(call, results, max_workspace_bytes, [True] * len(tensors))
-    dtype = torch.promote_types(dout.dtype, torch.float32)
-    leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-    with torch.enable_grad():
-        results = reference.mla_prefill(*leaves, causal=causal, softmax_scale=softmax_scale, return_lse=True)
-    of_results = dout.to(dtype), torch.zeros_like(lse) if dlse is None else dlse
-    return list(torch.autograd.grad(results, leaves, of_results))
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    return prefill_gradients(call, (dout, lse, minus_delta), max_workspace_bytes, [True] * len(tensors))

@@ -1,9 +1,11 @@
 """What multi-head latent attention computes, in plain torch: keys and values of every head, then plain attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._host.definition import Padded, attend_tree, packed_bounds, rotate
+from .._host.definition import Padded, attend_tree, attention_gradients, packed_bounds, rotate
 from .._host.key_shard import check_key_shard, num_ranks_of
 from .._host.keywords import Mode
 from .._host.latent import latent_parts, read_latent_parts
@@ -58,6 +60,51 @@ def mla_prefill(
         out_i, lse_i = _attend(*inputs, w_uk, w_uv, **options)
         out[rows_q], lse[:, rows_q] = out_i[0], lse_i[0]
     return (out, lse) if return_lse else out
+
+
+@without_autocast
+def prefill_gradients(dout: Tensor, lse: Tensor, minus_delta: Tensor, call: Any) -> list[Tensor]:
+    """Gradients of the six tensors of a PrefillCall, in fp32 (fp64 for fp64), by formulas and without autograd.
+
+    lse and minus_delta, dlse - rowsum(dout * out), may be over more keys. With dk and dv of the keys and values that
+    each head has, w_uk[h] @ kv_latent[j] and w_uv[h] @ kv_latent[j]:
+
+        dkv_latent[j] = sum_h dk[j, h] @ w_uk[h] + dv[j, h] @ w_uv[h]
+        dw_uk[h] = sum_j outer(dk[j, h], kv_latent[j])        dw_uv[h] = sum_j outer(dv[j, h], kv_latent[j])
+    """
+    cu_seqlens_q, cu_seqlens_k, *_ = call.lengths
+    dtype = _compute_dtype(dout)
+    gradients = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in call.tensors]
+    *rows, w_uk, w_uv = call.tensors
+    w_uk, w_uv, nope = w_uk.to(dtype), w_uv.to(dtype), w_uk.shape[1]
+    if cu_seqlens_q is None:
+        places = [(slice(i, i + 1), slice(i, i + 1), slice(i, i + 1)) for i in range(len(dout))]
+    else:
+        bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(dout)), packed_bounds(cu_seqlens_k, len(rows[2]))
+        slices = (map(slice, bounds[:-1], bounds[1:]) for bounds in (bounds_q, bounds_k))
+        places = [((None, of_q), (None, of_k), (None, slice(None), of_q)) for of_q, of_k in zip(*slices)]
+    options = dict(PLAIN, causal=call.causal, softmax_scale=call.softmax_scale, compute_dtype=dtype)
+    del options["sinks"]
+    for of_q, of_k, of_lse in places:
+        q_nope, q_pe, latents, k_pe = (x[place].to(dtype) for x, place in zip(rows, (of_q, of_q, of_k, of_k)))
+        q, k, v = _heads_of(q_nope, q_pe, latents, k_pe, w_uk, w_uv)
+        dq, dk, dv = attention_gradients(q, k, v, dout[of_q], lse[of_lse], minus_delta[of_lse], **options)
+        dk, dk_pe = dk[..., :nope], dk[..., nope:].sum(2)
+        found = [dq[..., :nope], dq[..., nope:], torch.einsum("bjhn,hnc->bjc", dk, w_uk), dk_pe]
+        found[2] += torch.einsum("bjhv,hvc->bjc", dv, w_uv)
+        for total, place, part in zip(gradients, (of_q, of_q, of_k, of_k), found):
+            total[place] = part
+        for total, part in zip(gradients[4:], (dk, dv)):
+            total += torch.einsum("bjhd,bjc->hdc", part, latents)
+    return gradients
+
+
+def _heads_of(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv):
+    """Queries, keys and values (batch, rows, heads, dim)."""
+    q = torch.cat([q_nope, q_pe], dim=-1)
+    k = torch.einsum("bjc,hnc->bjhn", kv_latent, w_uk)
+    v = torch.einsum("bjc,hvc->bjhv", kv_latent, w_uv)
+    return q, torch.cat([k, k_pe.unsqueeze(2).expand(-1, -1, q.shape[2], -1)], dim=-1), v
 
 
 @without_autocast

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .._host.mesh import check_same, gather_objects
 
+MOST_LISTED = 4096  # elements of a tensor whose values are sent
+
 Description = dict[str, Any]  # of a call: what all ranks must agree on, by name
 
 
@@ -29,7 +31,15 @@ class _Posted(NamedTuple):
 
 
 _HOST_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup | None] = WeakKeyDictionary()
+_WHOLE: WeakKeyDictionary[dist.ProcessGroup, WeakKeyDictionary[dist.ProcessGroup, Any]] = WeakKeyDictionary()
 _POSTED: WeakKeyDictionary[dist.ProcessGroup, _Posted] = WeakKeyDictionary()
+
+
+def agree(group: dist.ProcessGroup, description: Description, digest: int, device: torch.device) -> None:
+    """Post the digest of a call with tensors on a device, and look at the others' where the host waits anyway."""
+    post(group, description, digest)
+    if waits_for_transfers(device):
+        settle(group)
 
 
 def post(group: dist.ProcessGroup, description: Description, digest: int) -> None:
@@ -77,9 +87,17 @@ def compare(description: Description, group: dist.ProcessGroup) -> None:
     check_same(described)
 
 
-def kind_of(x: Tensor | None) -> Any:
-    """What a description has of a tensor that all ranks hold whole."""
-    return None if x is None else (tuple(x.shape), x.dtype)
+def kind_of(x: Any) -> Any:
+    """What a description has of an argument that is the same on all ranks: of a tensor no values."""
+    return (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x
+
+
+def values_of(x: Tensor) -> Any:
+    """What ranks compare of a tensor's values: a list, or for a large one a digest. A device-to-host sync."""
+    if x.numel() <= MOST_LISTED:
+        return x.tolist()
+    content = x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    return f"values with digest {hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
 
 def waits_for_transfers(device: torch.device) -> bool:
@@ -87,10 +105,29 @@ def waits_for_transfers(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def group_of_mesh(outer: dist.ProcessGroup, inner: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh, from this rank's groups by its dimensions, for what is sent from host memory.
+
+    The ranks of each row are as far apart as in this rank's, see `check_mesh_dims`.
+    """
+    if inner is None:
+        return outer
+    known = _WHOLE.get(outer)
+    if known is None:
+        known = _WHOLE[outer] = WeakKeyDictionary()
+    if inner not in known:
+        rows, columns = map(dist.get_process_group_ranks, (outer, inner))
+        ranks = sorted(row + column - dist.get_rank() for row in rows for column in columns)
+        is_all = len(ranks) == dist.get_world_size()
+        known[inner] = dist.group.WORLD if is_all else _gloo_group(ranks, outer)
+    return known[inner]
+
+
 def _host_group(group):
     """A group of the same ranks that sends tensors on CPUs. All ranks make one, over gloo, where the group does not."""
     if group not in _HOST_GROUPS:
-        _HOST_GROUPS[group] = None if _sends_from_host(group) else _gloo_group_of(group)
+        ranks = dist.get_process_group_ranks(group)
+        _HOST_GROUPS[group] = None if _sends_from_host(group) else _gloo_group(ranks, group)
     return _HOST_GROUPS[group] or group
 
 
@@ -98,7 +135,7 @@ def _sends_from_host(group):
     return torch.device("cpu") in group._device_types
 
 
-def _gloo_group_of(group):
-    timeout = group._get_backend(group._device_types[0]).options._timeout
-    ranks = dist.get_process_group_ranks(group)
+def _gloo_group(ranks, like):
+    """With the timeout of another group."""
+    timeout = like._get_backend(like._device_types[0]).options._timeout
     return dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._host.backend import should_check_values
-from .._host.checks import MAX_ROWS, check_bool, check_cu_seqlens, check_same_kind, fail, layout_of
-from .._host.observers import autocast, is_observed, number_and_tensor, refuse_transforms
+from .._host.checks import check_bool, check_same_kind, fail, layout_of
+from .._host.observers import autocast, is_observed, number_and_tensor
 from .._host.options import with_dropout, with_tensors
 from ..flash.api import check_differentiable, layout_options
-from .agreement import refuse
-from .autograd import Inputs, Settings, attend, compute, with_method
-from .balance import check_load_balance, check_mesh, check_seqlen
+from .arguments import check_method, errors_for_all, settings_of
 from .dtensors import on_dtensors
+from .heads import HEADS, Inputs, Options
+from .operators import Settings, attend
 
-METHODS = ("auto", "all_gather", "ring", "ulysses")
+METHODS = {  # by the number of dimensions of the mesh
+    1: ("auto", "all_gather", "ring", "ulysses"),
+    2: ("auto", ("all_gather", "ulysses"), ("ring", "ulysses")),
+}
 
 
 @on_dtensors
@@ -26,7 +28,7 @@ def context_parallel_attention(
     v: Tensor,
     *,
     mesh: DeviceMesh,
-    method: str = "auto",
+    method: str | tuple[str, str] = "auto",
     load_balance: Any = "head_tail",
     seqlen: int | None = None,
     causal: bool = False,
@@ -58,17 +60,24 @@ def context_parallel_attention(
     L = batch * num_heads_q. Under a causal mask or a window all_gather returns gradients of fewer keys: those that
     other ranks see. The ring overlaps its transfers with attention; the others do not.
 
+    A mesh of two dimensions is R nodes of G GPUs each. The GPUs of a node exchange rows for heads. Then each attends
+    with the rows of its node, together with the GPUs of other nodes that have its heads. A rank receives what the table
+    says of "ulysses" with G ranks and a node's rows for S, and what it says of "ring" or "all_gather" with R ranks and
+    max(num_heads_kv / G, 1) KV heads.
+
     Args:
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
             `flash_attention`. Their rows are in the order of the ranks' rows, so the ranks must have as many as DTensor
             gives them: any length in multiples of 2 * ranks. Results are then DTensors placed like q.
-        mesh: a DeviceMesh of one dimension, such as mesh["cp"].
-        method: "auto" is the method with the least predicted time of both passes on H100s in nodes of 8, of those that
-            need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks choose alike.
-            `python -m perf parallel` prints the predictions. Under torch.compile it is never "ulysses", which needs
-            query heads in multiples of the ranks, and KV heads that divide the ranks or are multiples of them.
+        mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"]; with DTensors
+            of one. Ranks are counted row by row. Those of two dimensions ascend, and are as far apart in each row.
+        method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
+            needs query heads in multiples of the ranks that exchange them, and KV heads that divide these ranks or are
+            multiples of them. "auto" is the method with the least predicted time of both passes on H100s in nodes of 8,
+            of those that need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks
+            choose alike. `python -m perf parallel` prints the predictions. Under torch.compile it is never "ulysses".
         load_balance: how `shard_sequence` has sharded the rows.
         seqlen: the length of the whole sequence. None: all ranks hold the same number of rows.
         check_values: compare all of the call with that of the other ranks first, values of tensors too, which costs a
@@ -112,13 +121,10 @@ def context_parallel_attention(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
-    try:
+    with errors_for_all(mesh, METHODS):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(4, q, k, v, None, **placing, **options)
-    except (TypeError, ValueError) as error:
-        _refuse(mesh, error)
-        raise
-    out, lse = _attend(inputs, settings)
+    out, lse = attend(HEADS, inputs, settings)
     shape = q.shape[:2]
     out = out.unflatten(0, shape)
     return (out, lse.unflatten(1, shape).transpose(0, 1).contiguous()) if return_lse else out
@@ -131,7 +137,7 @@ def context_parallel_attention_varlen(
     cu_seqlens: Tensor,
     *,
     mesh: DeviceMesh,
-    method: str = "auto",
+    method: str | tuple[str, str] = "auto",
     load_balance: Any = "head_tail",
     seqlen: int | None = None,
     causal: bool = False,
@@ -197,13 +203,10 @@ def context_parallel_attention_varlen(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
-    try:
+    with errors_for_all(mesh, METHODS):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(3, q, k, v, cu_seqlens, **placing, **options)
-    except (TypeError, ValueError) as error:
-        _refuse(mesh, error)
-        raise
-    out, lse = _attend(inputs, settings)
+    out, lse = attend(HEADS, inputs, settings)
     return (out, lse) if return_lse else out
 
 
@@ -214,11 +217,6 @@ def _checked(
     v: Any,
     cu_seqlens: Any,
     *,
-    mesh: Any,
-    method: Any,
-    load_balance: Any,
-    seqlen: Any,
-    check_values: Any,
     causal: Any,
     softmax_scale: Any,
     window_size: Any,
@@ -228,69 +226,31 @@ def _checked(
     dropout_p: Any,
     dropout_seed: Any,
     deterministic: Any,
+    **placing: Any,
 ) -> tuple[Inputs, Settings]:
     """A call of (rows, heads, dim). Checks all that needs no other rank and no values; a batch is flattened."""
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    _, num_ranks = check_mesh(mesh)
-    if method not in METHODS:
-        fail("method", " or ".join(map(repr, METHODS)), repr(method))
-    is_packed = ndim == 3
-    load_balance = check_load_balance(load_balance, is_packed)
+    check_method(placing["mesh"], METHODS, placing["method"])
     options = layout_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     if k.shape[-3] != q.shape[-3]:
         fail("k", f"q's {q.shape[-3]} rows", k.shape[-3])
-    batch = None if is_packed else q.shape[0]
-    documents = batch
-    if is_packed:
-        _check_cu_seqlens(cu_seqlens, q.device)
-        documents = cu_seqlens.shape[0] - 1
-    seqlen = check_seqlen(seqlen, q.shape[-3], num_ranks)
-    if seqlen > MAX_ROWS:
-        fail("seqlen", "at most 10**9", seqlen)
-    options = with_tensors(options, q, documents, alibi_slopes, sinks)
+    settings = settings_of(q, cu_seqlens, **placing)
+    options = with_tensors(options, q, q.shape[0] if ndim == 4 else len(cu_seqlens) - 1, alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
     if options.dropout_p > 0 and dropout_seed is None:
         fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)
-    settings = Settings(
+    of_kind = Options(
         number_and_tensor(dropout_seed)[0] if options.dropout_p > 0 else None,
-        batch,
-        seqlen,
-        load_balance,
-        mesh.get_group().group_name,
-        method,
         options.softmax_scale,
         *(-1 if side is None else side for side in options.window),
         options.softcap or 0.0,
         options.dropout_p,
         check_bool("deterministic", deterministic),
-        should_check_values(check_values),
     )
-    if not is_packed:
+    tensors = q, k, v, sinks, alibi_slopes, options.dropout_seed
+    if torch.is_grad_enabled() and is_observed(*tensors):
+        check_differentiable(*tensors[:5])
+    if ndim == 4:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return Inputs(q, k, v, sinks, alibi_slopes, options.dropout_seed, cu_seqlens), settings
-
-
-def _check_cu_seqlens(cu_seqlens, device):
-    check_cu_seqlens("cu_seqlens", cu_seqlens, getattr(cu_seqlens, "device", None))
-    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
-        fail("cu_seqlens", f"the CPU or q's device {device}", cu_seqlens.device)
-
-
-def _refuse(mesh, error):
-    """Tell the other ranks, where there are some."""
-    if not torch.compiler.is_compiling() and isinstance(mesh, DeviceMesh) and mesh.ndim == 1:
-        refuse(mesh.get_group(), error)
-
-
-def _attend(inputs, settings):
-    """out and lse. A call that is traced or differentiated goes through an operator."""
-    if settings.method == "auto" and not torch.compiler.is_compiling():
-        settings = with_method(inputs, settings)
-    tensors = dict(zip(Inputs._fields[:5], inputs))
-    if not is_observed(*tensors.values()):
-        return compute(inputs, settings)[:2]
-    refuse_transforms(**tensors)
-    if torch.is_grad_enabled():
-        check_differentiable(*tensors.values())
-    return attend(inputs, settings)
+    return Inputs(q, k, v, *tensors[3:], cu_seqlens), settings._replace(options=of_kind)

@@ -4,10 +4,11 @@ import functools
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -178,23 +179,35 @@ class Sharding:
             document = bisect_right(self.bounds, chunk.start) - 1
             yield Segment(document, chunk, place.row_of(chunk.start))
 
-    @functools.cached_property
-    def order(self) -> Pieces:
-        """The whole sequence, from the rows of all ranks one after the other."""
-        found, first = [], 0
-        for place in self.places:
-            found += [(chunk, Chunk(first + row.start, first + row.end)) for chunk, row in _chunks_and_rows(place)]
-            first += place.num_rows
-        return Pieces(rows for _, rows in sorted(found))
 
-    @functools.cached_property
-    def order_of_ranks(self) -> Pieces:
-        """The rows of all ranks one after the other, from the whole sequence."""
-        return Pieces(chunk for place in self.places for chunk in place.chunks)
+class Team(NamedTuple):
+    """Ranks whose rows together are those of one place."""
+
+    num_rows: list[int]  # of each rank
+    order: Pieces  # the rows of the place, from those of the ranks one after the other
+    order_of_ranks: Pieces  # and back
 
 
-def _chunks_and_rows(place):
-    return zip(place.chunks, place.rows_of(place.chunks))
+@functools.lru_cache(maxsize=64)
+def in_teams(sharding: Sharding, number: int) -> tuple[Sharding, tuple[Team, ...]]:
+    """The Sharding whose ranks are `number` teams, of as many ranks each that follow each other, and the teams.
+
+    Fewer chunks of a sequence begin where some of more chunks do, so the ranks of a team have together what
+    `shard_sequence` gives to one of `number` ranks.
+    """
+    of_teams, size = replace(sharding, num_ranks=number), sharding.num_ranks // number
+    teams = (_team(place, sharding.places[i * size : (i + 1) * size]) for i, place in enumerate(of_teams.places))
+    return of_teams, tuple(teams)
+
+
+def _team(whole, places):
+    found, first = [], 0
+    for place in places:
+        rows = (chunk.shifted(first) for chunk in place.rows_of(place.chunks))
+        found += zip(place.chunks, rows)
+        first += place.num_rows
+    order_of_ranks = whole.rows_of(chunk for place in places for chunk in place.chunks)
+    return Team([place.num_rows for place in places], Pieces(rows for _, rows in sorted(found)), Pieces(order_of_ranks))
 
 
 @functools.lru_cache(maxsize=64)
@@ -210,6 +223,18 @@ def sharding_of_batch(batch: int, seqlen: int, num_ranks: int, load_balance: str
     return Sharding(bounds, batch * seqlen, num_ranks, True, load_balance is not None)
 
 
+def rows_of_rank(seqlen: int, rank: int, num_ranks: int, head_tail: bool) -> int:
+    """Of a sequence that is cut into one chunk a rank or two."""
+    number = 2 * num_ranks if head_tail else num_ranks
+    which = (rank, number - 1 - rank) if head_tail else (rank,)
+    return sum(seqlen * (i + 1) // number - seqlen * i // number for i in which)
+
+
+def rows_at_most(seqlen: int, num_ranks: int, num_parts: int) -> int:
+    """The most rows of a rank, if so many parts of a sequence are each cut into two chunks a rank."""
+    return seqlen if num_ranks == 1 else seqlen // num_ranks + 2 * num_parts
+
+
 def shard_sequence(
     x: Tensor,
     mesh: DeviceMesh,
@@ -222,7 +247,7 @@ def shard_sequence(
 
     Args:
         x: a tensor that every rank has whole, with the sequence in `dim`. Any length, also less than the ranks.
-        mesh: a DeviceMesh of one dimension.
+        mesh: a DeviceMesh of one dimension, or of two, whose ranks are counted row by row.
         load_balance: which rows of seqlen.
             None: rank r of R holds chunk r of R, the rows from r seqlen // R to (r + 1) seqlen // R.
             "head_tail", for causal attention: of 2 R such chunks rank r holds chunk r and, after it, chunk 2 R - 1 - r,
@@ -247,7 +272,7 @@ def shard_sequence(
         >>> shard_sequence(torch.arange(8)[None], mesh)  # of one rank; of two, rank 0 has 0, 1, 6, 7
         tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
     """
-    rank, num_ranks = check_mesh(mesh)
+    rank, num_ranks = check_mesh_dims(mesh)
     sharding = _sharding_of_rows(x.shape[dim], cu_seqlens, num_ranks, load_balance)
     rows = Pieces(sharding.places[rank].chunks).take(x, dim)
     return rows.clone(memory_format=torch.contiguous_format) if rows._is_view() else rows
@@ -281,25 +306,57 @@ def unshard_sequence(
         >>> torch.equal(unshard_sequence(shard_sequence(x, mesh), mesh, seqlen=10), x)
         True
     """
-    rank, num_ranks = check_mesh(mesh)
+    rank, num_ranks = check_mesh_dims(mesh)
     seqlen = check_seqlen(seqlen, x.shape[dim], num_ranks)
     sharding = _sharding_of_rows(seqlen, cu_seqlens, num_ranks, load_balance)
     check_num_rows(sharding, rank, x.shape[dim])
-    return _Unshard.apply(x, mesh.get_group(), rank, dim % x.ndim, sharding)
+    return _Unshard.apply(x, mesh.get_all_groups(), rank, dim % x.ndim, sharding)
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group, rank, dim, sharding):
+    def forward(ctx, x, groups, rank, dim, sharding):
         ctx.place = rank, dim, sharding
-        shapes = [(*x.shape[:dim], num_rows, *x.shape[dim + 1 :]) for num_rows in sharding.num_rows]
-        whole = torch.cat(exchange([x for _ in shapes], shapes, group), dim)
-        return sharding.order.take(whole, dim).contiguous()
+        for group in reversed(groups):  # each brings the rows of its ranks together
+            size = dist.get_world_size(group)
+            sharding, teams = in_teams(sharding, sharding.num_ranks // size)
+            rank //= size
+            shapes = [(*x.shape[:dim], num_rows, *x.shape[dim + 1 :]) for num_rows in teams[rank].num_rows]
+            x = teams[rank].order.take(torch.cat(exchange([x for _ in shapes], shapes, group), dim), dim)
+        return x.contiguous()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Any:
         rank, dim, sharding = ctx.place
         return Pieces(sharding.places[rank].chunks).take(gradient, dim), None, None, None, None
+
+
+def check_mesh_dims(mesh: Any) -> tuple[int, int]:
+    """(rank, number of ranks) of a mesh of one dimension, or of two, whose ranks are counted row by row."""
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim == 1:
+        return check_mesh(mesh)
+    if mesh.ndim > 2:
+        fail("mesh", "one or two dimensions", mesh.ndim)
+    if not _is_regular(mesh):
+        fail("mesh", "ranks in ascending order, row by row, as far apart in each row", mesh.mesh.tolist())
+    return mesh.get_local_rank(0) * mesh.size(1) + mesh.get_local_rank(1), mesh.size()
+
+
+@torch.compiler.assume_constant_result
+def _is_regular(mesh):
+    return _has_regular_ranks(mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def _has_regular_ranks(mesh):
+    return are_regular(mesh.mesh.tolist())
+
+
+def are_regular(rows: list[list[int]]) -> bool:
+    """Whether ranks ascend, row by row, and are as far apart in each row."""
+    ranks = [rank for row in rows for rank in row]
+    steps = {tuple(rank - row[0] for rank in row) for row in rows}
+    return len(steps) == 1 and ranks == sorted(ranks)
 
 
 def check_load_balance(load_balance: Any, is_packed: bool) -> str | None:

@@ -5,13 +5,14 @@ alike. `python -m perf parallel` prints them for real models.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from .balance import Chunk, Sharding
+from .balance import Chunk, Sharding, in_teams
 from .gather import keys_seen
 from .local import Mask
 
@@ -43,6 +44,31 @@ class Cluster(NamedTuple):
 H100 = Cluster()
 
 
+class Ranks(NamedTuple):
+    """Of one dimension of a mesh."""
+
+    number: int
+    per_node: int
+
+
+class Inner(NamedTuple):
+    """Ranks that exchange rows for heads, of which each has so many rows at most."""
+
+    ranks: Ranks
+    rows: int
+
+
+class HeadDims(NamedTuple):
+    """Sizes of a row, see Sizes."""
+
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    latent: int | None = None
+    key_flops: int = 0
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of a call. pairs, rows and keys_seen are those of the rank that has most; pairs are (query, key) of one
@@ -51,6 +77,8 @@ class Sizes:
 
     With `latent`, so many numbers of a token travel in place of its keys and values, which each rank computes from them
     with `key_flops` for a token.
+
+    Of a mesh of two dimensions they are those of the first: each of its ranks is all of the second, `inner`.
     """
 
     num_ranks: int
@@ -67,6 +95,7 @@ class Sizes:
     keys_seen: int
     latent: int | None = None
     key_flops: int = 0
+    inner: Inner | None = None
 
     @property
     def others(self) -> int:
@@ -78,11 +107,9 @@ class Sizes:
         """Rows of other nodes."""
         return max(self.seqlen - self.rows * self.ranks_per_node, 0)
 
-    @property
-    def takes_ulysses(self) -> bool:
+    def takes_ulysses(self, ranks: int) -> bool:
         """Whether the heads can be divided among the ranks, see `ulysses.check_heads`. Latent vectors have none."""
-        heads, ranks = self.num_heads_kv, self.num_ranks
-        fit = heads % ranks == 0 or ranks % heads == 0
+        fit = self.num_heads_kv % ranks == 0 or ranks % self.num_heads_kv == 0
         return self.latent is None and self.num_heads_q % ranks == 0 and fit
 
     @property
@@ -117,12 +144,33 @@ class Cost(NamedTuple):
         return self.forward.seconds + self.backward.seconds
 
 
-def sizes_of(k: Tensor, v: Tensor, num_heads_q: int, sharding: Sharding, mask: Mask, group: dist.ProcessGroup) -> Sizes:
-    """Of a call with these rows: the same on all ranks."""
-    nodes = [rank // GPUS_PER_NODE for rank in dist.get_process_group_ranks(group)]
-    per_node = min(map(nodes.count, set(nodes)))
-    heads = num_heads_q, k.shape[1], k.shape[2], v.shape[2]
-    return Sizes(sharding.num_ranks, per_node, sharding.seqlen, *heads, k.dtype.itemsize, *work_of(sharding, mask))
+def sizes_of(
+    head_dims: HeadDims,
+    dtype: torch.dtype,
+    sharding: Sharding,
+    mask: Mask,
+    outer: Ranks,
+    inner: Ranks | None = None,
+) -> Sizes:
+    """Of a call over a mesh of one dimension or two."""
+    *heads, latent, key_flops = head_dims
+    of_inner = None
+    if inner is not None:
+        of_inner = Inner(inner, max(sharding.num_rows))
+        sharding, _ = in_teams(sharding, outer.number)
+    of_call = *outer, sharding.seqlen, *heads, dtype.itemsize
+    return Sizes(*of_call, *work_of(sharding, mask), latent, key_flops, of_inner)
+
+
+_RANKS: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
+
+
+def ranks_of(group: dist.ProcessGroup) -> Ranks:
+    """The same on all ranks of a mesh."""
+    if group not in _RANKS:
+        nodes = [rank // GPUS_PER_NODE for rank in dist.get_process_group_ranks(group)]
+        _RANKS[group] = Ranks(len(nodes), min(map(nodes.count, set(nodes))))
+    return _RANKS[group]
 
 
 @functools.lru_cache(maxsize=256)
@@ -165,17 +213,32 @@ def choose(sizes: Sizes, cluster: Cluster = H100, with_ulysses: bool = True) -> 
 
 
 def costs(sizes: Sizes, cluster: Cluster = H100) -> dict[str, Cost]:
-    """Of each method that can take a call of these sizes."""
+    """Of each method that can take a call of these sizes; over the first dimension of a mesh of two."""
+    if sizes.inner is not None:
+        number = sizes.inner.ranks.number
+        if not sizes.takes_ulysses(number):
+            return {}
+        inside = costs(_of_own_heads(sizes, number), cluster)
+        inside.pop("ulysses", None)
+        return {method: _exchanged(sizes, cluster, sizes.inner, sizes.rows, cost) for method, cost in inside.items()}
     found = {"all_gather": _all_gather(sizes, cluster), "ring": _ring(sizes, cluster)}
-    if sizes.takes_ulysses:
+    if sizes.takes_ulysses(sizes.num_ranks):
         found["ulysses"] = _ulysses(sizes, cluster)
     return found
+
+
+def _of_own_heads(s, num_ranks):
+    """Of a rank's share of the heads."""
+    heads = s.num_heads_q // num_ranks, max(s.num_heads_kv // num_ranks, 1)
+    return replace(s, num_heads_q=heads[0], num_heads_kv=heads[1], inner=None)
 
 
 def _all_gather(s, cluster):
     """The keys arrive, then attention; backward they arrive again, and their gradients leave at the end."""
     keys, sums = s.keys * s.element_size, s.keys * SUMS
-    keys_arrive, sums_leave = (_all_to_all(s, cluster, s.others * size, s.outside * size) for size in (keys, sums))
+    keys_arrive, sums_leave = (
+        _all_to_all(s.num_ranks, cluster, s.others * size, s.outside * size) for size in (keys, sums)
+    )
     forward = max(keys_arrive + _forward(s, cluster, s.pairs), 3 * cluster.launch)
     backward = max(keys_arrive + _backward(s, cluster, s.pairs) + sums_leave, 4 * cluster.launch)
     return Cost(
@@ -206,23 +269,34 @@ def _ring(s, cluster):
 
 
 def _ulysses(s, cluster):
-    """Rows of all heads leave, whole sequences of some arrive; attention; and back. Backward the same."""
-    heads = s.num_heads_q + max(s.num_heads_kv, s.num_ranks)
-    row = heads * (s.head_dim + s.head_dim_v) * s.element_size // s.num_ranks
-    of_lse = s.num_heads_q * SUMS // s.num_ranks
-    size = (s.seqlen - s.rows) * (row + of_lse)
-    # q, k, v, out and lse, one after the other
-    moved = _all_to_all(s, cluster, size, s.outside * (row + of_lse)) + 4 * _all_to_all(s, cluster, 0, 0)
-    pairs, workspace = s.all_pairs / s.num_ranks, 2 * s.seqlen * row
-    forward, backward = (max(moved + attend(s, cluster, pairs), 6 * cluster.launch) for attend in (_forward, _backward))
-    return Cost(Pass(size, forward, workspace), Pass(size, backward, workspace))
+    """Whole sequences of a rank's heads."""
+    own, whole = _of_own_heads(s, s.num_ranks), Inner(Ranks(s.num_ranks, s.ranks_per_node), s.rows)
+    inside = Cost(*(Pass(0, attend(own, cluster, s.all_pairs), 0) for attend in (_forward, _backward)))
+    return _exchanged(s, cluster, whole, s.seqlen, inside)
 
 
-def _all_to_all(s, cluster, size, outside):
+def _exchanged(s, cluster, inner, rows, inside):
+    """Rows of all heads leave, so many rows of some arrive; attention as `inside`; and back. Backward the same."""
+    number, per_node = inner.ranks
+    heads = s.num_heads_q + max(s.num_heads_kv, number)
+    row = heads * (s.head_dim + s.head_dim_v) * s.element_size // number
+    of_lse = s.num_heads_q * SUMS // number
+    size = max(rows - inner.rows, 0) * (row + of_lse)
+    outside = max(rows - inner.rows * per_node, 0) * (row + of_lse)
+    moved = _all_to_all(number, cluster, size, outside) + _all_to_all(number, cluster, 0, 0)  # there and back
+    return Cost(*(_with_exchange(each, cluster, size, moved, 2 * rows * row) for each in inside))
+
+
+def _with_exchange(inside, cluster, size, moved, workspace):
+    seconds = max(moved + inside.seconds, 3 * cluster.launch)
+    return Pass(size + inside.bytes, seconds, workspace + inside.workspace)
+
+
+def _all_to_all(num_ranks, cluster, size, outside):
     """Seconds until so many bytes, of which other nodes send so many, have arrived and are unpacked."""
     outside = min(outside, size)
     links = max(outside / cluster.network_bytes, (size - outside) / cluster.node_bytes)
-    return links + (s.num_ranks - 1) * cluster.message + COPIED * size / cluster.memory_bytes
+    return links + (num_ranks - 1) * cluster.message + COPIED * size / cluster.memory_bytes
 
 
 def _forward(s, cluster, pairs):

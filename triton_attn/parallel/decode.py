@@ -7,10 +7,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.backend import should_check_values
 from .._host.checks import check_per_head, fail
-from .._host.mesh import check_mesh, compare_ranks
+from .._host.mesh import check_mesh
 from .._host.prefix_tree import PrefixTree
 from ..mla import mla_decode
 from ..paged import paged_attention
+from .agreement import agree, compare, digest_of, kind_of, refuse
 from .merging import check_heads, gather_heads, merge_ranks
 
 
@@ -76,10 +77,13 @@ def context_parallel_paged_attention(
     Returns:
         out, and lse with return_lse, as `paged_attention`; of this rank's heads unless they are replicated.
 
-    Raises: as `paged_attention`; with check_values, on every rank: ranks differ in a shape, a dtype, an option, a
-        length or a page. Without check_values the results of such ranks are undefined.
+    Raises: as `paged_attention`; on every rank, ValueError: ranks differ in a shape, a dtype or an option; with
+        check_values also in a length or a page.
 
-    torch.compile traces it, collectives included.
+    A digest of 8 bytes goes to all ranks beside the call, in host memory. On GPUs nothing waits for it: it is looked at
+    before the next call over this mesh, so the error comes one call late, and results until then are undefined.
+
+    torch.compile traces it, collectives included; there nothing is compared.
 
     Example:
         >>> from triton_attn.parallel import context_parallel_paged_attention
@@ -90,7 +94,7 @@ def context_parallel_paged_attention(
         torch.Size([1, 1, 8, 64])
     """
     rank, num_ranks = check_mesh(mesh)
-    _check(q, "q", heads, num_ranks)
+    _check(q, "q", heads, mesh)
     options = dict(
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
@@ -104,11 +108,10 @@ def context_parallel_paged_attention(
         num_splits=num_splits,
         prefix_tree=prefix_tree,
     )
-    if should_check_values(check_values):
-        tensors = dict(q=q, k_cache=k_cache, v_cache=v_cache)
-        others = dict(cache_seqlens=cache_seqlens, block_table=block_table, sinks=sinks)
-        others["prefix_tree"] = None if prefix_tree is None else prefix_tree.memory
-        _compare(mesh, tensors, options | dict(interleave=interleave, heads=heads, **others))
+    others = dict(cache_seqlens=cache_seqlens, block_table=block_table, sinks=sinks)
+    others["prefix_tree"] = None if prefix_tree is None else prefix_tree.memory
+    tensors, caches = dict(q=q), dict(k_cache=k_cache, v_cache=v_cache)
+    _agree(mesh, tensors, caches, options | dict(interleave=interleave, heads=heads, **others), check_values)
     if heads == "sharded":
         q = gather_heads(q, mesh)
     if sinks is not None:
@@ -153,6 +156,7 @@ def context_parallel_mla_decode(
     rope_sin: Tensor | None = None,
     rope_interleaved: bool = False,
     num_splits: int = 0,
+    prefix_tree: PrefixTree | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -178,7 +182,7 @@ def context_parallel_mla_decode(
     Raises: as `mla_decode`, and as `context_parallel_paged_attention`; NotImplementedError: rope_cos with sharded
         heads.
 
-    torch.compile traces it, collectives included.
+    torch.compile traces it, collectives included; there nothing is compared.
 
     Example:
         >>> from triton_attn.parallel import context_parallel_mla_decode
@@ -189,7 +193,7 @@ def context_parallel_mla_decode(
         torch.Size([1, 1, 16, 512])
     """
     rank, num_ranks = check_mesh(mesh)
-    _check(q_nope, "q_nope", heads, num_ranks)
+    _check(q_nope, "q_nope", heads, mesh)
     options = dict(
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
@@ -201,11 +205,13 @@ def context_parallel_mla_decode(
         rope_sin=rope_sin,
         rope_interleaved=rope_interleaved,
         num_splits=num_splits,
+        prefix_tree=prefix_tree,
     )
-    if should_check_values(check_values):
-        tensors = dict(q_nope=q_nope, q_pe=q_pe, latent_cache=latent_cache, w_uk=w_uk, w_uv=w_uv, rope_cache=rope_cache)
-        others = dict(cache_seqlens=cache_seqlens, block_table=block_table)
-        _compare(mesh, tensors, dict(options, interleave=interleave, heads=heads, **others))
+    others = dict(cache_seqlens=cache_seqlens, block_table=block_table)
+    others["prefix_tree"] = None if prefix_tree is None else prefix_tree.memory
+    tensors = dict(q_nope=q_nope, q_pe=q_pe, w_uk=w_uk, w_uv=w_uv)
+    caches = dict(latent_cache=latent_cache, rope_cache=rope_cache)
+    _agree(mesh, tensors, caches, options | dict(interleave=interleave, heads=heads, **others), check_values)
     projection = None
     if heads == "sharded":
         q_nope, q_pe, options["softmax_scale"] = _absorb(q_nope, q_pe, w_uk, softmax_scale, rope_cos, mesh)
@@ -241,15 +247,35 @@ def _absorb(q_nope, q_pe, w_uk, softmax_scale, rope_cos, mesh):
     return *q.split([q_nope.shape[-1], q_pe.shape[-1]], dim=-1), softmax_scale
 
 
-def _check(q, name, heads, num_ranks):
-    if not isinstance(q, Tensor) or q.ndim not in (3, 4):
-        got = f"shape {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
-        fail(name, "a tensor (batch, seqlen_q, heads, dim), or (total_q, heads, dim) with cu_seqlens_q", got, TypeError)
-    check_heads(heads, q.shape[-2], num_ranks)
+def _check(q, name, heads, mesh):
+    """What must hold before ranks can compare their calls."""
+    try:
+        if not isinstance(q, Tensor) or q.ndim not in (3, 4):
+            got = f"shape {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
+            wanted = "a tensor (batch, seqlen_q, heads, dim), or (total_q, heads, dim) with cu_seqlens_q"
+            fail(name, wanted, got, TypeError)
+        check_heads(heads, q.shape[-2], mesh.size())
+    except (TypeError, ValueError) as error:
+        if not torch.compiler.is_compiling():
+            refuse(mesh.get_group(), error)
+        raise
 
 
-def _compare(mesh, tensors, values):
-    """Raise on every rank if ranks differ in a shape or dtype of tensors, or in values."""
-    shapes = {name: None if x is None else (tuple(x.shape), x.dtype) for name, x in tensors.items()}
-    values = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in values.items()}
-    compare_ranks(shapes | values, mesh.get_group())
+def _agree(mesh, tensors, caches, values, check_values):
+    """Find out whether all ranks make the same call, see agreement.py. Caches may have pages for more sequences on one
+    rank than on another. With check_values the elements of `values` are compared at once, those of tensors too.
+    """
+    if torch.compiler.is_compiling():
+        return
+    kinds = {name: kind_of(x) for name, x in tensors.items()}
+    kinds |= {name: _kind_of_pages(x) for name, x in caches.items()}
+    if should_check_values(check_values):
+        values_of = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in values.items()}
+        compare(kinds | values_of, mesh.get_group())
+    if mesh.size() > 1:
+        kinds |= {name: kind_of(x) for name, x in values.items()}
+        agree(mesh.get_group(), kinds, digest_of(kinds), next(iter(tensors.values())).device)
+
+
+def _kind_of_pages(x):
+    return (tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else x

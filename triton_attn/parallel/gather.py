@@ -1,11 +1,13 @@
-"""Method "all_gather": each rank fetches the keys and values that its queries see, and attends to them at once.
+"""Method "all_gather": each rank fetches the keys that its queries see, and attends to them at once.
 
-A rank sends a key only to ranks whose queries see it; under a window these are its neighbours. Keys and values are
-fetched again in the backward pass. Between the passes a rank holds only its own rows.
+Keys are what travels for them: keys and values, or latent vectors.
+
+A rank sends a key only to ranks whose queries see it; under a window these are its neighbours. They are fetched again
+in the backward pass. Between the passes a rank holds only its own rows.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,41 +15,37 @@ from torch import Tensor
 from .balance import Chunk, Pieces, Place, Sharding, overlaps
 from .exchange import exchange_rows
 from .local import (
+    Gradients,
     Mask,
     Pair,
     Part,
     Problem,
     Rows,
+    Sums,
     attend_once,
     copies,
     dtype_of_sums,
-    gradients_of,
-    join_heads,
+    join,
     parts_of,
-    results_of,
-    split_heads,
+    split,
 )
 
 
 def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
     """out and lse of this rank's rows."""
-    k, v = split_heads(_fetch(problem, rows), rows.k, rows.v)
-    return attend_once(problem, _parts(problem.sharding, problem.mask, problem.rank), rows._replace(k=k, v=v))
+    given = rows.with_keys(_fetch(problem, rows))
+    return attend_once(problem, _parts(problem.sharding, problem.mask, problem.rank), given)
 
 
-def backward(problem: Problem, rows: Rows, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple:
-    """Gradients of the rows and, of the sinks, this rank's part."""
+def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
+    """Gradients of the rows and, of the parameters, this rank's part; results are dout, dlse, out and lse."""
     fetched = _fetch(problem, rows)
-    results, dsinks = results_of(problem.num_queries, dout, dlse, out, lse, rows.sinks)
-    totals = torch.zeros_like(fetched, dtype=dtype_of_sums(fetched))
-    dq = torch.zeros_like(rows.q, memory_format=torch.contiguous_format)
-    given = rows._replace(**dict(zip("kv", split_heads(fetched, rows.k, rows.v))))
+    sums = Sums(problem, rows, results, rows.queries[0].dtype)
+    of_keys = torch.zeros_like(fetched, dtype=dtype_of_sums(fetched))
+    given = rows.with_keys(fetched)
     for part in _parts(problem.sharding, problem.mask, problem.rank):
-        places = dq[part.queries.rows], *(x[part.keys.rows] for x in split_heads(totals, rows.k, rows.v))
-        for total, gradient in zip(places, gradients_of(problem, part, results, given)):
-            total += gradient
-    dk, dv = _return(problem, totals, rows)
-    return dq, dk, dv, dsinks
+        sums.add(part, given, of_keys)
+    return sums.queries, _return(problem, of_keys, rows), sums.parameters
 
 
 class Route(NamedTuple):
@@ -116,17 +114,17 @@ def _parts(sharding: Sharding, mask: Mask, rank: int) -> tuple[Part, ...]:
 
 
 def _fetch(problem: Problem, rows: Rows) -> Tensor:
-    """The keys and values that this rank's queries see, in order and as `join_heads` joins them."""
+    """The keys that this rank's queries see, in order and as `join` joins them."""
     route = _route(problem.sharding, problem.mask, problem.rank)
-    sent = route.sent.take(join_heads(rows.k, rows.v))
+    sent = route.sent.take(join(rows.keys))
     return route.in_order.take(exchange_rows(sent, route.num_sent, route.num_received, problem.group))
 
 
 def _return(problem: Problem, totals: Tensor, rows: Rows) -> list[Tensor]:
-    """Gradients of this rank's keys and values: the sums over the ranks, in fp32 and in the order of the ranks."""
+    """Gradients of this rank's keys: the sums over the ranks, in fp32 and in the order of the ranks."""
     route = _route(problem.sharding, problem.mask, problem.rank)
     gradients = exchange_rows(route.as_received.take(totals), route.num_received, route.num_sent, problem.group)
-    sums = totals.new_zeros((rows.k.shape[0], totals.shape[1]))
+    sums = totals.new_zeros((rows.keys[0].shape[0], totals.shape[1]))
     for pieces, part in zip(route.sent_to, gradients.split(route.num_sent)):
         pieces.add_to(sums, part)
-    return copies(split_heads(sums, rows.k, rows.v), rows.k.dtype)
+    return copies(split(sums, rows.keys), rows.keys[0].dtype)

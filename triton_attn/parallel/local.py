@@ -4,23 +4,25 @@ import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..flash import forward_pass, gradients_pass, row_sums_pass
+from ..flash import row_sums_pass
 from .balance import Chunk, Segment, Sharding, on_device
 
 
 class Rows(NamedTuple):
-    """Rows of queries, and of keys and values, (rows, heads, dim), and the sinks."""
+    """Tensors (rows, ...) of queries, and of keys, which are what travels between ranks."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    sinks: Tensor | None
+    queries: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+
+    def with_keys(self, joined_keys: Tensor) -> "Rows":
+        """With the keys of a tensor of `join`."""
+        return self._replace(keys=split(joined_keys, self.keys))
 
 
 class Results(NamedTuple):
@@ -29,6 +31,9 @@ class Results(NamedTuple):
     dout: Tensor
     lse: Tensor
     minus_delta: Tensor
+
+
+Gradients = tuple[list[Tensor], list[Tensor], list[Tensor]]  # of queries, of keys, and of parameters
 
 
 class Mask(NamedTuple):
@@ -58,15 +63,38 @@ class Mask(NamedTuple):
         return Chunk(start, document.end if self.right < 0 else min(queries.end + self.right, document.end))
 
 
+class Attention(Protocol):
+    """What a rank computes of a part of a call, and the parameters with which it does.
+
+    Implemented by `HeadAttention` and `LatentAttention`.
+    """
+
+    @property
+    def head_dim_v(self) -> int: ...
+
+    @property
+    def sinks(self) -> Tensor | None: ...
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The others, to whose gradients every part adds."""
+        ...
+
+    def forward(self, part: "Part", rows: Rows, out: Tensor | None = None, with_sinks: bool = True) -> Any:
+        """(out, lse) of the part's queries over its keys; into `out` if it is given."""
+        ...
+
+    def gradients(self, part: "Part", results: Results, rows: Rows) -> Gradients:
+        """The part's share of those of its queries, of its keys, and of the parameters, in the order of the tensors."""
+        ...
+
+
 class Problem(NamedTuple):
     """A call as all ranks know it, and which of them this is."""
 
     sharding: Sharding
     mask: Mask
-    options: dict[str, Any]  # softmax_scale, softcap, alibi_slopes, dropout_p and dropout_seed of flash_attention
-    deterministic: bool
-    num_heads: int  # of the queries
-    num_heads_kv: int
+    attention: Any  # an Attention
     group: dist.ProcessGroup
     rank: int
 
@@ -141,6 +169,21 @@ class Part:
     def _tensors(self) -> dict[Any, Tensor]:
         return {}
 
+    def take(self, rows: Rows) -> list[Tensor]:
+        """Its queries and its keys, with a batch of one sequence if it is dense."""
+        taken = [x[self.queries.rows] for x in rows.queries] + [x[self.keys.rows] for x in rows.keys]
+        return [x[None] for x in taken] if self.is_dense else taken
+
+    def results(self, results: Results) -> list[Tensor]:
+        """Those of its queries, in the same form."""
+        dout, *of_rows = results
+        taken = [dout[self.queries.rows], *(x[:, self.queries.rows] for x in of_rows)]
+        return [x[None] for x in taken] if self.is_dense else taken
+
+    def give(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What was computed of them, without the batch."""
+        return [x[0] for x in tensors] if self.is_dense else list(tensors)
+
     def _tensor(self, device, name, values_of, *args):
         """values_of(*args) in int32 on the device, made and copied once."""
         key = device, name, args
@@ -209,54 +252,23 @@ def _part_of(pairs, mask):
     return Part(queries, keys, tuple(entries), window, needs_positions)
 
 
-def forward_of(problem: Problem, part: Part, rows: Rows, out: Tensor | None = None, first_head: int = 0) -> Any:
-    """(out, lse) of the part's queries over its keys; into `out` if it is given. first_head: q's, among all."""
-    q, k, v = _rows_of(part, rows)
-    out = q.new_empty((*q.shape[:-1], v.shape[-1])) if out is None else out[None] if part.is_dense else out
-    options = _options(problem, part, q.device, first_head)
-    lse = forward_pass(q, k, v, part.lengths(q.device), out=out, sinks=rows.sinks, **options)
-    return (out[0], lse[0]) if part.is_dense else (out, lse)
+def no_results(problem: Problem, rows: Rows, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """out, in the dtype of the queries or another, and lse of queries that have seen no key."""
+    q = rows.queries[0]
+    out = q.new_zeros((*q.shape[:-1], problem.attention.head_dim_v), dtype=dtype)
+    return out, torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype_of_sums(q), device=q.device)
 
 
-def gradients_of(problem: Problem, part: Part, results: Results, rows: Rows, first_head: int = 0) -> list[Tensor]:
-    """The part's share of dq, of its queries, and of dk and dv, of its keys."""
-    q, k, v = _rows_of(part, rows)
-    dout, lse, minus_delta = results
-    given = dout[part.queries.rows], lse[:, part.queries.rows], minus_delta[:, part.queries.rows]
-    if part.is_dense:
-        given = [x[None] for x in given]
-    options = _options(problem, part, q.device, first_head) | dict(deterministic=problem.deterministic)
-    gradients = gradients_pass(*given, q, k, v, part.lengths(q.device), **options)
-    return [x[0] if part.is_dense else x for x in gradients]
-
-
-def _rows_of(part, rows):
-    given = rows.q[part.queries.rows], rows.k[part.keys.rows], rows.v[part.keys.rows]
-    return [x[None] if part.is_dense else x for x in given]
-
-
-def _options(problem, part, device, first_head):
-    options = problem.options | dict(window_size=part.window)
-    if part.needs_positions:
-        options["shard"] = part.shard(device, problem.num_heads, first_head)
-    slopes = options["alibi_slopes"]
-    if slopes is not None and slopes.ndim == 2:
-        options["alibi_slopes"] = slopes.index_select(0, part.documents(device))
-    return options
-
-
-def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows, first_head: int = 0) -> tuple[Tensor, Tensor]:
-    """out and lse of all rows of q, whose keys are in one part each."""
-    q, v = rows.q, rows.v
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype_of_sums(q), device=q.device)
+def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows) -> tuple[Tensor, Tensor]:
+    """out and lse of all queries, whose keys are in one part each."""
+    out, lse = no_results(problem, rows)
     end = 0
     for part in parts:
         own_out, own_lse = out[part.queries.rows], lse[:, part.queries.rows]
         if part.queries.start >= end:
-            own_lse.copy_(forward_of(problem, part, rows, own_out, first_head)[1])
+            own_lse.copy_(problem.attention.forward(part, rows, own_out)[1])
         else:  # Queries of other parts lie between those of this one. Their out is 0, and their lse no key's.
-            of_part = forward_of(problem, part, rows, None, first_head)
+            of_part = problem.attention.forward(part, rows)
             own_out += of_part[0]
             torch.maximum(own_lse, of_part[1], out=own_lse)
         end = max(end, part.queries.end)
@@ -264,14 +276,38 @@ def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows, first_head:
 
 
 def results_of(
-    num_queries: int, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
+    problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Results, Tensor | None]:
-    """(Results, dsinks), computed once for all keys. The rows after the first num_queries belong to no document."""
-    queries = slice(num_queries)
+    """(Results, gradient of the sinks), computed once for all keys. Rows that belong to no document are left out."""
+    queries = slice(problem.num_queries)
     lse = lse[:, queries].contiguous()
     dlse = None if dlse is None else dlse[:, queries]
-    minus_delta, dsinks = row_sums_pass(dout[queries], dlse, out[queries], lse, sinks)
+    minus_delta, dsinks = row_sums_pass(dout[queries], dlse, out[queries], lse, problem.attention.sinks)
     return Results(dout, lse, minus_delta), dsinks
+
+
+class Sums:
+    """Gradients to which the parts of a backward pass add: of queries in some dtype, of parameters in that of sums; and
+    those of sinks."""
+
+    def __init__(self, problem: Problem, rows: Rows, results: tuple[Any, ...], dtype_of_queries: torch.dtype):
+        self._attention = problem.attention
+        self._results, dsinks = results_of(problem, *results)
+        self.queries = _zeros(rows.queries, dtype_of_queries)
+        self.parameters = _zeros(self._attention.parameters, dtype_of_sums(rows.queries[0]))
+        self.parameters += [] if dsinks is None else [dsinks]
+
+    def add(self, part: Part, rows: Rows, of_keys: Tensor) -> None:
+        """Those of a part; of_keys are sums of all keys of `rows`."""
+        totals = [x[part.queries.rows] for x in self.queries], split(of_keys[part.keys.rows], rows.keys)
+        found = self._attention.gradients(part, self._results, rows)
+        for of_kind, parts in zip((*totals, self.parameters), found):
+            for total, gradient in zip(of_kind, parts):
+                total += gradient
+
+
+def _zeros(tensors, dtype):
+    return [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in tensors]
 
 
 def dtype_of_sums(x: Tensor) -> torch.dtype:
@@ -279,15 +315,16 @@ def dtype_of_sums(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def join_heads(k: Tensor, v: Tensor) -> Tensor:
-    """(rows, elements of a key and its value): what travels."""
-    return torch.cat([k.flatten(1), v.flatten(1)], 1)
+def join(tensors: tuple[Tensor, ...]) -> Tensor:
+    """(rows, elements of a row of all of them)"""
+    return torch.cat([x.flatten(1) for x in tensors], 1)
 
 
-def split_heads(joined: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of `join_heads`, with the heads and dims of k and v."""
-    keys, values = joined.split([k.shape[1:].numel(), v.shape[1:].numel()], 1)
-    return keys.unflatten(1, k.shape[1:]), values.unflatten(1, v.shape[1:])
+def split(joined: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Views of what `join` has joined, with the shapes that rows of other tensors have."""
+    shapes = [x.shape[1:] for x in like]
+    parts = joined.split([shape.numel() for shape in shapes], 1)
+    return tuple(x.unflatten(1, shape) if len(shape) > 1 else x for x, shape in zip(parts, shapes))
 
 
 def copies(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -1,4 +1,6 @@
-"""Method "ring": keys and values go round from rank to rank, and each rank attends to those that it has at the moment.
+"""Method "ring": keys go round from rank to rank, and each rank attends to those that it has at the moment.
+
+Keys are what travels for them: keys and values, or latent vectors.
 
 A rank receives the next block while it attends to this one, so it holds two blocks. The results of a row over all
 blocks are merged by their log-sum-exps in fp32. In the backward pass the fp32 gradients of a block go round with it.
@@ -9,6 +11,7 @@ Source: Liu et al., Ring Attention with Blockwise Transformers (2023), arXiv:231
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,66 +19,62 @@ from torch import Tensor
 from .balance import Chunk, Segment, Sharding
 from .exchange import Shift
 from .local import (
+    Gradients,
     Mask,
     Pair,
     Part,
     Problem,
     Rows,
+    Sums,
     copies,
     dtype_of_sums,
-    forward_of,
-    gradients_of,
-    join_heads,
+    join,
+    no_results,
     parts_of,
-    results_of,
-    split_heads,
+    split,
 )
 
 
 def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
     """out and lse of this rank's rows."""
-    q, v = rows.q, rows.v
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype_of_sums(q))
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=out.dtype, device=q.device)
+    dtype = rows.queries[0].dtype
+    out, lse = no_results(problem, rows, dtype_of_sums(rows.queries[0]))
     for source, block in _round(problem, rows):
+        given = rows.with_keys(block)
         for i, part in enumerate(_parts(problem.sharding, problem.mask, problem.rank, source)):
-            has_sinks = source == problem.rank and i == 0  # all queries are in this part
-            given = _with_keys(rows, block)._replace(sinks=rows.sinks if has_sinks else None)
-            results = forward_of(problem, part, given)
+            is_first = source == problem.rank and i == 0  # all queries are in this part
+            results = problem.attention.forward(part, given, with_sinks=is_first)
             own = out[part.queries.rows], lse[:, part.queries.rows]
-            if has_sinks:
+            if is_first:
                 for total, result in zip(own, results):
                     total.copy_(result)
             else:
                 _merge(*own, *results)
-    return out.to(q.dtype), lse
+    return out.to(dtype), lse
 
 
-def backward(problem: Problem, rows: Rows, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple:
-    """Gradients of the rows and, of the sinks, this rank's part."""
-    results, dsinks = results_of(problem.num_queries, dout, dlse, out, lse, rows.sinks)
-    dq = torch.zeros_like(rows.q, dtype=dtype_of_sums(rows.q), memory_format=torch.contiguous_format)
-    arriving = None
+def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
+    """Gradients of the rows and, of the parameters, this rank's part; results are dout, dlse, out and lse."""
+    dtype = dtype_of_sums(rows.queries[0])
+    sums, arriving = Sums(problem, rows, results, dtype), None
     for source, block in _round(problem, rows):
-        given, gradients = _with_keys(rows, block), torch.zeros_like(block, dtype=dq.dtype)
+        given, of_keys = rows.with_keys(block), torch.zeros_like(block, dtype=dtype)
         for part in _parts(problem.sharding, problem.mask, problem.rank, source):
-            of_keys = (x[part.keys.rows] for x in split_heads(gradients, rows.k, rows.v))
-            for total, gradient in zip((dq[part.queries.rows], *of_keys), gradients_of(problem, part, results, given)):
-                total += gradient
+            sums.add(part, given, of_keys)
         if arriving is not None:
-            gradients += arriving.wait()
-        arriving = Shift(gradients, problem.group)
-    own = arriving.wait()[: rows.k.shape[0]]  # type: ignore[union-attr]
-    dk, dv = copies(split_heads(own, rows.k, rows.v), rows.k.dtype)
-    return dq.to(rows.q.dtype), dk, dv, dsinks
+            of_keys += arriving.wait()
+        arriving = Shift(of_keys, problem.group)
+    own = arriving.wait()[: rows.keys[0].shape[0]]  # type: ignore[union-attr]
+    of_queries = [x.to(rows.queries[0].dtype) for x in sums.queries]
+    return of_queries, copies(split(own, rows.keys), rows.keys[0].dtype), sums.parameters
 
 
 def _round(problem: Problem, rows: Rows) -> Iterator[tuple[int, Tensor]]:
     """(owner, block) of all blocks, this rank's first; the next is on its way while one is in use.
 
-    A block has the rows that `join_heads` makes, and room for those of any rank.
+    A block has the rows that `join` makes, and room for those of any rank.
     """
-    block = join_heads(rows.k, rows.v)
+    block = join(rows.keys)
     most = max(problem.sharding.num_rows)
     if most > block.shape[0]:
         block = torch.cat([block, block.new_zeros((most - block.shape[0], block.shape[1]))])
@@ -83,11 +82,6 @@ def _round(problem: Problem, rows: Rows) -> Iterator[tuple[int, Tensor]]:
         shift = Shift(block, problem.group) if step + 1 < len(problem.ranks) else None
         yield (problem.rank - step) % len(problem.ranks), block
         block = shift.wait() if shift else block
-
-
-def _with_keys(rows, block):
-    k, v = split_heads(block, rows.k, rows.v)
-    return rows._replace(k=k, v=v)
 
 
 @functools.lru_cache(maxsize=512)

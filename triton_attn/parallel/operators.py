@@ -1,0 +1,369 @@
+"""Context parallelism as torch operators: autograd, checkpoints and torch.compile see one operator, and no collective.
+
+A call that nothing observes makes do without them.
+"""
+
+import abc
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.nn.functional import pad
+
+from .._host.observers import is_observed, refuse_transforms
+from . import gather, ring, ulysses, whole
+from .agreement import agree, compare, digest_of, group_of_mesh, kind_of, refuse, settle, values_of
+from .balance import (
+    Sharding,
+    bounds_of,
+    check_num_rows,
+    in_teams,
+    rows_at_most,
+    rows_of_rank,
+    sharding_of,
+    sharding_of_batch,
+)
+from .cost import HeadDims, choose, ranks_of, sizes_of
+from .local import Attention, Mask, Problem, Rows, dtype_of_sums
+
+
+class Settings(NamedTuple):
+    """The arguments of a call that are no tensors, checked."""
+
+    batch: int | None  # sequences of one length; None: packed documents
+    seqlen: int  # of each of them, or rows of the whole packed batch
+    load_balance: str | None
+    group: str  # the name of a process group
+    inner: str | None  # of that of the mesh's second dimension, over which heads are exchanged; None: there is one
+    method: str  # over the first dimension
+    check_values: bool
+    options: Any  # those of a kind of attention
+
+
+_SETTINGS = "SymInt? batch, SymInt seqlen, str? load_balance, str group, str? inner, str method, bool check_values"
+
+
+class Kind(abc.ABC):
+    """A kind of attention, as operators see it.
+
+    Inputs are a NamedTuple of tensors: with rows, of num_queries of queries and then of keys; then parameters, which
+    have gradients and no rows; then others, of which cu_seqlens is the last. Schemas are those of torch operators.
+    head_dims are ints, of which the first is the number of heads and the last that of elements of a head of out.
+    """
+
+    name: str
+    inputs: Any
+    options: Any
+    num_queries: int
+    num_rows: int
+    num_parameters: int
+    inputs_schema: str
+    options_schema: str
+    operator: Any = None  # after `register`
+
+    @abc.abstractmethod
+    def head_dims(self, inputs: Any) -> tuple[int, ...]: ...
+
+    @abc.abstractmethod
+    def shapes_of_rows(self, head_dims: Any) -> list[tuple[int, ...]]:
+        """Of one row of each tensor that has rows."""
+
+    @abc.abstractmethod
+    def costs_of(self, head_dims: Any) -> HeadDims:
+        """What the cost model has to know."""
+
+    @abc.abstractmethod
+    def mask(self, others: Any, options: Any) -> Mask:
+        """others are the tensors without rows."""
+
+    @abc.abstractmethod
+    def attention(self, others: Any, options: Any, head_dims: Any) -> Attention: ...
+
+    @abc.abstractmethod
+    def check(self, sharding: Sharding, inputs: Any, settings: Settings, mesh_shape: tuple[int, ...]) -> None:
+        """Raise for what this kind cannot do over these ranks."""
+
+    @abc.abstractmethod
+    def described(self, options: Any) -> dict[str, Any]:
+        """The options by their names for users, as far as ranks must agree on them."""
+
+    def arguments(self, inputs: Any, settings: Settings) -> tuple[Any, ...]:
+        """Of the operator."""
+        return *inputs, *settings[:-1], *settings.options
+
+    def inputs_of(self, arguments: Any) -> Any:
+        return self.inputs(*arguments[: len(self.inputs._fields)])
+
+    def settings_of(self, arguments: Any) -> Settings:
+        """From the last of an operator's arguments."""
+        number = len(self.options._fields)
+        placing = arguments[-number - len(Settings._fields) + 1 : -number]
+        return Settings(*placing, self.options(*arguments[-number:]))
+
+
+class _Groups(NamedTuple):
+    """Of the dimensions of a mesh, which this rank is in."""
+
+    outer: dist.ProcessGroup
+    inner: dist.ProcessGroup | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(dist.get_world_size(group) for group in self if group is not None)
+
+    @property
+    def rank(self) -> int:
+        rank = dist.get_rank(self.outer)
+        return rank if self.inner is None else rank * self.shape[1] + dist.get_rank(self.inner)
+
+    @property
+    def whole(self) -> dist.ProcessGroup:
+        return group_of_mesh(*self)
+
+
+def _groups_of(settings: Settings) -> _Groups:
+    names: Any = settings.group, settings.inner
+    return _Groups(*(None if name is None else _resolve_process_group(name) for name in names))
+
+
+def attend(kind: Kind, inputs: Any, settings: Settings) -> tuple[Tensor, Tensor]:
+    """out and lse. A call that is traced or differentiated goes through an operator."""
+    if settings.method == "auto" and not torch.compiler.is_compiling():
+        settings = _with_method(kind, inputs, settings)
+    tensors = dict(zip(kind.inputs._fields[:-1], inputs))
+    if not is_observed(*tensors.values()):
+        return _compute(kind, inputs, settings)[:2]
+    refuse_transforms(**tensors)
+    return kind.operator(*kind.arguments(inputs, settings))[:2]
+
+
+def _compute(kind, inputs, settings):
+    """out, lse, and what the backward pass of Ulysses needs."""
+    groups, head_dims, others = _groups_of(settings), kind.head_dims(inputs), inputs[kind.num_rows :]
+    sharding = _checked_sharding(kind, inputs, settings, groups)
+    if sharding.num_ranks > 1:
+        _agree(kind, sharding, inputs, settings, groups)
+    settings = _with_choice(kind, sharding, settings, head_dims, inputs[0].dtype, others, with_ulysses=False)
+    problem, method, exchange = _problem_of(kind, sharding, settings, head_dims, others, groups)
+    rows = _rows_of(kind, inputs)
+    if exchange is None:
+        return *method.forward(problem, rows), []
+    return ulysses.forward(problem, rows, exchange)
+
+
+def _rows_of(kind, tensors):
+    return Rows(tuple(tensors[: kind.num_queries]), tuple(tensors[kind.num_queries : kind.num_rows]))
+
+
+def _with_method(kind, inputs, settings):
+    """The settings with the method that "auto" takes, which is the same on all ranks."""
+    sharding, others = _checked_sharding(kind, inputs, settings, _groups_of(settings)), inputs[kind.num_rows :]
+    return _with_choice(kind, sharding, settings, kind.head_dims(inputs), inputs[0].dtype, others)
+
+
+def _with_choice(kind, sharding, settings, head_dims, dtype, others, with_ulysses=True):
+    """Settings without "auto". A compiled graph chooses at run time without ulysses: it had to know the sizes of what
+    that keeps before."""
+    if settings.method != "auto":
+        return settings
+    mask = kind.mask(others, settings.options)
+    ranks = (ranks_of(group) for group in _groups_of(settings) if group is not None)
+    sizes = sizes_of(kind.costs_of(head_dims), dtype, sharding, mask, *ranks)
+    return settings._replace(method=choose(sizes, with_ulysses=with_ulysses))
+
+
+def _num_kept(settings, cu_seqlens):
+    """Rows of the tensors that Ulysses keeps: those that the ranks of the inner dimension have together, or with
+    per_document, where these depend on values of cu_seqlens, a bound."""
+    outer, inner = _groups_of(settings)
+    seqlen, batch = settings.seqlen, 1 if settings.batch is None else settings.batch
+    if inner is None:
+        return seqlen * batch
+    if settings.load_balance == "per_document":
+        return rows_at_most(seqlen, dist.get_world_size(outer), cu_seqlens.shape[0])
+    place = dist.get_rank(outer), dist.get_world_size(outer)
+    return batch * rows_of_rank(seqlen, *place, settings.load_balance is not None)
+
+
+def _sharding(cu_seqlens, settings, num_ranks):
+    if settings.batch is None:
+        bounds = bounds_of(cu_seqlens, settings.seqlen)
+        return sharding_of(bounds, settings.seqlen, num_ranks, settings.load_balance)
+    return sharding_of_batch(settings.batch, settings.seqlen, num_ranks, settings.load_balance)
+
+
+def _checked_sharding(kind, inputs, settings, groups):
+    """The Sharding. Raises where this rank's tensors do not suit it, and tells the other ranks."""
+    num_ranks = math.prod(groups.shape)
+    try:
+        sharding = _sharding(inputs.cu_seqlens, settings, num_ranks)
+        batch = 1 if settings.batch is None else settings.batch
+        check_num_rows(sharding, groups.rank, inputs[0].shape[0] // max(batch, 1), batch)
+        kind.check(sharding, inputs, settings, groups.shape)
+    except (TypeError, ValueError) as error:
+        refuse(groups.whole, error)
+        raise
+    return sharding
+
+
+def _problem_of(kind, sharding, settings, head_dims, others, groups):
+    """(Problem, module of the method, ulysses.Exchange or None). The Problem is that of the method, so with an Exchange
+    of a mesh's first dimension, whose ranks are all of the second together."""
+    outer, inner, exchange = *groups, None
+    method, rank = {"all_gather": gather, "ring": ring, "ulysses": whole}[settings.method], dist.get_rank(outer)
+    if inner is not None or method is whole:
+        number, rank = (1, 0) if inner is None else (groups.shape[0], rank)
+        sharding, teams = in_teams(sharding, number)
+        of_heads = outer if inner is None else inner
+        exchange = ulysses.Exchange(of_heads, dist.get_rank(of_heads), teams[rank], method)
+    options = settings.options
+    attention = kind.attention(others, options, head_dims)
+    return Problem(sharding, kind.mask(others, options), attention, outer, rank), method, exchange
+
+
+def _agree(kind, sharding, inputs, settings, groups):
+    """Find out whether all ranks make the same call, see agreement.py."""
+    names, number = kind.inputs._fields, kind.num_rows
+    kinds = [(tuple(x.shape[1:]), x.dtype) for x in inputs[:number]] + [kind_of(x) for x in inputs[number:-1]]
+    description, digest = _described(kind, sharding, settings, tuple(kinds), groups.shape)
+    if settings.check_values:
+        values = ((name, x) for name, x in zip(names[number:-1], inputs[number:-1]) if x is not None)
+        compare(description | {name: values_of(x) for name, x in values}, groups.whole)
+    agree(groups.whole, description, digest, inputs[0].device)
+
+
+@functools.lru_cache(maxsize=256)
+def _described(kind, sharding, settings, kinds, mesh_shape):
+    """(description, digest) of a call."""
+    description = dict(attention=kind.name, batch=settings.batch, seqlen=settings.seqlen)
+    description |= dict(load_balance=settings.load_balance, **dict(zip(kind.inputs._fields, kinds)))
+    description |= kind.described(settings.options) | dict(mesh=mesh_shape)
+    if settings.batch is None:
+        description["cu_seqlens"] = sharding.bounds
+    description["method"] = settings.method  # last: "auto" follows from the others
+    return description, digest_of(description)
+
+
+def register(kind: Kind) -> Kind:
+    """Make the operators of a kind of attention."""
+    of_others = ", ".join(kind.inputs_schema.split(", ")[kind.num_rows :])
+    settings = f"{_SETTINGS}, {kind.options_schema}"
+    gradients = ", ".join(["Tensor"] * (kind.num_rows + kind.num_parameters))
+    forward = torch.library.custom_op(
+        f"triton_attn::{kind.name}",
+        functools.partial(_compute_as_told, kind),
+        mutates_args=(),
+        schema=f"({kind.inputs_schema}, {settings}) -> (Tensor, Tensor, Tensor[])",
+    )
+    backward = torch.library.custom_op(
+        f"triton_attn::{kind.name}_backward",
+        functools.partial(_compute_gradients, kind),
+        mutates_args=(),
+        schema=(
+            f"(Tensor dout, Tensor? dlse, Tensor[] kept, {of_others}, SymInt[] head_dims, {settings}) -> ({gradients})"
+        ),
+    )
+    forward.register_fake(functools.partial(_fake, kind))
+    backward.register_fake(functools.partial(_fake_gradients, kind))
+    forward.register_autograd(
+        functools.partial(_backward, kind, backward), setup_context=functools.partial(_setup_context, kind)
+    )
+    backward.register_autograd(_second_backward)
+    kind.operator = forward
+    return kind
+
+
+def _compute_as_told(kind, *args):
+    """What Ulysses keeps has the rows that the fake kernel says."""
+    inputs, settings = kind.inputs_of(args), kind.settings_of(args)
+    out, lse, kept = _compute(kind, inputs, settings)
+    if kept:
+        joined, out_of_heads, lse_of_heads = kept
+        missing = _num_kept(settings, inputs.cu_seqlens) - joined.shape[0]
+        if missing:
+            kept = [pad(joined, (0, 0, 0, missing)), pad(out_of_heads, (0, 0, 0, 0, 0, missing))]
+            kept.append(pad(lse_of_heads, (0, missing)))
+    return out, lse, kept
+
+
+def _fake(kind, *args):
+    inputs, settings = kind.inputs_of(args), kind.settings_of(args)
+    like, head_dims = inputs[0], kind.head_dims(inputs)
+    num_rows, num_heads, head_dim_v = like.shape[0], head_dims[0], head_dims[-1]
+    dtype, kept = dtype_of_sums(like), []
+    if settings.method == "ulysses" or settings.inner is not None:
+        num_ranks = _groups_of(settings).shape[-1]
+        heads, heads_kv = num_heads // num_ranks, max(head_dims[1] // num_ranks, 1)
+        seqlen = _num_kept(settings, inputs.cu_seqlens)
+        num_elements = heads * head_dims[2] + heads_kv * (head_dims[2] + head_dim_v)
+        shapes = (seqlen, num_elements), (seqlen, heads, head_dim_v), (heads, seqlen)
+        dtypes = like.dtype, like.dtype, dtype
+        kept = [like.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
+    out = like.new_empty((num_rows, num_heads, head_dim_v))
+    return out, like.new_empty((num_heads, num_rows), dtype=dtype), kept
+
+
+def _compute_gradients(kind, dout, dlse, kept, *args):
+    """Gradients of the tensors with rows and of the parameters, an empty tensor for one that is None.
+
+    kept are the tensors with rows, out and lse, or what the forward pass of Ulysses returned; args the tensors without
+    rows, head_dims and the settings.
+    """
+    settings, number = kind.settings_of(args), len(kind.inputs._fields) - kind.num_rows
+    others, head_dims = args[:number], tuple(args[number])
+    groups = _groups_of(settings)
+    if math.prod(groups.shape) > 1:
+        settle(groups.whole)
+    sharding = _sharding(others[-1], settings, math.prod(groups.shape))
+    settings = _with_choice(kind, sharding, settings, head_dims, dout.dtype, others, with_ulysses=False)
+    problem, method, exchange = _problem_of(kind, sharding, settings, head_dims, others, groups)
+    if exchange is None:
+        *_, out, lse = kept
+        of_queries, of_keys, of_parameters = method.backward(problem, _rows_of(kind, kept), dout, dlse, out, lse)
+    else:
+        joined, out, lse = (x.narrow(dim, 0, exchange.num_rows) for x, dim in zip(kept, (0, 0, 1)))
+        of_queries, of_keys, of_parameters = ulysses.backward(problem, [joined, out, lse], dout, dlse, exchange)
+    found = iter(of_parameters)
+    parameters = (dout.new_empty(0) if x is None else next(found).to(x.dtype) for x in others[: kind.num_parameters])
+    return *of_queries, *of_keys, *parameters
+
+
+def _fake_gradients(kind, dout, dlse, kept, *args):
+    number = len(kind.inputs._fields) - kind.num_rows
+    of_rows = [dout.new_empty((dout.shape[0], *shape)) for shape in kind.shapes_of_rows(args[number])]
+    for x in args[: kind.num_parameters]:
+        of_rows.append(dout.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format))
+    return tuple(of_rows)
+
+
+def _setup_context(kind, ctx, inputs, output):
+    tensors = kind.inputs_of(inputs)
+    out, lse, kept = output
+    kept = kept or (*tensors[: kind.num_rows], out, lse)
+    ctx.save_for_backward(*tensors[kind.num_rows :], *kept)
+    ctx.numbers = [*kind.head_dims(tensors)], *inputs[len(tensors) :]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(kind, gradients, ctx, dout, dlse, _):
+    *tensors, out, lse = ctx.saved_tensors
+    number = len(kind.inputs._fields) - kind.num_rows
+    others, kept = tensors[:number], [*tensors[number:], out, lse]
+    if dout is None:  # of this rank; others may have one
+        dout = _zeros_of_rows(out, dlse)
+    found = gradients(dout, dlse, kept, *others, *ctx.numbers)
+    wanted = ctx.needs_input_grad
+    return *(x if is_wanted else None for x, is_wanted in zip(found, wanted)), *[None] * (len(wanted) - len(found))
+
+
+def _zeros_of_rows(out, dlse):
+    """A gradient of out, of this rank's rows and all heads, where only lse has one."""
+    return out.new_zeros((dlse.shape[1], dlse.shape[0], out.shape[2]))
+
+
+def _second_backward(ctx, *gradients):
+    raise NotImplementedError("second derivatives of context-parallel attention are not supported")
