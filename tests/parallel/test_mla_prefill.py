@@ -149,8 +149,8 @@ def test_all_of_a_call_is_compared_first_where_values_are_checked(tmp_path, monk
 def test_a_workspace_that_is_too_small_is_refused_before_anything_travels(tmp_path, monkeypatch):
     """By all ranks, also those whose own rows would fit: a ring that one of them leaves would wait for it."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
-    short = dict(mode="materialized", max_workspace_bytes=2**14)
-    cases = [(Case(method=method, seqlen=2001, load_balance=None, options=short),) * 3 for method in METHODS]
+    short = dict(mode="materialized", max_workspace_bytes=24000)
+    cases = [(Case(method=method, seqlen=600, load_balance=None, options=short),) * 3 for method in METHODS]
     found = run(check_difference, cases, 3, tmp_path / "store")
     assert len(found) == 6
     for *_, said in found:
