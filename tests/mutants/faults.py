@@ -1030,6 +1030,14 @@ FAULTS = (
     Fault("D23", "triton_attn/parallel/balance.py", "for _, rows in sorted(found)", "for _, rows in found", "SHARDING"),
     Fault("D24", "triton_attn/parallel/autograd.py", "        if missing:", "        if False:", "PARALLEL"),
     Fault("D25", "triton_attn/parallel/autograd.py", "pad(lse_of_heads, (0, missing))", "lse_of_heads", "PARALLEL"),
+    Fault("D26", "triton_attn/parallel/dtensors.py", "if whole % number:", "if False:", "PARALLEL"),
+    Fault(
+        "D27",
+        "triton_attn/parallel/autograd.py",
+        "    if settings.batch is None or settings.inner is not None:\n",
+        "    if True:\n",
+        "PARALLEL",
+    ),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
         "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.functional import pad
 
 from . import gather, ring, ulysses, whole
@@ -105,14 +106,32 @@ def with_method(inputs: Inputs, settings: Settings) -> Settings:
     return _with_choice(sharding, settings, _head_dims(inputs), inputs.q, inputs.alibi_slopes)
 
 
+def with_traced_method(inputs: Inputs, settings: Settings) -> Settings:
+    """As `with_method`, for a graph that has the lengths as constants; for others it is chosen as they come."""
+    if settings.batch is None or settings.inner is not None:
+        return settings
+    lengths, mask = (settings.batch, settings.seqlen), tuple(_mask_of(settings, inputs.alibi_slopes))
+    if not all(map(has_static_value, (*lengths, *_head_dims(inputs), *mask))):
+        return settings
+    placing = settings.load_balance, settings.group
+    return settings._replace(method=_chosen(_head_dims(inputs), inputs.q.dtype, lengths, mask, placing))
+
+
+@torch.compiler.assume_constant_result
+def _chosen(head_dims, dtype, lengths, mask, placing):
+    load_balance, group = placing
+    ranks = ranks_of(_resolve_process_group(group))
+    sharding = sharding_of_batch(*lengths, ranks.number, load_balance)
+    return choose(sizes_of(head_dims, dtype, sharding, Mask(*mask), ranks))
+
+
 def _head_dims(inputs):
     """(num_heads_q, num_heads_kv, head_dim, head_dim_v)"""
     return inputs.q.shape[1], *inputs.k.shape[1:], inputs.v.shape[2]
 
 
 def _with_choice(sharding, settings, head_dims, like, slopes, with_ulysses=True):
-    """Settings without "auto". A compiled graph chooses at run time without ulysses: it had to know the sizes of what
-    that keeps before."""
+    """Settings without "auto". An operator chooses without Ulysses: a graph must know the sizes of what that keeps."""
     if settings.method != "auto":
         return settings
     ranks = (ranks_of(group) for group in _groups_of(settings) if group is not None)
