@@ -32,6 +32,7 @@ from triton_attn.parallel import (
     heads,
     local,
     shard_sequence,
+    ulysses,
     unshard_sequence,
 )
 from triton_attn.parallel.balance import sharding_of_batch
@@ -51,6 +52,7 @@ class Case:
     load_balance: str | None = "head_tail"
     batch: int = 1
     seqlen: int = 50
+    even: bool = False  # the length is not given, since all ranks have as many rows
     documents: tuple | None = None  # their lengths in a packed batch; batch and seqlen are then not used
     rows_of_none: int = 0  # after the last document
     num_heads_q: int = 4
@@ -196,7 +198,8 @@ class WholeTensors:
     def placing(self, mesh):
         """How the rows lie over the ranks."""
         case = self.case
-        return dict(mesh=self.over(mesh), method=case.method, load_balance=case.load_balance, seqlen=case.rows[-1])
+        seqlen = None if case.even else case.rows[-1]
+        return dict(mesh=self.over(mesh), method=case.method, load_balance=case.load_balance, seqlen=seqlen)
 
     def over(self, mesh):
         """The mesh of the call, of all ranks."""
@@ -449,6 +452,23 @@ def check_training(case, mesh):
     inputs.dout, inputs.dlse = other.dout, other.dlse
     expected = [a + b for a, b in zip(plain[2:], gradients(attend)[2:])]
     assert all(map(torch.equal, (leaf.grad for leaf in leaves), expected)), "accumulated"
+
+
+def check_choice(case, mesh):
+    """A graph takes Ulysses where a plain call does, if it has the lengths as constants."""
+    inputs = case.inputs()
+
+    def attend(*leaves):
+        return inputs.attend_to(leaves, mesh)
+
+    with mock.patch.object(ulysses, "forward", wraps=ulysses.forward) as spy:
+        expected = attend(*inputs.leaves(mesh))
+        assert spy.call_count == 1, "choose a case for which auto is ulysses"
+        for dynamic, count in ((False, 2), (None, 3), (True, 3)):
+            torch.compiler.reset()
+            found = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*inputs.leaves(mesh))
+            torch.testing.assert_close(found, expected)
+            assert spy.call_count == count, f"dynamic={dynamic}"
 
 
 def run_without_a_rank(case, num_ranks, folder, dies, timeout):

@@ -1088,6 +1088,14 @@ FAULTS = (
         "hashlib.blake2b(content[:0],",
         "PARALLEL",
     ),
+    Fault("D31", "triton_attn/parallel/dtensors.py", "if whole % number:", "if False:", "PARALLEL"),
+    Fault(
+        "D32",
+        "triton_attn/parallel/operators.py",
+        "    if settings.batch is None or settings.inner is not None:\n",
+        "    if True:\n",
+        "PARALLEL",
+    ),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
         "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"

@@ -11,6 +11,7 @@ from parallel_ranks import (
     Case,
     check_bytes,
     check_calls,
+    check_choice,
     check_difference,
     check_difference_later,
     check_irregular_mesh,
@@ -201,6 +202,12 @@ def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):
     cases = [Case(method=method, sinks=True, options=options) for method in METHODS]
     cases += [replace(PACKED[0], method=method, alibi=True, slopes_each=True) for method in METHODS]
     assert run(check_training, cases, 2, tmp_path / "store") == []
+
+
+def test_a_graph_chooses_what_a_plain_call_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    case = Case(method="auto", seqlen=32, even=True)
+    assert run(check_choice, [case, replace(case, alibi=True, batch=2)], 2, tmp_path / "store") == []
 
 
 @pytest.mark.ci

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from dtensor_ranks import S0, S1, S2, Case, R, check_block, check_error, check_values
 from parallel_ranks import run
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -27,7 +28,8 @@ def of_two():
     yield Case(mesh_shape=(2,), of_q=(R,), of_keys=(R,), sinks=(R,), options=dict(dropout_p=0.4, dropout_seed=7))
     for keys, options in itertools.product((S1, R), (dict(causal=True), dict(dropout_p=0.4, dropout_seed=7))):
         yield Case(mesh_shape=(2,), of_q=(S1,), of_keys=(keys,), packed=True, sinks=(S0,), options=options)
-    yield Case(mesh_shape=(2,), of_q=(S1,), of_keys=(S1,), context_parallel={}, sinks=(R,))
+    for seqlen in (24, 22):  # of 22 the chunks have 5 or 6 rows, and the ranks 11
+        yield Case(mesh_shape=(2,), of_q=(S1,), of_keys=(S1,), seqlen=seqlen, context_parallel={}, sinks=(R,))
     yield Case(mesh_shape=(2,), of_q=(S2,), of_keys=(S2,), dtype=torch.bfloat16)
 
 
@@ -77,8 +79,11 @@ ERRORS = [
         Case(mesh_shape=(2,), of_q=(S2,), of_keys=(S2,), num_heads_kv=1),
         "k: expected KV heads in multiples of 2 ranks, or",
     ),
-    (Case(**CP, seqlen=11, context_parallel=dict(load_balance=None)), r"q: expected .* multiples of 2 rows .*, got 11"),
-    (Case(**CP, seqlen=3, context_parallel={}), r"q: expected a sequence in multiples of 4 rows .*, got 3"),
+    (
+        Case(**CP, seqlen=11, context_parallel=dict(load_balance=None)),
+        r"q: expected .* multiples of 2 rows, .*, got 11",
+    ),
+    (Case(**CP, seqlen=3, context_parallel={}), r"q: expected a sequence in multiples of 2 rows, .*, got 3"),
     (Case(**CP, context_parallel=dict(seqlen=12)), "seqlen: expected None, or 24 as of the DTensors, got 12"),
 ]
 
@@ -231,3 +236,27 @@ def test_one_graph_under_compile(meshes, placement):
     dout = torch.randn_like(out)
     for found, of_eager in zip(torch.autograd.grad(out, leaf, dout), torch.autograd.grad(expected, leaf, dout)):
         torch.testing.assert_close(found, of_eager)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Shard(2), Replicate(), None], ids=str)
+def test_lengths_that_change_compile_twice(meshes, placement):
+    """Once for the first length, and once for all others. None: local tensors of a context-parallel call."""
+    torch._dynamo.reset()
+    mesh, counter = meshes[0], CompileCounterWithBackend("aot_eager")
+
+    def attend(x):
+        q = x if placement is None else dtensor(x, mesh, placement)
+        if placement in (None, Shard(1)):
+            q = context_parallel_attention(q, q, q, mesh=mesh, causal=True)
+        else:
+            q = flash_attention(q, q, q, causal=True)
+        return q if placement is None else q.to_local()
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    for seqlen in (8, 12, 7, 30):
+        leaf = torch.randn(2, seqlen, 4, 16, requires_grad=True)
+        out, expected = compiled(leaf), attend(leaf)
+        torch.testing.assert_close(out, expected)
+        found, of_eager = (torch.autograd.grad(each.square().sum(), leaf) for each in (out, expected))
+        torch.testing.assert_close(found, of_eager)
+    assert counter.frame_count == 2

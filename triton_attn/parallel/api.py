@@ -69,15 +69,16 @@ def context_parallel_attention(
         q, k, v: this rank's rows, (batch, rows, heads, dim); the rest as in `flash_attention`. Queries and keys have
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
-            `flash_attention`. Their rows are in the order of the ranks' rows, so the ranks must have as many as DTensor
-            gives them: any length in multiples of 2 * ranks. Results are then DTensors placed like q.
+            `flash_attention`. Their rows are in the order of the ranks' rows, and their length is a multiple of the
+            ranks. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"]; with DTensors
             of one. Ranks are counted row by row. Those of two dimensions ascend, and are as far apart in each row.
         method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
             needs query heads in multiples of the ranks that exchange them, and KV heads that divide these ranks or are
             multiples of them. "auto" is the method with the least predicted time of both passes on H100s in nodes of 8,
             of those that need at most 8 GiB beside the rows. It follows from the shapes and the ranks, so all ranks
-            choose alike. `python -m perf parallel` prints the predictions. Under torch.compile it is never "ulysses".
+            choose alike. `python -m perf parallel` prints the predictions. Under torch.compile it is the same where the
+            graph has the lengths as constants. With other lengths, and with packed documents, it is never "ulysses".
         load_balance: how `shard_sequence` has sharded the rows.
         seqlen: the length of the whole sequence. None: all ranks hold the same number of rows.
         check_values: compare all of the call with that of the other ranks first, values of tensors too, which costs a

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from .._host.checks import fail
 from .._host.dtensors import DENSE, attend_shards, has_dtensor, is_dtensor
-from .balance import check_load_balance, check_mesh, sharding_of_batch
+from .balance import check_load_balance, check_mesh
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -40,15 +40,13 @@ def _mesh_dim(q, mesh):
 
 
 def _check_rows(q, mesh, seqlen, load_balance):
-    """The length of the whole sequence. All ranks raise if one of them has other rows than `shard_sequence` gives."""
+    """The length of the whole sequence, of which DTensor gives each rank as many rows as `shard_sequence`."""
     if q.ndim != DENSE.ndim:
         fail("q", "4 dimensions (batch, rows, heads, dim)", f"shape {tuple(q.shape)}")
     whole, number = q.shape[DENSE.sequence], mesh.size()
     if seqlen not in (None, whole):
         fail("seqlen", f"None, or {whole} as of the DTensors", seqlen)
-    load_balance = check_load_balance(load_balance, is_packed=False)
-    sharding, each = sharding_of_batch(1, whole, number, load_balance), -(-whole // number)
-    if sharding.num_rows != [min(max(whole - rank * each, 0), each) for rank in range(number)]:  # DTensor's rule
-        multiple = number if load_balance is None else 2 * number
-        fail("q", f"a sequence in multiples of {multiple} rows for load_balance={load_balance!r} on DTensors", whole)
+    check_load_balance(load_balance, is_packed=False)
+    if whole % number:
+        fail("q", f"a sequence in multiples of {number} rows, as many as ranks", whole)
     return whole

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.functional import pad
 
 from .._host.observers import is_observed, refuse_transforms
@@ -132,8 +133,9 @@ def _groups_of(settings: Settings) -> _Groups:
 
 def attend(kind: Kind, inputs: Any, settings: Settings) -> tuple[Tensor, Tensor]:
     """out and lse. A call that is traced or differentiated goes through an operator."""
-    if settings.method == "auto" and not torch.compiler.is_compiling():
-        settings = _with_method(kind, inputs, settings)
+    if settings.method == "auto":
+        with_choice = _with_traced_method if torch.compiler.is_compiling() else _with_method
+        settings = with_choice(kind, inputs, settings)
     tensors = dict(zip(kind.inputs._fields[:-1], inputs))
     if not is_observed(*tensors.values()):
         return _compute(kind, inputs, settings)[:2]
@@ -165,9 +167,28 @@ def _with_method(kind, inputs, settings):
     return _with_choice(kind, sharding, settings, kind.head_dims(inputs), inputs[0].dtype, others)
 
 
+def _with_traced_method(kind, inputs, settings):
+    """As `_with_method`, for a graph that has the lengths as constants; for others it is chosen as they come."""
+    if settings.batch is None or settings.inner is not None:
+        return settings
+    lengths, sizes = (settings.batch, settings.seqlen), tuple(kind.costs_of(kind.head_dims(inputs)))
+    mask = tuple(kind.mask(inputs[kind.num_rows :], settings.options))
+    if not all(map(has_static_value, (*lengths, *sizes, *mask))):
+        return settings
+    placing = settings.load_balance, settings.group
+    return settings._replace(method=_chosen(sizes, inputs[0].dtype, lengths, mask, placing))
+
+
+@torch.compiler.assume_constant_result
+def _chosen(sizes, dtype, lengths, mask, placing):
+    load_balance, group = placing
+    ranks = ranks_of(_resolve_process_group(group))
+    sharding = sharding_of_batch(*lengths, ranks.number, load_balance)
+    return choose(sizes_of(HeadDims(*sizes), dtype, sharding, Mask(*mask), ranks))
+
+
 def _with_choice(kind, sharding, settings, head_dims, dtype, others, with_ulysses=True):
-    """Settings without "auto". A compiled graph chooses at run time without ulysses: it had to know the sizes of what
-    that keeps before."""
+    """Settings without "auto". An operator chooses without Ulysses: a graph must know the sizes of what that keeps."""
     if settings.method != "auto":
         return settings
     mask = kind.mask(others, settings.options)
