@@ -429,9 +429,9 @@ class PagedSequences:
 
         Returns:
             keys and values, or latents: tensors (num_layers, pages, page_size, num_heads_kv, width) as the cache stores
-            them. num_heads_kv of latents is 1, and with `layer_windows` num_layers is that of a group. With token_scales
-            two more, whose width is the bytes of a scale: view them as torch.float32. Slots past the last token hold
-            anything.
+            them. num_heads_kv of latents is 1, and with `layer_windows` num_layers is that of a group. With
+            token_scales two more, whose width is the bytes of a scale: view them as torch.float32. Slots past the last
+            token hold anything.
 
         Raises:
             ValueError: as `extend`; first_page is beyond the sequence's last page; `to` has other shapes.
