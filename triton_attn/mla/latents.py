@@ -138,14 +138,18 @@ def _load_elements(ptrs, scale_ptrs, dtype, START: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _load_scales(scale_ptrs, TILE: tl.constexpr):
-    """The scales (BLOCK_N,) of each group of columns, for what `_load_pairs` returns."""
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N  # Triton 3.6 does not support fields of a constexpr in a list
-    ptrs = tl.reshape(scale_ptrs, [BLOCK_N])
-    scales = ()
+def _load_scales(scales, keys, TILE: tl.constexpr):
+    """The scales (BLOCK_N,) of each group of columns of CachedKeys, for what `_load_pairs` returns."""
+    SLOTS: tl.constexpr = TILE.SLOT_STRIDES
+    # Not key_pointers: for gfx942 Triton 3.6.0 does not reshape pointers.
+    if TILE.ONE_PAGE:
+        ptrs = scales.ptr + (keys.page * scales.page_stride + keys.slot * SLOTS.scales) + keys.slots * SLOTS.scales
+    else:
+        ptrs = scales.ptr + (keys.page * scales.page_stride + keys.slots * SLOTS.scales)
+    tile = ()
     for i in tl.static_range(len(TILE.GROUPS)):
-        scales += (tl.load(ptrs + i) * unit_of_pairs(TILE.FLOAT8[0], TILE.FLOAT8[1]),)
-    return scales
+        tile += (tl.load(ptrs + i) * unit_of_pairs(TILE.FLOAT8[0], TILE.FLOAT8[1]),)
+    return tile
 
 
 @triton.jit
@@ -157,14 +161,14 @@ def load_latents(latents, scales, keys, dtype, TILE: tl.constexpr):
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     GROUPS: tl.constexpr = TILE.GROUPS
     ptrs = key_pointers(latents, SLOTS.latents, keys, TILE.ONE_PAGE)
-    scale_ptrs = None
-    if TILE.SCALE_BLOCK > 0:
-        scale_ptrs = key_pointers(scales, SLOTS.scales, keys, TILE.ONE_PAGE)
     if TILE.PAIR_SCALES:
-        return _load_pairs(ptrs, False, TILE), _load_scales(scale_ptrs, TILE)
+        return _load_pairs(ptrs, False, TILE), _load_scales(scales, keys, TILE)
     elif TILE.PAIRS:
         return _load_pairs(ptrs, False, TILE), ()
     else:
+        scale_ptrs = None
+        if TILE.SCALE_BLOCK > 0:
+            scale_ptrs = key_pointers(scales, SLOTS.scales, keys, TILE.ONE_PAGE)
         tile = ()
         for i in tl.static_range(len(GROUPS)):
             tile += (_load_elements(ptrs, scale_ptrs, dtype, GROUPS[i][0], GROUPS[i][1], TILE),)
