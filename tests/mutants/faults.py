@@ -448,7 +448,7 @@ FAULTS = (
     ),
     Fault(
         "P19",
-        "triton_attn/_jit/paging.py",
+        "triton_attn/_jit/decode.py",
         'return tl.where(magnitude == 0x7F, float("nan"), values)',
         "return values",
         "PAGED",

@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from triton.language.target_info import current_target
 
-from .paging import decode_float8
-
 # PTX from the bytes of $2 to two pairs of numbers, $0 and $1: what comes first, then the code of a pair. LOW and HIGH
 # select the pair's bytes for the lower and upper halves of 16 bits, beside bytes of a second operand.
 _HEAD = "{ .reg .b32 a, b, c, x, y; .reg .b16 u, v, w, z; .reg .f32 f, g; "
@@ -64,6 +62,24 @@ def is_nvidia():
     """Whether the kernel is compiled for an NVIDIA GPU."""
     target = current_target()
     return target is not None and target.backend == "cuda"
+
+
+@triton.jit
+def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """Convert e4m3 (3 mantissa bits) or e5m2 (2) elements to fp16, exactly; NaN stays NaN.
+
+    NATIVE: the GPU has an instruction for it. Otherwise integer arithmetic does it.
+    """
+    if NATIVE:
+        return bits.to(tl.float8e4nv if MANTISSA_BITS == 3 else tl.float8e5, bitcast=True).to(tl.float16)
+    bits = bits.to(tl.int16)
+    if MANTISSA_BITS == 2:  # the upper half of an fp16 number
+        return (bits << 8).to(tl.float16, bitcast=True)
+    magnitude = bits & 0x7F
+    shifted = ((bits & 0x80) << 8) | (magnitude << 7)
+    # The exponent bias is 7 in e4m3 and 15 in fp16.
+    values = shifted.to(tl.float16, bitcast=True) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)
 
 
 @triton.jit

@@ -87,34 +87,6 @@ def load_token_scales(scales, cached, mask, head):
 
 
 @triton.jit
-def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Convert e4m3 (3 mantissa bits) or e5m2 (2) elements to fp16, exactly; NaN stays NaN.
-
-    NATIVE: the GPU has an instruction for it. Otherwise integer arithmetic does it.
-    """
-    if NATIVE:
-        return bits.to(tl.float8e4nv if MANTISSA_BITS == 3 else tl.float8e5, bitcast=True).to(tl.float16)
-    bits = bits.to(tl.int16)
-    if MANTISSA_BITS == 2:  # the upper half of an fp16 number
-        return (bits << 8).to(tl.float16, bitcast=True)
-    magnitude = bits & 0x7F
-    shifted = ((bits & 0x80) << 8) | (magnitude << 7)
-    # The exponent bias is 7 in e4m3 and 15 in fp16.
-    values = shifted.to(tl.float16, bitcast=True) * 256.0
-    return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)
-
-
-@triton.jit
-def decode_tile(tile, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
-    """`decode_float8` of each piece of a tile, in the given dtype."""
-    first = decode_float8(tile[0], MANTISSA_BITS, NATIVE).to(dtype)
-    if len(tile) > 1:
-        return first, decode_float8(tile[1], MANTISSA_BITS, NATIVE).to(dtype)
-    else:
-        return (first,)
-
-
-@triton.jit
 def load_scale(scale):
     """The factor of a Scale that all heads share."""
     factor = scale.value

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton.language.target_info import current_target
 
-from .._jit.paging import decode_float8, decode_tile, key_pointers, load_scale
+from .._jit.decode import decode_float8, decode_pieces, is_nvidia
+from .._jit.paging import key_pointers, load_scale
 from .._jit.softmax import softmax_step
 from .._jit.tiles import cast_tile, dot_add, dot_transposed, load_piece, scale_tile, store_piece
 
@@ -48,17 +48,10 @@ class Pages(NamedTuple):
 
 
 @triton.constexpr_function
-def _is_nvidia():
-    """Whether the kernel is compiled for an NVIDIA GPU."""
-    target = current_target()
-    return target is not None and target.backend == "cuda"
-
-
-@triton.constexpr_function
 def unit_of_pairs(MANTISSA_BITS, NATIVE):
     """What a decoded 1.0 stands for. Where integer instructions move the bits of e4m3 to those of fp16, whose exponent
     has another bias, the factor is left to scales."""
-    return 256.0 if _is_nvidia() and MANTISSA_BITS == 3 and not NATIVE else 1.0
+    return 256.0 if is_nvidia() and MANTISSA_BITS == 3 and not NATIVE else 1.0
 
 
 @triton.constexpr_function
@@ -81,7 +74,7 @@ def _decode_instructions(MANTISSA_BITS, NATIVE, ODD):
 @triton.jit
 def _decode_half(pairs, ODD: tl.constexpr, TILE: tl.constexpr):
     """The elements of pairs (uint16) with even or with odd columns in fp16, divided by `unit_of_pairs`."""
-    if _is_nvidia():
+    if is_nvidia():
         asm: tl.constexpr = _decode_instructions(TILE.FLOAT8[0], TILE.FLOAT8[1], ODD)
         return tl.inline_asm_elementwise(asm, "=r,r", [pairs], tl.float16, True, 2)
     else:
@@ -187,7 +180,7 @@ def load_rope_keys(rope_keys, keys, dtype, TILE: tl.constexpr):
     else:
         tile = _load_pieces(key_pointers(rope_keys, SLOTS.rope_keys, keys, TILE.ONE_PAGE), None, True, TILE)
         if TILE.FLOAT8 is not None and TILE.SCALE_BLOCK == 0:
-            return decode_tile(tile, TILE.FLOAT8[0], TILE.FLOAT8[1], dtype)
+            return decode_pieces(tile, TILE.FLOAT8[0], TILE.FLOAT8[1], dtype)
         else:
             return cast_tile(tile, dtype)
 
