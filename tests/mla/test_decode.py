@@ -271,14 +271,15 @@ def test_prefix_trees(options, part):
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_fp8_number(dtype, cache_dtype):
-    """Over one key the output is its latent vector, exactly; a NaN makes it NaN."""
+    """Over two equal keys, a pair of an operand, the output is their latent vector, exactly; a NaN makes it NaN."""
     codes = torch.arange(512).to(torch.uint8).view(cache_dtype)
     finite = codes.float().isfinite()
-    latents = torch.stack([torch.where(finite, codes.float(), 0.0).to(cache_dtype), codes]).view(2, 1, 512)
-    cache = torch.cat([latents.float(), torch.ones(2, 1, 64)], -1).to(cache_dtype).to(DEVICE)
+    rows = torch.where(finite, codes.float(), 0.0).to(cache_dtype), codes
+    latents = torch.stack(rows)[:, None].repeat(1, 2, 1)
+    cache = torch.cat([latents.float(), torch.ones(2, 2, 64)], -1).to(cache_dtype).to(DEVICE)
     queries = (torch.ones(2, 1, 16, dim, dtype=dtype, device=DEVICE) for dim in (512, 64))
     table = torch.arange(2, dtype=torch.int32, device=DEVICE)
-    out = mla_decode(*queries, cache, torch.ones_like(table), table[:, None], softmax_scale=1e-3).cpu()
+    out = mla_decode(*queries, cache, torch.full_like(table, 2), table[:, None], softmax_scale=1e-3).cpu()
     for head in range(16):
         torch.testing.assert_close(out[0, 0, head].float(), latents[0, 0].float(), atol=0, rtol=0)
     assert out[1].isnan().all()
