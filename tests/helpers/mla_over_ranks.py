@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import parallel_ranks
 import torch
 import torch.distributed as dist
+from sharded_caches import largest
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -78,7 +79,24 @@ class Inputs(parallel_ranks.WholeTensors):
         return exact, [self.by(attend, self.case.dtype) for attend in (reference.mla_prefill, mla_prefill)]
 
     def rounding(self, out):
-        return {}
+        """The rounding errors of gradients whose large terms cancel, as of rows that see one key."""
+        products = self.dout.double() * out.double()
+        if not products.numel():
+            return {}
+        q_nope, q_pe, latents, rope_keys = (x.double() for x in self.rows)
+        w_uk, _ = (x.double() for x in self.parameters)
+        k_nope = torch.einsum("...r, hdr -> ...hd", latents, w_uk)
+        scale = self.case.options.get("softmax_scale", (self.case.head_dim + self.case.rope) ** -0.5)
+        row = torch.linalg.vector_norm(products, dim=-1).max().item() * 4 * torch.finfo(torch.float32).eps * scale
+        sums = row * self.case.rows[-1] ** 0.5  # over the queries that see a key
+        of_k_nope, of_k_pe = sums * largest(q_nope), sums * largest(q_pe)
+        return dict(
+            dq_nope=row * largest(k_nope),
+            dq_pe=row * largest(rope_keys),
+            dk_pe=of_k_pe * self.case.num_heads_q**0.5,
+            dkv_latent=of_k_nope * torch.linalg.vector_norm(w_uk, dim=(0, 1)).max().item(),
+            dw_uk=of_k_nope * torch.linalg.vector_norm(latents.flatten(0, -2), dim=0).max().item(),
+        )
 
 
 class Layer(torch.nn.Module):

@@ -114,7 +114,7 @@ def test_beside_fsdp(tmp_path, monkeypatch):
         (dict(documents=(20, 30)), "batch: expected the same on all ranks, 1 as on rank 0, got None on rank 1"),
         # What one rank refuses:
         (dict(method="ulysses"), r"method: expected 'auto' or 'all_gather' or 'ring', got 'ulysses'"),
-        (dict(load_balance="per_document"), "load_balance: expected 'head_tail' or None, got 'per_document'"),
+        (dict(options=dict(mode="none")), "mode: expected auto, .*, got 'none'"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -173,7 +173,7 @@ def _with_traced_method(kind, inputs, settings):
         return settings
     lengths, sizes = (settings.batch, settings.seqlen), tuple(kind.costs_of(kind.head_dims(inputs)))
     mask = tuple(kind.mask(inputs[kind.num_rows :], settings.options))
-    if not all(map(has_static_value, (*lengths, *sizes, *mask))):
+    if not all(has_static_value(x) for x in (*lengths, *sizes, *mask) if x is not None):
         return settings
     placing = settings.load_balance, settings.group
     return settings._replace(method=_chosen(sizes, inputs[0].dtype, lengths, mask, placing))
