@@ -46,7 +46,7 @@ def paged_work(batch, seqlen_q, seqlen_k, heads=HEADS[0], cache_dtype=torch.bflo
         has_alibi=False,
         has_tree_mask=False,
         key_shard=None,
-        bases_aligned=True,
+        base=16,
         arch="sm_90",
         precision="ieee",
         num_sms=132,
