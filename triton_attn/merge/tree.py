@@ -244,8 +244,8 @@ def num_parts(pages, part):
 
 
 def choose_part(nodes, batch, work, limits=None):
-    """(pages of a part for which `tree_cost` is least, cost); None if no size keeps the results within their memory, or
-    the parts within limits, a TreeSizes."""
+    """(pages of a part, cost): the least `tree_cost` of the sizes that are tried. None if no size keeps the results
+    within their memory, or the parts within limits, a TreeSizes."""
     pages = nodes.end_page - nodes.first_page
     longest = int(pages.max())
     result_bytes = work.result_bytes(int(nodes.queries.max())) // 2
