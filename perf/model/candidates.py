@@ -30,8 +30,8 @@ from perf.workloads.problems import (
 from perf.workloads.providers import latent_step, paged_step
 from triton_attn._host.gpu import gpu_of
 from triton_attn._jit.tiles import padded_size
-from triton_attn.dense.backward_configs import KERNELS, BackwardConfig
-from triton_attn.dense.tiles import FlashCase, Tile
+from triton_attn.dense.backward_configs import KERNELS, WIDEST_IN_ONE_LAUNCH, BackwardConfig, dk_apart_from_dv
+from triton_attn.dense.tiles import FlashCase, Tile, padded_head_dim
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
 from triton_attn.paged.configs import PagedCase, PagedConfig
@@ -110,13 +110,14 @@ def _hopper_provider(dtype, head_dim, causal):
 
 
 def _backward_cases(dtype, head_dims):
-    # Tiles of wider heads run in two launches, for dk and for dv, whose figures a row could not hold.
-    cases = _flash_cases(dtype, [head_dim for head_dim in head_dims if head_dim <= 256])
-    return [{"kernel": kernel} | case for case in cases for kernel in KERNELS]
+    narrow = [head_dim for head_dim in head_dims if padded_head_dim(head_dim) <= WIDEST_IN_ONE_LAUNCH]
+    return [{"kernel": kernel} | case for case in _flash_cases(dtype, narrow) for kernel in KERNELS]
 
 
-def _backward_space(*args, kernel, **case):
-    return BackwardConfig.search_space(_flash_case(*args, **case), kernel)
+def _backward_space(arch, dtype, kernel, head_dim, causal):
+    """Without tiles that run in two launches, for dk and for dv, whose figures a row could not hold."""
+    space = BackwardConfig.search_space(_flash_case(arch, dtype, head_dim, causal), kernel)
+    return [tile for tile in space if kernel == "dq" or not dk_apart_from_dv(arch, (head_dim, head_dim), tile)]
 
 
 def _backward_provider(dtype, kernel, head_dim, causal):

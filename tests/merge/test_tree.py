@@ -1,11 +1,14 @@
 """Plans of prefix trees: which are made, by the model of their cost, and wrong arguments."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from perf.commands import prefixes
 from triton_attn import prefix_tree
+from triton_attn._host.prefix_tree import TreeSizes
 from triton_attn.merge import tree as planning
 from triton_attn.merge.tree import TreeWork, sorted_tables
 
@@ -54,17 +57,57 @@ def test_a_node_that_does_not_pay_is_left_out_of_a_tree_that_does(num_pages, num
     assert len(planning.choose_nodes(shared, np.ones(128, np.int64), work_of()).first) == num_nodes
 
 
-@pytest.mark.parametrize("batch", [4, 128])
-@pytest.mark.parametrize("num_pages", [24, 256, 4000])
-def test_parts_are_nearly_the_best(batch, num_pages):
-    """Against parts of every size that has as many keys as a part must."""
-    one = np.ones(1, np.int64)
-    nodes = planning.Nodes(0 * one, batch * one, 0 * one, num_pages * one, batch * one, batch * num_pages * one)
-    part, cost = planning.choose_part(nodes, batch, work_of())
-    assert cost == planning.tree_cost(nodes, part, work_of())
-    sizes = range(planning.MIN_KEYS // 16, num_pages + 1)
-    sizes = [n for n in sizes if planning.num_parts(num_pages, n) <= planning.MAX_SPLITS]
-    assert cost <= 1.1 * min(planning.tree_cost(nodes, n, work_of()) for n in sizes)
+def num_compared(nodes, batch, work, limits):
+    """The number of sizes of parts, each with as many keys as a part must have and within the limits, than which the
+    chosen one costs at most 10 % more."""
+    pages = nodes.end_page - nodes.first_page
+    least, longest = max(1, planning.MIN_KEYS // work.page_size), int(pages.max())
+    costs = []
+    for size in range(min(least, longest), longest + 1):
+        parts = planning.num_parts(pages, size)
+        slots = max(int(parts[(nodes.first <= i) & (i < nodes.end)].sum()) for i in nodes.first)
+        row_bytes = 4 * (work.row_elements + 1) * work.num_heads_q
+        fits = slots * row_bytes * int(nodes.queries.max()) <= planning.MAX_WORKSPACE_BYTES
+        if fits and slots <= limits.num_slots and int(parts.sum()) <= limits.num_nodes:
+            costs.append(planning.tree_cost(nodes, size, work))
+    chosen = planning.choose_part(nodes, batch, work, limits)
+    assert (chosen is None) == (not costs)
+    if chosen is not None:
+        assert chosen[1] == planning.tree_cost(nodes, chosen[0], work)
+        assert min(costs) <= chosen[1] <= 1.1 * min(costs)
+    return len(costs)
+
+
+@pytest.mark.parametrize("model", prefixes.MODELS)
+@pytest.mark.parametrize("limits", [(2**31, planning.MAX_SPLITS), (2**31, 40), (64, 8), (64, 3)])
+def test_parts_are_nearly_the_best(model, limits):
+    """Within 10 % for prefixes of any length, for pages of any size, and for nodes of several lengths on two levels."""
+    num_heads_q, num_heads_kv, dim, token_bytes = prefixes.MODELS[model]
+    limits = TreeSizes(limits[0], limits[1], 2**31, 2**31)
+    compared = 0
+    for page_size, batch, num_keys in itertools.product((16, 64, 256), (2, 16, 128), (700, 5000, 9000, 40000)):
+        work = TreeWork(token_bytes * page_size, page_size, num_heads_q, num_heads_kv, dim, 132)
+        pages, half = num_keys // page_size, batch // 2
+        one_node = [(0, batch, 0, pages, batch)]
+        levels = [
+            (0, batch, 0, pages // 2, batch),
+            (0, half, pages // 2, pages, half),
+            (half, batch, pages // 2, 3 * pages // 4 + 1, batch - half),
+        ]
+        for rows in (one_node, levels):
+            nodes = planning.Nodes(*np.array(rows).T, np.zeros(len(rows), np.int64))
+            compared += num_compared(nodes, batch, work, limits)
+    assert compared > 100
+
+
+def test_parts_of_a_static_tree_keep_within_its_nodes():
+    """Parts of every size but the largest would be more nodes than there is room for, and the tree would be lost."""
+    table = [[*range(256), *range(1000 + 64 * (i // 8), 1064 + 64 * (i // 8)), 2000 + i] for i in range(64)]
+    order, shared = sorted_tables(np.array(table), np.full(64, 321))
+    sizes = TreeSizes(12, 8, 8 * 64, 64)
+    tree = planning.plan_tree(order, shared, np.ones(64, np.int64), work_of(), sizes=sizes)
+    assert tree is not None
+    assert 9 < len(tree.nodes) <= 12
 
 
 def test_a_tree_that_needs_more_room_than_there_is():

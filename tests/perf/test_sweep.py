@@ -20,6 +20,7 @@ from perf.model.candidates import FAMILIES, MODEL_COLUMNS, Candidate
 from perf.results import MEASURED, winners
 from perf.workloads.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from triton_attn._host import tuned
+from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, dk_apart_from_dv
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
@@ -184,6 +185,23 @@ def test_every_family_has_a_space_for_its_shapes(family):
         assert len(space) > 5 or family == "flash_hopper"  # few of which fit
         assert {type(config) for config in space} == {kind.config}
         assert kind.problem(kind.seqlens[-1], **case).figure in ("tflops", "gbps")
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "swept"),
+    [("sm_90", 264, KERNELS), ("sm_90", 320, KERNELS), ("sm_80", 320, ("dq",)), ("sm_90", 321, ())],
+)
+def test_backward_tiles_in_one_launch_are_swept(arch, head_dim, swept):
+    """Others have a launch for dk and one for dv. The default pass comes first, if it has the kernel."""
+    kind, found = FAMILIES["flash_backward"], []
+    for case in kind.cases("bfloat16", [head_dim]):
+        space = kind.search_space(arch, torch.bfloat16, **case)
+        apart = [dk_apart_from_dv(arch, (head_dim, head_dim), tile) for tile in space]
+        assert case["kernel"] == "dq" or not any(apart)
+        default = getattr(BackwardConfig.default(kind.case_of(arch, torch.bfloat16, **case)), case["kernel"])
+        assert not space or default in (None, space[0])
+        found += [case["kernel"]] if space and case["causal"] else []
+    assert found == [kernel for kernel in KERNELS if kernel in swept]
 
 
 TIMED = {

@@ -43,15 +43,16 @@ from .._host.observers import constant_if_traced
 from .tiles import HALF, FlashCase, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
+WIDEST_IN_ONE_LAUNCH = 320  # head dim, of dk and dv together on any GPU
 
 
 def dk_apart_from_dv(arch, head_dims, tile):
     """Whether dkdv is launched twice, for dk and for dv, and never fused: registers hold 64 rows of 512 columns.
 
-    With TMA, which needs no registers for addresses, wgmma has room for the sums of both up to head dim 320.
+    With TMA, which needs no registers for addresses, wgmma has room for the sums of both up to WIDEST_IN_ONE_LAUNCH.
     """
     padded = [padded_head_dim(head_dim) for head_dim in head_dims]
-    fits = gpu_of(arch).wgmma and tile.use_tma and max(padded) <= 320
+    fits = gpu_of(arch).wgmma and tile.use_tma and max(padded) <= WIDEST_IN_ONE_LAUNCH
     return sum(padded) > 512 and not fits
 
 

@@ -1,5 +1,6 @@
 """Prefix trees: which pages a call reads once for all sequences that share them, planned on the host."""
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from .splits import BYTES_PER_NS, FLOP_PER_NS, LAUNCH_NS, MAX_SPLITS, MAX_WORKSP
 
 TILE_ROWS = 128  # of a tile that reads the keys of a node; 64 for rows of more than 256 elements
 MIN_KEYS = 128  # of a part of a node
+NUM_SIZES = 16  # of parts that are tried, in each of two series
 
 
 class TreeWork(NamedTuple):
@@ -209,7 +211,8 @@ def choose_nodes(shared, queries, work, starts=None):
 
 
 def tree_cost(nodes, part, work):
-    """Nanoseconds that a call takes for the keys of nodes, which are cut in parts of at most so many pages.
+    """Nanoseconds that a call takes for the keys of nodes, which are cut in parts of at most so many pages; for an
+    array of such sizes an array.
 
         cost     = programs + max(loads, matmuls, loads of a part by one program) + results + 2 * LAUNCH_NS
         programs = PROGRAM_NS * ceil(tiles * parts * KV heads / SMs)
@@ -220,15 +223,15 @@ def tree_cost(nodes, part, work):
     summed over nodes. The rates are those of `split_cost`. The launches are that of the nodes, and the merge.
     """
     pages, tiles, bandwidth = nodes.end_page - nodes.first_page, work.tiles(nodes.queries), BYTES_PER_NS * work.num_sms
-    parts = num_parts(pages, part)
+    parts = num_parts(pages, np.expand_dims(part, -1))
     loads = (tiles * pages).sum() * work.page_bytes
     head_bytes = work.page_bytes / work.num_heads_kv
     keys = (tiles * pages).sum() * work.page_size * work.num_heads_kv
     matmuls = 4 * work.row_elements * work.tile_rows * keys / (FLOP_PER_NS * work.num_sms)
-    alone = (-(-pages // parts)).max() * head_bytes / PROGRAM_RATE
-    programs = PROGRAM_NS * -(-(tiles * parts).sum() * work.num_heads_kv // work.num_sms)
-    results = (work.result_bytes(nodes.queries) * parts).sum() / bandwidth
-    return programs + max(loads / bandwidth, matmuls, alone) + results + 2 * LAUNCH_NS
+    alone = np.ceil(pages / parts).max(-1) * head_bytes / PROGRAM_RATE
+    programs = PROGRAM_NS * -(-(parts @ tiles) * work.num_heads_kv // work.num_sms)
+    results = parts @ work.result_bytes(nodes.queries) / bandwidth
+    return programs + np.maximum(max(loads / bandwidth, matmuls), alone) + results + 2 * LAUNCH_NS
 
 
 def alone_cost(nodes, work):
@@ -240,22 +243,34 @@ def num_parts(pages, part):
     return -(-pages // part)
 
 
-def choose_part(nodes, batch, work, max_slots=MAX_SPLITS):
-    """(pages of a part for which `tree_cost` is least, cost); None if no size keeps the results within their memory."""
-    longest = int((nodes.end_page - nodes.first_page).max())
-    row_bytes = work.result_bytes(1) // 2
-    sizes, size = [longest], max(1, MIN_KEYS // work.page_size)
-    while size < longest:
-        sizes.append(size)
-        size *= 2
-    best = None
-    for size in sizes:
-        slots = int(_slots_above(nodes, num_parts(nodes.end_page - nodes.first_page, size), batch).max())
-        if slots <= max_slots and slots * row_bytes * int(nodes.queries.max()) <= MAX_WORKSPACE_BYTES:
-            cost = tree_cost(nodes, size, work)
-            if best is None or cost < best[1]:
-                best = size, cost
-    return best
+def choose_part(nodes, batch, work, limits=None):
+    """(pages of a part, cost): the least `tree_cost` of the sizes that are tried. None if no size keeps the results
+    within their memory, or the parts within limits, a TreeSizes."""
+    pages = nodes.end_page - nodes.first_page
+    longest = int(pages.max())
+    result_bytes = work.result_bytes(int(nodes.queries.max())) // 2
+    max_slots = min(MAX_SPLITS if limits is None else limits.num_slots, MAX_WORKSPACE_BYTES // result_bytes)
+
+    def fits(size):
+        parts = num_parts(pages, size)
+        few = limits is None or parts.sum() <= limits.num_nodes
+        return few and _slots_above(nodes, parts, batch).max() <= max_slots
+
+    sizes = range(min(longest, max(1, MIN_KEYS // work.page_size)), longest + 1)
+    sizes = sizes[bisect.bisect_left(sizes, True, key=fits) :]
+    if not sizes:
+        return None
+    sizes = _sizes_to_try(longest, sizes[0])
+    costs = tree_cost(nodes, sizes, work)
+    best = int(costs.argmin())
+    return int(sizes[best]), float(costs[best])
+
+
+def _sizes_to_try(longest, least):
+    """Sizes from least to longest: those that cut the longest node evenly, and at equal ratios for the other nodes."""
+    counts, sizes = (np.geomspace(*ends, NUM_SIZES) for ends in ((1, num_parts(longest, least)), (least, longest)))
+    even = num_parts(longest, counts.round().astype(np.int64))
+    return np.maximum(np.concatenate([even, sizes.round().astype(np.int64)]), least)
 
 
 def _slots_above(nodes, parts, batch):
@@ -299,7 +314,7 @@ def plan_tree(order, shared, queries, work, always=False, sizes=None, starts=Non
     nodes = choose_nodes(shared, queries[order], None if always else work, starts)
     if nodes.first.size == 0:
         return None
-    best = choose_part(nodes, len(order), work, MAX_SPLITS if sizes is None else sizes.num_slots)
+    best = choose_part(nodes, len(order), work, sizes)
     if best is None or (best[1] >= alone_cost(nodes, work) and not always):
         return None
     return tree_of_nodes(order, nodes, best[0], queries, sizes)
