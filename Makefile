@@ -43,8 +43,10 @@ test-engines: .venv-engines/installed
 
 # Removes one barrier, wait or fence at a time.
 test-mutations: export TRITON_ATTN_TESTS = full
-test-mutations: .venv/installed
-	$(PYTEST) tests/toolchain/test_emulator_mutations.py
+test-mutations: .venv/installed .venv-oldest/installed
+	for environment in .venv .venv-oldest; do \
+	OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal tests/toolchain/test_emulator_mutations.py \
+	|| exit; done
 
 # Plants one fault at a time, which takes an hour or two. NAMES="F01 PAGED" selects some.
 test-mutants: .venv/installed

@@ -87,6 +87,13 @@ def float8_conversions_of_sm_80(request):
         paged_attention(q, cache, cache, indices[0], indices)
 
 
+@pytest.fixture
+def emulated_hopper(request):
+    """The test needs --emulate sm_90: Gluon, in which the kernels of hopper.py are written, has no interpreter."""
+    if request.config.getoption("--emulate") != "sm_90":
+        pytest.skip("needs --emulate sm_90")
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """The device of tensors: the GPU if there is one and kernels are compiled, otherwise the CPU."""

@@ -27,7 +27,6 @@ from perf.model.timeline import WAITS
 from perf.results.calibration_plot import calibration
 from perf.results.style import STYLE
 from perf.results.tables import format_table, print_table
-from triton_attn.flash.configs import HopperConfig
 
 FIGURES = {"lock": "lock TFLOP/s", "bound": "bound TFLOP/s", "expected": "expected TFLOP/s"}
 RANKED = ("lock", "expected")
@@ -131,7 +130,7 @@ def _sweeps(folder):
         measured = results.read(path)
         static = _records(pd.read_csv(static_path))
         kind = FAMILIES[static[0]["family"]]
-        if kind.config is HopperConfig:
+        if kind.config in compiled.HOPPER_CONFIGS:
             continue
         candidates = [_candidate(row, kind) for row in static]
         known = {_key(c): _figures(row, measured["triton"].iloc[0]) for c, row in zip(candidates, static)}

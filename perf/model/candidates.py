@@ -33,7 +33,13 @@ from triton_attn._jit.tiles import padded_size
 from triton_attn.dense.backward_configs import KERNELS, WIDEST_IN_ONE_LAUNCH, BackwardConfig, dk_apart_from_dv
 from triton_attn.dense.tiles import FlashCase, Tile, padded_head_dim
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
-from triton_attn.mla.configs import MlaDecodeCase, MlaDecodeConfig, MlaPrefillCase, MlaPrefillConfig
+from triton_attn.mla.configs import (
+    MlaDecodeCase,
+    MlaDecodeConfig,
+    MlaHopperConfig,
+    MlaPrefillCase,
+    MlaPrefillConfig,
+)
 from triton_attn.paged.configs import PagedCase, PagedConfig
 
 MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop instructions"]
@@ -199,6 +205,18 @@ def _latent_space(*args, **case):
     return MlaDecodeConfig.search_space(_latent_case(*args, **case))
 
 
+def _hopper_latent_cases(dtype, models):
+    def is_supported(num_heads, **case):
+        whole = num_heads % MlaHopperConfig.block_m == 0
+        return whole and MlaHopperConfig.supports(_latent_case("sm_90", getattr(torch, dtype), num_heads, **case))
+
+    return [case for case in _latent_cases(dtype, models) if is_supported(**case)]
+
+
+def _hopper_latent_space(*args, **case):
+    return MlaHopperConfig.search_space(_latent_case(*args, **case))
+
+
 def _latent_problem(seqlen, num_heads, cache_dtype, page_size):
     return LatentDecodeProblem(LATENT_BATCH, seqlen, num_heads, cache_dtype, page_size=page_size)
 
@@ -266,7 +284,6 @@ FAMILIES = {
         provider=_hopper_provider,
         roof=matmul_rate,
         seqlens=(1024, 4096, 16384),
-        rows=lambda config: config.block_m,
     ),
     "flash_backward": Family(
         config=Tile,
@@ -323,6 +340,21 @@ FAMILIES = {
         shapes=tuple(LATENT_MODELS),
         cases=_latent_cases,
         search_space=_latent_space,
+        compile=compiled.latent_decode,
+        problem=_latent_problem,
+        provider=_latent_provider,
+        roof=copy_bandwidth,
+        seqlens=(1024, 8192),
+    ),
+    "mla_hopper": Family(
+        config=MlaHopperConfig,
+        table=MlaHopperConfig,
+        case_of=_latent_case,
+        folder="mla",
+        option="models",
+        shapes=tuple(LATENT_MODELS),
+        cases=_hopper_latent_cases,
+        search_space=_hopper_latent_space,
         compile=compiled.latent_decode,
         problem=_latent_problem,
         provider=_latent_provider,
@@ -395,7 +427,7 @@ class Candidate:
             return f"{hot.spills} spills in the hot loop"
         if getattr(self.config, "use_tma", False) and not launch.uses_tma:
             return "no TMA"
-        if not hot.async_copies and not isinstance(self.config, HopperConfig):  # in HopperConfig kernels a warp loads
+        if not hot.async_copies and not isinstance(self.config, compiled.HOPPER_CONFIGS):
             return "no asynchronous copies in the hot loop"
         # A tile with fewer rows cannot use wgmma: mma.sync is right for a decode step with few heads.
         if gpu_of(report.arch).wgmma and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:

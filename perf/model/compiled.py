@@ -22,13 +22,15 @@ from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
 from triton_attn.mla.api import DecodeCall, PrefillCall
-from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
+from triton_attn.mla.configs import MlaDecodeConfig, MlaHopperConfig, MlaPrefillConfig
 from triton_attn.mla.prefill import launch_mla_fused, launch_mla_materialized
 from triton_attn.paged.api import PagedCall
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.paged.forward import launch_paged_fwd
 from triton_attn.toolchain import compile_only
 
+# Of kernels in which warps of their own load, while others multiply.
+HOPPER_CONFIGS = HopperConfig, MlaHopperConfig
 # The gradients (q, k, v, sinks) that make a backward pass launch the kernel.
 _WANTED = {
     "dkdv": (False, True, True, False),
@@ -131,8 +133,8 @@ def config_of(launch):
 
 
 def config_name(config):
-    """See `tile_name`. c64 is the number of latent elements per step, hopper means that one warp loads."""
-    if isinstance(config, HopperConfig):
+    """See `tile_name`. c64 is the number of latent elements per step, hopper is for HOPPER_CONFIGS."""
+    if isinstance(config, HOPPER_CONFIGS):
         return f"{tile_name(config.block_m, config.block_n, 4 * config.groups, config.num_stages)} hopper"
     tma = isinstance(config, Tile) and config.use_tma
     name = tile_name(config.block_m, config.block_n, config.num_warps, config.num_stages, tma)
@@ -192,7 +194,7 @@ def launch_paged(q, k_cache, v_cache, cache_seqlens, block_table, out, config):
 
 
 def launch_latent(q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale, config):
-    """`mla_decode` from absorbed queries to latent outputs, with a given config."""
+    """`mla_decode` from absorbed queries to latent outputs, with a given config, of either kernel."""
     out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
     call = DecodeCall(q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale)
     launch_mla_decode(call, out, None, config)

@@ -4,9 +4,12 @@ import attention_cases
 import attention_draws
 import backward_cases
 import backward_draws
+import hopper_cases
 import pytest
 from attention_cases import DTYPES
 from hypothesis import given, seed, settings
+
+from triton_attn.flash import forward
 
 # Inputs contain NaN and infinity on purpose, and numpy warns about them.
 pytestmark = [pytest.mark.random, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -44,3 +47,16 @@ def test_backward(dtype, varlen, shard, record_property):
     seed = shard + 2 * varlen + 4 * DTYPES.index(dtype)
     what = f"backward, {str(dtype).removeprefix('torch.')}, {'varlen' if varlen else 'dense'}"
     check_random(backward_cases.check, backward_draws.cases(dtype, varlen), seed, record_property, what)
+
+
+@pytest.mark.emulated
+@pytest.mark.full(but_each=25)
+@pytest.mark.ci(but_each=3)
+@pytest.mark.parametrize("number", range(200))
+def test_forward_by_the_kernel_of_hopper(number, emulated_hopper):
+    """Contexts of several rounds over the buffers of a ring. Of many spare rows programs clear some twice, with equal
+    values, which is a race for the emulator."""
+    lengths = (0, 1, 64, 129, 200), (0, 1, 128, 129, 330, 700)
+    case = hopper_cases.attention(number, *lengths, most=2, spare_rows=(0, 1, 1))
+    with hopper_cases.launched(forward, "launch_flash_fwd_hopper"):
+        attention_cases.check(case)

@@ -3,12 +3,11 @@
 Gluon has no interpreter, so these tests need such a GPU.
 """
 
-from unittest import mock
-
+import hopper_cases
 import pytest
 import torch
 from decode_cases import Case, check
-from decode_draws import WIDTHS_OF_HOPPER, case_of_hopper
+from hopper_cases import LATENT_WIDTHS
 from scale import AT_SCALE, DTYPES
 
 from triton_attn import append_latent_cache, mla_decode
@@ -28,13 +27,10 @@ CONTEXTS = (8191, 1, 4096, 333, 0, 2053)
 
 
 @pytest.fixture(autouse=True)
-def on_hopper(monkeypatch):
+def on_hopper():
     """Only this kernel runs."""
-    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
-    launch = mock.Mock(wraps=absorbed.launch_mla_decode_hopper)
-    monkeypatch.setattr(absorbed, "launch_mla_decode_hopper", launch)
-    yield
-    assert launch.called
+    with hopper_cases.launched(absorbed, "launch_mla_decode_hopper"):
+        yield
 
 
 @of_caches
@@ -43,14 +39,14 @@ def on_hopper(monkeypatch):
 def test_what_is_absorbed_already(num_splits, num_heads, page_size, cache):
     """Slots without a key are NaN; one sequence is empty, another has fewer keys than splits."""
     sizes = dict(seqlens_k=CONTEXTS, num_heads=num_heads, page_size=page_size, num_splits=num_splits)
-    check(Case(**cache, **sizes, **ABSORBED, **WIDTHS_OF_HOPPER))
+    check(Case(**cache, **sizes, **ABSORBED, **LATENT_WIDTHS))
 
 
 @of_caches
 @pytest.mark.parametrize(("num_heads", "num_splits"), [(64, 0), (128, 1)])
 def test_with_weights(num_heads, num_splits, cache):
     sizes = dict(seqlens_k=CONTEXTS, num_heads=num_heads, page_size=64, num_splits=num_splits)
-    check(Case(**cache, **sizes, **WIDTHS_OF_HOPPER))
+    check(Case(**cache, **sizes, **LATENT_WIDTHS))
 
 
 @of_caches
@@ -58,12 +54,12 @@ def test_with_weights(num_heads, num_splits, cache):
 def test_draft(causal, cache):
     """Several queries per sequence; the first may see nothing."""
     sizes = dict(seqlen_q=3, seqlens_k=(1024, 1, 1027, 333, 0, 65), num_heads=64, page_size=64, num_splits=2)
-    check(Case(causal=causal, **cache, **sizes, **WIDTHS_OF_HOPPER))
+    check(Case(causal=causal, **cache, **sizes, **LATENT_WIDTHS))
 
 
 @pytest.mark.parametrize("number", range(32))
 def test_random_calls(number):
-    check(case_of_hopper(number, (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 257, 500, 1000)))
+    check(hopper_cases.decode(number, (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 257, 500, 1000)))
 
 
 @pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.uint8], ids=str)

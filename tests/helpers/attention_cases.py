@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from unittest import mock
 
 import pytest
@@ -11,13 +11,13 @@ import torch
 import triton
 from scores import Scores
 
-from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn import flash_attention, flash_attention_varlen, override_config
 from triton_attn._host.definition import attend, visible_keys
 from triton_attn._host.tuned import forget_plans
 from triton_attn.dense import backward
 from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.flash import forward
-from triton_attn.flash.configs import FlashConfig
+from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.flash.reference import dropout_mask
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
@@ -46,7 +46,7 @@ class Case(Scores):
     poison: float  # fills the rows that must have no effect
     poisoned_sequence: int | None
     spare_rows: int  # after the last sequence
-    config: FlashConfig
+    config: FlashConfig | HopperConfig
     seed: int
     dropout_p: float = 0.0
     shards: tuple | None = None  # (query_start, key_start, dropout_row) of each sequence; None: whole sequences
@@ -202,8 +202,12 @@ class Inputs:
 
 @contextlib.contextmanager
 def using(config, backward_config=None):
-    """Kernels run with these tiles, and backward ones with config, by default. On a GPU they use their own, which
-    fit."""
+    """Kernels run with these tiles, and backward ones with config, by default. On a GPU they use their own, which fit;
+    but those of a HopperConfig, which has no interpreter, are used there."""
+    if isinstance(config, HopperConfig):
+        with override_config(config.family, **asdict(config)):
+            yield
+        return
     if not INTERPRETED:
         yield
         return

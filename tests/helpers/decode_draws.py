@@ -1,7 +1,5 @@
 """Random calls of mla_decode."""
 
-import random
-
 import torch
 from decode_cases import LAYOUTS, PAGE_SIZES, Case
 from draft_trees import KINDS
@@ -11,8 +9,6 @@ from prefix_trees import WHOLE
 from scores import draw_key_shard
 
 from triton_attn.mla.configs import MlaDecodeConfig
-
-WIDTHS_OF_HOPPER = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
 
 
 @st.composite
@@ -69,32 +65,4 @@ def cases(draw, dtype):
         tree=tree,
         forks=forks,
         part=part,
-    )
-
-
-def case_of_hopper(seed, lengths, dtype=None, most=5):
-    """A call that hopper.py supports, with contexts of these lengths, and at most so many sequences and queries of
-    each. dtype is that of the cache, of which float8_e4m3fn stands for rows of bytes; None draws it."""
-    draw = random.Random(seed)
-    weights = draw.random() < 0.3
-    dtype = dtype or draw.choice((torch.bfloat16, torch.float16, torch.float8_e4m3fn))
-    is_fp8, page_size = dtype == torch.float8_e4m3fn, draw.choice((64, 128, 192))
-    key_shard = (draw.randint(0, 2), 3, draw.choice((1, page_size))) if draw.random() < 0.3 else None
-    return Case(
-        dtype=torch.bfloat16 if is_fp8 else dtype,
-        is_fp8=is_fp8,
-        page_size=page_size,
-        seqlen_q=draw.choice((1, 1, 2, most)),
-        seqlens_k=tuple(draw.choice(lengths) for _ in range(draw.randint(1, most))),
-        num_heads=draw.choice((64, 128, 192)),
-        causal=draw.random() < 0.7,
-        num_splits=draw.choice((0, 1, 2, 5, 20)),
-        q_layout=draw.choice(("contiguous", "heads first")),
-        rotary_dim=draw.choice((0, 64)) if weights and key_shard is None else 0,
-        with_uk=weights,
-        with_uv=weights,
-        softmax_scale=None if weights else draw.choice((0.01, 0.07, 1.0)),
-        key_shard=key_shard,
-        seed=seed,
-        **WIDTHS_OF_HOPPER,
     )

@@ -283,9 +283,11 @@ CALLS = {
 }
 # sm_90 has kernels of its own for these.
 CALLS_OF_HOPPER = {
-    "flash 128": lambda: flash(128),
-    "flash 128 full": lambda: flash(128, causal=False),
-    "mla decode 128": lambda: mla_decode(128, seqlen=330, num_splits=1),  # each buffer of a ring three times
+    # Each buffer of a ring is used three times, so that a wait for the wrong phase is seen.
+    "flash 128": lambda: flash(128, (70, 700)),
+    "flash 128 full": lambda: flash(128, causal=False, return_lse=False),
+    "flash 64 full": lambda: flash(64, (70, 700), (2, 1), causal=False),  # three groups
+    "mla decode 128": lambda: mla_decode(128, seqlen=330, num_splits=1),
     "mla decode 128 fp16": lambda: mla_decode(128, dtype=torch.float16),
     "mla decode 128 of one rank": lambda: mla_decode(128, seqlen=300, key_shard=(1, 3, 4)),
     "mla decode 128 fp8": lambda: mla_decode(128, seqlen=330, cache_dtype=torch.uint8, num_splits=1),

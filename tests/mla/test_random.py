@@ -1,9 +1,8 @@
 """Random calls of mla_decode, and of mla_prefill in each schedule, against their definition in fp64."""
 
-from unittest import mock
-
 import decode_cases
 import decode_draws
+import hopper_cases
 import prefill_cases
 import prefill_draws
 import pytest
@@ -50,12 +49,6 @@ def test_prefill(mode, dtype, shard):
 @pytest.mark.ci(but_each=3)
 @pytest.mark.parametrize("number", range(100))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
-def test_decode_by_the_kernel_of_hopper(dtype, number, monkeypatch, request):
-    """Gluon has no interpreter."""
-    if request.config.getoption("--emulate") != "sm_90":
-        pytest.skip("needs --emulate sm_90")
-    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
-    launch = mock.Mock(wraps=absorbed.launch_mla_decode_hopper)
-    monkeypatch.setattr(absorbed, "launch_mla_decode_hopper", launch)
-    decode_cases.check(decode_draws.case_of_hopper(number, (0, 1, 63, 64, 65, 129, 190), dtype, most=2))
-    assert launch.called
+def test_decode_by_the_kernel_of_hopper(dtype, number, emulated_hopper):
+    with hopper_cases.launched(absorbed, "launch_mla_decode_hopper"):
+        decode_cases.check(hopper_cases.decode(number, (0, 1, 63, 64, 65, 129, 330), dtype, most=2))

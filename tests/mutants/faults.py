@@ -976,6 +976,8 @@ FAULTS = (
         "last = gl.minimum(last, rows + (work.seqlen_k - work.seqlen_q - start_n))",
         "HOPPER",
     ),
+    Fault("N06", "triton_attn/flash/hopper.py", "step // STAGES & 1", "gl.minimum(step // STAGES, 1)", "HOPPER"),
+    Fault("L07", "triton_attn/mla/hopper.py", "(step >> 1) & 1", "gl.minimum(step >> 1, 1)", "MLA_HOPPER"),
     Fault(
         "W01",
         "perf/results/winners.py",

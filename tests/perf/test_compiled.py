@@ -18,9 +18,13 @@ from perf.harness.revision import package_of
 from perf.model import amdgcn, compiled, loop_model
 from perf.model.candidates import FAMILIES, Candidate
 from perf.results.baseline import COMPILED, Baseline
+from perf.workloads.calls import CALLS
+from triton_attn import use_tuned
+from triton_attn._host import tuned
 from triton_attn.flash.configs import FlashConfig, HopperConfig
-from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
+from triton_attn.mla.configs import MlaDecodeConfig, MlaHopperConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
+from triton_attn.toolchain import compile_only
 
 pytestmark = pytest.mark.compiled
 
@@ -197,6 +201,7 @@ SWEPT = {
         ["", "CompilationError", ""],
         [2, 0],
     ),
+    "mla_hopper": (LATENT, [MlaHopperConfig(2)], [""], [0]),
     "paged_prefill": (
         DECODE | {"seqlen_q": 512},
         [PagedConfig(64, 64, 4, 3), PagedConfig(128, 64, 8, 1), PagedConfig(128, 64, 8, 3)],
@@ -235,19 +240,53 @@ def test_sweep_ranks_what_fits_and_says_why_the_rest_is_dropped(family, tmp_path
 
 @pytest.mark.ci
 @pytest.mark.parametrize("family", FAMILIES)
-def test_candidates_compile_the_kernel_of_a_default_call(family):
+def test_candidates_compile_the_kernel_of_a_default_call(family, monkeypatch):
     """The first config of the search space is the default, and its code is the code of public calls."""
     case = SWEPT[family][0]
     kind = FAMILIES[family]
     default = kind.search_space("sm_90", torch.bfloat16, **case)[0]
     ours = kind.compile("sm_90", torch.bfloat16, config=default, **case)
-    if family == "flash_hopper":
-        users = compiled.flash_forward("sm_90", torch.bfloat16, **case, kernels="hopper")
+    if family in HOPPER:
+        monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
+        (users,) = launched(family, case)
     elif family == "flash_backward":
         users = compiled.flash_backward("sm_90", torch.bfloat16, case["head_dim"], case["causal"])[-1]
     else:
         users = kind.compile("sm_90", torch.bfloat16, **case)
     assert ours.kernel.asm["cubin"] == users.kernel.asm["cubin"]
+
+
+# Shapes, and the kernel.
+HOPPER = {
+    "flash_hopper": ({"head_dims": [128]}, "_flash_fwd_hopper_kernel"),
+    "mla_hopper": ({"models": ["DeepSeek-V3"]}, "_mla_decode_hopper_kernel"),
+}
+
+
+def launched(family, case):
+    """Launches of this kernel of hopper.py by a public call."""
+    with compile_only("sm_90") as launches:
+        CALLS[family.removesuffix("_hopper")].make(triton_attn, torch.bfloat16, **case)
+    return [launch for launch in launches if launch.name == HOPPER[family][1]]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("family", HOPPER)
+def test_calls_take_a_kernel_of_hopper_that_a_sweep_found(family, tmp_path, monkeypatch):
+    """In each case, by the table that the sweep writes."""
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "auto")
+    monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
+    monkeypatch.setattr(sweep, "map_in_processes", map)
+    shapes, _ = HOPPER[family]
+    cases = FAMILIES[family].cases("bfloat16", *shapes.values())
+    assert len(cases) == 2
+    assert not any(launched(family, case) for case in cases)
+    sweep.run(tmp_path, family, table=tmp_path / "t.json", **shapes)
+    use_tuned(tmp_path / "t.json")
+    try:
+        assert all(launched(family, case) for case in cases)
+    finally:
+        use_tuned(None)
 
 
 @pytest.mark.ci

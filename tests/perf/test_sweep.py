@@ -17,12 +17,13 @@ from perf.harness.journal import Journal
 from perf.harness.timing import Percentiles
 from perf.model import candidates
 from perf.model.candidates import FAMILIES, MODEL_COLUMNS, Candidate
+from perf.model.compiled import HOPPER_CONFIGS
 from perf.results import MEASURED, winners
 from perf.workloads.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from triton_attn._host import tuned
 from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, dk_apart_from_dv
 from triton_attn.flash.configs import FlashConfig, HopperConfig
-from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
+from triton_attn.mla.configs import MlaDecodeConfig, MlaHopperConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
 
 CONFIGS = [FlashConfig(64, keys, 4, 2) for keys in (32, 64, 128)]
@@ -33,6 +34,7 @@ TILE = {
     "paged": PagedConfig,
     "paged_prefill": PagedConfig,
     "mla": MlaDecodeConfig,
+    "mla_hopper": MlaHopperConfig,
     "mla_prefill": MlaPrefillConfig,
 }
 
@@ -117,7 +119,7 @@ def test_the_source_hash_is_that_of_the_kernels(monkeypatch, tmp_path):
         return [name for name, value in hashes().items() if value != before[name]]
 
     assert changed_by("flash/configs.py") == ["flash", "flash_hopper", "flash_backward"]
-    assert changed_by("mla/projections.py") == ["mla", "mla_prefill"]
+    assert changed_by("mla/projections.py") == ["mla", "mla_hopper", "mla_prefill"]
     assert changed_by("paged/forward.py") == ["paged", "paged_prefill"]
     assert changed_by("cache/kernels/append.py") == []
     assert changed_by("merge/splits.py") == list(FAMILIES)
@@ -182,7 +184,7 @@ def test_every_family_has_a_space_for_its_shapes(family):
     assert len({sweep.values_of(case) for case in cases}) == len(cases)
     for case in cases:
         space = kind.search_space("sm_90", torch.bfloat16, **case)
-        assert len(space) > 5 or family == "flash_hopper"  # few of which fit
+        assert len(space) > 5 or kind.config in HOPPER_CONFIGS  # few of which fit
         assert {type(config) for config in space} == {kind.config}
         assert kind.problem(kind.seqlens[-1], **case).figure in ("tflops", "gbps")
 
@@ -252,6 +254,10 @@ def timed(monkeypatch):
     return launched
 
 
+# Gluon has no interpreter.
+INTERPRETED = sorted(family for family, kind in FAMILIES.items() if kind.config not in HOPPER_CONFIGS)
+
+
 def finalists(family, case, *keys):
     return [Candidate(family, "sm_90", "bfloat16", case, TILE[family](16, n, 4, 1)) for n in keys]
 
@@ -291,7 +297,7 @@ def test_on_a_gpu_the_best_and_the_default_are_timed_and_the_fastest_kept(compil
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"flash_hopper"}))  # Gluon has no interpreter
+@pytest.mark.parametrize("family", INTERPRETED)
 def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monkeypatch):
     case, problem = TIMED[family]
     kind = replace(FAMILIES[family], problem=lambda seqlen, **case: problem, roof=lambda: 1.0)

@@ -417,8 +417,8 @@ def _mla_absorbed_kernel(
 def launch_mla_decode(call, out, lse, config=None):
     """Launch the kernels of a DecodeCall: absorption with w_uk, attention, merge and projection of the splits.
 
-    out and lse are those that `mla_decode` returns; lse may be None: not wanted. config is an MlaDecodeConfig (None:
-    the default). No device-to-host sync.
+    out and lse are those that `mla_decode` returns; lse may be None: not wanted. config is an MlaDecodeConfig or an
+    MlaHopperConfig, each for its kernel (None: the default). No device-to-host sync.
     """
     q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale, causal, w_uk, w_uv, *_ = call
     cu_seqlens_q, max_seqlen_q = call.cu_seqlens_q, call.max_seqlen_q
@@ -731,7 +731,8 @@ def _groups(width, widest, pairs, scale_block=0):
 def _plan(key, wanted, config):
     """The AbsorbedPlan of a call, or the HopperPlan where hopper.py's kernel supports it and is wanted."""
     has_tree = key.tree is not None or key.has_tree_mask
-    if config is None and not has_tree and (plan := plan_hopper(key, wanted)) is not None:
+    portable = has_tree or isinstance(config, MlaDecodeConfig)
+    if not portable and (plan := plan_hopper(key, wanted, config)) is not None:
         return plan
     plan = _plan_portable(key, config, None)
     if key.tree is None:

@@ -116,10 +116,13 @@ class MlaDecodeConfig(
 
 @dataclass(frozen=True)
 class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS | {"cache_dtype": str}, buckets=("seqlen_k", "rows")):
-    """One program of hopper.py computes 64 rows in a loop over tiles of 64 keys, which it loads num_stages ahead: two,
-    because its two groups alternate, and no more fit."""
+    """One program of hopper.py computes block_m rows in a loop over tiles of block_n keys, which it loads num_stages
+    ahead: two, because its two groups alternate, and no more fit."""
 
     num_stages: int
+
+    block_m = block_n = 64
+    groups = 2
 
     @classmethod
     def supports(cls, case):
@@ -145,7 +148,7 @@ class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS | {"cache_dtype"
         return [cls.default(case)] if cls.supports(case) else []
 
     def obstacle(self, case):
-        return None if self.num_stages == 2 else "the kernel's two groups alternate over two tiles"
+        return None if self.num_stages == self.groups else "the kernel's two groups alternate over two tiles"
 
 
 # Configs of hopper.py by (kv_lora_rank, qk_rope_head_dim).

@@ -44,8 +44,8 @@ from .configs import MlaDecodeCase, MlaHopperConfig, split_work
 # Renamed in Triton 3.8.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
-ROWS: gl.constexpr = gl.constexpr(64)  # heads of a query that one program takes
-BLOCK_N: gl.constexpr = gl.constexpr(64)
+ROWS: gl.constexpr = gl.constexpr(MlaHopperConfig.block_m)  # heads of a query that one program takes
+BLOCK_N: gl.constexpr = gl.constexpr(MlaHopperConfig.block_n)
 HALF: gl.constexpr = gl.constexpr(256)  # columns of a group, half of a latent vector
 ROPE: gl.constexpr = gl.constexpr(64)
 PART: gl.constexpr = gl.constexpr(64)  # columns of fp8 rows that are loaded and decoded together
@@ -659,10 +659,10 @@ def launch_mla_decode_hopper(plan, call, parts, lse_parts):
     launch(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
 
 
-def plan_hopper(key, wanted):
+def plan_hopper(key, wanted, config=None):
     """The HopperPlan of a call with this AbsorbedKey, None where the portable kernel runs.
 
-    wanted as in `MlaHopperConfig.choose`.
+    wanted as in `MlaHopperConfig.choose`, which chooses config if it is None.
     """
     (shape_q, _), (shape_pe, _), (shape_k, strides_k) = key.layout
     batch, seqlen_q, num_heads, kv_lora_rank = shape_q
@@ -682,7 +682,7 @@ def plan_hopper(key, wanted):
     capacity = key.table_width * page_size
     rows = seqlen_q * num_heads
     case = MlaDecodeCase(key.arch, key.dtype, kv_lora_rank, shape_pe[3], rows, is_fp8, True, capacity, page_size)
-    config = MlaHopperConfig.choose(case, wanted)
+    config = config or MlaHopperConfig.choose(case, wanted)
     if config is None:
         return None
     num_programs = batch * seqlen_q * (num_heads // ROWS.value)
