@@ -335,8 +335,8 @@ FAULTS = (
     Fault(
         "P01",
         "triton_attn/paged/forward.py",
-        "ONE_PAGE=is_paged and slots % config.block_n == 0,",
-        "ONE_PAGE=is_paged and slots >= config.block_n,",
+        "one_page = is_paged and slots % config.block_n == 0",
+        "one_page = is_paged and slots >= config.block_n",
         "PAGED",
     ),
     Fault(
