@@ -272,12 +272,12 @@ class Inputs:
         return out[:rows], lse.T[:rows]
 
 
-def pack(x, pack, layout):
-    """vLLM's packed cache of (pages, slots, heads, dim): keys with `pack` elements side by side, or values (None). Not
-    contiguous: every second page, or the first of more rows, of a larger tensor of NaN."""
+def pack(x, together=None, layout="contiguous"):
+    """vLLM's packed cache of (pages, slots, heads, dim): keys, so many elements of which lie together, or values. With
+    the layout "heads first" every second page of a larger tensor of NaN, with "wide" all heads of it but one."""
     dtype = x.dtype
     bits = x.view(torch.uint8) if dtype.itemsize == 1 else x
-    packed = bits.permute(0, 2, 3, 1) if pack is None else bits.unflatten(3, (-1, pack)).permute(0, 2, 3, 1, 4)
+    packed = bits.permute(0, 2, 3, 1) if together is None else bits.unflatten(3, (-1, together)).permute(0, 2, 3, 1, 4)
     if layout == "contiguous":
         return packed.contiguous().view(dtype)
     num_pages, num_heads, num_rows, *row = packed.shape

@@ -469,6 +469,13 @@ FAULTS = (
         "PAGED",
     ),
     Fault(
+        "P23",
+        "triton_attn/paged/forward.py",
+        "math.gcd(config.block_n, slots) if problem.pack else 1",
+        "config.block_n if problem.pack else 1",
+        "PAGED",
+    ),
+    Fault(
         "M01",
         "triton_attn/mla/api.py",
         "check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])",
