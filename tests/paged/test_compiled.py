@@ -56,6 +56,7 @@ KNOWN_SPILLS = {
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
     ("sm_90", 128, "prefill", "int8, inline"): 16,
+    ("sm_90", 512, "decode", "packed"): 32,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
     ("gfx942", 128, "prefill", "fp8"): 64,

@@ -25,9 +25,8 @@ def cache_rows(table_ptr, sequence, start, mask, TILE: tl.constexpr):
 
     In a packed cache the compiler has to know which slots follow each other: TILE.ALIGN keys from each multiple of it.
     """
-    ALIGN: tl.constexpr = TILE.ALIGN
     if TILE.PACK > 0:
-        start = multiple_of(start, ALIGN)
+        start = multiple_of(start, TILE.ALIGN)
     keys = start + tl.arange(0, TILE.BLOCK_N)
     if table_ptr is None:
         return Cached(tl.cast(sequence, tl.int64), keys.to(tl.int64))
@@ -36,10 +35,7 @@ def cache_rows(table_ptr, sequence, start, mask, TILE: tl.constexpr):
         return Cached(page.to(tl.int64), (keys % TILE.PAGE_SIZE).to(tl.int64))
     else:
         pages = tl.load(table_ptr + keys // TILE.PAGE_SIZE, mask=mask, other=None if mask is None else 0)
-        pages = pages.to(tl.int64)
-        if TILE.PACK > 0:
-            pages = tl.max_constancy(pages, ALIGN)
-        return Cached(pages, (keys % TILE.PAGE_SIZE).to(tl.int64))
+        return Cached(pages.to(tl.int64), (keys % TILE.PAGE_SIZE).to(tl.int64))
 
 
 class CachedKeys(NamedTuple):
