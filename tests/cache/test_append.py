@@ -57,6 +57,7 @@ WRONG = [
     ({"v": torch.zeros(3, 1, 4)}, ValueError, r"v: expected shape \(3, 2, head_dim_v\)"),
     ({"v": torch.zeros(3, 2, 4).half()}, TypeError, "v: expected torch.float32"),
     ({"k_cache": torch.zeros(5, 4, 2, 4)}, ValueError, r"k_cache: expected shape \(num_pages, page_size, 2, 8\)"),
+    ({"k_cache": torch.zeros(5, 2, 2, 4, 4)}, ValueError, r"k_cache: expected shape .*got shape \(5, 2, 2, 4, 4\)"),
     ({"k_cache": torch.zeros(5, 4, 2, 8).half()}, TypeError, "k_cache: expected torch.float32 or"),
     ({"v_cache": torch.zeros(5, 2, 2, 4)}, ValueError, r"v_cache: expected shape \(5, 4, 2, 4\)"),
     ({"v_cache": torch.zeros(5, 4, 2, 4).to(FLOAT8[0])}, TypeError, "v_cache: expected torch.float32"),

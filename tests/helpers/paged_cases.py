@@ -58,6 +58,7 @@ class Case(Scores):
     config: PagedConfig
     seed: int
     key_shard: tuple | None = None  # (rank, num_ranks, interleave): the cache has the rank's keys alone
+    packed: bool = False  # vLLM's packed cache; its cache_layout says which part of a larger tensor it is
     tree: str | None = None  # of KINDS of trees: bits say which of its last keys a query sees
 
     @property
@@ -119,8 +120,8 @@ class Inputs:
         self.own = [case.own(n) for n in case.seqlens_k]
         self._lay_out_pages(case, batch)
         self.k_scale, self.v_scale = map(self._scale, case.scales)
-        self.k_cache, self.clean_k = self._cache(case.head_dim, self.k_scale)
-        self.v_cache, self.clean_v = self._cache(case.head_dim_v, self.v_scale)
+        self.k_cache, self.clean_k = self._cache(case.head_dim, self.k_scale, is_key=True)
+        self.v_cache, self.clean_v = self._cache(case.head_dim_v, self.v_scale, is_key=False)
         slopes_shape = (batch, case.num_heads_q) if case.alibi == "per sequence" else (case.num_heads_q,)
         self.alibi_slopes = torch.rand(slopes_shape, generator=self.generator).to(DEVICE) if case.alibi else None
         self.sinks = self._randn(case.num_heads_q).to(case.sinks) if case.sinks else None
@@ -182,7 +183,7 @@ class Inputs:
         """A PrefixTree with a node for every group of sequences that share pages, whether or not it pays."""
         return tree_of(self.tables, self.case.seqlens_q, DEVICE, self.case.part)
 
-    def _cache(self, dim, scale):
+    def _cache(self, dim, scale, is_key):
         case = self.case
         values = self._randn(*self.cache_shape, case.num_heads_kv, dim)
         per_token = getattr(scale, "ndim", 0) == 3
@@ -196,6 +197,8 @@ class Inputs:
             values.view(torch.uint8)[self._is_unused()] = 0x7F  # NaN in both formats of fp8
         else:
             values[self._is_unused()] = NAN
+        if case.packed:
+            return pack(values, 16 // values.element_size() if is_key else None, case.cache_layout), clean
         return lay_out(values, case.cache_layout), clean
 
     def _is_unused(self):
@@ -267,6 +270,21 @@ class Inputs:
         assert (out[rows:] == 0).all()
         assert (lse[:, rows:] == -math.inf).all()
         return out[:rows], lse.T[:rows]
+
+
+def pack(x, together=None, layout="contiguous"):
+    """vLLM's packed cache of (pages, slots, heads, dim): keys, so many elements of which lie together, or values. With
+    the layout "heads first" every second page of a larger tensor of NaN, with "wide" all heads of it but one."""
+    dtype = x.dtype
+    bits = x.view(torch.uint8) if dtype.itemsize == 1 else x
+    packed = bits.permute(0, 2, 3, 1) if together is None else bits.unflatten(3, (-1, together)).permute(0, 2, 3, 1, 4)
+    if layout == "contiguous":
+        return packed.contiguous().view(dtype)
+    num_pages, num_heads, num_rows, *row = packed.shape
+    sizes = (2 * num_pages, num_heads) if layout == "heads first" else (num_pages, num_heads + 1)
+    larger = torch.full((*sizes, num_rows, *row), 0x7F if dtype.itemsize == 1 else NAN, dtype=bits.dtype, device=DEVICE)
+    part = larger[::2] if layout == "heads first" else larger[:, 1:]
+    return part.copy_(packed).view(dtype)
 
 
 def lay_out(x, layout):
@@ -342,12 +360,14 @@ def check_accesses(case, inputs, accesses):
 
 def keys_loaded(case, inputs, tree=None):
     """Keys from the first to the last visible one for the rows of a tile, over all tiles. If each tile is in one page,
-    the first key is rounded down to a tile. With a tree, all keys of its nodes for each tile of their rows, and of the
-    sequences those that no node has.
+    the first key is rounded down to a tile; in a packed cache, to what divides a page and a tile. With a tree, all keys
+    of its nodes for each tile of their rows, and of the sequences those that no node has.
     """
     align = 1
     if case.page_size and case.page_size % case.config.block_n == 0:
         align = case.config.block_n
+    elif case.packed:
+        align = math.gcd(case.page_size, case.config.block_n)
     total, first_pages = 0, [0] * len(case.seqlens_q)
     if tree is not None:
         first_pages, _, parts = tree

@@ -25,6 +25,11 @@ def cases(draw, dtype, varlen):
     lengths_k = st.sampled_from([0, 1, config.block_n, config.block_n + 1]) | st.integers(0, 4 * config.block_n)
     seqlens_q = draw(st.tuples(*[lengths_q] * batch)) if varlen else (draw(lengths_q),) * batch
     page_size = draw(st.sampled_from([*PAGE_SIZES, None]))
+    cache_dtype = draw(st.sampled_from([dtype, dtype, *QUANTIZED]))
+    head_dim = draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512))
+    packed = page_size is not None and draw(st.booleans())
+    if packed:
+        head_dim = round_up(head_dim, 16 // cache_dtype.itemsize)
     seqlens_k = draw(st.tuples(*[lengths_k] * batch))
     forks, part = (), None
     if page_size and draw(st.booleans()):
@@ -38,13 +43,14 @@ def cases(draw, dtype, varlen):
     return Case(
         varlen=varlen,
         dtype=dtype,
-        cache_dtype=draw(st.sampled_from([dtype, dtype, *QUANTIZED])),
+        cache_dtype=cache_dtype,
         page_size=page_size,
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
         num_heads_kv=draw(st.integers(1, 2)),
         group_size=group_size,
-        head_dim=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
+        head_dim=head_dim,
+        packed=packed,
         head_dim_v=draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 512)),
         **draw_scores(draw, dtype),
         scales=draw(st.tuples(scale, scale)),
@@ -61,6 +67,10 @@ def cases(draw, dtype, varlen):
         key_shard=key_shard,
         tree=tree,
     )
+
+
+def round_up(number, multiple):
+    return -(-number // multiple) * multiple
 
 
 def draw_fork(draw, i, most):

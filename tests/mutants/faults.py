@@ -335,8 +335,8 @@ FAULTS = (
     Fault(
         "P01",
         "triton_attn/paged/forward.py",
-        "ONE_PAGE=is_paged and slots % config.block_n == 0,",
-        "ONE_PAGE=is_paged and slots >= config.block_n,",
+        "one_page = is_paged and slots % config.block_n == 0",
+        "one_page = is_paged and slots >= config.block_n",
         "PAGED",
     ),
     Fault(
@@ -466,6 +466,13 @@ FAULTS = (
         "triton_attn/paged/forward.py",
         "num_tiles = num_rows // config.block_m + problem.batch",
         "num_tiles = num_rows // config.block_m + problem.batch - 1",
+        "PAGED",
+    ),
+    Fault(
+        "P23",
+        "triton_attn/paged/forward.py",
+        "math.gcd(config.block_n, slots) if problem.pack else 1",
+        "config.block_n if problem.pack else 1",
         "PAGED",
     ),
     Fault(

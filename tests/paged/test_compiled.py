@@ -37,6 +37,8 @@ VARIANTS = {
     "splits": {"num_splits": 4},
     "varlen": {"varlen": True},
     "contiguous": {"contiguous": True},
+    "packed": {"packed": True},
+    "packed, fp8": {"packed": True, "cache_dtype": torch.float8_e4m3fn},
     "shard": {"key_shard": (2, 4, 1)},
     "shard, everything": {
         "key_shard": (2, 4, 1),
@@ -54,6 +56,7 @@ KNOWN_SPILLS = {
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
     ("sm_90", 128, "prefill", "int8, inline"): 16,
+    ("sm_90", 512, "decode", "packed"): 32,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
     ("gfx942", 128, "prefill", "fp8"): 64,
@@ -84,6 +87,7 @@ def arguments(
     varlen=False,
     contiguous=False,
     per_token=None,
+    packed=False,
 ):
     """per_token: where scales for each token are, as in `PagedKVCache` ("apart") or as in vLLM's rows ("inline")."""
     q = torch.empty(BATCH, seqlen_q, NUM_HEADS, head_dim, dtype=dtype)
@@ -97,6 +101,11 @@ def arguments(
     else:
         given["block_table"] = torch.empty(BATCH, MAX_PAGES, dtype=torch.int32)
     caches = {"k_cache": cache, "v_cache": cache}
+    if packed:
+        rows = cache.permute(0, 2, 3, 1).contiguous()
+        x = 16 // cache.element_size()
+        keys = rows.view(*rows.shape[:2], head_dim // x, page_size, x)
+        caches = {"k_cache": keys, "v_cache": rows}
     if per_token == "apart":
         scales = torch.empty(len(cache), NUM_HEADS_KV, page_size).transpose(1, 2)
         caches |= {"k_scale": scales, "v_scale": scales}
@@ -109,7 +118,7 @@ def arguments(
 def compile_default(arch, head_dim, rows, variant, **changes):
     """rows: new tokens of a sequence, or their name in ROWS."""
     options = {"num_splits": 1} | VARIANTS[variant] | changes
-    names = "dtype", "cache_dtype", "varlen", "contiguous", "per_token"
+    names = "dtype", "cache_dtype", "varlen", "contiguous", "per_token", "packed", "page_size"
     shape = {name: options.pop(name) for name in names if name in options}
     with compile_only(arch) as launches:
         paged_attention(**arguments(head_dim, ROWS.get(rows, rows), **shape), **options)
@@ -139,10 +148,17 @@ SLICE = [
     case("sm_90", 128, "decode", "contiguous"),
     *(case(arch, 128, "draft", "shard", pytest.mark.oldest) for arch in ("sm_80", "sm_90")),
     case("sm_90", 128, "decode", "shard, everything", pytest.mark.oldest),
+    *(
+        case(arch, 128, rows, variant, pytest.mark.oldest)
+        for arch in ("sm_80", "sm_90")
+        for rows in ("decode", "prefill")
+        for variant in ("packed", "packed, fp8")
+    ),
 ]
 SLICE_IDS = {param.id for param in SLICE}
 HEAD_DIMS = (16, 40, 64, 71, 80, 96, 128, 160, 192, 256, 512)
 REST = [case(arch, d, rows, v) for arch in ARCHS for d in HEAD_DIMS for rows in ROWS for v in VARIANTS]
+REST = [param for param in REST if "packed" not in param.values[3] or param.values[1] % 16 == 0]
 
 
 @pytest.mark.oldest
@@ -193,6 +209,17 @@ def test_default(arch, head_dim, rows, variant, record_property):
     elif head_dim * size % 4 == 0:  # otherwise nothing is prefetched
         assert launch.uses_cp_async
         assert rows != "prefill" or arch != "sm_90" or launch.uses_wgmma
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_packed_values_are_copied_in_vectors(page_size):
+    """The compiler knows which slots follow each other, in pages that a tile divides and in those that divide it."""
+    copies = []
+    for variant in ("contiguous", "packed"):
+        launch, *_ = compile_default("sm_90", 128, "decode", variant, page_size=page_size)
+        copies.append(loop_model.analyze(launch.kernel).hot.async_copies)
+    assert copies[1] >= copies[0] > 0
 
 
 @pytest.mark.ci(but_each=4)

@@ -33,6 +33,15 @@ def quantized(**changes):
     return arguments(**caches | changes)
 
 
+def packed(dtype=torch.float32, **changes):
+    x = 16 // dtype.itemsize
+    caches = {
+        "k_cache": torch.zeros(5, 2, 16 // x, 8, x, dtype=dtype),
+        "v_cache": torch.zeros(5, 2, 24, 8, dtype=dtype),
+    }
+    return arguments(**caches | changes)
+
+
 def varlen(**changes):
     return arguments(
         q=torch.zeros(6, 4, 16), cu_seqlens_q=torch.tensor([0, 2, 6], dtype=torch.int32), max_seqlen_q=4, **changes
@@ -89,6 +98,34 @@ CASES = [
     (quantized(k_scale=torch.ones(5, 8, 1)), ValueError, r"k_scale: expected shape \(5, 8, 2\)"),
     (quantized(v_scale=torch.ones(5, 8, 2).half()), TypeError, "v_scale: expected torch.float32, got torch.float16"),
     (quantized(v_cache=torch.zeros(5, 8, 2, 24).to(torch.float8_e5m2)), TypeError, "v_cache: expected k_cache's dtype"),
+    (
+        packed(k_cache=torch.zeros(5, 2, 2, 8, 8)),
+        ValueError,
+        r"k_cache: expected \(num_pages, num_heads_kv, head_dim / 4, page_size, 4\) of a packed cache of torch.float32",
+    ),
+    (packed(k_cache=torch.zeros(5, 2, 5, 8, 4)), ValueError, "k_cache: expected q's head dimension 16, got 20"),
+    (packed(k_cache=torch.zeros(5, 3, 4, 8, 4)), ValueError, r"v_cache: expected shape \(5, 3, head_dim_v, 8\), since"),
+    (packed(k_cache=torch.zeros(5, 2, 4, 9, 4)), ValueError, r"v_cache: expected shape \(5, 2, head_dim_v, 9\), since"),
+    (packed(k_cache=torch.zeros(5, 2, 4, 4, 8).mT), ValueError, "k_cache: expected a packed cache that is contiguous"),
+    (
+        packed(k_cache=torch.zeros(5, 2, 4, 16, 4)[:, :, :, ::2]),
+        ValueError,
+        "k_cache: expected a packed cache that is contiguous",
+    ),
+    (packed(v_cache=torch.zeros(5, 8, 2, 24)), ValueError, r"v_cache: expected shape \(5, 2, head_dim_v, 8\), since"),
+    (packed(v_cache=torch.zeros(5, 2, 6, 8, 4)), ValueError, r"v_cache: expected shape \(5, 2, head_dim_v, 8\), since"),
+    (packed(v_cache=torch.zeros(5, 2, 8, 24).mT), ValueError, "v_cache: expected a packed cache that is contiguous"),
+    (packed(v_cache=torch.zeros(5, 2, 513, 8)), ValueError, "v_cache: expected a head dimension of 1 to 512"),
+    (
+        packed(q=torch.zeros(2, 3, 4, 18)),
+        ValueError,
+        "q: expected a head dimension that is a multiple of 4, since k_ca",
+    ),
+    (packed(q=torch.zeros(2, 3, 3, 16)), ValueError, "k_cache: expected a number of heads that divides q's 3"),
+    (packed(block_table=None), ValueError, "block_table: expected a tensor, since k_cache is packed"),
+    (packed(k_scale=torch.ones(3)), ValueError, "k_scale: expected shape"),
+    (packed(key_shard=(0, 2, 3)), ValueError, "key_shard: expected an interleave that divides the 8 keys of a page"),
+    (arguments(v_cache=torch.zeros(5, 2, 6, 8, 4)), ValueError, r"v_cache: expected \(num_pages, page_size"),
     (arguments(num_splits=-1), ValueError, "num_splits: expected 0"),
     (arguments(num_splits=257), ValueError, "num_splits: expected 0 .chosen. to 256"),
     (arguments(num_splits=1.5), TypeError, "num_splits: expected an int"),
@@ -182,3 +219,4 @@ def test_a_tensor_on_another_device_is_named(name):
 def test_good_arguments_pass():
     paged_attention(**arguments(check_values=True))
     paged_attention(**varlen(check_values=True))
+    paged_attention(**packed(check_values=True))

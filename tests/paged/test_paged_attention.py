@@ -9,7 +9,7 @@ import torch
 from paged_cases import DEVICE, DTYPES, HEAD_DIMS, INTERPRETED, PAGE_SIZES, PLAIN, QUANTIZED, Inputs, check, using
 from prefix_trees import WHOLE
 
-from triton_attn import flash_attention, paged_attention
+from triton_attn import flash_attention, paged_attention, reference
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.toolchain import guard
@@ -56,6 +56,55 @@ def test_keys_of_one_rank(key_shard, options):
     """
     rows = dict(seqlens_q=(5, 0, 33, 2), seqlens_k=(140, 3, 37, 2), varlen=True, spare_rows=2, spare_entries=0)
     check(replace(PLAIN, key_shard=key_shard, **rows, **options))
+
+
+PACKED = [
+    dict(page_size=48, window_size=(20, 3), num_splits=3),
+    dict(page_size=5, head_dim=40, head_dim_v=71, cache_layout="wide"),
+    dict(page_size=64, dtype=torch.float32, cache_dtype=torch.float32, head_dim=320, cache_layout="heads first"),
+    dict(cache_dtype=torch.float8_e4m3fn, scales=("per token", "per token"), head_dim=96, head_dim_v=80),
+    dict(page_size=1, cache_dtype=torch.int8, scales=(0.5, "per head"), alibi="per head", softcap=0.7),
+    dict(forks=(None, (0, 2), (0, 1)), part=WHOLE, window_size=(40, -1)),
+    dict(varlen=True, seqlens_q=(5, 0, 3), spare_rows=2, tree="chain", sinks=torch.float32),
+    dict(key_shard=(1, 2, 4), window_size=(20, -1)),
+]
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.oldest
+@pytest.mark.parametrize("options", PACKED, ids=str)
+def test_packed_caches(options):
+    check(replace(PLAIN, packed=True, **options))
+
+
+def packed_caches(dtype, page_size=8, head_dim=32, head_dim_v=24):
+    """A packed cache of three pages, and the same elements in the usual layout, by the formula of the docstring."""
+    x, heads = 16 // dtype.itemsize, 2
+    k_packed = torch.randn(3, heads, head_dim // x, page_size, x).to(dtype)
+    v_packed = torch.randn(3, heads, head_dim_v, page_size).to(dtype)
+    k_cache, v_cache = torch.empty(2, 3, page_size, heads, 64, dtype=dtype)
+    for page, slot, h in itertools.product(range(3), range(page_size), range(heads)):
+        for d in range(head_dim):
+            k_cache[page, slot, h, d] = k_packed[page, h, d // x, slot, d % x]
+        for d in range(head_dim_v):
+            v_cache[page, slot, h, d] = v_packed[page, h, d, slot]
+    packed, usual = (k_packed, v_packed), (k_cache[..., :head_dim], v_cache[..., :head_dim_v])
+    return tuple(x.to(DEVICE) for x in packed), tuple(x.to(DEVICE) for x in usual)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2], ids=str)
+def test_a_packed_cache_has_the_elements_of_the_formula(dtype):
+    packed, usual = packed_caches(dtype)
+    q = torch.randn(2, 2, 4, 32, dtype=dtype if dtype.itemsize > 1 else torch.bfloat16, device=DEVICE)
+    lengths = torch.tensor([21, 3], dtype=torch.int32, device=DEVICE)
+    table = torch.tensor([[2, 0, 1], [1, 99, 99]], dtype=torch.int32, device=DEVICE)
+    for attend in (paged_attention, reference.paged_attention):
+        expected = attend(q, *usual, lengths, table)
+        torch.testing.assert_close(attend(q, *packed, lengths, table), expected, atol=2e-3, rtol=2e-3)
+    # The operator, which torch.compile calls, gets views of the cache.
+    compiled = torch.compile(paged_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, *packed, lengths, table), paged_attention(q, *packed, lengths, table))
 
 
 @pytest.mark.ci(but_each=5)

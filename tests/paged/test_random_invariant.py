@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariance import KEYS, packed, short_splits
 from invariance_draws import batches
-from paged_cases import DEVICE
+from paged_cases import DEVICE, pack
 
 from triton_attn import paged_attention, reference
 from triton_attn.paged import forward
@@ -20,6 +20,7 @@ OPTIONS = {
     "sinks": dict(sinks=True),
     "sinks and a window": dict(sinks=True, window_size=(150, 0)),
     "alibi": dict(alibi_slopes=True),
+    "packed": dict(layout="packed", window_size=(150, 0)),
     "fp8": dict(cache_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=1.5),
 }
 
@@ -27,7 +28,7 @@ OPTIONS = {
 class Pool:
     """Queries and cached keys of whole prompts. Pages before a window, and slots after the keys, are NaN."""
 
-    def __init__(self, page_size=16, heads=(4, 2), head_dim=64, cache_dtype=torch.float16, **options):
+    def __init__(self, page_size=16, heads=(4, 2), head_dim=64, cache_dtype=torch.float16, layout="usual", **options):
         generator = torch.Generator().manual_seed(page_size)
         self.options = {
             name: torch.rand(heads[0], generator=generator).to(DEVICE) if x is True and name != "causal" else x
@@ -45,6 +46,8 @@ class Pool:
         for cache in caches:
             cache[pages[-1]] = float("nan")
         self.caches = [cache.to(cache_dtype).to(DEVICE) for cache in caches]
+        if layout == "packed":
+            self.caches = [pack(self.caches[0], 8), pack(self.caches[1])]
 
     def attend(self, parts, spare=0):
         (q,), cu_seqlens, longest, lengths, table = packed(parts, self.tables, [self.q], DEVICE, spare)

@@ -20,6 +20,12 @@ def without_dim(strides):
     return strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
 
 
+def slots_of_packed(k_cache, v_cache):
+    """Views of a packed cache with the order of dimensions of others: keys (num_pages, page_size, heads, dim / x, x),
+    values (num_pages, page_size, heads, dim)."""
+    return k_cache.permute(0, 3, 1, 2, 4), v_cache.permute(0, 3, 1, 2)
+
+
 def lse_shape(q: Tensor) -> tuple[int, ...]:
     """(..., heads, rows) for q (..., rows, heads, dim)."""
     *batch, rows, heads, _ = q.shape

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .workarounds import multiple_of
+
 
 class Cached(NamedTuple):
     """Positions of keys (int64): page and slot, or sequence and row of a contiguous cache."""
@@ -20,7 +22,11 @@ def cache_rows(table_ptr, sequence, start, mask, TILE: tl.constexpr):
     table_ptr points to the sequence's row of the block table, with TILE.PAGE_SIZE keys a page. It is None for a
     contiguous cache. With TILE.ONE_PAGE all keys of the tile are in one page. No entry is read for keys outside of mask
     (BLOCK_N,), None if there are none.
+
+    In a packed cache the compiler has to know which slots follow each other: TILE.ALIGN keys from each multiple of it.
     """
+    if TILE.PACK > 0:
+        start = multiple_of(start, TILE.ALIGN)
     keys = start + tl.arange(0, TILE.BLOCK_N)
     if table_ptr is None:
         return Cached(tl.cast(sequence, tl.int64), keys.to(tl.int64))

@@ -64,9 +64,13 @@ def tile_pointers(view, batch, row, head, ROWS: tl.constexpr, WIDE_ROWS: tl.cons
 
 
 @triton.jit
-def _columns(START: tl.constexpr, BLOCK: tl.constexpr):
-    """(1, BLOCK) column indices from START on."""
-    return (tl.arange(0, BLOCK) + START)[None, :]
+def _columns(START: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr = 0, PACK_STRIDE: tl.constexpr = 0):
+    """(1, BLOCK) offsets of the columns from START on. PACK of them lie side by side, the next PACK_STRIDE further on;
+    PACK 0: all of them."""
+    columns = tl.arange(0, BLOCK) + START
+    if PACK > 0:
+        columns = columns // PACK * PACK_STRIDE + columns % PACK
+    return columns[None, :]
 
 
 @triton.jit
@@ -81,23 +85,39 @@ def _piece_mask(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_
 
 
 @triton.jit
-def load_piece(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_piece(
+    ptrs,
+    rows_mask,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACK: tl.constexpr = 0,
+    PACK_STRIDE: tl.constexpr = 0,
+):
     """Columns [START, START + BLOCK) of the rows of `load_tile`."""
     mask = _piece_mask(ptrs, rows_mask, START, BLOCK, HEAD_DIM)
-    return tl.load(ptrs + _columns(START, BLOCK), mask=mask, other=0.0)
+    return tl.load(ptrs + _columns(START, BLOCK, PACK, PACK_STRIDE), mask=mask, other=0.0)
 
 
 @triton.jit
-def load_tile(ptrs, rows_mask, HEAD_DIM: tl.constexpr, WIDEST: tl.constexpr = 512):
+def load_tile(
+    ptrs,
+    rows_mask,
+    HEAD_DIM: tl.constexpr,
+    WIDEST: tl.constexpr = 512,
+    PACK: tl.constexpr = 0,
+    PACK_STRIDE: tl.constexpr = 0,
+):
     """Load the rows at ptrs (rows, 1); 0 outside rows_mask (None: all rows exist) and past the head dimension.
 
-    No piece has more than WIDEST columns: with pieces of 256, fewer registers are live than with one of 512.
+    No piece has more than WIDEST columns: with pieces of 256, fewer registers are live than with one of 512. PACK and
+    PACK_STRIDE: see `_columns`.
     """
     FIRST: tl.constexpr = piece_0(HEAD_DIM, WIDEST)
     SECOND: tl.constexpr = piece_1(HEAD_DIM, WIDEST)
-    first = load_piece(ptrs, rows_mask, 0, FIRST, HEAD_DIM)
+    first = load_piece(ptrs, rows_mask, 0, FIRST, HEAD_DIM, PACK, PACK_STRIDE)
     if SECOND > 0:
-        return first, load_piece(ptrs, rows_mask, FIRST, SECOND, HEAD_DIM)
+        return first, load_piece(ptrs, rows_mask, FIRST, SECOND, HEAD_DIM, PACK, PACK_STRIDE)
     else:
         return (first,)
 

@@ -315,7 +315,8 @@ def copy_kv_pages(
         caches: a tensor, or a tuple or list of tensors: keys and values, one or all layers. Each is (num_pages,
             page_size, num_heads_kv, head_dim), (num_layers, num_pages, page_size, num_heads_kv, head_dim), or, of a
             latent cache, (num_pages, page_size, width); of all its layers, cache.unsqueeze(3). All have one dtype and
-            equal shapes except for the last dimension, which is contiguous.
+            equal shapes except for the last dimension, which is contiguous. The packed keys that
+            `paged_attention` reads have five dimensions too, but are no layers: they are not for this function.
         src_pages, dst_pages: (num_pairs,) int32 or int64, on the device that copies: the caches', or that of either
             side.
         to: the caches that are written, which share no memory with those that are read: as many, of the same dtype and

@@ -25,7 +25,7 @@ from .._host.checks import (
     read_length,
 )
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
-from .._host.layout import lse_shape, new_outputs
+from .._host.layout import lse_shape, new_outputs, slots_of_packed
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import (
     AttentionOptions,
@@ -124,8 +124,12 @@ def paged_attention(
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q; fp16, bf16
             or fp32; head_dim 1 to 512. Any strides, the last dimension contiguous.
         k_cache: (num_pages, page_size, num_heads_kv, head_dim) with a block_table, (batch, seqlen_cache, num_heads_kv,
-            head_dim) without; q's dtype, float8_e4m3fn, float8_e5m2 or int8. num_heads_kv divides num_heads_q.
-        v_cache: k_cache's shape but for head_dim_v, 1 to 512, its own; k_cache's dtype.
+            head_dim) without; q's dtype, float8_e4m3fn, float8_e5m2 or int8. num_heads_kv divides num_heads_q. Or,
+            with a block_table, vLLM's packed cache (num_pages, num_heads_kv, head_dim / x, page_size, x), x = 16 bytes,
+            which is read in place: k_cache[page, h, d // x, slot, d % x]. x divides head_dim. The strides of pages and
+            heads are any; the other dimensions are contiguous.
+        v_cache: k_cache's shape but for head_dim_v, 1 to 512, its own; k_cache's dtype. Beside a packed k_cache
+            (num_pages, num_heads_kv, head_dim_v, page_size), with the same strides.
         cache_seqlens: (batch,) int32 on q's device, the number of keys of each sequence, new ones included. May be 0.
             A length above the capacity, max_pages * page_size or seqlen_cache, counts as the capacity.
         block_table: (batch, max_pages) int32 on q's device: the pages of each sequence, in order. Entries past its last
@@ -146,8 +150,9 @@ def paged_attention(
             nothing to hide. Bits from seqlen_q on do not count.
         k_scale, v_scale: factors of cached elements: a number above 0, or fp32 tensors (1,) or (num_heads_kv,), or, of
             a cache in fp8 or int8, (num_pages, page_size, num_heads_kv), (batch, seqlen_cache, num_heads_kv) without a
-            block_table, of any strides: one for each token and head. None is 1. With fp16 queries, such a v_scale times
-            the largest number of the cache's dtype is in the range of fp16, as those are that `append_kv_cache` writes.
+            block_table, of any strides: one for each token and head, in this order beside a packed cache too. None is
+            1. With fp16 queries, such a v_scale times the largest number of the cache's dtype is in the range of fp16,
+            as those are that `append_kv_cache` writes.
         num_splits: splits of the keys of a sequence, computed in parallel and merged. 0 chooses by the shapes. With the
             same num_splits and max_seqlen_q, and without a prefix_tree, the result for a sequence is bitwise the same
             in every batch.
@@ -205,6 +210,9 @@ def paged_attention(
     batch, options, layout = _check_tensors(
         q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
     )
+    if k_cache.ndim == 5:
+        k_cache, v_cache = slots_of_packed(k_cache, v_cache)
+        layout = layout_of(q, k_cache, v_cache)
     shape = ("batch" if batch is None else batch,)
     check_tensor("cache_seqlens", cache_seqlens, shape, (torch.int32,), q.device)
     check_last_contiguous("cache_seqlens", cache_seqlens)
@@ -288,9 +296,10 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
         return
     if only_counts(call.workspace):
         return
+    k_cache = call.k_cache.flatten(3)  # of a packed cache, from (num_pages, page_size, heads, dim / x, x)
     reference.paged_attention(
         call.q,
-        call.k_cache,
+        k_cache,
         call.v_cache,
         call.cache_seqlens,
         call.block_table,
@@ -304,6 +313,7 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
     )
 
 
+PACK_BYTES = 16  # of a key that lie side by side in a packed cache
 # Arguments of the operators: `INPUTS`, then the options as numbers.
 INPUTS = (
     "q",
@@ -437,6 +447,10 @@ def _check_tensors(
         fail("k_cache", f"q's dtype {dtype}, float8_e4m3fn, float8_e5m2 or int8", cache_dtype, TypeError)
     if v_cache.dtype != cache_dtype:
         fail("v_cache", f"k_cache's dtype {cache_dtype}", v_cache.dtype, TypeError)
+    if k_cache.ndim == 5 and k_cache.shape[4] * cache_dtype.itemsize != PACK_BYTES:
+        x = PACK_BYTES // cache_dtype.itemsize
+        expected = f"(num_pages, num_heads_kv, head_dim / {x}, page_size, {x}) of a packed cache of {cache_dtype}"
+        fail("k_cache", expected, f"shape {tuple(k_cache.shape)}")
     layout, is_paged = layout_of(q, k_cache, v_cache), block_table is not None
     if torch.compiler.is_compiling():
         return *_check_options(layout, is_paged, causal, softmax_scale, softcap, window_size), layout
@@ -462,12 +476,14 @@ def _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size
     if len(shape_q) not in (3, 4):
         expected = "(batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with cu_seqlens_q"
         fail("q", expected, f"shape {tuple(shape_q)}")
+    if len(shape_k) == 5:
+        shape_k, shape_v = _check_packed(layout, is_paged)
     outer = "(num_pages, page_size" if is_paged else "(batch, seqlen_cache"
     for name, shape in (("k_cache", shape_k), ("v_cache", shape_v)):
         if len(shape) != 4:
             fail(name, f"{outer}, num_heads_kv, head_dim)", f"shape {tuple(shape)}")
-    for name, shape, strides in (("q", *layout[0]), ("k_cache", *layout[1]), ("v_cache", *layout[2])):
-        if strides[-1] != 1 and shape[-1] != 1:
+    for name, shape, (given, strides) in zip(INPUTS, (shape_q, shape_k, shape_v), layout):
+        if strides[-1] != 1 and given[-1] != 1:
             fail(name, "a contiguous last dimension (stride 1)", f"stride {strides[-1]}")
         if not 1 <= shape[-1] <= MAX_HEAD_DIM:
             fail(name, f"a head dimension of 1 to {MAX_HEAD_DIM}", shape[-1])
@@ -485,6 +501,35 @@ def _check_options(layout, is_paged, causal, softmax_scale, softcap, window_size
             fail("k_cache", f"q's batch size {batch}, without a block_table", shape_k[0])
         batch = shape_k[0]
     return batch, attention_options(shape_q[-1], causal, softmax_scale, softcap, window_size)
+
+
+def _check_packed(layout, is_paged):
+    """The shapes that a packed cache would have in the usual order of dimensions."""
+    (shape_q, _), (shape_k, strides_k), (shape_v, strides_v) = layout
+    num_pages, num_heads, num_packs, page_size, x = shape_k
+    if not is_paged:
+        fail("block_table", "a tensor, since k_cache is packed: it has 5 dimensions", None)
+    if shape_q[-1] % x:
+        fail("q", f"a head dimension that is a multiple of {x}, since k_cache is packed", shape_q[-1])
+    if len(shape_v) != 4 or (*shape_v[:2], shape_v[3]) != (num_pages, num_heads, page_size):
+        expected = f"shape ({num_pages}, {num_heads}, head_dim_v, {page_size}), since k_cache is packed"
+        fail("v_cache", expected, f"shape {tuple(shape_v)}")
+    for name, shape, strides in (("k_cache", shape_k, strides_k), ("v_cache", shape_v, strides_v)):
+        if not _is_contiguous(shape[2:], strides[2:]):
+            expected = "a packed cache that is contiguous from its third dimension on"
+            fail(name, expected, f"strides {tuple(strides)}")
+    slots = num_pages, page_size, num_heads
+    return (*slots, num_packs * x), (*slots, shape_v[2])
+
+
+def _is_contiguous(shape, strides):
+    """Whether the elements of a tensor lie side by side. Strides of dimensions of size 1 do not count."""
+    inner = 1
+    for size, stride in zip(reversed(shape), reversed(strides)):
+        if size != 1 and stride != inner:
+            return False
+        inner *= size
+    return True
 
 
 def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqlen_q: int | Tensor | None) -> Any:

@@ -90,7 +90,9 @@ class Tile(NamedTuple):
     HEAD_DIM: int
     HEAD_DIM_V: int
     PAGE_SIZE: int  # 0: a contiguous cache
+    PACK: int  # elements of a key that lie side by side in a packed cache; 0: all of them, in a usual one
     ONE_PAGE: bool  # BLOCK_N keys lie in one page
+    ALIGN: int  # divides the first key of a tile
     SHARED: bool  # rows of the sequences below a node of a prefix tree, over its keys; otherwise of one sequence
     SHARDED: bool  # the cache has one rank's keys
     TREE: bool  # bits say which of the last keys a query sees; nodes have none of these keys
@@ -208,16 +210,15 @@ def _rows_of_sequence(queries, head_kv, batch, window, tree_mask, TILE: tl.const
     if TILE.TREE:
         start = tl.min(position, 0)
         end = tl.max(position, 0) + 1
-    ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
     first_key = 0
     if batch.tree_ptr is not None:
         first_key = tl.load(batch.tree_ptr + 2 * queries.sequence) * TILE.PAGE_SIZE
         if TILE.TREE:
             first_key = tl.minimum(first_key, keys_before_drafts(first_position, TILE.PAGE_SIZE))
     if TILE.SHARDED:
-        blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
+        blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.ALIGN, first_key)
     else:
-        blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, ALIGN, first_key)
+        blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, TILE.ALIGN, first_key)
     if TILE.TREE:
         blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
     return Rows(place, queries.sequence, position, num_keys, Drafts(first_position, bits), queries.sequence, blocks)
@@ -239,12 +240,11 @@ def _rows_of_node(node, head_kv, batch, window, tree_mask, TILE: tl.constexpr):
     longest, table_row = longest_of(end_key, rows.sequence)
     if window.left is not None:
         table_row = sequence_of_first(position, rows.sequence)
-    ALIGN: tl.constexpr = TILE.BLOCK_N if TILE.ONE_PAGE else 1
     start, end = tl.min(position, 0), tl.max(position, 0) + 1
     if TILE.SHARDED:
-        blocks = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
+        blocks = visible_range_of_rank(start, end, longest, window, TILE.BLOCK_N, TILE.ALIGN, first_key)
     else:
-        blocks = visible_range(start, end, longest, window, TILE.BLOCK_N, ALIGN, first_key)
+        blocks = visible_range(start, end, longest, window, TILE.BLOCK_N, TILE.ALIGN, first_key)
     place = Place(rows.batch, rows.query, head, rows.mask)
     blocks = end_full(blocks, end_key, TILE.BLOCK_N)
     no_drafts = Drafts(0, position)  # not read
@@ -264,10 +264,12 @@ def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr,
 
 
 @triton.jit
-def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
-    """A tile of keys or values in the dtype of q."""
-    offsets = cached.outer * cache.strides.batch + cached.slot * cache.strides.row  # (BLOCK_N,)
-    tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM, WIDEST)
+def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, PACK: tl.constexpr, TILE: tl.constexpr):
+    """A tile of keys or values in the dtype of q. PACK: elements that lie side by side, as in `Tile`."""
+    slot_stride = PACK if PACK > 0 else cache.strides.row
+    PACK_STRIDE: tl.constexpr = TILE.PAGE_SIZE * PACK
+    offsets = cached.outer * cache.strides.batch + cached.slot * slot_stride  # (BLOCK_N,)
+    tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM, WIDEST, PACK, PACK_STRIDE)
     if TILE.MANTISSA_BITS == 0:
         return tile
     else:
@@ -459,6 +461,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
         m_i = tl.where(has_sinks, m_i, float("-inf"))
         l_i = tl.where(has_sinks, l_i, 0.0)
     acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)
+    PACK_V: tl.constexpr = 1 if TILE.PACK > 0 else 0
     # With fixed splits one loop body, which masks, takes all tiles in order: which are full depends on other rows.
     for FULL in tl.static_range(1 if TILE.SPLIT_KEYS > 0 else 2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=TILE.CUT_CHAIN):
@@ -470,7 +473,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
                     keys_mask &= start_n + tl.arange(0, BLOCK_N) >= rows.blocks.lo
             cached = cache_rows(keys.table_ptr, rows.table_row, start_n, keys_mask, TILE)
             # (BLOCK_N, HEAD_DIM)
-            k_tile = _load_cached(keys.k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE)
+            k_tile = _load_cached(keys.k, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM, TILE.PACK, TILE)
             if BLOCK_M >= 64:
                 fence_copies()
             if TILE.CUT_CHAIN:
@@ -487,7 +490,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if TILE.FOLD_SCALE else 1.0, not FULL)
             if keys.v_scales is not None:
                 p *= (load_token_scales(keys.v_scales, cached, keys_mask, keys.head) * TILE.V_UNIT)[None, :]
-            v_tile = _load_cached(keys.v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, TILE)
+            v_tile = _load_cached(keys.v, cached, keys_mask, q_tile[0].dtype, TILE.HEAD_DIM_V, PACK_V, TILE)
             if BLOCK_M >= 64:
                 fence_copies()
             acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), INPUT_PRECISION)
@@ -531,6 +534,12 @@ class Problem(NamedTuple):
     def fold_scale(self):
         """Whether the exponential can apply the scale, since nothing comes between."""
         return self.softcap is None and not self.has_alibi
+
+    @property
+    def pack(self):
+        """Elements of a key that lie side by side in a packed cache, or 0."""
+        shape_k, _ = self.layout[1]
+        return shape_k[4] if len(shape_k) == 5 else 0
 
     @property
     def capacity(self):
@@ -700,20 +709,31 @@ def _plan(problem):
     if num_splits > 1:  # splits are contiguous
         rows, heads, dim = *shape_q[-3:-1], shape_v[-1]
         strides_out = (rows * heads * dim, heads * dim, dim, 1)[-len(shape_q) :]
-    strides = *(one for _, one in problem.layout), strides_out
-    strides = tuple(Strides(*without_dim(one)) for one in strides)
+    strides_q, strides_out = (Strides(*without_dim(one)) for one in (problem.layout[0][1], strides_out))
+    strides = strides_q, *_cache_strides(problem), strides_out
     return Plan(passes, num_splits, strides, problem.capacity_of_all, scores, has_nodes)
 
 
+def _cache_strides(problem):
+    """Strides of k_cache and v_cache. In a packed cache a page of a head is a contiguous matrix (dim / PACK, slots *
+    PACK), of values with a PACK of 1, and rows are those of the matrix."""
+    (_, strides_k), (_, strides_v) = problem.layout[1:]
+    if problem.pack == 0:
+        return Strides(*strides_k[:-1]), Strides(*strides_v[:-1])
+    return tuple(Strides(batch, row, head) for batch, _, head, row, *_ in (strides_k, strides_v))
+
+
 def _plan_pass(problem, shared):
-    (shape_q, strides_q), (_, strides_k), (shape_v, strides_v) = problem.layout
+    (shape_q, strides_q), _, (shape_v, _) = problem.layout
     *_, num_heads_q, head_dim = shape_q
     _, slots, num_heads_kv, head_dim_v = shape_v
     group_size = num_heads_q // num_heads_kv
     num_rows = math.prod(shape_q[:-2]) * group_size  # of a KV head
     longest = (problem.tree.longest if shared else problem.max_seqlen_q) * group_size
     is_paged = problem.table_width is not None
-    vector_cache = aligned_elements(problem.cache_dtype.itemsize, problem.base, strides_k, strides_v)
+    vector_cache = aligned_elements(
+        problem.cache_dtype.itemsize, problem.base, *((*one, 1) for one in _cache_strides(problem))
+    )
     case = PagedCase(
         arch=problem.arch,
         dtype=problem.dtype,
@@ -747,6 +767,7 @@ def _plan_pass(problem, shared):
     if in_turn:
         num_splits = 1
     mantissa_bits = QUANTIZED_BITS.get(problem.cache_dtype, 0)
+    one_page = is_paged and slots % config.block_n == 0
     tile = Tile(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -754,7 +775,9 @@ def _plan_pass(problem, shared):
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         PAGE_SIZE=slots if is_paged else 0,
-        ONE_PAGE=is_paged and slots % config.block_n == 0,
+        PACK=problem.pack,
+        ONE_PAGE=one_page,
+        ALIGN=config.block_n if one_page else math.gcd(config.block_n, slots) if problem.pack else 1,
         SHARED=shared,
         SHARDED=problem.key_shard is not None,
         TREE=problem.has_tree_mask and not shared,

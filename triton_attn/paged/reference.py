@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._host.definition import attend_tree, packed_bounds
 from .._host.key_shard import check_key_shard, num_ranks_of
+from .._host.layout import slots_of_packed
 from .._host.observers import without_autocast
 from .._host.prefix_tree import PrefixTree
 
@@ -40,6 +41,9 @@ def paged_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.paged_attention`; rows that belong to no sequence are 0, their lse -inf. A
     prefix_tree does not change the result, and is not read."""
+    if k_cache.ndim == 5:
+        k_cache, v_cache = slots_of_packed(k_cache, v_cache)
+        k_cache = k_cache.flatten(3)
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     result = q.new_zeros(*q.shape[:-1], v_cache.shape[-1]) if out is None else out.zero_()
     if lse is None:
