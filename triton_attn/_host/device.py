@@ -15,15 +15,8 @@ if INTERPRETED:
 
 def arch_of(tensor):
     """ "sm_90", "gfx942", ..., or "interpreter"."""
-    return gpu_arch(tensor.device.index) if tensor.is_cuda else _arch_without_gpu()
-
-
-def arch_of_device(device):
-    """`arch_of` of the tensors of a torch.device."""
-    return gpu_arch(device.index) if device.type == "cuda" else _arch_without_gpu()
-
-
-def _arch_without_gpu():
+    if tensor.is_cuda:
+        return gpu_arch(tensor.device.index)
     if INTERPRETED:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
