@@ -235,7 +235,7 @@ def test_host_cost(record_property, kv_cache_dtype):
     impl = vllm.PagedAttention(HEADS, DIM, SCALE, HEADS_KV, kv_cache_dtype=kv_cache_dtype, sliding_window=32)
     q, output = (torch.empty(8, HEADS, DIM, dtype=torch.float16) for _ in range(2))
     cache = torch.empty(32, HEADS_KV, 16, 2 * DIM, dtype=torch.float16 if kv_cache_dtype == "auto" else torch.uint8)
-    k_cache, v_cache = impl._split(cache)
+    (k_cache, v_cache), _ = impl._split(cases.LAYER, cache)
     batch = Batch([(63, 1)] * 8)
     metadata = vllm.PagedMetadataBuilder().build(0, batch)
     options = dict(cu_seqlens_q=batch.query_start_loc, max_seqlen_q=1, softmax_scale=SCALE, window_size=(31, 0))

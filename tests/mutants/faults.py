@@ -221,8 +221,8 @@ FAULTS = (
     Fault(
         "F21",
         "triton_attn/_host/layout.py",
-        "for s in strides for stride in s[:-1])",
-        "for s in strides for stride in s[1:-1])",
+        "vector if all(stride % vector == 0 for s in strides for stride in s[:-1])",
+        "vector if all(stride % vector == 0 for s in strides for stride in s[1:-1])",
         "FLASH",
     ),
     Fault("F22", "triton_attn/_jit/dropout.py", ">= dropout.threshold", "> dropout.threshold", "DROPOUT"),
@@ -426,8 +426,8 @@ FAULTS = (
     Fault(
         "P14",
         "triton_attn/paged/forward.py",
-        "return Rows(place, rows.sequence, rows.position, end_key,",
-        "return Rows(place, table_row, rows.position, end_key,",
+        "return Rows(place, rows.sequence, position, end_key,",
+        "return Rows(place, table_row, position, end_key,",
         "PAGED",
     ),
     Fault("P15", "triton_attn/_jit/heads.py", "hi = lo + batch\n", "hi = lo + batch - 1\n", "PAGED"),
@@ -602,7 +602,7 @@ FAULTS = (
     Fault(
         "C13",
         "triton_attn/cache/sequences.py",
-        "            if n <= self._known[group_row]:\n                self._known[group_row] = NO_LIMIT\n",
+        "            if n == 0 or n <= self._known[group_row]:\n                self._known[group_row] = NO_LIMIT\n",
         "            self._known[group_row] = NO_LIMIT\n",
         "CACHE",
     ),
@@ -658,7 +658,13 @@ FAULTS = (
         "if False:",
         "CACHE",
     ),
-    Fault("C29", "triton_attn/cache/sequences.py", "        self._known[self._lengths > 0] = 0\n", "", "CACHE"),
+    Fault(
+        "C29",
+        "triton_attn/cache/sequences.py",
+        "        self._known[self._lengths > 0] = -1  # not 0, up to which `keep` may learn ids\n",
+        "",
+        "CACHE",
+    ),
     Fault("C30", "triton_attn/cache/sequences.py", "num_copied + growth, released)", "num_copied + growth)", "CACHE"),
     Fault("C31", "triton_attn/cache/names.py", "self.log.removed(digest)", "pass", "CACHE"),
     Fault(
@@ -668,39 +674,27 @@ FAULTS = (
         "pass",
         "CACHE",
     ),
-    Fault(
-        "C33",
-        "triton_attn/cache/sequences.py",
-        "        if n and not self._is_plain:\n            self._check_windows(row, n)\n",
-        "",
-        "CACHE",
-    ),
+    Fault("C33", "triton_attn/cache/sequences.py", "        if 0 < n < least:\n", "        if False:\n", "CACHE"),
     Fault(
         "C34",
         "triton_attn/cache/transfer.py",
-        "np.arange(num_given - num_new, num_given, dtype",
-        "np.arange(num_new, dtype",
+        "np.arange(end - first, num_pages - first) + num_before",
+        "np.arange(num_pages - end) + num_before",
         "MOVE",
     ),
     Fault(
         "C35",
         "triton_attn/cache/transfer.py",
-        "cache.pool._check_free(num_new + num_revived)",
-        "cache.pool._check_free(num_new)",
+        "_check_free(num_new + int((cache.pool._refs[shared] == 0).sum()))",
+        "_check_free(num_new)",
         "MOVE",
     ),
-    Fault(
-        "C36",
-        "triton_attn/cache/transfer.py",
-        "ids.size, 0, NO_LIMIT if is_known else 0",
-        "ids.size, 0, NO_LIMIT",
-        "MOVE",
-    ),
+    Fault("C36", "triton_attn/cache/transfer.py", "(NO_LIMIT, end) if is_known else (0, 0)", "(NO_LIMIT, end)", "MOVE"),
     Fault(
         "C37",
         "triton_attn/cache/transfer.py",
-        "to=cache._page_tensors())\n    cache._name_full_pages([row])\n",
-        "to=cache._page_tensors())\n",
+        "    cache._name_full_pages(range(row, row + cache._num_groups))\n",
+        "",
         "MOVE",
     ),
     Fault(
@@ -711,24 +705,20 @@ FAULTS = (
         "MOVE",
     ),
     Fault(
-        "C39",
-        "triton_attn/cache/transfer.py",
-        "    cache.pool._share(found)\n    new_pages",
-        "    new_pages",
-        "MOVE",
+        "C39", "triton_attn/cache/transfer.py", "    cache.pool._share(shared)\n    new_pages", "    new_pages", "MOVE"
     ),
     Fault(
         "C40",
         "triton_attn/cache/transfer.py",
-        "    cache._tokens[cache._slots_of(row, positions)] = ids[positions]\n",
+        "        cache._tokens[cache._slots_of(group_row, positions)] = ids[positions]\n",
         "",
         "MOVE",
     ),
     Fault(
         "C41",
         "triton_attn/cache/transfer.py",
-        "pages = cache._tables[row, first_page:num_pages]",
-        "pages = cache._tables[row, : num_pages - first_page]",
+        "cache._tables[own, first:num_pages]",
+        "cache._tables[own, : num_pages - first]",
         "MOVE",
     ),
     Fault("C42", "triton_attn/cache/pool.py", "or self._distinct(pages).size < pages.size", "", "CACHE"),
@@ -784,8 +774,8 @@ FAULTS = (
     Fault(
         "A02",
         "triton_attn/cache/kernels/append.py",
-        "row_offsets(slots // TILE.PAGE_SIZE, slots % TILE.PAGE_SIZE, heads, cache.strides)",
-        "row_offsets(0, slots, heads, cache.strides)",
+        "row_offsets(rows.slots // TILE.PAGE_SIZE, rows.slots % TILE.PAGE_SIZE, rows.heads, strides)",
+        "row_offsets(0, rows.slots, rows.heads, strides)",
         "APPEND",
     ),
     Fault(
@@ -863,8 +853,8 @@ FAULTS = (
     Fault(
         "H09",
         "triton_attn/paged/forward.py",
-        "        (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0,",
-        "        True,",
+        "        math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16),",
+        "        16,",
         "CONFIGS",
     ),
     Fault(
@@ -1134,7 +1124,13 @@ FAULTS = (
         "lo // ALIGN * ALIGN",
         "PAGED",
     ),
-    Fault("E05", "triton_attn/cache/drafts.py", "rows.index_select(1, sources)", "rows[:, sources.flip(0)]", "KEEP"),
+    Fault(
+        "E05",
+        "triton_attn/cache/drafts.py",
+        "= bits[:, source_pages, source_slots]",
+        "= bits[:, source_pages.flip(0), source_slots]",
+        "KEEP",
+    ),
     Fault("E06", "triton_attn/cache/drafts.py", "    _own_pages(cache, entries)\n", "", "KEEP"),
     Fault(
         "X01", "triton_attn/cache/prefix_groups.py", "if max(around) < num", "if max(around) <= num", "PREFIX_GROUPS"
@@ -1154,7 +1150,9 @@ FAULTS = (
         "X07", "triton_attn/merge/tree.py", "open_groups[-1][1] > pages", "open_groups[-1][1] >= pages", "PREFIX_PLAN"
     ),
     Fault("X08", "triton_attn/merge/tree.py", "slots[first:end] += num_here", "slots[first:end] += 1", "PREFIX_PLAN"),
-    Fault("X09", "triton_attn/merge/tree.py", "cost < best[1]:", "cost > best[1]:", "PREFIX_PLAN"),
+    Fault(
+        "X09", "triton_attn/merge/tree.py", "best = int(costs.argmin())", "best = int(costs.argmax())", "PREFIX_PLAN"
+    ),
     Fault("X10", "triton_attn/merge/tree.py", "pays = saved > work", "pays = saved >= 0 * work", "PREFIX_PLAN"),
     Fault("X11", "triton_attn/merge/tree.py", "suffixes[order, 0], ", "suffixes[:, 0], ", "PREFIX_PLAN"),
     Fault("X12", "triton_attn/merge/tree.py", "best[1] >= alone_cost(", "best[1] < 0 * alone_cost(", "PREFIX_PLAN"),

@@ -24,7 +24,9 @@ def test_run_measures_every_operation_and_batch(tmp_path, monkeypatch, capsys):
 def test_a_peer_does_the_same_work(tmp_path, monkeypatch):
     """Ours stands in for vLLM, which no test of CI has."""
     monkeypatch.setattr(bookkeeping, "MANAGERS", {"triton_attn": bookkeeping.Ours, "vllm": bookkeeping.Ours})
-    monkeypatch.setattr(bookkeeping, "WORKLOADS", [bookkeeping.Decode(3, context=40), *bookkeeping.WORKLOADS[4:]])
+    monkeypatch.setattr(
+        bookkeeping, "WORKLOADS", [bookkeeping.Decode(3, bar=1.0, context=40), *bookkeeping.WORKLOADS[4:]]
+    )
     monkeypatch.setattr(cache, "PEER_ROUNDS", 2)
     (path,) = cache.run(tmp_path, max_pages=2000, peer=True)
     rows = list(csv.DictReader(path.open()))

@@ -62,25 +62,34 @@ def refuse_gradients(**tensors):
 def refuse_transforms(**tensors):
     """Raise for transforms that our torch operators do not support: torch.func would fail later, and forward-mode AD
     would silently lose the tangent."""
-    _refuse(tensors, _takes_derivatives, _derivative_of)
+    name, transform = _first(tensors, _takes_derivatives, _derivative_of)
+    if name is not None:
+        raise NotImplementedError(
+            f"{name}: derivatives by torch.func are not supported"
+            if transform == "torch.func"
+            else f"{name}: forward-mode derivatives are not supported, got a tensor with a tangent"
+        )
 
 
 def refuse_vmap(**tensors):
     """Raise under vmap, for a function that writes to its arguments."""
-    _refuse(tensors, _maps, _vmap_of)
+    name, _ = _first(tensors, _maps, _vmap_of)
+    if name is not None:
+        raise NotImplementedError(f"{name}: vmap is not supported by a function that writes in place")
 
 
-def _refuse(tensors, is_active, transform_of):
-    """Raise with what transform_of says of one of the tensors.
+def _first(tensors, is_active, transform_of):
+    """(name, transform) of the first tensor under one, or None twice.
 
     Tracers of torch cannot look into the two functions and call them. They compute a tensor's value for that, which is
     slow, so is_active comes first.
     """
     if torch.compiler.is_compiling() and not is_active():
-        return
+        return None, None
     for name, x in tensors.items():
-        if x is not None and (unsupported := transform_of(x)):
-            raise NotImplementedError(f"{name}: {unsupported}")
+        if x is not None and (transform := transform_of(x)):
+            return name, transform
+    return None, None
 
 
 @constant_if_traced
@@ -100,16 +109,16 @@ def _has_level(transform):
 @constant_if_traced
 def _derivative_of(x):
     if any(map(_functorch.is_gradtrackingtensor, _layers(x))):
-        return "derivatives by torch.func are not supported"
+        return "torch.func"
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        return "forward-mode derivatives are not supported, got a tensor with a tangent"
+        return "forward-mode"
     return None
 
 
 @constant_if_traced
 def _vmap_of(x):
     if any(map(_functorch.is_batchedtensor, _layers(x))):
-        return "vmap is not supported by a function that writes in place"
+        return "vmap"
     return None
 
 

@@ -109,6 +109,9 @@ class Scales(NamedTuple):
     v_tokens: View | None = None
 
 
+NO_SCALES = Scales(None, None)
+
+
 def view_of(x):
     """The View of a tensor (batch, rows, heads, dim), or (rows, heads, dim)."""
     strides = x.stride()
@@ -122,6 +125,8 @@ def window_of(window, key_shard):
 
 def scales_of(k_scale, v_scale):
     """The Scales of two numbers or tensors, or None. Tensors with three dimensions have a factor for each slot."""
+    if k_scale is None and v_scale is None:
+        return NO_SCALES
     k_tokens, v_tokens = (
         View(x, Strides(*x.stride())) if getattr(x, "ndim", 0) == 3 else None for x in (k_scale, v_scale)
     )

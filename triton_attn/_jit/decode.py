@@ -82,13 +82,19 @@ def decode_float8(bits, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
     return tl.where(magnitude == 0x7F, float("nan"), values).to(tl.float16)
 
 
+@triton.constexpr_function
+def _may_move():
+    """Whether the compiler may move the code after all: Triton 3.6 cannot pipeline it otherwise beside tcgen05."""
+    return 100 <= current_target().arch < 120
+
+
 @triton.jit
 def _by_ptx(bits, TO_FP16: tl.constexpr, TO_BF16: tl.constexpr, dtype: tl.constexpr):
     """`decode` by one of two codes."""
     if dtype == tl.float16:
-        return tl.inline_asm_elementwise(TO_FP16, "=r,=r,r", [bits], tl.float16, False, 4)
+        return tl.inline_asm_elementwise(TO_FP16, "=r,=r,r", [bits], tl.float16, _may_move(), 4)
     else:
-        return tl.inline_asm_elementwise(TO_BF16, "=r,=r,r", [bits], tl.bfloat16, False, 4)
+        return tl.inline_asm_elementwise(TO_BF16, "=r,=r,r", [bits], tl.bfloat16, _may_move(), 4)
 
 
 @triton.jit

@@ -91,8 +91,11 @@ def append_kv_cache(
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
     _check_append(k, v, k_cache, v_cache, slot_mapping)
-    k_number, k_scale, k_token_scales = _scale_operands(check_kv_scale("k_scale", k_scale, k_cache))
-    v_number, v_scale, v_token_scales = _scale_operands(check_kv_scale("v_scale", v_scale, v_cache))
+    k_number = k_token_scales = v_number = v_token_scales = None
+    if k_scale is not None:
+        k_number, k_scale, k_token_scales = _scale_operands(check_kv_scale("k_scale", k_scale, k_cache))
+    if v_scale is not None:
+        v_number, v_scale, v_token_scales = _scale_operands(check_kv_scale("v_scale", v_scale, v_cache))
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k", k, rope_cos, rope_sin, positions)
     scales = k_scale, v_scale, k_token_scales, v_token_scales
@@ -131,8 +134,8 @@ def _append_kv_cache(
     rope_interleaved: bool,
     check_values: bool,
 ) -> None:
-    k_factor = next((x for x in (k_number, k_scale, k_token_scales) if x is not None), None)
-    v_factor = next((x for x in (v_number, v_scale, v_token_scales) if x is not None), None)
+    k_factor = k_number if k_number is not None else k_token_scales if k_scale is None else k_scale
+    v_factor = v_number if v_number is not None else v_token_scales if v_scale is None else v_scale
     rope = rope_cos, rope_sin, positions, rope_interleaved
     if check_values:
         _check_append_values(slot_mapping, k_cache, rope_cos, positions)

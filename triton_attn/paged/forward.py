@@ -25,7 +25,7 @@ from .._host.observers import number_and_tensor
 from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
-from .._jit.args import Scales, Scores, Splits, Strides, View, scales_of, window_of
+from .._jit.args import NO_SCALES, Scales, Scores, Splits, Strides, View, scales_of, window_of
 from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
 from .._jit.decode import decode_pieces
 from .._jit.drafts import (
@@ -659,9 +659,6 @@ def _scales_and_scores(call, plan):
     if k_number is not None:
         scores = scores._replace(scale_log2=scores.scale_log2 * k_number)
     return scales_of(k_tensor, v_tensor), scores, 1.0 if v_number is None else v_number
-
-
-NO_SCALES = Scales(None, None)
 
 
 def _problem_of(call, out, config):
