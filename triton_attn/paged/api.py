@@ -127,9 +127,9 @@ def paged_attention(
             head_dim) without; q's dtype, float8_e4m3fn, float8_e5m2 or int8. num_heads_kv divides num_heads_q. Or,
             with a block_table, vLLM's packed cache (num_pages, num_heads_kv, head_dim / x, page_size, x), x = 16 bytes,
             which is read in place: k_cache[page, h, d // x, slot, d % x]. x divides head_dim. The strides of pages and
-            heads are any; the other dimensions are contiguous.
+            heads are arbitrary; the other dimensions are contiguous.
         v_cache: k_cache's shape but for head_dim_v, 1 to 512, its own; k_cache's dtype. Beside a packed k_cache
-            (num_pages, num_heads_kv, head_dim_v, page_size), with the same strides.
+            (num_pages, num_heads_kv, head_dim_v, page_size), whose strides follow the same rule.
         cache_seqlens: (batch,) int32 on q's device, the number of keys of each sequence, new ones included. May be 0.
             A length above the capacity, max_pages * page_size or seqlen_cache, counts as the capacity.
         block_table: (batch, max_pages) int32 on q's device: the pages of each sequence, in order. Entries past its last
