@@ -6,15 +6,34 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from dtensor_ranks import S0, S1, S2, Case, R, check_block, check_error, check_values
+from dtensor_ranks import (
+    S0,
+    S1,
+    S2,
+    Case,
+    LatentCase,
+    R,
+    check_block,
+    check_bytes,
+    check_common_ranks,
+    check_decode,
+    check_error,
+    check_latent_block,
+    check_values,
+)
 from parallel_ranks import run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from triton_attn import flash_attention, flash_attention_varlen
-from triton_attn.parallel import context_parallel_attention
+from triton_attn import flash_attention, flash_attention_varlen, mla_decode, mla_prefill
+from triton_attn.parallel import (
+    context_parallel_attention,
+    context_parallel_mla_decode,
+    context_parallel_mla_prefill,
+    context_parallel_paged_attention,
+)
 
 
 def of_two():
@@ -51,14 +70,55 @@ def of_four():
     yield Case(
         mesh_shape=(4,), of_q=(S1,), of_keys=(S1,), seqlen=12, options={}, context_parallel=dict(load_balance=None)
     )
+    yield from heads_and_rows(Case)
+
+
+def latents_of_two():
+    by_heads = dict(mesh_shape=(2,), of_q=(S2,), of_keys=(R,))
+    for weights in (S0, R):
+        yield LatentCase(**by_heads, of_weights=(weights,))
+    yield LatentCase(**by_heads, of_weights=(S0,), options=dict(causal=False, mode="materialized"))
+    yield LatentCase(mesh_shape=(2,), of_q=(S1,), of_keys=(R,), of_weights=(S0,), packed=True)
+    yield LatentCase(mesh_shape=(2,), of_q=(S0,), of_keys=(S0,), of_weights=(R,))  # one rank has a sequence more
+    yield LatentCase(mesh_shape=(2,), of_q=(R,), of_keys=(R,), of_weights=(R,))
+    yield LatentCase(**by_heads, of_weights=(S0,), dtype=torch.bfloat16)
+    for method, seqlen in (("ring", 24), ("all_gather", 22)):
+        cp = dict(method=method)
+        rows = dict(mesh_shape=(2,), of_weights=(R,), context_parallel=cp, seqlen=seqlen)
+        yield LatentCase(**rows, of_q=(S1,), of_keys=(S1,))
+        yield LatentCase(**rows, of_q=(S0,), of_keys=(S0,), packed=True)
+
+
+def latents_of_four():
+    yield LatentCase(mesh_shape=(4,), of_q=(S2,), of_keys=(R,), of_weights=(S0,))
+    yield LatentCase(mesh_shape=(2, 2), of_q=(S0, S2), of_keys=(S0, R), of_weights=(R, S0))
+    yield from heads_and_rows(LatentCase, of_weights=(S0, R))
+
+
+def heads_and_rows(kind, **others):
+    """Heads on one dimension of the mesh and rows on the other: tensor parallelism beside context parallelism."""
+    for method, balance, on_other in (
+        ("all_gather", "head_tail", False),
+        ("ring", None, True),
+        ("ring", "head_tail", False),
+    ):
+        cp = dict(method=method, load_balance=balance)
+        common = dict(mesh_shape=(2, 2), context_parallel=cp, on_other_mesh=on_other, **others)
+        options = dict(causal=balance is not None)
+        of_keys = [(S2, S1), (S1, S0)] if kind is Case else [(R, S1), (R, S0)]
+        yield kind(of_q=(S2, S1), of_keys=of_keys[0], options=options, **common)
+        yield kind(of_q=(S1, S0), of_keys=of_keys[1], options=options, packed=True, **common)
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "cases", "backend"),
     [
         pytest.param(2, of_two, "triton", id="2 ranks"),
+        pytest.param(2, latents_of_two, "triton", id="2 ranks, MLA"),
         pytest.param(4, of_four, "reference", id="4 ranks by reference", marks=pytest.mark.ci),
         pytest.param(4, of_four, "triton", id="4 ranks", marks=pytest.mark.full),
+        pytest.param(4, latents_of_four, "reference", id="4 ranks by reference, MLA"),
+        pytest.param(4, latents_of_four, "triton", id="4 ranks, MLA", marks=pytest.mark.ci),
     ],
 )
 def test_what_one_process_gives(num_ranks, cases, backend, tmp_path, monkeypatch):
@@ -73,6 +133,28 @@ def test_a_tensor_parallel_layer(num_ranks, tmp_path, monkeypatch):
     assert run(check_block, [False, True], num_ranks, tmp_path / "store") == []
 
 
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.ci)])
+def test_a_tensor_parallel_layer_of_latent_attention(num_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    assert run(check_latent_block, [10], num_ranks, tmp_path / "store") == []
+
+
+def test_heads_of_latent_decode(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
+    cases = [{}, dict(num_splits=2, causal=False), dict(max_seqlen_q=2), dict(softmax_scale=0.2)]
+    assert run(check_decode, cases, 2, tmp_path / "store") == []
+
+
+def test_bytes_do_not_depend_on_who_has_the_heads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    placements = dict(of_q=(S2, S1), of_keys=(R, S1), of_weights=(S0, R))
+    cases = [
+        LatentCase(mesh_shape=(2, 2), **placements, context_parallel=dict(method=method), options=dict(causal=False))
+        for method in ("all_gather", "ring")
+    ]
+    assert run(check_bytes, cases, 4, tmp_path / "store") == []
+
+
 CP = dict(mesh_shape=(2,), of_q=(S1,), of_keys=(S1,))
 ERRORS = [
     (
@@ -85,6 +167,37 @@ ERRORS = [
     ),
     (Case(**CP, seqlen=3, context_parallel={}), r"q: expected a sequence in multiples of 2 rows, .*, got 3"),
     (Case(**CP, context_parallel=dict(seqlen=12)), "seqlen: expected None, or 24 as of the DTensors, got 12"),
+    (
+        LatentCase(mesh_shape=(2,), of_q=(S2,), of_keys=(S1,), of_weights=(S0,)),
+        r"kv_latent: expected R on dimension 0 of the mesh, where q_nope has S\(2\), got S\(1\)",
+    ),
+    (
+        LatentCase(mesh_shape=(2,), of_q=(S1,), of_keys=(S1,), of_weights=(R,)),
+        r"q_nope: expected Shard\(0\), .* or triton_attn.parallel.context_parallel_mla_prefill for shards of sequences",
+    ),
+    (
+        LatentCase(**CP, of_weights=(S0,), context_parallel={}),
+        r"w_uk: expected R on dimension 0 of the mesh, where q_nope has S\(1\), got S\(0\)",
+    ),
+    (
+        LatentCase(mesh_shape=(1, 2), of_q=(S2, S2), of_keys=(R, R), of_weights=(S0, S0)),
+        r"q_nope: expected S\(2\) on one dimension of the mesh",
+    ),
+    (
+        LatentCase(**CP, of_weights=(R,), seqlen=11, context_parallel={}),
+        r"q_nope: expected a sequence in multiples of 2 rows, as many as ranks, got 11",
+    ),
+    (
+        LatentCase(
+            mesh_shape=(2,),
+            of_q=(S0,),
+            of_keys=(S0,),
+            of_weights=(R,),
+            packed=True,
+            context_parallel=dict(load_balance="per_document"),
+        ),
+        "load_balance: expected 'head_tail' or None, got 'per_document'",
+    ),
 ]
 
 
@@ -97,6 +210,10 @@ def test_errors_of_two_ranks(tmp_path, monkeypatch):
         texts = [text for of, _, text in failures if of == rank]
         for text, (_, said) in zip(texts, ERRORS):
             assert re.search(said, text), text
+
+
+def test_a_mesh_that_crosses_that_of_the_dtensors(tmp_path):
+    assert run(check_common_ranks, [None], 2, tmp_path / "store") == []
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +245,9 @@ def dtensor(x, mesh, *placements):
         ),
         (_StridedShard(2, split_factor=2), Shard(2), r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) .*, got _S"),
         (Partial(), Replicate(), r"q: expected Shard\(0\), Shard\(2\) or Replicate\(\) .*, got P"),
-        (Shard(0), Shard(2), r"k: expected q's S\(0\) on dimension 0 of the mesh, got S\(2\)"),
-        (Shard(0), Replicate(), r"k: expected q's S\(0\) on dimension 0 of the mesh, got R"),
-        (Replicate(), Shard(2), r"k: expected q's R on dimension 0 of the mesh, got S\(2\)"),
+        (Shard(0), Shard(2), r"k: expected S\(0\) on dimension 0 of the mesh, where q has S\(0\), got S\(2\)"),
+        (Shard(0), Replicate(), r"k: expected S\(0\) on dimension 0 of the mesh, where q has S\(0\), got R"),
+        (Replicate(), Shard(2), r"k: expected R on dimension 0 of the mesh, where q has R, got S\(2\)"),
     ],
 )
 def test_placements_that_would_need_a_transfer(meshes, of_q, of_k, said):
@@ -212,6 +329,76 @@ def test_errors_of_one_process(meshes):
             call()
 
 
+def test_errors_of_latent_attention(meshes):
+    one, two = meshes
+    shapes = (2, 6, 4, 16), (2, 6, 4, 8), (2, 6, 32), (2, 6, 8), (4, 16, 32), (4, 12, 32)
+    plain = [torch.randn(shape) for shape in shapes]
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = by_heads = [
+        dtensor(x, one, p) for x, p in zip(plain, (S2, S2, R, R, S0, S0))
+    ]
+    cache, lengths, table = plain[2], torch.tensor([6, 6]).int(), torch.tensor([[0], [1]]).int()
+    cache = torch.cat([cache, plain[3]], -1)
+    for call, error, said in [
+        (
+            lambda: mla_prefill(*by_heads[:4], *plain[4:]),
+            TypeError,
+            "w_uk: expected a DTensor, as others of q_nope, q_pe, kv_latent, k_pe, w_uk and w_uv are, got Tensor",
+        ),
+        (lambda: mla_prefill(*plain[:5], w_uv), TypeError, "q_nope: expected a DTensor, as others of"),
+        (lambda: mla_prefill(*by_heads[:5], dtensor(plain[5], two, R, S0)), ValueError, "w_uv: expected q_nope's mesh"),
+        (lambda: mla_prefill(*by_heads[:5], dtensor(plain[5], one, R)), ValueError, r"w_uv: expected w_uk's S\(0\) on"),
+        (lambda: mla_prefill(q_nope, q_pe, kv_latent, k_pe, w_uk[:3], w_uv), ValueError, "w_uk: expected shape"),
+        (lambda: mla_prefill(*by_heads, mode="tree"), ValueError, "mode: expected auto"),
+        (
+            lambda: context_parallel_mla_prefill(*plain[:5], w_uv, mesh=one),
+            TypeError,
+            "q_nope: expected a DTensor, as others of",
+        ),
+        (
+            lambda: context_parallel_mla_prefill(*by_heads, mesh=one),
+            ValueError,
+            r"q_nope: expected Shard\(1\) on dimension 0 of the mesh, got S\(2\)",
+        ),
+        (
+            lambda: mla_decode(*plain[:2], dtensor(cache, one, R), lengths, table, *plain[4:]),
+            TypeError,
+            "q_nope: expected a DTensor, as others of q_nope, q_pe, w_uk and w_uv are, got Tensor",
+        ),
+        (
+            lambda: mla_decode(q_nope, q_pe, dtensor(cache, one, S0), lengths, table, w_uk, w_uv),
+            ValueError,
+            r"latent_cache: expected a plain tensor, or Replicate\(\) on all",
+        ),
+        (
+            lambda: mla_decode(q_nope, q_pe, cache, lengths, table, w_uk, w_uv, out=torch.empty(2, 6, 4, 12)),
+            ValueError,
+            "out: expected None with DTensors, got Tensor",
+        ),
+        (
+            lambda: mla_decode(*(dtensor(x, one, S0) for x in plain[:2]), cache, lengths, table, w_uk, w_uv),
+            ValueError,
+            r"q_nope: expected Shard\(2\) or Replicate\(\) on dimension 0 of the mesh, got S\(0\)",
+        ),
+        (
+            lambda: mla_decode(q_nope.requires_grad_(), q_pe, cache, lengths, table, w_uk, w_uv),
+            NotImplementedError,
+            "q_nope: gradients are not supported",
+        ),
+        (
+            lambda: context_parallel_mla_decode(q_nope, q_pe, cache, lengths, table, w_uk, w_uv, mesh=one),
+            TypeError,
+            "q_nope: expected a plain tensor with this rank's heads, got DTensor",
+        ),
+        (
+            lambda: context_parallel_paged_attention(q_nope, *[plain[0]] * 2, lengths, table, mesh=one),
+            TypeError,
+            "q: expected a plain tensor with this rank's heads, got DTensor",
+        ),
+    ]:
+        with pytest.raises(error, match=said):
+            call()
+
+
 def test_packed_sequences_have_no_sharded_tokens(meshes):
     x = dtensor(torch.randn(6, 4, 16), meshes[0], Shard(0))
     cu_seqlens = torch.tensor([0, 6], dtype=torch.int32)
@@ -259,4 +446,34 @@ def test_lengths_that_change_compile_twice(meshes, placement):
         torch.testing.assert_close(out, expected)
         found, of_eager = (torch.autograd.grad(each.square().sum(), leaf) for each in (out, expected))
         torch.testing.assert_close(found, of_eager)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("form", ["heads", "rows", "heads and rows", "rows of another mesh"])
+def test_latent_attention_compiles_twice(meshes, form):
+    """As above, with the gradients of all tensors."""
+    torch._dynamo.reset()
+    counter, (one, two) = CompileCounterWithBackend("aot_eager"), meshes
+    mesh, placements, of_rows = {
+        "heads": (one, [(S2,), (R,), (S0,)], None),
+        "rows": (one, [(S1,), (S1,), (R,)], one),
+        "heads and rows": (two, [(S2, S1), (R, S1), (S0, R)], two["cp"]),
+        "rows of another mesh": (two["dp"], [(S2,), (R,), (S0,)], two["cp"]),
+    }[form]
+
+    def attend(*tensors):
+        placed = [dtensor(x, mesh, *placements[i // 2]) for i, x in enumerate(tensors)]
+        if of_rows is None:
+            return mla_prefill(*placed).to_local()
+        return context_parallel_mla_prefill(*placed, mesh=of_rows).to_local()
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    for seqlen in (8, 12, 7, 30):
+        shapes = (2, seqlen, 4, 16), (2, seqlen, 4, 8), (2, seqlen, 32), (2, seqlen, 8), (4, 16, 32), (4, 12, 32)
+        leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        out, expected = compiled(*leaves), attend(*leaves)
+        torch.testing.assert_close(out, expected)
+        found, of_eager = (torch.autograd.grad(each.square().sum(), leaves) for each in (out, expected))
+        for gradient, of_leaf in zip(found, of_eager):
+            torch.testing.assert_close(gradient, of_leaf)
     assert counter.frame_count == 2

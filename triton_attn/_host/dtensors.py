@@ -5,7 +5,7 @@ used, since it gathers inputs whose placements it does not find.)
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,21 +15,56 @@ from torch.nn.functional import pad
 from .checks import check_number, check_qkv_layout, check_same_kind, fail, layout_of
 
 
-class Layout(NamedTuple):
-    """Dimensions of q, k, v and out, and those of lse that correspond to them; batch is None in packed batches."""
+class Operand(NamedTuple):
+    """A tensor of a call: its name, and its dimensions of the batch, the sequence and the heads; None: it has none."""
 
-    batch: int | None
-    sequence: int
-    heads: int
+    name: str
+    batch: int | None = None
+    sequence: int | None = None
+    heads: int | None = None
+
+
+class Layout(NamedTuple):
+    """The tensors of a call, queries first, and the dimensions of out that correspond to those of lse. All tensors that
+    are no queries and have heads have the same number, which divides that of the queries."""
+
+    operands: tuple[Operand, ...]
+    num_queries: int
     of_lse: tuple[int, ...]
+    check: Callable[[Any], None]  # of the tensors, without values
+    of_sequences: str | None  # the function for sharded sequences
 
     @property
-    def ndim(self) -> int:
-        return self.heads + 2
+    def of_q(self) -> Operand:
+        """Of the first tensor of queries, whose dimensions out has too."""
+        return self.operands[0]
+
+    @property
+    def names(self) -> str:
+        *names, last = (operand.name for operand in self.operands)
+        return f"{', '.join(names)} and {last}"
 
 
-DENSE = Layout(batch=0, sequence=1, heads=2, of_lse=(0, 2, 1))
-PACKED = Layout(batch=None, sequence=0, heads=1, of_lse=(1, 0))
+def of_rows(names: Iterable[str], is_packed: bool, has_heads: bool = True) -> tuple[Operand, ...]:
+    """Tensors (batch, rows, heads, dim), (rows, heads, dim) if they are packed, or without heads."""
+    dims = (None, 0, 1) if is_packed else (0, 1, 2)
+    return tuple(Operand(name, *dims) if has_heads else Operand(name, *dims[:2]) for name in names)
+
+
+def lse_dims(is_packed: bool) -> tuple[int, ...]:
+    return (1, 0) if is_packed else (0, 2, 1)
+
+
+def _of_heads(is_packed):
+    def check(tensors):
+        check_same_kind(*tensors)
+        check_qkv_layout(3 if is_packed else 4, *layout_of(*tensors))
+
+    return Layout(of_rows("qkv", is_packed), 1, lse_dims(is_packed), check, "context_parallel_attention")
+
+
+DENSE, PACKED = _of_heads(False), _of_heads(True)
+OTHER_MESH = -1  # the dimension, among those of the DTensors' mesh, of a mesh that is none of them
 
 
 def is_dtensor(x: Any) -> bool:
@@ -38,8 +73,13 @@ def is_dtensor(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def has_dtensor(q: Any, k: Any, v: Any) -> bool:
-    return is_dtensor(q) or is_dtensor(k) or is_dtensor(v)
+def has_dtensor(*tensors: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None:
+        for x in tensors:  # faster than any()
+            if isinstance(x, module.DTensor):
+                return True
+    return False
 
 
 class Share(NamedTuple):
@@ -56,19 +96,21 @@ class Share(NamedTuple):
 def attend_shards(
     attend: Callable[..., Any],
     layout: Layout,
-    qkv: tuple[Any, Any, Any],
+    tensors: tuple[Any, ...],
     lengths: tuple[Any, ...],
     options: dict[str, Any],
     sequence_mesh_dim: int | None = None,
 ) -> Any:
-    """`attend(q, k, v, *lengths, **options)` of this rank's parts of DTensors, and DTensors placed like q.
+    """`attend(*tensors, *lengths, **options)` of this rank's parts of DTensors, and DTensors placed like the queries.
 
-    On each dimension of the mesh q, k and v are Shard(batch), Shard(heads) or Replicate(), and on sequence_mesh_dim
-    Shard(sequence). Beside queries with Shard(heads), keys and values may be Replicate().
+    On each dimension of the mesh queries are Shard(batch), Shard(heads) or Replicate(), and on sequence_mesh_dim
+    Shard(sequence). So are the other tensors, or Replicate() if they have no such dimension. Beside queries with
+    Shard(heads), all of them may be Replicate(). With OTHER_MESH their rows are those of a rank of another mesh.
     """
-    _check_tensors(layout, *qkv)
-    q, k, v = qkv
-    placed = [_check_placements(layout, i, qkv, sequence_mesh_dim) for i in range(q.device_mesh.ndim)]
+    check_dtensors(layout, tensors)
+    layout.check(tensors)
+    q = tensors[0]
+    placed = [_check_placements(layout, i, tensors, sequence_mesh_dim) for i in range(q.device_mesh.ndim)]
     batch, heads = (_share(layout, q, placed, kind) for kind in ("batch", "heads"))
     options = options | {
         name: _own_of_heads(name, options[name], q, batch, heads, placed)
@@ -83,57 +125,69 @@ def attend_shards(
         if "batch" in placed or "heads" in placed:
             if sequence_mesh_dim is not None:
                 fail("dropout_p", "0 where sequences and heads, or batches, are sharded", options["dropout_p"])
-            options["shard"] = _positions(layout, q, k, lengths, batch, heads)
-    found = attend(*_own_rows(layout, qkv, heads), *lengths, **options)
+            options["shard"] = _positions(layout, q, tensors[1], lengths, batch, heads)
+    found = attend(*_own_parts(layout, tensors, placed, heads), *lengths, **options)
     out, lse = found if isinstance(found, tuple) else (found, None)
-    out = _whole(out, q, range(layout.ndim), (*q.shape[:-1], v.shape[-1]))
+    out = _whole(out, q, range(q.ndim), (*q.shape[:-1], out.shape[-1]))
     if lse is None:
         return out
     shape = [q.shape[layout.of_lse.index(dim)] for dim in range(len(layout.of_lse))]
     return out, _whole(lse, q, layout.of_lse, tuple(shape))
 
 
-def _check_tensors(layout, q, k, v):
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def check_dtensors(layout: Layout, tensors: tuple[Any, ...]) -> None:
+    """All of one mesh."""
+    meshes = [(operand.name, x.device_mesh) for operand, x in zip(layout.operands, tensors) if is_dtensor(x)]
+    for operand, x in zip(layout.operands, tensors):
         if not is_dtensor(x):
-            fail(name, "a DTensor, as others of q, k and v are", type(x).__name__, TypeError)
-        if x.device_mesh != q.device_mesh:
-            fail(name, f"q's mesh {q.device_mesh}", x.device_mesh)
-    check_same_kind(q, k, v)
-    check_qkv_layout(layout.ndim, *layout_of(q, k, v))
+            fail(operand.name, f"a DTensor, as others of {layout.names} are", type(x).__name__, TypeError)
+        first, mesh = meshes[0]
+        if x.device_mesh != mesh:
+            fail(operand.name, f"{first}'s mesh {mesh}", x.device_mesh)
 
 
-def _check_placements(layout, mesh_dim, qkv, sequence_mesh_dim):
+def on_each_rank(name: str, x: Any) -> Any:
+    """A tensor that is the same on all ranks, plain or a DTensor, as a plain one."""
+    if not is_dtensor(x):
+        return x
+    if not all(placement.is_replicate() for placement in x.placements):
+        fail(name, "a plain tensor, or Replicate() on all dimensions of the mesh", x.placements)
+    return x.to_local()
+
+
+def _check_placements(layout, mesh_dim, tensors, sequence_mesh_dim):
     """What a dimension of the mesh shards: "batch", "heads", "sequence", or "" for Replicate()."""
-    kinds = {layout.batch: "batch", layout.heads: "heads"}
-    if mesh_dim == sequence_mesh_dim:
-        kinds = {layout.sequence: "sequence"}
-    names = [f"Shard({dim})" for dim in kinds if dim is not None]
-    expected, hint = ", ".join(names) + ("" if mesh_dim == sequence_mesh_dim else " or Replicate()"), ""
-    found = []
-    for name, x in zip("qkv", qkv):
-        placement = x.placements[mesh_dim]
-        dim = placement.dim if _is_shard(placement) else None
-        if dim is not None and dim in kinds:
-            found.append(kinds[dim])
-        elif placement.is_replicate() and mesh_dim != sequence_mesh_dim:
-            found.append("")
-        else:
-            if dim == layout.sequence:
-                hint = ", or triton_attn.parallel.context_parallel_attention for shards of sequences"
-            fail(name, f"{expected} on dimension {mesh_dim} of the mesh{hint}", placement)
-    of_q, *of_keys = found
-    allowed = {"heads", ""} if of_q == "heads" else {of_q}
-    if of_keys[0] not in allowed:
-        _fail_placement("k", "q", mesh_dim, qkv)
-    if of_keys[1] != of_keys[0]:
-        _fail_placement("v", "k", mesh_dim, qkv)
-    return of_q
+    of_q, where = tensors[0].placements[mesh_dim], f"on dimension {mesh_dim} of the mesh"
+    kind = _kind_of_queries(layout, of_q, where, mesh_dim == sequence_mesh_dim)
+    of_keys = None  # (name, placement) of the first of those that may be Replicate() beside sharded heads
+    for i, (operand, x) in enumerate(zip(layout.operands, tensors)):
+        placement, dim = x.placements[mesh_dim], getattr(operand, kind) if kind else None
+        is_found = placement.is_replicate() if dim is None else _is_shard(placement) and placement.dim == dim
+        if kind == "heads" and dim is not None and i >= layout.num_queries:
+            of_keys = of_keys or (operand.name, placement)
+            if placement != of_keys[1]:
+                fail(operand.name, f"{of_keys[0]}'s {of_keys[1]} {where}", placement)
+            is_found = is_found or placement.is_replicate()
+        if not is_found:
+            expected = f"S({dim})" if kind and dim is not None else "R"
+            expected += " or R" if of_keys and kind == "heads" else ""
+            fail(operand.name, f"{expected} {where}, where {layout.of_q.name} has {of_q}", placement)
+    return kind
 
 
-def _fail_placement(name, other, mesh_dim, qkv):
-    expected, got = (qkv["qkv".index(x)].placements[mesh_dim] for x in (other, name))
-    fail(name, f"{other}'s {expected} on dimension {mesh_dim} of the mesh", got)
+def _kind_of_queries(layout, placement, where, is_of_sequence):
+    of_q, dim = layout.of_q, placement.dim if _is_shard(placement) else None
+    kinds = {of_q.sequence: "sequence"} if is_of_sequence else {of_q.batch: "batch", of_q.heads: "heads"}
+    kinds.pop(None, None)
+    if dim in kinds:
+        return kinds[dim]
+    if placement.is_replicate() and not is_of_sequence:
+        return ""
+    expected = ", ".join(f"Shard({dim})" for dim in kinds) + ("" if is_of_sequence else " or Replicate()")
+    hint = ""
+    if dim is not None and dim == of_q.sequence and layout.of_sequences is not None:
+        hint = f", or triton_attn.parallel.{layout.of_sequences} for shards of sequences"
+    fail(of_q.name, f"{expected} {where}{hint}", placement)
 
 
 def _is_shard(placement):
@@ -145,51 +199,59 @@ def _is_shard(placement):
 
 def _share(layout, q, placed, kind):
     """The Share of this rank in the batch or the heads."""
-    dim = getattr(layout, kind)
+    name, dim = layout.of_q.name, getattr(layout.of_q, kind)
     mesh_dims = [i for i, of_dim in enumerate(placed) if of_dim == kind]
     if not mesh_dims:
         return Share(None, 0, 1 if dim is None else q.shape[dim])
     if len(mesh_dims) > 1:
-        fail("q", f"{q.placements[mesh_dims[0]]} on one dimension of the mesh", q.placements)
+        fail(name, f"{q.placements[mesh_dims[0]]} on one dimension of the mesh", q.placements)
     size, rank = q.device_mesh.size(mesh_dims[0]), q.device_mesh.get_local_rank(mesh_dims[0])
     if kind == "heads" and q.shape[dim] % size:
-        fail("q", f"query heads in multiples of {size} ranks", q.shape[dim])
+        fail(name, f"query heads in multiples of {size} ranks", q.shape[dim])
     each = -(-q.shape[dim] // size)
     first = min(rank * each, q.shape[dim])
     return Share(mesh_dims[0], first, min(each, q.shape[dim] - first))
 
 
-def _own_rows(layout, qkv, heads):
-    """This rank's q, k and v. Of keys that are the same on all ranks, it takes the heads of its query heads."""
+def _own_parts(layout, tensors, placed, heads):
+    """This rank's part of each tensor. Of keys that are the same on all ranks, it takes the heads of its query heads.
+
+    A tensor that is the same on ranks with other rows or heads of the queries has a part of its gradient on each.
+    """
     from torch.distributed.tensor import Partial
 
-    q, *keys = qkv
-    if heads.mesh_dim is None:
-        return [x.to_local() for x in qkv]
-    size, num_heads_kv = q.device_mesh.size(heads.mesh_dim), keys[0].shape[layout.heads]
-    if _is_shard(keys[0].placements[heads.mesh_dim]):
-        if num_heads_kv % size:
-            fail("k", f"KV heads in multiples of {size} ranks, or Replicate()", num_heads_kv)
-        return [x.to_local() for x in qkv]
-    group = q.shape[layout.heads] // num_heads_kv
+    parts = []
+    for operand, x in zip(layout.operands, tensors):
+        gradients = [place if _is_shard(place) or not kind else Partial() for place, kind in zip(x.placements, placed)]
+        part = x.to_local(grad_placements=gradients)
+        if heads.mesh_dim is not None and operand.heads is not None:
+            own = _own_heads(layout, tensors[0], operand, x, heads)
+            part = part if own is None else own.of(part, operand.heads)
+        parts.append(part)
+    return parts
+
+
+def _own_heads(layout, q, operand, x, heads):
+    """The Share of the heads of x that a rank takes of its part; None: all."""
+    size, num_heads = q.device_mesh.size(heads.mesh_dim), x.shape[operand.heads]
+    if _is_shard(x.placements[heads.mesh_dim]):
+        if num_heads % size:
+            fail(operand.name, f"KV heads in multiples of {size} ranks, or Replicate()", num_heads)
+        return None
+    group = q.shape[layout.of_q.heads] // num_heads
     if heads.number % group and group % heads.number:
-        fail("k", f"KV heads that divide {size} ranks or are a multiple of them", num_heads_kv)
-    own = Share(None, heads.first // group, max(heads.number // group, 1))
-    rows = [q.to_local()]
-    for x in keys:
-        gradients = [Partial() if i == heads.mesh_dim else place for i, place in enumerate(x.placements)]
-        rows.append(own.of(x.to_local(grad_placements=gradients), layout.heads))
-    return rows
+        fail(operand.name, f"KV heads that divide {size} ranks or are a multiple of them", num_heads)
+    return Share(None, heads.first // group, max(heads.number // group, 1))
 
 
 def _positions(layout, q, k, lengths, batch, heads):
     """`shard` of flash_attention, with which weights are dropped as on one rank."""
-    cu_seqlens_q, cu_seqlens_k = lengths[:2] if lengths else (None, None)
-    if q.shape[layout.sequence] != k.shape[layout.sequence] or cu_seqlens_q is not cu_seqlens_k:
+    of_q, (cu_seqlens_q, cu_seqlens_k) = layout.of_q, lengths[:2] or (None, None)
+    if q.shape[of_q.sequence] != k.shape[of_q.sequence] or cu_seqlens_q is not cu_seqlens_k:
         fail("dropout_p", "0 for DTensors whose queries and keys have different lengths", "dropout")
     number = batch.number if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     sequences = torch.arange(number, dtype=torch.int32, device=q.device) + batch.first
-    return pad((sequences * q.shape[layout.heads] + heads.first)[:, None], (2, 0))
+    return pad((sequences * q.shape[of_q.heads] + heads.first)[:, None], (2, 0))
 
 
 def _own_of_heads(name, x, q, batch, heads, placed):

@@ -26,6 +26,7 @@ from .._host.checks import (
     fail,
     read_length,
 )
+from .._host.dtensors import Layout, Operand, attend_shards, has_dtensor, lse_dims, of_rows, on_each_rank
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
 from .._host.layout import lse_shape
@@ -204,6 +205,31 @@ def mla_decode(
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1; split keys: Dao et al., Flash-Decoding (2023).
     """
     packed = cu_seqlens_q is not None
+    if has_dtensor(q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cache):
+        options = dict(
+            rope_cache=rope_cache,
+            k_scale=k_scale,
+            k_pe_scale=k_pe_scale,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            tree_mask=tree_mask,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
+            rope_interleaved=rope_interleaved,
+            num_splits=num_splits,
+            prefix_tree=prefix_tree,
+            batch_invariant=batch_invariant,
+            key_shard=key_shard,
+            out=out,
+            lse=lse,
+            workspace=workspace,
+            return_lse=return_lse,
+            check_values=check_values,
+        )
+        cache = dict(latent_cache=latent_cache, cache_seqlens=cache_seqlens, block_table=block_table)
+        return _decode_shards((q_nope, q_pe), cache, (w_uk, w_uv), options)
     softmax_scale = _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed)
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
@@ -244,6 +270,30 @@ def mla_decode(
         new_out, new_lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse, out, lse)
         out, lse = _decode(*tensors, *more, new_out, new_lse, room)
     return (out, lse) if return_lse else out
+
+
+def _decode_shards(queries, cache, weights, options):
+    """`mla_decode` of DTensors, whose heads may be sharded. All ranks have the same cache."""
+    for name in ("out", "lse"):
+        if options[name] is not None:
+            fail(name, "None with DTensors", type(options[name]).__name__)
+    cache = {name: on_each_rank(name, x) for name, x in cache.items()}
+    options = options | dict(rope_cache=on_each_rank("rope_cache", options["rope_cache"]))
+    packed = options["cu_seqlens_q"] is not None
+    given = {name: x for name, x in zip(("w_uk", "w_uv"), weights) if x is not None}
+
+    def check(tensors):
+        _check_decode(
+            *queries, cache["latent_cache"], options["rope_cache"], *weights, options["softmax_scale"], packed
+        )
+
+    def attend(q_nope, q_pe, *own, **options):
+        return mla_decode(q_nope, q_pe, **cache, **dict(zip(given, own)), **options)
+
+    rows = (operand._replace(batch=None) for operand in of_rows(("q_nope", "q_pe"), packed))
+    operands = *rows, *(Operand(name, heads=0) for name in given)
+    layout = Layout(operands, len(queries), lse_dims(packed), check, None)
+    return attend_shards(attend, layout, (*queries, *given.values()), (), options)
 
 
 DECODE_INPUTS = (
@@ -550,8 +600,20 @@ def mla_prefill(
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
-    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    if has_dtensor(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv):
+        options = dict(
+            causal=causal,
+            softmax_scale=softmax_scale,
+            mode=mode,
+            max_workspace_bytes=max_workspace_bytes,
+            return_lse=return_lse,
+            check_values=check_values,
+        )
+        options |= zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths)
+        layout = LATENTS_DENSE if cu_seqlens_q is None else LATENTS_PACKED
+        return attend_shards(mla_prefill, layout, (q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv), (), options)
+    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     lengths = check_prefill(tensors, lengths, mode)
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
@@ -660,6 +722,20 @@ def check_prefill_tensors(tensors, packed, mode):
             fail(name, f"dimensions of 1 to {MAX_HEAD_DIM}", f"shape {tuple(x.shape)}")
     if mode not in ("auto", *MODES):
         fail("mode", f"auto, {', '.join(MODES)}", repr(mode))
+
+
+def _of_latents(is_packed):
+    """The Layout of a prefill."""
+    rows = *of_rows(("q_nope", "q_pe"), is_packed), *of_rows(("kv_latent", "k_pe"), is_packed, has_heads=False)
+    weights = Operand("w_uk", heads=0), Operand("w_uv", heads=0)
+
+    def check(tensors):
+        check_prefill_tensors(tensors, is_packed, "auto")
+
+    return Layout((*rows, *weights), 2, lse_dims(is_packed), check, "context_parallel_mla_prefill")
+
+
+LATENTS_DENSE, LATENTS_PACKED = _of_latents(False), _of_latents(True)
 
 
 def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.checks import check_bool, check_same_kind, fail, layout_of
+from .._host.dtensors import DENSE, PACKED, has_dtensor
 from .._host.observers import autocast, is_observed, number_and_tensor
 from .._host.options import with_dropout, with_tensors
 from ..flash.api import check_differentiable, layout_options
 from .arguments import check_method, errors_for_all, settings_of
-from .dtensors import on_dtensors
+from .dtensors import attend_rows
 from .heads import HEADS, Inputs, Options
 from .operators import Settings, attend
 
@@ -21,7 +22,6 @@ METHODS = {  # by the number of dimensions of the mesh
 }
 
 
-@on_dtensors
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -122,6 +122,9 @@ def context_parallel_attention(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    if has_dtensor(q, k, v):
+        options |= dict(placing, return_lse=return_lse)
+        return attend_rows(context_parallel_attention, DENSE, (q, k, v), (), **options)
     with errors_for_all(mesh, METHODS):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(4, q, k, v, None, **placing, **options)
@@ -204,6 +207,9 @@ def context_parallel_attention_varlen(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    if has_dtensor(q, k, v):
+        options |= dict(placing, return_lse=return_lse)
+        return attend_rows(context_parallel_attention_varlen, PACKED, (q, k, v), (cu_seqlens,), **options)
     with errors_for_all(mesh, METHODS):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(3, q, k, v, cu_seqlens, **placing, **options)

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.backend import should_check_values
 from .._host.checks import check_per_head, fail
+from .._host.dtensors import is_dtensor
 from .._host.mesh import check_mesh
 from .._host.prefix_tree import PrefixTree
 from ..mla import mla_decode
@@ -250,6 +251,8 @@ def _absorb(q_nope, q_pe, w_uk, softmax_scale, rope_cos, mesh):
 def _check(q, name, heads, mesh):
     """What must hold before ranks can compare their calls."""
     try:
+        if is_dtensor(q):
+            fail(name, "a plain tensor with this rank's heads", type(q).__name__, TypeError)
         if not isinstance(q, Tensor) or q.ndim not in (3, 4):
             got = f"shape {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
             wanted = "a tensor (batch, seqlen_q, heads, dim), or (total_q, heads, dim) with cu_seqlens_q"

@@ -1,52 +1,63 @@
-"""`context_parallel_attention` on DTensors whose sequences are sharded over the mesh of the call."""
+"""Attention on DTensors whose sequences are sharded over the mesh of the call."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.checks import fail
-from .._host.dtensors import DENSE, attend_shards, has_dtensor, is_dtensor
+from .._host.dtensors import OTHER_MESH, Layout, attend_shards, check_dtensors
 from .balance import check_load_balance, check_mesh
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
+def attend_rows(
+    attend: Callable[..., Any],
+    layout: Layout,
+    tensors: tuple[Any, ...],
+    lengths: tuple[Any, ...],
+    mesh: DeviceMesh,
+    seqlen: Any,
+    load_balance: Any,
+    **options: Any,
+) -> Any:
+    """`attend` of this rank's rows, and the results as DTensors placed like the queries.
 
-def on_dtensors(attend: Function) -> Function:
-    """A decorator: DTensors are attended to by their local rows, and the results are DTensors placed like q."""
-
-    @functools.wraps(attend)
-    def attend_any(q, k, v, *, mesh, seqlen=None, load_balance="head_tail", **options):
-        if has_dtensor(q, k, v):
-            mesh_dim = _mesh_dim(q, mesh)
-            seqlen = _check_rows(q, mesh, seqlen, load_balance)
-            options = options | {"mesh": mesh, "seqlen": seqlen, "load_balance": load_balance}
-            return attend_shards(attend, DENSE, (q, k, v), (), options, mesh_dim)
-        return attend(q, k, v, mesh=mesh, seqlen=seqlen, load_balance=load_balance, **options)
-
-    return attend_any  # type: ignore[return-value]
+    DTensors on another mesh, whose ranks share the heads or the batch of the same rows, have the rows of this rank.
+    """
+    check_dtensors(layout, tensors)
+    mesh_dim = _mesh_dim(tensors[0], mesh)
+    if mesh_dim != OTHER_MESH:
+        seqlen = _check_rows(layout, tensors[0], mesh, seqlen, load_balance)
+    options |= dict(mesh=mesh, seqlen=seqlen, load_balance=load_balance)
+    return attend_shards(attend, layout._replace(of_sequences=None), tensors, lengths, options, mesh_dim)
 
 
 def _mesh_dim(q, mesh):
-    """The dimension of q's mesh that is the mesh of the call."""
-    if not is_dtensor(q):
-        fail("q", "a DTensor, as others of q, k and v are", type(q).__name__, TypeError)
+    """The dimension of q's mesh that is the mesh of the call, or OTHER_MESH."""
     check_mesh(mesh)
-    whole = q.device_mesh
-    names = whole.mesh_dim_names or ()
-    found = [0] if whole == mesh else [i for i, name in enumerate(names) if whole.ndim > 1 and whole[name] == mesh]
-    if not found:
-        fail("mesh", f"a dimension of q's mesh {whole}, such as mesh['cp']", mesh)
-    return found[0]
+    of_q = q.device_mesh
+    names = of_q.mesh_dim_names or ()
+    found = [0] if of_q == mesh else [i for i, name in enumerate(names) if of_q.ndim > 1 and of_q[name] == mesh]
+    if found:
+        return found[0]
+    if _num_common_ranks(of_q, mesh) > 1:
+        fail("mesh", f"a dimension of the DTensors' mesh {of_q}, or one without its other ranks", mesh)
+    return OTHER_MESH
 
 
-def _check_rows(q, mesh, seqlen, load_balance):
+@torch.compiler.assume_constant_result
+def _num_common_ranks(*meshes):
+    return len(set.intersection(*(set(mesh.mesh.flatten().tolist()) for mesh in meshes)))
+
+
+def _check_rows(layout, q, mesh, seqlen, load_balance):
     """The length of the whole sequence, of which DTensor gives each rank as many rows as `shard_sequence`."""
-    if q.ndim != DENSE.ndim:
-        fail("q", "4 dimensions (batch, rows, heads, dim)", f"shape {tuple(q.shape)}")
-    whole, number = q.shape[DENSE.sequence], mesh.size()
+    dim, number = layout.of_q.sequence, mesh.size()
+    whole = q.shape[dim]
     if seqlen not in (None, whole):
         fail("seqlen", f"None, or {whole} as of the DTensors", seqlen)
     check_load_balance(load_balance, is_packed=False)
     if whole % number:
-        fail("q", f"a sequence in multiples of {number} rows, as many as ranks", whole)
+        fail(layout.of_q.name, f"a sequence in multiples of {number} rows, as many as ranks", whole)
     return whole

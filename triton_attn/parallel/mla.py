@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.checks import check_bool, check_int, fail
+from .._host.dtensors import has_dtensor
 from .._host.observers import autocast
 from .._host.options import check_softmax_scale
-from ..mla.api import check_differentiable, check_prefill_tensors
+from ..mla.api import LATENTS_DENSE, LATENTS_PACKED, check_differentiable, check_prefill_tensors
 from .arguments import check_method, errors_for_all, settings_of
+from .dtensors import attend_rows
 from .latent import LATENTS, Inputs, Options
 from .operators import Settings, attend
 
@@ -95,9 +97,14 @@ def context_parallel_mla_prefill(
     """
     options = dict(causal=causal, softmax_scale=softmax_scale, mode=mode, max_workspace_bytes=max_workspace_bytes)
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    if has_dtensor(*tensors):
+        layout = LATENTS_DENSE if cu_seqlens is None else LATENTS_PACKED
+        options |= dict(placing, cu_seqlens=cu_seqlens, return_lse=return_lse)
+        return attend_rows(context_parallel_mla_prefill, layout, tensors, (), **options)
     with errors_for_all(mesh, METHODS):
         return_lse = check_bool("return_lse", return_lse)
-        tensors = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
+        tensors = autocast(*tensors)
         inputs, settings = _checked(tensors, cu_seqlens, **placing, **options)
     out, lse = attend(LATENTS, inputs, settings)
     if cu_seqlens is None:
