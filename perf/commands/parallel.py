@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 -m perf parallel              measurements, on the GPUs that are there
 
 The predictions are those of the cost model by which `method="auto"` chooses (triton_attn/parallel/cost.py). A share is
-the time that one GPU would take for its part of the FLOPs, over the time of the call. DeepSeek-V3 is predicted with its
-latent vectors on the way, and without the memory of the keys that each rank computes from them; it is not measured.
+the time that one GPU would take for its part of the FLOPs, over the time of the call; measured, at the speed of one GPU
+with a rank's rows alone. Of DeepSeek-V3 latent vectors travel; its predictions are without the memory of the keys that
+each rank computes from them.
 """
 
 import os
@@ -57,7 +58,7 @@ def _measure(out_dir, models, seqlens):
         sys.exit("publish: expected GPUs, got processes on a CPU, whose times say nothing")
     with process_group() as mesh:
         is_first = mesh.get_local_rank() == 0
-        grid = [(model, seqlen) for model in models if model.kv_lora_rank is None for seqlen in seqlens]
+        grid = [(model, seqlen) for model in models for seqlen in seqlens]
         rows = []
         for model, seqlen in tqdm(grid, "measuring", len(grid), unit="shape") if is_first else grid:
             rows += measure(model, seqlen, mesh)

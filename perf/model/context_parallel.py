@@ -10,8 +10,10 @@ from perf.results import ParallelRow
 from perf.workloads.models import DEEPSEEK_V3, LLAMA_3_8B, LLAMA_3_70B, Model
 from triton_attn.parallel import cost
 from triton_attn.parallel.balance import sharding_of_batch
+from triton_attn.parallel.heads import HEADS
 from triton_attn.parallel.latent import LATENTS
 from triton_attn.parallel.local import Mask
+from triton_attn.parallel.operators import Kind
 
 MODELS = (LLAMA_3_8B, LLAMA_3_70B, DEEPSEEK_V3)
 SEQLENS = tuple(8192 * 2**i for i in range(8))
@@ -80,15 +82,17 @@ def sizes_of(model: Model, num_gpus: int, seqlen: int, by_node: bool = False) ->
     ranks = [cost.Ranks(num_gpus, min(num_gpus, per_node))]
     if by_node:
         ranks = [cost.Ranks(num_gpus // per_node, 1), cost.Ranks(per_node, per_node)]
-    return cost.sizes_of(_head_dims(model), torch.bfloat16, sharding, CAUSAL, *ranks)
+    kind, head_dims = kind_of(model)
+    return cost.sizes_of(kind.costs_of(head_dims), torch.bfloat16, sharding, CAUSAL, *ranks)
 
 
-def _head_dims(model):
+def kind_of(model: Model) -> tuple[Kind, tuple[int, ...]]:
+    """What the model's attention is to context parallelism, and its sizes of a row."""
     dim, dim_v = model.head_dim, model.head_dim_v or model.head_dim
     if model.kv_lora_rank is None:
-        return cost.HeadDims(model.num_heads_q, model.num_heads_kv, dim, dim_v)
+        return HEADS, (model.num_heads_q, model.num_heads_kv, dim, dim_v)
     rope = model.qk_rope_head_dim
-    return LATENTS.costs_of((model.num_heads_q, dim - rope, rope, model.kv_lora_rank, dim_v))
+    return LATENTS, (model.num_heads_q, dim - rope, rope, model.kv_lora_rank, dim_v)
 
 
 def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = cost.H100) -> list[ParallelRow]:
@@ -127,8 +131,14 @@ def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = co
 
 def _of_one_gpu(sizes, cluster):
     """Seconds of one GPU's share of the FLOPs, forward and backward, with nothing to wait for."""
+    forward, backward = flops_of(sizes)
+    return forward / sizes.num_ranks / cluster.forward_flops, backward / sizes.num_ranks / cluster.backward_flops
+
+
+def flops_of(sizes: cost.Sizes) -> tuple[int, int]:
+    """Of the whole call, forward and backward; keys and values of a latent vector are computed once."""
     flops_of_pair = 2 * sizes.num_heads_q
     of_keys = sizes.key_flops * sizes.seqlen
     forward = flops_of_pair * (sizes.head_dim + sizes.head_dim_v) * sizes.all_pairs + of_keys
     backward = flops_of_pair * (3 * sizes.head_dim + 2 * sizes.head_dim_v) * sizes.all_pairs + 3 * of_keys
-    return forward / sizes.num_ranks / cluster.forward_flops, backward / sizes.num_ranks / cluster.backward_flops
+    return forward, backward

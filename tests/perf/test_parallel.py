@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from perf import results
 from perf.commands import parallel
+from perf.harness import ranks
 from perf.model import context_parallel
 from perf.model.context_parallel import PUBLISHED, predict, sizes_of
 from perf.results import plot, report
@@ -104,6 +107,21 @@ def test_a_table_of_one_model_is_plotted(tmp_path):
     assert len(plot.draw(path, tmp_path / "again")) == 3
 
 
+@pytest.mark.parametrize(("model", "of_keys"), [(LLAMA_3_70B, 0), (DEEPSEEK_V3, 2 * 512 * 128 * (128 + 128))])
+def test_shares_count_the_keys_of_latent_vectors_once(model, of_keys, monkeypatch):
+    """Two ranks with 4096 rows each have twice the pairs of one GPU with 4096, and as many keys to compute."""
+    monkeypatch.setattr(ranks, "_time", lambda function, mesh: 1.0)
+    mesh, rows = SimpleNamespace(size=lambda: 2), torch.empty(1, 4096, 1)
+    found = ranks._time_of_part(model, 8192, mesh, None, [rows])
+    dim, dim_v = model.head_dim, model.head_dim_v or model.head_dim
+    for name, matmuls, of_latents in (("forward", dim + dim_v, 1), ("both", 4 * dim + 3 * dim_v, 4)):
+        part, alone = (
+            2 * model.num_heads_q * matmuls * pairs + of_latents * of_keys * 4096
+            for pairs in (8192 * 8193 // 2 // 2, 4096 * 4097 // 2)
+        )
+        assert found[name] == pytest.approx(part / alone)
+
+
 def torchrun(out, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "perf", "parallel"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_ATTN_BACKEND": "reference"}
@@ -118,12 +136,18 @@ def test_two_processes_measure(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["parallel-measured.csv"]
     rows = rows_of(tmp_path / "parallel-measured.csv")
     assert [(row["model"], row["num_gpus"], row["method"]) for row in rows] == [
-        ("Llama-3-8B", "2", method) for method in ("all_gather", "ring", "ulysses")
+        *(("Llama-3-8B", "2", method) for method in ("all_gather", "ring", "ulysses")),
+        *(("DeepSeek-V3", "2", method) for method in ("all_gather", "ring")),
     ]
+    models = {model.name: model for model in (LLAMA_3_8B, DEEPSEEK_V3)}
     for row in rows:
-        forward, backward = cost.costs(sizes_of(LLAMA_3_8B, 2, 64))[row["method"]]
+        forward, backward = cost.costs(sizes_of(models[row["model"]], 2, 64))[row["method"]]
         assert int(row["forward_received"]) == forward.bytes
-        assert forward.bytes < int(row["both_received"]) <= 2 * forward.bytes + backward.bytes
+        of_model, received = forward.bytes + backward.bytes, int(row["both_received"])
+        if row["method"] == "all_gather":  # gradients return of the keys that are seen alone
+            assert forward.bytes < received <= of_model
+        else:
+            assert received == of_model
         assert 0 < float(row["forward_ms"]) < float(row["both_ms"])
         assert float(row["both_share"]) > 0
         assert (row["gpu"], row["source"], row["both_memory"]) == ("CPU", results.MEASURED, "")
