@@ -252,7 +252,7 @@ class Inputs:
             q = torch.cat([q_nope, q_pe], dim=-1)
             k = rows.unsqueeze(1).expand(-1, case.num_heads, -1)
             places = dict(offset=seqlen - len(q), key_positions=case.own(seqlen).to(DEVICE))
-            places = dict(tree_mask=self.bits[own]) if case.tree else places
+            places |= dict(tree_mask=self.bits[own]) if case.tree else {}
             out_i, lse_i = (attend_tree if case.tree else attend)(
                 q[None],
                 k[None],
@@ -331,7 +331,7 @@ def keys_in_tiles(case, tree=None):
 
 
 def _pages_before_drafts(case, i):
-    return max(0, case.seqlens_k[i] - case.lengths_q[i]) // case.page_size
+    return len(case.own(case.seqlens_k[i] - case.lengths_q[i])) // case.page_size
 
 
 def _keys_of_rows(case, queries, first_page, end_page, in_node=False):

@@ -216,7 +216,8 @@ class Inputs:
         for i, (k, v) in enumerate(zip(self.clean_k, self.clean_v)):
             slopes = self.alibi_slopes[i] if self.case.alibi == "per sequence" else self.alibi_slopes
             own, offset = self.own[i].to(DEVICE), self.case.seqlens_k[i] - self.case.seqlens_q[i]
-            places = dict(offset=offset, key_positions=own) if self.bits is None else dict(tree_mask=self.bits[i])
+            places = dict(offset=offset, key_positions=own)
+            places |= {} if self.bits is None else dict(tree_mask=self.bits[i])
             out, lse = (attend if self.bits is None else attend_tree)(
                 queries[i][None].to(upcast),
                 k.to(upcast),
@@ -405,7 +406,7 @@ def keys_loaded(case, inputs, tree=None):
 def _keys_before_drafts(case, i):
     """Those on the full pages before the drafts of a sequence: a prefix tree's nodes have no others."""
     page_size = case.page_size or 1
-    return max(0, case.seqlens_k[i] - case.seqlens_q[i]) // page_size * page_size
+    return len(case.own(max(0, case.seqlens_k[i] - case.seqlens_q[i]))) // page_size * page_size
 
 
 def _keys_of_tree(case, bits, seqlen_k, align, first_key):
@@ -416,6 +417,7 @@ def _keys_of_tree(case, bits, seqlen_k, align, first_key):
     counts = torch.tensor([bin(x % 2 ** len(bits)).count("1") for x in bits.tolist()])
     positions = (first + counts - 1).repeat_interleave(case.group_size)
     for tile in positions.split(case.config.block_m) if len(bits) else ():
-        lo = max(int(tile.min()) - left, first_key) // align * align if left >= 0 else first_key
-        total += max(seqlen_k - lo, 0)
+        before = len(case.own(max(int(tile.min()) - left, 0))) if left >= 0 else 0
+        lo = max(before, first_key) // align * align if left >= 0 else first_key
+        total += max(len(case.own(seqlen_k)) - lo, 0)
     return total

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from draft_trees import bits_of
 from prefix_trees import tree_of
 
 from triton_attn import (
@@ -49,6 +50,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     shared: int = 0  # keys that all sequences have from the first one, with a prefix tree
+    tree: str | None = None  # of KINDS of trees: the new keys are drafts
     fork: bool = True  # the first sequence is attended a second time, by a fork that has written one token more
     seed: int = 0
 
@@ -88,6 +90,10 @@ class Step:
             self.per_head["sinks"] = torch.randn(case.num_heads_q, generator=self.generator)
         starts = torch.tensor([0, *case.seqlens_q]).cumsum(0, dtype=torch.int32)
         self.packing = dict(cu_seqlens_q=starts, max_seqlen_q=max(case.seqlens_q)) if case.packed else {}
+        self.trees = {}
+        if case.tree:
+            bits = torch.cat([bits_of(case.tree, n, self.generator) for n in case.seqlens_q])
+            self.trees["tree_mask"] = bits if case.packed else bits.view(len(case.seqlens_q), -1)
 
     def _draw(self, *shape):
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.case.dtype)
@@ -144,7 +150,7 @@ class Step:
 
     @property
     def options(self):
-        return dict(self.packing, return_lse=True, **self.case.options, **self.per_head)
+        return dict(self.packing, return_lse=True, **self.trees, **self.case.options, **self.per_head)
 
     def attend(self, mesh, cache, seqs, **more):
         """out and lse of this rank's share of a sharded cache."""

@@ -22,6 +22,9 @@ OPTIONS = [
     dict(seqlens_q=(64, 0, 9, 5), config=MlaDecodeConfig(64, 32, 8, 1)),  # programs find their sequence
     dict(seqlen_q=64, num_heads=1, num_splits=2),
     dict(cache_dtype=torch.float8_e5m2, k_scale=0.5, two_tensors=True, qk_rope_head_dim=16),
+    dict(key_shard=(1, 2, 1), num_splits=2),
+    dict(key_shard=(2, 3, 4), seqlens_q=(64, 0, 9, 5), config=MlaDecodeConfig(64, 32, 8, 1)),
+    dict(key_shard=(0, 4, 16), page_size=64, is_fp8=True, kv_lora_rank=128),
 ]
 
 
@@ -34,9 +37,10 @@ def test_every_option(kind, options):
 
 
 @pytest.mark.emulated
-def test_a_small_tree():
+@pytest.mark.parametrize("key_shard", [None, (1, 2, 2)])
+def test_a_small_tree(key_shard):
     """In two splits; one sequence has fewer keys than drafts."""
-    check(replace(TREE, seqlen_q=5, seqlens_k=(40, 3), num_splits=2))
+    check(replace(TREE, seqlen_q=5, seqlens_k=(40, 3), num_splits=2, key_shard=key_shard))
 
 
 SHARED = replace(
@@ -55,6 +59,8 @@ SHARED = replace(
         dict(seqlens_q=(64, 0, 9, 5, 3), config=MlaDecodeConfig(64, 32, 8, 1), num_splits=2),
         dict(forks=(None, *[(0, 9)] * 4), seqlens_k=(77, 77, 70, 60, 77)),  # drafts are on shared pages too
         dict(is_fp8=True, kv_lora_rank=128, with_uk=False, with_uv=False, softmax_scale=0.1),
+        # Pages of two ranks are twice as long; drafts begin on them too.
+        dict(key_shard=(1, 2, 8), seqlens_k=(135, 134, 133, 70, 4), num_splits=2),
     ],
     ids=str,
 )
@@ -101,7 +107,6 @@ def arguments(num_drafts, heads=16, dtype=torch.bfloat16):
 ERRORS = [
     (dict(tree_mask=torch.zeros(2, 8).int()), TypeError, "tree_mask: expected torch.int64, got torch.int32"),
     (dict(tree_mask=torch.zeros(8).long()), ValueError, r"tree_mask: expected shape \(2, 8\), got shape \(8,\)"),
-    (dict(tree_mask=torch.zeros(2, 8).long(), key_shard=(0, 2, 1)), NotImplementedError, "tree_mask: not supported"),
     (
         dict(tree_mask=torch.zeros(2, 8).long(), w_uk=torch.zeros(16, 512, 512).bfloat16())
         | dict(rope_cos=torch.zeros(300, 32), rope_sin=torch.zeros(300, 32)),

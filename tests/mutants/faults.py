@@ -1114,7 +1114,17 @@ FAULTS = (
     ),
     Fault("E01", "triton_attn/_jit/drafts.py", "count_bits(bits) - 1 - left", "count_bits(bits) - left", "TREE"),
     Fault("E02", "triton_attn/_jit/drafts.py", "bits & ~beyond, bits", "bits, bits", "TREE"),
-    Fault("E03", "triton_attn/_jit/drafts.py", "tl.minimum(blocks.full_hi, first_draft)", "blocks.full_hi", "TREE"),
+    Fault(
+        "E03",
+        "triton_attn/_jit/drafts.py",
+        "tl.minimum(blocks.full_hi, _columns_before_drafts(first_draft, window, TILE))",
+        "blocks.full_hi",
+        "TREE",
+    ),
+    Fault(
+        "E09", "triton_attn/_jit/drafts.py", "return columns_before(first_draft, window)", "return first_draft", "TREE"
+    ),
+    Fault("E10", "triton_attn/_jit/shards.py", "window.num_ranks + window.rank)", "window.num_ranks)", "TREE"),
     Fault("E04", "triton_attn/_jit/drafts.py", "& from_here) - 1", "& from_here)", "TREE"),
     Fault("E07", "triton_attn/_jit/drafts.py", "(x >> 32).to(tl.uint32)", "(x >> 63).to(tl.uint32)", "TREE"),
     Fault(

@@ -9,7 +9,7 @@ from invariance import short_splits
 from paged_cases import DEVICE, FLOAT8, PLAIN, Inputs, check, using
 from prefix_trees import WHOLE, tree_of
 
-from triton_attn import paged_attention, reference, workspace_bytes
+from triton_attn import merge_attention, paged_attention, reference, workspace_bytes
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.toolchain import guard
@@ -31,6 +31,10 @@ OPTIONS = [
     dict(page_size=None),
     dict(page_size=64, window_size=(50, -1)),  # a tile lies in one page
     dict(dtype=torch.bfloat16, cache_dtype=torch.bfloat16, group_size=3, config=PagedConfig(64, 64, 4, 1)),
+    dict(key_shard=(1, 2, 1), num_splits=2),
+    dict(key_shard=(2, 3, 4), window_size=(40, -1), alibi="per sequence"),
+    dict(key_shard=(0, 4, 16), window_size=(2, -1), page_size=64, softcap=0.7, sinks=torch.float32),
+    dict(key_shard=(1, 3, 5), page_size=None, alibi="per head", group_size=3, config=PagedConfig(64, 64, 4, 1)),
 ]
 
 
@@ -129,6 +133,37 @@ def test_a_path_is_a_sequence():
         torch.testing.assert_close(out[:, i : i + 1], expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.emulated
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_small_tree_of_one_rank(rank):
+    case = replace(TREE, seqlens_q=(5, 0, 9), seqlens_k=(80, 3, 41), window_size=(40, -1), alibi="per head")
+    check(replace(case, key_shard=(rank, 2, 2), num_splits=2))
+
+
+@pytest.mark.parametrize("options", [{}, dict(window_size=(9, -1)), dict(alibi_slopes=torch.ones(4))], ids=str)
+@pytest.mark.parametrize(("num_ranks", "interleave"), [(2, 1), (3, 4), (5, 16)])
+def test_ranks_that_share_the_keys(num_ranks, interleave, options):
+    """Merged, the results over the keys of each rank are those over all."""
+    q, k_cache, v_cache, seqlens, table = inputs(33)
+    options = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in options.items()}
+    bits = torch.stack([bits_of("tree", 33, torch.Generator().manual_seed(i)) for i in range(2)]).to(DEVICE)
+    options |= dict(tree_mask=bits, return_lse=True)
+    expected = paged_attention(q, k_cache, v_cache, seqlens, table, **options)
+    pages, parts = torch.arange(4, dtype=torch.int32, device=DEVICE).view(2, 2), []
+    for rank in range(num_ranks):
+        own = [x.new_full((4, 48, 2, 32), float("nan")) for x in (k_cache, v_cache)]
+        for b, seqlen in enumerate(seqlens.tolist()):
+            keys = torch.arange(seqlen)
+            keys = keys[keys // interleave % num_ranks == rank]
+            for cache, whole in zip(own, (k_cache, v_cache)):
+                cache[2 * b : 2 * b + 2].flatten(0, 1)[: len(keys)] = whole[table[b].long()].flatten(0, 1)[keys]
+        shard = dict(key_shard=(rank, num_ranks, interleave))
+        parts.append(paged_attention(q, *own, seqlens, pages, **shard, **options, check_values=True))
+    outs, lses = map(torch.stack, zip(*parts))
+    for result, wanted in zip(merge_attention(outs, lses), expected):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(window_size=(30, -1)), dict(alibi_slopes=torch.ones(4))], ids=str)
 def test_batch_invariant(options, fold):
@@ -196,6 +231,9 @@ SHARING = [
     dict(page_size=64, seqlens_k=(290, 299, 285, 70, 284, 40), window_size=(150, -1)),
     dict(varlen=False, spare_rows=0, seqlens_q=(7,) * 6, num_splits=2),
     dict(forks=(None, *[(0, 9)] * 5), seqlens_k=(90, 90, 85, 90, 84, 40)),  # drafts are on shared pages too
+    # Pages of two ranks are twice as long; drafts begin on them too.
+    dict(key_shard=(1, 2, 8), seqlens_k=(180, 190, 165, 70, 160, 80), num_splits=2),
+    dict(key_shard=(0, 2, 1), window_size=(70, -1), alibi="per head", seqlens_k=(135, 134, 133, 70, 160, 80)),
 ]
 
 
@@ -251,11 +289,6 @@ ERRORS = [
     (dict(tree_mask=signed([1] * 8)), ValueError, r"tree_mask: expected shape \(2, 8\), got shape \(8,\)"),
     (dict(tree_mask=torch.zeros(8, 2).long().T), ValueError, "tree_mask: expected a contiguous last dimension"),
     (dict(tree_mask=torch.zeros(2, 8, device="meta").long()), ValueError, "tree_mask: expected device cpu, got meta"),
-    (
-        dict(tree_mask=torch.zeros(2, 8).long(), key_shard=(0, 2, 1)),
-        NotImplementedError,
-        "tree_mask: not supported with key_shard",
-    ),
 ]
 
 

@@ -37,6 +37,10 @@ def readable(num_ranks):
     tree = dict(shared=17, seqlens_k=(40, 23, 33, 20), fork=False, page_size=2)
     for heads in sharded_caches.HEADS:
         yield from (Case(heads=heads, latent=latent, **tree) for latent in (False, True))
+    for latent in (False, True):
+        yield Case(latent=latent, tree="tree", seqlens_q=(9,) * 4, interleave=2, heads="sharded")
+        yield Case(latent=latent, tree="any", **tree | dict(seqlens_q=(5, 0, 20, 1)), packed=True)
+    yield Case(tree="tree", seqlens_q=(9,) * 4, options=dict(window_size=(6, -1)), alibi=True, sinks=True)
 
 
 def more(num_ranks):

@@ -170,6 +170,7 @@ def serve_trees(model, rng, batch_invariant):
         if not batch_invariant:
             tree = tree_of_all(batch, shared, part=rng.choice([shared, -(-shared // 4)]))
             calls.append((1, dict(prefix_tree=tree)))
+            calls.append((drafts, own | dict(prefix_tree=tree_of_all(batch, shared, drafts))))
         for seqlen_q, options in calls:
             options |= dict(return_lse=rng.random() < 0.5)
             lens, table = indices(batch), indices(batch, width + shared)
@@ -255,12 +256,16 @@ def test_context_parallel_training_compiles_nothing_after_a_warmup(warmed, rank_
     assert len(met) > 3
 
 
-def decode_over_ranks(model, mesh, rng, interleave):
-    """Decode steps and chunks of prompts over caches of which each rank has some keys."""
+def decode_over_ranks(model, mesh, rng, interleave, has_tree):
+    """Decode steps and chunks of prompts, or trees of drafts, over caches of which each rank has some keys."""
     is_latent = model.kv_lora_rank is not None
     for _ in range(30):
         batch, width, seqlen_q = rng.randint(1, 64), rng.randint(1, 200), rng.choice([1, rng.randint(1, 8)])
         places = indices(batch), indices(batch, width)
+        own = {}
+        if has_tree:
+            seqlen_q = rng.randint(1, 64)
+            own = dict(tree_mask=indices(batch, seqlen_q, dtype=torch.int64))
         options = dict(mesh=mesh, interleave=interleave, heads=rng.choice(["replicated", "scattered", "sharded"]))
         num_heads = model.num_heads_q // (4 if options["heads"] == "sharded" else 1)
         if is_latent:
@@ -268,24 +273,24 @@ def decode_over_ranks(model, mesh, rng, interleave):
             q = torch.empty(batch, seqlen_q, num_heads, nope + rope, dtype=BF16).split([nope, rope], -1)
             cache = torch.empty(9, 64, rank + rope, dtype=BF16)
             weights = (torch.empty(num_heads, dim, rank, dtype=BF16) for dim in (nope, 128))
-            parallel.context_parallel_mla_decode(*q, cache, *places, *weights, **options)
+            parallel.context_parallel_mla_decode(*q, cache, *places, *weights, **own, **options)
         else:
             sinks = torch.empty(model.num_heads_q, dtype=BF16) if model.sinks else None
             q = torch.empty(batch, seqlen_q, num_heads, model.head_dim, dtype=BF16)
             cache = torch.empty(9, 16, model.num_heads_kv, model.head_dim, dtype=BF16)
-            parallel.context_parallel_paged_attention(q, cache, cache, *places, sinks=sinks, **options)
+            parallel.context_parallel_paged_attention(q, cache, cache, *places, sinks=sinks, **own, **options)
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("interleave", [1, 16])
+@pytest.mark.parametrize(("interleave", "has_tree"), [(1, False), (16, False), (16, True)])
 @pytest.mark.parametrize("name", ["llama-3-8b", "gpt-oss-120b", "deepseek-v2-lite"])
-def test_context_parallel_decode_compiles_nothing_after_a_warmup(warmed, rank_of_four, name, interleave):
+def test_context_parallel_decode_compiles_nothing_after_a_warmup(warmed, rank_of_four, name, interleave, has_tree):
     model = model_named(name)
-    function = "mla_decode" if model.kv_lora_rank else "paged_attention"
+    function = "tree_mask" if has_tree else "mla_decode" if model.kv_lora_rank else "paged_attention"
     sizes = dict(context_parallel_size=4, interleave=interleave, window_size=(-1, -1) if model.window else None)
     kernels = warmed(name, functions=[function], max_seqlen=4096, **sizes)
     with record_specializations(ARCH) as met:
-        decode_over_ranks(model, rank_of_four, random.Random(0), interleave)
+        decode_over_ranks(model, rank_of_four, random.Random(0), interleave, has_tree)
     assert set(met) <= kernels
     assert len(met) > 3
 
@@ -355,11 +360,6 @@ def test_another_process_finds_the_kernels_on_disk(tmp_path):
             {"model": "llama-3-8b", "interleave": 3},
             ValueError,
             "interleave: expected an interleave that divides the 16",
-        ),
-        (
-            {"model": "llama-3-8b", "context_parallel_size": 2, "functions": ["tree_mask"]},
-            ValueError,
-            "functions: expected no tree_mask with context_parallel_size",
         ),
         ({"model": "llama-3-8b", "window_size": 5}, TypeError, "window_size: expected a pair"),
         (

@@ -135,18 +135,23 @@ def attend_tree(q, k, v, *, tree_mask, causal, window_size, **options):
     """`attend` of one sequence whose last keys are a tree of drafts, one for each query; None is plain `attend`.
 
     tree_mask: (seqlen_q,) int64. A query sees the keys before the drafts, then the drafts j whose bit j it has, and is
-    at the end of these keys.
+    at the end of these keys. options: with offset, the position of the first draft, and key_positions of keys that are
+    a part of the sequence's.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     if tree_mask is None or seqlen_q == 0:
         return attend(q, k, v, causal=causal, window_size=window_size, **options)
-    drafts = torch.arange(seqlen_q, device=q.device)
-    first, outs, lses = seqlen_k - seqlen_q, [], []
+    first, positions = options.pop("offset", seqlen_k - seqlen_q), options.pop("key_positions", None)
+    positions = torch.arange(seqlen_k, device=q.device) if positions is None else positions
+    drafts, of_keys = torch.arange(seqlen_q, device=q.device), positions - first
+    outs, lses = [], []
     for i, bits in enumerate(tree_mask):
-        seen = first + drafts[(bits >> drafts) & 1 == 1]
-        keys = torch.cat([torch.arange(max(first, 0), device=q.device), seen[seen >= 0]])
+        depths = first - 1 + ((bits >> drafts) & 1).cumsum(0)  # of those that are seen
+        keys = ((of_keys < 0) | (bits >> of_keys.clamp(min=0) & 1 == 1)).nonzero().flatten()
+        at = torch.where(of_keys < 0, positions, depths[of_keys.clamp(min=0)])[keys]
         one = q[:, i : i + 1], k[:, keys], v[:, keys]
-        out, lse = attend(*one, causal=True, window_size=(window_size[0], -1), **options)
+        window = (window_size[0], -1)
+        out, lse = attend(*one, causal=True, window_size=window, offset=int(depths[-1]), key_positions=at, **options)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 2)

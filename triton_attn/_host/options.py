@@ -124,18 +124,12 @@ def check_shard_values(shard):
                 fail(f"shard[{i}], first {name}", f"0 to {most}", value)
 
 
-def check_tree_mask(tree_mask: Any, q: torch.Tensor, max_seqlen_q: Any, **others: Any) -> None:
-    """tree_mask of queries (batch, seqlen_q, heads, dim) or (total_q, heads, dim). max_seqlen_q may be a tensor.
-
-    others must be None beside it.
-    """
+def check_tree_mask(tree_mask: Any, q: torch.Tensor, max_seqlen_q: Any) -> None:
+    """tree_mask of queries (batch, seqlen_q, heads, dim) or (total_q, heads, dim). max_seqlen_q may be a tensor."""
     check_tensor("tree_mask", tree_mask, q.shape[:-2], (torch.int64,), q.device)
     check_last_contiguous("tree_mask", tree_mask)
     if not isinstance(max_seqlen_q, torch.Tensor):
         check_num_drafts(max_seqlen_q)
-    for name, value in others.items():
-        if value is not None:
-            raise NotImplementedError(f"tree_mask: not supported with {name}, got both")
 
 
 def check_num_drafts(max_seqlen_q: int) -> None:

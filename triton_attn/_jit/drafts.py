@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .blocks import Blocks
 from .masks import mask_scores, scale_scores, subtract_distance
-from .shards import mask_scores_of_rank
+from .shards import columns_before, mask_scores_of_rank, positions_of_rank
 
 MAX_DRAFTS: tl.constexpr = tl.constexpr(64)  # bits of an int64
 
@@ -69,24 +69,38 @@ def bits_in_window(bits, left):
 
 
 @triton.jit
-def keys_before_drafts(first_draft, PAGE_SIZE: tl.constexpr):
+def _columns_before_drafts(first_draft, window, TILE: tl.constexpr):
+    """Keys of the cache before the first draft; negative if the first drafts are not in the cache."""
+    if TILE.SHARDED:
+        return columns_before(first_draft, window)
+    else:
+        return first_draft
+
+
+@triton.jit
+def keys_before_drafts(first_draft, window, TILE: tl.constexpr):
     """Keys on the pages before that of the first draft. A prefix tree's nodes have no others: each row sees all of
     them that are in its window, and needs no bits."""
-    return tl.maximum(first_draft, 0) // PAGE_SIZE * PAGE_SIZE
+    columns = _columns_before_drafts(first_draft, window, TILE)
+    return tl.maximum(columns, 0) // TILE.PAGE_SIZE * TILE.PAGE_SIZE
 
 
 @triton.jit
-def without_drafts(blocks, first_draft, BLOCK: tl.constexpr):
+def without_drafts(blocks, first_draft, window, TILE: tl.constexpr):
     """The same Blocks with no full tile that has a key from first_draft on."""
-    full = tl.maximum(tl.minimum(blocks.full_hi, first_draft) - blocks.full_lo, 0)
-    return Blocks(blocks.lo, blocks.full_lo, blocks.full_lo + full // BLOCK * BLOCK, blocks.hi)
+    end = tl.minimum(blocks.full_hi, _columns_before_drafts(first_draft, window, TILE))
+    full = tl.maximum(end - blocks.full_lo, 0)
+    return Blocks(blocks.lo, blocks.full_lo, blocks.full_lo + full // TILE.BLOCK_N * TILE.BLOCK_N, blocks.hi)
 
 
 @triton.jit
-def _drafts_of(s, rows, start_column, first_draft):
+def _drafts_of(s, rows, start_column, first_draft, window, SHARDED: tl.constexpr):
     """Which draft a column is, negative before them: (rows, columns)."""
     columns = tl.arange(0, s.shape[1])[None, :]
-    return columns + (tl.zeros_like(rows) + (start_column - first_draft))[:, None]
+    if SHARDED:
+        return positions_of_rank(start_column + columns, window) - (tl.zeros_like(rows) + first_draft)[:, None]
+    else:
+        return columns + (tl.zeros_like(rows) + (start_column - first_draft))[:, None]
 
 
 @triton.jit
@@ -97,10 +111,10 @@ def _drafts_after(bits, draft):
 
 
 @triton.jit
-def mask_scores_of_tree(s, rows, drafts, start_column, num_columns, window):
+def mask_scores_of_tree(s, rows, drafts, start_column, num_columns, window, SHARDED: tl.constexpr):
     """`mask_scores` of rows at these positions: of the drafts they see those whose bits are set, if they are in the
     window."""
-    draft = _drafts_of(s, rows, start_column, drafts.first)
+    draft = _drafts_of(s, rows, start_column, drafts.first, window, SHARDED)
     is_set = (drafts.bits[:, None] >> tl.minimum(tl.maximum(draft, 0), MAX_DRAFTS - 1).to(tl.int64)) & 1
     in_context = draft < 0
     if window.left is not None:
@@ -111,11 +125,11 @@ def mask_scores_of_tree(s, rows, drafts, start_column, num_columns, window):
 
 
 @triton.jit
-def scale_scores_of_tree(s, scores, slope, rows, drafts, start_column, EXACT: tl.constexpr):
+def scale_scores_of_tree(s, scores, slope, rows, drafts, start_column, EXACT: tl.constexpr, SHARDED: tl.constexpr):
     """`scale_scores` of rows at these positions."""
     s = scale_scores(s, scores, None, rows, start_column, 0, EXACT)
     if slope is not None:
-        draft = _drafts_of(s, rows, start_column, drafts.first)
+        draft = _drafts_of(s, rows, start_column, drafts.first, scores.window, SHARDED)
         before = (rows - drafts.first)[:, None] - draft
         s = subtract_distance(s, tl.where(draft < 0, before, _drafts_after(drafts.bits, draft)), slope)
     return s
@@ -125,7 +139,7 @@ def scale_scores_of_tree(s, scores, slope, rows, drafts, start_column, EXACT: tl
 def mask_scores_of_rows(s, rows, start_column, window, TILE: tl.constexpr):
     """Scores of a kernel's Rows over a cache, -inf where a row does not see a key."""
     if TILE.TREE:
-        return mask_scores_of_tree(s, rows.position, rows.drafts, start_column, rows.end_key, window)
+        return mask_scores_of_tree(s, rows.position, rows.drafts, start_column, rows.end_key, window, TILE.SHARDED)
     elif TILE.SHARDED:
         return mask_scores_of_rank(s, rows.position, start_column, rows.end_key, window)
     else:

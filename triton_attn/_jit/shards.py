@@ -27,6 +27,13 @@ def columns_before(position, window):
 
 
 @triton.jit
+def positions_of_rank(columns, window):
+    """The positions of columns among the keys of all ranks."""
+    turns = columns // window.interleave
+    return (turns * window.num_ranks + window.rank) * window.interleave + columns % window.interleave
+
+
+@triton.jit
 def num_cached(seqlen_k, window, SHARDED: tl.constexpr):
     """How many of the first keys of a sequence are in the cache."""
     if SHARDED:
@@ -69,9 +76,6 @@ def scale_scores_of_rank(s, scores, slope, rows, start_column, EXACT: tl.constex
     """`scale_scores` of a rank's columns."""
     s = scale_scores(s, scores, None, rows, start_column, 0, EXACT)
     if slope is not None:
-        window = scores.window
-        columns = start_column + tl.arange(0, s.shape[1])
-        turns = columns // window.interleave
-        positions = (turns * window.num_ranks + window.rank) * window.interleave + columns % window.interleave
+        positions = positions_of_rank(start_column + tl.arange(0, s.shape[1]), scores.window)
         s = subtract_distance(s, positions[None, :] - rows[:, None], slope)
     return s

@@ -101,7 +101,7 @@ def warmup(
             chunks of prompts), "append_kv_cache", "copy_kv_pages", "merge_attention";
             for MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
             Also available: "flash_attention_backward" for training; "prefix_tree" and "tree_mask" for calls of
-            paged_attention or mla_decode with one.
+            paged_attention or mla_decode with one of them, and if both are named, with both.
         arch: the target, as in `triton_attn.toolchain.compile_only`: "sm_90", "gfx942", ... None: the present GPU.
         num_workers: processes that compile in parallel. With more than 1, processes are spawned, and a script needs the
             usual `if __name__ == "__main__":`.
@@ -166,16 +166,17 @@ def warmup(
     windows = [None if window is None else check_window(window) for window in windows]
 
     from .compilation import compile_all
-    from .workload import OF_ANY_HEADS, OF_LATENT_VECTORS, Workload
+    from .workload import OF_ANY_HEADS, OF_LATENT_VECTORS, Workload, call_both_trees
 
     known = OF_ANY_HEADS if shape["kv_lora_rank"] is None else OF_LATENT_VECTORS
     functions = _check_functions(functions, known, page_size)
     if options["batch_invariant"] and "prefix_tree" in functions:
         fail("functions", "no prefix_tree with batch_invariant", "prefix_tree")
-    if options["context_parallel_size"] > 1 and "tree_mask" in functions:
-        fail("functions", "no tree_mask with context_parallel_size", "tree_mask")
     works = [Workload(**shape, **options, page_size=page_size, window_size=window or (-1, -1)) for window in windows]
-    jobs = [(known[name], work) for work in works for name in functions]
+    calls = [known[name] for name in functions]
+    if {"prefix_tree", "tree_mask"} <= set(functions):
+        calls.append(call_both_trees)
+    jobs = [(call, work) for work in works for call in calls]
     start = time.monotonic()
     compiled, cached = compile_all(jobs, _arch_here() if arch is None else arch, num_workers, report)
     return WarmupResult(compiled, cached, time.monotonic() - start)

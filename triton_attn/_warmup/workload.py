@@ -240,15 +240,17 @@ def call_tree_mask(work):
     call_paged_attention(work, tree_mask=True)
 
 
-def call_prefix_tree(work):
+def call_prefix_tree(work, tree_mask=False):
     """paged_attention with a prefix tree, for few and many queries below a node, and all merges."""
-    lengths = [(n, 1) for n, _ in work.cached_lengths] + [(1, n) for n in powers_of_two(256)]
+    lengths = [(n, 1) for n, _ in (work.tree_lengths if tree_mask else work.cached_lengths)]
+    lengths += [(1, n) for n in powers_of_two(256)]
+    masks = dict(batch_invariant=False, tree_mask=tree_mask, **work.masks)
     for (seqlen_q, below), num_splits, scale in itertools.product(lengths, (1, 2), work.cache_scales):
-        options = dict(num_splits=num_splits, k_scale=scale, v_scale=scale, batch_invariant=False, **work.masks)
+        options = dict(num_splits=num_splits, k_scale=scale, v_scale=scale, **masks)
         tree = tree_of_one_node(seqlen_q, below)
         _attend_cached(work, seqlen_q, 2 * work.page_size, prefix_tree=tree, **options)
     for num_slots, return_lse in itertools.product(powers_of_two(MAX_TILED_PARTS), work.lse_choices):
-        options = dict(num_splits=1, return_lse=return_lse, batch_invariant=False, **work.masks)
+        options = dict(num_splits=1, return_lse=return_lse, **masks)
         _attend_cached(work, 1, 1, prefix_tree=tree_of_one_node(1, 1, num_slots), **options)
 
 
@@ -353,16 +355,24 @@ def call_tree_mask_of_latents(work):
     call_mla_decode(work, tree_mask=True)
 
 
-def call_prefix_tree_of_latents(work):
+def call_prefix_tree_of_latents(work, tree_mask=False):
     """mla_decode with a prefix tree, for few and many queries below a node, and all that follow it."""
-    lengths = [(n, 1) for n in range(1, MAX_CHAIN + 1)] + [(1, n) for n in powers_of_two(256)]
+    longest = MAX_DRAFTS if tree_mask else MAX_CHAIN
+    lengths = [(n, 1) for n in sorted({*range(1, MAX_CHAIN + 1), *powers_of_two(longest)})]
+    lengths += [(1, n) for n in powers_of_two(256)]
     for (seqlen_q, below), num_splits in itertools.product(lengths, (1, 2)):
-        tree = tree_of_one_node(seqlen_q, below)
-        _decode_latents(work, 1, seqlen_q, 2 * work.page_size, num_splits=num_splits, prefix_tree=tree)
-    counts = powers_of_two(64 * MAX_CHAIN), powers_of_two(MAX_TILED_PARTS), work.lse_choices
+        options = dict(num_splits=num_splits, prefix_tree=tree_of_one_node(seqlen_q, below))
+        _decode_latents(work, 1, seqlen_q, 2 * work.page_size, tree_mask, **options)
+    counts = powers_of_two(64 * longest), powers_of_two(MAX_TILED_PARTS), work.lse_choices
     for batch, num_slots, return_lse in itertools.product(*counts):
-        tree = tree_of_one_node(1, 1, num_slots, batch)
-        _decode_latents(work, batch, 1, work.page_size, num_splits=1, return_lse=return_lse, prefix_tree=tree)
+        options = dict(num_splits=1, return_lse=return_lse, prefix_tree=tree_of_one_node(1, 1, num_slots, batch))
+        _decode_latents(work, batch, 1, work.page_size, tree_mask, **options)
+
+
+def call_both_trees(work):
+    """paged_attention or mla_decode with trees of drafts over a prefix tree."""
+    call = call_prefix_tree if work.kv_lora_rank is None else call_prefix_tree_of_latents
+    call(work, tree_mask=True)
 
 
 def call_mla_prefill(work):

@@ -208,10 +208,10 @@ def _rows_of_sequence(own, bounds, batch, num_splits, window, tree_mask, TILE: t
     if batch.tree_ptr is not None:
         first_key = tl.load(batch.tree_ptr + 2 * own.sequence) * TILE.PAGE_SIZE
         if TILE.TREE:
-            first_key = tl.minimum(first_key, keys_before_drafts(first_position, TILE.PAGE_SIZE))
+            first_key = tl.minimum(first_key, keys_before_drafts(first_position, window, TILE))
     blocks = _visible_keys(start, end, first_key, num_keys, window, TILE)
     if TILE.TREE:
-        blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
+        blocks = without_drafts(blocks, first_position, window, TILE)
     blocks = split_blocks(blocks, own.key_split, num_splits, TILE.BLOCK_N, TILE.SPLIT_KEYS)
     queries, heads = rows // NUM_HEADS, rows % NUM_HEADS
     mask = rows < bounds.seqlen_q * NUM_HEADS
@@ -228,7 +228,7 @@ def _rows_of_node(node, batch, window, HAS_DRAFTS: tl.constexpr, TILE: tl.conste
     heads = (node.tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)) % TILE.NUM_HEADS
     end_key = tl.minimum(num_cached(rows.seqlen_k, window, TILE.SHARDED), node.end_page * TILE.PAGE_SIZE)
     if HAS_DRAFTS:
-        end_key = tl.minimum(end_key, keys_before_drafts(rows.seqlen_k - rows.seqlen_q, TILE.PAGE_SIZE))
+        end_key = tl.minimum(end_key, keys_before_drafts(rows.seqlen_k - rows.seqlen_q, window, TILE))
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
     longest, table_row = longest_of(end_key, rows.sequence)
     start, end = tl.min(rows.position, 0), tl.max(rows.position, 0) + 1

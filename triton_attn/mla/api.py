@@ -190,7 +190,7 @@ def mla_decode(
             beyond the table, a page outside the cache, a position without an angle, or a prefix_tree of other pages
             or queries.
         NotImplementedError: an argument requires a gradient or has a tangent; rope_cos is given with cu_seqlens_q or
-            tree_mask, or tree_mask with key_shard.
+            tree_mask.
 
     It is one operator under torch.compile, export and vmap, which loops.
 
@@ -244,7 +244,7 @@ def mla_decode(
     num_splits, key_shard = check_num_splits(num_splits), check_key_shard(key_shard, latent_cache.shape[1])
     if tree_mask is not None:
         longest = max_seqlen_q if packed else q_nope.shape[1]
-        check_tree_mask(tree_mask, q_nope, longest, key_shard=key_shard)
+        check_tree_mask(tree_mask, q_nope, longest)
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     if prefix_tree is not None:
         check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q_nope.device)

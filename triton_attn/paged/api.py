@@ -188,7 +188,7 @@ def paged_attention(
         TypeError, ValueError: an argument is wrong, or q has more than 10**9 rows for a KV head; nothing was launched
             or written. With values checked also: a length beyond the cache, a page outside the cache, or
             a prefix_tree of other pages or queries.
-        NotImplementedError: an argument requires a gradient or has a tangent; tree_mask is given with key_shard.
+        NotImplementedError: an argument requires a gradient or has a tangent.
 
     It is one operator under torch.compile, export and vmap, which loops. With `out` the operator writes to it, and vmap
     is not supported.
@@ -234,7 +234,7 @@ def paged_attention(
     if prefix_tree is not None:
         check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q.device)
     if tree_mask is not None:
-        check_tree_mask(tree_mask, q, longest, key_shard=key_shard)
+        check_tree_mask(tree_mask, q, longest)
         options = with_tree_mask(options, tree_mask)
     if out is not None:
         check_tensor("out", out, (*q.shape[:-1], v_cache.shape[-1]), (q.dtype,), q.device)

@@ -214,13 +214,13 @@ def _rows_of_sequence(queries, head_kv, batch, window, tree_mask, TILE: tl.const
     if batch.tree_ptr is not None:
         first_key = tl.load(batch.tree_ptr + 2 * queries.sequence) * TILE.PAGE_SIZE
         if TILE.TREE:
-            first_key = tl.minimum(first_key, keys_before_drafts(first_position, TILE.PAGE_SIZE))
+            first_key = tl.minimum(first_key, keys_before_drafts(first_position, window, TILE))
     if TILE.SHARDED:
         blocks = visible_range_of_rank(start, end, num_keys, window, TILE.BLOCK_N, TILE.ALIGN, first_key)
     else:
         blocks = visible_range(start, end, num_keys, window, TILE.BLOCK_N, TILE.ALIGN, first_key)
     if TILE.TREE:
-        blocks = without_drafts(blocks, first_position, TILE.BLOCK_N)
+        blocks = without_drafts(blocks, first_position, window, TILE)
     return Rows(place, queries.sequence, position, num_keys, Drafts(first_position, bits), queries.sequence, blocks)
 
 
@@ -233,7 +233,7 @@ def _rows_of_node(node, head_kv, batch, window, tree_mask, TILE: tl.constexpr):
     position = rows.position
     if tree_mask.ptr is not None:
         first_draft = rows.seqlen_k - rows.seqlen_q
-        end_key = tl.minimum(end_key, keys_before_drafts(first_draft, TILE.PAGE_SIZE))
+        end_key = tl.minimum(end_key, keys_before_drafts(first_draft, window, TILE))
         position = first_draft + count_bits(load_bits(tree_mask, rows.batch, rows.query, rows.mask, rows.seqlen_q)) - 1
     first_key = node.first_page * TILE.PAGE_SIZE
     # Pages are those of the longest sequence of the tile, since a shorter one may end on a shared page.
@@ -256,7 +256,7 @@ def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr,
     """Scores of Rows in log2 units, not yet masked. DRAFTS: some keys may be drafts of a tree."""
     scores, slopes = Scores(*scoring.scores), scoring.slopes
     if DRAFTS:
-        return scale_scores_of_tree(s, scores, slopes, rows.position, rows.drafts, start_n, EXACT)
+        return scale_scores_of_tree(s, scores, slopes, rows.position, rows.drafts, start_n, EXACT, TILE.SHARDED)
     elif TILE.SHARDED:
         return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
     else:

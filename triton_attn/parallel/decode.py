@@ -34,6 +34,7 @@ def context_parallel_paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
     num_splits: int = 0,
@@ -46,7 +47,7 @@ def context_parallel_paged_attention(
         rank r holds the keys j with j // interleave % R = r, in their order, R ranks in all
         out, lse = merge_attention over r of (paged_attention over the keys of rank r)
 
-    Masks, windows and ALiBi are exact for any number of queries, since a rank knows the positions of its keys. A rank
+    Masks, windows, ALiBi and trees of drafts are exact, since a rank knows the positions of its keys. A rank
     computes the part of the results that its keys have, in q's dtype, and merges the parts of all ranks in fp32. All
     ranks make the same call; they attend to their own keys at the same time, and meet in one collective, in which a
     rank receives so many bytes:
@@ -104,6 +105,7 @@ def context_parallel_paged_attention(
         window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        tree_mask=tree_mask,
         k_scale=k_scale,
         v_scale=v_scale,
         num_splits=num_splits,
@@ -151,6 +153,7 @@ def context_parallel_mla_decode(
     k_pe_scale: float | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
+    tree_mask: Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     rope_cos: Tensor | None = None,
@@ -198,6 +201,7 @@ def context_parallel_mla_decode(
     options = dict(
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
+        tree_mask=tree_mask,
         causal=causal,
         softmax_scale=softmax_scale,
         k_scale=k_scale,
