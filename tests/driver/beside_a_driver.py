@@ -1,6 +1,6 @@
 """Launches over a driver and in the emulator, in one process. LD_LIBRARY_PATH has a libcuda.so.1 that prints launches.
 
-    python beside_a_driver.py sm_90
+python beside_a_driver.py sm_90
 """
 
 import ctypes

@@ -16,12 +16,21 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("emulator_first", [False, True])
-def test_the_emulator_and_a_driver_in_one_process(stub, emulator_first):
+EMULATOR_FIRST = f"""
+import runpy, sys
+from triton_attn.toolchain.emulator import stub
+stub.nvidia_driver().CudaUtils()
+sys.argv = ["", "sm_90"]
+runpy.run_path("{HERE / "beside_a_driver.py"}")
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [(HERE / "beside_a_driver.py", "sm_90"), ("-c", EMULATOR_FIRST)], ids=["", "first"]
+)
+def test_the_emulator_and_a_driver_in_one_process(stub, arguments):
     """Each has its own launches, whichever was loaded first."""
-    first = ("-c", "import runpy, sys\nfrom triton_attn.toolchain.emulator import stub\nstub.nvidia_driver().CudaUtils()\n"
-             f"sys.argv = ['', 'sm_90']\nrunpy.run_path('{HERE / 'beside_a_driver.py'}')")  # fmt: skip
-    done = run_python(stub, "sm_90", *(first if emulator_first else (HERE / "beside_a_driver.py", "sm_90")))
+    done = run_python(stub, "sm_90", *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split("\n") == [*3 * ["launch _double_kernel 1"], ""]
 
