@@ -15,10 +15,9 @@ gpu:
 	$(PYTHON) -m perf gpu --minutes 9 $(if $(OUT),--out $(OUT))
 
 # Triton interprets or compiles for a whole process, so there are two runs. On a machine with a GPU, the second one also
-# runs the tests of the first on it. TRITON_ATTN_TESTS=ci adds the other tests of CI. The emulator, which a notebook
-# runs, cannot stand beside a GPU's driver.
+# runs the tests of the first on it. TRITON_ATTN_TESTS=ci adds the other tests of CI.
 test: .venv/installed
-	TRITON_INTERPRET=1 $(PYTEST) --nbmake tests notebooks $(if $(GPU),--ignore notebooks/from_kernel_to_speed.ipynb)
+	TRITON_INTERPRET=1 $(PYTEST) --nbmake tests notebooks
 	$(PYTEST) tests
 
 test-full: export TRITON_ATTN_TESTS = full
@@ -28,12 +27,13 @@ test-oldest: .venv-oldest/installed
 	TRITON_INTERPRET=1 $(PYTEST) -m oldest tests
 	$(PYTEST) -m oldest tests
 
-# Tests on compiled code and CPU tensors. Only files with the marker are collected.
+# Tests on compiled code and CPU tensors, which tests make where no GPU is visible. Only files with the marker are
+# collected.
 EMULATED = $(shell grep -rl --include='test_*.py' pytest.mark.emulated tests)
 
 test-emulated: .venv/installed .venv-oldest/installed
 	for environment in .venv .venv-oldest; do for arch in sm_80 sm_90; do \
-	OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal -m emulated --emulate $$arch $(EMULATED) \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal -m emulated --emulate $$arch $(EMULATED) \
 	|| exit; done; done
 
 # vLLM's own classes and diffusers' back ends on a CPU, in an environment of their own: 340 MB, Python 3.11 or newer.

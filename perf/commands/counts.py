@@ -29,6 +29,7 @@ from perf.harness.parallel import map_in_processes
 from perf.harness.progress import tqdm
 from perf.model.candidates import FAMILIES
 from perf.results.baseline import COUNTED
+from perf.results.compare import number_kernels
 from perf.results.tables import print_table, tile_name
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS
 
@@ -37,6 +38,7 @@ ARCHS = ("sm_80", "sm_90")
 BARS = {"read": 1.02, "written": 1.02, "sectors": 1.0, "wavefronts": 1.0, "issued": 1.0}
 DIGITS = 4
 DTYPE, FLOAT8 = "bfloat16", "float8_e4m3fn"
+HEAD_DIMS = 64, 128, 256, 512
 CHUNK = 128  # queries of a chunk of a prompt
 INSPECTED = ("flash", "paged", "mla")
 FAMILY_NAMES = ("flash", "flash_backward", "paged", "paged_prefill", "mla", "mla_prefill")
@@ -140,7 +142,9 @@ class CountedCase:
         found = [(launch, work[task]) for launch in log if (task := task_of(launch)) in work]
         if not found:
             raise LookupError(f"expected a launch of {' or '.join(work)}; got {[x.name for x in log]}")
-        return [(self._row(*x), self._lines(x[0])) for x in found]
+        rows = [self._row(*x) for x in found]
+        number_kernels(rows)
+        return [(row, self._lines(launch)) for row, (launch, _) in zip(rows, found)]
 
     def _row(self, launch, work):
         counts = launch.counts
@@ -174,12 +178,13 @@ class CountedCase:
 
 
 def task_of(launch):
-    """The key of a launch's `Work`: the kernel's name, and whether it computes dQ too. The dkdv kernel has both
-    variants.
+    """The key of a launch's `Work`: the kernel's name, and of the dkdv kernel whether it computes dQ too, or dK or dV
+    alone.
     """
-    writes_dq = any(name.startswith("dq") for name in launch.counts.written)  # dq.ptr or dq_desc
-    fused = launch.name == "_flash_bwd_dkdv_kernel" and writes_dq
-    return f"{launch.name}, fused" if fused else launch.name
+    gradients = {name[:2] for name in launch.counts.written}  # dq.ptr or dq_desc
+    variants = {("dk",): ", dk", ("dv",): ", dv", ("dk", "dv"): ""}
+    is_dkdv = launch.name == "_flash_bwd_dkdv_kernel"
+    return launch.name + (variants.get(tuple(sorted(gradients)), ", fused") if is_dkdv else "")
 
 
 def config_of(launch):
@@ -201,11 +206,13 @@ def _short(where):
 
 def baseline_cases(arch):
     """Every family at its default configs. Shapes are those of perf/commands/inspect.py for the families it has."""
-    shapes = {family: [case.shape for case in cases_of(family, arch, DTYPE)] for family in INSPECTED}
+    shapes = {family: [case.shape for case in cases_of(family, arch, DTYPE, HEAD_DIMS)] for family in INSPECTED}
     shapes["flash"] = [shape for shape in shapes["flash"] if shape["causal"]]
     schedules = (False, True) if arch == "sm_90" else (False,)  # fused, split
     shapes["flash_backward"] = [
-        {"head_dim": shape["head_dim"], "deterministic": split} for shape in shapes["flash"] for split in schedules
+        {"head_dim": shape["head_dim"], "deterministic": split}
+        for shape in shapes["flash"]
+        for split in schedules[: 1 if shape["head_dim"] == 512 else 2]  # never fused
     ]
     one_model = shapes["paged"][1]
     shapes["paged_prefill"] = [shape | {"seqlen_q": CHUNK} for shape in shapes["paged"]]

@@ -39,8 +39,10 @@ from perf.model.candidates import (
     FAMILIES,
     LATENT_MODELS,
     MODEL_COLUMNS,
+    WIDEST_HEADS,
     Candidate,
     backward_pass,
+    cached_shape,
     source_hash,
 )
 from perf.results import OURS, Row, winners
@@ -48,6 +50,7 @@ from perf.results.tables import print_table
 from perf.workloads.problems import HEAD_DIMS
 from triton_attn._host.checks import fail
 from triton_attn._host.tuned import SHIPPED, read_table
+from triton_attn.paged.configs import PagedConfig
 
 FINALISTS = 10
 BEHIND = 1.2  # a finalist above this multiple of the fastest median is timed no further
@@ -84,7 +87,8 @@ def add_arguments(parser):
         dest="models",
         nargs="+",
         metavar="M",
-        help=f"paged*: {', '.join(CACHED_MODELS)}; mla*: {', '.join(LATENT_MODELS)}; default: all",
+        help=f"paged*: {', '.join(CACHED_MODELS)}, or heads/KV heads/head dim, such as {WIDEST_HEADS}; "
+        f"mla*: {', '.join(LATENT_MODELS)}; default: all",
     )
     parser.add_argument(
         "--seqlen",
@@ -185,9 +189,17 @@ def _shapes(family, shapes):
     if others := shapes.keys() - {kind.option}:
         sys.exit(f"--family {family} has no {' '.join(FLAGS[name] for name in others)}")
     chosen = shapes.get(kind.option, kind.shapes)
-    if kind.option == "models" and (unknown := [name for name in chosen if name not in kind.shapes]):
+    if kind.option == "models" and (unknown := [name for name in chosen if not _is_shape_of(kind, name)]):
         sys.exit(f"--family {family} has no {', '.join(unknown)}; it has {', '.join(kind.shapes)}")
     return chosen
+
+
+def _is_shape_of(kind, name):
+    """Whether it is one of the family's shapes, or, for paged attention, numbers of a shape that it can have."""
+    if name in kind.shapes:
+        return True
+    shape = cached_shape(name) if kind.config is PagedConfig else None
+    return shape is not None and 0 not in shape and shape[0] % shape[1] == 0 and shape[2] <= 512
 
 
 def values_of(case):

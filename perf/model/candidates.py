@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -30,8 +31,8 @@ from perf.workloads.problems import (
 from perf.workloads.providers import latent_step, paged_step
 from triton_attn._host.gpu import gpu_of
 from triton_attn._jit.tiles import padded_size
-from triton_attn.dense.backward_configs import KERNELS, WIDEST_IN_ONE_LAUNCH, BackwardConfig, dk_apart_from_dv
-from triton_attn.dense.tiles import FlashCase, Tile, padded_head_dim
+from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, dk_apart_from_dv
+from triton_attn.dense.tiles import FlashCase, Tile
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 from triton_attn.mla.configs import (
     MlaDecodeCase,
@@ -46,6 +47,7 @@ MODEL_COLUMNS = ["registers", "shared B", "spills", "spills in loop", "loop inst
 MODEL_COLUMNS += ["bound TFLOP/s", "lock TFLOP/s", "expected TFLOP/s", "useful share"]
 PREFILL_CHUNK = 512  # tokens in a chunk of a prompt
 CACHED_MODELS = {model.name: model for model in MODELS if model.attention != "MLA"}
+WIDEST_HEADS = "16/2/512"  # of no listed model: the widest head dim
 LATENT_MODELS = {model.name: model for model in MODELS if model.attention == "MLA"}
 
 
@@ -55,11 +57,11 @@ class Family:
 
     Configs are compared within a case, a dict that the functions take as keywords. `cases(dtype, shapes)` gives the
     cases of the shapes that `option` names. `search_space(arch, dtype, **case)` gives the configs, with the default
-    first. `compile(arch, dtype, config=config, **case)` gives a `triton_attn.toolchain.Launch`. On a GPU
-    `problem(seqlen, **case)` is timed at `seqlens` and compared with the `roof()`. `provider(dtype, **case)` gives a
-    function from a config to a provider (perf/workloads/providers.py). `folder`, below triton_attn, has the kernels and
-    their launchers. `rows(config)` is the number of rows of the largest matmul in the loop. Winners are entries of a
-    tuned table for the Config `table`; `case_of(arch, dtype, **case)` says which case they apply to.
+    first. `compile(arch, dtype, config=config, **case)` gives a `triton_attn.toolchain.Launch` or a list of them. On a
+    GPU `problem(seqlen, **case)` is timed at `seqlens` and compared with the `roof()`. `provider(dtype, **case)` gives
+    a function from a config to a provider (perf/workloads/providers.py). `folder`, below triton_attn, has the kernels
+    and their launchers. `rows(config)` is the number of rows of the largest matmul in the loop. Winners are entries of
+    a tuned table for the Config `table`; `case_of(arch, dtype, **case)` says which case they apply to.
     """
 
     config: type
@@ -116,14 +118,13 @@ def _hopper_provider(dtype, head_dim, causal):
 
 
 def _backward_cases(dtype, head_dims):
-    narrow = [head_dim for head_dim in head_dims if padded_head_dim(head_dim) <= WIDEST_IN_ONE_LAUNCH]
-    return [{"kernel": kernel} | case for case in _flash_cases(dtype, narrow) for kernel in KERNELS]
+    return [{"kernel": kernel} | case for case in _flash_cases(dtype, head_dims) for kernel in KERNELS]
 
 
 def _backward_space(arch, dtype, kernel, head_dim, causal):
-    """Without tiles that run in two launches, for dk and for dv, whose figures a row could not hold."""
+    """A pass with a launch for dk and one for dv is never fused."""
     space = BackwardConfig.search_space(_flash_case(arch, dtype, head_dim, causal), kernel)
-    return [tile for tile in space if kernel == "dq" or not dk_apart_from_dv(arch, (head_dim, head_dim), tile)]
+    return [tile for tile in space if kernel != "fused" or not dk_apart_from_dv(arch, (head_dim, head_dim), tile)]
 
 
 def _backward_provider(dtype, kernel, head_dim, causal):
@@ -138,10 +139,17 @@ def backward_pass(causal, config):
     return lambda problem, device: partial(compiled.launch_backward_config, causal=causal, config=config)
 
 
+def cached_shape(name):
+    """(num_heads_q, num_heads_kv, head_dim) of a model's name, or of these numbers, "16/2/512"; None for others."""
+    if model := CACHED_MODELS.get(name):
+        return model.num_heads_q, model.num_heads_kv, model.head_dim
+    return tuple(map(int, name.split("/"))) if re.fullmatch(r"\d+/\d+/\d+", name) else None
+
+
 def _paged_cases(dtype, models):
     """The cases of models; models of one shape are one case."""
     columns = "num_heads_q", "num_heads_kv", "head_dim"
-    shapes = dict.fromkeys(tuple(getattr(CACHED_MODELS[name], column) for column in columns) for name in models)
+    shapes = dict.fromkeys(map(cached_shape, models))
     return [dict(zip(columns, shape)) | {"page_size": DecodeProblem.page_size} for shape in shapes]
 
 
@@ -307,7 +315,7 @@ FAMILIES = {
         case_of=_paged_case,
         folder="paged",
         option="models",
-        shapes=tuple(CACHED_MODELS),
+        shapes=(*CACHED_MODELS, WIDEST_HEADS),
         cases=_paged_cases,
         search_space=_paged_space,
         compile=compiled.paged_decode,
@@ -322,7 +330,7 @@ FAMILIES = {
         case_of=_paged_case,
         folder="paged",
         option="models",
-        shapes=tuple(CACHED_MODELS),
+        shapes=(*CACHED_MODELS, WIDEST_HEADS),
         cases=_chunk_cases,
         search_space=_paged_space,
         compile=compiled.paged_decode,
@@ -404,7 +412,7 @@ class Candidate:
         made_of = {}
         try:
             compile_config = FAMILIES[self.family].compile
-            launch = compile_config(self.arch, getattr(torch, self.dtype), config=self.config, **self.case)
+            launches = compile_config(self.arch, getattr(torch, self.dtype), config=self.config, **self.case)
         except triton.runtime.errors.OutOfResources as error:
             dropped = str(error)
         except (OSError, MemoryError):  # not an error of the config
@@ -412,10 +420,17 @@ class Candidate:
         except Exception as error:  # the compiler can raise any exception, and the next config may compile
             dropped = f"{type(error).__name__}: {error}".split("\n")[0]
         else:
-            report = loop_model.analyze(launch.kernel)
-            made_of = report.row()
-            dropped = self._why_dropped(launch, report)
+            launches = launches if isinstance(launches, list) else [launches]
+            reports = [loop_model.analyze(launch.kernel) for launch in launches]
+            made_of = reports[0].row() if len(reports) == 1 else _of_both(*[report.row() for report in reports])
+            dropped = next(filter(None, map(self._why_dropped, launches, reports)), "")
         return self.columns | {name: made_of.get(name) for name in MODEL_COLUMNS} | {"dropped": dropped}
+
+    @property
+    def _needs_async_copies(self):
+        """Not if the default has no pipeline either, for which there are too few registers or too little memory."""
+        kind, dtype = FAMILIES[self.family], getattr(torch, self.dtype)
+        return kind.search_space(self.arch, dtype, **self.case)[0].num_stages > 1
 
     def _why_dropped(self, launch, report):
         if isinstance(report, amdgcn.Report):
@@ -427,12 +442,23 @@ class Candidate:
             return f"{hot.spills} spills in the hot loop"
         if getattr(self.config, "use_tma", False) and not launch.uses_tma:
             return "no TMA"
-        if not hot.async_copies and not isinstance(self.config, compiled.HOPPER_CONFIGS):
+        if not hot.async_copies and not isinstance(self.config, compiled.HOPPER_CONFIGS) and self._needs_async_copies:
             return "no asynchronous copies in the hot loop"
         # A tile with fewer rows cannot use wgmma: mma.sync is right for a decode step with few heads.
         if gpu_of(report.arch).wgmma and FAMILIES[self.family].rows(self.config) >= 64 and not launch.uses_wgmma:
             return "no wgmma"
         return ""
+
+
+def _of_both(dk, dv):
+    """The row of a kernel that is launched for dk and for dv, from the rows of the launches. Its TFLOP/s are those of
+    the four matmuls that one launch would do, where these two do three and two."""
+    rules = dict.fromkeys(("registers", "shared B"), max)
+    rules |= dict.fromkeys(("spills", "spills in loop", "loop instructions"), lambda *pair: sum(pair))
+    rules |= dict.fromkeys(("bound TFLOP/s", "lock TFLOP/s", "expected TFLOP/s"), lambda dk, dv: 4 / (3 / dk + 2 / dv))
+    rules["useful share"] = lambda dk, dv: 5 / (3 / dk + 2 / dv)
+    pairs = {name: (dk.get(name), dv.get(name)) for name in rules}
+    return {name: None if None in pair else rules[name](*pair) for name, pair in pairs.items()}
 
 
 @cache

@@ -66,13 +66,14 @@ def flash_backward(arch, dtype, head_dim, causal=False):
 
 
 def flash_backward_kernel(arch, dtype, kernel, head_dim, causal, config):
-    """One compiled kernel of a backward pass, "dkdv", "dq" or "fused", at a given config."""
+    """The launches of one kernel of a backward pass, "dkdv", "dq" or "fused", at a given config: two with dk apart from
+    dv."""
     q, k, v = calls.flash_inputs(dtype, head_dim)
     out, lse = new_outputs(q, v)
     with compile_only(arch) as launches:
         tiles = backward_tiles(arch, dtype, head_dim, causal, kernel, config)
         launch_flash_bwd(_call(q, k, v, causal), torch.empty_like(out), None, out, lse, _WANTED[kernel], config=tiles)
-    return launches[-1]
+    return [launch for launch in launches if launch.name in calls.CALLS["flash_backward"].kernels]
 
 
 def paged_decode(arch, dtype, num_heads_q, num_heads_kv, head_dim, page_size, seqlen_q=1, config=None):

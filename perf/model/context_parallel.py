@@ -100,7 +100,7 @@ def predict(model: Model, num_gpus: int, seqlen: int, cluster: cost.Cluster = co
     "ring+ulysses"."""
     sizes = sizes_of(model, num_gpus, seqlen)
     found, chosen = cost.costs(sizes, cluster), [cost.choose(sizes, cluster)]
-    if num_gpus > cost.GPUS_PER_NODE and model.kv_lora_rank is None:
+    if num_gpus > cost.GPUS_PER_NODE:
         of_nodes = sizes_of(model, num_gpus, seqlen, by_node=True)
         found |= {f"{method}+ulysses": each for method, each in cost.costs(of_nodes, cluster).items()}
         chosen.append(f"{cost.choose(of_nodes, cluster)}+ulysses")

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from perf.model import loop_model
+from perf.results.compare import number_kernels
 from perf.results.tables import tile_name
 from perf.workloads.calls import CALLS
 
@@ -44,7 +45,9 @@ class Case:
     def compile(self):
         """An `Inspected` for each kernel of the call that computes attention matmuls."""
         try:
-            return [self._inspect(launch) for launch in self._launches()]
+            kernels = [self._inspect(launch) for launch in self._launches()]
+            number_kernels([kernel.row for kernel in kernels])
+            return kernels
         except (OSError, MemoryError):  # not an error of the case
             raise
         except Exception as error:  # the compiler can raise any exception, and the next case may compile

@@ -1,5 +1,6 @@
 """Compiled kernels compared with earlier ones: from another commit, or from the checked-in baseline."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 NAME_COLUMNS = ("arch", "dtype", "family", "case", "kernel")
@@ -49,6 +50,15 @@ def _text(value):
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def number_kernels(rows):
+    """Name the kernels of a call apart: the second launch of dkdv, for dv after the one for dk, has a 2 behind it."""
+    seen = Counter()
+    for row in rows:
+        seen[row["kernel"]] += 1
+        if (number := seen[row["kernel"]]) > 1:
+            row["kernel"] += f", {number}"
 
 
 def name_of(row):

@@ -15,7 +15,7 @@ from triton_attn.cache import kv_cache_bytes_per_token
 from triton_attn.mla.schedule import causal_pairs
 
 SECTOR = 32
-SEQLENS = {64: 512, 128: 512, 256: 256}  # of flash, by head dim
+SEQLENS = {64: 512, 128: 512, 256: 256, 512: 256}  # of flash, by head dim
 CONTEXTS = (512, 256)  # of the two sequences in a cache
 CHUNK_CONTEXTS = (256, 128)  # with many queries each
 TOKENS = 64  # appended to a cache
@@ -109,6 +109,8 @@ def flash_backward(dtype, head_dim, deterministic=False, causal=True):
     return call, {
         "_flash_bwd_delta_kernel": Work(size(q, q), size(stats)),
         "_flash_bwd_dkdv_kernel": work(4, inputs, size(k, v)),
+        "_flash_bwd_dkdv_kernel, dk": work(3, inputs, size(k)),
+        "_flash_bwd_dkdv_kernel, dv": work(2, inputs - size(v) - size(stats), size(v)),
         "_flash_bwd_dkdv_kernel, fused": work(5, inputs + size(sums), size(k, v, sums)),
         "_flash_bwd_dq_kernel": work(3, inputs, size(q)),
     }

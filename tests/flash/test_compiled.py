@@ -81,8 +81,8 @@ KNOWN_SPILLS = {("sm_80", 192, "lse"): 32, ("sm_120", 192, "causal"): 8, ("sm_90
 
 
 def check_resources(launch, report, dtype, variant):
-    """It fits. Half precision spills nothing in the loop, except past head dim 256 on sm_90 and sm_100. Outside the
-    loop it spills nothing up to head dim 256, except with dropout, whose random numbers are the bottleneck.
+    """It fits. Half precision spills nothing in the loop, except past head dim 256 on sm_100 and AMD. Outside the loop
+    it spills nothing up to head dim 256, except with dropout, whose random numbers are the bottleneck.
     """
     assert launch.shared_bytes <= shared_memory_limit(launch.arch)
     if dtype == torch.float32:
@@ -90,7 +90,7 @@ def check_resources(launch, report, dtype, variant):
     head_dim = max(launch.constexprs["HEAD_DIM"], launch.constexprs["HEAD_DIM_V"])
     if head_dim <= 256 and variant != "dropout":
         assert launch.spill_bytes <= KNOWN_SPILLS.get((launch.arch, head_dim, variant), 0)
-    if launch.arch in ("sm_90", "sm_100") or (head_dim <= 256 and launch.arch != "gfx942"):
+    if launch.arch in ("sm_80", "sm_90", "sm_100") or (head_dim <= 256 and launch.arch != "gfx942"):
         assert report.hot.spills <= (2 if variant == "dropout" else 0)
 
 
@@ -104,7 +104,8 @@ def check_instructions(launch, report, dtype):
         assert launch.uses_mfma
         return
     by_16_bytes = launch.constexprs["VECTOR"] > 1
-    assert (report.hot.async_copies > 0) == by_16_bytes
+    in_pieces = launch.constexprs["CUT_CHAIN"] and not launch.uses_tma
+    assert (report.hot.async_copies > 0) == (by_16_bytes and not in_pieces)
     assert launch.uses_tcgen05 == (launch.arch == "sm_100")
     if by_16_bytes:
         assert launch.uses_tma == (launch.arch in ("sm_90", "sm_100"))
@@ -134,6 +135,7 @@ SLICE = [
     *(case("sm_90", torch.float16, 128, variant) for variant in ("softcap", "alibi", "sinks")),
     *(case(arch, torch.float16, d, "dropout") for arch, d in (("sm_90", 128), ("sm_80", 64))),
     *(case("sm_80", torch.float16, d, "plain") for d in (40, 128)),
+    *(case("sm_80", torch.float16, d, "causal", pytest.mark.oldest) for d in (320, 512)),
     *(case("sm_100", torch.float16, d, "plain") for d in (128, 512)),
     *(case(arch, torch.float32, 128, "causal") for arch in ARCHS),
     *(case(arch, torch.float16, 128, "causal") for arch in ("sm_86", "sm_89", "sm_120")),

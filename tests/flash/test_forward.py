@@ -20,6 +20,7 @@ from attention_cases import (
 )
 
 from triton_attn import flash_attention, flash_attention_varlen
+from triton_attn._host.gpu import repeats_rows
 from triton_attn.flash import forward
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.toolchain import guard
@@ -59,6 +60,35 @@ def test_a_bit_of_everything(dtype, use_tma):
             poisoned_sequence=1,
             spare_rows=9,
             config=replace(PLAIN.config, use_tma=use_tma),
+        )
+    )
+
+
+@pytest.mark.ci(but_each=4)
+@pytest.mark.emulated
+@pytest.mark.parametrize("num_warps", [4, 8], ids=["", "cut"])
+@pytest.mark.parametrize("head_dims", [(512, 512), (512, 256), (256, 512), (320, 128), (257, 300), (16, 511)], ids=str)
+def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps):
+    """With 8 warps keys and values are loaded in pieces."""
+    assert repeats_rows("interpreter", 64, num_warps) == (num_warps == 8)
+    check(
+        replace(
+            PLAIN,
+            varlen=True,
+            dtype=torch.bfloat16,
+            seqlens_q=(70, 0, 5),
+            seqlens_k=(100, 40, 7),
+            group_size=2,
+            head_dim=head_dims[0],
+            head_dim_v=head_dims[1],
+            window_size=(30, 0),
+            softcap=20.0,
+            alibi="per head",
+            sinks=torch.float32,
+            dropout_p=0.2,
+            poisoned_sequence=1,
+            spare_rows=9,
+            config=FlashConfig(64, 32, num_warps, 1),
         )
     )
 

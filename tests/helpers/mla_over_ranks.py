@@ -35,6 +35,10 @@ class Case(parallel_ranks.Case):
         key_flops = 2 * self.rank * self.num_heads_q * (self.head_dim + self.head_dim_v)
         return HeadDims(self.num_heads_q, self.num_heads_q, *of_head, self.elements_of_key, key_flops)
 
+    def elements_of_share(self, ranks):
+        of_head = self.head_dim + self.rope + self.head_dim_v
+        return self.num_heads_q * of_head // ranks + self.elements_of_key
+
     def inputs(self):
         return Inputs(self)
 

@@ -112,10 +112,12 @@ class Case:
             return of_rows * of_a_key * size, of_rows * of_a_key * (size + 4)
         if self.method == "ring":
             return of_rows * of_a_key * size, of_rows * of_a_key * size + self.batch * self.seqlen * of_a_key * 4
-        heads = self.num_heads_q + max(self.num_heads_kv, ranks)
-        of_a_row = heads * (self.head_dim + self.head_dim_v)
         of_lse = of_rows * self.num_heads_q // ranks * 4
-        return (of_rows * of_a_row // ranks * size + of_lse,) * 2
+        return (of_rows * self.elements_of_share(ranks) * size + of_lse,) * 2
+
+    def elements_of_share(self, ranks):
+        """What travels of a token with "ulysses", for the heads of a rank: queries, keys, and its results."""
+        return (self.num_heads_q + max(self.num_heads_kv, ranks)) * (self.head_dim + self.head_dim_v) // ranks
 
 
 def run(check, cases, num_ranks, store):

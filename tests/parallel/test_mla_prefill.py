@@ -21,6 +21,7 @@ from parallel_ranks import (
 from triton_attn.parallel import context_parallel_mla_prefill
 
 METHODS = ("all_gather", "ring")
+OF_NODES = (("all_gather", "ulysses"), ("ring", "ulysses"))
 FULL_MASK = dict(causal=False)
 PACKED = [
     Case(documents=(17, 0, 3, 1, 30), rows_of_none=4, load_balance="per_document"),
@@ -38,6 +39,19 @@ def readable(num_ranks):
         yield from (Case(method=method, seqlen=37), Case(method=method, seqlen=37, options=FULL_MASK))
         yield Case(method=method, seqlen=33, batch=2, load_balance=None, dlse=False)
     yield Case(method="auto", seqlen=num_ranks - 1)
+
+
+def with_exchange(num_ranks):
+    """Ranks exchange rows for heads, all of them, or those of each node on a mesh of two dimensions."""
+    placings = [dict(method="ulysses", inner=None)]
+    placings += [dict(method=method, inner=inner) for method in OF_NODES for inner in (2, num_ranks) if num_ranks > 2]
+    for placing in placings:
+        heads = dict(placing, num_heads_q=2 * num_ranks)
+        yield from (replace(case, **heads) for case in PACKED)
+        yield from (Case(seqlen=37, **heads), Case(seqlen=37, options=FULL_MASK, batch=2, **heads))
+        yield Case(seqlen=num_ranks - 1, load_balance=None, dlse=False, **heads)
+        yield Case(seqlen=40, dtype=torch.bfloat16, head_dim=32, rope=16, head_dim_v=32, **heads)
+        yield Case(seqlen=0, documents=(0, 0), **heads)
 
 
 def more(num_ranks):
@@ -61,6 +75,9 @@ def more(num_ranks):
     [
         pytest.param(2, readable, "triton", id="2 ranks"),
         pytest.param(4, readable, "reference", id="4 ranks by reference"),
+        pytest.param(2, with_exchange, "triton", id="2 ranks, exchange", marks=pytest.mark.ci),
+        pytest.param(4, with_exchange, "reference", id="4 ranks by reference, exchange"),
+        pytest.param(4, with_exchange, "triton", id="4 ranks, exchange", marks=pytest.mark.full),
         pytest.param(2, more, "triton", id="2 ranks, more", marks=pytest.mark.ci),
         pytest.param(3, more, "reference", id="3 ranks by reference, more", marks=pytest.mark.ci),
         pytest.param(4, readable, "triton", id="4 ranks", marks=pytest.mark.ci),
@@ -76,6 +93,8 @@ def test_bytes_that_ranks_receive(tmp_path, monkeypatch):
     shape = dict(batch=2, seqlen=64, dtype=torch.bfloat16, options=FULL_MASK)
     placings = itertools.product(METHODS, ("head_tail", None))
     given = [Case(method=method, load_balance=balance, **shape) for method, balance in placings]
+    given += [Case(method="ulysses", num_heads_q=8, **shape)]
+    given += [Case(method=method, inner=2, num_heads_q=8, **shape) for method in OF_NODES]
     assert run(check_bytes, given, 4, tmp_path / "store") == []
     given += [replace(case, options=dict(causal=True)) for case in given if case.load_balance]
     assert run(check_bytes_of_model, given, 4, tmp_path / "another store") == []
@@ -96,7 +115,17 @@ def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     cases = [Case(method=method, batch=2, seqlen=37) for method in ("auto", *METHODS)]
     cases += [replace(PACKED[0], method=method) for method in ("auto", *METHODS)]
+    cases += [replace(case, method="ulysses", num_heads_q=4) for case in (cases[0], PACKED[0])]
     assert run(check_training, cases, 2, tmp_path / "store") == []
+
+
+@pytest.mark.ci
+def test_compiled_recomputed_and_accumulated_over_nodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    nodes = dict(inner=2, num_heads_q=4)
+    cases = [Case(method=method, batch=2, seqlen=37, **nodes) for method in ("auto", *OF_NODES)]
+    cases += [replace(PACKED[0], method=method, **nodes) for method in OF_NODES]
+    assert run(check_training, cases, 4, tmp_path / "store") == []
 
 
 def test_beside_fsdp(tmp_path, monkeypatch):
@@ -113,7 +142,8 @@ def test_beside_fsdp(tmp_path, monkeypatch):
         (dict(options=dict(mode="fused")), "mode: expected the same on all ranks, auto as on rank 0, got fused"),
         (dict(documents=(20, 30)), "batch: expected the same on all ranks, 1 as on rank 0, got None on rank 1"),
         # What one rank refuses:
-        (dict(method="ulysses"), r"method: expected 'auto' or 'all_gather' or 'ring', got 'ulysses'"),
+        (dict(method="ulysses"), "q_nope: expected query heads in multiples of 2 ranks for 'ulysses', got 3"),
+        (dict(method="tree"), "method: expected 'auto' or 'all_gather' or 'ring' or 'ulysses', got 'tree'"),
         (dict(options=dict(mode="none")), "mode: expected auto, .*, got 'none'"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -150,9 +180,10 @@ def test_a_workspace_that_is_too_small_is_refused_before_anything_travels(tmp_pa
     """By all ranks, also those whose own rows would fit: a ring that one of them leaves would wait for it."""
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
     short = dict(mode="materialized", max_workspace_bytes=24000)
-    cases = [(Case(method=method, seqlen=600, load_balance=None, options=short),) * 3 for method in METHODS]
+    methods = *METHODS, "ulysses"
+    cases = [(Case(method=method, seqlen=600, load_balance=None, options=short),) * 3 for method in methods]
     found = run(check_difference, cases, 3, tmp_path / "store")
-    assert len(found) == 6
+    assert len(found) == 9
     for *_, said in found:
         assert said.startswith("max_workspace_bytes: expected room for a chunk of"), said
 

@@ -16,7 +16,7 @@ from perf.harness import measure
 from perf.harness.journal import Journal
 from perf.harness.timing import Percentiles
 from perf.model import candidates
-from perf.model.candidates import FAMILIES, MODEL_COLUMNS, Candidate
+from perf.model.candidates import FAMILIES, MODEL_COLUMNS, WIDEST_HEADS, Candidate
 from perf.model.compiled import HOPPER_CONFIGS
 from perf.results import MEASURED, winners
 from perf.workloads.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
@@ -169,7 +169,7 @@ def test_a_case_without_survivors_is_told(compiled, tmp_path, monkeypatch, capsy
         ("flash", {"models": ["Llama-3-8B"]}, "has no --model"),
         ("mla", {"head_dims": [64]}, "has no --head-dim"),
         ("paged", {"models": ["DeepSeek-V3"]}, "has no DeepSeek-V3; it has Llama-2-7B"),
-        ("flash_backward", {"head_dims": [512]}, "nothing to do"),
+        ("flash_hopper", {"head_dims": [512]}, "nothing to do"),
     ],
 )
 def test_shapes_that_a_family_lacks_are_refused(family, shapes, said, tmp_path):
@@ -189,21 +189,88 @@ def test_every_family_has_a_space_for_its_shapes(family):
         assert kind.problem(kind.seqlens[-1], **case).figure in ("tflops", "gbps")
 
 
+SPLIT = ("dkdv", "dq")
+
+
 @pytest.mark.parametrize(
     ("arch", "head_dim", "swept"),
-    [("sm_90", 264, KERNELS), ("sm_90", 320, KERNELS), ("sm_80", 320, ("dq",)), ("sm_90", 321, ())],
+    [
+        ("sm_90", 320, KERNELS),
+        ("sm_80", 320, SPLIT),
+        ("sm_90", 328, SPLIT),
+        ("sm_90", 512, SPLIT),
+        ("sm_80", 512, SPLIT),
+    ],
 )
-def test_backward_tiles_in_one_launch_are_swept(arch, head_dim, swept):
-    """Others have a launch for dk and one for dv. The default pass comes first, if it has the kernel."""
+def test_backward_tiles_of_every_head_dim_are_swept(arch, head_dim, swept):
+    """A pass with a launch for dk and one for dv is never fused. The default pass comes first, if it has the kernel."""
     kind, found = FAMILIES["flash_backward"], []
     for case in kind.cases("bfloat16", [head_dim]):
         space = kind.search_space(arch, torch.bfloat16, **case)
         apart = [dk_apart_from_dv(arch, (head_dim, head_dim), tile) for tile in space]
-        assert case["kernel"] == "dq" or not any(apart)
+        assert case["kernel"] != "fused" or not any(apart)
         default = getattr(BackwardConfig.default(kind.case_of(arch, torch.bfloat16, **case)), case["kernel"])
         assert not space or default in (None, space[0])
         found += [case["kernel"]] if space and case["causal"] else []
     assert found == [kernel for kernel in KERNELS if kernel in swept]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("family", ["flash", "flash_backward", "paged", "paged_prefill"])
+def test_head_dim_512_can_be_tuned(family, arch):
+    kind = FAMILIES[family]
+    assert kind.option != "models" or WIDEST_HEADS in kind.shapes
+    for case in kind.cases("bfloat16", [WIDEST_HEADS if kind.option == "models" else 512]):
+        assert case["head_dim"] == 512
+        space = kind.search_space(arch, torch.bfloat16, **case)
+        assert len(space) > 1 or case.get("kernel") == "fused"
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [("16/3/512", "has no 16/3/512"), ("16/2/513", "has no 16/2/513"), ("0/2/64", "has no"), ("2/0/64", "has no")],
+)
+def test_a_shape_in_numbers_is_checked(shape, said, tmp_path):
+    with pytest.raises(SystemExit, match=said):
+        sweep.run(tmp_path, "paged", models=[shape])
+
+
+def test_a_shape_in_numbers_is_that_of_a_model():
+    for family in ("paged", "paged_prefill"):
+        of_numbers, of_model = (FAMILIES[family].cases("bfloat16", [name]) for name in ("32/8/128", "Llama-3-8B"))
+        assert of_numbers == of_model
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("flash", {"head_dim": 512, "causal": True}),
+        pytest.param("flash_backward", {"kernel": "dkdv", "head_dim": 512, "causal": True}, marks=pytest.mark.ci),
+        pytest.param("flash_backward", {"kernel": "dq", "head_dim": 512, "causal": True}, marks=pytest.mark.ci),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("kernel", ""),
+)
+def test_the_default_of_head_dim_512_survives_a_sweep(family, case):
+    """On sm_80 it has no pipeline. dkdv is launched for dk and for dv, whose figures are one row."""
+    default = FAMILIES[family].search_space("sm_80", torch.bfloat16, **case)[0]
+    row = Candidate(family, "sm_80", "bfloat16", case, default).compile()
+    assert row["dropped"] == ""
+    assert row["lock TFLOP/s"] > 20
+
+
+DK = {"registers": 200, "shared B": 3, "spills": 1, "spills in loop": 0, "loop instructions": 10, "useful share": 0.5}
+DK |= {"lock TFLOP/s": 30.0, "bound TFLOP/s": 60.0, "expected TFLOP/s": None}
+
+
+def test_figures_of_two_launches():
+    """Three matmuls at 30 and two at 20 TFLOP/s take the time of four at 20."""
+    both = candidates._of_both(DK, DK | {"registers": 100, "shared B": 4, "spills": 2, "lock TFLOP/s": 20.0})
+    assert (both["registers"], both["shared B"], both["spills"], both["loop instructions"]) == (200, 4, 3, 20)
+    assert both["lock TFLOP/s"] == pytest.approx(20.0)
+    assert both["bound TFLOP/s"] == pytest.approx(48.0)
+    assert both["useful share"] == pytest.approx(0.5)
+    assert both["expected TFLOP/s"] is None
 
 
 TIMED = {

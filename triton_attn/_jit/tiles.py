@@ -212,6 +212,48 @@ def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _load_fenced(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    piece = load_piece(ptrs, rows_mask, START, BLOCK, HEAD_DIM)
+    fence_copies()
+    return piece
+
+
+@triton.jit
+def dot_pieces(a, x, start, one, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """a @ b.T for the BLOCK_N rows b from start on of the Rows x, with pointers, each piece of a in a `dot_once`.
+
+    A piece is loaded when the last one has been read: fewer registers than for all columns take it to shared memory.
+    """
+    ROWS: tl.constexpr = TILE.BLOCK_N
+    FIRST: tl.constexpr = a[0].shape[1]
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    ptrs = _pointers_from(x, start, ROWS, TILE.WIDE_ROWS)
+    rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
+    c = apart(tl.zeros([a[0].shape[0], ROWS], tl.float32))
+    c = dot_once(a[0], _load_fenced(ptrs, rows_mask, 0, FIRST, HEAD_DIM), c, one, PRECISION)
+    if len(a) > 1:
+        c = dot_once(a[1], _load_fenced(ptrs, rows_mask, FIRST, a[1].shape[1], HEAD_DIM), c, one, PRECISION)
+    return c
+
+
+@triton.jit
+def dot_add_pieces(a, x, start, acc, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """acc + a @ b for the BLOCK_N rows b from start on of the Rows x, loaded as in `dot_pieces`."""
+    ROWS: tl.constexpr = TILE.BLOCK_N
+    FIRST: tl.constexpr = acc[0].shape[1]
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    ptrs = _pointers_from(x, start, ROWS, TILE.WIDE_ROWS)
+    rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
+    b = _load_fenced(ptrs, rows_mask, 0, FIRST, TILE.HEAD_DIM_V)
+    first = tl.dot(a, b, acc[0], input_precision=PRECISION)
+    if len(acc) > 1:
+        b = _load_fenced(ptrs, rows_mask, FIRST, acc[1].shape[1], TILE.HEAD_DIM_V)
+        return first, tl.dot(a, b, acc[1], input_precision=PRECISION)
+    else:
+        return (first,)
+
+
+@triton.jit
 def store_piece(ptrs, rows_mask, piece, START: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Store the columns from START on of the rows of `store_tile`."""
     BLOCK: tl.constexpr = piece.shape[1]

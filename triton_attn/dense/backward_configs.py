@@ -86,7 +86,8 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
     @classmethod
     def search_space(cls, case, kernel):
         """All tiles of one kernel without an `objection`. The default, if there is one, comes first."""
-        blocks = (32, 64, 128) if case.is_half else (16, 32, 64)
+        wide = max(case.head_dim, case.head_dim_v) > HALF
+        blocks = (16, 32, 64) if wide or not case.is_half else (32, 64, 128)
         stages = (1,) if case.gpu.is_amd else (1, 2, 3)
         use_tma = (True, False) if case.gpu.tma and case.is_half else (False,)
         candidates = itertools.starmap(Tile, itertools.product(blocks, blocks, (4, 8), stages, use_tma))

@@ -9,6 +9,8 @@ On sm_90 the descriptor form (TMA) beats the pointer form. fp16, head dim 128, t
 Triton 3.6.0/3.9.0: 190/188 registers, no spill and `lock` 611/618 TFLOP/s against 254/254 registers, 80/188 bytes
 spilled and 588/603. At head dim 256, 128 x 64: `lock` 655/652 against 621/626. At 64 both are bound by exp2, 462/464
 against 467. On sm_100 the descriptor form of the same tiles does not spill; the pointer form spills 20/112 bytes.
+
+At head dims above 256 without TMA, keys and values are loaded in pieces of at most 256 columns (docs/design.md).
 """
 
 import itertools
@@ -145,7 +147,8 @@ _HALF = {
             (96, FlashConfig(128, 64, 8, 3)),
             (192, FlashConfig(128, 32, 8, 3)),
             (256, FlashConfig(64, 64, 8, 2)),
-            (512, FlashConfig(32, 64, 8, 1)),
+            (320, FlashConfig(32, 64, 8, 1)),
+            (512, FlashConfig(64, 32, 8, 1)),
         ),
         "scalar": (
             (128, FlashConfig(128, 32, 8, 1)),
@@ -159,7 +162,8 @@ _HALF = {
             (128, FlashConfig(128, 32, 8, 2)),
             (192, FlashConfig(128, 16, 8, 2)),
             (256, FlashConfig(64, 32, 8, 2)),
-            (512, FlashConfig(64, 16, 8, 2)),
+            (320, FlashConfig(32, 64, 8, 1)),
+            (512, FlashConfig(64, 32, 8, 1)),
         ),
         "scalar": (
             (128, FlashConfig(128, 32, 8, 1)),
@@ -240,6 +244,7 @@ _SOFTCAP = {("sm_90", "tma", 160): FlashConfig(128, 64, 8, 3, use_tma=True)}
 # Tiles that leave room for the dropout mask: registers, or the 16 KiB of shared memory that change its layout.
 _DROPOUT = {
     ("sm_80", "vector", 64): FlashConfig(128, 64, 8, 3),
+    ("sm_80", "vector", 512): FlashConfig(32, 64, 8, 1),
     ("sm_90", "tma", 128): FlashConfig(128, 128, 8, 2, use_tma=True),
 }
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .._host.device import launch
+from .._host.gpu import repeats_chains, repeats_rows
 from .._host.layout import clear_outputs
 from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
@@ -14,9 +15,12 @@ from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_o
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
+    HALF,
     Rows,
     clear_rows,
     dot_add,
+    dot_add_pieces,
+    dot_pieces,
     dot_transposed,
     load_rows,
     load_tile,
@@ -66,6 +70,9 @@ def _flash_fwd_kernel(
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    # Keys and values in pieces leave the registers that a load of all their columns passes through.
+    HALVED: tl.constexpr = TILE.CUT_CHAIN and not TILE.USE_TMA
+    WIDEST: tl.constexpr = HALF if HALVED else 512
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
     # The exponential takes the scale along where nothing else comes between.
     FOLD_SCALE: tl.constexpr = scores.softcap is None and scores.alibi is None
@@ -89,7 +96,7 @@ def _flash_fwd_kernel(
     queries = work.start + tl.arange(0, BLOCK_M)
     queries_mask = queries < bounds.seqlen_q
     q_ptrs = tile_pointers(q, work.batch, first_row, work.head, BLOCK_M, TILE.WIDE_ROWS)
-    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM, WIDEST)  # (BLOCK_M, HEAD_DIM)
     head_kv = work.head // heads.group_size
     if TILE.USE_TMA:
         coords = sequence_coords(work.batch, head_kv, bounds.first_k, bounds.seqlen_k, PACKED)
@@ -111,22 +118,29 @@ def _flash_fwd_kernel(
     origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
     m_i, l_i = softmax_init(sinks_ptr, work.head, BLOCK_M)  # (BLOCK_M,)
-    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
+    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)  # (BLOCK_M, HEAD_DIM_V)
     for FULL in tl.static_range(2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
-            k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, TILE.WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
             one = one_trip(start_n, blocks) if TILE.CUT_CHAIN else None
-            s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
+            if HALVED:
+                s = dot_pieces(q_tile, k_rows, start_n, one, not FULL, TILE.HEAD_DIM, TILE)  # (BLOCK_M, BLOCK_N)
+            else:
+                k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, TILE.WIDE_ROWS)
+                s = dot_transposed(q_tile, k_tile, PRECISION, None, one)
             if not FOLD_SCALE:
                 s = scale_scores(s, scores, slope, queries, start_n, offset, q_tile[0].dtype == tl.float32)
             if not FULL:
                 s = mask_scores(s, queries, start_n, bounds.seqlen_k, offset, scores.window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if FOLD_SCALE else 1.0, not FULL)
-            v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, TILE.WIDE_ROWS)
             if dropout is not None:
                 p = tl.where(keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE), p, 0.0)
-            acc = dot_add(p.to(v_tile[0].dtype), v_tile, scale_rows(acc, alpha), PRECISION)
+            acc = scale_rows(acc, alpha)
+            if HALVED:
+                acc = dot_add_pieces(p.to(q_tile[0].dtype), v_rows, start_n, acc, not FULL, TILE)
+            else:
+                v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, TILE.WIDE_ROWS)
+                acc = dot_add(p.to(v_tile[0].dtype), v_tile, acc, PRECISION)
 
     norm, lse = softmax_finish(m_i, l_i)  # (BLOCK_M,)
     if dropout is not None:
@@ -172,10 +186,13 @@ def _plan(key, wanted, config):
         return plan
     suits_tma = key.suits_tma(1, 2)
     head_dim, head_dim_v = key.head_dims
+    access = "scalar" if key.vector == 1 or not key.kv_aligned else "tma" if suits_tma else "vector"
+    shape = key.dtype, head_dim, head_dim_v, key.causal, access, key.precision
+    case = FlashCase(key.arch, *shape, key.softcap is not None, key.has_dropout, key.is_plain, key.max_seqlen_k)
     if config is None:
-        access = "scalar" if key.vector == 1 or not key.kv_aligned else "tma" if suits_tma else "vector"
-        shape = key.dtype, head_dim, head_dim_v, key.causal, access, key.precision
-        case = FlashCase(key.arch, *shape, key.softcap is not None, key.has_dropout, key.is_plain, key.max_seqlen_k)
         config = choose(FlashConfig, case)
     use_tma = config.use_tma and suits_tma and key.kv_aligned
-    return plan_kernel(key, config, use_tma, hoist=not (use_tma and key.softcap is not None and tanh_spills(head_dim)))
+    hoist = not (use_tma and key.softcap is not None and tanh_spills(head_dim))
+    # Other loads pass through so many registers that a tile has few rows, for which no warps repeat matmuls.
+    repeats = repeats_rows if case.is_half and access != "scalar" else repeats_chains
+    return plan_kernel(key, config, use_tma, hoist, repeats=repeats)

@@ -194,6 +194,10 @@ def mla_decode(
 
     It is one operator under torch.compile, export and vmap, which loops.
 
+    DTensors: q_nope, q_pe and the weights, on one mesh: Shard on the heads (of weights Shard(0)), or Replicate(). The
+    cache, lengths and pages are the same on all ranks, plain or Replicate(); other options are plain, and out and lse
+    are not given. Each rank attends for its heads, nothing is moved, and the results are DTensors placed like q_nope.
+
     Example:
         >>> q_nope, q_pe = torch.randn(1, 1, 4, 48).split([32, 16], dim=-1)
         >>> latent_cache = torch.randn(3, 16, 64 + 16)  # three pages of 16 tokens
@@ -584,6 +588,13 @@ def mla_prefill(
 
     The forward pass repeats bitwise. The backward pass repeats bitwise under torch.use_deterministic_algorithms, with
     more matmuls per tile.
+
+    DTensors: all six, on one mesh. Where q_nope and q_pe are Shard on the heads, kv_latent and k_pe are Replicate(),
+    and w_uk and w_uv both Shard(0) or both Replicate(); where they are Shard(0) on a dense batch, so are kv_latent and
+    k_pe, and the weights are Replicate(); elsewhere all are Replicate(). The ranks divide the heads. Each rank attends
+    for its heads and sequences, nothing is moved, and out and lse are DTensors placed like q_nope. The gradient of a
+    tensor that is Replicate() beside sharded queries is Partial(). max_workspace_bytes is that of a rank. Any other
+    placement raises; for sharded sequences see `triton_attn.parallel.context_parallel_mla_prefill`.
 
     Raises:
         TypeError, ValueError: an argument is wrong, max_workspace_bytes is too small, or a sequence or packed batch has

@@ -16,11 +16,6 @@ from .dtensors import attend_rows
 from .heads import HEADS, Inputs, Options
 from .operators import Settings, attend
 
-METHODS = {  # by the number of dimensions of the mesh
-    1: ("auto", "all_gather", "ring", "ulysses"),
-    2: ("auto", ("all_gather", "ulysses"), ("ring", "ulysses")),
-}
-
 
 def context_parallel_attention(
     q: Tensor,
@@ -70,7 +65,8 @@ def context_parallel_attention(
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
             `flash_attention`. Their rows are in the order of the ranks' rows, and their length is a multiple of the
-            ranks. Results are then DTensors placed like q.
+            ranks. DTensors on a mesh without the other ranks of `mesh`, such as mesh["tp"], have this rank's rows.
+            Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"]; with DTensors
             of one. Ranks are counted row by row. Those of two dimensions ascend, and are as far apart in each row.
         method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
@@ -125,7 +121,7 @@ def context_parallel_attention(
     if has_dtensor(q, k, v):
         options |= dict(placing, return_lse=return_lse)
         return attend_rows(context_parallel_attention, DENSE, (q, k, v), (), **options)
-    with errors_for_all(mesh, METHODS):
+    with errors_for_all(mesh):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(4, q, k, v, None, **placing, **options)
     out, lse = attend(HEADS, inputs, settings)
@@ -163,7 +159,8 @@ def context_parallel_attention_varlen(
     as in `context_parallel_attention`, whose table holds with the length of the whole batch for S.
 
     Args:
-        q, k, v: this rank's rows, (rows, heads, dim).
+        q, k, v: this rank's rows, (rows, heads, dim). Or DTensors, as in `context_parallel_attention`; where their mesh
+            has the ranks of `mesh`, load_balance is "head_tail" or None.
         cu_seqlens: (documents + 1,) int32, of the whole batch and the same on all ranks; on q's device or on the CPU.
             The host needs the lengths, to know what travels and which calls to make. On the CPU they cost nothing. On a
             GPU the tensor is read at its first use, a device-to-host sync, and not in the calls after it, such as the
@@ -210,7 +207,7 @@ def context_parallel_attention_varlen(
     if has_dtensor(q, k, v):
         options |= dict(placing, return_lse=return_lse)
         return attend_rows(context_parallel_attention_varlen, PACKED, (q, k, v), (cu_seqlens,), **options)
-    with errors_for_all(mesh, METHODS):
+    with errors_for_all(mesh):
         return_lse = check_bool("return_lse", return_lse)
         inputs, settings = _checked(3, q, k, v, cu_seqlens, **placing, **options)
     out, lse = attend(HEADS, inputs, settings)
@@ -238,7 +235,7 @@ def _checked(
     """A call of (rows, heads, dim). Checks all that needs no other rank and no values; a batch is flattened."""
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
-    check_method(placing["mesh"], METHODS, placing["method"])
+    check_method(placing["mesh"], placing["method"])
     options = layout_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     if k.shape[-3] != q.shape[-3]:
         fail("k", f"q's {q.shape[-3]} rows", k.shape[-3])

@@ -11,17 +11,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from .._host.backend import should_check_values
 from .._host.checks import MAX_ROWS, check_cu_seqlens, fail
 from .agreement import group_of_mesh, refuse
-from .balance import check_load_balance, check_mesh, check_mesh_dims, check_seqlen
+from .balance import check_load_balance, check_mesh_dims, check_seqlen
 from .operators import Settings
 
-Methods = dict[int, tuple[Any, ...]]  # of meshes by their number of dimensions
+METHODS = {  # by the number of dimensions of the mesh
+    1: ("auto", "all_gather", "ring", "ulysses"),
+    2: ("auto", ("all_gather", "ulysses"), ("ring", "ulysses")),
+}
 
 
 @contextlib.contextmanager
-def errors_for_all(mesh: Any, methods: Methods) -> Iterator[None]:
+def errors_for_all(mesh: Any) -> Iterator[None]:
     """An error that this rank raises for its arguments is told to the other ranks. One for the mesh, which does not say
     who they are, is not."""
-    (check_mesh_dims if 2 in methods else check_mesh)(mesh)
+    check_mesh_dims(mesh)
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -30,9 +33,10 @@ def errors_for_all(mesh: Any, methods: Methods) -> Iterator[None]:
         raise
 
 
-def check_method(mesh: DeviceMesh, methods: Methods, method: Any) -> None:
-    if method not in methods[mesh.ndim]:
-        fail("method", " or ".join(map(repr, methods[mesh.ndim])), repr(method))
+def check_method(mesh: DeviceMesh, method: Any) -> None:
+    methods = METHODS[mesh.ndim]
+    if method not in methods:
+        fail("method", " or ".join(map(repr, methods)), repr(method))
 
 
 def settings_of(

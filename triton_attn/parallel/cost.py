@@ -108,9 +108,9 @@ class Sizes:
         return max(self.seqlen - self.rows * self.ranks_per_node, 0)
 
     def takes_ulysses(self, ranks: int) -> bool:
-        """Whether the heads can be divided among the ranks, see `ulysses.check_heads`. Latent vectors have none."""
+        """Whether the heads can be divided among the ranks, see `ulysses.check_heads`."""
         fit = self.num_heads_kv % ranks == 0 or ranks % self.num_heads_kv == 0
-        return self.latent is None and self.num_heads_q % ranks == 0 and fit
+        return self.num_heads_q % ranks == 0 and fit
 
     @property
     def queries(self) -> int:
@@ -230,7 +230,7 @@ def costs(sizes: Sizes, cluster: Cluster = H100) -> dict[str, Cost]:
 def _of_own_heads(s, num_ranks):
     """Of a rank's share of the heads."""
     heads = s.num_heads_q // num_ranks, max(s.num_heads_kv // num_ranks, 1)
-    return replace(s, num_heads_q=heads[0], num_heads_kv=heads[1], inner=None)
+    return replace(s, num_heads_q=heads[0], num_heads_kv=heads[1], key_flops=s.key_flops // num_ranks, inner=None)
 
 
 def _all_gather(s, cluster):
@@ -278,8 +278,8 @@ def _ulysses(s, cluster):
 def _exchanged(s, cluster, inner, rows, inside):
     """Rows of all heads leave, so many rows of some arrive; attention as `inside`; and back. Backward the same."""
     number, per_node = inner.ranks
-    heads = s.num_heads_q + max(s.num_heads_kv, number)
-    row = heads * (s.head_dim + s.head_dim_v) * s.element_size // number
+    own = _of_own_heads(s, number)
+    row = (own.queries + own.outputs + own.keys) * s.element_size
     of_lse = s.num_heads_q * SUMS // number
     size = max(rows - inner.rows, 0) * (row + of_lse)
     outside = max(rows - inner.rows * per_node, 0) * (row + of_lse)

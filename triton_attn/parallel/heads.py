@@ -49,6 +49,10 @@ class HeadAttention(NamedTuple):
     first_head: int = 0
     parameters: tuple[Tensor, ...] = ()
 
+    @property
+    def of_each_head(self) -> tuple[Tensor, ...]:
+        return () if self.sinks is None else (self.sinks,)
+
     def of_heads(self, heads: slice) -> "HeadAttention":
         """With some of the query heads. What belongs to them is copied, and so is aligned as whole tensors are."""
         slopes, sinks = self.options["alibi_slopes"], self.sinks

@@ -3,17 +3,19 @@
 A token has one of each for all heads: 576 elements in DeepSeek's models, whose keys and values of 128 heads have 40960.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..mla.passes import forward_pass, gradients_pass
 from ..mla.schedule import ProblemSizes, choose_schedule
-from .balance import Sharding
+from .balance import Sharding, in_teams
 from .cost import HeadDims
 from .gather import keys_seen
 from .local import Gradients, Mask, Part, Results, Rows
 from .operators import Kind, Settings, register
+from .ulysses import check_heads
 
 
 class Inputs(NamedTuple):
@@ -47,10 +49,23 @@ class LatentAttention(NamedTuple):
     max_workspace_bytes: int
     wants_grad: bool
     sinks: None = None
+    num_heads_kv: int = 1  # a latent vector is exchanged like a key that all heads share
+
+    @property
+    def num_heads(self) -> int:
+        return self.parameters[0].shape[0]
 
     @property
     def head_dim_v(self) -> int:
         return self.parameters[1].shape[1]
+
+    @property
+    def of_each_head(self) -> tuple[Tensor, ...]:
+        return self.parameters
+
+    def of_heads(self, heads: slice) -> "LatentAttention":
+        w_uk, w_uv = self.parameters
+        return self._replace(parameters=(w_uk[heads], w_uv[heads]))
 
     def forward(self, part: Part, rows: Rows, out: Tensor | None = None, with_sinks: bool = True) -> Any:
         tensors = [*part.take(rows), *self.parameters]
@@ -106,6 +121,10 @@ class _Latents(Kind):
         """Whether max_workspace_bytes is enough for the largest call of any rank: a ring that stops halfway would leave
         the others waiting."""
         mask, (heads, nope, rope, rank, dim_v) = self.mask((), settings.options), self.head_dims(inputs)
+        if settings.method == "ulysses" or settings.inner is not None:
+            check_heads(heads, 1, mesh_shape[-1], "q_nope")
+            heads //= mesh_shape[-1]
+            sharding, _ = in_teams(sharding, math.prod(mesh_shape) // mesh_shape[-1])
         num_keys = max(place.num_rows for place in keys_seen(sharding, mask))
         dims = heads, nope, rope, dim_v, rank, inputs.q_nope.element_size()
         sizes = ProblemSizes(max(sharding.num_rows), num_keys, 0.0, *dims)

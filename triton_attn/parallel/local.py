@@ -70,6 +70,14 @@ class Attention(Protocol):
     """
 
     @property
+    def num_heads(self) -> int:
+        """Of the queries of all ranks that exchange them."""
+        ...
+
+    @property
+    def num_heads_kv(self) -> int: ...
+
+    @property
     def head_dim_v(self) -> int: ...
 
     @property
@@ -78,6 +86,15 @@ class Attention(Protocol):
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """The others, to whose gradients every part adds."""
+        ...
+
+    @property
+    def of_each_head(self) -> tuple[Tensor, ...]:
+        """Those with gradients, in the order of these; their first dimension is that of the heads."""
+        ...
+
+    def of_heads(self, heads: slice) -> "Attention":
+        """With some of the query heads."""
         ...
 
     def forward(self, part: "Part", rows: Rows, out: Tensor | None = None, with_sinks: bool = True) -> Any:

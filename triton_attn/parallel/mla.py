@@ -16,8 +16,6 @@ from .dtensors import attend_rows
 from .latent import LATENTS, Inputs, Options
 from .operators import Settings, attend
 
-METHODS = {1: ("auto", "all_gather", "ring")}
-
 
 def context_parallel_mla_prefill(
     q_nope: Tensor,
@@ -29,7 +27,7 @@ def context_parallel_mla_prefill(
     *,
     mesh: DeviceMesh,
     cu_seqlens: Tensor | None = None,
-    method: str = "auto",
+    method: str | tuple[str, str] = "auto",
     load_balance: Any = "head_tail",
     seqlen: int | None = None,
     causal: bool = True,
@@ -49,24 +47,38 @@ def context_parallel_mla_prefill(
     |---|---|---|---|
     | "all_gather" | n D e | n D e + (1 - 1/R) S D 4 | twice the latents seen; backward, twice fp32 gradients too |
     | "ring" | (1 - 1/R) S D e | (1 - 1/R) S D e + S D 4 | two blocks; backward, three of fp32 gradients too |
+    | "ulysses" | (1 - 1/R) S ((Q e + 4 L) / R + D e) | the same | twice whole sequences of its heads; one is kept |
 
-    D = batch * (kv_lora_rank + qk_rope_head_dim); R, S, n and e are those of `context_parallel_attention`. So for 2**20
-    tokens of DeepSeek-V3 in bf16 on 64 ranks, 1.2 GB of latents, all_gather needs 2.4 GB forward and 7.2 GB backward.
-    The ring needs 0.04 and 0.15 GB, and out and the gradients of the rank's queries in fp32, 1.1 and 1.6 GB. The keys
-    and values of heads are computed for those latents alone that a call of attention has, in at most
+    D = batch * (kv_lora_rank + qk_rope_head_dim), Q = batch * num_heads * (qk_nope_head_dim + qk_rope_head_dim +
+    v_head_dim), L = batch * num_heads; R, S, n and e are those of `context_parallel_attention`. Latent vectors have no
+    heads, so "ulysses" brings all of them too. It receives more bytes than the others, and computes the keys and values
+    of a share of the heads alone, where the others compute those of all heads on every rank.
+
+    A mesh of two dimensions is R nodes of G GPUs each, as in `context_parallel_attention`. A rank receives what the
+    table says of "ulysses" with G ranks and a node's rows for S, and what it says of "ring" or "all_gather" with R
+    ranks.
+
+    So for 2**20 tokens of DeepSeek-V3 in bf16 on 64 ranks, 1.2 GB of latents, all_gather needs 2.4 GB forward and 7.2
+    GB backward. The ring needs 0.04 and 0.15 GB, and out and the gradients of the rank's queries in fp32, 1.1 and 1.6
+    GB. The keys and values of heads are computed for those latents alone that a call of attention has, in at most
     max_workspace_bytes at a time.
 
     Args:
         q_nope, q_pe, kv_latent, k_pe: this rank's rows, (batch, rows, ...) as in `mla_prefill`, or (rows, ...) with
             cu_seqlens. Queries and keys have the same positions. With a batch above 1, a tensor whose (batch, rows) are
-            not one dimension is copied.
-        w_uk, w_uv: of all heads that q_nope has, the same on all ranks. Heads can be sharded over another dimension of
-            the mesh, with no change here.
-        mesh: a DeviceMesh of one dimension, such as mesh["cp"].
+            not one dimension is copied. Or, with the weights, DTensors: on the dimension of their mesh that is `mesh`
+            Shard on the sequence, and of weights Replicate(); on other dimensions as in `mla_prefill`. Their rows are
+            in the order of the ranks' rows, and their length is a multiple of the ranks. DTensors on a mesh without the
+            other ranks of `mesh`, such as mesh["tp"], have this rank's rows. Results are DTensors placed like q_nope.
+        w_uk, w_uv: of all heads that q_nope has, the same on all ranks. Ranks of another mesh, as of tensor
+            parallelism, can share the heads: as DTensors, or as plain tensors of their own heads, whose gradients of
+            kv_latent and k_pe are then to be summed over that mesh.
+        mesh: as in `context_parallel_attention`.
         cu_seqlens: (documents + 1,) int32, for packed documents, as in `context_parallel_attention_varlen`: document i
             is the rows [cu_seqlens[i], cu_seqlens[i + 1]) of the whole batch. Rows after the last one belong to none.
-        method: of the table. "auto" is the one with the least predicted time of both passes, as in
-            `context_parallel_attention`.
+        method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
+            needs heads in multiples of the ranks that exchange them. "auto" is the one with the least predicted time of
+            both passes, as in `context_parallel_attention`.
         load_balance: how `shard_sequence` has sharded the rows: "head_tail" or None, or with cu_seqlens "per_document".
         seqlen: the length of the whole sequence, or the rows of the whole packed batch. None: all ranks hold the same
             number of rows.
@@ -82,7 +94,7 @@ def context_parallel_mla_prefill(
 
     Ranks that differ, and a rank that refuses its arguments, raise on all ranks as `context_parallel_attention` does.
     Autograd, activation checkpoints and torch.compile see one operator. The gradients of latent vectors and weights are
-    added up in fp32.
+    added up in fp32; with "ulysses" those of latent vectors are rounded for each share of the heads before.
 
     Raises: as `mla_prefill` and `context_parallel_attention`. max_workspace_bytes must be enough on every rank for the
     rank with most queries.
@@ -102,7 +114,7 @@ def context_parallel_mla_prefill(
         layout = LATENTS_DENSE if cu_seqlens is None else LATENTS_PACKED
         options |= dict(placing, cu_seqlens=cu_seqlens, return_lse=return_lse)
         return attend_rows(context_parallel_mla_prefill, layout, tensors, (), **options)
-    with errors_for_all(mesh, METHODS):
+    with errors_for_all(mesh):
         return_lse = check_bool("return_lse", return_lse)
         tensors = autocast(*tensors)
         inputs, settings = _checked(tensors, cu_seqlens, **placing, **options)
@@ -124,7 +136,7 @@ def _checked(
     **placing: Any,
 ) -> tuple[Inputs, Settings]:
     """A call of (rows, ...). Checks all that needs no other rank and no values; a batch is flattened."""
-    check_method(placing["mesh"], METHODS, placing["method"])
+    check_method(placing["mesh"], placing["method"])
     is_packed = cu_seqlens is not None
     check_prefill_tensors(tensors, is_packed, mode)
     q_nope, q_pe, kv_latent, _, w_uk, w_uv = tensors

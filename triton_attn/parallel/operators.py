@@ -240,7 +240,8 @@ def _problem_of(kind, sharding, settings, head_dims, others, groups):
         number, rank = (1, 0) if inner is None else (groups.shape[0], rank)
         sharding, teams = in_teams(sharding, number)
         of_heads = outer if inner is None else inner
-        exchange = ulysses.Exchange(of_heads, dist.get_rank(of_heads), teams[rank], method)
+        of_rows = kind.shapes_of_rows(head_dims), kind.num_queries
+        exchange = ulysses.Exchange(of_heads, dist.get_rank(of_heads), teams[rank], method, *of_rows)
     options = settings.options
     attention = kind.attention(others, options, head_dims)
     return Problem(sharding, kind.mask(others, options), attention, outer, rank), method, exchange
@@ -318,9 +319,9 @@ def _fake(kind, *args):
     dtype, kept = dtype_of_sums(like), []
     if settings.method == "ulysses" or settings.inner is not None:
         num_ranks = _groups_of(settings).shape[-1]
-        heads, heads_kv = num_heads // num_ranks, max(head_dims[1] // num_ranks, 1)
-        seqlen = _num_kept(settings, inputs.cu_seqlens)
-        num_elements = heads * head_dims[2] + heads_kv * (head_dims[2] + head_dim_v)
+        heads, seqlen = num_heads // num_ranks, _num_kept(settings, inputs.cu_seqlens)
+        shares = ulysses.shapes_of_share(kind.shapes_of_rows(head_dims), num_ranks)
+        num_elements = sum(number * dim for number, dim in shares)
         shapes = (seqlen, num_elements), (seqlen, heads, head_dim_v), (heads, seqlen)
         dtypes = like.dtype, like.dtype, dtype
         kept = [like.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]

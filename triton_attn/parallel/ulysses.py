@@ -1,7 +1,8 @@
 """Method "ulysses": ranks exchange rows for heads, and each attends to whole sequences for some of the heads.
 
-A KV head goes only to ranks that have a query head of its group. A rank keeps what it receives in the forward pass for
-the backward pass, instead of its own rows.
+A KV head goes only to ranks that have a query head of its group. Latent vectors, which have no heads, go to all ranks
+as a single KV head would, and each computes from them the keys and values of its heads. A rank keeps what it receives
+in the forward pass for the backward pass, instead of its own rows.
 
 Source: Jacobs et al., DeepSpeed Ulysses (2023), arXiv:2309.14509.
 """
@@ -26,6 +27,8 @@ class Exchange(NamedTuple):
     rank: int
     team: Team
     method: Any
+    shapes: list[tuple[int, ...]]  # of a row of each tensor with rows, of all heads
+    num_queries: int  # of these tensors; keys follow
 
     @property
     def num_ranks(self) -> int:
@@ -36,11 +39,16 @@ class Exchange(NamedTuple):
         return sum(self.team.num_rows)
 
 
-def check_heads(num_heads_q: int, num_heads_kv: int, num_ranks: int) -> None:
+def check_heads(num_heads_q: int, num_heads_kv: int, num_ranks: int, name: str = "q") -> None:
     if num_heads_q % num_ranks:
-        fail("q", f"query heads in multiples of {num_ranks} ranks for 'ulysses'", num_heads_q)
+        fail(name, f"query heads in multiples of {num_ranks} ranks for 'ulysses'", num_heads_q)
     if num_heads_kv % num_ranks and num_ranks % num_heads_kv:
         fail("k", f"KV heads that divide {num_ranks} ranks or are a multiple of them for 'ulysses'", num_heads_kv)
+
+
+def shapes_of_share(shapes: list[tuple[int, ...]], num_ranks: int) -> list[tuple[int, int]]:
+    """(heads, dim) of a row of each tensor, of the heads that a rank receives."""
+    return [(max(shape[0] // num_ranks, 1) if len(shape) > 1 else 1, shape[-1]) for shape in shapes]
 
 
 def forward(problem: Problem, rows: Rows, over: Exchange) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -48,7 +56,7 @@ def forward(problem: Problem, rows: Rows, over: Exchange) -> tuple[Tensor, Tenso
     check_heads(problem.attention.num_heads, problem.attention.num_heads_kv, over.num_ranks)
     tensors = *rows.queries, *rows.keys
     joined = _exchange_for_heads(over, [_heads_by_rank(x, over.num_ranks).flatten(2) for x in tensors])
-    out, lse = over.method.forward(_of_own_heads(problem, over), _split_rows(problem, over, joined))
+    out, lse = over.method.forward(_of_own_heads(problem, over), _split_rows(over, joined))
     of_rows = _to_rows(over, torch.cat([out.flatten(1), _as(out.dtype, lse.T)], 1))
     num_elements = out.shape[1:].numel()
     own_out = _heads_together(of_rows[..., :num_elements].unflatten(2, out.shape[1:]))
@@ -57,7 +65,7 @@ def forward(problem: Problem, rows: Rows, over: Exchange) -> tuple[Tensor, Tenso
 
 
 def backward(problem: Problem, kept: list[Tensor], dout: Tensor, dlse: Tensor | None, over: Exchange) -> Gradients:
-    """Gradients of the rows and, of the sinks, this rank's part, where there are some."""
+    """Gradients of the rows and, of the parameters, this rank's part."""
     joined, out, lse = kept
     if dlse is None:  # of this rank; others may have one
         dlse = lse.new_zeros((dout.shape[1], dout.shape[0]))
@@ -68,15 +76,15 @@ def backward(problem: Problem, kept: list[Tensor], dout: Tensor, dlse: Tensor | 
     dout = douts[:, :num_elements].contiguous().unflatten(1, out.shape[1:])
     dlse = _as(lse.dtype, douts[:, num_elements:]).T
 
-    rows = _split_rows(problem, over, joined)
-    of_queries, of_keys, of_sinks = over.method.backward(_of_own_heads(problem, over), rows, dout, dlse, out, lse)
+    rows = _split_rows(over, joined)
+    of_queries, of_keys, of_own = over.method.backward(_of_own_heads(problem, over), rows, dout, dlse, out, lse)
     by_rank = _to_rows(over, torch.cat([x.flatten(1) for x in (*of_queries, *of_keys)], 1))
-    attention = problem.attention
-    for i, of_own in enumerate(of_sinks):
-        of_sinks[i] = torch.zeros_like(attention.sinks)
-        of_sinks[i][_own_heads(problem, over)] = of_own
-    dq, *of_keys = map(_heads_together, _split(problem, over, by_rank, 2))
-    return [dq], [_sum_of_copies(x, attention.num_heads_kv) for x in of_keys], of_sinks
+    found = [_of_all_heads(x, shape) for x, shape in zip(_split(over, by_rank, 2), over.shapes)]
+    parameters = []
+    for x, of_x in zip(problem.attention.of_each_head, of_own):
+        parameters.append(of_x.new_zeros(x.shape))
+        parameters[-1][_own_heads(problem, over)] = of_x
+    return found[: over.num_queries], found[over.num_queries :], parameters
 
 
 def _own_heads(problem, over):
@@ -105,6 +113,7 @@ def _to_rows(over, x):
 
 def _heads_by_rank(x, num_ranks):
     """(ranks, rows, heads of the rank, dim); a head for each of the ranks that share it."""
+    x = x.unsqueeze(1) if x.ndim == 2 else x
     x = x.repeat_interleave(num_ranks // x.shape[1], 1) if x.shape[1] < num_ranks else x
     return x.unflatten(1, (num_ranks, -1)).transpose(0, 1)
 
@@ -114,25 +123,23 @@ def _heads_together(by_rank):
     return torch.cat(list(by_rank), 1)
 
 
-def _sum_of_copies(x, num_heads):
-    """Gradients of num_heads heads, of which x has as many copies each."""
-    if x.shape[1] == num_heads:
-        return x
-    return x.unflatten(1, (num_heads, -1)).sum(2, dtype=dtype_of_sums(x)).to(x.dtype)
+def _of_all_heads(by_rank, shape):
+    """Gradients (rows, *shape) of all heads, from those of each rank's; of a head that several have, the sum."""
+    x, num_heads = _heads_together(by_rank), shape[0] if len(shape) > 1 else 1
+    if x.shape[1] != num_heads:
+        x = x.unflatten(1, (num_heads, -1)).sum(2, dtype=dtype_of_sums(x)).to(x.dtype)
+    return x if len(shape) > 1 else x[:, 0]
 
 
-def _split_rows(problem, over, joined):
-    """The Rows of a rank's heads, whose q, k and v are side by side."""
-    q, *keys = _split(problem, over, joined)
-    return Rows((q,), tuple(keys))
+def _split_rows(over, joined):
+    """The Rows of a rank's heads, whose queries and keys are side by side."""
+    tensors = [x if len(shape) > 1 else x[:, 0] for x, shape in zip(_split(over, joined, 1), over.shapes)]
+    return Rows(tuple(tensors[: over.num_queries]), tuple(tensors[over.num_queries :]))
 
 
-def _split(problem, over, joined, dim=1):
-    """Views of q, k and v of a rank's heads, which are side by side in `dim`."""
-    attention, head_dim_v = problem.attention, problem.attention.head_dim_v
-    heads, heads_kv = attention.num_heads // over.num_ranks, max(attention.num_heads_kv // over.num_ranks, 1)
-    head_dim = (joined.shape[dim] - heads_kv * head_dim_v) // (heads + heads_kv)
-    shapes = (heads, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v)
+def _split(over, joined, dim):
+    """Views (..., heads, dim) of the tensors of a rank's heads, which are side by side in `dim`."""
+    shapes = shapes_of_share(over.shapes, over.num_ranks)
     return [x.unflatten(dim, shape) for x, shape in zip(joined.split([a * b for a, b in shapes], dim), shapes)]
 
 

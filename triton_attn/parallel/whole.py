@@ -19,12 +19,14 @@ def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
     """Gradients of the rows and of the parameters; results are dout, dlse, out and lse."""
     given, dsinks = results_of(problem, *results)
+    number, like = len(rows.queries), rows.queries[0]
     found = [torch.zeros_like(x) for x in (*rows.queries, *rows.keys)]
+    parameters = [torch.zeros_like(x) for x in problem.attention.parameters]
     for part in _parts(problem.sharding, problem.mask):  # one at most, from the first row on
-        of_queries, of_keys, _ = problem.attention.gradients(part, given, rows)
-        found = [pad(x, (0, 0, 0, 0, 0, rows.queries[0].shape[0] - x.shape[0])) for x in (*of_queries, *of_keys)]
-    number = len(rows.queries)
-    return found[:number], found[number:], [] if dsinks is None else [dsinks]
+        of_queries, of_keys, parameters = problem.attention.gradients(part, given, rows)
+        missing = like.shape[0] - part.queries.size
+        found = [pad(x.to(like.dtype), (0, 0) * (x.ndim - 1) + (0, missing)) for x in (*of_queries, *of_keys)]
+    return found[:number], found[number:], [*parameters, *([] if dsinks is None else [dsinks])]
 
 
 @functools.lru_cache(maxsize=64)

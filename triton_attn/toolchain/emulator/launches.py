@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import mmap
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import triton
 from triton.runtime.autotuner import Autotuner
 
 from triton_attn.toolchain import compilation
-from triton_attn.toolchain.emulator import core
+from triton_attn.toolchain.emulator import core, stub
 from triton_attn.toolchain.emulator import counts as counting
 from triton_attn.toolchain.emulator.decode import Program, mapped_constants
 
@@ -115,9 +114,10 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
     """Inside it, `kernel[grid](...)` on CPU tensors compiles for `arch` and runs; needs no GPU and no driver.
 
     Launches take the ordinary path through Triton's own launcher: a stub of libcuda receives the parameters and tensor
-    maps that a GPU's driver would get. This package's public functions run their kernels inside it. A program's shared
-    memory is NaN until it is written. In global memory kernels may touch only the elements of their tensor arguments,
-    including those in tuples and tensor descriptors. The first use needs a C++ compiler.
+    maps that a GPU's driver would get. The driver of a GPU that is there is not called, and works as before afterwards.
+    This package's public functions run their kernels inside it. A program's shared memory is NaN until it is written.
+    In global memory kernels may touch only the elements of their tensor arguments, including those in tuples and tensor
+    descriptors. The first use needs a C++ compiler.
 
     Checked:
 
@@ -152,9 +152,9 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
     Raises:
         NotImplementedError: `arch` is a target of compile_only that is not emulated; at a launch, an instruction is
             not, with its source line.
-        ValueError: `schedule` or `arch` is in no list.
-        RuntimeError: TRITON_INTERPRET is set, the process has a GPU or a real libcuda, there is no C++ compiler, or
-            `emulate` or `compile_only` is open; at a launch, a driver would refuse it.
+        ValueError: `schedule` or `arch` is in no list; at a launch, a tensor is not on the CPU.
+        RuntimeError: TRITON_INTERPRET is set, there is no C++ compiler, or `emulate` or `compile_only` is open; at a
+            launch, a driver would refuse it.
 
     Example:
         >>> from triton_attn.toolchain import emulate
@@ -172,8 +172,6 @@ def emulate(arch, *, schedule="random", seed=0, strict=True, limit=100_000_000, 
         raise ValueError(f"schedule: expected {', '.join(SCHEDULES)}, got {schedule!r}")
     if triton.knobs.runtime.interpret:
         raise RuntimeError("emulate needs a process without TRITON_INTERPRET, where kernels are compiled")
-    if torch.cuda.is_available():
-        raise RuntimeError("emulate needs a process without a GPU (CUDA_VISIBLE_DEVICES= does not unload its driver)")
     if isinstance(triton.runtime.driver._active, compilation._Driver):
         raise RuntimeError(f"emulate({arch!r}) inside another emulate or compile_only")
     emulator = _Emulator(schedule, seed, strict, limit, list(read_only), edit, counts)
@@ -214,8 +212,7 @@ class _Driver(compilation._Driver):
 
     def __init__(self, emulator, arch, every_launch):
         super().__init__(arch, every_launch)
-        from triton.backends.nvidia import driver as nvidia
-
+        nvidia = stub.nvidia_driver()
         self.emulator, self.nvidia, self.cuda = emulator, nvidia, nvidia.CudaUtils()
         self.names = []
 
@@ -266,14 +263,12 @@ class _Emulator:
 
     @contextlib.contextmanager
     def stub(self, arch):
-        library = _stub()
         callback_type = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_uint] * 3, ctypes.POINTER(ctypes.c_void_p))
         callback = callback_type(self.launched)
-        slot = ctypes.c_void_p.in_dll(library, "stub_launch")
-        variables = {"STUB_ARCH": arch.removeprefix("sm_"), "TRITON_LIBCUDA_PATH": str(Path(library._name).parent)}
+        slot = ctypes.c_void_p.in_dll(stub.library(), "stub_launch")
         allocator = triton.runtime._allocation._allocator
         previous = allocator.get()
-        with core.environment(variables, os.environ):
+        with core.environment({"STUB_ARCH": arch.removeprefix("sm_")}, os.environ):
             slot.value = ctypes.cast(callback, ctypes.c_void_p).value
             allocator.set(self.allocate)
             try:
@@ -388,16 +383,6 @@ def _fault(program, memory, grid, report):
     )
 
 
-@functools.cache
-def _stub():
-    """The stub driver, under the name by which Triton's own C code will look for it."""
-    path = core.built("stub_libcuda.c", "libcuda.so.1", ["-Wl,-soname,libcuda.so.1"])
-    loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    if ctypes.CDLL("libcuda.so.1")._handle != loaded._handle:
-        raise RuntimeError("emulate needs a process that has not loaded a real libcuda")
-    return loaded
-
-
 @functools.lru_cache(maxsize=256)
 def _decoded(ptx):
     return Program(ptx)
@@ -463,6 +448,9 @@ class Memory:
 
     def __init__(self, arguments, scratch=(), read_only=()):
         self.tensors = [item for name, value in arguments.items() for item in _tensors_in(name, value)]
+        for name, tensor in self.tensors:
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{name}: expected a CPU tensor, which the emulator can read, got {tensor.device}")
         self.tensors += [("scratch memory", tensor) for tensor in scratch]
         self.fixed = {tensor.untyped_storage().data_ptr() for tensor in read_only}
         self.constants = []
