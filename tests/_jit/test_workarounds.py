@@ -18,7 +18,15 @@ from triton_attn._host.descriptors import unchecked_descriptor
 from triton_attn._host.options import AttentionOptions
 from triton_attn._host.tuned import forget_plans
 from triton_attn._jit.args import Strides, View
-from triton_attn._jit.workarounds import apart, computed_again, dot_once, fence_copies, in_vectors, multiple_of
+from triton_attn._jit.workarounds import (
+    apart,
+    computed_again,
+    dot_once,
+    fence_copies,
+    in_vectors,
+    loaded_once,
+    multiple_of,
+)
 from triton_attn.dense import backward
 from triton_attn.flash import forward
 from triton_attn.mla import absorbed
@@ -95,6 +103,35 @@ def _multiply_kernel(a_ptr, b_ptr, out_ptr, num_tiles, stride, FENCE: tl.constex
             fence_copies()
         acc = tl.dot(a, b, acc)
     tl.store(out_ptr + rows * stride + columns, acc)
+
+
+@triton.jit
+def _scaled_scores_kernel(x_ptr, scales_ptr, out_ptr, num_tiles, ONCE: tl.constexpr):
+    """Like attention, with a scale for each key."""
+    rows, keys, columns = tl.arange(0, 128)[:, None], tl.arange(0, 64), tl.arange(0, 64)[None, :]
+    q = tl.load(x_ptr + rows * 64 + columns)
+    acc = tl.zeros([128, 64], tl.float32)
+    for i in tl.range(0, num_tiles, num_stages=3):
+        k = tl.load(x_ptr + (i * 64 + keys)[:, None] * 64 + columns)
+        fence_copies()
+        scales = tl.load(scales_ptr + i * 64 + keys)
+        if ONCE:
+            scales = loaded_once(scales)
+        acc = tl.dot((tl.dot(q, k.T) * scales[None, :]).to(q.dtype), k, acc)
+    tl.store(out_ptr + rows * 64 + columns, acc.to(q.dtype))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_triton_3_6_alone_loads_a_vector_in_the_layout_of_scores(arch, once):
+    """A thread copies two vectors of keys, and one scale or those of all its scores."""
+    x, scales = torch.empty(1024, 64, dtype=torch.bfloat16), torch.empty(1024)
+    with compile_only(arch) as launches:
+        _scaled_scores_kernel[(1,)](x, scales, x, 16, ONCE=once, num_warps=8)
+    (launch,) = launches
+    more_copies = loop_model.analyze(launch.kernel).hot.async_copies > 3
+    assert more_copies == (not once and triton.__version__.startswith("3.6."))
 
 
 @triton.jit(do_not_specialize=["num_tiles", "end"])

@@ -55,7 +55,6 @@ KNOWN_SPILLS = {
     ("sm_80", 40, "prefill", "contiguous"): 24,
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
-    ("sm_90", 128, "prefill", "int8, inline"): 16,
     ("sm_90", 512, "decode", "packed"): 32,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
@@ -220,6 +219,18 @@ def test_packed_values_are_copied_in_vectors(page_size):
         launch, *_ = compile_default("sm_90", 128, "decode", variant, page_size=page_size)
         copies.append(loop_model.analyze(launch.kernel).hot.async_copies)
     assert copies[1] >= copies[0] > 0
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("rows", ["decode", "prefill"])
+def test_scales_of_tokens_are_copied_once(rows):
+    """A thread copies one scale of keys, one of values, and one more page number for their addresses."""
+    copies = {}
+    for variant in ("fp8", "fp8, token"):
+        launch, *_ = compile_default("sm_90", 128, rows, variant)
+        copies[variant] = loop_model.analyze(launch.kernel).hot.async_copies
+    assert copies["fp8"] > 0
+    assert copies["fp8, token"] <= copies["fp8"] + 3
 
 
 @pytest.mark.ci(but_each=4)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .workarounds import multiple_of
+from .workarounds import loaded_once, multiple_of
 
 
 class Cached(NamedTuple):
@@ -89,7 +89,7 @@ def load_token_scales(scales, cached, mask, head):
     """The factors of a head of the keys at these Cached positions, (keys,); 0 outside of mask. scales is a View."""
     offsets = cached.outer * scales.strides.batch + cached.slot * scales.strides.row
     ptr = scales.ptr + tl.cast(head, tl.int64) * scales.strides.head
-    return tl.load(ptr + offsets, mask=mask, other=None if mask is None else 0.0)
+    return loaded_once(tl.load(ptr + offsets, mask=mask, other=None if mask is None else 0.0))
 
 
 @triton.jit

@@ -96,6 +96,17 @@ def of_head(view, head, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def loaded_once(x):
+    """The same vector, which stays loaded in one layout.
+
+    Triton 3.6 moves a change of the layout before the load of a vector that is shorter than the number of threads. In
+    that of a tile of scores each thread would copy 16 scales to shared memory, not one, and compute 16 addresses. It
+    does not move the change before a sum. Triton 3.9 does not move it, and the sum costs up to 1 % of `lock` there.
+    """
+    return tl.sum(x[:, None], 1)
+
+
+@triton.jit
 def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
     """acc + a @ b.T under a condition that always holds, but that the compiler cannot evaluate.
 
