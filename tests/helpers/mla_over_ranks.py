@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_attn import mla_prefill, reference
 from triton_attn.parallel import context_parallel_mla_prefill, latent
-from triton_attn.parallel.cost import HeadDims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,7 @@ class Case(parallel_ranks.Case):
 
     @property
     def head_dims(self):
-        of_head = self.head_dim + self.rope, self.head_dim_v
-        key_flops = 2 * self.rank * self.num_heads_q * (self.head_dim + self.head_dim_v)
-        return HeadDims(self.num_heads_q, self.num_heads_q, *of_head, self.elements_of_key, key_flops)
+        return latent.LATENTS.costs_of((self.num_heads_q, self.head_dim, self.rope, self.rank, self.head_dim_v))
 
     def inputs(self):
         return Inputs(self)
