@@ -92,7 +92,7 @@ class Inputs(parallel_ranks.WholeTensors):
             dq_pe=row * largest(rope_keys),
             dk_pe=of_k_pe * self.case.num_heads_q**0.5,
             dkv_latent=of_k_nope * torch.linalg.vector_norm(w_uk, dim=(0, 1)).max().item(),
-            dw_uk=of_k_nope * torch.linalg.vector_norm(latents.flatten(0, -2), dim=0).max().item(),
+            dw_uk=of_k_nope * largest(latents) * self.case.batch**0.5,
         )
 
 
