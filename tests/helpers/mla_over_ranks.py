@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_attn import mla_prefill, reference
 from triton_attn.parallel import context_parallel_mla_prefill, latent
-from triton_attn.parallel.cost import HeadDims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,7 @@ class Case(parallel_ranks.Case):
 
     @property
     def head_dims(self):
-        of_head = self.head_dim + self.rope, self.head_dim_v
-        key_flops = 2 * self.rank * self.num_heads_q * (self.head_dim + self.head_dim_v)
-        return HeadDims(self.num_heads_q, self.num_heads_q, *of_head, self.elements_of_key, key_flops)
+        return latent.LATENTS.costs_of((self.num_heads_q, self.head_dim, self.rope, self.rank, self.head_dim_v))
 
     def elements_of_share(self, ranks):
         of_head = self.head_dim + self.rope + self.head_dim_v
@@ -99,7 +96,7 @@ class Inputs(parallel_ranks.WholeTensors):
             dq_pe=row * largest(rope_keys),
             dk_pe=of_k_pe * self.case.num_heads_q**0.5,
             dkv_latent=of_k_nope * torch.linalg.vector_norm(w_uk, dim=(0, 1)).max().item(),
-            dw_uk=of_k_nope * torch.linalg.vector_norm(latents.flatten(0, -2), dim=0).max().item(),
+            dw_uk=of_k_nope * largest(latents) * self.case.batch**0.5,
         )
 
 

@@ -36,7 +36,7 @@ from triton_attn.parallel import (
     unshard_sequence,
 )
 from triton_attn.parallel.balance import sharding_of_batch
-from triton_attn.parallel.cost import HeadDims, costs, ranks_of, sizes_of
+from triton_attn.parallel.cost import costs, ranks_of, sizes_of
 from triton_attn.parallel.local import Mask
 from triton_attn.testing import assert_close_to_reference
 
@@ -84,7 +84,7 @@ class Case:
 
     @property
     def head_dims(self):
-        return HeadDims(self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v)
+        return heads.HEADS.costs_of((self.num_heads_q, self.num_heads_kv, self.head_dim, self.head_dim_v))
 
     def inputs(self):
         return Inputs(self)

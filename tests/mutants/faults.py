@@ -83,6 +83,13 @@ GROUPS = {
     "EMULATED_WIDE": (_run("tests/toolchain/test_emulated_kernels.py", "-k", "chains", compiled=True),),
     "SHARDS": (_run("tests/flash/test_shards.py"),),
     "PARALLEL": (_run("tests/parallel"),),
+    "GRAPHS": (_run("tests/parallel/test_context_parallel.py", "-k", "compiled or graph"),),
+    "FAKES": (_run("tests/parallel/test_random_parallel.py", "tests/parallel/test_random_mla.py", "-k", "shapes"),),
+    "DTENSORS": (_run("tests/parallel/test_dtensors.py"),),
+    "MLA_PARALLEL": (_run("tests/parallel/test_mla_prefill.py"), _run("tests/parallel/test_random_mla.py")),
+    "MLA_EXCHANGES": (
+        _run("tests/parallel/test_mla_prefill.py", "-k", "bytes or calls or fsdp or workspace or compared"),
+    ),
     "SHARDING": (_run("tests/parallel/test_sharding.py"),),
     "ERRORS": (
         _run("tests/flash/test_errors.py", "tests/paged/test_errors.py", "tests/mla/test_errors.py"),
@@ -1074,26 +1081,58 @@ FAULTS = (
     ),
     Fault("D22", "triton_attn/parallel/heads.py", "first_head=heads.start)", "first_head=0)", "PARALLEL"),
     Fault("D23", "triton_attn/parallel/balance.py", "for _, rows in sorted(found)", "for _, rows in found", "SHARDING"),
-    Fault("D24", "triton_attn/parallel/operators.py", "        if missing:", "        if False:", "PARALLEL"),
-    Fault("D25", "triton_attn/parallel/operators.py", "pad(lse_of_heads, (0, missing))", "lse_of_heads", "PARALLEL"),
-    Fault("D26", "triton_attn/parallel/latent.py", "part.window != (-1, -1)", "True", "PARALLEL"),
-    Fault("D27", "triton_attn/mla/autograd.py", "[x[..., heads, :]", "[x[..., : heads.stop - first, :]", "PARALLEL"),
-    Fault("D28", "triton_attn/parallel/local.py", "total += gradient", "total.copy_(gradient)", "PARALLEL"),
-    Fault("D29", "triton_attn/mla/reference.py", "found[2] += ", "found[2] - ", "PARALLEL"),
+    Fault("D24", "triton_attn/parallel/operators.py", "        if missing:", "        if False:", "FAKES"),
+    Fault("D25", "triton_attn/parallel/operators.py", "pad(lse_of_heads, (0, missing))", "lse_of_heads", "FAKES"),
+    Fault("D26", "triton_attn/parallel/latent.py", "part.window != (-1, -1)", "True", "MLA_PARALLEL"),
+    Fault(
+        "D27", "triton_attn/mla/autograd.py", "[x[..., heads, :]", "[x[..., : heads.stop - first, :]", "MLA_PARALLEL"
+    ),
+    Fault("D28", "triton_attn/parallel/local.py", "total += gradient", "total.copy_(gradient)", "MLA_PARALLEL"),
+    Fault("D29", "triton_attn/mla/reference.py", "found[2] += ", "found[2] - ", "MLA_PARALLEL"),
     Fault(
         "D30",
         "triton_attn/parallel/agreement.py",
         "hashlib.blake2b(content,",
         "hashlib.blake2b(content[:0],",
-        "PARALLEL",
+        "MLA_EXCHANGES",
     ),
-    Fault("D31", "triton_attn/parallel/dtensors.py", "if whole % number:", "if False:", "PARALLEL"),
+    Fault("D31", "triton_attn/parallel/dtensors.py", "if whole % number:", "if False:", "DTENSORS"),
     Fault(
         "D32",
         "triton_attn/parallel/operators.py",
         "    if settings.batch is None or settings.inner is not None:\n",
         "    if True:\n",
-        "PARALLEL",
+        "GRAPHS",
+    ),
+    Fault("D40", "triton_attn/parallel/latent.py", "dim_v, rank + rope, 2", "dim_v, rank, 2", "MLA_EXCHANGES"),
+    Fault(
+        "D41",
+        "triton_attn/parallel/latent.py",
+        "[(heads, nope), (heads, rope),",
+        "[(heads, rope), (heads, nope),",
+        "FAKES",
+    ),
+    Fault(
+        "D42", "triton_attn/parallel/ring.py", "if pairs and pairs[-1].keys == pair.keys:", "if False:", "MLA_EXCHANGES"
+    ),
+    Fault(
+        "D43",
+        "triton_attn/parallel/latent.py",
+        "of_rows[2:], found[4:]",
+        "of_rows[2:], [x.new_zeros(x.shape) for x in found[4:]]",
+        "MLA_EXCHANGES",
+    ),
+    Fault("D44", "triton_attn/parallel/latent.py", "num_keys = max(", "num_keys = min(", "MLA_EXCHANGES"),
+    Fault(
+        "D45",
+        "triton_attn/parallel/latent.py",
+        "ProblemSizes(max(sharding.num_rows)",
+        "ProblemSizes(min(sharding.num_rows)",
+        "MLA_EXCHANGES",
+    ),
+    Fault("D46", "triton_attn/mla/reference.py", "minus_delta[of_lse]", "minus_delta[of_lse] * 0", "MLA_PARALLEL"),
+    Fault(
+        "D47", "triton_attn/parallel/ring.py", "if step + 1 < len(problem.ranks) else", "if True else", "MLA_EXCHANGES"
     ),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(

@@ -193,7 +193,7 @@ def test_calls_of_the_ring(tmp_path, monkeypatch):
         Case(method="ring", batch=3, options={}),
         Case(method="ring", documents=(40, 33, 1, 50), load_balance="per_document"),
     ]
-    assert run(check_calls, cases, 2, tmp_path / "store") == []
+    assert run(check_calls, cases, 4, tmp_path / "store") == []
 
 
 def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):

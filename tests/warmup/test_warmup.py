@@ -1,6 +1,7 @@
 """After a warm-up nothing that a server calls is compiled; also output and errors of the function and the command."""
 
 import inspect
+import itertools
 import os
 import random
 import subprocess
@@ -253,6 +254,34 @@ def test_context_parallel_training_compiles_nothing_after_a_warmup(warmed, rank_
         train_over_ranks(rank_of_four, method, sinks and torch.empty(8, dtype=sinks, requires_grad=True), dropout_p)
     assert set(met) <= kernels
     assert {kernel.name for kernel in met} >= {"_flash_fwd_kernel", "_flash_bwd_delta_kernel"}
+    assert len(met) > 3
+
+
+def prefill_over_ranks(model, mesh):
+    """Prompts, and packed ones, of which each rank has a part, by each method and schedule."""
+    nope, rope, rank = model.head_dim - model.qk_rope_head_dim, model.qk_rope_head_dim, model.kv_lora_rank
+    weights = [torch.empty(model.num_heads_q, dim, rank, dtype=BF16) for dim in (nope, 128)]
+    placings = (1, 40, "head_tail"), (2, 801, None), (1, 2049, "head_tail"), (1, 4097, None)
+    modes = "auto", "fused", "absorbed", "materialized"
+    for method, mode, (batch, seqlen, balance) in itertools.product(("all_gather", "ring"), modes, placings):
+        num_rows = sharding_of_batch(batch, seqlen, 4, balance).num_rows[mesh.get_local_rank()]
+        q = torch.empty(num_rows, model.num_heads_q, nope + rope, dtype=BF16).split([nope, rope], -1)
+        rows = *q, *torch.empty(num_rows, rank + rope, dtype=BF16).split([rank, rope], -1)
+        options = dict(mesh=mesh, method=method, mode=mode, seqlen=seqlen, load_balance=balance)
+        of_batch = [x.unflatten(0, (batch, -1)) for x in rows]
+        parallel.context_parallel_mla_prefill(*of_batch, *weights, **options)
+        if batch == 1:
+            cu_seqlens = torch.tensor([0, seqlen // 3, seqlen], dtype=torch.int32)
+            parallel.context_parallel_mla_prefill(*rows, *weights, cu_seqlens=cu_seqlens, **options)
+
+
+@pytest.mark.compiled
+def test_context_parallel_prefill_compiles_nothing_after_a_warmup(warmed, rank_of_four):
+    model = model_named("deepseek-v2-lite")
+    kernels = warmed(model.name.lower(), context_parallel_size=4, functions=["mla_prefill"], max_seqlen=4096)
+    with record_specializations(ARCH) as met:
+        prefill_over_ranks(model, rank_of_four)
+    assert set(met) <= kernels
     assert len(met) > 3
 
 

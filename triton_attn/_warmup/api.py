@@ -78,9 +78,9 @@ def warmup(
         kv_lora_rank, qk_rope_head_dim: for MLA; head_dim is then qk_nope_head_dim + qk_rope_head_dim.
         tensor_parallel_size: GPUs that share the heads. Each has num_heads / tensor_parallel_size, and at least one.
         context_parallel_size: GPUs that share the keys, as in `triton_attn.parallel`. Calls over a cache then have a
-            key_shard, of every rank, and flash_attention is also called for the parts of a sequence, with `shard` and
-            without. The heads are those that a rank attends with: all of them for heads="sharded", and for "ulysses"
-            its share, by tensor_parallel_size.
+            key_shard, of every rank, and flash_attention and mla_prefill are also called for the parts of a sequence,
+            the first with `shard` and without. The heads are those that a rank attends with: all of them for
+            heads="sharded", and for "ulysses" its share, by tensor_parallel_size.
         interleave: of key_shard: keys in a row that a rank holds. It divides page_size.
         dtype: of queries: fp16, bf16 or fp32.
         kv_cache_dtype: None means dtype. Otherwise float8_e4m3fn, float8_e5m2 or int8, with every kind of scale; with

@@ -92,6 +92,11 @@ class Workload:
         return (False, True) if self.context_parallel_size == 1 else (True,)
 
     @property
+    def causal_choices(self):
+        """causal of a prefill of latent vectors. Over ranks the queries of some parts see all of their keys."""
+        return {self.causal, self.causal and self.context_parallel_size == 1}
+
+    @property
     def parts(self):
         """Options of flash attention: of a whole call, and of the parts that `triton_attn.parallel` makes of it. Parts
         are with or without positions and sinks, and in some of them every query sees every key."""
@@ -390,11 +395,12 @@ def call_mla_prefill(work):
 def _prefill(work, num_tokens, return_lse, latents=None, **options):
     inputs = *work.latent_queries(1, num_tokens), *(latents or work.latents(1, num_tokens))
     weights = work.latent_weights()
-    options |= dict(causal=work.causal, return_lse=return_lse)
     cu_seqlens = indices(2)
     packed = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=num_tokens, max_seqlen_k=num_tokens)
-    mla_prefill(*inputs, *weights, **options)
-    mla_prefill(*(x[0] for x in inputs), *weights, **packed, **options)
+    for causal in work.causal_choices:
+        options |= dict(causal=causal, return_lse=return_lse)
+        mla_prefill(*inputs, *weights, **options)
+        mla_prefill(*(x[0] for x in inputs), *weights, **packed, **options)
 
 
 # Keyed by the names that `warmup` takes.

@@ -87,13 +87,6 @@ class _Heads(Kind):
     name = "context_parallel_attention"
     inputs, options = Inputs, Options
     num_queries, num_rows, num_parameters = 1, 3, 1
-    inputs_schema = (
-        "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? cu_seqlens"
-    )
-    options_schema = (
-        "SymInt? seed, float softmax_scale, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
-        "bool deterministic"
-    )
 
     def head_dims(self, inputs: Inputs) -> tuple[int, ...]:
         """(num_heads_q, num_heads_kv, head_dim, head_dim_v)"""

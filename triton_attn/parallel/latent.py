@@ -91,10 +91,6 @@ class _Latents(Kind):
     name = "context_parallel_mla_prefill"
     inputs, options = Inputs, Options
     num_queries, num_rows, num_parameters = 2, 4, 2
-    inputs_schema = (
-        "Tensor q_nope, Tensor q_pe, Tensor kv_latent, Tensor k_pe, Tensor w_uk, Tensor w_uv, Tensor? cu_seqlens"
-    )
-    options_schema = "float softmax_scale, bool causal, str mode, SymInt max_workspace_bytes, bool wants_grad"
 
     def head_dims(self, inputs: Inputs) -> tuple[int, ...]:
         """(num_heads, qk_nope_head_dim, qk_rope_head_dim, kv_lora_rank, v_head_dim)"""

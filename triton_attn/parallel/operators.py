@@ -6,7 +6,7 @@ A call that nothing observes makes do without them.
 import abc
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -45,15 +45,13 @@ class Settings(NamedTuple):
     options: Any  # those of a kind of attention
 
 
-_SETTINGS = "SymInt? batch, SymInt seqlen, str? load_balance, str group, str? inner, str method, bool check_values"
-
-
 class Kind(abc.ABC):
     """A kind of attention, as operators see it.
 
     Inputs are a NamedTuple of tensors: with rows, of num_queries of queries and then of keys; then parameters, which
-    have gradients and no rows; then others, of which cu_seqlens is the last. Schemas are those of torch operators.
-    head_dims are ints, of which the first is the number of heads and the last that of elements of a head of out.
+    have gradients and no rows; then others, of which cu_seqlens is the last. Options are a NamedTuple of numbers and
+    strings. head_dims are ints, of which the first is the number of heads and the last that of elements of a head of
+    out.
     """
 
     name: str
@@ -62,8 +60,6 @@ class Kind(abc.ABC):
     num_queries: int
     num_rows: int
     num_parameters: int
-    inputs_schema: str
-    options_schema: str
     operator: Any = None  # after `register`
 
     @abc.abstractmethod
@@ -270,24 +266,32 @@ def _described(kind, sharding, settings, kinds, mesh_shape):
     return description, digest_of(description)
 
 
+_SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str"}
+_SCHEMA_TYPES |= {x | None: f"{name}?" for x, name in _SCHEMA_TYPES.items()}
+
+
+def _schema_of(fields):
+    """The fields of a NamedTuple as arguments of a torch operator, without `options`."""
+    types = get_type_hints(fields)
+    return [f"{_SCHEMA_TYPES[types[name]]} {name}" for name in fields._fields if name != "options"]
+
+
 def register(kind: Kind) -> Kind:
     """Make the operators of a kind of attention."""
-    of_others = ", ".join(kind.inputs_schema.split(", ")[kind.num_rows :])
-    settings = f"{_SETTINGS}, {kind.options_schema}"
-    gradients = ", ".join(["Tensor"] * (kind.num_rows + kind.num_parameters))
+    tensors, settings = _schema_of(kind.inputs), _schema_of(Settings) + _schema_of(kind.options)
+    of_gradients = ["Tensor dout", "Tensor? dlse", "Tensor[] kept", *tensors[kind.num_rows :], "SymInt[] head_dims"]
+    gradients = ["Tensor"] * (kind.num_rows + kind.num_parameters)
     forward = torch.library.custom_op(
         f"triton_attn::{kind.name}",
         functools.partial(_compute_as_told, kind),
         mutates_args=(),
-        schema=f"({kind.inputs_schema}, {settings}) -> (Tensor, Tensor, Tensor[])",
+        schema=f"({', '.join(tensors + settings)}) -> (Tensor, Tensor, Tensor[])",
     )
     backward = torch.library.custom_op(
         f"triton_attn::{kind.name}_backward",
         functools.partial(_compute_gradients, kind),
         mutates_args=(),
-        schema=(
-            f"(Tensor dout, Tensor? dlse, Tensor[] kept, {of_others}, SymInt[] head_dims, {settings}) -> ({gradients})"
-        ),
+        schema=f"({', '.join(of_gradients + settings)}) -> ({', '.join(gradients)})",
     )
     forward.register_fake(functools.partial(_fake, kind))
     backward.register_fake(functools.partial(_fake_gradients, kind))
