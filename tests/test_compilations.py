@@ -132,9 +132,13 @@ def test_bookkeeping_of_pages(kernels):
         triton_attn.append_kv_cache(k, k, cache, cache, slots)
         kv_latent, k_pe = tensor(num_tokens, 576).split([512, 64], dim=-1)
         triton_attn.append_latent_cache(kv_latent, k_pe, tensor(num_pages, 64, 576), slots)
+        places = indices(3, num_pages + 1), indices(4, offset=num_tokens % 3), num_tokens
+        starts = indices(3, offset=num_tokens % 2)
+        triton_attn.gather_kv_cache(cache, cache, *places, seq_starts=starts)
         pages = indices(num_tokens, offset=num_tokens % 3)
         triton_attn.copy_kv_pages([tensor(3, num_pages, 16, 2, DIM)] * 2, pages, pages)
-    assert kernels() == {"_append_kv_cache_kernel": 1, "_append_latent_cache_kernel": 1, "_copy_kv_pages_kernel": 1}
+    names = "_append_kv_cache_kernel", "_append_latent_cache_kernel", "_copy_kv_pages_kernel", "_gather_cache_kernel"
+    assert kernels() == dict.fromkeys(names, 1)
 
 
 def test_merges(kernels, heads):

@@ -262,6 +262,15 @@ CASES = {
             v_scale=randn(HEADS_KV).abs(),
         ),
     ),
+    "gather_kv_cache, into out": Case(
+        gather_kv_cache,
+        lambda: caches(
+            block_table=tables()["block_table"],
+            cu_seqlens_k=int32(0, 5, 8),
+            out=(randn(10, HEADS_KV, DIM), randn(10, HEADS_KV, DIM)),
+        ),
+        written=("out",),
+    ),
     "gather_latent_cache, fp8": Case(
         gather_latent_cache,
         lambda: {
@@ -472,7 +481,7 @@ def test_vmap(case):
 
 
 # Functions of torch's own operators alone.
-PLAIN = read_latent_cache, gather_kv_cache, gather_latent_cache
+PLAIN = (read_latent_cache,)
 # Functions in which torch's own operators make tensors, as in every reference. With fake tensors they need the mode.
 WITH_TORCH = {
     flash_attn_with_kvcache,
@@ -480,8 +489,6 @@ WITH_TORCH = {
     flashinfer.single_prefill_with_kv_cache,
     flashinfer.append_paged_kv_cache,
     flashinfer.append_paged_mla_kv_cache,
-    gather_kv_cache,
-    gather_latent_cache,
 }
 
 

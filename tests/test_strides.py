@@ -100,6 +100,23 @@ def copied_to_another():
     return dict(cache=randn(3, 4, 3, 3, 16), target=randn(3, 5, 3, 3, 16)), call
 
 
+def gathered():
+    def call(k_cache, v_cache):
+        places = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32), torch.tensor([0, 7, 10], dtype=torch.int32)
+        return triton_attn.gather_kv_cache(k_cache, v_cache, *places, 11)
+
+    return dict(k_cache=randn(3, 4, 3, 16), v_cache=randn(3, 4, 3, 16)), call
+
+
+def gathered_latents():
+    def call(latent_cache):
+        places = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32), torch.tensor([0, 7, 10], dtype=torch.int32)
+        sizes = dict(kv_lora_rank=32, qk_rope_head_dim=16)
+        return triton_attn.gather_latent_cache(latent_cache, *places, 11, **sizes)
+
+    return dict(latent_cache=randn(3, 4, 48)), call
+
+
 CALLS = {
     "paged_attention, small pages": lambda: paged(8),
     "paged_attention, a page holds a tile": lambda: paged(64),
@@ -111,6 +128,8 @@ CALLS = {
     "append_kv_cache": appended,
     "append_latent_cache": appended_latents,
     "copy_kv_pages": copied,
+    "gather_kv_cache": gathered,
+    "gather_latent_cache": gathered_latents,
     "copy_kv_pages, to another cache": copied_to_another,
 }
 

@@ -42,7 +42,7 @@ HEAD_DIMS = 64, 128, 256, 512
 CHUNK = 128  # queries of a chunk of a prompt
 INSPECTED = ("flash", "paged", "mla")
 FAMILY_NAMES = ("flash", "flash_backward", "paged", "paged_prefill", "mla", "mla_prefill")
-FAMILY_NAMES += ("append", "append_latent", "copy", "merge")
+FAMILY_NAMES += ("append", "append_latent", "copy", "gather", "gather_latent", "merge")
 
 _HALVES = "16 elements of fp8 a thread: a load of 16-bit rows has a sector in two requests, the second hits L1"
 _ROWS_OF_656 = "rows of 656 bytes are not aligned to sectors"
@@ -52,6 +52,7 @@ _REPEATED = "8 warps on a tile of 64 rows repeat matmuls; 4 warps spill"
 REASONS = (
     ("_append_kv_cache_kernel", "sectors", FLOAT8, _HALVES),
     ("_append_latent_cache_kernel", "sectors", FLOAT8, f"{_HALVES}; {_ROWS_OF_656}"),
+    ("_gather_cache_kernel", "sectors", "page_size=64", _ROWS_OF_656),
     ("_mla_absorbed_kernel", "sectors", FLOAT8, f"{_ROWS_OF_656}, and their scales are half a sector"),
     (
         "_mla_absorbed_kernel",
@@ -226,6 +227,8 @@ def baseline_cases(arch):
     ]
     shapes["append_latent"] = [{"cache_dtype": x, "page_size": 64, "rope": "interleaved"} for x in (DTYPE, FLOAT8)]
     shapes["copy"] = [cached]
+    shapes["gather"] = [{"cache_dtype": x, **cached} for x in (DTYPE, FLOAT8)]
+    shapes["gather_latent"] = [{"cache_dtype": x, "page_size": 64} for x in (DTYPE, FLOAT8)]
     shapes["merge"] = [{"num_heads": one_model["num_heads_q"], "head_dim": one_model["head_dim"]}]
     cases = [CountedCase(family, arch, DTYPE, shape) for family in shapes for shape in shapes[family]]
     if arch == "sm_90":

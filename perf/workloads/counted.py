@@ -209,6 +209,39 @@ def copy(dtype, num_heads_kv, head_dim, page_size):
     }
 
 
+def _places(num_tokens, page_size):
+    """Two sequences whose pages are all that the cache has, in random order."""
+    half = num_tokens // 2
+    table = torch.randperm(num_tokens // page_size).view(2, -1).to(torch.int32)
+    return table, torch.tensor([0, half, 2 * half], dtype=torch.int32), num_tokens
+
+
+def gather(dtype, cache_dtype, num_heads_kv, head_dim, page_size):
+    """A quantized cache has a scale for each token and head."""
+    held = getattr(torch, cache_dtype)
+    shape = TOKENS // page_size, page_size, num_heads_kv
+    caches, scales = [_normal(dtype, *shape, head_dim).to(held) for _ in range(2)], []
+    if held.itemsize == 1:
+        scales = [torch.rand(shape[0], num_heads_kv, page_size).transpose(1, 2) for _ in range(2)]
+    table, bounds, num_tokens = _places(TOKENS, page_size)
+    out = [torch.empty(num_tokens, num_heads_kv, head_dim, dtype=dtype) for _ in range(2)]
+    options = dict(zip(("k_scale", "v_scale"), scales))
+    work = Work(size(*caches, *scales, table, bounds), size(*out))
+    return lambda: triton_attn.gather_kv_cache(*caches, table, bounds, out=out, **options), {
+        "_gather_cache_kernel": work
+    }
+
+
+def gather_latent(dtype, cache_dtype, page_size):
+    table, bounds, num_tokens = _places(2 * page_size, page_size)
+    cache = _latent_cache(dtype, cache_dtype, 2, page_size, filled=True)
+    out = [torch.empty(num_tokens, n, dtype=dtype) for n in (RANK, ROPE)]
+    work, sizes = Work(size(cache, table, bounds), size(*out)), dict(kv_lora_rank=RANK, qk_rope_head_dim=ROPE)
+    return lambda: triton_attn.gather_latent_cache(cache, table, bounds, out=out, **sizes), {
+        "_gather_cache_kernel": work
+    }
+
+
 def merge(dtype, num_heads, head_dim, num_parts=SPLITS):
     parts = _normal(dtype, num_parts, 1, TOKENS, num_heads, head_dim)
     lses = torch.randn(num_parts, 1, num_heads, TOKENS)
@@ -293,6 +326,8 @@ CALLS = {
     "append": append,
     "append_latent": append_latent,
     "copy": copy,
+    "gather": gather,
+    "gather_latent": gather_latent,
     "merge": merge,
     "mla": mla,
     "mla_prefill": mla_prefill,

@@ -4,8 +4,9 @@ import pytest
 import torch
 from append_cases import DEVICE, DTYPES, FLOAT8
 
-from triton_attn import append_kv_cache, append_latent_cache, gather_kv_cache, gather_latent_cache
+from triton_attn import append_kv_cache, append_latent_cache, gather_kv_cache, gather_latent_cache, reference
 from triton_attn._host.latent import latent_storage, read_latent_cache
+from triton_attn.toolchain import compile_only
 
 PAGE, TABLE = 4, [[5, 0, 3], [2, 7, 0], [1, 6, 4]]
 LENGTHS, STARTS = [9, 0, 12], [2, 3, 0]
@@ -33,6 +34,13 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
 
 
+@pytest.fixture(params=["kernel", "reference"])
+def backend(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("dtype", "cache_dtype"), PAIRS)
 def test_keys_and_values_come_back(dtype, cache_dtype, per_head):
@@ -68,6 +76,7 @@ def test_keys_and_values_come_back(dtype, cache_dtype, per_head):
     assert torch.equal(full.to(dtype), expected[0])
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("dtype", "cache_dtype"), [*PAIRS, (torch.bfloat16, torch.uint8)])
 def test_latents_come_back(dtype, cache_dtype):
     has_rows = cache_dtype == torch.uint8
@@ -89,6 +98,7 @@ def test_latents_come_back(dtype, cache_dtype):
     torch.testing.assert_close(rope_keys[:21], k_pe, rtol=0.14, atol=0.02)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("table", [[[5, 8]], [[5, -1]], [[5]]])
 def test_a_page_that_is_not_there_gives_zeros_or_an_error(table):
     cache = torch.ones(8, PAGE, 1, 4, device=DEVICE)
@@ -101,15 +111,17 @@ def test_a_page_that_is_not_there_gives_zeros_or_an_error(table):
         gather_kv_cache(*arguments, 7, check_values=True)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("start", [-1, 8, 2**30])
 def test_a_start_beyond_the_table_gives_zeros_or_an_error(start):
     cache = torch.ones(8, PAGE, 1, 4, device=DEVICE)
-    arguments = cache, cache, int32([[5, 2]]), bounds([1]), 1
+    arguments = cache, cache, int32([[5, 2, 3]])[:, :2], bounds([1]), 1
     assert not gather_kv_cache(*arguments, seq_starts=int32([start]))[0].any()
     with pytest.raises(ValueError, match="block_table, sequence 0: expected a page of the cache for each token"):
         gather_kv_cache(*arguments, seq_starts=int32([start]), check_values=True)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("batch", "pages", "width"), [(0, 8, 2), (2, 0, 2), (2, 8, 0)])
 def test_nothing_is_there(batch, pages, width):
     cache = torch.ones(pages, PAGE, 1, 4, device=DEVICE)
@@ -128,6 +140,28 @@ WRONG = [
     (lambda: gather_kv_cache(CACHE, CACHE, ARGUMENTS[0], ARGUMENTS[1].long()), TypeError, "cu_seqlens_k: expected"),
     (lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, -1), ValueError, "num_tokens: expected"),
     (lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, dtype=torch.int8), TypeError, "dtype: expected float16"),
+    (lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, out=CACHE), TypeError, "out: expected a tuple of two tensors"),
+    (
+        lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, out=(CACHE[0], CACHE[1, :3])),
+        ValueError,
+        r"out\[1\]: expected",
+    ),
+    (
+        lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, dtype=torch.float16, out=(CACHE[0], CACHE[1])),
+        TypeError,
+        r"out\[0\]: expected torch.float16",
+    ),
+    (lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, 5, out=(CACHE[0], CACHE[1])), ValueError, r"out\[0\]: expected"),
+    (
+        lambda: gather_kv_cache(CACHE[None], CACHE, *ARGUMENTS),
+        ValueError,
+        r"k_cache: expected shape \(num_pages, num_h",
+    ),
+    (
+        lambda: gather_kv_cache(CACHE.view(8, 2, 4, 4, 4), CACHE.view(8, 2, 4, 16).mT, *ARGUMENTS),
+        ValueError,
+        "v_cache: expected a packed cache that is contiguous",
+    ),
     (lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, k_scale=0), ValueError, "k_scale: expected a number above 0"),
     (lambda: gather_kv_cache(CACHE, CACHE, *ARGUMENTS, seq_starts=ARGUMENTS[1]), ValueError, "seq_starts: expected"),
     (
@@ -154,3 +188,51 @@ WRONG = [
 def test_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.usefixtures("backend")
+def test_packed_pages():
+    """What vLLM's layout of the same cache gives; of keys 16 bytes lie together."""
+    caches, x = (randn(8, PAGE, 2, 16), randn(8, PAGE, 2, 8)), 4
+    packed = caches[0].unflatten(3, (-1, x)).permute(0, 2, 3, 1, 4).contiguous(), caches[1].permute(0, 2, 3, 1)
+    packed, places = (packed[0], packed[1].contiguous()), (int32(TABLE), bounds(LENGTHS), 22)
+    for y, z in zip(gather_kv_cache(*packed, *places), gather_kv_cache(*caches, *places)):
+        assert torch.equal(y, z)
+    for y, z in zip(reference.gather_kv_cache(*packed, *places), gather_kv_cache(*caches, *places)):
+        assert torch.equal(y, z)
+
+
+@pytest.mark.usefixtures("backend")
+def test_out_is_a_slice_of_a_workspace():
+    """Rows of two tensors in one, whose number need not be given; what is not theirs stays."""
+    workspace = torch.full((23, 2, 40), -1.0, device=DEVICE)
+    out = workspace[:22, :, :16], workspace[:22, :, 16:24]
+    caches = randn(8, PAGE, 2, 16), randn(8, PAGE, 2, 8)
+    results = gather_kv_cache(*caches, int32(TABLE), bounds(LENGTHS), out=out)
+    assert all(x is y for x, y in zip(results, out))
+    expected = gather_kv_cache(*caches, int32(TABLE), bounds(LENGTHS), 22)
+    assert all(torch.equal(x, y) for x, y in zip(out, expected))
+    assert (workspace[22:] == -1).all()
+    assert (workspace[..., 24:] == -1).all()
+
+
+@pytest.mark.compiled
+@pytest.mark.oldest
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_without_spills(arch):
+    """16 bytes at a time, in layouts of models."""
+    table, lengths, scales = torch.zeros(4, 9).int(), torch.zeros(5).int(), torch.ones(9, 8, 16).transpose(1, 2)
+    places, sizes = (table, lengths, 99), dict(kv_lora_rank=512, qk_rope_head_dim=64)
+    plain, packed = torch.zeros(9, 16, 8, 128), (torch.zeros(9, 8, 16, 16, 8), torch.zeros(9, 8, 128, 16))
+    with compile_only(arch) as launches:
+        gather_kv_cache(plain.bfloat16(), plain.bfloat16(), *places)
+        for dtype, scale in ((torch.float8_e4m3fn, 0.5), (torch.float8_e5m2, torch.ones(8)), (torch.int8, scales)):
+            gather_kv_cache(plain.to(dtype), plain.to(dtype), *places, k_scale=scale, v_scale=scale)
+        gather_kv_cache(*(x.bfloat16() for x in packed), *places)
+        gather_latent_cache(torch.zeros(9, 64, 576).bfloat16(), *places, **sizes)
+        gather_latent_cache(torch.zeros(9, 64, 656).byte(), *places, **sizes)
+    assert [launch.spill_bytes for launch in launches] == [0] * 7
+    if not arch.startswith("gfx"):
+        assert all(launch.registers <= 40 for launch in launches)
+        assert all("ld.global.v4.b32" in launch.kernel.asm["ptx"] for launch in launches)
+        assert all("st.global.v4.b32" in launch.kernel.asm["ptx"] for launch in launches)

@@ -7,14 +7,14 @@ import torch
 from host_cost import bare_launches, median_microseconds, python_calls
 from plans import check_neighbour, launches_of
 
-from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages
-from triton_attn.cache.kernels import append, append_latent, copy
+from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, gather_kv_cache
+from triton_attn.cache.kernels import append, append_latent, copy, gather
 from triton_attn.toolchain import compile_only
 
 pytestmark = pytest.mark.compiled
 
 TOKENS = 8
-MODULES = append, append_latent, copy
+MODULES = append, append_latent, copy, gather
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -53,14 +53,16 @@ def test_options(is_latent, base, more):
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize(("call", "most"), [("keys", 42), ("latents", 44), ("pages", 33)])
+@pytest.mark.parametrize(("call", "most"), [("keys", 42), ("latents", 44), ("pages", 33), ("gather", 54)])
 def test_host_cost(call, most, record_property):
     """Python calls besides those of the bare launch: they repeat exactly. The ratio of times is printed."""
     k, cache, slots = torch.empty(8, 8, 128), torch.empty(64, 16, 8, 128), torch.arange(8)
+    v, table, bounds = torch.empty_like(k), torch.zeros(2, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     kv_latent, k_pe, latent_cache = torch.empty(8, 512), torch.empty(8, 64), torch.empty(64, 64, 576)
     calls = {
         "keys": lambda: append_kv_cache(k, k, cache, cache, slots),
         "latents": lambda: append_latent_cache(kv_latent, k_pe, latent_cache, slots),
+        "gather": lambda: gather_kv_cache(cache, cache, table, bounds, out=(k, v)),
         "pages": lambda: copy_kv_pages((cache, cache), slots[:2], slots[2:4]),
     }
     with compile_only("sm_90", every_launch=False):

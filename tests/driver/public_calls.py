@@ -169,6 +169,7 @@ def append(cache_dtype, **options):
     angles = torch.randn(64, 32)
     rope = {"rope_cos": angles, "rope_sin": angles, "positions": torch.arange(5)}
     ta.append_kv_cache(k, k, cache, cache.clone(), torch.arange(5), **rope, **options)
+    ta.gather_kv_cache(cache, cache, int32(0, 1)[None], int32(0, 20), 20, **options)
     ta.copy_kv_pages((cache, cache.clone()), int32(0), int32(1))
 
 
@@ -176,6 +177,8 @@ def append_latent(dtype, width, **scales):
     latents, rope = torch.randn(5, 512, dtype=BF16), torch.randn(5, 64, dtype=BF16)
     cache = torch.zeros(2, 64, width, dtype=dtype)
     ta.append_latent_cache(latents, rope, cache, torch.arange(5), **scales)
+    sizes = dict(kv_lora_rank=512, qk_rope_head_dim=64)
+    ta.gather_latent_cache(cache, int32(0, 1)[None], int32(0, 70), 70, **sizes, **scales)
     ta.copy_kv_pages((cache,), int32(0), int32(1))
 
 

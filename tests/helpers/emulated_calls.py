@@ -174,6 +174,31 @@ def copy():
     return copied(ta.copy_kv_pages), copied(reference.copy_kv_pages)
 
 
+def gather(dtype=BF16, scale=None):
+    """Chunks of three sequences, one of them empty; pages without a token are NaN."""
+    caches = [normal(6, 16, 2, 64).to(dtype) for _ in range(2)]
+    for cache in caches:
+        cache[5].view(torch.uint8).fill_(0x7F)
+    table, starts = torch.tensor([[1, 0], [5, 5], [4, 2]], dtype=torch.int32), int32(3, 0, 16)
+    factor = torch.rand(6, 2, 16).transpose(1, 2) if scale == "per token" else scale
+    options = dict(seq_starts=starts, k_scale=factor, v_scale=factor, dtype=BF16)
+    arguments = *caches, table, int32(0, 20, 20, 30), 33
+    return ta.gather_kv_cache(*arguments, **options), reference.gather_kv_cache(*arguments, **options)
+
+
+def gather_packed():
+    caches = normal(6, 2, 8, 16, 8), normal(6, 2, 64, 16)
+    arguments = *caches, torch.tensor([[1, 0], [4, 2]], dtype=torch.int32), int32(0, 20, 30), 33
+    return ta.gather_kv_cache(*arguments), reference.gather_kv_cache(*arguments)
+
+
+def gather_latent(dtype=BF16, **scales):
+    cache = float8_rows(2) if dtype == torch.uint8 else normal(2, 64, 576).to(dtype)
+    arguments = cache, torch.tensor([[1, 0]], dtype=torch.int32), int32(0, 70), 72
+    options = dict(kv_lora_rank=512, qk_rope_head_dim=64, **scales)
+    return ta.gather_latent_cache(*arguments, **options), reference.gather_latent_cache(*arguments, **options)
+
+
 def merge(num_parts=3):
     parts, lse = normal(num_parts, 1, 20, 4, 64), torch.randn(num_parts, 1, 4, 20)
     return ta.merge_attention(parts, lse), reference.merge_attention(parts.double(), lse.double())
@@ -262,6 +287,13 @@ CALLS = {
     "append latent fp8": lambda: append_latent(torch.uint8),
     "append latent plain fp8": lambda: append_latent(torch.float8_e4m3fn, k_scale=0.3, k_pe_scale=torch.tensor([0.7])),
     "copy": copy,
+    "gather": gather,
+    "gather packed": gather_packed,
+    "gather fp8": lambda: gather(torch.float8_e4m3fn, 0.5),
+    "gather int8 per token": lambda: gather(torch.int8, "per token"),
+    "gather latent": gather_latent,
+    "gather latent fp8": lambda: gather_latent(torch.uint8),
+    "gather latent plain fp8": lambda: gather_latent(torch.float8_e5m2, k_scale=0.3, k_pe_scale=torch.tensor([0.7])),
     "merge": merge,
     "mla decode": mla_decode,
     "mla decode of 64 heads": lambda: mla_decode(64),
@@ -315,6 +347,7 @@ CALL_OF = {
     "_append_kv_cache_kernel": ("append", "portable"),
     "_append_latent_cache_kernel": ("append latent fp8", "portable"),
     "_copy_kv_pages_kernel": ("copy", "portable"),
+    "_gather_cache_kernel": ("gather", "portable"),
     "_absorb_kernel": ("mla decode with weights", "portable"),
     "_mla_absorbed_kernel": ("mla decode with weights", "portable"),
     "_merge_project_kernel": ("mla decode with weights", "portable"),

@@ -81,6 +81,8 @@ def serve(model, num_heads_q, num_heads_kv, rng, *, cache_dtype=BF16, page_size=
         triton_attn.paged_attention(q, k_cache, v_cache, lens, table, return_lse=return_lse, **mixed, **masks)
         pages = indices(rng.randint(1, 20))
         triton_attn.copy_kv_pages(caches, pages, pages)
+        starts = rng.choice([None, indices(batch)])
+        triton_attn.gather_kv_cache(k_cache, v_cache, table, cu_seqlens, rng.randint(1, 999), seq_starts=starts)
         outs = torch.empty(rng.randint(2, 5), batch, 1, num_heads_q, dim, dtype=BF16)
         triton_attn.merge_attention(outs, torch.empty(*outs.shape[:2], num_heads_q, 1))
 
@@ -114,6 +116,9 @@ def serve_latent(model, num_heads, rng, page_size=64):
         triton_attn.append_latent_cache(*latents(tokens), cache, indices(tokens, dtype=torch.int64))
         pages = indices(rng.randint(1, 20))
         triton_attn.copy_kv_pages(cache, pages, pages)
+        out = rng.choice([None, latents(tokens)])
+        sizes = dict(kv_lora_rank=rank, qk_rope_head_dim=rope)
+        triton_attn.gather_latent_cache(cache, table, cu_seqlens, tokens, out=out, **sizes)
 
 
 @pytest.mark.full(but_each=2)

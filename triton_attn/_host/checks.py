@@ -169,6 +169,16 @@ def check_last_contiguous(name, x):
         fail(name, "a contiguous last dimension (stride 1)", f"stride {x.stride(-1)}")
 
 
+def check_packed_pages(name, shape, strides):
+    """Of a packed cache, the elements of a page and head lie side by side. Strides of dimensions of size 1 do not
+    count."""
+    inner = 1
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:])):
+        if size != 1 and stride != inner:
+            fail(name, "a packed cache that is contiguous from its third dimension on", f"strides {tuple(strides)}")
+        inner *= size
+
+
 def check_rows_aligned(name, latent_cache):
     """Rows of an fp8 latent cache contain fp32 scales, so they must be aligned. A traced tensor has no address."""
     if any(n % 4 for n in (latent_cache.data_ptr(), *latent_cache.stride()[:2])):

@@ -125,13 +125,14 @@ def mask_scores_of_tree(s, rows, drafts, start_column, num_columns, window, SHAR
 
 
 @triton.jit
-def scale_scores_of_tree(s, scores, slope, rows, drafts, start_column, EXACT: tl.constexpr, SHARDED: tl.constexpr):
-    """`scale_scores` of rows at these positions."""
-    s = scale_scores(s, scores, None, rows, start_column, 0, EXACT)
+def scale_scores_of_tree(s, scores, slope, rows, start_column, EXACT: tl.constexpr, TILE: tl.constexpr):
+    """`scale_scores` of a kernel's Rows."""
+    s = scale_scores(s, scores, None, rows.position, start_column, 0, EXACT)
     if slope is not None:
-        draft = _drafts_of(s, rows, start_column, drafts.first, scores.window, SHARDED)
-        before = (rows - drafts.first)[:, None] - draft
-        s = subtract_distance(s, tl.where(draft < 0, before, _drafts_after(drafts.bits, draft)), slope)
+        first, bits = rows.drafts
+        draft = _drafts_of(s, rows.position, start_column, first, scores.window, TILE.SHARDED)
+        before = (rows.position - first)[:, None] - draft
+        s = subtract_distance(s, tl.where(draft < 0, before, _drafts_after(bits, draft)), slope)
     return s
 
 

@@ -21,7 +21,7 @@ from .._host.key_shard import check_interleave
 from ..models import model_named
 
 NOT_BY_DEFAULT = ("flash_attention_backward", "prefix_tree", "tree_mask")
-NEED_PAGES = ("prefix_tree", "append_kv_cache", "copy_kv_pages")
+NEED_PAGES = ("prefix_tree", "append_kv_cache", "copy_kv_pages", "gather_kv_cache")
 
 
 class WarmupResult(NamedTuple):
@@ -98,8 +98,9 @@ def warmup(
         max_seqlen: the longest prompt and context, in tokens.
         functions: names of the called functions. None means the functions that serving calls:
             "flash_attention", "flash_attention_varlen", "paged_attention" (decode with up to 8 queries each,
-            chunks of prompts), "append_kv_cache", "copy_kv_pages", "merge_attention";
-            for MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache", "copy_kv_pages".
+            chunks of prompts), "append_kv_cache", "copy_kv_pages", "gather_kv_cache",
+            "merge_attention"; for MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache",
+            "copy_kv_pages", "gather_latent_cache".
             Also available: "flash_attention_backward" for training; "prefix_tree" and "tree_mask" for calls of
             paged_attention or mla_decode with one of them, and if both are named, with both.
         arch: the target, as in `triton_attn.toolchain.compile_only`: "sm_90", "gfx942", ... None: the present GPU.

@@ -13,7 +13,7 @@ import torch
 from .._host.latent import latent_storage
 from .._host.options import MAX_DRAFTS
 from .._host.prefix_tree import PrefixTree, TreeSizes
-from ..cache import append_kv_cache, append_latent_cache, copy_kv_pages
+from ..cache import append_kv_cache, append_latent_cache, copy_kv_pages, gather_kv_cache, gather_latent_cache
 from ..flash import flash_attention, flash_attention_varlen
 from ..merge import merge_attention
 from ..merge.splits import FIXED_KEYS
@@ -300,6 +300,21 @@ def call_copy_kv_pages(work):
         copy_kv_pages(caches, pages, pages)
 
 
+def call_gather_kv_cache(work):
+    """Whole contexts and chunks of them."""
+    for scale, starts in itertools.product(work.cache_scales, (None, indices(1))):
+        caches, places = work.kv_caches(1, work.page_size), (indices(1, 1), indices(2), 1)
+        gather_kv_cache(*caches, *places, seq_starts=starts, k_scale=scale, v_scale=scale, dtype=work.dtype)
+
+
+def call_gather_latent_cache(work):
+    """The same, into tensors of their own and into rows of a workspace that hold both."""
+    sizes = dict(kv_lora_rank=work.kv_lora_rank, qk_rope_head_dim=work.qk_rope_head_dim)
+    for starts, out in itertools.product((None, indices(1)), (None, work.latents(1))):
+        places = indices(1, 1), indices(2), 1
+        gather_latent_cache(work.latent_cache(), *places, **sizes, seq_starts=starts, dtype=work.dtype, out=out)
+
+
 def call_merge_attention(work):
     for num_parts in powers_of_two(MAX_TILED_PARTS):
         _merge(work, num_parts, work.num_heads_q, work.head_dim_v)
@@ -413,6 +428,7 @@ OF_ANY_HEADS = {
     "tree_mask": call_tree_mask,
     "append_kv_cache": call_append_kv_cache,
     "copy_kv_pages": call_copy_kv_pages,
+    "gather_kv_cache": call_gather_kv_cache,
     "merge_attention": call_merge_attention,
 }
 OF_LATENT_VECTORS = {
@@ -422,4 +438,5 @@ OF_LATENT_VECTORS = {
     "tree_mask": call_tree_mask_of_latents,
     "append_latent_cache": call_append_latent_cache,
     "copy_kv_pages": call_copy_kv_pages,
+    "gather_latent_cache": call_gather_latent_cache,
 }

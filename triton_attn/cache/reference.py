@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._host.checks import largest_of
+from .._host.checks import KERNEL_DTYPES, largest_of
 from .._host.definition import rotate
-from .._host.latent import SCALE_BLOCK, latent_parts
+from .._host.latent import SCALE_BLOCK, latent_parts, read_latent_parts
+from .._host.layout import slots_of_packed
 
 
 @torch.no_grad()
@@ -78,6 +79,105 @@ def append_latent_cache(
         k_pe = rotate(k_pe, cos, sin, rope_interleaved)
     k_pe_scale = k_scale if k_pe_scale is None else k_pe_scale
     _bits(rope_keys)[places] = _bits(_scaled(k_pe, k_pe_scale, rope_keys.dtype))
+
+
+@torch.no_grad()
+def gather_kv_cache(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_k: Tensor,
+    num_tokens: int | None = None,
+    *,
+    seq_starts: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    check_values: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `triton_attn.gather_kv_cache`; arguments are not checked."""
+    if k_cache.ndim == 5:
+        k_cache, v_cache = slots_of_packed(k_cache, v_cache)
+        k_cache = k_cache.flatten(3)
+    num_tokens, dtype = _result_of(num_tokens, dtype, out, k_cache, cu_seqlens_k)
+    places = _places(k_cache, block_table, cu_seqlens_k, num_tokens, seq_starts)
+    results = []
+    for cache, scale in ((k_cache, k_scale), (v_cache, v_scale)):
+        x = _rows(cache, places)
+        if isinstance(scale, Tensor) and scale.ndim == 3:
+            x = x.float() * _rows(scale, places).unsqueeze(2)
+        elif scale is not None:
+            x = x.float() * (scale.view(-1, 1) if isinstance(scale, Tensor) else scale)
+        results.append(x.to(dtype))
+    return _results(out, *results)
+
+
+@torch.no_grad()
+def gather_latent_cache(
+    latent_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_k: Tensor,
+    num_tokens: int | None = None,
+    *,
+    kv_lora_rank: int,
+    qk_rope_head_dim: int,
+    seq_starts: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    k_pe_scale: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    check_values: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `triton_attn.gather_latent_cache`; arguments are not checked."""
+    num_tokens, dtype = _result_of(num_tokens, dtype, out, latent_cache, cu_seqlens_k)
+    places = _places(latent_cache, block_table, cu_seqlens_k, num_tokens, seq_starts)
+    parts = latent_parts(_rows(latent_cache, places), kv_lora_rank, qk_rope_head_dim)
+    rows = read_latent_parts(parts, torch.float32, k_scale, k_pe_scale).to(dtype)
+    return _results(out, *rows.split([kv_lora_rank, qk_rope_head_dim], dim=1))
+
+
+def _result_of(num_tokens, dtype, out, cache, cu_seqlens_k):
+    """(rows of a result, its dtype)."""
+    if out is not None:
+        return out[0].shape[0], out[0].dtype
+    num_tokens = int(cu_seqlens_k[-1]) if num_tokens is None else num_tokens
+    default = cache.dtype if cache.dtype in KERNEL_DTYPES else torch.bfloat16
+    return num_tokens, default if dtype is None else dtype
+
+
+def _results(out, first, second):
+    if out is None:
+        return first.contiguous(), second.contiguous()
+    return out[0].copy_(first), out[1].copy_(second)
+
+
+def _places(cache, block_table, cu_seqlens_k, num_tokens, seq_starts):
+    """(page, offset, whether it is a token) of each row of a result; pages and offsets of no token are valid too."""
+    (num_pages, page_size), (batch, width) = cache.shape[:2], block_table.shape
+    rows = torch.arange(num_tokens, dtype=torch.int32, device=cache.device)
+    if batch * width * num_pages * page_size == 0:
+        return None, None, rows < 0
+    seqs = torch.searchsorted(cu_seqlens_k[1:], rows, right=True)
+    is_token, seqs = seqs < batch, seqs.clamp(max=batch - 1)
+    positions = rows - cu_seqlens_k[seqs]
+    if seq_starts is not None:
+        positions = positions + seq_starts[seqs]
+    columns = positions // page_size
+    pages = block_table[seqs, columns.clamp(0, width - 1)]
+    is_there = (columns >= 0) & (columns < width) & (pages >= 0) & (pages < num_pages)
+    return pages.clamp(0, num_pages - 1), positions % page_size, is_token & is_there
+
+
+def _rows(cache, places):
+    """What the cache holds at these places, 0 where there is no token."""
+    pages, offsets, is_token = places
+    bits = _bits(cache)
+    if pages is None:
+        rows = bits.new_zeros(is_token.shape[0], *cache.shape[2:])
+    else:
+        rows = bits[pages, offsets].masked_fill(~is_token.view(-1, *[1] * (cache.ndim - 2)), 0)
+    return rows.view(cache.dtype)
 
 
 def _token_scale(x, dtype):

@@ -19,6 +19,7 @@ from .._host.checks import (
     check_kv_scale,
     check_last_contiguous,
     check_max_seqlen,
+    check_packed_pages,
     check_tensor,
     fail,
     layout_of,
@@ -515,21 +516,9 @@ def _check_packed(layout, is_paged):
         expected = f"shape ({num_pages}, {num_heads}, head_dim_v, {page_size}), since k_cache is packed"
         fail("v_cache", expected, f"shape {tuple(shape_v)}")
     for name, shape, strides in (("k_cache", shape_k, strides_k), ("v_cache", shape_v, strides_v)):
-        if not _is_contiguous(shape[2:], strides[2:]):
-            expected = "a packed cache that is contiguous from its third dimension on"
-            fail(name, expected, f"strides {tuple(strides)}")
+        check_packed_pages(name, shape, strides)
     slots = num_pages, page_size, num_heads
     return (*slots, num_packs * x), (*slots, shape_v[2])
-
-
-def _is_contiguous(shape, strides):
-    """Whether the elements of a tensor lie side by side. Strides of dimensions of size 1 do not count."""
-    inner = 1
-    for size, stride in zip(reversed(shape), reversed(strides)):
-        if size != 1 and stride != inner:
-            return False
-        inner *= size
-    return True
 
 
 def _check_queries(q: Tensor, batch: int, cu_seqlens_q: Tensor | None, max_seqlen_q: int | Tensor | None) -> Any:

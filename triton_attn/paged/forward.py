@@ -256,7 +256,7 @@ def _scale(s, scoring, rows, start_n, EXACT: tl.constexpr, DRAFTS: tl.constexpr,
     """Scores of Rows in log2 units, not yet masked. DRAFTS: some keys may be drafts of a tree."""
     scores, slopes = Scores(*scoring.scores), scoring.slopes
     if DRAFTS:
-        return scale_scores_of_tree(s, scores, slopes, rows.position, rows.drafts, start_n, EXACT, TILE.SHARDED)
+        return scale_scores_of_tree(s, scores, slopes, rows, start_n, EXACT, TILE)
     elif TILE.SHARDED:
         return scale_scores_of_rank(s, scores, slopes, rows.position, start_n, EXACT)
     else:
