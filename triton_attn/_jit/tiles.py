@@ -213,6 +213,7 @@ def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _load_fenced(ptrs, rows_mask, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """load_piece for a matmul of a loop."""
     piece = load_piece(ptrs, rows_mask, START, BLOCK, HEAD_DIM)
     fence_copies()
     return piece
