@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.checks import fail
 from .._host.dtensors import OTHER_MESH, Layout, attend_shards, check_dtensors
+from .._host.observers import constant_if_traced
 from .balance import check_load_balance, check_mesh
 
 
@@ -46,7 +46,7 @@ def _mesh_dim(q, mesh):
     return OTHER_MESH
 
 
-@torch.compiler.assume_constant_result
+@constant_if_traced
 def _num_common_ranks(*meshes):
     return len(set.intersection(*(set(mesh.mesh.flatten().tolist()) for mesh in meshes)))
 
