@@ -191,7 +191,7 @@ def test_every_family_has_a_space_for_its_shapes(family):
 
 @pytest.mark.parametrize(
     ("arch", "head_dim", "swept"),
-    [("sm_90", 264, KERNELS), ("sm_90", 320, KERNELS), ("sm_80", 320, ("dq",)), ("sm_90", 321, ())],
+    [("sm_90", 264, KERNELS), ("sm_90", 384, KERNELS), ("sm_80", 320, ("dq",)), ("sm_90", 385, ())],
 )
 def test_backward_tiles_in_one_launch_are_swept(arch, head_dim, swept):
     """Others have a launch for dk and one for dv. The default pass comes first, if it has the kernel."""

@@ -116,7 +116,7 @@ def _flash_fwd_kernel(
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, TILE.WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
-            one = one_trip(start_n, blocks) if TILE.CUT_CHAIN else None
+            one = one_trip(start_n, blocks.hi) if TILE.CUT_CHAIN else None
             s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
             if not FOLD_SCALE:
                 s = scale_scores(s, scores, slope, queries, start_n, offset, q_tile[0].dtype == tl.float32)
