@@ -136,7 +136,8 @@ def test_triton_3_6_alone_loads_a_vector_in_the_layout_of_scores(arch, once):
 
 @triton.jit(do_not_specialize=["num_tiles", "end"])
 def _cut_chain_kernel(x_ptr, out_ptr, num_tiles, end, APART: tl.constexpr):
-    """The sum over tiles y of exp2 of x @ y.T + y @ x.T, each matmul in a `dot_once`."""
+    """The sum over tiles y of exp2 of x @ y.T + y @ x.T, each matmul in a `dot_once`. APART: "no", "ours", or "impure",
+    as on Triton 3.6 everywhere."""
     rows, columns = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
     x = tl.load(x_ptr + rows * 64 + columns)
     total = tl.zeros([64, 64], tl.float32)
@@ -144,8 +145,10 @@ def _cut_chain_kernel(x_ptr, out_ptr, num_tiles, end, APART: tl.constexpr):
         one = (i * 64 < end).to(tl.int32)
         y = tl.load(x_ptr + (i * 64 + rows) * 64 + columns)
         acc = tl.zeros([64, 64], tl.float32)
-        if APART:
-            acc = apart(acc)
+        if APART == "ours":
+            acc = apart(acc, one)
+        if APART == "impure":
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, False, 1)
         acc = dot_once(x, y, acc, one, "ieee")
         total += tl.math.exp2(dot_once(y, x, acc, one, "ieee"))
     tl.store(out_ptr + rows * 64 + columns, total)
@@ -153,13 +156,26 @@ def _cut_chain_kernel(x_ptr, out_ptr, num_tiles, end, APART: tl.constexpr):
 
 @pytest.mark.oldest
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("is_apart", [False, True])
-def test_llvm_copies_zeros_after_the_fence_of_wgmma(is_apart):
+@pytest.mark.parametrize("how", ["no", "ours"])
+def test_llvm_copies_zeros_after_the_fence_of_wgmma(how):
     x, out = torch.randn(192, 64, dtype=torch.bfloat16), torch.empty(64, 64)
     with emulate("sm_90", strict=False) as log:
-        _cut_chain_kernel[(1,)](x, out, 3, 192, APART=is_apart, num_warps=4)
+        _cut_chain_kernel[(1,)](x, out, 3, 192, APART=how, num_warps=4)
     kinds = {fault.kind for launch in log for fault in launch.faults}
-    assert kinds == (set() if is_apart else {"no wgmma.fence since a register was accessed"})
+    assert kinds == (set() if how == "ours" else {"no wgmma.fence since a register was accessed"})
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("how", ["ours", "impure"])
+def test_results_of_impure_instructions_go_through_shared_memory_but_on_3_6(how):
+    x = torch.empty(192, 64, dtype=torch.bfloat16)
+    with compile_only("sm_90") as launches:
+        _cut_chain_kernel[(1,)](x, torch.empty(64, 64), 3, 192, APART=how, num_warps=4)
+    (launch,) = launches
+    to_mma = r"convert_layout .*xf32, #blocked\d*> -> tensor<64x64xf32, #mma>"
+    assert bool(re.search(to_mma, launch.kernel.asm["ttgir"])) == (
+        how == "impure" and not triton.__version__.startswith("3.6.")
+    )
 
 
 @pytest.mark.oldest

@@ -33,7 +33,11 @@ def test_every_head_dim(head_dim, deterministic):
 @pytest.mark.ci(but_each=6)
 @pytest.mark.parametrize("use_tma", [False, True])
 @pytest.mark.parametrize("num_warps", [4, 8], ids=["", "cut"])
-@pytest.mark.parametrize("head_dims", [(512, 512), (512, 256), (256, 512), (320, 128), (257, 300), (16, 511)], ids=str)
+@pytest.mark.parametrize(
+    "head_dims",
+    [(512, 512), (512, 256), (256, 512), (384, 384), (320, 128), (257, 300), (330, 352), (16, 511)],
+    ids=str,
+)
 def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps, use_tma):
     """dk and dv in launches of their own, or in one; with 8 warps in pieces that take the same shared memory."""
     case = replace(

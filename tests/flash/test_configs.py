@@ -36,7 +36,7 @@ def test_there_is_a_default_for_every_head_dim(arch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_is_against_a_default(arch, dtype):
-    for shape in itertools.product(range(8, 513, 24), repeat=2):
+    for shape in itertools.product((*range(8, 513, 24), 48, 96, 160, 192), repeat=2):
         for access, extra in itertools.product(("tma", "vector"), ({}, {"softcap": True}, {"dropout": True})):
             case = FlashCase(arch, dtype, *shape, False, access, **extra)
             config = FlashConfig.default(case)

@@ -268,6 +268,7 @@ CALLS = {
     "flash backward deterministic": lambda: backward(True),
     "flash backward 512": lambda: backward(False, head_dim=512),  # dk and dv apart
     "flash backward 512 with dropout": lambda: backward(False, head_dim=512, dropout_p=0.3, dropout_seed=1),
+    "flash backward 328": lambda: backward(False, head_dim=328),  # dk and dv in one launch, of 384 columns
     "flash backward 320 with dropout": lambda: backward(
         True, expanded=True, head_dim=320, dropout_p=0.3, dropout_seed=1
     ),

@@ -195,10 +195,11 @@ SPLIT = ("dkdv", "dq")
 @pytest.mark.parametrize(
     ("arch", "head_dim", "swept"),
     [
-        ("sm_90", 320, KERNELS),
-        ("sm_80", 320, SPLIT),
-        ("sm_90", 328, SPLIT),
+        ("sm_90", 264, KERNELS),
+        ("sm_90", 384, KERNELS),
+        ("sm_90", 392, SPLIT),
         ("sm_90", 512, SPLIT),
+        ("sm_80", 320, SPLIT),
         ("sm_80", 512, SPLIT),
     ],
 )

@@ -34,7 +34,7 @@ def test_portable_kernels(name, arch):
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("name", [name for name in CALLS if re.search("320|512", name)])
+@pytest.mark.parametrize("name", [name for name in CALLS if re.search("32.|512", name)])
 def test_chains_that_are_cut(name):
     """Heads wider than 256 on sm_90, whose matmuls are each in a loop or a branch of their own."""
     run(name, "sm_90")

@@ -29,12 +29,11 @@ def _in_multiples(head_dim):
 
 @triton.constexpr_function
 def piece_0(head_dim, widest=512):
-    """First piece: the largest power of two up to head_dim, or the padded head_dim if two pieces cannot cover it; at
-    most `widest`, a power of two that is at least half of the padded head_dim."""
-    padded = _in_multiples(head_dim)
-    first = 1 << (padded.bit_length() - 1)
-    rest = padded - first
-    return min(first if rest & (rest - 1) == 0 else 2 * first, widest)
+    """First piece: the largest power of two up to head_dim, or the next one if a second piece would be as wide; at most
+    `widest`, a power of two that is at least half of the padded head_dim."""
+    columns = _in_multiples(head_dim)
+    first = 1 << (columns.bit_length() - 1)
+    return min(first if columns <= 3 * first // 2 else 2 * first, widest)
 
 
 @triton.constexpr_function
@@ -372,7 +371,7 @@ def dot_transposed(a, b, INPUT_PRECISION: tl.constexpr, start=None, one=None):
         return c
     else:
         c = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32) if start is None else start
-        c = dot_once(a[0], b[0], apart(c), one, INPUT_PRECISION)
+        c = dot_once(a[0], b[0], apart(c, one), one, INPUT_PRECISION)
         if len(a) > 1:
             c = dot_once(a[1], b[1], c, one, INPUT_PRECISION)
         return c

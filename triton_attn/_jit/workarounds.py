@@ -6,9 +6,8 @@ from triton.language.target_info import current_target
 
 from .args import Strides, View
 
-_FENCE_MISSING: tl.constexpr = tl.constexpr(
-    triton.__version__.startswith("3.6.") and not triton.knobs.runtime.interpret
-)
+_IS_3_6: tl.constexpr = tl.constexpr(triton.__version__.startswith("3.6."))
+_FENCE_MISSING: tl.constexpr = tl.constexpr(_IS_3_6.value and not triton.knobs.runtime.interpret)
 
 
 def tanh_spills(head_dim):
@@ -36,6 +35,17 @@ def _has_wgmma():
     """Whether the kernel is compiled for sm_90."""
     target = current_target()
     return target is not None and target.arch == 90
+
+
+@triton.constexpr_function
+def fills_registers(head_dim, head_dim_v):
+    """1 in a backward pass on sm_90 whose sums, wider than 256 columns, leave few registers for the rest; 0 elsewhere.
+
+    Full tiles come first then: ptxas of Triton 3.6.0 keeps the descriptors of the matmuls of one loop in uniform
+    registers, and computes those of the next in others, which spill. What stores the sums is `computed_again` after the
+    loops.
+    """
+    return int(_has_wgmma() and max(head_dim, head_dim_v) > 256)
 
 
 @triton.jit
@@ -120,20 +130,28 @@ def dot_in_if(a, b, acc, always, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def one_trip(start, blocks):
-    """`one` of `dot_once` for a tile that begins at start, one of the Blocks."""
-    return (start < blocks.hi).to(tl.int32)
+def one_trip(start, end):
+    """`one` of `dot_once` for a tile that begins at start, before end: the end of its Blocks or of the sequence."""
+    return (start < end).to(tl.int32)
 
 
 @triton.jit
-def apart(acc):
+def apart(acc, one):
     """The same accumulator of a first `dot_once`, each element in a register of its own.
 
     Equal elements, such as zeros, would be one register, and LLVM copies it after wgmma.fence, which has to follow such
-    copies. The compiler does not join what it cannot read.
+    copies. The compiler does not join what it cannot read. Triton 3.9 takes the result of instructions that may have
+    side effects through shared memory, which 64 x 64 scores with 384 columns leave no registers for. Others of equal
+    operands are joined, and moved out of the loop: hence the number of an element, which depends on `one` too. Triton
+    3.6 needs none of this, and spills what the numbers take.
     """
     if _has_wgmma():
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, False, 1)
+        if _IS_3_6:
+            return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, False, 1)
+        else:
+            columns = tl.arange(0, acc.shape[1]) + one
+            number = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + columns[None, :]
+            return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [acc, number], tl.float32, True, 1)
     else:
         return acc
 

@@ -15,7 +15,13 @@ five are counted: 5 / (4 / dkdv + 3 / dq).
     192, 128    619/624    668/663    456/457    599/599
     192         581/588    677/678    442/445    318/314
     256         372/374    689/713    331/335    374/365
-    320         483/447    535/527    360/341    -
+    320         504/517    547/537    373/375    -
+    384         530/548    497/499    368/376    -
+    512         455/461    552/561    352/357    -
+
+Wider than 384, or 256 without TMA, dkdv is launched twice, for dk (546/557 at 512) and for dv (608/609), which do five
+matmuls where four are counted. Columns past the head dim (see `padded_head_dim`) are counted too: of head dim 392 the
+work is 392 / 512 of the last figures, 269/273. So counted the figures are 300 or more from 264 to 384 and from 440 on.
 
 The fused schedule is therefore the default, with three exceptions:
 
@@ -43,7 +49,7 @@ from .._host.observers import constant_if_traced
 from .tiles import HALF, FlashCase, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
-WIDEST_IN_ONE_LAUNCH = 320  # head dim, of dk and dv together on any GPU
+WIDEST_IN_ONE_LAUNCH = 384  # head dim, of dk and dv together on any GPU
 
 
 def dk_apart_from_dv(arch, head_dims, tile):

@@ -40,7 +40,7 @@ from .._jit.tiles import (
     tile_pointers,
     zeros_tile,
 )
-from .._jit.workarounds import apart, in_vectors, one_trip
+from .._jit.workarounds import apart, computed_again, fills_registers, in_vectors, one_trip
 from .arguments import LENGTHS
 
 
@@ -69,6 +69,16 @@ def _load_lse_log2(lse_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
         return tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
     else:
         return tl.load(lse_ptr + offs_m) * LOG2_E
+
+
+@triton.jit
+def _sums_from(ptr, row, start, WIDE: tl.constexpr):
+    """Pointer to lse or -delta of the queries from start on; a thread's loads are at constant offsets from this scalar.
+
+    The order of the sum decides what LLVM keeps throughout the loop: nothing that depends on ptr, or one address for
+    each ptr, which narrow heads have registers for.
+    """
+    return ptr + (row + start) if WIDE else ptr + row + start
 
 
 @triton.jit
@@ -107,7 +117,7 @@ def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.const
 
 
 @triton.jit
-def _first_dp(minus_delta, dropout, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVED: tl.constexpr):
+def _first_dp(minus_delta, dropout, one, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVED: tl.constexpr):
     """What the matmul of dP starts at, for a tile in either orientation; minus_delta broadcasts against it.
 
     Without dropout it is -delta, which then needs neither registers of its own nor a subtraction.
@@ -116,7 +126,7 @@ def _first_dp(minus_delta, dropout, ROWS: tl.constexpr, COLUMNS: tl.constexpr, H
         return tl.broadcast_to(minus_delta, [ROWS, COLUMNS])
     else:
         zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
-        return apart(zeros) if HALVED else zeros  # `dot_transposed` does so itself
+        return apart(zeros, one) if HALVED else zeros  # `dot_transposed` does so itself
 
 
 @triton.jit
@@ -126,6 +136,14 @@ def _weight_gradients(dp, minus_delta, keep, dropout):
         return dp
     else:
         return tl.where(keep, dp * dropout.scale, 0.0) + minus_delta
+
+
+@triton.jit
+def _rows_to_store(first_row, start, seqlen, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """The row of a tile that begins at start in its sequence, and the mask (ROWS,) of its rows."""
+    if WIDE:
+        start = computed_again(start)
+    return first_row + start, start + tl.arange(0, ROWS) < seqlen
 
 
 @triton.jit
@@ -229,6 +247,7 @@ def _flash_bwd_dkdv_kernel(
     HEAD_DIM: tl.constexpr = TILE.HEAD_DIM
     HEAD_DIM_V: tl.constexpr = TILE.HEAD_DIM_V
     WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
+    WIDE: tl.constexpr = fills_registers(HEAD_DIM, HEAD_DIM_V)
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
     work = assign_work(num_tiles, section_size, heads.num, BLOCK_N, False)
     bounds = sequence_bounds(seqs, work.batch, seqlen_q, seqlen_k)
@@ -283,18 +302,17 @@ def _flash_bwd_dkdv_kernel(
         rows = FixedRows(keys, keys_mask, bounds.seqlen_q, offset, slope)
         origin = mask_origin(seqs.shard_ptr, work.batch, head, batch_head)
 
-        for FULL in tl.static_range(2):
+        for FULL in tl.static_range(WIDE, 2 - 3 * WIDE, 1 - 2 * WIDE):
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
                 q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
                 if not HALVED:
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
-                # The scalar start_m is added to the pointer, so a thread's loads are at constant offsets from it.
-                queries = tl.arange(0, BLOCK_M)
-                queries_left = bounds.seqlen_q - start_m
-                one = one_trip(start_m, blocks) if TILE.CUT_CHAIN else None
+                queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
+                one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
                 s = dot_transposed(k_tile, q_tile, PRECISION, None, one)  # (BLOCK_N, BLOCK_M)
-                lse_log2 = _load_lse_log2(sums.lse_ptr + sums_row + start_m, queries, queries_left, not FULL)
+                lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
+                lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, derivative = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 keep = None
                 dropped = p
@@ -304,9 +322,9 @@ def _flash_bwd_dkdv_kernel(
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if dv is not None:
                     dv_tile = dot_add(dropped.to(v_tile[0].dtype), dout_tile, dv_tile, PRECISION)
-                minus_delta_ptr = sums.minus_delta_ptr + sums_row + start_m
+                minus_delta_ptr = _sums_from(sums.minus_delta_ptr, sums_row, start_m, WIDE)
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
-                dp = _first_dp(minus_delta[None, :], dropout, BLOCK_N, BLOCK_M, HALVED)
+                dp = _first_dp(minus_delta[None, :], dropout, one, BLOCK_N, BLOCK_M, HALVED)
                 if HALVED:
                     dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, TILE)
                 else:
@@ -321,10 +339,10 @@ def _flash_bwd_dkdv_kernel(
                         add_tile_tma((dq_desc, dq_desc_rest), coords, start_m, dq_tile, HEAD_DIM)
                     else:
                         dq_mask = queries < queries_left if not FULL else None
-                        dq_row = bounds.first_q + start_m
-                        dq_ptrs = tile_pointers(dq, work.batch, dq_row, head, BLOCK_M, WIDE_ROWS)
+                        dq_ptrs = tile_pointers(dq, work.batch, bounds.first_q + start_m, head, BLOCK_M, WIDE_ROWS)
                         add_tile(dq_ptrs, dq_mask, dq_tile, HEAD_DIM)
 
+    first_row, keys_mask = _rows_to_store(bounds.first_k, work.start, bounds.seqlen_k, BLOCK_N, WIDE)
     _store_gradient(dk, work, first_row, keys_mask, scale_tile(dk_tile, scores.scale_log2 * LN_2), HEAD_DIM, WIDE_ROWS)
     _store_gradient(dv, work, first_row, keys_mask, dv_tile, HEAD_DIM_V, WIDE_ROWS)
 
@@ -358,6 +376,7 @@ def _flash_bwd_dq_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
+    WIDE: tl.constexpr = fills_registers(TILE.HEAD_DIM, TILE.HEAD_DIM_V)
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
     work = assign_work(num_tiles, section_size, heads.num, BLOCK_M, scores.window.right is not None)
     bounds = sequence_bounds(seqs, work.batch, seqlen_q, seqlen_k)
@@ -404,7 +423,7 @@ def _flash_bwd_dq_kernel(
     origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
     dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
-    for FULL in tl.static_range(2):
+    for FULL in tl.static_range(WIDE, 2 - 3 * WIDE, 1 - 2 * WIDE):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
@@ -413,8 +432,8 @@ def _flash_bwd_dq_kernel(
             keep = None
             if dropout is not None:
                 keep = keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE)
-            one = one_trip(start_n, blocks) if TILE.CUT_CHAIN else None
-            dp = _first_dp(minus_delta[:, None], dropout, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
+            one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
+            dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
             if TILE.CUT_CHAIN:
                 dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE)
             else:
@@ -425,5 +444,6 @@ def _flash_bwd_dq_kernel(
             ds = (p * dp * derivative).to(k_tile[0].dtype)  # (BLOCK_M, BLOCK_N)
             dq_tile = dot_add(ds, k_tile, dq_tile, PRECISION)
 
+    first_row, queries_mask = _rows_to_store(bounds.first_q, work.start, bounds.seqlen_q, BLOCK_M, WIDE)
     dq_tile = scale_tile(dq_tile, scores.scale_log2 * LN_2)
     _store_gradient(dq, work, first_row, queries_mask, dq_tile, TILE.HEAD_DIM, WIDE_ROWS)

@@ -78,7 +78,10 @@ def tma_obstacle(config, case):
 
 
 def padded_head_dim(head_dim):
-    """Columns that the kernel computes: the next multiple of 16 that is a power of two, or the sum of two of them."""
-    padded = -(-head_dim // 16) * 16
-    rest = padded - (1 << (padded.bit_length() - 1))
-    return padded if rest & (rest - 1) == 0 else 1 << padded.bit_length()
+    """Columns that the kernel computes: the next power of two, or sum of two of them, of at least 16 each."""
+    columns = max(16, -(-head_dim // 16) * 16)
+    first = 1 << (columns.bit_length() - 1)
+    rest = columns - first
+    if 2 * rest > first:
+        return 2 * first
+    return first + (1 << (rest - 1).bit_length() if rest else 0)

@@ -26,8 +26,9 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
 
     @classmethod
     def default(cls, case):
-        """The first row of the table whose width is at least max((head_dim + head_dim_v) / 2, head_dim_v), with head
-        dims padded as in the kernel: shared memory holds tiles of both, registers only the output.
+        """The first row of the table that fits and whose width is at least max((head_dim + head_dim_v) / 2,
+        head_dim_v), with head dims padded as in the kernel: shared memory holds tiles of both, registers only the
+        output.
 
         causal has no effect so far: a mask adds partial tiles, and the loop over full tiles stays the same.
         """
@@ -36,7 +37,9 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
         tables = _HALF[case.gpu.configs]
         access = case.access if case.access in tables else "vector"
         table = tables[access] if case.is_half else _FLOAT[case.precision]
-        width, config = next(row for row in table if _width(case.head_dim, case.head_dim_v) <= row[0])
+        wide_enough = [row for row in table if _width(case.head_dim, case.head_dim_v) <= row[0]]
+        fitting = [row for row in wide_enough if not case.gpu.lacks(row[1]._shared_bytes(case))]
+        width, config = (fitting or wide_enough)[0]
         special = _SOFTCAP if case.softcap else _DROPOUT if case.dropout else {}
         return special.get((case.gpu.configs, access, width), config) if case.is_half else config
 

@@ -122,7 +122,7 @@ def _flash_fwd_kernel(
     for FULL in tl.static_range(2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
-            one = one_trip(start_n, blocks) if TILE.CUT_CHAIN else None
+            one = one_trip(start_n, blocks.hi) if TILE.CUT_CHAIN else None
             if HALVED:
                 s = dot_pieces(q_tile, k_rows, start_n, one, not FULL, TILE.HEAD_DIM, TILE)  # (BLOCK_M, BLOCK_N)
             else:
