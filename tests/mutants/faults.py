@@ -1095,6 +1095,9 @@ FAULTS = (
         "    if True:\n",
         "PARALLEL",
     ),
+    Fault("D41", "triton_attn/_host/dtensors.py", "or not kind else Partial()", "or True else Partial()", "PARALLEL"),
+    Fault("D43", "triton_attn/parallel/dtensors.py", "(of_q, mesh) > 1", "(of_q, mesh) > 9", "PARALLEL"),
+    Fault("D47", "triton_attn/parallel/cost.py", "s.key_flops // num_ranks", "s.key_flops", "PARALLEL"),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
         "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"
