@@ -160,7 +160,7 @@ def _run_rank(results, check, cases, rank, num_ranks, store):
             except AssertionError as error:
                 failures.append((rank, case, str(error)))
         dist.destroy_process_group()
-    except Exception:
+    except BaseException:  # pytest's Failed is no Exception, and the others would wait for it
         failures.append((rank, None, traceback.format_exc()))
     results.put(failures)
 

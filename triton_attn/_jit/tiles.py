@@ -229,7 +229,7 @@ def dot_pieces(a, x, start, one, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, T
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     ptrs = _pointers_from(x, start, ROWS, TILE.WIDE_ROWS)
     rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
-    c = apart(tl.zeros([a[0].shape[0], ROWS], tl.float32))
+    c = apart(tl.zeros([a[0].shape[0], ROWS], tl.float32), one)
     c = dot_once(a[0], _load_fenced(ptrs, rows_mask, 0, FIRST, HEAD_DIM), c, one, PRECISION)
     if len(a) > 1:
         c = dot_once(a[1], _load_fenced(ptrs, rows_mask, FIRST, a[1].shape[1], HEAD_DIM), c, one, PRECISION)
