@@ -1150,17 +1150,17 @@ FAULTS = (
     Fault(
         "D47", "triton_attn/parallel/ring.py", "if step + 1 < len(problem.ranks) else", "if True else", "MLA_EXCHANGES"
     ),
-    Fault("D41", "triton_attn/_host/dtensors.py", "or not kind else Partial()", "or True else Partial()", "PARALLEL"),
-    Fault("D43", "triton_attn/parallel/dtensors.py", "(of_q, mesh) > 1", "(of_q, mesh) > 9", "PARALLEL"),
-    Fault("D44", "triton_attn/parallel/dtensors.py", "mesh_dim != OTHER_MESH", "True", "PARALLEL"),
+    Fault("D48", "triton_attn/_host/dtensors.py", "or not kind else Partial()", "or True else Partial()", "DTENSORS"),
+    Fault("D49", "triton_attn/parallel/dtensors.py", "(of_q, mesh) > 1", "(of_q, mesh) > 9", "DTENSORS"),
+    Fault("D50", "triton_attn/parallel/dtensors.py", "mesh_dim != OTHER_MESH", "True", "DTENSORS"),
     Fault(
-        "D45",
+        "D51",
         "triton_attn/parallel/ulysses.py",
         "[_own_heads(problem, over)] = of_x",
         "[: of_x.shape[0]] = of_x",
         "PARALLEL",
     ),
-    Fault("D47", "triton_attn/parallel/cost.py", "s.key_flops // num_ranks", "s.key_flops", "PARALLEL"),
+    Fault("D52", "triton_attn/parallel/cost.py", "s.key_flops // num_ranks", "s.key_flops", "MLA_PARALLEL"),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
         "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"
@@ -1288,6 +1288,10 @@ FAULTS = (
         "PREFIX_MLA",
     ),
     Fault(
-        "B30", "triton_attn/dense/backward_kernels.py", "apart(zeros) if HALVED else zeros", "zeros", "EMULATED_WIDE"
+        "B30",
+        "triton_attn/dense/backward_kernels.py",
+        "apart(zeros, one) if HALVED else zeros",
+        "zeros",
+        "EMULATED_WIDE",
     ),
 )
