@@ -5,9 +5,9 @@ spill in the hot loop, or lose wgmma or asynchronous copies are dropped with the
 `expected` rate of the loop model, or by `lock` if the waits of the architecture were not measured, then by `bound`
 (perf/model/loop_model.py; differences under 5 % are noise). Matmuls that several warps repeat count once.
 
-On a GPU the best candidates are then timed in turn. Each is timed only after its result was found right, and no longer
-once it is clearly behind. For flash_backward the whole pass is timed with the other kernels at their defaults, and then
-the schedules that combine the winners.
+On a GPU the best candidates are then timed in turn, for kernels of hopper.py together with the portable kernel. Each is
+timed only after its result was found right, and no longer once it is clearly behind. For flash_backward the whole pass
+is timed with the other kernels at their defaults, and then the schedules that combine the winners.
 
 --table writes the winners (perf/results/winners.py) to a tuned table that calls use: measured winners on a GPU,
 otherwise predicted ones. The package's own tables hold measured winners only.
@@ -264,7 +264,11 @@ def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
     left = 0
     timed = []  # (candidates of a case, seqlen, their rows)
     names = [field.name for field in fields(Row)]
-    rounds = [(candidates, seqlen) for seqlen in seqlens for candidates in finalists]
+    rounds = [
+        (candidates + winners.portable_of(candidates[0], seqlen), seqlen)
+        for seqlen in seqlens
+        for candidates in finalists
+    ]
     roof = None
     with tqdm(total=sum(len(candidates) for candidates, _ in rounds), desc="timing", unit="config") as bar:
         for candidates, seqlen in rounds:
@@ -290,10 +294,10 @@ def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
 def _time(candidates, seqlen, roof, device):
     """Time the candidates in turn, since only timings of one round are comparable. Returns rows as dicts."""
     first = candidates[0]
-    kind = FAMILIES[first.family]
-    provider = kind.provider(first.dtype, **first.case)
-    providers = {compiled.config_name(c.config): provider(c.config) for c in candidates}
-    problem = kind.problem(seqlen, **first.case)
+    providers = {
+        compiled.config_name(c.config): FAMILIES[c.family].provider(c.dtype, **c.case)(c.config) for c in candidates
+    }
+    problem = FAMILIES[first.family].problem(seqlen, **first.case)
     rows = throughput(problem, first.dtype, providers, roof, device, behind=BEHIND)
     beside = [in_words(first.case, name) for name in ("kernel", "fused") if name in first.case]
     return [

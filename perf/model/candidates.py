@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -61,7 +61,8 @@ class Family:
     GPU `problem(seqlen, **case)` is timed at `seqlens` and compared with the `roof()`. `provider(dtype, **case)` gives
     a function from a config to a provider (perf/workloads/providers.py). `folder`, below triton_attn, has the kernels
     and their launchers. `rows(config)` is the number of rows of the largest matmul in the loop. Winners are entries of
-    a tuned table for the Config `table`; `case_of(arch, dtype, **case)` says which case they apply to.
+    a tuned table for the Config `table`; `case_of(arch, dtype, **case)` says which case they apply to. `portable` is
+    the family of the kernel that this one may replace, which is timed beside it.
     """
 
     config: type
@@ -78,6 +79,7 @@ class Family:
     roof: Callable
     seqlens: tuple
     rows: Callable = attrgetter("block_m")
+    portable: str | None = None
 
     @property
     def config_columns(self):
@@ -262,36 +264,63 @@ def _prefill_provider(dtype, fused, **case):
     return lambda config: partial(compiled.launch_prefill, fused=fused, config=config)
 
 
+_FLASH = Family(
+    config=FlashConfig,
+    table=FlashConfig,
+    case_of=_flash_case,
+    folder="flash",
+    option="head_dims",
+    shapes=HEAD_DIMS,
+    cases=_flash_cases,
+    search_space=_flash_space,
+    compile=compiled.flash_forward,
+    problem=_flash_problem,
+    provider=_flash_provider,
+    roof=matmul_rate,
+    seqlens=(1024, 4096, 16384),
+)
+_PAGED = Family(
+    config=PagedConfig,
+    table=PagedConfig,
+    case_of=_paged_case,
+    folder="paged",
+    option="models",
+    shapes=(*CACHED_MODELS, WIDEST_HEADS),
+    cases=_paged_cases,
+    search_space=_paged_space,
+    compile=compiled.paged_decode,
+    problem=_paged_problem,
+    provider=_paged_provider,
+    roof=copy_bandwidth,
+    seqlens=(1024, 8192),
+)
+_MLA = Family(
+    config=MlaDecodeConfig,
+    table=MlaDecodeConfig,
+    case_of=_latent_case,
+    folder="mla",
+    option="models",
+    shapes=tuple(LATENT_MODELS),
+    cases=_latent_cases,
+    search_space=_latent_space,
+    compile=compiled.latent_decode,
+    problem=_latent_problem,
+    provider=_latent_provider,
+    roof=copy_bandwidth,
+    seqlens=(1024, 8192),
+)
 FAMILIES = {
-    "flash": Family(
-        config=FlashConfig,
-        table=FlashConfig,
-        case_of=_flash_case,
-        folder="flash",
-        option="head_dims",
-        shapes=HEAD_DIMS,
-        cases=_flash_cases,
-        search_space=_flash_space,
-        compile=compiled.flash_forward,
-        problem=_flash_problem,
-        provider=_flash_provider,
-        roof=matmul_rate,
-        seqlens=(1024, 4096, 16384),
-    ),
-    "flash_hopper": Family(
+    "flash": _FLASH,
+    "flash_hopper": replace(
+        _FLASH,
         config=HopperConfig,
         table=HopperConfig,
-        case_of=_flash_case,
-        folder="flash",
-        option="head_dims",
         shapes=HOPPER_HEAD_DIMS,
         cases=_hopper_cases,
         search_space=_hopper_space,
         compile=compiled.flash_hopper,
-        problem=_flash_problem,
         provider=_hopper_provider,
-        roof=matmul_rate,
-        seqlens=(1024, 4096, 16384),
+        portable="flash",
     ),
     "flash_backward": Family(
         config=Tile,
@@ -309,65 +338,16 @@ FAMILIES = {
         seqlens=(1024, 4096, 16384),
         rows=lambda config: max(config.block_m, config.block_n),
     ),
-    "paged": Family(
-        config=PagedConfig,
-        table=PagedConfig,
-        case_of=_paged_case,
-        folder="paged",
-        option="models",
-        shapes=(*CACHED_MODELS, WIDEST_HEADS),
-        cases=_paged_cases,
-        search_space=_paged_space,
-        compile=compiled.paged_decode,
-        problem=_paged_problem,
-        provider=_paged_provider,
-        roof=copy_bandwidth,
-        seqlens=(1024, 8192),
-    ),
-    "paged_prefill": Family(
-        config=PagedConfig,
-        table=PagedConfig,
-        case_of=_paged_case,
-        folder="paged",
-        option="models",
-        shapes=(*CACHED_MODELS, WIDEST_HEADS),
-        cases=_chunk_cases,
-        search_space=_paged_space,
-        compile=compiled.paged_decode,
-        problem=_chunk_problem,
-        provider=_paged_provider,
-        roof=matmul_rate,
-        seqlens=(1024, 8192),
-    ),
-    "mla": Family(
-        config=MlaDecodeConfig,
-        table=MlaDecodeConfig,
-        case_of=_latent_case,
-        folder="mla",
-        option="models",
-        shapes=tuple(LATENT_MODELS),
-        cases=_latent_cases,
-        search_space=_latent_space,
-        compile=compiled.latent_decode,
-        problem=_latent_problem,
-        provider=_latent_provider,
-        roof=copy_bandwidth,
-        seqlens=(1024, 8192),
-    ),
-    "mla_hopper": Family(
+    "paged": _PAGED,
+    "paged_prefill": replace(_PAGED, cases=_chunk_cases, problem=_chunk_problem, roof=matmul_rate),
+    "mla": _MLA,
+    "mla_hopper": replace(
+        _MLA,
         config=MlaHopperConfig,
         table=MlaHopperConfig,
-        case_of=_latent_case,
-        folder="mla",
-        option="models",
-        shapes=tuple(LATENT_MODELS),
         cases=_hopper_latent_cases,
         search_space=_hopper_latent_space,
-        compile=compiled.latent_decode,
-        problem=_latent_problem,
-        provider=_latent_provider,
-        roof=copy_bandwidth,
-        seqlens=(1024, 8192),
+        portable="mla",
     ),
     "mla_prefill": Family(
         config=MlaPrefillConfig,

@@ -11,7 +11,7 @@ seven matmuls, and five are counted.
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -30,12 +30,13 @@ UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 
 
 class Winner(NamedTuple):
-    """The winning `config` for the case of `candidate` at a length."""
+    """The winning `config` for the case of `candidate` at a length. portable: that of the portable kernel beside it."""
 
     candidate: Candidate
     seqlen: int
     config: object
     figure: float
+    portable: float | None = None
 
     @property
     def problem(self):
@@ -61,7 +62,8 @@ def predicted(cases, seqlen):
 
 
 def measured(cases, time_passes):
-    """Entries for cases. A case is triples of a candidate, a length and the row of its timing.
+    """Entries for cases. A case is triples of a candidate, a length and the row of its timing; a candidate of another
+    family is the portable kernel's, see `portable_of`.
 
     time_passes(problem, dtype, {name: BackwardConfig}) returns {name: TFLOP/s}.
     """
@@ -69,8 +71,12 @@ def measured(cases, time_passes):
     for candidates, seqlen, rows in cases:
         first = candidates[0]
         column = FAMILIES[first.family].problem(seqlen, **first.case).figure
-        figures = {candidate.config: row[column] for candidate, row in zip(candidates, rows)}
-        winners += _winner(first, seqlen, figures, MEASURED)
+        figures = {c.config: row[column] for c, row in zip(candidates, rows) if c.family == first.family}
+        portable = [row[column] for c, row in zip(candidates, rows) if c.family != first.family]
+        winners += [
+            winner._replace(portable=portable[0] if portable else None)
+            for winner in _winner(first, seqlen, figures, MEASURED)
+        ]
 
     def passes(configs, kernels):
         first = kernels["dq"]
@@ -101,6 +107,17 @@ def default_of(candidate):
         return getattr(_default_pass(candidate), candidate.case["kernel"])
     dtype = getattr(torch, candidate.dtype)
     return FAMILIES[candidate.family].search_space(candidate.arch, dtype, **candidate.case)[0]
+
+
+def portable_of(candidate, seqlen):
+    """[Candidate] of the portable kernel that the candidate's may replace, with the config that a call of this length
+    takes; [] if there is none."""
+    name = FAMILIES[candidate.family].portable
+    if name is None:
+        return []
+    kind = FAMILIES[name]
+    case = kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case)
+    return [replace(candidate, family=name, config=tuned.choose(kind.table, case._replace(seqlen_k=seqlen)))]
 
 
 def _default_pass(candidate):
@@ -170,6 +187,7 @@ def _entry(winner, config, source):
     candidate = winner.candidate
     kind = FAMILIES[candidate.family]
     case = kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case)
+    beside = {} if winner.portable is None else {"portable": float(f"{winner.portable:.4g}")}
     return tuned.describe(kind.table, case._replace(seqlen_k=winner.seqlen)) | {
         "config": config,
         "figure": float(f"{winner.figure:.4g}"),
@@ -179,6 +197,7 @@ def _entry(winner, config, source):
         "triton": triton.__version__,
         "torch": torch.__version__,
         "commit": commit(),
+        **beside,
     }
 
 

@@ -124,14 +124,11 @@ def test_all_else_is_the_portable_kernels(call, wanted):
     assert launch_of(**call).name == PORTABLE
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
-    """By an entry for the dtype, head dim and mask. TRITON_ATTN_KERNELS=portable takes precedence."""
-    assert launch_of(dtype=dtype).name == PORTABLE
+def write_record(path, **changes):
+    """A table with one entry of the kernel, as a sweep writes it."""
     entry = {
         "family": "flash_hopper",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "bfloat16",
         "case": {"head_dim": 128, "causal": False},
         "buckets": {"seqlen_k": 4096},
         "config": {"block_n": 64, "groups": 2, "num_stages": 2},
@@ -143,15 +140,39 @@ def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
         "torch": torch.__version__,
         "commit": None,
     }
-    path = tmp_path / "sm_90.json"
-    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry]}))
-    use_tuned(path)
+    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry | changes]}))
+    return path
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
+    """By an entry for the dtype, head dim and mask. TRITON_ATTN_KERNELS=portable takes precedence."""
+    assert launch_of(dtype=dtype).name == PORTABLE
+    use_tuned(write_record(tmp_path / "sm_90.json", dtype=str(dtype).removeprefix("torch.")))
     launch = launch_of(dtype=dtype)
     assert launch.name == HOPPER
     assert launch.constexprs["BLOCK_N"] == 64
     assert launch_of(dtype=dtype, causal=True).name == PORTABLE
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
     assert launch_of(dtype=dtype).name == PORTABLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({"portable": 600.1}, PORTABLE),
+        ({"portable": 600}, HOPPER),
+        ({"source": "predicted"}, PORTABLE),  # it has not run
+    ],
+    ids=["slower", "as fast", "predicted"],
+)
+def test_a_record_must_not_find_the_portable_kernel_faster(changes, kernel, tmp_path, monkeypatch):
+    """The entry has the best config of its kernel all the same."""
+    use_tuned(write_record(tmp_path / "sm_90.json", **changes))
+    assert launch_of().name == kernel
+    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
+    assert launch_of().constexprs["BLOCK_N"] == 64
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):

@@ -72,11 +72,12 @@ def flash_of_expanded_heads():
     return [computed], [reference.flash_attention(*in_fp64((q, k, v)), causal=True)]
 
 
-def flash_varlen():
-    q, k, v = normal(140, 4, 64), normal(140, 2, 64), normal(140, 2, 64)
-    options = [int32(0, 90, 90, 140), int32(0, 90, 90, 140), 90, 90, True]
-    computed = ta.flash_attention_varlen(q, k, v, *options[:4], causal=True)
-    return [computed], [reference.flash_attention_varlen(*in_fp64((q, k, v)), *options[:4], causal=True)]
+def flash_varlen(spare_rows=0):
+    q, k, v = (normal(140 + spare_rows, heads, 64) for heads in (4, 2, 2))
+    lengths = int32(0, 90, 90, 140), int32(0, 90, 90, 140), 90, 90
+    options = {"causal": True, "return_lse": True}
+    computed = ta.flash_attention_varlen(q, k, v, *lengths, **options)
+    return computed, reference.flash_attention_varlen(*in_fp64((q, k, v)), *lengths, **options)
 
 
 def backward(deterministic, seqlen=100, num_heads=2, expanded=False, head_dim=64, **more):
@@ -319,6 +320,7 @@ CALLS_OF_HOPPER = {
     "flash 128": lambda: flash(128, (70, 700)),
     "flash 128 full": lambda: flash(128, causal=False, return_lse=False),
     "flash 64 full": lambda: flash(64, (70, 700), (2, 1), causal=False),  # three groups
+    "flash varlen, spare rows": lambda: flash_varlen(400),
     "mla decode 128": lambda: mla_decode(128, seqlen=330, num_splits=1),
     "mla decode 128 fp16": lambda: mla_decode(128, dtype=torch.float16),
     "mla decode 128 of one rank": lambda: mla_decode(128, seqlen=300, key_shard=(1, 3, 4)),

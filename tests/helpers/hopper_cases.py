@@ -28,10 +28,9 @@ def launched(module, launcher):
     assert launch.called
 
 
-def attention(seed, lengths_q, lengths_k, head_dim=None, most=3, spare_rows=(0, 1, 150)):
+def attention(seed, lengths_q, lengths_k, head_dim=None, most=3):
     """A call of flash_attention or flash_attention_varlen with sequences of these lengths, at most so many sequences
-    and KV heads, and at most twice as many query heads for each. head_dim None: drawn. spare_rows: one of these numbers
-    of rows follows a packed batch."""
+    and KV heads, and at most twice as many query heads for each. head_dim None: drawn."""
     draw = random.Random(seed)
     head_dim = head_dim or draw.choice(HOPPER_HEAD_DIMS)
     dtype, causal, varlen = draw.choice((torch.bfloat16, torch.float16)), draw.random() < 0.7, draw.random() < 0.5
@@ -59,7 +58,7 @@ def attention(seed, lengths_q, lengths_k, head_dim=None, most=3, spare_rows=(0, 
         layouts=tuple(draw.choice(("contiguous", "heads first", "sliced and aligned")) for _ in range(3)),
         poison=draw.choice((attention_cases.NAN, float("inf"))),
         poisoned_sequence=draw.randrange(batch) if varlen and batch > 1 else None,
-        spare_rows=draw.choice(spare_rows) if varlen else 0,
+        spare_rows=draw.choice((0, 1, 150)) if varlen else 0,
         config=draw.choice(configs),
         seed=seed,
     )

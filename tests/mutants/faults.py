@@ -55,6 +55,11 @@ GROUPS = {
         _run("tests/test_contract.py", "-k", "decode"),
         _run("tests/mla/test_random.py", "tests/test_strides.py", "-k", "decode"),
     ),
+    "FLOAT8_LATENTS": (
+        _run("tests/mla/test_decode.py", "-k", "fp8_number or any_size"),
+        # Pairs are decoded by inline PTX, which has no interpreter.
+        _run("tests/mla/test_decode.py", "--emulate", "sm_80", "-k", "fp8_number", compiled=True),
+    ),
     "PREFILL": (
         _run("tests/mla/test_prefill.py"),
         _run("tests/test_contract.py", "-k", "prefill"),
@@ -496,6 +501,20 @@ FAULTS = (
         "(tl.arange(0, BLOCKS))",
         "DECODE",
     ),
+    Fault(
+        "M16",
+        "triton_attn/mla/latents.py",
+        "        row_scale *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)\n",
+        "",
+        "FLOAT8_LATENTS",
+    ),
+    Fault("M17", "triton_attn/mla/latents.py", "largest = tl.maximum(largest, scales[i])", "pass", "FLOAT8_LATENTS"),
+    Fault("M18", "triton_attn/mla/latents.py", "tile += (even, odd)", "tile += (odd, even)", "FLOAT8_LATENTS"),
+    Fault(
+        "M19", "triton_attn/mla/latents.py", "tl.dot(weights[i // 2], k[i]", "tl.dot(weights[0], k[i]", "FLOAT8_LATENTS"
+    ),
+    Fault("M20", "triton_attn/mla/latents.py", "0xff00ff00", "0xfffffff0", "FLOAT8_LATENTS"),
+    Fault("M21", "triton_attn/mla/latents.py", "mov.b32 c, 0x78657865", "mov.b32 c, 0x70657065", "FLOAT8_LATENTS"),
     Fault(
         "M03",
         "triton_attn/_jit/rope.py",
@@ -997,6 +1016,14 @@ FAULTS = (
         "HOPPER",
     ),
     Fault("N06", "triton_attn/flash/hopper.py", "step // STAGES & 1", "gl.minimum(step // STAGES, 1)", "HOPPER"),
+    Fault("N07", "triton_attn/flash/hopper.py", "slot + gl.maximum(seqlen_q - start_m, 0)", "slot", "HOPPER"),
+    Fault(
+        "N08",
+        "triton_attn/flash/hopper.py",
+        "gl.minimum(slot + GROUPS * GROUP_ROWS, num_rows - first)",
+        "num_rows - first",
+        "HOPPER",
+    ),
     Fault("L07", "triton_attn/mla/hopper.py", "(step >> 1) & 1", "gl.minimum(step >> 1, 1)", "MLA_HOPPER"),
     Fault(
         "W01",
@@ -1005,6 +1032,8 @@ FAULTS = (
         "least = max(figures.values(), default=0) * (1 + noise)",
         "CONFIGS",
     ),
+    Fault("W12", "triton_attn/_host/tuned.py", ' and entry["figure"] >= entry.get("portable", 0)', "", "CONFIGS"),
+    Fault("W11", "triton_attn/_host/tuned.py", 'entry["source"] == MEASURED and ', "", "HOPPER"),
     Fault("W02", "perf/results/winners.py", "return default if default in near else", "return", "CONFIGS"),
     Fault(
         "W03",

@@ -387,6 +387,38 @@ def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monke
     assert timed == [f"16x{n} w4 s1{suffix}" for n in (16, 32)]
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_portable_kernel_is_timed_beside_one_that_may_replace_it(factor, tmp_path, monkeypatch):
+    """A record in which it is faster does not make the other one the default."""
+    portable = FAMILIES["flash"].provider("bfloat16", head_dim=64, causal=True)
+    kind = replace(
+        FAMILIES["flash_hopper"],
+        problem=lambda seqlen, **case: Problem(1, seqlen, 2, 64, True),
+        roof=lambda: 1.0,
+        provider=lambda dtype, **case: lambda config: portable(FlashConfig(16, 32, 4, 1)),  # Gluon has no interpreter
+    )
+    monkeypatch.setitem(FAMILIES, "flash_hopper", kind)
+    monkeypatch.setattr(candidates, "gpu_arch", lambda: "sm_90")
+    monkeypatch.setattr(winners, "gpu_name", lambda: "a GPU")
+    milliseconds = {True: 2.0, False: 2.0 * factor}
+
+    def time_interleaved(functions, behind):
+        return {name: Percentiles(*3 * [milliseconds["hopper" in name]]) for name in functions}
+
+    monkeypatch.setattr(measure, "time_interleaved", time_interleaved)
+    case = {"head_dim": 64, "causal": True}
+    space = kind.search_space("sm_90", torch.bfloat16, **case)
+    own = [Candidate("flash_hopper", "sm_90", "bfloat16", case, config) for config in space]
+    (entry,), _, rows = time_on_cpu(tmp_path, [own])
+    assert len(rows) == len(own) + 1
+    assert entry["figure"] == pytest.approx(factor * entry["portable"], rel=1e-3)
+    winners.update(tmp_path / "sm_90.json", "sm_90", [entry])
+    monkeypatch.setattr(tuned, "_added", [tuned._index_of(tmp_path / "sm_90.json")])
+    of_call = kind.case_of("sm_90", torch.bfloat16, **case)
+    chosen = HopperConfig.choose(of_call, "auto")
+    assert chosen == (HopperConfig.from_dict(entry["config"]) if factor > 1 else None)
+
+
 def test_configs_of_a_decode_step_share_the_cache_and_not_the_output():
     problem = TIMED["paged"][1]
     tensors = [torch.randn(shape) for shape in problem.shapes]

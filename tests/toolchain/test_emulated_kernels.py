@@ -97,9 +97,13 @@ def test_every_kernel_in_every_schedule(arch, name, kernels):
 
 @pytest.mark.ci
 @pytest.mark.oldest
-@pytest.mark.parametrize("name", ["flash 128 full", "mla decode 128 fp16", "mla decode 128 fp8 of one rank"])
+@pytest.mark.parametrize(
+    "name",
+    ["flash 128 full", "flash varlen, spare rows", "mla decode 128 fp16", "mla decode 128 fp8 of one rank"],
+)
 def test_other_calls_of_kernels_of_hopper(name):
-    """Without a mask, and in fp16: weights that are not relative to the largest score leave its range, not bf16's."""
+    """Without a mask; with spare rows, each of which one program clears; and in fp16: weights that are not relative to
+    the largest score leave its range, not bf16's."""
     run(name, "sm_90", "hopper")
 
 

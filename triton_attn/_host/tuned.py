@@ -10,6 +10,9 @@ because another compiler may spill. Of several it takes the one with the nearest
 Tables are searched from the one added last to the package's. The first table that has the case decides. Without an
 entry a call takes the default of the family's configs.py. The package's tables contain only configs measured on a GPU:
 predictions are already in the defaults.
+
+An entry of a kernel that may replace a portable one also makes it the default, if the entry was measured, and if the
+portable kernel was not faster in the same run: its figure is `portable`, which entries of the first runs lack.
 """
 
 import contextlib
@@ -20,6 +23,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +34,7 @@ from .gpu import gpu_arch, gpu_of
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "tuned"
 DTYPES = "float16", "bfloat16"
+MEASURED = "measured"
 
 
 ABOUT = {
@@ -41,11 +46,19 @@ ABOUT = {
     "torch": str,
     "commit": (str, type(None)),
 }
+OPTIONAL = {"portable": (int, float)}
 
 _added = []  # indices of the user's tables, the last one first
 _overrides = {}  # {family: {field: value}} of override_config
 _plans = []  # functions whose results depend on tables and are remembered
 _generation = object()  # replaced each time that tables change
+
+
+class Tuned(NamedTuple):
+    """An entry of a table: its config, and whether the kernel may replace the portable one."""
+
+    config: object
+    replaces: bool
 
 
 def use_tuned(path: str | os.PathLike[str] | None) -> None:
@@ -139,6 +152,11 @@ def choose(config, case):
 
 def find(config, case):
     """The config of the first table that has the case; None if none has."""
+    found = _find(config, case)
+    return None if found is None else found.config
+
+
+def _find(config, case):
     _add_environment()
     key = case.arch, config.family, _name(case.dtype), tuple(_name(getattr(case, name)) for name in config.case_types)
     entries = next((table[key] for table in (*_added, _shipped(case.arch)) if key in table), {})
@@ -163,8 +181,12 @@ def _name(value):
 
 
 def is_chosen(config, case):
-    """Whether a table has the case, or the user overrides the config."""
-    return config.family in _overrides or find(config, case) is not None
+    """Whether calls take the kernel of this config: a table says that it may replace the portable one, or the user
+    overrides the config."""
+    if config.family in _overrides:
+        return True
+    found = _find(config, case)
+    return found is not None and found.replaces
 
 
 def may_replace(portable, config):
@@ -253,7 +275,7 @@ def _index_of(path):
 
 
 def _index(table):
-    """{(arch, family, dtype, values of the case): {values of the buckets: config}} for this Triton."""
+    """{(arch, family, dtype, values of the case): {values of the buckets: Tuned}} for this Triton."""
     index = {}
     for entry in table["entries"]:
         if _series(entry["triton"]) != _series(_triton_version()):
@@ -262,7 +284,8 @@ def _index(table):
         case = tuple(entry["case"][name] for name in config.case_types)
         buckets = tuple(entry["buckets"][name] for name in config.buckets)
         same_case = index.setdefault((table["arch"], entry["family"], entry["dtype"], case), {})
-        same_case[buckets] = config.from_dict(entry["config"])
+        replaces = entry["source"] == MEASURED and entry["figure"] >= entry.get("portable", 0)
+        same_case[buckets] = Tuned(config.from_dict(entry["config"]), replaces)
     return index
 
 
@@ -306,7 +329,8 @@ def read_table(path):
 
 def _check_entry(name, entry, gpu):
     fields = {"family": str, "dtype": str, "case": dict, "buckets": dict, "config": dict}
-    _check_fields(name, entry, fields | ABOUT)
+    optional = {field: types for field, types in OPTIONAL.items() if isinstance(entry, dict) and field in entry}
+    _check_fields(name, entry, fields | ABOUT | optional)
     for field, known in (("family", sorted(FAMILIES)), ("dtype", DTYPES)):
         if entry[field] not in known:
             fail(f"{name}, {field}", " or ".join(known), repr(entry[field]))

@@ -359,29 +359,29 @@ def _attend_2(work, shared, out_desc, lse, num_heads, scale_log2):
 
 
 @gluon.jit
-def _clear_spare_rows(shared, out_desc, lse, head, first, num_rows, slot):
-    """Clear this program's rows after a packed batch's last sequence, see `spare_rows`: 64 * GROUPS rows from `slot`
-    on, counted from row `first`, but none before it. TMA stores whole tiles: slots that hold rows of the program's own
-    sequence clear rows that other programs clear too."""
+def _clear_spare_rows(shared, out_desc, lse, head, first, start, end):
+    """Clear a program's rows [start, end), at most 64 * GROUPS, counted from `first`, the first row after a packed
+    batch's last sequence."""
     GROUPS: gl.constexpr = shared.q.shape[0]
     HEAD_DIM: gl.constexpr = shared.q.shape[5]
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    num_spare = num_rows - first
-    slot = gl.minimum(slot, num_spare).to(gl.int32)
-    if slot < num_spare and slot + GROUPS * GROUP_ROWS > 0:
+    start = gl.minimum(gl.maximum(start, 0), end).to(gl.int32)
+    end = end.to(gl.int32)
+    if start < end:
         zeros = gl.zeros([GROUP_ROWS, HEAD_DIM], out_desc.dtype, ROWS)
         for group in gl.static_range(GROUPS):
             _matrix(shared.q, group).store(zeros)
         fence_async_shared()
-        outer, batch, head_there, row = sequence_coords(0, head, first, num_spare, True)
+        # TMA does not store rows past the end.
+        outer, batch, head_there, row = sequence_coords(0, head, first, end, True)
         for group in gl.static_range(GROUPS):
-            start = gl.maximum(slot + group * GROUP_ROWS, 0)
-            _tma_store(out_desc, [outer, batch, head_there, row + start, 0], shared.q.index(group))
+            start_m = start + group * GROUP_ROWS
+            _tma_store(out_desc, [outer, batch, head_there, row + start_m, 0], shared.q.index(group))
             if lse.ptr is not None:
-                rows = start + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ROWS))
+                rows = start_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ROWS))
                 minus_inf = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, ROWS))
                 lse_ptrs = lse.ptr + head.to(gl.int64) * lse.strides + first + rows
-                gl.store(lse_ptrs, minus_inf, mask=rows < num_spare)
+                gl.store(lse_ptrs, minus_inf, mask=rows < end)
         tma.store_wait(0)
 
 
@@ -452,16 +452,12 @@ def _flash_fwd_hopper_kernel(
     )
     lse = View(lse_ptr, lse_stride)
     if VARLEN and start_m + GROUPS * GROUP_ROWS > seqlen_q:
-        num_sequences = num_batch_heads // num_heads
-        _clear_spare_rows(
-            shared,
-            out_desc,
-            lse,
-            head,
-            gl.minimum(gl.load(cu_seqlens_q_ptr + num_sequences), num_rows),
-            num_rows,
-            slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, GROUPS * GROUP_ROWS),
-        )
+        # The program's part of them, see `spare_rows`.
+        first = gl.minimum(gl.load(cu_seqlens_q_ptr + num_batch_heads // num_heads), num_rows)
+        slot = slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, GROUPS * GROUP_ROWS)
+        start = slot + gl.maximum(seqlen_q - start_m, 0)
+        end = gl.minimum(slot + GROUPS * GROUP_ROWS, num_rows - first)
+        _clear_spare_rows(shared, out_desc, lse, head, first, start, end)
     loads = work, shared, q_desc, k_desc, v_desc
     sums = work, shared, out_desc, lse, num_heads, scale_log2
     if GROUPS == 2:

@@ -161,6 +161,37 @@ inline f32 element(int type, u32 pattern) {
   }
 }
 
+// The elements in 16 bytes.
+inline void elements(int type, const u8* from, f32* to) {
+  auto each = [&](auto pattern, auto value) {
+    for (u32 i = 0; i < 16 / sizeof pattern; i++) {
+      std::memcpy(&pattern, from + i * sizeof pattern, sizeof pattern);
+      to[i] = value(pattern);
+    }
+  };
+  if (type == E_BF16)
+    each(u16(), [](u16 x) -> f32 { return bf16::of(x); });
+  else if (type == E_F16)
+    each(u16(), [](u16 x) -> f32 { return f16::of(x); });
+  else if (type == E_TF32)
+    each(u32(), [](u32 x) { return element(E_TF32, x); });
+  else
+    each(u8(), [&](u8 x) { return element(type, x); });
+}
+
+// c += a b for m16: products of a row are added in the order of k, eight columns at a time.
+template <int columns_of_b>
+void add_products(const f32 (*a)[32], const f32 (*b)[columns_of_b], f32 (*c)[columns_of_b], int depth, int columns) {
+  for (int i = 0; i < 16; i++)
+    for (int n = 0; n < columns; n += 8) {
+      f32 sums[8];
+      std::memcpy(sums, &c[i][n], sizeof sums);
+      for (int k = 0; k < depth; k++)
+        for (int e = 0; e < 8; e++) sums[e] += a[i][k] * b[k][n + e];
+      std::memcpy(&c[i][n], sums, sizeof sums);
+    }
+}
+
 // Shared Memory Matrix Layout, Matrix Descriptor Format: where an operand in shared memory has its elements.
 struct MatrixDescriptor {
   u32 start, leading, stride;
@@ -234,39 +265,42 @@ inline void Machine::finish(Warp& w, const Product& product) {
   const int columns = in.m[0], type = in.m[1] & 255, sums = in.m[1] >> 8;
   const int bytes = element_bytes(type), depth = 32 / bytes;
   const bool a_shared = in.m[2], a_transposed = in.m[3], b_transposed = in.m[4];
-  static thread_local f32 a[16][32], b[32][256], c[16][256];
+  const f32 sign_a = in.m[5], sign_b = in.m[6];
+  static thread_local struct { f32 a[16][32], b[32][256], c[16][256]; } tiles;
+  auto& a = tiles.a;
+  auto& b = tiles.b;
+  auto& c = tiles.c;
   // Rows [first, last) of an operand in shared memory, 16 bytes at a time: set(i, k, value).
   auto read = [&](u64 descriptor, int first, int last, bool transposed, auto set) {
     MatrixDescriptor d(descriptor);
     int step = 16 / bytes;
+    f32 values[16];
     for (int i = first; i < last; i += transposed ? step : 1)
       for (int k = 0; k < depth; k += transposed ? 1 : step) {
         u32 address = d.address(i, k, bytes, transposed);
-        bool fits = shared_range(w, product.pc, 0, address, 16, 16);
-        if (fits) read_shared_async(w, product.pc, -1, address - SHARED_BASE, 16, product.issued);
-        for (int e = 0; e < step; e++) {
-          u32 pattern = 0;
-          if (fits) std::memcpy(&pattern, &shared[address - SHARED_BASE + e * bytes], bytes);
-          set(transposed ? i + e : i, transposed ? k : k + e, fits ? element(type, pattern) : NAN);
+        if (shared_range(w, product.pc, 0, address, 16, 16)) {
+          read_shared_async(w, product.pc, -1, address - SHARED_BASE, 16, product.issued);
+          elements(type, &shared[address - SHARED_BASE], values);
+        } else {
+          std::fill_n(values, step, NAN);
         }
+        for (int e = 0; e < step; e++) set(transposed ? i + e : i, transposed ? k : k + e, values[e]);
       }
   };
   if (a_shared) {
     int row = (w.id & 3) * 16;
-    read(product.a, row, row + 16, a_transposed, [&](int i, int k, f32 x) { a[i - row][k] = in.m[5] * x; });
+    read(product.a, row, row + 16, a_transposed, [&](int i, int k, f32 x) { a[i - row][k] = sign_a * x; });
   } else {
     for (int j = 0; j < 4; j++) unpack_a(type, &product.a_values[j * LANES], j, a);
     for (int i = 0; i < 16; i++)
-      for (int k = 0; k < depth; k++) a[i][k] *= in.m[5];
+      for (int k = 0; k < depth; k++) a[i][k] *= sign_a;
   }
-  read(product.b, 0, columns, b_transposed, [&](int i, int k, f32 x) { b[k][i] = in.m[6] * x; });
+  read(product.b, 0, columns, b_transposed, [&](int i, int k, f32 x) { b[k][i] = sign_b * x; });
   std::vector<u32>& values = accumulators[product.accumulators].values;
   if (!product.add) std::fill(values.begin(), values.end(), 0);
   auto registers = [&](int j) { return &values[j * LANES]; };
   load_sums(sums, columns, registers, c);
-  for (int i = 0; i < 16; i++)
-    for (int k = 0; k < depth; k++)
-      for (int n = 0; n < columns; n++) c[i][n] += a[i][k] * b[k][n];
+  add_products(a, b, c, depth, columns);
   store_sums(sums, columns, c, registers, registers);
 }
 

@@ -17,8 +17,8 @@ Machine::Machine(const Launch& launch)
     : launch(launch),
       num_warps((launch.threads + LANES - 1) / LANES),
       shared(launch.shared_bytes + 16),
-      cells(launch.shared_bytes + 16),
-      reads(size_t(launch.shared_bytes + 17) / 2 * num_warps),
+      cells(launch.shared_bytes),
+      reads(num_warps, States<Read>(launch.shared_bytes)),
       warps(num_warps),
       owners(launch.num_regions),
       touched(launch.num_regions) {}
@@ -197,8 +197,8 @@ void Machine::explain_deadlock() {
 void Machine::run(int number) {
   cta = number;
   random_state = launch.seed * 0x9E3779B97F4A7C15ull + u64(cta) * 0xD1B54A32D192ED03ull + 88172645463325252ull;
-  std::fill(cells.begin(), cells.end(), Cell());
-  std::fill(reads.begin(), reads.end(), Read());
+  cells.clear();
+  for (auto& of_warp : reads) of_warp.clear();
   std::fill(shared.begin(), shared.end(), 0xff);  // NaN
   barriers = {};
   mbarriers.clear(), loads.clear(), accumulators.clear();

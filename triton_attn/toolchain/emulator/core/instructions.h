@@ -199,7 +199,7 @@ inline void st(Machine& m, Warp& w, const Instruction& in, u32 mask) {
       for (int j = 0; j < in.count - 1; j++)
         for (u32 i = 0; i < size; i++)
           if (u32 tag = w.tags[o[1 + j] + i / 4]; tag & TAG_UNWRITTEN && tag >> 24 >> i % 4 & 1)
-            m.cells[offset + j * size + i].written = false;
+            m.forget(offset + j * size + i, 1);
     } else if (in.m[2] == 3) {
       if (u8* to = m.local(w, w.pc, lane, at, bytes)) std::memcpy(to, data, bytes);
     } else if (at % bytes) {
@@ -374,9 +374,7 @@ inline void mma(Machine& m, Warp& w, const Instruction& in, u32 mask) {
   }
   auto before = [&](int j) { return w.row(rc[j]); };
   load_sums(in.m[4], 8, before, c);
-  for (int i = 0; i < 16; i++)
-    for (int k = 0; k < depth; k++)
-      for (int n = 0; n < 8; n++) c[i][n] += a[i][k] * b[k][n];
+  add_products(a, b, c, depth, 8);
   store_sums(in.m[4], 8, c, before, [&](int j) { return w.row(d[j]); });
 }
 
@@ -537,7 +535,7 @@ inline void mbarrier_inval(Machine& m, Warp& w, const Instruction& in, u32 mask)
     b->live = false;
     u64 pattern = m.random() | u64(m.random()) << 32;
     m.write_shared(w, w.pc, lane, at - SHARED_BASE, 8, (const u8*)&pattern);
-    for (int i = 0; i < 8; i++) m.cells[at - SHARED_BASE + i].written = false;
+    m.forget(at - SHARED_BASE, 8);
   });
 }
 

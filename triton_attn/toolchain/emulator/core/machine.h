@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "states.h"
 #include "tensor_map.h"
 
 constexpr int LANES = 32;
@@ -114,12 +115,14 @@ struct Cell {        // state of one byte of shared memory
   u8 in_flight = 0;  // asynchronous writes that are not known to be over
   bool written = false;
   bool generic = false;  // written by the generic proxy
+  bool operator==(const Cell&) const = default;
 };
 
-struct Read {     // the last of a warp of 2 bytes of shared memory
+struct Read {     // the last of a warp of one byte of shared memory
   u32 clock = 0;  // of the warp
   s32 pc = 0;
-  std::array<u32, 2> lanes{};  // by byte: those that read it since the warp's lanes last waited for each other
+  u32 lanes = 0;  // those that read it since the warp's lanes last waited for each other
+  bool operator==(const Read&) const = default;
 };
 
 // ---- asynchronous work
@@ -229,8 +232,8 @@ struct Machine {
   const Launch& launch;
   const int num_warps;
   std::vector<u8> shared;
-  std::vector<Cell> cells;
-  std::vector<Read> reads;  // by warp and 2 bytes
+  States<Cell> cells;
+  std::vector<States<Read>> reads;  // by warp
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
   std::map<u32, Mbarrier> mbarriers;
@@ -251,9 +254,10 @@ struct Machine {
     u32 writer, reader, written, read;
     s32 write_pc, read_pc;
     u32 write_lanes, read_lanes;
+    bool operator==(const Owner&) const = default;
   };
   static constexpr u64 PAGE = 4096;
-  std::vector<std::vector<std::unique_ptr<Owner[]>>> owners;
+  std::vector<std::vector<std::unique_ptr<States<Owner>>>> owners;
   std::vector<std::vector<u8>> touched;  // by region and sector: 1 it was read, 2 written
   std::vector<int> stamp_cta{-1};
   std::vector<bool> stamp_seen{true};
@@ -274,7 +278,6 @@ struct Machine {
   // Memory Consistency Model, Strong Operations: volatile, relaxed, acquire, release and atomic ones, of which two do
   // not race.
   enum Access { LOAD, STORE, STRONG_LOAD, STRONG_STORE, ATOMIC };
-  Read* reads_of(int warp) { return &reads[size_t(warp) * ((cells.size() + 1) / 2)]; }
   static bool reads_only(Access access) { return access == LOAD || access == STRONG_LOAD; }
   struct GlobalAccess {
     int pc, lane;
@@ -300,6 +303,8 @@ struct Machine {
   void order_write(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void write_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes, const u8* data);
   void mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic, u32 lanes);
+  void forget(u32 offset, u32 bytes);
+  void not_in_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes, const char* what);
   void start_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes);
   void end_flight(u32 offset, u32 bytes);
 

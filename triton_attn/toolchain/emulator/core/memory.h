@@ -40,6 +40,7 @@ inline void Machine::global_order(const Region& r, Warp& w, const GlobalAccess& 
   constexpr u32 STRONG_BIT = 0x80000000u, SEVERAL = 0x7fffffffu;
   constexpr int CLOCK_BITS = 27;
   constexpr u32 CLOCK = (1u << CLOCK_BITS) - 1;
+  constexpr const char* OF_WARP = " of the same warp";
   const bool reads = reads_only(a.kind), strong = a.kind >= STRONG_LOAD;
   const u32 stamp = stamp_cta.size() - 1, by = 1u << a.lane;
   const u32 now = u32(w.id) << CLOCK_BITS | (a.issued ? a.issued : w.clock.at[w.id]);
@@ -53,6 +54,11 @@ inline void Machine::global_order(const Region& r, Warp& w, const GlobalAccess& 
       report(PROGRAM_RACE, a.pc, w.id, a.lane, a.address + i, -1, "%s several others", what);
     else
       report(PROGRAM_RACE, a.pc, w.id, a.lane, a.address + i, other_pc, "%s program %d", what, stamp_cta[other]);
+    return false;
+  };
+  auto race = [&](Fault kind, u32 i, int other_pc, const char* what, int other, const char* of = "") {
+    report(kind, a.pc, w.id, a.lane, a.address + i, other_pc, "global memory, %s %d%s", what, other, of);
+    return false;
   };
   auto here = [&](u32 other) { return other && other != SEVERAL && stamp_cta[other] == cta; };
   auto unordered_warp = [&](u32 other, u32 then) {
@@ -63,36 +69,31 @@ inline void Machine::global_order(const Region& r, Warp& w, const GlobalAccess& 
   auto unordered_lanes = [&](u32 other, u32 then, u32 lanes) {
     return here(other) && w.lanes_unordered(then >> CLOCK_BITS, then & CLOCK) ? lanes : 0;
   };
-  for (u32 i = 0; i < a.bytes; i++) {
-    const u64 at = a.address + i, offset = at - r.base;
-    auto& page = pages[offset / PAGE];
-    if (!page) page.reset(new Owner[PAGE]());
-    Owner& o = page[offset % PAGE];
+  // Of bytes alike; false after a report.
+  auto order = [&](u32 i, u32 count, Owner& o) {
+    const u64 at = a.address + i;
     const u32 writer = o.writer & ~STRONG_BIT, reader = o.reader & ~STRONG_BIT;
     const bool strong_write = o.writer & STRONG_BIT, strong_read = o.reader & STRONG_BIT;
     if (!(strong && strong_write) && unordered(writer))
       return complain(i, writer, o.write_pc, reads ? "reads what is written by" : "writes what is written by");
     if (!reads && !(strong && strong_read) && unordered(reader))
       return complain(i, reader, o.read_pc, "writes what is read by");
-    const bool same = a.stored && a.stored[i] == *(const u8*)at;
     const u32 writers = unordered_lanes(writer, o.written, o.write_lanes);
     const u32 readers = unordered_lanes(reader, o.read, o.read_lanes);
+    const u32 kept = a.stored ? std::mismatch(a.stored + i, a.stored + i + count, (const u8*)at).second - (u8*)at : 0;
+    const bool same = kept == count;
     const Fault after_write = reads ? RACE_READ_AFTER_WRITE : RACE_WRITE_AFTER_WRITE;
     if (!strong && !strong_write) {
       if (unordered_warp(writer, o.written))
-        return report(after_write, a.pc, w.id, a.lane, at, o.write_pc, "global memory, written by warp %d",
-                      o.written >> CLOCK_BITS);
+        return race(after_write, i, o.write_pc, "written by warp", o.written >> CLOCK_BITS);
       if (reads ? writers && !(writers & by) : writers & ~by && !same)
-        return report(after_write, a.pc, w.id, a.lane, at, o.write_pc,
-                      "global memory, written by lane %d of the same warp", only_lane(writers & ~by));
+        return race(after_write, i + kept, o.write_pc, "written by lane", only_lane(writers & ~by), OF_WARP);
     }
     if (a.kind == STORE && !strong_read) {
       if (unordered_warp(reader, o.read))
-        return report(RACE_WRITE_AFTER_READ, a.pc, w.id, a.lane, at, o.read_pc, "global memory, read by warp %d",
-                      o.read >> CLOCK_BITS);
+        return race(RACE_WRITE_AFTER_READ, i, o.read_pc, "read by warp", o.read >> CLOCK_BITS);
       if (readers & ~by)
-        return report(RACE_WRITE_AFTER_READ, a.pc, w.id, a.lane, at, o.read_pc,
-                      "global memory, read by lane %d of the same warp", only_lane(readers & ~by));
+        return race(RACE_WRITE_AFTER_READ, i, o.read_pc, "read by lane", only_lane(readers & ~by), OF_WARP);
     }
     if (reads) {
       const bool several = unordered(reader), weak = !strong || (!strong_read && (several || stamp_cta[reader] == cta));
@@ -102,6 +103,17 @@ inline void Machine::global_order(const Region& r, Warp& w, const GlobalAccess& 
       o.writer = stamp | (strong ? STRONG_BIT : 0), o.written = now, o.write_pc = a.pc;
       o.write_lanes = same ? writers | by : by;
     }
+    return true;
+  };
+  const u64 first = a.address - r.base, end = first + a.bytes;
+  bool goes_on = true;
+  for (u64 at = first; at < end && goes_on; at = (at / PAGE + 1) * PAGE) {
+    auto& page = pages[at / PAGE];
+    if (!page) page.reset(new States<Owner>(PAGE));
+    const u64 start = at / PAGE * PAGE;
+    page->change(at % PAGE, std::min(end, start + PAGE) - at, [&](u64 byte, u32 count, Owner& o) {
+      return goes_on = order(start + byte - first, count, o);
+    });
   }
 }
 
@@ -158,38 +170,34 @@ inline bool Machine::shared_range(Warp& w, int pc, int lane, u32 address, u32 by
 inline u32 Machine::order_read(const Warp& w, int pc, int lane, u32 offset, u32 bytes) {
   u32 unwritten = 0;
   const u32 by = lane < 0 ? 0 : 1u << lane;
-  for (u32 i = 0; i < bytes; i++) {
-    const Cell& c = cells[offset + i];
+  cells.each(offset, bytes, [&](u32 at, u32 count, const Cell& c) {
     if (c.in_flight) {
-      report(IN_FLIGHT, pc, w.id, std::max(lane, 0), offset + i, c.pc, "read at shared address %u", offset + i);
-      break;
+      report(IN_FLIGHT, pc, w.id, std::max(lane, 0), at, c.pc, "read at shared address %u", at);
+      return false;
     }
-    if (!c.written)
-      unwritten |= 1u << i;
-    else if (c.clock > w.clock.at[c.writer]) {
+    if (!c.written) {
+      unwritten |= ((1u << count) - 1) << (at - offset);
+    } else if (c.clock > w.clock.at[c.writer]) {
       bool is_warp = c.writer < num_warps;
-      report(RACE_READ_AFTER_WRITE, pc, w.id, std::max(lane, 0), offset + i, c.pc,
-             "shared address %u, written by %s %d", offset + i, is_warp ? "warp" : "copies of mbarrier",
-             is_warp ? c.writer : c.writer - num_warps);
-      break;
+      report(RACE_READ_AFTER_WRITE, pc, w.id, std::max(lane, 0), at, c.pc, "shared address %u, written by %s %d", at,
+             is_warp ? "warp" : "copies of mbarrier", is_warp ? c.writer : c.writer - num_warps);
+      return false;
     } else if (by && !(c.lanes & by) && w.lanes_unordered(c.writer, c.clock)) {
-      report(RACE_READ_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc,
-             "shared address %u, written by lane %d of the same warp", offset + i, only_lane(c.lanes));
-      break;
+      report(RACE_READ_AFTER_WRITE, pc, w.id, lane, at, c.pc, "shared address %u, written by lane %d of the same warp",
+             at, only_lane(c.lanes));
+      return false;
     }
-  }
+    return true;
+  });
   return unwritten;
 }
 
 inline void Machine::mark_read(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
-  const u32 now = w.clock.at[w.id], synchronized = w.lanes_synchronized, by = lane < 0 ? 0 : 1u << lane;
-  Read* reads = reads_of(w.id);
-  for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++) {
-    const Read before = reads[i];
-    const u32 first = before.clock < synchronized ? 0 : before.lanes[0];
-    const u32 second = before.clock < synchronized ? 0 : before.lanes[1];
-    reads[i] = {now, pc, {2 * i >= offset ? first | by : first, 2 * i + 1 < offset + bytes ? second | by : second}};
-  }
+  const u32 now = w.clock.at[w.id], by = lane < 0 ? 0 : 1u << lane;
+  reads[w.id].change(offset, bytes, [&](u32, u32, Read& read) {
+    read = {now, pc, (read.clock < w.lanes_synchronized ? 0 : read.lanes) | by};
+    return true;
+  });
   if (by) w.last_access[lane] = now;
 }
 
@@ -204,51 +212,55 @@ inline void Machine::read_shared_async(Warp& w, int pc, int lane, u32 offset, u3
   if (u32 unwritten = read_shared(w, pc, lane, offset, bytes))
     report(UNWRITTEN, pc, w.id, std::max(lane, 0), offset + std::countr_zero(unwritten), -1, "shared address %u",
            offset + std::countr_zero(unwritten));
-  for (u32 i = 0; i < bytes; i++) {
-    const Cell& c = cells[offset + i];
-    if (!c.written) continue;
+  cells.each(offset, bytes, [&](u32 at, u32, const Cell& c) {
+    if (!c.written) return true;
     if (c.time > issued) {
-      report(OVERWRITTEN, pc, w.id, std::max(lane, 0), offset + i, c.pc, "shared address %u", offset + i);
-      return;
+      report(OVERWRITTEN, pc, w.id, std::max(lane, 0), at, c.pc, "shared address %u", at);
+      return false;
     }
     if (c.generic && c.clock > w.fenced.at[c.writer]) {
-      report(PROXY_FENCE, pc, w.id, std::max(lane, 0), offset + i, c.pc, "shared address %u, written by warp %d",
-             offset + i, c.writer);
-      return;
+      report(PROXY_FENCE, pc, w.id, std::max(lane, 0), at, c.pc, "shared address %u, written by warp %d", at, c.writer);
+      return false;
     }
-  }
+    return true;
+  });
 }
 
 inline void Machine::order_after_writes(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
   const u32 others = ~(1u << lane);
-  for (u32 i = 0; i < bytes; i++) {
-    const Cell& c = cells[offset + i];
+  cells.each(offset, bytes, [&](u32 at, u32, const Cell& c) {
     if (c.written && c.clock > seen.at[c.writer]) {
-      report(RACE_WRITE_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc, "shared address %u", offset + i);
-      break;
+      report(RACE_WRITE_AFTER_WRITE, pc, w.id, lane, at, c.pc, "shared address %u", at);
+      return false;
     }
     // Lanes of one instruction may differ: they hold one sum, each with a product of its own contracted into it. One of
     // them stays.
     if (c.written && c.time != time && c.lanes & others && w.lanes_unordered(c.writer, c.clock)) {
-      report(RACE_WRITE_AFTER_WRITE, pc, w.id, lane, offset + i, c.pc,
-             "shared address %u, written by lane %d of the same warp", offset + i, only_lane(c.lanes & others));
-      break;
+      report(RACE_WRITE_AFTER_WRITE, pc, w.id, lane, at, c.pc, "shared address %u, written by lane %d of the same warp",
+             at, only_lane(c.lanes & others));
+      return false;
     }
-  }
+    return true;
+  });
 }
 
 inline void Machine::order_after_reads(const Clock& seen, Warp& w, int pc, int lane, u32 offset, u32 bytes) {
   const u32 others = ~(1u << lane);
-  for (int k = 0; k < num_warps; k++)
-    for (u32 i = offset / 2; i <= (offset + bytes - 1) / 2; i++)
-      if (const Read& read = reads_of(k)[i]; read.clock > seen.at[k])
-        return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, 2 * i, read.pc, "shared address %u, read by warp %d",
-                      2 * i, k);
-  const Read* own = reads_of(w.id);
-  for (u32 i = offset; i < offset + bytes; i++)
-    if (const Read& read = own[i / 2]; read.lanes[i % 2] & others && w.lanes_unordered(w.id, read.clock))
-      return report(RACE_WRITE_AFTER_READ, pc, w.id, lane, i, read.pc,
-                    "shared address %u, read by lane %d of the same warp", i, only_lane(read.lanes[i % 2] & others));
+  bool ordered = true;
+  for (int k = 0; k < num_warps && ordered; k++)
+    reads[k].each(offset, bytes, [&](u32 at, u32, const Read& read) {
+      ordered = read.clock <= seen.at[k];
+      if (!ordered)
+        report(RACE_WRITE_AFTER_READ, pc, w.id, lane, at, read.pc, "shared address %u, read by warp %d", at, k);
+      return ordered;
+    });
+  if (!ordered) return;
+  reads[w.id].each(offset, bytes, [&](u32 at, u32, const Read& read) {
+    if (!(read.lanes & others) || !w.lanes_unordered(w.id, read.clock)) return true;
+    report(RACE_WRITE_AFTER_READ, pc, w.id, lane, at, read.pc, "shared address %u, read by lane %d of the same warp",
+           at, only_lane(read.lanes & others));
+    return false;
+  });
 }
 
 // A write now, by someone who has seen `seen`: all earlier accesses must be in it.
@@ -258,43 +270,57 @@ inline void Machine::order_write(const Clock& seen, Warp& w, int pc, int lane, u
 }
 
 inline void Machine::mark_written(u32 offset, u32 bytes, int agent, u32 clock, int pc, bool generic, u32 lanes) {
-  for (u32 i = 0; i < bytes; i++) {
-    Cell& c = cells[offset + i];
-    c.written = true, c.writer = agent, c.clock = clock, c.pc = pc, c.generic = generic, c.time = time, c.lanes = lanes;
-  }
+  const Cell cell{clock, time, lanes, pc, u8(agent), 0, true, generic};
+  cells.change(offset, bytes, [&](u32, u32, Cell& c) {
+    const u8 in_flight = c.in_flight;
+    c = cell, c.in_flight = in_flight;
+    return true;
+  });
+}
+
+// Nobody has written these bytes.
+inline void Machine::forget(u32 offset, u32 bytes) {
+  cells.change(offset, bytes, [](u32, u32, Cell& c) {
+    c.written = false;
+    return true;
+  });
+}
+
+inline void Machine::not_in_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes, const char* what) {
+  cells.each(offset, bytes, [&](u32 at, u32, const Cell& c) {
+    if (c.in_flight) report(IN_FLIGHT, pc, w.id, lane, at, c.pc, "%s shared address %u", what, at);
+    return !c.in_flight;
+  });
 }
 
 inline void Machine::write_shared(Warp& w, int pc, int lane, u32 offset, u32 bytes, const u8* data) {
-  for (u32 i = 0; i < bytes; i++)
-    if (cells[offset + i].in_flight) {
-      report(IN_FLIGHT, pc, w.id, lane, offset + i, cells[offset + i].pc, "write at shared address %u", offset + i);
-      break;
-    }
+  not_in_flight(w, pc, lane, offset, bytes, "write at");
   // Warps or lanes that hold the same value write it together: no fault, since whichever comes last leaves the same.
   bool same = std::memcmp(&shared[offset], data, bytes) == 0;
-  for (u32 i = 0; i < bytes && same; i++) same = cells[offset + i].written;
+  if (same) cells.each(offset, bytes, [&](u32, u32, const Cell& c) { return same = c.written; });
   if (!same) order_write(w.clock, w, pc, lane, offset, bytes);
   std::memcpy(&shared[offset], data, bytes);
   const u32 now = w.clock.at[w.id], by = 1u << lane;
-  for (u32 i = 0; i < bytes; i++) {
-    Cell& c = cells[offset + i];
+  cells.change(offset, bytes, [&](u32, u32, Cell& c) {
     u32 lanes = same && w.lanes_unordered(c.writer, c.clock) ? c.lanes | by : by;
     c = {now, time, lanes, pc, u8(w.id), c.in_flight, true, true};
-  }
+    return true;
+  });
   w.last_access[lane] = now;
 }
 
 inline void Machine::start_flight(Warp& w, int pc, int lane, u32 offset, u32 bytes) {
   order_write(w.clock, w, pc, lane, offset, bytes);
-  for (u32 i = 0; i < bytes; i++)
-    if (cells[offset + i].in_flight) {
-      report(IN_FLIGHT, pc, w.id, lane, offset + i, cells[offset + i].pc, "another copy to shared address %u",
-             offset + i);
-      break;
-    }
-  for (u32 i = 0; i < bytes; i++) cells[offset + i].in_flight++, cells[offset + i].pc = pc;
+  not_in_flight(w, pc, lane, offset, bytes, "another copy to");
+  cells.change(offset, bytes, [&](u32, u32, Cell& c) {
+    c.in_flight++, c.pc = pc;
+    return true;
+  });
 }
 
 inline void Machine::end_flight(u32 offset, u32 bytes) {
-  for (u32 i = 0; i < bytes; i++) cells[offset + i].in_flight--;
+  cells.change(offset, bytes, [](u32, u32, Cell& c) {
+    c.in_flight--;
+    return true;
+  });
 }
