@@ -85,6 +85,10 @@ GROUPS = {
         _run("tests/paged/test_random_invariant.py", "tests/mla/test_random_invariant.py"),
     ),
     "WORKSPACE": (_run("tests/test_workspace.py"),),
+    "EMULATED_DECODE": tuple(
+        _run("--emulate", arch, "tests/_jit/test_decode.py", compiled=True) for arch in ("sm_90", "sm_80")
+    ),
+    "VLLM": (_run("tests/interop/test_vllm.py"),),
     "EMULATED_WIDE": (_run("tests/toolchain/test_emulated_kernels.py", "-k", "chains", compiled=True),),
     "SHARDS": (_run("tests/flash/test_shards.py"),),
     "PARALLEL": (_run("tests/parallel"),),
@@ -487,6 +491,9 @@ FAULTS = (
         "config.block_n if problem.pack else 1",
         "PAGED",
     ),
+    Fault("P24", "triton_attn/_jit/decode.py", "0x43004300, 0xEA; fma", "0x43004300, 0xE8; fma", "EMULATED_DECODE"),
+    Fault("P25", "triton_attn/_jit/decode.py", "shr.u32 x, b, 4; shl.b32", "mov.b32 x, 0; shl.b32", "EMULATED_DECODE"),
+    Fault("P26", "triton_attn/interop/vllm.py", "numbers[..., k_end], ", "numbers[..., -1], ", "VLLM"),
     Fault(
         "M01",
         "triton_attn/mla/api.py",
