@@ -1164,8 +1164,8 @@ FAULTS = (
     Fault(
         "E11",
         "triton_attn/cache/sharding.py",
-        "_order_of(shard, *reversed(owners))",
-        "_order_of(shard, *owners)",
+        'own[np.argsort(others[own], kind="stable")]',
+        "own",
         "KEEP",
     ),
     Fault("E12", "triton_attn/cache/drafts.py", "    check_same(given)\n    _keep", "    _keep", "KEEP"),
