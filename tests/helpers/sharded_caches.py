@@ -322,6 +322,89 @@ def compare(caches, live, contents, rank, num_ranks, interleave):
         assert len(pages) == math.ceil(len(content) / (slots * num_ranks))
 
 
+def check_keep(case, mesh):
+    """Accepted drafts move between ranks as they do inside one process, in a cache of any dtype; forks stay."""
+    seed, latent = case
+    draw, num_ranks, rank = random.Random(seed), mesh.size(), mesh.get_local_rank()
+    page_size, interleave = draw.choice([(2, 1), (4, 2), (4, 4), (3, 1)])
+    sizes = dict(num_layers=2, device="cpu")
+    if latent:
+        sizes |= dict(kv_lora_rank=3, qk_rope_head_dim=2, dtype=draw.choice([torch.float32, torch.bfloat16]))
+    else:
+        heads = dict(num_kv_heads=2, head_dim=3, head_dim_v=2)
+        sizes |= heads | draw.choice([dict(dtype=torch.bfloat16), dict(dtype=torch.int8, token_scales=True)])
+    make = LatentKVCache if latent else PagedKVCache
+    caches = make(64, page_size * num_ranks, **sizes), make(64, page_size, mesh=mesh, interleave=interleave, **sizes)
+    lengths = [draw.randint(0, 20) for _ in range(3)]
+    num_drafts, num_tokens = draw.randint(1, 9), 40
+    content = [torch.randint(1, 120, (num_tokens,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    seqs = []
+    for cache in caches:
+        own = [cache.create([])[0] for _ in lengths]
+        cache.extend(own, lengths)
+        cache.extend(own, [num_drafts] * 3)
+        for seq, rows in zip(own, content):
+            fill(cache, seq, rows)
+        seqs.append(own)
+    forks = [cache.fork(own[1]) for cache, own in zip(caches, seqs)]
+    accepted = [draw.sample(range(num_drafts), draw.randint(0, num_drafts)) for _ in lengths]
+    expected = read(caches[1], forks[1])
+    for cache, own in zip(caches, seqs):
+        cache.keep(own, num_drafts, accepted)
+    assert caches[0].stats() == caches[1].stats()
+    assert torch.equal(read(caches[1], forks[1]), expected)
+    for one, other in zip(*seqs):
+        keys = torch.arange(len(one))
+        keys = keys[keys // interleave % num_ranks == rank]
+        assert torch.equal(read(caches[0], one)[:, keys], read(caches[1], other))
+
+
+def check_refused_keep(case, mesh):
+    """Fails with what the call raises, which one rank refuses or makes with other drafts; nothing changes."""
+    cache = PagedKVCache(8, 4, num_layers=1, num_kv_heads=1, head_dim=2, device="cpu", mesh=mesh)
+    seq, _ = cache.create([])
+    cache.extend([seq], [9])
+    before = cache.stats(), cache.block_table([seq]).tolist()
+    try:
+        cache.keep([seq], 4, [case[mesh.get_local_rank()]])
+    except ValueError as error:
+        raise AssertionError(
+            f"{error}; same: {(cache.stats(), cache.block_table([seq]).tolist()) == before}"
+        ) from error
+
+
+def slots_of(cache, seq):
+    """The slots of a sequence's tokens that the cache has, and which tokens these are."""
+    num_keys = len(seq) if cache.key_shard is None else cache.key_shard.num_keys(len(seq))
+    keys, page_slots = torch.arange(num_keys), cache._page_slots
+    return cache.block_table([seq])[0].long()[keys // page_slots], keys % page_slots
+
+
+def fill(cache, seq, content):
+    """Each token's number in every layer and tensor, times one for each."""
+    places, shard = slots_of(cache, seq), cache.key_shard
+    keys = torch.arange(len(seq))
+    keys = keys if shard is None else keys[keys // shard.interleave % shard.num_ranks == shard.rank]
+    for i, x in enumerate(pages_of(cache)):
+        for layer in range(2):
+            rows = content[keys] * (1 if x.dtype == torch.int8 else 1 + layer + 2 * i)
+            x[layer][places] = rows.view(-1, *[1] * (x.ndim - 3)).expand(-1, *x.shape[3:]).to(x.dtype)
+
+
+def pages_of(cache):
+    return [
+        x
+        for x in (*tensors_of(cache), getattr(cache, "k_scale", None), getattr(cache, "v_scale", None))
+        if x is not None
+    ]
+
+
+def read(cache, seq):
+    """(layers, keys, all numbers of a token) of the keys of a sequence that the cache has."""
+    pages, slots = slots_of(cache, seq)
+    return torch.cat([x[:, pages, slots].double().flatten(2) for x in pages_of(cache)], dim=2)
+
+
 class Decoder:
     """A model of two layers with random weights, which decodes greedily over any cache."""
 

@@ -45,7 +45,11 @@ GROUPS = {
         _run("tests/test_strides.py", "-k", "paged"),
     ),
     "TREE": (_run("tests/paged/test_tree.py"), _run("tests/mla/test_tree.py")),
-    "KEEP": (_run("tests/cache/test_keep.py"), _run("tests/cache/test_state_machine.py")),
+    "KEEP": (
+        _run("tests/cache/test_keep.py"),
+        _run("tests/cache/test_state_machine.py"),
+        _run("tests/parallel/test_sharded_cache.py", "-k", "drafts_move or refuses"),
+    ),
     "PREFIX_GROUPS": (_run("tests/cache/test_prefix_groups.py"),),
     "PREFIX_PLAN": (_run("tests/merge/test_tree.py", "tests/merge/test_random_tree.py"),),
     "PREFIX_PAGED": (_run("tests/paged/test_paged_attention.py", "-k", "prefix_trees or read_once"),),
@@ -1243,7 +1247,15 @@ FAULTS = (
         "= bits[:, source_pages.flip(0), source_slots]",
         "KEEP",
     ),
-    Fault("E06", "triton_attn/cache/drafts.py", "    _own_pages(cache, entries)\n", "", "KEEP"),
+    Fault(
+        "E11",
+        "triton_attn/cache/sharding.py",
+        'own[np.argsort(others[own], kind="stable")]',
+        "own",
+        "KEEP",
+    ),
+    Fault("E12", "triton_attn/cache/drafts.py", "    check_same(given)\n    _keep", "    _keep", "KEEP"),
+    Fault("E06", "triton_attn/cache/drafts.py", "    _own_pages(cache, *owned)\n", "", "KEEP"),
     Fault(
         "X01", "triton_attn/cache/prefix_groups.py", "if max(around) < num", "if max(around) <= num", "PREFIX_GROUPS"
     ),

@@ -93,6 +93,24 @@ def test_ranks_generate_the_tokens_of_one(num_ranks, tmp_path, monkeypatch):
     assert run(sharded_caches.check_generation, [False, True], num_ranks, tmp_path / "store") == []
 
 
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.ci)])
+def test_accepted_drafts_move_between_ranks(num_ranks, tmp_path):
+    cases = [(seed, latent) for seed in range(8) for latent in (False, True)]
+    assert run(sharded_caches.check_keep, cases, num_ranks, tmp_path / "store") == []
+
+
+def test_a_keep_that_one_rank_refuses_changes_nothing(tmp_path):
+    found = run(sharded_caches.check_refused_keep, [([0, 2], [0, 4]), ([0, 2], [1, 2])], 2, tmp_path / "store")
+    refused = "accepted: expected different indices of 0 to 3, got [0, 4]"
+    differ = r"accepted: expected the same on all ranks, \[\(5, \[0, 2\]\)\] as on rank 0, got .* on rank 1; same: True"
+    texts = {(rank, case): text for rank, case, text in ((who, str(case), text) for who, case, text in found)}
+    assert len(texts) == 4, found
+    for (rank, case), text in texts.items():
+        expected = differ if "[1, 2]" in case else f"{re.escape(refused)}.*; same: True"
+        assert re.search(expected, text), text
+        assert ("keep: expected a call that no rank refuses" in text) == (rank == 0 and "[0, 4]" in case)
+
+
 def test_all_ranks_run_out_of_pages_together(tmp_path):
     assert run(sharded_caches.check_out_of_pages, [(6, 9), (9, 6), (3, 3)], 2, tmp_path / "store") == []
 

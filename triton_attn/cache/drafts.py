@@ -7,7 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from .._host.checks import check_length, fail
+from .._host.mesh import check_same, gather_objects
 from .arrays import NO_LIMIT, from_list
+from .sharding import move_between_ranks
 from .token_ids import as_ids
 
 
@@ -33,10 +35,28 @@ class _Path(NamedTuple):
 
 
 def keep_drafts(cache, seqs, num_drafts, accepted, token_ids):
-    """`keep` of a cache."""
+    """`keep` of a cache. Over a mesh all ranks tell each other first whether, and what, they keep."""
+    if cache.key_shard is None:
+        _keep(cache, *_check(cache, seqs, num_drafts, accepted, token_ids))
+        return
+    try:
+        checked, error = _check(cache, seqs, num_drafts, accepted, token_ids), None
+    except Exception as raised:
+        checked, error = ((), (), ()), raised
+    paths = [(path.start, path.kept.tolist()) for _, path, *_ in checked[0]]
+    given = gather_objects(dict(accepted=paths, error=error and f"{type(error).__name__}: {error}"), cache._group)
+    if error is not None:
+        raise error
+    for rank, of_rank in enumerate(given):
+        if of_rank["error"] is not None:
+            fail("keep", "a call that no rank refuses", f"{of_rank['error']} on rank {rank}")
+    check_same(given)
+    _keep(cache, *checked)
+
+
+def _check(cache, seqs, num_drafts, accepted, token_ids):
+    """(changes of rows, positions that move in each, pages to be owned), with nothing changed."""
     rows = cache._distinct_rows(seqs)[: len(cache._batch.seqs)].tolist()
-    if cache.key_shard is not None:
-        raise NotImplementedError("keep: not supported for a cache that is sharded over a mesh, got a mesh")
     num_drafts = check_length("num_drafts", num_drafts)
     paths = [_Path.of(cache._lengths.item(row) - num_drafts, num_drafts, path) for row, path in _zip(rows, accepted)]
     ids = [None] * len(rows) if token_ids is None else [as_ids(own) for _, own in _zip(rows, token_ids, "token_ids")]
@@ -61,17 +81,24 @@ def keep_drafts(cache, seqs, num_drafts, accepted, token_ids):
         if first < path.end
         for column in range(max(first // cache.page_size, cache._firsts.item(row)), cache._pages_of(path.end))
     ]
-    _own_pages(cache, entries)
+    pages = [cache._tables.item(entry) for entry in entries]
+    must_copy = cache._must_copy(pages) if pages else []
+    cache.pool._check_free(sum(must_copy))
+    return changes, moves, (entries, pages, must_copy)
 
-    # Nothing fails from here on.
+
+def _keep(cache, changes, moves, owned):
+    """Nothing fails here."""
+    _own_pages(cache, *owned)
     for row, path, own, first in changes:
         _rename(cache, row, path, own, first)
     sources, targets = [from_list([])], [from_list([])]
     for (row, *_), (read, written) in zip(changes, moves):
         sources.append(cache._slots_of(row, read))
         targets.append(cache._slots_of(row, written))
-    _move(cache, np.concatenate(sources), np.concatenate(targets))
-    for seq, path in zip(cache._batch.seqs, paths):
+    move = _move if cache.key_shard is None else move_between_ranks
+    move(cache, np.concatenate(sources), np.concatenate(targets))
+    for seq, (_, path, *_) in zip(cache._batch.seqs, changes[:: cache._num_groups]):
         cache.truncate(seq, path.end)
 
 
@@ -110,11 +137,8 @@ def _zip(rows, entries, name="accepted"):
     return zip(rows, entries)
 
 
-def _own_pages(cache, entries):
-    """Copy those of the pages at these (row, column) that others hold, and let the others not be found. Raises
-    OutOfPages."""
-    pages = [cache._tables.item(entry) for entry in entries]
-    must_copy = cache._must_copy(pages) if pages else []
+def _own_pages(cache, entries, pages, must_copy):
+    """Copy those of the pages at these (row, column) that others hold, and let the others not be found."""
     copies = cache.pool.allocate(sum(must_copy))
     cache.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
     if copies.size:

@@ -92,10 +92,11 @@ def gather_kv_cache(
     v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
     places = _check_places(k_cache, block_table, cu_seqlens_k, seq_starts)
     num_tokens, dtype = _check_result(out, dtype, num_tokens, _rows_of(k_cache, v_cache), k_cache, cu_seqlens_k)
-    tensors: tuple[Any, ...] = k_cache, v_cache, *places, k_scale, v_scale
+    tensors = k_cache, v_cache, *places, k_scale, v_scale
     more = k_number, v_number, num_tokens, dtype, should_check_values(check_values)
     if not is_observed(*tensors, *(out or ())):
-        return _gather_kv_cache(*tensors, *more, out=out)
+        arguments: tuple[Any, ...] = (*tensors, *more)
+        return _gather_kv_cache(*arguments, out=out)
     names = "k_cache", "v_cache", *PLACES, "k_scale", "v_scale"
     return _observed(_gather_kv_cache_operator, names, tensors, more, out)
 
@@ -154,10 +155,11 @@ def gather_latent_cache(
     places = _check_places(latent_cache, block_table, cu_seqlens_k, seq_starts)
     rows = (sizes[0],), (sizes[1],)
     num_tokens, dtype = _check_result(out, dtype, num_tokens, rows, latent_cache, cu_seqlens_k)
-    tensors: tuple[Any, ...] = latent_cache, *places, k_scale, k_pe_scale
+    tensors = latent_cache, *places, k_scale, k_pe_scale
     more = k_number, k_pe_number, *sizes, num_tokens, dtype, should_check_values(check_values)
     if not is_observed(*tensors, *(out or ())):
-        return _gather_latent_cache(*tensors, *more, out=out)
+        arguments: tuple[Any, ...] = (*tensors, *more)
+        return _gather_latent_cache(*arguments, out=out)
     names = "latent_cache", *PLACES, "k_scale", "k_pe_scale"
     return _observed(_gather_latent_cache_operator, names, tensors, more, out)
 

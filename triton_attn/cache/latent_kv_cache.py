@@ -70,7 +70,7 @@ class LatentKVCache(PagedSequences):
         num_layers, kv_lora_rank, qk_rope_head_dim = (check_size(*item) for item in sizes.items())
         self._kv_lora_rank = kv_lora_rank
         dtype, width = latent_storage(kv_lora_rank, qk_rope_head_dim, dtype)
-        num_pages, key_shard = shard_pages(mesh, interleave, num_pages, page_size, **sizes, dtype=dtype)
+        num_pages, key_shard, self._group = shard_pages(mesh, interleave, num_pages, page_size, **sizes, dtype=dtype)
         super().__init__(num_pages, page_size, device, prefix_caching, key_shard, record_events=record_events)
         shape = (num_layers, num_pages, self._page_slots, width)
         self.latent_cache = torch.empty(shape, dtype=dtype, device=self.device)

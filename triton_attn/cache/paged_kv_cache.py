@@ -103,7 +103,7 @@ class PagedKVCache(PagedSequences):
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
         num_layers, num_kv_heads, head_dim, head_dim_v = (check_size(*item) for item in sizes.items())
-        num_pages, key_shard = shard_pages(
+        num_pages, key_shard, self._group = shard_pages(
             mesh,
             interleave,
             num_pages,

@@ -323,6 +323,10 @@ class PagedSequences:
         Extend a sequence by the *number* of its drafts, not their ids: tokens of a tree do not follow each other, and
         must not be found as a prefix. Pages that are written and shared are copied first.
 
+        Over a mesh all ranks make the same call. They compare it first, in a collective of a few bytes for each draft
+        with a sync, so that no rank changes anything where one refuses. Where accepted tokens change their ranks, one
+        all-to-all follows: a rank sends what its cache holds of each such token, in all layers, and nothing else.
+
         Args:
             seqs: sequences, each at most once.
             num_drafts: how many of the last tokens of each sequence are drafts.
@@ -336,7 +340,7 @@ class PagedSequences:
             ValueError: a sequence was freed, belongs to another cache, is listed twice, or has fewer tokens; an index
                 is out of range or listed twice; with `layer_windows` also if pages of the drafts were given back, which
                 those since the last `extend` have not been.
-            NotImplementedError: the cache is sharded over a mesh.
+            On every rank of a mesh also if ranks differ, or another one refuses the call.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
