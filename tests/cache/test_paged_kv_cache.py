@@ -285,7 +285,18 @@ def test_of_forks_extended_together_one_keeps_the_page():
     seq = start(cache, [1, 2, 3, 4, 5])
     forks = [cache.fork(seq) for _ in range(2)]
     cache.extend([*forks, seq], 1)
-    assert [table(cache, one) for one in (*forks, seq)] == [[0, 1], [0, 2], [0, 3]]
+    assert [table(cache, one) for one in (*forks, seq)] == [[0, 2], [0, 3], [0, 1]]
+
+
+def test_a_batch_with_room_for_more_tokens_has_none_after_a_truncation():
+    cache = make()
+    seq, other = start(cache, [1, 2, 3, 4, 5]), start(cache, [9])
+    slots = [cache.extend([seq, other], [[token], [token]]).tolist() for token in (6, 7)]
+    assert slots == [[4 + 1, 8 + 1], [4 + 2, 8 + 2]]
+    cache.truncate(seq, 4)
+    third = start(cache, [8])  # on the page that the sequence gave up
+    assert cache.extend([seq, other], [[7], [8]]).tolist() == [4 * table(cache, seq)[1], 8 + 3]
+    assert (table(cache, third), table(cache, seq)) == ([1], [0, 3])
 
 
 def test_truncated_tokens_are_overwritten_and_no_longer_found():

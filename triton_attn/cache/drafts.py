@@ -113,14 +113,12 @@ def _zip(rows, entries, name="accepted"):
 def _own_pages(cache, entries):
     """Copy those of the pages at these (row, column) that others hold, and let the others not be found. Raises
     OutOfPages."""
-    pages = [cache._tables.item(entry) for entry in entries]
-    must_copy = cache._must_copy(pages) if pages else []
-    copies = cache.pool.allocate(sum(must_copy))
-    cache.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
-    if copies.size:
-        copied = [entry for entry, copy in zip(entries, must_copy) if copy]
-        cache._replace(copied, np.array([cache._tables.item(entry) for entry in copied]), copies)
-        cache._changes.extend(copied)
+    copied, originals, kept = cache._to_copy(entries)
+    copies = cache.pool.allocate(len(copied))
+    cache.pool.forget(kept)
+    if copied:
+        cache._replace(copied, originals, copies)
+        cache._changes.extend(*zip(*copied))
 
 
 def _move(cache, sources, targets):
