@@ -288,15 +288,25 @@ def test_of_forks_extended_together_one_keeps_the_page():
     assert [table(cache, one) for one in (*forks, seq)] == [[0, 2], [0, 3], [0, 1]]
 
 
+def test_each_token_of_many_steps_has_a_slot_on_its_page():
+    cache = make()
+    seqs = [start(cache, [1, 2, 3, 4, 5]), start(cache, [9])]
+    for _ in range(12):
+        slots = cache.extend(seqs, [[6], [7]]).tolist()
+        lengths, tables = cache.cache_seqlens(seqs).tolist(), cache.block_table(seqs).tolist()
+        assert slots == [4 * pages[(n - 1) // 4] + (n - 1) % 4 for n, pages in zip(lengths, tables)]
+    assert cache.stats().pages_held == 5 + 4
+
+
 def test_a_batch_with_room_for_more_tokens_has_none_after_a_truncation():
     cache = make()
-    seq, other = start(cache, [1, 2, 3, 4, 5]), start(cache, [9])
-    slots = [cache.extend([seq, other], [[token], [token]]).tolist() for token in (6, 7)]
-    assert slots == [[4 + 1, 8 + 1], [4 + 2, 8 + 2]]
-    cache.truncate(seq, 4)
-    third = start(cache, [8])  # on the page that the sequence gave up
-    assert cache.extend([seq, other], [[7], [8]]).tolist() == [4 * table(cache, seq)[1], 8 + 3]
-    assert (table(cache, third), table(cache, seq)) == ([1], [0, 3])
+    seqs = [start(cache, [1, 2, 3, 4, 5]), start(cache, [9])]
+    for token in (6, 7):
+        cache.extend(seqs, [[token], [token]])
+    cache.truncate(seqs[0], 4)
+    cache.extend(seqs, [[8], [8]])
+    assert [table(cache, seq) for seq in seqs] == [[0, 1], [2]]
+    assert cache.stats().pages_held == 3
 
 
 def test_truncated_tokens_are_overwritten_and_no_longer_found():
