@@ -38,7 +38,7 @@ def as_batch(token_ids, batch):
     are none; the mask is None if all have ids.
     """
     lists = ids = unknown = None
-    if type(token_ids) is list and {*map(type, token_ids)} == ALL_LISTS:  # the form of most calls
+    if _is_list_of_lists(token_ids):  # the form of most calls
         lists, counts = token_ids, [*map(len, token_ids)]
     elif isinstance(token_ids, Integral):
         count = check_length("token_ids", token_ids)
@@ -64,6 +64,10 @@ def as_batch(token_ids, batch):
             in_a_row = list(chain.from_iterable(lists))
         ids = as_ids(in_a_row)
     return ONE_EACH if one_each else from_list(counts), ids, unknown
+
+
+def _is_list_of_lists(x):
+    return type(x) is list and {*map(type, x)} == ALL_LISTS
 
 
 def _as_list(token_ids):
