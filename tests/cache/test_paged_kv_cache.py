@@ -285,7 +285,28 @@ def test_of_forks_extended_together_one_keeps_the_page():
     seq = start(cache, [1, 2, 3, 4, 5])
     forks = [cache.fork(seq) for _ in range(2)]
     cache.extend([*forks, seq], 1)
-    assert [table(cache, one) for one in (*forks, seq)] == [[0, 1], [0, 2], [0, 3]]
+    assert [table(cache, one) for one in (*forks, seq)] == [[0, 2], [0, 3], [0, 1]]
+
+
+def test_each_token_of_many_steps_has_a_slot_on_its_page():
+    cache = make()
+    seqs = [start(cache, [1, 2, 3, 4, 5]), start(cache, [9])]
+    for _ in range(12):
+        slots = cache.extend(seqs, [[6], [7]]).tolist()
+        lengths, tables = cache.cache_seqlens(seqs).tolist(), cache.block_table(seqs).tolist()
+        assert slots == [4 * pages[(n - 1) // 4] + (n - 1) % 4 for n, pages in zip(lengths, tables)]
+    assert cache.stats().pages_held == 5 + 4
+
+
+def test_a_batch_with_room_for_more_tokens_has_none_after_a_truncation():
+    cache = make()
+    seqs = [start(cache, [1, 2, 3, 4, 5]), start(cache, [9])]
+    for token in (6, 7):
+        cache.extend(seqs, [[token], [token]])
+    cache.truncate(seqs[0], 4)
+    cache.extend(seqs, [[8], [8]])
+    assert [table(cache, seq) for seq in seqs] == [[0, 1], [2]]
+    assert cache.stats().pages_held == 3
 
 
 def test_truncated_tokens_are_overwritten_and_no_longer_found():

@@ -295,7 +295,11 @@ class CacheMachine(RuleBasedStateMachine):
                 for column in columns if first < start + len(path) else ():
                     if pages[column] is not None:
                         writers.setdefault(pages[column], []).append((seq, group))
-        copied = {(*writer, page) for page, own in writers.items() for writer in own[self.holders(page) == len(own) :]}
+        copied = {
+            (*writer, page)
+            for page, own in writers.items()
+            for writer in own[: len(own) - (self.holders(page) == len(own))]
+        }
         is_gone = any(self.loses_drafts(self.live[seq], start, path) for seq, start, path in zip(seqs, starts, paths))
         if is_gone or len(copied) > len(self.free_pages):
             before = self.snapshot()
@@ -633,7 +637,7 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(page in pages for naive in self.live.values() for pages in naive.pages)
 
     def tails_to_copy(self, seqs, counts):
-        """{(seq, group): its last page, which it must copy}. The first writer keeps a page that only writers hold."""
+        """{(seq, group): its last page, which it must copy}. The last writer keeps a page that only writers hold."""
         writers = {}
         for seq, n in zip(seqs, counts):
             naive = self.live[seq]
@@ -643,7 +647,7 @@ class CacheMachine(RuleBasedStateMachine):
         copied = {}
         for page, writing in writers.items():
             kept = 1 if self.holders(page) == len(writing) else 0
-            copied |= dict.fromkeys(writing[kept:], page)
+            copied |= dict.fromkeys(writing[: len(writing) - kept], page)
         return copied
 
     def take_pages(self, n):

@@ -24,7 +24,7 @@ def from_list(numbers):
 
 def largest(x):
     """The largest of an int array of numbers of 0 or more, 0 if there is none. Of few, Python is the faster one."""
-    return max(x.tolist(), default=0) if x.size < 48 else int(x.max())
+    return max([0, *x.tolist()]) if x.size < 48 else int(x.max())
 
 
 def ranges(starts, counts):

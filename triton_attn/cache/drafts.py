@@ -55,7 +55,7 @@ def keep_drafts(cache, seqs, num_drafts, accepted, token_ids):
 
 
 def _check(cache, seqs, num_drafts, accepted, token_ids):
-    """(changes of rows, positions that move in each, pages to be owned), with nothing changed."""
+    """(changes of rows, positions that move in each, what `_to_copy` finds), with nothing changed."""
     rows = cache._distinct_rows(seqs)[: len(cache._batch.seqs)].tolist()
     num_drafts = check_length("num_drafts", num_drafts)
     paths = [_Path.of(cache._lengths.item(row) - num_drafts, num_drafts, path) for row, path in _zip(rows, accepted)]
@@ -81,10 +81,9 @@ def _check(cache, seqs, num_drafts, accepted, token_ids):
         if first < path.end
         for column in range(max(first // cache.page_size, cache._firsts.item(row)), cache._pages_of(path.end))
     ]
-    pages = [cache._tables.item(entry) for entry in entries]
-    must_copy = cache._must_copy(pages) if pages else []
-    cache.pool._check_free(sum(must_copy))
-    return changes, moves, (entries, pages, must_copy)
+    copied, *others = cache._to_copy(entries)
+    cache.pool._check_free(len(copied))
+    return changes, moves, (copied, *others)
 
 
 def _keep(cache, changes, moves, owned):
@@ -137,14 +136,13 @@ def _zip(rows, entries, name="accepted"):
     return zip(rows, entries)
 
 
-def _own_pages(cache, entries, pages, must_copy):
-    """Copy those of the pages at these (row, column) that others hold, and let the others not be found."""
-    copies = cache.pool.allocate(sum(must_copy))
-    cache.pool.forget([page for page, copy in zip(pages, must_copy) if not copy])
-    if copies.size:
-        copied = [entry for entry, copy in zip(entries, must_copy) if copy]
-        cache._replace(copied, np.array([cache._tables.item(entry) for entry in copied]), copies)
-        cache._changes.extend(copied)
+def _own_pages(cache, copied, originals, kept):
+    """Copy the pages that others hold, and let the others not be found: what `_to_copy` found."""
+    copies = cache.pool.allocate(len(copied))
+    cache.pool.forget(kept)
+    if copied:
+        cache._replace(copied, originals, copies)
+        cache._changes.extend(*zip(*copied))
 
 
 def _move(cache, sources, targets):

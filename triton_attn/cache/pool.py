@@ -13,7 +13,6 @@ from .free_list import FreeList
 from .names import PageNames
 
 NO_PAGES = from_list([])
-ONE = np.ones(1, np.int64)  # numpy compares with an array faster than with an int
 Pages: TypeAlias = NDArray[np.integer] | Tensor | Sequence[int]
 
 
@@ -192,24 +191,34 @@ class BlockPool:
             revived = self._distinct(pages[is_free])
             self._free.cut(revived)
             self.num_free -= revived.size
+        self._share_held(pages)
+
+    def _share_held(self, pages):
         np.add.at(self._refs, pages, 1)
 
+    def _release_shared(self, pages):
+        """Release pages of which others hold each."""
+        np.subtract.at(self._refs, pages, 1)
+
     def _release(self, pages):
-        if np.count_nonzero(self._refs[pages] > ONE):
-            np.subtract.at(self._refs, pages, 1)
-            is_free = np.logical_not(self._refs[pages])
-            if np.count_nonzero(is_free) == 0:
-                return
-            freed = self._distinct(pages[is_free][::-1])
-        else:  # no page is listed twice
+        if pages.size == 0:
+            return
+        references = self._refs[pages]
+        if references.item(references.argmax()) == 1:  # no page is listed twice
             self._refs[pages] = 0
             freed = pages[::-1]
+        else:
+            np.subtract.at(self._refs, pages, 1)
+            references = self._refs[pages]
+            if references.item(references.argmin()):
+                return
+            freed = self._distinct(pages[np.logical_not(references)][::-1])
         found = self._names.is_found[freed]
         num_found = np.count_nonzero(found)
         if num_found:
             self._free.put(freed[found])
         if num_found < freed.size:
-            self._free.put(freed[~found], at_head=True)
+            self._free.put(freed[~found] if num_found else freed, at_head=True)
         self.num_free += freed.size
 
     def _register(self, numbers, hashes):

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
-from typing import NamedTuple, TypeAlias, overload
+from itertools import repeat
+from typing import TypeAlias, overload
 
 import numpy as np
 import torch
@@ -75,10 +75,13 @@ class CacheStats:
     tokens_found: int
 
 
-class _Batch(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Batch:
     seqs: list[Sequence]
     rows: NDArray[np.int64]  # those of all sequences in the first group, then those in the second
     is_distinct: bool
+    # So many times, or more often, a token can be added to each with nothing to do first; -1: to each something is.
+    num_spare: int = 0
 
 
 NO_BATCH = _Batch([], from_list([]), True)
@@ -272,14 +275,16 @@ class PagedSequences:
         """
         rows = self._rows(_as_iterable(seqs))
         tables, pages = self._held(rows)
-        self.pool._share(pages)
+        self.pool._share_held(pages)
         self._limits[rows] = 0
         num_seqs = len(self._batch.seqs)
-        copies = self._new_rows([self._chains[row // self._num_groups] for row in rows.tolist()[:num_seqs]])
+        copies, chains = self._new_rows(num_seqs), self._chains
+        for row, copy in zip(rows.tolist()[:num_seqs], copies.tolist()):
+            chains[copy // self._num_groups] = chains[row // self._num_groups]
         self._tables[copies, : tables.shape[1]] = tables
         self._states[:, copies] = self._states.take(rows, axis=1)
-        forks = [Sequence(self, row) for row in copies.tolist()[:num_seqs]]
-        self._batch = _Batch(list(forks), copies, True)  # they are likely to be extended next
+        forks = list(map(Sequence, repeat(self), copies.tolist()[:num_seqs]))
+        self._batch = _Batch(list(forks), copies, True, num_spare=-1)  # they are likely to be extended next
         return forks[0] if isinstance(seqs, Sequence) else forks
 
     def truncate(self, seq: Sequence, n: int) -> None:
@@ -300,7 +305,7 @@ class PagedSequences:
         for group_row in range(row, row + self._num_groups):
             self._tables[group_row, first:last] = 0
             if first < last:
-                self._changes.extend([(group_row, first)])
+                self._changes.extend([group_row], [first])
             self._lengths[group_row] = n
             self._limits[group_row] = 0
             if n == 0 or n <= self._known[group_row]:
@@ -308,6 +313,7 @@ class PagedSequences:
             self._named[group_row] = min(self._named[group_row], n // self.page_size)
             if n == 0:
                 self._firsts[group_row] = 0
+        self._batch.num_spare = 0
 
     def keep(
         self,
@@ -377,7 +383,7 @@ class PagedSequences:
         """
         self.pool.forget_all()
         self._known[self._lengths > 0] = -1  # not 0, up to which `keep` may learn ids
-        self._named[:] = self._limits[:] = 0
+        self._named[:] = self._limits[:] = self._batch.num_spare = 0
 
     def take_events(self) -> list[PageEvent]:
         """What can be found from now on and what no longer, since the last call, in order; see `record_events`.
@@ -539,10 +545,19 @@ class PagedSequences:
         counts, ids, unknown = new
         one_each = counts is ONE_EACH
         # An extension by nothing names full pages too.
-        short = (ends if one_each else np.maximum(ends, lengths + 1)) > self._limits[rows]
-        if np.count_nonzero(short):
-            short = short.nonzero()[0]  # it indexes faster than a mask
-            self._make_room(rows[short], lengths[short].tolist(), ends[short].tolist())
+        batch = self._batch
+        if one_each and batch.num_spare > 0:
+            batch.num_spare -= 1
+        elif batch.num_spare < 0:
+            self._make_room(rows, lengths, ends)
+            batch.num_spare = 0
+        else:
+            room = self._limits[rows] - (ends if one_each else np.maximum(ends, lengths + 1))
+            least = room.item(room.argmin()) if room.size else 0
+            if least < 0:
+                short = (room < 0).nonzero()[0]  # it indexes faster than a mask
+                self._make_room(rows[short], lengths[short], ends[short])
+            batch.num_spare = max(least, 0)
 
         # Nothing fails from here on.
         if one_each:
@@ -559,12 +574,12 @@ class PagedSequences:
         return self._own_slots(slots), positions
 
     def _make_room(self, rows, lengths, ends):
-        """Pages for rows that are about to grow from `lengths` to `ends`, which are lists. Raises OutOfPages.
+        """Pages for rows that are about to grow from `lengths` to `ends`. Raises OutOfPages.
 
         Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
         page_size, tails, growths, full, growth, width = self.page_size, [], [], [], 0, 0
-        named, rows = self._named[rows].tolist(), rows.tolist()
+        rows, lengths, ends, named = (x.tolist() for x in (rows, lengths, ends, self._named[rows]))
         for row, length, end, num_named in zip(rows, lengths, ends, named):
             column, first, last = length // page_size, -(-length // page_size), -(-end // page_size)
             if end > length and first > column:  # it goes on in its last page
@@ -574,9 +589,8 @@ class PagedSequences:
                 growth, width = growth + last - first, max(width, last)
             if column > num_named:
                 full.append(row)
-        pages = [self._tables.item(tail) for tail in tails]
-        must_copy = self._must_copy(pages) if tails else []
-        num_copied = sum(must_copy)
+        copied, originals, kept = self._to_copy(tails)
+        num_copied = len(copied)
         behind, released = NOTHING_BEHIND if self._is_plain else self._pages_behind(rows, lengths)
         if num_copied + growth > self.pool.num_free:
             self.pool._check_free(num_copied + growth, released)
@@ -587,25 +601,22 @@ class PagedSequences:
         if behind:
             self._give_back(behind, released)
         new_pages = self.pool.allocate(num_copied + growth)
-        if num_copied < len(tails):
-            self.pool._forget([page for page, copy in zip(pages, must_copy) if not copy])
-        if num_copied:
-            originals = np.array(list(compress(pages, must_copy)), INT64)
-            self._replace(list(compress(tails, must_copy)), originals, new_pages[:num_copied])
+        if kept:
+            self.pool._forget(kept)
+        if copied:
+            self._replace(copied, originals, new_pages[:num_copied])
         self._widen(width)
         used = num_copied
         for row, first, last in growths:
             self._tables[row, first:last] = new_pages[used : used + last - first]
             used += last - first
-        changes = []
-        for row, length, end in zip(rows, lengths, ends):
-            column = length // page_size
-            changes.append((row, column))
+        columns = [length // page_size for length in lengths]
+        for row, column, length, end in zip(rows, columns, lengths, ends):
             if end > length:
                 self._bases[row] = (self._tables.item(row, column) - column) * page_size
             # Tokens that fill a page go up to it or beyond, and then the page has to be named.
             self._limits[row] = (column + 1) * page_size if end > length else 0
-        self._changes.extend(changes)
+        self._changes.extend(rows, columns)
         if not self._is_plain:
             self._limit_by_windows(rows)
 
@@ -637,25 +648,33 @@ class PagedSequences:
         firsts = self._firsts[row : row + self._num_groups].tolist()
         return max(first and first * self.page_size + window for first, window in zip(firsts, self._windows))
 
-    def _must_copy(self, pages):
-        """Which pages have to be copied by the rows that are about to write in them, one entry per row.
+    def _to_copy(self, entries):
+        """Of the pages at these (row, column) of the tables, which are about to be written, those that must be copied:
+        (their entries, these pages, the pages that need no copy), three lists.
 
-        A page that nobody but these rows holds is kept by the first of them: it is the last one to be asked.
+        A page that nobody but these rows holds is kept by the last of them.
         """
-        refs_of, left, must_copy = self.pool._refs_of, {}, []
-        for page in reversed(pages):
+        tables, refs_of, left, copied, originals, kept = self._tables, self.pool._refs_of, {}, [], [], []
+        for entry in entries:
+            page = tables.item(entry)
             references = left.get(page) or refs_of[page]
             left[page] = references - 1
-            must_copy.append(references > 1)
-        return must_copy[::-1]
+            if references > 1:
+                copied.append(entry)
+                originals.append(page)
+            else:
+                kept.append(page)
+        return copied, originals, kept
 
     def _replace(self, entries, originals, copies):
-        """Put copies of shared pages, which are at these (row, column) of the tables, in their place."""
+        """Put copies in place of the pages that `_to_copy` found."""
+        originals = from_list(originals)
         self._copy_pages(originals, copies)
         self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)
         for entry, copy in zip(entries, copies.tolist()):
             self._tables[entry] = copy
-        self.pool._release(originals)
+        # Others hold each, or held it: what is behind their windows may have been given back since `_to_copy`.
+        (self.pool._release_shared if self._is_plain else self.pool._release)(originals)
 
     def _slots_of(self, row, positions):
         """The slots of a sequence's tokens at these positions."""
@@ -718,13 +737,14 @@ class PagedSequences:
 
         Of one sequence these are all groups' pages of a column, then those of the next: see `_pages_between`.
         """
-        counts = [-(-length // self.page_size) for length in self._lengths[rows].tolist()]
-        width = max(counts, default=0)
+        lengths = self._lengths[rows]
+        of_each = lengths.tolist()
+        width = self._pages_of(max(of_each, default=0))
         tables = self._tables[_index_of(rows), :width]
-        if self._is_plain and min(counts, default=0) == width:
+        if self._is_plain and self._pages_of(min(of_each, default=0)) == width:
             return tables, tables.ravel().astype(INT64)  # with int64 numpy indexes several times faster
         columns = np.arange(width)
-        is_held = (columns >= self._firsts[rows, None]) & (columns < np.array(counts)[:, None])
+        is_held = (columns >= self._firsts[rows, None]) & (columns < self._pages_of(lengths)[:, None])
         by_sequence = (self._by_group(x).transpose(1, 2, 0) for x in (tables, is_held))
         pages, is_held = by_sequence
         return tables, pages[is_held].astype(INT64)
@@ -780,18 +800,20 @@ class PagedSequences:
         fail("seqs", "sequences of this cache", "a freed one" if seq._cache is None else "one of another cache")
 
     def _new_row(self, chain):
-        """The first row of a sequence, see `_new_rows`."""
-        return self._new_rows([chain]).item(0)
+        """The first row of a sequence with this chain, see `_new_rows`."""
+        row = self._new_rows(1).item(0)
+        self._chains[row // self._num_groups] = chain
+        return row
 
-    def _new_rows(self, chains):
-        """Rows of all groups for a sequence with each of these chains. Tables are all 0, states their last owners'."""
-        while len(self._unused_rows) < len(chains):
+    def _new_rows(self, num_seqs):
+        """Rows of all groups for so many sequences without chains. Tables are all 0, states their last owners'."""
+        unused = self._unused_rows
+        while len(unused) < num_seqs:
             self._grow_rows(2 * self._lengths.size)
-        firsts = [self._unused_rows.pop() for _ in chains]
-        for row, chain in zip(firsts, chains):
-            self._chains[row // self._num_groups] = chain
+        firsts = unused[len(unused) - num_seqs :]
+        del unused[len(unused) - num_seqs :]
         rows = self._rows_of_groups(firsts)
-        self._changes.extend([(row, 0) for row in rows.tolist()])
+        self._changes.extend(rows.tolist(), repeat(0))
         return rows
 
     def _grow_rows(self, capacity):

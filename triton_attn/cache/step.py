@@ -30,10 +30,10 @@ class ChangeLog:
         self.count = 0
         self._last = deque(maxlen=CHANGES_KEPT)
 
-    def extend(self, changes):
-        """Add a list of changes."""
-        self.count += len(changes)
-        self._last.extend(changes)
+    def extend(self, rows, columns):
+        """Add changes of a list of rows."""
+        self.count += len(rows)
+        self._last.extend(zip(rows, columns))
 
     def since(self, count):
         """The changes after the first `count` ones, in any order; None if some are no longer kept."""
@@ -105,6 +105,7 @@ class CacheStep:
         self._table_here = self._flat_table.numpy() if self._there is self._here else None
         self._slots[:] = -1
         self.batch = self.num_tokens = self.max_seqlen_q = 0
+        self._in_use = self._slots[:0], self._positions[:0], self._seqlens[:0]  # by the last call
         self._batch = None  # of the cache, at the last call
         # Rows of the cache, by row of the block table; of one group after the other.
         self._rows = np.full((num_groups, max_batch), -1)
@@ -156,16 +157,15 @@ class CacheStep:
             ends, slots = ends[: ends.size // num_groups], slots.reshape(num_groups, num_tokens).T
             counts, positions = counts if counts is ONE_EACH else counts[: ends.size], positions[:num_tokens]
         batch, one_each = ends.size, counts is ONE_EACH
-        self._slots[:num_tokens] = slots
-        self._positions[:num_tokens] = positions
-        self._seqlens[:batch] = ends
-        if one_each and batch == self.batch == self.num_tokens and self.max_seqlen_q <= 1:
-            return  # as in the call before
-        if num_tokens < self.num_tokens:
+        if batch != self.batch or num_tokens != self.num_tokens:
             self._slots[num_tokens : self.num_tokens] = -1
             self._positions[num_tokens : self.num_tokens] = 0
-        if batch < self.batch:
             self._seqlens[batch : self.batch] = 0
+            self._in_use = self._slots[:num_tokens], self._positions[:num_tokens], self._seqlens[:batch]
+        own_slots, own_positions, own_seqlens = self._in_use
+        own_slots[...], own_positions[...], own_seqlens[...] = slots, positions, ends
+        if one_each and batch == self.batch == self.num_tokens and self.max_seqlen_q <= 1:
+            return  # as in the call before
         longest = min(1, batch) if one_each else int(counts.max())
         self._starts[1 : batch + 1] = np.broadcast_to(counts, ends.shape).cumsum()
         self._starts[batch + 1 :] = num_tokens
