@@ -55,6 +55,7 @@ KNOWN_SPILLS = {
     ("sm_80", 40, "prefill", "contiguous"): 24,
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
+    ("sm_90", 40, "decode", "int8, inline"): 4,
     ("sm_90", 512, "decode", "packed"): 32,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
@@ -146,7 +147,7 @@ SLICE = [
         for rows in (16, "prefill")
         for variant in ("fp8", "fp8, token", "int8, token", "int8, inline")
     ),
-    case("sm_80", 128, 16, "fp8", pytest.mark.oldest),
+    *(case("sm_80", 128, 16, variant, pytest.mark.oldest) for variant in ("plain", "everything", "fp8")),
     case("sm_90", 64, "decode", "fp8", pytest.mark.oldest),
     *(case(arch, 512, rows) for arch in ARCHS for rows in ("decode", "prefill")),
     *(case(arch, 128, "prefill", "varlen", pytest.mark.oldest) for arch in ARCHS),

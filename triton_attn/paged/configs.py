@@ -117,7 +117,7 @@ def _of_quantized(config, few, width, case):
     of them than four, and copy as much."""
     if width > 256:
         return replace(config, block_n=16) if config.block_m == 16 else config
-    if case.gpu.wgmma and config.block_m == 16 and 48 < width <= 64:
+    if case.gpu.wgmma and config.block_m == 16 and 16 < width <= 64:
         return replace(config, num_warps=2)
     if not case.gpu.uses_mma_sync or config.block_m <= 32 or width <= 96:
         return config
