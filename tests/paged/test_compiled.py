@@ -55,6 +55,7 @@ KNOWN_SPILLS = {
     ("sm_80", 40, "prefill", "contiguous"): 24,
     ("sm_80", 64, "prefill", "everything"): 12,
     ("sm_80", 80, "prefill", "fp8"): 48,
+    ("sm_90", 40, "decode", "int8, inline"): 4,
     ("sm_90", 512, "decode", "packed"): 32,
     ("sm_100", 16, "prefill", "fp8"): 4,
     ("sm_100", 16, "prefill", "fp8_e5m2"): 4,
@@ -141,6 +142,13 @@ SLICE = [
         for rows in ("decode", "prefill")
         for variant in ("fp8, token", "int8, token", "int8, inline")
     ),
+    *(
+        case("sm_80", 256, rows, variant, pytest.mark.oldest)
+        for rows in (16, "prefill")
+        for variant in ("fp8", "fp8, token", "int8, token", "int8, inline")
+    ),
+    *(case("sm_80", 128, 16, variant, pytest.mark.oldest) for variant in ("plain", "everything", "fp8")),
+    case("sm_90", 64, "decode", "fp8", pytest.mark.oldest),
     *(case(arch, 512, rows) for arch in ARCHS for rows in ("decode", "prefill")),
     *(case(arch, 128, "prefill", "varlen", pytest.mark.oldest) for arch in ARCHS),
     *(case(arch, 128, "decode") for arch in ("sm_86", "sm_89", "sm_120")),
@@ -187,7 +195,7 @@ def test_default(arch, head_dim, rows, variant, record_property):
     launch, *_ = compile_default(arch, head_dim, rows, variant)
     constants = launch.constexprs
     tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
-    figure = f"paged {arch:7} {head_dim:4} {rows:8} {variant:10} {tile:13} {launch.registers:4} registers "
+    figure = f"paged {arch:7} {head_dim:4} {rows!s:8} {variant:10} {tile:13} {launch.registers:4} registers "
     figure += f"{launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
     if rows == "decode" and arch in RATES:
         bound, lock = loop_rate(launch)
@@ -201,7 +209,7 @@ def test_default(arch, head_dim, rows, variant, record_property):
         known = OUTSIDE_THE_LOOP if fills_registers else KNOWN_SPILLS.get((arch, head_dim, rows, variant), 0)
         assert launch.spill_bytes <= known
         assert not fills_registers or loop_model.analyze(launch.kernel).hot.spills == 0
-    if rows == "prefill" and arch in ("sm_80", "sm_90"):
+    if rows in (16, "prefill") and arch in ("sm_80", "sm_90"):
         assert loop_model.analyze(launch.kernel).hot.useful == 1  # no warp repeats another's matmuls
     size = 1 if constants["MANTISSA_BITS"] else 2
     assert constants["VECTOR_CACHE"] == math.gcd(16, 4 if "inline" in variant else 16, head_dim * size) // size

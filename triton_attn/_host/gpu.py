@@ -36,6 +36,11 @@ class Gpu:
         """Whether matrix instructions read their operands from shared memory, in tiles of 64 rows or more."""
         return self.wgmma or self.tensor_memory
 
+    @property
+    def uses_mma_sync(self):
+        """Whether warps multiply what they have in their registers (NVIDIA)."""
+        return not self.is_amd and not self.multiplies_shared_memory
+
     def buffers(self, num_stages):
         """Number of tiles that a pipelined loop keeps in shared memory. mma.sync reads its operands into registers,
         which frees one tile."""

@@ -78,8 +78,8 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
             # Rows of more than 256 elements leave no registers for 32 of them.
             fit = many.block_m > 32 and width <= 256
             config = replace(few, block_m=32, num_warps=max(2, few.num_warps)) if fit else many
-        if case.cache_dtype.itemsize == 1 and config.block_n > _most_float8_keys(config, width, case.gpu):
-            config = replace(config, block_n=16)
+        if case.cache_dtype.itemsize == 1:
+            config = _of_quantized(config, few, width, case)
         if not case.loads_vectors:
             config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
         return config
@@ -112,11 +112,18 @@ def fixed_rows(width):
     return 64 if width <= 128 else 32 if width <= 256 else 16
 
 
-def _most_float8_keys(config, width, gpu):
-    """Keys of a tile, above which decoding them takes more registers than there are."""
-    if width > 256 and config.block_m == 16:
-        return 16
-    return 16 if 96 < width <= 192 and config.block_m > 32 and gpu.configs in ("sm_80", "sm_86", "sm_120") else 128
+def _of_quantized(config, few, width, case):
+    """The config of a quantized cache. Decoding larger tiles takes more registers than there are; two warps have more
+    of them than four, and copy as much."""
+    if width > 256:
+        return replace(config, block_n=16) if config.block_m == 16 else config
+    if case.gpu.wgmma and config.block_m == 16 and 16 < width <= 64:
+        return replace(config, num_warps=2)
+    if not case.gpu.uses_mma_sync or config.block_m <= 32 or width <= 96:
+        return config
+    if width <= 192:
+        return replace(config, block_n=16)
+    return PagedConfig(128, 16, 8, 3) if case.rows > 64 else replace(few, block_m=32)
 
 
 # (largest head dim, config for up to 16 rows, config for more) per architecture, for 16-bit inputs.

@@ -56,14 +56,22 @@ from .._jit.masks import scale_scores
 from .._jit.paging import cache_rows, load_token_scales
 from .._jit.shards import num_cached, scale_scores_of_rank, visible_range_of_rank
 from .._jit.softmax import LOG2_E, merge_weights, softmax_finish, softmax_init, softmax_step
-from .._jit.tiles import dot_add, dot_transposed, load_tile, merge_rows, scale_rows, store_tile, zeros_tile
+from .._jit.tiles import (
+    dot_add,
+    dot_transposed,
+    load_tile,
+    merge_rows,
+    padded_size,
+    scale_rows,
+    store_tile,
+    zeros_tile,
+)
 from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors, of_head
 from ..merge.kernel import launch_merge
 from ..merge.splits import FIXED_KEYS, PROGRAM_RATE, SplitWork, choose_num_splits, fixed_splits, resident_programs
 from .configs import PagedCase, PagedConfig, fixed_rows
 
 ASYNC_BYTES = 4  # that a thread can copy to shared memory while others compute
-WIDEST: tl.constexpr = tl.constexpr(256)  # columns of a piece: no default config spills
 # Lengths, and values computed from them: a new length must not cause a compilation.
 LENGTHS = [
     "seqlen_q",
@@ -89,6 +97,7 @@ class Tile(NamedTuple):
     GROUP_SIZE: int
     HEAD_DIM: int
     HEAD_DIM_V: int
+    WIDEST: int  # columns of a piece
     PAGE_SIZE: int  # 0: a contiguous cache
     PACK: int  # elements of a key that lie side by side in a packed cache; 0: all of them, in a usual one
     ONE_PAGE: bool  # BLOCK_N keys lie in one page
@@ -269,7 +278,7 @@ def _load_cached(cache, cached, mask, dtype, HEAD_DIM: tl.constexpr, PACK: tl.co
     slot_stride = PACK if PACK > 0 else cache.strides.row
     PACK_STRIDE: tl.constexpr = TILE.PAGE_SIZE * PACK
     offsets = cached.outer * cache.strides.batch + cached.slot * slot_stride  # (BLOCK_N,)
-    tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM, WIDEST, PACK, PACK_STRIDE)
+    tile = load_tile(cache.ptr + offsets[:, None], mask, HEAD_DIM, TILE.WIDEST, PACK, PACK_STRIDE)
     if TILE.MANTISSA_BITS == 0:
         return tile
     else:
@@ -310,7 +319,7 @@ def _clear_spare_rows(results, batch, queries, program, head_kv, num_slots, TILE
         head = head_kv * TILE.GROUP_SIZE + spare.rows % TILE.GROUP_SIZE
         place = Place(0, spare.rows // TILE.GROUP_SIZE, head, spare.mask)
         lse = tl.full([TILE.BLOCK_M], float("-inf"), tl.float32)
-        _store_rows(results, place, zeros_tile(TILE.BLOCK_M, TILE.HEAD_DIM_V, WIDEST), lse, TILE.HEAD_DIM_V)
+        _store_rows(results, place, zeros_tile(TILE.BLOCK_M, TILE.HEAD_DIM_V, TILE.WIDEST), lse, TILE.HEAD_DIM_V)
         if batch.tree_ptr is not None:
             _clear_lses(results, place, 0, num_slots)
 
@@ -393,7 +402,7 @@ def _paged_fwd_kernel(
 
     place = rows.place
     q_rows = row_offsets(place.batch, place.query, place.head, q.strides)
-    q_tile = load_tile(q.ptr + q_rows[:, None], place.mask, TILE.HEAD_DIM, WIDEST)  # (BLOCK_M, HEAD_DIM)
+    q_tile = load_tile(q.ptr + q_rows[:, None], place.mask, TILE.HEAD_DIM, TILE.WIDEST)  # (BLOCK_M, HEAD_DIM)
     k = of_head(k, head_kv, TILE.VECTOR_CACHE)
     v = of_head(v, head_kv, TILE.VECTOR_CACHE)
     if block_table_ptr is not None:
@@ -411,7 +420,7 @@ def _paged_fwd_kernel(
     keys = Keys(k, v, scales.k_tokens, scales.v_tokens, head_kv, block_table_ptr, sinks_ptr)
     scoring = Scoring(scores, slopes, out_factor)
     if TILE.FOLD:
-        out_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)
+        out_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, TILE.WIDEST)
         lse = tl.full([BLOCK_M], float("-inf"), tl.float32)
         first = rows.blocks.lo // TILE.SPLIT_KEYS
         before = 0 if sinks_ptr is None else (first > 0).to(tl.int32)  # the first split has the sinks
@@ -460,7 +469,7 @@ def _attend(q_tile, keys, rows, blocks, scoring, has_sinks, TILE: tl.constexpr):
     if keys.sinks_ptr is not None:
         m_i = tl.where(has_sinks, m_i, float("-inf"))
         l_i = tl.where(has_sinks, l_i, 0.0)
-    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)
+    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, TILE.WIDEST)
     PACK_V: tl.constexpr = 1 if TILE.PACK > 0 else 0
     # With fixed splits one loop body, which masks, takes all tiles in order: which are full depends on other rows.
     for FULL in tl.static_range(1 if TILE.SPLIT_KEYS > 0 else 2):
@@ -771,6 +780,7 @@ def _plan_pass(problem, shared):
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
+        WIDEST=_widest_piece(case, config),
         PAGE_SIZE=slots if is_paged else 0,
         PACK=problem.pack,
         ONE_PAGE=one_page,
@@ -793,6 +803,18 @@ def _plan_pass(problem, shared):
     constants = dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages)
     num_results = problem.tree.num_slots if shared else num_splits
     return Pass(num_tiles * num_splits * num_heads_kv, num_tiles, num_splits, num_results, constants)
+
+
+def _widest_piece(case, config):
+    """Columns of a piece of a tile.
+
+    Where one mma.sync feeds the next, Triton 3.6 to 3.9 place the warps along the rows if no piece has more columns
+    than the tile has rows. Otherwise each warp has the queries of all rows in its registers. Tiles with pieces of 256
+    columns and fewer rows have few enough.
+    """
+    width = padded_size(max(case.head_dim, case.head_dim_v))
+    by_rows = case.gpu.uses_mma_sync and 64 <= config.block_m < width <= 2 * config.block_m
+    return config.block_m if by_rows else 256
 
 
 def _unit_of(cache_dtype):
