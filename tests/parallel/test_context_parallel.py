@@ -263,7 +263,7 @@ def test_a_call_in_inference_mode_and_then_a_training_step(mesh):
 def test_the_page_runs(mesh, device):
     page = Path(__file__).parents[2] / "docs/many-gpus.md"
     code = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(code) == 7
+    assert len(code) == 8
     names = {"device": device}
     exec(code[0], names)
     q, k, v = (names[name] for name in "qkv")
