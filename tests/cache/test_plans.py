@@ -7,7 +7,7 @@ import torch
 from host_cost import bare_launches, median_microseconds, python_calls
 from plans import check_neighbour, launches_of
 
-from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, gather_kv_cache
+from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, gather_kv_cache, gather_latent_cache
 from triton_attn.cache.kernels import append, append_latent, copy, gather
 from triton_attn.toolchain import compile_only
 
@@ -53,16 +53,25 @@ def test_options(is_latent, base, more):
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize(("call", "most"), [("keys", 42), ("latents", 44), ("pages", 33), ("gather", 54)])
+@pytest.mark.parametrize(
+    ("call", "most"),
+    [("keys", 31), ("latents", 38), ("pages", 29), ("gathered keys", 38), ("gathered latents", 47)],
+)
 def test_host_cost(call, most, record_property):
-    """Python calls besides those of the bare launch: they repeat exactly. The ratio of times is printed."""
+    """Python calls besides those of the bare launch: they repeat exactly. The ratio of times is printed.
+
+    On Triton 3.9.0 it was 1.98 for keys, 2.26 for latents, 2.98 for pages, 1.90 and 2.13 for what is gathered of both:
+    above the 1.5 that is wanted. Checks of arguments are most of the rest.
+    """
     k, cache, slots = torch.empty(8, 8, 128), torch.empty(64, 16, 8, 128), torch.arange(8)
     v, table, bounds = torch.empty_like(k), torch.zeros(2, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     kv_latent, k_pe, latent_cache = torch.empty(8, 512), torch.empty(8, 64), torch.empty(64, 64, 576)
+    sizes = dict(kv_lora_rank=512, qk_rope_head_dim=64)
     calls = {
         "keys": lambda: append_kv_cache(k, k, cache, cache, slots),
         "latents": lambda: append_latent_cache(kv_latent, k_pe, latent_cache, slots),
-        "gather": lambda: gather_kv_cache(cache, cache, table, bounds, out=(k, v)),
+        "gathered keys": lambda: gather_kv_cache(cache, cache, table, bounds, out=(k, v)),
+        "gathered latents": lambda: gather_latent_cache(latent_cache, table, bounds, out=(kv_latent, k_pe), **sizes),
         "pages": lambda: copy_kv_pages((cache, cache), slots[:2], slots[2:4]),
     }
     with compile_only("sm_90", every_launch=False):

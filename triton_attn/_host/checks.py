@@ -147,21 +147,17 @@ def check_tensor(name, x, shape, dtypes, device):
     """A tensor of one of the dtypes. A name in shape stands for any size, and None for any device."""
     if not isinstance(x, torch.Tensor):
         fail(name, "a tensor", type(x).__name__, TypeError)
-    if not _has_shape(x.shape, shape):
-        fail(name, f"shape ({', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+    sizes = x.shape
+    is_right = len(sizes) == len(shape)
+    for size, expected in zip(sizes, shape):  # faster than all()
+        if not isinstance(expected, str) and size != expected:
+            is_right = False
+    if not is_right:
+        fail(name, f"shape ({', '.join(map(str, shape))})", f"shape {tuple(sizes)}")
     if x.dtype not in dtypes:
         fail(name, " or ".join(str(dtype) for dtype in dtypes), x.dtype, TypeError)
     if device is not None and x.device != device:
         fail(name, f"device {device}", x.device)
-
-
-def _has_shape(sizes, shape):
-    if len(sizes) != len(shape):
-        return False
-    for size, expected in zip(sizes, shape):  # noqa: SIM110 - faster than any()
-        if not isinstance(expected, str) and size != expected:
-            return False
-    return True
 
 
 def check_last_contiguous(name, x):

@@ -40,7 +40,7 @@ def latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim):
     Those of a uint8 cache are uint8, float32 and bfloat16. Other caches have no scales: None.
     """
     if latent_cache.dtype != torch.uint8:
-        latents, rope_keys = latent_cache.split([kv_lora_rank, qk_rope_head_dim], dim=-1)
+        latents, rope_keys = latent_cache.split_with_sizes([kv_lora_rank, qk_rope_head_dim], dim=-1)
         return latents, None, rope_keys
     scales_start, rope_start, end = latent_row(kv_lora_rank, qk_rope_head_dim)
     return (

@@ -10,6 +10,11 @@ NO_LIMIT = 2**62  # above any number of tokens
 INT64 = np.dtype(np.int64)  # numpy takes a dtype faster than the type
 
 
+def written_zeros(shape, dtype):
+    """Zeros in memory that has been written: its first write takes milliseconds where pages of memory are huge."""
+    return np.full(shape, 0, dtype)
+
+
 def grown(x: NDArray[Any], *shape: int) -> NDArray[Any]:
     """A copy of x in the first corner of larger zeros."""
     larger = np.zeros(shape, x.dtype)

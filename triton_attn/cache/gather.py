@@ -1,7 +1,7 @@
 """Reading a paged cache back: keys and values, or latents, of a batch as packed tensors."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +88,11 @@ def gather_kv_cache(
         (torch.bfloat16, True)
     """
     k_cache, v_cache = _check_caches(k_cache, v_cache)
-    k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))
-    v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
+    k_number = v_number = None
+    if k_scale is not None:
+        k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))
+    if v_scale is not None:
+        v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
     places = _check_places(k_cache, block_table, cu_seqlens_k, seq_starts)
     num_tokens, dtype = _check_result(out, dtype, num_tokens, _rows_of(k_cache, v_cache), k_cache, cu_seqlens_k)
     tensors = k_cache, v_cache, *places, k_scale, v_scale
@@ -168,14 +171,6 @@ PACK_BYTES = 16  # of a key that lie side by side in a packed cache
 PLACES = "cu_seqlens_k", "block_table", "seq_starts"
 
 
-class _Places(NamedTuple):
-    """Which tokens are read, and where their pages are."""
-
-    cu_seqlens_k: Tensor
-    block_table: Tensor
-    seq_starts: Tensor | None
-
-
 def _observed(operator, names, tensors, more, out) -> tuple[Tensor, Tensor]:
     """The result of an operator, in out if it is given."""
     outs = {} if out is None else {f"out[{i}]": x for i, x in enumerate(out)}
@@ -203,7 +198,7 @@ def _gather_kv_cache(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gather_kv_cache` with checked arguments; a packed cache as views with the order of dimensions of others."""
-    places = _Places(cu_seqlens_k, block_table, seq_starts)
+    places = cu_seqlens_k, block_table, seq_starts
     if check_values:
         _check_values(k_cache, places, num_tokens)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
@@ -246,7 +241,7 @@ def _gather_latent_cache(
     """`gather_latent_cache` with checked arguments."""
     if latent_cache.dtype == torch.uint8:
         check_rows_aligned("latent_cache", latent_cache)
-    places = _Places(cu_seqlens_k, block_table, seq_starts)
+    places = cu_seqlens_k, block_table, seq_starts
     if check_values:
         _check_values(latent_cache, places, num_tokens)
     scales = k_number if k_scale is None else k_scale, k_pe_number if k_pe_scale is None else k_pe_scale
@@ -335,6 +330,7 @@ def _rows_of(k_cache, v_cache):
 
 
 def _check_places(cache, block_table, cu_seqlens_k, seq_starts):
+    """Which tokens are read, and where their pages are, in the order of PLACES."""
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, cache.device)
     batch = cu_seqlens_k.shape[0] - 1
     check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), cache.device)
@@ -342,7 +338,7 @@ def _check_places(cache, block_table, cu_seqlens_k, seq_starts):
     if seq_starts is not None:
         check_tensor("seq_starts", seq_starts, (batch,), (torch.int32,), cache.device)
         check_last_contiguous("seq_starts", seq_starts)
-    return _Places(cu_seqlens_k, block_table, seq_starts)
+    return cu_seqlens_k, block_table, seq_starts
 
 
 def _check_result(out, dtype, num_tokens, rows, cache, cu_seqlens_k):

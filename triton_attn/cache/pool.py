@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._host.checks import check_bool, check_length, fail
-from .arrays import INT64, from_list
+from .arrays import INT64, from_list, written_zeros
 from .free_list import FreeList
 from .names import PageNames
 
@@ -59,12 +59,12 @@ class BlockPool:
         self.num_pages = num_pages
         self.prefix_caching = check_bool("prefix_caching", prefix_caching)
         self.num_free = num_pages
-        self._refs: NDArray[np.int64] = np.zeros(num_pages, np.int64)
+        self._refs: NDArray[np.int64] = written_zeros(num_pages, np.int64)
         self._refs_of = self._refs.data  # the same memory, of which Python reads and writes single numbers faster
         # Pages that can be found are put at its end, others at its head, so that all of these come before all of those.
         self._free = FreeList(num_pages)
         self._names = PageNames(num_pages)
-        self._order = np.zeros(num_pages, np.int64)  # for _distinct
+        self._order = written_zeros(num_pages, np.int64)  # for _distinct
 
     def allocate(self, n: int) -> NDArray[np.int64]:
         """Take n free pages: first those that cannot be found, then those that have been free longest.

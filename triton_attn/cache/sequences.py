@@ -15,7 +15,7 @@ from .._host.checks import check_bool, check_int, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
 from .api import copy_kv_pages
-from .arrays import INT64, NO_LIMIT, from_list, grown, largest, ranges
+from .arrays import INT64, NO_LIMIT, from_list, grown, largest, ranges, written_zeros
 from .drafts import keep_drafts
 from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash
@@ -128,7 +128,7 @@ class PagedSequences:
         self._chains = []
         self._unused_rows = []  # the first of each sequence
         self._grow_rows(16 * self._num_groups)
-        self._page_tokens = np.empty((self.pool.num_pages, self.page_size), np.int64)
+        self._page_tokens = written_zeros((self.pool.num_pages, self.page_size), np.int64)
         self._tokens = self._page_tokens.reshape(-1)
         self._log = EventLog(self.page_size) if check_bool("record_events", record_events) else None
         self.pool._names.log = self._log
@@ -211,6 +211,9 @@ class PagedSequences:
 
     def step(self, max_batch: int, max_seqlen: int, max_tokens: int | None = None) -> CacheStep:
         """A `CacheStep`: slots, lengths and block tables at addresses that stay, so that a CUDA graph replays.
+
+        The cache makes room for 2 * max_batch sequences of max_seqlen tokens, such as beams beside those that they
+        replace, so that no later call has to enlarge its tables. Without a step they double when they are full.
 
         Args:
             max_batch: most sequences of a call.
@@ -829,6 +832,13 @@ class PagedSequences:
         # _named: leading pages that are full, written and hashed.
         # _firsts: the first page that is held; those before it are behind the window and were given back.
         self._lengths, self._limits, self._bases, self._known, self._named, self._firsts = self._states
+
+    def _reserve(self, num_seqs, width):
+        """Room for so many sequences of `width` pages."""
+        self._widen(width)
+        if num_seqs * self._num_groups > self._lengths.size:
+            self._grow_rows(num_seqs * self._num_groups)
+        self._tables += 0  # as `written_zeros`
 
     def _widen(self, width):
         """Room for `width` pages in every row."""

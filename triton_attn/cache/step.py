@@ -82,6 +82,7 @@ class CacheStep:
         max_tokens = max_batch if max_tokens is None else check_size("max_tokens", max_tokens)
         self._cache, self._max_seqlen = cache, max_seqlen
         max_pages, groups, num_groups = cache._pages_of(max_seqlen), cache._shape_of_groups, cache._num_groups
+        cache._reserve(2 * max_batch, max_pages)
         self._max_changes = 2 * num_groups * max(max_batch, max_pages)
         fields = {
             "slot_mapping": (torch.int64, num_groups * max_tokens),

@@ -147,7 +147,7 @@ def launch_gather_kv_cache(k_cache, v_cache, places, k_scale, v_scale, out):
     (num_pages, page_size, heads, head_dim_v), of any stride of the last dimension. places are cu_seqlens_k, block_table
     and seq_starts. out are k and v.
     """
-    layout = tuple([(x.shape, x.stride()) for x in (k_cache, v_cache)])
+    layout = (k_cache.shape, k_cache.stride(), out[0].stride()), (v_cache.shape, v_cache.stride(), out[1].stride())
     plan = _plan(layout, (0, 0), QUANTIZED_BITS.get(k_cache.dtype, 0), arch_of(k_cache))
     scales = scales_of(k_scale, v_scale)
     factors = (scales.k, scales.k_tokens, None), (scales.v, scales.v_tokens, None)
@@ -160,18 +160,19 @@ def launch_gather_latent_cache(latent_cache, places, k_scale, k_pe_scale, out):
     latents, block_scales, rope_keys = latent_parts(latent_cache, *sizes)
     has_scales, elements = block_scales is not None, latent_cache.element_size()
     # All strides are those of the rows: so the compiler knows what the others are multiples of.
-    layout = tuple([((*x.shape[:2], 1, x.shape[2]), (*latents.stride()[:2], 0, 1)) for x in (latents, rope_keys)])
+    pages, strides = latent_cache.shape[:2], (*latents.stride()[:2], 0, 1)
+    layout = tuple([((*pages, 1, x.shape[1]), strides, (x.stride()[0], 0)) for x in out])
     bits = QUANTIZED_BITS.get(torch.float8_e4m3fn if has_scales else latent_cache.dtype, 0)
     plan = _plan(layout, (0, rope_keys.element_size() // elements if has_scales else 0), bits, arch_of(latent_cache))
     scales = scales_of(k_scale, k_scale if k_pe_scale is None else k_pe_scale)
     factors = (scales.k, None, block_scales), (scales.v, None, None)
-    _launch(plan, (latents, rope_keys), factors, places, [x.unsqueeze(1) for x in out])
+    _launch(plan, (latents, rope_keys), factors, places, out)
 
 
 def _launch(plan, caches, factors, places, out):
     cu_seqlens, block_table, seq_starts = places
-    num_tokens, num_heads, _ = out[0].shape
-    num_programs = -(-num_tokens // plan.constants["BLOCK_T"]) * num_heads
+    num_tokens, constants = out[0].shape[0], plan.constants
+    num_programs = -(-num_tokens // constants["BLOCK_T"]) * constants["NUM_HEADS"]
     if num_programs == 0:
         return
     (num_pages, page_size, *_), (batch, width) = caches[0].shape, block_table.shape
@@ -180,31 +181,30 @@ def _launch(plan, caches, factors, places, out):
             x.zero_()
         return
     parts = []
-    for cache, strides, pack_stride, own, x in zip(caches, plan.strides, plan.pack_strides, factors, out):
+    for cache, x, own, (strides, out_strides, pack_stride) in zip(caches, out, factors, plan.strides):
         if cache.itemsize == 1 and cache.dtype != torch.int8:  # bytes: not every GPU has the dtypes of fp8
             cache = cache.view(torch.uint8)
-        to = View(x, Strides(0, *x.stride()[:2]))
-        parts.append(Part(View(cache, strides), pack_stride, to, *own))
+        parts.append(Part(View(cache, strides), pack_stride, View(x, out_strides), *own))
     counts = batch, batch.bit_length(), width, num_pages, num_tokens
     args = (*parts, cu_seqlens, seq_starts, block_table, block_table.stride(0), *counts)
-    launch(_gather_cache_kernel, (num_programs,), caches[0].device, args, plan.constants)
+    launch(_gather_cache_kernel, (num_programs,), caches[0].device, args, constants)
 
 
 class Plan(NamedTuple):
     """A launch but for its tensors and the number of tokens."""
 
-    strides: tuple  # Strides of both caches
-    pack_strides: tuple
+    strides: tuple  # of both caches: (Strides, those of the output, pack_stride)
     constants: dict
 
 
 @remember
 def _plan(layout, stride_bytes, mantissa_bits, arch):
-    """The Plan of a launch; layout is (shape, strides) of both caches. With stride_bytes above 0, a part's strides
-    count bytes, and its elements have so many: the second part of rows with scales, which is not quantized."""
-    (_, page_size, num_heads, *_), _ = layout[0]
+    """The Plan of a launch; layout is (shape, strides, strides of the output) of both caches. With stride_bytes above
+    0, a part's strides count bytes, and its elements have so many: the second part of rows with scales, which is not
+    quantized."""
+    (_, page_size, num_heads, *_), *_ = layout[0]
     tiles = []
-    for (shape, strides), num_bytes in zip(layout, stride_bytes):
+    for (shape, strides, _), num_bytes in zip(layout, stride_bytes):
         head_dim = shape[3] * (shape[4] if len(shape) == 5 else 1)
         bits = 0 if num_bytes else mantissa_bits
         tiles.append(
@@ -229,6 +229,8 @@ def _plan(layout, stride_bytes, mantissa_bits, arch):
         SECOND=second,
         num_warps=4,
     )
-    strides = tuple([Strides(*strides[:3]) for _, strides in layout])
-    pack_strides = tuple([own[3] if tile.PACK > 0 else 0 for (_, own), tile in zip(layout, tiles)])
-    return Plan(strides, pack_strides, constants)
+    strides = [
+        (Strides(*own[:3]), Strides(0, *of_out[:2]), own[3] if tile.PACK > 0 else 0)
+        for (_, own, of_out), tile in zip(layout, tiles)
+    ]
+    return Plan(tuple(strides), constants)
