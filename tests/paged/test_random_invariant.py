@@ -22,13 +22,24 @@ OPTIONS = {
     "alibi": dict(alibi_slopes=True),
     "packed": dict(layout="packed", window_size=(150, 0)),
     "fp8": dict(cache_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=1.5),
+    "scales of tokens, int8": dict(cache_dtype=torch.int8, token_scales=True),
+    "scales of tokens, fp8": dict(cache_dtype=torch.float8_e5m2, token_scales=True, sinks=True, window_size=(150, 0)),
 }
 
 
 class Pool:
     """Queries and cached keys of whole prompts. Pages before a window, and slots after the keys, are NaN."""
 
-    def __init__(self, page_size=16, heads=(4, 2), head_dim=64, cache_dtype=torch.float16, layout="usual", **options):
+    def __init__(
+        self,
+        page_size=16,
+        heads=(4, 2),
+        head_dim=64,
+        cache_dtype=torch.float16,
+        layout="usual",
+        token_scales=False,
+        **options,
+    ):
         generator = torch.Generator().manual_seed(page_size)
         self.options = {
             name: torch.rand(heads[0], generator=generator).to(DEVICE) if x is True and name != "causal" else x
@@ -45,6 +56,12 @@ class Pool:
         caches = [torch.randn(shape, generator=generator) for _ in range(2)]
         for cache in caches:
             cache[pages[-1]] = float("nan")
+        if token_scales:
+            for name, cache in zip(("k_scale", "v_scale"), caches):
+                cache *= 20
+                scales = (torch.rand(shape[0], heads[1], page_size, generator=generator) + 0.1) / 20
+                scales[pages[-1]] = float("nan")
+                self.options[name] = scales.to(DEVICE).transpose(1, 2)  # as in `PagedKVCache`
         self.caches = [cache.to(cache_dtype).to(DEVICE) for cache in caches]
         if layout == "packed":
             self.caches = [pack(self.caches[0], 8), pack(self.caches[1])]
