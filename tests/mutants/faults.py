@@ -158,8 +158,8 @@ FAULTS = (
     Fault(
         "F06",
         "triton_attn/flash/forward.py",
-        "v_tile, scale_rows(acc, alpha), PRECISION",
-        "v_tile, acc, PRECISION",
+        "acc = scale_rows(acc, alpha)",
+        "acc = acc",
         "FLASH",
     ),
     Fault(

@@ -40,18 +40,22 @@ def keep_drafts(cache, seqs, num_drafts, accepted, token_ids):
         _keep(cache, *_check(cache, seqs, num_drafts, accepted, token_ids))
         return
     try:
-        checked, error = _check(cache, seqs, num_drafts, accepted, token_ids), None
-    except Exception as raised:
-        checked, error = ((), (), ()), raised
-    paths = [(path.start, path.kept.tolist()) for _, path, *_ in checked[0]]
-    given = gather_objects(dict(accepted=paths, error=error and f"{type(error).__name__}: {error}"), cache._group)
-    if error is not None:
-        raise error
+        checked = _check(cache, seqs, num_drafts, accepted, token_ids)
+    except Exception as error:
+        _tell(cache, (), f"{type(error).__name__}: {error}")
+        raise
+    given = _tell(cache, checked[0], None)
     for rank, of_rank in enumerate(given):
         if of_rank["error"] is not None:
             fail("keep", "a call that no rank refuses", f"{of_rank['error']} on rank {rank}")
     check_same(given)
     _keep(cache, *checked)
+
+
+def _tell(cache, changes, error):
+    """What each rank of the mesh keeps, and why it refuses the call, if it does."""
+    paths = [(path.start, path.kept.tolist()) for _, path, *_ in changes]
+    return gather_objects(dict(accepted=paths, error=error), cache._group)
 
 
 def _check(cache, seqs, num_drafts, accepted, token_ids):
