@@ -28,6 +28,8 @@ CALLS = {
     "_flash_fwd_hopper_kernel": lambda: calls.flash(128, (130, 700), (1, 1)),
     "_flash_fwd_hopper_kernel spare rows": lambda: calls.flash_varlen(150, (700,), (1, 1), 128),
     "_append_latent_cache_kernel": lambda: calls.append_latent(torch.uint8),
+    "_gather_cache_kernel": calls.gather,
+    "_gather_cache_kernel packed": calls.gather_packed,
     "_merge_kernel": lambda: calls.merge(40),
     "_flash_fwd_kernel": lambda: calls.flash(64, (130, 700), (1, 1)),
     "_paged_fwd_kernel": lambda: calls.paged((430,), num_splits=1),
@@ -154,7 +156,7 @@ REDUNDANT = {
         "@wgmma_fence": [(6, 6, UNTOUCHED)],
     },
 }  # fmt: skip
-QUICK = ("_append_latent_cache_kernel", "_merge_kernel")
+QUICK = ("_append_latent_cache_kernel", "_gather_cache_kernel", "_gather_cache_kernel packed", "_merge_kernel")
 SCHEDULES = ("late", "random")
 
 
@@ -203,6 +205,7 @@ def test_each_synchronization_is_reported_when_it_is_removed(kernel, monkeypatch
     assert found == listed, f"redundant, each to be read and listed with its reason:\n{places}"
 
 
+@pytest.mark.oldest
 def test_kernels_without_a_call_here_have_nothing_to_remove():
     """Every other kernel of the package is in CALLS."""
     for kernel in set(calls.CALL_OF) - set(CALLS):
