@@ -72,9 +72,13 @@ def flash_of_expanded_heads():
     return [computed], [reference.flash_attention(*in_fp64((q, k, v)), causal=True)]
 
 
-def flash_varlen(spare_rows=0):
-    q, k, v = (normal(140 + spare_rows, heads, 64) for heads in (4, 2, 2))
-    lengths = int32(0, 90, 90, 140), int32(0, 90, 90, 140), 90, 90
+def flash_varlen(spare_rows=0, seqlens=(90, 0, 50), num_heads=(4, 2), head_dim=64):
+    num_heads_q, num_heads_kv = num_heads
+    q, k, v = (
+        normal(sum(seqlens) + spare_rows, heads, head_dim) for heads in (num_heads_q, num_heads_kv, num_heads_kv)
+    )
+    bounds = int32(0, *itertools.accumulate(seqlens))
+    lengths = bounds, bounds, max(seqlens), max(seqlens)
     options = {"causal": True, "return_lse": True}
     computed = ta.flash_attention_varlen(q, k, v, *lengths, **options)
     return computed, reference.flash_attention_varlen(*in_fp64((q, k, v)), *lengths, **options)

@@ -26,7 +26,10 @@ pytestmark = [
 # By the name of a kernel, and of a variant of it.
 CALLS = {
     "_flash_fwd_hopper_kernel": lambda: calls.flash(128, (130, 700), (1, 1)),
+    "_flash_fwd_hopper_kernel spare rows": lambda: calls.flash_varlen(150, (700,), (1, 1), 128),
     "_append_latent_cache_kernel": lambda: calls.append_latent(torch.uint8),
+    "_gather_cache_kernel": calls.gather,
+    "_gather_cache_kernel packed": calls.gather_packed,
     "_merge_kernel": lambda: calls.merge(40),
     "_flash_fwd_kernel": lambda: calls.flash(64, (130, 700), (1, 1)),
     "_paged_fwd_kernel": lambda: calls.paged((430,), num_splits=1),
@@ -49,17 +52,32 @@ FIRST_OF_TWO = "of the first of two products: no one reads it before the second 
 AFTER_LOOP = "after a loop whose last trip has waited"
 BEFORE_START = "between the first values of mbarriers: the groups start after another barrier"
 BEFORE_WAIT = "before a wait for an mbarrier, which each thread of the group does itself"
+BEFORE_K_FREE = "before k_free in _step: the loader has waited for v_free, which comes after a later barrier"
+AFTER_STORE = "after the last store: the end of the partition is a barrier"
+OF_LOADER = "of the loader: the lane that copies has waited itself, the others touch nothing"
 # {kernel: {instruction: [(how many of Triton 3.9, of 3.6, why)]}}
 REDUNDANT = {
     "_flash_fwd_hopper_kernel": {
         "@bar": [
             (0, 5, BEFORE_START),
             (0, 6, BEFORE_WAIT),
-            (4, 4, "before k_free in _step: the loader has waited for v_free, which comes after a later barrier"),
-            (2, 2, "after the last store: the end of the partition is a barrier"),
+            (4, 4, BEFORE_K_FREE),
+            (2, 2, AFTER_STORE),
         ],
-        "@warp_sync": [(8, 5, "of the loader: the lane that copies has waited itself, the others touch nothing")],
+        "@warp_sync": [(8, 5, OF_LOADER)],
         "@wgmma_fence": [(2, 2, UNTOUCHED)],
+    },
+    "_flash_fwd_hopper_kernel spare rows": {
+        "@bar": [
+            (0, 5, BEFORE_START),
+            (0, 4, BEFORE_WAIT),
+            (2, 2, BEFORE_K_FREE),
+            (2, 2, AFTER_STORE),
+            (0, 1, "between zeros for the buffers of two groups: another barrier comes before the first copy"),
+            (1, 1, "after the copies of zeros, which their thread has waited for: the groups start after a barrier"),
+        ],
+        "@bulk_commit": [(1, 1, COMMITS)],
+        "@warp_sync": [(8, 5, OF_LOADER)],
     },
     "_flash_fwd_kernel": {
         "@bar": [
@@ -138,7 +156,7 @@ REDUNDANT = {
         "@wgmma_fence": [(6, 6, UNTOUCHED)],
     },
 }  # fmt: skip
-QUICK = ("_append_latent_cache_kernel", "_merge_kernel")
+QUICK = ("_append_latent_cache_kernel", "_gather_cache_kernel", "_gather_cache_kernel packed", "_merge_kernel")
 SCHEDULES = ("late", "random")
 
 
@@ -187,6 +205,7 @@ def test_each_synchronization_is_reported_when_it_is_removed(kernel, monkeypatch
     assert found == listed, f"redundant, each to be read and listed with its reason:\n{places}"
 
 
+@pytest.mark.oldest
 def test_kernels_without_a_call_here_have_nothing_to_remove():
     """Every other kernel of the package is in CALLS."""
     for kernel in set(calls.CALL_OF) - set(CALLS):
