@@ -205,6 +205,40 @@ def _copy(model, seqlen, dtype):
     )
 
 
+def _paged_lengths(seqlen, device):
+    """(block_table, cu_seqlens_k, tokens) of a prompt, a shorter one, and none, on pages in random order."""
+    lengths = torch.tensor([seqlen, seqlen // 3, 0])
+    width = -(-seqlen // PAGE_SIZE)
+    pages = torch.randperm(len(lengths) * width, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return pages.view(len(lengths), width).to(device), ends.to(device), int(ends[-1])
+
+
+def _gather(model, seqlen, dtype):
+    """Read the keys and values of a ragged batch."""
+    pages = 3 * -(-seqlen // PAGE_SIZE)
+    _, *rows = _tensors(model, 1, pages * PAGE_SIZE, dtype)
+    caches = [x.unflatten(0, (pages, PAGE_SIZE)) for x in rows]
+    table, ends, total = _paged_lengths(seqlen, caches[0].device)
+    return f"{total} tokens", _read("gather_kv_cache", ("k", "v"), (*caches, table, ends, total), {})
+
+
+def _gather_latent(model, seqlen, dtype):
+    """The same for an MLA model."""
+    widths = dict(kv_lora_rank=model.kv_lora_rank, qk_rope_head_dim=model.qk_rope_head_dim)
+    shape = 3 * -(-seqlen // PAGE_SIZE), PAGE_SIZE, sum(widths.values())
+    cache = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda" if has_gpu() else "cpu", dtype)
+    table, ends, total = _paged_lengths(seqlen, cache.device)
+    names = "kv_latent", "k_pe"
+    return f"{total} tokens", _read("gather_latent_cache", names, (cache, table, ends, total), widths)
+
+
+def _read(function, names, args, options):
+    """{output: (ours, exact, options of the check: no error)} of a copy."""
+    ours, exact = (getattr(room, function)(*args, **options) for room in (triton_attn, triton_attn.reference))
+    return {name: (mine, right.double(), {"floor": 0.0}) for name, mine, right in zip(names, ours, exact)}
+
+
 def _written(function, caches, call):
     """{cache: (ours, exact, options of the check: no error)} after `call(function, *caches)`."""
     ours, exact = ([x.clone() for x in caches.values()] for _ in range(2))
@@ -334,11 +368,13 @@ CALLS = {
     "append_kv_cache": _append,
     "append_latent_cache": _append_latent,
     "copy_kv_pages": _copy,
+    "gather_kv_cache": _gather,
+    "gather_latent_cache": _gather_latent,
     "mla_decode": _mla_decode,
     "mla_prefill": _mla_prefill,
 }
-PER_HEAD_CACHES = "append_kv_cache", "copy_kv_pages"
-LATENT = "append_latent_cache", "mla_decode", "mla_prefill"
+PER_HEAD_CACHES = "append_kv_cache", "copy_kv_pages", "gather_kv_cache"
+LATENT = "append_latent_cache", "gather_latent_cache", "mla_decode", "mla_prefill"
 NO_MASK = *PER_HEAD_CACHES, *LATENT, "merge_attention"
 
 

@@ -25,6 +25,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
         outputs[row["model"]].setdefault(row["function"], []).append(row["output"])
     results, gradients = ["out", "lse"], ["dq", "dk", "dv"]
     per_head, latent = ["k_cache", "v_cache"], ["latent_cache", "latent_cache_fp8"]
+    read = {"small": ["k", "v"], "small MLA": ["kv_latent", "k_pe"]}
     assert outputs == {
         "small": {
             "flash_attention": [*results, *gradients, "dsinks"],
@@ -33,6 +34,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
             "merge_attention": results,
             "append_kv_cache": per_head,
             "copy_kv_pages": per_head,
+            "gather_kv_cache": read["small"],
         },
         "small MLA": {
             "flash_attention": [*results, *gradients],
@@ -40,6 +42,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
             "paged_attention": results,
             "merge_attention": results,
             "append_latent_cache": latent,
+            "gather_latent_cache": read["small MLA"],
             "mla_decode": ["out", "lse", "out, fp8 cache", "lse, fp8 cache"],
             "mla_prefill": [f"{x}, {mode}" for mode in ("fused", "absorbed", "materialized") for x in results]
             + ["dq_nope", "dq_pe", "dkv_latent", "dk_pe", "dw_uk", "dw_uv"],
@@ -49,7 +52,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
         assert row["verdict"] == "ok"
         shape = ("2/1", "32/16") if row["model"] == "small" else ("2/2", "24/16")
         assert (row["heads"], row["head_dim"]) == shape
-        if row["output"] in per_head + latent:
+        if row["output"] in (*per_head, *latent, *read[row["model"]]):
             assert float(row["error"]) == float(row["bound"]) == 0
         else:
             assert 0 <= float(row["error"]) <= float(row["bound"]) < 1e-3
@@ -57,7 +60,7 @@ def test_the_table_holds_errors_and_bounds_of_every_function(tmp_path, in_this_p
         assert (row["torch"], row["triton"]) == (torch.__version__, triton.__version__)
     printed = capsys.readouterr().out
     assert all(function in printed for function in verify.CALLS)
-    assert "all 52 results are within their bounds" in printed
+    assert "all 56 results are within their bounds" in printed
 
 
 def test_every_public_kernel_is_verified():
@@ -73,11 +76,11 @@ def test_a_wrong_result_is_recorded_and_ends_in_an_error(tmp_path, in_this_proce
         return out + 1, lse
 
     monkeypatch.setattr(triton_attn, "flash_attention", wrong)
-    with pytest.raises(SystemExit, match="1 of 20 results") as failure:
+    with pytest.raises(SystemExit, match="1 of 22 results") as failure:
         verify.run(tmp_path, seqlen=24, dtype="float32", models=(SMALL,))
     assert "small, flash_attention: out" in str(failure.value)
     rows = list(csv.DictReader((tmp_path / "errors-float32.csv").open()))
-    assert [row["verdict"] for row in rows] == ["WRONG"] + ["ok"] * 19
+    assert [row["verdict"] for row in rows] == ["WRONG"] + ["ok"] * 21
 
 
 def test_a_wrong_schedule_is_named(tmp_path, in_this_process, monkeypatch):
