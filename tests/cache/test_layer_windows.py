@@ -198,16 +198,19 @@ def test_a_full_pool_goes_on_where_a_window_gives_pages_back():
     assert (cache.stats(), tables(cache, seq), tables(cache, fork)) == before
 
 
-def test_a_page_that_one_copies_while_another_gives_it_back_is_free():
+def test_a_page_that_some_copy_while_another_gives_it_back_is_free_and_found():
     cache = make([4])
     longer = start(cache, list(range(12)))
-    seq = cache.fork(longer)
-    cache.truncate(seq, 6)
-    cache.extend([seq, longer], [[6], [12]])
-    assert tables(cache, longer) == [[0, 0, 2, 4]]
-    assert tables(cache, seq) == [[0, 3]]
+    seqs = cache.fork([longer] * 2)
+    for seq in seqs:
+        cache.truncate(seq, 6)
+    cache.extend([*seqs, longer], [[6], [7], [12]])
+    assert tables(cache, longer) == [[0, 0, 2, 5]]
+    assert [tables(cache, seq) for seq in seqs] == [[[0, 3]], [[0, 4]]]
     stats = cache.stats()
-    assert (stats.pages_held, stats.pages_shared) == (4, 0)
+    assert (stats.pages_held, stats.pages_shared, stats.pages_cached) == (5, 1, 1)
+    again, cached = cache.create(list(range(9)))
+    assert (cached, tables(cache, again)) == (8, [[0, 1]])
 
 
 def test_after_a_reset_nothing_old_is_found():

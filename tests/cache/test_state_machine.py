@@ -169,6 +169,7 @@ class CacheMachine(RuleBasedStateMachine):
         grown = [self.pages_of(len(self.live[seq].tokens) + n) for seq, n in zip(seqs, counts)]
         num_new = sum(pages - len(self.live[seq].pages[0]) for seq, pages in zip(seqs, grown)) * len(self.windows)
         copied = self.tails_to_copy(seqs, counts)
+        originals = list(copied.values())
         behind = self.behind(seqs)
         if num_new + len(copied) > len(self.free_pages) + len(self.last_held(behind)):
             before = self.snapshot()
@@ -189,6 +190,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.grow(seq, n, num_pages, copied, taken)
         assert not taken
         assert not copied
+        self.release(originals)  # others may have given them back in this call
         starts = []
         for seq, tokens, n in zip(seqs, new_tokens, counts):
             starts.append(len(self.live[seq].tokens))
@@ -436,9 +438,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.write()
         seqs = self.draw_batch(data)
         self.cache.free(seqs)
-        dropped = [page for seq in seqs for page in self.live.pop(seq).held()]
-        # A page of several sequences counts where it is listed first.
-        self.put_back([page for page in reversed(list(dict.fromkeys(dropped))) if not self.holders(page)])
+        self.release([page for seq in seqs for page in self.live.pop(seq).held()])
         self.dead += seqs
 
     @precondition(lambda self: self.dead)
@@ -637,7 +637,8 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(page in pages for naive in self.live.values() for pages in naive.pages)
 
     def tails_to_copy(self, seqs, counts):
-        """{(seq, group): its last page, which it must copy}. The last writer keeps a page that only writers hold."""
+        """{(seq, group): its last page, which it must copy}, group by group. The last writer keeps a page that only
+        writers hold."""
         writers = {}
         for seq, n in zip(seqs, counts):
             naive = self.live[seq]
@@ -648,7 +649,8 @@ class CacheMachine(RuleBasedStateMachine):
         for page, writing in writers.items():
             kept = 1 if self.holders(page) == len(writing) else 0
             copied |= dict.fromkeys(writing[: len(writing) - kept], page)
-        return copied
+        entries = [(seq, group) for group in range(len(self.windows)) for seq in seqs]
+        return {entry: copied[entry] for entry in entries if entry in copied}
 
     def take_pages(self, n):
         taken, self.free_pages = self.free_pages[:n], self.free_pages[n:]
@@ -665,6 +667,10 @@ class CacheMachine(RuleBasedStateMachine):
                 self.put_back([page for page in left[-1:] if page in self.free_pages])
             else:
                 self.named[prefix] = left
+
+    def release(self, pages):
+        """Pages that left tables, in order; one that is listed more than once counts where it is listed first."""
+        self.put_back([page for page in reversed(list(dict.fromkeys(pages))) if not self.holders(page)])
 
     def put_back(self, pages):
         """Pages that can be found are taken last."""
@@ -736,7 +742,7 @@ class CacheMachine(RuleBasedStateMachine):
         naive.tokens = naive.tokens[:n]
         naive.known = [n if n == 0 else min(known, n) for known in naive.known]
         naive.named = [min(named, n // self.page_size) for named in naive.named]
-        self.put_back([page for page in reversed(dropped) if not self.holders(page)])
+        self.release(dropped)
 
     def snapshot(self):
         cache = self.cache
