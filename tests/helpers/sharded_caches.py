@@ -4,6 +4,7 @@ import contextlib
 import math
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from unittest import mock
 
 import torch
@@ -17,6 +18,7 @@ from triton_attn import (
     PagedKVCache,
     append_kv_cache,
     append_latent_cache,
+    kv_cache_bytes_per_token,
     mla_decode,
     paged_attention,
     reference,
@@ -224,15 +226,18 @@ def check_bytes(case, mesh):
 
 @contextlib.contextmanager
 def received_bytes(mesh):
-    """A list, to which each collective adds the bytes that it brings from other ranks, whose parts are all as large."""
+    """A list, to which each collective adds the bytes that it brings from other ranks, whose parts are all as large if
+    their counts are not given."""
     received = []
 
     def counting(owner, name):
         collective = getattr(owner, name)
 
-        def call(output, x, **options):
-            received.append(output.nbytes * (mesh.size() - 1) // mesh.size())
-            return collective(output, x, **options)
+        def call(output, x, *counts, **options):
+            parts = counts[0] if counts else [1] * mesh.size()
+            others = sum(parts) - parts[mesh.get_local_rank()]
+            received.append(output.nbytes * others // max(1, sum(parts)))
+            return collective(output, x, *counts, **options)
 
         return mock.patch.object(owner, name, call)
 
@@ -323,21 +328,22 @@ def compare(caches, live, contents, rank, num_ranks, interleave):
 
 
 def check_keep(case, mesh):
-    """Accepted drafts move between ranks as they do inside one process, in a cache of any dtype; forks stay."""
+    """Accepted drafts move between ranks as they do inside one process, in a cache of any dtype, with the bytes that
+    the docstring says; forks stay."""
     seed, latent = case
     draw, num_ranks, rank = random.Random(seed), mesh.size(), mesh.get_local_rank()
     page_size, interleave = draw.choice([(2, 1), (4, 2), (4, 4), (3, 1)])
-    sizes = dict(num_layers=2, device="cpu")
+    sizes = dict(num_layers=2)
     if latent:
         sizes |= dict(kv_lora_rank=3, qk_rope_head_dim=2, dtype=draw.choice([torch.float32, torch.bfloat16]))
     else:
         heads = dict(num_kv_heads=2, head_dim=3, head_dim_v=2)
         sizes |= heads | draw.choice([dict(dtype=torch.bfloat16), dict(dtype=torch.int8, token_scales=True)])
-    make = LatentKVCache if latent else PagedKVCache
-    caches = make(64, page_size * num_ranks, **sizes), make(64, page_size, mesh=mesh, interleave=interleave, **sizes)
+    make = partial(LatentKVCache if latent else PagedKVCache, 64, **sizes, device="cpu")
+    caches = make(page_size=page_size * num_ranks), make(page_size=page_size, mesh=mesh, interleave=interleave)
     lengths = [draw.randint(0, 20) for _ in range(3)]
-    num_drafts, num_tokens = draw.randint(1, 9), 40
-    content = [torch.randint(1, 120, (num_tokens,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    num_drafts = draw.randint(1, 9)
+    content = [torch.randint(1, 120, (40,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     seqs = []
     for cache in caches:
         own = [cache.create([])[0] for _ in lengths]
@@ -349,8 +355,17 @@ def check_keep(case, mesh):
     forks = [cache.fork(own[1]) for cache, own in zip(caches, seqs)]
     accepted = [draw.sample(range(num_drafts), draw.randint(0, num_drafts)) for _ in lengths]
     expected = read(caches[1], forks[1])
-    for cache, own in zip(caches, seqs):
-        cache.keep(own, num_drafts, accepted)
+    with received_bytes(mesh) as received:
+        for cache, own in zip(caches, seqs):
+            cache.keep(own, num_drafts, accepted)
+
+    def rank_of(position):
+        return position // interleave % num_ranks
+
+    moves = [(start + i, start + j) for start, path in zip(lengths, accepted) for i, j in enumerate(path)]
+    assert len(received) == any(rank_of(new) != rank_of(old) for new, old in moves)
+    num_tokens = sum(rank_of(new) == rank != rank_of(old) for new, old in moves)
+    assert sum(received) == num_tokens * kv_cache_bytes_per_token(**sizes), received
     assert caches[0].stats() == caches[1].stats()
     assert torch.equal(read(caches[1], forks[1]), expected)
     for one, other in zip(*seqs):

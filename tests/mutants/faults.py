@@ -1264,6 +1264,7 @@ FAULTS = (
         "KEEP",
     ),
     Fault("E12", "triton_attn/cache/drafts.py", "    check_same(given)\n    _keep", "    _keep", "KEEP"),
+    Fault("E13", "triton_attn/cache/sharding.py", "if (owners[0] != owners[1]).any():", "if True:", "KEEP"),
     Fault("E06", "triton_attn/cache/drafts.py", "    _own_pages(cache, *owned)\n", "", "KEEP"),
     Fault(
         "X01", "triton_attn/cache/prefix_groups.py", "if max(around) < num", "if max(around) <= num", "PREFIX_GROUPS"

@@ -143,7 +143,7 @@ def _zip(rows, entries, name="accepted"):
 def _own_pages(cache, copied, originals, kept):
     """Copy the pages that others hold, and let the others not be found: what `_to_copy` found."""
     copies = cache.pool.allocate(len(copied))
-    cache.pool.forget(kept)
+    cache.pool._forget(kept)
     if copied:
         cache._replace(copied, originals, copies)
         cache._changes.extend(*zip(*copied))

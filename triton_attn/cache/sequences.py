@@ -334,7 +334,12 @@ class PagedSequences:
 
         Over a mesh all ranks make the same call. They compare it first, in a collective of a few bytes for each draft
         with a sync, so that no rank changes anything where one refuses. Where accepted tokens change their ranks, one
-        all-to-all follows: a rank sends what its cache holds of each such token, in all layers, and nothing else.
+        all-to-all follows. A rank receives `kv_cache_bytes_per_token` for each accepted token i that it holds from now
+        on and did not hold before; with `layer_windows` that of a group's layers, from each group that still holds it:
+
+            rank(start + i) = own,  rank(start + accepted[i]) != own,  rank(t) = t // interleave % num_ranks
+
+        where start is the length of the sequence without its drafts.
 
         Args:
             seqs: sequences, each at most once.
