@@ -172,7 +172,7 @@ def _append_latent(model, seqlen, dtype):
     """The same for an MLA model, in a cache of the dtype and in an fp8 cache, whose bytes are compared as integers."""
     widths = model.kv_lora_rank, model.qk_rope_head_dim
     x = torch.randn(seqlen, sum(widths), generator=torch.Generator().manual_seed(0))
-    x = x.to("cuda" if has_gpu() else "cpu", dtype)
+    x = x.to(_device(), dtype)
     kv_latent, k_pe = x.split(widths, dim=1)
     num_pages, slots = _slots(seqlen, x.device)
     caches = {
@@ -205,30 +205,29 @@ def _copy(model, seqlen, dtype):
     )
 
 
-def _paged_lengths(seqlen, device):
+def _paged_lengths(seqlen):
     """(block_table, cu_seqlens_k, tokens) of a prompt, a shorter one, and none, on pages in random order."""
     lengths = torch.tensor([seqlen, seqlen // 3, 0])
     width = -(-seqlen // PAGE_SIZE)
     pages = torch.randperm(len(lengths) * width, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return pages.view(len(lengths), width).to(device), ends.to(device), int(ends[-1])
+    return pages.view(len(lengths), width).to(_device()), ends.to(_device()), int(ends[-1])
 
 
 def _gather(model, seqlen, dtype):
     """Read the keys and values of a ragged batch."""
-    pages = 3 * -(-seqlen // PAGE_SIZE)
-    _, *rows = _tensors(model, 1, pages * PAGE_SIZE, dtype)
-    caches = [x.unflatten(0, (pages, PAGE_SIZE)) for x in rows]
-    table, ends, total = _paged_lengths(seqlen, caches[0].device)
+    table, ends, total = _paged_lengths(seqlen)
+    _, *rows = _tensors(model, 1, table.numel() * PAGE_SIZE, dtype)
+    caches = [x.unflatten(0, (-1, PAGE_SIZE)) for x in rows]
     return f"{total} tokens", _read("gather_kv_cache", ("k", "v"), (*caches, table, ends, total), {})
 
 
 def _gather_latent(model, seqlen, dtype):
     """The same for an MLA model."""
     widths = dict(kv_lora_rank=model.kv_lora_rank, qk_rope_head_dim=model.qk_rope_head_dim)
-    shape = 3 * -(-seqlen // PAGE_SIZE), PAGE_SIZE, sum(widths.values())
-    cache = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda" if has_gpu() else "cpu", dtype)
-    table, ends, total = _paged_lengths(seqlen, cache.device)
+    table, ends, total = _paged_lengths(seqlen)
+    shape = table.numel(), PAGE_SIZE, sum(widths.values())
+    cache = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(_device(), dtype)
     names = "kv_latent", "k_pe"
     return f"{total} tokens", _read("gather_latent_cache", names, (cache, table, ends, total), widths)
 
@@ -283,7 +282,7 @@ def _latents(model, seqlen_q, seqlen_k, dtype):
     weights = (heads, nope, rank), (heads, model.head_dim_v, rank)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     tensors += [torch.randn(shape, generator=generator) * rank**-0.5 for shape in weights]
-    return [x.to("cuda" if has_gpu() else "cpu", dtype) for x in tensors]
+    return [x.to(_device(), dtype) for x in tensors]
 
 
 def _mla_decode(model, seqlen, dtype):
@@ -398,15 +397,14 @@ def _tensors(model, seqlen_q, seqlen_k, dtype):
         (seqlen_k, model.num_heads_kv, model.head_dim),
         (seqlen_k, model.num_heads_kv, model.head_dim_v or model.head_dim),
     )
-    device = "cuda" if has_gpu() else "cpu"
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(_device(), dtype) for shape in shapes]
 
 
 def _options(model, seqlen):
     left = -1
     if model.window:
         left = (model.window if model.window < seqlen else seqlen // 4) - 1
-    sinks = torch.linspace(-1, 1, model.num_heads_q, device="cuda" if has_gpu() else "cpu") if model.sinks else None
+    sinks = torch.linspace(-1, 1, model.num_heads_q, device=_device()) if model.sinks else None
     if sinks is not None:
         sinks.requires_grad_()
     return {"causal": True, "window_size": (left, -1), "sinks": sinks}
@@ -421,3 +419,7 @@ def _double(value):
     if torch.is_tensor(value) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value
+
+
+def _device():
+    return "cuda" if has_gpu() else "cpu"
