@@ -203,6 +203,15 @@ def test_packed_pages():
 
 
 @pytest.mark.usefixtures("backend")
+def test_the_stride_of_a_dimension_of_one_element_does_not_count():
+    caches = randn(8, PAGE, 2, 16), randn(8, PAGE, 2, 2)[..., ::2]
+    for cache in caches:
+        k, v = gather_kv_cache(cache, caches[1], int32(TABLE), bounds(LENGTHS), 21)
+        assert torch.equal(k, cache.flatten(0, 1)[slots_of(LENGTHS)])
+        assert torch.equal(v, caches[1].flatten(0, 1)[slots_of(LENGTHS)])
+
+
+@pytest.mark.usefixtures("backend")
 def test_out_is_a_slice_of_a_workspace():
     """Rows of two tensors in one, whose number need not be given; what is not theirs stays."""
     workspace = torch.full((23, 2, 40), -1.0, device=DEVICE)

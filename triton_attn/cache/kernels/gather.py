@@ -211,7 +211,7 @@ def _plan(layout, stride_bytes, mantissa_bits, arch):
             PartTile(
                 HEAD_DIM=head_dim,
                 BLOCK_D=triton.next_power_of_2(max(1, head_dim)),
-                PACK=shape[4] if len(shape) == 5 else int(strides[3] != 1),
+                PACK=shape[4] if len(shape) == 5 else int(head_dim > 1 and strides[3] != 1),
                 MANTISSA_BITS=bits,
                 SCALE_BLOCK=0,
                 NUM_STRIDE_BYTES=num_bytes,
