@@ -78,7 +78,11 @@ GROUPS = {
         _run("tests/cache/test_transfer.py", "tests/cache/test_copy.py"),
         _run("tests/cache/test_state_machine.py"),
     ),
-    "GATHER": (_run("tests/cache/test_gather.py", "tests/cache/test_random_gather.py"),),
+    "WARMUP": (_run("tests/warmup/test_warmup.py", "-k", "after_a_warmup", compiled=True),),
+    "GATHER": (
+        _run("tests/cache/test_gather.py", "tests/cache/test_random_gather.py"),
+        _run("tests/test_observers.py", "-k", "gather"),
+    ),
     "APPEND": (
         _run("tests/cache", "-k", "not random and (append or copy)"),
         _run("tests/cache", "tests/test_strides.py", "-k", "test_random_ or append or copy"),
@@ -713,6 +717,10 @@ FAULTS = (
     ),
     Fault("C33", "triton_attn/cache/sequences.py", "        if 0 < n < least:\n", "        if False:\n", "CACHE"),
     Fault("C61", "triton_attn/cache/sequences.py", "        self._batch.num_spare = 0\n", "", "CACHE"),
+    Fault("C64", "triton_attn/cache/step.py", "        cache._reserve(2 * max_batch, max_pages)\n", "", "CACHE"),
+    Fault(
+        "C65", "triton_attn/cache/sequences.py", "copies, True, num_spare=-1)", "copies, True, num_spare=1)", "CACHE"
+    ),
     Fault("C62", "triton_attn/cache/sequences.py", "batch.num_spare -= 1", "pass", "CACHE"),
     Fault(
         "C63",
@@ -825,6 +833,47 @@ FAULTS = (
         "position += tl.load(seq_starts_ptr + sequence)",
         "position += 0",
         "GATHER",
+    ),
+    Fault("G15", "triton_attn/cache/kernels/gather.py", "int(head_dim > 1 and ", "int(", "GATHER"),
+    Fault(
+        "G11",
+        "triton_attn/cache/gather.py",
+        "if out is None:\n        out = _new_result(k_cache",
+        "if True:\n        out = _new_result(k_cache",
+        "GATHER",
+    ),
+    Fault(
+        "G12",
+        "triton_attn/cache/gather.py",
+        "if out is None:\n        out = _new_result(latent_cache",
+        "if True:\n        out = _new_result(latent_cache",
+        "GATHER",
+    ),
+    Fault("G13", "triton_attn/cache/gather.py", "(out[0].copy_(first), out[1].copy_(second))", "out", "GATHER"),
+    Fault("G14", "triton_attn/cache/reference.py", "(columns >= 0) & (columns < width)", "(columns < width)", "GATHER"),
+    Fault(
+        "Y01", "triton_attn/_warmup/api.py", 'if {"prefix_tree", "tree_mask"} <= set(functions):', "if False:", "WARMUP"
+    ),
+    Fault(
+        "Y02",
+        "triton_attn/_warmup/workload.py",
+        "(work.tree_lengths if tree_mask else work.cached_lengths)",
+        "work.cached_lengths",
+        "WARMUP",
+    ),
+    Fault(
+        "Y03",
+        "triton_attn/_warmup/workload.py",
+        "longest = MAX_DRAFTS if tree_mask else MAX_CHAIN\n    lengths",
+        "longest = MAX_CHAIN\n    lengths",
+        "WARMUP",
+    ),
+    Fault(
+        "Y04",
+        "triton_attn/_warmup/workload.py",
+        "{self.causal, self.causal and self.context_parallel_size == 1}",
+        "{self.causal}",
+        "WARMUP",
     ),
     Fault(
         "A01",
