@@ -165,7 +165,7 @@ def test_a_batch_invariant_server_compiles_nothing_after_a_warmup(warmed, name, 
     assert len(met) > 10
 
 
-def serve_trees(model, rng, batch_invariant):
+def serve_trees(model, num_heads_q, num_heads_kv, rng, batch_invariant):
     """Decode steps over prefix trees, and the verification of trees of drafts."""
     is_latent = model.kv_lora_rank is not None
     page_size = 64 if is_latent else 16
@@ -182,25 +182,29 @@ def serve_trees(model, rng, batch_invariant):
             lens, table = indices(batch), indices(batch, width + shared)
             if is_latent:
                 nope, rope, rank = model.head_dim - model.qk_rope_head_dim, model.qk_rope_head_dim, model.kv_lora_rank
-                q = torch.empty(batch, seqlen_q, model.num_heads_q, nope + rope, dtype=BF16).split([nope, rope], -1)
+                q = torch.empty(batch, seqlen_q, num_heads_q, nope + rope, dtype=BF16).split([nope, rope], -1)
                 cache = torch.empty(9, page_size, rank + rope, dtype=BF16)
-                weights = (torch.empty(model.num_heads_q, dim, rank, dtype=BF16) for dim in (nope, 128))
+                weights = (torch.empty(num_heads_q, dim, rank, dtype=BF16) for dim in (nope, 128))
                 triton_attn.mla_decode(*q, cache, lens, table, *weights, **options)
             else:
-                q = torch.empty(batch, seqlen_q, model.num_heads_q, model.head_dim, dtype=BF16)
-                cache = torch.empty(9, page_size, model.num_heads_kv, model.head_dim, dtype=BF16)
+                q = torch.empty(batch, seqlen_q, num_heads_q, model.head_dim, dtype=BF16)
+                cache = torch.empty(9, page_size, num_heads_kv, model.head_dim, dtype=BF16)
                 triton_attn.paged_attention(q, cache, cache, lens, table, **options)
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("name", ["llama-3-8b", "deepseek-v2-lite"])
-def test_trees_compile_nothing_after_a_warmup(warmed, name, batch_invariant, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel_size"), [("llama-3-8b", 1), ("deepseek-v2-lite", 1), ("deepseek-v2-lite", 8)]
+)
+def test_trees_compile_nothing_after_a_warmup(warmed, name, tensor_parallel_size, batch_invariant, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BATCH_INVARIANT", str(int(batch_invariant)))
     functions = ["tree_mask"] if batch_invariant else ["prefix_tree", "tree_mask"]
-    kernels = warmed(name, functions=functions, max_seqlen=4096)
+    kernels = warmed(name, functions=functions, max_seqlen=4096, tensor_parallel_size=tensor_parallel_size)
+    model = model_named(name)
+    heads = (n // tensor_parallel_size for n in (model.num_heads_q, model.num_heads_kv))
     with record_specializations(ARCH) as met:
-        serve_trees(model_named(name), random.Random(0), batch_invariant)
+        serve_trees(model, *heads, random.Random(0), batch_invariant)
     assert set(met) <= kernels
     assert len(met) >= 4
 
