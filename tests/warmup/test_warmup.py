@@ -195,7 +195,7 @@ def serve_trees(model, num_heads_q, num_heads_kv, rng, batch_invariant):
 @pytest.mark.compiled
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize(
-    ("name", "tensor_parallel_size"), [("llama-3-8b", 1), ("deepseek-v2-lite", 1), ("deepseek-v2-lite", 8)]
+    ("name", "tensor_parallel_size"), [("llama-3-8b", 1), ("deepseek-v3", 1), ("deepseek-v2-lite", 8)]
 )
 def test_trees_compile_nothing_after_a_warmup(warmed, name, tensor_parallel_size, batch_invariant, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BATCH_INVARIANT", str(int(batch_invariant)))

@@ -333,6 +333,13 @@ def _merge_ranks(work, head_dim_v):
             _merge(work, num_ranks, num_heads, head_dim_v)
 
 
+def tokens_and_parts(most_tokens):
+    """Numbers of tokens and of partial results of each, but not many of both: the results of a model with 128 heads
+    would take 128 GiB, and call no other kernels."""
+    counts = itertools.product(powers_of_two(most_tokens), powers_of_two(MAX_TILED_PARTS))
+    return [(tokens, parts) for tokens, parts in counts if tokens * parts <= 64 * MAX_TILED_PARTS]
+
+
 def call_append_latent_cache(work):
     positions = {"positions": indices(1, dtype=torch.int64)} if work.rotary_dim else {}
     append_latent_cache(*work.latents(1), work.latent_cache(), indices(1, dtype=torch.int64), **work.rope, **positions)
@@ -351,10 +358,9 @@ def call_mla_decode(work, tree_mask=False):
     drafts = [(n, k) for n, k in work.tree_lengths if n <= longest]
     for (seqlen_q, seqlen_k), num_splits, return_lse in itertools.product(drafts, (1, 2), work.lse_choices):
         _decode_latents(work, 1, seqlen_q, seqlen_k, tree_mask, num_splits=num_splits, return_lse=return_lse)
-    tokens = powers_of_two(64 * MAX_DRAFTS if tree_mask else 64)
-    for batch, num_splits in itertools.product(tokens, powers_of_two(MAX_TILED_PARTS)):
-        for return_lse in work.lse_choices:
-            _decode_latents(work, batch, 1, 1, tree_mask, num_splits=num_splits, return_lse=return_lse)
+    counts = tokens_and_parts(64 * MAX_DRAFTS if tree_mask else 64)
+    for (batch, num_splits), return_lse in itertools.product(counts, work.lse_choices):
+        _decode_latents(work, batch, 1, 1, tree_mask, num_splits=num_splits, return_lse=return_lse)
 
 
 def _decode_latents(work, batch, seqlen_q, seqlen_k, tree_mask=False, **options):
@@ -383,8 +389,7 @@ def call_prefix_tree_of_latents(work, tree_mask=False):
     for (seqlen_q, below), num_splits in itertools.product(lengths, (1, 2)):
         options = dict(num_splits=num_splits, prefix_tree=tree_of_one_node(seqlen_q, below))
         _decode_latents(work, 1, seqlen_q, 2 * work.page_size, tree_mask, **options)
-    counts = powers_of_two(64 * longest), powers_of_two(MAX_TILED_PARTS), work.lse_choices
-    for batch, num_slots, return_lse in itertools.product(*counts):
+    for (batch, num_slots), return_lse in itertools.product(tokens_and_parts(64 * longest), work.lse_choices):
         options = dict(num_splits=1, return_lse=return_lse, prefix_tree=tree_of_one_node(1, 1, num_slots, batch))
         _decode_latents(work, batch, 1, work.page_size, tree_mask, **options)
 
