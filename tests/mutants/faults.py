@@ -1200,7 +1200,7 @@ FAULTS = (
         "D47", "triton_attn/parallel/ring.py", "if step + 1 < len(problem.ranks) else", "if True else", "MLA_EXCHANGES"
     ),
     Fault("D48", "triton_attn/_host/dtensors.py", "or not kind else Partial()", "or True else Partial()", "DTENSORS"),
-    Fault("D49", "triton_attn/parallel/dtensors.py", "(of_q, mesh) > 1", "(of_q, mesh) > 9", "DTENSORS"),
+    Fault("D49", "triton_attn/parallel/dtensors.py", "& of_others) <= 1", "& of_others) <= 9", "DTENSORS"),
     Fault("D50", "triton_attn/parallel/dtensors.py", "mesh_dim != OTHER_MESH", "True", "DTENSORS"),
     Fault(
         "D51",
