@@ -1210,6 +1210,18 @@ FAULTS = (
         "PARALLEL",
     ),
     Fault("D52", "triton_attn/parallel/cost.py", "s.key_flops // num_ranks", "s.key_flops", "MLA_PARALLEL"),
+    Fault(
+        "D53",
+        "triton_attn/parallel/dtensors.py",
+        "    check_dtensors(layout, tensors)\n",
+        "    check_dtensors(layout, tensors)\n    tensors[0].full_tensor()\n",
+        "DTENSORS",
+    ),
+    Fault("D54", "triton_attn/_host/dtensors.py", "heads.first // group, max(", "0, max(", "DTENSORS"),
+    Fault("D55", "triton_attn/_host/dtensors.py", "if not all(placement", "if not any(placement", "DTENSORS"),
+    Fault("D56", "triton_attn/parallel/whole.py", ", parameters = problem", ", _ = problem", "MLA_PARALLEL"),
+    Fault("D57", "triton_attn/parallel/latent.py", "sharding, _ = in_teams(", "_ = in_teams(", "MLA_EXCHANGES"),
+    Fault("D58", "triton_attn/parallel/ring.py", "of_keys += arriving.wait()", "arriving.wait()", "MLA_PARALLEL"),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
         "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"
