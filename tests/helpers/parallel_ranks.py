@@ -386,6 +386,15 @@ def check_difference(cases, mesh):
         raise AssertionError(str(error)) from error
 
 
+def check_refusal(case, mesh):
+    """Fails with what the call raises before anything has travelled."""
+    with counted() as received:
+        try:
+            case.inputs().attend(mesh)
+        except ValueError as error:
+            raise AssertionError(f"{len(received)} transfers before {error}" if received else str(error)) from error
+
+
 def check_irregular_mesh(ranks, mesh):
     """Each rank raises by itself: such a mesh does not say who the others are."""
     with pytest.raises(ValueError, match="mesh: expected ranks in ascending order, row by row, as far apart in each"):

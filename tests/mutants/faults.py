@@ -1249,7 +1249,7 @@ FAULTS = (
         "D47", "triton_attn/parallel/ring.py", "if step + 1 < len(problem.ranks) else", "if True else", "MLA_EXCHANGES"
     ),
     Fault("D48", "triton_attn/_host/dtensors.py", "or not kind else Partial()", "or True else Partial()", "DTENSORS"),
-    Fault("D49", "triton_attn/parallel/dtensors.py", "(of_q, mesh) > 1", "(of_q, mesh) > 9", "DTENSORS"),
+    Fault("D49", "triton_attn/parallel/dtensors.py", "& of_others) <= 1", "& of_others) <= 9", "DTENSORS"),
     Fault("D50", "triton_attn/parallel/dtensors.py", "mesh_dim != OTHER_MESH", "True", "DTENSORS"),
     Fault(
         "D51",
@@ -1259,6 +1259,18 @@ FAULTS = (
         "PARALLEL",
     ),
     Fault("D52", "triton_attn/parallel/cost.py", "s.key_flops // num_ranks", "s.key_flops", "MLA_PARALLEL"),
+    Fault(
+        "D53",
+        "triton_attn/parallel/dtensors.py",
+        "    check_dtensors(layout, tensors)\n",
+        "    check_dtensors(layout, tensors)\n    tensors[0].full_tensor()\n",
+        "DTENSORS",
+    ),
+    Fault("D54", "triton_attn/_host/dtensors.py", "heads.first // group, max(", "0, max(", "DTENSORS"),
+    Fault("D55", "triton_attn/_host/dtensors.py", "if not all(placement", "if not any(placement", "DTENSORS"),
+    Fault("D56", "triton_attn/parallel/whole.py", ", parameters = problem", ", _ = problem", "MLA_PARALLEL"),
+    Fault("D57", "triton_attn/parallel/latent.py", "sharding, _ = in_teams(", "_ = in_teams(", "MLA_EXCHANGES"),
+    Fault("D58", "triton_attn/parallel/ring.py", "of_keys += arriving.wait()", "arriving.wait()", "MLA_PARALLEL"),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
         "K02", "triton_attn/_jit/shards.py", "(window.right + 1), window) - 1", "(window.right + 1), window)", "PAGED"

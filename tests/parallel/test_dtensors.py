@@ -141,7 +141,8 @@ def test_a_tensor_parallel_layer_of_latent_attention(num_ranks, tmp_path, monkey
 
 def test_heads_of_latent_decode(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_ATTN_BACKEND", "triton")
-    cases = [{}, dict(num_splits=2, causal=False), dict(max_seqlen_q=2), dict(softmax_scale=0.2)]
+    of_all = [{}, dict(num_splits=2, causal=False), dict(max_seqlen_q=2), dict(softmax_scale=0.2)]
+    cases = [(S0, options) for options in of_all] + [(R, {}), (R, dict(max_seqlen_q=2))]
     assert run(check_decode, cases, 2, tmp_path / "store") == []
 
 
@@ -365,6 +366,11 @@ def test_errors_of_latent_attention(meshes):
         ),
         (
             lambda: mla_decode(q_nope, q_pe, dtensor(cache, one, S0), lengths, table, w_uk, w_uv),
+            ValueError,
+            r"latent_cache: expected a plain tensor, or Replicate\(\) on all",
+        ),
+        (
+            lambda: mla_decode(q_nope, q_pe, dtensor(cache, two, R, S0), lengths, table, w_uk, w_uv),
             ValueError,
             r"latent_cache: expected a plain tensor, or Replicate\(\) on all",
         ),

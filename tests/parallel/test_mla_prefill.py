@@ -13,6 +13,7 @@ from parallel_ranks import (
     check_calls,
     check_difference,
     check_difference_later,
+    check_refusal,
     check_training,
     check_values,
     run,
@@ -185,7 +186,7 @@ def test_a_workspace_that_is_too_small_is_refused_before_anything_travels(tmp_pa
     cases.append(Case(method="ulysses", seqlen=600, load_balance=None, options=short))
     # Enough for the ranks that have a row less than the first:
     cases.append(Case(seqlen=601, load_balance=None, options=short | FULL_MASK | dict(max_workspace_bytes=26340)))
-    found = run(check_difference, [(case,) * 3 for case in cases], 3, tmp_path / "store")
+    found = run(check_refusal, cases, 3, tmp_path / "store")
     assert len(found) == 12
     for *_, said in found:
         assert said.startswith("max_workspace_bytes: expected room for a chunk of"), said

@@ -1,5 +1,6 @@
 """Attention on DTensors whose sequences are sharded over the mesh of the call."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,19 +37,26 @@ def attend_rows(
 def _mesh_dim(q, mesh):
     """The dimension of q's mesh that is the mesh of the call, or OTHER_MESH."""
     check_mesh(mesh)
-    of_q = q.device_mesh
+    found = _place_of(mesh, q.device_mesh)
+    if found is None:
+        fail("mesh", f"a dimension of the DTensors' mesh {q.device_mesh}, or one without its other ranks", mesh)
+    return found
+
+
+@constant_if_traced
+def _place_of(mesh, of_q):
+    """What `_mesh_dim` returns; None: the meshes cross."""
+    return _search(mesh, of_q)
+
+
+@functools.lru_cache(maxsize=64)  # torch takes long to make a dimension's mesh, and does so each time
+def _search(mesh, of_q):
     names = of_q.mesh_dim_names or ()
     found = [0] if of_q == mesh else [i for i, name in enumerate(names) if of_q.ndim > 1 and of_q[name] == mesh]
     if found:
         return found[0]
-    if _num_common_ranks(of_q, mesh) > 1:
-        fail("mesh", f"a dimension of the DTensors' mesh {of_q}, or one without its other ranks", mesh)
-    return OTHER_MESH
-
-
-@constant_if_traced
-def _num_common_ranks(*meshes):
-    return len(set.intersection(*(set(mesh.mesh.flatten().tolist()) for mesh in meshes)))
+    ranks, of_others = (set(each.mesh.flatten().tolist()) for each in (mesh, of_q))
+    return OTHER_MESH if len(ranks & of_others) <= 1 else None
 
 
 def _check_rows(layout, q, mesh, seqlen, load_balance):
