@@ -316,10 +316,9 @@ def _flash_bwd_dkdv_kernel(
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, derivative = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 keep = None
-                dropped = p
                 if dropout is not None:
                     keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
-                    dropped = tl.where(keep, p * dropout.scale, 0.0)
+                dropped = p if dropout is None else tl.where(keep, p * dropout.scale, 0.0)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if dv is not None:
                     dv_tile = dot_add(dropped.to(v_tile[0].dtype), dout_tile, dv_tile, PRECISION)
