@@ -89,6 +89,11 @@ class LoopModel:
         return len(self.loop.always)
 
     @property
+    def comparisons(self):
+        """Comparisons and selections per trip."""
+        return sum(self.histogram[opcode] for opcode in _COMPARE)
+
+    @property
     def mma_instructions(self):
         return self.mma_shapes.total()
 
@@ -165,10 +170,15 @@ class Report:
     def hot(self):
         """The loop over full tiles. None if no loop has matmuls.
 
-        It has the most FLOP per trip (with tcgen05 the most matmuls) and, among equals, the fewest instructions, since
-        masks only add instructions.
+        It has the most FLOP per trip (with tcgen05 the most matmuls) and, among equals, the fewest comparisons and
+        selections, since masks are made of them. Other instructions do not tell the loops apart: ptxas of Triton 3.6
+        computes the descriptors of the second loop's matmuls anew, in more instructions than a mask takes.
         """
-        return max(self.loops, key=lambda x: (x.flops, x.mma_instructions, -x.instructions), default=None)
+
+        def rank(loop):
+            return loop.flops, loop.mma_instructions, -loop.comparisons, -loop.instructions
+
+        return max(self.loops, key=rank, default=None)
 
     @property
     def opcodes(self):

@@ -4,15 +4,11 @@ The launcher's own C code is built and called, tensor descriptors are expanded a
 that fails here fails on every GPU.
 """
 
-import json
 import shutil
 
 import pytest
-import torch
-import triton
+from hopper_cases import write_record
 from stub_driver import HERE, run_python
-
-from triton_attn._host import tuned
 
 pytestmark = [
     pytest.mark.compiled,
@@ -77,23 +73,16 @@ def test_the_kernels_of_hopper_launch(word, kernel, stub):
 @pytest.mark.parametrize(("figure", "kernel"), [(500, "_flash_fwd_hopper_kernel"), (499, "_flash_fwd_kernel")])
 def test_a_record_decides_which_kernel_launches(figure, kernel, stub, tmp_path):
     """Of a run in which the portable kernel had 500 TFLOP/s."""
-    entry = {
-        "family": "flash_hopper",
-        "dtype": "bfloat16",
-        "case": {"head_dim": 64, "causal": True},
-        "buckets": {"seqlen_k": 1024},
-        "config": {"block_n": 128, "groups": 2, "num_stages": 2},
-        "figure": figure,
-        "portable": 500,
-        "unit": "TFLOP/s",
-        "source": "measured",
-        "device": "NVIDIA H100",
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "commit": None,
-    }
-    table = tmp_path / "sm_90.json"
-    table.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry]}))
+    table = write_record(
+        tmp_path / "sm_90.json",
+        family="flash_hopper",
+        dtype="bfloat16",
+        case={"head_dim": 64, "causal": True},
+        buckets={"seqlen_k": 1024},
+        config={"block_n": 128, "groups": 2, "num_stages": 2},
+        figure=figure,
+        portable=500,
+    )
     (of_call,) = run(stub, "sm_90", "64, packed", TRITON_ATTN_TUNED=str(table)).values()
     assert kernel in of_call
 

@@ -1,12 +1,12 @@
 """The kernel of hopper.py: which calls it supports, and its compiled code. tests/gpu/test_hopper.py tests its
 results."""
 
-import json
 import re
 
 import pytest
 import torch
 import triton
+from hopper_cases import write_record
 
 from perf.model import loop_model, sass
 from triton_attn import flash_attention, flash_attention_varlen, use_tuned
@@ -124,7 +124,7 @@ def test_all_else_is_the_portable_kernels(call, wanted):
     assert launch_of(**call).name == PORTABLE
 
 
-def write_record(path, **changes):
+def record(path, **changes):
     """A table with one entry of the kernel, as a sweep writes it."""
     entry = {
         "family": "flash_hopper",
@@ -132,16 +132,8 @@ def write_record(path, **changes):
         "case": {"head_dim": 128, "causal": False},
         "buckets": {"seqlen_k": 4096},
         "config": {"block_n": 64, "groups": 2, "num_stages": 2},
-        "figure": 600.0,
-        "unit": "TFLOP/s",
-        "source": "measured",
-        "device": "NVIDIA H100",
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "commit": None,
     }
-    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry | changes]}))
-    return path
+    return write_record(path, **entry | changes)
 
 
 @pytest.mark.ci
@@ -149,7 +141,7 @@ def write_record(path, **changes):
 def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
     """By an entry for the dtype, head dim and mask. TRITON_ATTN_KERNELS=portable takes precedence."""
     assert launch_of(dtype=dtype).name == PORTABLE
-    use_tuned(write_record(tmp_path / "sm_90.json", dtype=str(dtype).removeprefix("torch.")))
+    use_tuned(record(tmp_path / "sm_90.json", dtype=str(dtype).removeprefix("torch.")))
     launch = launch_of(dtype=dtype)
     assert launch.name == HOPPER
     assert launch.constexprs["BLOCK_N"] == 64
@@ -169,7 +161,7 @@ def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
 )
 def test_a_record_must_not_find_the_portable_kernel_faster(changes, kernel, tmp_path, monkeypatch):
     """The entry has the best config of its kernel all the same."""
-    use_tuned(write_record(tmp_path / "sm_90.json", **changes))
+    use_tuned(record(tmp_path / "sm_90.json", **changes))
     assert launch_of().name == kernel
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
     assert launch_of().constexprs["BLOCK_N"] == 64

@@ -2,6 +2,7 @@
 have."""
 
 import contextlib
+import json
 import random
 from dataclasses import replace
 from unittest import mock
@@ -9,11 +10,21 @@ from unittest import mock
 import attention_cases
 import decode_cases
 import torch
+import triton
 
+from triton_attn._host import tuned
 from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, HopperConfig
 
 LATENT_WIDTHS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
+
+
+def write_record(path, **entry):
+    """Write a table of sm_90 with one measured entry of the installed Triton to the path, and return it."""
+    about = {"figure": 600.0, "unit": "TFLOP/s", "source": "measured", "device": "NVIDIA H100"}
+    about |= {"triton": triton.__version__, "torch": torch.__version__, "commit": None}
+    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [about | entry]}))
+    return path
 
 
 @contextlib.contextmanager

@@ -2,13 +2,12 @@
 results.
 """
 
-import json
 import re
 from collections import Counter
 
 import pytest
 import torch
-import triton
+from hopper_cases import write_record
 
 from perf.model import loop_model, sass
 from perf.model.gpus import RATES
@@ -246,26 +245,19 @@ def test_a_tuned_table_makes_it_the_default(call, tmp_path, monkeypatch):
     """By an entry for the dtypes of queries and cache. TRITON_ATTN_KERNELS=portable takes precedence."""
     assert kernel_of(**call) == PORTABLE
     dtype, is_fp8 = call["dtype"], call.get("is_fp8", False)
-    entry = {
-        "family": "mla_hopper",
-        "dtype": str(dtype).removeprefix("torch."),
-        "case": {
+    cache_dtype = torch.float8_e4m3fn if is_fp8 else dtype
+    path = write_record(
+        tmp_path / "sm_90.json",
+        family="mla_hopper",
+        dtype=str(dtype).removeprefix("torch."),
+        case={
             "kv_lora_rank": RANK,
             "qk_rope_head_dim": ROPE,
-            "cache_dtype": "float8_e4m3fn" if is_fp8 else str(dtype).removeprefix("torch."),
+            "cache_dtype": str(cache_dtype).removeprefix("torch."),
         },
-        "buckets": {"seqlen_k": 8192, "rows": 128},
-        "config": {"num_stages": 2},
-        "figure": 475.0,
-        "unit": "TFLOP/s",
-        "source": "measured",
-        "device": "NVIDIA H100",
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "commit": None,
-    }
-    path = tmp_path / "sm_90.json"
-    path.write_text(json.dumps({"format": tuned.FORMAT, "arch": "sm_90", "entries": [entry]}))
+        buckets={"seqlen_k": 8192, "rows": 128},
+        config={"num_stages": 2},
+    )
     use_tuned(path)
     assert kernel_of(**call) == HOPPER
     assert kernel_of(**call, weights=True) == HOPPER

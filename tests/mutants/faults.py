@@ -268,8 +268,8 @@ FAULTS = (
     Fault(
         "B03",
         "triton_attn/dense/backward_kernels.py",
-        "dropped = tl.where(keep, p * dropout.scale, 0.0)",
-        "dropped = tl.where(keep, p, 0.0)",
+        "dropped = p if dropout is None else tl.where(keep, p * dropout.scale, 0.0)",
+        "dropped = p if dropout is None else tl.where(keep, p, 0.0)",
         "DROPOUT",
     ),
     Fault(
@@ -1412,5 +1412,19 @@ FAULTS = (
         "apart(zeros, one) if HALVED else zeros",
         "zeros",
         "EMULATED_WIDE",
+    ),
+    Fault(
+        "F71",
+        "triton_attn/_jit/tiles.py",
+        "b = _load_fenced(ptrs, rows_mask, FIRST, acc[1].shape[1], TILE.HEAD_DIM_V)",
+        "b = _load_fenced(ptrs, rows_mask, 0, acc[1].shape[1], TILE.HEAD_DIM_V)",
+        "FLASH",
+    ),
+    Fault(
+        "F72",
+        "triton_attn/_jit/tiles.py",
+        "_load_fenced(ptrs, rows_mask, FIRST, a[1].shape[1], HEAD_DIM)",
+        "_load_fenced(ptrs, rows_mask, 0, a[1].shape[1], HEAD_DIM)",
+        "FLASH",
     ),
 )

@@ -116,6 +116,15 @@ def test_the_hot_loop_covers_full_tiles():
     assert report(loops).hot is loops[1]
 
 
+def test_a_masked_loop_with_fewer_instructions_is_not_hot():
+    """ptxas of Triton 3.6 computes the descriptors of the second loop's matmuls in ordinary registers."""
+    masked = loop_text(MATMULS["shared A"], SOFTMAX, "FSEL R1, R2, R3, P1", label=".L_x_1")
+    full = loop_text("R2UR UR4, R12", "R2UR UR5, R13", MATMULS["shared A"], SOFTMAX, label=".L_x_2")
+    loops = models("\n".join([masked, full, "EXIT"]))
+    assert loops[0].instructions < loops[1].instructions
+    assert report(loops).hot is loops[1]
+
+
 def test_tcgen05_gives_counts_and_no_rates():
     loops = models(loop_text("UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10], idesc[UR11], UP0"))
     kernel = report(loops)

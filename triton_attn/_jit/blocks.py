@@ -6,6 +6,8 @@ twice:
     for FULL in tl.static_range(2):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK)):
             start = block_start(blocks, i, FULL, BLOCK)
+
+Either loop may come first.
 """
 
 from typing import NamedTuple

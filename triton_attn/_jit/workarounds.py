@@ -39,11 +39,11 @@ def _has_wgmma():
 
 @triton.constexpr_function
 def fills_registers(head_dim, head_dim_v):
-    """1 in a backward pass on sm_90 whose sums, wider than 256 columns, leave few registers for the rest; 0 elsewhere.
+    """1 on sm_90 where sums wider than 256 columns leave few registers for the rest of a kernel; 0 elsewhere.
 
     Full tiles come first then: ptxas of Triton 3.6.0 keeps the descriptors of the matmuls of one loop in uniform
-    registers, and computes those of the next in others, which spill. What stores the sums is `computed_again` after the
-    loops.
+    registers, and computes those of the next in others, which takes up to 150 instructions per trip, and spills in the
+    backward pass. There, what stores the sums is `computed_again` after the loops.
     """
     return int(_has_wgmma() and max(head_dim, head_dim_v) > 256)
 

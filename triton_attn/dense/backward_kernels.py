@@ -248,6 +248,7 @@ def _flash_bwd_dkdv_kernel(
     HEAD_DIM_V: tl.constexpr = TILE.HEAD_DIM_V
     WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
     WIDE: tl.constexpr = fills_registers(HEAD_DIM, HEAD_DIM_V)
+    STEP: tl.constexpr = -1 if WIDE else 1  # full tiles come first, or last
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
     work = assign_work(num_tiles, section_size, heads.num, BLOCK_N, False)
     bounds = sequence_bounds(seqs, work.batch, seqlen_q, seqlen_k)
@@ -302,7 +303,7 @@ def _flash_bwd_dkdv_kernel(
         rows = FixedRows(keys, keys_mask, bounds.seqlen_q, offset, slope)
         origin = mask_origin(seqs.shard_ptr, work.batch, head, batch_head)
 
-        for FULL in tl.static_range(WIDE, 2 - 3 * WIDE, 1 - 2 * WIDE):
+        for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
                 q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
@@ -315,10 +316,9 @@ def _flash_bwd_dkdv_kernel(
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, derivative = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 keep = None
-                dropped = p
                 if dropout is not None:
                     keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
-                    dropped = tl.where(keep, p * dropout.scale, 0.0)
+                dropped = p if dropout is None else tl.where(keep, p * dropout.scale, 0.0)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if dv is not None:
                     dv_tile = dot_add(dropped.to(v_tile[0].dtype), dout_tile, dv_tile, PRECISION)
@@ -377,6 +377,7 @@ def _flash_bwd_dq_kernel(
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
     WIDE: tl.constexpr = fills_registers(TILE.HEAD_DIM, TILE.HEAD_DIM_V)
+    STEP: tl.constexpr = -1 if WIDE else 1  # full tiles come first, or last
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
     work = assign_work(num_tiles, section_size, heads.num, BLOCK_M, scores.window.right is not None)
     bounds = sequence_bounds(seqs, work.batch, seqlen_q, seqlen_k)
@@ -423,7 +424,7 @@ def _flash_bwd_dq_kernel(
     origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
     dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
-    for FULL in tl.static_range(WIDE, 2 - 3 * WIDE, 1 - 2 * WIDE):
+    for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)

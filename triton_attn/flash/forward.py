@@ -30,7 +30,7 @@ from .._jit.tiles import (
     tile_pointers,
     zeros_tile,
 )
-from .._jit.workarounds import in_vectors, one_trip, tanh_spills
+from .._jit.workarounds import fills_registers, in_vectors, one_trip, tanh_spills
 from ..dense.arguments import LENGTHS, common_arguments, key_of, plan_kernel
 from ..dense.tiles import FlashCase
 from .configs import FlashConfig
@@ -73,6 +73,8 @@ def _flash_fwd_kernel(
     # Keys and values in pieces leave the registers that a load of all their columns passes through.
     HALVED: tl.constexpr = TILE.CUT_CHAIN and not TILE.USE_TMA
     WIDEST: tl.constexpr = HALF if HALVED else 512
+    WIDE: tl.constexpr = fills_registers(TILE.HEAD_DIM, TILE.HEAD_DIM_V)
+    STEP: tl.constexpr = -1 if WIDE else 1  # full tiles come first, or last
     PACKED: tl.constexpr = seqs.cu_seqlens_q_ptr is not None
     # The exponential takes the scale along where nothing else comes between.
     FOLD_SCALE: tl.constexpr = scores.softcap is None and scores.alibi is None
@@ -119,7 +121,7 @@ def _flash_fwd_kernel(
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
     m_i, l_i = softmax_init(sinks_ptr, work.head, BLOCK_M)  # (BLOCK_M,)
     acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)  # (BLOCK_M, HEAD_DIM_V)
-    for FULL in tl.static_range(2):
+    for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             one = one_trip(start_n, blocks.hi) if TILE.CUT_CHAIN else None
