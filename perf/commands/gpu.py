@@ -1,18 +1,31 @@
 """Every check and benchmark that needs a GPU, most important first, within a time budget.
 
-smoke      every kernel of the package through its public functions, at the shapes of a few models machine    the
-measured roofs targets    the benchmarks of the targets (perf/results/targets.py) tests      the GPU tests (tests/gpu)
-sanitizer  memory and race checks by compute-sanitizer, if it is installed bench      other benchmarks, against every
-peer that can be imported With --sweeps only the sweeps run. They need a run of their own.
+records    kernels that replace portable ones: their errors, and their speed beside the portable ones and peers
+
+smoke      every kernel of the package through its public functions, at the shapes of a few models
+
+machine    the measured roofs
+
+targets    the benchmarks of the targets (perf/results/targets.py)
+
+tests      the GPU tests (tests/gpu)
+
+sanitizer  memory and race checks by compute-sanitizer, if it is installed
+
+bench      other benchmarks, against every peer that can be imported
+
+With --sweeps only the sweeps run. They need a run of their own.
 
 Each case runs in its own process. A case that fails, crashes or hangs is recorded, and the run goes on. Each stage has
 a share of the minutes; unused time goes to the later stages. Kernels are compiled in parallel before they are timed,
 and nothing else runs during a timing.
 
-Results are written as they arrive, in at most eight files: a CSV per stage (targets and bench share one), journal.jsonl
-with every finished case, report.json with the targets and what is done, failed and left, and log.txt with the
-tracebacks of failures. Sweeps write their own journal, sweeps.jsonl, and a tuned table named after the architecture:
-the package's table with the new winners. Pass it to triton_attn.use_tuned, or replace the package's table with it.
+Results are written as they arrive, in at most eight files: CSVs (targets and bench share one, and so do tests and
+sanitizer; records have none), journal.jsonl with every finished case, report.json with the targets and what is done,
+failed and left, and log.txt with the tracebacks of failures. Records and sweeps write a tuned table named after the
+architecture, the package's table with the new entries: pass it to triton_attn.use_tuned, or replace the package's table
+with it. The stages after the records use it, unless TRITON_ATTN_TUNED names another. Sweeps also have a journal of
+their own, sweeps.jsonl.
 
 --resume continues an earlier run. Cases that failed, that lacked a tool, or whose results come from other code run
 again. Results of another GPU are kept. Needs torch, triton, numpy and pytest. `python -m perf report` draws the plots.
@@ -35,25 +48,27 @@ from perf.harness.journal import Journal
 from perf.harness.progress import tqdm
 from perf.results.gpu_report import Report, case_text
 from perf.workloads import gpu_cases as cases
+from perf.workloads import records
 
 JOURNAL, SWEEPS_JOURNAL = "journal.jsonl", "sweeps.jsonl"
+TUNED = "TRITON_ATTN_TUNED"
 CODE = "triton_attn/**/*.py", "triton_attn/tuned/*.json", "perf/**/*.py"  # every result depends on these files
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Cases of one kind, and the CSV for their rows.
+    """Cases of one kind, and the CSV for their rows; None leaves them to the journal.
 
     `run(case, **given(report))` returns rows. It runs in its own process for at most `limit` seconds. If a row is a
     failure, its "log" goes to the log. `failure(case, why)` is the row of a case that returned none. `has_failed(row)`
     says whether a row is a failure, with the reason in its column `reason`, and `is_open(row)` whether another run may
     decide it. A case that returned nothing and can be divided by `split(case)` is run again in pieces. `compile`, if
     given, is called beforehand on each of `to_compile(case)`, in up to `compilers` processes. Results depend on the
-    files of `code`, and on the files that all stages depend on.
+    files of `code`, on the files that all stages depend on, and if it `heeds_table` on the run's tuned table.
     """
 
     name: str
-    csv: str
+    csv: str | None
     share: float  # of the budget, relative to the other stages' shares
     limit: float
     columns: list
@@ -70,6 +85,12 @@ class Stage:
     to_compile: Callable = lambda case: [case]
     compilers: int = 1
     code: tuple = ()
+    heeds_table: bool = True
+
+
+def table_of(out_dir):
+    """The run's tuned table."""
+    return out_dir / f"{gpu_arch()}.json"
 
 
 def _cores(at_most):
@@ -93,7 +114,22 @@ BENCHMARKS = dict(
     compile=cases.compile_bench,
     to_compile=cases.what_bench_compiles,
 )
+WRITES_TABLE = dict(columns=results.COLUMNS, reason="note", heeds_table=False)
 STAGES = (
+    Stage(
+        name="records",
+        csv=None,
+        share=0.15,
+        limit=90,
+        cases=records.record_cases,
+        run=records.run_record,
+        failure=records.failed_record,
+        has_failed=BENCHMARKS["has_failed"],
+        given=lambda report: {"table": table_of(report.out_dir)},
+        compile=records.compile_record,
+        compilers=_cores(14),
+        **WRITES_TABLE,
+    ),
     Stage(
         name="smoke",
         csv="smoke.csv",
@@ -139,15 +175,15 @@ STAGES = (
     ),
     Stage(
         name="sanitizer",
-        csv="sanitizer.csv",
+        csv="tests.csv",
         share=0.1,
         limit=100,
-        columns=cases.SANITIZER_COLUMNS,
+        columns=cases.TEST_COLUMNS,
         cases=cases.sanitizer_cases,
         run=cases.run_sanitizer,
         is_open=lambda row: row["outcome"] == cases.NOT_AVAILABLE,
         workers=len(cases.SANITIZED),
-        **CHECKS,
+        **CHECKS | {"failure": lambda case, why: cases.sanitizer_row(case, "failed", why)},
     ),
     Stage(
         name="bench",
@@ -164,16 +200,12 @@ SWEEPS = (
         csv="sweep.csv",
         share=1,
         limit=cases.SWEEP_LIMIT,
-        columns=results.COLUMNS,
         cases=cases.sweep_cases,
         run=cases.run_sweep,
         failure=cases.failed_sweep,
         has_failed=lambda row: row["provider"] is None,
-        reason="note",
-        given=lambda report: {
-            "table": report.out_dir / f"{gpu_arch()}.json",
-            "journal": report.out_dir / SWEEPS_JOURNAL,
-        },
+        given=lambda report: {"table": table_of(report.out_dir), "journal": report.out_dir / SWEEPS_JOURNAL},
+        **WRITES_TABLE,
     ),
 )
 
@@ -199,7 +231,7 @@ def run(out_dir, minutes=9, resume=None, stages=None, sweeps=False):
         sys.exit(f"--resume: expected the folder of an earlier run, and {out_dir / JOURNAL} does not exist")
     if has_run and not resume:
         sys.exit(f"{out_dir} holds an earlier run: continue it with --resume {out_dir}, or choose another --out")
-    if resume and sweeps != (out_dir / SWEEPS[0].csv).exists():
+    if resume and sweeps != (out_dir / "sweep.csv").exists():
         sys.exit(f"--resume: sweeps and stages need separate folders, and {out_dir} holds the other kind")
     report = run_stages(chosen, out_dir, minutes)
     report.print()
@@ -234,6 +266,8 @@ def run_stages(stages, out_dir, minutes):
             kept_for_later -= share
             unclaimed = end.seconds_left() / 60 - minutes * kept_for_later
             report.begin(stage)
+            if stage.heeds_table and table_of(out_dir).exists():
+                os.environ.setdefault(TUNED, str(table_of(out_dir).resolve()))
             try:
                 run_stage(stage, journal, report, Budget(max(minutes * share, unclaimed)), end)
             except Exception as error:  # an error of our own; the next stage may still work
@@ -325,7 +359,13 @@ def _result(stage, case, journal):
 
 
 def _key(stage, case):
-    return _about() | {"stage": stage.name, "gpu": gpu_name(), "own code": code_hash(*stage.code), "case": case}
+    own = {"own code": code_hash(*stage.code), "table": _table_hash() if stage.heeds_table else ""}
+    return _about() | {"stage": stage.name, "gpu": gpu_name(), "case": case} | own
+
+
+def _table_hash():
+    table = os.environ.get(TUNED)
+    return hashlib.sha256(Path(table).read_bytes()).hexdigest()[:16] if table else ""
 
 
 def _about():

@@ -5,7 +5,8 @@ spill in the hot loop, or lose wgmma or asynchronous copies are dropped with the
 `expected` rate of the loop model, or by `lock` if the waits of the architecture were not measured, then by `bound`
 (perf/model/loop_model.py; differences under 5 % are noise). Matmuls that several warps repeat count once.
 
-On a GPU the best candidates are then timed in turn, for kernels of hopper.py together with the portable kernel. Each is
+On a GPU the best candidates are then timed in turn, for kernels of hopper.py together with the portable kernel and
+peers. Each is
 timed only after its result was found right, and no longer once it is clearly behind. For flash_backward the whole pass
 is timed with the other kernels at their defaults, and then the schedules that combine the winners.
 
@@ -20,6 +21,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, fields
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -273,36 +275,62 @@ def time_all(table, finalists, seqlens, journal, budget, device="cuda"):
     with tqdm(total=sum(len(candidates) for candidates, _ in rounds), desc="timing", unit="config") as bar:
         for candidates, seqlen in rounds:
             first = candidates[0]
-            rows = [journal.get(_timing_key(candidate, seqlen)) for candidate in candidates]
+            keys = _timing_keys(candidates, seqlen)
+            rows = [journal.get(key) for key in keys]
             if None in rows:
                 if budget.is_over():
                     left += len(candidates)
                     continue
                 roof = roof or FAMILIES[first.family].roof()
-                rows = _time(candidates, seqlen, roof, device)
-                for candidate, row in zip(candidates, rows):
-                    journal.add(_timing_key(candidate, seqlen), row)
+                rows = time_round(candidates, seqlen, roof, device)
+                for key, row in zip(keys, rows):
+                    journal.add(key, row)
             bar.update(len(candidates))
             for row in rows:
                 table.append(row[name] for name in names)
             figure = FAMILIES[first.family].problem(seqlen, **first.case).figure
-            print_table([{"config": row["note"], "ms": row["p50_ms"], figure: row[figure]} for row in rows])
+            names_of = [row["note"] if row["provider"] == OURS else row["provider"] for row in rows]
+            print_table([{"": name, "ms": row["p50_ms"], figure: row[figure]} for name, row in zip(names_of, rows)])
             timed.append((candidates, seqlen, rows))
     return winners.measured(timed, partial(_time_passes, journal=journal, device=device)), left
 
 
-def _time(candidates, seqlen, roof, device):
-    """Time the candidates in turn, since only timings of one round are comparable. Returns rows as dicts."""
+def time_round(candidates, seqlen, roof, device="cuda"):
+    """Time the candidates in turn, and the peers of their family, since only timings of one round are comparable.
+
+    Returns rows as dicts, which also have the date, the error of the output with its bound, and the traceback of a
+    failure. For a record all are timed to the end.
+    """
     first = candidates[0]
-    providers = {
-        compiled.config_name(c.config): FAMILIES[c.family].provider(c.dtype, **c.case)(c.config) for c in candidates
-    }
-    problem = FAMILIES[first.family].problem(seqlen, **first.case)
-    rows = throughput(problem, first.dtype, providers, roof, device, behind=BEHIND)
+    kind = FAMILIES[first.family]
+    ours, errors, tracebacks = providers_of(candidates), {}, {}
+    rows = throughput(
+        kind.problem(seqlen, **first.case),
+        first.dtype,
+        ours | kind.peers,
+        roof,
+        device,
+        tracebacks=tracebacks,
+        errors=errors,
+        behind=BEHIND if kind.portable is None else None,
+    )
     beside = [in_words(first.case, name) for name in ("kernel", "fused") if name in first.case]
-    return [
-        asdict(row) | {"provider": OURS, "note": " ".join([*beside, row.provider, row.note]).strip()} for row in rows
-    ]
+    found = []
+    for row in rows:
+        closeness = errors.get(row.provider)
+        about = {"date": date.today().isoformat(), "log": tracebacks.get(row.provider, "")}
+        about |= {name: closeness and getattr(closeness, name) for name in ("error", "bound")}
+        if row.provider in ours:
+            about |= {"provider": OURS, "note": " ".join([*beside, row.provider, row.note]).strip()}
+        found.append(asdict(row) | about)
+    return found
+
+
+def providers_of(candidates):
+    """{name of the config: provider}. Candidates of one family share the tensors of its provider."""
+    first = candidates[0]
+    makers = {family: FAMILIES[family].provider(first.dtype, **first.case) for family in {c.family for c in candidates}}
+    return {compiled.config_name(c.config): makers[c.family](c.config) for c in candidates}
 
 
 def in_words(case, name):
@@ -310,9 +338,13 @@ def in_words(case, name):
     return {True: "fused", False: "materialized"}.get(case[name], str(case[name]))
 
 
-def _timing_key(candidate, seqlen):
-    problem = FAMILIES[candidate.family].problem(seqlen, **candidate.case).columns()
-    return candidate.key | {"problem": problem, "gpu": gpu_name(), "driver": driver_version()}
+def _timing_keys(candidates, seqlen):
+    """A key for each row of `time_round`."""
+    first = candidates[0]
+    kind = FAMILIES[first.family]
+    about = {"problem": kind.problem(seqlen, **first.case).columns(), "gpu": gpu_name(), "driver": driver_version()}
+    versions = {"dtype": first.dtype, "triton": triton.__version__, "torch": torch.__version__}
+    return [c.key | about for c in candidates] + [{"peer": name} | versions | about for name in kind.peers]
 
 
 def _time_passes(problem, dtype, configs, journal, device):

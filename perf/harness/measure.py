@@ -16,20 +16,22 @@ from perf.workloads.providers import latent_pages
 from triton_attn._host.latent import read_latent_cache
 
 
-def throughput(problem, dtype, providers, roof, device="cuda", tracebacks=None, **timing):
+def throughput(problem, dtype, providers, roof, device="cuda", tracebacks=None, errors=None, **timing):
     """A row for each of {name: provider} (perf/workloads/providers.py). A provider that fails has no figures and a note
     with the reason.
 
     `roof` is the measured bound of the problem's figure on this GPU: TFLOP/s of a matmul or GB/s of a copy; None if it
-    is unknown. `tracebacks`, a dict, receives the tracebacks of providers that failed. `timing` goes to
-    `time_interleaved`.
+    is unknown. Two dicts, if given, receive more: `tracebacks` those of providers that failed, `errors` the Closeness
+    of the others' outputs. `timing` goes to `time_interleaved`.
     """
     inputs = _inputs(problem, dtype, device)
     prepare = PREPARE[type(problem)]
     functions, failures = {}, {}
     for name, provider in providers.items():
         try:
-            functions[name] = prepare(problem, provider, *inputs)
+            functions[name], closeness = prepare(problem, provider, *inputs)
+            if errors is not None:
+                errors[name] = closeness
         except Exception as error:  # a peer may raise any exception
             failures[name] = describe(error)
             if tracebacks is not None:
@@ -44,7 +46,8 @@ def compile_all(problem, dtype, providers, device="cuda"):
     """
     inputs = _inputs(problem, dtype, device)
     for provider in providers.values():
-        PREPARE[type(problem)](problem, provider, *inputs)()
+        function, _ = PREPARE[type(problem)](problem, provider, *inputs)
+        function()
 
 
 def _inputs(problem, dtype, device):
@@ -54,17 +57,16 @@ def _inputs(problem, dtype, device):
 
 def _checked_pass(problem, provider, q, k, v):
     attention = provider(problem, q.device)
-    check_sample(attention(q, k, v), q, k, v, problem.causal)
+    closeness = check_sample(attention(q, k, v), q, k, v, problem.causal)
     if problem.direction != "forward":
         short = replace(problem, batch=1, seqlen=min(problem.seqlen, 256), num_heads=2)
         check_gradients(provider(short, q.device), short, q.dtype, q.device)
-    return _pass(problem.direction, attention, q, k, v)
+    return _pass(problem.direction, attention, q, k, v), closeness
 
 
 def _checked_step(problem, provider, q, k_cache, v_cache):
     step = provider(problem, q, k_cache, v_cache)
-    check_sample(step(), q, k_cache, v_cache, causal=True)
-    return step
+    return step, check_sample(step(), q, k_cache, v_cache, causal=True)
 
 
 def _checked_latent_step(problem, provider, q, rows):
@@ -72,18 +74,17 @@ def _checked_latent_step(problem, provider, q, rows):
     ends = rows[[0, -1]]  # the rows in the cache
     cache, _, block_table = latent_pages(replace(problem, batch=2), ends)
     held = read_latent_cache(cache[block_table.long()], problem.kv_lora_rank, problem.qk_rope_head_dim)
-    check_latent_decode(step()[[0, -1]], q[[0, -1]], held.flatten(1, 2)[:, : problem.seqlen_k].to(q.dtype))
-    return step
+    held = held.flatten(1, 2)[:, : problem.seqlen_k].to(q.dtype)
+    return step, check_latent_decode(step()[[0, -1]], q[[0, -1]], held)
 
 
 def _checked_prefill(problem, provider, *tensors):
     *inputs, w_uk, w_uv = tensors
     tensors = *inputs, *(w * problem.kv_lora_rank**-0.5 for w in (w_uk, w_uv))  # keys and values of size 1
-    check_latent_prefill(provider(*tensors), *tensors)
-    return partial(provider, *tensors)
+    return partial(provider, *tensors), check_latent_prefill(provider(*tensors), *tensors)
 
 
-PREPARE = {
+PREPARE = {  # functions that give the timed function and the Closeness of its output
     Problem: _checked_pass,
     DecodeProblem: _checked_step,
     ChunkProblem: _checked_step,

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +28,7 @@ from perf.workloads.problems import (
     LatentPrefillProblem,
     Problem,
 )
-from perf.workloads.providers import latent_step, paged_step
+from perf.workloads.providers import LATENT_DECODE_PROVIDERS, PROVIDERS, latent_step, paged_step, peers_of
 from triton_attn._host.gpu import gpu_of
 from triton_attn._jit.tiles import padded_size
 from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, dk_apart_from_dv
@@ -62,7 +62,8 @@ class Family:
     a function from a config to a provider (perf/workloads/providers.py). `folder`, below triton_attn, has the kernels
     and their launchers. `rows(config)` is the number of rows of the largest matmul in the loop. Winners are entries of
     a tuned table for the Config `table`; `case_of(arch, dtype, **case)` says which case they apply to. `portable` is
-    the family of the kernel that this one may replace, which is timed beside it.
+    the family of the kernel that this one may replace, which is timed beside it, and so are `peers`, providers of
+    others.
     """
 
     config: type
@@ -80,6 +81,7 @@ class Family:
     seqlens: tuple
     rows: Callable = attrgetter("block_m")
     portable: str | None = None
+    peers: dict = field(default_factory=dict)
 
     @property
     def config_columns(self):
@@ -321,6 +323,7 @@ FAMILIES = {
         compile=compiled.flash_hopper,
         provider=_hopper_provider,
         portable="flash",
+        peers=peers_of(PROVIDERS),
     ),
     "flash_backward": Family(
         config=Tile,
@@ -348,6 +351,7 @@ FAMILIES = {
         cases=_hopper_latent_cases,
         search_space=_hopper_latent_space,
         portable="mla",
+        peers=peers_of(LATENT_DECODE_PROVIDERS),
     ),
     "mla_prefill": Family(
         config=MlaPrefillConfig,

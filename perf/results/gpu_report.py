@@ -105,7 +105,9 @@ class Report:
             traceback.print_exc()
 
     def _write_csv(self, stage):
-        """Write the whole file. Rows of another GPU and of stages that share the file are kept."""
+        """Write the whole file, if the stage has one. Rows of another GPU and of stages that share it are kept."""
+        if stage.csv is None:
+            return
         try:
             columns = list(dict.fromkeys([*stage.columns, "gpu"]))
             self.out_dir.mkdir(parents=True, exist_ok=True)

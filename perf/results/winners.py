@@ -11,6 +11,7 @@ seven matmuls, and five are counted.
 
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from perf.model.gpus import RATES
 from perf.results import MEASURED, PREDICTED
 from triton_attn._host import tuned
 from triton_attn._host.config import FAMILIES as FAMILIES_OF_TABLES
+from triton_attn._host.sources import kernel_digest
 from triton_attn.dense.backward_configs import BackwardConfig
 
 NOISE = {PREDICTED: 0.05, MEASURED: 0.02}
@@ -30,13 +32,13 @@ UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 
 
 class Winner(NamedTuple):
-    """The winning `config` for the case of `candidate` at a length. portable: that of the portable kernel beside it."""
+    """The winning `config` for the case of `candidate` at a length, and the fields of its `record`."""
 
     candidate: Candidate
     seqlen: int
     config: object
     figure: float
-    portable: float | None = None
+    record: dict | None = None
 
     @property
     def problem(self):
@@ -62,8 +64,8 @@ def predicted(cases, seqlen):
 
 
 def measured(cases, time_passes):
-    """Entries for cases. A case is triples of a candidate, a length and the row of its timing; a candidate of another
-    family is the portable kernel's, see `portable_of`.
+    """Entries for cases. A case is candidates, a length and the rows of their timing (`time_round` of a sweep). A
+    candidate of another family is the portable kernel's, see `portable_of`; rows without a candidate are peers'.
 
     time_passes(problem, dtype, {name: BackwardConfig}) returns {name: TFLOP/s}.
     """
@@ -72,17 +74,37 @@ def measured(cases, time_passes):
         first = candidates[0]
         column = FAMILIES[first.family].problem(seqlen, **first.case).figure
         figures = {c.config: row[column] for c, row in zip(candidates, rows) if c.family == first.family}
-        portable = [row[column] for c, row in zip(candidates, rows) if c.family != first.family]
-        winners += [
-            winner._replace(portable=portable[0] if portable else None)
-            for winner in _winner(first, seqlen, figures, MEASURED)
-        ]
+        found = _winner(first, seqlen, figures, MEASURED)
+        winners += [winner._replace(record=_record(candidates, rows, winner.config, column)) for winner in found]
 
     def passes(configs, kernels):
         first = kernels["dq"]
         return time_passes(first.problem, first.candidate.dtype, configs)
 
     return _entries(winners, MEASURED, passes)
+
+
+def _record(candidates, rows, config, column):
+    """The fields of an entry that decide whether a kernel replaces a portable one; None for other kernels."""
+    kind = FAMILIES[candidates[0].family]
+    if kind.portable is None:
+        return None
+    own, *_ = (row for c, row in zip(candidates, rows) if (c.family, c.config) == (candidates[0].family, config))
+    beside = {c.family: row[column] for c, row in zip(candidates, rows)}
+    peers = {row["provider"]: row[column] for row in rows[len(candidates) :]}
+    record = {
+        "kernel": kernel_digest(kind.table.kernel),
+        "date": own["date"],
+        "error": _short(own["error"]),
+        "bound": _short(own["bound"]),
+        "peers": {name: _short(figure) for name, figure in peers.items() if figure is not None},
+    }
+    portable = beside.get(kind.portable)
+    return record if portable is None else record | {"portable": _short(portable)}
+
+
+def _short(figure):
+    return float(f"{figure:.4g}")
 
 
 def _winner(first, seqlen, figures, source):
@@ -113,11 +135,14 @@ def portable_of(candidate, seqlen):
     """[Candidate] of the portable kernel that the candidate's may replace, with the config that a call of this length
     takes; [] if there is none."""
     name = FAMILIES[candidate.family].portable
-    if name is None:
-        return []
-    kind = FAMILIES[name]
+    return [] if name is None else [as_called(replace(candidate, family=name), seqlen)]
+
+
+def as_called(candidate, seqlen):
+    """The candidate with the config that a call of this length takes."""
+    kind = FAMILIES[candidate.family]
     case = kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case)
-    return [replace(candidate, family=name, config=tuned.choose(kind.table, case._replace(seqlen_k=seqlen)))]
+    return replace(candidate, config=tuned.choose(kind.table, case._replace(seqlen_k=seqlen)))
 
 
 def _default_pass(candidate):
@@ -187,18 +212,24 @@ def _entry(winner, config, source):
     candidate = winner.candidate
     kind = FAMILIES[candidate.family]
     case = kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case)
-    beside = {} if winner.portable is None else {"portable": float(f"{winner.portable:.4g}")}
     return tuned.describe(kind.table, case._replace(seqlen_k=winner.seqlen)) | {
         "config": config,
-        "figure": float(f"{winner.figure:.4g}"),
+        "figure": _short(winner.figure),
         "unit": UNITS[winner.problem.figure],
         "source": source,
         "device": gpu_name() if source == MEASURED else RATES[candidate.arch].memory_gpu,
         "triton": triton.__version__,
         "torch": torch.__version__,
         "commit": commit(),
-        **beside,
+        **(winner.record or {}),
     }
+
+
+def begin(path):
+    """A table that does not exist begins as a copy of the package's of the same name."""
+    shipped = tuned.SHIPPED / path.name
+    if shipped.exists() and not path.exists():
+        shutil.copy(shipped, path)
 
 
 def update(path, arch, entries):

@@ -22,11 +22,17 @@ from perf.harness.device import gpu_name, versions
 from perf.harness.isolation import headline
 from perf.harness.machine import COPY, MATMUL, describe
 from perf.harness.measure import compile_all, throughput
-from perf.results import COLUMNS, MEASURED, OURS, Row
+from perf.results import COLUMNS, MEASURED, OURS, Row, winners
 from perf.workloads.models import DEEPSEEK_V3, GEMMA_3_12B, GPT_OSS_120B, LLAMA_3_8B
 from perf.workloads.problems import DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem, grid
-from perf.workloads.providers import DECODE_PROVIDERS, LATENT_DECODE_PROVIDERS, LATENT_PREFILL_PROVIDERS, PROVIDERS
-from triton_attn._host.tuned import SHIPPED
+from perf.workloads.providers import (
+    COMPILED_PEERS,
+    DECODE_PROVIDERS,
+    LATENT_DECODE_PROVIDERS,
+    LATENT_PREFILL_PROVIDERS,
+    LEFT_OUT,
+    PROVIDERS,
+)
 
 CHECKOUT = Path(__file__).parents[2]
 DTYPE = "bfloat16"
@@ -127,7 +133,6 @@ class _Reports:
 
 
 STDERR_LENGTH = 4000  # the last characters of a test's stderr that are kept
-SANITIZER_COLUMNS = ["calls", "tool", "outcome", "message"]
 SANITIZED = {  # public functions at the shapes of a model; each kernel of the package is in one of them
     "flash": (GPT_OSS_120B, ("flash_attention", "flash_attention_varlen", "merge_attention")),
     "flash, deterministic": (GPT_OSS_120B, ("flash_attention",)),
@@ -152,7 +157,7 @@ def run_sanitizer(case):
     """Whether `compute-sanitizer` finds an error in small calls. It may be missing, or not support this device."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        return [case | {"outcome": NOT_AVAILABLE, "message": "no compute-sanitizer on PATH or in CUDA_HOME/bin"}]
+        return [sanitizer_row(case, NOT_AVAILABLE, "no compute-sanitizer on PATH or in CUDA_HOME/bin")]
     call = f"from perf.workloads.gpu_cases import small_calls; small_calls({case['calls']!r})"
     code = str(ERRORS_FOUND)
     command = [sanitizer, "--tool", case["tool"], "--error-exitcode", code, sys.executable, "-c", call]
@@ -162,13 +167,18 @@ def run_sanitizer(case):
     said = done.stdout + done.stderr
     lines = [line.strip("= ") for line in said.splitlines() if line.strip("= ")]
     if unsupported := [line for line in lines if "not supported" in line]:
-        return [case | {"outcome": NOT_AVAILABLE, "message": unsupported[0]}]
+        return [sanitizer_row(case, NOT_AVAILABLE, unsupported[0])]
     if done.returncode == 0:
-        return [case | {"outcome": "passed", "message": ""}]
+        return [sanitizer_row(case, "passed")]
     wrong = [line for line in lines if "error" in line.lower() or "hazard" in line.lower()] or lines[-1:]
     is_known = case["tool"] == "racecheck" and done.returncode == ERRORS_FOUND and _only_tma_races(lines)
     message = f"exit code {done.returncode}: {' '.join(wrong[:1])}"
-    return [case | {"outcome": KNOWN if is_known else "failed", "message": message, "log": said}]
+    return [sanitizer_row(case, KNOWN if is_known else "failed", message, said)]
+
+
+def sanitizer_row(case, outcome, message="", log=""):
+    """A row of TEST_COLUMNS."""
+    return {"test": f"{case['tool']}: {case['calls']}", "outcome": outcome, "message": message, "log": log}
 
 
 def _only_tma_races(lines):
@@ -215,9 +225,6 @@ FAMILIES = {  # kind of problem: its providers, and the roof of its figure
     LatentPrefillProblem: (LATENT_PREFILL_PROVIDERS, MATMUL),
 }
 PROBLEMS = {kind.__name__: kind for kind in FAMILIES}
-FLEX = "FlexAttention"  # slow to compile, so it runs only where a target needs it
-LEFT_OUT = {FLEX, "naive torch"}
-COMPILED_PEERS = {FLEX, "Triton tutorial", "vLLM Triton"}
 TARGET_LENGTHS = (4096, 8192, 16384)
 FORWARD, BACKWARD = (
     grid(head_dims=(128,), seqlens=TARGET_LENGTHS, causal=(True,), direction=direction)
@@ -335,9 +342,7 @@ def run_sweep(case, table, journal):
 
     The sweep runs as a command, since a case's own process may not start others, and a sweep compiles in parallel.
     """
-    shipped = SHIPPED / table.name
-    if shipped.exists() and not table.exists():
-        shutil.copy(shipped, table)
+    winners.begin(table)
     family = case["family"]
     with tempfile.TemporaryDirectory() as folder:
         options = [

@@ -355,6 +355,16 @@ def _sdpa_expanded(backend):
     return attention
 
 
+FLEX = "FlexAttention"
+LEFT_OUT = {FLEX, "naive torch"}  # slow to compile, and slow: they run only where a target needs them
+COMPILED_PEERS = {FLEX, "Triton tutorial", "vLLM Triton"}
+
+
+def peers_of(providers):
+    """The providers of others that a kernel is timed beside."""
+    return {name: provider for name, provider in providers.items() if name != OURS and name not in LEFT_OUT}
+
+
 SCHEDULES = {f"{OURS}, {mode}": mode for mode in MODES}
 LATENT_PREFILL_PROVIDERS = {name: partial(mla_prefill, mode=mode) for name, mode in SCHEDULES.items()} | {
     "SDPA flash, expanded heads": _sdpa_expanded(SDPBackend.FLASH_ATTENTION)

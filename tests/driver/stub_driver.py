@@ -15,6 +15,20 @@ def stub_environment(stub, arch):
     return env | {"TRITON_ATTN_BACKEND": "triton", "PYTHONPATH": f"{ROOT}:{HERE}"}
 
 
+def launches_of(stub, arch, *pattern, **environment):
+    """{call: [kernels that it launched]} of public_calls.py. Fails if a launch failed."""
+    done = run_python(stub, arch, HERE / "public_calls.py", arch, *pattern, **environment)
+    launches = {}
+    for line in done.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "call":
+            of_call = launches[rest] = []
+        elif word == "launch":
+            of_call.append(rest.split()[0])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return launches
+
+
 def run_python(stub, arch, *arguments, **environment):
     env = stub_environment(stub, arch) | environment
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)

@@ -11,13 +11,13 @@ import subprocess
 import sys
 
 import pytest
-from stub_driver import HERE, ROOT, stub_environment
+from stub_driver import HERE, ROOT, launches_of, stub_environment
 
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU"),
 ]
-STAGES = ["smoke", "machine", "targets", "tests", "sanitizer", "bench"]
+STAGES = ["records", "smoke", "machine", "targets", "tests", "sanitizer", "bench"]
 H100, H200 = "NVIDIA H100 of the stub", "NVIDIA H200 of the stub"
 
 
@@ -64,13 +64,23 @@ def test_every_stage_is_run_told_and_resumed(run, tmp_path):
     assert why.endswith("lse is wrong")
     assert "lse is wrong" in (out / "log.txt").read_text()
     assert "tracebacks: " in said
-    assert [row["outcome"] for row in rows_of(out / "sanitizer.csv")] == ["not available"]
+    outcomes = {row["test"]: row["outcome"] for row in rows_of(out / "tests.csv")}
+    assert outcomes.pop("memcheck: flash") == "not available"
+    assert len(outcomes) == 1
     speeds = {(row["family"], row["provider"]): row["p50_ms"] for row in rows_of(out / "bench.csv")}
     theirs = {("flash", "SDPA flash"): "1.0", ("flash", "SDPA cuDNN"): ""}  # a peer's failure does not count as ours
     assert speeds == {("mla", "triton_attn"): "1.0", ("flash", "triton_attn"): "1.0"} | theirs
     verdicts = [target["verdict"] for target in report["targets"]]
     assert verdicts == ["not measured yet"] * 4 + ["missed"], "a step of 1 ms beside the roof that was measured before"
-    kernels = {"_copy_kv_pages_kernel", "_empty_kernel", "_mla_absorbed_kernel", "_flash_fwd_kernel"}
+    (record,) = (entry for entry in table_of(out) if "portable" in entry)
+    assert (record["figure"], record["error"], record["peers"].keys()) == (record["portable"], 0, {"SDPA flash"})
+    kernels = {
+        "_flash_fwd_hopper_kernel",
+        "_copy_kv_pages_kernel",
+        "_empty_kernel",
+        "_mla_absorbed_kernel",
+        "_flash_fwd_kernel",
+    }
     assert set(re.findall(r"launch (\w+)", said)) >= kernels
     assert len(list(out.iterdir())) == 8
 
@@ -96,12 +106,40 @@ def test_what_other_code_found_is_done_again_and_another_gpu_adds_rows(run, tmp_
     assert code == 0, said
     done = [entry["key"]["stage"] for entry in journal_of(out)[len(before) :]]
     assert done == ["targets", *["sanitizer"] * 8], "and what lacked its tool"
-    assert {row["outcome"] for row in rows_of(out / "sanitizer.csv")} == {"passed"}
+    assert {row["outcome"] for row in rows_of(out / "tests.csv")} == {"passed"}
     assert [row["gpu"] for row in rows_of(out / "bench.csv")] == [H100]
     code, said = run("gpu", "--resume", out, "--stages", "machine,targets", STUB_GPU=H200)
     assert code == 0, said
     assert {row["gpu"] for row in rows_of(out / "machine.csv")} == {H100, H200}
     assert [row["gpu"] for row in rows_of(out / "bench.csv")] == [H100, H200]
+
+
+@pytest.mark.ci
+@pytest.mark.oldest
+def test_a_record_makes_its_kernel_the_default_of_calls_and_of_later_stages(run, stub, tmp_path):
+    """Until the kernel's code is other than that of the record."""
+    out, auto = tmp_path / "out", {"TRITON_ATTN_KERNELS": "auto"}
+    code, said = run(*make_gpu(out), "--minutes", "60", "--stages", "records,bench", **auto)
+    assert code == 0, said
+    table = out / "sm_90.json"
+    assert launched(stub, table) == "_flash_fwd_hopper_kernel"
+    at_bench = said[said.index("compiling for bench") :]
+    assert "_flash_fwd_hopper_kernel" in at_bench
+    assert "_flash_fwd_kernel" not in at_bench
+    before = journal_of(out)
+    code, said = run("gpu", "--resume", out, "--minutes", "60", "--stages", "records,bench", **auto)
+    assert (code, journal_of(out)) == (0, before), said
+    (record,) = (entry for entry in table_of(out) if "portable" in entry)
+    table.write_text(table.read_text().replace(record["kernel"], "0123456789abcdef"))
+    assert launched(stub, table) == "_flash_fwd_kernel"
+    code, said = run("gpu", "--resume", out, "--minutes", "60", "--stages", "bench", **auto)
+    assert [entry["key"]["stage"] for entry in journal_of(out)[len(before) :]] == ["bench"], "it depends on the table"
+
+
+def launched(stub, table):
+    """The kernel of a call at the head dim of the record."""
+    (kernels,) = launches_of(stub, "sm_90", "64, packed", TRITON_ATTN_TUNED=str(table)).values()
+    return kernels[0]
 
 
 def test_sweeps_are_a_run_of_their_own(run, tmp_path):
@@ -131,6 +169,10 @@ def journal_of(out):
 
 def report_of(out):
     return json.loads((out / "report.json").read_text())
+
+
+def table_of(out):
+    return json.loads((out / "sm_90.json").read_text())["entries"]
 
 
 def rows_of(path):

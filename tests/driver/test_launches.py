@@ -8,26 +8,12 @@ import shutil
 
 import pytest
 from hopper_cases import write_record
-from stub_driver import HERE, run_python
+from stub_driver import launches_of, run_python
 
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU"),
 ]
-
-
-def run(stub, arch, *pattern, **environment):
-    """{call: [kernels that it launched]}. Fails if a launch failed."""
-    done = run_python(stub, arch, HERE / "public_calls.py", arch, *pattern, **environment)
-    launches = {}
-    for line in done.stdout.splitlines():
-        word, _, rest = line.partition(" ")
-        if word == "call":
-            of_call = launches[rest] = []
-        elif word == "launch":
-            of_call.append(rest.split()[0])
-    assert done.returncode == 0, done.stderr[-4000:]
-    return launches
 
 
 # One call per kernel, since most of the time is compilation.
@@ -47,7 +33,7 @@ EVERY_KERNEL = "flash 128, det|backward alone|paged chunk|append|mla decode, fp8
 )
 def test_every_public_function_launches(stub, arch, pattern, record_property):
     """The parameters are the arguments in the order and types of the PTX."""
-    launches = run(stub, arch, pattern, TRITON_ATTN_KERNELS="portable")
+    launches = launches_of(stub, arch, pattern, TRITON_ATTN_KERNELS="portable")
     kernels = {kernel for of_call in launches.values() for kernel in of_call}
     assert all(launches.values()), launches
     record_property("figure", f"{arch}: {len(launches)} calls, {sum(map(len, launches.values()))} launches")
@@ -66,7 +52,7 @@ def test_every_public_function_launches(stub, arch, pattern, record_property):
     ],
 )
 def test_the_kernels_of_hopper_launch(word, kernel, stub):
-    (of_call,) = run(stub, "sm_90", word, TRITON_ATTN_KERNELS="hopper").values()
+    (of_call,) = launches_of(stub, "sm_90", word, TRITON_ATTN_KERNELS="hopper").values()
     assert kernel in of_call
 
 
@@ -83,7 +69,7 @@ def test_a_record_decides_which_kernel_launches(figure, kernel, stub, tmp_path):
         figure=figure,
         portable=500,
     )
-    (of_call,) = run(stub, "sm_90", "64, packed", TRITON_ATTN_TUNED=str(table)).values()
+    (of_call,) = launches_of(stub, "sm_90", "64, packed", TRITON_ATTN_TUNED=str(table)).values()
     assert kernel in of_call
 
 
@@ -111,6 +97,6 @@ def test_a_warmup_leaves_nothing_to_a_c_compiler(stub, tmp_path):
 def test_every_launch_goes_to_the_device_of_its_tensors(stub):
     """Two devices: the first is current, and the tensors are on the second."""
     calls = "64, packed|backward alone|paged decode, four|append|merge|mla decode, fp8|mla prefill, mat"
-    launches = run(stub, "sm_90", calls, TRITON_ATTN_KERNELS="portable", STUB_DEVICE="1")
+    launches = launches_of(stub, "sm_90", calls, TRITON_ATTN_KERNELS="portable", STUB_DEVICE="1")
     assert len(launches) == 13
     assert all(launches.values()), launches

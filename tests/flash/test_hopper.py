@@ -156,10 +156,11 @@ def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
         ({"portable": 600.1}, PORTABLE),
         ({"portable": 600}, HOPPER),
         ({"source": "predicted"}, PORTABLE),  # it has not run
+        ({"kernel": "0123456789abcdef"}, PORTABLE),
     ],
-    ids=["slower", "as fast", "predicted"],
+    ids=["slower", "as fast", "predicted", "of other code"],
 )
-def test_a_record_must_not_find_the_portable_kernel_faster(changes, kernel, tmp_path, monkeypatch):
+def test_a_record_is_of_this_code_and_does_not_find_the_portable_kernel_faster(changes, kernel, tmp_path, monkeypatch):
     """The entry has the best config of its kernel all the same."""
     use_tuned(record(tmp_path / "sm_90.json", **changes))
     assert launch_of().name == kernel

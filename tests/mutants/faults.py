@@ -1101,7 +1101,13 @@ FAULTS = (
         "least = max(figures.values(), default=0) * (1 + noise)",
         "CONFIGS",
     ),
-    Fault("W12", "triton_attn/_host/tuned.py", ' and entry["figure"] >= entry.get("portable", 0)', "", "CONFIGS"),
+    Fault(
+        "W12", "triton_attn/_host/tuned.py", ' and entry["figure"] >= entry.get("portable", math.inf)', "", "CONFIGS"
+    ),
+    Fault("W13", "triton_attn/_host/tuned.py", " and found.kernel == kernel_digest(config.kernel)", "", "HOPPER"),
+    Fault(
+        "W14", "perf/commands/gpu.py", "if stage.heeds_table and table_of(out_dir).exists():", "if False:", "GPU_RUN"
+    ),
     Fault("W11", "triton_attn/_host/tuned.py", 'entry["source"] == MEASURED and ', "", "HOPPER"),
     Fault("W02", "perf/results/winners.py", "return default if default in near else", "return", "CONFIGS"),
     Fault(

@@ -23,8 +23,9 @@ from perf.harness import measure
 from perf.harness.isolation import headline, map_isolated
 from perf.harness.machine import COPY
 from perf.model.candidates import FAMILIES
-from perf.results import gpu_report
+from perf.results import gpu_report, winners
 from perf.workloads import gpu_cases
+from perf.workloads.providers import FLEX
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -235,11 +236,38 @@ def test_stages_that_share_a_file_keep_each_others_rows(tmp_path):
     assert list(rows_of(tmp_path / "both.csv")) == ["a", "b"]
 
 
+def test_stages_after_the_records_heed_their_table_and_depend_on_it(tmp_path, monkeypatch):
+    """A table that the user names takes precedence."""
+    monkeypatch.setattr(gpu, "gpu_arch", lambda: "sm_90")
+    table, plain = tmp_path / "sm_90.json", stage(*named("a"), columns=["name", "outcome", "table"])
+    run_on = []
+
+    def heeded(stage, users=None):
+        monkeypatch.setenv(gpu.TUNED, users or "")
+        if users is None:
+            monkeypatch.delenv(gpu.TUNED)
+        gpu.run_stages([stage], tmp_path, minutes=5)
+        run_on.append(len((tmp_path / gpu.JOURNAL).read_text().splitlines()))
+        with (tmp_path / "fake.csv").open() as file:
+            return next(csv.DictReader(file))["table"]
+
+    assert heeded(plain) == ""
+    table.write_text("1")
+    assert heeded(replace(plain, heeds_table=False)) == ""
+    assert heeded(plain) == heeded(plain) == str(table)
+    table.write_text("2")
+    assert heeded(plain) == str(table)
+    (tmp_path / "users.json").touch()
+    assert heeded(plain, users=str(tmp_path / "users.json")) == str(tmp_path / "users.json")
+    assert run_on == [1, 1, 2, 2, 3, 4]
+
+
 def test_stages_are_chosen_by_name():
     assert [x.name for x in gpu.choose("targets, smoke,machine", False)] == ["smoke", "machine", "targets"]
-    assert [x.name for x in gpu.choose(None, False)] == ["smoke", "machine", "targets", "tests", "sanitizer", "bench"]
+    every = ["records", "smoke", "machine", "targets", "tests", "sanitizer", "bench"]
+    assert [x.name for x in gpu.choose(None, False)] == every
     assert gpu.choose(None, True) == gpu.SWEEPS
-    with pytest.raises(SystemExit, match=r"--stages: expected some of smoke,.*,bench, got sweep, fast"):
+    with pytest.raises(SystemExit, match=r"--stages: expected some of records,smoke,.*,bench, got sweep, fast"):
         gpu.choose("sweep,smoke,fast", False)
     with pytest.raises(SystemExit, match="--stages"):
         gpu.choose("smoke", True)
@@ -275,7 +303,7 @@ def test_leaving_early_ends_the_processes():
 
 def test_eight_files_at_most():
     always = {gpu.JOURNAL, gpu_report.REPORT, gpu_report.LOG}
-    assert len({stage.csv for stage in gpu.STAGES} | always) == 8
+    assert len({stage.csv for stage in gpu.STAGES} - {None} | always | {"sm_90.json"}) == 8
     assert len({stage.csv for stage in gpu.SWEEPS} | always | {gpu.SWEEPS_JOURNAL, "sm_90.json"}) <= 8
 
 
@@ -284,7 +312,7 @@ def test_eight_files_at_most():
     [
         (False, {}, "needs a GPU"),
         (True, {"minutes": 0}, "--minutes: expected a number above 0, got 0"),
-        (True, {"stages": "fast"}, "--stages: expected some of smoke,.*, got fast"),
+        (True, {"stages": "fast"}, "--stages: expected some of records,smoke,.*, got fast"),
         (True, {"resume": Path("nowhere")}, "--resume: expected the folder of an earlier run"),
     ],
 )
@@ -400,7 +428,7 @@ def test_every_benchmark_is_in_the_journal_and_back():
         again = json.loads(json.dumps(case))
         assert gpu_cases.problem_of(again) == gpu_cases.problem_of(case)
         assert again["providers"][0].startswith(results.OURS)
-    with_flex = [case for case in cases if gpu_cases.FLEX in case["providers"]]
+    with_flex = [case for case in cases if FLEX in case["providers"]]
     assert len(with_flex) == len(gpu_cases.FORWARD) + 1
     assert len({json.dumps(case) for case in cases}) == len(cases)
 
@@ -409,7 +437,7 @@ def test_what_compiles_is_compiled_by_itself():
     case = gpu_cases.target_cases()[0]
     names = [part["providers"] for part in gpu_cases.what_bench_compiles(case)]
     assert [results.OURS] in names
-    assert [gpu_cases.FLEX] in names
+    assert [FLEX] in names
     assert ["SDPA cuDNN"] not in names
     for case in [*gpu_cases.target_cases(), *gpu_cases.bench_cases()]:
         assert gpu_cases.what_bench_compiles(case)
@@ -507,7 +535,7 @@ def test_a_sweep_is_a_command(case, tmp_path, monkeypatch):
 
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / table.name).write_text("the package's")
-    monkeypatch.setattr(gpu_cases, "SHIPPED", tmp_path / "package")
+    monkeypatch.setattr(winners.tuned, "SHIPPED", tmp_path / "package")
     monkeypatch.setattr(gpu_cases.subprocess, "run", sweep)
     journal = tmp_path / "sweeps.jsonl"
     (row,) = gpu_cases.run_sweep(json.loads(json.dumps(case)), table, journal)

@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from perf import results
 from perf.commands import sweep
@@ -19,8 +21,10 @@ from perf.model import candidates
 from perf.model.candidates import FAMILIES, MODEL_COLUMNS, WIDEST_HEADS, Candidate
 from perf.model.compiled import HOPPER_CONFIGS
 from perf.results import MEASURED, winners
+from perf.workloads import providers
 from perf.workloads.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from triton_attn._host import tuned
+from triton_attn._host.sources import kernel_digest
 from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, dk_apart_from_dv
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaHopperConfig, MlaPrefillConfig
@@ -389,13 +393,14 @@ def test_finalists_are_found_right_and_timed_once(family, timed, tmp_path, monke
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_the_portable_kernel_is_timed_beside_one_that_may_replace_it(factor, tmp_path, monkeypatch):
-    """A record in which it is faster does not make the other one the default."""
+    """And so are peers. A record in which it is faster does not make the other one the default."""
     portable = FAMILIES["flash"].provider("bfloat16", head_dim=64, causal=True)
     kind = replace(
         FAMILIES["flash_hopper"],
         problem=lambda seqlen, **case: Problem(1, seqlen, 2, 64, True),
         roof=lambda: 1.0,
         provider=lambda dtype, **case: lambda config: portable(FlashConfig(16, 32, 4, 1)),  # Gluon has no interpreter
+        peers={"SDPA math": providers._sdpa(SDPBackend.MATH)},
     )
     monkeypatch.setitem(FAMILIES, "flash_hopper", kind)
     monkeypatch.setattr(candidates, "gpu_arch", lambda: "sm_90")
@@ -410,8 +415,12 @@ def test_the_portable_kernel_is_timed_beside_one_that_may_replace_it(factor, tmp
     space = kind.search_space("sm_90", torch.bfloat16, **case)
     own = [Candidate("flash_hopper", "sm_90", "bfloat16", case, config) for config in space]
     (entry,), _, rows = time_on_cpu(tmp_path, [own])
-    assert len(rows) == len(own) + 1
+    assert len(rows) == len(own) + 2
     assert entry["figure"] == pytest.approx(factor * entry["portable"], rel=1e-3)
+    assert entry["peers"] == {"SDPA math": entry["portable"]}
+    assert 0 < entry["error"] < entry["bound"]
+    assert entry["date"] == date.today().isoformat()
+    assert entry["kernel"] == kernel_digest("flash/hopper.py")
     winners.update(tmp_path / "sm_90.json", "sm_90", [entry])
     monkeypatch.setattr(tuned, "_added", [tuned._index_of(tmp_path / "sm_90.json")])
     of_call = kind.case_of("sm_90", torch.bfloat16, **case)

@@ -18,12 +18,13 @@ class Config:
         obstacle(case)        why the config cannot run, by estimate; None if it can. The compiler has the last word
 
     A subclass with a family can have entries in tuned tables, for cases that are `is_tuned`. `case` ({name: type}) and
-    `buckets` are the fields of a case that identify an entry.
+    `buckets` are the fields of a case that identify an entry. `kernel` is the file of a kernel that may replace a
+    portable one, which an entry is a record of.
     """
 
-    def __init_subclass__(cls, family=None, case=None, buckets=("seqlen_k",)):
+    def __init_subclass__(cls, family=None, case=None, buckets=("seqlen_k",), kernel=None):
         if family is not None:
-            cls.family, cls.case_types, cls.buckets = family, case, buckets
+            cls.family, cls.case_types, cls.buckets, cls.kernel = family, case, buckets, kernel
             FAMILIES[family] = cls
 
     @classmethod

@@ -11,8 +11,12 @@ Tables are searched from the one added last to the package's. The first table th
 entry a call takes the default of the family's configs.py. The package's tables contain only configs measured on a GPU:
 predictions are already in the defaults.
 
-An entry of a kernel that may replace a portable one also makes it the default, if the entry was measured, and if the
-portable kernel was not faster in the same run: its figure is `portable`, which entries of the first runs lack.
+An entry of a kernel that may replace a portable one is also a record of it, and makes it the default if
+- the entry was measured: its results were right, with the largest `error` beside the `bound` that it must not exceed;
+- the portable kernel was not faster in the same run. Its figure is `portable`, and `peers` has those of other packages;
+- `kernel`, a digest of the code that the kernel is compiled from (sources.py), is that of this package.
+
+With any other code the entry still gives the kernel's config, and calls take the portable kernel.
 """
 
 import contextlib
@@ -30,6 +34,7 @@ import torch
 from .checks import fail
 from .config import FAMILIES, check_config
 from .gpu import gpu_arch, gpu_of
+from .sources import kernel_digest
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "tuned"
@@ -46,7 +51,14 @@ ABOUT = {
     "torch": str,
     "commit": (str, type(None)),
 }
-OPTIONAL = {"portable": (int, float)}
+RECORD = {
+    "kernel": str,
+    "date": str,
+    "error": (int, float),
+    "bound": (int, float),
+    "portable": (int, float),
+    "peers": dict,
+}  # of a kernel that may replace a portable one; the first runs did not write all
 
 _added = []  # indices of the user's tables, the last one first
 _overrides = {}  # {family: {field: value}} of override_config
@@ -55,10 +67,10 @@ _generation = object()  # replaced each time that tables change
 
 
 class Tuned(NamedTuple):
-    """An entry of a table: its config, and whether the kernel may replace the portable one."""
+    """An entry of a table: its config, and the digest of the kernel that may replace the portable one, or None."""
 
     config: object
-    replaces: bool
+    kernel: str | None
 
 
 def use_tuned(path: str | os.PathLike[str] | None) -> None:
@@ -181,12 +193,12 @@ def _name(value):
 
 
 def is_chosen(config, case):
-    """Whether calls take the kernel of this config: a table says that it may replace the portable one, or the user
-    overrides the config."""
+    """Whether calls take the kernel of this config: a table says that this code of it may replace the portable one, or
+    the user overrides the config."""
     if config.family in _overrides:
         return True
     found = _find(config, case)
-    return found is not None and found.replaces
+    return found is not None and found.kernel is not None and found.kernel == kernel_digest(config.kernel)
 
 
 def may_replace(portable, config):
@@ -284,8 +296,8 @@ def _index(table):
         case = tuple(entry["case"][name] for name in config.case_types)
         buckets = tuple(entry["buckets"][name] for name in config.buckets)
         same_case = index.setdefault((table["arch"], entry["family"], entry["dtype"], case), {})
-        replaces = entry["source"] == MEASURED and entry["figure"] >= entry.get("portable", 0)
-        same_case[buckets] = Tuned(config.from_dict(entry["config"]), replaces)
+        replaces = entry["source"] == MEASURED and entry["figure"] >= entry.get("portable", math.inf)
+        same_case[buckets] = Tuned(config.from_dict(entry["config"]), entry.get("kernel") if replaces else None)
     return index
 
 
@@ -329,8 +341,8 @@ def read_table(path):
 
 def _check_entry(name, entry, gpu):
     fields = {"family": str, "dtype": str, "case": dict, "buckets": dict, "config": dict}
-    optional = {field: types for field, types in OPTIONAL.items() if isinstance(entry, dict) and field in entry}
-    _check_fields(name, entry, fields | ABOUT | optional)
+    record = {field: types for field, types in RECORD.items() if isinstance(entry, dict) and field in entry}
+    _check_fields(name, entry, fields | ABOUT | record)
     for field, known in (("family", sorted(FAMILIES)), ("dtype", DTYPES)):
         if entry[field] not in known:
             fail(f"{name}, {field}", " or ".join(known), repr(entry[field]))

@@ -88,7 +88,7 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
 
 
 @dataclass(frozen=True)
-class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal": bool}):
+class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal": bool}, kernel="flash/hopper.py"):
     """One program of hopper.py computes 64 queries for each of its groups of four warps, in a loop over tiles of
     block_n keys, which it loads num_stages ahead."""
 
@@ -114,7 +114,7 @@ class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal
     def choose(cls, case, wanted):
         """The config of a call; None means the portable kernel.
 
-        With wanted "auto" a tuned table must have one: it shows that the kernel was right and fast on such a GPU with
+        With wanted "auto" a tuned table must have one: it shows that this kernel was right and fast on such a GPU with
         this Triton. With "hopper" every supported call has one, with "portable" none.
         """
         if wanted == "portable" or not cls.supports(case) or not tuned.may_replace(FlashConfig, cls):

@@ -115,7 +115,13 @@ class MlaDecodeConfig(
 
 
 @dataclass(frozen=True)
-class MlaHopperConfig(Config, family="mla_hopper", case=_WIDTHS | {"cache_dtype": str}, buckets=("seqlen_k", "rows")):
+class MlaHopperConfig(
+    Config,
+    family="mla_hopper",
+    case=_WIDTHS | {"cache_dtype": str},
+    buckets=("seqlen_k", "rows"),
+    kernel="mla/hopper.py",
+):
     """One program of hopper.py computes block_m rows in a loop over tiles of block_n keys, which it loads num_stages
     ahead: two, because its two groups alternate, and no more fit."""
 

@@ -1,0 +1,64 @@
+"""The stage of `python -m perf gpu` that decides whether a kernel may replace a portable one on this GPU.
+
+A case is a kernel of hopper.py with the config that calls take. Its results are checked, and it is timed beside the
+portable kernel and peers. The tuned table gets a record of each, with a digest of the kernel's code, as from a sweep.
+"""
+
+import torch
+
+from perf.commands.sweep import providers_of, time_round
+from perf.harness.device import gpu_arch, gpu_name, versions
+from perf.harness.measure import compile_all
+from perf.model.candidates import FAMILIES, Candidate
+from perf.results import COLUMNS, MEASURED, OURS, winners
+from perf.workloads.providers import COMPILED_PEERS
+
+DTYPES = "bfloat16", "float16"
+
+
+def record_cases():
+    """Those that this GPU supports, the targets' first."""
+    cases = [
+        {"family": family, "dtype": dtype, "case": case}
+        for dtype in DTYPES
+        for family, kind in FAMILIES.items()
+        if kind.portable is not None
+        for case in kind.cases(dtype, kind.shapes)
+        if kind.search_space(gpu_arch(), getattr(torch, dtype), **case)
+    ]
+    unique = [case for i, case in enumerate(cases) if case not in cases[:i]]  # models may have one shape
+    return sorted(unique, key=lambda case: (DTYPES.index(case["dtype"]), case["case"].get("head_dim", 128) != 128))
+
+
+def compile_record(case):
+    """Compile what the case times, at its shortest length."""
+    kind = FAMILIES[case["family"]]
+    seqlen = kind.seqlens[0]
+    peers = {name: provider for name, provider in kind.peers.items() if name in COMPILED_PEERS}
+    problem = kind.problem(seqlen, **case["case"])
+    compile_all(problem, case["dtype"], providers_of(candidates_of(case, seqlen)) | peers)
+
+
+def run_record(case, table):
+    """Rows of the kernel, the portable one and peers at each length. The record of each length goes to the table."""
+    found = []
+    for seqlen in FAMILIES[case["family"]].seqlens:
+        candidates = candidates_of(case, seqlen)
+        rows = time_round(candidates, seqlen, roof=None)
+        if entries := winners.measured([(candidates, seqlen, rows)], time_passes=None):
+            winners.begin(table)
+            winners.update(table, gpu_arch(), entries)
+        found += rows
+    return found
+
+
+def candidates_of(case, seqlen):
+    """The kernel's Candidate and the portable kernel's, with the configs that calls take."""
+    own = Candidate(case["family"], gpu_arch(), case["dtype"], case["case"], config=None)
+    return [winners.as_called(own, seqlen), *winners.portable_of(own, seqlen)]
+
+
+def failed_record(case, failure):
+    """The row of a case without a result."""
+    about = {"family": case["family"], "provider": OURS, "dtype": case["dtype"], "gpu": gpu_name(), "source": MEASURED}
+    return dict.fromkeys(COLUMNS) | versions() | about | {"note": f"{case['case']}: {failure}"}
