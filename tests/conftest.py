@@ -94,6 +94,27 @@ def emulated_hopper(request):
         pytest.skip("needs --emulate sm_90")
 
 
+@pytest.fixture
+def no_tables(monkeypatch):
+    """Without the package's tuned tables and the environment's."""
+    from triton_attn._host import tuned
+
+    monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
+    tuned.use_tuned(None)
+    yield
+    monkeypatch.undo()
+    tuned.use_tuned(None)
+
+
+@pytest.fixture
+def traced():
+    """torch.compile without a graph break. The tracer's cache is reset."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": "aot_eager"} | options)
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """The device of tensors: the GPU if there is one and kernels are compiled, otherwise the CPU."""

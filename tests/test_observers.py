@@ -508,22 +508,13 @@ def test_tensors_without_memory(case, backend):
     assert not any(isinstance(x, FakeTensor) for x in run(case, arguments))  # nothing of these calls is kept
 
 
-@pytest.fixture
-def compiled():
-    """torch.compile without a graph break. The tracer's cache is reset."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": "aot_eager"} | options)
-    torch._dynamo.reset()
-
-
 @pytest.mark.ci(but_each=5)
 @every_case
 @pytest.mark.usefixtures("backend")
-def test_compile(case, compiled):
+def test_compile(case, traced):
     arguments = case.arguments()
     expected = run(case, arguments)
-    there = case._replace(function=compiled(case.function))
+    there = case._replace(function=traced(case.function))
     assert_same(run(there, arguments), expected)
     if case.trained:
         name = floats(arguments)[0]
@@ -553,7 +544,7 @@ OBSERVERS = {
 @pytest.mark.parametrize("observer", OBSERVERS)
 @every_case
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_compile_refuses_what_a_call_refuses(case, observer, compiled):
+def test_compile_refuses_what_a_call_refuses(case, observer, traced):
     arguments = case.arguments()
     for name in floats(arguments):
         f = OBSERVERS[observer](with_argument(case, arguments, name))
@@ -567,7 +558,7 @@ def test_compile_refuses_what_a_call_refuses(case, observer, compiled):
             assert case.function is merge_state_in_place
             refused = pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="vmap")
         with refused:
-            compiled(f)(x)
+            traced(f)(x)
         torch._dynamo.reset()
 
 

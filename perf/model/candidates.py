@@ -296,20 +296,18 @@ _PAGED = Family(
     roof=copy_bandwidth,
     seqlens=(1024, 8192),
 )
-_MLA = Family(
+_MLA = replace(
+    _PAGED,
     config=MlaDecodeConfig,
     table=MlaDecodeConfig,
     case_of=_latent_case,
     folder="mla",
-    option="models",
     shapes=tuple(LATENT_MODELS),
     cases=_latent_cases,
     search_space=_latent_space,
     compile=compiled.latent_decode,
     problem=_latent_problem,
     provider=_latent_provider,
-    roof=copy_bandwidth,
-    seqlens=(1024, 8192),
 )
 FAMILIES = {
     "flash": _FLASH,
@@ -325,20 +323,14 @@ FAMILIES = {
         portable="flash",
         peers=peers_of(PROVIDERS),
     ),
-    "flash_backward": Family(
+    "flash_backward": replace(
+        _FLASH,
         config=Tile,
         table=BackwardConfig,
-        case_of=_flash_case,
-        folder="flash",
-        option="head_dims",
-        shapes=HEAD_DIMS,
         cases=_backward_cases,
         search_space=_backward_space,
         compile=compiled.flash_backward_kernel,
-        problem=_flash_problem,
         provider=_backward_provider,
-        roof=matmul_rate,
-        seqlens=(1024, 4096, 16384),
         rows=lambda config: max(config.block_m, config.block_n),
     ),
     "paged": _PAGED,
@@ -353,20 +345,17 @@ FAMILIES = {
         portable="mla",
         peers=peers_of(LATENT_DECODE_PROVIDERS),
     ),
-    "mla_prefill": Family(
+    "mla_prefill": replace(
+        _MLA,
         config=MlaPrefillConfig,
         table=MlaPrefillConfig,
         case_of=_prefill_case,
-        folder="mla",
-        option="models",
-        shapes=tuple(LATENT_MODELS),
         cases=_prefill_cases,
         search_space=_prefill_space,
         compile=compiled.latent_prefill,
         problem=_prefill_problem,
         provider=_prefill_provider,
         roof=matmul_rate,
-        seqlens=(1024, 8192),
     ),
 }
 

@@ -121,34 +121,25 @@ def test_opcheck_of_some_gradients(names):
     torch.library.opcheck(autograd.flash_attention_backward, args)
 
 
-@pytest.fixture
-def compiled():
-    """torch.compile without a graph break. The tracer's cache is reset."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": "aot_eager"} | options)
-    torch._dynamo.reset()
-
-
 @pytest.mark.ci(but_each=5)
 @every_option_and_varlen
-def test_compile(options, varlen, compiled):
+def test_compile(options, varlen, traced):
     f, leaves = make_call(options, varlen)
-    assert_equal(compiled(f)(*leaves), f(*leaves))
-    assert_equal(gradients(compiled(f), leaves), gradients(f, leaves))
+    assert_equal(traced(f)(*leaves), f(*leaves))
+    assert_equal(gradients(traced(f), leaves), gradients(f, leaves))
     with torch.no_grad():
-        assert_equal(compiled(f)(*leaves), f(*leaves))
+        assert_equal(traced(f)(*leaves), f(*leaves))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_compile_in_half_precision(dtype, compiled):
+def test_compile_in_half_precision(dtype, traced):
     f, leaves = make_call({"causal": True}, dtype=dtype)
-    assert_equal(gradients(compiled(f), leaves), gradients(f, leaves))
+    assert_equal(gradients(traced(f), leaves), gradients(f, leaves))
 
 
 @pytest.mark.ci
 @dense_and_varlen
-def test_compile_once_for_all_lengths(varlen, compiled):
+def test_compile_once_for_all_lengths(varlen, traced):
     options = {"causal": True, "window_size": (5, 0), "softcap": 3.0, "dropout_p": 0.1, "dropout_seed": 3}
 
     def f(q, k, v, cu_seqlens):
@@ -157,7 +148,7 @@ def test_compile_once_for_all_lengths(varlen, compiled):
         lengths = (cu_seqlens, cu_seqlens, q.shape[0], q.shape[0])
         return flash_attention_varlen(q, k, v, *lengths, return_lse=True, **options)
 
-    compiled_f = compiled(f, dynamic=True)
+    compiled_f = traced(f, dynamic=True)
     for seqlen in (20, 33, 7):
         _, leaves = make_call({}, varlen, seqlen=seqlen)
         cu_seqlens = torch.tensor([0, 5, seqlen], dtype=torch.int32, device=DEVICE)
@@ -167,9 +158,9 @@ def test_compile_once_for_all_lengths(varlen, compiled):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_compile_draws_a_seed_at_each_call(compiled):
+def test_compile_draws_a_seed_at_each_call(traced):
     f, leaves = make_call({"dropout_p": 0.5})
-    compiled_f = compiled(f)
+    compiled_f = traced(f)
     torch.manual_seed(0)
     first, second = compiled_f(*leaves)[0], compiled_f(*leaves)[0]
     assert not torch.equal(first, second)
@@ -177,11 +168,11 @@ def test_compile_draws_a_seed_at_each_call(compiled):
     assert torch.equal(compiled_f(*leaves)[0], first)
 
 
-def test_compiled_backward_has_the_mask_of_its_forward(compiled):
+def test_compiled_backward_has_the_mask_of_its_forward(traced):
     def f(q, k, v):
         return flash_attention(q, k, v, dropout_p=0.5)
 
-    assert_dropout_of_backward(compiled(f))
+    assert_dropout_of_backward(traced(f))
 
 
 def assert_dropout_of_backward(f):
@@ -196,7 +187,7 @@ def assert_dropout_of_backward(f):
 
 @pytest.mark.full
 @pytest.mark.skipif(not shutil.which("c++") and DEVICE == "cpu", reason="Inductor needs a C++ compiler")
-def test_inductor(compiled):
+def test_inductor(traced):
     f, leaves = make_call({"causal": True})
 
     def block(q, k, v):
@@ -204,7 +195,7 @@ def test_inductor(compiled):
         return out + v.repeat_interleave(2, dim=2), lse
 
     expected = gradients(block, leaves)
-    for gradient, gradient_there in zip(gradients(compiled(block, backend="inductor"), leaves), expected):
+    for gradient, gradient_there in zip(gradients(traced(block, backend="inductor"), leaves), expected):
         torch.testing.assert_close(gradient, gradient_there)
 
 

@@ -6,7 +6,16 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_cases import DEVICE, HEAD_DIMS, INTERPRETED, far_apart, lying_far_apart, using
+from attention_cases import (
+    BIT_OF_EVERYTHING,
+    DEVICE,
+    HEAD_DIMS,
+    INTERPRETED,
+    WIDE_BIT_OF_EVERYTHING,
+    far_apart,
+    lying_far_apart,
+    using,
+)
 from backward_cases import PLAIN, TILE, BackwardInputs, alike, check, gradients
 from triton.runtime import interpreter
 
@@ -42,20 +51,10 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps, use_tma):
     """dk and dv in launches of their own, or in one; with 8 warps in pieces that take the same shared memory."""
     case = replace(
         PLAIN,
-        varlen=True,
-        dtype=torch.bfloat16,
-        seqlens_q=(70, 0, 5),
-        seqlens_k=(100, 40, 7),
-        group_size=2,
+        **WIDE_BIT_OF_EVERYTHING,
         head_dim=head_dims[0],
         head_dim_v=head_dims[1],
-        window_size=(30, 0),
-        softcap=20.0,
-        alibi="per head",
-        sinks=torch.float32,
         dropout_p=0.2,
-        poisoned_sequence=1,
-        spare_rows=9,
         tiles=alike(replace(TILE, block_m=64, block_n=64, num_warps=num_warps, use_tma=use_tma)),
         deterministic=False,
         dlse_layout="contiguous",
@@ -73,21 +72,10 @@ def test_a_bit_of_everything(dtype, use_tma, deterministic):
     check(
         replace(
             PLAIN,
-            varlen=True,
+            **BIT_OF_EVERYTHING,
             dtype=dtype,
-            seqlens_q=(70, 0, 5, 33),
-            seqlens_k=(100, 40, 0, 20),
-            num_heads_kv=2,
-            group_size=3,
-            head_dim=80,
-            head_dim_v=96,
-            window_size=(30, -1),
-            softcap=20.0,
-            alibi="per sequence",
             sinks=dtype,
             dropout_p=0.2,
-            poisoned_sequence=1,
-            spare_rows=9,
             tiles=alike(replace(TILE, use_tma=use_tma)),
             deterministic=deterministic,
             dlse_layout="contiguous",

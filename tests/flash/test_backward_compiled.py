@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+from flash_launches import describe
 
 from perf.model import loop_model
 from triton_attn import flash_attention, mla_prefill
@@ -65,18 +66,6 @@ def compile_default(arch, dtype, head_dims, window, schedule):
         launch_flash_bwd(call_of(q, k, v, options), dout, None, out, lse, deterministic=schedule == "split")
     names = {1: ("fused",), 2: ("dkdv", "dq"), 3: ("dk", "dv", "dq")}
     return dict(zip(names[len(launches) - 1], launches[1:], strict=True))
-
-
-def describe(kernel, launch, report):
-    """One line for the summary of the test run."""
-    constants = launch.constexprs
-    head_dims = f"{constants['HEAD_DIM']}/{constants['HEAD_DIM_V']}"
-    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
-    line = f"{launch.arch:7} {head_dims:>7} {kernel:5} {tile:13} {'tma' if constants['USE_TMA'] else '':4}"
-    line += f"{launch.registers:4} registers {launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
-    if getattr(report, "lock", None):
-        line += f"  bound {report.bound:4.0f}  lock {report.lock:4.0f}"
-    return line
 
 
 def five_products(reports):
@@ -136,7 +125,7 @@ def full(param):
 def test_default(arch, dtype, head_dims, window, schedule, record_property):
     launches = compile_default(arch, dtype, head_dims, window, schedule)
     reports = {kernel: loop_model.analyze(launch.kernel) for kernel, launch in launches.items()}
-    lines = [f"{NAMES[dtype]} {window} {describe(kernel, launches[kernel], reports[kernel])}" for kernel in launches]
+    lines = [f"{NAMES[dtype]} {window} {describe(launches[kernel], reports[kernel], kernel)}" for kernel in launches]
     figure = "\n".join(lines)
     if arch == "sm_90" and dtype != torch.float32:
         figure += f"\n  {'+'.join(launches)} counting five matmuls: {five_products(reports):.0f}"

@@ -7,6 +7,7 @@ No kernel has run here. The summary of the test run prints them with registers a
 
 import pytest
 import torch
+from flash_launches import describe
 from host_cost import bare_launches, median_microseconds, python_calls
 
 from perf.model import loop_model
@@ -61,18 +62,6 @@ def compile_default(arch, dtype, head_dim, head_dim_v, variant):
             flash_attention(q, k, v, **options)
     (launch,) = launches
     return launch
-
-
-def describe(launch, report, variant):
-    """One line for the summary of the test run."""
-    constants = launch.constexprs
-    head_dims = f"{constants['HEAD_DIM']}/{constants['HEAD_DIM_V']}"
-    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']} w{launch.num_warps} s{launch.num_stages}"
-    line = f"{launch.arch:7} {head_dims:>7} {variant:8} {tile:13} {'tma' if constants['USE_TMA'] else '':4}"
-    line += f"{launch.registers:4} registers {launch.spill_bytes:5} B spilled {launch.shared_bytes:7} B shared"
-    if getattr(report, "lock", None):
-        line += f"  bound {report.bound:4.0f}  lock {report.lock:4.0f}"
-    return line
 
 
 # Bytes spilled outside the loop, the maximum of Triton 3.6.0 and 3.9.0. On sm_80 tiles without spills in any variant

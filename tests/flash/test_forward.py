@@ -3,16 +3,18 @@
 import itertools
 import math
 from dataclasses import replace
-from unittest import mock
 
+import hopper_cases
 import pytest
 import torch
 from attention_cases import (
+    BIT_OF_EVERYTHING,
     DEVICE,
     DTYPES,
     HEAD_DIMS,
     INTERPRETED,
     PLAIN,
+    WIDE_BIT_OF_EVERYTHING,
     check,
     far_apart,
     lying_far_apart,
@@ -45,20 +47,9 @@ def test_a_bit_of_everything(dtype, use_tma):
     check(
         replace(
             PLAIN,
-            varlen=True,
+            **BIT_OF_EVERYTHING,
             dtype=dtype,
-            seqlens_q=(70, 0, 5, 33),
-            seqlens_k=(100, 40, 0, 20),
-            num_heads_kv=2,
-            group_size=3,
-            head_dim=80,
-            head_dim_v=96,
-            window_size=(30, -1),
-            softcap=20.0,
-            alibi="per sequence",
             sinks=dtype,
-            poisoned_sequence=1,
-            spare_rows=9,
             config=replace(PLAIN.config, use_tma=use_tma),
         )
     )
@@ -74,20 +65,10 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps):
     check(
         replace(
             PLAIN,
-            varlen=True,
-            dtype=torch.bfloat16,
-            seqlens_q=(70, 0, 5),
-            seqlens_k=(100, 40, 7),
-            group_size=2,
+            **WIDE_BIT_OF_EVERYTHING,
             head_dim=head_dims[0],
             head_dim_v=head_dims[1],
-            window_size=(30, 0),
-            softcap=20.0,
-            alibi="per head",
-            sinks=torch.float32,
             dropout_p=0.2,
-            poisoned_sequence=1,
-            spare_rows=9,
             config=FlashConfig(64, 32, num_warps, 1),
         )
     )
@@ -95,22 +76,13 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps):
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_kernel_of_hopper(head_dim, monkeypatch, request):
-    """Gluon has no interpreter. An empty sequence, rows that see nothing, rows after the last sequence, a sequence of
-    NaN."""
-    if request.config.getoption("--emulate") != "sm_90":
-        pytest.skip("needs --emulate sm_90")
-    monkeypatch.setenv("TRITON_ATTN_KERNELS", "hopper")
-    launch = mock.Mock(wraps=forward.launch_flash_fwd_hopper)
-    monkeypatch.setattr(forward, "launch_flash_fwd_hopper", launch)
-    lengths = {"seqlens_q": (70, 0, 5, 133), "seqlens_k": (100, 40, 0, 190)}
-    heads = {"num_heads_kv": 2, "group_size": 3, "head_dim": head_dim, "head_dim_v": head_dim}
-    check(
-        replace(
-            PLAIN, varlen=True, dtype=torch.bfloat16, causal=True, poisoned_sequence=1, spare_rows=9, **lengths, **heads
-        )
-    )
-    assert launch.called
+@pytest.mark.usefixtures("emulated_hopper")
+def test_the_kernel_of_hopper(head_dim):
+    """An empty sequence, rows that see nothing, rows after the last sequence, a sequence of NaN."""
+    case = replace(PLAIN, varlen=True, dtype=torch.bfloat16, causal=True, poisoned_sequence=1, spare_rows=9)
+    case = replace(case, seqlens_q=(70, 0, 5, 133), seqlens_k=(100, 40, 0, 190))
+    with hopper_cases.launched(forward, "launch_flash_fwd_hopper"):
+        check(replace(case, num_heads_kv=2, group_size=3, head_dim=head_dim, head_dim_v=head_dim))
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,11 @@ from hopper_cases import write_record
 
 from perf.model import loop_model, sass
 from triton_attn import flash_attention, flash_attention_varlen, use_tuned
-from triton_attn._host import tuned
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
-pytestmark = [pytest.mark.compiled, pytest.mark.oldest]
+pytestmark = [pytest.mark.compiled, pytest.mark.oldest, pytest.mark.usefixtures("no_tables")]
 
 HOPPER, PORTABLE = "_flash_fwd_hopper_kernel", "_flash_fwd_kernel"
-
-
-@pytest.fixture(autouse=True)
-def no_tables(monkeypatch):
-    """Without the package's table and the environment's."""
-    monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
-    use_tuned(None)
-    yield
-    monkeypatch.undo()
-    use_tuned(None)
 
 
 @pytest.fixture

@@ -88,6 +88,27 @@ PLAIN = Case(
     config=FlashConfig(block_m=32, block_n=32, num_warps=4, num_stages=1),
     seed=0,
 )
+# Many options at once, with empty sequences, rows after the last one, and a sequence of NaN.
+_MANY_OPTIONS = dict(varlen=True, softcap=20.0, poisoned_sequence=1, spare_rows=9)
+BIT_OF_EVERYTHING = _MANY_OPTIONS | dict(
+    seqlens_q=(70, 0, 5, 33),
+    seqlens_k=(100, 40, 0, 20),
+    num_heads_kv=2,
+    group_size=3,
+    head_dim=80,
+    head_dim_v=96,
+    window_size=(30, -1),
+    alibi="per sequence",
+)
+WIDE_BIT_OF_EVERYTHING = _MANY_OPTIONS | dict(
+    dtype=torch.bfloat16,
+    seqlens_q=(70, 0, 5),
+    seqlens_k=(100, 40, 7),
+    group_size=2,
+    window_size=(30, 0),
+    alibi="per head",
+    sinks=torch.float32,
+)
 
 
 def _sliced(x, dim_padding):

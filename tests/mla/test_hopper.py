@@ -12,26 +12,15 @@ from hopper_cases import write_record
 from perf.model import loop_model, sass
 from perf.model.gpus import RATES
 from triton_attn import mla_decode, mla_prefill, use_tuned
-from triton_attn._host import tuned
 from triton_attn.mla.absorbed import launch_mla_decode
 from triton_attn.mla.api import DecodeCall
 from triton_attn.mla.configs import MlaDecodeConfig
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
-pytestmark = [pytest.mark.compiled, pytest.mark.oldest]
+pytestmark = [pytest.mark.compiled, pytest.mark.oldest, pytest.mark.usefixtures("no_tables")]
 
 HOPPER, PORTABLE = "_mla_decode_hopper_kernel", "_mla_absorbed_kernel"
 BATCH, PAGES, NOPE, RANK, ROPE, VALUE = 4, 16, 128, 512, 64, 128
-
-
-@pytest.fixture(autouse=True)
-def no_tables(monkeypatch):
-    """Without the package's table and the environment's."""
-    monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
-    use_tuned(None)
-    yield
-    monkeypatch.undo()
-    use_tuned(None)
 
 
 @pytest.fixture
