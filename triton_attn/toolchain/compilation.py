@@ -301,9 +301,7 @@ class _Driver:
 
     def launcher_cls(self, src, metadata):
         """Triton asks once for the launcher of a compiled kernel, at its first launch."""
-        compiled = src.fn.device_caches[self.device][0].values()
-        kernel = next(kernel for kernel in compiled if kernel.src is src)
-        self.kernels.append(kernel)
+        kernel = self.compiled(src)
 
         def launch(grid_0, grid_1, grid_2, *args):
             self.launches.append(Launch(kernel, (grid_0, grid_1, grid_2)))
@@ -311,6 +309,12 @@ class _Driver:
                 kernel._run = _launch_nothing
 
         return launch
+
+    def compiled(self, src):
+        """The kernel of a source. It is unloaded at the end."""
+        kernels = src.fn.device_caches[self.device][0].values()
+        self.kernels.append(next(kernel for kernel in kernels if kernel.src is src))
+        return self.kernels[-1]
 
     def close(self):
         """Unload every kernel, and remove it from the caches of its function."""

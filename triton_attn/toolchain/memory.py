@@ -11,9 +11,8 @@ import triton
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
-from triton.runtime.jit import TensorWrapper
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arguments import tensors_in, unwrapped
 from .arithmetic import CHECKS, DeviceArithmeticError
 
 
@@ -137,7 +136,7 @@ class _Checker:
             # The interpreter works on copies in host memory if the arguments are elsewhere.
             args, kwargs = init_args(executor, args, kwargs)
             named = [*zip(executor.arg_names, args), *kwargs.items(), ("reachable", self.reachable)]
-            tensors = [item for name, value in named for item in _tensors_in(name, value)]
+            tensors = [item for name, value in named for item in tensors_in(name, value)]
             self.tensors = [_Elements(*item) for item in tensors]
             self.number_of = {id(tensor): number for number, (_, tensor) in enumerate(tensors, start=1)}
             self.accesses.launches += 1
@@ -149,7 +148,7 @@ class _Checker:
         def wrapper(arg):
             value = implicit_cvt(arg)
             if hasattr(arg, "data_ptr"):
-                number = self.number_of[id(_without_wrapper(arg))]
+                number = self.number_of[id(unwrapped(arg))]
                 value.handle.data = value.handle.data | np.uint64(number << _ADDRESS_BITS)
             return value
 
@@ -232,21 +231,6 @@ class _Checker:
 
 def _width(pointers):
     return interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
-
-
-def _without_wrapper(value):
-    return value.base if isinstance(value, (TensorDescriptor, TensorWrapper)) else value
-
-
-def _tensors_in(name, value):
-    """(name, tensor) of every tensor in a kernel argument."""
-    value = _without_wrapper(value)
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (tuple, list)):
-        fields = getattr(value, "_fields", None)
-        for i, item in enumerate(value):
-            yield from _tensors_in(f"{name}.{fields[i]}" if fields else f"{name}[{i}]", item)
 
 
 class _Elements:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from triton_attn.toolchain.emulator import core
+from . import core
 
 SECTOR = 32
 

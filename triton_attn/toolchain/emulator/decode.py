@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from triton_attn.toolchain.emulator import core
-from triton_attn.toolchain.emulator.opcodes import SHARED_BASE, Unsupported, decoder_of
+from . import core
+from .opcodes import SHARED_BASE, Unsupported, decoder_of
 
 # Rows of 32 lanes hold the registers: one row for up to 32 bits, two for 64. Immediates are registers that are set
 # before a program starts. The core numbers the special ones in this order.

@@ -12,10 +12,11 @@ import torch
 import triton
 from triton.runtime.autotuner import Autotuner
 
-from triton_attn.toolchain import compilation
-from triton_attn.toolchain.emulator import core, stub
-from triton_attn.toolchain.emulator import counts as counting
-from triton_attn.toolchain.emulator.decode import Program, mapped_constants
+from .. import compilation
+from ..arguments import tensors_in
+from . import core, stub
+from . import counts as counting
+from .decode import Program, mapped_constants
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
@@ -227,9 +228,7 @@ class _Driver(compilation._Driver):
         return module, ctypes.addressof(self.names[-1]), registers, spills, max_threads
 
     def launcher_cls(self, src, metadata):
-        compiled = src.fn.device_caches[self.device][0].values()
-        kernel = next(kernel for kernel in compiled if kernel.src is src)
-        self.kernels.append(kernel)
+        kernel = self.compiled(src)
         launcher = self.nvidia.CudaLauncher(src, metadata)
 
         def launch(grid_0, grid_1, grid_2, stream, function, *args):
@@ -447,7 +446,7 @@ class Memory:
     """The global memory of a launch: the elements of its tensors, by address."""
 
     def __init__(self, arguments, scratch=(), read_only=()):
-        self.tensors = [item for name, value in arguments.items() for item in _tensors_in(name, value)]
+        self.tensors = [item for name, value in arguments.items() for item in tensors_in(name, value)]
         for name, tensor in self.tensors:
             if tensor.device.type != "cpu":
                 raise ValueError(f"{name}: expected a CPU tensor, which the emulator can read, got {tensor.device}")
@@ -500,19 +499,6 @@ class Memory:
         index, offset = _index(tensor, address), (address - tensor.data_ptr()) // tensor.element_size()
         shape, stride = tuple(tensor.shape), tensor.stride()
         return name, index, "" if index is not None else f" at element offset {offset}, {shape=}, {stride=}"
-
-
-def _tensors_in(name, value):
-    """(name, tensor) of every tensor in a kernel argument."""
-    base = getattr(value, "base", None)
-    if isinstance(base, torch.Tensor) and not isinstance(value, torch.Tensor):
-        value = base  # of a tensor descriptor or a reinterpreted tensor
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (tuple, list)):
-        fields = getattr(value, "_fields", None)
-        for i, item in enumerate(value):
-            yield from _tensors_in(f"{name}.{fields[i]}" if fields else f"{name}[{i}]", item)
 
 
 def _fills_its_storage(tensor):

@@ -6,7 +6,7 @@ Plain arithmetic is not here: the core has an instruction of the same name.
 import functools
 import re
 
-from triton_attn.toolchain.emulator import core
+from . import core
 
 SHARED_BASE = 1024
 ELEMENTS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4, "s8": 5, "u8": 6}  # asynchronous.h: Element

@@ -39,7 +39,7 @@ class Emulation:
         self.schedule, self.seed = config.getoption("--emulate-schedule"), config.getoption("--emulate-seed")
 
     def opened(self):
-        from triton_attn.toolchain.emulator import emulate
+        from . import emulate
 
         return emulate(self.arch, schedule=self.schedule, seed=self.seed)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from triton.runtime import build
 
-from triton_attn.toolchain.emulator import core
+from . import core
 
 # Triton's C code finds a loaded library and a module by their names, which others have.
 LIBRARY = "libtriton_attn_stub.so"
