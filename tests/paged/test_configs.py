@@ -42,6 +42,15 @@ def test_warps_have_16_rows_each_where_there_are_many(arch, head_dim):
         assert config.block_m == 16 * config.num_warps
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_120"])
+@pytest.mark.parametrize("head_dim", [200, 256])
+def test_pieces_of_wide_heads_need_a_tile_of_128_rows(arch, head_dim):
+    """With fewer rows warps do not lie along them, or a chunk of few rows would have half a tile without work."""
+    many, few = (PagedConfig.default(case(arch, torch.float16, head_dim, rows)) for rows in (65, 64))
+    assert many.block_m == 16 * many.num_warps == 128
+    assert few.block_m == 64
+
+
 def test_elements_that_lie_apart_are_not_loaded_ahead():
     assert PagedConfig.default(case("sm_90", torch.float16, 128, 8, loads_vectors=False)).num_stages == 1
 

@@ -68,12 +68,12 @@ class PagedConfig(Config, family="paged", case=_TABLE_CASE, buckets=("seqlen_k",
             return cls(32 if case.rows <= 32 else 64, 64, 4, 1)
         table = _FLOAT if case.dtype == torch.float32 else _HALF[case.gpu.configs]
         width = max(case.head_dim, case.head_dim_v)
-        few, many = next(configs for limit, *configs in table if width <= limit)
+        few, many, *of_64 = next(configs for limit, *configs in table if width <= limit)
         config = few
-        if case.rows > 32:
+        if case.rows > 64 or (case.rows > 32 and many.block_m < 128):
             config = many
-            if case.rows <= 64 and many.block_m == 128:  # half the rows have work for half the warps
-                config = replace(many, block_m=64, num_warps=many.num_warps // 2)
+        elif case.rows > 32:  # half the rows have work for half the warps
+            config = of_64[0] if of_64 else replace(many, block_m=64, num_warps=many.num_warps // 2)
         elif case.rows > 16:
             # Rows of more than 256 elements leave no registers for 32 of them.
             fit = many.block_m > 32 and width <= 256
@@ -123,10 +123,11 @@ def _of_quantized(config, few, width, case):
         return config
     if width <= 192:
         return replace(config, block_n=16)
-    return PagedConfig(128, 16, 8, 3) if case.rows > 64 else replace(few, block_m=32)
+    return config if case.rows > 64 else replace(few, block_m=32)
 
 
-# (largest head dim, config for up to 16 rows, config for more) per architecture, for 16-bit inputs.
+# (largest head dim, config for up to 16 rows, config for more) per architecture, for 16-bit inputs. A fourth entry is
+# for 33 to 64 rows, if half of a tile of 128 would need pieces that are too wide: see `_widest_piece` in forward.py.
 _HALF = {
     "sm_80": (
         (16, PagedConfig(16, 64, 1, 3), PagedConfig(128, 64, 8, 3)),
@@ -135,7 +136,7 @@ _HALF = {
         (128, PagedConfig(16, 64, 4, 3), PagedConfig(128, 32, 8, 3)),
         (160, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 2)),
         (192, PagedConfig(16, 32, 4, 3), PagedConfig(128, 32, 8, 2)),
-        (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 64, 8, 2)),
+        (256, PagedConfig(16, 32, 4, 3), PagedConfig(128, 16, 8, 3), PagedConfig(64, 64, 8, 2)),
         (512, PagedConfig(16, 32, 4, 2), PagedConfig(16, 32, 4, 2)),
     ),
     "sm_90": (
@@ -153,7 +154,8 @@ _HALF = {
 # On sm_100 the output of 64 rows of 512 would fill the tensor memory.
 _SM_100 = (*_HALF["sm_90"][:-1], (512, PagedConfig(16, 32, 4, 3), PagedConfig(16, 32, 4, 3)))
 # On sm_86 and sm_120 tiles of 64 keys of 256 do not fit in shared memory.
-_SM_86 = (*_HALF["sm_80"][:-2], (256, PagedConfig(16, 32, 4, 3), PagedConfig(64, 32, 8, 3)), _HALF["sm_80"][-1])
+_WIDE = (*_HALF["sm_80"][-2][:-1], PagedConfig(64, 32, 8, 3))
+_SM_86 = (*_HALF["sm_80"][:-2], _WIDE, _HALF["sm_80"][-1])
 _HALF |= {"sm_86": _SM_86, "sm_100": _SM_100, "sm_120": _SM_86}
 _FLOAT = (
     (128, PagedConfig(16, 32, 4, 2), PagedConfig(32, 32, 8, 1)),
