@@ -742,26 +742,39 @@ def _plan(key, wanted, config):
     return plan._replace(nodes=(of_nodes.num_programs, of_nodes.constants))
 
 
+def _strides_of_cache(key):
+    """LatentCaches of the strides of pages, of the strides of slots, and of the elements that are loaded at a time.
+
+    Latent vectors and rotary keys are loaded 16 bytes at a time if rows and pages of both are multiples of that;
+    otherwise the last is None.
+    """
+    of_latents, has_scales = key.layout[2], key.layout_scales is not None
+    has_rope = key.layout_rope[0][-1] > 0  # the strides of empty tensors mean nothing
+    cache = of_latents, key.layout_scales, key.layout_rope if has_rope else of_latents
+    page_strides, slot_strides = (LatentCache._make([x and x[1][i] for x in cache]) for i in (0, 1))
+    sizes = LatentCache(*[key.cache_dtype.itemsize] * 3)
+    if has_scales:
+        sizes = LatentCache(1, torch.float32.itemsize, torch.bfloat16.itemsize)
+    aligned = key.cache_aligned and all(
+        stride is None or stride * size % 16 == 0
+        for strides in (page_strides, slot_strides)
+        for stride, size in zip(strides, sizes)
+    )
+    vectors = LatentCache(16 // sizes.latents, None, 16 // sizes.rope_keys) if aligned else None
+    return page_strides, slot_strides, vectors
+
+
 def _plan_portable(key, config, nodes):
     """The AbsorbedPlan of a launch over the keys of sequences, or of the launch over a tree's nodes, its TreeSizes."""
     (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
-    cache = [of_latents, key.layout_scales, key.layout_rope]
     num_heads, kv_lora_rank = shape_q[2:]
     if shape_pe[3] == 0:  # the strides of empty tensors mean nothing
-        strides_pe, cache[2] = strides_q, of_latents
+        strides_pe = strides_q
     is_fp8, has_scales = key.cache_dtype.itemsize == 1, key.layout_scales is not None
     paged = key.table_width is not None
     num_slots = of_latents[0][1]
-    # Latent vectors and rotary keys are loaded 16 bytes at a time if rows and pages of both are multiples of that.
-    item_sizes = LatentCache(*[key.cache_dtype.itemsize] * 3)
-    if has_scales:
-        item_sizes = LatentCache(1, torch.float32.itemsize, torch.bfloat16.itemsize)
-    page_strides, rows = (LatentCache._make([x and x[1][i] for x in cache]) for i in (0, 1))
-    aligned = key.cache_aligned and all(
-        stride is None or stride * size % 16 == 0
-        for strides in (page_strides, rows)
-        for stride, size in zip(strides, item_sizes)
-    )
+    page_strides, slot_strides, vectors = _strides_of_cache(key)
+    aligned = vectors is not None
     num_rows = (key.max_seqlen_q if nodes is None else nodes.longest) * num_heads
     seqlen_k = min(num_slots * key.table_width, MAX_ROWS) if paged else num_slots  # of the longest sequence, at most
     widths = kv_lora_rank, shape_pe[3]
@@ -792,7 +805,7 @@ def _plan_portable(key, config, nodes):
         PAGE_SIZE=num_slots if paged else 1,
         ONE_PAGE=one_page,
         PAGES_AHEAD=tiles.num_stages > 2,
-        SLOT_STRIDES=rows,
+        SLOT_STRIDES=slot_strides,
         JOINED=key.joined,
         FLOAT8=(mantissa_bits, mantissa_bits in gpu_of(key.arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK if has_scales else 0,
@@ -800,7 +813,7 @@ def _plan_portable(key, config, nodes):
         PAIR_SCALES=pairs and has_scales,
         ROPE_PAIRS=pairs and not has_scales,
         VECTOR=vector_elements(key.dtype.itemsize, strides_q, strides_pe),
-        VECTORS=LatentCache(*[16 // size if aligned else 1 for size in item_sizes])._replace(scales=None),
+        VECTORS=vectors or LatentCache(1, None, 1),
         CUT_CHAIN=cut_chain,
         SHARDED=key.key_shard is not None,
         TREE=key.has_tree_mask and nodes is None,
