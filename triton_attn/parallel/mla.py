@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -90,7 +89,8 @@ def context_parallel_mla_prefill(
 
     Returns:
         out and lse of this rank's rows, as `mla_prefill`. The gradients of w_uk and w_uv are this rank's part; sum them
-        over the mesh, as of any parameter that all ranks have.
+        over the mesh, as of any parameter that all ranks have. Gradients of tensors without requires_grad, as of frozen
+        weights, are neither computed nor sent; the same tensors have it on all ranks.
 
     Ranks that differ, and a rank that refuses its arguments, raise on all ranks as `context_parallel_attention` does.
     Autograd, activation checkpoints and torch.compile see one operator. The gradients of latent vectors and weights are
@@ -143,16 +143,14 @@ def _checked(
     dim = 0 if is_packed else 1
     if kv_latent.shape[dim] != q_nope.shape[dim]:
         fail("kv_latent", f"q_nope's {q_nope.shape[dim]} rows", kv_latent.shape[dim])
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     options = Options(
         check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1]),
         check_bool("causal", causal),
         mode,
         check_int("max_workspace_bytes", max_workspace_bytes),
-        wants_grad,
     )
-    settings = settings_of(q_nope, cu_seqlens, **placing)._replace(options=options)
-    if wants_grad:
+    settings = settings_of(tensors, cu_seqlens, **placing)._replace(options=options)
+    if any(settings.wanted):
         check_differentiable(q_nope, q_pe, w_uv)
         if mode == "absorbed":
             raise NotImplementedError("mode: 'absorbed' does not support gradients; 'fused' and 'materialized' do")
