@@ -68,7 +68,8 @@ def context_parallel_mla_prefill(
             not one dimension is copied. Or, with the weights, DTensors: on the dimension of their mesh that is `mesh`
             Shard on the sequence, and of weights Replicate(); on other dimensions as in `mla_prefill`. Their rows are
             in the order of the ranks' rows, and their length is a multiple of the ranks. DTensors on a mesh without the
-            other ranks of `mesh`, such as mesh["tp"], have this rank's rows. Results are DTensors placed like q_nope.
+            other ranks of `mesh`, such as mesh["tp"], have this rank's rows; the ranks of `mesh` must have the same
+            sequences and heads of them. Results are DTensors placed like q_nope.
         w_uk, w_uv: of all heads that q_nope has, the same on all ranks. Ranks of another mesh, as of tensor
             parallelism, can share the heads: as DTensors, or as plain tensors of their own heads, whose gradients of
             kv_latent and k_pe are then to be summed over that mesh.
