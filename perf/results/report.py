@@ -93,7 +93,7 @@ def section(root, base=PAGE.parent, tuned=TUNED):
     """Markdown of the results under `root`, with links relative to `base`. Sections without results are left out."""
     found = Results(root, base)
     blocks = [where_measured, targets, prefill, decode, beside_vllm, latent_decode, latent_prefill, cold_start]
-    blocks += [errors, sizes, many_gpus]
+    blocks += [errors, sizes, many_gpus_measured, many_gpus]
     return "\n\n".join(filter(None, [*(block(found) for block in blocks), tuned_tables(tuned)]))
 
 
@@ -294,6 +294,34 @@ def sizes(found):
     if path is not None:
         blocks.append(found.image([("KV cache against context length", path.with_suffix(".png"))]))
     return "\n\n".join(blocks) if len(blocks) > 1 else ""
+
+
+def many_gpus_measured(found):
+    """A line per model, number of GPUs and method, a column per length."""
+    paths = sorted(found.root.glob("*/parallel-measured.csv"))
+    if not paths:
+        return ""
+    rows = pd.concat([results.read_any(path) for path in paths])
+    lines = []
+    for (gpu, model, number, method), of_line in rows.groupby(["gpu", "model", "num_gpus", "method"], sort=False):
+        cells = {
+            f"{short_length(row['seqlen'])} tokens": f"{_duration(row['both_ms'])}, {_percent(row['both_share'])}"
+            + " *" * row["is_auto"]
+            for _, row in of_line.sort_values("seqlen").iterrows()
+        }
+        lines.append({"": f"{model}, {number} {gpu}, {method}"} | cells)
+    about = (
+        "`torchrun -m perf parallel`: attention of one layer, forward and backward, of one causal sequence in bf16, by "
+        "method: its time, and the share of a GPU's speed, which is that of one GPU with the rows of a rank alone. "
+        "* is the method that the cost model chooses."
+    )
+    plots = [
+        (f"{what}, measured on {path.parent.name}", path.with_name(f"{path.stem}{end}.png"))
+        for path in paths
+        for what, end in MANY_GPUS
+    ]
+    pictures = found.image(plots), found.links(plots[1:])
+    return _block("Many GPUs, measured", about, lines, rows.rename(columns={"gpu": "device"}), *pictures)
 
 
 def many_gpus(found):

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from attention_cases import DEVICE
+from backward_launches import Launches
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -77,23 +78,6 @@ def spy_on(name):
 
 def unused(name):
     return mock.patch.object(autograd, name, side_effect=AssertionError(f"{name} was called"))
-
-
-class Launches(list):
-    """Names of the kernels that the backward pass launches."""
-
-    def __enter__(self):
-        def launch(kernel, *args, **kwargs):
-            self.append(kernel.__name__.removeprefix("_flash_bwd_").removesuffix("_kernel"))
-            return original(kernel, *args, **kwargs)
-
-        original = backward.launch
-        self.patch = mock.patch.object(backward, "launch", launch)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *exception):
-        self.patch.stop()
 
 
 @pytest.mark.ci

@@ -24,17 +24,16 @@ class Case(parallel_ranks.Case):
     rank: int = 32
     options: dict = field(default_factory=dict)
 
-    @property
-    def elements_of_key(self):
-        return self.rank + self.rope
+    keys = "dkv_latent", "dk_pe"
+
+    def elements(self, ranks=1):
+        heads = self.num_heads_q // ranks
+        of_queries = dict(dq_nope=heads * self.head_dim, dq_pe=heads * self.rope)
+        return of_queries | dict(dkv_latent=self.rank, dk_pe=self.rope)
 
     @property
     def head_dims(self):
         return latent.LATENTS.costs_of((self.num_heads_q, self.head_dim, self.rope, self.rank, self.head_dim_v))
-
-    def elements_of_share(self, ranks):
-        of_head = self.head_dim + self.rope + self.head_dim_v
-        return self.num_heads_q * of_head // ranks + self.elements_of_key
 
     def inputs(self):
         return Inputs(self)

@@ -3,8 +3,8 @@
 import random
 
 import torch
-from mla_over_ranks import Case
-from parallel_draws import METHODS, METHODS_OF_TWO, rows
+from mla_over_ranks import Case, Inputs
+from parallel_draws import METHODS, METHODS_OF_TWO, frozen, rows
 
 
 def draw(seed, num_ranks):
@@ -31,4 +31,5 @@ def draw(seed, num_ranks):
         options=options,
         dlse=rng.random() < 0.7,
         seed=seed,
+        frozen=frozen(rng, Inputs.names[2:]),
     )

@@ -1,9 +1,10 @@
 """Random calls over a mesh of one dimension or two."""
 
 import random
+from dataclasses import replace
 
 import torch
-from parallel_ranks import Case
+from parallel_ranks import Case, Inputs
 
 METHODS = ("all_gather", "ring", "ulysses", "auto")
 METHODS_OF_TWO = (("all_gather", "ulysses"), ("ring", "ulysses"), "auto")
@@ -19,7 +20,7 @@ def draw(seed, num_ranks):
     if method == "ulysses" or inner is not None:
         heads = rng.choice([(4, 4), (4, 2), (4, 1), (8, 2), (8, 4)])
     dims = rng.choice([(16, 16), (24, 24), (8, 40), (33, 16), (64, 64)])
-    return Case(
+    case = Case(
         method=method,
         inner=inner,
         **rows(rng, num_ranks),
@@ -35,6 +36,12 @@ def draw(seed, num_ranks):
         dlse=rng.random() < 0.7,
         seed=seed,
     )
+    return replace(case, frozen=frozen(rng, Inputs.names[2:] if case.sinks else Inputs.names[2:5]))
+
+
+def frozen(rng, names):
+    """Some of the gradients, but never all."""
+    return tuple(rng.sample(names, rng.randint(1, len(names) - 1))) if rng.random() < 0.3 else ()
 
 
 def rows(rng, num_ranks):

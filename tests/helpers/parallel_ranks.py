@@ -65,6 +65,7 @@ class Case:
     slopes_each: bool = False  # of each sequence or document
     sinks: bool = False
     dlse: bool = True
+    frozen: tuple = ()  # names of gradients that are not wanted
     seed: int = 0
     rows_from_others: tuple | None = None  # keys that a rank needs of others, and others of it, by rank; None: all
 
@@ -77,10 +78,12 @@ class Case:
     def cu_seqlens(self):
         return torch.tensor([0, *itertools.accumulate(self.documents)], dtype=torch.int32)
 
-    @property
-    def elements_of_key(self):
-        """What travels of a token."""
-        return self.num_heads_kv * (self.head_dim + self.head_dim_v)
+    keys = "dk", "dv"
+
+    def elements(self, ranks=1):
+        """Of a token: {name of the gradient of a tensor with rows: its elements of a rank's heads with "ulysses"}."""
+        heads, heads_kv = self.num_heads_q // ranks, max(self.num_heads_kv // ranks, 1)
+        return dict(dq=heads * self.head_dim, dk=heads_kv * self.head_dim, dv=heads_kv * self.head_dim_v)
 
     @property
     def head_dims(self):
@@ -104,20 +107,20 @@ class Case:
             shares = dict(num_heads_q=self.num_heads_q // inner, num_heads_kv=max(self.num_heads_kv // inner, 1))
             inside = replace(self, method=self.method[0], inner=None, **shares).bytes(0, outer)
             return tuple(a + b for a, b in zip(exchanged, inside))
-        of_rows = self.batch * self.seqlen * (ranks - 1) // ranks
-        of_a_key, size = self.elements_of_key, self.dtype.itemsize
+        of_rows, size = self.batch * self.seqlen * (ranks - 1) // ranks, self.dtype.itemsize
         if self.rows_from_others is not None:
             of_rows = self.batch * self.rows_from_others[rank]
-        if self.method == "all_gather":
-            return of_rows * of_a_key * size, of_rows * of_a_key * (size + 4)
-        if self.method == "ring":
-            return of_rows * of_a_key * size, of_rows * of_a_key * size + self.batch * self.seqlen * of_a_key * 4
-        of_lse = of_rows * self.num_heads_q // ranks * 4
-        return (of_rows * self.elements_of_share(ranks) * size + of_lse,) * 2
+        if self.method == "ulysses":
+            elements, heads = self.elements(ranks), self.num_heads_q // ranks
+            of_results = of_rows * heads * (self.head_dim_v * size + 4)
+            return tuple(of_rows * n * size + of_results for n in (sum(elements.values()), self._wanted(elements)))
+        elements = {name: self.elements()[name] for name in self.keys}
+        of_keys = of_rows * sum(elements.values()) * size
+        rows_of_gradients = of_rows if self.method == "all_gather" else self.batch * self.seqlen
+        return of_keys, of_keys + rows_of_gradients * self._wanted(elements) * 4
 
-    def elements_of_share(self, ranks):
-        """What travels of a token with "ulysses", for the heads of a rank: queries, keys, and its results."""
-        return (self.num_heads_q + max(self.num_heads_kv, ranks)) * (self.head_dim + self.head_dim_v) // ranks
+    def _wanted(self, elements):
+        return sum(number for name, number in elements.items() if name not in self.frozen)
 
 
 def run(check, cases, num_ranks, store):
@@ -190,7 +193,7 @@ class WholeTensors:
     def leaves(self, mesh):
         """This rank's rows, and the parameters."""
         leaves = [self.own(x, mesh) for x in self.rows] + [x.clone() for x in self.parameters]
-        return [x.requires_grad_() for x in leaves]
+        return [x.requires_grad_(name not in self.case.frozen) for name, x in zip(self.names[2:], leaves)]
 
     def attend(self, mesh):
         """out and lse of this rank, and the leaves."""
@@ -219,10 +222,12 @@ class WholeTensors:
         return unshard_sequence(x.detach(), self.over(mesh), self.dim if dim is None else dim, *placing, **self.packing)
 
     def gradients(self, outputs, leaves, own=lambda x, dim=None: x):
-        """Of the leaves; own gives this rank's rows of the gradients of out and lse."""
+        """Of the leaves, None: it requires none; own gives this rank's rows of the gradients of out and lse."""
         douts = [own(self.dout)] if self.dlse is None else [own(self.dout), own(self.dlse, -1)]
         douts = [x.to(output.dtype) for x, output in zip(douts, outputs)]
-        return list(torch.autograd.grad(outputs[: len(douts)], leaves, douts))
+        wanted = [x for x in leaves if x.requires_grad]
+        found = iter(torch.autograd.grad(outputs[: len(douts)], wanted, douts))
+        return [next(found) if x.requires_grad else None for x in leaves]
 
 
 class Inputs(WholeTensors):
@@ -276,12 +281,16 @@ def check_values(case, mesh):
     gradients = inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
     number = len(inputs.rows)
     parts = zip((*outputs, *gradients[:number]), (None, -1, *[None] * number))
-    results = [inputs.whole(x, mesh, dim) for x, dim in parts]
+    results = [None if x is None else inputs.whole(x, mesh, dim) for x, dim in parts]
     for of_parameter in gradients[number:]:
-        dist.all_reduce(of_parameter)
+        if of_parameter is not None:
+            dist.all_reduce(of_parameter)
         results.append(of_parameter)
     floors = inputs.rounding(exact[0])
     for name, result, of_exact, *of_others in zip(inputs.names, results, exact, *others):
+        assert (result is None) == (name in case.frozen), name
+        if result is None:
+            continue
         assert {x.dtype for x in of_others} == {result.dtype}, name
         error = max(largest(x.double() - of_exact) for x in of_others)
         floor = max(8 * torch.finfo(case.dtype).eps * max(1.0, largest(of_exact)), floors.get(name, 0.0))
@@ -351,6 +360,15 @@ def check_bytes(case, mesh):
     assert (forward, sum(received) - forward) == case.bytes(mesh.get_local_rank(), mesh.size()), (
         f"{forward}, {sum(received) - forward}"
     )
+
+
+def check_transfers(case, mesh):
+    """Each of them brings something."""
+    inputs = case.inputs()
+    with counted() as received:
+        outputs, leaves = inputs.attend(mesh)
+        inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+    assert min(received) > 0, f"bytes: {received}"
 
 
 def check_bytes_of_model(case, mesh):
@@ -447,7 +465,8 @@ def check_training(case, mesh):
     def gradients(function):
         leaves = inputs.leaves(mesh)
         outputs = function(*leaves)
-        return *outputs, *inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+        found = inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
+        return *outputs, *(x for x in found if x is not None)
 
     plain = gradients(attend)
     compiled = gradients(torch.compile(attend, fullgraph=True, backend="aot_eager"))
@@ -462,7 +481,7 @@ def check_training(case, mesh):
         torch.autograd.backward(outputs, douts)
     inputs.dout, inputs.dlse = other.dout, other.dlse
     expected = [a + b for a, b in zip(plain[2:], gradients(attend)[2:])]
-    assert all(map(torch.equal, (leaf.grad for leaf in leaves), expected)), "accumulated"
+    assert all(map(torch.equal, (leaf.grad for leaf in leaves if leaf.requires_grad), expected)), "accumulated"
 
 
 def check_choice(case, mesh):

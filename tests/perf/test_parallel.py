@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,7 +94,8 @@ def test_the_model_is_near_what_others_have_measured():
 
 def test_the_report_says_what_is_predicted_and_what_others_measured(table):
     text = report.section(table.parents[1], table.parents[1], table.parents[1] / "tuned")
-    assert "## Many GPUs" in text
+    assert "## Many GPUs\n" in text
+    assert "## Many GPUs, measured" not in text
     assert f"*{results.MODELLED_PARALLEL}: H100 in nodes of 8" in text
     chosen = next(row for row in predict(LLAMA_3_8B, 64, 2**20) if row.is_auto)
     line = next(line for line in text.splitlines() if line.startswith("| Llama-3-8B, 64 GPUs"))
@@ -101,6 +103,28 @@ def test_the_report_says_what_is_predicted_and_what_others_measured(table):
     said = " ".join(text.split())
     assert "measured by its authors: 85.2% forward and 90.2% of both passes" in said
     assert "![share of a GPU's speed, predicted](predicted/parallel.png)" in text
+
+
+def test_the_report_shows_measurements_as_such(table):
+    root = table.parents[1]
+    about = dict(gpu="NVIDIA H200", driver="580.1", torch="2.11.0", triton="3.6.0", commit="1e34567")
+    rows = [
+        replace(row, both_ms=2 * row.both_ms, both_share=row.both_share / 2) for row in predict(LLAMA_3_8B, 8, 2**17)
+    ]
+    rows = [replace(row, source=results.MEASURED, **about) for row in rows]
+    parallel._write(root / "nvidia-h200" / "parallel-measured.csv", rows)
+    report.draw(root, redraw=False)
+    text = report.section(root, root, root / "tuned")
+    measured, predicted = text[text.index("## Many GPUs, measured") :].split("## Many GPUs\n")
+    for row in rows:
+        line = next(x for x in measured.splitlines() if x.startswith(f"| Llama-3-8B, 8 NVIDIA H200, {row.method} "))
+        said = f"{row.both_ms:.3g} ms, {100 * row.both_share:.0f} %{' *' if row.is_auto else ''}"
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == [said]
+    assert "*measured: NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, commit 1e34567*" in measured
+    assert "H200" not in predicted
+    pictures = [root / "nvidia-h200" / f"parallel-measured{end}.png" for end in ("", "_time", "_memory")]
+    assert all(f"({picture.relative_to(root)})" in measured and picture.exists() for picture in pictures)
+    assert not [path for path in pictures if path.name in predicted]
 
 
 def test_a_table_of_one_model_is_plotted(tmp_path):

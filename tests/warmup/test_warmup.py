@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def warmed(monkeypatch):
             return len(kernels), 0
 
         monkeypatch.setattr(compilation, "compile_all", compile_all)
-        triton_attn.warmup(*args, arch=ARCH, **options)
+        triton_attn.warmup(*args, **(dict(arch=ARCH) | options))
         return kernels
 
     return warm
@@ -223,6 +224,53 @@ def test_training_compiles_nothing_after_a_warmup(warmed):
     assert {kernel.name for kernel in met} >= {"_flash_fwd_kernel", "_flash_bwd_delta_kernel"}
 
 
+def train_on_latents(num_heads, rank, seqlens, **options):
+    """Both passes, whole and packed, by both schedules, with chunks of all heads and of some, and with frozen weights
+    too."""
+    nope, rope, v_dim = 128, 64, 128
+    w_uk, w_uv = (torch.empty(num_heads, dim, rank, dtype=BF16) for dim in (nope, v_dim))
+    schedules = [dict(mode="fused"), dict(mode="materialized")]
+    schedules += [dict(mode="fused", max_workspace_bytes=2**n) for n in (16, 20, 22, 24)]
+    variants = itertools.product(schedules, ((1, seqlens[0]), (3, 7), (1, seqlens[1])), (False, True), (False, True))
+    for schedule, (batch, seqlen), packed, is_frozen in variants:
+        rows = [torch.empty(batch, seqlen, num_heads, nope + rope, dtype=BF16).split([nope, rope], -1)]
+        rows += [torch.empty(batch, seqlen, rank + rope, dtype=BF16).split([rank, rope], -1)]
+        tensors = [x.detach().requires_grad_() for pair in rows for x in pair]
+        lengths = {}
+        if packed:
+            tensors = [x.detach().flatten(0, 1).requires_grad_() for x in tensors]
+            lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), indices(batch + 1))
+            lengths |= dict(max_seqlen_q=seqlen, max_seqlen_k=seqlen)
+        weights = [x.detach().requires_grad_(not is_frozen) for x in (w_uk, w_uv)]
+        outputs = triton_attn.mla_prefill(*tensors, *weights, return_lse=True, **lengths, **schedule, **options)
+        for number in (1, 2):
+            wanted = [x for x in (*tensors, *weights) if x.requires_grad]
+            douts = [torch.empty_like(x) for x in outputs[:number]]
+            torch.autograd.grad(outputs[:number], wanted, douts, retain_graph=True)
+
+
+@pytest.mark.ci(but_each=2)
+@pytest.mark.compiled
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("tensor_parallel_size", "arch"), [(1, "sm_90"), (4, "sm_90"), (16, "sm_90"), (1, "sm_80")])
+def test_training_on_latent_vectors_compiles_nothing_after_a_warmup(warmed, tensor_parallel_size, arch, deterministic):
+    model, functions = model_named("deepseek-v2-lite"), ["mla_prefill_backward"]
+    options = dict(tensor_parallel_size=tensor_parallel_size, deterministic=deterministic, max_seqlen=1024)
+    kernels = warmed(model.name.lower(), functions=functions, arch=arch, **options)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with record_specializations(arch) as met:
+            train_on_latents(model.num_heads_q // tensor_parallel_size, model.kv_lora_rank, (101, 512))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(met) <= kernels
+    counts = Counter(kernel.name for kernel in met)
+    assert counts["_mla_prefill_kernel"] >= 4
+    assert counts["_flash_bwd_delta_kernel"] == 4, "dense and packed, with a gradient of lse and without"
+    assert 2 <= counts["_flash_bwd_dkdv_kernel"] <= 6, "dense and packed, of one head, of a multiple of 16, of others"
+    assert (counts["_flash_bwd_dq_kernel"] > 0) == (deterministic or arch == "sm_80")
+
+
 @pytest.fixture(params=[pytest.param(0, marks=pytest.mark.ci), 1, pytest.param(3, marks=pytest.mark.ci)])
 def rank_of_four(request, monkeypatch):
     """A mesh of four ranks, of which this process is one, and messages do not arrive."""
@@ -292,6 +340,45 @@ def test_context_parallel_prefill_compiles_nothing_after_a_warmup(warmed, rank_o
         prefill_over_ranks(model, rank_of_four)
     assert set(met) <= kernels
     assert len(met) > 3
+
+
+def train_on_latents_over_ranks(model, mesh, method, is_frozen):
+    """Both passes over sequences and packed documents of which each rank has a part."""
+    nope, rope, rank = model.head_dim - model.qk_rope_head_dim, model.qk_rope_head_dim, model.kv_lora_rank
+    weights = [torch.empty(model.num_heads_q, dim, rank, dtype=BF16) for dim in (nope, 128)]
+    weights = [x.requires_grad_(not is_frozen) for x in weights]
+    placings = (1, 40, "head_tail"), (2, 81, None), (1, 1027, None)
+    for mode, (batch, seqlen, balance) in itertools.product(("fused", "materialized"), placings):
+        num_rows = sharding_of_batch(batch, seqlen, 4, balance).num_rows[mesh.get_local_rank()]
+        q = torch.empty(num_rows, model.num_heads_q, nope + rope, dtype=BF16).split([nope, rope], -1)
+        rows = *q, *torch.empty(num_rows, rank + rope, dtype=BF16).split([rank, rope], -1)
+        rows = [x.detach().requires_grad_() for x in rows]
+        options = dict(mesh=mesh, method=method, mode=mode, seqlen=seqlen, load_balance=balance, return_lse=True)
+        of_batch = [x.unflatten(0, (batch, -1)) for x in rows]
+        calls = [parallel.context_parallel_mla_prefill(*of_batch, *weights, **options)]
+        if batch == 1:
+            cu_seqlens = torch.tensor([0, seqlen // 3, seqlen], dtype=torch.int32)
+            calls.append(parallel.context_parallel_mla_prefill(*rows, *weights, cu_seqlens=cu_seqlens, **options))
+        for outputs, number in itertools.product(calls, (1, 2)):
+            wanted, douts = rows if is_frozen else rows + weights, [torch.empty_like(x) for x in outputs[:number]]
+            torch.autograd.grad(outputs[:number], wanted, douts, retain_graph=True)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("is_frozen", [False, pytest.param(True, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("method", ["all_gather", "ring", "ulysses"])
+def test_context_parallel_training_on_latent_vectors_compiles_nothing(warmed, rank_of_four, method, is_frozen):
+    model, share = model_named("deepseek-v2-lite"), 4 if method == "ulysses" else 1
+    options = dict(context_parallel_size=4, tensor_parallel_size=share, max_seqlen=4096)
+    kernels = warmed(model.name.lower(), functions=["mla_prefill_backward"], **options)
+    with record_specializations(ARCH) as met:
+        train_on_latents_over_ranks(model, rank_of_four, method, is_frozen)
+    assert set(met) <= kernels
+    assert {kernel.name for kernel in met} >= {
+        "_mla_prefill_kernel",
+        "_flash_bwd_delta_kernel",
+        "_flash_bwd_dkdv_kernel",
+    }
 
 
 def decode_over_ranks(model, mesh, rng, interleave, has_tree):
@@ -415,7 +502,6 @@ def test_another_process_finds_the_kernels_on_disk(tmp_path):
         ({"model": "deepseek-v3", "sinks": True}, ValueError, "sinks: expected none, since MLA's functions"),
         ({"model": "deepseek-v3", "alibi": True}, ValueError, "alibi: expected none, since MLA's functions"),
         ({"model": "deepseek-v3", "dropout_p": 0.1}, ValueError, "dropout_p: expected none, since MLA's functions"),
-        ({"model": "deepseek-v3", "deterministic": True}, ValueError, "deterministic: expected none, since MLA's"),
         ({"num_heads_q": 4, "head_dim": 64, "kv_lora_rank": 512}, TypeError, "kv_lora_rank, qk_rope_head_dim: exp"),
     ],
 )

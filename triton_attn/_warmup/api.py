@@ -20,7 +20,7 @@ from .._host.checks import (
 from .._host.key_shard import check_interleave
 from ..models import model_named
 
-NOT_BY_DEFAULT = ("flash_attention_backward", "prefix_tree", "tree_mask")
+NOT_BY_DEFAULT = ("flash_attention_backward", "mla_prefill_backward", "prefix_tree", "tree_mask")
 NEED_PAGES = ("prefix_tree", "append_kv_cache", "copy_kv_pages", "gather_kv_cache")
 
 
@@ -78,9 +78,9 @@ def warmup(
         kv_lora_rank, qk_rope_head_dim: for MLA; head_dim is then qk_nope_head_dim + qk_rope_head_dim.
         tensor_parallel_size: GPUs that share the heads. Each has num_heads / tensor_parallel_size, and at least one.
         context_parallel_size: GPUs that share the keys, as in `triton_attn.parallel`. Calls over a cache then have a
-            key_shard, of every rank, and flash_attention and mla_prefill are also called for the parts of a sequence,
-            the first with `shard` and without. The heads are those that a rank attends with: all of them for
-            heads="sharded", and for "ulysses" its share, by tensor_parallel_size.
+            key_shard, of every rank, and flash_attention and mla_prefill, in training too, are also called for the
+            parts of a sequence, the first with `shard` and without. The heads are those that a rank attends with: all
+            of them for heads="sharded", and for "ulysses" its share, by tensor_parallel_size.
         interleave: of key_shard: keys in a row that a rank holds. It divides page_size.
         dtype: of queries: fp16, bf16 or fp32.
         kv_cache_dtype: None means dtype. Otherwise float8_e4m3fn, float8_e5m2 or int8, with every kind of scale; with
@@ -92,7 +92,8 @@ def warmup(
         alibi: whether calls pass alibi_slopes (num_heads_q,).
         rotary_dim, rope_interleaved: rotary positions in the append kernels and in MLA decode, with angles in fp32 and
             positions in int64. 0 means none.
-        dropout_p, deterministic: of flash_attention. MLA has neither these nor window_size, softcap, sinks and alibi.
+        dropout_p: of flash_attention. MLA has neither this nor window_size, softcap, sinks and alibi.
+        deterministic: of flash_attention; for MLA, that training runs under torch.use_deterministic_algorithms(True).
         batch_invariant: whether calls of paged_attention and mla_decode pass it: they have kernels of their own. None
             follows TRITON_ATTN_BATCH_INVARIANT=1. "prefix_tree" has no such calls.
         max_seqlen: the longest prompt and context, in tokens.
@@ -101,8 +102,9 @@ def warmup(
             chunks of prompts), "append_kv_cache", "copy_kv_pages", "gather_kv_cache",
             "merge_attention"; for MLA "mla_prefill", "mla_decode" (with w_uk and w_uv), "append_latent_cache",
             "copy_kv_pages", "gather_latent_cache".
-            Also available: "flash_attention_backward" for training; "prefix_tree" and "tree_mask" for calls of
-            paged_attention or mla_decode with one of them, and if both are named, with both.
+            Also available: for training "flash_attention_backward" and "mla_prefill_backward", which stand for both
+            passes with gradients of all tensors, or for MLA of all but the weights; "prefix_tree" and "tree_mask" for
+            calls of paged_attention or mla_decode with one of them, and if both are named, with both.
         arch: the target, as in `triton_attn.toolchain.compile_only`: "sm_90", "gfx942", ... None: the present GPU.
         num_workers: processes that compile in parallel. With more than 1, processes are spawned, and a script needs the
             usual `if __name__ == "__main__":`.
@@ -114,7 +116,7 @@ def warmup(
     Before Triton 3.8 each kernel also has a launcher in C, which is built only if there is a GPU to link it for.
 
     The first call still compiles for strides that 16 does not divide, tensors that do not begin at multiples of 16
-    bytes, MLA's backward pass, and prompts whose keys of one head exceed mla_prefill's default workspace.
+    bytes, and prompts whose keys of one head exceed mla_prefill's default workspace.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was compiled.
@@ -219,7 +221,7 @@ def _check_sinks(sinks, dtype):
 
 
 def _refuse_of_latent_vectors(options):
-    for name in ("window_size", "softcap", "sinks", "alibi", "dropout_p", "deterministic"):
+    for name in ("window_size", "softcap", "sinks", "alibi", "dropout_p"):
         if options[name]:
             fail(name, "none, since MLA's functions do not take it", options[name])
 

@@ -18,6 +18,7 @@ from ..flash import flash_attention, flash_attention_varlen
 from ..merge import merge_attention
 from ..merge.splits import FIXED_KEYS
 from ..mla import mla_decode, mla_prefill
+from ..mla.schedule import ProblemSizes, backward_bytes
 from ..paged import paged_attention
 
 MAX_CHAIN = 8  # queries of a sequence that a decode step verifies at once without a tree, with the new token
@@ -412,6 +413,40 @@ def call_mla_prefill(work):
         _prefill(work, 1, return_lse, mode="materialized", max_workspace_bytes=max_workspace_bytes)
 
 
+def call_mla_prefill_backward(work):
+    """Training: the forward pass by the schedules that have gradients, then the backward pass. Its kernels depend on
+    the heads of a chunk, and not on the tokens: 1 and the multiples of 16 are constants to Triton."""
+    for num_tokens in work.lengths:
+        _prefill(work, num_tokens, True, mode="fused")
+        _prefill(work, 1, True, mode="materialized", max_workspace_bytes=WORKSPACE_BYTES // num_tokens)
+    chunks = {1, 2, 16, work.num_heads_q}
+    variants = itertools.product(chunks, (False, True), (False, True), work.causal_choices)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(work.deterministic or before)
+    try:
+        for num_heads, packed, use_lse, causal in variants:
+            _train_on_latents(work, num_heads, packed, use_lse, causal)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _train_on_latents(work, num_heads, packed, use_lse, causal):
+    """Both passes, in chunks of so many heads, of a sequence of one token."""
+    inputs = [x.detach() for x in (*work.latent_queries(1, 1), *work.latents(1, 1))]
+    inputs = [x[0] if packed else x for x in inputs] + [x.detach() for x in work.latent_weights()]
+    for x in inputs:
+        x.requires_grad_()
+    nope, rope = work.head_dim - work.qk_rope_head_dim, work.qk_rope_head_dim
+    dims = work.num_heads_q, nope, rope, work.head_dim_v, work.kv_lora_rank
+    of_head = backward_bytes(ProblemSizes(1, 1, 1, *dims, work.dtype.itemsize))
+    options = dict(causal=causal, mode="fused", max_workspace_bytes=num_heads * of_head)
+    if packed:
+        cu_seqlens = indices(2)
+        options |= dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=1, max_seqlen_k=1)
+    outputs = mla_prefill(*inputs, return_lse=True, **options)[: 1 + use_lse]
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
+
+
 def _prefill(work, num_tokens, return_lse, latents=None, **options):
     inputs = *work.latent_queries(1, num_tokens), *(latents or work.latents(1, num_tokens))
     weights = work.latent_weights()
@@ -438,6 +473,7 @@ OF_ANY_HEADS = {
 }
 OF_LATENT_VECTORS = {
     "mla_prefill": call_mla_prefill,
+    "mla_prefill_backward": call_mla_prefill_backward,
     "mla_decode": call_mla_decode,
     "prefix_tree": call_prefix_tree_of_latents,
     "tree_mask": call_tree_mask_of_latents,

@@ -99,13 +99,15 @@ def gradients_pass(
     lengths: tuple[Tensor | None, Tensor | None, int, int],
     *,
     deterministic: bool = False,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv) of `forward_pass` over a part of the keys that lse and minus_delta of `row_sums_pass` are over.
 
-    The rest as in `backward_pass`.
+    wanted: which of them; kernels do not compute the others, which may be None. The rest as in `backward_pass`.
     """
-    return _gradients(dout, lse, minus_delta, _checked_call_backward(q, k, v, lengths, **options), deterministic)
+    call = _checked_call_backward(q, k, v, lengths, **options)
+    return _gradients(dout, lse, minus_delta, call, deterministic, wanted)
 
 
 def _row_sums(dout, dlse, out, lse, lengths, sinks):
@@ -114,12 +116,12 @@ def _row_sums(dout, dlse, out, lse, lengths, sinks):
     return _launchers()[1](_with_rows(dout), dlse, out, lse.contiguous(), lengths, sinks)
 
 
-def _gradients(dout, lse, minus_delta, call, deterministic):
+def _gradients(dout, lse, minus_delta, call, deterministic, wanted=(True, True, True)):
     if not use_kernel(call.q):
         return reference.gradients(dout, lse, minus_delta, call)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     sums = lse.contiguous(), minus_delta.contiguous()
-    return _launchers()[2](call, _with_rows(dout), sums, (True, True, True), deterministic, like_inputs=True)
+    return _launchers()[2](call, _with_rows(dout), sums, wanted, deterministic, like_inputs=True)
 
 
 def _with_rows(dout):

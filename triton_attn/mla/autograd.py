@@ -14,7 +14,7 @@ from ..dense.backward import launch_flash_bwd_of_sums, launch_row_sums
 from .absorbed import launch_mla_absorbed
 from .api import PrefillCall
 from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
-from .schedule import ProblemSizes, choose_schedule
+from .schedule import ProblemSizes, choose_schedule, heads_of_backward
 
 
 def prefill(call, schedule, check_values, return_lse):
@@ -139,7 +139,7 @@ def prefill_gradients(call, results, max_workspace_bytes, wanted):
         torch.zeros(x.shape if is_wanted else 0, dtype=dtype, device=x.device)
         for x, dtype, is_wanted in zip(inputs, dtypes, wanted)
     ]
-    heads_each = _heads_of_backward(q_nope, q_pe, kv_latent, w_uv, max_workspace_bytes)
+    heads_each = heads_of_backward(ProblemSizes.of(call), max_workspace_bytes)
     if cu_seqlens_k is not None:
         # Matmuls include the rows after the last sequence. Their gradients are 0, but 0 times NaN would be NaN.
         rows = torch.arange(kv_latent.shape[0], device=kv_latent.device)
@@ -152,7 +152,7 @@ def prefill_gradients(call, results, max_workspace_bytes, wanted):
         dq, dk, dv = launch_flash_bwd_of_sums(
             call_of(q, k, v, options, call.lengths),
             dout[..., heads, :],
-            [x[..., heads, :].contiguous() for x in sums],
+            [_of_heads(x, heads) for x in sums],
             (wants_q, wants_k, wants_v),
             torch.are_deterministic_algorithms_enabled(),
         )
@@ -181,13 +181,11 @@ def _(dout, dlse, out, lse, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *rest):
     )
 
 
-def _heads_of_backward(q_nope, q_pe, kv_latent, w_uv, max_workspace_bytes):
-    """Heads whose queries, keys, values and gradients fit in the workspace, at least one. dq exists in fp32 too."""
-    dim, v_dim, size = q_nope.shape[-1] + q_pe.shape[-1], w_uv.shape[1], q_nope.element_size()
-    per_query = dim * (2 * size + torch.float32.itemsize)
-    per_key = 2 * (dim + v_dim) * size
-    rows_q, rows_k = q_nope[..., 0, 0].numel(), kv_latent[..., 0].numel()
-    return max(1, max_workspace_bytes // max(1, rows_q * per_query + rows_k * per_key))
+def _of_heads(x, heads):
+    """These heads of x (..., heads, rows), contiguous, from a multiple of 16 bytes on: a kernel is compiled again for
+    an address that is none."""
+    x = x[..., heads, :].contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _keys_and_values(kv_latent, k_pe, w_uk, w_uv):

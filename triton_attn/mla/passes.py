@@ -62,10 +62,12 @@ def gradients_pass(
     causal: bool,
     softmax_scale: float,
     max_workspace_bytes: int,
+    wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of the six tensors of `forward_pass`, those of kv_latent and k_pe in fp32 (fp64 for fp64).
 
-    lse and minus_delta, dlse - rowsum(dout * out), may be over more keys than kv_latent has.
+    wanted: which of them; kernels do not compute the others, which may be empty. lse and minus_delta, dlse -
+    rowsum(dout * out), may be over more keys than kv_latent has.
     """
     call = PrefillCall(*tensors, Lengths(*lengths), softmax_scale, causal)
     if not use_kernel(dout):
@@ -73,4 +75,4 @@ def gradients_pass(
     from .autograd import prefill_gradients
 
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    return prefill_gradients(call, (dout, lse, minus_delta), max_workspace_bytes, [True] * len(tensors))
+    return prefill_gradients(call, (dout, lse, minus_delta), max_workspace_bytes, wanted)

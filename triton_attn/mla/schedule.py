@@ -79,6 +79,19 @@ def workspace_bytes(sizes, mode):
     return 0
 
 
+def heads_of_backward(sizes, max_workspace_bytes):
+    """Heads of a chunk of the backward pass, at least one."""
+    return max(1, max_workspace_bytes // max(1, backward_bytes(sizes)))
+
+
+def backward_bytes(sizes):
+    """Bytes of a head's queries, keys, values and gradients. The gradient of queries exists in fp32 too."""
+    s = sizes
+    dim = s.nope + s.rope
+    per_query = dim * (2 * s.element_size + torch.float32.itemsize)
+    return s.num_queries * per_query + s.num_keys * 2 * (dim + s.v) * s.element_size
+
+
 def choose_schedule(sizes, mode, max_workspace_bytes, wants_grad):
     """The schedule of a call.
 

@@ -65,8 +65,8 @@ def context_parallel_attention(
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
             `flash_attention`. Their rows are in the order of the ranks' rows, and their length is a multiple of the
-            ranks. DTensors on a mesh without the other ranks of `mesh`, such as mesh["tp"], have this rank's rows.
-            Results are then DTensors placed like q.
+            ranks. DTensors on a mesh without the other ranks of `mesh`, such as mesh["tp"], have this rank's rows; the
+            ranks of `mesh` must have the same sequences and heads of them. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"]; with DTensors
             of one. Ranks are counted row by row. Those of two dimensions ascend, and are as far apart in each row.
         method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
@@ -84,13 +84,14 @@ def context_parallel_attention(
 
     Returns:
         out and lse of this rank's rows, as `flash_attention`. The gradient of sinks is this rank's part; sum it over
-        the mesh, as of any parameter that all ranks have.
+        the mesh, as of any parameter that all ranks have. Gradients of tensors without requires_grad are neither
+        computed nor sent; the same tensors have it on all ranks.
 
-    Ranks that differ in a shape, a dtype or an option get an error on every rank that names the difference, and so do
-    all ranks if one of them has refused its arguments. For that a digest of 8 bytes goes to all ranks beside the call's
-    transfers, in host memory. A GPU never waits for it: it is looked at before the next call over this mesh, or
-    the next backward pass, which raises for the call before. On a CPU this call raises. Values of alibi_slopes, sinks
-    and a seed that is a tensor are compared with check_values alone.
+    Ranks that differ in a shape, a dtype, an option or in which tensors require a gradient get an error on every rank
+    that names the difference, and so do all ranks if one of them has refused its arguments. For that a digest of 8
+    bytes goes to all ranks beside the call's transfers, in host memory. A GPU never waits for it: it is looked at
+    before the next call over this mesh, or the next backward pass, which raises for the call before. On a CPU this call
+    raises. Values of alibi_slopes, sinks and a seed that is a tensor are compared with check_values alone.
 
     Autograd, activation checkpoints and torch.compile see one operator. Under torch.compile errors of arguments are
     those of one rank, until the operator runs.
@@ -239,7 +240,7 @@ def _checked(
     options = layout_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     if k.shape[-3] != q.shape[-3]:
         fail("k", f"q's {q.shape[-3]} rows", k.shape[-3])
-    settings = settings_of(q, cu_seqlens, **placing)
+    settings = settings_of((q, k, v, sinks), cu_seqlens, **placing)
     options = with_tensors(options, q, q.shape[0] if ndim == 4 else len(cu_seqlens) - 1, alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
     if options.dropout_p > 0 and dropout_seed is None:

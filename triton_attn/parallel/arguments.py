@@ -40,7 +40,7 @@ def check_method(mesh: DeviceMesh, method: Any) -> None:
 
 
 def settings_of(
-    x: Tensor,
+    tensors: tuple[Tensor | None, ...],
     cu_seqlens: Tensor | None,
     *,
     mesh: DeviceMesh,
@@ -49,8 +49,10 @@ def settings_of(
     seqlen: Any,
     check_values: Any,
 ) -> Settings:
-    """Settings without options, of rows like those of x (batch, rows, ...), or (rows, ...) with cu_seqlens."""
-    is_packed = cu_seqlens is not None
+    """Settings without options. tensors are those that may have gradients; the first is (batch, rows, ...), or
+    (rows, ...) with cu_seqlens."""
+    x, is_packed, is_on = tensors[0], cu_seqlens is not None, torch.is_grad_enabled()
+    assert x is not None
     load_balance = check_load_balance(load_balance, is_packed)
     if is_packed:
         _check_cu_seqlens(cu_seqlens, x.device)
@@ -66,6 +68,7 @@ def settings_of(
         inner=None if inner is None else inner.group_name,
         method=method if isinstance(method, str) else method[0],
         check_values=should_check_values(check_values),
+        wanted=tuple(is_on and x is not None and x.requires_grad for x in tensors),
         options=None,
     )
 

@@ -9,7 +9,6 @@ in the backward pass. Between the passes a rank holds only its own rows.
 import functools
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .balance import Chunk, Pieces, Place, Sharding, overlaps
@@ -23,11 +22,8 @@ from .local import (
     Rows,
     Sums,
     attend_once,
-    copies,
-    dtype_of_sums,
     join,
     parts_of,
-    split,
 )
 
 
@@ -41,11 +37,11 @@ def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
     """Gradients of the rows and, of the parameters, this rank's part; results are dout, dlse, out and lse."""
     fetched = _fetch(problem, rows)
     sums = Sums(problem, rows, results, rows.queries[0].dtype)
-    of_keys = torch.zeros_like(fetched, dtype=dtype_of_sums(fetched))
-    given = rows.with_keys(fetched)
+    of_keys, given = sums.zeros_of_keys(fetched.shape[0]), rows.with_keys(fetched)
     for part in _parts(problem.sharding, problem.mask, problem.rank):
         sums.add(part, given, of_keys)
-    return sums.queries, _return(problem, of_keys, rows), sums.parameters
+    own = _return(problem, of_keys, rows.keys[0].shape[0]) if sums.has_keys else of_keys
+    return sums.queries, sums.gradients_of_keys(own), sums.parameters
 
 
 class Route(NamedTuple):
@@ -120,11 +116,11 @@ def _fetch(problem: Problem, rows: Rows) -> Tensor:
     return route.in_order.take(exchange_rows(sent, route.num_sent, route.num_received, problem.group))
 
 
-def _return(problem: Problem, totals: Tensor, rows: Rows) -> list[Tensor]:
+def _return(problem: Problem, totals: Tensor, num_rows: int) -> Tensor:
     """Gradients of this rank's keys: the sums over the ranks, in fp32 and in the order of the ranks."""
     route = _route(problem.sharding, problem.mask, problem.rank)
     gradients = exchange_rows(route.as_received.take(totals), route.num_received, route.num_sent, problem.group)
-    sums = totals.new_zeros((rows.keys[0].shape[0], totals.shape[1]))
+    sums = totals.new_zeros((num_rows, totals.shape[1]))
     for pieces, part in zip(route.sent_to, gradients.split(route.num_sent)):
         pieces.add_to(sums, part)
-    return copies(split(sums, rows.keys), rows.keys[0].dtype)
+    return sums

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..flash import forward_pass, gradients_pass
 from .balance import Sharding
 from .cost import HeadDims
-from .local import Gradients, Mask, Part, Results, Rows
+from .local import Gradients, Mask, Part, Results, Rows, Wanted
 from .operators import Kind, Settings, register
 from .ulysses import check_heads
 
@@ -40,6 +40,7 @@ class Options(NamedTuple):
 class HeadAttention(NamedTuple):
     """An `Attention` with this rank's heads, from first_head on among num_heads."""
 
+    wanted: Wanted
     options: dict[str, Any]  # softmax_scale, softcap, alibi_slopes, dropout_p and dropout_seed of flash_attention
     sinks: Tensor | None
     deterministic: bool
@@ -70,8 +71,10 @@ class HeadAttention(NamedTuple):
     def gradients(self, part: Part, results: Results, rows: Rows) -> Gradients:
         q, k, v = part.take(rows)
         options = self._options(part, q.device) | dict(deterministic=self.deterministic)
-        dq, dk, dv = part.give(gradients_pass(*part.results(results), q, k, v, part.lengths(q.device), **options))
-        return [dq], [dk, dv], []
+        options["wanted"] = self.wanted.queries + self.wanted.keys
+        dq, dk, dv = gradients_pass(*part.results(results), q, k, v, part.lengths(q.device), **options)
+        of_queries, of_keys, _ = self.wanted.pick([dq], [dk, dv], [])
+        return part.give(of_queries), part.give(of_keys), []
 
     def _options(self, part, device):
         options = self.options | dict(window_size=part.window)
@@ -103,7 +106,7 @@ class _Heads(Kind):
         has_alibi = others[1] is not None
         return Mask(options.window_left, options.window_right, has_alibi, options.dropout_p > 0)
 
-    def attention(self, others: Any, options: Options, head_dims: tuple[int, ...]) -> HeadAttention:
+    def attention(self, wanted: Wanted, others: Any, options: Options, head_dims: tuple[int, ...]) -> HeadAttention:
         sinks, slopes, seed, _ = others
         of_call = dict(
             softmax_scale=options.softmax_scale,
@@ -113,7 +116,7 @@ class _Heads(Kind):
             dropout_seed=seed,
         )
         num_heads, num_heads_kv, _, head_dim_v = head_dims
-        return HeadAttention(of_call, sinks, options.deterministic, num_heads, num_heads_kv, head_dim_v)
+        return HeadAttention(wanted, of_call, sinks, options.deterministic, num_heads, num_heads_kv, head_dim_v)
 
     def check(self, sharding: Sharding, inputs: Inputs, settings: Settings, mesh_shape: tuple[int, ...]) -> None:
         if settings.method == "ulysses" or settings.inner is not None:

@@ -3,6 +3,7 @@
 A token has one of each for all heads: 576 elements in DeepSeek's models, whose keys and values of 128 heads have 40960.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ..mla.schedule import ProblemSizes, choose_schedule
 from .balance import Sharding, in_teams
 from .cost import HeadDims
 from .gather import keys_seen
-from .local import Gradients, Mask, Part, Results, Rows
+from .local import Gradients, Mask, Part, Results, Rows, Wanted
 from .operators import Kind, Settings, register
 from .ulysses import check_heads
 
@@ -37,17 +38,16 @@ class Options(NamedTuple):
     causal: bool
     mode: str
     max_workspace_bytes: int
-    wants_grad: bool
 
 
 class LatentAttention(NamedTuple):
     """An `Attention` that computes the keys and values of latent vectors itself."""
 
+    wanted: Wanted
     parameters: tuple[Tensor, Tensor]  # w_uk, w_uv
     softmax_scale: float
     mode: str
     max_workspace_bytes: int
-    wants_grad: bool
     sinks: None = None
     num_heads_kv: int = 1  # a latent vector is exchanged like a key that all heads share
 
@@ -71,15 +71,16 @@ class LatentAttention(NamedTuple):
         tensors = [*part.take(rows), *self.parameters]
         q = tensors[0]
         out = q.new_empty((*q.shape[:-1], self.head_dim_v)) if out is None else out[None] if part.is_dense else out
-        schedule = self.mode, self.max_workspace_bytes, self.wants_grad
+        schedule = self.mode, self.max_workspace_bytes, any(map(any, self.wanted))
         return part.give((out, forward_pass(tensors, **self._options(part, q), schedule=schedule, out=out)))
 
     def gradients(self, part: Part, results: Results, rows: Rows) -> Gradients:
         tensors = [*part.take(rows), *self.parameters]
         options = self._options(part, tensors[0]) | dict(max_workspace_bytes=self.max_workspace_bytes)
+        options["wanted"] = list(itertools.chain(*self.wanted))
         found = gradients_pass(*part.results(results), tensors, **options)
-        of_rows = part.give(found[:4])
-        return of_rows[:2], of_rows[2:], found[4:]
+        of_queries, of_keys, of_parameters = self.wanted.pick(found[:2], found[2:4], found[4:])
+        return part.give(of_queries), part.give(of_keys), of_parameters
 
     def _options(self, part, q):
         """Queries of a part see all of its keys, or those to the bottom right: no position is needed."""
@@ -108,10 +109,10 @@ class _Latents(Kind):
     def mask(self, others: Any, options: Options) -> Mask:
         return Mask(-1, 0 if options.causal else -1, has_alibi=False, has_dropout=False)
 
-    def attention(self, others: Any, options: Options, head_dims: tuple[int, ...]) -> LatentAttention:
+    def attention(self, wanted: Wanted, others: Any, options: Options, head_dims: tuple[int, ...]) -> LatentAttention:
         w_uk, w_uv, _ = others
-        schedule = options.mode, options.max_workspace_bytes, options.wants_grad
-        return LatentAttention((w_uk, w_uv), options.softmax_scale, *schedule)
+        schedule = options.mode, options.max_workspace_bytes
+        return LatentAttention(wanted, (w_uk, w_uv), options.softmax_scale, *schedule)
 
     def check(self, sharding: Sharding, inputs: Inputs, settings: Settings, mesh_shape: tuple[int, ...]) -> None:
         """Whether max_workspace_bytes is enough for the largest call of any rank: a ring that stops halfway would leave
@@ -124,12 +125,10 @@ class _Latents(Kind):
         num_keys = max(place.num_rows for place in keys_seen(sharding, mask))
         dims = heads, nope, rope, dim_v, rank, inputs.q_nope.element_size()
         sizes = ProblemSizes(max(sharding.num_rows), num_keys, 0.0, *dims)
-        choose_schedule(sizes, settings.options.mode, settings.options.max_workspace_bytes, settings.options.wants_grad)
+        choose_schedule(sizes, settings.options.mode, settings.options.max_workspace_bytes, any(settings.wanted))
 
     def described(self, options: Options) -> dict[str, Any]:
-        found = options._asdict()
-        del found["wants_grad"]
-        return found
+        return options._asdict()
 
 
 LATENTS = register(_Latents())

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +33,20 @@ class Results(NamedTuple):
     minus_delta: Tensor
 
 
-Gradients = tuple[list[Tensor], list[Tensor], list[Tensor]]  # of queries, of keys, and of parameters
+Gradients = tuple[list[Tensor], list[Tensor], list[Tensor]]  # of queries, keys and parameters: those that are wanted
+
+
+class Wanted(NamedTuple):
+    """Which tensors have gradients. All ranks agree on it, since gradients of keys travel."""
+
+    queries: tuple[bool, ...]
+    keys: tuple[bool, ...]
+    parameters: tuple[bool, ...]
+
+    def pick(self, *gradients: Iterable[Any]) -> Gradients:
+        """Of those of all queries, keys and parameters."""
+        of_queries, of_keys, of_parameters = map(list, map(itertools.compress, gradients, self))
+        return of_queries, of_keys, of_parameters
 
 
 class Mask(NamedTuple):
@@ -70,6 +83,9 @@ class Attention(Protocol):
     """
 
     @property
+    def wanted(self) -> Wanted: ...
+
+    @property
     def num_heads(self) -> int:
         """Of the queries of all ranks that exchange them."""
         ...
@@ -90,7 +106,7 @@ class Attention(Protocol):
 
     @property
     def of_each_head(self) -> tuple[Tensor, ...]:
-        """Those with gradients, in the order of these; their first dimension is that of the heads."""
+        """Those that may have gradients, in the order of these; their first dimension is that of the heads."""
         ...
 
     def of_heads(self, heads: slice) -> "Attention":
@@ -295,28 +311,45 @@ def attend_once(problem: Problem, parts: Iterable[Part], rows: Rows) -> tuple[Te
 def results_of(
     problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Results, Tensor | None]:
-    """(Results, gradient of the sinks), computed once for all keys. Rows that belong to no document are left out."""
+    """(Results, gradient of the sinks if it is wanted), computed once for all keys. Rows that belong to no document are
+    left out."""
     queries = slice(problem.num_queries)
     lse = lse[:, queries].contiguous()
     dlse = None if dlse is None else dlse[:, queries]
-    minus_delta, dsinks = row_sums_pass(dout[queries], dlse, out[queries], lse, problem.attention.sinks)
+    sinks = problem.attention.sinks if any(problem.attention.wanted.parameters) else None
+    minus_delta, dsinks = row_sums_pass(dout[queries], dlse, out[queries], lse, sinks)
     return Results(dout, lse, minus_delta), dsinks
 
 
 class Sums:
-    """Gradients to which the parts of a backward pass add: of queries in some dtype, of parameters in that of sums; and
-    those of sinks."""
+    """Gradients to which the parts of a backward pass add, those that are wanted: of queries in some dtype, of
+    parameters in that of sums; and those of sinks."""
 
     def __init__(self, problem: Problem, rows: Rows, results: tuple[Any, ...], dtype_of_queries: torch.dtype):
         self._attention = problem.attention
         self._results, dsinks = results_of(problem, *results)
-        self.queries = _zeros(rows.queries, dtype_of_queries)
-        self.parameters = _zeros(self._attention.parameters, dtype_of_sums(rows.queries[0]))
+        queries, keys, parameters = problem.attention.wanted.pick(*rows, problem.attention.parameters)
+        self._keys, self._dtype = keys, dtype_of_sums(rows.queries[0])
+        self.queries, self.parameters = _zeros(queries, dtype_of_queries), _zeros(parameters, self._dtype)
         self.parameters += [] if dsinks is None else [dsinks]
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether gradients of keys are wanted."""
+        return bool(self._keys)
+
+    def zeros_of_keys(self, num_rows: int) -> Tensor:
+        """Gradients of keys to begin with, side by side."""
+        num_elements = sum(x.shape[1:].numel() for x in self._keys)
+        return self._results.dout.new_zeros((num_rows, num_elements), dtype=self._dtype)
+
+    def gradients_of_keys(self, of_keys: Tensor) -> list[Tensor]:
+        """Of this rank's keys, in their dtype."""
+        return [_copy(x, like.dtype) for x, like in zip(split(of_keys, self._keys), self._keys)]
 
     def add(self, part: Part, rows: Rows, of_keys: Tensor) -> None:
         """Those of a part; of_keys are sums of all keys of `rows`."""
-        totals = [x[part.queries.rows] for x in self.queries], split(of_keys[part.keys.rows], rows.keys)
+        totals = [x[part.queries.rows] for x in self.queries], split(of_keys[part.keys.rows], self._keys)
         found = self._attention.gradients(part, self._results, rows)
         for of_kind, parts in zip((*totals, self.parameters), found):
             for total, gradient in zip(of_kind, parts):
@@ -337,13 +370,13 @@ def join(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([x.flatten(1) for x in tensors], 1)
 
 
-def split(joined: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def split(joined: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Views of what `join` has joined, with the shapes that rows of other tensors have."""
     shapes = [x.shape[1:] for x in like]
     parts = joined.split([shape.numel() for shape in shapes], 1)
     return tuple(x.unflatten(1, shape) if len(shape) > 1 else x for x, shape in zip(parts, shapes))
 
 
-def copies(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Contiguous tensors of their own in this dtype: outputs of an operator share no memory."""
-    return [x.to(dtype, copy=True, memory_format=torch.contiguous_format) for x in tensors]
+def _copy(x, dtype):
+    """A contiguous tensor of its own: outputs of an operator share no memory."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -69,7 +68,8 @@ def context_parallel_mla_prefill(
             not one dimension is copied. Or, with the weights, DTensors: on the dimension of their mesh that is `mesh`
             Shard on the sequence, and of weights Replicate(); on other dimensions as in `mla_prefill`. Their rows are
             in the order of the ranks' rows, and their length is a multiple of the ranks. DTensors on a mesh without the
-            other ranks of `mesh`, such as mesh["tp"], have this rank's rows. Results are DTensors placed like q_nope.
+            other ranks of `mesh`, such as mesh["tp"], have this rank's rows; the ranks of `mesh` must have the same
+            sequences and heads of them. Results are DTensors placed like q_nope.
         w_uk, w_uv: of all heads that q_nope has, the same on all ranks. Ranks of another mesh, as of tensor
             parallelism, can share the heads: as DTensors, or as plain tensors of their own heads, whose gradients of
             kv_latent and k_pe are then to be summed over that mesh.
@@ -90,7 +90,8 @@ def context_parallel_mla_prefill(
 
     Returns:
         out and lse of this rank's rows, as `mla_prefill`. The gradients of w_uk and w_uv are this rank's part; sum them
-        over the mesh, as of any parameter that all ranks have.
+        over the mesh, as of any parameter that all ranks have. Gradients of tensors without requires_grad, as of frozen
+        weights, are neither computed nor sent; the same tensors have it on all ranks.
 
     Ranks that differ, and a rank that refuses its arguments, raise on all ranks as `context_parallel_attention` does.
     Autograd, activation checkpoints and torch.compile see one operator. The gradients of latent vectors and weights are
@@ -143,16 +144,14 @@ def _checked(
     dim = 0 if is_packed else 1
     if kv_latent.shape[dim] != q_nope.shape[dim]:
         fail("kv_latent", f"q_nope's {q_nope.shape[dim]} rows", kv_latent.shape[dim])
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     options = Options(
         check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1]),
         check_bool("causal", causal),
         mode,
         check_int("max_workspace_bytes", max_workspace_bytes),
-        wants_grad,
     )
-    settings = settings_of(q_nope, cu_seqlens, **placing)._replace(options=options)
-    if wants_grad:
+    settings = settings_of(tensors, cu_seqlens, **placing)._replace(options=options)
+    if any(settings.wanted):
         check_differentiable(q_nope, q_pe, w_uv)
         if mode == "absorbed":
             raise NotImplementedError("mode: 'absorbed' does not support gradients; 'fused' and 'materialized' do")

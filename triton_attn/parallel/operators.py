@@ -6,6 +6,7 @@ A call that nothing observes makes do without them.
 import abc
 import functools
 import math
+from itertools import chain, compress
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -29,7 +30,7 @@ from .balance import (
     sharding_of_batch,
 )
 from .cost import HeadDims, choose, ranks_of, sizes_of
-from .local import Attention, Mask, Problem, Rows, dtype_of_sums
+from .local import Attention, Mask, Problem, Rows, Wanted, dtype_of_sums
 
 
 class Settings(NamedTuple):
@@ -42,6 +43,7 @@ class Settings(NamedTuple):
     inner: str | None  # of that of the mesh's second dimension, over which heads are exchanged; None: there is one
     method: str  # over the first dimension
     check_values: bool
+    wanted: tuple[bool, ...]  # which tensors with rows and which parameters have gradients
     options: Any  # those of a kind of attention
 
 
@@ -78,7 +80,7 @@ class Kind(abc.ABC):
         """others are the tensors without rows."""
 
     @abc.abstractmethod
-    def attention(self, others: Any, options: Any, head_dims: Any) -> Attention: ...
+    def attention(self, wanted: Wanted, others: Any, options: Any, head_dims: Any) -> Attention: ...
 
     @abc.abstractmethod
     def check(self, sharding: Sharding, inputs: Any, settings: Settings, mesh_shape: tuple[int, ...]) -> None:
@@ -98,8 +100,12 @@ class Kind(abc.ABC):
     def settings_of(self, arguments: Any) -> Settings:
         """From the last of an operator's arguments."""
         number = len(self.options._fields)
-        placing = arguments[-number - len(Settings._fields) + 1 : -number]
-        return Settings(*placing, self.options(*arguments[-number:]))
+        *placing, wanted = arguments[-number - len(Settings._fields) + 1 : -number]
+        return Settings(*placing, tuple(wanted), self.options(*arguments[-number:]))
+
+    def wanted(self, settings: Settings) -> Wanted:
+        of_rows, number = settings.wanted[: self.num_rows], self.num_queries
+        return Wanted(of_rows[:number], of_rows[number:], settings.wanted[self.num_rows :])
 
 
 class _Groups(NamedTuple):
@@ -239,7 +245,7 @@ def _problem_of(kind, sharding, settings, head_dims, others, groups):
         of_rows = kind.shapes_of_rows(head_dims), kind.num_queries
         exchange = ulysses.Exchange(of_heads, dist.get_rank(of_heads), teams[rank], method, *of_rows)
     options = settings.options
-    attention = kind.attention(others, options, head_dims)
+    attention = kind.attention(kind.wanted(settings), others, options, head_dims)
     return Problem(sharding, kind.mask(others, options), attention, outer, rank), method, exchange
 
 
@@ -260,6 +266,7 @@ def _described(kind, sharding, settings, kinds, mesh_shape):
     description = dict(attention=kind.name, batch=settings.batch, seqlen=settings.seqlen)
     description |= dict(load_balance=settings.load_balance, **dict(zip(kind.inputs._fields, kinds)))
     description |= kind.described(settings.options) | dict(mesh=mesh_shape)
+    description["requires_grad"] = ", ".join(compress(kind.inputs._fields, settings.wanted)) or "none"
     if settings.batch is None:
         description["cu_seqlens"] = sharding.bounds
     description["method"] = settings.method  # last: "auto" follows from the others
@@ -267,7 +274,7 @@ def _described(kind, sharding, settings, kinds, mesh_shape):
 
 
 _SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str"}
-_SCHEMA_TYPES |= {x | None: f"{name}?" for x, name in _SCHEMA_TYPES.items()}
+_SCHEMA_TYPES |= {x | None: f"{name}?" for x, name in _SCHEMA_TYPES.items()} | {tuple[bool, ...]: "bool[]"}
 
 
 def _schema_of(fields):
@@ -334,7 +341,7 @@ def _fake(kind, *args):
 
 
 def _compute_gradients(kind, dout, dlse, kept, *args):
-    """Gradients of the tensors with rows and of the parameters, an empty tensor for one that is None.
+    """Gradients of the tensors with rows and of the parameters, an empty tensor for each that is not wanted.
 
     kept are the tensors with rows, out and lse, or what the forward pass of Ulysses returned; args the tensors without
     rows, head_dims and the settings.
@@ -349,21 +356,30 @@ def _compute_gradients(kind, dout, dlse, kept, *args):
     problem, method, exchange = _problem_of(kind, sharding, settings, head_dims, others, groups)
     if exchange is None:
         *_, out, lse = kept
-        of_queries, of_keys, of_parameters = method.backward(problem, _rows_of(kind, kept), dout, dlse, out, lse)
+        found = method.backward(problem, _rows_of(kind, kept), dout, dlse, out, lse)
     else:
         joined, out, lse = (x.narrow(dim, 0, exchange.num_rows) for x, dim in zip(kept, (0, 0, 1)))
-        of_queries, of_keys, of_parameters = ulysses.backward(problem, [joined, out, lse], dout, dlse, exchange)
-    found = iter(of_parameters)
-    parameters = (dout.new_empty(0) if x is None else next(found).to(x.dtype) for x in others[: kind.num_parameters])
-    return *of_queries, *of_keys, *parameters
+        found = ulysses.backward(problem, [joined, out, lse], dout, dlse, exchange)
+    gradients, dtypes = chain(*found), _dtypes_of_gradients(kind, others, dout.dtype)
+    return tuple(
+        next(gradients).to(dtype) if is_wanted else dout.new_empty(0)
+        for is_wanted, dtype in zip(settings.wanted, dtypes)
+    )
 
 
 def _fake_gradients(kind, dout, dlse, kept, *args):
     number = len(kind.inputs._fields) - kind.num_rows
-    of_rows = [dout.new_empty((dout.shape[0], *shape)) for shape in kind.shapes_of_rows(args[number])]
-    for x in args[: kind.num_parameters]:
-        of_rows.append(dout.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format))
-    return tuple(of_rows)
+    shapes = [(dout.shape[0], *shape) for shape in kind.shapes_of_rows(args[number])]
+    shapes += [None if x is None else x.shape for x in args[: kind.num_parameters]]
+    wanted, dtypes = kind.settings_of(args).wanted, _dtypes_of_gradients(kind, args, dout.dtype)
+    return tuple(
+        dout.new_empty(shape, dtype=dtype) if is_wanted else dout.new_empty(0)
+        for shape, dtype, is_wanted in zip(shapes, dtypes, wanted)
+    )
+
+
+def _dtypes_of_gradients(kind, others, of_rows):
+    return [of_rows] * kind.num_rows + [of_rows if x is None else x.dtype for x in others[: kind.num_parameters]]
 
 
 def _setup_context(kind, ctx, inputs, output):

@@ -26,12 +26,10 @@ from .local import (
     Problem,
     Rows,
     Sums,
-    copies,
     dtype_of_sums,
     join,
     no_results,
     parts_of,
-    split,
 )
 
 
@@ -55,18 +53,18 @@ def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
 
 def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
     """Gradients of the rows and, of the parameters, this rank's part; results are dout, dlse, out and lse."""
-    dtype = dtype_of_sums(rows.queries[0])
-    sums, arriving = Sums(problem, rows, results, dtype), None
+    sums, arriving = Sums(problem, rows, results, dtype_of_sums(rows.queries[0])), None
     for source, block in _round(problem, rows):
-        given, of_keys = rows.with_keys(block), torch.zeros_like(block, dtype=dtype)
+        given, of_keys = rows.with_keys(block), sums.zeros_of_keys(block.shape[0])
         for part in _parts(problem.sharding, problem.mask, problem.rank, source):
             sums.add(part, given, of_keys)
         if arriving is not None:
             of_keys += arriving.wait()
-        arriving = Shift(of_keys, problem.group)
-    own = arriving.wait()[: rows.keys[0].shape[0]]  # type: ignore[union-attr]
-    of_queries = [x.to(rows.queries[0].dtype) for x in sums.queries]
-    return of_queries, copies(split(own, rows.keys), rows.keys[0].dtype), sums.parameters
+        if sums.has_keys:
+            arriving = Shift(of_keys, problem.group)
+    num_rows, dtype = rows.keys[0].shape[0], rows.queries[0].dtype
+    own = arriving.wait()[:num_rows] if arriving else sums.zeros_of_keys(num_rows)
+    return [x.to(dtype) for x in sums.queries], sums.gradients_of_keys(own), sums.parameters
 
 
 def _round(problem: Problem, rows: Rows) -> Iterator[tuple[int, Tensor]]:

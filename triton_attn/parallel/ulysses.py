@@ -7,6 +7,7 @@ in the forward pass for the backward pass, instead of its own rows.
 Source: Jacobs et al., DeepSpeed Ulysses (2023), arXiv:2309.14509.
 """
 
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -78,13 +79,21 @@ def backward(problem: Problem, kept: list[Tensor], dout: Tensor, dlse: Tensor | 
 
     rows = _split_rows(over, joined)
     of_queries, of_keys, of_own = over.method.backward(_of_own_heads(problem, over), rows, dout, dlse, out, lse)
-    by_rank = _to_rows(over, torch.cat([x.flatten(1) for x in (*of_queries, *of_keys)], 1))
-    found = [_of_all_heads(x, shape) for x, shape in zip(_split(over, by_rank, 2), over.shapes)]
+    wanted = problem.attention.wanted
+    shapes = list(compress(over.shapes, wanted.queries + wanted.keys))
+    found = _gradients_of_rows(over, (*of_queries, *of_keys), shapes) if shapes else []
     parameters = []
-    for x, of_x in zip(problem.attention.of_each_head, of_own):
+    for x, of_x in zip(compress(problem.attention.of_each_head, wanted.parameters), of_own):
         parameters.append(of_x.new_zeros(x.shape))
         parameters[-1][_own_heads(problem, over)] = of_x
-    return found[: over.num_queries], found[over.num_queries :], parameters
+    number = len(of_queries)
+    return found[:number], found[number:], parameters
+
+
+def _gradients_of_rows(over, of_heads, shapes):
+    """Of this rank's rows and all heads, from those of all rows and its heads; shapes as in Exchange."""
+    by_rank = _to_rows(over, torch.cat([x.flatten(1) for x in of_heads], 1))
+    return [_of_all_heads(x, shape) for x, shape in zip(_split(over, by_rank, 2, shapes), shapes)]
 
 
 def _own_heads(problem, over):
@@ -133,13 +142,15 @@ def _of_all_heads(by_rank, shape):
 
 def _split_rows(over, joined):
     """The Rows of a rank's heads, whose queries and keys are side by side."""
-    tensors = [x if len(shape) > 1 else x[:, 0] for x, shape in zip(_split(over, joined, 1), over.shapes)]
+    found = _split(over, joined, 1, over.shapes)
+    tensors = [x if len(shape) > 1 else x[:, 0] for x, shape in zip(found, over.shapes)]
     return Rows(tuple(tensors[: over.num_queries]), tuple(tensors[over.num_queries :]))
 
 
-def _split(over, joined, dim):
-    """Views (..., heads, dim) of the tensors of a rank's heads, which are side by side in `dim`."""
-    shapes = shapes_of_share(over.shapes, over.num_ranks)
+def _split(over, joined, dim, shapes):
+    """Views (..., heads, dim) of the tensors of a rank's heads, which are side by side in `dim`; shapes as in Exchange,
+    of these tensors."""
+    shapes = shapes_of_share(shapes, over.num_ranks)
     return [x.unflatten(dim, shape) for x, shape in zip(joined.split([a * b for a, b in shapes], dim), shapes)]
 
 

@@ -19,14 +19,18 @@ def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
     """Gradients of the rows and of the parameters; results are dout, dlse, out and lse."""
     given, dsinks = results_of(problem, *results)
-    number, like = len(rows.queries), rows.queries[0]
-    found = [torch.zeros_like(x) for x in (*rows.queries, *rows.keys)]
-    parameters = [torch.zeros_like(x) for x in problem.attention.parameters]
+    attention = problem.attention
+    found = attention.wanted.pick(*(map(torch.zeros_like, x) for x in (*rows, attention.parameters)))
     for part in _parts(problem.sharding, problem.mask):  # one at most, from the first row on
-        of_queries, of_keys, parameters = problem.attention.gradients(part, given, rows)
-        missing = like.shape[0] - part.queries.size
-        found = [pad(x.to(like.dtype), (0, 0) * (x.ndim - 1) + (0, missing)) for x in (*of_queries, *of_keys)]
-    return found[:number], found[number:], [*parameters, *([] if dsinks is None else [dsinks])]
+        found = attention.gradients(part, given, rows)
+    of_queries, of_keys, parameters = found
+    of_queries, of_keys = ([_with_all_rows(x, rows.queries[0]) for x in each] for each in (of_queries, of_keys))
+    return of_queries, of_keys, [*parameters, *([] if dsinks is None else [dsinks])]
+
+
+def _with_all_rows(x, like):
+    """x with zeros for the rows that belong to no document, in the dtype of `like`."""
+    return pad(x.to(like.dtype), (0, 0) * (x.ndim - 1) + (0, like.shape[0] - x.shape[0]))
 
 
 @functools.lru_cache(maxsize=64)
