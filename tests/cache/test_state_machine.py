@@ -21,9 +21,9 @@ from hypothesis.stateful import (
 )
 from levels import LEVEL
 from prefix_trees import check_shared, check_tree, every_group, levels_of, nodes_of
-from small_caches import contents, make_step
+from small_caches import contents, integers_of, make_step, quantizable, read_rows, write_rows
 
-from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, append_latent_cache
+from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache
 from triton_attn.cache import prefix_groups
 from triton_attn.cache.events import PagesCleared, PagesStored
@@ -88,8 +88,9 @@ class CacheMachine(RuleBasedStateMachine):
         prefix_caching=st.integers(0, 7).map(bool),
         layout=st.none() | st.sampled_from(LAYOUTS),
         record_events=st.booleans(),
+        token_scales=st.booleans(),
     )
-    def make(self, num_pages, page_size, prefix_caching, layout, record_events):
+    def make(self, num_pages, page_size, prefix_caching, layout, record_events, token_scales):
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         layout = layout if self.has_layouts else None
@@ -100,6 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
             num_layers=NUM_LAYERS if layout is None else len(layout),
             prefix_caching=prefix_caching,
             record_events=record_events,
+            token_scales=token_scales,
             **({} if layout is None else {"layer_windows": layout}),
         )
         self.places = [(0, layer) for layer in range(NUM_LAYERS)]  # the group of each layer with keys, and its tensors
@@ -772,22 +774,28 @@ def page_hash(parent, token_ids):
 
 
 class PagedKVMachine(CacheMachine):
+    """Keys and values say the integer, in fp32 or in int8 with a scale for each token."""
+
     has_layouts = True
 
-    def make_cache(self, *args, **options):
-        return PagedKVCache(*args, num_kv_heads=1, head_dim=1, head_dim_v=2, dtype=torch.float32, **options)
+    def make_cache(self, *args, token_scales, **options):
+        sizes = dict(num_kv_heads=1, head_dim=2, dtype=torch.int8 if token_scales else torch.float32)
+        return PagedKVCache(*args, **sizes, token_scales=token_scales, **options)
 
     def tensors(self):
-        return self.cache.k_cache, self.cache.v_cache
+        cache = self.cache
+        scales = () if cache.k_scale is None else (cache.k_scale.transpose(2, 3), cache.v_scale.transpose(2, 3))
+        return cache.k_cache, cache.v_cache, *scales
 
     def write_layer(self, layer, contents, slots):
-        k = contents.view(-1, 1, 1)
-        append_kv_cache(k, -k.repeat(1, 1, 2), *(cache[layer] for cache in self.tensors()), slots, check_values=True)
+        rows = quantizable(contents)
+        write_rows(self.cache, layer, rows, -rows, slots, check_values=True)
 
     def read_layer(self, layer, slots):
-        k, v = (cache[layer].flatten(0, 1)[slots, 0] for cache in self.tensors())
-        assert torch.equal(v, -k.expand(-1, 2))
-        return k[:, 0]
+        k, v = read_rows(self.cache, layer, slots)
+        integers = integers_of(k)
+        assert torch.equal(integers_of(-v), integers)
+        return integers
 
 
 class LatentMachine(CacheMachine):
@@ -795,7 +803,7 @@ class LatentMachine(CacheMachine):
 
     dtype, kv_lora_rank = torch.float32, 3
 
-    def make_cache(self, *args, **options):
+    def make_cache(self, *args, token_scales, **options):
         return LatentKVCache(*args, kv_lora_rank=self.kv_lora_rank, qk_rope_head_dim=2, dtype=self.dtype, **options)
 
     def tensors(self):

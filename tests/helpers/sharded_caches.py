@@ -1,6 +1,7 @@
 """Caches that are sharded over gloo processes on a CPU, each held against one process with all keys."""
 
 import contextlib
+import itertools
 import math
 import random
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from draft_trees import bits_of
-from prefix_trees import tree_of
+from prefix_trees import every_group, tree_of
+from small_caches import integers_of, quantizable, read_rows, write_rows
 
 from triton_attn import (
     LatentKVCache,
@@ -23,6 +25,8 @@ from triton_attn import (
     paged_attention,
     reference,
 )
+from triton_attn._host.prefix_tree import read_tree
+from triton_attn.cache import prefix_groups
 from triton_attn.parallel import agreement, context_parallel_mla_decode, context_parallel_paged_attention, merging
 from triton_attn.testing import assert_close_to_reference
 
@@ -247,15 +251,28 @@ def received_bytes(mesh):
 
 def check_trace(seed, mesh):
     """Random operations on a sharded cache do what they do on one with pages of the same tokens: the same tables,
-    lengths, prefixes found and OutOfPages; and the pages of a rank hold its tokens, and nothing else."""
+    lengths, prefixes found, OutOfPages, pages behind windows and prefix trees; the pages of a rank hold its tokens, and
+    nothing else; and a decode step over a prefix tree is attention."""
     draw, num_ranks = random.Random(seed), mesh.size()
     page_size, interleave = draw.choice([(1, 1), (2, 1), (4, 2), (4, 4), (3, 1)])
-    num_pages, heads = draw.randint(4, 12), dict(num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32)
-    heads["device"] = "cpu"
+    windows = draw.choice([None, None, [-1, 3], [4, 4, -1], [2, -1, 7]])
+    has_scales = draw.random() < 0.5
+    sizes = dict(
+        num_layers=len(windows or [-1]),
+        num_kv_heads=1,
+        head_dim=2,
+        dtype=torch.int8 if has_scales else torch.float32,
+        token_scales=has_scales,
+        layer_windows=windows,
+        device="cpu",
+    )
+    num_pages = draw.randint(4, 12) * len(set(windows or [-1]))
     # The rank with the fewest pages decides for all.
     own_pages = num_pages + (mesh.get_local_rank() + seed) % num_ranks
-    caches = [PagedKVCache(num_pages, page_size * num_ranks, **heads)]
-    caches.append(PagedKVCache(own_pages, page_size, mesh=mesh, interleave=interleave, **heads))
+    caches = [PagedKVCache(num_pages, page_size * num_ranks, **sizes)]
+    caches.append(PagedKVCache(own_pages, page_size, mesh=mesh, interleave=interleave, **sizes))
+    for x in itertools.chain.from_iterable(map(pages_of, caches)):
+        x.fill_(math.nan if x.is_floating_point() else 127)  # where nothing is written
     live, contents = [], []  # pairs of sequences, and the contents of their tokens
     for _ in range(60):
         action = draw.choice(["create", "extend", "extend", "decode", "fork", "truncate", "free"])
@@ -269,21 +286,15 @@ def check_trace(seed, mesh):
         elif action in ("extend", "decode"):
             chosen = range(len(live)) if action == "decode" else [i]
             new = [[draw.randint(0, 1) for _ in range(1 if action == "decode" else draw.randint(0, 9))] for _ in chosen]
-            before = [cache.stats() for cache in caches], [tables(cache, live, j) for j, cache in enumerate(caches)]
-            slots = []
-            for j, cache in enumerate(caches):
-                with contextlib.suppress(OutOfPages):
-                    slots.append(cache.extend([live[k][j] for k in chosen], new))
-            assert len(slots) in (0, 2)
-            if not slots:
-                after = [cache.stats() for cache in caches], [tables(cache, live, j) for j, cache in enumerate(caches)]
-                assert before == after
+            slots = alike(caches, live, "extend", [[live[k][j] for k in chosen] for j in (0, 1)], new)
+            if slots is None:
                 continue
             grown = [prefixes(list(tokens), contents[k]) for k, tokens in zip(chosen, new)]
-            added = [x for k, of in zip(chosen, grown) for x in of[len(contents[k]) :]]
+            added = torch.tensor([x for k, of in zip(chosen, grown) for x in of[len(contents[k]) :]])
             for cache, where in zip(caches, slots):
-                rows = torch.tensor(added, dtype=torch.float32).view(-1, 1, 1).repeat(1, 1, 2)
-                write(cache, (rows, rows), where)
+                for group, layer, _ in places_of(cache):
+                    rows = quantizable(added + layer)
+                    write_rows(cache, layer, rows, rows, where if windows is None else where[group])
             for k, of in zip(chosen, grown):
                 contents[k] = of
         elif action == "fork":
@@ -291,14 +302,34 @@ def check_trace(seed, mesh):
             contents.append(list(contents[i]))
         elif action == "truncate":
             n = draw.randint(0, len(contents[i]))
-            for cache, seq in zip(caches, live[i]):
-                cache.truncate(seq, n)
-            contents[i] = contents[i][:n]
+            if alike(caches, live, "truncate", live[i], n) is not None:
+                contents[i] = contents[i][:n]
         else:
             for cache, seq in zip(caches, live.pop(i)):
                 cache.free(seq)
             contents.pop(i)
         compare(caches, live, contents, mesh.get_local_rank(), num_ranks, interleave)
+    check_attention(caches, live, mesh, interleave, *draw.choice(places_of(caches[0])))
+
+
+def alike(caches, live, name, seqs, argument):
+    """What a method returns of each cache for its own sequences; None if both refuse it, with nothing changed."""
+    before, results = [cache.stats() for cache in caches], []
+    before_tables = [tables(cache, live, j) for j, cache in enumerate(caches)]
+    for cache, own in zip(caches, seqs):
+        with contextlib.suppress(OutOfPages, ValueError):
+            results.append(getattr(cache, name)(own, argument))
+    assert len(results) in (0, 2)
+    if results:
+        return results
+    assert before == [cache.stats() for cache in caches]
+    assert before_tables == [tables(cache, live, j) for j, cache in enumerate(caches)]
+    return None
+
+
+def places_of(cache):
+    """(group, layer of the tensors, window) of each layer."""
+    return [(0, 0, -1)] if cache.layers is None else cache.layers
 
 
 def prefixes(tokens, before=()):
@@ -314,64 +345,132 @@ def tables(cache, live, j):
     return cache.cache_seqlens(seqs).tolist(), cache.block_table(seqs).tolist()
 
 
+def table_of(cache, seqs, group):
+    table = cache.block_table(seqs)
+    return table if cache.layers is None else table[group]
+
+
 def compare(caches, live, contents, rank, num_ranks, interleave):
     whole, sharded = caches
     assert whole.stats() == sharded.stats()
     assert tables(whole, live, 0) == tables(sharded, live, 1)
-    slots = sharded.k_cache.shape[2]
+    num_slots = sharded.k_cache.shape[2]
     for (_, seq), content in zip(live, contents):
-        pages = sharded.block_table([seq])[0].long()
-        own = [x for t, x in enumerate(content) if t // interleave % num_ranks == rank]
-        for cache in (sharded.k_cache, sharded.v_cache):
-            assert cache[0, pages, :, 0, 1].reshape(-1)[: len(own)].tolist() == own
-        assert len(pages) == math.ceil(len(content) / (slots * num_ranks))
+        for group, layer, window in places_of(sharded):
+            pages = table_of(sharded, [seq], group)[0].long()
+            assert len(pages) == math.ceil(len(content) / (num_slots * num_ranks))
+            # What the next token sees, page by page.
+            first = max(0, len(content) - window) // (num_slots * num_ranks) if window >= 0 else 0
+            own = [x + layer for t, x in enumerate(content) if t // interleave % num_ranks == rank][first * num_slots :]
+            slots = (pages[first:, None] * num_slots + torch.arange(num_slots)).flatten()[: len(own)]
+            for rows in read_rows(sharded, layer, slots):
+                assert integers_of(rows).tolist() == own
+
+
+def check_attention(caches, live, mesh, interleave, group, layer, window):
+    """The trees of both caches are the same, and a query of each sequence attends over the ranks' as over the whole.
+
+    It sees what the next token does, but for that token itself: after a truncation older pages may be gone.
+    """
+    q = torch.randn(len(live), 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    options = dict(softmax_scale=2.0**-20, window_size=(window - 1 if window > 0 else window, -1))
+    whole, sharded = (cached_keys(cache, [pair[j] for pair in live], group, layer) for j, cache in enumerate(caches))
+    trees = [keys.pop("prefix_tree") for keys in (whole, sharded)]
+    assert (trees[0] is None) == (trees[1] is None)
+    assert trees[0] is None or read_tree(trees[0]) == read_tree(trees[1])
+    expected = reference.paged_attention(q, **whole, **options)
+    sharding = dict(mesh=mesh, interleave=interleave, prefix_tree=trees[1])
+    found = context_parallel_paged_attention(q, **sharded, **options, **sharding)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * 2**20)
+
+
+def cached_keys(cache, seqs, group, layer):
+    """What a call for two query heads takes of a layer of a PagedKVCache, with the tree of all nodes."""
+    with mock.patch.object(prefix_groups, "plan_tree", every_group):
+        tree = cache.prefix_groups(2, layer_group=None if cache.layers is None else group).tree(seqs)
+    tensors = dict(k_cache=cache.k_cache, v_cache=cache.v_cache, k_scale=cache.k_scale, v_scale=cache.v_scale)
+    tensors = {name: x if x is None else x[layer] for name, x in tensors.items()}
+    places = dict(cache_seqlens=cache.cache_seqlens(seqs), block_table=table_of(cache, seqs, group))
+    return dict(**tensors, **places, prefix_tree=tree)
 
 
 def check_keep(case, mesh):
-    """Accepted drafts move between ranks as they do inside one process, in a cache of any dtype, with the bytes that
-    the docstring says; forks stay."""
-    seed, latent = case
+    """Accepted drafts move between ranks as they do inside one process, in a cache of any dtype and on the pages of
+    each group of layers, with the bytes that the docstring says; forks stay."""
+    seed, kind = case
     draw, num_ranks, rank = random.Random(seed), mesh.size(), mesh.get_local_rank()
-    page_size, interleave = draw.choice([(2, 1), (4, 2), (4, 4), (3, 1)])
-    sizes = dict(num_layers=2)
-    if latent:
-        sizes |= dict(kv_lora_rank=3, qk_rope_head_dim=2, dtype=draw.choice([torch.float32, torch.bfloat16]))
-    else:
-        heads = dict(num_kv_heads=2, head_dim=3, head_dim_v=2)
-        sizes |= heads | draw.choice([dict(dtype=torch.bfloat16), dict(dtype=torch.int8, token_scales=True)])
-    make = partial(LatentKVCache if latent else PagedKVCache, 64, **sizes, device="cpu")
-    caches = make(page_size=page_size * num_ranks), make(page_size=page_size, mesh=mesh, interleave=interleave)
-    lengths = [draw.randint(0, 20) for _ in range(3)]
-    num_drafts = draw.randint(1, 9)
+    caches, of_token, interleave = caches_to_keep(draw, kind, mesh)
+    lengths, num_drafts = [draw.randint(0, 20) for _ in range(3)], draw.randint(1, 12)
+    num_earlier = draw.randint(0, num_drafts)  # drafts of a call before, whose pages may be gone
     content = [torch.randint(1, 120, (40,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     seqs = []
     for cache in caches:
         own = [cache.create([])[0] for _ in lengths]
-        cache.extend(own, lengths)
-        cache.extend(own, [num_drafts] * 3)
-        for seq, rows in zip(own, content):
-            fill(cache, seq, rows)
+        for counts in (lengths, [num_earlier] * 3, [num_drafts - num_earlier] * 3):
+            cache.extend(own, counts)
+        for seq, numbers in zip(own, content):
+            fill(cache, seq, numbers)
         seqs.append(own)
     forks = [cache.fork(own[1]) for cache, own in zip(caches, seqs)]
-    accepted = [draw.sample(range(num_drafts), draw.randint(0, num_drafts)) for _ in lengths]
-    expected = read(caches[1], forks[1])
+    fewest = draw.choice([0, num_earlier])  # fewer may leave a sequence that ends on a page that is gone
+    accepted = [draw.sample(range(num_drafts), draw.randint(fewest, num_drafts)) for _ in lengths]
+    if draw.random() < 0.8:  # otherwise one may move from a page that is gone to one that is not
+        accepted = list(map(sorted, accepted))
+    moves = [
+        (start + i, start + j)
+        for seq, start, path in zip(seqs[1], lengths, accepted)
+        for group in range(caches[1]._num_groups)
+        for i, j in enumerate(path)
+        if start + i >= first_held(caches[1], seq, group)
+    ]
+    before = [rows_of(caches[1], seq) for seq in (forks[1], *seqs[1])]
     with received_bytes(mesh) as received:
-        for cache, own in zip(caches, seqs):
-            cache.keep(own, num_drafts, accepted)
+        refused = [refuses(cache.keep, own, num_drafts, accepted) for cache, own in zip(caches, seqs)]
+    assert refused[0] == refused[1]
 
-    def rank_of(position):
-        return position // interleave % num_ranks
-
-    moves = [(start + i, start + j) for start, path in zip(lengths, accepted) for i, j in enumerate(path)]
-    assert len(received) == any(rank_of(new) != rank_of(old) for new, old in moves)
-    num_tokens = sum(rank_of(new) == rank != rank_of(old) for new, old in moves)
-    assert sum(received) == num_tokens * kv_cache_bytes_per_token(**sizes), received
+    moves = [] if refused[0] else [[position // interleave % num_ranks for position in move] for move in moves]
+    assert len(received) == any(new != old for new, old in moves)
+    assert sum(received) == of_token * sum(new == rank != old for new, old in moves), received
     assert caches[0].stats() == caches[1].stats()
-    assert torch.equal(read(caches[1], forks[1]), expected)
+    after = [rows_of(caches[1], seq) for seq in (forks[1], *seqs[1])]
+    assert all(map(equal, before[: 4 if refused[0] else 1], after))
     for one, other in zip(*seqs):
-        keys = torch.arange(len(one))
-        keys = keys[keys // interleave % num_ranks == rank]
-        assert torch.equal(read(caches[0], one)[:, keys], read(caches[1], other))
+        own = keys_of(caches[1], other)
+        assert equal([x[:, keys] for x, keys in zip(rows_of(caches[0], one), own)], rows_of(caches[1], other))
+
+
+def caches_to_keep(draw, kind, mesh):
+    """A cache of one process and one of the mesh, the bytes of a token in the layers of a group, and interleave."""
+    page_size, interleave = draw.choice([(1, 1), (2, 1), (4, 2), (4, 4), (3, 1)])
+    sizes, windows = dict(num_layers=2), {}
+    if kind == "latent":
+        sizes |= dict(kv_lora_rank=3, qk_rope_head_dim=2, dtype=draw.choice([torch.float32, torch.bfloat16]))
+    else:
+        heads = dict(num_kv_heads=2, head_dim=3, head_dim_v=2)
+        sizes |= heads | draw.choice([dict(dtype=torch.bfloat16), dict(dtype=torch.int8, token_scales=True)])
+    if kind == "windows":
+        layout = draw.choice([[-1, 2], [0, 7], [0, -1], [-1, -1, -1, 1, 1]])  # the last: groups of 2, 1 and 2 layers
+        windows = dict(layer_windows=layout)
+    make = partial(LatentKVCache if kind == "latent" else PagedKVCache, 256, device="cpu", **windows)
+    of_cache = sizes | dict(num_layers=len(windows["layer_windows"]) if windows else 2)
+    caches = [make(page_size=page_size * mesh.size(), **of_cache)]
+    caches.append(make(page_size=page_size, mesh=mesh, interleave=interleave, **of_cache))
+    num_layers = len(pages_of(caches[0])[0])
+    return caches, kv_cache_bytes_per_token(**sizes | dict(num_layers=num_layers)), interleave
+
+
+def refuses(method, *arguments):
+    """Whether it raises ValueError."""
+    try:
+        method(*arguments)
+    except ValueError:
+        return True
+    return False
+
+
+def equal(one, other):
+    """Of two lists of tensors."""
+    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def check_refused_keep(case, mesh):
@@ -388,22 +487,37 @@ def check_refused_keep(case, mesh):
         ) from error
 
 
-def slots_of(cache, seq):
-    """The slots of a sequence's tokens that the cache has, and which tokens these are."""
-    num_keys = len(seq) if cache.key_shard is None else cache.key_shard.num_keys(len(seq))
-    keys, page_slots = torch.arange(num_keys), cache._page_slots
-    return cache.block_table([seq])[0].long()[keys // page_slots], keys % page_slots
+def first_held(cache, seq, group):
+    """The first position whose page a group of layers did not give back."""
+    return cache._firsts[seq._row + group].item() * cache.page_size
+
+
+def keys_of(cache, seq):
+    """For each group of layers, which of the tokens that all ranks hold are this rank's."""
+    found = []
+    for group in range(cache._num_groups):
+        positions, shard = torch.arange(first_held(cache, seq, group), len(seq)), cache.key_shard
+        is_own = torch.tensor(True) if shard is None else positions // shard.interleave % shard.num_ranks == shard.rank
+        found.append(is_own.expand(len(positions)).nonzero().flatten())
+    return found
+
+
+def places_of_tokens(cache, seq):
+    """For each group of layers the positions of the tokens that the cache holds, their pages and slots."""
+    table = cache.block_table([seq])
+    for group, keys in enumerate(keys_of(cache, seq)):
+        first, (row,) = first_held(cache, seq, group), table if cache.layers is None else table[group]
+        columns = first // cache.page_size + torch.arange(len(keys)) // cache._page_slots
+        yield first + keys, row.long()[columns], torch.arange(len(keys)) % cache._page_slots
 
 
 def fill(cache, seq, content):
     """Each token's number in every layer and tensor, times one for each."""
-    places, shard = slots_of(cache, seq), cache.key_shard
-    keys = torch.arange(len(seq))
-    keys = keys if shard is None else keys[keys // shard.interleave % shard.num_ranks == shard.rank]
-    for i, x in enumerate(pages_of(cache)):
-        for layer in range(2):
-            rows = content[keys] * (1 if x.dtype == torch.int8 else 1 + layer + 2 * i)
-            x[layer][places] = rows.view(-1, *[1] * (x.ndim - 3)).expand(-1, *x.shape[3:]).to(x.dtype)
+    for positions, pages, slots in places_of_tokens(cache, seq):
+        for i, x in enumerate(pages_of(cache)):
+            for layer in range(len(x)):
+                numbers = content[positions] * (1 if x.dtype == torch.int8 else 1 + layer + 2 * i)
+                x[layer][pages, slots] = numbers.view(-1, *[1] * (x.ndim - 3)).expand(-1, *x.shape[3:]).to(x.dtype)
 
 
 def pages_of(cache):
@@ -414,10 +528,12 @@ def pages_of(cache):
     ]
 
 
-def read(cache, seq):
-    """(layers, keys, all numbers of a token) of the keys of a sequence that the cache has."""
-    pages, slots = slots_of(cache, seq)
-    return torch.cat([x[:, pages, slots].double().flatten(2) for x in pages_of(cache)], dim=2)
+def rows_of(cache, seq):
+    """(layers, keys, all numbers of a token) of the keys of a sequence that the cache has, for each group of layers."""
+    return [
+        torch.cat([x[:, pages, slots].double().flatten(2) for x in pages_of(cache)], dim=2)
+        for _, pages, slots in places_of_tokens(cache, seq)
+    ]
 
 
 class Decoder:

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from triton_attn import PagedKVCache
+from triton_attn import PagedKVCache, append_kv_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
@@ -37,3 +37,30 @@ def contents(step):
     """What a CacheStep's buffers hold."""
     names = "slot_mapping", "positions", "cache_seqlens", "cu_seqlens_q", "block_table"
     return {name: getattr(step, name).tolist() for name in names}
+
+
+def quantizable(integers):
+    """Rows (tokens, 1, 2) of keys or values that say which integer each stands for, also in int8 with a scale for each
+    token: the second element sets the scale, the first one differs."""
+    x = integers.float().view(-1, 1, 1)
+    return torch.cat([x * (x % 64 / 64), x], dim=2)
+
+
+def integers_of(rows):
+    """The integers of such rows as they are read back, (tokens, 2)."""
+    part, integers = rows[:, 0], rows[:, 1].round()
+    assert ((part * 64 - integers * (integers % 64)).abs() <= integers / 2).all()
+    return integers
+
+
+def read_rows(cache, layer, slots):
+    """Keys and values (slots, head_dim) of a layer of a cache of one head, times their scales."""
+    for x, scale in ((cache.k_cache, cache.k_scale), (cache.v_cache, cache.v_scale)):
+        rows = x[layer].flatten(0, 1)[slots, 0]
+        yield rows if scale is None else rows * scale[layer].flatten(0, 1)[slots]
+
+
+def write_rows(cache, layer, k, v, slots, **options):
+    scales = [None if x is None else x[layer] for x in (cache.k_scale, cache.v_scale)]
+    caches = cache.k_cache[layer], cache.v_cache[layer]
+    append_kv_cache(k, v, *caches, slots, k_scale=scales[0], v_scale=scales[1], **options)

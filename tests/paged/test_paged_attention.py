@@ -346,6 +346,29 @@ def test_pages_outside_of_the_window_are_not_touched(record_property):
         assert window >= 0 or loaded == seen
 
 
+@pytest.mark.parametrize("attend", [paged_attention, reference.paged_attention], ids=["kernel", "reference"])
+@pytest.mark.parametrize("options", [{}, dict(key_shard=(1, 2, 4)), dict(tree_mask=[0b001, 0b000, 0b101])], ids=str)
+def test_pages_before_the_window_may_be_gone(options, attend):
+    """Where the table had them there is one that holds NaN."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 4, 32, generator=generator).to(DEVICE)
+    caches = list(torch.randn(2, 17, 16, 2, 32, generator=generator).to(DEVICE))
+    table = torch.arange(1, 17, dtype=torch.int32).view(2, 8)
+    seqlens = torch.tensor([120, 77], dtype=torch.int32, device=DEVICE)
+    if "tree_mask" in options:
+        options = dict(tree_mask=torch.tensor([options["tree_mask"]] * 2, device=DEVICE))
+    options = options | dict(window_size=(20, -1), return_lse=True)
+    expected = attend(q, *caches, seqlens, table.to(DEVICE), **options)
+    num_ranks = options.get("key_shard", (0, 1, 1))[1]
+    for row, seqlen in zip(table, seqlens.tolist()):
+        row[: (seqlen - 3 - 20 - ("tree_mask" in options)) // (16 * num_ranks)] = 0
+    assert (table == 0).any()
+    for cache in caches:
+        cache[0] = float("nan")
+    for result, wanted in zip(attend(q, *caches, seqlens, table.to(DEVICE), **options), expected):
+        assert torch.equal(result, wanted)
+
+
 @pytest.mark.parametrize("page_size", [48, 80])
 def test_pages_that_a_tile_does_not_divide(page_size):
     check(replace(PLAIN, page_size=page_size))

@@ -335,7 +335,8 @@ class PagedSequences:
         Over a mesh all ranks make the same call. They compare it first, in a collective of a few bytes for each draft
         with a sync, so that no rank changes anything where one refuses. Where accepted tokens change their ranks, one
         all-to-all follows. A rank receives `kv_cache_bytes_per_token` for each accepted token i that it holds from now
-        on and did not hold before; with `layer_windows` that of a group's layers, from each group that still holds it:
+        on and did not hold before; with `layer_windows` that of the layers of a page, for each group that still holds
+        the token's page:
 
             rank(start + i) = own,  rank(start + accepted[i]) != own,  rank(t) = t // interleave % num_ranks
 

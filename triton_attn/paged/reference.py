@@ -54,12 +54,17 @@ def paged_attention(
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1]) * num_ranks_of(shard)
     for i, seqlen in enumerate(cache_seqlens.clamp(max=capacity).tolist()):
         rows = i if bounds is None else slice(*bounds[i : i + 2])
-        num_keys = seqlen if shard is None else shard.num_keys(seqlen)
-        places = {} if shard is None else shard.places(seqlen, q[rows].shape[0], q.device)
+        bits = None if tree_mask is None else tree_mask[rows]
+        first, places = _first_seen(seqlen - q[rows].shape[0], window_size[0], bits), {}
+        keys = slice(first, seqlen)
+        if shard is not None:
+            keys = slice(shard.num_keys(first), shard.num_keys(seqlen))
+            places = shard.places(seqlen, q[rows].shape[0], q.device)
+            places["key_positions"] = places["key_positions"][keys]
         out_i, lse_i = attend_tree(
             q[rows][None],
-            _cached(k_cache, i, num_keys, block_table, k_scale, compute_dtype)[None],
-            _cached(v_cache, i, num_keys, block_table, v_scale, compute_dtype)[None],
+            _cached(k_cache, i, keys, block_table, k_scale, compute_dtype)[None],
+            _cached(v_cache, i, keys, block_table, v_scale, compute_dtype)[None],
             causal=causal,
             softmax_scale=softmax_scale,
             window_size=window_size,
@@ -67,7 +72,7 @@ def paged_attention(
             alibi_slopes=alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
             sinks=sinks,
             compute_dtype=compute_dtype,
-            tree_mask=None if tree_mask is None else tree_mask[rows],
+            tree_mask=bits,
             **places,
         )
         result[rows] = out_i[0]
@@ -75,20 +80,33 @@ def paged_attention(
     return (result, lse) if return_lse else result
 
 
-def _cached(cache, i, seqlen, block_table, scale, dtype):
-    """(seqlen, heads, dim) of sequence i."""
-    rows = _rows_of(cache, i, seqlen, block_table).to(dtype)
+def _first_seen(first_position, left, tree_mask):
+    """The first key that queries from this position on see; pages before it may be gone."""
+    if left < 0:
+        return 0
+    if tree_mask is not None:
+        drafts = torch.arange(len(tree_mask), device=tree_mask.device)
+        sees_drafts = (tree_mask[:, None] >> drafts & 1).any(1)
+        first_position -= 0 if sees_drafts.all() else 1  # a query that does not even see itself
+    return max(0, first_position - left)
+
+
+def _cached(cache, i, keys, block_table, scale, dtype):
+    """(keys, heads, dim) of sequence i."""
+    rows = _rows_of(cache, i, keys, block_table).to(dtype)
     if scale is None:
         return rows
     if isinstance(scale, Tensor) and scale.ndim == 3:
-        return rows * _rows_of(scale, i, seqlen, block_table).to(dtype).unsqueeze(2)
+        return rows * _rows_of(scale, i, keys, block_table).to(dtype).unsqueeze(2)
     return rows * torch.as_tensor(scale, dtype=dtype, device=cache.device).reshape(-1, 1)
 
 
-def _rows_of(cache, i, seqlen, block_table):
-    """(seqlen, heads, ...) of sequence i, as they are cached."""
+def _rows_of(cache, i, keys, block_table):
+    """(keys, heads, ...) of sequence i, as they are cached."""
     if block_table is None:
-        return cache[i, :seqlen]
-    pages = block_table[i, : -(-seqlen // cache.shape[1])].long()
+        return cache[i, keys]
+    page_size = cache.shape[1]
+    first_page, end_page = keys.start // page_size, -(-keys.stop // page_size)
     bits = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
-    return bits[pages].view(cache.dtype).flatten(0, 1)[:seqlen]
+    rows = bits[block_table[i, first_page:end_page].long()].view(cache.dtype).flatten(0, 1)
+    return rows[keys.start - first_page * page_size : keys.stop - first_page * page_size]
