@@ -2,12 +2,18 @@
 would not see: a plan that is used again for other options, and what a call costs the host.
 """
 
+import functools
+import gc
+import shutil
+import weakref
+
 import pytest
 import torch
-from host_cost import bare_launches, median_microseconds, python_calls
+from host_cost import bare_launches, median_microseconds, python_calls, real_launcher
 from plans import check_neighbour, launches_of
 
 from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, gather_kv_cache, gather_latent_cache
+from triton_attn._host.tuned import forget_plans
 from triton_attn.cache.kernels import append, append_latent, copy, gather
 from triton_attn.toolchain import compile_only
 
@@ -52,32 +58,202 @@ def test_options(is_latent, base, more):
     check_neighbour(launches, base, more)
 
 
-@pytest.mark.oldest
-@pytest.mark.parametrize(
-    ("call", "most"),
-    [("keys", 31), ("latents", 38), ("pages", 29), ("gathered keys", 38), ("gathered latents", 47)],
-)
-def test_host_cost(call, most, record_property):
-    """Python calls besides those of the bare launch: they repeat exactly. The ratio of times is printed.
-
-    On Triton 3.9.0 it was 1.98 for keys, 2.26 for latents, 2.98 for pages, 1.90 and 2.13 for what is gathered of both:
-    above the 1.5 that is wanted. Checks of arguments are most of the rest.
-    """
+def calls_by_form():
+    """{form: a call}: the calling forms of the functions that launch a kernel on a cache."""
     k, cache, slots = torch.empty(8, 8, 128), torch.empty(64, 16, 8, 128), torch.arange(8)
     v, table, bounds = torch.empty_like(k), torch.zeros(2, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     kv_latent, k_pe, latent_cache = torch.empty(8, 512), torch.empty(8, 64), torch.empty(64, 64, 576)
-    sizes = dict(kv_lora_rank=512, qk_rope_head_dim=64)
-    calls = {
+    k16, kv16, pe16 = k.bfloat16(), kv_latent.bfloat16(), k_pe.bfloat16()
+    fp8, rows, scales = cache.to(E4M3), torch.empty(64, 64, 656, dtype=torch.uint8), torch.empty(64, 16, 8)
+    rope, rope_pe = (dict(rope_cos=x, rope_sin=x, positions=slots) for x in (torch.empty(64, 64), torch.empty(64, 32)))
+    layers, sources, targets = cache.expand(2, *cache.shape).clone(), slots[:2], slots[2:4]
+    others, sizes = layers.clone(), dict(kv_lora_rank=512, qk_rope_head_dim=64)
+    latents = table, bounds
+    return {
         "keys": lambda: append_kv_cache(k, k, cache, cache, slots),
+        "keys, rope": lambda: append_kv_cache(k, k, cache, cache, slots, **rope),
+        "keys, fp8": lambda: append_kv_cache(k16, k16, fp8, fp8, slots, k_scale=0.5, v_scale=0.5),
+        "keys, token scales": lambda: append_kv_cache(k16, k16, fp8, fp8, slots, k_scale=scales, v_scale=scales),
         "latents": lambda: append_latent_cache(kv_latent, k_pe, latent_cache, slots),
+        "latents, rope": lambda: append_latent_cache(kv_latent, k_pe, latent_cache, slots, **rope_pe),
+        "latents, fp8 rows": lambda: append_latent_cache(kv16, pe16, rows, slots),
+        "pages": lambda: copy_kv_pages((cache, cache), sources, targets),
+        "pages of layers": lambda: copy_kv_pages((layers, layers), sources, targets),
+        "pages to another cache": lambda: copy_kv_pages((layers, layers), sources, targets, to=(others, others)),
         "gathered keys": lambda: gather_kv_cache(cache, cache, table, bounds, out=(k, v)),
-        "gathered latents": lambda: gather_latent_cache(latent_cache, table, bounds, out=(kv_latent, k_pe), **sizes),
-        "pages": lambda: copy_kv_pages((cache, cache), slots[:2], slots[2:4]),
+        "gathered keys, new": lambda: gather_kv_cache(cache, cache, table, bounds, 8),
+        "gathered keys, fp8": lambda: gather_kv_cache(fp8, fp8, table, bounds, out=(k, v), k_scale=0.5, v_scale=0.5),
+        "gathered latents": lambda: gather_latent_cache(latent_cache, *latents, out=(kv_latent, k_pe), **sizes),
+        "gathered latents, fp8 rows": lambda: gather_latent_cache(rows, *latents, out=(kv16, pe16), **sizes),
     }
-    with compile_only("sm_90", every_launch=False):
-        launch = bare_launches(calls[call], MODULES)
-        cost = median_microseconds({"call": calls[call], "launch": launch}, batches=20)
-        extra_calls = python_calls(calls[call]) - python_calls(launch)
+
+
+@pytest.mark.oldest
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU")
+@pytest.mark.parametrize(
+    ("form", "most"),
+    [
+        ("keys", 19),
+        ("keys, rope", 20),
+        ("keys, fp8", 26),
+        ("keys, token scales", 26),
+        ("latents", 19),
+        ("latents, rope", 20),
+        ("latents, fp8 rows", 24),
+        ("pages", 13),
+        ("pages of layers", 13),
+        ("pages to another cache", 13),
+        ("gathered keys", 25),
+        ("gathered keys, new", 29),
+        ("gathered keys, fp8", 32),
+        ("gathered latents", 27),
+        ("gathered latents, fp8 rows", 32),
+    ],
+)
+def test_host_cost(form, most, record_property):
+    """A known call beside its bare launch, through Triton's own launcher: 1.5 times as long is wanted.
+
+    Python calls besides those of the launch repeat exactly. The ratio of times was 1.33 to 1.52 on Triton 3.9.0 and
+    3.6.0: above 1.5 were pages that go to another cache. Other processes on the machine change it by a few per cent.
+    """
+    call = calls_by_form()[form]
+    with real_launcher("sm_90"):
+        launch = bare_launches(call, MODULES)
+        cost = median_microseconds({"call": call, "launch": launch}, batches=20)
+        extra_calls = python_calls(call) - python_calls(launch)
     ratio = cost["call"] / cost["launch"]
-    record_property("figure", f"{call}: {ratio:.2f} times its bare launch, {extra_calls} more Python calls")
+    record_property("figure", f"{form}: {ratio:.2f} times its bare launch, {extra_calls} more Python calls")
     assert extra_calls <= most
+    assert ratio <= 1.65
+
+
+class Own(torch.Tensor):
+    """A subclass that sees no calls: its tensors are taken as plain ones."""
+
+
+def wrong_calls():
+    """{what: (a call, a call like it that is wrong)}."""
+    k, cache, slots = torch.zeros(8, 4, 64), torch.zeros(8, 16, 4, 64), torch.arange(8)
+    k16, fp8, tables = k.bfloat16(), cache.to(E4M3), torch.zeros(64, 32)
+    rope, near = dict(rope_cos=tables, rope_sin=tables), slots[:4]
+    kv_latent, k_pe = torch.zeros(8, 512, dtype=torch.bfloat16), torch.zeros(8, 64, dtype=torch.bfloat16)
+    rows = torch.zeros(4, 16, 656, dtype=torch.uint8)
+    unaligned_rows = torch.zeros(rows.numel() + 1, dtype=torch.uint8)[1:].view(rows.shape)
+    table, bounds = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    latents, sizes = torch.zeros(4, 16, 576), dict(kv_lora_rank=512, qk_rope_head_dim=64)
+    append = functools.partial(append_kv_cache, k, k, cache, cache)
+    scaled = functools.partial(append_kv_cache, k16, k16, fp8, fp8, slots)
+    rotate = functools.partial(append, slots, **rope)
+    copy_pages = functools.partial(copy_kv_pages, (cache, cache))
+    read = functools.partial(gather_kv_cache, cache, cache, table, bounds)
+    read_latents = functools.partial(gather_latent_cache, latents, table, bounds, 8)
+    own, spread = cache.as_subclass(Own), torch.zeros(8, 16, 4, 128)[..., ::2]
+    return {
+        "stride": (lambda: append(slots), lambda: append_kv_cache(k, k, cache, spread, slots)),
+        "dtype": (lambda: append(slots), lambda: append(slots.int())),
+        "shape": (lambda: append(slots), lambda: append(slots[1:])),
+        "list": (lambda: append(slots), lambda: append([*range(8)])),
+        "gradient": (
+            lambda: append(slots),
+            lambda: append_kv_cache(k.clone().requires_grad_(), k, cache, cache, slots),
+        ),
+        "vmap": (
+            lambda: append(slots),
+            lambda: torch.vmap(lambda x: append_kv_cache(x, k, cache, cache, slots))(k[None]),
+        ),
+        "subclass": (
+            lambda: append_kv_cache(k, k, own, own, slots),
+            lambda: append_kv_cache(k, k, own, own[..., :32], slots),
+        ),
+        "value": (lambda: append(slots), lambda: append(slots + 1000, check_values=True)),
+        "check_values": (lambda: append(slots), lambda: append(slots, check_values=1)),
+        "number": (lambda: scaled(k_scale=0.5), lambda: scaled(k_scale=-0.5)),
+        "bool for a number": (lambda: scaled(k_scale=1), lambda: scaled(k_scale=True)),
+        "scale of a plain cache": (lambda: append(slots), lambda: append(slots, k_scale=torch.ones(8, 16, 4))),
+        "int for a bool": (
+            lambda: rotate(positions=slots, rope_interleaved=True),
+            lambda: rotate(positions=slots, rope_interleaved=1),
+        ),
+        "positions": (lambda: rotate(positions=slots), lambda: rotate(positions=slots.float())),
+        "no positions": (lambda: append(slots), lambda: rotate()),
+        "address": (
+            lambda: append_latent_cache(kv_latent, k_pe, rows, slots),
+            lambda: append_latent_cache(kv_latent, k_pe, unaligned_rows, slots),
+        ),
+        "no cache": (lambda: copy_pages(near, near), lambda: copy_pages(near, near, to=())),
+        "number of caches": (
+            lambda: copy_pages(near, near, to=(spread.clone(),) * 2),
+            lambda: copy_pages(near, near, to=cache),
+        ),
+        "layers": (lambda: copy_pages(near, near), lambda: copy_kv_pages((cache, cache[:, None]), near, near)),
+        "num_tokens": (lambda: read(out=(k, k)), lambda: read(7, out=(k, k))),
+        "negative num_tokens": (lambda: read(8), lambda: read(-1)),
+        "out": (lambda: read(out=(k, k)), lambda: read(out=(k, k[:, :2]))),
+        "no out": (lambda: read(8), lambda: read(out=(None,))),
+        "dtype of out": (lambda: read(8, dtype=torch.float16), lambda: read(8, dtype=torch.int8)),
+        "sizes": (
+            lambda: read_latents(**sizes),
+            lambda: read_latents(kv_lora_rank=512, qk_rope_head_dim=32),
+        ),
+    }
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("what", wrong_calls())
+def test_a_known_call_hides_no_error(what):
+    """A wrong call says the same, and launches nothing, whether calls like it are known or not."""
+    right, wrong = wrong_calls()[what]
+    said = []
+    for is_known in (False, True):
+        forget_plans()
+        if is_known:
+            assert len(launches_of(right, MODULES)) == len(launches_of(right, MODULES)) == 1
+        with compile_only("sm_90") as launches, pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
+            wrong()
+        assert not launches
+        said.append((error.type, str(error.value)))
+    assert said[0] == said[1]
+
+
+def test_a_known_call_follows_the_environment(monkeypatch):
+    k, cache, slots = torch.ones(8, 4, 64), torch.zeros(8, 16, 4, 64), torch.arange(8)
+    with compile_only("sm_90", every_launch=True) as launches:
+        for _ in range(2):
+            append_kv_cache(k, k, cache, cache, slots)
+        assert len(launches) == 2
+        monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+        append_kv_cache(k, k, cache, cache, slots)
+        assert len(launches) == 2
+        assert cache.sum() == k.sum()
+        monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
+        with pytest.raises(ValueError, match="slot_mapping"):
+            append_kv_cache(k, k, cache, cache, slots + 1000)
+
+
+def test_a_known_call_follows_the_gpu():
+    """CPU tensors stand for those of two GPUs, of which one converts fp8."""
+    cache, table = torch.empty(8, 16, 4, 64, dtype=E4M3), torch.zeros(1, 4, dtype=torch.int32)
+
+    def launches(arch):
+        bounds = torch.zeros(2, dtype=torch.int32)
+        return launches_of(lambda: gather_kv_cache(cache, cache, table, bounds, 8), MODULES, arch)
+
+    forget_plans()
+    expected = launches("sm_80")
+    forget_plans()
+    assert launches("sm_90") != expected
+    assert launches("sm_80") == expected
+
+
+def test_a_known_call_holds_no_tensor():
+    calls = calls_by_form()
+    given = [cell.cell_contents for call in calls.values() for cell in call.__closure__]
+    held = [weakref.ref(x) for x in given if isinstance(x, torch.Tensor)]
+    with compile_only("sm_90"):
+        for call in calls.values():
+            call()
+            call()
+    del calls, call, given
+    gc.collect()
+    assert held
+    assert not any(ref() is not None for ref in held)

@@ -1,10 +1,15 @@
 """Host cost of a call, beside its bare launches."""
 
 import contextlib
+import ctypes
+import os
 import statistics
 import sys
 import time
 from unittest import mock
+
+from triton_attn.toolchain import compilation, compile_only
+from triton_attn.toolchain.emulator import stub
 
 
 def median_microseconds(calls, batches=100, rounds=30):
@@ -50,6 +55,41 @@ def bare_launches(call, modules):
             kernel(*args, enable_fp_fusion=True, **constants)
 
     return repeat
+
+
+@contextlib.contextmanager
+def real_launcher(arch):
+    """`compile_only` with Triton's own launcher, over a stub of libcuda whose launches do nothing."""
+    library = stub.library()
+    slot = ctypes.c_void_p.in_dll(library, "stub_launch")
+    nothing = ctypes.cast(library.cuInit, ctypes.c_void_p).value  # returns 0, as a launch without a fault does
+    with mock.patch.dict(os.environ, STUB_ARCH=arch.removeprefix("sm_")), compile_only(arch, driver=_RealLauncher):
+        slot.value = nothing
+        try:
+            yield
+        finally:
+            slot.value = None
+
+
+class _RealLauncher(compilation._Driver):
+    def __init__(self, arch, every_launch):
+        super().__init__(arch, every_launch)
+        self.nvidia = stub.nvidia_driver()
+        self.cuda, self.names = self.nvidia.CudaUtils(), []
+
+    def __getattr__(self, name):
+        if name == "cuda":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.cuda, name)
+
+    def load_binary(self, name, binary, shared, device):
+        self.names.append(ctypes.create_string_buffer(name.encode()))  # the stub's functions are their names
+        return 1, ctypes.addressof(self.names[-1]), 0, 0, 1024
+
+    def launcher_cls(self, src, metadata):
+        compiled = src.fn.device_caches[self.device][0].values()
+        self.kernels.append(next(kernel for kernel in compiled if kernel.src is src))
+        return self.nvidia.CudaLauncher(src, metadata)
 
 
 def _medians(calls, rounds):

@@ -188,8 +188,8 @@ def test_branches_that_end_early(plain):
 def test_the_kernels_run(plain, monkeypatch):
     """A greedy request, two samples and two beams in one batch, with the kernels of this process."""
     calls = []
-    append_kernel, paged_kernel = append.launch_append_kv_cache, paged_api._kernel()
-    monkeypatch.setattr(append, "launch_append_kv_cache", lambda *a: (calls.append("append"), append_kernel(*a)))
+    append_kernel, paged_kernel = append.Plan.launch, paged_api._kernel()
+    monkeypatch.setattr(append.Plan, "launch", lambda *a: (calls.append("append"), append_kernel(*a)))
     monkeypatch.setattr(paged_api, "_kernel", lambda: lambda *a: (calls.append("attend"), paged_kernel(*a)))
     greedy, sampling, searching = prompts(9, 6, 3)
     requests = [Samples(greedy, 4), Samples(sampling, 3, 2, 1.0, seed=5), BeamSearch(searching, 3, 2)]

@@ -822,8 +822,8 @@ FAULTS = (
     Fault(
         "G08",
         "triton_attn/cache/kernels/gather.py",
-        "offsets = offsets // TILE.NUM_STRIDE_BYTES",
-        "offsets = offsets",
+        "offsets // 2, is_there",
+        "offsets, is_there",
         "GATHER",
     ),
     Fault("G09", "triton_attn/cache/kernels/gather.py", "(page >= 0) & (page < num_pages)", "page >= 0", "GATHER"),

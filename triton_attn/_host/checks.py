@@ -186,15 +186,19 @@ def check_cache_scale(name, scale, num_heads_kv, device):
     """A factor of cached elements: None, a number above 0, or a tensor of one element or one per KV head.
 
     Returns it; a number as a float."""
-    if scale is None:
-        return None
     if isinstance(scale, torch.Tensor):
         check_per_head(name, scale, ((1,),) if num_heads_kv == 1 else ((1,), (num_heads_kv,)), device, (torch.float32,))
         check_last_contiguous(name, scale)
-    else:
-        scale = check_number(name, scale)
-        if scale <= 0:
-            fail(name, "a number above 0", scale)
+    return check_factor(name, scale)
+
+
+def check_factor(name: str, scale: Any) -> Any:
+    """A factor that is None, a number above 0, which is returned as a float, or a tensor that is known to be right."""
+    if scale is None or isinstance(scale, torch.Tensor):
+        return scale
+    scale = check_number(name, scale)
+    if scale <= 0:
+        fail(name, "a number above 0", scale)
     return scale
 
 

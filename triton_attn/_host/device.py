@@ -35,7 +35,7 @@ def launch(kernel, grid, device, args, constants):
     """kernel[grid](*args, **constants) on the given device, without the cost of creating kernel[grid]."""
     if grid[0] >= 2**31:
         fail("the call's tiles", "fewer than 2**31", grid[0])
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.index is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
     else:

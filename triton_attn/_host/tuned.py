@@ -136,6 +136,11 @@ def remember(function):
     return plan
 
 
+def generation():
+    """An object that is another one each time that tables change."""
+    return _generation
+
+
 def forget_plans():
     global _generation
     _generation = object()

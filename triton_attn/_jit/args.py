@@ -127,11 +127,17 @@ def scales_of(k_scale, v_scale):
     """The Scales of two numbers or tensors, or None. Tensors with three dimensions have a factor for each slot."""
     if k_scale is None and v_scale is None:
         return NO_SCALES
-    k_tokens, v_tokens = (
-        View(x, Strides(*x.stride())) if getattr(x, "ndim", 0) == 3 else None for x in (k_scale, v_scale)
-    )
-    k, v = (k_scale if k_tokens is None else None), (v_scale if v_tokens is None else None)
-    return Scales(scale_of(k), scale_of(v), k_tokens, v_tokens)
+    (k, k_tokens), (v, v_tokens) = _scale_and_view(k_scale), _scale_and_view(v_scale)
+    return Scales(k, v, k_tokens, v_tokens)
+
+
+def _scale_and_view(scale):
+    """(Scale, View), of which at most one is not None."""
+    if type(scale) is float:  # hasattr and getattr with a default are slow where the attribute is missing
+        return Scale(scale, 0), None
+    if getattr(scale, "ndim", 0) == 3:
+        return None, View(scale, Strides(*scale.stride()))
+    return scale_of(scale), None
 
 
 def scale_of(scale):

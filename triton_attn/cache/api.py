@@ -12,6 +12,7 @@ from .._host.checks import (
     MAX_HEAD_DIM,
     QUANTIZED_BITS,
     check_bool,
+    check_factor,
     check_kv_scale,
     check_last_contiguous,
     check_latent_scales,
@@ -20,6 +21,7 @@ from .._host.checks import (
     check_tensor,
     fail,
 )
+from .._host.known import Plans
 from .._host.latent import latent_storage
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from . import reference
@@ -90,24 +92,62 @@ def append_kv_cache(
 
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
+    operands = k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions
+    key, plan = _append_plans.find((*operands, rope_interleaved))
+    if plan is not None:
+        k_scale, v_scale = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
+        if not should_check_values(check_values) and use_kernel(k):
+            plan.launch(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions)
+            return
     _check_append(k, v, k_cache, v_cache, slot_mapping)
-    k_number = k_token_scales = v_number = v_token_scales = None
-    if k_scale is not None:
-        k_number, k_scale, k_token_scales = _scale_operands(check_kv_scale("k_scale", k_scale, k_cache))
-    if v_scale is not None:
-        v_number, v_scale, v_token_scales = _scale_operands(check_kv_scale("v_scale", v_scale, v_cache))
+    scales = check_kv_scale("k_scale", k_scale, k_cache), check_kv_scale("v_scale", v_scale, v_cache)
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k", k, rope_cos, rope_sin, positions)
-    scales = k_scale, v_scale, k_token_scales, v_token_scales
-    tensors = k, v, k_cache, v_cache, slot_mapping, *scales, rope_cos, rope_sin, positions
-    more = k_number, v_number, rope_interleaved, should_check_values(check_values)
-    if not is_observed(*tensors):
-        _append_kv_cache(*tensors, *more)
-        return
+    operands = k, v, k_cache, v_cache, slot_mapping, *scales, rope_cos, rope_sin, positions
+    more = rope_interleaved, should_check_values(check_values)
+    if is_observed(*[x for x in operands if isinstance(x, Tensor)]):
+        _append_observed(operands, *more)
+    else:
+        _append_plans.keep(key, _append(operands, *more))
+
+
+_append_plans = Plans()
+
+
+def _append(operands, rope_interleaved, check_values):
+    """`append_kv_cache` with checked arguments; the plan of its launch, None of the reference."""
+    *tensors, k_scale, v_scale, rope_cos, rope_sin, positions = operands
+    k, _, k_cache, _, slot_mapping = tensors
+    if check_values:
+        _check_append_values(slot_mapping, k_cache, rope_cos, positions)
+    if not use_kernel(k):
+        reference.append_kv_cache(
+            *tensors,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
+            positions=positions,
+            rope_interleaved=rope_interleaved,
+        )
+        return None
+    # Imported at the first call, so that the package can be imported without triton.
+    from .kernels.append import plan_append_kv_cache
+
+    plan = plan_append_kv_cache(operands, rope_interleaved)
+    plan.launch(*operands)
+    return plan
+
+
+def _append_observed(operands, rope_interleaved, check_values):
+    """The operator takes each scale as a number, a tensor that it reads, or one that it writes."""
+    *tensors, k_scale, v_scale, rope_cos, rope_sin, positions = operands
+    (k_number, k_scale, k_token_scales), (v_number, v_scale, v_token_scales) = map(_scale_operands, (k_scale, v_scale))
+    tensors += k_scale, v_scale, k_token_scales, v_token_scales, rope_cos, rope_sin, positions
     names = "k", "v", "k_cache", "v_cache", "slot_mapping", "k_scale", "v_scale", "k_scale", "v_scale"
     names += "rope_cos", "rope_sin", "positions"
     _refuse_transforms(*zip(*((name, x) for name, x in zip(names, tensors) if x is not None)))
-    _append_kv_cache_operator(*tensors, *more)
+    _append_kv_cache_operator(*tensors, k_number, v_number, rope_interleaved, check_values)
 
 
 def _scale_operands(scale):
@@ -136,28 +176,8 @@ def _append_kv_cache(
 ) -> None:
     k_factor = k_number if k_number is not None else k_token_scales if k_scale is None else k_scale
     v_factor = v_number if v_number is not None else v_token_scales if v_scale is None else v_scale
-    rope = rope_cos, rope_sin, positions, rope_interleaved
-    if check_values:
-        _check_append_values(slot_mapping, k_cache, rope_cos, positions)
-    if not use_kernel(k):
-        reference.append_kv_cache(
-            k,
-            v,
-            k_cache,
-            v_cache,
-            slot_mapping,
-            k_scale=k_factor,
-            v_scale=v_factor,
-            rope_cos=rope_cos,
-            rope_sin=rope_sin,
-            positions=positions,
-            rope_interleaved=rope_interleaved,
-        )
-        return
-    # Imported at the first call, so that the package can be imported without triton.
-    from .kernels.append import launch_append_kv_cache
-
-    launch_append_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_factor, v_factor, *rope)
+    rope = rope_cos, rope_sin, positions
+    _append((k, v, k_cache, v_cache, slot_mapping, k_factor, v_factor, *rope), rope_interleaved, check_values)
 
 
 _append_kv_cache_operator = torch.library.custom_op(
@@ -236,19 +256,64 @@ def append_latent_cache(
 
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
+    operands = kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions
+    key, plan = _append_latent_plans.find((*operands, rope_interleaved))
+    if plan is not None:
+        k_scale, k_pe_scale = check_factor("k_scale", k_scale), check_factor("k_pe_scale", k_pe_scale)
+        if not should_check_values(check_values) and use_kernel(kv_latent):
+            if latent_cache.dtype == torch.uint8:
+                check_rows_aligned("latent_cache", latent_cache)
+            plan.launch(kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions)
+            return
     _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
-    scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
-    (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
+    scales = tuple(check_latent_scales(latent_cache, k_scale, k_pe_scale))
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k_pe", k_pe, rope_cos, rope_sin, positions)
-    tensors = kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions
-    more = k_number, k_pe_number, rope_interleaved, should_check_values(check_values)
-    if not is_observed(*tensors):
-        _append_latent_cache(*tensors, *more)
-        return
+    operands = kv_latent, k_pe, latent_cache, slot_mapping, *scales, rope_cos, rope_sin, positions
+    more = rope_interleaved, should_check_values(check_values)
+    if is_observed(*[x for x in operands if isinstance(x, Tensor)]):
+        _append_latent_observed(operands, *more)
+    else:
+        _append_latent_plans.keep(key, _append_latent(operands, *more))
+
+
+_append_latent_plans = Plans()
+
+
+def _append_latent(operands, rope_interleaved, check_values):
+    """`append_latent_cache` with checked arguments; the plan of its launch, None of the reference."""
+    *tensors, k_scale, k_pe_scale, rope_cos, rope_sin, positions = operands
+    _, _, latent_cache, slot_mapping = tensors
+    if latent_cache.dtype == torch.uint8:
+        check_rows_aligned("latent_cache", latent_cache)
+    if check_values:
+        _check_append_values(slot_mapping, latent_cache, rope_cos, positions)
+    if not use_kernel(latent_cache):
+        reference.append_latent_cache(
+            *tensors,
+            k_scale=k_scale,
+            k_pe_scale=k_pe_scale,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
+            positions=positions,
+            rope_interleaved=rope_interleaved,
+        )
+        return None
+    from .kernels.append_latent import plan_append_latent_cache
+
+    plan = plan_append_latent_cache(operands, rope_interleaved)
+    plan.launch(*operands)
+    return plan
+
+
+def _append_latent_observed(operands, rope_interleaved, check_values):
+    """The operator takes a scale as a number or as a tensor."""
+    *tensors, k_scale, k_pe_scale, rope_cos, rope_sin, positions = operands
+    (k_number, k_scale), (k_pe_number, k_pe_scale) = number_and_tensor(k_scale), number_and_tensor(k_pe_scale)
+    tensors += k_scale, k_pe_scale, rope_cos, rope_sin, positions
     names = "kv_latent", "k_pe", "latent_cache", "slot_mapping", "k_scale", "k_pe_scale", "rope_cos", "rope_sin"
     _refuse_transforms((*names, "positions"), tensors)
-    _append_latent_cache_operator(*tensors, *more)
+    _append_latent_cache_operator(*tensors, k_number, k_pe_number, rope_interleaved, check_values)
 
 
 def _append_latent_cache(
@@ -266,29 +331,9 @@ def _append_latent_cache(
     rope_interleaved: bool,
     check_values: bool,
 ) -> None:
-    factors = (k_number if k_scale is None else k_scale), (k_pe_number if k_pe_scale is None else k_pe_scale)
-    if latent_cache.dtype == torch.uint8:
-        check_rows_aligned("latent_cache", latent_cache)
-    if check_values:
-        _check_append_values(slot_mapping, latent_cache, rope_cos, positions)
-    rope = rope_cos, rope_sin, positions, rope_interleaved
-    if not use_kernel(kv_latent):
-        reference.append_latent_cache(
-            kv_latent,
-            k_pe,
-            latent_cache,
-            slot_mapping,
-            k_scale=factors[0],
-            k_pe_scale=factors[1],
-            rope_cos=rope_cos,
-            rope_sin=rope_sin,
-            positions=positions,
-            rope_interleaved=rope_interleaved,
-        )
-        return
-    from .kernels.append_latent import launch_append_latent_cache
-
-    launch_append_latent_cache(kv_latent, k_pe, latent_cache, slot_mapping, *factors, *rope)
+    factors = k_number if k_scale is None else k_scale, k_pe_number if k_pe_scale is None else k_pe_scale
+    operands = kv_latent, k_pe, latent_cache, slot_mapping, *factors, rope_cos, rope_sin, positions
+    _append_latent(operands, rope_interleaved, check_values)
 
 
 _append_latent_cache_operator = torch.library.custom_op(
@@ -345,41 +390,53 @@ def copy_kv_pages(
         >>> torch.equal(host, k_cache[:, 6:])
         True
     """
-    caches = (caches,) if isinstance(caches, torch.Tensor) else caches
-    layered = _as_layered("caches", caches)
-    device, targets = layered[0].device, None
+    caches = _as_tuple("caches", caches)
+    written = () if to is None else to if isinstance(to, (tuple, list)) else (to,)
+    key, plan = _copy_plans.find((*caches, None, src_pages, dst_pages, to is None, *written))
+    if plan is not None and not should_check_values(check_values) and use_kernel(src_pages):
+        plan.launch(caches, src_pages, dst_pages, written)
+        return
+    caches = _as_layered("caches", caches)
+    device, targets = caches[0].device, ()
     if to is not None:
-        targets = _as_layered("to", (to,) if isinstance(to, torch.Tensor) else to)
-        device = _check_targets(layered, targets)
+        targets = _as_layered("to", _as_tuple("to", to))
+        device = _check_targets(caches, targets)
     for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
         _check_index(name, pages, ("num_pairs",), (torch.int32, torch.int64), device)
     if src_pages.shape != dst_pages.shape:
         fail("dst_pages", f"src_pages' shape {tuple(src_pages.shape)}", tuple(dst_pages.shape))
-    check_values, written = should_check_values(check_values), () if targets is None else targets
-    if not is_observed(*layered, *written, src_pages, dst_pages):
-        _copy(layered, src_pages, dst_pages, targets, check_values)
+    check_values = should_check_values(check_values)
+    if not is_observed(*caches, *targets, src_pages, dst_pages):
+        _copy_plans.keep(key, _copy(caches, src_pages, dst_pages, targets, check_values))
         return
-    names = [f"{side}[{i}]" for side, tensors in (("caches", layered), ("to", written)) for i in range(len(tensors))]
-    _refuse_transforms([*names, "src_pages", "dst_pages"], [*layered, *written, src_pages, dst_pages])
-    if targets is None:
-        _copy_kv_pages_operator(layered, src_pages, dst_pages, check_values)
+    names = [f"{side}[{i}]" for side, tensors in (("caches", caches), ("to", targets)) for i in range(len(tensors))]
+    _refuse_transforms([*names, "src_pages", "dst_pages"], [*caches, *targets, src_pages, dst_pages])
+    if to is None:
+        _copy_kv_pages_operator(caches, src_pages, dst_pages, check_values)
     else:
-        _copy_kv_pages_to_operator(layered, src_pages, dst_pages, targets, check_values)
+        _copy_kv_pages_to_operator(caches, src_pages, dst_pages, targets, check_values)
+
+
+_copy_plans = Plans()
 
 
 def _copy(caches, src_pages, dst_pages, targets, check_values):
+    """`copy_kv_pages` with checked arguments, to no targets inside the caches; the plan of its launch, None of the
+    reference."""
     if check_values:
         _check_page_pairs(src_pages.tolist(), dst_pages.tolist(), caches, targets)
     if not use_kernel(src_pages):
-        reference.copy_kv_pages(caches, src_pages, dst_pages, to=targets)
-        return
-    from .kernels.copy import launch_copy_kv_pages
+        reference.copy_kv_pages(caches, src_pages, dst_pages, to=targets or None)
+        return None
+    from .kernels.copy import plan_copy_kv_pages
 
-    launch_copy_kv_pages(tuple(caches), src_pages, dst_pages, targets)
+    plan = plan_copy_kv_pages(caches, src_pages, targets)
+    plan.launch(caches, src_pages, dst_pages, targets)
+    return plan
 
 
 def _copy_kv_pages(caches: Sequence[Tensor], src_pages: Tensor, dst_pages: Tensor, check_values: bool) -> None:
-    _copy(caches, src_pages, dst_pages, None, check_values)
+    _copy(caches, src_pages, dst_pages, (), check_values)
 
 
 def _copy_kv_pages_to(
@@ -450,10 +507,15 @@ def _check_rope(name, k, rope_cos, rope_sin, positions):
     _check_index("positions", positions, (k.shape[0],), (torch.int32, torch.int64), k.device)
 
 
-def _as_layered(side, caches):
-    """The caches as tensors (num_layers, num_pages, page_size, num_heads, head_dim)."""
+def _as_tuple(side, caches):
+    caches = (caches,) if isinstance(caches, Tensor) else caches
     if not isinstance(caches, (tuple, list)) or not caches:
         fail(side, "a tensor, or a tuple or list of them", type(caches).__name__, TypeError)
+    return caches
+
+
+def _as_layered(side, caches):
+    """The caches as tensors (num_layers, num_pages, page_size, num_heads, head_dim)."""
     layered = tuple(_as_layered_one(f"{side}[{i}]", cache) for i, cache in enumerate(caches))
     first = layered[0]
     for i, cache in enumerate(layered):
@@ -518,12 +580,12 @@ def _check_positions(positions, written, num_positions):
 
 
 def _check_page_pairs(src_pages, dst_pages, caches, targets):
-    read, written = caches[0].shape[1], (caches if targets is None else targets)[0].shape[1]
+    read, written = caches[0].shape[1], (targets or caches)[0].shape[1]
     for name, pages, num_pages in (("src_pages", src_pages, read), ("dst_pages", dst_pages, written)):
         for i, page in enumerate(pages):
             if not 0 <= page < num_pages:
                 fail(f"{name}[{i}]", f"a page of 0 to {num_pages - 1}", page)
-    seen = set(src_pages if targets is None else ())
+    seen = set(() if targets else src_pages)
     for i, page in enumerate(dst_pages):
         if page in seen:
             fail(f"dst_pages[{i}]", "a page that is no source and no other destination", page)

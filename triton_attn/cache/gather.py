@@ -13,6 +13,7 @@ from .._host.checks import (
     QUANTIZED_BITS,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_factor,
     check_kv_scale,
     check_last_contiguous,
     check_latent_scales,
@@ -22,6 +23,7 @@ from .._host.checks import (
     check_tensor,
     fail,
 )
+from .._host.known import Plans
 from .._host.latent import latent_storage
 from .._host.layout import slots_of_packed
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
@@ -87,19 +89,29 @@ def gather_kv_cache(
         >>> k.dtype, torch.equal(k[25:], k_cache[7, :14].bfloat16() * 0.5)
         (torch.bfloat16, True)
     """
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    given = k_cache, v_cache, cu_seqlens_k, block_table, seq_starts, k_scale, v_scale, dtype, out is None, *outs
+    key, plan = _kv_plans.find(given)
+    if plan is not None:
+        k_scale, v_scale = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
+        if out is None or num_tokens is not None:
+            num_tokens, dtype = _check_result(out, dtype, num_tokens, plan.rows, k_cache, cu_seqlens_k)
+        if not should_check_values(check_values) and use_kernel(k_cache) and plan.is_for(k_cache):
+            out = _new_result(k_cache, num_tokens, plan.rows, dtype) if out is None else out
+            plan.launch((k_cache, v_cache), (cu_seqlens_k, block_table, seq_starts), (k_scale, v_scale), out)
+            return out[0], out[1]
     k_cache, v_cache = _check_caches(k_cache, v_cache)
-    k_number = v_number = None
-    if k_scale is not None:
-        k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))
-    if v_scale is not None:
-        v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
+    k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))
+    v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
     places = _check_places(k_cache, block_table, cu_seqlens_k, seq_starts)
     num_tokens, dtype = _check_result(out, dtype, num_tokens, _rows_of(k_cache, v_cache), k_cache, cu_seqlens_k)
     tensors = k_cache, v_cache, *places, k_scale, v_scale
     more = k_number, v_number, num_tokens, dtype, should_check_values(check_values)
     if not is_observed(*tensors, *(out or ())):
         arguments: tuple[Any, ...] = (*tensors, *more)
-        return _gather_kv_cache(*arguments, out=out)
+        result, plan = _gather_kv_cache(*arguments, out=out)
+        _kv_plans.keep(key, plan)
+        return result
     names = "k_cache", "v_cache", *PLACES, "k_scale", "v_scale"
     return _observed(_gather_kv_cache_operator, names, tensors, more, out)
 
@@ -148,6 +160,20 @@ def gather_latent_cache(
         [torch.Size([39, 512]), torch.Size([39, 64])]
     """
     sizes = check_length("kv_lora_rank", kv_lora_rank), check_length("qk_rope_head_dim", qk_rope_head_dim)
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    given = latent_cache, cu_seqlens_k, block_table, seq_starts, k_scale, k_pe_scale, *sizes, dtype, out is None, *outs
+    key, plan = _latent_plans.find(given)
+    if plan is not None:
+        k_scale, k_pe_scale = check_factor("k_scale", k_scale), check_factor("k_pe_scale", k_pe_scale)
+        if out is None or num_tokens is not None:
+            num_tokens, dtype = _check_result(out, dtype, num_tokens, plan.rows, latent_cache, cu_seqlens_k)
+        if not should_check_values(check_values) and use_kernel(latent_cache) and plan.is_for(latent_cache):
+            if latent_cache.dtype == torch.uint8:
+                check_rows_aligned("latent_cache", latent_cache)
+            out = _new_result(latent_cache, num_tokens, plan.rows, dtype) if out is None else out
+            scales = k_scale, k_scale if k_pe_scale is None else k_pe_scale
+            plan.launch((latent_cache, latent_cache), (cu_seqlens_k, block_table, seq_starts), scales, out)
+            return out[0], out[1]
     dtypes = (*KERNEL_DTYPES, *FLOAT8_MANTISSA_BITS, torch.uint8)
     check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", "width"), dtypes, None)
     _, width = latent_storage(*sizes, torch.float8_e4m3fn if latent_cache.dtype == torch.uint8 else torch.float32)
@@ -162,11 +188,14 @@ def gather_latent_cache(
     more = k_number, k_pe_number, *sizes, num_tokens, dtype, should_check_values(check_values)
     if not is_observed(*tensors, *(out or ())):
         arguments: tuple[Any, ...] = (*tensors, *more)
-        return _gather_latent_cache(*arguments, out=out)
+        result, plan = _gather_latent_cache(*arguments, out=out)
+        _latent_plans.keep(key, plan)
+        return result
     names = "latent_cache", *PLACES, "k_scale", "k_pe_scale"
     return _observed(_gather_latent_cache_operator, names, tensors, more, out)
 
 
+_kv_plans, _latent_plans = Plans(), Plans()
 PACK_BYTES = 16  # of a key that lie side by side in a packed cache
 PLACES = "cu_seqlens_k", "block_table", "seq_starts"
 
@@ -196,18 +225,23 @@ def _gather_kv_cache(
     dtype: torch.dtype,
     check_values: bool,
     out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`gather_kv_cache` with checked arguments; a packed cache as views with the order of dimensions of others."""
+) -> tuple[tuple[Tensor, Tensor], Any]:
+    """(result, plan of the launch; None of the reference) of `gather_kv_cache` with checked arguments.
+
+    A packed cache is given as views with the order of dimensions of others.
+    """
     places = cu_seqlens_k, block_table, seq_starts
     if check_values:
         _check_values(k_cache, places, num_tokens)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
     if out is None:
         out = _new_result(k_cache, num_tokens, _rows_of(k_cache, v_cache), dtype)
+    plan = None
     if use_kernel(k_cache):
-        from .kernels.gather import launch_gather_kv_cache
+        from .kernels.gather import plan_gather_kv_cache
 
-        launch_gather_kv_cache(k_cache, v_cache, places, *scales, out)
+        plan = plan_gather_kv_cache(k_cache, v_cache, block_table, out)
+        plan.launch((k_cache, v_cache), places, scales, out)
     else:
         reference.gather_kv_cache(
             k_cache.flatten(3),
@@ -219,7 +253,7 @@ def _gather_kv_cache(
             v_scale=scales[1],
             out=out,
         )
-    return out[0], out[1]
+    return (out[0], out[1]), plan
 
 
 def _gather_latent_cache(
@@ -237,8 +271,8 @@ def _gather_latent_cache(
     dtype: torch.dtype,
     check_values: bool,
     out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`gather_latent_cache` with checked arguments."""
+) -> tuple[tuple[Tensor, Tensor], Any]:
+    """(result, plan of the launch, None of the reference) of `gather_latent_cache` with checked arguments."""
     if latent_cache.dtype == torch.uint8:
         check_rows_aligned("latent_cache", latent_cache)
     places = cu_seqlens_k, block_table, seq_starts
@@ -247,10 +281,13 @@ def _gather_latent_cache(
     scales = k_number if k_scale is None else k_scale, k_pe_number if k_pe_scale is None else k_pe_scale
     if out is None:
         out = _new_result(latent_cache, num_tokens, ((kv_lora_rank,), (qk_rope_head_dim,)), dtype)
+    plan = None
     if use_kernel(latent_cache):
-        from .kernels.gather import launch_gather_latent_cache
+        from .kernels.gather import plan_gather_latent_cache
 
-        launch_gather_latent_cache(latent_cache, places, *scales, out)
+        plan = plan_gather_latent_cache(latent_cache, block_table, out)
+        scales = scales[0], scales[0] if scales[1] is None else scales[1]
+        plan.launch((latent_cache, latent_cache), places, scales, out)
     else:
         reference.gather_latent_cache(
             latent_cache,
@@ -263,20 +300,20 @@ def _gather_latent_cache(
             k_pe_scale=scales[1],
             out=out,
         )
-    return out[0], out[1]
+    return (out[0], out[1]), plan
 
 
 _PLACES_SCHEMA = "Tensor cu_seqlens_k, Tensor block_table, Tensor? seq_starts"
 _gather_kv_cache_operator = torch.library.custom_op(
     "triton_attn::gather_kv_cache",
-    lambda *args: _gather_kv_cache(*args),
+    lambda *args: _gather_kv_cache(*args)[0],
     mutates_args=(),
     schema=f"(Tensor k_cache, Tensor v_cache, {_PLACES_SCHEMA}, Tensor? k_scale, Tensor? v_scale, float? k_number, "
     "float? v_number, SymInt num_tokens, ScalarType dtype, bool check_values) -> (Tensor, Tensor)",
 )
 _gather_latent_cache_operator = torch.library.custom_op(
     "triton_attn::gather_latent_cache",
-    lambda *args: _gather_latent_cache(*args),
+    lambda *args: _gather_latent_cache(*args)[0],
     mutates_args=(),
     schema=f"(Tensor latent_cache, {_PLACES_SCHEMA}, Tensor? k_scale, Tensor? k_pe_scale, float? k_number, "
     "float? k_pe_number, SymInt kv_lora_rank, SymInt qk_rope_head_dim, SymInt num_tokens, ScalarType dtype, "
@@ -297,8 +334,8 @@ def _(latent_cache, *rest):
 
 
 def _new_result(cache, num_tokens, rows, dtype):
-    first, second = (cache.new_empty((num_tokens, *row), dtype=dtype) for row in rows)
-    return first, second
+    first, second = rows
+    return cache.new_empty((num_tokens, *first), dtype=dtype), cache.new_empty((num_tokens, *second), dtype=dtype)
 
 
 def _check_caches(k_cache, v_cache):

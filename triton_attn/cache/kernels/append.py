@@ -12,7 +12,7 @@ from ..._host.layout import INDICES, without_dim
 from ..._host.tuned import remember
 from ..._jit.args import Strides, View, scales_of
 from ..._jit.heads import row_offsets
-from ..._jit.rope import Rotation, load_rotated, rope_of
+from ..._jit.rope import Rope, Rotation, load_rotated
 
 TILE_ELEMENTS = 4096
 LEAST_SCALE: tl.constexpr = tl.constexpr(1e-6)
@@ -151,43 +151,54 @@ def _append_kv_cache_kernel(
     _store_rows(v_tile, v_cache, scales.v, scales.v_tokens, to, TILE.HEAD_DIM_V, TILE)
 
 
-def launch_append_kv_cache(
-    k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, rope_interleaved
-):
-    """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_kv_cache`, checked."""
-    num_positions, rotary_dim = (0, 0) if rope_cos is None else (rope_cos.shape[0], 2 * rope_cos.shape[1])
-    layout = (k.shape, k.stride()), (v.shape, v.stride()), k_cache.shape, k_cache.stride(), v_cache.stride()
-    plan = _plan(layout, QUANTIZED_BITS.get(k_cache.dtype, 0), rotary_dim, rope_interleaved)
-    if plan.num_programs == 0:
-        return
-    if k_cache.dtype in FLOAT8_MANTISSA_BITS:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    args = (
-        *map(View, (k, v, k_cache, v_cache), plan.strides),
-        slot_mapping,
-        positions,
-        scales_of(k_scale, v_scale),
-        rope_of(rope_cos, rope_sin),
-        num_positions,
-        *plan.counts,
-    )
-    launch(_append_kv_cache_kernel, (plan.num_programs,), k.device, args, plan.constants)
-
-
 class Plan(NamedTuple):
-    """A launch but for its tensors."""
+    """A launch but for its tensors and scales."""
 
     num_programs: int
     strides: tuple  # Strides of the Views that the kernel takes
-    counts: tuple  # num_slots, num_tokens
+    rope_strides: tuple  # of cos and sin, from position to position
+    counts: tuple  # num_positions, num_slots, num_tokens
+    is_float8: bool  # bytes: not every GPU has the dtypes of fp8
     constants: dict
+
+    def launch(self, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions):
+        """One launch, no device-to-host sync. Arguments as `append_kv_cache`, checked."""
+        if self.num_programs == 0:
+            return
+        if self.is_float8:
+            k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+        of_k, of_v, of_k_cache, of_v_cache = self.strides
+        args = (
+            View(k, of_k),
+            View(v, of_v),
+            View(k_cache, of_k_cache),
+            View(v_cache, of_v_cache),
+            slot_mapping,
+            positions,
+            scales_of(k_scale, v_scale),
+            None if rope_cos is None else Rope(rope_cos, rope_sin, *self.rope_strides),
+            *self.counts,
+        )
+        launch(_append_kv_cache_kernel, (self.num_programs,), k.device, args, self.constants)
+
+
+def plan_append_kv_cache(operands, interleaved):
+    """The Plan of a launch; its operands are the arguments of `Plan.launch`."""
+    k, v, k_cache, v_cache, *_, rope_cos, rope_sin, _ = operands
+    layout = (k.shape, k.stride()), (v.shape, v.stride()), k_cache.shape, k_cache.stride(), v_cache.stride()
+    rope = None if rope_cos is None else (rope_cos.shape, rope_cos.stride(0), rope_sin.stride(0))
+    return _plan(layout, k_cache.dtype, rope, interleaved)
 
 
 @remember
-def _plan(layout, mantissa_bits, rotary_dim, interleaved):
-    """The Plan of a launch; layout is (shape, strides) of k and v, the shape of k_cache, strides of the caches."""
+def _plan(layout, dtype, rope, interleaved):
+    """The Plan; layout is (shape, strides) of k and v, the shape of k_cache, strides of the caches.
+
+    rope is the shape of the tables and their strides, or None.
+    """
     (shape_k, strides_k), (shape_v, strides_v), (num_pages, page_size, *_), *of_caches = layout
     num_tokens, num_heads, head_dim = shape_k
+    (num_positions, half), *rope_strides = rope or ((0, 0),)
     block_d = triton.next_power_of_2(max(head_dim, shape_v[2]))
     tile = Tile(
         BLOCK_ROWS=max(1, TILE_ELEMENTS // block_d),
@@ -195,11 +206,16 @@ def _plan(layout, mantissa_bits, rotary_dim, interleaved):
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         HEAD_DIM_V=shape_v[2],
-        ROTARY_DIM=rotary_dim,
+        ROTARY_DIM=2 * half,
         INTERLEAVED=interleaved,
         PAGE_SIZE=page_size,
-        MANTISSA_BITS=mantissa_bits,
+        MANTISSA_BITS=QUANTIZED_BITS.get(dtype, 0),
     )
-    strides = [Strides(*without_dim(strides)) for strides in (strides_k, strides_v, *of_caches)]
-    num_programs = -(-num_tokens * num_heads // tile.BLOCK_ROWS)
-    return Plan(num_programs, tuple(strides), (num_pages * page_size, num_tokens), dict(TILE=tile, num_warps=4))
+    return Plan(
+        num_programs=-(-num_tokens * num_heads // tile.BLOCK_ROWS),
+        strides=tuple([Strides(*without_dim(strides)) for strides in (strides_k, strides_v, *of_caches)]),
+        rope_strides=tuple(rope_strides),
+        counts=(num_positions, num_pages * page_size, num_tokens),
+        is_float8=dtype in FLOAT8_MANTISSA_BITS,
+        constants=dict(TILE=tile, num_warps=4),
+    )

@@ -8,13 +8,13 @@ import triton.language as tl
 
 from ..._host.checks import FLOAT8_MANTISSA_BITS
 from ..._host.device import launch
-from ..._host.latent import SCALE_BLOCK, latent_parts
+from ..._host.latent import SCALE_BLOCK
 from ..._host.layout import INDICES
 from ..._host.tuned import remember
 from ..._jit.args import Strides, View, scale_of
 from ..._jit.paging import load_scale
-from ..._jit.rope import Rotation, load_rotated, rope_of
-from .append import TILE_ELEMENTS, Plan, encode_float8
+from ..._jit.rope import Rope, Rotation, load_rotated
+from .append import TILE_ELEMENTS, encode_float8
 
 
 class Tile(NamedTuple):
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     ROTARY_DIM: int  # 0: nothing is rotated
     INTERLEAVED: bool
     PAGE_SIZE: int
-    SCALE_BLOCK: int
+    SCALE_BLOCK: int  # elements that share a scale of their row, in a uint8 cache; otherwise 0
     MANTISSA_BITS: int  # of an fp8 cache without scales in its rows, held as uint8; otherwise 0
 
 
@@ -64,9 +64,7 @@ def _scaled(x, scale, dtype, TILE: tl.constexpr):
 def _append_latent_cache_kernel(
     kv_latent,
     k_pe,
-    latents,
-    scales_ptr,
-    rope_keys_ptr,
+    cache,
     slot_mapping_ptr,
     positions_ptr,
     k_scale,
@@ -79,27 +77,31 @@ def _append_latent_cache_kernel(
 ):
     """One program writes the rows of BLOCK_ROWS tokens.
 
-    Grid: num_tokens / BLOCK_ROWS, rounded up. kv_latent, k_pe and latents are Views without heads, of tokens and
-    of slots in pages. latents, scales (None but in a uint8 cache) and rope_keys are the parts of the cache's rows. The
-    strides of the last two follow from those of latents: so the compiler knows what they are multiples of.
+    Grid: num_tokens / BLOCK_ROWS, rounded up. kv_latent, k_pe and cache are Views without heads, of tokens and of slots
+    in pages. A row of a uint8 cache has scales and rotary keys of other dtypes after the latent vector. Their strides
+    follow from its own: so the compiler knows what they are multiples of.
     """
     tokens = tl.program_id(0).to(tl.int64) * TILE.BLOCK_ROWS + tl.arange(0, TILE.BLOCK_ROWS)
     slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
     written = (slots >= 0) & (slots < num_slots)  # (BLOCK_ROWS,)
-    row_offsets = slots // TILE.PAGE_SIZE * latents.strides.batch + slots % TILE.PAGE_SIZE * latents.strides.row
+    row_offsets = slots // TILE.PAGE_SIZE * cache.strides.batch + slots % TILE.PAGE_SIZE * cache.strides.row
 
     offs_d = tl.arange(0, TILE.BLOCK_D)
     mask = written[:, None] & (offs_d < TILE.KV_LORA_RANK)[None, :]
     rows = kv_latent.ptr + (tokens * kv_latent.strides.row)[:, None]
     x = tl.load(rows + offs_d[None, :], mask=mask, other=0.0)  # (BLOCK_ROWS, BLOCK_D)
-    if scales_ptr is not None:
+    rope_keys_ptr = cache.ptr + TILE.KV_LORA_RANK
+    if TILE.SCALE_BLOCK > 0:
         x, scales = _quantize(x.to(tl.float32), TILE.SCALE_BLOCK)
+        scales_ptr = rope_keys_ptr.to(tl.pointer_type(tl.float32))
+        rope_keys_ptr += 4 * (TILE.KV_LORA_RANK // TILE.SCALE_BLOCK)
+        rope_keys_ptr = rope_keys_ptr.to(tl.pointer_type(tl.bfloat16))
         offs_s = tl.arange(0, TILE.BLOCK_D // TILE.SCALE_BLOCK)
         scaled = written[:, None] & (offs_s < TILE.KV_LORA_RANK // TILE.SCALE_BLOCK)[None, :]
         tl.store(scales_ptr + (row_offsets // 4)[:, None] + offs_s[None, :], scales, mask=scaled)
     else:
-        x = _scaled(x, k_scale, latents.ptr.dtype.element_ty, TILE)
-    tl.store(latents.ptr + row_offsets[:, None] + offs_d[None, :], x, mask=mask)
+        x = _scaled(x, k_scale, cache.ptr.dtype.element_ty, TILE)
+    tl.store(cache.ptr + row_offsets[:, None] + offs_d[None, :], x, mask=mask)
 
     positions = None
     if positions_ptr is not None:
@@ -108,45 +110,58 @@ def _append_latent_cache_kernel(
     offs_r = tl.arange(0, TILE.BLOCK_ROPE)
     rows = k_pe.ptr + tokens * k_pe.strides.row
     x = load_rotated(rows, written, offs_r, rotation, TILE.ROPE_HEAD_DIM, TILE.ROTARY_DIM, TILE.INTERLEAVED)
-    if scales_ptr is not None:  # from bytes to bf16
+    if TILE.SCALE_BLOCK > 0:  # from bytes to bf16
         row_offsets = row_offsets // 2
     mask = written[:, None] & (offs_r < TILE.ROPE_HEAD_DIM)[None, :]
     x = _scaled(x, k_pe_scale, rope_keys_ptr.dtype.element_ty, TILE)  # (BLOCK_ROWS, BLOCK_ROPE)
     tl.store(rope_keys_ptr + row_offsets[:, None] + offs_r[None, :], x, mask=mask)
 
 
-def launch_append_latent_cache(
-    kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions, rope_interleaved
-):
-    """Launch the append kernel: one launch, no device-to-host sync. Arguments as `append_latent_cache`, checked."""
-    num_positions, rotary_dim = (0, 0) if rope_cos is None else (rope_cos.shape[0], 2 * rope_cos.shape[1])
-    latents, scales, rope_keys = latent_parts(latent_cache, kv_latent.shape[1], k_pe.shape[1])
-    layout = (kv_latent.shape, kv_latent.stride()), (k_pe.shape, k_pe.stride()), latents.shape, latents.stride()
-    plan = _plan(layout, FLOAT8_MANTISSA_BITS.get(latent_cache.dtype, 0), rotary_dim, rope_interleaved)
-    if plan.num_programs == 0:
-        return
-    if latent_cache.dtype in FLOAT8_MANTISSA_BITS:
-        latents, rope_keys = latents.view(torch.uint8), rope_keys.view(torch.uint8)
-    args = (
-        *map(View, (kv_latent, k_pe, latents), plan.strides),
-        scales,
-        rope_keys,
-        slot_mapping,
-        positions,
-        scale_of(k_scale),
-        scale_of(k_scale if k_pe_scale is None else k_pe_scale),
-        rope_of(rope_cos, rope_sin),
-        num_positions,
-        *plan.counts,
-    )
-    launch(_append_latent_cache_kernel, (plan.num_programs,), kv_latent.device, args, plan.constants)
+class Plan(NamedTuple):
+    """A launch but for its tensors and scales."""
+
+    num_programs: int
+    strides: tuple  # Strides of the Views that the kernel takes
+    rope_strides: tuple  # of cos and sin, from position to position
+    counts: tuple  # num_positions, num_slots, num_tokens
+    is_float8: bool  # bytes: not every GPU has the dtypes of fp8
+    constants: dict
+
+    def launch(self, kv_latent, k_pe, cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions):
+        """One launch, no device-to-host sync. Arguments as `append_latent_cache`, checked."""
+        if self.num_programs == 0:
+            return
+        if self.is_float8:
+            cache = cache.view(torch.uint8)
+        args = (
+            *map(View, (kv_latent, k_pe, cache), self.strides),
+            slot_mapping,
+            positions,
+            scale_of(k_scale),
+            scale_of(k_scale if k_pe_scale is None else k_pe_scale),
+            None if rope_cos is None else Rope(rope_cos, rope_sin, *self.rope_strides),
+            *self.counts,
+        )
+        launch(_append_latent_cache_kernel, (self.num_programs,), kv_latent.device, args, self.constants)
+
+
+def plan_append_latent_cache(operands, interleaved):
+    """The Plan of a launch; its operands are the arguments of `Plan.launch`."""
+    kv_latent, k_pe, cache, *_, rope_cos, rope_sin, _ = operands
+    layout = (kv_latent.shape, kv_latent.stride()), (k_pe.shape, k_pe.stride()), (cache.shape, cache.stride())
+    rope = None if rope_cos is None else (rope_cos.shape, rope_cos.stride(0), rope_sin.stride(0))
+    return _plan(layout, cache.dtype, rope, interleaved)
 
 
 @remember
-def _plan(layout, mantissa_bits, rotary_dim, interleaved):
-    """The Plan of a launch; layout is (shape, strides) of kv_latent and k_pe, and those of the latents in the cache."""
-    (shape, strides), (shape_pe, strides_pe), (num_pages, page_size, _), strides_cache = layout
+def _plan(layout, dtype, rope, interleaved):
+    """The Plan; layout is (shape, strides) of kv_latent, k_pe and the cache.
+
+    rope is the shape of the tables and their strides, or None.
+    """
+    (shape, strides), (shape_pe, strides_pe), ((num_pages, page_size, _), strides_cache) = layout
     num_tokens, kv_lora_rank = shape
+    (num_positions, half), *rope_strides = rope or ((0, 0),)
     block_d, block_rope = (triton.next_power_of_2(max(1, size)) for size in (kv_lora_rank, shape_pe[1]))
     tile = Tile(
         BLOCK_ROWS=max(1, TILE_ELEMENTS // max(block_d, block_rope)),
@@ -154,12 +169,17 @@ def _plan(layout, mantissa_bits, rotary_dim, interleaved):
         BLOCK_ROPE=block_rope,
         KV_LORA_RANK=kv_lora_rank,
         ROPE_HEAD_DIM=shape_pe[1],
-        ROTARY_DIM=rotary_dim,
+        ROTARY_DIM=2 * half,
         INTERLEAVED=interleaved,
         PAGE_SIZE=page_size,
-        SCALE_BLOCK=SCALE_BLOCK,
-        MANTISSA_BITS=mantissa_bits,
+        SCALE_BLOCK=SCALE_BLOCK if dtype == torch.uint8 else 0,
+        MANTISSA_BITS=FLOAT8_MANTISSA_BITS.get(dtype, 0),
     )
-    views = Strides(0, strides[0], 0), Strides(0, strides_pe[0], 0), Strides(*strides_cache[:2], 0)
-    num_programs = -(-num_tokens // tile.BLOCK_ROWS)
-    return Plan(num_programs, views, (num_pages * page_size, num_tokens), dict(TILE=tile, num_warps=4))
+    return Plan(
+        num_programs=-(-num_tokens // tile.BLOCK_ROWS),
+        strides=(Strides(0, strides[0], 0), Strides(0, strides_pe[0], 0), Strides(*strides_cache[:2], 0)),
+        rope_strides=tuple(rope_strides),
+        counts=(num_positions, num_pages * page_size, num_tokens),
+        is_float8=dtype in FLOAT8_MANTISSA_BITS,
+        constants=dict(TILE=tile, num_warps=4),
+    )

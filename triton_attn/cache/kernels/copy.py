@@ -1,11 +1,13 @@
 """Kernel that copies pages inside a cache or to another, of all layers, keys and values in one launch; its launcher."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ..._host.checks import FLOAT8_MANTISSA_BITS
 from ..._host.device import hold_pinned, launch
 from ..._host.tuned import remember
 
@@ -21,6 +23,9 @@ class Pages(NamedTuple):
     slot_stride: int
     head_stride: int
     head_dim: int
+
+
+_new_pages = functools.partial(tuple.__new__, Pages)  # Pages._make, in C alone
 
 
 class Tile(NamedTuple):
@@ -78,43 +83,60 @@ def _copy_kv_pages_kernel(src_pages_ptr, dst_pages_ptr, caches, targets, num_lay
         tl.store(dst + slots * target.slot_stride + heads * target.head_stride + offs_d, x, mask=mask)
 
 
-def launch_copy_kv_pages(caches, src_pages, dst_pages, targets=None):
-    """Launch the copy kernel: one launch, no device-to-host sync.
-
-    caches are tensors (num_layers, num_pages, page_size, num_heads, head_dim) of one dtype, equal in all but head_dim.
-    targets are as many, equal in all but num_pages and strides; None copies inside the caches. Host memory is pinned,
-    so that the GPU of src_pages reads and writes it.
-    """
-    plan = _plan(tuple([cache.shape for cache in caches]))
-    num_programs = src_pages.shape[0] * plan.programs_per_pair
-    if num_programs == 0:
-        return
-    if caches[0].itemsize == 1:  # bytes: not every GPU has the dtypes of fp8
-        caches = [cache.view(torch.uint8) for cache in caches]
-        targets = None if targets is None else [target.view(torch.uint8) for target in targets]
-    pages = tuple([Pages(cache, *cache.stride()[:-1], cache.shape[-1]) for cache in caches])
-    views = None
-    if targets is not None:
-        views = tuple([Pages(target, *target.stride()[:-1], target.shape[-1]) for target in targets])
-    args = src_pages, dst_pages, pages, views, plan.num_layers
-    launch(_copy_kv_pages_kernel, (num_programs,), src_pages.device, args, plan.constants)
-    if targets is not None:
-        hold_pinned((*caches, *targets), src_pages.device)
-
-
 class Plan(NamedTuple):
-    """A launch but for its tensors and the number of pairs."""
+    """A launch but for its tensors."""
 
-    programs_per_pair: int
+    num_programs: int
+    layouts: tuple  # of each field of Pages after ptr those of all caches
+    layouts_of_targets: tuple  # empty: the pages are copied inside the caches
+    is_float8: bool  # bytes: not every GPU has the dtypes of fp8
+    has_host_memory: bool
     num_layers: int
     constants: dict
 
+    def launch(self, caches, src_pages, dst_pages, targets):
+        """One launch, no device-to-host sync. Arguments as `copy_kv_pages`, checked; no targets are an empty tuple."""
+        if self.num_programs == 0:
+            return
+        if self.is_float8:
+            caches, targets = ([x.view(torch.uint8) for x in side] for side in (caches, targets))
+        pages = tuple(map(_new_pages, zip(caches, *self.layouts)))
+        pages_of_targets = tuple(map(_new_pages, zip(targets, *self.layouts_of_targets))) if targets else None
+        args = src_pages, dst_pages, pages, pages_of_targets, self.num_layers
+        launch(_copy_kv_pages_kernel, (self.num_programs,), src_pages.device, args, self.constants)
+        if self.has_host_memory:
+            hold_pinned((*caches, *targets), src_pages.device)
+
+
+def plan_copy_kv_pages(caches, src_pages, targets):
+    """The Plan of a launch.
+
+    caches are tensors (num_layers, num_pages, page_size, num_heads, head_dim) of one dtype, equal in all but head_dim.
+    targets are as many, equal in all but num_pages and strides; none copy inside the caches. Host memory is pinned, so
+    that the GPU of src_pages reads and writes it.
+    """
+    sides = caches, targets
+    layouts = [tuple([(x.shape, x.stride()) for x in side]) for side in sides]
+    has_host_memory = any(x.device != src_pages.device for side in sides for x in side)
+    return _plan(*layouts, src_pages.shape[0], caches[0].dtype, has_host_memory)
+
 
 @remember
-def _plan(shapes):
-    """The Plan of a launch; shapes are those of the caches."""
-    num_layers, _, page_size, num_heads, _ = shapes[0]
-    block_d = triton.next_power_of_2(max(shape[-1] for shape in shapes))
+def _plan(caches, targets, num_pairs, dtype, has_host_memory):
+    """The Plan; caches and targets are (shape, strides) of each."""
+    layouts, layouts_of_targets = (
+        tuple(zip(*[(*strides[:-1], shape[-1]) for shape, strides in side])) for side in (caches, targets)
+    )
+    num_layers, _, page_size, num_heads, _ = caches[0][0]
+    block_d = triton.next_power_of_2(max(shape[-1] for shape, _ in caches))
     block_rows = min(max(1, TILE_ELEMENTS // block_d), triton.next_power_of_2(page_size * num_heads))
     tile = Tile(BLOCK_ROWS=block_rows, BLOCK_D=block_d, PAGE_SIZE=page_size, NUM_HEADS=num_heads)
-    return Plan(num_layers * len(shapes), num_layers, dict(TILE=tile, num_warps=4))
+    return Plan(
+        num_programs=num_pairs * num_layers * len(caches),
+        layouts=layouts,
+        layouts_of_targets=layouts_of_targets,
+        is_float8=dtype in FLOAT8_MANTISSA_BITS,
+        has_host_memory=has_host_memory,
+        num_layers=num_layers,
+        constants=dict(TILE=tile, num_warps=4),
+    )

@@ -1,15 +1,16 @@
 """Kernel that reads the tokens of a batch from the pages of a cache into packed tensors, and its launcher."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..._host.checks import QUANTIZED_BITS
+from ..._host.checks import FLOAT8_MANTISSA_BITS, QUANTIZED_BITS
 from ..._host.device import arch_of, launch
 from ..._host.gpu import gpu_of
-from ..._host.latent import SCALE_BLOCK, latent_parts
+from ..._host.latent import SCALE_BLOCK, latent_row
 from ..._host.layout import INDICES
 from ..._host.tuned import remember
 from ..._jit.args import Strides, View, scales_of
@@ -21,42 +22,42 @@ TILE_ELEMENTS = 2048
 
 
 class Part(NamedTuple):
-    """Rows of a cache, where they go, and their factors: of all tokens a Scale, of each a View, of blocks of a row."""
+    """Rows of a cache, where they go, and their factors: of all tokens a Scale, of each a View."""
 
     cache: View  # of slots in pages
     pack_stride: int
     out: View
     scale: object
     token_scales: object
-    block_scales_ptr: object
 
 
 class PartTile(NamedTuple):
     """What a Part is compiled for: rows of HEAD_DIM elements in tiles of BLOCK_D."""
 
+    START: int  # the first element of a row, in elements of the cache
     HEAD_DIM: int
     BLOCK_D: int
     PACK: int  # elements that lie together, beside those of the next slot, pack_stride from the next ones; 0: all do
     MANTISSA_BITS: int  # of an fp8 cache, held as uint8, or int8; otherwise 0
-    SCALE_BLOCK: int  # elements that share a scale of their row
-    NUM_STRIDE_BYTES: int  # strides of slots count bytes, of which an element has so many; 0: they count elements
+    SCALE_BLOCK: int  # elements that share a scale of their row, which follow the elements
+    BF16_IN_BYTES: bool  # elements of a uint8 cache that are bf16
     NATIVE_FLOAT8: bool  # the GPU converts fp8
 
 
 @triton.jit
-def _load_rows(part, offsets, is_there, TILE: tl.constexpr):
-    """A tile (tokens, BLOCK_D) of a cache; 0 where no token is."""
+def _load_rows(part, ptr, offsets, is_there, TILE: tl.constexpr):
+    """A tile (tokens, BLOCK_D) of the Part of a cache from ptr on; 0 where no token is."""
     offs_d = tl.arange(0, TILE.BLOCK_D)
     if TILE.PACK == 1:  # slots follow each other
         mask = (offs_d < TILE.HEAD_DIM)[:, None] & is_there[None, :]
-        ptrs = part.cache.ptr + (offs_d.to(tl.int64) * part.pack_stride)[:, None] + offsets[None, :]
+        ptrs = ptr + (offs_d.to(tl.int64) * part.pack_stride)[:, None] + offsets[None, :]
         return tl.trans(tl.load(ptrs, mask=mask, other=0))
     else:
         columns = offs_d
         if TILE.PACK > 1:
             columns = offs_d // TILE.PACK * part.pack_stride + offs_d % TILE.PACK
         mask = is_there[:, None] & (offs_d < TILE.HEAD_DIM)[None, :]
-        return tl.load(part.cache.ptr + offsets[:, None] + columns[None, :], mask=mask, other=0)
+        return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -66,17 +67,19 @@ def _gather_rows(part, cached, head, tokens, is_there, is_row, TILE: tl.constexp
     if TILE.PACK > 0:
         slot_stride = TILE.PACK
     offsets = cached.outer * page_stride + cached.slot * slot_stride + head.to(tl.int64) * head_stride  # (tokens,)
-    row_starts = offsets
-    if TILE.NUM_STRIDE_BYTES > 0:
-        offsets = offsets // TILE.NUM_STRIDE_BYTES
-    x = _load_rows(part, offsets, is_there, TILE)
+    ptr = part.cache.ptr + TILE.START
+    if TILE.BF16_IN_BYTES:
+        x = _load_rows(part, ptr.to(tl.pointer_type(tl.bfloat16)), offsets // 2, is_there, TILE)
+    else:
+        x = _load_rows(part, ptr, offsets, is_there, TILE)
     if TILE.MANTISSA_BITS > 0:
         x = decode(x, TILE.MANTISSA_BITS, TILE.NATIVE_FLOAT8, tl.float16)  # exact
     if TILE.SCALE_BLOCK > 0:
         NUM_BLOCKS: tl.constexpr = TILE.BLOCK_D // TILE.SCALE_BLOCK
         offs_s = tl.arange(0, NUM_BLOCKS)
         mask = is_there[:, None] & (offs_s < TILE.HEAD_DIM // TILE.SCALE_BLOCK)[None, :]
-        scales = tl.load(part.block_scales_ptr + (row_starts // 4)[:, None] + offs_s[None, :], mask=mask, other=0.0)
+        scales_ptr = (ptr + TILE.HEAD_DIM).to(tl.pointer_type(tl.float32))
+        scales = tl.load(scales_ptr + (offsets // 4)[:, None] + offs_s[None, :], mask=mask, other=0.0)
         blocks = tl.reshape(x.to(tl.float32), (x.shape[0], NUM_BLOCKS, TILE.SCALE_BLOCK))
         x = tl.reshape(blocks * scales[:, :, None], (x.shape[0], TILE.BLOCK_D))
     if part.token_scales is not None:
@@ -140,97 +143,116 @@ def _gather_cache_kernel(
         _gather_rows(second, cached, head, tokens, is_there, is_row, SECOND)
 
 
-def launch_gather_kv_cache(k_cache, v_cache, places, k_scale, v_scale, out):
-    """Launch the kernel for keys and values: one launch, no device-to-host sync.
+class Plan(NamedTuple):
+    """A launch but for its tensors, its scales and the number of tokens."""
+
+    arch: str
+    rows: tuple  # shapes of a token's rows of both results
+    strides: tuple  # of each Part Strides, pack_stride, Strides of the output
+    counts: tuple  # batch, search_steps, table_width, num_pages
+    table_stride: int
+    is_empty: bool  # there is no page
+    is_float8: bool  # bytes: not every GPU has the dtypes of fp8
+    constants: dict
+
+    def is_for(self, cache):
+        """Whether it is for the GPU of a cache: CPU tensors may stand for those of any."""
+        return self.arch == arch_of(cache)
+
+    def launch(self, caches, places, scales, out):
+        """One launch, no device-to-host sync. caches are those of the keys and values, or the latent cache twice;
+        places are cu_seqlens_k, block_table and seq_starts, scales those of both caches, out both results."""
+        num_tokens, constants = out[0].shape[0], self.constants
+        num_programs = -(-num_tokens // constants["BLOCK_T"]) * constants["NUM_HEADS"]
+        if num_programs == 0:
+            return
+        if self.is_empty:
+            for x in out:
+                x.zero_()
+            return
+        first, second = caches
+        if self.is_float8:
+            first, second = first.view(torch.uint8), second.view(torch.uint8)
+        cu_seqlens, block_table, seq_starts = places
+        k_scale, v_scale, k_tokens, v_tokens = scales_of(*scales)
+        of_first, pack_first, of_first_out, of_second, pack_second, of_second_out = self.strides
+        args = (
+            Part(View(first, of_first), pack_first, View(out[0], of_first_out), k_scale, k_tokens),
+            Part(View(second, of_second), pack_second, View(out[1], of_second_out), v_scale, v_tokens),
+            cu_seqlens,
+            seq_starts,
+            block_table,
+            self.table_stride,
+            *self.counts,
+            num_tokens,
+        )
+        launch(_gather_cache_kernel, (num_programs,), cu_seqlens.device, args, constants)
+
+
+def plan_gather_kv_cache(k_cache, v_cache, block_table, out):
+    """The Plan of a launch for keys and values.
 
     k_cache is (num_pages, page_size, heads, head_dim) or (num_pages, page_size, heads, head_dim / x, x), v_cache
-    (num_pages, page_size, heads, head_dim_v), of any stride of the last dimension. places are cu_seqlens_k, block_table
-    and seq_starts. out are k and v.
+    (num_pages, page_size, heads, head_dim_v), of any stride of the last dimension.
     """
-    layout = (k_cache.shape, k_cache.stride(), out[0].stride()), (v_cache.shape, v_cache.stride(), out[1].stride())
-    plan = _plan(layout, (0, 0), QUANTIZED_BITS.get(k_cache.dtype, 0), arch_of(k_cache))
-    scales = scales_of(k_scale, v_scale)
-    factors = (scales.k, scales.k_tokens, None), (scales.v, scales.v_tokens, None)
-    _launch(plan, (k_cache, v_cache), factors, places, out)
+    layouts = tuple([(x.shape, x.stride(), y.stride()) for x, y in zip((k_cache, v_cache), out)])
+    return _plan(layouts, None, k_cache.dtype, (block_table.shape, block_table.stride(0)), arch_of(k_cache))
 
 
-def launch_gather_latent_cache(latent_cache, places, k_scale, k_pe_scale, out):
-    """The same for latent vectors and rotary keys, which out are."""
-    sizes = out[0].shape[-1], out[1].shape[-1]
-    latents, block_scales, rope_keys = latent_parts(latent_cache, *sizes)
-    has_scales, elements = block_scales is not None, latent_cache.element_size()
-    # All strides are those of the rows: so the compiler knows what the others are multiples of.
-    pages, strides = latent_cache.shape[:2], (*latents.stride()[:2], 0, 1)
-    layout = tuple([((*pages, 1, x.shape[1]), strides, (x.stride()[0], 0)) for x in out])
-    bits = QUANTIZED_BITS.get(torch.float8_e4m3fn if has_scales else latent_cache.dtype, 0)
-    plan = _plan(layout, (0, rope_keys.element_size() // elements if has_scales else 0), bits, arch_of(latent_cache))
-    scales = scales_of(k_scale, k_scale if k_pe_scale is None else k_pe_scale)
-    factors = (scales.k, None, block_scales), (scales.v, None, None)
-    _launch(plan, (latents, rope_keys), factors, places, out)
-
-
-def _launch(plan, caches, factors, places, out):
-    cu_seqlens, block_table, seq_starts = places
-    num_tokens, constants = out[0].shape[0], plan.constants
-    num_programs = -(-num_tokens // constants["BLOCK_T"]) * constants["NUM_HEADS"]
-    if num_programs == 0:
-        return
-    (num_pages, page_size, *_), (batch, width) = caches[0].shape, block_table.shape
-    if batch * width * num_pages * page_size == 0:
-        for x in out:
-            x.zero_()
-        return
-    parts = []
-    for cache, x, own, (strides, out_strides, pack_stride) in zip(caches, out, factors, plan.strides):
-        if cache.itemsize == 1 and cache.dtype != torch.int8:  # bytes: not every GPU has the dtypes of fp8
-            cache = cache.view(torch.uint8)
-        parts.append(Part(View(cache, strides), pack_stride, View(x, out_strides), *own))
-    counts = batch, batch.bit_length(), width, num_pages, num_tokens
-    args = (*parts, cu_seqlens, seq_starts, block_table, block_table.stride(0), *counts)
-    launch(_gather_cache_kernel, (num_programs,), caches[0].device, args, constants)
-
-
-class Plan(NamedTuple):
-    """A launch but for its tensors and the number of tokens."""
-
-    strides: tuple  # of both caches: (Strides, those of the output, pack_stride)
-    constants: dict
+def plan_gather_latent_cache(latent_cache, block_table, out):
+    """The Plan of a launch for latent vectors and rotary keys, which out are."""
+    shape, strides = latent_cache.shape, latent_cache.stride()
+    # Both parts have the strides of the rows: so the compiler knows what they are multiples of.
+    layouts = tuple([((*shape[:2], 1, x.shape[1]), (*strides[:2], 0, 1), (x.stride(0), 0)) for x in out])
+    sizes = out[0].shape[1], out[1].shape[1]
+    table = block_table.shape, block_table.stride(0)
+    return _plan(layouts, sizes, latent_cache.dtype, table, arch_of(latent_cache))
 
 
 @remember
-def _plan(layout, stride_bytes, mantissa_bits, arch):
-    """The Plan of a launch; layout is (shape, strides, strides of the output) of both caches. With stride_bytes above
-    0, a part's strides count bytes, and its elements have so many: the second part of rows with scales, which is not
-    quantized."""
-    (_, page_size, num_heads, *_), *_ = layout[0]
-    tiles = []
-    for (shape, strides, _), num_bytes in zip(layout, stride_bytes):
-        head_dim = shape[3] * (shape[4] if len(shape) == 5 else 1)
-        bits = 0 if num_bytes else mantissa_bits
-        tiles.append(
-            PartTile(
-                HEAD_DIM=head_dim,
-                BLOCK_D=triton.next_power_of_2(max(1, head_dim)),
-                PACK=shape[4] if len(shape) == 5 else int(head_dim > 1 and strides[3] != 1),
-                MANTISSA_BITS=bits,
-                SCALE_BLOCK=0,
-                NUM_STRIDE_BYTES=num_bytes,
-                NATIVE_FLOAT8=bits in gpu_of(arch).native_fp8,
-            )
+def _plan(layouts, latent_sizes, dtype, table, arch):
+    """The Plan; layouts are (shape, strides, strides of the output) of both Parts, and table those of the block table.
+
+    latent_sizes are kv_lora_rank and qk_rope_head_dim, or None of keys and values.
+    """
+    (num_pages, page_size, num_heads, *_), *_ = layouts[0]
+    has_scales = dtype == torch.uint8
+    starts, bits = (0, 0), QUANTIZED_BITS.get(dtype, 0)
+    if has_scales:
+        starts, bits = (0, latent_row(*latent_sizes)[1]), QUANTIZED_BITS[torch.float8_e4m3fn]
+    elif latent_sizes is not None:
+        starts = 0, latent_sizes[0]
+    tiles, strides = [], []
+    for i, (shape, own, of_out) in enumerate(layouts):
+        head_dim, is_bf16 = math.prod(shape[3:]), has_scales and i == 1
+        tile = PartTile(
+            START=starts[i],
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(max(1, head_dim)),
+            PACK=shape[4] if len(shape) == 5 else int(head_dim > 1 and own[3] != 1),
+            MANTISSA_BITS=0 if is_bf16 else bits,
+            SCALE_BLOCK=SCALE_BLOCK if has_scales and i == 0 else 0,
+            BF16_IN_BYTES=is_bf16,
+            NATIVE_FLOAT8=not is_bf16 and bits in gpu_of(arch).native_fp8,
         )
-    if any(stride_bytes):
-        tiles[0] = tiles[0]._replace(SCALE_BLOCK=SCALE_BLOCK)
+        tiles.append(tile)
+        strides += Strides(*own[:3]), own[3] if tile.PACK > 0 else 0, Strides(0, *of_out[:2])
     first, second = tiles
-    constants = dict(
-        BLOCK_T=max(1, TILE_ELEMENTS // max(first.BLOCK_D, second.BLOCK_D)),
-        NUM_HEADS=num_heads,
-        PAGE_SIZE=page_size,
-        FIRST=first,
-        SECOND=second,
-        num_warps=4,
+    (batch, width), table_stride = table
+    return Plan(
+        arch=arch,
+        rows=tuple([(size,) for size in latent_sizes] if latent_sizes else [(num_heads, x.HEAD_DIM) for x in tiles]),
+        strides=tuple(strides),
+        counts=(batch, batch.bit_length(), width, num_pages),
+        table_stride=table_stride,
+        is_empty=batch * width * num_pages * page_size == 0,
+        is_float8=dtype in FLOAT8_MANTISSA_BITS,
+        constants=dict(
+            BLOCK_T=max(1, TILE_ELEMENTS // max(first.BLOCK_D, second.BLOCK_D)),
+            NUM_HEADS=num_heads,
+            PAGE_SIZE=page_size,
+            FIRST=first,
+            SECOND=second,
+            num_warps=4,
+        ),
     )
-    strides = [
-        (Strides(*own[:3]), Strides(0, *of_out[:2]), own[3] if tile.PACK > 0 else 0)
-        for (_, own, of_out), tile in zip(layout, tiles)
-    ]
-    return Plan(tuple(strides), constants)
