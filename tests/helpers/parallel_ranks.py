@@ -482,9 +482,9 @@ def check_choice(case, mesh):
             assert spy.call_count == count, f"dynamic={dynamic}"
 
 
-def run_without_a_rank(case, num_ranks, folder, dies, timeout):
-    """{rank: what it raised} where the last rank makes one call and then dies, or stays away; None: it did not end."""
-    arguments = [(case, rank, num_ranks, folder, dies, timeout) for rank in range(num_ranks)]
+def run_without_a_rank(call, num_ranks, folder, timeout=100):
+    """{rank: what `call(mesh)` raised} where the last rank dies in it, or stays away; None: it did not end."""
+    arguments = [(call, rank, num_ranks, folder, timeout) for rank in range(num_ranks)]
     processes = _start(_run_without_a_rank, arguments)
     for process in processes[:-1]:
         process.join(TIMEOUT.total_seconds())
@@ -496,19 +496,24 @@ def run_without_a_rank(case, num_ranks, folder, dies, timeout):
     return {rank: said for rank, said in found.items() if rank < num_ranks - 1}
 
 
-def _run_without_a_rank(case, rank, num_ranks, folder, dies, timeout):
+def _run_without_a_rank(call, rank, num_ranks, folder, timeout):
     options = dict(rank=rank, world_size=num_ranks, timeout=datetime.timedelta(seconds=timeout))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
-    mesh, inputs = init_device_mesh("cpu", (num_ranks,)), case.inputs()
+    said = "nothing"
+    try:
+        call(init_device_mesh("cpu", (num_ranks,)))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    (folder / f"rank {rank}").write_text(said)
+    os._exit(0)
+
+
+def attend_without_the_last(case, dies, mesh):
+    """A second call, to which the last rank does not come."""
+    inputs = case.inputs()
     inputs.attend(mesh)
-    if rank == num_ranks - 1:
+    if mesh.get_local_rank() == mesh.size() - 1:
         if dies:
             os._exit(1)
         time.sleep(TIMEOUT.total_seconds())
-    try:
-        inputs.attend(mesh)
-        said = "nothing"
-    except RuntimeError as error:
-        said = str(error)
-    (folder / f"rank {rank}").write_text(said)
-    os._exit(0)
+    inputs.attend(mesh)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -386,6 +387,27 @@ def check_refused_keep(case, mesh):
         raise AssertionError(
             f"{error}; same: {(cache.stats(), cache.block_table([seq]).tolist()) == before}"
         ) from error
+
+
+def keep_without_the_last(mesh):
+    """Both ranks have agreed on a path, and one dies while its drafts move; the cache of the other is as before."""
+    cache = PagedKVCache(16, 2, num_layers=2, num_kv_heads=1, head_dim=2, device="cpu", mesh=mesh)
+    seq, _ = cache.create([])
+    cache.extend([seq], [11])
+    fill(cache, seq, torch.arange(1, 12))
+    fork = cache.fork(seq)
+
+    def state():
+        tables = cache.block_table([seq, fork]).tolist(), len(seq), len(fork)
+        return cache.stats(), tables, read(cache, seq).tolist(), read(cache, fork).tolist()
+
+    before, exchange = state(), dist.all_to_all_single
+    is_last = mesh.get_local_rank() == mesh.size() - 1
+    with mock.patch.object(dist, "all_to_all_single", (lambda *args, **options: os._exit(1)) if is_last else exchange):
+        try:
+            cache.keep([seq], 6, [[1, 4, 3]])
+        finally:
+            assert state() == before
 
 
 def slots_of(cache, seq):

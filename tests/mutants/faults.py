@@ -1313,8 +1313,8 @@ FAULTS = (
     Fault(
         "E05",
         "triton_attn/cache/drafts.py",
-        "= bits[:, source_pages, source_slots]",
-        "= bits[:, source_pages.flip(0), source_slots]",
+        "return slice(None), [x[:, pages, slots]",
+        "return slice(None), [x[:, pages.flip(0), slots]",
         "KEEP",
     ),
     Fault(
