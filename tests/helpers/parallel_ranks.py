@@ -19,6 +19,9 @@ from sharded_caches import largest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.experimental._context_parallel import _load_balancer
+from torch.distributed.tensor.experimental._context_parallel._attention import _context_parallel_shard
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -49,7 +52,7 @@ class Case:
 
     method: str | tuple = "all_gather"
     inner: int | None = None  # ranks of the second dimension of a mesh of two
-    load_balance: str | None = "head_tail"
+    load_balance: str | None = "head_tail"  # or of BALANCERS
     batch: int = 1
     seqlen: int = 50
     even: bool = False  # the length is not given, since all ranks have as many rows
@@ -120,6 +123,35 @@ class Case:
         return (self.num_heads_q + max(self.num_heads_kv, ranks)) * (self.head_dim + self.head_dim_v) // ranks
 
 
+class Shuffled:
+    """A balancer whose ranks have rows of any places, in any order."""
+
+    def __init__(self, seqlen):
+        self.seqlen = seqlen
+
+    def _generate_indices(self, restore=False):
+        return torch.randperm(self.seqlen, generator=torch.Generator().manual_seed(3))[None]
+
+
+def _of_documents(seqlen, num_ranks):
+    parts = [2 * num_ranks] * (seqlen // (2 * num_ranks) - 2) + [4 * num_ranks]
+    return _load_balancer._PerDocumentHeadTailLoadBalancer([parts], num_ranks, "cpu")
+
+
+def _of_blocks(seqlen, num_ranks):
+    mask = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, seqlen, seqlen, device="cpu", BLOCK_SIZE=2)
+    return _load_balancer._PTRRLoadBalancer(mask, num_ranks)
+
+
+BALANCERS = dict(of_documents=_of_documents, of_blocks=_of_blocks, shuffled=lambda seqlen, num_ranks: Shuffled(seqlen))
+
+
+@functools.cache
+def balancer(name, seqlen, num_ranks):
+    """What `load_balance` takes."""
+    return BALANCERS[name](seqlen, num_ranks) if name in BALANCERS else name
+
+
 def run(check, cases, num_ranks, store):
     """What `check(case, mesh)` found wrong on each rank: [(rank, case, text)]."""
     results = torch.multiprocessing.get_context("forkserver").SimpleQueue()
@@ -177,6 +209,7 @@ class WholeTensors:
     def __init__(self, case):
         self.case, self.generator = case, torch.Generator().manual_seed(case.seed)
         self.dim = len(case.rows) - 1  # of the sequence
+        self._balance = ...
         self.packing = {} if case.documents is None else dict(cu_seqlens=case.cu_seqlens)
 
     def draw(self, *shape):
@@ -201,7 +234,12 @@ class WholeTensors:
         """How the rows lie over the ranks."""
         case = self.case
         seqlen = None if case.even else case.rows[-1]
-        return dict(mesh=self.over(mesh), method=case.method, load_balance=case.load_balance, seqlen=seqlen)
+        return dict(mesh=self.over(mesh), method=case.method, load_balance=self.balance(mesh), seqlen=seqlen)
+
+    def balance(self, mesh):
+        if self._balance is Ellipsis:
+            self._balance = balancer(self.case.load_balance, self.case.rows[-1], mesh.size())
+        return self._balance
 
     def over(self, mesh):
         """The mesh of the call, of all ranks."""
@@ -210,12 +248,10 @@ class WholeTensors:
         return mesh_of_two(mesh.size() // self.case.inner, self.case.inner)
 
     def own(self, x, mesh, dim=None):
-        return shard_sequence(
-            x, self.over(mesh), self.dim if dim is None else dim, self.case.load_balance, **self.packing
-        )
+        return shard_sequence(x, self.over(mesh), self.dim if dim is None else dim, self.balance(mesh), **self.packing)
 
     def whole(self, x, mesh, dim=None):
-        placing = self.case.load_balance, self.case.rows[-1]
+        placing = self.balance(mesh), self.case.rows[-1]
         return unshard_sequence(x.detach(), self.over(mesh), self.dim if dim is None else dim, *placing, **self.packing)
 
     def gradients(self, outputs, leaves, own=lambda x, dim=None: x):
@@ -433,6 +469,19 @@ def check_calls(case, mesh):
         outputs, leaves = inputs.attend(mesh)
         inputs.gradients(outputs, leaves, lambda x, dim=None: inputs.own(x, mesh, dim))
     assert [spy.call_count for spy in spies] == [mesh.size(), 1, mesh.size()]
+
+
+def check_rows_of_torch(_, mesh):
+    """A balancer gives this rank the rows, in the order, that torch's context parallelism gives it."""
+    x = torch.arange(2 * 48 * 3).view(2, 48, 3)
+    for name in BALANCERS:
+        load_balance = balancer(name, 48, mesh.size())
+        order = load_balance._generate_indices()[0].long()
+        (own,) = _context_parallel_shard(mesh, [x], [1], load_balance)
+        assert torch.equal(own, x[:, order.chunk(mesh.size())[mesh.get_local_rank()]]), name
+        found = shard_sequence(x, mesh, load_balance=load_balance)
+        assert torch.equal(found, own), name
+        assert torch.equal(unshard_sequence(found, mesh, load_balance=load_balance), x), name
 
 
 def check_training(case, mesh):
