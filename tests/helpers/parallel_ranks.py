@@ -19,6 +19,9 @@ from sharded_caches import largest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.experimental._context_parallel import _load_balancer
+from torch.distributed.tensor.experimental._context_parallel._attention import _context_parallel_shard
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -49,7 +52,7 @@ class Case:
 
     method: str | tuple = "all_gather"
     inner: int | None = None  # ranks of the second dimension of a mesh of two
-    load_balance: str | None = "head_tail"
+    load_balance: str | None = "head_tail"  # or of BALANCERS
     batch: int = 1
     seqlen: int = 50
     even: bool = False  # the length is not given, since all ranks have as many rows
@@ -123,6 +126,35 @@ class Case:
         return sum(number for name, number in elements.items() if name not in self.frozen)
 
 
+class Shuffled:
+    """A balancer whose ranks have rows of any places, in any order."""
+
+    def __init__(self, seqlen):
+        self.seqlen = seqlen
+
+    def _generate_indices(self, restore=False):
+        return torch.randperm(self.seqlen, generator=torch.Generator().manual_seed(3))[None]
+
+
+def _of_documents(seqlen, num_ranks):
+    parts = [2 * num_ranks] * (seqlen // (2 * num_ranks) - 2) + [4 * num_ranks]
+    return _load_balancer._PerDocumentHeadTailLoadBalancer([parts], num_ranks, "cpu")
+
+
+def _of_blocks(seqlen, num_ranks):
+    mask = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, seqlen, seqlen, device="cpu", BLOCK_SIZE=2)
+    return _load_balancer._PTRRLoadBalancer(mask, num_ranks)
+
+
+BALANCERS = dict(of_documents=_of_documents, of_blocks=_of_blocks, shuffled=lambda seqlen, num_ranks: Shuffled(seqlen))
+
+
+@functools.cache
+def balancer(name, seqlen, num_ranks):
+    """What `load_balance` takes."""
+    return BALANCERS[name](seqlen, num_ranks) if name in BALANCERS else name
+
+
 def run(check, cases, num_ranks, store):
     """What `check(case, mesh)` found wrong on each rank: [(rank, case, text)]."""
     results = torch.multiprocessing.get_context("forkserver").SimpleQueue()
@@ -180,6 +212,7 @@ class WholeTensors:
     def __init__(self, case):
         self.case, self.generator = case, torch.Generator().manual_seed(case.seed)
         self.dim = len(case.rows) - 1  # of the sequence
+        self._balance = ...
         self.packing = {} if case.documents is None else dict(cu_seqlens=case.cu_seqlens)
 
     def draw(self, *shape):
@@ -204,7 +237,12 @@ class WholeTensors:
         """How the rows lie over the ranks."""
         case = self.case
         seqlen = None if case.even else case.rows[-1]
-        return dict(mesh=self.over(mesh), method=case.method, load_balance=case.load_balance, seqlen=seqlen)
+        return dict(mesh=self.over(mesh), method=case.method, load_balance=self.balance(mesh), seqlen=seqlen)
+
+    def balance(self, mesh):
+        if self._balance is Ellipsis:
+            self._balance = balancer(self.case.load_balance, self.case.rows[-1], mesh.size())
+        return self._balance
 
     def over(self, mesh):
         """The mesh of the call, of all ranks."""
@@ -213,12 +251,10 @@ class WholeTensors:
         return mesh_of_two(mesh.size() // self.case.inner, self.case.inner)
 
     def own(self, x, mesh, dim=None):
-        return shard_sequence(
-            x, self.over(mesh), self.dim if dim is None else dim, self.case.load_balance, **self.packing
-        )
+        return shard_sequence(x, self.over(mesh), self.dim if dim is None else dim, self.balance(mesh), **self.packing)
 
     def whole(self, x, mesh, dim=None):
-        placing = self.case.load_balance, self.case.rows[-1]
+        placing = self.balance(mesh), self.case.rows[-1]
         return unshard_sequence(x.detach(), self.over(mesh), self.dim if dim is None else dim, *placing, **self.packing)
 
     def gradients(self, outputs, leaves, own=lambda x, dim=None: x):
@@ -453,6 +489,19 @@ def check_calls(case, mesh):
     assert [spy.call_count for spy in spies] == [mesh.size(), 1, mesh.size()]
 
 
+def check_rows_of_torch(_, mesh):
+    """A balancer gives this rank the rows, in the order, that torch's context parallelism gives it."""
+    x = torch.arange(2 * 48 * 3).view(2, 48, 3)
+    for name in BALANCERS:
+        load_balance = balancer(name, 48, mesh.size())
+        order = load_balance._generate_indices()[0].long()
+        (own,) = _context_parallel_shard(mesh, [x], [1], load_balance)
+        assert torch.equal(own, x[:, order.chunk(mesh.size())[mesh.get_local_rank()]]), name
+        found = shard_sequence(x, mesh, load_balance=load_balance)
+        assert torch.equal(found, own), name
+        assert torch.equal(unshard_sequence(found, mesh, load_balance=load_balance), x), name
+
+
 def check_training(case, mesh):
     """A compiled call without a graph break and a checkpoint give what a plain call gives; gradients accumulate."""
     inputs = case.inputs()
@@ -501,9 +550,9 @@ def check_choice(case, mesh):
             assert spy.call_count == count, f"dynamic={dynamic}"
 
 
-def run_without_a_rank(case, num_ranks, folder, dies, timeout):
-    """{rank: what it raised} where the last rank makes one call and then dies, or stays away; None: it did not end."""
-    arguments = [(case, rank, num_ranks, folder, dies, timeout) for rank in range(num_ranks)]
+def run_without_a_rank(call, num_ranks, folder, timeout=100):
+    """{rank: what `call(mesh)` raised} where the last rank dies in it, or stays away; None: it did not end."""
+    arguments = [(call, rank, num_ranks, folder, timeout) for rank in range(num_ranks)]
     processes = _start(_run_without_a_rank, arguments)
     for process in processes[:-1]:
         process.join(TIMEOUT.total_seconds())
@@ -515,19 +564,24 @@ def run_without_a_rank(case, num_ranks, folder, dies, timeout):
     return {rank: said for rank, said in found.items() if rank < num_ranks - 1}
 
 
-def _run_without_a_rank(case, rank, num_ranks, folder, dies, timeout):
+def _run_without_a_rank(call, rank, num_ranks, folder, timeout):
     options = dict(rank=rank, world_size=num_ranks, timeout=datetime.timedelta(seconds=timeout))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
-    mesh, inputs = init_device_mesh("cpu", (num_ranks,)), case.inputs()
+    said = "nothing"
+    try:
+        call(init_device_mesh("cpu", (num_ranks,)))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    (folder / f"rank {rank}").write_text(said)
+    os._exit(0)
+
+
+def attend_without_the_last(case, dies, mesh):
+    """A second call, to which the last rank does not come."""
+    inputs = case.inputs()
     inputs.attend(mesh)
-    if rank == num_ranks - 1:
+    if mesh.get_local_rank() == mesh.size() - 1:
         if dies:
             os._exit(1)
         time.sleep(TIMEOUT.total_seconds())
-    try:
-        inputs.attend(mesh)
-        said = "nothing"
-    except RuntimeError as error:
-        said = str(error)
-    (folder / f"rank {rank}").write_text(said)
-    os._exit(0)
+    inputs.attend(mesh)

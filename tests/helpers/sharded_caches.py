@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -509,6 +510,27 @@ def places_of_tokens(cache, seq):
         first, (row,) = first_held(cache, seq, group), table if cache.layers is None else table[group]
         columns = first // cache.page_size + torch.arange(len(keys)) // cache._page_slots
         yield first + keys, row.long()[columns], torch.arange(len(keys)) % cache._page_slots
+
+
+def keep_without_the_last(mesh):
+    """Both ranks have agreed on a path, and one dies while its drafts move; the cache of the other is as before."""
+    cache = PagedKVCache(16, 2, num_layers=2, num_kv_heads=1, head_dim=2, device="cpu", mesh=mesh)
+    seq, _ = cache.create([])
+    cache.extend([seq], [11])
+    fill(cache, seq, torch.arange(1, 12))
+    fork = cache.fork(seq)
+
+    def state():
+        rows = [x.tolist() for sequence in (seq, fork) for x in rows_of(cache, sequence)]
+        return cache.stats(), cache.block_table([seq, fork]).tolist(), len(seq), len(fork), rows
+
+    before, exchange = state(), dist.all_to_all_single
+    is_last = mesh.get_local_rank() == mesh.size() - 1
+    with mock.patch.object(dist, "all_to_all_single", (lambda *args, **options: os._exit(1)) if is_last else exchange):
+        try:
+            cache.keep([seq], 6, [[1, 4, 3]])
+        finally:
+            assert state() == before
 
 
 def fill(cache, seq, content):

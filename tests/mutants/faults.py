@@ -48,7 +48,7 @@ GROUPS = {
     "KEEP": (
         _run("tests/cache/test_keep.py"),
         _run("tests/cache/test_state_machine.py"),
-        _run("tests/parallel/test_sharded_cache.py", "-k", "drafts_move or refuses"),
+        _run("tests/parallel/test_sharded_cache.py", "-k", "drafts_move or refuses or dies_in_keep"),
     ),
     "PREFIX_GROUPS": (_run("tests/cache/test_prefix_groups.py"),),
     "PREFIX_PLAN": (_run("tests/merge/test_tree.py", "tests/merge/test_random_tree.py"),),
@@ -108,6 +108,7 @@ GROUPS = {
         _run("tests/parallel/test_mla_prefill.py", "-k", "bytes or calls or fsdp or workspace or compared"),
     ),
     "SHARDING": (_run("tests/parallel/test_sharding.py"),),
+    "BALANCERS": (_run("tests/parallel/test_context_parallel.py", "-k", "reference and balancers"),),
     "ERRORS": (
         _run("tests/flash/test_errors.py", "tests/paged/test_errors.py", "tests/mla/test_errors.py"),
         _run("tests/cache", "tests/merge", "-k", "wrong or values or bad"),
@@ -1276,6 +1277,11 @@ FAULTS = (
     Fault("D55", "triton_attn/_host/dtensors.py", "if not all(placement", "if not any(placement", "DTENSORS"),
     Fault("D56", "triton_attn/parallel/whole.py", ", parameters = problem", ", _ = problem", "MLA_PARALLEL"),
     Fault("D57", "triton_attn/parallel/latent.py", "sharding, _ = in_teams(", "_ = in_teams(", "MLA_EXCHANGES"),
+    Fault("D60", "triton_attn/parallel/balance.py", "own for _, own in rows)", "own for own in chunks)", "BALANCERS"),
+    Fault("D61", "triton_attn/parallel/operators.py", "as_given(sharding, rank, x) for", "x for", "BALANCERS"),
+    Fault("D62", "triton_attn/parallel/operators.py", "as_given(sharding, groups.rank, lse, 1)", "lse", "BALANCERS"),
+    Fault("D63", "triton_attn/parallel/balance.py", "        x = in_order(sharding, rank, x, dim)\n", "", "SHARDING"),
+    Fault("D64", "triton_attn/parallel/balance.py", "add(1).tolist()", "tolist()", "SHARDING"),
     Fault("D58", "triton_attn/parallel/ring.py", "of_keys += arriving.wait()", "arriving.wait()", "MLA_PARALLEL"),
     Fault("K01", "triton_attn/_jit/shards.py", "- rank * interleave\n", "\n", "PAGED"),
     Fault(
@@ -1319,8 +1325,8 @@ FAULTS = (
     Fault(
         "E05",
         "triton_attn/cache/drafts.py",
-        "= bits[:, source_pages, source_slots]",
-        "= bits[:, source_pages.flip(0), source_slots]",
+        "return slice(None), [x[:, pages, slots]",
+        "return slice(None), [x[:, pages.flip(0), slots]",
         "KEEP",
     ),
     Fault(
@@ -1332,6 +1338,15 @@ FAULTS = (
     ),
     Fault("E12", "triton_attn/cache/drafts.py", "    check_same(given)\n    _keep", "    _keep", "KEEP"),
     Fault("E13", "triton_attn/cache/sharding.py", "if (owners[0] != owners[1]).any():", "if True:", "KEEP"),
+    Fault(
+        "E14",
+        "triton_attn/cache/drafts.py",
+        "    read, written = (_slots_of(",
+        "    cache.pool._forget(owned[2]), _own_pages(cache, *owned)\n"
+        "    owned = [], [], []\n"
+        "    read, written = (_slots_of(",
+        "KEEP",
+    ),
     Fault("E06", "triton_attn/cache/drafts.py", "    _own_pages(cache, *owned)\n", "", "KEEP"),
     Fault(
         "X01", "triton_attn/cache/prefix_groups.py", "if max(around) < num", "if max(around) <= num", "PREFIX_GROUPS"

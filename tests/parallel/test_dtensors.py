@@ -197,7 +197,7 @@ ERRORS = [
             packed=True,
             context_parallel=dict(load_balance="per_document"),
         ),
-        "load_balance: expected 'head_tail' or None, got 'per_document'",
+        "load_balance: expected 'head_tail', None or a load balancer of torch, got 'per_document'",
     ),
 ]
 

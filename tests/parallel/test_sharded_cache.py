@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import sharded_caches
 import torch
-from parallel_ranks import run
+from parallel_ranks import run, run_without_a_rank
 from prefix_trees import tree_of_all
 from sharded_caches import Case
 
@@ -109,6 +109,12 @@ def test_a_keep_that_one_rank_refuses_changes_nothing(tmp_path):
         expected = differ if "[1, 2]" in case else f"{re.escape(refused)}.*; same: True"
         assert re.search(expected, text), text
         assert ("keep: expected a call that no rank refuses" in text) == (rank == 0 and "[0, 4]" in case)
+
+
+def test_a_rank_that_dies_in_keep_leaves_the_cache_of_another_unchanged(tmp_path):
+    found = run_without_a_rank(sharded_caches.keep_without_the_last, 2, tmp_path)
+    assert found[0] is not None, "no end"
+    assert re.search("(?i)^RuntimeError.*(connection|timed out|timeout)", found[0]), found[0]
 
 
 def test_all_ranks_run_out_of_pages_together(tmp_path):

@@ -1,9 +1,11 @@
 """Which rows a rank has and which calls it makes, in one process; wrong arguments."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
+from parallel_ranks import check_rows_of_torch, run
 from torch.distributed.device_mesh import init_device_mesh
 
 from triton_attn.parallel import (
@@ -37,7 +39,10 @@ def bounds(*values):
     ("arguments", "said"),
     [
         (dict(method="tree"), "method: expected 'auto' or 'all_gather' or 'ring' or 'ulysses', got 'tree'"),
-        (dict(load_balance="zigzag"), "load_balance: expected 'head_tail' or None, got 'zigzag'"),
+        (
+            dict(load_balance="zigzag"),
+            "load_balance: expected 'head_tail', None or a load balancer of torch",
+        ),
         (dict(seqlen=7), "seqlen: expected the length of a sequence of which rank 0 of 1 has 6 rows, got 7"),
         (dict(seqlen=-1), "seqlen: expected 0 or more, got -1"),
         (dict(k=X[:, :5]), "v: expected k's shape except for the last dimension, .*, got"),
@@ -66,7 +71,10 @@ def test_errors(mesh, arguments, said):
         (dict(cu_seqlens=bounds(1, 6)), r"cu_seqlens\[0\]: expected 0, got 1"),
         (dict(cu_seqlens=bounds(0, 4, 3, 6)), r"cu_seqlens\[2\]: expected 4 or more, got 3"),
         (dict(cu_seqlens=bounds(0, 7)), r"cu_seqlens\[-1\]: expected at most the 6 rows of the whole, got 7"),
-        (dict(load_balance="zigzag"), "load_balance: expected 'head_tail', 'per_document' or None, got 'zigzag'"),
+        (
+            dict(load_balance="zigzag"),
+            "load_balance: expected 'head_tail', 'per_document', None or a load",
+        ),
         (dict(q=X), r"q: expected \(total, heads, head_dim\), got shape \(1, 6, 2, 16\)"),
         (dict(alibi_slopes=torch.zeros(3, 2)), r"alibi_slopes: expected shape \(2,\) or shape \(2, 2\), got"),
         (dict(seqlen=5), "seqlen: expected the length of a sequence of which rank 0 of 1 has 6 rows, got 5"),
@@ -98,9 +106,37 @@ def test_balancers_of_torch(mesh):
     _, (team,) = in_teams(sharding_of((0, 48), 48, 4, "head_tail"), 1)
     assert torch.equal(team.order_of_ranks.take(x), balancer._generate_indices()[0].long())
     assert torch.equal(shard_sequence(x, mesh, 0, balancer), x)
-    by_documents = of_torch._PerDocumentHeadTailLoadBalancer([[16, 32]], 4, "cpu")
-    with pytest.raises(ValueError, match="load_balance: expected 'head_tail', 'per_document' or None, got <torch"):
-        shard_sequence(x, mesh, 0, by_documents, cu_seqlens=bounds(0, 16, 48))
+
+
+def test_ranks_have_the_rows_that_torch_gives_them(tmp_path):
+    assert run(check_rows_of_torch, [None], 4, tmp_path / "store") == []
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        (torch.arange(46)[None], "load_balance: expected a load balancer of 48 rows, got 46"),
+        (torch.arange(48).expand(2, -1), r"load_balance: expected .* one order for all sequences, .*, got \(2, 48\)"),
+        (torch.zeros(1, 48, dtype=torch.long), "load_balance: expected a load balancer whose order has each row once"),
+    ],
+    ids=["length", "two", "twice"],
+)
+def test_errors_of_a_balancer(mesh, order, said):
+    balancer = mock.Mock(_generate_indices=lambda: order)
+    with pytest.raises(ValueError, match=said):
+        shard_sequence(torch.arange(48), mesh, 0, balancer)
+
+
+def test_a_length_that_the_ranks_of_a_balancer_do_not_divide():
+    with pytest.raises(ValueError, match=r"load_balance: expected .*, a length in multiples of 4 ranks, got 6"):
+        sharding_of((0, 6), 6, 4, "Balancer 0-6")
+
+
+def test_ranks_compare_the_whole_of_a_long_order():
+    orders = [" ".join(["Balancer", *(f"{i}-{i + 1}" for i in range(last, -1, -1))]) for last in (98, 99)]
+    orders.append(orders[0][:-3] + "1-0")
+    assert len({balance.described(order) for order in orders}) == 3
+    assert max(len(balance.described(order)) for order in orders) < 150
 
 
 def test_few_calls_for_many_documents():
@@ -192,7 +228,7 @@ def test_shards_of_each_length(load_balance):
                 assert team.order_of_ranks.take(own).tolist() == of_ranks
                 assert torch.equal(team.order.take(torch.tensor(of_ranks, dtype=torch.int32)), own)
                 if load_balance != "per_document":
-                    assert len(own) == rows_of_rank(sharding.seqlen, i, number, load_balance is not None)
+                    assert len(own) == rows_of_rank(sharding.seqlen, i, number, load_balance)
         number = 1 if load_balance == "per_document" else 0  # a row more of each document, and of the rest
         assert max(sharding.num_rows) - min(sharding.num_rows) <= 2 + 2 * number * len(bounds)
 

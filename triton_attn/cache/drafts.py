@@ -3,13 +3,12 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from .._host.checks import check_length, fail
 from .._host.mesh import check_same, gather_objects
 from .arrays import NO_LIMIT, from_list
-from .sharding import move_between_ranks
+from .sharding import bits_of_pages, fetch_from_ranks
 from .token_ids import as_ids
 
 
@@ -91,18 +90,22 @@ def _check(cache, seqs, num_drafts, accepted, token_ids):
 
 
 def _keep(cache, changes, moves, owned):
-    """Nothing fails here."""
+    """What changes its rank arrives before anything changes, since another rank may die. After that nothing fails."""
+    read, written = (_slots_of(cache, changes, [move[side] for move in moves]) for side in (0, 1))
+    is_sharded = cache.key_shard is not None
+    arrived, rows = (fetch_from_ranks if is_sharded else _fetch)(cache, read, written)
     _own_pages(cache, *owned)
     for row, path, own, first in changes:
         _rename(cache, row, path, own, first)
-    sources, targets = [from_list([])], [from_list([])]
-    for (row, *_), (read, written) in zip(changes, moves):
-        sources.append(cache._slots_of(row, read))
-        targets.append(cache._slots_of(row, written))
-    move = _move if cache.key_shard is None else move_between_ranks
-    move(cache, np.concatenate(sources), np.concatenate(targets))
+    written = _slots_of(cache, changes, [positions for _, positions in moves])[arrived]  # of pages of its own by now
+    _put(cache, cache._own_slots(written), rows)
     for seq, (_, path, *_) in zip(cache._batch.seqs, changes[:: cache._num_groups]):
         cache.truncate(seq, path.end)
+
+
+def _slots_of(cache, changes, positions):
+    """Of tokens at positions of each row, one after the other."""
+    return np.concatenate([from_list([]), *(cache._slots_of(row, own) for (row, *_), own in zip(changes, positions))])
 
 
 def _moves_in_row(cache, row, path):
@@ -149,11 +152,17 @@ def _own_pages(cache, copied, originals, kept):
         cache._changes.extend(*zip(*copied))
 
 
-def _move(cache, sources, targets):
-    """Copy what the slots `sources` hold to the slots `targets`, in all layers; a slot may be in both."""
-    if sources.size:
-        source_pages, source_slots = map(cache._to_device, np.divmod(sources, cache.page_size))
-        pages, slots = map(cache._to_device, np.divmod(targets, cache.page_size))
-        for x in cache._page_tensors():
-            bits = x.view(torch.uint8) if x.dtype.itemsize == 1 else x
-            bits[:, pages, slots] = bits[:, source_pages, source_slots]
+def _fetch(cache, read, written):
+    """(all of the slots `written`, what the slots `read` hold, in all layers, of each tensor of the cache)."""
+    pages, slots = _places(cache, read)
+    return slice(None), [x[:, pages, slots] for x in bits_of_pages(cache)]
+
+
+def _put(cache, written, rows):
+    pages, slots = _places(cache, written)
+    for x, own in zip(bits_of_pages(cache), rows):
+        x[:, pages, slots] = own
+
+
+def _places(cache, slots):
+    return map(cache._to_device, np.divmod(slots, cache._page_slots))

@@ -35,23 +35,21 @@ def shard_pages(
     return int(fewest), KeyShard(rank, num_ranks, interleave), group
 
 
-def move_between_ranks(cache, sources, targets):
-    """Copy what the tokens in the slots `sources` hold to the slots `targets`, in all layers and on all ranks.
+def fetch_from_ranks(cache, read, written):
+    """(which of the slots `written` this rank has, what comes to them from the slots `read`, in all layers, of each
+    tensor of the cache).
 
     Slots are those of pages of all ranks, the same on each. One collective, if a token changes its rank.
     """
     shard, page_slots = cache.key_shard, cache._page_slots
-    owners = [x % cache.page_size // shard.interleave % shard.num_ranks for x in (sources, targets)]
+    owners = [x % cache.page_size // shard.interleave % shard.num_ranks for x in (read, written)]
     sent, send_counts = _order_of(shard, *owners)
     received, receive_counts = _order_of(shard, *reversed(owners))
-    read, written = (
-        list(map(cache._to_device, np.divmod(shard.slots_of(x, page_slots), page_slots)))
-        for x in (sources[sent], targets[received])
-    )
-    tensors = [x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in cache._page_tensors()]
+    pages, slots = map(cache._to_device, np.divmod(shard.slots_of(read[sent], page_slots), page_slots))
+    tensors = bits_of_pages(cache)
     widths = [x.shape[0] * math.prod(x.shape[3:]) for x in tensors]
     rows = [
-        x[:, read[0], read[1]].transpose(0, 1).reshape(sent.size, width).view(torch.uint8)
+        x[:, pages, slots].transpose(0, 1).reshape(sent.size, width).view(torch.uint8)
         for x, width in zip(tensors, widths)
     ]
     rows = torch.cat(rows, dim=1)
@@ -59,9 +57,16 @@ def move_between_ranks(cache, sources, targets):
         arrived = rows.new_empty(received.size, rows.shape[1])
         dist.all_to_all_single(arrived, rows, receive_counts, send_counts, group=cache._group)
         rows = arrived
-    for x, moved in zip(tensors, rows.split([n * x.itemsize for n, x in zip(widths, tensors)], dim=1)):
-        moved = moved.contiguous().view(x.dtype).view(received.size, x.shape[0], *x.shape[3:])
-        x[:, written[0], written[1]] = moved.transpose(0, 1)
+    of_tensors = rows.split([n * x.itemsize for n, x in zip(widths, tensors)], dim=1)
+    return received, [
+        own.contiguous().view(x.dtype).view(received.size, x.shape[0], *x.shape[3:]).transpose(0, 1)
+        for x, own in zip(tensors, of_tensors)
+    ]
+
+
+def bits_of_pages(cache):
+    """The memory of the pages, with bytes for elements of one."""
+    return [x.view(torch.uint8) if x.dtype.itemsize == 1 else x for x in cache._page_tensors()]
 
 
 def _order_of(shard, owners, others):

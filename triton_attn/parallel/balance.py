@@ -1,11 +1,13 @@
 """Which rows of a sequence a rank holds."""
 
 import functools
+import hashlib
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,11 +17,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._host.checks import check_cu_seqlens, check_int, fail
 from .._host.mesh import check_mesh
+from .._host.observers import constant_if_traced
 from .exchange import exchange
 
 LOAD_BALANCES = ("head_tail", "per_document", None)
 # Rows are taken slice by slice if there are no more slices than this, and by an index tensor otherwise.
 MOST_SLICES = 16
+LONGEST_PRINTED = 100  # characters of an order of rows
 
 
 class Chunk(NamedTuple):
@@ -137,7 +141,7 @@ class Sharding:
     """How a sequence of seqlen rows lies over the ranks; see `sharding_of`.
 
     Document i is the rows [bounds[i], bounds[i + 1]); the rows after the last bound belong to none. Either each of them
-    is cut (cut_each) or the whole is, into one chunk a rank or (head_tail) two.
+    is cut (cut_each) or the whole is, into one chunk a rank or (head_tail) two, or as `given`.
     """
 
     bounds: tuple[int, ...]
@@ -145,19 +149,35 @@ class Sharding:
     num_ranks: int
     cut_each: bool
     head_tail: bool
+    given: tuple[tuple[Chunk, ...], ...] | None = None  # chunks of each rank, of all that is cut
+
+    @functools.cached_property
+    def rows(self) -> tuple[tuple[Chunk, ...], ...]:
+        """Of each rank, in the order in which it has them."""
+        ends = (*self.bounds, self.seqlen) if self.cut_each else (0, self.seqlen)
+        chunks: list[list[Chunk]] = [[] for _ in range(self.num_ranks)]
+        for start, end in itertools.pairwise(ends):
+            for of_rank, cut in zip(chunks, self._cut(end - start)):
+                of_rank += [chunk.shifted(start) for chunk in cut]
+        return tuple(map(joined, chunks))
+
+    def _cut(self, size):
+        """Chunks of each rank."""
+        if self.given is not None:
+            return self.given if size else [()] * self.num_ranks
+        number = 2 * self.num_ranks if self.head_tail else self.num_ranks
+        chunks = [Chunk(size * i // number, size * (i + 1) // number) for i in range(number)]
+        return zip(chunks, reversed(chunks[self.num_ranks :])) if self.head_tail else zip(chunks)
 
     @functools.cached_property
     def places(self) -> tuple[Place, ...]:
-        """The rows of each rank."""
-        ends = (*self.bounds, self.seqlen) if self.cut_each else (0, self.seqlen)
-        chunks: list[list[Chunk]] = [[] for _ in range(self.num_ranks)]
-        number = 2 * self.num_ranks if self.head_tail else self.num_ranks
-        for start, end in itertools.pairwise(ends):
-            cuts = [start + (end - start) * i // number for i in range(number + 1)]
-            for rank, of_rank in enumerate(chunks):
-                which = (rank, number - 1 - rank) if self.head_tail else (rank,)
-                of_rank += [Chunk(cuts[i], cuts[i + 1]) for i in which]
-        return tuple(map(Place, chunks))
+        """The rows of each rank, in the order of the whole."""
+        return tuple(Place(sorted(chunks)) for chunks in self.rows)
+
+    @functools.cached_property
+    def permutations(self) -> "tuple[Permutation | None, ...]":
+        """Of each rank; None: its rows are in the order of the whole."""
+        return tuple(map(_permutation, self.rows, self.places))
 
     @property
     def num_rows(self) -> list[int]:
@@ -180,6 +200,33 @@ class Sharding:
             yield Segment(document, chunk, place.row_of(chunk.start))
 
 
+class Permutation(NamedTuple):
+    """From the order in which a rank has its rows to that of the whole, and back."""
+
+    in_order: Pieces
+    as_given: Pieces
+
+
+def _permutation(chunks, place):
+    if list(chunks) == sorted(chunks):
+        return None
+    ends = list(itertools.accumulate((chunk.size for chunk in chunks), initial=0))
+    rows = sorted(zip(chunks, itertools.starmap(Chunk, itertools.pairwise(ends))))
+    return Permutation(Pieces(own for _, own in rows), Pieces(place.rows_of(chunks)))
+
+
+def in_order(sharding: Sharding, rank: int, x: Tensor, dim: int = 0) -> Tensor:
+    """A rank's rows in the order of the whole."""
+    permutation = sharding.permutations[rank]
+    return x if permutation is None else permutation.in_order.take(x, dim)
+
+
+def as_given(sharding: Sharding, rank: int, x: Tensor, dim: int = 0) -> Tensor:
+    """And in the order in which the rank has them."""
+    permutation = sharding.permutations[rank]
+    return x if permutation is None else permutation.as_given.take(x, dim)
+
+
 class Team(NamedTuple):
     """Ranks whose rows together are those of one place."""
 
@@ -193,9 +240,12 @@ def in_teams(sharding: Sharding, number: int) -> tuple[Sharding, tuple[Team, ...
     """The Sharding whose ranks are `number` teams, of as many ranks each that follow each other, and the teams.
 
     Fewer chunks of a sequence begin where some of more chunks do, so the ranks of a team have together what
-    `shard_sequence` gives to one of `number` ranks.
+    `shard_sequence` gives to one of `number` ranks, in the order of the whole.
     """
-    of_teams, size = replace(sharding, num_ranks=number), sharding.num_ranks // number
+    size, given = sharding.num_ranks // number, sharding.given
+    if given is not None:
+        given = tuple(joined(sorted(itertools.chain(*given[i * size : (i + 1) * size]))) for i in range(number))
+    of_teams = replace(sharding, num_ranks=number, given=given)
     teams = (_team(place, sharding.places[i * size : (i + 1) * size]) for i, place in enumerate(of_teams.places))
     return of_teams, tuple(teams)
 
@@ -213,20 +263,44 @@ def _team(whole, places):
 @functools.lru_cache(maxsize=64)
 def sharding_of(bounds: tuple[int, ...], seqlen: int, num_ranks: int, load_balance: str | None) -> Sharding:
     """A packed batch, sharded as `shard_sequence` says. The same object for the same arguments: others remember it."""
-    return Sharding(bounds, seqlen, num_ranks, load_balance == "per_document", load_balance is not None)
+    given = _given(load_balance, seqlen, num_ranks)
+    return Sharding(bounds, seqlen, num_ranks, load_balance == "per_document", load_balance is not None, given)
 
 
 @functools.lru_cache(maxsize=64)
 def sharding_of_batch(batch: int, seqlen: int, num_ranks: int, load_balance: str | None) -> Sharding:
     """Sequences of one length that are sharded alike: each rank's rows are (batch, rows), flattened."""
     bounds = tuple(range(0, (batch + 1) * seqlen, seqlen)) if seqlen else (0,) * (batch + 1)
-    return Sharding(bounds, batch * seqlen, num_ranks, True, load_balance is not None)
+    given = _given(load_balance, seqlen, num_ranks)
+    return Sharding(bounds, batch * seqlen, num_ranks, True, load_balance is not None, given)
 
 
-def rows_of_rank(seqlen: int, rank: int, num_ranks: int, head_tail: bool) -> int:
-    """Of a sequence that is cut into one chunk a rank or two."""
-    number = 2 * num_ranks if head_tail else num_ranks
-    which = (rank, number - 1 - rank) if head_tail else (rank,)
+def _given(load_balance, seqlen, num_ranks):
+    """Chunks of each rank by an order of `_order_of`, of which each has as many rows; None by a name."""
+    if load_balance in LOAD_BALANCES:
+        return None
+    order = [Chunk(*map(int, chunk.split("-"))) for chunk in load_balance.split(" ")[1:]]
+    of_order = sum(chunk.size for chunk in order)
+    if of_order != seqlen:
+        fail("load_balance", f"a load balancer of {seqlen} rows", of_order)
+    if seqlen % num_ranks:
+        fail("load_balance", f"with a load balancer of torch, a length in multiples of {num_ranks} ranks", seqlen)
+    size, first = seqlen // num_ranks, 0
+    of_ranks: list[list[Chunk]] = [[] for _ in range(num_ranks)]
+    for start, end in order:
+        while start < end:
+            cut = min(end, start + size - first % size)
+            of_ranks[first // size].append(Chunk(start, cut))
+            start, first = cut, first + cut - start
+    return tuple(map(joined, of_ranks))
+
+
+def rows_of_rank(seqlen: int, rank: int, num_ranks: int, load_balance: str | None) -> int:
+    """Of a sequence that is cut by any but "per_document"."""
+    if load_balance not in LOAD_BALANCES:
+        return seqlen // num_ranks
+    number = 2 * num_ranks if load_balance else num_ranks
+    which = (rank, number - 1 - rank) if load_balance else (rank,)
     return sum(seqlen * (i + 1) // number - seqlen * i // number for i in which)
 
 
@@ -256,8 +330,11 @@ def shard_sequence(
             same work for documents of any length; the rows after the last one are cut too. A rank holds its rows of
             each document after those of the document before. Documents shorter than 2 R rows give some ranks a row
             more than others.
-            torch's _HeadTailLoadBalancer is "head_tail", with the length of x for its own. Its other balancers are
-            refused: they give a rank rows of any places, and the one for documents does not cut each over all ranks.
+            A load balancer of torch: the rows that torch's context parallelism gives to the rank, in that order; the
+            length is the balancer's, in multiples of the ranks. All sequences of a batch have one order. Attention
+            makes a call for each chunk of rows that do not follow each other: many for _PTRRLoadBalancer, whose chunks
+            are the blocks of a BlockMask, and few for the others. _HeadTailLoadBalancer is "head_tail", with the length
+            of x for its own.
         cu_seqlens: (documents + 1,) int32, where the documents of a packed batch begin and end; needed by
             "per_document", and without effect otherwise. On the CPU it costs nothing. On a GPU it is read at its first
             use, a device-to-host sync, and again if an operator of torch has written to it.
@@ -274,7 +351,7 @@ def shard_sequence(
     """
     rank, num_ranks = check_mesh_dims(mesh)
     sharding = _sharding_of_rows(x.shape[dim], cu_seqlens, num_ranks, load_balance)
-    rows = Pieces(sharding.places[rank].chunks).take(x, dim)
+    rows = Pieces(sharding.rows[rank]).take(x, dim)
     return rows.clone(memory_format=torch.contiguous_format) if rows._is_view() else rows
 
 
@@ -317,6 +394,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, groups, rank, dim, sharding):
         ctx.place = rank, dim, sharding
+        x = in_order(sharding, rank, x, dim)
         for group in reversed(groups):  # each brings the rows of its ranks together
             size = dist.get_world_size(group)
             sharding, teams = in_teams(sharding, sharding.num_ranks // size)
@@ -328,7 +406,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Any:
         rank, dim, sharding = ctx.place
-        return Pieces(sharding.places[rank].chunks).take(gradient, dim), None, None, None, None
+        return Pieces(sharding.rows[rank]).take(gradient, dim), None, None, None, None
 
 
 def check_mesh_dims(mesh: Any) -> tuple[int, int]:
@@ -360,12 +438,48 @@ def are_regular(rows: list[list[int]]) -> bool:
 
 
 def check_load_balance(load_balance: Any, is_packed: bool) -> str | None:
-    """The name, of a name or of torch's _HeadTailLoadBalancer, whose class is private and may move."""
+    """The name of a load balance; of a balancer of torch, whose classes are private and may move, an order of rows.
+
+    torch's head-and-tail balancer is "head_tail", so that lengths need not suit it.
+    """
     names = LOAD_BALANCES if is_packed else ("head_tail", None)
-    name = "head_tail" if type(load_balance).__name__ == "_HeadTailLoadBalancer" else load_balance
-    if name not in names:
-        fail("load_balance", f"{', '.join(map(repr, names[:-1]))} or None", repr(load_balance))
-    return name
+    if type(load_balance).__name__ == "_HeadTailLoadBalancer":
+        return "head_tail"
+    if hasattr(load_balance, "_generate_indices"):
+        return _order_of(load_balance)
+    if load_balance not in names:
+        expected = f"{', '.join(map(repr, names[:-1]))}, None or a load balancer of torch"
+        fail("load_balance", expected, repr(load_balance))
+    return load_balance
+
+
+_ORDERS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+@constant_if_traced
+def _order_of(balancer):
+    """Its name and the rows of a sequence in its order, chunk by chunk, such as "_PTRRLoadBalancer 0-4 12-16 4-12". A
+    device-to-host sync at its first use, where it is on a GPU."""
+    if balancer not in _ORDERS:
+        rows = balancer._generate_indices().cpu()
+        if rows.ndim != 2 or rows.shape[0] != 1:
+            expected = "a load balancer with one order for all sequences, indices (1, seqlen)"
+            fail("load_balance", expected, tuple(rows.shape))
+        order = rows[0].long()
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            fail("load_balance", "a load balancer whose order has each row once", order.tolist()[:10])
+        ends = [0, *(order.diff() != 1).nonzero()[:, 0].add(1).tolist(), len(order)]
+        chunks = (f"{order[i]}-{order[i] + end - i}" for i, end in itertools.pairwise(ends) if i < end)
+        _ORDERS[balancer] = " ".join([type(balancer).__name__, *chunks])
+    return _ORDERS[balancer]
+
+
+def described(load_balance: str | None) -> str | None:
+    """What ranks compare, and errors print: of a long order its beginning and a digest."""
+    if load_balance is None or len(load_balance) <= LONGEST_PRINTED:
+        return load_balance
+    digest = hashlib.blake2b(load_balance.encode(), digest_size=8).hexdigest()
+    return f"{load_balance[:LONGEST_PRINTED]}... (digest {digest})"
 
 
 def check_seqlen(seqlen: Any, num_rows: int, num_ranks: int) -> int:

@@ -21,8 +21,11 @@ from . import gather, ring, ulysses, whole
 from .agreement import agree, compare, digest_of, group_of_mesh, kind_of, refuse, settle, values_of
 from .balance import (
     Sharding,
+    as_given,
     bounds_of,
     check_num_rows,
+    described,
+    in_order,
     in_teams,
     rows_at_most,
     rows_of_rank,
@@ -153,14 +156,18 @@ def _compute(kind, inputs, settings):
         _agree(kind, sharding, inputs, settings, groups)
     settings = _with_choice(kind, sharding, settings, head_dims, inputs[0].dtype, others, with_ulysses=False)
     problem, method, exchange = _problem_of(kind, sharding, settings, head_dims, others, groups)
-    rows = _rows_of(kind, inputs)
+    rows = _rows_of(kind, inputs, sharding, groups.rank)
     if exchange is None:
-        return *method.forward(problem, rows), []
-    return ulysses.forward(problem, rows, exchange)
+        out, lse, kept = *method.forward(problem, rows), []
+    else:
+        out, lse, kept = ulysses.forward(problem, rows, exchange)
+    return as_given(sharding, groups.rank, out), as_given(sharding, groups.rank, lse, 1), kept
 
 
-def _rows_of(kind, tensors):
-    return Rows(tuple(tensors[: kind.num_queries]), tuple(tensors[kind.num_queries : kind.num_rows]))
+def _rows_of(kind, tensors, sharding, rank):
+    """In the order of the whole."""
+    rows = tuple(in_order(sharding, rank, x) for x in tensors[: kind.num_rows])
+    return Rows(rows[: kind.num_queries], rows[kind.num_queries :])
 
 
 def _with_method(kind, inputs, settings):
@@ -209,7 +216,7 @@ def _num_kept(settings, cu_seqlens):
     if settings.load_balance == "per_document":
         return rows_at_most(seqlen, dist.get_world_size(outer), cu_seqlens.shape[0])
     place = dist.get_rank(outer), dist.get_world_size(outer)
-    return batch * rows_of_rank(seqlen, *place, settings.load_balance is not None)
+    return batch * rows_of_rank(seqlen, *place, settings.load_balance)
 
 
 def _sharding(cu_seqlens, settings, num_ranks):
@@ -264,7 +271,7 @@ def _agree(kind, sharding, inputs, settings, groups):
 def _described(kind, sharding, settings, kinds, mesh_shape):
     """(description, digest) of a call."""
     description = dict(attention=kind.name, batch=settings.batch, seqlen=settings.seqlen)
-    description |= dict(load_balance=settings.load_balance, **dict(zip(kind.inputs._fields, kinds)))
+    description |= dict(load_balance=described(settings.load_balance), **dict(zip(kind.inputs._fields, kinds)))
     description |= kind.described(settings.options) | dict(mesh=mesh_shape)
     description["requires_grad"] = ", ".join(compress(kind.inputs._fields, settings.wanted)) or "none"
     if settings.batch is None:
@@ -354,13 +361,17 @@ def _compute_gradients(kind, dout, dlse, kept, *args):
     sharding = _sharding(others[-1], settings, math.prod(groups.shape))
     settings = _with_choice(kind, sharding, settings, head_dims, dout.dtype, others, with_ulysses=False)
     problem, method, exchange = _problem_of(kind, sharding, settings, head_dims, others, groups)
+    rank = groups.rank
+    dout, dlse = in_order(sharding, rank, dout), None if dlse is None else in_order(sharding, rank, dlse, 1)
     if exchange is None:
-        *_, out, lse = kept
-        found = method.backward(problem, _rows_of(kind, kept), dout, dlse, out, lse)
+        out, lse = in_order(sharding, rank, kept[-2]), in_order(sharding, rank, kept[-1], 1)
+        found = method.backward(problem, _rows_of(kind, kept, sharding, rank), dout, dlse, out, lse)
     else:
         joined, out, lse = (x.narrow(dim, 0, exchange.num_rows) for x, dim in zip(kept, (0, 0, 1)))
         found = ulysses.backward(problem, [joined, out, lse], dout, dlse, exchange)
-    gradients, dtypes = chain(*found), _dtypes_of_gradients(kind, others, dout.dtype)
+    of_queries, of_keys, of_parameters = found
+    gradients = chain((as_given(sharding, rank, x) for x in (*of_queries, *of_keys)), of_parameters)
+    dtypes = _dtypes_of_gradients(kind, others, dout.dtype)
     return tuple(
         next(gradients).to(dtype) if is_wanted else dout.new_empty(0)
         for is_wanted, dtype in zip(settings.wanted, dtypes)
