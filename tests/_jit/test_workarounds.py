@@ -193,7 +193,7 @@ def test_triton_3_6_alone_leaves_out_a_proxy_fence(fence):
 
 
 def spills_of_softcap(hoist):
-    q = torch.empty(1, 1024, 4, 256, dtype=torch.float16)
+    q = torch.empty(1, 1024, 4, 320, dtype=torch.float16)
     forget_plans()  # a plan is cached by the arguments of the call
     with mock.patch.object(forward, "tanh_spills", return_value=not hoist), compile_only("sm_90") as launches:
         flash_attention(q, q, q, window_size=(256, 256), softcap=30.0)
@@ -207,6 +207,17 @@ def spills_of_softcap(hoist):
 def test_triton_3_6_spills_where_the_constants_of_tanh_are_hoisted():
     assert spills_of_softcap(hoist=False) == 0
     assert (spills_of_softcap(hoist=True) > 0) == triton.__version__.startswith("3.6.")
+
+
+def test_softcap_takes_one_instruction_for_a_reciprocal():
+    q = torch.empty(1, 1024, 4, 64, dtype=torch.float16)
+    with compile_only("sm_80") as launches:
+        flash_attention(q, q, q, softcap=30.0)
+    (launch,) = launches
+    loop = launch.kernel.asm["ptx"].split("mma.sync", 1)[1].rsplit("mma.sync", 1)[0]
+    assert "rcp.approx.ftz.f32" in loop
+    # Scalars, and the normalisation after the loop, may be divided.
+    assert loop.count("div.full.f32") <= 2
 
 
 def spills_of_dkdv(head_dim, hoist):

@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 from flash_launches import describe
 
 from perf.model import loop_model
@@ -144,6 +145,34 @@ def test_default(arch, dtype, head_dims, window, schedule, record_property):
     floor = LOCK.get((schedule, head_dims[0])) if arch == "sm_90" and head_dims[0] == head_dims[1] else None
     if floor is not None and dtype != torch.float32:
         assert five_products(reports) >= floor
+
+
+# Spill instructions in the loop of dkdv at head dim 384 on sm_90, Triton 3.6.0 and later versions.
+SPILLS_OF_OPTIONS = {"softcap": (0, 9), "alibi": (0, 0), "dropout": (4, 16)}
+
+
+@pytest.mark.ci
+@pytest.mark.oldest
+@pytest.mark.parametrize("option", SPILLS_OF_OPTIONS)
+def test_options_at_the_widest_head_of_one_launch(option, record_property):
+    q, out = (torch.empty(BATCH, SEQLEN, NUM_HEADS, 384, dtype=torch.float16) for _ in range(2))
+    slopes, seed = torch.empty(NUM_HEADS), torch.empty(1, dtype=torch.int64)
+    options = AttentionOptions(384**-0.5, WINDOWS["causal"], None, None, None)
+    options = {
+        "softcap": options._replace(softcap=50.0),
+        "alibi": options._replace(alibi_slopes=slopes),
+        "dropout": options._replace(dropout_p=0.1, dropout_seed=seed),
+    }[option]
+    with compile_only("sm_90") as launches:
+        launch_flash_bwd(call_of(q, q, q, options), out, None, out, torch.empty(BATCH, NUM_HEADS, SEQLEN))
+    _, *kernels = launches
+    reports = {name: loop_model.analyze(x.kernel) for name, x in zip(("dkdv", "dq"), kernels, strict=True)}
+    spills = {name: report.hot.spills for name, report in reports.items()}
+    figure = five_products(reports)
+    record_property("figure", f"sm_90 fp16 causal 384 {option}: {spills} spills in the loop, {figure:.0f}")
+    assert spills["dkdv"] <= SPILLS_OF_OPTIONS[option][not triton.__version__.startswith("3.6.")]
+    assert spills["dq"] == 0
+    assert figure >= 300
 
 
 def test_fp32_gradients_that_do_not_fit_are_refused_at_the_call():

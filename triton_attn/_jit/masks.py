@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .softmax import LN_2, LOG2_E
+from .workarounds import reciprocal
 
 
 @triton.jit
@@ -34,41 +35,36 @@ def mask_scores(s, rows, start_column, num_columns, offset, window):
 @triton.jit
 def scale_scores(s, scores, slope, rows, start_column, offset, EXACT: tl.constexpr):
     """Scores in log2 units, not yet masked, from s = q . k; see Scores. slope is None without ALiBi."""
-    s *= scores.scale_log2
     if scores.softcap is not None:
-        s = cap_scores(s, scores.softcap, EXACT)
+        s, _ = cap_scores(s, scores, EXACT)
+    else:
+        s *= scores.scale_log2
     if slope is not None:
         s = add_alibi(s, rows, start_column, offset, slope)
     return s
 
 
 @triton.jit
-def cap_scores(s, softcap, EXACT: tl.constexpr):
-    """softcap * tanh(s / softcap) in log2 units; s is in log2 units and softcap in natural units.
+def cap_scores(s, scores, EXACT: tl.constexpr):
+    """softcap * tanh(scale * s / softcap) in log2 units, and its derivative by scale * s; softcap is in natural units.
 
     tanh computed from exp2 has an error of softcap * 1e-7, which is small beside the error of 16-bit scores. With EXACT
     the error is a few units in the last place of fp32.
     """
-    capped, _ = cap_scores_and_derivative(s, softcap, EXACT)
-    return capped
-
-
-@triton.jit
-def cap_scores_and_derivative(s, softcap, EXACT: tl.constexpr):
-    """cap_scores and its derivative at s."""
-    # tanh(x) = 1 - 2 r and tanh'(x) = 4 r (1 - r), with r = 1 / (exp(2 x) + 1) and exp(2 x) = exp2(2 s / softcap).
+    # tanh(x) = 1 - u and tanh'(x) = u (2 - u), with u = 2 / (exp(2 x) + 1) and exp(2 x) = exp2(2 x / LN_2).
     # Both saturate at both ends, the derivative at exactly 0.
-    r = 1.0 / (tl.math.exp2(s * (2.0 / softcap)) + 1.0)
-    tanh = 1.0 - 2.0 * r
+    softcap = scores.softcap
+    u = reciprocal(0.5 * tl.math.exp2(s * (scores.scale_log2 * (2.0 / softcap))) + 0.5)
+    tanh = 1.0 - u
     if EXACT:
-        x = s * (LN_2 / softcap)
+        x = s * (scores.scale_log2 * (LN_2 / softcap))
         tanh = tl.where(tl.abs(x) < 0.625, _tanh_near_0(x), tanh)
-    return tanh * (softcap * LOG2_E), 4.0 * r * (1.0 - r)
+    return tanh * (softcap * LOG2_E), u * (2.0 - u)
 
 
 @triton.jit
 def _tanh_near_0(x):
-    """tanh(x) = x + x^3 p(x^2) with a minimax p: relative error 4e-9 for |x| < 0.625. 1 - 2 r cancels for small x."""
+    """tanh(x) = x + x^3 p(x^2) with a minimax p: relative error 4e-9 for |x| < 0.625. 1 - u cancels for small x."""
     z = x * x
     p = -5.7049785e-3 * z + 2.0639079e-2
     p = p * z - 5.3739712e-2

@@ -13,9 +13,9 @@ _FENCE_MISSING: tl.constexpr = tl.constexpr(_IS_3_6.value and not triton.knobs.r
 def tanh_spills(head_dim):
     """Whether LICM must be off (`disable_licm`) in a loop that computes tanh of its scores.
 
-    LICM hoists tanh's constants. At head_dim > 192 on sm_90 Triton 3.6.0 then spills up to 20 bytes; 3.9.0 does not.
+    LICM hoists tanh's constants. At head dim 320 on sm_90 Triton 3.6.0 then spills 84 bytes; 3.9.0 does not.
     """
-    return head_dim > 192
+    return head_dim > 256
 
 
 def may_hoist(kernel, multiplies_shared_memory, head_dim, head_dim_v):
@@ -38,6 +38,13 @@ def _has_wgmma():
 
 
 @triton.constexpr_function
+def _has_ptx():
+    """Whether the kernel is compiled for an NVIDIA GPU."""
+    target = current_target()
+    return target is not None and target.backend == "cuda" and not triton.knobs.runtime.interpret
+
+
+@triton.constexpr_function
 def fills_registers(head_dim, head_dim_v):
     """1 on sm_90 where sums wider than 256 columns leave few registers for the rest of a kernel; 0 elsewhere.
 
@@ -46,6 +53,19 @@ def fills_registers(head_dim, head_dim_v):
     backward pass. There, what stores the sums is `computed_again` after the loops.
     """
     return int(_has_wgmma() and max(head_dim, head_dim_v) > 256)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x of at least 2^-126 in fp32, with a relative error of 2^-23 at most; 0 where that is below 2^-126.
+
+    Triton's division by a tensor is div.full, which scales both operands lest 1 / x be subnormal: four instructions
+    more, and a register that is live during the reciprocal.
+    """
+    if _has_ptx():
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    else:
+        return 1.0 / x
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from .._jit.args import Scores, Sequences, Strides, View, Window
 from .._jit.blocks import all_partial, block_start, num_blocks, visible_range
 from .._jit.dropout import KEYS_PER_CALL, keep_mask, mask_origin
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
-from .._jit.masks import add_alibi, cap_scores_and_derivative, mask_scores
+from .._jit.masks import add_alibi, cap_scores, mask_scores
 from .._jit.softmax import LN_2, LOG2_E
 from .._jit.tiles import (
     HALF,
@@ -29,6 +29,7 @@ from .._jit.tiles import (
     add_tile_tma,
     clear_rows,
     dot_add,
+    dot_add_computed,
     dot_halves,
     dot_transposed,
     load_rows,
@@ -92,15 +93,16 @@ def _load_minus_delta(minus_delta_ptr, offs_m, seqlen_q, MASKED: tl.constexpr):
 
 @triton.jit
 def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.constexpr, EXACT: tl.constexpr):
-    """P from s = q . k, and the derivative of the softcap at s, for a tile in either orientation.
+    """P from s = q . k, and P times the derivative of the softcap at s, for a tile in either orientation.
 
     rows are FixedRows; lse_log2 broadcasts against s. Rows outside the mask get weight 0: their scores, 0 - lse, may
-    overflow, and the sums would contain inf * 0.
+    overflow, and the sums would contain inf * 0. The matmul of dP leaves registers for one factor of dS, not for two.
     """
-    s *= scores.scale_log2
-    derivative = 1.0
+    derivative = None
     if scores.softcap is not None:
-        s, derivative = cap_scores_and_derivative(s, scores.softcap, EXACT)
+        s, derivative = cap_scores(s, scores, EXACT)
+    else:
+        s *= scores.scale_log2
     if rows.slope is not None:
         s = add_alibi(s, rows.index, start_column, rows.offset, rows.slope)
     # In fp32 lse is subtracted before the mask: scale and lse are then one multiply-add, rounded once, as in the
@@ -113,7 +115,8 @@ def _recompute_weights(s, lse_log2, rows, start_column, scores, MASKED: tl.const
         s = tl.where(rows.mask[:, None], s, float("-inf"))
     if not EXACT:
         s -= lse_log2
-    return tl.math.exp2(s), derivative
+    p = tl.math.exp2(s)
+    return p, p if derivative is None else p * derivative
 
 
 @triton.jit
@@ -130,12 +133,23 @@ def _first_dp(minus_delta, dropout, one, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 
 @triton.jit
-def _weight_gradients(dp, minus_delta, keep, dropout):
-    """dP - delta from the matmul that started at `_first_dp`."""
-    if keep is None:
-        return dp
-    else:
-        return tl.where(keep, dp * dropout.scale, 0.0) + minus_delta
+def _drop_weights(p, factor, keep, dropout):
+    """What dropout leaves of P; and the factor of dS, at least 0, with a sign that says whether the weight was kept.
+
+    The mask then needs no registers during the matmul of dP.
+    """
+    return tl.where(keep, p * dropout.scale, 0.0), tl.where(keep, factor, -factor)
+
+
+@triton.jit
+def _score_gradients(factor, dp, minus_delta, keep, dropout):
+    """dS = factor * (dP - delta), from the matmul of dP that started at `_first_dp`. keep None: see `_drop_weights`."""
+    if dropout is not None:
+        kept = factor > 0.0 if keep is None else keep
+        dp = tl.where(kept, dp * dropout.scale, 0.0) + minus_delta
+        if keep is None:
+            factor = tl.abs(factor)
+    return factor * dp
 
 
 @triton.jit
@@ -271,6 +285,7 @@ def _flash_bwd_dkdv_kernel(
     HALVED: tl.constexpr = TILE.CUT_CHAIN and dv is None
     v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
     EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
+    FROM_SHARED: tl.constexpr = WIDE and TILE.CUT_CHAIN and dk is not None and dv is not None and scores.softcap is None
     if not TILE.USE_TMA:
         q = in_vectors(q, TILE.VECTOR)
         dout = in_vectors(dout, TILE.VECTOR)
@@ -314,14 +329,13 @@ def _flash_bwd_dkdv_kernel(
                 s = dot_transposed(k_tile, q_tile, PRECISION, None, one)  # (BLOCK_N, BLOCK_M)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
-                p, derivative = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
-                keep = None
+                p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 if dropout is not None:
                     keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
-                dropped = p if dropout is None else tl.where(keep, p * dropout.scale, 0.0)
+                    p, factor = _drop_weights(p, factor, keep, dropout)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if dv is not None:
-                    dv_tile = dot_add(dropped.to(v_tile[0].dtype), dout_tile, dv_tile, PRECISION)
+                    dv_tile = dot_add_computed(p, dout_tile, dv_tile, one if FROM_SHARED else None, PRECISION)
                 minus_delta_ptr = _sums_from(sums.minus_delta_ptr, sums_row, start_m, WIDE)
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
                 dp = _first_dp(minus_delta[None, :], dropout, one, BLOCK_N, BLOCK_M, HALVED)
@@ -329,10 +343,10 @@ def _flash_bwd_dkdv_kernel(
                     dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, TILE)
                 else:
                     dp = dot_transposed(v_tile, dout_tile, PRECISION, dp, one)
-                dp = _weight_gradients(dp, minus_delta[None, :], keep, dropout)
-                ds = (p * dp * derivative).to(q_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
+                ds = _score_gradients(factor, dp, minus_delta[None, :], None, dropout)
+                ds = ds.to(q_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
                 if dk is not None:
-                    dk_tile = dot_add(ds, q_tile, dk_tile, PRECISION)
+                    dk_tile = dot_add_computed(ds, q_tile, dk_tile, one if FROM_SHARED else None, PRECISION)
                 if dq is not None or dq_desc is not None:
                     dq_tile = dot_add(ds.T, k_tile, zeros_tile(BLOCK_M, HEAD_DIM), PRECISION)  # (BLOCK_M, HEAD_DIM)
                     if dq_desc is not None:
@@ -439,11 +453,10 @@ def _flash_bwd_dq_kernel(
                 dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE)
             else:
                 dp = dot_transposed(dout_tile, v_tile, PRECISION, dp)
-            dp = _weight_gradients(dp, minus_delta[:, None], keep, dropout)
             s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
-            p, derivative = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
-            ds = (p * dp * derivative).to(k_tile[0].dtype)  # (BLOCK_M, BLOCK_N)
-            dq_tile = dot_add(ds, k_tile, dq_tile, PRECISION)
+            _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
+            ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
+            dq_tile = dot_add(ds.to(k_tile[0].dtype), k_tile, dq_tile, PRECISION)
 
     first_row, queries_mask = _rows_to_store(bounds.first_q, work.start, bounds.seqlen_q, BLOCK_M, WIDE)
     dq_tile = scale_tile(dq_tile, scores.scale_log2 * LN_2)
