@@ -55,7 +55,7 @@ def test_options(is_latent, base, more):
 @pytest.mark.oldest
 @pytest.mark.parametrize(
     ("call", "most"),
-    [("keys", 31), ("latents", 38), ("pages", 29), ("gathered keys", 38), ("gathered latents", 47)],
+    [("keys", 31), ("latents", 38), ("pages", 34), ("gathered keys", 38), ("gathered latents", 47)],
 )
 def test_host_cost(call, most, record_property):
     """Python calls besides those of the bare launch: they repeat exactly. The ratio of times is printed.
