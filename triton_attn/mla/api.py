@@ -650,11 +650,13 @@ def mla_prefill(
         layout = LATENTS_DENSE if cu_seqlens_q is None else LATENTS_PACKED
         return attend_shards(mla_prefill, layout, (q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv), (), options)
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
-    lengths = check_prefill(tensors, lengths, mode)
-    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
-    max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
+    runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
+    numbers = runs_kernel, mode, causal, return_lse, max_workspace_bytes, softmax_scale
+    causal, return_lse, max_workspace_bytes, softmax_scale = _check_prefill(
+        (*tensors, cu_seqlens_q, cu_seqlens_k), numbers
+    )
+    lengths = _check_lengths(q_nope, kv_latent, lengths)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
-    softmax_scale = check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         check_differentiable(q_nope, q_pe, w_uv)
@@ -673,11 +675,17 @@ def mla_prefill(
             mode=choose_schedule(ProblemSizes.of(call), mode, max_workspace_bytes, wants_grad).mode,
             return_lse=return_lse,
         )
-    from .autograd import prefill  # the package can be imported without triton
-
     schedule = mode, max_workspace_bytes, wants_grad
-    out, lse = prefill(call, schedule, check_values, return_lse)
+    out, lse = _prefill_kernels()(call, schedule, check_values, return_lse)
     return (out, lse) if return_lse else out
+
+
+@functools.cache
+def _prefill_kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Imported at the first call, so that the package can be imported without triton."""
+    from .autograd import prefill
+
+    return prefill
 
 
 class PrefillCall(NamedTuple):
@@ -712,15 +720,28 @@ def check_differentiable(q_nope, q_pe, w_uv):
     check_gradients_fit(q_nope, head_dims)
 
 
-def check_prefill(tensors, lengths, mode):
-    """The Lengths, with the longest lengths set for a dense batch."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+@check_once
+def _check_prefill(tensors, options):
+    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked."""
+    *tensors, cu_seqlens_q, cu_seqlens_k = tensors
+    _, mode, causal, return_lse, max_workspace_bytes, softmax_scale = options
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
         fail("cu_seqlens_q, cu_seqlens_k", "both or none", "one of them", TypeError)
     check_prefill_tensors(tensors, packed, mode)
-    if not packed:
-        rows_q, rows_k = tensors[0].shape[1], tensors[2].shape[1]
+    if packed:
+        check_packed(cu_seqlens_q, cu_seqlens_k, tensors[0].device)
+    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
+    max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
+    softmax_scale = check_softmax_scale(softmax_scale, tensors[0].shape[-1] + tensors[1].shape[-1])
+    return causal, return_lse, max_workspace_bytes, softmax_scale
+
+
+def _check_lengths(q_nope, kv_latent, lengths):
+    """The Lengths, with the longest lengths set for a dense batch."""
+    cu_seqlens_q, _, max_seqlen_q, max_seqlen_k = lengths
+    if cu_seqlens_q is None:
+        rows_q, rows_k = q_nope.shape[1], kv_latent.shape[1]
         for name, given, size in (("max_seqlen_q", max_seqlen_q, rows_q), ("max_seqlen_k", max_seqlen_k, rows_k)):
             if given not in (None, size):
                 fail(name, f"{size} without cu_seqlens, or None", given)
@@ -728,7 +749,6 @@ def check_prefill(tensors, lengths, mode):
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is None:
             fail(name, "an int, required with cu_seqlens", None, TypeError)
-    check_packed(cu_seqlens_q, cu_seqlens_k, tensors[0].device)
     return packed_lengths(*lengths)
 
 
