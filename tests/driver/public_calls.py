@@ -21,7 +21,6 @@ from parameters import SIZES, arguments_of, compare, listed_in
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITFunction
 
 import triton_attn as ta
 from triton_attn._host import device as host_device
@@ -48,7 +47,7 @@ def use_stub(arch):
 def check_parameters():
     """Make every launch fail whose parameters differ from the arguments in order, type or size according to its PTX."""
     stub = ctypes.CDLL("libcuda.so.1")
-    init_handles, run = CompiledKernel._init_handles, JITFunction.run
+    init_handles, launch = CompiledKernel._init_handles, host_device._launch
 
     def tell_sizes(kernel):
         is_new = kernel.module is None
@@ -57,15 +56,15 @@ def check_parameters():
             sizes = [SIZES[kind] for kind in listed_in(kernel.asm["ptx"])]
             stub.stub_expect(ctypes.c_void_p(kernel.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
-    def run_and_compare(function, *args, **kwargs):
-        kernel = run(function, *args, **kwargs)
-        values = dict(zip(function.arg_names, args)) | kwargs
+    def launch_and_compare(function, grid, args, constants):
+        kernel = launch(function, grid, args, constants)
+        values = dict(zip(function.arg_names, args)) | constants
         listed = listed_in(kernel.asm["ptx"])
         handed = (ctypes.c_ubyte * sum(SIZES[kind] for kind in listed)).in_dll(stub, "stub_parameters")
         compare(kernel.name, listed, list(arguments_of(kernel.src.signature, values)), bytes(handed))
         return kernel
 
-    CompiledKernel._init_handles, JITFunction.run = tell_sizes, run_and_compare
+    CompiledKernel._init_handles, host_device._launch = tell_sizes, launch_and_compare
 
 
 class OnSecondGpu(torch.Tensor):
@@ -85,7 +84,7 @@ class TensorsOnSecondGpu(torch.overrides.TorchFunctionMode):
 @contextlib.contextmanager
 def on_second_gpu(arch):
     """Tensors claim to be on cuda:1. A launch fails unless it goes there."""
-    run = JITFunction.run
+    launch = host_device._launch
 
     @contextlib.contextmanager
     def switched(device):
@@ -96,10 +95,10 @@ def on_second_gpu(arch):
         finally:
             current_device = before
 
-    def run_there(*args, **kwargs):
+    def launch_there(*args):
         if current_device != 1:
             raise AssertionError(f"a launch on cuda:{current_device} of tensors on cuda:1")
-        return run(*args, **kwargs)
+        return launch(*args)
 
     with contextlib.ExitStack() as patches:
         properties = mock.Mock(multi_processor_count=132)
@@ -108,7 +107,7 @@ def on_second_gpu(arch):
         )
         patches.enter_context(mock.patch.multiple(torch.cuda, **of_torch))
         patches.enter_context(mock.patch.object(host_device, "gpu_arch", return_value=arch))
-        patches.enter_context(mock.patch.object(JITFunction, "run", run_there))
+        patches.enter_context(mock.patch.object(host_device, "_launch", launch_there))
         patches.enter_context(TensorsOnSecondGpu())
         yield
     if current_device != 0:
@@ -301,7 +300,8 @@ def call_all(pattern):
             continue
         print(f"call {name}", flush=True)
         try:
-            call()
+            call()  # by the JIT
+            call()  # of what it compiled
         except Exception:
             failed += 1
             traceback.print_exc()

@@ -272,8 +272,8 @@ def compiles(arch, head_dim, tile):
 def test_host_cost(varlen, record_property):
     """The cost of a known call beside the bare launch of its kernel with prepared arguments.
 
-    Python calls repeat exactly. The ratio of times was 1.62 to 1.69 on Triton 3.9.0 and 1.80 to 1.92 on 3.6.0, whose
-    launch takes 18 us in place of 24; other processes on the machine change it.
+    Python calls repeat exactly; a repeated launch makes fewer than the JIT. tests/driver measures other calls, with
+    Triton's launcher.
     """
     q, k, v = (torch.empty(4, 512, heads, 128, dtype=torch.float16) for heads in (32, 8, 8))
     if varlen:
@@ -292,5 +292,5 @@ def test_host_cost(varlen, record_property):
     figure = f"{cost['call']:.0f} us a call of {'flash_attention_varlen' if varlen else 'flash_attention'}, "
     figure += f"{cost['bare launch']:.0f} us the bare launch of its kernel, {extra_calls} more Python calls"
     record_property("figure", figure)
-    assert extra_calls <= (48 if varlen else 38)
-    assert cost["call"] <= 2.2 * cost["bare launch"]
+    assert extra_calls <= (18 if varlen else 9)
+    assert cost["call"] <= 1.5 * cost["bare launch"]

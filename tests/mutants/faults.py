@@ -217,9 +217,9 @@ FAULTS = (
     Fault("F16", "triton_attn/_jit/tiles.py", "x.source + tl.cast(start, tl.int64)", "x.source + start", "FLASH"),
     Fault(
         "F17",
-        "triton_attn/dense/arguments.py",
-        "None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1",
-        "None if cu_seqlens_q is None else max(1, cu_seqlens_q.shape[0] - 2)",
+        "triton_attn/flash/api.py",
+        "batch = cu_seqlens[0].shape[0] - 1",
+        "batch = max(1, cu_seqlens[0].shape[0] - 2)",
         "FLASH",
     ),
     Fault(
@@ -339,8 +339,8 @@ FAULTS = (
     Fault(
         "B16",
         "triton_attn/dense/arguments.py",
-        "self.softcap is None and not self.has_alibi and not self.has_dropout",
-        "self.softcap is None and not self.has_dropout",
+        "self.problem.softcap is None and not self.problem.has_alibi and not self.has_dropout",
+        "self.problem.softcap is None and not self.has_dropout",
         "CONFIGS",
     ),
     Fault(
@@ -506,8 +506,8 @@ FAULTS = (
     Fault(
         "M01",
         "triton_attn/mla/api.py",
-        "check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])",
-        "check_softmax_scale(softmax_scale, kv_latent.shape[-1] + q_pe.shape[-1])",
+        "check_softmax_scale(softmax_scale, tensors[0].shape[-1] + tensors[1].shape[-1])",
+        "check_softmax_scale(softmax_scale, tensors[2].shape[-1] + tensors[1].shape[-1])",
         "PREFILL",
     ),
     Fault(
@@ -936,9 +936,9 @@ FAULTS = (
     Fault("H04", "triton_attn/_host/checks.py", "if scale <= 0:", "if scale < 0:", "ERRORS"),
     Fault(
         "H05",
-        "triton_attn/flash/api.py",
-        "functools.lru_cache(maxsize=1024, typed=True)",
-        "functools.lru_cache(maxsize=1024)",
+        "triton_attn/_host/once.py",
+        "key = (*kinds, *options, *map(type, options))",
+        "key = (*kinds, *options)",
         "ERRORS",
     ),
     Fault(

@@ -355,8 +355,8 @@ def test_lengths_and_batches_compile_no_other_kernel():
 def test_host_cost(num_splits, prefix_tree, record_property):
     """The cost of a known decode step beside its bare launches with prepared arguments.
 
-    Python calls repeat exactly. The ratio of times was 1.75 to 1.88 on Triton 3.6.0 and 3.9.0; other processes on the
-    machine change it.
+    Python calls repeat exactly; a repeated launch makes fewer than the JIT. tests/driver measures other calls, with
+    Triton's launcher.
     """
     given = arguments(128, 1)
     with compile_only("sm_90", every_launch=False):
@@ -371,5 +371,5 @@ def test_host_cost(num_splits, prefix_tree, record_property):
     figure += ", " if prefix_tree is None else " and a prefix tree, "
     figure += f"{cost['bare launches']:.0f} us the bare launches that it makes, {extra_calls} more Python calls"
     record_property("figure", figure)
-    assert extra_calls <= (48 if num_splits > 1 or prefix_tree else 43)
-    assert cost["call"] <= 2.3 * cost["bare launches"]
+    assert extra_calls <= (39 if num_splits > 1 or prefix_tree else 33)
+    assert cost["call"] <= 1.75 * cost["bare launches"]

@@ -5,6 +5,7 @@ MLA's prefill takes its Lengths too.
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .checks import check_cu_seqlens, check_cu_seqlens_values, check_max_seqlen, fail, layout_of, read_length
@@ -34,12 +35,16 @@ class Lengths(NamedTuple):
         check_cu_seqlens_values("cu_seqlens_k", self.cu_seqlens_k, total_k, self.max_seqlen_k)
 
 
-def packed_lengths(cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any, device: Any) -> Lengths:
-    """The Lengths of a packed batch. All but the values of cu_seqlens is checked."""
+def check_packed(cu_seqlens_q: Any, cu_seqlens_k: Any, device: Any) -> None:
+    """Check the cu_seqlens of a packed batch but for their values."""
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         fail("cu_seqlens_k", f"cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape))
+
+
+def packed_lengths(cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any) -> Lengths:
+    """The Lengths of a packed batch, whose longest lengths are checked here and its cu_seqlens by `check_packed`."""
     max_seqlen_q = check_max_seqlen("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = check_max_seqlen("max_seqlen_k", max_seqlen_k)
     return Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -70,6 +75,20 @@ def lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_s
     return Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
+class Problem(NamedTuple):
+    """What the plans of all kernels of a call depend on, but for lengths, the seed of dropout and addresses."""
+
+    layout: tuple  # (shape, strides) of q, k and v
+    dtype: torch.dtype
+    packed_batch: int | None  # None: dense
+    softmax_scale: float
+    window: tuple
+    softcap: float | None
+    has_alibi: bool
+    has_sinks: bool
+    has_shard: bool
+
+
 class Call(NamedTuple):
     """A checked call of flash attention. torch.autocast has already cast q, k and v."""
 
@@ -78,7 +97,7 @@ class Call(NamedTuple):
     v: Tensor
     lengths: Lengths
     options: AttentionOptions
-    layout: tuple  # `layout_of` q, k and v
+    problem: Problem
 
     def check_values(self) -> None:
         """`Lengths.check_values` of a packed batch, and the values of a shard. A device-to-host sync."""
@@ -92,4 +111,11 @@ def call_of(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, lengths:
     """The Call of arguments that need no check. Without lengths the batch is dense."""
     if lengths is None:
         lengths = Lengths(None, None, q.shape[1], k.shape[1])
-    return Call(q, k, v, lengths, options, layout_of(q, k, v))
+    batch = None if lengths.cu_seqlens_q is None else lengths.batch(q)
+    return Call(q, k, v, lengths, options, problem_of((q, k, v), batch, options))
+
+
+def problem_of(qkv: tuple[Tensor, Tensor, Tensor], packed_batch: int | None, options: AttentionOptions) -> Problem:
+    softmax_scale, window, softcap, alibi_slopes, sinks, _, _, shard, _ = options
+    given = alibi_slopes is not None, sinks is not None, shard is not None
+    return Problem(layout_of(*qkv), qkv[0].dtype, packed_batch, softmax_scale, window, softcap, *given)

@@ -1,11 +1,17 @@
 """Launches, and what they depend on: the GPU's architecture, the arithmetic for fp32, the current device."""
 
+import weakref
+
 import torch
 import triton
+from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .checks import fail
 from .gpu import gpu_arch, gpu_of
 
+DESCRIPTORS = TensorDescriptor, GluonDescriptor
 INTERPRETED = triton.knobs.runtime.interpret
 if INTERPRETED:
     from ..toolchain import fix_interpreter
@@ -32,14 +38,75 @@ def input_precision(dtype, arch):
 
 
 def launch(kernel, grid, device, args, constants):
-    """kernel[grid](*args, **constants) on the given device, without the cost of creating kernel[grid]."""
+    """kernel[grid](*args, **constants) on the given device."""
     if grid[0] >= 2**31:
         fail("the call's tiles", "fewer than 2**31", grid[0])
     if device.index is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+            _launch(kernel, grid, args, constants)
     else:
-        kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+        _launch(kernel, grid, args, constants)
+
+
+MOST_COMPILED = 4096
+_compiled = weakref.WeakKeyDictionary()  # {driver: {key of a launch: (compiled kernel, its constexprs)}}
+
+
+def _launch(kernel, grid, args, constants):
+    """Launch on the current device. Returns the compiled kernel.
+
+    The JIT takes up to three quarters of a launch to find the kernel that it compiled for such arguments. So a launch
+    like an earlier one is that of the same compiled kernel. Launch hooks see both.
+    """
+    if INTERPRETED:
+        return kernel.run(*args, grid=grid, warmup=False, **constants)
+    active = triton.runtime.driver.active
+    known = _compiled.get(active)
+    if known is None or len(known) >= MOST_COMPILED:
+        known = _compiled[active] = {}
+    key = _key_of_launch(kernel, active, args, constants)
+    compiled, constexprs = known.get(key, (None, None)) if key is not None else (None, None)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)](*args, *constexprs)
+        return compiled
+    compiled = kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+    # On AMD GPUs the JIT specializes pointers by the size of their memory too.
+    if key is not None and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+        known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    return compiled
+
+
+def _key_of_launch(kernel, active, args, constants):
+    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look."""
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    if kernel.pre_run_hooks or getattr(runtime, "add_stages_inspection_hook", None) is not None:
+        return None
+    casts = getattr(compilation, "fpsan_homomorphic_casts", None)
+    key = [kernel.fn, active.get_current_device(), runtime.debug, compilation.instrumentation_mode, casts]
+    return (*key, *constants.items()) if _add_kinds(key, args) else None
+
+
+def _add_kinds(key, args):
+    """Add what the JIT specializes arguments by: types, dtypes, alignment, and of integers whether they are 1, whether
+    multiples of 16, and how many bits they need. False if there is an argument of another type."""
+    for x in args:
+        kind = type(x)
+        if kind is torch.Tensor:
+            key.append((x.dtype, x.data_ptr() % 16))
+        elif x is None or kind is float:
+            key.append(kind)
+        elif kind is int or kind is bool:
+            key.append((kind, x == 1, x % 16 == 0, -1 <= x >> 31 <= 0, -1 <= x >> 63 <= 0))
+        elif isinstance(x, tuple):
+            key.append((kind, len(x)))
+            if not _add_kinds(key, x):
+                return False
+        elif kind in DESCRIPTORS and type(x.base) is torch.Tensor:
+            layout = getattr(x, "layout", None)
+            key.append((kind, x.base.dtype, x.base.data_ptr() % 16, len(x.shape), *x.block_shape, layout))
+        else:
+            return False
+    return True
 
 
 def hold_pinned(tensors, device):

@@ -1,7 +1,7 @@
 """Memory layout of tensors (batch, rows, heads, dim) and (rows, heads, dim), as kernels need it."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,33 @@ def new_outputs(
         return out, lse
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, q.new_empty((*shape[:-3], shape[-2], shape[-3]), dtype=dtype)
+
+
+class Outputs(NamedTuple):
+    """Memory of contiguous results: (shape, strides). new_empty_strided takes two thirds of the time of new_empty."""
+
+    out: tuple[tuple[int, ...], tuple[int, ...]]  # (..., rows, heads, head_dim_v)
+    lse: tuple[tuple[int, ...], tuple[int, ...]]  # (..., heads, rows)
+    lse_dtype: torch.dtype
+
+    def new(self, q: Tensor, wants_lse: bool, out: Any = None, lse: Any = None) -> tuple[Tensor, Any]:
+        """Uninitialised out, as q, and lse, or those given; lse may be None."""
+        if out is None:
+            out = q.new_empty_strided(*self.out)
+        if lse is None and wants_lse:
+            lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
+        return out, lse
+
+
+def outputs_of(q: Tensor, head_dim_v: int) -> Outputs:
+    """The Outputs for q (..., rows, heads, dim)."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32  # the reference computes in it
+    return Outputs(*((shape, _contiguous(shape)) for shape in ((*q.shape[:-1], head_dim_v), lse_shape(q))), dtype)
+
+
+def _contiguous(shape):
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod([max(1, size) for size in shape[i + 1 :]]) for i in range(len(shape)))
 
 
 def clear_outputs(out, lse):

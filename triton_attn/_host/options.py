@@ -84,21 +84,25 @@ def check_softmax_scale(softmax_scale, width):
     return softmax_scale
 
 
-def with_tensors(options, q, batch, alibi_slopes, sinks):
-    """The options with alibi_slopes and sinks, checked."""
-    if alibi_slopes is None and sinks is None:
-        return options
+def check_head_tensors(q, batch, alibi_slopes, sinks):
     num_heads_q = q.shape[-2]
     if alibi_slopes is not None:
         shapes = ((num_heads_q,), (batch, num_heads_q))
         check_per_head("alibi_slopes", alibi_slopes, shapes, q.device, (torch.float32,))
     if sinks is not None:
         check_per_head("sinks", sinks, ((num_heads_q,),), q.device, (torch.float32, q.dtype))
-    return options._replace(alibi_slopes=alibi_slopes, sinks=sinks)
 
 
-def with_shard(options, q, batch, shard):
-    """The options with the starts of shards, checked but for their values."""
+def with_tensors(options, alibi_slopes, sinks, shard=None):
+    """The options with checked tensors."""
+    if alibi_slopes is None and sinks is None and shard is None:
+        return options
+    softmax_scale, window, softcap, *_ = options
+    return AttentionOptions(softmax_scale, window, softcap, alibi_slopes, sinks, shard=shard)
+
+
+def check_shard(shard, q, batch):
+    """Check the starts of shards but for their values."""
     if not isinstance(shard, torch.Tensor):
         fail("shard", "a tensor or None", type(shard).__name__, TypeError)
     if shard.dtype != torch.int32:
@@ -109,7 +113,6 @@ def with_shard(options, q, batch, shard):
         fail("shard", "a contiguous tensor", f"strides {shard.stride()}")
     if shard.device != q.device:
         fail("shard", f"q's device {q.device}", shard.device)
-    return options._replace(shard=shard)
 
 
 def check_shard_values(shard):

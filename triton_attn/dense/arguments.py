@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._host.call import Call
+from .._host.call import Call, Problem
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import arch_of, input_precision
 from .._host.gpu import repeats_chains
@@ -26,6 +26,7 @@ from .tma import strides_suit_tma, tma_geometry
 
 # Names of arguments whose values must not cause a compilation: lengths, and values computed from them.
 LENGTHS = ["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"]
+WHOLE_SEQUENCES = Sequences(None, None, None)  # of a dense batch
 
 
 class FlashTile(NamedTuple):
@@ -49,19 +50,11 @@ class CallKey(NamedTuple):
     out is the output or, in the backward pass, its gradient.
     """
 
-    layout: tuple  # (shape, strides) of q, k and v
+    problem: Problem
     strides_out: tuple
-    dtype: torch.dtype
-    packed_batch: int | None  # None: dense
     max_seqlen_q: int
     max_seqlen_k: int
-    softmax_scale: float
-    window: tuple
-    softcap: float | None
-    has_alibi: bool
-    has_sinks: bool
     has_dropout: bool
-    has_shard: bool
     q_aligned: bool  # q and out start at multiples of 16 bytes
     kv_aligned: bool  # k and v do
     arch: str
@@ -69,61 +62,54 @@ class CallKey(NamedTuple):
 
     @property
     def batch(self) -> int:
-        return self.layout[0][0][0] if self.packed_batch is None else self.packed_batch
+        problem = self.problem
+        return problem.layout[0][0][0] if problem.packed_batch is None else problem.packed_batch
 
     @property
     def causal(self) -> bool:
-        return self.window[1] is not None
+        return self.problem.window[1] is not None
 
     @property
     def is_plain(self) -> bool:
         """Without softcap, ALiBi and dropout."""
-        return self.softcap is None and not self.has_alibi and not self.has_dropout
+        return self.problem.softcap is None and not self.problem.has_alibi and not self.has_dropout
 
     @property
     def head_dims(self) -> tuple[int, int]:
         """Of queries and keys, and of values."""
-        return self.layout[0][0][-1], self.layout[2][0][-1]
+        (shape_q, _), _, (shape_v, _) = self.problem.layout
+        return shape_q[-1], shape_v[-1]
 
     @property
     def layouts(self) -> tuple:
         """(shape, strides) of q, k, v and out."""
-        *rows, _ = self.layout[0][0]
-        return *self.layout, ((*rows, self.head_dims[1]), self.strides_out)
+        *rows, _ = self.problem.layout[0][0]
+        return *self.problem.layout, ((*rows, self.head_dims[1]), self.strides_out)
 
     @property
     def vector(self) -> int:
-        return vector_elements(self.dtype.itemsize, *(strides for _, strides in self.layouts))
+        return vector_elements(self.problem.dtype.itemsize, *(strides for _, strides in self.layouts))
 
     def suits_tma(self, *positions: int) -> bool:
         """Whether TMA can address the strides of these of the layouts."""
         layouts = self.layouts
-        return all(strides_suit_tma(*layouts[i], self.dtype.itemsize) for i in positions)
+        return all(strides_suit_tma(*layouts[i], self.problem.dtype.itemsize) for i in positions)
 
 
 def key_of(call: Call, out: torch.Tensor) -> CallKey:
-    q, k, v, (cu_seqlens_q, _, max_seqlen_q, max_seqlen_k), options, layout = call
-    softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, _, shard, _ = options
+    q, k, v, (_, _, max_seqlen_q, max_seqlen_k), options, problem = call
     arch = arch_of(q)
     # By position: keywords take twice as long.
     return CallKey(
-        layout,
+        problem,
         out.stride(),
-        q.dtype,
-        None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
         max_seqlen_q,
         max_seqlen_k,
-        softmax_scale,
-        window,
-        softcap,
-        alibi_slopes is not None,
-        sinks is not None,
-        dropout_p > 0,
-        shard is not None,
+        options.dropout_p > 0,
         (q.data_ptr() | out.data_ptr()) % 16 == 0,
         (k.data_ptr() | v.data_ptr()) % 16 == 0,
         arch,
-        input_precision(q.dtype, arch),
+        input_precision(problem.dtype, arch),
     )
 
 
@@ -188,7 +174,7 @@ def plan_kernel(
     num_tiles = tiles_each(longest, num_rows, key.batch, block)
     section_size = 1
     if key.causal:
-        bytes_per_head = longest_walked * (head_dim + head_dim_v) * key.dtype.itemsize
+        bytes_per_head = longest_walked * (head_dim + head_dim_v) * key.problem.dtype.itemsize
         section_size = heads_in_l2(bytes_per_head, num_sharing, num_heads * key.batch)
     tile = FlashTile(
         HEAD_DIM=head_dim,
@@ -214,7 +200,7 @@ def plan_kernel(
         num_tiles * num_heads * key.batch,
         tuple(operands),
         (shape_q[-3], shape_k[-3], num_tiles, section_size, Heads(num_heads, group_size)),
-        Scores(key.softmax_scale * LOG2_E.value, key.softcap, None, Window(*key.window)),
+        Scores(key.problem.softmax_scale * LOG2_E.value, key.problem.softcap, None, Window(*key.problem.window)),
         dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages),
     )
 
@@ -222,10 +208,12 @@ def plan_kernel(
 def common_arguments(call: Call, plan: Plan) -> tuple:
     """The last arguments of each kernel before its TILE."""
     (cu_seqlens_q, cu_seqlens_k, *_), options, scores = call.lengths, call.options, plan.scores
-    if options.alibi_slopes is not None:
-        batch_stride, head_stride = batch_head_strides(options.alibi_slopes)
-        scores = scores._replace(alibi=View(options.alibi_slopes, Strides(batch_stride, 0, head_stride)))
-    dropout, p = None, options.dropout_p
-    if p > 0:
-        dropout = Dropout(options.dropout_seed, int(p * 2**31), 1 / (1 - p))
-    return Sequences(cu_seqlens_q, cu_seqlens_k, options.shard), *plan.counts, scores, dropout
+    sequences, alibi, dropout = WHOLE_SEQUENCES, options.alibi_slopes, None
+    if cu_seqlens_q is not None or options.shard is not None:
+        sequences = Sequences(cu_seqlens_q, cu_seqlens_k, options.shard)
+    if alibi is not None:
+        batch_stride, head_stride = batch_head_strides(alibi)
+        scores = scores._replace(alibi=View(alibi, Strides(batch_stride, 0, head_stride)))
+    if options.dropout_p > 0:
+        dropout = Dropout(options.dropout_seed, int(options.dropout_p * 2**31), 1 / (1 - options.dropout_p))
+    return sequences, *plan.counts, scores, dropout

@@ -81,7 +81,7 @@ def _config_of(key):
     """The BackwardConfig of a call."""
     aligned = key.q_aligned and key.kv_aligned
     access = "scalar" if key.vector == 1 or not aligned else "tma" if key.suits_tma(0, 1, 2, 3) else "vector"
-    shape = key.dtype, *key.head_dims, key.causal, access
+    shape = key.problem.dtype, *key.head_dims, key.causal, access
     case = FlashCase(key.arch, *shape, is_plain=key.is_plain, seqlen_k=key.max_seqlen_k)
     config = choose(BackwardConfig, case)
     check_shared_memory(config, case)
@@ -114,7 +114,7 @@ def _launch_dkdv(problem, tiles, dq_sum, dk, dv):
 def _plan_dkdv(key, tiles, dq_sum, dk, dv):
     """The Plan of a launch; dq_sum, dk and dv are their strides, or None."""
     fused = dq_sum is not None
-    (shape_q, _), (shape_k, _), (shape_v, _) = key.layout
+    (shape_q, _), (shape_k, _), (shape_v, _) = key.problem.layout
     use_tma = tiles.use_tma and key.q_aligned and key.suits_tma(0, 3)
     use_tma = use_tma and (not fused or strides_suit_tma(shape_q, dq_sum, torch.float32.itemsize))
     hoist = may_hoist("fused" if fused else "dkdv", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
@@ -155,7 +155,9 @@ def _plan_dq(key, tiles, dq):
     """The Plan of a launch; dq is its strides."""
     use_tma = tiles.use_tma and key.kv_aligned and key.suits_tma(1, 2)
     hoist = may_hoist("dq", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
-    return plan_kernel(key, tiles, use_tma, hoist, outputs=((key.layout[0][0], dq),), repeats=repeats_rows, halved=2)
+    return plan_kernel(
+        key, tiles, use_tma, hoist, outputs=((key.problem.layout[0][0], dq),), repeats=repeats_rows, halved=2
+    )
 
 
 def launch_row_sums(dout, dlse, out, lse, lengths, sinks):

@@ -1,14 +1,14 @@
 """Public API of flash attention: argument checks, then the kernel or the reference."""
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
-from .._host.call import Call, Lengths, packed_lengths
+from .._host.call import Call, Lengths, Problem, check_packed, packed_lengths, problem_of
 from .._host.checks import (
     check_bool,
     check_kernel_dtype,
@@ -17,9 +17,17 @@ from .._host.checks import (
     layout_of,
 )
 from .._host.dtensors import DENSE, PACKED, attend_shards, has_dtensor
-from .._host.layout import new_outputs
+from .._host.layout import Outputs, outputs_of
 from .._host.observers import autocast, is_observed, refuse_transforms
-from .._host.options import attention_options, with_dropout, with_shard, with_tensors
+from .._host.once import check_once, sides_of, window_of
+from .._host.options import (
+    AttentionOptions,
+    attention_options,
+    check_head_tensors,
+    check_shard,
+    with_dropout,
+    with_tensors,
+)
 from ..dense.backward_configs import check_gradients_fit
 from . import reference
 
@@ -134,18 +142,12 @@ def flash_attention(
         )
         return attend_shards(flash_attention, DENSE, (q, k, v), (), options)
     q, k, v = autocast(q, k, v)
-    check_same_kind(q, k, v)
-    layout = layout_of(q, k, v)
-    options = layout_options(4, layout, causal, softmax_scale, window_size, softcap)
-    options = with_tensors(options, q, q.shape[0], alibi_slopes, sinks)
+    numbers = causal, softmax_scale, softcap, deterministic, return_lse, *sides_of(window_size)
+    checked = check_call((q, k, v, alibi_slopes, sinks, shard), numbers)
+    options = with_tensors(checked.options, alibi_slopes, sinks, shard)
     options = with_dropout(options, q, dropout_p, dropout_seed)
-    if shard is not None:
-        options = with_shard(options, q, q.shape[0], shard)
-    deterministic = check_bool("deterministic", deterministic)
-    return_lse = check_bool("return_lse", return_lse)
-    lengths = Lengths(None, None, q.shape[1], k.shape[1])
     check_values = shard is not None and should_check_values(None)
-    return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse, check_values)
+    return _attend(Call(q, k, v, checked.lengths, options, checked.problem), checked, check_values)
 
 
 @overload
@@ -257,47 +259,58 @@ def flash_attention_varlen(
         )
         return attend_shards(flash_attention_varlen, PACKED, (q, k, v), lengths, options)
     q, k, v = autocast(q, k, v)
-    check_same_kind(q, k, v)
-    layout = layout_of(q, k, v)
-    options = layout_options(3, layout, causal, softmax_scale, window_size, softcap)
-    lengths = packed_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
+    numbers = causal, softmax_scale, softcap, deterministic, return_lse, *sides_of(window_size)
+    checked = check_call((q, k, v, alibi_slopes, sinks, shard, cu_seqlens_q, cu_seqlens_k), numbers)
+    lengths = packed_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_values = should_check_values(check_values)
-    options = with_tensors(options, q, lengths.batch(q), alibi_slopes, sinks)
+    options = with_tensors(checked.options, alibi_slopes, sinks, shard)
     options = with_dropout(options, q, dropout_p, dropout_seed)
+    return _attend(Call(q, k, v, lengths, options, checked.problem), checked, check_values)
+
+
+class Checked(NamedTuple):
+    """What follows from the kinds of a call's tensors and from its options."""
+
+    options: AttentionOptions  # without tensors
+    problem: Problem
+    lengths: Any  # Lengths of a dense batch, otherwise None
+    deterministic: bool
+    return_lse: bool
+    outputs: Outputs
+
+
+@check_once
+def check_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Checked:
+    """Check all but dropout and the longest lengths of a packed batch, whose tensors include both cu_seqlens."""
+    q, k, v, alibi_slopes, sinks, shard, *cu_seqlens = tensors
+    causal, softmax_scale, softcap, deterministic, return_lse, *sides = numbers
+    check_same_kind(q, k, v)
+    layout, lengths, batch = layout_of(q, k, v), None, None
+    options = checked_options(3 if cu_seqlens else 4, layout, causal, softmax_scale, window_of(sides), softcap)
+    if cu_seqlens:
+        check_packed(cu_seqlens[0], cu_seqlens[1], q.device)
+        batch = cu_seqlens[0].shape[0] - 1
+    else:
+        lengths = Lengths(None, None, q.shape[1], k.shape[1])
+    check_head_tensors(q, q.shape[0] if batch is None else batch, alibi_slopes, sinks)
     if shard is not None:
-        options = with_shard(options, q, lengths.batch(q), shard)
+        check_shard(shard, q, q.shape[0] if batch is None else batch)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
-    return _attend(Call(q, k, v, lengths, options, layout), deterministic, return_lse, check_values)
+    problem = problem_of((q, k, v), batch, with_tensors(options, alibi_slopes, sinks, shard))
+    return Checked(options, problem, lengths, deterministic, return_lse, outputs_of(q, v.shape[-1]))
 
 
-def layout_options(ndim, layout, causal, softmax_scale, window_size, softcap):
-    """The checked options of a call, without its tensors. They are cached, since most calls repeat them."""
-    if torch.compiler.is_compiling():
-        return _check_options(ndim, layout, causal, softmax_scale, softcap, window_size)
-    try:
-        left, right = window_size
-        return _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, right, type(window_size))
-    except (TypeError, ValueError):  # an argument is wrong; the uncached check names it
-        return _check_options(ndim, layout, causal, softmax_scale, softcap, window_size)
-
-
-def _check_options(ndim, layout, causal, softmax_scale, softcap, window_size):
+def checked_options(ndim, layout, causal, softmax_scale, window_size, softcap):
+    """The checked options of a call, without its tensors."""
     check_qkv_layout(ndim, *layout)
     return attention_options(layout[0][0][-1], causal, softmax_scale, softcap, window_size)
 
 
-@functools.lru_cache(maxsize=1024, typed=True)
-def _remembered_options(ndim, layout, causal, softmax_scale, softcap, left, right, pair):
-    """The sides of the window as separate arguments, since lru_cache checks the types of arguments but not inside
-    tuples.
-    """
-    return _check_options(ndim, layout, causal, softmax_scale, softcap, pair((left, right)))
-
-
-def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: bool = False) -> Any:
+def _attend(call: Call, checked: Checked, check_values: bool) -> Any:
     """out, or (out, lse). A call that is traced or differentiated goes through an operator."""
     q, k, v, _, options, _ = call
+    *_, deterministic, return_lse, outputs = checked
     if not use_kernel(q):
         if check_values:
             call.check_values()
@@ -313,7 +326,7 @@ def _attend(call: Call, deterministic: bool, return_lse: bool, check_values: boo
     else:
         if check_values:
             call.check_values()
-        out, lse = new_outputs(q, v, return_lse)
+        out, lse = outputs.new(q, return_lse)
         _kernel()(call, out, lse)
     return (out, lse) if return_lse else out
 

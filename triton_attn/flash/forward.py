@@ -189,12 +189,12 @@ def _plan(key, wanted, config):
     suits_tma = key.suits_tma(1, 2)
     head_dim, head_dim_v = key.head_dims
     access = "scalar" if key.vector == 1 or not key.kv_aligned else "tma" if suits_tma else "vector"
-    shape = key.dtype, head_dim, head_dim_v, key.causal, access, key.precision
-    case = FlashCase(key.arch, *shape, key.softcap is not None, key.has_dropout, key.is_plain, key.max_seqlen_k)
+    shape = key.problem.dtype, head_dim, head_dim_v, key.causal, access, key.precision
+    case = FlashCase(key.arch, *shape, key.problem.softcap is not None, key.has_dropout, key.is_plain, key.max_seqlen_k)
     if config is None:
         config = choose(FlashConfig, case)
     use_tma = config.use_tma and suits_tma and key.kv_aligned
-    hoist = not (use_tma and key.softcap is not None and tanh_spills(head_dim))
+    hoist = not (use_tma and key.problem.softcap is not None and tanh_spills(head_dim))
     # Other loads pass through so many registers that a tile has few rows, for which no warps repeat matmuls.
     repeats = repeats_rows if case.is_half and access != "scalar" else repeats_chains
     return plan_kernel(key, config, use_tma, hoist, repeats=repeats)

@@ -499,20 +499,25 @@ def plan_hopper(key, wanted, config=None):
 
     wanted as in `HopperConfig.choose`, which chooses config if it is None.
     """
-    has_more = not key.is_plain or key.has_sinks or key.has_shard or key.window not in ((None, None), (None, 0))
+    has_more = (
+        not key.is_plain
+        or key.problem.has_sinks
+        or key.problem.has_shard
+        or key.problem.window not in ((None, None), (None, 0))
+    )
     if has_more or not gpu_of(key.arch).wgmma or not (key.q_aligned and key.kv_aligned and key.suits_tma(0, 1, 2, 3)):
         return None
-    case = FlashCase(key.arch, key.dtype, *key.head_dims, key.causal, seqlen_k=key.max_seqlen_k)
+    case = FlashCase(key.arch, key.problem.dtype, *key.head_dims, key.causal, seqlen_k=key.max_seqlen_k)
     config = config or HopperConfig.choose(case, wanted)
     if config is None:
         return None
-    (shape_q, _), (shape_k, _), *_ = key.layout
+    (shape_q, _), (shape_k, _), *_ = key.problem.layout
     *_, num_rows, num_heads, head_dim = shape_q
     group_size = num_heads // shape_k[-2]
     num_tiles = tiles_each(key.max_seqlen_q, num_rows, key.batch, config.block_m)
     section_size = 1
     if key.causal:
-        bytes_per_head = 2 * key.max_seqlen_k * head_dim * key.dtype.itemsize
+        bytes_per_head = 2 * key.max_seqlen_k * head_dim * key.problem.dtype.itemsize
         section_size = heads_in_l2(bytes_per_head, group_size, num_heads * key.batch)
     rows = GROUP_ROWS.value, config.block_n, config.block_n, GROUP_ROWS.value
     layout = {"layout": gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)}
@@ -525,5 +530,5 @@ def plan_hopper(key, wanted, config=None):
         STAGES=config.num_stages,
         num_warps=4,
     )
-    numbers = num_tiles, num_heads, group_size, section_size, key.softmax_scale * LOG2_E.value
+    numbers = num_tiles, num_heads, group_size, section_size, key.problem.softmax_scale * LOG2_E.value
     return HopperPlan(num_tiles * num_heads * key.batch, geometries, numbers, constants)

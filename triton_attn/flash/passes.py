@@ -8,11 +8,12 @@ from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.call import Call, Lengths, packed_lengths
-from .._host.checks import check_kernel_dtype, check_same_kind, fail, layout_of
+from .._host.checks import check_kernel_dtype, fail
 from .._host.layout import new_outputs
-from .._host.options import with_dropout, with_shard, with_tensors
+from .._host.once import sides_of
+from .._host.options import with_dropout, with_tensors
 from . import reference
-from .api import layout_options
+from .api import check_call
 
 
 def forward_pass(
@@ -151,17 +152,14 @@ def _checked_call(
     dropout_seed: int | Tensor | None = None,
     shard: Tensor | None = None,
 ) -> Call:
-    check_same_kind(q, k, v)
     is_packed = lengths[0] is not None or lengths[1] is not None
-    lengths = packed_lengths(*lengths, device=q.device) if is_packed else Lengths(*lengths)
-    layout = layout_of(q, k, v)
-    options = layout_options(3 if is_packed else 4, layout, causal, softmax_scale, window_size, softcap)
-    batch = lengths.batch(q)
-    options = with_tensors(options, q, batch, alibi_slopes, sinks)
+    cu_seqlens = lengths[:2] if is_packed else ()
+    numbers = causal, softmax_scale, softcap, False, True, *sides_of(window_size)
+    checked = check_call((q, k, v, alibi_slopes, sinks, shard, *cu_seqlens), numbers)
+    lengths = packed_lengths(*lengths) if is_packed else Lengths(*lengths)
+    options = with_tensors(checked.options, alibi_slopes, sinks, shard)
     options = with_dropout(options, q, dropout_p, dropout_seed)
-    if shard is not None:
-        options = with_shard(options, q, batch, shard)
-    return Call(q, k, v, lengths, options, layout)
+    return Call(q, k, v, lengths, options, checked.problem)
 
 
 @functools.cache

@@ -1,11 +1,16 @@
 """Merging of partial attention as users call it: argument checks, then the kernel or the reference."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_last_contiguous, check_tensor, fail
 from .._host.observers import is_observed, refuse_gradients
+from .._host.once import check_once
 from . import reference
 
 
@@ -41,7 +46,7 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Ye et al., Cascade Inference (2024); Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
-    _check(outs, lses)
+    _check((outs, lses), (isinstance(outs, Tensor) and use_kernel(outs),))
     if not is_observed(outs, lses):
         return _merge(outs, lses)
     refuse_gradients(outs=outs, lses=lses)
@@ -51,11 +56,17 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     if not use_kernel(outs):
         return reference.merge_attention(outs, lses)
-    from .kernel import launch_merge  # the package can be imported without triton
-
     out, lse = _new_outputs(outs, lses)
-    launch_merge(outs, lses.contiguous(), out, lse)
+    _kernel()(outs, lses.contiguous(), out, lse)
     return out, lse
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    """Imported at the first call, so that the package can be imported without triton."""
+    from .kernel import launch_merge
+
+    return launch_merge
 
 
 def _new_outputs(outs, lses):
@@ -66,10 +77,11 @@ _operator = torch.library.custom_op("triton_attn::merge_attention", _merge, muta
 _operator.register_fake(_new_outputs)
 
 
-def _check(outs, lses):
-    dtypes = (
-        KERNEL_DTYPES if not isinstance(outs, torch.Tensor) or use_kernel(outs) else (*KERNEL_DTYPES, torch.float64)
-    )
+@check_once
+def _check(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
+    outs, lses = tensors
+    (runs_kernel,) = options
+    dtypes = KERNEL_DTYPES if runs_kernel or not isinstance(outs, Tensor) else (*KERNEL_DTYPES, torch.float64)
     check_tensor("outs", outs, ("num_splits", "batch", "seqlen_q", "num_heads_q", "head_dim_v"), dtypes, None)
     check_last_contiguous("outs", outs)
     num_splits, batch, seqlen_q, num_heads_q, head_dim_v = outs.shape
@@ -77,3 +89,4 @@ def _check(outs, lses):
         fail("outs", f"a head dimension of 1 to {MAX_HEAD_DIM}", head_dim_v)
     lse_dtype = torch.promote_types(outs.dtype, torch.float32)
     check_tensor("lses", lses, (num_splits, batch, num_heads_q, seqlen_q), (lse_dtype,), outs.device)
+    return True

@@ -1,5 +1,7 @@
 """Public API of multi-head latent attention: argument checks, then the kernels or the reference."""
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from .._host import keywords
 from .._host.backend import should_check_values, use_kernel
-from .._host.call import Lengths, packed_lengths
+from .._host.call import Lengths, check_packed, packed_lengths
 from .._host.checks import (
     FLOAT8_MANTISSA_BITS,
     KERNEL_DTYPES,
@@ -29,8 +31,9 @@ from .._host.checks import (
 from .._host.dtensors import Layout, Operand, attend_shards, has_dtensor, lse_dims, of_rows, on_each_rank
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
-from .._host.layout import lse_shape
+from .._host.layout import Outputs, lse_shape, outputs_of
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
+from .._host.once import check_once
 from .._host.options import check_num_drafts, check_softmax_scale, check_tree_mask
 from .._host.prefix_tree import (
     PrefixTree,
@@ -234,45 +237,63 @@ def mla_decode(
         )
         cache = dict(latent_cache=latent_cache, cache_seqlens=cache_seqlens, block_table=block_table)
         return _decode_shards((q_nope, q_pe), cache, (w_uk, w_uv), options)
-    softmax_scale = _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed)
-    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
-    rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
-    batch = "batch" if packed else q_nope.shape[0]
-    check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), q_nope.device)
-    batch = cache_seqlens.shape[0]
-    check_last_contiguous("cache_seqlens", cache_seqlens)
-    check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q_nope.device)
-    check_last_contiguous("block_table", block_table)
-    max_seqlen_q = _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch)
-    _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed, tree_mask)
-    num_splits, key_shard = check_num_splits(num_splits), check_key_shard(key_shard, latent_cache.shape[1])
-    if tree_mask is not None:
-        longest = max_seqlen_q if packed else q_nope.shape[1]
-        check_tree_mask(tree_mask, q_nope, longest)
-    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
-    if prefix_tree is not None:
-        check_prefix_tree(prefix_tree, batch, block_table, batch_invariant, q_nope.device)
-    scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
-    (k_number, k_scale), (k_pe_number, k_pe_scale) = scales
     tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
     tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale, tree_mask
-    if out is not None:
-        check_out(out, _decode_out_shape(q_nope, w_uk, w_uv), q_nope.dtype, q_nope.device)
-    if lse is not None:
-        check_lse(lse, lse_shape(q_nope), return_lse, q_nope.device)
+    runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
+    numbers = runs_kernel, softmax_scale, causal, rope_interleaved, num_splits, return_lse
+    softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number, outputs = _check_decode(
+        (*tensors, out, lse), numbers
+    )
+    k_scale = k_scale if k_number is None else None
+    k_pe_scale = k_pe_scale if k_pe_number is None else None
+    max_seqlen_q = _check_longest(max_seqlen_q, q_nope, packed)
+    if key_shard is not None:
+        key_shard = check_key_shard(key_shard, latent_cache.shape[1])
+    if tree_mask is not None:
+        check_tree_mask(tree_mask, q_nope, max_seqlen_q if packed else q_nope.shape[1])
+    batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
+    if prefix_tree is not None:
+        check_prefix_tree(prefix_tree, cache_seqlens.shape[0], block_table, batch_invariant, q_nope.device)
     room = None if workspace is None else as_workspace(workspace, q_nope.device)
     check_values = should_check_values(check_values)
-    max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
-    more = longest_q, max_seqlen_q, k_number, k_pe_number
-    more = *more, softmax_scale, causal, rope_interleaved, num_splits, batch_invariant, key_shard
-    more = *more, *operands_of_tree(prefix_tree), check_values, return_lse
-    if is_observed(*tensors, out, lse):
+    if is_observed(*tensors[:11], k_scale, k_pe_scale, tree_mask, out, lse):
+        tensors = *tensors[:11], k_scale, k_pe_scale, tree_mask
         refuse_gradients(**dict(zip(DECODE_INPUTS, tensors)), out=out, lse=lse)
+        max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
+        more = longest_q, max_seqlen_q, k_number, k_pe_number
+        more = *more, softmax_scale, causal, rope_interleaved, num_splits, batch_invariant, key_shard
+        more = *more, *operands_of_tree(prefix_tree), check_values, return_lse
         new_out, new_lse = _decode_operator(*tensors, *more)
         out, lse = (new if x is None else x.copy_(new) for x, new in ((out, new_out), (lse, new_lse)))
-    else:
-        new_out, new_lse = _decode_outputs(q_nope, w_uk, w_uv, return_lse, out, lse)
-        out, lse = _decode(*tensors, *more, new_out, new_lse, room)
+        return (out, lse) if return_lse else out
+    out, lse = outputs.new(q_nope, return_lse, out, lse)
+    # By position: keywords take twice as long.
+    call = DecodeCall(
+        q_nope,
+        q_pe,
+        latent_cache,
+        cache_seqlens,
+        block_table,
+        softmax_scale,
+        causal,
+        w_uk,
+        w_uv,
+        rope_cos,
+        rope_sin,
+        rope_interleaved,
+        rope_cache,
+        k_number if k_scale is None else k_scale,
+        k_pe_number if k_pe_scale is None else k_pe_scale,
+        cu_seqlens_q,
+        max_seqlen_q,
+        num_splits,
+        batch_invariant,
+        key_shard,
+        prefix_tree,
+        tree_mask,
+        room,
+    )
+    _attend(call, check_values, out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -287,7 +308,7 @@ def _decode_shards(queries, cache, weights, options):
     given = {name: x for name, x in zip(("w_uk", "w_uv"), weights) if x is not None}
 
     def check(tensors):
-        _check_decode(
+        _check_decode_tensors(
             *queries, cache["latent_cache"], options["rope_cache"], *weights, options["softmax_scale"], packed
         )
 
@@ -377,16 +398,12 @@ def _decode(
     return_lse: bool,
     out: Tensor,
     lse: Tensor,
-    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill out and lse by the kernels or the reference, and return them. lse is empty unless it was requested."""
-    if latent_cache.dtype == torch.uint8:
-        check_rows_aligned("latent_cache", latent_cache)
+    """`_attend` with the arguments of an operator: (out, lse). lse is empty unless it was requested."""
     if longest_q is not None:
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
         if tree_mask is not None:
             check_num_drafts(max_seqlen_q)
-    # By position: keywords take twice as long.
     call = DecodeCall(
         q_nope,
         q_pe,
@@ -410,18 +427,29 @@ def _decode(
         None if key_shard is None else KeyShard(*key_shard),
         tree_of_operands(tree, tree_sizes),
         tree_mask,
-        workspace,
     )
+    _attend(call, check_values, out, lse if return_lse else None)
+    return out, lse
+
+
+def _attend(call: DecodeCall, check_values: bool, out: Tensor, lse: Tensor | None) -> None:
+    """Fill out and lse, by the kernels or the reference."""
+    if call.latent_cache.dtype == torch.uint8:
+        check_rows_aligned("latent_cache", call.latent_cache)
     if check_values:
         _check_values(call)
-    wanted_lse = lse if return_lse else None
-    if use_kernel(q_nope):
-        from .absorbed import launch_mla_decode  # the package can be imported without triton
+    if use_kernel(call.q_nope):
+        _decode_kernels()(call, out, lse)
+    elif not only_counts(call.workspace):
+        _decode_by_reference(call, out, lse)
 
-        launch_mla_decode(call, out, wanted_lse)
-    elif not only_counts(workspace):
-        _decode_by_reference(call, out, wanted_lse)
-    return out, lse
+
+@functools.cache
+def _decode_kernels() -> Callable[..., None]:
+    """Imported at the first call, so that the package can be imported without triton."""
+    from .absorbed import launch_mla_decode
+
+    return launch_mla_decode
 
 
 def _decode_by_reference(call: DecodeCall, out: Tensor, lse: Tensor | None) -> None:
@@ -455,14 +483,11 @@ def _decode_out_shape(q_nope, w_uk, w_uv):
     return *q_nope.shape[:-1], q_nope.shape[-1] if w_uk is None else w_uk.shape[2]
 
 
-def _decode_outputs(q_nope, w_uk, w_uv, return_lse, out=None, lse=None):
-    """out, and lse or, if it is not wanted, an empty tensor, which operators return: those given, or new ones."""
-    if out is None:
-        out = q_nope.new_empty(_decode_out_shape(q_nope, w_uk, w_uv))
-    if lse is None:
-        dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
-        lse = q_nope.new_empty(lse_shape(q_nope) if return_lse else 0, dtype=dtype)
-    return out, lse
+def _decode_outputs(q_nope, w_uk, w_uv, return_lse):
+    """New out, and lse or, if it is not wanted, an empty tensor, which operators return."""
+    dtype = torch.float64 if q_nope.dtype == torch.float64 else torch.float32  # the reference computes in it
+    lse = q_nope.new_empty(lse_shape(q_nope) if return_lse else 0, dtype=dtype)
+    return q_nope.new_empty(_decode_out_shape(q_nope, w_uk, w_uv)), lse
 
 
 DECODE_SCHEMA = ", ".join(
@@ -625,11 +650,13 @@ def mla_prefill(
         layout = LATENTS_DENSE if cu_seqlens_q is None else LATENTS_PACKED
         return attend_shards(mla_prefill, layout, (q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv), (), options)
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
-    lengths = check_prefill(tensors, lengths, mode)
-    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
-    max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
+    runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
+    numbers = runs_kernel, mode, causal, return_lse, max_workspace_bytes, softmax_scale
+    causal, return_lse, max_workspace_bytes, softmax_scale = _check_prefill(
+        (*tensors, cu_seqlens_q, cu_seqlens_k), numbers
+    )
+    lengths = _check_lengths(q_nope, kv_latent, lengths)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
-    softmax_scale = check_softmax_scale(softmax_scale, q_nope.shape[-1] + q_pe.shape[-1])
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         check_differentiable(q_nope, q_pe, w_uv)
@@ -648,11 +675,17 @@ def mla_prefill(
             mode=choose_schedule(ProblemSizes.of(call), mode, max_workspace_bytes, wants_grad).mode,
             return_lse=return_lse,
         )
-    from .autograd import prefill  # the package can be imported without triton
-
     schedule = mode, max_workspace_bytes, wants_grad
-    out, lse = prefill(call, schedule, check_values, return_lse)
+    out, lse = _prefill_kernels()(call, schedule, check_values, return_lse)
     return (out, lse) if return_lse else out
+
+
+@functools.cache
+def _prefill_kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Imported at the first call, so that the package can be imported without triton."""
+    from .autograd import prefill
+
+    return prefill
 
 
 class PrefillCall(NamedTuple):
@@ -687,15 +720,28 @@ def check_differentiable(q_nope, q_pe, w_uv):
     check_gradients_fit(q_nope, head_dims)
 
 
-def check_prefill(tensors, lengths, mode):
-    """The Lengths, with the longest lengths set for a dense batch."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+@check_once
+def _check_prefill(tensors, options):
+    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked."""
+    *tensors, cu_seqlens_q, cu_seqlens_k = tensors
+    _, mode, causal, return_lse, max_workspace_bytes, softmax_scale = options
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
         fail("cu_seqlens_q, cu_seqlens_k", "both or none", "one of them", TypeError)
     check_prefill_tensors(tensors, packed, mode)
-    if not packed:
-        rows_q, rows_k = tensors[0].shape[1], tensors[2].shape[1]
+    if packed:
+        check_packed(cu_seqlens_q, cu_seqlens_k, tensors[0].device)
+    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
+    max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
+    softmax_scale = check_softmax_scale(softmax_scale, tensors[0].shape[-1] + tensors[1].shape[-1])
+    return causal, return_lse, max_workspace_bytes, softmax_scale
+
+
+def _check_lengths(q_nope, kv_latent, lengths):
+    """The Lengths, with the longest lengths set for a dense batch."""
+    cu_seqlens_q, _, max_seqlen_q, max_seqlen_k = lengths
+    if cu_seqlens_q is None:
+        rows_q, rows_k = q_nope.shape[1], kv_latent.shape[1]
         for name, given, size in (("max_seqlen_q", max_seqlen_q, rows_q), ("max_seqlen_k", max_seqlen_k, rows_k)):
             if given not in (None, size):
                 fail(name, f"{size} without cu_seqlens, or None", given)
@@ -703,7 +749,7 @@ def check_prefill(tensors, lengths, mode):
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is None:
             fail(name, "an int, required with cu_seqlens", None, TypeError)
-    return packed_lengths(*lengths, tensors[0].device)
+    return packed_lengths(*lengths)
 
 
 def check_prefill_tensors(tensors, packed, mode):
@@ -749,7 +795,56 @@ def _of_latents(is_packed):
 LATENTS_DENSE, LATENTS_PACKED = _of_latents(False), _of_latents(True)
 
 
-def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):
+class CheckedDecode(NamedTuple):
+    """What follows from the kinds of a decode's tensors and from its options."""
+
+    softmax_scale: float
+    causal: bool
+    rope_interleaved: bool
+    num_splits: int
+    return_lse: bool
+    k_number: float | None  # k_scale and k_pe_scale, if they are numbers
+    k_pe_number: float | None
+    outputs: Outputs
+
+
+@check_once
+def _check_decode(tensors, options):
+    """Check the tensors, among them out and lse, but for tree_mask; and these options."""
+    q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, *more, out, lse = tensors
+    rope_cos, rope_sin, rope_cache, cu_seqlens_q, k_scale, k_pe_scale, tree_mask = more
+    _, softmax_scale, causal, rope_interleaved, num_splits, return_lse = options
+    packed = cu_seqlens_q is not None
+    softmax_scale = _check_decode_tensors(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed)
+    causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
+    rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
+    device = q_nope.device
+    batch = "batch" if packed else q_nope.shape[0]
+    check_tensor("cache_seqlens", cache_seqlens, (batch,), (torch.int32,), device)
+    check_last_contiguous("cache_seqlens", cache_seqlens)
+    batch = cache_seqlens.shape[0]
+    check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), device)
+    check_last_contiguous("block_table", block_table)
+    if packed:
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
+        if cu_seqlens_q.shape[0] != batch + 1:
+            expected = f"shape ({batch + 1},), one more than cache_seqlens"
+            fail("cu_seqlens_q", expected, f"shape {tuple(cu_seqlens_q.shape)}")
+        check_rows("q_nope", q_nope.shape[0] * q_nope.shape[1])
+    _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed, tree_mask)
+    num_splits = check_num_splits(num_splits)
+    scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
+    (k_number, _), (k_pe_number, _) = scales
+    shape = _decode_out_shape(q_nope, w_uk, w_uv)
+    if out is not None:
+        check_out(out, shape, q_nope.dtype, device)
+    if lse is not None:
+        check_lse(lse, lse_shape(q_nope), return_lse, device)
+    checked = softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number
+    return CheckedDecode(*checked, outputs_of(q_nope, shape[-1]))
+
+
+def _check_decode_tensors(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):
     """Check the tensors; return softmax_scale."""
     dtypes = KERNEL_DTYPES
     if isinstance(q_nope, torch.Tensor) and not use_kernel(q_nope):
@@ -793,18 +888,14 @@ def _check_decode(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_sc
     return check_softmax_scale(softmax_scale, q_nope.shape[-1] + rope_dim)
 
 
-def _check_queries(cu_seqlens_q, max_seqlen_q, q_nope, batch):
+def _check_longest(max_seqlen_q, q_nope, packed):
     """max_seqlen_q, checked; None if queries are not packed."""
-    if cu_seqlens_q is None:
+    if not packed:
         if max_seqlen_q not in (None, q_nope.shape[1]):
             fail("max_seqlen_q", f"q_nope's {q_nope.shape[1]} queries without cu_seqlens_q, or None", max_seqlen_q)
         return None
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q_nope.device)
-    if cu_seqlens_q.shape[0] != batch + 1:
-        fail("cu_seqlens_q", f"shape ({batch + 1},), one more than cache_seqlens", f"shape {tuple(cu_seqlens_q.shape)}")
     if max_seqlen_q is None:
         fail("max_seqlen_q", "an int, required with cu_seqlens_q", None, TypeError)
-    check_rows("q_nope", q_nope.shape[0] * q_nope.shape[1])
     return check_max_seqlen("max_seqlen_q", max_seqlen_q)
 
 

@@ -14,7 +14,7 @@ from ..dense.backward import launch_flash_bwd_of_sums, launch_row_sums
 from .absorbed import launch_mla_absorbed
 from .api import PrefillCall
 from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
-from .schedule import ProblemSizes, choose_schedule, heads_of_backward
+from .schedule import ProblemSizes, heads_of_backward, schedule_of
 
 
 def prefill(call, schedule, check_values, return_lse):
@@ -43,7 +43,7 @@ def _new_outputs(q_nope, w_uv, wants_lse=True):
 @without_autocast
 def launch_prefill(out, lse, call, schedule):
     """Fill out and lse (None: not wanted)."""
-    mode, heads_each, rows_each = choose_schedule(ProblemSizes.of(call), *schedule)
+    mode, heads_each, rows_each = schedule_of(call, schedule)
     if mode == "fused":
         launch_mla_fused(call, out, lse)
     elif mode == "absorbed":

@@ -1,5 +1,6 @@
 """The schedule of a prefill, chosen by a cost model from shapes alone, and the size of its chunks."""
 
+import functools
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -31,12 +32,16 @@ class ProblemSizes:
     @classmethod
     def of(cls, call):
         """Those of a PrefillCall."""
-        num_queries, num_keys = prod(call.q_nope.shape[:-2]), prod(call.kv_latent.shape[:-1])
-        batch = call.lengths.batch(call.q_nope)
-        num_heads, nope, rank = call.w_uk.shape
-        pairs = causal_pairs(num_queries / max(batch, 1), num_keys / max(batch, 1), call.causal) * batch
-        sizes = num_heads, nope, call.q_pe.shape[-1], call.w_uv.shape[1], rank, call.q_nope.element_size()
-        return cls(num_queries, num_keys, pairs, *sizes)
+        return cls.of_shapes(
+            [x.shape for x in call.tensors], call.lengths.batch(call.q_nope), call.causal, call.q_nope.dtype
+        )
+
+    @classmethod
+    def of_shapes(cls, shapes, batch, causal, dtype):
+        q_nope, q_pe, kv_latent, _, (num_heads, nope, rank), (_, v, _) = shapes
+        num_queries, num_keys = prod(q_nope[:-2]), prod(kv_latent[:-1])
+        pairs = causal_pairs(num_queries / max(batch, 1), num_keys / max(batch, 1), causal) * batch
+        return cls(num_queries, num_keys, pairs, num_heads, nope, q_pe[-1], v, rank, dtype.itemsize)
 
 
 class Schedule(NamedTuple):
@@ -111,6 +116,18 @@ def choose_schedule(sizes, mode, max_workspace_bytes, wants_grad):
         if chunks[m] and (best is None or cost(sizes, m) < cost(sizes, best)):
             best = m
     return Schedule(best, *chunks[best])
+
+
+def schedule_of(call, schedule):
+    """`choose_schedule` of a PrefillCall, remembered; schedule is (mode, max_workspace_bytes, wants_grad)."""
+    shapes = tuple([x.shape for x in call.tensors])
+    return _schedule(shapes, call.lengths.batch(call.q_nope), call.causal, call.q_nope.dtype, *schedule)
+
+
+@functools.lru_cache(maxsize=1024)
+def _schedule(shapes, batch, causal, dtype, mode, max_workspace_bytes, wants_grad):
+    sizes = ProblemSizes.of_shapes(shapes, batch, causal, dtype)
+    return choose_schedule(sizes, mode, max_workspace_bytes, wants_grad)
 
 
 def _chunk(sizes, mode, max_workspace_bytes):

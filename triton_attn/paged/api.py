@@ -31,6 +31,7 @@ from .._host.observers import is_observed, number_and_tensor, refuse_gradients, 
 from .._host.options import (
     AttentionOptions,
     attention_options,
+    check_head_tensors,
     check_num_drafts,
     check_tree_mask,
     with_tensors,
@@ -222,7 +223,8 @@ def paged_attention(
         check_tensor("block_table", block_table, (batch, "max_pages"), (torch.int32,), q.device)
         check_last_contiguous("block_table", block_table)
     longest = _check_queries(q, batch, cu_seqlens_q, max_seqlen_q)
-    options = with_tensors(options, q, batch, alibi_slopes, sinks)
+    check_head_tensors(q, batch, alibi_slopes, sinks)
+    options = with_tensors(options, alibi_slopes, sinks)
     k_number = v_number = None
     if k_scale is not None:
         k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from .._host.checks import check_bool, check_same_kind, fail, layout_of
 from .._host.dtensors import DENSE, PACKED, has_dtensor
 from .._host.observers import autocast, is_observed, number_and_tensor
-from .._host.options import with_dropout, with_tensors
-from ..flash.api import check_differentiable, layout_options
+from .._host.options import check_head_tensors, with_dropout, with_tensors
+from ..flash.api import check_differentiable, checked_options
 from .arguments import check_method, errors_for_all, settings_of
 from .dtensors import attend_rows
 from .heads import HEADS, Inputs, Options
@@ -237,11 +237,12 @@ def _checked(
     q, k, v = autocast(q, k, v)
     check_same_kind(q, k, v)
     check_method(placing["mesh"], placing["method"])
-    options = layout_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
+    options = checked_options(ndim, layout_of(q, k, v), causal, softmax_scale, window_size, softcap)
     if k.shape[-3] != q.shape[-3]:
         fail("k", f"q's {q.shape[-3]} rows", k.shape[-3])
     settings = settings_of((q, k, v, sinks), cu_seqlens, **placing)
-    options = with_tensors(options, q, q.shape[0] if ndim == 4 else len(cu_seqlens) - 1, alibi_slopes, sinks)
+    check_head_tensors(q, q.shape[0] if ndim == 4 else len(cu_seqlens) - 1, alibi_slopes, sinks)
+    options = with_tensors(options, alibi_slopes, sinks)
     options = with_dropout(options, q, dropout_p, dropout_seed)
     if options.dropout_p > 0 and dropout_seed is None:
         fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)
