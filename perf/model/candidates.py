@@ -109,8 +109,12 @@ def _flash_problem(seqlen, head_dim, causal, kernel=None):
     return Problem(max(1, TOKENS // seqlen), seqlen, HIDDEN // head_dim, head_dim, causal, direction)
 
 
+# Sweeps have values as wide as keys.
+_HOPPER_SHAPES = tuple(head_dim for head_dim, head_dim_v in HOPPER_HEAD_DIMS.items() if head_dim == head_dim_v)
+
+
 def _hopper_cases(dtype, head_dims):
-    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in HOPPER_HEAD_DIMS]
+    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in _HOPPER_SHAPES]
 
 
 def _hopper_space(*args, **case):
@@ -315,7 +319,7 @@ FAMILIES = {
         _FLASH,
         config=HopperConfig,
         table=HopperConfig,
-        shapes=HOPPER_HEAD_DIMS,
+        shapes=_HOPPER_SHAPES,
         cases=_hopper_cases,
         search_space=_hopper_space,
         compile=compiled.flash_hopper,

@@ -1,8 +1,11 @@
 """The stage of `python -m perf gpu` that decides whether a kernel may replace a portable one on this GPU.
 
-A case is a kernel of hopper.py with the config that calls take. Its results are checked, and it is timed beside the
-portable kernel and peers. The tuned table gets a record of each, with a digest of the kernel's code, as from a sweep.
+A case is a kernel of hopper.py with the config that calls take, and with its default config where that is another one:
+an entry of earlier code does not keep a better default out. Results are checked, and timed beside those of the portable
+kernel and peers. The tuned table gets a record of each, with a digest of the kernel's code, as from a sweep.
 """
+
+from dataclasses import replace
 
 import torch
 
@@ -53,9 +56,10 @@ def run_record(case, table):
 
 
 def candidates_of(case, seqlen):
-    """The kernel's Candidate and the portable kernel's, with the configs that calls take."""
+    """The kernel's Candidates and the portable kernel's; see above."""
     own = Candidate(case["family"], gpu_arch(), case["dtype"], case["case"], config=None)
-    return [winners.as_called(own, seqlen), *winners.portable_of(own, seqlen)]
+    configs = dict.fromkeys([winners.as_called(own, seqlen).config, winners.default_of(own)])
+    return [*(replace(own, config=config) for config in configs), *winners.portable_of(own, seqlen)]
 
 
 def failed_record(case, failure):

@@ -9,7 +9,7 @@ import torch
 from triton_attn._jit import tiles
 from triton_attn._jit.tiles import piece_0, piece_1
 from triton_attn.dense.tiles import HALF, FlashCase, padded_head_dim
-from triton_attn.flash.configs import FlashConfig, HopperConfig
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,19 +70,19 @@ def test_pruning_says_why(config, arch, head_dim, reason):
     assert config.objection(FlashCase(arch, torch.float16, head_dim, head_dim, False)) == reason
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", HOPPER_HEAD_DIMS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_space_of_hopper_fits_and_starts_at_the_default(head_dim, causal):
-    case = FlashCase("sm_90", torch.bfloat16, head_dim, head_dim, causal)
+    case = FlashCase("sm_90", torch.bfloat16, head_dim, HOPPER_HEAD_DIMS[head_dim], causal)
     configs = HopperConfig.search_space(case)
     assert configs[0] == HopperConfig.default(case)
-    assert len(configs) == len(set(configs)) == {64: 6, 128: 2, 256: 1}[head_dim]
+    assert len(configs) == len(set(configs)) == {64: 12, 96: 6, 128: 4, 192: 2, 256: 2}[head_dim]
     assert all(config.obstacle(case) is None for config in configs)
     assert HopperConfig(128, 2, 8).obstacle(case).endswith("bytes of shared memory, sm_90 has 232448")
 
 
 @pytest.mark.parametrize(
-    "other", [{"arch": "sm_100"}, {"dtype": torch.float32}, {"head_dim": 96, "head_dim_v": 96}, {"head_dim": 64}]
+    "other", [{"arch": "sm_100"}, {"dtype": torch.float32}, {"head_dim": 80, "head_dim_v": 80}, {"head_dim": 64}]
 )
 def test_hopper_supports_no_others(other):
     case = FlashCase("sm_90", torch.bfloat16, 128, 128, True)._replace(**other)

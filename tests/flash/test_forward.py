@@ -24,7 +24,7 @@ from attention_cases import (
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.gpu import repeats_rows
 from triton_attn.flash import forward
-from triton_attn.flash.configs import FlashConfig
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig
 from triton_attn.toolchain import guard
 
 # Inputs contain NaN and infinity on purpose, and numpy warns about them.
@@ -74,15 +74,27 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps):
     )
 
 
+OPTIONS_OF_HOPPER = {
+    "plain": {},
+    "window": {"window_size": (130, -1), "sinks": torch.bfloat16},
+    "all": {"window_size": (40, 30), "softcap": 20.0, "alibi": "per sequence", "sinks": torch.float32},
+    "parts": {"window_size": (90, -1), "shards": ((120, 60, 0), (5, 0, 0), (0, 9, 0), (0, 60, 0)), "alibi": "per head"},
+}
+
+
 @pytest.mark.emulated
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("options", OPTIONS_OF_HOPPER)
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(64, marks=pytest.mark.ci), 96, 128, pytest.param(192, marks=pytest.mark.ci)]
+)
 @pytest.mark.usefixtures("emulated_hopper")
-def test_the_kernel_of_hopper(head_dim):
+def test_the_kernel_of_hopper(head_dim, options):
     """An empty sequence, rows that see nothing, rows after the last sequence, a sequence of NaN."""
-    case = replace(PLAIN, varlen=True, dtype=torch.bfloat16, causal=True, poisoned_sequence=1, spare_rows=9)
-    case = replace(case, seqlens_q=(70, 0, 5, 133), seqlens_k=(100, 40, 0, 190))
+    lengths = {"seqlens_q": (70, 0, 5, 133), "seqlens_k": (100, 40, 0, 390)}
+    heads = {"num_heads_kv": 2, "group_size": 3, "head_dim": head_dim, "head_dim_v": HOPPER_HEAD_DIMS[head_dim]}
+    case = replace(PLAIN, varlen=True, dtype=torch.bfloat16, poisoned_sequence=1, spare_rows=9, **lengths, **heads)
     with hopper_cases.launched(forward, "launch_flash_fwd_hopper"):
-        check(replace(case, num_heads_kv=2, group_size=3, head_dim=head_dim, head_dim_v=head_dim))
+        check(replace(case, **OPTIONS_OF_HOPPER[options]))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hopper_cases import write_record
 
 from perf.model import loop_model, sass
 from triton_attn import flash_attention, flash_attention_varlen, use_tuned
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
 pytestmark = [pytest.mark.compiled, pytest.mark.oldest, pytest.mark.usefixtures("no_tables")]
@@ -39,16 +40,34 @@ def launch_of(arch="sm_90", head_dim=128, dtype=torch.bfloat16, varlen=False, he
     return launch
 
 
+SLOPES, SINKS = torch.ones(4), torch.ones(4)
+# Options besides causal: how many loop bodies they make, and bounds of head dim 64 and of the others with them. With
+# softcap three exponentials and reciprocals stand for one exponential.
+OPTIONS = {
+    "plain": ({}, 0, 850, 940),
+    "window": ({"window_size": (100, -1)}, 1, 850, 940),
+    "sinks": ({"sinks": SINKS}, 0, 850, 940),
+    "softcap": ({"softcap": 30.0}, 0, 290, 460),
+    "ALiBi": ({"alibi_slopes": SLOPES}, 0, 750, 940),
+    "all": ({"window_size": (100, -1), "sinks": SINKS, "softcap": 30.0, "alibi_slopes": SLOPES}, 1, 290, 460),
+}
+
+
 @pytest.mark.ci(but_each=9)
 @pytest.mark.full(but_each=2)
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize(("head_dim", "bound"), [(64, 770), (128, 940), (256, 940)])
-def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_property):
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("head_dim", HOPPER_HEAD_DIMS)
+def test_what_it_compiles_to(head_dim, options, causal, varlen, wanted, record_property):
     """It fits, loads by TMA, spills nothing in a loop and little outside. The matmul of one tile is in flight while the
     softmax of the next one runs.
     """
-    launch = launch_of(head_dim=head_dim, causal=causal, varlen=varlen, return_lse=not varlen)
+    options, bodies, *bounds = OPTIONS[options]
+    head_dim_v = HOPPER_HEAD_DIMS[head_dim]
+    launch = launch_of(
+        head_dim=head_dim, head_dim_v=head_dim_v, causal=causal, varlen=varlen, return_lse=not varlen, **options
+    )
     assert launch.name == HOPPER
     report = loop_model.analyze(launch.kernel).row()
     record_property(
@@ -63,19 +82,31 @@ def test_what_it_compiles_to(head_dim, bound, causal, varlen, wanted, record_pro
     assert report["spills in loop"] == 0
     # Outside the loops. ptxas of newer Tritons spills more there; they have no entry that makes this kernel the
     # default.
-    assert report["spills"] <= (2 if triton.__version__.startswith("3.6.") else 20)
+    few = 2 if causal or not options else 0
+    assert report["spills"] <= ((10 if options else few) if triton.__version__.startswith("3.6.") else 32)
     assert report["useful share"] == 1.0
-    assert report["bound TFLOP/s"] >= bound
-    # Per group and loop body: the wait for scores leaves one matmul in flight.
-    loops = launch.constexprs["GROUPS"] * (2 if causal else 1)
-    assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count("1") == loops
+    assert report["bound TFLOP/s"] >= bounds[head_dim > 64]
+    # Per group and loop body: the wait for scores leaves the matmuls of the output in flight, one for each piece.
+    loops = launch.constexprs["GROUPS"] * (1 + causal + bodies)
+    pieces = "2" if head_dim_v == 96 else "1"
+    assert re.findall(r"pendings = (\d+)", launch.kernel.asm["ttgir"]).count(pieces) == loops
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_instructions_beside_the_matmuls(causal, wanted):
+    """Of a trip over a full tile at head dim 128. Without `lazy` there are 464 on Triton 3.6.0."""
+    model = loop_model.analyze(launch_of(causal=causal).kernel).hot
+    assert model.instructions - model.mma_instructions <= 457
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("options", [{}, {"window_size": (100, 0), "alibi_slopes": SLOPES}], ids=["plain", "options"])
+@pytest.mark.parametrize("head_dim", HOPPER_HEAD_DIMS)
+def test_exponentials_stand_before_the_wait_for_the_output(head_dim, options, wanted):
     """In the machine code: ptxas may wait earlier, and then nothing overlaps."""
-    code = sass.disassemble(launch_of(head_dim=head_dim).kernel.asm["cubin"])
+    launch = launch_of(head_dim=head_dim, head_dim_v=HOPPER_HEAD_DIMS[head_dim], **options)
+    code = sass.disassemble(launch.kernel.asm["cubin"])
     for loop in code.mma_loops():
         trip = sorted(loop.always, key=lambda instruction: instruction.address)
         products, waits, exponentials = (
@@ -93,13 +124,9 @@ def test_exponentials_stand_before_the_wait_for_the_output(head_dim, wanted):
 @pytest.mark.parametrize(
     "call",
     [
-        {"window_size": (100, 0)},
-        {"window_size": (-1, 3)},
-        {"softcap": 30.0, "causal": True},
-        {"alibi_slopes": torch.ones(4)},
-        {"sinks": torch.ones(4)},
         {"dropout_p": 0.1, "dropout_seed": 1},
-        {"head_dim": 96},
+        {"head_dim": 80},
+        {"head_dim": 192},
         {"head_dim": 128, "head_dim_v": 64},
         {"dtype": torch.float32},
         {"arch": "sm_80"},
@@ -120,7 +147,7 @@ def record(path, **changes):
         "dtype": "bfloat16",
         "case": {"head_dim": 128, "causal": False},
         "buckets": {"seqlen_k": 4096},
-        "config": {"block_n": 64, "groups": 2, "num_stages": 2},
+        "config": {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True},
     }
     return write_record(path, **entry | changes)
 
@@ -135,6 +162,8 @@ def test_a_tuned_table_makes_it_the_default(dtype, tmp_path, monkeypatch):
     assert launch.name == HOPPER
     assert launch.constexprs["BLOCK_N"] == 64
     assert launch_of(dtype=dtype, causal=True).name == PORTABLE
+    for option in ({"window_size": (100, -1)}, {"softcap": 30.0}, {"alibi_slopes": SLOPES}, {"sinks": SINKS}):
+        assert launch_of(dtype=dtype, **option).name == PORTABLE, "it was not measured with options"
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "portable")
     assert launch_of(dtype=dtype).name == PORTABLE
 

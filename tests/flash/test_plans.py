@@ -147,6 +147,7 @@ NEIGHBOURS = {
     "kernel, start of v": (HOPPER, {"change": {"v": unaligned}}),
     "kernel, scale": (HOPPER, {"softmax_scale": 0.5}),
     "kernel, config": (HOPPER, {"inside": lambda: hopper_kernel_with(num_stages=1)}),
+    "kernel, lazy": (HOPPER, {"inside": lambda: hopper_kernel_with(lazy=False)}),
 }
 
 

@@ -324,6 +324,7 @@ CALLS_OF_HOPPER = {
     "flash 128": lambda: flash(128, (70, 700)),
     "flash 128 full": lambda: flash(128, causal=False, return_lse=False),
     "flash 64 full": lambda: flash(64, (70, 700), (2, 1), causal=False),  # three groups
+    "flash 96 window": lambda: flash(96, (70, 700), (2, 1), window_size=(300, -1), softcap=20.0),
     "flash varlen, spare rows": lambda: flash_varlen(400),
     "mla decode 128": lambda: mla_decode(128, seqlen=330, num_splits=1),
     "mla decode 128 fp16": lambda: mla_decode(128, dtype=torch.float16),

@@ -47,9 +47,9 @@ def attention(seed, lengths_q, lengths_k, head_dim=None, most=3):
     """A call of flash_attention or flash_attention_varlen with sequences of these lengths, at most so many sequences
     and KV heads, and at most twice as many query heads for each. head_dim None: drawn."""
     draw = random.Random(seed)
-    head_dim = head_dim or draw.choice(HOPPER_HEAD_DIMS)
+    head_dim = head_dim or draw.choice(list(HOPPER_HEAD_DIMS))
     dtype, causal, varlen = draw.choice((torch.bfloat16, torch.float16)), draw.random() < 0.7, draw.random() < 0.5
-    configs = HopperConfig.search_space(FlashCase("sm_90", dtype, head_dim, head_dim, causal))
+    configs = HopperConfig.search_space(FlashCase("sm_90", dtype, head_dim, HOPPER_HEAD_DIMS[head_dim], causal))
     batch = draw.randint(1, most)
     # Not all are empty: the kernel would have nothing to do.
     of_batch = [(draw.choice([n for n in lengths_q if n]), draw.choice([n for n in lengths_k if n]))]
@@ -67,8 +67,10 @@ def attention(seed, lengths_q, lengths_k, head_dim=None, most=3):
         num_heads_kv=draw.randint(1, most),
         group_size=draw.choice((1, 2, 2 * most)),
         head_dim=head_dim,
-        head_dim_v=head_dim,
+        head_dim_v=HOPPER_HEAD_DIMS[head_dim],
         causal=causal,
+        **_scores(draw, dtype),
+        shards=_shards(draw, batch, max(lengths_k)),
         softmax_scale=draw.choice((None, 0.01, 1.0)),
         layouts=tuple(draw.choice(("contiguous", "heads first", "sliced and aligned")) for _ in range(3)),
         poison=draw.choice((attention_cases.NAN, float("inf"))),
@@ -77,6 +79,26 @@ def attention(seed, lengths_q, lengths_k, head_dim=None, most=3):
         config=draw.choice(configs),
         seed=seed,
     )
+
+
+def _scores(draw, dtype):
+    """Options of the scores; a third of the calls have none."""
+    if draw.random() < 0.33:
+        return {}
+    sides = (-1, 0, 1, 20, 100, 128, 300, 1000)
+    return {
+        "window_size": (draw.choice(sides), draw.choice(sides)) if draw.random() < 0.6 else (-1, -1),
+        "softcap": draw.choice((1.0, 20.0)) if draw.random() < 0.4 else 0.0,
+        "alibi": draw.choice(("per head", "per sequence")) if draw.random() < 0.4 else None,
+        "sinks": draw.choice((torch.float32, dtype)) if draw.random() < 0.4 else None,
+    }
+
+
+def _shards(draw, batch, longest):
+    """Parts of longer sequences, some of whose queries come before or after all keys; or None."""
+    if draw.random() < 0.75:
+        return None
+    return tuple((draw.randint(0, longest), draw.randint(0, longest), 0) for _ in range(batch))
 
 
 def decode(seed, lengths, dtype=None, most=5):

@@ -122,6 +122,8 @@ GROUPS = {
     "HOPPER": (
         _run("tests/toolchain/test_emulated_kernels.py", "-k", "hopper and flash", compiled=True),
         _run("tests/flash/test_hopper.py", compiled=True),
+        _run("tests/flash/test_hopper_tiles.py", compiled=True),
+        _run("tests/flash/test_forward.py", "--emulate", "sm_90", "-k", "kernel_of_hopper", compiled=True),
     ),
     "MLA_HOPPER": (
         _run("tests/toolchain/test_emulated_kernels.py", "-k", "hopper and mla", compiled=True),
@@ -1057,15 +1059,15 @@ FAULTS = (
     Fault(
         "N01",
         "triton_attn/flash/hopper.py",
-        "shared.k_free.index(stage), parity ^ 1)",
-        "shared.k_free.index(stage), parity)",
+        "ring.free.index(stage), parity ^ 1)",
+        "ring.free.index(stage), parity)",
         "HOPPER",
     ),
     Fault(
         "N02",
         "triton_attn/flash/hopper.py",
-        "    s = warpgroup_mma_wait(1, [scores])",
-        "    s = warpgroup_mma_wait(0, [scores])",
+        "    s = warpgroup_mma_wait(len(output), [s])",
+        "    s = warpgroup_mma_wait(0, [s])",
         "HOPPER",
     ),
     Fault(
@@ -1081,19 +1083,39 @@ FAULTS = (
     Fault(
         "N05",
         "triton_attn/flash/hopper.py",
-        "last = gl.minimum(last, rows + (work.seqlen_k - work.seqlen_q + 1 - start_n))",
-        "last = gl.minimum(last, rows + (work.seqlen_k - work.seqlen_q - start_n))",
+        "visible = columns <= _columns_of_rows(last, t)",
+        "visible = columns < _columns_of_rows(last, t)",
         "HOPPER",
     ),
     Fault("N06", "triton_attn/flash/hopper.py", "step // STAGES & 1", "gl.minimum(step // STAGES, 1)", "HOPPER"),
-    Fault("N07", "triton_attn/flash/hopper.py", "slot + gl.maximum(seqlen_q - start_m, 0)", "slot", "HOPPER"),
+    Fault(
+        "N07", "triton_attn/flash/hopper.py", "slot + gl.maximum(bounds.seqlen_q - work.start_m, 0)", "slot", "HOPPER"
+    ),
     Fault(
         "N08",
         "triton_attn/flash/hopper.py",
-        "gl.minimum(slot + GROUPS * GROUP_ROWS, num_rows - first)",
-        "num_rows - first",
+        "gl.minimum(slot + BLOCK_M, seqlen_q - first)",
+        "seqlen_q - first",
         "HOPPER",
     ),
+    # Left tiles without a mask, the other piece of q, a sink that counts fourfold, distances from another column, the
+    # factor of a thread's other row, one row's factor for two, a maximum that is far behind, left tiles as full ones.
+    Fault("N09", "triton_attn/flash/hopper.py", "gl.maximum(full_start, full_steps)", "full_steps + 1", "HOPPER"),
+    Fault(
+        "N10",
+        "triton_attn/flash/hopper.py",
+        "_matrix(shared.q[i], GROUP), k",
+        "_matrix(shared.q[0], GROUP), k",
+        "HOPPER",
+    ),
+    Fault("N11", "triton_attn/flash/hopper.py", "1) * 0.25", "1)", "HOPPER"),
+    Fault(
+        "N12", "triton_attn/flash/hopper.py", "(work.offset - start_n), t)", "(work.offset - start_n), t * 0)", "HOPPER"
+    ),
+    Fault("N13", "triton_attn/flash/hopper.py", "factors[i // 2 % 2]", "factors[i % 2]", "HOPPER"),
+    Fault("N14", "triton_attn/flash/hopper.py", "setp.neu.or.f32 p, ${factors[1]}, 0f3F800000, p;", "", "HOPPER"),
+    Fault("N15", "triton_attn/_jit/softmax.py", "m_new - m_i > SLACK", "m_new - m_i > 30 * SLACK", "HOPPER"),
+    Fault("N16", "triton_attn/flash/hopper.py", "work.num_tiles - work.left_tiles", "work.num_tiles", "HOPPER"),
     Fault("L07", "triton_attn/mla/hopper.py", "(step >> 1) & 1", "gl.minimum(step >> 1, 1)", "MLA_HOPPER"),
     Fault(
         "W01",

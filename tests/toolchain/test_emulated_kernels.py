@@ -115,10 +115,12 @@ assert len(SEEDS) == 20
 @pytest.mark.ci(but_each=19)
 @pytest.mark.oldest
 @pytest.mark.parametrize(("schedule", "seed"), SEEDS)
-@pytest.mark.parametrize("name", ["flash 128", "flash 64 full", "mla decode 128", "mla decode 128 fp8"])
+@pytest.mark.parametrize(
+    "name", ["flash 128", "flash 64 full", "flash 96 window", "mla decode 128", "mla decode 128 fp8"]
+)
 def test_kernels_of_hopper_in_many_schedules(name, schedule, seed):
-    """Of two groups and of three. Tiles that wgmma reads are copied by TMA, of fp8 rows they are stored by warps that
-    decode them."""
+    """Of two groups and of three, with tiles in two pieces, and with a loop for each kind of partial tile. Tiles that
+    wgmma reads are copied by TMA, of fp8 rows they are stored by warps that decode them."""
     log = run(name, "sm_90", "hopper", schedule=schedule, seed=seed)
     assert "hopper" in log[0].name
 

@@ -23,24 +23,44 @@ def mask_scores(s, rows, start_column, num_columns, offset, window):
     """
     left, right = window
     columns = tl.arange(0, s.shape[1])[None, :]
-    last = tl.zeros_like(rows) + (num_columns - 1 - start_column)
-    if right is not None:
-        last = tl.minimum(rows + (offset + right - start_column), last)
+    last = tl.zeros_like(rows) + last_column(rows, start_column, num_columns, offset, right)
     visible = columns <= last[:, None]
     if left is not None:
-        visible &= columns >= (rows + (offset - left - start_column))[:, None]
+        visible &= columns >= first_column(rows, start_column, offset, left)[:, None]
     return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def first_column(rows, start_column, offset, left):
+    """The first column that each row sees, counted from start_column."""
+    return rows + (offset - left - start_column)
+
+
+@triton.jit
+def last_column(rows, start_column, num_columns, offset, right):
+    """The last column that each row sees, counted from start_column; a scalar where right is None."""
+    last = num_columns - 1 - start_column
+    if right is not None:
+        last = tl.minimum(rows + (offset + right - start_column), last)
+    return last
 
 
 @triton.jit
 def scale_scores(s, scores, slope, rows, start_column, offset, EXACT: tl.constexpr):
     """Scores in log2 units, not yet masked, from s = q . k; see Scores. slope is None without ALiBi."""
+    s = scale_and_cap(s, scores, EXACT)
+    if slope is not None:
+        s = add_alibi(s, rows, start_column, offset, slope)
+    return s
+
+
+@triton.jit
+def scale_and_cap(s, scores, EXACT: tl.constexpr):
+    """scale_scores without ALiBi."""
     if scores.softcap is not None:
         s, _ = cap_scores(s, scores, EXACT)
     else:
         s *= scores.scale_log2
-    if slope is not None:
-        s = add_alibi(s, rows, start_column, offset, slope)
     return s
 
 

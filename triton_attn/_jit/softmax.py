@@ -10,12 +10,18 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 @triton.jit
 def softmax_init(sinks_ptr, head, BLOCK_M: tl.constexpr):
     """Running maximum (log2 units) and sum before the first key: those of the sink logit, or of nothing."""
+    m_i = tl.zeros([BLOCK_M], tl.float32) + load_sink(sinks_ptr, head)
+    l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+    return m_i, l_i
+
+
+@triton.jit
+def load_sink(sinks_ptr, head):
+    """The sink logit in log2 units; -inf without sinks."""
     sink = float("-inf")
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
-    m_i = tl.zeros([BLOCK_M], tl.float32) + sink
-    l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
-    return m_i, l_i
+    return sink
 
 
 @triton.jit
@@ -26,12 +32,23 @@ def softmax_step(s, m_i, l_i, scale_log2, MASKED: tl.constexpr):
     multiply-add. Returns p = exp2(s * scale_log2 - m), the factor alpha that rescales earlier sums and outputs, and the
     new m_i and l_i. After a MASKED tile a row may not have seen a key: its maximum is -inf, and p must be 0.
     """
-    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-    m_sub = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    p = tl.math.exp2(s * scale_log2 - m_sub[:, None])
-    alpha = tl.math.exp2(m_i - m_sub)
+    p, alpha, m_i = softmax_weights(s, m_i, scale_log2, MASKED)
     l_i = l_i * alpha + tl.sum(p, 1)
-    return p, alpha, m_new, l_i
+    return p, alpha, m_i, l_i
+
+
+@triton.jit
+def softmax_weights(s, m_i, scale_log2, MASKED: tl.constexpr, SLACK: tl.constexpr = 0):
+    """p, alpha and the new m_i of `softmax_step`.
+
+    With SLACK the running maximum stays where no score exceeds it by more than SLACK (log2 units). Weights are then up
+    to 2^SLACK, alpha is exactly 1, and the result is the same but for rounding: sums and outputs have the same factor.
+    """
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    if SLACK > 0:
+        m_new = tl.where(m_new - m_i > SLACK, m_new, m_i)
+    m_sub = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    return tl.math.exp2(s * scale_log2 - m_sub[:, None]), tl.math.exp2(m_i - m_sub), m_new
 
 
 @triton.jit

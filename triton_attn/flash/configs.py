@@ -14,7 +14,7 @@ At head dims above 256 without TMA, keys and values are loaded in pieces of at m
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .._host import tuned
 from .._host.config import Config
@@ -90,11 +90,12 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
 @dataclass(frozen=True)
 class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal": bool}, kernel="flash/hopper.py"):
     """One program of hopper.py computes 64 queries for each of its groups of four warps, in a loop over tiles of
-    block_n keys, which it loads num_stages ahead."""
+    block_n keys, which it loads num_stages ahead. lazy: outputs are rescaled only where a maximum moved far."""
 
     block_n: int
     groups: int
     num_stages: int
+    lazy: bool = True
 
     @property
     def block_m(self):
@@ -102,24 +103,26 @@ class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal
 
     @classmethod
     def supports(cls, case):
-        dims = case.head_dim == case.head_dim_v and (case.head_dim, case.causal) in _HOPPER
-        return case.gpu.wgmma and case.is_half and dims
+        return case.gpu.wgmma and case.is_half and HOPPER_HEAD_DIMS.get(case.head_dim) == case.head_dim_v
 
     @classmethod
     def default(cls, case):
-        """The fastest of those that fit, measured on an H100."""
-        return _HOPPER[case.head_dim, case.causal]
+        """With options, see `choose`, three groups spill in the loop on Triton 3.9.0: a thread has 160 registers."""
+        config = _HOPPER[case.head_dim, case.causal]
+        return config if case.is_plain else replace(config, groups=2)
 
     @classmethod
     def choose(cls, case, wanted):
-        """The config of a call; None means the portable kernel.
+        """The config of a call; None means the portable kernel. case.is_plain: also no window but causal, no sinks and
+        whole sequences, since sweeps time no others.
 
         With wanted "auto" a tuned table must have one: it shows that this kernel was right and fast on such a GPU with
         this Triton. With "hopper" every supported call has one, with "portable" none.
         """
         if wanted == "portable" or not cls.supports(case) or not tuned.may_replace(FlashConfig, cls):
             return None
-        return tuned.choose(cls, case) if wanted == "hopper" or tuned.is_chosen(cls, case) else None
+        is_wanted = wanted == "hopper" or (case.is_tuned and tuned.is_chosen(cls, case))
+        return tuned.choose(cls, case) if is_wanted else None
 
     @classmethod
     def search_space(cls, case):
@@ -129,15 +132,16 @@ class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal
         # Three groups have 160 registers a thread, where scores, weights and output fit only at head dim 64. On an H100
         # tiles of 64 keys were up to 20 % slower where 128 fit.
         default, groups = cls.default(case), (2, 3) if case.head_dim == 64 else (2,)
-        candidates = itertools.starmap(cls, itertools.product((default.block_n,), groups, (2, 3, 4)))
+        candidates = itertools.starmap(cls, itertools.product((default.block_n,), groups, (2, 3, 4), (True, False)))
         return list(dict.fromkeys([default, *(config for config in candidates if not config.obstacle(case))]))
 
     def obstacle(self, case):
         if self.block_n > 128 or self.groups not in (2, 3):
             return "the kernel has 2 or 3 groups and tiles of at most 128 keys"
         # Barriers need less than 2 KB.
-        tiles = (self.block_m + 2 * self.block_n * self.num_stages) * case.head_dim * case.dtype.itemsize
-        return case.gpu.lacks(tiles + 2048)
+        queries = self.block_m * case.head_dim
+        keys_and_values = self.block_n * self.num_stages * (case.head_dim + case.head_dim_v)
+        return case.gpu.lacks((queries + keys_and_values) * case.dtype.itemsize + 2048)
 
 
 # (largest width, config) per architecture and access, see `FlashConfig.default`; 16-bit inputs.
@@ -229,13 +233,19 @@ _HALF = {
 }
 _HALF["sm_120"] = _HALF["sm_86"]
 
-HOPPER_HEAD_DIMS = (64, 128, 256)
-# Configs of hopper.py by (head dim, causal): the fastest of those that fit, measured on an H100.
+# {head dim of queries and keys: that of values} of hopper.py.
+HOPPER_HEAD_DIMS = {64: 64, 96: 96, 128: 128, 192: 128, 256: 256}
+# Configs of hopper.py by (head dim, causal). Tiles of 64, 128 and 256 are the fastest of those that fit, measured on an
+# H100 without `lazy`. Its gain is predicted: a tenth of the instructions of a trip at head dim 128, a quarter at 256.
 _HOPPER = {
     (64, False): HopperConfig(128, 3, 2),
     (64, True): HopperConfig(128, 2, 2),
+    (96, False): HopperConfig(128, 2, 2),
+    (96, True): HopperConfig(128, 2, 2),
     (128, False): HopperConfig(128, 2, 2),
     (128, True): HopperConfig(128, 2, 2),
+    (192, False): HopperConfig(128, 2, 2),
+    (192, True): HopperConfig(128, 2, 2),
     (256, False): HopperConfig(64, 2, 2),
     (256, True): HopperConfig(64, 2, 2),
 }

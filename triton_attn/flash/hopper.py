@@ -5,8 +5,9 @@ program only loads, by TMA, and groups of four warps compute 64 rows of queries 
 next tile and the output of this one, waits only for the scores, and computes their softmax while the matmul of the
 output runs. Source: FlashAttention-3 (2024), arXiv:2407.08608.
 
-Supports fp16 and bf16, head dims 64, 128 and 256, causal or not, dense and varlen, GQA, and the log-sum-exp. The
-portable kernel (forward.py), which computes the same, does the rest. Gluon has no interpreter.
+Supports fp16 and bf16, head dims 64, 96, 128, 192 with values of 128, and 256, and every option but dropout. The
+portable kernel (forward.py), which computes the same, does the rest. Masks, changes to scores and the softmax are those
+of _jit/. Gluon has no interpreter.
 """
 
 from typing import NamedTuple
@@ -21,17 +22,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate  # triton.aggregate does not exist in Triton 3.6
 
 from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch
 from .._host.gpu import gpu_of
 from .._host.layout import heads_in_l2, tiles_each
-from .._jit.args import Sequences, View
+from .._jit.args import Heads, Scores, Window
 from .._jit.blocks import visible_range
-from .._jit.heads import assign_tile, sequence_bounds, slots_left_over
-from .._jit.softmax import LN_2, LOG2_E
+from .._jit.heads import assign_work, row_pointer, sequence_bounds, slots_left_over
+from .._jit.masks import first_column, last_column, scale_and_cap, subtract_distance
+from .._jit.softmax import LOG2_E, load_sink, softmax_finish, softmax_weights
 from .._jit.tiles import sequence_coords
+from ..dense.arguments import LENGTHS, common_arguments
 from ..dense.tiles import FlashCase
 from ..dense.tma import tma_geometry
 from .configs import HopperConfig
@@ -42,80 +44,65 @@ _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 
 GROUP_ROWS: gl.constexpr = gl.constexpr(64)
 MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
+# By how much (log2 units) a running maximum may be behind with `lazy`: weights up to 2^SLACK keep their bits in fp16.
+SLACK: gl.constexpr = gl.constexpr(8)
 
 
-@aggregate
-class _Work:
-    """What one program computes: the rows of one head from start_m on. Of its num_tiles tiles of keys the first
-    full_tiles need no mask."""
+class _Work(NamedTuple):
+    """What one program computes: the rows of one head from start_m on, over num_tiles tiles of keys from start_n on.
+    The last tile needs a mask, and so do left_tiles at the start and those from full_end on.
 
-    batch: gl.tensor
-    head: gl.tensor
-    head_kv: gl.tensor
-    first_q: gl.tensor
-    first_k: gl.tensor
-    seqlen_q: gl.tensor
-    seqlen_k: gl.tensor
-    start_m: gl.tensor
-    full_tiles: gl.tensor
-    num_tiles: gl.tensor
-    CAUSAL: gl.constexpr
-    VARLEN: gl.constexpr
+    coords are those of the first query and key, see `sequence_coords`.
+    """
 
-    @gluon.constexpr_function
-    def __init__(
-        self,
-        batch,
-        head,
-        head_kv,
-        first_q,
-        first_k,
-        seqlen_q,
-        seqlen_k,
-        start_m,
-        full_tiles,
-        num_tiles,
-        CAUSAL,
-        VARLEN,
-    ):
-        self.batch = batch
-        self.head = head
-        self.head_kv = head_kv
-        self.first_q = first_q
-        self.first_k = first_k
-        self.seqlen_q = seqlen_q
-        self.seqlen_k = seqlen_k
-        self.start_m = start_m
-        self.full_tiles = full_tiles
-        self.num_tiles = num_tiles
-        self.CAUSAL = gl.constexpr(getattr(CAUSAL, "value", CAUSAL))
-        self.VARLEN = gl.constexpr(getattr(VARLEN, "value", VARLEN))
+    coords_q: object
+    coords_k: object
+    seqlen_q: object
+    seqlen_k: object
+    offset: object  # position of query 0, counted from key 0
+    start_m: object
+    start_n: object
+    num_tiles: object
+    left_tiles: object
+    full_end: object
 
 
-@aggregate
-class _Shared:
-    """Tiles in shared memory: q one for each group, k and v one for each stage. A barrier `full` completes when a tile
-    has arrived, a barrier `free` when all groups have read it."""
+class _HeadScores(NamedTuple):
+    """The `Scores` of one head: slope is that of ALiBi, or None, and sink is in log2 units. lazy None: the running
+    maximum is exact, see SLACK. An assignment would make a False a tensor."""
 
-    q: gl.shared_memory_descriptor
-    k: gl.shared_memory_descriptor
-    v: gl.shared_memory_descriptor
-    q_full: gl.shared_memory_descriptor
-    k_full: gl.shared_memory_descriptor
-    k_free: gl.shared_memory_descriptor
-    v_full: gl.shared_memory_descriptor
-    v_free: gl.shared_memory_descriptor
+    scale_log2: object
+    softcap: object
+    slope: object
+    window: object
+    sink: object
+    lazy: object
 
-    @gluon.constexpr_function
-    def __init__(self, q, k, v, q_full, k_full, k_free, v_full, v_free):
-        self.q = q
-        self.k = k
-        self.v = v
-        self.q_full = q_full
-        self.k_full = k_full
-        self.k_free = k_free
-        self.v_full = v_full
-        self.v_free = v_free
+
+class _Ring(NamedTuple):
+    """Tiles of keys or values in shared memory, one for each stage, in pieces of the head dimension. The barrier `full`
+    completes when a tile has arrived, `free` when all groups have read it."""
+
+    tiles: object
+    full: object
+    free: object
+
+
+class _Shared(NamedTuple):
+    """Shared memory. q has a tile for each group, in pieces, with a barrier for its arrival."""
+
+    q: object
+    q_full: object
+    k: object
+    v: object
+
+
+class _Results(NamedTuple):
+    """Where results are stored: descriptors of the output's pieces, and the pointer to the log-sum-exp of the
+    sequence's first row, or None."""
+
+    descs: object
+    lse_ptr: object
 
 
 class _Softmax(NamedTuple):
@@ -124,7 +111,7 @@ class _Softmax(NamedTuple):
 
     m_i: object  # (64,), in log2 units
     l_i: object  # (64, 4)
-    acc: object  # (64, HEAD_DIM)
+    acc: object  # (64, HEAD_DIM_V), in pieces
     p: object  # (64, BLOCK_N)
 
 
@@ -138,44 +125,71 @@ def _barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def _allocate(descs, NUM: gl.constexpr):
+    """Shared memory for NUM tiles of each descriptor."""
+    tiles = ()
+    for i in gl.static_range(len(descs)):
+        desc = descs[i]
+        tiles += (
+            gl.allocate_shared_memory(
+                desc.dtype, [NUM, 1, 1, 1, desc.block_type.shape[3], desc.block_type.shape[4]], desc.layout
+            ),
+        )
+    return tiles
+
+
+@gluon.jit
 def _matrix(tiles, i):
     """Tile i of (tiles, 1, 1, 1, rows, dim) as a matrix (rows, dim)."""
     return tiles.index(i).reshape([tiles.shape[4], tiles.shape[5]])
 
 
 @gluon.jit
-def _stage(tiles, step):
+def _stage(ring, step):
     """Stage of a step's tile, and the parity of its barriers."""
-    STAGES: gl.constexpr = tiles.shape[0]
+    STAGES: gl.constexpr = ring.tiles[0].shape[0]
     return step % STAGES, step // STAGES & 1
 
 
 @gluon.jit
-def _load(desc, coords, start, full, buffer):
-    """Start the load of the tile at row start, counted from coords, into buffer; its arrival completes full."""
+def _load(descs, coords, start, full, tiles, i):
+    """Start the load of the rows from start on, counted from coords, into tile i; their arrival completes full."""
     outer, batch, head, row = coords
-    mbarrier.expect(full, desc.block_type.nbytes)
-    _tma_load(desc, [outer, batch, head, row + start, 0], full, buffer)
+    BYTES: gl.constexpr = descs[0].block_type.nbytes
+    REST: gl.constexpr = descs[1].block_type.nbytes if len(tiles) > 1 else 0
+    mbarrier.expect(full, BYTES + REST)
+    _tma_load(descs[0], [outer, batch, head, row + start, 0], full, tiles[0].index(i))
+    if len(tiles) > 1:
+        _tma_load(descs[1], [outer, batch, head, row + start, tiles[0].shape[5]], full, tiles[1].index(i))
 
 
 @gluon.jit
-def _load_tiles(work, shared, q_desc, k_desc, v_desc):
+def _load_next(descs, coords, start, ring, step):
+    """Start the load of a step's tile, after all groups have read the tile before it in the same stage."""
+    stage, parity = _stage(ring, step)
+    mbarrier.wait(ring.free.index(stage), parity ^ 1)
+    _load(descs, coords, start, ring.full.index(stage), ring.tiles, stage)
+
+
+@gluon.jit
+def _start_of(work, shared, step):
+    """The first key of a step's tile; the last tile comes first."""
+    BLOCK_N: gl.constexpr = shared.k.tiles[0].shape[4]
+    return work.start_n + (work.num_tiles - 1 - step) * BLOCK_N
+
+
+@gluon.jit
+def _load_tiles(work, shared, q_descs, k_descs, v_descs):
     """The warp that loads: queries of all groups, then keys and values, from the last tile to the first."""
-    GROUPS: gl.constexpr = shared.q.shape[0]
-    BLOCK_N: gl.constexpr = shared.k.shape[4]
+    GROUPS: gl.constexpr = shared.q[0].shape[0]
     if work.start_m < work.seqlen_q:
-        coords_q = sequence_coords(work.batch, work.head, work.first_q, work.seqlen_q, work.VARLEN)
-        coords_k = sequence_coords(work.batch, work.head_kv, work.first_k, work.seqlen_k, work.VARLEN)
         for group in gl.static_range(GROUPS):
             start = work.start_m + group * GROUP_ROWS
-            _load(q_desc, coords_q, start, shared.q_full.index(group), shared.q.index(group))
+            _load(q_descs, work.coords_q, start, shared.q_full.index(group), shared.q, group)
         for step in range(work.num_tiles):
-            start = (work.num_tiles - 1 - step) * BLOCK_N
-            stage, parity = _stage(shared.k, step)
-            mbarrier.wait(shared.k_free.index(stage), parity ^ 1)
-            _load(k_desc, coords_k, start, shared.k_full.index(stage), shared.k.index(stage))
-            mbarrier.wait(shared.v_free.index(stage), parity ^ 1)
-            _load(v_desc, coords_k, start, shared.v_full.index(stage), shared.v.index(stage))
+            start = _start_of(work, shared, step)
+            _load_next(k_descs, work.coords_k, start, shared.k, step)
+            _load_next(v_descs, work.coords_k, start, shared.v, step)
 
 
 @gluon.jit
@@ -185,37 +199,54 @@ def _by_thread(x):
 
 
 @gluon.jit
-def _mask_scores(work, s, start_m, start_n):
-    """-inf where a row does not see a column. Each thread compares constants, 8 j + e, with limits of its own."""
-    x = _by_thread(s)
-    OF_E: gl.constexpr = gl.SliceLayout(3, x.type.layout)
-    OF_T: gl.constexpr = gl.SliceLayout(2, OF_E)
-    ROWS: gl.constexpr = gl.SliceLayout(1, OF_T)
-    last = gl.zeros([x.shape[0]], gl.int32, ROWS) + (work.seqlen_k - start_n)
-    if work.CAUSAL:
-        rows = start_m + gl.arange(0, x.shape[0], ROWS)
-        last = gl.minimum(last, rows + (work.seqlen_k - work.seqlen_q + 1 - start_n))
-    j = gl.arange(0, x.shape[1], gl.SliceLayout(0, OF_T)) * 8
-    t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, OF_E))) * 2
-    e = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, x.type.layout))))
-    last = gl.expand_dims(gl.expand_dims(gl.expand_dims(last, 1), 2), 3)
-    j = gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 2), 3)
-    t = gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 3)
-    e = gl.expand_dims(gl.expand_dims(gl.expand_dims(e, 0), 1), 2)
-    visible = gl.where(j + e < last - t, x, MINUS_INF)
-    return gl.convert_layout(visible.reshape(s.shape), s.type.layout)
+def _columns_of_rows(of_row, t):
+    """A column of each row, (rows,), as (rows, 1, 4, 1), counted from each thread's first one."""
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(of_row, 1), 2), 3) - t
 
 
 @gluon.jit
-def _softmax_step(s, m_i, scale_log2, MASKED: gl.constexpr):
-    """p = exp2(s * scale_log2 - m), the new maximum m (log2 units), and the factor that rescales earlier sums.
+def _change_scores(work, s, origin, scores, MASKED: gl.constexpr):
+    """The scores (64, BLOCK_N) of a tile as the softmax takes them, see `scale_scores` and `mask_scores`. origin is its
+    first row and column.
 
-    The maximum is stored scaled. Scaled inside the exponent of the factor it would be rounded differently, and the
-    factor of an unchanged maximum would not be 1.
+    Each thread compares constants, 8 j + e, with limits of its own. Column indices of its own would stay in registers
+    throughout the loop.
     """
-    m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
-    m_sub = gl.where(m_new == MINUS_INF, 0.0, m_new) if MASKED else m_new
-    return gl.exp2(s * scale_log2 - gl.expand_dims(m_sub, 1)), m_new, gl.exp2(m_i - m_sub)
+    left, right = scores.window
+    start_m, start_n = origin
+    x = _by_thread(s)
+    if scores.softcap is not None or scores.slope is not None:
+        x = scale_and_cap(x, scores, False)
+    OF_E: gl.constexpr = gl.SliceLayout(3, x.type.layout)
+    OF_T: gl.constexpr = gl.SliceLayout(2, OF_E)
+    rows = start_m + gl.arange(0, x.shape[0], gl.SliceLayout(1, OF_T))
+    j = gl.arange(0, x.shape[1], gl.SliceLayout(0, OF_T)) * 8
+    t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, OF_E))) * 2
+    e = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, x.type.layout))))
+    j = gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 2), 3)
+    t = gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 3)
+    columns = j + gl.expand_dims(gl.expand_dims(gl.expand_dims(e, 0), 1), 2)
+    if scores.slope is not None:
+        position = _columns_of_rows(rows + (work.offset - start_n), t)
+        x = subtract_distance(x, columns.to(gl.float32) - position.to(gl.float32), scores.slope)
+    if MASKED:
+        last = gl.zeros_like(rows) + last_column(rows, start_n, work.seqlen_k, work.offset, right)
+        visible = columns <= _columns_of_rows(last, t)
+        if left is not None:
+            visible &= columns >= _columns_of_rows(first_column(rows, start_n, work.offset, left), t)
+        x = gl.where(visible, x, MINUS_INF)
+    return gl.convert_layout(x.reshape(s.shape), s.type.layout)
+
+
+@gluon.jit
+def _softmax_of(work, s, m_i, origin, scores, MASKED: gl.constexpr):
+    """`softmax_weights` of a tile of q . k, whose first row and column are the origin. The exponential takes the scale
+    along where nothing else comes between."""
+    FOLDS: gl.constexpr = scores.softcap is None and scores.slope is None
+    if MASKED or not FOLDS:
+        s = _change_scores(work, s, origin, scores, MASKED)
+    slack: gl.constexpr = 0 if scores.lazy is None else SLACK
+    return softmax_weights(s, m_i, scores.scale_log2 if FOLDS else 1.0, MASKED, slack)
 
 
 @gluon.jit
@@ -228,6 +259,40 @@ def _partial_sums(p):
 def _scale_rows(x, factor):
     """x with each row multiplied by its factor (rows,)."""
     return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.constexpr_function
+def _multiply_if_any(num):
+    """PTX and constraints: multiply num elements of two rows that a thread holds, in wgmma's order, by the factors of
+    their rows, unless the factors of all rows of the warp are 1."""
+    factors = 2 * num, 2 * num + 2
+    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${factors[i // 2 % 2]};" for i in range(num))
+    asm = f"""{{ .reg .pred p;
+        setp.neu.f32 p, ${factors[0]}, 0f3F800000;
+        setp.neu.or.f32 p, ${factors[1]}, 0f3F800000, p;
+        vote.sync.any.pred p, p, 0xffffffff;
+        @!p bra SKIP;
+        {multiply}
+        SKIP: }}"""
+    return asm, ",".join(["=&f"] * num + [str(i) for i in range(num)] + ["f"] * num)
+
+
+@gluon.jit
+def _scale_rows_if_any(x, factor):
+    """_scale_rows by a warp where one of its rows has a factor other than 1."""
+    NUM: gl.constexpr = x.shape[0] * x.shape[1] // 128  # elements of a thread
+    CODE: gl.constexpr = _multiply_if_any(NUM)
+    factors = gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
+    return gl.inline_asm_elementwise(CODE[0], CODE[1], [x, factors], dtype=gl.float32, is_pure=False, pack=NUM)
+
+
+@gluon.jit
+def _rescale(acc, factor, scores):
+    """_scale_rows of the pieces of an output; lazy: most factors are 1."""
+    scaled = ()
+    for i in gl.static_range(len(acc)):
+        scaled += (_scale_rows(acc[i], factor) if scores.lazy is None else _scale_rows_if_any(acc[i], factor),)
+    return scaled
 
 
 @gluon.jit
@@ -246,220 +311,285 @@ def _end_of_block():
 
 @gluon.jit
 def _issue_scores(GROUP: gl.constexpr, shared, step):
-    """Issue the matmul of the scores (64, BLOCK_N) of this step's tile; nothing waits for it here."""
-    BLOCK_N: gl.constexpr = shared.k.shape[4]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    stage, parity = _stage(shared.k, step)
-    mbarrier.wait(shared.k_full.index(stage), parity)
-    keys = _matrix(shared.k, stage).permute([1, 0])
-    zeros = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, SCORES)
-    return warpgroup_mma(_matrix(shared.q, GROUP), keys, zeros, use_acc=False, is_async=True)
+    """Issue the matmuls of the scores (64, BLOCK_N) of this step's tile; nothing waits for them here."""
+    ring = shared.k
+    stage, parity = _stage(ring, step)
+    mbarrier.wait(ring.full.index(stage), parity)
+    s = _zeros(ring.tiles[0].shape[4])
+    for i in gl.static_range(len(ring.tiles)):
+        k = _matrix(ring.tiles[i], stage).permute([1, 0])
+        s = warpgroup_mma(_matrix(shared.q[i], GROUP), k, s, use_acc=i > 0, is_async=True)
+    return s
 
 
 @gluon.jit
 def _issue_output(shared, step, state):
-    """Issue the matmul that adds this step's tile to the output (64, HEAD_DIM); nothing waits for it here."""
-    stage, parity = _stage(shared.v, step)
-    mbarrier.wait(shared.v_full.index(stage), parity)
-    return warpgroup_mma(state.p, _matrix(shared.v, stage), state.acc, is_async=True)
+    """Issue the matmuls that add this step's tile to the output (64, HEAD_DIM_V), in pieces; nothing waits for them
+    here."""
+    ring = shared.v
+    stage, parity = _stage(ring, step)
+    mbarrier.wait(ring.full.index(stage), parity)
+    output = ()
+    for i in gl.static_range(len(ring.tiles)):
+        p = gl.convert_layout(state.p, gl.DotOperandLayout(0, state.acc[i].type.layout, 2))
+        output += (warpgroup_mma(p, _matrix(ring.tiles[i], stage), state.acc[i], is_async=True),)
+    return output
 
 
 @gluon.jit
-def _step(GROUP: gl.constexpr, work, shared, step, state, scale_log2, MASKED: gl.constexpr):
+def _wait_for_output(output):
+    """The pieces of an output, once their matmuls are done."""
+    if len(output) > 1:
+        return warpgroup_mma_wait(0, [output[0], output[1]])
+    else:
+        return (warpgroup_mma_wait(0, [output[0]]),)
+
+
+@gluon.jit
+def _wait_with_weights(output, p):
+    """_wait_for_output, and p, which is computed before it."""
+    if len(output) > 1:
+        first, second, p = warpgroup_mma_wait(0, [output[0], output[1], p])
+        return (first, second), p
+    else:
+        first, p = warpgroup_mma_wait(0, [output[0], p])
+        return (first,), p
+
+
+@gluon.jit
+def _step(GROUP: gl.constexpr, work, shared, step, state, scores, MASKED: gl.constexpr):
     """Scores of this step's tile; their softmax overlaps the matmul of the output of the tile before."""
     DTYPE: gl.constexpr = state.p.dtype
     P_LAYOUT: gl.constexpr = state.p.type.layout
-    EARLY: gl.constexpr = shared.q.shape[0] == 2  # with three groups there are no registers for two P
-    scores = _issue_scores(GROUP, shared, step)
+    EARLY: gl.constexpr = shared.q[0].shape[0] == 2  # with three groups there are no registers for two P
+    s = _issue_scores(GROUP, shared, step)
     output = _issue_output(shared, step - 1, state)
-    s = warpgroup_mma_wait(1, [scores])
+    s = warpgroup_mma_wait(len(output), [s])
     stage, _ = _stage(shared.k, step)
-    mbarrier.arrive(shared.k_free.index(stage), count=1)
-    if MASKED:
-        start_n = (work.num_tiles - 1 - step) * shared.k.shape[4]
-        s = _mask_scores(work, s, work.start_m + GROUP * GROUP_ROWS, start_n)
-    weights, m_i, alpha = _softmax_step(s, state.m_i, scale_log2, MASKED)
+    mbarrier.arrive(shared.k.free.index(stage), count=1)
+    origin = work.start_m + GROUP * GROUP_ROWS, _start_of(work, shared, step)
+    weights, alpha, m_i = _softmax_of(work, s, state.m_i, origin, scores, MASKED)
     l_i = _scale_rows(state.l_i, alpha) + _partial_sums(weights)
     if EARLY:
         p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
         _end_of_block()
-        acc, p = warpgroup_mma_wait(0, [output, p])
+        acc, p = _wait_with_weights(output, p)
     else:
         _end_of_block()
-        acc = warpgroup_mma_wait(0, [output])
+        acc = _wait_for_output(output)
         p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
     stage, _ = _stage(shared.v, step - 1)
-    mbarrier.arrive(shared.v_free.index(stage), count=1)
-    return _Softmax(m_i, l_i, _scale_rows(acc, alpha), p)
+    mbarrier.arrive(shared.v.free.index(stage), count=1)
+    return _Softmax(m_i, l_i, _rescale(acc, alpha, scores), p)
 
 
 @gluon.jit
-def _attend(GROUP: gl.constexpr, work, shared, out_desc, lse, num_heads, scale_log2):
-    """A group of four warps computes 64 rows of out and lse. lse is a View with the stride between heads."""
-    BLOCK_N: gl.constexpr = shared.k.shape[4]
-    HEAD_DIM: gl.constexpr = shared.k.shape[5]
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+def _zeros(COLUMNS: gl.constexpr):
+    """Zeros (64, COLUMNS) in the layout of wgmma's results."""
+    return gl.zeros([GROUP_ROWS, COLUMNS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
+
+
+@gluon.jit
+def _first_tile(GROUP: gl.constexpr, work, shared, dtype: gl.constexpr, scores):
+    """The state of a group after the scores of its first step, of the last tile. Some rows may see none of its keys."""
+    mbarrier.wait(shared.q_full.index(GROUP), 0)
+    s = warpgroup_mma_wait(0, [_issue_scores(GROUP, shared, 0)])
+    mbarrier.arrive(shared.k.free.index(0), count=1)
+    origin = work.start_m + GROUP * GROUP_ROWS, _start_of(work, shared, 0)
+    m_i = gl.full([GROUP_ROWS], scores.sink, gl.float32, gl.SliceLayout(1, s.type.layout))
+    weights, alpha, m_i = _softmax_of(work, s, m_i, origin, scores, True)
+    l_i = _partial_sums(weights)
+    # The sink counts as a weight of 1, a fourth in each of the four sums.
+    l_i += gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout)), 1) * 0.25
+    acc = ()
+    for i in gl.static_range(len(shared.v.tiles)):
+        acc += (_zeros(shared.v.tiles[i].shape[5]),)
+    return _Softmax(m_i, l_i, acc, gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, acc[0].type.layout, 2)))
+
+
+@gluon.jit
+def _attend(GROUP: gl.constexpr, work, shared, results, scores):
+    """A group of four warps computes 64 rows of out and lse."""
     if work.start_m < work.seqlen_q:
-        start_m = work.start_m + GROUP * GROUP_ROWS
-
-        # The last tile; some rows may see none of its keys.
-        mbarrier.wait(shared.q_full.index(GROUP), 0)
-        s = warpgroup_mma_wait(0, [_issue_scores(GROUP, shared, 0)])
-        mbarrier.arrive(shared.k_free.index(0), count=1)
-        s = _mask_scores(work, s, start_m, (work.num_tiles - 1) * BLOCK_N)
-        m_i = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, s.type.layout))
-        weights, m_i, _ = _softmax_step(s, m_i, scale_log2, True)
-        p = gl.convert_layout(weights.to(out_desc.dtype), P_LAYOUT)
-        acc = gl.zeros([GROUP_ROWS, HEAD_DIM], gl.float32, OUTPUT)
-        state = _Softmax(m_i, _partial_sums(weights), acc, p)
-        masked_tiles = gl.maximum(1, work.num_tiles - work.full_tiles)
-        if work.CAUSAL:
-            for step in range(1, masked_tiles):
-                state = _step(GROUP, work, shared, step, state, scale_log2, True)
-        for step in range(masked_tiles, work.num_tiles):
-            state = _step(GROUP, work, shared, step, state, scale_log2, False)
-        output = _issue_output(shared, work.num_tiles - 1, state)
-
-        l_i = gl.convert_layout(gl.sum(state.l_i, 1), gl.SliceLayout(1, OUTPUT))
-        empty = l_i == 0.0
-        norm = 1.0 / gl.where(empty, 1.0, l_i)
-        if lse.ptr is not None:
-            m_i = gl.convert_layout(state.m_i, gl.SliceLayout(1, OUTPUT))
-            log_sums = gl.where(empty, MINUS_INF, (m_i + gl.log2(gl.where(empty, 1.0, l_i))) * LN_2)
-            rows = start_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, OUTPUT))
-            lse_row = work.head if work.VARLEN else work.batch * num_heads + work.head
-            lse_ptr = lse.ptr + (lse_row.to(gl.int64) * lse.strides + work.first_q)
-            gl.store(lse_ptr + rows, log_sums, mask=rows < work.seqlen_q)
-        acc = warpgroup_mma_wait(0, [output])
-        # The queries' buffer is free now. TMA does not store rows past the sequence's end.
-        _matrix(shared.q, GROUP).store((acc * gl.expand_dims(norm, 1)).to(out_desc.dtype))
-        fence_async_shared()
-        outer, batch, head, row = sequence_coords(work.batch, work.head, work.first_q, work.seqlen_q, work.VARLEN)
-        _tma_store(out_desc, [outer, batch, head, row + start_m, 0], shared.q.index(GROUP))
-        tma.store_wait(0)
+        left, right = scores.window
+        state = _first_tile(GROUP, work, shared, results.descs[0].dtype, scores)
+        full_start = gl.maximum(1, work.num_tiles - work.full_end)
+        full_steps = work.num_tiles - work.left_tiles
+        if right is not None:
+            for step in range(1, full_start):
+                state = _step(GROUP, work, shared, step, state, scores, True)
+        for step in range(full_start, full_steps):
+            state = _step(GROUP, work, shared, step, state, scores, False)
+        if left is not None:
+            for step in range(gl.maximum(full_start, full_steps), work.num_tiles):
+                state = _step(GROUP, work, shared, step, state, scores, True)
+        _store(GROUP, work, shared, results, state)
 
 
 @gluon.jit
-def _attend_0(work, shared, out_desc, lse, num_heads, scale_log2):
+def _store(GROUP: gl.constexpr, work, shared, results, state):
+    """Add the first tile to the output of a group's state, and store out and lse."""
+    output = _issue_output(shared, work.num_tiles - 1, state)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, state.acc[0].type.layout)
+    start_m = work.start_m + GROUP * GROUP_ROWS
+    m_i = gl.convert_layout(state.m_i, OF_ROWS)
+    norm, lse = softmax_finish(m_i, gl.convert_layout(gl.sum(state.l_i, 1), OF_ROWS))
+    if results.lse_ptr is not None:
+        rows = start_m + gl.arange(0, GROUP_ROWS, OF_ROWS)
+        gl.store(results.lse_ptr + rows, lse, mask=rows < work.seqlen_q)
+    acc = _wait_for_output(output)
+    # The queries' buffers are free now. TMA does not store rows past the sequence's end.
+    for i in gl.static_range(len(acc)):
+        _matrix(shared.q[i], GROUP).store(_scale_rows(acc[i], norm).to(results.descs[i].dtype))
+    fence_async_shared()
+    _store_pieces(results.descs, work.coords_q, start_m, shared.q, GROUP)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _store_pieces(descs, coords, start, tiles, GROUP: gl.constexpr):
+    """Start the store of a group's tile to the rows from start on, counted from coords."""
+    outer, batch, head, row = coords
+    for i in gl.static_range(len(descs)):
+        column = i * tiles[0].shape[5]
+        _tma_store(descs[i], [outer, batch, head, row + start, column], tiles[i].index(GROUP))
+
+
+@gluon.jit
+def _attend_0(work, shared, results, scores):
     """Group 0, as a function for warp_specialize."""
-    _attend(0, work, shared, out_desc, lse, num_heads, scale_log2)
+    _attend(0, work, shared, results, scores)
 
 
 @gluon.jit
-def _attend_1(work, shared, out_desc, lse, num_heads, scale_log2):
+def _attend_1(work, shared, results, scores):
     """Group 1, as a function for warp_specialize."""
-    _attend(1, work, shared, out_desc, lse, num_heads, scale_log2)
+    _attend(1, work, shared, results, scores)
 
 
 @gluon.jit
-def _attend_2(work, shared, out_desc, lse, num_heads, scale_log2):
+def _attend_2(work, shared, results, scores):
     """Group 2, as a function for warp_specialize."""
-    _attend(2, work, shared, out_desc, lse, num_heads, scale_log2)
+    _attend(2, work, shared, results, scores)
 
 
 @gluon.jit
-def _clear_spare_rows(shared, out_desc, lse, head, first, start, end):
+def _clear(tile, LAYOUT: gl.constexpr):
+    """Store zeros in a matrix in shared memory."""
+    COLUMNS: gl.constexpr = tile.shape[1]
+    tile.store(gl.zeros([GROUP_ROWS, COLUMNS], tile.dtype, LAYOUT))
+
+
+@gluon.jit
+def _clear_spare_rows(shared, results, head, first, start, end):
     """Clear a program's rows [start, end), at most 64 * GROUPS, counted from `first`, the first row after a packed
-    batch's last sequence."""
-    GROUPS: gl.constexpr = shared.q.shape[0]
-    HEAD_DIM: gl.constexpr = shared.q.shape[5]
+    batch's last sequence. results has the pointer to the head's lse of row 0."""
+    GROUPS: gl.constexpr = shared.q[0].shape[0]
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     start = gl.minimum(gl.maximum(start, 0), end).to(gl.int32)
     end = end.to(gl.int32)
     if start < end:
-        zeros = gl.zeros([GROUP_ROWS, HEAD_DIM], out_desc.dtype, ROWS)
         for group in gl.static_range(GROUPS):
-            _matrix(shared.q, group).store(zeros)
+            for i in gl.static_range(len(results.descs)):
+                _clear(_matrix(shared.q[i], group), ROWS)
         fence_async_shared()
         # TMA does not store rows past the end.
-        outer, batch, head_there, row = sequence_coords(0, head, first, end, True)
+        coords = sequence_coords(0, head, first, end, True)
         for group in gl.static_range(GROUPS):
             start_m = start + group * GROUP_ROWS
-            _tma_store(out_desc, [outer, batch, head_there, row + start_m, 0], shared.q.index(group))
-            if lse.ptr is not None:
+            _store_pieces(results.descs, coords, start_m, shared.q, group)
+            if results.lse_ptr is not None:
                 rows = start_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ROWS))
                 minus_inf = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, ROWS))
-                lse_ptrs = lse.ptr + head.to(gl.int64) * lse.strides + first + rows
-                gl.store(lse_ptrs, minus_inf, mask=rows < end)
+                gl.store(results.lse_ptr + first + rows, minus_inf, mask=rows < end)
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "lse_stride", "num_tiles", "section_size"])
+@gluon.jit
+def _work_of(tile, bounds, group_size, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr):
+    """The _Work of a program with this tile, a `Work` of _jit/heads.py."""
+    end_m = gl.minimum(tile.start + BLOCK_M, bounds.seqlen_q)
+    blocks = visible_range(tile.start + bounds.offset, end_m + bounds.offset, bounds.seqlen_k, window, BLOCK_N)
+    num_tiles = gl.cdiv(blocks.hi - blocks.lo, BLOCK_N)
+    head_kv = tile.head // group_size
+    return _Work(
+        sequence_coords(tile.batch, tile.head, bounds.first_q, bounds.seqlen_q, VARLEN),
+        sequence_coords(tile.batch, head_kv, bounds.first_k, bounds.seqlen_k, VARLEN),
+        bounds.seqlen_q,
+        bounds.seqlen_k,
+        bounds.offset,
+        tile.start,
+        gl.where(num_tiles > 0, blocks.lo, 0),
+        gl.maximum(1, num_tiles),  # rows that see no key have one tile, all of it masked
+        (blocks.full_lo - blocks.lo) // BLOCK_N,
+        (blocks.full_hi - blocks.lo) // BLOCK_N,
+    )
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
 def _flash_fwd_hopper_kernel(
     q_desc,
+    q_desc_rest,
     k_desc,
+    k_desc_rest,
     v_desc,
+    v_desc_rest,
     out_desc,
+    out_desc_rest,
     lse_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
+    lse_stride,
+    sinks_ptr,
+    seqs,
     seqlen_q,
     seqlen_k,
-    lse_stride,
     num_tiles,
-    num_heads,
-    group_size,
     section_size,
-    scale_log2,
-    CAUSAL: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    heads,
+    scores,
     BLOCK_N: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
+    LAZY: gl.constexpr,
 ):
     """One program computes 64 GROUPS rows of out and lse for one query head of one sequence.
 
-    Grid: num_tiles * num_heads * batch, in the order of the portable kernel. Descriptors are those of `tma_geometry`.
-    lse_ptr None: not wanted. seqlen_q and seqlen_k of a varlen batch are all its rows.
+    Grid: num_tiles * num_heads * batch, in the order of the portable kernel. Descriptors are those of `tma_geometry`,
+    one for each piece of a head dimension, or None. lse_ptr None: not wanted. The rest as in the portable kernel. LAZY:
+    see `_HeadScores`.
     """
-    VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
-    num_batch_heads = gl.num_programs(0) // num_tiles
-    tile, batch_head = assign_tile(gl.program_id(0), num_tiles, num_batch_heads, section_size, CAUSAL)
-    batch = batch_head // num_heads
-    head = batch_head % num_heads
-    num_rows = seqlen_q
-    first_q, first_k, seqlen_q, seqlen_k, offset = sequence_bounds(
-        Sequences(cu_seqlens_q_ptr, cu_seqlens_k_ptr, None), batch, seqlen_q, seqlen_k
-    )
-    start_m = tile * (GROUPS * GROUP_ROWS)
-    end_m = gl.minimum(start_m + GROUPS * GROUP_ROWS, seqlen_q)
-    window = None, 0 if CAUSAL else None
-    blocks = visible_range(start_m + offset, end_m + offset, seqlen_k, window, BLOCK_N)
-    work = _Work(
-        batch,
-        head,
-        head // group_size,
-        gl.to_tensor(first_q),
-        gl.to_tensor(first_k),
-        seqlen_q,
-        seqlen_k,
-        start_m,
-        blocks.full_hi // BLOCK_N,
-        gl.maximum(1, gl.cdiv(blocks.hi, BLOCK_N)),  # rows that see no key have one tile, all of it masked
-        CAUSAL,
-        VARLEN,
-    )
+    BLOCK_M: gl.constexpr = GROUPS * GROUP_ROWS
+    VARLEN: gl.constexpr = seqs.cu_seqlens_q_ptr is not None
+    q_descs = (q_desc,) if q_desc_rest is None else (q_desc, q_desc_rest)
+    k_descs = (k_desc,) if k_desc_rest is None else (k_desc, k_desc_rest)
+    v_descs = (v_desc,) if v_desc_rest is None else (v_desc, v_desc_rest)
+    out_descs = (out_desc,) if out_desc_rest is None else (out_desc, out_desc_rest)
+    tile = assign_work(num_tiles, section_size, heads.num, BLOCK_M, scores.window.right is not None)
+    bounds = sequence_bounds(seqs, tile.batch, seqlen_q, seqlen_k)
+    work = _work_of(tile, bounds, heads.group_size, scores.window, BLOCK_M, BLOCK_N, VARLEN)
+    slope = None
+    if scores.alibi is not None:
+        slope = gl.load(row_pointer(scores.alibi, tile.batch, 0, tile.head)).to(gl.float32)
+    sink = load_sink(sinks_ptr, tile.head)
+    scores = _HeadScores(scores.scale_log2, scores.softcap, slope, scores.window, sink, LAZY)
     shared = _Shared(
-        gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 1, GROUP_ROWS, HEAD_DIM], q_desc.layout),
-        gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout),
-        gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout),
+        _allocate(q_descs, GROUPS),
         _barriers(GROUPS, 1),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, GROUPS),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, GROUPS),
+        _Ring(_allocate(k_descs, STAGES), _barriers(STAGES, 1), _barriers(STAGES, GROUPS)),
+        _Ring(_allocate(v_descs, STAGES), _barriers(STAGES, 1), _barriers(STAGES, GROUPS)),
     )
-    lse = View(lse_ptr, lse_stride)
-    if VARLEN and start_m + GROUPS * GROUP_ROWS > seqlen_q:
+    if lse_ptr is not None:
+        lse_ptr += (tile.head if VARLEN else tile.batch_head).to(gl.int64) * lse_stride
+    if VARLEN and work.start_m + BLOCK_M > bounds.seqlen_q:
         # The program's part of them, see `spare_rows`.
-        first = gl.minimum(gl.load(cu_seqlens_q_ptr + num_batch_heads // num_heads), num_rows)
-        slot = slots_left_over(batch * num_tiles + tile, first_q + seqlen_q, GROUPS * GROUP_ROWS)
-        start = slot + gl.maximum(seqlen_q - start_m, 0)
-        end = gl.minimum(slot + GROUPS * GROUP_ROWS, num_rows - first)
-        _clear_spare_rows(shared, out_desc, lse, head, first, start, end)
-    loads = work, shared, q_desc, k_desc, v_desc
-    sums = work, shared, out_desc, lse, num_heads, scale_log2
+        first = gl.minimum(gl.load(seqs.cu_seqlens_q_ptr + tile.num_sequences), seqlen_q)
+        slot = slots_left_over(tile.program, bounds.first_q + bounds.seqlen_q, BLOCK_M)
+        start = slot + gl.maximum(bounds.seqlen_q - work.start_m, 0)
+        end = gl.minimum(slot + BLOCK_M, seqlen_q - first)
+        _clear_spare_rows(shared, _Results(out_descs, lse_ptr), tile.head, first, start, end)
+    if lse_ptr is not None:
+        lse_ptr += bounds.first_q
+    loads = work, shared, q_descs, k_descs, v_descs
+    sums = work, shared, _Results(out_descs, lse_ptr), scores
     if GROUPS == 2:
         # Warps and registers of all functions but the first. The threads of a program have 65536 registers.
         gl.warp_specialize([(_attend_0, sums), (_attend_1, sums), (_load_tiles, loads)], [4, 1], [240, 24])
@@ -473,62 +603,75 @@ class HopperPlan(NamedTuple):
     """A launch but for its tensors."""
 
     num_programs: int
-    geometries: list  # fields of the descriptors of q, k, v and out
-    numbers: tuple  # arguments from num_tiles to scale_log2
+    geometries: list  # fields of the descriptors of q, k, v and out, of each for one or two pieces
+    counts: tuple  # arguments from seqlen_q to heads
+    scores: Scores  # without ALiBi
     constants: dict
 
 
 def launch_flash_fwd_hopper(plan, call, out, lse):
     """Launch the kernel of a HopperPlan; the rest as in launch_flash_fwd."""
-    q, k, v, (cu_seqlens_q, cu_seqlens_k, *_), *_ = call
+    q, k, v, *_ = call
     args = (
-        *(unchecked_descriptor(TensorDescriptor, x, fields) for x, fields in zip((q, k, v, out), plan.geometries)),
+        *(
+            fields and unchecked_descriptor(TensorDescriptor, x, fields)
+            for x, pieces in zip((q, k, v, out), plan.geometries)
+            for fields in pieces
+        ),
         lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q.shape[-3],
-        k.shape[-3],
         0 if lse is None else lse.shape[-1],
-        *plan.numbers,
+        call.options.sinks,
+        *common_arguments(call, plan)[:-1],  # no dropout
     )
     launch(_flash_fwd_hopper_kernel, (plan.num_programs,), q.device, args, plan.constants)
 
 
 def plan_hopper(key, wanted, config=None):
-    """The HopperPlan of a CallKey, None where the portable kernel runs. Of the options the kernel supports causal.
+    """The HopperPlan of a CallKey, None where the portable kernel runs. The kernel supports all options but dropout;
+    with wanted "auto" it takes calls like those that sweeps time.
 
     wanted as in `HopperConfig.choose`, which chooses config if it is None.
     """
-    has_more = (
-        not key.is_plain
-        or key.problem.has_sinks
-        or key.problem.has_shard
-        or key.problem.window not in ((None, None), (None, 0))
-    )
-    if has_more or not gpu_of(key.arch).wgmma or not (key.q_aligned and key.kv_aligned and key.suits_tma(0, 1, 2, 3)):
+    if key.has_dropout or not gpu_of(key.arch).wgmma:
         return None
-    case = FlashCase(key.arch, key.problem.dtype, *key.head_dims, key.causal, seqlen_k=key.max_seqlen_k)
+    if not (key.q_aligned and key.kv_aligned and key.suits_tma(0, 1, 2, 3)):
+        return None
+    problem = key.problem
+    is_plain = key.is_plain and not problem.has_sinks and not problem.has_shard
+    is_plain = is_plain and problem.window in ((None, None), (None, 0))
+    case = FlashCase(key.arch, problem.dtype, *key.head_dims, key.causal, is_plain=is_plain, seqlen_k=key.max_seqlen_k)
     config = config or HopperConfig.choose(case, wanted)
     if config is None:
         return None
-    (shape_q, _), (shape_k, _), *_ = key.problem.layout
-    *_, num_rows, num_heads, head_dim = shape_q
+    (shape_q, _), (shape_k, _), *_ = problem.layout
+    *_, num_rows, num_heads, _ = shape_q
     group_size = num_heads // shape_k[-2]
     num_tiles = tiles_each(key.max_seqlen_q, num_rows, key.batch, config.block_m)
     section_size = 1
     if key.causal:
-        bytes_per_head = 2 * key.max_seqlen_k * head_dim * key.problem.dtype.itemsize
+        bytes_per_head = key.max_seqlen_k * sum(key.head_dims) * problem.dtype.itemsize
         section_size = heads_in_l2(bytes_per_head, group_size, num_heads * key.batch)
     rows = GROUP_ROWS.value, config.block_n, config.block_n, GROUP_ROWS.value
-    layout = {"layout": gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)}
-    geometries = [tma_geometry(*of_tensor, count)[0] | layout for of_tensor, count in zip(key.layouts, rows)]
     constants = dict(
-        CAUSAL=key.causal,
-        HEAD_DIM=head_dim,
         BLOCK_N=config.block_n,
         GROUPS=config.groups,
         STAGES=config.num_stages,
+        LAZY=True if config.lazy else None,
         num_warps=4,
     )
-    numbers = num_tiles, num_heads, group_size, section_size, key.problem.softmax_scale * LOG2_E.value
-    return HopperPlan(num_tiles * num_heads * key.batch, geometries, numbers, constants)
+    return HopperPlan(
+        num_tiles * num_heads * key.batch,
+        [_geometries(*of_tensor, count) for of_tensor, count in zip(key.layouts, rows)],
+        (num_rows, shape_k[-3], num_tiles, section_size, Heads(num_heads, group_size)),
+        Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, Window(*problem.window)),
+        constants,
+    )
+
+
+def _geometries(shape, strides, block_rows):
+    """Fields of the descriptors of both pieces; None for a second one that there is not."""
+    pieces = [
+        fields | {"layout": gl.NVMMASharedLayout(min(128, 2 * fields["block_shape"][-1]), element_bitwidth=16, rank=5)}
+        for fields in tma_geometry(shape, strides, block_rows)
+    ]
+    return pieces if len(pieces) == 2 else [*pieces, None]
