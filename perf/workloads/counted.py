@@ -15,7 +15,7 @@ from triton_attn.cache import kv_cache_bytes_per_token
 from triton_attn.mla.schedule import causal_pairs
 
 SECTOR = 32
-SEQLENS = {64: 512, 128: 512, 256: 256, 512: 256}  # of flash, by head dim
+SEQLENS = {64: 512, 96: 512, 128: 512, 256: 256, 512: 256}  # of flash, by head dim
 CONTEXTS = (512, 256)  # of the two sequences in a cache
 CHUNK_CONTEXTS = (256, 128)  # with many queries each
 TOKENS = 64  # appended to a cache
