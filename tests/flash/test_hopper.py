@@ -82,8 +82,8 @@ def test_what_it_compiles_to(head_dim, options, causal, varlen, wanted, record_p
     assert report["spills in loop"] == 0
     # Outside the loops. ptxas of newer Tritons spills more there; they have no entry that makes this kernel the
     # default.
-    few = 2 if causal or not options else 0
-    assert report["spills"] <= ((10 if options else few) if triton.__version__.startswith("3.6.") else 32)
+    few = 10 if options else 4 if causal else 0
+    assert report["spills"] <= (few if triton.__version__.startswith("3.6.") else 32)
     assert report["useful share"] == 1.0
     assert report["bound TFLOP/s"] >= bounds[head_dim > 64]
     # Per group and loop body: the wait for scores leaves the matmuls of the output in flight, one for each piece.

@@ -138,7 +138,7 @@ GROUPS = {
 
 FAULTS = (
     Fault(
-        "F01", "triton_attn/_jit/masks.py", "(num_columns - 1 - start_column)", "(num_columns - start_column)", "FLASH"
+        "F01", "triton_attn/_jit/masks.py", "= num_columns - 1 - start_column", "= num_columns - start_column", "FLASH"
     ),
     Fault(
         "F02",
