@@ -24,7 +24,7 @@ from triton_attn.parallel import context_parallel_attention, shard_sequence
 
 
 def main(steps=20, seqlen=1024, method="auto"):
-    """Print the loss, and each rank's rows and memory. Returns the losses."""
+    """Print the loss, and each rank's rows, their loss and its memory. Returns the losses of the whole sequence."""
     backend, device = ("nccl", "cuda") if torch.cuda.is_available() else ("gloo", "cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -42,7 +42,7 @@ def main(steps=20, seqlen=1024, method="auto"):
     torch.manual_seed(0)
     model = Decoder(vocabulary_size, attention).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    losses = []
+    losses, host_memory = [], _peak_of_host()
     bar = tqdm(range(steps), unit="step", disable=dist.get_rank() > 0)
     for _ in bar:
         logits = model(tokens, positions[0])
@@ -52,11 +52,14 @@ def main(steps=20, seqlen=1024, method="auto"):
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
         optimizer.step()
-        whole = loss.detach()
+        whole = loss.detach().clone()
         dist.all_reduce(whole)
         losses.append(whole.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f} nats per character")
-    for line in _on_first_rank(f"rank {dist.get_rank()}: {tokens.shape[1]} of {seqlen} rows, {_memory(device)}"):
+    own = loss.item() * seqlen / max(tokens.shape[1], 1)
+    memory = _memory(device, host_memory)
+    rows = f"{tokens.shape[1]} of {seqlen} rows, their loss {own:.3f} nats per character"
+    for line in _on_first_rank(f"rank {dist.get_rank()}: {rows}, {memory}"):
         print(line)
     dist.destroy_process_group()
     return losses
@@ -69,12 +72,15 @@ def _on_first_rank(line):
     return lines if dist.get_rank() == 0 else []
 
 
-def _memory(device):
+def _memory(device, host_memory):
     if device == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory at most"
-    return (
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB of host memory at most, torch included"
-    )
+    return f"{(_peak_of_host() - host_memory) / 2**10:.0f} MiB of host memory at most, besides torch and the model"
+
+
+def _peak_of_host():
+    """KiB of the process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

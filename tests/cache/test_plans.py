@@ -93,28 +93,29 @@ def calls_by_form():
 @pytest.mark.parametrize(
     ("form", "most"),
     [
-        ("keys", 19),
-        ("keys, rope", 20),
-        ("keys, fp8", 26),
-        ("keys, token scales", 26),
+        ("keys", 16),
+        ("keys, rope", 16),
+        ("keys, fp8", 21),
+        ("keys, token scales", 19),
         ("latents", 19),
-        ("latents, rope", 20),
+        ("latents, rope", 19),
         ("latents, fp8 rows", 24),
-        ("pages", 13),
-        ("pages of layers", 13),
-        ("pages to another cache", 13),
-        ("gathered keys", 25),
-        ("gathered keys, new", 29),
-        ("gathered keys, fp8", 32),
-        ("gathered latents", 27),
-        ("gathered latents, fp8 rows", 32),
+        ("pages", 18),
+        ("pages of layers", 18),
+        ("pages to another cache", 17),
+        ("gathered keys", -19),
+        ("gathered keys, new", -15),
+        ("gathered keys, fp8", -14),
+        ("gathered latents", -17),
+        ("gathered latents, fp8 rows", -12),
     ],
 )
 def test_host_cost(form, most, record_property):
     """A known call beside its bare launch, through Triton's own launcher: 1.5 times as long is wanted.
 
-    Python calls besides those of the launch repeat exactly. The ratio of times was 1.33 to 1.52 on Triton 3.9.0 and
-    3.6.0: above 1.5 were pages that go to another cache. Other processes on the machine change it by a few per cent.
+    Python calls besides those of the launch repeat exactly; those of the bare launch are the JIT's, which a known call
+    does not ask. The ratio of times was 1.04 to 1.60 on Triton 3.9.0 and 3.6.0: above 1.5 were pages that go to another
+    cache. Other processes on the machine change it by a few per cent.
     """
     call = calls_by_form()[form]
     with real_launcher("sm_90"):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "examples/long_context.py"
 
 
@@ -22,5 +24,6 @@ def test_two_processes_train_as_one_does(monkeypatch):
     one, _ = losses(1)
     two, said = losses(2)
     assert one == two
-    assert "rank 0: 51 of 101 rows" in said
-    assert "rank 1: 50 of 101 rows" in said
+    found = re.findall(r"rank (\d): (\d+) of 101 rows, their loss (\S+) nats", said)
+    assert [(rank, rows) for rank, rows, _ in found] == [("0", "51"), ("1", "50")]
+    assert sum(int(rows) * float(loss) for _, rows, loss in found) / 101 == pytest.approx(float(two[1]), abs=1e-3)

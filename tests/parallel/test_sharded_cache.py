@@ -87,9 +87,10 @@ def test_random_operations(num_ranks, tmp_path):
     assert run(sharded_caches.check_trace, list(range(12)), num_ranks, tmp_path / "store") == []
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=pytest.mark.full)])
 @pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.ci), 4])
-def test_ranks_generate_the_tokens_of_one(num_ranks, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+def test_ranks_generate_the_tokens_of_one(num_ranks, backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
     assert run(sharded_caches.check_generation, [False, True], num_ranks, tmp_path / "store") == []
 
 

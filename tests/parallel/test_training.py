@@ -21,7 +21,9 @@ RUNS = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("runs", "num_ranks"), RUNS)
-def test_losses_are_those_of_one_process(runs, num_ranks, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+def test_losses_are_those_of_one_process(runs, num_ranks, backend, tmp_path, monkeypatch):
+    """By the reference, and in all tests by interpreted kernels, which take minutes."""
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", backend)
     assert run(check_losses, runs, num_ranks, tmp_path / "store") == []

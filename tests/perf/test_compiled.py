@@ -22,6 +22,7 @@ from perf.results.baseline import COMPILED, Baseline
 from perf.workloads.calls import CALLS
 from triton_attn import use_tuned
 from triton_attn._host import tuned
+from triton_attn._host.sources import kernel_digest
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaHopperConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
@@ -276,7 +277,7 @@ def launched(family, case):
 @pytest.mark.ci
 @pytest.mark.parametrize("family", HOPPER)
 def test_calls_take_a_kernel_of_hopper_that_a_sweep_found(family, tmp_path, monkeypatch):
-    """In each case, by the table that the sweep writes, once its figures are measured."""
+    """In each case, by the table that the sweep writes, once its figures are measured and recorded."""
     monkeypatch.setenv("TRITON_ATTN_KERNELS", "auto")
     monkeypatch.setattr(tuned, "_shipped", lambda arch: {})
     monkeypatch.setattr(sweep, "map_in_processes", map)
@@ -291,7 +292,8 @@ def test_calls_take_a_kernel_of_hopper_that_a_sweep_found(family, tmp_path, monk
         assert not any(launched(family, case) for case in cases)
         table = json.loads(path.read_text())
         for entry in table["entries"]:
-            entry["source"] = tuned.MEASURED
+            digest = kernel_digest(tuned.FAMILIES[entry["family"]].kernel)
+            entry |= {"source": tuned.MEASURED, "portable": entry["figure"], "kernel": digest}
         path.write_text(json.dumps(table))
         use_tuned(path)
         assert all(launched(family, case) for case in cases)
