@@ -87,7 +87,6 @@ REASONS = (
         "4 lanes hold 32 bytes of an fp32 row of dQ and the tensor map swizzles 16 bytes: pairs of rows share a bank",
     ),
     ("_flash_bwd_dkdv_kernel", "issued", "head_dim=256", _REPEATED),
-    ("_paged_fwd_kernel", "issued", "head_dim=256", _REPEATED),
     (
         "_mla_decode_hopper_kernel",
         "issued",
