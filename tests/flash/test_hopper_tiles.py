@@ -84,6 +84,8 @@ def test_a_tile(window, softcap, slope, masked, lazy):
     expected = results_of(_portable_kernel, s, m_i, slope, scores, lengths, masked, 8 if lazy else 0)
     computed = results_of(_hopper_kernel, s, m_i, slope, scores, lengths, masked, lazy or None)
     assert not torch.equal(expected[2], m_i)
-    assert (computed[1] == 1).any() or not lazy
+    if lazy:
+        assert (computed[1] == 1).any()
+        assert computed[0].max() < 2**8 * 1.001, "the maximum is at most 8 behind: more would overflow in fp16"
     for got, right in zip(computed, expected):
         assert torch.equal(got, right)
