@@ -75,7 +75,7 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps):
 
 
 OPTIONS_OF_HOPPER = {
-    "plain": {},
+    "plain": {"softmax_scale": 1.0},  # maxima move so far that some rows of a warp are rescaled
     "window": {"window_size": (130, -1), "sinks": torch.bfloat16},
     "all": {"window_size": (40, 30), "softcap": 20.0, "alibi": "per sequence", "sinks": torch.float32},
     "parts": {"window_size": (90, -1), "shards": ((120, 60, 0), (5, 0, 0), (0, 9, 0), (0, 60, 0)), "alibi": "per head"},
@@ -87,7 +87,7 @@ OPTIONS_OF_HOPPER = {
 @pytest.mark.parametrize(
     "head_dim", [pytest.param(64, marks=pytest.mark.ci), 96, 128, pytest.param(192, marks=pytest.mark.ci)]
 )
-@pytest.mark.usefixtures("emulated_hopper")
+@pytest.mark.usefixtures("emulated_hopper", "no_tables")
 def test_the_kernel_of_hopper(head_dim, options):
     """An empty sequence, rows that see nothing, rows after the last sequence, a sequence of NaN."""
     lengths = {"seqlens_q": (70, 0, 5, 133), "seqlens_k": (100, 40, 0, 390)}
