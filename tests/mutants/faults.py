@@ -175,8 +175,8 @@ FAULTS = (
     Fault(
         "F08",
         "triton_attn/_jit/softmax.py",
-        "alpha = tl.math.exp2(m_i - m_sub)",
-        "alpha = tl.math.exp2(m_sub - m_i)",
+        "tl.math.exp2(m_i - m_sub), m_new",
+        "tl.math.exp2(m_sub - m_i), m_new",
         "FLASH",
     ),
     Fault(
