@@ -54,7 +54,7 @@ OPTIONS = {
 
 
 @pytest.mark.ci(but_each=9)
-@pytest.mark.full(but_each=2)
+@pytest.mark.full(but_each=7)
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("options", OPTIONS)
