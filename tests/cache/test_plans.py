@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from host_cost import bare_launches, median_microseconds, python_calls, real_launcher
+from host_cost import ELSEWHERE, bare_launches, compare, python_calls, real_launcher
 from plans import check_neighbour, launches_of
 
 from triton_attn import append_kv_cache, append_latent_cache, copy_kv_pages, gather_kv_cache, gather_latent_cache
@@ -111,21 +111,19 @@ def calls_by_form():
     ],
 )
 def test_host_cost(form, most, record_property):
-    """A known call beside its bare launch, through Triton's own launcher: 1.5 times as long is wanted.
+    """A known call beside its bare launch, through Triton's own launcher: at most 1.5 times as long.
 
     Python calls besides those of the launch repeat exactly; those of the bare launch are the JIT's, which a known call
-    does not ask. The ratio of times was 1.04 to 1.60 on Triton 3.9.0 and 3.6.0: above 1.5 were pages that go to another
-    cache. Other processes on the machine change it by a few per cent.
+    does not ask.
     """
     call = calls_by_form()[form]
     with real_launcher("sm_90"):
         launch = bare_launches(call, MODULES)
-        cost = median_microseconds({"call": call, "launch": launch}, batches=20)
+        *_, ratio = compare(call, launch)
         extra_calls = python_calls(call) - python_calls(launch)
-    ratio = cost["call"] / cost["launch"]
     record_property("figure", f"{form}: {ratio:.2f} times its bare launch, {extra_calls} more Python calls")
     assert extra_calls <= most
-    assert ratio <= 1.65
+    assert ratio <= 1.5 * ELSEWHERE
 
 
 class Own(torch.Tensor):

@@ -1,7 +1,8 @@
 """Host cost of public calls over Triton's own launcher and the stub driver, to which LD_LIBRARY_PATH points.
 
-python host_cost_calls.py sm_90 [PATTERN]     prints of each call (that matches the pattern): its name, microseconds,
-                                              microseconds of the bare launches that it makes, with a tab between
+python host_cost_calls.py sm_90 [PATTERN]     prints of each call (that matches the pattern), with tabs between: name,
+                                              microseconds, those of the bare launches that it makes, the ratio of both
+                                              in one batch, and how many Python functions it calls
 """
 
 import ctypes
@@ -9,7 +10,7 @@ import re
 import sys
 
 import torch
-from host_cost import bare_launches, median_microseconds
+from host_cost import bare_launches, compare, python_calls
 from public_calls import use_stub
 
 import triton_attn as ta
@@ -92,8 +93,8 @@ def main(arch, pattern=""):
     for name, call in CALLS.items():
         if re.search(pattern, name):
             with torch.no_grad():
-                cost = median_microseconds({"call": call, "launches": bare_launches(call, MODULES)}, batches=15)
-            print(f"{name}\t{cost['call']}\t{cost['launches']}", flush=True)
+                cost = compare(call, bare_launches(call, MODULES))
+                print(name, *cost, python_calls(call), sep="\t", flush=True)
 
 
 if __name__ == "__main__":

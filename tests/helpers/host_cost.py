@@ -11,6 +11,10 @@ from unittest import mock
 from triton_attn.toolchain import compilation, compile_only
 from triton_attn.toolchain.emulator import stub
 
+# How much larger a ratio of times may be than where it was measured: under load, and on other processors, the same call
+# was found up to 1.15 times as long beside the same launches. What a change adds is seen by `python_calls`, exactly.
+ELSEWHERE = 1.4
+
 
 def median_microseconds(calls, batches=100, rounds=30):
     """{name: the least median of its CPU time over the batches}, all of them timed in turn.
@@ -19,6 +23,16 @@ def median_microseconds(calls, batches=100, rounds=30):
     """
     medians = [_medians(calls, rounds) for _ in range(batches)]
     return {name: min(batch[name] for batch in medians) for name in calls}
+
+
+def compare(call, other, batches=20, rounds=30):
+    """(microseconds of a call, those of another, their ratio): medians over batches in which the two take turns.
+
+    The ratio is that of times in one batch, which ran at one speed of the machine.
+    """
+    medians = [_medians({"call": call, "other": other}, rounds) for _ in range(batches)]
+    ratio = statistics.median(batch["call"] / batch["other"] for batch in medians)
+    return *(statistics.median(batch[name] for batch in medians) for name in ("call", "other")), ratio
 
 
 def python_calls(call):
