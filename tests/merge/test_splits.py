@@ -206,6 +206,6 @@ def test_fixed_splits_follow_the_keys_and_partial_results_have_a_limit():
     work, _ = paged_work(batch=1, seqlen_q=1, seqlen_k=10 * splits.FIXED_KEYS)
     assert splits.fixed_splits(work, 10 * splits.FIXED_KEYS) == (10, False)
     assert splits.fixed_splits(work, 10 * splits.FIXED_KEYS - 1) == (10, False)
-    assert splits.fixed_splits(work, 0) == (1, False)
+    assert splits.fixed_splits(work._replace(num_key_tiles=0), 0) == (1, False)
     rows = splits.MAX_WORKSPACE_BYTES // (10 * 4 * (work.row_elements + 1))
     assert splits.fixed_splits(work._replace(num_rows=rows + 1), 10 * splits.FIXED_KEYS) == (10, True)

@@ -70,3 +70,17 @@ def test_bits_do_not_depend_on_the_batch(name, short_splits):
     out, lse = pool.call(reference.mla_decode, parts=[(i, 0, n) for i, n in enumerate(LENGTHS)])
     torch.testing.assert_close(torch.cat(pool.outs), out, atol=8e-3, rtol=8e-3)
     torch.testing.assert_close(torch.cat(pool.lses, 1), lse, atol=1e-3, rtol=1e-3)
+
+
+def test_a_table_without_pages():
+    """Whose sequences have no key."""
+    q_nope, q_pe = (torch.randn(2, 3, 4, dim, device=DEVICE) for dim in (64, 16))
+    cache = torch.randn(5, 16, 80, device=DEVICE)
+    lengths, table = (
+        torch.zeros(2, dtype=torch.int32, device=DEVICE),
+        torch.zeros(2, 0, dtype=torch.int32, device=DEVICE),
+    )
+    options = dict(softmax_scale=0.1, batch_invariant=True, return_lse=True)
+    out, lse = mla_decode(q_nope, q_pe, cache, lengths, table, **options)
+    assert not out.any()
+    assert (lse == float("-inf")).all()

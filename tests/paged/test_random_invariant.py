@@ -128,3 +128,20 @@ def test_it_is_attention(name):
     out, lse = reference.paged_attention(q, *pool.caches, lengths, table, **options)
     torch.testing.assert_close(torch.cat(pool.outs), out, atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(torch.cat(pool.lses, 1), lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_without_pages(packed):
+    """Whose sequences have no key."""
+    q, cache = torch.randn(2, 3, 4, 64, device=DEVICE), torch.randn(5, 16, 2, 64, device=DEVICE)
+    lengths, table = (
+        torch.zeros(2, dtype=torch.int32, device=DEVICE),
+        torch.zeros(2, 0, dtype=torch.int32, device=DEVICE),
+    )
+    queries = {}
+    if packed:
+        starts = torch.tensor([0, 3, 6], dtype=torch.int32, device=DEVICE)
+        q, queries = q.flatten(0, 1), dict(cu_seqlens_q=starts, max_seqlen_q=3)
+    out, lse = paged_attention(q, cache, cache, lengths, table, batch_invariant=True, return_lse=True, **queries)
+    assert not out.any()
+    assert (lse == float("-inf")).all()

@@ -84,9 +84,11 @@ def fixed_splits(work, num_keys):
     capacity: the second is chosen where it costs less, or where partial results would need too much memory.
     """
     num_splits = max(1, -(-num_keys // FIXED_KEYS))
+    if num_splits == 1:  # of a cache without room for a key there is no cost
+        return 1, False
     in_turn = split_cost(work, 1) <= split_cost(work, num_splits)
     num_bytes = num_splits * work.num_rows * 4 * (work.row_elements + 1)
-    return num_splits, num_splits > 1 and (in_turn or num_bytes > MAX_WORKSPACE_BYTES)
+    return num_splits, in_turn or num_bytes > MAX_WORKSPACE_BYTES
 
 
 def split_cost(work, num_splits):
