@@ -91,6 +91,7 @@ GROUPS = {
     "INVARIANT": (
         _run("tests/test_batch_invariant.py", compiled=True),
         _run("tests/paged/test_random_invariant.py", "tests/mla/test_random_invariant.py"),
+        _run("tests/paged/test_invariant_calls.py"),
     ),
     "WORKSPACE": (_run("tests/test_workspace.py"),),
     "EMULATED_DECODE": tuple(
@@ -1329,6 +1330,7 @@ FAULTS = (
         "rows=longest",
         "INVARIANT",
     ),
+    Fault("V04", "triton_attn/paged/forward.py", "tl.maximum(num_folded, 1)", "num_folded", "INVARIANT"),
     Fault(
         "K04", "triton_attn/_host/workspace.py", "self.used > self.memory", "self.used > 1 + self.memory", "WORKSPACE"
     ),

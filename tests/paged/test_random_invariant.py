@@ -145,3 +145,16 @@ def test_a_table_without_pages(packed):
     out, lse = paged_attention(q, cache, cache, lengths, table, batch_invariant=True, return_lse=True, **queries)
     assert not out.any()
     assert (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("columns", [0, 1, 600])
+@pytest.mark.parametrize("window_size", [(-1, -1), (5, 17)], ids=str)
+def test_sinks_of_rows_without_keys(columns, window_size):
+    """One program folds the splits of a window: it has a split to fold where there is no key."""
+    q, cache = torch.randn(2, 3, 4, 64, device=DEVICE), torch.randn(5, 16, 2, 64, device=DEVICE)
+    lengths, table = torch.zeros(2, dtype=torch.int32), torch.full((2, columns), 2**31 - 1, dtype=torch.int32)
+    where, sinks = (lengths.to(DEVICE), table.to(DEVICE)), torch.randn(4, device=DEVICE)
+    options = dict(causal=True, window_size=window_size, sinks=sinks, batch_invariant=True, return_lse=True)
+    out, lse = paged_attention(q, cache, cache, *where, **options)
+    assert not out.any()
+    torch.testing.assert_close(lse, sinks[:, None].expand_as(lse))

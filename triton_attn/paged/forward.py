@@ -424,7 +424,8 @@ def _paged_fwd_kernel(
         lse = tl.full([BLOCK_M], float("-inf"), tl.float32)
         first = rows.blocks.lo // TILE.SPLIT_KEYS
         before = 0 if sinks_ptr is None else (first > 0).to(tl.int32)  # the first split has the sinks
-        for i in range(0, before + tl.cdiv(rows.blocks.hi, TILE.SPLIT_KEYS) - first):
+        num_folded = before + tl.cdiv(rows.blocks.hi, TILE.SPLIT_KEYS) - first
+        for i in range(0, tl.maximum(num_folded, 1)):  # rows without keys may have sinks
             split = tl.where(i < before, 0, first + i - before)
             blocks = split_blocks(rows.blocks, split, num_splits, BLOCK_N, TILE.SPLIT_KEYS)
             tile, lse_here = _attend(q_tile, keys, rows, blocks, scoring, split == 0, TILE)
