@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .heads import row_pointer
-from .workarounds import apart, dot_once, fence_copies
+from .workarounds import apart, computed_again, dot_once, fence_copies
 
 # The row at which every sequence of a packed tensor ends in its TMA descriptors. No packed tensor has as many rows.
 PACKED_END: tl.constexpr = tl.constexpr(2**30)
@@ -182,32 +182,62 @@ def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def _load_half(x, start, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, TILE):
-    """Columns [START, START + BLOCK) of the rows [start, start + ROWS) of the Rows x, which are HEAD_DIM_V wide."""
+def _load_half(
+    x,
+    start,
+    ROWS: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+):
+    """Columns [START, START + BLOCK) of the rows [start, start + ROWS) of the Rows x, which are HEAD_DIM wide."""
     if x.coords is not None:
         return _load_piece_tma(x.source[0 if START == 0 else 1], x.coords, start, ROWS, START, BLOCK)
     else:
         rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
-        piece = load_piece(_pointers_from(x, start, ROWS, TILE.WIDE_ROWS), rows_mask, START, BLOCK, TILE.HEAD_DIM_V)
+        piece = load_piece(_pointers_from(x, start, ROWS, WIDE_ROWS), rows_mask, START, BLOCK, HEAD_DIM)
         fence_copies()
         return piece
 
 
 @triton.jit
-def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, TILE: tl.constexpr):
-    """acc + a @ b.T for the rows b from start on of the Rows x, HEAD_DIM_V wide, each piece in a `dot_once`.
+def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """acc + a @ b.T for the rows b from start on of the Rows x, HEAD_DIM wide, each piece in a `dot_once`.
 
     A piece has HALF columns at most, as in a, and is loaded when the last one has been read: both take the same shared
     memory.
     """
     ROWS: tl.constexpr = acc.shape[1]
-    FIRST: tl.constexpr = piece_0(TILE.HEAD_DIM_V, HALF)
-    SECOND: tl.constexpr = piece_1(TILE.HEAD_DIM_V, HALF)
+    FIRST: tl.constexpr = piece_0(HEAD_DIM, HALF)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM, HALF)
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    acc = dot_once(a[0], _load_half(x, start, ROWS, 0, FIRST, MASKED, TILE), acc, one, PRECISION)
+    WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
+    acc = dot_once(a[0], _load_half(x, start, ROWS, 0, FIRST, HEAD_DIM, MASKED, WIDE_ROWS), acc, one, PRECISION)
     if SECOND > 0:
-        acc = dot_once(a[1], _load_half(x, start, ROWS, FIRST, SECOND, MASKED, TILE), acc, one, PRECISION)
+        half = _load_half(x, start, ROWS, FIRST, SECOND, HEAD_DIM, MASKED, WIDE_ROWS)
+        acc = dot_once(a[1], half, acc, one, PRECISION)
     return acc
+
+
+@triton.jit
+def dot_add_halves(a, x, start, acc, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """acc + a @ b for the rows b from start on of the Rows x, HEAD_DIM wide, loaded piece by piece as in `dot_halves`.
+    """
+    ROWS: tl.constexpr = a.shape[1]
+    FIRST: tl.constexpr = piece_0(HEAD_DIM, HALF)
+    SECOND: tl.constexpr = piece_1(HEAD_DIM, HALF)
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
+    start = computed_again(start)
+    half = _load_half(x, start, ROWS, 0, FIRST, HEAD_DIM, MASKED, WIDE_ROWS)
+    first = tl.dot(a, half, acc[0], input_precision=PRECISION)
+    if SECOND > 0:
+        half = _load_half(x, start, ROWS, FIRST, SECOND, HEAD_DIM, MASKED, WIDE_ROWS)
+        return first, tl.dot(a, half, acc[1], input_precision=PRECISION)
+    else:
+        return (first,)
 
 
 @triton.jit

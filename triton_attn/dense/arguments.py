@@ -150,7 +150,7 @@ def plan_kernel(
     over_keys: bool = False,
     outputs: tuple = (),
     repeats: Callable = repeats_chains,
-    halved: int | None = None,
+    halved: tuple[int, ...] = (),
 ) -> Plan:
     """The Plan of a kernel whose programs take a tile of queries and loop over keys; with over_keys the reverse.
 
@@ -192,7 +192,7 @@ def plan_kernel(
         strides
         and Operand(
             Strides(*without_dim(strides)),
-            tma_geometry(shape, strides, block_walked, cut_chain and i == halved) if i in by_tma else None,
+            tma_geometry(shape, strides, block_walked, cut_chain and i in halved) if i in by_tma else None,
         )
         for i, (shape, strides) in enumerate(layouts)
     ]

@@ -127,7 +127,7 @@ def _plan_dkdv(key, tiles, dq_sum, dk, dv):
         over_keys=True,
         outputs=outputs,
         repeats=repeats_rows,
-        halved=3 if dv is None else None,
+        halved=(0, 3) if dv is None else (),
     )
 
 
@@ -156,7 +156,7 @@ def _plan_dq(key, tiles, dq):
     use_tma = tiles.use_tma and key.kv_aligned and key.suits_tma(1, 2)
     hoist = may_hoist("dq", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
     return plan_kernel(
-        key, tiles, use_tma, hoist, outputs=((key.problem.layout[0][0], dq),), repeats=repeats_rows, halved=2
+        key, tiles, use_tma, hoist, outputs=((key.problem.layout[0][0], dq),), repeats=repeats_rows, halved=(1, 2)
     )
 
 

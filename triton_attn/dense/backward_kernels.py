@@ -30,6 +30,7 @@ from .._jit.tiles import (
     clear_rows,
     dot_add,
     dot_add_computed,
+    dot_add_halves,
     dot_halves,
     dot_transposed,
     load_rows,
@@ -281,8 +282,11 @@ def _flash_bwd_dkdv_kernel(
     keys_mask = keys < bounds.seqlen_k
     k_ptrs = tile_pointers(in_vectors(k, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
     v_ptrs = tile_pointers(in_vectors(v, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
-    k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
     HALVED: tl.constexpr = TILE.CUT_CHAIN and dv is None
+    TWICE: tl.constexpr = HALVED and TILE.USE_TMA
+    LATE: tl.constexpr = TILE.CUT_CHAIN and dk is None and TILE.USE_TMA
+    WIDEST: tl.constexpr = HALF if TWICE else 512
+    k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM, WIDEST)  # (BLOCK_N, HEAD_DIM)
     v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
     EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
     FROM_SHARED: tl.constexpr = WIDE and TILE.CUT_CHAIN and dk is not None and dv is not None and scores.softcap is None
@@ -297,7 +301,7 @@ def _flash_bwd_dkdv_kernel(
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_q, seen_by, BLOCK_M)
     blocks = all_partial(blocks, num_own < BLOCK_N)  # rows past the last key need a mask
     WHOLE: tl.constexpr = seqs.shard_ptr is None
-    dk_tile = zeros_tile(BLOCK_N, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
+    dk_tile = zeros_tile(BLOCK_N, HEAD_DIM, WIDEST)  # (BLOCK_N, HEAD_DIM)
     dv_tile = zeros_tile(BLOCK_N, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
     for member in tl.range(0, heads.group_size):
         head = work.head * heads.group_size + member
@@ -321,12 +325,17 @@ def _flash_bwd_dkdv_kernel(
         for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
-                q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
-                if not HALVED:
+                if not TWICE:
+                    q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
+                if not HALVED and not LATE:
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
-                s = dot_transposed(k_tile, q_tile, PRECISION, None, one)  # (BLOCK_N, BLOCK_M)
+                if TWICE:
+                    s = apart(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), one)
+                    s = dot_halves(k_tile, q_rows, start_m, s, one, not FULL, HEAD_DIM, TILE)
+                else:
+                    s = dot_transposed(k_tile, q_tile, PRECISION, None, one)  # (BLOCK_N, BLOCK_M)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
@@ -334,18 +343,22 @@ def _flash_bwd_dkdv_kernel(
                     keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
                     p, factor = _drop_weights(p, factor, keep, dropout)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
+                if LATE:
+                    dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 if dv is not None:
                     dv_tile = dot_add_computed(p, dout_tile, dv_tile, one if FROM_SHARED else None, PRECISION)
                 minus_delta_ptr = _sums_from(sums.minus_delta_ptr, sums_row, start_m, WIDE)
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
                 dp = _first_dp(minus_delta[None, :], dropout, one, BLOCK_N, BLOCK_M, HALVED)
                 if HALVED:
-                    dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, TILE)
+                    dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, HEAD_DIM_V, TILE)
                 else:
                     dp = dot_transposed(v_tile, dout_tile, PRECISION, dp, one)
                 ds = _score_gradients(factor, dp, minus_delta[None, :], None, dropout)
-                ds = ds.to(q_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
-                if dk is not None:
+                ds = ds.to(k_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
+                if TWICE:
+                    dk_tile = dot_add_halves(ds, q_rows, start_m, dk_tile, not FULL, HEAD_DIM, TILE)
+                elif dk is not None:
                     dk_tile = dot_add_computed(ds, q_tile, dk_tile, one if FROM_SHARED else None, PRECISION)
                 if dq is not None or dq_desc is not None:
                     dq_tile = dot_add(ds.T, k_tile, zeros_tile(BLOCK_M, HEAD_DIM), PRECISION)  # (BLOCK_M, HEAD_DIM)
@@ -409,8 +422,9 @@ def _flash_bwd_dq_kernel(
     queries_mask = queries < bounds.seqlen_q
     q_ptrs = tile_pointers(in_vectors(q, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
     dout_ptrs = tile_pointers(in_vectors(dout, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
-    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    TWICE: tl.constexpr = TILE.CUT_CHAIN and TILE.USE_TMA
     WIDEST: tl.constexpr = HALF if TILE.CUT_CHAIN else 512
+    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM, HALF if TWICE else 512)  # (BLOCK_M, HEAD_DIM)
     dout_tile = load_tile(dout_ptrs, queries_mask, TILE.HEAD_DIM_V, WIDEST)  # (BLOCK_M, HEAD_DIM_V)
     EXACT: tl.constexpr = q_tile[0].dtype == tl.float32
     sums_row = tl.cast(work.head if PACKED else work.batch_head, tl.int64) * lse_stride + bounds.first_q
@@ -437,11 +451,12 @@ def _flash_bwd_dq_kernel(
     ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
     origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
-    dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM, HALF if TWICE else 512)  # (BLOCK_M, HEAD_DIM)
     for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
-            k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
+            if not TWICE:
+                k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
             if not TILE.CUT_CHAIN:
                 v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
@@ -450,13 +465,21 @@ def _flash_bwd_dq_kernel(
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
             dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
             if TILE.CUT_CHAIN:
-                dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE)
+                dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE.HEAD_DIM_V, TILE)
             else:
                 dp = dot_transposed(dout_tile, v_tile, PRECISION, dp)
-            s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
+            if TWICE:
+                s = apart(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), one)
+                s = dot_halves(q_tile, k_rows, start_n, s, one, not FULL, TILE.HEAD_DIM, TILE)
+            else:
+                s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
             _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
             ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
-            dq_tile = dot_add(ds.to(k_tile[0].dtype), k_tile, dq_tile, PRECISION)
+            ds = ds.to(q_tile[0].dtype)
+            if TWICE:
+                dq_tile = dot_add_halves(ds, k_rows, start_n, dq_tile, not FULL, TILE.HEAD_DIM, TILE)
+            else:
+                dq_tile = dot_add(ds, k_tile, dq_tile, PRECISION)
 
     first_row, queries_mask = _rows_to_store(bounds.first_q, work.start, bounds.seqlen_q, BLOCK_M, WIDE)
     dq_tile = scale_tile(dq_tile, scores.scale_log2 * LN_2)
