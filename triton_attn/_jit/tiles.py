@@ -224,6 +224,8 @@ def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, HEAD_DIM: tl.constex
 @triton.jit
 def dot_add_halves(a, x, start, acc, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
     """acc + a @ b for the rows b from start on of the Rows x, HEAD_DIM wide, loaded piece by piece as in `dot_halves`.
+
+    The compiler would keep pieces that it knows to be those of `dot_halves`: start is `computed_again`.
     """
     ROWS: tl.constexpr = a.shape[1]
     FIRST: tl.constexpr = piece_0(HEAD_DIM, HALF)

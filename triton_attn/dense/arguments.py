@@ -156,7 +156,7 @@ def plan_kernel(
 
     use_tma: TMA loads the tensors of the loop, k and v or q and out, and adds to the first of outputs. outputs are
     (shape, strides) of what the kernel writes besides out, with strides None for one that is not wanted. repeats
-    says for which tiles to cut the chain of matmuls, and halved which of the layouts `dot_halves` then loads.
+    says for which tiles to cut the chain of matmuls, and halved which of the layouts are then loaded in halves.
     """
     layouts = *key.layouts, *outputs
     all_strides = [strides for _, strides in layouts if strides is not None]

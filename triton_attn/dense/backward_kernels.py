@@ -283,8 +283,8 @@ def _flash_bwd_dkdv_kernel(
     k_ptrs = tile_pointers(in_vectors(k, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
     v_ptrs = tile_pointers(in_vectors(v, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
     HALVED: tl.constexpr = TILE.CUT_CHAIN and dv is None
-    TWICE: tl.constexpr = HALVED and TILE.USE_TMA
-    LATE: tl.constexpr = TILE.CUT_CHAIN and dk is None and TILE.USE_TMA
+    TWICE: tl.constexpr = HALVED and TILE.USE_TMA  # q is loaded for S and again for dK; a load takes no registers
+    LATE: tl.constexpr = TILE.CUT_CHAIN and TILE.USE_TMA and dk is None  # dO takes the shared memory of q
     WIDEST: tl.constexpr = HALF if TWICE else 512
     k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM, WIDEST)  # (BLOCK_N, HEAD_DIM)
     v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
@@ -331,6 +331,9 @@ def _flash_bwd_dkdv_kernel(
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
+                if dropout is not None and TWICE:  # before S needs registers
+                    first_key = computed_again(work.start)
+                    keep = keep_mask(dropout, origin, start_m + queries, first_key, BLOCK_N, WHOLE).T
                 if TWICE:
                     s = apart(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), one)
                     s = dot_halves(k_tile, q_rows, start_m, s, one, not FULL, HEAD_DIM, TILE)
@@ -340,7 +343,8 @@ def _flash_bwd_dkdv_kernel(
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 if dropout is not None:
-                    keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
+                    if not TWICE:
+                        keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
                     p, factor = _drop_weights(p, factor, keep, dropout)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if LATE:
@@ -461,7 +465,8 @@ def _flash_bwd_dq_kernel(
                 v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
-                keep = keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE)
+                first_query = computed_again(work.start) if WIDE else work.start
+                keep = keep_mask(dropout, origin, first_query + tl.arange(0, BLOCK_M), start_n, BLOCK_N, WHOLE)
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
             dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
             if TILE.CUT_CHAIN:
