@@ -15,13 +15,17 @@ five are counted: 5 / (4 / dkdv + 3 / dq).
     192, 128    619/624    668/663    456/457    599/599
     192         581/588    677/678    442/445    318/314
     256         372/374    689/713    331/335    374/365
-    320         504/517    547/537    373/375    -
-    384         541/546    497/499    372/375    -
-    512         455/461    552/561    352/357    -
+    320         514/517    644/656    402/406    -
+    384         541/545    666/681    420/426    -
+    512         567/580    701/727    441/454    -
 
-Wider than 384, or 256 without TMA, dkdv is launched twice, for dk (546/557 at 512) and for dv (608/609), which do five
-matmuls where four are counted. Columns past the head dim (see `padded_head_dim`) are counted too: of head dim 392 the
-work is 392 / 512 of the last figures, 269/273. So counted the figures are 300 or more from 264 to 384 and from 440 on.
+Wider than 384, or 256 without TMA, dkdv is launched twice, for dk (697/720 at 512) and for dv (726/734), which do five
+matmuls where four are counted. Columns past the head dim (see `padded_head_dim`) are counted too: of head dim 385 the
+work is 385 / 512 of the last figures, 331/341.
+
+Where dk is apart from dv, and in dq, TMA loads wide tensors in halves that take the same shared memory, one of them
+twice, for two matmuls. So tiles of 128 rows fit, whose scores wgmma computes at its full rate: 64 x 64 scores of eight
+warps wait for shared memory. Tiles of 64 rows have 352/357 at 512.
 
 The fused schedule is therefore the default, with three exceptions:
 
