@@ -152,7 +152,7 @@ OPTIONS = {
     "alibi": dict(alibi_slopes=torch.empty(NUM_HEADS)),
     "dropout": dict(dropout_p=0.1, dropout_seed=torch.empty(1, dtype=torch.int64)),
 }
-# Spill instructions in a loop on sm_90 by (head dim, option, kernel), Triton 3.6.0 and later versions; others have none.
+# Spill instructions in a loop on sm_90 by (head dim, option, kernel), Triton 3.6.0 and later versions; others: none.
 SPILLS_OF_OPTIONS = {(512, "dropout", "dk"): (0, 6)}
 
 

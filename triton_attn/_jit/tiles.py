@@ -181,63 +181,68 @@ def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.c
         return tile
 
 
+class Halves(NamedTuple):
+    """A tile whose pieces, of HALF columns at most, are loaded where `dot_halves` and `dot_add_halves` use them.
+
+    seqlen of the rows is None if the tile does not reach past it. Rows with pointers are HEAD_DIM_V wide.
+    """
+
+    rows: object
+    start: object  # the tile's first row
+
+
 @triton.jit
-def _load_half(
-    x,
-    start,
-    ROWS: tl.constexpr,
-    START: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MASKED: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-):
-    """Columns [START, START + BLOCK) of the rows [start, start + ROWS) of the Rows x, which are HEAD_DIM wide."""
-    if x.coords is not None:
-        return _load_piece_tma(x.source[0 if START == 0 else 1], x.coords, start, ROWS, START, BLOCK)
+def load_halves(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, HALVED: tl.constexpr, TILE):
+    """`load_rows`, or with HALVED the Halves that are loaded later."""
+    if HALVED:
+        return Halves(Rows(x.source, x.stride, x.coords, x.seqlen if MASKED else None), start)
     else:
-        rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
-        piece = load_piece(_pointers_from(x, start, ROWS, WIDE_ROWS), rows_mask, START, BLOCK, HEAD_DIM)
+        return load_rows(x, start, ROWS, HEAD_DIM, MASKED, TILE.WIDE_ROWS)
+
+
+@triton.jit
+def _load_half(x, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Columns [START, START + BLOCK) of the Halves x."""
+    rows = x.rows
+    if rows.coords is not None:
+        return _load_piece_tma(rows.source[0 if START == 0 else 1], rows.coords, x.start, ROWS, START, BLOCK)
+    else:
+        rows_mask = None if rows.seqlen is None else x.start + tl.arange(0, ROWS) < rows.seqlen
+        piece = load_piece(
+            _pointers_from(rows, x.start, ROWS, TILE.WIDE_ROWS), rows_mask, START, BLOCK, TILE.HEAD_DIM_V
+        )
         fence_copies()
         return piece
 
 
 @triton.jit
-def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
-    """acc + a @ b.T for the rows b from start on of the Rows x, HEAD_DIM wide, each piece in a `dot_once`.
+def dot_halves(a, x, acc, one, TILE: tl.constexpr):
+    """acc + a @ b.T for the Halves b, each piece in a `dot_once`.
 
-    A piece has HALF columns at most, as in a, and is loaded when the last one has been read: both take the same shared
-    memory.
+    A piece is loaded when the last one has been read: both take the same shared memory.
     """
     ROWS: tl.constexpr = acc.shape[1]
-    FIRST: tl.constexpr = piece_0(HEAD_DIM, HALF)
-    SECOND: tl.constexpr = piece_1(HEAD_DIM, HALF)
-    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
-    acc = dot_once(a[0], _load_half(x, start, ROWS, 0, FIRST, HEAD_DIM, MASKED, WIDE_ROWS), acc, one, PRECISION)
-    if SECOND > 0:
-        half = _load_half(x, start, ROWS, FIRST, SECOND, HEAD_DIM, MASKED, WIDE_ROWS)
-        acc = dot_once(a[1], half, acc, one, PRECISION)
+    FIRST: tl.constexpr = a[0].shape[1]
+    acc = dot_once(a[0], _load_half(x, ROWS, 0, FIRST, TILE), acc, one, TILE.INPUT_PRECISION)
+    if len(a) > 1:
+        half = _load_half(x, ROWS, FIRST, a[1].shape[1], TILE)
+        acc = dot_once(a[1], half, acc, one, TILE.INPUT_PRECISION)
     return acc
 
 
 @triton.jit
-def dot_add_halves(a, x, start, acc, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
-    """acc + a @ b for the rows b from start on of the Rows x, HEAD_DIM wide, loaded piece by piece as in `dot_halves`.
+def dot_add_halves(a, x, acc, TILE: tl.constexpr):
+    """acc + a @ b for the Halves b, loaded piece by piece as in `dot_halves`.
 
     The compiler would keep pieces that it knows to be those of `dot_halves`: start is `computed_again`.
     """
     ROWS: tl.constexpr = a.shape[1]
-    FIRST: tl.constexpr = piece_0(HEAD_DIM, HALF)
-    SECOND: tl.constexpr = piece_1(HEAD_DIM, HALF)
-    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
-    start = computed_again(start)
-    half = _load_half(x, start, ROWS, 0, FIRST, HEAD_DIM, MASKED, WIDE_ROWS)
-    first = tl.dot(a, half, acc[0], input_precision=PRECISION)
-    if SECOND > 0:
-        half = _load_half(x, start, ROWS, FIRST, SECOND, HEAD_DIM, MASKED, WIDE_ROWS)
-        return first, tl.dot(a, half, acc[1], input_precision=PRECISION)
+    FIRST: tl.constexpr = acc[0].shape[1]
+    x = Halves(x.rows, computed_again(x.start))
+    first = tl.dot(a, _load_half(x, ROWS, 0, FIRST, TILE), acc[0], input_precision=TILE.INPUT_PRECISION)
+    if len(acc) > 1:
+        half = _load_half(x, ROWS, FIRST, acc[1].shape[1], TILE)
+        return first, tl.dot(a, half, acc[1], input_precision=TILE.INPUT_PRECISION)
     else:
         return (first,)
 

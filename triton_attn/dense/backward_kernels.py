@@ -33,6 +33,7 @@ from .._jit.tiles import (
     dot_add_halves,
     dot_halves,
     dot_transposed,
+    load_halves,
     load_rows,
     load_tile,
     row_dot,
@@ -223,6 +224,40 @@ def _flash_bwd_delta_kernel(
         tl.store(dsinks_ptr + tl.program_id(0), tl.sum(weights * minus_delta))
 
 
+@triton.jit
+def _rows_of(x, batch, first, head, seqlen, VECTOR: tl.constexpr):
+    """The Rows of one sequence and head of the View x."""
+    x = in_vectors(x, VECTOR)
+    return Rows(row_pointer(x, batch, first, head), x.strides.row, None, seqlen)
+
+
+@triton.jit
+def _scores(a, b, SHAPE: tl.constexpr, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """a @ b.T, of SHAPE; b are Halves if HALVED."""
+    if HALVED:
+        return dot_halves(a, b, apart(tl.zeros(SHAPE, tl.float32), one), one, TILE)
+    else:
+        return dot_transposed(a, b, TILE.INPUT_PRECISION, None, one)
+
+
+@triton.jit
+def _add_scores(a, b, start, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """start + a @ b.T; b are Halves if HALVED."""
+    if HALVED:
+        return dot_halves(a, b, start, one, TILE)
+    else:
+        return dot_transposed(a, b, TILE.INPUT_PRECISION, start, one)
+
+
+@triton.jit
+def _add_product(a, b, acc, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """acc + a @ b, see `dot_add_computed`; b are Halves if HALVED."""
+    if HALVED:
+        return dot_add_halves(a, b, acc, TILE)
+    else:
+        return dot_add_computed(a, b, acc, one, TILE.INPUT_PRECISION)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _flash_bwd_dkdv_kernel(
     q,
@@ -290,9 +325,6 @@ def _flash_bwd_dkdv_kernel(
     v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
     EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
     FROM_SHARED: tl.constexpr = WIDE and TILE.CUT_CHAIN and dk is not None and dv is not None and scores.softcap is None
-    if not TILE.USE_TMA:
-        q = in_vectors(q, TILE.VECTOR)
-        dout = in_vectors(dout, TILE.VECTOR)
 
     offset = -bounds.offset
     seen_by = Window(scores.window.right, scores.window.left)
@@ -311,10 +343,8 @@ def _flash_bwd_dkdv_kernel(
             q_rows = Rows((q_desc, q_desc_rest), None, coords, bounds.seqlen_q)
             dout_rows = Rows((dout_desc, dout_desc_rest), None, coords, bounds.seqlen_q)
         else:
-            q_ptr = row_pointer(q, work.batch, bounds.first_q, head)
-            dout_ptr = row_pointer(dout, work.batch, bounds.first_q, head)
-            q_rows = Rows(q_ptr, q.strides.row, None, bounds.seqlen_q)
-            dout_rows = Rows(dout_ptr, dout.strides.row, None, bounds.seqlen_q)
+            q_rows = _rows_of(q, work.batch, bounds.first_q, head, bounds.seqlen_q, TILE.VECTOR)
+            dout_rows = _rows_of(dout, work.batch, bounds.first_q, head, bounds.seqlen_q, TILE.VECTOR)
         sums_row = tl.cast(head if PACKED else batch_head, tl.int64) * lse_stride + bounds.first_q
         slope = None
         if scores.alibi is not None:
@@ -325,20 +355,14 @@ def _flash_bwd_dkdv_kernel(
         for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
-                if not TWICE:
-                    q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
-                if not HALVED and not LATE:
-                    dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
+                q_tile = load_halves(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, TWICE, TILE)  # (BLOCK_M, HEAD_DIM)
+                if not LATE:
+                    dout_tile = load_halves(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, HALVED, TILE)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
                 if dropout is not None and TWICE:  # before S needs registers
-                    first_key = computed_again(work.start)
-                    keep = keep_mask(dropout, origin, start_m + queries, first_key, BLOCK_N, WHOLE).T
-                if TWICE:
-                    s = apart(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), one)
-                    s = dot_halves(k_tile, q_rows, start_m, s, one, not FULL, HEAD_DIM, TILE)
-                else:
-                    s = dot_transposed(k_tile, q_tile, PRECISION, None, one)  # (BLOCK_N, BLOCK_M)
+                    keep = keep_mask(dropout, origin, start_m + queries, computed_again(work.start), BLOCK_N, WHOLE).T
+                s = _scores(k_tile, q_tile, [BLOCK_N, BLOCK_M], one, TWICE, TILE)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
@@ -354,16 +378,11 @@ def _flash_bwd_dkdv_kernel(
                 minus_delta_ptr = _sums_from(sums.minus_delta_ptr, sums_row, start_m, WIDE)
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
                 dp = _first_dp(minus_delta[None, :], dropout, one, BLOCK_N, BLOCK_M, HALVED)
-                if HALVED:
-                    dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, HEAD_DIM_V, TILE)
-                else:
-                    dp = dot_transposed(v_tile, dout_tile, PRECISION, dp, one)
+                dp = _add_scores(v_tile, dout_tile, dp, one, HALVED, TILE)
                 ds = _score_gradients(factor, dp, minus_delta[None, :], None, dropout)
                 ds = ds.to(k_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
-                if TWICE:
-                    dk_tile = dot_add_halves(ds, q_rows, start_m, dk_tile, not FULL, HEAD_DIM, TILE)
-                elif dk is not None:
-                    dk_tile = dot_add_computed(ds, q_tile, dk_tile, one if FROM_SHARED else None, PRECISION)
+                if dk is not None:
+                    dk_tile = _add_product(ds, q_tile, dk_tile, one if FROM_SHARED else None, TWICE, TILE)
                 if dq is not None or dq_desc is not None:
                     dq_tile = dot_add(ds.T, k_tile, zeros_tile(BLOCK_M, HEAD_DIM), PRECISION)  # (BLOCK_M, HEAD_DIM)
                     if dq_desc is not None:
@@ -405,7 +424,6 @@ def _flash_bwd_dq_kernel(
     sums are RowSums."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
     WIDE: tl.constexpr = fills_registers(TILE.HEAD_DIM, TILE.HEAD_DIM_V)
     STEP: tl.constexpr = -1 if WIDE else 1  # full tiles come first, or last
@@ -440,10 +458,8 @@ def _flash_bwd_dq_kernel(
         k_rows = Rows((k_desc, k_desc_rest), None, coords, bounds.seqlen_k)
         v_rows = Rows((v_desc, v_desc_rest), None, coords, bounds.seqlen_k)
     else:
-        k = in_vectors(k, TILE.VECTOR)
-        v = in_vectors(v, TILE.VECTOR)
-        k_rows = Rows(row_pointer(k, work.batch, bounds.first_k, head_kv), k.strides.row, None, bounds.seqlen_k)
-        v_rows = Rows(row_pointer(v, work.batch, bounds.first_k, head_kv), v.strides.row, None, bounds.seqlen_k)
+        k_rows = _rows_of(k, work.batch, bounds.first_k, head_kv, bounds.seqlen_k, TILE.VECTOR)
+        v_rows = _rows_of(v, work.batch, bounds.first_k, head_kv, bounds.seqlen_k, TILE.VECTOR)
     slope = None
     if scores.alibi is not None:
         slope = tl.load(row_pointer(scores.alibi, work.batch, 0, work.head))
@@ -459,32 +475,20 @@ def _flash_bwd_dq_kernel(
     for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
-            if not TWICE:
-                k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
-            if not TILE.CUT_CHAIN:
-                v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
+            k_tile = load_halves(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, TWICE, TILE)  # (BLOCK_N, HEAD_DIM)
+            v_tile = load_halves(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, TILE.CUT_CHAIN, TILE)
             keep = None
             if dropout is not None:
                 first_query = computed_again(work.start) if WIDE else work.start
                 keep = keep_mask(dropout, origin, first_query + tl.arange(0, BLOCK_M), start_n, BLOCK_N, WHOLE)
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
             dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
-            if TILE.CUT_CHAIN:
-                dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE.HEAD_DIM_V, TILE)
-            else:
-                dp = dot_transposed(dout_tile, v_tile, PRECISION, dp)
-            if TWICE:
-                s = apart(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), one)
-                s = dot_halves(q_tile, k_rows, start_n, s, one, not FULL, TILE.HEAD_DIM, TILE)
-            else:
-                s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
+            dp = _add_scores(dout_tile, v_tile, dp, one, TILE.CUT_CHAIN, TILE)
+            s = _scores(q_tile, k_tile, [BLOCK_M, BLOCK_N], one, TWICE, TILE)
             _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
             ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
             ds = ds.to(q_tile[0].dtype)
-            if TWICE:
-                dq_tile = dot_add_halves(ds, k_rows, start_n, dq_tile, not FULL, TILE.HEAD_DIM, TILE)
-            else:
-                dq_tile = dot_add(ds, k_tile, dq_tile, PRECISION)
+            dq_tile = _add_product(ds, k_tile, dq_tile, None, TWICE, TILE)
 
     first_row, queries_mask = _rows_to_store(bounds.first_q, work.start, bounds.seqlen_q, BLOCK_M, WIDE)
     dq_tile = scale_tile(dq_tile, scores.scale_log2 * LN_2)
