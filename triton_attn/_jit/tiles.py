@@ -182,35 +182,22 @@ def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.c
 
 
 class Halves(NamedTuple):
-    """A tile whose pieces, of HALF columns at most, are loaded where `dot_halves` and `dot_add_halves` use them.
+    """A tile whose pieces, of HALF columns at most, are loaded where `dot_halves` and `dot_add_halves` use them."""
 
-    seqlen of the rows is None if the tile does not reach past it. Rows with pointers are HEAD_DIM_V wide.
-    """
-
-    rows: object
+    rows: object  # Rows; with pointers they are HEAD_DIM_V wide
     start: object  # the tile's first row
-
-
-@triton.jit
-def load_halves(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, HALVED: tl.constexpr, TILE):
-    """`load_rows`, or with HALVED the Halves that are loaded later."""
-    if HALVED:
-        return Halves(Rows(x.source, x.stride, x.coords, x.seqlen if MASKED else None), start)
-    else:
-        return load_rows(x, start, ROWS, HEAD_DIM, MASKED, TILE.WIDE_ROWS)
+    end: object  # of the rows; None if the tile does not reach past it
 
 
 @triton.jit
 def _load_half(x, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Columns [START, START + BLOCK) of the Halves x."""
-    rows = x.rows
-    if rows.coords is not None:
-        return _load_piece_tma(rows.source[0 if START == 0 else 1], rows.coords, x.start, ROWS, START, BLOCK)
+    if x.rows.coords is not None:
+        return _load_piece_tma(x.rows.source[0 if START == 0 else 1], x.rows.coords, x.start, ROWS, START, BLOCK)
     else:
-        rows_mask = None if rows.seqlen is None else x.start + tl.arange(0, ROWS) < rows.seqlen
-        piece = load_piece(
-            _pointers_from(rows, x.start, ROWS, TILE.WIDE_ROWS), rows_mask, START, BLOCK, TILE.HEAD_DIM_V
-        )
+        rows_mask = None if x.end is None else x.start + tl.arange(0, ROWS) < x.end
+        ptrs = _pointers_from(x.rows, x.start, ROWS, TILE.WIDE_ROWS)
+        piece = load_piece(ptrs, rows_mask, START, BLOCK, TILE.HEAD_DIM_V)
         fence_copies()
         return piece
 
@@ -223,10 +210,10 @@ def dot_halves(a, x, acc, one, TILE: tl.constexpr):
     """
     ROWS: tl.constexpr = acc.shape[1]
     FIRST: tl.constexpr = a[0].shape[1]
-    acc = dot_once(a[0], _load_half(x, ROWS, 0, FIRST, TILE), acc, one, TILE.INPUT_PRECISION)
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    acc = dot_once(a[0], _load_half(x, ROWS, 0, FIRST, TILE), acc, one, PRECISION)
     if len(a) > 1:
-        half = _load_half(x, ROWS, FIRST, a[1].shape[1], TILE)
-        acc = dot_once(a[1], half, acc, one, TILE.INPUT_PRECISION)
+        acc = dot_once(a[1], _load_half(x, ROWS, FIRST, a[1].shape[1], TILE), acc, one, PRECISION)
     return acc
 
 
@@ -238,11 +225,12 @@ def dot_add_halves(a, x, acc, TILE: tl.constexpr):
     """
     ROWS: tl.constexpr = a.shape[1]
     FIRST: tl.constexpr = acc[0].shape[1]
-    x = Halves(x.rows, computed_again(x.start))
-    first = tl.dot(a, _load_half(x, ROWS, 0, FIRST, TILE), acc[0], input_precision=TILE.INPUT_PRECISION)
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    x = Halves(x.rows, computed_again(x.start), x.end)
+    first = tl.dot(a, _load_half(x, ROWS, 0, FIRST, TILE), acc[0], input_precision=PRECISION)
     if len(acc) > 1:
         half = _load_half(x, ROWS, FIRST, acc[1].shape[1], TILE)
-        return first, tl.dot(a, half, acc[1], input_precision=TILE.INPUT_PRECISION)
+        return first, tl.dot(a, half, acc[1], input_precision=PRECISION)
     else:
         return (first,)
 

@@ -24,6 +24,7 @@ from .._jit.masks import add_alibi, cap_scores, mask_scores
 from .._jit.softmax import LN_2, LOG2_E
 from .._jit.tiles import (
     HALF,
+    Halves,
     Rows,
     add_tile,
     add_tile_tma,
@@ -33,7 +34,6 @@ from .._jit.tiles import (
     dot_add_halves,
     dot_halves,
     dot_transposed,
-    load_halves,
     load_rows,
     load_tile,
     row_dot,
@@ -225,37 +225,52 @@ def _flash_bwd_delta_kernel(
 
 
 @triton.jit
-def _rows_of(x, batch, first, head, seqlen, VECTOR: tl.constexpr):
-    """The Rows of one sequence and head of the View x."""
-    x = in_vectors(x, VECTOR)
-    return Rows(row_pointer(x, batch, first, head), x.strides.row, None, seqlen)
-
-
-@triton.jit
-def _scores(a, b, SHAPE: tl.constexpr, one, HALVED: tl.constexpr, TILE: tl.constexpr):
-    """a @ b.T, of SHAPE; b are Halves if HALVED."""
+def _scores(a, b, ROWS: tl.constexpr, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """a @ b.T for ROWS rows b, which are Halves if HALVED."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     if HALVED:
-        return dot_halves(a, b, apart(tl.zeros(SHAPE, tl.float32), one), one, TILE)
+        return dot_halves(a, b, apart(tl.zeros([a[0].shape[0], ROWS], tl.float32), one), one, TILE)
     else:
-        return dot_transposed(a, b, TILE.INPUT_PRECISION, None, one)
+        return dot_transposed(a, b, PRECISION, None, one)
 
 
 @triton.jit
 def _add_scores(a, b, start, one, HALVED: tl.constexpr, TILE: tl.constexpr):
     """start + a @ b.T; b are Halves if HALVED."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     if HALVED:
         return dot_halves(a, b, start, one, TILE)
     else:
-        return dot_transposed(a, b, TILE.INPUT_PRECISION, start, one)
+        return dot_transposed(a, b, PRECISION, start, one)
 
 
 @triton.jit
 def _add_product(a, b, acc, one, HALVED: tl.constexpr, TILE: tl.constexpr):
     """acc + a @ b, see `dot_add_computed`; b are Halves if HALVED."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     if HALVED:
         return dot_add_halves(a, b, acc, TILE)
     else:
-        return dot_add_computed(a, b, acc, one, TILE.INPUT_PRECISION)
+        return dot_add_computed(a, b, acc, one, PRECISION)
+
+
+@triton.jit
+def _add_rows(dq, dq_tile, batch, first_row, head, num_rows, TILE: tl.constexpr):
+    """Add a tile to num_rows rows of the View dq, or to all of its rows if that is None."""
+    mask = None if num_rows is None else tl.arange(0, TILE.BLOCK_M) < num_rows
+    dq_ptrs = tile_pointers(dq, batch, first_row, head, TILE.BLOCK_M, TILE.WIDE_ROWS)
+    add_tile(dq_ptrs, mask, dq_tile, TILE.HEAD_DIM)
+
+
+@triton.jit
+def _clear_spare_keys(dk, dv, work, bounds, cu_seqlens_k_ptr, seqlen_k, TILE: tl.constexpr):
+    """Zero the gradients of rows that belong to no sequence, if this program is to clear some."""
+    end_row = bounds.first_k + bounds.seqlen_k
+    num_own = bounds.seqlen_k - work.start
+    spare = spare_rows_of(work, cu_seqlens_k_ptr, seqlen_k, end_row, num_own, TILE.BLOCK_N)
+    if spare.any:
+        clear_rows(dk, work.head, spare, TILE.BLOCK_N, TILE.HEAD_DIM)
+        clear_rows(dv, work.head, spare, TILE.BLOCK_N, TILE.HEAD_DIM_V)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -305,11 +320,7 @@ def _flash_bwd_dkdv_kernel(
     first_row = bounds.first_k + work.start
     num_own = bounds.seqlen_k - work.start
     if PACKED and num_own < BLOCK_N:
-        end_row = bounds.first_k + bounds.seqlen_k
-        spare = spare_rows_of(work, seqs.cu_seqlens_k_ptr, seqlen_k, end_row, num_own, BLOCK_N)
-        if spare.any:
-            clear_rows(dk, work.head, spare, BLOCK_N, HEAD_DIM)
-            clear_rows(dv, work.head, spare, BLOCK_N, HEAD_DIM_V)
+        _clear_spare_keys(dk, dv, work, bounds, seqs.cu_seqlens_k_ptr, seqlen_k, TILE)
     if num_own <= 0:
         return
 
@@ -325,6 +336,9 @@ def _flash_bwd_dkdv_kernel(
     v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
     EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
     FROM_SHARED: tl.constexpr = WIDE and TILE.CUT_CHAIN and dk is not None and dv is not None and scores.softcap is None
+    if not TILE.USE_TMA:
+        q = in_vectors(q, TILE.VECTOR)
+        dout = in_vectors(dout, TILE.VECTOR)
 
     offset = -bounds.offset
     seen_by = Window(scores.window.right, scores.window.left)
@@ -343,8 +357,10 @@ def _flash_bwd_dkdv_kernel(
             q_rows = Rows((q_desc, q_desc_rest), None, coords, bounds.seqlen_q)
             dout_rows = Rows((dout_desc, dout_desc_rest), None, coords, bounds.seqlen_q)
         else:
-            q_rows = _rows_of(q, work.batch, bounds.first_q, head, bounds.seqlen_q, TILE.VECTOR)
-            dout_rows = _rows_of(dout, work.batch, bounds.first_q, head, bounds.seqlen_q, TILE.VECTOR)
+            q_ptr = row_pointer(q, work.batch, bounds.first_q, head)
+            dout_ptr = row_pointer(dout, work.batch, bounds.first_q, head)
+            q_rows = Rows(q_ptr, q.strides.row, None, bounds.seqlen_q)
+            dout_rows = Rows(dout_ptr, dout.strides.row, None, bounds.seqlen_q)
         sums_row = tl.cast(head if PACKED else batch_head, tl.int64) * lse_stride + bounds.first_q
         slope = None
         if scores.alibi is not None:
@@ -355,14 +371,20 @@ def _flash_bwd_dkdv_kernel(
         for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
-                q_tile = load_halves(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, TWICE, TILE)  # (BLOCK_M, HEAD_DIM)
-                if not LATE:
-                    dout_tile = load_halves(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, HALVED, TILE)
+                end_m = None if FULL else bounds.seqlen_q
+                if TWICE:
+                    q_tile = Halves(q_rows, start_m, end_m)
+                else:
+                    q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
+                if HALVED:
+                    dout_tile = Halves(dout_rows, start_m, end_m)
+                elif not LATE:
+                    dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
                 if dropout is not None and TWICE:  # before S needs registers
                     keep = keep_mask(dropout, origin, start_m + queries, computed_again(work.start), BLOCK_N, WHOLE).T
-                s = _scores(k_tile, q_tile, [BLOCK_N, BLOCK_M], one, TWICE, TILE)
+                s = _scores(k_tile, q_tile, BLOCK_M, one, TWICE, TILE)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
@@ -388,9 +410,8 @@ def _flash_bwd_dkdv_kernel(
                     if dq_desc is not None:
                         add_tile_tma((dq_desc, dq_desc_rest), coords, start_m, dq_tile, HEAD_DIM)
                     else:
-                        dq_mask = queries < queries_left if not FULL else None
-                        dq_ptrs = tile_pointers(dq, work.batch, bounds.first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-                        add_tile(dq_ptrs, dq_mask, dq_tile, HEAD_DIM)
+                        num_left = None if FULL else queries_left
+                        _add_rows(dq, dq_tile, work.batch, bounds.first_q + start_m, head, num_left, TILE)
 
     first_row, keys_mask = _rows_to_store(bounds.first_k, work.start, bounds.seqlen_k, BLOCK_N, WIDE)
     _store_gradient(dk, work, first_row, keys_mask, scale_tile(dk_tile, scores.scale_log2 * LN_2), HEAD_DIM, WIDE_ROWS)
@@ -458,8 +479,10 @@ def _flash_bwd_dq_kernel(
         k_rows = Rows((k_desc, k_desc_rest), None, coords, bounds.seqlen_k)
         v_rows = Rows((v_desc, v_desc_rest), None, coords, bounds.seqlen_k)
     else:
-        k_rows = _rows_of(k, work.batch, bounds.first_k, head_kv, bounds.seqlen_k, TILE.VECTOR)
-        v_rows = _rows_of(v, work.batch, bounds.first_k, head_kv, bounds.seqlen_k, TILE.VECTOR)
+        k = in_vectors(k, TILE.VECTOR)
+        v = in_vectors(v, TILE.VECTOR)
+        k_rows = Rows(row_pointer(k, work.batch, bounds.first_k, head_kv), k.strides.row, None, bounds.seqlen_k)
+        v_rows = Rows(row_pointer(v, work.batch, bounds.first_k, head_kv), v.strides.row, None, bounds.seqlen_k)
     slope = None
     if scores.alibi is not None:
         slope = tl.load(row_pointer(scores.alibi, work.batch, 0, work.head))
@@ -475,8 +498,15 @@ def _flash_bwd_dq_kernel(
     for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
-            k_tile = load_halves(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, TWICE, TILE)  # (BLOCK_N, HEAD_DIM)
-            v_tile = load_halves(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, TILE.CUT_CHAIN, TILE)
+            end_n = None if FULL else bounds.seqlen_k
+            if TWICE:
+                k_tile = Halves(k_rows, start_n, end_n)
+            else:
+                k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
+            if TILE.CUT_CHAIN:
+                v_tile = Halves(v_rows, start_n, end_n)
+            else:
+                v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
                 first_query = computed_again(work.start) if WIDE else work.start
@@ -484,7 +514,7 @@ def _flash_bwd_dq_kernel(
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
             dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
             dp = _add_scores(dout_tile, v_tile, dp, one, TILE.CUT_CHAIN, TILE)
-            s = _scores(q_tile, k_tile, [BLOCK_M, BLOCK_N], one, TWICE, TILE)
+            s = _scores(q_tile, k_tile, BLOCK_N, one, TWICE, TILE)
             _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
             ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
             ds = ds.to(q_tile[0].dtype)
