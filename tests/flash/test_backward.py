@@ -21,6 +21,7 @@ from triton.runtime import interpreter
 
 from triton_attn import flash_attention, reference
 from triton_attn._host.gpu import repeats_rows
+from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.flash.configs import FlashConfig
 from triton_attn.testing import assert_close_to_reference
 
@@ -61,6 +62,17 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps, use_tma):
     )
     assert repeats_rows("interpreter", 64, num_warps) == (num_warps == 8)
     check(case)
+
+
+@pytest.mark.ci
+@pytest.mark.oldest
+@pytest.mark.emulated
+@pytest.mark.parametrize("head_dims", [(392, 392), (384, 264)], ids=str)
+def test_tiles_whose_halves_are_loaded_twice(head_dims):
+    """The default tiles of wide heads on sm_90."""
+    rows, columns = (replace(TILE, block_m=m, block_n=n, num_warps=8, use_tma=True) for m, n in ((128, 64), (64, 128)))
+    case = replace(PLAIN, **WIDE_BIT_OF_EVERYTHING, head_dim=head_dims[0], head_dim_v=head_dims[1], dropout_p=0.2)
+    check(replace(case, dtype=torch.bfloat16, tiles=BackwardConfig(rows, columns, None)))
 
 
 @pytest.mark.ci(but_each=5)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .heads import row_pointer
-from .workarounds import apart, dot_once, fence_copies
+from .workarounds import apart, computed_again, dot_once, fence_copies
 
 # The row at which every sequence of a packed tensor ends in its TMA descriptors. No packed tensor has as many rows.
 PACKED_END: tl.constexpr = tl.constexpr(2**30)
@@ -181,33 +181,58 @@ def load_rows(x, start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.c
         return tile
 
 
+class Halves(NamedTuple):
+    """A tile whose pieces, of HALF columns at most, are loaded where `dot_halves` and `dot_add_halves` use them."""
+
+    rows: object  # Rows; with pointers they are HEAD_DIM_V wide
+    start: object  # the tile's first row
+    end: object  # of the rows; None if the tile does not reach past it
+
+
 @triton.jit
-def _load_half(x, start, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, TILE):
-    """Columns [START, START + BLOCK) of the rows [start, start + ROWS) of the Rows x, which are HEAD_DIM_V wide."""
-    if x.coords is not None:
-        return _load_piece_tma(x.source[0 if START == 0 else 1], x.coords, start, ROWS, START, BLOCK)
+def _load_half(x, ROWS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Columns [START, START + BLOCK) of the Halves x."""
+    if x.rows.coords is not None:
+        return _load_piece_tma(x.rows.source[0 if START == 0 else 1], x.rows.coords, x.start, ROWS, START, BLOCK)
     else:
-        rows_mask = start + tl.arange(0, ROWS) < x.seqlen if MASKED else None
-        piece = load_piece(_pointers_from(x, start, ROWS, TILE.WIDE_ROWS), rows_mask, START, BLOCK, TILE.HEAD_DIM_V)
+        rows_mask = None if x.end is None else x.start + tl.arange(0, ROWS) < x.end
+        ptrs = _pointers_from(x.rows, x.start, ROWS, TILE.WIDE_ROWS)
+        piece = load_piece(ptrs, rows_mask, START, BLOCK, TILE.HEAD_DIM_V)
         fence_copies()
         return piece
 
 
 @triton.jit
-def dot_halves(a, x, start, acc, one, MASKED: tl.constexpr, TILE: tl.constexpr):
-    """acc + a @ b.T for the rows b from start on of the Rows x, HEAD_DIM_V wide, each piece in a `dot_once`.
+def dot_halves(a, x, acc, one, TILE: tl.constexpr):
+    """acc + a @ b.T for the Halves b, each piece in a `dot_once`.
 
-    A piece has HALF columns at most, as in a, and is loaded when the last one has been read: both take the same shared
-    memory.
+    A piece is loaded when the last one has been read: both take the same shared memory.
     """
     ROWS: tl.constexpr = acc.shape[1]
-    FIRST: tl.constexpr = piece_0(TILE.HEAD_DIM_V, HALF)
-    SECOND: tl.constexpr = piece_1(TILE.HEAD_DIM_V, HALF)
+    FIRST: tl.constexpr = a[0].shape[1]
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    acc = dot_once(a[0], _load_half(x, start, ROWS, 0, FIRST, MASKED, TILE), acc, one, PRECISION)
-    if SECOND > 0:
-        acc = dot_once(a[1], _load_half(x, start, ROWS, FIRST, SECOND, MASKED, TILE), acc, one, PRECISION)
+    acc = dot_once(a[0], _load_half(x, ROWS, 0, FIRST, TILE), acc, one, PRECISION)
+    if len(a) > 1:
+        acc = dot_once(a[1], _load_half(x, ROWS, FIRST, a[1].shape[1], TILE), acc, one, PRECISION)
     return acc
+
+
+@triton.jit
+def dot_add_halves(a, x, acc, TILE: tl.constexpr):
+    """acc + a @ b for the Halves b, loaded piece by piece as in `dot_halves`.
+
+    The compiler would keep pieces that it knows to be those of `dot_halves`: start is `computed_again`.
+    """
+    ROWS: tl.constexpr = a.shape[1]
+    FIRST: tl.constexpr = acc[0].shape[1]
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    x = Halves(x.rows, computed_again(x.start), x.end)
+    first = tl.dot(a, _load_half(x, ROWS, 0, FIRST, TILE), acc[0], input_precision=PRECISION)
+    if len(acc) > 1:
+        half = _load_half(x, ROWS, FIRST, acc[1].shape[1], TILE)
+        return first, tl.dot(a, half, acc[1], input_precision=PRECISION)
+    else:
+        return (first,)
 
 
 @triton.jit

@@ -150,13 +150,13 @@ def plan_kernel(
     over_keys: bool = False,
     outputs: tuple = (),
     repeats: Callable = repeats_chains,
-    halved: int | None = None,
+    halved: tuple[int, ...] = (),
 ) -> Plan:
     """The Plan of a kernel whose programs take a tile of queries and loop over keys; with over_keys the reverse.
 
     use_tma: TMA loads the tensors of the loop, k and v or q and out, and adds to the first of outputs. outputs are
     (shape, strides) of what the kernel writes besides out, with strides None for one that is not wanted. repeats
-    says for which tiles to cut the chain of matmuls, and halved which of the layouts `dot_halves` then loads.
+    says for which tiles to cut the chain of matmuls, and halved which of the layouts are then loaded in halves.
     """
     layouts = *key.layouts, *outputs
     all_strides = [strides for _, strides in layouts if strides is not None]
@@ -192,7 +192,7 @@ def plan_kernel(
         strides
         and Operand(
             Strides(*without_dim(strides)),
-            tma_geometry(shape, strides, block_walked, cut_chain and i == halved) if i in by_tma else None,
+            tma_geometry(shape, strides, block_walked, cut_chain and i in halved) if i in by_tma else None,
         )
         for i, (shape, strides) in enumerate(layouts)
     ]

@@ -51,7 +51,8 @@ def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, conf
     want_dq, want_dk, want_dv = wanted
     key = key_of(call, dout)
     config = config or _config_of(key)
-    apart = dk_apart_from_dv(key.arch, key.head_dims, config.dkdv)
+    has_factor = options.softcap is not None or options.dropout_p > 0
+    apart = dk_apart_from_dv(key.arch, key.head_dims, config.dkdv, has_factor)
     fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic and not apart
 
     layout = torch.preserve_format if like_inputs else torch.contiguous_format
@@ -82,7 +83,8 @@ def _config_of(key):
     aligned = key.q_aligned and key.kv_aligned
     access = "scalar" if key.vector == 1 or not aligned else "tma" if key.suits_tma(0, 1, 2, 3) else "vector"
     shape = key.problem.dtype, *key.head_dims, key.causal, access
-    case = FlashCase(key.arch, *shape, is_plain=key.is_plain, seqlen_k=key.max_seqlen_k)
+    softcap, dropout = key.problem.softcap is not None, key.has_dropout
+    case = FlashCase(key.arch, *shape, "ieee", softcap, dropout, key.is_plain, key.max_seqlen_k)
     config = choose(BackwardConfig, case)
     check_shared_memory(config, case)
     return config
@@ -127,7 +129,7 @@ def _plan_dkdv(key, tiles, dq_sum, dk, dv):
         over_keys=True,
         outputs=outputs,
         repeats=repeats_rows,
-        halved=3 if dv is None else None,
+        halved=(0, 3) if dv is None else (),
     )
 
 
@@ -156,7 +158,7 @@ def _plan_dq(key, tiles, dq):
     use_tma = tiles.use_tma and key.kv_aligned and key.suits_tma(1, 2)
     hoist = may_hoist("dq", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
     return plan_kernel(
-        key, tiles, use_tma, hoist, outputs=((key.problem.layout[0][0], dq),), repeats=repeats_rows, halved=2
+        key, tiles, use_tma, hoist, outputs=((key.problem.layout[0][0], dq),), repeats=repeats_rows, halved=(1, 2)
     )
 
 

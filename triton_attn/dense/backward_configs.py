@@ -15,13 +15,17 @@ five are counted: 5 / (4 / dkdv + 3 / dq).
     192, 128    619/624    668/663    456/457    599/599
     192         581/588    677/678    442/445    318/314
     256         372/374    689/713    331/335    374/365
-    320         504/517    547/537    373/375    -
-    384         541/546    497/499    372/375    -
-    512         455/461    552/561    352/357    -
+    320         514/517    644/656    402/406    -
+    384         541/545    666/681    420/426    -
+    512         567/580    701/727    441/454    -
 
-Wider than 384, or 256 without TMA, dkdv is launched twice, for dk (546/557 at 512) and for dv (608/609), which do five
-matmuls where four are counted. Columns past the head dim (see `padded_head_dim`) are counted too: of head dim 392 the
-work is 392 / 512 of the last figures, 269/273. So counted the figures are 300 or more from 264 to 384 and from 440 on.
+Wider than 384, or 256 without TMA, dkdv is launched twice, for dk (697/720 at 512) and for dv (726/734), which do five
+matmuls where four are counted. Columns past the head dim (see `padded_head_dim`) are counted too: of head dim 385 the
+work is 385 / 512 of the last figures, 331/341.
+
+Where dk is apart from dv, and in dq, TMA loads wide tensors in halves that take the same shared memory, one of them
+twice, for two matmuls. So tiles of 128 rows fit, whose scores wgmma computes at its full rate: 64 x 64 scores of eight
+warps wait for shared memory. Tiles of 64 rows have 352/357 at 512.
 
 The fused schedule is therefore the default, with three exceptions:
 
@@ -50,15 +54,18 @@ from .tiles import HALF, FlashCase, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
 WIDEST_IN_ONE_LAUNCH = 384  # head dim, of dk and dv together on any GPU
+WIDEST_WITH_FACTOR = 320
 
 
-def dk_apart_from_dv(arch, head_dims, tile):
+def dk_apart_from_dv(arch, head_dims, tile, has_factor=False):
     """Whether dkdv is launched twice, for dk and for dv, and never fused: registers hold 64 rows of 512 columns.
 
-    With TMA, which needs no registers for addresses, wgmma has room for the sums of both up to WIDEST_IN_ONE_LAUNCH.
+    With TMA, which needs no registers for addresses, wgmma has room for the sums of both up to WIDEST_IN_ONE_LAUNCH;
+    with has_factor (softcap or dropout, which need registers of their own) up to WIDEST_WITH_FACTOR.
     """
     padded = [padded_head_dim(head_dim) for head_dim in head_dims]
-    fits = gpu_of(arch).wgmma and tile.use_tma and max(padded) <= WIDEST_IN_ONE_LAUNCH
+    widest = WIDEST_WITH_FACTOR if has_factor else WIDEST_IN_ONE_LAUNCH
+    fits = gpu_of(arch).wgmma and tile.use_tma and max(padded) <= widest
     return sum(padded) > 512 and not fits
 
 
@@ -77,7 +84,8 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
     @classmethod
     def default(cls, case):
         """The first row of the table whose width is at least the mean of the two head dims and 5/6 of head_dim, the
-        width of dq. Head dims are padded as in the kernels. causal has no effect so far."""
+        width of dq; the last row where softcap or dropout part dk from dv. Head dims are padded as in the kernels.
+        causal has no effect so far."""
         if case.arch == "interpreter":
             return cls(*3 * (Tile(64, 64, 4, 1),))
         if case.is_half:
@@ -87,13 +95,15 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
             table = _FLOAT
         head_dim, head_dim_v = padded_head_dim(case.head_dim), padded_head_dim(case.head_dim_v)
         width = max((head_dim + head_dim_v) / 2, head_dim * 5 / 6)
+        if (case.softcap or case.dropout) and WIDEST_WITH_FACTOR < width <= WIDEST_IN_ONE_LAUNCH:
+            width = 512  # dk is apart from dv
         return next(cls(*tiles) for limit, *tiles in table if width <= limit)
 
     @classmethod
     def search_space(cls, case, kernel):
         """All tiles of one kernel without an `objection`. The default, if there is one, comes first."""
         wide = max(case.head_dim, case.head_dim_v) > HALF
-        blocks = (16, 32, 64) if wide or not case.is_half else (32, 64, 128)
+        blocks = (16, 32, 64, 128) if wide and case.is_half else (32, 64, 128) if case.is_half else (16, 32, 64)
         stages = (1,) if case.gpu.is_amd else (1, 2, 3)
         use_tma = (True, False) if case.gpu.tma and case.is_half else (False,)
         candidates = itertools.starmap(Tile, itertools.product(blocks, blocks, (4, 8), stages, use_tma))
@@ -108,7 +118,7 @@ class BackwardConfig(Config, family="flash_backward", case={"head_dim": int, "he
 
 
 def _is_apart(tile, case):
-    return dk_apart_from_dv(case.arch, (case.head_dim, case.head_dim_v), tile)
+    return dk_apart_from_dv(case.arch, (case.head_dim, case.head_dim_v), tile, case.softcap or case.dropout)
 
 
 def _obstacle(kernel, tile, case):
@@ -169,17 +179,23 @@ def shared_bytes(kernel, tile, case):
     row, stay, pass_by = _rows(kernel, tile, case)
     if case.gpu.is_amd:
         return max(stay, pass_by) * row // 2
-    scores = tile.block_m * tile.block_n * case.dtype.itemsize if kernel == "fused" else 0
-    passing = pass_by * (row - _halved_away(kernel, stay, tile, case) * case.dtype.itemsize)
-    return stay * row + max(1, case.gpu.buffers(tile.num_stages)) * passing + scores
+    scores = tile.block_m * tile.block_n * case.dtype.itemsize
+    halved = _is_halved(kernel, stay, tile, case)
+    if halved and tile.use_tma and tile.num_stages == 1:  # every half takes the same shared memory
+        return stay * row + pass_by * HALF * case.dtype.itemsize + scores
+    if halved and tile.use_tma:  # the tensor that is loaded twice
+        passing = pass_by * (row + padded_head_dim(case.head_dim) * case.dtype.itemsize)
+    else:
+        passing = pass_by * (row - halved * max(0, padded_head_dim(case.head_dim_v) - HALF) * case.dtype.itemsize)
+    buffers = max(1, case.gpu.buffers(tile.num_stages))
+    return stay * row + buffers * passing + (scores if kernel == "fused" else 0)
 
 
-def _halved_away(kernel, rows, tile, case):
-    """Columns of dO or V that the loop never holds together with the others, see `dot_halves`."""
-    if kernel == "fused" or not repeats_rows(case.arch, rows, tile.num_warps):
-        return 0
-    halved = kernel == "dq" or _is_apart(tile, case)
-    return max(0, padded_head_dim(case.head_dim_v) - HALF) if halved else 0
+def _is_halved(kernel, rows, tile, case):
+    """Whether the loop loads dO or V in halves, one after the other, see `dot_halves`; with TMA q or k too."""
+    if kernel == "fused" or max(case.head_dim, case.head_dim_v) <= HALF:
+        return False
+    return repeats_rows(case.arch, rows, tile.num_warps) and (kernel == "dq" or _is_apart(tile, case))
 
 
 def _registers(kernel, tile, case):
@@ -243,8 +259,8 @@ _HALF = {
             (160, _tma(64, 128, 8, 1), _tma(128, 64, 8, 2), _tma(64, 128, 8, 1)),
             (192, _tma(32, 128, 8, 2), _tma(128, 64, 8, 2), None),
             (256, _tma(64, 64, 8, 1), _tma(128, 64, 8, 1), _tma(64, 64, 8, 1)),
-            (320, _tma(64, 64, 8, 1), _tma(128, 32, 8, 1), None),
-            (512, _tma(64, 64, 8, 1), _tma(64, 64, 8, 1), None),
+            (384, _tma(64, 64, 8, 1), _tma(64, 128, 8, 1), None),
+            (512, _tma(128, 64, 8, 1), _tma(64, 128, 8, 1), None),
         ),
         "vector": (
             (64, Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),

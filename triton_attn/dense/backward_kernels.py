@@ -24,12 +24,14 @@ from .._jit.masks import add_alibi, cap_scores, mask_scores
 from .._jit.softmax import LN_2, LOG2_E
 from .._jit.tiles import (
     HALF,
+    Halves,
     Rows,
     add_tile,
     add_tile_tma,
     clear_rows,
     dot_add,
     dot_add_computed,
+    dot_add_halves,
     dot_halves,
     dot_transposed,
     load_rows,
@@ -222,6 +224,55 @@ def _flash_bwd_delta_kernel(
         tl.store(dsinks_ptr + tl.program_id(0), tl.sum(weights * minus_delta))
 
 
+@triton.jit
+def _scores(a, b, ROWS: tl.constexpr, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """a @ b.T for ROWS rows b, which are Halves if HALVED."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    if HALVED:
+        return dot_halves(a, b, apart(tl.zeros([a[0].shape[0], ROWS], tl.float32), one), one, TILE)
+    else:
+        return dot_transposed(a, b, PRECISION, None, one)
+
+
+@triton.jit
+def _add_scores(a, b, start, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """start + a @ b.T; b are Halves if HALVED."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    if HALVED:
+        return dot_halves(a, b, start, one, TILE)
+    else:
+        return dot_transposed(a, b, PRECISION, start, one)
+
+
+@triton.jit
+def _add_product(a, b, acc, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """acc + a @ b, see `dot_add_computed`; b are Halves if HALVED."""
+    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
+    if HALVED:
+        return dot_add_halves(a, b, acc, TILE)
+    else:
+        return dot_add_computed(a, b, acc, one, PRECISION)
+
+
+@triton.jit
+def _add_rows(dq, dq_tile, batch, first_row, head, num_rows, TILE: tl.constexpr):
+    """Add a tile to num_rows rows of the View dq, or to all of its rows if that is None."""
+    mask = None if num_rows is None else tl.arange(0, TILE.BLOCK_M) < num_rows
+    dq_ptrs = tile_pointers(dq, batch, first_row, head, TILE.BLOCK_M, TILE.WIDE_ROWS)
+    add_tile(dq_ptrs, mask, dq_tile, TILE.HEAD_DIM)
+
+
+@triton.jit
+def _clear_spare_keys(dk, dv, work, bounds, cu_seqlens_k_ptr, seqlen_k, TILE: tl.constexpr):
+    """Zero the gradients of rows that belong to no sequence, if this program is to clear some."""
+    end_row = bounds.first_k + bounds.seqlen_k
+    num_own = bounds.seqlen_k - work.start
+    spare = spare_rows_of(work, cu_seqlens_k_ptr, seqlen_k, end_row, num_own, TILE.BLOCK_N)
+    if spare.any:
+        clear_rows(dk, work.head, spare, TILE.BLOCK_N, TILE.HEAD_DIM)
+        clear_rows(dv, work.head, spare, TILE.BLOCK_N, TILE.HEAD_DIM_V)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _flash_bwd_dkdv_kernel(
     q,
@@ -269,11 +320,7 @@ def _flash_bwd_dkdv_kernel(
     first_row = bounds.first_k + work.start
     num_own = bounds.seqlen_k - work.start
     if PACKED and num_own < BLOCK_N:
-        end_row = bounds.first_k + bounds.seqlen_k
-        spare = spare_rows_of(work, seqs.cu_seqlens_k_ptr, seqlen_k, end_row, num_own, BLOCK_N)
-        if spare.any:
-            clear_rows(dk, work.head, spare, BLOCK_N, HEAD_DIM)
-            clear_rows(dv, work.head, spare, BLOCK_N, HEAD_DIM_V)
+        _clear_spare_keys(dk, dv, work, bounds, seqs.cu_seqlens_k_ptr, seqlen_k, TILE)
     if num_own <= 0:
         return
 
@@ -281,8 +328,11 @@ def _flash_bwd_dkdv_kernel(
     keys_mask = keys < bounds.seqlen_k
     k_ptrs = tile_pointers(in_vectors(k, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
     v_ptrs = tile_pointers(in_vectors(v, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_N, WIDE_ROWS)
-    k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
     HALVED: tl.constexpr = TILE.CUT_CHAIN and dv is None
+    TWICE: tl.constexpr = HALVED and TILE.USE_TMA  # q is loaded for S and again for dK; a load takes no registers
+    LATE: tl.constexpr = TILE.CUT_CHAIN and TILE.USE_TMA and dk is None  # dO takes the shared memory of q
+    WIDEST: tl.constexpr = HALF if TWICE else 512
+    k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM, WIDEST)  # (BLOCK_N, HEAD_DIM)
     v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
     EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
     FROM_SHARED: tl.constexpr = WIDE and TILE.CUT_CHAIN and dk is not None and dv is not None and scores.softcap is None
@@ -297,7 +347,7 @@ def _flash_bwd_dkdv_kernel(
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_q, seen_by, BLOCK_M)
     blocks = all_partial(blocks, num_own < BLOCK_N)  # rows past the last key need a mask
     WHOLE: tl.constexpr = seqs.shard_ptr is None
-    dk_tile = zeros_tile(BLOCK_N, HEAD_DIM)  # (BLOCK_N, HEAD_DIM)
+    dk_tile = zeros_tile(BLOCK_N, HEAD_DIM, WIDEST)  # (BLOCK_N, HEAD_DIM)
     dv_tile = zeros_tile(BLOCK_N, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
     for member in tl.range(0, heads.group_size):
         head = work.head * heads.group_size + member
@@ -321,40 +371,47 @@ def _flash_bwd_dkdv_kernel(
         for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
-                q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
-                if not HALVED:
+                end_m = None if FULL else bounds.seqlen_q
+                if TWICE:
+                    q_tile = Halves(q_rows, start_m, end_m)
+                else:
+                    q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
+                if HALVED:
+                    dout_tile = Halves(dout_rows, start_m, end_m)
+                elif not LATE:
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
-                s = dot_transposed(k_tile, q_tile, PRECISION, None, one)  # (BLOCK_N, BLOCK_M)
+                if dropout is not None and TWICE:  # before S needs registers
+                    keep = keep_mask(dropout, origin, start_m + queries, computed_again(work.start), BLOCK_N, WHOLE).T
+                s = _scores(k_tile, q_tile, BLOCK_M, one, TWICE, TILE)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
                 if dropout is not None:
-                    keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
+                    if not TWICE:
+                        keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
                     p, factor = _drop_weights(p, factor, keep, dropout)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
+                if LATE:
+                    dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 if dv is not None:
                     dv_tile = dot_add_computed(p, dout_tile, dv_tile, one if FROM_SHARED else None, PRECISION)
                 minus_delta_ptr = _sums_from(sums.minus_delta_ptr, sums_row, start_m, WIDE)
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
                 dp = _first_dp(minus_delta[None, :], dropout, one, BLOCK_N, BLOCK_M, HALVED)
-                if HALVED:
-                    dp = dot_halves(v_tile, dout_rows, start_m, dp, one, not FULL, TILE)
-                else:
-                    dp = dot_transposed(v_tile, dout_tile, PRECISION, dp, one)
+                dp = _add_scores(v_tile, dout_tile, dp, one, HALVED, TILE)
                 ds = _score_gradients(factor, dp, minus_delta[None, :], None, dropout)
-                ds = ds.to(q_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
+                ds = ds.to(k_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
                 if dk is not None:
-                    dk_tile = dot_add_computed(ds, q_tile, dk_tile, one if FROM_SHARED else None, PRECISION)
+                    dk_tile = _add_product(ds, q_tile, dk_tile, one if FROM_SHARED else None, TWICE, TILE)
                 if dq is not None or dq_desc is not None:
                     dq_tile = dot_add(ds.T, k_tile, zeros_tile(BLOCK_M, HEAD_DIM), PRECISION)  # (BLOCK_M, HEAD_DIM)
                     if dq_desc is not None:
                         add_tile_tma((dq_desc, dq_desc_rest), coords, start_m, dq_tile, HEAD_DIM)
                     else:
-                        dq_mask = queries < queries_left if not FULL else None
-                        dq_ptrs = tile_pointers(dq, work.batch, bounds.first_q + start_m, head, BLOCK_M, WIDE_ROWS)
-                        add_tile(dq_ptrs, dq_mask, dq_tile, HEAD_DIM)
+                        num_left = None if FULL else queries_left
+                        _add_rows(dq, dq_tile, work.batch, bounds.first_q + start_m, head, num_left, TILE)
 
     first_row, keys_mask = _rows_to_store(bounds.first_k, work.start, bounds.seqlen_k, BLOCK_N, WIDE)
     _store_gradient(dk, work, first_row, keys_mask, scale_tile(dk_tile, scores.scale_log2 * LN_2), HEAD_DIM, WIDE_ROWS)
@@ -388,7 +445,6 @@ def _flash_bwd_dq_kernel(
     sums are RowSums."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     WIDE_ROWS: tl.constexpr = TILE.WIDE_ROWS
     WIDE: tl.constexpr = fills_registers(TILE.HEAD_DIM, TILE.HEAD_DIM_V)
     STEP: tl.constexpr = -1 if WIDE else 1  # full tiles come first, or last
@@ -409,8 +465,9 @@ def _flash_bwd_dq_kernel(
     queries_mask = queries < bounds.seqlen_q
     q_ptrs = tile_pointers(in_vectors(q, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
     dout_ptrs = tile_pointers(in_vectors(dout, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
-    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    TWICE: tl.constexpr = TILE.CUT_CHAIN and TILE.USE_TMA
     WIDEST: tl.constexpr = HALF if TILE.CUT_CHAIN else 512
+    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM, HALF if TWICE else 512)  # (BLOCK_M, HEAD_DIM)
     dout_tile = load_tile(dout_ptrs, queries_mask, TILE.HEAD_DIM_V, WIDEST)  # (BLOCK_M, HEAD_DIM_V)
     EXACT: tl.constexpr = q_tile[0].dtype == tl.float32
     sums_row = tl.cast(work.head if PACKED else work.batch_head, tl.int64) * lse_stride + bounds.first_q
@@ -437,26 +494,31 @@ def _flash_bwd_dq_kernel(
     ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
     origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
-    dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM)  # (BLOCK_M, HEAD_DIM)
+    dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM, HALF if TWICE else 512)  # (BLOCK_M, HEAD_DIM)
     for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
-            k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
-            if not TILE.CUT_CHAIN:
+            end_n = None if FULL else bounds.seqlen_k
+            if TWICE:
+                k_tile = Halves(k_rows, start_n, end_n)
+            else:
+                k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
+            if TILE.CUT_CHAIN:
+                v_tile = Halves(v_rows, start_n, end_n)
+            else:
                 v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
-                keep = keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE)
+                first_query = computed_again(work.start) if WIDE else work.start
+                keep = keep_mask(dropout, origin, first_query + tl.arange(0, BLOCK_M), start_n, BLOCK_N, WHOLE)
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
             dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
-            if TILE.CUT_CHAIN:
-                dp = dot_halves(dout_tile, v_rows, start_n, dp, one, not FULL, TILE)
-            else:
-                dp = dot_transposed(dout_tile, v_tile, PRECISION, dp)
-            s = dot_transposed(q_tile, k_tile, PRECISION, None, one)  # (BLOCK_M, BLOCK_N)
+            dp = _add_scores(dout_tile, v_tile, dp, one, TILE.CUT_CHAIN, TILE)
+            s = _scores(q_tile, k_tile, BLOCK_N, one, TWICE, TILE)
             _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
             ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
-            dq_tile = dot_add(ds.to(k_tile[0].dtype), k_tile, dq_tile, PRECISION)
+            ds = ds.to(q_tile[0].dtype)
+            dq_tile = _add_product(ds, k_tile, dq_tile, None, TWICE, TILE)
 
     first_row, queries_mask = _rows_to_store(bounds.first_q, work.start, bounds.seqlen_q, BLOCK_M, WIDE)
     dq_tile = scale_tile(dq_tile, scores.scale_log2 * LN_2)

@@ -12,7 +12,7 @@ def strides_suit_tma(shape, strides, element_size):
 
 def tma_geometry(shape, strides, block_rows, halved=False):
     """Fields of descriptors over (outer, batch, head, row, dim), one for each piece, zero past a sequence's end.
-    halved: the pieces of `dot_halves`.
+    halved: the pieces of `dot_halves` and `dot_add_halves`.
 
     TMA compares each coordinate with one bound, which in a packed tensor is the same for all sequences. Row coordinates
     of a sequence therefore run from E - seqlen to the bound E = PACKED_END. Two other coordinates correct the address:
