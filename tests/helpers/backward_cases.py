@@ -7,7 +7,9 @@ import torch
 from attention_cases import DEVICE, INTERPRETED, LAYOUTS, Case, Inputs, of_argument, rows_loaded, share_of_bound, using
 from attention_cases import PLAIN as PLAIN_FORWARD
 
+from triton_attn._host.gpu import repeats_rows
 from triton_attn.dense.backward_configs import BackwardConfig, dk_apart_from_dv
+from triton_attn.dense.tiles import HALF
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
 
@@ -157,6 +159,13 @@ def rounding(case, inputs, out, clean):
     return {"relative": eps, "dq": row * largest_k, "dk": row * largest_q * queries**0.5, "dsinks": head}
 
 
+def loads_twice(case, tile, rows):
+    """Whether a program of so many rows loads halves of wide q or k by TMA for S, and again for dK or dQ."""
+    dims = case.head_dim, case.head_dim_v
+    suit_tma = all(dim * case.dtype.itemsize % 16 == 0 for dim in dims)
+    return max(dims) > HALF and tile.use_tma and suit_tma and repeats_rows("interpreter", rows, tile.num_warps)
+
+
 def check_accesses(case, accesses):
     """dk, dv and the dq of the split schedule are stored once. Two tiles meet if one of the queries sees a key."""
     apart = dk_apart_from_dv("interpreter", (case.head_dim, case.head_dim_v), case.tiles.dkdv)
@@ -173,13 +182,16 @@ def check_accesses(case, accesses):
     own_queries = sum(case.seqlens_q) * case.num_heads_q
     own_keys = sum(case.seqlens_k) * case.num_heads_kv * launches
     rows = num_queries if fused else num_queries + own_queries
-    assert of_argument(accesses.bytes_loaded, "q") == rows * case.head_dim * size
+    again = num_queries // launches if apart and loads_twice(case, tile, tile.block_n) else 0
+    assert of_argument(accesses.bytes_loaded, "q") == (rows + again) * case.head_dim * size
     assert of_argument(accesses.bytes_loaded, "dout") == (rows + own_queries) * case.head_dim_v * size
     if fused:
         assert of_argument(accesses.bytes_stored, "dq") == num_queries * case.head_dim * 4
         return
     num_rows = sum(case.seqlens_q) + spare_rows
     assert accesses.bytes_stored["dq.ptr"] == num_rows * case.num_heads_q * case.head_dim * size
-    num_keys = rows_loaded(case, case.tiles.dq) + own_keys
-    assert of_argument(accesses.bytes_loaded, "k") == num_keys * case.head_dim * size
+    passing = rows_loaded(case, case.tiles.dq)
+    num_keys = passing + own_keys
+    again = passing if loads_twice(case, case.tiles.dq, case.tiles.dq.block_m) else 0
+    assert of_argument(accesses.bytes_loaded, "k") == (num_keys + again) * case.head_dim * size
     assert of_argument(accesses.bytes_loaded, "v") == num_keys * case.head_dim_v * size
