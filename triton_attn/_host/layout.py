@@ -1,7 +1,7 @@
 """Memory layout of tensors (batch, rows, heads, dim) and (rows, heads, dim), as kernels need it."""
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,15 +65,42 @@ class Outputs(NamedTuple):
         return out, lse
 
 
-def outputs_of(q: Tensor, head_dim_v: int) -> Outputs:
-    """The Outputs for q (..., rows, heads, dim)."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32  # the reference computes in it
-    return Outputs(*((shape, _contiguous(shape)) for shape in ((*q.shape[:-1], head_dim_v), lse_shape(q))), dtype)
+def outputs_of(shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype) -> Outputs:
+    """The Outputs for q of this shape (..., rows, heads, dim)."""
+    *batch, rows, heads, _ = shape
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32  # the reference computes in it
+    shapes = (*batch, rows, heads, head_dim_v), (*batch, heads, rows)
+    return Outputs(*((one, contiguous_strides(one)) for one in shapes), lse_dtype)
 
 
-def _contiguous(shape):
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     return tuple(math.prod([max(1, size) for size in shape[i + 1 :]]) for i in range(len(shape)))
+
+
+class Layout(NamedTuple):
+    """What of a tensor a plan may depend on, besides its address."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Layouts:
+    """The Layout of each tensor of a call by its name, None where none is given.
+
+    All calls that are alike share one, which checks have found: so it is compared by identity, and to find plans by it
+    takes no time.
+    """
+
+    def __init__(self, arguments: dict[str, Any]):
+        for name, x in arguments.items():
+            layout = Layout(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else None
+            setattr(self, name, layout)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 def clear_outputs(out, lse):

@@ -31,7 +31,7 @@ from .._host.checks import (
 from .._host.dtensors import Layout, Operand, attend_shards, has_dtensor, lse_dims, of_rows, on_each_rank
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
-from .._host.layout import Outputs, lse_shape, outputs_of
+from .._host.layout import Layouts, Outputs, lse_shape, outputs_of
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.once import check_once
 from .._host.options import check_num_drafts, check_softmax_scale, check_tree_mask
@@ -241,9 +241,8 @@ def mla_decode(
     tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale, tree_mask
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, softmax_scale, causal, rope_interleaved, num_splits, return_lse
-    softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number, outputs = _check_decode(
-        (*tensors, out, lse), numbers
-    )
+    checked = _check_decode((*tensors, out, lse), numbers)
+    softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number, layouts, outputs = checked
     k_scale = k_scale if k_number is None else None
     k_pe_scale = k_pe_scale if k_pe_number is None else None
     max_seqlen_q = _check_longest(max_seqlen_q, q_nope, packed)
@@ -292,6 +291,7 @@ def mla_decode(
         prefix_tree,
         tree_mask,
         room,
+        layouts,
     )
     _attend(call, check_values, out, lse)
     return (out, lse) if return_lse else out
@@ -365,6 +365,7 @@ class DecodeCall(NamedTuple):
     prefix_tree: PrefixTree | None = None
     tree_mask: Tensor | None = None
     workspace: Workspace | None = None
+    layouts: Layouts | None = None  # None: not found yet
 
 
 def _decode(
@@ -404,6 +405,11 @@ def _decode(
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
         if tree_mask is not None:
             check_num_drafts(max_seqlen_q)
+    k_scale = k_number if k_scale is None else k_scale
+    k_pe_scale = k_pe_number if k_pe_scale is None else k_pe_scale
+    tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
+    tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale, tree_mask, None, None
+    numbers = use_kernel(q_nope), softmax_scale, causal, rope_interleaved, num_splits, return_lse
     call = DecodeCall(
         q_nope,
         q_pe,
@@ -418,8 +424,8 @@ def _decode(
         rope_sin,
         rope_interleaved,
         rope_cache,
-        k_number if k_scale is None else k_scale,
-        k_pe_number if k_pe_scale is None else k_pe_scale,
+        k_scale,
+        k_pe_scale,
         cu_seqlens_q,
         max_seqlen_q,
         num_splits,
@@ -427,6 +433,7 @@ def _decode(
         None if key_shard is None else KeyShard(*key_shard),
         tree_of_operands(tree, tree_sizes),
         tree_mask,
+        layouts=_check_decode(tensors, numbers).layouts,
     )
     _attend(call, check_values, out, lse if return_lse else None)
     return out, lse
@@ -652,7 +659,7 @@ def mla_prefill(
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, mode, causal, return_lse, max_workspace_bytes, softmax_scale
-    causal, return_lse, max_workspace_bytes, softmax_scale = _check_prefill(
+    causal, return_lse, max_workspace_bytes, softmax_scale, layouts = _check_prefill(
         (*tensors, cu_seqlens_q, cu_seqlens_k), numbers
     )
     lengths = _check_lengths(q_nope, kv_latent, lengths)
@@ -660,7 +667,7 @@ def mla_prefill(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         check_differentiable(q_nope, q_pe, w_uv)
-    call = PrefillCall(*tensors, lengths, softmax_scale, causal)
+    call = PrefillCall(*tensors, lengths, softmax_scale, causal, layouts)
     if not use_kernel(q_nope):
         if check_values:
             call.check_values()
@@ -688,6 +695,9 @@ def _prefill_kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return prefill
 
 
+PREFILL_INPUTS = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "cu_seqlens_q", "cu_seqlens_k"
+
+
 class PrefillCall(NamedTuple):
     """A call of `mla_prefill`, checked. torch.autocast has already cast the tensors."""
 
@@ -700,6 +710,7 @@ class PrefillCall(NamedTuple):
     lengths: Lengths
     softmax_scale: float
     causal: bool
+    layouts: Layouts | None = None  # None: not found yet
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -722,7 +733,7 @@ def check_differentiable(q_nope, q_pe, w_uv):
 
 @check_once
 def _check_prefill(tensors, options):
-    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked."""
+    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked, and the Layouts."""
     *tensors, cu_seqlens_q, cu_seqlens_k = tensors
     _, mode, causal, return_lse, max_workspace_bytes, softmax_scale = options
     packed = cu_seqlens_q is not None
@@ -734,7 +745,10 @@ def _check_prefill(tensors, options):
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
     softmax_scale = check_softmax_scale(softmax_scale, tensors[0].shape[-1] + tensors[1].shape[-1])
-    return causal, return_lse, max_workspace_bytes, softmax_scale
+    layouts = None
+    if not torch.compiler.is_compiling():  # sizes may be symbols
+        layouts = Layouts(dict(zip(PREFILL_INPUTS, (*tensors, cu_seqlens_q, cu_seqlens_k))))
+    return causal, return_lse, max_workspace_bytes, softmax_scale, layouts
 
 
 def _check_lengths(q_nope, kv_latent, lengths):
@@ -805,6 +819,7 @@ class CheckedDecode(NamedTuple):
     return_lse: bool
     k_number: float | None  # k_scale and k_pe_scale, if they are numbers
     k_pe_number: float | None
+    layouts: Layouts | None  # None where sizes may be symbols
     outputs: Outputs
 
 
@@ -841,7 +856,8 @@ def _check_decode(tensors, options):
     if lse is not None:
         check_lse(lse, lse_shape(q_nope), return_lse, device)
     checked = softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number
-    return CheckedDecode(*checked, outputs_of(q_nope, shape[-1]))
+    layouts = None if torch.compiler.is_compiling() else Layouts(dict(zip(DECODE_INPUTS, tensors)))
+    return CheckedDecode(*checked, layouts, outputs_of(q_nope.shape, shape[-1], q_nope.dtype))
 
 
 def _check_decode_tensors(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):
