@@ -98,6 +98,9 @@ class Layouts:
             layout = Layout(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else None
             setattr(self, name, layout)
 
+    def of(self, names):
+        return [getattr(self, name) for name in names]
+
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...

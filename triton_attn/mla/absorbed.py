@@ -18,7 +18,6 @@ from .._host.latent import SCALE_BLOCK, latent_layouts, latent_row
 from .._host.layout import (
     INDICES,
     Layout,
-    Layouts,
     clear_outputs,
     outputs_of,
     tiles_each,
@@ -60,6 +59,7 @@ from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vect
 from ..merge.kernel import Plan as MergePlan
 from ..merge.kernel import launch_merge, plan_merge
 from ..merge.splits import FIXED_KEYS, MAX_WORKSPACE_BYTES, choose_num_splits, resident_programs
+from .api import PREFILL_INPUTS
 from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .latents import (
@@ -440,7 +440,7 @@ def launch_mla_decode(call, out, lse, config=None):
     q, q_pe, cache, rope_cache, tree = call.q_nope, call.q_pe, call.latent_cache, call.rope_cache, call.prefix_tree
     arch = arch_of(q)
     plan = _plan_decode(
-        call.layouts or Layouts(call._asdict()),
+        call.find_layouts(),
         (q.data_ptr() | q_pe.data_ptr()) % 16 == 0,
         (cache.data_ptr() | (0 if rope_cache is None else rope_cache.data_ptr())) % 16 == 0,
         call.max_seqlen_q,
@@ -484,14 +484,14 @@ def launch_mla_absorbed(call, out, lse, heads_each):
 
     out and lse are those that `mla_prefill` returns; lse may be None: not wanted.
     """
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal, layouts = call
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal, _ = call
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, _ = lengths
-    num_heads, arch = len(w_uk), arch_of(q_pe)
+    num_heads, arch, layouts = w_uk.shape[0], arch_of(q_pe), call.find_layouts()
     aligned = (kv_latent.data_ptr() | k_pe.data_ptr()) % 16 == 0
     target = arch, input_precision(q_pe.dtype, arch), count_sms(q_pe.device, arch)
     for first in range(0, num_heads, heads_each):
         count = min(heads_each, num_heads - first)
-        plan = _plan_prefill(layouts or Layouts(call._asdict()), count, aligned, max_seqlen_q, causal, *target)
+        plan = _plan_prefill(layouts, count, aligned, max_seqlen_q, causal, *target)
         if plan is None:
             clear_outputs(out, lse)
             return
@@ -701,7 +701,12 @@ def _plan_decode(
 ):
     """The CallPlan of a DecodeCall with these Layouts; None if there is no query."""
     q, q_pe, cache, table = layouts.q_nope, layouts.q_pe, layouts.latent_cache, layouts.block_table
-    (batch,), packed, w_uk, w_uv = layouts.cache_seqlens.shape, layouts.cu_seqlens_q is not None, layouts.w_uk, layouts.w_uv
+    (batch,), packed, w_uk, w_uv = (
+        layouts.cache_seqlens.shape,
+        layouts.cu_seqlens_q is not None,
+        layouts.w_uk,
+        layouts.w_uv,
+    )
     if math.prod(q.shape) == 0 or batch == 0:
         return None
     rope_dim, tree_mask = q_pe.shape[-1], layouts.tree_mask
@@ -753,11 +758,9 @@ def _plan_decode(
 @remember
 def _plan_prefill(layouts, num_heads, cache_aligned, max_seqlen_q, causal, arch, precision, num_sms):
     """The CallPlan for num_heads heads of a PrefillCall with these Layouts; None if there is no query."""
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = (
-        getattr(layouts, name) for name in ("q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv")
-    )
-    packed = layouts.cu_seqlens_q is not None
-    batch = layouts.cu_seqlens_q.shape[0] - 1 if packed else q_pe.shape[0]
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, cu_seqlens_q, _ = layouts.of(PREFILL_INPUTS)
+    packed = cu_seqlens_q is not None
+    batch = cu_seqlens_q.shape[0] - 1 if packed else q_pe.shape[0]
     if math.prod(q_pe.shape) == 0 or batch == 0:
         return None
     whole = outputs_of(q_nope.shape, w_uv.shape[1], q_nope.dtype).out

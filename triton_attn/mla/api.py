@@ -367,6 +367,14 @@ class DecodeCall(NamedTuple):
     workspace: Workspace | None = None
     layouts: Layouts | None = None  # None: not found yet
 
+    def find_layouts(self) -> Layouts:
+        return self.layouts or _layouts_of([getattr(self, name) for name in DECODE_INPUTS], DECODE_INPUTS)
+
+
+@check_once
+def _layouts_of(tensors, names):
+    return Layouts(dict(zip(names, tensors)))
+
 
 def _decode(
     q_nope: Tensor,
@@ -405,11 +413,6 @@ def _decode(
         max_seqlen_q = read_length("max_seqlen_q", longest_q)
         if tree_mask is not None:
             check_num_drafts(max_seqlen_q)
-    k_scale = k_number if k_scale is None else k_scale
-    k_pe_scale = k_pe_number if k_pe_scale is None else k_pe_scale
-    tensors = q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, rope_cos, rope_sin, rope_cache
-    tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale, tree_mask, None, None
-    numbers = use_kernel(q_nope), softmax_scale, causal, rope_interleaved, num_splits, return_lse
     call = DecodeCall(
         q_nope,
         q_pe,
@@ -424,8 +427,8 @@ def _decode(
         rope_sin,
         rope_interleaved,
         rope_cache,
-        k_scale,
-        k_pe_scale,
+        k_number if k_scale is None else k_scale,
+        k_pe_number if k_pe_scale is None else k_pe_scale,
         cu_seqlens_q,
         max_seqlen_q,
         num_splits,
@@ -433,7 +436,6 @@ def _decode(
         None if key_shard is None else KeyShard(*key_shard),
         tree_of_operands(tree, tree_sizes),
         tree_mask,
-        layouts=_check_decode(tensors, numbers).layouts,
     )
     _attend(call, check_values, out, lse if return_lse else None)
     return out, lse
@@ -659,9 +661,8 @@ def mla_prefill(
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, mode, causal, return_lse, max_workspace_bytes, softmax_scale
-    causal, return_lse, max_workspace_bytes, softmax_scale, layouts = _check_prefill(
-        (*tensors, cu_seqlens_q, cu_seqlens_k), numbers
-    )
+    checked = _check_prefill((*tensors, cu_seqlens_q, cu_seqlens_k), numbers)
+    causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs = checked
     lengths = _check_lengths(q_nope, kv_latent, lengths)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -683,7 +684,7 @@ def mla_prefill(
             return_lse=return_lse,
         )
     schedule = mode, max_workspace_bytes, wants_grad
-    out, lse = _prefill_kernels()(call, schedule, check_values, return_lse)
+    out, lse = _prefill_kernels()(call, schedule, check_values, outputs, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -712,6 +713,9 @@ class PrefillCall(NamedTuple):
     causal: bool
     layouts: Layouts | None = None  # None: not found yet
 
+    def find_layouts(self) -> Layouts:
+        return self.layouts or _layouts_of((*self.tensors, *self.lengths[:2]), PREFILL_INPUTS)
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self[:6]
@@ -733,7 +737,7 @@ def check_differentiable(q_nope, q_pe, w_uv):
 
 @check_once
 def _check_prefill(tensors, options):
-    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked, and the Layouts."""
+    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked; Layouts and Outputs."""
     *tensors, cu_seqlens_q, cu_seqlens_k = tensors
     _, mode, causal, return_lse, max_workspace_bytes, softmax_scale = options
     packed = cu_seqlens_q is not None
@@ -748,7 +752,8 @@ def _check_prefill(tensors, options):
     layouts = None
     if not torch.compiler.is_compiling():  # sizes may be symbols
         layouts = Layouts(dict(zip(PREFILL_INPUTS, (*tensors, cu_seqlens_q, cu_seqlens_k))))
-    return causal, return_lse, max_workspace_bytes, softmax_scale, layouts
+    outputs = outputs_of(tensors[0].shape, tensors[-1].shape[1], tensors[0].dtype)
+    return causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs
 
 
 def _check_lengths(q_nope, kv_latent, lengths):
