@@ -1,5 +1,6 @@
 """Launches, and what they depend on: the GPU's architecture, the arithmetic for fp32, the current device."""
 
+import functools
 import weakref
 
 import torch
@@ -96,7 +97,7 @@ def _add_kinds(key, args):
         elif x is None or kind is float:
             key.append(kind)
         elif kind is int or kind is bool:
-            key.append((kind, x == 1, x % 16 == 0, -1 <= x >> 31 <= 0, -1 <= x >> 63 <= 0))
+            key.append(_kind_of_integer(x))
         elif isinstance(x, tuple):
             key.append((kind, len(x)))
             if not _add_kinds(key, x):
@@ -107,6 +108,13 @@ def _add_kinds(key, args):
         else:
             return False
     return True
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _kind_of_integer(x):
+    """What the JIT specializes an int or a bool by, in one number, whose hash takes no time."""
+    properties = type(x) is bool, x == 1, x % 16 == 0, -1 <= x >> 31 <= 0, -1 <= x >> 63 <= 0
+    return sum(holds << i for i, holds in enumerate(properties))
 
 
 def hold_pinned(tensors, device):

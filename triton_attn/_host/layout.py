@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import MAX_ROWS, check_rows
-from .key_shard import num_ranks_of
+from .checks import check_rows
 
 # Names of kernel arguments whose values must not cause a compilation: slices of index tensors may start at any address.
 INDICES = ["cache_seqlens_ptr", "block_table_ptr", "table_stride", "slot_mapping_ptr", "positions_ptr"]
@@ -111,14 +110,6 @@ def clear_outputs(out, lse):
     out.zero_()
     if lse is not None:
         lse.fill_(float("-inf"))
-
-
-def capacity_of(cache, block_table, key_shard=None):
-    """How many keys of a sequence fit in a cache (pages or batch, slots, ...), or in those of all ranks. Longer lengths
-    are clamped to it.
-    """
-    width = 1 if block_table is None else block_table.shape[1]
-    return min(cache.shape[1] * width * num_ranks_of(key_shard), MAX_ROWS)
 
 
 def tiles_each(longest, num_rows, batch, block):

@@ -325,11 +325,12 @@ def _mla_absorbed_kernel(
     and values. Grid: num_tiles * num_splits * batch, where num_tiles is that of a sequence. With SEARCH it is that of
     all sequences, and the grid is num_tiles * num_splits. With SHARED a program finds its node.
 
-    cache is a LatentCache of Pages; one without a pointer is a part of the rows of latent vectors. lse is (num_splits, batch, NUM_HEADS, seqlen_q); results of a tree's nodes are in
-    its first num_slots splits. seqlen_q and seqlen_k of packed tensors are all their rows; otherwise seqlen_k bounds
-    the keys of a sequence. In rows after the last sequence lse is stored, and with a block_table out too. k_scale is
-    the Scale of the cache, k_pe_scale that of rotary keys; or None. first_split is the first of the launch, if splits
-    are fixed. Most of a short sequence have no keys then, and no one reads their output.
+    cache is a LatentCache of Pages; one without a pointer is a part of the rows of latent vectors. lse is (num_splits,
+    batch, NUM_HEADS, seqlen_q); results of a tree's nodes are in its first num_slots splits. seqlen_q and seqlen_k of
+    packed tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence
+    lse is stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or
+    None. first_split is the first of the launch, if splits are fixed. Most of a short sequence have no keys then, and
+    no one reads their output.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -457,7 +458,7 @@ def launch_mla_decode(call, out, lse, config=None):
         wanted_kernels(),
         config,
     )
-    workspace, absorb = call.workspace, None
+    workspace = call.workspace
     if plan is None:
         if not only_counts(workspace):
             clear_outputs(out, lse)
