@@ -99,6 +99,9 @@ def _add_kinds(key, args):
         elif kind is int or kind is bool:
             key.append(_kind_of_integer(x))
         elif isinstance(x, tuple):
+            if _has_integers(kind):
+                key.append(_kinds_of_integers(x))
+                continue
             key.append((kind, len(x)))
             if not _add_kinds(key, x):
                 return False
@@ -115,6 +118,20 @@ def _kind_of_integer(x):
     """What the JIT specializes an int or a bool by, in one number, whose hash takes no time."""
     properties = type(x) is bool, x == 1, x % 16 == 0, -1 <= x >> 31 <= 0, -1 <= x >> 63 <= 0
     return sum(holds << i for i, holds in enumerate(properties))
+
+
+@functools.cache
+def _has_integers(kind):
+    """Whether tuples of this type hold ints and None alone, as the annotations of a NamedTuple say."""
+    annotations = getattr(kind, "__annotations__", {}).values()
+    return len(annotations) > 0 and all(one in (int, int | None) for one in annotations)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _kinds_of_integers(x):
+    key = [type(x)]
+    _add_kinds(key, [*x])
+    return tuple(key)
 
 
 def hold_pinned(tensors, device):

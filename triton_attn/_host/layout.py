@@ -1,5 +1,6 @@
 """Memory layout of tensors (batch, rows, heads, dim) and (rows, heads, dim), as kernels need it."""
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +71,9 @@ def outputs_of(shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype) -> O
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32  # the reference computes in it
     shapes = (*batch, rows, heads, head_dim_v), (*batch, heads, rows)
     return Outputs(*((one, contiguous_strides(one)) for one in shapes), lse_dtype)
+
+
+known_outputs = functools.lru_cache(maxsize=1024)(outputs_of)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -370,7 +370,6 @@ def _mla_absorbed_kernel(
     q_pe_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
     q_tile, q_pe_tile, scale_log2 = load_queries(q_ptrs, q_pe_ptrs, rows.mask, k_scale, k_pe_scale, scale_log2, TILE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     latents = Pages(cache.latents.ptr, multiple_of(cache.latents.page_stride, TILE.VECTORS.latents))
     scales = cache.scales
