@@ -1,9 +1,11 @@
 """A call like an earlier one finds its checks and plans by its layout: wrong neighbours of it must still raise."""
 
 import functools
+import shutil
 
 import pytest
 import torch
+from host_cost import bare_launches, python_calls, real_launcher
 from plans import launches_of
 
 from triton_attn import (
@@ -189,3 +191,15 @@ def test_a_known_call_hides_no_error(what):
         assert not launches
         said.append((error.type, str(error.value)))
     assert said[0] == said[1]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU")
+@pytest.mark.parametrize(("mode", "most"), [("fused", 17), ("absorbed", 23), ("materialized", 38)])
+def test_python_calls_of_a_known_prefill(mode, most, monkeypatch):
+    """Calls of Python functions besides those of bare launches, which are fewer on Triton 3.6.0; matmuls of "materialized" are not made."""
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out: out)
+    call = functools.partial(mla_prefill, **PREFILL | dict(mode=mode))
+    with real_launcher("sm_90"):
+        launch = bare_launches(call, MODULES)
+        extra_calls = python_calls(call) - python_calls(launch)
+    assert extra_calls <= most
