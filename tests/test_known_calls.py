@@ -196,7 +196,8 @@ def test_a_known_call_hides_no_error(what):
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU")
 @pytest.mark.parametrize(("mode", "most"), [("fused", 17), ("absorbed", 23), ("materialized", 38)])
 def test_python_calls_of_a_known_prefill(mode, most, monkeypatch):
-    """Calls of Python functions besides those of bare launches, which are fewer on Triton 3.6.0; matmuls of "materialized" are not made."""
+    """Calls of Python functions besides those of bare launches, of which Triton 3.6.0 makes fewer; matmuls of
+    "materialized" are not made."""
     monkeypatch.setattr(torch, "bmm", lambda a, b, out: out)
     call = functools.partial(mla_prefill, **PREFILL | dict(mode=mode))
     with real_launcher("sm_90"):
