@@ -109,8 +109,10 @@ def test_a_launch_takes_the_kernel_that_the_jit_would_take(change):
         (dict(num_warps=4), dict(num_warps=8)),
         (dict(desc=descriptor(16), tile=16), dict(desc=descriptor(32), tile=32)),
         (dict(desc=descriptor(16), tile=16), dict(desc=descriptor(16, torch.float16), tile=16)),
+        (dict(pair=Pair(tensor(), 17)), dict(pair=Pair(tensor(), 1))),
+        (dict(pair=Pair(tensor(), 16, Steps(17, 16))), dict(pair=Pair(tensor(), 16, Steps(1, 16)))),
     ],
-    ids=["constant", "warps", "block of a descriptor", "dtype of a descriptor"],
+    ids=["constant", "warps", "block of a descriptor", "dtype of a descriptor", "1", "1 in a tuple of integers"],
 )
 def test_a_launch_with_other_constants_takes_another_kernel(base, other):
     with compile_only("sm_90") as launches:
@@ -184,3 +186,12 @@ def test_no_tensor_is_held():
         held = weakref.ref(x)
         del x
         assert held() is None
+
+
+def test_what_is_no_integer_after_all_is_left_to_the_jit():
+    """A tuple is taken as its annotations say; one that holds something else has no key."""
+    arguments = BASE | dict(pair=Pair(tensor(), 16, Steps(16, "text")))
+    with compile_only("sm_90"), mock.patch.object(JITFunction, "run") as asked:
+        run(**arguments)
+        run(**arguments)
+    assert asked.call_count == 2

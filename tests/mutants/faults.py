@@ -94,6 +94,8 @@ GROUPS = {
         _run("tests/paged/test_random_invariant_calls.py"),
     ),
     "WORKSPACE": (_run("tests/test_workspace.py"),),
+    "LAUNCH": (_run("tests/_host/test_launch.py", compiled=True),),
+    "KNOWN_CALLS": (_run("tests/test_known_calls.py", compiled=True),),
     "EMULATED_DECODE": tuple(
         _run("--emulate", arch, "tests/_jit/test_decode.py", compiled=True) for arch in ("sm_90", "sm_80")
     ),
@@ -1329,6 +1331,36 @@ FAULTS = (
         "rows=fixed_rows(max(head_dim, head_dim_v)) if problem.batch_invariant else longest",
         "rows=longest",
         "INVARIANT",
+    ),
+    Fault("V05", "triton_attn/merge/splits.py", "if num_splits == 1:  # of", "if num_splits == 0:  # of", "INVARIANT"),
+    Fault(
+        "HC1",
+        "triton_attn/_host/device.py",
+        "return tuple(key) if _add_kinds(key, [*x]) else None",
+        "return (type(x),)",
+        "LAUNCH",
+    ),
+    Fault("HC2", "triton_attn/_host/device.py", "type(x) is bool, x == 1, x % 16", "type(x) is bool, x % 16", "LAUNCH"),
+    Fault(
+        "HC3",
+        "triton_attn/_host/once.py",
+        "(x.shape, x.stride(), x.dtype, x.device)",
+        "(x.shape, x.dtype)",
+        "KNOWN_CALLS",
+    ),
+    Fault(
+        "HV1",
+        "triton_attn/_jit/tiles.py",
+        "half = _load_half(x, ROWS, FIRST, acc[1].shape[1], TILE)",
+        "half = _load_half(x, ROWS, 0, acc[1].shape[1], TILE)",
+        "BACKWARD",
+    ),
+    Fault(
+        "HV2",
+        "triton_attn/_jit/tiles.py",
+        "None if x.end is None else x.start + tl.arange(0, ROWS) < x.end",
+        "None",
+        "BACKWARD",
     ),
     Fault("V04", "triton_attn/paged/forward.py", "tl.maximum(num_folded, 1)", "num_folded", "INVARIANT"),
     Fault(

@@ -100,7 +100,10 @@ def _add_kinds(key, args):
             key.append(_kind_of_integer(x))
         elif isinstance(x, tuple):
             if _has_integers(kind):
-                key.append(_kinds_of_integers(x))
+                kinds = _kinds_of_integers(x)
+                if kinds is None:
+                    return False
+                key.append(kinds)
                 continue
             key.append((kind, len(x)))
             if not _add_kinds(key, x):
@@ -129,9 +132,9 @@ def _has_integers(kind):
 
 @functools.lru_cache(maxsize=4096, typed=True)
 def _kinds_of_integers(x):
+    """What `_add_kinds` adds for such a tuple; None if it holds something else after all."""
     key = [type(x)]
-    _add_kinds(key, [*x])
-    return tuple(key)
+    return tuple(key) if _add_kinds(key, [*x]) else None
 
 
 def hold_pinned(tensors, device):

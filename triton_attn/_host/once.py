@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import tuned
+
 Result = TypeVar("Result")
 MOST_KNOWN = 1024
 
@@ -23,6 +25,7 @@ def check_once(check: Callable[[tuple[Any, ...], tuple[Any, ...]], Result]) -> C
     options: whatever else the check depends on. Types within a tuple do not count: `sides_of` gives those of a window.
     """
     known = {}
+    tuned.forget_with_plans(known.clear)
 
     @functools.wraps(check)
     def check_unless_known(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Result:

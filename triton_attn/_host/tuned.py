@@ -62,7 +62,7 @@ RECORD = {
 
 _added = []  # indices of the user's tables, the last one first
 _overrides = {}  # {family: {field: value}} of override_config
-_plans = []  # functions whose results depend on tables and are remembered
+_clear_caches = []  # of what depends on tables, or finds it
 _generation = object()  # replaced each time that tables change
 
 
@@ -132,8 +132,13 @@ def remember(function):
             if generation is _generation:
                 return result
 
-    _plans.append(plan)
+    forget_with_plans(plan.cache_clear)
     return plan
+
+
+def forget_with_plans(clear):
+    """Have `forget_plans` call clear(), which empties a cache of what plans are found by."""
+    _clear_caches.append(clear)
 
 
 def generation():
@@ -144,8 +149,8 @@ def generation():
 def forget_plans():
     global _generation
     _generation = object()
-    for plan in _plans:
-        plan.cache_clear()
+    for clear in _clear_caches:
+        clear()
 
 
 def rows_class(num_rows):

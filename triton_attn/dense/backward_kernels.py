@@ -130,8 +130,14 @@ def _first_dp(minus_delta, dropout, one, ROWS: tl.constexpr, COLUMNS: tl.constex
     if dropout is None:
         return tl.broadcast_to(minus_delta, [ROWS, COLUMNS])
     else:
-        zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
-        return apart(zeros, one) if HALVED else zeros  # `dot_transposed` does so itself
+        return _zero_scores(one, ROWS, COLUMNS, HALVED)
+
+
+@triton.jit
+def _zero_scores(one, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVED: tl.constexpr):
+    """Zeros that the first of `_scores` is added to."""
+    zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
+    return apart(zeros, one) if HALVED else zeros  # `dot_transposed` does so itself
 
 
 @triton.jit
@@ -225,17 +231,7 @@ def _flash_bwd_delta_kernel(
 
 
 @triton.jit
-def _scores(a, b, ROWS: tl.constexpr, one, HALVED: tl.constexpr, TILE: tl.constexpr):
-    """a @ b.T for ROWS rows b, which are Halves if HALVED."""
-    PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    if HALVED:
-        return dot_halves(a, b, apart(tl.zeros([a[0].shape[0], ROWS], tl.float32), one), one, TILE)
-    else:
-        return dot_transposed(a, b, PRECISION, None, one)
-
-
-@triton.jit
-def _add_scores(a, b, start, one, HALVED: tl.constexpr, TILE: tl.constexpr):
+def _scores(a, b, start, one, HALVED: tl.constexpr, TILE: tl.constexpr):
     """start + a @ b.T; b are Halves if HALVED."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
     if HALVED:
@@ -357,14 +353,11 @@ def _flash_bwd_dkdv_kernel(
             q_rows = Rows((q_desc, q_desc_rest), None, coords, bounds.seqlen_q)
             dout_rows = Rows((dout_desc, dout_desc_rest), None, coords, bounds.seqlen_q)
         else:
-            q_ptr = row_pointer(q, work.batch, bounds.first_q, head)
             dout_ptr = row_pointer(dout, work.batch, bounds.first_q, head)
-            q_rows = Rows(q_ptr, q.strides.row, None, bounds.seqlen_q)
+            q_rows = Rows(row_pointer(q, work.batch, bounds.first_q, head), q.strides.row, None, bounds.seqlen_q)
             dout_rows = Rows(dout_ptr, dout.strides.row, None, bounds.seqlen_q)
         sums_row = tl.cast(head if PACKED else batch_head, tl.int64) * lse_stride + bounds.first_q
-        slope = None
-        if scores.alibi is not None:
-            slope = tl.load(row_pointer(scores.alibi, work.batch, 0, head))
+        slope = None if scores.alibi is None else tl.load(row_pointer(scores.alibi, work.batch, 0, head))
         rows = FixedRows(keys, keys_mask, bounds.seqlen_q, offset, slope)
         origin = mask_origin(seqs.shard_ptr, work.batch, head, batch_head)
 
@@ -372,19 +365,16 @@ def _flash_bwd_dkdv_kernel(
             for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_M), disable_licm=not TILE.HOIST):
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
                 end_m = None if FULL else bounds.seqlen_q
-                if TWICE:
-                    q_tile = Halves(q_rows, start_m, end_m)
-                else:
+                q_tile, dout_tile = Halves(q_rows, start_m, end_m), Halves(dout_rows, start_m, end_m)
+                if not TWICE:
                     q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
-                if HALVED:
-                    dout_tile = Halves(dout_rows, start_m, end_m)
-                elif not LATE:
+                if not HALVED and not LATE:
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
                 if dropout is not None and TWICE:  # before S needs registers
                     keep = keep_mask(dropout, origin, start_m + queries, computed_again(work.start), BLOCK_N, WHOLE).T
-                s = _scores(k_tile, q_tile, BLOCK_M, one, TWICE, TILE)
+                s = _scores(k_tile, q_tile, _zero_scores(one, BLOCK_N, BLOCK_M, TWICE), one, TWICE, TILE)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
@@ -400,7 +390,7 @@ def _flash_bwd_dkdv_kernel(
                 minus_delta_ptr = _sums_from(sums.minus_delta_ptr, sums_row, start_m, WIDE)
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
                 dp = _first_dp(minus_delta[None, :], dropout, one, BLOCK_N, BLOCK_M, HALVED)
-                dp = _add_scores(v_tile, dout_tile, dp, one, HALVED, TILE)
+                dp = _scores(v_tile, dout_tile, dp, one, HALVED, TILE)
                 ds = _score_gradients(factor, dp, minus_delta[None, :], None, dropout)
                 ds = ds.to(k_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
                 if dk is not None:
@@ -483,9 +473,7 @@ def _flash_bwd_dq_kernel(
         v = in_vectors(v, TILE.VECTOR)
         k_rows = Rows(row_pointer(k, work.batch, bounds.first_k, head_kv), k.strides.row, None, bounds.seqlen_k)
         v_rows = Rows(row_pointer(v, work.batch, bounds.first_k, head_kv), v.strides.row, None, bounds.seqlen_k)
-    slope = None
-    if scores.alibi is not None:
-        slope = tl.load(row_pointer(scores.alibi, work.batch, 0, work.head))
+    slope = None if scores.alibi is None else tl.load(row_pointer(scores.alibi, work.batch, 0, work.head))
 
     offset = bounds.offset
     rows = FixedRows(queries, queries_mask, bounds.seqlen_k, offset, slope)
@@ -499,13 +487,10 @@ def _flash_bwd_dq_kernel(
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             end_n = None if FULL else bounds.seqlen_k
-            if TWICE:
-                k_tile = Halves(k_rows, start_n, end_n)
-            else:
+            k_tile, v_tile = Halves(k_rows, start_n, end_n), Halves(v_rows, start_n, end_n)
+            if not TWICE:
                 k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
-            if TILE.CUT_CHAIN:
-                v_tile = Halves(v_rows, start_n, end_n)
-            else:
+            if not TILE.CUT_CHAIN:
                 v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
@@ -513,8 +498,8 @@ def _flash_bwd_dq_kernel(
                 keep = keep_mask(dropout, origin, first_query + tl.arange(0, BLOCK_M), start_n, BLOCK_N, WHOLE)
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
             dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
-            dp = _add_scores(dout_tile, v_tile, dp, one, TILE.CUT_CHAIN, TILE)
-            s = _scores(q_tile, k_tile, BLOCK_N, one, TWICE, TILE)
+            dp = _scores(dout_tile, v_tile, dp, one, TILE.CUT_CHAIN, TILE)
+            s = _scores(q_tile, k_tile, _zero_scores(one, BLOCK_M, BLOCK_N, TWICE), one, TWICE, TILE)
             _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
             ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
             ds = ds.to(q_tile[0].dtype)
