@@ -12,6 +12,7 @@ from emulated_calls import MARKS, int32, normal
 from invariance import KEYS, packed, short_splits
 
 from triton_attn import mla_decode, paged_attention
+from triton_attn._host.tuned import forget_plans
 from triton_attn.mla import absorbed
 from triton_attn.paged import forward
 from triton_attn.toolchain.emulator import emulate
@@ -83,7 +84,7 @@ def test_mla_decode(arch, monkeypatch):
         results = []
         for room in (1, 2**28):
             with mock.patch.object(absorbed, "MAX_WORKSPACE_BYTES", room), emulate(arch):
-                absorbed._plan.cache_clear()
+                forget_plans()
                 results.append(mla_decode(*queries, cache, lengths, table, *weights, batch_invariant=True, **options))
         (out, lse), (same_out, same_lse) = results
         assert torch.equal(out, same_out)
@@ -91,4 +92,4 @@ def test_mla_decode(arch, monkeypatch):
         return out, lse
 
     check_same_bits(attend, [[(0, 270, 277)], *BATCHES])
-    absorbed._plan.cache_clear()
+    forget_plans()

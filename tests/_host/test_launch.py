@@ -18,14 +18,21 @@ from triton_attn.toolchain import compile_only
 pytestmark = [pytest.mark.compiled, pytest.mark.oldest]
 
 
+class Steps(NamedTuple):
+    first: int
+    second: int | None
+
+
 class Pair(NamedTuple):
     ptr: object
     stride: object
+    steps: Steps = Steps(16, 16)
 
 
 class Other(NamedTuple):
     ptr: object
     stride: object
+    steps: Steps = Steps(16, 16)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -34,6 +41,8 @@ def _copy_kernel(x, pair, desc, out_ptr, size, factor, TILE: tl.constexpr):
     values = tl.load(x + offsets * pair.stride, mask=offsets < size, other=0.0)
     if pair.ptr is not None:
         values += tl.load(pair.ptr + offsets)
+    if pair.steps.second is not None:
+        values += tl.load(out_ptr + offsets * pair.steps.first + pair.steps.second)
     if desc is not None:
         values += desc.load([0, 0]).reshape(TILE)
     tl.store(out_ptr + offsets, values * factor)
@@ -58,6 +67,10 @@ CHANGES = {
     "a stride of 1": dict(pair=Pair(tensor(), 1)),
     "a stride that is no multiple": dict(pair=Pair(tensor(), 17)),
     "a stride of 64 bits": dict(pair=Pair(tensor(), 2**40)),
+    "a tuple of integers, one of them 1": dict(pair=Pair(tensor(), 16, Steps(1, 16))),
+    "a tuple of integers, one of them no multiple": dict(pair=Pair(tensor(), 16, Steps(16, 17))),
+    "a tuple of integers, one of them None": dict(pair=Pair(tensor(), 16, Steps(16, None))),
+    "a tuple of integers of 64 bits": dict(pair=Pair(tensor(), 16, Steps(2**40, 16))),
     "another tuple": dict(pair=Other(tensor(), 16)),
     "a size of 64 bits": dict(size=2**40),
     "an integer factor": dict(factor=2),

@@ -14,7 +14,7 @@ from prefix_trees import tree_of_all
 from perf.model import loop_model
 from perf.model.gpus import RATES
 from triton_attn import mla_decode, mla_prefill, override_config
-from triton_attn.mla.projections import launch_merge_project
+from triton_attn.mla.projections import plan_merge_project
 from triton_attn.mla.schedule import MODES
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
@@ -237,7 +237,8 @@ def test_merge_and_projection(arch, num_tokens, splits, record_property):
     w_uv = torch.empty(num_heads, NOPE + VALUE, RANK, dtype=dtype)[:, NOPE:]
     out = torch.empty(num_tokens, 1, num_heads, VALUE, dtype=dtype)
     with compile_only(arch) as launches:
-        launch_merge_project(parts, lse_parts, w_uv, out, lse_parts[0])
+        plan = plan_merge_project(parts.shape, (w_uv.shape, w_uv.stride()), out.stride(), dtype, "ieee")
+        plan.launch(parts, lse_parts, w_uv, out, lse_parts[0])
     (launch,) = launches
     figure = f"merge and projection {arch} {num_tokens:2} tokens {splits:5} {launch.registers:4} registers"
     record_property("figure", figure)

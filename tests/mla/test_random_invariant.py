@@ -11,6 +11,7 @@ from invariance import KEYS, packed
 from invariance_draws import batches
 
 from triton_attn import mla_decode, reference
+from triton_attn._host.tuned import forget_plans
 from triton_attn.mla import absorbed
 
 LENGTHS = 3 * KEYS + 21, KEYS, 40
@@ -25,9 +26,9 @@ CASES = {
 def short_splits(monkeypatch):
     """Splits of KEYS keys; room for the partial results of two at a time, or of one."""
     monkeypatch.setattr(absorbed, "FIXED_KEYS", KEYS)
-    absorbed._plan.cache_clear()
+    forget_plans()
     yield
-    absorbed._plan.cache_clear()
+    forget_plans()
 
 
 class Pool:

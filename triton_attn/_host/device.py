@@ -1,5 +1,6 @@
 """Launches, and what they depend on: the GPU's architecture, the arithmetic for fp32, the current device."""
 
+import functools
 import weakref
 
 import torch
@@ -96,8 +97,11 @@ def _add_kinds(key, args):
         elif x is None or kind is float:
             key.append(kind)
         elif kind is int or kind is bool:
-            key.append((kind, x == 1, x % 16 == 0, -1 <= x >> 31 <= 0, -1 <= x >> 63 <= 0))
+            key.append(_kind_of_integer(x))
         elif isinstance(x, tuple):
+            if _has_integers(kind):
+                key.append(_kinds_of_integers(x))
+                continue
             key.append((kind, len(x)))
             if not _add_kinds(key, x):
                 return False
@@ -107,6 +111,27 @@ def _add_kinds(key, args):
         else:
             return False
     return True
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _kind_of_integer(x):
+    """What the JIT specializes an int or a bool by, in one number, whose hash takes no time."""
+    properties = type(x) is bool, x == 1, x % 16 == 0, -1 <= x >> 31 <= 0, -1 <= x >> 63 <= 0
+    return sum(holds << i for i, holds in enumerate(properties))
+
+
+@functools.cache
+def _has_integers(kind):
+    """Whether tuples of this type hold ints and None alone, as the annotations of a NamedTuple say."""
+    annotations = getattr(kind, "__annotations__", {}).values()
+    return len(annotations) > 0 and all(one in (int, int | None) for one in annotations)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _kinds_of_integers(x):
+    key = [type(x)]
+    _add_kinds(key, [*x])
+    return tuple(key)
 
 
 def hold_pinned(tensors, device):

@@ -50,6 +50,19 @@ def latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim):
     )
 
 
+def latent_layouts(shape, strides, dtype, kv_lora_rank, qk_rope_head_dim):
+    """(shape, strides) of each of the `latent_parts` of a cache (pages, slots, row), and the bytes of a row before its
+    rotary key."""
+    slots, (*outer, _) = shape[:-1], strides
+    if dtype != torch.uint8:
+        parts = [((*slots, width), strides) for width in (kv_lora_rank, qk_rope_head_dim)]
+        return parts[0], None, parts[1], kv_lora_rank * dtype.itemsize
+    _, rope_start, _ = latent_row(kv_lora_rank, qk_rope_head_dim)
+    scales = (*slots, kv_lora_rank // SCALE_BLOCK), (*(stride // 4 for stride in outer), 1)
+    rope_keys = (*slots, qk_rope_head_dim), (*(stride // 2 for stride in outer), 1)
+    return ((*slots, kv_lora_rank), strides), scales, rope_keys, rope_start
+
+
 def read_latent_cache(latent_cache, kv_lora_rank, qk_rope_head_dim, dtype=torch.float32):
     """The contents of a cache (..., row) of any layout: (..., kv_lora_rank + qk_rope_head_dim) in dtype."""
     return read_latent_parts(latent_parts(latent_cache, kv_lora_rank, qk_rope_head_dim), dtype)

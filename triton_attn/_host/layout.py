@@ -1,13 +1,13 @@
 """Memory layout of tensors (batch, rows, heads, dim) and (rows, heads, dim), as kernels need it."""
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import MAX_ROWS, check_rows
-from .key_shard import num_ranks_of
+from .checks import check_rows
 
 # Names of kernel arguments whose values must not cause a compilation: slices of index tensors may start at any address.
 INDICES = ["cache_seqlens_ptr", "block_table_ptr", "table_stride", "slot_mapping_ptr", "positions_ptr"]
@@ -65,15 +65,48 @@ class Outputs(NamedTuple):
         return out, lse
 
 
-def outputs_of(q: Tensor, head_dim_v: int) -> Outputs:
-    """The Outputs for q (..., rows, heads, dim)."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32  # the reference computes in it
-    return Outputs(*((shape, _contiguous(shape)) for shape in ((*q.shape[:-1], head_dim_v), lse_shape(q))), dtype)
+def outputs_of(shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype) -> Outputs:
+    """The Outputs for q of this shape (..., rows, heads, dim)."""
+    *batch, rows, heads, _ = shape
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32  # the reference computes in it
+    shapes = (*batch, rows, heads, head_dim_v), (*batch, heads, rows)
+    return Outputs(*((one, contiguous_strides(one)) for one in shapes), lse_dtype)
 
 
-def _contiguous(shape):
+known_outputs = functools.lru_cache(maxsize=1024)(outputs_of)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     return tuple(math.prod([max(1, size) for size in shape[i + 1 :]]) for i in range(len(shape)))
+
+
+class Layout(NamedTuple):
+    """What of a tensor a plan may depend on, besides its address."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Layouts:
+    """The Layout of each tensor of a call by its name, None where none is given.
+
+    All calls that are alike share one, which checks have found: so it is compared by identity, and to find plans by it
+    takes no time.
+    """
+
+    def __init__(self, arguments: dict[str, Any]):
+        for name, x in arguments.items():
+            layout = Layout(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else None
+            setattr(self, name, layout)
+
+    def of(self, names):
+        return [getattr(self, name) for name in names]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 def clear_outputs(out, lse):
@@ -81,14 +114,6 @@ def clear_outputs(out, lse):
     out.zero_()
     if lse is not None:
         lse.fill_(float("-inf"))
-
-
-def capacity_of(cache, block_table, key_shard=None):
-    """How many keys of a sequence fit in a cache (pages or batch, slots, ...), or in those of all ranks. Longer lengths
-    are clamped to it.
-    """
-    width = 1 if block_table is None else block_table.shape[1]
-    return min(cache.shape[1] * width * num_ranks_of(key_shard), MAX_ROWS)
 
 
 def tiles_each(longest, num_rows, batch, block):

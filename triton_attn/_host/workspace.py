@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .checks import check_tensor, fail
+from .layout import contiguous_strides
 from .observers import is_observed
 
 ALIGNMENT = 256  # bytes, as of tensors that torch allocates
@@ -35,9 +36,22 @@ class Workspace:
         return self.memory[first : self.used].view(dtype).view(shape)
 
 
-def empty(workspace, like, shape, dtype):
-    """An uninitialised tensor on the device of `like`, from the Workspace if there is one."""
-    return like.new_empty(shape, dtype=dtype) if workspace is None else workspace.take(like, shape, dtype)
+class Memory(NamedTuple):
+    """Memory of a contiguous tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, shape, dtype):
+        return cls(shape, contiguous_strides(shape), dtype)
+
+    def new(self, like, workspace=None):
+        """An uninitialised tensor on the device of `like`, from the Workspace if there is one."""
+        if workspace is None:
+            return like.new_empty_strided(self.shape, self.strides, dtype=self.dtype)
+        return workspace.take(like, self.shape, self.dtype)
 
 
 def only_counts(workspace):

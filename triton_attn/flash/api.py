@@ -298,7 +298,7 @@ def check_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Checked:
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     problem = problem_of((q, k, v), batch, with_tensors(options, alibi_slopes, sinks, shard))
-    return Checked(options, problem, lengths, deterministic, return_lse, outputs_of(q, v.shape[-1]))
+    return Checked(options, problem, lengths, deterministic, return_lse, outputs_of(q.shape, v.shape[-1], q.dtype))
 
 
 def checked_options(ndim, layout, causal, softmax_scale, window_size, softcap):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_last_contiguous, check_tensor, fail
+from .._host.layout import known_outputs
 from .._host.observers import is_observed, refuse_gradients
 from .._host.once import check_once
 from . import reference
@@ -56,7 +57,8 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     if not use_kernel(outs):
         return reference.merge_attention(outs, lses)
-    out, lse = _new_outputs(outs, lses)
+    shape = outs.shape[1:]
+    out, lse = known_outputs(shape, shape[-1], outs.dtype).new(outs, True)
     _kernel()(outs, lses.contiguous(), out, lse)
     return out, lse
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .._host.device import launch
+from .._host.layout import without_dim
 from .._host.tuned import remember
 from .._jit.args import Splits, Strides, View
 from .._jit.heads import lse_offsets, row_offsets
@@ -144,18 +145,8 @@ def _merge_in_order(results, offs_d, TILE: tl.constexpr):
 
 
 def launch_merge(outs, lses, out, lse, in_order=False):
-    """Launch the merge kernel: one launch.
-
-    outs is (num_splits, batch, seqlen_q, num_heads_q, head_dim_v), lses (num_splits, batch, num_heads_q, seqlen_q), out
-    and lse as one of them; lse may be None: not wanted. lses and lse are contiguous. in_order: see `merge_weights`;
-    out and lse may then be those of the first split.
-    """
-    plan = _plan(outs.shape, outs.stride(), out.stride(), in_order)
-    if plan.num_programs == 0:
-        return
-    of_outs, split_stride, of_out = plan.strides
-    args = (Splits(View(outs, of_outs), split_stride), lses, View(out, of_out), lse, *plan.counts)
-    launch(_merge_kernel, (plan.num_programs,), outs.device, args, plan.constants)
+    """`Plan.launch` of the plan for these tensors."""
+    plan_merge(outs.shape, outs.stride(), out.stride(), in_order).launch(outs, lses, out, lse)
 
 
 class Plan(NamedTuple):
@@ -166,9 +157,25 @@ class Plan(NamedTuple):
     counts: tuple  # num_splits, num_rows, seqlen_q, num_heads
     constants: dict
 
+    def launch(self, outs, lses, out, lse):
+        """One launch, no device-to-host sync.
+
+        outs is (num_splits, batch, seqlen_q, num_heads_q, head_dim_v), lses (num_splits, batch, num_heads_q, seqlen_q),
+        out and lse as one of them; lse may be None: not wanted. lses and lse are contiguous.
+        """
+        if self.num_programs == 0:
+            return
+        of_outs, split_stride, of_out = self.strides
+        args = (Splits(View(outs, of_outs), split_stride), lses, View(out, of_out), lse, *self.counts)
+        launch(_merge_kernel, (self.num_programs,), outs.device, args, self.constants)
+
 
 @remember
-def _plan(shape, strides_outs, strides_out, in_order):
+def plan_merge(shape, strides_outs, strides_out, in_order=False):
+    """The Plan for the shape and strides of outs and the strides of out, (rows, heads, dim) if the batch is packed.
+
+    in_order: see `merge_weights`; out and lse may then be those of the first split.
+    """
     num_splits, batch, seqlen_q, num_heads, head_dim_v = shape
     num_rows = batch * seqlen_q * num_heads
     block_d = triton.next_power_of_2(head_dim_v)
@@ -177,7 +184,7 @@ def _plan(shape, strides_outs, strides_out, in_order):
     if in_order:  # nothing may depend on the number of splits
         block_rows, block_splits = max(1, 1024 // block_d), MAX_SPLITS
     split_stride, *of_split, _ = strides_outs
-    strides = Strides(*of_split), split_stride, Strides(*strides_out[:-1])
+    strides = Strides(*of_split), split_stride, Strides(*without_dim(strides_out))
     tile = Tile(
         BLOCK_ROWS=block_rows, BLOCK_SPLITS=block_splits, BLOCK_D=block_d, HEAD_DIM_V=head_dim_v, IN_ORDER=in_order
     )

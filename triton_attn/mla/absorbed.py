@@ -3,22 +3,31 @@
 Decode reads latent vectors from pages, prefill from rows of a tensor.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows, layout_of
+from .._host.checks import FLOAT8_MANTISSA_BITS, MAX_ROWS, check_rows
 from .._host.device import arch_of, input_precision, launch
 from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
-from .._host.latent import SCALE_BLOCK, latent_parts
-from .._host.layout import INDICES, capacity_of, clear_outputs, tiles_each, vector_elements
+from .._host.latent import SCALE_BLOCK, latent_layouts, latent_row
+from .._host.layout import (
+    INDICES,
+    Layout,
+    clear_outputs,
+    outputs_of,
+    tiles_each,
+    vector_elements,
+    without_dim,
+)
 from .._host.options import wanted_kernels
-from .._host.prefix_tree import PrefixTree, TreeSizes
+from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
-from .._host.workspace import Workspace, empty, only_counts
+from .._host.workspace import Memory, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
 from .._jit.blocks import Blocks, end_full, split_blocks, visible_range
 from .._jit.drafts import (
@@ -42,12 +51,15 @@ from .._jit.heads import (
     spare_rows,
 )
 from .._jit.paging import find_keys, load_scale, pages_of_keys
+from .._jit.rope import rope_of
 from .._jit.shards import num_cached, visible_range_of_rank
 from .._jit.softmax import LOG2_E, softmax_finish, softmax_init
 from .._jit.tiles import dot_transposed, piece_0, piece_1, scale_rows
 from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors, multiple_of
-from ..merge.kernel import launch_merge
+from ..merge.kernel import Plan as MergePlan
+from ..merge.kernel import launch_merge, plan_merge
 from ..merge.splits import FIXED_KEYS, MAX_WORKSPACE_BYTES, choose_num_splits, resident_programs
+from .api import PREFILL_INPUTS
 from .configs import MlaDecodeCase, MlaDecodeConfig, split_work
 from .hopper import HopperPlan, launch_mla_decode_hopper, plan_hopper
 from .latents import (
@@ -63,7 +75,7 @@ from .latents import (
     undo_weights,
     zero_outputs,
 )
-from .projections import launch_absorb, launch_merge_project, prepare_absorb
+from .projections import AbsorbPlan, Positions, ProjectPlan, plan_absorb, plan_merge_project
 
 # Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice
 # as much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
@@ -87,7 +99,7 @@ class AbsorbedTile(NamedTuple):
     ONE_PAGE: bool  # a tile of keys lies in one page
     PAGES_AHEAD: bool  # page numbers are loaded one iteration before their tile
     SLOT_STRIDES: LatentCache  # from one slot of a page to the next
-    JOINED: bool  # a row of the cache is a latent vector and then its rotary key
+    ROPE_START: int | None  # of a row that holds its rotary key, elements before it; None: a tensor has rotary keys
     FLOAT8: tuple | None  # (mantissa bits, whether the GPU converts the format)
     SCALE_BLOCK: int  # elements that share an fp8 scale of their row; 0: rows have no scales
     PAIRS: bool  # fp8 elements are loaded two at a time, see latents.py
@@ -313,11 +325,12 @@ def _mla_absorbed_kernel(
     and values. Grid: num_tiles * num_splits * batch, where num_tiles is that of a sequence. With SEARCH it is that of
     all sequences, and the grid is num_tiles * num_splits. With SHARED a program finds its node.
 
-    cache is a LatentCache of Pages. lse is (num_splits, batch, NUM_HEADS, seqlen_q); results of a tree's nodes are in
-    its first num_slots splits. seqlen_q and seqlen_k of packed tensors are all their rows; otherwise seqlen_k bounds
-    the keys of a sequence. In rows after the last sequence lse is stored, and with a block_table out too. k_scale is
-    the Scale of the cache, k_pe_scale that of rotary keys; or None. first_split is the first of the launch, if splits
-    are fixed. Most of a short sequence have no keys then, and no one reads their output.
+    cache is a LatentCache of Pages; one without a pointer is a part of the rows of latent vectors. lse is (num_splits,
+    batch, NUM_HEADS, seqlen_q); results of a tree's nodes are in its first num_slots splits. seqlen_q and seqlen_k of
+    packed tensors are all their rows; otherwise seqlen_k bounds the keys of a sequence. In rows after the last sequence
+    lse is stored, and with a block_table out too. k_scale is the Scale of the cache, k_pe_scale that of rotary keys; or
+    None. first_split is the first of the launch, if splits are fixed. Most of a short sequence have no keys then, and
+    no one reads their output.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -357,13 +370,17 @@ def _mla_absorbed_kernel(
     q_pe_ptrs = q_pe.ptr + row_offsets(rows.batch, rows.query, rows.head, q_pe.strides)[:, None]
     q_tile, q_pe_tile, scale_log2 = load_queries(q_ptrs, q_pe_ptrs, rows.mask, k_scale, k_pe_scale, scale_log2, TILE)
     dtype: tl.constexpr = q.ptr.dtype.element_ty
-
     SLOTS: tl.constexpr = TILE.SLOT_STRIDES
     latents = Pages(cache.latents.ptr, multiple_of(cache.latents.page_stride, TILE.VECTORS.latents))
-    if TILE.JOINED:
-        rope_keys = Pages(latents.ptr + TILE.KV_LORA_RANK, latents.page_stride)
-    else:
+    scales = cache.scales
+    if TILE.ROPE_START is None:
         rope_keys = Pages(cache.rope_keys.ptr, multiple_of(cache.rope_keys.page_stride, TILE.VECTORS.rope_keys))
+    elif TILE.SCALE_BLOCK > 0:  # bytes
+        rope_ptr = (latents.ptr + TILE.ROPE_START).to(tl.pointer_type(tl.bfloat16))
+        rope_keys = Pages(rope_ptr, multiple_of(cache.rope_keys.page_stride, TILE.VECTORS.rope_keys))
+        scales = Pages((latents.ptr + TILE.KV_LORA_RANK).to(tl.pointer_type(tl.float32)), scales.page_stride)
+    else:
+        rope_keys = Pages(latents.ptr + TILE.ROPE_START, latents.page_stride)
     if block_table_ptr is None:
         first_row = tl.cast(bounds.first_k, tl.int64)
         latents = Pages(latents.ptr + rows.batch * latents.page_stride + first_row * SLOTS.latents, 0)
@@ -379,7 +396,7 @@ def _mla_absorbed_kernel(
         if block_table_ptr is not None:  # a loop cannot carry None
             own_pages, pages = _take_pages(pages, block_table_ptr, start_n, blocks.hi, TILE)
         keys = find_keys(own_pages, start_n, blocks.hi, BLOCK_N, TILE.PAGE_SIZE, TILE.ONE_PAGE)
-        k, scales = load_latents(latents, cache.scales, keys, dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
+        k, k_scales = load_latents(latents, scales, keys, dtype, TILE)  # (BLOCK_N, KV_LORA_RANK)
         k_pe = load_rope_keys(rope_keys, keys, dtype, TILE)  # (BLOCK_N, ROPE_HEAD_DIM)
         if BLOCK_M >= 64:
             fence_copies()
@@ -392,11 +409,11 @@ def _mla_absorbed_kernel(
             else:
                 s = mask_scores_of_rows(_add_rotary(s, q_pe_tile, k_pe, TILE), rows, start_n, window, TILE)
         else:
-            s = latent_scores(q_tile, k, scales, TILE)
+            s = latent_scores(q_tile, k, k_scales, TILE)
             s = _add_rotary(s, q_pe_tile, k_pe, TILE)
             if start_n >= blocks.full_hi:
                 s = mask_scores_of_rows(s, rows, start_n, window, TILE)
-        weights, alpha, m_i, l_i = latent_softmax(s, scales, m_i, l_i, scale_log2, dtype, TILE)
+        weights, alpha, m_i, l_i = latent_softmax(s, k_scales, m_i, l_i, scale_log2, dtype, TILE)
         acc = add_latents(weights, k, scale_rows(acc, alpha), TILE)  # (BLOCK_M, KV_LORA_RANK)
 
     norm, lse = softmax_finish(m_i, l_i)
@@ -415,55 +432,51 @@ def _mla_absorbed_kernel(
 
 
 def launch_mla_decode(call, out, lse, config=None):
-    """Launch the kernels of a DecodeCall: absorption with w_uk, attention, merge and projection of the splits.
+    """Launch the kernels of a DecodeCall: one, or more with weights, splits or a prefix tree. No device-to-host sync.
 
     out and lse are those that `mla_decode` returns; lse may be None: not wanted. config is an MlaDecodeConfig or an
-    MlaHopperConfig, each for its kernel (None: the default). No device-to-host sync.
+    MlaHopperConfig, each for its kernel (None: the default).
     """
-    q_nope, q_pe, latent_cache, cache_seqlens, block_table, softmax_scale, causal, w_uk, w_uv, *_ = call
-    cu_seqlens_q, max_seqlen_q = call.cu_seqlens_q, call.max_seqlen_q
-    batch, absorb = cache_seqlens.shape[0], None
-    if q_nope.numel() == 0 or batch == 0:
-        if not only_counts(call.workspace):
-            clear_outputs(out, lse)
-        return
-    if cu_seqlens_q is None:
-        max_seqlen_q = q_nope.shape[1]
-    else:
-        q_nope, q_pe, out, lse = (None if x is None else x[None] for x in (q_nope, q_pe, out, lse))
-    kv_lora_rank = q_nope.shape[3] if w_uk is None else w_uk.shape[2]
-    if call.rope_cache is None:
-        cache = LatentCache(*latent_parts(latent_cache, kv_lora_rank, q_pe.shape[3]))
-    else:
-        cache = LatentCache(latent_cache, None, call.rope_cache)
-    scale_log2 = softmax_scale * LOG2_E.value
-    if w_uk is not None:
-        rope = call.rope_cos, call.rope_sin, call.rope_interleaved
-        positions = cache_seqlens, capacity_of(latent_cache, block_table, call.key_shard), *rope
-        absorb, (q_nope, q_pe) = prepare_absorb(
-            q_nope, q_pe, w_uk, scale_log2, positions, call.workspace, call.batch_invariant
-        )
-        scale_log2 = 1.0
-    joined = call.rope_cache is None and latent_cache.dtype != torch.uint8
-    sequences = AbsorbedSequences(cu_seqlens_q, None, cache_seqlens, block_table, batch, max_seqlen_q)
-    tree = call.prefix_tree
-    attention = AbsorbedCall(
-        q_nope,
-        q_pe,
-        cache,
-        sequences,
-        scale_log2,
-        causal and call.tree_mask is None,
-        joined,
-        (call.k_scale, call.k_pe_scale),
+    q, q_pe, cache, rope_cache, tree = call.q_nope, call.q_pe, call.latent_cache, call.rope_cache, call.prefix_tree
+    arch = arch_of(q)
+    plan = _plan_decode(
+        call.find_layouts(),
+        (q.data_ptr() | q_pe.data_ptr()) % 16 == 0,
+        (cache.data_ptr() | (0 if rope_cache is None else rope_cache.data_ptr())) % 16 == 0,
+        call.max_seqlen_q,
+        call.causal,
+        call.rope_interleaved,
+        call.k_scale is not None or call.k_pe_scale is not None,
         call.num_splits,
         call.batch_invariant,
         call.key_shard,
-        tree if tree is not None and tree.sizes.num_slots > 0 else None,
-        call.tree_mask,
-        call.workspace,
+        None if tree is None else tree.sizes,
+        arch,
+        input_precision(q.dtype, arch),
+        count_sms(q.device, arch),
+        wanted_kernels(),
+        config,
     )
-    _attend(attention, w_uv, out, lse, config, absorb)
+    workspace = call.workspace
+    if plan is None:
+        if not only_counts(workspace):
+            clear_outputs(out, lse)
+        return
+    # The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
+    queries = None if plan.absorb is None else plan.queries.new(q, workspace)
+    parts, lse_parts = plan.results(out, lse, workspace)
+    if only_counts(workspace):
+        return
+    scale_log2 = call.softmax_scale * LOG2_E.value
+    if plan.absorb is not None:
+        rope = rope_of(call.rope_cos, call.rope_sin)
+        plan.absorb.launch(q, q_pe, call.w_uk, queries, scale_log2, call.cache_seqlens, rope)
+        (q, q_pe), scale_log2 = plan.absorb.parts(queries), 1.0
+    sequences = call.cu_seqlens_q, None, call.cache_seqlens, call.block_table
+    factors = _factors(call.k_scale, call.k_pe_scale, q_pe.shape[-1])
+    tree = None if plan.tree is None else tree.memory
+    attention = AbsorbedCall(q, q_pe, cache, rope_cache, *sequences, scale_log2, factors, call.tree_mask, tree)
+    _attend(plan, attention, parts, lse_parts, call.w_uv, out, lse)
 
 
 def launch_mla_absorbed(call, out, lse, heads_each):
@@ -471,59 +484,57 @@ def launch_mla_absorbed(call, out, lse, heads_each):
 
     out and lse are those that `mla_prefill` returns; lse may be None: not wanted.
     """
-    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal = call
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal, _ = call
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, _ = lengths
-    batch = lengths.batch(q_pe)
-    if q_pe.numel() == 0 or batch == 0:
-        clear_outputs(out, lse)
-        return
-    if cu_seqlens_q is not None:
-        q_nope, q_pe, kv_latent, k_pe, out, lse = (
-            None if x is None else x[None] for x in (q_nope, q_pe, kv_latent, k_pe, out, lse)
-        )
-    sequences = AbsorbedSequences(cu_seqlens_q, cu_seqlens_k, None, None, batch, max_seqlen_q)
-    cache = LatentCache(kv_latent, None, k_pe)
-    for first in range(0, q_pe.shape[2], heads_each):
-        heads = slice(first, first + heads_each)
-        q = launch_absorb(q_nope[:, :, heads], q_pe[:, :, heads], w_uk[heads], softmax_scale * LOG2_E.value)
-        attention = AbsorbedCall(*q, cache, sequences, 1.0, causal, joined=False)
-        _attend(attention, w_uv[heads], out[:, :, heads], None if lse is None else lse[:, heads])
+    num_heads, arch, layouts = w_uk.shape[0], arch_of(q_pe), call.find_layouts()
+    aligned = (kv_latent.data_ptr() | k_pe.data_ptr()) % 16 == 0
+    target = arch, input_precision(q_pe.dtype, arch), count_sms(q_pe.device, arch)
+    for first in range(0, num_heads, heads_each):
+        count = min(heads_each, num_heads - first)
+        plan = _plan_prefill(layouts, count, aligned, max_seqlen_q, causal, *target)
+        if plan is None:
+            clear_outputs(out, lse)
+            return
+        here = q_nope, q_pe, w_uk, w_uv, out, lse
+        if count < num_heads:
+            here = _heads_of(here, slice(first, first + count))
+        q_nope_here, q_pe_here, w_uk_here, w_uv_here, out_here, lse_here = here
+        queries = plan.queries.new(q_pe)
+        parts, lse_parts = plan.results(out_here, lse_here, None)
+        plan.absorb.launch(q_nope_here, q_pe_here, w_uk_here, queries, softmax_scale * LOG2_E.value)
+        sequences = cu_seqlens_q, cu_seqlens_k, None, None
+        attention = AbsorbedCall(*plan.absorb.parts(queries), kv_latent, k_pe, *sequences, 1.0)
+        _attend(plan, attention, parts, lse_parts, w_uv_here, out_here, lse_here)
 
 
-class AbsorbedSequences(NamedTuple):
-    """The sequences of a batch. Those of decode have cache_seqlens and a block_table, packed ones cu_seqlens."""
+def _heads_of(operands, heads):
+    """Some heads of q_nope, q_pe, w_uk, w_uv, out and lse."""
+    q_nope, q_pe, w_uk, w_uv, out, lse = operands
+    of_rows = [x[..., heads, :] for x in (q_nope, q_pe)]
+    return *of_rows, w_uk[heads], w_uv[heads], out[..., heads, :], None if lse is None else lse[..., heads, :]
 
+
+class AbsorbedCall(NamedTuple):
+    """Tensors and factors of attention with absorbed queries (batch, seqlen_q, num_heads, dim), or without batch."""
+
+    q: torch.Tensor
+    q_pe: torch.Tensor
+    cache: torch.Tensor  # (pages or batch, slots or rows, dim), or (rows, dim)
+    rope_cache: torch.Tensor | None  # None: rotary keys follow the latent vectors
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
     cache_seqlens: torch.Tensor | None
     block_table: torch.Tensor | None
-    batch: int
-    max_seqlen_q: int
-
-
-class AbsorbedCall(NamedTuple):
-    """Attention of absorbed queries (batch, seqlen_q, num_heads, dim); packed ones have a batch of 1."""
-
-    q: torch.Tensor
-    q_pe: torch.Tensor
-    cache: LatentCache  # tensors (pages or batch, slots or rows, dim)
-    sequences: AbsorbedSequences
     scale_log2: float
-    causal: bool
-    joined: bool  # rotary keys follow the latent vectors in one tensor
-    factors: tuple = (None, None)  # (k_scale, k_pe_scale)
-    num_splits: int = 1  # 0 chooses it
-    batch_invariant: bool = False
-    key_shard: KeyShard | None = None
-    tree: PrefixTree | None = None
+    factors: tuple = (None, None)  # Scales of latent vectors and of rotary keys
     tree_mask: torch.Tensor | None = None
-    workspace: Workspace | None = None
+    tree: torch.Tensor | None = None  # memory of a prefix tree
 
 
 class AbsorbedKey(NamedTuple):
-    """Everything of a call that the plan of its attention depends on; plans are cached by it."""
+    """Everything of a call that the plan of its attention depends on."""
 
-    layout: tuple  # (shape, strides) of q, q_pe and latent vectors
+    layout: tuple  # (shape, strides) of q, q_pe and latent vectors; packed queries and rows have a batch of 1
     layout_scales: tuple | None  # None unless rows have scales of their own
     layout_rope: tuple
     dtype: torch.dtype
@@ -536,7 +547,7 @@ class AbsorbedKey(NamedTuple):
     max_seqlen_q: int
     causal: bool
     has_tree_mask: bool
-    joined: bool
+    joined: bool  # rotary keys follow the latent vectors, in the same dtype
     has_factors: bool
     is_projected: bool  # a launch that multiplies with w_uv follows
     key_shard: KeyShard | None
@@ -561,42 +572,46 @@ class AbsorbedPlan(NamedTuple):
     nodes: tuple | None  # (number of programs, constants) of the launch over a tree's nodes
 
 
-def _attend(call, w_uv, out, lse, config=None, absorb=None):
-    """Attention of an AbsorbedCall, and what follows it. absorb launches what fills its queries.
+class CallPlan(NamedTuple):
+    """The launches of a call, or of some heads of a prefill, but for their tensors: queries are absorbed if there is
+    w_uk, attention stores a result for each split, and these are merged, and projected if there is w_uv."""
 
-    The memory of all launches comes before the first one: if the workspace is too small, nothing was launched.
-    """
-    plan, workspace = _plan(_key_of(call, w_uv is not None), wanted_kernels(), config), call.workspace
-    in_rounds, num_slots = call.batch_invariant and plan.num_splits > 1, _num_slots(call.tree)
-    if in_rounds:
-        parts, lse_parts = _results_of_round(call.q, plan.num_splits, workspace)
-    else:
-        parts, lse_parts = _results(call.q, out, lse, w_uv, plan.num_splits + num_slots, workspace)
-    if only_counts(workspace):
-        return
-    if absorb is not None:
-        absorb()
-    if in_rounds:
+    attention: AbsorbedPlan | HopperPlan
+    absorb: AbsorbPlan | None
+    finish: MergePlan | ProjectPlan | None
+    queries: Memory | None  # that are absorbed
+    parts: Memory | None  # results (places, batch, seqlen_q, num_heads, dim); None: there is one, which is out
+    lse_parts: Memory  # (places, batch, num_heads, seqlen_q)
+    in_rounds: bool  # fixed splits, see `_merge_in_rounds`
+    part_strides: tuple  # from result to result, and the Strides of one
+    batch: int
+    table_stride: int | None
+    mask_stride: int  # of tree_mask
+    is_float8: bool  # bytes: not every GPU has the dtypes of fp8
+    tree: TreeSizes | None
+    key_shard: KeyShard | None
+
+    def results(self, out, lse, workspace):
+        """Where attention stores: memory for the results, or out and lse. It always stores lse. Without the store the
+        loop is the same, and there would be one more variant."""
+        if self.parts is not None:
+            return self.parts.new(out, workspace), self.lse_parts.new(out, workspace)
+        return out, self.lse_parts.new(out, workspace) if lse is None else lse
+
+
+def _attend(plan, call, parts, lse_parts, w_uv, out, lse):
+    """Attention of an AbsorbedCall, and what follows it."""
+    if plan.in_rounds:
         merged = (out, lse) if w_uv is None else (parts[0], lse_parts[0])
         _merge_in_rounds(plan, call, parts, lse_parts, merged)
-        parts, lse_parts = parts[:1], lse_parts[:1]
-    elif type(plan) is HopperPlan:
+    elif type(plan.attention) is HopperPlan:
         launch_mla_decode_hopper(plan, call, parts, lse_parts)
     else:
-        _launch(plan, call, parts, lse_parts)
+        _launch(plan, call, parts, lse_parts, plan.attention.num_splits)
     if w_uv is not None:
-        launch_merge_project(parts, lse_parts, w_uv, out, lse, call.batch_invariant)
-    elif len(parts) > 1 and not in_rounds:
-        launch_merge(parts, lse_parts, out, lse)
-
-
-def _results_of_round(q, num_splits, workspace):
-    """Room for the merged results of fixed splits, then for those of as many splits as MAX_WORKSPACE_BYTES hold."""
-    batch, seqlen_q, num_heads, rank = q.shape
-    split_bytes = torch.float32.itemsize * (rank + 1) * batch * seqlen_q * num_heads
-    places = 1 + max(1, min(num_splits, MAX_WORKSPACE_BYTES // split_bytes))
-    parts = empty(workspace, q, (places, *q.shape), torch.float32)
-    return parts, empty(workspace, q, (places, batch, num_heads, seqlen_q), torch.float32)
+        plan.finish.launch(parts, lse_parts, w_uv, out, lse)
+    elif plan.finish is not None:
+        plan.finish.launch(parts, lse_parts, out, lse)
 
 
 def _merge_in_rounds(plan, call, parts, lses, merged):
@@ -605,63 +620,57 @@ def _merge_in_rounds(plan, call, parts, lses, merged):
     The capacity of the cache decides how many splits there are. A round computes those for which parts has room, and
     merges them with the result of the rounds before, which is parts[0].
     """
-    each = len(parts) - 1
-    for first in range(0, plan.num_splits, each):
-        end = 1 + min(each, plan.num_splits - first)
-        _launch(plan, call, parts[1:end], lses[1:end], first)
+    each, num_splits = len(parts) - 1, plan.attention.num_splits
+    for first in range(0, num_splits, each):
+        count = min(each, num_splits - first)
+        end = 1 + count
+        _launch(plan, call, parts[1:end], lses[1:end], count, first)
         rounds = slice(1 if first == 0 else 0, end)
-        target = merged if first + each >= plan.num_splits else (parts[0], lses[0])
+        target = merged if first + each >= num_splits else (parts[0], lses[0])
         launch_merge(parts[rounds], lses[rounds], *target, in_order=True)
 
 
-def _launch(plan, call, parts, lse_parts, first_split=0):
-    """Launch the portable kernel for a tree's nodes, and for the splits that have room in parts from first_split on."""
-    cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, batch, _ = call.sequences
-    split_stride, *strides, _ = parts.stride()
-    of_q, of_q_pe = plan.strides
-    num_slots = _num_slots(call.tree)
-    num_splits, num_nodes = len(parts) - num_slots, 0 if call.tree is None else call.tree.sizes.num_nodes
+def _launch(plan, call, parts, lse_parts, num_splits, first_split=None):
+    """Launch the portable kernel for a tree's nodes, and for num_splits splits from first_split on, if these are
+    fixed, otherwise for all."""
+    attention, tree, cache, rope_cache = plan.attention, plan.tree, call.cache, call.rope_cache
+    if plan.is_float8:
+        cache, rope_cache = cache.view(torch.uint8), None if rope_cache is None else rope_cache.view(torch.uint8)
+    (of_q, of_q_pe), (split_stride, of_parts), of_pages = attention.strides, plan.part_strides, attention.page_strides
+    num_nodes, num_slots = (0, 0) if tree is None else (tree.num_nodes, tree.num_slots)
     args = (
         View(call.q, of_q),
         View(call.q_pe, of_q_pe),
-        LatentCache._make(
-            [x if x is None else Pages(_bytes(x), stride) for x, stride in zip(call.cache, plan.page_strides)]
+        LatentCache(
+            Pages(cache, of_pages.latents),
+            None if of_pages.scales is None else Pages(None, of_pages.scales),
+            Pages(rope_cache, of_pages.rope_keys),
         ),
-        View(parts, Strides(*strides)),
+        View(parts, of_parts),
         split_stride,
         lse_parts,
-        cache_seqlens,
-        block_table,
-        None if block_table is None else block_table.stride(0),
-        Sequences(cu_seqlens_q, cu_seqlens_k, None),
+        call.cache_seqlens,
+        call.block_table,
+        plan.table_stride,
+        Sequences(call.cu_seqlens_q, call.cu_seqlens_k, None),
         call.tree_mask,
-        call.tree_mask.stride(0) if call.tree_mask is not None and call.tree_mask.ndim == 2 else 0,
-        *plan.counts,
+        plan.mask_stride,
+        *attention.counts,
         num_splits,
-        batch,
-        first_split if call.batch_invariant else None,
-        max(batch, num_nodes).bit_length(),
-        None if call.tree is None else call.tree.memory,
+        plan.batch,
+        first_split,
+        max(plan.batch, num_nodes).bit_length(),
+        call.tree,
         num_nodes,
         num_slots,
         call.scale_log2,
-        *_factors(*call.factors, call.q_pe.shape[-1]),
-        plan.window,
+        *call.factors,
+        attention.window,
     )
-    if plan.nodes is not None:
-        num_programs, constants = plan.nodes
+    if attention.nodes is not None:
+        num_programs, constants = attention.nodes
         launch(_mla_absorbed_kernel, (num_programs,), call.q.device, args, constants)
-    launch(_mla_absorbed_kernel, (plan.num_programs * num_splits,), call.q.device, args, plan.constants)
-
-
-def _num_slots(tree):
-    """Results that a query may have of a tree's nodes, besides those of splits."""
-    return 0 if tree is None else tree.sizes.num_slots
-
-
-def _bytes(x):
-    """fp8 elements as uint8: not every GPU has the type."""
-    return x.view(torch.uint8) if x.dtype in FLOAT8_MANTISSA_BITS else x
+    launch(_mla_absorbed_kernel, (attention.num_programs * num_splits,), call.q.device, args, attention.constants)
 
 
 def _factors(k_scale, k_pe_scale, rope_dim):
@@ -671,50 +680,171 @@ def _factors(k_scale, k_pe_scale, rope_dim):
     return scale_of(1.0 if k_scale is None else k_scale), scale_of(k_pe_scale)
 
 
-def _results(q, out, lse, w_uv, num_splits, workspace):
-    """Outputs of the splits (splits, batch, seqlen_q, num_heads, dim), and their log-sum-exps (splits, batch,
-    num_heads, seqlen_q). With one split and no projection they are out and lse."""
-    batch, seqlen_q, num_heads, _ = q.shape
-    lse_shape = num_splits, batch, num_heads, seqlen_q
-    if num_splits > 1 or w_uv is not None:
+@remember
+def _plan_decode(
+    layouts,
+    q_aligned,
+    cache_aligned,
+    max_seqlen_q,
+    causal,
+    interleaved,
+    has_factors,
+    num_splits,
+    batch_invariant,
+    key_shard,
+    tree,
+    arch,
+    precision,
+    num_sms,
+    wanted,
+    config,
+):
+    """The CallPlan of a DecodeCall with these Layouts; None if there is no query."""
+    q, q_pe, cache, table = layouts.q_nope, layouts.q_pe, layouts.latent_cache, layouts.block_table
+    (batch,), packed, w_uk, w_uv = (
+        layouts.cache_seqlens.shape,
+        layouts.cu_seqlens_q is not None,
+        layouts.w_uk,
+        layouts.w_uv,
+    )
+    if math.prod(q.shape) == 0 or batch == 0:
+        return None
+    rope_dim, tree_mask = q_pe.shape[-1], layouts.tree_mask
+    tree = tree if tree is not None and tree.num_slots > 0 else None
+    absorb = queries = None
+    if w_uk is not None:
+        capacity = min(cache.shape[1] * table.shape[1] * num_ranks_of(key_shard), MAX_ROWS)
+        cos = layouts.rope_cos
+        positions = Positions(capacity, *((0, 0) if cos is None else (cos.shape[0], 2 * cos.shape[1])), interleaved)
+        absorb = plan_absorb((q[:2], q_pe[:2], w_uk[:2]), positions, precision, batch_invariant)
+        queries, q, q_pe, q_aligned = _absorbed(absorb, q.dtype)
+    kv_lora_rank = q.shape[-1]
+    if layouts.rope_cache is None:
+        of_latents, of_scales, of_rope, rope_start = latent_layouts(*cache, kv_lora_rank, rope_dim)
+        cache_aligned = cache_aligned and (rope_dim == 0 or rope_start % 16 == 0)
+    else:
+        of_latents, of_scales, of_rope = cache[:2], None, layouts.rope_cache[:2]
+    key = AbsorbedKey(
+        layout=(*(_with_batch(x.shape, x.strides, 4) for x in (q, q_pe)), of_latents),
+        layout_scales=of_scales,
+        layout_rope=of_rope,
+        dtype=q.dtype,
+        cache_dtype=cache.dtype,
+        q_aligned=q_aligned,
+        cache_aligned=cache_aligned,
+        table_width=table.shape[1],
+        packed=packed,
+        batch=batch,
+        max_seqlen_q=max_seqlen_q if packed else q.shape[1],
+        causal=causal and tree_mask is None,
+        has_tree_mask=tree_mask is not None,
+        joined=layouts.rope_cache is None and of_scales is None,
+        has_factors=has_factors,
+        is_projected=w_uv is not None,
+        key_shard=key_shard,
+        tree=tree,
+        num_splits=num_splits,
+        batch_invariant=batch_invariant,
+        arch=arch,
+        precision=precision,
+        num_sms=num_sms,
+    )
+    of_out = outputs_of(layouts.q_nope.shape, kv_lora_rank if w_uv is None else w_uv.shape[1], key.dtype).out
+    plan = _plan_call(key, _plan(key, wanted, config), w_uv, of_out[1])
+    mask_stride = 0 if tree_mask is None or len(tree_mask.shape) == 1 else tree_mask.strides[0]
+    return plan._replace(absorb=absorb, queries=queries, table_stride=table.strides[0], mask_stride=mask_stride)
+
+
+@remember
+def _plan_prefill(layouts, num_heads, cache_aligned, max_seqlen_q, causal, arch, precision, num_sms):
+    """The CallPlan for num_heads heads of a PrefillCall with these Layouts; None if there is no query."""
+    q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, cu_seqlens_q, _ = layouts.of(PREFILL_INPUTS)
+    packed = cu_seqlens_q is not None
+    batch = cu_seqlens_q.shape[0] - 1 if packed else q_pe.shape[0]
+    if math.prod(q_pe.shape) == 0 or batch == 0:
+        return None
+    whole = outputs_of(q_nope.shape, w_uv.shape[1], q_nope.dtype).out
+    q_nope, q_pe = (((*x.shape[:-2], num_heads, x.shape[-1]), x.strides) for x in (q_nope, q_pe))
+    w_uk, w_uv = (((num_heads, *x.shape[1:]), x.strides) for x in (w_uk, w_uv))
+    absorb = plan_absorb((q_nope, q_pe, w_uk), Positions(0, 0, 0, False), precision)
+    queries, q, q_pe, q_aligned = _absorbed(absorb, kv_latent.dtype)
+    key = AbsorbedKey(
+        layout=(*(_with_batch(x.shape, x.strides, 4) for x in (q, q_pe)), _with_batch(*kv_latent[:2], 3)),
+        layout_scales=None,
+        layout_rope=_with_batch(*k_pe[:2], 3),
+        dtype=q.dtype,
+        cache_dtype=kv_latent.dtype,
+        q_aligned=q_aligned,
+        cache_aligned=cache_aligned,
+        table_width=None,
+        packed=packed,
+        batch=batch,
+        max_seqlen_q=max_seqlen_q,
+        causal=causal,
+        has_tree_mask=False,
+        joined=False,
+        has_factors=False,
+        is_projected=True,
+        key_shard=None,
+        tree=None,
+        num_splits=1,
+        batch_invariant=False,
+        arch=arch,
+        precision=precision,
+        num_sms=num_sms,
+    )
+    plan = _plan_call(key, _plan(key, "portable", None), Layout(*w_uv, key.dtype), whole[1])
+    return plan._replace(absorb=absorb, queries=queries)
+
+
+def _absorbed(absorb, dtype):
+    """What an AbsorbPlan stores: its Memory, the Layouts of both parts, and whether these start at multiples of 16
+    bytes."""
+    queries, rank = Memory.of(absorb.shape, dtype), absorb.kv_lora_rank
+    *rows, width = absorb.shape
+    q, q_pe = (Layout((*rows, size), queries.strides, dtype) for size in (rank, width - rank))
+    return queries, q, q_pe, width == rank or rank * dtype.itemsize % 16 == 0
+
+
+def _with_batch(shape, strides, ndim):
+    """(shape, strides) with a batch of 1 if there is none, as in a packed tensor."""
+    return (shape, strides) if len(shape) == ndim else ((1, *shape), (0, *strides))
+
+
+def _plan_call(key, attention, w_uv, strides_out):
+    """The CallPlan but for queries, block_table and tree_mask; w_uv is a Layout, strides_out that of out."""
+    shape_q, num_splits = key.layout[0][0], attention.num_splits
+    batch, seqlen_q, num_heads, rank = shape_q
+    in_rounds = key.batch_invariant and num_splits > 1
+    places = num_splits + (0 if key.tree is None else key.tree.num_slots)
+    if in_rounds:  # merged results of fixed splits, then as many splits as MAX_WORKSPACE_BYTES hold
+        split_bytes = torch.float32.itemsize * (rank + 1) * batch * seqlen_q * num_heads
+        places = 1 + max(1, min(num_splits, MAX_WORKSPACE_BYTES // split_bytes))
+    parts = finish = None
+    if places > 1 or w_uv is not None:
         # A single split is rounded before the projection anyway.
-        dtype = torch.float32 if num_splits > 1 else out.dtype
-        parts = empty(workspace, out, (num_splits, *q.shape), dtype)
-        return parts, empty(workspace, out, lse_shape, torch.float32)
-    # The kernel always stores lse. Without the store the loop is the same, and there would be one more variant.
-    return out[None], empty(workspace, out, lse_shape, torch.float32) if lse is None else lse[None]
-
-
-def _key_of(call, is_projected):
-    q, q_pe, (latents, scales, rope_keys), sequences, _, causal, joined, factors, *options, _ = call
-    num_splits, batch_invariant, key_shard, tree, tree_mask = options
-    cu_seqlens_q, _, _, block_table, batch, max_seqlen_q = sequences
-    dtype, arch = q.dtype, arch_of(q)
-    # By position: keywords take twice as long.
-    return AbsorbedKey(
-        layout_of(q, q_pe, latents),
-        None if scales is None else (scales.shape, scales.stride()),
-        (rope_keys.shape, rope_keys.stride()),
-        dtype,
-        latents.dtype,
-        (q.data_ptr() | q_pe.data_ptr()) % 16 == 0,
-        (latents.data_ptr() | rope_keys.data_ptr()) % 16 == 0,
-        None if block_table is None else block_table.shape[1],
-        cu_seqlens_q is not None,
-        batch,
-        max_seqlen_q,
-        causal,
-        tree_mask is not None,
-        joined,
-        factors != (None, None),
-        is_projected,
-        key_shard,
-        None if tree is None else tree.sizes,
-        num_splits,
-        batch_invariant,
-        arch,
-        input_precision(dtype, arch),
-        count_sms(q.device, arch),
+        parts = Memory.of((places, *shape_q), torch.float32 if places > 1 else key.dtype)
+    if w_uv is not None:
+        shape = (1 if in_rounds else places, *shape_q)
+        finish = plan_merge_project(shape, w_uv[:2], strides_out, key.dtype, key.precision, key.batch_invariant)
+    elif places > 1 and not in_rounds:
+        finish = plan_merge(parts.shape, parts.strides, strides_out)
+    split_stride, *strides = (0, *without_dim(strides_out), 1) if parts is None else parts.strides
+    return CallPlan(
+        attention,
+        absorb=None,
+        finish=finish,
+        queries=None,
+        parts=parts,
+        lse_parts=Memory.of((places, batch, num_heads, seqlen_q), torch.float32),
+        in_rounds=in_rounds,
+        part_strides=(split_stride, Strides(*strides[:3])),
+        batch=key.batch,
+        table_stride=None,
+        mask_stride=0,
+        is_float8=key.cache_dtype in FLOAT8_MANTISSA_BITS,
+        tree=key.tree,
+        key_shard=key.key_shard,
     )
 
 
@@ -764,6 +894,14 @@ def _strides_of_cache(key):
     return page_strides, slot_strides, vectors
 
 
+def _rope_start(key):
+    """Elements of a row before its rotary key, None if another tensor has rotary keys."""
+    kv_lora_rank, rope_dim = key.layout[0][0][3], key.layout[1][0][3]
+    if key.layout_scales is not None:
+        return latent_row(kv_lora_rank, rope_dim)[1]
+    return kv_lora_rank if key.joined else None
+
+
 def _plan_portable(key, config, nodes):
     """The AbsorbedPlan of a launch over the keys of sequences, or of the launch over a tree's nodes, its TreeSizes."""
     (shape_q, strides_q), (shape_pe, strides_pe), of_latents = key.layout
@@ -806,7 +944,7 @@ def _plan_portable(key, config, nodes):
         ONE_PAGE=one_page,
         PAGES_AHEAD=tiles.num_stages > 2,
         SLOT_STRIDES=slot_strides,
-        JOINED=key.joined,
+        ROPE_START=_rope_start(key),
         FLOAT8=(mantissa_bits, mantissa_bits in gpu_of(key.arch).native_fp8) if is_fp8 else None,
         SCALE_BLOCK=SCALE_BLOCK if has_scales else 0,
         PAIRS=pairs,

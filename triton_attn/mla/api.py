@@ -31,7 +31,7 @@ from .._host.checks import (
 from .._host.dtensors import Layout, Operand, attend_shards, has_dtensor, lse_dims, of_rows, on_each_rank
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.latent import latent_storage
-from .._host.layout import Outputs, lse_shape, outputs_of
+from .._host.layout import Layouts, Outputs, lse_shape, outputs_of
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
 from .._host.once import check_once
 from .._host.options import check_num_drafts, check_softmax_scale, check_tree_mask
@@ -241,9 +241,8 @@ def mla_decode(
     tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale, tree_mask
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, softmax_scale, causal, rope_interleaved, num_splits, return_lse
-    softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number, outputs = _check_decode(
-        (*tensors, out, lse), numbers
-    )
+    checked = _check_decode((*tensors, out, lse), numbers)
+    softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number, layouts, outputs = checked
     k_scale = k_scale if k_number is None else None
     k_pe_scale = k_pe_scale if k_pe_number is None else None
     max_seqlen_q = _check_longest(max_seqlen_q, q_nope, packed)
@@ -292,6 +291,7 @@ def mla_decode(
         prefix_tree,
         tree_mask,
         room,
+        layouts,
     )
     _attend(call, check_values, out, lse)
     return (out, lse) if return_lse else out
@@ -365,6 +365,15 @@ class DecodeCall(NamedTuple):
     prefix_tree: PrefixTree | None = None
     tree_mask: Tensor | None = None
     workspace: Workspace | None = None
+    layouts: Layouts | None = None  # None: not found yet
+
+    def find_layouts(self) -> Layouts:
+        return self.layouts or _layouts_of([getattr(self, name) for name in DECODE_INPUTS], DECODE_INPUTS)
+
+
+@check_once
+def _layouts_of(tensors, names):
+    return Layouts(dict(zip(names, tensors)))
 
 
 def _decode(
@@ -652,15 +661,14 @@ def mla_prefill(
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv = autocast(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv)
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, mode, causal, return_lse, max_workspace_bytes, softmax_scale
-    causal, return_lse, max_workspace_bytes, softmax_scale = _check_prefill(
-        (*tensors, cu_seqlens_q, cu_seqlens_k), numbers
-    )
+    checked = _check_prefill((*tensors, cu_seqlens_q, cu_seqlens_k), numbers)
+    causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs = checked
     lengths = _check_lengths(q_nope, kv_latent, lengths)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wants_grad:
         check_differentiable(q_nope, q_pe, w_uv)
-    call = PrefillCall(*tensors, lengths, softmax_scale, causal)
+    call = PrefillCall(*tensors, lengths, softmax_scale, causal, layouts)
     if not use_kernel(q_nope):
         if check_values:
             call.check_values()
@@ -676,7 +684,7 @@ def mla_prefill(
             return_lse=return_lse,
         )
     schedule = mode, max_workspace_bytes, wants_grad
-    out, lse = _prefill_kernels()(call, schedule, check_values, return_lse)
+    out, lse = _prefill_kernels()(call, schedule, check_values, outputs, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -686,6 +694,9 @@ def _prefill_kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
     from .autograd import prefill
 
     return prefill
+
+
+PREFILL_INPUTS = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "cu_seqlens_q", "cu_seqlens_k"
 
 
 class PrefillCall(NamedTuple):
@@ -700,6 +711,10 @@ class PrefillCall(NamedTuple):
     lengths: Lengths
     softmax_scale: float
     causal: bool
+    layouts: Layouts | None = None  # None: not found yet
+
+    def find_layouts(self) -> Layouts:
+        return self.layouts or _layouts_of((*self.tensors, *self.lengths[:2]), PREFILL_INPUTS)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -722,7 +737,7 @@ def check_differentiable(q_nope, q_pe, w_uv):
 
 @check_once
 def _check_prefill(tensors, options):
-    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked."""
+    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked; Layouts and Outputs."""
     *tensors, cu_seqlens_q, cu_seqlens_k = tensors
     _, mode, causal, return_lse, max_workspace_bytes, softmax_scale = options
     packed = cu_seqlens_q is not None
@@ -734,7 +749,11 @@ def _check_prefill(tensors, options):
     causal, return_lse = check_bool("causal", causal), check_bool("return_lse", return_lse)
     max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes)
     softmax_scale = check_softmax_scale(softmax_scale, tensors[0].shape[-1] + tensors[1].shape[-1])
-    return causal, return_lse, max_workspace_bytes, softmax_scale
+    layouts = None
+    if not torch.compiler.is_compiling():  # sizes may be symbols
+        layouts = Layouts(dict(zip(PREFILL_INPUTS, (*tensors, cu_seqlens_q, cu_seqlens_k))))
+    outputs = outputs_of(tensors[0].shape, tensors[-1].shape[1], tensors[0].dtype)
+    return causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs
 
 
 def _check_lengths(q_nope, kv_latent, lengths):
@@ -805,6 +824,7 @@ class CheckedDecode(NamedTuple):
     return_lse: bool
     k_number: float | None  # k_scale and k_pe_scale, if they are numbers
     k_pe_number: float | None
+    layouts: Layouts | None  # None where sizes may be symbols
     outputs: Outputs
 
 
@@ -841,7 +861,8 @@ def _check_decode(tensors, options):
     if lse is not None:
         check_lse(lse, lse_shape(q_nope), return_lse, device)
     checked = softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number
-    return CheckedDecode(*checked, outputs_of(q_nope, shape[-1]))
+    layouts = None if torch.compiler.is_compiling() else Layouts(dict(zip(DECODE_INPUTS, tensors)))
+    return CheckedDecode(*checked, layouts, outputs_of(q_nope.shape, shape[-1], q_nope.dtype))
 
 
 def _check_decode_tensors(q_nope, q_pe, latent_cache, rope_cache, w_uk, w_uv, softmax_scale, packed):

@@ -17,13 +17,13 @@ from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
 from .schedule import ProblemSizes, heads_of_backward, schedule_of
 
 
-def prefill(call, schedule, check_values, return_lse):
+def prefill(call, schedule, check_values, outputs, return_lse):
     """(out, lse) of a PrefillCall: by the operator if it is traced or differentiated, otherwise by the kernels alone.
 
-    schedule is (mode, max_workspace_bytes, whether a gradient is wanted).
+    schedule is (mode, max_workspace_bytes, whether a gradient is wanted), outputs the Outputs.
     """
     if not is_observed(*call.tensors, *call.lengths[:2]):
-        out, lse = _new_outputs(call.q_nope, call.w_uv, return_lse)
+        out, lse = outputs.new(call.q_nope, return_lse)
         if check_values:
             call.check_values()
         launch_prefill(out, lse, call, schedule)
@@ -34,10 +34,10 @@ def prefill(call, schedule, check_values, return_lse):
     return mla_prefill(*call.tensors, *lengths_as_arguments(call.lengths), *numbers)
 
 
-def _new_outputs(q_nope, w_uv, wants_lse=True):
+def _new_outputs(q_nope, w_uv):
     *batch, rows, num_heads, _ = q_nope.shape
     out = q_nope.new_empty((*batch, rows, num_heads, w_uv.shape[1]))
-    return out, q_nope.new_empty((*batch, num_heads, rows), dtype=torch.float32) if wants_lse else None
+    return out, q_nope.new_empty((*batch, num_heads, rows), dtype=torch.float32)
 
 
 @without_autocast

@@ -30,9 +30,9 @@ from .._host.descriptors import unchecked_descriptor
 from .._host.device import launch
 from .._host.gpu import gpu_of
 from .._host.key_shard import num_ranks_of
-from .._host.latent import SCALE_BLOCK
+from .._host.latent import SCALE_BLOCK, latent_parts
 from .._host.layout import INDICES
-from .._jit.args import Strides, View
+from .._jit.args import View
 from .._jit.heads import lse_offsets, row_pointer
 from .._jit.shards import columns_of_rank
 from .._jit.softmax import LN_2
@@ -627,36 +627,35 @@ class HopperPlan(NamedTuple):
 
 
 def launch_mla_decode_hopper(plan, call, parts, lse_parts):
-    """Launch the kernel for an AbsorbedCall by its HopperPlan.
+    """Launch the kernel for an AbsorbedCall by its CallPlan, of which the attention is a HopperPlan.
 
     parts are the outputs of the splits (num_splits, *q.shape), lse_parts (num_splits, batch, num_heads, seqlen_q).
     """
-    block_table = call.sequences.block_table
-    tensors = call.q, call.q_pe, call.cache.latents, call.cache.rope_keys
-    q, q_pe, latents, rope_keys = (
-        fields and unchecked_descriptor(TensorDescriptor, x, fields) for x, fields in zip(tensors, plan.geometries)
+    attention = plan.attention
+    latents, scales, rope_keys = latent_parts(call.cache, parts.shape[-1], call.q_pe.shape[-1])
+    tensors = call.q, call.q_pe, latents, rope_keys
+    q, q_pe, latents_desc, rope_keys = (
+        fields and unchecked_descriptor(TensorDescriptor, x, fields) for x, fields in zip(tensors, attention.geometries)
     )
-    if latents is None:
-        latents = Float8Rows(call.cache.latents, call.cache.scales, call.cache.latents.stride(0))
-    split_stride, *strides, _ = parts.stride()
+    split_stride, of_parts = plan.part_strides
     args = (
         q,
         q_pe,
-        latents,
+        latents_desc or Float8Rows(latents, scales, latents.stride(0)),
         rope_keys,
-        View(parts, Strides(*strides)),
+        View(parts, of_parts),
         split_stride,
         lse_parts,
-        call.sequences.cache_seqlens,
-        block_table,
-        block_table.stride(0),
-        *plan.counts,
-        plan.num_splits,
+        call.cache_seqlens,
+        call.block_table,
+        plan.table_stride,
+        *attention.counts,
+        attention.num_splits,
         call.scale_log2,
-        call.key_shard,
+        plan.key_shard,
     )
-    grid = (plan.num_programs * plan.num_splits,)
-    launch(_mla_decode_hopper_kernel, grid, call.q.device, args, plan.constants)
+    grid = (attention.num_programs * attention.num_splits,)
+    launch(_mla_decode_hopper_kernel, grid, call.q.device, args, attention.constants)
 
 
 def plan_hopper(key, wanted, config=None):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .._host.device import arch_of, input_precision, launch
-from .._host.layout import clear_outputs, heads_in_l2, heads_of_lse, tiles_each, without_dim
+from .._host.layout import clear_outputs, heads_in_l2, heads_of_lse, outputs_of, tiles_each, without_dim
 from .._host.tuned import choose, remember
 from .._jit.args import Sequences, Strides, View, Window
 from .._jit.blocks import block_start, num_blocks, visible_range
@@ -31,6 +31,7 @@ from .._jit.tiles import (
     zeros_tile,
 )
 from .._jit.workarounds import fence_copies
+from .api import PREFILL_INPUTS
 from .configs import MlaPrefillCase, MlaPrefillConfig
 from .projections import weight_strides
 
@@ -261,8 +262,30 @@ def launch_mla_fused(call, out, lse, config=None):
     MlaPrefillConfig (None: the default).
     """
     q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *_ = call
-    operands = Operands(q_nope, q_pe, kv_latent, None, k_pe, w_uk, w_uv, None, out)
-    _launch(call, operands, lse, (0, math.prod(kv_latent.shape[:-1])), config)
+    plan, rows = _plan_fused(call.find_layouts(), _parameters(call), config)
+    plan.launch(Operands(q_nope, q_pe, kv_latent, None, k_pe, w_uk, w_uv, None, out), lse, call.lengths, rows)
+
+
+def _parameters(call):
+    """What plans depend on besides tensors: max_seqlen_q, max_seqlen_k, softmax_scale, causal, arch and precision."""
+    arch = arch_of(call.q_nope)
+    numbers = *call.lengths[2:], call.softmax_scale, call.causal
+    return *numbers, arch, input_precision(call.q_nope.dtype, arch)
+
+
+@remember
+def _plan_fused(layouts, parameters, config):
+    """(Plan, (first, end) of the rows of keys) of a PrefillCall with these Layouts."""
+    q_nope, q_pe, latents, k_pe, w_uk, w_uv = layouts.of(PREFILL_INPUTS[:6])
+    out = outputs_of(q_nope.shape, w_uv.shape[1], q_nope.dtype).out
+    of = Operands(*(x and x[:2] for x in (q_nope, q_pe, latents, None, k_pe, w_uk, w_uv, None)), out)
+    plan = _plan(PrefillKey(of, q_nope.dtype, batch_of(layouts.cu_seqlens_q), *parameters), config)
+    return plan, (0, math.prod(latents.shape[:-1]))
+
+
+def batch_of(cu_seqlens):
+    """The number of sequences of a packed batch, None of a dense one."""
+    return None if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def launch_mla_materialized(call, out, lse, chunk, config=None):
@@ -274,7 +297,7 @@ def launch_mla_materialized(call, out, lse, chunk, config=None):
     heads_each, rows_each = chunk
     num_heads, nope_dim, _ = w_uk.shape
     v_dim = w_uv.shape[1]
-    num_rows = math.prod(kv_latent.shape[:-1])
+    num_rows, parameters = math.prod(kv_latent.shape[:-1]), _parameters(call)
     heads_of = (lambda x, heads: x[:, :, heads]) if q_nope.ndim == 4 else (lambda x, heads: x[:, heads])
     is_cut = rows_each < num_rows
     if is_cut and lse is None:
@@ -293,7 +316,9 @@ def launch_mla_materialized(call, out, lse, chunk, config=None):
             target = out_here if end == num_rows else heads_of(prior, slice(count))
             q = heads_of(q_nope, heads), heads_of(q_pe, heads)
             operands = Operands(*q, k[:count], v[:count], k_pe, None, None, prior_here, target)
-            _launch(call, operands, lse_here, (start, end), config)
+            layouts = Operands._make([None if x is None else (x.shape, x.stride()) for x in operands])
+            key = PrefillKey(layouts, q_nope.dtype, batch_of(call.lengths.cu_seqlens_q), *parameters)
+            _plan(key, config).launch(operands, lse_here, call.lengths, (start, end))
 
 
 def project_rows(kv_latent, start, end, w, out):
@@ -363,30 +388,22 @@ class Plan(NamedTuple):
     scores: tuple  # scale_log2, window
     constants: dict
 
-
-def _launch(call, operands, lse, rows, config):
-    """Attend the rows (first, end) of the keys. lse is that of the heads of operands.out, or None: not wanted."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = call.lengths
-    out, dtype = operands.out, operands.q_nope.dtype
-    arch = arch_of(out)
-    batch = None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    scores = call.softmax_scale, call.causal
-    layouts = Operands._make([None if x is None else (x.shape, x.stride()) for x in operands])
-    key = PrefillKey(layouts, dtype, batch, max_seqlen_q, max_seqlen_k, *scores, arch, input_precision(dtype, arch))
-    plan = _plan(key, config)
-    if plan.num_programs == 0:
-        clear_outputs(out, lse)
-        return
-    args = (
-        *[x if x is None else View(x, strides) for x, strides in zip(operands, plan.strides)],
-        lse,
-        0 if lse is None else heads_of_lse(lse),
-        Sequences(cu_seqlens_q, cu_seqlens_k, None),
-        *plan.counts,
-        *rows,
-        *plan.scores,
-    )
-    launch(_mla_prefill_kernel, (plan.num_programs,), out.device, args, plan.constants)
+    def launch(self, operands, lse, lengths, rows):
+        """Attend the rows (first, end) of the keys. lse is that of the heads of operands.out, or None: not wanted."""
+        out = operands.out
+        if self.num_programs == 0:
+            clear_outputs(out, lse)
+            return
+        args = (
+            *[x if x is None else View(x, strides) for x, strides in zip(operands, self.strides)],
+            lse,
+            0 if lse is None else heads_of_lse(lse),
+            Sequences(lengths.cu_seqlens_q, lengths.cu_seqlens_k, None),
+            *self.counts,
+            *rows,
+            *self.scores,
+        )
+        launch(_mla_prefill_kernel, (self.num_programs,), out.device, args, self.constants)
 
 
 @remember

@@ -1,19 +1,17 @@
 """Kernels before and after absorbed attention, and their launchers: queries times w_uk, merged splits times w_uv."""
 
-from functools import partial
+import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .._host.checks import layout_of
-from .._host.device import arch_of, input_precision, launch
-from .._host.layout import INDICES, heads_of_lse
+from .._host.device import launch
+from .._host.layout import INDICES, heads_of_lse, without_dim
 from .._host.tuned import remember
-from .._host.workspace import empty
 from .._jit.args import Strides, View
 from .._jit.heads import lse_offsets, row_offsets, row_pointer
-from .._jit.rope import Rotation, load_rotated, rope_of
+from .._jit.rope import Rotation, load_rotated
 from .._jit.softmax import LN_2, softmax_finish
 from .._jit.tiles import padded_size, row_pointers
 from .._jit.workarounds import fence_copies
@@ -205,99 +203,91 @@ def _load_lses(lses_ptr, rows, rows_mask, splits, num_splits, split_stride):
     return tl.load(ptrs, mask=mask, other=float("-inf")) / LN_2
 
 
-NO_POSITIONS = (None, 0, None, None, False)
-
-
-class Plan(NamedTuple):
-    """A launch but for its tensors."""
+class AbsorbPlan(NamedTuple):
+    """A launch of `_absorb_kernel` but for its tensors, and the memory that it fills."""
 
     grid: tuple
-    strides: tuple  # Strides of the Views that the kernel takes
-    counts: tuple  # seqlen_q, num_tokens and what follows from shapes besides
+    strides: tuple  # Strides of q_nope, q_pe and w_uk
+    counts: tuple  # num_positions, capacity, seqlen_q, num_tokens
+    shape: tuple  # of [q_nope @ w_uk, q_pe]
+    kv_lora_rank: int
     constants: dict
 
+    def parts(self, q):
+        """Of the memory of the result, that of q_nope @ w_uk and of q_pe, (batch, seqlen_q, num_heads, dim)."""
+        return q, q[..., self.kv_lora_rank :]
 
-def launch_absorb(q_nope, q_pe, w_uk, scale):
-    """scale * q_nope @ w_uk and scale * q_pe: views of one tensor (batch, seqlen_q, num_heads, dim)."""
-    absorb, q = prepare_absorb(q_nope, q_pe, w_uk, scale)
-    absorb()
-    return q
+    def launch(self, q_nope, q_pe, w_uk, q, scale, cache_seqlens=None, rope=None):
+        """Store scale * [q_nope @ w_uk, q_pe] in q. rope is the Rope that rotates q_pe, or None."""
+        of_q, of_q_pe, of_w = self.strides
+        operands = View(q_nope, of_q), View(q_pe, of_q_pe), View(w_uk, of_w)
+        args = (*operands, q, rope, cache_seqlens, *self.counts, scale)
+        launch(_absorb_kernel, self.grid, q.device, args, self.constants)
 
 
-def prepare_absorb(q_nope, q_pe, w_uk, scale, positions=NO_POSITIONS, workspace=None, batch_invariant=False):
-    """A function that launches the kernel, and what it fills: `launch_absorb`'s result, with rotated q_pe.
+class Positions(NamedTuple):
+    """What the positions of queries and the rotation by them depend on, besides lengths."""
 
-    positions is (cache_seqlens, capacity, cos, sin, interleaved), cos None for none.
-    """
-    cache_seqlens, capacity, cos, sin, interleaved = positions
-    num_positions, rotary_dim = (0, 0) if cos is None else (cos.shape[0], 2 * cos.shape[1])
-    precision = input_precision(q_nope.dtype, arch_of(q_nope))
-    plan = _plan_absorb(layout_of(q_nope, q_pe, w_uk), rotary_dim, interleaved, precision, batch_invariant)
-    widths = w_uk.shape[2], q_pe.shape[3]
-    q = empty(workspace, q_nope, (*q_nope.shape[:3], sum(widths)), q_nope.dtype)
-    args = (
-        *map(View, (q_nope, q_pe, w_uk), plan.strides),
-        q,
-        rope_of(cos, sin),
-        cache_seqlens,
-        num_positions,
-        capacity,
-        *plan.counts,
-        scale,
-    )
-    absorb = partial(launch, _absorb_kernel, plan.grid, q.device, args, plan.constants)
-    return absorb, q.split(widths, dim=-1)
+    capacity: int
+    num_positions: int  # of the tables
+    rotary_dim: int
+    interleaved: bool
 
 
 @remember
-def _plan_absorb(layout, rotary_dim, interleaved, precision, batch_invariant):
-    """The Plan of `_absorb_kernel`; layout is that of q_nope, q_pe and w_uk."""
+def plan_absorb(layout, positions, precision, batch_invariant=False):
+    """The AbsorbPlan for the (shape, strides) of q_nope, q_pe and w_uk. Queries (total_q, heads, dim) are one batch."""
     (shape_q, strides_q), (shape_pe, strides_pe), (shape_w, strides_w) = layout
-    batch, seqlen_q, num_heads, nope_dim = shape_q
-    kv_lora_rank, num_tokens = shape_w[2], batch * seqlen_q
+    *batch, seqlen_q, num_heads, nope_dim = shape_q
+    capacity, num_positions, rotary_dim, interleaved = positions
+    kv_lora_rank, rope_dim, num_tokens = shape_w[2], shape_pe[-1], math.prod(batch) * seqlen_q
     tile = AbsorbTile(
         BLOCK_T=FIXED_TOKENS if batch_invariant else _block_of_tokens(num_tokens, at_least=16),
         BLOCK_C=min(128, padded_size(kv_lora_rank)),
         BLOCK_K=min(64, padded_size(nope_dim)),
         NUM_HEADS=num_heads,
         NOPE_HEAD_DIM=nope_dim,
-        ROPE_HEAD_DIM=shape_pe[3],
+        ROPE_HEAD_DIM=rope_dim,
         KV_LORA_RANK=kv_lora_rank,
         ROTARY_DIM=rotary_dim,
         INTERLEAVED=interleaved,
         INPUT_PRECISION=precision,
     )
-    grid = num_heads * -(-num_tokens // tile.BLOCK_T), -(-kv_lora_rank // tile.BLOCK_C) + 1
-    strides = Strides(*strides_q[:3]), Strides(*strides_pe[:3]), weight_strides(strides_w)
-    return Plan(grid, strides, (seqlen_q, num_tokens), dict(TILE=tile, num_warps=4, num_stages=2))
-
-
-def launch_merge_project(splits, lse_splits, w_uv, out, lse, batch_invariant=False):
-    """out[t, h] = w_uv[h] @ (sum of the splits of token t and head h).
-
-    splits is (num_splits, batch, seqlen_q, num_heads, kv_lora_rank), lse_splits (num_splits, batch, num_heads,
-    seqlen_q). lse is one of these, a slice of the heads of a larger one, or None: not wanted.
-    """
-    dtype = w_uv.dtype
-    precision = input_precision(dtype, arch_of(out))
-    plan = _plan_merge_project(splits.shape, w_uv.shape, w_uv.stride(), out.stride(), dtype, precision, batch_invariant)
-    of_w, of_out = plan.strides
-    args = (
-        splits,
-        lse_splits,
-        View(w_uv, of_w),
-        View(out, of_out),
-        lse,
-        0 if lse is None else heads_of_lse(lse),
-        *plan.counts,
+    return AbsorbPlan(
+        grid=(num_heads * -(-num_tokens // tile.BLOCK_T), -(-kv_lora_rank // tile.BLOCK_C) + 1),
+        strides=(*(Strides(*without_dim(one)) for one in (strides_q, strides_pe)), weight_strides(strides_w)),
+        counts=(num_positions, capacity, seqlen_q, num_tokens),
+        shape=(*shape_q[:-1], kv_lora_rank + rope_dim),
+        kv_lora_rank=kv_lora_rank,
+        constants=dict(TILE=tile, num_warps=4, num_stages=2),
     )
-    launch(_merge_project_kernel, plan.grid, out.device, args, plan.constants)
+
+
+class ProjectPlan(NamedTuple):
+    """A launch of `_merge_project_kernel` but for its tensors."""
+
+    grid: tuple
+    strides: tuple  # Strides of w_uv and out
+    counts: tuple  # seqlen_q, num_tokens, num_splits
+    constants: dict
+
+    def launch(self, splits, lse_splits, w_uv, out, lse):
+        """out[t, h] = w_uv[h] @ (sum of the splits of token t and head h).
+
+        splits is (num_splits, batch, seqlen_q, num_heads, kv_lora_rank), lse_splits (num_splits, batch, num_heads,
+        seqlen_q). lse is one of these, a slice of the heads of a larger one, or None: not wanted.
+        """
+        of_w, of_out = self.strides
+        of_lse = lse, 0 if lse is None else heads_of_lse(lse)
+        args = (splits, lse_splits, View(w_uv, of_w), View(out, of_out), *of_lse, *self.counts)
+        launch(_merge_project_kernel, self.grid, out.device, args, self.constants)
 
 
 @remember
-def _plan_merge_project(shape, shape_w, strides_w, strides_out, dtype, precision, batch_invariant):
-    """The Plan of `_merge_project_kernel`; shape is that of the splits, dtype that of w_uv."""
+def plan_merge_project(shape, layout_w, strides_out, dtype, precision, batch_invariant=False):
+    """The ProjectPlan; shape is that of the splits, layout_w and dtype those of w_uv."""
     num_splits, batch, seqlen_q, num_heads, kv_lora_rank = shape
+    shape_w, strides_w = layout_w
     v_head_dim, num_tokens = shape_w[1], batch * seqlen_q
     half = dtype.itemsize == 2  # matmuls of fp32 take their operands to registers
     block_t = FIXED_TOKENS if batch_invariant else _block_of_tokens(num_tokens, at_least=1)
@@ -313,8 +303,8 @@ def _plan_merge_project(shape, shape_w, strides_w, strides_out, dtype, precision
         INPUT_PRECISION=precision,
     )
     grid = num_heads * -(-num_tokens // block_t), -(-v_head_dim // tile.BLOCK_V)
-    strides = weight_strides(strides_w), Strides(0, *strides_out[1:3])
-    return Plan(grid, strides, (seqlen_q, num_tokens, num_splits), dict(TILE=tile, num_warps=4, num_stages=2))
+    strides = weight_strides(strides_w), Strides(0, *strides_out[-3:-1])
+    return ProjectPlan(grid, strides, (seqlen_q, num_tokens, num_splits), dict(TILE=tile, num_warps=4, num_stages=2))
 
 
 def weight_strides(strides):

@@ -120,13 +120,15 @@ def choose_schedule(sizes, mode, max_workspace_bytes, wants_grad):
 
 def schedule_of(call, schedule):
     """`choose_schedule` of a PrefillCall, remembered; schedule is (mode, max_workspace_bytes, wants_grad)."""
-    shapes = tuple([x.shape for x in call.tensors])
-    return _schedule(shapes, call.lengths.batch(call.q_nope), call.causal, call.q_nope.dtype, *schedule)
+    return _schedule(call.find_layouts(), call.causal, *schedule)
 
 
 @functools.lru_cache(maxsize=1024)
-def _schedule(shapes, batch, causal, dtype, mode, max_workspace_bytes, wants_grad):
-    sizes = ProblemSizes.of_shapes(shapes, batch, causal, dtype)
+def _schedule(layouts, causal, mode, max_workspace_bytes, wants_grad):
+    q_nope, cu_seqlens = layouts.q_nope, layouts.cu_seqlens_q
+    shapes = [x.shape for x in layouts.of(("q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv"))]
+    batch = q_nope.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = ProblemSizes.of_shapes(shapes, batch, causal, q_nope.dtype)
     return choose_schedule(sizes, mode, max_workspace_bytes, wants_grad)
 
 

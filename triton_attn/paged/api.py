@@ -26,7 +26,7 @@ from .._host.checks import (
     read_length,
 )
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
-from .._host.layout import lse_shape, new_outputs, slots_of_packed
+from .._host.layout import known_outputs, lse_shape, new_outputs, slots_of_packed
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import (
     AttentionOptions,
@@ -261,7 +261,7 @@ def paged_attention(
             result, new_lse = out, _operator_with_out(*tensors, *per_head, longest_q, *numbers, *more, out)
         new_lse = new_lse if lse is None else lse.copy_(new_lse)
         return (result, new_lse) if return_lse else result
-    result, new_lse = new_outputs(q, v_cache, return_lse, out, lse)
+    result, new_lse = known_outputs(q.shape, v_cache.shape[-1], q.dtype).new(q, return_lse, out, lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
     splits = num_splits, prefix_tree, batch_invariant
     call = PagedCall(*tensors, longest, options, layout, *scales, *splits, key_shard, room)
