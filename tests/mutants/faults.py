@@ -114,6 +114,10 @@ GROUPS = {
         _run("tests/flash/test_errors.py", "tests/paged/test_errors.py", "tests/mla/test_errors.py"),
         _run("tests/cache", "tests/merge", "-k", "wrong or values or bad"),
     ),
+    "KNOWN": (
+        _run("tests/_host/test_known.py"),
+        _run("tests/cache/test_plans.py", "tests/test_known_calls.py", "-k", "not cost", compiled=True),
+    ),
     "FLASH_ATTN": (_run("tests/interop/test_flash_attn.py"),),
     "FLASH_MLA": (_run("tests/interop/test_flash_mla.py"),),
     "TRANSFORMERS": (_run("tests/interop/test_transformers.py"),),
@@ -939,10 +943,10 @@ FAULTS = (
     Fault("H04", "triton_attn/_host/checks.py", "if scale <= 0:", "if scale < 0:", "ERRORS"),
     Fault(
         "H05",
-        "triton_attn/_host/once.py",
-        "key = (*kinds, *options, *map(type, options))",
-        "key = (*kinds, *options)",
-        "ERRORS",
+        "triton_attn/_host/known.py",
+        "*options, *map(type, options))",
+        "*options)",
+        "KNOWN",
     ),
     Fault(
         "H06",

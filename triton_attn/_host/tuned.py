@@ -63,7 +63,7 @@ RECORD = {
 _added = []  # indices of the user's tables, the last one first
 _overrides = {}  # {family: {field: value}} of override_config
 _plans = []  # functions whose results depend on tables and are remembered
-_generation = object()  # replaced each time that tables change
+generation = object()  # replaced each time that tables change
 
 
 class Tuned(NamedTuple):
@@ -127,23 +127,18 @@ def remember(function):
     @functools.wraps(function)
     def plan(*args, **kwargs):
         while True:
-            generation = _generation
+            before = generation
             result = function(*args, **kwargs)
-            if generation is _generation:
+            if before is generation:
                 return result
 
     _plans.append(plan)
     return plan
 
 
-def generation():
-    """An object that is another one each time that tables change."""
-    return _generation
-
-
 def forget_plans():
-    global _generation
-    _generation = object()
+    global generation
+    generation = object()
     for plan in _plans:
         plan.cache_clear()
 

@@ -21,7 +21,7 @@ from .._host.checks import (
     check_tensor,
     fail,
 )
-from .._host.known import Plans
+from .._host.known import Known
 from .._host.latent import latent_storage
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from . import reference
@@ -111,7 +111,7 @@ def append_kv_cache(
         _append_plans.keep(key, _append(operands, *more))
 
 
-_append_plans = Plans()
+_append_plans = Known()
 
 
 def _append(operands, rope_interleaved, check_values):
@@ -266,7 +266,7 @@ def append_latent_cache(
             plan.launch(kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions)
             return
     _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
-    scales = tuple(check_latent_scales(latent_cache, k_scale, k_pe_scale))
+    scales = check_latent_scales(latent_cache, k_scale, k_pe_scale)
     rope_interleaved = check_bool("rope_interleaved", rope_interleaved)
     _check_rope("k_pe", k_pe, rope_cos, rope_sin, positions)
     operands = kv_latent, k_pe, latent_cache, slot_mapping, *scales, rope_cos, rope_sin, positions
@@ -277,7 +277,7 @@ def append_latent_cache(
         _append_latent_plans.keep(key, _append_latent(operands, *more))
 
 
-_append_latent_plans = Plans()
+_append_latent_plans = Known()
 
 
 def _append_latent(operands, rope_interleaved, check_values):
@@ -417,7 +417,7 @@ def copy_kv_pages(
         _copy_kv_pages_to_operator(caches, src_pages, dst_pages, targets, check_values)
 
 
-_copy_plans = Plans()
+_copy_plans = Known()
 
 
 def _copy(caches, src_pages, dst_pages, targets, check_values):

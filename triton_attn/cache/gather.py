@@ -23,7 +23,7 @@ from .._host.checks import (
     check_tensor,
     fail,
 )
-from .._host.known import Plans
+from .._host.known import Known
 from .._host.latent import latent_storage
 from .._host.layout import slots_of_packed
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
@@ -195,7 +195,7 @@ def gather_latent_cache(
     return _observed(_gather_latent_cache_operator, names, tensors, more, out)
 
 
-_kv_plans, _latent_plans = Plans(), Plans()
+_kv_plans, _latent_plans = Known(), Known()
 PACK_BYTES = 16  # of a key that lie side by side in a packed cache
 PLACES = "cu_seqlens_k", "block_table", "seq_starts"
 

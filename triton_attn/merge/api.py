@@ -11,7 +11,7 @@ from .._host.backend import use_kernel
 from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_last_contiguous, check_tensor, fail
 from .._host.layout import known_outputs
 from .._host.observers import is_observed, refuse_gradients
-from .._host.once import check_once
+from .._host.known import check_once
 from . import reference
 
 
