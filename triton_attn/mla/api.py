@@ -31,10 +31,10 @@ from .._host.checks import (
 )
 from .._host.dtensors import Layout, Operand, attend_shards, has_dtensor, lse_dims, of_rows, on_each_rank
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
+from .._host.known import check_once
 from .._host.latent import latent_storage
 from .._host.layout import Layouts, Outputs, lse_shape, outputs_of
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
-from .._host.known import check_once
 from .._host.options import check_num_drafts, check_softmax_scale, check_tree_mask
 from .._host.prefix_tree import (
     PrefixTree,
