@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .observers import is_observed
+from .observers import PLAIN, is_observed
 
 Result = TypeVar("Result")
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _BY_VALUE = frozenset({bool, np.bool_, int, torch.dtype})
 
 
@@ -45,7 +44,7 @@ class Known:
             None
             if x is None
             else (x.shape, x.stride(), x.dtype, x.device, has_grad and x.requires_grad)
-            if type(x) in _PLAIN
+            if type(x) in PLAIN
             else (type(x), x)
             if type(x) in _BY_VALUE
             else type(x)
