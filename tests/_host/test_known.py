@@ -30,7 +30,7 @@ def check():
 
 X = torch.empty(4, 6)
 OTHERS = {
-    "shape": ((torch.empty(4, 7), None), (1,)),
+    "shape": ((torch.empty(5, 6), None), (1,)),
     "strides": ((torch.empty(6, 4).mT, None), (1,)),
     "dtype": ((torch.empty(4, 6, dtype=torch.int32), None), (1,)),
     "device": ((torch.empty(4, 6, device="meta"), None), (1,)),

@@ -53,8 +53,8 @@ def tensor(dtype=torch.float32, offset=0):
     return torch.empty(64 + offset, dtype=dtype)[offset:]
 
 
-def descriptor(block, dtype=torch.float32):
-    return TensorDescriptor.from_tensor(torch.empty(4, 32, dtype=dtype), [1, block])
+def descriptor(block, dtype=torch.float32, rows=1):
+    return TensorDescriptor.from_tensor(torch.empty(4, 32, dtype=dtype), [rows, block])
 
 
 BASE = dict(x=tensor(), pair=Pair(tensor(), 16), desc=None, out_ptr=tensor(), size=5, factor=2.0)
@@ -89,18 +89,48 @@ def kernels_of(launches):
     return [one.kernel.hash for one in launches]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+PAIRS = {
+    "1 and another that is no multiple": (dict(pair=Pair(tensor(), 1)), dict(pair=Pair(tensor(), 17))),
+    "1 and True": (dict(factor=1), dict(factor=True)),
+    "0 and False": (dict(factor=0), dict(factor=False)),
+    "63 and 64 bits": (dict(size=2**40), dict(size=2**63)),
+    "32 bits and more below 0": (dict(size=-(2**31)), dict(size=-(2**31) - 16)),
+    "blocks of one size": (dict(desc=descriptor(32)), dict(desc=descriptor(16, rows=2))),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *PAIRS])
 def test_a_launch_takes_the_kernel_that_the_jit_would_take(change):
-    changed = BASE | CHANGES[change]
-    with compile_only("sm_90") as launches:
-        for arguments in (changed, BASE, BASE, changed, BASE):
-            run(**arguments)
-    here = kernels_of(launches)
-    with compile_only("sm_90") as launches, mock.patch.object(host_device, "_key_of_launch", return_value=None):
-        for arguments in (changed, BASE, BASE, changed, BASE):
-            run(**arguments)
-    assert here == kernels_of(launches)
+    base, changed = PAIRS[change] if change in PAIRS else ({}, CHANGES[change])
+    here, asked = [], []
+    for kernels, key in ((here, host_device._key_of_launch), (asked, lambda *args: None)):
+        with compile_only("sm_90") as launches, mock.patch.object(host_device, "_key_of_launch", key):
+            for arguments in (changed, base, base, changed, base):
+                run(**BASE | arguments)
+        kernels += kernels_of(launches)
+    assert here == asked
     assert change == "another tuple" or here[0] != here[1]
+
+
+@triton.jit
+def _add_tuples_kernel(xs, ys, out_ptr):
+    total = 0.0
+    for i in tl.static_range(len(xs)):
+        total += tl.load(xs[i])
+    for i in tl.static_range(len(ys)):
+        total *= tl.load(ys[i])
+    tl.store(out_ptr, total)
+
+
+def test_where_a_tuple_ends_counts():
+    x = tensor()
+    divided = ((x, x), (x,), x), ((x,), (x, x), x)
+    with compile_only("sm_90") as launches:
+        for args in (*divided, *divided):
+            launch(_add_tuples_kernel, (1,), torch.device("cpu"), args, {})
+    first, second, *again = kernels_of(launches)
+    assert first != second
+    assert again == [first, second]
 
 
 @pytest.mark.parametrize(
@@ -289,13 +319,27 @@ def test_a_global_that_was_changed_is_reported(monkeypatch, change):
 
 
 def test_kernels_of_one_function_have_options_of_their_own():
-    checked = triton.jit(_add_kernel.fn, debug=True)
+    others = triton.jit(_add_kernel.fn, debug=True), triton.jit(_add_kernel.fn, do_not_specialize=["step"])
+    kernels = _add_kernel, *others
     with compile_only("sm_90") as launches:
-        for kernel in (_add_kernel, checked, _add_kernel, checked):
+        for kernel in (*kernels, *kernels):
+            launch(kernel, (1,), torch.device("cpu"), (tensor(), 32), {})
+    compiled = [one.kernel for one in launches]
+    assert len(set(compiled)) == 3
+    assert compiled[:3] == compiled[3:]
+
+
+@triton.jit
+def _subtract_kernel(x, step=16, TILE: tl.constexpr = 32, OPTION: tl.constexpr = 4):
+    offsets = tl.arange(0, TILE) * step
+    tl.store(x + offsets, tl.load(x + offsets) - OFFSET - STEPS - OPTION)
+
+
+def test_kernels_with_equal_arguments_are_apart():
+    with compile_only("sm_90") as launches:
+        for kernel in (_add_kernel, _subtract_kernel, _add_kernel, _subtract_kernel):
             launch(kernel, (1,), torch.device("cpu"), (tensor(),), {})
-    plain, debug, *again = (one.kernel for one in launches)
-    assert plain is not debug
-    assert again == [plain, debug]
+    assert [one.kernel.name for one in launches] == ["_add_kernel", "_subtract_kernel"] * 2
 
 
 def test_an_option_without_a_hash_is_left_to_the_jit():
