@@ -74,9 +74,10 @@ class Compiled(NamedTuple):
         if any(param.name in constants and not param.is_constexpr for param in kernel.params):
             return None
         rest = tuple(constants.get(param.name, param.default) for param in kernel.params[num_args:])
-        used = [(scope, name, value) for (name, _), (value, scope) in kernel.used_global_vals.items()]
-        scopes, names, values = zip(*used) if used else ((), (), ())
-        return cls(weakref.ref(compiled), rest, scopes, names, list(values))
+        names = tuple(name for name, _ in kernel.used_global_vals)
+        scopes = tuple(scope for _, scope in kernel.used_global_vals.values())
+        # The JIT, which has just compared them, has copies: these are compared by identity, in little time.
+        return cls(weakref.ref(compiled), rest, scopes, names, list(map(operator.getitem, scopes, names)))
 
     def find(self):
         """The kernel; None where it is gone, or a global was changed, which the JIT reports."""
