@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import tuned
+from .backend import should_check_values, use_kernel
 from .observers import PLAIN, is_observed
 
 Result = TypeVar("Result")
@@ -55,6 +56,14 @@ class Known:
             return key, self._results.get(key)
         except TypeError:
             return None, None
+
+    def find_launch(self, tensors: tuple[Any, ...], computed: Tensor, check_values: bool | None) -> tuple[Any, Any]:
+        """(key, plan) as `find` of the plans of launches; no plan where a call checks values, or the reference computes
+        it, which `use_kernel` of a tensor says."""
+        key, plan = self.find(tensors)
+        if plan is not None and (should_check_values(check_values) or not use_kernel(computed)):
+            return key, None
+        return key, plan
 
     def keep(self, key: Any, result: Any) -> None:
         """Remember the result of a new call. Not where nothing may be known of it, a tensor is of another class, whose
