@@ -1623,4 +1623,32 @@ FAULTS = (
         "KNOWN",
     ),
     Fault("Q45", "triton_attn/_host/known.py", "(type(window_size), *window_size)", "(list, *window_size)", "KNOWN"),
+    Fault(
+        "Q46",
+        "triton_attn/_host/known.py",
+        "(should_check_values(check_values) or not use_kernel(computed))",
+        "not use_kernel(computed)",
+        "KNOWN",
+    ),
+    Fault(
+        "Q47",
+        "triton_attn/_host/known.py",
+        "(should_check_values(check_values) or not use_kernel(computed))",
+        "should_check_values(check_values)",
+        "KNOWN",
+    ),
+    Fault(
+        "Q48",
+        "triton_attn/cache/gather.py",
+        "if plan is not None and plan.is_for(k_cache):",
+        "if plan is not None:",
+        "KNOWN",
+    ),
+    Fault(
+        "Q49",
+        "triton_attn/cache/gather.py",
+        "    if out is None or num_tokens is not None:\n",
+        "    if out is None:\n",
+        "KNOWN",
+    ),
 )
