@@ -91,7 +91,7 @@ GROUPS = {
     "INVARIANT": (
         _run("tests/test_batch_invariant.py", compiled=True),
         _run("tests/paged/test_random_invariant.py", "tests/mla/test_random_invariant.py"),
-        _run("tests/paged/test_invariant_calls.py"),
+        _run("tests/paged/test_random_invariant_calls.py"),
     ),
     "WORKSPACE": (_run("tests/test_workspace.py"),),
     "EMULATED_DECODE": tuple(
