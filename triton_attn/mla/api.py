@@ -673,7 +673,7 @@ def mla_prefill(
     if wants_grad:
         check_differentiable(q_nope, q_pe, w_uv)
     call = PrefillCall(*tensors, lengths, softmax_scale, causal, layouts)
-    if not use_kernel(q_nope):
+    if not runs_kernel:
         if check_values:
             call.check_values()
         return reference.mla_prefill(
