@@ -1,5 +1,6 @@
 """Launches like an earlier one, for which the JIT does not look for the compiled kernel again."""
 
+import gc
 import weakref
 from typing import NamedTuple
 from unittest import mock
@@ -52,8 +53,8 @@ def tensor(dtype=torch.float32, offset=0):
     return torch.empty(64 + offset, dtype=dtype)[offset:]
 
 
-def descriptor(block, dtype=torch.float32):
-    return TensorDescriptor.from_tensor(torch.empty(4, 32, dtype=dtype), [1, block])
+def descriptor(block, dtype=torch.float32, rows=1):
+    return TensorDescriptor.from_tensor(torch.empty(4, 32, dtype=dtype), [rows, block])
 
 
 BASE = dict(x=tensor(), pair=Pair(tensor(), 16), desc=None, out_ptr=tensor(), size=5, factor=2.0)
@@ -88,18 +89,48 @@ def kernels_of(launches):
     return [one.kernel.hash for one in launches]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+PAIRS = {
+    "1 and another that is no multiple": (dict(pair=Pair(tensor(), 1)), dict(pair=Pair(tensor(), 17))),
+    "1 and True": (dict(factor=1), dict(factor=True)),
+    "0 and False": (dict(factor=0), dict(factor=False)),
+    "63 and 64 bits": (dict(size=2**40), dict(size=2**63)),
+    "32 bits and more below 0": (dict(size=-(2**31)), dict(size=-(2**31) - 16)),
+    "blocks of one size": (dict(desc=descriptor(32)), dict(desc=descriptor(16, rows=2))),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *PAIRS])
 def test_a_launch_takes_the_kernel_that_the_jit_would_take(change):
-    changed = BASE | CHANGES[change]
-    with compile_only("sm_90") as launches:
-        for arguments in (changed, BASE, BASE, changed, BASE):
-            run(**arguments)
-    here = kernels_of(launches)
-    with compile_only("sm_90") as launches, mock.patch.object(host_device, "_key_of_launch", return_value=None):
-        for arguments in (changed, BASE, BASE, changed, BASE):
-            run(**arguments)
-    assert here == kernels_of(launches)
+    base, changed = PAIRS[change] if change in PAIRS else ({}, CHANGES[change])
+    here, asked = [], []
+    for kernels, key in ((here, host_device._key_of_launch), (asked, lambda *args: None)):
+        with compile_only("sm_90") as launches, mock.patch.object(host_device, "_key_of_launch", key):
+            for arguments in (changed, base, base, changed, base):
+                run(**BASE | arguments)
+        kernels += kernels_of(launches)
+    assert here == asked
     assert change == "another tuple" or here[0] != here[1]
+
+
+@triton.jit
+def _add_tuples_kernel(xs, ys, out_ptr):
+    total = 0.0
+    for i in tl.static_range(len(xs)):
+        total += tl.load(xs[i])
+    for i in tl.static_range(len(ys)):
+        total *= tl.load(ys[i])
+    tl.store(out_ptr, total)
+
+
+def test_where_a_tuple_ends_counts():
+    x = tensor()
+    divided = ((x, x), (x,), x), ((x,), (x, x), x)
+    with compile_only("sm_90") as launches:
+        for args in (*divided, *divided):
+            launch(_add_tuples_kernel, (1,), torch.device("cpu"), args, {})
+    first, second, *again = kernels_of(launches)
+    assert first != second
+    assert again == [first, second]
 
 
 @pytest.mark.parametrize(
@@ -168,15 +199,170 @@ def test_hooks_see_every_launch():
         assert metadata.call_count == 1
 
 
-def test_a_knob_acts_at_once():
+KNOBS = {
+    "debug": (triton.knobs.runtime, "debug", True),
+    "debug of the kernel": (_copy_kernel, "debug", True),
+    "instrumentation": (triton.knobs.compilation, "instrumentation_mode", "fpsan"),
+    "casts": (triton.knobs.compilation, "fpsan_homomorphic_casts", True),
+}
+if not hasattr(triton.knobs.compilation, "fpsan_homomorphic_casts"):  # Triton before 3.9
+    del KNOBS["casts"]
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_knob_acts_at_once(knob):
+    """As if the JIT looked each time."""
     with compile_only("sm_90") as launches:
         run(**BASE)
-        with mock.patch.object(triton.knobs.runtime, "debug", True):
+        owner, name, value = KNOBS[knob]
+        with owner.scope() if hasattr(owner, "scope") else mock.patch.object(owner, name, owner.debug):
+            setattr(owner, name, value)
             run(**BASE)
         run(**BASE)
-    first, debug, last = (one.kernel for one in launches)
+    first, other, last = (one.kernel for one in launches)
     assert first is last
-    assert debug is not first
+    assert other is not first
+
+
+def test_environment_variables_of_knobs_act_at_once(monkeypatch):
+    if not hasattr(triton.knobs.compilation, "fpsan_homomorphic_casts"):
+        pytest.skip("Triton reads none at a launch")
+    with compile_only("sm_90") as launches:
+        run(**BASE)
+        monkeypatch.setenv("TRITON_FPSAN_HOMOMORPHIC_CASTS", "1")
+        run(**BASE)
+    assert launches[0].kernel is not launches[1].kernel
+
+
+@pytest.mark.parametrize(
+    "variable", ["TRITON_DEFAULT_FP_FUSION", "TRITON_INSTRUMENTATION_MODE", "TRITON_ALWAYS_COMPILE"]
+)
+def test_other_environment_variables_act_where_the_jit_compiles(monkeypatch, variable):
+    """The JIT reads them at import, or where it compiles, and would take the kernel that it has."""
+    kernels = []
+    for asks in (False, True):
+        with compile_only("sm_90") as launches, monkeypatch.context() as patch:
+            if asks:
+                patch.setattr(host_device, "_key_of_launch", lambda *args: None)
+            run(**BASE)
+            patch.setenv(variable, "0")
+            run(**BASE)
+        assert launches[0].kernel is launches[1].kernel
+        kernels += kernels_of(launches)
+    assert len(set(kernels)) == 1
+
+
+def test_with_a_hook_that_inspects_stages_the_jit_looks():
+    """It asks the hook for a part of its key at every launch, from some Triton on."""
+    with compile_only("sm_90"), triton.knobs.runtime.scope():
+        run(**BASE)
+        triton.knobs.runtime.add_stages_inspection_hook = lambda *args: None if args else ("key", "hash")
+        with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as asked:
+            run(**BASE)
+            run(**BASE)
+        assert asked.call_count == 2
+
+
+OFFSET = tl.constexpr(1)
+STEPS = tl.constexpr(3)
+
+
+@triton.jit
+def _add_kernel(x, step=16, TILE: tl.constexpr = 32, OPTION: tl.constexpr = 4):
+    offsets = tl.arange(0, TILE) * step
+    tl.store(x + offsets, tl.load(x + offsets) + OFFSET + STEPS + OPTION)
+
+
+def add(*more, **constants):
+    launch(_add_kernel, (1,), torch.device("cpu"), (tensor(), *more), constants)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [((), {}), ((17,), {}), ((), dict(TILE=16)), ((), dict(OPTION=5)), ((1,), dict(OPTION=5, TILE=64))],
+    ids=str,
+)
+def test_defaults_are_those_of_the_kernel(arguments):
+    """The launcher of Triton takes all parameters, also those that no caller passed."""
+    more, constants = arguments
+    taken = []
+    for key in (host_device._key_of_launch, lambda *args: None):
+        with compile_only("sm_90") as launches, mock.patch.object(host_device, "_key_of_launch", key):
+            add(*more, **constants)
+            with mock.patch.object(launches[0].kernel, "_run") as run_kernel:
+                add(*more, **constants)
+            taken.append(run_kernel.call_args.args[10:])  # after grid, stream, function, metadata, hooks, x
+    assert taken[0] == taken[1]
+    assert len(taken[0]) == 3
+
+
+def test_an_argument_by_name_is_left_to_the_jit():
+    """It says by what it specializes it: 1 and True would be one key, and a tensor would be held."""
+    with compile_only("sm_90"):
+        add(step=16)
+        with mock.patch.object(JITFunction, "run") as asked:
+            add(step=16)
+        assert asked.called
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_a_global_that_was_changed_is_reported(monkeypatch, change):
+    with compile_only("sm_90") as launches:
+        add()
+        with monkeypatch.context() as patch:
+            if change == "gone":
+                patch.delitem(globals(), "STEPS")
+            else:
+                patch.setitem(globals(), "STEPS", tl.constexpr(5))
+            with pytest.raises(RuntimeError, match="STEPS has changed"):
+                add()
+        add()
+    assert len(launches) == 2
+
+
+def test_kernels_of_one_function_have_options_of_their_own():
+    others = triton.jit(_add_kernel.fn, debug=True), triton.jit(_add_kernel.fn, do_not_specialize=["step"])
+    kernels = _add_kernel, *others
+    with compile_only("sm_90") as launches:
+        for kernel in (*kernels, *kernels):
+            launch(kernel, (1,), torch.device("cpu"), (tensor(), 32), {})
+    compiled = [one.kernel for one in launches]
+    assert len(set(compiled)) == 3
+    assert compiled[:3] == compiled[3:]
+
+
+@triton.jit
+def _subtract_kernel(x, step=16, TILE: tl.constexpr = 32, OPTION: tl.constexpr = 4):
+    offsets = tl.arange(0, TILE) * step
+    tl.store(x + offsets, tl.load(x + offsets) - OFFSET - STEPS - OPTION)
+
+
+def test_kernels_with_equal_arguments_are_apart():
+    with compile_only("sm_90") as launches:
+        for kernel in (_add_kernel, _subtract_kernel, _add_kernel, _subtract_kernel):
+            launch(kernel, (1,), torch.device("cpu"), (tensor(),), {})
+    assert [one.kernel.name for one in launches] == ["_add_kernel", "_subtract_kernel"] * 2
+
+
+def test_an_option_without_a_hash_is_left_to_the_jit():
+    with compile_only("sm_90") as launches:
+        for _ in range(2):
+            add(extern_libs={})
+    assert launches[0].kernel is launches[1].kernel
+
+
+@pytest.mark.parametrize("place", ["argument", "tuple", "descriptor"])
+def test_parameters_are_tensors(place):
+    x = torch.nn.Parameter(torch.empty(4, 32))
+    arguments = {
+        "argument": dict(x=x),
+        "tuple": dict(pair=Pair(x, 16)),
+        "descriptor": dict(desc=TensorDescriptor.from_tensor(x, [1, 32])),
+    }
+    with compile_only("sm_90"), torch.no_grad():
+        run(**BASE | arguments[place])
+        with mock.patch.object(JITFunction, "run", side_effect=AssertionError("the JIT was asked")):
+            run(**BASE | arguments[place])
 
 
 def test_no_tensor_is_held():
@@ -195,3 +381,38 @@ def test_what_is_no_integer_after_all_is_left_to_the_jit():
         run(**arguments)
         run(**arguments)
     assert asked.call_count == 2
+
+
+def test_no_driver_is_held():
+    """Nor are its kernels: tests switch drivers all the time."""
+    with compile_only("sm_90") as launches:
+        driver = weakref.ref(triton.runtime.driver.active)
+        run(**BASE)
+        run(**BASE)
+        kernel = weakref.ref(launches[0].kernel)
+    del launches
+    gc.collect()
+    assert kernel() is None
+    assert driver() is None
+
+
+def test_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(host_device, "MOST_COMPILED", 3)
+    with compile_only("sm_90") as launches:
+        for num_warps in (1, 2, 4, 8, 1, 2, 4, 8):
+            run(num_warps=num_warps, **BASE)
+            assert len(host_device._compiled) <= 3
+    assert len({one.kernel for one in launches}) == 4
+
+
+def test_what_the_jit_forgot_is_compiled_again():
+    with compile_only("sm_90") as launches:
+        run(**BASE)
+        first = launches.pop().kernel.hash
+        triton.runtime.driver.active.kernels.clear()
+        _copy_kernel.device_caches.pop(triton.runtime.driver.active.device)
+        gc.collect()
+        with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as asked:
+            run(**BASE)
+        assert asked.called
+    assert launches[0].kernel.hash == first

@@ -6,6 +6,7 @@ python host_cost_calls.py sm_90 [PATTERN]     prints of each call (that matches 
 """
 
 import ctypes
+import functools
 import re
 import sys
 
@@ -14,13 +15,15 @@ from host_cost import bare_launches, compare, python_calls
 from public_calls import use_stub
 
 import triton_attn as ta
+from triton_attn.dense import backward as flash_backward
+from triton_attn.flash import autograd
 from triton_attn.flash import forward as flash_forward
 from triton_attn.merge import kernel as merge_kernel
 from triton_attn.mla import absorbed, prefill, projections
 from triton_attn.paged import forward as paged_forward
 
 BF16, INT32 = torch.bfloat16, torch.int32
-MODULES = flash_forward, merge_kernel, absorbed, prefill, projections, paged_forward
+MODULES = flash_forward, flash_backward, merge_kernel, absorbed, prefill, projections, paged_forward
 
 
 def flash(packed=False, **options):
@@ -30,6 +33,32 @@ def flash(packed=False, **options):
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     lengths = 2 * [torch.arange(5, dtype=INT32) * 64] + [64, 64]
     return lambda: ta.flash_attention_varlen(q, k, v, *lengths, **options)
+
+
+def backward(packed=False, wants_sinks=False, has_dlse=False, deterministic=False):
+    """What `backward_by_autograd` runs inside torch's engine."""
+    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16) for heads in (32, 8, 8))
+    lse, lengths = torch.empty(4, 32, 64), (None,) * 4 + (64, 64)
+    if packed:
+        q, k, v, lse = *(x.flatten(0, 1) for x in (q, k, v)), torch.empty(32, 256)
+        lengths = 2 * (torch.arange(5, dtype=INT32) * 64,) + (None, None, 64, 64)
+    out, dout, dlse = torch.empty_like(q), torch.empty_like(q), torch.empty_like(lse) if has_dlse else None
+    tensors = q, k, v, torch.empty(32) if wants_sinks else None, None, None, None
+    numbers = 0.1, None, 0, None, 0.0, deterministic, [True, True, True, wants_sinks]
+    return lambda: autograd._flash_attention_backward(dout, dlse, out, lse, *tensors, *lengths, *numbers)
+
+
+def backward_by_autograd():
+    """The whole backward pass: torch's engine too."""
+    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=True) for heads in (32, 8, 8))
+    dout = torch.empty_like(q)
+
+    @functools.cache
+    def out():
+        with torch.enable_grad():
+            return ta.flash_attention(q, k, v, causal=True)
+
+    return lambda: torch.autograd.grad(out(), (q, k, v), dout, retain_graph=True)
 
 
 def paged(seqlen_q=1, cache_dtype=BF16, **options):
@@ -69,6 +98,13 @@ CALLS = {
     "flash, window, sinks": flash(causal=True, window_size=(100, 0), sinks=torch.empty(32)),
     "varlen": flash(packed=True, causal=True),
     "varlen, lse": flash(packed=True, causal=True, return_lse=True),
+    "backward": backward(),
+    "backward, gradient of lse": backward(has_dlse=True),
+    "backward, sinks": backward(wants_sinks=True),
+    "backward, deterministic": backward(deterministic=True),
+    "backward, varlen": backward(packed=True),
+    "backward, varlen, gradient of lse": backward(packed=True, has_dlse=True),
+    "backward by autograd": backward_by_autograd(),
     "paged": paged(num_splits=1),
     "paged, lse": paged(num_splits=1, return_lse=True),
     "paged, splits": paged(num_splits=4),
@@ -93,6 +129,7 @@ def main(arch, pattern=""):
     for name, call in CALLS.items():
         if re.search(pattern, name):
             with torch.no_grad():
+                call()  # what the first call caches, and the forward pass
                 cost = compare(call, bare_launches(call, MODULES))
                 print(name, *cost, python_calls(call), sep="\t", flush=True)
 

@@ -1,6 +1,7 @@
 """Attention under autograd, torch.compile and export: two operators, used only if the call is traced or
 differentiated."""
 
+import contextlib
 import shutil
 from unittest import mock
 
@@ -84,11 +85,21 @@ def unused(name):
 @every_option_and_varlen
 def test_opcheck(options, varlen):
     f, leaves = make_call(options, varlen)
-    with spy_on("flash_attention") as forward_spy, spy_on("flash_attention_backward") as backward_spy:
+    with spy_on("flash_attention") as forward_spy, spy_on("_flash_attention_backward") as backward_spy:
         gradients(f, leaves)
     torch.library.opcheck(autograd.flash_attention, forward_spy.call_args.args)
     without_history = [x.detach() if isinstance(x, torch.Tensor) else x for x in backward_spy.call_args.args]
     torch.library.opcheck(autograd.flash_attention_backward, without_history)
+
+
+def test_a_plain_backward_pass_is_no_operator():
+    """An operator costs as much as a launch. An observer sees one."""
+    f, leaves = make_call({"causal": True})
+    for observer, expected in ((contextlib.nullcontext(), 0), (SeenOperators(), 1)):
+        loss = loss_of(*f(*leaves))
+        with spy_on("flash_attention_backward") as operator, observer:
+            loss.backward()
+        assert operator.call_count == expected
 
 
 @pytest.mark.ci(but_each=3)
@@ -98,7 +109,7 @@ def test_opcheck_of_some_gradients(names):
     wanted = [name in names for name in ("q", "k", "v", "sinks")]
     for leaf, is_wanted in zip(leaves, wanted):
         leaf.requires_grad_(is_wanted)
-    with spy_on("flash_attention_backward") as spy:
+    with spy_on("_flash_attention_backward") as spy:
         loss_of(*f(*leaves)).backward()
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in spy.call_args.args]
     assert args[-1] == wanted

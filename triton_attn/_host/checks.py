@@ -215,10 +215,12 @@ def check_kv_scale(name, scale, cache):
 
 def check_latent_scales(latent_cache, k_scale, k_pe_scale):
     """Both, as `check_cache_scale` returns them, of a latent cache that has been checked."""
+    checked = []
     for name, scale in (("k_scale", k_scale), ("k_pe_scale", k_pe_scale)):
         if scale is not None and latent_cache.dtype == torch.uint8:
             fail(name, "None with a uint8 cache, whose rows hold scales", type(scale).__name__)
-        yield check_cache_scale(name, scale, 1, latent_cache.device)
+        checked.append(check_cache_scale(name, scale, 1, latent_cache.device))
+    return tuple(checked)
 
 
 def check_kernel_dtype(q):

@@ -1,7 +1,9 @@
 """Launches, and what they depend on: the GPU's architecture, the arithmetic for fp32, the current device."""
 
 import functools
+import operator
 import weakref
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .checks import fail
 from .gpu import gpu_arch, gpu_of
+from .observers import PLAIN
 
 DESCRIPTORS = TensorDescriptor, GluonDescriptor
 INTERPRETED = triton.knobs.runtime.interpret
@@ -50,40 +53,78 @@ def launch(kernel, grid, device, args, constants):
 
 
 MOST_COMPILED = 4096
-_compiled = weakref.WeakKeyDictionary()  # {driver: {key of a launch: (compiled kernel, its constexprs)}}
+_compiled = {}  # {key of a launch: Compiled}
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel as later launches need it."""
+
+    kernel: weakref.ref  # the JIT holds it, as long as its driver is there
+    rest: tuple  # what the kernel takes after its arguments: constexprs and defaults
+    scopes: tuple  # of the globals that the kernel was compiled with
+    names: tuple
+    values: list
+
+    @classmethod
+    def of(cls, compiled, kernel, num_args, constants):
+        """None where the JIT has to look each time."""
+        # On AMD GPUs it specializes pointers by the size of their memory too.
+        if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
+            return None
+        if any(param.name in constants and not param.is_constexpr for param in kernel.params):
+            return None
+        rest = tuple(constants.get(param.name, param.default) for param in kernel.params[num_args:])
+        names = tuple(name for name, _ in kernel.used_global_vals)
+        scopes = tuple(scope for _, scope in kernel.used_global_vals.values())
+        # The JIT, which has just compared them, has copies: these are compared by identity, in little time.
+        return cls(weakref.ref(compiled), rest, scopes, names, list(map(operator.getitem, scopes, names)))
+
+    def find(self):
+        """The kernel; None where it is gone, or a global was changed, which the JIT reports."""
+        try:
+            unchanged = list(map(operator.getitem, self.scopes, self.names)) == self.values
+        except KeyError:
+            return None
+        return self.kernel() if unchanged else None
 
 
 def _launch(kernel, grid, args, constants):
     """Launch on the current device. Returns the compiled kernel.
 
     The JIT takes up to three quarters of a launch to find the kernel that it compiled for such arguments. So a launch
-    like an earlier one is that of the same compiled kernel. Launch hooks see both.
+    like an earlier one is that of the same compiled kernel. Launch hooks see both. constants are constexprs and
+    options of the launch.
     """
     if INTERPRETED:
         return kernel.run(*args, grid=grid, warmup=False, **constants)
-    active = triton.runtime.driver.active
-    known = _compiled.get(active)
-    if known is None or len(known) >= MOST_COMPILED:
-        known = _compiled[active] = {}
-    key = _key_of_launch(kernel, active, args, constants)
-    compiled, constexprs = known.get(key, (None, None)) if key is not None else (None, None)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)](*args, *constexprs)
+    key = _key_of_launch(kernel, args, constants)
+    try:
+        known = None if key is None else _compiled.get(key)
+    except TypeError:  # an option has no hash
+        key = known = None
+    if known is not None and (compiled := known.find()) is not None:
+        compiled[(*grid, 1, 1)](*args, *known.rest)
         return compiled
     compiled = kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
-    # On AMD GPUs the JIT specializes pointers by the size of their memory too.
-    if key is not None and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
-        known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    if key is not None and (known := Compiled.of(compiled, kernel, len(args), constants)) is not None:
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = known
     return compiled
 
 
-def _key_of_launch(kernel, active, args, constants):
-    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look."""
+def _key_of_launch(kernel, args, constants):
+    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look.
+
+    A kernel is its JITFunction: others of the same Python function have options of their own. It is there as long as
+    what it was compiled to. `enable_fp_fusion` is set, and the JIT reads other knobs only where it compiles.
+    """
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
     if kernel.pre_run_hooks or getattr(runtime, "add_stages_inspection_hook", None) is not None:
         return None
     casts = getattr(compilation, "fpsan_homomorphic_casts", None)
-    key = [kernel.fn, active.get_current_device(), runtime.debug, compilation.instrumentation_mode, casts]
+    device = triton.runtime.driver.active.get_current_device()
+    key = [id(kernel), device, kernel.debug or runtime.debug, compilation.instrumentation_mode, casts]
     return (*key, *constants.items()) if _add_kinds(key, args) else None
 
 
@@ -92,7 +133,7 @@ def _add_kinds(key, args):
     multiples of 16, and how many bits they need. False if there is an argument of another type."""
     for x in args:
         kind = type(x)
-        if kind is torch.Tensor:
+        if kind in PLAIN:
             key.append((x.dtype, x.data_ptr() % 16))
         elif x is None or kind is float:
             key.append(kind)
@@ -108,7 +149,7 @@ def _add_kinds(key, args):
             key.append((kind, len(x)))
             if not _add_kinds(key, x):
                 return False
-        elif kind in DESCRIPTORS and type(x.base) is torch.Tensor:
+        elif kind in DESCRIPTORS and type(x.base) in PLAIN:
             layout = getattr(x, "layout", None)
             key.append((kind, x.base.dtype, x.base.data_ptr() % 16, len(x.shape), *x.block_shape, layout))
         else:

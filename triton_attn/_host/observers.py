@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 _functorch = _C._functorch
 _DISABLED = torch.Tensor.__torch_dispatch__
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # classes of tensors that see no calls
 
 
 def is_observed(*tensors):

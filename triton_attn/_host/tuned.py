@@ -62,8 +62,8 @@ RECORD = {
 
 _added = []  # indices of the user's tables, the last one first
 _overrides = {}  # {family: {field: value}} of override_config
-_clear_caches = []  # of what depends on tables, or finds it
-_generation = object()  # replaced each time that tables change
+_plans = []  # functions whose results depend on tables and are remembered
+generation = object()  # replaced each time that tables change
 
 
 class Tuned(NamedTuple):
@@ -127,30 +127,20 @@ def remember(function):
     @functools.wraps(function)
     def plan(*args, **kwargs):
         while True:
-            generation = _generation
+            before = generation
             result = function(*args, **kwargs)
-            if generation is _generation:
+            if before is generation:
                 return result
 
-    forget_with_plans(plan.cache_clear)
+    _plans.append(plan)
     return plan
 
 
-def forget_with_plans(clear):
-    """Have `forget_plans` call clear(), which empties a cache of what plans are found by."""
-    _clear_caches.append(clear)
-
-
-def generation():
-    """An object that is another one each time that tables change."""
-    return _generation
-
-
 def forget_plans():
-    global _generation
-    _generation = object()
-    for clear in _clear_caches:
-        clear()
+    global generation
+    generation = object()
+    for plan in _plans:
+        plan.cache_clear()
 
 
 def rows_class(num_rows):

@@ -23,7 +23,7 @@ from .._host.checks import (
     check_tensor,
     fail,
 )
-from .._host.known import Plans
+from .._host.known import Known
 from .._host.latent import latent_storage
 from .._host.layout import slots_of_packed
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
@@ -91,15 +91,11 @@ def gather_kv_cache(
     """
     outs = out if isinstance(out, (tuple, list)) else (out,)
     given = k_cache, v_cache, cu_seqlens_k, block_table, seq_starts, k_scale, v_scale, dtype, out is None, *outs
-    key, plan = _kv_plans.find(given)
-    if plan is not None:
-        k_scale, v_scale = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
-        if out is None or num_tokens is not None:
-            num_tokens, dtype = _check_result(out, dtype, num_tokens, plan.rows, k_cache, cu_seqlens_k)
-        if not should_check_values(check_values) and use_kernel(k_cache) and plan.is_for(k_cache):
-            out = _new_result(k_cache, num_tokens, plan.rows, dtype) if out is None else out
-            plan.launch((k_cache, v_cache), (cu_seqlens_k, block_table, seq_starts), (k_scale, v_scale), out)
-            return out[0], out[1]
+    key, plan = _kv_plans.find_launch(given, k_cache, check_values)
+    if plan is not None and plan.is_for(k_cache):
+        scales = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
+        places = cu_seqlens_k, block_table, seq_starts
+        return _gather_known(plan, (k_cache, v_cache), places, scales, num_tokens, dtype, out)
     k_cache, v_cache = _check_caches(k_cache, v_cache)
     k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))
     v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
@@ -162,18 +158,16 @@ def gather_latent_cache(
     sizes = check_length("kv_lora_rank", kv_lora_rank), check_length("qk_rope_head_dim", qk_rope_head_dim)
     outs = out if isinstance(out, (tuple, list)) else (out,)
     given = latent_cache, cu_seqlens_k, block_table, seq_starts, k_scale, k_pe_scale, *sizes, dtype, out is None, *outs
-    key, plan = _latent_plans.find(given)
-    if plan is not None:
+    key, plan = _latent_plans.find_launch(given, latent_cache, check_values)
+    if plan is not None and plan.is_for(latent_cache):
         k_scale, k_pe_scale = check_factor("k_scale", k_scale), check_factor("k_pe_scale", k_pe_scale)
-        if out is None or num_tokens is not None:
-            num_tokens, dtype = _check_result(out, dtype, num_tokens, plan.rows, latent_cache, cu_seqlens_k)
-        if not should_check_values(check_values) and use_kernel(latent_cache) and plan.is_for(latent_cache):
-            if latent_cache.dtype == torch.uint8:
-                check_rows_aligned("latent_cache", latent_cache)
-            out = _new_result(latent_cache, num_tokens, plan.rows, dtype) if out is None else out
-            scales = k_scale, k_scale if k_pe_scale is None else k_pe_scale
-            plan.launch((latent_cache, latent_cache), (cu_seqlens_k, block_table, seq_starts), scales, out)
-            return out[0], out[1]
+        if latent_cache.dtype == torch.uint8:
+            check_rows_aligned("latent_cache", latent_cache)
+        places, scales = (
+            (cu_seqlens_k, block_table, seq_starts),
+            (k_scale, k_scale if k_pe_scale is None else k_pe_scale),
+        )
+        return _gather_known(plan, (latent_cache, latent_cache), places, scales, num_tokens, dtype, out)
     dtypes = (*KERNEL_DTYPES, *FLOAT8_MANTISSA_BITS, torch.uint8)
     check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", "width"), dtypes, None)
     _, width = latent_storage(*sizes, torch.float8_e4m3fn if latent_cache.dtype == torch.uint8 else torch.float32)
@@ -195,9 +189,19 @@ def gather_latent_cache(
     return _observed(_gather_latent_cache_operator, names, tensors, more, out)
 
 
-_kv_plans, _latent_plans = Plans(), Plans()
+_kv_plans, _latent_plans = Known(), Known()
 PACK_BYTES = 16  # of a key that lie side by side in a packed cache
 PLACES = "cu_seqlens_k", "block_table", "seq_starts"
+
+
+def _gather_known(plan, caches, places, scales, num_tokens, dtype, out) -> tuple[Tensor, Tensor]:
+    """The result of a known call, of which only num_tokens may be new."""
+    cache, (cu_seqlens_k, *_) = caches[0], places
+    if out is None or num_tokens is not None:
+        num_tokens, dtype = _check_result(out, dtype, num_tokens, plan.rows, cache, cu_seqlens_k)
+    out = _new_result(cache, num_tokens, plan.rows, dtype) if out is None else out
+    plan.launch(caches, places, scales, out)
+    return out[0], out[1]
 
 
 def _observed(operator, names, tensors, more, out) -> tuple[Tensor, Tensor]:

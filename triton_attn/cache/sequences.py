@@ -14,8 +14,8 @@ from torch import Tensor
 from .._host.checks import check_bool, check_int, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
-from .api import copy_kv_pages
 from .arrays import INT64, NO_LIMIT, from_list, grown, largest, ranges, written_zeros
+from .copy import copy_kv_pages
 from .drafts import keep_drafts
 from .events import EventLog, PageEvent, group_suffix
 from .hashing import page_hashes, root_hash

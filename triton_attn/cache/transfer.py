@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from .._host.checks import check_last_contiguous, check_length, check_tensor, fail
-from .api import copy_kv_pages
 from .arrays import NO_LIMIT, from_list
+from .copy import copy_kv_pages
 from .hashing import page_hashes, root_hash
 from .token_ids import as_ids
 

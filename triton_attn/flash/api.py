@@ -17,9 +17,9 @@ from .._host.checks import (
     layout_of,
 )
 from .._host.dtensors import DENSE, PACKED, attend_shards, has_dtensor
+from .._host.known import check_once, sides_of, window_of
 from .._host.layout import Outputs, outputs_of
 from .._host.observers import autocast, is_observed, refuse_transforms
-from .._host.once import check_once, sides_of, window_of
 from .._host.options import (
     AttentionOptions,
     attention_options,

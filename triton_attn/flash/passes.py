@@ -9,8 +9,8 @@ from torch import Tensor
 from .._host.backend import use_kernel
 from .._host.call import Call, Lengths, packed_lengths
 from .._host.checks import check_kernel_dtype, fail
+from .._host.known import sides_of
 from .._host.layout import new_outputs
-from .._host.once import sides_of
 from .._host.options import with_dropout, with_tensors
 from . import reference
 from .api import check_call

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .._host.backend import use_kernel
 from .._host.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_last_contiguous, check_tensor, fail
+from .._host.known import check_once
 from .._host.layout import known_outputs
 from .._host.observers import is_observed, refuse_gradients
-from .._host.once import check_once
 from . import reference
 
 
@@ -59,16 +59,16 @@ def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         return reference.merge_attention(outs, lses)
     shape = outs.shape[1:]
     out, lse = known_outputs(shape, shape[-1], outs.dtype).new(outs, True)
-    _kernel()(outs, lses.contiguous(), out, lse)
+    _planner()(outs.shape, outs.stride(), out.stride()).launch(outs, lses.contiguous(), out, lse)
     return out, lse
 
 
 @functools.cache
-def _kernel() -> Callable[..., None]:
+def _planner() -> Callable[..., Any]:
     """Imported at the first call, so that the package can be imported without triton."""
-    from .kernel import launch_merge
+    from .kernel import plan_merge
 
-    return launch_merge
+    return plan_merge
 
 
 def _new_outputs(outs, lses):

@@ -17,6 +17,7 @@ from .._host.checks import (
     check_bool,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_factor,
     check_int,
     check_last_contiguous,
     check_latent_scales,
@@ -30,10 +31,10 @@ from .._host.checks import (
 )
 from .._host.dtensors import Layout, Operand, attend_shards, has_dtensor, lse_dims, of_rows, on_each_rank
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
+from .._host.known import check_once
 from .._host.latent import latent_storage
 from .._host.layout import Layouts, Outputs, lse_shape, outputs_of
 from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
-from .._host.once import check_once
 from .._host.options import check_num_drafts, check_softmax_scale, check_tree_mask
 from .._host.prefix_tree import (
     PrefixTree,
@@ -242,9 +243,12 @@ def mla_decode(
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, softmax_scale, causal, rope_interleaved, num_splits, return_lse
     checked = _check_decode((*tensors, out, lse), numbers)
-    softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number, layouts, outputs = checked
-    k_scale = k_scale if k_number is None else None
-    k_pe_scale = k_pe_scale if k_pe_number is None else None
+    softmax_scale, causal, rope_interleaved, num_splits, return_lse, layouts, outputs = checked
+    k_number = k_pe_number = None
+    if k_scale is not None:
+        k_number, k_scale = number_and_tensor(check_factor("k_scale", k_scale))
+    if k_pe_scale is not None:
+        k_pe_number, k_pe_scale = number_and_tensor(check_factor("k_pe_scale", k_pe_scale))
     max_seqlen_q = _check_longest(max_seqlen_q, q_nope, packed)
     if key_shard is not None:
         key_shard = check_key_shard(key_shard, latent_cache.shape[1])
@@ -669,7 +673,7 @@ def mla_prefill(
     if wants_grad:
         check_differentiable(q_nope, q_pe, w_uv)
     call = PrefillCall(*tensors, lengths, softmax_scale, causal, layouts)
-    if not use_kernel(q_nope):
+    if not runs_kernel:
         if check_values:
             call.check_values()
         return reference.mla_prefill(
@@ -822,8 +826,6 @@ class CheckedDecode(NamedTuple):
     rope_interleaved: bool
     num_splits: int
     return_lse: bool
-    k_number: float | None  # k_scale and k_pe_scale, if they are numbers
-    k_pe_number: float | None
     layouts: Layouts | None  # None where sizes may be symbols
     outputs: Outputs
 
@@ -853,14 +855,13 @@ def _check_decode(tensors, options):
         check_rows("q_nope", q_nope.shape[0] * q_nope.shape[1])
     _check_rope(q_pe, w_uk, rope_cos, rope_sin, packed, tree_mask)
     num_splits = check_num_splits(num_splits)
-    scales = map(number_and_tensor, check_latent_scales(latent_cache, k_scale, k_pe_scale))
-    (k_number, _), (k_pe_number, _) = scales
+    check_latent_scales(latent_cache, k_scale, k_pe_scale)
     shape = _decode_out_shape(q_nope, w_uk, w_uv)
     if out is not None:
         check_out(out, shape, q_nope.dtype, device)
     if lse is not None:
         check_lse(lse, lse_shape(q_nope), return_lse, device)
-    checked = softmax_scale, causal, rope_interleaved, num_splits, return_lse, k_number, k_pe_number
+    checked = softmax_scale, causal, rope_interleaved, num_splits, return_lse
     layouts = None if torch.compiler.is_compiling() else Layouts(dict(zip(DECODE_INPUTS, tensors)))
     return CheckedDecode(*checked, layouts, outputs_of(q_nope.shape, shape[-1], q_nope.dtype))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from .._host.gpu import GPUS
 
+_numbers = itertools.count()  # of drivers: an id() would come again
 _TARGETS = {
     arch: GPUTarget("hip", arch, gpu.warp_size) if gpu.is_amd else GPUTarget("cuda", int(arch[3:]), gpu.warp_size)
     for arch, gpu in GPUS.items()
@@ -274,7 +276,7 @@ class _Driver:
         self.launches = []
         self.kernels = []
         # JITFunctions keep compiled kernels by device; a device of its own keeps these apart from all others.
-        self.device = f"{arch} #{id(self)}"
+        self.device = f"{arch} #{next(_numbers)}"
         self.utils = self
 
     def get_current_target(self):

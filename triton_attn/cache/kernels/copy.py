@@ -14,15 +14,21 @@ from ..._host.tuned import remember
 TILE_ELEMENTS = 4096
 
 
+class Layout(NamedTuple):
+    """Strides of a cache in elements, and the length of a row."""
+
+    layer: int
+    page: int
+    slot: int
+    head: int
+    head_dim: int
+
+
 class Pages(NamedTuple):
-    """Pages of all layers: strides in elements, and the length of a row."""
+    """Pages of all layers."""
 
     ptr: object
-    layer_stride: int
-    page_stride: int
-    slot_stride: int
-    head_stride: int
-    head_dim: int
+    layout: Layout
 
 
 _new_pages = functools.partial(tuple.__new__, Pages)  # Pages._make, in C alone
@@ -42,11 +48,13 @@ def _choose(condition, one, other):
     """Of two Pages the first where the condition holds; strides in 64 bits."""
     return Pages(
         tl.where(condition, one.ptr, other.ptr),
-        tl.where(condition, one.layer_stride, tl.cast(other.layer_stride, tl.int64)),
-        tl.where(condition, one.page_stride, tl.cast(other.page_stride, tl.int64)),
-        tl.where(condition, one.slot_stride, tl.cast(other.slot_stride, tl.int64)),
-        tl.where(condition, one.head_stride, tl.cast(other.head_stride, tl.int64)),
-        tl.where(condition, one.head_dim, tl.cast(other.head_dim, tl.int32)),
+        Layout(
+            tl.where(condition, one.layout.layer, tl.cast(other.layout.layer, tl.int64)),
+            tl.where(condition, one.layout.page, tl.cast(other.layout.page, tl.int64)),
+            tl.where(condition, one.layout.slot, tl.cast(other.layout.slot, tl.int64)),
+            tl.where(condition, one.layout.head, tl.cast(other.layout.head, tl.int64)),
+            tl.where(condition, one.layout.head_dim, tl.cast(other.layout.head_dim, tl.int32)),
+        ),
     )
 
 
@@ -72,22 +80,23 @@ def _copy_kv_pages_kernel(src_pages_ptr, dst_pages_ptr, caches, targets, num_lay
     cache = _choose_one(caches, index)
     target = cache if targets is None else _choose_one(targets, index)
 
-    src = cache.ptr + layer * cache.layer_stride + tl.load(src_pages_ptr + pair).to(tl.int64) * cache.page_stride
-    dst = target.ptr + layer * target.layer_stride + tl.load(dst_pages_ptr + pair).to(tl.int64) * target.page_stride
+    of_src, of_dst = cache.layout, target.layout
+    src = cache.ptr + layer * of_src.layer + tl.load(src_pages_ptr + pair).to(tl.int64) * of_src.page
+    dst = target.ptr + layer * of_dst.layer + tl.load(dst_pages_ptr + pair).to(tl.int64) * of_dst.page
     offs_d = tl.arange(0, TILE.BLOCK_D)[None, :]
     for start in tl.range(0, TILE.PAGE_SIZE * TILE.NUM_HEADS, TILE.BLOCK_ROWS):
         rows = start + tl.arange(0, TILE.BLOCK_ROWS)[:, None]
         slots, heads = rows // TILE.NUM_HEADS, rows % TILE.NUM_HEADS
-        mask = (rows < TILE.PAGE_SIZE * TILE.NUM_HEADS) & (offs_d < cache.head_dim)  # (BLOCK_ROWS, BLOCK_D)
-        x = tl.load(src + slots * cache.slot_stride + heads * cache.head_stride + offs_d, mask=mask)
-        tl.store(dst + slots * target.slot_stride + heads * target.head_stride + offs_d, x, mask=mask)
+        mask = (rows < TILE.PAGE_SIZE * TILE.NUM_HEADS) & (offs_d < of_src.head_dim)  # (BLOCK_ROWS, BLOCK_D)
+        x = tl.load(src + slots * of_src.slot + heads * of_src.head + offs_d, mask=mask)
+        tl.store(dst + slots * of_dst.slot + heads * of_dst.head + offs_d, x, mask=mask)
 
 
 class Plan(NamedTuple):
     """A launch but for its tensors."""
 
     num_programs: int
-    layouts: tuple  # of each field of Pages after ptr those of all caches
+    layouts: tuple  # of the caches
     layouts_of_targets: tuple  # empty: the pages are copied inside the caches
     is_float8: bool  # bytes: not every GPU has the dtypes of fp8
     has_host_memory: bool
@@ -100,8 +109,8 @@ class Plan(NamedTuple):
             return
         if self.is_float8:
             caches, targets = ([x.view(torch.uint8) for x in side] for side in (caches, targets))
-        pages = tuple(map(_new_pages, zip(caches, *self.layouts)))
-        pages_of_targets = tuple(map(_new_pages, zip(targets, *self.layouts_of_targets))) if targets else None
+        pages = tuple(map(_new_pages, zip(caches, self.layouts)))
+        pages_of_targets = tuple(map(_new_pages, zip(targets, self.layouts_of_targets))) if targets else None
         args = src_pages, dst_pages, pages, pages_of_targets, self.num_layers
         launch(_copy_kv_pages_kernel, (self.num_programs,), src_pages.device, args, self.constants)
         if self.has_host_memory:
@@ -125,7 +134,7 @@ def plan_copy_kv_pages(caches, src_pages, targets):
 def _plan(caches, targets, num_pairs, dtype, has_host_memory):
     """The Plan; caches and targets are (shape, strides) of each."""
     layouts, layouts_of_targets = (
-        tuple(zip(*[(*strides[:-1], shape[-1]) for shape, strides in side])) for side in (caches, targets)
+        tuple([Layout(*strides[:-1], shape[-1]) for shape, strides in side]) for side in (caches, targets)
     )
     num_layers, _, page_size, num_heads, _ = caches[0][0]
     block_d = triton.next_power_of_2(max(shape[-1] for shape, _ in caches))
