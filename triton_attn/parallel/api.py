@@ -85,7 +85,7 @@ def context_parallel_attention(
     Returns:
         out and lse of this rank's rows, as `flash_attention`. The gradient of sinks is this rank's part; sum it over
         the mesh, as of any parameter that all ranks have. Gradients of tensors without requires_grad are neither
-        computed nor sent; the same tensors have it on all ranks.
+        computed nor sent; the same tensors have it on all ranks. That of sinks alone needs no keys of other ranks.
 
     Ranks that differ in a shape, a dtype, an option or in which tensors require a gradient get an error on every rank
     that names the difference, and so do all ranks if one of them has refused its arguments. For that a digest of 8
