@@ -65,10 +65,10 @@ def context_parallel_attention(
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
             `flash_attention`. Their rows are in the order of the ranks' rows, and their length is a multiple of the
-            ranks. DTensors on a mesh without the other ranks of `mesh`, such as mesh["tp"], have this rank's rows; ranks of
-            `mesh` that have other sequences or heads of them raise. Results are then DTensors placed like q.
+            ranks. DTensors on a mesh without the other ranks of `mesh`, such as mesh["tp"], have this rank's rows;
+            ranks of `mesh` that have other sequences or heads of them raise. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"]; with DTensors
-            of one. Ranks are counted row by row. Those of two dimensions ascend, and are as far apart in each row.
+            of one. Ranks are counted row by row and ascend; those of two dimensions are as far apart in each row.
         method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
             needs query heads in multiples of the ranks that exchange them, and KV heads that divide these ranks or are
             multiples of them. "auto" is the method with the least predicted time of both passes on H100s in nodes of 8,
