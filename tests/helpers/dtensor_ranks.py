@@ -1,6 +1,7 @@
 """Attention on DTensors over gloo processes on a CPU, each call held against one process in fp64."""
 
 import functools
+import re
 from dataclasses import dataclass, field
 
 import mla_over_ranks
@@ -8,18 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from perf.harness.traffic import counted
-from triton_attn import flash_attention, flash_attention_varlen, mla_decode, mla_prefill, reference
+from triton_attn import PagedKVCache, flash_attention, flash_attention_varlen, mla_decode, mla_prefill, reference
 from triton_attn.parallel import (
     context_parallel_attention,
     context_parallel_attention_varlen,
     context_parallel_mla_prefill,
+    shard_sequence,
 )
 from triton_attn.parallel.balance import sharding_of_batch
 from triton_attn.testing import assert_close_to_reference
@@ -285,6 +287,40 @@ def check_common_ranks(_, mesh):
         ValueError, match=r"mesh: expected a dimension of the DTensors' mesh .* without its other ranks"
     ):
         context_parallel_attention(x, x, x, mesh=mesh)
+
+
+def check_mixed_parts(case, mesh):
+    """Ranks that share sequences and whose DTensors, on a mesh made by hand, have other heads or sequences, raise."""
+    of_rows = DeviceMesh("cpu", [[0, 3], [1, 2]], mesh_dim_names=("other", "cp"))["cp"]
+    of_part = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("cp", "other"))["other"]
+    inputs = case.inputs()
+    leaves = [distribute_tensor(x, of_part, placements) for _, x, placements, _ in inputs.tensors]
+    what, first, second = {0: ("sequences", (0, 1), (1, 2)), 2: ("heads", (0, 4), (4, 8))}[case.of_q[0].dim]
+    first, second = (f"[{start}, {end})" for start, end in (first, second))
+    of_ranks = (first, second) if mesh.get_local_rank() in (0, 3) else (second, first)
+    said = f"{inputs.tensors[0][0]}'s {what}: expected the same on all ranks, {of_ranks[0]} as on rank 0, got "
+    with pytest.raises(ValueError, match=re.escape(f"{said}{of_ranks[1]} on rank 1")):
+        inputs.call_over(of_rows, *leaves)
+
+
+def check_descending_ranks(_, mesh):
+    """Of a mesh whose ranks do not ascend, torch itself gives a rank one shard here and another there."""
+    of_x = DeviceMesh("cpu", [1, 0])
+    x = DTensor.from_local(torch.randn(2, 6, 4, 16), of_x, [S2])
+    for call in (
+        lambda: flash_attention(x, x, x),
+        lambda: context_parallel_attention(x, x, x, mesh=mesh),
+    ):
+        with pytest.raises(ValueError, match=r"q: expected a mesh whose ranks ascend along .*, got \[1, 0\]"):
+            call()
+    rows = x.to_local()
+    for call in (
+        lambda: context_parallel_attention(rows, rows, rows, mesh=of_x),
+        lambda: shard_sequence(rows, of_x),
+        lambda: PagedKVCache(2, 16, num_layers=1, num_kv_heads=2, head_dim=16, device="cpu", mesh=of_x),
+    ):
+        with pytest.raises(ValueError, match=r"mesh: expected ranks in ascending order, got \[1, 0\]"):
+            call()
 
 
 class Block(nn.Module):

@@ -120,7 +120,8 @@ class Case:
         elements = {name: self.elements()[name] for name in self.keys}
         of_keys = of_rows * sum(elements.values()) * size
         rows_of_gradients = of_rows if self.method == "all_gather" else self.batch * self.seqlen
-        return of_keys, of_keys + rows_of_gradients * self._wanted(elements) * 4
+        of_sinks_alone = {"dq", *self.keys} <= {*self.frozen}
+        return of_keys, 0 if of_sinks_alone else of_keys + rows_of_gradients * self._wanted(elements) * 4
 
     def _wanted(self, elements):
         return sum(number for name, number in elements.items() if name not in self.frozen)

@@ -17,8 +17,10 @@ from dtensor_ranks import (
     check_bytes,
     check_common_ranks,
     check_decode,
+    check_descending_ranks,
     check_error,
     check_latent_block,
+    check_mixed_parts,
     check_values,
 )
 from parallel_ranks import run
@@ -215,6 +217,19 @@ def test_errors_of_two_ranks(tmp_path, monkeypatch):
 
 def test_a_mesh_that_crosses_that_of_the_dtensors(tmp_path):
     assert run(check_common_ranks, [None], 2, tmp_path / "store") == []
+
+
+def test_ranks_that_share_rows_have_the_same_heads_and_sequences(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    common = dict(mesh_shape=(2, 2), batch=2, context_parallel={}, on_other_mesh=True)
+    cases = [Case(of_q=(shard,), of_keys=(shard,), **common) for shard in (S0, S2)]
+    cases += [LatentCase(of_q=(S2,), of_keys=(R,), of_weights=(S0,), **common)]
+    assert run(check_mixed_parts, cases, 4, tmp_path / "store") == []
+
+
+def test_ranks_of_a_mesh_ascend(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
+    assert run(check_descending_ranks, [None], 2, tmp_path / "store") == []
 
 
 @pytest.fixture(scope="module")

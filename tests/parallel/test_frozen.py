@@ -34,6 +34,7 @@ FROZEN = [
     (LATENTS, ("dk_pe", "dw_uk")),
     (LATENTS, OF_LATENTS + OF_WEIGHTS),
     (LATENTS, ("dq_nope", "dq_pe", *OF_LATENTS)),
+    (replace(HEADS, sinks=True), ("dq", "dk", "dv")),
 ]
 
 
@@ -98,6 +99,7 @@ def test_compiled_recomputed_and_accumulated(tmp_path, monkeypatch):
         (HEADS, (), ["delta", "dkdv"]),  # one kernel for all
         (HEADS, ("dk", "dv"), ["delta", "dq"]),
         (HEADS, ("dq", "dk"), ["delta", "dkdv"]),
+        (replace(HEADS, sinks=True), ("dq", "dk", "dv"), ["delta"]),
         (LATENTS, (), ["delta", "dkdv"]),
         (LATENTS, OF_WEIGHTS, ["delta", "dkdv"]),
         (LATENTS, OF_LATENTS + OF_WEIGHTS, ["delta", "dq"]),

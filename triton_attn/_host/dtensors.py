@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .checks import check_number, check_qkv_layout, check_same_kind, fail, layout_of
+from .mesh import ascends
 
 
 class Operand(NamedTuple):
@@ -105,7 +106,8 @@ def attend_shards(
 
     On each dimension of the mesh queries are Shard(batch), Shard(heads) or Replicate(), and on sequence_mesh_dim
     Shard(sequence). So are the other tensors, or Replicate() if they have no such dimension. Beside queries with
-    Shard(heads), all of them may be Replicate(). With OTHER_MESH their rows are those of a rank of another mesh.
+    Shard(heads), all of them may be Replicate(). With OTHER_MESH their rows are those of a rank of another mesh. With a
+    sequence_mesh_dim, `attend` is given which sequences and heads the part has, as `part`.
     """
     check_dtensors(layout, tensors)
     layout.check(tensors)
@@ -126,6 +128,8 @@ def attend_shards(
             if sequence_mesh_dim is not None:
                 fail("dropout_p", "0 where sequences and heads, or batches, are sharded", options["dropout_p"])
             options["shard"] = _positions(layout, q, tensors[1], lengths, batch, heads)
+    if sequence_mesh_dim is not None:  # ranks that share sequences compare it
+        options["part"] = (batch.first, batch.number, heads.first, heads.number)
     found = attend(*_own_parts(layout, tensors, placed, heads), *lengths, **options)
     out, lse = found if isinstance(found, tuple) else (found, None)
     out = _whole(out, q, range(q.ndim), (*q.shape[:-1], out.shape[-1]))
@@ -136,7 +140,7 @@ def attend_shards(
 
 
 def check_dtensors(layout: Layout, tensors: tuple[Any, ...]) -> None:
-    """All of one mesh."""
+    """All of one mesh, which says which rank has which shard."""
     meshes = [(operand.name, x.device_mesh) for operand, x in zip(layout.operands, tensors) if is_dtensor(x)]
     for operand, x in zip(layout.operands, tensors):
         if not is_dtensor(x):
@@ -144,6 +148,9 @@ def check_dtensors(layout: Layout, tensors: tuple[Any, ...]) -> None:
         first, mesh = meshes[0]
         if x.device_mesh != mesh:
             fail(operand.name, f"{first}'s mesh {mesh}", x.device_mesh)
+    first, mesh = meshes[0]
+    if not ascends(mesh):
+        fail(first, "a mesh whose ranks ascend along each of its dimensions", mesh.mesh.tolist())
 
 
 def on_each_rank(name: str, x: Any) -> Any:

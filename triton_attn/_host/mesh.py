@@ -1,10 +1,12 @@
 """The ranks of a DeviceMesh: which this is, and whether all were called alike."""
 
+import functools
 from typing import Any
 
 import torch.distributed as dist
 
 from .checks import fail
+from .observers import constant_if_traced
 
 
 def check_mesh(mesh: Any) -> tuple[int, int]:
@@ -15,7 +17,24 @@ def check_mesh(mesh: Any) -> tuple[int, int]:
         fail("mesh", "a DeviceMesh", type(mesh).__name__, TypeError)
     if mesh.ndim != 1:
         fail("mesh", "one dimension, such as mesh['cp']", f"{mesh.ndim}")
+    if not ascends(mesh):
+        fail("mesh", "ranks in ascending order", mesh.mesh.tolist())
     return mesh.get_local_rank(), mesh.size()
+
+
+@constant_if_traced
+def ascends(mesh: Any) -> bool:
+    """Whether ranks ascend along each dimension of a mesh.
+
+    torch.distributed sorts the ranks of a group. Of a mesh in another order some functions of torch take a rank for the
+    one of its place in the mesh, and others for the one of its place in the group.
+    """
+    return _ascends(mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def _ascends(mesh):
+    return all(bool((mesh.mesh.diff(dim=dim) > 0).all()) for dim in range(mesh.ndim))
 
 
 def compare_ranks(own: dict[str, Any], group: Any) -> None:

@@ -65,10 +65,10 @@ def context_parallel_attention(
             the same positions. With a batch above 1, a tensor whose (batch, rows) are not one dimension is copied. Or
             DTensors with Shard(1) on the dimension of their mesh that is `mesh`; on other dimensions as in
             `flash_attention`. Their rows are in the order of the ranks' rows, and their length is a multiple of the
-            ranks. DTensors on a mesh without the other ranks of `mesh`, such as mesh["tp"], have this rank's rows; the
-            ranks of `mesh` must have the same sequences and heads of them. Results are then DTensors placed like q.
+            ranks. DTensors on a mesh without the other ranks of `mesh`, such as mesh["tp"], have this rank's rows;
+            ranks of `mesh` that have other sequences or heads of them raise. Results are then DTensors placed like q.
         mesh: a DeviceMesh of one dimension, such as mesh["cp"], or of two, such as mesh["node", "gpu"]; with DTensors
-            of one. Ranks are counted row by row. Those of two dimensions ascend, and are as far apart in each row.
+            of one. Ranks are counted row by row and ascend; those of two dimensions are as far apart in each row.
         method: of the table, or on a mesh of two dimensions ("ring", "ulysses") or ("all_gather", "ulysses"). "ulysses"
             needs query heads in multiples of the ranks that exchange them, and KV heads that divide these ranks or are
             multiples of them. "auto" is the method with the least predicted time of both passes on H100s in nodes of 8,
@@ -85,7 +85,7 @@ def context_parallel_attention(
     Returns:
         out and lse of this rank's rows, as `flash_attention`. The gradient of sinks is this rank's part; sum it over
         the mesh, as of any parameter that all ranks have. Gradients of tensors without requires_grad are neither
-        computed nor sent; the same tensors have it on all ranks.
+        computed nor sent; the same tensors have it on all ranks. That of sinks alone needs no keys of other ranks.
 
     Ranks that differ in a shape, a dtype, an option or in which tensors require a gradient get an error on every rank
     that names the difference, and so do all ranks if one of them has refused its arguments. For that a digest of 8
@@ -119,16 +119,10 @@ def context_parallel_attention(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    options |= dict(placing, return_lse=return_lse)
     if has_dtensor(q, k, v):
-        options |= dict(placing, return_lse=return_lse)
-        return attend_rows(context_parallel_attention, DENSE, (q, k, v), (), **options)
-    with errors_for_all(mesh):
-        return_lse = check_bool("return_lse", return_lse)
-        inputs, settings = _checked(4, q, k, v, None, **placing, **options)
-    out, lse = attend(HEADS, inputs, settings)
-    shape = q.shape[:2]
-    out = out.unflatten(0, shape)
-    return (out, lse.unflatten(1, shape).transpose(0, 1).contiguous()) if return_lse else out
+        return attend_rows(_attend, DENSE, (q, k, v), (), **options)
+    return _attend(q, k, v, **options)
 
 
 def context_parallel_attention_varlen(
@@ -205,14 +199,33 @@ def context_parallel_attention_varlen(
         deterministic=deterministic,
     )
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
+    options |= dict(placing, return_lse=return_lse)
     if has_dtensor(q, k, v):
-        options |= dict(placing, return_lse=return_lse)
-        return attend_rows(context_parallel_attention_varlen, PACKED, (q, k, v), (cu_seqlens,), **options)
+        return attend_rows(_attend_varlen, PACKED, (q, k, v), (cu_seqlens,), **options)
+    return _attend_varlen(q, k, v, cu_seqlens, **options)
+
+
+def _attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    out, lse = _attend_to_rows(4, q, k, v, None, **options)
+    shape = q.shape[:2]
+    out = out.unflatten(0, shape)
+    return out if lse is None else (out, lse.unflatten(1, shape).transpose(0, 1).contiguous())
+
+
+def _attend_varlen(q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Any) -> Any:
+    out, lse = _attend_to_rows(3, q, k, v, cu_seqlens, **options)
+    return out if lse is None else (out, lse)
+
+
+def _attend_to_rows(
+    ndim: int, q: Any, k: Any, v: Any, cu_seqlens: Any, *, mesh: DeviceMesh, return_lse: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """out (rows, ...) of plain tensors, and lse if it is to be returned."""
     with errors_for_all(mesh):
         return_lse = check_bool("return_lse", return_lse)
-        inputs, settings = _checked(3, q, k, v, cu_seqlens, **placing, **options)
+        inputs, settings = _checked(ndim, q, k, v, cu_seqlens, mesh=mesh, **options)
     out, lse = attend(HEADS, inputs, settings)
-    return (out, lse) if return_lse else out
+    return out, lse if return_lse else None
 
 
 def _checked(

@@ -48,6 +48,7 @@ def settings_of(
     load_balance: Any,
     seqlen: Any,
     check_values: Any,
+    part: tuple[int, ...] = (),
 ) -> Settings:
     """Settings without options. tensors are those that may have gradients; the first is (batch, rows, ...), or
     (rows, ...) with cu_seqlens."""
@@ -68,6 +69,7 @@ def settings_of(
         inner=None if inner is None else inner.group_name,
         method=method if isinstance(method, str) else method[0],
         check_values=should_check_values(check_values),
+        part=part,
         wanted=tuple(is_on and x is not None and x.requires_grad for x in tensors),
         options=None,
     )

@@ -35,8 +35,10 @@ def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
 
 def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
     """Gradients of the rows and, of the parameters, this rank's part; results are dout, dlse, out and lse."""
-    fetched = _fetch(problem, rows)
     sums = Sums(problem, rows, results, rows.queries[0].dtype)
+    if not sums.needs_keys:
+        return [], [], sums.parameters
+    fetched = _fetch(problem, rows)
     of_keys, given = sums.zeros_of_keys(fetched.shape[0]), rows.with_keys(fetched)
     for part in _parts(problem.sharding, problem.mask, problem.rank):
         sums.add(part, given, of_keys)

@@ -331,6 +331,7 @@ class Sums:
         queries, keys, parameters = problem.attention.wanted.pick(*rows, problem.attention.parameters)
         self._keys, self._dtype = keys, dtype_of_sums(rows.queries[0])
         self.queries, self.parameters = _zeros(queries, dtype_of_queries), _zeros(parameters, self._dtype)
+        self.needs_keys = bool(queries or keys or parameters)  # the gradient of sinks alone does not
         self.parameters += [] if dsinks is None else [dsinks]
 
     @property

@@ -68,8 +68,8 @@ def context_parallel_mla_prefill(
             not one dimension is copied. Or, with the weights, DTensors: on the dimension of their mesh that is `mesh`
             Shard on the sequence, and of weights Replicate(); on other dimensions as in `mla_prefill`. Their rows are
             in the order of the ranks' rows, and their length is a multiple of the ranks. DTensors on a mesh without the
-            other ranks of `mesh`, such as mesh["tp"], have this rank's rows; the ranks of `mesh` must have the same
-            sequences and heads of them. Results are DTensors placed like q_nope.
+            other ranks of `mesh`, such as mesh["tp"], have this rank's rows; ranks of `mesh` that have other sequences
+            or heads of them raise. Results are DTensors placed like q_nope.
         w_uk, w_uv: of all heads that q_nope has, the same on all ranks. Ranks of another mesh, as of tensor
             parallelism, can share the heads: as DTensors, or as plain tensors of their own heads, whose gradients of
             kv_latent and k_pe are then to be summed over that mesh.
@@ -111,17 +111,21 @@ def context_parallel_mla_prefill(
     options = dict(causal=causal, softmax_scale=softmax_scale, mode=mode, max_workspace_bytes=max_workspace_bytes)
     placing = dict(mesh=mesh, method=method, load_balance=load_balance, seqlen=seqlen, check_values=check_values)
     tensors = q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv
+    options |= dict(placing, cu_seqlens=cu_seqlens, return_lse=return_lse)
     if has_dtensor(*tensors):
         layout = LATENTS_DENSE if cu_seqlens is None else LATENTS_PACKED
-        options |= dict(placing, cu_seqlens=cu_seqlens, return_lse=return_lse)
-        return attend_rows(context_parallel_mla_prefill, layout, tensors, (), **options)
+        return attend_rows(_attend, layout, tensors, (), **options)
+    return _attend(*tensors, **options)
+
+
+def _attend(*tensors: Any, mesh: DeviceMesh, cu_seqlens: Any, return_lse: Any, **options: Any) -> Any:
     with errors_for_all(mesh):
         return_lse = check_bool("return_lse", return_lse)
         tensors = autocast(*tensors)
-        inputs, settings = _checked(tensors, cu_seqlens, **placing, **options)
+        inputs, settings = _checked(tensors, cu_seqlens, mesh=mesh, **options)
     out, lse = attend(LATENTS, inputs, settings)
     if cu_seqlens is None:
-        shape = q_nope.shape[:2]
+        shape = tensors[0].shape[:2]
         out, lse = out.unflatten(0, shape), lse.unflatten(1, shape).transpose(0, 1).contiguous() if return_lse else lse
     return (out, lse) if return_lse else out
 

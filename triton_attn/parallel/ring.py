@@ -54,6 +54,8 @@ def forward(problem: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
     """Gradients of the rows and, of the parameters, this rank's part; results are dout, dlse, out and lse."""
     sums, arriving = Sums(problem, rows, results, dtype_of_sums(rows.queries[0])), None
+    if not sums.needs_keys:
+        return [], [], sums.parameters
     for source, block in _round(problem, rows):
         given, of_keys = rows.with_keys(block), sums.zeros_of_keys(block.shape[0])
         for part in _parts(problem.sharding, problem.mask, problem.rank, source):

@@ -21,7 +21,8 @@ def backward(problem: Problem, rows: Rows, *results: Any) -> Gradients:
     given, dsinks = results_of(problem, *results)
     attention = problem.attention
     found = attention.wanted.pick(*(map(torch.zeros_like, x) for x in (*rows, attention.parameters)))
-    for part in _parts(problem.sharding, problem.mask):  # one at most, from the first row on
+    parts = _parts(problem.sharding, problem.mask) if any(map(len, found)) else ()
+    for part in parts:  # one at most, from the first row on
         found = attention.gradients(part, given, rows)
     of_queries, of_keys, parameters = found
     of_queries, of_keys = ([_with_all_rows(x, rows.queries[0]) for x in each] for each in (of_queries, of_keys))
