@@ -7,6 +7,7 @@ are written to disk as soon as they are known, so an interrupted run keeps what 
 import csv
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -118,6 +119,12 @@ def holds_speeds(path):
     """Whether a CSV is a table of speeds, valid or not. Only such tables have the columns family and provider."""
     with open(path, newline="") as file:
         return {"family", "provider"} <= set(next(csv.reader(file), ()))
+
+
+def has_rows(path):
+    """Whether a CSV has a row below its header. A run that was interrupted at once has none."""
+    with open(path, newline="") as file:
+        return len(list(islice(csv.reader(file), 2))) == 2
 
 
 def read_any(path):

@@ -28,6 +28,8 @@ from perf.results.style import (
 
 def draw(csv_path, out_dir=None):
     """Paths of the plots of a CSV. ValueError if it is an invalid table of speeds or has no kind of plot."""
+    if not results.has_rows(csv_path):
+        raise ValueError(f"{csv_path}: expected a table with rows, got none")
     found = pictures(csv_path)
     if not found:
         raise ValueError(
@@ -44,7 +46,7 @@ def draw(csv_path, out_dir=None):
 
 
 def paths_of(csv_path):
-    """The paths to which `draw` writes the plots of a CSV. Empty if it has no kind of plot."""
+    """The paths to which `draw` writes the plots of a CSV. Empty if it has no rows or no kind of plot."""
     return [_path_of(csv_path, name) for name in pictures(csv_path)]
 
 
@@ -55,6 +57,8 @@ def _path_of(csv_path, name, out_dir=None):
 
 def pictures(csv_path):
     """{end of the file name: (function that draws, its data)}."""
+    if not results.has_rows(csv_path):
+        return {}
     if results.holds_speeds(csv_path):
         return speed_plots.pictures(results.read(csv_path), _measured_beside(csv_path))
     data = results.read_any(csv_path)

@@ -32,7 +32,7 @@ NONE = pd.Series(dtype=str)
 def draw(root, redraw):
     """Draw the plots of every CSV that has none or is newer than its plots."""
     drawn = []
-    for path in sorted(root.glob("*/*.csv")):
+    for path in _files(root, "*.csv"):
         pictures = plot.paths_of(path)
         if pictures and (redraw or any(_is_stale(picture, path) for picture in pictures)):
             drawn += plot.draw(path)
@@ -62,7 +62,7 @@ def replace_status(text, new):
 
 def status(root):
     """A line of Markdown: the GPUs on which the package has run, and the outcome."""
-    runs = [_run(path.parent) for path in sorted(root.glob("*/smoke.csv"))]
+    runs = [_run(path.parent) for path in _files(root, "smoke.csv")]
     ran = f"has run on {'; '.join(runs)}. No other GPU has run it yet." if runs else "no GPU has run it yet."
     return (
         f"{STATUS}{ran} Everything else is tested without a GPU: in Triton's interpreter, compiled for NVIDIA and AMD, "
@@ -97,12 +97,19 @@ def section(root, base=PAGE.parent, tuned=TUNED):
     return "\n\n".join(filter(None, [*(block(found) for block in blocks), tuned_tables(tuned)]))
 
 
+def _files(root, pattern):
+    """CSV files in the folders under root, sorted, without those that have a header alone."""
+    return [path for path in sorted(root.glob(f"*/{pattern}")) if results.has_rows(path)]
+
+
 class Results:
-    """The CSV files under `root`: all tables of speeds as one, measured rows first, and the other files by name."""
+    """The CSV files with rows under `root`: all tables of speeds as one, measured rows first, and the other files by
+    name.
+    """
 
     def __init__(self, root, base):
         self.root, self.base = root, base
-        paths = [path for path in sorted(root.glob("*/*.csv")) if not path.name.startswith("sweep")]
+        paths = [path for path in _files(root, "*.csv") if not path.name.startswith("sweep")]
         self.paths = [path for path in paths if results.holds_speeds(path)]
         tables = [results.read(path) for path in self.paths] or [pd.DataFrame(columns=results.COLUMNS, dtype=object)]
         speeds = pd.concat(tables)
@@ -118,7 +125,7 @@ class Results:
         """(path, DataFrame) of the first file with a name, a GPU's before the interpreter's. (None, None) if there is
         none.
         """
-        paths = sorted(self.root.glob(f"*/{pattern}"), key=lambda path: (path.parent.name == "interpreter", path))
+        paths = sorted(_files(self.root, pattern), key=lambda path: (path.parent.name == "interpreter", path))
         return (paths[0], results.read_any(paths[0])) if paths else (None, None)
 
     def pictures(self, family, direction):
@@ -219,7 +226,7 @@ def latent_prefill(found):
 
 def beside_vllm(found):
     """A line per kind of call, and our `lock` over vLLM's for each device and Triton version."""
-    paths = sorted(found.root.glob("*/peers-*.csv"))
+    paths = _files(found.root, "peers-*.csv")
     if not paths:
         return ""
     rows = pd.concat([results.read_any(path) for path in paths])
@@ -298,7 +305,7 @@ def sizes(found):
 
 def many_gpus_measured(found):
     """A line per model, number of GPUs and method, a column per length."""
-    paths = sorted(found.root.glob("*/parallel-measured.csv"))
+    paths = _files(found.root, "parallel-measured.csv")
     if not paths:
         return ""
     rows = pd.concat([results.read_any(path) for path in paths])

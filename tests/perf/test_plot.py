@@ -195,7 +195,7 @@ def test_the_pictures_of_the_results_are_there(path):
 
 def test_a_file_without_a_picture_is_refused(tmp_path):
     path = tmp_path / "machine.csv"
-    path.write_text("what,value\n")
+    path.write_text("what,value\ngpu,a GPU\n")
     with pytest.raises(SystemExit, match=r"machine.csv: there is no plot for a table with the columns what, value"):
         command.run(None, [path])
     with pytest.raises(SystemExit, match=r"missing.csv"):

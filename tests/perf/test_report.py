@@ -120,6 +120,21 @@ def test_nothing_is_said_of_what_is_not_there(section):
     assert text.count("## ") == 1, "the targets"
 
 
+def test_a_header_alone_is_not_there(section, tmp_path):
+    """As an interrupted run leaves it."""
+    said = section(), report.status(tmp_path)
+    paths = [*results.ROOT.glob("*/*.csv")]
+    for path in paths:
+        header_alone = tmp_path / path.relative_to(results.ROOT)
+        header_alone.parent.mkdir(exist_ok=True)
+        header_alone.write_text(path.read_text().splitlines()[0] + "\n")
+        with pytest.raises(ValueError, match="expected a table with rows, got none"):
+            plot.draw(header_alone)
+    assert paths
+    assert (section(), report.status(tmp_path)) == said
+    assert report.draw(tmp_path, redraw=True) == []
+
+
 def test_cold_starts_and_tuned_configs_are_told(tmp_path):
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / "cold_import.csv").write_text('imports,seconds\ntorch,2.04\n"torch, triton_attn",2.16\n')

@@ -48,7 +48,7 @@ def settings_of(
     load_balance: Any,
     seqlen: Any,
     check_values: Any,
-    part: tuple[int, ...] = (),
+    part: tuple[int, ...] | None = None,
 ) -> Settings:
     """Settings without options. tensors are those that may have gradients; the first is (batch, rows, ...), or
     (rows, ...) with cu_seqlens."""

@@ -46,7 +46,7 @@ class Settings(NamedTuple):
     inner: str | None  # of that of the mesh's second dimension, over which heads are exchanged; None: there is one
     method: str  # over the first dimension
     check_values: bool
-    part: tuple[int, ...]  # of DTensors: this rank's first sequence, their number, its first head, their number
+    part: tuple[int, ...] | None  # of DTensors: this rank's first sequence, their number, its first head, their number
     wanted: tuple[bool, ...]  # which tensors with rows and which parameters have gradients
     options: Any  # those of a kind of attention
 
@@ -105,7 +105,8 @@ class Kind(abc.ABC):
         """From the last of an operator's arguments."""
         number = len(self.options._fields)
         *placing, part, wanted = arguments[-number - len(Settings._fields) + 1 : -number]
-        return Settings(*placing, tuple(part), tuple(wanted), self.options(*arguments[-number:]))
+        part = None if part is None else tuple(part)
+        return Settings(*placing, part, tuple(wanted), self.options(*arguments[-number:]))
 
     def wanted(self, settings: Settings) -> Wanted:
         of_rows, number = settings.wanted[: self.num_rows], self.num_queries
@@ -275,7 +276,8 @@ def _described(kind, sharding, settings, kinds, mesh_shape):
     description |= dict(load_balance=described(settings.load_balance), **dict(zip(kind.inputs._fields, kinds)))
     description |= kind.described(settings.options) | dict(mesh=mesh_shape)
     description["requires_grad"] = ", ".join(compress(kind.inputs._fields, settings.wanted)) or "none"
-    for what, first, size in zip(("sequences", "heads"), settings.part[::2], settings.part[1::2]):
+    part = settings.part or ()
+    for what, first, size in zip(("sequences", "heads"), part[::2], part[1::2]):
         description[f"{kind.inputs._fields[0]}'s {what}"] = f"[{first}, {first + size})"
     if settings.batch is None:
         description["cu_seqlens"] = sharding.bounds
@@ -286,7 +288,7 @@ def _described(kind, sharding, settings, kinds, mesh_shape):
 _SCHEMA_TYPES: dict[Any, str] = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str"}
 _SCHEMA_TYPES |= {x | None: f"{name}?" for x, name in _SCHEMA_TYPES.items()} | {
     tuple[bool, ...]: "bool[]",
-    tuple[int, ...]: "SymInt[]",
+    tuple[int, ...] | None: "SymInt[]?",
 }
 
 
