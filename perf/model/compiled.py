@@ -134,10 +134,12 @@ def config_of(launch):
 
 
 def config_name(config):
-    """See `tile_name`. c64 is the number of latent elements per step, hopper is for HOPPER_CONFIGS."""
+    """See `tile_name`. c64 is the number of latent elements per step, hopper is for HOPPER_CONFIGS, x2 for programs of
+    two tiles of queries."""
     if isinstance(config, HOPPER_CONFIGS):
         name = f"{tile_name(config.block_m, config.block_n, 4 * config.groups, config.num_stages)} hopper"
-        return f"{name} lazy" if getattr(config, "lazy", False) else name
+        name = f"{name} lazy" if getattr(config, "lazy", False) else name
+        return f"{name} x{config.tiles}" if getattr(config, "tiles", 1) > 1 else name
     tma = isinstance(config, Tile) and config.use_tma
     name = tile_name(config.block_m, config.block_n, config.num_warps, config.num_stages, tma)
     return f"{name} c{config.block_c}" if isinstance(config, MlaPrefillConfig) else name
