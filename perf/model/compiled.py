@@ -17,7 +17,7 @@ from triton_attn.dense.arguments import key_of
 from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.dense.tiles import FlashCase, Tile
-from triton_attn.flash.configs import FlashConfig, HopperConfig
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
@@ -54,7 +54,7 @@ def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=N
 def flash_hopper(arch, dtype, head_dim, causal, config):
     """The compiled forward kernel of hopper.py at a given config."""
     with compile_only(arch) as launches:
-        launch_hopper(*calls.flash_inputs(dtype, head_dim), causal, config)
+        launch_hopper(*calls.flash_inputs(dtype, head_dim, HOPPER_HEAD_DIMS[head_dim]), causal, config)
     return launches[-1]
 
 
