@@ -586,13 +586,14 @@ def _clear_spare_rows(shared, results, head, first, start, end):
 
 
 @gluon.jit
-def _clear_left_over(shared, results, seqs, own, bounds, tile, num_tiles, num_rows):
-    """Clear the spare rows of a tile of a sequence, see `spare_rows`. results has the pointer to the head's lse of row
-    0."""
+def _clear_left_over(shared, results, packed, own, bounds, tile, num_tiles):
+    """Clear the spare rows of a tile of a sequence, see `spare_rows`. packed: cu_seqlens of the queries and their rows;
+    results has the pointer to the head's lse of row 0."""
+    cu_seqlens_ptr, num_rows = packed
     BLOCK_M: gl.constexpr = shared.out[0].shape[0] * GROUP_ROWS
     start_m = tile * BLOCK_M
     if start_m + BLOCK_M > bounds.seqlen_q:
-        first = gl.minimum(gl.load(seqs.cu_seqlens_q_ptr + own.num_sequences), num_rows)
+        first = gl.minimum(gl.load(cu_seqlens_ptr + own.num_sequences), num_rows)
         slot = slots_left_over(own.batch * num_tiles + tile, bounds.first_q + bounds.seqlen_q, BLOCK_M)
         start = slot + gl.maximum(bounds.seqlen_q - start_m, 0)
         end = gl.minimum(slot + BLOCK_M, num_rows - first)
@@ -722,10 +723,11 @@ def _flash_fwd_hopper_kernel(
     if lse_ptr is not None:
         lse_ptr += (own.head if VARLEN else own.batch_head).to(gl.int64) * lse_stride
     results = _Results(out_descs, lse_ptr)
+    packed = seqs.cu_seqlens_q_ptr, seqlen_q
     if per_program is None:
         start_m = own.start * BLOCK_M
         if VARLEN:
-            _clear_left_over(shared, results, seqs, own, bounds, own.start, num_tiles, seqlen_q)
+            _clear_left_over(shared, results, packed, own, bounds, own.start, num_tiles)
         program = _Program(head, None, _Work(head, None, start_m, _keys_of(head, start_m, shared)))
     else:
         series = _Series(own.start, num_programs, num_tiles, per_program)
@@ -733,7 +735,7 @@ def _flash_fwd_hopper_kernel(
             for i in range(per_program):
                 tile = _tile_of(head, series, i)
                 if tile < num_tiles:
-                    _clear_left_over(shared, results, seqs, own, bounds, tile, num_tiles, seqlen_q)
+                    _clear_left_over(shared, results, packed, own, bounds, tile, num_tiles)
         program = _Program(head, series, None)
     if lse_ptr is not None:
         lse_ptr += bounds.first_q
