@@ -91,9 +91,10 @@ REDUNDANT = {
     "_flash_fwd_hopper_kernel several tiles": {
         "@bar": [
             (0, 6, BEFORE_START),
-            (0, 8, BEFORE_WAIT),
+            (0, 6, BEFORE_WAIT),
             (4, 4, BEFORE_K_FREE),
             (2, 2, "before q_free: the group has passed a barrier since the products that read the queries"),
+            (0, 2, AFTER_STORE),
         ],
         "@warp_sync": [(8, 6, OF_LOADER)],
         "@wgmma_fence": [(2, 2, UNTOUCHED)],
