@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 import emulated_calls as calls
-import hopper_cases
 import pytest
 import torch
 import triton
@@ -24,18 +23,11 @@ pytestmark = [
     ),
 ]
 
-
-def several_tiles(call):
-    """Of one program: queries are loaded three times to a buffer, and results stored three times from another one."""
-    with hopper_cases.several_tiles(3):
-        return call()
-
-
 # By the name of a kernel, and of a variant of it.
 CALLS = {
     "_flash_fwd_hopper_kernel": lambda: calls.flash(128, (130, 700), (1, 1)),
     "_flash_fwd_hopper_kernel spare rows": lambda: calls.flash_varlen(150, (700,), (1, 1), 128),
-    "_flash_fwd_hopper_kernel several tiles": lambda: several_tiles(lambda: calls.flash(128, (300, 700), (1, 1))),
+    "_flash_fwd_hopper_kernel several tiles": lambda: calls.several_tiles(calls.flash, 128, (300, 700), (1, 1)),
     "_append_latent_cache_kernel": lambda: calls.append_latent(torch.uint8),
     "_gather_cache_kernel": calls.gather,
     "_gather_cache_kernel packed": calls.gather_packed,
