@@ -31,6 +31,7 @@ from perf.model.candidates import FAMILIES
 from perf.results.baseline import COUNTED
 from perf.results.compare import number_kernels
 from perf.results.tables import print_table, tile_name
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS
 
 ARCHS = ("sm_80", "sm_90")
 # A figure above its bar needs a reason, which is printed beside it.
@@ -230,7 +231,8 @@ def baseline_cases(arch):
     shapes["merge"] = [{"num_heads": one_model["num_heads_q"], "head_dim": one_model["head_dim"]}]
     cases = [CountedCase(family, arch, DTYPE, shape) for family in shapes for shape in shapes[family]]
     if arch == "sm_90":
-        hopper = [("flash", shape) for shape in FAMILIES["flash_hopper"].cases(DTYPE, FAMILIES["flash_hopper"].shapes)]
+        dims = [head_dim for head_dim, head_dim_v in HOPPER_HEAD_DIMS.items() if head_dim == head_dim_v]
+        hopper = [("flash", shape) for shape in FAMILIES["flash_hopper"].cases(DTYPE, dims)]
         hopper += [("mla", {"num_heads": 128, "cache_dtype": x, "page_size": 64}) for x in (DTYPE, FLOAT8)]
         cases += [CountedCase(family, arch, DTYPE, shape, kernels="hopper") for family, shape in hopper]
     return cases

@@ -109,16 +109,20 @@ def _flash_problem(seqlen, head_dim, causal, kernel=None):
     return Problem(max(1, TOKENS // seqlen), seqlen, HIDDEN // head_dim, head_dim, causal, direction)
 
 
-# Sweeps have values as wide as keys.
-_HOPPER_SHAPES = tuple(head_dim for head_dim, head_dim_v in HOPPER_HEAD_DIMS.items() if head_dim == head_dim_v)
-
-
 def _hopper_cases(dtype, head_dims):
-    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in _HOPPER_SHAPES]
+    return [case for case in _flash_cases(dtype, head_dims) if case["head_dim"] in HOPPER_HEAD_DIMS]
+
+
+def _hopper_case(arch, dtype, head_dim, causal):
+    return FlashCase(arch, dtype, head_dim, HOPPER_HEAD_DIMS[head_dim], causal)
 
 
 def _hopper_space(*args, **case):
-    return HopperConfig.search_space(_flash_case(*args, **case))
+    return HopperConfig.search_space(_hopper_case(*args, **case))
+
+
+def _hopper_problem(seqlen, head_dim, causal):
+    return replace(_flash_problem(seqlen, head_dim, causal), value_dim=HOPPER_HEAD_DIMS[head_dim])
 
 
 def _hopper_provider(dtype, head_dim, causal):
@@ -319,10 +323,12 @@ FAMILIES = {
         _FLASH,
         config=HopperConfig,
         table=HopperConfig,
-        shapes=_HOPPER_SHAPES,
+        case_of=_hopper_case,
+        shapes=tuple(HOPPER_HEAD_DIMS),
         cases=_hopper_cases,
         search_space=_hopper_space,
         compile=compiled.flash_hopper,
+        problem=_hopper_problem,
         provider=_hopper_provider,
         portable="flash",
         peers=peers_of(PROVIDERS),

@@ -17,7 +17,7 @@ from triton_attn.dense.arguments import key_of
 from triton_attn.dense.backward import launch_flash_bwd
 from triton_attn.dense.backward_configs import BackwardConfig
 from triton_attn.dense.tiles import FlashCase, Tile
-from triton_attn.flash.configs import FlashConfig, HopperConfig
+from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 from triton_attn.flash.forward import launch_flash_fwd
 from triton_attn.flash.hopper import launch_flash_fwd_hopper, plan_hopper
 from triton_attn.mla.absorbed import launch_mla_decode
@@ -54,7 +54,7 @@ def flash_forward(arch, dtype, head_dim, head_dim_v=None, causal=False, config=N
 def flash_hopper(arch, dtype, head_dim, causal, config):
     """The compiled forward kernel of hopper.py at a given config."""
     with compile_only(arch) as launches:
-        launch_hopper(*calls.flash_inputs(dtype, head_dim), causal, config)
+        launch_hopper(*calls.flash_inputs(dtype, head_dim, HOPPER_HEAD_DIMS[head_dim]), causal, config)
     return launches[-1]
 
 
@@ -134,10 +134,12 @@ def config_of(launch):
 
 
 def config_name(config):
-    """See `tile_name`. c64 is the number of latent elements per step, hopper is for HOPPER_CONFIGS."""
+    """See `tile_name`. c64 is the number of latent elements per step, hopper is for HOPPER_CONFIGS, x2 for programs of
+    two tiles of queries."""
     if isinstance(config, HOPPER_CONFIGS):
         name = f"{tile_name(config.block_m, config.block_n, 4 * config.groups, config.num_stages)} hopper"
-        return f"{name} lazy" if getattr(config, "lazy", False) else name
+        name = f"{name} lazy" if getattr(config, "lazy", False) else name
+        return f"{name} x{config.tiles}" if getattr(config, "tiles", 1) > 1 else name
     tma = isinstance(config, Tile) and config.use_tma
     name = tile_name(config.block_m, config.block_n, config.num_warps, config.num_stages, tma)
     return f"{name} c{config.block_c}" if isinstance(config, MlaPrefillConfig) else name

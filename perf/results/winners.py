@@ -135,14 +135,14 @@ def portable_of(candidate, seqlen):
     """[Candidate] of the portable kernel that the candidate's may replace, with the config that a call of this length
     takes; [] if there is none."""
     name = FAMILIES[candidate.family].portable
-    return [] if name is None else [as_called(replace(candidate, family=name), seqlen)]
+    return [] if name is None else [as_called(replace(candidate, family=name), seqlen, candidate.family)]
 
 
-def as_called(candidate, seqlen):
-    """The candidate with the config that a call of this length takes."""
-    kind = FAMILIES[candidate.family]
-    case = kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case)
-    return replace(candidate, config=tuned.choose(kind.table, case._replace(seqlen_k=seqlen)))
+def as_called(candidate, seqlen, family=None):
+    """The candidate with the config that a call of this length takes. family: whose case it is, None for its own."""
+    case_of = FAMILIES[family or candidate.family].case_of
+    case = case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case)
+    return replace(candidate, config=tuned.choose(FAMILIES[candidate.family].table, case._replace(seqlen_k=seqlen)))
 
 
 def _default_pass(candidate):

@@ -320,7 +320,7 @@ def _columns(row):
 
 SWEEP_LIMIT = 150  # seconds
 SWEPT = (  # families and shapes, the targets' first
-    ("flash_hopper", "--head-dim", "64", "128", "256"),
+    ("flash_hopper", "--head-dim", "64", "128", "192", "256"),
     ("mla_hopper", "--model", DEEPSEEK_V3.name),
     ("flash", "--head-dim", "128"),
     ("mla", "--model", DEEPSEEK_V3.name),

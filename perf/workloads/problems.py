@@ -34,19 +34,27 @@ class Problem:
     head_dim: int
     causal: bool
     direction: str = "forward"  # forward, backward, or both in sequence
+    value_dim: int | None = None  # None: head_dim
 
     family: ClassVar[str] = "flash"
     figure: ClassVar[str] = "tflops"
 
     @property
+    def head_dim_v(self):
+        return self.value_dim or self.head_dim
+
+    @property
     def shapes(self):
         """Shapes of q, k and v."""
-        return [(self.batch, self.seqlen, self.num_heads, self.head_dim)] * 3
+        dims = self.head_dim, self.head_dim, self.head_dim_v
+        return [(self.batch, self.seqlen, self.num_heads, dim) for dim in dims]
 
     @property
     def flops(self):
-        """FLOP by the usual convention: 4 B H S^2 D forward, 2.5 times that backward, half of it with a causal mask."""
-        forward = 4 * self.batch * self.num_heads * self.seqlen**2 * self.head_dim // (2 if self.causal else 1)
+        """FLOP by the usual convention: 2 B H S^2 (D + D_v) forward, 2.5 times that backward, half of it with a causal
+        mask."""
+        widths = self.head_dim + self.head_dim_v
+        forward = 2 * self.batch * self.num_heads * self.seqlen**2 * widths // (2 if self.causal else 1)
         return int(forward * FLOP_FACTORS[self.direction])
 
     def columns(self):
@@ -60,7 +68,7 @@ class Problem:
             "num_heads_q": self.num_heads,
             "num_heads_kv": self.num_heads,
             "head_dim": self.head_dim,
-            "head_dim_v": self.head_dim,
+            "head_dim_v": self.head_dim_v,
             "causal": self.causal,
         }
 
@@ -68,8 +76,9 @@ class Problem:
         """Forward: q, k and v are read once, out is written once. Backward: these and dout are read, dq, dk and dv
         written.
         """
-        tensors = {"forward": 4, "backward": 8, "both": 12}[self.direction]
-        return tensors * self.batch * self.seqlen * self.num_heads * self.head_dim * element_size
+        of_each_width = {"forward": 2, "backward": 4, "both": 6}[self.direction]
+        widths = self.head_dim + self.head_dim_v
+        return of_each_width * self.batch * self.seqlen * self.num_heads * widths * element_size
 
 
 def grid(head_dims=HEAD_DIMS, seqlens=SEQLENS, causal=(False, True), direction="forward"):

@@ -118,6 +118,8 @@ def _flashinfer(problem, device):
 
     if problem.direction != "forward":
         raise NotImplementedError("FlashInfer has no backward pass")
+    if problem.head_dim_v != problem.head_dim:
+        raise NotImplementedError("planned for values as wide as keys")
     wrapper = BatchPrefillWithRaggedKVCacheWrapper(_workspace(device), "NHD")
     bounds = torch.arange(problem.batch + 1, dtype=torch.int32, device=device) * problem.seqlen
     heads = problem.num_heads, problem.num_heads, problem.head_dim

@@ -1,8 +1,9 @@
 """The stage of `python -m perf gpu` that decides whether a kernel may replace a portable one on this GPU.
 
 A case is a kernel of hopper.py with the config that calls take, and with its default config where that is another one:
-an entry of earlier code does not keep a better default out. Results are checked, and timed beside those of the portable
-kernel and peers. The tuned table gets a record of each, with a digest of the kernel's code, as from a sweep.
+an entry of earlier code does not keep a better default out. Each is also tried with 2 tiles of queries for a program.
+Results are checked, and timed beside those of the portable kernel and peers. The tuned table gets a record of each,
+with a digest of the kernel's code, as from a sweep.
 """
 
 from dataclasses import replace
@@ -58,8 +59,23 @@ def run_record(case, table):
 def candidates_of(case, seqlen):
     """The kernel's Candidates and the portable kernel's; see above."""
     own = Candidate(case["family"], gpu_arch(), case["dtype"], case["case"], config=None)
-    configs = dict.fromkeys([winners.as_called(own, seqlen).config, winners.default_of(own)])
+    configs = [winners.as_called(own, seqlen).config, winners.default_of(own)]
+    configs = dict.fromkeys([*configs, *(several for config in configs if (several := _with_tiles(own, config)))])
     return [*(replace(own, config=config) for config in configs), *winners.portable_of(own, seqlen)]
+
+
+def _with_tiles(candidate, config):
+    """The config with 2 tiles of queries for each program, None where there is none. It is faster in short sequences by
+    a prediction alone (docs/design.md), so it is timed beside the other."""
+    if getattr(config, "tiles", None) != 1:
+        return None
+    several = replace(config, tiles=2)
+    kind = FAMILIES[candidate.family]
+    return (
+        None
+        if several.obstacle(kind.case_of(candidate.arch, getattr(torch, candidate.dtype), **candidate.case))
+        else several
+    )
 
 
 def failed_record(case, failure):

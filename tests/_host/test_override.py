@@ -89,6 +89,7 @@ def test_overrides_nest_and_end_with_an_exception():
         ("flash", {"block_m": 96}, "block_m: expected a power of two from 16 to 256, got 96"),
         ("flash", {"num_stages": True}, "num_stages: expected int, got True"),
         ("flash", {"use_tma": 1}, "use_tma: expected bool, got 1"),
+        ("flash_hopper", {"tiles": 0}, "tiles: expected 1 to 64, got 0"),
         ("flash_backward", {"dq": {"num_warps": 3}}, "dq, num_warps: expected 1, 2, 4, 8 or 16, got 3"),
         ("flash_backward", {"dq": None}, "dq: expected dict, got None"),
         ("flash_backward", {"fused": 2}, "fused: expected dict or None, got 2"),

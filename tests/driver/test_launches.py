@@ -65,7 +65,7 @@ def test_a_record_decides_which_kernel_launches(figure, kernel, stub, tmp_path):
         dtype="bfloat16",
         case={"head_dim": 64, "causal": True},
         buckets={"seqlen_k": 1024},
-        config={"block_n": 128, "groups": 2, "num_stages": 2, "lazy": False},
+        config={"block_n": 128, "groups": 2, "num_stages": 2, "lazy": False, "tiles": 1},
         figure=figure,
         portable=500,
     )

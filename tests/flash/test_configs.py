@@ -79,6 +79,8 @@ def test_the_space_of_hopper_fits_and_starts_at_the_default(head_dim, causal):
     assert len(configs) == len(set(configs)) == {64: 12, 96: 6, 128: 4, 192: 2, 256: 2}[head_dim]
     assert all(config.obstacle(case) is None for config in configs)
     assert HopperConfig(128, 2, 8).obstacle(case).endswith("bytes of shared memory, sm_90 has 232448")
+    several = HopperConfig(128, 2, 2, tiles=2).obstacle(case)
+    assert (several is None) == (head_dim <= 128)
 
 
 @pytest.mark.parametrize(

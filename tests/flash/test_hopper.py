@@ -3,6 +3,7 @@ results."""
 
 import re
 
+import hopper_cases
 import pytest
 import torch
 import triton
@@ -10,6 +11,7 @@ from hopper_cases import write_record
 
 from perf.model import loop_model, sass
 from triton_attn import flash_attention, flash_attention_varlen, use_tuned
+from triton_attn.flash import hopper
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS
 from triton_attn.toolchain import compile_only, shared_memory_limit
 
@@ -100,6 +102,44 @@ def test_instructions_beside_the_matmuls(causal, wanted):
     assert model.instructions - model.mma_instructions <= 457
 
 
+@pytest.mark.ci(but_each=2)
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_a_program_of_several_tiles(head_dim, causal, varlen, wanted):
+    """The loop over keys is as good as with one tile, and queries have a buffer beside that of results."""
+    with hopper_cases.several_tiles(2):
+        launch = launch_of(head_dim=head_dim, causal=causal, varlen=varlen)
+    model = loop_model.analyze(launch.kernel)
+    report = model.row()
+    tiles = -(-(312 if varlen else 256) // (64 * launch.constexprs["GROUPS"]))
+    assert launch.grid[0] == 2 * 4 * -(-tiles // 2)
+    assert launch.kernel.metadata.shared <= shared_memory_limit("sm_90")
+    assert report["spills in loop"] == 0
+    assert report["spills"] <= 32
+    assert report["bound TFLOP/s"] >= (850 if head_dim == 64 else 940)
+    if head_dim == 128:
+        assert model.hot.instructions - model.hot.mma_instructions <= 457
+
+
+@pytest.mark.parametrize(
+    ("most", "num_tiles", "num_heads", "tiles"),
+    [
+        (4, 8, 256, 4),  # 512 programs in 3.9 waves
+        (8, 8, 256, 8),  # 256 in 1.9
+        (2, 8, 16, 1),  # 64 programs leave half of the SMs idle
+        (4, 8, 64, 4),  # 128 in one wave
+        (4, 8, 48, 1),  # 96 and 192: 0.7 and 1.5 waves
+        (4, 2, 660, 2),
+        (1, 8, 256, 1),
+        (4, 1, 10_000, 1),
+        (4, 0, 0, 1),
+    ],
+)
+def test_programs_have_several_tiles_where_they_fill_the_gpu(most, num_tiles, num_heads, tiles):
+    assert hopper._tiles_per_program(most, num_tiles, num_heads, 132) == tiles
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("options", [{}, {"window_size": (100, 0), "alibi_slopes": SLOPES}], ids=["plain", "options"])
 @pytest.mark.parametrize("head_dim", HOPPER_HEAD_DIMS)
@@ -147,7 +187,7 @@ def record(path, **changes):
         "dtype": "bfloat16",
         "case": {"head_dim": 128, "causal": False},
         "buckets": {"seqlen_k": 4096},
-        "config": {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True},
+        "config": {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True, "tiles": 1},
     }
     return write_record(path, **entry | changes)
 

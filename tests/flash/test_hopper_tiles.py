@@ -50,7 +50,9 @@ def _hopper_kernel(s_ptr, m_ptr, results, slope, scores, lengths, MASKED: gl.con
     tile = gl.expand_dims(i, 1) * 128 + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, LAYOUT)), 0)
     of_head = hopper._HeadScores(scores.scale_log2, scores.softcap, slope, scores.window, float("-inf"), LAZY)
     coords = 0, 0, 0, 0
-    work = hopper._Work(coords, coords, 0, seqlen_k, offset, start_m, start_n, 1, 0, 0)
+    work = hopper._Work(
+        hopper._Head(coords, coords, 0, seqlen_k, offset, scores.window), None, start_m, hopper._Keys(start_n, 1, 0, 0)
+    )
     m_i = gl.load(m_ptr + i)
     p, alpha, m_i = hopper._softmax_of(work, gl.load(s_ptr + tile), m_i, (start_m, start_n), of_head, MASKED)
     gl.store(p_ptr + tile, p)

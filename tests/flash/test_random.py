@@ -59,3 +59,12 @@ def test_forward_by_the_kernel_of_hopper(number, emulated_hopper):
     case = hopper_cases.attention(number, *lengths, most=2)
     with hopper_cases.launched(forward, "launch_flash_fwd_hopper"):
         attention_cases.check(case)
+
+
+@pytest.mark.emulated
+@pytest.mark.full(but_each=25)
+@pytest.mark.ci(but_each=3)
+@pytest.mark.parametrize("number", range(100))
+def test_forward_by_programs_of_several_tiles(number, emulated_hopper):
+    with hopper_cases.launched(forward, "launch_flash_fwd_hopper"), hopper_cases.several_tiles():
+        attention_cases.check(hopper_cases.series(number))

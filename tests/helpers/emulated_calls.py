@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import hopper_cases
 import pytest
 import torch
 import triton
@@ -63,6 +64,12 @@ def flash(head_dim=64, seqlens=(70, 150), num_heads=(4, 2), **options):
     options = {"causal": True, "return_lse": True, **options}
     computed = ta.flash_attention(q, k, v, **options)
     return computed, reference.flash_attention(*in_fp64((q, k, v)), **options)
+
+
+def several_tiles(call, *args):
+    """Programs of Hopper's forward kernel have three tiles: queries and results pass through one buffer each."""
+    with hopper_cases.several_tiles(3):
+        return call(*args)
 
 
 def flash_of_expanded_heads():
@@ -326,6 +333,9 @@ CALLS_OF_HOPPER = {
     "flash 64 full": lambda: flash(64, (70, 700), (2, 1), causal=False),  # three groups
     "flash 96 window": lambda: flash(96, (70, 700), (2, 1), window_size=(300, -1), softcap=20.0),
     "flash varlen, spare rows": lambda: flash_varlen(400),
+    "flash of several tiles": lambda: several_tiles(flash, 128, (300, 700), (1, 1)),
+    "flash of several tiles, the last program with fewer": lambda: several_tiles(flash, 64, (500, 330), (2, 1)),
+    "flash varlen of several tiles, spare rows": lambda: several_tiles(flash_varlen, 800, (300, 0, 150), (2, 1)),
     "mla decode 128": lambda: mla_decode(128, seqlen=330, num_splits=1),
     "mla decode 128 fp16": lambda: mla_decode(128, dtype=torch.float16),
     "mla decode 128 of one rank": lambda: mla_decode(128, seqlen=300, key_shard=(1, 3, 4)),

@@ -12,10 +12,12 @@ import decode_cases
 import torch
 import triton
 
+from triton_attn import override_config
 from triton_attn._host import tuned
 from triton_attn._host.config import FAMILIES
 from triton_attn._host.sources import kernel_digest
 from triton_attn.dense.tiles import FlashCase
+from triton_attn.flash import hopper
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, HopperConfig
 
 LATENT_WIDTHS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, kv_lora_rank=512, v_head_dim=128)
@@ -41,6 +43,30 @@ def launched(module, launcher):
     ):
         yield
     assert launch.called
+
+
+@contextlib.contextmanager
+def several_tiles(tiles=None):
+    """Programs of flash/hopper.py compute as many tiles of queries as their config says, however few programs that
+    leaves; tiles is the config's, None keeps it."""
+    fields = {} if tiles is None else {"tiles": tiles}
+    with (
+        mock.patch.object(hopper, "_tiles_per_program", lambda most, *_: most),
+        override_config("flash_hopper", **fields),
+    ):
+        yield
+
+
+def series(number):
+    """A call of flash attention whose programs have up to 8 tiles of queries; see `attention`."""
+    draw = random.Random(f"series {number}")
+    lengths_q, lengths_k = (0, 1, 64, 129, 200, 330, 700), (0, 1, 128, 129, 330, 700)
+    case = attention(number, lengths_q, lengths_k, draw.choice((64, 96, 128)), most=2)
+    shape = FlashCase("sm_90", case.dtype, case.head_dim, case.head_dim_v, case.causal)
+    config = replace(case.config, tiles=draw.choice((2, 3, 4, 8)))
+    while config.obstacle(shape):
+        config = replace(config, num_stages=config.num_stages - 1)
+    return replace(case, config=config)
 
 
 def attention(seed, lengths_q, lengths_k, head_dim=None, most=3):

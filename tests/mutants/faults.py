@@ -1094,14 +1094,12 @@ FAULTS = (
         "HOPPER",
     ),
     Fault("N06", "triton_attn/flash/hopper.py", "step // STAGES & 1", "gl.minimum(step // STAGES, 1)", "HOPPER"),
-    Fault(
-        "N07", "triton_attn/flash/hopper.py", "slot + gl.maximum(bounds.seqlen_q - work.start_m, 0)", "slot", "HOPPER"
-    ),
+    Fault("N07", "triton_attn/flash/hopper.py", "slot + gl.maximum(bounds.seqlen_q - start_m, 0)", "slot", "HOPPER"),
     Fault(
         "N08",
         "triton_attn/flash/hopper.py",
-        "gl.minimum(slot + BLOCK_M, seqlen_q - first)",
-        "seqlen_q - first",
+        "gl.minimum(slot + BLOCK_M, num_rows - first)",
+        "num_rows - first",
         "HOPPER",
     ),
     # Left tiles without a mask, the other piece of q, a sink that counts fourfold, distances from another column, the
@@ -1116,12 +1114,29 @@ FAULTS = (
     ),
     Fault("N11", "triton_attn/flash/hopper.py", "1) * 0.25", "1)", "HOPPER"),
     Fault(
-        "N12", "triton_attn/flash/hopper.py", "(work.offset - start_n), t)", "(work.offset - start_n), t * 0)", "HOPPER"
+        "N12",
+        "triton_attn/flash/hopper.py",
+        "(work.head.offset - start_n), t)",
+        "(work.head.offset - start_n), t * 0)",
+        "HOPPER",
     ),
     Fault("N13", "triton_attn/flash/hopper.py", "factors[i // 2 % 2]", "factors[i % 2]", "HOPPER"),
     Fault("N14", "triton_attn/flash/hopper.py", "setp.neu.or.f32 p, ${factors[1]}, 0f3F800000, p;", "", "HOPPER"),
     Fault("N15", "triton_attn/_jit/softmax.py", "m_new - m_i > SLACK", "m_new - m_i > 30 * SLACK", "HOPPER"),
-    Fault("N16", "triton_attn/flash/hopper.py", "work.num_tiles - work.left_tiles", "work.num_tiles", "HOPPER"),
+    Fault(
+        "N16",
+        "triton_attn/flash/hopper.py",
+        "work.keys.num_tiles - work.keys.left_tiles",
+        "work.keys.num_tiles",
+        "HOPPER",
+    ),
+    # Several tiles: one from the wrong end, the queries of the tile before, queries over ones that are still read, keys
+    # counted from each tile's first, a row of tiles that one program omits.
+    Fault("N17", "triton_attn/flash/hopper.py", "series.num_tiles - 1 - tile", "series.num_tiles - tile", "HOPPER"),
+    Fault("N18", "triton_attn/flash/hopper.py", "else work.past.queries & 1)", "else 0)", "HOPPER"),
+    Fault("N19", "triton_attn/flash/hopper.py", "work.past.queries & 1 ^ 1)", "work.past.queries & 1)", "HOPPER"),
+    Fault("N20", "triton_attn/flash/hopper.py", "step += work.past.keys", "step += 0", "HOPPER"),
+    Fault("N21", "triton_attn/flash/hopper.py", "-(-num_tiles // per_program)", "(num_tiles // per_program)", "HOPPER"),
     Fault("L07", "triton_attn/mla/hopper.py", "(step >> 1) & 1", "gl.minimum(step >> 1, 1)", "MLA_HOPPER"),
     Fault(
         "W01",

@@ -19,13 +19,14 @@ from perf.harness.journal import Journal
 from perf.harness.timing import Percentiles
 from perf.model import candidates
 from perf.model.candidates import FAMILIES, MODEL_COLUMNS, WIDEST_HEADS, Candidate
-from perf.model.compiled import HOPPER_CONFIGS
+from perf.model.compiled import HOPPER_CONFIGS, config_name
 from perf.results import MEASURED, winners
-from perf.workloads import providers
+from perf.workloads import providers, records
 from perf.workloads.problems import ChunkProblem, DecodeProblem, LatentDecodeProblem, LatentPrefillProblem, Problem
 from triton_attn._host import tuned
 from triton_attn._host.sources import kernel_digest
 from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, dk_apart_from_dv
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaHopperConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedConfig
@@ -426,6 +427,33 @@ def test_the_portable_kernel_is_timed_beside_one_that_may_replace_it(factor, tmp
     of_call = kind.case_of("sm_90", torch.bfloat16, **case)
     chosen = HopperConfig.choose(of_call, "auto")
     assert chosen == (HopperConfig.from_dict(entry["config"]) if factor > 1 else None)
+
+
+def test_a_kernel_with_narrow_values_is_timed_beside_the_portable_one_of_the_same_call(monkeypatch):
+    """Queries and keys of 192 and values of 128: the portable config is that of such a call."""
+    monkeypatch.setattr(records, "gpu_arch", lambda: "sm_90")
+    case = {"family": "flash_hopper", "dtype": "bfloat16", "case": {"head_dim": 192, "causal": True}}
+    assert case in records.record_cases()
+    *own, portable = records.candidates_of(case, 4096)
+    assert {candidate.config.tiles for candidate in own} == {1}, "no room for results beside the queries"
+    assert portable.family == "flash"
+    call = FlashCase("sm_90", torch.bfloat16, 192, 128, True, seqlen_k=4096)
+    assert portable.config == tuned.choose(FlashConfig, call)
+    problem = FAMILIES["flash_hopper"].problem(1024, **case["case"])
+    assert [shape[-1] for shape in problem.shapes] == [192, 192, 128]
+    assert problem.flops == problem.batch * problem.num_heads * 1024**2 * (192 + 128)
+    assert problem.bytes(2) == 2 * problem.batch * problem.num_heads * 1024 * 2 * (192 + 128)
+
+
+def test_a_record_tries_several_tiles_for_a_program(monkeypatch):
+    monkeypatch.setattr(records, "gpu_arch", lambda: "sm_90")
+    case = {"family": "flash_hopper", "dtype": "bfloat16", "case": {"head_dim": 128, "causal": True}}
+    *own, _ = records.candidates_of(case, 1024)
+    default = HopperConfig(128, 2, 2)
+    assert {default, replace(default, tiles=2)} <= {candidate.config for candidate in own}
+    names = {config_name(candidate.config) for candidate in own}
+    assert {"128x128 w8 s2 hopper lazy", "128x128 w8 s2 hopper lazy x2"} <= names
+    assert len(names) == len(own), "rows are told apart by name"
 
 
 def test_configs_of_a_decode_step_share_the_cache_and_not_the_output():

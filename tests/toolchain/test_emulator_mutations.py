@@ -27,6 +27,7 @@ pytestmark = [
 CALLS = {
     "_flash_fwd_hopper_kernel": lambda: calls.flash(128, (130, 700), (1, 1)),
     "_flash_fwd_hopper_kernel spare rows": lambda: calls.flash_varlen(150, (700,), (1, 1), 128),
+    "_flash_fwd_hopper_kernel several tiles": lambda: calls.several_tiles(calls.flash, 128, (300, 700), (1, 1)),
     "_append_latent_cache_kernel": lambda: calls.append_latent(torch.uint8),
     "_gather_cache_kernel": calls.gather,
     "_gather_cache_kernel packed": calls.gather_packed,
@@ -62,7 +63,7 @@ REDUNDANT = {
             (0, 5, BEFORE_START),
             (0, 6, BEFORE_WAIT),
             (4, 4, BEFORE_K_FREE),
-            (2, 2, AFTER_STORE),
+            (0, 2, AFTER_STORE),
         ],
         "@warp_sync": [(8, 5, OF_LOADER)],
         "@wgmma_fence": [(2, 2, UNTOUCHED)],
@@ -72,12 +73,23 @@ REDUNDANT = {
             (0, 5, BEFORE_START),
             (0, 4, BEFORE_WAIT),
             (2, 2, BEFORE_K_FREE),
-            (2, 2, AFTER_STORE),
+            (0, 2, AFTER_STORE),
             (0, 1, "between zeros for the buffers of two groups: another barrier comes before the first copy"),
             (1, 1, "after the copies of zeros, which their thread has waited for: the groups start after a barrier"),
         ],
         "@bulk_commit": [(1, 1, COMMITS)],
         "@warp_sync": [(8, 5, OF_LOADER)],
+    },
+    "_flash_fwd_hopper_kernel several tiles": {
+        "@bar": [
+            (0, 6, BEFORE_START),
+            (0, 6, BEFORE_WAIT),
+            (4, 4, BEFORE_K_FREE),
+            (2, 2, "before q_free: the group has passed a barrier since the products that read the queries"),
+            (0, 2, AFTER_STORE),
+        ],
+        "@warp_sync": [(8, 6, OF_LOADER)],
+        "@wgmma_fence": [(2, 2, UNTOUCHED)],
     },
     "_flash_fwd_kernel": {
         "@bar": [

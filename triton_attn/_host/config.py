@@ -75,6 +75,8 @@ def _check_value(name, field, value):
         fail(name, "a power of two from 16 to 256", value)
     if field == "num_warps" and value not in (1, 2, 4, 8, 16):
         fail(name, "1, 2, 4, 8 or 16", value)
+    if field == "tiles" and not 1 <= value <= 64:
+        fail(name, "1 to 64", value)
     if field == "num_stages" and not 1 <= value <= 8:
         fail(name, "1 to 8", value)
 

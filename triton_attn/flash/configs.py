@@ -90,12 +90,14 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
 @dataclass(frozen=True)
 class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal": bool}, kernel="flash/hopper.py"):
     """One program of hopper.py computes 64 queries for each of its groups of four warps, in a loop over tiles of
-    block_n keys, which it loads num_stages ahead. lazy: outputs are rescaled only where a maximum moved far."""
+    block_n keys, which it loads num_stages ahead. lazy: outputs are rescaled only where a maximum moved far. tiles: it
+    does so for as many tiles of queries of one head, or fewer where programs would not fill the GPU."""
 
     block_n: int
     groups: int
     num_stages: int
     lazy: bool = True
+    tiles: int = 1
 
     @property
     def block_m(self):
@@ -138,8 +140,10 @@ class HopperConfig(Config, family="flash_hopper", case={"head_dim": int, "causal
     def obstacle(self, case):
         if self.block_n > 128 or self.groups not in (2, 3):
             return "the kernel has 2 or 3 groups and tiles of at most 128 keys"
+        if self.tiles > 1 and case.head_dim > 128:
+            return "shared memory has no room for queries and results at head dims above 128"
         # Barriers need less than 2 KB.
-        queries = self.block_m * case.head_dim
+        queries = self.block_m * (case.head_dim + (case.head_dim_v if self.tiles > 1 else 0))
         keys_and_values = self.block_n * self.num_stages * (case.head_dim + case.head_dim_v)
         return case.gpu.lacks((queries + keys_and_values) * case.dtype.itemsize + 2048)
 

@@ -48,23 +48,60 @@ MINUS_INF: gl.constexpr = gl.constexpr(float("-inf"))
 SLACK: gl.constexpr = gl.constexpr(8)
 
 
-class _Work(NamedTuple):
-    """What one program computes: the rows of one head from start_m on, over num_tiles tiles of keys from start_n on.
-    The last tile needs a mask, and so do left_tiles at the start and those from full_end on.
-
-    coords are those of the first query and key, see `sequence_coords`.
-    """
+class _Head(NamedTuple):
+    """The queries of one head of one sequence, and its keys. coords are those of the first, see `sequence_coords`."""
 
     coords_q: object
     coords_k: object
     seqlen_q: object
     seqlen_k: object
     offset: object  # position of query 0, counted from key 0
-    start_m: object
-    start_n: object
+    window: object
+
+
+class _Series(NamedTuple):
+    """The tiles of queries of a program that computes several, at most `each`, of the num_tiles of its head. The head
+    has num_programs, of which it is number `program`."""
+
+    program: object
+    num_programs: object
+    num_tiles: object
+    each: object
+
+
+class _Past(NamedTuple):
+    """How many tiles of queries, and of keys for these, a program has loaded before."""
+
+    queries: object
+    keys: object
+
+
+class _Keys(NamedTuple):
+    """The num_tiles tiles of keys, from start on, that a tile of queries sees. The last one needs a mask, and so do
+    left_tiles at the start and those from full_end on."""
+
+    start: object
     num_tiles: object
     left_tiles: object
     full_end: object
+
+
+class _Work(NamedTuple):
+    """A tile of queries: the rows of a _Head from start_m on, over their _Keys. past is a _Past, or None for a
+    program with one tile of queries."""
+
+    head: object
+    past: object
+    start_m: object
+    keys: object
+
+
+class _Program(NamedTuple):
+    """What a program computes: one _Work, or, if that is None, a _Series of a _Head."""
+
+    head: object
+    series: object
+    work: object
 
 
 class _HeadScores(NamedTuple):
@@ -89,10 +126,14 @@ class _Ring(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory. q has a tile for each group, in pieces, with a barrier for its arrival."""
+    """Shared memory. q has a tile for each group, in pieces, with a barrier for its arrival. A program with one tile of
+    queries stores its results from there: out is q, and q_free None. With several, the next one is loaded to q as soon
+    as a group has computed the last scores of this one: then q_free completes."""
 
     q: object
     q_full: object
+    q_free: object
+    out: object
     k: object
     v: object
 
@@ -145,9 +186,11 @@ def _matrix(tiles, i):
 
 
 @gluon.jit
-def _stage(ring, step):
+def _stage(ring, work, step):
     """Stage of a step's tile, and the parity of its barriers."""
     STAGES: gl.constexpr = ring.tiles[0].shape[0]
+    if work.past is not None:
+        step += work.past.keys
     return step % STAGES, step // STAGES & 1
 
 
@@ -164,32 +207,48 @@ def _load(descs, coords, start, full, tiles, i):
 
 
 @gluon.jit
-def _load_next(descs, coords, start, ring, step):
+def _load_next(descs, work, start, ring, step):
     """Start the load of a step's tile, after all groups have read the tile before it in the same stage."""
-    stage, parity = _stage(ring, step)
+    stage, parity = _stage(ring, work, step)
     mbarrier.wait(ring.free.index(stage), parity ^ 1)
-    _load(descs, coords, start, ring.full.index(stage), ring.tiles, stage)
+    _load(descs, work.head.coords_k, start, ring.full.index(stage), ring.tiles, stage)
 
 
 @gluon.jit
 def _start_of(work, shared, step):
     """The first key of a step's tile; the last tile comes first."""
     BLOCK_N: gl.constexpr = shared.k.tiles[0].shape[4]
-    return work.start_n + (work.num_tiles - 1 - step) * BLOCK_N
+    return work.keys.start + (work.keys.num_tiles - 1 - step) * BLOCK_N
 
 
 @gluon.jit
-def _load_tiles(work, shared, q_descs, k_descs, v_descs):
-    """The warp that loads: queries of all groups, then keys and values, from the last tile to the first."""
+def _load_tiles(program, shared, q_descs, k_descs, v_descs):
+    """The warp that loads what a _Program computes from."""
+    if program.series is None:
+        _load_work(program.work, shared, q_descs, k_descs, v_descs)
+    else:
+        past = _nothing_past()
+        for i in range(program.series.each):
+            start_m = _next_start(program.head, program.series, i, shared)
+            work = _Work(program.head, past, start_m, _keys_of(program.head, start_m, shared))
+            _load_work(work, shared, q_descs, k_descs, v_descs)
+            past = _past_with(work)
+
+
+@gluon.jit
+def _load_work(work, shared, q_descs, k_descs, v_descs):
+    """Load queries of all groups, then keys and values, from the last tile to the first."""
     GROUPS: gl.constexpr = shared.q[0].shape[0]
-    if work.start_m < work.seqlen_q:
+    if work.start_m < work.head.seqlen_q:
         for group in gl.static_range(GROUPS):
             start = work.start_m + group * GROUP_ROWS
-            _load(q_descs, work.coords_q, start, shared.q_full.index(group), shared.q, group)
-        for step in range(work.num_tiles):
+            if work.past is not None:
+                mbarrier.wait(shared.q_free.index(group), work.past.queries & 1 ^ 1)
+            _load(q_descs, work.head.coords_q, start, shared.q_full.index(group), shared.q, group)
+        for step in range(work.keys.num_tiles):
             start = _start_of(work, shared, step)
-            _load_next(k_descs, work.coords_k, start, shared.k, step)
-            _load_next(v_descs, work.coords_k, start, shared.v, step)
+            _load_next(k_descs, work, start, shared.k, step)
+            _load_next(v_descs, work, start, shared.v, step)
 
 
 @gluon.jit
@@ -227,13 +286,13 @@ def _change_scores(work, s, origin, scores, MASKED: gl.constexpr):
     t = gl.expand_dims(gl.expand_dims(gl.expand_dims(t, 0), 1), 3)
     columns = j + gl.expand_dims(gl.expand_dims(gl.expand_dims(e, 0), 1), 2)
     if scores.slope is not None:
-        position = _columns_of_rows(rows + (work.offset - start_n), t)
+        position = _columns_of_rows(rows + (work.head.offset - start_n), t)
         x = subtract_distance(x, columns.to(gl.float32) - position.to(gl.float32), scores.slope)
     if MASKED:
-        last = gl.zeros_like(rows) + last_column(rows, start_n, work.seqlen_k, work.offset, right)
+        last = gl.zeros_like(rows) + last_column(rows, start_n, work.head.seqlen_k, work.head.offset, right)
         visible = columns <= _columns_of_rows(last, t)
         if left is not None:
-            visible &= columns >= _columns_of_rows(first_column(rows, start_n, work.offset, left), t)
+            visible &= columns >= _columns_of_rows(first_column(rows, start_n, work.head.offset, left), t)
         x = gl.where(visible, x, MINUS_INF)
     return gl.convert_layout(x.reshape(s.shape), s.type.layout)
 
@@ -310,10 +369,10 @@ def _end_of_block():
 
 
 @gluon.jit
-def _issue_scores(GROUP: gl.constexpr, shared, step):
+def _issue_scores(GROUP: gl.constexpr, work, shared, step):
     """Issue the matmuls of the scores (64, BLOCK_N) of this step's tile; nothing waits for them here."""
     ring = shared.k
-    stage, parity = _stage(ring, step)
+    stage, parity = _stage(ring, work, step)
     mbarrier.wait(ring.full.index(stage), parity)
     s = _zeros(ring.tiles[0].shape[4])
     for i in gl.static_range(len(ring.tiles)):
@@ -323,11 +382,11 @@ def _issue_scores(GROUP: gl.constexpr, shared, step):
 
 
 @gluon.jit
-def _issue_output(shared, step, state):
+def _issue_output(work, shared, step, state):
     """Issue the matmuls that add this step's tile to the output (64, HEAD_DIM_V), in pieces; nothing waits for them
     here."""
     ring = shared.v
-    stage, parity = _stage(ring, step)
+    stage, parity = _stage(ring, work, step)
     mbarrier.wait(ring.full.index(stage), parity)
     output = ()
     for i in gl.static_range(len(ring.tiles)):
@@ -362,10 +421,10 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scores, MASKED: gl.con
     DTYPE: gl.constexpr = state.p.dtype
     P_LAYOUT: gl.constexpr = state.p.type.layout
     EARLY: gl.constexpr = shared.q[0].shape[0] == 2  # with three groups there are no registers for two P
-    s = _issue_scores(GROUP, shared, step)
-    output = _issue_output(shared, step - 1, state)
+    s = _issue_scores(GROUP, work, shared, step)
+    output = _issue_output(work, shared, step - 1, state)
     s = warpgroup_mma_wait(len(output), [s])
-    stage, _ = _stage(shared.k, step)
+    stage, _ = _stage(shared.k, work, step)
     mbarrier.arrive(shared.k.free.index(stage), count=1)
     origin = work.start_m + GROUP * GROUP_ROWS, _start_of(work, shared, step)
     weights, alpha, m_i = _softmax_of(work, s, state.m_i, origin, scores, MASKED)
@@ -378,7 +437,7 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scores, MASKED: gl.con
         _end_of_block()
         acc = _wait_for_output(output)
         p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
-    stage, _ = _stage(shared.v, step - 1)
+    stage, _ = _stage(shared.v, work, step - 1)
     mbarrier.arrive(shared.v.free.index(stage), count=1)
     return _Softmax(m_i, l_i, _rescale(acc, alpha, scores), p)
 
@@ -392,9 +451,10 @@ def _zeros(COLUMNS: gl.constexpr):
 @gluon.jit
 def _first_tile(GROUP: gl.constexpr, work, shared, dtype: gl.constexpr, scores):
     """The state of a group after the scores of its first step, of the last tile. Some rows may see none of its keys."""
-    mbarrier.wait(shared.q_full.index(GROUP), 0)
-    s = warpgroup_mma_wait(0, [_issue_scores(GROUP, shared, 0)])
-    mbarrier.arrive(shared.k.free.index(0), count=1)
+    mbarrier.wait(shared.q_full.index(GROUP), 0 if work.past is None else work.past.queries & 1)
+    s = warpgroup_mma_wait(0, [_issue_scores(GROUP, work, shared, 0)])
+    stage, _ = _stage(shared.k, work, 0)
+    mbarrier.arrive(shared.k.free.index(stage), count=1)
     origin = work.start_m + GROUP * GROUP_ROWS, _start_of(work, shared, 0)
     m_i = gl.full([GROUP_ROWS], scores.sink, gl.float32, gl.SliceLayout(1, s.type.layout))
     weights, alpha, m_i = _softmax_of(work, s, m_i, origin, scores, True)
@@ -408,20 +468,35 @@ def _first_tile(GROUP: gl.constexpr, work, shared, dtype: gl.constexpr, scores):
 
 
 @gluon.jit
-def _attend(GROUP: gl.constexpr, work, shared, results, scores):
-    """A group of four warps computes 64 rows of out and lse."""
-    if work.start_m < work.seqlen_q:
+def _attend(GROUP: gl.constexpr, program, shared, results, scores):
+    """A group of four warps computes 64 rows of out and lse of each tile of queries of a _Program."""
+    if program.series is None:
+        _attend_tile(GROUP, program.work, shared, results, scores)
+    else:
+        past = _nothing_past()
+        for i in range(program.series.each):
+            start_m = _next_start(program.head, program.series, i, shared)
+            work = _Work(program.head, past, start_m, _keys_of(program.head, start_m, shared))
+            _attend_tile(GROUP, work, shared, results, scores)
+            past = _past_with(work)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _attend_tile(GROUP: gl.constexpr, work, shared, results, scores):
+    """A group computes its rows of a tile of queries."""
+    if work.start_m < work.head.seqlen_q:
         left, right = scores.window
         state = _first_tile(GROUP, work, shared, results.descs[0].dtype, scores)
-        full_start = gl.maximum(1, work.num_tiles - work.full_end)
-        full_steps = work.num_tiles - work.left_tiles
+        full_start = gl.maximum(1, work.keys.num_tiles - work.keys.full_end)
+        full_steps = work.keys.num_tiles - work.keys.left_tiles
         if right is not None:
             for step in range(1, full_start):
                 state = _step(GROUP, work, shared, step, state, scores, True)
         for step in range(full_start, full_steps):
             state = _step(GROUP, work, shared, step, state, scores, False)
         if left is not None:
-            for step in range(gl.maximum(full_start, full_steps), work.num_tiles):
+            for step in range(gl.maximum(full_start, full_steps), work.keys.num_tiles):
                 state = _step(GROUP, work, shared, step, state, scores, True)
         _store(GROUP, work, shared, results, state)
 
@@ -429,21 +504,26 @@ def _attend(GROUP: gl.constexpr, work, shared, results, scores):
 @gluon.jit
 def _store(GROUP: gl.constexpr, work, shared, results, state):
     """Add the first tile to the output of a group's state, and store out and lse."""
-    output = _issue_output(shared, work.num_tiles - 1, state)
+    if shared.q_free is not None:
+        mbarrier.arrive(shared.q_free.index(GROUP), count=1)
+    output = _issue_output(work, shared, work.keys.num_tiles - 1, state)
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, state.acc[0].type.layout)
     start_m = work.start_m + GROUP * GROUP_ROWS
     m_i = gl.convert_layout(state.m_i, OF_ROWS)
     norm, lse = softmax_finish(m_i, gl.convert_layout(gl.sum(state.l_i, 1), OF_ROWS))
     if results.lse_ptr is not None:
         rows = start_m + gl.arange(0, GROUP_ROWS, OF_ROWS)
-        gl.store(results.lse_ptr + rows, lse, mask=rows < work.seqlen_q)
+        gl.store(results.lse_ptr + rows, lse, mask=rows < work.head.seqlen_q)
     acc = _wait_for_output(output)
-    # The queries' buffers are free now. TMA does not store rows past the sequence's end.
+    if work.past is not None:
+        stage, _ = _stage(shared.v, work, work.keys.num_tiles - 1)
+        mbarrier.arrive(shared.v.free.index(stage), count=1)
+        tma.store_wait(0)
+    # The buffers are free now. TMA does not store rows past the sequence's end.
     for i in gl.static_range(len(acc)):
-        _matrix(shared.q[i], GROUP).store(_scale_rows(acc[i], norm).to(results.descs[i].dtype))
+        _matrix(shared.out[i], GROUP).store(_scale_rows(acc[i], norm).to(results.descs[i].dtype))
     fence_async_shared()
-    _store_pieces(results.descs, work.coords_q, start_m, shared.q, GROUP)
-    tma.store_wait(0)
+    _store_pieces(results.descs, work.head.coords_q, start_m, shared.out, GROUP)
 
 
 @gluon.jit
@@ -456,21 +536,21 @@ def _store_pieces(descs, coords, start, tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _attend_0(work, shared, results, scores):
+def _attend_0(program, shared, results, scores):
     """Group 0, as a function for warp_specialize."""
-    _attend(0, work, shared, results, scores)
+    _attend(0, program, shared, results, scores)
 
 
 @gluon.jit
-def _attend_1(work, shared, results, scores):
+def _attend_1(program, shared, results, scores):
     """Group 1, as a function for warp_specialize."""
-    _attend(1, work, shared, results, scores)
+    _attend(1, program, shared, results, scores)
 
 
 @gluon.jit
-def _attend_2(work, shared, results, scores):
+def _attend_2(program, shared, results, scores):
     """Group 2, as a function for warp_specialize."""
-    _attend(2, work, shared, results, scores)
+    _attend(2, program, shared, results, scores)
 
 
 @gluon.jit
@@ -484,20 +564,20 @@ def _clear(tile, LAYOUT: gl.constexpr):
 def _clear_spare_rows(shared, results, head, first, start, end):
     """Clear a program's rows [start, end), at most 64 * GROUPS, counted from `first`, the first row after a packed
     batch's last sequence. results has the pointer to the head's lse of row 0."""
-    GROUPS: gl.constexpr = shared.q[0].shape[0]
+    GROUPS: gl.constexpr = shared.out[0].shape[0]
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     start = gl.minimum(gl.maximum(start, 0), end).to(gl.int32)
     end = end.to(gl.int32)
     if start < end:
         for group in gl.static_range(GROUPS):
             for i in gl.static_range(len(results.descs)):
-                _clear(_matrix(shared.q[i], group), ROWS)
+                _clear(_matrix(shared.out[i], group), ROWS)
         fence_async_shared()
         # TMA does not store rows past the end.
         coords = sequence_coords(0, head, first, end, True)
         for group in gl.static_range(GROUPS):
             start_m = start + group * GROUP_ROWS
-            _store_pieces(results.descs, coords, start_m, shared.q, group)
+            _store_pieces(results.descs, coords, start_m, shared.out, group)
             if results.lse_ptr is not None:
                 rows = start_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ROWS))
                 minus_inf = gl.full([GROUP_ROWS], MINUS_INF, gl.float32, gl.SliceLayout(1, ROWS))
@@ -506,24 +586,70 @@ def _clear_spare_rows(shared, results, head, first, start, end):
 
 
 @gluon.jit
-def _work_of(tile, bounds, group_size, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr):
-    """The _Work of a program with this tile, a `Work` of _jit/heads.py."""
-    end_m = gl.minimum(tile.start + BLOCK_M, bounds.seqlen_q)
-    blocks = visible_range(tile.start + bounds.offset, end_m + bounds.offset, bounds.seqlen_k, window, BLOCK_N)
+def _clear_left_over(shared, results, packed, own, bounds, tile, num_tiles):
+    """Clear the spare rows of a tile of a sequence, see `spare_rows`. packed: cu_seqlens of the queries and their rows;
+    results has the pointer to the head's lse of row 0."""
+    cu_seqlens_ptr, num_rows = packed
+    BLOCK_M: gl.constexpr = shared.out[0].shape[0] * GROUP_ROWS
+    start_m = tile * BLOCK_M
+    if start_m + BLOCK_M > bounds.seqlen_q:
+        first = gl.minimum(gl.load(cu_seqlens_ptr + own.num_sequences), num_rows)
+        slot = slots_left_over(own.batch * num_tiles + tile, bounds.first_q + bounds.seqlen_q, BLOCK_M)
+        start = slot + gl.maximum(bounds.seqlen_q - start_m, 0)
+        end = gl.minimum(slot + BLOCK_M, num_rows - first)
+        _clear_spare_rows(shared, results, own.head, first, start, end)
+
+
+@gluon.jit
+def _keys_of(head, start_m, shared):
+    """The _Keys of the tile of queries that starts at start_m."""
+    BLOCK_M: gl.constexpr = shared.q[0].shape[0] * GROUP_ROWS
+    BLOCK_N: gl.constexpr = shared.k.tiles[0].shape[4]
+    end_m = gl.minimum(start_m + BLOCK_M, head.seqlen_q)
+    blocks = visible_range(start_m + head.offset, end_m + head.offset, head.seqlen_k, head.window, BLOCK_N)
     num_tiles = gl.cdiv(blocks.hi - blocks.lo, BLOCK_N)
-    head_kv = tile.head // group_size
-    return _Work(
-        sequence_coords(tile.batch, tile.head, bounds.first_q, bounds.seqlen_q, VARLEN),
-        sequence_coords(tile.batch, head_kv, bounds.first_k, bounds.seqlen_k, VARLEN),
-        bounds.seqlen_q,
-        bounds.seqlen_k,
-        bounds.offset,
-        tile.start,
+    return _Keys(
         gl.where(num_tiles > 0, blocks.lo, 0),
         gl.maximum(1, num_tiles),  # rows that see no key have one tile, all of it masked
         (blocks.full_lo - blocks.lo) // BLOCK_N,
         (blocks.full_hi - blocks.lo) // BLOCK_N,
     )
+
+
+@gluon.jit
+def _tile_of(head, series, i):
+    """Tile number i of a program; not below num_tiles if there is none.
+
+    Programs take turns, each time in the reverse order, from the last tile on if queries see no later keys. So with an
+    even number of tiles all programs of a head take equally long.
+    """
+    turn = gl.where(i % 2 == 0, series.program, series.num_programs - 1 - series.program)
+    tile = i * series.num_programs + turn
+    if head.window.right is not None:
+        tile = gl.where(tile < series.num_tiles, series.num_tiles - 1 - tile, tile)
+    return tile
+
+
+@gluon.jit
+def _next_start(head, series, i, shared):
+    """The first query of tile number i of a program; after the last one if there is no such tile."""
+    BLOCK_M: gl.constexpr = shared.q[0].shape[0] * GROUP_ROWS
+    tile = _tile_of(head, series, i)
+    return gl.where(tile < series.num_tiles, tile * BLOCK_M, head.seqlen_q)
+
+
+@gluon.jit
+def _nothing_past():
+    """The _Past before a program's first tile."""
+    return _Past(gl.to_tensor(0), gl.to_tensor(0))
+
+
+@gluon.jit
+def _past_with(work):
+    """The _Past after a _Work."""
+    computes = work.start_m < work.head.seqlen_q
+    past = work.past
+    return _Past(past.queries + computes.to(gl.int32), past.keys + gl.where(computes, work.keys.num_tiles, 0))
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
@@ -546,16 +672,18 @@ def _flash_fwd_hopper_kernel(
     section_size,
     heads,
     scores,
+    per_program,
     BLOCK_N: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     LAZY: gl.constexpr,
 ):
-    """One program computes 64 GROUPS rows of out and lse for one query head of one sequence.
+    """One program computes tiles of 64 GROUPS rows of out and lse for one query head of one sequence: one, or
+    per_program at most.
 
-    Grid: num_tiles * num_heads * batch, in the order of the portable kernel. Descriptors are those of `tma_geometry`,
-    one for each piece of a head dimension, or None. lse_ptr None: not wanted. The rest as in the portable kernel. LAZY:
-    see `_HeadScores`.
+    Grid: num_tiles / (per_program or 1), rounded up, * num_heads * batch, in the order of the portable kernel.
+    Descriptors are those of `tma_geometry`, one for each piece of a head dimension, or None. lse_ptr None: not wanted.
+    The rest as in the portable kernel. LAZY: see `_HeadScores`.
     """
     BLOCK_M: gl.constexpr = GROUPS * GROUP_ROWS
     VARLEN: gl.constexpr = seqs.cu_seqlens_q_ptr is not None
@@ -563,33 +691,56 @@ def _flash_fwd_hopper_kernel(
     k_descs = (k_desc,) if k_desc_rest is None else (k_desc, k_desc_rest)
     v_descs = (v_desc,) if v_desc_rest is None else (v_desc, v_desc_rest)
     out_descs = (out_desc,) if out_desc_rest is None else (out_desc, out_desc_rest)
-    tile = assign_work(num_tiles, section_size, heads.num, BLOCK_M, scores.window.right is not None)
-    bounds = sequence_bounds(seqs, tile.batch, seqlen_q, seqlen_k)
-    work = _work_of(tile, bounds, heads.group_size, scores.window, BLOCK_M, BLOCK_N, VARLEN)
+    LAST_FIRST: gl.constexpr = scores.window.right is not None
+    num_programs = num_tiles if per_program is None else gl.cdiv(num_tiles, per_program)
+    own = assign_work(num_programs, section_size, heads.num, 1, LAST_FIRST and per_program is None)
+    bounds = sequence_bounds(seqs, own.batch, seqlen_q, seqlen_k)
+    head = _Head(
+        sequence_coords(own.batch, own.head, bounds.first_q, bounds.seqlen_q, VARLEN),
+        sequence_coords(own.batch, own.head // heads.group_size, bounds.first_k, bounds.seqlen_k, VARLEN),
+        bounds.seqlen_q,
+        bounds.seqlen_k,
+        bounds.offset,
+        scores.window,
+    )
     slope = None
     if scores.alibi is not None:
-        slope = gl.load(row_pointer(scores.alibi, tile.batch, 0, tile.head)).to(gl.float32)
-    sink = load_sink(sinks_ptr, tile.head)
+        slope = gl.load(row_pointer(scores.alibi, own.batch, 0, own.head)).to(gl.float32)
+    sink = load_sink(sinks_ptr, own.head)
     scores = _HeadScores(scores.scale_log2, scores.softcap, slope, scores.window, sink, LAZY)
+    q = _allocate(q_descs, GROUPS)
+    out, q_free = q, None
+    if per_program is not None:
+        out, q_free = _allocate(out_descs, GROUPS), _barriers(GROUPS, 1)
     shared = _Shared(
-        _allocate(q_descs, GROUPS),
+        q,
         _barriers(GROUPS, 1),
+        q_free,
+        out,
         _Ring(_allocate(k_descs, STAGES), _barriers(STAGES, 1), _barriers(STAGES, GROUPS)),
         _Ring(_allocate(v_descs, STAGES), _barriers(STAGES, 1), _barriers(STAGES, GROUPS)),
     )
     if lse_ptr is not None:
-        lse_ptr += (tile.head if VARLEN else tile.batch_head).to(gl.int64) * lse_stride
-    if VARLEN and work.start_m + BLOCK_M > bounds.seqlen_q:
-        # The program's part of them, see `spare_rows`.
-        first = gl.minimum(gl.load(seqs.cu_seqlens_q_ptr + tile.num_sequences), seqlen_q)
-        slot = slots_left_over(tile.program, bounds.first_q + bounds.seqlen_q, BLOCK_M)
-        start = slot + gl.maximum(bounds.seqlen_q - work.start_m, 0)
-        end = gl.minimum(slot + BLOCK_M, seqlen_q - first)
-        _clear_spare_rows(shared, _Results(out_descs, lse_ptr), tile.head, first, start, end)
+        lse_ptr += (own.head if VARLEN else own.batch_head).to(gl.int64) * lse_stride
+    results = _Results(out_descs, lse_ptr)
+    packed = seqs.cu_seqlens_q_ptr, seqlen_q
+    if per_program is None:
+        start_m = own.start * BLOCK_M
+        if VARLEN:
+            _clear_left_over(shared, results, packed, own, bounds, own.start, num_tiles)
+        program = _Program(head, None, _Work(head, None, start_m, _keys_of(head, start_m, shared)))
+    else:
+        series = _Series(own.start, num_programs, num_tiles, per_program)
+        if VARLEN:
+            for i in range(per_program):
+                tile = _tile_of(head, series, i)
+                if tile < num_tiles:
+                    _clear_left_over(shared, results, packed, own, bounds, tile, num_tiles)
+        program = _Program(head, series, None)
     if lse_ptr is not None:
         lse_ptr += bounds.first_q
-    loads = work, shared, q_descs, k_descs, v_descs
-    sums = work, shared, _Results(out_descs, lse_ptr), scores
+    loads = program, shared, q_descs, k_descs, v_descs
+    sums = program, shared, _Results(out_descs, lse_ptr), scores
     if GROUPS == 2:
         # Warps and registers of all functions but the first. The threads of a program have 65536 registers.
         gl.warp_specialize([(_attend_0, sums), (_attend_1, sums), (_load_tiles, loads)], [4, 1], [240, 24])
@@ -606,6 +757,7 @@ class HopperPlan(NamedTuple):
     geometries: list  # fields of the descriptors of q, k, v and out, of each for one or two pieces
     counts: tuple  # arguments from seqlen_q to heads
     scores: Scores  # without ALiBi
+    per_program: int | None  # tiles of queries of a program; None: one
     constants: dict
 
 
@@ -622,6 +774,7 @@ def launch_flash_fwd_hopper(plan, call, out, lse):
         0 if lse is None else lse.shape[-1],
         call.options.sinks,
         *common_arguments(call, plan)[:-1],  # no dropout
+        plan.per_program,
     )
     launch(_flash_fwd_hopper_kernel, (plan.num_programs,), q.device, args, plan.constants)
 
@@ -647,10 +800,12 @@ def plan_hopper(key, wanted, config=None):
     *_, num_rows, num_heads, _ = shape_q
     group_size = num_heads // shape_k[-2]
     num_tiles = tiles_each(key.max_seqlen_q, num_rows, key.batch, config.block_m)
+    num_all_heads = num_heads * key.batch
+    per_program = _tiles_per_program(config.tiles, num_tiles, num_all_heads, gpu_of(key.arch).num_sms)
     section_size = 1
     if key.causal:
         bytes_per_head = key.max_seqlen_k * sum(key.head_dims) * problem.dtype.itemsize
-        section_size = heads_in_l2(bytes_per_head, group_size, num_heads * key.batch)
+        section_size = heads_in_l2(bytes_per_head, group_size, num_all_heads)
     rows = GROUP_ROWS.value, config.block_n, config.block_n, GROUP_ROWS.value
     constants = dict(
         BLOCK_N=config.block_n,
@@ -660,12 +815,24 @@ def plan_hopper(key, wanted, config=None):
         num_warps=4,
     )
     return HopperPlan(
-        num_tiles * num_heads * key.batch,
+        -(-num_tiles // per_program) * num_all_heads,
         [_geometries(*of_tensor, count) for of_tensor, count in zip(key.layouts, rows)],
         (num_rows, shape_k[-3], num_tiles, section_size, Heads(num_heads, group_size)),
         Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, Window(*problem.window)),
+        per_program if per_program > 1 else None,
         constants,
     )
+
+
+def _tiles_per_program(most, num_tiles, num_heads, num_sms):
+    """Tiles of queries of a program: `most`, or half, a quarter, ... of it, so that the waves of programs leave at most
+    5 % of the SMs idle; otherwise 1."""
+    while most > 1:
+        programs = -(-num_tiles // most) * num_heads
+        if most <= num_tiles and programs >= 0.95 * num_sms * -(-programs // num_sms):
+            return most
+        most //= 2
+    return 1
 
 
 def _geometries(shape, strides, block_rows):
