@@ -830,6 +830,56 @@ def test_one_lane_is_elected_and_the_active_ones_are_told():
     assert x[:, 3].tolist() == [(1 << 20) - 1] * 20 + [-(1 << 20)] * 12
 
 
+JOINS = {
+    "before the branch": """
+        bra branch;
+        join: redux.sync.add.u32 %r11, %r10, -1;
+        bra end;
+        branch: setp.lt.u32 %p1, %lane, 20;
+        mov.b32 %r10, 1;
+        @%p1 bra join;
+        mov.b32 %r10, 2;
+        bra join;
+        end:""",
+    "before a loop, which lanes leave one by one": """
+        mov.b32 %r10, 0;
+        bra loop;
+        join: redux.sync.add.u32 %r11, %r10, -1;
+        bra end;
+        loop: add.u32 %r10, %r10, 1;
+        setp.le.u32 %p1, %r10, %lane;
+        @%p1 bra loop;
+        bra join;
+        end:""",
+    "of a branch in one of two ways, before both": """
+        setp.lt.u32 %p1, %lane, 20;
+        setp.lt.u32 %p2, %lane, 10;
+        mov.b32 %r10, 4;
+        bra branch;
+        join: redux.sync.add.u32 %r11, %r10, -1;
+        bra end;
+        inner: redux.sync.add.u32 %r12, %r10, 1048575;
+        mov.b32 %r10, %r12;
+        bra join;
+        branch: @!%p1 bra join;
+        mov.b32 %r10, 1;
+        @%p2 bra inner;
+        mov.b32 %r10, 2;
+        bra inner;
+        end:""",
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "total"), [*zip(JOINS, (20 + 2 * 12, sum(range(1, 33)), 20 * (10 + 20) + 4 * 12))], ids=JOINS.keys()
+)
+def test_lanes_come_together_wherever_that_stands(where, total):
+    """Compilers place blocks in any order."""
+    x = torch.zeros(32, dtype=torch.int32)
+    run(f"{JOINS[where]}\n{own('%a0', 4)}\nst.global.b32 [%a0], %r11;", {"x": x})
+    assert x.tolist() == [total] * 32
+
+
 def test_members_that_do_not_come():
     ptx = kernel("@%leader vote.sync.ballot.b32 %r1, %first, -1;", 32)
     (fault,) = run_ptx(ptx, {"x": torch.zeros(1)})

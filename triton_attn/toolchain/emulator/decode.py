@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from . import core
+from .control_flow import joins
 from .opcodes import SHARED_BASE, Unsupported, decoder_of
 
 # Rows of 32 lanes hold the registers: one row for up to 32 bits, two for 64. Immediates are registers that are set
@@ -64,6 +65,9 @@ class Program:
         _Body(self, ptx[entry.end() :])
         self.instructions = np.array(self._instructions, np.int32)
         self.pool = np.array([*self._pool, 0], np.int32)
+        together = joins(self.instructions, self.pool)
+        for branch, _ in self._branches:
+            self.instructions[branch, 9] = together.get(branch, -1)
         self.constants = np.array([pair for pair in self._constants.items()], np.uint32).reshape(-1, 2)
         self.special = np.array([pair for pair in self._special.items()], np.int32).reshape(-1, 2)
         self.num_rows, self.num_predicates = self._num_rows, len(self._predicates)

@@ -147,16 +147,30 @@ void Machine::track_registers(Warp& w, const Instruction& in, int pc) {
   }
 }
 
-void Machine::step(Warp& w) {
-  if (w.diverged) {  // the lanes that are furthest behind go first, so that all come together where paths join
-    int behind = launch.length;
-    for (int lane = 0; lane < LANES; lane++)
-      if (w.alive >> lane & 1) behind = std::min(behind, w.lane_pc[lane]);
-    w.pc = behind, w.active = 0;
-    for (int lane = 0; lane < LANES; lane++)
-      if (w.alive >> lane & 1 && w.lane_pc[lane] == behind) w.active |= 1u << lane;
-    w.diverged = w.active != w.alive;
+// Which lanes of a diverged warp go on: of those that the innermost branch has parted and that are not where they come
+// together, the ones that are furthest behind. As they meet others, they go on together.
+void Machine::choose_lanes(Warp& w) {
+  const auto at = [&](u32 lanes, int pc) {
+    u32 found = 0;
+    instructions::each(lanes, [&](int lane) { found |= u32(w.lane_pc[lane] == pc) << lane; });
+    return found;
+  };
+  u32 lanes = w.alive;
+  for (; !w.joins.empty(); w.joins.pop_back()) {
+    const auto& join = w.joins.back();
+    lanes = join.lanes & w.alive & ~at(join.lanes, join.pc);
+    if (lanes) break;
+    lanes = w.alive;
   }
+  w.pc = launch.length;
+  instructions::each(lanes, [&](int lane) { w.pc = std::min(w.pc, w.lane_pc[lane]); });
+  w.active = at(lanes, w.pc);
+  w.diverged = w.active != w.alive;
+  if (!w.diverged) w.joins.clear();
+}
+
+void Machine::step(Warp& w) {
+  if (w.diverged) choose_lanes(w);
   const int pc = w.pc;
   const Instruction& in = launch.program[pc];
   u32 mask = w.active;

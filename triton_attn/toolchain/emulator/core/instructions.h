@@ -42,7 +42,7 @@ void count_access(Machine& m, int pc, u32 mask, bool is_shared, At at, u32 bytes
 }
 
 // ---- Control Flow Instructions
-// m: target
+// m: target, and where lanes that it parts come together; -1: nowhere
 
 inline void diverge(Warp& w, int pc) {
   if (!w.diverged) std::fill(w.lane_pc, w.lane_pc + LANES, pc);
@@ -54,6 +54,7 @@ inline void bra(Machine& m, Warp& w, const Instruction& in, u32 mask) {
     m.next_pc = in.m[0];
     return;
   }
+  if (mask && mask != w.active && in.m[1] >= 0) w.joins.push_back({in.m[1], w.active});
   diverge(w, w.pc + 1);
   each(w.active, [&](int lane) { w.lane_pc[lane] = mask >> lane & 1 ? in.m[0] : w.pc + 1; });
   m.next_pc = -1;

@@ -186,6 +186,11 @@ struct Warp {
   u32 alive = ALL_LANES, active = ALL_LANES;
   bool diverged = false;
   int lane_pc[LANES] = {};
+  struct Join {
+    int pc;
+    u32 lanes;
+  };
+  std::vector<Join> joins;  // of the branches that parted lanes, the innermost last: there these lanes wait for all
   enum { RUNS, WAITS, DONE } state = RUNS;
   int barrier = -1;
   int polls = 0;
@@ -331,6 +336,7 @@ struct Machine {
   void exit_warp(Warp& w);
   void explain_deadlock();
   void step(Warp& w);
+  void choose_lanes(Warp& w);
   void track_registers(Warp& w, const Instruction& in, int pc);
 };
 
