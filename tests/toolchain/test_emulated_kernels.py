@@ -99,10 +99,17 @@ def test_every_kernel_in_every_schedule(arch, name, kernels):
 @pytest.mark.oldest
 @pytest.mark.parametrize(
     "name",
-    ["flash 128 full", "flash varlen, spare rows", "mla decode 128 fp16", "mla decode 128 fp8 of one rank"],
+    [
+        "flash 128 full",
+        "flash varlen, spare rows",
+        "flash of several tiles, the last program with fewer",
+        "flash varlen of several tiles, spare rows",
+        "mla decode 128 fp16",
+        "mla decode 128 fp8 of one rank",
+    ],
 )
 def test_other_calls_of_kernels_of_hopper(name):
-    """Without a mask; with spare rows, each of which one program clears; and in fp16: weights that are not relative to
+    """Without a mask; with several tiles for a program; with spare rows, each of which one program clears; in fp16: weights that are not relative to
     the largest score leave its range, not bf16's."""
     run(name, "sm_90", "hopper")
 
@@ -116,7 +123,8 @@ assert len(SEEDS) == 20
 @pytest.mark.oldest
 @pytest.mark.parametrize(("schedule", "seed"), SEEDS)
 @pytest.mark.parametrize(
-    "name", ["flash 128", "flash 64 full", "flash 96 window", "mla decode 128", "mla decode 128 fp8"]
+    "name",
+    ["flash 128", "flash 64 full", "flash 96 window", "flash of several tiles", "mla decode 128", "mla decode 128 fp8"],
 )
 def test_kernels_of_hopper_in_many_schedules(name, schedule, seed):
     """Of two groups and of three, with tiles in two pieces, and with a loop for each kind of partial tile. Tiles that
