@@ -109,8 +109,9 @@ def test_every_kernel_in_every_schedule(arch, name, kernels):
     ],
 )
 def test_other_calls_of_kernels_of_hopper(name):
-    """Without a mask; with several tiles for a program; with spare rows, each of which one program clears; in fp16: weights that are not relative to
-    the largest score leave its range, not bf16's."""
+    """Without a mask; with several tiles for a program; with spare rows, each of which one program clears; in fp16:
+    weights that are not relative to the largest score leave its range, not bf16's.
+    """
     run(name, "sm_90", "hopper")
 
 
