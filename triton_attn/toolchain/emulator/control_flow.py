@@ -2,7 +2,7 @@
 
 import itertools
 
-import networkx as nx
+import networkx as nx  # torch needs it too
 
 from . import core
 
