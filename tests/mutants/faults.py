@@ -1674,4 +1674,5 @@ FAULTS = (
         "    if out is None:\n",
         "KNOWN",
     ),
+    Fault("MS1", "triton_attn/_host/checks.py", "!= 1 and x.shape[-1] > 1:", "!= 1 and x.shape[-1] != 1:", "CACHE"),
 )
