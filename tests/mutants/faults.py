@@ -1675,4 +1675,18 @@ FAULTS = (
         "KNOWN",
     ),
     Fault("MS1", "triton_attn/_host/checks.py", "!= 1 and x.shape[-1] > 1:", "!= 1 and x.shape[-1] != 1:", "CACHE"),
+    Fault(
+        "MS2",
+        "triton_attn/paged/forward.py",
+        "    start, end = tl.min(position, 0), tl.max(position, 0) + 1\n    if TILE.SHARDED:",
+        "    start, end = tl.min(position, 0) - 32, tl.max(position, 0) + 1\n    if TILE.SHARDED:",
+        "PREFIX_PAGED",
+    ),
+    Fault(
+        "MS3",
+        "triton_attn/cache/transfer.py",
+        "    cache._name_full_pages(range(row, row + cache._num_groups))\n    return row",
+        "    cache._name_full_pages(range(row, row + 1))\n    return row",
+        "MOVE",
+    ),
 )
