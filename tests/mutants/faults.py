@@ -93,7 +93,7 @@ GROUPS = {
         _run("tests/paged/test_random_invariant.py", "tests/mla/test_random_invariant.py"),
         _run("tests/paged/test_random_invariant_calls.py"),
     ),
-    "WORKSPACE": (_run("tests/test_workspace.py"),),
+    "WORKSPACE": (_run("tests/test_workspace.py"), _run("tests/test_random_workspace.py")),
     "LAUNCH": (_run("tests/_host/test_launch.py", compiled=True),),
     "EMULATED_DECODE": tuple(
         _run("--emulate", arch, "tests/_jit/test_decode.py", compiled=True) for arch in ("sm_90", "sm_80")
