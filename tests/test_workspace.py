@@ -3,18 +3,17 @@
 import functools
 import os
 import re
-import sys
 
 import pytest
 import torch
 from prefix_trees import tree_of_all
+from workspaces import DEVICE, POISON, allocations, poisoned
 
 from triton_attn import mla_decode, paged_attention, workspace_bytes
 
 pytestmark = pytest.mark.oldest
-DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
-POISON = 0xA5
 LENGTHS = 37, 0, 21
+allocated = pytest.fixture(allocations)
 
 
 def int32(*numbers):
@@ -64,34 +63,6 @@ CALLS = {
     "mla, batch-invariant, latent": lambda: latent((False, False), width=130, batch_invariant=True),
 }
 OF_CALLS = pytest.mark.parametrize("name", CALLS)
-
-
-@pytest.fixture
-def allocated(monkeypatch):
-    """Functions of torch by which the package allocates from now on; not those of the interpreter."""
-    names = []
-    for owner, name in [
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_zeros"),
-        (torch.Tensor, "contiguous"),
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "zeros"),
-    ]:
-        function = getattr(owner, name)
-
-        def counted(*args, _function=function, _name=name, **options):
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith("triton_attn.") and not caller.startswith("triton_attn.toolchain"):
-                names.append(_name)
-            return _function(*args, **options)
-
-        monkeypatch.setattr(owner, name, counted)
-    return names
-
-
-def poisoned(x):
-    return torch.full((x.nbytes,), POISON, dtype=torch.uint8, device=DEVICE).view(x.dtype).view(x.shape)
 
 
 @OF_CALLS

@@ -9,7 +9,15 @@ import torch
 from small_caches import DEVICE, make, start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from triton_attn import OutOfPages, PagedKVCache, kv_cache_bytes_per_token
+from triton_attn import (
+    LatentKVCache,
+    OutOfPages,
+    PagedKVCache,
+    gather_kv_cache,
+    kv_cache_bytes_per_token,
+    mla_decode,
+    paged_attention,
+)
 
 pytestmark = pytest.mark.oldest
 
@@ -510,6 +518,22 @@ def test_made_or_grown_in_inference_mode_and_used_outside():
         cache.extend(seqs[5:8], [[4, 5]] * 3)
     cache.truncate(seq, 2)
     cache.free(seq)
+
+
+def test_a_batch_without_a_token():
+    """Its table has no columns; every call takes it."""
+    cache, latents = make(), LatentKVCache(4, 4, num_layers=1, kv_lora_rank=16, qk_rope_head_dim=8, device=DEVICE)
+    seqs, others = ([of.create([])[0] for _ in range(3)] for of in (cache, latents))
+    keys, q = (cache.k_cache[0], cache.v_cache[0]), torch.randn(3, 1, 1, 2, device=DEVICE)
+    out, lse = paged_attention(q, *keys, cache.cache_seqlens(seqs), cache.block_table(seqs), return_lse=True)
+    assert not out.any()
+    assert (lse == float("-inf")).all()
+    q = (torch.randn(3, 1, 2, n, dtype=torch.bfloat16, device=DEVICE) for n in (16, 8))
+    places = latents.cache_seqlens(others), latents.block_table(others)
+    assert not mla_decode(*q, latents.latent_cache[0], *places, softmax_scale=0.2).any()
+    starts = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    k, v = gather_kv_cache(*keys, cache.block_table(seqs), starts, 0)
+    assert k.shape == v.shape == (0, 1, 2)
 
 
 def test_a_cache_keeps_the_gpu_it_was_made_on():

@@ -21,7 +21,15 @@ from hypothesis.stateful import (
 )
 from levels import LEVEL
 from prefix_trees import check_shared, check_tree, every_group, levels_of, nodes_of
-from small_caches import contents, integers_of, make_step, quantizable, read_rows, write_rows
+from small_caches import (
+    contents,
+    every_method_is_called,
+    integers_of,
+    make_step,
+    quantizable,
+    read_rows,
+    write_rows,
+)
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_latent_cache
 from triton_attn._host.latent import read_latent_cache
@@ -29,6 +37,8 @@ from triton_attn.cache import prefix_groups
 from triton_attn.cache.events import PagesCleared, PagesStored
 from triton_attn.cache.hashing import root_hash
 from triton_attn.cache.layers import group_layers
+from triton_attn.cache.prefix_groups import PrefixGroups
+from triton_attn.cache.step import CacheStep
 
 pytestmark = pytest.mark.random
 TIMES = {"quick": 1, "ci": 3, "full": 100}[LEVEL]
@@ -148,6 +158,8 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.free_pages = [page for page in self.free_pages if page not in naive.held()]
         self.live[seq] = naive
+        ends = range(self.page_size, len(tokens) + 1, self.page_size)
+        assert self.cache.page_hashes(tokens, salt) == [self.hash(salt, tokens[:end]) for end in ends]
         if prefill:
             self.extend_batch([seq], [tokens[cached:]])
 
@@ -776,7 +788,7 @@ def page_hash(parent, token_ids):
 class PagedKVMachine(CacheMachine):
     """Keys and values say the integer, in fp32 or in int8 with a scale for each token."""
 
-    has_layouts = True
+    kind, has_layouts = PagedKVCache, True
 
     def make_cache(self, *args, token_scales, **options):
         sizes = dict(num_kv_heads=1, head_dim=2, dtype=torch.int8 if token_scales else torch.float32)
@@ -801,7 +813,7 @@ class PagedKVMachine(CacheMachine):
 class LatentMachine(CacheMachine):
     """The integer is the whole latent vector, and the rotary key in two digits that are exact in bf16 too."""
 
-    dtype, kv_lora_rank = torch.float32, 3
+    kind, dtype, kv_lora_rank = LatentKVCache, torch.float32, 3
 
     def make_cache(self, *args, token_scales, **options):
         return LatentKVCache(*args, kv_lora_rank=self.kv_lora_rank, qk_rope_head_dim=2, dtype=self.dtype, **options)
@@ -843,6 +855,7 @@ def test_random_operations(machine, examples, min_steps, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(prefix_groups, "plan_tree", every_group)
     CacheMachine.steps = 0
-    run_state_machine_as_test(machine, settings=settings(max_examples=TIMES * examples, stateful_step_count=50))
+    with every_method_is_called(machine.kind, CacheStep, PrefixGroups):
+        run_state_machine_as_test(machine, settings=settings(max_examples=TIMES * examples, stateful_step_count=50))
     print(f"{CacheMachine.steps} steps")
     assert CacheMachine.steps >= TIMES * min_steps

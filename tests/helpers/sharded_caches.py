@@ -1,8 +1,6 @@
 """Caches that are sharded over gloo processes on a CPU, each held against one process with all keys."""
 
 import contextlib
-import itertools
-import math
 import os
 import random
 from dataclasses import dataclass, field
@@ -12,8 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from draft_trees import bits_of
-from prefix_trees import every_group, tree_of
-from small_caches import integers_of, quantizable, read_rows, write_rows
+from prefix_trees import tree_of
 
 from triton_attn import (
     LatentKVCache,
@@ -26,8 +23,6 @@ from triton_attn import (
     paged_attention,
     reference,
 )
-from triton_attn._host.prefix_tree import read_tree
-from triton_attn.cache import prefix_groups
 from triton_attn.parallel import agreement, context_parallel_mla_decode, context_parallel_paged_attention, merging
 from triton_attn.testing import assert_close_to_reference
 
@@ -248,151 +243,6 @@ def received_bytes(mesh):
 
     with counting(merging, "_all_gather"), counting(dist, "all_to_all_single"):
         yield received
-
-
-def check_trace(seed, mesh):
-    """Random operations on a sharded cache do what they do on one with pages of the same tokens: the same tables,
-    lengths, prefixes found, OutOfPages, pages behind windows and prefix trees; the pages of a rank hold its tokens, and
-    nothing else; and a decode step over a prefix tree is attention."""
-    draw, num_ranks = random.Random(seed), mesh.size()
-    page_size, interleave = draw.choice([(1, 1), (2, 1), (4, 2), (4, 4), (3, 1)])
-    windows = draw.choice([None, None, [-1, 3], [4, 4, -1], [2, -1, 7]])
-    has_scales = draw.random() < 0.5
-    sizes = dict(
-        num_layers=len(windows or [-1]),
-        num_kv_heads=1,
-        head_dim=2,
-        dtype=torch.int8 if has_scales else torch.float32,
-        token_scales=has_scales,
-        layer_windows=windows,
-        device="cpu",
-    )
-    num_pages = draw.randint(4, 12) * len(set(windows or [-1]))
-    # The rank with the fewest pages decides for all.
-    own_pages = num_pages + (mesh.get_local_rank() + seed) % num_ranks
-    caches = [PagedKVCache(num_pages, page_size * num_ranks, **sizes)]
-    caches.append(PagedKVCache(own_pages, page_size, mesh=mesh, interleave=interleave, **sizes))
-    for x in itertools.chain.from_iterable(map(pages_of, caches)):
-        x.fill_(math.nan if x.is_floating_point() else 127)  # where nothing is written
-    live, contents = [], []  # pairs of sequences, and the contents of their tokens
-    for _ in range(60):
-        action = draw.choice(["create", "extend", "extend", "decode", "fork", "truncate", "free"])
-        i = draw.randrange(len(live)) if live else None
-        if action == "create" or i is None:
-            tokens = [draw.randint(0, 1) for _ in range(draw.randint(0, 3 * page_size * num_ranks))]
-            created = [cache.create(tokens) for cache in caches]
-            assert created[0][1] == created[1][1]
-            live.append([seq for seq, _ in created])
-            contents.append(prefixes(tokens[: created[0][1]]))
-        elif action in ("extend", "decode"):
-            chosen = range(len(live)) if action == "decode" else [i]
-            new = [[draw.randint(0, 1) for _ in range(1 if action == "decode" else draw.randint(0, 9))] for _ in chosen]
-            slots = alike(caches, live, "extend", [[live[k][j] for k in chosen] for j in (0, 1)], new)
-            if slots is None:
-                continue
-            grown = [prefixes(list(tokens), contents[k]) for k, tokens in zip(chosen, new)]
-            added = torch.tensor([x for k, of in zip(chosen, grown) for x in of[len(contents[k]) :]])
-            for cache, where in zip(caches, slots):
-                for group, layer, _ in places_of(cache):
-                    rows = quantizable(added + layer)
-                    write_rows(cache, layer, rows, rows, where if windows is None else where[group])
-            for k, of in zip(chosen, grown):
-                contents[k] = of
-        elif action == "fork":
-            live.append([cache.fork(live[i][j]) for j, cache in enumerate(caches)])
-            contents.append(list(contents[i]))
-        elif action == "truncate":
-            n = draw.randint(0, len(contents[i]))
-            if alike(caches, live, "truncate", live[i], n) is not None:
-                contents[i] = contents[i][:n]
-        else:
-            for cache, seq in zip(caches, live.pop(i)):
-                cache.free(seq)
-            contents.pop(i)
-        compare(caches, live, contents, mesh.get_local_rank(), num_ranks, interleave)
-    check_attention(caches, live, mesh, interleave, *draw.choice(places_of(caches[0])))
-
-
-def alike(caches, live, name, seqs, argument):
-    """What a method returns of each cache for its own sequences; None if both refuse it, with nothing changed."""
-    before, results = [cache.stats() for cache in caches], []
-    before_tables = [tables(cache, live, j) for j, cache in enumerate(caches)]
-    for cache, own in zip(caches, seqs):
-        with contextlib.suppress(OutOfPages, ValueError):
-            results.append(getattr(cache, name)(own, argument))
-    assert len(results) in (0, 2)
-    if results:
-        return results
-    assert before == [cache.stats() for cache in caches]
-    assert before_tables == [tables(cache, live, j) for j, cache in enumerate(caches)]
-    return None
-
-
-def places_of(cache):
-    """(group, layer of the tensors, window) of each layer."""
-    return [(0, 0, -1)] if cache.layers is None else cache.layers
-
-
-def prefixes(tokens, before=()):
-    """A content for each token that says all tokens up to it, as an fp32 number holds exactly."""
-    found = list(before)
-    for token in tokens:
-        found.append(hash((found[-1] if found else 0, token)) % 2**20)
-    return found
-
-
-def tables(cache, live, j):
-    seqs = [pair[j] for pair in live]
-    return cache.cache_seqlens(seqs).tolist(), cache.block_table(seqs).tolist()
-
-
-def table_of(cache, seqs, group):
-    table = cache.block_table(seqs)
-    return table if cache.layers is None else table[group]
-
-
-def compare(caches, live, contents, rank, num_ranks, interleave):
-    whole, sharded = caches
-    assert whole.stats() == sharded.stats()
-    assert tables(whole, live, 0) == tables(sharded, live, 1)
-    num_slots = sharded.k_cache.shape[2]
-    for (_, seq), content in zip(live, contents):
-        for group, layer, window in places_of(sharded):
-            pages = table_of(sharded, [seq], group)[0].long()
-            assert len(pages) == math.ceil(len(content) / (num_slots * num_ranks))
-            # What the next token sees, page by page.
-            first = max(0, len(content) - window) // (num_slots * num_ranks) if window >= 0 else 0
-            own = [x + layer for t, x in enumerate(content) if t // interleave % num_ranks == rank][first * num_slots :]
-            slots = (pages[first:, None] * num_slots + torch.arange(num_slots)).flatten()[: len(own)]
-            for rows in read_rows(sharded, layer, slots):
-                assert integers_of(rows).tolist() == own
-
-
-def check_attention(caches, live, mesh, interleave, group, layer, window):
-    """The trees of both caches are the same, and a query of each sequence attends over the ranks' as over the whole.
-
-    It sees what the next token does, but for that token itself: after a truncation older pages may be gone.
-    """
-    q = torch.randn(len(live), 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    options = dict(softmax_scale=2.0**-20, window_size=(window - 1 if window > 0 else window, -1))
-    whole, sharded = (cached_keys(cache, [pair[j] for pair in live], group, layer) for j, cache in enumerate(caches))
-    trees = [keys.pop("prefix_tree") for keys in (whole, sharded)]
-    assert (trees[0] is None) == (trees[1] is None)
-    assert trees[0] is None or read_tree(trees[0]) == read_tree(trees[1])
-    expected = reference.paged_attention(q, **whole, **options)
-    sharding = dict(mesh=mesh, interleave=interleave, prefix_tree=trees[1])
-    found = context_parallel_paged_attention(q, **sharded, **options, **sharding)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * 2**20)
-
-
-def cached_keys(cache, seqs, group, layer):
-    """What a call for two query heads takes of a layer of a PagedKVCache, with the tree of all nodes."""
-    with mock.patch.object(prefix_groups, "plan_tree", every_group):
-        tree = cache.prefix_groups(2, layer_group=None if cache.layers is None else group).tree(seqs)
-    tensors = dict(k_cache=cache.k_cache, v_cache=cache.v_cache, k_scale=cache.k_scale, v_scale=cache.v_scale)
-    tensors = {name: x if x is None else x[layer] for name, x in tensors.items()}
-    places = dict(cache_seqlens=cache.cache_seqlens(seqs), block_table=table_of(cache, seqs, group))
-    return dict(**tensors, **places, prefix_tree=tree)
 
 
 def check_keep(case, mesh):

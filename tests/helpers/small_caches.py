@@ -1,6 +1,10 @@
 """Paged caches whose tokens are written as their own ids."""
 
+import contextlib
+import functools
 import os
+import sys
+from unittest import mock
 
 import torch
 
@@ -64,3 +68,27 @@ def write_rows(cache, layer, k, v, slots, **options):
     scales = [None if x is None else x[layer] for x in (cache.k_scale, cache.v_scale)]
     caches = cache.k_cache[layer], cache.v_cache[layer]
     append_kv_cache(k, v, *caches, slots, k_scale=scales[0], v_scale=scales[1], **options)
+
+
+@contextlib.contextmanager
+def every_method_is_called(*kinds):
+    """Fails at the end if a public method of these classes was not called meanwhile, other than by the package."""
+    names = {(kind, name) for kind in kinds for name in dir(kind) if name[0] != "_" and callable(getattr(kind, name))}
+    called = set()
+
+    def counted(kind, name):
+        method = getattr(kind, name)
+
+        @functools.wraps(method)
+        def call(*args, **options):
+            if not sys._getframe(1).f_globals["__name__"].startswith("triton_attn"):
+                called.add((kind, name))
+            return method(*args, **options)
+
+        return mock.patch.object(kind, name, call)
+
+    with contextlib.ExitStack() as patches:
+        for kind, name in names:
+            patches.enter_context(counted(kind, name))
+        yield
+    assert called == names, f"never called: {sorted(f'{kind.__name__}.{name}' for kind, name in names - called)}"

@@ -19,6 +19,10 @@ CASES = {
     "weights": {},
     "latent vectors": dict(with_uk=False, with_uv=False, softmax_scale=0.1),
     "fp8": dict(is_fp8=True, kv_lora_rank=128, page_size=64),
+    "a rank": dict(key_shard=(1, 2, 8)),
+    "numbers as scales": dict(cache_dtype=torch.float8_e4m3fn, k_scale=0.5, k_pe_scale=2.0),
+    "tensors as scales": dict(cache_dtype=torch.float8_e5m2, k_scale=0.5, k_pe_scale=2.0, scale_tensors=True),
+    "fp8 of a rank": dict(is_fp8=True, kv_lora_rank=128, page_size=64, key_shard=(2, 3, 4)),
 }
 
 
@@ -45,6 +49,7 @@ class Pool:
         )
         cache = inputs.cache, lengths, table, inputs.w_uk, inputs.w_uv
         options |= dict(cu_seqlens_q=cu_seqlens, max_seqlen_q=longest, softmax_scale=inputs.softmax_scale)
+        options |= dict(key_shard=inputs.case.key_shard, **inputs.scales)
         return function(*queries, *cache, return_lse=True, **options)
 
     def attend(self, parts, spare=0):
@@ -71,6 +76,23 @@ def test_bits_do_not_depend_on_the_batch(name, short_splits):
     out, lse = pool.call(reference.mla_decode, parts=[(i, 0, n) for i, n in enumerate(LENGTHS)])
     torch.testing.assert_close(torch.cat(pool.outs), out, atol=8e-3, rtol=8e-3)
     torch.testing.assert_close(torch.cat(pool.lses, 1), lse, atol=1e-3, rtol=1e-3)
+
+
+def test_rotated_bits_do_not_depend_on_the_batch(short_splits):
+    """Rotations are of queries that are not packed."""
+    inputs = Inputs(Case(seqlens_k=LENGTHS, seqlen_q=3, num_heads=20, rotary_dim=16))
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+
+    def attend(rows):
+        of_rows = (x[rows] for x in (inputs.q_nope, inputs.q_pe, inputs.block_table, lengths))
+        q_nope, q_pe, table, seqlens = of_rows
+        cache = inputs.cache, seqlens, table, inputs.w_uk, inputs.w_uv
+        return mla_decode(q_nope, q_pe, *cache, **inputs.rope, batch_invariant=True, return_lse=True)
+
+    wanted = attend([0, 1, 2])
+    for rows in ([1], [2, 0], [0, 0, 1, 2, 1]):
+        for found, whole in zip(attend(rows), wanted):
+            assert torch.equal(found, whole[rows])
 
 
 def test_a_table_without_pages():

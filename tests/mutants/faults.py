@@ -93,7 +93,7 @@ GROUPS = {
         _run("tests/paged/test_random_invariant.py", "tests/mla/test_random_invariant.py"),
         _run("tests/paged/test_random_invariant_calls.py"),
     ),
-    "WORKSPACE": (_run("tests/test_workspace.py"),),
+    "WORKSPACE": (_run("tests/test_workspace.py"), _run("tests/test_random_workspace.py")),
     "LAUNCH": (_run("tests/_host/test_launch.py", compiled=True),),
     "EMULATED_DECODE": tuple(
         _run("--emulate", arch, "tests/_jit/test_decode.py", compiled=True) for arch in ("sm_90", "sm_80")
@@ -1688,5 +1688,20 @@ FAULTS = (
         "    if out is None or num_tokens is not None:\n",
         "    if out is None:\n",
         "KNOWN",
+    ),
+    Fault("MS1", "triton_attn/_host/checks.py", "!= 1 and x.shape[-1] > 1:", "!= 1 and x.shape[-1] != 1:", "CACHE"),
+    Fault(
+        "MS2",
+        "triton_attn/paged/forward.py",
+        "    start, end = tl.min(position, 0), tl.max(position, 0) + 1\n    if TILE.SHARDED:",
+        "    start, end = tl.min(position, 0) - 32, tl.max(position, 0) + 1\n    if TILE.SHARDED:",
+        "PREFIX_PAGED",
+    ),
+    Fault(
+        "MS3",
+        "triton_attn/cache/transfer.py",
+        "    cache._name_full_pages(range(row, row + cache._num_groups))\n    return row",
+        "    cache._name_full_pages(range(row, row + 1))\n    return row",
+        "MOVE",
     ),
 )

@@ -331,6 +331,26 @@ def test_shared_pages_are_read_once(part):
 
 
 @interpreted
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("part", [None, WHOLE, 1])
+@pytest.mark.parametrize("window_size", [(0, -1), (20, -1), (40, 8), (-1, 8)])
+def test_pages_that_a_query_sees_are_read_once(window_size, part, num_splits):
+    """With a tree each page that any sequence sees, without one the pages of each; tiles are pages."""
+    case = replace(PLAIN, seqlens_q=(1,) * 8, seqlens_k=(96, 96, 96, 80, 64, 48, 32, 16), num_heads_kv=1, group_size=2)
+    case = replace(case, forks=(None, (0, 5), (1, 4), (2, 3), (3, 3), (4, 2), (5, 1), None), part=part)
+    case = replace(case, window_size=window_size, causal=False, sinks=torch.float32, num_splits=num_splits)
+    case = replace(case, config=PagedConfig(16, 16, 4, 1))
+    inputs = Inputs(case)
+    with using(case.config), guard() as accesses:
+        inputs.call()
+    left = window_size[0] if window_size[0] >= 0 else 96
+    seen = [table[max(0, n - 1 - left) // 16 :] for table, n in zip(inputs.tables, case.seqlens_k)]
+    pages = [page for own in seen for page in own]
+    for name in ("k.ptr", "v.ptr"):
+        assert accesses.bytes_loaded[name] == len(pages if part is None else set(pages)) * 16 * 64 * 2
+
+
+@interpreted
 def test_pages_outside_of_the_window_are_not_touched(record_property):
     """A decode step reads the visible keys, rounded up to at most a tile."""
     case = replace(PLAIN, seqlens_k=(1000, 513, 64), page_size=64, config=PagedConfig(16, 64, 4, 1))

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import sharded_caches
+import sharded_traces
 import torch
+from levels import LEVEL
 from parallel_ranks import run, run_without_a_rank
 from prefix_trees import tree_of_all
 from sharded_caches import Case
@@ -15,6 +17,7 @@ from triton_attn import PagedKVCache
 from triton_attn.parallel import context_parallel_mla_decode, context_parallel_paged_attention
 from triton_attn.parallel.merging import check_heads
 
+NUM_TRACES = {"quick": 4, "ci": 12, "full": 100}[LEVEL]  # of each kind, 60 operations each
 ATTEND = {False: context_parallel_paged_attention, True: context_parallel_mla_decode}
 MASKS = [
     dict(),
@@ -82,9 +85,10 @@ def test_bytes_that_ranks_receive(tmp_path, monkeypatch):
     assert run(sharded_caches.check_bytes, given, 4, tmp_path / "store") == []
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.ci)])
 def test_random_operations(num_ranks, tmp_path):
-    assert run(sharded_caches.check_trace, list(range(12)), num_ranks, tmp_path / "store") == []
+    traces = [(kind, range(NUM_TRACES)) for kind in ("heads", "token scales", "latent")]
+    assert run(sharded_traces.check_traces, traces, num_ranks, tmp_path / "store") == []
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=pytest.mark.full)])
