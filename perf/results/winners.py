@@ -235,15 +235,15 @@ def begin(path):
 def update(path, arch, entries):
     """Write the entries to the table at path, which need not exist. The rest of the table stays.
 
-    A new entry replaces one for the same case, buckets and Triton. A measured one also replaces all predictions for its
-    case, and no prediction is added beside it.
+    A new entry replaces one for the same case, buckets and Triton, of the same GPU. A measured one also replaces all
+    predictions for its case, and no prediction is added beside it.
     """
     table = tuned.read_table(path)["entries"] if path.exists() else []
     for new in entries:
         same = [old for old in table if _of_case(old) == _of_case(new)]
         if new["source"] != MEASURED and any(old["source"] == MEASURED for old in same):
             continue
-        replaced = [old for old in same if old["buckets"] == new["buckets"] or old["source"] != new["source"]]
+        replaced = [old for old in same if _where(old) == _where(new) or old["source"] != new["source"]]
         table = [old for old in table if old not in replaced] + [new]
     _write(path, {"format": tuned.FORMAT, "arch": arch, "entries": sorted(table, key=_order)})
 
@@ -253,11 +253,22 @@ def _of_case(entry):
     return entry["family"], entry["dtype"], entry["case"], entry["triton"].split(".")[:2]
 
 
+def _where(entry):
+    return entry["buckets"], entry["device"]
+
+
 def _order(entry):
     kind = FAMILIES_OF_TABLES[entry["family"]]
     case = [entry["case"][name] for name in kind.case_types]
     buckets = [entry["buckets"][name] for name in kind.buckets]
-    return list(FAMILIES_OF_TABLES).index(entry["family"]), entry["dtype"], case, buckets, entry["triton"]
+    return (
+        list(FAMILIES_OF_TABLES).index(entry["family"]),
+        entry["dtype"],
+        case,
+        buckets,
+        entry["triton"],
+        entry["device"],
+    )
 
 
 def _write(path, table):

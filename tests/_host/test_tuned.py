@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from hopper_cases import write_record
 
 import triton_attn
 from triton_attn._host import tuned
 from triton_attn._host.config import FAMILIES
 from triton_attn.dense.tiles import FlashCase
-from triton_attn.flash.configs import FlashConfig
+from triton_attn.flash.configs import FlashConfig, HopperConfig
 from triton_attn.mla.configs import MlaDecodeConfig, MlaPrefillConfig
 from triton_attn.paged.configs import PagedCase, PagedConfig
 from triton_attn.toolchain import compile_only
@@ -138,6 +139,73 @@ def test_the_last_table_comes_first_and_the_package_s_last(tmp_path, monkeypatch
     assert flash_config().num_stages == 1
 
 
+H100, PCIE, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200"
+
+
+def on(monkeypatch, *names, arch="sm_90"):
+    """This machine has GPUs of these names."""
+    monkeypatch.setattr(tuned, "_gpus_here", lambda: [(arch, name) for name in names])
+    triton_attn.use_tuned(None)
+
+
+def test_entries_of_this_gpu_come_first(tmp_path, monkeypatch):
+    """At every length. Those of others serve cases that it has none for."""
+    entries = [
+        flash_entry(1024, num_stages=2) | {"device": H100},
+        flash_entry(4096, num_stages=3) | {"device": H200},
+        flash_entry(1024, num_stages=4) | {"device": H200},
+    ]
+    full = entries[1] | {"case": FLASH_CASE | {"causal": False}}
+
+    def stages(*names, **case):
+        on(monkeypatch, *names)
+        triton_attn.use_tuned(write(tmp_path / "t.json", *entries, full))
+        return flash_config(**case).num_stages
+
+    assert stages(H100, seqlen_k=4096) == stages(H100, seqlen_k=1024) == 2
+    assert stages(H200, seqlen_k=4096) == 3
+    assert stages(H200, seqlen_k=1024) == 4
+    assert stages(H100, causal=False) == stages(H200, causal=False) == stages(PCIE, causal=False) == 3
+
+
+HOPPER_CASE = {"head_dim": 128, "causal": False}
+
+
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        ([H100], True),
+        ([H100, H100], True),
+        ([], True),  # calls are only compiled
+        ([PCIE], False),
+        ([H200], False),
+        ([H100 + " MIG 1g.10gb"], False),
+        ([H100, H200], False),
+    ],
+    ids=str,
+)
+def test_a_record_counts_on_the_gpu_that_it_names(names, counts, tmp_path, monkeypatch):
+    """Elsewhere it gives the config, and does not make its kernel the default."""
+    on(monkeypatch, *names)
+    config = {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True}
+    entry = {"family": "flash_hopper", "dtype": "bfloat16", "case": HOPPER_CASE, "buckets": {"seqlen_k": 4096}}
+    triton_attn.use_tuned(write_record(tmp_path / "t.json", **entry, config=config, device=H100))
+    case = FlashCase("sm_90", torch.bfloat16, 128, 128, False, seqlen_k=4096)
+    assert tuned.is_chosen(HopperConfig, case) == counts
+    assert (HopperConfig.choose(case, "auto") is not None) == counts
+    assert HopperConfig.choose(case, "hopper") == HopperConfig(**config)
+
+
+def test_a_gpu_of_another_architecture_does_not_end_a_record(tmp_path, monkeypatch):
+    on(monkeypatch, H100)
+    here = tuned._gpus_here()
+    monkeypatch.setattr(tuned, "_gpus_here", lambda: [*here, ("sm_80", "NVIDIA A100-SXM4-80GB")])
+    entry = {"family": "flash_hopper", "dtype": "bfloat16", "case": HOPPER_CASE, "buckets": {"seqlen_k": 4096}}
+    config = {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True}
+    triton_attn.use_tuned(write_record(tmp_path / "t.json", **entry, config=config, device=H100))
+    assert tuned.is_chosen(HopperConfig, FlashCase("sm_90", torch.bfloat16, 128, 128, False, seqlen_k=4096))
+
+
 def broken(change):
     entry = copy.deepcopy(flash_entry())
     change(entry)
@@ -194,7 +262,7 @@ def test_a_foreign_table_is_refused(tmp_path, monkeypatch):
         triton_attn.use_tuned(tmp_path / "missing.json")
     with pytest.raises(ValueError, match=r"triton: expected an entry of Triton \d.*, got 2\.0\.0"):
         triton_attn.use_tuned(write(tmp_path / "old.json", flash_entry() | {"triton": "2.0.0"}))
-    monkeypatch.setattr(tuned, "_archs_here", lambda: ["sm_90"])
+    monkeypatch.setattr(tuned, "_gpus_here", lambda: [("sm_90", "NVIDIA H100")])
     with pytest.raises(ValueError, match=r"arch: expected that of a GPU of this machine, sm_90, got sm_80"):
         triton_attn.use_tuned(write(tmp_path / "a100.json", flash_entry(), arch="sm_80"))
     assert flash_config() is None

@@ -59,6 +59,7 @@ FAKES = {
     "is_available": lambda: True,
     "is_initialized": lambda: False,
     "current_device": lambda: 0,
+    "device_count": lambda: 1,
     "get_device_name": lambda *device: os.environ["STUB_GPU"],
     "get_device_capability": lambda *device: (9, 0),
     "get_device_properties": lambda *device: PROPERTIES,

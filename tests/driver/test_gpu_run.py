@@ -126,6 +126,10 @@ def test_a_record_makes_its_kernel_the_default_of_calls_and_of_later_stages(run,
     at_bench = said[said.index("compiling for bench") :]
     assert "_flash_fwd_hopper_kernel" in at_bench
     assert "_flash_fwd_kernel" not in at_bench
+    code, said = run("gpu", "--resume", out, "--minutes", "60", "--stages", "bench", STUB_GPU=H200, **auto)
+    assert code == 0, said
+    assert "_flash_fwd_kernel" in said
+    assert "_flash_fwd_hopper_kernel" not in said, "the record is of another GPU"
     before = journal_of(out)
     code, said = run("gpu", "--resume", out, "--minutes", "60", "--stages", "records,bench", **auto)
     assert (code, journal_of(out)) == (0, before), said

@@ -152,14 +152,17 @@ OPTIONS = {
     "alibi": dict(alibi_slopes=torch.empty(NUM_HEADS)),
     "dropout": dict(dropout_p=0.1, dropout_seed=torch.empty(1, dtype=torch.int64)),
 }
+OPTIONS["both"] = OPTIONS["softcap"] | OPTIONS["dropout"]
 # Spill instructions in a loop on sm_90 by (head dim, option, kernel), Triton 3.6.0 and later versions; others: none.
-SPILLS_OF_OPTIONS = {(512, "dropout", "dk"): (0, 6)}
+# Tiles of 64 rows have none with "both", and 280 TFLOP/s in place of 357.
+SPILLS_OF_OPTIONS = {(512, "dropout", "dk"): (0, 6), (512, "both", "dk"): (0, 8), (512, "both", "dq"): (0, 4)}
 
 
 @pytest.mark.ci
 @pytest.mark.oldest
-@pytest.mark.parametrize("head_dim", [320, 384, 512])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("option", "head_dim"), [*itertools.product(["softcap", "alibi", "dropout"], [320, 384, 512]), ("both", 512)]
+)
 def test_options_of_wide_heads(option, head_dim, record_property):
     q, out = (torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=torch.float16) for _ in range(2))
     options = AttentionOptions(head_dim**-0.5, WINDOWS["causal"], None, None, None)._replace(**OPTIONS[option])

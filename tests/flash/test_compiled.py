@@ -203,6 +203,24 @@ def test_loop_over_full_tiles_on_hopper(head_dim, record_property):
         assert report.lock == pytest.approx(plain.lock, rel=0.03)
 
 
+# TFLOP/s at head dimension 512, floors below the values of Triton 3.6.0 and 3.9.0, and the most bytes spilled: where a
+# program begins and ends.
+WIDEST = {"sm_80": (105, 0), "sm_90": (480, 16)}
+
+
+@pytest.mark.ci
+@pytest.mark.oldest
+@pytest.mark.parametrize("arch", WIDEST)
+def test_the_widest_heads(arch, record_property):
+    lock, spilled = WIDEST[arch]
+    launch = compile_default(arch, torch.bfloat16, 512, 512, "causal")
+    report = loop_model.analyze(launch.kernel)
+    record_property("figure", f"bf16 {describe(launch, report, 'causal')}")
+    assert report.lock >= lock
+    assert report.hot.spills == 0
+    assert launch.spill_bytes <= spilled
+
+
 LENGTHS = (1, 2, 15, 16, 17, 31, 64, 127, 128, 129, 1000, 1024, 2047, 4096, 4097)
 
 

@@ -39,7 +39,7 @@ def at_the_desk_of_a_reader(folder):
     os.chdir(folder)
     try:
         with (
-            mock.patch.object(tuned, "_archs_here", return_value=["sm_90"]),
+            mock.patch.object(tuned, "_gpus_here", return_value=[("sm_90", "NVIDIA H100")]),
             mock.patch.object(transformers.AutoModelForCausalLM, "from_pretrained", small_model),
         ):
             yield

@@ -1152,6 +1152,15 @@ FAULTS = (
     Fault(
         "W14", "perf/commands/gpu.py", "if stage.heeds_table and table_of(out_dir).exists():", "if False:", "GPU_RUN"
     ),
+    Fault("W15", "triton_attn/_host/tuned.py", 'if names <= {entry["device"]}', "if True", "CONFIGS"),
+    Fault("W16", "triton_attn/_host/tuned.py", "replaces = are_own and ", "replaces = ", "CONFIGS"),
+    Fault(
+        "W17",
+        "perf/results/winners.py",
+        'return entry["buckets"], entry["device"]',
+        'return entry["buckets"]',
+        "CONFIGS",
+    ),
     Fault("W11", "triton_attn/_host/tuned.py", 'entry["source"] == MEASURED and ', "", "HOPPER"),
     Fault("W02", "perf/results/winners.py", "return default if default in near else", "return", "CONFIGS"),
     Fault(

@@ -220,6 +220,17 @@ def test_default(arch, head_dim, rows, variant, record_property):
         assert rows != "prefill" or arch != "sm_90" or launch.uses_wgmma
 
 
+@pytest.mark.ci
+@pytest.mark.oldest
+def test_chunks_of_the_widest_heads(record_property):
+    """TFLOP/s at head dimension 512 on sm_90: a floor below the values of Triton 3.6.0 and 3.9.0."""
+    launch, *_ = compile_default("sm_90", 512, "prefill", "plain")
+    report = loop_model.analyze(launch.kernel)
+    record_property("figure", f"paged sm_90 512 prefill: lock {report.lock:.0f}, {launch.spill_bytes} B spilled")
+    assert report.lock >= 240
+    assert report.hot.spills == 0
+
+
 @pytest.mark.oldest
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_packed_values_are_copied_in_vectors(page_size):

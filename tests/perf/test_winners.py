@@ -148,6 +148,10 @@ def test_measurements_take_the_place_of_predictions(entry, tmp_path):
     winners.update(path, "sm_90", [better])
     assert better in entries(path)
     assert measured[0] not in entries(path)
+    of_another_gpu = better | {"device": "another GPU", "figure": 800.0}
+    winners.update(path, "sm_90", [of_another_gpu])
+    assert better in entries(path)
+    assert of_another_gpu in entries(path)
     assert [*tmp_path.rglob("*.part")] == []
 
 

@@ -4,8 +4,9 @@ A table is JSON: `format`, `arch` and `entries`. An entry has the calls it is fo
 `case` and `buckets` that its Config names), its `config`, and its origin, see ABOUT.
 
 A call takes the entry with its dtype and its case that was made with the same major and minor version of Triton,
-because another compiler may spill. Of several it takes the one with the nearest buckets, by the sum of |log2(the call's
-/ the entry's)|; of two that are equally near, the one with smaller buckets.
+because another compiler may spill. Entries of this GPU come first: those of others serve the cases that it has none
+for. Of several a call takes the one with the nearest buckets, by the sum of |log2(the call's / the entry's)|; of two
+that are equally near, the one with smaller buckets.
 
 Tables are searched from the one added last to the package's. The first table that has the case decides. Without an
 entry a call takes the default of the family's configs.py. The package's tables contain only configs measured on a GPU:
@@ -14,9 +15,12 @@ predictions are already in the defaults.
 An entry of a kernel that may replace a portable one is also a record of it, and makes it the default if
 - the entry was measured: its results were right, with the largest `error` beside the `bound` that it must not exceed;
 - the portable kernel was not faster in the same run. Its figure is `portable`, and `peers` has those of other packages;
+- `device` is this GPU by its full name. H100 SXM, H100 PCIe and H200 differ in SMs, clock, power and memory, so which
+  kernel is faster on one is not known from another. If a machine has GPUs of the architecture with several names, no
+  record counts. Without such a GPU, where calls are only compiled, all do;
 - `kernel`, a digest of the code that the kernel is compiled from (sources.py), is that of this package.
 
-With any other code the entry still gives the kernel's config, and calls take the portable kernel.
+On any other GPU and with any other code the entry still gives the kernel's config, and calls take the portable kernel.
 """
 
 import contextlib
@@ -276,7 +280,7 @@ def _shipped(arch):
 def _index_of(path):
     """The index of a user's table. Raises ValueError if no entry is for this machine."""
     table = read_table(path)
-    archs = _archs_here()
+    archs = sorted({arch for arch, _ in _gpus_here()})
     if archs and table["arch"] not in archs:
         fail(f"{path}, arch", f"that of a GPU of this machine, {' or '.join(archs)}", table["arch"])
     index = _index(table)
@@ -287,24 +291,32 @@ def _index_of(path):
 
 
 def _index(table):
-    """{(arch, family, dtype, values of the case): {values of the buckets: Tuned}} for this Triton."""
+    """{(arch, family, dtype, values of the case): {values of the buckets: Tuned}} for this Triton, for each case of
+    this GPU's entries if it has any."""
+    names = {name for arch, name in _gpus_here() if arch == table["arch"]}
+    entries = [entry for entry in table["entries"] if _series(entry["triton"]) == _series(_triton_version())]
+    own = [entry for entry in entries if names <= {entry["device"]}]
+    others = [entry for entry in entries if entry not in own]
+    return _index_entries(table["arch"], others, False) | _index_entries(table["arch"], own, True)
+
+
+def _index_entries(arch, entries, are_own):
     index = {}
-    for entry in table["entries"]:
-        if _series(entry["triton"]) != _series(_triton_version()):
-            continue
+    for entry in entries:
         config = FAMILIES[entry["family"]]
         case = tuple(entry["case"][name] for name in config.case_types)
         buckets = tuple(entry["buckets"][name] for name in config.buckets)
-        same_case = index.setdefault((table["arch"], entry["family"], entry["dtype"], case), {})
-        replaces = entry["source"] == MEASURED and entry["figure"] >= entry.get("portable", math.inf)
+        same_case = index.setdefault((arch, entry["family"], entry["dtype"], case), {})
+        replaces = are_own and entry["source"] == MEASURED and entry["figure"] >= entry.get("portable", math.inf)
         same_case[buckets] = Tuned(config.from_dict(entry["config"]), entry.get("kernel") if replaces else None)
     return index
 
 
-def _archs_here():
+def _gpus_here():
+    """(architecture, name) of each GPU of this machine."""
     if not torch.cuda.is_available():
         return []
-    return sorted({gpu_arch(i) for i in range(torch.cuda.device_count())})
+    return [(gpu_arch(i), torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
 
 
 def _triton_version():
@@ -332,7 +344,8 @@ def read_table(path):
     for i, entry in enumerate(table["entries"]):
         name = f"{path}, entries[{i}]"
         _check_entry(name, entry, gpu_of(table["arch"]))
-        key = json.dumps([entry[field] for field in ("family", "dtype", "case", "buckets")] + _series(entry["triton"]))
+        fields = "family", "dtype", "case", "buckets", "device"
+        key = json.dumps([entry[field] for field in fields] + _series(entry["triton"]))
         if key in seen:
             fail(name, "an entry of its own", "one that an earlier entry is for too")
         seen.add(key)
