@@ -187,7 +187,7 @@ HOPPER_CASE = {"head_dim": 128, "causal": False}
 def test_a_record_counts_on_the_gpu_that_it_names(names, counts, tmp_path, monkeypatch):
     """Elsewhere it gives the config, and does not make its kernel the default."""
     on(monkeypatch, *names)
-    config = {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True}
+    config = {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True, "tiles": 1}
     entry = {"family": "flash_hopper", "dtype": "bfloat16", "case": HOPPER_CASE, "buckets": {"seqlen_k": 4096}}
     triton_attn.use_tuned(write_record(tmp_path / "t.json", **entry, config=config, device=H100))
     case = FlashCase("sm_90", torch.bfloat16, 128, 128, False, seqlen_k=4096)
@@ -201,7 +201,7 @@ def test_a_gpu_of_another_architecture_does_not_end_a_record(tmp_path, monkeypat
     here = tuned._gpus_here()
     monkeypatch.setattr(tuned, "_gpus_here", lambda: [*here, ("sm_80", "NVIDIA A100-SXM4-80GB")])
     entry = {"family": "flash_hopper", "dtype": "bfloat16", "case": HOPPER_CASE, "buckets": {"seqlen_k": 4096}}
-    config = {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True}
+    config = {"block_n": 64, "groups": 2, "num_stages": 2, "lazy": True, "tiles": 1}
     triton_attn.use_tuned(write_record(tmp_path / "t.json", **entry, config=config, device=H100))
     assert tuned.is_chosen(HopperConfig, FlashCase("sm_90", torch.bfloat16, 128, 128, False, seqlen_k=4096))
 
