@@ -17,7 +17,7 @@ MOST = {"flash": 75, "flash, lse": 75, "flash, window, sinks": 76, "varlen": 84,
 MOST |= {"backward": 185, "backward, gradient of lse": 186, "backward, sinks": 185, "backward, deterministic": 184}
 MOST |= {"backward, varlen": 188, "backward, varlen, gradient of lse": 189, "backward by autograd": 219}
 MOST |= {"paged": 78, "paged, lse": 78, "paged, splits": 115, "paged, prefix tree": 151, "paged, chunk": 78}
-MOST |= {"paged, fp8": 93, "mla decode": 84, "mla decode, splits": 120, "mla decode, fp8": 91}
+MOST |= {"paged, fp8": 84, "mla decode": 84, "mla decode, splits": 120, "mla decode, fp8": 91}
 MOST |= {"mla decode, weights": 156, "mla prefill, fused": 82, "mla prefill, absorbed": 152, "merge": 52}
 
 

@@ -205,6 +205,8 @@ def check_factor(name: str, scale: Any) -> Any:
 def check_kv_scale(name, scale, cache):
     """A factor of a cache (pages, slots, heads, dim), as `check_cache_scale` has it or, of a quantized cache, an fp32
     tensor (pages, slots, heads) of one for each token and head."""
+    if type(scale) is float and 0 < scale < math.inf:
+        return scale  # as most are, in little time
     if not isinstance(scale, torch.Tensor) or scale.ndim != 3:
         return check_cache_scale(name, scale, cache.shape[2], cache.device)
     if cache.dtype not in QUANTIZED_BITS:

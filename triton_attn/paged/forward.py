@@ -21,7 +21,6 @@ from .._host.layout import (
     vector_elements,
     without_dim,
 )
-from .._host.observers import number_and_tensor
 from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
 from .._host.workspace import only_counts
@@ -660,15 +659,17 @@ def _new_splits(num_splits, out, workspace):
 def _scales_and_scores(call, plan):
     """Scales, Scores and a factor of out. A scale that is a number multiplies softmax_scale or out."""
     scores, k_scale, v_scale, alibi = plan.scores, call.k_scale, call.v_scale, call.options.alibi_slopes
+    out_factor = 1.0
     if alibi is not None:
         batch_stride, head_stride = batch_head_strides(alibi)
         scores = scores._replace(alibi=View(alibi, Strides(batch_stride, 0, head_stride)))
     if k_scale is None and v_scale is None:
-        return NO_SCALES, scores, 1.0
-    (k_number, k_tensor), (v_number, v_tensor) = number_and_tensor(k_scale), number_and_tensor(v_scale)
-    if k_number is not None:
-        scores = scores._replace(scale_log2=scores.scale_log2 * k_number)
-    return scales_of(k_tensor, v_tensor), scores, 1.0 if v_number is None else v_number
+        return NO_SCALES, scores, out_factor
+    if isinstance(k_scale, float):
+        scores, k_scale = Scores(scores.scale_log2 * k_scale, *scores[1:]), None
+    if isinstance(v_scale, float):
+        out_factor, v_scale = v_scale, None
+    return scales_of(k_scale, v_scale), scores, out_factor
 
 
 def _problem_of(call, out, config):
