@@ -27,7 +27,7 @@ class FreeList:
         return pages
 
     def first(self, n, others):
-        """A list of the first n pages that are not in the set `others`, which there must be; they stay where they are."""
+        """A list of the first n pages that are not in the set `others`, which there must be; they stay in the list."""
         pages, page = [], self._end
         while len(pages) < n:
             page = self._next_of[page]
