@@ -23,6 +23,9 @@ def test_random_operations_as_in_a_list(num_pages):
     free, expected, taken = FreeList(num_pages), list(range(num_pages)), []
     for _ in range(500):
         kind = rng.choice(["pop", "put", "cut", "cut a run"])
+        others = set(rng.sample(expected, rng.randint(0, len(expected))))
+        left = [page for page in expected if page not in others]
+        assert free.first(len(left), others) == left
         n = rng.randint(0, len(taken if kind == "put" else expected))
         if kind == "pop":
             pages, expected = expected[:n], expected[n:]

@@ -1,10 +1,13 @@
 """Pages that leave a cache and come back: a host tier, another cache, prefixes that are found after an import."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from append_cases import DEVICE
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, paged_attention
+from triton_attn.cache import transfer
 
 SIZE = dict(num_layers=2, num_kv_heads=2, head_dim=32, head_dim_v=16, dtype=torch.float32, device=DEVICE)
 PROMPT = list(range(100, 110))  # two pages of 4 and a half one
@@ -233,3 +236,24 @@ def test_wrong_arguments_change_nothing():
         with pytest.raises(error, match=message):
             call()
         assert bookkeeping(cache) == before
+
+
+def test_a_copy_that_fails_changes_nothing(monkeypatch):
+    """All pages are free and found: three hold the prompt's beginning, two would be taken for its end."""
+    cache, source, beginning = new_cache(5), new_cache(), list(range(12))
+    prompt = [*beginning, *range(20, 28)]
+    for owner, ids in ((cache, beginning), (cache, [7] * 8), (source, prompt)):
+        seq, _ = owner.create(ids)
+        write(owner, seq, ids)
+        owner.commit([seq])
+        if owner is cache:
+            owner.free(seq)
+    pages, before = source.export_pages(seq, 3), bookkeeping(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "copy_kv_pages", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            cache.import_pages(pages, prompt)
+    assert bookkeeping(cache) == before
+    imported = cache.import_pages(pages, prompt)
+    assert torch.equal(attend(cache, imported), attend(source, seq))
+    assert cache.stats().pages_free == 0

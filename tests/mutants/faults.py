@@ -767,8 +767,14 @@ FAULTS = (
         "dst + slots * of_src.slot",
         "MOVE",
     ),
+    Fault("C39", "triton_attn/cache/transfer.py", "    cache.pool._share(shared)\n", "", "MOVE"),
+    Fault("GR1", "triton_attn/cache/transfer.py", "set(shared.tolist())", "set()", "MOVE"),
     Fault(
-        "C39", "triton_attn/cache/transfer.py", "    cache.pool._share(shared)\n    new_pages", "    new_pages", "MOVE"
+        "GR2",
+        "triton_attn/cache/transfer.py",
+        "    given, num_before = [], 0\n",
+        "    cache.pool._forget(new_pages.tolist())\n    given, num_before = [], 0\n",
+        "MOVE",
     ),
     Fault(
         "C40",

@@ -50,14 +50,23 @@ def import_pages(cache, pages, token_ids, salt):
     given_from = _given_from(starts, ends, num_pages, num_given, sum(map(len, found)))
     shared, num_new = from_list([page for own in found for page in own]), sum(num_pages - end for end in ends)
     cache.pool._check_free(num_new + int((cache.pool._refs[shared] == 0).sum()))
-    cache.pool._share(shared)
-    new_pages = cache.pool.allocate(num_new)
+    # The pages that `allocate` returns once these are shared: what the copy raises comes before any change.
+    new_pages = from_list(cache.pool._free.first(num_new, set(shared.tolist())))
+    given, num_before = [], 0
+    for start, end in zip(starts, ends):
+        first = max(given_from, start)
+        given.append(np.arange(end - first, num_pages - first) + num_before)
+        num_before += num_pages - first
+    given, destinations = (cache._to_device(x.astype(np.int32)) for x in (np.concatenate(given), new_pages))
+    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())
 
     # Nothing fails from here on.
+    cache.pool._share(shared)
+    cache.pool.allocate(num_new)
     del chain[1 + max(ends) :]
     row = cache._new_row(chain)
     cache._widen(num_pages)
-    given, num_before, num_used = [], 0, 0
+    num_used = 0
     for group_row, (start, end, own) in enumerate(zip(starts, ends, found), row):
         new = new_pages[num_used : num_used + num_pages - end]
         cache._tables[group_row, start:num_pages] = np.concatenate([from_list(own), new])
@@ -66,11 +75,7 @@ def import_pages(cache, pages, token_ids, salt):
         cache._firsts[group_row] = start
         positions = np.arange(end * cache.page_size, ids.size)
         cache._tokens[cache._slots_of(group_row, positions)] = ids[positions]
-        num_used, first = num_used + new.size, max(given_from, start)
-        given.append(np.arange(end - first, num_pages - first) + num_before)
-        num_before += num_pages - first
-    given, destinations = (cache._to_device(x.astype(np.int32)) for x in (np.concatenate(given), new_pages))
-    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())
+        num_used += new.size
     cache._name_full_pages(range(row, row + cache._num_groups))
     return row
 
