@@ -35,6 +35,17 @@ def flash(packed=False, **options):
     return lambda: ta.flash_attention_varlen(q, k, v, *lengths, **options)
 
 
+def flash_with_gradients():
+    """The forward pass of training, through torch's dispatcher and autograd."""
+    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=True) for heads in (32, 8, 8))
+
+    def call():
+        with torch.enable_grad():
+            return ta.flash_attention(q, k, v, causal=True)
+
+    return call
+
+
 def backward(packed=False, wants_sinks=False, has_dlse=False, deterministic=False):
     """What `backward_by_autograd` runs inside torch's engine."""
     q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16) for heads in (32, 8, 8))
@@ -65,6 +76,29 @@ def paged(seqlen_q=1, cache_dtype=BF16, **options):
     q, cache = torch.empty(4, seqlen_q, 32, 128, dtype=BF16), torch.empty(256, 16, 8, 128, dtype=cache_dtype)
     where = torch.empty(4, dtype=INT32), torch.empty(4, 64, dtype=INT32)
     return lambda: ta.paged_attention(q, cache, cache, *where, **options)
+
+
+def paged_with_memory():
+    """Nothing is allocated."""
+    q, out, lse = torch.empty(4, 1, 32, 128, dtype=BF16), torch.empty(4, 1, 32, 128, dtype=BF16), torch.empty(4, 32, 1)
+    cache, where = (
+        torch.empty(256, 16, 8, 128, dtype=BF16),
+        (torch.empty(4, dtype=INT32), torch.empty(4, 64, dtype=INT32)),
+    )
+    options = dict(num_splits=4, return_lse=True, out=out, lse=lse)
+
+    @functools.cache
+    def room():
+        size = ta.workspace_bytes(ta.paged_attention, q, cache, cache, *where, **options)
+        return torch.empty(size, dtype=torch.uint8)
+
+    return lambda: ta.paged_attention(q, cache, cache, *where, workspace=room(), **options)
+
+
+def contiguous_cache():
+    q, cache = torch.empty(4, 1, 32, 128, dtype=BF16), torch.empty(4, 1024, 8, 128, dtype=BF16)
+    lengths = torch.empty(4, dtype=INT32)
+    return lambda: ta.paged_attention(q, cache, cache, lengths, num_splits=1)
 
 
 def tree():
@@ -98,6 +132,7 @@ CALLS = {
     "flash, window, sinks": flash(causal=True, window_size=(100, 0), sinks=torch.empty(32)),
     "varlen": flash(packed=True, causal=True),
     "varlen, lse": flash(packed=True, causal=True, return_lse=True),
+    "flash with gradients": flash_with_gradients(),
     "backward": backward(),
     "backward, gradient of lse": backward(has_dlse=True),
     "backward, sinks": backward(wants_sinks=True),
@@ -108,6 +143,8 @@ CALLS = {
     "paged": paged(num_splits=1),
     "paged, lse": paged(num_splits=1, return_lse=True),
     "paged, splits": paged(num_splits=4),
+    "paged, memory of the caller's": paged_with_memory(),
+    "paged, contiguous cache": contiguous_cache(),
     "paged, prefix tree": paged(num_splits=1, prefix_tree=tree()),
     "paged, chunk": paged(128, num_splits=1),
     "paged, fp8": paged(cache_dtype=torch.float8_e4m3fn, num_splits=1, k_scale=0.5, v_scale=0.5),
