@@ -220,7 +220,7 @@ class PagedSequences:
 
         The cache makes room for 2 * max_batch sequences of max_seqlen tokens, such as beams beside those that they
         replace, and writes its memory, so that no later call has to ask the system for it. Without a step a call does,
-        4 KB at a time. No call moves the tables while there are fewer sequences than pages and than 2^34 / pages.
+        4 KB at a time. Tables move where sequences times groups of layers exceed num_pages or 2^34 / num_pages.
 
         Args:
             max_batch: most sequences of a call.
