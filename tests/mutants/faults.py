@@ -71,7 +71,11 @@ GROUPS = {
     ),
     "LATENT_REFERENCE": (_run("tests/mla/test_mla_reference.py"),),
     "CACHE": (
-        _run("tests/cache", "-k", "pool or free_list or paged_kv_cache or latent_kv_cache or layer_windows or step"),
+        _run(
+            "tests/cache",
+            "-k",
+            "pool or free_list or paged_kv_cache or latent_kv_cache or layer_windows or step or growth",
+        ),
         _run("tests/cache/test_state_machine.py"),
     ),
     "MOVE": (
@@ -711,7 +715,7 @@ FAULTS = (
     Fault(
         "C29",
         "triton_attn/cache/sequences.py",
-        "        self._known[self._lengths > 0] = -1  # not 0, up to which `keep` may learn ids\n",
+        "        self._known[used][self._lengths[used] > 0] = -1  # not 0, up to which `keep` may learn ids\n",
         "",
         "CACHE",
     ),
@@ -1718,5 +1722,12 @@ FAULTS = (
         "    cache._name_full_pages(range(row, row + cache._num_groups))\n    return row",
         "    cache._name_full_pages(range(row, row + 1))\n    return row",
         "MOVE",
+    ),
+    Fault(
+        "GR1",
+        "triton_attn/cache/sequences.py",
+        "self._grow(num_rows, width)\n        except",
+        "self._grow(16 * self._num_groups, 16)\n        except",
+        "CACHE",
     ),
 )

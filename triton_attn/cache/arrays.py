@@ -1,6 +1,10 @@
 """Arrays of host bookkeeping."""
 
+import math
+import mmap
+import sys
 from array import array
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -8,11 +12,27 @@ from numpy.typing import NDArray
 
 NO_LIMIT = 2**62  # above any number of tokens
 INT64 = np.dtype(np.int64)  # numpy takes a dtype faster than the type
+NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python names from 3.13 on
 
 
 def written_zeros(shape, dtype):
     """Zeros in memory that has been written: its first write takes milliseconds where pages of memory are huge."""
     return np.full(shape, 0, dtype)
+
+
+def reserved_zeros(shape, dtype):
+    """Zeros that take addresses at once, and memory only where they are written. Raises OSError where there are none.
+
+    Not numpy's: it asks for huge pages, and the first write in each would zero 2 MB. Linux counts its zeros as memory
+    in use besides, and refuses more than the machine has.
+    """
+    dtype = np.dtype(dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.ndarray(shape, dtype, memory)
 
 
 def grown(x: NDArray[Any], *shape: int) -> NDArray[Any]:

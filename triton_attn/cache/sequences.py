@@ -14,7 +14,7 @@ from torch import Tensor
 from .._host.checks import check_bool, check_int, check_length, check_size, fail
 from .._host.key_shard import KeyShard, num_ranks_of
 from ..merge.tree import tree_work
-from .arrays import INT64, NO_LIMIT, from_list, grown, largest, ranges, written_zeros
+from .arrays import INT64, NO_LIMIT, from_list, largest, ranges, reserved_zeros, written_zeros
 from .copy import copy_kv_pages
 from .drafts import keep_drafts
 from .events import EventLog, PageEvent, group_suffix
@@ -28,7 +28,8 @@ from .token_ids import ONE_EACH, as_batch, as_ids
 from .transfer import export_pages, import_pages, page_places
 
 NOTHING_BEHIND = [], NO_PAGES
-NUM_STATES = 6  # see _grow_rows
+NUM_STATES = 6  # see _grow
+RESERVED_BYTES = 2**36  # most addresses for the tables of a cache: of 10^6 pages, 17,000 sequences of any length
 TokenIds: TypeAlias = Tensor | Iterable[int]
 
 
@@ -120,14 +121,20 @@ class PagedSequences:
         self._num_groups = len(self._windows)
         self._is_plain = self._windows == [NO_LIMIT]
         self._suffixes = list(map(group_suffix, range(self._num_groups)))
-        self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)  # entries past a sequence's last page are 0
+        self._tables: NDArray[np.int32] = np.zeros((0, 0), np.int32)  # entries past a sequence's last page are 0
         self._states: NDArray[np.int64] = np.zeros((NUM_STATES, 0), np.int64)
         self._changes = ChangeLog()
         # Of each sequence, or None: its root and the hashes of its first pages, as many as are named. Forks share the
         # list; what comes after is another's.
         self._chains = []
         self._unused_rows = []  # the first of each sequence
-        self._grow_rows(16 * self._num_groups)
+        # A sequence can hold all pages, and, without forks, there can be as many sequences as pages.
+        width = max(16, self.pool.num_pages)
+        num_rows = max(16 * self._num_groups, min(self.pool.num_pages, RESERVED_BYTES // (4 * width)))
+        try:
+            self._grow(num_rows, width)
+        except OSError:  # a limit of addresses: take what is needed, when it is needed
+            self._grow(16 * self._num_groups, 16)
         self._page_tokens = written_zeros((self.pool.num_pages, self.page_size), np.int64)
         self._tokens = self._page_tokens.reshape(-1)
         self._log = EventLog(self.page_size) if check_bool("record_events", record_events) else None
@@ -165,14 +172,13 @@ class PagedSequences:
             found = self.pool.lookup(hashes)
             cached = usable(found.size)
             pages = [found[: self._pages_of(cached)]]
-            self.pool._share(pages[0])
         else:
             cached, pages = find_in_groups(self._find, hashes, self._windows, NO_LIMIT, page_size, usable)
-            self.pool._share(np.concatenate(pages))
         num_full, width = cached // page_size, self._pages_of(cached)
         del chain[1 + num_full :]
-        row = self._new_row(chain)
         self._widen(width)
+        row = self._new_row(chain)
+        self.pool._share(pages[0] if self._is_plain else np.concatenate(pages))
         for group_row, of_group in enumerate(pages, row):
             first = width - of_group.size
             self._tables[group_row, first:width] = of_group
@@ -213,7 +219,8 @@ class PagedSequences:
         """A `CacheStep`: slots, lengths and block tables at addresses that stay, so that a CUDA graph replays.
 
         The cache makes room for 2 * max_batch sequences of max_seqlen tokens, such as beams beside those that they
-        replace, so that no later call has to enlarge its tables. Without a step they double when they are full.
+        replace, and writes its memory, so that no later call has to ask the system for it. Without a step a call does,
+        4 KB at a time. Tables move where sequences times groups of layers exceed num_pages or 2^34 / num_pages.
 
         Args:
             max_batch: most sequences of a call.
@@ -277,11 +284,11 @@ class PagedSequences:
         Of a list, the fork of each; a sequence may be listed several times. `[seq] * n` has n forks.
         """
         rows = self._rows(_as_iterable(seqs))
+        num_seqs = len(self._batch.seqs)
+        copies, chains = self._new_rows(num_seqs), self._chains
         tables, pages = self._held(rows)
         self.pool._share_held(pages)
         self._limits[rows] = 0
-        num_seqs = len(self._batch.seqs)
-        copies, chains = self._new_rows(num_seqs), self._chains
         for row, copy in zip(rows.tolist()[:num_seqs], copies.tolist()):
             chains[copy // self._num_groups] = chains[row // self._num_groups]
         self._tables[copies, : tables.shape[1]] = tables
@@ -391,8 +398,9 @@ class PagedSequences:
         Sequences go on as they are. What they hold, and what they write after it, is not found by others either.
         """
         self.pool.forget_all()
-        self._known[self._lengths > 0] = -1  # not 0, up to which `keep` may learn ids
-        self._named[:] = self._limits[:] = self._batch.num_spare = 0
+        used = slice(len(self._chains) * self._num_groups)
+        self._known[used][self._lengths[used] > 0] = -1  # not 0, up to which `keep` may learn ids
+        self._named[used] = self._limits[used] = self._batch.num_spare = 0
 
     def take_events(self) -> list[PageEvent]:
         """What can be found from now on and what no longer, since the last call, in order; see `record_events`.
@@ -603,6 +611,7 @@ class PagedSequences:
         behind, released = NOTHING_BEHIND if self._is_plain else self._pages_behind(rows, lengths)
         if num_copied + growth > self.pool.num_free:
             self.pool._check_free(num_copied + growth, released)
+        self._widen(width)
 
         # Nothing fails from here on. What is given back was named first, and can be found.
         if full:
@@ -614,7 +623,6 @@ class PagedSequences:
             self.pool._forget(kept)
         if copied:
             self._replace(copied, originals, new_pages[:num_copied])
-        self._widen(width)
         used = num_copied
         for row, first, last in growths:
             self._tables[row, first:last] = new_pages[used : used + last - first]
@@ -817,39 +825,53 @@ class PagedSequences:
     def _new_rows(self, num_seqs):
         """Rows of all groups for so many sequences without chains. Tables are all 0, states their last owners'."""
         unused = self._unused_rows
-        while len(unused) < num_seqs:
-            self._grow_rows(2 * self._lengths.size)
+        if len(unused) < num_seqs:
+            self._add_rows(num_seqs - len(unused))
         firsts = unused[len(unused) - num_seqs :]
         del unused[len(unused) - num_seqs :]
         rows = self._rows_of_groups(firsts)
         self._changes.extend(rows.tolist(), repeat(0))
         return rows
 
-    def _grow_rows(self, capacity):
-        num_rows, num_groups = self._states.shape[1], self._num_groups
-        self._tables = grown(self._tables, capacity, self._tables.shape[1])
-        self._states = grown(self._states, NUM_STATES, capacity)
-        self._unused_rows[:0] = range(capacity - num_groups, num_rows - 1, -num_groups)
-        self._chains += [None] * ((capacity - num_rows) // num_groups)
+    def _add_rows(self, num_seqs):
+        """Rows of so many sequences more than there ever were at once."""
+        num_groups = self._num_groups
+        first = len(self._chains) * num_groups
+        last = first + num_seqs * num_groups
+        if last > self._lengths.size:
+            self._grow(max(last, 2 * self._lengths.size), self._tables.shape[1])
+        self._unused_rows[:0] = range(last - num_groups, first - 1, -num_groups)
+        self._chains += [None] * num_seqs
+
+    def _grow(self, num_rows, width):
+        """Larger tables and states, which take memory where they are written. What is used moves there."""
+        tables, states = reserved_zeros((num_rows, width), np.int32), reserved_zeros((NUM_STATES, num_rows), np.int64)
+        used = slice(len(self._chains) * self._num_groups)
+        states[:, used] = self._states[:, used]
+        for row, num_pages in enumerate(self._pages_of(states[0, used]).tolist()):
+            tables[row, :num_pages] = self._tables[row, :num_pages]
+        self._tables, self._states = tables, states
         # _limits: up to this length tokens can be added with nothing to do first: they fit on the last page, which is
         # the sequence's alone and cannot be found, and all full pages are named. 0 where there is something to do.
         # _bases: below the limit, the slot of a token is its position plus this.
         # _known: tokens before the first one without an id, NO_LIMIT while all have one.
         # _named: leading pages that are full, written and hashed.
         # _firsts: the first page that is held; those before it are behind the window and were given back.
-        self._lengths, self._limits, self._bases, self._known, self._named, self._firsts = self._states
+        self._lengths, self._limits, self._bases, self._known, self._named, self._firsts = states
 
     def _reserve(self, num_seqs, width):
-        """Room for so many sequences of `width` pages."""
+        """Room for so many sequences of `width` pages, in memory that has been written as in `written_zeros`."""
+        num_rows = num_seqs * self._num_groups
         self._widen(width)
-        if num_seqs * self._num_groups > self._lengths.size:
-            self._grow_rows(num_seqs * self._num_groups)
-        self._tables += 0  # as `written_zeros`
+        if num_rows > self._lengths.size:
+            self._grow(num_rows, self._tables.shape[1])
+        self._tables[:num_rows, :width] += 0
+        self._states[:, :num_rows] += 0
 
     def _widen(self, width):
         """Room for `width` pages in every row."""
         if width > self._tables.shape[1]:
-            self._tables = grown(self._tables, self._tables.shape[0], max(16, width, 2 * self._tables.shape[1]))
+            self._grow(self._lengths.size, max(width, 2 * self._tables.shape[1]))
 
     def _to_device(self, x):
         x = torch.from_numpy(x)
