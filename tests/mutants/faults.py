@@ -772,9 +772,9 @@ FAULTS = (
         "MOVE",
     ),
     Fault("C39", "triton_attn/cache/transfer.py", "    cache.pool._share(shared)\n", "", "MOVE"),
-    Fault("GR1", "triton_attn/cache/transfer.py", "set(shared.tolist())", "set()", "MOVE"),
+    Fault("IM1", "triton_attn/cache/transfer.py", "set(shared.tolist())", "set()", "MOVE"),
     Fault(
-        "GR2",
+        "IM2",
         "triton_attn/cache/transfer.py",
         "    given, num_before = [], 0\n",
         "    cache.pool._forget(new_pages.tolist())\n    given, num_before = [], 0\n",
