@@ -75,7 +75,7 @@ GROUPS = {
         _run("tests/cache/test_state_machine.py"),
     ),
     "MOVE": (
-        _run("tests/cache/test_transfer.py", "tests/cache/test_copy.py"),
+        _run("tests/cache/test_transfer.py", "tests/cache/test_copy.py", "tests/cache/test_refusals.py"),
         _run("tests/cache/test_state_machine.py"),
     ),
     "WARMUP": (_run("tests/warmup/test_warmup.py", "-k", "after_a_warmup", compiled=True),),
@@ -768,7 +768,11 @@ FAULTS = (
         "MOVE",
     ),
     Fault(
-        "C39", "triton_attn/cache/transfer.py", "    cache.pool._share(shared)\n    new_pages", "    new_pages", "MOVE"
+        "C39",
+        "triton_attn/cache/transfer.py",
+        "    cache.pool._share(shared)\n    cache.pool.al",
+        "    cache.pool.al",
+        "MOVE",
     ),
     Fault(
         "C40",
@@ -1704,4 +1708,14 @@ FAULTS = (
         "    cache._name_full_pages(range(row, row + 1))\n    return row",
         "MOVE",
     ),
+    Fault(
+        "MR1",
+        "triton_attn/cache/transfer.py",
+        "    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())\n"
+        "\n    # Nothing fails from here on.\n    cache.pool._share(shared)\n    cache.pool.allocate(num_new)\n",
+        "    cache.pool._share(shared)\n    cache.pool.allocate(num_new)\n"
+        "    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())\n",
+        "MOVE",
+    ),
+    Fault("MR2", "triton_attn/cache/pool.py", "n, {*besides.tolist()})", "n, set())", "MOVE"),
 )

@@ -26,6 +26,15 @@ class FreeList:
         next_of[self._end], self._previous_of[page] = page, self._end
         return pages
 
+    def first(self, n, besides):
+        """A list of the first n pages that are not in a set; there must be so many."""
+        pages, page = [], self._end
+        while len(pages) < n:
+            page = self._next_of[page]
+            if page not in besides:
+                pages.append(page)
+        return pages
+
     def put(self, pages, at_head=False):
         """Insert an array of distinct pages, none of them in the list, in their order at one end."""
         if not pages.size:
