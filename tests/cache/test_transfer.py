@@ -87,6 +87,21 @@ def test_pages_that_are_found_are_shared_and_only_the_rest_is_needed(first_page)
     assert state_of(target) == before
 
 
+def test_pages_that_are_taken_back_are_not_written():
+    """They are the next to be reused, and stay as they are: new pages are others."""
+    source, target = new_cache(), new_cache(4)
+    seq, _ = source.create(PROMPT)
+    write(source, seq, PROMPT)
+    for ids in (PROMPT[:8], list(range(8))):
+        first, _ = target.create(ids)
+        write(target, first, ids)
+        target.commit([first])
+        target.free(first)
+    back = target.import_pages(source.export_pages(seq, first_page=2), PROMPT)
+    assert target.stats().pages_held == 3
+    assert torch.equal(attend(target, back), attend(source, seq))
+
+
 def test_tokens_without_ids_are_never_found():
     source, target = new_cache(), new_cache()
     seq, _ = source.create([])
