@@ -196,7 +196,7 @@ def test_errors():
         ((2, [[0], [1]]), ValueError, "accepted: expected one entry for each of 1 sequences, got 2"),
         ((2, [[0]], [[5, 6]]), ValueError, "token_ids: expected an id for each of 1 accepted tokens, got 2"),
         ((2, [[0]], []), ValueError, "token_ids: expected one entry for each of 1 sequences, got 0"),
-        ((2, [0]), TypeError, "token_ids: expected a flat list"),
+        ((2, [0]), TypeError, "accepted: expected a flat list"),
     ]:
         with pytest.raises(error, match=message):
             cache.keep([seq], *arguments)

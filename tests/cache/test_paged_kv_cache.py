@@ -423,7 +423,7 @@ def test_freed_and_foreign_sequences_are_refused(use):
         (torch.zeros(3, 1, dtype=torch.int64), ValueError, "token_ids: expected one entry for each of 2 sequences"),
         (torch.zeros(2, 1), TypeError, "token_ids: expected a flat list of int64 numbers"),
         ([torch.zeros(2, 1, dtype=torch.int64), 1], TypeError, "token_ids: expected a flat list of int64 numbers"),
-        (torch.zeros(2, 1, dtype=torch.int64, device="meta"), ValueError, "token_ids: expected token ids on the host"),
+        (torch.zeros(2, 1, dtype=torch.int64, device="meta"), ValueError, "token_ids: expected numbers on the host"),
     ],
 )
 def test_wrong_token_ids_change_nothing(token_ids, error, message):

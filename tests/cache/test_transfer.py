@@ -5,6 +5,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from append_cases import DEVICE
+from small_caches import state_of
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_kv_cache, paged_attention
 from triton_attn.cache import transfer
@@ -30,12 +31,6 @@ def attend(cache, seq):
     q = torch.randn(1, 1, 4, 32, generator=torch.Generator().manual_seed(7)).to(DEVICE)
     lengths, table = cache.cache_seqlens([seq]), cache.block_table([seq])
     return torch.stack([paged_attention(q, *pair, lengths, table) for pair in zip(cache.k_cache, cache.v_cache)])
-
-
-def bookkeeping(cache):
-    """What a failed call must leave as it was; the order of free pages included."""
-    free = cache.pool._free
-    return cache.stats(), free._next.tolist(), cache.pool._refs.tolist(), list(cache.pool._names.hash_of)
 
 
 def test_a_sequence_leaves_and_goes_on_where_it_stopped():
@@ -82,17 +77,32 @@ def test_pages_that_are_found_are_shared_and_only_the_rest_is_needed(first_page)
     second = target.import_pages(source.export_pages(seq, first_page=first_page), PROMPT)
     assert (target.stats().pages_shared, target.stats().pages_free) == (2, 0)
     assert torch.equal(attend(target, second), attend(source, seq))
-    before = bookkeeping(target)
+    before = state_of(target)
     with pytest.raises(OutOfPages):
         target.import_pages(source.export_pages(seq, first_page=2), PROMPT)
-    assert bookkeeping(target) == before
+    assert state_of(target) == before
     target.free([first, second])
-    before = bookkeeping(target)
+    before = state_of(target)
     # Free pages that are found are taken back: of four pages two are left, and three are needed.
     longer = torch.zeros(2, 3, 4, 2, 32, device=DEVICE), torch.zeros(2, 3, 4, 2, 16, device=DEVICE)
     with pytest.raises(OutOfPages):
         target.import_pages(longer, PROMPT[:8] + list(range(9)))
-    assert bookkeeping(target) == before
+    assert state_of(target) == before
+
+
+def test_pages_that_are_taken_back_are_not_written():
+    """They are the next to be reused, and stay as they are: new pages are others."""
+    source, target = new_cache(), new_cache(4)
+    seq, _ = source.create(PROMPT)
+    write(source, seq, PROMPT)
+    for ids in (PROMPT[:8], list(range(8))):
+        first, _ = target.create(ids)
+        write(target, first, ids)
+        target.commit([first])
+        target.free(first)
+    back = target.import_pages(source.export_pages(seq, first_page=2), PROMPT)
+    assert target.stats().pages_held == 3
+    assert torch.equal(attend(target, back), attend(source, seq))
 
 
 def test_tokens_without_ids_are_never_found():
@@ -170,11 +180,11 @@ def test_a_cut_of_a_prompt_becomes_a_prefix_for_all_groups():
     assert cached == 8
     write_with_windows(target, hit, PROMPT[8:])
     assert torch.equal(attend_with_windows(target, hit), attend_with_windows(source, seq))
-    before = bookkeeping(target)
+    before = state_of(target)
     rest = source.export_pages(seq, first_page=2)
     with pytest.raises(ValueError, match="pages: expected 5 to 5 pages"):
         target.import_pages(rest, [0, *PROMPT[1:], 1, 2, 3, 4, 5, 6])
-    assert bookkeeping(target) == before
+    assert state_of(target) == before
     # All but the last page of each group is found.
     again = target.import_pages(rest, PROMPT)
     assert torch.equal(attend_with_windows(target, again), attend_with_windows(source, seq))
@@ -212,7 +222,7 @@ def test_wrong_arguments_change_nothing():
     seq, _ = cache.create(PROMPT)
     write(cache, seq, PROMPT)
     k, v = cache.export_pages(seq)
-    before = bookkeeping(cache)
+    before = state_of(cache)
     wrong = [
         (lambda: cache.import_pages(k, PROMPT), TypeError, "pages: expected a tuple of 2 tensors, got Tensor"),
         (lambda: cache.import_pages((k,), PROMPT), TypeError, "pages: expected a tuple of 2 tensors, got 1 of them"),
@@ -235,7 +245,7 @@ def test_wrong_arguments_change_nothing():
     for call, error, message in wrong:
         with pytest.raises(error, match=message):
             call()
-        assert bookkeeping(cache) == before
+        assert state_of(cache) == before
 
 
 def test_a_copy_that_fails_changes_nothing(monkeypatch):
@@ -248,12 +258,12 @@ def test_a_copy_that_fails_changes_nothing(monkeypatch):
         owner.commit([seq])
         if owner is cache:
             owner.free(seq)
-    pages, before = source.export_pages(seq, 3), bookkeeping(cache)
+    pages, before = source.export_pages(seq, 3), state_of(cache)
     with monkeypatch.context() as patch:
         patch.setattr(transfer, "copy_kv_pages", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             cache.import_pages(pages, prompt)
-    assert bookkeeping(cache) == before
+    assert state_of(cache) == before
     imported = cache.import_pages(pages, prompt)
     assert torch.equal(attend(cache, imported), attend(source, seq))
     assert cache.stats().pages_free == 0

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from prefix_trees import every_group
 from sharded_caches import first_held, pages_of
-from small_caches import every_method_is_called, integers_of, make_step, quantizable, read_rows, write_rows
+from small_caches import every_method_is_called, integers_of, make_step, quantizable, read_rows, state_of, write_rows
 
 from triton_attn import LatentKVCache, OutOfPages, PagedKVCache, append_latent_cache, reference
 from triton_attn._host.prefix_tree import read_tree
@@ -261,18 +261,7 @@ class Trace:
     # What is compared.
 
     def state(self):
-        seqs = self.seqs_of(self.live)
-        return [
-            (
-                cache.stats(),
-                cache.cache_seqlens(own).tolist(),
-                cache.block_table(own).tolist(),
-                [cache.pool.ref_count(page) for page in range(cache.pool.num_pages)],
-                [x.numpy().tobytes() for x in pages_of(cache)],
-                len(cache._log._events),
-            )
-            for cache, own in zip(self.caches, seqs)
-        ]
+        return [state_of(cache) for cache in self.caches]
 
     def compare(self):
         whole, sharded = self.caches

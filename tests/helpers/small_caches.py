@@ -4,8 +4,10 @@ import contextlib
 import functools
 import os
 import sys
+from collections import deque
 from unittest import mock
 
+import numpy as np
 import torch
 
 from triton_attn import PagedKVCache, append_kv_cache
@@ -92,3 +94,27 @@ def every_method_is_called(*kinds):
             patches.enter_context(counted(kind, name))
         yield
     assert called == names, f"never called: {sorted(f'{kind.__name__}.{name}' for kind, name in names - called)}"
+
+
+def state_of(x, seen=None):
+    """Everything that a cache, a pool, a step or prefix groups hold, as values that can be compared.
+
+    Left out are what is no state: `_batch`, which sequences the last call named; `_order`, scratch memory of a pool;
+    memoryviews of arrays that are compared themselves.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(x, np.ndarray):
+        return x.shape, str(x.dtype), x.tobytes()
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape), x.dtype, x.detach().contiguous().flatten().view(torch.uint8).numpy(force=True).tobytes()
+    if isinstance(x, dict):
+        return [(state_of(key, seen), state_of(value, seen)) for key, value in x.items()]
+    if isinstance(x, (list, tuple, deque)):
+        return [state_of(item, seen) for item in x]
+    if not type(x).__module__.startswith("triton_attn.cache"):
+        return None if isinstance(x, memoryview) else x
+    if id(x) in seen:
+        return seen[id(x)]
+    seen[id(x)] = len(seen)
+    names = {*getattr(x, "__slots__", ()), *getattr(x, "__dict__", ())} - {"_batch", "_order"}
+    return {name: state_of(getattr(x, name), seen) for name in sorted(names)}

@@ -79,7 +79,7 @@ GROUPS = {
         _run("tests/cache/test_state_machine.py"),
     ),
     "MOVE": (
-        _run("tests/cache/test_transfer.py", "tests/cache/test_copy.py"),
+        _run("tests/cache/test_transfer.py", "tests/cache/test_copy.py", "tests/cache/test_refusals.py"),
         _run("tests/cache/test_state_machine.py"),
     ),
     "WARMUP": (_run("tests/warmup/test_warmup.py", "-k", "after_a_warmup", compiled=True),),
@@ -771,13 +771,11 @@ FAULTS = (
         "dst + slots * of_src.slot",
         "MOVE",
     ),
-    Fault("C39", "triton_attn/cache/transfer.py", "    cache.pool._share(shared)\n", "", "MOVE"),
-    Fault("IM1", "triton_attn/cache/transfer.py", "set(shared.tolist())", "set()", "MOVE"),
     Fault(
-        "IM2",
+        "C39",
         "triton_attn/cache/transfer.py",
-        "    given, num_before = [], 0\n",
-        "    cache.pool._forget(new_pages.tolist())\n    given, num_before = [], 0\n",
+        "    cache.pool._share(shared)\n    cache.pool.al",
+        "    cache.pool.al",
         "MOVE",
     ),
     Fault(
@@ -1730,4 +1728,14 @@ FAULTS = (
         "self._grow(16 * self._num_groups, 16)\n        except",
         "CACHE",
     ),
+    Fault(
+        "MR1",
+        "triton_attn/cache/transfer.py",
+        "    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())\n"
+        "\n    # Nothing fails from here on.\n    cache.pool._share(shared)\n    cache.pool.allocate(num_new)\n",
+        "    cache.pool._share(shared)\n    cache.pool.allocate(num_new)\n"
+        "    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())\n",
+        "MOVE",
+    ),
+    Fault("MR2", "triton_attn/cache/pool.py", "n, {*besides.tolist()})", "n, set())", "MOVE"),
 )

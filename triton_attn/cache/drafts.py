@@ -1,5 +1,6 @@
 """What a cache keeps of a tree of drafts once the model has verified it."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ class _Path(NamedTuple):
 
     @classmethod
     def of(cls, start, num_drafts, accepted):
-        kept = as_ids(accepted)
+        kept = as_ids(accepted, "accepted")
         if start < 0:
             fail("num_drafts", "at most the tokens of each sequence", num_drafts)
         numbers = kept.tolist()
@@ -137,6 +138,8 @@ def _rename(cache, row, path, own, first):
 
 def _zip(rows, entries, name="accepted"):
     """Pairs of rows and what a caller gives for each."""
+    if not isinstance(entries, Iterable):
+        fail(name, f"one entry for each of {len(rows)} sequences", type(entries).__name__, TypeError)
     entries = list(entries)
     if len(entries) != len(rows):
         fail(name, f"one entry for each of {len(rows)} sequences", len(entries))

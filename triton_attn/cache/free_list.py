@@ -26,12 +26,12 @@ class FreeList:
         next_of[self._end], self._previous_of[page] = page, self._end
         return pages
 
-    def first(self, n, others):
-        """A list of the first n pages that are not in the set `others`, which there must be; they stay in the list."""
+    def first(self, n, besides):
+        """A list of the first n pages that are not in a set; there must be so many."""
         pages, page = [], self._end
         while len(pages) < n:
             page = self._next_of[page]
-            if page not in others:
+            if page not in besides:
                 pages.append(page)
         return pages
 

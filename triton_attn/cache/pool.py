@@ -120,8 +120,14 @@ class BlockPool:
         found. Raises: ValueError, where a page is free, or the numbers of pages and hashes differ.
         """
         pages = self._check_pages(pages)
+        if not isinstance(hashes, Sequence):
+            fail("hashes", "a list of bytes", type(hashes).__name__, TypeError)
         if pages.size != len(hashes):
             fail("hashes", f"one for each of {pages.size} pages", len(hashes))
+        for digest in hashes:
+            if digest is None:  # the hash of pages without one
+                fail("hashes", "bytes of each page", digest, TypeError)
+            _check_hash(digest)
         references = self._refs[pages]
         if np.count_nonzero(references) < pages.size:
             fail("pages", "pages that are held", f"{pages[references == 0][0]}, which is free")
@@ -148,8 +154,12 @@ class BlockPool:
         Args:
             hashes: an iterable, read only as far as pages are found.
         """
+        if not isinstance(hashes, Iterable):
+            fail("hashes", "bytes of each page", type(hashes).__name__, TypeError)
         pages = []
         for digest in hashes:
+            if type(digest) is not bytes:
+                _check_hash(digest)
             page = self._names.find(digest)
             if page is None:
                 break
@@ -158,7 +168,7 @@ class BlockPool:
 
     def hash_of(self, page: int) -> bytes | None:
         """The hash that a page is registered under, whether it is the one found by it or not; None if it is not."""
-        return self._names.hash_of[page]
+        return self._names.hash_of[self._check_pages([page]).item()]
 
     @property
     def num_shared(self) -> int:
@@ -180,6 +190,10 @@ class BlockPool:
             num_free += np.count_nonzero(self._refs[pages] == counts)
         if n > num_free:
             raise OutOfPages(f"{n} pages are needed, {num_free} of {self.num_pages} are free")
+
+    def _next_free(self, n, besides):
+        """The pages that `allocate` returns after these are shared; there must be n."""
+        return np.array(self._free.first(n, {*besides.tolist()}), INT64)
 
     def _share(self, pages):
         references = self._refs[pages]
@@ -245,7 +259,10 @@ class BlockPool:
         return pages[self._order[pages] == order]
 
     def _check_pages(self, pages):
-        pages = np.asarray(pages)
+        try:
+            pages = np.asarray(pages)
+        except ValueError:  # lists of different lengths
+            fail("pages", "one dimension", "lists of different lengths")
         if pages.ndim != 1:
             fail("pages", "one dimension", f"shape {pages.shape}")
         if pages.size == 0:
@@ -257,3 +274,10 @@ class BlockPool:
         if pages.view(np.uint64).max() >= self.num_pages:
             fail("pages", f"page numbers of 0 to {self.num_pages - 1}", f"{pages.min()} to {pages.max()}")
         return pages
+
+
+def _check_hash(digest):
+    try:
+        hash(digest)
+    except TypeError:
+        fail("hashes", "bytes of each page", type(digest).__name__, TypeError)

@@ -797,6 +797,8 @@ class PagedSequences:
 
     def _rows(self, seqs):
         """Rows of sequences that are alive and of this cache. The calls of one step name the same ones: keep them."""
+        if not isinstance(seqs, (list, Iterable)):
+            fail("seqs", "a list of sequences", type(seqs).__name__, TypeError)
         seqs = list(seqs)
         if seqs != self._batch.seqs:  # sequences are equal if they are the same
             rows = [seq._row if type(seq) is Sequence and seq._cache is self else self._row(seq) for seq in seqs]

@@ -1,5 +1,6 @@
 """Token ids as callers give them, as arrays."""
 
+from collections.abc import Iterable
 from itertools import chain
 from numbers import Integral
 
@@ -14,21 +15,24 @@ ONE_EACH.flags.writeable = False
 ALL_LISTS = {list}
 
 
-def as_ids(token_ids):
+def as_ids(token_ids, name="token_ids"):
     """Ids of one sequence, a flat list or array: int64, (n,)."""
-    try:
-        if type(token_ids) is list:
-            return from_list(token_ids)
+    if type(token_ids) is not list:
         if isinstance(token_ids, torch.Tensor) and token_ids.device.type != "cpu":
-            fail("token_ids", "token ids on the host, or their number", f"a tensor on {token_ids.device}")
+            fail(name, "numbers on the host", f"a tensor on {token_ids.device}")
         if hasattr(token_ids, "dtype"):
             ids = np.asarray(token_ids)
             if ids.ndim == 1 and np.can_cast(ids.dtype, np.int64):
                 return ids.astype(np.int64)
             token_ids = ids.tolist()
-        return from_list(list(token_ids))
+        if not isinstance(token_ids, Iterable):
+            fail(name, "a flat list of int64 numbers", type(token_ids).__name__, TypeError)
+        token_ids = list(token_ids)
+    try:
+        return from_list(token_ids)
     except (TypeError, OverflowError) as error:
-        raise TypeError(f"token_ids: expected a flat list of int64 numbers: {error}") from None
+        got = f"a list with other entries ({error})"
+    fail(name, "a flat list of int64 numbers", got, TypeError)
 
 
 def as_batch(token_ids, batch):
@@ -48,6 +52,8 @@ def as_batch(token_ids, batch):
             fail("token_ids", f"shape ({batch}, n)", f"shape {tuple(token_ids.shape)}")
         counts, ids = [token_ids.shape[1]] * len(token_ids), as_ids(token_ids.reshape(-1))
     else:
+        if not isinstance(token_ids, Iterable):
+            fail("token_ids", f"one entry for each of {batch} sequences", type(token_ids).__name__, TypeError)
         token_ids = list(token_ids)
         unknown = np.array([isinstance(item, Integral) and int(item) > 0 for item in token_ids], bool)
         lists = list(map(_as_list, token_ids))

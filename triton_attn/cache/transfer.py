@@ -1,6 +1,7 @@
 """Pages that leave a cache for host memory or another cache, and come back."""
 
 from bisect import bisect_left
+from itertools import accumulate
 from numbers import Integral
 
 import numpy as np
@@ -50,13 +51,14 @@ def import_pages(cache, pages, token_ids, salt):
     given_from = _given_from(starts, ends, num_pages, num_given, sum(map(len, found)))
     shared, num_new = from_list([page for own in found for page in own]), sum(num_pages - end for end in ends)
     cache.pool._check_free(num_new + int((cache.pool._refs[shared] == 0).sum()))
-    # The pages that `allocate` returns once these are shared: what the copy raises comes before any change.
-    new_pages = from_list(cache.pool._free.first(num_new, set(shared.tolist())))
-    given, num_before = [], 0
-    for start, end in zip(starts, ends):
-        first = max(given_from, start)
-        given.append(np.arange(end - first, num_pages - first) + num_before)
-        num_before += num_pages - first
+    new_pages = cache.pool._next_free(num_new, shared)
+    firsts = [max(given_from, start) for start in starts]
+    num_of_groups = [num_pages - first for first in firsts]
+    given = [
+        np.arange(end - first, num_pages - first) + num_before
+        for end, first, num_before in zip(ends, firsts, accumulate(num_of_groups, initial=0))
+    ]
+    # The copy refuses what it cannot read before it writes, and the pages are still free.
     given, destinations = (cache._to_device(x.astype(np.int32)) for x in (np.concatenate(given), new_pages))
     copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())
 
@@ -131,7 +133,8 @@ def _check_exported(cache, name, tensors, num_pages):
     check_tensor(f"{name}[0]", tensors[0], (own[0].shape[0], "pages", *own[0].shape[2:]), (own[0].dtype,), None)
     num_pages = tensors[0].shape[1] if num_pages is None else num_pages
     for i, (x, like) in enumerate(zip(tensors, own)):
-        check_tensor(f"{name}[{i}]", x, (like.shape[0], num_pages, *like.shape[2:]), (like.dtype,), None)
+        shape, device = (like.shape[0], num_pages, *like.shape[2:]), tensors[0].device if i else None
+        check_tensor(f"{name}[{i}]", x, shape, (like.dtype,), device)
         check_last_contiguous(f"{name}[{i}]", x)
         if x.device != cache.device and not (x.device.type == "cpu" and x.is_pinned()):
             fail(f"{name}[{i}]", f"a tensor on {cache.device} or in pinned host memory", f"one on {x.device}")

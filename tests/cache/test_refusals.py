@@ -1,0 +1,309 @@
+"""Every public method of the paged caches refuses bad input with a clear message, and leaves everything as it was."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from small_caches import DEVICE, state_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from triton_attn import BlockPool, LatentKVCache, OutOfPages, PagedKVCache
+from triton_attn.cache.prefix_groups import PrefixGroups
+from triton_attn.cache.step import CacheStep
+
+SIZE = dict(num_layers=2, num_kv_heads=1, head_dim=4, device=DEVICE, record_events=True)
+KINDS = {
+    "plain": lambda: PagedKVCache(12, 4, **SIZE),
+    "latent": lambda: LatentKVCache(
+        12, 4, num_layers=2, kv_lora_rank=16, qk_rope_head_dim=8, device=DEVICE, record_events=True
+    ),
+    "windows": lambda: PagedKVCache(24, 4, **SIZE, layer_windows=[-1, 3]),
+    "token scales": lambda: PagedKVCache(12, 4, **SIZE, dtype=torch.int8, token_scales=True),
+}
+CLEAR = re.compile(r"[a-z]\w*(\[\d+\])*: expected .+, got .+", re.DOTALL)
+
+
+class Scene:
+    """A cache with a sequence of three pages and a half, its fork, one that was freed, one of another cache, a pool
+    with held, found and free pages, a step and prefix groups."""
+
+    def __init__(self, kind):
+        self.cache, other = KINDS[kind](), KINDS[kind]()
+        for x in self.cache._page_tensors():
+            x.view(torch.uint8).zero_()
+        (self.freed, _), (self.seq, _), (self.foreign, _) = (cache.create([]) for cache in (self.cache,) * 2 + (other,))
+        self.cache.extend([self.seq, self.freed], [range(14), range(50, 59)])
+        self.cache.commit([self.seq, self.freed])
+        self.fork = self.cache.fork(self.seq)
+        self.step = self.cache.step(2, 20, 6)
+        self.step.extend([self.fork], [[7, 7]])
+        self.cache.free(self.freed)
+        self.group = 0 if self.cache.layers is not None else None
+        self.groups = self.cache.prefix_groups(4, 2, layer_group=self.group)
+        self.groups.tree([self.seq, self.fork])
+        self.pages = self.cache.export_pages(self.seq)
+        self.pool = BlockPool(6)
+        self.pool.register(self.pool.allocate(4)[:3], [b"a", b"b", b"a"])
+        self.pool.release([0, 3])
+
+    def state(self):
+        seqs = [self.seq, self.fork, self.freed, self.foreign]
+        owners = [(seq._cache is self.cache, seq._row) for seq in seqs]
+        return owners, [state_of(x) for x in (self.cache, self.pool, self.step, self.groups, list(self.pages))]
+
+
+def calls_with_seqs(call):
+    """A method of sequences with lists of them that are none."""
+    return [
+        lambda s: call(s, None),
+        lambda s: call(s, 3),
+        lambda s: call(s, [s.seq, None]),
+        lambda s: call(s, [s.seq, 3]),
+        lambda s: call(s, [s.freed]),
+        lambda s: call(s, [s.fork, s.freed]),
+        lambda s: call(s, [s.foreign, s.seq]),
+    ]
+
+
+def calls_with_distinct(call):
+    return [*calls_with_seqs(call), lambda s: call(s, [s.seq, s.fork, s.seq])]
+
+
+def calls_with_seq(call):
+    return [lambda s: call(s, None), lambda s: call(s, s.freed), lambda s: call(s, s.foreign), lambda s: call(s, [])]
+
+
+def calls_with_ids(call):
+    wrong = (None, 1.5, "ab", [1, None], [1, 1.5], [2**63], [[1], [2]], np.zeros((1, 2), int), torch.zeros(2), [b"a"])
+    return [lambda s, ids=ids: call(s, ids) for ids in wrong]
+
+
+def calls_with_length(call):
+    return [lambda s, n=n: call(s, n) for n in (-1, 2**31, 1.0, True, None, "1")]
+
+
+def calls_with_batches(call):
+    """What `extend` takes as token_ids, of two sequences."""
+    wrong = (-1, True, None, 1.5, [1], [1, 2, 3], [1, -1], [[1]], [[1], None], [[1], [1.5]], [[1], ["a"]], [[1], [[2]]])
+    arrays = torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)
+    return [lambda s, ids=ids: call(s, ids) for ids in (*wrong, *arrays)]
+
+
+def more_pages(scene, num_tokens):
+    """Pages of so many tokens."""
+    num_pages = len(scene.cache.page_places(num_tokens))
+    return tuple([x[:, :1].repeat(1, num_pages, 1, 1, 1) for x in scene.pages])
+
+
+def of_group(scene, **options):
+    return dict(num_heads_q=4, layer_group=scene.group) | options
+
+
+def wrong_pages(pages):
+    """Tensors of pages that are not those of the cache."""
+    first, *rest = pages
+    wide = torch.cat([first, first], dim=4)[..., ::2]
+    wrong = [
+        None,
+        first,
+        (),
+        (*pages, first),
+        (None, *rest),
+        (first.to(torch.float64), *rest),
+        (first[:0], *rest),
+        (first[:, :, :2], *rest),
+        (first[..., :1], *rest),
+        (first[0], *rest),
+        (wide, *rest),
+        (first.to("meta"), *rest),
+        (*rest, first[:, :1]),
+    ]
+    return wrong
+
+
+REFUSED = {
+    "create": [
+        *calls_with_ids(lambda s, ids: s.cache.create(ids)),
+        lambda s: s.cache.create(range(14), 5),
+        lambda s: s.cache.create(range(14), recompute_last_page=1),
+    ],
+    "extend": [
+        *calls_with_distinct(lambda s, seqs: s.cache.extend(seqs, 1)),
+        *calls_with_batches(lambda s, ids: s.cache.extend([s.fork, s.seq], ids)),
+        lambda s: s.cache.extend(s.seq, [[1]]),
+        lambda s: s.cache.extend([s.seq], 10**4),
+        lambda s: s.cache.extend([s.seq, s.fork], [[1], range(60)]),
+    ],
+    "step": [
+        *calls_with_length(lambda s, n: s.cache.step(n, 20)),
+        *calls_with_length(lambda s, n: s.cache.step(2, n)),
+        *calls_with_length(lambda s, n: s.cache.step(2, 20, n) if n is not None else s.cache.step(0, 20)),
+        lambda s: s.cache.step(0, 20),
+    ],
+    "prefix_groups": [
+        *calls_with_length(lambda s, n: s.cache.prefix_groups(**of_group(s, num_heads_q=n))),
+        *calls_with_length(lambda s, n: s.cache.prefix_groups(**of_group(s, max_batch=2, seqlen_q=n))),
+        *calls_with_length(lambda s, n: s.cache.prefix_groups(**of_group(s, max_batch=2, max_nodes=n))),
+        *calls_with_length(lambda s, n: s.cache.prefix_groups(**of_group(s, max_batch=2, max_slots=n))),
+        lambda s: s.cache.prefix_groups(**of_group(s, layer_group=2)),
+        lambda s: s.cache.prefix_groups(**of_group(s, layer_group=-1)),
+        lambda s: s.cache.prefix_groups(**of_group(s, layer_group="0")),
+    ],
+    "commit": calls_with_seqs(lambda s, seqs: s.cache.commit(seqs)),
+    "fork": calls_with_seqs(lambda s, seqs: s.cache.fork(seqs)),
+    "truncate": [
+        *calls_with_seq(lambda s, seq: s.cache.truncate(seq, 0)),
+        *calls_with_length(lambda s, n: s.cache.truncate(s.seq, n)),
+        lambda s: s.cache.truncate(s.seq, 15),
+    ],
+    "keep": [
+        *calls_with_distinct(lambda s, seqs: s.cache.keep(seqs, 1, [[0], [0]])),
+        *calls_with_length(lambda s, n: s.cache.keep([s.seq, s.fork], n, [[0], [0]])),
+        *calls_with_ids(lambda s, ids: s.cache.keep([s.fork, s.seq], 2, [[1], ids])),
+        *calls_with_ids(lambda s, ids: s.cache.keep([s.fork, s.seq], 2, [[1], [1]], [[5], ids])),
+        *(
+            lambda s, own=own: s.cache.keep([s.fork, s.seq], 2, own)
+            for own in (None, 3, [[1]], [[1], [2]], [[1], [-1]])
+        ),
+        *(lambda s, own=own: s.cache.keep([s.fork, s.seq], 2, [[1], [0]], own) for own in (3, [[1]], [[1], [1, 2]])),
+        lambda s: s.cache.keep([s.fork, s.seq], 2, [[1], [0, 0]]),
+        lambda s: s.cache.keep([s.fork, s.seq], 15, [[1], [0]]),
+    ],
+    "free": calls_with_distinct(lambda s, seqs: s.cache.free(seqs)),
+    "page_hashes": [
+        *calls_with_ids(lambda s, ids: s.cache.page_hashes(ids)),
+        lambda s: s.cache.page_hashes([1], 5),
+    ],
+    "page_places": [
+        *calls_with_length(lambda s, n: s.cache.page_places(n)),
+        *calls_with_length(lambda s, n: s.cache.page_places(5, n)),
+    ],
+    "export_pages": [
+        *calls_with_seq(lambda s, seq: s.cache.export_pages(seq)),
+        *calls_with_length(lambda s, n: s.cache.export_pages(s.seq, n)),
+        lambda s: s.cache.export_pages(s.seq, 5),
+        *(lambda s, i=i: s.cache.export_pages(s.seq, to=wrong_pages(s.pages)[i]) for i in range(1, 12)),
+    ],
+    "import_pages": [
+        *calls_with_ids(lambda s, ids: s.cache.import_pages(s.pages, ids)),
+        *calls_with_length(lambda s, n: s.cache.import_pages(s.pages, n)),
+        *(lambda s, i=i: s.cache.import_pages(wrong_pages(s.pages)[i], 14) for i in range(13)),
+        lambda s: s.cache.import_pages(s.pages, range(14), 5),
+        lambda s: s.cache.import_pages(s.pages, 40),
+        lambda s: s.cache.import_pages([x[:, :0] for x in s.pages], 14),
+        lambda s: s.cache.import_pages(more_pages(s, 200), 200),
+    ],
+    "block_table": calls_with_seqs(lambda s, seqs: s.cache.block_table(seqs)),
+    "cache_seqlens": calls_with_seqs(lambda s, seqs: s.cache.cache_seqlens(seqs)),
+}
+REFUSED_BY_STEP = {
+    "extend": [
+        *calls_with_distinct(lambda s, seqs: s.step.extend(seqs, 1)),
+        *calls_with_batches(lambda s, ids: s.step.extend([s.fork, s.seq], ids)),
+        lambda s: s.step.extend([s.seq], 7),
+        lambda s: s.step.extend([s.fork], 5),
+    ],
+}
+REFUSED_BY_GROUPS = {
+    "tree": [
+        *calls_with_distinct(lambda s, seqs: s.groups.tree(seqs)),
+        *calls_with_length(lambda s, n: s.groups.tree([s.seq, s.fork], n)),
+        *(lambda s, n=n: s.groups.tree([s.seq, s.fork], n) for n in (2, [1], [1, 2], [1, -1], [1.0, 1.0])),
+    ],
+}
+
+
+def calls_with_pages(name, *rest):
+    wrong = (None, 3, "ab", [[0]], [1.0], [None], [6], [0, -1], [1, [2]], torch.zeros(2))
+    return [lambda s, pages=pages: getattr(s.pool, name)(pages, *rest) for pages in wrong]
+
+
+# Of the pool pages 1 and 2 are held, 0 and 3 free, of which 0 can be found as page 2 can.
+REFUSED_BY_POOL = {
+    "allocate": [*calls_with_length(lambda s, n: s.pool.allocate(n)), lambda s: s.pool.allocate(5)],
+    "share": [*calls_with_pages("share"), lambda s: s.pool.share([0, 1, 3])],
+    "release": [
+        *calls_with_pages("release"),
+        lambda s: s.pool.release([1, 0]),
+        lambda s: s.pool.release([2, 1, 1]),
+    ],
+    "ref_count": [lambda s, n=n: s.pool.ref_count(n) for n in (None, -1, 6, 1.0, "1", [1])],
+    "ref_counts": calls_with_pages("ref_counts"),
+    "register": [
+        *calls_with_pages("register", [b"x"]),
+        lambda s: s.pool.register([1, 3], [b"x", b"y"]),
+        *(lambda s, own=own: s.pool.register([1, 2], own) for own in (None, 3, [b"x"], [b"x", None], [b"x", [1]])),
+    ],
+    "forget": calls_with_pages("forget"),
+    "lookup": [lambda s, own=own: s.pool.lookup(own) for own in (None, 3, [b"b", []])],
+    "hash_of": [lambda s, n=n: s.pool.hash_of(n) for n in (None, -1, 6, 1.0, "1", [1])],
+}
+WITHOUT_INPUT = {"stats", "reset_prefix_cache", "take_events", "forget_all"}
+TABLES = {
+    **dict.fromkeys(KINDS, REFUSED),
+    "step": REFUSED_BY_STEP,
+    "groups": REFUSED_BY_GROUPS,
+    "pool": REFUSED_BY_POOL,
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_method_is_in_the_table(kind):
+    owner = {"latent": LatentKVCache, "step": CacheStep, "groups": PrefixGroups, "pool": BlockPool}.get(
+        kind, PagedKVCache
+    )
+    methods = {name for name in dir(owner) if name[0] != "_" and callable(getattr(owner, name))}
+    assert methods - WITHOUT_INPUT == set(TABLES[kind])
+
+
+def check_refused(scene, call):
+    before = scene.state()
+    with pytest.raises((TypeError, ValueError, OutOfPages)) as raised:
+        call(scene)
+    assert scene.state() == before, f"{raised.value}, and something changed"
+    if raised.type is not OutOfPages:
+        assert CLEAR.fullmatch(str(raised.value)), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "owner", "name"),
+    [
+        *((kind, kind, name) for kind in KINDS for name in REFUSED),
+        *(
+            (kind, owner, name)
+            for kind in ("plain", "windows")
+            for owner in ("step", "groups")
+            for name in TABLES[owner]
+        ),
+        *(("plain", "pool", name) for name in REFUSED_BY_POOL),
+    ],
+)
+def test_a_refused_call_changes_nothing(kind, owner, name):
+    scene = Scene(kind)
+    for call in TABLES[owner][name]:
+        check_refused(scene, call)
+
+
+def test_events_are_not_taken_where_none_are_kept():
+    cache = PagedKVCache(4, 4, **SIZE | dict(record_events=False))
+    before = state_of(cache)
+    with pytest.raises(ValueError, match="take_events: expected a cache that was made with record_events=True"):
+        cache.take_events()
+    assert state_of(cache) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_import_whose_copy_is_refused_changes_nothing(kind):
+    """The copy itself refuses tensors of a trace, and caches with gradients, which are right in all that is checked
+    before."""
+    scene = Scene(kind)
+    fakes = tuple(map(FakeTensorMode().from_tensor, scene.pages))
+    before = scene.state()
+    for ids in (14, [*range(8), *range(100, 106)]):
+        with pytest.raises(Exception, match="FakeTensor"):
+            scene.cache.import_pages(fakes, ids)
+        assert scene.state() == before
+    seq = scene.cache.import_pages(scene.pages, 14)
+    for ours, theirs in zip(scene.cache.export_pages(seq), scene.pages):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
