@@ -442,8 +442,8 @@ FAULTS = (
     Fault(
         "P11",
         "triton_attn/paged/forward.py",
-        "scores.scale_log2 * k_number",
-        "scores.scale_log2 * (v_number or 1.0)",
+        "scores.scale_log2 * k_scale",
+        "scores.scale_log2 * (call.v_scale or 1.0)",
         "PAGED",
     ),
     Fault(
