@@ -21,10 +21,10 @@ MOST |= {"paged": 78, "paged, lse": 78, "paged, splits": 115, "paged, prefix tre
 MOST |= {"paged, fp8": 84, "mla decode": 84, "mla decode, splits": 120, "mla decode, fp8": 91}
 MOST |= {"mla decode, weights": 156, "mla prefill, fused": 82, "mla prefill, absorbed": 152, "merge": 52}
 
-# Calls above the bar of 1.5, where they were measured: the operator of a call whose tensors require gradients, and
-# torch's autograd around it, take four times as long as the launch; torch's engine; a workspace is checked and divided
-# at each call (Triton 3.6.0).
-SLOWER = {"flash with gradients": 5.2, "backward by autograd": 1.7, "paged, memory of the caller's": 1.8}
+# The call that is far above the bar of 1.5: the operator of tensors that require gradients, and torch's autograd around
+# it, take four times as long as the launch. Slightly above it, within what ELSEWHERE leaves, are a backward pass through
+# torch's engine (1.7) and, on Triton 3.6.0, a caller's workspace, which is checked and divided at each call (1.8).
+SLOWER = {"flash with gradients": 5.2}
 
 
 def test_host_cost(stub, record_property):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 NO_LIMIT = 2**62  # above any number of tokens
 INT64 = np.dtype(np.int64)  # numpy takes a dtype faster than the type
-NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python names from 3.13 on
+# Python has the name from 3.13 on; the number is that of x86-64 and Arm.
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 def written_zeros(shape, dtype):

@@ -9,9 +9,9 @@
 `SCHEDULES`          the order of warps, and the time of asynchronous work
 
 The PTX of a kernel runs, not its machine code: faults of ptxas, spills and time are invisible. Matmuls accumulate in
-fp32, and approximate functions are correctly rounded. The lanes of a warp run in lock step until they diverge, but the
-checks do not rely on it: only barriers order their accesses to memory. The programs of a launch run one after
-another. tcgen05 (sm_100), clusters and AMD are not emulated.
+fp32, and approximate functions are correctly rounded. The lanes of a warp run in lock step until a branch parts them,
+and again from the first instruction that all of them reach, but the checks do not rely on it: only barriers order their
+accesses to memory. The programs of a launch run one after another. tcgen05 (sm_100), clusters and AMD are not emulated.
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ def joins(instructions, pool):
     """{branch: the first instruction that all lanes execute after it, whichever way each goes}: its immediate
     post-dominator. A branch after which lanes may end one by one has none.
 
-    Source: Fung et al., Dynamic Warp Formation and Scheduling for Efficient GPU Control Flow, MICRO 2007, section 3.
+    Source: Fung et al., Dynamic Warp Formation and Scheduling for Efficient GPU Control Flow, MICRO 2007.
     """
     end = len(instructions)
     targets = {pc: found for pc in range(end) if (found := _targets(instructions, pool, pc)) is not None}
