@@ -22,7 +22,7 @@ MOST |= {"paged, fp8": 84, "mla decode": 84, "mla decode, splits": 120, "mla dec
 MOST |= {"mla decode, weights": 156, "mla prefill, fused": 82, "mla prefill, absorbed": 152, "merge": 52}
 
 # The call that is far above the bar of 1.5: the operator of tensors that require gradients, and torch's autograd around
-# it, take four times as long as the launch. Slightly above it, within what ELSEWHERE leaves, are a backward pass through
+# it, take four times as long as the launch. Slightly above it, within what ELSEWHERE leaves, are a backward pass by
 # torch's engine (1.7) and, on Triton 3.6.0, a caller's workspace, which is checked and divided at each call (1.8).
 SLOWER = {"flash with gradients": 5.2}
 
