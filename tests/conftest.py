@@ -8,6 +8,7 @@ and `full` is the whole matrix, with new draws of hypothesis each time. On a GPU
 
 import contextlib
 import itertools
+import os
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def pytest_terminal_summary(terminalreporter):
     if figures:
         terminalreporter.section("figures")
         terminalreporter.write_line("\n".join(sorted(figures)))
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before():
+    """Fails a test that leaves the variables that choose backends and kernels other than they were: what later tests of
+    its process see would depend on the order."""
+    before = _variables()
+    yield
+    assert _variables() == before, "the test has changed the environment"
+
+
+def _variables():
+    return {name: value for name, value in os.environ.items() if "TRITON" in name}
 
 
 @pytest.fixture(scope="session", autouse=not INTERPRETED)

@@ -220,13 +220,14 @@ def test_a_known_call_follows_the_environment(monkeypatch):
         for _ in range(2):
             append_kv_cache(k, k, cache, cache, slots)
         assert len(launches) == 2
-        monkeypatch.setenv("TRITON_ATTN_BACKEND", "reference")
-        append_kv_cache(k, k, cache, cache, slots)
-        assert len(launches) == 2
-        assert cache.sum() == k.sum()
-        monkeypatch.setenv("TRITON_ATTN_CHECK", "1")
-        with pytest.raises(ValueError, match="slot_mapping"):
-            append_kv_cache(k, k, cache, cache, slots + 1000)
+        with monkeypatch.context() as patch:  # undone within compile_only, which sets one of them itself
+            patch.setenv("TRITON_ATTN_BACKEND", "reference")
+            append_kv_cache(k, k, cache, cache, slots)
+            assert len(launches) == 2
+            assert cache.sum() == k.sum()
+            patch.setenv("TRITON_ATTN_CHECK", "1")
+            with pytest.raises(ValueError, match="slot_mapping"):
+                append_kv_cache(k, k, cache, cache, slots + 1000)
 
 
 def test_a_known_call_follows_the_gpu():
