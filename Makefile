@@ -6,7 +6,7 @@ PYTHON ?= python3
 GPU := $(wildcard /dev/nvidia0 /dev/kfd)$(shell nvidia-smi -L 2>/dev/null | grep ^GPU)
 PYTEST = OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n logical --dist worksteal
 
-.PHONY: perf gpu test test-full test-oldest test-emulated test-engines test-mutants test-mutations lint docs clean
+.PHONY: perf gpu test test-full test-oldest test-emulated test-engines test-draws test-mutants test-mutations lint docs clean
 
 perf: .venv/installed
 	.venv/bin/python -m perf
@@ -40,6 +40,13 @@ test-emulated: .venv/installed .venv-oldest/installed
 # Without visible devices vLLM imports triton where no GPU is.
 test-engines: .venv-engines/installed
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) tests/engines
+
+# All random calls of the kernels of hopper.py, each in 20 schedules, which takes hours.
+test-draws: export TRITON_ATTN_TESTS = full
+test-draws: .venv/installed .venv-oldest/installed
+	for environment in .venv .venv-oldest; do \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n logical --dist worksteal --emulate sm_90 \
+	--emulate-schedules 20 tests/flash/test_random.py tests/mla/test_random.py -k "kernel_of_hopper or several_tiles" || exit; done
 
 # Removes one barrier, wait or fence at a time.
 test-mutations: export TRITON_ATTN_TESTS = full

@@ -14,6 +14,7 @@ from far import far
 
 from triton_attn._jit import workarounds
 from triton_attn.toolchain.emulator import SCHEDULES, emulate
+from triton_attn.toolchain.emulator.launches import first_schedules
 
 pytestmark = MARKS
 ON = [(arch, *call) for call in dict.fromkeys(CALL_OF.values()) for arch in ("sm_80", "sm_90")]
@@ -115,14 +116,9 @@ def test_other_calls_of_kernels_of_hopper(name):
     run(name, "sm_90", "hopper")
 
 
-SEEDS = [(schedule, 0) for schedule in SCHEDULES]
-SEEDS += [(schedule, seed) for schedule in ("random", "shuffled") for seed in range(1, 8)]
-assert len(SEEDS) == 20
-
-
 @pytest.mark.ci(but_each=19)
 @pytest.mark.oldest
-@pytest.mark.parametrize(("schedule", "seed"), SEEDS)
+@pytest.mark.parametrize(("schedule", "seed"), first_schedules(20))
 @pytest.mark.parametrize(
     "name",
     ["flash 128", "flash 64 full", "flash 96 window", "flash of several tiles", "mla decode 128", "mla decode 128 fp8"],

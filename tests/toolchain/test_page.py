@@ -88,6 +88,27 @@ class TestCompiled:
             assert [block for block in blocks("text") if block in done] == [blocks("text")[-1]], done
 
     @pytest.mark.ci
+    def test_each_test_in_several_schedules(self, tmp_path):
+        """Each is a test of its own: also of a parametrized function, and of one in a class."""
+        (tmp_path / "conftest.py").write_text(next(b for b in blocks("python") if b.startswith("# conftest.py")))
+        (tmp_path / "test_schedules.py").write_text(
+            "import pytest\nfrom without_a_gpu import check, rotate\n"
+            "@pytest.mark.parametrize('barrier', [True, False])\n"
+            "def test_function(barrier): check(*rotate(barrier=barrier))\n"
+            "class TestClass:\n    def test_method(self, tmp_path): check(*rotate(barrier=True))\n"
+        )
+        paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--emulate", "sm_90"]
+        command += ["--emulate-schedules", "8"]
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True).stdout
+        assert "8 failed, 16 passed" in done, done
+        assert re.search(r"test_function\[shuffled-1-False\] FAILED|test_function\[False-shuffled-1\] FAILED", done)
+        assert "emulated sm_90, 8 schedules: 24 launches" in done
+        command[-1] = "0"
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True).stderr
+        assert "--emulate-schedules: expected at least 1, got 0" in done
+
+    @pytest.mark.ci
     def test_tests_that_launch_nothing(self, tmp_path):
         """They are counted; those that are marked fail."""
         (tmp_path / "conftest.py").write_text(next(b for b in blocks("python") if b.startswith("# conftest.py")))

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import mmap
 import os
 
@@ -29,6 +30,12 @@ SCHEDULES = {
     "first": (1, 2),  # the first warp that can go on goes as far as it can
     "last": (1, 3),  # the last one
 }
+
+
+def first_schedules(n):
+    """n pairs (schedule, seed): each schedule, then the random ones with other seeds."""
+    others = ((schedule, seed) for seed in itertools.count(1) for schedule in ("random", "shuffled"))
+    return list(itertools.islice(itertools.chain(((schedule, 0) for schedule in SCHEDULES), others), n))
 
 
 @dataclasses.dataclass(frozen=True)

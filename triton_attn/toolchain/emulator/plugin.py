@@ -10,12 +10,15 @@ tests launched nothing. Those marked `emulated` fail if they launch nothing.
 
 import pytest
 
+PARAMETER = "schedule of the emulator"  # no argument of a test has such a name
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("emulator", "kernels as compiled, on CPU tensors")
     group.addoption("--emulate", metavar="ARCH", help="sm_80, sm_86, sm_89, sm_90 or sm_120")
     group.addoption("--emulate-schedule", default="random", help="a key of triton_attn.toolchain.emulator.SCHEDULES")
     group.addoption("--emulate-seed", type=int, default=0, help="of the random schedules")
+    group.addoption("--emulate-schedules", type=int, metavar="N", help="run each test in N schedules instead of one")
 
 
 def pytest_configure(config):
@@ -24,7 +27,7 @@ def pytest_configure(config):
         return
     emulation = Emulation(config)
     try:
-        with emulation.opened():
+        with emulation.opened(emulation.schedules[0]):
             pass
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise pytest.UsageError(f"--emulate: {error}") from error
@@ -35,17 +38,30 @@ class Emulation:
     """Wraps each test. A launch with a fault fails the test that made it; so does none in a test marked `emulated`."""
 
     def __init__(self, config):
-        self.arch = config.getoption("--emulate")
-        self.schedule, self.seed = config.getoption("--emulate-schedule"), config.getoption("--emulate-seed")
+        from .launches import first_schedules
 
-    def opened(self):
+        self.arch = config.getoption("--emulate")
+        self.schedules = [(config.getoption("--emulate-schedule"), config.getoption("--emulate-seed"))]
+        if (num_schedules := config.getoption("--emulate-schedules")) is not None:
+            if num_schedules < 1:
+                raise pytest.UsageError(f"--emulate-schedules: expected at least 1, got {num_schedules}")
+            self.schedules = first_schedules(num_schedules)
+
+    def opened(self, schedule):
         from . import emulate
 
-        return emulate(self.arch, schedule=self.schedule, seed=self.seed)
+        name, seed = schedule
+        return emulate(self.arch, schedule=name, seed=seed)
+
+    def pytest_generate_tests(self, metafunc):
+        if len(self.schedules) > 1:
+            metafunc.fixturenames.append(PARAMETER)
+            metafunc.parametrize(PARAMETER, self.schedules, ids=[f"{name}-{seed}" for name, seed in self.schedules])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        with self.opened() as log:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        with self.opened(parameters.get(PARAMETER, self.schedules[0])) as log:
             try:
                 result = yield
             finally:
@@ -61,6 +77,9 @@ class Emulation:
         launches, instructions = (sum(count[i] for count in counts) for i in range(2))
         without = sum(count[0] == 0 for count in counts)
         terminalreporter.write_line(
-            f"emulated {self.arch}, {self.schedule}: {launches} launches, {instructions} warp instructions"
+            f"emulated {self.arch}, {self._order()}: {launches} launches, {instructions} warp instructions"
             + (f"; {without} of {len(counts)} tests launched nothing" if without else "")
         )
+
+    def _order(self):
+        return self.schedules[0][0] if len(self.schedules) == 1 else f"{len(self.schedules)} schedules"
