@@ -67,16 +67,23 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def environment_as_before():
-    """Fails a test that leaves the variables that choose backends and kernels other than they were: what later tests of
-    its process see would depend on the order."""
-    before = _variables()
+def process_as_before():
+    """Fails a test that leaves variables or settings of its process other than they were: what later tests see would
+    depend on their order."""
+    before = _settings()
     yield
-    assert _variables() == before, "the test has changed the environment"
+    assert _settings() == before, "the test has changed its process"
 
 
-def _variables():
-    return {name: value for name, value in os.environ.items() if "TRITON" in name}
+def _settings():
+    return {
+        "environment": {name: value for name, value in os.environ.items() if "TRITON" in name},
+        "default dtype": torch.get_default_dtype(),
+        "precision of fp32 matmuls": torch.get_float32_matmul_precision(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @pytest.fixture(scope="session", autouse=not INTERPRETED)
