@@ -92,6 +92,7 @@ GROUPS = {
         _run("tests/cache", "tests/test_strides.py", "-k", "test_random_ or append or copy"),
         _run("tests/test_largest_sizes.py", "-k", "new_tokens"),
     ),
+    "INVARIANT_MLA": (_run("tests/mla/test_random_invariant_calls.py", "tests/mla/test_random_invariant.py"),),
     "INVARIANT": (
         _run("tests/test_batch_invariant.py", compiled=True),
         _run("tests/paged/test_random_invariant.py", "tests/mla/test_random_invariant.py"),
@@ -1366,6 +1367,13 @@ FAULTS = (
         "rows=fixed_rows(max(head_dim, head_dim_v)) if problem.batch_invariant else longest",
         "rows=longest",
         "INVARIANT",
+    ),
+    Fault(
+        "V06",
+        "triton_attn/mla/absorbed.py",
+        "(num_heads, 1) if key.batch_invariant else (num_rows, seqlen_k)",
+        "num_rows, seqlen_k",
+        "INVARIANT_MLA",
     ),
     Fault("V05", "triton_attn/merge/splits.py", "if num_splits == 1:  # of", "if num_splits == 0:  # of", "INVARIANT"),
     Fault(
