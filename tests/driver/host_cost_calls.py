@@ -38,12 +38,7 @@ def flash(packed=False, **options):
 def flash_with_gradients():
     """The forward pass of training, through torch's dispatcher and autograd."""
     q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=True) for heads in (32, 8, 8))
-
-    def call():
-        with torch.enable_grad():
-            return ta.flash_attention(q, k, v, causal=True)
-
-    return call
+    return lambda: ta.flash_attention(q, k, v, causal=True)
 
 
 def backward(packed=False, wants_sinks=False, has_dlse=False, deterministic=False):
@@ -56,20 +51,24 @@ def backward(packed=False, wants_sinks=False, has_dlse=False, deterministic=Fals
     out, dout, dlse = torch.empty_like(q), torch.empty_like(q), torch.empty_like(lse) if has_dlse else None
     tensors = q, k, v, torch.empty(32) if wants_sinks else None, None, None, None
     numbers = 0.1, None, 0, None, 0.0, deterministic, [True, True, True, wants_sinks]
-    return lambda: autograd._flash_attention_backward(dout, dlse, out, lse, *tensors, *lengths, *numbers)
+    return lambda: autograd.gradients_of(dout, dlse, out, lse, *tensors, *lengths, *numbers)
 
 
-def backward_by_autograd():
-    """The whole backward pass: torch's engine too."""
-    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=True) for heads in (32, 8, 8))
+def backward_by_autograd(layers=1):
+    """The whole backward pass: torch's engine too, and what torch.autograd.grad does before, once for all layers."""
+    q = torch.empty(4, 64, 32, 128, dtype=BF16, requires_grad=True)
+    kv = [torch.empty(4, 64, 8, 128, dtype=BF16, requires_grad=True) for _ in range(2 * layers)]
     dout = torch.empty_like(q)
 
     @functools.cache
     def out():
+        x = q
         with torch.enable_grad():
-            return ta.flash_attention(q, k, v, causal=True)
+            for k, v in zip(kv[::2], kv[1::2]):
+                x = ta.flash_attention(x, k, v, causal=True)
+        return x
 
-    return lambda: torch.autograd.grad(out(), (q, k, v), dout, retain_graph=True)
+    return lambda: torch.autograd.grad(out(), (q, *kv), dout, retain_graph=True)
 
 
 def paged(seqlen_q=1, cache_dtype=BF16, **options):
@@ -140,6 +139,7 @@ CALLS = {
     "backward, varlen": backward(packed=True),
     "backward, varlen, gradient of lse": backward(packed=True, has_dlse=True),
     "backward by autograd": backward_by_autograd(),
+    "backward by autograd, eight layers": backward_by_autograd(layers=8),
     "paged": paged(num_splits=1),
     "paged, lse": paged(num_splits=1, return_lse=True),
     "paged, splits": paged(num_splits=4),
@@ -165,7 +165,7 @@ def main(arch, pattern=""):
     ctypes.c_void_p.in_dll(stub, "stub_launch").value = ctypes.cast(stub.cuInit, ctypes.c_void_p).value
     for name, call in CALLS.items():
         if re.search(pattern, name):
-            with torch.no_grad():
+            with torch.set_grad_enabled("with gradients" in name):
                 call()  # what the first call caches, and the forward pass
                 cost = compare(call, bare_launches(call, MODULES))
                 print(name, *cost, python_calls(call), sep="\t", flush=True)
