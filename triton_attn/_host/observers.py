@@ -6,16 +6,17 @@ transform that does not see the call would silently give wrong derivatives.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import _C
 from torch.autograd import forward_ad
 
 _functorch = _C._functorch
-_PRE_DISPATCH = _C.DispatchKey.PreDispatch
+_PRE_DISPATCH, _VMAP = map(_C._parse_dispatch_key, ("PreDispatch", "VmapMode"))
 _DISABLED = torch.Tensor.__torch_dispatch__
-# torch.autograd.Function but for what it does, at each call, for transforms of torch.func.
-SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+# torch.autograd.Function without what that does for torch.func at each call.
+SingleLevelFunction: Any = torch.autograd.function._SingleLevelFunction
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # classes of tensors that see no calls
 
 
@@ -30,6 +31,7 @@ def is_observed(*tensors, but_autograd=False):
         torch.compiler.is_compiling()
         or _C._len_torch_dispatch_stack() > 0
         or _C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # modes above autograd, as of make_fx
+        or _C._dispatch_tls_is_dispatch_key_included(_VMAP)  # of torch.autograd.grad(is_grads_batched=True)
         or _C._get_tracing_state() is not None  # torch.jit.trace
         or _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
