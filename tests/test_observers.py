@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from prefix_trees import tree_of
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only

@@ -3,7 +3,6 @@
 import functools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from .._host import keywords
