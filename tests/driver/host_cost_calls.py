@@ -2,7 +2,8 @@
 
 python host_cost_calls.py sm_90 [PATTERN]     prints of each call (that matches the pattern), with tabs between: name,
                                               microseconds, those of the bare launches that it makes, the ratio of both
-                                              in one batch, and how many Python functions it calls
+                                              in one batch, and how many Python functions it calls; of a call in
+                                              COUNTED the name and that number
 """
 
 import ctypes
@@ -20,25 +21,20 @@ from triton_attn.flash import autograd
 from triton_attn.flash import forward as flash_forward
 from triton_attn.merge import kernel as merge_kernel
 from triton_attn.mla import absorbed, prefill, projections
+from triton_attn.mla import autograd as mla_autograd
 from triton_attn.paged import forward as paged_forward
 
 BF16, INT32 = torch.bfloat16, torch.int32
 MODULES = flash_forward, flash_backward, merge_kernel, absorbed, prefill, projections, paged_forward
 
 
-def flash(packed=False, **options):
-    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16) for heads in (32, 8, 8))
+def flash(packed=False, trained=False, **options):
+    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=trained) for heads in (32, 8, 8))
     if not packed:
         return lambda: ta.flash_attention(q, k, v, **options)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    q, k, v = (x.detach().flatten(0, 1).requires_grad_(trained) for x in (q, k, v))
     lengths = 2 * [torch.arange(5, dtype=INT32) * 64] + [64, 64]
     return lambda: ta.flash_attention_varlen(q, k, v, *lengths, **options)
-
-
-def flash_with_gradients():
-    """The forward pass of training, through torch's dispatcher and autograd."""
-    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=True) for heads in (32, 8, 8))
-    return lambda: ta.flash_attention(q, k, v, causal=True)
 
 
 def backward(packed=False, wants_sinks=False, has_dlse=False, deterministic=False):
@@ -114,10 +110,19 @@ def decode(num_heads=16, cache_dtype=BF16, weights=False, **options):
     return lambda: ta.mla_decode(*queries, cache, *where, *more, **options)
 
 
-def latent_prefill(mode):
+def latent_prefill(mode, trained=False):
     shapes = (2, 64, 16, 128), (2, 64, 16, 64), (2, 64, 512), (2, 64, 64), (16, 128, 512), (16, 128, 512)
-    tensors = [torch.empty(shape, dtype=BF16) for shape in shapes]
+    tensors = [torch.empty(shape, dtype=BF16, requires_grad=trained) for shape in shapes]
     return lambda: ta.mla_prefill(*tensors, mode=mode)
+
+
+def backward_of_prefill():
+    """Without torch's engine."""
+    shapes = (1, 16, 2, 32), (1, 16, 2, 16), (1, 16, 64), (1, 16, 16), (2, 32, 64), (2, 32, 64)
+    tensors, wanted = [torch.zeros(shape, dtype=BF16) for shape in shapes], [True] * 6
+    out, lse = torch.zeros(1, 16, 2, 32, dtype=BF16), torch.zeros(1, 2, 16)
+    numbers = None, None, None, None, 16, 16, 0.1, True, 2**28
+    return lambda: mla_autograd.gradients_of(out, None, out, lse, *tensors, *numbers, wanted)
 
 
 def merge():
@@ -131,7 +136,8 @@ CALLS = {
     "flash, window, sinks": flash(causal=True, window_size=(100, 0), sinks=torch.empty(32)),
     "varlen": flash(packed=True, causal=True),
     "varlen, lse": flash(packed=True, causal=True, return_lse=True),
-    "flash with gradients": flash_with_gradients(),
+    "flash with gradients": flash(trained=True, causal=True),
+    "varlen with gradients": flash(packed=True, trained=True, causal=True),
     "backward": backward(),
     "backward, gradient of lse": backward(has_dlse=True),
     "backward, sinks": backward(wants_sinks=True),
@@ -154,7 +160,13 @@ CALLS = {
     "mla decode, weights": decode(weights=True, num_splits=1),
     "mla prefill, fused": latent_prefill("fused"),
     "mla prefill, absorbed": latent_prefill("absorbed"),
+    "mla prefill with gradients": latent_prefill("fused", trained=True),
     "merge": merge(),
+}
+# Between their launches are products of torch's, on this CPU.
+COUNTED = {
+    "mla prefill, materialized": latent_prefill("materialized"),
+    "mla prefill, backward": backward_of_prefill(),
 }
 
 
@@ -163,11 +175,11 @@ def main(arch, pattern=""):
     stub = ctypes.CDLL("libcuda.so.1")
     # A launch does what cuInit does, which returns 0, and prints nothing.
     ctypes.c_void_p.in_dll(stub, "stub_launch").value = ctypes.cast(stub.cuInit, ctypes.c_void_p).value
-    for name, call in CALLS.items():
+    for name, call in (CALLS | COUNTED).items():
         if re.search(pattern, name):
             with torch.set_grad_enabled("with gradients" in name):
                 call()  # what the first call caches, and the forward pass
-                cost = compare(call, bare_launches(call, MODULES))
+                cost = compare(call, bare_launches(call, MODULES)) if name in CALLS else ()
                 print(name, *cost, python_calls(call), sep="\t", flush=True)
 
 
