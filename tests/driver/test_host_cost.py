@@ -23,10 +23,10 @@ MOST |= {"paged, prefix tree": 151, "paged, chunk": 78, "paged, fp8": 84, "mla d
 MOST |= {"mla decode, fp8": 91, "mla decode, weights": 156, "mla prefill, fused": 77, "mla prefill, absorbed": 147}
 MOST |= {"mla prefill, materialized": 92, "merge": 52}
 
-# What torch's autograd takes around a forward pass: 1.5 times the launch on Triton 3.9, and 1.7 on Triton 3.6.0, whose
-# launches are shorter. Slightly above 1.5, within what ELSEWHERE leaves, are one backward pass by torch.autograd.grad
-# (1.7), which eight layers share (1.5), and, on Triton 3.6.0, a caller's workspace, which is checked and divided at each
-# call (1.8).
+# With what torch's autograd takes around a forward pass, that is 1.5 to 1.7 times the launch on Triton 3.9, and 1.7 to
+# 1.8 on Triton 3.6.0, whose launches are shorter. Slightly above 1.5, within what ELSEWHERE leaves, are one backward
+# pass by torch.autograd.grad (1.7), whose checks eight layers share (1.6), and, on Triton 3.6.0, a caller's workspace,
+# which is checked and divided at each call (1.8).
 SLOWER = dict.fromkeys(("flash with gradients", "varlen with gradients", "mla prefill with gradients"), 1.8)
 
 

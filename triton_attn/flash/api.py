@@ -106,8 +106,8 @@ def flash_attention(
     placement raises; for sharded sequences see `triton_attn.parallel.context_parallel_attention`.
 
     First derivatives of out and lse are supported with respect to q, k, v and sinks.
-    Under torch.autocast q, k and v are cast as for torch's own attention. Autograd, torch.compile and export see one
-    operator.
+    Under torch.autocast q, k and v are cast as for torch's own attention. torch.compile, export and dispatch modes see
+    one operator, and autograd one node.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a sequence or packed batch has more than 10**9 rows; nothing was
