@@ -4,6 +4,7 @@ Derivatives of each kind, torch.func, vmap, meta and fake tensors, torch.compile
 """
 
 import contextlib
+import functools
 import os
 import re
 from typing import NamedTuple
@@ -11,8 +12,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from prefix_trees import tree_of
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import triton_attn
@@ -562,6 +565,37 @@ def test_compile_refuses_what_a_call_refuses(case, observer, traced):
         torch._dynamo.reset()
 
 
+RECORDERS = {
+    "make_fx": make_fx,
+    "make_fx before autograd": functools.partial(make_fx, pre_dispatch=True),
+    "torch.jit.trace": lambda f: lambda x: torch.jit.trace(f, x, check_trace=False),
+}
+
+# They replay functions without side effects. torch.jit.trace makes tensors of sizes, which the doors take for ints.
+RECORDED = {
+    name: case
+    for name, case in CASES.items()
+    if case.function.__name__ in triton_attn.__all__ and not case.written and "fp8" not in name
+}
+
+
+@pytest.mark.ci(but_each=3)
+@pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.parametrize("case", RECORDED.values(), ids=RECORDED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_recorders(case, recorder):
+    """What they have recorded can be run with another tensor, whether or not that requires a gradient."""
+    arguments = case.arguments()
+    name = floats(arguments)[0]
+    f = with_argument(case, arguments, name)
+    for requires_grad in (False, True)[: 1 + case.trained]:
+        x, y = (arguments[name][...].clone().requires_grad_(requires_grad) for _ in range(2))
+        recorded = RECORDERS[recorder](f)(x)
+        with torch.no_grad():
+            y *= 0.5
+        assert_same([recorded(y)], [f(y)])
+
+
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
     """Our operators, with copies of their arguments."""
 
@@ -609,7 +643,38 @@ def test_export(case):
 TRAINED = {name: case for name, case in CASES.items() if case.trained and case.function is not read_latent_cache}
 
 
-@pytest.mark.parametrize("case", TRAINED.values(), ids=TRAINED)
+every_trained_case = pytest.mark.parametrize("case", TRAINED.values(), ids=TRAINED)
+
+
+@pytest.mark.ci(but_each=2)
+@every_trained_case
+def test_autograd_alone_gets_what_an_operator_gives(case, monkeypatch):
+    """Bitwise, outputs and gradients. The operator takes ten times as long."""
+    arguments = case.arguments()
+    names = [name for name in floats(arguments) if name != "alibi_slopes"]
+
+    def outputs_and_gradients(observer):
+        leaves = {name: arguments[name].clone().requires_grad_() for name in names}
+        torch.manual_seed(0)
+        with observer:
+            outputs = tree_flatten(case(arguments | leaves))[0]
+        with observer:
+            gradients = torch.autograd.grad([x.sin().sum() for x in outputs], list(leaves.values()))
+        return *outputs, *gradients
+
+    calls = Calls()
+    expected = outputs_and_gradients(calls)
+    assert len(calls.seen) == 2
+
+    def fail(self, *args):
+        raise AssertionError(f"{self._name} was called")
+
+    monkeypatch.setattr(CustomOpDef, "__call__", fail)
+    for x, y in zip(outputs_and_gradients(contextlib.nullcontext()), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@every_trained_case
 @pytest.mark.usefixtures("backend")
 def test_autocast(case):
     """As in torch's own attention: every input except fp64 is cast, the result has the lower precision, gradients have

@@ -2,7 +2,8 @@
 
 python host_cost_calls.py sm_90 [PATTERN]     prints of each call (that matches the pattern), with tabs between: name,
                                               microseconds, those of the bare launches that it makes, the ratio of both
-                                              in one batch, and how many Python functions it calls
+                                              in one batch, and how many Python functions it calls; of a call in
+                                              COUNTED the name and that number
 """
 
 import ctypes
@@ -20,30 +21,20 @@ from triton_attn.flash import autograd
 from triton_attn.flash import forward as flash_forward
 from triton_attn.merge import kernel as merge_kernel
 from triton_attn.mla import absorbed, prefill, projections
+from triton_attn.mla import autograd as mla_autograd
 from triton_attn.paged import forward as paged_forward
 
 BF16, INT32 = torch.bfloat16, torch.int32
 MODULES = flash_forward, flash_backward, merge_kernel, absorbed, prefill, projections, paged_forward
 
 
-def flash(packed=False, **options):
-    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16) for heads in (32, 8, 8))
+def flash(packed=False, trained=False, **options):
+    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=trained) for heads in (32, 8, 8))
     if not packed:
         return lambda: ta.flash_attention(q, k, v, **options)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    q, k, v = (x.detach().flatten(0, 1).requires_grad_(trained) for x in (q, k, v))
     lengths = 2 * [torch.arange(5, dtype=INT32) * 64] + [64, 64]
     return lambda: ta.flash_attention_varlen(q, k, v, *lengths, **options)
-
-
-def flash_with_gradients():
-    """The forward pass of training, through torch's dispatcher and autograd."""
-    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=True) for heads in (32, 8, 8))
-
-    def call():
-        with torch.enable_grad():
-            return ta.flash_attention(q, k, v, causal=True)
-
-    return call
 
 
 def backward(packed=False, wants_sinks=False, has_dlse=False, deterministic=False):
@@ -56,20 +47,24 @@ def backward(packed=False, wants_sinks=False, has_dlse=False, deterministic=Fals
     out, dout, dlse = torch.empty_like(q), torch.empty_like(q), torch.empty_like(lse) if has_dlse else None
     tensors = q, k, v, torch.empty(32) if wants_sinks else None, None, None, None
     numbers = 0.1, None, 0, None, 0.0, deterministic, [True, True, True, wants_sinks]
-    return lambda: autograd._flash_attention_backward(dout, dlse, out, lse, *tensors, *lengths, *numbers)
+    return lambda: autograd.gradients_of(dout, dlse, out, lse, *tensors, *lengths, *numbers)
 
 
-def backward_by_autograd():
-    """The whole backward pass: torch's engine too."""
-    q, k, v = (torch.empty(4, 64, heads, 128, dtype=BF16, requires_grad=True) for heads in (32, 8, 8))
+def backward_by_autograd(layers=1):
+    """The whole backward pass: torch's engine too, and what torch.autograd.grad does before, once for all layers."""
+    q = torch.empty(4, 64, 32, 128, dtype=BF16, requires_grad=True)
+    kv = [torch.empty(4, 64, 8, 128, dtype=BF16, requires_grad=True) for _ in range(2 * layers)]
     dout = torch.empty_like(q)
 
     @functools.cache
     def out():
+        x = q
         with torch.enable_grad():
-            return ta.flash_attention(q, k, v, causal=True)
+            for k, v in zip(kv[::2], kv[1::2]):
+                x = ta.flash_attention(x, k, v, causal=True)
+        return x
 
-    return lambda: torch.autograd.grad(out(), (q, k, v), dout, retain_graph=True)
+    return lambda: torch.autograd.grad(out(), (q, *kv), dout, retain_graph=True)
 
 
 def paged(seqlen_q=1, cache_dtype=BF16, **options):
@@ -115,10 +110,19 @@ def decode(num_heads=16, cache_dtype=BF16, weights=False, **options):
     return lambda: ta.mla_decode(*queries, cache, *where, *more, **options)
 
 
-def latent_prefill(mode):
+def latent_prefill(mode, trained=False):
     shapes = (2, 64, 16, 128), (2, 64, 16, 64), (2, 64, 512), (2, 64, 64), (16, 128, 512), (16, 128, 512)
-    tensors = [torch.empty(shape, dtype=BF16) for shape in shapes]
+    tensors = [torch.empty(shape, dtype=BF16, requires_grad=trained) for shape in shapes]
     return lambda: ta.mla_prefill(*tensors, mode=mode)
+
+
+def backward_of_prefill():
+    """Without torch's engine."""
+    shapes = (1, 16, 2, 32), (1, 16, 2, 16), (1, 16, 64), (1, 16, 16), (2, 32, 64), (2, 32, 64)
+    tensors, wanted = [torch.zeros(shape, dtype=BF16) for shape in shapes], [True] * 6
+    out, lse = torch.zeros(1, 16, 2, 32, dtype=BF16), torch.zeros(1, 2, 16)
+    numbers = None, None, None, None, 16, 16, 0.1, True, 2**28
+    return lambda: mla_autograd.gradients_of(out, None, out, lse, *tensors, *numbers, wanted)
 
 
 def merge():
@@ -132,7 +136,8 @@ CALLS = {
     "flash, window, sinks": flash(causal=True, window_size=(100, 0), sinks=torch.empty(32)),
     "varlen": flash(packed=True, causal=True),
     "varlen, lse": flash(packed=True, causal=True, return_lse=True),
-    "flash with gradients": flash_with_gradients(),
+    "flash with gradients": flash(trained=True, causal=True),
+    "varlen with gradients": flash(packed=True, trained=True, causal=True),
     "backward": backward(),
     "backward, gradient of lse": backward(has_dlse=True),
     "backward, sinks": backward(wants_sinks=True),
@@ -140,6 +145,7 @@ CALLS = {
     "backward, varlen": backward(packed=True),
     "backward, varlen, gradient of lse": backward(packed=True, has_dlse=True),
     "backward by autograd": backward_by_autograd(),
+    "backward by autograd, eight layers": backward_by_autograd(layers=8),
     "paged": paged(num_splits=1),
     "paged, lse": paged(num_splits=1, return_lse=True),
     "paged, splits": paged(num_splits=4),
@@ -154,7 +160,13 @@ CALLS = {
     "mla decode, weights": decode(weights=True, num_splits=1),
     "mla prefill, fused": latent_prefill("fused"),
     "mla prefill, absorbed": latent_prefill("absorbed"),
+    "mla prefill with gradients": latent_prefill("fused", trained=True),
     "merge": merge(),
+}
+# Between their launches are products of torch's, on this CPU.
+COUNTED = {
+    "mla prefill, materialized": latent_prefill("materialized"),
+    "mla prefill, backward": backward_of_prefill(),
 }
 
 
@@ -163,11 +175,11 @@ def main(arch, pattern=""):
     stub = ctypes.CDLL("libcuda.so.1")
     # A launch does what cuInit does, which returns 0, and prints nothing.
     ctypes.c_void_p.in_dll(stub, "stub_launch").value = ctypes.cast(stub.cuInit, ctypes.c_void_p).value
-    for name, call in CALLS.items():
+    for name, call in (CALLS | COUNTED).items():
         if re.search(pattern, name):
-            with torch.no_grad():
+            with torch.set_grad_enabled("with gradients" in name):
                 call()  # what the first call caches, and the forward pass
-                cost = compare(call, bare_launches(call, MODULES))
+                cost = compare(call, bare_launches(call, MODULES)) if name in CALLS else ()
                 print(name, *cost, python_calls(call), sep="\t", flush=True)
 
 

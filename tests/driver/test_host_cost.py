@@ -13,32 +13,38 @@ pytestmark = [
 ]
 
 # The most Python functions that a known call calls, its launches included.
-MOST = {"flash": 75, "flash, lse": 75, "flash, window, sinks": 76, "varlen": 84, "varlen, lse": 84}
-MOST |= {"backward": 185, "backward, gradient of lse": 186, "backward, sinks": 185, "backward, deterministic": 184}
-MOST |= {"backward, varlen": 188, "backward, varlen, gradient of lse": 189, "backward by autograd": 219}
-MOST |= {"flash with gradients": 152, "paged, contiguous cache": 76, "paged, memory of the caller's": 131}
-MOST |= {"paged": 78, "paged, lse": 78, "paged, splits": 115, "paged, prefix tree": 151, "paged, chunk": 78}
-MOST |= {"paged, fp8": 84, "mla decode": 84, "mla decode, splits": 120, "mla decode, fp8": 91}
-MOST |= {"mla decode, weights": 156, "mla prefill, fused": 82, "mla prefill, absorbed": 152, "merge": 52}
+MOST = {"flash": 72, "flash, lse": 72, "flash, window, sinks": 73, "varlen": 81, "varlen, lse": 81}
+MOST |= {"flash with gradients": 84, "varlen with gradients": 93, "mla prefill with gradients": 89}
+MOST |= {"backward": 180, "backward, gradient of lse": 181, "backward, sinks": 180, "backward, deterministic": 179}
+MOST |= {"backward, varlen": 183, "backward, varlen, gradient of lse": 184, "backward by autograd": 212}
+MOST |= {"backward by autograd, eight layers": 1535, "mla prefill, backward": 190, "paged, contiguous cache": 76}
+MOST |= {"paged": 78, "paged, lse": 78, "paged, splits": 115, "paged, memory of the caller's": 131}
+MOST |= {"paged, prefix tree": 151, "paged, chunk": 78, "paged, fp8": 84, "mla decode": 84, "mla decode, splits": 120}
+MOST |= {"mla decode, fp8": 91, "mla decode, weights": 156, "mla prefill, fused": 77, "mla prefill, absorbed": 147}
+MOST |= {"mla prefill, materialized": 92, "merge": 52}
 
-# The call that is far above the bar of 1.5: the operator of tensors that require gradients, and torch's autograd around
-# it, take four times as long as the launch. Slightly above it, within what ELSEWHERE leaves, are a backward pass by
-# torch's engine (1.7) and, on Triton 3.6.0, a caller's workspace, which is checked and divided at each call (1.8).
-SLOWER = {"flash with gradients": 5.2}
+# With what torch's autograd takes around a forward pass, that is 1.5 to 1.7 times the launch on Triton 3.9, and 1.7 to
+# 1.8 on Triton 3.6.0, whose launches are shorter. Slightly above 1.5, within what ELSEWHERE leaves, are one backward
+# pass by torch.autograd.grad (1.7), whose checks eight layers share (1.6), and, on Triton 3.6.0, a caller's workspace,
+# which is checked and divided at each call (1.8).
+SLOWER = dict.fromkeys(("flash with gradients", "varlen with gradients", "mla prefill with gradients"), 1.8)
 
 
 def test_host_cost(stub, record_property):
-    """Calls take at most 1.5 times as long as their bare launches, but for `SLOWER`. Kernels are the portable ones; a
-    materialized prefill is left out, since its products are torch's, on this CPU."""
+    """Calls take at most 1.5 times as long as their bare launches, but for `SLOWER`. Kernels are the portable ones. Of
+    calls with torch's products, which this CPU computes, only the Python calls are counted."""
     environment = dict(PYTHONPATH=f"{ROOT}:{HERE}:{ROOT}/tests/helpers", TRITON_ATTN_KERNELS="portable")
     done = run_python(stub, "sm_90", HERE / "host_cost_calls.py", "sm_90", **environment)
     assert done.returncode == 0, done.stderr[-4000:]
     ratios, python_calls = {}, {}
     for line in done.stdout.splitlines():
-        name, call, launches, ratio, count = line.split("\t")
-        ratios[name], python_calls[name] = float(ratio), int(count)
-        figure = f"{name}: {float(call):.1f} us, {float(launches):.1f} us its bare launches, {ratios[name]:.2f} times"
-        record_property("figure", f"{figure}, {count} Python calls")
+        name, *times, count = line.split("\t")
+        python_calls[name] = int(count)
+        figure = f"{name}: {count} Python calls"
+        if times:
+            call, launches, ratios[name] = map(float, times)
+            figure += f", {call:.1f} us, {launches:.1f} us its bare launches, {ratios[name]:.2f} times"
+        record_property("figure", figure)
     assert python_calls.keys() == MOST.keys()
     assert {name: count for name, count in python_calls.items() if count > MOST[name]} == {}
     bars = {name: SLOWER.get(name, 1.5) * ELSEWHERE for name in ratios}

@@ -1,8 +1,12 @@
-"""Attention under autograd, torch.compile and export: two operators, used only if the call is traced or
-differentiated."""
+"""Attention under autograd, torch.compile and export: two operators, used only if a call has another observer than
+autograd."""
 
 import contextlib
+import functools
+import itertools
 import shutil
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -10,8 +14,9 @@ import torch
 from attention_cases import DEVICE
 from backward_launches import Launches
 from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from triton_attn import flash_attention, flash_attention_varlen
 from triton_attn._host.call import Lengths, call_of
@@ -85,21 +90,25 @@ def unused(name):
 @every_option_and_varlen
 def test_opcheck(options, varlen):
     f, leaves = make_call(options, varlen)
-    with spy_on("flash_attention") as forward_spy, spy_on("_flash_attention_backward") as backward_spy:
+    with spy_on("flash_attention") as forward_spy, spy_on("gradients_of") as backward_spy, SeenOperators():
         gradients(f, leaves)
     torch.library.opcheck(autograd.flash_attention, forward_spy.call_args.args)
     without_history = [x.detach() if isinstance(x, torch.Tensor) else x for x in backward_spy.call_args.args]
     torch.library.opcheck(autograd.flash_attention_backward, without_history)
 
 
-def test_a_plain_backward_pass_is_no_operator():
-    """An operator costs as much as a launch. An observer sees one."""
+def test_what_autograd_alone_sees_is_no_operator():
+    """An operator with autograd costs four launches. Another observer, of the forward or the backward pass, sees it."""
     f, leaves = make_call({"causal": True})
-    for observer, expected in ((contextlib.nullcontext(), 0), (SeenOperators(), 1)):
-        loss = loss_of(*f(*leaves))
-        with spy_on("flash_attention_backward") as operator, observer:
-            loss.backward()
-        assert operator.call_count == expected
+    observers = contextlib.nullcontext(), SeenOperators()
+    for forward, backward_pass in itertools.product(observers, observers):
+        with spy_on("flash_attention") as operator, spy_on("flash_attention_backward") as of_gradients:
+            with forward:
+                loss = loss_of(*f(*leaves))
+            with backward_pass:
+                loss.backward()
+        assert operator.call_count == (forward is observers[1])
+        assert of_gradients.call_count == (backward_pass is observers[1])
 
 
 @pytest.mark.ci(but_each=3)
@@ -109,7 +118,7 @@ def test_opcheck_of_some_gradients(names):
     wanted = [name in names for name in ("q", "k", "v", "sinks")]
     for leaf, is_wanted in zip(leaves, wanted):
         leaf.requires_grad_(is_wanted)
-    with spy_on("_flash_attention_backward") as spy:
+    with spy_on("gradients_of") as spy:
         loss_of(*f(*leaves)).backward()
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in spy.call_args.args]
     assert args[-1] == wanted
@@ -263,6 +272,42 @@ def test_checkpoint(options):
     assert_equal(gradients(lambda *xs: checkpoint(f, *xs, use_reentrant=False), leaves), gradients(f, leaves))
 
 
+def test_reentrant_checkpoint():
+    f, leaves = make_call(OPTIONS["ALiBi, sinks"])
+    expected = gradients(f, leaves)
+    loss_of(*checkpoint(f, *leaves, use_reentrant=True)).backward()
+    assert_equal([leaf.grad for leaf in leaves], expected)
+
+
+@pytest.mark.parametrize("seen_again", [False, True])
+def test_a_checkpoint_that_an_observer_sees_once(seen_again):
+    """What autograd alone gets keeps the tensors that the operator keeps, so torch can take one for the other."""
+    f, leaves = make_call(OPTIONS["dropout"] | {"sinks": (0.0, 1.0, -1.0, 0.5)})
+    contexts = [contextlib.nullcontext(), SeenOperators()]
+    first, again = contexts if seen_again else reversed(contexts)
+    with first:
+        outputs = checkpoint(f, *leaves, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again))
+    with spy_on("flash_attention") as operator:
+        results = torch.autograd.grad(loss_of(*outputs), leaves)
+    assert operator.call_count == seen_again
+    assert_equal(results, gradients(f, leaves))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_checkpoint_that_saves_what_an_operator_gave(saved):
+    def policy(ctx, operator, *args, **kwargs):
+        is_ours = operator is torch.ops.triton_attn.flash_attention.default
+        return CheckpointPolicy.MUST_SAVE if is_ours and saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    f, leaves = make_call({"causal": True})
+    expected = gradients(f, leaves)
+    context_fn = functools.partial(create_selective_checkpoint_contexts, policy)
+    with spy_on("launch_flash_fwd") as launch:
+        results = gradients(lambda *xs: checkpoint(f, *xs, use_reentrant=False, context_fn=context_fn), leaves)
+    assert launch.call_count == 2 - saved
+    assert_equal(results, expected)
+
+
 def test_checkpoint_recomputes_the_same_dropout():
     def f(q, k, v):
         return flash_attention(q, k, v, dropout_p=0.5)
@@ -270,11 +315,73 @@ def test_checkpoint_recomputes_the_same_dropout():
     assert_dropout_of_backward(lambda *qkv: checkpoint(f, *qkv, use_reentrant=False))
 
 
-def test_saved_tensors_may_live_elsewhere():
+def contiguous_copy(x):
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+ELSEWHERE = {
+    "copied": lambda: saved_tensors_hooks(torch.Tensor.clone, lambda x: x),
+    "with other strides": lambda: saved_tensors_hooks(contiguous_copy, lambda x: x),
+    "on the host": save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_saved_tensors_may_live_elsewhere(elsewhere):
     f, leaves = make_call({"causal": True})
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, lambda x: x):
+    leaves = [leaf.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for leaf in leaves]
+    with ELSEWHERE[elsewhere]():
         loss = loss_of(*f(*leaves))
     assert_equal(torch.autograd.grad(loss, leaves), gradients(f, leaves))
+
+
+def test_a_graph_holds_its_inputs_nowhere_else():
+    f, leaves = make_call({"causal": True, "sinks": (0.0, 1.0, -1.0, 0.5)})
+    with saved_tensors_hooks(torch.Tensor.clone, lambda x: x):
+        inputs = [leaf * 1 for leaf in leaves]
+        outputs = f(*inputs)
+    references = [weakref.ref(x) for x in inputs]
+    del inputs
+    assert [reference() for reference in references] == [None] * 4
+    assert_equal(torch.autograd.grad(loss_of(*outputs), leaves), gradients(f, leaves))
+
+
+@every_option_and_varlen
+def test_both_keep_the_same_tensors(options, varlen):
+    f, leaves = make_call(options | {"sinks": (0.0, 1.0, -1.0, 0.5)}, varlen)
+
+    def kept(observer):
+        found = []
+        with observer, saved_tensors_hooks(lambda x: found.append((x.shape, x.dtype)) or x, lambda x: x):
+            f(*leaves)
+        return found
+
+    assert kept(contextlib.nullcontext()) == kept(SeenOperators())
+
+
+def test_a_backward_pass_of_another_thread():
+    f, leaves = make_call({"causal": True})
+    loss, expected = loss_of(*f(*leaves)), gradients(f, leaves)
+    with ThreadPoolExecutor(1) as pool:
+        assert_equal(pool.submit(torch.autograd.grad, loss, leaves).result(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_several_losses_at_once():
+    f, leaves = make_call({"causal": True})
+    out, _ = f(*leaves)
+    douts = torch.randn(3, *out.shape, device=DEVICE)
+    results = torch.autograd.grad(out, leaves, douts, retain_graph=True, is_grads_batched=True)
+    expected = zip(*(torch.autograd.grad(out, leaves, dout, retain_graph=True) for dout in douts))
+    assert_equal(results, [torch.stack(each) for each in expected])
+
+
+def test_tensors_of_inference_mode_have_no_gradients():
+    f, leaves = make_call({})
+    with torch.inference_mode():
+        k = leaves[1] * 1
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        f(leaves[0], k, leaves[2])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -282,9 +389,9 @@ def test_saved_tensors_may_live_elsewhere():
 def test_without_gradients_the_kernel_is_launched_directly(mode, varlen):
     f, leaves = make_call({"causal": True}, varlen)
     expected = f(*leaves)
-    with mode(), unused("flash_attention"):
+    with mode(), unused("_keep"):
         assert_equal(f(*leaves), expected)
-    with unused("flash_attention"):
+    with unused("_keep"):
         results = f(*[leaf.detach() for leaf in leaves])
     assert_equal(results, expected)
     assert not any(x.requires_grad for x in results)

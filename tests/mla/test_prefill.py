@@ -1,5 +1,6 @@
 """mla_prefill in each schedule: gradients, memory, and one readable example for each convention."""
 
+import contextlib
 import inspect
 import itertools
 from dataclasses import replace
@@ -10,6 +11,7 @@ from decode_cases import DTYPES
 from half_products import NoNanIsRead
 from instruments import Instrument
 from prefill_cases import Case, Inputs, check, check_gradients, floor_of
+from torch.utils.checkpoint import checkpoint
 
 from triton_attn import mla_prefill, reference
 from triton_attn.mla import autograd
@@ -164,6 +166,40 @@ def test_a_saved_tensor_that_changes_is_caught():
     latent += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_autograd_alone_gets_keeps_what_the_operator_keeps(packed):
+    """Saved tensors may come back with other strides, and a checkpoint may run as one and again as the other."""
+    inputs = Inputs(Case("fused", torch.float32, packed=packed))
+    leaves = [torch.cat((x, x), -1)[..., : x.shape[-1]].detach().requires_grad_() for x in inputs.tensors]
+
+    def call(*tensors):
+        return mla_prefill(*tensors, **inputs.options)
+
+    def observed():
+        return contextlib.nullcontext(), Allocations()
+
+    def pack(x):
+        kept.append((x.shape, x.dtype))
+        return x.clone(memory_format=torch.contiguous_format)
+
+    expected = torch.autograd.grad(call(*leaves).sin().sum(), leaves)
+    found = []
+    for observer in (contextlib.nullcontext(), Allocations()):
+        kept = []
+        with observer, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = call(*leaves)
+        found.append(kept)
+        results = torch.autograd.grad(out.sin().sum(), leaves)
+        again = torch.autograd.grad(
+            checkpoint(call, *leaves, context_fn=observed, use_reentrant=False).sin().sum(), leaves
+        )
+        for x, y, z in zip(expected, results, again):
+            assert torch.equal(x, y)
+            assert torch.equal(x, z)
+    assert found[0] == found[1]
+    assert len(found[0]) == 8 + 2 * packed
 
 
 @pytest.mark.ci

@@ -124,6 +124,11 @@ GROUPS = {
         _run("tests/_host/test_known.py"),
         _run("tests/cache/test_plans.py", "tests/test_known_calls.py", "-k", "not cost", compiled=True),
     ),
+    "AUTOGRAD": (
+        _run("tests/flash/test_autograd.py", "-k", "not compile and not export and not opcheck"),
+        _run("tests/mla/test_prefill.py", "-k", "autograd"),
+        _run("tests/test_observers.py", "-k", "recorders or alone_gets"),
+    ),
     "FLASH_ATTN": (_run("tests/interop/test_flash_attn.py"),),
     "FLASH_MLA": (_run("tests/interop/test_flash_mla.py"),),
     "TRANSFORMERS": (_run("tests/interop/test_transformers.py"),),
@@ -1746,4 +1751,30 @@ FAULTS = (
         "MOVE",
     ),
     Fault("MR2", "triton_attn/cache/pool.py", "n, {*besides.tolist()})", "n, set())", "MOVE"),
+    Fault("AG1", "triton_attn/_host/observers.py", "        or _C._len_torch_dispatch_stack() > 0\n", "", "AUTOGRAD"),
+    Fault(
+        "AG2",
+        "triton_attn/_host/observers.py",
+        "        or _C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # modes above autograd, as of make_fx\n",
+        "",
+        "AUTOGRAD",
+    ),
+    Fault(
+        "AG3", "triton_attn/flash/api.py", "    if by_operator:", "    if by_operator and not wants_grad:", "AUTOGRAD"
+    ),
+    Fault("AG4", "triton_attn/mla/api.py", "    if by_operator:", "    if by_operator and not wants_grad:", "AUTOGRAD"),
+    Fault(
+        "AG5",
+        "triton_attn/flash/autograd.py",
+        "    if not is_observed(*saved):\n",
+        "    if True:\n",
+        "AUTOGRAD",
+    ),
+    Fault(
+        "AG6",
+        "triton_attn/flash/autograd.py",
+        "        output = checked.outputs.new(q, True)\n",
+        "        output = checked.outputs.new(q, True)\n        ctx.call = call\n",
+        "AUTOGRAD",
+    ),
 )

@@ -1,5 +1,6 @@
 """Attention over 2 and 4 processes gives what one process gives: out, lse and all gradients."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 from parallel_ranks import (
     BALANCERS,
+    BesideFakes,
     Case,
     attend_without_the_last,
     check_bytes,
@@ -23,6 +25,7 @@ from parallel_ranks import (
     run,
     run_without_a_rank,
 )
+from torch._library.custom_ops import CustomOpDef
 
 from triton_attn import flash_attention, flash_attention_varlen, mla_prefill
 from triton_attn.parallel import (
@@ -264,6 +267,28 @@ def test_irregular_meshes(tmp_path):
 def test_one_rank(mesh, method):
     for mask in MASKS:
         check_values(Case(method=method, **mask), mesh)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autograd_alone_gets_what_an_operator_gives(mesh, method, monkeypatch):
+    def step(observer):
+        torch.manual_seed(0)
+        leaves = [torch.randn(1, 8, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+        with observer:
+            out = context_parallel_attention(*leaves, mesh=mesh, method=method, causal=True)
+            out.square().sum().backward()
+        return out, *(x.grad for x in leaves)
+
+    seen = BesideFakes()
+    expected = step(seen)
+    assert seen.operators == [f"triton_attn::context_parallel_attention{end}" for end in ("", "_backward")]
+
+    def fail(self, *args):
+        raise AssertionError(f"{self._name} was called")
+
+    monkeypatch.setattr(CustomOpDef, "__call__", fail)
+    for x, y in zip(step(contextlib.nullcontext()), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_call_in_inference_mode_and_then_a_training_step(mesh):

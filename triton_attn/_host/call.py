@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .checks import check_cu_seqlens, check_cu_seqlens_values, check_max_seqlen, fail, layout_of, read_length
-from .observers import number_and_tensor
 from .options import AttentionOptions, check_shard_values
 
 
@@ -61,8 +60,11 @@ LENGTHS_SCHEMA = (
 def lengths_as_arguments(lengths: Lengths) -> tuple[Any, ...]:
     """Arguments of an operator, see LENGTHS_SCHEMA."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
-    max_seqlen_q, longest_q = number_and_tensor(max_seqlen_q)
-    max_seqlen_k, longest_k = number_and_tensor(max_seqlen_k)
+    longest_q = longest_k = None
+    if isinstance(max_seqlen_q, Tensor):
+        max_seqlen_q, longest_q = None, max_seqlen_q
+    if isinstance(max_seqlen_k, Tensor):
+        max_seqlen_k, longest_k = None, max_seqlen_k
     return cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k
 
 

@@ -1,29 +1,38 @@
 """Observers of a call: autograd, torch.func, torch.compile, torch.export, fake tensors, autocast.
 
-A call without observers launches its kernel directly. An observed call goes through a torch operator, which costs 10 to
-16 microseconds more, or it raises: a transform that does not see the call would silently give wrong derivatives.
+A call without observers launches its kernel directly. Autograd alone gets a torch.autograd.Function. Any other observed
+call goes through a torch operator, which costs 10 to 16 microseconds more and with autograd 150, or it raises: a
+transform that does not see the call would silently give wrong derivatives.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import _C
 from torch.autograd import forward_ad
 
 _functorch = _C._functorch
+_PRE_DISPATCH, _VMAP = map(_C._parse_dispatch_key, ("PreDispatch", "VmapMode"))
 _DISABLED = torch.Tensor.__torch_dispatch__
+# torch.autograd.Function without what that does for torch.func at each call.
+SingleLevelFunction: Any = torch.autograd.function._SingleLevelFunction
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # classes of tensors that see no calls
 
 
-def is_observed(*tensors):
-    """Whether a call with these tensors (or None) must go through an operator, so that observers see it."""
-    if torch.is_grad_enabled():
+def is_observed(*tensors, but_autograd=False):
+    """Whether a call with these tensors (or None) has an observer, with but_autograd other than autograd, which must
+    see an operator."""
+    if not but_autograd and torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
                 return True
     if (
         torch.compiler.is_compiling()
         or _C._len_torch_dispatch_stack() > 0
+        or _C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # modes above autograd, as of make_fx
+        or _C._dispatch_tls_is_dispatch_key_included(_VMAP)  # of torch.autograd.grad(is_grads_batched=True)
+        or _C._get_tracing_state() is not None  # torch.jit.trace
         or _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     ):
@@ -32,6 +41,11 @@ def is_observed(*tensors):
         if x is not None and (x.is_meta or (type(x) is not torch.Tensor and _dispatches(x))):
             return True
     return False
+
+
+def wants_gradients(*tensors):
+    """Whether autograd sees a call with these tensors (or None)."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _dispatches(x):
@@ -63,6 +77,8 @@ def refuse_gradients(**tensors):
 def refuse_transforms(**tensors):
     """Raise for transforms that our torch operators do not support: torch.func would fail later, and forward-mode AD
     would silently lose the tangent."""
+    if not (torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _has_wrapped(tensors.values())):
+        return
     name, transform = _first(tensors, _takes_derivatives, _derivative_of)
     if name is not None:
         raise NotImplementedError(
@@ -70,6 +86,13 @@ def refuse_transforms(**tensors):
             if transform == "torch.func"
             else f"{name}: forward-mode derivatives are not supported, got a tensor with a tangent"
         )
+
+
+def _has_wrapped(tensors):
+    for x in tensors:  # noqa: SIM110 - faster than any()
+        if x is not None and _functorch.is_functorch_wrapped_tensor(x):
+            return True
+    return False
 
 
 def refuse_vmap(**tensors):

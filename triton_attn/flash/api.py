@@ -3,7 +3,6 @@
 import functools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from .._host import keywords
@@ -19,7 +18,7 @@ from .._host.checks import (
 from .._host.dtensors import DENSE, PACKED, attend_shards, has_dtensor
 from .._host.known import check_once, sides_of, window_of
 from .._host.layout import Outputs, outputs_of
-from .._host.observers import autocast, is_observed, refuse_transforms
+from .._host.observers import autocast, is_observed, refuse_transforms, wants_gradients
 from .._host.options import (
     AttentionOptions,
     attention_options,
@@ -107,8 +106,8 @@ def flash_attention(
     placement raises; for sharded sequences see `triton_attn.parallel.context_parallel_attention`.
 
     First derivatives of out and lse are supported with respect to q, k, v and sinks.
-    Under torch.autocast q, k and v are cast as for torch's own attention. Autograd, torch.compile and export see one
-    operator.
+    Under torch.autocast q, k and v are cast as for torch's own attention. torch.compile, export and dispatch modes see
+    one operator, and autograd one node.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a sequence or packed batch has more than 10**9 rows; nothing was
@@ -277,6 +276,8 @@ class Checked(NamedTuple):
     deterministic: bool
     return_lse: bool
     outputs: Outputs
+    wants_grad: bool
+    by_operator: bool  # what is known of a call is known of calls without other observers than autograd
 
 
 @check_once
@@ -298,7 +299,10 @@ def check_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Checked:
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     problem = problem_of((q, k, v), batch, with_tensors(options, alibi_slopes, sinks, shard))
-    return Checked(options, problem, lengths, deterministic, return_lse, outputs_of(q.shape, v.shape[-1], q.dtype))
+    outputs = outputs_of(q.shape, v.shape[-1], q.dtype)
+    differentiable = q, k, v, sinks, alibi_slopes
+    observers = wants_gradients(*differentiable), is_observed(*differentiable, but_autograd=True)
+    return Checked(options, problem, lengths, deterministic, return_lse, outputs, *observers)
 
 
 def checked_options(ndim, layout, causal, softmax_scale, window_size, softcap):
@@ -308,24 +312,28 @@ def checked_options(ndim, layout, causal, softmax_scale, window_size, softcap):
 
 
 def _attend(call: Call, checked: Checked, check_values: bool) -> Any:
-    """out, or (out, lse). A call that is traced or differentiated goes through an operator."""
+    """out, or (out, lse). autograd.py has what a call that is traced or differentiated goes through."""
     q, k, v, _, options, _ = call
-    *_, deterministic, return_lse, outputs = checked
+    *_, return_lse, outputs, wants_grad, by_operator = checked
     if not use_kernel(q):
         if check_values:
             call.check_values()
         return reference.compute(call, return_lse)
     check_kernel_dtype(q)
-    if is_observed(q, k, v, options.sinks, options.alibi_slopes):
+    if by_operator or wants_grad:
         refuse_transforms(q=q, k=k, v=v, sinks=options.sinks, alibi_slopes=options.alibi_slopes)
-        if torch.is_grad_enabled():
-            check_differentiable(q, k, v, options.sinks, options.alibi_slopes)
-        from .autograd import attend  # the package can be imported without triton
+        if wants_grad:
+            check_differentiable(q, v, options.alibi_slopes)
+    if by_operator:
+        from .autograd import attend  # not cached, of which tracers warn
 
-        out, lse = attend(call, deterministic, check_values)
+        out, lse = attend(call, checked.deterministic, check_values)
+        return (out, lse) if return_lse else out
+    if check_values:
+        call.check_values()
+    if wants_grad:
+        out, lse = _differentiable_kernel()(q, k, v, options.sinks, call, checked)
     else:
-        if check_values:
-            call.check_values()
         out, lse = outputs.new(q, return_lse)
         _kernel()(call, out, lse)
     return (out, lse) if return_lse else out
@@ -339,11 +347,17 @@ def _kernel():
     return launch_flash_fwd
 
 
-def check_differentiable(q, k, v, sinks, alibi_slopes):
-    """Raise at the call and not in the backward pass, where the cause would be hard to find."""
+@functools.cache
+def _differentiable_kernel():
+    from .autograd import FlashAttention
+
+    return FlashAttention.apply
+
+
+def check_differentiable(q, v, alibi_slopes):
+    """Raise at a call that wants gradients, and not in the backward pass, where the cause would be hard to find."""
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise NotImplementedError(
             "alibi_slopes: gradients are not supported, got a tensor that requires one; detach it"
         )
-    if any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
-        check_gradients_fit(q, (q.shape[-1], v.shape[-1]))
+    check_gradients_fit(q, (q.shape[-1], v.shape[-1]))

@@ -1,6 +1,8 @@
-"""The flash kernels as torch operators, for autograd, torch.compile and export.
+"""The flash kernels for autograd, and as torch operators for torch.compile, export and other observers.
 
-A plain call launches the kernel directly, forward and backward; a torch operator costs 10 to 16 microseconds more.
+A plain call launches the kernel directly, forward and backward. A torch operator costs 10 to 16 microseconds more, and
+one that autograd sees 150. So where autograd is the only observer, the call is a torch.autograd.Function, which costs
+15. It keeps the same tensors for the same backward pass, since a checkpoint may run one of the two again as the other.
 """
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from .._host.call import LENGTHS_SCHEMA, Call, call_of, lengths_as_arguments, lengths_of_arguments
 from .._host.layout import new_outputs
-from .._host.observers import is_observed
+from .._host.observers import SingleLevelFunction, is_observed
 from .._host.options import AttentionOptions
 from ..dense.backward import launch_flash_bwd
 from .forward import launch_flash_fwd
@@ -23,10 +25,13 @@ _SCHEMA = (
 
 def attend(call: Call, deterministic: bool, check_values: bool) -> tuple[Tensor, Tensor]:
     """out and lse by the operator."""
+    return flash_attention(*_arguments_of(call), deterministic, check_values)
+
+
+def _arguments_of(call):
     softmax_scale, window, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, shard, _ = call.options
     tensors = call.q, call.k, call.v, sinks, alibi_slopes, dropout_seed, shard
-    numbers = softmax_scale, *window, softcap, dropout_p
-    return flash_attention(*tensors, *lengths_as_arguments(call.lengths), *numbers, deterministic, check_values)
+    return *tensors, *lengths_as_arguments(call.lengths), softmax_scale, *window, softcap, dropout_p
 
 
 def _call_of_arguments(*args):
@@ -59,14 +64,17 @@ def _(q, k, v, *rest):
     return new_outputs(q, v)
 
 
-def _flash_attention_backward(dout, dlse, out, lse, *args):
-    """Gradients of q, k, v and sinks; an empty tensor for one that is not wanted."""
+def gradients_of(dout, dlse, out, lse, *args):
+    """Gradients of q, k, v and sinks, None for one that is not wanted."""
     *args, deterministic, wanted = args
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    call = _call_of_arguments(*args)
-    gradients = launch_flash_bwd(call, dout, dlse, out, lse, tuple(wanted), deterministic)
-    return tuple(call.q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return launch_flash_bwd(_call_of_arguments(*args), dout, dlse, out, lse, wanted, deterministic)
+
+
+def _flash_attention_backward(dout, *args):
+    """As `gradients_of`, but an empty tensor for one that is not wanted."""
+    return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients_of(dout, *args))
 
 
 flash_attention_backward = torch.library.custom_op(
@@ -89,8 +97,12 @@ def _(dout, dlse, out, lse, q, k, v, sinks, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:_NUM_TENSORS])
-    ctx.numbers = inputs[_NUM_TENSORS:-1]
+    _keep(ctx, inputs[:-1], output)
+
+
+def _keep(ctx, arguments, output):
+    ctx.save_for_backward(*output, *arguments[:_NUM_TENSORS])
+    ctx.numbers = arguments[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
@@ -98,15 +110,29 @@ def _backward(ctx, dout, dlse):
     out, lse, *tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    wanted = list(ctx.needs_input_grad[:4])
+    needs_grad = ctx.needs_input_grad
+    wanted, nothing = list(needs_grad[:4]), (None,) * (len(needs_grad) - 4)
     saved = dout, dlse, out, lse, *tensors
-    run = flash_attention_backward if is_observed(*saved) else _flash_attention_backward
-    gradients = run(*saved, *ctx.numbers, wanted)
-    gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)]
-    return (*gradients, *[None] * (len(ctx.needs_input_grad) - 4))
+    if not is_observed(*saved):
+        return *gradients_of(*saved, *ctx.numbers, wanted), *nothing
+    gradients = flash_attention_backward(*saved, *ctx.numbers, wanted)
+    return *(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)), *nothing
 
 
 flash_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class FlashAttention(SingleLevelFunction):
+    """A call that autograd alone sees."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, call, checked):
+        output = checked.outputs.new(q, True)
+        launch_flash_fwd(call, *output)
+        _keep(ctx, (*_arguments_of(call), checked.deterministic), output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _second_backward(ctx, *gradients):

@@ -34,7 +34,14 @@ from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
 from .._host.known import check_once
 from .._host.latent import latent_storage
 from .._host.layout import Layouts, Outputs, lse_shape, outputs_of
-from .._host.observers import autocast, is_observed, number_and_tensor, refuse_gradients
+from .._host.observers import (
+    autocast,
+    is_observed,
+    number_and_tensor,
+    refuse_gradients,
+    refuse_transforms,
+    wants_gradients,
+)
 from .._host.options import check_num_drafts, check_softmax_scale, check_tree_mask
 from .._host.prefix_tree import (
     PrefixTree,
@@ -666,12 +673,9 @@ def mla_prefill(
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, mode, causal, return_lse, max_workspace_bytes, softmax_scale
     checked = _check_prefill((*tensors, cu_seqlens_q, cu_seqlens_k), numbers)
-    causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs = checked
+    causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs, wants_grad, by_operator = checked
     lengths = _check_lengths(q_nope, kv_latent, lengths)
     check_values = should_check_values(check_values) and cu_seqlens_q is not None
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if wants_grad:
-        check_differentiable(q_nope, q_pe, w_uv)
     call = PrefillCall(*tensors, lengths, softmax_scale, causal, layouts)
     if not runs_kernel:
         if check_values:
@@ -688,16 +692,30 @@ def mla_prefill(
             return_lse=return_lse,
         )
     schedule = mode, max_workspace_bytes, wants_grad
-    out, lse = _prefill_kernels()(call, schedule, check_values, outputs, return_lse)
+    if by_operator or wants_grad:
+        refuse_transforms(**dict(zip(PREFILL_INPUTS, tensors)))
+    if by_operator:
+        from .autograd import prefill_by_operator  # not cached, of which tracers warn
+
+        out, lse = prefill_by_operator(call, schedule, check_values)
+        return (out, lse) if return_lse else out
+    if check_values:
+        call.check_values()
+    plain, differentiable = _prefill_kernels()
+    if wants_grad:
+        out, lse = differentiable(*tensors, call, schedule, outputs)
+    else:
+        out, lse = outputs.new(q_nope, return_lse)
+        plain(out, lse, call, schedule)
     return (out, lse) if return_lse else out
 
 
 @functools.cache
-def _prefill_kernels() -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _prefill_kernels() -> tuple[Callable[..., None], Callable[..., tuple[Tensor, Tensor]]]:
     """Imported at the first call, so that the package can be imported without triton."""
-    from .autograd import prefill
+    from .autograd import LatentPrefill, launch_prefill
 
-    return prefill
+    return launch_prefill, LatentPrefill.apply
 
 
 PREFILL_INPUTS = "q_nope", "q_pe", "kv_latent", "k_pe", "w_uk", "w_uv", "cu_seqlens_q", "cu_seqlens_k"
@@ -741,7 +759,8 @@ def check_differentiable(q_nope, q_pe, w_uv):
 
 @check_once
 def _check_prefill(tensors, options):
-    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked; Layouts and Outputs."""
+    """Check the six tensors and both cu_seqlens. Returns the options from causal on, checked; Layouts and Outputs;
+    whether a gradient is wanted, and whether another observer than autograd wants the operator."""
     *tensors, cu_seqlens_q, cu_seqlens_k = tensors
     _, mode, causal, return_lse, max_workspace_bytes, softmax_scale = options
     packed = cu_seqlens_q is not None
@@ -757,7 +776,10 @@ def _check_prefill(tensors, options):
     if not torch.compiler.is_compiling():  # sizes may be symbols
         layouts = Layouts(dict(zip(PREFILL_INPUTS, (*tensors, cu_seqlens_q, cu_seqlens_k))))
     outputs = outputs_of(tensors[0].shape, tensors[-1].shape[1], tensors[0].dtype)
-    return causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs
+    if wants_grad := wants_gradients(*tensors):
+        check_differentiable(tensors[0], tensors[1], tensors[-1])
+    by_operator = is_observed(*tensors, cu_seqlens_q, cu_seqlens_k, but_autograd=True)
+    return causal, return_lse, max_workspace_bytes, softmax_scale, layouts, outputs, wants_grad, by_operator
 
 
 def _check_lengths(q_nope, kv_latent, lengths):

@@ -1,14 +1,14 @@
-"""mla_prefill as a torch operator, for tracing and autograd. The backward pass recomputes keys and values.
+"""mla_prefill for autograd, and as torch operators for other observers. The backward pass recomputes keys and values.
 
 For a chunk of heads at a time it recomputes them, takes their gradients from the backward kernels of flash attention,
-and multiplies these to gradients of latent vectors and weights.
+and multiplies these to gradients of latent vectors and weights. What goes through an operator and what does not is as
+in flash/autograd.py.
 """
 
 import torch
-from torch import Tensor
 
-from .._host.call import call_of, lengths_as_arguments, lengths_of_arguments
-from .._host.observers import is_observed, refuse_transforms, without_autocast
+from .._host.call import LENGTHS_SCHEMA, call_of, lengths_as_arguments, lengths_of_arguments
+from .._host.observers import SingleLevelFunction, is_observed, without_autocast
 from .._host.options import AttentionOptions
 from ..dense.backward import launch_flash_bwd_of_sums, launch_row_sums
 from .absorbed import launch_mla_absorbed
@@ -16,22 +16,28 @@ from .api import PrefillCall
 from .prefill import launch_mla_fused, launch_mla_materialized, project_rows
 from .schedule import ProblemSizes, heads_of_backward, schedule_of
 
+# A PrefillCall and the limit of its workspace as arguments of an operator, tensors first.
+_NUM_TENSORS = 10
+_NUM_ARGUMENTS = 15
+_SCHEMA = (
+    "Tensor q_nope, Tensor q_pe, Tensor kv_latent, Tensor k_pe, Tensor w_uk, Tensor w_uv, "
+    f"{LENGTHS_SCHEMA}, float softmax_scale, bool causal, SymInt max_workspace_bytes"
+)
 
-def prefill(call, schedule, check_values, outputs, return_lse):
-    """(out, lse) of a PrefillCall: by the operator if it is traced or differentiated, otherwise by the kernels alone.
 
-    schedule is (mode, max_workspace_bytes, whether a gradient is wanted), outputs the Outputs.
-    """
-    if not is_observed(*call.tensors, *call.lengths[:2]):
-        out, lse = outputs.new(call.q_nope, return_lse)
-        if check_values:
-            call.check_values()
-        launch_prefill(out, lse, call, schedule)
-        return out, lse
-    refuse_transforms(**dict(zip(call._fields, call.tensors)))
+def prefill_by_operator(call, schedule, check_values):
+    """(out, lse) of a PrefillCall. schedule is (mode, max_workspace_bytes, whether a gradient is wanted)."""
     mode, max_workspace_bytes, wants_grad = schedule
-    numbers = call.softmax_scale, call.causal, max_workspace_bytes, mode, wants_grad, check_values
-    return mla_prefill(*call.tensors, *lengths_as_arguments(call.lengths), *numbers)
+    return mla_prefill(*_arguments_of(call, max_workspace_bytes), mode, wants_grad, check_values)
+
+
+def _arguments_of(call, max_workspace_bytes):
+    return *call.tensors, *lengths_as_arguments(call.lengths), call.softmax_scale, call.causal, max_workspace_bytes
+
+
+def _call_of_arguments(*args):
+    *tensors, softmax_scale, causal = args
+    return PrefillCall(*tensors[:6], lengths_of_arguments(*tensors[6:]), softmax_scale, causal)
 
 
 def _new_outputs(q_nope, w_uv):
@@ -52,34 +58,22 @@ def launch_prefill(out, lse, call, schedule):
         launch_mla_materialized(call, out, lse, (heads_each, rows_each))
 
 
-@torch.library.custom_op("triton_attn::mla_prefill", mutates_args=())
-def mla_prefill(
-    q_nope: Tensor,
-    q_pe: Tensor,
-    kv_latent: Tensor,
-    k_pe: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    longest_q: Tensor | None,
-    longest_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    softmax_scale: float,
-    causal: bool,
-    max_workspace_bytes: int,
-    mode: str,
-    wants_grad: bool,
-    check_values: bool,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _new_outputs(q_nope, w_uv)
-    lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
-    call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal)
+def _mla_prefill(*args):
+    *args, max_workspace_bytes, mode, wants_grad, check_values = args
+    call = _call_of_arguments(*args)
+    out, lse = _new_outputs(call.q_nope, call.w_uv)
     if check_values:
         call.check_values()
     launch_prefill(out, lse, call, (mode, max_workspace_bytes, wants_grad))
     return out, lse
+
+
+mla_prefill = torch.library.custom_op(
+    "triton_attn::mla_prefill",
+    _mla_prefill,
+    mutates_args=(),
+    schema=f"({_SCHEMA}, str mode, bool wants_grad, bool check_values) -> (Tensor, Tensor)",
+)
 
 
 @mla_prefill.register_fake
@@ -87,39 +81,33 @@ def _(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, *rest):
     return _new_outputs(q_nope, w_uv)
 
 
-@torch.library.custom_op("triton_attn::mla_prefill_backward", mutates_args=())
 @without_autocast
-def mla_prefill_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q_nope: Tensor,
-    q_pe: Tensor,
-    kv_latent: Tensor,
-    k_pe: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    longest_q: Tensor | None,
-    longest_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    softmax_scale: float,
-    causal: bool,
-    max_workspace_bytes: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the six inputs, an empty tensor for each that is not wanted."""
-    lengths = lengths_of_arguments(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, max_seqlen_q, max_seqlen_k)
-    call = PrefillCall(q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, lengths, softmax_scale, causal)
-    minus_delta, _ = launch_row_sums(dout, dlse, out, lse, lengths, None)
+def gradients_of(dout, dlse, out, lse, *args):
+    """Gradients of the six tensors, None for each that is not wanted."""
+    *args, max_workspace_bytes, wanted = args
+    call = _call_of_arguments(*args)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    minus_delta, _ = launch_row_sums(dout, dlse, out, lse, call.lengths, None)
     gradients = prefill_gradients(call, (dout, lse, minus_delta), max_workspace_bytes, wanted)
     return tuple(
-        gradient.to(x.dtype) if is_wanted else x.new_empty(0)
-        for gradient, x, is_wanted in zip(gradients, call.tensors, wanted)
+        gradient.to(x.dtype) if is_wanted else None for gradient, x, is_wanted in zip(gradients, call.tensors, wanted)
     )
+
+
+def _mla_prefill_backward(dout, *args):
+    """As `gradients_of`, but an empty tensor for one that is not wanted."""
+    return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients_of(dout, *args))
+
+
+mla_prefill_backward = torch.library.custom_op(
+    "triton_attn::mla_prefill_backward",
+    _mla_prefill_backward,
+    mutates_args=(),
+    schema=(
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}, bool[] wanted) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 
 
 def prefill_gradients(call, results, max_workspace_bytes, wanted):
@@ -201,21 +189,42 @@ def _keys_and_values(kv_latent, k_pe, w_uk, w_uv):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:10])
-    ctx.scalars = inputs[10:15]
+    _keep(ctx, inputs[:_NUM_ARGUMENTS], output)
+
+
+def _keep(ctx, arguments, output):
+    ctx.save_for_backward(*output, *arguments[:_NUM_TENSORS])
+    ctx.numbers = arguments[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
     out, lse, *tensors = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout if dout.stride(-1) == 1 else dout.contiguous()
-    wanted = list(ctx.needs_input_grad[:6])
-    gradients = mla_prefill_backward(dout, dlse, out, lse, *tensors, *ctx.scalars, wanted)
-    gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)]
-    return (*gradients, *[None] * 12)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    needs_grad = ctx.needs_input_grad
+    wanted, nothing = list(needs_grad[:6]), (None,) * (len(needs_grad) - 6)
+    saved = dout, dlse, out, lse, *tensors
+    if not is_observed(*saved):
+        return *gradients_of(*saved, *ctx.numbers, wanted), *nothing
+    gradients = mla_prefill_backward(*saved, *ctx.numbers, wanted)
+    return *(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted)), *nothing
 
 
 mla_prefill.register_autograd(_backward, setup_context=_setup_context)
+
+
+class LatentPrefill(SingleLevelFunction):
+    """A call that autograd alone sees."""
+
+    @staticmethod
+    def forward(ctx, q_nope, q_pe, kv_latent, k_pe, w_uk, w_uv, call, schedule, outputs):
+        output = outputs.new(q_nope, True)
+        launch_prefill(*output, call, schedule)
+        _keep(ctx, _arguments_of(call, schedule[1]), output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _second_backward(ctx, *gradients):

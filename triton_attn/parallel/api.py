@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._host.checks import check_bool, check_same_kind, fail, layout_of
 from .._host.dtensors import DENSE, PACKED, has_dtensor
-from .._host.observers import autocast, is_observed, number_and_tensor
+from .._host.observers import autocast, number_and_tensor, wants_gradients
 from .._host.options import check_head_tensors, with_dropout, with_tensors
 from ..flash.api import check_differentiable, checked_options
 from .arguments import check_method, errors_for_all, settings_of
@@ -268,8 +267,8 @@ def _checked(
         check_bool("deterministic", deterministic),
     )
     tensors = q, k, v, sinks, alibi_slopes, options.dropout_seed
-    if torch.is_grad_enabled() and is_observed(*tensors):
-        check_differentiable(*tensors[:5])
+    if wants_gradients(*tensors):
+        check_differentiable(q, v, alibi_slopes)
     if ndim == 4:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     return Inputs(q, k, v, *tensors[3:], cu_seqlens), settings._replace(options=of_kind)

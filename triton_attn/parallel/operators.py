@@ -1,6 +1,6 @@
-"""Context parallelism as torch operators: autograd, checkpoints and torch.compile see one operator, and no collective.
+"""Context parallelism for autograd, and as torch operators: torch.compile and others see one operator, no collective.
 
-A call that nothing observes makes do without them.
+A call that nothing observes, or autograd alone, makes do without them, as in flash/autograd.py.
 """
 
 import abc
@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.functional import pad
 
-from .._host.observers import is_observed, refuse_transforms
+from .._host.observers import SingleLevelFunction, is_observed, refuse_transforms
 from . import gather, ring, ulysses, whole
 from .agreement import agree, compare, digest_of, group_of_mesh, kind_of, refuse, settle, values_of
 from .balance import (
@@ -67,6 +67,7 @@ class Kind(abc.ABC):
     num_rows: int
     num_parameters: int
     operator: Any = None  # after `register`
+    gradients: Any = None  # another operator
 
     @abc.abstractmethod
     def head_dims(self, inputs: Any) -> tuple[int, ...]: ...
@@ -139,7 +140,7 @@ def _groups_of(settings: Settings) -> _Groups:
 
 
 def attend(kind: Kind, inputs: Any, settings: Settings) -> tuple[Tensor, Tensor]:
-    """out and lse. A call that is traced or differentiated goes through an operator."""
+    """out and lse. A call that more than autograd sees goes through an operator."""
     if settings.method == "auto":
         with_choice = _with_traced_method if torch.compiler.is_compiling() else _with_method
         settings = with_choice(kind, inputs, settings)
@@ -147,7 +148,10 @@ def attend(kind: Kind, inputs: Any, settings: Settings) -> tuple[Tensor, Tensor]
     if not is_observed(*tensors.values()):
         return _compute(kind, inputs, settings)[:2]
     refuse_transforms(**tensors)
-    return kind.operator(*kind.arguments(inputs, settings))[:2]
+    arguments = kind.arguments(inputs, settings)
+    if is_observed(*tensors.values(), but_autograd=True):
+        return kind.operator(*arguments)[:2]
+    return _ContextParallel.apply(*arguments, kind)
 
 
 def _compute(kind, inputs, settings):
@@ -317,11 +321,9 @@ def register(kind: Kind) -> Kind:
     )
     forward.register_fake(functools.partial(_fake, kind))
     backward.register_fake(functools.partial(_fake_gradients, kind))
-    forward.register_autograd(
-        functools.partial(_backward, kind, backward), setup_context=functools.partial(_setup_context, kind)
-    )
+    forward.register_autograd(functools.partial(_backward, kind), setup_context=functools.partial(_setup_context, kind))
     backward.register_autograd(_second_backward)
-    kind.operator = forward
+    kind.operator, kind.gradients = forward, backward
     return kind
 
 
@@ -410,15 +412,32 @@ def _setup_context(kind, ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(kind, gradients, ctx, dout, dlse, _):
+def _backward(kind, ctx, dout, dlse, *_):
     *tensors, out, lse = ctx.saved_tensors
     number = len(kind.inputs._fields) - kind.num_rows
     others, kept = tensors[:number], [*tensors[number:], out, lse]
     if dout is None:  # of this rank; others may have one
         dout = _zeros_of_rows(out, dlse)
-    found = gradients(dout, dlse, kept, *others, *ctx.numbers)
+    is_seen = is_observed(dout, dlse, *kept, *others)
+    run = kind.gradients if is_seen else functools.partial(_compute_gradients, kind)
+    found = run(dout, dlse, kept, *others, *ctx.numbers)
     wanted = ctx.needs_input_grad
     return *(x if is_wanted else None for x, is_wanted in zip(found, wanted)), *[None] * (len(wanted) - len(found))
+
+
+class _ContextParallel(SingleLevelFunction):
+    """A call that autograd alone sees."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *arguments, ctx.kind = arguments
+        output = _compute_as_told(ctx.kind, *arguments)
+        _setup_context(ctx.kind, ctx, arguments, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return _backward(ctx.kind, ctx, dout, dlse)
 
 
 def _zeros_of_rows(out, dlse):
