@@ -188,7 +188,7 @@ def test_branches_that_end_early(plain):
 def test_the_kernels_run(plain, monkeypatch):
     """A greedy request, two samples and two beams in one batch, with the kernels of this process."""
     calls = []
-    append_kernel, paged_kernel = append.Plan.launch, paged_api._kernel()
+    append_kernel, paged_kernel = append.Plan.launch, paged_api._forward().launch_paged_fwd
     monkeypatch.setattr(append.Plan, "launch", lambda *a: (calls.append("append"), append_kernel(*a)))
     monkeypatch.setattr(paged_api, "_kernel", lambda: lambda *a: (calls.append("attend"), paged_kernel(*a)))
     greedy, sampling, searching = prompts(9, 6, 3)

@@ -57,22 +57,25 @@ class Known:
         except TypeError:
             return None, None
 
-    def find_launch(self, tensors: tuple[Any, ...], computed: Tensor, check_values: bool | None) -> tuple[Any, Any]:
+    def find_launch(
+        self, tensors: tuple[Any, ...], computed: Tensor, check_values: bool | None, options: tuple[Any, ...] = ()
+    ) -> tuple[Any, Any]:
         """(key, plan) as `find` of the plans of launches; no plan where a call checks values, or the reference computes
         it, which `use_kernel` of a tensor says."""
-        key, plan = self.find(tensors)
+        key, plan = self.find(tensors, options)
         if plan is not None and (should_check_values(check_values) or not use_kernel(computed)):
             return key, None
         return key, plan
 
-    def keep(self, key: Any, result: Any) -> None:
-        """Remember the result of a new call. Not where nothing may be known of it, a tensor is of another class, whose
-        layout may be another matter, or there is no result: the reference has no plan."""
+    def keep(self, key: Any, result: Result) -> Result | None:
+        """Remember the result of a new call, and return it. Not where nothing may be known of it, a tensor is of
+        another class, whose layout may be another matter, or there is no result: the reference has no plan."""
         if key is None or result is None or any(isinstance(x, type) and issubclass(x, Tensor) for x in key):
-            return
+            return None
         if len(self._results) >= self.most:
             self._results.clear()
         self._results[key] = result
+        return result
 
 
 def check_once(check: Callable[[tuple[Any, ...], tuple[Any, ...]], Result]) -> Callable[..., Result]:
