@@ -400,8 +400,8 @@ FAULTS = (
     Fault(
         "P05",
         "triton_attn/paged/forward.py",
-        'None if constants["TILE"].SHARED else call.options.sinks,',
-        "call.options.sinks,",
+        "None if shared else sinks,",
+        "sinks,",
         "PAGED",
     ),
     Fault(
@@ -443,7 +443,7 @@ FAULTS = (
         "P11",
         "triton_attn/paged/forward.py",
         "scores.scale_log2 * k_scale",
-        "scores.scale_log2 * (call.v_scale or 1.0)",
+        "scores.scale_log2 * (v_scale or 1.0)",
         "PAGED",
     ),
     Fault(
@@ -471,8 +471,8 @@ FAULTS = (
     Fault(
         "P16",
         "triton_attn/paged/forward.py",
-        "            max(batch, num_nodes).bit_length(),\n",
-        "            max(batch, num_nodes).bit_length() - 1,\n",
+        "max(num_sequences, num_nodes).bit_length()",
+        "max(num_sequences, num_nodes).bit_length() - 1",
         "PAGED",
     ),
     Fault("P17", "triton_attn/_jit/paging.py", "return Cached(pages.to(tl.int64), ", "return Cached(pages, ", "PAGED"),
@@ -981,8 +981,8 @@ FAULTS = (
     Fault(
         "H09",
         "triton_attn/paged/forward.py",
-        "        math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16),",
-        "        16,",
+        "math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16),",
+        "16,",
         "CONFIGS",
     ),
     Fault(

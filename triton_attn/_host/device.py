@@ -1,6 +1,7 @@
 """Launches, and what they depend on: the GPU's architecture, the arithmetic for fp32, the current device."""
 
 import functools
+import itertools
 import operator
 import weakref
 from typing import NamedTuple
@@ -102,24 +103,31 @@ def _launch(kernel, grid, args, constants, alike=None):
     """
     if INTERPRETED:
         return kernel.run(*args, grid=grid, warmup=False, **constants)
-    key = _key_of_launch(kernel, args, constants, alike)
-    try:
-        known = None if key is None else _compiled.get(key)
-    except TypeError:  # an option has no hash
-        key = known = None
-    if known is not None and (compiled := known.find()) is not None:
-        compiled[(*grid, 1, 1)](*args, *known.rest)
-        return compiled
-    compiled = kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
-    if key is not None and (known := Compiled.of(compiled, kernel, len(args), constants)) is not None:
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = known
+    keys = []  # by which the kernel was not found
+    for shared in (None,) if alike is None else (alike, None):  # launches that are not alike may take one kernel
+        key = _key_of_launch(kernel, args, constants, shared)
+        try:
+            known = _compiled.get(key)
+        except TypeError:  # an option has no hash
+            key = known = None
+        if known is not None and (compiled := known.find()) is not None:
+            compiled[(*grid, 1, 1)](*args, *known.rest)
+            break
+        keys.append(key)
+    else:
+        compiled = kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+        known = Compiled.of(compiled, kernel, len(args), constants)
+    for key in keys:
+        if key is not None and known is not None:
+            if len(_compiled) >= MOST_COMPILED:
+                _compiled.clear()
+            _compiled[key] = known
     return compiled
 
 
 def _key_of_launch(kernel, args, constants, alike=None):
-    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look.
+    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look. Of launches that
+    are alike that is in little time what they do not share.
 
     A kernel is its JITFunction: others of the same Python function have options of their own. It is there as long as
     what it was compiled to. `enable_fp_fusion` is set, and the JIT reads other knobs only where it compiles.
@@ -130,39 +138,42 @@ def _key_of_launch(kernel, args, constants, alike=None):
     casts = getattr(compilation, "fpsan_homomorphic_casts", None)
     device = triton.runtime.driver.active.get_current_device()
     key = [id(kernel), device, kernel.debug or runtime.debug, compilation.instrumentation_mode, casts]
-    if alike is not None and (alignment_of := _find_alignment(kernel, alike, args)) is not None:
-        return (*key, alike, alignment_of(args))
-    return (*key, *constants.items()) if _add_kinds(key, args) else None
-
-
-def _find_alignment(kernel, alike, args):
-    """The `alignment_of` of launches that are alike; None where the JIT has to look."""
+    if alike is None:
+        return (*key, *constants.items()) if _add_kinds(key, args) else None
     of_launch = id(kernel), alike
-    known = _alignments.get(of_launch)
-    if known is None and _add_kinds([], args):
+    alignment_of = _alignments.get(of_launch)
+    if alignment_of is None:
+        places = _places_of_tensors("args", args)
+        if places is None:
+            return None
         if len(_alignments) >= MOST_COMPILED:
             _alignments.clear()
-        known = _alignments[of_launch] = _alignment_of(args)
-    return known
+        alignment_of = _alignments[of_launch] = _alignment_of(*places)
+    return (*key, alike, alignment_of(args))
 
 
-def _alignment_of(args):
-    """A function of arguments like these: which addresses of their tensors, or descriptors, are multiples of 16.
+@functools.lru_cache(maxsize=1024)
+def _alignment_of(*places):
+    """A function of arguments that have tensors in these places: what remains of each address after multiples of 16.
 
     It is compiled from an expression: a walk through the arguments takes five times as long.
     """
-    places = [f"{place}.data_ptr() % 16," for place in _places_of_tensors("args", args)]
-    return eval(f"lambda args: ({' '.join(places)})")
+    remainders = [f"{place}.data_ptr() % 16," for place in places]
+    return eval(f"lambda args: ({' '.join(remainders)})")
 
 
 def _places_of_tensors(place, x):
+    """Expressions of the tensors, and of those of descriptors, in x, which is at this place; None if there is an
+    argument of another type, of which the JIT has to know more."""
+    kind = type(x)
     if isinstance(x, tuple):
-        for i, one in enumerate(x):
-            yield from _places_of_tensors(f"{place}[{i}]", one)
-    elif type(x) in PLAIN:
-        yield place
-    elif type(x) in DESCRIPTORS:
-        yield f"{place}.base"
+        places = [] if _has_integers(kind) else [_places_of_tensors(f"{place}[{i}]", one) for i, one in enumerate(x)]
+        return None if None in places else [*itertools.chain(*places)]
+    if kind in PLAIN:
+        return [place]
+    if kind in DESCRIPTORS and type(x.base) in PLAIN:
+        return [f"{place}.base"]
+    return [] if x is None or kind in (int, bool, float) else None
 
 
 def _add_kinds(key, args):

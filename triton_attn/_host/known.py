@@ -67,15 +67,14 @@ class Known:
             return key, None
         return key, plan
 
-    def keep(self, key: Any, result: Result) -> Result | None:
-        """Remember the result of a new call, and return it. Not where nothing may be known of it, a tensor is of
-        another class, whose layout may be another matter, or there is no result: the reference has no plan."""
+    def keep(self, key: Any, result: Any) -> None:
+        """Remember the result of a new call. Not where nothing may be known of it, a tensor is of another class, whose
+        layout may be another matter, or there is no result: the reference has no plan."""
         if key is None or result is None or any(isinstance(x, type) and issubclass(x, Tensor) for x in key):
-            return None
+            return
         if len(self._results) >= self.most:
             self._results.clear()
         self._results[key] = result
-        return result
 
 
 def check_once(check: Callable[[tuple[Any, ...], tuple[Any, ...]], Result]) -> Callable[..., Result]:

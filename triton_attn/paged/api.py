@@ -235,7 +235,7 @@ def paged_attention(
         room = as_workspace(workspace)
         scales = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
         out, lse = launches.outputs.new(q, return_lse, out, lse)
-        launches.launch((*given[:9], *scales, tree), out, lse, room)
+        launches.launch((*given[:9], *scales, tree), out, lse, room, is_known=True)
         return (out, lse) if return_lse else out
     batch, options, layout = _check_tensors(
         q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
@@ -295,12 +295,11 @@ def paged_attention(
     splits = num_splits, prefix_tree, batch_invariant
     call = PagedCall(*tensors, longest, options, layout, *scales, *splits, key_shard)
     call = call._replace(workspace=as_workspace(workspace))
-    if check_values or type(workspace) is Workspace:
-        _attend(call, check_values, result, new_lse)
-    else:
-        known = _known.keep(key, {}) if known is None else known
-        launches = _attend(call, check_values, result, new_lse, known is not None)
-        if launches is not None and known is not None:
+    launches = _attend(call, check_values, result, new_lse)
+    if launches is not None and type(workspace) is not Workspace:
+        if known is None:
+            _known.keep(key, {launches.target: launches})
+        else:
             known[launches.target] = launches
     return (result, new_lse) if return_lse else result
 
@@ -329,12 +328,12 @@ class PagedCall(NamedTuple):
     workspace: Workspace | None = None
 
 
-def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None, are_known: bool = False) -> Any:
+def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> Any:
     """Fill out and lse, by the kernel, whose Launches are the result, or the reference."""
     if check_values:
         _check_values(call)
     if use_kernel(call.q):
-        return _forward().launch_paged_fwd(call, out, lse, are_known=are_known)
+        return _forward().launch_paged_fwd(call, out, lse)
     if only_counts(call.workspace):
         return None
     k_cache = call.k_cache.flatten(3)  # of a packed cache, from (num_pages, page_size, heads, dim / x, x)

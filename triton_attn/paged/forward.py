@@ -599,11 +599,12 @@ class Launches:
     table_stride: int | None
     mask_stride: int  # of tree_mask
 
-    def launch(self, tensors, out, lse, workspace=None, are_known=True):
+    def launch(self, tensors, out, lse, workspace=None, is_known=False):
         """Launch the kernels.
 
         tensors: q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi_slopes, sinks, tree_mask, k_scale
-        and v_scale, which may be numbers, and the memory of a PrefixTree. are_known: more calls find these Launches.
+        and v_scale, which may be numbers, and the memory of a PrefixTree. is_known: an earlier call had these Launches.
+        Only then it pays to find what its launches do not share with others.
         """
         q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi, sinks, tree_mask, *scales, tree = tensors
         plan, outs, lses, split_stride = self.plan, out, lse, 0
@@ -642,15 +643,15 @@ class Launches:
                 *after,
                 out_factor,
             )
-            alike = (self, shared) if are_known else None
+            alike = (self, shared) if is_known else None
             launch(_paged_fwd_kernel, (one.num_programs,), q.device, args, one.constants, alike)
         if self.merge is not None:
-            self.merge.launch(outs, lses, out, lse, self if are_known else None)
+            self.merge.launch(outs, lses, out, lse, self if is_known else None)
 
 
-def launch_paged_fwd(call, out, lse, config=None, are_known=False):
+def launch_paged_fwd(call, out, lse, config=None):
     """Launch the kernels of a PagedCall: attention over the nodes of its tree if there is one, over the rest, and the
-    merge if there is more than one split. No device-to-host sync. Returns the Launches; are_known: more calls find them.
+    merge if there is more than one split. No device-to-host sync. Returns the Launches.
 
     out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens_q; lse as
     `flash_attention` returns it, or None: not wanted. config is a PagedConfig (None: the default).
@@ -659,7 +660,7 @@ def launch_paged_fwd(call, out, lse, config=None, are_known=False):
     more = options.alibi_slopes, options.sinks, options.tree_mask, call.k_scale, call.v_scale
     launches = _launches_of(call, out, config)
     tensors = *tensors, *more, None if tree is None else tree.memory
-    launches.launch(tensors, out, lse, call.workspace, are_known)
+    launches.launch(tensors, out, lse, call.workspace)
     return launches
 
 
