@@ -981,8 +981,8 @@ FAULTS = (
     Fault(
         "H09",
         "triton_attn/paged/forward.py",
-        "math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16),",
-        "16,",
+        "math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16)\n",
+        "16\n",
         "CONFIGS",
     ),
     Fault(

@@ -163,17 +163,15 @@ def _alignment_of(*places):
 
 
 def _places_of_tensors(place, x):
-    """Expressions of the tensors, and of those of descriptors, in x, which is at this place; None if there is an
-    argument of another type, of which the JIT has to know more."""
+    """Expressions of the tensors in x, which is at this place; None if there is an argument of another type, of which
+    the JIT has to know more. The address of a descriptor's tensor is always a multiple of 16."""
     kind = type(x)
     if isinstance(x, tuple):
         places = [] if _has_integers(kind) else [_places_of_tensors(f"{place}[{i}]", one) for i, one in enumerate(x)]
         return None if None in places else [*itertools.chain(*places)]
     if kind in PLAIN:
         return [place]
-    if kind in DESCRIPTORS and type(x.base) in PLAIN:
-        return [f"{place}.base"]
-    return [] if x is None or kind in (int, bool, float) else None
+    return [] if x is None or kind in (int, bool, float, *DESCRIPTORS) else None
 
 
 def _add_kinds(key, args):

@@ -709,15 +709,14 @@ def _scales_and_scores(scores, alibi, k_scale, v_scale):
 
 def target_of(q, k_cache, v_cache):
     """What decides the launches of a call besides the kinds of its arguments: up to 16 bytes of which k_cache and
-    v_cache start at multiples, the GPU's architecture, and the precision of fp32 matmuls."""
-    arch = arch_of(q)
-    return math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16), arch, input_precision(q.dtype, arch)
+    v_cache start at multiples, the GPU's architecture and SMs, and the precision of fp32 matmuls."""
+    arch, base = arch_of(q), math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16)
+    return base, arch, input_precision(q.dtype, arch), count_sms(q.device, arch)
 
 
 def _problem_of(call, out, config, target):
     q, k_cache, _, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
     softmax_scale, window, softcap, alibi_slopes, *_ = options
-    base, arch, precision = target
     # By position: keywords take twice as long.
     return Problem(
         layout,
@@ -736,10 +735,7 @@ def _problem_of(call, out, config, target):
         alibi_slopes is not None,
         options.tree_mask is not None,
         call.key_shard,
-        base,
-        arch,
-        precision,
-        count_sms(q.device, arch),
+        *target,
         config,
     )
 
