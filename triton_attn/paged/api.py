@@ -211,32 +211,19 @@ def paged_attention(
     prefixes: Juravsky et al., Hydragen (2024), arXiv:2402.05099; trees of drafts: Miao et al., SpecInfer (2024),
     arXiv:2305.09781.
     """
-    given = (
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        block_table,
-        cu_seqlens_q,
-        alibi_slopes,
-        sinks,
-        tree_mask,
-        k_scale,
-        v_scale,
-    )
+    given = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi_slopes, sinks, tree_mask
     tree, tree_sizes = (prefix_tree.memory, prefix_tree[1:]) if type(prefix_tree) is PrefixTree else (None, prefix_tree)
-    sides = *sides_of(window_size), *sides_of(key_shard)
-    numbers = causal, softmax_scale, softcap, num_splits, batch_invariant, return_lse, max_seqlen_q, tree_sizes, *sides
-    key, known = _known.find_launch(
-        (*given, tree, out, lse, workspace), q, check_values, (*numbers, is_batch_invariant())
-    )
+    numbers = causal, softmax_scale, softcap, num_splits, batch_invariant, return_lse, max_seqlen_q, tree_sizes
+    numbers = *numbers, *sides_of(window_size), *sides_of(key_shard), is_batch_invariant()
+    tensors = *given, k_scale, v_scale, tree, out, lse, workspace
+    key, known = _known.find_launch(tensors, q, check_values, numbers)
     launches = None if known is None else known.get(_forward().target_of(q, k_cache, v_cache))
     if launches is not None:
         room = as_workspace(workspace)
         scales = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
-        out, lse = launches.outputs.new(q, return_lse, out, lse)
-        launches.launch((*given[:9], *scales, tree), out, lse, room, is_known=True)
-        return (out, lse) if return_lse else out
+        result, new_lse = launches.outputs.new(q, return_lse, out, lse)
+        launches.launch((*given, *scales, tree), result, new_lse, room, is_known=True)
+        return (result, new_lse) if return_lse else result
     batch, options, layout = _check_tensors(
         q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
     )
