@@ -190,7 +190,7 @@ def test_the_kernels_run(plain, monkeypatch):
     calls = []
     append_kernel, paged_kernel = append.Plan.launch, Launches.launch
     monkeypatch.setattr(append.Plan, "launch", lambda *a: (calls.append("append"), append_kernel(*a)))
-    monkeypatch.setattr(Launches, "launch", lambda *a: (calls.append("attend"), paged_kernel(*a)))
+    monkeypatch.setattr(Launches, "launch", lambda *a, **b: (calls.append("attend"), paged_kernel(*a, **b)))
     greedy, sampling, searching = prompts(9, 6, 3)
     requests = [Samples(greedy, 4), Samples(sampling, 3, 2, 1.0, seed=5), BeamSearch(searching, 3, 2)]
     generator = generator_of(plain)
