@@ -27,6 +27,7 @@ from triton_attn._host.tuned import forget_plans
 from triton_attn.flash import forward as flash_forward
 from triton_attn.merge import kernel as merge_kernel
 from triton_attn.mla import absorbed, prefill, projections
+from triton_attn.mla.api import DecodeCall
 from triton_attn.paged import forward as paged_forward
 from triton_attn.toolchain import compile_only
 
@@ -268,6 +269,17 @@ def test_launches_that_say_they_are_alike_are_alike(function):
                     for _ in range(2):
                         function(**arguments | moved | options)
     assert len(seen) > 2 * len(forms)
+
+
+def test_an_lse_that_is_wanted_is_no_matter_of_layouts():
+    """The operator of `mla_decode` has one plan for calls with and without it: their merges are not alike."""
+    out, lse = torch.empty(2, 1, 16, 64, dtype=BF16), torch.empty(2, 16, 1)
+    without_jit = mock.patch.object(JITFunction, "run")
+    with compile_only("sm_90"), without_jit as launches, checked_alike() as seen:
+        for wanted in (lse, None, lse, None):
+            absorbed.launch_mla_decode(DecodeCall(**DECODE, num_splits=3), out, wanted)
+    assert launches.call_count == 8
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("variable", ["TRITON_ATTN_BATCH_INVARIANT", "TRITON_ATTN_CHECK"])
