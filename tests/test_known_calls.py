@@ -50,6 +50,7 @@ def needs_gradient(x):
     return x.clone().requires_grad_()
 
 
+ROOM = dict(num_splits=3, workspace=torch.empty(2**17, dtype=torch.uint8))
 DECODE = dict(
     q_nope=torch.empty(2, 1, 16, 64, dtype=BF16),
     q_pe=torch.empty(2, 1, 16, 32, dtype=BF16),
@@ -80,7 +81,6 @@ PAGED = dict(
     cache_seqlens=int32(2),
     block_table=int32(2, 3),
 )
-ROOM = dict(num_splits=3, workspace=torch.empty(2**16, dtype=torch.uint8))
 QUANTIZED = {name: PAGED[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
 FLASH = {name: torch.empty(2, 8, heads, 64, dtype=BF16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
 VARLEN = {name: x.flatten(0, 1) for name, x in FLASH.items()}
@@ -125,6 +125,8 @@ CALLS = {
         out=(dict(out=torch.empty(2, 1, 16, 64, dtype=BF16)), dict(out=torch.empty(2, 1, 16, 32, dtype=BF16))),
         lse=(dict(lse=torch.empty(2, 16, 1), return_lse=True), dict(return_lse=False)),
         workspace=(dict(num_splits=4), dict(workspace=torch.empty(16, dtype=torch.uint8))),
+        dtype_of_workspace=(ROOM, dict(workspace=torch.empty(2**17, dtype=torch.int8))),
+        strides_of_workspace=(ROOM, dict(workspace=spread(ROOM["workspace"]))),
         key_shard=(dict(key_shard=(0, 2, 1)), dict(key_shard=(2, 2, 1))),
         batch_invariant=(dict(batch_invariant=True), dict(num_splits=2)),
         lengths=({}, dict(cache_seqlens=int32(2) + 1000, check_values=True)),
@@ -158,7 +160,9 @@ CALLS = {
         out=(dict(out=torch.empty(2, 1, 8, 64, dtype=BF16)), dict(out=torch.empty(2, 1, 8, 32, dtype=BF16))),
         lse=(dict(lse=torch.empty(2, 8, 1), return_lse=True), dict(return_lse=False)),
         workspace=(ROOM, dict(workspace=torch.empty(16, dtype=torch.uint8))),
-        address_of_workspace=(ROOM, dict(workspace=torch.empty(2**16 + 1, dtype=torch.uint8)[1:])),
+        dtype_of_workspace=(ROOM, dict(workspace=torch.empty(2**17, dtype=torch.int8))),
+        strides_of_workspace=(ROOM, dict(workspace=spread(ROOM["workspace"]))),
+        address_of_workspace=(ROOM, dict(workspace=torch.empty(2**17 + 1, dtype=torch.uint8)[1:])),
         splits_of_workspace=(ROOM, dict(num_splits=64)),
         key_shard=(dict(key_shard=(0, 2, 1)), dict(key_shard=(2, 2, 1))),
         bool_in_a_key_shard=(dict(key_shard=(0, 2, 1)), dict(key_shard=(0, 2, True))),
