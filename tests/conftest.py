@@ -108,6 +108,18 @@ def float8_conversions_of_sm_80(request):
         paged_attention(q, cache, cache, indices[0], indices)
 
 
+@pytest.fixture(scope="session", autouse=not INTERPRETED)
+def alike(request):
+    """In the emulator each launch that says it is alike to an earlier one is compared with it."""
+    if not request.config.getoption("--emulate"):
+        yield
+        return
+    from alike import checked_alike
+
+    with checked_alike():
+        yield
+
+
 @pytest.fixture
 def emulated_hopper(request):
     """The test needs --emulate sm_90: Gluon, in which the kernels of hopper.py are written, has no interpreter."""

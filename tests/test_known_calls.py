@@ -1,12 +1,19 @@
 """A call like an earlier one finds its checks and plans by its layout: wrong neighbours of it must still raise."""
 
 import functools
+import gc
+import itertools
 import shutil
+import weakref
+from unittest import mock
 
 import pytest
 import torch
+from alike import checked_alike
 from host_cost import bare_launches, python_calls, real_launcher
 from plans import launches_of
+from prefix_trees import tree_of_all
+from triton.runtime.jit import JITFunction
 
 from triton_attn import (
     flash_attention,
@@ -20,6 +27,7 @@ from triton_attn._host.tuned import forget_plans
 from triton_attn.flash import forward as flash_forward
 from triton_attn.merge import kernel as merge_kernel
 from triton_attn.mla import absorbed, prefill, projections
+from triton_attn.mla.api import DecodeCall
 from triton_attn.paged import forward as paged_forward
 from triton_attn.toolchain import compile_only
 
@@ -42,6 +50,7 @@ def needs_gradient(x):
     return x.clone().requires_grad_()
 
 
+ROOM = dict(num_splits=3, workspace=torch.empty(2**17, dtype=torch.uint8))
 DECODE = dict(
     q_nope=torch.empty(2, 1, 16, 64, dtype=BF16),
     q_pe=torch.empty(2, 1, 16, 32, dtype=BF16),
@@ -116,6 +125,8 @@ CALLS = {
         out=(dict(out=torch.empty(2, 1, 16, 64, dtype=BF16)), dict(out=torch.empty(2, 1, 16, 32, dtype=BF16))),
         lse=(dict(lse=torch.empty(2, 16, 1), return_lse=True), dict(return_lse=False)),
         workspace=(dict(num_splits=4), dict(workspace=torch.empty(16, dtype=torch.uint8))),
+        dtype_of_workspace=(ROOM, dict(workspace=torch.empty(2**17, dtype=torch.int8))),
+        strides_of_workspace=(ROOM, dict(workspace=spread(ROOM["workspace"]))),
         key_shard=(dict(key_shard=(0, 2, 1)), dict(key_shard=(2, 2, 1))),
         batch_invariant=(dict(batch_invariant=True), dict(num_splits=2)),
         lengths=({}, dict(cache_seqlens=int32(2) + 1000, check_values=True)),
@@ -146,8 +157,22 @@ CALLS = {
         bool_for_an_int=(dict(num_splits=1), dict(num_splits=True)),
         factor=(QUANTIZED | dict(k_scale=1.0), dict(k_scale=True)),
         negative_factor=(QUANTIZED | dict(v_scale=0.5), dict(v_scale=-0.5)),
+        out=(dict(out=torch.empty(2, 1, 8, 64, dtype=BF16)), dict(out=torch.empty(2, 1, 8, 32, dtype=BF16))),
         lse=(dict(lse=torch.empty(2, 8, 1), return_lse=True), dict(return_lse=False)),
+        workspace=(ROOM, dict(workspace=torch.empty(16, dtype=torch.uint8))),
+        dtype_of_workspace=(ROOM, dict(workspace=torch.empty(2**17, dtype=torch.int8))),
+        strides_of_workspace=(ROOM, dict(workspace=spread(ROOM["workspace"]))),
+        address_of_workspace=(ROOM, dict(workspace=torch.empty(2**17 + 1, dtype=torch.uint8)[1:])),
+        splits_of_workspace=(ROOM, dict(num_splits=64)),
+        key_shard=(dict(key_shard=(0, 2, 1)), dict(key_shard=(2, 2, 1))),
+        bool_in_a_key_shard=(dict(key_shard=(0, 2, 1)), dict(key_shard=(0, 2, True))),
+        batch_invariant=(dict(batch_invariant=True), dict(num_splits=2)),
+        prefix_tree=(dict(prefix_tree=tree_of_all(2, 1)), dict(prefix_tree=tree_of_all(3, 1))),
+        sinks=(dict(sinks=torch.empty(8)), dict(sinks=torch.empty(7))),
+        max_seqlen_q=({}, dict(max_seqlen_q=2)),
+        tree_mask=(dict(tree_mask=torch.zeros(2, 1, dtype=torch.int64)), dict(tree_mask=int32(2, 1))),
         lengths=({}, dict(cache_seqlens=int32(2) + 1000, check_values=True)),
+        check_values=({}, dict(check_values=1)),
     ),
     **neighbours(
         flash_attention,
@@ -191,6 +216,119 @@ def test_a_known_call_hides_no_error(what):
         assert not launches
         said.append((error.type, str(error.value)))
     assert said[0] == said[1]
+
+
+def unaligned(x):
+    return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+
+
+WEIGHTS = dict(
+    q_nope=torch.empty(2, 1, 16, 32, dtype=BF16),
+    w_uk=torch.empty(16, 32, 64, dtype=BF16),
+    w_uv=torch.empty(16, 48, 64, dtype=BF16),
+)
+TREE = dict(prefix_tree=tree_of_all(2, 1))
+MASK = dict(tree_mask=torch.zeros(2, 1, dtype=torch.int64))
+# Forms of calls, each beside all others, with and without a number as a scale.
+FORMS = {
+    mla_decode: (
+        DECODE,
+        ({}, WEIGHTS, FLOAT8 | dict(k_scale=0.5), FLOAT8 | dict(k_scale=torch.ones(1)), FLOAT8 | dict(k_pe_scale=0.5)),
+        ({}, dict(num_splits=3), dict(batch_invariant=True), dict(key_shard=(0, 2, 1)), TREE, MASK),
+    ),
+    mla_prefill: (
+        PREFILL,
+        ({}, PACKED, dict(mode="absorbed"), dict(mode="absorbed", max_workspace_bytes=2**16)),
+        ({},),
+    ),
+    merge_attention: (MERGE, ({}, dict(outs=torch.empty(3, 2, 1, 4, 64))), ({},)),
+    paged_attention: (
+        PAGED,
+        (
+            {},
+            QUANTIZED | dict(k_scale=0.5, v_scale=torch.ones(2)),
+            QUANTIZED | dict(k_scale=torch.ones(1), v_scale=0.5),
+            QUANTIZED | dict(k_scale=torch.ones(4, 16, 2)),
+            dict(sinks=torch.ones(8), alibi_slopes=torch.ones(2, 8), softcap=30.0),
+            dict(alibi_slopes=torch.ones(8)),
+        ),
+        ({}, ROOM, dict(batch_invariant=True), dict(key_shard=(0, 2, 1)), TREE, MASK),
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FORMS, ids=lambda function: function.__name__)
+def test_launches_that_say_they_are_alike_are_alike(function):
+    """Known calls in every form, with tensors at any address. Nothing is compiled: keys alone are compared."""
+    base, forms, others = FORMS[function]
+    forget_plans()
+    without_jit = mock.patch.object(JITFunction, "run")
+    with compile_only("sm_90"), without_jit, checked_alike() as seen, torch.no_grad():
+        for form, more in itertools.product(forms, others):
+            arguments = base | form | more
+            for return_lse in (False, True) if function is not merge_attention else (None,):
+                options = {} if return_lse is None else dict(return_lse=return_lse)
+                for name in (None, *tensors_of(base)):
+                    moved = {} if name is None else {name: unaligned(arguments[name])}
+                    for _ in range(2):
+                        function(**arguments | moved | options)
+    assert len(seen) > 2 * len(forms)
+
+
+def test_an_lse_that_is_wanted_is_no_matter_of_layouts():
+    """The operator of `mla_decode` has one plan for calls with and without it: their merges are not alike."""
+    out, lse = torch.empty(2, 1, 16, 64, dtype=BF16), torch.empty(2, 16, 1)
+    without_jit = mock.patch.object(JITFunction, "run")
+    with compile_only("sm_90"), without_jit as launches, checked_alike() as seen:
+        for wanted in (lse, None, lse, None):
+            absorbed.launch_mla_decode(DecodeCall(**DECODE, num_splits=3), out, wanted)
+    assert launches.call_count == 8
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("variable", ["TRITON_ATTN_BATCH_INVARIANT", "TRITON_ATTN_CHECK"])
+def test_a_known_decode_follows_the_environment(variable, monkeypatch):
+    call = functools.partial(paged_attention, **PAGED | dict(cache_seqlens=int32(2) + 1000, num_splits=0))
+
+    def outcome():
+        try:
+            return launches_of(call, MODULES)
+        except ValueError as error:
+            return str(error)
+
+    with monkeypatch.context() as patch:
+        forget_plans()
+        patch.setenv(variable, "1")
+        expected = outcome()
+    forget_plans()
+    before = outcome()
+    assert outcome() == before != expected
+    with monkeypatch.context() as patch:
+        patch.setenv(variable, "1")
+        assert outcome() == expected
+    assert outcome() == before
+
+
+def test_a_known_decode_runs_the_reference_where_it_is_wanted(monkeypatch):
+    with compile_only("sm_90", every_launch=True) as launches:
+        for _ in range(2):
+            paged_attention(**PAGED, num_splits=1)
+        with monkeypatch.context() as patch:  # undone within compile_only, which sets it too
+            patch.setenv("TRITON_ATTN_BACKEND", "reference")
+            paged_attention(**PAGED, num_splits=1)
+    assert len(launches) == 2
+
+
+def test_a_known_decode_holds_no_tensor():
+    arguments = {name: x.clone() for name, x in (PAGED | ROOM).items() if isinstance(x, torch.Tensor)}
+    arguments["prefix_tree"] = tree_of_all(2, 1)
+    held = [weakref.ref(x) for x in (*arguments.values(), arguments["prefix_tree"].memory) if torch.is_tensor(x)]
+    with compile_only("sm_90"):
+        for _ in range(3):
+            paged_attention(**arguments, num_splits=3)
+    del arguments
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launcher does on a GPU")

@@ -85,6 +85,23 @@ def test_nothing_is_allocated_and_nothing_else_is_written(name, allocated):
 
 
 @OF_CALLS
+def test_a_known_call_takes_memory_at_any_place(name, allocated):
+    """Workspaces of one size, which begin at other bytes of a larger one, and do not end where a number does."""
+    function, args, options = CALLS[name]()
+    expected = function(*args, **options)
+    needed = workspace_bytes(function, *args, **options) + 3
+    out, memory = poisoned(expected), torch.full((needed + 512,), POISON, dtype=torch.uint8, device=DEVICE)
+    for first in (0, 16, 48):
+        memory.fill_(POISON)
+        del allocated[:]
+        function(*args, **options, out=out.fill_(0), workspace=memory[first : first + needed])
+        assert allocated == []
+        assert torch.equal(out, expected)
+        assert (memory[:first] == POISON).all()
+        assert (memory[first + needed :] == POISON).all()
+
+
+@OF_CALLS
 def test_too_small_a_workspace_raises_before_anything_is_written(name):
     function, args, options = CALLS[name]()
     needed = workspace_bytes(function, *args, **options)

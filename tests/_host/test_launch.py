@@ -80,9 +80,12 @@ CHANGES = {
 }
 
 
-def run(num_warps=4, tile=32, **arguments):
+def run(num_warps=4, tile=32, alike=None, **arguments):
     constants = dict(TILE=tile, num_warps=num_warps)
-    launch(_copy_kernel, (1,), torch.device("cpu"), tuple(arguments.values()), constants)
+    launch(_copy_kernel, (1,), torch.device("cpu"), tuple(arguments.values()), constants, alike)
+
+
+ALIKE = pytest.mark.parametrize("alike", [None, object()], ids=["", "alike"])
 
 
 def kernels_of(launches):
@@ -110,6 +113,53 @@ def test_a_launch_takes_the_kernel_that_the_jit_would_take(change):
         kernels += kernels_of(launches)
     assert here == asked
     assert change == "another tuple" or here[0] != here[1]
+
+
+@pytest.mark.parametrize("desc", [None, descriptor(32)], ids=["", "beside a descriptor"])
+@pytest.mark.parametrize("change", ["an address", "an address in a tuple", "an output's address"])
+def test_launches_that_are_alike_differ_in_addresses(change, desc):
+    base, changed, taken = BASE | dict(desc=desc), CHANGES[change], []
+    for alike in (None, object()):
+        with compile_only("sm_90") as launches:
+            for arguments in (base, base | changed, base | dict(factor=3.0), base | changed):
+                run(**arguments, alike=alike)
+        taken.append(kernels_of(launches))
+    assert taken[0] == taken[1]
+    assert taken[0][0] != taken[0][1]
+
+
+def test_launches_that_are_not_alike_may_take_one_kernel():
+    """Without the JIT: a new length is no reason to ask it."""
+    first, second = object(), object()
+    with compile_only("sm_90") as launches:
+        run(**BASE, alike=first)
+        with mock.patch.object(JITFunction, "run", side_effect=AssertionError("the JIT was asked")):
+            run(**BASE | dict(size=7), alike=second)
+            run(**BASE, alike=first)
+            run(**BASE)
+    assert len(set(kernels_of(launches))) == 1
+
+
+def test_what_launches_share_is_asked_once():
+    """Of one that is alike to an earlier one only the addresses are read."""
+    alike = object()
+    with compile_only("sm_90") as launches:
+        run(**BASE, alike=alike)
+        with mock.patch.object(host_device, "_add_kinds", side_effect=AssertionError("kinds were asked")):
+            run(**BASE | dict(x=tensor()), alike=alike)
+    assert len(launches) == 2
+
+
+class Own(torch.Tensor):
+    pass
+
+
+def test_alike_launches_of_other_types_are_left_to_the_jit():
+    alike, x = object(), tensor().as_subclass(Own)
+    with compile_only("sm_90"), mock.patch.object(JITFunction, "run") as asked:
+        for _ in range(2):
+            run(**BASE | dict(x=x), alike=alike)
+    assert asked.call_count == 2
 
 
 @triton.jit
@@ -164,36 +214,39 @@ def test_the_jit_is_asked_once():
     assert len(launches) == 2
 
 
-def test_another_target_has_kernels_of_its_own():
+@ALIKE
+def test_another_target_has_kernels_of_its_own(alike):
     archs = []
     for arch in ("sm_80", "sm_90", "sm_80"):
         with compile_only(arch) as launches:
-            run(**BASE)
-            run(**BASE)
+            run(**BASE, alike=alike)
+            run(**BASE, alike=alike)
         archs += [one.arch for one in launches]
     assert archs == ["sm_80", "sm_80", "sm_90", "sm_90", "sm_80", "sm_80"]
 
 
-def test_amd_kernels_are_found_by_the_jit():
+@ALIKE
+def test_amd_kernels_are_found_by_the_jit(alike):
     """It specializes pointers by the size of their memory there."""
     with compile_only("gfx942"):
-        run(**BASE)
+        run(**BASE, alike=alike)
         with mock.patch.object(JITFunction, "run") as asked:
-            run(**BASE)
+            run(**BASE, alike=alike)
         assert asked.called
 
 
-def test_hooks_see_every_launch():
+@ALIKE
+def test_hooks_see_every_launch(alike):
     seen = []
     with compile_only("sm_90"):
-        run(**BASE)
+        run(**BASE, alike=alike)
         with mock.patch.object(_copy_kernel, "pre_run_hooks", [lambda *args, **kwargs: seen.append("before")]):
-            run(**BASE)
+            run(**BASE, alike=alike)
         assert seen == ["before"]
         triton.knobs.runtime.launch_enter_hook = lambda metadata: None
         try:
             with mock.patch.object(triton.compiler.CompiledKernel, "launch_metadata", autospec=True) as metadata:
-                run(**BASE)
+                run(**BASE, alike=alike)
         finally:
             triton.knobs.runtime.launch_enter_hook = None
         assert metadata.call_count == 1
@@ -209,16 +262,17 @@ if not hasattr(triton.knobs.compilation, "fpsan_homomorphic_casts"):  # Triton b
     del KNOBS["casts"]
 
 
+@ALIKE
 @pytest.mark.parametrize("knob", KNOBS)
-def test_a_knob_acts_at_once(knob):
+def test_a_knob_acts_at_once(knob, alike):
     """As if the JIT looked each time."""
     with compile_only("sm_90") as launches:
-        run(**BASE)
+        run(**BASE, alike=alike)
         owner, name, value = KNOBS[knob]
         with owner.scope() if hasattr(owner, "scope") else mock.patch.object(owner, name, owner.debug):
             setattr(owner, name, value)
-            run(**BASE)
-        run(**BASE)
+            run(**BASE, alike=alike)
+        run(**BASE, alike=alike)
     first, other, last = (one.kernel for one in launches)
     assert first is last
     assert other is not first
@@ -273,8 +327,8 @@ def _add_kernel(x, step=16, TILE: tl.constexpr = 32, OPTION: tl.constexpr = 4):
     tl.store(x + offsets, tl.load(x + offsets) + OFFSET + STEPS + OPTION)
 
 
-def add(*more, **constants):
-    launch(_add_kernel, (1,), torch.device("cpu"), (tensor(), *more), constants)
+def add(*more, alike=None, **constants):
+    launch(_add_kernel, (1,), torch.device("cpu"), (tensor(), *more), constants, alike)
 
 
 @pytest.mark.parametrize(
@@ -305,18 +359,19 @@ def test_an_argument_by_name_is_left_to_the_jit():
         assert asked.called
 
 
+@ALIKE
 @pytest.mark.parametrize("change", ["changed", "gone"])
-def test_a_global_that_was_changed_is_reported(monkeypatch, change):
+def test_a_global_that_was_changed_is_reported(monkeypatch, change, alike):
     with compile_only("sm_90") as launches:
-        add()
+        add(alike=alike)
         with monkeypatch.context() as patch:
             if change == "gone":
                 patch.delitem(globals(), "STEPS")
             else:
                 patch.setitem(globals(), "STEPS", tl.constexpr(5))
             with pytest.raises(RuntimeError, match="STEPS has changed"):
-                add()
-        add()
+                add(alike=alike)
+        add(alike=alike)
     assert len(launches) == 2
 
 
@@ -337,10 +392,12 @@ def _subtract_kernel(x, step=16, TILE: tl.constexpr = 32, OPTION: tl.constexpr =
     tl.store(x + offsets, tl.load(x + offsets) - OFFSET - STEPS - OPTION)
 
 
-def test_kernels_with_equal_arguments_are_apart():
+@ALIKE
+def test_kernels_with_equal_arguments_are_apart(alike):
+    """Each has launches of its own that are alike."""
     with compile_only("sm_90") as launches:
         for kernel in (_add_kernel, _subtract_kernel, _add_kernel, _subtract_kernel):
-            launch(kernel, (1,), torch.device("cpu"), (tensor(),), {})
+            launch(kernel, (1,), torch.device("cpu"), (tensor(),), {}, alike)
     assert [one.kernel.name for one in launches] == ["_add_kernel", "_subtract_kernel"] * 2
 
 
@@ -365,10 +422,11 @@ def test_parameters_are_tensors(place):
             run(**BASE | arguments[place])
 
 
-def test_no_tensor_is_held():
+@ALIKE
+def test_no_tensor_is_held(alike):
     with compile_only("sm_90"):
         x = tensor()
-        run(**BASE | dict(x=x))
+        run(**BASE | dict(x=x), alike=alike)
         held = weakref.ref(x)
         del x
         assert held() is None
@@ -400,19 +458,21 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(host_device, "MOST_COMPILED", 3)
     with compile_only("sm_90") as launches:
         for num_warps in (1, 2, 4, 8, 1, 2, 4, 8):
-            run(num_warps=num_warps, **BASE)
+            run(num_warps=num_warps, **BASE, alike=object())
             assert len(host_device._compiled) <= 3
+            assert len(host_device._alignments) <= 3
     assert len({one.kernel for one in launches}) == 4
 
 
-def test_what_the_jit_forgot_is_compiled_again():
+@ALIKE
+def test_what_the_jit_forgot_is_compiled_again(alike):
     with compile_only("sm_90") as launches:
-        run(**BASE)
+        run(**BASE, alike=alike)
         first = launches.pop().kernel.hash
         triton.runtime.driver.active.kernels.clear()
         _copy_kernel.device_caches.pop(triton.runtime.driver.active.device)
         gc.collect()
         with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as asked:
-            run(**BASE)
+            run(**BASE, alike=alike)
         assert asked.called
     assert launches[0].kernel.hash == first

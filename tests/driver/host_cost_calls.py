@@ -16,6 +16,7 @@ from host_cost import bare_launches, compare, python_calls
 from public_calls import use_stub
 
 import triton_attn as ta
+from triton_attn.cache.kernels import gather as gather_kernel
 from triton_attn.dense import backward as flash_backward
 from triton_attn.flash import autograd
 from triton_attn.flash import forward as flash_forward
@@ -25,7 +26,7 @@ from triton_attn.mla import autograd as mla_autograd
 from triton_attn.paged import forward as paged_forward
 
 BF16, INT32 = torch.bfloat16, torch.int32
-MODULES = flash_forward, flash_backward, merge_kernel, absorbed, prefill, projections, paged_forward
+MODULES = flash_forward, flash_backward, merge_kernel, absorbed, prefill, projections, paged_forward, gather_kernel
 
 
 def flash(packed=False, trained=False, **options):
@@ -101,13 +102,32 @@ def tree():
     return ta.prefix_tree([[0, 1, 2, 3, 10 + i] for i in range(4)], [70] * 4, 16, always=True, **shape)
 
 
+def decode_with_memory(weights=False):
+    """Nothing is allocated."""
+    call = decode(weights=weights, num_splits=4, return_lse=True)
+    out, lse = torch.empty(4, 1, 16, 128 if weights else 512, dtype=BF16), torch.empty(4, 16, 1)
+    call = functools.partial(call, out=out, lse=lse)
+
+    @functools.cache
+    def room():
+        return torch.empty(ta.workspace_bytes(call), dtype=torch.uint8)
+
+    return lambda: call(workspace=room())
+
+
+def gather(**options):
+    cache, table = torch.empty(256, 16, 8, 128, dtype=BF16), torch.empty(4, 64, dtype=INT32)
+    bounds = torch.empty(5, dtype=INT32)
+    return lambda: ta.gather_kv_cache(cache, cache, table, bounds, 64, **options)
+
+
 def decode(num_heads=16, cache_dtype=BF16, weights=False, **options):
     queries = [torch.empty(4, 1, num_heads, n, dtype=BF16) for n in ((128, 64) if weights else (512, 64))]
     cache = torch.empty(64, 64, 656 if cache_dtype == torch.uint8 else 576, dtype=cache_dtype)
     where = torch.empty(4, dtype=INT32), torch.empty(4, 16, dtype=INT32)
     options |= {"softmax_scale": 0.1}
     more = [torch.empty(num_heads, 128, 512, dtype=BF16) for _ in range(2 * weights)]
-    return lambda: ta.mla_decode(*queries, cache, *where, *more, **options)
+    return functools.partial(ta.mla_decode, *queries, cache, *where, *more, **options)
 
 
 def latent_prefill(mode, trained=False):
@@ -158,10 +178,14 @@ CALLS = {
     "mla decode, splits": decode(num_splits=4),
     "mla decode, fp8": decode(128, torch.uint8, num_splits=1),
     "mla decode, weights": decode(weights=True, num_splits=1),
+    "mla decode, memory of the caller's": decode_with_memory(),
+    "mla decode, weights, memory of the caller's": decode_with_memory(weights=True),
     "mla prefill, fused": latent_prefill("fused"),
     "mla prefill, absorbed": latent_prefill("absorbed"),
     "mla prefill with gradients": latent_prefill("fused", trained=True),
     "merge": merge(),
+    "gather": gather(),
+    "gather, memory of the caller's": gather(out=tuple(torch.empty(2, 64, 8, 128, dtype=BF16))),
 }
 # Between their launches are products of torch's, on this CPU.
 COUNTED = {

@@ -56,8 +56,8 @@ def check_parameters():
             sizes = [SIZES[kind] for kind in listed_in(kernel.asm["ptx"])]
             stub.stub_expect(ctypes.c_void_p(kernel.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
-    def launch_and_compare(function, grid, args, constants):
-        kernel = launch(function, grid, args, constants)
+    def launch_and_compare(function, grid, args, constants, alike):
+        kernel = launch(function, grid, args, constants, alike)
         values = dict(zip(function.arg_names, args)) | constants
         listed = listed_in(kernel.asm["ptx"])
         handed = (ctypes.c_ubyte * sum(SIZES[kind] for kind in listed)).in_dll(stub, "stub_parameters")

@@ -17,16 +17,17 @@ MOST = {"flash": 72, "flash, lse": 72, "flash, window, sinks": 73, "varlen": 81,
 MOST |= {"flash with gradients": 84, "varlen with gradients": 93, "mla prefill with gradients": 89}
 MOST |= {"backward": 180, "backward, gradient of lse": 181, "backward, sinks": 180, "backward, deterministic": 179}
 MOST |= {"backward, varlen": 183, "backward, varlen, gradient of lse": 184, "backward by autograd": 212}
-MOST |= {"backward by autograd, eight layers": 1535, "mla prefill, backward": 190, "paged, contiguous cache": 76}
-MOST |= {"paged": 78, "paged, lse": 78, "paged, splits": 115, "paged, memory of the caller's": 131}
-MOST |= {"paged, prefix tree": 151, "paged, chunk": 78, "paged, fp8": 84, "mla decode": 84, "mla decode, splits": 120}
-MOST |= {"mla decode, fp8": 91, "mla decode, weights": 156, "mla prefill, fused": 77, "mla prefill, absorbed": 147}
-MOST |= {"mla prefill, materialized": 92, "merge": 52}
+MOST |= {"backward by autograd, eight layers": 1535, "mla prefill, backward": 190, "mla prefill, materialized": 92}
+MOST |= {"paged, contiguous cache": 61, "paged, memory of the caller's": 101}
+MOST |= {"paged": 61, "paged, lse": 61, "paged, splits": 96, "paged, prefix tree": 124, "paged, chunk": 61}
+MOST |= {"paged, fp8": 65, "mla decode": 77, "mla decode, splits": 110, "mla decode, fp8": 83}
+MOST |= {"mla decode, weights": 144, "mla prefill, fused": 77, "mla prefill, absorbed": 135, "merge": 49}
+MOST |= {"mla decode, memory of the caller's": 115, "mla decode, weights, memory of the caller's": 152}
+MOST |= {"gather": 66, "gather, memory of the caller's": 69}
 
 # With what torch's autograd takes around a forward pass, that is 1.5 to 1.7 times the launch on Triton 3.9, and 1.7 to
-# 1.8 on Triton 3.6.0, whose launches are shorter. Slightly above 1.5, within what ELSEWHERE leaves, are one backward
-# pass by torch.autograd.grad (1.7), whose checks eight layers share (1.6), and, on Triton 3.6.0, a caller's workspace,
-# which is checked and divided at each call (1.8).
+# 1.8 on Triton 3.6.0, whose launches are shorter. Slightly above 1.5, within what ELSEWHERE leaves, is one backward
+# pass by torch.autograd.grad (1.7), whose checks eight layers share (1.6).
 SLOWER = dict.fromkeys(("flash with gradients", "varlen with gradients", "mla prefill with gradients"), 1.8)
 
 

@@ -56,7 +56,7 @@ def bare_launches(call, modules):
     """A function that repeats the launches of a call from these modules, with prepared arguments."""
     launches = []
 
-    def record(kernel, grid, device, args, constants):
+    def record(kernel, grid, device, args, constants, alike=None):
         launches.append((kernel[grid], args, constants))
 
     with contextlib.ExitStack() as stack:

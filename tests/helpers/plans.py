@@ -50,7 +50,7 @@ def launches_of(call, modules, arch="sm_90", inside=contextlib.nullcontext, **ar
     """
     launches = []
 
-    def record(kernel, grid, device, args, constants):
+    def record(kernel, grid, device, args, constants, alike=None):
         launches.append((kernel.__name__, grid, described(args), described(constants)))
 
     with contextlib.ExitStack() as stack:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.generate import BeamSearch, Generator, Samples, draw
 from triton_attn.cache.kernels import append
-from triton_attn.paged import api as paged_api
+from triton_attn.paged.forward import Launches
 
 EOS = 7
 PAGE_SIZE = 4
@@ -188,9 +188,9 @@ def test_branches_that_end_early(plain):
 def test_the_kernels_run(plain, monkeypatch):
     """A greedy request, two samples and two beams in one batch, with the kernels of this process."""
     calls = []
-    append_kernel, paged_kernel = append.Plan.launch, paged_api._kernel()
+    append_kernel, paged_kernel = append.Plan.launch, Launches.launch
     monkeypatch.setattr(append.Plan, "launch", lambda *a: (calls.append("append"), append_kernel(*a)))
-    monkeypatch.setattr(paged_api, "_kernel", lambda: lambda *a: (calls.append("attend"), paged_kernel(*a)))
+    monkeypatch.setattr(Launches, "launch", lambda *a, **b: (calls.append("attend"), paged_kernel(*a, **b)))
     greedy, sampling, searching = prompts(9, 6, 3)
     requests = [Samples(greedy, 4), Samples(sampling, 3, 2, 1.0, seed=5), BeamSearch(searching, 3, 2)]
     generator = generator_of(plain)

@@ -406,8 +406,8 @@ FAULTS = (
     Fault(
         "P05",
         "triton_attn/paged/forward.py",
-        'None if constants["TILE"].SHARED else call.options.sinks,',
-        "call.options.sinks,",
+        "None if shared else sinks,",
+        "sinks,",
         "PAGED",
     ),
     Fault(
@@ -449,7 +449,7 @@ FAULTS = (
         "P11",
         "triton_attn/paged/forward.py",
         "scores.scale_log2 * k_scale",
-        "scores.scale_log2 * (call.v_scale or 1.0)",
+        "scores.scale_log2 * (v_scale or 1.0)",
         "PAGED",
     ),
     Fault(
@@ -477,8 +477,8 @@ FAULTS = (
     Fault(
         "P16",
         "triton_attn/paged/forward.py",
-        "            max(batch, num_nodes).bit_length(),\n",
-        "            max(batch, num_nodes).bit_length() - 1,\n",
+        "max(num_sequences, num_nodes).bit_length()",
+        "max(num_sequences, num_nodes).bit_length() - 1",
         "PAGED",
     ),
     Fault("P17", "triton_attn/_jit/paging.py", "return Cached(pages.to(tl.int64), ", "return Cached(pages, ", "PAGED"),
@@ -987,8 +987,8 @@ FAULTS = (
     Fault(
         "H09",
         "triton_attn/paged/forward.py",
-        "        math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16),",
-        "        16,",
+        "math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16)\n",
+        "16\n",
         "CONFIGS",
     ),
     Fault(
@@ -1632,11 +1632,40 @@ FAULTS = (
     Fault(
         "Q28",
         "triton_attn/_host/device.py",
-        "        if len(_compiled) >= MOST_COMPILED:\n            _compiled.clear()\n",
+        "            if len(_compiled) >= MOST_COMPILED:\n                _compiled.clear()\n",
         "",
         "LAUNCH",
     ),
-    Fault("Q29", "triton_attn/_host/device.py", "kind in PLAIN:", "kind is torch.Tensor:", "LAUNCH"),
+    Fault(
+        "Q29", "triton_attn/_host/device.py", "        if kind in PLAIN:", "        if kind is torch.Tensor:", "LAUNCH"
+    ),
+    Fault("QA1", "triton_attn/_host/device.py", "(*key, alike, alignment_of(args))", "(*key, alike)", "LAUNCH"),
+    Fault("QA2", "triton_attn/_host/device.py", "(*key, alike, alignment_of(args))", "(*key[:2], alike)", "LAUNCH"),
+    Fault("QA3", "triton_attn/_host/device.py", "of_launch = id(kernel), alike", "of_launch = 0, alike", "LAUNCH"),
+    Fault(
+        "QA4",
+        "triton_attn/_host/device.py",
+        "        if len(_alignments) >= MOST_COMPILED:\n            _alignments.clear()\n",
+        "",
+        "LAUNCH",
+    ),
+    Fault("QA5", "triton_attn/_host/device.py", "else (alike, None):", "else (alike,):", "LAUNCH"),
+    Fault("QA6", "triton_attn/mla/absorbed.py", '(alike, "nodes")', "alike", "KNOWN"),
+    Fault("QA7", "triton_attn/mla/absorbed.py", "alike = plan.alike, lse is None", "alike = plan.alike", "KNOWN"),
+    Fault("QA8", "triton_attn/paged/forward.py", "(self, shared) if is_known", "self if is_known", "KNOWN"),
+    Fault(
+        "QA9", "triton_attn/paged/api.py", "*sides_of(key_shard), is_batch_invariant()", "*sides_of(key_shard)", "KNOWN"
+    ),
+    Fault(
+        "QB1",
+        "triton_attn/paged/api.py",
+        "*sides_of(window_size), *sides_of(key_shard)",
+        "*sides_of(window_size)",
+        "KNOWN",
+    ),
+    Fault("QB2", "triton_attn/paged/api.py", "tree, out, lse, workspace\n", "tree, out, lse\n", "KNOWN"),
+    Fault("QB3", "triton_attn/_host/workspace.py", "typed.storage_offset() + first", "first", "WORKSPACE"),
+    Fault("QB4", "triton_attn/_host/workspace.py", "(memory[:-rest] if rest else memory)", "memory", "WORKSPACE"),
     Fault("Q30", "triton_attn/_host/known.py", "(tuned.generation, *kinds", "(*kinds", "KNOWN"),
     Fault("Q31", "triton_attn/_host/known.py", "(x.shape, x.stride()", "(x.stride()", "KNOWN"),
     Fault("Q32", "triton_attn/_host/known.py", "(x.shape, x.stride(), x.dtype", "(x.shape, x.dtype", "KNOWN"),

@@ -47,7 +47,7 @@ def should_check_values(check_values):
     return check_bool("check_values", check_values)
 
 
-def is_batch_invariant(batch_invariant):
+def is_batch_invariant(batch_invariant=None):
     """batch_invariant, or TRITON_ATTN_BATCH_INVARIANT=1 where it is None."""
     if batch_invariant is None:
         return _INVARIANT.get() == "1"

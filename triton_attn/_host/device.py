@@ -1,6 +1,7 @@
 """Launches, and what they depend on: the GPU's architecture, the arithmetic for fp32, the current device."""
 
 import functools
+import itertools
 import operator
 import weakref
 from typing import NamedTuple
@@ -41,19 +42,24 @@ def input_precision(dtype, arch):
     return "ieee" if gpu_of(arch).is_amd and wanted == "tf32x3" else wanted
 
 
-def launch(kernel, grid, device, args, constants):
-    """kernel[grid](*args, **constants) on the given device."""
+def launch(kernel, grid, device, args, constants, alike=None):
+    """kernel[grid](*args, **constants) on the given device.
+
+    alike: what launches of this kernel share only if nothing but addresses and floats differs between their args, and
+    nothing between their constants; it has a hash that takes no time. None: not known.
+    """
     if grid[0] >= 2**31:
         fail("the call's tiles", "fewer than 2**31", grid[0])
     if device.index is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, constants)
+            _launch(kernel, grid, args, constants, alike)
     else:
-        _launch(kernel, grid, args, constants)
+        _launch(kernel, grid, args, constants, alike)
 
 
 MOST_COMPILED = 4096
 _compiled = {}  # {key of a launch: Compiled}
+_alignments = {}  # {(kernel, alike): the `alignment_of` of its arguments}
 
 
 class Compiled(NamedTuple):
@@ -88,7 +94,7 @@ class Compiled(NamedTuple):
         return self.kernel() if unchanged else None
 
 
-def _launch(kernel, grid, args, constants):
+def _launch(kernel, grid, args, constants, alike=None):
     """Launch on the current device. Returns the compiled kernel.
 
     The JIT takes up to three quarters of a launch to find the kernel that it compiled for such arguments. So a launch
@@ -97,24 +103,31 @@ def _launch(kernel, grid, args, constants):
     """
     if INTERPRETED:
         return kernel.run(*args, grid=grid, warmup=False, **constants)
-    key = _key_of_launch(kernel, args, constants)
-    try:
-        known = None if key is None else _compiled.get(key)
-    except TypeError:  # an option has no hash
-        key = known = None
-    if known is not None and (compiled := known.find()) is not None:
-        compiled[(*grid, 1, 1)](*args, *known.rest)
-        return compiled
-    compiled = kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
-    if key is not None and (known := Compiled.of(compiled, kernel, len(args), constants)) is not None:
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = known
+    keys = []  # by which the kernel was not found
+    for shared in (None,) if alike is None else (alike, None):  # launches that are not alike may take one kernel
+        key = _key_of_launch(kernel, args, constants, shared)
+        try:
+            known = _compiled.get(key)
+        except TypeError:  # an option has no hash
+            key = known = None
+        if known is not None and (compiled := known.find()) is not None:
+            compiled[(*grid, 1, 1)](*args, *known.rest)
+            break
+        keys.append(key)
+    else:
+        compiled = kernel.run(*args, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+        known = Compiled.of(compiled, kernel, len(args), constants)
+    for key in keys:
+        if key is not None and known is not None:
+            if len(_compiled) >= MOST_COMPILED:
+                _compiled.clear()
+            _compiled[key] = known
     return compiled
 
 
-def _key_of_launch(kernel, args, constants):
-    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look.
+def _key_of_launch(kernel, args, constants, alike=None):
+    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look. Of launches that
+    are alike that is in little time what they do not share.
 
     A kernel is its JITFunction: others of the same Python function have options of their own. It is there as long as
     what it was compiled to. `enable_fp_fusion` is set, and the JIT reads other knobs only where it compiles.
@@ -125,7 +138,40 @@ def _key_of_launch(kernel, args, constants):
     casts = getattr(compilation, "fpsan_homomorphic_casts", None)
     device = triton.runtime.driver.active.get_current_device()
     key = [id(kernel), device, kernel.debug or runtime.debug, compilation.instrumentation_mode, casts]
-    return (*key, *constants.items()) if _add_kinds(key, args) else None
+    if alike is None:
+        return (*key, *constants.items()) if _add_kinds(key, args) else None
+    of_launch = id(kernel), alike
+    alignment_of = _alignments.get(of_launch)
+    if alignment_of is None:
+        places = _places_of_tensors("args", args)
+        if places is None:
+            return None
+        if len(_alignments) >= MOST_COMPILED:
+            _alignments.clear()
+        alignment_of = _alignments[of_launch] = _alignment_of(*places)
+    return (*key, alike, alignment_of(args))
+
+
+@functools.lru_cache(maxsize=1024)
+def _alignment_of(*places):
+    """A function of arguments that have tensors in these places: what remains of each address after multiples of 16.
+
+    It is compiled from an expression: a walk through the arguments takes five times as long.
+    """
+    remainders = [f"{place}.data_ptr() % 16," for place in places]
+    return eval(f"lambda args: ({' '.join(remainders)})")
+
+
+def _places_of_tensors(place, x):
+    """Expressions of the tensors in x, which is at this place; None if there is an argument of another type, of which
+    the JIT has to know more. The address of a descriptor's tensor is always a multiple of 16."""
+    kind = type(x)
+    if isinstance(x, tuple):
+        places = [] if _has_integers(kind) else [_places_of_tensors(f"{place}[{i}]", one) for i, one in enumerate(x)]
+        return None if None in places else [*itertools.chain(*places)]
+    if kind in PLAIN:
+        return [place]
+    return [] if x is None or kind in (int, bool, float, *DESCRIPTORS) else None
 
 
 def _add_kinds(key, args):

@@ -57,10 +57,12 @@ class Known:
         except TypeError:
             return None, None
 
-    def find_launch(self, tensors: tuple[Any, ...], computed: Tensor, check_values: bool | None) -> tuple[Any, Any]:
+    def find_launch(
+        self, tensors: tuple[Any, ...], computed: Tensor, check_values: bool | None, options: tuple[Any, ...] = ()
+    ) -> tuple[Any, Any]:
         """(key, plan) as `find` of the plans of launches; no plan where a call checks values, or the reference computes
         it, which `use_kernel` of a tensor says."""
-        key, plan = self.find(tensors)
+        key, plan = self.find(tensors, options)
         if plan is not None and (should_check_values(check_values) or not use_kernel(computed)):
             return key, None
         return key, plan

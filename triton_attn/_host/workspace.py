@@ -8,7 +8,7 @@ import torch
 
 from .checks import check_tensor, fail
 from .layout import contiguous_strides
-from .observers import is_observed
+from .observers import PLAIN, is_observed
 
 ALIGNMENT = 256  # bytes, as of tensors that torch allocates
 
@@ -24,8 +24,11 @@ class Workspace:
     def __init__(self, memory=None):
         self.memory = memory
         self.used = 0
+        self._typed = {}  # {dtype: the memory as elements of it}
 
-    def take(self, like, shape, dtype):
+    def take(self, like, wanted):
+        """A tensor of the Memory that is wanted, on the device of `like`."""
+        shape, strides, dtype = wanted
         first = -(-self.used // ALIGNMENT) * ALIGNMENT
         self.used = first + math.prod(shape) * dtype.itemsize
         if self.memory is None:
@@ -33,7 +36,16 @@ class Workspace:
         if self.used > self.memory.numel():
             expected = f"the bytes that workspace_bytes returns for this call, {self.used} or more"
             fail("workspace", expected, self.memory.numel())
-        return self.memory[first : self.used].view(dtype).view(shape)
+        typed = self._typed.get(dtype)
+        if typed is None:
+            typed = self._typed[dtype] = _elements(self.memory, dtype)
+        return typed.as_strided(shape, strides, typed.storage_offset() + first // dtype.itemsize)
+
+
+def _elements(memory, dtype):
+    """Bytes as elements, without those at the end that are no whole element."""
+    rest = memory.numel() % dtype.itemsize
+    return (memory[:-rest] if rest else memory).view(dtype)
 
 
 class Memory(NamedTuple):
@@ -51,7 +63,7 @@ class Memory(NamedTuple):
         """An uninitialised tensor on the device of `like`, from the Workspace if there is one."""
         if workspace is None:
             return like.new_empty_strided(self.shape, self.strides, dtype=self.dtype)
-        return workspace.take(like, self.shape, self.dtype)
+        return workspace.take(like, self)
 
 
 def only_counts(workspace):
@@ -71,13 +83,19 @@ def check_out(out, shape, dtype, device):
     _check_contiguous("out", out)
 
 
-def as_workspace(workspace: Any, device: torch.device) -> Workspace | None:
-    """The Workspace of a caller's tensor, or the one that `workspace_bytes` gives. A traced tensor has no address."""
-    if type(workspace) is Workspace:
+def check_workspace(workspace: Any, device: torch.device) -> None:
+    """A caller's tensor but for its address, or the Workspace that `workspace_bytes` gives."""
+    if type(workspace) is not Workspace:
+        check_tensor("workspace", workspace, ("bytes",), (torch.uint8,), device)
+        _check_contiguous("workspace", workspace)
+
+
+def as_workspace(workspace: Any) -> Workspace | None:
+    """The Workspace of what `check_workspace` has checked. None of None, and of a traced tensor, which has no
+    address."""
+    if workspace is None or type(workspace) is Workspace:
         return workspace
-    check_tensor("workspace", workspace, ("bytes",), (torch.uint8,), device)
-    _check_contiguous("workspace", workspace)
-    if is_observed(workspace):
+    if type(workspace) not in PLAIN and is_observed(workspace):
         return None
     if workspace.data_ptr() % 16:
         fail("workspace", "an address that is a multiple of 16", f"{workspace.data_ptr():#x}")

@@ -47,19 +47,20 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Ye et al., Cascade Inference (2024); Juravsky et al., Hydragen (2024), arXiv:2402.05099.
     """
-    _check((outs, lses), (isinstance(outs, Tensor) and use_kernel(outs),))
+    alike = _check((outs, lses), (isinstance(outs, Tensor) and use_kernel(outs),))
     if not is_observed(outs, lses):
-        return _merge(outs, lses)
+        return _merge(outs, lses, alike)
     refuse_gradients(outs=outs, lses=lses)
     return _operator(outs, lses)
 
 
-def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(outs: Tensor, lses: Tensor, alike: object) -> tuple[Tensor, Tensor]:
+    """The merge. alike: what calls share only if they differ in addresses alone, or None."""
     if not use_kernel(outs):
         return reference.merge_attention(outs, lses)
     shape = outs.shape[1:]
     out, lse = known_outputs(shape, shape[-1], outs.dtype).new(outs, True)
-    _planner()(outs.shape, outs.stride(), out.stride()).launch(outs, lses.contiguous(), out, lse)
+    _planner()(outs.shape, outs.stride(), out.stride()).launch(outs, lses.contiguous(), out, lse, alike)
     return out, lse
 
 
@@ -75,12 +76,18 @@ def _new_outputs(outs, lses):
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
 
 
-_operator = torch.library.custom_op("triton_attn::merge_attention", _merge, mutates_args=())
+_operator = torch.library.custom_op(
+    "triton_attn::merge_attention",
+    lambda outs, lses: _merge(outs, lses, None),
+    mutates_args=(),
+    schema="(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+)
 _operator.register_fake(_new_outputs)
 
 
 @check_once
-def _check(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
+def _check(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> object:
+    """Check the tensors. The result is that of calls with such tensors alone; None where a tracer calls."""
     outs, lses = tensors
     (runs_kernel,) = options
     dtypes = KERNEL_DTYPES if runs_kernel or not isinstance(outs, Tensor) else (*KERNEL_DTYPES, torch.float64)
@@ -91,4 +98,4 @@ def _check(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
         fail("outs", f"a head dimension of 1 to {MAX_HEAD_DIM}", head_dim_v)
     lse_dtype = torch.promote_types(outs.dtype, torch.float32)
     check_tensor("lses", lses, (num_splits, batch, num_heads_q, seqlen_q), (lse_dtype,), outs.device)
-    return True
+    return None if torch.compiler.is_compiling() else object()

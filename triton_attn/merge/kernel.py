@@ -157,8 +157,8 @@ class Plan(NamedTuple):
     counts: tuple  # num_splits, num_rows, seqlen_q, num_heads
     constants: dict
 
-    def launch(self, outs, lses, out, lse):
-        """One launch, no device-to-host sync.
+    def launch(self, outs, lses, out, lse, alike=None):
+        """One launch, no device-to-host sync. alike: as in `launch`.
 
         outs is (num_splits, batch, seqlen_q, num_heads_q, head_dim_v), lses (num_splits, batch, num_heads_q, seqlen_q),
         out and lse as one of them; lse may be None: not wanted. lses and lse are contiguous.
@@ -167,7 +167,7 @@ class Plan(NamedTuple):
             return
         of_outs, split_stride, of_out = self.strides
         args = (Splits(View(outs, of_outs), split_stride), lses, View(out, of_out), lse, *self.counts)
-        launch(_merge_kernel, (self.num_programs,), outs.device, args, self.constants)
+        launch(_merge_kernel, (self.num_programs,), outs.device, args, self.constants, alike)
 
 
 @remember

@@ -470,7 +470,7 @@ def launch_mla_decode(call, out, lse, config=None):
     scale_log2 = call.softmax_scale * LOG2_E.value
     if plan.absorb is not None:
         rope = rope_of(call.rope_cos, call.rope_sin)
-        plan.absorb.launch(q, q_pe, call.w_uk, queries, scale_log2, call.cache_seqlens, rope)
+        plan.absorb.launch(q, q_pe, call.w_uk, queries, scale_log2, call.cache_seqlens, rope, plan.alike)
         (q, q_pe), scale_log2 = plan.absorb.parts(queries), 1.0
     sequences = call.cu_seqlens_q, None, call.cache_seqlens, call.block_table
     factors = _factors(call.k_scale, call.k_pe_scale, q_pe.shape[-1])
@@ -501,7 +501,8 @@ def launch_mla_absorbed(call, out, lse, heads_each):
         q_nope_here, q_pe_here, w_uk_here, w_uv_here, out_here, lse_here = here
         queries = plan.queries.new(q_pe)
         parts, lse_parts = plan.results(out_here, lse_here, None)
-        plan.absorb.launch(q_nope_here, q_pe_here, w_uk_here, queries, softmax_scale * LOG2_E.value)
+        operands = q_nope_here, q_pe_here, w_uk_here, queries
+        plan.absorb.launch(*operands, softmax_scale * LOG2_E.value, alike=plan.alike)
         sequences = cu_seqlens_q, cu_seqlens_k, None, None
         attention = AbsorbedCall(*plan.absorb.parts(queries), kv_latent, k_pe, *sequences, 1.0)
         _attend(plan, attention, parts, lse_parts, w_uv_here, out_here, lse_here)
@@ -576,6 +577,7 @@ class CallPlan(NamedTuple):
     """The launches of a call, or of some heads of a prefill, but for their tensors: queries are absorbed if there is
     w_uk, attention stores a result for each split, and these are merged, and projected if there is w_uv."""
 
+    alike: object  # of this plan alone: its launches differ in addresses and floats, and in whether lse is wanted
     attention: AbsorbedPlan | HopperPlan
     absorb: AbsorbPlan | None
     finish: MergePlan | ProjectPlan | None
@@ -608,10 +610,11 @@ def _attend(plan, call, parts, lse_parts, w_uv, out, lse):
         launch_mla_decode_hopper(plan, call, parts, lse_parts)
     else:
         _launch(plan, call, parts, lse_parts, plan.attention.num_splits)
+    alike = plan.alike, lse is None
     if w_uv is not None:
-        plan.finish.launch(parts, lse_parts, w_uv, out, lse)
+        plan.finish.launch(parts, lse_parts, w_uv, out, lse, alike)
     elif plan.finish is not None:
-        plan.finish.launch(parts, lse_parts, out, lse)
+        plan.finish.launch(parts, lse_parts, out, lse, alike)
 
 
 def _merge_in_rounds(plan, call, parts, lses, merged):
@@ -667,10 +670,12 @@ def _launch(plan, call, parts, lse_parts, num_splits, first_split=None):
         *call.factors,
         attention.window,
     )
+    device, alike = call.q.device, (plan.alike, num_splits, first_split)
     if attention.nodes is not None:
         num_programs, constants = attention.nodes
-        launch(_mla_absorbed_kernel, (num_programs,), call.q.device, args, constants)
-    launch(_mla_absorbed_kernel, (attention.num_programs * num_splits,), call.q.device, args, attention.constants)
+        launch(_mla_absorbed_kernel, (num_programs,), device, args, constants, (alike, "nodes"))
+    grid = (attention.num_programs * num_splits,)
+    launch(_mla_absorbed_kernel, grid, device, args, attention.constants, alike)
 
 
 def _factors(k_scale, k_pe_scale, rope_dim):
@@ -831,6 +836,7 @@ def _plan_call(key, attention, w_uv, strides_out):
         finish = plan_merge(parts.shape, parts.strides, strides_out)
     split_stride, *strides = (0, *without_dim(strides_out), 1) if parts is None else parts.strides
     return CallPlan(
+        object(),
         attention,
         absorb=None,
         finish=finish,

@@ -50,7 +50,7 @@ from .._host.prefix_tree import (
     operands_of_tree,
     tree_of_operands,
 )
-from .._host.workspace import Workspace, as_workspace, check_lse, check_out, only_counts
+from .._host.workspace import Workspace, as_workspace, check_lse, check_out, check_workspace, only_counts
 from ..dense.backward_configs import check_gradients_fit
 from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
@@ -249,7 +249,7 @@ def mla_decode(
     tensors = *tensors, cu_seqlens_q, k_scale, k_pe_scale, tree_mask
     runs_kernel = isinstance(q_nope, Tensor) and use_kernel(q_nope)
     numbers = runs_kernel, softmax_scale, causal, rope_interleaved, num_splits, return_lse
-    checked = _check_decode((*tensors, out, lse), numbers)
+    checked = _check_decode((*tensors, out, lse, workspace), numbers)
     softmax_scale, causal, rope_interleaved, num_splits, return_lse, layouts, outputs = checked
     k_number = k_pe_number = None
     if k_scale is not None:
@@ -264,7 +264,6 @@ def mla_decode(
     batch_invariant = check_batch_invariant(batch_invariant, num_splits=num_splits)
     if prefix_tree is not None:
         check_prefix_tree(prefix_tree, cache_seqlens.shape[0], block_table, batch_invariant, q_nope.device)
-    room = None if workspace is None else as_workspace(workspace, q_nope.device)
     check_values = should_check_values(check_values)
     if is_observed(*tensors[:11], k_scale, k_pe_scale, tree_mask, out, lse):
         tensors = *tensors[:11], k_scale, k_pe_scale, tree_mask
@@ -301,7 +300,7 @@ def mla_decode(
         key_shard,
         prefix_tree,
         tree_mask,
-        room,
+        as_workspace(workspace),
         layouts,
     )
     _attend(call, check_values, out, lse)
@@ -854,8 +853,8 @@ class CheckedDecode(NamedTuple):
 
 @check_once
 def _check_decode(tensors, options):
-    """Check the tensors, among them out and lse, but for tree_mask; and these options."""
-    q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, *more, out, lse = tensors
+    """Check the tensors, among them out, lse and workspace, but for tree_mask; and these options."""
+    q_nope, q_pe, latent_cache, cache_seqlens, block_table, w_uk, w_uv, *more, out, lse, workspace = tensors
     rope_cos, rope_sin, rope_cache, cu_seqlens_q, k_scale, k_pe_scale, tree_mask = more
     _, softmax_scale, causal, rope_interleaved, num_splits, return_lse = options
     packed = cu_seqlens_q is not None
@@ -883,6 +882,8 @@ def _check_decode(tensors, options):
         check_out(out, shape, q_nope.dtype, device)
     if lse is not None:
         check_lse(lse, lse_shape(q_nope), return_lse, device)
+    if workspace is not None:
+        check_workspace(workspace, device)
     checked = softmax_scale, causal, rope_interleaved, num_splits, return_lse
     layouts = None if torch.compiler.is_compiling() else Layouts(dict(zip(DECODE_INPUTS, tensors)))
     return CheckedDecode(*checked, layouts, outputs_of(q_nope.shape, shape[-1], q_nope.dtype))

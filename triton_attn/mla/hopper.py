@@ -655,7 +655,7 @@ def launch_mla_decode_hopper(plan, call, parts, lse_parts):
         plan.key_shard,
     )
     grid = (attention.num_programs * attention.num_splits,)
-    launch(_mla_decode_hopper_kernel, grid, call.q.device, args, attention.constants)
+    launch(_mla_decode_hopper_kernel, grid, call.q.device, args, attention.constants, plan.alike)
 
 
 def plan_hopper(key, wanted, config=None):

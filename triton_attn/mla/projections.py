@@ -217,12 +217,13 @@ class AbsorbPlan(NamedTuple):
         """Of the memory of the result, that of q_nope @ w_uk and of q_pe, (batch, seqlen_q, num_heads, dim)."""
         return q, q[..., self.kv_lora_rank :]
 
-    def launch(self, q_nope, q_pe, w_uk, q, scale, cache_seqlens=None, rope=None):
-        """Store scale * [q_nope @ w_uk, q_pe] in q. rope is the Rope that rotates q_pe, or None."""
+    def launch(self, q_nope, q_pe, w_uk, q, scale, cache_seqlens=None, rope=None, alike=None):
+        """Store scale * [q_nope @ w_uk, q_pe] in q. rope is the Rope that rotates q_pe, or None. alike: as in
+        `launch`."""
         of_q, of_q_pe, of_w = self.strides
         operands = View(q_nope, of_q), View(q_pe, of_q_pe), View(w_uk, of_w)
         args = (*operands, q, rope, cache_seqlens, *self.counts, scale)
-        launch(_absorb_kernel, self.grid, q.device, args, self.constants)
+        launch(_absorb_kernel, self.grid, q.device, args, self.constants, alike)
 
 
 class Positions(NamedTuple):
@@ -271,16 +272,17 @@ class ProjectPlan(NamedTuple):
     counts: tuple  # seqlen_q, num_tokens, num_splits
     constants: dict
 
-    def launch(self, splits, lse_splits, w_uv, out, lse):
+    def launch(self, splits, lse_splits, w_uv, out, lse, alike=None):
         """out[t, h] = w_uv[h] @ (sum of the splits of token t and head h).
 
         splits is (num_splits, batch, seqlen_q, num_heads, kv_lora_rank), lse_splits (num_splits, batch, num_heads,
-        seqlen_q). lse is one of these, a slice of the heads of a larger one, or None: not wanted.
+        seqlen_q). lse is one of these, a slice of the heads of a larger one, or None: not wanted. alike: as in
+        `launch`.
         """
         of_w, of_out = self.strides
         of_lse = lse, 0 if lse is None else heads_of_lse(lse)
         args = (splits, lse_splits, View(w_uv, of_w), View(out, of_out), *of_lse, *self.counts)
-        launch(_merge_project_kernel, self.grid, out.device, args, self.constants)
+        launch(_merge_project_kernel, self.grid, out.device, args, self.constants, alike)
 
 
 @remember

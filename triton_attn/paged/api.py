@@ -1,14 +1,14 @@
 """Public API of attention over a KV cache: argument checks, then the kernel or the reference."""
 
 import functools
-from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .._host import keywords
-from .._host.backend import should_check_values, use_kernel
+from .._host.backend import is_batch_invariant, should_check_values, use_kernel
 from .._host.checks import (
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
@@ -16,6 +16,7 @@ from .._host.checks import (
     check_bool,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_factor,
     check_kv_scale,
     check_last_contiguous,
     check_max_seqlen,
@@ -26,6 +27,7 @@ from .._host.checks import (
     read_length,
 )
 from .._host.key_shard import KeyShard, check_key_shard, num_ranks_of
+from .._host.known import Known, sides_of
 from .._host.layout import known_outputs, lse_shape, new_outputs, slots_of_packed
 from .._host.observers import is_observed, number_and_tensor, refuse_gradients, refuse_vmap
 from .._host.options import (
@@ -44,7 +46,7 @@ from .._host.prefix_tree import (
     operands_of_tree,
     tree_of_operands,
 )
-from .._host.workspace import Workspace, as_workspace, check_lse, only_counts
+from .._host.workspace import Workspace, as_workspace, check_lse, check_workspace, only_counts
 from ..merge.splits import check_batch_invariant, check_num_splits
 from . import reference
 
@@ -209,6 +211,19 @@ def paged_attention(
     prefixes: Juravsky et al., Hydragen (2024), arXiv:2402.05099; trees of drafts: Miao et al., SpecInfer (2024),
     arXiv:2305.09781.
     """
+    given = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi_slopes, sinks, tree_mask
+    tree, tree_sizes = (prefix_tree.memory, prefix_tree[1:]) if type(prefix_tree) is PrefixTree else (None, prefix_tree)
+    numbers = causal, softmax_scale, softcap, num_splits, batch_invariant, return_lse, max_seqlen_q, tree_sizes
+    numbers = *numbers, *sides_of(window_size), *sides_of(key_shard), is_batch_invariant()
+    tensors = *given, k_scale, v_scale, tree, out, lse, workspace
+    key, known = _known.find_launch(tensors, q, check_values, numbers)
+    launches = None if known is None else known.get(_forward().target_of(q, k_cache, v_cache))
+    if launches is not None:
+        room = as_workspace(workspace)
+        scales = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
+        result, new_lse = launches.outputs.new(q, return_lse, out, lse)
+        launches.launch((*given, *scales, tree), result, new_lse, room, is_known=True)
+        return (result, new_lse) if return_lse else result
     batch, options, layout = _check_tensors(
         q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap
     )
@@ -244,7 +259,8 @@ def paged_attention(
         check_last_contiguous("out", out)
     if lse is not None:
         check_lse(lse, lse_shape(q), return_lse, q.device)
-    room = None if workspace is None else as_workspace(workspace, q.device)
+    if workspace is not None:
+        check_workspace(workspace, q.device)
     check_values = should_check_values(check_values)
     tensors = q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q
     if is_observed(*tensors, alibi_slopes, sinks, k_scale, v_scale, tree_mask, out, lse):
@@ -264,9 +280,18 @@ def paged_attention(
     result, new_lse = known_outputs(q.shape, v_cache.shape[-1], q.dtype).new(q, return_lse, out, lse)
     scales = k_number if k_scale is None else k_scale, v_number if v_scale is None else v_scale
     splits = num_splits, prefix_tree, batch_invariant
-    call = PagedCall(*tensors, longest, options, layout, *scales, *splits, key_shard, room)
-    _attend(call, check_values, result, new_lse)
+    call = PagedCall(*tensors, longest, options, layout, *scales, *splits, key_shard)
+    call = call._replace(workspace=as_workspace(workspace))
+    launches = _attend(call, check_values, result, new_lse)
+    if launches is not None and type(workspace) is not Workspace:
+        if known is None:
+            _known.keep(key, {launches.target: launches})
+        else:
+            known[launches.target] = launches
     return (result, new_lse) if return_lse else result
+
+
+_known = Known()  # {`target_of`: Launches} of a call
 
 
 class PagedCall(NamedTuple):
@@ -290,15 +315,14 @@ class PagedCall(NamedTuple):
     workspace: Workspace | None = None
 
 
-def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> None:
-    """Fill out and lse, by the kernel or the reference."""
+def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None) -> Any:
+    """Fill out and lse, by the kernel, whose Launches are the result, or the reference."""
     if check_values:
         _check_values(call)
     if use_kernel(call.q):
-        _kernel()(call, out, lse)
-        return
+        return _forward().launch_paged_fwd(call, out, lse)
     if only_counts(call.workspace):
-        return
+        return None
     k_cache = call.k_cache.flatten(3)  # of a packed cache, from (num_pages, page_size, heads, dim / x, x)
     reference.paged_attention(
         call.q,
@@ -314,6 +338,7 @@ def _attend(call: PagedCall, check_values: bool, out: Tensor, lse: Tensor | None
         out=out,
         lse=lse,
     )
+    return None
 
 
 PACK_BYTES = 16  # of a key that lie side by side in a packed cache
@@ -417,11 +442,11 @@ def _or_empty(lse: Tensor | None, q: Tensor) -> Tensor:
 
 
 @functools.cache
-def _kernel() -> Callable[..., None]:
+def _forward() -> ModuleType:
     """Imported at the first call, so that the package can be imported without triton."""
-    from .forward import launch_paged_fwd
+    from . import forward
 
-    return launch_paged_fwd
+    return forward
 
 
 def _check_tensors(

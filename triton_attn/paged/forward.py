@@ -1,7 +1,7 @@
 """Kernel of attention over a cache, paged or contiguous, and its launcher: decode, prefill chunks, mixed batches."""
 
+import dataclasses
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,16 +14,18 @@ from .._host.gpu import count_sms, gpu_of, repeats_chains
 from .._host.key_shard import KeyShard, num_ranks_of
 from .._host.layout import (
     INDICES,
+    Outputs,
     aligned_elements,
     batch_head_strides,
     clear_outputs,
+    known_outputs,
     tiles_each,
     vector_elements,
     without_dim,
 )
 from .._host.prefix_tree import TreeSizes
 from .._host.tuned import choose, remember
-from .._host.workspace import only_counts
+from .._host.workspace import Memory, only_counts
 from .._jit.args import NO_SCALES, Scales, Scores, Splits, Strides, View, scales_of, window_of
 from .._jit.blocks import Blocks, block_start, end_full, num_blocks, split_blocks, visible_range
 from .._jit.decode import decode_pieces
@@ -66,7 +68,8 @@ from .._jit.tiles import (
     zeros_tile,
 )
 from .._jit.workarounds import computed_again, dot_in_ifs, fence_copies, in_vectors, of_head
-from ..merge.kernel import launch_merge
+from ..merge.kernel import Plan as MergePlan
+from ..merge.kernel import plan_merge
 from ..merge.splits import FIXED_KEYS, PROGRAM_RATE, SplitWork, choose_num_splits, fixed_splits, resident_programs
 from .configs import PagedCase, PagedConfig, fixed_rows
 
@@ -583,82 +586,114 @@ class Plan(NamedTuple):
     has_nodes: bool  # of a tree
 
 
+@dataclasses.dataclass(frozen=True, eq=False)  # to compare it takes no time
+class Launches:
+    """The launches of calls that are alike: they differ in addresses, and in scales that are numbers."""
+
+    target: tuple  # `target_of` the calls
+    plan: Plan
+    outputs: Outputs
+    splits: tuple  # Memory of the splits' results and log-sum-exps; none of one split
+    merge: MergePlan | None
+    counts: tuple  # of each pass the arguments from num_rows to search_steps, and those from num_nodes to num_splits
+    table_stride: int | None
+    mask_stride: int  # of tree_mask
+
+    def launch(self, tensors, out, lse, workspace=None, is_known=False):
+        """Launch the kernels.
+
+        tensors: q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi_slopes, sinks, tree_mask, k_scale
+        and v_scale, which may be numbers, and the memory of a PrefixTree. is_known: an earlier call had these Launches.
+        Only then it pays to find what its launches do not share with others.
+        """
+        q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi, sinks, tree_mask, *scales, tree = tensors
+        plan, outs, lses, split_stride = self.plan, out, lse, 0
+        if self.splits:
+            outs, lses = [memory.new(q, workspace) for memory in self.splits]
+            split_stride = self.splits[0].strides[0]
+        if workspace is not None and only_counts(workspace):
+            return
+        if not plan.passes:
+            clear_outputs(out, lse)
+            return
+        if k_cache.dtype in FLOAT8_MANTISSA_BITS:  # not every GPU has these dtypes
+            k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+        strides_q, strides_k, strides_v, strides_out = plan.strides
+        operands = View(q, strides_q), View(k_cache, strides_k), View(v_cache, strides_v)
+        results = Splits(View(outs, strides_out), split_stride)
+        scales, scores, out_factor = _scales_and_scores(plan.scores, alibi, *scales)
+        tree = tree if plan.has_nodes else None
+        for one, (before, after) in zip(plan.passes, self.counts):
+            shared = one.constants["TILE"].SHARED
+            args = (
+                *operands,
+                results,
+                lses,
+                cache_seqlens,
+                block_table,
+                self.table_stride,
+                cu_seqlens_q,
+                tree_mask,
+                self.mask_stride,
+                None if shared else sinks,  # they count once
+                scales,
+                scores,
+                *before,
+                tree,
+                *after,
+                out_factor,
+            )
+            alike = (self, shared) if is_known else None
+            launch(_paged_fwd_kernel, (one.num_programs,), q.device, args, one.constants, alike)
+        if self.merge is not None:
+            self.merge.launch(outs, lses, out, lse, self if is_known else None)
+
+
 def launch_paged_fwd(call, out, lse, config=None):
     """Launch the kernels of a PagedCall: attention over the nodes of its tree if there is one, over the rest, and the
-    merge if there is more than one split. No device-to-host sync.
+    merge if there is more than one split. No device-to-host sync. Returns the Launches.
 
     out is (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v) with cu_seqlens_q; lse as
     `flash_attention` returns it, or None: not wanted. config is a PagedConfig (None: the default).
     """
-    q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, *_ = call
-    plan = _plan(_problem_of(call, out, config))
-    outs, lses, split_stride = out, lse, 0
+    tensors, options, tree = call[:6], call.options, call.prefix_tree
+    more = options.alibi_slopes, options.sinks, options.tree_mask, call.k_scale, call.v_scale
+    launches = _launches_of(call, out, config)
+    tensors = *tensors, *more, None if tree is None else tree.memory
+    launches.launch(tensors, out, lse, call.workspace)
+    return launches
+
+
+def _launches_of(call, out, config):
+    q, k_cache, v_cache, cache_seqlens, block_table, *_ = call
+    target = target_of(q, k_cache, v_cache)
+    plan = _plan(_problem_of(call, out, config, target))
+    *batch, num_rows, num_heads, _ = q.shape
+    head_dim_v, num_heads_kv, (num_sequences,) = v_cache.shape[3], v_cache.shape[2], cache_seqlens.shape
+    splits, merge = (), None
     if plan.num_splits > 1:
-        outs, lses = _new_splits(plan.num_splits, out, call.workspace)
-        split_stride = outs.stride(0)
-    if call.workspace is not None and only_counts(call.workspace):
-        return
-    if not plan.passes:
-        clear_outputs(out, lse)
-        return
-    if k_cache.dtype in FLOAT8_MANTISSA_BITS:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    strides_q, strides_k, strides_v, strides_out = plan.strides
-    operands = View(q, strides_q), View(k_cache, strides_k), View(v_cache, strides_v)
-    scales, scores, out_factor = _scales_and_scores(call, plan)
-    (*_, num_rows, _, _), (batch, *_) = call.layout[0][0], cache_seqlens.shape
-    num_heads_kv = call.layout[1][0][2]
+        dense = plan.num_splits, *(batch or [1])
+        shapes = (*dense, num_rows, num_heads, head_dim_v), (*dense, num_heads, num_rows)
+        splits = tuple(Memory.of(shape, torch.float32) for shape in shapes)
+        merge = plan_merge(*splits[0][:2], out.stride(), call.batch_invariant)
+    num_nodes, num_slots = call.prefix_tree.sizes[:2] if plan.has_nodes else (0, 0)
+    search_steps = max(num_sequences, num_nodes).bit_length()
+    counts = tuple(
+        (
+            (num_rows, plan.capacity, num_sequences, one.num_tiles, search_steps),
+            (num_nodes, num_slots, num_heads_kv, one.num_splits),
+        )
+        for one in plan.passes
+    )
     table_stride = None if block_table is None else block_table.stride(0)
     tree_mask = call.options.tree_mask
     mask_stride = tree_mask.stride(0) if tree_mask is not None and tree_mask.ndim == 2 else 0
-    tree, num_nodes, num_slots = None, 0, 0
-    if plan.has_nodes:
-        tree, (num_nodes, num_slots, *_) = call.prefix_tree.memory, call.prefix_tree.sizes
-    results = Splits(View(outs, strides_out), split_stride)
-    for num_programs, num_tiles, num_splits, _, constants in plan.passes:
-        args = (
-            *operands,
-            results,
-            lses,
-            cache_seqlens,
-            block_table,
-            table_stride,
-            cu_seqlens_q,
-            tree_mask,
-            mask_stride,
-            None if constants["TILE"].SHARED else call.options.sinks,  # they count once
-            scales,
-            scores,
-            num_rows,
-            plan.capacity,
-            batch,
-            num_tiles,
-            max(batch, num_nodes).bit_length(),
-            tree,
-            num_nodes,
-            num_slots,
-            num_heads_kv,
-            num_splits,
-            out_factor,
-        )
-        launch(_paged_fwd_kernel, (num_programs,), q.device, args, constants)
-    if plan.num_splits > 1:
-        if out.ndim == 3:
-            outs, lses, out, lse = outs[:, None], lses[:, None], out[None], None if lse is None else lse[None]
-        launch_merge(outs, lses, out, lse, call.batch_invariant)
+    outputs = known_outputs(q.shape, head_dim_v, q.dtype)
+    return Launches(target, plan, outputs, splits, merge, counts, table_stride, mask_stride)
 
 
-def _new_splits(num_splits, out, workspace):
-    """Room for the splits' outputs and log-sum-exps."""
-    *batch, rows, heads, _ = out.shape
-    empty = out.new_empty if workspace is None else partial(workspace.take, out)
-    outs = empty((num_splits, *out.shape), dtype=torch.float32)
-    return outs, empty((num_splits, *batch, heads, rows), dtype=torch.float32)
-
-
-def _scales_and_scores(call, plan):
+def _scales_and_scores(scores, alibi, k_scale, v_scale):
     """Scales, Scores and a factor of out. A scale that is a number multiplies softmax_scale or out."""
-    scores, k_scale, v_scale, alibi = plan.scores, call.k_scale, call.v_scale, call.options.alibi_slopes
     out_factor = 1.0
     if alibi is not None:
         batch_stride, head_stride = batch_head_strides(alibi)
@@ -672,15 +707,21 @@ def _scales_and_scores(call, plan):
     return scales_of(k_scale, v_scale), scores, out_factor
 
 
-def _problem_of(call, out, config):
-    q, k_cache, v_cache, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
+def target_of(q, k_cache, v_cache):
+    """What decides the launches of a call besides the kinds of its arguments: up to 16 bytes of which k_cache and
+    v_cache start at multiples, the GPU's architecture and SMs, and the precision of fp32 matmuls."""
+    arch, base = arch_of(q), math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16)
+    return base, arch, input_precision(q.dtype, arch), count_sms(q.device, arch)
+
+
+def _problem_of(call, out, config, target):
+    q, k_cache, _, cache_seqlens, block_table, _, max_seqlen_q, options, layout, *_ = call
     softmax_scale, window, softcap, alibi_slopes, *_ = options
-    dtype, arch = q.dtype, arch_of(q)
     # By position: keywords take twice as long.
     return Problem(
         layout,
         out.stride(),
-        dtype,
+        q.dtype,
         k_cache.dtype,
         cache_seqlens.shape[0],
         max_seqlen_q,
@@ -694,10 +735,7 @@ def _problem_of(call, out, config):
         alibi_slopes is not None,
         options.tree_mask is not None,
         call.key_shard,
-        math.gcd(k_cache.data_ptr(), v_cache.data_ptr(), 16),
-        arch,
-        input_precision(dtype, arch),
-        count_sms(q.device, arch),
+        *target,
         config,
     )
 
