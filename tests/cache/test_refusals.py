@@ -233,10 +233,10 @@ REFUSED_BY_POOL = {
     "register": [
         *calls_with_pages("register", [b"x"]),
         lambda s: s.pool.register([1, 3], [b"x", b"y"]),
-        *(lambda s, own=own: s.pool.register([1, 2], own) for own in (None, 3, [b"x"], [b"x", None], [b"x", [1]])),
+        *(lambda s, own=own: s.pool.register([1, 2], own) for own in (None, 3, [b"x"], [b"x", None], [b"x", [1]], "xy", b"xy", [b"x", 1])),
     ],
     "forget": calls_with_pages("forget"),
-    "lookup": [lambda s, own=own: s.pool.lookup(own) for own in (None, 3, [b"b", []])],
+    "lookup": [lambda s, own=own: s.pool.lookup(own) for own in (None, 3, [b"b", []], "b", b"b")],
     "hash_of": [lambda s, n=n: s.pool.hash_of(n) for n in (None, -1, 6, 1.0, "1", [1])],
 }
 WITHOUT_INPUT = {"stats", "reset_prefix_cache", "take_events", "forget_all"}

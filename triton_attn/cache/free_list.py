@@ -26,11 +26,11 @@ class FreeList:
         next_of[self._end], self._previous_of[page] = page, self._end
         return pages
 
-    def first(self, n, besides):
+    def first(self, n, besides=()):
         """A list of the first n pages that are not in a set; there must be so many."""
-        pages, page = [], self._end
+        pages, page, next_of = [], self._end, self._next_of
         while len(pages) < n:
-            page = self._next_of[page]
+            page = next_of[page]
             if page not in besides:
                 pages.append(page)
         return pages

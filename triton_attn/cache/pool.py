@@ -82,7 +82,7 @@ class BlockPool:
             refs_of[page] = 1
             if hash_of[page] is not None:
                 self._keep_longer(self._names.forget(page))
-        return np.array(pages, INT64)
+        return from_list(pages)
 
     def share(self, pages: Pages) -> None:
         """Count one more reference to each page; a page listed twice counts twice.
@@ -125,8 +125,6 @@ class BlockPool:
         if pages.size != len(hashes):
             fail("hashes", f"one for each of {pages.size} pages", len(hashes))
         for digest in hashes:
-            if digest is None:  # the hash of pages without one
-                fail("hashes", "bytes of each page", digest, TypeError)
             _check_hash(digest)
         references = self._refs[pages]
         if np.count_nonzero(references) < pages.size:
@@ -158,8 +156,7 @@ class BlockPool:
             fail("hashes", "bytes of each page", type(hashes).__name__, TypeError)
         pages = []
         for digest in hashes:
-            if type(digest) is not bytes:
-                _check_hash(digest)
+            _check_hash(digest)
             page = self._names.find(digest)
             if page is None:
                 break
@@ -186,14 +183,31 @@ class BlockPool:
         """Raise OutOfPages unless n pages are free as soon as these are released."""
         num_free = self.num_free
         if n > num_free and released.size:
-            pages, counts = np.unique(released, return_counts=True)
-            num_free += np.count_nonzero(self._refs[pages] == counts)
+            num_free += self._freed_by(released).size
         if n > num_free:
             raise OutOfPages(f"{n} pages are needed, {num_free} of {self.num_pages} are free")
 
-    def _next_free(self, n, besides):
-        """The pages that `allocate` returns after these are shared; there must be n."""
-        return np.array(self._free.first(n, {*besides.tolist()}), INT64)
+    def _next_free(self, n, released=NO_PAGES, besides=NO_PAGES):
+        """n pages to `_take`: the next that `allocate` returns, without some, then those that are free once others are
+        released. There must be so many."""
+        num_free = self.num_free
+        if n <= num_free:
+            return from_list(self._free.first(n, {*besides.tolist()} if besides.size else ()))
+        return np.concatenate([from_list(self._free.first(num_free)), self._freed_by(released)[: n - num_free]])
+
+    def _freed_by(self, pages):
+        """Those that `_release` of these pages frees, in the order in which it does."""
+        listed, counts = np.unique(pages, return_counts=True)
+        return self._distinct(pages[np.isin(pages, listed[self._refs[listed] == counts])][::-1]).astype(INT64)
+
+    def _take(self, pages):
+        """Allocate these free pages."""
+        if not pages.size:
+            return
+        self._free.cut(pages[::-1])  # neighbours in the list are one run of it
+        self.num_free -= pages.size
+        self._refs[pages] = 1
+        self._forget(pages.tolist())
 
     def _share(self, pages):
         references = self._refs[pages]
@@ -277,7 +291,5 @@ class BlockPool:
 
 
 def _check_hash(digest):
-    try:
-        hash(digest)
-    except TypeError:
+    if not isinstance(digest, bytes):
         fail("hashes", "bytes of each page", type(digest).__name__, TypeError)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import TypeAlias, overload
+from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -86,6 +86,21 @@ class _Batch:
 
 
 NO_BATCH = _Batch([], from_list([]), True)
+
+
+class _Room(NamedTuple):
+    """What rows need to grow: found before anything changes, see `_room_for`."""
+
+    rows: list[int]
+    columns: list[int]  # of the next token of each
+    grows: list[bool]  # whether it gets tokens
+    growths: list[tuple[int, int, int]]  # (row, first column, last column) of new pages
+    full: list[int]  # rows with pages to be named
+    tails: tuple[list, list, list]  # what `_to_copy` finds
+    behind: list[tuple[int, slice]]  # what `_pages_behind` finds
+    released: NDArray[np.integer]
+    new_pages: NDArray[np.int64]  # copies of tails, then those of growths
+    bases: NDArray[np.int64]  # of the rows until now
 
 
 class PagedSequences:
@@ -212,8 +227,7 @@ class PagedSequences:
         """
         rows = self._distinct_rows(seqs)
         new, lengths = self._new_tokens(token_ids, rows), self._lengths[rows]
-        slots, _ = self._extend(rows, lengths, lengths + new[0], new)
-        return self._to_device(self._by_group(slots) if self._shape_of_groups else slots)
+        return self._extend(rows, lengths, lengths + new[0], new, self._send_slots)
 
     def step(self, max_batch: int, max_seqlen: int, max_tokens: int | None = None) -> CacheStep:
         """A `CacheStep`: slots, lengths and block tables at addresses that stay, so that a CUDA graph replays.
@@ -557,48 +571,77 @@ class PagedSequences:
         pages = [self._to_device(pages.astype(np.int32)) for pages in (src_pages, dst_pages)]
         copy_kv_pages(self._page_tensors(), *pages)
 
-    def _extend(self, rows, lengths, ends, new):
-        """`extend` rows from these lengths to `ends` by what `as_batch` returns: slots and positions of new tokens."""
+    def _send_slots(self, slots):
+        return self._to_device(self._by_group(slots) if self._shape_of_groups else slots)
+
+    def _extend(self, rows, lengths, ends, new, send, fill=None):
+        """`extend` rows from these lengths to `ends` by what `as_batch` returns. Raises OutOfPages.
+
+        All that the device may refuse comes before anything changes: `send`, a function of the slots, whose result is
+        returned; the copies of pages; and `fill`, a function of slots, positions, the `_Room` or None, and what `send`
+        returned, for that which must not be done before a copy is refused.
+        """
         counts, ids, unknown = new
         one_each = counts is ONE_EACH
         # An extension by nothing names full pages too.
-        batch = self._batch
+        batch, room = self._batch, None
         if one_each and batch.num_spare > 0:
             batch.num_spare -= 1
         elif batch.num_spare < 0:
-            self._make_room(rows, lengths, ends)
             batch.num_spare = 0
+            room = self._room_for(rows, lengths, ends)
         else:
-            room = self._limits[rows] - (ends if one_each else np.maximum(ends, lengths + 1))
-            least = room.item(room.argmin()) if room.size else 0
-            if least < 0:
-                short = (room < 0).nonzero()[0]  # it indexes faster than a mask
-                self._make_room(rows[short], lengths[short], ends[short])
+            left = self._limits[rows] - (ends if one_each else np.maximum(ends, lengths + 1))
+            least = left.item(left.argmin()) if left.size else 0
             batch.num_spare = max(least, 0)
+            if least < 0:
+                short = (left < 0).nonzero()[0]  # it indexes faster than a mask
+                room = self._room_for(rows[short], lengths[short], ends[short])
+
+        is_copied = False
+        if room is not None:
+            self._put_in_tables(room)
+        try:
+            if one_each:
+                positions, slots = lengths, self._bases[rows] + lengths
+            else:
+                positions = ranges(lengths, counts)
+                columns = positions // self.page_size
+                slots = (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions
+            own_slots = self._own_slots(slots)
+            sent = send(own_slots)
+            if room is not None and room.tails[0]:
+                self._copy_pages(from_list(room.tails[1]), room.new_pages[: len(room.tails[1])])
+                is_copied = True
+            if fill is not None:
+                fill(own_slots, positions, room, sent)
+        except BaseException:
+            if room is not None:
+                self._take_back(room, is_copied)
+            raise
 
         # Nothing fails from here on.
-        if one_each:
-            positions, slots = lengths, self._bases[rows] + lengths
-        else:
-            positions = ranges(lengths, counts)
-            columns = positions // self.page_size
-            slots = (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions
+        if room is not None:
+            self._make_room(room)
         if ids is not None:
-            self._tokens[slots] = ids
+            self._tokens[slots if unknown is None else slots[~unknown.repeat(counts)]] = ids
         if unknown is not None:
             self._known[rows[unknown]] = np.minimum(self._known[rows], lengths)[unknown]
         self._lengths[rows] = ends
-        return self._own_slots(slots), positions
+        return sent
 
-    def _make_room(self, rows, lengths, ends):
-        """Pages for rows that are about to grow from `lengths` to `ends`. Raises OutOfPages.
+    def _room_for(self, rows, lengths, ends):
+        """The `_Room` of rows that are about to grow from `lengths` to `ends`. Raises OutOfPages.
 
         Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
         page_size, tails, growths, full, growth, width = self.page_size, [], [], [], 0, 0
+        bases, columns, grows = self._bases[rows], [], []
         rows, lengths, ends, named = (x.tolist() for x in (rows, lengths, ends, self._named[rows]))
         for row, length, end, num_named in zip(rows, lengths, ends, named):
             column, first, last = length // page_size, -(-length // page_size), -(-end // page_size)
+            columns.append(column)
+            grows.append(end > length)
             if end > length and first > column:  # it goes on in its last page
                 tails.append((row, column))
             if last > first:
@@ -606,36 +649,56 @@ class PagedSequences:
                 growth, width = growth + last - first, max(width, last)
             if column > num_named:
                 full.append(row)
-        copied, originals, kept = self._to_copy(tails)
-        num_copied = len(copied)
+        tails = self._to_copy(tails)
+        num_new = len(tails[0]) + growth
         behind, released = NOTHING_BEHIND if self._is_plain else self._pages_behind(rows, lengths)
-        if num_copied + growth > self.pool.num_free:
-            self.pool._check_free(num_copied + growth, released)
+        if num_new > self.pool.num_free:
+            self.pool._check_free(num_new, released)
         self._widen(width)
+        new_pages = self.pool._next_free(num_new, released)
+        return _Room(rows, columns, grows, growths, full, tails, behind, released, new_pages, bases)
 
-        # Nothing fails from here on. What is given back was named first, and can be found.
-        if full:
-            self._name_full_pages(full)
-        if behind:
-            self._give_back(behind, released)
-        new_pages = self.pool.allocate(num_copied + growth)
+    def _put_in_tables(self, room):
+        """New pages in the tables, and the bases that follow. `_take_back` undoes it."""
+        tables, page_size, new_pages, used = self._tables, self.page_size, room.new_pages, len(room.tails[0])
+        for entry, copy in zip(room.tails[0], new_pages[:used].tolist()):
+            tables[entry] = copy
+        for row, first, last in room.growths:
+            tables[row, first:last] = new_pages[used : used + last - first]
+            used += last - first
+        for row, column, is_growing in zip(room.rows, room.columns, room.grows):
+            if is_growing:
+                self._bases[row] = (tables.item(row, column) - column) * page_size
+
+    def _take_back(self, room, is_copied):
+        """Undo `_put_in_tables`. What a copy has overwritten is found no longer."""
+        copied, originals, _ = room.tails
+        for entry, original in zip(copied, originals):
+            self._tables[entry] = original
+        for row, first, last in room.growths:
+            self._tables[row, first:last] = 0
+        self._bases[room.rows] = room.bases
+        if is_copied:
+            self.pool.forget(room.new_pages[: len(copied)])
+
+    def _make_room(self, room):
+        """What rows need is theirs. What is given back was named first, and can be found."""
+        copied, originals, kept = room.tails
+        if room.full:
+            self._name_full_pages(room.full)
+        if room.behind:
+            self._give_back(room.behind, room.released)
+        self.pool._take(room.new_pages)
         if kept:
             self.pool._forget(kept)
         if copied:
-            self._replace(copied, originals, new_pages[:num_copied])
-        used = num_copied
-        for row, first, last in growths:
-            self._tables[row, first:last] = new_pages[used : used + last - first]
-            used += last - first
-        columns = [length // page_size for length in lengths]
-        for row, column, length, end in zip(rows, columns, lengths, ends):
-            if end > length:
-                self._bases[row] = (self._tables.item(row, column) - column) * page_size
+            self._leave(originals, room.new_pages[: len(copied)])
+        for row, column, is_growing in zip(room.rows, room.columns, room.grows):
             # Tokens that fill a page go up to it or beyond, and then the page has to be named.
-            self._limits[row] = (column + 1) * page_size if end > length else 0
-        self._changes.extend(rows, columns)
+            self._limits[row] = (column + 1) * self.page_size if is_growing else 0
+        self._changes.extend(room.rows, room.columns)
         if not self._is_plain:
-            self._limit_by_windows(rows)
+            self._limit_by_windows(room.rows)
 
     def _pages_behind(self, rows, lengths):
         """([(row, slice of columns)], their pages): what is held, and no token from these lengths on sees."""
@@ -683,13 +746,10 @@ class PagedSequences:
                 kept.append(page)
         return copied, originals, kept
 
-    def _replace(self, entries, originals, copies):
-        """Put copies in place of the pages that `_to_copy` found."""
+    def _leave(self, originals, copies):
+        """Give up pages that `_to_copy` found, whose copies were made."""
         originals = from_list(originals)
-        self._copy_pages(originals, copies)
         self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)
-        for entry, copy in zip(entries, copies.tolist()):
-            self._tables[entry] = copy
         # Others hold each, or held it: what is behind their windows may have been given back since `_to_copy`.
         (self.pool._release_shared if self._is_plain else self.pool._release)(originals)
 
@@ -840,10 +900,18 @@ class PagedSequences:
         num_groups = self._num_groups
         first = len(self._chains) * num_groups
         last = first + num_seqs * num_groups
-        if last > self._lengths.size:
-            self._grow(max(last, 2 * self._lengths.size), self._tables.shape[1])
+        self._lengthen(last)
         self._unused_rows[:0] = range(last - num_groups, first - 1, -num_groups)
         self._chains += [None] * num_seqs
+
+    def _make_room_for_rows(self, num_seqs):
+        """Room for the rows of so many sequences more than there are, so that `_new_rows` cannot fail."""
+        self._lengthen((len(self._chains) - len(self._unused_rows) + num_seqs) * self._num_groups)
+
+    def _lengthen(self, num_rows):
+        """Room for so many rows."""
+        if num_rows > self._lengths.size:
+            self._grow(max(num_rows, 2 * self._lengths.size), self._tables.shape[1])
 
     def _grow(self, num_rows, width):
         """Larger tables and states, which take memory where they are written. What is used moves there."""
