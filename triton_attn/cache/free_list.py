@@ -54,6 +54,10 @@ class FreeList:
         """
         if not pages.size:
             return
+        if pages.size == 1:
+            page = pages.item()
+            self._link(self._previous_of[page], self._next_of[page])
+            return
         breaks = (self._next[pages[1:]] != pages[:-1]).nonzero()[0] + 1
         for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), pages.size]):
             self._link(self._previous_of[pages.item(end - 1)], self._next_of[pages.item(start)])

@@ -202,12 +202,13 @@ class BlockPool:
 
     def _take(self, pages):
         """Allocate these free pages."""
-        if not pages.size:
-            return
-        self._free.cut(pages[::-1])  # neighbours in the list are one run of it
+        refs_of, hash_of = self._refs_of, self._names.hash_of
+        self._free.cut(pages[::-1])  # of neighbours in the list it is one run
         self.num_free -= pages.size
-        self._refs[pages] = 1
-        self._forget(pages.tolist())
+        for page in pages.tolist():
+            refs_of[page] = 1
+            if hash_of[page] is not None:
+                self._keep_longer(self._names.forget(page))
 
     def _share(self, pages):
         references = self._refs[pages]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import NamedTuple, TypeAlias, overload
+from typing import TypeAlias, overload
 
 import numpy as np
 import torch
@@ -88,19 +88,23 @@ class _Batch:
 NO_BATCH = _Batch([], from_list([]), True)
 
 
-class _Room(NamedTuple):
-    """What rows need to grow: found before anything changes, see `_room_for`."""
+@dataclass(slots=True, eq=False)
+class _Room:
+    """What rows need to grow, see `_room_for`."""
 
     rows: list[int]
     columns: list[int]  # of the next token of each
-    grows: list[bool]  # whether it gets tokens
+    limits: list[int]  # 0 for those that get no token
     growths: list[tuple[int, int, int]]  # (row, first column, last column) of new pages
     full: list[int]  # rows with pages to be named
-    tails: tuple[list, list, list]  # what `_to_copy` finds
+    copied: list[tuple[int, int]]  # what `_to_copy` finds
+    originals: list[int]
+    kept: list[int]
     behind: list[tuple[int, slice]]  # what `_pages_behind` finds
     released: NDArray[np.integer]
-    new_pages: NDArray[np.int64]  # copies of tails, then those of growths
+    new_pages: NDArray[np.int64]  # copies, then those of growths
     bases: NDArray[np.int64]  # of the rows until now
+    is_copied: bool = False
 
 
 class PagedSequences:
@@ -227,7 +231,18 @@ class PagedSequences:
         """
         rows = self._distinct_rows(seqs)
         new, lengths = self._new_tokens(token_ids, rows), self._lengths[rows]
-        return self._extend(rows, lengths, lengths + new[0], new, self._send_slots)
+        ends = lengths + new[0]
+        slots, _, room = self._lay_out(rows, lengths, ends, new[0])
+        try:
+            own_slots = self._own_slots(slots)
+            sent = self._to_device(self._by_group(own_slots) if self._shape_of_groups else own_slots)
+            if room is not None:
+                self._copy_tails(room)
+        except BaseException:
+            self._take_back(room)
+            raise
+        self._extend(rows, lengths, ends, new, slots, room)
+        return sent
 
     def step(self, max_batch: int, max_seqlen: int, max_tokens: int | None = None) -> CacheStep:
         """A `CacheStep`: slots, lengths and block tables at addresses that stay, so that a CUDA graph replays.
@@ -571,20 +586,17 @@ class PagedSequences:
         pages = [self._to_device(pages.astype(np.int32)) for pages in (src_pages, dst_pages)]
         copy_kv_pages(self._page_tensors(), *pages)
 
-    def _send_slots(self, slots):
-        return self._to_device(self._by_group(slots) if self._shape_of_groups else slots)
+    # An extension has three steps. `_lay_out` says where the new tokens go, which `_take_back` undoes. Then comes all
+    # that the device may refuse: transfers, and copies of pages by `_copy_tails`. The bookkeeping of `_extend` is last,
+    # and does not fail.
 
-    def _extend(self, rows, lengths, ends, new, send, fill=None):
-        """`extend` rows from these lengths to `ends` by what `as_batch` returns. Raises OutOfPages.
+    def _lay_out(self, rows, lengths, ends, counts):
+        """(slots of new tokens, their positions, a `_Room` or None) of rows that grow from these lengths to `ends`.
 
-        All that the device may refuse comes before anything changes: `send`, a function of the slots, whose result is
-        returned; the copies of pages; and `fill`, a function of slots, positions, the `_Room` or None, and what `send`
-        returned, for that which must not be done before a copy is refused.
+        Raises OutOfPages. New pages are in the tables, and nobody else's yet.
         """
-        counts, ids, unknown = new
-        one_each = counts is ONE_EACH
         # An extension by nothing names full pages too.
-        batch, room = self._batch, None
+        batch, room, one_each = self._batch, None, counts is ONE_EACH
         if one_each and batch.num_spare > 0:
             batch.num_spare -= 1
         elif batch.num_spare < 0:
@@ -597,51 +609,36 @@ class PagedSequences:
             if least < 0:
                 short = (left < 0).nonzero()[0]  # it indexes faster than a mask
                 room = self._room_for(rows[short], lengths[short], ends[short])
+        if one_each:
+            return self._bases[rows] + lengths, lengths, room
+        positions = ranges(lengths, counts)
+        columns = positions // self.page_size
+        return (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions, positions, room
 
-        is_copied = False
-        if room is not None:
-            self._put_in_tables(room)
-        try:
-            if one_each:
-                positions, slots = lengths, self._bases[rows] + lengths
-            else:
-                positions = ranges(lengths, counts)
-                columns = positions // self.page_size
-                slots = (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions
-            own_slots = self._own_slots(slots)
-            sent = send(own_slots)
-            if room is not None and room.tails[0]:
-                self._copy_pages(from_list(room.tails[1]), room.new_pages[: len(room.tails[1])])
-                is_copied = True
-            if fill is not None:
-                fill(own_slots, positions, room, sent)
-        except BaseException:
-            if room is not None:
-                self._take_back(room, is_copied)
-            raise
-
-        # Nothing fails from here on.
+    def _extend(self, rows, lengths, ends, new, slots, room):
+        """Rows grow to `ends` by what `as_batch` returns."""
+        _, ids, unknown = new
         if room is not None:
             self._make_room(room)
         if ids is not None:
-            self._tokens[slots if unknown is None else slots[~unknown.repeat(counts)]] = ids
+            self._tokens[slots if unknown is None else slots[~unknown.repeat(new[0])]] = ids
         if unknown is not None:
             self._known[rows[unknown]] = np.minimum(self._known[rows], lengths)[unknown]
         self._lengths[rows] = ends
-        return sent
 
     def _room_for(self, rows, lengths, ends):
-        """The `_Room` of rows that are about to grow from `lengths` to `ends`. Raises OutOfPages.
+        """The `_Room` of rows that grow from `lengths` to `ends`, with new pages in their tables. Raises OutOfPages.
 
         Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
         page_size, tails, growths, full, growth, width = self.page_size, [], [], [], 0, 0
-        bases, columns, grows = self._bases[rows], [], []
-        rows, lengths, ends, named = (x.tolist() for x in (rows, lengths, ends, self._named[rows]))
+        bases, columns, limits = self._bases[rows], [], []
+        rows, lengths, ends, named = rows.tolist(), lengths.tolist(), ends.tolist(), self._named[rows].tolist()
         for row, length, end, num_named in zip(rows, lengths, ends, named):
             column, first, last = length // page_size, -(-length // page_size), -(-end // page_size)
             columns.append(column)
-            grows.append(end > length)
+            # Tokens that fill a page go up to it or beyond, and then the page has to be named.
+            limits.append((column + 1) * page_size if end > length else 0)
             if end > length and first > column:  # it goes on in its last page
                 tails.append((row, column))
             if last > first:
@@ -649,53 +646,57 @@ class PagedSequences:
                 growth, width = growth + last - first, max(width, last)
             if column > num_named:
                 full.append(row)
-        tails = self._to_copy(tails)
-        num_new = len(tails[0]) + growth
+        copied, originals, kept = self._to_copy(tails)
+        used = len(copied)
         behind, released = NOTHING_BEHIND if self._is_plain else self._pages_behind(rows, lengths)
-        if num_new > self.pool.num_free:
-            self.pool._check_free(num_new, released)
+        if used + growth > self.pool.num_free:
+            self.pool._check_free(used + growth, released)
         self._widen(width)
-        new_pages = self.pool._next_free(num_new, released)
-        return _Room(rows, columns, grows, growths, full, tails, behind, released, new_pages, bases)
 
-    def _put_in_tables(self, room):
-        """New pages in the tables, and the bases that follow. `_take_back` undoes it."""
-        tables, page_size, new_pages, used = self._tables, self.page_size, room.new_pages, len(room.tails[0])
-        for entry, copy in zip(room.tails[0], new_pages[:used].tolist()):
+        # Nothing fails from here on.
+        new_pages, tables = self.pool._next_free(used + growth, released), self._tables
+        for entry, copy in zip(copied, new_pages.tolist()):
             tables[entry] = copy
-        for row, first, last in room.growths:
+        for row, first, last in growths:
             tables[row, first:last] = new_pages[used : used + last - first]
             used += last - first
-        for row, column, is_growing in zip(room.rows, room.columns, room.grows):
-            if is_growing:
+        for row, column, limit in zip(rows, columns, limits):
+            if limit:
                 self._bases[row] = (tables.item(row, column) - column) * page_size
+        return _Room(
+            rows, columns, limits, growths, full, copied, originals, kept, behind, released, new_pages, bases
+        )
 
-    def _take_back(self, room, is_copied):
-        """Undo `_put_in_tables`. What a copy has overwritten is found no longer."""
-        copied, originals, _ = room.tails
-        for entry, original in zip(copied, originals):
+    def _copy_tails(self, room):
+        if room.copied:
+            self._copy_pages(from_list(room.originals), room.new_pages[: len(room.copied)])
+            room.is_copied = True
+
+    def _take_back(self, room):
+        """Undo `_lay_out`. What a copy has overwritten since is found no longer."""
+        if room is None:
+            return
+        for entry, original in zip(room.copied, room.originals):
             self._tables[entry] = original
         for row, first, last in room.growths:
             self._tables[row, first:last] = 0
         self._bases[room.rows] = room.bases
-        if is_copied:
-            self.pool.forget(room.new_pages[: len(copied)])
+        if room.is_copied:
+            self.pool.forget(room.new_pages[: len(room.copied)])
 
     def _make_room(self, room):
         """What rows need is theirs. What is given back was named first, and can be found."""
-        copied, originals, kept = room.tails
         if room.full:
             self._name_full_pages(room.full)
         if room.behind:
             self._give_back(room.behind, room.released)
         self.pool._take(room.new_pages)
-        if kept:
-            self.pool._forget(kept)
-        if copied:
-            self._leave(originals, room.new_pages[: len(copied)])
-        for row, column, is_growing in zip(room.rows, room.columns, room.grows):
-            # Tokens that fill a page go up to it or beyond, and then the page has to be named.
-            self._limits[row] = (column + 1) * self.page_size if is_growing else 0
+        if room.kept:
+            self.pool._forget(room.kept)
+        if room.copied:
+            self._leave(room.originals, room.new_pages[: len(room.copied)])
+        for row, limit in zip(room.rows, room.limits):
+            self._limits[row] = limit
         self._changes.extend(room.rows, room.columns)
         if not self._is_plain:
             self._limit_by_windows(room.rows)

@@ -108,7 +108,8 @@ class CacheStep:
         self._rows = np.full((num_groups, max_batch), -1)
         self._num_read = 0  # of the cache's changes
         self._clear()
-        self._send((), (), self._new_message())
+        if self._table_here is None:
+            self._send((), (), self._here.pin_memory())
 
     def _clear(self):
         """Padding alone, on the host; nothing is known of what the device has."""
@@ -138,15 +139,20 @@ class CacheStep:
         batch = rows.size // num_groups
         num_tokens = batch if counts is ONE_EACH else int(counts.sum()) // num_groups
         self._check_room(batch, num_tokens, ends)
-
-        def fill(slots, positions, room, message):
-            self._fill(counts, num_tokens, slots, positions, ends)
-            if room is None and cache._batch is self._batch and cache._changes.count == self._num_read:
-                self._send((), (), message)
-            else:
+        slots, positions, room = cache._lay_out(rows, lengths, ends, counts)
+        try:
+            message = None if self._table_here is not None else self._here.pin_memory()
+            if room is not None:
+                cache._copy_tails(room)
+            self._fill(counts, num_tokens, cache._own_slots(slots), positions, ends)
+            if room is not None or cache._batch is not self._batch or cache._changes.count != self._num_read:
                 self._send(*self._changed_entries(rows, ends, room), message)
-
-        cache._extend(rows, lengths, ends, new, self._new_message, fill)
+            elif message is not None:
+                self._send((), (), message)
+        except BaseException:
+            cache._take_back(room)
+            raise
+        cache._extend(rows, lengths, ends, new, slots, room)
         self._num_read = cache._changes.count
 
     def _check_room(self, batch, num_tokens, ends):
@@ -216,12 +222,9 @@ class CacheStep:
                 firsts[place] = min(column, firsts[place]) if place in firsts else column
         return firsts
 
-    def _new_message(self, slots=None):
-        """Pinned memory for what `_send` sends, None where nothing is sent: asked for before anything changes."""
-        return None if self._table_here is not None else self._here.pin_memory()
-
     def _send(self, entries, pages, message):
-        """Bring the device up to date: copy what `_fill` wrote, and put pages in these entries of the table."""
+        """Bring the device up to date: send what `_fill` wrote, by a pinned copy of it, or None where it is there by
+        now, and put pages in these entries of the table."""
         if message is None:
             if entries:
                 self._table_here[entries] = pages
