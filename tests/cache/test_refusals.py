@@ -239,7 +239,10 @@ REFUSED_BY_POOL = {
     "register": [
         *calls_with_pages("register", [b"x"]),
         lambda s: s.pool.register([1, 3], [b"x", b"y"]),
-        *(lambda s, own=own: s.pool.register([1, 2], own) for own in (None, 3, [b"x"], [b"x", None], [b"x", [1]], "xy", b"xy", [b"x", 1])),
+        *(
+            lambda s, own=own: s.pool.register([1, 2], own)
+            for own in (None, 3, [b"x"], [b"x", None], [b"x", [1]], "xy", b"xy", [b"x", 1])
+        ),
     ],
     "forget": calls_with_pages("forget"),
     "lookup": [lambda s, own=own: s.pool.lookup(own) for own in (None, 3, [b"b", []], "b", b"b")],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._host.checks import check_bool, check_length, fail
 from .arrays import INT64, from_list, written_zeros
-from .free_list import FreeList
+from .free_list import FEW, FreeList
 from .names import PageNames
 
 NO_PAGES = from_list([])
@@ -82,7 +82,7 @@ class BlockPool:
             refs_of[page] = 1
             if hash_of[page] is not None:
                 self._keep_longer(self._names.forget(page))
-        return from_list(pages)
+        return np.array(pages, INT64)
 
     def share(self, pages: Pages) -> None:
         """Count one more reference to each page; a page listed twice counts twice.
@@ -161,7 +161,7 @@ class BlockPool:
             if page is None:
                 break
             pages.append(page)
-        return from_list(pages)
+        return np.array(pages, INT64)
 
     def hash_of(self, page: int) -> bytes | None:
         """The hash that a page is registered under, whether it is the one found by it or not; None if it is not."""
@@ -202,13 +202,10 @@ class BlockPool:
 
     def _take(self, pages):
         """Allocate these free pages."""
-        refs_of, hash_of = self._refs_of, self._names.hash_of
         self._free.cut(pages[::-1])  # of neighbours in the list it is one run
         self.num_free -= pages.size
-        for page in pages.tolist():
-            refs_of[page] = 1
-            if hash_of[page] is not None:
-                self._keep_longer(self._names.forget(page))
+        self._refs[pages] = 1
+        self._forget(pages.tolist())
 
     def _share(self, pages):
         references = self._refs[pages]
@@ -226,22 +223,25 @@ class BlockPool:
         np.add.at(self._refs, pages, 1)
 
     def _release_shared(self, pages):
-        """Release pages of which others hold each."""
-        np.subtract.at(self._refs, pages, 1)
+        """Release a short list of pages of which others hold each."""
+        refs_of = self._refs_of
+        for page in pages:
+            refs_of[page] -= 1
 
     def _release(self, pages):
         if pages.size == 0:
             return
-        references = self._refs[pages]
-        if references.item(references.argmax()) == 1:  # no page is listed twice
+        # Of sequences that share pages it is the first page that has more references, and the others need no look.
+        references = self._refs[pages] if self._refs_of[pages.item(0)] == 1 else None
+        if references is not None and references.item(references.argmax()) == 1:  # no page is listed twice
             self._refs[pages] = 0
             freed = pages[::-1]
         else:
             np.subtract.at(self._refs, pages, 1)
-            references = self._refs[pages]
-            if references.item(references.argmin()):
+            last_held = (self._refs[pages] == 0).nonzero()[0]
+            if not last_held.size:
                 return
-            freed = self._distinct(pages[np.logical_not(references)][::-1])
+            freed = self._distinct(pages[last_held[::-1]])
         found = self._names.is_found[freed]
         num_found = np.count_nonzero(found)
         if num_found:
@@ -269,6 +269,8 @@ class BlockPool:
 
     def _distinct(self, pages):
         """Pages without repetitions. Of several writes to one place, the last one stands."""
+        if pages.size < FEW:
+            return from_list([*dict.fromkeys(pages[::-1].tolist())][::-1])
         order = np.arange(pages.size)
         self._order[pages] = order
         return pages[self._order[pages] == order]

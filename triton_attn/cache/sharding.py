@@ -51,8 +51,7 @@ def fetch_from_ranks(cache, read, written):
     both = [x[:, pages, slots] for x in tensors]
     widths = [x.shape[0] * math.prod(x.shape[3:]) for x in tensors]
     rows = [
-        x[:, : sent.size].transpose(0, 1).reshape(sent.size, width).view(torch.uint8)
-        for x, width in zip(both, widths)
+        x[:, : sent.size].transpose(0, 1).reshape(sent.size, width).view(torch.uint8) for x, width in zip(both, widths)
     ]
     rows = torch.cat(rows, dim=1)
     if (owners[0] != owners[1]).any():  # the same on all ranks
@@ -60,10 +59,14 @@ def fetch_from_ranks(cache, read, written):
         dist.all_to_all_single(arrived, rows, receive_counts, send_counts, group=cache._group)
         rows = arrived
     of_tensors = rows.split([n * x.itemsize for n, x in zip(widths, tensors)], dim=1)
-    return received, [
-        own.contiguous().view(x.dtype).view(received.size, x.shape[0], *x.shape[3:]).transpose(0, 1)
-        for x, own in zip(tensors, of_tensors)
-    ], [x[:, sent.size :] for x in both]
+    return (
+        received,
+        [
+            own.contiguous().view(x.dtype).view(received.size, x.shape[0], *x.shape[3:]).transpose(0, 1)
+            for x, own in zip(tensors, of_tensors)
+        ],
+        [x[:, sent.size :] for x in both],
+    )
 
 
 def bits_of_pages(cache):

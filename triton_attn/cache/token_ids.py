@@ -54,9 +54,7 @@ def as_batch(token_ids, batch):
     else:
         if not isinstance(token_ids, Iterable):
             fail("token_ids", f"one entry for each of {batch} sequences", type(token_ids).__name__, TypeError)
-        items = [
-            check_length("token_ids", x) if isinstance(x, Integral) else as_ids(x).tolist() for x in token_ids
-        ]
+        items = [check_length("token_ids", x) if isinstance(x, Integral) else as_ids(x).tolist() for x in token_ids]
         unknown = np.array([type(item) is int and item > 0 for item in items], bool)
         lists = [item for item in items if type(item) is list]
         counts = [item if type(item) is int else len(item) for item in items]
