@@ -1,7 +1,8 @@
 """Free pages in the order in which they are reused."""
 
-import numpy as np
+from itertools import pairwise
 
+import numpy as np
 
 FEW = 16
 
@@ -48,7 +49,7 @@ class FreeList:
             self._next[ahead], self._previous[behind] = behind, ahead
         else:
             listed, next_of, previous_of = pages.tolist(), self._next_of, self._previous_of
-            for ahead, behind in zip(listed, listed[1:]):
+            for ahead, behind in pairwise(listed):
                 next_of[ahead], previous_of[behind] = behind, ahead
         before = self._end if at_head else self._previous_of[self._end]
         after = self._next_of[before]

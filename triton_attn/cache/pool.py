@@ -161,7 +161,7 @@ class BlockPool:
             if page is None:
                 break
             pages.append(page)
-        return np.array(pages, INT64)
+        return from_list(pages)
 
     def hash_of(self, page: int) -> bytes | None:
         """The hash that a page is registered under, whether it is the one found by it or not; None if it is not."""

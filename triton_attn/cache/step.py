@@ -129,7 +129,8 @@ class CacheStep:
 
         Raises:
             OutOfPages, ValueError, TypeError: as the cache's `extend`, and ValueError for more sequences, tokens or a
-                longer sequence than the step was made for; with nothing changed, in the buffers either.
+                longer sequence than the step was made for; with nothing changed, in the buffers either. Where
+                a transfer to the buffers fails, the cache is as it was, and the next call sends all of them.
         """
         cache = self._cache
         rows = cache._distinct_rows(seqs)
@@ -223,9 +224,9 @@ class CacheStep:
         return firsts
 
     def _send(self, entries, pages, message):
-        """Bring the device up to date: send what `_fill` wrote, by a pinned copy of it, or None where it is there by
-        now, and put pages in these entries of the table."""
-        if message is None:
+        """Bring the device up to date: send what `_fill` wrote, from pinned memory as large, and put pages in these
+        entries of the table. On the host the buffers are what `_fill` wrote, and there is no message."""
+        if self._table_here is not None:
             if entries:
                 self._table_here[entries] = pages
             return

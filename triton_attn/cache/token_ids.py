@@ -57,7 +57,7 @@ def as_batch(token_ids, batch):
         items = [check_length("token_ids", x) if isinstance(x, Integral) else as_ids(x).tolist() for x in token_ids]
         unknown = np.array([type(item) is int and item > 0 for item in items], bool)
         lists = [item for item in items if type(item) is list]
-        counts = [item if type(item) is int else len(item) for item in items]
+        counts = [len(item) if isinstance(item, list) else item for item in items]
     if len(counts) != batch:
         fail("token_ids", f"one entry for each of {batch} sequences", len(counts))
     one_each = counts.count(1) == batch
