@@ -1480,7 +1480,7 @@ FAULTS = (
     Fault("C69", "triton_attn/cache/step.py", "given_back.get(row) or held_from", "held_from", "CACHE"),
     Fault("C70", "triton_attn/cache/transfer.py", "    cache._make_room_for_rows(1)\n", "", "CACHE"),
     Fault(
-        "X20",
+        "X28",
         "triton_attn/cache/prefix_groups.py",
         "self._batch, self._queries = None, queries",
         "self._queries = queries",
