@@ -333,8 +333,8 @@ class SharedScene(Scene):
         self.imported = [*range(8), *range(100, 106)]  # two pages of it are found
 
     def all_but_free_pages(self):
-        """`state`, but for what is on pages that are free and not found, which are 0 from now on, and what prefix groups
-        know, which is no more than the tables say."""
+        """`state`, but for what is on pages that are free and not found, which are 0 from now on, and what prefix
+        groups know, which is no more than the tables say."""
         pool = self.cache.pool
         kept = (pool._refs > 0) | pool._names.is_found
         for x in self.cache._page_tensors():
