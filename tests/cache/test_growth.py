@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from small_caches import make, make_step, start
+import torch
+from small_caches import DEVICE, make, make_step, start
 
 from triton_attn.cache import arrays, sequences
 
@@ -115,16 +116,18 @@ def test_windows_outgrow_what_is_reserved(moved):
     assert moved == [(32, 32), (32, 64)]
 
 
-@pytest.mark.parametrize("call", ["create", "fork", "extend"])
+@pytest.mark.parametrize("call", ["create", "fork", "extend", "import", "import a long one"])
 def test_a_reservation_that_is_refused_later_changes_nothing(call, monkeypatch):
     refuse(monkeypatch, 1)
     cache = make(num_pages=64)
-    seqs = many(cache, 16)
+    seqs = many(cache, 15 if call == "import a long one" else 16)
     before = tables_of(cache, seqs), cache.stats()
     calls = {
         "create": lambda: cache.create([]),
         "fork": lambda: cache.fork(seqs[:1]),
         "extend": lambda: cache.extend(seqs[:1], 80),
+        "import": lambda: cache.import_pages(cache.export_pages(seqs[0]), [7, 0]),
+        "import a long one": lambda: cache.import_pages([torch.zeros(2, 20, 4, 1, 2, device=DEVICE)] * 2, range(80)),
     }
     refuse(monkeypatch, 1)
     with pytest.raises(OSError, match="no addresses"):

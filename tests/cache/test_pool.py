@@ -13,11 +13,16 @@ from triton_attn import BlockPool, OutOfPages
 pytestmark = pytest.mark.oldest
 
 
+def names(items):
+    """Hashes that are short enough to read."""
+    return [str(item).encode() for item in items]
+
+
 def test_pages_are_counted():
     pool = BlockPool(4)
     pages = pool.allocate(3)
     assert sorted(pages.tolist()) == [0, 1, 2]
-    pool.register(pages, "abc")
+    pool.register(pages, names("abc"))
     pool.share(pages[:2])
     pool.share(torch.tensor([pages[0], pages[0]]))
     assert [pool.ref_count(page) for page in pages] == [4, 2, 1]
@@ -42,7 +47,7 @@ def test_too_many_pages_change_nothing():
 def test_reuse_is_least_recently_freed_first_and_tail_before_head():
     pool = BlockPool(6)
     first, second = pool.allocate(3), pool.allocate(3)
-    pool.register(np.concatenate([first, second]), "abcdef")
+    pool.register(np.concatenate([first, second]), names("abcdef"))
     pool.release(second)
     pool.release(first)
     assert pool.allocate(6).tolist() == [5, 4, 3, 2, 1, 0]
@@ -51,14 +56,14 @@ def test_reuse_is_least_recently_freed_first_and_tail_before_head():
 def test_freed_pages_are_found_until_they_are_reused():
     pool = BlockPool(4)
     pages = pool.allocate(3)
-    pool.register(pages, ["a", "b", "c"])
+    pool.register(pages, names("abc"))
     pool.release(pages)
-    assert pool.lookup("abc").tolist() == [0, 1, 2]
-    assert pool.lookup("abx").tolist() == [0, 1]
-    assert pool.lookup("xbc").tolist() == []
+    assert pool.lookup(names("abc")).tolist() == [0, 1, 2]
+    assert pool.lookup(names("abx")).tolist() == [0, 1]
+    assert pool.lookup(names("xbc")).tolist() == []
     pool.allocate(2)  # page 3, which was never used, then the oldest freed one
-    assert pool.lookup("abc").tolist() == [0, 1]
-    pool.share(pool.lookup("ab"))
+    assert pool.lookup(names("abc")).tolist() == [0, 1]
+    pool.share(pool.lookup(names("ab")))
     assert pool.num_free == 0
     with pytest.raises(OutOfPages):
         pool.allocate(1)
@@ -69,7 +74,7 @@ def test_a_page_that_many_take_back_at_once_is_not_free():
     for num_sequences in range(1, 10):
         pool = BlockPool(3)
         pages = pool.allocate(3)
-        pool.register(pages, "abc")
+        pool.register(pages, names("abc"))
         pool.release([0])
         pool.share([0] * num_sequences)
         pool.release([1])
@@ -80,10 +85,10 @@ def test_a_page_that_many_take_back_at_once_is_not_free():
 def test_pages_that_cannot_be_found_are_reused_first():
     pool = BlockPool(7)
     pages = pool.allocate(6)
-    pool.register(pages[:3], "abc")
+    pool.register(pages[:3], names("abc"))
     pool.release(pages[:4])  # a, b, c and a page that is not full
     assert pool.allocate(2).tolist() == [3, 6]
-    assert pool.lookup("abc").tolist() == [0, 1, 2]
+    assert pool.lookup(names("abc")).tolist() == [0, 1, 2]
     pool.forget([1])  # though it is free
     pool.release([4, 3])
     assert pool.allocate(5).tolist() == [3, 4, 1, 2, 0]
@@ -91,26 +96,26 @@ def test_pages_that_cannot_be_found_are_reused_first():
 
 def test_lookup_reads_no_hash_more_than_it_needs():
     pool = BlockPool(2)
-    pool.register(pool.allocate(1), ["a"])
-    hashes = iter("abc")
+    pool.register(pool.allocate(1), names("a"))
+    hashes = iter(names("abc"))
     pool.lookup(hashes)
-    assert next(hashes) == "c"
+    assert next(hashes) == b"c"
 
 
 def test_of_two_pages_with_one_hash_the_first_is_found():
     pool = BlockPool(3)
     first, second = pool.allocate(2).tolist()
-    pool.register([first, second], "aa")
-    assert pool.lookup("a").tolist() == [first]
-    assert pool.hash_of(second) == "a"
-    pool.register([second, first], "aa")  # again
-    assert pool.lookup("a").tolist() == [first]
+    pool.register([first, second], names("aa"))
+    assert pool.lookup(names("a")).tolist() == [first]
+    assert pool.hash_of(second) == b"a"
+    pool.register([second, first], names("aa"))  # again
+    assert pool.lookup(names("a")).tolist() == [first]
     pool.forget([second])
-    assert pool.lookup("a").tolist() == [first]
+    assert pool.lookup(names("a")).tolist() == [first]
     pool.forget([first])
-    assert pool.lookup("a").tolist() == []
-    pool.register([second], "a")
-    assert pool.lookup("a").tolist() == [second]
+    assert pool.lookup(names("a")).tolist() == []
+    pool.register([second], names("a"))
+    assert pool.lookup(names("a")).tolist() == [second]
 
 
 @pytest.mark.parametrize("is_free", [False, True])
@@ -134,56 +139,56 @@ def test_a_page_is_found_once_the_one_of_the_same_hash_is_gone(is_free):
 def test_of_two_free_pages_with_one_hash_the_one_that_is_not_found_is_reused_first():
     pool = BlockPool(2)
     pages = pool.allocate(2)
-    pool.register(pages, "aa")
+    pool.register(pages, names("aa"))
     pool.release(pages)
     assert pool.num_cached == 1
     assert pool.allocate(1).tolist() == [1]
-    assert pool.lookup("a").tolist() == [0]
+    assert pool.lookup(names("a")).tolist() == [0]
 
 
 def test_a_page_that_is_found_in_place_of_another_can_be_shared_and_registered_anew():
     pool = BlockPool(3)
-    pool.register(pool.allocate(3), "aaa")
-    pool.register([0], "b")
-    assert pool.lookup("a").tolist() == [2]  # the last one
-    pool.register([1], "c")
+    pool.register(pool.allocate(3), names("aaa"))
+    pool.register([0], names("b"))
+    assert pool.lookup(names("a")).tolist() == [2]  # the last one
+    pool.register([1], names("c"))
     pool.release([0, 1, 2])
-    pool.share(pool.lookup("a"))
-    assert [pool.lookup(digest).tolist() for digest in "abc"] == [[2], [0], [1]]
-    pool.register([2], "d")
-    assert pool.lookup("a").tolist() == []
+    pool.share(pool.lookup(names("a")))
+    assert [pool.lookup(names(letter)).tolist() for letter in "abc"] == [[2], [0], [1]]
+    pool.register([2], names("d"))
+    assert pool.lookup(names("a")).tolist() == []
     assert not pool._names._twins
 
 
 def test_a_page_is_found_under_its_last_hash_only():
     pool = BlockPool(1)
     (page,) = pool.allocate(1)
-    pool.register([page], "a")
-    pool.register([page], "b")
-    assert pool.lookup("a").tolist() == []
-    assert pool.lookup("b").tolist() == [page]
+    pool.register([page], names("a"))
+    pool.register([page], names("b"))
+    assert pool.lookup(names("a")).tolist() == []
+    assert pool.lookup(names("b")).tolist() == [page]
 
 
 def test_hashes_do_not_pile_up():
     pool = BlockPool(8)
     for i in range(100):
         pages = pool.allocate(8)
-        pool.register(pages, [8 * i + j // 2 for j in range(8)])
+        pool.register(pages, names(8 * i + j // 2 for j in range(8)))
         pool.release(pages)
-    names = pool._names
-    assert (names.hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (0, 4, 4)
+    kept = pool._names
+    assert (kept.hash_of.count(None), sum(map(len, kept._page_of)), len(kept._twins)) == (0, 4, 4)
     pool.allocate(8)
-    assert (names.hash_of.count(None), sum(map(len, names._page_of)), len(names._twins)) == (8, 0, 0)
+    assert (kept.hash_of.count(None), sum(map(len, kept._page_of)), len(kept._twins)) == (8, 0, 0)
 
 
 def test_without_prefix_caching_nothing_is_found():
     pool = BlockPool(2, prefix_caching=False)
-    pool.register(pool.allocate(1), "a")
-    assert pool.lookup("a").tolist() == []
+    pool.register(pool.allocate(1), names("a"))
+    assert pool.lookup(names("a")).tolist() == []
 
 
 def snapshot(pool):
-    return pool.num_free, pool._refs.tolist(), pool._names.hash_of.copy(), pool.lookup("ab").tolist()
+    return pool.num_free, pool._refs.tolist(), pool._names.hash_of.copy(), pool.lookup(names("ab")).tolist()
 
 
 @pytest.mark.parametrize(
@@ -199,13 +204,16 @@ def snapshot(pool):
         (lambda pool: pool.share([0, 1]), ValueError, "free and found, got 1, which is free"),
         (lambda pool: pool.release([0, 1]), ValueError, "pages that are held, got 1, which was released more"),
         (lambda pool: pool.release([0, 0]), ValueError, "pages that are held, got 0, which was released more"),
-        (lambda pool: pool.register([1], "b"), ValueError, "pages that are held, got 1, which is free"),
-        (lambda pool: pool.register([0], "bc"), ValueError, "hashes: expected one for each of 1 pages, got 2"),
+        (lambda pool: pool.register([1], names("b")), ValueError, "pages that are held, got 1, which is free"),
+        (lambda pool: pool.register([0], names("bc")), ValueError, "hashes: expected one for each of 1 pages, got 2"),
+        (lambda pool: pool.register([0], "b"), TypeError, "hashes: expected bytes of each page, got str"),
+        (lambda pool: pool.register([0], b"b"), TypeError, "hashes: expected bytes of each page, got int"),
+        (lambda pool: pool.lookup("ab"), TypeError, "hashes: expected bytes of each page, got str"),
     ],
 )
 def test_wrong_operations_change_nothing(operation, error, message):
     pool = BlockPool(4)
-    pool.register(pool.allocate(2)[:1], "a")
+    pool.register(pool.allocate(2)[:1], names("a"))
     pool.release([1])
     before = snapshot(pool)
     with pytest.raises(error, match=message):
@@ -241,11 +249,15 @@ class NaivePool:
         self.pages_of = {}  # the first of them is found
 
     def allocate(self, n):
-        pages, self.free = self.free[:n], self.free[n:]
+        pages = self.free[:n]
+        self.take(pages)
+        return pages
+
+    def take(self, pages):
+        self.free = [page for page in self.free if page not in pages]
         for page in pages:
             self.refs[page] = 1
         self.forget(pages)
-        return pages
 
     def put_back(self, pages):
         """At the end of the free list if a page can be found, otherwise at its head. Of repetitions the last counts."""
@@ -303,13 +315,21 @@ def test_random_operations_as_in_lists_and_dicts(seed):
     pool, naive, held = BlockPool(num_pages), NaivePool(num_pages), []
     for _ in range(2000):
         n = rng.randint(0, max(1, num_pages // 4))
-        kind = rng.choice(["allocate", "share", "release", "register", "forget", "lookup"])
+        kind = rng.choice(["allocate", "take", "share", "release", "register", "forget", "lookup"])
         if kind == "allocate" and n <= len(naive.free):
             pages = naive.allocate(n)
             assert pool.allocate(n).tolist() == pages
             held.append(pages)
+        elif kind == "take" and n <= len(naive.free):
+            besides = rng.sample(naive.free, rng.randint(0, len(naive.free) - n))
+            pages = [page for page in naive.free if page not in besides][:n]
+            taken = pool._next_free(n, besides=np.array(besides, np.int64))
+            assert taken.tolist() == pages
+            naive.take(pages)
+            pool._take(taken)
+            held.append(pages)
         elif kind == "share":
-            digests = rng.sample(range(num_pages), n)
+            digests = names(rng.sample(range(num_pages), n))
             pages = naive.lookup(digests) or (rng.choice(held) if held else [])
             pages = pages * rng.randint(1, 2)
             naive.share(pages)
@@ -321,7 +341,7 @@ def test_random_operations_as_in_lists_and_dicts(seed):
             pool.release(torch.tensor(pages, dtype=torch.int32))
         elif kind == "register" and held:
             pages = list(dict.fromkeys(rng.choice(held)))
-            digests = [rng.randrange(num_pages) for _ in pages]
+            digests = names(rng.randrange(num_pages) for _ in pages)
             naive.register(pages, digests)
             pool.register(pages, digests)
         elif kind == "forget":
@@ -329,7 +349,7 @@ def test_random_operations_as_in_lists_and_dicts(seed):
             naive.forget(pages)
             pool.forget(pages)
         else:
-            digests = rng.sample(range(num_pages), n)
+            digests = names(rng.sample(range(num_pages), n))
             assert pool.lookup(digests).tolist() == naive.lookup(digests)
         assert pool._refs.tolist() == naive.refs
         assert pool.num_free == len(naive.free)
@@ -383,11 +403,11 @@ def test_no_call_pays_for_others(steps):
     for _ in batches:
         steps(pool.allocate, per_call)
     for batch in batches:
-        steps(pool.register, batch, batch.tolist())
+        steps(pool.register, batch, names(batch))
     for batch in batches:
         steps(pool.release, batch)
     for batch in batches[1:-1]:
-        steps(pool.share, steps(pool.lookup, batch.tolist()))
+        steps(pool.share, steps(pool.lookup, names(batch)))
     assert steps(pool.allocate, per_call + 1).tolist() == [*batches[0][::-1], batches[-1][-1]]
     for batch in batches[1:-1]:
         steps(pool.release, batch)

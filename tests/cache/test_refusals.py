@@ -1,15 +1,22 @@
 """Every public method of the paged caches refuses bad input with a clear message, and leaves everything as it was."""
 
+import contextlib
+import functools
 import re
+import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from small_caches import DEVICE, state_of
+from prefix_trees import every_group
+from small_caches import DEVICE, contents, make_step, state_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triton_attn import BlockPool, LatentKVCache, OutOfPages, PagedKVCache
+from triton_attn.cache import prefix_groups, sequences, transfer
 from triton_attn.cache.prefix_groups import PrefixGroups
+from triton_attn.cache.sequences import PagedSequences
 from triton_attn.cache.step import CacheStep
 
 SIZE = dict(num_layers=2, num_kv_heads=1, head_dim=4, device=DEVICE, record_events=True)
@@ -233,10 +240,13 @@ REFUSED_BY_POOL = {
     "register": [
         *calls_with_pages("register", [b"x"]),
         lambda s: s.pool.register([1, 3], [b"x", b"y"]),
-        *(lambda s, own=own: s.pool.register([1, 2], own) for own in (None, 3, [b"x"], [b"x", None], [b"x", [1]])),
+        *(
+            lambda s, own=own: s.pool.register([1, 2], own)
+            for own in (None, 3, [b"x"], [b"x", None], [b"x", [1]], "xy", b"xy", [b"x", 1])
+        ),
     ],
     "forget": calls_with_pages("forget"),
-    "lookup": [lambda s, own=own: s.pool.lookup(own) for own in (None, 3, [b"b", []])],
+    "lookup": [lambda s, own=own: s.pool.lookup(own) for own in (None, 3, [b"b", []], "b", b"b")],
     "hash_of": [lambda s, n=n: s.pool.hash_of(n) for n in (None, -1, 6, 1.0, "1", [1])],
 }
 WITHOUT_INPUT = {"stats", "reset_prefix_cache", "take_events", "forget_all"}
@@ -307,3 +317,163 @@ def test_an_import_whose_copy_is_refused_changes_nothing(kind):
     seq = scene.cache.import_pages(scene.pages, 14)
     for ours, theirs in zip(scene.cache.export_pages(seq), scene.pages):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+class SharedScene(Scene):
+    """A scene with another fork, whose last page is shared, and a step that sends to memory of its own."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.staged = make_step(self.cache, 3, 20, 8, staged=True)
+        self.staged.extend([self.fork], [1])
+        self.last = self.cache.fork(self.seq)
+        for x in self.cache._page_tensors():
+            own = x.view(torch.uint8)
+            own.copy_(torch.arange(own.numel(), device=DEVICE).view(own.shape) % 251)
+        self.imported = [*range(8), *range(100, 106)]  # two pages of it are found
+
+    def all_but_free_pages(self):
+        """`state`, but for what is on pages that are free and not found, which are 0 from now on, and what prefix
+        groups know, which is no more than the tables say."""
+        pool = self.cache.pool
+        kept = (pool._refs > 0) | pool._names.is_found
+        for x in self.cache._page_tensors():
+            x.view(torch.uint8)[:, torch.from_numpy(~kept)] = 0
+        owners, (cache, own_pool, step, _, pages) = self.state()
+        return owners, cache, own_pool, step, pages
+
+    def tables(self):
+        seqs = [self.seq, self.fork, self.last]
+        return self.cache.block_table(seqs).tolist(), self.cache.cache_seqlens(seqs).tolist()
+
+
+# Each copies a page, sends or writes something.
+ON_THE_DEVICE = {
+    "extend": lambda s: s.cache.extend([s.last], [[1]]),
+    "extend, several": lambda s: s.cache.extend([s.fork, s.last, s.seq], [[1, 2], [3], 5]),
+    "step": lambda s: s.step.extend([s.fork, s.last], [[1], [2, 3]]),
+    "staged step": lambda s: s.staged.extend([s.fork, s.last, s.seq], [[1], [2, 3], 5]),
+    "keep": lambda s: s.cache.keep([s.last, s.fork], 3, [[2], [1, 0]], [[8], [8, 9]]),
+    "import": lambda s: s.cache.import_pages(s.pages, s.imported),
+    "export": lambda s: s.cache.export_pages(s.fork),
+    "tree": lambda s: s.groups.tree([s.seq, s.last]),
+    "block table": lambda s: s.cache.block_table([s.fork]),
+}
+COPYING = ("extend", "extend, several", "step", "staged step", "keep")
+
+
+@pytest.fixture
+def pinned(monkeypatch):
+    """Memory is pinned only where there is a GPU."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+
+
+@contextlib.contextmanager
+def refused(number):
+    """Of transfers, copies of pages, and writes to tensors that this process makes meanwhile, one is refused, or none;
+    a list of their names."""
+    made, depth = [], [0]
+
+    def limited(operation):
+        @functools.wraps(operation)
+        def call(*args, **options):
+            if depth[0] == 0:
+                made.append(operation.__name__)
+                if len(made) - 1 == number:
+                    raise MemoryError("refused")
+            depth[0] += 1
+            try:
+                return operation(*args, **options)
+            finally:
+                depth[0] -= 1
+
+        return call
+
+    operations = [(torch.Tensor, name) for name in ("pin_memory", "copy_", "scatter_", "__setitem__")]
+    operations += [(PagedSequences, "_to_device"), (sequences, "copy_kv_pages"), (transfer, "copy_kv_pages")]
+    with contextlib.ExitStack() as patches:
+        for owner, name in operations:
+            patches.enter_context(mock.patch.object(owner, name, limited(getattr(owner, name))))
+        yield made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ON_THE_DEVICE)
+def test_whatever_the_device_refuses_changes_nothing(name, kind, pinned):
+    """Each thing that a call does on the device fails once; then the call does what it would have done."""
+    call, expected = ON_THE_DEVICE[name], SharedScene(kind)
+    expected.all_but_free_pages()
+    with refused(None) as made:
+        call(expected)
+    assert made
+    assert ("copy_kv_pages" in made) == (name in (*COPYING, "import", "export"))
+    for number in range(len(made)):
+        scene = SharedScene(kind)
+        before = scene.all_but_free_pages()
+        with refused(number), pytest.raises(MemoryError, match="refused"):
+            call(scene)
+        assert scene.all_but_free_pages() == before, f"{made[number]} was refused, and something changed"
+        call(scene)
+        assert scene.tables() == expected.tables()
+        assert contents(scene.staged) == contents(expected.staged)
+        assert torch.equal(scene.groups.static.memory, expected.groups.static.memory)
+        assert scene.all_but_free_pages() == expected.all_but_free_pages()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", COPYING)
+@pytest.mark.parametrize("wrong", ["not contiguous", "another device", "another size", "of a trace"])
+def test_a_copy_of_a_shared_page_that_is_refused_changes_nothing(wrong, name, kind, pinned):
+    """The memory of the pages was put in another place, of which no copy is made."""
+    scene = SharedScene(kind)
+    attribute = "latent_cache" if kind == "latent" else "v_cache"
+    own = getattr(scene.cache, attribute)
+    other = {
+        "not contiguous": own.repeat_interleave(2, dim=-1)[..., ::2],
+        "another device": own.to("meta"),
+        "another size": own[..., None],
+        "of a trace": FakeTensorMode().from_tensor(own),
+    }[wrong]
+    before = scene.state(), contents(scene.staged)
+    setattr(scene.cache, attribute, other)
+    with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError)):
+        ON_THE_DEVICE[name](scene)
+    setattr(scene.cache, attribute, own)
+    assert (scene.state(), contents(scene.staged)) == before
+
+
+def test_a_tree_that_could_not_be_sent_is_planned_again(monkeypatch, pinned):
+    """Two sequences of a batch share their last page until both go on."""
+    monkeypatch.setattr(prefix_groups, "plan_tree", every_group)
+    scenes = [SharedScene("plain") for _ in range(2)]
+    for scene in scenes:
+        scene.groups.tree([scene.seq, scene.last])
+        scene.cache.extend([scene.seq, scene.last], 1)
+        if scene is scenes[0]:
+            with refused(0), pytest.raises(MemoryError, match="refused"):
+                scene.groups.tree([scene.seq, scene.last])
+        scene.groups.tree([scene.seq, scene.last])
+    assert torch.equal(*(scene.groups.static.memory for scene in scenes))
+
+
+@pytest.mark.parametrize("kind", ["plain", "windows"])
+def test_numbers_of_tokens_take_no_memory_before_they_are_refused(kind):
+    """Of 2^31 tokens the ids alone would be 16 GB."""
+    scene, most = Scene(kind), 2**31 - 1
+    calls = [
+        lambda: scene.cache.extend([scene.seq], [most]),
+        lambda: scene.cache.extend([scene.seq], most),
+        lambda: scene.cache.extend([scene.seq, scene.fork], [[1], most]),
+        lambda: scene.step.extend([scene.seq, scene.fork], [[1], most]),
+        lambda: scene.cache.import_pages(scene.pages, most),
+    ]
+    for call in calls:
+        before = scene.state()
+        tracemalloc.start()
+        with pytest.raises((ValueError, OutOfPages)):
+            call()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20
+        assert scene.state() == before

@@ -22,12 +22,12 @@ from hypothesis.stateful import (
 from levels import LEVEL
 from prefix_trees import check_shared, check_tree, every_group, levels_of, nodes_of
 from small_caches import (
-    contents,
     every_method_is_called,
     integers_of,
     make_step,
     quantizable,
     read_rows,
+    state_of,
     write_rows,
 )
 
@@ -185,21 +185,23 @@ class CacheMachine(RuleBasedStateMachine):
         copied = self.tails_to_copy(seqs, counts)
         originals = list(copied.values())
         behind = self.behind(seqs)
-        if num_new + len(copied) > len(self.free_pages) + len(self.last_held(behind)):
+        # Copies are made before anything changes: new pages are those that are free by now, then those given back.
+        new_pages = [*self.free_pages, *self.last_held(behind)][: num_new + len(copied)]
+        if len(new_pages) < num_new + len(copied):
             before = self.snapshot()
             with pytest.raises(OutOfPages):
                 self.call_extend(seqs, new_tokens, step)
             assert self.snapshot() == before
             return
         slots = self.call_extend(seqs, new_tokens, step)
-        # Full pages are named, those behind windows given back, and only then others taken. A name whose page is taken
-        # moves to the next page with that content.
+        # Full pages are named and those behind windows given back before new ones lose their names, which move to the
+        # next pages with that content.
         self.name_full_pages(seqs)
         last_held = self.last_held(behind)
         for seq, group, column in behind:
             self.live[seq].pages[group][column] = None
         self.put_back(last_held)
-        taken = self.take_pages(num_new + len(copied))
+        taken = self.take(new_pages)
         for seq, n, num_pages in zip(seqs, counts, grown):
             self.grow(seq, n, num_pages, copied, taken)
         assert not taken
@@ -667,9 +669,12 @@ class CacheMachine(RuleBasedStateMachine):
         return {entry: copied[entry] for entry in entries if entry in copied}
 
     def take_pages(self, n):
-        taken, self.free_pages = self.free_pages[:n], self.free_pages[n:]
-        self.forget(taken)
-        return set(taken)
+        return self.take(self.free_pages[:n])
+
+    def take(self, pages):
+        self.free_pages = [page for page in self.free_pages if page not in pages]
+        self.forget(pages)
+        return set(pages)
 
     def forget(self, pages):
         for prefix, named in list(self.named.items()):
@@ -759,16 +764,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.release(dropped)
 
     def snapshot(self):
-        cache = self.cache
-        return (
-            cache.stats(),
-            cache.block_table(self.live).tolist(),
-            cache.cache_seqlens(self.live).tolist(),
-            [tensor.view(torch.uint8).tolist() for tensor in self.tensors()],
-            [cache.pool.lookup([digest]).tolist() for digest in cache.pool._names.hash_of],
-            [contents(step) for step in self.cache_steps],
-            cache._log and list(cache._log._events),
-        )
+        return state_of([self.cache, *self.cache_steps])
 
 
 def check_step(step, naives, is_grouped):

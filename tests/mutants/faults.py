@@ -639,8 +639,8 @@ FAULTS = (
     Fault(
         "C08",
         "triton_attn/cache/sequences.py",
-        "        if num_copied + growth > self.pool.num_free:\n",
-        "        self._name_full_pages(rows)\n        if num_copied + growth > self.pool.num_free:\n",
+        "        if used + growth > self.pool.num_free:\n",
+        "        self._name_full_pages(rows)\n        if used + growth > self.pool.num_free:\n",
         "CACHE",
     ),
     Fault(
@@ -650,7 +650,7 @@ FAULTS = (
         "refs_of[page]",
         "CACHE",
     ),
-    Fault("C10", "triton_attn/cache/sequences.py", "        if kept:\n", "        if False:\n", "CACHE"),
+    Fault("C10", "triton_attn/cache/sequences.py", "        if room.kept:\n", "        if False:\n", "CACHE"),
     Fault("C11", "triton_attn/cache/sequences.py", "num_tokens - 1))", "num_tokens))", "CACHE"),
     Fault(
         "C12",
@@ -688,8 +688,8 @@ FAULTS = (
     Fault(
         "C22",
         "triton_attn/cache/pool.py",
-        "self._distinct(pages[np.logical_not(references)][::-1])",
-        "pages[np.logical_not(references)][::-1]",
+        "self._distinct(pages[last_held[::-1]])",
+        "pages[last_held[::-1]]",
         "CACHE",
     ),
     Fault("C23", "triton_attn/cache/names.py", "PAGES_PER_DICT = 128", "PAGES_PER_DICT = 2**40", "CACHE"),
@@ -725,7 +725,13 @@ FAULTS = (
         "",
         "CACHE",
     ),
-    Fault("C30", "triton_attn/cache/sequences.py", "num_copied + growth, released)", "num_copied + growth)", "CACHE"),
+    Fault(
+        "C30",
+        "triton_attn/cache/sequences.py",
+        "_check_free(used + growth, released)",
+        "_check_free(used + growth)",
+        "CACHE",
+    ),
     Fault("C31", "triton_attn/cache/names.py", "self.log.removed(digest)", "pass", "CACHE"),
     Fault(
         "C32",
@@ -780,8 +786,8 @@ FAULTS = (
     Fault(
         "C39",
         "triton_attn/cache/transfer.py",
-        "    cache.pool._share(shared)\n    cache.pool.al",
-        "    cache.pool.al",
+        "    cache.pool._share(shared)\n    cache.pool._t",
+        "    cache.pool._t",
         "MOVE",
     ),
     Fault(
@@ -812,8 +818,8 @@ FAULTS = (
     Fault(
         "C48",
         "triton_attn/cache/sequences.py",
-        "(self.pool._release_shared if self._is_plain else self.pool._release)(originals)",
-        "self.pool._release_shared(originals)",
+        "        if self._is_plain:  # others hold each\n",
+        "        if True:\n",
         "CACHE",
     ),
     Fault("C47", "triton_attn/cache/step.py", " and self.max_seqlen_q <= 1:", ":", "CACHE"),
@@ -1432,8 +1438,8 @@ FAULTS = (
     Fault(
         "E05",
         "triton_attn/cache/drafts.py",
-        "return slice(None), [x[:, pages, slots]",
-        "return slice(None), [x[:, pages.flip(0), slots]",
+        "[x[:, : read.size] for x in both]",
+        "[x[:, : read.size].flip(1) for x in both]",
         "KEEP",
     ),
     Fault(
@@ -1454,7 +1460,45 @@ FAULTS = (
         "    read, written = (_slots_of(",
         "KEEP",
     ),
-    Fault("E06", "triton_attn/cache/drafts.py", "    _own_pages(cache, *owned)\n", "", "KEEP"),
+    Fault("E06", "triton_attn/cache/drafts.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
+    Fault("E16", "triton_attn/cache/drafts.py", "            x[:, pages, slots] = old\n", "            pass\n", "MOVE"),
+    Fault(
+        "E17",
+        "triton_attn/cache/drafts.py",
+        "            cache._tables[entry] = original\n",
+        "            pass\n",
+        "MOVE",
+    ),
+    Fault(
+        "C66",
+        "triton_attn/cache/sequences.py",
+        "            self._take_back(room)\n            raise\n",
+        "            raise\n",
+        "MOVE",
+    ),
+    Fault(
+        "C67",
+        "triton_attn/cache/step.py",
+        "            cache._take_back(room)\n            raise\n",
+        "            raise\n",
+        "MOVE",
+    ),
+    Fault(
+        "C68",
+        "triton_attn/cache/step.py",
+        "            self._clear()\n            raise\n",
+        "            raise\n",
+        "MOVE",
+    ),
+    Fault("C69", "triton_attn/cache/step.py", "given_back.get(row) or held_from", "held_from", "CACHE"),
+    Fault("C70", "triton_attn/cache/transfer.py", "    cache._make_room_for_rows(1)\n", "", "CACHE"),
+    Fault(
+        "X28",
+        "triton_attn/cache/prefix_groups.py",
+        "self._batch, self._queries = None, queries",
+        "self._queries = queries",
+        "MOVE",
+    ),
     Fault(
         "X01", "triton_attn/cache/prefix_groups.py", "if max(around) < num", "if max(around) <= num", "PREFIX_GROUPS"
     ),
@@ -1774,12 +1818,12 @@ FAULTS = (
         "MR1",
         "triton_attn/cache/transfer.py",
         "    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())\n"
-        "\n    # Nothing fails from here on.\n    cache.pool._share(shared)\n    cache.pool.allocate(num_new)\n",
-        "    cache.pool._share(shared)\n    cache.pool.allocate(num_new)\n"
+        "\n    # Nothing fails from here on.\n    cache.pool._share(shared)\n    cache.pool._take(new_pages)\n",
+        "    cache.pool._share(shared)\n    cache.pool._take(new_pages)\n"
         "    copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())\n",
         "MOVE",
     ),
-    Fault("MR2", "triton_attn/cache/pool.py", "n, {*besides.tolist()})", "n, set())", "MOVE"),
+    Fault("MR2", "triton_attn/cache/pool.py", "{*besides.tolist()} if besides.size else ()", "()", "MOVE"),
     Fault("AG1", "triton_attn/_host/observers.py", "        or _C._len_torch_dispatch_stack() > 0\n", "", "AUTOGRAD"),
     Fault(
         "AG2",

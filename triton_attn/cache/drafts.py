@@ -91,15 +91,38 @@ def _check(cache, seqs, num_drafts, accepted, token_ids):
 
 
 def _keep(cache, changes, moves, owned):
-    """What changes its rank arrives before anything changes, since another rank may die. After that nothing fails."""
+    """What changes its rank arrives before anything changes, since another rank may die; then all that this device may
+    refuse: the copies of pages, and the writes on them."""
     read, written = (_slots_of(cache, changes, [move[side] for move in moves]) for side in (0, 1))
     is_sharded = cache.key_shard is not None
-    arrived, rows = (fetch_from_ranks if is_sharded else _fetch)(cache, read, written)
-    _own_pages(cache, *owned)
+    arrived, rows, before = (fetch_from_ranks if is_sharded else _fetch)(cache, read, written)
+    (copied, originals, kept), is_copied = owned, False
+    copies = cache.pool._next_free(len(copied))
+    for entry, copy in zip(copied, copies.tolist()):
+        cache._tables[entry] = copy
+    try:
+        written = _slots_of(cache, changes, [positions for _, positions in moves])[
+            arrived
+        ]  # of pages of its own by now
+        if copied:
+            cache._copy_pages(from_list(originals), copies)
+            is_copied = True
+        _put(cache, cache._own_slots(written), rows, before)
+    except BaseException:
+        for entry, original in zip(copied, originals):
+            cache._tables[entry] = original
+        if is_copied:  # they were overwritten
+            cache.pool.forget(copies)
+        raise
+
+    # Nothing fails from here on.
+    cache.pool._take(copies)
+    cache.pool._forget(kept)
+    if copied:
+        cache._leave(originals, copies)
+        cache._changes.extend(*zip(*copied))
     for row, path, own, first in changes:
         _rename(cache, row, path, own, first)
-    written = _slots_of(cache, changes, [positions for _, positions in moves])[arrived]  # of pages of its own by now
-    _put(cache, cache._own_slots(written), rows)
     for seq, (_, path, *_) in zip(cache._batch.seqs, changes[:: cache._num_groups]):
         cache.truncate(seq, path.end)
 
@@ -146,25 +169,26 @@ def _zip(rows, entries, name="accepted"):
     return zip(rows, entries)
 
 
-def _own_pages(cache, copied, originals, kept):
-    """Copy the pages that others hold, and let the others not be found: what `_to_copy` found."""
-    copies = cache.pool.allocate(len(copied))
-    cache.pool._forget(kept)
-    if copied:
-        cache._replace(copied, originals, copies)
-        cache._changes.extend(*zip(*copied))
-
-
 def _fetch(cache, read, written):
-    """(all of the slots `written`, what the slots `read` hold, in all layers, of each tensor of the cache)."""
-    pages, slots = _places(cache, read)
-    return slice(None), [x[:, pages, slots] for x in bits_of_pages(cache)]
+    """(all of the slots `written`, what the slots `read` hold, and what `written` do, in all layers, of each tensor of
+    the cache)."""
+    pages, slots = _places(cache, np.concatenate([read, written]))
+    both = [x[:, pages, slots] for x in bits_of_pages(cache)]
+    return slice(None), [x[:, : read.size] for x in both], [x[:, read.size :] for x in both]
 
 
-def _put(cache, written, rows):
+def _put(cache, written, rows, before):
+    """Write rows of each tensor of the cache. Where one refuses, those that were written have again what was there."""
     pages, slots = _places(cache, written)
-    for x, own in zip(bits_of_pages(cache), rows):
-        x[:, pages, slots] = own
+    done = []
+    try:
+        for x, own, old in zip(bits_of_pages(cache), rows, before):
+            x[:, pages, slots] = own
+            done.append((x, old))
+    except BaseException:
+        for x, old in done:
+            x[:, pages, slots] = old
+        raise
 
 
 def _places(cache, slots):

@@ -1,6 +1,10 @@
 """Free pages in the order in which they are reused."""
 
+from itertools import pairwise
+
 import numpy as np
+
+FEW = 16
 
 
 class FreeList:
@@ -26,21 +30,27 @@ class FreeList:
         next_of[self._end], self._previous_of[page] = page, self._end
         return pages
 
-    def first(self, n, besides):
+    def first(self, n, besides=()):
         """A list of the first n pages that are not in a set; there must be so many."""
-        pages, page = [], self._end
-        while len(pages) < n:
-            page = self._next_of[page]
-            if page not in besides:
+        pages, page, next_of = [], self._next_of[self._end], self._next_of
+        while n:
+            if not besides or page not in besides:
                 pages.append(page)
+                n -= 1
+            page = next_of[page]
         return pages
 
     def put(self, pages, at_head=False):
         """Insert an array of distinct pages, none of them in the list, in their order at one end."""
         if not pages.size:
             return
-        ahead, behind = pages[:-1], pages[1:]
-        self._next[ahead], self._previous[behind] = behind, ahead
+        if pages.size > FEW:
+            ahead, behind = pages[:-1], pages[1:]
+            self._next[ahead], self._previous[behind] = behind, ahead
+        else:
+            listed, next_of, previous_of = pages.tolist(), self._next_of, self._previous_of
+            for ahead, behind in pairwise(listed):
+                next_of[ahead], previous_of[behind] = behind, ahead
         before = self._end if at_head else self._previous_of[self._end]
         after = self._next_of[before]
         self._link(before, pages.item(0))
@@ -53,6 +63,12 @@ class FreeList:
         whole.
         """
         if not pages.size:
+            return
+        if pages.size < FEW:  # faster one by one
+            next_of, previous_of = self._next_of, self._previous_of
+            for page in pages.tolist():
+                before, after = previous_of[page], next_of[page]
+                next_of[before], previous_of[after] = after, before
             return
         breaks = (self._next[pages[1:]] != pages[:-1]).nonzero()[0] + 1
         for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), pages.size]):

@@ -26,7 +26,7 @@ class PagedKVCache(PagedSequences):
 
     A page is written only by the one sequence that holds it alone: `extend` copies a shared page before it gives out
     slots on it. A full page can be found by `create` once it is written: from its owner's next `extend` on, or its
-    `commit`. An operation happens whole, or raises OutOfPages with nothing changed. Sequences must be freed: one that
+    `commit`. An operation happens whole, or raises with nothing changed. Sequences must be freed: one that
     is merely dropped keeps its pages.
 
     Args:

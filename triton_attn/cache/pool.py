@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._host.checks import check_bool, check_length, fail
 from .arrays import INT64, from_list, written_zeros
-from .free_list import FreeList
+from .free_list import FEW, FreeList
 from .names import PageNames
 
 NO_PAGES = from_list([])
@@ -125,8 +125,6 @@ class BlockPool:
         if pages.size != len(hashes):
             fail("hashes", f"one for each of {pages.size} pages", len(hashes))
         for digest in hashes:
-            if digest is None:  # the hash of pages without one
-                fail("hashes", "bytes of each page", digest, TypeError)
             _check_hash(digest)
         references = self._refs[pages]
         if np.count_nonzero(references) < pages.size:
@@ -158,8 +156,7 @@ class BlockPool:
             fail("hashes", "bytes of each page", type(hashes).__name__, TypeError)
         pages = []
         for digest in hashes:
-            if type(digest) is not bytes:
-                _check_hash(digest)
+            _check_hash(digest)
             page = self._names.find(digest)
             if page is None:
                 break
@@ -186,14 +183,29 @@ class BlockPool:
         """Raise OutOfPages unless n pages are free as soon as these are released."""
         num_free = self.num_free
         if n > num_free and released.size:
-            pages, counts = np.unique(released, return_counts=True)
-            num_free += np.count_nonzero(self._refs[pages] == counts)
+            num_free += self._freed_by(released).size
         if n > num_free:
             raise OutOfPages(f"{n} pages are needed, {num_free} of {self.num_pages} are free")
 
-    def _next_free(self, n, besides):
-        """The pages that `allocate` returns after these are shared; there must be n."""
-        return np.array(self._free.first(n, {*besides.tolist()}), INT64)
+    def _next_free(self, n, released=NO_PAGES, besides=NO_PAGES):
+        """n pages to `_take`: the next that `allocate` returns, without some, then those that are free once others are
+        released. There must be so many."""
+        num_free = self.num_free
+        if n <= num_free:
+            return from_list(self._free.first(n, {*besides.tolist()} if besides.size else ()))
+        return np.concatenate([from_list(self._free.first(num_free)), self._freed_by(released)[: n - num_free]])
+
+    def _freed_by(self, pages):
+        """Those that `_release` of these pages frees, in the order in which it does."""
+        listed, counts = np.unique(pages, return_counts=True)
+        return self._distinct(pages[np.isin(pages, listed[self._refs[listed] == counts])][::-1]).astype(INT64)
+
+    def _take(self, pages):
+        """Allocate these free pages."""
+        self._free.cut(pages[::-1])  # of neighbours in the list it is one run
+        self.num_free -= pages.size
+        self._refs[pages] = 1
+        self._forget(pages.tolist())
 
     def _share(self, pages):
         references = self._refs[pages]
@@ -211,22 +223,25 @@ class BlockPool:
         np.add.at(self._refs, pages, 1)
 
     def _release_shared(self, pages):
-        """Release pages of which others hold each."""
-        np.subtract.at(self._refs, pages, 1)
+        """Release a short list of pages of which others hold each."""
+        refs_of = self._refs_of
+        for page in pages:
+            refs_of[page] -= 1
 
     def _release(self, pages):
         if pages.size == 0:
             return
-        references = self._refs[pages]
-        if references.item(references.argmax()) == 1:  # no page is listed twice
+        # Of sequences that share pages it is the first page that has more references, and the others need no look.
+        references = self._refs[pages] if self._refs_of[pages.item(0)] == 1 else None
+        if references is not None and references.item(references.argmax()) == 1:  # no page is listed twice
             self._refs[pages] = 0
             freed = pages[::-1]
         else:
             np.subtract.at(self._refs, pages, 1)
-            references = self._refs[pages]
-            if references.item(references.argmin()):
+            last_held = (self._refs[pages] == 0).nonzero()[0]
+            if not last_held.size:
                 return
-            freed = self._distinct(pages[np.logical_not(references)][::-1])
+            freed = self._distinct(pages[last_held[::-1]])
         found = self._names.is_found[freed]
         num_found = np.count_nonzero(found)
         if num_found:
@@ -254,6 +269,8 @@ class BlockPool:
 
     def _distinct(self, pages):
         """Pages without repetitions. Of several writes to one place, the last one stands."""
+        if pages.size < FEW:
+            return from_list([*dict.fromkeys(pages[::-1].tolist())][::-1])
         order = np.arange(pages.size)
         self._order[pages] = order
         return pages[self._order[pages] == order]
@@ -277,7 +294,5 @@ class BlockPool:
 
 
 def _check_hash(digest):
-    try:
-        hash(digest)
-    except TypeError:
+    if not isinstance(digest, bytes):
         fail("hashes", "bytes of each page", type(digest).__name__, TypeError)

@@ -83,8 +83,9 @@ class PrefixGroups:
         queries = self._queries_of(seqlens_q, rows.size)
         is_known = cache._batch is self._batch and np.array_equal(queries, self._queries)
         if self._update(rows.tolist()) or not is_known or self._gave_back(rows):
-            self._batch, self._queries = cache._batch, queries
+            self._batch, self._queries = None, queries  # where the tree cannot be sent, the next call plans again
             self._tree = self._plan(rows)
+            self._batch = cache._batch
         return self._tree
 
     def _queries_of(self, seqlens_q, batch):

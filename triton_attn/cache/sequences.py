@@ -88,6 +88,25 @@ class _Batch:
 NO_BATCH = _Batch([], from_list([]), True)
 
 
+@dataclass(slots=True, eq=False)
+class _Room:
+    """What rows need to grow, see `_room_for`."""
+
+    rows: list[int]
+    columns: list[int]  # of the next token of each
+    limits: list[int]  # 0 for those that get no token
+    growths: list[tuple[int, int, int]]  # (row, first column, last column) of new pages
+    full: list[int]  # rows with pages to be named
+    copied: list[tuple[int, int]]  # what `_to_copy` finds
+    originals: list[int]
+    kept: list[int]
+    behind: list[tuple[int, slice]]  # what `_pages_behind` finds
+    released: NDArray[np.integer]
+    new_pages: NDArray[np.int64]  # copies, then those of growths
+    bases: NDArray[np.int64]  # of the rows until now
+    is_copied: bool = False
+
+
 class PagedSequences:
     """Tables of pages for any number of sequences, with prefix sharing and copy-on-write; base class of the caches.
 
@@ -212,8 +231,18 @@ class PagedSequences:
         """
         rows = self._distinct_rows(seqs)
         new, lengths = self._new_tokens(token_ids, rows), self._lengths[rows]
-        slots, _ = self._extend(rows, lengths, lengths + new[0], new)
-        return self._to_device(self._by_group(slots) if self._shape_of_groups else slots)
+        ends = lengths + new[0]
+        slots, _, room = self._lay_out(rows, lengths, ends, new[0])
+        try:
+            own_slots = self._own_slots(slots)
+            sent = self._to_device(self._by_group(own_slots) if self._shape_of_groups else own_slots)
+            if room is not None:
+                self._copy_tails(room)
+        except BaseException:
+            self._take_back(room)
+            raise
+        self._extend(rows, lengths, ends, new, slots, room)
+        return sent
 
     def step(self, max_batch: int, max_seqlen: int, max_tokens: int | None = None) -> CacheStep:
         """A `CacheStep`: slots, lengths and block tables at addresses that stay, so that a CUDA graph replays.
@@ -289,11 +318,12 @@ class PagedSequences:
         tables, pages = self._held(rows)
         self.pool._share_held(pages)
         self._limits[rows] = 0
-        for row, copy in zip(rows.tolist()[:num_seqs], copies.tolist()):
-            chains[copy // self._num_groups] = chains[row // self._num_groups]
-        self._tables[copies, : tables.shape[1]] = tables
+        firsts, num_groups = copies.tolist()[:num_seqs], self._num_groups
+        for row, copy in zip(rows.tolist(), firsts):
+            chains[copy // num_groups] = chains[row // num_groups]
+        self._tables[:, : tables.shape[1]][copies] = tables
         self._states[:, copies] = self._states.take(rows, axis=1)
-        forks = list(map(Sequence, repeat(self), copies.tolist()[:num_seqs]))
+        forks = list(map(Sequence, repeat(self), firsts))
         self._batch = _Batch(list(forks), copies, True, num_spare=-1)  # they are likely to be extended next
         return forks[0] if isinstance(seqs, Sequence) else forks
 
@@ -384,7 +414,7 @@ class PagedSequences:
         rows = self._distinct_rows(_as_iterable(seqs))
         tables, pages = self._held(rows)
         self.pool._release(pages)
-        self._tables[_index_of(rows), : tables.shape[1]] = 0
+        self._tables[:, : tables.shape[1]][_index_of(rows)] = 0
         freed = rows.tolist()[: len(self._batch.seqs)]
         for seq, row in zip(self._batch.seqs, freed):
             self._chains[row // self._num_groups] = None
@@ -557,48 +587,59 @@ class PagedSequences:
         pages = [self._to_device(pages.astype(np.int32)) for pages in (src_pages, dst_pages)]
         copy_kv_pages(self._page_tensors(), *pages)
 
-    def _extend(self, rows, lengths, ends, new):
-        """`extend` rows from these lengths to `ends` by what `as_batch` returns: slots and positions of new tokens."""
-        counts, ids, unknown = new
-        one_each = counts is ONE_EACH
+    # An extension has three steps. `_lay_out` says where the new tokens go, which `_take_back` undoes. Then comes all
+    # that the device may refuse: transfers, and copies of pages by `_copy_tails`. The bookkeeping of `_extend` is last,
+    # and does not fail.
+
+    def _lay_out(self, rows, lengths, ends, counts):
+        """(slots of new tokens, their positions, a `_Room` or None) of rows that grow from these lengths to `ends`.
+
+        Raises OutOfPages. New pages are in the tables, and nobody else's yet.
+        """
         # An extension by nothing names full pages too.
-        batch = self._batch
+        batch, room, one_each = self._batch, None, counts is ONE_EACH
         if one_each and batch.num_spare > 0:
             batch.num_spare -= 1
         elif batch.num_spare < 0:
-            self._make_room(rows, lengths, ends)
             batch.num_spare = 0
+            room = self._room_for(rows, lengths, ends)
         else:
-            room = self._limits[rows] - (ends if one_each else np.maximum(ends, lengths + 1))
-            least = room.item(room.argmin()) if room.size else 0
-            if least < 0:
-                short = (room < 0).nonzero()[0]  # it indexes faster than a mask
-                self._make_room(rows[short], lengths[short], ends[short])
+            left = self._limits[rows] - (ends if one_each else np.maximum(ends, lengths + 1))
+            least = left.item(left.argmin()) if left.size else 0
             batch.num_spare = max(least, 0)
-
-        # Nothing fails from here on.
+            if least < 0:
+                short = (left < 0).nonzero()[0]  # it indexes faster than a mask
+                room = self._room_for(rows[short], lengths[short], ends[short])
         if one_each:
-            positions, slots = lengths, self._bases[rows] + lengths
-        else:
-            positions = ranges(lengths, counts)
-            columns = positions // self.page_size
-            slots = (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions
+            return self._bases[rows] + lengths, lengths, room
+        positions = ranges(lengths, counts)
+        columns = positions // self.page_size
+        return (self._tables[rows.repeat(counts), columns] - columns) * self.page_size + positions, positions, room
+
+    def _extend(self, rows, lengths, ends, new, slots, room):
+        """Rows grow to `ends` by what `as_batch` returns."""
+        _, ids, unknown = new
+        if room is not None:
+            self._make_room(room)
         if ids is not None:
-            self._tokens[slots] = ids
+            self._tokens[slots if unknown is None else slots[~unknown.repeat(new[0])]] = ids
         if unknown is not None:
             self._known[rows[unknown]] = np.minimum(self._known[rows], lengths)[unknown]
         self._lengths[rows] = ends
-        return self._own_slots(slots), positions
 
-    def _make_room(self, rows, lengths, ends):
-        """Pages for rows that are about to grow from `lengths` to `ends`. Raises OutOfPages.
+    def _room_for(self, rows, lengths, ends):
+        """The `_Room` of rows that grow from `lengths` to `ends`, with new pages in their tables. Raises OutOfPages.
 
         Few rows of a batch come here in a step: a loop over them is faster than operations on short arrays.
         """
         page_size, tails, growths, full, growth, width = self.page_size, [], [], [], 0, 0
-        rows, lengths, ends, named = (x.tolist() for x in (rows, lengths, ends, self._named[rows]))
+        bases, columns, limits = self._bases[rows], [], []
+        rows, lengths, ends, named = rows.tolist(), lengths.tolist(), ends.tolist(), self._named[rows].tolist()
         for row, length, end, num_named in zip(rows, lengths, ends, named):
             column, first, last = length // page_size, -(-length // page_size), -(-end // page_size)
+            columns.append(column)
+            # Tokens that fill a page go up to it or beyond, and then the page has to be named.
+            limits.append((column + 1) * page_size if end > length else 0)
             if end > length and first > column:  # it goes on in its last page
                 tails.append((row, column))
             if last > first:
@@ -607,35 +648,57 @@ class PagedSequences:
             if column > num_named:
                 full.append(row)
         copied, originals, kept = self._to_copy(tails)
-        num_copied = len(copied)
+        used = len(copied)
         behind, released = NOTHING_BEHIND if self._is_plain else self._pages_behind(rows, lengths)
-        if num_copied + growth > self.pool.num_free:
-            self.pool._check_free(num_copied + growth, released)
+        if used + growth > self.pool.num_free:
+            self.pool._check_free(used + growth, released)
         self._widen(width)
 
-        # Nothing fails from here on. What is given back was named first, and can be found.
-        if full:
-            self._name_full_pages(full)
-        if behind:
-            self._give_back(behind, released)
-        new_pages = self.pool.allocate(num_copied + growth)
-        if kept:
-            self.pool._forget(kept)
-        if copied:
-            self._replace(copied, originals, new_pages[:num_copied])
-        used = num_copied
+        # Nothing fails from here on.
+        new_pages, tables = self.pool._next_free(used + growth, released), self._tables
+        for entry, copy in zip(copied, new_pages.tolist()):
+            tables[entry] = copy
         for row, first, last in growths:
-            self._tables[row, first:last] = new_pages[used : used + last - first]
+            tables[row, first:last] = new_pages[used : used + last - first]
             used += last - first
-        columns = [length // page_size for length in lengths]
-        for row, column, length, end in zip(rows, columns, lengths, ends):
-            if end > length:
-                self._bases[row] = (self._tables.item(row, column) - column) * page_size
-            # Tokens that fill a page go up to it or beyond, and then the page has to be named.
-            self._limits[row] = (column + 1) * page_size if end > length else 0
-        self._changes.extend(rows, columns)
+        for row, column, limit in zip(rows, columns, limits):
+            if limit:
+                self._bases[row] = (tables.item(row, column) - column) * page_size
+        return _Room(rows, columns, limits, growths, full, copied, originals, kept, behind, released, new_pages, bases)
+
+    def _copy_tails(self, room):
+        if room.copied:
+            self._copy_pages(from_list(room.originals), room.new_pages[: len(room.copied)])
+            room.is_copied = True
+
+    def _take_back(self, room):
+        """Undo `_lay_out`. What a copy has overwritten since is found no longer."""
+        if room is None:
+            return
+        for entry, original in zip(room.copied, room.originals):
+            self._tables[entry] = original
+        for row, first, last in room.growths:
+            self._tables[row, first:last] = 0
+        self._bases[room.rows] = room.bases
+        if room.is_copied:
+            self.pool.forget(room.new_pages[: len(room.copied)])
+
+    def _make_room(self, room):
+        """What rows need is theirs. What is given back was named first, and can be found."""
+        if room.full:
+            self._name_full_pages(room.full)
+        if room.behind:
+            self._give_back(room.behind, room.released)
+        self.pool._take(room.new_pages)
+        if room.kept:
+            self.pool._forget(room.kept)
+        if room.copied:
+            self._leave(room.originals, room.new_pages[: len(room.copied)])
+        for row, limit in zip(room.rows, room.limits):
+            self._limits[row] = limit
+        self._changes.extend(room.rows, room.columns)
         if not self._is_plain:
-            self._limit_by_windows(rows)
+            self._limit_by_windows(room.rows)
 
     def _pages_behind(self, rows, lengths):
         """([(row, slice of columns)], their pages): what is held, and no token from these lengths on sees."""
@@ -683,15 +746,13 @@ class PagedSequences:
                 kept.append(page)
         return copied, originals, kept
 
-    def _replace(self, entries, originals, copies):
-        """Put copies in place of the pages that `_to_copy` found."""
-        originals = from_list(originals)
-        self._copy_pages(originals, copies)
+    def _leave(self, originals, copies):
+        """Give up pages that `_to_copy` found, whose copies were made."""
         self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)
-        for entry, copy in zip(entries, copies.tolist()):
-            self._tables[entry] = copy
-        # Others hold each, or held it: what is behind their windows may have been given back since `_to_copy`.
-        (self.pool._release_shared if self._is_plain else self.pool._release)(originals)
+        if self._is_plain:  # others hold each
+            self.pool._release_shared(originals)
+        else:  # or held it: what is behind their windows may have been given back since `_to_copy`
+            self.pool._release(from_list(originals))
 
     def _slots_of(self, row, positions):
         """The slots of a sequence's tokens at these positions."""
@@ -757,7 +818,7 @@ class PagedSequences:
         lengths = self._lengths[rows]
         of_each = lengths.tolist()
         width = self._pages_of(max(of_each, default=0))
-        tables = self._tables[_index_of(rows), :width]
+        tables = self._tables[:, :width][_index_of(rows)]  # twice as fast as both at once
         if self._is_plain and self._pages_of(min(of_each, default=0)) == width:
             return tables, tables.ravel().astype(INT64)  # with int64 numpy indexes several times faster
         columns = np.arange(width)
@@ -840,10 +901,18 @@ class PagedSequences:
         num_groups = self._num_groups
         first = len(self._chains) * num_groups
         last = first + num_seqs * num_groups
-        if last > self._lengths.size:
-            self._grow(max(last, 2 * self._lengths.size), self._tables.shape[1])
+        self._lengthen(last)
         self._unused_rows[:0] = range(last - num_groups, first - 1, -num_groups)
         self._chains += [None] * num_seqs
+
+    def _make_room_for_rows(self, num_seqs):
+        """Room for the rows of so many sequences more than there are, so that `_new_rows` cannot fail."""
+        self._lengthen((len(self._chains) - len(self._unused_rows) + num_seqs) * self._num_groups)
+
+    def _lengthen(self, num_rows):
+        """Room for so many rows."""
+        if num_rows > self._lengths.size:
+            self._grow(max(num_rows, 2 * self._lengths.size), self._tables.shape[1])
 
     def _grow(self, num_rows, width):
         """Larger tables and states, which take memory where they are written. What is used moves there."""

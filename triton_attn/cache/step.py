@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,15 +104,21 @@ class CacheStep:
         self._header = changes.data_ptr() - self._there.data_ptr()  # bytes before the changes
         self._flat_table = self.block_table.view(-1)
         self._table_here = self._flat_table.numpy() if self._there is self._here else None
-        self._slots[:] = -1
+        # Rows of the cache, by row of the block table; of one group after the other.
+        self._rows = np.full((num_groups, max_batch), -1)
+        self._num_read = 0  # of the cache's changes
+        self._clear()
+        if self._table_here is None:
+            self._send((), (), self._here.pin_memory())
+
+    def _clear(self):
+        """Padding alone, on the host; nothing is known of what the device has."""
+        self._slots[:], self._positions[:], self._seqlens[:], self._starts[:] = -1, 0, 0, 0
         self.batch = self.num_tokens = self.max_seqlen_q = 0
         self._in_use = self._slots[:0], self._positions[:0], self._seqlens[:0]  # by the last call
         self._batch = None  # of the cache, at the last call
-        # Rows of the cache, by row of the block table; of one group after the other.
-        self._rows = np.full((num_groups, max_batch), -1)
-        self._places = {}  # the inverse
-        self._num_read = 0  # of the cache's changes
-        self._send([], [])
+        self._rows[:] = -1
+        self._places = {}  # the inverse of _rows
 
     def extend(self, seqs: "Iterable[Sequence]", token_ids: "int | Tensor | Iterable[int | TokenIds]") -> None:
         """Room for new tokens at the end of each sequence, as the cache's `extend`; then fill the buffers.
@@ -123,7 +129,8 @@ class CacheStep:
 
         Raises:
             OutOfPages, ValueError, TypeError: as the cache's `extend`, and ValueError for more sequences, tokens or a
-                longer sequence than the step was made for; with nothing changed, in the buffers either.
+                longer sequence than the step was made for; with nothing changed, in the buffers either. Where
+                a transfer to the buffers fails, the cache is as it was, and the next call sends all of them.
         """
         cache = self._cache
         rows = cache._distinct_rows(seqs)
@@ -133,12 +140,21 @@ class CacheStep:
         batch = rows.size // num_groups
         num_tokens = batch if counts is ONE_EACH else int(counts.sum()) // num_groups
         self._check_room(batch, num_tokens, ends)
-        slots, positions = cache._extend(rows, lengths, ends, new)
-        self._fill(counts, num_tokens, slots, positions, ends)
-        if cache._batch is self._batch and cache._changes.count == self._num_read:
-            self._send((), ())
-        else:
-            self._send(*self._changed_entries(rows, ends))
+        slots, positions, room = cache._lay_out(rows, lengths, ends, counts)
+        try:
+            message = None if self._table_here is not None else self._here.pin_memory()
+            if room is not None:
+                cache._copy_tails(room)
+            self._fill(counts, num_tokens, cache._own_slots(slots), positions, ends)
+            if room is not None or cache._batch is not self._batch or cache._changes.count != self._num_read:
+                self._send(*self._changed_entries(rows, ends, room), message)
+            elif message is not None:
+                self._send((), (), message)
+        except BaseException:
+            cache._take_back(room)
+            raise
+        cache._extend(rows, lengths, ends, new, slots, room)
+        self._num_read = cache._changes.count
 
     def _check_room(self, batch, num_tokens, ends):
         if batch > self._seqlens.size:
@@ -172,25 +188,27 @@ class CacheStep:
         self._starts[batch + 1 :] = num_tokens
         self.batch, self.num_tokens, self.max_seqlen_q = batch, num_tokens, longest
 
-    def _changed_entries(self, rows, ends):
+    def _changed_entries(self, rows, ends, room):
         """(entries of the table as if it were flat, their pages), two lists: what the device does not have."""
         cache, width, max_batch = self._cache, self.block_table.shape[-1], self._seqlens.size
         tables, held_from, page_size = cache._tables, cache._firsts, cache.page_size
+        given_back = {} if room is None else {row: columns.stop for row, columns in room.behind}
         entries, pages = [], []
-        for place, first in self._changed_rows(rows).items():
+        for place, first in self._changed_rows(rows, room).items():
             row, start = self._rows.item(place), place * width
-            first = max(first, held_from.item(row))
+            first = max(first, given_back.get(row) or held_from.item(row))
             last = (ends.item(place % max_batch) + page_size - 1) // page_size
             entries += range(start + first, start + last)
             pages += tables[row, first:last].tolist()
         return entries, pages
 
-    def _changed_rows(self, rows):
+    def _changed_rows(self, rows, room):
         """{row of the block table: its first entry that the device may not have}"""
-        log, batch = self._cache._changes, self._cache._batch
-        changes, self._num_read = log.since(self._num_read), log.count
+        batch, changes = self._cache._batch, self._cache._changes.since(self._num_read)
         if changes is None:
             changes, self._batch, self._rows[:] = (), None, -1
+        if room is not None:  # what is not in the log yet
+            changes = chain(changes, zip(room.rows, room.columns))
         firsts = {}
         if batch is not self._batch:
             rows = rows.reshape(len(self._rows), -1)
@@ -205,8 +223,9 @@ class CacheStep:
                 firsts[place] = min(column, firsts[place]) if place in firsts else column
         return firsts
 
-    def _send(self, entries, pages):
-        """Bring the device up to date: copy what `_fill` wrote, and put pages in these entries of the table."""
+    def _send(self, entries, pages, message):
+        """Bring the device up to date: send what `_fill` wrote, from pinned memory as large, and put pages in these
+        entries of the table. On the host the buffers are what `_fill` wrote, and there is no message."""
         if self._table_here is not None:
             if entries:
                 self._table_here[entries] = pages
@@ -215,12 +234,17 @@ class CacheStep:
         self._changes[:together, 0] = entries[:together]
         self._changes[:together, 1] = pages[:together]
         used = slice(self._header + 16 * together)
-        # Torch gives pinned memory to others only after transfers from it, so that calls can run ahead of the GPU.
-        self._there[used].copy_(self._here[used].pin_memory(), non_blocking=True)
-        if together:
-            self._put(self._changes_there[:together])
-        if together < len(entries):
-            self._put(self._cache._to_device(np.array([entries[together:], pages[together:]]).T.copy()))
+        message[used].numpy()[:] = self._here[used].numpy()
+        try:
+            # Torch gives pinned memory to others only after transfers from it, so that calls can run ahead of the GPU.
+            self._there[used].copy_(message[used], non_blocking=True)
+            if together:
+                self._put(self._changes_there[:together])
+            if together < len(entries):
+                self._put(self._cache._to_device(np.array([entries[together:], pages[together:]]).T.copy()))
+        except BaseException:
+            self._clear()
+            raise
 
     def _put(self, changes):
         """Apply changes that are on the device. Of a little-endian int64, the int32 is the first half."""

@@ -38,8 +38,8 @@ def as_ids(token_ids, name="token_ids"):
 def as_batch(token_ids, batch):
     """What `extend` takes, as (numbers of new tokens, all ids in a row, mask of sequences without ids).
 
-    The numbers are (batch,), or ONE_EACH if all are 1. Tokens without an id have 0 in its place. ids are None if there
-    are none; the mask is None if all have ids.
+    The numbers are (batch,), or ONE_EACH if all are 1. ids are those of the sequences that have any, None if none has;
+    the mask is None if all have ids. What it takes of memory is what it is given, whatever the numbers are.
     """
     lists = ids = unknown = None
     if _is_list_of_lists(token_ids):  # the form of most calls
@@ -54,15 +54,15 @@ def as_batch(token_ids, batch):
     else:
         if not isinstance(token_ids, Iterable):
             fail("token_ids", f"one entry for each of {batch} sequences", type(token_ids).__name__, TypeError)
-        token_ids = list(token_ids)
-        unknown = np.array([isinstance(item, Integral) and int(item) > 0 for item in token_ids], bool)
-        lists = list(map(_as_list, token_ids))
-        counts = list(map(len, lists))
+        items = [check_length("token_ids", x) if isinstance(x, Integral) else as_ids(x).tolist() for x in token_ids]
+        unknown = np.array([type(item) is int and item > 0 for item in items], bool)
+        lists = [item for item in items if type(item) is list]
+        counts = [len(item) if isinstance(item, list) else item for item in items]
     if len(counts) != batch:
         fail("token_ids", f"one entry for each of {batch} sequences", len(counts))
     one_each = counts.count(1) == batch
-    if lists is not None:
-        if batch == 1:
+    if lists:
+        if len(lists) == 1:
             (in_a_row,) = lists
         elif one_each:  # twice as fast as a chain
             in_a_row = [token_id for (token_id,) in lists]
@@ -74,10 +74,3 @@ def as_batch(token_ids, batch):
 
 def _is_list_of_lists(x):
     return type(x) is list and {*map(type, x)} == ALL_LISTS
-
-
-def _as_list(token_ids):
-    """A list of ids, or of as many zeros as an int says."""
-    if isinstance(token_ids, Integral):
-        return [0] * check_length("token_ids", token_ids)
-    return as_ids(token_ids).tolist()

@@ -41,9 +41,10 @@ def export_pages(cache, seq, first_page, to):
 def import_pages(cache, pages, token_ids, salt):
     """`import_pages` of a cache; the first row of the sequence."""
     has_ids = not isinstance(token_ids, Integral)
-    ids = as_ids(token_ids) if has_ids else np.zeros(check_length("token_ids", token_ids), np.int64)
-    is_known = has_ids or ids.size == 0
-    num_pages, starts = cache._pages_of(ids.size), _first_pages(cache, ids.size)
+    ids = as_ids(token_ids) if has_ids else from_list([])
+    num_tokens = ids.size if has_ids else check_length("token_ids", token_ids)
+    is_known = has_ids or num_tokens == 0
+    num_pages, starts = cache._pages_of(num_tokens), _first_pages(cache, num_tokens)
     num_given = _check_exported(cache, "pages", pages, None)
     chain = [root_hash(salt)]
     found = _find(cache, page_hashes(chain, ids, cache.page_size), starts) if is_known else [[] for _ in starts]
@@ -51,32 +52,34 @@ def import_pages(cache, pages, token_ids, salt):
     given_from = _given_from(starts, ends, num_pages, num_given, sum(map(len, found)))
     shared, num_new = from_list([page for own in found for page in own]), sum(num_pages - end for end in ends)
     cache.pool._check_free(num_new + int((cache.pool._refs[shared] == 0).sum()))
-    new_pages = cache.pool._next_free(num_new, shared)
+    new_pages = cache.pool._next_free(num_new, besides=shared)
     firsts = [max(given_from, start) for start in starts]
     num_of_groups = [num_pages - first for first in firsts]
     given = [
         np.arange(end - first, num_pages - first) + num_before
         for end, first, num_before in zip(ends, firsts, accumulate(num_of_groups, initial=0))
     ]
+    cache._widen(num_pages)
+    cache._make_room_for_rows(1)
     # The copy refuses what it cannot read before it writes, and the pages are still free.
     given, destinations = (cache._to_device(x.astype(np.int32)) for x in (np.concatenate(given), new_pages))
     copy_kv_pages(tuple([x.detach() for x in pages]), given, destinations, to=cache._page_tensors())
 
     # Nothing fails from here on.
     cache.pool._share(shared)
-    cache.pool.allocate(num_new)
+    cache.pool._take(new_pages)
     del chain[1 + max(ends) :]
     row = cache._new_row(chain)
-    cache._widen(num_pages)
     num_used = 0
     for group_row, (start, end, own) in enumerate(zip(starts, ends, found), row):
         new = new_pages[num_used : num_used + num_pages - end]
         cache._tables[group_row, start:num_pages] = np.concatenate([from_list(own), new])
-        cache._lengths[group_row], cache._limits[group_row] = ids.size, 0
+        cache._lengths[group_row], cache._limits[group_row] = num_tokens, 0
         cache._known[group_row], cache._named[group_row] = (NO_LIMIT, end) if is_known else (0, 0)
         cache._firsts[group_row] = start
-        positions = np.arange(end * cache.page_size, ids.size)
-        cache._tokens[cache._slots_of(group_row, positions)] = ids[positions]
+        if is_known:
+            positions = np.arange(end * cache.page_size, num_tokens)
+            cache._tokens[cache._slots_of(group_row, positions)] = ids[positions]
         num_used += new.size
     cache._name_full_pages(range(row, row + cache._num_groups))
     return row
