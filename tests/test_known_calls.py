@@ -229,8 +229,22 @@ WEIGHTS = dict(
 )
 TREE = dict(prefix_tree=tree_of_all(2, 1))
 MASK = dict(tree_mask=torch.zeros(2, 1, dtype=torch.int64))
+IN_CHUNKS = dict(kv_latent=torch.empty(2, 210, 64, dtype=BF16), k_pe=torch.empty(2, 210, 32, dtype=BF16))
+# Of 136 rows, so that the start of the third chunk is a multiple of 16, but not that of the second.
+IN_CHUNKS |= dict(mode="materialized", max_workspace_bytes=34000)
+DENSE_FORMS = (
+    {},
+    dict(sinks=torch.ones(4), alibi_slopes=torch.ones(4)),
+    dict(sinks=torch.ones(4, dtype=BF16), alibi_slopes=torch.ones(2, 4)),
+    dict(alibi_slopes=torch.ones(4, 2).mT),
+    dict(dropout_p=0.1, dropout_seed=1),
+    dict(dropout_p=0.5, dropout_seed=1),
+)
+DENSE_OPTIONS = ({}, dict(causal=True), dict(window_size=(3, 0), softcap=30.0), dict(shard=int32(2, 3)))
 # Forms of calls, each beside all others, with and without a number as a scale.
 FORMS = {
+    flash_attention: (FLASH, DENSE_FORMS, DENSE_OPTIONS),
+    flash_attention_varlen: (VARLEN, DENSE_FORMS, (*DENSE_OPTIONS, dict(max_seqlen_q=4))),
     mla_decode: (
         DECODE,
         ({}, WEIGHTS, FLOAT8 | dict(k_scale=0.5), FLOAT8 | dict(k_scale=torch.ones(1)), FLOAT8 | dict(k_pe_scale=0.5)),
@@ -238,7 +252,7 @@ FORMS = {
     ),
     mla_prefill: (
         PREFILL,
-        ({}, PACKED, dict(mode="absorbed"), dict(mode="absorbed", max_workspace_bytes=2**16)),
+        ({}, PACKED, dict(mode="absorbed"), dict(mode="absorbed", max_workspace_bytes=2**16), IN_CHUNKS),
         ({},),
     ),
     merge_attention: (MERGE, ({}, dict(outs=torch.empty(3, 2, 1, 4, 64))), ({},)),
@@ -273,6 +287,28 @@ def test_launches_that_say_they_are_alike_are_alike(function):
                     for _ in range(2):
                         function(**arguments | moved | options)
     assert len(seen) > 2 * len(forms)
+
+
+@pytest.mark.parametrize("function", [flash_attention, flash_attention_varlen, mla_prefill], ids=lambda x: x.__name__)
+def test_launches_of_gradients_that_say_they_are_alike_are_alike(function):
+    """Of each set of inputs, in every form."""
+    base, forms, others = FORMS[function]
+    forget_plans()
+    with compile_only("sm_90"), mock.patch.object(JITFunction, "run"), checked_alike() as seen:
+        for form, more in itertools.product(forms, others):
+            arguments = base | form | more
+            if arguments.get("mode") == "absorbed":  # has no gradients
+                continue
+            inputs = [name for name, x in tensors_of(base | form).items() if x.is_floating_point()]
+            inputs = [name for name in inputs if name != "alibi_slopes"]
+            for wanted, deterministic in itertools.product((inputs, inputs[:1], inputs[1:3]), (False, True)):
+                leaves = {name: needs_gradient(arguments[name]) for name in wanted}
+                options = dict(deterministic=True) if deterministic and function is not mla_prefill else {}
+                for return_lse in (False, True):
+                    found = function(**arguments | leaves | options, return_lse=return_lse)
+                    sums = sum(x.sum() for x in found) if return_lse else found.sum()
+                    torch.autograd.grad(sums, [*leaves.values()])
+    assert len(seen) >= 6
 
 
 def test_an_lse_that_is_wanted_is_no_matter_of_layouts():

@@ -140,6 +140,7 @@ class Plan(NamedTuple):
     counts: tuple  # arguments from seqlen_q to heads
     scores: Scores  # without ALiBi
     constants: dict
+    alike: object  # of this plan alone, see `alike_of`
 
 
 def plan_kernel(
@@ -202,6 +203,7 @@ def plan_kernel(
         (shape_q[-3], shape_k[-3], num_tiles, section_size, Heads(num_heads, group_size)),
         Scores(key.problem.softmax_scale * LOG2_E.value, key.problem.softcap, None, Window(*key.problem.window)),
         dict(TILE=tile, num_warps=config.num_warps, num_stages=config.num_stages),
+        object(),
     )
 
 
@@ -217,3 +219,11 @@ def common_arguments(call: Call, plan: Plan) -> tuple:
     if options.dropout_p > 0:
         dropout = Dropout(options.dropout_seed, int(options.dropout_p * 2**31), 1 / (1 - options.dropout_p))
     return sequences, *plan.counts, scores, dropout
+
+
+def alike_of(call: Call, plan: Plan, lse: torch.Tensor | None) -> tuple:
+    """What launches of a plan share that differ in addresses and floats alone: `alike` of `launch`."""
+    alibi, sinks, dropout_p = call.options.alibi_slopes, call.options.sinks, call.options.dropout_p
+    lse_stride = None if lse is None else lse.shape[-1]
+    of_tensors = None if alibi is None else alibi.stride(), None if sinks is None else sinks.dtype
+    return plan.alike, lse_stride, dropout_p, *of_tensors

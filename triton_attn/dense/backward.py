@@ -14,7 +14,7 @@ from .._host.layout import lse_strides, rows_are_wide
 from .._host.tuned import choose, remember
 from .._jit.args import View, view_of
 from .._jit.workarounds import may_hoist
-from .arguments import CallKey, common_arguments, key_of, plan_kernel
+from .arguments import CallKey, alike_of, common_arguments, key_of, plan_kernel
 from .backward_configs import BackwardConfig, check_shared_memory, dk_apart_from_dv
 from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
 from .tiles import FlashCase
@@ -109,7 +109,8 @@ def _launch_dkdv(problem, tiles, dq_sum, dk, dv):
         None if dv is None else View(dv, of_dv.strides),
         *common_arguments(call, plan),
     )
-    launch(_flash_bwd_dkdv_kernel, (plan.num_programs,), dout.device, args, plan.constants)
+    alike = alike_of(call, plan, sums.lse_ptr)
+    launch(_flash_bwd_dkdv_kernel, (plan.num_programs,), dout.device, args, plan.constants, alike)
 
 
 @remember
@@ -149,7 +150,8 @@ def _launch_dq(problem, tiles, dq):
         View(dq, of_dq.strides),
         *common_arguments(call, plan),
     )
-    launch(_flash_bwd_dq_kernel, (plan.num_programs,), dout.device, args, plan.constants)
+    alike = alike_of(call, plan, sums.lse_ptr)
+    launch(_flash_bwd_dq_kernel, (plan.num_programs,), dout.device, args, plan.constants, alike)
 
 
 @remember

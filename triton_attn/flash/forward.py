@@ -31,7 +31,7 @@ from .._jit.tiles import (
     zeros_tile,
 )
 from .._jit.workarounds import fills_registers, in_vectors, one_trip, tanh_spills
-from ..dense.arguments import LENGTHS, common_arguments, key_of, plan_kernel
+from ..dense.arguments import LENGTHS, alike_of, common_arguments, key_of, plan_kernel
 from ..dense.tiles import FlashCase
 from .configs import FlashConfig
 from .hopper import HopperPlan, launch_flash_fwd_hopper, plan_hopper
@@ -178,7 +178,8 @@ def launch_flash_fwd(call, out, lse, config=None):
         options.sinks,
         *common_arguments(call, plan),
     )
-    launch(_flash_fwd_kernel, (plan.num_programs,), q.device, args, plan.constants)
+    alike = alike_of(call, plan, lse)
+    launch(_flash_fwd_kernel, (plan.num_programs,), q.device, args, plan.constants, alike)
 
 
 @remember

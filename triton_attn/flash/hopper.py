@@ -33,7 +33,7 @@ from .._jit.heads import assign_work, row_pointer, sequence_bounds, slots_left_o
 from .._jit.masks import first_column, last_column, scale_and_cap, subtract_distance
 from .._jit.softmax import LOG2_E, load_sink, softmax_finish, softmax_weights
 from .._jit.tiles import sequence_coords
-from ..dense.arguments import LENGTHS, common_arguments
+from ..dense.arguments import LENGTHS, alike_of, common_arguments
 from ..dense.tiles import FlashCase
 from ..dense.tma import tma_geometry
 from .configs import HopperConfig
@@ -759,6 +759,7 @@ class HopperPlan(NamedTuple):
     scores: Scores  # without ALiBi
     per_program: int | None  # tiles of queries of a program; None: one
     constants: dict
+    alike: object  # of this plan alone, see `alike_of`
 
 
 def launch_flash_fwd_hopper(plan, call, out, lse):
@@ -776,7 +777,8 @@ def launch_flash_fwd_hopper(plan, call, out, lse):
         *common_arguments(call, plan)[:-1],  # no dropout
         plan.per_program,
     )
-    launch(_flash_fwd_hopper_kernel, (plan.num_programs,), q.device, args, plan.constants)
+    alike = alike_of(call, plan, lse)
+    launch(_flash_fwd_hopper_kernel, (plan.num_programs,), q.device, args, plan.constants, alike)
 
 
 def plan_hopper(key, wanted, config=None):
@@ -821,6 +823,7 @@ def plan_hopper(key, wanted, config=None):
         Scores(problem.softmax_scale * LOG2_E.value, problem.softcap, None, Window(*problem.window)),
         per_program if per_program > 1 else None,
         constants,
+        object(),
     )
 
 

@@ -387,6 +387,7 @@ class Plan(NamedTuple):
     counts: tuple  # seqlen_q, seqlen_k, num_tiles, section_size
     scores: tuple  # scale_log2, window
     constants: dict
+    alike: object  # of this plan alone
 
     def launch(self, operands, lse, lengths, rows):
         """Attend the rows (first, end) of the keys. lse is that of the heads of operands.out, or None: not wanted."""
@@ -394,16 +395,18 @@ class Plan(NamedTuple):
         if self.num_programs == 0:
             clear_outputs(out, lse)
             return
+        num_heads = 0 if lse is None else heads_of_lse(lse)
         args = (
             *[x if x is None else View(x, strides) for x, strides in zip(operands, self.strides)],
             lse,
-            0 if lse is None else heads_of_lse(lse),
+            num_heads,
             Sequences(lengths.cu_seqlens_q, lengths.cu_seqlens_k, None),
             *self.counts,
             *rows,
             *self.scores,
         )
-        launch(_mla_prefill_kernel, (self.num_programs,), out.device, args, self.constants)
+        alike = self.alike, num_heads, rows
+        launch(_mla_prefill_kernel, (self.num_programs,), out.device, args, self.constants, alike)
 
 
 @remember
@@ -441,6 +444,7 @@ def _plan(key, config):
         (num_rows, layouts.k_pe[0][-2], num_tiles, section_size),
         (key.softmax_scale * LOG2_E.value, Window(None, 0 if key.causal else None)),
         dict(TILE=tile, num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        object(),
     )
 
 
