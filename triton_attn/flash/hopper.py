@@ -514,15 +514,15 @@ def _attend_tile(GROUP: gl.constexpr, work, shared, results, scores):
         left, right = scores.window
         own = _Work(work.head, work.past, work.start_m, work.keys, _rows_of_group(GROUP, work.start_m, shared))
         state = _first_tile(GROUP, own, shared, results.descs[0].dtype, scores)
-        full_start = gl.maximum(1, own.keys.num_tiles - own.keys.full_end)
-        full_steps = own.keys.num_tiles - own.keys.left_tiles
+        full_start = gl.maximum(1, work.keys.num_tiles - work.keys.full_end)
+        full_steps = work.keys.num_tiles - work.keys.left_tiles
         if right is not None:
             for step in range(1, full_start):
                 state = _step(GROUP, own, shared, step, state, scores, True)
         for step in range(full_start, full_steps):
             state = _step(GROUP, own, shared, step, state, scores, False)
         if left is not None:
-            for step in range(gl.maximum(full_start, full_steps), own.keys.num_tiles):
+            for step in range(gl.maximum(full_start, full_steps), work.keys.num_tiles):
                 state = _step(GROUP, own, shared, step, state, scores, True)
         _store(GROUP, own, shared, results, state)
 
