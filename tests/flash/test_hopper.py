@@ -82,10 +82,13 @@ def test_what_it_compiles_to(head_dim, options, causal, varlen, wanted, record_p
     assert launch.uses_wgmma
     assert launch.kernel.metadata.shared <= shared_memory_limit("sm_90")
     assert report["spills in loop"] == 0
-    # Outside the loops. ptxas of newer Tritons spills more there; they have no entry that makes this kernel the
-    # default.
-    few = 10 if options else 4 if causal else 0
-    assert report["spills"] <= (few if triton.__version__.startswith("3.6.") else 32)
+    # Outside the loops. ptxas of newer Tritons spills more there, with causal the number of the thread; they have no
+    # entry that makes this kernel the default.
+    few, more = (
+        10 if options else 4 if causal and head_dim == 192 else 0,
+        32 if options or head_dim == 256 else 14 if causal else 0,
+    )
+    assert report["spills"] <= (few if triton.__version__.startswith("3.6.") else more)
     assert report["useful share"] == 1.0
     assert report["bound TFLOP/s"] >= bounds[head_dim > 64]
     # Per group and loop body: the wait for scores leaves the matmuls of the output in flight, one for each piece.

@@ -54,7 +54,7 @@ def _hopper_kernel(s_ptr, m_ptr, results, slope, scores, lengths, MASKED: gl.con
         hopper._Head(coords, coords, 0, seqlen_k, offset, scores.window), None, start_m, hopper._Keys(start_n, 1, 0, 0)
     )
     m_i = gl.load(m_ptr + i)
-    p, alpha, m_i = hopper._softmax_of(work, gl.load(s_ptr + tile), m_i, (start_m, start_n), of_head, MASKED)
+    p, alpha, m_i = hopper._softmax_of(work, gl.load(s_ptr + tile), m_i, (start_m + i, start_n), of_head, MASKED)
     gl.store(p_ptr + tile, p)
     gl.store(alpha_ptr + i, alpha)
     gl.store(m_new_ptr + i, m_i)

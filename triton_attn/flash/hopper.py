@@ -88,12 +88,13 @@ class _Keys(NamedTuple):
 
 class _Work(NamedTuple):
     """A tile of queries: the rows of a _Head from start_m on, over their _Keys. past is a _Past, or None for a
-    program with one tile of queries."""
+    program with one tile of queries. In a group rows are its own, see `_rows_of_group`."""
 
     head: object
     past: object
     start_m: object
     keys: object
+    rows: object = None
 
 
 class _Program(NamedTuple):
@@ -266,19 +267,19 @@ def _columns_of_rows(of_row, t):
 @gluon.jit
 def _change_scores(work, s, origin, scores, MASKED: gl.constexpr):
     """The scores (64, BLOCK_N) of a tile as the softmax takes them, see `scale_scores` and `mask_scores`. origin is its
-    first row and column.
+    rows and its first column.
 
     Each thread compares constants, 8 j + e, with limits of its own. Column indices of its own would stay in registers
     throughout the loop.
     """
     left, right = scores.window
-    start_m, start_n = origin
+    rows, start_n = origin
     x = _by_thread(s)
     if scores.softcap is not None or scores.slope is not None:
         x = scale_and_cap(x, scores, False)
     OF_E: gl.constexpr = gl.SliceLayout(3, x.type.layout)
     OF_T: gl.constexpr = gl.SliceLayout(2, OF_E)
-    rows = start_m + gl.arange(0, x.shape[0], gl.SliceLayout(1, OF_T))
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, OF_T))
     j = gl.arange(0, x.shape[1], gl.SliceLayout(0, OF_T)) * 8
     t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, OF_E))) * 2
     e = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, x.type.layout))))
@@ -299,7 +300,7 @@ def _change_scores(work, s, origin, scores, MASKED: gl.constexpr):
 
 @gluon.jit
 def _softmax_of(work, s, m_i, origin, scores, MASKED: gl.constexpr):
-    """`softmax_weights` of a tile of q . k, whose first row and column are the origin. The exponential takes the scale
+    """`softmax_weights` of a tile of q . k, whose rows and first column are the origin. The exponential takes the scale
     along where nothing else comes between."""
     FOLDS: gl.constexpr = scores.softcap is None and scores.slope is None
     if MASKED or not FOLDS:
@@ -426,7 +427,7 @@ def _step(GROUP: gl.constexpr, work, shared, step, state, scores, MASKED: gl.con
     s = warpgroup_mma_wait(len(output), [s])
     stage, _ = _stage(shared.k, work, step)
     mbarrier.arrive(shared.k.free.index(stage), count=1)
-    origin = work.start_m + GROUP * GROUP_ROWS, _start_of(work, shared, step)
+    origin = work.rows, _start_of(work, shared, step)
     weights, alpha, m_i = _softmax_of(work, s, state.m_i, origin, scores, MASKED)
     l_i = _scale_rows(state.l_i, alpha) + _partial_sums(weights)
     if EARLY:
@@ -455,7 +456,7 @@ def _first_tile(GROUP: gl.constexpr, work, shared, dtype: gl.constexpr, scores):
     s = warpgroup_mma_wait(0, [_issue_scores(GROUP, work, shared, 0)])
     stage, _ = _stage(shared.k, work, 0)
     mbarrier.arrive(shared.k.free.index(stage), count=1)
-    origin = work.start_m + GROUP * GROUP_ROWS, _start_of(work, shared, 0)
+    origin = work.rows, _start_of(work, shared, 0)
     m_i = gl.full([GROUP_ROWS], scores.sink, gl.float32, gl.SliceLayout(1, s.type.layout))
     weights, alpha, m_i = _softmax_of(work, s, m_i, origin, scores, True)
     l_i = _partial_sums(weights)
@@ -465,6 +466,29 @@ def _first_tile(GROUP: gl.constexpr, work, shared, dtype: gl.constexpr, scores):
     for i in gl.static_range(len(shared.v.tiles)):
         acc += (_zeros(shared.v.tiles[i].shape[5]),)
     return _Softmax(m_i, l_i, acc, gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, acc[0].type.layout, 2)))
+
+
+@gluon.constexpr_function
+def _comment(group):
+    return f"// group {group}"
+
+
+@gluon.jit
+def _end_of_group(GROUP: gl.constexpr):
+    """End the code of a group in a way of its own. LLVM would merge the ends of two groups into one, for which ptxas
+    keeps addresses in registers throughout the loops, and spills them."""
+    COMMENT: gl.constexpr = _comment(GROUP)
+    gl.inline_asm_elementwise(COMMENT, "=r,r", [gl.program_id(2)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _rows_of_group(GROUP: gl.constexpr, start_m, shared):
+    """The rows of a group (64,), by an instruction that compilers leave where it is. They would compute what of the
+    rows depends on the thread at the start of the program, and spill it until a mask needs it."""
+    BLOCK_N: gl.constexpr = shared.k.tiles[0].shape[4]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    rows = start_m + GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, LAYOUT))
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [rows], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -480,6 +504,7 @@ def _attend(GROUP: gl.constexpr, program, shared, results, scores):
             _attend_tile(GROUP, work, shared, results, scores)
             past = _past_with(work)
     tma.store_wait(0)
+    _end_of_group(GROUP)
 
 
 @gluon.jit
@@ -487,18 +512,19 @@ def _attend_tile(GROUP: gl.constexpr, work, shared, results, scores):
     """A group computes its rows of a tile of queries."""
     if work.start_m < work.head.seqlen_q:
         left, right = scores.window
-        state = _first_tile(GROUP, work, shared, results.descs[0].dtype, scores)
+        own = _Work(work.head, work.past, work.start_m, work.keys, _rows_of_group(GROUP, work.start_m, shared))
+        state = _first_tile(GROUP, own, shared, results.descs[0].dtype, scores)
         full_start = gl.maximum(1, work.keys.num_tiles - work.keys.full_end)
         full_steps = work.keys.num_tiles - work.keys.left_tiles
         if right is not None:
             for step in range(1, full_start):
-                state = _step(GROUP, work, shared, step, state, scores, True)
+                state = _step(GROUP, own, shared, step, state, scores, True)
         for step in range(full_start, full_steps):
-            state = _step(GROUP, work, shared, step, state, scores, False)
+            state = _step(GROUP, own, shared, step, state, scores, False)
         if left is not None:
             for step in range(gl.maximum(full_start, full_steps), work.keys.num_tiles):
-                state = _step(GROUP, work, shared, step, state, scores, True)
-        _store(GROUP, work, shared, results, state)
+                state = _step(GROUP, own, shared, step, state, scores, True)
+        _store(GROUP, own, shared, results, state)
 
 
 @gluon.jit
