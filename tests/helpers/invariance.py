@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 
+from triton_attn._host.tuned import forget_plans
 from triton_attn.merge import splits
 
 KEYS = 128  # of a split, so that short sequences have several
@@ -25,9 +26,9 @@ def short_splits(launcher, in_turn):
         mock.patch.object(launcher, "FIXED_KEYS", KEYS),
         mock.patch.object(launcher, "fixed_splits", chosen),
     ):
-        launcher._plan.cache_clear()
+        forget_plans()
         yield
-    launcher._plan.cache_clear()
+    forget_plans()
 
 
 def packed(parts, tables, tensors, device, spare):

@@ -16,6 +16,7 @@ from triton_attn import paged_attention
 from triton_attn._host import gpu
 from triton_attn._host.definition import attend, attend_tree, visible_keys
 from triton_attn._host.prefix_tree import read_tree
+from triton_attn._host.tuned import forget_plans
 from triton_attn.paged import forward
 from triton_attn.paged.configs import PagedConfig
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
@@ -305,9 +306,9 @@ def using(config):
         mock.patch.object(forward, "choose", return_value=config),
         mock.patch.object(gpu, "has_wgmma", return_value=True),  # with 8 warps, 64 rows use the form of sm_90
     ):
-        forward._plan.cache_clear()
+        forget_plans()
         yield
-    forward._plan.cache_clear()
+    forget_plans()
 
 
 def check(case):
