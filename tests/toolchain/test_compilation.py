@@ -103,10 +103,10 @@ def test_too_few_registers_spill(arch, M):
 
 
 @pytest.mark.oldest
-def test_spill_bytes_are_what_ptxas_reports(capfd, monkeypatch):
-    monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
-    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
-    with compile_only("sm_80") as launches:
+def test_spill_bytes_are_what_ptxas_reports(capfd):
+    nvidia, compilation = triton.knobs.nvidia, triton.knobs.compilation
+    with nvidia.scope(), compilation.scope(), compile_only("sm_80") as launches:
+        nvidia.dump_ptxas_log = compilation.always_compile = True
         launch_matmul(M=128, N=128, BLOCK_K=16, num_warps=1, num_stages=1)
     assert f" {launches[0].spill_bytes} bytes spill stores" in capfd.readouterr().out
 
