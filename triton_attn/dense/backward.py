@@ -169,7 +169,7 @@ def launch_row_sums(dout, dlse, out, lse, lengths, sinks):
     batch = lengths.batch(out)
     num_heads, head_dim_v = out.shape[-2:]
     minus_delta = torch.empty_like(lse)
-    block_m = 64
+    block_m = 64 if head_dim_v * out.element_size() <= 1024 else 32  # all of a row is in registers
     num_tiles = -(-min(lengths.max_seqlen_q, out.shape[-3]) // block_m)
     dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
     num_programs = num_tiles * batch * num_heads
