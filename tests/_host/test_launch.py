@@ -88,6 +88,32 @@ def run(num_warps=4, tile=32, alike=None, **arguments):
 ALIKE = pytest.mark.parametrize("alike", [None, object()], ids=["", "alike"])
 
 
+class Met(dict):
+    """As if there had been a launch of each kind."""
+
+    def __contains__(self, key):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def no_launch_is_the_first_of_its_kind(monkeypatch):
+    monkeypatch.setattr(host_device, "_alignments", Met())
+
+
+def test_the_first_launch_of_its_kind_does_nothing_for_later_ones(monkeypatch):
+    monkeypatch.setattr(host_device, "_alignments", {})
+    alike = object()
+    with (
+        compile_only("sm_90"),
+        mock.patch.object(host_device, "_places_of_tensors", wraps=host_device._places_of_tensors) as places,
+    ):
+        run(**BASE, alike=alike)
+        assert not places.called
+        for _ in range(3):
+            run(**BASE, alike=alike)
+    assert [one.args[0] for one in places.call_args_list].count("args") == 1
+
+
 def kernels_of(launches):
     return [one.kernel.hash for one in launches]
 
@@ -456,6 +482,7 @@ def test_no_driver_is_held():
 
 def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(host_device, "MOST_COMPILED", 3)
+    monkeypatch.setattr(host_device, "_alignments", {})
     with compile_only("sm_90") as launches:
         for num_warps in (1, 2, 4, 8, 1, 2, 4, 8):
             run(num_warps=num_warps, **BASE, alike=object())

@@ -1689,14 +1689,14 @@ FAULTS = (
     Fault(
         "QA4",
         "triton_attn/_host/device.py",
-        "        if len(_alignments) >= MOST_COMPILED:\n            _alignments.clear()\n",
+        "            if len(_alignments) >= MOST_COMPILED:\n                _alignments.clear()\n",
         "",
         "LAUNCH",
     ),
     Fault("QA5", "triton_attn/_host/device.py", "else (alike, None):", "else (alike,):", "LAUNCH"),
     Fault("QA6", "triton_attn/mla/absorbed.py", '(alike, "nodes")', "alike", "KNOWN"),
     Fault("QA7", "triton_attn/mla/absorbed.py", "alike = plan.alike, lse is None", "alike = plan.alike", "KNOWN"),
-    Fault("QA8", "triton_attn/paged/forward.py", "(self, shared) if is_known", "self if is_known", "KNOWN"),
+    Fault("QA8", "triton_attn/paged/forward.py", "one.constants, (self, shared))", "one.constants, self)", "KNOWN"),
     Fault(
         "QA9", "triton_attn/paged/api.py", "*sides_of(key_shard), is_batch_invariant()", "*sides_of(key_shard)", "KNOWN"
     ),

@@ -59,7 +59,7 @@ def launch(kernel, grid, device, args, constants, alike=None):
 
 MOST_COMPILED = 4096
 _compiled = {}  # {key of a launch: Compiled}
-_alignments = {}  # {(kernel, alike): the `alignment_of` of its arguments}
+_alignments = {}  # {(kernel, alike): the `_alignment_of` its arguments; None after one launch}
 
 
 class Compiled(NamedTuple):
@@ -126,8 +126,8 @@ def _launch(kernel, grid, args, constants, alike=None):
 
 
 def _key_of_launch(kernel, args, constants, alike=None):
-    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look. Of launches that
-    are alike that is in little time what they do not share.
+    """Everything that decides which compiled kernel a launch takes; None where the JIT has to look. From their second
+    launch on, alike ones have a key that takes little time: what they do not share.
 
     A kernel is its JITFunction: others of the same Python function have options of their own. It is there as long as
     what it was compiled to. `enable_fp_fusion` is set, and the JIT reads other knobs only where it compiles.
@@ -143,11 +143,14 @@ def _key_of_launch(kernel, args, constants, alike=None):
     of_launch = id(kernel), alike
     alignment_of = _alignments.get(of_launch)
     if alignment_of is None:
+        if of_launch not in _alignments:  # it may be the only one
+            if len(_alignments) >= MOST_COMPILED:
+                _alignments.clear()
+            _alignments[of_launch] = None
+            return None
         places = _places_of_tensors("args", args)
         if places is None:
             return None
-        if len(_alignments) >= MOST_COMPILED:
-            _alignments.clear()
         alignment_of = _alignments[of_launch] = _alignment_of(*places)
     return (*key, alike, alignment_of(args))
 

@@ -222,7 +222,7 @@ def paged_attention(
         room = as_workspace(workspace)
         scales = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
         result, new_lse = launches.outputs.new(q, return_lse, out, lse)
-        launches.launch((*given, *scales, tree), result, new_lse, room, is_known=True)
+        launches.launch((*given, *scales, tree), result, new_lse, room)
         return (result, new_lse) if return_lse else result
     batch, options, layout = _check_tensors(
         q, k_cache, v_cache, block_table, causal, softmax_scale, window_size, softcap

@@ -599,12 +599,11 @@ class Launches:
     table_stride: int | None
     mask_stride: int  # of tree_mask
 
-    def launch(self, tensors, out, lse, workspace=None, is_known=False):
+    def launch(self, tensors, out, lse, workspace=None):
         """Launch the kernels.
 
         tensors: q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi_slopes, sinks, tree_mask, k_scale
-        and v_scale, which may be numbers, and the memory of a PrefixTree. is_known: an earlier call had these Launches.
-        Only then it pays to find what its launches do not share with others.
+        and v_scale, which may be numbers, and the memory of a PrefixTree.
         """
         q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, alibi, sinks, tree_mask, *scales, tree = tensors
         plan, outs, lses, split_stride = self.plan, out, lse, 0
@@ -643,10 +642,9 @@ class Launches:
                 *after,
                 out_factor,
             )
-            alike = (self, shared) if is_known else None
-            launch(_paged_fwd_kernel, (one.num_programs,), q.device, args, one.constants, alike)
+            launch(_paged_fwd_kernel, (one.num_programs,), q.device, args, one.constants, (self, shared))
         if self.merge is not None:
-            self.merge.launch(outs, lses, out, lse, self if is_known else None)
+            self.merge.launch(outs, lses, out, lse, self)
 
 
 def launch_paged_fwd(call, out, lse, config=None):
