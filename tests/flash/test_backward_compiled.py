@@ -185,14 +185,15 @@ def test_options_of_wide_heads(option, head_dim, record_property):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_row_sums_do_not_spill(arch, dtype):
-    """A program has whole rows of out and dout, also of the widest heads. Triton 3.6.0 spills a register. Head dims
-    that 16 does not divide are loaded by element, and spill at the widest."""
+    """A program has whole rows of out and dout, also of the widest heads, and of those that 16 does not divide. Triton
+    3.6.0 spills a register."""
     lse = torch.empty(2, 4, 2048)
-    for head_dim in (128, 256, 384, 512):
+    for head_dim in (128, 248, 256, 264, 384, 512):
         out = torch.empty(2, 2048, 4, head_dim, dtype=dtype)
         with compile_only(arch) as launches:
             launch_row_sums(out, None, out, lse, Lengths(None, None, 2048, 2048), torch.ones(4))
-        assert [launch.spill_bytes <= 4 * OLDEST for launch in launches] == [True], head_dim
+        (launch,) = launches
+        assert launch.spill_bytes <= 4 * OLDEST, head_dim
 
 
 def test_fp32_gradients_that_do_not_fit_are_refused_at_the_call():

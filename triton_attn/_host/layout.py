@@ -141,12 +141,8 @@ def lse_strides(lse):
     return (lse.stride(0), lse.stride(2), lse.stride(1)) if lse.ndim == 3 else (0, lse.stride(1), lse.stride(0))
 
 
-def rows_are_wide(num_rows, *tensors):
-    """Whether num_rows rows span 2^31 elements or more, so that 32-bit offsets do not suffice."""
-    return strides_are_wide(num_rows, *(x.stride() for x in tensors))
-
-
 def strides_are_wide(num_rows, *strides):
+    """Whether num_rows rows span 2^31 elements or more, so that 32-bit offsets do not suffice."""
     return any(num_rows * s[-3] >= 2**31 for s in strides)
 
 

@@ -10,7 +10,7 @@ import torch
 from .._host.call import Call
 from .._host.device import launch
 from .._host.gpu import gpu_of, repeats_rows
-from .._host.layout import lse_strides, rows_are_wide
+from .._host.layout import lse_strides, strides_are_wide, vector_elements
 from .._host.tuned import choose, remember
 from .._jit.args import View, view_of
 from .._jit.workarounds import may_hoist
@@ -169,8 +169,8 @@ def launch_row_sums(dout, dlse, out, lse, lengths, sinks):
     batch = lengths.batch(out)
     num_heads, head_dim_v = out.shape[-2:]
     minus_delta = torch.empty_like(lse)
-    block_m = 64 if head_dim_v * out.element_size() <= 1024 else 32  # all of a row is in registers
-    num_tiles = -(-min(lengths.max_seqlen_q, out.shape[-3]) // block_m)
+    constants = _constants_of_row_sums(out.dtype, head_dim_v, out.stride(), dout.stride())
+    num_tiles = -(-min(lengths.max_seqlen_q, out.shape[-3]) // constants["BLOCK_M"])
     dsinks = None if sinks is None else lse.new_empty((num_tiles * batch, num_heads))
     num_programs = num_tiles * batch * num_heads
     if num_programs > 0:
@@ -188,7 +188,13 @@ def launch_row_sums(dout, dlse, out, lse, lengths, sinks):
             num_tiles,
             num_heads,
         )
-        wide_rows = rows_are_wide(block_m, out, dout)
-        constants = dict(HEAD_DIM_V=head_dim_v, BLOCK_M=block_m, WIDE_ROWS=wide_rows, num_warps=4)
         launch(_flash_bwd_delta_kernel, (num_programs,), out.device, args, constants)
     return minus_delta, None if sinks is None else dsinks.sum(0).to(sinks.dtype)
+
+
+@remember
+def _constants_of_row_sums(dtype, head_dim, *strides):
+    """Of the kernel for out and dout with these strides, whose rows are in registers as a whole."""
+    block_m = 64 if head_dim * dtype.itemsize <= 1024 else 32
+    vector, wide_rows = vector_elements(dtype.itemsize, *strides), strides_are_wide(block_m, *strides)
+    return dict(HEAD_DIM_V=head_dim, BLOCK_M=block_m, VECTOR=vector, WIDE_ROWS=wide_rows, num_warps=4)

@@ -194,6 +194,7 @@ def _flash_bwd_delta_kernel(
     num_heads,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
 ):
     """One program computes -delta = dlse - rowsum(dout * out) of BLOCK_M rows of one head, and their share of dsinks.
@@ -211,8 +212,8 @@ def _flash_bwd_delta_kernel(
     queries_mask = queries < bounds.seqlen_q
 
     first_row = bounds.first_q + start_m
-    out_ptrs = tile_pointers(out, batch, first_row, head, BLOCK_M, WIDE_ROWS)
-    dout_ptrs = tile_pointers(dout, batch, first_row, head, BLOCK_M, WIDE_ROWS)
+    out_ptrs = tile_pointers(in_vectors(out, VECTOR), batch, first_row, head, BLOCK_M, WIDE_ROWS)
+    dout_ptrs = tile_pointers(in_vectors(dout, VECTOR), batch, first_row, head, BLOCK_M, WIDE_ROWS)
     out_tile = load_tile(out_ptrs, queries_mask, HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
     dout_tile = load_tile(dout_ptrs, queries_mask, HEAD_DIM_V)  # (BLOCK_M, HEAD_DIM_V)
     minus_delta = -row_dot(out_tile, dout_tile)  # (BLOCK_M,)
