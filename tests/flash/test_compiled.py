@@ -175,6 +175,14 @@ def test_fp32_on_tensor_cores_fits(arch, head_dim, precision, record_property):
     assert report.hot.mma_instructions > 0
 
 
+@pytest.mark.oldest
+@pytest.mark.parametrize("head_dim", [256, 320, 384, 512])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_fp32_of_wide_heads_spills_little(arch, head_dim):
+    """Of rows whose products are fused multiply-adds; a tile of twice the rows spills kilobytes."""
+    assert compile_default(arch, torch.float32, head_dim, head_dim, "causal").spill_bytes <= 48
+
+
 # fp16 on sm_90, TFLOP/s: the minimum for the loop over full tiles; the units allow at most 949.
 BARS = {64: (460, 900), 128: (600, 949), 256: (640, 949)}
 

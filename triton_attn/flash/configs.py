@@ -270,7 +270,8 @@ _FLOAT = {
     "ieee": (
         (64, FlashConfig(64, 32, 8, 1)),
         (128, FlashConfig(32, 32, 8, 1)),
-        (512, FlashConfig(32, 16, 8, 1)),
+        (384, FlashConfig(32, 16, 8, 1)),
+        (512, FlashConfig(16, 16, 8, 1)),  # 32 rows spill 2 to 20 KB
     ),
     "tf32": (
         (64, FlashConfig(64, 32, 4, 2)),
