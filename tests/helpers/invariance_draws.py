@@ -13,3 +13,15 @@ def batches(draw, lengths):
         count = draw(st.sampled_from([0, 1, 1, 2, 17, 70]))
         parts.append((sequence, max(0, end - count), end))
     return parts, draw(st.sampled_from([0, 1, 40]))
+
+
+@st.composite
+def chunks(draw, lengths_q, lengths_k, *, causal, whole):
+    """(sequence, first query, end): a chunk, whose last key is that of its last query. whole: it has all queries."""
+    i = draw(st.integers(0, len(lengths_q) - 1))
+    num_queries = lengths_q[i]
+    if whole:
+        return i, 0, num_queries
+    without_key = min(max(num_queries - lengths_k[i], 0), num_queries)
+    end = draw(st.integers(without_key, num_queries)) if causal else num_queries
+    return i, draw(st.integers(0, end)), end

@@ -12,6 +12,7 @@ from decode_draws import cases
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from invariance import KEYS
+from invariance_draws import chunks
 
 from triton_attn import mla_decode
 from triton_attn._host.tuned import forget_plans
@@ -43,7 +44,9 @@ def test_bits_of_random_calls(dtype, data):
     inputs = Inputs(case)
     whole = [(i, 0, n) for i, n in enumerate(case.lengths_q)]
     outs, lses = zip(*(part for i in whole for part in attend(inputs, [i], True, room=data.draw(ROOMS))))
-    parts = data.draw(st.lists(parts_of(case), min_size=1, max_size=3))
+    # Drafts of a tree are numbered by the whole.
+    chunk = chunks(case.lengths_q, case.seqlens_k, causal=case.causal, whole=bool(case.tree))
+    parts = data.draw(st.lists(chunk, min_size=1, max_size=3))
     counts = {end - first for _, first, end in parts}
     assume(any(counts))
     dense = len(counts) == 1 and (bool(case.rotary_dim) or data.draw(st.booleans()))
@@ -53,18 +56,6 @@ def test_bits_of_random_calls(dtype, data):
     for (i, first, end), (out, lse) in zip(parts, found, strict=True):
         assert torch.equal(out, outs[i][first:end])
         assert torch.equal(lse, lses[i][:, first:end])
-
-
-@st.composite
-def parts_of(draw, case):
-    """(sequence, first query, end): a chunk, whose last key is that of its last query."""
-    i = draw(st.integers(0, len(case.lengths_q) - 1))
-    num_queries = case.lengths_q[i]
-    if case.tree:  # drafts are numbered by the whole
-        return i, 0, num_queries
-    before = min(max(num_queries - case.seqlens_k[i], 0), num_queries)  # queries without a key
-    end = draw(st.integers(before, num_queries)) if case.causal else num_queries
-    return i, draw(st.integers(0, end)), end
 
 
 def attend(inputs, parts, dense, spare=0, room=2**28):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from invariance import short_splits
+from invariance_draws import chunks
 from paged_cases import DEVICE, DTYPES, Inputs
 from paged_draws import cases
 
@@ -29,7 +30,9 @@ def test_bits_of_random_calls(dtype, data):
     inputs = Inputs(case)
     with short_splits(forward, data.draw(WAYS)):
         outs, lses = attend(inputs, [(i, 0, n) for i, n in enumerate(case.seqlens_q)])
-    parts = data.draw(st.lists(parts_of(case), min_size=1, max_size=3))
+    # Drafts of a tree are numbered by the whole.
+    chunk = chunks(case.seqlens_q, case.seqlens_k, causal=case.causal, whole=bool(case.tree))
+    parts = data.draw(st.lists(chunk, min_size=1, max_size=3))
     counts = {end - first for _, first, end in parts}
     assume(any(counts))
     dense = len(counts) == 1 and data.draw(st.booleans())
@@ -38,18 +41,6 @@ def test_bits_of_random_calls(dtype, data):
     for (i, first, end), out, lse in zip(parts, *found, strict=True):
         assert torch.equal(out, outs[i][first:end])
         assert torch.equal(lse, lses[i][:, first:end])
-
-
-@st.composite
-def parts_of(draw, case):
-    """(sequence, first query, end): a chunk, whose last key is that of its last query."""
-    i = draw(st.integers(0, len(case.seqlens_q) - 1))
-    num_queries = case.seqlens_q[i]
-    if case.tree:  # drafts are numbered by the whole
-        return i, 0, num_queries
-    before = max(num_queries - case.seqlens_k[i], 0)  # queries without a key
-    end = draw(st.integers(before, num_queries)) if case.causal else num_queries
-    return i, draw(st.integers(0, end)), end
 
 
 def attend(inputs, parts, dense=False, spare=0):

@@ -101,9 +101,8 @@ def _keep(cache, changes, moves, owned):
     for entry, copy in zip(copied, copies.tolist()):
         cache._tables[entry] = copy
     try:
-        written = _slots_of(cache, changes, [positions for _, positions in moves])[
-            arrived
-        ]  # of pages of its own by now
+        # Of pages of its own by now.
+        written = _slots_of(cache, changes, [positions for _, positions in moves])[arrived]
         if copied:
             cache._copy_pages(from_list(originals), copies)
             is_copied = True
