@@ -1707,6 +1707,8 @@ FAULTS = (
         "*sides_of(window_size)",
         "KNOWN",
     ),
+    Fault("QD1", "triton_attn/cache/kernels/gather.py", "alike, kind_of_integer(num_tokens)", "alike, None", "KNOWN"),
+    Fault("QD2", "triton_attn/_host/known.py", "(plan, object())", "(plan, 0)", "KNOWN"),
     Fault("QC1", "triton_attn/dense/arguments.py", "lse_stride, dropout_p, *", "lse_stride, *", "KNOWN"),
     Fault("QC2", "triton_attn/dense/arguments.py", "alike, lse_stride, dropout_p", "alike, dropout_p", "KNOWN"),
     Fault("QC3", "triton_attn/dense/arguments.py", "dropout_p, *of_tensors", "dropout_p", "KNOWN"),

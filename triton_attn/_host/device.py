@@ -187,7 +187,7 @@ def _add_kinds(key, args):
         elif x is None or kind is float:
             key.append(kind)
         elif kind is int or kind is bool:
-            key.append(_kind_of_integer(x))
+            key.append(kind_of_integer(x))
         elif isinstance(x, tuple):
             if _has_integers(kind):
                 kinds = _kinds_of_integers(x)
@@ -207,7 +207,7 @@ def _add_kinds(key, args):
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
-def _kind_of_integer(x):
+def kind_of_integer(x):
     """What the JIT specializes an int or a bool by, in one number, whose hash takes no time."""
     properties = type(x) is bool, x == 1, x % 16 == 0, -1 <= x >> 31 <= 0, -1 <= x >> 63 <= 0
     return sum(holds << i for i, holds in enumerate(properties))

@@ -60,12 +60,16 @@ class Known:
     def find_launch(
         self, tensors: tuple[Any, ...], computed: Tensor, check_values: bool | None, options: tuple[Any, ...] = ()
     ) -> tuple[Any, Any]:
-        """(key, plan) as `find` of the plans of launches; no plan where a call checks values, or the reference computes
-        it, which `use_kernel` of a tensor says."""
-        key, plan = self.find(tensors, options)
-        if plan is not None and (should_check_values(check_values) or not use_kernel(computed)):
+        """(key, result) as `find` of calls that launch a kernel; no result where a call checks values, or the reference
+        computes it, which `use_kernel` of a tensor says."""
+        key, result = self.find(tensors, options)
+        if result is not None and (should_check_values(check_values) or not use_kernel(computed)):
             return key, None
-        return key, plan
+        return key, result
+
+    def keep_plan(self, key: Any, plan: Any) -> None:
+        """Remember (plan, what only its launches of such calls share: `alike` of `launch`); nothing without a plan."""
+        self.keep(key, None if plan is None else (plan, object()))
 
     def keep(self, key: Any, result: Any) -> None:
         """Remember the result of a new call. Not where nothing may be known of it, a tensor is of another class, whose

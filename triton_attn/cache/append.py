@@ -87,10 +87,11 @@ def append_kv_cache(
     Source of the rotation: Su et al., RoFormer (2021), arXiv:2104.09864.
     """
     operands = k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions
-    key, plan = _plans.find_launch((*operands, rope_interleaved), k, check_values)
-    if plan is not None:
+    key, known = _plans.find_launch((*operands, rope_interleaved), k, check_values)
+    if known is not None:
+        plan, alike = known
         k_scale, v_scale = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
-        plan.launch(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions)
+        plan.launch(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, alike)
         return
     _check_append(k, v, k_cache, v_cache, slot_mapping)
     scales = check_kv_scale("k_scale", k_scale, k_cache), check_kv_scale("v_scale", v_scale, v_cache)
@@ -101,7 +102,7 @@ def append_kv_cache(
     if is_observed(*[x for x in operands if isinstance(x, Tensor)]):
         _append_observed(operands, *more)
     else:
-        _plans.keep(key, _append(operands, *more))
+        _plans.keep_plan(key, _append(operands, *more))
 
 
 _plans = Known()

@@ -88,12 +88,14 @@ def append_latent_cache(
     Source: DeepSeek-V2 (2024), arXiv:2405.04434, section 2.1.
     """
     operands = kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions
-    key, plan = _plans.find_launch((*operands, rope_interleaved), kv_latent, check_values)
-    if plan is not None:
+    key, known = _plans.find_launch((*operands, rope_interleaved), kv_latent, check_values)
+    if known is not None:
+        plan, alike = known
         k_scale, k_pe_scale = check_factor("k_scale", k_scale), check_factor("k_pe_scale", k_pe_scale)
         if latent_cache.dtype == torch.uint8:
             check_rows_aligned("latent_cache", latent_cache)
-        plan.launch(kv_latent, k_pe, latent_cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions)
+        tensors = kv_latent, k_pe, latent_cache, slot_mapping
+        plan.launch(*tensors, k_scale, k_pe_scale, rope_cos, rope_sin, positions, alike)
         return
     _check_append_latent(kv_latent, k_pe, latent_cache, slot_mapping)
     scales = check_latent_scales(latent_cache, k_scale, k_pe_scale)
@@ -104,7 +106,7 @@ def append_latent_cache(
     if is_observed(*[x for x in operands if isinstance(x, Tensor)]):
         _append_latent_observed(operands, *more)
     else:
-        _plans.keep(key, _append_latent(operands, *more))
+        _plans.keep_plan(key, _append_latent(operands, *more))
 
 
 _plans = Known()

@@ -63,9 +63,11 @@ def copy_kv_pages(
     """
     caches = _as_tuple("caches", caches)
     written = () if to is None else to if isinstance(to, (tuple, list)) else (to,)
-    key, plan = _plans.find_launch((*caches, None, src_pages, dst_pages, to is None, *written), src_pages, check_values)
-    if plan is not None:
-        plan.launch(caches, src_pages, dst_pages, written)
+    given = *caches, None, src_pages, dst_pages, to is None, *written
+    key, known = _plans.find_launch(given, src_pages, check_values)
+    if known is not None:
+        plan, alike = known
+        plan.launch(caches, src_pages, dst_pages, written, alike)
         return
     caches = _as_layered("caches", caches)
     device, targets = caches[0].device, ()
@@ -78,7 +80,7 @@ def copy_kv_pages(
         fail("dst_pages", f"src_pages' shape {tuple(src_pages.shape)}", tuple(dst_pages.shape))
     check_values = should_check_values(check_values)
     if not is_observed(*caches, *targets, src_pages, dst_pages):
-        _plans.keep(key, _copy(caches, src_pages, dst_pages, targets, check_values))
+        _plans.keep_plan(key, _copy(caches, src_pages, dst_pages, targets, check_values))
         return
     names = [f"{side}[{i}]" for side, tensors in (("caches", caches), ("to", targets)) for i in range(len(tensors))]
     refuse_transforms([*names, "src_pages", "dst_pages"], [*caches, *targets, src_pages, dst_pages])

@@ -91,11 +91,11 @@ def gather_kv_cache(
     """
     outs = out if isinstance(out, (tuple, list)) else (out,)
     given = k_cache, v_cache, cu_seqlens_k, block_table, seq_starts, k_scale, v_scale, dtype, out is None, *outs
-    key, plan = _kv_plans.find_launch(given, k_cache, check_values)
-    if plan is not None and plan.is_for(k_cache):
+    key, known = _kv_plans.find_launch(given, k_cache, check_values)
+    if known is not None and known[0].is_for(k_cache):
         scales = check_factor("k_scale", k_scale), check_factor("v_scale", v_scale)
         places = cu_seqlens_k, block_table, seq_starts
-        return _gather_known(plan, (k_cache, v_cache), places, scales, num_tokens, dtype, out)
+        return _gather_known(known, (k_cache, v_cache), places, scales, num_tokens, dtype, out)
     k_cache, v_cache = _check_caches(k_cache, v_cache)
     k_number, k_scale = number_and_tensor(check_kv_scale("k_scale", k_scale, k_cache))
     v_number, v_scale = number_and_tensor(check_kv_scale("v_scale", v_scale, v_cache))
@@ -106,7 +106,7 @@ def gather_kv_cache(
     if not is_observed(*tensors, *(out or ())):
         arguments: tuple[Any, ...] = (*tensors, *more)
         result, plan = _gather_kv_cache(*arguments, out=out)
-        _kv_plans.keep(key, plan)
+        _kv_plans.keep_plan(key, plan)
         return result
     names = "k_cache", "v_cache", *PLACES, "k_scale", "v_scale"
     return _observed(_gather_kv_cache_operator, names, tensors, more, out)
@@ -158,8 +158,8 @@ def gather_latent_cache(
     sizes = check_length("kv_lora_rank", kv_lora_rank), check_length("qk_rope_head_dim", qk_rope_head_dim)
     outs = out if isinstance(out, (tuple, list)) else (out,)
     given = latent_cache, cu_seqlens_k, block_table, seq_starts, k_scale, k_pe_scale, *sizes, dtype, out is None, *outs
-    key, plan = _latent_plans.find_launch(given, latent_cache, check_values)
-    if plan is not None and plan.is_for(latent_cache):
+    key, known = _latent_plans.find_launch(given, latent_cache, check_values)
+    if known is not None and known[0].is_for(latent_cache):
         k_scale, k_pe_scale = check_factor("k_scale", k_scale), check_factor("k_pe_scale", k_pe_scale)
         if latent_cache.dtype == torch.uint8:
             check_rows_aligned("latent_cache", latent_cache)
@@ -167,7 +167,7 @@ def gather_latent_cache(
             (cu_seqlens_k, block_table, seq_starts),
             (k_scale, k_scale if k_pe_scale is None else k_pe_scale),
         )
-        return _gather_known(plan, (latent_cache, latent_cache), places, scales, num_tokens, dtype, out)
+        return _gather_known(known, (latent_cache, latent_cache), places, scales, num_tokens, dtype, out)
     dtypes = (*KERNEL_DTYPES, *FLOAT8_MANTISSA_BITS, torch.uint8)
     check_tensor("latent_cache", latent_cache, ("num_pages", "page_size", "width"), dtypes, None)
     _, width = latent_storage(*sizes, torch.float8_e4m3fn if latent_cache.dtype == torch.uint8 else torch.float32)
@@ -183,7 +183,7 @@ def gather_latent_cache(
     if not is_observed(*tensors, *(out or ())):
         arguments: tuple[Any, ...] = (*tensors, *more)
         result, plan = _gather_latent_cache(*arguments, out=out)
-        _latent_plans.keep(key, plan)
+        _latent_plans.keep_plan(key, plan)
         return result
     names = "latent_cache", *PLACES, "k_scale", "k_pe_scale"
     return _observed(_gather_latent_cache_operator, names, tensors, more, out)
@@ -194,13 +194,13 @@ PACK_BYTES = 16  # of a key that lie side by side in a packed cache
 PLACES = "cu_seqlens_k", "block_table", "seq_starts"
 
 
-def _gather_known(plan, caches, places, scales, num_tokens, dtype, out) -> tuple[Tensor, Tensor]:
+def _gather_known(known, caches, places, scales, num_tokens, dtype, out) -> tuple[Tensor, Tensor]:
     """The result of a known call, of which only num_tokens may be new."""
-    cache, (cu_seqlens_k, *_) = caches[0], places
+    (plan, alike), cache, (cu_seqlens_k, *_) = known, caches[0], places
     if out is None or num_tokens is not None:
         num_tokens, dtype = _check_result(out, dtype, num_tokens, plan.rows, cache, cu_seqlens_k)
     out = _new_result(cache, num_tokens, plan.rows, dtype) if out is None else out
-    plan.launch(caches, places, scales, out)
+    plan.launch(caches, places, scales, out, alike)
     return out[0], out[1]
 
 

@@ -161,8 +161,8 @@ class Plan(NamedTuple):
     is_float8: bool  # bytes: not every GPU has the dtypes of fp8
     constants: dict
 
-    def launch(self, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions):
-        """One launch, no device-to-host sync. Arguments as `append_kv_cache`, checked."""
+    def launch(self, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rope_cos, rope_sin, positions, alike=None):
+        """One launch, no device-to-host sync. Arguments as `append_kv_cache`, checked; alike as in `launch`."""
         if self.num_programs == 0:
             return
         if self.is_float8:
@@ -179,7 +179,7 @@ class Plan(NamedTuple):
             None if rope_cos is None else Rope(rope_cos, rope_sin, *self.rope_strides),
             *self.counts,
         )
-        launch(_append_kv_cache_kernel, (self.num_programs,), k.device, args, self.constants)
+        launch(_append_kv_cache_kernel, (self.num_programs,), k.device, args, self.constants, alike)
 
 
 def plan_append_kv_cache(operands, interleaved):

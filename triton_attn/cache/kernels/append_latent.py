@@ -127,8 +127,10 @@ class Plan(NamedTuple):
     is_float8: bool  # bytes: not every GPU has the dtypes of fp8
     constants: dict
 
-    def launch(self, kv_latent, k_pe, cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions):
-        """One launch, no device-to-host sync. Arguments as `append_latent_cache`, checked."""
+    def launch(
+        self, kv_latent, k_pe, cache, slot_mapping, k_scale, k_pe_scale, rope_cos, rope_sin, positions, alike=None
+    ):
+        """One launch, no device-to-host sync. Arguments as `append_latent_cache`, checked; alike as in `launch`."""
         if self.num_programs == 0:
             return
         if self.is_float8:
@@ -142,7 +144,7 @@ class Plan(NamedTuple):
             None if rope_cos is None else Rope(rope_cos, rope_sin, *self.rope_strides),
             *self.counts,
         )
-        launch(_append_latent_cache_kernel, (self.num_programs,), kv_latent.device, args, self.constants)
+        launch(_append_latent_cache_kernel, (self.num_programs,), kv_latent.device, args, self.constants, alike)
 
 
 def plan_append_latent_cache(operands, interleaved):

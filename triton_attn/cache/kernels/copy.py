@@ -103,8 +103,9 @@ class Plan(NamedTuple):
     num_layers: int
     constants: dict
 
-    def launch(self, caches, src_pages, dst_pages, targets):
-        """One launch, no device-to-host sync. Arguments as `copy_kv_pages`, checked; no targets are an empty tuple."""
+    def launch(self, caches, src_pages, dst_pages, targets, alike=None):
+        """One launch, no device-to-host sync. Arguments as `copy_kv_pages`, checked; no targets are an empty tuple.
+        alike: as in `launch`."""
         if self.num_programs == 0:
             return
         if self.is_float8:
@@ -112,7 +113,7 @@ class Plan(NamedTuple):
         pages = tuple(map(_new_pages, zip(caches, self.layouts)))
         pages_of_targets = tuple(map(_new_pages, zip(targets, self.layouts_of_targets))) if targets else None
         args = src_pages, dst_pages, pages, pages_of_targets, self.num_layers
-        launch(_copy_kv_pages_kernel, (self.num_programs,), src_pages.device, args, self.constants)
+        launch(_copy_kv_pages_kernel, (self.num_programs,), src_pages.device, args, self.constants, alike)
         if self.has_host_memory:
             hold_pinned((*caches, *targets), src_pages.device)
 

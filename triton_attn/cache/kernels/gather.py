@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..._host.checks import FLOAT8_MANTISSA_BITS, QUANTIZED_BITS
-from ..._host.device import arch_of, launch
+from ..._host.device import arch_of, kind_of_integer, launch
 from ..._host.gpu import gpu_of
 from ..._host.latent import SCALE_BLOCK, latent_row
 from ..._host.layout import INDICES
@@ -159,9 +159,10 @@ class Plan(NamedTuple):
         """Whether it is for the GPU of a cache: CPU tensors may stand for those of any."""
         return self.arch == arch_of(cache)
 
-    def launch(self, caches, places, scales, out):
+    def launch(self, caches, places, scales, out, alike=None):
         """One launch, no device-to-host sync. caches are those of the keys and values, or the latent cache twice;
-        places are cu_seqlens_k, block_table and seq_starts, scales those of both caches, out both results."""
+        places are cu_seqlens_k, block_table and seq_starts, scales those of both caches, out both results. alike: as in
+        `launch`, but the number of tokens may differ."""
         num_tokens, constants = out[0].shape[0], self.constants
         num_programs = -(-num_tokens // constants["BLOCK_T"]) * constants["NUM_HEADS"]
         if num_programs == 0:
@@ -186,7 +187,9 @@ class Plan(NamedTuple):
             *self.counts,
             num_tokens,
         )
-        launch(_gather_cache_kernel, (num_programs,), cu_seqlens.device, args, constants)
+        if alike is not None:
+            alike = alike, kind_of_integer(num_tokens)
+        launch(_gather_cache_kernel, (num_programs,), cu_seqlens.device, args, constants, alike)
 
 
 def plan_gather_kv_cache(k_cache, v_cache, block_table, out):
