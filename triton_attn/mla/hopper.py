@@ -8,8 +8,8 @@ both key and value. 16-bit pages are loaded by TMA. Rows of fp8 elements are dec
 Source: FlashMLA's "seesaw" schedule (2025), https://github.com/deepseek-ai/FlashMLA.
 
 Supports fp16 and bf16, fp8 rows with scales of their own for bf16 queries, paged caches with 512 + 64 elements a row,
-pages of a multiple of 64 keys, and multiples of 64 heads. The portable kernel (absorbed.py), which computes the same,
-does the rest. Gluon has no interpreter.
+pages of a multiple of 64 keys, and multiples of 64 heads. The portable kernel (absorbed_kernel.py), which computes the
+same, does the rest. Gluon has no interpreter.
 """
 
 from typing import NamedTuple
