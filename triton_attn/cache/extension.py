@@ -29,7 +29,7 @@ class Room:
     rows: list[int]
     columns: list[int]  # of the next token of each
     limits: list[int]  # of each from now on; 0 for those that get no token
-    bases: NDArray[np.int64]  # of each until now
+    bases: NDArray[np.int64]  # of each until now, to take back
     full: list[int]  # rows with pages to be named
     behind: list[tuple[int, slice]]  # what `_pages_behind` finds
     released: NDArray[np.integer]
@@ -37,7 +37,7 @@ class Room:
     originals: list[int]
     kept: list[int]
     growths: list[tuple[int, int, int]]  # (row, first column, last column) of new pages
-    new_pages: NDArray[np.int64]  # copies, then those of growths
+    new_pages: NDArray[np.int64]  # the copies, then those of growths
     is_copied: bool = False
 
 
@@ -52,7 +52,10 @@ def new_tokens(cache, token_ids, rows):
 
 
 def lay_out(cache, rows, lengths, ends, counts):
-    """(slots of new tokens, their positions, a `Room` or None) of rows that grow from these lengths to `ends`."""
+    """(slots of new tokens, their positions, a `Room` or None) of rows that grow from these lengths to `ends`.
+
+    As long as each row of a batch can take another token, `num_spare` tells, and no row is looked at.
+    """
     batch, room, one_each = cache._batch, None, counts is ONE_EACH
     if one_each and batch.num_spare > 0:
         batch.num_spare -= 1

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .arrays import INT64, NO_LIMIT, index_of, reserved_zeros
 
-NUM_STATES = 6
+NUM_STATES = 6  # _lengths to _firsts
 RESERVED_BYTES = 2**36  # most addresses for the tables of a cache: of 10^6 pages, 17,000 sequences of any length
 CHANGES_KEPT = 2**14
 
@@ -52,8 +52,8 @@ class SequenceRows:
         _firsts: the first page that is held; those before it are behind the window and were given back.
         _chains: of each sequence, its root and the hashes of its first pages, as many as are named; None if it ended.
             Forks share the list; what comes after is another's.
-        _unused_rows: the first of each sequence that ended.
-        _changes: of the tables.
+        _unused_rows: the first row of each sequence that ended, or is yet to be made.
+        _changes: `ChangeLog` of the tables.
     """
 
     def __init__(self, num_pages, page_size, windows):

@@ -54,10 +54,12 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
+    """The sequences of the last call. The next calls of a step are likely to name the same ones."""
+
     seqs: list[Sequence]
     rows: NDArray[np.int64]  # those of all sequences in the first group, then those in the second
     is_distinct: bool
-    # So many times at least a token can be added to each with nothing to do first; -1: for each there is something.
+    # So many times at least, a token can be added to each with nothing to do first; -1: for each there is something.
     num_spare: int = 0
 
 
@@ -504,7 +506,7 @@ class PagedSequences(SequenceRows):
         return slots if self.key_shard is None else self.key_shard.slots_of(slots, self._page_slots)
 
     def _rows(self, seqs):
-        """Rows of sequences that are alive and of this cache. The calls of one step name the same ones: keep them."""
+        """Rows of sequences that are alive and of this cache."""
         if not isinstance(seqs, (list, Iterable)):
             fail("seqs", "a list of sequences", type(seqs).__name__, TypeError)
         seqs = list(seqs)
