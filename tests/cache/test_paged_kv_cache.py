@@ -346,6 +346,20 @@ def test_truncated_tokens_are_overwritten_and_no_longer_found():
     assert cache.create([1, 2, 3, 4, 5, 6, 7, 8])[1] == 4
 
 
+@pytest.mark.parametrize(("kept", "old"), [(4, 8), (6, 4)])
+def test_full_pages_after_a_truncation_are_found_by_their_own_tokens(kept, old):
+    """And not by those that they had before, of which `old` tokens are still found."""
+    cache = make()
+    seq = start(cache, [1, 2, 3, 4, 5, 6, 7, 8])
+    cache.truncate(seq, kept)
+    tokens = [*range(1, kept + 1), *[9] * (12 - kept)]
+    cache.extend([seq], [tokens[kept:]])
+    cache.commit([seq])
+    found, cached = cache.create([*tokens, 0])
+    assert (cached, table(cache, found)) == (12, table(cache, seq))
+    assert cache.create([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 0])[1] == old
+
+
 def test_after_a_truncation_tokens_go_on_at_the_new_end():
     cache = make()
     seq = start(cache, [1, 2, 3, 4, 5])
