@@ -1461,6 +1461,13 @@ FAULTS = (
         "KEEP",
     ),
     Fault("E06", "triton_attn/cache/drafts.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
+    Fault(
+        "E18",
+        "triton_attn/cache/drafts.py",
+        "    cache._named[row] = min(cache._named[row], first // page_size)\n",
+        "",
+        "KEEP",
+    ),
     Fault("E16", "triton_attn/cache/drafts.py", "            x[:, pages, slots] = old\n", "            pass\n", "MOVE"),
     Fault(
         "E17",
